@@ -1,0 +1,244 @@
+"""Files of posts in, files of answers out: what ``launch/predict.py`` does, in pieces of bounded size."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+from comoe.config import nearest, unknown_name
+from comoe.data.files import RawSplit, read_csv, read_jsonl, read_tsv, text_lines
+from comoe.data.text import is_blank
+from comoe.predict import Predictor
+from comoe.tasks.catalog import Task
+
+CHUNK = 1024
+"""Posts answered before they are written; they are sorted by length within a chunk."""
+
+
+@dataclass(frozen=True, slots=True)
+class Post:
+    """One line of the input."""
+
+    text: Any
+    """The post; a list of words is a post given as words."""
+    pair: str | None = None
+    """Second text."""
+    error: str = ""
+    """Why the line could not be read."""
+
+
+def predict_file(
+    predictor: Predictor,
+    source: Path,
+    target: Path,
+    *,
+    format: str = "jsonl",
+    tasks: Sequence[str] | None = None,
+    text_column: str = "text",
+    pair_column: str | None = None,
+    explain: bool = False,
+    batch_size: int = 64,
+    progress: bool = True,
+) -> str:
+    """Answer every post of a file, in order, one line per post.
+
+    Args:
+        predictor: the model.
+        source: .txt (one post per line), .csv, .tsv, .jsonl.
+        target: the answers; missing folders are made. Written aside and renamed.
+        format: key of ``WRITERS``.
+        tasks: names of the tasks; None is all.
+        text_column: column with the post, unless the file is .txt.
+        pair_column: column with the second text.
+        explain: add the attention weight of each word (jsonl).
+        batch_size: posts per forward pass.
+        progress: show a progress bar.
+
+    Returns:
+        One sentence on what was done, with the number of posts that could not be answered.
+
+    Raises:
+        ValueError: a file, column, task or format that does not exist, or that do not fit one another.
+    """
+    if format not in WRITERS:
+        raise unknown_name("--format", format, WRITERS)
+    writer_of = WRITERS[format]
+    if explain and writer_of is not JsonLines:
+        raise ValueError("--explain wants --format jsonl; the others have no place for the weights of words.")
+    chosen = [task for task in predictor.tasks if tasks is None or task.name in tasks]
+    writer = writer_of(predictor, chosen)
+    posts = read_posts(source, text_column=text_column, pair_column=pair_column)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = target.with_name(f".{target.name}.part")
+    bad = 0
+    with aside.open("w", encoding="utf-8", newline="") as file, _bar(len(posts), progress) as bar:
+        writer.begin(file)
+        for start in range(0, len(posts), CHUNK):
+            chunk = [writer.prepare(post) for post in posts[start : start + CHUNK]]
+            answers = _answer(predictor, chunk, tasks=tasks, explain=explain, batch_size=batch_size)
+            for answer in answers:
+                writer.write(file, answer)
+            bad += sum("error" in answer for answer in answers)
+            bar.update(len(chunk))
+    aside.replace(target)
+    return f"{len(posts)} posts answered in {target}{writer.remark(bad)}"
+
+
+def read_posts(path: Path, *, text_column: str = "text", pair_column: str | None = None) -> list[Post]:
+    """The posts of a file; a line that cannot be read becomes a post with an error, and keeps its place.
+
+    Lines end at a line feed only. In a .txt file every line is a post; bytes that are not UTF-8 become U+FFFD there.
+
+    Raises:
+        ValueError: no such file or column, or an ending that is not .txt, .csv, .tsv or .jsonl.
+    """
+    if not path.is_file():
+        raise ValueError(f"--input {path}: there is no such file.")
+    ending = path.suffix.lower()
+    if ending == ".txt":
+        return [Post(line) for line in text_lines(path)[0]]
+    if ending not in TABLES:
+        raise unknown_name(f"--input {path}: the ending", ending, (".txt", *TABLES))
+    raw = TABLES[ending](path)
+    for option, column in (("--text-column", text_column), ("--pair-column", pair_column)):
+        if column is not None and raw.rows and column not in raw.columns:
+            guess = nearest(column, raw.columns)
+            hint = f" Did you mean {guess}?" if guess else ""
+            raise ValueError(
+                f"{option} {column}: {path} has no such column; it has {', '.join(raw.columns)}.{hint} Set {option}."
+            )
+    found = [
+        (line, Post(row.get(text_column), None if pair_column is None else row.get(pair_column)))
+        for line, row in zip(raw.lines, raw.rows, strict=True)
+    ]
+    broken = [(row.line, Post("", error=f"line {row.line} {row.rule}")) for row in raw.bad]
+    return [post for _, post in sorted(found + broken, key=lambda item: item[0])]
+
+
+class JsonLines:
+    """One object per post: ``text``, the answer of each task, or ``error``."""
+
+    def __init__(self, predictor: Predictor, tasks: Sequence[Task]) -> None:
+        self.tasks = tasks
+
+    def prepare(self, post: Post) -> Post:
+        """The post as it is to be answered."""
+        return post
+
+    def begin(self, file: TextIO) -> None:
+        """Write what comes before the first answer."""
+
+    def write(self, file: TextIO, answer: dict[str, Any]) -> None:
+        """Write one answer."""
+        # U+2028 and its kin end a line for some readers; as escapes they cannot.
+        text = json.dumps(answer, ensure_ascii=False).replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+        file.write(text.replace("\x85", "\\u0085") + "\n")
+
+    def remark(self, bad: int) -> str:
+        """What the user should know at the end."""
+        return f"; {bad} of them could not be answered and have an error instead" if bad else ""
+
+
+class Table(JsonLines):
+    """CSV: text, then per task the answer and the score of every label, and the error."""
+
+    def begin(self, file: TextIO) -> None:
+        self.columns = ["text"]
+        for task in self.tasks:
+            self.columns += [task.name] + [f"{task.name}/{label}" for label in task.labels if not task.rules.per_token]
+        self.columns.append("error")
+        csv.writer(file, lineterminator="\n").writerow(self.columns)
+
+    def write(self, file: TextIO, answer: dict[str, Any]) -> None:
+        row = {"text": answer["text"], "error": answer.get("error", "")}
+        for task in self.tasks:
+            if task.name in answer:
+                row[task.name] = _cell(task, answer[task.name])
+                scores = {} if task.rules.per_token else answer[task.name].get("scores", {})
+                row |= {f"{task.name}/{label}": score for label, score in scores.items()}
+        csv.writer(file, lineterminator="\n").writerow([row.get(column, "") for column in self.columns])
+
+
+class TweetEval(JsonLines):
+    """One label id per line, one line per post, nothing else: the format of TweetEval's own scorer.
+
+    Every line needs an id, so a line that cannot be read or is empty is answered as if it were a lone user name.
+    """
+
+    def __init__(self, predictor: Predictor, tasks: Sequence[Task]) -> None:
+        super().__init__(predictor, tasks)
+        names = ", ".join(task.name for task in predictor.tasks)
+        if len(tasks) != 1:
+            raise ValueError(f"--format tweeteval writes one task: choose it with --task ({names}).")
+        self.task = tasks[0]
+        if self.task.rules.per_token or "label" not in predictor(["a"], tasks=[self.task.name])[0][self.task.name]:
+            raise ValueError(
+                f"--format tweeteval wants a task with one label per post; {self.task.name} is a {self.task.kind} task."
+            )
+        self.filler = predictor.exported.data_config.normalize.user or "@user"
+        self.filled = 0
+
+    def prepare(self, post: Post) -> Post:
+        if not post.error and isinstance(post.text, str) and not is_blank(post.text):
+            return post
+        self.filled += 1
+        return Post(self.filler)
+
+    def write(self, file: TextIO, answer: dict[str, Any]) -> None:
+        file.write(f"{self.task.labels.index(answer[self.task.name]['label'])}\n")
+
+    def remark(self, bad: int) -> str:
+        if self.filled:
+            print(f"{self.filled} lines without a text were answered as {self.filler!r}", file=sys.stderr)
+        return ""
+
+
+def _answer(
+    predictor: Predictor, posts: Sequence[Post], *, tasks: Sequence[str] | None, explain: bool, batch_size: int
+) -> list[dict[str, Any]]:
+    words = [post.text if isinstance(post.text, list) else None for post in posts]
+    texts = [_shown(post.text) for post in posts]
+    pairs = [post.pair or None for post in posts]
+    answers = predictor(
+        texts, pairs=pairs, words=words, tasks=tasks, batch_size=batch_size, explain=explain, progress=False
+    )
+    return [
+        {"text": answer["text"], "error": post.error} if post.error else answer
+        for post, answer in zip(posts, answers, strict=True)
+    ]
+
+
+def _shown(text: Any) -> Any:
+    return " ".join(map(str, text)) if isinstance(text, list) else text
+
+
+def _cell(task: Task, answer: dict[str, Any]) -> Any:
+    """The answer itself: a label, a number, or names with blanks (tags, one per word) or ; (labels) between them."""
+    if task.rules.per_token:
+        return " ".join(answer["tags"])
+    value = next(iter(answer.values()))
+    return ";".join(value) if isinstance(value, list) else value
+
+
+def _bar(total: int, progress: bool) -> tqdm:
+    return tqdm(total=total, unit="post", disable=not progress, dynamic_ncols=True)
+
+
+TABLES: dict[str, Callable[[Path], RawSplit]] = {
+    ".csv": read_csv,
+    ".tsv": read_tsv,
+    ".jsonl": read_jsonl,
+    ".ndjson": read_jsonl,
+    ".json": read_jsonl,
+}
+"""Ending of the input -> reader."""
+
+WRITERS: dict[str, type[JsonLines]] = {"jsonl": JsonLines, "csv": Table, "tweeteval": TweetEval}
+"""``--format`` -> writer."""

@@ -1,0 +1,192 @@
+"""Builds the parts of a run in order: posts, tokens, model, engine, trainer; and restores the checkpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from comoe.config import recipe_to_yaml
+from comoe.data.batching import Collator, TokenizedSplit, load_tokenizer, tokenize_split
+from comoe.data.corpus import Corpus, load_corpus
+from comoe.data.sampling import TrainSampler
+from comoe.distributed import barrier, is_main, rank, world_size
+from comoe.dry_run import print_dry_run
+from comoe.evaluate import check_chosen_metric
+from comoe.memory import MemoryPlan, plan_memory
+from comoe.models.multitask import MultiTaskModel
+from comoe.objective import build_objective
+from comoe.schema import Recipe
+from comoe.starter import home, resolve
+from comoe.tasks.catalog import Task
+from comoe.train.checkpoint import find_checkpoint, load_checkpoint
+from comoe.train.engine import Engine
+from comoe.train.evaluation import Evaluator
+from comoe.train.monitor import Monitor
+from comoe.train.parallel import build_deepspeed_engine
+from comoe.train.settings import Layout, fill_settings, load_settings, plan_layout
+from comoe.train.state import TrainState
+from comoe.train.trainer import Trainer, plan_schedule
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A run that is ready to train."""
+
+    recipe: Recipe
+    """With starter-kit names resolved to folders."""
+    settings: Mapping[str, Any]
+    """Complete DeepSpeed configuration."""
+    folder: Path
+    """Run folder."""
+    corpus: Corpus
+    """Posts, tasks, report."""
+    tasks: Sequence[Task]
+    """In the order of the task ids."""
+    splits: Mapping[str, TokenizedSplit]
+    """Split name -> tokens."""
+    tokenizer: Any
+    """The encoder's."""
+    trainer: Trainer
+    """The loop."""
+    parameters: Mapping[str, int]
+    """dense and expert parameters, and those active per token."""
+
+
+def assemble(
+    recipe: Recipe, deepspeed_json: Path, *, folder: Path, device: torch.device, dry_run: bool, resume: bool
+) -> Run | None:
+    """Build everything; None after a dry run, which prints what would happen instead.
+
+    Raises:
+        ValueError: bad recipe, data, encoder, DeepSpeed JSON or checkpoint; nothing has been trained then.
+    """
+    gpu = device.type == "cuda"
+    settings = load_settings(deepspeed_json)
+    layout = plan_layout(recipe, settings, world_size=world_size(), gpu=gpu)
+    filled = fill_settings(settings, recipe, layout, gpu=gpu)
+    named = recipe
+    recipe = _one_per_node_first(lambda: resolve(recipe, progress=is_main()))
+    corpus = load_corpus(recipe)
+    tokenizer = load_tokenizer(recipe.model.encoder)
+    check_chosen_metric(recipe.train.early_stop_metric, corpus.tasks)
+    splits = _one_per_node_first(lambda: _tokenize(corpus, tokenizer, recipe))
+    _seed(recipe.train.seed)
+    objective = build_objective(recipe, corpus.tasks)
+    model = objective.model
+    parameters = count_parameters(model, top_k=recipe.model.moe.top_k)
+    if dry_run:
+        if is_main():
+            print_dry_run(named, corpus, _plan_memory(recipe, layout, model, splits["train"], filled))
+        return None
+    if is_main():
+        print("\n".join(corpus.report.lines()))
+    sampler = TrainSampler(
+        splits["train"].lengths,
+        splits["train"].groups,
+        batch_size=recipe.train.batch_size,
+        world_size=layout.world_size,
+        micro_batch_size=layout.micro_batch_size,
+        mixing=recipe.data.mixing,
+        temperature=recipe.data.mixing_temperature,
+        seed=recipe.train.seed,
+    )
+    engine = Engine(build_deepspeed_engine(objective, recipe, filled), recipe)
+    # Weights were the same draw on all ranks; dropout must not be.
+    _seed(recipe.train.seed + 1000 * (rank() + 1))
+    state, resumed_at = _restore(folder, engine, layout, resume=resume)
+    monitor = Monitor(
+        folder,
+        enabled=is_main(),
+        tasks=corpus.tasks,
+        recipe_text=recipe_to_yaml(named),
+        histograms=recipe.run.histograms,
+        resumed_at=resumed_at,
+    )
+    collator = Collator(tokenizer, corpus.tasks, route_by=recipe.model.moe.route_by)
+    evaluator = Evaluator(engine, splits, collator, corpus.tasks)
+    schedule = plan_schedule(recipe, sampler)
+    trainer = Trainer(
+        recipe, layout, engine, corpus.tasks, splits["train"], collator, sampler, evaluator, monitor, folder, state, schedule
+    )
+    return Run(named, filled, folder, corpus, corpus.tasks, splits, tokenizer, trainer, parameters)
+
+
+def count_parameters(model: MultiTaskModel, *, top_k: int) -> dict[str, int]:
+    """Parameters of the whole model: in all, in experts, and active per token."""
+    total = sum(parameter.numel() for parameter in model.parameters())
+    experts = sum(p.numel() for layer in model.moe_layers() for p in layer.mixture.experts.parameters())
+    share = top_k / max(1, model.config.num_local_experts)
+    return {"total": total, "experts": experts, "dense": total - experts, "active": int(total - experts * (1 - share))}
+
+
+def _tokenize(corpus: Corpus, tokenizer: Any, recipe: Recipe) -> dict[str, TokenizedSplit]:
+    cache = home() / "tokens" if recipe.data.cache else None
+    return {
+        name: tokenize_split(split, tokenizer, tasks=corpus.tasks, config=recipe.data, cache_dir=cache)
+        for name, split in corpus.splits.items()
+    }
+
+
+def _one_per_node_first(work: Callable[[], Result]) -> Result:
+    """Let one rank per node do cached work first, the others after it, from the cache."""
+    first = int(os.environ.get("LOCAL_RANK", "0")) == 0
+    result = work() if first else None
+    barrier()
+    return result if first else work()
+
+
+def _seed(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def _restore(folder: Path, engine: Engine, layout: Layout, *, resume: bool) -> tuple[TrainState, int | None]:
+    if not resume:
+        return TrainState(), None
+    found = find_checkpoint(folder / "checkpoints")
+    if found is None:
+        if is_main():
+            print(f"{folder} has no checkpoint yet: starting at step 0.")
+        return TrainState(), 0
+    if is_main():
+        for problem in found.broken:
+            print(f"warning: {problem}; using {found.path.name} instead.")
+        print(f"resuming {folder} at step {found.step}")
+    return load_checkpoint(found.path, engine, layout), found.step
+
+
+def _plan_memory(
+    recipe: Recipe, layout: Layout, model: MultiTaskModel, train: TokenizedSplit, settings: Mapping[str, Any]
+) -> MemoryPlan:
+    parameters = count_parameters(model, top_k=recipe.model.moe.top_k)
+    zero = settings["zero_optimization"]
+    blocks = model.moe_layers()
+    return plan_memory(
+        parameters["dense"],
+        expert_parameters=parameters["experts"],
+        world_size=layout.world_size,
+        ep_size=layout.ep_size,
+        stage=layout.stage,
+        bf16=layout.bf16,
+        optimizer=recipe.train.optimizer,
+        momentum=recipe.train.momentum,
+        offload=zero.get("offload_optimizer", {}).get("device", "none") == "cpu",
+        bucket_elements=int(zero.get("reduce_bucket_size", 0)),
+        tokens=int(layout.micro_batch_size * train.lengths.mean()),
+        layers=model.encoder.config.num_hidden_layers,
+        width=model.config.hidden_size,
+        moe_layers=len(blocks),
+        top_k=recipe.model.moe.top_k,
+        expert_width=blocks[0].mixture.experts.down_proj.shape[-1] if blocks else 0,
+    )

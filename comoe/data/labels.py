@@ -1,0 +1,78 @@
+"""Labels of a task in its posts: which there are, how many, and whether there is something to learn."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from comoe.data.posts import PostSplit
+from comoe.data.report import DataReport
+from comoe.protocols import IGNORED
+from comoe.schema import TaskConfig
+from comoe.tasks.base import Kind
+from comoe.tasks.catalog import Task, build_task
+
+
+def discovered(kind: Kind, values: Iterable[Any]) -> tuple[str, ...]:
+    """Label names in the training cells that the kind can read; the others are reported with their line later."""
+
+    def readable(value: Any) -> bool:
+        try:
+            kind.parse(value, kind.discover([value]))
+        except ValueError:
+            return False
+        return True
+
+    return kind.discover(value for value in values if readable(value))
+
+
+def resolved_task(
+    name: str, config: TaskConfig, *, labels: tuple[str, ...], splits: Mapping[str, PostSplit], report: DataReport
+) -> Task:
+    """One task, resolved against its posts and counted in the report.
+
+    Args:
+        name: key in the recipe.
+        config: the task's options.
+        labels: label names in the order of their ids.
+        splits: train and validation at least.
+        report: gets label counts, mean confidence and warnings.
+
+    Raises:
+        ValueError: no labelled training post, or all with the same label; or labels that do not fit the kind.
+    """
+    counts = {split: label_counts(posts.labels[name], labels) for split, posts in splits.items()}
+    present = [value for value in splits["train"].labels[name] if value is not None]
+    if not present:
+        raise ValueError(
+            f"tasks.{name}: no training post has a label in column {config.label!r}; correct it, or drop the task."
+        )
+    task = build_task(name, config, labels=labels, label_counts=counts["train"])
+    distinct = {item for value in present for item in value} - {IGNORED} if task.rules.per_token else set(present)
+    if len(distinct) < 2:
+        only = next(iter(counts["train"]), "none") if labels else next(iter(distinct))
+        raise ValueError(
+            f"tasks.{name}: all {len(present):,} training labels are the same ({only}), so there is nothing to learn; "
+            "add posts with other labels, raise data.limit_per_task, or drop the task."
+        )
+    report.labels[name] = {split: dict(found) for split, found in counts.items() if found}
+    if absent := [label for label in labels if not counts["train"][label]]:
+        report.warnings.append(f"task {name}: no training post has the label {', '.join(absent)}")
+    if not counts["validation"].total():
+        report.warnings.append(f"task {name}: no validation post has a label; it cannot be measured")
+    if config.confidence is not None:
+        numbers = [number for number in splits["train"].confidences[name] if number is not None]
+        report.confidence[name] = float(np.mean(numbers)) if numbers else float("nan")
+    return task
+
+
+def label_counts(values: Sequence[Any], labels: tuple[str, ...]) -> Counter[str]:
+    """Label -> posts (words, for tags) that have it, in the order of ids; for numbers one entry, ``labelled``."""
+    present = [value for value in values if value is not None]
+    if not labels:
+        return Counter({"labelled": len(present)} if present else {})
+    ids = Counter(item for value in present for item in (value if isinstance(value, (list, tuple)) else (value,)))
+    return Counter({label: ids[number] for number, label in enumerate(labels) if ids[number]})

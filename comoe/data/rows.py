@@ -1,0 +1,144 @@
+"""One row of a data file to one post: text, words, second text, parsed labels; or what is wrong with it."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from comoe.data.text import is_blank
+from comoe.schema import TaskConfig
+from comoe.tasks.catalog import kind_of
+
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+class BadCell(ValueError):
+    """A cell that makes its row unusable."""
+
+    def __init__(self, value: Any, rule: str) -> None:
+        super().__init__(rule)
+        self.value = value
+        self.rule = rule
+
+
+@dataclass(frozen=True, slots=True)
+class Post:
+    """One row, read."""
+
+    text: str
+    """The post; of words, the words joined by blanks."""
+    words: list[str] | None
+    """The post as words where the cell is a list, or where a task of the data set tags words."""
+    pair: str | None
+    """Second text."""
+    labels: dict[str, Any]
+    """Task -> parsed label, None where missing."""
+    confidences: dict[str, float | None]
+    """Task with a confidence column -> number in [0, 1], None where missing."""
+
+
+class RowReader:
+    """Reads the rows of one data set for all of its tasks.
+
+    Args:
+        tasks: tasks of the data set; they have the same text columns.
+        labels: task -> label names.
+        max_characters: a longer text is a bad cell.
+    """
+
+    def __init__(
+        self, tasks: Mapping[str, TaskConfig], labels: Mapping[str, tuple[str, ...]], *, max_characters: int
+    ) -> None:
+        self._tasks = tasks
+        self._labels = labels
+        self._kinds = {name: kind_of(task.kind) for name, task in tasks.items()}
+        first = next(iter(tasks.values()))
+        self._text, self._pair = first.text, first.pair
+        self._max_characters = max_characters
+        self._as_words = any(kind.per_token for kind in self._kinds.values())
+
+    def read(self, row: Mapping[str, Any]) -> Post:
+        """One row.
+
+        Raises:
+            BadCell: no text, too long a text, an unknown label, another number of tags than of words.
+        """
+        text, words = self._first_text(row.get(self._text))
+        return Post(
+            text=text,
+            words=words,
+            pair=self._second_text(row.get(self._pair)) if self._pair is not None else None,
+            labels={name: self._label(name, row.get(task.label), words) for name, task in self._tasks.items()},
+            confidences={
+                name: _confidence(name, row.get(task.confidence))
+                for name, task in self._tasks.items()
+                if task.confidence is not None
+            },
+        )
+
+    def _first_text(self, value: Any) -> tuple[str, list[str] | None]:
+        if isinstance(value, (list, tuple)):
+            words = [self._clean(word, self._text) for word in value]
+            text = " ".join(words)
+        else:
+            text = self._clean(value, self._text)
+            words = text.split() if self._as_words else None
+        if len(text) > self._max_characters:
+            raise self._too_long(text, self._text)
+        if is_blank(text):
+            raise BadCell(value, f"column {self._text} is empty; a post needs text.")
+        return text, words
+
+    def _second_text(self, value: Any) -> str | None:
+        text = " ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
+        text = self._clean(text, self._pair)
+        if len(text) > self._max_characters:
+            raise self._too_long(text, self._pair)
+        return None if is_blank(text) else text
+
+    def _clean(self, value: Any, column: str | None) -> str:
+        """A cell as text. Half a surrogate pair, which no tokenizer takes, becomes the replacement character."""
+        if value is None or (isinstance(value, float) and math.isnan(value)):
+            return ""
+        if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+            raise BadCell(value, f"column {column} holds no text; a text is a string, or a list of words.")
+        text = str(value)
+        if "\x00" in text:
+            raise BadCell(value, f"column {column} holds a NUL character; remove it.")
+        return _LONE_SURROGATE.sub("\ufffd", text)
+
+    def _too_long(self, text: str, column: str | None) -> BadCell:
+        rule = f"more than data.max_characters ({self._max_characters:,}); cut it, or raise the limit."
+        return BadCell(text, f"column {column} has {len(text):,} characters, {rule}")
+
+    def _label(self, name: str, value: Any, words: list[str] | None) -> Any:
+        labels, kind = self._labels[name], self._kinds[name]
+        try:
+            parsed = kind.parse(value, labels)
+        except ValueError as error:
+            hint = f" Labels come from the training split, unless tasks.{name}.labels lists them." if labels else ""
+            raise BadCell(value, f"task {name}, column {self._tasks[name].label}: {error}.{hint}") from error
+        if kind.per_token and parsed is not None and len(parsed) != len(words or ()):
+            tags = f"task {name}, column {self._tasks[name].label}: {len(parsed)} tags"
+            raise BadCell(value, f"{tags} for {len(words or ())} words; give one tag per word.")
+        return parsed
+
+
+def _confidence(name: str, value: Any) -> float | None:
+    """A number in [0, 1], None where missing."""
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return None
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.inf
+    if math.isnan(number):
+        return None
+    if isinstance(value, (bool, np.bool_)) or not 0 <= number <= 1:
+        raise BadCell(value, f"task {name}: the confidence must be a number from 0 to 1.")
+    return number

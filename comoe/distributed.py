@@ -1,0 +1,137 @@
+"""Every collective of the project. All work in one process without ``init_process_group`` too.
+
+Rule of the house: guard the output, never the collective. Each function here must be reached by every rank.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def is_distributed() -> bool:
+    """True when a process group exists."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def world_size() -> int:
+    """Number of ranks, 1 without a process group."""
+    return dist.get_world_size() if is_distributed() else 1
+
+
+def rank() -> int:
+    """Index of this process, 0 without a process group."""
+    return dist.get_rank() if is_distributed() else 0
+
+
+def is_main() -> bool:
+    """True on the rank that prints and writes."""
+    return rank() == 0
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if is_distributed():
+        dist.barrier()
+
+
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """Sum of a tensor over ranks, without gradient; the argument is left as it is."""
+    total = tensor.detach().clone()
+    if is_distributed():
+        dist.all_reduce(total)
+    return total
+
+
+def max_over_ranks(value: float) -> float:
+    """Largest of the ranks' numbers, the same on all of them."""
+    if not is_distributed():
+        return value
+    holder = torch.tensor(value, dtype=torch.float64, device=collective_device())
+    dist.all_reduce(holder, op=dist.ReduceOp.MAX)
+    return float(holder)
+
+
+def all_gather_objects(value: Any) -> list[Any]:
+    """What every rank passed in, in rank order. Pickles: only between ranks of one run."""
+    if not is_distributed():
+        return [value]
+    gathered: list[Any] = [None] * world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def broadcast_object(value: Any) -> Any:
+    """Rank 0's value on every rank."""
+    if not is_distributed():
+        return value
+    holder = [value]
+    dist.broadcast_object_list(holder, src=0)
+    return holder[0]
+
+
+def collective_device() -> torch.device:
+    """Device on which small control tensors must live for the backend in use."""
+    if is_distributed() and dist.get_backend() == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def gather_rows(rows: Tensor) -> tuple[Tensor, int]:
+    """Concatenate the first dimension over ranks, with gradient.
+
+    Ranks may bring different numbers of rows, none too. The backward pass sums every rank's gradient and hands each
+    rank its own rows, so a rank whose rows are used elsewhere gets the full gradient; all ranks must therefore run
+    the backward pass of a floating-point gather.
+
+    Args:
+        rows: shape (N, ...), the same trailing shape and dtype on all ranks.
+
+    Returns:
+        All rows in rank order, shape (sum of N, ...), and the index at which this rank's rows begin.
+    """
+    if world_size() == 1:
+        return rows, 0
+    own = torch.tensor([rows.shape[0]], dtype=torch.int64, device=rows.device)
+    sizes_W = [torch.zeros_like(own) for _ in range(world_size())]
+    dist.all_gather(sizes_W, own)
+    sizes = [int(size) for size in torch.cat(sizes_W).tolist()]
+    gathered = _GatherRows.apply(rows, sizes) if rows.is_floating_point() else _all_gather_uneven(rows, sizes)
+    return gathered, sum(sizes[: rank()])
+
+
+def all_gather_in_group(tensor: Tensor, group: Any) -> Tensor:
+    """Equal shares of the ranks of one group, concatenated in group order along the first dimension; no gradient."""
+    if not is_distributed() or dist.get_world_size(group) == 1:
+        return tensor
+    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, tensor.contiguous(), group=group)
+    return torch.cat(parts)
+
+
+def _all_gather_uneven(rows: Tensor, sizes: list[int]) -> Tensor:
+    # Padded to the largest share: gloo has no all-gather of unequal tensors.
+    padded = rows.new_zeros((max(max(sizes), 1), *rows.shape[1:]))
+    padded[: rows.shape[0]] = rows
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+
+class _GatherRows(torch.autograd.Function):
+    """All-gather of unequal rows; its gradient is the sum over ranks of the rows' gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, sizes: list[int]) -> Tensor:
+        ctx.sizes = sizes
+        return _all_gather_uneven(rows, sizes)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        total = gradient.contiguous().clone()
+        dist.all_reduce(total)
+        start = sum(ctx.sizes[: rank()])
+        return total[start : start + ctx.sizes[rank()]], None

@@ -1,0 +1,78 @@
+"""What a run would do, printed instead of done: recipe, labels, sample posts after cleaning, memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from comoe.config import recipe_to_yaml
+from comoe.data.corpus import Corpus
+from comoe.data.posts import PostSplit
+from comoe.data.text import normalize_post, normalize_words
+from comoe.memory import MemoryPlan
+from comoe.schema import NormalizeConfig, Recipe
+from comoe.tasks.catalog import Task
+
+SAMPLES = 3
+"""Posts shown per task."""
+SHOWN_CHARACTERS = 160
+"""Characters of a post that are shown."""
+
+
+def print_dry_run(recipe: Recipe, corpus: Corpus, memory_plan: MemoryPlan) -> None:
+    """Print the resolved recipe, labels and set-aside rows per split, sample posts, and the memory of one rank.
+
+    Args:
+        recipe: with everything filled in.
+        corpus: the posts it names, and the report on reading them.
+        memory_plan: of the layout that the run would have.
+    """
+    print("\n".join(dry_run_lines(recipe, corpus, memory_plan)), flush=True)
+
+
+def dry_run_lines(recipe: Recipe, corpus: Corpus, memory_plan: MemoryPlan) -> list[str]:
+    """The lines that ``print_dry_run`` prints; every section begins with ``# ``, so the recipe stays valid YAML."""
+    lines = ["# recipe", *recipe_to_yaml(recipe).splitlines(), "", "# data", *corpus.report.lines()]
+    lines += ["", "# sample posts"]
+    for task in corpus.tasks:
+        lines += sample_lines(task, corpus.splits["train"], recipe.data.normalize)
+    return [*lines, "", "# memory", *memory_plan.lines()]
+
+
+def sample_lines(task: Task, split: PostSplit, config: NormalizeConfig) -> list[str]:
+    """The first labelled posts of a task, cleaned as the encoder will see them, each after its label.
+
+    Args:
+        task: whose labels are shown.
+        split: usually the training posts.
+        config: the cleaning.
+    """
+    lines = [f"{task.name} ({task.kind}, metric {task.metric}):"]
+    for row in _first_labelled(task, split):
+        pair = split.pairs[row]
+        texts = [_cleaned(split, row, config), *([normalize_post(pair, config)] if pair is not None else [])]
+        lines.append(f"  {_label_in_words(task, split, row)} | {' || '.join(map(_cut, texts))}")
+    return lines if len(lines) > 1 else [*lines, "  no post has a label of this task"]
+
+
+def _first_labelled(task: Task, split: PostSplit) -> Iterator[int]:
+    labelled = (row for row, value in enumerate(split.labels[task.name]) if value is not None)
+    return (row for row, _ in zip(labelled, range(SAMPLES), strict=False))
+
+
+def _cleaned(split: PostSplit, row: int, config: NormalizeConfig) -> str:
+    words = split.words[row]
+    return normalize_post(split.texts[row], config) if words is None else " ".join(normalize_words(words, config))
+
+
+def _label_in_words(task: Task, split: PostSplit, row: int) -> str:
+    """The label as prediction would write it: through the target tensor and back, which is what training sees."""
+    value, words = split.labels[task.name][row], split.words[row]
+    targets = task.rules.collate([value], labels=task.labels, length=0 if words is None else len(words))
+    (gold,) = task.rules.gold(targets, task)
+    if isinstance(gold, float):
+        return f"{gold:.4g}"
+    return gold if isinstance(gold, str) else ", ".join(map(str, gold)) or "none of the labels"
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[: SHOWN_CHARACTERS - 3]}..."

@@ -1,0 +1,218 @@
+"""Answers of the model on one split, on all ranks, and their metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from comoe.protocols import IGNORED, Batch, ModelOutput
+from comoe.rules import unknown_name
+from comoe.tasks.catalog import Task
+from comoe.tasks.metrics import LOWER_IS_BETTER
+
+MEAN = "mean"
+"""Name of the mean of all tasks' main metrics, as ``train.early_stop_metric`` spells it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What a split says about the model; the same on every rank."""
+
+    metrics: dict[str, dict[str, float]]
+    """Task -> metric -> value; ``n`` counts labelled rows, ``loss`` is their mean. A task without any is left out."""
+    confusions: dict[str, np.ndarray]
+    """Task -> counts of (gold, predicted), int64, (Y, Y), where its kind has such a thing."""
+    predictions: dict[str, list[dict[str, Any]]]
+    """Task -> per post, in the order of the split: ``row``, ``text`` where given, ``gold`` or None, and the answer."""
+
+
+class Collate(Protocol):
+    """What is needed of ``comoe.data.batching.Collator``."""
+
+    def __call__(self, split: Any, indices: np.ndarray) -> Batch: ...
+
+
+class Answer(NamedTuple):
+    """One post's answer for one task; plain NumPy, so that it can travel between ranks."""
+
+    row: int
+    """Index of the post in its split."""
+    logits: np.ndarray
+    """(Y,), or (words, Y) for a kind that answers each word."""
+    targets: np.ndarray
+    """The label as in ``Batch.labels``, of this row: (), (Y,) or (words,)."""
+
+
+def evaluate(
+    forward: Callable[[Batch], ModelOutput],
+    split: Any,
+    *,
+    collator: Collate,
+    tasks: Sequence[Task],
+    batches: Iterable[np.ndarray],
+    gather: Callable[[Any], list[Any]],
+    device: torch.device | str,
+    progress: Callable[[int], None] | None = None,
+    texts: Sequence[str] | None = None,
+    predictions: bool = True,
+) -> Evaluation:
+    """Run the model over a split and score it.
+
+    The answers of all ranks are gathered, ordered by post and freed of duplicates before they are scored, so the
+    metrics depend neither on the number of ranks nor on the batches. A post counts for the tasks whose label it has. A
+    post without any label is scored nowhere and predicted for all tasks (under ``route_by: task`` for its rows' tasks).
+
+    Args:
+        forward: the model in evaluation mode; called under ``torch.no_grad``.
+        split: what ``collator`` makes batches of.
+        collator: (split, row ids) -> batch on the CPU; a filler row for no ids.
+        tasks: tasks in the order of the model's.
+        batches: row ids of each batch of this rank. Every rank brings the same number of them, empty ones if need be:
+            under expert parallelism each forward is a collective.
+        gather: object of this rank -> objects of all ranks, on all ranks.
+        device: where ``forward`` wants its batch.
+        progress: called after each batch with its number of posts.
+        texts: text per row of the split, shown beside the predictions.
+        predictions: False leaves them out, which spares time in the middle of a training run.
+    """
+    answers: dict[str, list[Answer]] = {task.name: [] for task in tasks}
+    with torch.no_grad():
+        for indices in batches:
+            batch = collator(split, indices)
+            output = forward(batch.to(device))
+            for task, rows in zip(tasks, _rows_to_keep(batch, tasks), strict=True):
+                answers[task.name].extend(_answers(batch, output.logits[task.name], rows=rows, task=task))
+            if progress is not None:
+                progress(len(indices))
+    shares = gather(answers)
+    metrics, confusions, shown = {}, {}, {}
+    for task in tasks:
+        by_row = {answer.row: answer for share in shares for answer in share[task.name]}
+        ordered = [by_row[row] for row in sorted(by_row)]
+        logits, targets = _joined(ordered, task)
+        gold, scores = task.rules.answers(logits, targets)
+        if len(gold):
+            loss = task.rules.loss(logits, targets, task) / task.rules.units(targets, task)
+            metrics[task.name] = {"n": float(len(gold)), "loss": float(loss)} | task.rules.score(gold, scores, task)
+            confusion = task.rules.confusion(gold, scores, task)
+            if confusion is not None:
+                confusions[task.name] = confusion
+        if predictions:
+            shown[task.name] = _predictions(ordered, targets, task=task, texts=texts)
+    return Evaluation(metrics, confusions, shown)
+
+
+def mean_metric(metrics: Mapping[str, Mapping[str, float]], tasks: Sequence[Task]) -> float:
+    """Mean of the tasks' main metrics, larger is better: those that are better when lower enter negated.
+
+    Raises:
+        ValueError: no task has a labelled post in the split.
+    """
+    values = [_rising(task.metric, metrics[task.name][task.metric]) for task in tasks if task.name in metrics]
+    if not values:
+        names = ", ".join(task.name for task in tasks)
+        raise ValueError(f"the split has no labelled post of any task ({names}), so there is no metric to choose by.")
+    return float(np.mean(values))
+
+
+def chosen_metric(metrics: Mapping[str, Mapping[str, float]], tasks: Sequence[Task], name: str) -> float:
+    """The number that early stopping and the best checkpoint go by; larger is better, as in ``mean_metric``.
+
+    Args:
+        metrics: ``Evaluation.metrics``.
+        tasks: all tasks.
+        name: ``mean``, or ``task/metric`` with any key of that task's metrics ("mood/f1/joy", "mood/loss").
+
+    Raises:
+        ValueError: no such task or metric, or no labelled post of the task in the split.
+    """
+    check_chosen_metric(name, tasks)
+    if name == MEAN:
+        return mean_metric(metrics, tasks)
+    task, _, metric = name.partition("/")
+    if task not in metrics:
+        raise ValueError(
+            f"train.early_stop_metric is {name!r}, but the split has no labelled post of {task}; use mean."
+        )
+    return _rising(metric, metrics[task][metric])
+
+
+def check_chosen_metric(name: str, tasks: Sequence[Task]) -> None:
+    """Refuse an ``early_stop_metric`` that no evaluation will ever have; to be called before training.
+
+    Raises:
+        ValueError: no such task or metric, with the nearest one.
+    """
+    valid = [MEAN, *(f"{task.name}/{metric}" for task in tasks for metric in metric_names(task))]
+    if name not in valid:
+        raise unknown_name("train.early_stop_metric", name, valid)
+
+
+def metric_names(task: Task) -> tuple[str, ...]:
+    """What ``Evaluation.metrics`` has of a task besides the count ``n``, known before any evaluation."""
+    gold, scores = task.rules.answers(*_joined([], task))
+    return ("loss", *task.rules.score(gold, scores, task))
+
+
+def _rising(metric: str, value: float) -> float:
+    return -value if metric in LOWER_IS_BETTER else value
+
+
+def _rows_to_keep(batch: Batch, tasks: Sequence[Task]) -> list[list[int]]:
+    """Per task the rows of the batch that are scored or shown for it; filler rows are for none."""
+    labelled = torch.stack([task.rules.labelled(batch.labels[task.name]) for task in tasks])
+    bare = ~labelled.any(dim=0)
+    real = batch.row_ids_B >= 0
+    kept = []
+    for index in range(len(tasks)):
+        meant = (batch.task_ids_B == -1) | (batch.task_ids_B == index)
+        kept.append(torch.nonzero(real & (labelled[index] | (bare & meant)))[:, 0].tolist())
+    return kept
+
+
+def _answers(batch: Batch, logits: Tensor, *, rows: list[int], task: Task) -> list[Answer]:
+    """Some rows of a batch, words only for a kind that answers each word."""
+    if not rows:
+        return []
+    logits, targets = logits[rows].float().cpu(), batch.labels[task.name][rows]
+    ids = batch.row_ids_B[rows].tolist()
+    if not task.rules.per_token:
+        return [Answer(*answer) for answer in zip(ids, logits.numpy(), targets.numpy(), strict=True)]
+    words = batch.word_starts_BL[rows]
+    return [
+        Answer(row, logits_LY[starts].numpy(), targets_L[starts].numpy())
+        for row, logits_LY, targets_L, starts in zip(ids, logits, targets, words, strict=True)
+    ]
+
+
+def _joined(answers: Sequence[Answer], task: Task) -> tuple[Tensor, Tensor]:
+    """All answers as one batch of logits and targets, padded to the most words."""
+    if not answers:
+        shape = (0, 0) if task.rules.per_token else (0,)
+        empty = task.rules.collate([], labels=task.labels, length=0)
+        return torch.zeros(*shape, task.rules.num_outputs(task.labels)), empty
+    logits = [torch.from_numpy(answer.logits) for answer in answers]
+    targets = [torch.as_tensor(answer.targets) for answer in answers]
+    if not task.rules.per_token:
+        return torch.stack(logits), torch.stack(targets)
+    return pad_sequence(logits, batch_first=True), pad_sequence(targets, batch_first=True, padding_value=IGNORED)
+
+
+def _predictions(
+    answers: Sequence[Answer], targets: Tensor, *, task: Task, texts: Sequence[str] | None
+) -> list[dict[str, Any]]:
+    """One dict per answer, in order."""
+    if not answers:
+        return []
+    words_or_rows = [torch.from_numpy(answer.logits) for answer in answers]
+    decoded = task.rules.decode(words_or_rows if task.rules.per_token else torch.stack(words_or_rows), task)
+    return [
+        {"row": answer.row} | ({} if texts is None else {"text": texts[answer.row]}) | {"gold": gold} | shown
+        for answer, gold, shown in zip(answers, task.rules.gold(targets, task), decoded, strict=True)
+    ]

@@ -1,0 +1,268 @@
+"""Exports: a trained model as a folder in Hugging Face style, and back. No DeepSpeed, no pickle.
+
+``model.safetensors`` (plain PyTorch names, float32), ``config.json`` (all that is needed to build the model; tasks as a
+list because Hugging Face sorts the keys of dicts), the tokenizer's files, and ``README.md``, the model card.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer
+
+from comoe.config import load_recipe, recipe_from_dict, unknown_name
+from comoe.data.batching import load_tokenizer
+from comoe.model_card import model_card
+from comoe.models.multitask import MultiTaskModel, build_model
+from comoe.schema import DataConfig, ModelConfig, Recipe
+from comoe.tasks.catalog import Task
+
+FORMAT_VERSION = 1
+"""Counts changes of ``config.json`` and of the weights' names that older code cannot read."""
+WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """An export in memory."""
+
+    model: MultiTaskModel
+    """With its weights, on the CPU, in evaluation mode."""
+    tasks: tuple[Task, ...]
+    """In the order of the model's heads."""
+    tokenizer: Any
+    """The encoder's tokenizer."""
+    model_config: ModelConfig
+    """How the model is built; ``encoder`` names what it was trained from."""
+    data_config: DataConfig
+    """How posts were read: ``max_length`` and ``normalize`` count here."""
+    config: Mapping[str, Any]
+    """``config.json`` as it is."""
+
+
+def export_model(
+    folder: Path,
+    *,
+    state_dict: Mapping[str, Tensor],
+    recipe: Recipe,
+    tasks: Sequence[Task],
+    encoder_config: Mapping[str, Any],
+    tokenizer: Any,
+    results: Mapping[str, Any] | None = None,
+) -> None:
+    """Write an export, read it back to prove that it loads, and only then give it its name.
+
+    Args:
+        folder: the export; an older export there is replaced.
+        state_dict: every weight and buffer of ``MultiTaskModel`` under its plain name, whole, float32.
+        recipe: the resolved recipe of the run.
+        tasks: in the order of the model's heads.
+        encoder_config: ``encoder.config.to_dict()``.
+        tokenizer: the encoder's tokenizer.
+        results: content of the run's ``results.json``, measured on these very weights, for the model card.
+
+    Raises:
+        ValueError: the folder holds something that is no export, or weights and recipe do not fit.
+    """
+    folder = Path(folder)
+    if folder.exists() and not _may_replace(folder):
+        raise ValueError(f"{folder} exists and is not an export of comoe; choose another folder, or remove it first.")
+    config = _config(recipe, tasks, encoder_config)
+    aside = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}
+        save_file(weights, aside / WEIGHTS, metadata={"format": "pt"})
+        (aside / CONFIG).write_text(json.dumps(config, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+        tokenizer.save_pretrained(str(aside))
+        card = model_card(folder.name, recipe=recipe, tasks=tasks, config=config, results=results)
+        (aside / CARD).write_text(card, encoding="utf-8")
+        load_exported(aside)
+        if folder.exists():
+            shutil.rmtree(folder)
+        aside.rename(folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def load_exported(folder: str | Path) -> Exported:
+    """Read an export: safetensors and JSON only, nothing in the folder is executed.
+
+    Raises:
+        ValueError: no such folder, a file is missing or damaged, made by a newer comoe, or weights that do not fit.
+    """
+    folder = Path(folder)
+    config = _read_config(folder)
+    tasks = tuple(Task.from_dict(plain) for plain in config["tasks"])
+    recipe = recipe_from_dict({"model": config["model"], "data": config["data"]})
+    model = build_model(recipe.model, tasks, encoder_config=dict(config["encoder"]))
+    try:
+        weights = load_file(folder / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{folder / WEIGHTS} cannot be read ({error}); copy or export the folder again.") from error
+    _check_fit(model.state_dict(), weights, place=folder / WEIGHTS)
+    model.load_state_dict(weights)
+    model.eval()
+    return Exported(model, tasks, _load_tokenizer(folder, config["encoder"]), recipe.model, recipe.data, config)
+
+
+def export_checkpoint(path: Path, out: Path, *, which: str = "best") -> Path:
+    """Make an export from a checkpoint, whatever its ranks, EP and ZeRO stage: its full weights lie in the checkpoint.
+
+    Args:
+        path: a run folder, or one checkpoint of it (``<run>/checkpoints/step-...``).
+        out: the export.
+        which: best or last, where ``path`` is a run folder.
+
+    Returns:
+        The checkpoint that was used.
+
+    Raises:
+        ValueError: no whole checkpoint there, or a file of the run is missing.
+    """
+    path = Path(path).resolve()
+    checkpoint = path if (path / "weights").is_dir() else _choose_checkpoint(path, which)
+    run = checkpoint.parent.parent
+    for name in ("config.yaml", "tasks.json", "encoder_config.json", "tokenizer"):
+        if not (run / name).exists():
+            raise ValueError(f"{run / name} is missing; --checkpoint wants a run folder or a checkpoint inside of one.")
+    try:
+        weights = load_file(checkpoint / "weights" / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{checkpoint} was cut short ({error}); use another one in {checkpoint.parent}.") from error
+    results = _read_json(run / "results.json") if (run / "results.json").is_file() else None
+    # The card shows what was measured on these weights, not on those of another step.
+    if results is not None and checkpoint.name != f"step-{results.get('best_step', -1):08d}":
+        results = None
+    export_model(
+        Path(out),
+        state_dict=weights,
+        recipe=load_recipe(run / "config.yaml"),
+        tasks=[Task.from_dict(plain) for plain in _read_json(run / "tasks.json")],
+        encoder_config=_read_json(run / "encoder_config.json"),
+        tokenizer=load_tokenizer(str(run / "tokenizer")),
+        results=results,
+    )
+    return checkpoint
+
+
+def _choose_checkpoint(run: Path, which: str) -> Path:
+    if which not in CHOICES:
+        raise unknown_name("--which", which, CHOICES)
+    whole = sorted(manifest.parent for manifest in (run / "checkpoints").glob("step-*/manifest.json"))
+    if not whole:
+        raise ValueError(f"{run} holds no whole checkpoint; give a run folder (with checkpoints/) or a checkpoint.")
+    chosen = CHOICES[which](run / "checkpoints", whole)
+    if chosen not in whole:
+        names = ", ".join(path.name for path in whole)
+        raise ValueError(f"{run} has no whole {which} checkpoint; give one of {names} in {run / 'checkpoints'}.")
+    return chosen
+
+
+def _best(checkpoints: Path, whole: Sequence[Path]) -> Path:
+    """The checkpoint that an evaluation named; the newest one where none was."""
+    named = checkpoints / "best.json"
+    return checkpoints / f"step-{_read_json(named)['step']:08d}" if named.is_file() else whole[-1]
+
+
+def _config(recipe: Recipe, tasks: Sequence[Task], encoder_config: Mapping[str, Any]) -> dict[str, Any]:
+    model = dataclasses.asdict(recipe.model)
+    # The paths of the machine that trained are of no use to others.
+    model["encoder"] = base_model(recipe.model.encoder)
+    return {
+        "architectures": [MultiTaskModel.__name__],
+        "model_type": "comoe",
+        "format_version": FORMAT_VERSION,
+        "comoe_version": _version(),
+        "dtype": "float32",
+        "num_local_experts": recipe.model.moe.num_experts,
+        "num_experts_per_tok": recipe.model.moe.top_k,
+        "max_length": recipe.data.max_length,
+        "tasks": [task.to_dict() for task in tasks],
+        "model": model,
+        "data": {"max_length": recipe.data.max_length, "normalize": dataclasses.asdict(recipe.data.normalize)},
+        "encoder": {key: value for key, value in encoder_config.items() if key != "_name_or_path"},
+    }
+
+
+def base_model(encoder: str) -> str:
+    """Hub name of the encoder, or the last part of its folder."""
+    return Path(encoder).name if Path(encoder).exists() or encoder.count("/") > 1 else encoder
+
+
+def _load_tokenizer(folder: Path, encoder_config: Mapping[str, Any]) -> Any:
+    # Left to itself, AutoTokenizer would read our config.json and warn of a model type that it does not know.
+    fields = dict(encoder_config)
+    try:
+        return AutoTokenizer.from_pretrained(folder, config=AutoConfig.for_model(fields.pop("model_type"), **fields))
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"{folder}: its tokenizer cannot be loaded ({reason}); copy or export the folder again.") from error
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
+    if missing:
+        raise ValueError(
+            f"{folder} is not an export: {' and '.join(missing)} missing; launch/export.py makes one from a run folder."
+        )
+    config = _read_json(folder / CONFIG)
+    if config.get("model_type") != "comoe":
+        raise ValueError(
+            f"{folder / CONFIG} has model_type {config.get('model_type')!r} instead of 'comoe'; give the folder that "
+            f"launch/export.py (or a run, as export/) wrote."
+        )
+    version = config.get("format_version")
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"{folder / CONFIG} has format_version {version}, made by comoe {config.get('comoe_version')}; this comoe "
+            f"({_version()}) reads {FORMAT_VERSION}: install that version, or export the run again with this one."
+        )
+    return config
+
+
+def _check_fit(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], *, place: Path) -> None:
+    missing, extra = expected.keys() - found.keys(), found.keys() - expected.keys()
+    shapes = [name for name in expected.keys() & found.keys() if expected[name].shape != found[name].shape]
+    problems = {"missing": missing, "not in the model": extra, "of another shape": shapes}
+    told = [f"{len(names)} {what} ({', '.join(sorted(names)[:3])})" for what, names in problems.items() if names]
+    if told:
+        raise ValueError(f"{place} does not fit {CONFIG}: weights {'; '.join(told)}. Export the run again.")
+
+
+def _may_replace(folder: Path) -> bool:
+    if not folder.is_dir():
+        return False
+    if not any(folder.iterdir()):
+        return True
+    config = folder / CONFIG
+    return config.is_file() and _read_json(config).get("model_type") == "comoe"
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); the file is damaged.") from error
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("comoe")
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+CHOICES = {"best": _best, "last": lambda checkpoints, whole: whole[-1]}
+"""``--which`` -> (checkpoints folder, whole checkpoints) -> checkpoint."""

@@ -1,0 +1,102 @@
+"""The end of a run: best weights back, validation and test scored, predictions, results, export, a table."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from comoe.assemble import Run
+from comoe.distributed import barrier, is_main, max_over_ranks, world_size
+from comoe.evaluate import Evaluation
+from comoe.export import export_checkpoint
+from comoe.tasks.catalog import Task
+from comoe.train.checkpoint import best_checkpoint, find_checkpoint, load_checkpoint
+from comoe.train.records import format_results_table, write_results
+
+
+def finish(run: Run) -> None:
+    """Score the best checkpoint, write ``results.json``, ``predictions/`` and ``export/``, print the table."""
+    trainer = run.trainer
+    best = best_checkpoint(trainer.checkpoints)
+    newest = find_checkpoint(trainer.checkpoints)
+    assert newest is not None
+    chosen = best or newest.path
+    if chosen != newest.path:
+        # The same loader as a resume: the one path that is proven to restore every layout.
+        load_checkpoint(chosen, trainer.engine, trainer.layout)
+    evaluations = {}
+    for split in ("validation", "test"):
+        evaluation, routing = trainer.evaluator.run(split, predictions=True)
+        if evaluation is None:
+            continue
+        evaluations[split] = evaluation
+        step = int(chosen.name.removeprefix("step-"))
+        trainer.monitor.log_evaluation(step, split=f"{split}_final", evaluation=evaluation, routing=routing)
+    peak = max_over_ranks(peak_memory_bytes())
+    if is_main():
+        results = _results(run, evaluations, chosen=chosen, peak=peak)
+        write_results(run.folder, results)
+        _write_predictions(run.folder / "predictions", evaluations)
+        export_checkpoint(chosen, run.folder / "export")
+        print_results(run.folder, run.tasks)
+    barrier()
+
+
+def print_results(folder: Path, tasks: Sequence[Task]) -> None:
+    """The table of a finished run, from its ``results.json``, and what to type next."""
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    print()
+    print(format_results_table(results["metrics"], tasks))
+    print()
+    print(f"run folder     {folder}")
+    print(f"watch          tensorboard --logdir {folder.parent}")
+    print(f"predict        python launch/predict.py --model {folder / 'export'} --input posts.txt --output answers.jsonl")
+
+
+def peak_memory_bytes() -> float:
+    """Most memory this rank has held so far: of the GPU where there is one, else of the process."""
+    if torch.cuda.is_available():
+        return float(torch.cuda.max_memory_allocated())
+    import resource
+
+    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+
+
+def _results(run: Run, evaluations: Mapping[str, Evaluation], *, chosen: Path, peak: float) -> dict[str, Any]:
+    trainer = run.trainer
+    state = trainer.state
+    return {
+        "run": run.recipe.run.name,
+        "finished": state.finished,
+        "step": state.step,
+        "best_step": int(chosen.name.removeprefix("step-")),
+        "best_value": state.best_value,
+        "early_stop_metric": run.recipe.train.early_stop_metric,
+        "metrics": {split: evaluation.metrics for split, evaluation in evaluations.items()},
+        "seconds": state.seconds,
+        "posts": state.posts_seen,
+        "posts_per_second": state.posts_seen / state.seconds if state.seconds else None,
+        "skipped_steps": state.nonfinite_total,
+        "peak_memory_bytes_per_rank": peak,
+        "world_size": world_size(),
+        "ep_size": trainer.layout.ep_size,
+        "zero_stage": trainer.layout.stage,
+        "bf16": trainer.layout.bf16,
+        "parameters": dict(run.parameters),
+        "data": run.corpus.report.to_dict(),
+    }
+
+
+def _write_predictions(folder: Path, evaluations: Mapping[str, Evaluation]) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    for split, evaluation in evaluations.items():
+        (folder / split).mkdir(parents=True)
+        for task, rows in evaluation.predictions.items():
+            with (folder / split / f"{task}.jsonl").open("w", encoding="utf-8") as file:
+                for row in rows:
+                    file.write(json.dumps(row, ensure_ascii=False) + "\n")

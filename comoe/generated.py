@@ -1,0 +1,124 @@
+"""Generated posts for tests and for trying the program out: no download, seconds to train on, labels lie in the words.
+
+One data set with four tasks on the same posts (two of single label, one regression, one multi label), one with word
+tags, one with text pairs.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from comoe.starter_posts import write_json_lines
+
+Post = dict[str, object]
+"""One generated post with its labels."""
+
+SIZES = {"train": 400, "validation": 80, "test": 80}
+"""Split -> posts per data set."""
+MISSING_SHARE = 0.1
+"""Share of the posts without a topic."""
+
+MOODS = {
+    "negative": (("awful", -2.0), ("broken", -1.5), ("sad", -1.0), ("boring", -0.5)),
+    "neutral": (("usual", 0.0), ("plain", 0.0), ("ordinary", 0.0), ("standard", 0.0)),
+    "positive": (("nice", 0.5), ("fun", 1.0), ("lovely", 1.5), ("brilliant", 2.0)),
+}
+"""Mood -> words with their strength, the number that the regression task asks for."""
+TOPICS = {
+    "food": ("soup", "bread", "cake", "salad"),
+    "music": ("song", "band", "drums", "choir"),
+    "sport": ("match", "goal", "team", "race"),
+    "travel": ("train", "hotel", "beach", "ticket"),
+}
+"""Topic -> its words."""
+ASPECTS = {"price": ("cheap", "costly"), "service": ("waiter", "staff"), "place": ("garden", "hall")}
+"""Aspect -> words that mention it; a post may mention none or several."""
+BRANDS = ("acme", "zenith", "orion", "lumen")
+"""Names of one word, tagged B-brand."""
+CITIES = ("port ellis", "san remo", "new haven", "old bridge")
+"""Names of two words, tagged B-city I-city."""
+TARGETS = ("cars", "trees", "robots", "taxes")
+"""What a stance post may be about."""
+STANCES = {"against": ("stop", "ban", "no"), "favor": ("more", "love", "yes"), "none": ("count", "see", "read")}
+"""Stance -> verbs in front of the target."""
+FILLERS = ("the", "a", "today", "again", "really", "so", "with", "my", "friend", "and", "this", "@user", "#weekend")
+"""Words that say nothing."""
+
+
+def generate(name: str, *, count: int, seed: int) -> list[Post]:
+    """Posts of one generated data set; the same arguments give the same posts.
+
+    Args:
+        name: key of ``GENERATORS``.
+        count: number of posts.
+        seed: seed of the random numbers.
+    """
+    draw = random.Random(f"{name}/{seed}")
+    return [GENERATORS[name](draw) for _ in range(count)]
+
+
+def build_generated_posts(folder: Path) -> None:
+    """Write every generated data set as ``folder/<data set>/<split>.jsonl``."""
+    for name in GENERATORS:
+        (folder / name).mkdir()
+        for seed, (split, count) in enumerate(SIZES.items()):
+            write_json_lines(folder / name / f"{split}.jsonl", generate(name, count=count, seed=seed))
+
+
+def vocabulary() -> list[str]:
+    """WordPiece vocabulary of all generated words, then letters and signs, so that other text can be read too."""
+    letters = [chr(code) for code in range(33, 127) if not chr(code).isupper()]
+    groups = [
+        FILLERS, BRANDS, TARGETS, (word for city in CITIES for word in city.split()),
+        (word for words in MOODS.values() for word, _ in words), *TOPICS.values(), *ASPECTS.values(), *STANCES.values(),
+    ]  # fmt: skip
+    # WordPiece splits signs off first: "@user" arrives as "@" and "user".
+    words = [word.lstrip("@#") for group in groups for word in group]
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    return list(dict.fromkeys([*special, *words, *letters, *(f"##{letter}" for letter in letters)]))
+
+
+def _review(draw: random.Random) -> Post:
+    mood, topic = draw.choice(tuple(MOODS)), draw.choice(tuple(TOPICS))
+    mood_word, strength = draw.choice(MOODS[mood])
+    aspects = [aspect for aspect in ASPECTS if draw.random() < 0.4]
+    words = [mood_word, draw.choice(TOPICS[topic]), *(draw.choice(ASPECTS[aspect]) for aspect in aspects)]
+    return {
+        "text": " ".join(_among_fillers(draw, words)),
+        "mood": mood,
+        "topic": None if draw.random() < MISSING_SHARE else topic,
+        "strength": strength,
+        "aspects": aspects,
+    }
+
+
+def _mention(draw: random.Random) -> Post:
+    words, tags = [], []
+    for word in _among_fillers(draw, ["BRAND", "CITY"] if draw.random() < 0.5 else [draw.choice(("BRAND", "CITY"))]):
+        if word == "BRAND":
+            words, tags = [*words, draw.choice(BRANDS)], [*tags, "B-brand"]
+        elif word == "CITY":
+            words, tags = [*words, *draw.choice(CITIES).split()], [*tags, "B-city", "I-city"]
+        else:
+            words, tags = [*words, word], [*tags, "O"]
+    return {"words": words, "tags": tags}
+
+
+def _stance(draw: random.Random) -> Post:
+    """Two targets per text with a stance each: the label depends on which one is asked for."""
+    first, second = draw.sample(TARGETS, 2)
+    stances = {target: draw.choice(tuple(STANCES)) for target in (first, second)}
+    clauses = [f"{draw.choice(STANCES[stances[target]])} {target}" for target in (first, second)]
+    asked = draw.choice((first, second))
+    return {"text": f"{clauses[0]} and {clauses[1]} {draw.choice(FILLERS)}", "target": asked, "stance": stances[asked]}
+
+
+def _among_fillers(draw: random.Random, words: Iterable[str]) -> list[str]:
+    mixed = [*words, *draw.sample(FILLERS, draw.randint(2, 8))]
+    draw.shuffle(mixed)
+    return mixed
+
+
+GENERATORS: dict[str, Callable[[random.Random], Post]] = {"reviews": _review, "mentions": _mention, "stance": _stance}

@@ -1,0 +1,96 @@
+"""Losses on the gates: even load over experts, and logits that stay small. Both look at the batch of all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from comoe.protocols import Batch, ModelOutput
+
+SumOverRanks = Callable[[Tensor], Tensor]
+"""Sum of a tensor over ranks, without gradient."""
+
+
+def balance_loss(scores_SE: Tensor, counts_E: Tensor, *, num_tokens: Tensor | int) -> Tensor:
+    """How unevenly tokens spread over experts: 1.0 when even, at most E/k; this rank's share of it.
+
+    Sigmoid scores do not sum to one, so each token's scores are normalised first; otherwise the loss could be lowered
+    by shrinking every score.
+
+    Args:
+        scores_SE: gate scores of this rank's tokens, float32.
+        counts_E: routes per expert that decide the shares f_i, over all ranks, no gradient.
+        num_tokens: tokens on all ranks; the sum of the shares over ranks is the global value.
+
+    Returns:
+        Scalar, float32, no unit: E * sum of f_i p_i. Differentiable through ``scores_SE`` only.
+
+    Source: Switch Transformer, arXiv:2101.03961, with k routes per token; global batch: arXiv:2501.11873.
+    """
+    share_E = counts_E.to(scores_SE.dtype) / counts_E.sum()
+    tiny = torch.finfo(scores_SE.dtype).tiny
+    likely_E = (scores_SE / scores_SE.sum(dim=1, keepdim=True).clamp_min(tiny)).sum(dim=0) / num_tokens
+    return scores_SE.shape[1] * (share_E * likely_E).sum()
+
+
+class BalanceLoss:
+    """Mean of ``balance_loss`` over layers, with the load of the whole optimizer step so far.
+
+    One micro-batch may well be of one topic; to ask an even load of it kills specialisation. So the shares f_i are
+    counted over all ranks and over the micro-steps since ``begin_step``.
+
+    Args:
+        sum_over_ranks: reached by every rank in every call.
+        world_size: number of ranks W that the gradient is averaged over.
+    """
+
+    def __init__(self, *, sum_over_ranks: SumOverRanks, world_size: int) -> None:
+        self.sum_over_ranks = sum_over_ranks
+        self.world_size = world_size
+        self._earlier: Tensor | None = None
+
+    def begin_step(self) -> None:
+        """Forget the counts: a new optimizer step begins."""
+        self._earlier = None
+
+    def __call__(self, output: ModelOutput, batch: Batch) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """This rank's share of the term; term ``balance``, detached."""
+        routings = output.routings
+        counts = self.sum_over_ranks(torch.stack([routing.counts_E for routing in routings]))
+        num_tokens = counts[0].sum() / routings[0].indices_Sk.shape[1]
+        if self._earlier is not None:
+            counts = counts + self._earlier
+        self._earlier = counts
+        losses = [
+            balance_loss(routing.scores_SE, counts_E, num_tokens=num_tokens)
+            for routing, counts_E in zip(routings, counts, strict=True)
+        ]
+        total = self.world_size * torch.stack(losses).mean()
+        return total, {"balance": total.detach()}
+
+
+class ZLoss:
+    """Mean penalty on the size of the gates' logits over tokens and layers; the gate knows which penalty suits it.
+
+    Args:
+        penalty: logits (S, E) -> penalty per token (S,).
+        sum_over_ranks: reached by every rank in every call.
+        world_size: number of ranks W that the gradient is averaged over.
+    """
+
+    def __init__(self, penalty: Callable[[Tensor], Tensor], *, sum_over_ranks: SumOverRanks, world_size: int) -> None:
+        self.penalty = penalty
+        self.sum_over_ranks = sum_over_ranks
+        self.world_size = world_size
+
+    def begin_step(self) -> None:
+        """Nothing is carried between micro-steps."""
+
+    def __call__(self, output: ModelOutput, batch: Batch) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """This rank's share of the term; term ``z``, detached."""
+        sums = torch.stack([self.penalty(routing.logits_SE).sum() for routing in output.routings])
+        num_tokens = self.sum_over_ranks(sums.new_tensor(float(output.token_rows_S.shape[0])))
+        total = self.world_size * sums.mean() / num_tokens
+        return total, {"z": total.detach()}

@@ -1,0 +1,172 @@
+"""The model card of an export: what the model answers, how well, what it was trained on, and its limits."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from comoe.schema import Recipe
+from comoe.tasks.catalog import Task
+
+MAX_LABELS_SHOWN = 12
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def model_card(
+    name: str,
+    *,
+    recipe: Recipe,
+    tasks: Sequence[Task],
+    config: Mapping[str, Any],
+    results: Mapping[str, Any] | None,
+) -> str:
+    """Markdown with a YAML front matter.
+
+    Args:
+        name: title of the card.
+        recipe: the resolved recipe.
+        tasks: the model's tasks.
+        config: ``config.json`` of the export.
+        results: content of ``results.json``: ``metrics`` (split -> task -> metric -> value) and ``seconds`` are read;
+            None says in the card that nothing was measured.
+    """
+    parts = [
+        _front_matter(tasks, config=config, results=results),
+        f"# {recipe.run.name}\n\n{_summary(recipe, tasks, config)}",
+        f"## Use\n\n{_usage(tasks)}",
+        f"## Tasks\n\n{_task_table(tasks)}",
+        f"## Measured results\n\n{_results(tasks, results)}",
+        f"## Training\n\n{_training(recipe, config, results)}",
+        f"## Limits\n\n{_limits(recipe, tasks)}",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _front_matter(tasks: Sequence[Task], *, config: Mapping[str, Any], results: Mapping[str, Any] | None) -> str:
+    """Values are written as JSON, which is YAML too, so no name can break the block."""
+    fields: dict[str, Any] = {
+        "library_name": "comoe",
+        "language": config["data"]["normalize"]["language"],
+        "tags": ["comoe", "mixture-of-experts", "multi-task", "social-media"],
+    }
+    if any(not task.rules.per_token for task in tasks):
+        fields["pipeline_tag"] = "text-classification"
+    if HUB_NAME.fullmatch(config["model"]["encoder"]):
+        fields["base_model"] = config["model"]["encoder"]
+    test = (results or {}).get("metrics", {}).get("test", {})
+    measured = [task for task in tasks if test.get(task.name, {}).get(task.metric) is not None]
+    if measured:
+        entries = [
+            {
+                "task": {"type": "token-classification" if task.rules.per_token else "text-classification"},
+                "dataset": {"name": task.name, "type": task.name, "split": "test"},
+                "metrics": [{"type": task.metric, "value": round(test[task.name][task.metric], 4)}],
+            }
+            for task in measured
+        ]
+        fields["model-index"] = [{"name": "comoe", "results": entries}]
+    lines = [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in fields.items()]
+    return "\n".join(["---", *lines, "---"])
+
+
+def _summary(recipe: Recipe, tasks: Sequence[Task], config: Mapping[str, Any]) -> str:
+    moe = recipe.model.moe
+    experts = (
+        f"a cooperative mixture of {moe.num_experts} experts ({moe.top_k} per token, {moe.gate} gate, routed by "
+        f"{moe.route_by}) beside the feed-forward of its layers ({_listed(moe.layers)})"
+        if moe.num_experts
+        else "no experts"
+    )
+    encoder = f"`{config['model']['encoder']}`, {config['encoder'].get('model_type')}"
+    answers = f"{len(tasks)} task{'s' if len(tasks) != 1 else ''}: {', '.join(task.name for task in tasks)}"
+    return f"One encoder ({encoder}) with {experts}. On a social-media post it answers {answers}."
+
+
+def _usage(tasks: Sequence[Task]) -> str:
+    return f"""```python
+from comoe.predict import Predictor
+
+predictor = Predictor.from_pretrained("path/to/this/folder")
+answer = predictor(["what a lovely day :)"], explain=True)[0]
+print(answer[{json.dumps(tasks[0].name)}])
+```
+
+```
+python launch/predict.py --model path/to/this/folder --input posts.txt --output answers.jsonl
+```"""
+
+
+def _task_table(tasks: Sequence[Task]) -> str:
+    rows = [("task", "kind", "labels", "main metric")]
+    for task in tasks:
+        labels = ", ".join(task.labels[:MAX_LABELS_SHOWN]) or "a number"
+        more = len(task.labels) - MAX_LABELS_SHOWN
+        rows.append((task.name, task.kind, f"{labels}, and {more} more" if more > 0 else labels, task.metric))
+    return _table(rows)
+
+
+def _results(tasks: Sequence[Task], results: Mapping[str, Any] | None) -> str:
+    metrics = (results or {}).get("metrics") or {}
+    rows = [("task", "metric", *metrics, "majority baseline")]
+    for task in tasks:
+        baseline = None
+        scores = []
+        for values in metrics.values():
+            scores.append(_number(values.get(task.name, {}).get(task.metric)))
+            baseline = values.get(task.name, {}).get(f"majority/{task.metric}", baseline)
+        rows.append((task.name, task.metric, *scores, _number(baseline)))
+    if not metrics:
+        return "Nothing was measured on these weights; `launch/eval.py` scores them on a data set."
+    note = "The baseline always gives the commonest answer (the mean, for numbers), on the last of these splits."
+    return f"{_table(rows)}\n\n{note}"
+
+
+def _training(recipe: Recipe, config: Mapping[str, Any], results: Mapping[str, Any] | None) -> str:
+    train, normalize = recipe.train, recipe.data.normalize
+    lines = [
+        f"- comoe {config['comoe_version']}, batches of {train.batch_size} posts, {train.optimizer}, seed {train.seed}",
+        f"- rates {train.learning_rate:g} (encoder), {train.expert_learning_rate:g} (experts), "
+        f"{train.head_learning_rate:g} (heads)",
+        f"- posts cleaned with the preset `{normalize.preset}` and cut after {recipe.data.max_length} tokens",
+    ]
+    if results:
+        lines.append(f"- step {results['best_step']} of {results['step']}, {results['seconds'] / 60:.1f} minutes")
+    rows = [("task", "data set", "posts kept at most")]
+    limit = "all" if recipe.data.limit_per_task is None else str(recipe.data.limit_per_task)
+    rows += [(name, _source(task.path), limit) for name, task in recipe.tasks.items()]
+    return "\n".join(lines) + "\n\n" + _table(rows)
+
+
+def _limits(recipe: Recipe, tasks: Sequence[Task]) -> str:
+    lines = [
+        "- It answers for posts like those it was trained on; other platforms, languages and years were not measured.",
+        "- Scores are the model's own probabilities and are not calibrated.",
+        "- Attention weights show what a head looked at; they are no proof of why it answered so.",
+        "- People are affected when their posts are judged: keep a person in any decision about a person.",
+        "- The licences of the encoder and of the training data apply to these weights.",
+    ]
+    if recipe.model.moe.num_experts and recipe.model.moe.route_by != "token" and len(tasks) > 1:
+        lines.append(f"- The gate reads the task, so a post costs one pass per task asked for (up to {len(tasks)}).")
+    return "\n".join(lines)
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    # A bar or a line break inside of a label would end the cell.
+    clean = [[re.sub(r"\s+", " ", str(cell)).replace("|", "\\|") for cell in row] for row in rows]
+    head, *body = [f"| {' | '.join(row)} |" for row in clean]
+    return "\n".join([head, "|" + "---|" * len(rows[0]), *body])
+
+
+def _source(path: str) -> str:
+    """Relative paths and hub names as they are; of an absolute path the last part: the rest concerns nobody."""
+    return path.rsplit("/", 1)[-1] if path.startswith(("/", "~")) else path or "-"
+
+
+def _listed(layers: str | list[int]) -> str:
+    return layers if isinstance(layers, str) else ", ".join(map(str, layers))
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"

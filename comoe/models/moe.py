@@ -1,0 +1,215 @@
+"""The cooperative block: experts beside a pre-trained feed-forward, on real tokens only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from comoe.models.gate import ROUTES, Float32Linear, PendingRoute, RouterProjection, build_gate
+from comoe.protocols import Routing
+from comoe.schema import MoeConfig
+
+MIXTURE_PATTERN = r".*\.block\.mixture"
+"""Matches the module path of each ``ExpertMixture``: what DeepSpeed AutoEP replaces."""
+
+
+class Experts(nn.Module):
+    """E gated feed-forwards in two tensors: ``down @ (silu(gate @ x) * (up @ x))``, no biases.
+
+    ``gate_up_proj`` [E, 2F, M] holds the gate rows first, then the up rows; ``down_proj`` is [E, M, F]. Names and
+    layout are what DeepSpeed AutoEP shards.
+
+    Args:
+        num_experts: E.
+        model_width: M.
+        expert_width: F.
+        output_init: standard deviation of ``down_proj``; 0 makes every expert answer 0.
+    """
+
+    def __init__(self, num_experts: int, model_width: int, expert_width: int, *, output_init: float = 0.0) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * expert_width, model_width))
+        self.down_proj = nn.Parameter(torch.empty(num_experts, model_width, expert_width))
+        nn.init.normal_(self.gate_up_proj, std=0.02)
+        nn.init.normal_(self.down_proj, std=output_init)
+
+    def forward(self, x_NM: Tensor, counts_E: Tensor) -> Tensor:
+        """Answer N rows that are sorted by expert.
+
+        Args:
+            x_NM: rows of expert 0, then of expert 1, and so on.
+            counts_E: rows per expert, int64, sum N.
+
+        Returns:
+            Shape (N, M), the dtype of ``x_NM``.
+        """
+        weights = self.gate_up_proj.to(x_NM.dtype), self.down_proj.to(x_NM.dtype)
+        # The grouped kernel wants bfloat16 rows of a multiple of 16 bytes.
+        model_width, expert_width = self.down_proj.shape[1:]
+        aligned = model_width % 8 == 0 and expert_width % 8 == 0
+        grouped = x_NM.is_cuda and x_NM.dtype == torch.bfloat16 and aligned
+        return (run_grouped if grouped else run_looped)(x_NM, counts_E, *weights)
+
+
+def run_grouped(x_NM: Tensor, counts_E: Tensor, gate_up_proj: Tensor, down_proj: Tensor) -> Tensor:
+    """All experts in two grouped matrix products, without waiting for the counts on the host."""
+    ends_E = counts_E.cumsum(0).to(torch.int32)
+    hidden_NF = _gated(F.grouped_mm(x_NM, gate_up_proj.transpose(1, 2), offs=ends_E))
+    return F.grouped_mm(hidden_NF, down_proj.transpose(1, 2), offs=ends_E)
+
+
+def run_looped(x_NM: Tensor, counts_E: Tensor, gate_up_proj: Tensor, down_proj: Tensor) -> Tensor:
+    """One expert after another, those without rows too: each gets its gradient of zero."""
+    shares = x_NM.split(counts_E.tolist())
+    # unbind makes one gradient tensor for all experts; indexing would make E of them.
+    parts = zip(shares, gate_up_proj.unbind(0), down_proj.unbind(0), strict=True)
+    return torch.cat([F.linear(_gated(F.linear(x, gate_up)), down) for x, gate_up, down in parts])
+
+
+def _gated(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+class GatedFeedForward(nn.Module):
+    """The expert that every token visits: the same gated form as ``Experts``, dense.
+
+    Args:
+        model_width: M.
+        width: its hidden width.
+        output_init: standard deviation of the output projection.
+    """
+
+    def __init__(self, model_width: int, width: int, *, output_init: float = 0.0) -> None:
+        super().__init__()
+        self.gate_up = nn.Linear(model_width, 2 * width, bias=False)
+        self.down = nn.Linear(width, model_width, bias=False)
+        nn.init.normal_(self.gate_up.weight, std=0.02)
+        nn.init.normal_(self.down.weight, std=output_init)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shape (..., M) to (..., M)."""
+        return self.down(_gated(self.gate_up(x)))
+
+
+class ExpertMixture(nn.Module):
+    """Routes tokens to experts and adds their answers up, in one process; DeepSpeed AutoEP replaces it as a whole.
+
+    Its owner calls ``router.prepare(task_logits_SE)``, then the mixture, then ``router.collect()``; the replacement's
+    ``router`` answers the same two calls.
+
+    Args:
+        model_width: M.
+        expert_width: F.
+        config: ``model.moe``.
+    """
+
+    def __init__(self, model_width: int, expert_width: int, config: MoeConfig) -> None:
+        super().__init__()
+        inputs = ROUTES[config.route_by]
+        self.gate = RouterProjection(model_width, config.num_experts)
+        if not inputs.token:
+            # AutoEP wants the weight to exist; nothing reads it, so nothing may train or decay it.
+            nn.init.zeros_(self.gate.weight)
+            self.gate.weight.requires_grad_(False)
+        self.experts = Experts(config.num_experts, model_width, expert_width, output_init=config.output_init)
+        self.router = PendingRoute(build_gate(config), inputs)
+
+    def forward(self, hidden_1SM: Tensor) -> Tensor:
+        """Weighted sum of each token's experts, shape (1, S, M)."""
+        x_SM = hidden_1SM.reshape(-1, hidden_1SM.shape[-1])
+        routing = self.router.route(self.gate, x_SM, self.gate.e_score_correction_bias)
+        S, k = routing.indices_Sk.shape
+        order_N = torch.argsort(routing.indices_Sk.reshape(-1), stable=True)
+        answers_NM = self.experts(x_SM[order_N // k], routing.counts_E)
+        routed_NM = torch.zeros_like(answers_NM).index_copy(0, order_N, answers_NM)
+        mixed_SM = (routed_NM.view(S, k, -1) * routing.weights_Sk.unsqueeze(-1)).sum(dim=1)
+        return mixed_SM.to(hidden_1SM.dtype).view_as(hidden_1SM)
+
+
+@dataclass(slots=True)
+class RoutingContext:
+    """What the blocks of one encode share."""
+
+    real_index_S: Tensor
+    """Positions of the real tokens in the flattened (B * L), int64."""
+    token_rows_S: Tensor
+    """Row of each real token, int64."""
+    task_embeddings_BD: Tensor | None = None
+    """Embedding of each row's task, where the gate reads tasks."""
+    routings: dict[int, Routing] = field(default_factory=dict)
+    """Encoder layer -> what its gate decided, filled during the encode."""
+
+
+@dataclass(slots=True)
+class ContextHolder:
+    """The one place where the blocks of an encoder find the context of the encode that runs now.
+
+    A block reads it once at the start of its forward and keeps nothing, so two encodes before one backward are safe as
+    long as nothing is recomputed; activation checkpointing must capture the context per call.
+    """
+
+    context: RoutingContext | None = None
+    """Set by the owner before each encode and cleared after it."""
+
+
+class CooperativeBlock(nn.Module):
+    """Pre-norm, experts, optional shared feed-forward, dropout: what is added beside one encoder layer's feed-forward.
+
+    Args:
+        model_width: M.
+        expert_width: F.
+        config: ``model.moe``.
+        layer: number of the encoder layer, from 0.
+        holder: where the context of the running encode is.
+        dropout: probability on the update.
+
+    Source: methods.md section 1; TaCL-CoMoE (IJCNLP 2025).
+    """
+
+    def __init__(
+        self,
+        model_width: int,
+        expert_width: int,
+        config: MoeConfig,
+        *,
+        layer: int,
+        holder: ContextHolder,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.layer = layer
+        self.holder = holder
+        self.norm = nn.LayerNorm(model_width)
+        self.task_projection = (
+            Float32Linear(config.task_embedding_width, config.num_experts) if ROUTES[config.route_by].task else None
+        )
+        self.mixture = ExpertMixture(model_width, expert_width, config)
+        self.shared = (
+            GatedFeedForward(model_width, config.shared_width, output_init=config.output_init)
+            if config.shared_width
+            else None
+        )
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x_BLM: Tensor) -> Tensor:
+        """The update of each token, zero on padding, shape (B, L, M); appends the routing to the context."""
+        context = self.holder.context
+        assert context is not None, "set holder.context before running the encoder"
+        flat_NM = x_BLM.reshape(-1, x_BLM.shape[-1])
+        # Padding would cost expert time and count as load, so only real tokens enter.
+        x_SM = self.norm(flat_NM[context.real_index_S])
+        task_logits_SE = None
+        if self.task_projection is not None:
+            task_logits_SE = self.task_projection(context.task_embeddings_BD)[context.token_rows_S]
+        self.mixture.router.prepare(task_logits_SE)
+        update_SM = self.mixture(x_SM.unsqueeze(0)).squeeze(0)
+        # setdefault: a recomputation of this layer must not count its tokens a second time.
+        context.routings.setdefault(self.layer, self.mixture.router.collect())
+        if self.shared is not None:
+            update_SM = update_SM + self.shared(x_SM)
+        update_SM = self.dropout(update_SM).to(flat_NM.dtype)
+        return torch.zeros_like(flat_NM).index_copy(0, context.real_index_S, update_SM).view_as(x_BLM)

@@ -1,0 +1,221 @@
+"""Answers from an export, in one process, without DeepSpeed.
+
+The way of a post is that of training: cleaned and tokenised by the same ``Collator``, through the same model, and put
+into words by its task's kind.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from comoe.config import unknown_name
+from comoe.data.batching import Collator, TokenizedSplit, TokenRow
+from comoe.data.sampling import eval_batches
+from comoe.data.text import is_blank
+from comoe.export import Exported, load_exported
+from comoe.protocols import Batch, ModelOutput
+from comoe.tasks.catalog import Task
+from comoe.tasks.kinds_sequence import tag_spans
+
+WORD = re.compile(r"(?:https?://|www\.)\S+|[@#]?\w+(?:[-'’_.]\w+)*|[^\w\s]+")
+"""A link, a user, a hashtag, a word (don't, U.S), or a run of signs (emoticon, full stop)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Predictor:
+    """Texts in, one plain dict per text out, in the same order.
+
+    ``predictor(["what a lovely day"])`` gives ``[{"text": "what a lovely day", "<task>": {...}, ...}]``. What stands
+    under a task depends on its kind: ``label`` and ``scores`` of every label; ``labels`` and ``scores``; ``value``; or
+    ``words``, ``tags``, ``scores`` and ``spans``. A post that was cut to the model's length has ``truncated`` as well.
+    """
+
+    exported: Exported
+    """The model and what belongs to it."""
+    collator: Collator
+    """Makes the batches."""
+    device: torch.device
+    """Where the model is."""
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, *, device: str = "auto") -> Predictor:
+        """Load an export.
+
+        Args:
+            folder: written by a run (``export/``) or by ``launch/export.py``.
+            device: a torch device; auto is the first GPU, or the CPU where there is none.
+
+        Raises:
+            ValueError: no export there, or one that cannot be read.
+        """
+        exported = load_exported(folder)
+        place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+        exported.model.to(place)
+        collator = Collator(exported.tokenizer, exported.tasks, route_by=exported.model_config.moe.route_by)
+        return cls(exported, collator, place)
+
+    @property
+    def tasks(self) -> tuple[Task, ...]:
+        """What the model answers."""
+        return self.exported.tasks
+
+    def __call__(
+        self,
+        texts: Sequence[str],
+        *,
+        pairs: Sequence[str | None] | None = None,
+        words: Sequence[Sequence[str] | None] | None = None,
+        tasks: Sequence[str] | None = None,
+        batch_size: int = 64,
+        explain: bool = False,
+        progress: bool = False,
+    ) -> list[dict[str, Any]]:
+        """Answer every text; a text that cannot be answered has ``error`` instead of answers, and no text is lost.
+
+        Args:
+            texts: raw posts.
+            pairs: second texts (stance target, aspect), None where there is none.
+            words: posts as words, for tags; a post without them is split into words. A text beside words is not read.
+            tasks: names of the tasks to answer; None is all.
+            batch_size: posts per forward pass.
+            explain: add ``attention`` to each task with a pooled head: [word, weight] in the order of the cleaned post,
+                weights summing to 1; and ``attention_elsewhere``, the share of the whole attention that was on special
+                tokens and on the second text.
+            progress: show a progress bar.
+
+        Raises:
+            ValueError: no such task, or texts, pairs and words of different number.
+        """
+        chosen = self._chosen(tasks)
+        texts = list(texts)
+        pairs = _column("pairs", pairs, count=len(texts))
+        words = _column("words", words, count=len(texts))
+        answers: list[dict[str, Any]] = [{"text": text} for text in texts]
+        usable = []
+        for number, answer in enumerate(answers):
+            if problem := _problem(texts[number], words[number]):
+                answer["error"] = problem
+            else:
+                usable.append(number)
+        passes = _passes(texts, words, usable, chosen)
+        with tqdm(total=len(usable) * len(passes), unit="post", disable=not progress, dynamic_ncols=True) as bar:
+            for column, some in passes if usable else ():
+                split = self.collator.encode_texts(
+                    [texts[i] for i in usable],
+                    [pairs[i] for i in usable],
+                    [column[i] for i in usable],
+                    max_length=self.exported.data_config.max_length,
+                    normalize=self.exported.data_config.normalize,
+                )
+                mine = [answers[i] for i in usable]
+                for indices in self._batches(split, some, batch_size):
+                    self._answer(split, indices, tasks=some, answers=mine, explain=explain)
+                    bar.update(len(indices))
+        return answers
+
+    def _batches(self, split: TokenizedSplit, tasks: Sequence[Task], batch_size: int) -> list[np.ndarray]:
+        # Where the gate reads the task a row serves one task, and the collator makes rows for labelled ones only.
+        split.labelled[:, [number for number, task in enumerate(self.tasks) if task in tasks]] = True
+        return eval_batches(split.lengths, batch_size=batch_size)
+
+    @torch.inference_mode()
+    def _answer(
+        self, split: TokenizedSplit, indices: np.ndarray, *, tasks: Sequence[Task], answers: list[dict], explain: bool
+    ) -> None:
+        batch = self.collator(split, indices)
+        output = self.exported.model(batch.to(self.device))
+        posts_B = batch.row_ids_B.tolist()
+        tokens = dict(zip(posts_B, split.rows(batch.row_ids_B.numpy()), strict=True))
+        for number, task in enumerate(self.tasks):
+            if task not in tasks:
+                continue
+            rows = [row for row, served in enumerate(batch.task_ids_B.tolist()) if served in (-1, number)]
+            for row, answer in zip(rows, _decode(output, batch, rows, task=task), strict=True):
+                post = posts_B[row]
+                if task.rules.per_token:
+                    kept = [split.posts.words[post][word] for word in tokens[post].word_ids[tokens[post].word_starts]]
+                    answer = {"words": kept, **answer, "spans": tag_spans(answer["tags"], kept)}
+                elif explain:
+                    weights_L = output.attentions[task.name][row].float().cpu().numpy()
+                    answer |= self._attention(weights_L, tokens[post], words=split.posts.words[post])
+                answers[post][task.name] = answer
+        for post in posts_B:
+            if split.tokens.truncated[post]:
+                answers[post]["truncated"] = True
+
+    def _attention(self, weights_L: np.ndarray, row: TokenRow, *, words: Sequence[str] | None) -> dict[str, Any]:
+        """Weights of the pieces summed per word, as shares of what fell on words."""
+        inside = row.word_ids >= 0
+        weights_L = weights_L[: len(inside)].astype(np.float64)
+        total = weights_L[inside].sum()
+        merged = []
+        for word in np.unique(row.word_ids[inside]):
+            pieces = row.word_ids == word
+            name = words[word] if words else self.exported.tokenizer.decode(row.input_ids[pieces].tolist()).strip()
+            merged.append([name, float(weights_L[pieces].sum() / total)])
+        return {"attention": merged, "attention_elsewhere": float(weights_L[~inside].sum())}
+
+    def _chosen(self, names: Sequence[str] | None) -> list[Task]:
+        known = {task.name: task for task in self.tasks}
+        for name in names or ():
+            if name not in known:
+                raise unknown_name("task of this model", name, known)
+        return list(self.tasks) if names is None else [known[name] for name in names]
+
+
+def split_words(text: str) -> list[str]:
+    """A post as words: links, users and hashtags whole, signs apart from letters."""
+    return WORD.findall(text)
+
+
+def _passes(
+    texts: Sequence[str], words: Sequence[Any], usable: Sequence[int], tasks: Sequence[Task]
+) -> list[tuple[Sequence[Any], Sequence[Task]]]:
+    """(words per post, tasks) of each pass over the posts.
+
+    A tokenizer may cut a post given as words differently, so heads of whole posts read plain text as in training; only
+    where both kinds of heads are asked about plain text are there two passes.
+    """
+    per_token = [task for task in tasks if task.rules.per_token]
+    pooled = [task for task in tasks if not task.rules.per_token]
+    if not per_token:
+        return [(words, pooled)]
+    made = list(words)
+    for number in usable:
+        made[number] = split_words(texts[number]) if words[number] is None else words[number]
+    if pooled and any(words[number] is None for number in usable):
+        return [(words, pooled), (made, per_token)]
+    return [(made, tasks)]
+
+
+def _decode(output: ModelOutput, batch: Batch, rows: Sequence[int], *, task: Task) -> list[dict[str, Any]]:
+    logits: Tensor | list[Tensor] = output.logits[task.name][list(rows)].cpu()
+    if task.rules.per_token:
+        logits = [words_LY[batch.word_starts_BL[row]] for row, words_LY in zip(rows, logits, strict=True)]
+    return task.rules.decode(logits, task)
+
+
+def _column(what: str, values: Sequence[Any] | None, *, count: int) -> list[Any]:
+    values = [None] * count if values is None else list(values)
+    if len(values) != count:
+        raise ValueError(f"there are {count} texts and {len(values)} {what}; give one for each text, or None.")
+    return values
+
+
+def _problem(text: Any, words: Any) -> str:
+    """Why a post cannot be answered; empty when it can."""
+    if words is not None:
+        good = len(words) > 0 and all(isinstance(word, str) for word in words) and not all(map(is_blank, words))
+        return "" if good else "the words must be text, and one of them must have a visible character"
+    if not isinstance(text, str):
+        return f"the text must be text, not {type(text).__name__}"
+    return "the text is empty" if is_blank(text) else ""

@@ -1,0 +1,113 @@
+"""Records that travel between the layers, and the contracts of the exchangeable parts.
+
+Shape letters, as suffixes of tensor names: B rows on this rank, G rows of all ranks, L tokens per row, S real (not
+padding) tokens of all rows, M model width, F expert width, E experts, k experts per token, T tasks, Y labels, P
+projected width, W ranks. A row is a post, or a (post, task) pair when the gate routes by task.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+IGNORED = -100
+"""Label id of a position without a label; what torch's cross-entropy skips."""
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One micro-batch of one rank, padded to its longest row."""
+
+    input_ids_BL: Tensor
+    """Token ids, int64."""
+    attention_mask_BL: Tensor
+    """1 on real tokens, 0 on padding, int64."""
+    token_type_ids_BL: Tensor | None
+    """Segment ids, int64, where the tokenizer makes them."""
+    word_starts_BL: Tensor
+    """True on the first piece of each word of the first text, bool."""
+    task_ids_B: Tensor
+    """Index of the one task this row is for, int64; -1 where a row serves all tasks (``route_by: token``)."""
+    row_ids_B: Tensor
+    """Index of the post in its split, int64; -1 on a filler row that exists only so that a rank has something to run."""
+    labels: Mapping[str, Tensor] = field(default_factory=dict)
+    """Task -> targets: single_label (B,) int64, multi_label (B, Y) float, regression (B,) float, tags (B, L) int64. Missing: IGNORED or NaN."""
+    unit_scale_T: Tensor | None = None
+    """W * accumulation steps / units of the task in the whole optimizer step; 0 for an absent task. Set by the trainer, None outside training."""
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on another device."""
+        moved = {}
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if isinstance(value, Tensor):
+                moved[item.name] = value.to(device, non_blocking=True)
+            elif isinstance(value, Mapping):
+                moved[item.name] = {key: tensor.to(device, non_blocking=True) for key, tensor in value.items()}
+        return replace(self, **moved)
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """What one gate decided for S real tokens."""
+
+    logits_SE: Tensor
+    """Gate logits, float32, differentiable."""
+    scores_SE: Tensor
+    """Sigmoid (or softmax) of the logits, float32, differentiable."""
+    indices_Sk: Tensor
+    """Experts picked per token, int64."""
+    weights_Sk: Tensor
+    """Weight of each picked expert, float32, differentiable; sums to 1 per token for k > 1."""
+    counts_E: Tensor
+    """Tokens per expert on this rank, int64."""
+
+
+@dataclass(frozen=True)  # no slots: ZeRO-3 looks into a module's answer with vars()
+class ModelOutput:
+    """Everything the model knows about a batch."""
+
+    logits: Mapping[str, Tensor]
+    """Task -> float32 logits, (B, Y); regression (B, 1); tags (B, L, Y)."""
+    embeddings: Mapping[str, Tensor]
+    """Task -> unit-length projections (B, P), float32; only tasks with a pooled head."""
+    attentions: Mapping[str, Tensor]
+    """Task -> weight of each token in the pooling (B, L), float32, rows sum to 1; the explanation shown to the user."""
+    routings: tuple[Routing, ...]
+    """One per layer with experts, in layer order."""
+    token_rows_S: Tensor
+    """Row of each real token, int64, the order of ``Routing``."""
+
+
+@dataclass(frozen=True)  # no slots: ZeRO-3 looks into a module's answer with vars()
+class StepOutput:
+    """One micro-step of the objective. The mean over ranks and micro-steps of each number here is its global value."""
+
+    loss: Tensor
+    """Scalar to call backward on."""
+    terms: Mapping[str, Tensor]
+    """Detached scalars: ``task/<name>``, ``weight/<name>``, ``contrastive``, ``contrastive/<name>``, ``balance``, ``z``."""
+    output: ModelOutput
+    """The model's answer, for training metrics and statistics."""
+
+
+class Gate(Protocol):
+    """Logits to routing; ``balance_bias_E`` picks and never weighs."""
+
+    def __call__(self, logits_SE: Tensor, balance_bias_E: Tensor) -> Routing: ...
+
+
+class Loss(Protocol):
+    """An auxiliary term: (model output, batch) -> this rank's share, scalar, and what to log."""
+
+    def __call__(self, output: ModelOutput, batch: Batch) -> tuple[Tensor, Mapping[str, Tensor]]: ...
+
+
+class Weighting(Protocol):
+    """Combines the tasks' losses into one scalar; returns the weights for the log."""
+
+    def combine(self, losses_T: Tensor) -> tuple[Tensor, Tensor]: ...

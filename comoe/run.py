@@ -1,0 +1,138 @@
+"""One training run, from the recipe to the export: what ``launch/train.py`` calls."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from comoe.config import load_recipe, recipe_to_yaml, save_recipe
+from comoe.distributed import barrier, broadcast_object, is_main, rank, world_size
+from comoe.schema import Recipe
+from comoe.train.environment import describe_environment, prepare_process
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """The command line of one run."""
+
+    config: Path
+    """Recipe."""
+    deepspeed: Path
+    """DeepSpeed JSON."""
+    overrides: Sequence[str] = ()
+    """``key=value`` words."""
+    resume: Path | None = None
+    """Run folder to go on with; its own recipe is used then."""
+    dry_run: bool = False
+    """Print what would happen, and end."""
+
+
+def run_and_exit(request: Request) -> None:
+    """Train, and leave with 0; with 2 and one clear sentence where the user can mend it. Does not return."""
+    code = 0
+    try:
+        train(request)
+    except (ValueError, OSError) as error:
+        code = 2
+        _say_error(error)
+    except RuntimeError as error:
+        from comoe.train.trainer import TrainingStopped
+
+        if not isinstance(error, TrainingStopped):
+            raise
+        code = 3
+        _say_error(error)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # gloo's threads sometimes abort an ordinary exit after all is done; see deepspeed_notes.
+    os._exit(code)
+
+
+def _say_error(error: Exception) -> None:
+    # Usually every rank fails alike and one message is enough. The others wait for the launcher to end them and speak
+    # only if it does not, because then the error is theirs alone.
+    if not is_main() or int(os.environ.get("RANK", "0")):
+        time.sleep(3)
+    print(f"comoe: rank {os.environ.get('RANK', '0')}: {error}", file=sys.stderr)
+
+
+def train(request: Request) -> None:
+    """Run one recipe to its end; see the module for the order of things.
+
+    Raises:
+        ValueError: something that the user can mend; the message says what.
+    """
+    recipe = _load(request)
+    prepare_process(verbose=recipe.run.verbose)
+    # DeepSpeed reads the environment when it is imported, so nothing that imports it may come earlier.
+    from comoe.assemble import assemble
+    from comoe.train.parallel import start_ranks
+
+    device = start_ranks(timeout_seconds=recipe.parallel.timeout_seconds)
+    folder = request.resume or Path(recipe.run.output_dir) / recipe.run.name
+    if not request.dry_run and request.resume is None:
+        _claim(folder, overwrite=recipe.run.overwrite)
+    run = assemble(recipe, request.deepspeed, folder=folder, device=device, dry_run=request.dry_run, resume=request.resume is not None)
+    if run is None:
+        return
+    if is_main():
+        _write_beginning(run)
+    finished_before = bool(run.trainer.state.finished)
+    if finished_before and is_main():
+        print(f"{folder} is finished ({run.trainer.state.finished}, step {run.trainer.state.step}); nothing to do.")
+    if not finished_before:
+        run.trainer.run()
+    if run.trainer.state.finished and not (finished_before and (folder / "export").is_dir()):
+        from comoe.finish import finish
+
+        finish(run)
+    elif finished_before and is_main():
+        from comoe.finish import print_results
+
+        print_results(folder, run.tasks)
+    elif is_main():
+        print(f"stopped; go on with: --resume {folder}")
+    run.trainer.monitor.close()
+    barrier()
+
+
+def _load(request: Request) -> Recipe:
+    if request.resume is None:
+        return load_recipe(request.config, request.overrides)
+    saved = request.resume / "config.yaml"
+    if not saved.is_file():
+        raise ValueError(f"--resume {request.resume}: no config.yaml there; give the folder of a run, such as runs/starter.")
+    return load_recipe(saved, request.overrides)
+
+
+def _claim(folder: Path, *, overwrite: bool) -> None:
+    """Make the run folder; refuse one that holds a run already, unless told to delete it."""
+    taken = broadcast_object((folder / "config.yaml").exists() if is_main() else None)
+    if taken and not overwrite:
+        raise ValueError(
+            f"{folder} holds a run already: go on with --resume {folder}, choose another run.name, or delete it with "
+            f"run.overwrite=true."
+        )
+    if is_main():
+        if taken:
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+    barrier()
+
+
+def _write_beginning(run: Any) -> None:
+    """config.yaml, ds_config.json, environment.json: what it takes to do it again."""
+    import json
+
+    save_recipe(run.recipe, run.folder / "config.yaml")
+    (run.folder / "ds_config.json").write_text(json.dumps(run.settings, indent=1) + "\n", encoding="utf-8")
+    about = describe_environment(world_size=world_size())
+    (run.folder / "environment.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")

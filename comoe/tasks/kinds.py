@@ -1,0 +1,245 @@
+"""The kinds of tasks whose head answers a whole post, and the table of all kinds."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from comoe.protocols import IGNORED
+from comoe.tasks.base import Kind, TaskLike, class_loss, class_units, per_class, weights_of
+from comoe.tasks.kinds_sequence import Tags
+from comoe.tasks.labels import is_missing, label_id, label_name, natural_order
+from comoe.tasks.metrics import METRICS, class_scores, confusion
+
+_NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*")
+
+
+class SingleLabel(Kind):
+    """One label of several: cross-entropy. A cell is a label name or id; parsed: int."""
+
+    contrastive = True
+    min_labels = 2
+    metrics = (
+        "macro_f1",
+        "accuracy",
+        "macro_precision",
+        "macro_recall",
+        "micro_f1",
+        "f1_class_1",
+        "mean_f1_against_favor",
+    )
+
+    def discover(self, values: Iterable[object]) -> tuple[str, ...]:
+        return natural_order(label_name(value) for value in values if not is_missing(value))
+
+    def parse(self, value: object, labels: Sequence[str]) -> int | None:
+        if _is_list(value):
+            raise ValueError(f"{value!r} is a list; a single_label task has one label per post; use kind: multi_label.")
+        return None if is_missing(value) else label_id(value, labels)
+
+    def collate(self, values: Sequence[int | None], *, labels: Sequence[str], length: int) -> Tensor:
+        return torch.tensor([IGNORED if value is None else value for value in values], dtype=torch.int64)
+
+    def labelled(self, targets: Tensor) -> Tensor:
+        return targets != IGNORED
+
+    def units(self, targets: Tensor, task: TaskLike) -> Tensor:
+        return class_units(targets, task)
+
+    def loss(self, logits: Tensor, targets: Tensor, task: TaskLike) -> Tensor:
+        return class_loss(logits, targets, task)
+
+    def decode(self, logits: Tensor, task: TaskLike) -> list[dict[str, Any]]:
+        """``{"label": name, "scores": {name: probability}}``; the probabilities sum to 1."""
+        rows = [dict(zip(task.labels, row, strict=True)) for row in logits.detach().float().softmax(-1).tolist()]
+        return [{"label": max(row, key=row.__getitem__), "scores": row} for row in rows]
+
+    def gold(self, targets: Tensor, task: TaskLike) -> list[str | None]:
+        return [None if target == IGNORED else task.labels[target] for target in targets.tolist()]
+
+    def answers(self, logits: Tensor, targets: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """Label ids, int64, (N,), and probabilities, float32, (N, Y)."""
+        present = self.labelled(targets)
+        return targets[present].cpu().numpy(), logits.detach()[present].float().softmax(-1).cpu().numpy()
+
+    def score(self, gold: np.ndarray, scores: np.ndarray, task: TaskLike) -> dict[str, float]:
+        """The majority baseline answers the commonest label of ``gold``."""
+        predicted, labels = scores.argmax(axis=1), task.labels
+        names = dict.fromkeys((task.metric, "accuracy", "macro_precision", "macro_recall", "macro_f1"))
+        majority = np.full_like(gold, np.bincount(gold, minlength=len(labels)).argmax())
+        return (
+            {name: METRICS[name](gold, predicted, labels) for name in names}
+            | {f"majority/{task.metric}": METRICS[task.metric](gold, majority, labels)}
+            | per_class(labels, class_scores(gold, predicted, labels))
+        )
+
+    def confusion(self, gold: np.ndarray, scores: np.ndarray, task: TaskLike) -> np.ndarray:
+        return confusion(gold, scores.argmax(axis=1), task.labels)
+
+
+class MultiLabel(Kind):
+    """Any number of labels: binary cross-entropy, the mean over labels.
+
+    A cell is a list of names or ids, or a text with , ; or | between them. An empty cell is missing; an empty list says
+    that no label applies. Parsed: tuple of ids, ascending.
+    """
+
+    min_labels = 1
+    metrics = ("macro_f1", "micro_f1", "sample_f1", "jaccard", "accuracy", "macro_precision", "macro_recall")
+    threshold = 0.5
+
+    def discover(self, values: Iterable[object]) -> tuple[str, ...]:
+        present = (value for value in values if _is_list(value) or not is_missing(value))
+        return natural_order(label_name(item) for value in present for item in _items(value))
+
+    def parse(self, value: object, labels: Sequence[str]) -> tuple[int, ...] | None:
+        if not _is_list(value) and is_missing(value):
+            return None
+        whole = isinstance(value, str) and value.strip() in labels  # one name, be there a separator in it or not
+        ids = [label_id(item, labels) for item in ([value] if whole else _items(value))]
+        if len(set(ids)) < len(ids):
+            raise ValueError(
+                f"{value!r} names a label twice; give names or ids of the labels that apply, not a 0 or 1 per label."
+            )
+        return tuple(sorted(ids))
+
+    def collate(self, values: Sequence[tuple[int, ...] | None], *, labels: Sequence[str], length: int) -> Tensor:
+        targets = torch.zeros(len(values), len(labels))
+        for row, ids in enumerate(values):
+            if ids is None:
+                targets[row] = math.nan
+            else:
+                targets[row, list(ids)] = 1.0
+        return targets
+
+    def labelled(self, targets: Tensor) -> Tensor:
+        return ~targets.isnan().any(dim=-1)
+
+    def units(self, targets: Tensor, task: TaskLike) -> Tensor:
+        return self.labelled(targets).sum(dtype=torch.float64)
+
+    def loss(self, logits: Tensor, targets: Tensor, task: TaskLike) -> Tensor:
+        """Class weights make the mean over labels a weighted one; smoothing moves both targets towards 1/2."""
+        present = self.labelled(targets)[:, None]
+        # Masked before the loss as well as after it: the gradient of a masked NaN is NaN, not 0.
+        targets = torch.where(present, targets, 0.0).float()
+        targets = targets * (1.0 - task.label_smoothing) + 0.5 * task.label_smoothing
+        losses = F.binary_cross_entropy_with_logits(logits.float(), targets, reduction="none")
+        weights_Y = weights_of(task, losses)
+        losses_B = losses.mean(dim=-1) if weights_Y is None else losses @ (weights_Y / weights_Y.sum())
+        return (losses_B * present[:, 0]).sum()
+
+    def decode(self, logits: Tensor, task: TaskLike) -> list[dict[str, Any]]:
+        """``{"labels": [names at or above 0.5], "scores": {name: probability}}``; the probabilities are independent."""
+        rows = [dict(zip(task.labels, row, strict=True)) for row in logits.detach().float().sigmoid().tolist()]
+        return [{"labels": [name for name in row if row[name] >= self.threshold], "scores": row} for row in rows]
+
+    def gold(self, targets: Tensor, task: TaskLike) -> list[list[str] | None]:
+        present = self.labelled(targets).tolist()
+        return [
+            [task.labels[i] for i, value in enumerate(row) if value > 0] if here else None
+            for here, row in zip(present, targets.tolist(), strict=True)
+        ]
+
+    def answers(self, logits: Tensor, targets: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """0/1, int64, and probabilities, float32, both (N, Y)."""
+        present = self.labelled(targets)
+        return targets[present].long().cpu().numpy(), logits.detach()[present].float().sigmoid().cpu().numpy()
+
+    def score(self, gold: np.ndarray, scores: np.ndarray, task: TaskLike) -> dict[str, float]:
+        """The majority baseline gives every post the labels that more than half of the posts have."""
+        predicted, labels = (scores >= self.threshold).astype(np.int64), task.labels
+        common_Y = (gold.sum(axis=0) * 2 > len(gold)).astype(np.int64)
+        return (
+            {name: METRICS[name](gold, predicted, labels) for name in self.metrics}
+            | {f"majority/{task.metric}": METRICS[task.metric](gold, np.broadcast_to(common_Y, gold.shape), labels)}
+            | per_class(labels, class_scores(gold, predicted, labels))
+        )
+
+
+class Regression(Kind):
+    """One number: squared error. Parsed: float."""
+
+    weighted = False
+    metrics = ("pearson", "spearman", "mae")
+
+    def num_outputs(self, labels: Sequence[str]) -> int:
+        return 1
+
+    def discover(self, values: Iterable[object]) -> tuple[str, ...]:
+        return ()
+
+    def parse(self, value: object, labels: Sequence[str]) -> float | None:
+        if is_missing(value):
+            return None
+        # float() would also take "nan", "inf", "1_000" and True.
+        numeric = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
+        if not (numeric or isinstance(value, str) and _NUMBER.fullmatch(value)) or not math.isfinite(float(value)):
+            raise ValueError(f"{value!r} is not a finite number; a regression task wants numbers such as -1.5 or 2e-3.")
+        return float(value)
+
+    def collate(self, values: Sequence[float | None], *, labels: Sequence[str], length: int) -> Tensor:
+        return torch.tensor([math.nan if value is None else value for value in values], dtype=torch.float32)
+
+    def labelled(self, targets: Tensor) -> Tensor:
+        return ~targets.isnan()
+
+    def units(self, targets: Tensor, task: TaskLike) -> Tensor:
+        return self.labelled(targets).sum(dtype=torch.float64)
+
+    def loss(self, logits: Tensor, targets: Tensor, task: TaskLike) -> Tensor:
+        present = self.labelled(targets)
+        errors_B = logits.float()[:, 0] - torch.where(present, targets, 0.0).float()
+        return (errors_B.square() * present).sum()
+
+    def decode(self, logits: Tensor, task: TaskLike) -> list[dict[str, Any]]:
+        """``{"value": number}``, in the unit of the labels."""
+        return [{"value": value} for value in logits.detach().float()[:, 0].tolist()]
+
+    def gold(self, targets: Tensor, task: TaskLike) -> list[float | None]:
+        return [None if math.isnan(target) else target for target in targets.tolist()]
+
+    def answers(self, logits: Tensor, targets: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """Gold and predicted numbers, float32, (N,)."""
+        present = self.labelled(targets)
+        return targets[present].cpu().numpy(), logits.detach()[present, 0].float().cpu().numpy()
+
+    def score(self, gold: np.ndarray, scores: np.ndarray, task: TaskLike) -> dict[str, float]:
+        """The baseline answers the mean of ``gold``; it correlates with nothing, so its ``mae`` is always given too."""
+        mean = np.full_like(gold, gold.mean() if len(gold) else 0.0)
+        baselines = {f"majority/{name}": METRICS[name](gold, mean, ()) for name in dict.fromkeys((task.metric, "mae"))}
+        return {name: METRICS[name](gold, scores, ()) for name in self.metrics} | baselines
+
+
+def merge_answers(shares: Sequence[tuple[Any, Any]]) -> tuple[Any, Any]:
+    """One (gold, scores) of several that ``Kind.answers`` gave for parts of the same task's rows, in their order."""
+    gold, scores = zip(*shares, strict=True)
+    if isinstance(gold[0], list):
+        return [row for part in gold for row in part], [row for part in scores for row in part]
+    return np.concatenate(gold), np.concatenate(scores)
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, (list, tuple, set, frozenset, np.ndarray))
+
+
+def _items(value: Any) -> list[Any]:
+    """The single labels in a multi-label cell."""
+    if _is_list(value):
+        return list(value)
+    return [item for item in re.split(r"[,;|]", value) if item.strip()] if isinstance(value, str) else [value]
+
+
+KINDS: dict[str, Kind] = {
+    "single_label": SingleLabel(),
+    "multi_label": MultiLabel(),
+    "regression": Regression(),
+    "tags": Tags(),
+}

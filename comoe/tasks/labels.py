@@ -1,0 +1,83 @@
+"""Raw cells of a data file: what is missing, which label is meant, in which order labels are listed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from comoe.rules import unknown_name
+
+OUTSIDE = "O"
+"""The tag of a word that belongs to no span."""
+
+_WHOLE_NUMBER = re.compile(r"([+-]?\d+)\.0+")
+
+
+def is_missing(value: object) -> bool:
+    """True for a cell without a label: None, NaN, an empty text or one of blanks only."""
+    if value is None:
+        return True
+    if isinstance(value, str):
+        return not value.strip()
+    return isinstance(value, (float, np.floating)) and bool(np.isnan(value))
+
+
+def label_name(value: object) -> str:
+    """The name that a raw cell spells: 1, 1.0, "1" and "1.0" are one name ("1"), as are True and "true".
+
+    A CSV column of whole numbers turns into floats as soon as one cell is empty; its labels must not change by that.
+    """
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, bool):
+        return str(value).lower()
+    text = str(value).strip()
+    whole = _WHOLE_NUMBER.fullmatch(text)
+    return whole[1] if whole else text
+
+
+def label_id(value: object, labels: Sequence[str]) -> int:
+    """Id of the label that one raw cell names.
+
+    Names are compared exactly, upper and lower case included. Where no label is itself a whole number, a whole number
+    is taken as an id: data sets keep ids in their files and names beside them. Where labels are numbers ("1" to "5"),
+    a number is always a name, so that a stray 0 does not silently become the first label.
+
+    Args:
+        value: text, int, float with a whole value, or bool.
+        labels: label names in the order of their ids.
+
+    Raises:
+        ValueError: no such label; the message has the nearest name and all names.
+    """
+    name = str(value).strip()
+    if name not in labels:
+        name = label_name(value)
+    if name in labels:
+        return labels.index(name)
+    if _is_integer(name) and 0 <= int(name) < len(labels) and not any(_is_integer(label) for label in labels):
+        return int(name)
+    raise unknown_name("label", repr(name), labels)
+
+
+def natural_order(names: Iterable[str]) -> tuple[str, ...]:
+    """Names sorted as a reader would: "2" before "10", "topic 9" before "topic 11"; "O", where there, is the first."""
+
+    def key(name: str) -> tuple:
+        if _is_integer(name):
+            return (name != OUTSIDE, 0, int(name), ())
+        parts = (part for part in re.split(r"(\d+)", name) if part)
+        return (
+            name != OUTSIDE,
+            1,
+            0,
+            tuple((0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts),
+        )
+
+    return tuple(sorted(set(names), key=key))
+
+
+def _is_integer(name: str) -> bool:
+    return re.fullmatch(r"[+-]?[0-9]+", name) is not None

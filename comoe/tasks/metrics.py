@@ -1,0 +1,208 @@
+"""Metrics: (gold, predicted, labels) -> one number.
+
+``gold`` and ``predicted`` are, by kind of task: label ids, int, shape (N,); 0/1 matrices, shape (N, Y); numbers, shape
+(N,); or one list of tag names per post. ``labels`` are the label names in the order of their ids. A metric is 0.0,
+never NaN, where it has no value: no rows, a class that is never predicted, constant numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from scipy import stats
+from seqeval.metrics.sequence_labeling import get_entities
+from seqeval.metrics.sequence_labeling import precision_recall_fscore_support as span_scores
+from sklearn import metrics as sklearn_metrics
+
+from comoe.rules import nearest
+from comoe.tasks.labels import OUTSIDE
+
+Metric = Callable[[Sequence, Sequence, Sequence[str]], float]
+
+
+def accuracy(gold: np.ndarray, predicted: np.ndarray, labels: Sequence[str]) -> float:
+    """Share of rows that are right, 0 to 1; for a matrix a row counts only when all of its labels are right."""
+    return float(sklearn_metrics.accuracy_score(gold, predicted)) if len(gold) else 0.0
+
+
+def macro_f1(gold: np.ndarray, predicted: np.ndarray, labels: Sequence[str]) -> float:
+    """Mean over classes of F1, 0 to 1. TweetEval's metric for emotion, hate, offensive and emoji.
+
+    As in TweetEval and scikit-learn, the mean is over the classes that occur in ``gold`` or in ``predicted``; for a 0/1
+    matrix it is over all columns.
+    """
+    return _averaged(gold, predicted, average="macro")[2]
+
+
+def macro_precision(gold: np.ndarray, predicted: np.ndarray, labels: Sequence[str]) -> float:
+    """Mean over classes of precision, 0 to 1; classes as in ``macro_f1``."""
+    return _averaged(gold, predicted, average="macro")[0]
+
+
+def macro_recall(gold: np.ndarray, predicted: np.ndarray, labels: Sequence[str]) -> float:
+    """Mean over classes of recall, 0 to 1; classes as in ``macro_f1``. TweetEval's metric for sentiment."""
+    return _averaged(gold, predicted, average="macro")[1]
+
+
+def micro_f1(gold: np.ndarray, predicted: np.ndarray, labels: Sequence[str]) -> float:
+    """F1 of all decisions of all classes counted together, 0 to 1; for one label per row it equals the accuracy."""
+    return _averaged(gold, predicted, average="micro")[2]
+
+
+def sample_f1(gold: np.ndarray, predicted: np.ndarray, labels: Sequence[str]) -> float:
+    """Mean over posts of the F1 between gold and predicted label sets, 0 to 1; two empty sets agree: 1."""
+    return _averaged(gold, predicted, average="samples", undefined=1.0)[2]
+
+
+def jaccard(gold: np.ndarray, predicted: np.ndarray, labels: Sequence[str]) -> float:
+    """Mean over posts of |intersection| / |union| of gold and predicted label sets, 0 to 1; two empty sets agree: 1.
+
+    Source: the accuracy of SemEval-2018 Task 1 E-c.
+    """
+    if not len(gold):
+        return 0.0
+    union = (gold | predicted).sum(axis=1)
+    return float(np.where(union == 0, 1.0, (gold & predicted).sum(axis=1) / np.maximum(union, 1)).mean())
+
+
+def f1_class_1(gold: np.ndarray, predicted: np.ndarray, labels: Sequence[str]) -> float:
+    """F1 of the label with id 1, 0 to 1. TweetEval's metric for irony.
+
+    Raises:
+        ValueError: the task has no label with id 1.
+    """
+    if len(labels) < 2:
+        raise ValueError(f"f1_class_1 needs a label with id 1, but the labels are {', '.join(labels)}; use macro_f1.")
+    return float(class_scores(gold, predicted, labels)[2][1])
+
+
+def mean_f1_against_favor(gold: np.ndarray, predicted: np.ndarray, labels: Sequence[str]) -> float:
+    """Mean of the F1 of the labels named ``against`` and ``favor``, 0 to 1. TweetEval's metric for stance.
+
+    The labels are found by name (upper and lower case count as equal), whatever their ids.
+
+    Raises:
+        ValueError: a label of that name is absent.
+    """
+    lowered = [label.lower() for label in labels]
+    for name in ("against", "favor"):
+        if name not in lowered:
+            guess = nearest(name, labels)
+            hint = f"; is {guess!r} meant? rename it" if guess else "; name the labels so, or use macro_f1"
+            listed = ", ".join(labels)
+            raise ValueError(f"mean_f1_against_favor needs a label named {name!r}, but the labels are {listed}{hint}.")
+    f1_Y = class_scores(gold, predicted, labels)[2]
+    return float(np.mean([f1_Y[lowered.index(name)] for name in ("against", "favor")]))
+
+
+def mae(gold: np.ndarray, predicted: np.ndarray, labels: Sequence[str] = ()) -> float:
+    """Mean absolute error, in the unit of the labels; lower is better."""
+    return float(np.mean(np.abs(np.asarray(gold, dtype=float) - predicted))) if len(gold) else 0.0
+
+
+def pearson(gold: np.ndarray, predicted: np.ndarray, labels: Sequence[str] = ()) -> float:
+    """Linear correlation, -1 to 1; 0.0 where one side is constant, not finite, or has fewer than two numbers."""
+    return float(stats.pearsonr(gold, predicted)[0]) if _varies(gold) and _varies(predicted) else 0.0
+
+
+def spearman(gold: np.ndarray, predicted: np.ndarray, labels: Sequence[str] = ()) -> float:
+    """Correlation of ranks, -1 to 1; 0.0 as for ``pearson``."""
+    return float(stats.spearmanr(gold, predicted)[0]) if _varies(gold) and _varies(predicted) else 0.0
+
+
+def span_f1(gold: Sequence[list[str]], predicted: Sequence[list[str]], labels: Sequence[str] = ()) -> float:
+    """Micro F1 of whole spans, 0 to 1: a span is right when its type and both ends are. As in conlleval and seqeval.
+
+    Tags without the prefix B-, I-, E- or S- count as types: a run of equal tags is one span.
+    """
+    return _spans(gold, predicted)[2]
+
+
+def span_precision(gold: Sequence[list[str]], predicted: Sequence[list[str]], labels: Sequence[str] = ()) -> float:
+    """Share of the predicted spans that are right, 0 to 1."""
+    return _spans(gold, predicted)[0]
+
+
+def span_recall(gold: Sequence[list[str]], predicted: Sequence[list[str]], labels: Sequence[str] = ()) -> float:
+    """Share of the gold spans that were found, 0 to 1."""
+    return _spans(gold, predicted)[1]
+
+
+def class_scores(
+    gold: np.ndarray, predicted: np.ndarray, labels: Sequence[str]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Precision, recall and F1 of every label, each of shape (Y,), 0 to 1; 0 where there is nothing to divide by."""
+    if not len(gold) or not len(labels):
+        zeros = np.zeros(len(labels))
+        return zeros, zeros, zeros
+    precision_Y, recall_Y, f1_Y, _ = sklearn_metrics.precision_recall_fscore_support(
+        gold, predicted, labels=range(len(labels)), average=None, zero_division=0.0
+    )
+    return precision_Y, recall_Y, f1_Y
+
+
+def confusion(gold: np.ndarray, predicted: np.ndarray, labels: Sequence[str]) -> np.ndarray:
+    """Counts of (gold label, predicted label), int64, shape (Y, Y): rows are gold."""
+    width = len(labels)
+    return np.bincount(np.asarray(gold) * width + predicted, minlength=width**2).reshape(width, width)
+
+
+def entities(tags: Sequence[str]) -> list[tuple[str, int, int]]:
+    """Spans of one post's tags as (type, first word, last word + 1)."""
+    return [(kind, first, last + 1) for kind, first, last in get_entities(_prefixed(tags))]
+
+
+def _averaged(
+    gold: np.ndarray, predicted: np.ndarray, *, average: str, undefined: float = 0.0
+) -> tuple[float, float, float]:
+    """Averaged precision, recall, F1."""
+    if not len(gold):
+        return 0.0, 0.0, 0.0
+    precision, recall, f1, _ = sklearn_metrics.precision_recall_fscore_support(
+        gold, predicted, average=average, zero_division=undefined
+    )
+    return float(precision), float(recall), float(f1)
+
+
+def _spans(gold: Sequence[list[str]], predicted: Sequence[list[str]]) -> tuple[float, float, float]:
+    """Micro-averaged precision, recall, F1 of spans."""
+    if not len(gold):
+        return 0.0, 0.0, 0.0
+    gold_tags, predicted_tags = ([_prefixed(tags) for tags in posts] for posts in (gold, predicted))
+    precision, recall, f1, _ = span_scores(gold_tags, predicted_tags, average="micro", zero_division=0)
+    return float(precision), float(recall), float(f1)
+
+
+def _prefixed(tags: Sequence[str]) -> list[str]:
+    """Tags as seqeval reads them; it would take the first letter of a bare tag as the prefix."""
+    return [tag if tag == OUTSIDE or tag[:2] in ("B-", "I-", "E-", "S-") else f"I-{tag}" for tag in tags]
+
+
+def _varies(numbers: np.ndarray) -> bool:
+    return len(numbers) > 1 and bool(np.isfinite(numbers).all()) and float(np.ptp(numbers)) > 0.0
+
+
+METRICS: dict[str, Metric] = {
+    "accuracy": accuracy,
+    "macro_f1": macro_f1,
+    "macro_precision": macro_precision,
+    "macro_recall": macro_recall,
+    "micro_f1": micro_f1,
+    "sample_f1": sample_f1,
+    "jaccard": jaccard,
+    "f1_class_1": f1_class_1,
+    "mean_f1_against_favor": mean_f1_against_favor,
+    "mae": mae,
+    "pearson": pearson,
+    "spearman": spearman,
+    "span_f1": span_f1,
+    "span_precision": span_precision,
+    "span_recall": span_recall,
+}
+
+LOWER_IS_BETTER = frozenset({"mae", "loss"})
+"""Names of numbers that fall as a model gets better; every other one rises."""
+
+HIGHER_IS_BETTER: dict[str, bool] = {name: name not in LOWER_IS_BETTER for name in METRICS}
+"""Metric -> whether a larger number is better."""

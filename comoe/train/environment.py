@@ -1,0 +1,79 @@
+"""What must be true of a process before DeepSpeed is imported: accelerator, threads, rendezvous, quiet libraries."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import os
+import platform
+import socket
+import sys
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+PACKAGES = ("comoe", "torch", "deepspeed", "transformers", "datasets", "accelerate", "tensorboard", "numpy")
+
+
+def prepare_process(*, verbose: bool) -> None:
+    """Set the environment that DeepSpeed reads on import. Call it before ``comoe.train.parallel`` is imported.
+
+    A user need not set any variable: a machine without a GPU is told to DeepSpeed as such, a plain ``python`` start
+    becomes a world of one rank, and each rank takes its share of the cores.
+    """
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_SIZE="1")
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if "OMP_NUM_THREADS" not in os.environ:
+        ranks_here = int(os.environ.get("LOCAL_SIZE", os.environ["WORLD_SIZE"]))
+        torch.set_num_threads(max(1, available_cores() // ranks_here))
+    if not verbose:
+        _quieten()
+
+
+def available_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def describe_environment(**more: Any) -> Mapping[str, Any]:
+    """Versions, machine and command, for ``environment.json``."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return {
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": device,
+        "cores": available_cores(),
+        "threads": torch.get_num_threads(),
+        "packages": versions,
+        **more,
+    }
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _quieten() -> None:
+    # DeepSpeed names its logger after itself and reads no variable at the level we want; the rest are the usual ones.
+    os.environ.setdefault("DS_LOG_LEVEL", "error")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    for name in ("DeepSpeed", "datasets", "transformers", "matplotlib", "filelock"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for module in ("deepspeed", "torch", "transformers", "datasets", "tensorboard"):
+        warnings.filterwarnings("ignore", module=rf"{module}(\..*)?")

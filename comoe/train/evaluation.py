@@ -1,0 +1,65 @@
+"""Evaluation inside a run: every rank runs the same number of forwards, all get the same numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from tqdm import tqdm
+
+from comoe.data.batching import Collator, TokenizedSplit
+from comoe.data.sampling import eval_batches
+from comoe.distributed import all_gather_objects, is_main, rank, sum_over_ranks, world_size
+from comoe.evaluate import Evaluation, evaluate
+from comoe.protocols import Batch, ModelOutput
+from comoe.tasks.catalog import Task
+from comoe.train.engine import Engine
+from comoe.train.routing_stats import RoutingStats, RoutingSummary, labelled_rows
+
+EVAL_BATCH = 64
+
+
+@dataclass(slots=True)
+class Evaluator:
+    """Runs the engine over a split."""
+
+    engine: Engine
+    splits: Mapping[str, TokenizedSplit]
+    collator: Collator
+    tasks: Sequence[Task]
+
+    def run(self, name: str, *, predictions: bool = False) -> tuple[Evaluation | None, RoutingSummary | None]:
+        """Metrics, predictions and the gates' measures of one split; (None, None) where it has no posts."""
+        split = self.splits.get(name)
+        if split is None or len(split) == 0:
+            return None, None
+        batches = eval_batches(split.lengths, batch_size=EVAL_BATCH, rank=rank(), world_size=world_size())
+        model = self.engine.objective.model
+        layers = [layer.layer for layer in model.moe_layers()]
+        names = [task.name for task in self.tasks]
+        stats = RoutingStats(
+            names, num_layers=len(layers), num_experts=model.config.num_local_experts, layers=layers,
+            device=self.engine.device,
+        )  # fmt: skip
+        with tqdm(total=len(batches), desc=name, unit="batch", leave=False, disable=not is_main()) as bar:
+
+            def forward(batch: Batch) -> ModelOutput:
+                output = self.engine.forward(batch)
+                # A filler row exists only so that this rank has something to run; it has no label and is not counted.
+                stats.update(output, labelled_rows(batch, names))
+                bar.update()
+                return output
+
+            evaluation = evaluate(
+                forward,
+                split,
+                collator=self.collator,
+                tasks=self.tasks,
+                batches=batches,
+                gather=all_gather_objects,
+                device=self.engine.device,
+                texts=split.texts,
+                predictions=predictions,
+            )
+        stats.load(sum_over_ranks(stats.as_tensor()))
+        return evaluation, stats.summary() if layers else None

@@ -1,0 +1,166 @@
+"""From the plain PyTorch model to a DeepSpeed engine: process group, AutoEP with our gate, ZeRO, parameter groups.
+
+The contact with DeepSpeed's internals (AutoEP is unversioned) is all here, held by one contract test.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import deepspeed
+import deepspeed.comm
+import torch
+from deepspeed.module_inject import auto_ep_layer
+from deepspeed.moe.ep_router import TokenChoiceTopKRouter
+from torch import Tensor, nn
+
+from comoe.distributed import all_gather_in_group
+from comoe.models.gate import ROUTES, Float32Linear, PendingRoute, build_gate
+from comoe.models.multitask import parameter_group
+from comoe.objective import Objective
+from comoe.protocols import Routing
+from comoe.schema import MoeConfig, Recipe
+
+
+def start_ranks(*, timeout_seconds: float) -> torch.device:
+    """Join the process group that the launcher described; returns this rank's device."""
+    gpu = torch.cuda.is_available()
+    if gpu:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    deepspeed.init_distributed(
+        dist_backend="nccl" if gpu else "gloo",
+        auto_mpi_discovery=False,
+        verbose=False,
+        timeout=timedelta(seconds=timeout_seconds),
+    )
+    return torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
+
+
+class CooperativeRouter(TokenChoiceTopKRouter):
+    """AutoEP's router with comoe's gate: same parameters and buffers, our rule, task logits from the owning layer."""
+
+    def __init__(self, moe: MoeConfig, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.gate = Float32Linear(settings["dim"], settings["num_experts"])
+        self.pending = PendingRoute(build_gate(moe), ROUTES[moe.route_by])
+
+    def prepare(self, task_logits_SE: Tensor | None) -> None:
+        """See ``PendingRoute.prepare``."""
+        self.pending.prepare(task_logits_SE)
+
+    def collect(self) -> Routing:
+        """See ``PendingRoute.collect``."""
+        return self.pending.collect()
+
+    def forward(self, tokens_SM: Tensor, expert_bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """What AutoEP dispatches by: weights (S, k), indices (S, k), tokens per expert (E,) int32."""
+        routing = self.pending.route(self.gate, tokens_SM, self.e_score_correction_bias)
+        return routing.weights_Sk, routing.indices_Sk, routing.counts_E.to(torch.int32)
+
+
+@contextmanager
+def _our_router(moe: MoeConfig) -> Iterator[None]:
+    # AutoEP takes no router class; it looks the name up in its module while it replaces the blocks.
+    original = auto_ep_layer.TokenChoiceTopKRouter
+    auto_ep_layer.TokenChoiceTopKRouter = lambda **settings: CooperativeRouter(moe, **settings)
+    try:
+        yield
+    finally:
+        auto_ep_layer.TokenChoiceTopKRouter = original
+
+
+def build_deepspeed_engine(objective: Objective, recipe: Recipe, settings: Mapping[str, Any]) -> Any:
+    """Shard experts and optimizer over the ranks.
+
+    Args:
+        objective: plain PyTorch, the same on every rank.
+        settings: complete DeepSpeed configuration, see ``comoe.train.settings.fill_settings``.
+    """
+    groups = parameter_groups(objective, recipe)
+    with _our_router(recipe.model.moe):
+        engine, _, _, _ = deepspeed.initialize(model=objective, model_parameters=groups, config=dict(settings))
+    for module in engine.module.modules():
+        if isinstance(module, CooperativeRouter):
+            # bf16 casts buffers too, and a step of 0.001 is lost in it.
+            module.e_score_correction_bias = module.e_score_correction_bias.float()
+    return engine
+
+
+def parameter_groups(objective: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
+    """Optimizer groups: encoder, experts, heads, each with and without weight decay. Frozen parameters are left out."""
+    rates = {
+        "encoder": recipe.train.learning_rate,
+        "experts": recipe.train.expert_learning_rate,
+        "heads": recipe.train.head_learning_rate,
+    }
+    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    for name, parameter in objective.named_parameters():
+        if parameter.requires_grad:
+            # Norms, biases and single vectors have one dimension, a task's pooling query too.
+            groups.setdefault((parameter_group(name), parameter.ndim > 1), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "name": f"{role}/{'decay' if decay else 'plain'}",
+            "role": role,
+            "lr": rates[role],
+            "weight_decay": recipe.train.weight_decay if decay else 0.0,
+        }
+        for (role, decay), parameters in groups.items()
+    ]
+
+
+def gather_full_state(engine: Any) -> dict[str, Tensor]:
+    """All weights and buffers under the plain model's names, float32, on the CPU. Every rank must call it.
+
+    Experts are gathered over the ranks that share them and put back into AutoEP's source layout. Rank 0 gets all; the
+    other ranks an empty dict.
+    """
+    keep = deepspeed.comm.get_rank() == 0
+    state: dict[str, Tensor] = {}
+    model = engine.module.model
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, auto_ep_layer.AutoEPMoELayer)}
+    for name, layer in layers.items():
+        parts = {key: _gather_experts(layer, getattr(layer.experts, key)) for key in ("w1", "w2", "w3")}
+        state[f"{name}.experts.gate_up_proj"] = torch.cat([parts["w1"], parts["w3"]], dim=1)
+        state[f"{name}.experts.down_proj"] = parts["w2"]
+        if not keep:
+            state.clear()
+    for name, tensor in [*model.named_parameters(), *_persistent_buffers(model)]:
+        if any(name.startswith(f"{layer}.experts.") for layer in layers):
+            continue
+        with deepspeed.zero.GatheredParameters([tensor], enabled=hasattr(tensor, "ds_id")):
+            if keep:
+                state[_plain_name(name, layers)] = _to_host(tensor)
+    return state
+
+
+def _gather_experts(layer: Any, parameter: nn.Parameter) -> Tensor:
+    with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+        local = parameter.detach().clone()
+    return all_gather_in_group(local, layer.ep_group).float().cpu()
+
+
+def _persistent_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
+    return [
+        (f"{prefix}.{name}" if prefix else name, buffer)
+        for prefix, module in model.named_modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if name not in module._non_persistent_buffers_set
+    ]
+
+
+def _plain_name(name: str, layers: Mapping[str, Any]) -> str:
+    for layer in layers:
+        name = name.replace(f"{layer}.router.gate.", f"{layer}.gate.")
+        name = name.replace(f"{layer}.router.e_score_correction_bias", f"{layer}.gate.e_score_correction_bias")
+    return name
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach().cpu()
+    return tensor.float().clone() if tensor.is_floating_point() else tensor.clone()

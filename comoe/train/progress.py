@@ -1,0 +1,101 @@
+"""What is gathered between two lines of ``metrics.jsonl``: one reduction over ranks per line, none per step."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from comoe.distributed import all_gather_objects, sum_over_ranks, world_size
+from comoe.protocols import Batch
+from comoe.tasks.catalog import Task
+from comoe.tasks.kinds import merge_answers
+from comoe.train.engine import Engine, StepReport
+
+
+@dataclass(frozen=True, slots=True)
+class TrainLine:
+    """Numbers of one logged interval, the same on all ranks."""
+
+    loss: float
+    """Global loss of the last step, as weighted in the objective."""
+    terms: Mapping[str, float]
+    """Each term of the last step, unweighted."""
+    metrics: Mapping[str, Mapping[str, float]]
+    """Task -> its main metric on the posts of the last step."""
+    task_weights: Mapping[str, float]
+    """Task -> weight of its loss in the last step."""
+    rates: Mapping[str, float]
+    """Role -> learning rate of the last step."""
+    grad_norm: float | None
+    """Global gradient norm before clipping, of the last step."""
+    posts: int
+    """Posts of the interval, all ranks."""
+    posts_per_second: float
+    """Posts of the interval over its wall-clock seconds."""
+    tokens_per_second: float
+    """Real tokens of the interval over its wall-clock seconds."""
+    skipped: int
+    """Steps of the interval that changed no weight."""
+
+
+@dataclass(slots=True)
+class Interval:
+    """Collects between two log lines; a host sync happens only in ``reduce``."""
+
+    tasks: Sequence[Task]
+    began: float = field(default_factory=time.perf_counter)
+    posts: int = 0
+    tokens: int = 0
+    skipped: int = 0
+
+    def reset(self) -> None:
+        """Begin the next interval."""
+        self.began, self.posts, self.tokens, self.skipped = time.perf_counter(), 0, 0, 0
+
+    def add(self, batches: Sequence[Batch], report: StepReport) -> None:
+        """Count one step."""
+        for batch in batches:
+            self.posts += int((batch.row_ids_B >= 0).sum())
+            self.tokens += int(batch.attention_mask_BL.sum())
+        self.skipped += report.skipped
+
+    def reduce(
+        self, *, engine: Engine, report: StepReport, batches: Sequence[Batch], rates: Mapping[str, float]
+    ) -> TrainLine:
+        """The line of this interval; every rank must call it."""
+        seconds = max(1e-9, time.perf_counter() - self.began)
+        terms = {"loss": report.loss, **report.terms}
+        counts = [torch.tensor(float(self.posts)), torch.tensor(float(self.tokens))]
+        packed = torch.stack([value.double().to(engine.device) for value in (*terms.values(), *counts)])
+        total = sum_over_ranks(packed).tolist()
+        means = dict(zip(terms, (value / world_size() for value in total[: len(terms)]), strict=True))
+        posts, tokens = total[len(terms) :]
+        weights = {task.name: means.pop(f"weight/{task.name}") for task in self.tasks}
+        return TrainLine(
+            loss=means.pop("loss"),
+            terms=means,
+            task_weights=weights,
+            metrics=self._metrics(report, batches),
+            rates=rates,
+            grad_norm=report.grad_norm,
+            posts=int(posts),
+            posts_per_second=posts / seconds,
+            tokens_per_second=tokens / seconds,
+            skipped=self.skipped,
+        )
+
+    def _metrics(self, report: StepReport, batches: Sequence[Batch]) -> dict[str, dict[str, float]]:
+        own = [
+            {task.name: task.rules.answers(output.output.logits[task.name].detach().cpu(), batch.labels[task.name]) for task in self.tasks}
+            for output, batch in zip(report.outputs, batches, strict=True)
+        ]
+        everyone = [step for steps in all_gather_objects(own) for step in steps]
+        metrics = {}
+        for task in self.tasks:
+            gold, scores = merge_answers([step[task.name] for step in everyone])
+            if len(gold):
+                metrics[task.name] = {task.metric: task.rules.score(gold, scores, task)[task.metric]}
+        return metrics

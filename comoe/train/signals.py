@@ -1,0 +1,56 @@
+"""Stopping in time: Ctrl-C, SIGTERM, and the loss of the launcher, agreed on by all ranks."""
+
+from __future__ import annotations
+
+import os
+import signal
+from types import FrameType
+
+import psutil
+
+
+class StopSignal:
+    """Notes that this rank was asked to stop. The trainer asks each step and reduces the answer over ranks.
+
+    A SIGTERM to the ``deepspeed`` command ends that command alone and leaves its ranks running unseen. So a rank
+    started by it also watches the launcher and the command above it, and treats the loss of either as SIGTERM.
+    """
+
+    def __init__(self) -> None:
+        self.reason = ""
+        self._watched = _launchers()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._note)
+
+    def asked(self) -> bool:
+        """True once this rank should stop."""
+        if not self.reason and any(_gone(process) for process in self._watched):
+            self.reason = "the launcher is gone"
+        return bool(self.reason)
+
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        self.reason = signal.Signals(number).name
+
+
+def _launchers() -> list[psutil.Process]:
+    """deepspeed.launcher.launch and the ``deepspeed`` command above it; empty under plain python."""
+    parent = psutil.Process(os.getppid())
+    if "deepspeed.launcher.launch" not in " ".join(_command(parent)):
+        return []
+    above = parent.parent()
+    return [parent] if above is None else [parent, above]
+
+
+def _gone(process: psutil.Process) -> bool:
+    # A dead command whose parent has not asked for its exit code yet is a zombie, and counts as running.
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def _command(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []

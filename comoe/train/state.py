@@ -1,0 +1,67 @@
+"""What a run must remember beside weights and moments, and the rate of each step."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from comoe.config import unknown_name
+from comoe.schema import TrainConfig
+
+
+@dataclass(slots=True)
+class TrainState:
+    """Saved with every checkpoint; patience too, so that a resumed run stops where the uninterrupted one would."""
+
+    step: int = 0
+    """Optimizer steps done, skipped ones included. The sampler is a function of it."""
+    best_value: float | None = None
+    """Best value of the early-stop metric."""
+    best_step: int = 0
+    """Step of ``best_value``."""
+    evaluations_without_gain: int = 0
+    """Evaluations since the best one."""
+    nonfinite_in_a_row: int = 0
+    """Steps skipped since the last good one."""
+    nonfinite_total: int = 0
+    """Steps skipped in all."""
+    posts_seen: int = 0
+    """Posts trained on, repeats counted."""
+    seconds: float = 0.0
+    """Seconds of training, of all sittings."""
+    finished: str = ""
+    """Why the run ended; empty while it may go on."""
+
+    def record(self, value: float, *, patience: int) -> bool:
+        """Note an evaluation; True when it is the best so far. Sets ``finished`` when the patience is used up."""
+        improved = self.best_value is None or value > self.best_value
+        if improved:
+            self.best_value, self.best_step, self.evaluations_without_gain = value, self.step, 0
+        else:
+            self.evaluations_without_gain += 1
+            if patience and self.evaluations_without_gain >= patience:
+                self.finished = f"no better value in {patience} evaluations"
+        return improved
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers for JSON."""
+        return asdict(self)
+
+
+def rate_factor(step: int, *, total: int, config: TrainConfig) -> float:
+    """Share of the peak rate in step ``step`` (from 0): linear warm-up, then the schedule, down to 0 after ``total``."""
+    warmup = math.ceil(config.warmup_fraction * total)
+    if step < warmup:
+        return (step + 1) / warmup
+    if config.schedule not in SCHEDULES:
+        raise unknown_name("train.schedule", config.schedule, SCHEDULES)
+    progress = (step - warmup) / max(1, total - warmup)
+    return SCHEDULES[config.schedule](min(1.0, progress))
+
+
+SCHEDULES = {
+    "linear": lambda progress: 1.0 - progress,
+    "cosine": lambda progress: 0.5 * (1.0 + math.cos(math.pi * progress)),
+    "constant": lambda progress: 1.0,
+}

@@ -1,0 +1,216 @@
+"""The loop: batches in, steps, logs, evaluations, checkpoints, an orderly end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from comoe.data.batching import Collator, TokenizedSplit
+from comoe.data.sampling import TrainSampler
+from comoe.distributed import is_main, rank, sum_over_ranks, world_size
+from comoe.evaluate import Evaluation, chosen_metric
+from comoe.objective import count_units, unit_scale
+from comoe.protocols import Batch
+from comoe.schema import Recipe
+from comoe.tasks.catalog import Task
+from comoe.train.checkpoint import mark_best, save_checkpoint
+from comoe.train.engine import Engine, StepReport
+from comoe.train.evaluation import Evaluator
+from comoe.train.monitor import Monitor
+from comoe.train.progress import Interval
+from comoe.train.settings import Layout
+from comoe.train.signals import StopSignal
+from comoe.train.state import TrainState, rate_factor
+
+
+class TrainingStopped(RuntimeError):
+    """The run cannot go on; the message says why and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """Steps of one run, settled before it starts."""
+
+    total: int
+    """Optimizer steps."""
+    eval_every: int
+    """Steps between evaluations."""
+    save_every: int
+    """Steps between checkpoints."""
+
+
+def plan_schedule(recipe: Recipe, sampler: TrainSampler) -> Schedule:
+    """Turn epochs and ``auto`` into steps."""
+    per_epoch = sampler.steps_per_epoch
+    total = recipe.train.max_steps or max(1, round(recipe.train.epochs * per_epoch))
+    eval_every = recipe.train.eval_every
+    eval_every = max(1, per_epoch // 2) if eval_every == "auto" else int(eval_every)
+    save_every = recipe.train.save_every
+    return Schedule(total, eval_every, eval_every if save_every == "auto" else int(save_every))
+
+
+@dataclass(slots=True)
+class Trainer:
+    """Everything one run needs; ``run`` trains until the end, a stop signal, or the patience is used up."""
+
+    recipe: Recipe
+    layout: Layout
+    engine: Engine
+    tasks: Sequence[Task]
+    train_split: TokenizedSplit
+    collator: Collator
+    sampler: TrainSampler
+    evaluator: Evaluator
+    monitor: Monitor
+    folder: Path
+    state: TrainState
+    schedule: Schedule
+    last_validation: Evaluation | None = None
+
+    def run(self) -> None:
+        """Train from ``state.step`` on. ``state.finished`` tells the end; it stays empty after a stop signal.
+
+        Raises:
+            TrainingStopped: too many steps in a row were not finite, or a device ran out of memory.
+        """
+        stop = StopSignal()
+        bar = tqdm(
+            total=self.schedule.total, initial=self.state.step, unit="step", disable=not is_main(), dynamic_ncols=True
+        )
+        interval = Interval(self.tasks)
+        saved_at = -1
+        with ThreadPoolExecutor(1) as pool, bar:
+            upcoming = pool.submit(self._collate, self.state.step)
+            while self.state.step < self.schedule.total and not self.state.finished:
+                batches, stopping = self._with_totals(upcoming, stop)
+                if stopping:
+                    self._say(bar, f"stopping at step {self.state.step} ({stop.reason or 'asked by another rank'})")
+                    break
+                upcoming = pool.submit(self._collate, self.state.step + 1)
+                self._step(batches, interval, bar)
+                if self._due(self.schedule.eval_every) and self._evaluate_and_mark(bar):
+                    saved_at = self._save()
+                    mark_best(self.checkpoints, self.state.step)
+                if saved_at != self.state.step and self._due(self.schedule.save_every):
+                    saved_at = self._save()
+            upcoming.cancel()
+            if self.state.step >= self.schedule.total and not self.state.finished:
+                self.state.finished = "all steps done"
+                saved_at = -1
+        if saved_at != self.state.step or self.state.finished:
+            # Also after a signal: all ranks agreed on it in the last reduction, so all of them are here.
+            self._save()
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where checkpoints go."""
+        return self.folder / "checkpoints"
+
+    def _collate(self, step: int) -> list[Batch]:
+        return [self.collator(self.train_split, indices) for indices in self.sampler.share(step, rank())]
+
+    def _with_totals(self, upcoming: Future[list[Batch]], stop: StopSignal) -> tuple[list[Batch], bool]:
+        """The step's batches with the scale of each task's loss: one packed all-reduce carries the stop flag too."""
+        batches = upcoming.result()
+        began = stop.asked()
+        units_T = torch.stack([count_units(batch, self.tasks) for batch in batches]).sum(0)
+        packed = torch.cat([units_T, torch.tensor([float(began)], dtype=torch.float64)]).to(self.engine.device)
+        total = sum_over_ranks(packed).cpu()
+        scale_T = unit_scale(total[:-1], world_size=world_size(), accumulation=len(batches))
+        return [replace(batch, unit_scale_T=scale_T) for batch in batches], bool(total[-1] > 0)
+
+    def _step(self, batches: list[Batch], interval: Interval, bar: tqdm) -> None:
+        began = time.perf_counter()
+        rates = self.engine.set_rate_factor(
+            rate_factor(self.state.step, total=self.schedule.total, config=self.recipe.train)
+        )
+        try:
+            report = self.engine.train_step(batches)
+        except RuntimeError as error:
+            raise self._memory_advice(error) from error
+        self.state.step += 1
+        seconds = time.perf_counter() - began
+        self.state.seconds += seconds
+        # Numbers of the log stay on the device until a line is due.
+        interval.add(batches, report)
+        self._watch_nonfinite(report, batches, bar)
+        if self.state.step % self.recipe.train.log_every == 0 or self.state.step == self.schedule.total:
+            line = interval.reduce(engine=self.engine, report=report, batches=batches, rates=rates)
+            self.state.posts_seen += line.posts
+            self.monitor.log_train(
+                self.state.step,
+                loss=line.loss,
+                terms=line.terms,
+                metrics=line.metrics,
+                rates=line.rates,
+                task_weights=line.task_weights,
+                grad_norm=line.grad_norm,
+                posts_per_second=line.posts_per_second,
+                tokens_per_second=line.tokens_per_second,
+                seconds=self.state.seconds,
+                skipped=line.skipped,
+            )
+            bar.set_postfix_str(f"loss {line.loss:.4f}, {line.posts_per_second:.0f} posts/s", refresh=False)
+            interval.reset()
+        bar.update()
+
+    def _watch_nonfinite(self, report: StepReport, batches: list[Batch], bar: tqdm) -> None:
+        if not report.skipped:
+            self.state.nonfinite_in_a_row = 0
+            return
+        self.state.nonfinite_in_a_row += 1
+        self.state.nonfinite_total += 1
+        rows = sorted({int(row) for batch in batches for row in batch.row_ids_B.tolist() if row >= 0})
+        posts = ", ".join(self.train_split.origins[row] for row in rows[:8])
+        self.monitor.log_event({"event": "skipped", "step": self.state.step, "posts": rows})
+        self._say(bar, f"step {self.state.step} skipped: a loss or gradient is not finite (posts on rank 0: {posts} ...)")
+        if self.state.nonfinite_in_a_row >= self.recipe.train.max_nonfinite:
+            raise TrainingStopped(
+                f"{self.state.nonfinite_in_a_row} steps in a row (up to step {self.state.step}) had a loss or gradient "
+                f"that is not finite; the last posts on rank {rank()} were {posts}. Lower train.learning_rate, or look "
+                f"at these posts. The newest checkpoint is good: go on with --resume {self.folder}."
+            )
+
+    def _memory_advice(self, error: RuntimeError) -> RuntimeError:
+        short = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+        if not short:
+            return error
+        smaller = max(1, self.layout.micro_batch_size // 2)
+        return TrainingStopped(
+            f"out of memory with {self.layout.micro_batch_size} posts per forward pass on rank {rank()}: set "
+            f"train.micro_batch_size={smaller} (the batch of {self.recipe.train.batch_size} stays the same), or a "
+            f"smaller data.max_length."
+        )
+
+    def _due(self, every: int) -> bool:
+        return self.state.step % every == 0 or self.state.step == self.schedule.total
+
+    def _evaluate_and_mark(self, bar: tqdm) -> bool:
+        """Evaluate; True when this is the best step so far."""
+        evaluation, routing = self.evaluator.run("validation")
+        if evaluation is None:
+            return False
+        self.last_validation = evaluation
+        value = chosen_metric(evaluation.metrics, self.tasks, self.recipe.train.early_stop_metric)
+        improved = self.state.record(value, patience=self.recipe.train.patience)
+        self.monitor.log_evaluation(
+            self.state.step, split="validation", evaluation=evaluation, routing=routing, mean=value
+        )
+        self._say(bar, f"step {self.state.step}: validation {value:.4f}{' (best)' if improved else ''}")
+        return improved
+
+    def _save(self) -> int:
+        save_checkpoint(
+            self.checkpoints, self.engine, self.state, self.layout, keep=self.recipe.train.keep_checkpoints
+        )
+        return self.state.step
+
+    def _say(self, bar: tqdm, text: str) -> None:
+        if is_main():
+            bar.write(text)

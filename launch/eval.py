@@ -1,0 +1,53 @@
+"""Score an exported model on a labelled data set, in one process.
+
+    python launch/eval.py --model runs/starter/export --data tweeteval/irony --task irony
+    python launch/eval.py --model F --data test.jsonl --task mood --label-column sentiment
+
+--data is a file (jsonl, csv, tsv, parquet), a folder with splits, or a hub name (--format hub).
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+# An installed comoe comes first; without one, the package beside this folder.
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+
+
+def main() -> None:
+    """Read the command line, score, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="folder of an export")
+    parser.add_argument("--data", required=True, help="file, folder or hub name")
+    parser.add_argument("--format", default="auto", help="tweeteval, jsonl, csv, tsv, parquet, hub or auto")
+    parser.add_argument("--split", default="test", help="train, validation or test of a folder or hub data set")
+    parser.add_argument("--task", action="append", help="score this task only; may be repeated")
+    parser.add_argument("--text-column", default="text", help="column with the post")
+    parser.add_argument("--pair-column", help="column with the second text")
+    parser.add_argument("--label-column", help="column with the label; default: label, or each task's name for several")
+    parser.add_argument("--skip-bad", action="store_true", help="leave out bad rows instead of stopping at the first")
+    parser.add_argument("--batch-size", type=int, default=64, help="posts per forward pass")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, ...; auto is a GPU where there is one")
+    parser.add_argument("--output", type=Path, help="write all metrics there as JSON")
+    options = parser.parse_args()
+
+    from comoe.predict import Predictor
+    from comoe.scoring import DataChoice, format_scores, score_data
+
+    choice = DataChoice(
+        options.data, options.format, options.split, options.text_column, options.pair_column, options.label_column,
+        options.skip_bad,
+    )  # fmt: skip
+    try:
+        predictor = Predictor.from_pretrained(options.model, device=options.device)
+        scores = score_data(predictor, choice, tasks=options.task, batch_size=options.batch_size)
+        if options.output:
+            options.output.write_text(json.dumps(scores.evaluation.metrics, indent=2) + "\n", encoding="utf-8")
+    except (ValueError, OSError) as error:
+        sys.exit(f"eval: {error}")
+    print(format_scores(scores))
+
+
+if __name__ == "__main__":
+    main()

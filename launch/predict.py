@@ -1,0 +1,48 @@
+"""Answer the posts of a file with an exported model, in one process.
+
+    python launch/predict.py --model runs/starter/export --input posts.txt --output answers.jsonl
+    python launch/predict.py --model F --input test_text.txt --output irony.txt --format tweeteval --task irony
+
+--input is .txt (one post per line), .csv, .tsv or .jsonl; --format is jsonl, csv or tweeteval (one label id per line).
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+# An installed comoe comes first; without one, the package beside this folder.
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+
+
+def main() -> None:
+    """Read the command line and answer."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="folder of an export")
+    parser.add_argument("--input", required=True, type=Path, help="file of posts")
+    parser.add_argument("--output", required=True, type=Path, help="file of answers; missing folders are made")
+    parser.add_argument("--format", default="jsonl", help="jsonl, csv or tweeteval")
+    parser.add_argument("--task", action="append", help="answer this task only; may be repeated")
+    parser.add_argument("--text-column", default="text", help="column with the post, unless --input is .txt")
+    parser.add_argument("--pair-column", help="column with the second text (stance target, aspect)")
+    parser.add_argument("--explain", action="store_true", help="add the attention weight of each word (jsonl)")
+    parser.add_argument("--batch-size", type=int, default=64, help="posts per forward pass")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto is a GPU where there is one")
+    options = parser.parse_args()
+
+    from comoe.answers import predict_file
+    from comoe.predict import Predictor
+
+    try:
+        predictor = Predictor.from_pretrained(options.model, device=options.device)
+        done = predict_file(
+            predictor, options.input, options.output, format=options.format, tasks=options.task,
+            text_column=options.text_column, pair_column=options.pair_column, explain=options.explain,
+            batch_size=options.batch_size, progress=sys.stderr.isatty(),
+        )  # fmt: skip
+    except (ValueError, OSError) as error:
+        sys.exit(f"predict: {error}")
+    print(done, file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+#!/usr/bin/env bash
+# From a bare machine to a trained model: makes .venv, fetches the starter kit, trains launch/configs/starter.yaml.
+#   bash launch/quickstart.sh [--config FILE] [key=value ...]
+# On a CPU two ranks share the experts; with GPUs all of them are used. A second call goes on where the first one
+# stopped, and only shows the results when that is the end; run.overwrite=true begins anew.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+bash launch/setup.sh
+source .venv/bin/activate
+
+# The recipe is checked first: a wrong key must not cost a download.
+plan="$(python - "$@" <<'PYTHON'
+import argparse
+import sys
+from pathlib import Path
+
+from comoe.config import load_recipe
+
+parser = argparse.ArgumentParser("quickstart.sh")
+parser.add_argument("--config", default="launch/configs/starter.yaml")
+parser.add_argument("overrides", nargs="*", metavar="key=value")
+given = parser.parse_intermixed_args()
+try:
+    recipe = load_recipe(given.config, given.overrides)
+except ValueError as error:
+    sys.exit(f"quickstart: {error}")
+folder = Path(recipe.run.output_dir) / recipe.run.name
+ready_made = [name for name in (recipe.model.encoder, recipe.data.root) if name.startswith(("kit:", "smoke:"))]
+print(folder)
+print("resume" if (folder / "config.yaml").exists() and not recipe.run.overwrite else "begin")
+print(*ready_made)
+PYTHON
+)"
+{ read -r run_folder; read -r how; read -r ready_made || true; } <<<"$plan"
+
+if [ -n "$ready_made" ]; then
+    # shellcheck disable=SC2086  # several names
+    python -m comoe.starter $ready_made >/dev/null
+fi
+
+# A free port: the usual one may belong to another run on this machine.
+port="$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')"
+runner=(deepspeed --quiet --master_port "$port")
+if [ "$(python -c 'import torch; print(torch.cuda.device_count())')" -eq 0 ]; then
+    export DS_ACCELERATOR=cpu # else DeepSpeed warns that it found no GPU
+    runner+=(--num_accelerators 2)
+fi
+arguments=(--deepspeed ds_configs/zero2.json "$@")
+if [ "$how" = resume ]; then arguments+=(--resume "$run_folder"); fi
+echo "quickstart: ${runner[*]} launch/train.py ${arguments[*]}"
+"${runner[@]}" launch/train.py "${arguments[@]}"
+
+# The runner can end with 0 although a rank was killed: the results are the proof.
+if [ ! -f "$run_folder/results.json" ]; then
+    echo "quickstart: the run wrote no $run_folder/results.json; the messages above say why. The same command goes on." >&2
+    exit 1
+fi
+
+cat <<NEXT
+
+Next, from this folder:
+  source .venv/bin/activate
+  tensorboard --logdir $run_folder/tensorboard
+  echo "what a lovely day :)" > posts.txt
+  python launch/predict.py --model $run_folder/export --input posts.txt --output answers.jsonl
+NEXT

@@ -1,0 +1,90 @@
+"""Tiny random encoders, batches and tasks for the tests of models, losses and objective."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+from transformers import BertConfig, DistilBertConfig, ElectraConfig, MPNetConfig, RobertaConfig
+
+from comoe.models.encoder import build_encoder_from_config
+from comoe.models.multitask import MultiTaskModel, build_model
+from comoe.objective import Objective, count_units, unit_scale
+from comoe.protocols import IGNORED, Batch
+from comoe.schema import LossConfig, ModelConfig, MoeConfig
+from comoe.tasks.catalog import Task
+
+WIDTH, VOCABULARY = 16, 60
+BERT_LIKE = dict(
+    vocab_size=VOCABULARY, hidden_size=WIDTH, num_hidden_layers=3, num_attention_heads=2, intermediate_size=24
+)
+HF_CONFIGS = {
+    "bert": BertConfig(**BERT_LIKE),
+    "roberta": RobertaConfig(**BERT_LIKE, type_vocab_size=1),
+    "electra": ElectraConfig(**BERT_LIKE, embedding_size=8),
+    "mpnet": MPNetConfig(**BERT_LIKE),
+    "distilbert": DistilBertConfig(vocab_size=VOCABULARY, dim=WIDTH, n_layers=3, n_heads=2, hidden_dim=24),
+}
+MOOD = Task("mood", "single_label", ("bad", "so-so", "good"), "macro_f1", contrastive=True)
+TOPIC = Task("topic", "single_label", ("home", "world"), "macro_f1", contrastive=True)
+HEAT = Task("heat", "regression", (), "pearson")
+WORDS = Task("words", "tags", ("O", "B-PER"), "span_f1")
+SIGNS = Task("signs", "multi_label", ("joy", "fear"), "macro_f1")
+TASKS = (MOOD, TOPIC, HEAT, WORDS, SIGNS)
+
+
+def moe_config(**options) -> MoeConfig:
+    return MoeConfig(**{"num_experts": 4, "top_k": 2, "output_init": 0.5, "layers": "all"} | options)
+
+
+def tiny_model(moe: MoeConfig | None = None, *, tasks=TASKS, family="bert", dropout=0.0, seed=0) -> MultiTaskModel:
+    torch.manual_seed(seed)
+    config = ModelConfig(dropout=dropout, projection_width=8, moe=moe_config() if moe is None else moe)
+    return build_model(config, tasks, encoder_config=HF_CONFIGS[family].to_dict())
+
+
+def tiny_encoder(family: str, seed=0):
+    torch.manual_seed(seed)
+    return build_encoder_from_config(HF_CONFIGS[family].to_dict(), dropout=0.0)
+
+
+def random_batch(rows=6, length=9, *, tasks=TASKS, seed=0, labelled=True) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(3, length + 1, (rows,), generator=generator)
+    lengths[0] = length
+    mask = (torch.arange(length) < lengths[:, None]).long()
+    ids = torch.randint(5, VOCABULARY, (rows, length), generator=generator) * mask + (1 - mask)
+    labels = {task.name: labels_for(task, rows, length, generator, labelled=labelled) for task in tasks}
+    task_ids = torch.randint(0, len(tasks), (rows,), generator=generator)
+    return Batch(ids, mask, None, mask.bool(), task_ids, torch.arange(rows), labels)
+
+
+def labels_for(task: Task, rows: int, length: int, generator: torch.Generator, *, labelled: bool) -> torch.Tensor:
+    shapes = {"single_label": (rows,), "tags": (rows, length), "regression": (rows,), "multi_label": (rows, 2)}
+    shape, missing = shapes[task.kind], IGNORED if task.kind in ("single_label", "tags") else math.nan
+    if not labelled:
+        return torch.full(shape, missing)
+    if task.kind == "regression":
+        return torch.randn(shape, generator=generator)
+    values = torch.randint(0, max(len(task.labels), 2), shape, generator=generator)
+    return values.float() if task.kind == "multi_label" else values
+
+
+def take(batch: Batch, rows: list[int]) -> Batch:
+    """The batch of some rows, padding kept."""
+    labels = {name: values[rows] for name, values in batch.labels.items()}
+    ids = (batch.input_ids_BL[rows], batch.attention_mask_BL[rows], None, batch.word_starts_BL[rows])
+    return Batch(*ids, batch.task_ids_B[rows], batch.row_ids_B[rows], labels, batch.unit_scale_T)
+
+
+def scaled(batch: Batch, tasks=TASKS, *, accumulation=1) -> Batch:
+    units = count_units(batch, tasks)
+    return replace(batch, unit_scale_T=unit_scale(units, world_size=1, accumulation=accumulation))
+
+
+def tiny_objective(
+    moe: MoeConfig | None = None, *, tasks=TASKS, loss: LossConfig | None = None, **options
+) -> Objective:
+    moe = moe_config() if moe is None else moe
+    return Objective(tiny_model(moe, tasks=tasks, **options), tasks, loss or LossConfig(), moe)

@@ -1,0 +1,46 @@
+"""The objective over real ranks with uneven rows equals one process on the joined batch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch.distributed as dist
+
+from comoe.distributed import sum_over_ranks, world_size
+from comoe.objective import count_units, unit_scale
+from comoe.schema import LossConfig
+from tests.helpers_model import TASKS, moe_config, random_batch, take, tiny_objective
+from tests.helpers_ranks import run_ranks
+
+pytestmark = pytest.mark.multiprocess
+
+
+def loss_and_gradients(shares, route_by):
+    """This rank's step on its share of one batch; every number averaged over ranks, as ZeRO does."""
+    if len(shares) > 1:
+        dist.init_process_group("gloo")
+    objective = tiny_objective(moe_config(route_by=route_by), loss=LossConfig(balance_weight=0.1, z_weight=0.1))
+    rank = dist.get_rank() if len(shares) > 1 else 0
+    batch = take(random_batch(rows=12), shares[rank])
+    units = sum_over_ranks(count_units(batch, TASKS))
+    step = objective(replace(batch, unit_scale_T=unit_scale(units, world_size=world_size(), accumulation=1)))
+    step.loss.backward()
+    numbers = {"loss": step.loss.detach(), **step.terms}
+    numbers |= {name: p.grad for name, p in objective.named_parameters() if p.requires_grad}
+    return {name: (sum_over_ranks(value) / world_size()).numpy() for name, value in numbers.items()}
+
+
+# Seven rows against five; one post alone on its rank, which has no pair there.
+@pytest.mark.parametrize("cut", [7, 11])
+@pytest.mark.parametrize("route_by", ["token", "task"])
+def test_two_uneven_ranks_equal_one_process_on_the_joined_batch(cut, route_by):
+    rows = list(range(12))
+    joined = loss_and_gradients([rows], route_by)
+    arguments = dict(shares=[rows[:cut], rows[cut:]], route_by=route_by)
+    for answer in run_ranks("tests.multiprocess.test_objective_ranks:loss_and_gradients", 2, **arguments):
+        assert list(answer) == list(joined)
+        for name, expected in joined.items():
+            scale = max(abs(expected).max(), 1e-3)
+            assert abs(answer[name] - expected).max() < 1e-5 * scale + 1e-8, name
+    assert joined["contrastive"] > 0 and joined["model.projection.weight"].any()

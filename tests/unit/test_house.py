@@ -1,0 +1,253 @@
+"""The house rules of the code, held by reading its syntax trees: layers, sizes, docstrings, who may import what."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FILES = sorted(path.relative_to(ROOT).as_posix() for path in [*ROOT.glob("comoe/**/*.py"), *ROOT.glob("launch/*.py")])
+PACKAGE = [file for file in FILES if file.startswith("comoe/")]
+
+MAX_LINES, MAX_LAUNCH_LINES, MAX_FUNCTION_LINES = 300, 60, 60
+
+LAYERS = {
+    "comoe/schema": 0, "comoe/rules": 0, "comoe/config": 0, "comoe/protocols": 0, "comoe/distributed": 0,
+    "comoe/tasks": 1,
+    "comoe/data": 2, "comoe/models": 2, "comoe/losses": 2, "comoe/weighting": 2,
+    "comoe/objective": 3, "comoe/evaluate": 3,
+    "comoe/train": 4,
+    "comoe": 5,
+    "launch": 6,
+}  # fmt: skip
+"""Longest matching prefix -> layer; whatever lies directly in comoe/ without a line of its own is layer 5."""
+
+HOMES = {
+    "deepspeed": ("comoe/train/parallel.py", "comoe/train/engine.py", "comoe/train/checkpoint.py"),
+    "torch.distributed": ("comoe/distributed.py",),
+    "transformers": ("comoe/models/encoder.py", "comoe/models/vision.py", "comoe/data/batching.py", "comoe/export.py",
+                     "comoe/starter"),
+    "tokenizers": ("comoe/data/batching.py", "comoe/starter"),
+    "datasets": ("comoe/data/sources.py",),
+    "tensorboard": ("comoe/train/monitor.py",),
+    "torch.utils.tensorboard": ("comoe/train/monitor.py",),
+    "yaml": ("comoe/config.py",),
+    "matplotlib": ("comoe/train/plots.py",),
+    "emoji": ("comoe/data/text.py",),
+    "sklearn": ("comoe/tasks/", "comoe/data/"),
+    "scipy": ("comoe/tasks/",),
+    "seqeval": ("comoe/tasks/",),
+}  # fmt: skip
+"""Third-party library -> beginnings of the paths that may import it; libraries without a line may appear anywhere."""
+
+TABLES = ("KINDS", "GATES", "LOSSES", "WEIGHTINGS", "MIXINGS", "METRICS")
+"""Tables whose keys no file may branch on."""
+
+
+@functools.cache
+def tree_of(file: str) -> ast.Module:
+    return ast.parse((ROOT / file).read_text(encoding="utf-8"))
+
+
+def imports_of(file: str) -> Iterator[str]:
+    """Every imported dotted name, those inside functions too; ``from a import b`` counts as a.b."""
+    for node in ast.walk(tree_of(file)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}:{node.lineno}: write the import with its full name"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def is_below(name: str, top: str) -> bool:
+    return name == top or name.startswith(f"{top}.")
+
+
+def module_file(name: str) -> str | None:
+    """The file of ours that a dotted name lies in."""
+    parts = name.split(".")
+    for end in range(len(parts), 0, -1):
+        path = "/".join(parts[:end])
+        if f"{path}.py" in FILES:
+            return f"{path}.py"
+        if f"{path}/__init__.py" in FILES:
+            return f"{path}/__init__.py"
+    return None
+
+
+def our_imports(file: str) -> set[str]:
+    return {found for name in imports_of(file) if (found := module_file(name)) and found != file}
+
+
+def layer_key(file: str) -> str:
+    """The line of LAYERS for a file; the package's own ``__init__`` counts as base."""
+    if file == "comoe/__init__.py":
+        return "comoe/schema"
+    stem = file.removesuffix(".py")
+    return max((key for key in LAYERS if stem == key or stem.startswith(f"{key}/")), key=len)
+
+
+def functions_of(file: str) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    return (node for node in ast.walk(tree_of(file)) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)))
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_file_is_short(file: str):
+    lines = len((ROOT / file).read_text(encoding="utf-8").splitlines())
+    limit = MAX_LAUNCH_LINES if file.startswith("launch/") else MAX_LINES
+    assert lines <= limit, f"{file} has {lines} lines, at most {limit}; split it by meaning"
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_functions_are_short(file: str):
+    sizes = {node.name: node.end_lineno - node.lineno + 1 for node in functions_of(file)}
+    long = {name: size for name, size in sizes.items() if size > MAX_FUNCTION_LINES}
+    assert not long, f"{file}: functions over {MAX_FUNCTION_LINES} lines: {long}"
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_imports_run_downwards_only(file: str):
+    own_key = layer_key(file)
+    for other in our_imports(file):
+        key = layer_key(other)
+        if LAYERS[own_key] == LAYERS[key] == 2:
+            assert own_key == key, f"{file} imports {other}: the four groups of layer 2 never import one another"
+        assert LAYERS[key] <= LAYERS[own_key], f"{file} (layer {LAYERS[own_key]}) imports {other} (layer {LAYERS[key]})"
+
+
+def test_no_imports_go_round_in_a_circle():
+    done: set[str] = set()
+
+    def visit(file: str, path: tuple[str, ...]) -> None:
+        assert file not in path, f"a circle: {' -> '.join([*path[path.index(file) :], file])}"
+        if file not in done:
+            for other in our_imports(file):
+                visit(other, (*path, file))
+            done.add(file)
+
+    for file in FILES:
+        visit(file, ())
+    assert done == set(FILES)
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_third_party_libraries_stay_in_their_homes(file: str):
+    for name in imports_of(file):
+        for library, homes in HOMES.items():
+            at_home = not is_below(name, library) or file.startswith(homes)
+            assert at_home, f"{file} imports {name}; that belongs into {homes}"
+
+
+@pytest.mark.parametrize("file", [file for file in PACKAGE if file.endswith("/__init__.py")])
+def test_package_files_import_nothing_so_that_help_is_instant(file: str):
+    assert list(imports_of(file)) == []
+
+
+def is_stub(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    """``def f(...): ...``, the form of a protocol."""
+    return len(node.body) == 1 and isinstance(node.body[0], ast.Expr) and getattr(node.body[0].value, "value", 0) is ...
+
+
+@functools.cache
+def all_classes() -> dict[str, ast.ClassDef]:
+    return {node.name: node for file in FILES for node in ast.walk(tree_of(file)) if isinstance(node, ast.ClassDef)}
+
+
+def documented_above(name: str, bases: list[ast.expr]) -> bool:
+    """True when a class of ours that is inherited from documents the method: its words hold for this one too."""
+    for base in bases:
+        parent = all_classes().get(getattr(base, "id", getattr(base, "attr", "")))
+        if parent is None:
+            continue
+        methods = [node for node in parent.body if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+        documented = any(node.name == name and ast.get_docstring(node) for node in methods)
+        if documented or documented_above(name, parent.bases):
+            return True
+    return False
+
+
+def undocumented(body: list[ast.stmt], *, bases: list[ast.expr], prefix: str = "") -> Iterator[str]:
+    for node in body:
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and not node.name.startswith("_"):
+            excused = not isinstance(node, ast.ClassDef) and (is_stub(node) or documented_above(node.name, bases))
+            if not ast.get_docstring(node) and not excused:
+                yield f"{prefix}{node.name}"
+            if isinstance(node, ast.ClassDef):
+                yield from undocumented(node.body, bases=node.bases, prefix=f"{prefix}{node.name}.")
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_everything_public_has_a_docstring(file: str):
+    tree = tree_of(file)
+    empty_init = file.endswith("__init__.py") and not tree.body
+    assert empty_init or ast.get_docstring(tree), f"{file} begins without a docstring"
+    assert list(undocumented(tree.body, bases=[])) == []
+
+
+@pytest.mark.parametrize("file", ["comoe/schema.py", "comoe/protocols.py"])
+def test_every_field_of_a_contract_says_what_it_means(file: str):
+    for node in tree_of(file).body:
+        if not isinstance(node, ast.ClassDef):
+            continue
+        for field, after in zip(node.body, [*node.body[1:], None], strict=True):
+            if isinstance(field, ast.AnnAssign):
+                said = isinstance(after, ast.Expr) and isinstance(getattr(after.value, "value", None), str)
+                assert said, f"{file}:{field.lineno}: {node.name}.{field.target.id} has no docstring beneath it"
+
+
+@functools.cache
+def table_keys() -> frozenset[str]:
+    keys: set[str] = set()
+    for file in PACKAGE:
+        for node in tree_of(file).body:
+            targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+            if any(isinstance(target, ast.Name) and target.id in TABLES for target in targets):
+                keys |= {key.value for key in getattr(node.value, "keys", []) if isinstance(key, ast.Constant)}
+    return frozenset(keys)
+
+
+@pytest.mark.parametrize("file", PACKAGE)
+def test_no_file_branches_on_the_name_of_a_kind_loss_gate_or_strategy(file: str):
+    found = []
+    for node in ast.walk(tree_of(file)):
+        if isinstance(node, (ast.Compare, ast.MatchValue)):
+            constants = {part.value for part in ast.walk(node) if isinstance(part, ast.Constant)}
+            found += [f"{file}:{node.lineno}: {word}" for word in constants & table_keys()]
+    assert not found, f"look the thing up in its table instead: {found}"
+
+
+TEXTS = sorted(
+    path.relative_to(ROOT).as_posix()
+    for pattern in ("comoe/**/*.py", "launch/**/*.*", "tests/**/*.py", "ds_configs/*", "*.toml", "README.md", ".ci/run")
+    for path in ROOT.glob(pattern)
+    if path.is_file() and "__pycache__" not in path.parts
+)
+FOREIGN = re.compile(r"python[h]osted|pypi[.]org|(?<![\w.*-])/(?:work|opt|root|mnt)/")
+"""Hosts of a package registry, and folders of one machine."""
+
+
+@pytest.mark.parametrize("file", TEXTS)
+def test_no_file_names_a_registry_host_or_a_folder_of_one_machine(file: str):
+    assert FOREIGN.findall((ROOT / file).read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize("stem", ["zero1", "zero2", "zero2_offload", "zero3"])
+def test_a_deepspeed_file_sets_zero_and_leaves_the_recipes_numbers_to_the_recipe(stem: str):
+    settings = json.loads((ROOT / f"ds_configs/{stem}.json").read_text(encoding="utf-8"))
+    experts, zero = settings["expert_parallel"], settings["zero_optimization"]
+    sizes = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    assert {settings[key] for key in sizes} | {settings["bf16"]["enabled"]} == {"auto"}
+    assert {experts["autoep_size"], experts["top_k"], experts["use_grouped_mm"]} == {"auto"}
+    assert zero["stage"] == int(stem[4]) and ("offload_optimizer" in zero) == stem.endswith("_offload")
+
+
+def test_the_house_sees_the_code_that_it_judges():
+    assert "comoe/schema.py" in FILES and len(PACKAGE) > 5
+    assert {"deepspeed", "transformers"} <= {name.split(".")[0] for file in PACKAGE for name in imports_of(file)}
+    assert {"single_label", "tags"} <= table_keys()

@@ -1,0 +1,161 @@
+"""Sampling: the mix of data sets, batches of similar length, equal shares for any number of ranks."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from comoe.data.sampling import MIXINGS, TrainSampler, draws_per_epoch, eval_batches
+
+
+def make_sampler(*, sizes: tuple[int, ...] = (70, 20, 7), **options: object) -> TrainSampler:
+    total = sum(sizes)
+    lengths = np.random.default_rng(5).integers(3, 60, total)
+    groups = np.repeat(np.arange(len(sizes)), sizes)
+    settings = {"batch_size": 12, "world_size": 1, "micro_batch_size": "auto", "seed": 3} | options
+    return TrainSampler(lengths, groups, **settings)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 5, "auto"])
+def test_the_shares_of_all_ranks_are_the_global_batch(world_size: int, micro_batch_size: int | str) -> None:
+    sampler = make_sampler(world_size=world_size, micro_batch_size=micro_batch_size)
+    alone = make_sampler()
+    for step in range(2 * sampler.steps_per_epoch):
+        shares = [sampler.share(step, rank) for rank in range(world_size)]
+        assert {len(share) for share in shares} == {sampler.accumulation}
+        assert max(len(micro) for share in shares for micro in share) <= sampler.micro_batch_size
+        dealt = np.concatenate([micro for share in shares for micro in share])
+        assert sorted(dealt) == sorted(alone.global_batch(step))
+
+
+def test_micro_steps_hold_the_same_posts_on_any_number_of_ranks() -> None:
+    one, two = make_sampler(micro_batch_size=6), make_sampler(micro_batch_size=3, world_size=2)
+    assert one.accumulation == two.accumulation == 2
+    for step in range(5):
+        for number in range(2):
+            joined = np.concatenate([two.share(step, rank)[number] for rank in range(2)])
+            assert sorted(joined) == sorted(one.share(step, 0)[number])
+
+
+def test_each_post_comes_once_per_epoch_under_proportional_mixing() -> None:
+    sampler = make_sampler()
+    for epoch in range(3):
+        steps = range(epoch * sampler.steps_per_epoch, (epoch + 1) * sampler.steps_per_epoch)
+        drawn = np.concatenate([sampler.global_batch(step) for step in steps])
+        assert sorted(drawn) == list(range(97))
+
+
+def test_batches_of_an_epoch_differ_by_at_most_one_post() -> None:
+    sampler = make_sampler()
+    sizes = {len(sampler.global_batch(step)) for step in range(sampler.steps_per_epoch)}
+    assert sampler.steps_per_epoch == 9
+    assert sizes == {10, 11}
+
+
+def test_a_step_is_the_same_in_any_order_of_asking() -> None:
+    steps = [0, 20, 3, 9, 8, 3, 0, 40]
+    sequential = make_sampler()
+    in_order = [sequential.global_batch(step) for step in range(41)]
+    jumping = make_sampler()
+    for step in steps:
+        assert np.array_equal(jumping.global_batch(step), in_order[step])
+
+
+def test_epochs_and_seeds_shuffle_differently() -> None:
+    sampler, other = make_sampler(), make_sampler(seed=4)
+    assert not np.array_equal(sampler.global_batch(0), sampler.global_batch(sampler.steps_per_epoch))
+    assert not np.array_equal(sampler.global_batch(0), other.global_batch(0))
+
+
+def test_rates_equal_the_hand_computed_ones() -> None:
+    sizes = np.array([900, 100])
+    assert MIXINGS["proportional"](sizes, 2.0) == pytest.approx([0.9, 0.1])
+    assert MIXINGS["uniform"](sizes, 2.0) == pytest.approx([0.5, 0.5])
+    assert MIXINGS["temperature"](sizes, 1.0) == pytest.approx([0.9, 0.1])
+    assert MIXINGS["temperature"](sizes, 2.0) == pytest.approx([0.75, 0.25])  # 30 : 10
+    assert MIXINGS["temperature"](sizes, 1e9) == pytest.approx([0.5, 0.5])
+
+
+def test_draws_add_up_and_give_the_rest_to_the_largest_remainder() -> None:
+    assert list(draws_per_epoch(np.array([0.5, 0.3, 0.2]), total=7)) == [4, 2, 1]  # 3.5, 2.1, 1.4
+    thirds = np.array([3000, 3000, 1000]) / 7000
+    assert list(draws_per_epoch(thirds, total=7000)) == [3000, 3000, 1000]
+
+
+def test_uniform_mixing_repeats_the_small_set_and_passes_over_all_of_the_large_one() -> None:
+    sampler = make_sampler(sizes=(60, 12), mixing="uniform")
+    drawn = [np.concatenate([sampler.global_batch(e * 6 + s) for s in range(6)]) for e in range(5)]
+    for epoch in drawn:
+        large, small = np.bincount(epoch, minlength=72)[:60], np.bincount(epoch, minlength=72)[60:]
+        assert large.sum() == small.sum() == 36
+        assert set(small) == {3}
+        assert large.max() <= 2
+    # 5 epochs of 36 draws are three whole passes over the 60 posts.
+    assert set(np.bincount(np.concatenate(drawn), minlength=72)[:60]) == {3}
+
+
+def test_every_batch_holds_every_data_set_of_a_fair_size() -> None:
+    lengths = np.full(640, 10)
+    groups = np.repeat([0, 1], [480, 160])
+    sampler = TrainSampler(lengths, groups, batch_size=32, seed=0)
+    shares = [np.mean(groups[sampler.global_batch(step)] == 1) for step in range(sampler.steps_per_epoch)]
+    assert np.mean(shares) == pytest.approx(0.25)
+    assert min(shares) > 0
+
+
+def test_posts_of_a_batch_are_of_similar_length() -> None:
+    lengths = np.random.default_rng(0).integers(3, 120, 4096)
+    sampler = TrainSampler(lengths, np.zeros(4096, dtype=int), batch_size=32, seed=0)
+    padded = sum(len(b) * lengths[b].max() for b in map(sampler.global_batch, range(sampler.steps_per_epoch)))
+    shuffled = np.random.default_rng(1).permutation(lengths).reshape(-1, 32)
+    assert padded < 1.2 * lengths.sum()
+    assert (32 * shuffled.max(axis=1)).sum() > 1.7 * lengths.sum()
+
+
+def test_ranks_get_nearly_the_same_number_of_tokens() -> None:
+    lengths = np.random.default_rng(0).integers(3, 120, 4096)
+    sampler = TrainSampler(lengths, np.zeros(4096, dtype=int), batch_size=64, world_size=4, seed=0)
+    tokens = np.array([[lengths[sampler.share(s, r)[0]].sum() for r in range(4)] for s in range(64)])
+    assert (tokens.max(axis=1) / tokens.mean(axis=1)).mean() < 1.02
+
+
+def test_fewer_posts_than_ranks_leave_empty_shares_and_no_rank_out() -> None:
+    sampler = TrainSampler(np.array([5, 6]), np.array([0, 0]), batch_size=8, world_size=4, seed=0)
+    shares = [sampler.share(0, rank) for rank in range(4)]
+    assert [len(share) for share in shares] == [1, 1, 1, 1]
+    assert sum(len(share[0]) for share in shares) == 2
+    assert all(share[0].dtype == np.int64 for share in shares)
+
+
+def test_auto_micro_batch_is_the_share_of_a_rank_up_to_128() -> None:
+    assert make_sampler(batch_size=32, world_size=4).micro_batch_size == 8
+    big = make_sampler(batch_size=1024, world_size=2)
+    assert (big.micro_batch_size, big.accumulation) == (128, 4)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
+def test_evaluation_reads_every_row_once_with_as_many_batches_on_each_rank(world_size: int) -> None:
+    lengths = np.random.default_rng(0).integers(3, 60, 41)
+    ranks = [eval_batches(lengths, batch_size=4, rank=rank, world_size=world_size) for rank in range(world_size)]
+    assert len({len(batches) for batches in ranks}) == 1
+    rows = np.concatenate([batch for batches in ranks for batch in batches])
+    assert sorted(rows) == list(range(41))
+    assert rows.dtype == np.int64
+
+
+def test_evaluation_of_no_rows_is_no_batches() -> None:
+    assert eval_batches(np.zeros(0), batch_size=4) == []
+
+
+def test_wrong_settings_say_what_is_right() -> None:
+    with pytest.raises(ValueError, match="temperature"):
+        make_sampler(mixing="temprature")
+    with pytest.raises(ValueError, match=r"mixing_temperature \(0.5\) must be at least 1"):
+        make_sampler(mixing="temperature", temperature=0.5)
+    with pytest.raises(ValueError, match="no training posts"):
+        TrainSampler(np.zeros(0), np.zeros(0), batch_size=4)
+    with pytest.raises(ValueError, match=r"micro_batch_size \(0\)"):
+        make_sampler(micro_batch_size=0)
+    with pytest.raises(ValueError, match=r"batch_size \(0\)"):
+        make_sampler(batch_size=0)
