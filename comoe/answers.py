@@ -105,7 +105,7 @@ def read_posts(path: Path, *, text_column: str = "text", pair_column: str | None
     if ending == ".txt":
         return [Post(line) for line in text_lines(path)[0]]
     if ending not in TABLES:
-        raise unknown_name(f"--input {path}: the ending", ending, (".txt", *TABLES))
+        raise ValueError(f"--input {path}: {unknown_name('ending that can be read', ending, ('.txt', *TABLES))}")
     raw = TABLES[ending](path)
     for option, column in (("--text-column", text_column), ("--pair-column", pair_column)):
         if column is not None and raw.rows and column not in raw.columns:

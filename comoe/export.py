@@ -159,7 +159,7 @@ def export_checkpoint(path: Path, out: Path, *, which: str = "best") -> Path:
 
 def _choose_checkpoint(run: Path, which: str) -> Path:
     if which not in CHOICES:
-        raise unknown_name("--which", which, CHOICES)
+        raise unknown_name("choice of --which", which, CHOICES)
     whole = sorted(manifest.parent for manifest in (run / "checkpoints").glob("step-*/manifest.json"))
     if not whole:
         raise ValueError(f"{run} holds no whole checkpoint; give a run folder (with checkpoints/) or a checkpoint.")
@@ -208,7 +208,7 @@ def _load_tokenizer(folder: Path, encoder_config: Mapping[str, Any]) -> Any:
         return AutoTokenizer.from_pretrained(folder, config=AutoConfig.for_model(fields.pop("model_type"), **fields))
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{folder}: its tokenizer cannot be loaded ({reason}); copy or export the folder again.") from error
+        raise ValueError(f"{folder}: its tokenizer cannot be loaded ({reason}); copy or export it again.") from error
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -35,8 +35,9 @@ def finish(run: Run) -> None:
         if evaluation is None:
             continue
         evaluations[split] = evaluation
-        step = int(chosen.name.removeprefix("step-"))
-        trainer.monitor.log_evaluation(step, split=f"{split}_final", evaluation=evaluation, routing=routing)
+        if split == "test":
+            # The validation split of this step was logged when it was reached.
+            trainer.monitor.log_evaluation(_step_of(chosen), split=split, evaluation=evaluation, routing=routing)
     peak = max_over_ranks(peak_memory_bytes())
     if is_main():
         results = _results(run, evaluations, chosen=chosen, peak=peak)
@@ -74,7 +75,7 @@ def _results(run: Run, evaluations: Mapping[str, Evaluation], *, chosen: Path, p
         "run": run.recipe.run.name,
         "finished": state.finished,
         "step": state.step,
-        "best_step": int(chosen.name.removeprefix("step-")),
+        "best_step": _step_of(chosen),
         "best_value": state.best_value,
         "early_stop_metric": run.recipe.train.early_stop_metric,
         "metrics": {split: evaluation.metrics for split, evaluation in evaluations.items()},
@@ -88,7 +89,23 @@ def _results(run: Run, evaluations: Mapping[str, Evaluation], *, chosen: Path, p
         "zero_stage": trainer.layout.stage,
         "bf16": trainer.layout.bf16,
         "parameters": dict(run.parameters),
-        "data": run.corpus.report.to_dict(),
+        "data": _about_data(run),
+    }
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def _about_data(run: Run) -> dict[str, Any]:
+    report = run.corpus.report
+    return {
+        "posts": report.posts,
+        "labels": report.labels,
+        "set_aside": [str(row) for row in report.set_aside],
+        "truncated": report.truncated,
+        "notes": report.notes,
+        "warnings": report.warnings,
     }
 
 

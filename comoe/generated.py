@@ -7,7 +7,8 @@ tags, one with text pairs.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
+from itertools import islice
 from pathlib import Path
 
 from comoe.starter_posts import write_json_lines
@@ -21,9 +22,9 @@ MISSING_SHARE = 0.1
 """Share of the posts without a topic."""
 
 MOODS = {
-    "negative": (("awful", -2.0), ("broken", -1.5), ("sad", -1.0), ("boring", -0.5)),
+    "negative": (("awful", -1.0), ("broken", -0.75), ("sad", -0.5), ("boring", -0.25)),
     "neutral": (("usual", 0.0), ("plain", 0.0), ("ordinary", 0.0), ("standard", 0.0)),
-    "positive": (("nice", 0.5), ("fun", 1.0), ("lovely", 1.5), ("brilliant", 2.0)),
+    "positive": (("nice", 0.25), ("fun", 0.5), ("lovely", 0.75), ("brilliant", 1.0)),
 }
 """Mood -> words with their strength, the number that the regression task asks for."""
 TOPICS = {
@@ -39,6 +40,8 @@ BRANDS = ("acme", "zenith", "orion", "lumen")
 """Names of one word, tagged B-brand."""
 CITIES = ("port ellis", "san remo", "new haven", "old bridge")
 """Names of two words, tagged B-city I-city."""
+SHORTEST, LONGEST = 6, 12
+"""Words in a post: alike in all data sets, so that batches of similar length hold posts of each."""
 TARGETS = ("cars", "trees", "robots", "taxes")
 """What a stance post may be about."""
 STANCES = {"against": ("stop", "ban", "no"), "favor": ("more", "love", "yes"), "none": ("count", "see", "read")}
@@ -48,23 +51,28 @@ FILLERS = ("the", "a", "today", "again", "really", "so", "with", "my", "friend",
 
 
 def generate(name: str, *, count: int, seed: int) -> list[Post]:
-    """Posts of one generated data set; the same arguments give the same posts.
+    """Posts of one generated data set, no two alike; the same arguments give the same posts.
 
     Args:
         name: key of ``GENERATORS``.
-        count: number of posts.
+        count: number of posts, some thousands at most.
         seed: seed of the random numbers.
     """
     draw = random.Random(f"{name}/{seed}")
-    return [GENERATORS[name](draw) for _ in range(count)]
+    posts: dict[str, Post] = {}
+    while len(posts) < count:
+        post = GENERATORS[name](draw)
+        posts.setdefault(str(post.get("text") or post["words"]), post)
+    return list(posts.values())
 
 
 def build_generated_posts(folder: Path) -> None:
     """Write every generated data set as ``folder/<data set>/<split>.jsonl``."""
     for name in GENERATORS:
         (folder / name).mkdir()
-        for seed, (split, count) in enumerate(SIZES.items()):
-            write_json_lines(folder / name / f"{split}.jsonl", generate(name, count=count, seed=seed))
+        posts = iter(generate(name, count=sum(SIZES.values()), seed=0))
+        for split, count in SIZES.items():
+            write_json_lines(folder / name / f"{split}.jsonl", islice(posts, count))
 
 
 def vocabulary() -> list[str]:
@@ -86,7 +94,7 @@ def _review(draw: random.Random) -> Post:
     aspects = [aspect for aspect in ASPECTS if draw.random() < 0.4]
     words = [mood_word, draw.choice(TOPICS[topic]), *(draw.choice(ASPECTS[aspect]) for aspect in aspects)]
     return {
-        "text": " ".join(_among_fillers(draw, words)),
+        "text": " ".join(_among_fillers(draw, words, spare=0)),
         "mood": mood,
         "topic": None if draw.random() < MISSING_SHARE else topic,
         "strength": strength,
@@ -96,7 +104,8 @@ def _review(draw: random.Random) -> Post:
 
 def _mention(draw: random.Random) -> Post:
     words, tags = [], []
-    for word in _among_fillers(draw, ["BRAND", "CITY"] if draw.random() < 0.5 else [draw.choice(("BRAND", "CITY"))]):
+    named = draw.choice((["BRAND"], ["CITY"], ["BRAND", "CITY"]))
+    for word in _among_fillers(draw, named, spare="CITY" in named):
         if word == "BRAND":
             words, tags = [*words, draw.choice(BRANDS)], [*tags, "B-brand"]
         elif word == "CITY":
@@ -112,11 +121,15 @@ def _stance(draw: random.Random) -> Post:
     stances = {target: draw.choice(tuple(STANCES)) for target in (first, second)}
     clauses = [f"{draw.choice(STANCES[stances[target]])} {target}" for target in (first, second)]
     asked = draw.choice((first, second))
-    return {"text": f"{clauses[0]} and {clauses[1]} {draw.choice(FILLERS)}", "target": asked, "stance": stances[asked]}
+    # The target is a second text: a word and a separator more.
+    text = " ".join(_among_fillers(draw, clauses, spare=4))
+    return {"text": text, "target": asked, "stance": stances[asked]}
 
 
-def _among_fillers(draw: random.Random, words: Iterable[str]) -> list[str]:
-    mixed = [*words, *draw.sample(FILLERS, draw.randint(2, 8))]
+def _among_fillers(draw: random.Random, words: Sequence[str], *, spare: int) -> list[str]:
+    """The words in any order among words that say nothing; ``spare`` is how many more words they will become."""
+    length = draw.randint(SHORTEST, LONGEST)
+    mixed = [*words, *draw.sample(FILLERS, max(0, length - len(words) - spare))]
     draw.shuffle(mixed)
     return mixed
 

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from comoe.config import unknown_name
 from comoe.data.batching import Collator, TokenizedSplit, TokenRow
 from comoe.data.sampling import eval_batches
-from comoe.data.text import is_blank
+from comoe.data.text import is_blank, normalize_post
 from comoe.export import Exported, load_exported
 from comoe.protocols import Batch, ModelOutput
 from comoe.tasks.catalog import Task
@@ -146,23 +146,23 @@ class Predictor:
                     answer = {"words": kept, **answer, "spans": tag_spans(answer["tags"], kept)}
                 elif explain:
                     weights_L = output.attentions[task.name][row].float().cpu().numpy()
-                    answer |= self._attention(weights_L, tokens[post], words=split.posts.words[post])
+                    words = split.posts.words[post] or self._words_of(split.posts.texts[post], tokens[post])
+                    answer |= _attention(weights_L, tokens[post].word_ids, words=words)
                 answers[post][task.name] = answer
         for post in posts_B:
             if split.tokens.truncated[post]:
                 answers[post]["truncated"] = True
 
-    def _attention(self, weights_L: np.ndarray, row: TokenRow, *, words: Sequence[str] | None) -> dict[str, Any]:
-        """Weights of the pieces summed per word, as shares of what fell on words."""
-        inside = row.word_ids >= 0
-        weights_L = weights_L[: len(inside)].astype(np.float64)
-        total = weights_L[inside].sum()
-        merged = []
-        for word in np.unique(row.word_ids[inside]):
-            pieces = row.word_ids == word
-            name = words[word] if words else self.exported.tokenizer.decode(row.input_ids[pieces].tolist()).strip()
-            merged.append([name, float(weights_L[pieces].sum() / total)])
-        return {"attention": merged, "attention_elsewhere": float(weights_L[~inside].sum())}
+    def _words_of(self, text: str, row: TokenRow) -> dict[int, str]:
+        """Number of a word -> its letters in the cleaned text, which pieces would not tell ([UNK], lower case)."""
+        numbers = set(row.word_ids[row.word_ids >= 0].tolist())
+        tokenizer = self.exported.tokenizer
+        if not tokenizer.is_fast:
+            return {number: tokenizer.decode(row.input_ids[row.word_ids == number].tolist()) for number in numbers}
+        cleaned = normalize_post(text, self.exported.data_config.normalize)
+        encoded = tokenizer(cleaned, truncation=False, verbose=False)
+        spans = {number: encoded.word_to_chars(number) for number in numbers}
+        return {number: cleaned[span.start : span.end].strip() for number, span in spans.items()}
 
     def _chosen(self, names: Sequence[str] | None) -> list[Task]:
         known = {task.name: task for task in self.tasks}
@@ -202,6 +202,15 @@ def _decode(output: ModelOutput, batch: Batch, rows: Sequence[int], *, task: Tas
     if task.rules.per_token:
         logits = [words_LY[batch.word_starts_BL[row]] for row, words_LY in zip(rows, logits, strict=True)]
     return task.rules.decode(logits, task)
+
+
+def _attention(weights_L: np.ndarray, word_ids_L: np.ndarray, *, words: Any) -> dict[str, Any]:
+    """Weights of the pieces summed per word, as shares of what fell on words; ``words[i]`` is the text of word i."""
+    inside = word_ids_L >= 0
+    weights_L = weights_L[: len(inside)].astype(np.float64)
+    sums = np.bincount(word_ids_L[inside], weights=weights_L[inside])
+    merged = [[words[word], float(sums[word] / sums.sum())] for word in np.unique(word_ids_L[inside]).tolist()]
+    return {"attention": merged, "attention_elsewhere": float(weights_L[~inside].sum())}
 
 
 def _column(what: str, values: Sequence[Any] | None, *, count: int) -> list[Any]:

@@ -100,9 +100,17 @@ class Gate(Protocol):
 
     def __call__(self, logits_SE: Tensor, balance_bias_E: Tensor) -> Routing: ...
 
+    def z_penalty(self, logits_SE: Tensor) -> Tensor:
+        """Penalty on the size of each token's logits, shape (S,)."""
+        ...
+
 
 class Loss(Protocol):
     """An auxiliary term: (model output, batch) -> this rank's share, scalar, and what to log."""
+
+    def begin_step(self) -> None:
+        """A new optimizer step begins: forget what was carried between micro-steps."""
+        ...
 
     def __call__(self, output: ModelOutput, batch: Batch) -> tuple[Tensor, Mapping[str, Tensor]]: ...
 

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from comoe.config import load_recipe, recipe_to_yaml, save_recipe
-from comoe.distributed import barrier, broadcast_object, is_main, rank, world_size
+from comoe.config import load_recipe, save_recipe
+from comoe.distributed import barrier, broadcast_object, is_main, world_size
 from comoe.schema import Recipe
 from comoe.train.environment import describe_environment, prepare_process
 
@@ -76,7 +75,7 @@ def train(request: Request) -> None:
     from comoe.assemble import assemble
     from comoe.train.parallel import start_ranks
 
-    device = start_ranks(timeout_seconds=recipe.parallel.timeout_seconds)
+    device = start_ranks(timeout_seconds=recipe.parallel.timeout_seconds, verbose=recipe.run.verbose)
     folder = request.resume or Path(recipe.run.output_dir) / recipe.run.name
     if not request.dry_run and request.resume is None:
         _claim(folder, overwrite=recipe.run.overwrite)
@@ -129,10 +128,14 @@ def _claim(folder: Path, *, overwrite: bool) -> None:
 
 
 def _write_beginning(run: Any) -> None:
-    """config.yaml, ds_config.json, environment.json: what it takes to do it again."""
-    import json
-
+    """config.yaml, ds_config.json, environment.json, and what an export needs beside the weights."""
     save_recipe(run.recipe, run.folder / "config.yaml")
-    (run.folder / "ds_config.json").write_text(json.dumps(run.settings, indent=1) + "\n", encoding="utf-8")
-    about = describe_environment(world_size=world_size())
-    (run.folder / "environment.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    run.tokenizer.save_pretrained(run.folder / "tokenizer")
+    contents = {
+        "ds_config.json": run.settings,
+        "environment.json": describe_environment(world_size=world_size()),
+        "encoder_config.json": run.trainer.engine.objective.model.encoder.config.to_dict(),
+        "tasks.json": [task.to_dict() for task in run.tasks],
+    }
+    for name, content in contents.items():
+        (run.folder / name).write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")

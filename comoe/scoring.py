@@ -121,7 +121,7 @@ def _read(choice: DataChoice, tasks: Sequence[Task], *, all_tasks: Sequence[Task
     # A path that is a file is its data set's training split to the reader.
     raw = read_split(source, "train" if Path(source.path).is_file() else choice.split)
     if raw is None:
-        raise ValueError(f"--data {choice.path}: it has no {choice.split} split; choose another --split, or give a file.")
+        raise ValueError(f"{choice.path}: it has no {choice.split} split; choose another --split or give a file.")
     columns = {task.name: choice.label or ("label" if len(tasks) == 1 else task.name) for task in tasks}
     wanted = {"--text-column": [choice.text], "--pair-column": [choice.pair], "--label-column": [*columns.values()]}
     _check_columns(raw, wanted)

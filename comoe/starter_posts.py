@@ -32,7 +32,7 @@ NO_AGREEMENT = 2.0
 """Standard deviation of the raters (in rating points) that counts as confidence 0."""
 SPLITS = {"train": 0.8, "validation": 0.9, "test": 1.0}
 """Split -> upper end of its share of the hash range."""
-SMALL_SHARE = 0.2
+SMALL_SHARE = 0.1
 """Share of the training posts from outside Twitter that enter ``train_small``."""
 
 

@@ -58,9 +58,7 @@ fi
 
 cat <<NEXT
 
-Next, from this folder:
+before you type these lines, once per terminal, in $PWD:
   source .venv/bin/activate
-  tensorboard --logdir $run_folder/tensorboard
   echo "what a lovely day :)" > posts.txt
-  python launch/predict.py --model $run_folder/export --input posts.txt --output answers.jsonl
 NEXT

@@ -105,7 +105,7 @@ def _groups(recipe: Recipe) -> list[_Group]:
         )
         taken = {group.name for group in groups}
         stem = Path(task.path).stem or task.path
-        names = (stem, f"{stem}/{task.subset}", task.path, f"{task.path} ({first})")
+        names = (stem, f"{stem}/{task.subset or first}", f"{task.path} ({first})")
         groups.append(_Group(next(name for name in names if name not in taken), source, members))
     return groups
 
@@ -144,10 +144,10 @@ def _check_columns(group: _Group, raw: RawSplit, split: str) -> None:
         for key, column in wanted.items():
             if column is not None and column not in raw.columns:
                 guess = nearest(column, raw.columns)
-                hint = f"did you mean {guess}? " if guess else ""
+                hint = f"; did you mean {guess}?" if guess else ""
                 raise ValueError(
-                    f"tasks.{name}.{key} is {column!r}, but {raw.file} has no such column; {hint}"
-                    f"(columns: {', '.join(raw.columns)}) Set tasks.{name}.{key} to the right one."
+                    f"tasks.{name}.{key} is {column!r}, but {raw.file} has no such column{hint} "
+                    f"(columns: {', '.join(raw.columns)}). Set tasks.{name}.{key} to the right one."
                 )
 
 

@@ -30,7 +30,7 @@ _INVISIBLE = re.compile(
 )
 _LEFT_OF_EMOJI = re.compile("[\ufe0e\ufe0f\u20e3]")
 # Only ASCII after the scheme: in Chinese text the sentence goes on right behind the address.
-_LINK = r"(?:https?://|www\.)[!#-;=?-~]*|\bpic\.twitter\.com/[!#-;=?-~]+"
+_LINK = r"(?:https?://|www\.)[!#-;=?-~]*|\bpic\.twitter\.com/[!#-;=?-~]*"
 _MENTION = r"(?<!\w)[@\uff20]\w+"
 _HASHTAG = re.compile(r"(?<!\w)[#\uff03]\w+")
 _APOSTROPHE = re.compile(r"(?<=\w)['\u2019](?=\w)")
@@ -75,11 +75,9 @@ def social(text: str, config: NormalizeConfig) -> str:
 
     Case, punctuation and hashtag words stay: they carry sentiment. Placeholders are those of TweetEval by default.
     """
-    text = _replace(_visible(_unescape(text)), _LINK, config.url)
-    text = _replace(text, _MENTION, config.user)
-    if not text.isascii():
-        text = _emoji_words(text, config.language)
-    return _single_blanks(text) or ("" if is_blank(_unescape(text)) else FALLBACK)
+    cleaned = _plain(text, emoji_to=lambda part: _emoji_names(part, config.language))
+    cleaned = _replace(_replace(cleaned, _LINK, config.url), _MENTION, config.user)
+    return _single_blanks(cleaned) or ("" if is_blank(text) else FALLBACK)
 
 
 def strict(text: str, config: NormalizeConfig) -> str:
@@ -89,23 +87,25 @@ def strict(text: str, config: NormalizeConfig) -> str:
 
     Source: the protocol of Stein & Keller.
     """
-    raw = _visible(_unescape(text)).lower()
-    cleaned = re.sub(_MENTION, " ", re.sub(_LINK, " ", raw))
-    cleaned = _HASHTAG.sub(" ", cleaned)
-    if not cleaned.isascii():
-        cleaned = emoji.replace_emoji(cleaned, " ")
-    if kept := _words_only(cleaned):
+    cleaned = _plain(text, emoji_to=lambda part: emoji.replace_emoji(part, " ")).lower()
+    cleaned = re.sub(_MENTION, " ", re.sub(_LINK, " ", cleaned))
+    if kept := _words_only(_HASHTAG.sub(" ", cleaned)):
         return kept
     form = social(text, config).lower()
     return _words_only(form) or form
 
 
-def _unescape(text: str) -> str:
-    """HTML entities to characters, also doubly escaped ones. Only with a semicolon: "?a=1&copy=2" has no entity."""
+def _plain(text: str, *, emoji_to: Callable[[str], str]) -> str:
+    """HTML entities to characters, also doubly escaped ones; emoji to words; invisible characters gone.
+
+    Only entities with a semicolon: "?a=1&copy=2" has none. In turns: each can leave the others something to do.
+    """
     for _ in range(8):
-        if "&" not in text:
-            break
-        before, text = text, _ENTITY.sub(lambda match: html.unescape(match[0]), _AMPERSANDS.sub("&", text))
+        before, text = text, _visible(text)
+        if "&" in text:
+            text = _visible(_ENTITY.sub(lambda match: html.unescape(match[0]), _AMPERSANDS.sub("&", text)))
+        if not text.isascii():
+            text = _LEFT_OF_EMOJI.sub(" ", emoji_to(text))
         if text == before:
             break
     return text
@@ -125,16 +125,16 @@ def _replace(text: str, pattern: str, placeholder: str) -> str:
     return re.sub(either, lambda match: placeholder, text)
 
 
-def _emoji_words(text: str, language: str) -> str:
+def _emoji_names(text: str, language: str) -> str:
     """Each emoji becomes its name between colons. BERT's vocabularies would make it an unknown token."""
     if language not in emoji.LANGUAGES:
         raise unknown_name("data.normalize.language", language, emoji.LANGUAGES)
-    return _LEFT_OF_EMOJI.sub("", emoji.demojize(text, delimiters=(" :", ": "), language=language))
+    return emoji.demojize(text, delimiters=(" :", ": "), language=language)
 
 
 def _words_only(text: str) -> str:
     """Without punctuation and symbols. By category: to \\w the vowel signs of Indic scripts are no letters."""
-    text = _LEFT_OF_EMOJI.sub("", _APOSTROPHE.sub("", text))
+    text = _APOSTROPHE.sub("", text)
     return _single_blanks(text.translate({ord(c): " " for c in set(text) if unicodedata.category(c)[0] in "PS"}))
 
 

@@ -125,30 +125,25 @@ def _flat(rows: list[_Row]) -> tuple[np.ndarray, ...]:
 def _rows(tokenizer: Any, firsts: list[str | list[str]], pairs: list[str | None], *, max_length: int) -> list[_Row]:
     """Tokens of a chunk. The tokenizer takes plain texts, words, and pairs of both in one call each."""
     encode = _encode_fast if tokenizer.is_fast else _encode_slow
-    rows: list[_Row | None] = [None] * len(firsts)
-    for as_words in (False, True):
-        for paired in (False, True):
-            mine = [
-                i for i, first in enumerate(firsts) if isinstance(first, list) == as_words and bool(pairs[i]) == paired
-            ]
-            if not mine:
-                continue
-            texts = [firsts[i] for i in mine]
-            seconds = [pairs[i] for i in mine] if paired else None
-            for i, row in zip(
-                mine, encode(tokenizer, texts, seconds, as_words=as_words, max_length=max_length), strict=True
-            ):
-                # A tokenizer without special tokens makes nothing of a blank text; a row of no tokens has no mean.
-                rows[i] = row if row.ids else _Row([_unknown_id(tokenizer)], [0], [-1], row.cut)
-    return rows  # type: ignore[return-value]
+    alike: dict[tuple[bool, bool], list[int]] = {}
+    for i, (first, pair) in enumerate(zip(firsts, pairs, strict=True)):
+        alike.setdefault((isinstance(first, list), bool(pair)), []).append(i)
+    rows: dict[int, _Row] = {}
+    for (as_words, paired), members in alike.items():
+        seconds = [pairs[i] for i in members] if paired else None
+        made = encode(tokenizer, [firsts[i] for i in members], seconds, as_words=as_words, max_length=max_length)
+        rows.update(zip(members, made, strict=True))
+    # A tokenizer without special tokens makes nothing of a blank text; a row of no tokens has no mean.
+    nothing = _Row([_unknown_id(tokenizer)], [0], [-1], False)
+    return [rows[i] if rows[i].ids else nothing for i in range(len(firsts))]
 
 
 def _encode_fast(
     tokenizer: Any, texts: list[Any], pairs: list[str] | None, *, as_words: bool, max_length: int
 ) -> list[_Row]:
     if as_words:
-        texts = [_spaced(tokenizer, words) for words in texts]
-        pairs = None if pairs is None else [_spaced(tokenizer, pair.split()) for pair in pairs]  # type: ignore[misc]
+        texts = _spaced(tokenizer, texts)
+        pairs = None if pairs is None else _spaced(tokenizer, [pair.split() for pair in pairs])  # type: ignore
 
     def run(texts: list[Any], pairs: list[Any] | None) -> list[Any]:
         settings = {"truncation": "longest_first", "max_length": max_length, "is_split_into_words": as_words}
@@ -188,12 +183,14 @@ def _encode_slow(
     return rows
 
 
-def _spaced(tokenizer: Any, words: Sequence[str]) -> list[str]:
+def _spaced(tokenizer: Any, rows: Sequence[Sequence[str]]) -> list[list[str]]:
     """Words as the tokenizer wants them: byte-level vocabularies hold the blank before a word within its token."""
-    words = [word or tokenizer.unk_token for word in words]
-    if tokenizer.tokenize(" a") == tokenizer.tokenize("a"):
-        return words
-    return words[:1] + [word if word == tokenizer.unk_token else f" {word}" for word in words[1:]]
+    blank = "" if tokenizer.tokenize(" a") == tokenizer.tokenize("a") else " "
+    unknown = tokenizer.unk_token
+    return [
+        [f"{blank if i else ''}{word}" if word and word != unknown else unknown for i, word in enumerate(words)]
+        for words in rows
+    ]
 
 
 def _word_ids(encoding: Any) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -41,7 +42,7 @@ class Evaluator:
             names, num_layers=len(layers), num_experts=model.config.num_local_experts, layers=layers,
             device=self.engine.device,
         )  # fmt: skip
-        with tqdm(total=len(batches), desc=name, unit="batch", leave=False, disable=not is_main()) as bar:
+        with tqdm(total=len(batches), desc=name, unit="batch", leave=False, disable=not (is_main() and sys.stderr.isatty())) as bar:
 
             def forward(batch: Batch) -> ModelOutput:
                 output = self.engine.forward(batch)

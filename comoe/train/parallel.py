@@ -5,6 +5,7 @@ The contact with DeepSpeed's internals (AutoEP is unversioned) is all here, held
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -26,8 +27,11 @@ from comoe.protocols import Routing
 from comoe.schema import MoeConfig, Recipe
 
 
-def start_ranks(*, timeout_seconds: float) -> torch.device:
+def start_ranks(*, timeout_seconds: float, verbose: bool = False) -> torch.device:
     """Join the process group that the launcher described; returns this rank's device."""
+    # DeepSpeed sets up its logger on import, after the environment was read.
+    if not verbose:
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     gpu = torch.cuda.is_available()
     if gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))

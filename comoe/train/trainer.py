@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -81,7 +82,13 @@ class Trainer:
         """
         stop = StopSignal()
         bar = tqdm(
-            total=self.schedule.total, initial=self.state.step, unit="step", disable=not is_main(), dynamic_ncols=True
+            total=self.schedule.total,
+            initial=self.state.step,
+            unit="step",
+            disable=not is_main(),
+            dynamic_ncols=True,
+            # A log file wants a line now and then, a terminal a bar that moves.
+            mininterval=0.3 if sys.stderr.isatty() else 20,
         )
         interval = Interval(self.tasks)
         saved_at = -1
@@ -99,6 +106,9 @@ class Trainer:
                     mark_best(self.checkpoints, self.state.step)
                 if saved_at != self.state.step and self._due(self.schedule.save_every):
                     saved_at = self._save()
+                if self._due(self.schedule.eval_every) or saved_at == self.state.step:
+                    # Posts per second are of training alone; ``line`` was taken before, or counts from here.
+                    interval.reset()
             upcoming.cancel()
             if self.state.step >= self.schedule.total and not self.state.finished:
                 self.state.finished = "all steps done"

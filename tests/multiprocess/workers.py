@@ -132,19 +132,105 @@ def one_step(engine: Any, step: int, *, accumulation: int = 1) -> Any:
     return engine.train_step([replace(batch, unit_scale_T=scale_T) for batch in batches])
 
 
-def losses(encoder: str, *, stage: int, steps: int = 5, accumulation: int = 1, gradients: bool = False,
-           settings: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:  # fmt: skip
-    """Global losses of ``steps`` steps; the weights after them on rank 0, by plain name."""
+def many(encoder: str, cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """``losses`` and more for several cases in one world: starting a world takes longer than a case."""
+    return [case(encoder, **arguments) for arguments in cases]
+
+
+def case(encoder: str, *, stage: int, steps: int, accumulation: int = 1, **changes: Any) -> dict[str, Any]:
+    """Train a few steps: global losses, norms, full weights before and after, logits by the engine and by the plain model."""
     from comoe.distributed import sum_over_ranks, world_size
+    from comoe.objective import build_objective
     from comoe.train.parallel import gather_full_state
 
     recipe = recipe_of(encoder, **changes)
-    engine, layout = build(recipe, stage=stage, accumulation=accumulation, settings=settings)
+    engine, layout = build(recipe, stage=stage, accumulation=accumulation)
+    before = gather_full_state(engine.deepspeed)
     values, norms = [], []
     for step in range(steps):
         report = one_step(engine, step, accumulation=accumulation)
         assert not report.skipped
         values.append(float(sum_over_ranks(report.loss)) / world_size())
         norms.append(report.grad_norm)
-    state = gather_full_state(engine.deepspeed)
-    return {"losses": values, "norms": norms, "ep": layout.ep_size, "state": {k: v.numpy() for k, v in state.items()}}
+    after = gather_full_state(engine.deepspeed)
+    batch = batch_of(posts(99, 4))
+    by_engine = engine.forward(batch).logits
+    answer: dict[str, Any] = {"losses": values, "norms": norms, "ep": layout.ep_size}
+    if after:
+        plain = build_objective(recipe, TASKS).model.eval()
+        plain.load_state_dict(after)
+        with torch.no_grad():
+            by_plain = plain(batch).logits
+        answer["state"] = {key: value.numpy() for key, value in after.items()}
+        answer["moves"] = {key: (after[key] - before[key]).numpy() for key in after if after[key].is_floating_point()}
+        answer["engine_logits"] = {key: value.numpy() for key, value in by_engine.items()}
+        answer["plain_logits"] = {key: value.numpy() for key, value in by_plain.items()}
+    return answer
+
+
+def resumed(encoder: str, *, stage: int, folder: str) -> dict[str, Any]:
+    """Three steps, a checkpoint, three more; then a fresh engine loads it and does the same three."""
+    from comoe.train.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+    from comoe.train.state import TrainState
+
+    recipe = recipe_of(encoder, train__schedule="linear", model__dropout=0.1, parallel__ep_size=2)
+
+    def train(engine: Any, first: int) -> list[float]:
+        out = []
+        for step in range(first, first + 3):
+            engine.set_rate_factor(1 - step / 10)
+            out.append(float(one_step(engine, step).loss))
+        return out
+
+    engine, layout = build(recipe, stage=stage)
+    train(engine, 0)
+    state = TrainState(step=3, best_value=0.25, evaluations_without_gain=2)
+    save_checkpoint(Path(folder), engine, state, layout, keep=1)
+    groups = [(group["lr"], group["weight_decay"], group["name"]) for group in engine.deepspeed.optimizer.param_groups]
+    uninterrupted = train(engine, 3)
+    fresh, layout = build(recipe, stage=stage)
+    torch.manual_seed(999)
+    found = find_checkpoint(Path(folder))
+    assert found is not None and not found.broken
+    restored = load_checkpoint(found.path, fresh, layout)
+    fresh.set_rate_factor(1 - 2 / 10)
+    after = [(group["lr"], group["weight_decay"], group["name"]) for group in fresh.deepspeed.optimizer.param_groups]
+    return {
+        "uninterrupted": uninterrupted, "resumed": train(fresh, 3), "groups_before": groups, "groups_after": after,
+        "state": {key: getattr(restored, key) for key in ("step", "best_value", "evaluations_without_gain")},
+    }  # fmt: skip
+
+
+def poisoned(encoder: str, *, stage: int) -> dict[str, Any]:
+    """Three steps; in the second, rank 1's targets hold an infinite number. Which were skipped, which moved weights?"""
+    from comoe.distributed import broadcast_object, rank, sum_over_ranks, world_size
+    from comoe.objective import count_units, unit_scale
+    from comoe.train.parallel import gather_full_state
+
+    engine, _ = build(recipe_of(encoder, parallel__ep_size=2), stage=stage)
+    skipped, changed = [], []
+    for step in range(3):
+        before = gather_full_state(engine.deepspeed)
+        batch = shares(step, rank=rank(), world_size=world_size(), accumulation=1)[0]
+        if step == 1 and rank() == 1:
+            batch = replace(batch, labels=dict(batch.labels, heat=torch.full_like(batch.labels["heat"], torch.inf)))
+        units_T = sum_over_ranks(count_units(batch, TASKS))
+        scale_T = unit_scale(units_T, world_size=world_size(), accumulation=1)
+        skipped.append(engine.train_step([replace(batch, unit_scale_T=scale_T)]).skipped)
+        after = gather_full_state(engine.deepspeed)
+        changed.append(any(not torch.equal(after[key], before[key]) for key in after))
+    return {"skipped": skipped, "changed": broadcast_object(changed)}
+
+
+def contract(encoder: str) -> dict[str, Any]:
+    """What AutoEP made of the plain model, in bf16: the precision in which buffers are easily lost."""
+    from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
+
+    engine, _ = build(recipe_of(encoder), stage=2, settings={"bf16": {"enabled": True}})
+    layers = {name: m for name, m in engine.objective.model.named_modules() if isinstance(m, AutoEPMoELayer)}
+    return {
+        "layers": list(layers),
+        "router": sorted({type(layer.router).__name__ for layer in layers.values()}),
+        "bias_dtype": sorted({str(layer.router.e_score_correction_bias.dtype) for layer in layers.values()}),
+        "parameters": sorted({name for layer in layers.values() for name, _ in layer.named_parameters()}),
+    }

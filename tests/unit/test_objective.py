@@ -85,15 +85,20 @@ def test_an_absent_task_gets_zero_gradients_and_not_none(absent, route_by):
         assert head.any().item() is (task.name not in absent)
 
 
-def test_a_filler_row_changes_neither_loss_nor_gradients():
-    batch, objective = random_batch(), tiny_objective(moe_config(balance="none"))
-    objective(scaled(batch)).loss.backward()
-    expected = gradients(objective)
-    objective.zero_grad(set_to_none=True)
-    filler = objective(scaled(without(random_batch(rows=1), *[task.name for task in TASKS])))
-    filler.loss.backward()
-    assert filler.loss == 0 and not any(grad.any() for grad in gradients(objective).values())
-    assert any(grad.any() for grad in expected.values())
+def test_the_projection_gets_a_zero_gradient_where_no_term_reads_it():
+    objective = tiny_objective(loss=NO_CONTRAST)
+    objective(scaled(random_batch())).loss.backward()
+    gradient = objective.model.projection.weight.grad
+    assert gradient is not None and not gradient.any()
+
+
+def test_a_filler_row_adds_neither_loss_nor_gradients():
+    objective = tiny_objective()
+    filler = without(random_batch(rows=1), *[task.name for task in TASKS])
+    filler = replace(filler, unit_scale_T=torch.full((len(TASKS),), 0.5))
+    step = objective(replace(filler, task_ids_B=torch.tensor([-1]), row_ids_B=torch.tensor([-1])))
+    step.loss.backward()
+    assert step.loss == 0 and not any(grad.any() for grad in gradients(objective).values())
 
 
 SWITCHES = {
