@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -26,9 +25,10 @@ from comoe.objective import build_objective
 from comoe.schema import Recipe
 from comoe.starter import home, resolve
 from comoe.tasks.catalog import Task
-from comoe.train.checkpoint import find_checkpoint, load_checkpoint
+from comoe.train.checkpoint import load_checkpoint
 from comoe.train.engine import Engine
 from comoe.train.evaluation import Evaluator
+from comoe.train.folders import find_checkpoint
 from comoe.train.monitor import Monitor
 from comoe.train.parallel import build_deepspeed_engine
 from comoe.train.settings import Layout, fill_settings, load_settings, plan_layout
@@ -76,10 +76,7 @@ def assemble(
     filled = fill_settings(settings, recipe, layout, gpu=gpu)
     named = recipe
     recipe = _one_per_node_first(lambda: resolve(recipe, progress=is_main()))
-    corpus = load_corpus(recipe)
-    tokenizer = load_tokenizer(recipe.model.encoder)
-    check_chosen_metric(recipe.train.early_stop_metric, corpus.tasks)
-    splits = _one_per_node_first(lambda: _tokenize(corpus, tokenizer, recipe))
+    corpus, tokenizer, splits = _load_posts(recipe)
     _seed(recipe.train.seed)
     objective = build_objective(recipe, corpus.tasks)
     model = objective.model
@@ -90,16 +87,6 @@ def assemble(
         return None
     if is_main():
         print("\n".join(corpus.report.lines()))
-    sampler = TrainSampler(
-        splits["train"].lengths,
-        splits["train"].groups,
-        batch_size=recipe.train.batch_size,
-        world_size=layout.world_size,
-        micro_batch_size=layout.micro_batch_size,
-        mixing=recipe.data.mixing,
-        temperature=recipe.data.mixing_temperature,
-        seed=recipe.train.seed,
-    )
     engine = Engine(build_deepspeed_engine(objective, recipe, filled), recipe)
     # Weights were the same draw on all ranks; dropout must not be.
     _seed(recipe.train.seed + 1000 * (rank() + 1))
@@ -112,13 +99,56 @@ def assemble(
         histograms=recipe.run.histograms,
         resumed_at=resumed_at,
     )
-    collator = Collator(tokenizer, corpus.tasks, route_by=recipe.model.moe.route_by)
-    evaluator = Evaluator(engine, splits, collator, corpus.tasks)
-    schedule = plan_schedule(recipe, sampler)
-    trainer = Trainer(
-        recipe, layout, engine, corpus.tasks, splits["train"], collator, sampler, evaluator, monitor, folder, state, schedule
-    )
+    trainer = _build_trainer(recipe, layout, engine, corpus.tasks, splits, tokenizer, monitor, folder, state)
     return Run(named, filled, folder, corpus, corpus.tasks, splits, tokenizer, trainer, parameters)
+
+
+def _load_posts(recipe: Recipe) -> tuple[Corpus, Any, dict[str, TokenizedSplit]]:
+    corpus = load_corpus(recipe)
+    check_chosen_metric(recipe.train.early_stop_metric, corpus.tasks)
+    tokenizer = load_tokenizer(recipe.model.encoder)
+    splits = _one_per_node_first(lambda: _tokenize(corpus, tokenizer, recipe))
+    corpus.report.truncated.update({name: (split.truncated, split.words_cut) for name, split in splits.items()})
+    return corpus, tokenizer, splits
+
+
+def _build_trainer(
+    recipe: Recipe,
+    layout: Layout,
+    engine: Engine,
+    tasks: Sequence[Task],
+    splits: Mapping[str, TokenizedSplit],
+    tokenizer: Any,
+    monitor: Monitor,
+    folder: Path,
+    state: TrainState,
+) -> Trainer:
+    train = splits["train"]
+    sampler = TrainSampler(
+        train.lengths,
+        train.groups,
+        batch_size=recipe.train.batch_size,
+        world_size=layout.world_size,
+        micro_batch_size=layout.micro_batch_size,
+        mixing=recipe.data.mixing,
+        temperature=recipe.data.mixing_temperature,
+        seed=recipe.train.seed,
+    )
+    collator = Collator(tokenizer, tasks, route_by=recipe.model.moe.route_by)
+    return Trainer(
+        recipe=recipe,
+        layout=layout,
+        engine=engine,
+        tasks=tasks,
+        train_split=train,
+        collator=collator,
+        sampler=sampler,
+        evaluator=Evaluator(engine, splits, collator, tasks),
+        monitor=monitor,
+        folder=folder,
+        state=state,
+        schedule=plan_schedule(recipe, sampler),
+    )
 
 
 def count_parameters(model: MultiTaskModel, *, top_k: int) -> dict[str, int]:

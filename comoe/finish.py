@@ -15,7 +15,8 @@ from comoe.distributed import barrier, is_main, max_over_ranks, world_size
 from comoe.evaluate import Evaluation
 from comoe.export import export_checkpoint
 from comoe.tasks.catalog import Task
-from comoe.train.checkpoint import best_checkpoint, find_checkpoint, load_checkpoint
+from comoe.train.checkpoint import load_checkpoint
+from comoe.train.folders import best_checkpoint, find_checkpoint
 from comoe.train.records import format_results_table, write_results
 
 
@@ -56,7 +57,9 @@ def print_results(folder: Path, tasks: Sequence[Task]) -> None:
     print()
     print(f"run folder     {folder}")
     print(f"watch          tensorboard --logdir {folder.parent}")
-    print(f"predict        python launch/predict.py --model {folder / 'export'} --input posts.txt --output answers.jsonl")
+    print(
+        f"predict        python launch/predict.py --model {folder / 'export'} --input posts.txt --output answers.jsonl"
+    )
 
 
 def peak_memory_bytes() -> float:

@@ -33,11 +33,13 @@ class Batch:
     task_ids_B: Tensor
     """Index of the one task this row is for, int64; -1 where a row serves all tasks (``route_by: token``)."""
     row_ids_B: Tensor
-    """Index of the post in its split, int64; -1 on a filler row that exists only so that a rank has something to run."""
+    """Index of the post in its split, int64; -1 on a filler row, which only gives a rank something to run."""
     labels: Mapping[str, Tensor] = field(default_factory=dict)
-    """Task -> targets: single_label (B,) int64, multi_label (B, Y) float, regression (B,) float, tags (B, L) int64. Missing: IGNORED or NaN."""
+    """Task -> targets: single_label (B,) int64, multi_label (B, Y) float, regression (B,) float, tags (B, L) int64.
+    Missing: IGNORED or NaN."""
     unit_scale_T: Tensor | None = None
-    """W * accumulation steps / units of the task in the whole optimizer step; 0 for an absent task. Set by the trainer, None outside training."""
+    """W * accumulation steps / units of the task in the whole optimizer step; 0 for an absent task. Set by the trainer,
+    None outside training."""
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
@@ -90,7 +92,8 @@ class StepOutput:
     loss: Tensor
     """Scalar to call backward on."""
     terms: Mapping[str, Tensor]
-    """Detached scalars: ``task/<name>``, ``weight/<name>``, ``contrastive``, ``contrastive/<name>``, ``balance``, ``z``."""
+    """Detached scalars: ``task/<name>``, ``weight/<name>``, ``contrastive``, ``contrastive/<name>``, ``balance``,
+    ``z``."""
     output: ModelOutput
     """The model's answer, for training metrics and statistics."""
 

@@ -46,6 +46,9 @@ def run_and_exit(request: Request) -> None:
         from comoe.train.trainer import TrainingStopped
 
         if not isinstance(error, TrainingStopped):
+            if os.environ.get("RANK", "0") != "0":
+                # A rank that lost its peers fails too; let the peer's own message come first.
+                time.sleep(3)
             raise
         code = 3
         _say_error(error)
@@ -79,7 +82,14 @@ def train(request: Request) -> None:
     folder = request.resume or Path(recipe.run.output_dir) / recipe.run.name
     if not request.dry_run and request.resume is None:
         _claim(folder, overwrite=recipe.run.overwrite)
-    run = assemble(recipe, request.deepspeed, folder=folder, device=device, dry_run=request.dry_run, resume=request.resume is not None)
+    run = assemble(
+        recipe,
+        request.deepspeed,
+        folder=folder,
+        device=device,
+        dry_run=request.dry_run,
+        resume=request.resume is not None,
+    )
     if run is None:
         return
     if is_main():
@@ -108,7 +118,9 @@ def _load(request: Request) -> Recipe:
         return load_recipe(request.config, request.overrides)
     saved = request.resume / "config.yaml"
     if not saved.is_file():
-        raise ValueError(f"--resume {request.resume}: no config.yaml there; give the folder of a run, such as runs/starter.")
+        raise ValueError(
+            f"--resume {request.resume}: no config.yaml there; give the folder of a run, such as runs/starter."
+        )
     return load_recipe(saved, request.overrides)
 
 

@@ -38,7 +38,8 @@ class MoeConfig:
     route_by: str = "token"
     """What the gate sees: token, task, or both. With task and both a post becomes one row per labelled task."""
     layers: str | list[int] = "alternate"
-    """Encoder layers that get experts: all, alternate (every second, the last one included), last_half, or a list of layer numbers from 0."""
+    """Encoder layers that get experts: all, alternate (every second, the last one included), last_half, or a list of
+    layer numbers from 0."""
     expert_width: int | str = "auto"
     """Hidden width F of one expert; auto is a quarter of the encoder's width, at least 16."""
     shared_width: int = 0
@@ -52,7 +53,7 @@ class MoeConfig:
     task_embedding_width: int = 64
     """Width of the task embedding that ``route_by: task | both`` reads."""
     balance: str = "bias"
-    """none, or bias: after each step the bias of a busy expert falls and that of an idle one rises (arXiv:2408.15664)."""
+    """none, or bias: after each step the bias of a busy expert falls and an idle one's rises (arXiv:2408.15664)."""
     balance_rate: float = 0.001
     """Step u of the balance bias."""
 
@@ -88,7 +89,8 @@ class NormalizeConfig:
     """How the text of a post is cleaned before it is tokenised."""
 
     preset: str = "social"
-    """none, social (users, links, emoji to words; case and hashtag words kept) or strict (Stein & Keller: lower case; URLs, mentions, hashtags, emoji, punctuation removed)."""
+    """none, social (users, links, emoji to words; case and hashtag words kept) or
+    strict (Stein & Keller: lower case; URLs, mentions, hashtags, emoji, punctuation removed)."""
     language: str = "en"
     """Language of the emoji names, as in the package emoji (en, zh, de, ...)."""
     user: str = "@user"
@@ -102,7 +104,7 @@ class DataConfig:
     """Where posts come from and what is done with bad ones."""
 
     root: str | None = None
-    """Folder that relative task paths start from; null is the folder of the recipe. ``kit:posts`` is the starter kit."""
+    """Folder that relative task paths start from; null is the recipe's own. ``kit:posts`` is the starter kit."""
     max_length: int = 128
     """Longest post in tokens; the rest is cut and counted."""
     limit_per_task: int | None = None
@@ -130,7 +132,7 @@ class TaskConfig:
     """One task. Tasks with the same path, format, subset, splits and text columns share their posts."""
 
     path: str = ""
-    """Folder, file, or hub name; relative to ``data.root``. A folder holds train, validation (or val, dev) and test files."""
+    """Folder, file, or hub name; relative to ``data.root``. A folder holds train, validation (val, dev), test files."""
     kind: str = "single_label"
     """Key of ``comoe.tasks.kinds.KINDS``: single_label, multi_label, regression, tags."""
     format: str = "auto"

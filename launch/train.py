@@ -1,9 +1,9 @@
 """Train a cooperative mixture-of-experts encoder on all tasks of a recipe.
 
-    deepspeed launch/train.py --deepspeed ds_configs/zero2.json
-    deepspeed --num_accelerators 2 launch/train.py --deepspeed ds_configs/zero2.json --config my.yaml train.epochs=2
-    python launch/train.py --dry-run
-    deepspeed launch/train.py --deepspeed ds_configs/zero2.json --resume runs/starter
+deepspeed launch/train.py --deepspeed ds_configs/zero2.json
+deepspeed --num_accelerators 2 launch/train.py --deepspeed ds_configs/zero2.json --config my.yaml train.epochs=2
+python launch/train.py --dry-run
+deepspeed launch/train.py --deepspeed ds_configs/zero2.json --resume runs/starter
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ def main() -> None:
     """Read the command line and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--deepspeed", type=Path, default=HERE.parent / "ds_configs/zero2.json", metavar="JSON",
-                        help="ZeRO, precision, clipping, expert parallelism (default: ds_configs/zero2.json)")  # fmt: skip
+                        help="ZeRO, precision, clipping, expert parallelism (ds_configs/zero2.json)")  # fmt: skip
     parser.add_argument("--config", type=Path, default=HERE / "configs/starter.yaml", metavar="YAML",
-                        help="recipe (default: launch/configs/starter.yaml)")  # fmt: skip
+                        help="recipe (launch/configs/starter.yaml)")  # fmt: skip
     parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with this run folder, by its own recipe")
     parser.add_argument("--dry-run", action="store_true", help="print recipe, labels, sample posts, memory plan; end")
     # The deepspeed launcher adds this one; the rank itself is read from the environment.
@@ -30,7 +30,7 @@ def main() -> None:
     given = parser.parse_intermixed_args()
 
     # A run from a checkout that is not installed must find comoe, also where the working folder is another one.
-    sys.path.insert(0, str(HERE.parent))
+    sys.path.append(str(HERE.parent))
     from comoe.run import Request, run_and_exit
 
     run_and_exit(Request(given.config, given.deepspeed, given.overrides, given.resume, given.dry_run))

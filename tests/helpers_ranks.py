@@ -43,7 +43,9 @@ def run_ranks(function: str, world_size: int, *, timeout: float = 240.0, **argum
         finally:
             for process in processes:
                 process.kill()
-        logs = "\n".join((Path(folder) / f"log{rank}").read_text(errors="replace")[-3000:] for rank in range(world_size))
+        logs = "\n".join(
+            (Path(folder) / f"log{rank}").read_text(errors="replace")[-3000:] for rank in range(world_size)
+        )
         assert codes == [0] * world_size, f"exit codes {codes}\n{logs}"
         return [pickle.loads((Path(folder) / f"out{rank}").read_bytes()) for rank in range(world_size)]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from tqdm import tqdm
 
@@ -42,7 +43,9 @@ class Evaluator:
             names, num_layers=len(layers), num_experts=model.config.num_local_experts, layers=layers,
             device=self.engine.device,
         )  # fmt: skip
-        with tqdm(total=len(batches), desc=name, unit="batch", leave=False, disable=not (is_main() and sys.stderr.isatty())) as bar:
+        with tqdm(
+            total=len(batches), desc=name, unit="batch", leave=False, disable=not (is_main() and sys.stderr.isatty())
+        ) as bar:
 
             def forward(batch: Batch) -> ModelOutput:
                 output = self.engine.forward(batch)
@@ -54,7 +57,8 @@ class Evaluator:
             evaluation = evaluate(
                 forward,
                 split,
-                collator=self.collator,
+                # A post without labels is a row for every task where the gate reads tasks, so that all are answered.
+                collator=partial(self.collator, all_tasks=predictions),
                 tasks=self.tasks,
                 batches=batches,
                 gather=all_gather_objects,

@@ -127,7 +127,9 @@ def gather_full_state(engine: Any) -> dict[str, Tensor]:
     keep = deepspeed.comm.get_rank() == 0
     state: dict[str, Tensor] = {}
     model = engine.module.model
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, auto_ep_layer.AutoEPMoELayer)}
+    layers = {
+        name: module for name, module in model.named_modules() if isinstance(module, auto_ep_layer.AutoEPMoELayer)
+    }
     for name, layer in layers.items():
         parts = {key: _gather_experts(layer, getattr(layer.experts, key)) for key in ("w1", "w2", "w3")}
         state[f"{name}.experts.gate_up_proj"] = torch.cat([parts["w1"], parts["w3"]], dim=1)

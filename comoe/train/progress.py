@@ -89,7 +89,10 @@ class Interval:
 
     def _metrics(self, report: StepReport, batches: Sequence[Batch]) -> dict[str, dict[str, float]]:
         own = [
-            {task.name: task.rules.answers(output.output.logits[task.name].detach().cpu(), batch.labels[task.name]) for task in self.tasks}
+            {
+                task.name: task.rules.answers(output.output.logits[task.name].detach().cpu(), batch.labels[task.name])
+                for task in self.tasks
+            }
             for output, batch in zip(report.outputs, batches, strict=True)
         ]
         everyone = [step for steps in all_gather_objects(own) for step in steps]

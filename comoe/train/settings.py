@@ -155,9 +155,13 @@ def _fill(section: Mapping[str, Any], values: Mapping[str, Any], *, prefix: str)
                 raise ValueError(f'{path} is "auto" in the DeepSpeed JSON, but nothing fills it; write a value.')
             filled[key] = values[path]
         else:
-            if path in values and path not in ("bf16.enabled", "expert_parallel.use_grouped_mm") and value != values[path]:
+            if (
+                path in values
+                and path not in ("bf16.enabled", "expert_parallel.use_grouped_mm")
+                and value != values[path]
+            ):
                 raise ValueError(
-                    f'{path} is {value} in the DeepSpeed JSON and {values[path]} by the recipe and the ranks; '
+                    f"{path} is {value} in the DeepSpeed JSON and {values[path]} by the recipe and the ranks; "
                     f'write "auto" in the JSON, or make the two agree.'
                 )
             filled[key] = value
@@ -194,8 +198,11 @@ _OPTIMIZERS = {
         "AdamW",
         # torch_adam: DeepSpeed's own Adam would be compiled for a minute on a CPU.
         lambda train: {
-            "lr": train.learning_rate, "betas": train.betas, "eps": train.epsilon,
-            "weight_decay": train.weight_decay, "torch_adam": True,
+            "lr": train.learning_rate,
+            "betas": train.betas,
+            "eps": train.epsilon,
+            "weight_decay": train.weight_decay,
+            "torch_adam": True,
         },
     ),
     "sgd": (

@@ -50,7 +50,7 @@ class TrainState:
 
 
 def rate_factor(step: int, *, total: int, config: TrainConfig) -> float:
-    """Share of the peak rate in step ``step`` (from 0): linear warm-up, then the schedule, down to 0 after ``total``."""
+    """Share of the peak rate in step ``step`` (from 0): linear warm-up, then the schedule, over ``total`` steps."""
     warmup = math.ceil(config.warmup_fraction * total)
     if step < warmup:
         return (step + 1) / warmup

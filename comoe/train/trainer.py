@@ -20,9 +20,10 @@ from comoe.objective import count_units, unit_scale
 from comoe.protocols import Batch
 from comoe.schema import Recipe
 from comoe.tasks.catalog import Task
-from comoe.train.checkpoint import mark_best, save_checkpoint
+from comoe.train.checkpoint import save_checkpoint
 from comoe.train.engine import Engine, StepReport
 from comoe.train.evaluation import Evaluator
+from comoe.train.folders import mark_best
 from comoe.train.monitor import Monitor
 from comoe.train.progress import Interval
 from comoe.train.settings import Layout
@@ -179,7 +180,9 @@ class Trainer:
         rows = sorted({int(row) for batch in batches for row in batch.row_ids_B.tolist() if row >= 0})
         posts = ", ".join(self.train_split.origins[row] for row in rows[:8])
         self.monitor.log_event({"event": "skipped", "step": self.state.step, "posts": rows})
-        self._say(bar, f"step {self.state.step} skipped: a loss or gradient is not finite (posts on rank 0: {posts} ...)")
+        self._say(
+            bar, f"step {self.state.step} skipped: a loss or gradient is not finite (posts on rank 0: {posts} ...)"
+        )
         if self.state.nonfinite_in_a_row >= self.recipe.train.max_nonfinite:
             raise TrainingStopped(
                 f"{self.state.nonfinite_in_a_row} steps in a row (up to step {self.state.step}) had a loss or gradient "
@@ -216,9 +219,7 @@ class Trainer:
         return improved
 
     def _save(self) -> int:
-        save_checkpoint(
-            self.checkpoints, self.engine, self.state, self.layout, keep=self.recipe.train.keep_checkpoints
-        )
+        save_checkpoint(self.checkpoints, self.engine, self.state, self.layout, keep=self.recipe.train.keep_checkpoints)
         return self.state.step
 
     def _say(self, bar: tqdm, text: str) -> None:

@@ -18,7 +18,12 @@ ADAMW = {"train__max_grad_norm": 0.5}
 # Adam would hide a constant factor.
 SGD = {"train__optimizer": "sgd", "train__max_grad_norm": 0.0, "train__weight_decay": 0.0}
 GRADIENT = SGD | {"train__learning_rate": 1e3, "train__expert_learning_rate": 1e3, "train__head_learning_rate": 1e3}
-PAPER = {"model__moe__route_by": "task", "model__moe__top_k": 4, "model__moe__balance": "none", "loss__balance_weight": 0.0}
+PAPER = {
+    "model__moe__route_by": "task",
+    "model__moe__top_k": 4,
+    "model__moe__balance": "none",
+    "loss__balance_weight": 0.0,
+}
 
 CASES: dict[str, dict[str, Any]] = {
     "adamw": {"steps": 10, **ADAMW},
@@ -28,9 +33,9 @@ CASES: dict[str, dict[str, Any]] = {
     "paper": {"steps": 4, **PAPER},
 }
 LAYOUTS = {
-    2: [("adamw", 1, 2), ("adamw", 2, 1), ("adamw", 2, 2), ("adamw", 2, 3), ("adamw", 1, 3), ("sgd", 2, 2), ("sgd", 2, 3),
-        ("gradient", 1, 1), ("gradient", 2, 1), ("gradient", 2, 2), ("gradient", 2, 3), ("accumulation", 2, 2),
-        ("accumulation", 2, 3), ("paper", 2, 2)],
+    2: [("adamw", 1, 2), ("adamw", 2, 1), ("adamw", 2, 2), ("adamw", 2, 3), ("adamw", 1, 3), ("sgd", 2, 2),
+        ("sgd", 2, 3), ("gradient", 1, 1), ("gradient", 2, 1), ("gradient", 2, 2), ("gradient", 2, 3),
+        ("accumulation", 2, 2), ("accumulation", 2, 3), ("paper", 2, 2)],
     4: [("adamw", 2, 1), ("adamw", 2, 2), ("adamw", 2, 3), ("sgd", 2, 2), ("gradient", 2, 2), ("gradient", 2, 3)],
 }  # fmt: skip
 
@@ -59,7 +64,9 @@ def several(request: pytest.FixtureRequest, encoder: str) -> dict[tuple[str, int
 def test_losses_of_every_layout_agree_with_one_process(one_process: Any, several: Any) -> None:
     for (name, ep, stage), answer in several.items():
         assert answer["ep"] == ep
-        np.testing.assert_allclose(answer["losses"], one_process[name]["losses"], rtol=1e-5, err_msg=f"{name} {ep} {stage}")
+        np.testing.assert_allclose(
+            answer["losses"], one_process[name]["losses"], rtol=1e-5, err_msg=f"{name} {ep} {stage}"
+        )
 
 
 def test_first_gradients_agree_to_a_hundred_thousandth_of_each_tensors_norm(one_process: Any, several: Any) -> None:
@@ -96,12 +103,16 @@ def test_the_balance_bias_follows_the_load_of_all_ranks(one_process: Any, severa
 def test_the_plain_model_with_the_gathered_weights_answers_like_the_engine(one_process: Any, several: Any) -> None:
     for (name, ep, stage), answer in several.items():
         for task, logits in answer["engine_logits"].items():
-            np.testing.assert_allclose(answer["plain_logits"][task], logits, atol=1e-5, rtol=0, err_msg=f"{name} {ep} {stage} {task}")
+            np.testing.assert_allclose(
+                answer["plain_logits"][task], logits, atol=1e-5, rtol=0, err_msg=f"{name} {ep} {stage} {task}"
+            )
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_resumed_run_equals_uninterrupted_run(encoder: str, stage: int, tmp_path: Path) -> None:
-    for answer in run_ranks("tests.multiprocess.workers:resumed", 2, encoder=encoder, stage=stage, folder=str(tmp_path)):
+    for answer in run_ranks(
+        "tests.multiprocess.workers:resumed", 2, encoder=encoder, stage=stage, folder=str(tmp_path)
+    ):
         np.testing.assert_allclose(answer["resumed"], answer["uninterrupted"], rtol=1e-7)
         assert answer["groups_before"] == answer["groups_after"]
         assert answer["state"] == {"step": 3, "best_value": 0.25, "evaluations_without_gain": 2}
@@ -116,7 +127,10 @@ def test_a_step_with_a_loss_that_is_not_finite_on_one_rank_changes_no_weight(enc
 
 def test_autoep_keeps_the_contract_that_our_router_relies_on(encoder: str) -> None:
     answer = run_ranks("tests.multiprocess.workers:contract", 1, encoder=encoder)[0]
-    assert answer["layers"] == ["encoder.encoder.layer.0.output.block.mixture", "encoder.encoder.layer.1.output.block.mixture"]
+    assert answer["layers"] == [
+        "encoder.encoder.layer.0.output.block.mixture",
+        "encoder.encoder.layer.1.output.block.mixture",
+    ]
     assert answer["router"] == ["CooperativeRouter"]
     assert answer["bias_dtype"] == ["torch.float32"]
     assert answer["parameters"] == ["experts.w1", "experts.w2", "experts.w3", "router.gate.weight"]

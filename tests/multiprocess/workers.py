@@ -57,7 +57,9 @@ def batch_of(rows: list[dict[str, Any]]) -> Batch:
     longest = max(len(row["ids"]) for row in rows)
 
     def padded(key: str, value: int) -> torch.Tensor:
-        return torch.tensor(np.stack([np.pad(row[key], (0, longest - len(row[key])), constant_values=value) for row in rows]))
+        return torch.tensor(
+            np.stack([np.pad(row[key], (0, longest - len(row[key])), constant_values=value) for row in rows])
+        )
 
     ids_BL = padded("ids", 0)
     labels = {name: torch.tensor([row[name] for row in rows]) for name in ("mood", "heat", "topic")}
@@ -118,7 +120,9 @@ def build(recipe: Any, *, stage: int, accumulation: int = 1, settings: dict[str,
     layout = replace(plan_layout(recipe, raw, world_size=world_size(), gpu=False), accumulation=accumulation)
     torch.manual_seed(0)
     objective = build_objective(recipe, TASKS)
-    return Engine(build_deepspeed_engine(objective, recipe, fill_settings(raw, recipe, layout, gpu=False)), recipe), layout
+    return Engine(
+        build_deepspeed_engine(objective, recipe, fill_settings(raw, recipe, layout, gpu=False)), recipe
+    ), layout
 
 
 def one_step(engine: Any, step: int, *, accumulation: int = 1) -> Any:
@@ -138,7 +142,7 @@ def many(encoder: str, cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def case(encoder: str, *, stage: int, steps: int, accumulation: int = 1, **changes: Any) -> dict[str, Any]:
-    """Train a few steps: global losses, norms, full weights before and after, logits by the engine and by the plain model."""
+    """Train a few steps: global losses, norms, weights before and after, logits by the engine and by the plain model."""
     from comoe.distributed import sum_over_ranks, world_size
     from comoe.objective import build_objective
     from comoe.train.parallel import gather_full_state
@@ -170,7 +174,8 @@ def case(encoder: str, *, stage: int, steps: int, accumulation: int = 1, **chang
 
 def resumed(encoder: str, *, stage: int, folder: str) -> dict[str, Any]:
     """Three steps, a checkpoint, three more; then a fresh engine loads it and does the same three."""
-    from comoe.train.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+    from comoe.train.checkpoint import load_checkpoint, save_checkpoint
+    from comoe.train.folders import find_checkpoint
     from comoe.train.state import TrainState
 
     recipe = recipe_of(encoder, train__schedule="linear", model__dropout=0.1, parallel__ep_size=2)
