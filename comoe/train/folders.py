@@ -15,6 +15,8 @@ MANIFEST = "manifest.json"
 """Written last: a checkpoint without it was cut short."""
 BEST = "best.json"
 """Names the step of the best checkpoint."""
+ASIDE = ".writing-"
+"""What the name of a checkpoint begins with while it is written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,9 +72,10 @@ def whats_wrong(path: Path) -> str:
         return "it has no manifest, so its writing was cut short"
     try:
         files = json.loads(manifest.read_text(encoding="utf-8"))["files"]
-    except (json.JSONDecodeError, KeyError):
+        sizes = dict(files.items())
+    except (ValueError, KeyError, TypeError, AttributeError):
         return "its manifest is damaged"
-    for name, size in files.items():
+    for name, size in sizes.items():
         actual = (path / name).stat().st_size if (path / name).is_file() else None
         if actual != size:
             return f"{name} has {actual if actual is not None else 'no'} bytes instead of {size}"
@@ -80,12 +83,14 @@ def whats_wrong(path: Path) -> str:
 
 
 def prune(folder: Path, *, keep: int) -> None:
-    """Delete all checkpoints but the ``keep`` newest and the best."""
+    """Delete all checkpoints but the ``keep`` newest whole ones and the best, and what a killed run left half written."""
     best = json.loads((folder / BEST).read_text())["step"] if (folder / BEST).is_file() else None
     spared = {f"step-{best:08d}"} if best is not None else set()
-    newest = sorted(path.name for path in folder.glob("step-*"))[-max(1, keep) :]
-    for path in folder.glob("step-*"):
-        if path.name not in spared and path.name not in newest:
+    # A broken one must not take the place of a whole one that could be resumed from.
+    whole = sorted(path.name for path in folder.glob("step-*") if not whats_wrong(path))
+    spared.update(whole[-max(1, keep) :])
+    for path in [*folder.glob("step-*"), *folder.glob(f"{ASIDE}*")]:
+        if path.name not in spared:
             shutil.rmtree(path)
 
 

@@ -73,6 +73,10 @@ class Interval:
         total = sum_over_ranks(packed).tolist()
         means = dict(zip(terms, (value / world_size() for value in total[: len(terms)]), strict=True))
         posts, tokens = total[len(terms) :]
+        for task, scale in zip(self.tasks, batches[0].unit_scale_T.tolist(), strict=True):
+            if not scale:
+                # No post of the whole step has this task: its loss is not 0, there is none.
+                del means[f"task/{task.name}"]
         weights = {task.name: means.pop(f"weight/{task.name}") for task in self.tasks}
         return TrainLine(
             loss=means.pop("loss"),

@@ -9,11 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from comoe.data.sampling import MAX_AUTO_MICRO_BATCH
+from comoe.data.sampling import posts_per_forward
 from comoe.models.moe import MIXTURE_PATTERN
 from comoe.schema import Recipe
 
 AUTO = "auto"
-MAX_AUTO_MICRO_BATCH = 128
+SECTIONS = ("zero_optimization", "bf16", "expert_parallel", "data_types")
+"""Keys of the DeepSpeed JSON that hold an object."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,15 +47,14 @@ def plan_layout(recipe: Recipe, settings: Mapping[str, Any], *, world_size: int,
     if stage not in (1, 2, 3):
         raise ValueError(f"zero_optimization.stage ({stage}) must be 1, 2 or 3: stage 0 clips wrongly with experts.")
     asked = settings.get("bf16", {}).get("enabled", AUTO)
-    share = math.ceil(recipe.train.batch_size / world_size)
-    micro = recipe.train.micro_batch_size
-    micro = min(share, MAX_AUTO_MICRO_BATCH) if micro == AUTO else int(micro)
+    batch = recipe.train.batch_size
+    micro = posts_per_forward(recipe.train.micro_batch_size, batch_size=batch, world_size=world_size)
     return Layout(
         world_size=world_size,
         ep_size=_ep_size(recipe, settings, world_size),
         stage=stage,
         micro_batch_size=micro,
-        accumulation=math.ceil(recipe.train.batch_size / (micro * world_size)),
+        accumulation=math.ceil(batch / (micro * world_size)),
         bf16=gpu if asked == AUTO else bool(asked),
     )
 
@@ -86,6 +88,9 @@ def load_settings(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}, line {error.lineno}: {error.msg}; the file must be one JSON object.") from error
     if not isinstance(settings, dict):
         raise ValueError(f"{path}: the file must be one JSON object, not a {type(settings).__name__}.")
+    for name in SECTIONS:
+        if not isinstance(settings.get(name, {}), dict):
+            raise ValueError(f"{path}: {name} is {settings[name]!r}; it must be an object, as in ds_configs/zero2.json.")
     return settings
 
 
@@ -176,22 +181,35 @@ def _optimizer(recipe: Recipe) -> dict[str, Any]:
 def _expert_parallel(section: Mapping[str, Any], recipe: Recipe, values: Mapping[str, Any]) -> dict[str, Any]:
     if recipe.model.moe.num_experts == 0:
         return {"enabled": False}
+    for key, value in _AUTOEP.items():
+        if section.get(key, value) != value:
+            raise ValueError(
+                f"expert_parallel.{key} is {json.dumps(section[key])} in the DeepSpeed JSON, but comoe's experts need "
+                f"{json.dumps(value)}; leave the key out (model.moe.num_experts=0 switches the experts off)."
+            )
     return {
+        "use_grouped_mm": values["expert_parallel.use_grouped_mm"],
         **section,
-        "enabled": True,
+        **_AUTOEP,
         "autoep_size": values["expert_parallel.autoep_size"],
         "top_k": recipe.model.moe.top_k,
-        "use_grouped_mm": section.get("use_grouped_mm", values["expert_parallel.use_grouped_mm"]),
-        "moe_layer_pattern": MIXTURE_PATTERN,
-        "router_pattern": "gate",
-        "expert_pattern": "experts",
-        "expert_w1": "gate_up_proj",
-        "expert_w2": "down_proj",
-        "expert_w3": None,
-        # The gate's weights multiply what the experts say, not what they hear: the paper's form.
-        "score_apply": "post",
     }
 
+
+_AUTOEP = {
+    "enabled": True,
+    "moe_layer_pattern": MIXTURE_PATTERN,
+    "router_pattern": "gate",
+    "expert_pattern": "experts",
+    "expert_w1": "gate_up_proj",
+    "expert_w2": "down_proj",
+    "expert_w3": None,
+    # The gate's weights multiply what the experts say, not what they hear: the paper's form.
+    "score_apply": "post",
+    # The balance bias is comoe's own; AutoEP would keep a second one.
+    "load_balance_coeff": None,
+}
+"""What AutoEP must be told of the blocks in ``comoe.models.moe``."""
 
 _OPTIMIZERS = {
     "adamw": (

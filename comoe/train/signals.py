@@ -12,6 +12,8 @@ import psutil
 class StopSignal:
     """Notes that this rank was asked to stop. The trainer asks each step and reduces the answer over ranks.
 
+    A context: at its end the signals do what they did before, so that what comes after a run can be ended by them.
+
     A SIGTERM to the ``deepspeed`` command ends that command alone and leaves its ranks running unseen. So a rank
     started by it also watches the launcher and the command above it, and treats the loss of either as SIGTERM.
     """
@@ -19,8 +21,16 @@ class StopSignal:
     def __init__(self) -> None:
         self.reason = ""
         self._watched = _launchers()
-        for number in (signal.SIGINT, signal.SIGTERM):
+        self._before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def __enter__(self) -> StopSignal:
+        for number in self._before:
             signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def asked(self) -> bool:
         """True once this rank should stop."""

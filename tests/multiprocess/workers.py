@@ -142,7 +142,7 @@ def many(encoder: str, cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def case(encoder: str, *, stage: int, steps: int, accumulation: int = 1, **changes: Any) -> dict[str, Any]:
-    """Train a few steps: global losses, norms, weights before and after, logits by the engine and by the plain model."""
+    """Train a few steps: global losses, norms, weights, logits by the engine and by the plain model."""
     from comoe.distributed import sum_over_ranks, world_size
     from comoe.objective import build_objective
     from comoe.train.parallel import gather_full_state

@@ -159,3 +159,16 @@ def test_wrong_settings_say_what_is_right() -> None:
         make_sampler(micro_batch_size=0)
     with pytest.raises(ValueError, match=r"batch_size \(0\)"):
         make_sampler(batch_size=0)
+
+
+def test_every_batch_holds_every_data_set_in_its_share_though_their_lengths_differ() -> None:
+    rng = np.random.default_rng(0)
+    lengths = np.concatenate([rng.integers(5, 20, 3000), rng.integers(30, 60, 1000)])
+    groups = np.repeat([0, 1], [3000, 1000])
+    sampler = TrainSampler(lengths, groups, batch_size=32)
+    batches = [sampler.global_batch(step) for step in range(sampler.steps_per_epoch)]
+    long_posts = [int(groups[batch].sum()) for batch in batches]
+    assert min(long_posts) >= 6 and max(long_posts) <= 10
+    # Similar in length within a data set: the spread inside a batch is a fraction of the spread of all posts.
+    spreads = [lengths[batch][groups[batch] == 0].std() for batch in batches]
+    assert np.mean(spreads) < 0.25 * lengths[groups == 0].std()
