@@ -28,7 +28,7 @@ from comoe.tasks.catalog import Task
 from comoe.train.checkpoint import load_checkpoint
 from comoe.train.engine import Engine
 from comoe.train.evaluation import Evaluator
-from comoe.train.folders import find_checkpoint
+from comoe.train.folders import find_checkpoint, mark_best, whats_wrong
 from comoe.train.monitor import Monitor
 from comoe.train.parallel import build_deepspeed_engine
 from comoe.train.settings import Layout, fill_settings, load_settings, plan_layout
@@ -63,9 +63,25 @@ class Run:
 
 
 def assemble(
-    recipe: Recipe, deepspeed_json: Path, *, folder: Path, device: torch.device, dry_run: bool, resume: bool
+    recipe: Recipe,
+    deepspeed_json: Path,
+    *,
+    folder: Path,
+    on_ready: Callable[[], None] | None,
+    device: torch.device,
+    dry_run: bool,
+    resume: bool,
 ) -> Run | None:
     """Build everything; None after a dry run, which prints what would happen instead.
+
+    Args:
+        recipe: as the user wrote it.
+        deepspeed_json: file with ZeRO, precision, clipping.
+        folder: run folder.
+        on_ready: called on every rank once all that the user brings has been read, before anything is written.
+        device: of this rank.
+        dry_run: print and end.
+        resume: go on from the newest whole checkpoint of ``folder``.
 
     Raises:
         ValueError: bad recipe, data, encoder, DeepSpeed JSON or checkpoint; nothing has been trained then.
@@ -87,6 +103,8 @@ def assemble(
         return None
     if is_main():
         print("\n".join(corpus.report.lines()))
+    if on_ready is not None:
+        on_ready()
     engine = Engine(build_deepspeed_engine(objective, recipe, filled), recipe)
     # Weights were the same draw on all ranks; dropout must not be.
     _seed(recipe.train.seed + 1000 * (rank() + 1))
@@ -193,7 +211,11 @@ def _restore(folder: Path, engine: Engine, layout: Layout, *, resume: bool) -> t
         for problem in found.broken:
             print(f"warning: {problem}; using {found.path.name} instead.")
         print(f"resuming {folder} at step {found.step}")
-    return load_checkpoint(found.path, engine, layout), found.step
+    state = load_checkpoint(found.path, engine, layout)
+    # A run that was killed between a checkpoint and its mark would spare, and export, the best one before.
+    if state.best_value is not None and not whats_wrong(folder / "checkpoints" / f"step-{state.best_step:08d}"):
+        mark_best(folder / "checkpoints", state.best_step)
+    return state, found.step
 
 
 def _plan_memory(

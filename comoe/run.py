@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,13 +53,17 @@ def run_and_exit(request: Request) -> None:
             raise
         code = 3
         _say_error(error)
+    except KeyboardInterrupt:
+        # Outside of the training loop, which notes the signal and saves.
+        code = 130
+        _say_error("interrupted; what was saved before is whole.")
     sys.stdout.flush()
     sys.stderr.flush()
     # gloo's threads sometimes abort an ordinary exit after all is done; see deepspeed_notes.
     os._exit(code)
 
 
-def _say_error(error: Exception) -> None:
+def _say_error(error: Exception | str) -> None:
     # Usually every rank fails alike and one message is enough. The others wait for the launcher to end them and speak
     # only if it does not, because then the error is theirs alone.
     if not is_main() or int(os.environ.get("RANK", "0")):
@@ -80,12 +85,14 @@ def train(request: Request) -> None:
 
     device = start_ranks(timeout_seconds=recipe.parallel.timeout_seconds, verbose=recipe.run.verbose)
     folder = request.resume or Path(recipe.run.output_dir) / recipe.run.name
-    if not request.dry_run and request.resume is None:
-        _claim(folder, overwrite=recipe.run.overwrite)
+    fresh = not request.dry_run and request.resume is None
+    if fresh:
+        _refuse_taken(folder, overwrite=recipe.run.overwrite)
     run = assemble(
         recipe,
         request.deepspeed,
         folder=folder,
+        on_ready=partial(_clear, folder) if fresh else None,
         device=device,
         dry_run=request.dry_run,
         resume=request.resume is not None,
@@ -124,16 +131,20 @@ def _load(request: Request) -> Recipe:
     return load_recipe(saved, request.overrides)
 
 
-def _claim(folder: Path, *, overwrite: bool) -> None:
-    """Make the run folder; refuse one that holds a run already, unless told to delete it."""
+def _refuse_taken(folder: Path, *, overwrite: bool) -> None:
+    """Refuse a folder that holds a run already, unless told to delete it."""
     taken = broadcast_object((folder / "config.yaml").exists() if is_main() else None)
     if taken and not overwrite:
         raise ValueError(
             f"{folder} holds a run already: go on with --resume {folder}, choose another run.name, or delete it with "
             f"run.overwrite=true."
         )
+
+
+def _clear(folder: Path) -> None:
+    """Make the run folder; an earlier run in it goes only now that recipe, posts and encoder proved to be good."""
     if is_main():
-        if taken:
+        if (folder / "config.yaml").exists():
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
     barrier()

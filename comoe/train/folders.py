@@ -83,7 +83,7 @@ def whats_wrong(path: Path) -> str:
 
 
 def prune(folder: Path, *, keep: int) -> None:
-    """Delete all checkpoints but the ``keep`` newest whole ones and the best, and what a killed run left half written."""
+    """Delete all checkpoints but the ``keep`` newest whole ones and the best, also those cut short by a kill."""
     best = json.loads((folder / BEST).read_text())["step"] if (folder / BEST).is_file() else None
     spared = {f"step-{best:08d}"} if best is not None else set()
     # A broken one must not take the place of a whole one that could be resumed from.

@@ -5,10 +5,11 @@ The contact with DeepSpeed's internals (AutoEP is unversioned) is all here, held
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from datetime import timedelta
 from typing import Any
 
@@ -35,12 +36,14 @@ def start_ranks(*, timeout_seconds: float, verbose: bool = False) -> torch.devic
     gpu = torch.cuda.is_available()
     if gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    deepspeed.init_distributed(
-        dist_backend="nccl" if gpu else "gloo",
-        auto_mpi_discovery=False,
-        verbose=False,
-        timeout=timedelta(seconds=timeout_seconds),
-    )
+    # It prints, past every logger, that it built its shared-memory collectives.
+    with nullcontext() if verbose else redirect_stdout(io.StringIO()):
+        deepspeed.init_distributed(
+            dist_backend="nccl" if gpu else "gloo",
+            auto_mpi_discovery=False,
+            verbose=False,
+            timeout=timedelta(seconds=timeout_seconds),
+        )
     return torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
 
 

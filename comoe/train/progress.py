@@ -31,14 +31,17 @@ class TrainLine:
     """Role -> learning rate of the last step."""
     grad_norm: float | None
     """Global gradient norm before clipping, of the last step."""
-    posts: int
-    """Posts of the interval, all ranks."""
     posts_per_second: float
     """Posts of the interval over its wall-clock seconds."""
     tokens_per_second: float
     """Real tokens of the interval over its wall-clock seconds."""
     skipped: int
     """Steps of the interval that changed no weight."""
+
+
+def count_posts(batch: Batch) -> int:
+    """Posts of a batch: where the gate reads tasks a post is several rows, and a filler row is none."""
+    return int(torch.unique(batch.row_ids_B[batch.row_ids_B >= 0]).numel())
 
 
 @dataclass(slots=True)
@@ -58,7 +61,7 @@ class Interval:
     def add(self, batches: Sequence[Batch], report: StepReport) -> None:
         """Count one step."""
         for batch in batches:
-            self.posts += int((batch.row_ids_B >= 0).sum())
+            self.posts += count_posts(batch)
             self.tokens += int(batch.attention_mask_BL.sum())
         self.skipped += report.skipped
 
@@ -85,7 +88,6 @@ class Interval:
             metrics=self._metrics(report, batches),
             rates=rates,
             grad_norm=report.grad_norm,
-            posts=int(posts),
             posts_per_second=posts / seconds,
             tokens_per_second=tokens / seconds,
             skipped=self.skipped,

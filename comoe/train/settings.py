@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from comoe.data.sampling import MAX_AUTO_MICRO_BATCH
 from comoe.data.sampling import posts_per_forward
 from comoe.models.moe import MIXTURE_PATTERN
 from comoe.schema import Recipe
@@ -90,7 +89,7 @@ def load_settings(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: the file must be one JSON object, not a {type(settings).__name__}.")
     for name in SECTIONS:
         if not isinstance(settings.get(name, {}), dict):
-            raise ValueError(f"{path}: {name} is {settings[name]!r}; it must be an object, as in ds_configs/zero2.json.")
+            raise ValueError(f"{path}: {name} is {settings[name]!r}; it must be an object, as in zero2.json.")
     return settings
 
 
@@ -206,8 +205,6 @@ _AUTOEP = {
     "expert_w3": None,
     # The gate's weights multiply what the experts say, not what they hear: the paper's form.
     "score_apply": "post",
-    # The balance bias is comoe's own; AutoEP would keep a second one.
-    "load_balance_coeff": None,
 }
 """What AutoEP must be told of the blocks in ``comoe.models.moe``."""
 

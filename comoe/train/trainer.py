@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from comoe.train.engine import Engine, StepReport
 from comoe.train.evaluation import Evaluator
 from comoe.train.folders import mark_best
 from comoe.train.monitor import Monitor
-from comoe.train.progress import Interval
+from comoe.train.progress import Interval, count_posts
 from comoe.train.settings import Layout
 from comoe.train.signals import StopSignal
 from comoe.train.state import TrainState, rate_factor
@@ -81,7 +81,20 @@ class Trainer:
         Raises:
             TrainingStopped: too many steps in a row were not finite, or a device ran out of memory.
         """
-        stop = StopSignal()
+        # A second signal, as launchers send it, must not end this rank while it writes the last checkpoint.
+        with StopSignal() as stop:
+            saved_at = self._train_until(stop)
+            if saved_at != self.state.step or self.state.finished:
+                # Also after a signal: all ranks agreed on it in the last reduction, so all of them are here.
+                self._save()
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where checkpoints go."""
+        return self.folder / "checkpoints"
+
+    def _train_until(self, stop: StopSignal) -> int:
+        """Train to the end or the signal; the step of the last checkpoint that holds the state as it is now."""
         bar = tqdm(
             total=self.schedule.total,
             initial=self.state.step,
@@ -96,45 +109,38 @@ class Trainer:
         with ThreadPoolExecutor(1) as pool, bar:
             upcoming = pool.submit(self._collate, self.state.step)
             while self.state.step < self.schedule.total and not self.state.finished:
-                batches, stopping = self._with_totals(upcoming, stop)
+                batches, stopping = self._with_totals(upcoming.result(), stop)
                 if stopping:
                     self._say(bar, f"stopping at step {self.state.step} ({stop.reason or 'asked by another rank'})")
                     break
                 upcoming = pool.submit(self._collate, self.state.step + 1)
                 self._step(batches, interval, bar)
+                paused = time.perf_counter()
                 if self._due(self.schedule.eval_every) and self._evaluate_and_mark(bar):
                     saved_at = self._save()
                     mark_best(self.checkpoints, self.state.step)
                 if saved_at != self.state.step and self._due(self.schedule.save_every):
                     saved_at = self._save()
-                if self._due(self.schedule.eval_every) or saved_at == self.state.step:
-                    # Posts per second are of training alone; ``line`` was taken before, or counts from here.
-                    interval.reset()
+                # Posts per second are of training alone.
+                interval.began += time.perf_counter() - paused
             upcoming.cancel()
             if self.state.step >= self.schedule.total and not self.state.finished:
                 self.state.finished = "all steps done"
-                saved_at = -1
-        if saved_at != self.state.step or self.state.finished:
-            # Also after a signal: all ranks agreed on it in the last reduction, so all of them are here.
-            self._save()
-
-    @property
-    def checkpoints(self) -> Path:
-        """Where checkpoints go."""
-        return self.folder / "checkpoints"
+        return saved_at
 
     def _collate(self, step: int) -> list[Batch]:
         return [self.collator(self.train_split, indices) for indices in self.sampler.share(step, rank())]
 
-    def _with_totals(self, upcoming: Future[list[Batch]], stop: StopSignal) -> tuple[list[Batch], bool]:
+    def _with_totals(self, batches: list[Batch], stop: StopSignal) -> tuple[list[Batch], bool]:
         """The step's batches with the scale of each task's loss: one packed all-reduce carries the stop flag too."""
-        batches = upcoming.result()
-        began = stop.asked()
         units_T = torch.stack([count_units(batch, self.tasks) for batch in batches]).sum(0)
-        packed = torch.cat([units_T, torch.tensor([float(began)], dtype=torch.float64)]).to(self.engine.device)
-        total = sum_over_ranks(packed).cpu()
-        scale_T = unit_scale(total[:-1], world_size=world_size(), accumulation=len(batches))
-        return [replace(batch, unit_scale_T=scale_T) for batch in batches], bool(total[-1] > 0)
+        more = torch.tensor([sum(count_posts(batch) for batch in batches), float(stop.asked())], dtype=torch.float64)
+        total = sum_over_ranks(torch.cat([units_T, more]).to(self.engine.device)).cpu()
+        stopping = bool(total[-1] > 0)
+        if not stopping:
+            self.state.posts_seen += int(total[-2])
+        scale_T = unit_scale(total[:-2], world_size=world_size(), accumulation=len(batches))
+        return [replace(batch, unit_scale_T=scale_T) for batch in batches], stopping
 
     def _step(self, batches: list[Batch], interval: Interval, bar: tqdm) -> None:
         began = time.perf_counter()
@@ -144,7 +150,9 @@ class Trainer:
         try:
             report = self.engine.train_step(batches)
         except RuntimeError as error:
-            raise self._memory_advice(error) from error
+            if not _is_short_of_memory(error):
+                raise
+            raise TrainingStopped(self._memory_advice()) from error
         self.state.step += 1
         seconds = time.perf_counter() - began
         self.state.seconds += seconds
@@ -153,7 +161,6 @@ class Trainer:
         self._watch_nonfinite(report, batches, bar)
         if self.state.step % self.recipe.train.log_every == 0 or self.state.step == self.schedule.total:
             line = interval.reduce(engine=self.engine, report=report, batches=batches, rates=rates)
-            self.state.posts_seen += line.posts
             self.monitor.log_train(
                 self.state.step,
                 loss=line.loss,
@@ -190,12 +197,9 @@ class Trainer:
                 f"at these posts. The newest checkpoint is good: go on with --resume {self.folder}."
             )
 
-    def _memory_advice(self, error: RuntimeError) -> RuntimeError:
-        short = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-        if not short:
-            return error
+    def _memory_advice(self) -> str:
         smaller = max(1, self.layout.micro_batch_size // 2)
-        return TrainingStopped(
+        return (
             f"out of memory with {self.layout.micro_batch_size} posts per forward pass on rank {rank()}: set "
             f"train.micro_batch_size={smaller} (the batch of {self.recipe.train.batch_size} stays the same), or a "
             f"smaller data.max_length."
@@ -225,3 +229,8 @@ class Trainer:
     def _say(self, bar: tqdm, text: str) -> None:
         if is_main():
             bar.write(text)
+
+
+def _is_short_of_memory(error: RuntimeError) -> bool:
+    # On a CPU torch raises a plain RuntimeError.
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
