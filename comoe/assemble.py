@@ -20,15 +20,16 @@ from comoe.distributed import barrier, is_main, rank, world_size
 from comoe.dry_run import print_dry_run
 from comoe.evaluate import check_chosen_metric
 from comoe.memory import MemoryPlan, plan_memory
+from comoe.models.families import longest_input
 from comoe.models.multitask import MultiTaskModel
-from comoe.objective import build_objective
+from comoe.objective import Objective, build_objective
 from comoe.schema import Recipe
 from comoe.starter import home, resolve
 from comoe.tasks.catalog import Task
-from comoe.train.checkpoint import load_checkpoint
+from comoe.train.checkpoint import load_checkpoint, saved_elsewhere
 from comoe.train.engine import Engine
 from comoe.train.evaluation import Evaluator
-from comoe.train.folders import find_checkpoint, mark_best, whats_wrong
+from comoe.train.folders import Found, find_checkpoint, mark_best, whats_wrong
 from comoe.train.monitor import Monitor
 from comoe.train.parallel import build_deepspeed_engine
 from comoe.train.settings import Layout, fill_settings, load_settings, plan_layout
@@ -93,8 +94,7 @@ def assemble(
     named = recipe
     recipe = _one_per_node_first(lambda: resolve(recipe, progress=is_main()))
     corpus, tokenizer, splits = _load_posts(recipe)
-    _seed(recipe.train.seed)
-    objective = build_objective(recipe, corpus.tasks)
+    objective = _build_objective(recipe, corpus.tasks, splits)
     model = objective.model
     parameters = count_parameters(model, top_k=recipe.model.moe.top_k)
     if dry_run:
@@ -105,17 +105,22 @@ def assemble(
         print("\n".join(corpus.report.lines()))
     if on_ready is not None:
         on_ready()
+    found = _checkpoint_to_use(folder, resume=resume)
+    if found is not None and (moved := saved_elsewhere(found.path, layout)):
+        filled["checkpoint"] = {"load_universal": True}
+        if is_main():
+            print(f"{moved}: converting it.")
     engine = Engine(build_deepspeed_engine(objective, recipe, filled), recipe)
     # Weights were the same draw on all ranks; dropout must not be.
     _seed(recipe.train.seed + 1000 * (rank() + 1))
-    state, resumed_at = _restore(folder, engine, layout, resume=resume)
+    state = TrainState() if found is None else _restored(found, engine, layout)
     monitor = Monitor(
         folder,
         enabled=is_main(),
         tasks=corpus.tasks,
         recipe_text=recipe_to_yaml(named),
         histograms=recipe.run.histograms,
-        resumed_at=resumed_at,
+        resumed_at=state.step if resume else None,
     )
     trainer = _build_trainer(recipe, layout, engine, corpus.tasks, splits, tokenizer, monitor, folder, state)
     return Run(named, filled, folder, corpus, corpus.tasks, splits, tokenizer, trainer, parameters)
@@ -128,6 +133,20 @@ def _load_posts(recipe: Recipe) -> tuple[Corpus, Any, dict[str, TokenizedSplit]]
     splits = _one_per_node_first(lambda: _tokenize(corpus, tokenizer, recipe))
     corpus.report.truncated.update({name: (split.truncated, split.words_cut) for name, split in splits.items()})
     return corpus, tokenizer, splits
+
+
+def _build_objective(recipe: Recipe, tasks: Sequence[Task], splits: Mapping[str, TokenizedSplit]) -> Objective:
+    _seed(recipe.train.seed)
+    objective = build_objective(recipe, tasks)
+    # Many tokenizers do not know how many positions their encoder has.
+    limit = longest_input(objective.model.encoder.config)
+    longest = max(int(split.lengths.max()) for split in splits.values() if len(split))
+    if longest > limit:
+        raise ValueError(
+            f"data.max_length ({recipe.data.max_length}) lets posts of {longest} tokens through, but model.encoder "
+            f"({recipe.model.encoder}) numbers at most {limit}; set data.max_length to {limit} or less."
+        )
+    return objective
 
 
 def _build_trainer(
@@ -199,23 +218,28 @@ def _seed(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def _restore(folder: Path, engine: Engine, layout: Layout, *, resume: bool) -> tuple[TrainState, int | None]:
-    if not resume:
-        return TrainState(), None
-    found = find_checkpoint(folder / "checkpoints")
-    if found is None:
-        if is_main():
+def _checkpoint_to_use(folder: Path, *, resume: bool) -> Found | None:
+    found = find_checkpoint(folder / "checkpoints") if resume else None
+    if is_main() and resume:
+        if found is None:
             print(f"{folder} has no checkpoint yet: starting at step 0.")
-        return TrainState(), 0
-    if is_main():
-        for problem in found.broken:
-            print(f"warning: {problem}; using {found.path.name} instead.")
-        print(f"resuming {folder} at step {found.step}")
+        else:
+            for problem in found.broken:
+                print(f"warning: {problem}; using {found.path.name} instead.")
+            print(f"resuming {folder} at step {found.step}")
+    return found
+
+
+def _restored(found: Found, engine: Engine, layout: Layout) -> TrainState:
     state = load_checkpoint(found.path, engine, layout)
-    # A run that was killed between a checkpoint and its mark would spare, and export, the best one before.
-    if state.best_value is not None and not whats_wrong(folder / "checkpoints" / f"step-{state.best_step:08d}"):
-        mark_best(folder / "checkpoints", state.best_step)
-    return state, found.step
+    best = found.path.parent / f"step-{state.best_step:08d}"
+    if state.best_value is not None and not whats_wrong(best):
+        # A run that is cut short may have named a later step, which it will now reach again.
+        mark_best(found.path.parent, state.best_step)
+    elif state.best_value is not None:
+        # The best weights are gone: the next evaluation is the best there is.
+        state.best_value = None
+    return state
 
 
 def _plan_memory(

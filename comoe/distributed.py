@@ -46,6 +46,15 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
     return total
 
 
+def sum_with_gradient(tensor: Tensor) -> Tensor:
+    """Sum of a tensor over ranks; its gradient is the sum over ranks of the sum's gradients.
+
+    So where every rank computes the same number from it, the mean over ranks of the gradients is that number's
+    gradient. All ranks must run the backward pass, which is a collective too.
+    """
+    return _SumOverRanks.apply(tensor) if world_size() > 1 else tensor
+
+
 def max_over_ranks(value: float) -> float:
     """Largest of the ranks' numbers, the same on all of them."""
     if not is_distributed():
@@ -135,3 +144,15 @@ class _GatherRows(torch.autograd.Function):
         dist.all_reduce(total)
         start = sum(ctx.sizes[: rank()])
         return total[start : start + ctx.sizes[rank()]], None
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """All-reduce whose backward pass is the same all-reduce."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        return sum_over_ranks(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return sum_over_ranks(gradient.contiguous())

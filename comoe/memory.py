@@ -5,22 +5,27 @@ in bf16, else 4), one rank holds, in bytes:
 
     weights       p (D + X / EP)    stage 1, 2          p (D + X) / W    stage 3
     gradients     4 (D + X / EP)    stage 1             4 (D + X) / W    stage 2, 3      (summed in float32)
+                  2 (D + X / EP)    more at stage 1 in bf16: its optimizer keeps both widths until the step
     master copy   4 (D + X) / W     all stages, in float32 too: ZeRO clones its share
     moments       4 n (D + X) / W   n = 2 for AdamW, 1 for SGD with momentum, else 0
     bucket        p R               R gradient elements on their way to the other ranks
-    activations   a rough mean, see ``_encoder_activations`` and ``_expert_activations``
+    activations   what the backward pass reads, see ``Work``
+    dispatch      4 p S k M         one layer's routes: sent, received, padded for the grouped product, answered
 
 Expert parallelism divides what ZeRO below stage 3 leaves whole; the optimizer's share is (D + X) / W at every EP,
-because the W / EP ranks that hold the same experts split their state. What stage 3 gathers for the moment, one layer
-and a little ahead, is not counted.
+because the W / EP ranks that hold the same experts split their state. Stage 2 in float32 keeps the whole of every
+tensor that its share cuts, see ``whole_tensors``; what stage 3 gathers for the moment is one line of its own.
 
-Source: Rajbhandari et al. 2020, ZeRO, arXiv:1910.02054; the float32 facts were read in DeepSpeed 0.19.8.
+Not counted: allocator slack, and in ``step()`` one more float32 copy of the largest group's share, when the
+activations are gone. ``tests/multiprocess/test_memory_measured.py`` compares each line with tensors of real runs.
+
+Source: Rajbhandari et al. 2020, ZeRO, arXiv:1910.02054; the float32 facts were read in DeepSpeed 0.19.8 and measured.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from comoe.config import unknown_name
@@ -74,6 +79,72 @@ class MemoryPlan:
         ]
 
 
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What one forward pass of one rank goes through; its activations are what the backward pass reads."""
+
+    tokens: int = 0
+    """Tokens of the micro-batch; 0 leaves activations and dispatch out."""
+    layers: int = 0
+    """Encoder layers."""
+    width: int = 0
+    """Encoder width M."""
+    ffn_width: int | None = None
+    """Hidden width of the encoder's feed-forward; None is 4 M."""
+    tasks: int = 0
+    """Heads that pool."""
+    moe_layers: int = 0
+    """Layers with experts."""
+    top_k: int = 0
+    """Experts per token k."""
+    expert_width: int = 0
+    """Width F of one expert."""
+    recompute: bool = False
+    """Activation checkpointing per layer: the inputs of all layers are kept, and one layer whole."""
+
+    def activation_bytes(self, number: int) -> int:
+        """All layers, blocks, embeddings and heads; ``number`` bytes per activation."""
+        if not self.recompute:
+            layers, blocks = self.layers * self.layer_bytes(number), self.moe_layers * self.block_bytes(number)
+            return layers + blocks + self.outer_bytes(number)
+        inputs = self.layers * self.tokens * self.width * number
+        return (
+            inputs
+            + self.layer_bytes(number)
+            + self.block_bytes(number) * (self.moe_layers > 0)
+            + self.outer_bytes(number)
+        )
+
+    def layer_bytes(self, number: int) -> int:
+        """One encoder layer, without the attention matrix.
+
+        Per token 8 M + 2 F' numbers (input, query, key, value, attended, and around the feed-forward of width F') and
+        two one-byte dropout masks of M. A GPU's fused attention keeps no matrix; a CPU keeps some under dropout.
+
+        Source: Korthikanti et al. 2022, arXiv:2205.05198: 34 M bytes in 16 bits at F' = 4 M.
+        """
+        ffn = 4 * self.width if self.ffn_width is None else self.ffn_width
+        return self.tokens * ((8 * self.width + 2 * ffn) * number + 2 * self.width)
+
+    def block_bytes(self, number: int) -> int:
+        """One cooperative block.
+
+        Per token its norm's input and output, the gate's float32 input and a one-byte dropout mask; per route (one
+        token to one expert) input, answer, and four of the expert's width: gate, up, the activated gate, the product.
+        """
+        routes = self.top_k * (2 * self.width + 4 * self.expert_width) * number
+        return self.tokens * (self.width * (2 * number + FULL + 1) + routes)
+
+    def outer_bytes(self, number: int) -> int:
+        """Outside of the layers: three numbers of the embeddings, and in bf16 two float32 copies of the last states
+        for each pooling head."""
+        return self.tokens * self.width * (3 * number + (2 * FULL * self.tasks if number < FULL else 0))
+
+    def dispatch_bytes(self, number: int) -> int:
+        """One layer's routes on their way: sent, received, padded for the grouped product, and answered."""
+        return 4 * number * self.tokens * self.top_k * self.width if self.moe_layers else 0
+
+
 def plan_memory(
     dense_parameters: int,
     *,
@@ -86,12 +157,9 @@ def plan_memory(
     momentum: float = 0.0,
     offload: bool = False,
     bucket_elements: int = 0,
-    tokens: int = 0,
-    layers: int = 0,
-    width: int = 0,
-    moe_layers: int = 0,
-    top_k: int = 0,
-    expert_width: int = 0,
+    gathered_elements: int = 0,
+    tensor_groups: Sequence[tuple[Sequence[int], int]] = (),
+    **work: int | bool | None,
 ) -> MemoryPlan:
     """Estimate the memory of one rank by the formulas of this module.
 
@@ -106,12 +174,10 @@ def plan_memory(
         momentum: of sgd; 0 needs no buffer.
         offload: master copy, moments and, from stage 2 on, gradients live in main memory.
         bucket_elements: R, ``reduce_bucket_size`` of the DeepSpeed JSON.
-        tokens: real tokens of one micro-batch on one rank (posts times their mean length); 0 leaves activations out.
-        layers: encoder layers.
-        width: encoder width M.
-        moe_layers: layers with experts.
-        top_k: experts per token k.
-        expert_width: width F of one expert.
+        gathered_elements: weights that stage 3 holds whole at a time, such as two encoder layers; 0 leaves them out.
+        tensor_groups: for each optimizer group the sizes of its tensors in order and the ranks that share it; makes
+            the gradients of stage 2 in float32 exact. Empty takes the even share.
+        work: fields of ``Work``; without them activations and dispatch are 0.
 
     Raises:
         ValueError: an unknown optimizer, a stage other than 1, 2, 3, or ranks that ``ep_size`` does not divide.
@@ -120,17 +186,49 @@ def plan_memory(
     number = HALF if bf16 else FULL
     whole = dense_parameters + math.ceil(expert_parameters / ep_size)
     share = math.ceil((dense_parameters + expert_parameters) / world_size)
-    routes = moe_layers * tokens * top_k
+    passed = Work(**work)
+    gradients = _gradients(whole, share, stage=stage, bf16=bf16, tensor_groups=tensor_groups)
     parts = (
         MemoryPart("weights", number * (share if stage == 3 else whole)),
-        _part("gradients", FULL * (whole if stage == 1 else share), on_host=offload and stage > 1),
+        _part("gradients", gradients, on_host=offload and stage > 1),
         _part("master copy (float32)", FULL * share, on_host=offload),
         _part(f"moments of {optimizer}", FULL * MOMENTS[optimizer](momentum) * share, on_host=offload),
         MemoryPart("reduction bucket", number * bucket_elements),
-        MemoryPart("activations (rough)", _encoder_activations(layers * tokens * width, number)
-                   + _expert_activations(routes, width=width, expert_width=expert_width, number=number)),
-    )  # fmt: skip
+        MemoryPart("gathered weights", number * gathered_elements if stage == 3 else 0),
+        MemoryPart("activations (rough)", passed.activation_bytes(number)),
+        MemoryPart("dispatch buffers", passed.dispatch_bytes(number)),
+    )
     return MemoryPlan(parts, _in_words(world_size, ep_size, stage, bf16=bf16, offload=offload))
+
+
+def whole_tensors(sizes: Sequence[int], *, ranks: int) -> int:
+    """Elements of the tensors that one rank's even share of a flat group cuts or holds; the most over ranks.
+
+    Args:
+        sizes: elements of the group's tensors, in order.
+        ranks: ranks that share the group.
+    """
+    share = math.ceil(sum(sizes) / ranks)
+    most = 0
+    for rank in range(ranks):
+        start, held = 0, 0
+        for size in sizes:
+            if start < (rank + 1) * share and start + size > rank * share:
+                held += size
+            start += size
+        most = max(most, held)
+    return most
+
+
+def _gradients(
+    whole: int, share: int, *, stage: int, bf16: bool, tensor_groups: Sequence[tuple[Sequence[int], int]]
+) -> int:
+    """Bytes of gradients when the backward pass ends."""
+    if stage == 1:
+        return (FULL + HALF * bf16) * whole
+    if stage == 2 and not bf16 and tensor_groups:
+        return FULL * sum(whole_tensors(sizes, ranks=ranks) for sizes, ranks in tensor_groups)
+    return FULL * share
 
 
 def _check(*, optimizer: str, stage: int, world_size: int, ep_size: int) -> None:
@@ -144,25 +242,6 @@ def _check(*, optimizer: str, stage: int, world_size: int, ep_size: int) -> None
 
 def _part(name: str, size: int, *, on_host: bool) -> MemoryPart:
     return MemoryPart(name, 0, size) if on_host else MemoryPart(name, size)
-
-
-def _encoder_activations(units: int, number: int) -> int:
-    """Bytes that an encoder's layers keep for the backward pass, without padding and without the attention matrix.
-
-    16 numbers and two one-byte dropout masks per unit; torch's attention does not keep its matrix.
-
-    Args:
-        units: layers times tokens times width.
-        number: bytes per number.
-
-    Source: Korthikanti et al. 2022, arXiv:2205.05198: 34 bytes per unit in 16 bits.
-    """
-    return units * (16 * number + 2)
-
-
-def _expert_activations(routes: int, *, width: int, expert_width: int, number: int) -> int:
-    """Bytes that experts keep: per route (one token to one expert) input and output, gate, up, and two products."""
-    return routes * (2 * width + 4 * expert_width) * number
 
 
 def _in_words(world_size: int, ep_size: int, stage: int, *, bf16: bool, offload: bool) -> str:

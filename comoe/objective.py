@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from comoe.distributed import gather_rows, sum_over_ranks, world_size
+from comoe.distributed import gather_rows, sum_over_ranks, sum_with_gradient, world_size
 from comoe.losses.contrastive import ContrastiveLoss
-from comoe.losses.routing import BalanceLoss, ZLoss
+from comoe.losses.routing import BalanceLoss, TaskSeparationLoss, ZLoss
 from comoe.models.gate import build_gate
 from comoe.models.multitask import MultiTaskModel, build_model
 from comoe.protocols import Batch, Loss, ModelOutput, StepOutput
@@ -135,14 +135,24 @@ def _z(loss: LossConfig, moe: MoeConfig, tasks: Sequence[Task]) -> Term | None:
     return Term(loss.z_weight, ZLoss(penalty, sum_over_ranks=sum_over_ranks, world_size=world_size()))
 
 
+def _task_separation(loss: LossConfig, moe: MoeConfig, tasks: Sequence[Task]) -> Term | None:
+    # One expert, or one task: there is nothing to separate.
+    if not loss.task_separation_weight or moe.num_experts < 2 or len(tasks) < 2:
+        return None
+    term = TaskSeparationLoss([task.name for task in tasks], sum_with_gradient=sum_with_gradient)
+    return Term(loss.task_separation_weight, term)
+
+
 def build_objective(recipe: Recipe, tasks: Sequence[Task]) -> Objective:
     """Model and losses of a recipe whose ``model.encoder`` is resolved; deterministic in torch's seed."""
-    return Objective(build_model(recipe.model, tasks), tasks, recipe.loss, recipe.model.moe)
+    model = build_model(recipe.model, tasks, recompute=recipe.train.activation_checkpointing)
+    return Objective(model, tasks, recipe.loss, recipe.model.moe)
 
 
 LOSSES: dict[str, Callable[[LossConfig, MoeConfig, Sequence[Task]], Term | None]] = {
     "contrastive": _contrastive,
     "balance": _balance,
     "z": _z,
+    "task_separation": _task_separation,
 }
 """Auxiliary term -> (loss options, expert options, tasks) -> term, None where it is switched off."""

@@ -7,7 +7,7 @@ projected width, W ranks. A row is a post, or a (post, task) pair when the gate 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Protocol
 
@@ -53,6 +53,19 @@ class Batch:
         return replace(self, **moved)
 
 
+def labelled_rows(batch: Batch, tasks: Sequence[str]) -> Tensor:
+    """Which rows have a label of which task: bool (B, T), on the batch's device.
+
+    A row counts if any entry of its target is there: whole numbers other than ``IGNORED``, other numbers than NaN.
+    """
+    columns = []
+    for task in tasks:
+        target = batch.labels[task]
+        present = ~torch.isnan(target) if target.is_floating_point() else target != IGNORED
+        columns.append(present.flatten(1).any(dim=1) if target.ndim > 1 else present)
+    return torch.stack(columns, dim=1)
+
+
 @dataclass(frozen=True, slots=True)
 class Routing:
     """What one gate decided for S real tokens."""
@@ -93,15 +106,15 @@ class StepOutput:
     """Scalar to call backward on."""
     terms: Mapping[str, Tensor]
     """Detached scalars: ``task/<name>``, ``weight/<name>``, ``contrastive``, ``contrastive/<name>``, ``balance``,
-    ``z``."""
+    ``z``, ``task_separation``."""
     output: ModelOutput
     """The model's answer, for training metrics and statistics."""
 
 
 class Gate(Protocol):
-    """Logits to routing; ``balance_bias_E`` picks and never weighs."""
+    """Logits to routing; ``balance_bias_E`` picks and never weighs, ``picks_Sk`` repeats an earlier choice."""
 
-    def __call__(self, logits_SE: Tensor, balance_bias_E: Tensor) -> Routing: ...
+    def __call__(self, logits_SE: Tensor, balance_bias_E: Tensor, picks_Sk: Tensor | None = None) -> Routing: ...
 
     def z_penalty(self, logits_SE: Tensor) -> Tensor:
         """Penalty on the size of each token's logits, shape (S,)."""
@@ -120,5 +133,8 @@ class Loss(Protocol):
 
 class Weighting(Protocol):
     """Combines the tasks' losses into one scalar; returns the weights for the log."""
+
+    reads_task_weights: bool
+    """True where ``tasks.<name>.weight`` counts; else a recipe that sets it is warned."""
 
     def combine(self, losses_T: Tensor) -> tuple[Tensor, Tensor]: ...

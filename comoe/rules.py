@@ -138,6 +138,10 @@ def _layers(value: Any) -> bool:
     return bool(value) and min(value) >= 0 and len(set(value)) == len(value)
 
 
+def _train_layers(value: Any) -> bool:
+    return value in ("all", "none") if isinstance(value, str) else value >= 1
+
+
 def _class_weights(value: Any) -> bool:
     if isinstance(value, str):
         return value in ("none", "balanced")
@@ -157,6 +161,7 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "run.output_dir": _TEXT,
     "model.encoder": _TEXT,
     "model.dropout": _SHARE,
+    "model.train_layers": (_train_layers, "all, none, or the number of last layers, at least 1"),
     "model.projection_width": _COUNT,
     "model.moe.num_experts": _COUNT_FROM_0,
     "model.moe.top_k": _COUNT,
@@ -192,6 +197,7 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "loss.contrastive.temperature": _POSITIVE,
     "loss.balance_weight": _NOT_NEGATIVE,
     "loss.z_weight": _NOT_NEGATIVE,
+    "loss.task_separation_weight": _NOT_NEGATIVE,
     "train.epochs": _POSITIVE,
     "train.max_steps": _COUNT,
     "train.batch_size": _COUNT,

@@ -84,6 +84,7 @@ def train(request: Request) -> None:
     from comoe.train.parallel import start_ranks
 
     device = start_ranks(timeout_seconds=recipe.parallel.timeout_seconds, verbose=recipe.run.verbose)
+    _say_doubts(recipe)
     folder = request.resume or Path(recipe.run.output_dir) / recipe.run.name
     fresh = not request.dry_run and request.resume is None
     if fresh:
@@ -118,6 +119,15 @@ def train(request: Request) -> None:
         print(f"stopped; go on with: --resume {folder}")
     run.trainer.monitor.close()
     barrier()
+
+
+def _say_doubts(recipe: Recipe) -> None:
+    from comoe.doubts import doubts
+
+    if is_main():
+        # Not on standard output: what a dry run prints there is YAML.
+        for doubt in doubts(recipe):
+            print(f"warning: {doubt}", file=sys.stderr)
 
 
 def _load(request: Request) -> Recipe:

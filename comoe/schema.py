@@ -34,7 +34,8 @@ class MoeConfig:
     top_k: int = 2
     """Experts per token, 1 to ``num_experts``."""
     gate: str = "sigmoid"
-    """Key of ``comoe.models.gate.GATES``: sigmoid (experts cooperate) or softmax (they compete; the ablation)."""
+    """Key of ``comoe.models.gate.GATES``: sigmoid (experts cooperate), softmax (they compete; the ablation), or uniform
+    (all experts in turn, whatever the token: only for measuring speed)."""
     route_by: str = "token"
     """What the gate sees: token, task, or both. With task and both a post becomes one row per labelled task."""
     layers: str | list[int] = "alternate"
@@ -53,7 +54,8 @@ class MoeConfig:
     task_embedding_width: int = 64
     """Width of the task embedding that ``route_by: task | both`` reads."""
     balance: str = "bias"
-    """none, or bias: after each step the bias of a busy expert falls and an idle one's rises (arXiv:2408.15664)."""
+    """none, or bias: after each step the bias of a busy expert falls and an idle one's rises (arXiv:2408.15664). Can be
+    combined with ``loss.balance_weight``, ``loss.z_weight`` and ``loss.task_separation_weight``."""
     balance_rate: float = 0.001
     """Step u of the balance bias."""
 
@@ -68,6 +70,9 @@ class ModelConfig:
     """Let the encoder's repository run its own Python code."""
     dropout: float | None = None
     """Sets every dropout of encoder, experts and heads; null keeps the encoder's own and 0.1 in the heads."""
+    train_layers: int | str = "all"
+    """What of the pre-trained encoder is trained: all, none, or the number of last layers, the embeddings then frozen.
+    Experts and heads always train."""
     projection_width: int = 128
     """Width P of the embeddings that the contrastive loss compares."""
     moe: MoeConfig = field(default_factory=MoeConfig)
@@ -185,6 +190,9 @@ class LossConfig:
     """Weight of the load-balance loss of the gates."""
     z_weight: float = 0.0
     """Weight of the z-loss of the gates."""
+    task_separation_weight: float = 0.0
+    """Weight of the mean cosine between the tasks' mean gate vectors; pulls tasks to different experts
+    (arXiv:2605.20916, 0.4 there)."""
 
 
 @dataclass(slots=True)
@@ -219,6 +227,9 @@ class TrainConfig:
     """linear, cosine, or constant, after the warm-up."""
     warmup_fraction: float = 0.06
     """Share of the steps in which the rate rises from 0."""
+    activation_checkpointing: bool = False
+    """Keep only each encoder layer's input and compute the rest again in the backward pass: less memory, about a third
+    more time, the same numbers."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm; 0 switches clipping off."""
     log_every: int = 10

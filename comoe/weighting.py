@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 
@@ -12,6 +12,9 @@ from comoe.tasks.catalog import Task
 
 class Equal(nn.Module):
     """The plain sum: every task's mean loss counts alike, however many posts it has."""
+
+    reads_task_weights = False
+    """True where ``tasks.<name>.weight`` counts."""
 
     def __init__(self, tasks: Sequence[Task]) -> None:
         super().__init__()
@@ -23,6 +26,9 @@ class Equal(nn.Module):
 
 class Static(nn.Module):
     """The sum under the user's numbers, ``tasks.<name>.weight``."""
+
+    reads_task_weights = True
+    """See ``Equal``."""
 
     def __init__(self, tasks: Sequence[Task]) -> None:
         super().__init__()
@@ -42,5 +48,5 @@ def build_weighting(name: str, tasks: Sequence[Task]) -> nn.Module:
     return WEIGHTINGS[name](tasks)
 
 
-WEIGHTINGS: dict[str, Callable[[Sequence[Task]], nn.Module]] = {"equal": Equal, "static": Static}
-"""Name in ``loss.weighting`` -> tasks -> module with ``combine``."""
+WEIGHTINGS: dict[str, type[nn.Module]] = {"equal": Equal, "static": Static}
+"""Name in ``loss.weighting`` -> class; made from the tasks, a module with ``combine`` and ``reads_task_weights``."""

@@ -6,7 +6,17 @@ import math
 from dataclasses import replace
 
 import torch
-from transformers import BertConfig, DistilBertConfig, ElectraConfig, MPNetConfig, RobertaConfig
+from transformers import (
+    BertConfig,
+    CamembertConfig,
+    DebertaV2Config,
+    DistilBertConfig,
+    ElectraConfig,
+    ModernBertConfig,
+    MPNetConfig,
+    RobertaConfig,
+    XLMRobertaConfig,
+)
 
 from comoe.models.encoder import build_encoder_from_config
 from comoe.models.multitask import MultiTaskModel, build_model
@@ -19,13 +29,31 @@ WIDTH, VOCABULARY = 16, 60
 BERT_LIKE = dict(
     vocab_size=VOCABULARY, hidden_size=WIDTH, num_hidden_layers=3, num_attention_heads=2, intermediate_size=24
 )
+DISENTANGLED = dict(
+    relative_attention=True, position_buckets=4, norm_rel_ebd="layer_norm", share_att_key=True,
+    pos_att_type="p2c|c2p", position_biased_input=False, type_vocab_size=0,
+)  # fmt: skip
 HF_CONFIGS = {
     "bert": BertConfig(**BERT_LIKE),
     "roberta": RobertaConfig(**BERT_LIKE, type_vocab_size=1),
+    "xlm-roberta": XLMRobertaConfig(**BERT_LIKE, type_vocab_size=1),
+    "camembert": CamembertConfig(**BERT_LIKE, type_vocab_size=1),
     "electra": ElectraConfig(**BERT_LIKE, embedding_size=8),
     "mpnet": MPNetConfig(**BERT_LIKE),
     "distilbert": DistilBertConfig(vocab_size=VOCABULARY, dim=WIDTH, n_layers=3, n_heads=2, hidden_dim=24),
+    "deberta-v2": DebertaV2Config(**BERT_LIKE, **DISENTANGLED),
+    # A window of four tokens, so that local attention differs from global in a short post.
+    "modernbert": ModernBertConfig(
+        **BERT_LIKE, pad_token_id=0, local_attention=4, bos_token_id=1, cls_token_id=1, eos_token_id=2, sep_token_id=2
+    ),
 }
+"""A small random-weight encoder of each family in ``FAMILIES``; the DeBERTa is like the published v3 ones."""
+VARIANTS = {
+    "deberta-v2 with a convolution": DebertaV2Config(**BERT_LIKE, **DISENTANGLED, conv_kernel_size=3, conv_act="gelu"),
+    "deberta-v2 with positions": DebertaV2Config(**BERT_LIKE, type_vocab_size=2),
+    "electra of one width": ElectraConfig(**BERT_LIKE, embedding_size=WIDTH),
+}
+"""Other forms of the same families."""
 MOOD = Task("mood", "single_label", ("bad", "so-so", "good"), "macro_f1", contrastive=True)
 TOPIC = Task("topic", "single_label", ("home", "world"), "macro_f1", contrastive=True)
 HEAT = Task("heat", "regression", (), "pearson")
@@ -38,15 +66,18 @@ def moe_config(**options) -> MoeConfig:
     return MoeConfig(**{"num_experts": 4, "top_k": 2, "output_init": 0.5, "layers": "all"} | options)
 
 
-def tiny_model(moe: MoeConfig | None = None, *, tasks=TASKS, family="bert", dropout=0.0, seed=0) -> MultiTaskModel:
+def tiny_model(
+    moe: MoeConfig | None = None, *, tasks=TASKS, family="bert", dropout=0.0, seed=0, recompute=False, **options
+) -> MultiTaskModel:
     torch.manual_seed(seed)
-    config = ModelConfig(dropout=dropout, projection_width=8, moe=moe_config() if moe is None else moe)
-    return build_model(config, tasks, encoder_config=HF_CONFIGS[family].to_dict())
+    config = ModelConfig(dropout=dropout, projection_width=8, moe=moe_config() if moe is None else moe, **options)
+    encoder_config = (HF_CONFIGS | VARIANTS)[family].to_dict()
+    return build_model(config, tasks, encoder_config=encoder_config, recompute=recompute)
 
 
 def tiny_encoder(family: str, seed=0):
     torch.manual_seed(seed)
-    return build_encoder_from_config(HF_CONFIGS[family].to_dict(), dropout=0.0)
+    return build_encoder_from_config((HF_CONFIGS | VARIANTS)[family].to_dict(), dropout=0.0)
 
 
 def random_batch(rows=6, length=9, *, tasks=TASKS, seed=0, labelled=True) -> Batch:

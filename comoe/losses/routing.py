@@ -1,16 +1,16 @@
-"""Losses on the gates: even load over experts, and logits that stay small. Both look at the batch of all ranks."""
+"""Losses on the gates over the batch of all ranks: even load over experts, small logits, tasks on different experts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from comoe.protocols import Batch, ModelOutput
+from comoe.protocols import Batch, ModelOutput, Routing, labelled_rows
 
 SumOverRanks = Callable[[Tensor], Tensor]
-"""Sum of a tensor over ranks, without gradient."""
+"""Sum of a tensor over ranks, with or without gradient."""
 
 
 def balance_loss(scores_SE: Tensor, counts_E: Tensor, *, num_tokens: Tensor | int) -> Tensor:
@@ -94,3 +94,66 @@ class ZLoss:
         num_tokens = self.sum_over_ranks(sums.new_tensor(float(output.token_rows_S.shape[0])))
         total = self.world_size * sums.mean() / num_tokens
         return total, {"z": total.detach()}
+
+
+def task_separation(gates_LTE: Tensor) -> Tensor:
+    """How alike the tasks use the experts: 1.0 when every task has the same gate, 0.0 when no two share an expert.
+
+    Args:
+        gates_LTE: each task's sum (or mean: only directions count) of gate vectors per layer, no number below 0; a
+            task without tokens has a row of zeros and takes no part.
+
+    Returns:
+        Scalar, the dtype of ``gates_LTE``, in [0, 1]: the mean over layers of the mean cosine over pairs of tasks. 0
+        with a gradient of 0 where fewer than two tasks have tokens.
+
+    Source: TRMoE-ISA, arXiv:2605.20916.
+    """
+    length_LT = torch.linalg.vector_norm(gates_LTE, dim=2)
+    present_LT = length_LT > 0
+    unit_LTE = gates_LTE / torch.where(present_LT, length_LT, 1.0).unsqueeze(2)
+    pair_LTT = torch.triu(present_LT.unsqueeze(2) & present_LT.unsqueeze(1), diagonal=1)
+    cosine_LTT = (unit_LTE @ unit_LTE.transpose(1, 2)) * pair_LTT
+    return (cosine_LTT.sum(dim=(1, 2)) / pair_LTT.sum(dim=(1, 2)).clamp_min(1)).mean()
+
+
+def gate_vectors(routing: Routing) -> Tensor:
+    """Each token's weights of all experts, 0 for those not picked: (S, E), float32, differentiable."""
+    return torch.zeros_like(routing.scores_SE).scatter(1, routing.indices_Sk, routing.weights_Sk)
+
+
+class TaskSeparationLoss:
+    """``task_separation`` of the batch of all ranks. A token counts for each task that its row has a label of.
+
+    Under accumulation the mean gates are those of the optimizer step so far, as in ``BalanceLoss``.
+
+    Args:
+        tasks: names of all tasks.
+        sum_with_gradient: sum over ranks whose gradient is the sum of the ranks' gradients; reached by every rank in
+            every call, and in every backward pass.
+    """
+
+    def __init__(self, tasks: Sequence[str], *, sum_with_gradient: SumOverRanks) -> None:
+        self.tasks = tuple(tasks)
+        self.sum_with_gradient = sum_with_gradient
+        self.begin_step()
+
+    def begin_step(self) -> None:
+        """Forget the gates: a new optimizer step begins."""
+        self._earlier: Tensor | None = None
+        self._calls = 0
+
+    def __call__(self, output: ModelOutput, batch: Batch) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """The global term, the same on every rank; term ``task_separation``, detached."""
+        labelled_ST = labelled_rows(batch, self.tasks)[output.token_rows_S]
+        own = [labelled_ST.T.to(routing.weights_Sk.dtype) @ gate_vectors(routing) for routing in output.routings]
+        gates_LTE = self.sum_with_gradient(torch.stack(own))
+        self._calls += 1
+        if self._earlier is not None:
+            # The step's mean over micro-steps divides this gradient by their number, while a sum over more tokens
+            # turns less: together that would count a token of a late micro-step for less than one of the first.
+            turning_LTE = self._calls * (gates_LTE - gates_LTE.detach())
+            gates_LTE = self._earlier + gates_LTE.detach() + turning_LTE
+        self._earlier = gates_LTE.detach()
+        total = task_separation(gates_LTE)
+        return total, {"task_separation": total.detach()}

@@ -1,15 +1,16 @@
-"""Gates: logits of S tokens over E experts become a ``Routing``; and the balance bias that keeps experts busy."""
+"""Gates: logits of S tokens over E experts become a ``Routing``."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from comoe.models.balance import BALANCES, keep_bias
 from comoe.protocols import Gate, Routing
 from comoe.rules import unknown_name
 from comoe.schema import MoeConfig
@@ -17,7 +18,7 @@ from comoe.schema import MoeConfig
 
 @dataclass(frozen=True, slots=True)
 class TopKGate:
-    """What both gates share: float32 scores, then ``pick_experts``."""
+    """What the gates share: float32 scores, then ``pick_experts``."""
 
     top_k: int
     """Experts per token."""
@@ -25,11 +26,13 @@ class TopKGate:
     """Divides the logits."""
     cooperation_threshold: float = 0.0
     """A picked expert with a lower score gets the weight 0, never the best one."""
+    for_measuring: ClassVar[bool] = False
+    """True where the gate ignores the tokens: good for speed figures, useless for training."""
 
-    def __call__(self, logits_SE: Tensor, balance_bias_E: Tensor) -> Routing:
-        """Route S tokens; deterministic."""
+    def __call__(self, logits_SE: Tensor, balance_bias_E: Tensor, picks_Sk: Tensor | None = None) -> Routing:
+        """Route S tokens; deterministic. ``picks_Sk`` settles the experts, and only their weights are computed."""
         scores_SE = self.score(_wide(logits_SE) / self.temperature)
-        return pick_experts(logits_SE, scores_SE, balance_bias_E, self.top_k, self.cooperation_threshold)
+        return pick_experts(logits_SE, scores_SE, balance_bias_E, self.top_k, self.cooperation_threshold, picks_Sk)
 
     def score(self, logits_SE: Tensor) -> Tensor:
         """Scores in (0, 1), float32, shape (S, E)."""
@@ -71,12 +74,50 @@ class SoftmaxGate(TopKGate):
         return torch.logsumexp(_wide(logits_SE), dim=1).square()
 
 
+class UniformGate(SigmoidGate):
+    """All experts in turn with equal weights: a perfectly even load at the usual cost, for speed figures alone.
+
+    Logits, scores and the choice of the best are computed as ever; the router gets a gradient of zero.
+    """
+
+    __slots__ = ()
+    for_measuring = True
+
+    def __call__(self, logits_SE: Tensor, balance_bias_E: Tensor, picks_Sk: Tensor | None = None) -> Routing:
+        """Token s goes to the k experts from number s * k on, counted round."""
+        (S, E), k = logits_SE.shape, self.top_k
+        places_SE = torch.arange(E, device=logits_SE.device) - k * torch.arange(S, device=logits_SE.device)[:, None]
+        # Above any score, so that the top-k finds exactly these.
+        turn_SE = 2.0 * (places_SE % E < k)
+        routing = super().__call__(logits_SE, turn_SE, picks_Sk)
+        return replace(routing, weights_Sk=0.0 * routing.weights_Sk + 1.0 / k)
+
+
 def _wide(tensor: Tensor) -> Tensor:
     # Routing decisions are float32 whatever the model's precision (float64 stays, for references in tests).
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-def pick_experts(logits_SE: Tensor, scores_SE: Tensor, balance_bias_E: Tensor, top_k: int, threshold: float) -> Routing:
+def best_experts(scores_SE: Tensor, top_k: int) -> Tensor:
+    """Numbers of each token's ``top_k`` largest scores, largest first, int64; the scores are overwritten."""
+    if scores_SE.is_cuda or top_k > 2:
+        return torch.topk(scores_SE, top_k, dim=1).indices
+    # On a CPU topk sorts every row; one or two passes for the maximum take a third of its time.
+    first_S1 = scores_SE.argmax(dim=1, keepdim=True)
+    if top_k == 1:
+        return first_S1
+    second_S1 = scores_SE.scatter_(1, first_S1, -torch.inf).argmax(dim=1, keepdim=True)
+    return torch.cat([first_S1, second_S1], dim=1)
+
+
+def pick_experts(
+    logits_SE: Tensor,
+    scores_SE: Tensor,
+    balance_bias_E: Tensor,
+    top_k: int,
+    threshold: float,
+    picks_Sk: Tensor | None = None,
+) -> Routing:
     """Pick the top-k experts of each token by score plus bias and weigh them by score alone.
 
     Args:
@@ -85,6 +126,7 @@ def pick_experts(logits_SE: Tensor, scores_SE: Tensor, balance_bias_E: Tensor, t
         balance_bias_E: added for the pick only, so that it moves load without changing a weight.
         top_k: experts per token.
         threshold: picked experts with a lower score weigh 0, except for each token's best one.
+        picks_Sk: experts picked before, int64: a recomputation must not decide near-ties another way.
 
     Returns:
         The routing; weights are differentiable through the scores. With one expert out of several the weight is its
@@ -93,7 +135,9 @@ def pick_experts(logits_SE: Tensor, scores_SE: Tensor, balance_bias_E: Tensor, t
 
     Source: sigmoid gate of TaCL-CoMoE; bias of Loss-Free Balancing, arXiv:2408.15664.
     """
-    indices_Sk = torch.topk(scores_SE.detach() + balance_bias_E, top_k, dim=1).indices
+    indices_Sk = picks_Sk
+    if indices_Sk is None:
+        indices_Sk = best_experts(scores_SE.detach() + balance_bias_E, top_k)
     picked_Sk = scores_SE.gather(1, indices_Sk)
     if threshold > 0:
         weak_Sk = (picked_Sk < threshold) & (picked_Sk < picked_Sk.amax(dim=1, keepdim=True))
@@ -168,11 +212,18 @@ class PendingRoute:
         self.gate = gate
         self.inputs = inputs
         self._task_logits_SE: Tensor | None = None
+        self._picks_Sk: Tensor | None = None
         self._routing: Routing | None = None
 
-    def prepare(self, task_logits_SE: Tensor | None) -> None:
-        """Hand over the task's part of the logits, float32 (S, E), for the next ``route``."""
+    def prepare(self, task_logits_SE: Tensor | None, picks_Sk: Tensor | None = None) -> None:
+        """Hand over what the next ``route`` needs.
+
+        Args:
+            task_logits_SE: the task's part of the logits, float32, where the gate reads tasks.
+            picks_Sk: experts that an earlier pass over the same tokens picked, None on a first pass.
+        """
         self._task_logits_SE = task_logits_SE
+        self._picks_Sk = picks_Sk
 
     def route(self, project: nn.Module, hidden_SM: Tensor, balance_bias_E: Tensor) -> Routing:
         """Add up the logits and decide.
@@ -187,8 +238,8 @@ class PendingRoute:
         if self.inputs.task:
             assert self._task_logits_SE is not None, "prepare() must hand over task logits before each call"
             parts.append(self._task_logits_SE)
-        self._task_logits_SE = None
-        self._routing = self.gate(sum(parts[1:], parts[0]), balance_bias_E)
+        self._routing = self.gate(sum(parts[1:], parts[0]), balance_bias_E, self._picks_Sk)
+        self._task_logits_SE = self._picks_Sk = None
         return self._routing
 
     def collect(self) -> Routing:
@@ -196,24 +247,6 @@ class PendingRoute:
         routing, self._routing = self._routing, None
         assert routing is not None, "collect() comes once after each call of the mixture"
         return routing
-
-
-def keep_bias(balance_bias_E: Tensor, counts_E: Tensor, rate: float) -> None:
-    """No balancing by bias."""
-
-
-def nudge_bias(balance_bias_E: Tensor, counts_E: Tensor, rate: float) -> None:
-    """One step, in place: busy experts become harder to pick, idle ones easier.
-
-    Args:
-        balance_bias_E: float32 buffer of one gate.
-        counts_E: routes per expert over all ranks and micro-steps of the optimizer step.
-        rate: step u.
-
-    Source: Loss-Free Balancing, arXiv:2408.15664.
-    """
-    load_E = counts_E.to(balance_bias_E.dtype)
-    balance_bias_E.add_(rate * torch.sign(load_E.mean() - load_E))
 
 
 def build_gate(config: MoeConfig) -> Gate:
@@ -232,22 +265,17 @@ def build_gate(config: MoeConfig) -> Gate:
         raise ValueError(f"model.moe.temperature ({config.temperature}) must be above 0; 1 is the default.")
     if not 0 <= config.cooperation_threshold < 1:
         raise ValueError(f"model.moe.cooperation_threshold ({config.cooperation_threshold}) must lie in [0, 1).")
-    if k == E and BALANCES[config.balance] is not keep_bias:
+    # A single expert is always even: its bias stays 0, so the default balance may stay on.
+    if k == E > 1 and BALANCES[config.balance] is not keep_bias:
         raise ValueError(
             f"model.moe.balance ({config.balance}) has nothing to balance: top_k = num_experts = {E}, so every expert "
             "runs for every token; set model.moe.balance to none."
         )
-    if config.temperature != 1:
-        warnings.warn(
-            f"model.moe.temperature is {config.temperature}; a temperature other than 1 in the gate costs sample "
-            "efficiency (arXiv:2602.01466).",
-            stacklevel=2,
-        )
     return GATES[config.gate](k, config.temperature, config.cooperation_threshold)
 
 
-GATES: dict[str, Callable[[int, float, float], Gate]] = {"sigmoid": SigmoidGate, "softmax": SoftmaxGate}
-"""Name in ``model.moe.gate`` -> (top_k, temperature, cooperation_threshold) -> gate."""
+GATES: dict[str, type[TopKGate]] = {"sigmoid": SigmoidGate, "softmax": SoftmaxGate, "uniform": UniformGate}
+"""Name in ``model.moe.gate`` -> class; made from (top_k, temperature, cooperation_threshold)."""
 
 ROUTES: dict[str, RouteInputs] = {
     "token": RouteInputs(token=True, task=False),
@@ -255,6 +283,3 @@ ROUTES: dict[str, RouteInputs] = {
     "both": RouteInputs(token=True, task=True),
 }
 """Name in ``model.moe.route_by`` -> what the gate reads."""
-
-BALANCES: dict[str, Callable[[Tensor, Tensor, float], None]] = {"none": keep_bias, "bias": nudge_bias}
-"""Name in ``model.moe.balance`` -> (bias, counts, rate) -> None, run after each optimizer step."""

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from comoe.models.gate import ROUTES, Float32Linear, PendingRoute, RouterProjection, build_gate
+from comoe.models.mixing import mix_experts, sort_routes
 from comoe.protocols import Routing
 from comoe.schema import MoeConfig
 
@@ -36,22 +37,33 @@ class Experts(nn.Module):
         nn.init.normal_(self.gate_up_proj, std=0.02)
         nn.init.normal_(self.down_proj, std=output_init)
 
-    def forward(self, x_NM: Tensor, counts_E: Tensor) -> Tensor:
-        """Answer N rows that are sorted by expert.
+    def forward(
+        self, x_SM: Tensor, counts_E: Tensor, order_N: Tensor | None = None, weights_Sk: Tensor | None = None
+    ) -> Tensor:
+        """Weighted sum of each row's experts.
 
         Args:
-            x_NM: rows of expert 0, then of expert 1, and so on.
-            counts_E: rows per expert, int64, sum N.
+            x_SM: rows.
+            counts_E: routes per expert, int64, sum N = S * k.
+            order_N: ``sort_routes`` of the picks; None: one route per row, rows sorted by expert.
+            weights_Sk: weight of each route; None: 1.
 
         Returns:
-            Shape (N, M), the dtype of ``x_NM``.
+            Shape (S, M), the dtype of ``x_SM``.
         """
-        weights = self.gate_up_proj.to(x_NM.dtype), self.down_proj.to(x_NM.dtype)
+        if order_N is None or weights_Sk is None:
+            order_N = torch.arange(x_SM.shape[0], device=x_SM.device)
+            weights_Sk = torch.ones((x_SM.shape[0], 1), device=x_SM.device)
+        gate_up, down = self.gate_up_proj.to(x_SM.dtype), self.down_proj.to(x_SM.dtype)
         # The grouped kernel wants bfloat16 rows of a multiple of 16 bytes.
-        model_width, expert_width = self.down_proj.shape[1:]
+        model_width, expert_width = down.shape[1:]
         aligned = model_width % 8 == 0 and expert_width % 8 == 0
-        grouped = x_NM.is_cuda and x_NM.dtype == torch.bfloat16 and aligned
-        return (run_grouped if grouped else run_looped)(x_NM, counts_E, *weights)
+        if not (x_SM.is_cuda and x_SM.dtype == torch.bfloat16 and aligned):
+            return mix_experts(x_SM, weights_Sk, order_N, counts_E.tolist(), *gate_up.chunk(2, dim=1), down)
+        answers_NM = run_grouped(x_SM.index_select(0, order_N // weights_Sk.shape[1]), counts_E, gate_up, down)
+        routed_NM = torch.zeros_like(answers_NM).index_copy(0, order_N, answers_NM)
+        routed_SkM = routed_NM.view(*weights_Sk.shape, -1)
+        return (routed_SkM * weights_Sk.unsqueeze(-1)).sum(dim=1).to(x_SM.dtype)
 
 
 def run_grouped(x_NM: Tensor, counts_E: Tensor, gate_up_proj: Tensor, down_proj: Tensor) -> Tensor:
@@ -59,14 +71,6 @@ def run_grouped(x_NM: Tensor, counts_E: Tensor, gate_up_proj: Tensor, down_proj:
     ends_E = counts_E.cumsum(0).to(torch.int32)
     hidden_NF = _gated(F.grouped_mm(x_NM, gate_up_proj.transpose(1, 2), offs=ends_E))
     return F.grouped_mm(hidden_NF, down_proj.transpose(1, 2), offs=ends_E)
-
-
-def run_looped(x_NM: Tensor, counts_E: Tensor, gate_up_proj: Tensor, down_proj: Tensor) -> Tensor:
-    """One expert after another, those without rows too: each gets its gradient of zero."""
-    shares = x_NM.split(counts_E.tolist())
-    # unbind makes one gradient tensor for all experts; indexing would make E of them.
-    parts = zip(shares, gate_up_proj.unbind(0), down_proj.unbind(0), strict=True)
-    return torch.cat([F.linear(_gated(F.linear(x, gate_up)), down) for x, gate_up, down in parts])
 
 
 def _gated(gate_up: Tensor) -> Tensor:
@@ -122,12 +126,8 @@ class ExpertMixture(nn.Module):
         """Weighted sum of each token's experts, shape (1, S, M)."""
         x_SM = hidden_1SM.reshape(-1, hidden_1SM.shape[-1])
         routing = self.router.route(self.gate, x_SM, self.gate.e_score_correction_bias)
-        S, k = routing.indices_Sk.shape
-        order_N = torch.argsort(routing.indices_Sk.reshape(-1), stable=True)
-        answers_NM = self.experts(x_SM[order_N // k], routing.counts_E)
-        routed_NM = torch.zeros_like(answers_NM).index_copy(0, order_N, answers_NM)
-        mixed_SM = (routed_NM.view(S, k, -1) * routing.weights_Sk.unsqueeze(-1)).sum(dim=1)
-        return mixed_SM.to(hidden_1SM.dtype).view_as(hidden_1SM)
+        order_N = sort_routes(routing.indices_Sk)
+        return self.experts(x_SM, routing.counts_E, order_N, routing.weights_Sk).view_as(hidden_1SM)
 
 
 @dataclass(slots=True)
@@ -148,8 +148,8 @@ class RoutingContext:
 class ContextHolder:
     """The one place where the blocks of an encoder find the context of the encode that runs now.
 
-    A block reads it once at the start of its forward and keeps nothing, so two encodes before one backward are safe as
-    long as nothing is recomputed; activation checkpointing must capture the context per call.
+    A block reads it once at the start of its forward and keeps nothing, so two encodes before one backward are safe;
+    activation checkpointing (``comoe.models.families.recompute_layers``) captures the context per call.
     """
 
     context: RoutingContext | None = None
@@ -201,14 +201,18 @@ class CooperativeBlock(nn.Module):
         assert context is not None, "set holder.context before running the encoder"
         flat_NM = x_BLM.reshape(-1, x_BLM.shape[-1])
         # Padding would cost expert time and count as load, so only real tokens enter.
-        x_SM = self.norm(flat_NM[context.real_index_S])
+        x_SM = self.norm(flat_NM.index_select(0, context.real_index_S))
         task_logits_SE = None
         if self.task_projection is not None:
-            task_logits_SE = self.task_projection(context.task_embeddings_BD)[context.token_rows_S]
-        self.mixture.router.prepare(task_logits_SE)
+            task_logits_SE = self.task_projection(context.task_embeddings_BD).index_select(0, context.token_rows_S)
+        # A routing that is there already means that this layer is being recomputed for its backward pass: it must
+        # route as it did before, and not count its tokens a second time.
+        earlier = context.routings.get(self.layer)
+        self.mixture.router.prepare(task_logits_SE, None if earlier is None else earlier.indices_Sk)
         update_SM = self.mixture(x_SM.unsqueeze(0)).squeeze(0)
-        # setdefault: a recomputation of this layer must not count its tokens a second time.
-        context.routings.setdefault(self.layer, self.mixture.router.collect())
+        routing = self.mixture.router.collect()
+        if earlier is None:
+            context.routings[self.layer] = routing
         if self.shared is not None:
             update_SM = update_SM + self.shared(x_SM)
         update_SM = self.dropout(update_SM).to(flat_NM.dtype)

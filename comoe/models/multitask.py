@@ -9,7 +9,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from comoe.models.encoder import attach_blocks, build_encoder, build_encoder_from_config, family_of
+from comoe.models.encoder import build_encoder, build_encoder_from_config
+from comoe.models.families import attach_blocks, freeze_encoder, reads_segments, recompute_layers
 from comoe.models.gate import ROUTES
 from comoe.models.heads import TaskHead
 from comoe.models.moe import ContextHolder, CooperativeBlock, RoutingContext
@@ -42,17 +43,24 @@ class MultiTaskModel(nn.Module):
         encoder: a model of ``build_encoder``; blocks are attached to it here.
         tasks: in the order of the task ids.
         config: ``model``.
+        recompute: keep only each layer's input for the backward pass (activation checkpointing).
     """
 
-    def __init__(self, encoder: nn.Module, tasks: Sequence[Task], config: ModelConfig) -> None:
+    def __init__(
+        self, encoder: nn.Module, tasks: Sequence[Task], config: ModelConfig, *, recompute: bool = False
+    ) -> None:
         super().__init__()
         width = encoder.config.hidden_size
         self.config = ModelShape(width, config.moe.num_experts, config.moe.top_k)
         self.tasks = tuple(tasks)
         self.holder = ContextHolder()
         self.encoder = encoder
-        self.has_segments = family_of(encoder.config.model_type).has_segments
+        self.has_segments = reads_segments(encoder.config)
+        # Before the blocks: they train in every layer.
+        freeze_encoder(encoder, config.train_layers)
         self._blocks = tuple(attach_blocks(encoder, config.moe, self.holder))
+        if recompute:
+            recompute_layers(encoder, self.holder)
         reads_task = bool(self._blocks) and ROUTES[config.moe.route_by].task
         self.task_embedding = nn.Embedding(len(tasks), config.moe.task_embedding_width) if reads_task else None
         dropout = HEAD_DROPOUT if config.dropout is None else config.dropout
@@ -109,7 +117,11 @@ def parameter_group(name: str) -> str:
 
 
 def build_model(
-    config: ModelConfig, tasks: Sequence[Task], *, encoder_config: dict[str, Any] | None = None
+    config: ModelConfig,
+    tasks: Sequence[Task],
+    *,
+    encoder_config: dict[str, Any] | None = None,
+    recompute: bool = False,
 ) -> MultiTaskModel:
     """Build the model; deterministic in torch's seed, so every rank that seeds alike gets the same weights.
 
@@ -117,12 +129,13 @@ def build_model(
         config: ``model``; ``config.encoder`` must be a folder or hub name here.
         tasks: the tasks in the order of their ids.
         encoder_config: ``encoder.config.to_dict()`` of an export: no pre-trained weights are read then.
+        recompute: activation checkpointing, see ``MultiTaskModel``.
     """
     if encoder_config is None:
         encoder = build_encoder(config)
     else:
         encoder = build_encoder_from_config(encoder_config, dropout=config.dropout)
-    return MultiTaskModel(encoder, tasks, config)
+    return MultiTaskModel(encoder, tasks, config, recompute=recompute)
 
 
 PARAMETER_GROUPS: dict[str, str] = {

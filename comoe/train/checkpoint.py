@@ -24,6 +24,7 @@ from comoe.train.folders import ASIDE, MANIFEST, prune, write_json
 from comoe.train.parallel import gather_full_state
 from comoe.train.settings import Layout
 from comoe.train.state import TrainState
+from comoe.train.universal import convert, load_universal
 
 
 def save_checkpoint(folder: Path, engine: Engine, state: TrainState, layout: Layout, *, keep: int) -> Path:
@@ -58,31 +59,50 @@ def save_checkpoint(folder: Path, engine: Engine, state: TrainState, layout: Lay
     return final
 
 
+def saved_elsewhere(path: Path, layout: Layout) -> str:
+    """How a checkpoint's layout differs from this start's, in words; empty when it does not.
+
+    Where it does, the engine must be built with ``"checkpoint": {"load_universal": true}``.
+    """
+    saved = json.loads((path / "state.json").read_text(encoding="utf-8"))["layout"]
+    now = _layout_dict(layout)
+    return "" if saved == now else f"{path.name} was saved with {_in_words(saved)}, this start has {_in_words(now)}"
+
+
 def load_checkpoint(path: Path, engine: Engine, layout: Layout) -> TrainState:
     """Restore weights, moments, random state and ``TrainState``; every rank must call it.
 
-    DeepSpeed unpickles its files, so resume only from folders that you trust.
+    DeepSpeed unpickles its files, so resume only from folders that you trust. On another layout than the saved one the
+    checkpoint is converted first, and dropout draws other numbers from there on.
 
     Raises:
-        ValueError: the checkpoint was saved over another layout.
+        ValueError: the checkpoint was saved over another layout and the engine was not built to load such a one.
     """
     about = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    saved, threads = about.pop("layout"), about.pop("threads")
-    now = _layout_dict(layout)
-    if saved != now:
-        raise ValueError(
-            f"{path} was saved with {_in_words(saved)}; this start has {_in_words(now)}. Resume with the saved layout."
-        )
+    threads = about.pop("threads")
+    del about["layout"]
+    moved = saved_elsewhere(path, layout)
+    if moved and not engine.deepspeed.load_universal_checkpoint():
+        raise ValueError(f"{moved}; the engine was not built for that.")
     if threads != torch.get_num_threads() and is_main():
         print(
             f"note: saved with {threads} threads per rank, now {torch.get_num_threads()}: "
             "sums may differ in the last digit."
         )
-    loaded, _ = engine.deepspeed.load_checkpoint(str(path / "deepspeed"), tag="state")
-    if loaded is None:
+    if engine.deepspeed.load_universal_checkpoint():
+        convert(path)
+        whole = load_universal(engine.deepspeed, path)
+    else:
+        whole = engine.deepspeed.load_checkpoint(str(path / "deepspeed"), tag="state")[0] is not None
+    if not whole:
         raise ValueError(f"{path}: DeepSpeed could not load it; remove the folder to use the one before.")
     engine.restore_groups()
-    _restore_random_state(torch.load(path / f"random-{rank()}.pt", weights_only=True), engine)
+    own = path / f"random-{rank()}.pt"
+    if moved or not own.is_file():
+        # Ranks do not map onto each other: a fresh stream per rank and step.
+        torch.manual_seed(hash((engine.recipe.train.seed, rank(), about["step"])) % 2**63)
+    else:
+        _restore_random_state(torch.load(own, weights_only=True), engine)
     return TrainState(**about)
 
 

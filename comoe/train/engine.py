@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from comoe.distributed import sum_over_ranks
-from comoe.models.gate import BALANCES
+from comoe.models.balance import BALANCES
 from comoe.protocols import Batch, ModelOutput, StepOutput
 from comoe.schema import Recipe
 

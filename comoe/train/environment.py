@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1
-"""Names in glibc's malloc.h: larger blocks than the first are mapped and unmapped, more free space than the second is returned."""
+"""mallopt numbers of glibc: blocks above the first are mapped and unmapped, free space above the second is returned."""
 PACKAGES = ("comoe", "torch", "deepspeed", "transformers", "datasets", "accelerate", "tensorboard", "numpy")
 
 

@@ -13,10 +13,10 @@ from comoe.data.batching import Collator, TokenizedSplit
 from comoe.data.sampling import eval_batches
 from comoe.distributed import all_gather_objects, is_main, rank, sum_over_ranks, world_size
 from comoe.evaluate import Evaluation, evaluate
-from comoe.protocols import Batch, ModelOutput
+from comoe.protocols import Batch, ModelOutput, labelled_rows
 from comoe.tasks.catalog import Task
 from comoe.train.engine import Engine
-from comoe.train.routing_stats import RoutingStats, RoutingSummary, labelled_rows
+from comoe.train.routing_stats import RoutingStats, RoutingSummary
 
 EVAL_BATCH = 64
 

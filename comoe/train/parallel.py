@@ -33,6 +33,9 @@ def start_ranks(*, timeout_seconds: float, verbose: bool = False) -> torch.devic
     # DeepSpeed sets up its logger on import, after the environment was read.
     if not verbose:
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # On a CPU DeepSpeed would compile a shared-memory all-reduce first: a minute, a lock file that outlives a killed
+    # process, and nothing that training calls (only ``inference_all_reduce`` does).
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     gpu = torch.cuda.is_available()
     if gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
@@ -55,9 +58,9 @@ class CooperativeRouter(TokenChoiceTopKRouter):
         self.gate = Float32Linear(settings["dim"], settings["num_experts"])
         self.pending = PendingRoute(build_gate(moe), ROUTES[moe.route_by])
 
-    def prepare(self, task_logits_SE: Tensor | None) -> None:
+    def prepare(self, task_logits_SE: Tensor | None, picks_Sk: Tensor | None = None) -> None:
         """See ``PendingRoute.prepare``."""
-        self.pending.prepare(task_logits_SE)
+        self.pending.prepare(task_logits_SE, picks_Sk)
 
     def collect(self) -> Routing:
         """See ``PendingRoute.collect``."""

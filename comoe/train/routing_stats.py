@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from comoe.protocols import IGNORED, Batch, ModelOutput
+from comoe.protocols import ModelOutput
 
 HISTOGRAM_BINS = 20
 """Equal bins of the scores between 0 and 1."""
@@ -162,19 +162,6 @@ class RoutingStats:
             histogram_LH=self._histogram_LH.cpu().numpy(),
             tokens=int(tokens[0, -1]) if self.layers else 0,
         )
-
-
-def labelled_rows(batch: Batch, tasks: Sequence[str]) -> Tensor:
-    """Which rows have a label of which task: bool (B, T), on the batch's device.
-
-    A row counts if any entry of its target is there: whole numbers other than ``IGNORED``, other numbers than NaN.
-    """
-    columns = []
-    for task in tasks:
-        target = batch.labels[task]
-        present = ~torch.isnan(target) if target.is_floating_point() else target != IGNORED
-        columns.append(present.flatten(1).any(dim=1) if target.ndim > 1 else present)
-    return torch.stack(columns, dim=1)
 
 
 def share_measures(share: np.ndarray) -> dict[str, np.ndarray]:

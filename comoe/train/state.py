@@ -35,7 +35,8 @@ class TrainState:
 
     def record(self, value: float, *, patience: int) -> bool:
         """Note an evaluation; True when it is the best so far. Sets ``finished`` when the patience is used up."""
-        improved = self.best_value is None or value > self.best_value
+        # A value that is no number would stay the best for ever.
+        improved = not math.isnan(value) and (self.best_value is None or value > self.best_value)
         if improved:
             self.best_value, self.best_step, self.evaluations_without_gain = value, self.step, 0
         else:

@@ -108,19 +108,47 @@ def test_the_plain_model_with_the_gathered_weights_answers_like_the_engine(one_p
             )
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_resumed_run_equals_uninterrupted_run(encoder: str, stage: int, tmp_path: Path) -> None:
-    for answer in run_ranks(
-        "tests.multiprocess.workers:resumed", 2, encoder=encoder, stage=stage, folder=str(tmp_path)
-    ):
+BF16 = {"bf16": {"enabled": True}}
+OFFLOAD = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
+ENGINES: dict[str, dict[str, Any]] = {
+    "ZeRO 1": {"stage": 1}, "ZeRO 2": {"stage": 2}, "ZeRO 3": {"stage": 3},
+    # In bf16 ZeRO 1 is another optimizer class of DeepSpeed.
+    "ZeRO 1 in bf16": {"stage": 1, "settings": BF16}, "ZeRO 2 in bf16": {"stage": 2, "settings": BF16},
+    "ZeRO 3 in bf16": {"stage": 3, "settings": BF16}, "ZeRO 2 offloaded": {"stage": 2, "settings": OFFLOAD},
+}  # fmt: skip
+
+
+def run_engines(work: str, encoder: str, folder: Path | None = None) -> dict[str, list[Any]]:
+    """Engine -> what each of two ranks answered."""
+    more = [{"folder": str(folder / str(number))} if folder else {} for number in range(len(ENGINES))]
+    cases = [options | place for options, place in zip(ENGINES.values(), more, strict=True)]
+    answers = run_ranks("tests.multiprocess.workers:many", 2, encoder=encoder, cases=cases, work=work)
+    return {name: [by_rank[number] for by_rank in answers] for number, name in enumerate(ENGINES)}
+
+
+@pytest.fixture(scope="module")
+def resumed(encoder: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
+    return run_engines("resumed", encoder, tmp_path_factory.mktemp("checkpoints"))
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_resumed_run_equals_uninterrupted_run(resumed: dict[str, list[Any]], name: str) -> None:
+    for answer in resumed[name]:
         np.testing.assert_allclose(answer["resumed"], answer["uninterrupted"], rtol=1e-7)
         assert answer["groups_before"] == answer["groups_after"]
         assert answer["state"] == {"step": 3, "best_value": 0.25, "evaluations_without_gain": 2}
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-def test_a_step_with_a_loss_that_is_not_finite_on_one_rank_changes_no_weight(encoder: str, stage: int) -> None:
-    for answer in run_ranks("tests.multiprocess.workers:poisoned", 2, encoder=encoder, stage=stage):
+@pytest.fixture(scope="module")
+def poisoned(encoder: str) -> dict[str, list[Any]]:
+    return run_engines("poisoned", encoder)
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_a_step_with_a_loss_that_is_not_finite_on_one_rank_changes_no_weight(
+    poisoned: dict[str, list[Any]], name: str
+) -> None:
+    for answer in poisoned[name]:
         assert answer["skipped"] == [False, True, False]
         assert answer["changed"] == [True, False, True]
 

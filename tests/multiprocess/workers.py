@@ -136,9 +136,9 @@ def one_step(engine: Any, step: int, *, accumulation: int = 1) -> Any:
     return engine.train_step([replace(batch, unit_scale_T=scale_T) for batch in batches])
 
 
-def many(encoder: str, cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """``losses`` and more for several cases in one world: starting a world takes longer than a case."""
-    return [case(encoder, **arguments) for arguments in cases]
+def many(encoder: str, cases: list[dict[str, Any]], work: str = "case") -> list[dict[str, Any]]:
+    """Several cases in one world: starting a world takes longer than a case. ``work`` is a function of this module."""
+    return [globals()[work](encoder, **arguments) for arguments in cases]
 
 
 def case(encoder: str, *, stage: int, steps: int, accumulation: int = 1, **changes: Any) -> dict[str, Any]:
@@ -172,7 +172,7 @@ def case(encoder: str, *, stage: int, steps: int, accumulation: int = 1, **chang
     return answer
 
 
-def resumed(encoder: str, *, stage: int, folder: str) -> dict[str, Any]:
+def resumed(encoder: str, *, stage: int, folder: str, settings: dict[str, Any] | None = None) -> dict[str, Any]:
     """Three steps, a checkpoint, three more; then a fresh engine loads it and does the same three."""
     from comoe.train.checkpoint import load_checkpoint, save_checkpoint
     from comoe.train.folders import find_checkpoint
@@ -187,13 +187,13 @@ def resumed(encoder: str, *, stage: int, folder: str) -> dict[str, Any]:
             out.append(float(one_step(engine, step).loss))
         return out
 
-    engine, layout = build(recipe, stage=stage)
+    engine, layout = build(recipe, stage=stage, settings=settings)
     train(engine, 0)
     state = TrainState(step=3, best_value=0.25, evaluations_without_gain=2)
     save_checkpoint(Path(folder), engine, state, layout, keep=1)
     groups = [(group["lr"], group["weight_decay"], group["name"]) for group in engine.deepspeed.optimizer.param_groups]
     uninterrupted = train(engine, 3)
-    fresh, layout = build(recipe, stage=stage)
+    fresh, layout = build(recipe, stage=stage, settings=settings)
     torch.manual_seed(999)
     found = find_checkpoint(Path(folder))
     assert found is not None and not found.broken
@@ -206,13 +206,13 @@ def resumed(encoder: str, *, stage: int, folder: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def poisoned(encoder: str, *, stage: int) -> dict[str, Any]:
+def poisoned(encoder: str, *, stage: int, settings: dict[str, Any] | None = None) -> dict[str, Any]:
     """Three steps; in the second, rank 1's targets hold an infinite number. Which were skipped, which moved weights?"""
     from comoe.distributed import broadcast_object, rank, sum_over_ranks, world_size
     from comoe.objective import count_units, unit_scale
     from comoe.train.parallel import gather_full_state
 
-    engine, _ = build(recipe_of(encoder, parallel__ep_size=2), stage=stage)
+    engine, _ = build(recipe_of(encoder, parallel__ep_size=2), stage=stage, settings=settings)
     skipped, changed = [], []
     for step in range(3):
         before = gather_full_state(engine.deepspeed)
@@ -239,3 +239,33 @@ def contract(encoder: str) -> dict[str, Any]:
         "bias_dtype": sorted({str(layer.router.e_score_correction_bias.dtype) for layer in layers.values()}),
         "parameters": sorted({name for layer in layers.values() for name, _ in layer.named_parameters()}),
     }
+
+
+def save_and_go_on(encoder: str, *, stage: int, ep: int, folder: str, first: int = 0, universal: bool = False) -> Any:
+    """From step ``first`` (a fresh model, or the newest checkpoint, converted): three steps, a checkpoint, three more.
+
+    Returns the global losses of all six; the checkpoint lies in ``folder``.
+    """
+    from comoe.distributed import sum_over_ranks, world_size
+    from comoe.train.checkpoint import load_checkpoint, save_checkpoint
+    from comoe.train.folders import find_checkpoint
+    from comoe.train.parallel import start_ranks
+    from comoe.train.state import TrainState
+
+    start_ranks(timeout_seconds=120)
+    settings = {"checkpoint": {"load_universal": True}} if universal else {}
+    recipe = recipe_of(encoder, parallel__ep_size=ep, train__schedule="linear")
+    engine, layout = build(recipe, stage=stage, settings=settings)
+    state = TrainState()
+    if universal:
+        found = find_checkpoint(Path(folder))
+        assert found is not None and found.step == first
+        state = load_checkpoint(found.path, engine, layout)
+    losses = []
+    for step in range(first, first + 6):
+        engine.set_rate_factor(1 - step / 30)
+        losses.append(float(sum_over_ranks(one_step(engine, step).loss)) / world_size())
+        if step == first + 2:
+            state.step = step + 1
+            save_checkpoint(Path(folder), engine, state, layout, keep=9)
+    return losses

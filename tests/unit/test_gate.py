@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from comoe.models.balance import keep_bias, nudge_bias
 from comoe.models.gate import (
     GATES,
     PendingRoute,
@@ -12,9 +13,8 @@ from comoe.models.gate import (
     RouterProjection,
     SigmoidGate,
     SoftmaxGate,
+    UniformGate,
     build_gate,
-    keep_bias,
-    nudge_bias,
 )
 from comoe.schema import MoeConfig
 
@@ -47,7 +47,10 @@ def test_softmax_scores_compete_and_sigmoid_scores_do_not():
     torch.testing.assert_close(SigmoidGate(2)(z, NO_BIAS).scores_SE, torch.full((1, 4), 0.9525741268))
 
 
-@pytest.mark.parametrize("name", GATES)
+LEARNED = [name for name, gate in GATES.items() if not gate.for_measuring]
+
+
+@pytest.mark.parametrize("name", LEARNED)
 def test_a_single_expert_of_several_gives_the_router_a_gradient(name):
     z = logits()
     routing = GATES[name](1, 1.0, 0.0)(z, NO_BIAS)
@@ -133,6 +136,15 @@ def test_task_logits_are_added_and_used_once():
         route.route(project, hidden, NO_BIAS)
 
 
+def test_picks_are_handed_over_for_one_call():
+    route = PendingRoute(SigmoidGate(2), RouteInputs(token=True, task=False))
+    project, hidden, picks = RouterProjection(8, 4), torch.randn(5, 8), torch.tensor([[3, 1]] * 5)
+    route.prepare(None, picks)
+    assert torch.equal(route.route(project, hidden, NO_BIAS).indices_Sk, picks)
+    route.prepare(None)
+    torch.testing.assert_close(route.route(project, hidden, NO_BIAS).indices_Sk, project(hidden).topk(2, dim=1).indices)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -150,6 +162,40 @@ def test_a_wrong_gate_option_is_refused_with_its_key(options, message):
         build_gate(MoeConfig(**options))
 
 
-def test_a_temperature_other_than_one_is_warned_about():
-    with pytest.warns(UserWarning, match="2602.01466"):
-        assert build_gate(MoeConfig(temperature=2.0)).temperature == 2.0
+@pytest.mark.parametrize("balance", ["none", "bias"])
+def test_a_single_expert_may_keep_the_default_balance_whose_bias_stays_zero(balance):
+    routing = build_gate(MoeConfig(num_experts=1, top_k=1, balance=balance))(logits(experts=1), torch.zeros(1))
+    bias = torch.zeros(1)
+    nudge_bias(bias, routing.counts_E, 0.001)
+    assert bias.tolist() == [0.0] and routing.counts_E.tolist() == [50]
+
+
+@pytest.mark.parametrize(("top_k", "experts", "rows"), [(1, 4, 12), (2, 4, 10), (3, 8, 16), (4, 4, 5)])
+def test_the_uniform_gate_gives_every_expert_the_same_load_and_weight(top_k, experts, rows):
+    z = logits(rows, experts)
+    routing = UniformGate(top_k)(z, torch.full((experts,), 3.0))
+    assert routing.counts_E.tolist() == [rows * top_k // experts] * experts
+    assert all(len(set(row)) == top_k for row in routing.indices_Sk.tolist())
+    torch.testing.assert_close(routing.weights_Sk, torch.full((rows, top_k), 1 / top_k))
+    torch.testing.assert_close(routing.scores_SE, torch.sigmoid(z))
+    routing.weights_Sk.sum().backward()
+    assert z.grad is not None and not z.grad.any()
+
+
+def test_the_uniform_gate_is_at_most_one_route_off_where_the_tokens_do_not_come_out_even():
+    counts = UniformGate(2)(logits(7, 4), NO_BIAS).counts_E
+    assert counts.sum() == 14 and counts.max() - counts.min() == 1
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_given_picks_are_kept_and_weighed_anew(name):
+    gate, z = GATES[name](2, 1.0, 0.0), logits()
+    first = gate(z, NO_BIAS)
+    again = gate(z, torch.tensor([9.0, 0.0, -9.0, 5.0]), first.indices_Sk)
+    for field in ("indices_Sk", "weights_Sk", "counts_E"):
+        assert torch.equal(getattr(again, field), getattr(first, field))
+    others = (first.indices_Sk + 1) % 4
+    moved = SigmoidGate(2)(z, NO_BIAS, others)
+    picked = torch.sigmoid(z).gather(1, others)
+    torch.testing.assert_close(moved.weights_Sk, picked / picked.sum(1, keepdim=True))
+    assert moved.counts_E.tolist() == torch.bincount(others.flatten(), minlength=4).tolist()

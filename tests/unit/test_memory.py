@@ -2,7 +2,7 @@
 
 import pytest
 
-from comoe.memory import MemoryPlan, plan_memory
+from comoe.memory import MemoryPlan, plan_memory, whole_tensors
 
 DENSE, EXPERTS = 1000, 800
 
@@ -61,12 +61,58 @@ def test_offload_moves_master_moments_and_gradients_to_the_host_and_keeps_the_su
     assert plan(offload=True, stage=1).host_bytes == (4 + 8) * 450
 
 
+SHAPE = {"tokens": 10, "layers": 3, "width": 8, "moe_layers": 2, "top_k": 2, "expert_width": 5}
+
+
 def test_activations_count_every_layer_and_every_route_of_a_token():
-    shape = {"tokens": 10, "layers": 3, "width": 8, "moe_layers": 2, "top_k": 2, "expert_width": 5}
-    encoder, experts = 3 * 10 * 8 * 34, 2 * 10 * 2 * (16 + 20) * 2
-    assert device(plan(bf16=True, **shape))["activations"] == encoder + experts
-    assert device(plan(**shape))["activations"] == 3 * 10 * 8 * 66 + 2 * experts
+    # bf16: 34 bytes per unit and layer; 6 for the embeddings. Block: 2 x 2 + 4 + 1 per unit, 2 M + 4 F per route.
+    block = 10 * (8 * 9 + 2 * (16 + 20) * 2)
+    assert device(plan(bf16=True, **SHAPE))["activations"] == 3 * 10 * 8 * 34 + 10 * 8 * 6 + 2 * block
+    block = 10 * (8 * 13 + 2 * (16 + 20) * 4)
+    assert device(plan(**SHAPE))["activations"] == 3 * 10 * 8 * 66 + 10 * 8 * 12 + 2 * block
     assert device(plan())["activations"] == 0
+
+
+def test_a_narrow_feed_forward_and_heads_change_the_activations_by_hand_computed_sums():
+    plain, narrow = device(plan(**SHAPE)), device(plan(**SHAPE, ffn_width=16))
+    assert plain["activations"] - narrow["activations"] == 3 * 10 * 2 * (32 - 16) * 4
+    heads = device(plan(bf16=True, **SHAPE, tasks=3))["activations"] - device(plan(bf16=True, **SHAPE))["activations"]
+    assert heads == 10 * 8 * 3 * 8
+    assert device(plan(**SHAPE, tasks=3)) == plain  # float32 states need no second copy
+
+
+def test_recomputation_keeps_the_inputs_of_all_layers_and_one_layer_whole():
+    layer, block, outside = 10 * 8 * 66, 10 * (8 * 13 + 2 * (16 + 20) * 4), 10 * 8 * 12
+    assert device(plan(**SHAPE, recompute=True))["activations"] == 3 * 10 * 8 * 4 + layer + block + outside
+
+
+def test_dispatch_holds_four_copies_of_one_layers_routes():
+    assert device(plan(**SHAPE))["dispatch buffers"] == 4 * 4 * 10 * 2 * 8
+    assert device(plan(**{**SHAPE, "moe_layers": 0}))["dispatch buffers"] == 0
+
+
+def test_only_stage_3_gathers_weights_for_the_moment():
+    assert device(plan(stage=3, gathered_elements=50))["gathered weights"] == 200
+    assert device(plan(stage=2, gathered_elements=50))["gathered weights"] == 0
+
+
+def test_stage_1_in_bf16_keeps_the_gradients_in_both_widths():
+    assert device(plan(stage=1, bf16=True))["gradients"] == (4 + 2) * 1400
+
+
+def test_a_share_that_cuts_tensors_counts_them_whole():
+    # 10 elements over 2 ranks: the first share ends inside the tensor of 6, which both ranks then hold.
+    assert whole_tensors([4, 6], ranks=2) == 10
+    assert whole_tensors([5, 5], ranks=2) == 5
+    assert whole_tensors([1, 1, 8, 2], ranks=4) == 10
+    assert whole_tensors([3, 4], ranks=1) == 7
+
+
+def test_float32_gradients_of_stage_2_count_the_whole_tensors_and_other_stages_do_not():
+    groups = [([600, 400], 4), ([800], 2)]
+    assert device(plan(tensor_groups=groups))["gradients"] == 4 * (1000 + 800)
+    assert device(plan(tensor_groups=groups, bf16=True))["gradients"] == 4 * 450
+    assert device(plan(tensor_groups=groups, stage=3))["gradients"] == 4 * 450
 
 
 def test_the_reduction_bucket_has_the_width_of_the_weights():

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModel
 
+from comoe.models.gate import GATES
 from comoe.objective import LOSSES, build_objective, count_units, unit_scale
 from comoe.protocols import IGNORED, ModelOutput
 from comoe.schema import ContrastiveConfig, LossConfig, ModelConfig, Recipe
@@ -105,6 +106,7 @@ SWITCHES = {
     "contrastive": LossConfig(),
     "balance": replace(NO_CONTRAST, balance_weight=0.5),
     "z": replace(NO_CONTRAST, z_weight=0.5),
+    "task_separation": replace(NO_CONTRAST, task_separation_weight=0.5),
 }
 
 
@@ -114,7 +116,7 @@ def test_every_term_can_be_switched_on_and_off(name):
     off, on = tiny_objective(loss=NO_CONTRAST), tiny_objective(loss=SWITCHES[name])
     assert off.terms == {} and list(on.terms) == [name]
     plain, step = off(batch), on(batch)
-    assert not {"contrastive", "balance", "z"} & set(plain.terms)
+    assert not set(LOSSES) & set(plain.terms)
     weight = on.terms[name].weight
     assert step.terms[name] > 0
     torch.testing.assert_close(step.loss - plain.loss, weight * step.terms[name])
@@ -122,8 +124,35 @@ def test_every_term_can_be_switched_on_and_off(name):
 
 def test_without_contrastive_tasks_or_experts_the_terms_are_off():
     plain = tuple(replace(task, contrastive=False) for task in TASKS)
-    loss = LossConfig(balance_weight=0.5, z_weight=0.5)
+    loss = LossConfig(balance_weight=0.5, z_weight=0.5, task_separation_weight=0.5)
     assert tiny_objective(moe_config(num_experts=0), tasks=plain, loss=loss).terms == {}
+
+
+def test_with_one_expert_or_one_task_there_is_nothing_to_separate():
+    loss = replace(NO_CONTRAST, task_separation_weight=0.5)
+    assert tiny_objective(moe_config(num_experts=1, top_k=1), loss=loss).terms == {}
+    assert tiny_objective(tasks=TASKS[:1], loss=loss).terms == {}
+
+
+def test_the_terms_on_the_gates_and_the_bias_add_up_in_any_combination():
+    loss = replace(NO_CONTRAST, balance_weight=0.1, z_weight=0.2, task_separation_weight=0.3)
+    batch = scaled(random_batch())
+    for balance in ("none", "bias"):
+        step = tiny_objective(moe_config(balance=balance), loss=loss)(batch)
+        plain = tiny_objective(moe_config(balance=balance), loss=NO_CONTRAST)(batch)
+        extra = 0.1 * step.terms["balance"] + 0.2 * step.terms["z"] + 0.3 * step.terms["task_separation"]
+        torch.testing.assert_close(step.loss, plain.loss + extra)
+
+
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize(("experts", "top_k"), [(1, 1), (4, 1), (4, 2)])
+def test_every_trained_parameter_gets_a_gradient_under_every_gate_and_term(gate, experts, top_k):
+    loss = LossConfig(z_weight=0.1, task_separation_weight=0.1, balance_weight=0.1 if experts > 1 else 0.0)
+    objective = tiny_objective(moe_config(gate=gate, num_experts=experts, top_k=top_k), loss=loss)
+    step = objective(scaled(random_batch()))
+    step.loss.backward()
+    assert step.loss.isfinite()
+    assert [name for name, gradient in gradients(objective).items() if gradient is None] == []
 
 
 def test_static_weights_scale_the_task_losses_in_the_total_alone():
@@ -188,3 +217,16 @@ def test_an_objective_is_built_from_a_recipe(tmp_path):
     objective = build_objective(recipe, TASKS)
     assert objective(scaled(random_batch())).loss.isfinite()
     assert objective.config is objective.model.config
+
+
+def test_a_recipe_switches_activation_checkpointing_on(tmp_path):
+    AutoModel.from_config(HF_CONFIGS["bert"]).save_pretrained(tmp_path)
+    recipe = Recipe(model=ModelConfig(encoder=str(tmp_path)))
+    for switched in (False, True):
+        recipe.train.activation_checkpointing = switched
+        objective = build_objective(recipe, TASKS)
+        calls = []
+        layer = objective.train().model.encoder.encoder.layer[0]
+        layer.attention.register_forward_hook(lambda *_, calls=calls: calls.append(0))
+        objective(scaled(random_batch())).loss.backward()
+        assert len(calls) == 1 + switched

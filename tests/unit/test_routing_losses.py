@@ -1,13 +1,15 @@
-"""Balance and z-loss: hand-computed values and independence of how tokens fall on ranks."""
+"""Losses on the gates: hand-computed values and independence of how tokens fall on ranks."""
 
 from __future__ import annotations
+
+import math
 
 import pytest
 import torch
 
-from comoe.losses.routing import BalanceLoss, ZLoss, balance_loss
+from comoe.losses.routing import BalanceLoss, TaskSeparationLoss, ZLoss, balance_loss, gate_vectors, task_separation
 from comoe.models.gate import SigmoidGate, SoftmaxGate
-from comoe.protocols import ModelOutput
+from comoe.protocols import IGNORED, Batch, ModelOutput
 
 GATE, NO_BIAS = SigmoidGate(2), torch.zeros(4)
 
@@ -104,3 +106,143 @@ def test_the_z_loss_has_the_form_that_suits_the_gate():
         term = ZLoss(gate.z_penalty, sum_over_ranks=alone, world_size=1)
         value, logged = term(output_of(gate(z, NO_BIAS)), None)
         assert value.item() == logged["z"].item() == pytest.approx(sum(expected) / 2)
+
+
+NAMES = ("mood", "heat", "signs", "words")
+
+
+def posts(rows=10, *, missing=0.4, seed=0):
+    """Rows of three tokens with labels of some of four tasks; the first row is unlabelled."""
+    generator = torch.Generator().manual_seed(seed)
+    gone = torch.rand(rows, 4, generator=generator) < missing
+    gone[0] = True
+    labels = {
+        "mood": torch.where(gone[:, 0], IGNORED, 1),
+        "heat": torch.where(gone[:, 1], math.nan, 0.5),
+        "signs": torch.where(gone[:, 2:3], math.nan, torch.ones(rows, 2)),
+        "words": torch.where(gone[:, 3:4], IGNORED, torch.tensor([[IGNORED, 1, 0]])),
+    }
+    ids = torch.zeros(rows, 3, dtype=torch.int64)
+    return Batch(ids, ids + 1, None, ids > 0, ids[:, 0] - 1, ids[:, 0], labels), ~gone
+
+
+def separated(z, batch, rows_S, gate=GATE, term=None):
+    term = term or TaskSeparationLoss(NAMES, sum_with_gradient=lambda tensor: tensor)
+    routings = tuple(gate(layer, NO_BIAS) for layer in z)
+    return term(ModelOutput({}, {}, {}, routings, rows_S), batch)[0], routings
+
+
+def by_hand(routings, labelled, rows_S):
+    """Task separation in plain Python numbers."""
+    layers = []
+    for routing in routings:
+        means = []
+        for task in range(labelled.shape[1]):
+            mine = [s for s, row in enumerate(rows_S.tolist()) if labelled[row, task]]
+            gates = [[0.0] * 4 for _ in mine]
+            for vector, s in zip(gates, mine, strict=True):
+                for expert, weight in zip(routing.indices_Sk[s].tolist(), routing.weights_Sk[s].tolist(), strict=True):
+                    vector[expert] = weight
+            if mine:
+                means.append([sum(column) / len(mine) for column in zip(*gates, strict=True)])
+        pairs = [(a, b) for i, a in enumerate(means) for b in means[i + 1 :]]
+        cosines = [sum(x * y for x, y in zip(a, b, strict=True)) / math.hypot(*a) / math.hypot(*b) for a, b in pairs]
+        layers.append(sum(cosines) / len(cosines))
+    return sum(layers) / len(layers)
+
+
+def gate_logits(tokens=30, layers=2, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return (3 * torch.randn(layers, tokens, 4, generator=generator, dtype=torch.float64)).requires_grad_()
+
+
+@pytest.mark.parametrize("gate", [SigmoidGate(1), SigmoidGate(2), SigmoidGate(4), SoftmaxGate(2)])
+def test_task_separation_equals_a_float64_reference(gate):
+    (batch, labelled), rows_S = posts(), torch.arange(10).repeat_interleave(3)
+    value, routings = separated(gate_logits(), batch, rows_S, gate)
+    assert value.item() == pytest.approx(by_hand(routings, labelled, rows_S), abs=1e-12)
+    assert 0.05 < value < 1
+
+
+def test_the_gradient_of_task_separation_is_exact():
+    (batch, _), rows_S, z = posts(rows=4, missing=0.2), torch.arange(4).repeat_interleave(2), gate_logits(8)
+    # Far from a tie, so that the small steps of the check change no pick.
+    assert torch.autograd.gradcheck(lambda z: separated(z, batch, rows_S)[0], z, eps=1e-7, atol=1e-6)
+
+
+def test_tasks_with_one_gate_cost_one_and_tasks_without_a_shared_expert_nothing():
+    even = torch.tensor([[[3.0, 1.0, 0.0, 0.0], [0.3, 0.1, 0.0, 0.0]]])
+    apart = torch.tensor([[[3.0, 1.0, 0.0, 0.0], [0.0, 0.0, 5.0, 0.0]]])
+    assert task_separation(even).item() == pytest.approx(1.0)
+    assert task_separation(apart).item() == 0.0
+    half = torch.cat([even, apart])
+    assert task_separation(half).item() == pytest.approx(0.5)
+
+
+def test_a_task_without_tokens_takes_no_part():
+    rows = torch.tensor([[[3.0, 1.0], [0.0, 0.0], [1.0, 3.0]]], requires_grad=True)
+    value = task_separation(rows)
+    assert value.item() == pytest.approx(0.6)
+    value.backward()
+    assert rows.grad.isfinite().all() and not rows.grad[0, 1].any() and rows.grad[0, 0].any()
+
+
+@pytest.mark.parametrize("present", [0, 1])
+def test_with_fewer_than_two_tasks_the_term_is_zero_with_a_gradient(present):
+    gates = torch.zeros(2, 3, 4)
+    gates[:, :present] = 1.0
+    value = task_separation(gates.requires_grad_())
+    value.backward()
+    assert value.item() == 0 and gates.grad is not None and not gates.grad.any()
+
+
+def test_gate_vectors_hold_the_weight_of_each_expert():
+    routing = routing_of()
+    vectors = gate_vectors(routing)
+    torch.testing.assert_close(vectors.gather(1, routing.indices_Sk), routing.weights_Sk)
+    torch.testing.assert_close(vectors.sum(1), torch.ones(30, dtype=torch.float64))
+
+
+def test_lowering_task_separation_pulls_the_tasks_to_different_experts():
+    batch, _ = posts(rows=6, missing=0.0)
+    batch.labels["heat"][:3], batch.labels["mood"][3:] = math.nan, IGNORED
+    term = TaskSeparationLoss(["mood", "heat"], sum_with_gradient=lambda tensor: tensor)
+    z = gate_logits(18, 1).detach().mul(0.1).requires_grad_()
+    optimizer = torch.optim.Adam([z], lr=0.1)
+    values = []
+    for _ in range(60):
+        term.begin_step()
+        value, _ = separated(z, batch, torch.arange(6).repeat_interleave(3), SigmoidGate(4), term)
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        values.append(value.item())
+    assert values[0] > 0.9 and values[-1] < 0.2
+
+
+def test_equal_micro_steps_give_the_task_separation_and_gradient_of_one():
+    (batch, _), rows_S = posts(), torch.arange(10).repeat_interleave(3)
+    z = gate_logits()
+    (once,) = torch.autograd.grad(separated(z, batch, rows_S)[0], z)
+    term = TaskSeparationLoss(NAMES, sum_with_gradient=lambda tensor: tensor)
+    values = [separated(z, batch, rows_S, term=term)[0] for _ in range(3)]
+    (thrice,) = torch.autograd.grad(sum(values) / 3, z)
+    torch.testing.assert_close(values, [values[0]] * 3)
+    torch.testing.assert_close(thrice, once)
+
+
+def test_task_separation_counts_the_micro_steps_since_begin_step():
+    rows_S, term = torch.arange(10).repeat_interleave(3), TaskSeparationLoss(NAMES, sum_with_gradient=lambda x: x)
+    (first, _), (second, _) = posts(seed=1), posts(seed=2)
+    separated(gate_logits(seed=1), first, rows_S, term=term)
+    running = separated(gate_logits(seed=2), second, rows_S, term=term)[0]
+    # The same as one batch with the tokens of both.
+    labels = {name: torch.cat([first.labels[name], second.labels[name]]) for name in NAMES}
+    ids = torch.zeros(20, 3, dtype=torch.int64)
+    both = Batch(ids, ids + 1, None, ids > 0, ids[:, 0] - 1, ids[:, 0], labels)
+    together = torch.cat([gate_logits(seed=1), gate_logits(seed=2)], dim=1)
+    torch.testing.assert_close(running, separated(together, both, torch.cat([rows_S, rows_S + 10]))[0])
+    term.begin_step()
+    fresh = separated(gate_logits(seed=2), second, rows_S, term=term)[0]
+    assert abs(fresh - running) > 1e-4
+    torch.testing.assert_close(fresh, separated(gate_logits(seed=2), second, rows_S)[0])

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from comoe.protocols import IGNORED, Batch, ModelOutput, Routing
-from comoe.train.routing_stats import RoutingStats, labelled_rows, mutual_information, share_measures
+from comoe.protocols import IGNORED, Batch, ModelOutput, Routing, labelled_rows
+from comoe.train.routing_stats import RoutingStats, mutual_information, share_measures
 
 
 def routing(scores, picks):

@@ -1,0 +1,98 @@
+"""Starts the ranks of a benchmark on this machine and collects what the first one answers."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+"""Folder that holds the package."""
+
+
+def run_on_ranks(function: str, world_size: int, *, timeout: float = 900.0, **arguments: Any) -> Any:
+    """Call ``module:function(**arguments)`` in ``world_size`` fresh processes; what it returned on rank 0.
+
+    Each rank computes with one thread on a CPU, unless ``OMP_NUM_THREADS`` says otherwise: ratios are of the
+    arithmetic then, whatever the number of cores.
+
+    Args:
+        function: "package.module:name".
+        world_size: number of ranks.
+        timeout: seconds until all ranks are ended.
+        arguments: anything that JSON holds.
+
+    Raises:
+        RuntimeError: a rank failed or the time is up; the message has the end of what the ranks wrote.
+    """
+    with tempfile.TemporaryDirectory(prefix="comoe-bench-") as name:
+        folder = Path(name)
+        (folder / "in.json").write_text(json.dumps([function, arguments]), encoding="utf-8")
+        port = _free_port()
+        ranks = [_start(folder, rank, world_size, port) for rank in range(world_size)]
+        try:
+            _wait(ranks, timeout)
+        finally:
+            for process in ranks:
+                process.kill()
+                process.wait()
+        if any(process.returncode for process in ranks) or not (folder / "out.json").is_file():
+            tails = [(folder / f"log{rank}").read_text(errors="replace")[-2000:] for rank in range(world_size)]
+            raise RuntimeError(f"{function} failed on {world_size} ranks:\n" + "\n".join(tails))
+        return json.loads((folder / "out.json").read_text(encoding="utf-8"))
+
+
+def _start(folder: Path, rank: int, world_size: int, port: int) -> subprocess.Popen[bytes]:
+    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_SIZE": world_size}
+    environment = {"OMP_NUM_THREADS": "1"} | os.environ | {key: str(value) for key, value in places.items()}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    with (folder / f"log{rank}").open("wb") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "comoe.benchmarks.ranks", str(folder)], env=environment, stdout=log, stderr=log
+        )
+
+
+def _wait(ranks: list[subprocess.Popen[bytes]], timeout: float) -> None:
+    end = time.monotonic() + timeout
+    # Until all are done, one has failed (the others would wait for it for ever), or the time is up.
+    while time.monotonic() < end and not any(process.poll() for process in ranks):
+        if all(process.poll() == 0 for process in ranks):
+            return
+        time.sleep(0.05)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _main(folder: Path) -> None:
+    from comoe.train.environment import prepare_process
+
+    prepare_process(verbose=False)
+    # DeepSpeed reads the environment when it is imported, so it comes after that.
+    from comoe.distributed import barrier, is_main
+
+    function, arguments = json.loads((folder / "in.json").read_text(encoding="utf-8"))
+    module, name = function.split(":")
+    answer = getattr(importlib.import_module(module), name)(**arguments)
+    if is_main():
+        (folder / "out.json").write_text(json.dumps(answer), encoding="utf-8")
+    barrier()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # gloo's threads sometimes abort an ordinary exit after all is done.
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    _main(Path(sys.argv[1]))

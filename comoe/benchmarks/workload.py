@@ -1,0 +1,132 @@
+"""What the benchmarks run on: real posts where the starter kit is there, and forced loads of the experts."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from comoe.benchmarks.ranks import ROOT
+from comoe.config import load_recipe
+from comoe.data.batching import Collator, TokenizedSplit, load_tokenizer, tokenize_split
+from comoe.data.corpus import load_corpus
+from comoe.models.encoder import build_encoder, build_encoder_from_config
+from comoe.schema import Recipe
+from comoe.starter import resolve
+
+RECIPE = ROOT / "launch/configs/starter.yaml"
+GENERATED = ("model.encoder=smoke:encoder", "data.root=smoke:posts")
+"""What stands in for the starter kit."""
+SMOKE = ROOT / "launch/configs/smoke.yaml"
+PICKED_LOGITS, OTHER_LOGIT = (2.0, 1.5), -2.0
+"""Logits of a forced first and second pick, and of every other expert."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A recipe whose encoder and posts are folders on this machine."""
+
+    recipe: Recipe
+    """The default recipe, or the smoke recipe where the starter kit cannot be had."""
+    name: str
+    """For the report: which posts these are."""
+    real: bool
+    """False for generated posts: figures on them say little about real lengths and routing."""
+
+
+def find_posts(overrides: list[str] | None = None) -> Source:
+    """The default recipe on the starter kit; where that cannot be had, generated posts, and the report says so."""
+    # One rank prepares at a time, under the starter's own lock.
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stderr(nowhere):
+        try:
+            return Source(resolve(load_recipe(RECIPE, overrides or []), progress=False), "posts of the starter kit", True)
+        except ValueError:
+            recipe = resolve(load_recipe(SMOKE, overrides or []), progress=False)
+            return Source(recipe, "generated posts (the starter kit could not be had)", False)
+
+
+def tokenized_posts(recipe: Recipe, limit: int) -> tuple[TokenizedSplit, Collator]:
+    """About ``limit`` training posts of each data set, and what makes batches of them."""
+    corpus = load_corpus(replace(recipe, data=replace(recipe.data, limit_per_task=limit)))
+    tokenizer = load_tokenizer(recipe.model.encoder)
+    split = tokenize_split(corpus.splits["train"], tokenizer, tasks=corpus.tasks, config=recipe.data)
+    return split, Collator(tokenizer, corpus.tasks, route_by="token")
+
+
+@torch.no_grad()
+def hidden_states(source: Source, *, tokens: int, width: int, seed: int) -> Tensor:
+    """States of real tokens of real posts as a block meets them: the encoder's output, float32, (tokens, width).
+
+    With a ``width`` other than the encoder's, an encoder of two layers of that width with random weights reads the
+    posts; its states still differ from token to token and repeat with the words.
+    """
+    split, collator = tokenized_posts(source.recipe, limit=max(64, tokens // 20))
+    torch.manual_seed(seed)
+    encoder = build_encoder(source.recipe.model)
+    if encoder.config.hidden_size != width:
+        fields = encoder.config.to_dict() | {"hidden_size": width, "num_hidden_layers": 2, "num_attention_heads": 4}
+        encoder = build_encoder_from_config(fields)
+    encoder.eval()
+    order = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed)).numpy()
+    found: list[Tensor] = []
+    start = 0
+    while sum(len(part) for part in found) < tokens:
+        # Small splits are read again.
+        batch = collator(split, order[[i % len(split) for i in range(start, start + 32)]])
+        answer = encoder(batch.input_ids_BL, attention_mask=batch.attention_mask_BL)
+        found.append(answer.last_hidden_state[batch.attention_mask_BL.bool()])
+        start += 32
+    return torch.cat(found)[:tokens].contiguous()
+
+
+def even_picks(tokens: int, num_experts: int, top_k: int) -> Tensor:
+    """All experts in turn: the same load for each; int64, (tokens, k)."""
+    return (torch.arange(tokens * top_k) % num_experts).view(tokens, top_k)
+
+
+def skewed_picks(tokens: int, num_experts: int, top_k: int, *, skew: float) -> Tensor:
+    """One expert has ``skew`` times the mean load, the others share the rest evenly; int64, (tokens, k).
+
+    Raises:
+        ValueError: a skew that no token could carry: each token picks an expert once.
+    """
+    hot = skew * top_k / num_experts
+    if not 0 < hot <= 1:
+        raise ValueError(f"a skew of {skew} with {top_k} of {num_experts} experts per token is not possible.")
+    steps = torch.arange(tokens + 1, dtype=torch.float64) * hot
+    is_hot_S = steps[1:].floor() > steps[:-1].floor()
+    picks_Sk = torch.empty((tokens, top_k), dtype=torch.int64)
+    free_Sk = torch.ones((tokens, top_k), dtype=torch.bool)
+    free_Sk[:, 0] = ~is_hot_S
+    picks_Sk[~free_Sk] = 0
+    picks_Sk[free_Sk] = 1 + torch.arange(int(free_Sk.sum())) % (num_experts - 1)
+    return picks_Sk
+
+
+def force(x_SM: Tensor, picks_Sk: Tensor, num_experts: int) -> Tensor:
+    """A copy whose first E features make a gate with ``steering_weight`` pick exactly ``picks_Sk`` (k at most 2)."""
+    forced_SM = x_SM.clone()
+    forced_SM[:, :num_experts] = OTHER_LOGIT
+    logits_k = torch.tensor(PICKED_LOGITS[: picks_Sk.shape[1]], dtype=x_SM.dtype, device=x_SM.device)
+    return forced_SM.scatter_(1, picks_Sk.to(x_SM.device), logits_k.expand(picks_Sk.shape))
+
+
+def steering_weight(num_experts: int, width: int) -> Tensor:
+    """Gate weight that reads logit e from feature e: every contestant then runs its own router, unchanged, and yet all
+    of them route alike. float32, (E, width)."""
+    return torch.eye(num_experts, width)
+
+
+def load_skew(picks_Sk: Tensor, num_experts: int) -> float:
+    """Largest load over mean load."""
+    counts = torch.bincount(picks_Sk.reshape(-1), minlength=num_experts).double()
+    return float(counts.max() / counts.mean())
+
+
+def deepspeed_json() -> Path:
+    """The ZeRO-2 configuration of the repository."""
+    return ROOT / "ds_configs/zero2.json"

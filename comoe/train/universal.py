@@ -1,0 +1,75 @@
+"""Checkpoints that move: from the layout that saved one to the layout that resumes it.
+
+DeepSpeed's universal checkpoint holds each parameter and each moment whole. It is made once, beside the checkpoint, and
+kept out of the manifest: the checkpoint itself stays as it was.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from comoe.distributed import barrier, broadcast_object, is_main
+from comoe.train.parallel import CooperativeRouter
+
+UNIVERSAL = "universal"
+"""Folder of the converted checkpoint, beside ``deepspeed/``."""
+
+
+def convert(checkpoint: Path) -> Path:
+    """Make the universal form of a checkpoint, on rank 0 while the others wait; done before, it is used again.
+
+    Returns:
+        The folder to load with ``"checkpoint": {"load_universal": true}``.
+
+    Raises:
+        ValueError: DeepSpeed could not convert it; the end of its output is in the message.
+    """
+    done = checkpoint / UNIVERSAL
+    problem = _convert(checkpoint, done) if is_main() and not done.is_dir() else ""
+    problem = broadcast_object(problem)
+    barrier()
+    if problem:
+        raise ValueError(f"{checkpoint} could not be converted for another layout: {problem}")
+    return done
+
+
+def _convert(checkpoint: Path, done: Path) -> str:
+    aside = checkpoint / f".writing-{UNIVERSAL}"
+    shutil.rmtree(aside, ignore_errors=True)
+    command = [
+        sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state",
+        "--input_folder", str(checkpoint / "deepspeed" / "state"), "--output_folder", str(aside / "state"),
+        "--num_extract_workers", "1", "--num_merge_workers", "1",
+    ]  # fmt: skip
+    # A process of its own: the converter starts workers, which must not inherit this rank's process group.
+    ranks = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    environment = {key: value for key, value in os.environ.items() if key not in ranks}
+    answer = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if answer.returncode:
+        shutil.rmtree(aside, ignore_errors=True)
+        return (answer.stdout + answer.stderr)[-1500:]
+    os.replace(aside, done)
+    return ""
+
+
+def load_universal(engine: Any, checkpoint: Path) -> bool:
+    """Load a converted checkpoint into a DeepSpeed engine that was built for it; True when DeepSpeed found it.
+
+    The buffers (balance bias) come from the checkpoint's plain weights: the universal form holds parameters alone.
+    """
+    loaded, _ = engine.load_checkpoint(str(checkpoint / UNIVERSAL), tag="state")
+    weights = load_file(checkpoint / "weights" / "model.safetensors")
+    for name, module in engine.module.model.named_modules():
+        if isinstance(module, CooperativeRouter):
+            gate = name.removesuffix(".router") + ".gate"
+            bias_E: Tensor = weights[f"{gate}.e_score_correction_bias"]
+            module.e_score_correction_bias.copy_(bias_E)
+    return loaded is not None

@@ -1,0 +1,166 @@
+"""Type comoe's commands as a user does, each in its own process group, and look at what they leave behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+ROOT = Path(__file__).resolve().parents[2]
+SMOKE = "launch/configs/smoke.yaml"
+TASKS = ("mood", "topic", "strength", "aspects", "mentions", "stance")
+"""The tasks of the smoke recipe, in order."""
+TIMEOUT = 300.0
+"""Seconds after which a command is ended and its test fails: many times what it takes alone on two cores."""
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """A command that has ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def said(self) -> str:
+        """Both streams, without what the ``deepspeed`` command itself logs."""
+        return "\n".join(line for line in (self.out + self.err).splitlines() if not is_launchers(line))
+
+
+def is_launchers(line: str) -> bool:
+    """True for a log line of DeepSpeed's runner and launcher, which run outside of our processes."""
+    return line.startswith("[20") and any(name in line for name in ("runner.py", "launch.py", "real_accelerator.py"))
+
+
+@dataclass(slots=True)
+class Typed:
+    """A command that may still run."""
+
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def wait(self, timeout: float = TIMEOUT) -> Done:
+        """Wait for its end; a command that takes too long is ended with everything it started."""
+        try:
+            code = self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise AssertionError(f"it did not end in {timeout} s\n{self.output('out')}\n{self.output('err')}") from None
+        return Done(code, self.output("out"), self.output("err"))
+
+    def output(self, stream: str) -> str:
+        """What it has written so far to ``out`` or ``err``."""
+        return self.log.with_suffix(f".{stream}").read_text(encoding="utf-8", errors="replace")
+
+    def kill(self) -> None:
+        """SIGKILL to all processes of the command."""
+        try:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass  # all gone already
+        self.process.wait()
+
+
+class Terminal:
+    """Where commands are typed: the repository's folder, and no variable that a user need not set.
+
+    Args:
+        folder: takes the logs of the commands.
+        home: ``COMOE_HOME``, so that tests leave the user's cache alone.
+    """
+
+    def __init__(self, folder: Path, *, home: Path) -> None:
+        self.folder = folder
+        self.typed: list[Typed] = []
+        ours = ("RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "DS_", "CROSS_")
+        self._environment = {key: value for key, value in os.environ.items() if not key.startswith(ours)}
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+        self._environment |= {"PATH": path, "COMOE_HOME": str(home)}
+
+    def start(self, *words: str | Path) -> Typed:
+        """Type a command and do not wait."""
+        log = self.folder / f"command-{len(self.typed)}"
+        # Files, not pipes: a rank that outlives its command must not die of a closed pipe.
+        with log.with_suffix(".out").open("wb") as out, log.with_suffix(".err").open("wb") as err:
+            process = subprocess.Popen(
+                [str(word) for word in words], cwd=ROOT, env=self._environment, stdout=out, stderr=err,
+                start_new_session=True,
+            )  # fmt: skip
+        self.typed.append(Typed(process, log))
+        return self.typed[-1]
+
+    def run(self, *words: str | Path) -> Done:
+        """Type a command and wait for its end."""
+        return self.start(*words).wait()
+
+    def python(self, *words: str | Path) -> Done:
+        """Run a launch script in one process."""
+        return self.run(sys.executable, *words)
+
+    def close(self) -> None:
+        """End what still runs."""
+        for typed in self.typed:
+            typed.kill()
+
+
+def deepspeed(ranks: int, *, settings: str | Path = "zero2") -> list[str | Path]:
+    """The beginning of the README's training command, on a port that no other run has."""
+    path = settings if isinstance(settings, Path) else f"ds_configs/{settings}.json"
+    command = shutil.which("deepspeed", path=str(Path(sys.executable).parent)) or "deepspeed"
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    words = [command, "--master_port", str(port), "--num_accelerators", str(ranks), "launch/train.py"]
+    return [*words, "--deepspeed", path]
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines; a last line that is still being written is left out."""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    return [json.loads(line) for line in text.split("\n")[:-1]]
+
+
+def train_lines(run: Path) -> dict[int, dict[str, Any]]:
+    """Step -> its training line; a step that is there twice fails."""
+    lines = [line for line in read_lines(run / "metrics.jsonl") if line["split"] == "train"]
+    by_step = {line["step"]: line for line in lines}
+    assert len(by_step) == len(lines), "a step was logged twice"
+    return by_step
+
+
+def losses(run: Path) -> list[float]:
+    """The global loss of each step."""
+    return [line["loss"] for _, line in sorted(train_lines(run).items())]
+
+
+def wait_for(condition: Callable[[], object], *, what: str, seconds: float = TIMEOUT) -> None:
+    """Look until it is so."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"{what} did not happen in {seconds} s"
+        time.sleep(0.005)
+
+
+def processes_of(folder: Path) -> list[str]:
+    """Command lines of the living processes that name a folder of this test, our own commands and ranks alone."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            words = process.cmdline()
+            if process.status() != psutil.STATUS_ZOMBIE and any(str(folder) in word for word in words):
+                found.append(" ".join(words))
+        except psutil.Error:
+            continue
+    return found

@@ -1,0 +1,166 @@
+"""Killed, stopped, finished: ``--resume`` goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from comoe.train.folders import whats_wrong
+from tests.end_to_end.commands import (
+    SMOKE,
+    Terminal,
+    deepspeed,
+    losses,
+    processes_of,
+    read_lines,
+    train_lines,
+    wait_for,
+)
+
+pytestmark = pytest.mark.end_to_end
+
+STEPS = 14
+# Everything that a resume must restore has an effect: dropout, two micro-steps, a rate that changes, momenta, a balance
+# bias that moves fast, an evaluation between.
+OVERRIDES = (
+    f"train.max_steps={STEPS}", "train.save_every=2", "train.eval_every=4", "train.keep_checkpoints=3",
+    "train.batch_size=48", "train.micro_batch_size=12", "train.schedule=linear", "train.warmup_fraction=0.2",
+    "model.dropout=0.2", "model.moe.balance_rate=0.05",
+)  # fmt: skip
+KILLED_AT = random.Random(2).randint(6, 10)
+STOPPED_AT = random.Random(3).randint(3, 10)
+
+
+@dataclass(frozen=True, slots=True)
+class Resumed:
+    """A run in two sittings."""
+
+    folder: Path
+    restored: int
+    """Step that the second sitting began at."""
+    out: str
+    """What the second sitting said."""
+
+
+def start(terminal: Terminal, runs: Path):
+    return terminal.start(*deepspeed(2), "--config", SMOKE, f"run.output_dir={runs}", *OVERRIDES)
+
+
+def resume(terminal: Terminal, folder: Path) -> str:
+    # An override after --resume, one that changes nothing: the place is allowed.
+    done = terminal.run(*deepspeed(2), "--resume", folder, "run.verbose=false")
+    assert done.code == 0, done.out + done.err
+    return done.out
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    return sorted((folder / "checkpoints").glob("step-*"))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory, shared_terminal: Terminal) -> Path:
+    runs = tmp_path_factory.mktemp("uninterrupted")
+    done = start(shared_terminal, runs).wait()
+    assert done.code == 0, done.out + done.err
+    return runs / "smoke"
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory, shared_terminal: Terminal) -> Resumed:
+    """kill -9 of everything; then the newest checkpoint is cut short too, as if the disk had been full."""
+    runs = tmp_path_factory.mktemp("killed")
+    folder = runs / "smoke"
+    typed = start(shared_terminal, runs)
+    wait_for(lambda: max(train_lines(folder), default=0) >= KILLED_AT, what=f"step {KILLED_AT}")
+    typed.kill()
+    assert not processes_of(runs)
+    assert max(train_lines(folder)) < STEPS and not (folder / "results.json").exists(), "the kill came too late"
+    *_, before, newest = checkpoints(folder)
+    weights = newest / "weights" / "model.safetensors"
+    os.truncate(weights, weights.stat().st_size // 2)
+    return Resumed(folder, int(before.name.removeprefix("step-")), resume(shared_terminal, folder))
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory, shared_terminal: Terminal) -> Iterator[Resumed]:
+    """SIGTERM to the ``deepspeed`` command alone, as a scheduler sends it."""
+    runs = tmp_path_factory.mktemp("stopped")
+    folder = runs / "smoke"
+    typed = start(shared_terminal, runs)
+    wait_for(lambda: max(train_lines(folder), default=0) >= STOPPED_AT, what=f"step {STOPPED_AT}")
+    typed.process.send_signal(signal.SIGTERM)
+    typed.process.wait(60)
+    wait_for(lambda: not processes_of(runs), what="the end of all processes of the run", seconds=60)
+    assert not (folder / "results.json").exists(), "the signal came too late"
+    last = max(train_lines(folder))
+    newest = checkpoints(folder)[-1]
+    assert newest.name == f"step-{last:08d}" and not whats_wrong(newest), "the last step was not saved"
+    assert f"stopping at step {last}" in typed.output("out") and f"--resume {folder}" in typed.output("out")
+    assert "Traceback" not in typed.output("err")
+    yield Resumed(folder, last, resume(shared_terminal, folder))
+
+
+@pytest.fixture(params=["killed", "stopped"])
+def resumed(request: pytest.FixtureRequest) -> Resumed:
+    return request.getfixturevalue(request.param)
+
+
+def test_the_losses_after_a_resume_equal_those_of_the_uninterrupted_run(resumed: Resumed, uninterrupted: Path) -> None:
+    assert sorted(train_lines(resumed.folder)) == list(range(1, STEPS + 1))
+    np.testing.assert_allclose(losses(resumed.folder), losses(uninterrupted), rtol=1e-6)
+
+
+def test_rates_norms_and_evaluations_are_the_same_too(resumed: Resumed, uninterrupted: Path) -> None:
+    ours, theirs = train_lines(resumed.folder), train_lines(uninterrupted)
+    for step in ours:
+        assert ours[step]["rates"] == theirs[step]["rates"], step
+        assert ours[step]["grad_norm"] == pytest.approx(theirs[step]["grad_norm"], rel=1e-5), step
+    checks = [
+        {line["step"]: line["mean"] for line in read_lines(run / "metrics.jsonl") if line["split"] == "validation"}
+        for run in (resumed.folder, uninterrupted)
+    ]
+    assert list(checks[0]) == [4, 8, 12, 14] and checks[0] == pytest.approx(checks[1], rel=1e-6)
+
+
+def test_the_log_says_where_the_run_was_resumed(resumed: Resumed) -> None:
+    lines = read_lines(resumed.folder / "metrics.jsonl")
+    where = [number for number, line in enumerate(lines) if line["split"] == "resume"]
+    assert [lines[number] for number in where] == [{"split": "resume", "step": resumed.restored}]
+    assert all(line["step"] <= resumed.restored for line in lines[: where[0]])
+    assert all(line["step"] > resumed.restored for line in lines[where[0] + 1 :] if line["split"] == "train")
+    assert f"resuming {resumed.folder} at step {resumed.restored}" in resumed.out
+
+
+def test_a_resumed_run_ends_with_results_over_all_its_posts(resumed: Resumed, uninterrupted: Path) -> None:
+    ours, theirs = (json.loads((run / "results.json").read_text()) for run in (resumed.folder, uninterrupted))
+    assert ours["posts"] == theirs["posts"] == STEPS * 48
+    assert (ours["finished"], ours["best_step"]) == (theirs["finished"], theirs["best_step"])
+    for task, metrics in theirs["metrics"]["test"].items():
+        assert ours["metrics"]["test"][task] == pytest.approx(metrics, rel=1e-5, abs=1e-6), task
+
+
+def test_a_checkpoint_that_was_cut_short_is_passed_over_and_said(killed: Resumed) -> None:
+    warning = next(line for line in killed.out.splitlines() if line.startswith("warning: "))
+    assert "weights/model.safetensors has" in warning and "bytes instead of" in warning
+    assert warning.endswith(f"; using step-{killed.restored:08d} instead.")
+    assert all(not whats_wrong(path) for path in checkpoints(killed.folder)), "a broken checkpoint was kept"
+
+
+def test_resuming_a_finished_run_succeeds_and_does_nothing(uninterrupted: Path, shared_terminal: Terminal) -> None:
+    kept = ("results.json", "export/model.safetensors", "predictions/test/mood.jsonl")
+    before = {name: ((uninterrupted / name).stat().st_mtime_ns, (uninterrupted / name).read_bytes()) for name in kept}
+    lines = train_lines(uninterrupted)
+    out = resume(shared_terminal, uninterrupted)
+    assert f"{uninterrupted} is finished (all steps done, step {STEPS}); nothing to do." in out
+    assert "task      metric" in out, "the table is shown again"
+    assert train_lines(uninterrupted) == lines
+    after = {name: ((uninterrupted / name).stat().st_mtime_ns, (uninterrupted / name).read_bytes()) for name in kept}
+    assert after == before

@@ -1,0 +1,152 @@
+"""``deepspeed --num_accelerators 2 launch/train.py --deepspeed ds_configs/zero2.json``: what a run leaves behind."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import matplotlib.image
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from comoe.config import load_recipe
+from comoe.train.folders import find_checkpoint
+from tests.end_to_end.commands import TASKS, is_launchers, losses, read_lines, train_lines
+from tests.end_to_end.conftest import Finished
+
+pytestmark = pytest.mark.end_to_end
+
+MAIN_METRICS = {"mood": "macro_f1", "topic": "macro_f1", "strength": "pearson", "aspects": "macro_f1",
+                "mentions": "span_f1", "stance": "macro_f1"}  # fmt: skip
+LAYERS = (1, 3)
+"""Encoder layers with experts: every second of four."""
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_the_loss_falls_visibly_within_six_steps(smoke_run: Finished) -> None:
+    first, *_, last = losses(smoke_run.folder)
+    assert len(losses(smoke_run.folder)) == 6
+    assert last < 0.9 * first
+
+
+def test_a_training_line_has_step_loss_tasks_rates_and_weights(smoke_run: Finished) -> None:
+    for step, line in train_lines(smoke_run.folder).items():
+        assert list(line)[:3] == ["step", "split", "loss"] and 1 <= step <= 6
+        assert tuple(line["tasks"]) == TASKS == tuple(line["weights"])
+        assert all({"loss", MAIN_METRICS[task]} == set(values) - {"contrastive"} for task, values in line["tasks"].items())
+        assert set(line["rates"]) == {"encoder", "experts", "heads"}
+        assert line["grad_norm"] > 0 and line["posts_per_second"] > 0 and line["tokens_per_second"] > 0
+        parts = sum(values["loss"] for values in line["tasks"].values()) + 0.1 * line["contrastive"]
+        assert line["loss"] == pytest.approx(parts, rel=1e-5)
+
+
+def test_the_evaluations_are_logged_with_every_metric_and_the_gates(smoke_run: Finished) -> None:
+    checks = {line["split"]: line for line in read_lines(smoke_run.folder / "metrics.jsonl") if line["split"] != "train"}
+    assert set(checks) == {"validation", "test"}
+    for line in checks.values():
+        assert line["step"] == 6 and tuple(line["tasks"]) == TASKS
+        for task, metric in MAIN_METRICS.items():
+            assert {metric, f"majority/{metric}", "loss", "n"} <= set(line["tasks"][task])
+        assert {"accuracy", "macro_precision", "macro_recall", "f1/positive"} <= set(line["tasks"]["mood"])
+        assert {"mae", "pearson", "spearman"} <= set(line["tasks"]["strength"])
+        assert {"span_f1"} <= set(line["tasks"]["mentions"])
+        assert "routing" in line
+
+
+def test_config_settings_and_environment_are_written_down(smoke_run: Finished) -> None:
+    recipe = load_recipe(smoke_run.folder / "config.yaml")
+    assert (recipe.train.max_steps, recipe.run.name, tuple(recipe.tasks)) == (6, "smoke", TASKS)
+    settings = read_json(smoke_run.folder / "ds_config.json")
+    assert '"auto"' not in json.dumps(settings)
+    assert settings["zero_optimization"]["stage"] == 2 and settings["expert_parallel"]["autoep_size"] == 2
+    environment = read_json(smoke_run.folder / "environment.json")
+    assert environment["packages"]["deepspeed"] == "0.19.8" and environment["world_size"] == 2
+    assert environment["command"][0] == "launch/train.py" and "train.max_steps=6" in environment["command"]
+
+
+def test_results_hold_both_splits_and_how_the_run_went(smoke_run: Finished) -> None:
+    results = read_json(smoke_run.folder / "results.json")
+    assert (results["finished"], results["step"]) == ("all steps done", 6)
+    # An epoch's 1200 posts are 13 batches of nearly the same size, at most 96.
+    assert 6 * 92 <= results["posts"] <= 6 * 93
+    assert (results["world_size"], results["ep_size"], results["zero_stage"], results["bf16"]) == (2, 2, 2, False)
+    assert results["posts_per_second"] > 0 and results["peak_memory_bytes_per_rank"] > 10e6
+    for split in ("validation", "test"):
+        assert tuple(results["metrics"][split]) == TASKS
+    sizes = {"train": 400, "validation": 80, "test": 80}
+    assert results["data"]["posts"] == {name: sizes for name in ("reviews", "mentions", "stance")}
+
+
+def test_every_labelled_post_of_both_splits_is_predicted(smoke_run: Finished) -> None:
+    counted = read_json(smoke_run.folder / "results.json")["metrics"]
+    for split in ("validation", "test"):
+        for task in TASKS:
+            rows = read_lines(smoke_run.folder / "predictions" / split / f"{task}.jsonl")
+            assert len(rows) == len({row["row"] for row in rows}) and all({"text", "gold"} <= set(row) for row in rows)
+            # n counts the words of the tags. A tenth of the posts has no topic.
+            words = sum(len(row["gold"]) for row in rows) if task == "mentions" else len(rows)
+            assert words == counted[split][task]["n"] and (len(rows) == 80 or task == "topic")
+
+
+def test_pictures_are_drawn_and_not_blank(smoke_run: Finished) -> None:
+    names = {path.stem for path in (smoke_run.folder / "plots").glob("*.png")}
+    confusions = {f"confusion_{split}_{task}" for split in ("validation", "test") for task in ("mood", "topic", "stance")}
+    assert names >= {"loss", "metrics", "routing_layer_expert", "routing_task_expert"} | confusions
+    for path in (smoke_run.folder / "plots").iterdir():
+        pixels = matplotlib.image.imread(path)
+        assert min(pixels.shape[:2]) > 100 and pixels.std() > 0.01, path.name
+
+
+def test_tensorboard_shows_losses_metrics_rates_weights_gates_and_images(smoke_run: Finished) -> None:
+    events = EventAccumulator(str(smoke_run.folder / "tensorboard"), size_guidance={"images": 0, "scalars": 0})
+    events.Reload()
+    scalars = set(events.Tags()["scalars"])
+    for task, metric in MAIN_METRICS.items():
+        assert {f"train/{task}/loss", f"weight/{task}", f"validation/{task}/{metric}", f"test/{task}/{metric}"} <= scalars
+    assert {"train/loss", "rate/encoder", "rate/experts", "rate/heads", "validation/mean"} <= scalars
+    assert {"measured/grad_norm", "measured/posts_per_second", "measured/tokens_per_second"} <= scalars
+    measures = ("max_violation", "effective_experts", "entropy", "task_information", "cooperation", "share/expert_3")
+    assert {f"routing/layer_{layer}/{name}" for layer in LAYERS for name in measures} <= scalars
+    logged = [event.value for event in events.Scalars("train/loss")]
+    assert logged == pytest.approx(losses(smoke_run.folder), rel=1e-6)
+    images = set(events.Tags()["images"])
+    assert {"routing/layer_expert", "routing/task_expert", "confusion/validation/mood", "confusion/test/stance"} <= images
+    assert all(events.Images(tag)[-1].encoded_image_string.startswith(b"\x89PNG") for tag in images)
+    (text,) = events.Tensors("recipe/text_summary")
+    assert b"max_steps: 6" in text.tensor_proto.string_val[0]
+
+
+def test_checkpoints_and_export_are_whole(smoke_run: Finished) -> None:
+    found = find_checkpoint(smoke_run.folder / "checkpoints")
+    assert found is not None and (found.step, found.broken) == (6, ())
+    assert read_json(smoke_run.folder / "checkpoints" / "best.json") == {"step": 6}
+    assert not list((smoke_run.folder / "checkpoints").glob(".writing-*"))
+    export = smoke_run.folder / "export"
+    config = read_json(export / "config.json")
+    assert [task["name"] for task in config["tasks"]] == list(TASKS)
+    assert config["num_local_experts"] == 4 and config["num_experts_per_tok"] == 2
+    assert (export / "model.safetensors").stat().st_size > 100_000 and (export / "tokenizer.json").is_file()
+    results = read_json(smoke_run.folder / "results.json")
+    assert f"{results['metrics']['test']['mood']['macro_f1']:.3f}" in (export / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_command_ends_with_the_table_and_what_to_type_next(smoke_run: Finished) -> None:
+    lines = [line for line in smoke_run.done.out.splitlines() if not is_launchers(line)]
+    heads = [number for number, line in enumerate(lines) if re.match(r"task +metric +validation +test", line)]
+    assert len(heads) == 1
+    table = lines[heads[0] + 2 : heads[0] + 2 + len(TASKS)]
+    assert [row.split()[:2] for row in table] == [list(pair) for pair in MAIN_METRICS.items()]
+    after = [line.split()[0] for line in lines[heads[0] + 2 + len(TASKS) :] if line.strip()]
+    assert after == ["run", "watch", "predict"]
+
+
+def test_the_libraries_are_quiet(smoke_run: Finished) -> None:
+    # DeepSpeed logs with a date and its level; its runner and launcher are not ours, our ranks are.
+    said = smoke_run.done.said
+    assert not re.search(r"^\[20\d\d-|deepspeed_shm|\b(INFO|WARNING|Warning|DEBUG)\b", said, re.MULTILINE), said
+    assert "Traceback" not in said

@@ -1,0 +1,74 @@
+"""What a recipe asks for in vain or unwisely is said, and nothing else."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from comoe.config import recipe_from_dict
+from comoe.doubts import doubts
+from comoe.models.gate import GATES
+from comoe.rules import validate
+from comoe.weighting import WEIGHTINGS
+
+
+def doubts_of(**sections):
+    raw = {"tasks": {"mood": {"path": "mood.csv"}, "heat": {"path": "heat.csv"}}} | sections
+    recipe = recipe_from_dict(raw)
+    validate(recipe)
+    return doubts(recipe)
+
+
+def test_the_defaults_raise_no_doubt():
+    assert doubts_of() == []
+    assert doubts_of(model={"moe": {"num_experts": 0}}) == []
+    assert doubts_of(model={"moe": {"num_experts": 1, "top_k": 1}}) == []
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"model": {"moe": {"gate": "uniform"}}}, "model.moe.gate is uniform, which ignores the tokens"),
+        ({"model": {"moe": {"temperature": 2.0}}}, "model.moe.temperature is 2.0; .*2602.01466"),
+        ({"model": {"moe": {"task_embedding_width": 8}}}, "task_embedding_width is 8, without effect: route_by token"),
+        ({"model": {"moe": {"balance": "none", "balance_rate": 0.1}}}, "balance_rate is 0.1, without effect: balance"),
+        ({"model": {"moe": {"top_k": 1, "cooperation_threshold": 0.5}}}, "cooperation_threshold is 0.5, .*top_k is 1"),
+        ({"model": {"moe": {"num_experts": 0, "shared_width": 8}}}, "model.moe.shared_width is 8, without effect"),
+        (
+            {"model": {"moe": {"num_experts": 0}}, "loss": {"balance_weight": 0.1}},
+            "loss.balance_weight is 0.1, ",
+        ),
+        ({"model": {"moe": {"num_experts": 0}}, "loss": {"z_weight": 0.1}}, "loss.z_weight is 0.1, without effect"),
+        (
+            {"model": {"moe": {"num_experts": 1, "top_k": 1}}, "loss": {"task_separation_weight": 0.4}},
+            "loss.task_separation_weight is 0.4, without effect: with 1 experts",
+        ),
+        (
+            {"tasks": {"mood": {"path": "x"}}, "loss": {"task_separation_weight": 0.4}},
+            r"loss.task_separation_weight is 0.4, without effect: .* 1 task\(s\)",
+        ),
+        (
+            {"tasks": {"mood": {"path": "x", "weight": 2.0}}},
+            "tasks.mood.weight is 2.0, without effect: loss.weighting is equal; static would read it",
+        ),
+        ({"train": {"momentum": 0.9}}, "train.momentum is 0.9, without effect: train.optimizer is adamw"),
+    ],
+)
+def test_an_option_in_vain_is_named_with_its_value_and_the_reason(sections, message):
+    (said,) = doubts_of(**sections)
+    assert re.search(message, said)
+
+
+def test_options_that_work_are_left_alone():
+    assert doubts_of(
+        model={"moe": {"route_by": "both", "task_embedding_width": 8, "cooperation_threshold": 0.5}},
+        loss={"weighting": "static", "balance_weight": 0.1, "z_weight": 0.1, "task_separation_weight": 0.1},
+        tasks={"mood": {"path": "x", "weight": 2.0}, "heat": {"path": "y"}},
+        train={"optimizer": "sgd", "momentum": 0.9},
+    ) == []  # fmt: skip
+
+
+def test_every_gate_and_weighting_says_whether_it_is_in_doubt():
+    assert [name for name, gate in GATES.items() if gate.for_measuring] == ["uniform"]
+    assert {name: kind.reads_task_weights for name, kind in WEIGHTINGS.items()} == {"equal": False, "static": True}
