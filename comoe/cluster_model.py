@@ -110,8 +110,9 @@ class Layout:
     """Forward passes per optimizer step."""
     bf16: bool = True
     """bfloat16, else float32."""
-    live: int = 100_000_000
-    """``stage3_max_live_parameters``: a model that is smaller is gathered once per pass, a larger one twice."""
+    keep: int = 500_000_000
+    """Weights that stage 3 may keep whole from the forward to the backward pass: the larger of
+    ``stage3_max_live_parameters`` and half of ``stage3_max_reuse_distance`` (the passes meet in the last layer)."""
 
     @property
     def number(self) -> int:
@@ -178,7 +179,7 @@ def traffic(shape: ModelShape, layout: Layout) -> Traffic:
         stage 1     gradients all-reduced once, weights gathered once
         stage 2     gradients all-reduced in every forward pass, weights gathered once
         stage 3     gradients reduce-scattered in every forward pass; weights gathered once in every forward pass, and
-                    once more for the backward pass where more than ``live`` parameters had to be let go
+                    those beyond ``keep`` once more for the backward pass
 
     Source: Thakur et al. 2005 (rings); Rajbhandari et al. 2020, arXiv:1910.02054; DeepSpeed 0.19.8 reduces the buckets
     of stage 2 by all-reduce.
@@ -186,7 +187,8 @@ def traffic(shape: ModelShape, layout: Layout) -> Traffic:
     experts = shape.expert_parameters / layout.ep_size
     times = 1 if layout.stage == 1 else layout.accumulation
     whole = shape.dense_parameters + experts
-    gathers = 1 if layout.stage < 3 else layout.accumulation * (2 if whole > layout.live else 1)
+    again = max(0.0, 1 - layout.keep / whole)
+    gathers = 1 if layout.stage < 3 else layout.accumulation * (1 + again)
     rounds = 2 if layout.stage < 3 else 1
 
     def sent(parameters: float, ranks: int) -> tuple[float, float]:

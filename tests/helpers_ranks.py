@@ -35,7 +35,8 @@ def run_ranks(function: str, world_size: int, *, timeout: float = 240.0, **argum
                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu",
                 "PYTHONPATH": str(ROOT),
             }  # fmt: skip
-            command = [sys.executable, __file__, folder]
+            # As a module: as a script the folder of this file would hide the package multiprocess behind ours.
+            command = [sys.executable, "-m", "tests.helpers_ranks", folder]
             log = (Path(folder) / f"log{rank}").open("wb")
             processes.append(subprocess.Popen(command, env=environment, cwd=ROOT, stdout=log, stderr=log))
         try:

@@ -140,12 +140,34 @@ def _recomputed(
     def run(*inputs: Any, **options: Any) -> Any:
         current, holder.context = holder.context, context
         try:
-            return forward(*inputs, **options)
+            answer = forward(*inputs, **options)
         finally:
             holder.context = current
+        # Some families answer a tuple with the states first.
+        if isinstance(answer, tuple):
+            return _FirstInBackward.apply(answer[0]), *answer[1:]
+        return _FirstInBackward.apply(answer)
 
     # The second pass must not stop early in the middle of a module: ZeRO-3 would not put its weights away.
     return checkpoint(run, *inputs, use_reentrant=False, early_stop=False, **options)
+
+
+class _FirstInBackward(torch.autograd.Function):
+    """Changes nothing, but wants back what it saved: so the second pass runs before any other step of the backward pass.
+
+    Else it would begin inside the last norm's backward pass, and ZeRO-3, which gathers weights module by module, would
+    put that norm's frozen weights away again at the end of the second pass.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor) -> Tensor:
+        ctx.save_for_backward(states.new_empty(0))
+        return states.view_as(states)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        assert len(ctx.saved_tensors) == 1
+        return gradient
 
 
 def attach_blocks(encoder: nn.Module, config: MoeConfig, holder: ContextHolder) -> list[CooperativeBlock]:

@@ -36,10 +36,15 @@ SMALL = {"vocab_size": 400, "hidden_size": 64, "num_hidden_layers": 4, "num_atte
          "attention_probs_dropout_prob": 0.0}  # fmt: skip
 LARGE = {"vocab_size": 50265, "hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16,
          "intermediate_size": 4096, "max_position_embeddings": 514, "type_vocab_size": 1}  # fmt: skip
-BUCKET, LIVE = 20_000, 100_000_000
-STEPS = 4
-LAYOUTS = {1: [1], 2: [1, 2], 4: [2, 4]}
-"""World size -> EP sizes."""
+BUCKET, KEEP = 20_000, 500_000_000
+STEPS = 3
+FULL, HALF = False, True
+LAYOUTS = {
+    1: [(1, stage, bf16) for stage in (1, 2, 3) for bf16 in (FULL, HALF)],
+    2: [(1, 1, FULL), (1, 2, FULL), (1, 3, HALF), *((2, stage, bf16) for stage in (1, 2, 3) for bf16 in (FULL, HALF))],
+    4: [(2, 1, FULL), (2, 2, FULL), (2, 3, FULL), (4, 1, HALF), (4, 2, HALF), (4, 3, FULL)],
+}
+"""World size -> (EP, ZeRO stage, bf16)."""
 
 
 def storages(tensors: Iterable[torch.Tensor | None]) -> dict[int, int]:
@@ -117,7 +122,7 @@ def gradients(engine: Any) -> dict[int, int]:
     return {place: size for place, size in storages(found).items() if place not in passing}
 
 
-def measure(encoder: str, cases: list[dict[str, Any]], posts: int = 12) -> list[dict[str, Any]]:
+def measure(encoder: str, cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One entry per case: bytes held and sent by this rank."""
     sent: Counter[str] = Counter()
     watch_collectives(sent)
@@ -125,35 +130,43 @@ def measure(encoder: str, cases: list[dict[str, Any]], posts: int = 12) -> list[
 
 
 def measure_one(
-    encoder: str, sent: Counter[str], *, stage: int, bf16: bool, steps: int = STEPS, live: int = LIVE, **changes: Any
+    encoder: str,
+    sent: Counter[str],
+    *,
+    stage: int,
+    bf16: bool,
+    steps: int = STEPS,
+    keep: int = KEEP,
+    warm: bool = True,
+    **changes: Any,
 ) -> dict[str, Any]:
     # Weak, so that what an earlier case leaves behind may still go.
     earlier = {key: weakref.ref(tensor) for key, tensor in all_tensors().items()}
     recipe = workers.recipe_of(encoder, data__max_length=32, **changes)
     settings: dict[str, Any] = {"zero_optimization": {
         "stage": stage, "stage3_param_persistence_threshold": 0, "reduce_bucket_size": BUCKET,
-        "stage3_max_live_parameters": live, "stage3_prefetch_bucket_size": BUCKET}}  # fmt: skip
+        "stage3_max_reuse_distance": 2 * keep, "stage3_max_live_parameters": keep, "stage3_prefetch_bucket_size": min(BUCKET, keep)}}  # fmt: skip
     if bf16:
         settings |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
     engine, layout = workers.build(recipe, stage=stage, settings=settings)
-    optimizer, most = engine.deepspeed.optimizer, 0
+    optimizer, most, kept = engine.deepspeed.optimizer, 0, 0
 
-    def look_before(name: str) -> None:
-        original: Callable[..., Any] = getattr(optimizer, name)
+    def see_gradients() -> None:
+        nonlocal most
+        most = max(most, sum(gradients(engine).values()))
 
-        def looking(*args: Any, **kwargs: Any) -> Any:
-            nonlocal most
-            most = max(most, sum(gradients(engine).values()))
-            return original(*args, **kwargs)
-
-        setattr(optimizer, name, looking)
+    def see_weights() -> None:
+        nonlocal kept
+        kept = sum(parameter.data.numel() for parameter in engine.objective.parameters())
 
     # Stage 1 holds all gradients until the backward pass ends; the others send them off on the way.
-    look_before("reduce_gradients" if stage == 1 and not bf16 else "step")
+    look_before(optimizer, "reduce_gradients" if stage == 1 and not bf16 else "step", see_gradients)
+    look_before(engine.deepspeed, "backward", see_weights)
     weights, masters = held(engine, stage)
     answer = describe(engine, layout, stage)
-    # In its first step stage 3 learns the order of the layers, and gathers more often.
-    workers.one_step(engine, 0)
+    if warm:
+        # In its first step stage 3 learns the order of the layers, and gathers more often.
+        workers.one_step(engine, 0)
     sent.clear()
     tokens = 0
     for step in range(1, steps + 1):
@@ -164,11 +177,21 @@ def measure_one(
     answer["masters"] = sum(size for place, size in masters.items() if place not in weights)
     states = (value for state in optimizer.optimizer.state.values() for value in state.values())
     answer["moments"] = sum(storages(s for s in states if isinstance(s, torch.Tensor) and s.ndim).values())
-    answer |= {"bf16": bf16, "steps": steps, "live": live}
+    answer |= {"bf16": bf16, "steps": steps, "keep": keep, "kept": kept}
     new = (tensor for key, tensor in all_tensors().items() if key not in earlier or earlier[key]() is not tensor)
     answer["total"] = sum(storages(new).values())
     engine.deepspeed.destroy()
     return answer
+
+
+def look_before(thing: Any, name: str, look: Callable[[], None]) -> None:
+    original: Callable[..., Any] = getattr(thing, name)
+
+    def looking(*args: Any, **kwargs: Any) -> Any:
+        look()
+        return original(*args, **kwargs)
+
+    setattr(thing, name, looking)
 
 
 def describe(engine: Any, layout: Any, stage: int) -> dict[str, Any]:
@@ -180,9 +203,7 @@ def describe(engine: Any, layout: Any, stage: int) -> dict[str, Any]:
     if hasattr(optimizer, "round_robin_bit16_groups"):
         groups = [
             ([parameter.numel() for parameter in group], torch.distributed.get_world_size(ranks))
-            for group, ranks in zip(
-                optimizer.round_robin_bit16_groups, optimizer.real_dp_process_group, strict=True
-            )
+            for group, ranks in zip(optimizer.round_robin_bit16_groups, optimizer.real_dp_process_group, strict=True)
         ]
     dense = sum(size for name, size in sizes.items() if ".experts." not in name)
     return {
@@ -219,19 +240,28 @@ def measured(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     encoder = make_encoder(tmp_path_factory.mktemp("encoder"), **SMALL)
     cases = [
         {"stage": stage, "bf16": bf16, "parallel__ep_size": ep, "model__moe__expert_width": 48}
-        for ep in LAYOUTS[request.param]
-        for stage in (1, 2, 3)
-        for bf16 in (False, True)
+        for ep, stage, bf16 in LAYOUTS[request.param]
     ]
-    cases.append(cases[-1] | {"live": 1000})
+    if request.param == 2:
+        # The last one again, with every weight let go after its use.
+        cases.append(cases[-1] | {"keep": 1000})
     ranks = run_ranks("tests.multiprocess.test_memory_measured:measure", request.param, encoder=encoder, cases=cases)
     return [answer for answers in ranks for answer in answers]
 
 
 @pytest.mark.parametrize("name", ["weights", "gradients", "masters", "moments"])
 def test_each_kind_of_memory_is_within_a_tenth_of_its_formula(measured: list[dict[str, Any]], name: str) -> None:
+    for key, answers in by_run(measured).items():
+        # Where ranks differ, in which tensors their share cuts, the formula is that of the fullest.
+        fullest = max(answer[name] for answer in answers)
+        assert fullest == pytest.approx(parts(formula(answers[0]))[name], rel=0.1), key
+
+
+def test_stage_3_keeps_between_the_passes_what_the_formula_says(measured: list[dict[str, Any]]) -> None:
     for answer in measured:
-        assert answer[name] == pytest.approx(parts(formula(answer))[name], rel=0.1), where(answer)
+        whole = answer["dense"] + answer["experts"] // answer["ep"]
+        expected = min(whole, answer["keep"])
+        assert answer["kept"] == pytest.approx(expected, rel=0.1, abs=BUCKET), where(answer)
 
 
 def test_nothing_that_stays_between_steps_is_missing_from_the_formulas(measured: list[dict[str, Any]]) -> None:
@@ -254,7 +284,9 @@ def test_the_bytes_that_experts_exchange_are_within_15_percent_of_the_formula(me
         assert (sent > 0) == (one["ep"] > 1), key
 
 
-def test_the_bytes_of_gradients_and_weights_are_within_15_percent_of_the_formula(measured: list[dict[str, Any]]) -> None:
+def test_the_bytes_of_gradients_and_weights_are_within_15_percent_of_the_formula(
+    measured: list[dict[str, Any]],
+) -> None:
     for answer in measured:
         moved = traffic(shape_of(answer), layout_of(answer, tokens=0))
         sent, steps = Counter(answer["sent"]), answer["steps"]
@@ -274,7 +306,9 @@ def by_run(measured: list[dict[str, Any]]) -> dict[tuple[Any, ...], list[dict[st
     """The ranks of one run together."""
     runs: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for answer in measured:
-        runs.setdefault((answer["world"], answer["ep"], answer["stage"], answer["bf16"], answer["live"]), []).append(answer)
+        runs.setdefault((answer["world"], answer["ep"], answer["stage"], answer["bf16"], answer["keep"]), []).append(
+            answer
+        )
     return runs
 
 
@@ -287,8 +321,54 @@ def shape_of(answer: dict[str, Any]) -> ModelShape:
 
 
 def layout_of(answer: dict[str, Any], *, tokens: int) -> Layout:
-    return Layout(answer["world"], answer["ep"], answer["stage"], tokens, 16, bf16=answer["bf16"], live=answer["live"])
+    return Layout(answer["world"], answer["ep"], answer["stage"], tokens, 16, bf16=answer["bf16"], keep=answer["keep"])
 
 
 def where(answer: dict[str, Any]) -> str:
-    return ", ".join(f"{key} {answer[key]}" for key in ("world", "rank", "ep", "stage", "bf16", "live")) + f": {answer}"
+    return ", ".join(f"{key} {answer[key]}" for key in ("world", "rank", "ep", "stage", "bf16", "keep")) + f": {answer}"
+
+
+def one_rank(world_size: int, **arguments: Any) -> list[dict[str, Any]]:
+    """``measure`` on rank 0 of a world whose other ranks do not exist: for worlds that do not fit on one machine."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(world_size), "DS_ACCELERATOR": "cpu"}
+    torch.distributed.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
+    return measure(**arguments)
+
+
+def main() -> None:
+    """Measure the 355M shape and print measured over formula."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--world", default="1,2,4")
+    parser.add_argument("--stages", default="1,2,3")
+    parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--experts", type=int, default=0)
+    parser.add_argument("--one-rank", action="store_true")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        encoder = make_encoder(Path(folder), **LARGE)
+        print(
+            f"{'W':>3} {'ZeRO':>4}  "
+            + "".join(f"{name:>30}" for name in ("weights", "gradients", "masters", "moments"))
+        )
+        for world in map(int, given.world.split(",")):
+            for stage in map(int, given.stages.split(",")):
+                case = {"stage": stage, "bf16": given.bf16, "steps": 1, "model__moe__num_experts": given.experts,
+                        "warm": False}  # fmt: skip
+                if given.one_rank:
+                    answers = run_ranks(f"{__spec__.name}:one_rank", 1, timeout=1200, world_size=world,
+                                        encoder=encoder, cases=[case])[0]  # fmt: skip
+                else:
+                    answers = [answer for [answer] in run_ranks(
+                        f"{__spec__.name}:measure", world, timeout=1200, encoder=encoder, cases=[case])]  # fmt: skip
+                plan = parts(formula(answers[0]))
+                cells = []
+                for name, expected in plan.items():
+                    fullest = max(answer[name] for answer in answers)
+                    cells.append(f"{fullest / 2**20:>11.1f} /{expected / 2**20:>8.1f} = {fullest / expected:.3f}")
+                print(f"{world:>3} {stage:>4}  " + "".join(f"{cell:>30}" for cell in cells), flush=True)
+
+
+if __name__ == "__main__":
+    main()

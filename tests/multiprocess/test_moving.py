@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,16 +11,27 @@ from tests.helpers_ranks import run_ranks
 from tests.multiprocess.workers import make_encoder
 
 pytestmark = pytest.mark.multiprocess
-WORK = "tests.multiprocess.workers:save_and_go_on"
+STAGES = (1, 2, 3)
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_a_run_moves_from_two_ranks_to_one_and_on_to_four(stage: int, tmp_path: Path) -> None:
-    encoder = make_encoder(tmp_path / "encoder")
-    folder = str(tmp_path / "checkpoints")
-    # The uninterrupted run on two ranks goes to step 6, the moved one leaves it at 3; on one rank it saves at 6.
-    two = run_ranks(WORK, 2, encoder=encoder, stage=stage, ep=2, folder=folder)[0]
-    one = run_ranks(WORK, 1, encoder=encoder, stage=stage, ep=1, folder=folder, first=3, universal=True)[0]
-    np.testing.assert_allclose(one[:3], two[3:], rtol=1e-5)
-    four = run_ranks(WORK, 4, encoder=encoder, stage=stage, ep=4, folder=folder, first=6, universal=True)[0]
-    np.testing.assert_allclose(four[:3], one[3:], rtol=1e-5)
+@pytest.fixture(scope="module")
+def losses(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[int, list[float]]]:
+    """Ranks -> stage -> six losses. Each world starts at the checkpoint that the one before left after its third."""
+    encoder = make_encoder(tmp_path_factory.mktemp("encoder"))
+    folder = str(tmp_path_factory.mktemp("checkpoints"))
+
+    def go(ranks: int, **more: Any) -> dict[int, list[float]]:
+        work = "tests.multiprocess.workers:save_and_go_on"
+        return run_ranks(work, ranks, encoder=encoder, stages=STAGES, ep=ranks, folder=folder, **more)[0]
+
+    return {2: go(2), 1: go(1, first=3, universal=True), 4: go(4, first=6, universal=True)}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_run_moves_from_two_ranks_to_one_and_on_to_four(losses: Any, stage: int) -> None:
+    np.testing.assert_allclose(losses[1][stage][:3], losses[2][stage][3:], rtol=1e-5)
+    np.testing.assert_allclose(losses[4][stage][:3], losses[1][stage][3:], rtol=1e-5)
+
+
+def test_the_losses_do_fall_so_that_equal_ones_mean_something(losses: Any) -> None:
+    assert all(len(set(np.round(series, 3))) == 6 for by_stage in losses.values() for series in by_stage.values())

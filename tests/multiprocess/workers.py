@@ -241,10 +241,12 @@ def contract(encoder: str) -> dict[str, Any]:
     }
 
 
-def save_and_go_on(encoder: str, *, stage: int, ep: int, folder: str, first: int = 0, universal: bool = False) -> Any:
+def save_and_go_on(
+    encoder: str, *, stages: list[int], ep: int, folder: str, first: int = 0, universal: bool = False
+) -> dict[int, list[float]]:
     """From step ``first`` (a fresh model, or the newest checkpoint, converted): three steps, a checkpoint, three more.
 
-    Returns the global losses of all six; the checkpoint lies in ``folder``.
+    Returns the global losses of all six for each ZeRO stage; the checkpoints lie in ``folder``/<stage>.
     """
     from comoe.distributed import sum_over_ranks, world_size
     from comoe.train.checkpoint import load_checkpoint, save_checkpoint
@@ -253,19 +255,22 @@ def save_and_go_on(encoder: str, *, stage: int, ep: int, folder: str, first: int
     from comoe.train.state import TrainState
 
     start_ranks(timeout_seconds=120)
-    settings = {"checkpoint": {"load_universal": True}} if universal else {}
     recipe = recipe_of(encoder, parallel__ep_size=ep, train__schedule="linear")
-    engine, layout = build(recipe, stage=stage, settings=settings)
-    state = TrainState()
-    if universal:
-        found = find_checkpoint(Path(folder))
-        assert found is not None and found.step == first
-        state = load_checkpoint(found.path, engine, layout)
-    losses = []
-    for step in range(first, first + 6):
-        engine.set_rate_factor(1 - step / 30)
-        losses.append(float(sum_over_ranks(one_step(engine, step).loss)) / world_size())
-        if step == first + 2:
-            state.step = step + 1
-            save_checkpoint(Path(folder), engine, state, layout, keep=9)
+    losses: dict[int, list[float]] = {}
+    for stage in stages:
+        place = Path(folder) / str(stage)
+        settings = {"checkpoint": {"load_universal": True}} if universal else {}
+        engine, layout = build(recipe, stage=stage, settings=settings)
+        state = TrainState()
+        if universal:
+            found = find_checkpoint(place)
+            assert found is not None and found.step == first
+            state = load_checkpoint(found.path, engine, layout)
+        losses[stage] = []
+        for step in range(first, first + 6):
+            engine.set_rate_factor(1 - step / 30)
+            losses[stage].append(float(sum_over_ranks(one_step(engine, step).loss)) / world_size())
+            if step == first + 2:
+                state.step = step + 1
+                save_checkpoint(place, engine, state, layout, keep=9)
     return losses

@@ -49,7 +49,7 @@ SPOILED = {
     "half a manifest": (
         lambda path: (path / "manifest.json").write_text('{"files": {"sta'), "its manifest is damaged",
     ),
-    "noise as manifest": (lambda path: (path / "manifest.json").write_bytes(b"\xff\xfe\x00"), "its manifest is damaged"),
+    "noise as manifest": (lambda path: (path / "manifest.json").write_bytes(b"\xff\xfe"), "its manifest is damaged"),
     "another manifest": (lambda path: (path / "manifest.json").write_text("[1]"), "its manifest is damaged"),
     "a manifest of lists": (
         lambda path: (path / "manifest.json").write_text('{"files": ["a"]}'), "its manifest is damaged",

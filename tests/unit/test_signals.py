@@ -82,7 +82,7 @@ def test_the_loss_of_the_launcher_or_of_the_command_above_it_is_a_signal(lost: s
         launcher = psutil.Process(int(command.stdout.readline()))
         try:
             wait_for(lambda: log.exists() and "ready" in log.read_text())
-            # Killed, not asked: nobody passes anything on to the rank. The command stays a zombie until it is waited for.
+            # Killed, not asked: nobody passes anything on. The command stays a zombie until it is waited for.
             (launcher if lost == "launcher" else command).kill()
             wait_for(lambda: "went on" in log.read_text())
         finally:

@@ -61,8 +61,8 @@ class FakeEngine:
         loss = torch.tensor(float("nan") if skipped else 1.0 / self.steps)
         terms = {"task/heat": loss, "weight/heat": torch.tensor(1.0)}
         outputs = [
-            StepOutput(loss, terms, ModelOutput({"heat": torch.zeros(len(batch.row_ids_B), 1)}, {}, {}, (), batch.row_ids_B))
-            for batch in batches
+            StepOutput(loss, terms, ModelOutput({"heat": torch.zeros(len(rows_B), 1)}, {}, {}, (), rows_B))
+            for rows_B in (batch.row_ids_B for batch in batches)
         ]
         return StepReport(loss, terms, outputs, grad_norm=0.5, skipped=skipped)
 

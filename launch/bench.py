@@ -1,0 +1,39 @@
+"""Measure comoe against what else one would use. Ratios, taken side by side in one run; starts its own ranks.
+
+python launch/bench.py experts --json experts.json     one layer: dense, DeepSpeed's own, the plain loop, E = 8 to 64
+python launch/bench.py train --json train.json         whole training steps: Hugging Face Trainer with ZeRO-2
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+
+BENCHMARKS = {
+    "experts": "comoe.benchmarks.experts",
+    "train": "comoe.benchmarks.training",
+}
+"""Word of the command line -> module with ``run(json_path, rounds=...)``."""
+
+
+def main() -> None:
+    """Read the command line, measure, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("benchmark", choices=BENCHMARKS, help="what to measure")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
+    parser.add_argument("--rounds", type=int, metavar="N", help="timed rounds (more: steadier medians)")
+    given = parser.parse_args()
+
+    # A run from a checkout that is not installed must find comoe, also where the working folder is another one.
+    sys.path.append(str(HERE.parent))
+    report = importlib.import_module(BENCHMARKS[given.benchmark]).run(given.json, rounds=given.rounds)
+    if report.missed():
+        print(f"\nmissed: {', '.join(report.missed())}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""Ranks, expert parallelism and ZeRO stage change nothing: by the commands, from the first loss to the export."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from comoe.predict import Predictor
+from tests.end_to_end.commands import SMOKE, TASKS, Terminal, deepspeed, losses, read_lines
+
+pytestmark = pytest.mark.end_to_end
+
+STEPS = 10
+COMMON = (f"train.max_steps={STEPS}", "model.dropout=0", "train.log_every=1")
+PAPER = ("model.moe.route_by=task", "model.moe.top_k=4", "model.moe.balance=none")
+
+
+def train(terminal: Terminal, runs: Path, *words: str | Path) -> Path:
+    done = terminal.run(*words, "--config", SMOKE, f"run.output_dir={runs}", *COMMON)
+    assert done.code == 0, done.out + done.err
+    return runs / "smoke"
+
+
+def layout_of(run: Path) -> tuple[int, int, int]:
+    results = json.loads((run / "results.json").read_text(encoding="utf-8"))
+    return results["world_size"], results["ep_size"], results["zero_stage"]
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory: pytest.TempPathFactory, shared_terminal: Terminal) -> Path:
+    """Plain ``python launch/train.py``, with all defaults of the command."""
+    return train(shared_terminal, tmp_path_factory.mktemp("one"), sys.executable, "launch/train.py")
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory, shared_terminal: Terminal) -> Path:
+    """Two ranks that share the experts, ZeRO 3: what is hardest to put together again."""
+    return train(shared_terminal, tmp_path_factory.mktemp("two"), *deepspeed(2, settings="zero3"))
+
+
+def test_one_process_has_one_rank(one_process: Path) -> None:
+    assert layout_of(one_process) == (1, 1, 2) and len(losses(one_process)) == STEPS
+
+
+def test_two_ranks_with_zero_3_have_the_losses_of_one_process(one_process: Path, two_ranks: Path) -> None:
+    assert layout_of(two_ranks) == (2, 2, 3)
+    np.testing.assert_allclose(losses(two_ranks), losses(one_process), rtol=1e-5)
+
+
+def test_four_ranks_in_two_expert_groups_have_the_losses_of_one_process(
+    one_process: Path, tmp_path: Path, terminal: Terminal
+) -> None:
+    run = train(terminal, tmp_path, *deepspeed(4, settings="zero1"), "parallel.ep_size=2")
+    assert layout_of(run) == (4, 2, 1)
+    np.testing.assert_allclose(losses(run), losses(one_process), rtol=1e-5)
+
+
+def test_the_papers_gate_on_two_ranks_has_the_losses_of_one_rank(tmp_path: Path, terminal: Terminal) -> None:
+    # The other half of the README's commands: the launcher without a number of ranks is one rank on a CPU.
+    (tmp_path / "one").mkdir()
+    alone = train(terminal, tmp_path / "one", *without_number(deepspeed(1)), *PAPER)
+    both = train(terminal, tmp_path / "two", *deepspeed(2), *PAPER)
+    assert layout_of(alone) == (1, 1, 2) and layout_of(both) == (2, 2, 2)
+    np.testing.assert_allclose(losses(both), losses(alone), rtol=1e-5)
+
+
+def without_number(words: list[str | Path]) -> list[str | Path]:
+    where = words.index("--num_accelerators")
+    return words[:where] + words[where + 2 :]
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory, two_ranks: Path, shared_terminal: Terminal) -> Path:
+    """An export made anew, in one process, from the checkpoint of two ranks."""
+    folder = tmp_path_factory.mktemp("again") / "export"
+    done = shared_terminal.python("launch/export.py", "--checkpoint", two_ranks, "--output", folder)
+    assert done.code == 0 and f"exported to {folder}" in done.out, done.said
+    return folder
+
+
+def test_an_export_from_shared_experts_and_zero_3_is_the_one_that_the_run_made(exported: Path, two_ranks: Path) -> None:
+    assert (exported / "model.safetensors").read_bytes() == (two_ranks / "export/model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_export_answers_as_the_training_engine_did(task: str, exported: Path, two_ranks: Path, home: Path) -> None:
+    told = read_lines(two_ranks / "predictions" / "test" / f"{task}.jsonl")
+    source = {"mentions": "mentions", "stance": "stance"}.get(task, "reviews")
+    posts = [post for post in read_lines(home / "smoke-1" / "posts" / source / "test.jsonl") if is_labelled(post, task)]
+    texts = [post.get("text") or " ".join(post["words"]) for post in posts]
+    assert texts == [row["text"] for row in told]
+    predictor = Predictor.from_pretrained(exported, device="cpu")
+    answers = predictor(
+        texts, pairs=[post.get("target") for post in posts], words=[post.get("words") for post in posts], tasks=[task]
+    )
+    numbers = []
+    for row, answer in zip(told, answers, strict=True):
+        ours = answer[task]
+        for key in {"label", "labels", "tags"} & set(row):
+            assert ours[key] == row[key], row["text"]
+        numbers.append((values_of(ours), values_of(row)))
+    assert len(numbers) >= 70
+    for ours, theirs in numbers:
+        np.testing.assert_allclose(ours, theirs, atol=1e-5, rtol=0)
+
+
+def is_labelled(post: dict, task: str) -> bool:
+    """A tenth of the posts has no topic."""
+    return task != "topic" or post.get("topic") is not None
+
+
+def values_of(answer: dict) -> list[float]:
+    """Every number of an answer: the value, or the score of each label or word."""
+    scores = answer.get("scores", [])
+    return [answer["value"]] if "value" in answer else list(scores.values() if isinstance(scores, dict) else scores)
