@@ -76,13 +76,9 @@ def assemble(
     """Build everything; None after a dry run, which prints what would happen instead.
 
     Args:
-        recipe: as the user wrote it.
-        deepspeed_json: file with ZeRO, precision, clipping.
-        folder: run folder.
+        recipe: as the user wrote it; ``deepspeed_json`` has ZeRO, precision and clipping.
+        folder: run folder; ``resume`` goes on from its newest whole checkpoint.
         on_ready: called on every rank once all that the user brings has been read, before anything is written.
-        device: of this rank.
-        dry_run: print and end.
-        resume: go on from the newest whole checkpoint of ``folder``.
 
     Raises:
         ValueError: bad recipe, data, encoder, DeepSpeed JSON or checkpoint; nothing has been trained then.
@@ -264,5 +260,6 @@ def _plan_memory(
         width=model.config.hidden_size,
         moe_layers=len(blocks),
         top_k=recipe.model.moe.top_k,
+        recompute=recipe.train.activation_checkpointing,
         expert_width=blocks[0].mixture.experts.down_proj.shape[-1] if blocks else 0,
     )

@@ -110,6 +110,8 @@ class Layout:
     """Forward passes per optimizer step."""
     bf16: bool = True
     """bfloat16, else float32."""
+    recompute: bool = False
+    """Activation checkpointing: each layer's forward pass runs, and exchanges its routes, once more."""
     keep: int = 500_000_000
     """Weights that stage 3 may keep whole from the forward to the backward pass: the larger of
     ``stage3_max_live_parameters`` and half of ``stage3_max_reuse_distance`` (the passes meet in the last layer)."""
@@ -161,13 +163,14 @@ def all_to_all_bytes(shape: ModelShape, layout: Layout) -> float:
     """Bytes that one rank sends to other ranks' experts per optimizer step, under even routing.
 
     Each token travels to its k experts and back, and its gradients do the same: 4 p S k M (EP - 1) / EP per block and
-    forward pass. The counts that go ahead (4 E bytes) are left out.
+    forward pass, 6 under recomputation. The counts that go ahead (4 E bytes) are left out.
 
     Source: Lepikhin et al. 2020, GShard, arXiv:2006.16668; the four exchanges were read in DeepSpeed's AutoEP layer.
     """
     away = (layout.ep_size - 1) / layout.ep_size
     passes = shape.moe_layers * layout.accumulation
-    return 4 * layout.number * layout.tokens * shape.top_k * shape.width * passes * away
+    exchanges = 6 if layout.recompute else 4
+    return exchanges * layout.number * layout.tokens * shape.top_k * shape.width * passes * away
 
 
 def traffic(shape: ModelShape, layout: Layout) -> Traffic:
@@ -208,7 +211,7 @@ class StepTime:
     all_to_all: float
     """Waiting for routes."""
     collectives: float
-    """Waiting for gradients and weights; at stage 3 only what does not hide behind ``compute``."""
+    """Waiting for gradients and weights."""
     optimizer: float
     """AdamW on this rank's share."""
 
@@ -221,20 +224,21 @@ class StepTime:
 def step_time(shape: ModelShape, layout: Layout, cluster: Cluster) -> StepTime:
     """The roofline of one optimizer step; launches, the host, skewed routing and latency are not in it.
 
-        compute       3 x forward operations x tokens / (flops x efficiency); the experts' part at least three times the
-                      reading of their weights, which rules where an expert sees few tokens
+        compute       3 x forward operations x tokens / (flops x efficiency), 4 x under recomputation; the experts' part
+                      at least as many times the reading of their weights, which rules where an expert sees few tokens
         all-to-all    the part that leaves the machine by ``inter``, the rest by ``intra``, one after the other
-        collectives   see ``_ring_seconds``; after the backward pass at stage 1 and 2, beside it at stage 3
+        collectives   see ``_ring_seconds``; none hides behind computation, as ``overlap_comm`` would let some
         optimizer     (28 + p) (D + X) / W bytes / read
 
     Source: Williams et al. 2009 (roofline); backward is twice the forward pass (arXiv:2104.04473).
     """
     per_pass = layout.tokens * layout.accumulation
     rate = cluster.flops * cluster.efficiency
-    routed = 3 * per_pass * expert_operations(shape) / rate
+    passes = 4 if layout.recompute else 3
+    routed = passes * per_pass * expert_operations(shape) / rate
     weights = layout.number * shape.expert_parameters / layout.ep_size
-    routed = max(routed, 3 * layout.accumulation * weights / cluster.read)
-    rest = 3 * per_pass * (forward_operations(shape, layout.length) - expert_operations(shape)) / rate
+    routed = max(routed, passes * layout.accumulation * weights / cluster.read)
+    rest = passes * per_pass * (forward_operations(shape, layout.length) - expert_operations(shape)) / rate
     moved = traffic(shape, layout)
     groups = layout.ranks // layout.ep_size
     beside = max(1, cluster.per_node // layout.ep_size)
@@ -245,7 +249,7 @@ def step_time(shape: ModelShape, layout: Layout, cluster: Cluster) -> StepTime:
     return StepTime(
         compute=compute,
         all_to_all=_exchange_seconds(moved.all_to_all, layout.ep_size, cluster),
-        collectives=max(0.0, collectives - compute) if layout.stage == 3 else collectives,
+        collectives=collectives,
         optimizer=share * (ADAM_BYTES + layout.number) / cluster.read,
     )
 

@@ -17,6 +17,7 @@ from comoe.config import load_recipe, save_recipe
 from comoe.distributed import barrier, broadcast_object, is_main, world_size
 from comoe.schema import Recipe
 from comoe.train.environment import describe_environment, prepare_process
+from comoe.train.signals import StopSignal
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +36,11 @@ class Request:
     """Print what would happen, and end."""
 
 
-def run_and_exit(request: Request) -> None:
+def run_and_exit(request: Request, stop: StopSignal | None = None) -> None:
     """Train, and leave with 0; with 2 and one clear sentence where the user can mend it. Does not return."""
     code = 0
     try:
-        train(request)
+        train(request, stop)
     except (ValueError, OSError) as error:
         code = 2
         _say_error(error)
@@ -71,8 +72,12 @@ def _say_error(error: Exception | str) -> None:
     print(f"comoe: rank {os.environ.get('RANK', '0')}: {error}", file=sys.stderr)
 
 
-def train(request: Request) -> None:
+def train(request: Request, stop: StopSignal | None = None) -> None:
     """Run one recipe to its end; see the module for the order of things.
+
+    Args:
+        request: the command line.
+        stop: one that was made when the process began.
 
     Raises:
         ValueError: something that the user can mend; the message says what.
@@ -106,7 +111,7 @@ def train(request: Request) -> None:
     if finished_before and is_main():
         print(f"{folder} is finished ({run.trainer.state.finished}, step {run.trainer.state.step}); nothing to do.")
     if not finished_before:
-        run.trainer.run()
+        run.trainer.run(stop)
     if run.trainer.state.finished and not (finished_before and (folder / "export").is_dir()):
         from comoe.finish import finish
 

@@ -31,9 +31,12 @@ def main() -> None:
 
     # A run from a checkout that is not installed must find comoe, also where the working folder is another one.
     sys.path.append(str(HERE.parent))
+    from comoe.train.signals import StopSignal
+
+    stop = StopSignal()  # before the imports that take seconds: it notes who started this process
     from comoe.run import Request, run_and_exit
 
-    run_and_exit(Request(given.config, given.deepspeed, given.overrides, given.resume, given.dry_run))
+    run_and_exit(Request(given.config, given.deepspeed, given.overrides, given.resume, given.dry_run), stop)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from comoe.benchmarks.ranks import run_on_ranks
 from comoe.benchmarks.report import Report, Target
 from comoe.benchmarks.timing import Times, median, ratio
 
+
 @dataclass(frozen=True, slots=True)
 class Size:
     """What is measured."""

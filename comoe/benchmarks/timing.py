@@ -89,7 +89,9 @@ def wait_for(device: torch.device | None) -> None:
 def slowest(ranks: Sequence[Times]) -> dict[str, list[float | None]]:
     """The longest time of all ranks, per contestant and round."""
     return {
-        name: [None if values[0] is None else max(values) for values in zip(*(rank[name] for rank in ranks), strict=True)]
+        name: [
+            None if values[0] is None else max(values) for values in zip(*(rank[name] for rank in ranks), strict=True)
+        ]
         for name in ranks[0]
     }
 

@@ -43,7 +43,9 @@ def find_posts(overrides: list[str] | None = None) -> Source:
     # One rank prepares at a time, under the starter's own lock.
     with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stderr(nowhere):
         try:
-            return Source(resolve(load_recipe(RECIPE, overrides or []), progress=False), "posts of the starter kit", True)
+            return Source(
+                resolve(load_recipe(RECIPE, overrides or []), progress=False), "posts of the starter kit", True
+            )
         except ValueError:
             recipe = resolve(load_recipe(SMOKE, overrides or []), progress=False)
             return Source(recipe, "generated posts (the starter kit could not be had)", False)

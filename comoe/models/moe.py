@@ -149,7 +149,7 @@ class ContextHolder:
     """The one place where the blocks of an encoder find the context of the encode that runs now.
 
     A block reads it once at the start of its forward and keeps nothing, so two encodes before one backward are safe;
-    activation checkpointing (``comoe.models.families.recompute_layers``) captures the context per call.
+    activation checkpointing (``comoe.models.recompute.recompute_layers``) captures the context per call.
     """
 
     context: RoutingContext | None = None

@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from comoe.models.encoder import build_encoder, build_encoder_from_config
-from comoe.models.families import attach_blocks, freeze_encoder, reads_segments, recompute_layers
+from comoe.models.families import attach_blocks, freeze_encoder, reads_segments
 from comoe.models.gate import ROUTES
 from comoe.models.heads import TaskHead
 from comoe.models.moe import ContextHolder, CooperativeBlock, RoutingContext
+from comoe.models.recompute import recompute_layers
 from comoe.protocols import Batch, ModelOutput
 from comoe.schema import ModelConfig
 from comoe.tasks.catalog import Task

@@ -15,7 +15,8 @@ class StopSignal:
     A context: at its end the signals do what they did before, so that what comes after a run can be ended by them.
 
     A SIGTERM to the ``deepspeed`` command ends that command alone and leaves its ranks running unseen. So a rank
-    started by it also watches the launcher and the command above it, and treats the loss of either as SIGTERM.
+    started by it also watches the launcher and the command above it, and treats the loss of either as SIGTERM. Make one
+    as early as possible: a command that is lost before cannot be told from one that never was.
     """
 
     def __init__(self) -> None:

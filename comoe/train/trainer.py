@@ -75,15 +75,18 @@ class Trainer:
     schedule: Schedule
     last_validation: Evaluation | None = None
 
-    def run(self) -> None:
+    def run(self, stop: StopSignal | None = None) -> None:
         """Train from ``state.step`` on. ``state.finished`` tells the end; it stays empty after a stop signal.
+
+        Args:
+            stop: one that was made when the process began, so that a launcher lost since then is noticed.
 
         Raises:
             TrainingStopped: too many steps in a row were not finite, or a device ran out of memory.
         """
         # A second signal, as launchers send it, must not end this rank while it writes the last checkpoint.
-        with StopSignal() as stop:
-            saved_at = self._train_until(stop)
+        with stop or StopSignal() as noted:
+            saved_at = self._train_until(noted)
             if saved_at != self.state.step or self.state.finished:
                 # Also after a signal: all ranks agreed on it in the last reduction, so all of them are here.
                 self._save()

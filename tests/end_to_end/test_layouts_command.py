@@ -16,7 +16,8 @@ pytestmark = pytest.mark.end_to_end
 
 STEPS = 10
 COMMON = (f"train.max_steps={STEPS}", "model.dropout=0", "train.log_every=1")
-PAPER = ("model.moe.route_by=task", "model.moe.top_k=4", "model.moe.balance=none")
+# A small batch: with this gate each post is a row per task.
+PAPER = ("model.moe.route_by=task", "model.moe.top_k=4", "model.moe.balance=none", "train.batch_size=24")
 
 
 def train(terminal: Terminal, runs: Path, *words: str | Path) -> Path:

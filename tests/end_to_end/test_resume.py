@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from comoe.train.folders import whats_wrong
 from tests.end_to_end.commands import (
@@ -108,6 +109,21 @@ def stopped(tmp_path_factory: pytest.TempPathFactory, shared_terminal: Terminal)
     yield Resumed(folder, last, resume(shared_terminal, folder))
 
 
+def test_control_c_saves_and_leaves_no_process_behind(tmp_path: Path, terminal: Terminal) -> None:
+    typed = start(terminal, tmp_path)
+    wait_for(lambda: max(train_lines(tmp_path / "smoke"), default=0) >= 3, what="step 3")
+    os.killpg(typed.process.pid, signal.SIGINT)  # a terminal sends it to all processes of the command
+    done = typed.wait(90)
+    wait_for(lambda: not processes_of(tmp_path), what="the end of all processes of the run", seconds=60)
+    last = max(train_lines(tmp_path / "smoke"))
+    newest = checkpoints(tmp_path / "smoke")[-1]
+    assert last < STEPS and newest.name == f"step-{last:08d}" and not whats_wrong(newest), done.out + done.err
+    # Why it stops depends on who was faster: the signal, its echo by the launcher, or the end of the command.
+    assert f"stopping at step {last} (" in done.said and f"--resume {tmp_path / 'smoke'}" in done.said
+    # DeepSpeed's runner shows where it was interrupted; our ranks do not.
+    assert "launch/train.py" not in done.said and "comoe/" not in done.err
+
+
 @pytest.fixture(params=["killed", "stopped"])
 def resumed(request: pytest.FixtureRequest) -> Resumed:
     return request.getfixturevalue(request.param)
@@ -137,6 +153,14 @@ def test_the_log_says_where_the_run_was_resumed(resumed: Resumed) -> None:
     assert all(line["step"] <= resumed.restored for line in lines[: where[0]])
     assert all(line["step"] > resumed.restored for line in lines[where[0] + 1 :] if line["split"] == "train")
     assert f"resuming {resumed.folder} at step {resumed.restored}" in resumed.out
+
+
+def test_tensorboard_draws_one_curve(resumed: Resumed) -> None:
+    events = EventAccumulator(str(resumed.folder / "tensorboard"), size_guidance={"scalars": 0})
+    events.Reload()
+    drawn = events.Scalars("train/loss")
+    assert [event.step for event in drawn] == list(range(1, STEPS + 1))
+    assert [event.value for event in drawn] == pytest.approx(losses(resumed.folder), rel=1e-6)
 
 
 def test_a_resumed_run_ends_with_results_over_all_its_posts(resumed: Resumed, uninterrupted: Path) -> None:

@@ -12,23 +12,80 @@ from transformers import AutoModel
 
 from tests.helpers_model import HF_CONFIGS
 from tests.helpers_ranks import run_ranks
-from tests.multiprocess.workers import build, make_encoder, one_step, recipe_of
+from tests.multiprocess import workers
+from tests.multiprocess.workers import batch_of, build, make_encoder, one_step, posts, recipe_of
 
 pytestmark = pytest.mark.multiprocess
 
+HERE = "tests.multiprocess.test_training_options"
 SEPARATED = {"loss__task_separation_weight": 0.4}
 RECOMPUTED = {"train__activation_checkpointing": True}
+SHARED = {"parallel__ep_size": 2}
 FAMILIES = ("electra", "deberta-v2", "xlm-roberta", "modernbert")
+
+LAYOUTS = [{"stage": stage, "parallel__ep_size": ep} for ep in (1, 2) for stage in (2, 3)]
+FROZEN_LAYOUTS = [
+    {"stage": 2, **SHARED}, {"stage": 3, **SHARED}, {"stage": 3, "parallel__ep_size": 1}, {"stage": 1, **SHARED},
+    {"stage": 3, **SHARED, **RECOMPUTED}, {"stage": 2, **SHARED, **RECOMPUTED},
+]  # fmt: skip
+FORMS: dict[str, dict[str, Any]] = {
+    "one expert": {"num_experts": 1, "top_k": 1},
+    "softmax": {"gate": "softmax", "top_k": 1},
+    "threshold": {"shared_width": 8, "cooperation_threshold": 0.5, "top_k": 3},
+}
+
+# Name -> (encoder, options of both, layouts over two ranks). All cases share two worlds: a world takes long to start.
+CASES: dict[str, tuple[str, dict[str, Any], list[dict[str, Any]]]] = {
+    "recomputed by token": ("bert", SEPARATED, [layout | RECOMPUTED for layout in LAYOUTS]),
+    "recomputed by both": (
+        "bert", SEPARATED | {"model__moe__route_by": "both"}, [layout | RECOMPUTED for layout in LAYOUTS],
+    ),
+    "frozen": ("bert", {"model__train_layers": "none"}, FROZEN_LAYOUTS),
+    "last layer": ("bert", {"model__train_layers": 1}, FROZEN_LAYOUTS),
+    **{
+        family: (family, {}, [{"stage": 2, **SHARED}, {"stage": 3, **SHARED}, {"stage": 3, **SHARED, **RECOMPUTED}])
+        for family in FAMILIES
+    },
+    **{
+        form: (
+            "bert",
+            {f"model__moe__{key}": value for key, value in moe.items()} | {"loss__balance_weight": 0.0} | SEPARATED,
+            [{"stage": 2}, {"stage": 3}],
+        )
+        for form, moe in FORMS.items()
+    },
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return make_encoder(tmp_path_factory.mktemp("encoder"))
+def encoders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folders = {"bert": make_encoder(tmp_path_factory.mktemp("bert"))}
+    for family in FAMILIES:
+        torch.manual_seed(1)
+        folders[family] = str(tmp_path_factory.mktemp(family))
+        AutoModel.from_config(HF_CONFIGS[family]).save_pretrained(folders[family])
+    return folders
 
 
-def run_cases(encoder: str, world_size: int, cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    cases = [{"steps": 3, **case} for case in cases]
-    return run_ranks("tests.multiprocess.workers:many", world_size, encoder=encoder, cases=cases)[0]
+def run_all(work: list[tuple[str, dict[str, Any]]]) -> list[dict[str, Any]]:
+    return [workers.case(encoder, steps=3, **options) for encoder, options in work]
+
+
+@pytest.fixture(scope="module")
+def one_process(encoders: dict[str, str]) -> dict[str, Any]:
+    work = [(encoders[encoder], {"stage": 1, **options}) for encoder, options, _ in CASES.values()]
+    return dict(zip(CASES, run_ranks(f"{HERE}:run_all", 1, work=work)[0], strict=True))
+
+
+@pytest.fixture(scope="module")
+def two_ranks(encoders: dict[str, str]) -> dict[str, list[Any]]:
+    work = [(name, encoders[encoder], options | layout)
+            for name, (encoder, options, layouts) in CASES.items() for layout in layouts]  # fmt: skip
+    answers: dict[str, list[Any]] = {name: [] for name in CASES}
+    found = run_ranks(f"{HERE}:run_all", 2, timeout=600, work=[case[1:] for case in work])[0]
+    for (name, *_), answer in zip(work, found, strict=True):
+        answers[name].append(answer)
+    return answers
 
 
 def assert_same(found: dict[str, Any], expected: dict[str, Any], *, rtol: float = 1e-5) -> None:
@@ -38,46 +95,74 @@ def assert_same(found: dict[str, Any], expected: dict[str, Any], *, rtol: float 
         np.testing.assert_allclose(logits, expected["engine_logits"][task], atol=2e-4, rtol=0)
 
 
-def test_recomputed_layers_give_the_losses_of_kept_ones_in_every_layout(encoder: str) -> None:
-    for changes in (SEPARATED, {"model__moe__route_by": "both", **SEPARATED}):
-        (one,) = run_cases(encoder, 1, [{"stage": 1, **changes}])
-        layouts = [(ep, stage) for ep in (1, 2) for stage in (2, 3)]
-        several = run_cases(
-            encoder, 2, [{"stage": stage, "parallel__ep_size": ep, **changes, **RECOMPUTED} for ep, stage in layouts]
-        )
-        for answer in several:
-            assert_same(answer, one)
-            # Loads that are counted twice would move the bias elsewhere.
-            for key, value in answer["state"].items():
-                if key.endswith("e_score_correction_bias"):
-                    np.testing.assert_array_equal(value, one["state"][key])
+def still(answer: dict[str, Any]) -> set[str]:
+    """Weights that did not move. A key's bias has no gradient in exact arithmetic; the balance bias is no weight."""
+    return {
+        key for key, moved in answer["moves"].items()
+        if not np.abs(moved).max() > 0 and not key.endswith(("key.bias", "e_score_correction_bias"))
+    }  # fmt: skip
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-def test_recomputed_layers_draw_the_same_dropout_again(encoder: str, stage: int) -> None:
-    changes = {"stage": stage, "parallel__ep_size": 2, "model__dropout": 0.2, "accumulation": 2}
-    kept, recomputed = run_cases(encoder, 2, [changes, changes | RECOMPUTED])
-    assert_same(recomputed, kept, rtol=1e-6)
-    for key, moved in kept["moves"].items():
-        np.testing.assert_allclose(recomputed["moves"][key], moved, atol=2e-4, rtol=0, err_msg=key)
+@pytest.mark.parametrize("name", CASES)
+def test_losses_norms_and_answers_agree_with_one_process(name: str, one_process: Any, two_ranks: Any) -> None:
+    for answer in two_ranks[name]:
+        assert_same(answer, one_process[name])
 
 
-@pytest.mark.parametrize("train_layers", ["none", 1])
-def test_a_partly_frozen_encoder_trains_alike_in_every_layout(encoder: str, train_layers: str | int) -> None:
-    changes = {"model__train_layers": train_layers}
-    (one,) = run_cases(encoder, 1, [{"stage": 1, **changes}])
-    layouts = [(2, 2, {}), (2, 3, {}), (1, 3, {}), (2, 1, {}), (2, 3, RECOMPUTED)]
-    several = run_cases(
-        encoder, 2, [{"stage": stage, "parallel__ep_size": ep, **changes, **more} for ep, stage, more in layouts]
-    )
-    for answer in (one, *several):
-        assert_same(answer, one)
-        still = {key for key, moved in answer["moves"].items() if not np.abs(moved).max() > 0}
-        trained = {key for key in answer["moves"] if ".block." in key or not key.startswith("encoder.")}
-        if train_layers == 1:
-            trained |= {key for key in answer["moves"] if key.startswith("encoder.encoder.layer.1.")}
-        assert {key for key in trained & still if not key.endswith(("key.bias", "e_score_correction_bias"))} == set()
-        assert still >= set(answer["moves"]) - trained
+@pytest.mark.parametrize("name", ["recomputed by token", "recomputed by both"])
+def test_loads_of_recomputed_layers_are_counted_once(name: str, one_process: Any, two_ranks: Any) -> None:
+    biases = [key for key in one_process[name]["state"] if key.endswith("e_score_correction_bias")]
+    assert len(biases) == 2
+    for answer in two_ranks[name]:
+        for key in biases:
+            np.testing.assert_array_equal(answer["state"][key], one_process[name]["state"][key])
+
+
+@pytest.mark.parametrize(("name", "last"), [("frozen", ()), ("last layer", ("encoder.encoder.layer.1.",))])
+def test_frozen_weights_stay_and_experts_and_heads_train(
+    name: str, last: tuple[str, ...], one_process: Any, two_ranks: Any
+) -> None:
+    for answer in (one_process[name], *two_ranks[name]):
+        frozen = {key for key in answer["moves"] if key.startswith("encoder.") and not key.startswith(last + (" ",))}
+        frozen = {key for key in frozen if ".block." not in key}
+        assert frozen and all(not answer["moves"][key].any() for key in frozen)
+        assert still(answer) - frozen == set()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_weight_of_every_family_trains(family: str, one_process: Any, two_ranks: Any) -> None:
+    for answer in (one_process[family], *two_ranks[family]):
+        assert still(answer) == set()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_experts_train_under_every_form_of_gate(form: str, two_ranks: Any) -> None:
+    for answer in two_ranks[form]:
+        assert not [key for key in still(answer) if "experts" in key]
+
+
+def test_recomputed_layers_draw_the_same_dropout_again(encoders: dict[str, str]) -> None:
+    common = {**SHARED, "model__dropout": 0.2, "accumulation": 2}
+    options = [common | {"stage": stage} | more for stage in (2, 3) for more in ({}, RECOMPUTED)]
+    answers = run_ranks(f"{HERE}:run_all", 2, work=[(encoders["bert"], option) for option in options])[0]
+    for kept, recomputed in (answers[:2], answers[2:]):
+        assert_same(recomputed, kept, rtol=1e-6)
+        for key, moved in kept["moves"].items():
+            np.testing.assert_allclose(recomputed["moves"][key], moved, atol=2e-4, rtol=0, err_msg=key)
+
+
+def in_one_world(encoder: str, folder: str) -> dict[str, Any]:
+    return {
+        "resumed": [frozen_resume(encoder, stage=stage, folder=f"{folder}/{stage}") for stage in (2, 3)],
+        "uniform": uniform_loads(encoder),
+        "recomputing": recomputing(encoder),
+    }
+
+
+@pytest.fixture(scope="module")
+def facts(encoders: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = str(tmp_path_factory.mktemp("checkpoints"))
+    return run_ranks(f"{HERE}:in_one_world", 2, encoder=encoders["bert"], folder=folder)
 
 
 def frozen_resume(encoder: str, *, stage: int, folder: str) -> dict[str, Any]:
@@ -86,7 +171,7 @@ def frozen_resume(encoder: str, *, stage: int, folder: str) -> dict[str, Any]:
     from comoe.train.folders import find_checkpoint
     from comoe.train.state import TrainState
 
-    recipe = recipe_of(encoder, model__train_layers="none", parallel__ep_size=2)
+    recipe = recipe_of(encoder, model__train_layers="none", **SHARED)
     engine, layout = build(recipe, stage=stage)
     for step in range(2):
         one_step(engine, step)
@@ -101,43 +186,38 @@ def frozen_resume(encoder: str, *, stage: int, folder: str) -> dict[str, Any]:
     return {"uninterrupted": uninterrupted, "resumed": float(one_step(fresh, 2).loss), "roles": set(roles)}
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-def test_a_run_with_a_frozen_encoder_resumes_and_its_optimizer_knows_no_encoder(
-    encoder: str, stage: int, tmp_path: Path
-) -> None:
-    work = "tests.multiprocess.test_training_options:frozen_resume"
-    for answer in run_ranks(work, 2, encoder=encoder, stage=stage, folder=str(tmp_path)):
+def test_a_run_with_a_frozen_encoder_resumes_and_its_optimizer_knows_no_encoder(facts: list[dict[str, Any]]) -> None:
+    for answer in [stage for rank in facts for stage in rank["resumed"]]:
         assert answer["resumed"] == pytest.approx(answer["uninterrupted"], rel=1e-6)
         assert answer["roles"] == {"experts", "heads"}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_trains_alike_under_zero_3_and_expert_parallelism(family: str, tmp_path: Path) -> None:
-    torch.manual_seed(1)
-    AutoModel.from_config(HF_CONFIGS[family]).save_pretrained(tmp_path)
-    (one,) = run_cases(str(tmp_path), 1, [{"stage": 1}])
-    layouts = [{"stage": 2}, {"stage": 3}, {"stage": 3, **RECOMPUTED}, {"stage": 3, "model__train_layers": 1}]
-    *whole, frozen = run_cases(str(tmp_path), 2, [{"parallel__ep_size": 2, **layout} for layout in layouts])
-    for answer in whole:
-        assert_same(answer, one)
-        still = [key for key, moved in answer["moves"].items() if not np.abs(moved).max() > 0]
-        assert all(key.endswith(("key.bias", "e_score_correction_bias")) for key in still), still
-    assert frozen["losses"][0] == pytest.approx(one["losses"][0], rel=1e-5)
+def uniform_loads(encoder: str) -> list[list[int]]:
+    """Two steps under the uniform gate; each layer's loads on this rank in the second."""
+    engine, _ = build(recipe_of(encoder, model__moe__gate="uniform", **SHARED), stage=2)
+    reports = [one_step(engine, step) for step in range(2)]
+    assert all(torch.isfinite(report.loss) and not report.skipped for report in reports)
+    return [routing.counts_E.tolist() for routing in reports[1].outputs[0].output.routings]
 
 
-@pytest.mark.parametrize(
-    "moe",
-    [
-        {"num_experts": 1, "top_k": 1},
-        {"gate": "uniform"},
-        {"gate": "softmax", "top_k": 1},
-        {"shared_width": 8, "cooperation_threshold": 0.5, "top_k": 3},
-    ],
-)
-def test_every_form_of_gate_and_experts_trains_alike_over_ranks(encoder: str, moe: dict[str, Any]) -> None:
-    changes = {f"model__moe__{key}": value for key, value in moe.items()} | {"loss__balance_weight": 0.0} | SEPARATED
-    (one,) = run_cases(encoder, 1, [{"stage": 1, **changes}])
-    for answer in run_cases(encoder, 2, [{"stage": stage, **changes} for stage in (2, 3)]):
-        assert_same(answer, one)
-        moved = {key for key, move in answer["moves"].items() if np.abs(move).max() > 0}
-        assert any("experts" in key for key in moved)
+def test_the_uniform_gate_loads_every_expert_alike_on_every_rank(facts: list[dict[str, Any]]) -> None:
+    # Not the same numbers as in one process: a token's turn depends on how many came before it on its rank.
+    for layers in [rank["uniform"] for rank in facts]:
+        assert len(layers) == 2 and all(max(loads) - min(loads) <= 1 and sum(loads) > 8 for loads in layers)
+
+
+def recomputing(encoder: str) -> dict[str, Any]:
+    """How often a layer ran in one training step and in one answer, and which weights stayed gathered after them."""
+    engine, _ = build(recipe_of(encoder, **RECOMPUTED, **SHARED), stage=3)
+    calls: list[None] = []
+    engine.objective.model.encoder.encoder.layer[1].attention.register_forward_hook(lambda *_: calls.append(None))
+    one_step(engine, 0)
+    trained = len(calls)
+    gathered = [name for name, p in engine.objective.named_parameters() if p.ds_status.name == "AVAILABLE"]
+    engine.forward(batch_of(posts(0, 2)))
+    return {"trained": trained, "answered": len(calls) - trained, "gathered": gathered}
+
+
+def test_under_zero_3_a_layer_runs_twice_in_training_and_no_weight_stays_gathered(facts: list[dict[str, Any]]) -> None:
+    for answer in [rank["recomputing"] for rank in facts]:
+        assert answer == {"trained": 2, "answered": 1, "gathered": []}

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers_export import TASKS, WORDS, export_tiny, tiny_recipe, tiny_tokenizer
-from helpers_model import HF_CONFIGS, random_batch, tiny_model
+from helpers_model import HF_CONFIGS, VARIANTS, random_batch, tiny_model
 from safetensors.torch import load_file, save_file
 
 from comoe.config import save_recipe
@@ -59,15 +59,33 @@ def test_a_round_trip_leaves_every_logit_as_it_was(tmp_path, route_by):
     assert (loaded.model_config.moe.route_by, loaded.data_config.max_length) == (route_by, 16)
 
 
+@pytest.mark.parametrize("family", HF_CONFIGS | VARIANTS)
+def test_every_family_of_encoders_survives(tmp_path, family):
+    recipe = tiny_recipe()
+    recipe.model.train_layers = 1
+    model = tiny_model(recipe.model.moe, family=family, seed=4, recompute=True).eval()
+    export_model(
+        tmp_path / "e",
+        state_dict=model.state_dict(),
+        recipe=recipe,
+        tasks=TASKS,
+        # As a run leaves it for the export.
+        encoder_config=json.loads(json.dumps(model.encoder.config.to_dict(), default=str)),
+        tokenizer=tiny_tokenizer(tmp_path / "v"),
+    )
+    batch = random_batch()
+    expected, found = model(batch), load_exported(tmp_path / "e").model(batch)
+    for name, logits in expected.logits.items():
+        torch.testing.assert_close(found.logits[name], logits, atol=1e-6, rtol=0)
+
+
 def test_the_balance_bias_travels_with_the_weights(tmp_path):
     model = tiny_model(tiny_recipe().model.moe).eval()
     gates = [layer.mixture.gate for layer in model.moe_layers()]
     for number, gate in enumerate(gates):
         gate.e_score_correction_bias.copy_(torch.arange(4.0) + number)
     options = dict(recipe=tiny_recipe(), tasks=TASKS, encoder_config=HF_CONFIGS["bert"].to_dict())
-    export_model(
-        tmp_path / "e", state_dict=model.state_dict(), tokenizer=tiny_tokenizer(tmp_path / "v"), **options
-    )
+    export_model(tmp_path / "e", state_dict=model.state_dict(), tokenizer=tiny_tokenizer(tmp_path / "v"), **options)
     found = [layer.mixture.gate.e_score_correction_bias for layer in load_exported(tmp_path / "e").model.moe_layers()]
     for number, bias in enumerate(found):
         assert bias.tolist() == [number, number + 1, number + 2, number + 3]

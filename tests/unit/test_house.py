@@ -36,9 +36,10 @@ HOMES = {
     "tokenizers": ("comoe/data/batching.py", "comoe/starter"),
     "datasets": ("comoe/data/sources.py",),
     "tensorboard": ("comoe/train/monitor.py",),
-    "torch.utils.tensorboard": ("comoe/train/monitor.py",),
+    # A monitor belongs to one run; the hparams page compares finished runs.
+    "torch.utils.tensorboard": ("comoe/train/monitor.py", "comoe/scaling_table.py"),
     "yaml": ("comoe/config.py",),
-    "matplotlib": ("comoe/train/plots.py",),
+    "matplotlib": ("comoe/train/plots.py", "comoe/scaling_plots.py"),
     "emoji": ("comoe/data/text.py",),
     "sklearn": ("comoe/tasks/", "comoe/data/"),
     "scipy": ("comoe/tasks/",),

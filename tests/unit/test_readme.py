@@ -223,3 +223,15 @@ def test_tables_to_register_in_exist_in_the_named_file():
             assert re.search(rf"^{name}\b.*=", source, flags=re.MULTILINE), f"{opened.strip()} has no table {name}"
             checked += 1
     assert checked > 10
+
+
+def test_every_paper_that_the_code_cites_stands_in_the_paper_index():
+    cited = {
+        paper
+        for folder in ("comoe", "launch")
+        for path in (ROOT / folder).rglob("*.*")
+        if path.suffix in (".py", ".yaml")
+        for paper in re.findall(r"arXiv:\d{4}\.\d{5}", path.read_text(encoding="utf-8"))
+    }
+    index = README.partition("\n## Papers\n")[2].partition("\n## ")[0]
+    assert cited and cited - set(re.findall(r"arXiv:\d{4}\.\d{5}", index)) == set()

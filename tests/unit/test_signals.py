@@ -19,7 +19,10 @@ ROOT = Path(__file__).parents[2]
 RANK = """
     import sys, time
     from comoe.train.signals import StopSignal
-    with StopSignal() as stop:
+    stop = StopSignal()
+    print("loading", flush=True)
+    time.sleep(float(sys.argv[1]) if sys.argv[1:] else 0)
+    with stop:
         print("ready", flush=True)
         end = time.time() + 30
         while not stop.asked() and time.time() < end:
@@ -38,7 +41,8 @@ def start(code: str, *arguments: str, **options: object) -> subprocess.Popen[str
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_is_noted_and_the_process_goes_on(number: signal.Signals) -> None:
     with start(RANK) as rank:
-        assert rank.stdout is not None and rank.stdout.readline() == "ready\n"
+        assert rank.stdout is not None
+        assert [rank.stdout.readline() for _ in range(2)] == ["loading\n", "ready\n"]
         rank.send_signal(number)
         assert rank.communicate(timeout=40)[0] == f"{number.name}\nwent on\n"
     assert rank.returncode == 0
@@ -62,7 +66,7 @@ def test_plain_python_has_no_launcher_to_lose() -> None:
 # A command that starts a launcher that starts a rank, as ``deepspeed`` does; the rank writes to a file.
 LAUNCHER = """
     import subprocess, sys, time
-    rank = subprocess.Popen([sys.executable, "-c", sys.argv[1]], stdout=open(sys.argv[2], "w"))
+    rank = subprocess.Popen([sys.executable, "-c", sys.argv[1], sys.argv[3]], stdout=open(sys.argv[2], "w"))
     time.sleep(60)
 """
 COMMAND = """
@@ -73,15 +77,17 @@ COMMAND = """
 """
 
 
+@pytest.mark.parametrize("when", ["loading", "ready"])
 @pytest.mark.parametrize("lost", ["command", "launcher"])
-def test_the_loss_of_the_launcher_or_of_the_command_above_it_is_a_signal(lost: str, tmp_path: Path) -> None:
+def test_the_loss_of_the_launcher_or_of_the_command_above_it_is_a_signal(lost: str, when: str, tmp_path: Path) -> None:
     log = tmp_path / "log"
-    arguments = [textwrap.dedent(LAUNCHER), textwrap.dedent(RANK), str(log)]
+    seconds = "1.5" if when == "loading" else "0"
+    arguments = [textwrap.dedent(LAUNCHER), textwrap.dedent(RANK), str(log), seconds]
     with start(COMMAND, *arguments) as command:
         assert command.stdout is not None
         launcher = psutil.Process(int(command.stdout.readline()))
         try:
-            wait_for(lambda: log.exists() and "ready" in log.read_text())
+            wait_for(lambda: log.exists() and when in log.read_text())
             # Killed, not asked: nobody passes anything on. The command stays a zombie until it is waited for.
             (launcher if lost == "launcher" else command).kill()
             wait_for(lambda: "went on" in log.read_text())
@@ -89,7 +95,7 @@ def test_the_loss_of_the_launcher_or_of_the_command_above_it_is_a_signal(lost: s
             command.kill()
             if launcher.is_running():
                 launcher.kill()
-    assert log.read_text() == "ready\nthe launcher is gone\nwent on\n"
+    assert log.read_text() == "loading\nready\nthe launcher is gone\nwent on\n"
 
 
 def wait_for(condition, seconds: float = 30.0) -> None:

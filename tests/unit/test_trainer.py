@@ -22,6 +22,7 @@ from comoe.protocols import Batch, ModelOutput, StepOutput
 from comoe.tasks.catalog import Task
 from comoe.train.engine import StepReport
 from comoe.train.settings import Layout
+from comoe.train.signals import StopSignal
 from comoe.train.state import TrainState
 from comoe.train.trainer import Trainer, TrainingStopped, plan_schedule
 
@@ -260,6 +261,14 @@ def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(
     assert saved(trainer)[3]["posts_seen"] == 15
     assert f"stopping at step 3 ({number.name})" in capsys.readouterr().out
     assert signal.getsignal(number) == before
+
+
+def test_a_signal_object_made_before_the_run_is_asked(tmp_path: Path) -> None:
+    stop = StopSignal()
+    stop.reason = "the launcher is gone"
+    trainer = trainer_in(tmp_path)
+    trainer.run(stop)
+    assert (trainer.state.step, trainer.state.finished) == (0, "") and sorted(saved(trainer)) == [0]
 
 
 def test_epochs_and_auto_become_steps(tmp_path: Path) -> None:

@@ -1,0 +1,131 @@
+"""The other side of ``launch/bench.py train``: a dense encoder under Hugging Face's Trainer with DeepSpeed ZeRO-2."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    DataCollatorWithPadding,
+    Trainer,
+    TrainingArguments,
+)
+
+from comoe.benchmarks.turns import HeldTrainer
+from comoe.data.batching import TokenizedSplit
+from comoe.distributed import world_size
+from comoe.schema import Recipe
+
+STRATEGIES = {"hf": "random", "hf grouped": "group_by_length"}
+"""Contestant -> ``train_sampling_strategy``; random is the Trainer's default."""
+BASE = dict(vocab_size=50265, hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072)
+"""A BERT of 125 million parameters, the size of roberta-base."""
+STEPS = 100_000
+"""More than any benchmark takes: the loop is ended from outside."""
+
+
+class Posts(Dataset):
+    """The same tokenised posts that comoe trains on; the one task is which data set a post is from."""
+
+    def __init__(self, split: TokenizedSplit) -> None:
+        self.split = split
+        self.labels = split.groups.tolist()
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        (row,) = self.split.rows([index])
+        ids = row.input_ids.tolist()
+        return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": self.labels[index]}
+
+
+class CountingCollator:
+    """The Trainer's default collator, pad to the longest post of the batch; counts tokens."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.collate = DataCollatorWithPadding(tokenizer)
+        self.counts: list[tuple[int, int]] = []
+
+    def __call__(self, posts: list[dict[str, Any]]) -> dict[str, Tensor]:
+        batch = self.collate(posts)
+        self.counts.append((int(batch["attention_mask"].sum()), batch["attention_mask"].numel()))
+        return batch
+
+
+class Rival:
+    """One trainer that takes turns, and what it saw.
+
+    Args:
+        tokenizer_folder: folder of the tokenizer that made ``split``.
+        recipe: its encoder is a folder; batch size and clipping are taken over.
+        split: training posts.
+        folder: for what the Trainer wants to write.
+        device: of this rank.
+        strategy: ``train_sampling_strategy``.
+    """
+
+    def __init__(
+        self,
+        tokenizer_folder: str,
+        recipe: Recipe,
+        split: TokenizedSplit,
+        *,
+        folder: Path,
+        device: torch.device,
+        strategy: str,
+    ) -> None:
+        gpu = device.type == "cuda"
+        model = AutoModelForSequenceClassification.from_pretrained(
+            recipe.model.encoder, num_labels=int(split.groups.max()) + 1, dtype=torch.float32
+        )
+        arguments = TrainingArguments(
+            output_dir=str(folder / "hf"),
+            per_device_train_batch_size=-(-recipe.train.batch_size // world_size()),
+            max_steps=STEPS,
+            learning_rate=recipe.train.learning_rate,
+            max_grad_norm=recipe.train.max_grad_norm,
+            train_sampling_strategy=strategy,
+            deepspeed=zero2_settings(),
+            bf16=gpu,
+            use_cpu=not gpu,
+            report_to="none",
+            save_strategy="no",
+            logging_strategy="no",
+            disable_tqdm=True,
+        )
+        self.collator = CountingCollator(AutoTokenizer.from_pretrained(tokenizer_folder))
+        self.trainer = Trainer(model, arguments, data_collator=self.collator, train_dataset=Posts(split))
+        self.held = HeldTrainer(self.trainer)
+
+    @property
+    def engine(self) -> Any:
+        """DeepSpeed's engine."""
+        return self.trainer.model_wrapped
+
+
+def zero2_settings() -> dict[str, Any]:
+    """ZeRO-2 as users write it for the Trainer; the optimizer is torch's, DeepSpeed's own would be compiled first."""
+    auto = {key: "auto" for key in ("lr", "betas", "eps", "weight_decay")}
+    sizes = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    return {
+        "zero_optimization": {"stage": 2, "contiguous_gradients": True, "reduce_bucket_size": 50_000_000},
+        "optimizer": {"type": "AdamW", "params": {**auto, "torch_adam": True}},
+        "bf16": {"enabled": "auto"},
+        **{key: "auto" for key in sizes},
+    }
+
+
+def save_base_encoder(folder: Path, tokenizer_folder: str) -> str:
+    """Write an encoder of 125 million parameters with random weights; the posts keep their own tokenizer."""
+    torch.manual_seed(0)
+    BertModel(BertConfig(**BASE), add_pooling_layer=False).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tokenizer_folder).save_pretrained(folder)
+    return str(folder)

@@ -1,0 +1,177 @@
+"""The runs of a scaling experiment, one after another, each its own ``deepspeed`` process with its own port."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import torch
+
+from comoe.scaling import Experiment, Point
+
+TAIL = 20
+"""Lines of the log that are kept of a run that failed."""
+GRACE = 180.0
+"""Seconds that ranks get to save and leave once their launcher is gone."""
+
+Report = Callable[[Sequence[Point]], None]
+"""Writes tables and plots of the points so far."""
+
+
+def run_points(
+    experiment: Experiment, points: Sequence[Point], *, report: Report, say: Callable[[str], None] = print
+) -> list[Point]:
+    """Run what is not done yet; a run that was cut short goes on from its checkpoint.
+
+    Args:
+        experiment: what they share.
+        points: the runs.
+        report: called after each run.
+        say: prints one line.
+
+    Returns:
+        The points that failed; their logs' last lines are in ``failed/``.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C or SIGTERM, once the run under way has saved itself.
+    """
+    todo = [point for point in points if not is_done(experiment, point)]
+    say(f"{len(points)} runs, {len(points) - len(todo)} of them done; {experiment.ranks} ranks each")
+    failed: list[Point] = []
+    seconds: list[float] = []
+    for number, point in enumerate(todo, start=len(points) - len(todo) + 1):
+        began = time.monotonic()
+        problem = run_point(experiment, point)
+        seconds.append(time.monotonic() - began)
+        if problem:
+            failed.append(point)
+        report(points)
+        left = (len(points) - number) * sum(seconds) / len(seconds)
+        outcome = f"FAILED ({problem})" if problem else _outcome(experiment.runs / point.name)
+        say(f"[{number}/{len(points)}] {point.name}: {outcome}, {_in_words(seconds[-1])}; {_in_words(left)} left")
+    return failed
+
+
+def is_done(experiment: Experiment, point: Point) -> bool:
+    """True when the run left its results, which it does last but for the export."""
+    file = experiment.runs / point.name / "results.json"
+    return file.is_file() and bool(json.loads(file.read_text(encoding="utf-8")).get("finished"))
+
+
+def run_point(experiment: Experiment, point: Point) -> str:
+    """Run one point to its end.
+
+    Returns:
+        Empty when it left its results; else what its log says at last, which ``failed/<point>.txt`` tells at length.
+    """
+    log = experiment.output / "logs" / f"{point.name}.log"
+    failure = failure_file(experiment, point)
+    for folder in (log.parent, failure.parent):
+        folder.mkdir(parents=True, exist_ok=True)
+    command = command_of(experiment, point)
+    with log.open("a", encoding="utf-8") as file:
+        print(f"$ {' '.join(command)}", file=file, flush=True)
+        code = _run(command, file)
+    # The launcher's exit code can be 0 when a rank was killed: only the results prove a run.
+    if is_done(experiment, point):
+        failure.unlink(missing_ok=True)
+        return ""
+    lines = [line.rstrip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    failure.write_text("\n".join([f"exit code {code}; the last lines of {log}:", *lines[-TAIL:], ""]), encoding="utf-8")
+    return next((line for line in reversed(lines) if line.startswith("comoe:")), lines[-1])
+
+
+def failure_file(experiment: Experiment, point: Point) -> Path:
+    """Where the last lines of a run that failed are."""
+    return experiment.output / "failed" / f"{point.name}.txt"
+
+
+def command_of(experiment: Experiment, point: Point) -> list[str]:
+    """The command of one run: a new one, or ``--resume`` where one was cut short."""
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", "--master_port", str(_free_port())]
+    launcher += ["--num_accelerators", str(experiment.ranks)]
+    train = [str(experiment.train_script), "--deepspeed", str(experiment.deepspeed)]
+    folder = experiment.runs / point.name
+    if (folder / "config.yaml").is_file():
+        return [*launcher, *train, "--resume", str(folder)]
+    names = [f"run.output_dir={experiment.runs}", f"run.name={point.name}"]
+    return [*launcher, *train, "--config", str(experiment.config), *experiment.overrides, *point.overrides, *names]
+
+
+def _run(command: Sequence[str], log: object) -> int:
+    environment = dict(os.environ)
+    if not torch.cuda.is_available():
+        environment.setdefault("DS_ACCELERATOR", "cpu")
+    # A session of its own: Ctrl-C must reach the ranks in the order that lets them save.
+    child = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
+    try:
+        with _terminations_interrupt():
+            return child.wait()
+    except KeyboardInterrupt:
+        # The ranks see that their launcher's parent is gone, agree on it, save, and leave.
+        child.terminate()
+        child.wait()
+        raise
+    finally:
+        _wait_for_group(child.pid)
+
+
+def _wait_for_group(group: int) -> None:
+    """Wait until no process of a run is left, so that the next one has the machine; end those that stay."""
+    until = time.monotonic() + GRACE
+    while _members(group):
+        if time.monotonic() > until:
+            os.killpg(group, signal.SIGKILL)
+        time.sleep(0.5)
+
+
+def _members(group: int) -> list[int]:
+    found = []
+    for process in psutil.process_iter(["status"]):
+        try:
+            if os.getpgid(process.pid) == group and process.info["status"] != psutil.STATUS_ZOMBIE:
+                found.append(process.pid)
+        except ProcessLookupError:
+            continue
+    return found
+
+
+@contextmanager
+def _terminations_interrupt() -> Iterator[None]:
+    """Inside, SIGTERM does what Ctrl-C does."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _outcome(folder: Path) -> str:
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    best = results.get("best_value")
+    return f"validation {best:.4f}" if best is not None else "done"
+
+
+def _in_words(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,94 @@
+"""The TweetEval recipe on a folder of its shape: five tasks together, and the files that its scorer wants."""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from pathlib import Path
+
+import pytest
+
+from comoe.answers import predict_file
+from comoe.predict import Predictor
+from tests.end_to_end.commands import Terminal, read_lines, train_lines
+
+pytestmark = pytest.mark.end_to_end
+
+LABELS = {
+    "emotion": ("anger", "joy", "optimism", "sadness"),
+    "irony": ("non_irony", "irony"),
+    "offensive": ("not-offensive", "offensive"),
+    "hate": ("not-hate", "hate"),
+    "sentiment": ("negative", "neutral", "positive"),
+}
+SIZES = {"train": 48, "val": 12, "test": 14}
+BARE = "hate"
+"""The task whose test labels are not published."""
+
+
+def write_task(folder: Path, labels: tuple[str, ...]) -> None:
+    """The files of one task; its second test post has a sign in it that ends a line elsewhere."""
+    folder.mkdir(parents=True)
+    rng = random.Random(folder.name)
+    words = ["the", "this", "friend", "salad", "song", "lovely", "awful", "@user", "#weekend", "today"]
+    mapping = "".join(f"{number}\t{label}\n" for number, label in enumerate(labels))
+    (folder / "mapping.txt").write_text(mapping, encoding="utf-8")
+    for split, count in SIZES.items():
+        texts = [f"{' '.join(rng.choices(words, k=6))} {split} {number}" for number in range(count)]
+        if split == "test":
+            texts[1] += "\u2028 and more"
+        (folder / f"{split}_text.txt").write_text("".join(f"{text}\n" for text in texts), encoding="utf-8")
+        if split != "test" or folder.name != BARE:
+            answers = "".join(f"{number % len(labels)}\n" for number in range(count))
+            (folder / f"{split}_labels.txt").write_text(answers, encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("tweeteval")
+    for name, labels in LABELS.items():
+        write_task(root / name, labels)
+    return root
+
+
+@pytest.fixture(scope="module")
+def run(data: Path, tmp_path_factory: pytest.TempPathFactory, shared_terminal: Terminal) -> Path:
+    runs = tmp_path_factory.mktemp("runs")
+    done = shared_terminal.run(
+        sys.executable, "launch/train.py", "--deepspeed", "ds_configs/zero2.json", "--config",
+        "launch/configs/tweeteval.yaml", f"data.root={data}", "model.encoder=smoke:encoder", f"run.output_dir={runs}",
+        "train.max_steps=3", "train.eval_every=3", "train.log_every=1",
+    )  # fmt: skip
+    assert done.code == 0, done.out + done.err
+    return runs / "tweeteval"
+
+
+def test_five_tasks_are_trained_together(run: Path) -> None:
+    assert all(tuple(line["tasks"]) == tuple(LABELS) for line in train_lines(run).values())
+    metrics = json.loads((run / "results.json").read_text(encoding="utf-8"))["metrics"]
+    assert set(metrics["validation"]) == set(LABELS)
+    assert {"f1_class_1"} <= set(metrics["validation"]["irony"])
+    assert {"macro_recall"} <= set(metrics["validation"]["sentiment"])
+
+
+def test_test_posts_without_labels_are_predicted_and_not_scored(run: Path) -> None:
+    metrics = json.loads((run / "results.json").read_text(encoding="utf-8"))["metrics"]
+    assert set(metrics["test"]) == set(LABELS) - {BARE}
+    rows = read_lines(run / "predictions" / "test" / f"{BARE}.jsonl")
+    assert len(rows) == SIZES["test"]
+    assert all(row["gold"] is None and row["label"] in LABELS[BARE] for row in rows)
+
+
+def test_each_task_gets_a_file_with_one_label_id_per_line(run: Path, data: Path, tmp_path: Path) -> None:
+    predictor = Predictor.from_pretrained(run / "export", device="cpu")
+    for name, labels in LABELS.items():
+        target = tmp_path / f"{name}.txt"
+        predict_file(predictor, data / name / "test_text.txt", target, format="tweeteval", tasks=[name], progress=False)
+        *lines, end = target.read_bytes().decode("ascii").split("\n")
+        assert end == "" and len(lines) == SIZES["test"]
+        assert {int(line) for line in lines} <= set(range(len(labels)))
+        told = read_lines(run / "predictions" / "test" / f"{name}.jsonl")
+        # A post without any label is answered for every task.
+        own = [row for row in told if row["gold"] is not None or name == BARE]
+        assert [labels[int(line)] for line in lines] == [row["label"] for row in own]
