@@ -12,21 +12,25 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from comoe.config import recipe_to_yaml
+from comoe.config import recipe_to_yaml, unknown_name
 from comoe.data.batching import Collator, TokenizedSplit, load_tokenizer, tokenize_split
 from comoe.data.corpus import Corpus, load_corpus
-from comoe.data.sampling import TrainSampler
-from comoe.distributed import barrier, is_main, rank, world_size
+from comoe.data.sampling import MIXINGS, TrainSampler
+from comoe.data.sources import READERS
+from comoe.distributed import barrier, broadcast_object, is_main, rank, world_size
 from comoe.dry_run import print_dry_run
 from comoe.evaluate import check_chosen_metric
 from comoe.memory import MemoryPlan, plan_memory
 from comoe.models.families import longest_input
+from comoe.models.gate import build_gate
 from comoe.models.multitask import MultiTaskModel
 from comoe.objective import Objective, build_objective
 from comoe.schema import Recipe
 from comoe.starter import home, resolve
 from comoe.tasks.catalog import Task
-from comoe.train.checkpoint import load_checkpoint, saved_elsewhere
+from comoe.tasks.kinds import KINDS
+from comoe.tasks.metrics import METRICS
+from comoe.train.checkpoint import load_checkpoint, needs_conversion, saved_elsewhere
 from comoe.train.engine import Engine
 from comoe.train.evaluation import Evaluator
 from comoe.train.folders import Found, find_checkpoint, mark_best, whats_wrong
@@ -35,6 +39,7 @@ from comoe.train.parallel import build_deepspeed_engine
 from comoe.train.settings import Layout, fill_settings, load_settings, plan_layout
 from comoe.train.state import TrainState
 from comoe.train.trainer import Trainer, plan_schedule
+from comoe.weighting import WEIGHTINGS
 
 Result = TypeVar("Result")
 
@@ -84,6 +89,7 @@ def assemble(
         ValueError: bad recipe, data, encoder, DeepSpeed JSON or checkpoint; nothing has been trained then.
     """
     gpu = device.type == "cuda"
+    check_names(recipe)
     settings = load_settings(deepspeed_json)
     layout = plan_layout(recipe, settings, world_size=world_size(), gpu=gpu)
     filled = fill_settings(settings, recipe, layout, gpu=gpu)
@@ -102,9 +108,9 @@ def assemble(
     if on_ready is not None:
         on_ready()
     found = _checkpoint_to_use(folder, resume=resume)
-    if found is not None and (moved := saved_elsewhere(found.path, layout)):
+    if found is not None and needs_conversion(found.path, layout):
         filled["checkpoint"] = {"load_universal": True}
-        if is_main():
+        if is_main() and (moved := saved_elsewhere(found.path, layout)):
             print(f"{moved}: converting it.")
     engine = Engine(build_deepspeed_engine(objective, recipe, filled), recipe)
     # Weights were the same draw on all ranks; dropout must not be.
@@ -122,9 +128,29 @@ def assemble(
     return Run(named, filled, folder, corpus, corpus.tasks, splits, tokenizer, trainer, parameters)
 
 
+def check_names(recipe: Recipe) -> None:
+    """Refuse what the tables of other modules do not hold, before anything is fetched, read, or cleared away.
+
+    Raises:
+        ValueError: key, wrong name, right ones; or gate and sampling options that do not go together.
+    """
+    if recipe.model.moe.num_experts:
+        build_gate(recipe.model.moe)
+    named = [("data.mixing", recipe.data.mixing, MIXINGS), ("loss.weighting", recipe.loss.weighting, WEIGHTINGS)]
+    for name, task in recipe.tasks.items():
+        named.append((f"tasks.{name}.kind", task.kind, KINDS))
+        named.append((f"tasks.{name}.format", task.format, {"auto": None, **READERS}))
+        named.append((f"tasks.{name}.metric", task.metric, {"auto": None, **METRICS}))
+    for key, name, table in named:
+        if name not in table:
+            raise unknown_name(key, name, table)
+    MIXINGS[recipe.data.mixing](np.ones(1), recipe.data.mixing_temperature)
+
+
 def _load_posts(recipe: Recipe) -> tuple[Corpus, Any, dict[str, TokenizedSplit]]:
     corpus = load_corpus(recipe)
-    check_chosen_metric(recipe.train.early_stop_metric, corpus.tasks)
+    measured = {task for task, found in corpus.report.labels.items() if "validation" in found}
+    check_chosen_metric(recipe.train.early_stop_metric, corpus.tasks, measured=measured)
     tokenizer = load_tokenizer(recipe.model.encoder)
     splits = _one_per_node_first(lambda: _tokenize(corpus, tokenizer, recipe))
     corpus.report.truncated.update({name: (split.truncated, split.words_cut) for name, split in splits.items()})
@@ -229,7 +255,9 @@ def _checkpoint_to_use(folder: Path, *, resume: bool) -> Found | None:
 def _restored(found: Found, engine: Engine, layout: Layout) -> TrainState:
     state = load_checkpoint(found.path, engine, layout)
     best = found.path.parent / f"step-{state.best_step:08d}"
-    if state.best_value is not None and not whats_wrong(best):
+    # Rank 0 decides: whether an evaluation is the best one so far decides whether all ranks save.
+    whole = broadcast_object(not whats_wrong(best) if is_main() else None)
+    if state.best_value is not None and whole:
         # A run that is cut short may have named a later step, which it will now reach again.
         mark_best(found.path.parent, state.best_step)
     elif state.best_value is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -143,15 +143,26 @@ def chosen_metric(metrics: Mapping[str, Mapping[str, float]], tasks: Sequence[Ta
     return _rising(metric, metrics[task][metric])
 
 
-def check_chosen_metric(name: str, tasks: Sequence[Task]) -> None:
+def check_chosen_metric(name: str, tasks: Sequence[Task], *, measured: Container[str] | None = None) -> None:
     """Refuse an ``early_stop_metric`` that no evaluation will ever have; to be called before training.
 
+    Args:
+        name: ``train.early_stop_metric``.
+        tasks: all tasks.
+        measured: names of the tasks that validation posts have a label of; None does not ask for any.
+
     Raises:
-        ValueError: no such task or metric, with the nearest one.
+        ValueError: no such task or metric, with the nearest one; or nothing to measure it on.
     """
     valid = [MEAN, *(f"{task.name}/{metric}" for task in tasks for metric in metric_names(task))]
     if name not in valid:
         raise unknown_name("train.early_stop_metric", name, valid)
+    wanted = [task.name for task in tasks] if name == MEAN else [name.partition("/")[0]]
+    if measured is not None and not any(task in measured for task in wanted):
+        raise ValueError(
+            f"train.early_stop_metric is {name!r}, but no validation post has a label of {', '.join(wanted)}; add such "
+            "posts, or remove the validation file: a part of the training posts is held out then."
+        )
 
 
 def metric_names(task: Task) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from comoe.assemble import Run
-from comoe.distributed import barrier, is_main, max_over_ranks, world_size
+from comoe.distributed import barrier, broadcast_object, is_main, max_over_ranks, world_size
 from comoe.evaluate import Evaluation
 from comoe.export import export_checkpoint
 from comoe.tasks.catalog import Task
@@ -23,7 +23,8 @@ from comoe.train.records import format_results_table, write_results
 def finish(run: Run) -> None:
     """Score the best checkpoint, write ``results.json``, ``predictions/`` and ``export/``, print the table."""
     trainer = run.trainer
-    best = best_checkpoint(trainer.checkpoints)
+    # Rank 0 decides: loading is a collective.
+    best = broadcast_object(best_checkpoint(trainer.checkpoints) if is_main() else None)
     newest = find_checkpoint(trainer.checkpoints)
     assert newest is not None
     chosen = best or newest.path

@@ -18,6 +18,7 @@ from comoe.distributed import barrier, broadcast_object, is_main, world_size
 from comoe.schema import Recipe
 from comoe.train.environment import describe_environment, prepare_process
 from comoe.train.signals import StopSignal
+from comoe.train.state import ALL_STEPS
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,11 +106,18 @@ def train(request: Request, stop: StopSignal | None = None) -> None:
     )
     if run is None:
         return
-    if is_main():
+    state = run.trainer.state
+    if state.finished == ALL_STEPS and state.step < run.trainer.schedule.total:
+        state.finished = ""
+    finished_before = bool(state.finished)
+    if is_main() and not finished_before:
+        # Not over a finished run: its recipe is the one that its results came from, whatever was typed now.
         _write_beginning(run)
-    finished_before = bool(run.trainer.state.finished)
     if finished_before and is_main():
-        print(f"{folder} is finished ({run.trainer.state.finished}, step {run.trainer.state.step}); nothing to do.")
+        print(
+            f"{folder} is finished ({state.finished}, step {state.step}); nothing to do. Train it anew with "
+            f"run.overwrite=true, further with a larger train.max_steps or train.epochs."
+        )
     if not finished_before:
         run.trainer.run(stop)
     if run.trainer.state.finished and not (finished_before and (folder / "export").is_dir()):

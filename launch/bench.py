@@ -17,7 +17,7 @@ BENCHMARKS = {
     "experts": "comoe.benchmarks.experts",
     "train": "comoe.benchmarks.training",
 }
-"""Word of the command line -> module with ``run(json_path, rounds=...)``."""
+"""Word of the command line -> module with ``run(json_path, config=..., rounds=...)``."""
 
 
 def main() -> None:
@@ -25,12 +25,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("benchmark", choices=BENCHMARKS, help="what to measure")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
+    parser.add_argument("--config", type=Path, metavar="YAML", help="recipe (launch/configs/starter.yaml)")
     parser.add_argument("--rounds", type=int, metavar="N", help="timed rounds (more: steadier medians)")
     given = parser.parse_args()
 
     # A run from a checkout that is not installed must find comoe, also where the working folder is another one.
     sys.path.append(str(HERE.parent))
-    report = importlib.import_module(BENCHMARKS[given.benchmark]).run(given.json, rounds=given.rounds)
+    report = importlib.import_module(BENCHMARKS[given.benchmark]).run(
+        given.json, config=given.config, rounds=given.rounds
+    )
     if report.missed():
         print(f"\nmissed: {', '.join(report.missed())}")
 

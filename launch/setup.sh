@@ -36,6 +36,8 @@ step() {
 
 python="$(find_python)"
 # The folder is part of the stamp: a virtual environment cannot be moved.
+# An environment that is a link belongs to somebody else; making it anew would empty it.
+[ ! -L "$VENV" ] || stop "$VENV is a link; remove it, so that this folder can have an environment of its own."
 stamp="$( { pwd; echo "$TORCH"; "$python" --version; cat pyproject.toml; } | checksum "$python")"
 if [ -x "$VENV/bin/python" ] && [ "$(cat "$VENV/.stamp" 2>/dev/null || true)" = "$stamp" ]; then
     exit 0

@@ -56,27 +56,29 @@ TARGETS = {
 """Kind of device -> key -> target."""
 
 
-def run(json_path: Path | None = None, *, rounds: int | None = None) -> Report:
+def run(json_path: Path | None = None, *, config: Path | None = None, rounds: int | None = None) -> Report:
     """Measure everything, print the table, write the JSON.
 
     Args:
         json_path: file to write, if any.
+        config: recipe file; None is the default recipe.
         rounds: timed rounds instead of the usual number.
     """
+    recipe = None if config is None else str(config.resolve())
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     size = SIZES[kind] if rounds is None else replace(SIZES[kind], rounds=rounds)
     report = Report("experts: forward and backward of one layer; ratios of times taken in turns", TARGETS[kind])
-    measured = run_on_ranks("comoe.benchmarks.layer_times:measure", 1, **asdict(size))
+    measured = run_on_ranks("comoe.benchmarks.layer_times:measure", 1, config=recipe, **asdict(size))
     report.notes += measured["notes"]
     add_ratios(report, measured["times"], size.experts)
     add_shares(report, measured)
     if kind == "cpu" or torch.cuda.device_count() > 1:
         ends = (size.experts[0], size.experts[-1])
         halves = replace(size, tokens=size.tokens // 2, experts=ends, alone=False)
-        several = run_on_ranks("comoe.benchmarks.layer_times:measure", 2, **asdict(halves))
+        several = run_on_ranks("comoe.benchmarks.layer_times:measure", 2, config=recipe, **asdict(halves))
         report.notes.append(f"*_ep2: two ranks share the experts (EP 2), {halves.tokens} tokens on each")
         add_ratios(report, several["times"], ends, suffix="_ep2")
-    monitoring = run_on_ranks("comoe.benchmarks.monitoring:measure", 1)
+    monitoring = run_on_ranks("comoe.benchmarks.monitoring:measure", 1, config=recipe)
     report.notes.append(monitoring["note"])
     report.add("monitoring_share", monitoring["share"])
     report.add("evaluation_monitoring_share", monitoring["evaluation_share"])

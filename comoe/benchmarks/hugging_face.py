@@ -64,8 +64,8 @@ class Rival:
     """One trainer that takes turns, and what it saw.
 
     Args:
-        tokenizer_folder: folder of the tokenizer that made ``split``.
-        recipe: its encoder is a folder; batch size and clipping are taken over.
+        recipe: its encoder is a folder, with the tokenizer that made ``split``; batch size, rate and clipping are
+            taken over.
         split: training posts.
         folder: for what the Trainer wants to write.
         device: of this rank.
@@ -74,7 +74,6 @@ class Rival:
 
     def __init__(
         self,
-        tokenizer_folder: str,
         recipe: Recipe,
         split: TokenizedSplit,
         *,
@@ -101,7 +100,7 @@ class Rival:
             logging_strategy="no",
             disable_tqdm=True,
         )
-        self.collator = CountingCollator(AutoTokenizer.from_pretrained(tokenizer_folder))
+        self.collator = CountingCollator(AutoTokenizer.from_pretrained(recipe.model.encoder))
         self.trainer = Trainer(model, arguments, data_collator=self.collator, train_dataset=Posts(split))
         self.held = HeldTrainer(self.trainer)
 

@@ -43,8 +43,13 @@ MOST_REFERENCE_EXPERTS = 16
 Run = Callable[[], None]
 
 
-def measure(experts: list[int], **fields: Any) -> dict[str, Any]:
+def measure(config: str | None, experts: list[int], **fields: Any) -> dict[str, Any]:
     """Time everything of one size; every rank calls it.
+
+    Args:
+        config: recipe file whose posts are read; None is the default recipe.
+        experts: ``Size.experts``.
+        fields: the rest of ``Size``.
 
     Returns:
         times: contestant -> seconds per round. Names are ``what/load/E``: block, native, reference under the loads
@@ -53,7 +58,7 @@ def measure(experts: list[int], **fields: Any) -> dict[str, Any]:
     """
     size = Size(experts=tuple(experts), **fields)
     device = start_ranks(timeout_seconds=600)
-    source = find_posts()
+    source = find_posts(config)
     states_SM = hidden_states(source, tokens=size.tokens, width=size.model_width, seed=rank())
     # Blocks begin with a norm.
     x_SM = nn.functional.layer_norm(states_SM, (size.model_width,)).to(device, precision(device))

@@ -52,7 +52,8 @@ def run_on_ranks(function: str, world_size: int, *, timeout: float = 900.0, **ar
 def _start(folder: Path, rank: int, world_size: int, port: int) -> subprocess.Popen[bytes]:
     places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_SIZE": world_size}
     environment = {"OMP_NUM_THREADS": "1"} | os.environ | {key: str(value) for key, value in places.items()}
-    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    # The working folder may hold another checkout, and ``-m`` would look there first.
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PYTHONSAFEPATH": "1"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     with (folder / f"log{rank}").open("wb") as log:
         return subprocess.Popen(

@@ -53,9 +53,10 @@ class _Mark(torch.autograd.Function):
 def clocked_routing(layer: nn.Module, clock: Clock) -> Any:
     """While open, ``clock`` runs in everything that ``layer`` does to decide, forward and backward.
 
-    Forward: from the layer's start to the start of its experts (logits, scores, top-k, counts, sort; with one rank
-    nothing is sent in between). Backward: from the gradient of the routes' weights to that of the router's input,
-    which autograd works through without anything else in between.
+    Forward: from the layer's start to the start of its experts: logits, scores, top-k, counts, sort. With one rank
+    nothing is sent in between; on a GPU, AutoEP's gather of the rows is, so the share is an upper limit there.
+    Backward: from the gradient of the routes' weights to that of the router's input, which autograd works through
+    without anything else in between.
     """
     handles = [
         layer.register_forward_pre_hook(lambda module, arguments: clock.start()),

@@ -26,6 +26,8 @@ from comoe.objective import count_units, unit_scale
 from comoe.train.parallel import start_ranks
 from comoe.train.progress import Interval
 
+WARMUP = 4
+"""Untimed steps of each contestant."""
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "A10G": 70e12}
 """Part of a GPU's name -> dense bfloat16 FLOP per second by its data sheet."""
 
@@ -63,22 +65,24 @@ class Steps:
         self.counts.append((real, sum(batch.attention_mask_BL.numel() for batch in batches)))
 
 
-def measure(overrides: list[str], rounds: int) -> dict[str, Any]:
+def measure(config: str | None, overrides: list[str], rounds: int) -> dict[str, Any]:
     """Time whole steps in turns; every rank calls it.
 
     Args:
-        overrides: ``key=value`` changes of the default recipe.
+        config: recipe file; None is the default recipe.
+        overrides: ``key=value`` changes of it.
         rounds: timed steps of each.
 
     Returns:
         times: contestant -> seconds per round; contestants are comoe, hf (the Trainer's defaults: random order, padded
-        to the longest of the batch) and hf grouped (group_by_length). optimizer: contestant -> median seconds of the
-        optimizer's step within. mfu: of comoe, None without a GPU of known peak. notes: lines.
+        to the longest of the batch) and hf grouped (group_by_length). tokens: contestant -> real tokens of all ranks
+        per round. optimizer: contestant -> median seconds of the optimizer's step within. mfu: of comoe, None without
+        a GPU of known peak. notes: lines.
     """
     device = start_ranks(timeout_seconds=600)
     with tempfile.TemporaryDirectory(prefix="comoe-bench-") as name, silence():
         folder = Path(name)
-        source = find_posts(overrides)
+        source = find_posts(config, overrides)
         recipe = source.recipe
         if device.type == "cuda":
             encoder = save_base_encoder(folder / "encoder", recipe.model.encoder)
@@ -87,38 +91,48 @@ def measure(overrides: list[str], rounds: int) -> dict[str, Any]:
             recipe, deepspeed_json(), folder=folder, on_ready=None, device=device, dry_run=False, resume=False
         )
         assert run is not None
-        ours, posts = Steps(run), run.splits["train"]
+        ours = Steps(run)
         rivals = {
-            label: Rival(recipe.model.encoder, recipe, posts, folder=folder, device=device, strategy=strategy)
+            label: Rival(recipe, run.splits["train"], folder=folder, device=device, strategy=strategy)
             for label, strategy in STRATEGIES.items()
         }
         contestants = {"comoe": Contestant(ours.step)}
         contestants |= {label: Contestant(rival.held.step) for label, rival in rivals.items()}
         with clocked_optimizers() as seconds:
-            times = take_turns(contestants, rounds=rounds, warmup=4, device=device)
+            times = take_turns(contestants, rounds=rounds, warmup=WARMUP, device=device)
         engines = {"comoe": ours.trainer.engine.deepspeed} | {label: rival.engine for label, rival in rivals.items()}
         for rival in rivals.values():
             rival.held.stop()
         run.trainer.monitor.close()
-    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    tokens = {"comoe": (ours.real, ours.padded, ours.number)}
-    tokens |= {label: (one.collator.real, one.collator.padded, one.collator.batches) for label, one in rivals.items()}
+    counts = {"comoe": ours.counts} | {label: rival.collator.counts for label, rival in rivals.items()}
+    timed = {label: torch.tensor(values[WARMUP : WARMUP + rounds]) for label, values in counts.items()}
+    tokens = {label: sum_over_ranks(values).tolist() for label, values in timed.items()}
     return {
         "times": times,
+        "tokens": {label: [real for real, _ in values] for label, values in tokens.items()},
         "optimizer": {label: statistics.median(seconds[id(engine)][-rounds:]) for label, engine in engines.items()},
-        "mfu": utilisation(run, ours.real / ours.number, times["comoe"], name),
-        "notes": [
-            f"{world_size()} rank(s), {machine_note(name, torch.get_num_threads())}",
-            f"recipe {recipe.run.name} on {source.name}: {recipe.train.batch_size} posts per step, at most "
-            f"{recipe.data.max_length} tokens each, {len(run.tasks)} tasks, {run.parameters['total'] / 1e6:.1f} million "
-            f"parameters ({run.parameters['active'] / 1e6:.1f} active); hf: the same encoder, dense, one task",
-            "tokens per step and rank, real / with padding: "
-            + "; ".join(f"{label} {real / n:.0f} / {padded / n:.0f}" for label, (real, padded, n) in tokens.items()),
-        ],
+        "mfu": utilisation(run, tokens["comoe"], times["comoe"], device),
+        "notes": _notes(run, source.name, tokens, device),
     }
 
 
-def utilisation(run: Run, tokens: float, times: Sequence[float | None], device_name: str) -> float | None:
+def _notes(run: Run, posts: str, tokens: Mapping[str, Sequence[Sequence[int]]], device: torch.device) -> list[str]:
+    recipe, millions = run.recipe, {key: f"{count / 1e6:.1f}" for key, count in run.parameters.items()}
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    means = {label: torch.tensor(values, dtype=torch.float64).mean(0).tolist() for label, values in tokens.items()}
+    return [
+        f"{world_size()} rank(s), {machine_note(name, torch.get_num_threads())}",
+        f"recipe {recipe.run.name} on {posts}: {recipe.train.batch_size} posts per step, at most "
+        f"{recipe.data.max_length} tokens each, {len(run.tasks)} tasks, {millions['total']} million parameters "
+        f"({millions['active']} active); hf: the same encoder, dense, one task",
+        "tokens per step, real / with padding: "
+        + "; ".join(f"{label} {real:.0f} / {padded:.0f}" for label, (real, padded) in means.items()),
+    ]
+
+
+def utilisation(
+    run: Run, tokens: Sequence[Sequence[int]], times: Sequence[float | None], device: torch.device
+) -> float | None:
     """Model FLOPs utilisation: arithmetic that the real tokens need, over what the GPU could do in the time.
 
     6 FLOPs per active parameter and token (forward 2, backward 4) without the embeddings, which are looked up, plus
@@ -126,11 +140,12 @@ def utilisation(run: Run, tokens: float, times: Sequence[float | None], device_n
 
     Args:
         run: the run.
-        tokens: real tokens per step on one rank.
+        tokens: (real, padded) tokens of all ranks, per step.
         times: seconds per step.
-        device_name: of the GPU.
+        device: of this rank.
     """
-    peak = next((flops for part, flops in PEAK_FLOPS.items() if part in device_name), None)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    peak = next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
     if peak is None:
         return None
     model = run.trainer.engine.objective.model
@@ -139,7 +154,8 @@ def utilisation(run: Run, tokens: float, times: Sequence[float | None], device_n
     per_token = 6 * (run.parameters["active"] - looked_up)
     per_token += 12 * config.num_hidden_layers * config.hidden_size * float(run.splits["train"].lengths.mean())
     seconds = statistics.median(value for value in times if value is not None)
-    return per_token * tokens / seconds / peak
+    real = statistics.mean(real for real, _ in tokens)
+    return per_token * real / seconds / (peak * world_size())
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,10 +19,8 @@ from comoe.models.encoder import build_encoder, build_encoder_from_config
 from comoe.schema import Recipe
 from comoe.starter import resolve
 
-RECIPE = ROOT / "launch/configs/starter.yaml"
-GENERATED = ("model.encoder=smoke:encoder", "data.root=smoke:posts")
-"""What stands in for the starter kit."""
-SMOKE = ROOT / "launch/configs/smoke.yaml"
+RECIPE, SMOKE = ROOT / "launch/configs/starter.yaml", ROOT / "launch/configs/smoke.yaml"
+"""The default recipe, and the one that stands in where the starter kit cannot be had."""
 PICKED_LOGITS, OTHER_LOGIT = (2.0, 1.5), -2.0
 """Logits of a forced first and second pick, and of every other expert."""
 
@@ -31,24 +30,29 @@ class Source:
     """A recipe whose encoder and posts are folders on this machine."""
 
     recipe: Recipe
-    """The default recipe, or the smoke recipe where the starter kit cannot be had."""
+    """The recipe asked for, or the smoke recipe where the starter kit cannot be had."""
     name: str
-    """For the report: which posts these are."""
-    real: bool
-    """False for generated posts: figures on them say little about real lengths and routing."""
+    """Which posts these are, for the report: figures on generated ones say little about real lengths and routing."""
 
 
-def find_posts(overrides: list[str] | None = None) -> Source:
-    """The default recipe on the starter kit; where that cannot be had, generated posts, and the report says so."""
-    # One rank prepares at a time, under the starter's own lock.
+def find_posts(config: str | None = None, overrides: Sequence[str] = ()) -> Source:
+    """A recipe with its posts; where the starter kit cannot be had, generated posts, and the report says so.
+
+    Args:
+        config: recipe file; None is the default recipe.
+        overrides: ``key=value`` changes.
+    """
+    path = Path(config) if config else RECIPE
+    # Every rank may call it: the starter lets one of them prepare and the others wait.
     with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stderr(nowhere):
+        recipe = load_recipe(path, overrides)
+        generated = (recipe.data.root or "").startswith("smoke:")
         try:
-            return Source(
-                resolve(load_recipe(RECIPE, overrides or []), progress=False), "posts of the starter kit", True
-            )
+            recipe = resolve(recipe, progress=False)
         except ValueError:
-            recipe = resolve(load_recipe(SMOKE, overrides or []), progress=False)
-            return Source(recipe, "generated posts (the starter kit could not be had)", False)
+            recipe, generated = resolve(load_recipe(SMOKE, overrides), progress=False), True
+    name = "generated posts" if generated else "posts of the starter kit" if path == RECIPE else f"posts of {path.name}"
+    return Source(recipe, name)
 
 
 def tokenized_posts(recipe: Recipe, limit: int) -> tuple[TokenizedSplit, Collator]:

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 from comoe.distributed import barrier, is_main, rank, world_size
 from comoe.train.engine import Engine
-from comoe.train.folders import ASIDE, MANIFEST, prune, write_json
+from comoe.train.folders import ASIDE, MANIFEST, prune, whats_wrong, write_json
 from comoe.train.parallel import gather_full_state
 from comoe.train.settings import Layout
 from comoe.train.state import TrainState
@@ -52,7 +52,10 @@ def save_checkpoint(folder: Path, engine: Engine, state: TrainState, layout: Lay
             str(path.relative_to(aside)): path.stat().st_size for path in sorted(aside.rglob("*")) if path.is_file()
         }
         write_json(aside / MANIFEST, {"step": state.step, "files": sizes})
-        shutil.rmtree(final, ignore_errors=True)
+        if final.exists():
+            # The same step again, at the end of a run: deleting takes long, and may be the last whole one's end.
+            shutil.rmtree(older := folder / f"{ASIDE}older-{final.name}", ignore_errors=True)
+            os.replace(final, older)
         os.replace(aside, final)
         prune(folder, keep=keep)
     barrier()
@@ -62,11 +65,28 @@ def save_checkpoint(folder: Path, engine: Engine, state: TrainState, layout: Lay
 def saved_elsewhere(path: Path, layout: Layout) -> str:
     """How a checkpoint's layout differs from this start's, in words; empty when it does not.
 
-    Where it does, the engine must be built with ``"checkpoint": {"load_universal": true}``.
+    Raises:
+        ValueError: one of the two is ZeRO 3 and the other is not; DeepSpeed converts between 1 and 2 only.
     """
     saved = json.loads((path / "state.json").read_text(encoding="utf-8"))["layout"]
     now = _layout_dict(layout)
-    return "" if saved == now else f"{path.name} was saved with {_in_words(saved)}, this start has {_in_words(now)}"
+    if saved == now:
+        return ""
+    told = f"{path.name} was saved with {_in_words(saved)}, this start has {_in_words(now)}"
+    if (saved["stage"] == 3) != (now["stage"] == 3):
+        advice = f"resume with ds_configs/zero{saved['stage']}.json"
+        raise ValueError(f"{told}: a checkpoint does not move between these ZeRO stages; {advice}.")
+    return told
+
+
+def needs_conversion(path: Path, layout: Layout) -> bool:
+    """Whether the engine must be built with ``"checkpoint": {"load_universal": true}``.
+
+    So it must be for this checkpoint, or for the best one of its run, which is loaded when the run ends.
+    """
+    best = json.loads((path / "state.json").read_text(encoding="utf-8"))["best_step"]
+    both = (path, path.parent / f"step-{best:08d}")
+    return any(saved_elsewhere(each, layout) for each in both if not whats_wrong(each))
 
 
 def load_checkpoint(path: Path, engine: Engine, layout: Layout) -> TrainState:

@@ -45,10 +45,14 @@ class StopSignal:
 
 def _launchers() -> list[psutil.Process]:
     """deepspeed.launcher.launch and the ``deepspeed`` command above it; empty under plain python."""
-    parent = psutil.Process(os.getppid())
+    try:
+        parent = psutil.Process(os.getppid())
+        above = parent.parent()
+    except psutil.NoSuchProcess:
+        # The first process of a container has the number 0 above it, which is no process.
+        return []
     if "deepspeed.launcher.launch" not in " ".join(_command(parent)):
         return []
-    above = parent.parent()
     return [parent] if above is None else [parent, above]
 
 

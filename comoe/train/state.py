@@ -9,6 +9,9 @@ from typing import Any
 from comoe.config import unknown_name
 from comoe.schema import TrainConfig
 
+ALL_STEPS = "all steps done"
+"""Why a run ended that was not cut short by its patience; more steps asked for by a resume go on from there."""
+
 
 @dataclass(slots=True)
 class TrainState:

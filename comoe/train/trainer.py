@@ -28,7 +28,7 @@ from comoe.train.monitor import Monitor
 from comoe.train.progress import Interval, count_posts
 from comoe.train.settings import Layout
 from comoe.train.signals import StopSignal
-from comoe.train.state import TrainState, rate_factor
+from comoe.train.state import ALL_STEPS, TrainState, rate_factor
 
 
 class TrainingStopped(RuntimeError):
@@ -112,12 +112,13 @@ class Trainer:
         with ThreadPoolExecutor(1) as pool, bar:
             upcoming = pool.submit(self._collate, self.state.step)
             while self.state.step < self.schedule.total and not self.state.finished:
+                began = time.perf_counter()
                 batches, stopping = self._with_totals(upcoming.result(), stop)
                 if stopping:
                     self._say(bar, f"stopping at step {self.state.step} ({stop.reason or 'asked by another rank'})")
                     break
                 upcoming = pool.submit(self._collate, self.state.step + 1)
-                self._step(batches, interval, bar)
+                self._step(batches, interval, bar, began=began)
                 paused = time.perf_counter()
                 if self._due(self.schedule.eval_every) and self._evaluate_and_mark(bar):
                     saved_at = self._save()
@@ -128,7 +129,7 @@ class Trainer:
                 interval.began += time.perf_counter() - paused
             upcoming.cancel()
             if self.state.step >= self.schedule.total and not self.state.finished:
-                self.state.finished = "all steps done"
+                self.state.finished = ALL_STEPS
         return saved_at
 
     def _collate(self, step: int) -> list[Batch]:
@@ -145,8 +146,7 @@ class Trainer:
         scale_T = unit_scale(total[:-2], world_size=world_size(), accumulation=len(batches))
         return [replace(batch, unit_scale_T=scale_T) for batch in batches], stopping
 
-    def _step(self, batches: list[Batch], interval: Interval, bar: tqdm) -> None:
-        began = time.perf_counter()
+    def _step(self, batches: list[Batch], interval: Interval, bar: tqdm, *, began: float) -> None:
         rates = self.engine.set_rate_factor(
             rate_factor(self.state.step, total=self.schedule.total, config=self.recipe.train)
         )
@@ -157,8 +157,8 @@ class Trainer:
                 raise
             raise TrainingStopped(self._memory_advice()) from error
         self.state.step += 1
-        seconds = time.perf_counter() - began
-        self.state.seconds += seconds
+        # Waiting for posts and for slower ranks is training too.
+        self.state.seconds += time.perf_counter() - began
         # Numbers of the log stay on the device until a line is due.
         interval.add(batches, report)
         self._watch_nonfinite(report, batches, bar)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from comoe.evaluate import Evaluation, chosen_metric, evaluate, mean_metric, metric_names
+from comoe.evaluate import Evaluation, check_chosen_metric, chosen_metric, evaluate, mean_metric, metric_names
 from comoe.protocols import IGNORED, Batch, ModelOutput
 from comoe.tasks.catalog import Task
 
@@ -253,6 +253,14 @@ def test_a_metric_that_no_evaluation_has_is_refused(name: str, message: str) -> 
 def test_a_chosen_task_without_labelled_posts_says_so() -> None:
     with pytest.raises(ValueError, match="no labelled post of heat; use mean"):
         chosen_metric({"mood": {"macro_f1": 1.0}}, TASKS, "heat/mae")
+
+
+def test_a_choice_that_no_validation_post_can_measure_is_refused_before_training() -> None:
+    check_chosen_metric("mean", TASKS, measured={"heat"})
+    check_chosen_metric("heat/mae", TASKS, measured={"heat"})
+    for name, measured in (("mean", set()), ("mood/macro_f1", {"heat"})):
+        with pytest.raises(ValueError, match=f"is '{name}', but no validation post has a label of mood"):
+            check_chosen_metric(name, TASKS, measured=measured)
 
 
 def test_names_of_metrics_are_known_before_any_evaluation() -> None:

@@ -63,6 +63,11 @@ def test_plain_python_has_no_launcher_to_lose() -> None:
         assert not stop.asked()
 
 
+def test_the_first_process_of_a_container_has_no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "getppid", lambda: 0)
+    assert not StopSignal().asked()
+
+
 # A command that starts a launcher that starts a rank, as ``deepspeed`` does; the rank writes to a file.
 LAUNCHER = """
     import subprocess, sys, time
