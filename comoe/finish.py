@@ -43,6 +43,8 @@ def finish(run: Run) -> None:
     peak = max_over_ranks(peak_memory_bytes())
     if is_main():
         results = _results(run, evaluations, chosen=chosen, peak=peak)
+        # The export comes last and tells that all is written; not one that an earlier end of the run left.
+        shutil.rmtree(run.folder / "export", ignore_errors=True)
         write_results(run.folder, results)
         _write_predictions(run.folder / "predictions", evaluations)
         export_checkpoint(chosen, run.folder / "export")

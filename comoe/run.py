@@ -120,7 +120,7 @@ def train(request: Request, stop: StopSignal | None = None) -> None:
         )
     if not finished_before:
         run.trainer.run(stop)
-    if run.trainer.state.finished and not (finished_before and (folder / "export").is_dir()):
+    if state.finished and not (finished_before and _written_out(folder, state.step)):
         from comoe.finish import finish
 
         finish(run)
@@ -132,6 +132,13 @@ def train(request: Request, stop: StopSignal | None = None) -> None:
         print(f"stopped; go on with: --resume {folder}")
     run.trainer.monitor.close()
     barrier()
+
+
+def _written_out(folder: Path, step: int) -> bool:
+    """Whether results and export are those of this end: a run that went on further still has those of its first end."""
+    results = folder / "results.json"
+    done = is_main() and results.is_file() and (folder / "export").is_dir()
+    return broadcast_object(done and json.loads(results.read_text(encoding="utf-8"))["step"] == step)
 
 
 def _say_doubts(recipe: Recipe) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from comoe.config import load_recipe, recipe_to_dict, unknown_name
-from comoe.models.gate import GATES
+from comoe.models.gate import GATES, build_gate
 from comoe.schema import Recipe
 from comoe.train.settings import load_settings, plan_layout
 
@@ -68,6 +68,11 @@ class Point:
         return f"E{self.experts}{middle}-{encoder}-s{self.seed}"
 
     @property
+    def runs_all(self) -> bool:
+        """True where every expert runs for every token."""
+        return self.experts > 0 and self.top_k == self.experts
+
+    @property
     def overrides(self) -> list[str]:
         """``key=value`` words that make the recipe this point."""
         words = [f"model.encoder={self.encoder}", f"train.seed={self.seed}", f"model.moe.num_experts={self.experts}"]
@@ -77,6 +82,9 @@ class Point:
                 f"model.moe.gate={self.gate}",
                 f"parallel.ep_size={self.ep_size}",
             ]
+        if self.runs_all:
+            # Balancing what cannot be unbalanced is refused, and would make k = E impossible beside other k.
+            words += ["model.moe.balance=none", "loss.balance_weight=0"]
         return words
 
 
@@ -158,6 +166,8 @@ def plan_points(grid: Grid, experiment: Experiment) -> tuple[list[Point], list[s
         try:
             recipe = load_recipe(experiment.config, [*experiment.overrides, *point.overrides])
             plan_layout(recipe, settings, world_size=experiment.ranks, gpu=False)
+            if experts:
+                build_gate(recipe.model.moe)
             points[point.name] = point
         except ValueError as error:
             left_out.append(f"{point.name}: {error}")
@@ -220,7 +230,7 @@ def _word(text: str) -> str:
     return text
 
 
-_SAMPLE = Point(1, 1, "", 1, "", 0)
+_SAMPLE = Point(2, 1, "", 1, "", 0)
 _KINDS: dict[str, tuple[Callable[[str], Any], Sequence[str]]] = {
     "experts": (int, ()),
     "top_k": (int, (EVERY,)),

@@ -51,6 +51,10 @@ def scale(given: argparse.Namespace, *, grid_fields: Sequence[str], train_script
     points, left_out = plan_points(grid, experiment)
     for line in left_out:
         print(f"left out {line}")
+    if any(point.runs_all for point in points):
+        print(
+            "note: where k is the number of experts, model.moe.balance=none and loss.balance_weight=0: all experts run"
+        )
     if not points:
         raise ValueError("no combination of the grid is possible; the lines above say why.")
     remember(experiment)

@@ -69,10 +69,13 @@ def lines_figure(done: Sequence[Row], panels: Mapping[str, str], *, title: str) 
     series = series_of(with_experts)
     ticks = sorted({row["experts"] for row in with_experts})
     for panel, (name, text) in zip(axes, shown.items(), strict=False):
-        _panel(panel, name, text, ticks=ticks)
+        _panel(panel, text, ticks=ticks)
         for number, (label, runs) in enumerate(series.items()):
             _line(panel, runs, name, label, style=_style(number, runs, series))
         _baseline(panel, [row[name] for row in done if not row["experts"] and row.get(name) is not None])
+        if name in COST_PANELS:
+            # After the lines: from here on the axis does not grow any more.
+            panel.set_ylim(bottom=0)
     for panel in axes[len(shown) :]:
         panel.set_visible(False)
     handles, labels = axes[0].get_legend_handles_labels()
@@ -99,7 +102,7 @@ def shares(routing: Mapping[str, Any], name: str) -> Figure:
     return share_figure(share_LE, rows=rows, title=f"{name}: share of tokens per expert, in %", row_axis="layer")
 
 
-def _panel(panel: Axes, name: str, text: str, *, ticks: Sequence[int]) -> None:
+def _panel(panel: Axes, text: str, *, ticks: Sequence[int]) -> None:
     panel.set_title(text, fontsize=9)
     panel.grid(color="#dddddd", linewidth=0.6)
     panel.set_axisbelow(True)
@@ -111,8 +114,6 @@ def _panel(panel: Axes, name: str, text: str, *, ticks: Sequence[int]) -> None:
         panel.set_xticks([], minor=True)
         panel.set_xlim(ticks[0] / 1.3, ticks[-1] * 1.3)
     panel.set_xlabel("experts", fontsize=8)
-    if name in COST_PANELS:
-        panel.set_ylim(bottom=0)
 
 
 def _line(panel: Axes, runs: Sequence[Row], name: str, label: str, *, style: dict[str, Any]) -> None:
@@ -136,8 +137,6 @@ def _line(panel: Axes, runs: Sequence[Row], name: str, label: str, *, style: dic
     for count in experts:
         seeds = points[count]
         panel.plot([count] * len(seeds), seeds, linestyle="", marker=".", markersize=3, alpha=0.6, color=style["color"])
-    if name in COST_PANELS:
-        panel.set_ylim(0, max(panel.get_ylim()[1], 1.15 * max(means)))
 
 
 def _baseline(panel: Axes, values: Sequence[float]) -> None:

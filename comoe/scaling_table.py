@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import statistics
 from collections.abc import Mapping, Sequence
@@ -65,11 +66,15 @@ def quality_of(metrics: Mapping[str, Mapping[str, Mapping[str, float]]], tasks: 
 
 
 def costs_of(results: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> Row:
-    """Time, memory and parameters of a run; times leave out the steps before the first line of the log."""
+    """Time, memory and parameters of a run; times are medians over the log, without what is before its first line."""
     lines = [record for record in records if record.get("split") == "train"]
-    step_seconds = results["seconds"] / max(1, results["step"])
-    if len(lines) > 1 and lines[-1]["step"] > lines[0]["step"]:
-        step_seconds = (lines[-1]["seconds"] - lines[0]["seconds"]) / (lines[-1]["step"] - lines[0]["step"])
+    intervals = [
+        (after["seconds"] - before["seconds"]) / (after["step"] - before["step"])
+        for before, after in itertools.pairwise(lines)
+        if after["step"] > before["step"]
+    ]
+    # Medians: another program on the machine, or a checkpoint, slows some intervals and not the run.
+    step_seconds = statistics.median(intervals or [results["seconds"] / max(1, results["step"])])
     speeds = [line["tokens_per_second"] for line in (lines[1:] or lines)]
     parameters = results["parameters"]
     return {

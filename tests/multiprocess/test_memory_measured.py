@@ -331,12 +331,12 @@ def where(answer: dict[str, Any]) -> str:
     return ", ".join(f"{key} {answer[key]}" for key in ("world", "rank", "ep", "stage", "bf16", "keep")) + f": {answer}"
 
 
-def one_rank(world_size: int, **arguments: Any) -> list[dict[str, Any]]:
+def one_rank(world: int, **arguments: Any) -> list[dict[str, Any]]:
     """``measure`` on rank 0 of a world whose other ranks do not exist: for worlds that do not fit on one machine."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(world_size), "DS_ACCELERATOR": "cpu"}
-    torch.distributed.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(world), "DS_ACCELERATOR": "cpu"}
+    torch.distributed.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
     return measure(**arguments)
 
 

@@ -137,7 +137,8 @@ def test_no_imports_go_round_in_a_circle():
     assert done == set(FILES)
 
 
-@pytest.mark.parametrize("file", FILES)
+# A benchmark sets our code beside other libraries, so it may import them all.
+@pytest.mark.parametrize("file", [file for file in FILES if not file.startswith("comoe/benchmarks/")])
 def test_third_party_libraries_stay_in_their_homes(file: str):
     for name in imports_of(file):
         for library, homes in HOMES.items():

@@ -82,6 +82,9 @@ def test_without_experts_k_gate_and_ep_are_one_run(experiment: Experiment):
 def test_all_is_as_many_as_there_are_and_no_run_is_made_twice(experiment: Experiment):
     points, _ = plan_points(replace(ONE, experts=(2, 4), top_k=(2, "all")), experiment)
     assert [(point.experts, point.top_k) for point in points] == [(2, 2), (4, 2), (4, 4)]
+    # Bias balancing is the recipe's default, and refused where all experts run.
+    assert [load_recipe(experiment.config, point.overrides).model.moe.balance for point in points] == [
+        "none", "bias", "none"]  # fmt: skip
 
 
 def test_a_points_words_make_its_recipe(experiment: Experiment):
@@ -239,7 +242,7 @@ def test_a_row_holds_what_the_run_left(rows: list[dict[str, Any]]):
     assert (row["status"], row["ep_size"], row["split"]) == ("done", 2, "test")
     assert row["mood/macro_f1"] == pytest.approx(0.74) and row["heat/mae"] == 0.5
     assert row["mean"] == pytest.approx((0.74 - 0.5) / 2)  # an error counts against
-    assert row["step_ms"] == pytest.approx(1000 * (9.0 - 5.0) / 20)  # the first steps are left out
+    assert row["step_ms"] == pytest.approx(1000 * 2.0 / 10)  # the first steps, 500 ms each, are left out
     assert row["tokens_per_second"] == 200.0 and row["peak_mib"] == 3
     assert (row["max_violation"], row["effective_experts"]) == (1.0, 3.0)
     assert row["task_information"] == pytest.approx(0.2)
