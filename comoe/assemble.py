@@ -151,7 +151,7 @@ def _load_posts(recipe: Recipe) -> tuple[Corpus, Any, dict[str, TokenizedSplit]]
     corpus = load_corpus(recipe)
     measured = {task for task, found in corpus.report.labels.items() if "validation" in found}
     check_chosen_metric(recipe.train.early_stop_metric, corpus.tasks, measured=measured)
-    tokenizer = load_tokenizer(recipe.model.encoder)
+    tokenizer = load_tokenizer(recipe.model.encoder, trust_remote_code=recipe.model.trust_remote_code)
     splits = _one_per_node_first(lambda: _tokenize(corpus, tokenizer, recipe))
     corpus.report.truncated.update({name: (split.truncated, split.words_cut) for name, split in splits.items()})
     return corpus, tokenizer, splits

@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -44,6 +45,8 @@ def run_and_exit(request: Request, stop: StopSignal | None = None) -> None:
         train(request, stop)
     except (ValueError, OSError) as error:
         code = 2
+        if "run.verbose=true" in request.overrides:
+            traceback.print_exc()
         _say_error(error)
     except RuntimeError as error:
         from comoe.train.trainer import TrainingStopped

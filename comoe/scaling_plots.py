@@ -75,7 +75,7 @@ def lines_figure(done: Sequence[Row], panels: Mapping[str, str], *, title: str) 
         _baseline(panel, [row[name] for row in done if not row["experts"] and row.get(name) is not None])
         if name in COST_PANELS:
             # After the lines: from here on the axis does not grow any more.
-            panel.set_ylim(bottom=0)
+            panel.set_ylim(0, 1.05 * panel.get_ylim()[1])
     for panel in axes[len(shown) :]:
         panel.set_visible(False)
     handles, labels = axes[0].get_legend_handles_labels()

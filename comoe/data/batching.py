@@ -20,17 +20,18 @@ from comoe.schema import DataConfig, NormalizeConfig
 from comoe.tasks.catalog import Task
 
 
-def load_tokenizer(name: str) -> Any:
+def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
     """The tokenizer of an encoder.
 
     Args:
         name: folder with the tokenizer's files, or a hub name.
+        trust_remote_code: let the encoder's repository run its own Python code.
 
     Raises:
         ValueError: no tokenizer there, or one without a padding token.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = (str(error).strip().splitlines() or ["no message"])[0]
         raise ValueError(

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 
 from tqdm import tqdm
 
 from comoe.data.batching import Collator, TokenizedSplit
 from comoe.data.sampling import eval_batches
-from comoe.distributed import all_gather_objects, is_main, rank, sum_over_ranks, world_size
+from comoe.distributed import all_gather_objects, is_main, max_over_ranks, rank, sum_over_ranks, world_size
 from comoe.evaluate import Evaluation, evaluate
 from comoe.protocols import Batch, ModelOutput, labelled_rows
 from comoe.tasks.catalog import Task
@@ -19,6 +20,12 @@ from comoe.train.engine import Engine
 from comoe.train.routing_stats import RoutingStats, RoutingSummary
 
 EVAL_BATCH = 64
+STOP_CHECK_EVERY = 8
+"""Batches between two looks at the stop signal: each is a reduction over ranks."""
+
+
+class EvaluationStopped(Exception):
+    """An evaluation that a signal cut short."""
 
 
 @dataclass(slots=True)
@@ -30,8 +37,14 @@ class Evaluator:
     collator: Collator
     tasks: Sequence[Task]
 
-    def run(self, name: str, *, predictions: bool = False) -> tuple[Evaluation | None, RoutingSummary | None]:
-        """Metrics, predictions and the gates' measures of one split; (None, None) where it has no posts."""
+    def run(
+        self, name: str, *, predictions: bool = False, asked_to_stop: Callable[[], bool] | None = None
+    ) -> tuple[Evaluation | None, RoutingSummary | None]:
+        """Metrics, predictions and the gates' measures of one split; (None, None) where it has no posts.
+
+        Raises:
+            EvaluationStopped: ``asked_to_stop`` said so on some rank; raised on all of them after the same batch.
+        """
         split = self.splits.get(name)
         if split is None or len(split) == 0:
             return None, None
@@ -43,12 +56,16 @@ class Evaluator:
             names, num_layers=len(layers), num_experts=model.config.num_local_experts, layers=layers,
             device=self.engine.device,
         )  # fmt: skip
+        turn = count()
         with tqdm(
             total=len(batches), desc=name, unit="batch", leave=False, disable=not (is_main() and sys.stderr.isatty())
         ) as bar:
 
             def forward(batch: Batch) -> ModelOutput:
                 output = self.engine.forward(batch)
+                # A launcher waits half a minute for a rank that it told to stop, and an evaluation may take longer.
+                if asked_to_stop is not None and next(turn) % STOP_CHECK_EVERY == 0 and max_over_ranks(asked_to_stop()):
+                    raise EvaluationStopped
                 # A filler row exists only so that this rank has something to run; it has no label and is not counted.
                 stats.update(output, labelled_rows(batch, names))
                 bar.update()

@@ -33,6 +33,8 @@ class TrainState:
     """Posts trained on, repeats counted."""
     seconds: float = 0.0
     """Seconds of training, of all sittings."""
+    evaluated_at: int = 0
+    """Step of the last evaluation; one that a signal cut short is made up for by the resume."""
     finished: str = ""
     """Why the run ended; empty while it may go on."""
 

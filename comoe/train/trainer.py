@@ -22,7 +22,7 @@ from comoe.schema import Recipe
 from comoe.tasks.catalog import Task
 from comoe.train.checkpoint import save_checkpoint
 from comoe.train.engine import Engine, StepReport
-from comoe.train.evaluation import Evaluator
+from comoe.train.evaluation import EvaluationStopped, Evaluator
 from comoe.train.folders import mark_best
 from comoe.train.monitor import Monitor
 from comoe.train.progress import Interval, count_posts
@@ -110,6 +110,11 @@ class Trainer:
         interval = Interval(self.tasks)
         saved_at = -1
         with ThreadPoolExecutor(1) as pool, bar:
+            due = self.state.step > 0 and self._due(self.schedule.eval_every)
+            owed = due and self.state.evaluated_at != self.state.step
+            if owed and self._evaluate_and_mark(bar, stop):
+                saved_at = self._save()
+                mark_best(self.checkpoints, self.state.step)
             upcoming = pool.submit(self._collate, self.state.step)
             while self.state.step < self.schedule.total and not self.state.finished:
                 began = time.perf_counter()
@@ -120,7 +125,7 @@ class Trainer:
                 upcoming = pool.submit(self._collate, self.state.step + 1)
                 self._step(batches, interval, bar, began=began)
                 paused = time.perf_counter()
-                if self._due(self.schedule.eval_every) and self._evaluate_and_mark(bar):
+                if self._due(self.schedule.eval_every) and self._evaluate_and_mark(bar, stop):
                     saved_at = self._save()
                     mark_best(self.checkpoints, self.state.step)
                 if saved_at != self.state.step and self._due(self.schedule.save_every):
@@ -211,9 +216,14 @@ class Trainer:
     def _due(self, every: int) -> bool:
         return self.state.step % every == 0 or self.state.step == self.schedule.total
 
-    def _evaluate_and_mark(self, bar: tqdm) -> bool:
+    def _evaluate_and_mark(self, bar: tqdm, stop: StopSignal) -> bool:
         """Evaluate; True when this is the best step so far."""
-        evaluation, routing = self.evaluator.run("validation")
+        try:
+            evaluation, routing = self.evaluator.run("validation", asked_to_stop=stop.asked)
+        except EvaluationStopped:
+            # The next look at the signal ends the run; the resume begins with this evaluation.
+            return False
+        self.state.evaluated_at = self.state.step
         if evaluation is None:
             return False
         self.last_validation = evaluation

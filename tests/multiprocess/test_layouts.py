@@ -33,10 +33,12 @@ CASES: dict[str, dict[str, Any]] = {
     "paper": {"steps": 4, **PAPER},
 }
 LAYOUTS = {
-    2: [("adamw", 1, 2), ("adamw", 2, 1), ("adamw", 2, 2), ("adamw", 2, 3), ("adamw", 1, 3), ("sgd", 2, 2),
+    2: [("adamw", 1, 2), ("adamw", 2, 1), ("adamw", 2, 2), ("adamw", 2, 3), ("adamw", 1, 3), ("sgd", 1, 1),
+        ("sgd", 1, 2), ("sgd", 1, 3), ("sgd", 2, 1), ("sgd", 2, 2),
         ("sgd", 2, 3), ("gradient", 1, 1), ("gradient", 2, 1), ("gradient", 2, 2), ("gradient", 2, 3),
         ("accumulation", 2, 2), ("accumulation", 2, 3), ("paper", 2, 2)],
-    4: [("adamw", 2, 1), ("adamw", 2, 2), ("adamw", 2, 3), ("sgd", 2, 2), ("gradient", 2, 2), ("gradient", 2, 3)],
+    4: [("adamw", 2, 1), ("adamw", 2, 2), ("adamw", 2, 3), ("sgd", 2, 1), ("sgd", 2, 2), ("sgd", 2, 3),
+        ("gradient", 2, 1), ("gradient", 2, 2), ("gradient", 2, 3)],
 }  # fmt: skip
 
 

@@ -360,7 +360,7 @@ def main() -> None:
                 case = {"stage": stage, "bf16": given.bf16, "steps": 1, "model__moe__num_experts": given.experts,
                         "warm": False}  # fmt: skip
                 if given.one_rank:
-                    answers = run_ranks(f"{__spec__.name}:one_rank", 1, timeout=1200, world_size=world,
+                    answers = run_ranks(f"{__spec__.name}:one_rank", 1, timeout=1200, world=world,
                                         encoder=encoder, cases=[case])[0]  # fmt: skip
                 else:
                     answers = [answer for [answer] in run_ranks(

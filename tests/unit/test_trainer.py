@@ -21,6 +21,7 @@ from comoe.evaluate import Evaluation
 from comoe.protocols import Batch, ModelOutput, StepOutput
 from comoe.tasks.catalog import Task
 from comoe.train.engine import StepReport
+from comoe.train.evaluation import EvaluationStopped, Evaluator
 from comoe.train.settings import Layout
 from comoe.train.signals import StopSignal
 from comoe.train.state import TrainState
@@ -73,8 +74,14 @@ class FakeEvaluator:
     """Gives one value after another."""
 
     values: list[float]
+    cut_short: int = 0
 
-    def run(self, name: str) -> tuple[Evaluation | None, None]:
+    def run(self, name: str, *, asked_to_stop: Callable[[], bool]) -> tuple[Evaluation | None, None]:
+        if self.cut_short:
+            self.cut_short -= 1
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert asked_to_stop()
+            raise EvaluationStopped
         if not self.values:
             return None, None
         return Evaluation({"heat": {"mae": -self.values.pop(0), "n": 1.0}}, {}, {}), None
@@ -177,7 +184,7 @@ def test_every_post_is_counted_however_seldom_a_line_is_logged(tmp_path: Path) -
 def test_posts_per_second_leave_out_evaluation_and_saving_and_count_all_steps_between_two_lines(tmp_path: Path) -> None:
     trainer = trainer_in(tmp_path, values=[0.1] * 6, on_step=lambda step: time.sleep(0.1), log_every=3, eval_every=1)
     run_validation = trainer.evaluator.run
-    trainer.evaluator.run = lambda name: (time.sleep(0.4), run_validation(name))[1]
+    trainer.evaluator.run = lambda name, **_: (time.sleep(0.4), run_validation(name))[1]
     trainer.run()
     # Three steps of five posts in 0.3 seconds; with the evaluations it would be 1.5 seconds and more.
     assert all(12 < speed <= 50 for speed in trainer.monitor.speeds), trainer.monitor.speeds
@@ -277,3 +284,56 @@ def test_epochs_and_auto_become_steps(tmp_path: Path) -> None:
     assert (schedule.total, schedule.eval_every, schedule.save_every) == (10, 2, 2)
     schedule = trainer_in(tmp_path, max_steps=7, eval_every=3, save_every="auto").schedule
     assert (schedule.total, schedule.eval_every, schedule.save_every) == (7, 3, 3)
+
+
+def test_an_evaluation_that_a_signal_cut_short_is_made_up_for_by_the_resume(tmp_path: Path) -> None:
+    uncut = trainer_in(tmp_path / "a", values=[0.3, 0.2, 0.1])
+    (tmp_path / "a").mkdir()
+    uncut.run()
+    (tmp_path / "b").mkdir()
+    cut = trainer_in(tmp_path / "b", values=[0.3])
+    cut.evaluator.cut_short = 1
+    cut.run()
+    assert cut.state.step == 2 and cut.state.evaluated_at == 0 and not cut.state.finished
+    resumed = trainer_in(tmp_path / "b", values=[0.3, 0.2, 0.1])
+    resumed.state = TrainState(**saved(cut)[2])
+    resumed.run()
+    assert resumed.monitor.checks == uncut.monitor.checks == [2, 4, 6]
+    assert resumed.state.best_step == uncut.state.best_step and resumed.state.best_value == uncut.state.best_value
+
+
+def test_a_long_evaluation_stops_after_a_few_batches_when_asked_to() -> None:
+    class Split:
+        lengths = np.full(64 * 40, 3)
+        texts: list[str] = []
+
+        def __len__(self) -> int:
+            return len(self.lengths)
+
+    class Counting:
+        device = torch.device("cpu")
+        forwards = 0
+
+        class objective:
+            class model:
+                class config:
+                    num_local_experts = 0
+
+                @staticmethod
+                def moe_layers() -> list[Any]:
+                    return []
+
+        def forward(self, batch: Batch) -> ModelOutput:
+            self.forwards += 1
+            rows_B = batch.row_ids_B
+            return ModelOutput({"heat": torch.zeros(len(rows_B), 1)}, {}, {}, (), rows_B)
+
+    engine = Counting()
+
+    def collate_rows(split: Split, indices: np.ndarray, *, all_tasks: bool) -> Batch:
+        return collate(Posts(), indices)
+
+    evaluator = Evaluator(engine, {"validation": Split()}, collate_rows, (HEAT,))
+    with pytest.raises(EvaluationStopped):
+        evaluator.run("validation", asked_to_stop=lambda: engine.forwards > 10)
+    assert 10 < engine.forwards < 20
