@@ -336,6 +336,10 @@ def one_rank(world: int, **arguments: Any) -> list[dict[str, Any]]:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(world), "DS_ACCELERATOR": "cpu"}
+    import deepspeed
+
+    # As start_ranks does: nothing here uses it, and it would be compiled.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     torch.distributed.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
     return measure(**arguments)
 

@@ -235,3 +235,7 @@ def test_every_paper_that_the_code_cites_stands_in_the_paper_index():
     }
     index = README.partition("\n## Papers\n")[2].partition("\n## ")[0]
     assert cited and cited - set(re.findall(r"arXiv:\d{4}\.\d{5}", index)) == set()
+
+
+def test_no_number_is_left_to_be_measured():
+    assert "MEASURE" not in README and "@@" not in README

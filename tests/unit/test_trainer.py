@@ -181,13 +181,21 @@ def test_every_post_is_counted_however_seldom_a_line_is_logged(tmp_path: Path) -
     assert trainer.state.posts_seen == 30
 
 
-def test_posts_per_second_leave_out_evaluation_and_saving_and_count_all_steps_between_two_lines(tmp_path: Path) -> None:
-    trainer = trainer_in(tmp_path, values=[0.1] * 6, on_step=lambda step: time.sleep(0.1), log_every=3, eval_every=1)
+def test_posts_per_second_leave_out_evaluation_and_saving_and_count_all_steps_between_two_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+
+    def spend(seconds: float) -> None:
+        now[0] += seconds
+
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    trainer = trainer_in(tmp_path, values=[0.1] * 6, on_step=lambda step: spend(0.1), log_every=3, eval_every=1)
     run_validation = trainer.evaluator.run
-    trainer.evaluator.run = lambda name, **_: (time.sleep(0.4), run_validation(name))[1]
+    trainer.evaluator.run = lambda name, **more: (spend(0.4), run_validation(name, **more))[1]
     trainer.run()
-    # Three steps of five posts in 0.3 seconds; with the evaluations it would be 1.5 seconds and more.
-    assert all(12 < speed <= 50 for speed in trainer.monitor.speeds), trainer.monitor.speeds
+    # Three steps of five posts in 0.3 seconds; with the evaluations it would be 1.5 seconds.
+    assert trainer.monitor.speeds == pytest.approx([50.0, 50.0])
 
 
 def test_patience_ends_the_run_at_the_evaluation_that_uses_it_up(tmp_path: Path) -> None:
