@@ -49,7 +49,7 @@ class Interval:
     """Collects between two log lines; a host sync happens only in ``reduce``."""
 
     tasks: Sequence[Task]
-    began: float = field(default_factory=time.perf_counter)
+    began: float = field(default_factory=lambda: time.perf_counter())
     posts: int = 0
     tokens: int = 0
     skipped: int = 0
