@@ -192,6 +192,7 @@ def plan_lines(
         f"parameters: {shape.dense_parameters / 1e6:,.1f} M dense, {shape.expert_parameters / 1e6:,.1f} M in experts, "
         f"{shape.active_parameters / 1e6:,.1f} M active per token",
         f"bfloat16, AdamW, {length} tokens per post, {cluster.efficiency:.0%} of the peak reached in matrix products",
+        "bytes are sent by one GPU per step; the batch " + ("grows with the GPUs" if batch is None else "is fixed"),
         "",
     ]
     rows, details = [HEAD], []

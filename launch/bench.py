@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import signal
 import sys
 from pathlib import Path
 
@@ -29,6 +30,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, metavar="N", help="timed rounds (more: steadier medians)")
     given = parser.parse_args()
 
+    # Its ranks must not outlive it.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     # A run from a checkout that is not installed must find comoe, also where the working folder is another one.
     sys.path.append(str(HERE.parent))
     report = importlib.import_module(BENCHMARKS[given.benchmark]).run(

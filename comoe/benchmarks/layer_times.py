@@ -64,11 +64,15 @@ def measure(config: str | None, experts: list[int], **fields: Any) -> dict[str, 
     x_SM = nn.functional.layer_norm(states_SM, (size.model_width,)).to(device, precision(device))
     torch.manual_seed(0)
     dense = build_dense(size.model_width, size.expert_width, top_k=size.top_k, device=device)
-    contestants = {"dense": Contestant(forward_backward(dense, x_SM)), "step of dense": Contestant(adam_step(dense))}
+    upstream_SM = torch.randn(x_SM.shape).to(x_SM)
+    contestants = {
+        "dense": Contestant(forward_backward(dense, x_SM, upstream_SM)),
+        "step of dense": Contestant(adam_step(dense)),
+    }
     blocks: dict[int, tuple[Block, Run]] = {}
     for num_experts in size.experts:
-        blocks[num_experts] = _on_posts(contestants, num_experts, x_SM, size)
-        _steered(contestants, num_experts, x_SM, size)
+        blocks[num_experts] = _on_posts(contestants, num_experts, x_SM, upstream_SM, size)
+        _steered(contestants, num_experts, x_SM, upstream_SM, size)
     times = take_turns(contestants, rounds=size.rounds, device=device)
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     return {
@@ -87,33 +91,40 @@ def measure(config: str | None, experts: list[int], **fields: Any) -> dict[str, 
     }
 
 
-def _on_posts(contestants: dict[str, Contestant], num_experts: int, x_SM: Tensor, size: Size) -> tuple[Block, Run]:
+def _on_posts(
+    contestants: dict[str, Contestant], num_experts: int, x_SM: Tensor, upstream_SM: Tensor, size: Size
+) -> tuple[Block, Run]:
     """Fresh gates on the posts themselves: what they route is what the posts make of them."""
     widths = (num_experts, size.model_width, size.expert_width)
     block = Block(*widths, top_k=size.top_k, device=x_SM.device)
-    run = forward_backward(block, x_SM)
+    run = forward_backward(block, x_SM, upstream_SM)
     contestants[f"block/posts/{num_experts}"] = Contestant(run)
     contestants[f"step of block/{num_experts}"] = Contestant(adam_step(block))
     if size.alone and num_experts <= MOST_REFERENCE_EXPERTS:
         reference = EveryExpert(*widths, top_k=size.top_k, device=x_SM.device)
         # It takes E / k times as long as all others.
-        contestants[f"reference/posts/{num_experts}"] = Contestant(forward_backward(reference, x_SM), every=3)
+        contestants[f"reference/posts/{num_experts}"] = Contestant(
+            forward_backward(reference, x_SM, upstream_SM), every=3
+        )
     return block, run
 
 
-def _steered(contestants: dict[str, Contestant], num_experts: int, x_SM: Tensor, size: Size) -> None:
+def _steered(
+    contestants: dict[str, Contestant], num_experts: int, x_SM: Tensor, upstream_SM: Tensor, size: Size
+) -> None:
     """Forced loads: every layer runs its own router, and the tokens make all of them pick the same experts."""
     loads = {
         "balanced": even_picks(size.tokens, num_experts, size.top_k),
         "skew3": skewed_picks(size.tokens, num_experts, size.top_k, skew=SKEW),
     }
+    forced = {load: force(x_SM, picks_Sk, num_experts) for load, picks_Sk in loads.items()}
     for name, kind in (("block", Block), ("native", Native)):
         layer = kind(num_experts, size.model_width, size.expert_width, top_k=size.top_k, device=x_SM.device)
         with torch.no_grad():
             layer.gate_weight.copy_(steering_weight(num_experts, size.model_width))
-        for load, picks_Sk in loads.items():
-            forced_SM = force(x_SM, picks_Sk, num_experts)
-            contestants[f"{name}/{load}/{num_experts}"] = Contestant(forward_backward(layer, forced_SM))
+        for load, forced_SM in forced.items():
+            run = forward_backward(layer, forced_SM, upstream_SM)
+            contestants[f"{name}/{load}/{num_experts}"] = Contestant(run)
     contestants[f"step of native/{num_experts}"] = Contestant(adam_step(layer))
 
 

@@ -127,15 +127,21 @@ def precision(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
-def forward_backward(layer: nn.Module, x_SM: Tensor) -> Callable[[], None]:
-    """One forward and backward pass with fresh gradients, those of the input too."""
+def forward_backward(layer: nn.Module, x_SM: Tensor, upstream_SM: Tensor) -> Callable[[], None]:
+    """One forward and backward pass with fresh gradients, those of the input too.
+
+    Args:
+        layer: what is run.
+        x_SM: its input.
+        upstream_SM: gradient of its answer; the same tensor serves every layer.
+    """
     x_SM = x_SM.detach().requires_grad_()
-    upstream_SM = torch.randn(x_SM.shape, generator=torch.Generator().manual_seed(0)).to(x_SM)
 
     def run() -> None:
-        x_SM.grad = None
         layer.zero_grad(set_to_none=True)
         layer(x_SM).backward(upstream_SM)
+        # Dozens of layers wait for their turns: none keeps the gradient of its input meanwhile.
+        x_SM.grad = None
 
     return run
 

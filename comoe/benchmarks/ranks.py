@@ -32,6 +32,7 @@ def run_on_ranks(function: str, world_size: int, *, timeout: float = 900.0, **ar
     Raises:
         RuntimeError: a rank failed or the time is up; the message has the end of what the ranks wrote.
     """
+    print(f"{function} on {world_size} rank(s) ...", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory(prefix="comoe-bench-") as name:
         folder = Path(name)
         (folder / "in.json").write_text(json.dumps([function, arguments]), encoding="utf-8")
@@ -56,9 +57,11 @@ def _start(folder: Path, rank: int, world_size: int, port: int) -> subprocess.Po
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PYTHONSAFEPATH": "1"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     with (folder / f"log{rank}").open("wb") as log:
+        # In a session of its own: nothing that a rank does to a terminal can stop the benchmark.
         return subprocess.Popen(
-            [sys.executable, "-m", "comoe.benchmarks.ranks", str(folder)], env=environment, stdout=log, stderr=log
-        )
+            [sys.executable, "-m", "comoe.benchmarks.ranks", str(folder)], env=environment, stdin=subprocess.DEVNULL,
+            stdout=log, stderr=log, start_new_session=True,
+        )  # fmt: skip
 
 
 def _wait(ranks: list[subprocess.Popen[bytes]], timeout: float) -> None:
