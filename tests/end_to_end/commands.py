@@ -65,12 +65,10 @@ class Typed:
         return self.log.with_suffix(f".{stream}").read_text(encoding="utf-8", errors="replace")
 
     def kill(self) -> None:
-        """SIGKILL to all processes of the command."""
-        try:
+        """SIGKILL to all processes of the command, while it runs: afterwards its number may be somebody else's."""
+        if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass  # all gone already
-        self.process.wait()
+            self.process.wait()
 
 
 class Terminal:
