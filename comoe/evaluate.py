@@ -114,7 +114,7 @@ def mean_metric(metrics: Mapping[str, Mapping[str, float]], tasks: Sequence[Task
     Raises:
         ValueError: no task has a labelled post in the split.
     """
-    values = [_rising(task.metric, metrics[task.name][task.metric]) for task in tasks if task.name in metrics]
+    values = [rising(task.metric, metrics[task.name][task.metric]) for task in tasks if task.name in metrics]
     if not values:
         names = ", ".join(task.name for task in tasks)
         raise ValueError(f"the split has no labelled post of any task ({names}), so there is no metric to choose by.")
@@ -140,7 +140,7 @@ def chosen_metric(metrics: Mapping[str, Mapping[str, float]], tasks: Sequence[Ta
         raise ValueError(
             f"train.early_stop_metric is {name!r}, but the split has no labelled post of {task}; use mean."
         )
-    return _rising(metric, metrics[task][metric])
+    return rising(metric, metrics[task][metric])
 
 
 def check_chosen_metric(name: str, tasks: Sequence[Task], *, measured: Container[str] | None = None) -> None:
@@ -171,7 +171,8 @@ def metric_names(task: Task) -> tuple[str, ...]:
     return ("loss", *task.rules.score(gold, scores, task))
 
 
-def _rising(metric: str, value: float) -> float:
+def rising(metric: str, value: float) -> float:
+    """The value where larger is better, else its negative."""
     return -value if metric in LOWER_IS_BETTER else value
 
 

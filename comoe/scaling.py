@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from comoe.config import load_recipe, recipe_to_dict, unknown_name
 from comoe.models.gate import GATES, build_gate
@@ -88,9 +88,23 @@ class Point:
         return words
 
 
+class Planned(Protocol):
+    """What is needed of a run that has not been made yet."""
+
+    @property
+    def name(self) -> str:
+        """Name of its run folder."""
+        ...
+
+    @property
+    def overrides(self) -> list[str]:
+        """``key=value`` words that make the recipe this run."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Experiment:
-    """One call of ``launch/scale.py``."""
+    """One call of ``launch/scale.py`` or ``launch/compare.py``."""
 
     config: Path
     """Recipe that all runs share."""
@@ -174,8 +188,12 @@ def plan_points(grid: Grid, experiment: Experiment) -> tuple[list[Point], list[s
     return list(points.values()), list(dict.fromkeys(left_out))
 
 
-def remember(experiment: Experiment) -> None:
+def remember(experiment: Experiment, *, file_name: str = "scale.json") -> None:
     """Write down what all runs share, or make sure that it is what the earlier runs in this folder shared.
+
+    Args:
+        experiment: what they share.
+        file_name: where, in the output folder.
 
     Raises:
         ValueError: the folder holds an experiment with another recipe, DeepSpeed JSON or number of ranks.
@@ -183,7 +201,7 @@ def remember(experiment: Experiment) -> None:
     recipe = recipe_to_dict(load_recipe(experiment.config, experiment.overrides))
     shared = {"ranks": experiment.ranks, "deepspeed": load_settings(experiment.deepspeed), "recipe": recipe}
     shared = json.loads(json.dumps(shared))
-    file = experiment.output / "scale.json"
+    file = experiment.output / file_name
     if not file.is_file():
         experiment.runs.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(shared, indent=1) + "\n", encoding="utf-8")

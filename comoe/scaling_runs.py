@@ -12,24 +12,26 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import psutil
 import torch
 
-from comoe.scaling import Experiment, Point
+from comoe.scaling import Experiment, Planned
 
 TAIL = 20
 """Lines of the log that are kept of a run that failed."""
 GRACE = 180.0
 """Seconds that ranks get to save and leave once their launcher is gone."""
 
-Report = Callable[[Sequence[Point]], None]
+Run = TypeVar("Run", bound=Planned)
+Report = Callable[[Sequence[Run]], None]
 """Writes tables and plots of the points so far."""
 
 
 def run_points(
-    experiment: Experiment, points: Sequence[Point], *, report: Report, say: Callable[[str], None] = print
-) -> list[Point]:
+    experiment: Experiment, points: Sequence[Run], *, report: Report[Run], say: Callable[[str], None] = print
+) -> list[Run]:
     """Run what is not done yet; a run that was cut short goes on from its checkpoint.
 
     Args:
@@ -46,7 +48,7 @@ def run_points(
     """
     todo = [point for point in points if not is_done(experiment, point)]
     say(f"{len(points)} runs, {len(points) - len(todo)} of them done; {experiment.ranks} ranks each")
-    failed: list[Point] = []
+    failed: list[Run] = []
     seconds: list[float] = []
     for number, point in enumerate(todo, start=len(points) - len(todo) + 1):
         began = time.monotonic()
@@ -61,13 +63,13 @@ def run_points(
     return failed
 
 
-def is_done(experiment: Experiment, point: Point) -> bool:
+def is_done(experiment: Experiment, point: Planned) -> bool:
     """True when the run left its results, which it does last but for the export."""
     file = experiment.runs / point.name / "results.json"
     return file.is_file() and bool(json.loads(file.read_text(encoding="utf-8")).get("finished"))
 
 
-def run_point(experiment: Experiment, point: Point) -> str:
+def run_point(experiment: Experiment, point: Planned) -> str:
     """Run one point to its end.
 
     Returns:
@@ -90,12 +92,12 @@ def run_point(experiment: Experiment, point: Point) -> str:
     return next((line for line in reversed(lines) if line.startswith("comoe:")), lines[-1])
 
 
-def failure_file(experiment: Experiment, point: Point) -> Path:
+def failure_file(experiment: Experiment, point: Planned) -> Path:
     """Where the last lines of a run that failed are."""
     return experiment.output / "failed" / f"{point.name}.txt"
 
 
-def command_of(experiment: Experiment, point: Point) -> list[str]:
+def command_of(experiment: Experiment, point: Planned) -> list[str]:
     """The command of one run: a new one, or ``--resume`` where one was cut short."""
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", "--master_port", str(_free_port())]
     launcher += ["--num_accelerators", str(experiment.ranks)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from comoe.protocols import IGNORED
+from comoe.tasks.metrics import METRICS
 
 
 class TaskLike(Protocol):
@@ -96,6 +97,19 @@ class Kind(ABC):
     @abstractmethod
     def answers(self, logits: Tensor, targets: Tensor) -> tuple[Any, Any]:
         """(gold, scores) of the labelled rows, in row order: NumPy arrays or, for tags, lists of one array per row."""
+
+    @abstractmethod
+    def compared(self, rows: Sequence[Mapping[str, Any]], task: TaskLike) -> tuple[Any, Any]:
+        """(gold, predicted), decided, of written predictions: ids, 0/1 rows, or numbers; for tags one id array per row.
+
+        Args:
+            rows: of ``predictions/<split>/<task>.jsonl``: the dicts of ``decode``, and ``gold``, which is never None.
+            task: the task.
+        """
+
+    def measure(self, gold: Any, predicted: Any, task: TaskLike) -> float:
+        """The task's main metric of what ``compared`` gave, or of a part of it."""
+        return METRICS[task.metric](gold, predicted, task.labels)
 
     @abstractmethod
     def score(self, gold: Any, scores: Any, task: TaskLike) -> dict[str, float]:

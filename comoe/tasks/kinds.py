@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -68,6 +68,10 @@ class SingleLabel(Kind):
         """Label ids, int64, (N,), and probabilities, float32, (N, Y)."""
         present = self.labelled(targets)
         return targets[present].cpu().numpy(), logits.detach()[present].float().softmax(-1).cpu().numpy()
+
+    def compared(self, rows: Sequence[Mapping[str, Any]], task: TaskLike) -> tuple[np.ndarray, np.ndarray]:
+        ids = {name: number for number, name in enumerate(task.labels)}
+        return tuple(np.array([ids[row[key]] for row in rows], dtype=np.int64) for key in ("gold", "label"))
 
     def score(self, gold: np.ndarray, scores: np.ndarray, task: TaskLike) -> dict[str, float]:
         """The majority baseline answers the commonest label of ``gold``."""
@@ -153,6 +157,10 @@ class MultiLabel(Kind):
         present = self.labelled(targets)
         return targets[present].long().cpu().numpy(), logits.detach()[present].float().sigmoid().cpu().numpy()
 
+    def compared(self, rows: Sequence[Mapping[str, Any]], task: TaskLike) -> tuple[np.ndarray, np.ndarray]:
+        tables = ([[name in row[key] for name in task.labels] for row in rows] for key in ("gold", "labels"))
+        return tuple(np.array(table, dtype=np.int64).reshape(len(rows), len(task.labels)) for table in tables)
+
     def score(self, gold: np.ndarray, scores: np.ndarray, task: TaskLike) -> dict[str, float]:
         """The majority baseline gives every post the labels that more than half of the posts have."""
         predicted, labels = (scores >= self.threshold).astype(np.int64), task.labels
@@ -210,6 +218,9 @@ class Regression(Kind):
         """Gold and predicted numbers, float32, (N,)."""
         present = self.labelled(targets)
         return targets[present].cpu().numpy(), logits.detach()[present, 0].float().cpu().numpy()
+
+    def compared(self, rows: Sequence[Mapping[str, Any]], task: TaskLike) -> tuple[np.ndarray, np.ndarray]:
+        return tuple(np.array([row[key] for row in rows], dtype=np.float64) for key in ("gold", "value"))
 
     def score(self, gold: np.ndarray, scores: np.ndarray, task: TaskLike) -> dict[str, float]:
         """The baseline answers the mean of ``gold``; it correlates with nothing, so its ``mae`` is always given too."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -75,6 +75,13 @@ class Tags(Kind):
         rows = [(ids, row, ids != IGNORED) for ids, row in zip(targets, logits.detach(), strict=True)]
         rows = [(ids[words], row[words]) for ids, row, words in rows if words.any()]
         return [ids.cpu().numpy() for ids, _ in rows], [row.float().softmax(-1).cpu().numpy() for _, row in rows]
+
+    def compared(self, rows: Sequence[Mapping[str, Any]], task: TaskLike) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        ids = {name: number for number, name in enumerate(task.labels)}
+        return tuple([np.array([ids[tag] for tag in row[key]]) for row in rows] for key in ("gold", "tags"))
+
+    def measure(self, gold: list[np.ndarray], predicted: list[np.ndarray], task: TaskLike) -> float:
+        return _measures(gold, predicted, names=(task.metric,), labels=task.labels)[task.metric]
 
     def score(self, gold: list[np.ndarray], scores: list[np.ndarray], task: TaskLike) -> dict[str, float]:
         """Span metrics over posts, the others over words. The majority baseline answers "O", else the commonest tag."""

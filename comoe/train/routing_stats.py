@@ -33,12 +33,18 @@ class RoutingSummary:
     """Share of a layer's routes that each expert got; rows sum to 1."""
     share_LTE: np.ndarray
     """The same among the tokens of one task."""
+    weight_LE: np.ndarray
+    """Share of a layer's gate weight that each expert got; rows sum to 1. It tells of a monopoly where ``share_LE``
+    cannot: at k = E every expert gets the same number of routes."""
+    weight_LTE: np.ndarray
+    """The same among the tokens of one task."""
     score_LE: np.ndarray
     """Mean score of each expert over all real tokens, picked or not."""
     by_layer: Mapping[str, np.ndarray]
-    """Measure -> (layers,): those of ``share_measures``, cooperation, and task_information = I(task; expert)."""
+    """Measure -> (layers,): those of ``share_measures``, cooperation, task_information = I(task; expert) of the routes,
+    and of the gate weights weight_monopoly, weight_effective_experts and weight_task_information."""
     by_task: Mapping[str, np.ndarray]
-    """Measure -> (layers, T): the same without task_information."""
+    """Measure -> (layers, T): the same without the two informations."""
     histogram_LH: np.ndarray
     """Number of scores in each of the equal bins between 0 and 1."""
     tokens: int
@@ -51,9 +57,10 @@ class RoutingSummary:
             "tokens": self.tokens,
             **{name: _plain(values) for name, values in self.by_layer.items()},
             "share": _plain(self.share_LE),
+            "weight_share": _plain(self.weight_LE),
             "tasks": {
                 task: {name: _plain(values[:, index]) for name, values in self.by_task.items()}
-                | {"share": _plain(self.share_LTE[:, index])}
+                | {"share": _plain(self.share_LTE[:, index]), "weight_share": _plain(self.weight_LTE[:, index])}
                 for index, task in enumerate(self.tasks)
             },
         }
@@ -88,8 +95,8 @@ class RoutingStats:
         assert len(self.layers) == num_layers, (self.layers, num_layers)
         self.num_experts = max(num_experts, 1)  # A model without experts has no layers either: an empty table.
         # Row T of the task axis holds every labelled token once: with several labels per post the tasks' rows overlap.
-        # Last axis: picks per expert, sum of scores per expert, picked experts above 0.5, tokens.
-        shape = (num_layers, len(self.tasks) + 1, 2 * self.num_experts + 2)
+        # Last axis: picks, sum of weights and sum of scores per expert; picked experts above 0.5, tokens.
+        shape = (num_layers, len(self.tasks) + 1, 3 * self.num_experts + 2)
         self._sums = torch.zeros(shape, dtype=torch.float64, device=device)
         self._histogram_LH = torch.zeros((num_layers, HISTOGRAM_BINS), dtype=torch.float64, device=device)
 
@@ -108,8 +115,9 @@ class RoutingStats:
         for layer, routing in enumerate(output.routings):
             scores_SE = routing.scores_SE.to(torch.float64)
             picked_SE = torch.zeros_like(scores_SE).scatter_(1, routing.indices_Sk, 1.0)
+            weights_SE = torch.zeros_like(scores_SE).scatter_(1, routing.indices_Sk, routing.weights_Sk.double())
             strong_S1 = (picked_SE * (scores_SE > COOPERATING_SCORE)).sum(dim=1, keepdim=True)
-            facts = torch.cat([picked_SE, scores_SE, strong_S1, torch.ones_like(strong_S1)], dim=1)
+            facts = torch.cat([picked_SE, weights_SE, scores_SE, strong_S1, torch.ones_like(strong_S1)], dim=1)
             self._sums[layer] += counted_ST.T @ facts
             # index_add_ instead of bincount: on a GPU bincount waits for the device to learn its own length.
             bins_SE = (scores_SE * HISTOGRAM_BINS).long().clamp_(0, HISTOGRAM_BINS - 1)
@@ -145,17 +153,23 @@ class RoutingStats:
         """The measures of this window; copies the sums to the CPU."""
         sums = self._sums.cpu().numpy()
         experts = self.num_experts
-        counts, scores = sums[..., :experts], sums[..., experts : 2 * experts]
+        counts, weights, scores = (sums[..., part * experts : (part + 1) * experts] for part in range(3))
         strong, tokens = sums[..., -2], sums[..., -1]
         share = _ratio(counts, counts.sum(axis=-1, keepdims=True))
+        weight_share = _ratio(weights, weights.sum(axis=-1, keepdims=True))
+        by_weight = share_measures(weight_share)
         measures = share_measures(share) | {"cooperation": _ratio(strong, tokens)}
+        measures |= {f"weight_{name}": by_weight[name] for name in ("monopoly", "effective_experts")}
         by_layer = {name: values[:, -1] for name, values in measures.items()}
         by_layer["task_information"] = mutual_information(counts[:, :-1])
+        by_layer["weight_task_information"] = mutual_information(weights[:, :-1])
         return RoutingSummary(
             tasks=self.tasks,
             layers=self.layers,
             share_LE=share[:, -1],
             share_LTE=share[:, :-1],
+            weight_LE=weight_share[:, -1],
+            weight_LTE=weight_share[:, :-1],
             score_LE=_ratio(scores[:, -1], tokens[:, -1:]),
             by_layer=by_layer,
             by_task={name: values[:, :-1] for name, values in measures.items()},
@@ -194,7 +208,7 @@ def mutual_information(counts_LTE: np.ndarray) -> np.ndarray:
     experts alike, at most min(ln T, ln E).
 
     Args:
-        counts_LTE: routes per layer, task and expert.
+        counts_LTE: routes (or gate weight) per layer, task and expert.
 
     Returns:
         (layers,) in nats, float64; NaN for a layer without routes.

@@ -39,10 +39,10 @@ HOMES = {
     # A monitor belongs to one run; the hparams page compares finished runs.
     "torch.utils.tensorboard": ("comoe/train/monitor.py", "comoe/scaling_table.py"),
     "yaml": ("comoe/config.py",),
-    "matplotlib": ("comoe/train/plots.py", "comoe/scaling_plots.py"),
+    "matplotlib": ("comoe/train/plots.py", "comoe/scaling_plots.py", "comoe/comparing/plots.py"),
     "emoji": ("comoe/data/text.py",),
     "sklearn": ("comoe/tasks/", "comoe/data/"),
-    "scipy": ("comoe/tasks/",),
+    "scipy": ("comoe/tasks/", "comoe/comparing/intervals.py"),
     "seqeval": ("comoe/tasks/",),
 }  # fmt: skip
 """Third-party library -> beginnings of the paths that may import it; libraries without a line may appear anywhere."""

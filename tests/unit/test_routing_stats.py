@@ -57,6 +57,8 @@ def test_counts_and_measures_equal_the_hand_computed_ones():
         "cooperation": 5 / 3,  # 2 picked experts above 0.5 for tokens 0 and 2, 1 for token 1
         "task_information": 2 / 3 * math.log(3 / 2) + 1 / 3 * math.log(3),  # the expert tells the task: H(task)
     }
+    # Both picked experts weigh the same here, so the measures of the weights are those of the routes.
+    expected |= {f"weight_{name}": expected[name] for name in ("monopoly", "effective_experts", "task_information")}
     assert set(summary.by_layer) == set(expected)
     for name, value in expected.items():
         assert summary.by_layer[name][0] == pytest.approx(value, abs=1e-12), name
@@ -74,6 +76,23 @@ def test_a_token_counts_for_each_label_of_its_post_but_once_for_the_layer():
     assert summary.tokens == 2
     assert summary.by_layer["task_information"][0] == pytest.approx(0.0, abs=1e-12)
     assert summary.by_layer["dead_share"][0] == 0.5
+
+
+def test_where_every_expert_runs_only_the_weights_tell_of_a_monopoly():
+    scores_SE = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.3, 0.7]])
+    picks_Sk = torch.tensor([[0, 1], [0, 1], [1, 0]])
+    every = Routing(scores_SE, scores_SE, picks_Sk, scores_SE.gather(1, picks_Sk), torch.tensor([3, 3]))
+    stats = RoutingStats(["a", "b"], num_layers=1, num_experts=2)
+    stats.update(output([every], [0, 0, 1]), torch.tensor([[True, False], [False, True]]))
+    summary = stats.summary()
+    np.testing.assert_allclose(summary.share_LE, [[0.5, 0.5]])
+    np.testing.assert_allclose(summary.weight_LE, [[2 / 3, 1 / 3]], rtol=1e-6)
+    np.testing.assert_allclose(summary.weight_LTE, [[[0.85, 0.15], [0.3, 0.7]]], rtol=1e-6)
+    entropy = math.log(3) - 2 / 3 * math.log(2)
+    assert summary.by_layer["monopoly"][0] == 0.5 and summary.by_layer["task_information"][0] == pytest.approx(0)
+    assert summary.by_layer["weight_monopoly"][0] == pytest.approx(2 / 3)
+    assert summary.by_layer["weight_effective_experts"][0] == pytest.approx(math.exp(entropy))
+    assert summary.by_layer["weight_task_information"][0] > 0.1
 
 
 def test_adding_the_ranks_tensors_equals_one_rank_with_all_tokens():

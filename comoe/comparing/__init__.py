@@ -1,0 +1,1 @@
+"""Comparison of variants ("arms") of one recipe: what experts, gate and losses are worth, over seeds."""

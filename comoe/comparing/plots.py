@@ -1,0 +1,128 @@
+"""The pictures of a comparison: quality per arm, what the gates did, and what each expert is worth."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from comoe.comparing.intervals import MEAN, Interval
+from comoe.comparing.report import Comparison
+from comoe.scaling_plots import COLOURS
+from comoe.train.plots import save_figure
+
+GATES = {
+    "weight_monopoly": "largest share of one expert (weights)",
+    "weight_effective_experts": "effective experts (weights)",
+    "weight_task_information": "task information [nats]",
+}
+"""Measure -> title of its panel."""
+
+
+def write_plots(comparison: Comparison, output: Path) -> None:
+    """``plots/quality.png``, ``plots/gates.png`` and ``plots/removal.png``, where there is something to show."""
+    arms = [arm for arm, results in comparison.results.items() if results]
+    if not arms:
+        return
+    tasks = [name for name in comparison.results[arms[0]][0].quality if name != MEAN]
+    split = comparison.results[arms[0]][0].split
+    panels = {MEAN: "mean of the main metrics", **{name: name for name in tasks}}
+    title = f"Quality on the {split} posts: seeds, mean, 95 % interval"
+    save_figure(dots_figure(comparison, arms, panels, values="quality", title=title), output / "plots/quality.png")
+    gated = [arm for arm in arms if comparison.results[arm][0].routing]
+    if gated:
+        title = f"Gates on the {split} posts, means over layers"
+        save_figure(dots_figure(comparison, gated, GATES, values="routing", title=title), output / "plots/gates.png")
+    measured = [arm for arm in gated if any(result.removal for result in comparison.results[arm])]
+    if measured:
+        save_figure(removal_figure(comparison, measured), output / "plots/removal.png")
+
+
+def dots_figure(
+    comparison: Comparison, arms: Sequence[str], panels: dict[str, str], *, values: str, title: str
+) -> Figure:
+    """One panel per number, one line per arm: a dot per seed, the mean and its interval; the baseline's mean dotted.
+
+    Args:
+        comparison: all runs.
+        arms: from the top down.
+        panels: name of a number -> title.
+        values: quality or routing.
+        title: of the figure.
+    """
+    columns = min(3, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(2.6 * columns + 1.2, (0.24 * len(arms) + 0.65) * rows + 0.4), dpi=110,
+                    layout="constrained")  # fmt: skip
+    axes = figure.subplots(rows, columns, squeeze=False, sharey=True).flatten()
+    for panel, (name, text) in zip(axes, panels.items(), strict=False):
+        _dots(panel, comparison, arms, values, name)
+        panel.set_title(text, fontsize=8)
+    for panel in axes[len(panels) :]:
+        panel.set_visible(False)
+    axes[0].set_ylim(len(arms) - 0.5, -0.5)
+    figure.suptitle(title, fontsize=10)
+    return figure
+
+
+def removal_figure(comparison: Comparison, arms: Sequence[str]) -> Figure:
+    """Rise of the held-out loss without one expert, experts of each layer from the most to the least needed.
+
+    A line is the mean over seeds, the band their range. Experts are ordered in each run by themselves: expert 3 of one
+    seed has nothing to do with expert 3 of another.
+    """
+    first = next(result.removal for arm in arms for result in comparison.results[arm] if result.removal)
+    figure = Figure(figsize=(2.7 * len(first.layers) + 0.4, 2.9), dpi=110, layout="constrained")
+    axes = figure.subplots(1, len(first.layers), squeeze=False, sharey=True)[0]
+    for number, arm in enumerate(arms):
+        rises = [result.removal.loss_rise_LE for result in comparison.results[arm] if result.removal]
+        ordered_NLE = -np.sort(-np.stack(rises), axis=2)
+        ranks = np.arange(1, ordered_NLE.shape[2] + 1)
+        for panel, runs_NE in zip(axes, ordered_NLE.transpose(1, 0, 2), strict=False):
+            colour = COLOURS[number % len(COLOURS)]
+            panel.plot(ranks, runs_NE.mean(axis=0), color=colour, marker="o", markersize=3, linewidth=1.4, label=arm)
+            panel.fill_between(ranks, runs_NE.min(axis=0), runs_NE.max(axis=0), color=colour, alpha=0.15, linewidth=0)
+    for panel, layer in zip(axes, first.layers, strict=True):
+        _style(panel)
+        panel.set_title(f"layer {layer}", fontsize=9)
+        panel.set_xlabel("experts, most needed first", fontsize=8)
+        panel.set_xticks(range(1, first.drop_LE.shape[1] + 1))
+    axes[0].set_ylabel("rise of the loss", fontsize=8)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 5), fontsize=7, frameon=False)
+    figure.suptitle("Loss of quality when one expert is removed", fontsize=10)
+    return figure
+
+
+def _dots(panel: Axes, comparison: Comparison, arms: Sequence[str], values: str, name: str) -> None:
+    _style(panel)
+    panel.set_yticks(range(len(arms)), arms)
+    for place, arm in enumerate(arms):
+        item = comparison.interval(arm, values, name)
+        if item is None:
+            continue
+        colour = COLOURS[place % len(COLOURS)]
+        seeds = [getattr(result, values)[name] for result in comparison.results[arm]]
+        panel.plot(seeds, [place] * len(seeds), linestyle="", marker=".", markersize=5, color=colour, alpha=0.5)
+        panel.plot([item.mean], [place], marker="o", markersize=5, color=colour)
+        if math.isfinite(item.low):
+            panel.plot([item.low, item.high], [place, place], color=colour, linewidth=1.3)
+    if values == "quality" and (base := _mean_of(comparison, name)) is not None:
+        panel.axvline(base.mean, color="#777777", linewidth=1, linestyle=":")
+
+
+def _mean_of(comparison: Comparison, name: str) -> Interval | None:
+    if not comparison.results.get(comparison.baseline):
+        return None
+    return comparison.interval(comparison.baseline, "quality", name)
+
+
+def _style(panel: Axes) -> None:
+    panel.grid(color="#dddddd", linewidth=0.6)
+    panel.set_axisbelow(True)
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.tick_params(labelsize=7)
