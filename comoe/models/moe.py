@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from comoe.models.gate import ROUTES, Float32Linear, PendingRoute, RouterProjection, build_gate
+from comoe.models.grouped import gated, run_grouped, run_tiled
 from comoe.models.mixing import mix_experts, sort_routes
 from comoe.protocols import Routing
 from comoe.schema import MoeConfig
@@ -55,27 +55,15 @@ class Experts(nn.Module):
             order_N = torch.arange(x_SM.shape[0], device=x_SM.device)
             weights_Sk = torch.ones((x_SM.shape[0], 1), device=x_SM.device)
         gate_up, down = self.gate_up_proj.to(x_SM.dtype), self.down_proj.to(x_SM.dtype)
-        # The grouped kernel wants bfloat16 rows of a multiple of 16 bytes.
-        model_width, expert_width = down.shape[1:]
-        aligned = model_width % 8 == 0 and expert_width % 8 == 0
-        if not (x_SM.is_cuda and x_SM.dtype == torch.bfloat16 and aligned):
+        if not x_SM.is_cuda:
             return mix_experts(x_SM, weights_Sk, order_N, counts_E.tolist(), *gate_up.chunk(2, dim=1), down)
-        answers_NM = run_grouped(x_SM.index_select(0, order_N // weights_Sk.shape[1]), counts_E, gate_up, down)
+        # The grouped kernel wants bfloat16 rows of a multiple of 16 bytes.
+        aligned = all(width % 8 == 0 for width in down.shape[1:])
+        run = run_grouped if x_SM.dtype == torch.bfloat16 and aligned else run_tiled
+        answers_NM = run(x_SM.index_select(0, order_N // weights_Sk.shape[1]), counts_E, gate_up, down)
         routed_NM = torch.zeros_like(answers_NM).index_copy(0, order_N, answers_NM)
         routed_SkM = routed_NM.view(*weights_Sk.shape, -1)
         return (routed_SkM * weights_Sk.unsqueeze(-1)).sum(dim=1).to(x_SM.dtype)
-
-
-def run_grouped(x_NM: Tensor, counts_E: Tensor, gate_up_proj: Tensor, down_proj: Tensor) -> Tensor:
-    """All experts in two grouped matrix products, without waiting for the counts on the host."""
-    ends_E = counts_E.cumsum(0).to(torch.int32)
-    hidden_NF = _gated(F.grouped_mm(x_NM, gate_up_proj.transpose(1, 2), offs=ends_E))
-    return F.grouped_mm(hidden_NF, down_proj.transpose(1, 2), offs=ends_E)
-
-
-def _gated(gate_up: Tensor) -> Tensor:
-    gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate) * up
 
 
 class GatedFeedForward(nn.Module):
@@ -96,7 +84,7 @@ class GatedFeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Shape (..., M) to (..., M)."""
-        return self.down(_gated(self.gate_up(x)))
+        return self.down(gated(self.gate_up(x)))
 
 
 class ExpertMixture(nn.Module):
@@ -142,6 +130,12 @@ class RoutingContext:
     """Embedding of each row's task, where the gate reads tasks."""
     routings: dict[int, Routing] = field(default_factory=dict)
     """Encoder layer -> what its gate decided, filled during the encode."""
+
+
+def without_tokens(routing: Routing) -> Routing:
+    """The routing of no token, with a gradient of 0 to the gate."""
+    none = {name: getattr(routing, name)[:0] for name in ("logits_SE", "scores_SE", "indices_Sk", "weights_Sk")}
+    return Routing(**none, counts_E=torch.zeros_like(routing.counts_E))
 
 
 @dataclass(slots=True)

@@ -13,7 +13,7 @@ from comoe.models.encoder import build_encoder, build_encoder_from_config
 from comoe.models.families import attach_blocks, freeze_encoder, reads_segments
 from comoe.models.gate import ROUTES
 from comoe.models.heads import TaskHead
-from comoe.models.moe import ContextHolder, CooperativeBlock, RoutingContext
+from comoe.models.moe import ContextHolder, CooperativeBlock, RoutingContext, without_tokens
 from comoe.models.recompute import recompute_layers
 from comoe.protocols import Batch, ModelOutput
 from comoe.schema import ModelConfig
@@ -88,6 +88,9 @@ class MultiTaskModel(nn.Module):
                 embeddings[task.name] = F.normalize(self.projection(answer.pooled_BM).float(), dim=1)
                 attentions[task.name] = answer.attention_BL
         routings = tuple(routing for _, routing in sorted(context.routings.items()))
+        # A filler row stands alone. Its tokens had to run, but no loss and no statistic may count them.
+        if len(batch.row_ids_B) == 1 and int(batch.row_ids_B) < 0:
+            routings, rows_S = tuple(map(without_tokens, routings)), rows_S[:0]
         return ModelOutput(logits, embeddings, attentions, routings, rows_S)
 
     def encode(self, batch: Batch, context: RoutingContext) -> Tensor:

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from comoe.models.grouped import run_grouped
 from comoe.models.moe import (
     MIXTURE_PATTERN,
     ContextHolder,
@@ -16,7 +17,6 @@ from comoe.models.moe import (
     Experts,
     GatedFeedForward,
     RoutingContext,
-    run_grouped,
 )
 from tests.helpers_model import WIDTH, moe_config, tiny_model
 
