@@ -5,6 +5,7 @@ Rule of the house: guard the output, never the collective. Each function here mu
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -36,6 +37,22 @@ def barrier() -> None:
     """Wait for all ranks."""
     if is_distributed():
         dist.barrier()
+
+
+def wait_for_ranks_up_to(seconds: float) -> None:
+    """How long a collective over all ranks waits from now on; what it began with was for the ranks to find together."""
+    if is_distributed():
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds))
+
+
+def lost_connection(error: BaseException | None) -> bool:
+    """True for what a collective raises when another rank is gone or does not answer."""
+    while error is not None:
+        said = str(error)
+        if isinstance(error, dist.DistError) or any(word in said for word in _TRANSPORT):
+            return True
+        error = error.__cause__
+    return False
 
 
 def sum_over_ranks(tensor: Tensor) -> Tensor:
@@ -156,3 +173,8 @@ class _SumOverRanks(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         return sum_over_ranks(gradient.contiguous())
+
+
+_TRANSPORT = ("gloo/transport", "Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL error",
+              "ncclRemoteError", "ncclSystemError", "Timed out waiting")  # fmt: skip
+"""Words in the messages of gloo and NCCL, which have no class of their own."""

@@ -4,32 +4,35 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import sys
 import time
 import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from comoe.config import load_recipe, save_recipe
-from comoe.distributed import barrier, broadcast_object, is_main, world_size
+from comoe.beginning import OWN_SETTINGS, begun_by_this_start, refuse_taken, take, write_beginning
+from comoe.config import load_recipe
+from comoe.distributed import barrier, broadcast_object, is_main, lost_connection, wait_for_ranks_up_to
 from comoe.schema import Recipe
-from comoe.train.environment import describe_environment, prepare_process
+from comoe.train.environment import prepare_process
+from comoe.train.restarts import restart_in_words
 from comoe.train.signals import StopSignal
 from comoe.train.state import ALL_STEPS
+from comoe.train.watchdog import LOST, Watchdog
+
+A_DAY = 86400.0
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
     """The command line of one run."""
 
-    config: Path
-    """Recipe."""
-    deepspeed: Path
-    """DeepSpeed JSON."""
+    config: Path | None = None
+    """Recipe; None with ``resume``."""
+    deepspeed: Path | None = None
+    """DeepSpeed JSON; None with ``resume`` takes the run's own."""
     overrides: Sequence[str] = ()
     """``key=value`` words."""
     resume: Path | None = None
@@ -39,83 +42,104 @@ class Request:
 
 
 def run_and_exit(request: Request, stop: StopSignal | None = None) -> None:
-    """Train, and leave with 0; with 2 and one clear sentence where the user can mend it. Does not return."""
-    code = 0
-    try:
-        train(request, stop)
-    except (ValueError, OSError) as error:
-        code = 2
-        if "run.verbose=true" in request.overrides:
-            traceback.print_exc()
-        _say_error(error)
-    except RuntimeError as error:
-        from comoe.train.trainer import TrainingStopped
+    """Train, and leave. Does not return.
 
-        if not isinstance(error, TrainingStopped):
-            if os.environ.get("RANK", "0") != "0":
-                # A rank that lost its peers fails too; let the peer's own message come first.
-                time.sleep(3)
-            raise
-        code = 3
-        _say_error(error)
+    Exit codes: 0 done or stopped by a signal, 2 with one clear sentence where the user can mend it, 3 training cannot
+    go on, 4 another rank is lost, 130 interrupted before training, 1 anything else, with its traceback.
+    """
+    watch = Watchdog()
+    code, said, shown = 0, "", ""
+    try:
+        train(request, stop, watch)
+    except (ValueError, OSError) as error:
+        code, said = 2, str(error)
+        shown = traceback.format_exc() if "run.verbose=true" in request.overrides else ""
     except KeyboardInterrupt:
         # Outside of the training loop, which notes the signal and saves.
-        code = 130
-        _say_error("interrupted; what was saved before is whole.")
+        code, said = 130, "interrupted; what was saved before is whole."
+    except Exception as error:
+        from comoe.train.trainer import TrainingStopped
+
+        code, said = 3 if isinstance(error, TrainingStopped) else 1, str(error)
+        if lost_connection(error):
+            watch.explain(error)
+            code, said = LOST, f"no connection to the other ranks: {error}"
+        elif code == 1:
+            said, shown = f"{type(error).__name__}: {error}", traceback.format_exc()
+    watch.leave(code, said)
+    if code:
+        _say_error(said, shown)
     sys.stdout.flush()
     sys.stderr.flush()
     # gloo's threads sometimes abort an ordinary exit after all is done; see deepspeed_notes.
     os._exit(code)
 
 
-def _say_error(error: Exception | str) -> None:
+def _say_error(said: str, shown: str) -> None:
     # Usually every rank fails alike and one message is enough. The others wait for the launcher to end them and speak
     # only if it does not, because then the error is theirs alone.
     if not is_main() or int(os.environ.get("RANK", "0")):
         time.sleep(3)
-    print(f"comoe: rank {os.environ.get('RANK', '0')}: {error}", file=sys.stderr)
+    print(f"{shown}comoe: rank {os.environ.get('RANK', '0')}: {said}", file=sys.stderr)
 
 
-def train(request: Request, stop: StopSignal | None = None) -> None:
+def train(request: Request, stop: StopSignal | None = None, watch: Watchdog | None = None) -> None:
     """Run one recipe to its end; see the module for the order of things.
 
     Args:
         request: the command line.
         stop: one that was made when the process began.
+        watch: not started yet.
 
     Raises:
         ValueError: something that the user can mend; the message says what.
     """
+    watch = watch or Watchdog()
     recipe = _load(request)
     prepare_process(verbose=recipe.run.verbose)
     # DeepSpeed reads the environment when it is imported, so nothing that imports it may come earlier.
     from comoe.assemble import assemble
-    from comoe.train.parallel import start_ranks
+    from comoe.train.settings import load_settings
 
-    device = start_ranks(timeout_seconds=recipe.parallel.timeout_seconds, verbose=recipe.run.verbose)
-    _say_doubts(recipe)
+    device = _join_ranks(recipe, watch)
     folder = request.resume or Path(recipe.run.output_dir) / recipe.run.name
+    if not request.dry_run and request.resume is None and begun_by_this_start(folder):
+        request = replace(request, config=None, resume=folder)
+        recipe = _load(request)
+    watch.advice = f"The last whole checkpoint is good: go on with --resume {folder}."
+    _say_doubts(recipe)
     fresh = not request.dry_run and request.resume is None
     if fresh:
-        _refuse_taken(folder, overwrite=recipe.run.overwrite)
+        refuse_taken(folder, overwrite=recipe.run.overwrite)
+    deepspeed_json = request.deepspeed or _own_settings(folder)
     run = assemble(
         recipe,
-        request.deepspeed,
+        deepspeed_json,
         folder=folder,
-        on_ready=partial(_clear, folder) if fresh else None,
+        on_ready=lambda: take(folder, fresh=fresh),
         device=device,
         dry_run=request.dry_run,
         resume=request.resume is not None,
     )
     if run is None:
         return
+    run.trainer.watch = watch
     state = run.trainer.state
     if state.finished == ALL_STEPS and state.step < run.trainer.schedule.total:
         state.finished = ""
     finished_before = bool(state.finished)
     if is_main() and not finished_before:
         # Not over a finished run: its recipe is the one that its results came from, whatever was typed now.
-        _write_beginning(run)
+        write_beginning(run, own_settings=load_settings(deepspeed_json))
+        if restarted := restart_in_words():
+            run.trainer.monitor.log_event({"event": "restart", "step": state.step, **restarted})
+    _train_and_finish(run, stop, finished_before=finished_before)
+    run.trainer.monitor.close()
+    barrier()
+
+
+def _train_and_finish(run: Any, stop: StopSignal | None, *, finished_before: bool) -> None:
+    folder, state = run.folder, run.trainer.state
     if finished_before and is_main():
         print(
             f"{folder} is finished ({state.finished}, step {state.step}); nothing to do. Train it anew with "
@@ -133,8 +157,17 @@ def train(request: Request, stop: StopSignal | None = None) -> None:
         print_results(folder, run.tasks)
     elif is_main():
         print(f"stopped; go on with: --resume {folder}")
-    run.trainer.monitor.close()
-    barrier()
+
+
+def _join_ranks(recipe: Recipe, watch: Watchdog) -> Any:
+    from comoe.train.parallel import start_ranks
+
+    seconds = recipe.parallel.timeout_seconds
+    device = start_ranks(timeout_seconds=seconds, verbose=recipe.run.verbose)
+    watch.start(timeout_seconds=seconds)
+    # The watchdog knows which waits are too long; one rank may well prepare or save for hours.
+    wait_for_ranks_up_to(max(A_DAY, seconds))
+    return device
 
 
 def _written_out(folder: Path, step: int) -> bool:
@@ -155,7 +188,14 @@ def _say_doubts(recipe: Recipe) -> None:
 
 def _load(request: Request) -> Recipe:
     if request.resume is None:
+        if request.config is None:
+            raise ValueError("there is nothing to train: give a recipe, or --resume with a run folder.")
         return load_recipe(request.config, request.overrides)
+    if request.config is not None:
+        raise ValueError(
+            f"--config {request.config} beside --resume {request.resume}: a run goes on by its own config.yaml. Leave "
+            f"--config out and change single options with key=value, or begin a new run without --resume."
+        )
     saved = request.resume / "config.yaml"
     if not saved.is_file():
         raise ValueError(
@@ -164,34 +204,11 @@ def _load(request: Request) -> Recipe:
     return load_recipe(saved, request.overrides)
 
 
-def _refuse_taken(folder: Path, *, overwrite: bool) -> None:
-    """Refuse a folder that holds a run already, unless told to delete it."""
-    taken = broadcast_object((folder / "config.yaml").exists() if is_main() else None)
-    if taken and not overwrite:
+def _own_settings(folder: Path) -> Path:
+    own = folder / OWN_SETTINGS
+    if not own.is_file():
         raise ValueError(
-            f"{folder} holds a run already: go on with --resume {folder}, choose another run.name, or delete it with "
-            f"run.overwrite=true."
+            f"--resume {folder}: no {OWN_SETTINGS} there, as runs of earlier versions have none; add --deepspeed with "
+            f"the file that the run was begun with, such as ds_configs/zero2.json."
         )
-
-
-def _clear(folder: Path) -> None:
-    """Make the run folder; an earlier run in it goes only now that recipe, posts and encoder proved to be good."""
-    if is_main():
-        if (folder / "config.yaml").exists():
-            shutil.rmtree(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-    barrier()
-
-
-def _write_beginning(run: Any) -> None:
-    """config.yaml, ds_config.json, environment.json, and what an export needs beside the weights."""
-    save_recipe(run.recipe, run.folder / "config.yaml")
-    run.tokenizer.save_pretrained(run.folder / "tokenizer")
-    contents = {
-        "ds_config.json": run.settings,
-        "environment.json": describe_environment(world_size=world_size()),
-        "encoder_config.json": run.trainer.engine.objective.model.encoder.config.to_dict(),
-        "tasks.json": [task.to_dict() for task in run.tasks],
-    }
-    for name, content in contents.items():
-        (run.folder / name).write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
+    return own

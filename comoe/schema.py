@@ -86,7 +86,8 @@ class ParallelConfig:
     ep_size: int | str = "auto"
     """Ranks that share one set of experts; auto is the largest divisor of both the ranks and the experts."""
     timeout_seconds: float = 1800.0
-    """A collective that takes longer ends the run."""
+    """A rank that is silent, or a training step that takes, longer than this ends the run, with a message that names
+    the rank and the step."""
 
 
 @dataclass(slots=True)

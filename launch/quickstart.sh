@@ -45,8 +45,21 @@ if [ "$(python -c 'import torch; print(torch.cuda.device_count())')" -eq 0 ]; th
     export DS_ACCELERATOR=cpu # else DeepSpeed warns that it found no GPU
     runner+=(--num_accelerators 2)
 fi
-arguments=(--deepspeed ds_configs/zero2.json "$@")
-if [ "$how" = resume ]; then arguments+=(--resume "$run_folder"); fi
+arguments=(--deepspeed ds_configs/zero2.json)
+if [ "$how" = resume ]; then
+    # A run goes on by its own recipe: --config stays out, the options at its side do not.
+    arguments+=(--resume "$run_folder")
+    while [ $# -gt 0 ]; do
+        case "$1" in
+            --config) shift ;;
+            --config=*) ;;
+            *) arguments+=("$1") ;;
+        esac
+        shift
+    done
+else
+    arguments+=("$@")
+fi
 echo "quickstart: ${runner[*]} launch/train.py ${arguments[*]}"
 "${runner[@]}" launch/train.py "${arguments[@]}"
 

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
+import psutil
 import torch
 
 M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1
@@ -25,7 +26,8 @@ def prepare_process(*, verbose: bool) -> None:
     """Set the environment that DeepSpeed reads on import. Call it before ``comoe.train.parallel`` is imported.
 
     A user need not set any variable: a machine without a GPU is told to DeepSpeed as such, a plain ``python`` start
-    becomes a world of one rank, and each rank takes its share of the cores.
+    becomes a world of one rank, each rank takes its share of the cores, and on several machines it talks over the
+    network that rank 0 is in.
     """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -33,6 +35,9 @@ def prepare_process(*, verbose: bool) -> None:
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_SIZE="1")
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+    if int(os.environ.get("CROSS_SIZE", "1")) > 1 and (interface := interface_towards(os.environ["MASTER_ADDR"])):
+        # gloo takes the address of the machine's own name, which often is one of the loopback.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if "OMP_NUM_THREADS" not in os.environ:
         ranks_here = int(os.environ.get("LOCAL_SIZE", os.environ["WORLD_SIZE"]))
@@ -44,6 +49,19 @@ def prepare_process(*, verbose: bool) -> None:
 def available_cores() -> int:
     """Cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def interface_towards(address: str) -> str:
+    """Name of the network interface of this machine over which an address is reached; empty when there is none."""
+    try:
+        family, kind, _, _, place = socket.getaddrinfo(address, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(place)  # sends nothing
+            own = probe.getsockname()[0]
+    except OSError:
+        return ""
+    found = [name for name, cards in psutil.net_if_addrs().items() if any(card.address == own for card in cards)]
+    return found[0] if found else ""
 
 
 def describe_environment(**more: Any) -> Mapping[str, Any]:

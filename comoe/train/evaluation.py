@@ -36,6 +36,8 @@ class Evaluator:
     splits: Mapping[str, TokenizedSplit]
     collator: Collator
     tasks: Sequence[Task]
+    on_batch: Callable[[bool], None] = lambda more: None
+    """Told after each batch whether there are more."""
 
     def run(
         self, name: str, *, predictions: bool = False, asked_to_stop: Callable[[], bool] | None = None
@@ -63,8 +65,10 @@ class Evaluator:
 
             def forward(batch: Batch) -> ModelOutput:
                 output = self.engine.forward(batch)
+                done = next(turn) + 1
+                self.on_batch(done < len(batches))
                 # A launcher waits half a minute for a rank that it told to stop, and an evaluation may take longer.
-                if asked_to_stop is not None and next(turn) % STOP_CHECK_EVERY == 0 and max_over_ranks(asked_to_stop()):
+                if asked_to_stop is not None and done % STOP_CHECK_EVERY == 1 and max_over_ranks(asked_to_stop()):
                     raise EvaluationStopped
                 # A filler row exists only so that this rank has something to run; it has no label and is not counted.
                 stats.update(output, labelled_rows(batch, names))

@@ -8,6 +8,9 @@ from types import FrameType
 
 import psutil
 
+SUPERVISED = "COMOE_ATTEMPT"
+"""Set in a process that a supervisor started (``comoe.train.restarts``): the number of the attempt, from 0."""
+
 
 class StopSignal:
     """Notes that this rank was asked to stop. The trainer asks each step and reduces the answer over ranks.
@@ -44,16 +47,21 @@ class StopSignal:
 
 
 def _launchers() -> list[psutil.Process]:
-    """deepspeed.launcher.launch and the ``deepspeed`` command above it; empty under plain python."""
+    """The supervisor of this process, deepspeed.launcher.launch and the ``deepspeed`` command above, as far as they are
+    there; empty under plain python."""
+    found: list[psutil.Process] = []
     try:
-        parent = psutil.Process(os.getppid())
-        above = parent.parent()
+        parent: psutil.Process | None = psutil.Process(os.getppid())
+        if SUPERVISED in os.environ and parent is not None:
+            found.append(parent)
+            parent = parent.parent()
+        if parent is not None and "deepspeed.launcher.launch" in " ".join(_command(parent)):
+            found.append(parent)
+            found += [above for above in [parent.parent()] if above is not None]
     except psutil.NoSuchProcess:
         # The first process of a container has the number 0 above it, which is no process.
-        return []
-    if "deepspeed.launcher.launch" not in " ".join(_command(parent)):
-        return []
-    return [parent] if above is None else [parent, above]
+        pass
+    return found
 
 
 def _gone(process: psutil.Process) -> bool:

@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from comoe.data.batching import Collator, TokenizedSplit
 from comoe.data.sampling import TrainSampler
-from comoe.distributed import is_main, rank, sum_over_ranks, world_size
+from comoe.distributed import all_gather_objects, is_main, rank, sum_over_ranks, world_size
 from comoe.evaluate import Evaluation, chosen_metric
 from comoe.objective import count_units, unit_scale
 from comoe.protocols import Batch
@@ -29,6 +29,10 @@ from comoe.train.progress import Interval, count_posts
 from comoe.train.settings import Layout
 from comoe.train.signals import StopSignal
 from comoe.train.state import ALL_STEPS, TrainState, rate_factor
+from comoe.train.watchdog import Watchdog
+
+SHOWN = 8
+"""Posts that are named when a step is skipped; all of them are in metrics.jsonl."""
 
 
 class TrainingStopped(RuntimeError):
@@ -74,6 +78,8 @@ class Trainer:
     state: TrainState
     schedule: Schedule
     last_validation: Evaluation | None = None
+    watch: Watchdog = field(default_factory=Watchdog)
+    """Told how far this rank is."""
 
     def run(self, stop: StopSignal | None = None) -> None:
         """Train from ``state.step`` on. ``state.finished`` tells the end; it stays empty after a stop signal.
@@ -85,11 +91,15 @@ class Trainer:
             TrainingStopped: too many steps in a row were not finite, or a device ran out of memory.
         """
         # A second signal, as launchers send it, must not end this rank while it writes the last checkpoint.
+        self.watch.step = self.state.step
+        self.watch.enter("first step")
+        self.evaluator.on_batch = self.watch.batch
         with stop or StopSignal() as noted:
             saved_at = self._train_until(noted)
             if saved_at != self.state.step or self.state.finished:
                 # Also after a signal: all ranks agreed on it in the last reduction, so all of them are here.
                 self._save()
+        self.watch.enter("finishing")
 
     @property
     def checkpoints(self) -> Path:
@@ -166,6 +176,7 @@ class Trainer:
         self.state.seconds += time.perf_counter() - began
         # Numbers of the log stay on the device until a line is due.
         interval.add(batches, report)
+        self.watch.reached(self.state.step)
         self._watch_nonfinite(report, batches, bar)
         if self.state.step % self.recipe.train.log_every == 0 or self.state.step == self.schedule.total:
             line = interval.reduce(engine=self.engine, report=report, batches=batches, rates=rates)
@@ -192,18 +203,29 @@ class Trainer:
             return
         self.state.nonfinite_in_a_row += 1
         self.state.nonfinite_total += 1
-        rows = sorted({int(row) for batch in batches for row in batch.row_ids_B.tolist() if row >= 0})
-        posts = ", ".join(self.train_split.origins[row] for row in rows[:8])
+        rows, posts = self._posts_to_blame(report, batches)
         self.monitor.log_event({"event": "skipped", "step": self.state.step, "posts": rows})
-        self._say(
-            bar, f"step {self.state.step} skipped: a loss or gradient is not finite (posts on rank 0: {posts} ...)"
-        )
+        self._say(bar, f"step {self.state.step} skipped: a loss or gradient is not finite ({posts})")
         if self.state.nonfinite_in_a_row >= self.recipe.train.max_nonfinite:
             raise TrainingStopped(
                 f"{self.state.nonfinite_in_a_row} steps in a row (up to step {self.state.step}) had a loss or gradient "
-                f"that is not finite; the last posts on rank {rank()} were {posts}. Lower train.learning_rate, or look "
-                f"at these posts. The newest checkpoint is good: go on with --resume {self.folder}."
+                f"that is not finite; the last posts: {posts}. Lower train.learning_rate, or look at these posts. The "
+                f"newest checkpoint is good: go on with --resume {self.folder}."
             )
+
+    def _posts_to_blame(self, report: StepReport, batches: list[Batch]) -> tuple[list[int], str]:
+        """Rows of the forward passes whose loss is not finite, on whatever rank, and the same in words.
+
+        Where every loss is finite and a gradient is not, nobody knows whose: these are all rows of the step then. Every
+        rank must call it; a step is skipped on all of them.
+        """
+        rows = [[int(row) for row in batch.row_ids_B.tolist() if row >= 0] for batch in batches]
+        finite = [bool(torch.isfinite(output.loss.detach())) for output in report.outputs]
+        everyone = [step for steps in all_gather_objects(list(zip(finite, rows, strict=True))) for step in steps]
+        bad = [rows for finite, rows in everyone if not finite] or [rows for _, rows in everyone]
+        found = sorted({row for rows in bad for row in rows})
+        named = ", ".join(self.train_split.origins[row] for row in found[:SHOWN])
+        return found, f"{named}{f' and {len(found) - SHOWN} more' if len(found) > SHOWN else ''}"
 
     def _memory_advice(self) -> str:
         smaller = max(1, self.layout.micro_batch_size // 2)
@@ -219,7 +241,8 @@ class Trainer:
     def _evaluate_and_mark(self, bar: tqdm, stop: StopSignal) -> bool:
         """Evaluate; True when this is the best step so far."""
         try:
-            evaluation, routing = self.evaluator.run("validation", asked_to_stop=stop.asked)
+            with self.watch.paused("evaluation"):
+                evaluation, routing = self.evaluator.run("validation", asked_to_stop=stop.asked)
         except EvaluationStopped:
             # The next look at the signal ends the run; the resume begins with this evaluation.
             return False
@@ -229,14 +252,17 @@ class Trainer:
         self.last_validation = evaluation
         value = chosen_metric(evaluation.metrics, self.tasks, self.recipe.train.early_stop_metric)
         improved = self.state.record(value, patience=self.recipe.train.patience)
-        self.monitor.log_evaluation(
-            self.state.step, split="validation", evaluation=evaluation, routing=routing, mean=value
-        )
+        with self.watch.paused("drawing"):
+            self.monitor.log_evaluation(
+                self.state.step, split="validation", evaluation=evaluation, routing=routing, mean=value
+            )
         self._say(bar, f"step {self.state.step}: validation {value:.4f}{' (best)' if improved else ''}")
         return improved
 
     def _save(self) -> int:
-        save_checkpoint(self.checkpoints, self.engine, self.state, self.layout, keep=self.recipe.train.keep_checkpoints)
+        with self.watch.paused("saving"):
+            keep = self.recipe.train.keep_checkpoints
+            save_checkpoint(self.checkpoints, self.engine, self.state, self.layout, keep=keep)
         return self.state.step
 
     def _say(self, bar: tqdm, text: str) -> None:

@@ -21,6 +21,15 @@ ROOT = Path(__file__).resolve().parents[2]
 SMOKE = "launch/configs/smoke.yaml"
 TASKS = ("mood", "topic", "strength", "aspects", "mentions", "stance")
 """The tasks of the smoke recipe, in order."""
+STEPS = 14
+"""Steps of a run under ``EVENTFUL``."""
+EVENTFUL = (
+    f"train.max_steps={STEPS}", "train.save_every=2", "train.eval_every=4", "train.keep_checkpoints=3",
+    "train.batch_size=48", "train.micro_batch_size=12", "train.schedule=linear", "train.warmup_fraction=0.2",
+    "model.dropout=0.2", "model.moe.balance_rate=0.05",
+)  # fmt: skip
+"""Everything that a resume must restore has an effect: dropout, two micro-steps, a rate that changes, momenta, a
+balance bias that moves fast, an evaluation between."""
 TIMEOUT = 300.0
 """Seconds after which a command is ended and its test fails: many times what it takes alone on two cores."""
 
@@ -162,3 +171,19 @@ def processes_of(folder: Path) -> list[str]:
         except psutil.Error:
             continue
     return found
+
+
+def rank_process(folder: Path, rank: int) -> psutil.Process:
+    """The process that trains as one rank of a run below a folder, not its supervisor."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if any(str(folder) in word for word in process.cmdline()):
+                variables = process.environ()
+                supervisor = "--restarts" in process.cmdline() and "COMOE_ATTEMPT" not in variables
+                if variables.get("RANK") == str(rank) and not supervisor:
+                    found.append(process)
+        except psutil.Error:
+            continue
+    assert len(found) == 1, f"{len(found)} processes of rank {rank}"
+    return found[0]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.end_to_end.commands import SMOKE, Done, Terminal, deepspeed
+from tests.end_to_end.commands import EVENTFUL, SMOKE, Done, Terminal, deepspeed
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,3 +46,12 @@ def smoke_run(tmp_path_factory: pytest.TempPathFactory, shared_terminal: Termina
     done = shared_terminal.run(*deepspeed(2), "--config", SMOKE, f"run.output_dir={runs}", "train.max_steps=6")
     assert done.code == 0, done.out + done.err
     return Finished(runs / "smoke", done)
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory, shared_terminal: Terminal) -> Path:
+    """Folder of a finished run under ``EVENTFUL`` on two ranks, which nothing disturbed."""
+    runs = tmp_path_factory.mktemp("uninterrupted")
+    done = shared_terminal.run(*deepspeed(2), "--config", SMOKE, f"run.output_dir={runs}", *EVENTFUL)
+    assert done.code == 0, done.out + done.err
+    return runs / "smoke"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,8 @@ def refused(tmp_path_factory: pytest.TempPathFactory, smoke_run: Finished, home:
     old.mkdir(parents=True)
     (old / "config.yaml").write_text("an older run", encoding="utf-8")
     (folder / "empty").mkdir()
+    (folder / "older").mkdir()
+    shutil.copy(smoke_run.folder / "config.yaml", folder / "older" / "config.yaml")
     zero2 = json.loads((ROOT / "ds_configs/zero2.json").read_text(encoding="utf-8"))
     settings = {
         "a clash": zero2 | {"train_batch_size": 7},
@@ -93,7 +96,9 @@ def refused(tmp_path_factory: pytest.TempPathFactory, smoke_run: Finished, home:
     requests["no data"] = common | {"overrides": [*overrides, "tasks.mood.path=revews"]}
     requests["no such metric"] = common | {"overrides": [*overrides, "train.early_stop_metric=mood/macrof1"]}
     requests["no recipe"] = common | {"config": folder / "none.yaml"}
-    requests["nothing to resume"] = common | {"resume": folder / "empty"}
+    requests["nothing to resume"] = {"resume": folder / "empty"}
+    requests["a recipe beside a resume"] = common | {"resume": smoke_run.folder}
+    requests["a run without its file"] = {"resume": folder / "older"}
     answers = run_ranks(
         "tests.end_to_end.test_bad_commands:refusals", 1, requests=list(requests.values()), home=str(home)
     )[0]
@@ -112,6 +117,8 @@ EXPECTED = {
     "no such metric": "train.early_stop_metric",
     "no recipe": "none.yaml: the recipe cannot be read",
     "nothing to resume": "no config.yaml there; give the folder of a run, such as runs/starter.",
+    "a recipe beside a resume": "a run goes on by its own config.yaml. Leave --config out and change single options",
+    "a run without its file": "no deepspeed.json there, as runs of earlier versions have none; add --deepspeed with",
 }
 
 

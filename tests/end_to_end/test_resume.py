@@ -16,7 +16,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from comoe.train.folders import whats_wrong
 from tests.end_to_end.commands import (
+    EVENTFUL,
     SMOKE,
+    STEPS,
     Terminal,
     deepspeed,
     losses,
@@ -28,14 +30,6 @@ from tests.end_to_end.commands import (
 
 pytestmark = pytest.mark.end_to_end
 
-STEPS = 14
-# Everything that a resume must restore has an effect: dropout, two micro-steps, a rate that changes, momenta, a balance
-# bias that moves fast, an evaluation between.
-OVERRIDES = (
-    f"train.max_steps={STEPS}", "train.save_every=2", "train.eval_every=4", "train.keep_checkpoints=3",
-    "train.batch_size=48", "train.micro_batch_size=12", "train.schedule=linear", "train.warmup_fraction=0.2",
-    "model.dropout=0.2", "model.moe.balance_rate=0.05",
-)  # fmt: skip
 KILLED_AT = random.Random(2).randint(6, 10)
 STOPPED_AT = random.Random(3).randint(3, 10)
 
@@ -52,7 +46,7 @@ class Resumed:
 
 
 def start(terminal: Terminal, runs: Path):
-    return terminal.start(*deepspeed(2), "--config", SMOKE, f"run.output_dir={runs}", *OVERRIDES)
+    return terminal.start(*deepspeed(2), "--config", SMOKE, f"run.output_dir={runs}", *EVENTFUL)
 
 
 def resume(terminal: Terminal, folder: Path) -> str:
@@ -64,14 +58,6 @@ def resume(terminal: Terminal, folder: Path) -> str:
 
 def checkpoints(folder: Path) -> list[Path]:
     return sorted((folder / "checkpoints").glob("step-*"))
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory, shared_terminal: Terminal) -> Path:
-    runs = tmp_path_factory.mktemp("uninterrupted")
-    done = start(shared_terminal, runs).wait()
-    assert done.code == 0, done.out + done.err
-    return runs / "smoke"
 
 
 @pytest.fixture(scope="module")

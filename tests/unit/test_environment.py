@@ -11,7 +11,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from comoe.train.environment import available_cores, describe_environment
+import psutil
+
+from comoe.train.environment import available_cores, describe_environment, interface_towards
 
 ROOT = Path(__file__).parents[2]
 ASKED = """
@@ -67,3 +69,9 @@ def test_the_description_of_the_environment_is_plain_json_with_versions_and_comm
     assert described["command"] == sys.argv
     assert described["packages"]["deepspeed"] == "0.19.8"
     assert set(described["packages"]) >= {"comoe", "torch", "transformers", "datasets"}
+
+
+def test_the_interface_towards_an_address_is_the_one_that_has_a_route_to_it() -> None:
+    assert psutil.net_if_addrs()[interface_towards("127.0.0.1")]
+    assert any(card.address == "127.0.0.1" for card in psutil.net_if_addrs()[interface_towards("127.0.0.1")])
+    assert interface_towards("no-such-machine.invalid") == ""

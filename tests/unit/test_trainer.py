@@ -345,3 +345,45 @@ def test_a_long_evaluation_stops_after_a_few_batches_when_asked_to() -> None:
     with pytest.raises(EvaluationStopped):
         evaluator.run("validation", asked_to_stop=lambda: engine.forwards > 10)
     assert 10 < engine.forwards < 20
+
+
+def test_the_posts_of_a_bad_step_are_those_of_the_forward_passes_that_were_bad_on_any_rank(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = trainer_in(tmp_path)
+    batches = [collate(Posts(), np.array(rows)) for rows in ([0, 1], [2, -1])]
+    outputs = [StepOutput(torch.tensor(loss), {}, ModelOutput({}, {}, {}, (), batches[0].row_ids_B))
+               for loss in (1.0, float("nan"))]  # fmt: skip
+    report = StepReport(torch.tensor(float("nan")), {}, outputs, grad_norm=None, skipped=True)
+    theirs = [(True, [5, 6]), (False, [12, 7])]
+    monkeypatch.setattr("comoe.train.trainer.all_gather_objects", lambda ours: [ours, theirs])
+    assert trainer._posts_to_blame(report, batches) == ([2, 7, 12], "posts.jsonl:3, posts.jsonl:8, posts.jsonl:13")
+    # A gradient alone: nobody knows whose.
+    fine = StepReport(report.loss, {}, [outputs[0]] * 2, grad_norm=None, skipped=True)
+    monkeypatch.setattr("comoe.train.trainer.all_gather_objects", lambda ours: [ours, [(True, list(range(10, 20)))]])
+    rows, said = trainer._posts_to_blame(fine, batches)
+    assert rows == [0, 1, 2, *range(10, 20)] and said.endswith("posts.jsonl:15 and 5 more")
+
+
+def test_the_watchdog_counts_steps_and_the_batches_of_an_evaluation_and_nothing_else(tmp_path: Path) -> None:
+    seen: list[tuple[str, bool]] = []
+    trainer = trainer_in(tmp_path, values=[0.1] * 3, on_step=lambda step: note())
+    run_validation = trainer.evaluator.run
+
+    def note() -> None:
+        seen.append((trainer.watch.phase, trainer.watch.counted))
+
+    def run_noted(name: str, **more: Any) -> Any:
+        note()
+        trainer.evaluator.on_batch(True)
+        note()
+        trainer.evaluator.on_batch(False)
+        note()
+        return run_validation(name, **more)
+
+    trainer.evaluator.run = run_noted
+    trainer.run()
+    evaluation = [("evaluation", False), ("evaluation", True), ("evaluation", False)]
+    steps = [("training", True)]
+    assert seen == [("first step", False), *steps, *evaluation, *2 * steps, *evaluation, *2 * steps, *evaluation]
+    assert (trainer.watch.phase, trainer.watch.counted, trainer.watch.step) == ("finishing", False, 6)

@@ -1,0 +1,116 @@
+"""The run folder before the first step: whose it is, what it begins with, and that all machines see it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from comoe.config import recipe_to_yaml
+from comoe.distributed import all_gather_objects, barrier, broadcast_object, is_main, world_size
+from comoe.train.environment import describe_environment
+from comoe.train.records import write_aside
+from comoe.train.restarts import RUN_WORD
+
+MARK = ".begun"
+"""Holds a word of the start that made or resumed the run."""
+OWN_SETTINGS = "deepspeed.json"
+"""The DeepSpeed JSON as the user wrote it, "auto" included; ``ds_config.json`` is what it became."""
+PATIENCE = 30.0
+"""Seconds that a network folder has to show on one machine what another one wrote."""
+
+
+def refuse_taken(folder: Path, *, overwrite: bool) -> None:
+    """Refuse a folder that holds a run already, unless told to delete it; every rank must call it.
+
+    Raises:
+        ValueError: it does; go on with it, rename, or overwrite.
+    """
+    taken = broadcast_object((folder / "config.yaml").exists() if is_main() else None)
+    if taken and not overwrite:
+        raise ValueError(
+            f"{folder} holds a run already: go on with --resume {folder}, choose another run.name, or delete it with "
+            f"run.overwrite=true."
+        )
+
+
+def begun_by_this_start(folder: Path) -> bool:
+    """Whether the run in the folder is that of an earlier attempt of ``--restarts``; every rank must call it."""
+    mark = folder / MARK
+    ours = is_main() and RUN_WORD in os.environ and (folder / "config.yaml").exists() and mark.exists()
+    return broadcast_object(ours and mark.read_text(encoding="utf-8") == os.environ[RUN_WORD])
+
+
+def take(folder: Path, *, fresh: bool) -> None:
+    """Make the run folder this start's own; every rank must call it.
+
+    Args:
+        fresh: delete an earlier run in it, which goes only now that recipe, posts and encoder proved to be good.
+
+    Raises:
+        ValueError: a machine of the run does not see the folder that rank 0 writes to.
+    """
+    word = broadcast_object(os.environ.get(RUN_WORD) or uuid.uuid4().hex)
+    if is_main():
+        if fresh and (folder / "config.yaml").exists():
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_aside(folder / MARK, word)
+    barrier()
+    if int(os.environ.get("CROSS_SIZE", "1")) > 1:
+        blind = [machine for machine in all_gather_objects(None if _sees(folder, word) else _machine()) if machine]
+        if blind:
+            raise ValueError(
+                f"{folder} is not the same folder on all machines: {', '.join(sorted(set(blind)))} cannot see what "
+                f"rank 0 wrote there. Every rank writes its part of a checkpoint into it: set run.output_dir to a "
+                f"folder that all machines share."
+            )
+
+
+def write_beginning(run: Any, *, own_settings: Mapping[str, Any]) -> None:
+    """What an export and a resume need beside the weights; every file whole or not at all, ``config.yaml`` last.
+
+    Args:
+        run: what ``comoe.assemble`` built.
+        own_settings: the DeepSpeed JSON as it was read.
+    """
+    folder = run.folder
+    if not (folder / "tokenizer").is_dir():
+        aside = folder / ".tokenizer.part"
+        run.tokenizer.save_pretrained(aside)
+        aside.replace(folder / "tokenizer")
+    contents = {
+        "ds_config.json": run.settings,
+        OWN_SETTINGS: own_settings,
+        "environment.json": describe_environment(world_size=world_size()),
+        "encoder_config.json": run.trainer.engine.objective.model.encoder.config.to_dict(),
+        "tasks.json": [task.to_dict() for task in run.tasks],
+    }
+    for name, content in contents.items():
+        write_aside(folder / name, json.dumps(content, indent=1, default=str) + "\n")
+    # The file that makes a folder a run.
+    write_aside(folder / "config.yaml", recipe_to_yaml(run.recipe))
+
+
+def _sees(folder: Path, word: str) -> bool:
+    end = time.monotonic() + PATIENCE
+    while True:
+        try:
+            # Listing makes a network file system look again.
+            os.listdir(folder)
+            if (folder / MARK).read_text(encoding="utf-8") == word:
+                return True
+        except OSError:
+            pass
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.5)
+
+
+def _machine() -> str:
+    return f"{os.uname().nodename} (node {os.environ.get('CROSS_RANK', '0')})"

@@ -1,0 +1,44 @@
+"""Real ranks that all live while none gets any further."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import pytest
+
+from tests.helpers_ranks import run_ranks
+
+pytestmark = pytest.mark.multiprocess
+
+
+def one_is_late() -> tuple[list[int], str]:
+    """Rank 1 sleeps while rank 0 waits for it in a collective: exit codes asked for, and the message."""
+    from comoe.distributed import sum_over_ranks
+    from comoe.train.environment import prepare_process
+    from comoe.train.watchdog import Watchdog
+
+    prepare_process(verbose=False)
+    import torch
+
+    from comoe.train.parallel import start_ranks
+
+    start_ranks(timeout_seconds=60)
+    codes: list[int] = []
+    watch = Watchdog(end=codes.append)
+    watch.start(timeout_seconds=2.0)
+    watch.reached(9)
+    if os.environ["RANK"] == "1":
+        end = time.monotonic() + 20
+        while not codes and time.monotonic() < end:
+            time.sleep(0.05)
+    sum_over_ranks(torch.ones(1))
+    return codes, watch._gone[int(os.environ["RANK"])][1]
+
+
+def test_the_message_of_a_standstill_names_the_rank_that_is_in_no_collective() -> None:
+    answers = run_ranks("tests.multiprocess.test_standstill:one_is_late", 2)
+    assert [codes for codes, _ in answers] == [[4], [4]] and answers[0][1] == answers[1][1]
+    said = answers[0][1]
+    assert said.startswith("no rank got any further for 2 s (parallel.timeout_seconds) at step 9 (training): rank 1 on")
+    assert "is in test_standstill.py:" in said and said.endswith("the others wait for it in a collective.")
