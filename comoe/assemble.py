@@ -20,10 +20,9 @@ from comoe.data.sources import READERS
 from comoe.distributed import barrier, broadcast_object, is_main, rank, world_size
 from comoe.dry_run import print_dry_run
 from comoe.evaluate import check_chosen_metric
-from comoe.memory import MemoryPlan, plan_memory
+from comoe.footprint import count_parameters, plan_run
 from comoe.models.families import longest_input
 from comoe.models.gate import build_gate
-from comoe.models.multitask import MultiTaskModel
 from comoe.objective import Objective, build_objective
 from comoe.schema import Recipe
 from comoe.starter import home, resolve
@@ -35,7 +34,7 @@ from comoe.train.engine import Engine
 from comoe.train.evaluation import Evaluator
 from comoe.train.folders import Found, find_checkpoint, mark_best, whats_wrong
 from comoe.train.monitor import Monitor
-from comoe.train.parallel import build_deepspeed_engine
+from comoe.train.parallel import build_deepspeed_engine, building
 from comoe.train.settings import Layout, fill_settings, load_settings, plan_layout
 from comoe.train.state import TrainState
 from comoe.train.trainer import Trainer, plan_schedule
@@ -96,12 +95,13 @@ def assemble(
     named = recipe
     recipe = _one_per_node_first(lambda: resolve(recipe, progress=is_main()))
     corpus, tokenizer, splits = _load_posts(recipe)
-    objective = _build_objective(recipe, corpus.tasks, splits)
+    with building(filled):
+        objective = _build_objective(recipe, corpus.tasks, splits)
     model = objective.model
     parameters = count_parameters(model, top_k=recipe.model.moe.top_k)
     if dry_run:
         if is_main():
-            print_dry_run(named, corpus, _plan_memory(recipe, layout, model, splits["train"], filled))
+            print_dry_run(named, corpus, plan_run(recipe, layout, model, splits["train"], filled))
         return None
     if is_main():
         print("\n".join(corpus.report.lines()))
@@ -210,14 +210,6 @@ def _build_trainer(
     )
 
 
-def count_parameters(model: MultiTaskModel, *, top_k: int) -> dict[str, int]:
-    """Parameters of the whole model: in all, in experts, and active per token."""
-    total = sum(parameter.numel() for parameter in model.parameters())
-    experts = sum(p.numel() for layer in model.moe_layers() for p in layer.mixture.experts.parameters())
-    share = top_k / max(1, model.config.num_local_experts)
-    return {"total": total, "experts": experts, "dense": total - experts, "active": int(total - experts * (1 - share))}
-
-
 def _tokenize(corpus: Corpus, tokenizer: Any, recipe: Recipe) -> dict[str, TokenizedSplit]:
     cache = home() / "tokens" if recipe.data.cache else None
     return {
@@ -264,30 +256,3 @@ def _restored(found: Found, engine: Engine, layout: Layout) -> TrainState:
         # The best weights are gone: the next evaluation is the best there is.
         state.best_value = None
     return state
-
-
-def _plan_memory(
-    recipe: Recipe, layout: Layout, model: MultiTaskModel, train: TokenizedSplit, settings: Mapping[str, Any]
-) -> MemoryPlan:
-    parameters = count_parameters(model, top_k=recipe.model.moe.top_k)
-    zero = settings["zero_optimization"]
-    blocks = model.moe_layers()
-    return plan_memory(
-        parameters["dense"],
-        expert_parameters=parameters["experts"],
-        world_size=layout.world_size,
-        ep_size=layout.ep_size,
-        stage=layout.stage,
-        bf16=layout.bf16,
-        optimizer=recipe.train.optimizer,
-        momentum=recipe.train.momentum,
-        offload=zero.get("offload_optimizer", {}).get("device", "none") == "cpu",
-        bucket_elements=int(zero.get("reduce_bucket_size", 0)),
-        tokens=int(layout.micro_batch_size * train.lengths.mean()),
-        layers=model.encoder.config.num_hidden_layers,
-        width=model.config.hidden_size,
-        moe_layers=len(blocks),
-        top_k=recipe.model.moe.top_k,
-        recompute=recipe.train.activation_checkpointing,
-        expert_width=blocks[0].mixture.experts.down_proj.shape[-1] if blocks else 0,
-    )

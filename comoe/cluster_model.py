@@ -112,9 +112,10 @@ class Layout:
     """bfloat16, else float32."""
     recompute: bool = False
     """Activation checkpointing: each layer's forward pass runs, and exchanges its routes, once more."""
-    keep: int = 500_000_000
+    keep: int = 100_000_000
     """Weights that stage 3 may keep whole from the forward to the backward pass: the larger of
-    ``stage3_max_live_parameters`` and half of ``stage3_max_reuse_distance`` (the passes meet in the last layer)."""
+    ``stage3_max_live_parameters`` and half of ``stage3_max_reuse_distance`` (the passes meet in the last layer); both
+    as in ds_configs/zero3.json."""
 
     @property
     def number(self) -> int:

@@ -1,7 +1,7 @@
 """How much memory one rank needs, as a plan before anything is built: ZeRO, expert parallelism, precision, offload.
 
 With D dense and X expert parameters (of all experts), W ranks, EP ranks per set of experts, and p bytes per weight (2
-in bf16, else 4), one rank holds, in bytes:
+in bf16, else 4), one rank holds, in bytes (frozen parameters count as weights and nothing else):
 
     weights       p (D + X / EP)    stage 1, 2          p (D + X) / W    stage 3
     gradients     4 (D + X / EP)    stage 1             4 (D + X) / W    stage 2, 3      (summed in float32)
@@ -136,9 +136,9 @@ class Work:
         return self.tokens * (self.width * (2 * number + FULL + 1) + routes)
 
     def outer_bytes(self, number: int) -> int:
-        """Outside of the layers: three numbers of the embeddings, and in bf16 two float32 copies of the last states
-        for each pooling head."""
-        return self.tokens * self.width * (3 * number + (2 * FULL * self.tasks if number < FULL else 0))
+        """Outside of the layers: three numbers of the embeddings, and in bf16 a float32 copy of the last states for
+        each pooling head."""
+        return self.tokens * self.width * (3 * number + (FULL * self.tasks if number < FULL else 0))
 
     def dispatch_bytes(self, number: int) -> int:
         """One layer's routes on their way: sent, received, padded for the grouped product, and answered."""
@@ -149,6 +149,7 @@ def plan_memory(
     dense_parameters: int,
     *,
     expert_parameters: int,
+    frozen_parameters: int = 0,
     world_size: int,
     ep_size: int,
     stage: int,
@@ -166,6 +167,7 @@ def plan_memory(
     Args:
         dense_parameters: D, everything but experts.
         expert_parameters: X, all experts of all layers together.
+        frozen_parameters: of D those that do not train: weights alone, no gradient, master copy or moment.
         world_size: ranks W.
         ep_size: ranks that share one set of experts; divides ``world_size``.
         stage: ZeRO stage 1, 2 or 3.
@@ -186,13 +188,14 @@ def plan_memory(
     number = HALF if bf16 else FULL
     whole = dense_parameters + math.ceil(expert_parameters / ep_size)
     share = math.ceil((dense_parameters + expert_parameters) / world_size)
+    trained = math.ceil((dense_parameters - frozen_parameters + expert_parameters) / world_size)
     passed = Work(**work)
-    gradients = _gradients(whole, share, stage=stage, bf16=bf16, tensor_groups=tensor_groups)
+    gradients = _gradients(whole - frozen_parameters, trained, stage=stage, bf16=bf16, tensor_groups=tensor_groups)
     parts = (
         MemoryPart("weights", number * (share if stage == 3 else whole)),
         _part("gradients", gradients, on_host=offload and stage > 1),
-        _part("master copy (float32)", FULL * share, on_host=offload),
-        _part(f"moments of {optimizer}", FULL * MOMENTS[optimizer](momentum) * share, on_host=offload),
+        _part("master copy (float32)", FULL * trained, on_host=offload),
+        _part(f"moments of {optimizer}", FULL * MOMENTS[optimizer](momentum) * trained, on_host=offload),
         MemoryPart("reduction bucket", number * bucket_elements),
         MemoryPart("gathered weights", number * gathered_elements if stage == 3 else 0),
         MemoryPart("activations (rough)", passed.activation_bytes(number)),

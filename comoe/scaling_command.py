@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -19,10 +19,24 @@ from comoe.scaling_runs import failure_file, run_points
 from comoe.scaling_table import row_of, write_hparams, write_tables
 
 
-def scale_and_exit(given: argparse.Namespace, *, grid_fields: Sequence[str], train_script: Path) -> None:
+def scale_and_exit(
+    given: argparse.Namespace,
+    *,
+    grid_fields: Sequence[str],
+    plan_flags: Mapping[str, str | None],
+    train_script: Path,
+) -> None:
     """Do what was asked and leave: 0 when all is done, 1 when a run failed, 2 where the user can mend it, 130 after
-    Ctrl-C. Does not return."""
+    Ctrl-C. Does not return.
+
+    Args:
+        given: the command line.
+        grid_fields: names of its lists.
+        plan_flags: flags that only ``--plan`` reads -> value where they are not given.
+        train_script: what runs one point.
+    """
     try:
+        settle_plan_flags(given, plan_flags)
         if given.plan:
             print_plan(given)
             sys.exit(0)
@@ -33,6 +47,23 @@ def scale_and_exit(given: argparse.Namespace, *, grid_fields: Sequence[str], tra
     except KeyboardInterrupt:
         print("comoe: stopped; the same command goes on.", file=sys.stderr)
         sys.exit(130)
+
+
+def settle_plan_flags(given: argparse.Namespace, plan_flags: Mapping[str, str | None]) -> None:
+    """Fill in the flags of ``--plan``, in place.
+
+    Raises:
+        ValueError: one was given without ``--plan``, or ``--ranks`` with it: it would change nothing.
+    """
+    if given.plan and given.ranks is not None:
+        raise ValueError(f"--ranks {given.ranks} changes nothing under --plan, which plans for --gpus; leave it out.")
+    for flag, default in plan_flags.items():
+        field = flag.replace("-", "_")
+        value = getattr(given, field)
+        if value is not None and not given.plan:
+            raise ValueError(f"--{flag} {value} changes nothing without --plan; add --plan, or leave it out.")
+        if value is None:
+            setattr(given, field, default)
 
 
 def scale(given: argparse.Namespace, *, grid_fields: Sequence[str], train_script: Path) -> list[Point]:

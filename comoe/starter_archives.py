@@ -23,7 +23,7 @@ from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
 
-STAND_IN_BACKEND = '''
+STAND_IN_BACKEND = """
 from pathlib import Path
 
 def get_requires_for_build_wheel(config_settings=None):
@@ -42,7 +42,7 @@ def prepare_metadata_for_build_wheel(metadata_directory, config_settings=None):
 class __legacy__:
     get_requires_for_build_wheel = staticmethod(get_requires_for_build_wheel)
     prepare_metadata_for_build_wheel = staticmethod(prepare_metadata_for_build_wheel)
-'''
+"""
 """What pip talks to in place of the package's own build script."""
 
 POLL_SECONDS = 0.2

@@ -40,14 +40,15 @@ def main() -> None:
         parser.add_argument(f"--{flag}", dest=field, metavar="LIST", help="with commas; the recipe's own without it")
     parser.add_argument("--plan", action="store_true", help="print memory, bytes and step time on a cluster; end")
     for flag, (default, text) in PLAN.items():
-        parser.add_argument(f"--{flag}", default=default, help=text + (f" ({default})" if default else ""))
+        parser.add_argument(f"--{flag}", help=text + (f" ({default})" if default else ""))
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="options of the recipe")
     given = parser.parse_intermixed_args()
 
     sys.path.append(str(HERE.parent))
     from comoe.scaling_command import scale_and_exit
 
-    scale_and_exit(given, grid_fields=tuple(GRID.values()), train_script=HERE / "train.py")
+    plan_flags = {flag: default for flag, (default, _) in PLAN.items()}
+    scale_and_exit(given, grid_fields=tuple(GRID.values()), plan_flags=plan_flags, train_script=HERE / "train.py")
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ def balance_loss(scores_SE: Tensor, counts_E: Tensor, *, num_tokens: Tensor | in
 
     Source: Switch Transformer, arXiv:2101.03961, with k routes per token; global batch: arXiv:2501.11873.
     """
-    share_E = counts_E.to(scores_SE.dtype) / counts_E.sum()
+    share_E = counts_E.to(scores_SE.dtype) / counts_E.sum().clamp_min(1)
     tiny = torch.finfo(scores_SE.dtype).tiny
     likely_E = (scores_SE / scores_SE.sum(dim=1, keepdim=True).clamp_min(tiny)).sum(dim=0) / num_tokens
     return scores_SE.shape[1] * (share_E * likely_E).sum()
@@ -59,7 +59,7 @@ class BalanceLoss:
         """This rank's share of the term; term ``balance``, detached."""
         routings = output.routings
         counts = self.sum_over_ranks(torch.stack([routing.counts_E for routing in routings]))
-        num_tokens = counts[0].sum() / routings[0].indices_Sk.shape[1]
+        num_tokens = counts[0].sum().clamp_min(1) / routings[0].indices_Sk.shape[1]
         if self._earlier is not None:
             counts = counts + self._earlier
         self._earlier = counts
@@ -92,7 +92,7 @@ class ZLoss:
         """This rank's share of the term; term ``z``, detached."""
         sums = torch.stack([self.penalty(routing.logits_SE).sum() for routing in output.routings])
         num_tokens = self.sum_over_ranks(sums.new_tensor(float(output.token_rows_S.shape[0])))
-        total = self.world_size * sums.mean() / num_tokens
+        total = self.world_size * sums.mean() / num_tokens.clamp_min(1)
         return total, {"z": total.detach()}
 
 

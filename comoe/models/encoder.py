@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,29 @@ def build_encoder(config: ModelConfig) -> nn.Module:
             f"({len(report['missing_keys'])} in all); its weights file does not belong to its config.json."
         )
     return encoder
+
+
+@contextmanager
+def split_as_it_loads(settings: Mapping[str, Any]) -> Iterator[None]:
+    """Inside, ``build_encoder`` gives every rank only its ZeRO-3 share of each weight, and no rank holds the whole.
+
+    A layer's weights are made and split at once, before the next layer's are; then rank 0 reads the file tensor by
+    tensor, and each goes to the ranks in shares. Every rank must build the same encoder. Without this an encoder is
+    whole on every rank until DeepSpeed splits it.
+
+    Args:
+        settings: complete DeepSpeed configuration of stage 3; weights are made in its precision.
+    """
+    # Needs accelerate, which prediction does not.
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
+
+    # The library keeps a weak reference and asks it in each from_pretrained: the object must live as long as it counts.
+    alive = HfDeepSpeedConfig(dict(settings))
+    try:
+        yield
+    finally:
+        unset_hf_deepspeed_config()
+        del alive
 
 
 @contextmanager

@@ -34,9 +34,11 @@ class AttentionPooling(nn.Module):
         Returns:
             Pooled states (B, M) in the states' dtype and weights (B, L), float32, zero on padding, rows sum to 1.
         """
-        scores_BL = hidden_BLM.float() @ self.query.float()
+        # One float32 copy in bf16, none in float32.
+        wide_BLM = hidden_BLM.float()
+        scores_BL = wide_BLM @ self.query.float()
         attention_BL = torch.softmax(scores_BL.masked_fill(mask_BL == 0, float("-inf")), dim=1)
-        pooled_BM = torch.einsum("bl,blm->bm", attention_BL, hidden_BLM.float())
+        pooled_BM = torch.einsum("bl,blm->bm", attention_BL, wide_BLM)
         return pooled_BM.to(hidden_BLM.dtype), attention_BL
 
 

@@ -203,6 +203,3 @@ METRICS: dict[str, Metric] = {
 
 LOWER_IS_BETTER = frozenset({"mae", "loss"})
 """Names of numbers that fall as a model gets better; every other one rises."""
-
-HIGHER_IS_BETTER: dict[str, bool] = {name: name not in LOWER_IS_BETTER for name in METRICS}
-"""Metric -> whether a larger number is better."""

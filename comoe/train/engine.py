@@ -74,10 +74,15 @@ class Engine:
         self.objective.begin_step()
         outputs: list[StepOutput] = []
         skipped_before = self.deepspeed.skipped_steps
+        # ZeRO 1 in bf16 adds the gradients of each backward pass to float32 sums, and would clear them by a hook on
+        # what the model answers; on a record it finds no place for one, and a step's first gradients would count once
+        # for each of its micro-steps.
+        clear = getattr(self.deepspeed.optimizer, "clear_lp_grads", lambda: None)
         for batch in batches:
             output: StepOutput = self.deepspeed(batch.to(self.device))
             # A loss that is not finite must not change a weight, wherever the graph swallows it: the poisoned
             # gradient reaches DeepSpeed's own check, which skips the step on all ranks and clears what was summed.
+            clear()
             poison = torch.where(torch.isfinite(output.loss.detach()), 1.0, torch.nan)
             self.deepspeed.backward(output.loss * poison)
             self.deepspeed.step()

@@ -5,6 +5,7 @@ The contact with DeepSpeed's internals (AutoEP is unversioned) is all here, held
 
 from __future__ import annotations
 
+import ctypes
 import io
 import logging
 import os
@@ -21,6 +22,7 @@ from deepspeed.moe.ep_router import TokenChoiceTopKRouter
 from torch import Tensor, nn
 
 from comoe.distributed import all_gather_in_group
+from comoe.models.encoder import split_as_it_loads
 from comoe.models.gate import ROUTES, Float32Linear, PendingRoute, build_gate
 from comoe.models.multitask import parameter_group
 from comoe.objective import Objective
@@ -84,21 +86,69 @@ def _our_router(moe: MoeConfig) -> Iterator[None]:
         auto_ep_layer.TokenChoiceTopKRouter = original
 
 
+@contextmanager
+def building(settings: Mapping[str, Any]) -> Iterator[None]:
+    """The context to build the objective in: at ZeRO 3 its encoder is split over the ranks while it is read.
+
+    Always at stage 3, whatever the size: so what is tested on small encoders is what large ones run.
+
+    Args:
+        settings: complete DeepSpeed configuration.
+    """
+    if settings["zero_optimization"]["stage"] != 3:
+        yield
+        return
+    with _memory_goes_back(), split_as_it_loads(settings):
+        yield
+
+
+@contextmanager
+def _memory_goes_back() -> Iterator[None]:
+    # glibc learns from each large block that is freed to keep the next ones, up to 32 MiB. Whole weights between shares
+    # that stay then leave holes, measured as large as the whole encoder. Afterwards what it would have learned anyway,
+    # which is fast: batches come and go.
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt is None:
+        yield
+        return
+    mallopt(_MMAP_THRESHOLD, 128 << 10)
+    try:
+        yield
+    finally:
+        mallopt(_MMAP_THRESHOLD, 32 << 20)
+        mallopt(_TRIM_THRESHOLD, 64 << 20)
+
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+
+
 def build_deepspeed_engine(objective: Objective, recipe: Recipe, settings: Mapping[str, Any]) -> Any:
     """Shard experts and optimizer over the ranks.
 
     Args:
-        objective: plain PyTorch, the same on every rank.
+        objective: plain PyTorch, the same on every rank, built in the context of ``building``.
         settings: complete DeepSpeed configuration, see ``comoe.train.settings.fill_settings``.
     """
     groups = parameter_groups(objective, recipe)
+    if any(hasattr(parameter, "ds_id") for parameter in objective.parameters()):
+        _match_split_weights(objective, bf16=settings["bf16"]["enabled"])
     with _our_router(recipe.model.moe):
         engine, _, _, _ = deepspeed.initialize(model=objective, model_parameters=groups, config=dict(settings))
     for module in engine.module.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            # Where a part came split already, DeepSpeed moves no buffer.
+            module._buffers[name] = buffer.to(engine.device)
         if isinstance(module, CooperativeRouter):
             # bf16 casts buffers too, and a step of 0.001 is lost in it.
             module.e_score_correction_bias = module.e_score_correction_bias.float()
     return engine
+
+
+def _match_split_weights(objective: nn.Module, *, bf16: bool) -> None:
+    # Where a part came split already, DeepSpeed takes the precision of the rest as it is.
+    for parameter in objective.parameters():
+        if bf16 and not hasattr(parameter, "ds_id"):
+            parameter.data = parameter.data.bfloat16()
 
 
 def parameter_groups(objective: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
@@ -112,7 +162,9 @@ def parameter_groups(objective: nn.Module, recipe: Recipe) -> list[dict[str, Any
     for name, parameter in objective.named_parameters():
         if parameter.requires_grad:
             # Norms, biases and single vectors have one dimension, a task's pooling query too.
-            groups.setdefault((parameter_group(name), parameter.ndim > 1), []).append(parameter)
+            # A split weight is flat.
+            matrix = len(getattr(parameter, "ds_shape", parameter.shape)) > 1
+            groups.setdefault((parameter_group(name), matrix), []).append(parameter)
     return [
         {
             "params": parameters,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -75,10 +76,10 @@ def batch_of(rows: list[dict[str, Any]]) -> Batch:
     )
 
 
-def shares(step: int, *, rank: int, world_size: int, accumulation: int) -> list[Batch]:
-    """This rank's micro-batches; the split over ranks is uneven on purpose."""
-    chunks = np.array_split(np.arange(12), accumulation)
-    everything = posts(step)
+def shares(step: int, *, rank: int, world_size: int, accumulation: int, count: int = 12) -> list[Batch]:
+    """This rank's micro-batches of ``count`` posts in all; the split over ranks is uneven on purpose."""
+    chunks = np.array_split(np.arange(count), accumulation)
+    everything = posts(step, count)
     out = []
     for chunk in chunks:
         cuts = np.linspace(0, 1, world_size + 1) ** 1.7 * len(chunk)
@@ -106,34 +107,72 @@ def recipe_of(encoder: str, **changes: Any) -> Any:
     return recipe_from_dict(raw)
 
 
-def build(recipe: Any, *, stage: int, accumulation: int = 1, settings: dict[str, Any] | None = None) -> Any:
+def build(
+    recipe: Any, *, stage: int, accumulation: int = 1, settings: dict[str, Any] | None = None, seed: int = 0
+) -> Any:
     """(engine, layout) of this rank."""
     from comoe.distributed import world_size
     from comoe.objective import build_objective
     from comoe.train.engine import Engine
-    from comoe.train.parallel import build_deepspeed_engine, start_ranks
+    from comoe.train.parallel import build_deepspeed_engine, building, start_ranks
     from comoe.train.settings import fill_settings, plan_layout
 
     if not torch.distributed.is_initialized():
         start_ranks(timeout_seconds=120)
     raw = {"zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0}} | (settings or {})
     layout = replace(plan_layout(recipe, raw, world_size=world_size(), gpu=False), accumulation=accumulation)
-    torch.manual_seed(0)
-    objective = build_objective(recipe, TASKS)
-    return Engine(
-        build_deepspeed_engine(objective, recipe, fill_settings(raw, recipe, layout, gpu=False)), recipe
-    ), layout
+    filled = fill_settings(raw, recipe, layout, gpu=False)
+    torch.manual_seed(seed)
+    with building(filled):
+        objective = build_objective(recipe, TASKS)
+    return Engine(build_deepspeed_engine(objective, recipe, filled), recipe), layout
 
 
 def one_step(engine: Any, step: int, *, accumulation: int = 1) -> Any:
     """Train on the global batch of ``step``; the report of this rank."""
+    return engine.train_step(own_batches(step, accumulation=accumulation))
+
+
+def own_batches(step: int, *, accumulation: int = 1, count: int = 12) -> list[Batch]:
+    """This rank's micro-batches with the scale of the whole step."""
     from comoe.distributed import rank, sum_over_ranks, world_size
     from comoe.objective import count_units, unit_scale
 
-    batches = shares(step, rank=rank(), world_size=world_size(), accumulation=accumulation)
+    batches = shares(step, rank=rank(), world_size=world_size(), accumulation=accumulation, count=count)
     units_T = sum_over_ranks(torch.stack([count_units(batch, TASKS) for batch in batches]).sum(0))
     scale_T = unit_scale(units_T, world_size=world_size(), accumulation=accumulation)
-    return engine.train_step([replace(batch, unit_scale_T=scale_T) for batch in batches])
+    return [replace(batch, unit_scale_T=scale_T) for batch in batches]
+
+
+@dataclass(frozen=True, slots=True)
+class Picks:
+    """Where the tokens of one optimizer step went, on one rank; filler rows are left out."""
+
+    tokens_S: np.ndarray
+    """Post times 100 plus place in the post."""
+    picks_LSk: np.ndarray
+    """Experts of each layer and token, ascending."""
+    margins_LS: np.ndarray
+    """Score with bias of the last expert picked minus that of the first one left out."""
+
+
+def picks_of(outputs: Sequence[Any], batches: Sequence[Batch], biases_LE: torch.Tensor) -> Picks:
+    """The picks of one step's micro-batches; ``biases_LE`` as they were before the step."""
+    tokens, picks, margins = [], [], []
+    for output, batch in zip(outputs, batches, strict=True):
+        columns_S = batch.attention_mask_BL.nonzero()[: len(output.token_rows_S), 1]
+        tokens.append(batch.row_ids_B[output.token_rows_S] * 100 + columns_S)
+        routings = output.routings
+        k = routings[0].indices_Sk.shape[1]
+        picks.append(torch.stack([routing.indices_Sk.sort(dim=1).values for routing in routings]))
+        scores = torch.stack([routing.scores_SE.detach().float() for routing in routings]) + biases_LE[:, None]
+        best = scores.sort(dim=2, descending=True).values
+        margins.append(best[..., k - 1] - best[..., min(k, best.shape[2] - 1)])
+    tokens_S = torch.cat(tokens)
+    real = tokens_S >= 0
+    order = tokens_S[real].argsort()
+    whole = (torch.cat(parts, dim=1)[:, real][:, order].numpy() for parts in (picks, margins))
+    return Picks(tokens_S[real][order].numpy(), *whole)
 
 
 def many(encoder: str, cases: list[dict[str, Any]], work: str = "case") -> list[dict[str, Any]]:
@@ -141,35 +180,94 @@ def many(encoder: str, cases: list[dict[str, Any]], work: str = "case") -> list[
     return [globals()[work](encoder, **arguments) for arguments in cases]
 
 
-def case(encoder: str, *, stage: int, steps: int, accumulation: int = 1, **changes: Any) -> dict[str, Any]:
-    """Train a few steps: global losses, norms, weights, logits by the engine and by the plain model."""
+def case(
+    encoder: str, *, stage: int, steps: int, accumulation: int = 1, count: int = 12, seed: int = 0,
+    settings: dict[str, Any] | None = None, **changes: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """Train a few steps: global losses, norms, picks, weights, logits by the engine and by the plain model."""
     from comoe.distributed import sum_over_ranks, world_size
     from comoe.objective import build_objective
     from comoe.train.parallel import gather_full_state
 
     recipe = recipe_of(encoder, **changes)
-    engine, layout = build(recipe, stage=stage, accumulation=accumulation)
+    engine, layout = build(recipe, stage=stage, accumulation=accumulation, settings=settings, seed=seed)
     before = gather_full_state(engine.deepspeed)
-    values, norms = [], []
+    values, norms, picks = [], [], []
     for step in range(steps):
-        report = one_step(engine, step, accumulation=accumulation)
+        batches = own_batches(step, accumulation=accumulation, count=count)
+        layers = engine.objective.model.moe_layers()
+        biases_LE = torch.stack([layer.mixture.router.e_score_correction_bias.clone() for layer in layers])
+        report = engine.train_step(batches)
         assert not report.skipped
+        picks.append(picks_of([output.output for output in report.outputs], batches, biases_LE))
         values.append(float(sum_over_ranks(report.loss)) / world_size())
         norms.append(report.grad_norm)
     after = gather_full_state(engine.deepspeed)
     batch = batch_of(posts(99, 4))
     by_engine = engine.forward(batch).logits
-    answer: dict[str, Any] = {"losses": values, "norms": norms, "ep": layout.ep_size}
+    answer: dict[str, Any] = {"losses": values, "norms": norms, "picks": picks, "ep": layout.ep_size}
+    answer["sums"] = [str(engine.deepspeed.get_data_types()[1])]
     if after:
         plain = build_objective(recipe, TASKS).model.eval()
         plain.load_state_dict(after)
         with torch.no_grad():
             by_plain = plain(batch).logits
-        answer["state"] = {key: value.numpy() for key, value in after.items()}
-        answer["moves"] = {key: (after[key] - before[key]).numpy() for key in after if after[key].is_floating_point()}
-        answer["engine_logits"] = {key: value.numpy() for key, value in by_engine.items()}
+        answer |= _outcome(before, after)
+        answer["engine_logits"] = {key: value.float().numpy() for key, value in by_engine.items()}
         answer["plain_logits"] = {key: value.numpy() for key, value in by_plain.items()}
     return answer
+
+
+def _outcome(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> dict[str, Any]:
+    moved = {key: (after[key] - before[key]).numpy() for key in after if after[key].is_floating_point()}
+    return {"state": {key: value.numpy() for key, value in after.items()}, "moves": moved}
+
+
+def plain_case(
+    encoder: str, *, steps: int, accumulation: int = 1, count: int = 12, seed: int = 0, **changes: Any
+) -> dict[str, Any]:
+    """What ``case`` does, by PyTorch alone: one process, its own optimizer, its own clipping. No DeepSpeed runs."""
+    from comoe.models.balance import BALANCES
+    from comoe.objective import build_objective
+    from comoe.train.parallel import parameter_groups
+
+    recipe = recipe_of(encoder, **changes)
+    torch.manual_seed(seed)
+    objective = build_objective(recipe, TASKS).train()
+    train, layers = recipe.train, objective.model.moe_layers()
+    more = {
+        "adamw": {"betas": tuple(train.betas), "eps": train.epsilon}, "sgd": {"momentum": train.momentum},
+    }[train.optimizer]  # fmt: skip
+    optimizer = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[train.optimizer](
+        [
+            {key: group[key] for key in ("params", "lr", "weight_decay")}
+            for group in parameter_groups(objective, recipe)
+        ],
+        **more,
+    )
+    before = {key: value.clone() for key, value in objective.model.state_dict().items()}
+    values, norms, picks = [], [], []
+    for step in range(steps):
+        batches = own_batches(step, accumulation=accumulation, count=count)
+        biases_LE = torch.stack([layer.mixture.gate.e_score_correction_bias.clone() for layer in layers])
+        objective.begin_step()
+        outputs = []
+        for batch in batches:
+            outputs.append(objective(batch))
+            (outputs[-1].loss / accumulation).backward()
+        trained = [parameter for parameter in objective.parameters() if parameter.requires_grad]
+        norms.append(float(torch.nn.utils.clip_grad_norm_(trained, train.max_grad_norm or torch.inf)))
+        optimizer.step()
+        optimizer.zero_grad()
+        loads = [sum(o.output.routings[number].counts_E for o in outputs) for number in range(len(layers))]
+        for layer, load_E in zip(layers, loads, strict=True):
+            BALANCES[recipe.model.moe.balance](
+                layer.mixture.gate.e_score_correction_bias, load_E.double(), recipe.model.moe.balance_rate
+            )
+        picks.append(picks_of([output.output for output in outputs], batches, biases_LE))
+        values.append(float(torch.stack([output.loss.detach() for output in outputs]).mean()))
+    outcome = _outcome(before, objective.model.state_dict())
+    return {"losses": values, "norms": norms, "picks": picks, **outcome}
 
 
 def resumed(encoder: str, *, stage: int, folder: str, settings: dict[str, Any] | None = None) -> dict[str, Any]:

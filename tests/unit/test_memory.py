@@ -44,6 +44,14 @@ def test_expert_parallelism_divides_the_weights_of_experts_and_not_the_optimizer
     assert alone["moments of adamw"] == shared["moments of adamw"]
 
 
+def test_frozen_weights_are_held_and_nothing_more():
+    parts = device(plan(frozen_parameters=600))
+    assert parts["weights"] == 4 * 1400
+    assert parts["gradients"] == parts["master copy"] == 4 * 300
+    assert parts["moments of adamw"] == 8 * 300
+    assert device(plan(stage=1, frozen_parameters=600))["gradients"] == 4 * (400 + 400)
+
+
 def test_one_rank_in_float32_with_adamw_needs_twenty_bytes_per_parameter():
     assert plan(world_size=1, ep_size=1).device_bytes == 20 * (DENSE + EXPERTS)
 
@@ -77,8 +85,8 @@ def test_a_narrow_feed_forward_and_heads_change_the_activations_by_hand_computed
     plain, narrow = device(plan(**SHAPE)), device(plan(**SHAPE, ffn_width=16))
     assert plain["activations"] - narrow["activations"] == 3 * 10 * 2 * (32 - 16) * 4
     heads = device(plan(bf16=True, **SHAPE, tasks=3))["activations"] - device(plan(bf16=True, **SHAPE))["activations"]
-    assert heads == 10 * 8 * 3 * 8
-    assert device(plan(**SHAPE, tasks=3)) == plain  # float32 states need no second copy
+    assert heads == 10 * 8 * 3 * 4
+    assert device(plan(**SHAPE, tasks=3)) == plain  # float32 states need no copy
 
 
 def test_recomputation_keeps_the_inputs_of_all_layers_and_one_layer_whole():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from comoe.tasks.metrics import HIGHER_IS_BETTER, METRICS, class_scores, confusion, entities
+from comoe.tasks.metrics import LOWER_IS_BETTER, METRICS, class_scores, confusion, entities
 
 LABELS = ("none", "against", "favor")
 GOLD = np.array([0, 0, 1, 1, 2, 2])
@@ -141,4 +141,4 @@ def test_class_scores_cover_labels_that_do_not_occur() -> None:
 
 
 def test_only_errors_are_better_when_lower() -> None:
-    assert [name for name, higher in HIGHER_IS_BETTER.items() if not higher] == ["mae"]
+    assert LOWER_IS_BETTER & METRICS.keys() == {"mae"}

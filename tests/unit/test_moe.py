@@ -79,9 +79,10 @@ def test_a_mixture_equals_the_weighted_sum_of_its_experts():
     assert routing.counts_E.sum() == 40
 
 
-def test_permuting_the_experts_changes_nothing():
+@pytest.mark.parametrize("gate", ["sigmoid", "softmax"])
+def test_permuting_the_experts_changes_nothing(gate):
     torch.manual_seed(0)
-    mixture = ExpertMixture(M, WIDE, moe_config(gate="softmax")).double()
+    mixture = ExpertMixture(M, WIDE, moe_config(gate=gate)).double()
     mixture.gate.e_score_correction_bias.copy_(torch.tensor([0.1, -0.1, 0.05, 0.0]))
     x, order = torch.randn(1, 20, M, dtype=torch.float64), torch.tensor([2, 0, 3, 1])
     before = mixture(x)

@@ -70,7 +70,12 @@ def test_route_by_token_answers_alike_for_every_task_id_and_route_by_task_does_n
 @pytest.mark.parametrize("route_by", ROUTES)
 def test_a_filler_row_without_a_task_is_answered(route_by):
     batch = replace(random_batch(rows=1), task_ids_B=torch.tensor([-1]), row_ids_B=torch.tensor([-1]))
-    assert all(logits.isfinite().all() for logits in tiny_model(moe_config(route_by=route_by))(batch).logits.values())
+    output = tiny_model(moe_config(route_by=route_by))(batch)
+    assert all(logits.isfinite().all() for logits in output.logits.values())
+    # Its tokens ran, but no loss, no load and no statistic may count them.
+    assert len(output.routings) == 3 and not output.token_rows_S.numel()
+    for routing in output.routings:
+        assert not routing.counts_E.any() and routing.logits_SE.shape == routing.scores_SE.shape == (0, 4)
 
 
 @pytest.mark.parametrize("route_by", ROUTES)

@@ -230,3 +230,14 @@ def test_a_recipe_switches_activation_checkpointing_on(tmp_path):
         layer.attention.register_forward_hook(lambda *_, calls=calls: calls.append(0))
         objective(scaled(random_batch())).loss.backward()
         assert len(calls) == 1 + switched
+
+
+def test_a_step_with_no_real_token_on_any_rank_costs_nothing():
+    batch = replace(random_batch(rows=1, labelled=False), row_ids_B=torch.tensor([-1]))
+    objective = tiny_objective(loss=LossConfig(balance_weight=0.1, z_weight=0.1))
+    objective.begin_step()
+    answer = objective(scaled(batch))
+    answer.loss.backward()
+    assert answer.loss == answer.terms["balance"] == answer.terms["z"] == 0
+    trained = [parameter for parameter in objective.parameters() if parameter.requires_grad]
+    assert all(parameter.grad is not None and not parameter.grad.any() for parameter in trained)

@@ -115,7 +115,7 @@ def test_without_experts_there_is_no_expert_parallelism() -> None:
 
 def test_a_number_that_clashes_with_the_recipe_is_refused() -> None:
     assert refusal(STAGE_2 | {"train_batch_size": 7}) == (
-        "train_batch_size is 7 in the DeepSpeed JSON and 32 by the recipe and the ranks; write \"auto\" in the JSON, "
+        'train_batch_size is 7 in the DeepSpeed JSON and 32 by the recipe and the ranks; write "auto" in the JSON, '
         "or make the two agree."
     )
     assert filled(STAGE_2 | {"train_batch_size": 32})["train_batch_size"] == 32
