@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -15,7 +15,7 @@ from comoe.cluster_plan import plan_lines, shape_of_recipe
 from comoe.config import load_recipe
 from comoe.scaling import Experiment, Point, build_grid, plan_points, remember
 from comoe.scaling_plots import write_plots
-from comoe.scaling_runs import failure_file, run_points
+from comoe.scaling_runs import failure_file, leave_after, run_points
 from comoe.scaling_table import row_of, write_hparams, write_tables
 
 
@@ -25,9 +25,8 @@ def scale_and_exit(
     grid_fields: Sequence[str],
     plan_flags: Mapping[str, str | None],
     train_script: Path,
-) -> None:
-    """Do what was asked and leave: 0 when all is done, 1 when a run failed, 2 where the user can mend it, 130 after
-    Ctrl-C. Does not return.
+) -> NoReturn:
+    """Do what was asked and leave, with the exit codes of ``leave_after``.
 
     Args:
         given: the command line.
@@ -35,18 +34,15 @@ def scale_and_exit(
         plan_flags: flags that only ``--plan`` reads -> value where they are not given.
         train_script: what runs one point.
     """
-    try:
+
+    def work() -> bool:
         settle_plan_flags(given, plan_flags)
         if given.plan:
             print_plan(given)
-            sys.exit(0)
-        sys.exit(1 if scale(given, grid_fields=grid_fields, train_script=train_script) else 0)
-    except (ValueError, OSError) as error:
-        print(f"comoe: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("comoe: stopped; the same command goes on.", file=sys.stderr)
-        sys.exit(130)
+            return False
+        return bool(scale(given, grid_fields=grid_fields, train_script=train_script))
+
+    leave_after(work)
 
 
 def settle_plan_flags(given: argparse.Namespace, plan_flags: Mapping[str, str | None]) -> None:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import psutil
 import torch
@@ -61,6 +61,24 @@ def run_points(
         outcome = f"FAILED ({problem})" if problem else _outcome(experiment.runs / point.name)
         say(f"[{number}/{len(points)}] {point.name}: {outcome}, {_in_words(seconds[-1])}; {_in_words(left)} left")
     return failed
+
+
+def leave_after(work: Callable[[], bool]) -> NoReturn:
+    """Do the work of a command that can be typed again, and end the process.
+
+    Args:
+        work: true when some run failed.
+
+    Exit codes: 0 all is done, 1 a run failed, 2 the user can mend it, 130 after Ctrl-C.
+    """
+    try:
+        sys.exit(1 if work() else 0)
+    except (ValueError, OSError) as error:
+        print(f"comoe: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("comoe: stopped; the same command goes on.", file=sys.stderr)
+        sys.exit(130)
 
 
 def is_done(experiment: Experiment, point: Planned) -> bool:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -19,21 +19,13 @@ from comoe.comparing.tables import markdown_lines
 from comoe.config import unknown_name
 from comoe.removal import measure_removal
 from comoe.scaling import Experiment, remember
-from comoe.scaling_runs import failure_file, is_done, run_points
+from comoe.scaling_runs import failure_file, is_done, leave_after, run_points
 from comoe.train.records import write_aside
 
 
-def compare_and_exit(given: argparse.Namespace, *, train_script: Path) -> None:
-    """Run the comparison and leave: 0 when all is done, 1 when a run failed, 2 where the user can mend it, 130 after
-    Ctrl-C. Does not return."""
-    try:
-        sys.exit(1 if run_comparison(given, train_script=train_script) else 0)
-    except (ValueError, OSError) as error:
-        print(f"comoe: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("comoe: stopped; the same command goes on.", file=sys.stderr)
-        sys.exit(130)
+def compare_and_exit(given: argparse.Namespace, *, train_script: Path) -> NoReturn:
+    """Run the comparison and leave, with the exit codes of ``leave_after``."""
+    leave_after(lambda: bool(run_comparison(given, train_script=train_script)))
 
 
 def run_comparison(given: argparse.Namespace, *, train_script: Path) -> list[Trial]:
