@@ -75,7 +75,7 @@ def resampled(
     tasks at once. Larger is better: a metric that falls as a model gets better enters negated.
 
     Args:
-        runs: per run, task -> answers; all runs answered the same posts.
+        runs: per run, task -> answers. Runs of one seed answered the same posts; other seeds may have drawn others.
         tasks: the tasks.
         resamples: how many.
         seed: of the draws; the same seed and posts give the same draws, so that runs can be paired.
@@ -89,9 +89,9 @@ def resampled(
     for turn in range(resamples):
         drawn = np.concatenate([generator.choice(rows, len(rows)) for rows in strata])
         for task in tasks:
-            places = _places(runs[0][task.name].rows, drawn)
             for number, run in enumerate(runs):
                 answers = run[task.name]
+                places = _places(answers.rows, drawn)
                 value = task.rules.measure(_take(answers.gold, places), _take(answers.predicted, places), task)
                 found[task.name][number, turn] = rising(task.metric, value)
     return found | {MEAN: np.mean([found[task.name] for task in tasks], axis=0)}

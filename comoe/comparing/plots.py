@@ -106,11 +106,18 @@ def _dots(panel: Axes, comparison: Comparison, arms: Sequence[str], values: str,
         if item is None:
             continue
         colour = COLOURS[place % len(COLOURS)]
-        seeds = [getattr(result, values)[name] for result in comparison.results[arm]]
+        found = [getattr(result, values).get(name) for result in comparison.results[arm]]
+        seeds = [value for value in found if value is not None]
         panel.plot(seeds, [place] * len(seeds), linestyle="", marker=".", markersize=5, color=colour, alpha=0.5)
         panel.plot([item.mean], [place], marker="o", markersize=5, color=colour)
         if math.isfinite(item.low):
             panel.plot([item.low, item.high], [place, place], color=colour, linewidth=1.3)
+    # By the dots: the interval of two or three seeds can be wider than all that is known, and is cut at the edge then.
+    found = [getattr(result, values).get(name) for arm in arms for result in comparison.results[arm]]
+    dots = [value for value in found if value is not None]
+    if dots:
+        margin = 0.6 * (max(dots) - min(dots)) or 0.1 * abs(dots[0])
+        panel.set_xlim(min(dots) - margin, max(dots) + margin)
     if values == "quality" and (base := _mean_of(comparison, name)) is not None:
         panel.axvline(base.mean, color="#777777", linewidth=1, linestyle=":")
 

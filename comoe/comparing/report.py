@@ -188,7 +188,8 @@ def _answers(folder: Path, split: str, tasks: Sequence[Task]) -> dict[str, Answe
 
 def _routing(records: Sequence[Mapping[str, Any]], split: str) -> dict[str, float]:
     blocks = [record["routing"] for record in records if record.get("split") == split and "routing" in record]
-    if not blocks:
+    # One block that every token visits has no gate to speak of.
+    if not blocks or len(blocks[-1]["share"][0]) == 1:
         return {}
     means = {name: [value for value in blocks[-1].get(name, ()) if value is not None] for name in ROUTING}
     return {name: float(np.mean(values)) for name, values in means.items() if values}

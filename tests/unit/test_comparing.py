@@ -157,7 +157,12 @@ def write_run(folder: Path, *, right: list[bool], experts: bool, removal: bool =
     results |= {"parameters": {"experts": 5, "active": 6, "total": 7}}
     results |= {"metrics": {"test": {"mood": {"accuracy": share}}}}
     (folder / "results.json").write_text(json.dumps(results))
-    routing = {"weight_monopoly": [0.2, 0.4], "max_violation": [0.5, None], "dead_share": [0.0, 0.0]}
+    routing = {
+        "share": [[0.5, 0.5], [0.7, 0.3]],
+        "weight_monopoly": [0.2, 0.4],
+        "max_violation": [0.5, None],
+        "dead_share": [0.0, 0.0],
+    }
     lines = [{"split": "train", "step": 2, "seconds": 1.0, "tokens_per_second": 10.0},
              {"split": "test", "step": 4} | ({"routing": routing} if experts else {})]  # fmt: skip
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
