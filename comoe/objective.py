@@ -88,17 +88,20 @@ class Objective(nn.Module):
         assert batch.unit_scale_T is not None, "training needs batch.unit_scale_T (see unit_scale)"
         losses = [
             task.rules.loss(output.logits[task.name], batch.labels[task.name], task) * scale
-            for task, scale in zip(self.tasks, batch.unit_scale_T.float(), strict=True)
+            for task, scale in zip(self.tasks, batch.unit_scale_T[:-1].float(), strict=True)
         ]
         return torch.stack(losses)
 
 
 def count_units(batch: Batch, tasks: Sequence[Task]) -> Tensor:
-    """What each task's mean is divided by, counted in one micro-batch, (T,), float64.
+    """What each task's mean is divided by, then what means over tokens are, in one micro-batch: (T + 1,), float64.
 
-    Sum it over the micro-steps of a rank, then over ranks, then pass it to ``unit_scale``.
+    Sum it over the micro-steps of a rank, then over ranks, then pass it to ``unit_scale``. The tokens of a filler row
+    do not count.
     """
-    return torch.stack([task.rules.units(batch.labels[task.name], task).double() for task in tasks])
+    units = [task.rules.units(batch.labels[task.name], task).double() for task in tasks]
+    tokens = batch.attention_mask_BL[batch.row_ids_B >= 0].sum(dtype=torch.float64)
+    return torch.stack([*units, tokens])
 
 
 def unit_scale(units_T: Tensor, *, world_size: int, accumulation: int) -> Tensor:
@@ -125,14 +128,13 @@ def _balance(loss: LossConfig, moe: MoeConfig, tasks: Sequence[Task]) -> Term | 
             f"loss.balance_weight ({loss.balance_weight}) has nothing to balance: model.moe.top_k = "
             f"model.moe.num_experts = {moe.top_k}, so every expert runs for every token; set loss.balance_weight to 0."
         )
-    return Term(loss.balance_weight, BalanceLoss(sum_over_ranks=sum_over_ranks, world_size=world_size()))
+    return Term(loss.balance_weight, BalanceLoss(sum_over_ranks=sum_over_ranks))
 
 
 def _z(loss: LossConfig, moe: MoeConfig, tasks: Sequence[Task]) -> Term | None:
     if not loss.z_weight or not moe.num_experts:
         return None
-    penalty = build_gate(moe).z_penalty
-    return Term(loss.z_weight, ZLoss(penalty, sum_over_ranks=sum_over_ranks, world_size=world_size()))
+    return Term(loss.z_weight, ZLoss(build_gate(moe).z_penalty))
 
 
 def _task_separation(loss: LossConfig, moe: MoeConfig, tasks: Sequence[Task]) -> Term | None:

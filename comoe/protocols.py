@@ -38,8 +38,8 @@ class Batch:
     """Task -> targets: single_label (B,) int64, multi_label (B, Y) float, regression (B,) float, tags (B, L) int64.
     Missing: IGNORED or NaN."""
     unit_scale_T: Tensor | None = None
-    """W * accumulation steps / units of the task in the whole optimizer step; 0 for an absent task. Set by the trainer,
-    None outside training."""
+    """W * accumulation steps / units of the task in the whole optimizer step, 0 for an absent task; and behind the T
+    tasks the same of the real tokens: (T + 1,). Set by the trainer, None outside training."""
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""

@@ -13,7 +13,7 @@ SumOverRanks = Callable[[Tensor], Tensor]
 """Sum of a tensor over ranks, with or without gradient."""
 
 
-def balance_loss(scores_SE: Tensor, counts_E: Tensor, *, num_tokens: Tensor | int) -> Tensor:
+def balance_loss(scores_SE: Tensor, counts_E: Tensor, *, num_tokens: Tensor | float) -> Tensor:
     """How unevenly tokens spread over experts: 1.0 when even, at most E/k; this rank's share of it.
 
     Sigmoid scores do not sum to one, so each token's scores are normalised first; otherwise the loss could be lowered
@@ -39,16 +39,15 @@ class BalanceLoss:
     """Mean of ``balance_loss`` over layers, with the load of the whole optimizer step so far.
 
     One micro-batch may well be of one topic; to ask an even load of it kills specialisation. So the shares f_i are
-    counted over all ranks and over the micro-steps since ``begin_step``.
+    counted over all ranks and over the micro-steps since ``begin_step``, and p_i is the mean over the tokens of the
+    whole optimizer step (``Batch.unit_scale_T``), however they are cut into micro-steps.
 
     Args:
         sum_over_ranks: reached by every rank in every call.
-        world_size: number of ranks W that the gradient is averaged over.
     """
 
-    def __init__(self, *, sum_over_ranks: SumOverRanks, world_size: int) -> None:
+    def __init__(self, *, sum_over_ranks: SumOverRanks) -> None:
         self.sum_over_ranks = sum_over_ranks
-        self.world_size = world_size
         self._earlier: Tensor | None = None
 
     def begin_step(self) -> None:
@@ -59,31 +58,28 @@ class BalanceLoss:
         """This rank's share of the term; term ``balance``, detached."""
         routings = output.routings
         counts = self.sum_over_ranks(torch.stack([routing.counts_E for routing in routings]))
-        num_tokens = counts[0].sum().clamp_min(1) / routings[0].indices_Sk.shape[1]
         if self._earlier is not None:
             counts = counts + self._earlier
         self._earlier = counts
         losses = [
-            balance_loss(routing.scores_SE, counts_E, num_tokens=num_tokens)
+            balance_loss(routing.scores_SE, counts_E, num_tokens=1.0)
             for routing, counts_E in zip(routings, counts, strict=True)
         ]
-        total = self.world_size * torch.stack(losses).mean()
+        total = batch.unit_scale_T[-1] * torch.stack(losses).mean()
         return total, {"balance": total.detach()}
 
 
 class ZLoss:
-    """Mean penalty on the size of the gates' logits over tokens and layers; the gate knows which penalty suits it.
+    """Mean penalty on the size of the gates' logits; the gate knows which penalty suits it.
+
+    The mean is over layers and over the tokens of the whole optimizer step on all ranks (``Batch.unit_scale_T``).
 
     Args:
         penalty: logits (S, E) -> penalty per token (S,).
-        sum_over_ranks: reached by every rank in every call.
-        world_size: number of ranks W that the gradient is averaged over.
     """
 
-    def __init__(self, penalty: Callable[[Tensor], Tensor], *, sum_over_ranks: SumOverRanks, world_size: int) -> None:
+    def __init__(self, penalty: Callable[[Tensor], Tensor]) -> None:
         self.penalty = penalty
-        self.sum_over_ranks = sum_over_ranks
-        self.world_size = world_size
 
     def begin_step(self) -> None:
         """Nothing is carried between micro-steps."""
@@ -91,8 +87,7 @@ class ZLoss:
     def __call__(self, output: ModelOutput, batch: Batch) -> tuple[Tensor, Mapping[str, Tensor]]:
         """This rank's share of the term; term ``z``, detached."""
         sums = torch.stack([self.penalty(routing.logits_SE).sum() for routing in output.routings])
-        num_tokens = self.sum_over_ranks(sums.new_tensor(float(output.token_rows_S.shape[0])))
-        total = self.world_size * sums.mean() / num_tokens.clamp_min(1)
+        total = batch.unit_scale_T[-1] * sums.mean()
         return total, {"z": total.detach()}
 
 

@@ -76,7 +76,7 @@ class Interval:
         total = sum_over_ranks(packed).tolist()
         means = dict(zip(terms, (value / world_size() for value in total[: len(terms)]), strict=True))
         posts, tokens = total[len(terms) :]
-        for task, scale in zip(self.tasks, batches[0].unit_scale_T.tolist(), strict=True):
+        for task, scale in zip(self.tasks, batches[0].unit_scale_T.tolist()[:-1], strict=True):
             if not scale:
                 # No post of the whole step has this task: its loss is not 0, there is none.
                 del means[f"task/{task.name}"]

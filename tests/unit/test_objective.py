@@ -54,8 +54,10 @@ def test_task_losses_are_means_over_labelled_rows():
     assert not any(value.requires_grad for value in step.terms.values())
 
 
-def test_micro_batches_under_one_unit_scale_equal_the_whole_batch():
-    batch, objective = some_missing(random_batch()), tiny_objective(loss=NO_CONTRAST)
+@pytest.mark.parametrize("z_weight", [0.0, 0.5])
+def test_micro_batches_under_one_unit_scale_equal_the_whole_batch(z_weight):
+    batch = some_missing(random_batch())
+    objective = tiny_objective(loss=replace(NO_CONTRAST, z_weight=z_weight))
     whole = objective(scaled(batch))
     whole.loss.backward()
     expected = gradients(objective)
@@ -96,7 +98,7 @@ def test_the_projection_gets_a_zero_gradient_where_no_term_reads_it():
 def test_a_filler_row_adds_neither_loss_nor_gradients():
     objective = tiny_objective()
     filler = without(random_batch(rows=1), *[task.name for task in TASKS])
-    filler = replace(filler, unit_scale_T=torch.full((len(TASKS),), 0.5))
+    filler = replace(filler, unit_scale_T=torch.full((len(TASKS) + 1,), 0.5))
     step = objective(replace(filler, task_ids_B=torch.tensor([-1]), row_ids_B=torch.tensor([-1])))
     step.loss.backward()
     assert step.loss == 0 and not any(grad.any() for grad in gradients(objective).values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -59,41 +60,57 @@ def test_the_gradient_pushes_busy_experts_down():
     assert (z.grad[:, 0] > 0).all() and (z.grad[:, 1:] < 0).all()
 
 
-@pytest.mark.parametrize("build", [BalanceLoss, lambda **options: ZLoss(GATE.z_penalty, **options)])
+def scaled_by(tokens, *, shares=1):
+    """What the trainer hands over: ranks * micro-steps / tokens of the whole step, behind the tasks' own."""
+    return SimpleNamespace(unit_scale_T=torch.tensor([0.0, shares / tokens], dtype=torch.float64))
+
+
+def z_loss(**_):
+    return ZLoss(GATE.z_penalty)
+
+
+@pytest.mark.parametrize("build", [BalanceLoss, z_loss])
 def test_shares_of_uneven_ranks_average_to_the_whole(build):
     z = torch.randn(30, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    whole = build(sum_over_ranks=alone, world_size=1)(output_of(GATE(z, NO_BIAS)), None)[0]
+    whole = build(sum_over_ranks=alone)(output_of(GATE(z, NO_BIAS)), scaled_by(30))[0]
     parts = [output_of(GATE(part, NO_BIAS)) for part in z.split([7, 23])]
-
-    def sum_over_two_ranks(tensor):
-        return (GATE(z, NO_BIAS).counts_E[None] if tensor.dim() == 2 else tensor * 0 + 30).clone()
-
-    term = build(sum_over_ranks=sum_over_two_ranks, world_size=2)
+    term = build(sum_over_ranks=lambda counts: GATE(z, NO_BIAS).counts_E[None].clone())
     values = []
     for part in parts:
         term.begin_step()
-        values.append(term(part, None)[0])
+        values.append(term(part, scaled_by(30, shares=2))[0])
     torch.testing.assert_close(sum(values) / 2, whole)
 
 
-def test_under_accumulation_the_load_is_counted_over_the_micro_steps_since_begin_step():
-    first, second = routing_of(seed=1), routing_of(seed=2)
-    term = BalanceLoss(sum_over_ranks=alone, world_size=1)
-    term(output_of(first), None)
-    value = term(output_of(second), None)[0]
-    running = balance_loss(second.scores_SE, first.counts_E + second.counts_E, num_tokens=30)
+@pytest.mark.parametrize("sizes", [[7, 23], [1, 1, 28], [15, 15]])
+def test_the_z_loss_does_not_depend_on_how_a_step_is_cut_into_micro_steps(sizes):
+    z = torch.randn(30, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    whole = z_loss()(output_of(GATE(z, NO_BIAS)), scaled_by(30))[0]
+    torch.testing.assert_close(whole, z.square().mean())
+    batch = scaled_by(30, shares=len(sizes))
+    parts = [z_loss()(output_of(GATE(part, NO_BIAS)), batch)[0] for part in z.split(sizes)]
+    torch.testing.assert_close(sum(parts) / len(sizes), whole)
+
+
+def test_under_accumulation_load_and_tokens_are_those_of_the_whole_step():
+    first, second = routing_of(rows=10, seed=1), routing_of(rows=30, seed=2)
+    term = BalanceLoss(sum_over_ranks=alone)
+    batch = scaled_by(40, shares=2)
+    term(output_of(first), batch)
+    value = term(output_of(second), batch)[0]
+    running = 2 * balance_loss(second.scores_SE, first.counts_E + second.counts_E, num_tokens=40)
     torch.testing.assert_close(value, running)
     term.begin_step()
-    fresh = balance_loss(second.scores_SE, second.counts_E, num_tokens=30)
-    torch.testing.assert_close(term(output_of(second), None)[0], fresh)
+    fresh = 2 * balance_loss(second.scores_SE, second.counts_E, num_tokens=40)
+    torch.testing.assert_close(term(output_of(second), batch)[0], fresh)
     assert abs(running - fresh) > 1e-6
 
 
 def test_layers_are_averaged():
     first, second = routing_of(seed=1), routing_of(seed=2)
-    for build in (BalanceLoss, lambda **options: ZLoss(GATE.z_penalty, **options)):
+    for build in (BalanceLoss, z_loss):
         one, two, both = (
-            build(sum_over_ranks=alone, world_size=1)(output_of(*routings), None)[0]
+            build(sum_over_ranks=alone)(output_of(*routings), scaled_by(30))[0]
             for routings in ((first,), (second,), (first, second))
         )
         torch.testing.assert_close(both, (one + two) / 2)
@@ -103,8 +120,7 @@ def test_the_z_loss_has_the_form_that_suits_the_gate():
     z = torch.tensor([[1.0, -2.0, 0.0, 3.0], [0.0, 0.0, 0.0, 0.0]])
     for gate, expected in ((SigmoidGate(2), [3.5, 0.0]), (SoftmaxGate(2), [10.083898, 1.921812])):
         torch.testing.assert_close(gate.z_penalty(z), torch.tensor(expected))
-        term = ZLoss(gate.z_penalty, sum_over_ranks=alone, world_size=1)
-        value, logged = term(output_of(gate(z, NO_BIAS)), None)
+        value, logged = ZLoss(gate.z_penalty)(output_of(gate(z, NO_BIAS)), scaled_by(2))
         assert value.item() == logged["z"].item() == pytest.approx(sum(expected) / 2)
 
 
