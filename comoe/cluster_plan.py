@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from comoe.cluster_model import USEFUL_ROWS, Cluster, Layout, ModelShape, StepTime, Traffic, step_time, traffic
-from comoe.memory import MemoryPlan, plan_memory
+from comoe.memory import MemoryPlan, plan_memory, reduction_elements
 from comoe.models.families import chosen_layers, expert_width
 from comoe.schema import Recipe
 from comoe.starter import PREFIXES, prepare
@@ -67,8 +67,7 @@ def weigh(shape: ModelShape, layout: Layout, cluster: Cluster, *, optimizer: str
         stage=layout.stage,
         bf16=layout.bf16,
         optimizer=optimizer,
-        # A tensor larger than the bucket, such as the table of words, goes by itself.
-        bucket_elements=max(BUCKET, shape.vocabulary * shape.width),
+        bucket_elements=reduction_elements(BUCKET, largest=shape.vocabulary * shape.width),
         gathered_elements=min(whole, layout.keep),
         tokens=layout.tokens,
         layers=shape.layers,
@@ -111,7 +110,9 @@ def alternatives(
             found.append(max(able, key=lambda c: c.tokens_per_second) if able else tried[0])
             if able:
                 best = found[-1].tokens_per_second
-                found[-1] = next(c for c in able if c.tokens_per_second >= NEAR * best)
+                # The formulas know no cost of a pass itself: of a given batch the fewest passes are the better ones.
+                order = able if batch is None else reversed(able)
+                found[-1] = next(c for c in order if c.tokens_per_second >= NEAR * best)
     return found
 
 

@@ -8,13 +8,15 @@ from typing import Any
 from torch import nn
 
 from comoe.data.batching import TokenizedSplit
-from comoe.memory import MemoryPlan, plan_memory
+from comoe.memory import MemoryPlan, plan_memory, reduction_elements
 from comoe.models.multitask import MultiTaskModel
 from comoe.schema import Recipe
 from comoe.train.settings import Layout
 
 UNBOUNDED = 1_000_000_000
 """What DeepSpeed takes where the JSON says nothing of ``stage3_max_live_parameters`` and its like."""
+DEFAULT_BUCKET = 500_000_000
+"""What DeepSpeed takes where the JSON says nothing of ``reduce_bucket_size``."""
 
 
 def count_parameters(model: MultiTaskModel, *, top_k: int) -> dict[str, int]:
@@ -63,7 +65,10 @@ def plan_run(
         optimizer=recipe.train.optimizer,
         momentum=recipe.train.momentum,
         offload=zero.get("offload_optimizer", {}).get("device", "none") == "cpu",
-        bucket_elements=int(zero.get("reduce_bucket_size", 0)),
+        bucket_elements=reduction_elements(
+            int(zero.get("reduce_bucket_size", DEFAULT_BUCKET)),
+            largest=max(_elements([weight]) for weight in model.parameters()),
+        ),
         gathered_elements=min(kept_whole(zero), parameters["dense"] + parameters["experts"] // layout.ep_size),
         tokens=int(layout.micro_batch_size * train.lengths.mean()),
         layers=encoder.num_hidden_layers,

@@ -145,6 +145,17 @@ class Work:
         return 4 * number * self.tokens * self.top_k * self.width if self.moe_layers else 0
 
 
+def reduction_elements(bucket: int, *, largest: int) -> int:
+    """Gradient elements that may be on their way to the other ranks at once.
+
+    Args:
+        bucket: ``reduce_bucket_size`` of the DeepSpeed JSON.
+        largest: elements of the largest weight: one that is larger than the bucket, such as the table of words, goes
+            by itself.
+    """
+    return max(bucket, largest)
+
+
 def plan_memory(
     dense_parameters: int,
     *,

@@ -73,12 +73,15 @@ class Removal:
     """Fall of the mean metric without expert e of layer l; positive: the expert is needed."""
     loss_rise_LE: np.ndarray
     """Rise of the mean loss, which tells small effects apart that a metric of decided labels cannot."""
+    limit: int | None
+    """At most so many posts per data set were taken."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists and numbers."""
         return {
             "layers": list(self.layers), "posts": self.posts, "whole": dict(self.whole),
             "drop": np.round(self.drop_LE, 6).tolist(), "loss_rise": np.round(self.loss_rise_LE, 6).tolist(),
+            "limit": self.limit,
         }  # fmt: skip
 
 
@@ -116,6 +119,7 @@ def measure_removal(
         whole={"mean": whole[0], "loss": whole[1]},
         drop_LE=whole[0] - without[..., 0],
         loss_rise_LE=without[..., 1] - whole[1],
+        limit=limit,
     )
 
 
@@ -192,5 +196,10 @@ def read_removal(file: Path) -> Removal:
     """What ``Removal.to_dict`` was written as."""
     found = json.loads(file.read_text(encoding="utf-8"))
     return Removal(
-        tuple(found["layers"]), found["posts"], found["whole"], np.array(found["drop"]), np.array(found["loss_rise"])
+        tuple(found["layers"]),
+        found["posts"],
+        found["whole"],
+        np.array(found["drop"]),
+        np.array(found["loss_rise"]),
+        found["limit"],
     )

@@ -1,7 +1,8 @@
 """A scaling experiment: one recipe over a grid of experts, k, gates, encoders, EP sizes and seeds, a process each.
 
 ``launch/scale.py`` calls it. Below the output folder: ``runs/<point>/`` as training leaves them, ``logs/<point>.log``,
-``failed/<point>.txt``, ``scale.json`` (what all runs share), and what ``comoe.scaling_report`` writes.
+``failed/<point>.txt``, ``scale.json`` (what all runs share), and what ``comoe.scaling_table`` and
+``comoe.scaling_plots`` write.
 """
 
 from __future__ import annotations
@@ -207,7 +208,7 @@ def remember(experiment: Experiment, *, file_name: str = "scale.json") -> None:
         file.write_text(json.dumps(shared, indent=1) + "\n", encoding="utf-8")
         return
     before = json.loads(file.read_text(encoding="utf-8"))
-    difference = _difference(before, shared)
+    difference = difference_of(before, shared)
     if difference:
         raise ValueError(
             f"{experiment.output} holds an experiment with {difference}; its runs cannot be compared. Choose another "
@@ -215,11 +216,11 @@ def remember(experiment: Experiment, *, file_name: str = "scale.json") -> None:
         )
 
 
-def _difference(before: Any, now: Any, path: str = "") -> str:
+def difference_of(before: Any, now: Any, path: str = "") -> str:
     """The first place where two nested dicts differ, in words; empty where they are equal."""
     if isinstance(before, dict) and isinstance(now, dict):
         for key in [*before, *(key for key in now if key not in before)]:
-            if found := _difference(before.get(key), now.get(key), f"{path}.{key}" if path else str(key)):
+            if found := difference_of(before.get(key), now.get(key), f"{path}.{key}" if path else str(key)):
                 return found
         return ""
     return "" if before == now else f"{path} {before!r} instead of {now!r}"

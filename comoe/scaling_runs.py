@@ -82,9 +82,11 @@ def leave_after(work: Callable[[], bool]) -> NoReturn:
 
 
 def is_done(experiment: Experiment, point: Planned) -> bool:
-    """True when the run left its results, which it does last but for the export."""
+    """True when the run left its results and its export, which comes last."""
     file = experiment.runs / point.name / "results.json"
-    return file.is_file() and bool(json.loads(file.read_text(encoding="utf-8")).get("finished"))
+    if not file.is_file() or not (file.parent / "export").is_dir():
+        return False
+    return bool(json.loads(file.read_text(encoding="utf-8")).get("finished"))
 
 
 def run_point(experiment: Experiment, point: Planned) -> str:

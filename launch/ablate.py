@@ -32,7 +32,8 @@ def main() -> None:
         if given.output:
             given.output.write_text(json.dumps(removal.to_dict(), indent=1) + "\n", encoding="utf-8")
     except (ValueError, OSError) as error:
-        sys.exit(f"ablate: {error}")
+        print(f"comoe: {error}", file=sys.stderr)
+        sys.exit(2)
     print("\n".join(removal_lines(removal)))
 
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from comoe.cluster_plan import shape_of_recipe
-from comoe.config import load_recipe, unknown_name
-from comoe.scaling import Experiment
-from comoe.schema import Recipe
+from comoe.config import load_recipe, recipe_to_dict, unknown_name
+from comoe.scaling import Experiment, difference_of
+from comoe.schema import Recipe, RunConfig
 from comoe.train.settings import load_settings, plan_layout
 
 OWN_KEYS = ("run.name", "run.output_dir", "run.overwrite", "train.seed")
@@ -32,6 +32,8 @@ class Trial:
     """The seed."""
     words: tuple[str, ...]
     """``key=value`` words that make the recipe this arm."""
+    experts: int
+    """Experts per layer."""
 
     @property
     def name(self) -> str:
@@ -120,8 +122,25 @@ def plan_trials(
         words = tuple(custom[arm] if arm in custom else ARMS[arm](active))
         recipe = load_recipe(experiment.config, [*experiment.overrides, *words])
         plan_layout(recipe, settings, world_size=experiment.ranks, gpu=False)
-        trials += [Trial(arm, seed, words) for seed in seeds]
+        trials += [Trial(arm, seed, words, recipe.model.moe.num_experts) for seed in seeds]
     return sorted(trials, key=lambda trial: seeds.index(trial.seed))
+
+
+def check_earlier(experiment: Experiment, trial: Trial) -> None:
+    """Make sure that a run of this name, where there is one, is of this arm.
+
+    Raises:
+        ValueError: it was trained by another recipe.
+    """
+    file = experiment.runs / trial.name / "config.yaml"
+    if not file.is_file():
+        return
+    recipes = [load_recipe(file), load_recipe(experiment.config, [*experiment.overrides, *trial.overrides])]
+    earlier, now = (recipe_to_dict(replace(recipe, run=RunConfig())) for recipe in recipes)
+    if difference := difference_of(earlier, now):
+        raise ValueError(
+            f"{file.parent} was trained with {difference}; give the arm another name, or choose another --output."
+        )
 
 
 def custom_arms(texts: Sequence[str]) -> dict[str, list[str]]:

@@ -12,9 +12,9 @@ from typing import NoReturn
 
 import torch
 
-from comoe.comparing.arms import ARMS, Trial, custom_arms, plan_trials
+from comoe.comparing.arms import ARMS, Trial, check_earlier, custom_arms, plan_trials
 from comoe.comparing.plots import write_plots
-from comoe.comparing.report import REMOVAL_FILE, Comparison, compare, write_comparison
+from comoe.comparing.report import REMOVAL_FILE, Comparison, Result, compare, write_comparison
 from comoe.comparing.tables import markdown_lines
 from comoe.config import unknown_name
 from comoe.removal import measure_removal
@@ -45,15 +45,18 @@ def run_comparison(given: argparse.Namespace, *, train_script: Path) -> list[Tri
     if baseline not in arms:
         raise unknown_name("--against", baseline, arms)
     without = _words("--remove-experts", given.remove_experts) if given.remove_experts else []
-    for arm in without:
-        if arm not in arms:
-            raise unknown_name("--remove-experts", arm, arms)
+    _check_removal(without, trials)
     remember(experiment, file_name="compare.json")
+    for trial in trials:
+        check_earlier(experiment, trial)
     say = partial(print, flush=True)
     report = partial(_report, experiment, baseline=baseline, keep=given.keep_checkpoints)
     failed = run_points(experiment, trials, report=partial(report, resamples=0), say=say)
-    _remove(experiment, [trial for trial in trials if trial.arm in without], limit=given.removal_posts, say=say)
     comparison = report(trials, resamples=given.resamples)
+    if without:
+        chosen = [result for arm in without for result in comparison.results[arm]]
+        _remove(experiment, chosen, limit=given.removal_posts, say=say)
+        comparison = report(trials, resamples=given.resamples)
     print("\n".join(markdown_lines(comparison)))
     print(f"\ntable   {given.output / 'table.md'}, table.csv, summary.json, comparison.json")
     print(f"plots   {given.output / 'plots'}")
@@ -78,14 +81,28 @@ def _report(
     return comparison
 
 
-def _remove(experiment: Experiment, trials: Sequence[Trial], *, limit: int, say: Callable[[str], None]) -> None:
-    for number, trial in enumerate(trials, start=1):
-        folder = experiment.runs / trial.name
-        file = folder / REMOVAL_FILE
-        if file.is_file() or not is_done(experiment, trial):
+def _check_removal(arms: Sequence[str], trials: Sequence[Trial]) -> None:
+    known = {trial.arm: trial for trial in trials}
+    for arm in arms:
+        if arm not in known:
+            raise unknown_name("--remove-experts", arm, known)
+        if not known[arm].experts:
+            raise ValueError(f"--remove-experts {arm}: this arm has no experts.")
+
+
+def _remove(experiment: Experiment, results: Sequence[Result], *, limit: int, say: Callable[[str], None]) -> None:
+    for number, result in enumerate(results, start=1):
+        folder = experiment.runs / result.trial.name
+        if result.removal is not None and result.removal.limit == limit:
             continue
-        say(f"[{number}/{len(trials)}] {trial.name}: removing experts")
-        write_aside(file, json.dumps(measure_removal(folder, limit=limit).to_dict()) + "\n")
+        say(f"[{number}/{len(results)}] {result.trial.name}: removing experts")
+        try:
+            removal = measure_removal(folder, split=result.split, limit=limit)
+        except ValueError as error:
+            # The runs took hours; the rest of the report does not need this one.
+            say(f"comoe: {error}")
+            continue
+        write_aside(folder / REMOVAL_FILE, json.dumps(removal.to_dict()) + "\n")
 
 
 def _problem(file: Path) -> str:

@@ -17,12 +17,13 @@ from comoe.comparing.intervals import (
     MEAN,
     Answers,
     Interval,
+    measured,
     paired_difference,
     read_answers,
     resampled,
+    same_posts,
     seed_interval,
 )
-from comoe.evaluate import rising
 from comoe.removal import Removal, read_removal
 from comoe.scaling_table import COSTS, costs_of, quality_of
 from comoe.tasks.catalog import Task
@@ -101,14 +102,14 @@ def compare(
         trials: all runs.
         runs: folder of the run folders.
         baseline: an arm.
-        resamples: of the bootstrap; 0 leaves the differences out.
+        resamples: of the bootstrap; below 2 the differences are left out.
         problems: run -> why it failed.
     """
     results: dict[str, list[Result]] = {trial.arm: [] for trial in trials}
     for trial in trials:
         if (result := read_result(trial, runs / trial.name)) is not None:
             results[trial.arm].append(result)
-    against = _differences(results, runs, baseline=baseline, resamples=resamples) if resamples else {}
+    against = _differences(results, runs, baseline=baseline, resamples=resamples) if resamples > 1 else {}
     return Comparison(results, baseline, against, problems)
 
 
@@ -143,39 +144,33 @@ def write_comparison(comparison: Comparison, output: Path) -> None:
 def _differences(
     results: Mapping[str, Sequence[Result]], runs: Path, *, baseline: str, resamples: int
 ) -> dict[str, dict[str, Interval]]:
-    if not results.get(baseline):
-        return {}
-    first = results[baseline][0]
-    tasks = [task for task in read_tasks(runs / first.trial.name) if f"{task.name}/{task.metric}" in first.quality]
-    done = [result for arm in results.values() for result in arm if result.split == first.split]
-    answers = [_answers(runs / result.trial.name, result.split, tasks) for result in done]
-    drawn = resampled(answers, tasks, resamples=resamples)
-    place = {result.trial.name: number for number, result in enumerate(done)}
-    found: dict[str, dict[str, Interval]] = {}
-    for arm, finished in results.items():
-        theirs = {result.trial.seed: result for result in finished}
-        pairs = [(theirs[base.trial.seed], base) for base in results[baseline] if base.trial.seed in theirs]
-        if arm == baseline or not pairs:
-            continue
-        rows = [[place[result.trial.name] for result in side] for side in zip(*pairs, strict=True)]
-        found[arm] = {}
-        for name in (MEAN, *(task.name for task in tasks)):
-            # The plain difference by the same road as the resamples: from the written predictions.
-            values = _plain(answers, tasks, name)
-            plain = float(np.mean([values[mine] - values[other] for mine, other in zip(*rows, strict=True)]))
-            found[arm][name] = paired_difference(drawn[name][rows[0]], drawn[name][rows[1]], plain=plain)
-    return found
-
-
-def _plain(answers: Sequence[Mapping[str, Answers]], tasks: Sequence[Task], name: str) -> list[float]:
-    chosen = [task for task in tasks if name in (MEAN, task.name)]
-    return [
-        float(np.mean([
-            rising(task.metric, task.rules.measure(run[task.name].gold, run[task.name].predicted, task))
-            for task in chosen
-        ]))
-        for run in answers
-    ]  # fmt: skip
+    """Arm -> ``mean`` or task -> difference, over the seeds in which both arms answered the same posts."""
+    plain: dict[str, list[dict[str, float]]] = {}
+    drawn: dict[str, list[dict[str, np.ndarray]]] = {}
+    for base in results.get(baseline, ()):
+        tasks = [task for task in read_tasks(runs / base.trial.name) if f"{task.name}/{task.metric}" in base.quality]
+        theirs = _answers(runs / base.trial.name, base.split, tasks)
+        arms, answers = [], [theirs]
+        for arm, finished in results.items():
+            for result in finished:
+                if arm == baseline or result.trial.seed != base.trial.seed or result.split != base.split:
+                    continue
+                own = _answers(runs / result.trial.name, result.split, tasks)
+                if same_posts(own, theirs):
+                    arms.append(arm)
+                    answers.append(own)
+        values = resampled(answers, tasks, resamples=resamples)
+        whole = [measured(run, tasks) for run in answers]
+        for number, arm in enumerate(arms, start=1):
+            plain.setdefault(arm, []).append({name: whole[number][name] - whole[0][name] for name in whole[0]})
+            drawn.setdefault(arm, []).append({name: values[name][number] - values[name][0] for name in values})
+    return {
+        arm: {
+            name: paired_difference([seed[name] for seed in seeds], np.stack([seed[name] for seed in drawn[arm]]))
+            for name in seeds[0]
+        }
+        for arm, seeds in plain.items()
+    }
 
 
 def _answers(folder: Path, split: str, tasks: Sequence[Task]) -> dict[str, Answers]:

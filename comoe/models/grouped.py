@@ -14,7 +14,8 @@ from torch import Tensor
 LEAST_TILE, MOST_TILE = 16, 1024
 """Rows of one tile."""
 TILES_PER_EXPERT = 4
-"""Tiles that an even load would give each expert: at most a quarter of all rows is padding then."""
+"""An even load gives each expert at least so many tiles. Larger tiles mean more padding, half a tile per expert on
+average; smaller ones more copies of the experts' weights, one per tile."""
 
 
 def run_grouped(x_NM: Tensor, counts_E: Tensor, gate_up_proj: Tensor, down_proj: Tensor) -> Tensor:
@@ -55,7 +56,7 @@ def run_tiled(x_NM: Tensor, counts_E: Tensor, gate_up_proj: Tensor, down_proj: T
 def tile_rows(rows: int, num_experts: int) -> int:
     """Rows per tile: a power of two, from the shapes alone."""
     even = max(1, rows // (TILES_PER_EXPERT * num_experts))
-    return min(MOST_TILE, max(LEAST_TILE, 1 << (even - 1).bit_length()))
+    return min(MOST_TILE, max(LEAST_TILE, 1 << (even.bit_length() - 1)))
 
 
 def gated(gate_up: Tensor) -> Tensor:

@@ -50,7 +50,7 @@ def test_arms_are_run_compared_and_added_to(terminal: Terminal, tmp_path: Path) 
     shown = terminal.python("launch/ablate.py", "--run", str(runs / "sigmoid-s0"), "--limit", "20")
     assert shown.code == 0 and f"{removal['posts']} posts; with all experts" in shown.out, shown.said
     bare = terminal.python("launch/ablate.py", "--run", str(runs / "no_experts-s0"))
-    assert bare.code == 1 and "was trained without experts" in bare.err
+    assert bare.code == 2 and "was trained without experts" in bare.err
 
 
 def test_a_wrong_comparison_is_refused_before_anything_runs(terminal: Terminal, tmp_path: Path) -> None:

@@ -42,11 +42,20 @@ def test_the_plan_of_a_run_knows_its_feed_forward_heads_recomputation_and_frozen
     found = count_parameters(model, top_k=2)
     expected = plan_memory(
         found["dense"], expert_parameters=EXPERTS, frozen_parameters=found["frozen"], world_size=2, ep_size=2, stage=2,
-        bf16=True, optimizer="adamw", bucket_elements=100, tokens=30, layers=3, width=WIDTH, ffn_width=24,
+        bf16=True, optimizer="adamw", bucket_elements=90_000, tokens=30, layers=3, width=WIDTH, ffn_width=24,
         # One of the five tasks labels words: its head pools nothing.
         tasks=len(TASKS) - 1, moe_layers=3, top_k=2, expert_width=16, recompute=True,
     )  # fmt: skip
-    assert plan(model, reduce_bucket_size=100) == expected
+    assert plan(model, reduce_bucket_size=90_000) == expected
+
+
+def test_the_reduction_bucket_is_deepspeeds_own_where_the_json_says_nothing_and_holds_the_largest_weight():
+    def bucket(**zero: int) -> int:
+        parts = {part.name: part.device_bytes for part in plan(tiny_model(), bf16=False, **zero).parts}
+        return parts["reduction bucket"]
+
+    assert bucket() == 4 * 500_000_000
+    assert bucket(reduce_bucket_size=1) == 4 * max(parameter.numel() for parameter in tiny_model().parameters())
 
 
 def test_stage_3_plans_for_the_weights_that_it_keeps_whole():
