@@ -9,4 +9,9 @@ source .venv/bin/activate
 # Tests start two ranks and more: with one thread each they share two cores without fighting.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false
 ruff check .
-python -m pytest -q "$@"
+if [ $# -gt 0 ]; then
+    exec python -m pytest -q "$@"
+fi
+# Two at a time where a test is one process; the others start ranks of their own and watch the clock.
+python -m pytest -q -n 2 --dist worksteal tests/unit
+python -m pytest -q tests/multiprocess tests/end_to_end

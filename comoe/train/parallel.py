@@ -10,7 +10,7 @@ import io
 import logging
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from datetime import timedelta
 from typing import Any
 
@@ -18,16 +18,17 @@ import deepspeed
 import deepspeed.comm
 import torch
 from deepspeed.module_inject import auto_ep_layer
-from deepspeed.moe.ep_router import TokenChoiceTopKRouter
+from deepspeed.runtime.fp16.loss_scaler import LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
 from torch import Tensor, nn
 
 from comoe.distributed import all_gather_in_group
 from comoe.models.encoder import split_as_it_loads
-from comoe.models.gate import ROUTES, Float32Linear, PendingRoute, build_gate
 from comoe.models.multitask import parameter_group
 from comoe.objective import Objective
-from comoe.protocols import Routing
-from comoe.schema import MoeConfig, Recipe
+from comoe.schema import Recipe
+from comoe.train.dispatch import CooperativeRouter, our_classes
+from comoe.train.environment import M_MMAP_THRESHOLD, set_thresholds
 
 
 def start_ranks(*, timeout_seconds: float, verbose: bool = False) -> torch.device:
@@ -53,39 +54,6 @@ def start_ranks(*, timeout_seconds: float, verbose: bool = False) -> torch.devic
     return torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
 
 
-class CooperativeRouter(TokenChoiceTopKRouter):
-    """AutoEP's router with comoe's gate: same parameters and buffers, our rule, task logits from the owning layer."""
-
-    def __init__(self, moe: MoeConfig, **settings: Any) -> None:
-        super().__init__(**settings)
-        self.gate = Float32Linear(settings["dim"], settings["num_experts"])
-        self.pending = PendingRoute(build_gate(moe), ROUTES[moe.route_by])
-
-    def prepare(self, task_logits_SE: Tensor | None, picks_Sk: Tensor | None = None) -> None:
-        """See ``PendingRoute.prepare``."""
-        self.pending.prepare(task_logits_SE, picks_Sk)
-
-    def collect(self) -> Routing:
-        """See ``PendingRoute.collect``."""
-        return self.pending.collect()
-
-    def forward(self, tokens_SM: Tensor, expert_bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """What AutoEP dispatches by: weights (S, k), indices (S, k), tokens per expert (E,) int32."""
-        routing = self.pending.route(self.gate, tokens_SM, self.e_score_correction_bias)
-        return routing.weights_Sk, routing.indices_Sk, routing.counts_E.to(torch.int32)
-
-
-@contextmanager
-def _our_router(moe: MoeConfig) -> Iterator[None]:
-    # AutoEP takes no router class; it looks the name up in its module while it replaces the blocks.
-    original = auto_ep_layer.TokenChoiceTopKRouter
-    auto_ep_layer.TokenChoiceTopKRouter = lambda **settings: CooperativeRouter(moe, **settings)
-    try:
-        yield
-    finally:
-        auto_ep_layer.TokenChoiceTopKRouter = original
-
-
 @contextmanager
 def building(settings: Mapping[str, Any]) -> Iterator[None]:
     """The context to build the objective in: at ZeRO 3 its encoder is split over the ranks while it is read.
@@ -105,21 +73,17 @@ def building(settings: Mapping[str, Any]) -> Iterator[None]:
 @contextmanager
 def _memory_goes_back() -> Iterator[None]:
     # glibc learns from each large block that is freed to keep the next ones, up to 32 MiB. Whole weights between shares
-    # that stay then leave holes, measured as large as the whole encoder. Afterwards what it would have learned anyway,
-    # which is fast: batches come and go.
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
-    if mallopt is None:
+    # that stay then leave holes, measured as large as the whole encoder. Afterwards it keeps what it kept before, or
+    # would have learned to, which is fast: batches come and go.
+    libc = ctypes.CDLL(None) if os.name == "posix" else None
+    if not hasattr(libc, "gnu_get_libc_version"):
         yield
         return
-    mallopt(_MMAP_THRESHOLD, 128 << 10)
+    libc.mallopt(M_MMAP_THRESHOLD, 128 << 10)
     try:
         yield
     finally:
-        mallopt(_MMAP_THRESHOLD, 32 << 20)
-        mallopt(_TRIM_THRESHOLD, 64 << 20)
-
-
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+        set_thresholds(libc)
 
 
 def build_deepspeed_engine(objective: Objective, recipe: Recipe, settings: Mapping[str, Any]) -> Any:
@@ -132,7 +96,7 @@ def build_deepspeed_engine(objective: Objective, recipe: Recipe, settings: Mappi
     groups = parameter_groups(objective, recipe)
     if any(hasattr(parameter, "ds_id") for parameter in objective.parameters()):
         _match_split_weights(objective, bf16=settings["bf16"]["enabled"])
-    with _our_router(recipe.model.moe):
+    with our_classes(recipe.model.moe):
         engine, _, _, _ = deepspeed.initialize(model=objective, model_parameters=groups, config=dict(settings))
     for module in engine.module.modules():
         for name, buffer in module.named_buffers(recurse=False):
@@ -175,6 +139,11 @@ def parameter_groups(objective: nn.Module, recipe: Recipe) -> list[dict[str, Any
         }
         for (role, decay), parameters in groups.items()
     ]
+
+
+def reading_optimizer_state() -> AbstractContextManager[None]:
+    """Context in which ``torch.load(..., weights_only=True)`` reads DeepSpeed's optimizer states: two classes more."""
+    return torch.serialization.safe_globals([LossScaler, ZeroStageEnum])
 
 
 def gather_full_state(engine: Any) -> dict[str, Tensor]:

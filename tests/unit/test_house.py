@@ -29,7 +29,8 @@ LAYERS = {
 """Longest matching prefix -> layer; whatever lies directly in comoe/ without a line of its own is layer 5."""
 
 HOMES = {
-    "deepspeed": ("comoe/train/parallel.py", "comoe/train/engine.py", "comoe/train/checkpoint.py"),
+    "deepspeed": ("comoe/train/parallel.py", "comoe/train/dispatch.py", "comoe/train/engine.py",
+                  "comoe/train/checkpoint.py"),
     "torch.distributed": ("comoe/distributed.py",),
     "transformers": ("comoe/models/encoder.py", "comoe/models/vision.py", "comoe/data/batching.py", "comoe/export.py",
                      "comoe/starter"),
