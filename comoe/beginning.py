@@ -19,6 +19,8 @@ from comoe.train.restarts import RUN_WORD
 
 MARK = ".begun"
 """Holds a word of the start that made or resumed the run."""
+PROBE = ".seen"
+"""Lies in the folder while the machines look whether they see it."""
 OWN_SETTINGS = "deepspeed.json"
 """The DeepSpeed JSON as the user wrote it, "auto" included; ``ds_config.json`` is what it became."""
 PATIENCE = 30.0
@@ -50,26 +52,22 @@ def take(folder: Path, *, fresh: bool) -> None:
     """Make the run folder this start's own; every rank must call it.
 
     Args:
-        fresh: delete an earlier run in it, which goes only now that recipe, posts and encoder proved to be good.
+        fresh: delete an earlier run in it, which goes only now that recipe, posts and encoder proved to be good, and
+            that all machines see the folder.
 
     Raises:
         ValueError: a machine of the run does not see the folder that rank 0 writes to.
     """
     word = broadcast_object(os.environ.get(RUN_WORD) or uuid.uuid4().hex)
     if is_main():
-        if fresh and (folder / "config.yaml").exists():
-            shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
+    if int(os.environ.get("CROSS_SIZE", "1")) > 1:
+        _refuse_unseen(folder, word)
+    if is_main():
+        if fresh and (folder / "config.yaml").exists():
+            _clear(folder)
         write_aside(folder / MARK, word)
     barrier()
-    if int(os.environ.get("CROSS_SIZE", "1")) > 1:
-        blind = [machine for machine in all_gather_objects(None if _sees(folder, word) else _machine()) if machine]
-        if blind:
-            raise ValueError(
-                f"{folder} is not the same folder on all machines: {', '.join(sorted(set(blind)))} cannot see what "
-                f"rank 0 wrote there. Every rank writes its part of a checkpoint into it: set run.output_dir to a "
-                f"folder that all machines share."
-            )
 
 
 def write_beginning(run: Any, *, own_settings: Mapping[str, Any]) -> None:
@@ -97,13 +95,39 @@ def write_beginning(run: Any, *, own_settings: Mapping[str, Any]) -> None:
     write_aside(folder / "config.yaml", recipe_to_yaml(run.recipe))
 
 
+def _refuse_unseen(folder: Path, word: str) -> None:
+    # By a file of its own: the mark of an earlier run stays what it is as long as that run is there.
+    if is_main():
+        write_aside(folder / PROBE, word)
+    barrier()
+    blind = [machine for machine in all_gather_objects(None if _sees(folder, word) else _machine()) if machine]
+    if is_main():
+        (folder / PROBE).unlink(missing_ok=True)
+    if blind:
+        raise ValueError(
+            f"{folder} is not the same folder on all machines: {', '.join(sorted(set(blind)))} cannot see what "
+            f"rank 0 wrote there. Every rank writes its part of a checkpoint into it: set run.output_dir to a "
+            f"folder that all machines share."
+        )
+
+
+def _clear(folder: Path) -> None:
+    # The folder itself stays the one that all machines have just seen, and what makes it a run goes last: who is
+    # interrupted here begins here again.
+    for entry in sorted(folder.iterdir(), key=lambda entry: entry.name == "config.yaml"):
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+
+
 def _sees(folder: Path, word: str) -> bool:
     end = time.monotonic() + PATIENCE
     while True:
         try:
             # Listing makes a network file system look again.
             os.listdir(folder)
-            if (folder / MARK).read_text(encoding="utf-8") == word:
+            if (folder / PROBE).read_text(encoding="utf-8") == word:
                 return True
         except OSError:
             pass

@@ -40,9 +40,14 @@ def barrier() -> None:
 
 
 def wait_for_ranks_up_to(seconds: float) -> None:
-    """How long a collective over all ranks waits from now on; what it began with was for the ranks to find together."""
+    """How long a collective waits from now on, in every group that exists and this rank is in.
+
+    What the group of all ranks began with was for them to find together; groups that a library makes without saying
+    begin with torch's default (gloo 30 min, NCCL 10 min).
+    """
     if is_distributed():
-        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds))
+        for group in list(dist.distributed_c10d._world.pg_map):
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
 
 def lost_connection(error: BaseException | None) -> bool:

@@ -20,7 +20,7 @@ from comoe.train.environment import prepare_process
 from comoe.train.restarts import restart_in_words
 from comoe.train.signals import StopSignal
 from comoe.train.state import ALL_STEPS
-from comoe.train.watchdog import LOST, Watchdog
+from comoe.train.watchdog import LOST, PREPARING, Watchdog
 
 A_DAY = 86400.0
 
@@ -44,28 +44,19 @@ class Request:
 def run_and_exit(request: Request, stop: StopSignal | None = None) -> None:
     """Train, and leave. Does not return.
 
-    Exit codes: 0 done or stopped by a signal, 2 with one clear sentence where the user can mend it, 3 training cannot
-    go on, 4 another rank is lost, 130 interrupted before training, 1 anything else, with its traceback.
+    Exit codes: 0 done or stopped by a signal, 2 with one clear sentence where the user can mend it before training
+    begins, 3 training cannot go on, 4 another rank is lost, 130 interrupted before training, 1 anything else, with its
+    traceback.
     """
     watch = Watchdog()
     code, said, shown = 0, "", ""
     try:
         train(request, stop, watch)
-    except (ValueError, OSError) as error:
-        code, said = 2, str(error)
-        shown = traceback.format_exc() if "run.verbose=true" in request.overrides else ""
     except KeyboardInterrupt:
         # Outside of the training loop, which notes the signal and saves.
         code, said = 130, "interrupted; what was saved before is whole."
     except Exception as error:
-        from comoe.train.trainer import TrainingStopped
-
-        code, said = 3 if isinstance(error, TrainingStopped) else 1, str(error)
-        if lost_connection(error):
-            watch.explain(error)
-            code, said = LOST, f"no connection to the other ranks: {error}"
-        elif code == 1:
-            said, shown = f"{type(error).__name__}: {error}", traceback.format_exc()
+        code, said, shown = _judge(error, request, watch)
     watch.leave(code, said)
     if code:
         _say_error(said, shown)
@@ -73,6 +64,30 @@ def run_and_exit(request: Request, stop: StopSignal | None = None) -> None:
     sys.stderr.flush()
     # gloo's threads sometimes abort an ordinary exit after all is done; see deepspeed_notes.
     os._exit(code)
+
+
+def _judge(error: Exception, request: Request, watch: Watchdog) -> tuple[int, str, str]:
+    """Exit code, what to say, and the traceback where it is wanted."""
+    plain = isinstance(error, (ValueError, OSError))
+    if plain and watch.phase == PREPARING:
+        return 2, str(error), traceback.format_exc() if _is_verbose(request) else ""
+    from comoe.train.trainer import TrainingStopped
+
+    if isinstance(error, TrainingStopped):
+        return 3, str(error), ""
+    # A pipe or a disk that breaks is no rank.
+    if not plain and lost_connection(error):
+        watch.explain(error)
+        return LOST, f"no connection to the other ranks: {error}", ""
+    return 1, f"{type(error).__name__}: {error}", traceback.format_exc()
+
+
+def _is_verbose(request: Request) -> bool:
+    try:
+        return _load(request).run.verbose
+    except (ValueError, OSError):
+        # The recipe itself is wrong, and the one sentence says where.
+        return False
 
 
 def _say_error(said: str, shown: str) -> None:
@@ -123,6 +138,8 @@ def train(request: Request, stop: StopSignal | None = None, watch: Watchdog | No
     )
     if run is None:
         return
+    # The groups that DeepSpeed made too.
+    wait_for_ranks_up_to(max(A_DAY, recipe.parallel.timeout_seconds))
     run.trainer.watch = watch
     state = run.trainer.state
     if state.finished == ALL_STEPS and state.step < run.trainer.schedule.total:
@@ -145,6 +162,8 @@ def _train_and_finish(run: Any, stop: StopSignal | None, *, finished_before: boo
             f"{folder} is finished ({state.finished}, step {state.step}); nothing to do. Train it anew with "
             f"run.overwrite=true, further with a larger train.max_steps or train.epochs."
         )
+    # From here on an error is no mistake of the user's: all that the user brings has been read.
+    run.trainer.watch.enter("finishing" if finished_before else "first step")
     if not finished_before:
         run.trainer.run(stop)
     if state.finished and not (finished_before and _written_out(folder, state.step)):

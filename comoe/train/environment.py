@@ -19,6 +19,9 @@ import torch
 
 M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1
 """mallopt numbers of glibc: blocks above the first are mapped and unmapped, free space above the second is returned."""
+THRESHOLDS = {M_MMAP_THRESHOLD: 32 << 20, M_TRIM_THRESHOLD: 64 << 20}
+"""Bytes: what glibc comes to by itself, unless ``prepare_process`` asked this process for more. It cannot be read back;
+whoever changes them for a while puts these back."""
 PACKAGES = ("comoe", "torch", "deepspeed", "transformers", "datasets", "accelerate", "tensorboard", "numpy")
 
 
@@ -95,8 +98,16 @@ def _keep_freed_memory() -> None:
     library = ctypes.util.find_library("c")
     libc = ctypes.CDLL(library) if library else None
     if hasattr(libc, "gnu_get_libc_version"):
-        libc.mallopt(M_MMAP_THRESHOLD, 1 << 30)
-        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        THRESHOLDS.update({M_MMAP_THRESHOLD: 1 << 30, M_TRIM_THRESHOLD: 2**31 - 1})
+        set_thresholds(libc)
+
+
+def set_thresholds(libc: Any) -> None:
+    """Have glibc, loaded with ctypes, go by ``THRESHOLDS``."""
+    for which, size in THRESHOLDS.items():
+        # Older ones refuse to keep blocks above 32 MiB, and would stay at what was set before.
+        if not libc.mallopt(which, size):
+            libc.mallopt(which, 32 << 20)
 
 
 def _free_port() -> int:

@@ -8,6 +8,7 @@ attempt together. An ordinary end, a user's error and a stop signal are passed o
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
 import socket
@@ -57,20 +58,42 @@ def supervise(*, restarts: int, stop: StopSignal, command: Sequence[str] | None 
         The exit code of the run.
     """
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    star = Star(rank)
+    star = Star(rank, word=_word_of_the_launch(world))
     try:
         if rank == 0 and world > 1:
-            star.serve(listen(int(os.environ["MASTER_PORT"])))
+            star.serve(_listen_at(int(os.environ["MASTER_PORT"])))
         elif world > 1:
             place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
             star.connect(*place, seconds=MEETING, give_up=stop.asked)
     except OSError as error:
         print(f"comoe: rank {rank}: --restarts: {error}", file=sys.stderr)
         return 2
-    child = _Child(command or [sys.executable, "-u", *sys.argv], star)
+    child = _Child(command or [sys.executable, "-u", *sys.argv], rank)
     judge = _Judge(world, restarts) if rank == 0 else None
     with stop:
         return _until_the_end(star, child, judge, stop)
+
+
+def _word_of_the_launch(world: int) -> str:
+    """A word that all supervisors of one launch have before they met: a digest of command line and number of ranks.
+
+    It keeps apart two runs that chose one port, and turns away whoever talks to any open port. It is no secret: who
+    sees the command line, as every user of these machines may, or guesses it, can speak as a supervisor, and so end the
+    run or have it started again. Nobody can have another command run by it: each supervisor starts its own.
+    """
+    # The launcher numbers the ranks of a machine by an argument.
+    words = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]
+    return hashlib.sha256(repr((world, words)).encode()).hexdigest()
+
+
+def _listen_at(port: int) -> socket.socket:
+    try:
+        return listen(port)
+    except OSError as error:
+        raise OSError(
+            f"port {port} of this machine cannot be used ({error}). If another run has it, give this one another port, "
+            f"such as --master_port {port + 1} (a word of the launcher: before launch/train.py)."
+        ) from error
 
 
 def _until_the_end(star: Star, child: _Child, judge: _Judge | None, stop: StopSignal) -> int:
@@ -81,9 +104,7 @@ def _until_the_end(star: Star, child: _Child, judge: _Judge | None, stop: StopSi
         if judge is None:
             for report in reports:
                 star.send(report)
-            orders = [
-                message or {"do": "leave", "code": 1, "why": "rank 0's supervisor is gone"} for _, message in came
-            ]
+            orders = [message or {"do": "leave", "code": 1, "why": child.alone()} for _, message in came]
         else:
             for rank, report in [*came, *((0, report) for report in reports)]:
                 judge.hear(rank, report)
@@ -107,7 +128,7 @@ class _Child:
     """The real rank of one supervisor."""
 
     command: Sequence[str]
-    star: Star
+    rank: int
     process: subprocess.Popen[bytes] | None = None
     attempt: int = -1
     stopped: bool = False
@@ -140,14 +161,28 @@ class _Child:
             if "MASTER_PORT" in os.environ:
                 ours["MASTER_PORT"] = str(order["port"])
             self.process = subprocess.Popen(self.command, env={**os.environ, **ours})
+            if self.stopped:
+                # The signal came while this order was under way.
+                self.process.send_signal(signal.SIGTERM)
         elif order["do"] == "end" and self.process is not None:
             self.kill_at = time.monotonic() + order["grace"]
         elif order["do"] == "leave":
             if self.process is not None:
                 self.process.kill()
                 self.process.wait()
+            if order.get("why"):
+                print(f"comoe: rank {self.rank}: {order['why']}.", file=sys.stderr, flush=True)
             return int(order["code"])
         return None
+
+    def alone(self) -> str:
+        """Why this supervisor leaves when it lost rank 0's."""
+        if self.attempt < 0:
+            return (
+                "rank 0's supervisor is gone, or belongs to another launch: the command after the launcher's own words "
+                "must be the same on all machines, word by word"
+            )
+        return "rank 0's supervisor is gone, so nothing can be started again"
 
 
 @dataclass(slots=True)

@@ -20,7 +20,11 @@ LONGEST = 1 << 16
 RETRY = 0.5
 """Seconds between two attempts to reach the middle."""
 PROBES = 4
-"""Unanswered probes after which a connection to a machine that fell silent counts as lost."""
+"""Probes of a connection on which nothing is under way, within the patience with it."""
+MARGIN = 60.0
+"""Seconds that the system waits for an answer beyond the patience, so that whoever counts messages speaks first."""
+LONGEST_PAUSE, LONGEST_WAIT = 32767, 2**31 - 1
+"""Linux takes no longer pause between probes (seconds), nor wait for an answer (milliseconds)."""
 
 
 def listen(port: int = 0) -> socket.socket:
@@ -36,11 +40,13 @@ class Star:
     Args:
         rank: of this process.
         word: strangers do not know it; the same on all ranks.
-        patience: seconds after which the system gives up a machine that answers no probe.
+        patience: seconds after which, and a margin, the system gives up a machine that answers nothing.
     """
 
     def __init__(self, rank: int, *, word: str = "", patience: float = 300.0) -> None:
         self.rank = rank
+        self.broken: dict[int, str] = {}
+        """Ranks whose connection was lost in another way than by the end of their process, and how."""
         self._word = word
         self._patience = patience
         self._selector = selectors.DefaultSelector()
@@ -92,19 +98,21 @@ class Star:
                 try:
                     # A frozen process reads nothing, and once its buffer is full nothing more is sent to it.
                     if rank is not None and peer.send(line) < len(line):
+                        self.broken[rank] = "it reads nothing any more"
                         peer.shutdown(socket.SHUT_RDWR)
                 except OSError:
                     continue
 
     def receive(self, seconds: float) -> list[tuple[int, dict[str, Any] | None]]:
-        """What came in, after at most ``seconds``: (rank, message), and (rank, None) for a lost connection."""
+        """What came in, after at most ``seconds``: (rank, message), and (rank, None) for a lost connection; ``broken``
+        tells whether it was lost by the network."""
         if not self._selector.get_map():
             time.sleep(seconds)
             return []
         came: list[tuple[int, dict[str, Any] | None]] = []
         for key, _ in self._selector.select(seconds):
             if key.fileobj is self._server:
-                self._take(self._server.accept()[0], rank=None)
+                self._accept()
             else:
                 came += self._read(key.fileobj)
         return came
@@ -116,12 +124,27 @@ class Star:
         self._ranks.clear()
         self._selector.close()
 
+    def _accept(self) -> None:
+        line = None
+        try:
+            line, _ = self._server.accept()
+            self._take(line, rank=None)
+        except OSError:
+            # It hung up already; or there are no descriptors left, and then the next look should not come at once.
+            if line is not None:
+                line.close()
+            time.sleep(0.01)
+
     def _take(self, line: socket.socket, *, rank: int | None) -> None:
         line.setblocking(False)
         line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         line.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        pause = max(1, round(self._patience / (PROBES + 1)))
-        for option, value in (("TCP_KEEPIDLE", pause), ("TCP_KEEPINTVL", pause), ("TCP_KEEPCNT", PROBES)):
+        pause = min(max(1, round(self._patience / (PROBES + 1))), LONGEST_PAUSE)
+        # No probe goes out while anything waits for an answer, as beats do: Linux then gives up by the number of its
+        # attempts (about 15 min), unless told a time. That time also ends the probes.
+        wait = min(round(1000 * (self._patience + MARGIN)), LONGEST_WAIT)
+        for option, value in (("TCP_KEEPIDLE", pause), ("TCP_KEEPINTVL", pause), ("TCP_KEEPCNT", PROBES),
+                              ("TCP_USER_TIMEOUT", wait)):  # fmt: skip
             if hasattr(socket, option):
                 line.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
         self._selector.register(line, selectors.EVENT_READ)
@@ -133,8 +156,11 @@ class Star:
             data = line.recv(LONGEST)
         except BlockingIOError:
             return []
-        except OSError:
+        except OSError as error:
             data = b""
+            # A process that ends while something to it is under way resets its connection.
+            if self._ranks[line] is not None and not isinstance(error, ConnectionError):
+                self.broken[self._ranks[line]] = error.strerror or str(error)
         *whole, rest = (self._unread[line] + data).split(b"\n")
         self._unread[line] = rest
         came: list[tuple[int, dict[str, Any] | None]] = []
@@ -147,7 +173,7 @@ class Star:
                     if message["word"] != self._word:
                         raise ValueError("not one of ours")
                     self._ranks[line] = int(message["rank"])
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             data = b""
         if not data or len(rest) > LONGEST:
             self._selector.unregister(line)

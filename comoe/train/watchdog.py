@@ -28,6 +28,8 @@ from comoe.distributed import all_gather_objects, broadcast_object, rank, world_
 from comoe.train.star import Star, listen
 from comoe.train.whereabouts import Place, kill, own_place, where_main_thread_is
 
+PREPARING = "preparing"
+"""The phase before training, in which an error is most likely one of the recipe."""
 LOST = 4
 """Exit code of a rank that ends because another one is lost."""
 BEATS_PER_SECOND = 500
@@ -50,7 +52,7 @@ class Heard:
     """Grows with its progress."""
     step: int = 0
     """Optimizer steps it has done."""
-    phase: str = "preparing"
+    phase: str = PREPARING
     """What it does."""
     counted: bool = False
     """Whether ``timeout_seconds`` counts in this phase."""
@@ -71,7 +73,7 @@ class Watchdog:
     """What to do after the end; the last sentence of the message."""
     end: Callable[[int], Any] = os._exit
     step: int = 0
-    phase: str = "preparing"
+    phase: str = PREPARING
     counted: bool = False
     ticks: int = 0
     beat: float = 1.0
@@ -87,7 +89,7 @@ class Watchdog:
         """Begin to watch; every rank must call it, right after the process group exists.
 
         Raises:
-            OSError: rank 0 cannot be reached; naming its address.
+            OSError: on every rank, when one of them cannot reach rank 0; naming it and the address.
         """
         self.timeout_seconds = timeout_seconds
         self.beat = max(min(1.0, timeout_seconds / 10), world_size() / BEATS_PER_SECOND)
@@ -95,10 +97,19 @@ class Watchdog:
         server = listen() if rank() == 0 else None
         port, word = broadcast_object((server.getsockname()[1], uuid.uuid4().hex) if server else None)
         star = Star(rank(), word=word, patience=timeout_seconds)
-        if server:
-            star.serve(server)
-        else:
-            star.connect(os.environ["MASTER_ADDR"], port, seconds=60)
+        failed = ""
+        try:
+            if server:
+                star.serve(server)
+            else:
+                # Well before the collective below gives up waiting for this rank.
+                star.connect(os.environ["MASTER_ADDR"], port, seconds=min(60.0, timeout_seconds / 3))
+        except OSError as error:
+            failed = str(error)
+        if lonely := [said for said in all_gather_objects(failed) if said]:
+            star.close()
+            more = f" So it is with {len(lonely) - 1} more." if len(lonely) > 1 else ""
+            raise OSError(f"{lonely[0]}{more}")
         now = time.monotonic()
         self._heard = {other: Heard(now, now) for other in range(world_size()) if other != rank()}
         self._own = Heard(now, now)
@@ -172,7 +183,9 @@ class Watchdog:
     def _hear(self, other: int, message: dict[str, Any] | None) -> None:
         if message is None:
             if other not in self._gone:
-                self._conclude(f"{self._name(other)} died at {self._at(self._heard[other])}: {_DIED}", [other])
+                broken = self._star.broken.get(other, "")
+                what = f"cannot be reached at {{}}: {broken}; {_UNREACHED}" if broken else f"died at {{}}: {_DIED}"
+                self._conclude(f"{self._name(other)} {what.format(self._at(self._heard[other]))}", [other])
             return
         now = time.monotonic()
         if "say" in message:
@@ -269,4 +282,5 @@ class Watchdog:
 
 
 _DIED = "its process ended without a word, as after kill -9 or when memory runs out."
+_UNREACHED = "its machine or the network is gone, or its process is frozen."
 _SILENT = "its process is frozen, or its machine cannot be reached."

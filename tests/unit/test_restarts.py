@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from comoe.train.restarts import restart_in_words
+from comoe.train.restarts import _Child, restart_in_words, supervise
+from comoe.train.signals import StopSignal
+from comoe.train.star import Star, listen
 
 ROOT = Path(__file__).parents[2]
 
@@ -40,7 +42,9 @@ die = lambda: os.kill(os.getpid(), signal.SIGKILL)
 class Supervised:
     """Supervisors of several ranks, as a launcher starts them."""
 
-    def __init__(self, folder: Path, child: str, *, restarts: int, ranks: int = 2, late: float = 0.0) -> None:
+    def __init__(
+        self, folder: Path, child: str, *, restarts: int, ranks: int = 2, late: float = 0.0, last_words: str = ""
+    ) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = str(probe.getsockname()[1])
@@ -51,6 +55,8 @@ class Supervised:
                 time.sleep(late)
             places = {"RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": self.port}
             command = [sys.executable, "-c", SUPERVISOR, str(restarts), CHILD + child, str(self.log)]
+            # The launcher's own word, and one of the user's that is another one for the last rank.
+            command += [f"--local_rank={rank}", last_words if rank == ranks - 1 else ""]
             environment = os.environ | places | {"PYTHONPATH": str(ROOT)}
             self.processes.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
         self.processes.reverse()
@@ -171,6 +177,60 @@ def test_the_loss_of_a_supervisor_ends_the_run_and_its_children(tmp_path: Path) 
     codes, said = supervised.end()
     assert codes[0] == 1 and "rank 1's supervisor is gone, so nothing can be started again" in said
     assert len(orphans) == 1
+
+
+def test_the_others_say_why_they_leave_when_rank_0s_supervisor_is_gone(tmp_path: Path) -> None:
+    supervised = Supervised(tmp_path, "log('ready', os.getpid()); time.sleep(60)", restarts=5)
+    supervised.wait_for("ready", times=2)
+    orphans = [int(line.split()[3]) for line in supervised.log.read_text().splitlines() if line.startswith("0 0 ready")]
+    supervised.processes[0].kill()
+    supervised.processes[1].wait(30)
+    for orphan in orphans:
+        os.kill(orphan, signal.SIGKILL)
+    codes, said = supervised.end()
+    assert codes[1] == 1 and len(orphans) == 1
+    assert said == "comoe: rank 1: rank 0's supervisor is gone, so nothing can be started again.\n"
+
+
+def test_a_supervisor_of_another_command_is_turned_away_and_says_what_must_be_the_same(tmp_path: Path) -> None:
+    supervised = Supervised(tmp_path, "pass", restarts=1, last_words="run.name=other")
+    try:
+        assert supervised.processes[1].wait(30) == 1
+        assert supervised.processes[0].poll() is None and not supervised.log.exists(), "it waits for its own ranks"
+    finally:
+        supervised.processes[0].terminate()
+        codes, said = supervised.end()
+    assert codes[0] == 130 and "must be the same on all machines, word by word." in said
+
+
+def test_a_stranger_on_the_port_is_no_supervisor(tmp_path: Path) -> None:
+    supervised = Supervised(tmp_path, "log('ready'); time.sleep(1)", restarts=0)
+    supervised.wait_for("ready", times=2)
+    stranger = Star(1).connect("127.0.0.1", int(supervised.port), seconds=5)
+    stranger.send({"attempt": 0, "code": 9, "killed": False})
+    codes, said = supervised.end()
+    stranger.close()
+    assert codes == [0, 0] and said == ""
+
+
+def test_a_stop_that_came_before_the_order_to_start_reaches_the_child() -> None:
+    child = _Child([sys.executable, "-c", "import time; time.sleep(60)"], 1)
+    assert child.look(asked_to_stop=True) == [{"stopped": True}]
+    child.obey({"do": "start", "attempt": 0, "word": "w", "port": 1, "why": ""})
+    assert child.process.wait(10) == -signal.SIGTERM
+
+
+def test_a_port_that_is_taken_is_named_with_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with listen() as other:
+        port = other.getsockname()[1]
+        for key, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": str(port)}.items():
+            monkeypatch.setenv(key, value)
+        assert supervise(restarts=1, stop=StopSignal(), command=["false"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"comoe: rank 0: --restarts: port {port} of this machine cannot be used ([Errno ")
+    assert f"such as --master_port {port + 1} " in said
 
 
 def test_a_supervisor_that_comes_late_is_waited_for(tmp_path: Path) -> None:

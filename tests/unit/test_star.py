@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 import time
 from collections.abc import Callable, Iterator
 
 import pytest
 
+import comoe.train.star as module
 from comoe.train.star import LONGEST, Star, listen
 
 
@@ -63,8 +65,9 @@ def test_the_loss_of_the_middle_is_told_too(middle: tuple[Star, int]) -> None:
 
 
 @pytest.mark.parametrize(
-    "said", [b'{"rank": 1, "word": "theirs"}\n{"gone": 1}\n', b"GET / HTTP/1.1\r\n\r\n", b"5\n", b"x" * (3 * LONGEST)]
-)
+    "said", [b'{"rank": 1, "word": "theirs"}\n{"gone": 1}\n', b"GET / HTTP/1.1\r\n\r\n", b"5\n", b"x" * (3 * LONGEST),
+             b"[" * (LONGEST - 1) + b"\n", b'{"rank": Infinity, "word": "ours"}\n']
+)  # fmt: skip
 def test_a_stranger_is_hung_up_on_and_changes_nothing(middle: tuple[Star, int], said: bytes) -> None:
     star, port = middle
     friend = spoke(1, port)
@@ -120,4 +123,65 @@ def test_nothing_blocks_the_middle_when_an_end_reads_nothing(middle: tuple[Star,
     for _ in range(2000):
         star.send({"beat": "x" * 5000})
     assert time.monotonic() - began < 20
+    assert until(star, len) == [(1, None)] and star.broken == {1: "it reads nothing any more"}
     frozen.close()
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="the system has no such option")
+@pytest.mark.parametrize("patience", [5.0, 1800.0, 7200.0, 1e8])
+def test_the_system_waits_for_an_answer_longer_than_the_patience_on_both_ends(patience: float) -> None:
+    server = listen()
+    star = Star(0, patience=patience).serve(server)
+    end = Star(1, patience=patience).connect("127.0.0.1", server.getsockname()[1], seconds=5)
+    until(star, lambda _: star.connected() == {1})
+    for line in [*star._ranks, *end._ranks]:
+        waits = line.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) / 1000
+        assert patience < waits <= patience + 60 or waits > 24 * 86400, "more than that the system does not take"
+    star.close()
+    end.close()
+
+
+class Unreachable(socket.socket):
+    """The end of a connection to a machine that answers nothing any more."""
+
+    number = errno.ETIMEDOUT
+
+    def recv(self, size: int) -> bytes:
+        raise OSError(self.number, "said by the system")
+
+
+@pytest.mark.parametrize(
+    "number, broken", [(errno.ETIMEDOUT, {1: "said by the system"}), (errno.EHOSTUNREACH, {1: "said by the system"}),
+                       (errno.ECONNRESET, {})]
+)  # fmt: skip
+def test_a_connection_that_the_network_broke_is_told_apart_from_the_end_of_a_process(
+    number: int, broken: dict[int, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Unreachable, "number", number)
+    ours, theirs = socket.socketpair(socket.AF_UNIX)
+    star = Star(0)
+    with theirs:
+        line = Unreachable(fileno=ours.detach())
+        star._selector.register(line, module.selectors.EVENT_READ)
+        star._unread[line], star._ranks[line] = b"", 1
+        theirs.send(b"anything")
+        assert star.receive(1.0) == [(1, None)] and star.broken == broken
+    star.close()
+
+
+class NoDescriptors(socket.socket):
+    """A server that cannot take anybody."""
+
+    def accept(self) -> tuple[socket.socket, object]:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+
+def test_a_connection_that_cannot_be_taken_disturbs_nobody_who_is_there(middle: tuple[Star, int]) -> None:
+    star, port = middle
+    friend = spoke(1, port)
+    until(star, lambda _: star.connected() == {1})
+    star._selector.unregister(star._server)
+    star.serve(NoDescriptors(fileno=star._server.detach()))
+    with socket.create_connection(("127.0.0.1", port)):
+        friend.send({"still": "here"})
+        assert until(star, len) == [(1, {"still": "here"})]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import socket
 import threading
 import time
 from pathlib import Path
@@ -132,6 +133,39 @@ def test_where_names_our_line_and_the_innermost_and_is_empty_in_a_collective(tmp
     assert places["torch/distributed"] == ""
 
 
+def threads() -> int:
+    return sum(thread.name == "watchdog" and thread.is_alive() for thread in threading.enumerate())
+
+
+def test_a_rank_that_cannot_reach_rank_0_tells_the_others_and_fails_in_time(
+    watch: Watchdog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    told: list = []
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setattr(module, "rank", lambda: 1)
+    monkeypatch.setattr(module, "broadcast_object", lambda _: (port, "word"))
+    monkeypatch.setattr(module, "all_gather_objects", lambda value: [told.append(value), value][1:])
+    before, began = threads(), time.monotonic()
+    with pytest.raises(OSError, match=f"rank 1 cannot reach rank 0 at 127.0.0.1, port {port} "):
+        watch.start(timeout_seconds=1.0)
+    assert time.monotonic() - began < 5 and threads() == before
+    assert told[1].startswith(f"rank 1 cannot reach rank 0 at 127.0.0.1, port {port} "), "the others end by that"
+
+
+def test_the_others_end_with_the_reason_of_a_rank_that_cannot_reach_rank_0(
+    watch: Watchdog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = iter([[own_place()], ["", "rank 1 cannot reach rank 0 at a.", "rank 2 cannot reach rank 0 at a."]])
+    monkeypatch.setattr(module, "all_gather_objects", lambda _: next(answers))
+    before = threads()
+    with pytest.raises(OSError, match="^rank 1 cannot reach rank 0 at a. So it is with 1 more.$"):
+        watch.start(timeout_seconds=1.0)
+    assert threads() == before
+
+
 class Ranks:
     """Three ranks as rank 0 sees them: the others are ends of a star that speak when they are told to."""
 
@@ -191,6 +225,18 @@ def test_a_rank_that_dies_is_named_to_all_with_machine_and_step_at_once(
     (said,) = ranks.verdicts(1)
     assert said.startswith(f"rank 2 on machine c (node 2) died at step {ranks.watch.step} (training): its process")
     assert capfd.readouterr().err.strip().startswith(f"comoe: rank 0: {said}")
+
+
+def test_a_connection_that_the_network_broke_is_no_death(ranks: Ranks, ended: Ended) -> None:
+    ranks.live(0.3, ended, ticking=True)
+    ranks.watch._star.broken[2] = "Connection timed out"
+    ranks.others.pop(2).close()
+    ranks.live(0.5, ended)
+    (said,) = ranks.verdicts(1)
+    assert said == (
+        f"rank 2 on machine c (node 2) cannot be reached at step {ranks.watch.step} (training): Connection timed out; "
+        "its machine or the network is gone, or its process is frozen."
+    )
 
 
 def test_a_silent_rank_is_named_after_the_timeout_and_not_before(ranks: Ranks, ended: Ended) -> None:

@@ -1,0 +1,31 @@
+"""Process groups of one rank; collectives of several are tried in ``tests/multiprocess``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from comoe.distributed import wait_for_ranks_up_to
+
+
+@pytest.fixture
+def group() -> Iterator[Any]:
+    """A group that a library made without saying how long it waits."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=60))
+    yield dist.new_group([0])
+    dist.destroy_process_group()
+
+
+def waits(group: Any) -> float:
+    return group._get_backend(torch.device("cpu")).options._timeout.total_seconds()
+
+
+def test_the_time_to_wait_reaches_the_groups_of_libraries_too(group: Any) -> None:
+    assert waits(group) == 1800, "torch's default"
+    wait_for_ranks_up_to(7200.0)
+    assert waits(dist.group.WORLD) == waits(group) == 7200
