@@ -1,7 +1,8 @@
 """Checkpoints that move: from the layout that saved one to the layout that resumes it.
 
-DeepSpeed's universal checkpoint holds each parameter and each moment whole. It is made once, beside the checkpoint, and
-kept out of the manifest: the checkpoint itself stays as it was.
+DeepSpeed's universal checkpoint holds each parameter and each moment whole. It writes one form for ZeRO 1 and 2 and
+another for ZeRO 3, each for its own loader. The numbers are the same, so both are rewritten into one form that either
+loader reads. It is made once, beside the checkpoint, and kept out of the manifest: the checkpoint stays as it was.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from comoe.distributed import barrier, broadcast_object, is_main
-from comoe.train.parallel import CooperativeRouter
+from comoe.train.parallel import CooperativeRouter, reading_optimizer_state
 
-UNIVERSAL = "universal"
+UNIVERSAL = "any-layout"
 """Folder of the converted checkpoint, beside ``deepspeed/``."""
 
 
@@ -56,8 +58,48 @@ def _convert(checkpoint: Path, done: Path) -> str:
     if answer.returncode:
         shutil.rmtree(aside, ignore_errors=True)
         return (answer.stdout + answer.stderr)[-1500:]
+    _make_readable_at_every_stage(aside / "state")
     os.replace(aside, done)
     return ""
+
+
+def _make_readable_at_every_stage(folder: Path) -> None:
+    # The loaders look for these tables under different names. At ZeRO 1 and 2 they hold the weights once more,
+    # which no loader reads here, and no rank of a ZeRO-3 run should.
+    tables = sorted(folder.glob("*_model_states.pt"))
+    about = torch.load(tables[0], weights_only=True) | {"module": {}}
+    for table in tables:
+        table.unlink()
+    for name in ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt"):
+        torch.save(about, folder / name)
+    zero = folder / "zero"
+    with reading_optimizer_state():
+        saved = torch.load(zero / "optimizer_state.pt", weights_only=True, map_location="cpu")
+    parameters = [path.parent for path in sorted(zero.glob("*/exp_avg.pt"))]
+    if "optimizer_state_dict" in saved:  # ZeRO 3
+        step = saved["optimizer_state_dict"]["state"][0]["step"]
+        for parameter in parameters:
+            _as_at_zero_1_and_2(parameter, step)
+    else:
+        step = torch.load(parameters[0] / "step.pt", weights_only=True)
+    groups = saved["param_groups"]
+    torch.save(
+        {
+            "ds_version": about["ds_version"],
+            "param_groups": groups,
+            "optimizer_state_dict": {"state": {0: {"step": step}}, "param_groups": groups},
+        },
+        zero / "optimizer_state.pt",
+    )
+
+
+def _as_at_zero_1_and_2(parameter: Path, step: Tensor) -> None:
+    # Adam's count of steps lies beside each parameter there, and each tensor in a dict, which ZeRO 3 reads too.
+    torch.save(step, parameter / "step.pt")
+    for name in ("fp32.pt", "exp_avg.pt", "exp_avg_sq.pt"):
+        tensor = torch.load(parameter / name, weights_only=True)
+        if isinstance(tensor, Tensor):  # experts' come in a dict
+            torch.save({"param": tensor, "cat_dim": 0}, parameter / name)
 
 
 def load_universal(engine: Any, checkpoint: Path) -> bool:

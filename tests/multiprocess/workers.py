@@ -340,11 +340,14 @@ def contract(encoder: str) -> dict[str, Any]:
 
 
 def save_and_go_on(
-    encoder: str, *, stages: list[int], ep: int, folder: str, first: int = 0, universal: bool = False
-) -> dict[int, list[float]]:
+    encoder: str, *, layouts: dict[str, tuple[int, int]], folder: str, first: int = 0
+) -> dict[str, list[float]]:
     """From step ``first`` (a fresh model, or the newest checkpoint, converted): three steps, a checkpoint, three more.
 
-    Returns the global losses of all six for each ZeRO stage; the checkpoints lie in ``folder``/<stage>.
+    Args:
+        layouts: name of a run -> its (ZeRO stage, EP size) in this world; its checkpoints lie in ``folder``/<name>.
+
+    Returns the global losses of all six for each run.
     """
     from comoe.distributed import sum_over_ranks, world_size
     from comoe.train.checkpoint import load_checkpoint, save_checkpoint
@@ -353,21 +356,20 @@ def save_and_go_on(
     from comoe.train.state import TrainState
 
     start_ranks(timeout_seconds=120)
-    recipe = recipe_of(encoder, parallel__ep_size=ep, train__schedule="linear")
-    losses: dict[int, list[float]] = {}
-    for stage in stages:
-        place = Path(folder) / str(stage)
-        settings = {"checkpoint": {"load_universal": True}} if universal else {}
-        engine, layout = build(recipe, stage=stage, settings=settings)
+    losses: dict[str, list[float]] = {}
+    for name, (stage, ep) in layouts.items():
+        place = Path(folder) / name
+        recipe = recipe_of(encoder, parallel__ep_size=ep, train__schedule="linear")
+        engine, layout = build(recipe, stage=stage, settings={"checkpoint": {"load_universal": True}} if first else {})
         state = TrainState()
-        if universal:
+        if first:
             found = find_checkpoint(place)
             assert found is not None and found.step == first
             state = load_checkpoint(found.path, engine, layout)
-        losses[stage] = []
+        losses[name] = []
         for step in range(first, first + 6):
             engine.set_rate_factor(1 - step / 30)
-            losses[stage].append(float(sum_over_ranks(one_step(engine, step).loss)) / world_size())
+            losses[name].append(float(sum_over_ranks(one_step(engine, step).loss)) / world_size())
             if step == first + 2:
                 state.step = step + 1
                 save_checkpoint(place, engine, state, layout, keep=9)

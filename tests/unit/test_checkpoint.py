@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from comoe.train.checkpoint import needs_conversion, saved_elsewhere
+from comoe.config import recipe_from_dict
+from comoe.train.checkpoint import load_checkpoint, needs_conversion, saved_elsewhere
 from comoe.train.folders import write_json
 from comoe.train.settings import Layout
 
@@ -24,7 +27,9 @@ def save(folder: Path, step: int, layout: Layout, *, best_step: int) -> Path:
     return path
 
 
-@pytest.mark.parametrize("change", [{"world_size": 2}, {"world_size": 2, "ep_size": 2}, {"stage": 1}, {"bf16": True}])
+@pytest.mark.parametrize(
+    "change", [{"world_size": 2}, {"world_size": 2, "ep_size": 2}, {"stage": 1}, {"stage": 3}, {"bf16": True}]
+)
 def test_a_checkpoint_of_another_layout_is_converted(tmp_path: Path, change: dict[str, int]) -> None:
     path = save(tmp_path, 8, replace(HERE, **change), best_step=8)
     assert "this start has 1 ranks, ep_size 1, ZeRO 2, float32" in saved_elsewhere(path, HERE)
@@ -44,8 +49,13 @@ def test_on_the_same_layout_nothing_is_converted(tmp_path: Path) -> None:
     assert not needs_conversion(save(tmp_path, 8, HERE, best_step=4), HERE)
 
 
-@pytest.mark.parametrize(("saved", "now"), [(3, 2), (3, 1), (2, 3)])
-def test_a_move_to_or_from_zero_3_is_refused_with_what_to_do(tmp_path: Path, saved: int, now: int) -> None:
-    path = save(tmp_path, 8, replace(HERE, stage=saved), best_step=8)
-    with pytest.raises(ValueError, match=rf"between these ZeRO stages; resume with ds_configs/zero{saved}.json"):
-        needs_conversion(path, replace(HERE, stage=now))
+def test_a_run_with_sgd_does_not_move_and_says_where_it_resumes(tmp_path: Path) -> None:
+    path = save(tmp_path, 8, replace(HERE, world_size=2), best_step=8)
+    about = json.loads((path / "state.json").read_text())
+    (path / "state.json").write_text(json.dumps(about | {"threads": torch.get_num_threads()}))
+    engine = SimpleNamespace(
+        recipe=recipe_from_dict({"train": {"optimizer": "sgd"}}),
+        deepspeed=SimpleNamespace(load_universal_checkpoint=lambda: True),
+    )
+    with pytest.raises(ValueError, match=r"saved with 2 ranks, .*\. SGD's moments do not move; resume on the layout"):
+        load_checkpoint(path, engine, HERE)
