@@ -13,11 +13,11 @@ from tests.multiprocess.workers import make_encoder
 pytestmark = pytest.mark.multiprocess
 # Name of a run -> ranks -> (ZeRO stage, EP size): saved on two ranks, on one, and on four.
 RUNS = {
-    "stays at ZeRO 1": {2: (1, 2), 1: (1, 1), 4: (1, 2)},
-    "stays at ZeRO 2": {2: (2, 2), 1: (2, 1), 4: (2, 2)},
-    "stays at ZeRO 3": {2: (3, 2), 1: (3, 1), 4: (3, 2)},
-    "ZeRO 3, 1, 3": {2: (3, 2), 1: (1, 1), 4: (3, 2)},
-    "ZeRO 2, 3, 2": {2: (2, 2), 1: (3, 1), 4: (2, 2)},
+    "stays at ZeRO 1": {2: (1, 2), 1: (1, 1), 4: (1, 4)},
+    "stays at ZeRO 2": {2: (2, 2), 1: (2, 1), 4: (2, 4)},
+    "stays at ZeRO 3": {2: (3, 2), 1: (3, 1), 4: (3, 4)},
+    "ZeRO 3, 1, 3": {2: (3, 2), 1: (1, 1), 4: (3, 4)},
+    "ZeRO 2, 3, 2": {2: (2, 2), 1: (3, 1), 4: (2, 4)},
 }
 
 
