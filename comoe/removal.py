@@ -139,9 +139,11 @@ def removal_lines(removal: Removal) -> list[str]:
     """The table for people: fall of the mean metric, and rise of the loss in brackets, per layer and expert."""
     whole = removal.whole
     lines = [f"{removal.posts} posts; with all experts: mean metric {whole['mean']:.4f}, loss {whole['loss']:.4f}"]
-    lines.append("without one expert, the mean metric falls by (and the loss rises by):")
+    lines.append("without one expert, the mean metric falls by (and the loss rises by); below 0 it did harm.")
+    lines.append("A few posts decided otherwise are noise: the loss tells more, and other seeds tell most.")
     for layer, drops, rises in zip(removal.layers, removal.drop_LE, removal.loss_rise_LE, strict=True):
-        cells = [f"{drop:+.4f} ({rise:+.4f})" for drop, rise in zip(drops, rises, strict=True)]
+        pairs = enumerate(zip(drops, rises, strict=True))
+        cells = [f"{expert:3d}: {drop:+.4f} ({rise:+.4f})" for expert, (drop, rise) in pairs]
         lines += [f"layer {layer:2d}  " + "  ".join(cells[i : i + 4]) for i in range(0, len(cells), 4)]
     return lines
 

@@ -17,7 +17,7 @@ from comoe.config import load_recipe
 from comoe.distributed import barrier, broadcast_object, is_main, lost_connection, wait_for_ranks_up_to
 from comoe.schema import Recipe
 from comoe.train.environment import prepare_process
-from comoe.train.restarts import restart_in_words
+from comoe.train.restarts import is_child, restart_in_words
 from comoe.train.signals import StopSignal
 from comoe.train.state import ALL_STEPS
 from comoe.train.watchdog import LOST, PREPARING, Watchdog
@@ -121,7 +121,8 @@ def train(request: Request, stop: StopSignal | None = None, watch: Watchdog | No
     if not request.dry_run and request.resume is None and begun_by_this_start(folder):
         request = replace(request, config=None, resume=folder)
         recipe = _load(request)
-    watch.advice = f"The last whole checkpoint is good: go on with --resume {folder}."
+    watch.advice = "The last whole checkpoint is good"
+    watch.advice += "." if is_child() else f": go on with --resume {folder}."
     _say_doubts(recipe)
     fresh = not request.dry_run and request.resume is None
     if fresh:

@@ -99,7 +99,7 @@ def shares(routing: Mapping[str, Any], name: str) -> Figure:
     """Heatmap layer x expert of the routes' shares at the last evaluation."""
     share_LE = np.array([[np.nan if value is None else value for value in row] for row in routing["share"]])
     rows = [str(layer) for layer in routing["layers"]]
-    return share_figure(share_LE, rows=rows, title=f"{name}: share of tokens per expert, in %", row_axis="layer")
+    return share_figure(share_LE, rows=rows, title=f"share of tokens per expert, in %\n{name}", row_axis="layer")
 
 
 def _panel(panel: Axes, text: str, *, ticks: Sequence[int]) -> None:

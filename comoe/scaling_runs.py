@@ -47,7 +47,7 @@ def run_points(
         KeyboardInterrupt: Ctrl-C or SIGTERM, once the run under way has saved itself.
     """
     todo = [point for point in points if not is_done(experiment, point)]
-    say(f"{len(points)} runs, {len(points) - len(todo)} of them done; {experiment.ranks} ranks each")
+    say(f"{len(points)} runs, {len(points) - len(todo)} of them done; {experiment.ranks} rank(s) each")
     failed: list[Run] = []
     seconds: list[float] = []
     for number, point in enumerate(todo, start=len(points) - len(todo) + 1):

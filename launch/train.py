@@ -31,6 +31,8 @@ def main() -> None:
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="options of the recipe")
     given = parser.parse_intermixed_args()
+    if given.restarts < 0:
+        parser.error(f"--restarts is {given.restarts}; it must be 0 or more.")
     config, settings = given.config, given.deepspeed
     if given.resume is None:
         config = config or HERE / "configs/starter.yaml"

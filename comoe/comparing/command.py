@@ -43,7 +43,7 @@ def run_comparison(given: argparse.Namespace, *, train_script: Path) -> list[Tri
     trials = plan_trials(experiment, arms=arms, custom=custom, seeds=_seeds(given.seeds))
     baseline = given.against or arms[0]
     if baseline not in arms:
-        raise unknown_name("--against", baseline, arms)
+        raise unknown_name("arm of this comparison (--against)", baseline, arms)
     without = _words("--remove-experts", given.remove_experts) if given.remove_experts else []
     _check_removal(without, trials)
     remember(experiment, file_name="compare.json")
@@ -85,7 +85,7 @@ def _check_removal(arms: Sequence[str], trials: Sequence[Trial]) -> None:
     known = {trial.arm: trial for trial in trials}
     for arm in arms:
         if arm not in known:
-            raise unknown_name("--remove-experts", arm, known)
+            raise unknown_name("arm of this comparison (--remove-experts)", arm, known)
         if not known[arm].experts:
             raise ValueError(f"--remove-experts {arm}: this arm has no experts.")
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from comoe.comparing.intervals import MEAN, Interval
 from comoe.comparing.report import Comparison
@@ -31,7 +32,7 @@ def write_plots(comparison: Comparison, output: Path) -> None:
     tasks = [name for name in comparison.results[arms[0]][0].quality if name != MEAN]
     split = comparison.results[arms[0]][0].split
     panels = {MEAN: "mean of the main metrics", **{name: name for name in tasks}}
-    title = f"Quality on the {split} posts: seeds, mean, 95 % interval"
+    title = f"Quality on the {split} posts: seeds, mean, 95 % interval (cut at the edge); dotted: {comparison.baseline}"
     save_figure(dots_figure(comparison, arms, panels, values="quality", title=title), output / "plots/quality.png")
     gated = [arm for arm in arms if comparison.results[arm][0].routing]
     if gated:
@@ -78,12 +79,12 @@ def removal_figure(comparison: Comparison, arms: Sequence[str]) -> Figure:
     first = next(result.removal for arm in arms for result in comparison.results[arm] if result.removal)
     figure = Figure(figsize=(2.7 * len(first.layers) + 0.4, 2.9), dpi=110, layout="constrained")
     axes = figure.subplots(1, len(first.layers), squeeze=False, sharey=True)[0]
-    for number, arm in enumerate(arms):
+    for arm in arms:
         rises = [result.removal.loss_rise_LE for result in comparison.results[arm] if result.removal]
         ordered_NLE = -np.sort(-np.stack(rises), axis=2)
         ranks = np.arange(1, ordered_NLE.shape[2] + 1)
         for panel, runs_NE in zip(axes, ordered_NLE.transpose(1, 0, 2), strict=False):
-            colour = COLOURS[number % len(COLOURS)]
+            colour = _colour(comparison, arm)
             panel.plot(ranks, runs_NE.mean(axis=0), color=colour, marker="o", markersize=3, linewidth=1.4, label=arm)
             panel.fill_between(ranks, runs_NE.min(axis=0), runs_NE.max(axis=0), color=colour, alpha=0.15, linewidth=0)
     for panel, layer in zip(axes, first.layers, strict=True):
@@ -94,7 +95,8 @@ def removal_figure(comparison: Comparison, arms: Sequence[str]) -> Figure:
     axes[0].set_ylabel("rise of the loss", fontsize=8)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 5), fontsize=7, frameon=False)
-    figure.suptitle("Loss of quality when one expert is removed", fontsize=10)
+    title = "Rise of the loss without one expert: mean and range of the seeds; below 0 it did harm"
+    figure.suptitle(title, fontsize=10)
     return figure
 
 
@@ -105,7 +107,7 @@ def _dots(panel: Axes, comparison: Comparison, arms: Sequence[str], values: str,
         item = comparison.interval(arm, values, name)
         if item is None:
             continue
-        colour = COLOURS[place % len(COLOURS)]
+        colour = _colour(comparison, arm)
         found = [getattr(result, values).get(name) for result in comparison.results[arm]]
         seeds = [value for value in found if value is not None]
         panel.plot(seeds, [place] * len(seeds), linestyle="", marker=".", markersize=5, color=colour, alpha=0.5)
@@ -118,6 +120,7 @@ def _dots(panel: Axes, comparison: Comparison, arms: Sequence[str], values: str,
     if dots:
         margin = 0.6 * (max(dots) - min(dots)) or 0.1 * abs(dots[0])
         panel.set_xlim(min(dots) - margin, max(dots) + margin)
+        panel.xaxis.set_major_locator(MaxNLocator(4))
     if values == "quality" and (base := _mean_of(comparison, name)) is not None:
         panel.axvline(base.mean, color="#777777", linewidth=1, linestyle=":")
 
@@ -126,6 +129,11 @@ def _mean_of(comparison: Comparison, name: str) -> Interval | None:
     if not comparison.results.get(comparison.baseline):
         return None
     return comparison.interval(comparison.baseline, "quality", name)
+
+
+def _colour(comparison: Comparison, arm: str) -> str:
+    """An arm keeps its colour from picture to picture."""
+    return COLOURS[list(comparison.results).index(arm) % len(COLOURS)]
 
 
 def _style(panel: Axes) -> None:

@@ -60,7 +60,8 @@ def _scope(comparison: Comparison, split: str) -> str:
     runs = sum(len(results) for results in comparison.results.values())
     return (
         f"{runs} runs, quality on the {split} posts. Brackets are 95 % intervals: Student's t over seeds; for the "
-        f"difference to {comparison.baseline} t over the paired seeds, widened by a paired bootstrap over the posts."
+        f"difference to {comparison.baseline} t over the paired seeds, widened by a paired bootstrap over the posts. "
+        "Two seeds give intervals far wider than the scale itself: take three or more."
     )
 
 

@@ -74,7 +74,10 @@ def share_figure(share: np.ndarray, *, rows: Sequence[str], title: str, row_axis
         row_axis: what the rows are.
     """
     experts = share.shape[1]
-    figure = _figure(1.9 + 0.52 * min(experts, 24), 1.25 + 0.34 * len(rows))
+    # A few experts make a narrow picture, and a title of two lines a high one.
+    longest = max(len(line) for line in title.splitlines())
+    width = max(1.9 + 0.52 * min(experts, 24), 0.08 * longest)
+    figure = _figure(width, 1.05 + 0.2 * len(title.splitlines()) + 0.34 * len(rows))
     panel = figure.add_subplot()
     _share_panel(panel, share, rows=rows)
     panel.set_ylabel(row_axis, fontsize=8)

@@ -176,7 +176,7 @@ def test_a_second_call_makes_only_what_is_not_done(experiment: Experiment, fake:
     before = (experiment.runs / "E4-k2-sigmoid-epauto-kit-minilm-s0/results.json").stat().st_mtime_ns
     fake.clear()
     failed, said, reports = run(experiment, 3)
-    assert failed == [] and reports == 1 and said[0] == "3 runs, 2 of them done; 2 ranks each"
+    assert failed == [] and reports == 1 and said[0] == "3 runs, 2 of them done; 2 rank(s) each"
     assert said[1].startswith("[3/3] E4-k2-sigmoid-epauto-kit-minilm-s1")
     assert (experiment.runs / "E4-k2-sigmoid-epauto-kit-minilm-s0/results.json").stat().st_mtime_ns == before
     assert list((experiment.output / "failed").iterdir()) == []
