@@ -13,5 +13,7 @@ if [ $# -gt 0 ]; then
     exec python -m pytest -q "$@"
 fi
 # Two at a time where a test is one process; the others start ranks of their own and watch the clock.
-python -m pytest -q -n 2 --dist worksteal tests/unit
-python -m pytest -q tests/multiprocess tests/end_to_end
+failed=0
+python -m pytest -q -n 2 --dist worksteal tests/unit || failed=1
+python -m pytest -q tests/multiprocess tests/end_to_end || failed=1
+exit "$failed"
