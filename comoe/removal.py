@@ -21,18 +21,16 @@ from tqdm import tqdm
 from comoe.config import load_recipe
 from comoe.data.batching import TokenizedSplit, tokenize_split
 from comoe.data.corpus import load_corpus
-from comoe.data.sampling import eval_batches
-from comoe.evaluate import Evaluation, evaluate, mean_metric
+from comoe.evaluate import Evaluation, mean_metric
 from comoe.models.gate import TopKGate, pick_experts
 from comoe.models.moe import CooperativeBlock
 from comoe.predict import Predictor
 from comoe.protocols import Routing
+from comoe.scoring import score_split
 from comoe.starter import home, resolve
 
 NOWHERE = -1e30
 """Logit of an expert that is not there; finite, so that a softmax over it alone is a number."""
-EVAL_BATCH = 64
-"""Posts per forward pass."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +96,10 @@ def measure_removal(
         progress: show a progress bar.
 
     Raises:
-        ValueError: no finished run there, no experts in it, or no labelled post in the split.
+        ValueError: no finished run there, no experts in it, no labelled post in the split, or a limit below 1.
     """
+    if limit is not None and limit < 1:
+        raise ValueError(f"the limit of posts per data set is {limit}; it must be at least 1.")
     predictor, tokens = _load(run_folder, split=split, limit=limit, device=device)
     blocks = predictor.exported.model.moe_layers()
     if not blocks:
@@ -174,16 +174,7 @@ def _scorer(
     tasks = predictor.tasks
 
     def score() -> tuple[float, float]:
-        evaluation = evaluate(
-            predictor.exported.model,
-            tokens,
-            collator=predictor.collator,
-            tasks=tasks,
-            batches=eval_batches(tokens.lengths, batch_size=EVAL_BATCH),
-            gather=lambda answers: [answers],
-            device=predictor.device,
-            predictions=False,
-        )
+        evaluation = score_split(predictor, tokens)
         done(1)
         return mean_metric(evaluation.metrics, tasks), _mean_loss(evaluation, [task.name for task in tasks])
 

@@ -8,14 +8,12 @@ from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
-import torch
-
 from comoe.cluster_model import Cluster
 from comoe.cluster_plan import plan_lines, shape_of_recipe
 from comoe.config import load_recipe
 from comoe.scaling import Experiment, Point, build_grid, plan_points, remember
 from comoe.scaling_plots import write_plots
-from comoe.scaling_runs import failure_file, leave_after, run_points
+from comoe.scaling_runs import chosen_ranks, failure_file, leave_after, run_points
 from comoe.scaling_table import row_of, write_hparams, write_tables
 
 
@@ -68,7 +66,7 @@ def scale(given: argparse.Namespace, *, grid_fields: Sequence[str], train_script
     Raises:
         ValueError: a wrong recipe, list, or output folder; nothing has been run then.
     """
-    ranks = given.ranks or max(1, torch.cuda.device_count())
+    ranks = chosen_ranks(given.ranks)
     overrides = tuple(given.overrides)
     experiment = Experiment(
         given.config.resolve(), given.deepspeed.resolve(), given.output.resolve(), train_script, ranks, overrides

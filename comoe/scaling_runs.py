@@ -63,6 +63,17 @@ def run_points(
     return failed
 
 
+def chosen_ranks(asked: int | None) -> int:
+    """Ranks of each run: as asked for, else one per GPU, else one.
+
+    Raises:
+        ValueError: fewer than one.
+    """
+    if asked is not None and asked < 1:
+        raise ValueError(f"--ranks is {asked}; it must be at least 1.")
+    return asked or max(1, torch.cuda.device_count())
+
+
 def leave_after(work: Callable[[], bool]) -> NoReturn:
     """Do the work of a command that can be typed again, and end the process.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,7 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from comoe.config import nearest, unknown_name
-from comoe.data.batching import tokenize_split
+from comoe.data.batching import TokenizedSplit, tokenize_split
 from comoe.data.posts import PostSplit
 from comoe.data.report import BadRow
 from comoe.data.rows import BadCell, RowReader
@@ -86,20 +86,38 @@ def score_data(
     exported = predictor.exported
     split = tokenize_split(posts, exported.tokenizer, tasks=predictor.tasks, config=exported.data_config)
     with tqdm(total=len(split), unit="post", disable=not progress, dynamic_ncols=True) as bar:
-        evaluation = evaluate(
-            exported.model,
-            split,
-            collator=predictor.collator,
-            tasks=predictor.tasks,
-            batches=eval_batches(split.lengths, batch_size=batch_size),
-            gather=lambda answers: [answers],
-            device=predictor.device,
-            progress=bar.update,
-            predictions=False,
-        )
+        evaluation = score_split(predictor, split, batch_size=batch_size, progress=bar.update)
     if not evaluation.metrics:
         raise ValueError(f"{choice.path}: no post has a label of {', '.join(task.name for task in chosen)}.")
     return Scores(evaluation, chosen, len(split), tuple(bad))
+
+
+def score_split(
+    predictor: Predictor,
+    split: TokenizedSplit,
+    *,
+    batch_size: int = 64,
+    progress: Callable[[int], object] | None = None,
+) -> Evaluation:
+    """Score the model, as it is now, on tokenised posts.
+
+    Args:
+        predictor: the model.
+        split: posts with labels.
+        batch_size: posts per forward pass.
+        progress: called after each batch with its number of posts.
+    """
+    return evaluate(
+        predictor.exported.model,
+        split,
+        collator=predictor.collator,
+        tasks=predictor.tasks,
+        batches=eval_batches(split.lengths, batch_size=batch_size),
+        gather=lambda answers: [answers],
+        device=predictor.device,
+        progress=progress,
+        predictions=False,
+    )
 
 
 def format_scores(scores: Scores) -> str:

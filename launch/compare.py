@@ -29,7 +29,9 @@ def main() -> None:
     parser.add_argument("--against", metavar="ARM", help="arm that the others are held against (the first one)")
     parser.add_argument("--remove-experts", metavar="ARMS", help="measure what each expert of these arms is worth")
     parser.add_argument("--removal-posts", type=int, default=250, metavar="N", help="test posts per set there (250)")
-    parser.add_argument("--resamples", type=int, default=300, metavar="N", help="of the bootstrap (300)")
+    parser.add_argument(
+        "--resamples", type=int, default=300, metavar="N", help="of the bootstrap (300); 0: no differences"
+    )
     parser.add_argument("--keep-checkpoints", action="store_true", help="else a finished run keeps its export only")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="options of the recipe, for all arms")
     given = parser.parse_intermixed_args()

@@ -10,8 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
-import torch
-
 from comoe.comparing.arms import ARMS, Trial, check_earlier, custom_arms, plan_trials
 from comoe.comparing.plots import write_plots
 from comoe.comparing.report import REMOVAL_FILE, Comparison, Result, compare, write_comparison
@@ -19,7 +17,7 @@ from comoe.comparing.tables import markdown_lines
 from comoe.config import unknown_name
 from comoe.removal import measure_removal
 from comoe.scaling import Experiment, remember
-from comoe.scaling_runs import failure_file, is_done, leave_after, run_points
+from comoe.scaling_runs import chosen_ranks, failure_file, is_done, leave_after, run_points
 from comoe.train.records import write_aside
 
 
@@ -36,7 +34,7 @@ def run_comparison(given: argparse.Namespace, *, train_script: Path) -> list[Tri
     """
     experiment = Experiment(
         given.config.resolve(), given.deepspeed.resolve(), given.output.resolve(), train_script,
-        given.ranks or max(1, torch.cuda.device_count()), tuple(given.overrides),
+        chosen_ranks(given.ranks), tuple(given.overrides),
     )  # fmt: skip
     custom = custom_arms(given.arm)
     arms = list(dict.fromkeys([*_words("--arms", given.arms), *custom]))
@@ -45,7 +43,7 @@ def run_comparison(given: argparse.Namespace, *, train_script: Path) -> list[Tri
     if baseline not in arms:
         raise unknown_name("arm of this comparison (--against)", baseline, arms)
     without = _words("--remove-experts", given.remove_experts) if given.remove_experts else []
-    _check_removal(without, trials)
+    _check_removal(without, trials, limit=given.removal_posts)
     remember(experiment, file_name="compare.json")
     for trial in trials:
         check_earlier(experiment, trial)
@@ -81,7 +79,9 @@ def _report(
     return comparison
 
 
-def _check_removal(arms: Sequence[str], trials: Sequence[Trial]) -> None:
+def _check_removal(arms: Sequence[str], trials: Sequence[Trial], *, limit: int) -> None:
+    if limit < 1:
+        raise ValueError(f"--removal-posts is {limit}; it must be at least 1.")
     known = {trial.arm: trial for trial in trials}
     for arm in arms:
         if arm not in known:

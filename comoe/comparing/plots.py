@@ -38,7 +38,7 @@ def write_plots(comparison: Comparison, output: Path) -> None:
     if gated:
         title = f"Gates on the {split} posts, means over layers"
         save_figure(dots_figure(comparison, gated, GATES, values="routing", title=title), output / "plots/gates.png")
-    measured = [arm for arm in gated if any(result.removal for result in comparison.results[arm])]
+    measured = [arm for arm in arms if any(result.removal for result in comparison.results[arm])]
     if measured:
         save_figure(removal_figure(comparison, measured), output / "plots/removal.png")
 
@@ -76,24 +76,27 @@ def removal_figure(comparison: Comparison, arms: Sequence[str]) -> Figure:
     A line is the mean over seeds, the band their range. Experts are ordered in each run by themselves: expert 3 of one
     seed has nothing to do with expert 3 of another.
     """
-    first = next(result.removal for arm in arms for result in comparison.results[arm] if result.removal)
-    figure = Figure(figsize=(2.7 * len(first.layers) + 0.4, 2.9), dpi=110, layout="constrained")
-    axes = figure.subplots(1, len(first.layers), squeeze=False, sharey=True)[0]
-    for arm in arms:
-        rises = [result.removal.loss_rise_LE for result in comparison.results[arm] if result.removal]
-        ordered_NLE = -np.sort(-np.stack(rises), axis=2)
+    removals = {arm: [result.removal for result in comparison.results[arm] if result.removal] for arm in arms}
+    layers = sorted({layer for found in removals.values() for layer in found[0].layers})
+    figure = Figure(figsize=(2.7 * len(layers) + 0.4, 2.9), dpi=110, layout="constrained")
+    axes = dict(zip(layers, figure.subplots(1, len(layers), squeeze=False, sharey=True)[0], strict=True))
+    for arm, found in removals.items():
+        ordered_NLE = -np.sort(-np.stack([removal.loss_rise_LE for removal in found]), axis=2)
         ranks = np.arange(1, ordered_NLE.shape[2] + 1)
-        for panel, runs_NE in zip(axes, ordered_NLE.transpose(1, 0, 2), strict=False):
-            colour = _colour(comparison, arm)
+        colour = _colour(comparison, arm)
+        for layer, runs_NE in zip(found[0].layers, ordered_NLE.transpose(1, 0, 2), strict=True):
+            panel = axes[layer]
             panel.plot(ranks, runs_NE.mean(axis=0), color=colour, marker="o", markersize=3, linewidth=1.4, label=arm)
             panel.fill_between(ranks, runs_NE.min(axis=0), runs_NE.max(axis=0), color=colour, alpha=0.15, linewidth=0)
-    for panel, layer in zip(axes, first.layers, strict=True):
+    shown = {}
+    for layer, panel in axes.items():
         _style(panel)
         panel.set_title(f"layer {layer}", fontsize=9)
         panel.set_xlabel("experts, most needed first", fontsize=8)
-        panel.set_xticks(range(1, first.drop_LE.shape[1] + 1))
-    axes[0].set_ylabel("rise of the loss", fontsize=8)
-    handles, labels = axes[0].get_legend_handles_labels()
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+        shown |= {label: handle for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)}
+    axes[layers[0]].set_ylabel("rise of the loss", fontsize=8)
+    handles, labels = list(shown.values()), list(shown)
     figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 5), fontsize=7, frameon=False)
     title = "Rise of the loss without one expert: mean and range of the seeds; below 0 it did harm"
     figure.suptitle(title, fontsize=10)

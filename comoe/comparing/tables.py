@@ -27,7 +27,7 @@ def markdown_lines(comparison: Comparison) -> list[str]:
          *(_cell(comparison.interval(arm, "quality", name), ends=False) for name in tasks)]
         for arm in arms
     ])  # fmt: skip
-    gated = [arm for arm in arms if comparison.results[arm][0].routing]
+    gated = [arm for arm in arms if any(result.routing or result.removal for result in comparison.results[arm])]
     if gated:
         lines += ["", "## Gates", ""]
         lines += _table(["arm", *ROUTING, *_REMOVAL], [

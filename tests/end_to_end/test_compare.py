@@ -59,6 +59,8 @@ def test_a_wrong_comparison_is_refused_before_anything_runs(terminal: Terminal, 
         (("--against", "sofmax"), "did you mean softmax"),
         (("--remove-experts", "paper"), "paper is not"),
         (("run.name=x",), "--seeds and --output set it"),
+        (("--ranks", "0"), "--ranks is 0; it must be at least 1"),
+        (("--removal-posts", "0"), "--removal-posts is 0; it must be at least 1"),
     ):
         done = terminal.run(*words(output, "dense,softmax", *more))
         assert done.code == 2 and message in done.err, done.said

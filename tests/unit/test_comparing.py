@@ -12,7 +12,7 @@ import pytest
 from comoe.cluster_plan import shape_of_recipe
 from comoe.comparing.arms import ARMS, check_earlier, custom_arms, plan_trials
 from comoe.comparing.intervals import Answers, paired_difference, read_answers, resampled, seed_interval
-from comoe.comparing.plots import write_plots
+from comoe.comparing.plots import removal_figure, write_plots
 from comoe.comparing.report import REMOVAL_FILE, compare, write_comparison
 from comoe.comparing.tables import markdown_lines
 from comoe.config import load_recipe, save_recipe
@@ -227,3 +227,19 @@ def test_the_report_says_what_the_run_folders_say(experiment: Experiment, tmp_pa
     write_plots(comparison, tmp_path)
     for name in ("quality.png", "gates.png", "removal.png"):
         assert (tmp_path / "plots" / name).stat().st_size > 4000
+
+
+def test_removal_is_drawn_for_every_arm_that_has_it_in_the_panel_of_its_own_layer(
+    experiment: Experiment, tmp_path: Path
+):
+    trials = plan_trials(experiment, arms=["dense", "sigmoid"], custom={}, seeds=[0])
+    for trial in trials:
+        write_run(tmp_path / trial.name, right=[True] * 40, experts=trial.arm == "sigmoid", removal=True)
+    file = tmp_path / "dense-s0" / REMOVAL_FILE
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"layers": [3], "drop": [[0.4]], "loss_rise": [[0.5]]}))
+    comparison = compare(trials, tmp_path, baseline="dense", resamples=0, problems={})
+    panels = removal_figure(comparison, ["dense", "sigmoid"]).axes
+    assert [panel.get_title() for panel in panels] == ["layer 1", "layer 3"]
+    drawn = [{line.get_label(): list(line.get_ydata()) for line in panel.lines} for panel in panels]
+    assert drawn == [{"sigmoid": [0.2, 0.0]}, {"dense": [0.5]}]
+    assert "| dense |  |  |  |  |  |  |  | 0.400 | 0.400 | 0.500 | 0.500 |" in "\n".join(markdown_lines(comparison))
