@@ -41,6 +41,14 @@ class Batch:
     """W * accumulation steps / units of the task in the whole optimizer step, 0 for an absent task; and behind the T
     tasks the same of the real tokens: (T + 1,). Set by the trainer, None outside training."""
 
+    pixels_I3HW: Tensor | None = None
+    """Prepared pictures, float32, of the rows that have one; at least one (blank, of row -1) where the run reads
+    pictures, so that every rank runs its tower. None where the run reads none."""
+    image_rows_I: Tensor | None = None
+    """Row of each picture, int64, ascending; -1 for the blank one."""
+    step: int = -1
+    """Optimizer step, from 0; set by the trainer, -1 outside training."""
+
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
         moved = {}
@@ -96,6 +104,23 @@ class ModelOutput:
     """One per layer with experts, in layer order."""
     token_rows_S: Tensor
     """Row of each real token, int64, the order of ``Routing``."""
+    views: Mapping[str, Tensor] = field(default_factory=dict)
+    """Task -> projections (B, P) as in ``embeddings``, under another draw of dropout; for tasks whose positives are two
+    views of one post. Only in training."""
+    image_text: ImageText | None = None
+    """Both sides of the posts with pictures; None where the run reads none."""
+
+
+@dataclass(frozen=True)  # no slots: ZeRO-3 looks into a module's answer with vars()
+class ImageText:
+    """The two sides of the posts with pictures, as the image-text losses and retrieval read them."""
+
+    rows_I: Tensor
+    """Row of each picture, int64; -1 is a blank one that no loss counts."""
+    text_embeddings_IP: Tensor | None
+    """Unit-length projections of the texts alone, float32; None where one stream reads both sides."""
+    image_embeddings_IP: Tensor | None
+    """The same of the pictures."""
 
 
 @dataclass(frozen=True)  # no slots: ZeRO-3 looks into a module's answer with vars()

@@ -88,6 +88,13 @@ def _validate_together(recipe: Recipe, origins: Mapping[str, str]) -> None:
         sizes = [size for size in range(1, moe.num_experts + 1) if moe.num_experts % size == 0]
         rule = f"must divide model.moe.num_experts ({moe.num_experts}); set it to auto or one of {sizes}."
         refuse("parallel.ep_size", f"({recipe.parallel.ep_size}) {rule}")
+    image_text = recipe.loss.image_text
+    if image_text.itc_weight + image_text.itm_weight >= 1:
+        share = f"{image_text.itc_weight} + loss.image_text.itm_weight {image_text.itm_weight}"
+        refuse("loss.image_text.itc_weight", f"{share} leaves nothing of 1 to the tasks; lower one of them.")
+    if recipe.loss.contrastive.chunk_size is not None and recipe.train.micro_batch_size != "auto":
+        size = recipe.train.micro_batch_size
+        refuse("train.micro_batch_size", f"is {size}, but loss.contrastive.chunk_size already sets it; make it auto.")
     metric = recipe.train.early_stop_metric
     task, slash, _ = metric.partition("/")
     if metric != "mean" and not slash:
@@ -182,6 +189,10 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "data.limit_eval": _COUNT,
     "data.validation_fraction": _SHARE,
     "data.on_error": _choice("stop", "skip"),
+    "data.posts_per_label": _COUNT_FROM_0,
+    "data.max_image_pixels": _COUNT,
+    "data.max_image_bytes": _COUNT,
+    "data.on_bad_image": _choice("skip", "text"),
     "data.max_characters": _COUNT,
     "data.mixing_temperature": _POSITIVE,
     "data.normalize.preset": _choice("none", "social", "strict"),
@@ -192,9 +203,21 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "tasks.*.weight": _NOT_NEGATIVE,
     "tasks.*.class_weights": (_class_weights, "none, balanced, or a list with one number above 0 per label"),
     "tasks.*.label_smoothing": _SHARE,
+    "tasks.*.contrastive": (lambda value: value in (True, False, "auto"), "true, false, or auto"),
+    "tasks.*.contrastive_weight": _NOT_NEGATIVE,
+    "tasks.*.contrastive_temperature": _POSITIVE,
+    "tasks.*.contrastive_width": _number(0, open_low=True, word="auto"),
     "tasks.*.labels": (lambda value: len(set(value)) == len(value), "a list of different names"),
     "loss.contrastive.weight": _NOT_NEGATIVE,
     "loss.contrastive.temperature": _POSITIVE,
+    "loss.contrastive.over": _choice("global", "local"),
+    "loss.contrastive.queue_size": _COUNT_FROM_0,
+    "loss.contrastive.queue_warmup": _COUNT_FROM_0,
+    "loss.contrastive.chunk_size": _COUNT,
+    "loss.image_text.itc_weight": _SHARE,
+    "loss.image_text.itm_weight": _SHARE,
+    "loss.image_text.temperature": _POSITIVE,
+    "loss.image_text.negatives": _choice("hard", "random"),
     "loss.balance_weight": _NOT_NEGATIVE,
     "loss.z_weight": _NOT_NEGATIVE,
     "loss.task_separation_weight": _NOT_NEGATIVE,

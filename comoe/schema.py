@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from comoe.schema_loss import ContrastiveConfig, ImageTextConfig, LossConfig
+from comoe.schema_model import ModelConfig, MoeConfig, VisionConfig
+
 
 @dataclass(slots=True)
 class RunConfig:
@@ -23,60 +26,6 @@ class RunConfig:
     """Let DeepSpeed and the libraries log as they like; otherwise only warnings are shown."""
     histograms: bool = True
     """Write histograms of the gate's scores to TensorBoard at each evaluation."""
-
-
-@dataclass(slots=True)
-class MoeConfig:
-    """The cooperative block: experts beside the feed-forward of chosen encoder layers."""
-
-    num_experts: int = 8
-    """Experts per layer; 0 leaves the encoder without experts."""
-    top_k: int = 2
-    """Experts per token, 1 to ``num_experts``."""
-    gate: str = "sigmoid"
-    """Key of ``comoe.models.gate.GATES``: sigmoid (experts cooperate), softmax (they compete; the ablation), or uniform
-    (all experts in turn, whatever the token: only for measuring speed)."""
-    route_by: str = "token"
-    """What the gate sees: token, task, or both. With task and both a post becomes one row per labelled task."""
-    layers: str | list[int] = "alternate"
-    """Encoder layers that get experts: all, alternate (every second, the last one included), last_half, or a list of
-    layer numbers from 0."""
-    expert_width: int | str = "auto"
-    """Hidden width F of one expert; auto is a quarter of the encoder's width, at least 16."""
-    shared_width: int = 0
-    """Hidden width of a shared expert that every token visits; 0 is none."""
-    output_init: float = 0.0
-    """Standard deviation of the experts' output projection at the start; 0 starts as the pre-trained encoder."""
-    temperature: float = 1.0
-    """Divides the gate's logits; anything but 1 is warned about (arXiv:2602.01466)."""
-    cooperation_threshold: float = 0.0
-    """Picked experts whose score is below this add nothing (never the best one); 0 is off."""
-    task_embedding_width: int = 64
-    """Width of the task embedding that ``route_by: task | both`` reads."""
-    balance: str = "bias"
-    """none, or bias: after each step the bias of a busy expert falls and an idle one's rises (arXiv:2408.15664). Can be
-    combined with ``loss.balance_weight``, ``loss.z_weight`` and ``loss.task_separation_weight``."""
-    balance_rate: float = 0.001
-    """Step u of the balance bias."""
-
-
-@dataclass(slots=True)
-class ModelConfig:
-    """Encoder, experts and heads."""
-
-    encoder: str = "kit:minilm"
-    """Folder, hub name, ``kit:minilm`` (the starter kit) or ``smoke:encoder`` (tiny, random)."""
-    trust_remote_code: bool = False
-    """Let the encoder's repository run its own Python code."""
-    dropout: float | None = None
-    """Sets every dropout of encoder, experts and heads; null keeps the encoder's own and 0.1 in the heads."""
-    train_layers: int | str = "all"
-    """What of the pre-trained encoder is trained: all, none, or the number of last layers, the embeddings then frozen.
-    Experts and heads always train."""
-    projection_width: int = 128
-    """Width P of the embeddings that the contrastive loss compares."""
-    moe: MoeConfig = field(default_factory=MoeConfig)
-    """The experts."""
 
 
 @dataclass(slots=True)
@@ -127,6 +76,18 @@ class DataConfig:
     """Key of ``comoe.data.sampling.MIXINGS``: proportional, uniform, or temperature."""
     mixing_temperature: float = 2.0
     """Rates are proportional to size ** (1 / temperature) under ``mixing: temperature``."""
+    posts_per_label: int = 0
+    """Each batch holds at least this many posts of every label of the contrastive tasks, where the data have them;
+    labels take turns where the batch has no room. 0 leaves it to chance; 2 gives every label a positive pair."""
+    image_root: str | None = None
+    """Folder that the paths of pictures start from; null is the folder of the file that names them."""
+    max_image_pixels: int = 50_000_000
+    """A picture with more pixels than this is bad: decoded it could fill the memory."""
+    max_image_bytes: int = 20_000_000
+    """A picture file larger than this is bad."""
+    on_bad_image: str = "skip"
+    """What becomes of a post whose picture is broken, missing, huge or no picture: skip sets the post aside, text
+    keeps it without picture; both are counted and named."""
     cache: bool = True
     """Keep tokenised posts on disk and use them again."""
     normalize: NormalizeConfig = field(default_factory=NormalizeConfig)
@@ -151,6 +112,8 @@ class TaskConfig:
     """Column with the post; for tags a list of words."""
     pair: str | None = None
     """Column with a second text (stance target, aspect)."""
+    image: str | None = None
+    """Column with the picture: a path, or the bytes of the file; an empty cell is a post without picture."""
     label: str = "label"
     """Column with the label; empty cells are posts without this label."""
     confidence: str | None = None
@@ -165,35 +128,16 @@ class TaskConfig:
     """none, balanced (inverse frequency), or one number per label."""
     label_smoothing: float = 0.0
     """Share of the target spread evenly over all labels."""
-    contrastive: bool = True
-    """Take part in the contrastive loss (single-label tasks)."""
-
-
-@dataclass(slots=True)
-class ContrastiveConfig:
-    """Task-adaptive contrastive loss over the embeddings of all ranks."""
-
-    weight: float = 0.1
-    """Weight of the term; 0 switches it off."""
-    temperature: float = 0.1
-    """Divides the cosine similarities."""
-
-
-@dataclass(slots=True)
-class LossConfig:
-    """The terms of the objective; a weight of 0 switches a term off."""
-
-    weighting: str = "equal"
-    """Key of ``comoe.weighting.WEIGHTINGS``: equal or static."""
-    contrastive: ContrastiveConfig = field(default_factory=ContrastiveConfig)
-    """Contrastive term."""
-    balance_weight: float = 0.0
-    """Weight of the load-balance loss of the gates."""
-    z_weight: float = 0.0
-    """Weight of the z-loss of the gates."""
-    task_separation_weight: float = 0.0
-    """Weight of the mean cosine between the tasks' mean gate vectors; pulls tasks to different experts
-    (arXiv:2605.20916, 0.4 there)."""
+    contrastive: bool | str = "auto"
+    """Take part in the contrastive loss; auto is yes, but no for tags, whose positives (two dropout draws of one post)
+    cost a second forward pass."""
+    contrastive_weight: float = 1.0
+    """Weight of this task inside the contrastive term."""
+    contrastive_temperature: float | None = None
+    """Temperature of this task; null is ``loss.contrastive.temperature``."""
+    contrastive_width: float | str = "auto"
+    """Regression: positives weigh exp(-|difference of labels| / width); auto is the standard deviation of the training
+    labels."""
 
 
 @dataclass(slots=True)
@@ -269,3 +213,20 @@ class Recipe:
     """Objective."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """Optimization."""
+
+
+__all__ = [
+    "ContrastiveConfig",
+    "DataConfig",
+    "ImageTextConfig",
+    "LossConfig",
+    "ModelConfig",
+    "MoeConfig",
+    "NormalizeConfig",
+    "ParallelConfig",
+    "Recipe",
+    "RunConfig",
+    "TaskConfig",
+    "TrainConfig",
+    "VisionConfig",
+]

@@ -18,7 +18,8 @@ PACKAGE = [file for file in FILES if file.startswith("comoe/")]
 MAX_LINES, MAX_LAUNCH_LINES, MAX_FUNCTION_LINES = 300, 60, 60
 
 LAYERS = {
-    "comoe/schema": 0, "comoe/rules": 0, "comoe/config": 0, "comoe/protocols": 0, "comoe/distributed": 0,
+    "comoe/schema": 0, "comoe/schema_model": 0, "comoe/schema_loss": 0,
+    "comoe/rules": 0, "comoe/config": 0, "comoe/protocols": 0, "comoe/distributed": 0,
     "comoe/tasks": 1,
     "comoe/data": 2, "comoe/models": 2, "comoe/losses": 2, "comoe/weighting": 2,
     "comoe/objective": 3, "comoe/evaluate": 3,
@@ -48,7 +49,7 @@ HOMES = {
 }  # fmt: skip
 """Third-party library -> beginnings of the paths that may import it; libraries without a line may appear anywhere."""
 
-TABLES = ("KINDS", "GATES", "LOSSES", "WEIGHTINGS", "MIXINGS", "METRICS")
+TABLES = ("KINDS", "FUSIONS", "GATES", "LOSSES", "WEIGHTINGS", "MIXINGS", "METRICS")
 """Tables whose keys no file may branch on."""
 
 
@@ -193,8 +194,9 @@ def test_everything_public_has_a_docstring(file: str):
     assert list(undocumented(tree.body, bases=[])) == []
 
 
-@pytest.mark.parametrize("file", ["comoe/schema.py", "comoe/protocols.py"])
+@pytest.mark.parametrize("file", ["schema", "schema_model", "schema_loss", "protocols"])
 def test_every_field_of_a_contract_says_what_it_means(file: str):
+    file = f"comoe/{file}.py"
     for node in tree_of(file).body:
         if not isinstance(node, ast.ClassDef):
             continue

@@ -1,0 +1,61 @@
+"""Options of the recipe below ``loss``: contrastive, image-text and gate terms."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(slots=True)
+class ContrastiveConfig:
+    """Task-adaptive contrastive loss over the embeddings of all ranks."""
+
+    weight: float = 0.1
+    """Weight of the term; 0 switches it off."""
+    temperature: float = 0.1
+    """Divides the cosine similarities."""
+    learn_temperature: bool = False
+    """Let each task's temperature be learned from there, never below 0.01."""
+    over: str = "global"
+    """global compares the posts of all ranks, local only those of one rank (the ablation)."""
+    queue_size: int = 0
+    """Past embeddings per task that anchors are compared with too (XBM), for rare labels; 0 is none."""
+    queue_warmup: int = 0
+    """Optimizer steps before the queue is read: at first embeddings drift too fast to be kept."""
+    chunk_size: int | None = None
+    """GradCache: the contrastive set is the whole optimizer step over all ranks, whatever fits in memory. Every forward
+    pass takes this many posts (``train.micro_batch_size`` must then be auto) and is run twice. null compares the posts
+    of one forward pass over all ranks."""
+
+
+@dataclass(slots=True)
+class ImageTextConfig:
+    """Losses between the two sides of posts with pictures: (1 - itc - itm) tasks + itc ITC + itm ITM; off without
+    pictures (arXiv:2309.07794)."""
+
+    itc_weight: float = 0.1
+    """Image-text contrast: a picture and its own text among all of the global batch; 0 switches it off."""
+    itm_weight: float = 0.1
+    """Image-text matching: is this the picture's own text; 0 switches it off."""
+    temperature: float = 0.07
+    """Where the learned temperature of the contrast starts."""
+    negatives: str = "hard"
+    """Which other post's text replaces the own one in half of the pairs: hard (drawn by similarity) or random."""
+
+
+@dataclass(slots=True)
+class LossConfig:
+    """The terms of the objective; a weight of 0 switches a term off."""
+
+    weighting: str = "equal"
+    """Key of ``comoe.weighting.WEIGHTINGS``: equal or static."""
+    contrastive: ContrastiveConfig = field(default_factory=ContrastiveConfig)
+    """Contrastive term."""
+    image_text: ImageTextConfig = field(default_factory=ImageTextConfig)
+    """Terms between picture and text."""
+    balance_weight: float = 0.0
+    """Weight of the load-balance loss of the gates."""
+    z_weight: float = 0.0
+    """Weight of the z-loss of the gates."""
+    task_separation_weight: float = 0.0
+    """Weight of the mean cosine between the tasks' mean gate vectors; pulls tasks to different experts
+    (arXiv:2605.20916, 0.4 there)."""
