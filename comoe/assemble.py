@@ -192,6 +192,8 @@ def _build_trainer(
         mixing=recipe.data.mixing,
         temperature=recipe.data.mixing_temperature,
         seed=recipe.train.seed,
+        label_members=_label_members(train, tasks) if recipe.data.posts_per_label else (),
+        posts_per_label=recipe.data.posts_per_label,
     )
     collator = Collator(tokenizer, tasks, route_by=recipe.model.moe.route_by)
     return Trainer(
@@ -208,6 +210,17 @@ def _build_trainer(
         state=state,
         schedule=plan_schedule(recipe, sampler),
     )
+
+
+def _label_members(split: TokenizedSplit, tasks: Sequence[Task]) -> list[np.ndarray]:
+    """Posts of each label of each contrastive task."""
+    found: dict[tuple[str, int], list[int]] = {}
+    for task in tasks:
+        if task.contrastive:
+            for post, value in enumerate(split.posts.labels[task.name]):
+                for label in () if value is None else task.rules.label_ids(value):
+                    found.setdefault((task.name, label), []).append(post)
+    return [np.array(found[key]) for key in sorted(found)]
 
 
 def _tokenize(corpus: Corpus, tokenizer: Any, recipe: Recipe) -> dict[str, TokenizedSplit]:

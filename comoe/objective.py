@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from comoe.distributed import gather_rows, sum_over_ranks, sum_with_gradient, world_size
+from comoe.gradcache import Cached, Passes, cache_gradients, replayed
 from comoe.losses.contrastive import ContrastiveLoss
 from comoe.losses.routing import BalanceLoss, TaskSeparationLoss, ZLoss
 from comoe.models.gate import build_gate
 from comoe.models.multitask import MultiTaskModel, build_model
-from comoe.protocols import Batch, Loss, ModelOutput, StepOutput
+from comoe.protocols import Batch, Loss, ModelOutput, StepOutput, labelled_rows
 from comoe.schema import LossConfig, MoeConfig, Recipe
 from comoe.tasks.catalog import Task
 from comoe.weighting import build_weighting
@@ -27,6 +28,8 @@ class Term:
     """Factor in the total."""
     loss: Loss
     """The term."""
+    over_embeddings: bool = False
+    """True for the contrastive term: GradCache takes it over the whole optimizer step."""
 
 
 class Objective(nn.Module):
@@ -51,37 +54,80 @@ class Objective(nn.Module):
         self.config = model.config
         self.tasks = tuple(tasks)
         self.weighting = build_weighting(loss.weighting, self.tasks)
-        built = {name: build(loss, moe, self.tasks) for name, build in LOSSES.items()}
+        built = {name: build(loss, moe, model) for name, build in LOSSES.items()}
         self.terms = {name: term for name, term in built.items() if term is not None}
+        # Temperatures to learn and queues to save.
+        self.losses = nn.ModuleDict({n: t.loss for n, t in self.terms.items() if isinstance(t.loss, nn.Module)})
+        self._contrast = next((term.loss for term in self.terms.values() if term.over_embeddings), None)
+        contrasted = [] if self._contrast is None else [task for task in self.tasks if task.contrastive]
+        self.viewed = [task.name for task in contrasted if task.rules.views]
+
+    @property
+    def caches(self) -> bool:
+        """True where there is a term that ``contrast`` can take over a whole step."""
+        return self._contrast is not None
 
     def begin_step(self) -> None:
         """Tell the terms that a new optimizer step begins; call it before the first micro-step."""
         for term in self.terms.values():
             term.loss.begin_step()
 
-    def forward(self, batch: Batch, evaluate: bool = False) -> StepOutput | ModelOutput:
+    def forward(
+        self, batch: Batch, evaluate: bool = False, embed: bool = False, cached: Cached | None = None
+    ) -> StepOutput | ModelOutput | Passes:
         """Run one micro-batch.
 
         Args:
             batch: with ``unit_scale_T`` and the labels of every task, unless ``evaluate``.
             evaluate: return the model's answer alone; no loss, no collective of ours.
+            embed: the first pass of ``comoe.gradcache``: return the answers of the forward passes alone.
+            cached: what ``contrast`` made of this micro-batch; the second pass repeats the routing of the first.
         """
-        output = self.model(batch)
         if evaluate:
-            return output
+            return self.model(batch)
+        passes = self._passes(batch, cached.picks if cached is not None else ((), ()))
+        if embed:
+            return passes
+        output = passes[0]
         losses_T = self.task_losses(output, batch)
         total, weights_T = self.weighting.combine(losses_T)
         names = [task.name for task in self.tasks]
         terms = {f"task/{name}": value for name, value in zip(names, losses_T.detach(), strict=True)}
         terms |= {f"weight/{name}": value for name, value in zip(names, weights_T.detach(), strict=True)}
         for term in self.terms.values():
-            value, logged = term.loss(output, batch)
+            if cached is not None and term.over_embeddings:
+                value, logged = replayed(cached, output, term.loss.scales()), cached.terms
+            else:
+                value, logged = term.loss(output, batch)
             total = total + term.weight * value
             terms |= logged
-        # The projection must get a gradient on every rank also where no term reads it, or ZeRO's buckets differ.
-        for embeddings_BP in output.embeddings.values():
+        # The projection must get a gradient on every rank also where no term reads it, or ZeRO's buckets differ; and
+        # every forward pass must be run backward on every rank: its experts may be on another.
+        for embeddings_BP in [*output.embeddings.values(), *output.views.values()]:
             total = total + 0.0 * embeddings_BP.sum()
         return StepOutput(total, terms, output)
+
+    def contrast(self, batches: Sequence[Batch], passes: Sequence[Passes]) -> list[Cached]:
+        """The contrastive term over all micro-batches of a step, on all ranks, for their second passes."""
+        assert self._contrast is not None, "loss.contrastive.chunk_size needs a contrastive term"
+        return cache_gradients(self._contrast, self._contrast.scales(), batches, passes)
+
+    def _passes(self, batch: Batch, picks: Sequence[Sequence[Tensor]]) -> Passes:
+        """The model's answer, with the second views of the tasks that want them; and their own forward pass."""
+        output = self.model(batch, picks[0])
+        if not self.viewed:
+            return (output,)
+        rows_R = labelled_rows(batch, self.viewed).any(dim=1).nonzero().squeeze(1)
+        # Every rank runs this pass too: one without such rows runs its first one, times zero.
+        scale = float(len(rows_R) > 0)
+        again = batch.take(rows_R) if len(rows_R) else batch.take(rows_R.new_zeros(1))
+        second = self.model(again if scale else replace(again, row_ids_B=again.row_ids_B.new_full((1,), -1)), picks[1])
+        rows_R = rows_R if scale else rows_R.new_zeros(1)
+        views = {
+            name: torch.zeros_like(output.embeddings[name]).index_copy(0, rows_R, scale * second.embeddings[name])
+            for name in self.viewed
+        }
+        return replace(output, views=views), second
 
     def task_losses(self, output: ModelOutput, batch: Batch) -> Tensor:
         """This micro-batch's share of each task's mean loss, (T,), float32; 0 with a gradient for an absent task."""
@@ -110,8 +156,8 @@ def unit_scale(units_T: Tensor, *, world_size: int, accumulation: int) -> Tensor
     return torch.where(units_T > 0, scale_T, torch.zeros_like(scale_T)).float()
 
 
-def _contrastive(loss: LossConfig, moe: MoeConfig, tasks: Sequence[Task]) -> Term | None:
-    taking_part = [task for task in tasks if task.contrastive]
+def _contrastive(loss: LossConfig, moe: MoeConfig, model: MultiTaskModel) -> Term | None:
+    taking_part = [task for task in model.tasks if task.contrastive]
     if not loss.contrastive.weight or not taking_part:
         return None
     term = ContrastiveLoss(
@@ -120,7 +166,7 @@ def _contrastive(loss: LossConfig, moe: MoeConfig, tasks: Sequence[Task]) -> Ter
     return Term(loss.contrastive.weight, term)
 
 
-def _balance(loss: LossConfig, moe: MoeConfig, tasks: Sequence[Task]) -> Term | None:
+def _balance(loss: LossConfig, moe: MoeConfig, model: MultiTaskModel) -> Term | None:
     if not loss.balance_weight or not moe.num_experts:
         return None
     if moe.top_k == moe.num_experts:
@@ -131,17 +177,17 @@ def _balance(loss: LossConfig, moe: MoeConfig, tasks: Sequence[Task]) -> Term | 
     return Term(loss.balance_weight, BalanceLoss(sum_over_ranks=sum_over_ranks))
 
 
-def _z(loss: LossConfig, moe: MoeConfig, tasks: Sequence[Task]) -> Term | None:
+def _z(loss: LossConfig, moe: MoeConfig, model: MultiTaskModel) -> Term | None:
     if not loss.z_weight or not moe.num_experts:
         return None
     return Term(loss.z_weight, ZLoss(build_gate(moe).z_penalty))
 
 
-def _task_separation(loss: LossConfig, moe: MoeConfig, tasks: Sequence[Task]) -> Term | None:
+def _task_separation(loss: LossConfig, moe: MoeConfig, model: MultiTaskModel) -> Term | None:
     # One expert, or one task: there is nothing to separate.
-    if not loss.task_separation_weight or moe.num_experts < 2 or len(tasks) < 2:
+    if not loss.task_separation_weight or moe.num_experts < 2 or len(model.tasks) < 2:
         return None
-    term = TaskSeparationLoss([task.name for task in tasks], sum_with_gradient=sum_with_gradient)
+    term = TaskSeparationLoss([task.name for task in model.tasks], sum_with_gradient=sum_with_gradient)
     return Term(loss.task_separation_weight, term)
 
 
@@ -151,10 +197,10 @@ def build_objective(recipe: Recipe, tasks: Sequence[Task]) -> Objective:
     return Objective(model, tasks, recipe.loss, recipe.model.moe)
 
 
-LOSSES: dict[str, Callable[[LossConfig, MoeConfig, Sequence[Task]], Term | None]] = {
+LOSSES: dict[str, Callable[[LossConfig, MoeConfig, MultiTaskModel], Term | None]] = {
     "contrastive": _contrastive,
     "balance": _balance,
     "z": _z,
     "task_separation": _task_separation,
 }
-"""Auxiliary term -> (loss options, expert options, tasks) -> term, None where it is switched off."""
+"""Auxiliary term -> (loss options, expert options, model) -> term, None where it is switched off."""

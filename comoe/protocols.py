@@ -60,6 +60,22 @@ class Batch:
                 moved[item.name] = {key: tensor.to(device, non_blocking=True) for key, tensor in value.items()}
         return replace(self, **moved)
 
+    def take(self, rows_R: Tensor) -> Batch:
+        """The batch of some rows, int64, padding kept; a blank picture where none of them has one."""
+        kept = {
+            item.name: value[rows_R]
+            for item in fields(self)
+            if item.name.endswith(("_B", "_BL")) and isinstance(value := getattr(self, item.name), Tensor)
+        }
+        labels = {task: targets[rows_R] for task, targets in self.labels.items()}
+        if self.pixels_I3HW is None or self.image_rows_I is None:
+            return replace(self, **kept, labels=labels)
+        is_row_IR = self.image_rows_I[:, None] == rows_R
+        chosen_I, places_I = is_row_IR.nonzero(as_tuple=True)
+        if len(chosen_I) == 0:
+            chosen_I, places_I = chosen_I.new_zeros(1), places_I.new_full((1,), -1)
+        return replace(self, **kept, labels=labels, pixels_I3HW=self.pixels_I3HW[chosen_I], image_rows_I=places_I)
+
 
 def labelled_rows(batch: Batch, tasks: Sequence[str]) -> Tensor:
     """Which rows have a label of which task: bool (B, T), on the batch's device.

@@ -5,10 +5,11 @@ Everything here is a pure function of the seed and the step, so a resumed run ne
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from comoe.data.label_pairs import LabelQuota, cut_in_parts
 from comoe.rules import unknown_name
 
 POOL_BATCHES = 50
@@ -24,7 +25,8 @@ class TrainSampler:
 
     An epoch has as many draws as there are posts. Each data set is a stream of fresh shuffles, and its draws are spread
     evenly over the epoch; under ``proportional`` mixing every post comes exactly once per epoch. Batches of an epoch
-    differ by at most one post in size and hold at most ``batch_size``.
+    differ by at most one post in size and hold at most ``batch_size``. With ``posts_per_label`` posts of rare labels
+    take the place of others (``comoe.data.label_pairs``).
 
     Args:
         lengths: tokens per post, int, shape (N,).
@@ -35,6 +37,8 @@ class TrainSampler:
         mixing: key of ``MIXINGS``.
         temperature: exponent of ``mixing: temperature``, at least 1.
         seed: any non-negative int.
+        label_members: posts of each label of each contrastive task, int arrays; read where ``posts_per_label`` is set.
+        posts_per_label: fewest posts of a label in each batch, where the data and the batch allow it.
 
     Raises:
         ValueError: no posts, a size below 1, an unknown mixing, a temperature below 1.
@@ -51,6 +55,8 @@ class TrainSampler:
         mixing: str = "proportional",
         temperature: float = 2.0,
         seed: int = 0,
+        label_members: Sequence[np.ndarray] = (),
+        posts_per_label: int = 0,
     ) -> None:
         if len(lengths) == 0:
             raise ValueError("There are no training posts to draw from.")
@@ -69,23 +75,32 @@ class TrainSampler:
         self.rates_G = MIXINGS[mixing](sizes_G, temperature)
         self._draws_G = draws_per_epoch(self.rates_G, total=len(lengths))
         self._epoch: tuple[int, list[np.ndarray]] | None = None
+        self._quota = LabelQuota(label_members, posts_per_label, total=len(lengths), seed=seed)
 
     def global_batch(self, step: int) -> np.ndarray:
         """Posts of optimizer step ``step`` (from 0) on all ranks together: int64 indices, sorted by length."""
-        epoch, position = divmod(step, self.steps_per_epoch)
-        if self._epoch is None or self._epoch[0] != epoch:
-            self._epoch = (epoch, self._batches(epoch))
-        batch = self._epoch[1][position]
-        return batch[np.lexsort((batch, self._lengths[batch]))]
+        return self._by_length(self._drawn(step)[0])
 
     def share(self, step: int, rank: int) -> list[np.ndarray]:
         """What one rank runs in one step: ``accumulation`` index arrays, uneven or empty where posts run short.
 
-        The micro-steps are the same posts for any number of ranks with the same ``accumulation``. Within one, sorted
-        posts are dealt to the ranks back and forth, so that the ranks get the same number of tokens.
+        The micro-steps are the same posts for any number of ranks with the same ``accumulation``; posts that are there
+        for one label are in one micro-step. Within one, sorted posts are dealt to the ranks back and forth, so that the
+        ranks get the same number of tokens.
         """
-        micro_steps = np.array_split(self.global_batch(step), self.accumulation)
-        return [micro[_deal(len(micro), self.world_size) == rank] for micro in micro_steps]
+        batch, together = self._drawn(step)
+        micro_steps = cut_in_parts(self._by_length(batch), together, parts=self.accumulation)
+        return [micro[_deal(len(micro), self.world_size) == rank] for micro in map(self._by_length, micro_steps)]
+
+    def _drawn(self, step: int) -> tuple[np.ndarray, list[np.ndarray]]:
+        """The posts of one step, and those of them that fill one label's quota together."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        if self._epoch is None or self._epoch[0] != epoch:
+            self._epoch = (epoch, self._batches(epoch))
+        return self._quota.fill(self._epoch[1][position], step)
+
+    def _by_length(self, posts: np.ndarray) -> np.ndarray:
+        return posts[np.lexsort((posts, self._lengths[posts]))]
 
     def _batches(self, epoch: int) -> list[np.ndarray]:
         """All batches of one epoch, in order: one O(N log N) shuffle."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -130,6 +131,8 @@ class RoutingContext:
     """Embedding of each row's task, where the gate reads tasks."""
     routings: dict[int, Routing] = field(default_factory=dict)
     """Encoder layer -> what its gate decided, filled during the encode."""
+    picks: Mapping[int, Tensor] = field(default_factory=dict)
+    """Encoder layer -> experts that an earlier pass over the same tokens picked (S, k): this one routes alike."""
 
 
 def without_tokens(routing: Routing) -> Routing:
@@ -202,7 +205,8 @@ class CooperativeBlock(nn.Module):
         # A routing that is there already means that this layer is being recomputed for its backward pass: it must
         # route as it did before, and not count its tokens a second time.
         earlier = context.routings.get(self.layer)
-        self.mixture.router.prepare(task_logits_SE, None if earlier is None else earlier.indices_Sk)
+        picks_Sk = context.picks.get(self.layer) if earlier is None else earlier.indices_Sk
+        self.mixture.router.prepare(task_logits_SE, picks_Sk)
         update_SM = self.mixture(x_SM.unsqueeze(0)).squeeze(0)
         routing = self.mixture.router.collect()
         if earlier is None:

@@ -71,11 +71,18 @@ class MultiTaskModel(nn.Module):
         self.projection = nn.Linear(width, config.projection_width, bias=False)
         nn.init.normal_(self.projection.weight, std=0.02)
 
-    def forward(self, batch: Batch) -> ModelOutput:
-        """Answer every task on every row."""
+    def forward(self, batch: Batch, picks: Sequence[Tensor] = ()) -> ModelOutput:
+        """Answer every task on every row.
+
+        Args:
+            batch: the rows.
+            picks: per layer with experts, the experts (S, k) that an earlier pass over the same batch picked; this one
+                routes every token as that one did.
+        """
         # One device-to-host wait per forward: the number of real tokens decides shapes.
         rows_S, columns_S = batch.attention_mask_BL.nonzero(as_tuple=True)
         context = RoutingContext(rows_S * batch.attention_mask_BL.shape[1] + columns_S, rows_S)
+        context.picks = dict(zip((block.layer for block in self._blocks), picks, strict=False))
         if self.task_embedding is not None:
             # A filler row has no task; its answer is never used, so any embedding will do.
             context.task_embeddings_BD = self.task_embedding(batch.task_ids_B.clamp_min(0))

@@ -39,6 +39,8 @@ class Kind(ABC):
     """True when the head answers each word instead of the post."""
     contrastive: ClassVar[bool] = False
     """True when the contrastive loss knows what two equal labels are."""
+    views: ClassVar[bool] = False
+    """True when a post's only positive is itself under another draw of dropout."""
     weighted: ClassVar[bool] = True
     """True when class weights and label smoothing have a meaning."""
     min_labels: ClassVar[int] = 0
@@ -117,6 +119,10 @@ class Kind(ABC):
 
         The same keys for any rows, also for none; no value is NaN on finite scores.
         """
+
+    def label_ids(self, value: Any) -> tuple[int, ...]:
+        """Labels of one parsed cell that other posts may share, for batches in which every label has a pair."""
+        return ()
 
     def confusion(self, gold: Any, scores: Any, task: TaskLike) -> np.ndarray | None:
         """Counts of (gold, predicted), int64, shape (Y, Y); None where labels do not exclude one another."""

@@ -73,6 +73,9 @@ class SingleLabel(Kind):
         ids = {name: number for number, name in enumerate(task.labels)}
         return tuple(np.array([ids[row[key]] for row in rows], dtype=np.int64) for key in ("gold", "label"))
 
+    def label_ids(self, value: int) -> tuple[int, ...]:
+        return (value,)
+
     def score(self, gold: np.ndarray, scores: np.ndarray, task: TaskLike) -> dict[str, float]:
         """The majority baseline answers the commonest label of ``gold``."""
         predicted, labels = scores.argmax(axis=1), task.labels
@@ -160,6 +163,9 @@ class MultiLabel(Kind):
     def compared(self, rows: Sequence[Mapping[str, Any]], task: TaskLike) -> tuple[np.ndarray, np.ndarray]:
         tables = ([[name in row[key] for name in task.labels] for row in rows] for key in ("gold", "labels"))
         return tuple(np.array(table, dtype=np.int64).reshape(len(rows), len(task.labels)) for table in tables)
+
+    def label_ids(self, value: tuple[int, ...]) -> tuple[int, ...]:
+        return value
 
     def score(self, gold: np.ndarray, scores: np.ndarray, task: TaskLike) -> dict[str, float]:
         """The majority baseline gives every post the labels that more than half of the posts have."""

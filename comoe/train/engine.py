@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from comoe.distributed import sum_over_ranks
+from comoe.gradcache import Cached
 from comoe.models.balance import BALANCES
 from comoe.protocols import Batch, ModelOutput, StepOutput
 from comoe.schema import Recipe
@@ -78,8 +79,9 @@ class Engine:
         # what the model answers; on a record it finds no place for one, and a step's first gradients would count once
         # for each of its micro-steps.
         clear = getattr(self.deepspeed.optimizer, "clear_lp_grads", lambda: None)
-        for batch in batches:
-            output: StepOutput = self.deepspeed(batch.to(self.device))
+        batches = [batch.to(self.device) for batch in batches]
+        for batch, cached in zip(batches, self._first_pass(batches), strict=True):
+            output: StepOutput = self.deepspeed(batch, cached=cached)
             # A loss that is not finite must not change a weight, wherever the graph swallows it: the poisoned
             # gradient reaches DeepSpeed's own check, which skips the step on all ranks and clears what was summed.
             clear()
@@ -98,6 +100,16 @@ class Engine:
             grad_norm=None if norm is None else float(norm),
             skipped=skipped,
         )
+
+    def _first_pass(self, batches: Sequence[Batch]) -> Sequence[Cached | None]:
+        """GradCache: the contrastive gradients of the whole step; None for each micro-batch where it is off."""
+        if self.recipe.loss.contrastive.chunk_size is None or not self.objective.caches:
+            return [None] * len(batches)
+        # The second pass draws the same dropout: nothing else may draw between its micro-batches.
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), torch.no_grad():
+            passes = [self.deepspeed(batch, embed=True) for batch in batches]
+        return self.objective.contrast(batches, passes)
 
     @torch.no_grad()
     def forward(self, batch: Batch) -> ModelOutput:

@@ -45,16 +45,17 @@ def plan_layout(recipe: Recipe, settings: Mapping[str, Any], *, world_size: int,
     stage = settings.get("zero_optimization", {}).get("stage", 0)
     if stage not in (1, 2, 3):
         raise ValueError(f"zero_optimization.stage ({stage}) must be 1, 2 or 3: stage 0 clips wrongly with experts.")
-    asked = settings.get("bf16", {}).get("enabled", AUTO)
+    precision = settings.get("bf16", {}).get("enabled", AUTO)
     batch = recipe.train.batch_size
-    micro = posts_per_forward(recipe.train.micro_batch_size, batch_size=batch, world_size=world_size)
+    asked = recipe.loss.contrastive.chunk_size or recipe.train.micro_batch_size
+    micro = posts_per_forward(asked, batch_size=batch, world_size=world_size)
     return Layout(
         world_size=world_size,
         ep_size=_ep_size(recipe, settings, world_size),
         stage=stage,
         micro_batch_size=micro,
         accumulation=math.ceil(batch / (micro * world_size)),
-        bf16=gpu if asked == AUTO else bool(asked),
+        bf16=gpu if precision == AUTO else bool(precision),
     )
 
 

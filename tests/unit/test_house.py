@@ -22,7 +22,7 @@ LAYERS = {
     "comoe/rules": 0, "comoe/config": 0, "comoe/protocols": 0, "comoe/distributed": 0,
     "comoe/tasks": 1,
     "comoe/data": 2, "comoe/models": 2, "comoe/losses": 2, "comoe/weighting": 2,
-    "comoe/objective": 3, "comoe/evaluate": 3,
+    "comoe/objective": 3, "comoe/gradcache": 3, "comoe/evaluate": 3,
     "comoe/train": 4,
     "comoe": 5,
     "launch": 6,
