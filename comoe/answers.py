@@ -30,6 +30,8 @@ class Post:
     """The post; a list of words is a post given as words."""
     pair: str | None = None
     """Second text."""
+    image: Any = None
+    """What the picture column holds."""
     error: str = ""
     """Why the line could not be read."""
 
@@ -43,6 +45,7 @@ def predict_file(
     tasks: Sequence[str] | None = None,
     text_column: str = "text",
     pair_column: str | None = None,
+    image_column: str | None = None,
     explain: bool = False,
     batch_size: int = 64,
     progress: bool = True,
@@ -57,6 +60,8 @@ def predict_file(
         tasks: names of the tasks; None is all.
         text_column: column with the post, unless the file is .txt.
         pair_column: column with the second text.
+        image_column: column with the picture, a path from the folder of the file; None takes ``image``, if the file has
+            such a column and the model reads pictures.
         explain: add the attention weight of each word (jsonl).
         batch_size: posts per forward pass.
         progress: show a progress bar.
@@ -74,27 +79,42 @@ def predict_file(
         raise ValueError("--explain wants --format jsonl; the others have no place for the weights of words.")
     chosen = [task for task in predictor.tasks if tasks is None or task.name in tasks]
     writer = writer_of(predictor, chosen)
-    posts = read_posts(source, text_column=text_column, pair_column=pair_column)
+    sees = predictor.collator.pixels is not None
+    posts = read_posts(
+        source, text_column=text_column, pair_column=pair_column, image_column=image_column, default_image=sees
+    )
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = target.with_name(f".{target.name}.part")
-    bad = 0
+    bad = blind = 0
     with aside.open("w", encoding="utf-8", newline="") as file, _bar(len(posts), progress) as bar:
         writer.begin(file)
         for start in range(0, len(posts), CHUNK):
             chunk = [writer.prepare(post) for post in posts[start : start + CHUNK]]
-            answers = _answer(predictor, chunk, tasks=tasks, explain=explain, batch_size=batch_size)
+            answers = _answer(
+                predictor, chunk, tasks=tasks, explain=explain, batch_size=batch_size, image_root=source.parent
+            )
             for answer in answers:
                 writer.write(file, answer)
             bad += sum("error" in answer for answer in answers)
+            blind += sum("image_error" in answer for answer in answers)
             bar.update(len(chunk))
     aside.replace(target)
-    return f"{len(posts)} posts answered in {target}{writer.remark(bad)}"
+    said = f"; {blind} of them were answered without their bad picture and have an image_error" if blind else ""
+    return f"{len(posts)} posts answered in {target}{writer.remark(bad)}{said}"
 
 
-def read_posts(path: Path, *, text_column: str = "text", pair_column: str | None = None) -> list[Post]:
+def read_posts(
+    path: Path,
+    *,
+    text_column: str = "text",
+    pair_column: str | None = None,
+    image_column: str | None = None,
+    default_image: bool = False,
+) -> list[Post]:
     """The posts of a file; a line that cannot be read becomes a post with an error, and keeps its place.
 
-    Lines end at a line feed only. In a .txt file every line is a post; bytes that are not UTF-8 become U+FFFD there.
+    ``default_image`` takes the column ``image`` where there is one. Lines end at a line feed only. In a .txt file every
+    line is a post; bytes that are not UTF-8 become U+FFFD there.
 
     Raises:
         ValueError: no such file or column, or an ending that is not .txt, .csv, .tsv or .jsonl.
@@ -107,7 +127,10 @@ def read_posts(path: Path, *, text_column: str = "text", pair_column: str | None
     if ending not in TABLES:
         raise ValueError(f"--input {path}: {unknown_name('ending that can be read', ending, ('.txt', *TABLES))}")
     raw = TABLES[ending](path)
-    for option, column in (("--text-column", text_column), ("--pair-column", pair_column)):
+    if image_column is None and default_image and "image" in raw.columns:
+        image_column = "image"
+    columns = {"--text-column": text_column, "--pair-column": pair_column, "--image-column": image_column}
+    for option, column in columns.items():
         if column is not None and raw.rows and column not in raw.columns:
             guess = nearest(column, raw.columns)
             hint = f" Did you mean {guess}?" if guess else ""
@@ -115,11 +138,15 @@ def read_posts(path: Path, *, text_column: str = "text", pair_column: str | None
                 f"{option} {column}: {path} has no such column; it has {', '.join(raw.columns)}.{hint} Set {option}."
             )
     found = [
-        (line, Post(row.get(text_column), None if pair_column is None else row.get(pair_column)))
+        (line, Post(row.get(text_column), _cell_of(row, pair_column), _cell_of(row, image_column)))
         for line, row in zip(raw.lines, raw.rows, strict=True)
     ]
     broken = [(row.line, Post("", error=f"line {row.line} {row.rule}")) for row in raw.bad]
     return [post for _, post in sorted(found + broken, key=lambda item: item[0])]
+
+
+def _cell_of(row: dict[str, Any], column: str | None) -> Any:
+    return None if column is None else row.get(column)
 
 
 class JsonLines:
@@ -127,6 +154,7 @@ class JsonLines:
 
     def __init__(self, predictor: Predictor, tasks: Sequence[Task]) -> None:
         self.tasks = tasks
+        self.sees = predictor.collator.pixels is not None
 
     def prepare(self, post: Post) -> Post:
         """The post as it is to be answered."""
@@ -153,11 +181,11 @@ class Table(JsonLines):
         self.columns = ["text"]
         for task in self.tasks:
             self.columns += [task.name] + [f"{task.name}/{label}" for label in task.labels if not task.rules.per_token]
-        self.columns.append("error")
+        self.columns += ["error", "image_error"] if self.sees else ["error"]
         csv.writer(file, lineterminator="\n").writerow(self.columns)
 
     def write(self, file: TextIO, answer: dict[str, Any]) -> None:
-        row = {"text": answer["text"], "error": answer.get("error", "")}
+        row = {"text": answer["text"], "error": answer.get("error", ""), "image_error": answer.get("image_error", "")}
         for task in self.tasks:
             if task.name in answer:
                 row[task.name] = _cell(task, answer[task.name])
@@ -189,7 +217,7 @@ class TweetEval(JsonLines):
         if not post.error and isinstance(post.text, str) and not is_blank(post.text):
             return post
         self.filled += 1
-        return Post(self.filler)
+        return Post(self.filler, image=post.image)
 
     def write(self, file: TextIO, answer: dict[str, Any]) -> None:
         file.write(f"{self.task.labels.index(answer[self.task.name]['label'])}\n")
@@ -201,13 +229,27 @@ class TweetEval(JsonLines):
 
 
 def _answer(
-    predictor: Predictor, posts: Sequence[Post], *, tasks: Sequence[str] | None, explain: bool, batch_size: int
+    predictor: Predictor,
+    posts: Sequence[Post],
+    *,
+    tasks: Sequence[str] | None,
+    explain: bool,
+    batch_size: int,
+    image_root: Path,
 ) -> list[dict[str, Any]]:
     words = [post.text if isinstance(post.text, list) else None for post in posts]
     texts = [_shown(post.text) for post in posts]
     pairs = [post.pair or None for post in posts]
     answers = predictor(
-        texts, pairs=pairs, words=words, tasks=tasks, batch_size=batch_size, explain=explain, progress=False
+        texts,
+        pairs=pairs,
+        words=words,
+        images=[post.image for post in posts],
+        image_root=image_root,
+        tasks=tasks,
+        batch_size=batch_size,
+        explain=explain,
+        progress=False,
     )
     return [
         {"text": answer["text"], "error": post.error} if post.error else answer

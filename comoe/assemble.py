@@ -15,6 +15,8 @@ import torch
 from comoe.config import recipe_to_yaml, unknown_name
 from comoe.data.batching import Collator, TokenizedSplit, load_tokenizer, tokenize_split
 from comoe.data.corpus import Corpus, load_corpus
+from comoe.data.image_checks import limits_of
+from comoe.data.pixels import PixelReader, load_image_processor
 from comoe.data.sampling import MIXINGS, TrainSampler
 from comoe.data.sources import READERS
 from comoe.distributed import barrier, broadcast_object, is_main, rank, world_size
@@ -23,6 +25,7 @@ from comoe.evaluate import check_chosen_metric
 from comoe.footprint import count_parameters, plan_run
 from comoe.models.families import longest_input
 from comoe.models.gate import build_gate
+from comoe.models.vision import image_side
 from comoe.objective import Objective, build_objective
 from comoe.schema import Recipe
 from comoe.starter import home, resolve
@@ -148,7 +151,9 @@ def check_names(recipe: Recipe) -> None:
 
 
 def _load_posts(recipe: Recipe) -> tuple[Corpus, Any, dict[str, TokenizedSplit]]:
-    corpus = load_corpus(recipe)
+    kept = home() / "pictures" if recipe.data.cache else None
+    with_images = image_side(recipe.model) is not None
+    corpus = load_corpus(recipe, with_images=with_images, cache_dir=kept, progress=True)
     measured = {task for task, found in corpus.report.labels.items() if "validation" in found}
     check_chosen_metric(recipe.train.early_stop_metric, corpus.tasks, measured=measured)
     tokenizer = load_tokenizer(recipe.model.encoder, trust_remote_code=recipe.model.trust_remote_code)
@@ -195,7 +200,8 @@ def _build_trainer(
         label_members=_label_members(train, tasks) if recipe.data.posts_per_label else (),
         posts_per_label=recipe.data.posts_per_label,
     )
-    collator = Collator(tokenizer, tasks, route_by=recipe.model.moe.route_by)
+    pixels = load_pixel_reader(recipe)
+    collator = Collator(tokenizer, tasks, route_by=recipe.model.moe.route_by, pixels=pixels)
     return Trainer(
         recipe=recipe,
         layout=layout,
@@ -209,6 +215,7 @@ def _build_trainer(
         folder=folder,
         state=state,
         schedule=plan_schedule(recipe, sampler),
+        pixels=pixels,
     )
 
 
@@ -221,6 +228,19 @@ def _label_members(split: TokenizedSplit, tasks: Sequence[Task]) -> list[np.ndar
                 for label in () if value is None else task.rules.label_ids(value):
                     found.setdefault((task.name, label), []).append(post)
     return [np.array(found[key]) for key in sorted(found)]
+
+
+def load_pixel_reader(recipe: Recipe) -> PixelReader | None:
+    """What makes the pixels of a run; None where it reads no pictures.
+
+    Args:
+        recipe: with starter-kit names resolved to folders.
+    """
+    folder = image_side(recipe.model)
+    if folder is None:
+        return None
+    processor = load_image_processor(folder, trust_remote_code=recipe.model.trust_remote_code)
+    return PixelReader(processor, limits_of(recipe.data))
 
 
 def _tokenize(corpus: Corpus, tokenizer: Any, recipe: Recipe) -> dict[str, TokenizedSplit]:

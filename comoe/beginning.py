@@ -23,6 +23,8 @@ PROBE = ".seen"
 """Lies in the folder while the machines look whether they see it."""
 OWN_SETTINGS = "deepspeed.json"
 """The DeepSpeed JSON as the user wrote it, "auto" included; ``ds_config.json`` is what it became."""
+SET_ASIDE = "set_aside.jsonl"
+"""Every row that was left out, or kept without its picture, with file, line and reason."""
 PATIENCE = 30.0
 """Seconds that a network folder has to show on one machine what another one wrote."""
 
@@ -82,6 +84,10 @@ def write_beginning(run: Any, *, own_settings: Mapping[str, Any]) -> None:
         aside = folder / ".tokenizer.part"
         run.tokenizer.save_pretrained(aside)
         aside.replace(folder / "tokenizer")
+    if run.trainer.pixels is not None:
+        # Beside the tokenizer: together they are how a post becomes numbers.
+        run.trainer.pixels.processor.save(folder / "tokenizer")
+    write_aside(folder / SET_ASIDE, "".join(json.dumps(row, default=str) + "\n" for row in run.corpus.report.rows()))
     contents = {
         "ds_config.json": run.settings,
         OWN_SETTINGS: own_settings,

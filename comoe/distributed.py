@@ -5,6 +5,7 @@ Rule of the house: guard the output, never the collective. Each function here mu
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -134,6 +135,23 @@ def gather_rows(rows: Tensor) -> tuple[Tensor, int]:
     return gathered, sum(sizes[: rank()])
 
 
+def gather_detached(rows: Tensor, *, sizes: Sequence[int] | None = None) -> tuple[Tensor, int]:
+    """Concatenate the first dimension over ranks, without gradient: one collective.
+
+    Args:
+        rows: shape (N, ...), the same trailing shape and dtype on all ranks.
+        sizes: rows of each rank, the same list on all of them; None says that all bring as many.
+
+    Returns:
+        All rows in rank order, and the index at which this rank's rows begin.
+    """
+    rows = rows.detach()
+    if world_size() == 1:
+        return rows, 0
+    sizes = [len(rows)] * world_size() if sizes is None else list(sizes)
+    return _all_gather_uneven(rows, sizes), sum(sizes[: rank()])
+
+
 def all_gather_in_group(tensor: Tensor, group: Any) -> Tensor:
     """Equal shares of the ranks of one group, concatenated in group order along the first dimension; no gradient."""
     if not is_distributed() or dist.get_world_size(group) == 1:
@@ -144,6 +162,10 @@ def all_gather_in_group(tensor: Tensor, group: Any) -> Tensor:
 
 
 def _all_gather_uneven(rows: Tensor, sizes: list[int]) -> Tensor:
+    if min(sizes) == max(sizes) > 0:
+        everyone = rows.new_empty((sum(sizes), *rows.shape[1:]))
+        dist.all_gather(list(everyone.split(sizes)), rows.contiguous())
+        return everyone
     # Padded to the largest share: gloo has no all-gather of unequal tensors.
     padded = rows.new_zeros((max(max(sizes), 1), *rows.shape[1:]))
     padded[: rows.shape[0]] = rows

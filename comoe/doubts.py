@@ -88,6 +88,20 @@ def _momentum(recipe: Recipe) -> list[str]:
     return [_in_vain("train.momentum", train.momentum, f"train.optimizer is {train.optimizer}; train.betas rule there")]
 
 
+def _contrastive(recipe: Recipe) -> list[str]:
+    contrastive = recipe.loss.contrastive
+    if contrastive.weight:
+        idle = {"queue_warmup": (contrastive.queue_warmup and not contrastive.queue_size, "queue_size is 0")}
+    else:
+        why = "loss.contrastive.weight is 0"
+        idle = {name: (getattr(contrastive, name), why) for name in ("queue_size", "learn_temperature")}
+    return [
+        _in_vain(f"loss.contrastive.{name}", getattr(contrastive, name), why)
+        for name, (is_idle, why) in idle.items()
+        if is_idle
+    ]
+
+
 def _is_set(config: MoeConfig, name: str) -> bool:
     default = {field.name: field.default for field in dataclasses.fields(config)}[name]
     return getattr(config, name) != default
@@ -98,6 +112,6 @@ def _in_vain(path: str, value: Any, why: str) -> str:
 
 
 CHECKS: tuple[Callable[[Recipe], list[str]], ...] = (
-    _gate_for_measuring, _temperature, _unread_by_the_gate, _without_experts, _task_weights, _momentum
+    _gate_for_measuring, _temperature, _unread_by_the_gate, _without_experts, _task_weights, _contrastive, _momentum
 )  # fmt: skip
 """Each looks at a recipe and gives sentences."""

@@ -22,7 +22,7 @@ MEAN = "mean"
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """What a split says about the model; the same on every rank."""
+    """What a split says about the model; the same on every rank. Tasks of a kind without answers are in none of it."""
 
     metrics: dict[str, dict[str, float]]
     """Task -> metric -> value; ``n`` counts labelled rows, ``loss`` is their mean. A task without any is left out."""
@@ -81,18 +81,20 @@ def evaluate(
         texts: text per row of the split, shown beside the predictions.
         predictions: False leaves them out, which spares time in the middle of a training run.
     """
-    answers: dict[str, list[Answer]] = {task.name: [] for task in tasks}
+    scored = [task for task in tasks if task.rules.scored]
+    answers: dict[str, list[Answer]] = {task.name: [] for task in scored}
     with torch.no_grad():
         for indices in batches:
             batch = collator(split, indices)
             output = forward(batch.to(device))
-            for task, rows in zip(tasks, _rows_to_keep(batch, tasks), strict=True):
-                answers[task.name].extend(_answers(batch, output.logits[task.name], rows=rows, task=task))
+            kept = _rows_to_keep(batch, tasks)
+            for task in scored:
+                answers[task.name] += _answers(batch, output.logits[task.name], rows=kept[task.name], task=task)
             if progress is not None:
                 progress(len(indices))
     shares = gather(answers)
     metrics, confusions, shown = {}, {}, {}
-    for task in tasks:
+    for task in scored:
         by_row = {answer.row: answer for share in shares for answer in share[task.name]}
         ordered = [by_row[row] for row in sorted(by_row)]
         logits, targets = _joined(ordered, task)
@@ -154,10 +156,11 @@ def check_chosen_metric(name: str, tasks: Sequence[Task], *, measured: Container
     Raises:
         ValueError: no such task or metric, with the nearest one; or nothing to measure it on.
     """
-    valid = [MEAN, *(f"{task.name}/{metric}" for task in tasks for metric in metric_names(task))]
+    scored = [task for task in tasks if task.rules.scored]
+    valid = [MEAN, *(f"{task.name}/{metric}" for task in scored for metric in metric_names(task))]
     if name not in valid:
         raise unknown_name("train.early_stop_metric", name, valid)
-    wanted = [task.name for task in tasks] if name == MEAN else [name.partition("/")[0]]
+    wanted = [task.name for task in scored] if name == MEAN else [name.partition("/")[0]]
     if measured is not None and not any(task in measured for task in wanted):
         raise ValueError(
             f"train.early_stop_metric is {name!r}, but no validation post has a label of {', '.join(wanted)}; add such "
@@ -176,15 +179,16 @@ def rising(metric: str, value: float) -> float:
     return -value if metric in LOWER_IS_BETTER else value
 
 
-def _rows_to_keep(batch: Batch, tasks: Sequence[Task]) -> list[list[int]]:
-    """Per task the rows of the batch that are scored or shown for it; filler rows are for none."""
-    labelled = torch.stack([task.rules.labelled(batch.labels[task.name]) for task in tasks])
-    bare = ~labelled.any(dim=0)
+def _rows_to_keep(batch: Batch, tasks: Sequence[Task]) -> dict[str, list[int]]:
+    """Scored task -> the rows of the batch that are scored or shown for it; filler rows are for none."""
+    labelled = {task.name: task.rules.labelled(batch.labels[task.name]) for task in tasks if task.rules.scored}
+    bare = ~torch.stack(list(labelled.values())).any(dim=0)
     real = batch.row_ids_B >= 0
-    kept = []
-    for index in range(len(tasks)):
-        meant = (batch.task_ids_B == -1) | (batch.task_ids_B == index)
-        kept.append(torch.nonzero(real & (labelled[index] | (bare & meant)))[:, 0].tolist())
+    kept = {}
+    for index, task in enumerate(tasks):
+        if task.name in labelled:
+            meant = (batch.task_ids_B == -1) | (batch.task_ids_B == index)
+            kept[task.name] = torch.nonzero(real & (labelled[task.name] | (bare & meant)))[:, 0].tolist()
     return kept
 
 

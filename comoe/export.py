@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from comoe.config import load_recipe, recipe_from_dict, unknown_name
 from comoe.data.batching import load_tokenizer
+from comoe.data.pixels import ImageProcessor, load_image_processor
 from comoe.model_card import model_card
 from comoe.models.multitask import MultiTaskModel, build_model
 from comoe.schema import DataConfig, ModelConfig, Recipe
@@ -29,6 +30,8 @@ from comoe.tasks.catalog import Task
 
 FORMAT_VERSION = 1
 """Counts changes of ``config.json`` and of the weights' names that older code cannot read."""
+DATA_KEYS = ("max_length", "normalize", "hide", "max_image_pixels", "max_image_bytes")
+"""Options of ``data`` that decide how a post becomes numbers."""
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 
 
@@ -42,10 +45,12 @@ class Exported:
     """In the order of the model's heads."""
     tokenizer: Any
     """The encoder's tokenizer."""
+    image_processor: ImageProcessor | None
+    """The vision tower's; None where the model reads no pictures."""
     model_config: ModelConfig
     """How the model is built; ``encoder`` names what it was trained from."""
     data_config: DataConfig
-    """How posts were read: ``max_length`` and ``normalize`` count here."""
+    """How posts were read: ``max_length``, ``normalize``, ``hide`` and the limits of pictures count here."""
     config: Mapping[str, Any]
     """``config.json`` as it is."""
 
@@ -58,6 +63,7 @@ def export_model(
     tasks: Sequence[Task],
     encoder_config: Mapping[str, Any],
     tokenizer: Any,
+    image_processor: ImageProcessor | None = None,
     results: Mapping[str, Any] | None = None,
 ) -> None:
     """Write an export, read it back to prove that it loads, and only then give it its name.
@@ -69,6 +75,7 @@ def export_model(
         tasks: in the order of the model's heads.
         encoder_config: ``encoder.config.to_dict()``.
         tokenizer: the encoder's tokenizer.
+        image_processor: the vision tower's; None where the model reads no pictures.
         results: content of the run's ``results.json``, measured on these very weights, for the model card.
 
     Raises:
@@ -86,6 +93,8 @@ def export_model(
         save_file(weights, aside / WEIGHTS, metadata={"format": "pt"})
         (aside / CONFIG).write_text(json.dumps(config, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
         tokenizer.save_pretrained(str(aside))
+        if image_processor is not None:
+            image_processor.save(aside)
         card = model_card(folder.name, recipe=recipe, tasks=tasks, config=config, results=results)
         (aside / CARD).write_text(card, encoding="utf-8")
         load_exported(aside)
@@ -114,7 +123,8 @@ def load_exported(folder: str | Path) -> Exported:
     _check_fit(model.state_dict(), weights, place=folder / WEIGHTS)
     model.load_state_dict(weights)
     model.eval()
-    return Exported(model, tasks, _load_tokenizer(folder, config["encoder"]), recipe.model, recipe.data, config)
+    tokenizer = _load_tokenizer(folder, config["encoder"])
+    return Exported(model, tasks, tokenizer, _image_processor(folder), recipe.model, recipe.data, config)
 
 
 def export_checkpoint(path: Path, out: Path, *, which: str = "best") -> Path:
@@ -152,6 +162,7 @@ def export_checkpoint(path: Path, out: Path, *, which: str = "best") -> Path:
         tasks=[Task.from_dict(plain) for plain in _read_json(run / "tasks.json")],
         encoder_config=_read_json(run / "encoder_config.json"),
         tokenizer=load_tokenizer(str(run / "tokenizer")),
+        image_processor=_image_processor(run / "tokenizer"),
         results=results,
     )
     return checkpoint
@@ -191,7 +202,7 @@ def _config(recipe: Recipe, tasks: Sequence[Task], encoder_config: Mapping[str, 
         "max_length": recipe.data.max_length,
         "tasks": [task.to_dict() for task in tasks],
         "model": model,
-        "data": {"max_length": recipe.data.max_length, "normalize": dataclasses.asdict(recipe.data.normalize)},
+        "data": {key: value for key, value in dataclasses.asdict(recipe.data).items() if key in DATA_KEYS},
         "encoder": {key: value for key, value in encoder_config.items() if key != "_name_or_path"},
     }
 
@@ -199,6 +210,10 @@ def _config(recipe: Recipe, tasks: Sequence[Task], encoder_config: Mapping[str, 
 def base_model(encoder: str) -> str:
     """Hub name of the encoder, or the last part of its folder."""
     return Path(encoder).name if Path(encoder).exists() or encoder.count("/") > 1 else encoder
+
+
+def _image_processor(folder: Path) -> ImageProcessor | None:
+    return load_image_processor(str(folder)) if (folder / "preprocessor_config.json").is_file() else None
 
 
 def _load_tokenizer(folder: Path, encoder_config: Mapping[str, Any]) -> Any:

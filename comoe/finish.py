@@ -17,6 +17,7 @@ from comoe.export import export_checkpoint
 from comoe.tasks.catalog import Task
 from comoe.train.checkpoint import load_checkpoint
 from comoe.train.folders import best_checkpoint, find_checkpoint
+from comoe.train.progress import log_lost_pictures
 from comoe.train.records import format_results_table, write_results
 
 
@@ -33,13 +34,21 @@ def finish(run: Run) -> None:
         load_checkpoint(chosen, trainer.engine, trainer.layout)
     evaluations = {}
     for split in ("validation", "test"):
-        evaluation, routing = trainer.evaluator.run(split, predictions=True)
-        if evaluation is None:
+        found = trainer.evaluator.run(split, predictions=True)
+        if found is None:
             continue
-        evaluations[split] = evaluation
+        evaluations[split] = found.evaluation
         if split == "test":
             # The validation split of this step was logged when it was reached.
-            trainer.monitor.log_evaluation(_step_of(chosen), split=split, evaluation=evaluation, routing=routing)
+            trainer.monitor.log_evaluation(
+                _step_of(chosen),
+                split=split,
+                evaluation=found.evaluation,
+                routing=found.routing,
+                embeddings=found.embeddings,
+            )
+        trainer.monitor.log_projector(_step_of(chosen), split=split, embeddings=found.embeddings)
+    log_lost_pictures(trainer.pixels, trainer.monitor, trainer.state.step)
     peak = max_over_ranks(peak_memory_bytes())
     if is_main():
         results = _results(run, evaluations, chosen=chosen, peak=peak)
@@ -109,6 +118,7 @@ def _about_data(run: Run) -> dict[str, Any]:
         "posts": report.posts,
         "labels": report.labels,
         "set_aside": [str(row) for row in report.set_aside],
+        "without_picture": [str(row) for row in report.without_picture],
         "truncated": report.truncated,
         "notes": report.notes,
         "warnings": report.warnings,

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
 
+from comoe.drawn_captions import caption_words
 from comoe.starter_posts import write_json_lines
 
 Post = dict[str, object]
@@ -81,6 +82,7 @@ def vocabulary() -> list[str]:
     groups = [
         FILLERS, BRANDS, TARGETS, (word for city in CITIES for word in city.split()),
         (word for words in MOODS.values() for word, _ in words), *TOPICS.values(), *ASPECTS.values(), *STANCES.values(),
+        caption_words(),
     ]  # fmt: skip
     # WordPiece splits signs off first: "@user" arrives as "@" and "user".
     words = [word.lstrip("@#") for group in groups for word in group]

@@ -45,10 +45,7 @@ class Cached:
 
 def picks_of(passes: Passes) -> tuple[tuple[Tensor, ...], ...]:
     """``Cached.picks`` of one micro-batch."""
-    return tuple(
-        tuple(routing.indices_Sk for routing in output.routings) if len(output.token_rows_S) else ()
-        for output in passes
-    )
+    return tuple(output.picks for output in passes)
 
 
 def joined_batch(batches: Sequence[Batch]) -> Batch:
@@ -88,7 +85,7 @@ def cache_gradients(
     views = _leaves([output.views for output in first])
     scales = scales.detach().requires_grad_()
     nothing = first[0].token_rows_S[:0]
-    joined = ModelOutput({}, embeddings, {}, (), nothing, views)
+    joined = ModelOutput({}, embeddings, {}, (), nothing, views=views)
     with torch.enable_grad():
         value, terms = term(joined, joined_batch(batches), scales)
     leaves = [*embeddings.values(), *views.values(), scales]

@@ -27,11 +27,12 @@ def model_card(
     Args:
         name: title of the card.
         recipe: the resolved recipe.
-        tasks: the model's tasks.
+        tasks: the model's tasks; those without answers are not mentioned.
         config: ``config.json`` of the export.
         results: content of ``results.json``: ``metrics`` (split -> task -> metric -> value) and ``seconds`` are read;
             None says in the card that nothing was measured.
     """
+    tasks = [task for task in tasks if task.rules.scored]
     parts = [
         _front_matter(tasks, config=config, results=results),
         f"# {recipe.run.name}\n\n{_summary(recipe, tasks, config)}",

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from comoe.distributed import gather_rows, sum_over_ranks, sum_with_gradient, world_size
+from comoe.distributed import gather_detached, sum_over_ranks, sum_with_gradient, world_size
 from comoe.gradcache import Cached, Passes, cache_gradients, replayed
 from comoe.losses.contrastive import ContrastiveLoss
 from comoe.losses.routing import BalanceLoss, TaskSeparationLoss, ZLoss
@@ -161,9 +161,13 @@ def _contrastive(loss: LossConfig, moe: MoeConfig, model: MultiTaskModel) -> Ter
     if not loss.contrastive.weight or not taking_part:
         return None
     term = ContrastiveLoss(
-        taking_part, temperature=loss.contrastive.temperature, gather=gather_rows, world_size=world_size()
+        taking_part,
+        loss.contrastive,
+        width=model.projection.out_features,
+        gather=gather_detached,
+        world_size=world_size(),
     )
-    return Term(loss.contrastive.weight, term)
+    return Term(loss.contrastive.weight, term, over_embeddings=True)
 
 
 def _balance(loss: LossConfig, moe: MoeConfig, model: MultiTaskModel) -> Term | None:

@@ -19,6 +19,9 @@ from tqdm import tqdm
 
 from comoe.config import unknown_name
 from comoe.data.batching import Collator, TokenizedSplit, TokenRow
+from comoe.data.image_checks import limits_of
+from comoe.data.images import BadImage, locate_image
+from comoe.data.pixels import PixelReader
 from comoe.data.sampling import eval_batches
 from comoe.data.text import is_blank, normalize_post
 from comoe.export import Exported, load_exported
@@ -36,7 +39,8 @@ class Predictor:
 
     ``predictor(["what a lovely day"])`` gives ``[{"text": "what a lovely day", "<task>": {...}, ...}]``. What stands
     under a task depends on its kind: ``label`` and ``scores`` of every label; ``labels`` and ``scores``; ``value``; or
-    ``words``, ``tags``, ``scores`` and ``spans``. A post that was cut to the model's length has ``truncated`` as well.
+    ``words``, ``tags``, ``scores`` and ``spans``. A post that was cut to the model's length has ``truncated`` as well,
+    one that was answered without its bad picture ``image_error``.
     """
 
     exported: Exported
@@ -60,13 +64,16 @@ class Predictor:
         exported = load_exported(folder)
         place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
         exported.model.to(place)
-        collator = Collator(exported.tokenizer, exported.tasks, route_by=exported.model_config.moe.route_by)
+        processor = exported.image_processor
+        pixels = None if processor is None else PixelReader(processor, limits_of(exported.data_config))
+        route_by = exported.model_config.moe.route_by
+        collator = Collator(exported.tokenizer, exported.tasks, route_by=route_by, pixels=pixels)
         return cls(exported, collator, place)
 
     @property
     def tasks(self) -> tuple[Task, ...]:
         """What the model answers."""
-        return self.exported.tasks
+        return tuple(task for task in self.exported.tasks if task.rules.scored)
 
     def __call__(
         self,
@@ -74,6 +81,8 @@ class Predictor:
         *,
         pairs: Sequence[str | None] | None = None,
         words: Sequence[Sequence[str] | None] | None = None,
+        images: Sequence[Any] | None = None,
+        image_root: Path | None = None,
         tasks: Sequence[str] | None = None,
         batch_size: int = 64,
         explain: bool = False,
@@ -85,6 +94,9 @@ class Predictor:
             texts: raw posts.
             pairs: second texts (stance target, aspect), None where there is none.
             words: posts as words, for tags; a post without them is split into words. A text beside words is not read.
+            images: pictures: paths, bytes of files, or Pillow images, None where there is none. A post whose picture is
+                bad is answered by its text alone and has ``image_error``.
+            image_root: folder that paths of pictures start from and must not leave; None takes any path.
             tasks: names of the tasks to answer; None is all.
             batch_size: posts per forward pass.
             explain: add ``attention`` to each task with a pooled head: [word, weight] in the order of the cleaned post,
@@ -93,12 +105,13 @@ class Predictor:
             progress: show a progress bar.
 
         Raises:
-            ValueError: no such task, or texts, pairs and words of different number.
+            ValueError: no such task; texts, pairs, words and images of different number; images for a model of texts.
         """
         chosen = self._chosen(tasks)
         texts = list(texts)
         pairs = _column("pairs", pairs, count=len(texts))
         words = _column("words", words, count=len(texts))
+        images = _column("images", images, count=len(texts))
         answers: list[dict[str, Any]] = [{"text": text} for text in texts]
         usable = []
         for number, answer in enumerate(answers):
@@ -106,6 +119,7 @@ class Predictor:
                 answer["error"] = problem
             else:
                 usable.append(number)
+                images[number] = self._located(images[number], image_root, answer)
         passes = _passes(texts, words, usable, chosen)
         with tqdm(total=len(usable) * len(passes), unit="post", disable=not progress, dynamic_ncols=True) as bar:
             for column, some in passes if usable else ():
@@ -113,8 +127,10 @@ class Predictor:
                     [texts[i] for i in usable],
                     [pairs[i] for i in usable],
                     [column[i] for i in usable],
+                    images=[images[i] for i in usable],
                     max_length=self.exported.data_config.max_length,
                     normalize=self.exported.data_config.normalize,
+                    hide=self.exported.data_config.hide,
                 )
                 mine = [answers[i] for i in usable]
                 for indices in self._batches(split, some, batch_size):
@@ -124,7 +140,7 @@ class Predictor:
 
     def _batches(self, split: TokenizedSplit, tasks: Sequence[Task], batch_size: int) -> list[np.ndarray]:
         # Where the gate reads the task a row serves one task, and the collator makes rows for labelled ones only.
-        split.labelled[:, [number for number, task in enumerate(self.tasks) if task in tasks]] = True
+        split.labelled[:, [number for number, task in enumerate(self.exported.tasks) if task in tasks]] = True
         return eval_batches(split.lengths, batch_size=batch_size)
 
     @torch.inference_mode()
@@ -135,7 +151,7 @@ class Predictor:
         output = self.exported.model(batch.to(self.device))
         posts_B = batch.row_ids_B.tolist()
         tokens = dict(zip(posts_B, split.rows(batch.row_ids_B.numpy()), strict=True))
-        for number, task in enumerate(self.tasks):
+        for number, task in enumerate(self.exported.tasks):
             if task not in tasks:
                 continue
             rows = [row for row, served in enumerate(batch.task_ids_B.tolist()) if served in (-1, number)]
@@ -149,9 +165,23 @@ class Predictor:
                     words = split.posts.words[post] or self._words_of(split.posts.texts[post], tokens[post])
                     answer |= _attention(weights_L, tokens[post].word_ids, words=words)
                 answers[post][task.name] = answer
+        lost = {} if self.collator.pixels is None else self.collator.pixels.take_lost()
         for post in posts_B:
             if split.tokens.truncated[post]:
                 answers[post]["truncated"] = True
+            if split.posts.images[post] in lost:
+                answers[post]["image_error"] = f"the picture {lost[split.posts.images[post]]}"
+
+    def _located(self, cell: Any, root: Path | None, answer: dict[str, Any]) -> bytes | str | None:
+        """Where a picture is; what is wrong with it goes into the answer."""
+        try:
+            found = locate_image(cell, root=None if root is None else root.resolve())
+        except BadImage as error:
+            answer["image_error"] = f"the picture {error.rule}"
+            return None
+        if found is not None and self.collator.pixels is None:
+            raise ValueError("this model reads no pictures; leave images out.")
+        return found
 
     def _words_of(self, text: str, row: TokenRow) -> dict[int, str]:
         """Number of a word -> its letters in the cleaned text, which pieces would not tell ([UNK], lower case)."""

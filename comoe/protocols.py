@@ -7,7 +7,7 @@ projected width, W ranks. A row is a post, or a (post, task) pair when the gate 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Protocol
 
@@ -92,7 +92,10 @@ def labelled_rows(batch: Batch, tasks: Sequence[str]) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Routing:
-    """What one gate decided for S real tokens."""
+    """What one gate decided for S real tokens of text.
+
+    Image tokens that went through the experts too have no row here, but count as load.
+    """
 
     logits_SE: Tensor
     """Gate logits, float32, differentiable."""
@@ -103,7 +106,7 @@ class Routing:
     weights_Sk: Tensor
     """Weight of each picked expert, float32, differentiable; sums to 1 per token for k > 1."""
     counts_E: Tensor
-    """Tokens per expert on this rank, int64."""
+    """Tokens per expert on this rank, int64, image tokens included."""
 
 
 @dataclass(frozen=True)  # no slots: ZeRO-3 looks into a module's answer with vars()
@@ -119,7 +122,10 @@ class ModelOutput:
     routings: tuple[Routing, ...]
     """One per layer with experts, in layer order."""
     token_rows_S: Tensor
-    """Row of each real token, int64, the order of ``Routing``."""
+    """Row of each real token of text, int64, the order of ``Routing``."""
+    picks: tuple[Tensor, ...] = ()
+    """Per layer with experts the experts picked, int64, one row per routed token, image tokens last; none for a filler
+    row. A second pass over the same batch repeats them."""
     views: Mapping[str, Tensor] = field(default_factory=dict)
     """Task -> projections (B, P) as in ``embeddings``, under another draw of dropout; for tasks whose positives are two
     views of one post. Only in training."""
@@ -134,9 +140,19 @@ class ImageText:
     rows_I: Tensor
     """Row of each picture, int64; -1 is a blank one that no loss counts."""
     text_embeddings_IP: Tensor | None
-    """Unit-length projections of the texts alone, float32; None where one stream reads both sides."""
+    """Unit-length projections of the texts alone, float32; None where one stream reads both sides, and where the
+    contrast is off."""
     image_embeddings_IP: Tensor | None
     """The same of the pictures."""
+    match_logits_I2: Tensor | None
+    """Logits of [another post's text, its own text] for each picture with its own text, float32; None where matching is
+    off."""
+    texts: tuple[Tensor, ...]
+    """What ``match`` wants of the text of each picture's row, each (I, L, ...), longer with zeros at the end; texts of
+    other ranks may stand in."""
+    match: Callable[[tuple[Tensor, ...], Tensor], Tensor]
+    """(texts of J pairs, index of the picture of each (J,)) -> logits (J, 2). To be called on every rank or on none: it
+    may run the whole encoder."""
 
 
 @dataclass(frozen=True)  # no slots: ZeRO-3 looks into a module's answer with vars()

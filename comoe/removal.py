@@ -157,7 +157,7 @@ def _load(run_folder: Path, *, split: str, limit: int | None, device: str) -> tu
         recipe = replace(recipe, data=replace(recipe.data, limit_eval=limit))
     predictor = Predictor.from_pretrained(run_folder / "export", device=device)
     exported = predictor.exported
-    corpus = load_corpus(recipe)
+    corpus = load_corpus(recipe, with_images=exported.image_processor is not None)
     if len(corpus.splits.get(split, ())) == 0:
         raise ValueError(f"the recipe of {run_folder} has no {split} posts; there are {', '.join(corpus.splits)}.")
     cache = home() / "tokens" if recipe.data.cache else None

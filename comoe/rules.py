@@ -92,6 +92,8 @@ def _validate_together(recipe: Recipe, origins: Mapping[str, str]) -> None:
     if image_text.itc_weight + image_text.itm_weight >= 1:
         share = f"{image_text.itc_weight} + loss.image_text.itm_weight {image_text.itm_weight}"
         refuse("loss.image_text.itc_weight", f"{share} leaves nothing of 1 to the tasks; lower one of them.")
+    if recipe.loss.contrastive.queue_size and recipe.loss.contrastive.over == "local":
+        refuse("loss.contrastive.queue_size", "needs loss.contrastive.over: global, so that all ranks hold one queue.")
     if recipe.loss.contrastive.chunk_size is not None and recipe.train.micro_batch_size != "auto":
         size = recipe.train.micro_batch_size
         refuse("train.micro_batch_size", f"is {size}, but loss.contrastive.chunk_size already sets it; make it auto.")
@@ -193,6 +195,7 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "data.max_image_pixels": _COUNT,
     "data.max_image_bytes": _COUNT,
     "data.on_bad_image": _choice("skip", "text"),
+    "data.hide": _choice("none", "text", "image"),
     "data.max_characters": _COUNT,
     "data.mixing_temperature": _POSITIVE,
     "data.normalize.preset": _choice("none", "social", "strict"),

@@ -88,8 +88,10 @@ class DataConfig:
     on_bad_image: str = "skip"
     """What becomes of a post whose picture is broken, missing, huge or no picture: skip sets the post aside, text
     keeps it without picture; both are counted and named."""
+    hide: str = "none"
+    """none, or what the model is not to see of the posts: text or image. For measuring what one side alone can tell."""
     cache: bool = True
-    """Keep tokenised posts on disk and use them again."""
+    """Keep tokenised posts, and which pictures are good, on disk and use them again."""
     normalize: NormalizeConfig = field(default_factory=NormalizeConfig)
     """Cleaning of the text."""
 

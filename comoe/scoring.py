@@ -11,8 +11,9 @@ from tqdm import tqdm
 
 from comoe.config import nearest, unknown_name
 from comoe.data.batching import TokenizedSplit, tokenize_split
+from comoe.data.image_checks import ImageReader
 from comoe.data.posts import PostSplit
-from comoe.data.report import BadRow
+from comoe.data.report import BadRow, DataReport
 from comoe.data.rows import BadCell, RowReader
 from comoe.data.rows import Post as LabelledPost
 from comoe.data.sampling import eval_batches
@@ -41,6 +42,8 @@ class DataChoice:
     """Column with the label; None is ``label`` for one task, and the name of each task for several."""
     skip_bad: bool = False
     """Leave bad rows out, and count them, instead of stopping at the first."""
+    image: str | None = None
+    """Column with the picture; None is ``image``, if there is such a column and the model reads pictures."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +58,8 @@ class Scores:
     """Posts read."""
     bad: tuple[BadRow, ...]
     """Rows left out."""
+    without_picture: tuple[BadRow, ...] = ()
+    """Rows scored by their text alone, because their picture is bad."""
 
 
 def score_data(
@@ -82,14 +87,15 @@ def score_data(
         if name not in known:
             raise unknown_name("task of this model", name, known)
     chosen = tuple(known.values()) if tasks is None else tuple(known[name] for name in tasks)
-    posts, bad = _read(choice, chosen, all_tasks=predictor.tasks)
+    report = DataReport()
+    posts = _read(choice, chosen, predictor=predictor, report=report)
     exported = predictor.exported
-    split = tokenize_split(posts, exported.tokenizer, tasks=predictor.tasks, config=exported.data_config)
+    split = tokenize_split(posts, exported.tokenizer, tasks=exported.tasks, config=exported.data_config)
     with tqdm(total=len(split), unit="post", disable=not progress, dynamic_ncols=True) as bar:
         evaluation = score_split(predictor, split, batch_size=batch_size, progress=bar.update)
     if not evaluation.metrics:
         raise ValueError(f"{choice.path}: no post has a label of {', '.join(task.name for task in chosen)}.")
-    return Scores(evaluation, chosen, len(split), tuple(bad))
+    return Scores(evaluation, chosen, len(split), tuple(report.set_aside), tuple(report.without_picture))
 
 
 def score_split(
@@ -111,7 +117,7 @@ def score_split(
         predictor.exported.model,
         split,
         collator=predictor.collator,
-        tasks=predictor.tasks,
+        tasks=predictor.exported.tasks,
         batches=eval_batches(split.lengths, batch_size=batch_size),
         gather=lambda answers: [answers],
         device=predictor.device,
@@ -123,6 +129,9 @@ def score_split(
 def format_scores(scores: Scores) -> str:
     """The scores as lines of text: per task its main metric beside the majority baseline, then every other number."""
     lines = [f"{scores.posts} posts" + (f", {len(scores.bad)} bad rows left out" if scores.bad else "")]
+    if scores.without_picture:
+        lines.append(f"{len(scores.without_picture)} posts scored without their bad picture; the first:")
+        lines.append(f"  {scores.without_picture[0]}")
     for task in scores.tasks:
         values = scores.evaluation.metrics.get(task.name)
         if values is None:
@@ -134,16 +143,19 @@ def format_scores(scores: Scores) -> str:
     return "\n".join(lines)
 
 
-def _read(choice: DataChoice, tasks: Sequence[Task], *, all_tasks: Sequence[Task]) -> tuple[PostSplit, list[BadRow]]:
+def _read(choice: DataChoice, tasks: Sequence[Task], *, predictor: Predictor, report: DataReport) -> PostSplit:
     source = open_source("--data", root=None, path=choice.path, format=choice.format, subset=None, splits={})
     # A path that is a file is its data set's training split to the reader.
     raw = read_split(source, "train" if Path(source.path).is_file() else choice.split)
     if raw is None:
         raise ValueError(f"{choice.path}: it has no {choice.split} split; choose another --split or give a file.")
+    image = choice.image
+    if image is None and predictor.collator.pixels is not None and "image" in raw.columns:
+        image = "image"
     columns = {task.name: choice.label or ("label" if len(tasks) == 1 else task.name) for task in tasks}
     wanted = {"--text-column": [choice.text], "--pair-column": [choice.pair], "--label-column": [*columns.values()]}
-    _check_columns(raw, wanted)
-    shared = TaskConfig(text=choice.text, pair=choice.pair)
+    _check_columns(raw, wanted | {"--image-column": [image]})
+    shared = TaskConfig(text=choice.text, pair=choice.pair, image=image)
     configs = {task.name: replace(shared, kind=task.kind, label=columns[task.name]) for task in tasks}
     reader = RowReader(configs, {task.name: task.labels for task in tasks}, max_characters=10**6)
     bad, found = list(raw.bad), []
@@ -157,10 +169,22 @@ def _read(choice: DataChoice, tasks: Sequence[Task], *, all_tasks: Sequence[Task
         raise ValueError(f"{bad[0]} Correct the row, or leave out bad rows with --skip-bad ({len(bad)} in all).")
     if not found:
         raise ValueError(f"{raw.file} holds no post that can be read.")
-    return _posts(raw.file, found, tasks=all_tasks), bad
+    report.set_aside.extend(bad)
+    images: Sequence[bytes | str | None] = [None] * len(found)
+    if image is not None and predictor.collator.pixels is not None:
+        reader = ImageReader(replace(predictor.exported.data_config, on_bad_image="text"), report)
+        cells, lines = [post.image for _, post in found], [line for line, _ in found]
+        _, images = reader.read(cells, file=raw.file, lines=lines, column=image)
+    return _posts(raw.file, found, images, tasks=predictor.exported.tasks)
 
 
-def _posts(file: str, found: Sequence[tuple[int, LabelledPost]], *, tasks: Sequence[Task]) -> PostSplit:
+def _posts(
+    file: str,
+    found: Sequence[tuple[int, LabelledPost]],
+    images: Sequence[bytes | str | None],
+    *,
+    tasks: Sequence[Task],
+) -> PostSplit:
     posts = [post for _, post in found]
     return PostSplit(
         texts=[post.text for post in posts],
@@ -171,6 +195,7 @@ def _posts(file: str, found: Sequence[tuple[int, LabelledPost]], *, tasks: Seque
         groups=np.zeros(len(posts), dtype=np.int64),
         group_names=("posts",),
         origins=[f"{file}:{line}" for line, _ in found],
+        images=images,
     )
 
 

@@ -18,6 +18,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from comoe.config import unknown_name
+from comoe.drawn_posts import SIZE as DRAWN_SIZE
+from comoe.drawn_posts import build_drawn_posts
 from comoe.generated import build_generated_posts, vocabulary
 from comoe.schema import Recipe
 from comoe.starter_kit import Say, build_encoder, build_posts
@@ -39,7 +41,7 @@ def home() -> Path:
 
 
 def resolve(recipe: Recipe, *, progress: bool = True) -> Recipe:
-    """The recipe with ``kit:`` and ``smoke:`` names in ``model.encoder`` and ``data.root`` replaced by local folders.
+    """The recipe with its ``kit:`` and ``smoke:`` names (see ``READY_MADE``) replaced by local folders.
 
     Prepares what is missing. Every process may call it: one per machine prepares, the others wait for it.
 
@@ -50,22 +52,22 @@ def resolve(recipe: Recipe, *, progress: bool = True) -> Recipe:
     Raises:
         ValueError: an unknown ready-made name, or the kit cannot be had; the message says what to do instead.
     """
-    wanted = {
-        key: value
-        for key, value in (("model.encoder", recipe.model.encoder), ("data.root", recipe.data.root))
-        if value is not None and value.startswith(PREFIXES)
-    }
+    named = {
+        "model.encoder": recipe.model.encoder, "model.vision.tower": recipe.model.vision.tower,
+        "data.root": recipe.data.root,
+    }  # fmt: skip
+    wanted = {key: value for key, value in named.items() if value is not None and value.startswith(PREFIXES)}
     for key, name in wanted.items():
         valid = READY_MADE[key]
         if name not in valid:
             raise unknown_name(key, name, valid)
     folders = prepare(wanted.values(), progress=progress)
-    encoder = folders.get(recipe.model.encoder, recipe.model.encoder)
-    root = folders.get(recipe.data.root or "", recipe.data.root)
+    found = {key: value if value is None else str(folders.get(value, value)) for key, value in named.items()}
+    vision = replace(recipe.model.vision, tower=found["model.vision.tower"])
     return replace(
         recipe,
-        model=replace(recipe.model, encoder=str(encoder)),
-        data=replace(recipe.data, root=None if root is None else str(root)),
+        model=replace(recipe.model, encoder=found["model.encoder"], vision=vision),
+        data=replace(recipe.data, root=found["data.root"]),
     )
 
 
@@ -160,6 +162,25 @@ def build_smoke_encoder(folder: Path) -> None:
     BertTokenizerFast.from_pretrained(folder, model_max_length=160).save_pretrained(folder)
 
 
+def build_smoke_vision(folder: Path) -> None:
+    """A tiny ResNet with random weights (3 stages, 36 image tokens of width 64) for pictures of 48 x 48 pixels."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import ResNetConfig, ResNetModel, ViTImageProcessorPil
+
+    # Learns the drawn shapes from scratch in a few passes; a ViT of this size needs many times as many.
+    config = ResNetConfig(
+        embedding_size=32, hidden_sizes=[32, 48, 64], depths=[1, 1, 1], layer_type="basic", image_size=DRAWN_SIZE,
+        architectures=["ResNetModel"],
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = ResNetModel(config)
+    config.save_pretrained(folder)
+    save_file(model.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
+    ViTImageProcessorPil(size={"height": DRAWN_SIZE, "width": DRAWN_SIZE}).save_pretrained(folder)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Command line of ``python -m comoe.starter``."""
     parser = argparse.ArgumentParser(
@@ -184,12 +205,18 @@ def main(arguments: list[str] | None = None) -> int:
 FOLDERS: dict[str, tuple[str, Build]] = {
     "kit:minilm": ("kit-1/minilm", build_encoder),
     "kit:posts": ("kit-1/posts", build_posts),
-    "smoke:encoder": ("smoke-1/encoder", lambda folder, **_: build_smoke_encoder(folder)),
+    "smoke:encoder": ("smoke-2/encoder", lambda folder, **_: build_smoke_encoder(folder)),
     "smoke:posts": ("smoke-1/posts", lambda folder, **_: build_generated_posts(folder)),
+    "smoke:vision": ("smoke-2/vision", lambda folder, **_: build_smoke_vision(folder)),
+    "smoke:drawn_posts": ("smoke-2/drawn_posts", lambda folder, **_: build_drawn_posts(folder)),
 }
 """Ready-made name -> its folder below ``home()`` (the number changes with the content) and how to fill it."""
 
-READY_MADE = {"model.encoder": ("kit:minilm", "smoke:encoder"), "data.root": ("kit:posts", "smoke:posts")}
+READY_MADE = {
+    "model.encoder": ("kit:minilm", "smoke:encoder"),
+    "model.vision.tower": ("smoke:vision",),
+    "data.root": ("kit:posts", "smoke:posts", "smoke:drawn_posts"),
+}
 """Option -> the ready-made names that it takes."""
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ def main() -> None:
     parser.add_argument("--task", action="append", help="score this task only; may be repeated")
     parser.add_argument("--text-column", default="text", help="column with the post")
     parser.add_argument("--pair-column", help="column with the second text")
+    parser.add_argument("--image-column", help="column with the picture (default: image, if the model reads pictures)")
     parser.add_argument("--label-column", help="column with the label; default: label, or each task's name for several")
     parser.add_argument("--skip-bad", action="store_true", help="leave out bad rows instead of stopping at the first")
     parser.add_argument("--batch-size", type=int, default=64, help="posts per forward pass")
@@ -37,7 +38,7 @@ def main() -> None:
 
     choice = DataChoice(
         options.data, options.format, options.split, options.text_column, options.pair_column, options.label_column,
-        options.skip_bad,
+        options.skip_bad, options.image_column,
     )  # fmt: skip
     try:
         predictor = Predictor.from_pretrained(options.model, device=options.device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from comoe.data.posts import PostSplit, unlabelled_posts
+from comoe.data.pixels import PixelReader
+from comoe.data.posts import PostSplit, hidden, unlabelled_posts
 from comoe.data.tokens import Tokens, cached_tokens, tokenize
 from comoe.protocols import IGNORED, Batch
 from comoe.rules import unknown_name
@@ -127,8 +128,10 @@ def tokenize_split(
             f"({tokenizer.model_max_length} tokens); lower it."
         )
     where = cache_dir if config.cache else None
-    tokens = cached_tokens(split, tokenizer, max_length=config.max_length, normalize=config.normalize, cache_dir=where)
-    return _with_labels(split, tokens, tasks)
+    seen = hidden(split, config.hide)
+    tokens = cached_tokens(seen, tokenizer, max_length=config.max_length, normalize=config.normalize, cache_dir=where)
+    # A hidden text is still shown beside predictions; a hidden picture must not be read.
+    return _with_labels(replace(split, images=seen.images), tokens, tasks)
 
 
 class Collator:
@@ -142,18 +145,26 @@ class Collator:
         tasks: all tasks.
         route_by: ``model.moe.route_by``.
         pad_to_multiple_of: rows are padded to a multiple of this many tokens.
+        pixels: reads the posts' pictures; None leaves them alone.
 
     Raises:
         ValueError: no such ``route_by``.
     """
 
     def __init__(
-        self, tokenizer: Any, tasks: Sequence[Task], *, route_by: str = "token", pad_to_multiple_of: int = 1
+        self,
+        tokenizer: Any,
+        tasks: Sequence[Task],
+        *,
+        route_by: str = "token",
+        pad_to_multiple_of: int = 1,
+        pixels: PixelReader | None = None,
     ) -> None:
         if route_by not in ROW_PER_TASK:
             raise unknown_name("model.moe.route_by", route_by, ROW_PER_TASK)
         self.tokenizer = tokenizer
         self.tasks = tuple(tasks)
+        self.pixels = pixels
         self._row_per_task = ROW_PER_TASK[route_by]
         self._multiple = pad_to_multiple_of
         self._segments = "token_type_ids" in tokenizer.model_input_names
@@ -171,7 +182,11 @@ class Collator:
         real = np.array([post for post, _ in pairs if post >= 0], dtype=np.int64)
         rows = split.rows(real) or [self._filler]
         length = -(-max(len(row.input_ids) for row in rows) // self._multiple) * self._multiple
+        images = [split.posts.images[post] if post >= 0 else None for post, _ in pairs]
+        pixels, image_rows = (None, None) if self.pixels is None else self.pixels.collate(images)
         return Batch(
+            pixels_I3HW=pixels,
+            image_rows_I=image_rows,
             input_ids_BL=_padded([row.input_ids for row in rows], length=length, fill=self.tokenizer.pad_token_id),
             attention_mask_BL=_padded([np.ones(len(row.input_ids)) for row in rows], length=length, fill=0),
             token_type_ids_BL=_padded([row.token_types for row in rows], length=length, fill=0)
@@ -199,8 +214,10 @@ class Collator:
         pairs: Sequence[str | None] | None = None,
         words: Sequence[Sequence[str] | None] | None = None,
         *,
+        images: Sequence[bytes | str | None] | None = None,
         max_length: int = 128,
         normalize: NormalizeConfig | None = None,
+        hide: str = "none",
     ) -> TokenizedSplit:
         """Raw texts as a split without labels, by the same path as training posts.
 
@@ -208,13 +225,16 @@ class Collator:
             texts: posts.
             pairs: second texts, None where there is none.
             words: posts as words, for tags; a text is only used where its words are None.
+            images: pictures as ``comoe.data.images.locate_image`` gives them, None where there is none.
             max_length: longest post in tokens.
             normalize: how to clean; None takes the texts as they are.
+            hide: ``data.hide`` of the recipe.
         """
-        posts = unlabelled_posts(texts, tasks=[task.name for task in self.tasks], pairs=pairs, words=words)
-        return _with_labels(
-            posts, tokenize(posts, self.tokenizer, max_length=max_length, normalize=normalize), self.tasks
-        )
+        names = [task.name for task in self.tasks]
+        posts = unlabelled_posts(texts, tasks=names, pairs=pairs, words=words, images=images)
+        seen = hidden(posts, hide)
+        tokens = tokenize(seen, self.tokenizer, max_length=max_length, normalize=normalize)
+        return _with_labels(replace(posts, images=seen.images), tokens, self.tasks)
 
     def _layout(self, split: TokenizedSplit, indices: np.ndarray, *, all_tasks: bool) -> list[tuple[int, int]]:
         """(post, task) of every row; task -1 serves all tasks, post -1 is a filler."""

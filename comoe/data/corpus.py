@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
+from comoe.data.image_checks import ImageReader
 from comoe.data.labels import discovered, resolved_task
 from comoe.data.posts import PART_NAMES, PostSplit, join_splits
-from comoe.data.report import BadRow, DataReport
+from comoe.data.report import BadRow, DataReport, settle
 from comoe.data.rows import BadCell, RowReader
 from comoe.data.sources import RawSplit, Source, open_source, read_split
 from comoe.data.splitting import hold_out, limited, seed_of, shared_posts
@@ -44,17 +45,32 @@ class _Group:
     raw: dict[str, RawSplit] = field(default_factory=dict)
     labels: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
+    @property
+    def scored(self) -> bool:
+        """False where no task has an answer: such posts are read for training alone."""
+        return any(kind_of(task.kind).scored for task in self.tasks.values())
 
-def load_corpus(recipe: Recipe, *, report: DataReport | None = None) -> Corpus:
-    """Read every data set of a recipe.
 
-    Tasks with equal path, format, subset, splits and text columns share their posts. A data set without a validation
-    split gives up a part of its training posts, stratified by label. Training posts without any label are left out.
-    The same recipe gives the same corpus on every machine.
+def load_corpus(
+    recipe: Recipe,
+    *,
+    report: DataReport | None = None,
+    with_images: bool = False,
+    cache_dir: Path | None = None,
+    progress: bool = False,
+) -> Corpus:
+    """Read every data set of a recipe; with pictures, every rank must call it.
+
+    Tasks with equal path, format, subset, splits, text and picture columns share their posts. A data set without a
+    validation split gives up a part of its training posts, stratified by label. Training posts without any label are
+    left out. The same recipe gives the same corpus on every machine.
 
     Args:
         recipe: the recipe, with local paths (``comoe.starter.resolve``).
         report: is filled and returned within the corpus; a new one by default.
+        with_images: look at all pictures and keep where they are; else no post has one, and no picture is looked at.
+        cache_dir: where is remembered which pictures are good; None remembers nothing.
+        progress: show a bar while pictures are looked at.
 
     Raises:
         ValueError: a data set, file, column or label that is missing or wrong; a bad row under ``data.on_error: stop``.
@@ -63,14 +79,18 @@ def load_corpus(recipe: Recipe, *, report: DataReport | None = None) -> Corpus:
     groups = _groups(recipe)
     names = tuple(group.name for group in groups)
     parts: dict[str, list[PostSplit]] = {split: [] for split in PART_NAMES}
+    pictures = ImageReader(recipe.data, report, cache_dir=cache_dir, progress=progress) if with_images else None
     for number, group in enumerate(groups):
-        _read(group)
-        splits = _parse(group, number, recipe=recipe, names=names, report=report)
+        _read(group, with_images=with_images)
+        splits = _parse(group, number, recipe=recipe, names=names, report=report, pictures=pictures)
         splits = _with_labels_only(group, splits, report)
         splits = _with_validation(group, splits, recipe=recipe, report=report)
         splits = _limited(group, splits, recipe=recipe)
         _warn_of_repeats(group, splits, report)
         report.posts[group.name] = {split: len(splits[split]) for split in PART_NAMES if split in splits}
+        if with_images:
+            counts = {split: sum(image is not None for image in posts.images) for split, posts in splits.items()}
+            report.pictures[group.name] = {split: counts[split] for split in PART_NAMES if split in counts}
         for split, posts in splits.items():
             parts[split].append(posts)
     joined = {split: join_splits(found) for split, found in parts.items() if found}
@@ -90,8 +110,11 @@ def _groups(recipe: Recipe) -> list[_Group]:
     for name, task in recipe.tasks.items():
         if task.kind not in KINDS:
             raise unknown_name(f"tasks.{name}.kind", task.kind, KINDS)
-        key = (task.path, task.format, task.subset, tuple(sorted(task.splits.items())), task.text, task.pair)
+        named = tuple(sorted(task.splits.items()))
+        key = (task.path, task.format, task.subset, named, task.text, task.pair, task.image)
         shared.setdefault(key, {})[name] = task
+    if not any(KINDS[task.kind].scored for task in recipe.tasks.values()):
+        raise ValueError(f"tasks: none of {', '.join(recipe.tasks)} has labels; give the recipe a task that has.")
     groups: list[_Group] = []
     for members in shared.values():
         first, task = next(iter(members.items()))
@@ -110,9 +133,9 @@ def _groups(recipe: Recipe) -> list[_Group]:
     return groups
 
 
-def _read(group: _Group) -> None:
+def _read(group: _Group, *, with_images: bool) -> None:
     """Read the files of a data set; check columns; settle the labels."""
-    for split in PART_NAMES:
+    for split in PART_NAMES if group.scored else ("train",):
         raw = read_split(group.source, split)
         if raw is None:
             continue
@@ -120,16 +143,16 @@ def _read(group: _Group) -> None:
             raise ValueError(
                 f"{raw.file} holds no posts; give {group.source.key} a file with posts, or remove the file."
             )
-        _check_columns(group, raw, split)
+        _check_columns(group, raw, split, with_images=with_images)
         group.raw[split] = raw
     train = group.raw["train"]
     for name, task in group.tasks.items():
-        known = train.label_names.get(task.label, ())
+        known = train.label_names.get(task.label, ()) if kind_of(task.kind).scored else ()
         values = (row.get(task.label) for row in train.rows)
         group.labels[name] = tuple(task.labels) or known or discovered(kind_of(task.kind), values)
 
 
-def _check_columns(group: _Group, raw: RawSplit, split: str) -> None:
+def _check_columns(group: _Group, raw: RawSplit, split: str, *, with_images: bool) -> None:
     """Every column that the recipe names is there.
 
     Labels may lack in the test split, and those of some tasks in the validation split: these cannot be measured then.
@@ -138,9 +161,9 @@ def _check_columns(group: _Group, raw: RawSplit, split: str) -> None:
         return
     labelled = split == "test" or (split == "validation" and any(t.label in raw.columns for t in group.tasks.values()))
     for name, task in group.tasks.items():
-        wanted = {"text": task.text, "pair": task.pair}
+        wanted = {"text": task.text, "pair": task.pair} | ({"image": task.image} if with_images else {})
         if not labelled:
-            wanted |= {"label": task.label, "confidence": task.confidence}
+            wanted |= {"label": task.label, "confidence": task.confidence} if kind_of(task.kind).scored else {}
         for key, column in wanted.items():
             if column is not None and column not in raw.columns:
                 guess = nearest(column, raw.columns)
@@ -151,7 +174,15 @@ def _check_columns(group: _Group, raw: RawSplit, split: str) -> None:
                 )
 
 
-def _parse(group: _Group, number: int, *, recipe: Recipe, names: tuple[str, ...], report: DataReport) -> _Splits:
+def _parse(
+    group: _Group,
+    number: int,
+    *,
+    recipe: Recipe,
+    names: tuple[str, ...],
+    report: DataReport,
+    pictures: ImageReader | None,
+) -> _Splits:
     """Rows to posts with parsed labels; bad rows stop the run or are set aside."""
     reader = RowReader(group.tasks, group.labels, max_characters=recipe.data.max_characters)
     splits = {}
@@ -163,7 +194,13 @@ def _parse(group: _Group, number: int, *, recipe: Recipe, names: tuple[str, ...]
                 lines.append(line)
             except BadCell as error:
                 bad.append(BadRow(raw.file, line, error.value, error.rule))
-        _settle(bad, usable=len(posts), of=raw.file, on_error=recipe.data.on_error, report=report)
+        settle(bad, usable=len(posts), of=raw.file, on_error=recipe.data.on_error, report=report)
+        images: list[bytes | str | None] = [None] * len(posts)
+        column = next(iter(group.tasks.values())).image
+        if pictures is not None and column is not None:
+            cells = [post.image for post in posts]
+            usable, images = pictures.read(cells, file=raw.file, lines=lines, column=column)
+            posts, lines = [posts[row] for row in usable], [lines[row] for row in usable]
         splits[split] = PostSplit(
             texts=[post.text for post in posts],
             pairs=[post.pair for post in posts],
@@ -177,21 +214,9 @@ def _parse(group: _Group, number: int, *, recipe: Recipe, names: tuple[str, ...]
             groups=np.full(len(posts), number, dtype=np.int64),
             group_names=names,
             origins=[f"{raw.file}:{line}" for line in lines],
+            images=images,
         )
     return splits
-
-
-def _settle(bad: list[BadRow], *, usable: int, of: str, on_error: str, report: DataReport) -> None:
-    """Stop at bad rows, or note them."""
-    if not bad:
-        return
-    bad.sort(key=lambda row: row.line)
-    if on_error == "stop":
-        more = f" ({len(bad) - 1:,} more bad rows in this file.)" if len(bad) > 1 else ""
-        raise ValueError(f"{bad[0]} Correct it, or set data.on_error=skip to leave such rows out.{more}")
-    if not usable:
-        raise ValueError(f"{of} has no usable post: all {len(bad):,} rows are bad. The first: {bad[0]}")
-    report.set_aside.extend(bad)
 
 
 def _with_labels_only(group: _Group, splits: _Splits, report: DataReport) -> _Splits:
@@ -209,7 +234,7 @@ def _with_labels_only(group: _Group, splits: _Splits, report: DataReport) -> _Sp
 
 def _with_validation(group: _Group, splits: _Splits, *, recipe: Recipe, report: DataReport) -> _Splits:
     """Where there is no validation split, a part of the training posts."""
-    if "validation" in splits:
+    if "validation" in splits or not group.scored:
         return splits
     train, seed = splits["train"], seed_of(recipe.train.seed, group.name)
     try:

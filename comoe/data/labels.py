@@ -50,7 +50,11 @@ def resolved_task(
         raise ValueError(
             f"tasks.{name}: no training post has a label in column {config.label!r}; correct it, or drop the task."
         )
-    task = build_task(name, config, labels=labels, label_counts=counts["train"])
+    numbers = [value for value in present if isinstance(value, float)]
+    spread = float(np.std(numbers)) if numbers else None
+    task = build_task(name, config, labels=labels, label_counts=counts["train"], label_spread=spread)
+    if not task.rules.scored:
+        return task
     distinct = {item for value in present for item in value} - {IGNORED} if task.rules.per_token else set(present)
     if len(distinct) < 2:
         only = next(iter(counts["train"]), "none") if labels else next(iter(distinct))

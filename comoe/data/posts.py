@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+
+from comoe.rules import unknown_name
 
 PART_NAMES = ("train", "validation", "test")
 """Splits of a corpus, in this order."""
@@ -32,6 +34,8 @@ class PostSplit:
     """Names of the data sets."""
     origins: Sequence[str]
     """"file:line" of each post, for messages."""
+    images: Sequence[bytes | str | None]
+    """The picture: the bytes of its file, or the file's path; None where a post has none."""
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -51,6 +55,7 @@ class PostSplit:
             groups=self.groups[rows],
             group_names=self.group_names,
             origins=pick(self.origins),
+            images=pick(self.images),
         )
 
 
@@ -60,14 +65,15 @@ def unlabelled_posts(
     tasks: Sequence[str],
     pairs: Sequence[str | None] | None = None,
     words: Sequence[Sequence[str] | None] | None = None,
+    images: Sequence[bytes | str | None] | None = None,
 ) -> PostSplit:
     """Posts to be answered: no labels, one data set.
 
     Raises:
-        ValueError: texts, pairs and words of different number.
+        ValueError: texts, pairs, words and images of different number.
     """
     count = len(texts)
-    for what, column in (("pairs", pairs), ("words", words)):
+    for what, column in (("pairs", pairs), ("words", words), ("images", images)):
         if column is not None and len(column) != count:
             raise ValueError(
                 f"There are {count} texts and {len(column)} {what}; give one for each text, None where there is none."
@@ -81,7 +87,29 @@ def unlabelled_posts(
         groups=np.zeros(count, dtype=np.int64),
         group_names=("posts",),
         origins=[f"post {number}" for number in range(1, count + 1)],
+        images=[None] * count if images is None else list(images),
     )
+
+
+def hidden(posts: PostSplit, what: str) -> PostSplit:
+    """The posts as the model is to see them: ``data.hide`` takes all texts, or all pictures, away.
+
+    Raises:
+        ValueError: no such ``data.hide``; or hidden texts of posts given as words, whose tags would have no words.
+    """
+    if what not in HIDINGS:
+        raise unknown_name("data.hide", what, HIDINGS)
+    return HIDINGS[what](posts)
+
+
+def _without_texts(posts: PostSplit) -> PostSplit:
+    if any(words for words in posts.words):
+        raise ValueError("data.hide is text, but there are posts given as words, whose tags need them; set it to none.")
+    return replace(posts, texts=[""] * len(posts), pairs=[None] * len(posts))
+
+
+def _without_images(posts: PostSplit) -> PostSplit:
+    return replace(posts, images=[None] * len(posts))
 
 
 def join_splits(parts: Sequence[PostSplit]) -> PostSplit:
@@ -99,4 +127,13 @@ def join_splits(parts: Sequence[PostSplit]) -> PostSplit:
         groups=np.concatenate([part.groups for part in parts]),
         group_names=parts[0].group_names,
         origins=joined([part.origins for part in parts]),
+        images=joined([part.images for part in parts]),
     )
+
+
+HIDINGS: dict[str, Callable[[PostSplit], PostSplit]] = {
+    "none": lambda posts: posts,
+    "text": _without_texts,
+    "image": _without_images,
+}
+"""``data.hide`` -> posts as the model sees them."""

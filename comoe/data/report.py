@@ -24,6 +24,8 @@ class BadRow:
     """What was found there."""
     rule: str
     """What is wrong, in words."""
+    reason: str = "row"
+    """What to count it by: row, or ``picture:`` and a word or two."""
 
     def __str__(self) -> str:
         return f"{self.file}:{self.line}: {self.rule} Found: {shorten(self.value)}"
@@ -35,12 +37,16 @@ class DataReport:
 
     posts: dict[str, dict[str, int]] = field(default_factory=dict)
     """Data set -> split -> usable posts."""
+    pictures: dict[str, dict[str, int]] = field(default_factory=dict)
+    """Data set -> split -> usable posts with a picture; empty where none are read."""
     labels: dict[str, dict[str, dict[str, int]]] = field(default_factory=dict)
     """Task -> split -> label -> posts (words, for tags) that have it; a task of numbers has one entry, ``labelled``."""
     confidence: dict[str, float] = field(default_factory=dict)
     """Task -> mean confidence of its training labels."""
     set_aside: list[BadRow] = field(default_factory=list)
-    """Rows left out under ``data.on_error: skip``."""
+    """Rows left out under ``data.on_error: skip`` or ``data.on_bad_image: skip``."""
+    without_picture: list[BadRow] = field(default_factory=list)
+    """Rows kept without their bad picture under ``data.on_bad_image: text``."""
     truncated: dict[str, tuple[int, int]] = field(default_factory=dict)
     """Split -> (posts cut to ``data.max_length``, labelled words lost by that)."""
     notes: list[str] = field(default_factory=list)
@@ -53,6 +59,10 @@ class DataReport:
         lines = [
             f"data set {name}: " + ", ".join(f"{count:,} {split}" for split, count in splits.items())
             for name, splits in self.posts.items()
+        ]
+        lines += [
+            f"pictures of {name}: " + ", ".join(f"{count:,} {split}" for split, count in splits.items())
+            for name, splits in self.pictures.items()
         ]
         for task, splits in self.labels.items():
             for split, counts in splits.items():
@@ -67,13 +77,60 @@ class DataReport:
             for split, (posts, words) in self.truncated.items()
             if posts or words
         ]
-        if self.set_aside:
-            lines.append(f"set aside: {len(self.set_aside):,} rows")
-            lines += [f"  {file}: {count:,}" for file, count in Counter(row.file for row in self.set_aside).items()]
-            lines += [f"  {row}" for row in self.set_aside[:SHOWN_ROWS]]
-            if len(self.set_aside) > SHOWN_ROWS:
-                lines.append(f"  and {len(self.set_aside) - SHOWN_ROWS:,} more")
+        lines += _listed("set aside", self.set_aside)
+        lines += _listed("kept without their picture", self.without_picture)
         return lines + self.notes + [f"warning: {warning}" for warning in self.warnings]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Every bad row as plain data: file, line, reason, rule, value, and whether its post was kept."""
+        return [
+            {
+                "file": row.file,
+                "line": row.line,
+                "reason": row.reason,
+                "rule": row.rule,
+                "value": shorten(row.value),
+                "kept": kept,
+            }
+            for kept, rows in ((False, self.set_aside), (True, self.without_picture))
+            for row in rows
+        ]
+
+
+def _listed(what: str, rows: list[BadRow]) -> list[str]:
+    """Rows counted by file and reason, the first ones in full."""
+    if not rows:
+        return []
+    lines = [f"{what}: {len(rows):,} rows"]
+    lines += [f"  {file}: {count:,}" for file, count in Counter(row.file for row in rows).items()]
+    reasons = Counter(row.reason for row in rows if row.reason != BadRow.reason)
+    lines += [f"  {reason}: {count:,}" for reason, count in sorted(reasons.items())]
+    lines += [f"  {row}" for row in rows[:SHOWN_ROWS]]
+    return lines + ([f"  and {len(rows) - SHOWN_ROWS:,} more"] if len(rows) > SHOWN_ROWS else [])
+
+
+def settle(bad: list[BadRow], *, usable: int, of: str, on_error: str, report: DataReport) -> None:
+    """Stop at the bad rows of a file, or note them.
+
+    Args:
+        bad: of one file; sorted here.
+        usable: rows that are left.
+        of: the file, for messages.
+        on_error: ``data.on_error``.
+        report: gets them.
+
+    Raises:
+        ValueError: there is one under ``stop``, or no usable row is left.
+    """
+    if not bad:
+        return
+    bad.sort(key=lambda row: row.line)
+    if on_error == "stop":
+        more = f" ({len(bad) - 1:,} more bad rows in this file.)" if len(bad) > 1 else ""
+        raise ValueError(f"{bad[0]} Correct it, or set data.on_error=skip to leave such rows out.{more}")
+    if not usable:
+        raise ValueError(f"{of} has no usable post: all {len(bad):,} rows are bad. The first: {bad[0]}")
+    report.set_aside.extend(bad)
 
 
 def shorten(value: Any) -> str:

@@ -40,6 +40,8 @@ class Post:
     """Task -> parsed label, None where missing."""
     confidences: dict[str, float | None]
     """Task with a confidence column -> number in [0, 1], None where missing."""
+    image: Any = None
+    """What the picture column holds, not looked at yet."""
 
 
 class RowReader:
@@ -58,7 +60,7 @@ class RowReader:
         self._labels = labels
         self._kinds = {name: kind_of(task.kind) for name, task in tasks.items()}
         first = next(iter(tasks.values()))
-        self._text, self._pair = first.text, first.pair
+        self._text, self._pair, self._image = first.text, first.pair, first.image
         self._max_characters = max_characters
         self._as_words = any(kind.per_token for kind in self._kinds.values())
 
@@ -79,6 +81,7 @@ class RowReader:
                 for name, task in self._tasks.items()
                 if task.confidence is not None
             },
+            image=None if self._image is None else row.get(self._image),
         )
 
     def _first_text(self, value: Any) -> tuple[str, list[str] | None]:

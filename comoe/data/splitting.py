@@ -48,10 +48,11 @@ def limited(posts: PostSplit, *, count: int | None, seed: int) -> PostSplit:
 
 
 def shared_posts(posts: PostSplit, *, known: PostSplit) -> int:
-    """How many posts are in ``known`` too, by text and second text; case and white space count as equal."""
+    """How many posts are in ``known`` too, by text, second text and picture; case and white space count as equal."""
 
-    def keys(split: PostSplit) -> list[tuple[str, str | None]]:
-        return [(" ".join(text.casefold().split()), pair) for text, pair in zip(split.texts, split.pairs, strict=True)]
+    def keys(split: PostSplit) -> list[tuple[str, str | None, bytes | str | None]]:
+        columns = zip(split.texts, split.pairs, split.images, strict=True)
+        return [(" ".join(text.casefold().split()), pair, image) for text, pair, image in columns]
 
     there = set(keys(known))
     return sum(key in there for key in keys(posts))

@@ -1,111 +1,257 @@
-"""Task-adaptive contrastive loss: posts of one task with the same label attract each other, over all ranks."""
+"""Task-adaptive contrastive loss: alike posts of one task attract each other and all others repel, over all ranks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from comoe.protocols import IGNORED, Batch, ModelOutput
+from comoe.losses.closed_form import KEEP_BYTES, MIN_TEMPERATURE, ClosedForm, Comparison, TaskRows, hidden_pairs
+from comoe.losses.queue import Queue
+from comoe.protocols import Batch, ModelOutput
+from comoe.schema import ContrastiveConfig
 from comoe.tasks.catalog import Task
 
-Gather = Callable[[Tensor], tuple[Tensor, int]]
-"""Rows of this rank -> (rows of all ranks with gradient, index of this rank's first row)."""
+HALF_ID = 20
+"""Bits of a post's number per float32 column: whole numbers to 2^24 are exact there, and numbers to 2^40 are enough."""
 
 
-def contrastive_sums(
-    embeddings_NP: Tensor,
-    tasks_N: Tensor,
-    labels_N: Tensor,
-    *,
-    num_tasks: int,
-    temperature: float,
-    gather: Gather,
-) -> tuple[Tensor, Tensor]:
-    """This rank's share of each task's contrastive loss.
+class Gather(Protocol):
+    """Rows of all ranks in rank order, without gradient, and where this rank's begin."""
 
-    Rows are (post, task) pairs. The positives of a row are the other rows of its task and label in the global batch,
-    its rivals all other rows of its task:
-    L_i = logsumexp over rivals of s_ij - mean over positives of s_ip, with s = z z^T / temperature.
-
-    Args:
-        embeddings_NP: unit-length rows of this rank, of all tasks; N differs between ranks and may be 0.
-        tasks_N: task index per row, int64.
-        labels_N: label per row, int64, never missing.
-        num_tasks: length of the answer.
-        temperature: divides the cosines.
-        gather: reached by every rank in every call, with rows or without.
-
-    Returns:
-        The sum of L_i over this rank's anchors with a positive, divided by the number of such anchors on all ranks,
-        per task (T,), differentiable; and that global number (T,). The sum over ranks is the mean over anchors. A task
-        without any positive pair gets 0 with a gradient of 0.
-
-    Source: supervised contrastive learning, arXiv:2004.11362, per task as in TaCL-CoMoE; methods.md section 2.
-    """
-    # One gather for all tasks. Task and label travel as two more columns: whole numbers below 2^24 are exact.
-    columns_N2 = torch.stack([tasks_N, labels_N], dim=1).to(embeddings_NP.dtype)
-    packed_GQ, offset = gather(torch.cat([embeddings_NP, columns_N2], dim=1))
-    all_GP, keys_G2 = packed_GQ[:, :-2], packed_GQ[:, -2:].detach()
-
-    _, group_G, sizes = torch.unique(keys_G2, dim=0, return_inverse=True, return_counts=True)
-    positives_G = (sizes - 1)[group_G]
-    task_G = keys_G2[:, 0].long()
-    anchors_T = torch.bincount(task_G[positives_G > 0], minlength=num_tasks)
-
-    # Anchors only: a row without a positive would be 0/0. With no anchor at all the sums below are empty, zero, and
-    # still tied to the gather, whose backward pass is a collective that every rank must reach.
-    own_N = torch.arange(offset, offset + embeddings_NP.shape[0], device=embeddings_NP.device)
-    own_A = own_N[positives_G[own_N] > 0]
-    similarity_AG = all_GP[own_A] @ all_GP.T / temperature
-    other_AG = own_A[:, None] != torch.arange(all_GP.shape[0], device=own_A.device)
-    rival_AG = other_AG & (task_G[own_A, None] == task_G)
-    positive_AG = other_AG & (group_G[own_A, None] == group_G)
-    lse_A = torch.logsumexp(similarity_AG.masked_fill(~rival_AG, float("-inf")), dim=1)
-    attraction_A = (similarity_AG * positive_AG).sum(dim=1) / positives_G[own_A]
-    # A product and not index_add: the sum has the same order on every run, on a GPU too.
-    is_task_AT = task_G[own_A, None] == torch.arange(num_tasks, device=own_A.device)
-    shares_T = (lse_A - attraction_A) @ is_task_AT.to(lse_A.dtype) / anchors_T.clamp_min(1)
-    return shares_T, anchors_T
+    def __call__(self, rows: Tensor, *, sizes: Sequence[int] | None = None) -> tuple[Tensor, int]:
+        """``sizes``: rows of each rank; None says that all bring as many."""
+        ...
 
 
-class ContrastiveLoss:
-    """Sum over tasks of their contrastive losses, scaled so that the mean over ranks is the global value.
+def alone(rows: Tensor, *, sizes: Sequence[int] | None = None) -> tuple[Tensor, int]:
+    """The gather of a rank that looks at nobody else's rows."""
+    return rows.detach(), 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """Rows of one task: (post, view) pairs that have a label."""
+
+    rows_NP: Tensor
+    keys_NK: Tensor
+    posts_N: Tensor
+
+
+class Scales(nn.Module):
+    """The tasks' inverse temperatures, fixed or learned; a module of its own, because ZeRO-3 has a parameter there only
+    while its module runs.
 
     Args:
-        tasks: those that take part, each with a pooled head and one label per post.
-        temperature: divides the cosines.
-        gather: differentiable gather over ranks (``comoe.distributed.gather_rows``).
-        world_size: number of ranks W that the gradient is averaged over.
+        temperatures: of the tasks, where learned at the start.
+        learned: make their logarithms a parameter.
     """
 
-    def __init__(self, tasks: Sequence[Task], *, temperature: float, gather: Gather, world_size: int) -> None:
-        if not temperature > 0:
-            raise ValueError(f"loss.contrastive.temperature ({temperature}) must be above 0; 0.1 is the default.")
-        self.names = [task.name for task in tasks]
-        self.temperature = temperature
-        self.gather = gather
-        self.world_size = world_size
+    def __init__(self, temperatures: Sequence[float], *, learned: bool) -> None:
+        super().__init__()
+        self.fixed = tuple(1 / temperature for temperature in temperatures)
+        self.log_scales_T = nn.Parameter(torch.tensor(self.fixed).log()) if learned else None
+
+    def forward(self) -> Tensor:
+        """(T,), at most 100; never in half precision."""
+        if self.log_scales_T is None:
+            return torch.tensor(self.fixed, dtype=torch.float64)
+        wide = torch.promote_types(self.log_scales_T.dtype, torch.float32)
+        return _AtMost.apply(self.log_scales_T.to(wide).exp(), 1 / MIN_TEMPERATURE)
+
+
+class ContrastiveLoss(nn.Module):
+    """Weighted sum over tasks of their contrastive losses; the mean over ranks of its gradient is the global one.
+
+    L_i = logsumexp over rivals j of s_ij - weighted mean over positives p of s_ip, s = cosine / temperature; a task's
+    loss is the mean over its anchors with a positive, on all ranks. What a positive is, and what it weighs, is the
+    affinity of the task's kind. Rivals are all other rows of the task, of all ranks and of the queue.
+
+    Two gathers per call, none in the backward pass; every rank must reach them, with rows or without. Memory grows with
+    the rows of all ranks, not with their square.
+
+    Args:
+        tasks: those that take part, in the same order on all ranks.
+        config: ``loss.contrastive``; its ``weight`` and ``chunk_size`` are the objective's.
+        width: P of the embeddings.
+        gather: the collective (``comoe.distributed.gather_detached``).
+        world_size: ranks W that the gradient is averaged over.
+
+    Raises:
+        ValueError: a temperature below 0.01.
+
+    Source: supervised contrastive learning, arXiv:2004.11362, per task as in TaCL-CoMoE; two dropout views as
+    positives, arXiv:2002.05709; the closed form of methods.md section 2.
+    """
+
+    def __init__(
+        self, tasks: Sequence[Task], config: ContrastiveConfig, *, width: int, gather: Gather, world_size: int
+    ) -> None:
+        super().__init__()
+        self.tasks = tuple(tasks)
+        local = config.over == "local"
+        self.gather: Gather = alone if local else gather
+        self.factor = 1 if local else world_size
+        self.queue_warmup = config.queue_warmup
+        given = [task.contrastive_temperature or config.temperature for task in self.tasks]
+        for task, temperature in zip(self.tasks, given, strict=True):
+            if not temperature >= MIN_TEMPERATURE:
+                raise ValueError(
+                    f"loss.contrastive.temperature of task {task.name} ({temperature}) must be at least "
+                    f"{MIN_TEMPERATURE}; 0.1 is the default."
+                )
+        self.learned = config.learn_temperature
+        self.scales = Scales(given, learned=self.learned)
+        self.num_keys = max(task.rules.num_keys(task.labels) for task in self.tasks)
+        self.queue = None
+        if config.queue_size:
+            sizes = {"size": config.queue_size, "width": width, "num_keys": self.num_keys}
+            self.queue = Queue(len(self.tasks), **sizes)
 
     def begin_step(self) -> None:
-        """Nothing is carried between micro-steps."""
+        """Count the optimizer steps that the queue waits for."""
+        if self.queue is not None and self.training:
+            self.queue.steps += 1
 
-    def __call__(self, output: ModelOutput, batch: Batch) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """This rank's share of the term; terms ``contrastive`` and ``contrastive/<task>``, detached."""
-        embeddings = torch.cat([output.embeddings[name] for name in self.names])
-        labels = torch.cat([batch.labels[name] for name in self.names])
-        tasks = torch.arange(len(self.names), device=labels.device).repeat_interleave(len(labels) // len(self.names))
-        labelled = (labels != IGNORED).nonzero().squeeze(1)
-        shares_T, _ = contrastive_sums(
-            embeddings[labelled],
-            tasks[labelled],
-            labels[labelled],
-            num_tasks=len(self.names),
-            temperature=self.temperature,
-            gather=self.gather,
-        )
-        shares_T = shares_T * self.world_size
-        total = shares_T.sum()
-        terms = {f"contrastive/{name}": share for name, share in zip(self.names, shares_T.detach(), strict=True)}
+    def forward(
+        self, output: ModelOutput, batch: Batch, scales_T: Tensor | None = None
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """This rank's share, to be averaged over ranks.
+
+        Args:
+            output: ``embeddings`` and ``views`` are read, of one micro-batch or of a whole optimizer step.
+            batch: ``labels`` and ``row_ids_B`` are read.
+            scales_T: the tasks' inverse temperatures; None asks ``scales``.
+
+        Returns:
+            Scalar, differentiable; and detached terms, whose mean over ranks is the global value: ``contrastive``, and
+            per task, unweighted, ``contrastive/<task>``, ``positives_per_anchor/<task>`` (the mean over anchors of the
+            weights of their positives) and, where it is learned, ``temperature/<task>``.
+        """
+        own = [self._own_rows(task, output, batch) for task in self.tasks]
+        counts_WT, rank = self._gather_counts(own)
+        sizes = [sum(counts) for counts in counts_WT]
+        everyone = self._gather_rows(own, counts_WT, sizes)
+        scales_T = self.scales() if scales_T is None else scales_T
+        added, waits = self._queue_state()
+        comparisons = []
+        for index, (rows, scale) in enumerate(zip(everyone, scales_T.tolist(), strict=True)):
+            past = None if waits or not added[index] else _Rows(*self.queue.read(index, added=added[index]))
+            start = sum(counts[index] for counts in counts_WT[:rank])
+            compared = _task_rows(self.tasks[index], rows, past, start=start, num_own=counts_WT[rank][index])
+            keep = KEEP_BYTES // len(self.tasks)
+            comparisons.append(Comparison(compared, scale=scale, keep_bytes=keep, moments=self.learned))
+            if self.queue is not None and self.training:
+                self.queue.put(index, rows.rows_NP, rows.keys_NK, rows.posts_N, added=added[index])
+        # The second gather: what the gradient of this rank's rows takes from the anchors of the others.
+        reciprocals_N2 = torch.cat([comparison.reciprocals() for comparison in comparisons])
+        reciprocals_G2, _ = self.gather(reciprocals_N2, sizes=sizes)
+        total, terms = 0.0, {}
+        for index, (task, comparison) in enumerate(zip(self.tasks, comparisons, strict=True)):
+            of_all_R2 = _of_task(reciprocals_G2, counts_WT, index)
+            anchors = (of_all_R2[:, 1] > 0).sum().clamp_min(1).double()
+            value = ClosedForm.apply(own[index].rows_NP, scales_T[index], comparison, of_all_R2, self.factor / anchors)
+            total = total + task.contrastive_weight * value
+            terms[f"contrastive/{task.name}"] = value.detach()
+            weights_R = torch.where(of_all_R2[:, 1] > 0, 1 / of_all_R2[:, 1], 0.0)
+            terms[f"positives_per_anchor/{task.name}"] = (weights_R.sum() / anchors).to(value.dtype)
+            if self.learned:
+                terms[f"temperature/{task.name}"] = 1 / scales_T[index].detach()
         return total, {"contrastive": total.detach(), **terms}
+
+    def _own_rows(self, task: Task, output: ModelOutput, batch: Batch) -> _Rows:
+        labels, embeddings_BP = batch.labels[task.name], output.embeddings[task.name]
+        labelled = task.rules.labelled(labels).nonzero()[:, 0]
+        rows, posts = [embeddings_BP[labelled]], [batch.row_ids_B[labelled]]
+        if task.rules.views:
+            rows.append(output.views[task.name][labelled])
+            posts *= 2
+        rows_NP = torch.cat(rows)
+        # Similarities in float32 also where the model is not; float64 stays.
+        rows_NP = rows_NP if rows_NP.dtype == torch.float64 else rows_NP.float()
+        keys_BK = task.rules.keys(labels[labelled]).to(rows_NP.dtype)
+        return _Rows(rows_NP, F.pad(keys_BK, (0, self.num_keys - keys_BK.shape[1])).repeat(len(posts), 1), torch.cat(posts))
+
+    def _gather_counts(self, own: Sequence[_Rows]) -> tuple[list[list[int]], int]:
+        """Rows per rank and task, and this rank's index."""
+        counts_1T = torch.tensor([[len(rows.rows_NP) for rows in own]], device=own[0].rows_NP.device)
+        counts_WT, rank = self.gather(counts_1T)
+        return counts_WT.tolist(), rank
+
+    def _gather_rows(self, own: Sequence[_Rows], counts_WT: list[list[int]], sizes: list[int]) -> list[_Rows]:
+        """The rows of all ranks, per task: one packed gather of [rows | keys | post]."""
+        posts_N = torch.cat([rows.posts_N for rows in own])
+        halves_N2 = torch.stack([posts_N >> HALF_ID, posts_N & ((1 << HALF_ID) - 1)], dim=1)
+        rows_NP = torch.cat([rows.rows_NP.detach() for rows in own])
+        packed_NQ = torch.cat([rows_NP, torch.cat([rows.keys_NK for rows in own]), halves_N2.to(rows_NP.dtype)], dim=1)
+        packed_GQ, _ = self.gather(packed_NQ, sizes=sizes)
+        everyone, width = [], rows_NP.shape[1]
+        for index in range(len(own)):
+            of_task_RQ = _of_task(packed_GQ, counts_WT, index)
+            posts_R = (of_task_RQ[:, -2].long() << HALF_ID) + of_task_RQ[:, -1].long()
+            everyone.append(_Rows(of_task_RQ[:, :width].contiguous(), of_task_RQ[:, width:-2], posts_R))
+        return everyone
+
+    def _queue_state(self) -> tuple[list[int], bool]:
+        """Rows ever put in, per task, and whether the queue is not to be read yet; one wait for the device."""
+        if self.queue is None:
+            return [0] * len(self.tasks), True
+        *added, steps = torch.cat([self.queue.added_T, self.queue.steps[None]]).tolist()
+        return added, max(steps - 1, 0) < self.queue_warmup
+
+
+class _AtMost(torch.autograd.Function):
+    """Values no larger than a ceiling. Above it the gradient passes where it would lower them: none is ever stuck."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, ceiling: float) -> Tensor:
+        ctx.save_for_backward(values >= ceiling)
+        return values.clamp_max(ceiling)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (high,) = ctx.saved_tensors
+        return torch.where(high, gradient.clamp_min(0), gradient), None
+
+
+def _task_rows(task: Task, rows: _Rows, past: _Rows | None, *, start: int, num_own: int) -> TaskRows:
+    """Rows of all ranks, and past ones, as the columns of one comparison."""
+    columns_CP, keys_CK, posts_C = rows.rows_NP, rows.keys_NK, rows.posts_N
+    hidden_rows_X = hidden_columns_X = posts_C.new_zeros(0)
+    if past is not None:
+        own_posts_N = posts_C[start : start + num_own]
+        hidden_rows_X, hidden_columns_X = hidden_pairs(own_posts_N, past.posts_N)
+        hidden_columns_X = hidden_columns_X + len(posts_C)
+        columns_CP = torch.cat([columns_CP, past.rows_NP.to(columns_CP.dtype)])
+        keys_CK = torch.cat([keys_CK, past.keys_NK.to(keys_CK.dtype)])
+        posts_C = torch.cat([posts_C, past.posts_N])
+    # Rows of one post are alike where a kind has no labels to compare.
+    keys = posts_C[:, None] if task.rules.views else keys_CK[:, : task.rules.num_keys(task.labels)]
+    flat = keys.shape[1] == 1
+    keys_UK, groups_C = torch.unique(keys[:, 0] if flat else keys, dim=0, return_inverse=True)
+    return TaskRows(
+        columns_CP=columns_CP,
+        num_rows=len(rows.rows_NP),
+        start=start,
+        num_own=num_own,
+        groups_C=groups_C,
+        keys_UK=keys_UK[:, None] if flat else keys_UK,
+        affinity=partial(task.rules.affinity, task=task) if task.rules.graded else None,
+        hidden_rows_X=hidden_rows_X,
+        hidden_columns_X=hidden_columns_X,
+    )
+
+
+def _of_task(everyone_GX: Tensor, counts_WT: Sequence[Sequence[int]], task: int) -> Tensor:
+    """The rows of one task, of all ranks: each rank sent its tasks one after another."""
+    parts, begin = [], 0
+    for counts in counts_WT:
+        at = begin + sum(counts[:task])
+        parts.append(everyone_GX[at : at + counts[task]])
+        begin += sum(counts)
+    return torch.cat(parts)

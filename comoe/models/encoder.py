@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -17,6 +17,21 @@ from comoe.models.families import family_of
 from comoe.schema import ModelConfig
 
 
+class Role(NamedTuple):
+    """What a pre-trained model is for, in the words of error messages."""
+
+    option: str
+    """Of the recipe, with its name."""
+    noun: str
+    """The model, with its article."""
+    ready_made: str
+    """Names of ready-made ones."""
+
+
+ENCODER = Role("model.encoder", "an encoder", "kit:minilm or smoke:encoder")
+"""The text encoder's role."""
+
+
 def build_encoder(config: ModelConfig) -> nn.Module:
     """Load the pre-trained encoder of ``model.encoder`` in float32, without its pooler.
 
@@ -24,34 +39,60 @@ def build_encoder(config: ModelConfig) -> nn.Module:
         ValueError: no such folder or hub name, no network, unreadable or incomplete weights, or a family without a
             row in ``FAMILIES``.
     """
-    name = config.encoder
-    folder = Path(name).expanduser()
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
-    if (looks_local and not folder.is_dir()) or (folder.is_dir() and not (folder / "config.json").is_file()):
-        raise ValueError(
-            f"model.encoder ({name}) is not a folder with an encoder (config.json is missing); give a folder that "
-            "save_pretrained wrote, a hub name, kit:minilm or smoke:encoder."
-        )
-    source = str(folder) if folder.is_dir() else name
-    with _readable_errors(name):
-        hf_config = AutoConfig.from_pretrained(source, trust_remote_code=config.trust_remote_code)
-    arguments = _prepared(hf_config, config.dropout)
-    with _readable_errors(name), _quiet():
-        encoder, report = AutoModel.from_pretrained(
+    return load_pretrained(
+        config.encoder,
+        ENCODER,
+        trust_remote_code=config.trust_remote_code,
+        prepare=lambda hf_config: (hf_config, _prepared(hf_config, config.dropout)),
+    )
+
+
+def load_pretrained(
+    name: str, role: Role, *, trust_remote_code: bool, prepare: Callable[[Any], tuple[Any, dict[str, Any]]]
+) -> nn.Module:
+    """Load a model in float32, or say what is wrong with it.
+
+    Args:
+        name: folder or hub name.
+        role: what it is for.
+        trust_remote_code: let the repository run its own Python code.
+        prepare: Hugging Face configuration -> the one to build, and arguments of the model's constructor.
+
+    Raises:
+        ValueError: no such folder or hub name, no network, unreadable or incomplete weights.
+    """
+    source, hf_config = read_config(name, role, trust_remote_code=trust_remote_code)
+    hf_config, arguments = prepare(hf_config)
+    with _readable_errors(name, role), _quiet():
+        model, report = AutoModel.from_pretrained(
             source,
             config=hf_config,
             dtype=torch.float32,
-            trust_remote_code=config.trust_remote_code,
+            trust_remote_code=trust_remote_code,
             output_loading_info=True,
             **arguments,
         )
     if report["missing_keys"]:
         # The library would fill them with random numbers and go on.
         raise ValueError(
-            f"model.encoder ({name}) has no weights for {', '.join(sorted(report['missing_keys'])[:3])} "
+            f"{role.option} ({name}) has no weights for {', '.join(sorted(report['missing_keys'])[:3])} "
             f"({len(report['missing_keys'])} in all); its weights file does not belong to its config.json."
         )
-    return encoder
+    return model
+
+
+def read_config(name: str, role: Role, *, trust_remote_code: bool) -> tuple[str, Any]:
+    """Where a model lies, and its Hugging Face configuration; arguments and errors of ``load_pretrained``."""
+    folder = Path(name).expanduser()
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
+    if (looks_local and not folder.is_dir()) or (folder.is_dir() and not (folder / "config.json").is_file()):
+        raise ValueError(
+            f"{role.option} ({name}) is not a folder with {role.noun} (config.json is missing); give a folder that "
+            f"save_pretrained wrote, a hub name, {role.ready_made}."
+        )
+    source = str(folder) if folder.is_dir() else name
+    with _readable_errors(name, role):
+        return source, AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
 
 
 @contextmanager
@@ -78,14 +119,14 @@ def split_as_it_loads(settings: Mapping[str, Any]) -> Iterator[None]:
 
 
 @contextmanager
-def _readable_errors(name: str) -> Iterator[None]:
+def _readable_errors(name: str, role: Role) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().partition("\n")[0][:300]
         raise ValueError(
-            f"model.encoder ({name}) could not be loaded: {reason} Give the folder of a downloaded encoder, a hub name "
-            "that this machine can reach, kit:minilm or smoke:encoder."
+            f"{role.option} ({name}) could not be loaded: {reason} Give the folder of {role.noun} that was downloaded, "
+            f"a hub name that this machine can reach, {role.ready_made}."
         ) from error
 
 

@@ -63,6 +63,8 @@ class Family:
     """Positions of the table that no token ever uses (RoBERTa counts from padding + 1)."""
     after_layers: tuple[str, ...] = ()
     """Paths of modules that run after the last layer: they train with it."""
+    single_stream: bool = False
+    """True where one encoder reads text and pixels, and needs no vision tower."""
 
 
 def family_of(model_type: str) -> Family:
@@ -202,5 +204,7 @@ FAMILIES: dict[str, Family] = {
         has_segments=False,
         after_layers=("final_norm",),
     ),
+    # A layer before its norm: the block brings a norm of its own.
+    "vilt": Family(after_layers=("layernorm",), single_stream=True),
 }
 """Hugging Face ``model_type`` -> family."""

@@ -1,4 +1,4 @@
-"""Task heads: attention pooling and a linear layer, or a linear layer on each token."""
+"""Task heads: attention pooling and a linear layer, a linear layer on each token, or pooling alone."""
 
 from __future__ import annotations
 
@@ -48,13 +48,13 @@ class HeadOutput(NamedTuple):
     logits: Tensor
     """Float32, (B, Y), or (B, L, Y) per token."""
     pooled_BM: Tensor | None
-    """Pooled states, None for a head on tokens."""
+    """Pooled states; None for a head on tokens that takes no part in the contrastive loss."""
     attention_BL: Tensor | None
-    """Pooling weights, None for a head on tokens."""
+    """Pooling weights that explain the answer; None for a head on tokens, whose answer does not come from them."""
 
 
 class TaskHead(nn.Module):
-    """Pooling (unless the task labels tokens), dropout, linear layer.
+    """Pooling (where a task labels tokens only for the contrastive loss), dropout, linear layer (where it has outputs).
 
     Args:
         task: decides the number of outputs and whether the answer is per token.
@@ -64,15 +64,20 @@ class TaskHead(nn.Module):
 
     def __init__(self, task: Task, model_width: int, *, dropout: float) -> None:
         super().__init__()
-        self.pooling = None if task.rules.per_token else AttentionPooling(model_width)
+        self.per_token = task.rules.per_token
+        self.pooling = AttentionPooling(model_width) if task.rules.pooled or task.contrastive else None
         self.dropout = nn.Dropout(dropout)
-        self.output = nn.Linear(model_width, task.rules.num_outputs(task.labels))
-        nn.init.normal_(self.output.weight, std=0.02)
-        nn.init.zeros_(self.output.bias)
+        num_outputs = task.rules.num_outputs(task.labels)
+        self.output = nn.Linear(model_width, num_outputs) if num_outputs else None
+        if self.output is not None:
+            nn.init.normal_(self.output.weight, std=0.02)
+            nn.init.zeros_(self.output.bias)
 
     def forward(self, hidden_BLM: Tensor, mask_BL: Tensor) -> HeadOutput:
         """Answer every row; rows of other tasks too, so that every parameter gets a gradient on every rank."""
-        if self.pooling is None:
-            return HeadOutput(self.output(self.dropout(hidden_BLM)).float(), None, None)
-        pooled_BM, attention_BL = self.pooling(hidden_BLM, mask_BL)
-        return HeadOutput(self.output(self.dropout(pooled_BM)).float(), pooled_BM, attention_BL)
+        pooled_BM, attention_BL = (None, None) if self.pooling is None else self.pooling(hidden_BLM, mask_BL)
+        if self.per_token:
+            return HeadOutput(self.output(self.dropout(hidden_BLM)).float(), pooled_BM, None)
+        # Without outputs: no columns, yet part of the graph.
+        logits = pooled_BM[:, :0] if self.output is None else self.output(self.dropout(pooled_BM))
+        return HeadOutput(logits.float(), pooled_BM, attention_BL)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -137,8 +137,13 @@ class RoutingContext:
 
 def without_tokens(routing: Routing) -> Routing:
     """The routing of no token, with a gradient of 0 to the gate."""
-    none = {name: getattr(routing, name)[:0] for name in ("logits_SE", "scores_SE", "indices_Sk", "weights_Sk")}
-    return Routing(**none, counts_E=torch.zeros_like(routing.counts_E))
+    return replace(of_first(routing, 0), counts_E=torch.zeros_like(routing.counts_E))
+
+
+def of_first(routing: Routing, number: int) -> Routing:
+    """The rows of the first tokens; loads stay those of all."""
+    rows = {name: getattr(routing, name)[:number] for name in ("logits_SE", "scores_SE", "indices_Sk", "weights_Sk")}
+    return replace(routing, **rows)
 
 
 @dataclass(slots=True)

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from comoe.models.encoder import build_encoder, build_encoder_from_config
 from comoe.models.families import attach_blocks, freeze_encoder, reads_segments
+from comoe.models.fusion import build_fusion
 from comoe.models.gate import ROUTES
 from comoe.models.heads import TaskHead
-from comoe.models.moe import ContextHolder, CooperativeBlock, RoutingContext, without_tokens
+from comoe.models.image_text import ImageTextHead
+from comoe.models.moe import ContextHolder, CooperativeBlock, RoutingContext, of_first, without_tokens
+from comoe.models.pictures import EncoderInputs, Pictures, Reading, Texts
 from comoe.models.recompute import recompute_layers
-from comoe.protocols import Batch, ModelOutput
-from comoe.schema import ModelConfig
+from comoe.models.vision import Tower, build_tower, build_tower_from_config
+from comoe.protocols import Batch, ImageText, ModelOutput
+from comoe.schema import ImageTextConfig, ModelConfig
 from comoe.tasks.catalog import Task
 
 HEAD_DROPOUT = 0.1
@@ -44,11 +49,20 @@ class MultiTaskModel(nn.Module):
         encoder: a model of ``build_encoder``; blocks are attached to it here.
         tasks: in the order of the task ids.
         config: ``model``.
+        tower: reads pictures; None where the model reads none, or where its encoder does.
+        image_text: ``loss.image_text``, to be trained for it too; None where it only answers, as in an export.
         recompute: keep only each layer's input for the backward pass (activation checkpointing).
     """
 
     def __init__(
-        self, encoder: nn.Module, tasks: Sequence[Task], config: ModelConfig, *, recompute: bool = False
+        self,
+        encoder: nn.Module,
+        tasks: Sequence[Task],
+        config: ModelConfig,
+        *,
+        tower: Tower | None = None,
+        image_text: ImageTextConfig | None = None,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         width = encoder.config.hidden_size
@@ -70,45 +84,117 @@ class MultiTaskModel(nn.Module):
         self.heads = nn.ModuleList(TaskHead(task, width, dropout=dropout) for task in self.tasks)
         self.projection = nn.Linear(width, config.projection_width, bias=False)
         nn.init.normal_(self.projection.weight, std=0.02)
+        self.tower = tower
+        self.fusion = build_fusion(encoder, tower, config.vision, dropout=dropout)
+        self.route_image_tokens = config.vision.route_image_tokens
+        self.image_text = None
+        if self.fusion is not None and image_text is not None:
+            self.image_text = ImageTextHead(
+                width,
+                self.fusion.image_width,
+                config.projection_width,
+                contrast=image_text.itc_weight > 0,
+                match=image_text.itm_weight > 0,
+            )
 
-    def forward(self, batch: Batch, picks: Sequence[Tensor] = ()) -> ModelOutput:
+    def forward(self, batch: Batch, picks: Sequence[Tensor] = (), *, compare: bool = True) -> ModelOutput:
         """Answer every task on every row.
 
         Args:
             batch: the rows.
-            picks: per layer with experts, the experts (S, k) that an earlier pass over the same batch picked; this one
-                routes every token as that one did.
+            picks: ``ModelOutput.picks`` of an earlier pass over the same batch; this one routes every token as that one
+                did.
+            compare: give ``ModelOutput.image_text`` where the model is trained for it.
         """
-        # One device-to-host wait per forward: the number of real tokens decides shapes.
-        rows_S, columns_S = batch.attention_mask_BL.nonzero(as_tuple=True)
-        context = RoutingContext(rows_S * batch.attention_mask_BL.shape[1] + columns_S, rows_S)
-        context.picks = dict(zip((block.layer for block in self._blocks), picks, strict=False))
-        if self.task_embedding is not None:
-            # A filler row has no task; its answer is never used, so any embedding will do.
-            context.task_embeddings_BD = self.task_embedding(batch.task_ids_B.clamp_min(0))
-        hidden_BLM = self.encode(batch, context)
+        texts = Texts(batch.input_ids_BL, batch.attention_mask_BL, batch.token_type_ids_BL, batch.task_ids_B)
+        pictures = self.look(batch)
+        reading = self.read(texts, pictures, picks)
+        routings, picked, token_rows_S = reading.routings, reading.picks, reading.token_rows_S
         logits, embeddings, attentions = {}, {}, {}
         for task, head in zip(self.tasks, self.heads, strict=True):
-            answer = head(hidden_BLM, batch.attention_mask_BL)
+            answer = head(reading.fused_BLM, batch.attention_mask_BL)
             logits[task.name] = answer.logits
             if answer.pooled_BM is not None:
                 embeddings[task.name] = F.normalize(self.projection(answer.pooled_BM).float(), dim=1)
+            if answer.attention_BL is not None:
                 attentions[task.name] = answer.attention_BL
-        routings = tuple(routing for _, routing in sorted(context.routings.items()))
         # A filler row stands alone. Its tokens had to run, but no loss and no statistic may count them.
         if len(batch.row_ids_B) == 1 and int(batch.row_ids_B) < 0:
-            routings, rows_S = tuple(map(without_tokens, routings)), rows_S[:0]
-        return ModelOutput(logits, embeddings, attentions, routings, rows_S)
+            routings, picked, token_rows_S = tuple(map(without_tokens, routings)), (), token_rows_S[:0]
+        both = self.compare(texts, pictures, reading) if compare and self.image_text is not None else None
+        return ModelOutput(logits, embeddings, attentions, routings, token_rows_S, picks=picked, image_text=both)
 
-    def encode(self, batch: Batch, context: RoutingContext) -> Tensor:
-        """The encoder's last states (B, L, M); ``context`` collects the routings."""
-        segments = {"token_type_ids": batch.token_type_ids_BL} if self.has_segments else {}
+    def look(self, batch: Batch) -> Pictures | None:
+        """The pictures as the fusion wants them; the tower runs once per batch."""
+        if self.fusion is None:
+            return None
+        assert batch.pixels_I3HW is not None, "the model reads pictures: every batch has one, if only a blank one"
+        tokens = batch.pixels_I3HW if self.tower is None else self.tower(batch.pixels_I3HW)
+        return Pictures(self.fusion.project(tokens), batch.image_rows_I)
+
+    def read(self, texts: Texts, pictures: Pictures | None, picks: Sequence[Tensor] = ()) -> Reading:
+        """One pass of encoder and fusion; without pictures the texts alone."""
+        mask_BL, arguments = texts.mask_BL, {"input_ids": texts.ids_BL, "attention_mask": texts.mask_BL}
+        if self.has_segments:
+            arguments["token_type_ids"] = texts.segments_BL
+        inputs = EncoderInputs(arguments, mask_BL, columns=mask_BL.shape[1])
+        if pictures is not None:
+            inputs = self.fusion.before(inputs, pictures)
+        # One device-to-host wait per forward: the number of real tokens decides shapes.
+        rows_S, columns_S = mask_BL.nonzero(as_tuple=True)
+        index_S, token_rows_S = rows_S * inputs.columns + columns_S, rows_S
+        if self.route_image_tokens and inputs.image_index_Z is not None:
+            index_S = torch.cat([index_S, inputs.image_index_Z])
+            token_rows_S = torch.cat([rows_S, inputs.image_index_Z // inputs.columns])
+        context = RoutingContext(index_S, token_rows_S)
+        context.picks = dict(zip((block.layer for block in self._blocks), picks, strict=False))
+        if self.task_embedding is not None:
+            # A filler row has no task; its answer is never used, so any embedding will do.
+            context.task_embeddings_BD = self.task_embedding(texts.tasks_B.clamp_min(0))
+        states_BLM = self.encode(inputs.arguments, context)[:, : mask_BL.shape[1]]
+        fused_BLM = states_BLM if pictures is None else self.fusion.after(states_BLM, mask_BL, pictures)
+        routings = tuple(routing for _, routing in sorted(context.routings.items()))
+        picked = tuple(routing.indices_Sk for routing in routings)
+        of_text = tuple(of_first(routing, len(rows_S)) for routing in routings)
+        return Reading(states_BLM, fused_BLM, of_text, rows_S, picked)
+
+    def encode(self, arguments: Mapping[str, Any], context: RoutingContext) -> Tensor:
+        """The encoder's last states (B, N, M); ``context`` collects the routings."""
         self.holder.context = context
         try:
-            answer = self.encoder(batch.input_ids_BL, attention_mask=batch.attention_mask_BL, **segments)
+            return self.encoder(**arguments).last_hidden_state
         finally:
             self.holder.context = None
-        return answer.last_hidden_state
+
+    def compare(self, texts: Texts, pictures: Pictures, reading: Reading) -> ImageText:
+        """Both sides of the posts with pictures. Loads of the passes that are run for it are not counted."""
+        rows_I, in_encoder = pictures.places_I, self.fusion.in_encoder
+        own = texts.take(rows_I)
+        text_IP = image_IP = logits_I2 = None
+        if self.image_text.compares:
+            # Where the encoder reads the picture too, the text alone takes a pass of its own.
+            alone_ILM = self.read(own, None).states_BLM if in_encoder else reading.states_BLM[rows_I]
+            text_IP, image_IP = self.image_text.embed(alone_ILM, own.mask_BL, pictures.tokens)
+        if self.image_text.match is not None:
+            logits_I2 = self.image_text.judge(reading.fused_BLM[rows_I], own.mask_BL)
+        if in_encoder:
+            segments = () if own.segments_BL is None else (own.segments_BL,)
+            given: tuple[Tensor, ...] = (own.mask_BL, own.ids_BL, *segments)
+        else:
+            given = (own.mask_BL, reading.states_BLM[rows_I])
+
+        def match(others: tuple[Tensor, ...], numbers_J: Tensor) -> Tensor:
+            mask_JL, *what = others
+            chosen = pictures.take(numbers_J)
+            if in_encoder:
+                ids_JL, *segments = what
+                paired = Texts(ids_JL, mask_JL, segments[0] if segments else None, own.tasks_B[numbers_J])
+                fused_JLM = self.read(paired, chosen).fused_BLM
+            else:
+                fused_JLM = self.fusion.after(what[0], mask_JL, chosen)
+            return self.image_text.judge(fused_JLM, mask_JL)
+
+        return ImageText(pictures.rows_I, text_IP, image_IP, logits_I2, given, match)
 
     def moe_layers(self) -> list[CooperativeBlock]:
         """The cooperative blocks in layer order."""
@@ -121,10 +207,10 @@ def parameter_group(name: str) -> str:
     Blocks and the task embedding are "experts": everything that is new beside the pre-trained layers.
     """
     parts = name.split(".")
-    groups = [PARAMETER_GROUPS[part] for part in parts if part in PARAMETER_GROUPS]
-    assert groups, f"{name} lies in none of the modules {', '.join(PARAMETER_GROUPS)} of MultiTaskModel"
+    child = next((part for part in parts if part in PARAMETER_GROUPS), None)
+    assert child, f"{name} lies in none of the modules {', '.join(PARAMETER_GROUPS)} of MultiTaskModel"
     # The blocks live inside the encoder they are attached to.
-    return "experts" if groups[0] == "encoder" and "block" in parts else groups[0]
+    return "experts" if child == "encoder" and "block" in parts else PARAMETER_GROUPS[child]
 
 
 def build_model(
@@ -132,6 +218,8 @@ def build_model(
     tasks: Sequence[Task],
     *,
     encoder_config: dict[str, Any] | None = None,
+    tower_config: dict[str, Any] | None = None,
+    image_text: ImageTextConfig | None = None,
     recompute: bool = False,
 ) -> MultiTaskModel:
     """Build the model; deterministic in torch's seed, so every rank that seeds alike gets the same weights.
@@ -140,13 +228,20 @@ def build_model(
         config: ``model``; ``config.encoder`` must be a folder or hub name here.
         tasks: the tasks in the order of their ids.
         encoder_config: ``encoder.config.to_dict()`` of an export: no pre-trained weights are read then.
+        tower_config: ``tower.inner.config.to_dict()`` likewise, where the export reads pictures.
+        image_text: ``loss.image_text``, see ``MultiTaskModel``.
         recompute: activation checkpointing, see ``MultiTaskModel``.
     """
     if encoder_config is None:
         encoder = build_encoder(config)
     else:
         encoder = build_encoder_from_config(encoder_config, dropout=config.dropout)
-    return MultiTaskModel(encoder, tasks, config, recompute=recompute)
+    tower = None
+    if tower_config is not None:
+        tower = build_tower_from_config(tower_config, train=config.vision.train_tower)
+    elif config.vision.tower is not None:
+        tower = build_tower(config.vision, trust_remote_code=config.trust_remote_code)
+    return MultiTaskModel(encoder, tasks, config, tower=tower, image_text=image_text, recompute=recompute)
 
 
 PARAMETER_GROUPS: dict[str, str] = {
@@ -154,5 +249,8 @@ PARAMETER_GROUPS: dict[str, str] = {
     "task_embedding": "experts",
     "heads": "heads",
     "projection": "heads",
+    "tower": "encoder",
+    "fusion": "heads",
+    "image_text": "heads",
 }
 """Child of ``MultiTaskModel`` -> group of its parameters."""

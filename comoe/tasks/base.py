@@ -26,6 +26,8 @@ class TaskLike(Protocol):
     def class_weights(self) -> tuple[float, ...] | None: ...
     @property
     def label_smoothing(self) -> float: ...
+    @property
+    def contrastive_width(self) -> float | None: ...
 
 
 class Kind(ABC):
@@ -37,10 +39,14 @@ class Kind(ABC):
 
     per_token: ClassVar[bool] = False
     """True when the head answers each word instead of the post."""
-    contrastive: ClassVar[bool] = False
-    """True when the contrastive loss knows what two equal labels are."""
+    scored: ClassVar[bool] = True
+    """False when there is no answer: nothing to evaluate, to predict or to choose a checkpoint by."""
+    contrastive: ClassVar[bool] = True
+    """What ``tasks.<name>.contrastive: auto`` means."""
     views: ClassVar[bool] = False
-    """True when a post's only positive is itself under another draw of dropout."""
+    """True when the contrastive loss has two dropout views of one post as positives; then there are no keys."""
+    graded: ClassVar[bool] = False
+    """True when posts with different keys can be alike; else ``affinity`` is 1 for equal keys and 0 for others."""
     weighted: ClassVar[bool] = True
     """True when class weights and label smoothing have a meaning."""
     min_labels: ClassVar[int] = 0
@@ -56,6 +62,21 @@ class Kind(ABC):
     def num_outputs(self, labels: Sequence[str]) -> int:
         """Width of the head."""
         return len(labels)
+
+    def num_keys(self, labels: Sequence[str]) -> int:
+        """Numbers in a key K, see ``keys``."""
+        return 0
+
+    def keys(self, targets: Tensor) -> Tensor:
+        """What the contrastive loss must know of the labels of labelled rows, (N, K), float32.
+
+        They travel between ranks as float32, so whole numbers must be below 2^24.
+        """
+        return targets.new_zeros((len(targets), 0), dtype=torch.float32)
+
+    def affinity(self, keys_NK: Tensor, keys_UK: Tensor, task: TaskLike) -> Tensor:
+        """How alike posts with these keys are: (N, U), in [0, 1], symmetric; the weight of a positive."""
+        return (keys_NK[:, None] == keys_UK).all(dim=-1).to(keys_NK.dtype)
 
     @abstractmethod
     def discover(self, values: Iterable[object]) -> tuple[str, ...]:

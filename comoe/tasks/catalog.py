@@ -35,6 +35,12 @@ class Task:
     """Share of the target spread evenly over all labels."""
     contrastive: bool = False
     """Takes part in the contrastive loss."""
+    contrastive_weight: float = 1.0
+    """Weight within the contrastive term."""
+    contrastive_temperature: float | None = None
+    """Own temperature there; None is that of the term."""
+    contrastive_width: float | None = None
+    """Difference of two numbers at which they are alike by 1/e; None for kinds without numbers."""
 
     @property
     def rules(self) -> Kind:
@@ -84,7 +90,14 @@ def kind_of(name: str) -> Kind:
     return KINDS[name]
 
 
-def build_task(name: str, config: TaskConfig, *, labels: Sequence[str], label_counts: Mapping[str, int]) -> Task:
+def build_task(
+    name: str,
+    config: TaskConfig,
+    *,
+    labels: Sequence[str],
+    label_counts: Mapping[str, int],
+    label_spread: float | None = None,
+) -> Task:
     """Resolve one task of the recipe against its data.
 
     Args:
@@ -92,6 +105,8 @@ def build_task(name: str, config: TaskConfig, *, labels: Sequence[str], label_co
         config: the task's options.
         labels: label names in the order of their ids, from the recipe or found in the training split.
         label_counts: label name -> training posts (words, for tags) that have it; ``class_weights: balanced`` reads it.
+        label_spread: standard deviation of the training labels where they are numbers; ``contrastive_width: auto``
+            reads it.
 
     Raises:
         ValueError: kind, metric, labels or class weights that do not exist or do not fit one another.
@@ -108,7 +123,10 @@ def build_task(name: str, config: TaskConfig, *, labels: Sequence[str], label_co
         weight=config.weight,
         class_weights=_class_weights(name, config.class_weights, kind=kind, labels=labels, counts=label_counts),
         label_smoothing=config.label_smoothing,
-        contrastive=config.contrastive and kind.contrastive,
+        contrastive=kind.contrastive if config.contrastive == "auto" else bool(config.contrastive),
+        contrastive_weight=config.contrastive_weight,
+        contrastive_temperature=config.contrastive_temperature,
+        contrastive_width=label_spread if config.contrastive_width == "auto" else float(config.contrastive_width),
     )
 
 
@@ -124,15 +142,22 @@ def _check_labels(name: str, config: TaskConfig, labels: tuple[str, ...]) -> Non
             f"or more. Check the column tasks.{name}.label, add other posts, or drop the task with tasks.{name}=null."
         )
     if labels and kind.num_outputs(labels) != len(labels):
-        raise ValueError(f"tasks.{name}.labels ({listed}) has no meaning for a {config.kind} task; leave it out.")
+        raise ValueError(f"tasks.{name}.labels ({listed}) has no meaning for {config.kind}; leave it out.")
+    if not kind.scored and config.contrastive is False:
+        raise ValueError(
+            f"tasks.{name} ({config.kind}) is there for the contrastive loss alone; set "
+            f"tasks.{name}.contrastive to auto, or drop the task with tasks.{name}=null."
+        )
     if config.label_smoothing and not kind.weighted:
         raise ValueError(f"tasks.{name}.label_smoothing has no meaning for a {config.kind} task; leave it out.")
 
 
 def _resolve_metric(name: str, metric: str, *, kind: Kind, labels: tuple[str, ...]) -> str:
     """The main metric, checked against kind and labels."""
-    if metric == "auto":
+    if metric == "auto" or not kind.scored and metric in kind.metrics:
         return kind.metrics[0]
+    if not kind.scored:
+        raise ValueError(f"tasks.{name}.metric ({metric}) has no meaning for a task without labels; leave it out.")
     if metric not in kind.metrics:
         raise unknown_name(f"tasks.{name}.metric", metric, ("auto", *kind.metrics))
     try:

@@ -15,16 +15,17 @@ from torch import Tensor
 from comoe.protocols import IGNORED
 from comoe.tasks.base import Kind, TaskLike, class_loss, class_units, per_class, weights_of
 from comoe.tasks.kinds_sequence import Tags
+from comoe.tasks.kinds_unlabelled import Unlabelled
 from comoe.tasks.labels import is_missing, label_id, label_name, natural_order
 from comoe.tasks.metrics import METRICS, class_scores, confusion
 
+_LABELS_PER_KEY = 20
 _NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*")
 
 
 class SingleLabel(Kind):
-    """One label of several: cross-entropy. A cell is a label name or id; parsed: int."""
+    """One label of several: cross-entropy. A cell is a label name or id; parsed: int. Alike: the same label."""
 
-    contrastive = True
     min_labels = 2
     metrics = (
         "macro_f1",
@@ -35,6 +36,12 @@ class SingleLabel(Kind):
         "f1_class_1",
         "mean_f1_against_favor",
     )
+
+    def num_keys(self, labels: Sequence[str]) -> int:
+        return 1
+
+    def keys(self, targets: Tensor) -> Tensor:
+        return targets[:, None].float()
 
     def discover(self, values: Iterable[object]) -> tuple[str, ...]:
         return natural_order(label_name(value) for value in values if not is_missing(value))
@@ -95,12 +102,31 @@ class MultiLabel(Kind):
     """Any number of labels: binary cross-entropy, the mean over labels.
 
     A cell is a list of names or ids, or a text with , ; or | between them. An empty cell is missing; an empty list says
-    that no label applies. Parsed: tuple of ids, ascending.
+    that no label applies. Parsed: tuple of ids, ascending. Alike: the Jaccard overlap of the label sets, 0 of empty ones.
     """
 
+    graded = True
     min_labels = 1
     metrics = ("macro_f1", "micro_f1", "sample_f1", "jaccard", "accuracy", "macro_precision", "macro_recall")
     threshold = 0.5
+
+    def num_keys(self, labels: Sequence[str]) -> int:
+        return -(-len(labels) // _LABELS_PER_KEY)
+
+    def keys(self, targets: Tensor) -> Tensor:
+        """The labels as the bits of whole numbers, 20 in each."""
+        places_Y = torch.arange(targets.shape[1], device=targets.device)
+        values_Y = 2.0 ** (places_Y % _LABELS_PER_KEY)
+        columns = [
+            targets.float()[:, part] @ values_Y[part].float() for part in places_Y.split(_LABELS_PER_KEY)
+        ]
+        return torch.stack(columns, dim=1)
+
+    def affinity(self, keys_NK: Tensor, keys_UK: Tensor, task: TaskLike) -> Tensor:
+        bits = torch.arange(_LABELS_PER_KEY, device=keys_NK.device)
+        sets = [(keys.long()[..., None] >> bits & 1).flatten(1).to(keys.dtype) for keys in (keys_NK, keys_UK)]
+        both_NU = sets[0] @ sets[1].T
+        return both_NU / (sets[0].sum(dim=1)[:, None] + sets[1].sum(dim=1) - both_NU).clamp_min(1)
 
     def discover(self, values: Iterable[object]) -> tuple[str, ...]:
         present = (value for value in values if _is_list(value) or not is_missing(value))
@@ -179,13 +205,24 @@ class MultiLabel(Kind):
 
 
 class Regression(Kind):
-    """One number: squared error. Parsed: float."""
+    """One number: squared error. Parsed: float. Alike: exp(-|difference| / width)."""
 
+    graded = True
     weighted = False
     metrics = ("pearson", "spearman", "mae")
 
     def num_outputs(self, labels: Sequence[str]) -> int:
         return 1
+
+    def num_keys(self, labels: Sequence[str]) -> int:
+        return 1
+
+    def keys(self, targets: Tensor) -> Tensor:
+        return targets[:, None].float()
+
+    def affinity(self, keys_NK: Tensor, keys_UK: Tensor, task: TaskLike) -> Tensor:
+        distances_NU = (keys_NK - keys_UK[:, 0]).abs_()
+        return distances_NU.mul_(-1.0 / (task.contrastive_width or 1.0)).exp_()
 
     def discover(self, values: Iterable[object]) -> tuple[str, ...]:
         return ()
@@ -259,4 +296,5 @@ KINDS: dict[str, Kind] = {
     "multi_label": MultiLabel(),
     "regression": Regression(),
     "tags": Tags(),
+    "unlabelled": Unlabelled(),
 }

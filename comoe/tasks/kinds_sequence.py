@@ -21,10 +21,12 @@ class Tags(Kind):
     """One label per word: cross-entropy on the first piece of each word.
 
     A cell is a list of tags, or a text with blanks between them. Parsed: list of ids, one per word; a word whose tag is
-    missing has IGNORED and is neither learned nor scored.
+    missing has IGNORED and is neither learned nor scored. Alike: two dropout views of one post, if the recipe asks.
     """
 
     per_token = True
+    contrastive = False
+    views = True
     min_labels = 2
     metrics = (*SPAN_METRICS, "accuracy", "macro_precision", "macro_recall", "macro_f1", "micro_f1")
 

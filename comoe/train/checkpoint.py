@@ -1,8 +1,8 @@
 """Checkpoints: written aside, manifest last, then renamed; a cut-short one is noticed and the one before is used.
 
 ``<run>/checkpoints/step-00000120/`` holds ``deepspeed/`` (weights and moments as DeepSpeed shards them),
-``weights/model.safetensors`` (plain names, float32: what exports are made of), ``random-<rank>.pt``, ``state.json`` and
-``manifest.json``. ``best.json`` names the best step.
+``weights/model.safetensors`` (plain names, float32: what exports are made of), ``carried.safetensors`` (what the losses
+remember), ``random-<rank>.pt``, ``state.json`` and ``manifest.json``. ``best.json`` names the best step.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from comoe.distributed import barrier, is_main, rank, world_size
 from comoe.train.engine import Engine
@@ -25,6 +26,9 @@ from comoe.train.parallel import gather_full_state
 from comoe.train.settings import Layout
 from comoe.train.state import TrainState
 from comoe.train.universal import convert, load_universal
+
+CARRIED = "carried.safetensors"
+"""File of a checkpoint with the buffers of the losses."""
 
 
 def save_checkpoint(folder: Path, engine: Engine, state: TrainState, layout: Layout, *, keep: int) -> Path:
@@ -44,6 +48,7 @@ def save_checkpoint(folder: Path, engine: Engine, state: TrainState, layout: Lay
     weights = gather_full_state(engine.deepspeed)
     if is_main():
         save_file({name: tensor.contiguous() for name, tensor in weights.items()}, aside / "weights/model.safetensors")
+        save_file(_carried(engine), aside / CARRIED)
         about = {"layout": _layout_dict(layout), "threads": torch.get_num_threads(), **state.to_dict()}
         write_json(aside / "state.json", about)
     barrier()
@@ -113,6 +118,11 @@ def load_checkpoint(path: Path, engine: Engine, layout: Layout) -> TrainState:
     if not whole:
         raise ValueError(f"{path}: DeepSpeed could not load it; remove the folder to use the one before.")
     engine.restore_groups()
+    carried = load_file(path / CARRIED) if (path / CARRIED).is_file() else {}
+    for name, buffer in engine.objective.named_buffers():
+        if name in carried:
+            # The universal form holds parameters alone.
+            buffer.copy_(carried[name])
     own = path / f"random-{rank()}.pt"
     if moved or not own.is_file():
         # Ranks do not map onto each other: a fresh stream per rank and step.
@@ -120,6 +130,12 @@ def load_checkpoint(path: Path, engine: Engine, layout: Layout) -> TrainState:
     else:
         _restore_random_state(torch.load(own, weights_only=True), engine)
     return TrainState(**about)
+
+
+def _carried(engine: Engine) -> dict[str, Tensor]:
+    """What the losses carry from step to step beside parameters (queues): the same on all ranks."""
+    inside = engine.objective.named_buffers()
+    return {name: buffer.cpu().clone() for name, buffer in inside if not name.startswith("model.")}
 
 
 def _layout_dict(layout: Layout) -> dict[str, int | bool]:

@@ -16,6 +16,7 @@ from comoe.distributed import all_gather_objects, is_main, max_over_ranks, rank,
 from comoe.evaluate import Evaluation, evaluate
 from comoe.protocols import Batch, ModelOutput, labelled_rows
 from comoe.tasks.catalog import Task
+from comoe.train.embedding_stats import EmbeddingStats, EmbeddingSummary
 from comoe.train.engine import Engine
 from comoe.train.routing_stats import RoutingStats, RoutingSummary
 
@@ -26,6 +27,18 @@ STOP_CHECK_EVERY = 8
 
 class EvaluationStopped(Exception):
     """An evaluation that a signal cut short."""
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """What one look at a split found; the same on every rank."""
+
+    evaluation: Evaluation
+    """Metrics and predictions."""
+    routing: RoutingSummary | None
+    """The gates' measures; None without experts."""
+    embeddings: EmbeddingSummary
+    """The embeddings' measures."""
 
 
 @dataclass(slots=True)
@@ -41,15 +54,15 @@ class Evaluator:
 
     def run(
         self, name: str, *, predictions: bool = False, asked_to_stop: Callable[[], bool] | None = None
-    ) -> tuple[Evaluation | None, RoutingSummary | None]:
-        """Metrics, predictions and the gates' measures of one split; (None, None) where it has no posts.
+    ) -> Checked | None:
+        """Metrics, predictions and measures of one split; None where it has no posts.
 
         Raises:
             EvaluationStopped: ``asked_to_stop`` said so on some rank; raised on all of them after the same batch.
         """
         split = self.splits.get(name)
         if split is None or len(split) == 0:
-            return None, None
+            return None
         batches = eval_batches(split.lengths, batch_size=EVAL_BATCH, rank=rank(), world_size=world_size())
         model = self.engine.objective.model
         layers = [layer.layer for layer in model.moe_layers()]
@@ -58,6 +71,7 @@ class Evaluator:
             names, num_layers=len(layers), num_experts=model.config.num_local_experts, layers=layers,
             device=self.engine.device,
         )  # fmt: skip
+        embeddings = EmbeddingStats(self.tasks, num_posts=len(split))
         turn = count()
         with tqdm(
             total=len(batches), desc=name, unit="batch", leave=False, disable=not (is_main() and sys.stderr.isatty())
@@ -72,6 +86,7 @@ class Evaluator:
                     raise EvaluationStopped
                 # A filler row exists only so that this rank has something to run; it has no label and is not counted.
                 stats.update(output, labelled_rows(batch, names))
+                embeddings.update(output, batch)
                 bar.update()
                 return output
 
@@ -88,4 +103,4 @@ class Evaluator:
                 predictions=predictions,
             )
         stats.load(sum_over_ranks(stats.as_tensor()))
-        return evaluation, stats.summary() if layers else None
+        return Checked(evaluation, stats.summary() if layers else None, embeddings.summary(all_gather_objects))

@@ -20,6 +20,8 @@ from torch.utils.tensorboard import SummaryWriter
 from comoe.evaluate import Evaluation
 from comoe.tasks.catalog import Task
 from comoe.train import plots
+from comoe.train.embedding_plots import embedding_figure
+from comoe.train.embedding_stats import EmbeddingSummary
 from comoe.train.records import METRICS_FILE, plain, read_metrics, truncate_metrics
 from comoe.train.routing_stats import RoutingSummary
 
@@ -54,7 +56,7 @@ class Monitor:
         if not enabled:
             return
         self._plots = run_dir / "plots"
-        self._tasks = tuple(tasks)
+        self._tasks = tuple(task for task in tasks if task.rules.scored)
         self._histograms = histograms
         run_dir.mkdir(parents=True, exist_ok=True)
         path = run_dir / METRICS_FILE
@@ -115,15 +117,17 @@ class Monitor:
         split: str,
         evaluation: Evaluation,
         routing: RoutingSummary | None = None,
+        embeddings: EmbeddingSummary | None = None,
         **measured: float | None,
     ) -> None:
-        """Log an evaluation, its confusion matrices and what the gates did, and draw all pictures again.
+        """Log an evaluation, its confusion matrices, what the gates did and how embeddings lie; draw all again.
 
         Args:
             step: optimizer steps done.
             split: validation or test.
             evaluation: metrics and confusion matrices per task.
             routing: the gates' measures; None without experts.
+            embeddings: the embeddings and their measures; None shows none.
             measured: mean (of the main metrics), seconds, and whatever else the caller measures.
         """
         if not self.enabled:
@@ -131,6 +135,9 @@ class Monitor:
         line: dict[str, Any] = {"step": step, "split": split, "tasks": dict(evaluation.metrics), **measured}
         if routing is not None and routing.layers:
             line["routing"] = routing.to_dict()
+        if embeddings is not None:
+            line["embeddings"] = {name: dict(view.measures) for name, view in embeddings.tasks.items()}
+            line |= {"retrieval": dict(embeddings.retrieval)} if embeddings.retrieval else {}
         self._write(line)
         self._scalars({f"{split}/{name}": value for name, value in measured.items()}, step)
         for task, values in evaluation.metrics.items():
@@ -142,8 +149,18 @@ class Monitor:
                 self._picture(f"confusion/{split}/{task.name}", f"confusion_{split}_{task.name}", figure, step)
         if "routing" in line:
             self._log_routing(routing, split=split, step=step)
+        if embeddings is not None:
+            self._log_embeddings(embeddings, split=split, step=step)
         if split == "validation":
             self._draw_curves()
+
+    def log_projector(self, step: int, *, split: str, embeddings: EmbeddingSummary) -> None:
+        """Hand the embeddings to TensorBoard's projector, where they can be turned, searched and coloured by label."""
+        if self.enabled:
+            for task, view in embeddings.tasks.items():
+                # The projector's table has one line per post: a label must not break it.
+                names = [" ".join(str(label).split()) or "none" for label in view.labels]
+                self._writer.add_embedding(view.points, metadata=names, global_step=step, tag=f"{split}_{task}")
 
     def log_event(self, event: Mapping[str, Any]) -> None:
         """Write something that happened (a skipped step, a stop, a checkpoint) as a line with ``split: event``."""
@@ -174,6 +191,14 @@ class Monitor:
         tasks = plots.task_share_figure(routing.share_LTE, layers=routing.layers, tasks=routing.tasks)
         self._picture(f"{where}/layer_expert", f"{where}_layer_expert", layers, step)
         self._picture(f"{where}/task_expert", f"{where}_task_expert", tasks, step)
+
+    def _log_embeddings(self, embeddings: EmbeddingSummary, *, split: str, step: int) -> None:
+        where = "embedding" if split == "validation" else f"embedding_{split}"
+        for task, view in embeddings.tasks.items():
+            self._scalars({f"{where}/{task}/{name}": value for name, value in view.measures.items()}, step)
+            figure = embedding_figure(view.points, view.labels, title=f"Embeddings of {task} ({split}, step {step})")
+            self._picture(f"{where}/{task}", f"{where}_{task}", figure, step)
+        self._scalars({f"{where}/{name}": value for name, value in embeddings.retrieval.items()}, step)
 
     def _histogram(self, tag: str, counts_H: np.ndarray, step: int) -> None:
         edges = np.linspace(0.0, 1.0, len(counts_H) + 1)

@@ -128,7 +128,9 @@ def parameter_groups(objective: nn.Module, recipe: Recipe) -> list[dict[str, Any
             # Norms, biases and single vectors have one dimension, a task's pooling query too.
             # A split weight is flat.
             matrix = len(getattr(parameter, "ds_shape", parameter.shape)) > 1
-            groups.setdefault((parameter_group(name), matrix), []).append(parameter)
+            # Temperatures that a loss learns follow the heads: as new as they are.
+            role = "heads" if name.startswith("losses.") else parameter_group(name)
+            groups.setdefault((role, matrix), []).append(parameter)
     return [
         {
             "params": parameters,

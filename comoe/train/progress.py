@@ -8,11 +8,17 @@ from dataclasses import dataclass, field
 
 import torch
 
+from comoe.data.pixels import PixelReader
+from comoe.data.report import shorten
 from comoe.distributed import all_gather_objects, sum_over_ranks, world_size
 from comoe.protocols import Batch
 from comoe.tasks.catalog import Task
 from comoe.tasks.kinds import merge_answers
 from comoe.train.engine import Engine, StepReport
+from comoe.train.monitor import Monitor
+
+SHOWN_PICTURES = 100
+"""Lost pictures that one event names; all are counted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,13 +104,35 @@ class Interval:
             {
                 task.name: task.rules.answers(output.output.logits[task.name].detach().cpu(), batch.labels[task.name])
                 for task in self.tasks
+                if task.rules.scored
             }
             for output, batch in zip(report.outputs, batches, strict=True)
         ]
         everyone = [step for steps in all_gather_objects(own) for step in steps]
         metrics = {}
         for task in self.tasks:
+            if not task.rules.scored:
+                continue
             gold, scores = merge_answers([step[task.name] for step in everyone])
             if len(gold):
                 metrics[task.name] = {task.metric: task.rules.score(gold, scores, task)[task.metric]}
         return metrics
+
+
+def log_lost_pictures(pixels: PixelReader | None, monitor: Monitor, step: int) -> None:
+    """Write which pictures went bad since the last call, on whatever rank: their posts went on without them.
+
+    Every rank must call it.
+
+    Args:
+        pixels: None where the run reads no pictures.
+        monitor: gets one event, ``pictures_lost``, if there is something to tell.
+        step: optimizer steps done.
+    """
+    if pixels is None:
+        return
+    mine = {source if isinstance(source, str) else shorten(source): why for source, why in pixels.take_lost().items()}
+    lost = {picture: why for share in all_gather_objects(mine) for picture, why in share.items()}
+    if lost:
+        shown = dict(list(lost.items())[:SHOWN_PICTURES])
+        monitor.log_event({"event": "pictures_lost", "step": step, "count": len(lost), "pictures": shown})

@@ -56,6 +56,8 @@ def format_results_table(metrics: Mapping[str, Mapping[str, Mapping[str, float]]
     """
     rows = [("task", "metric", "validation", "test", "majority", "n")]
     for task in tasks:
+        if not task.rules.scored:
+            continue
         found = {split: metrics.get(split, {}).get(task.name, {}) for split in ("validation", "test")}
         last = found["test"] or found["validation"]
         scores = [_decimal(values.get(task.metric)) for values in found.values()]

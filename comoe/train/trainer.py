@@ -13,6 +13,7 @@ import torch
 from tqdm import tqdm
 
 from comoe.data.batching import Collator, TokenizedSplit
+from comoe.data.pixels import PixelReader
 from comoe.data.sampling import TrainSampler
 from comoe.distributed import all_gather_objects, is_main, rank, sum_over_ranks, world_size
 from comoe.evaluate import Evaluation, chosen_metric
@@ -25,7 +26,7 @@ from comoe.train.engine import Engine, StepReport
 from comoe.train.evaluation import EvaluationStopped, Evaluator
 from comoe.train.folders import mark_best
 from comoe.train.monitor import Monitor
-from comoe.train.progress import Interval, count_posts
+from comoe.train.progress import Interval, count_posts, log_lost_pictures
 from comoe.train.settings import Layout
 from comoe.train.signals import StopSignal
 from comoe.train.state import ALL_STEPS, TrainState, rate_factor
@@ -80,6 +81,8 @@ class Trainer:
     last_validation: Evaluation | None = None
     watch: Watchdog = field(default_factory=Watchdog)
     """Told how far this rank is."""
+    pixels: PixelReader | None = None
+    """What the collator reads pictures with; asked which ones went bad."""
 
     def run(self, stop: StopSignal | None = None) -> None:
         """Train from ``state.step`` on. ``state.finished`` tells the end; it stays empty after a stop signal.
@@ -195,6 +198,7 @@ class Trainer:
             )
             bar.set_postfix_str(f"loss {line.loss:.4f}, {line.posts_per_second:.0f} posts/s", refresh=False)
             interval.reset()
+            log_lost_pictures(self.pixels, self.monitor, self.state.step)
         bar.update()
 
     def _watch_nonfinite(self, report: StepReport, batches: list[Batch], bar: tqdm) -> None:
@@ -242,19 +246,24 @@ class Trainer:
         """Evaluate; True when this is the best step so far."""
         try:
             with self.watch.paused("evaluation"):
-                evaluation, routing = self.evaluator.run("validation", asked_to_stop=stop.asked)
+                found = self.evaluator.run("validation", asked_to_stop=stop.asked)
         except EvaluationStopped:
             # The next look at the signal ends the run; the resume begins with this evaluation.
             return False
         self.state.evaluated_at = self.state.step
-        if evaluation is None:
+        if found is None:
             return False
-        self.last_validation = evaluation
+        evaluation = self.last_validation = found.evaluation
         value = chosen_metric(evaluation.metrics, self.tasks, self.recipe.train.early_stop_metric)
         improved = self.state.record(value, patience=self.recipe.train.patience)
         with self.watch.paused("drawing"):
             self.monitor.log_evaluation(
-                self.state.step, split="validation", evaluation=evaluation, routing=routing, mean=value
+                self.state.step,
+                split="validation",
+                evaluation=evaluation,
+                routing=found.routing,
+                embeddings=found.embeddings,
+                mean=value,
             )
         self._say(bar, f"step {self.state.step}: validation {value:.4f}{' (best)' if improved else ''}")
         return improved

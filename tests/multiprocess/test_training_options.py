@@ -28,6 +28,13 @@ FROZEN_LAYOUTS = [
     {"stage": 2, **SHARED}, {"stage": 3, **SHARED}, {"stage": 3, "parallel__ep_size": 1}, {"stage": 1, **SHARED},
     {"stage": 3, **SHARED, **RECOMPUTED}, {"stage": 2, **SHARED, **RECOMPUTED},
 ]  # fmt: skip
+# All tasks contrasted (tags by two views, so two forward passes), learned temperatures, a queue: the large batch in one
+# process against chunks of it on two ranks, some of them without a post.
+CONTRASTED = {
+    "tasks__mood__contrastive": True, "loss__balance_weight": 0.0,
+    "loss__contrastive": {"weight": 0.7, "learn_temperature": True, "queue_size": 64, "queue_warmup": 1},
+}
+CHUNKS = {"accumulation": 4, "loss__contrastive": {**CONTRASTED["loss__contrastive"], "chunk_size": 3}}
 FORMS: dict[str, dict[str, Any]] = {
     "one expert": {"num_experts": 1, "top_k": 1},
     "softmax": {"gate": "softmax", "top_k": 1},
@@ -39,6 +46,13 @@ CASES: dict[str, tuple[str, dict[str, Any], list[dict[str, Any]]]] = {
     "recomputed by token": ("bert", SEPARATED, [layout | RECOMPUTED for layout in LAYOUTS]),
     "recomputed by both": (
         "bert", SEPARATED | {"model__moe__route_by": "both"}, [layout | RECOMPUTED for layout in LAYOUTS],
+    ),
+    "two views and a queue": ("bert", CONTRASTED, [{"stage": 3, **SHARED}, {"stage": 1, "parallel__ep_size": 1}]),
+    "grad cache": (
+        "bert", CONTRASTED, [
+            {"stage": 2, **SHARED, **CHUNKS}, {"stage": 3, **SHARED, **CHUNKS}, {"stage": 1, **CHUNKS},
+            {"stage": 2, **SHARED, **CHUNKS, **RECOMPUTED},
+        ],
     ),
     "frozen": ("bert", {"model__train_layers": "none"}, FROZEN_LAYOUTS),
     "last layer": ("bert", {"model__train_layers": 1}, FROZEN_LAYOUTS),

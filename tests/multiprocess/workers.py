@@ -22,6 +22,10 @@ TASKS = (
 )
 
 
+REMEMBERED = {"loss__contrastive": {"weight": 0.3, "queue_size": 40, "learn_temperature": True}}
+"""What a loss carries from step to step, so that a checkpoint must hold it."""
+
+
 def make_encoder(folder: Path) -> str:
     """A BERT of two layers with random weights."""
     from transformers import BertConfig, BertModel
@@ -107,6 +111,13 @@ def recipe_of(encoder: str, **changes: Any) -> Any:
     return recipe_from_dict(raw)
 
 
+def tasks_of(recipe: Any) -> tuple[Task, ...]:
+    """The tasks; all of them in the contrastive loss where the recipe says so of the first one."""
+    if recipe.tasks["mood"].contrastive is not True:
+        return TASKS
+    return tuple(replace(task, contrastive=True, contrastive_width=1.0) for task in TASKS)
+
+
 def build(
     recipe: Any, *, stage: int, accumulation: int = 1, settings: dict[str, Any] | None = None, seed: int = 0
 ) -> Any:
@@ -124,7 +135,7 @@ def build(
     filled = fill_settings(raw, recipe, layout, gpu=False)
     torch.manual_seed(seed)
     with building(filled):
-        objective = build_objective(recipe, TASKS)
+        objective = build_objective(recipe, tasks_of(recipe))
     return Engine(build_deepspeed_engine(objective, recipe, filled), recipe), layout
 
 
@@ -208,7 +219,7 @@ def case(
     answer: dict[str, Any] = {"losses": values, "norms": norms, "picks": picks, "ep": layout.ep_size}
     answer["sums"] = [str(engine.deepspeed.get_data_types()[1])]
     if after:
-        plain = build_objective(recipe, TASKS).model.eval()
+        plain = build_objective(recipe, tasks_of(recipe)).model.eval()
         plain.load_state_dict(after)
         with torch.no_grad():
             by_plain = plain(batch).logits
@@ -276,7 +287,7 @@ def resumed(encoder: str, *, stage: int, folder: str, settings: dict[str, Any] |
     from comoe.train.folders import find_checkpoint
     from comoe.train.state import TrainState
 
-    recipe = recipe_of(encoder, train__schedule="linear", model__dropout=0.1, parallel__ep_size=2)
+    recipe = recipe_of(encoder, train__schedule="linear", model__dropout=0.1, parallel__ep_size=2, **REMEMBERED)
 
     def train(engine: Any, first: int) -> list[float]:
         out = []
@@ -359,7 +370,7 @@ def save_and_go_on(
     losses: dict[str, list[float]] = {}
     for name, (stage, ep) in layouts.items():
         place = Path(folder) / name
-        recipe = recipe_of(encoder, parallel__ep_size=ep, train__schedule="linear")
+        recipe = recipe_of(encoder, parallel__ep_size=ep, train__schedule="linear", **REMEMBERED)
         engine, layout = build(recipe, stage=stage, settings={"checkpoint": {"load_universal": True}} if first else {})
         state = TrainState()
         if first:

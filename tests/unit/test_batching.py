@@ -41,6 +41,7 @@ def posts_of(
         groups=np.arange(count) % 2,
         group_names=("x", "y"),
         origins=[f"file:{i}" for i in range(count)],
+        images=[None] * count,
     )
 
 

@@ -43,10 +43,41 @@ def test_given_weights_are_kept_in_label_order() -> None:
     assert build(TaskConfig(class_weights=[1, 2.5]), "a", "b").class_weights == (1.0, 2.5)
 
 
-def test_only_a_kind_with_equal_labels_takes_part_in_the_contrastive_loss() -> None:
+def test_auto_leaves_out_of_the_contrastive_loss_what_costs_a_second_pass_and_has_labels() -> None:
     assert build(TaskConfig(), "a", "b").contrastive
     assert not build(TaskConfig(contrastive=False), "a", "b").contrastive
-    assert not build(TaskConfig(kind="regression")).contrastive
+    assert build(TaskConfig(kind="regression")).contrastive and build(TaskConfig(kind="unlabelled")).contrastive
+    assert not build(TaskConfig(kind="tags"), "O", "B-PER").contrastive
+    assert build(TaskConfig(kind="tags", contrastive=True), "O", "B-PER").contrastive
+
+
+def test_a_task_without_labels_has_neither_metric_nor_labels_nor_a_way_out_of_the_contrastive_loss() -> None:
+    assert build(TaskConfig(kind="unlabelled")).metric == "none"
+    for option, value in {"metric": "accuracy", "contrastive": False, "class_weights": "balanced"}.items():
+        with pytest.raises(ValueError, match=f"tasks.mood.{option}"):
+            build(TaskConfig(kind="unlabelled", **{option: value}))
+    with pytest.raises(ValueError, match="tasks.mood.labels .a. has no meaning for unlabelled"):
+        build(TaskConfig(kind="unlabelled"), "a")
+
+
+def test_the_width_of_numbers_is_their_spread_unless_given() -> None:
+    config = TaskConfig(kind="regression")
+    built = [
+        build_task("task", config, labels=(), label_counts={}, label_spread=spread).contrastive_width
+        for spread in (1.5, None)
+    ]
+    assert built == [1.5, None]
+    config = TaskConfig(kind="regression", contrastive_width=3, contrastive_temperature=0.2, contrastive_weight=0.5)
+    task = build_task("task", config, labels=(), label_counts={}, label_spread=1.5)
+    assert (task.contrastive_width, task.contrastive_temperature, task.contrastive_weight) == (3.0, 0.2, 0.5)
+    assert Task.from_dict(json.loads(json.dumps(task.to_dict()))) == task
+
+
+def test_a_task_of_an_older_export_is_read() -> None:
+    old = {"name": "mood", "kind": "single_label", "labels": ["a", "b"], "metric": "macro_f1", "weight": 1.0,
+           "class_weights": None, "label_smoothing": 0.0, "contrastive": True}  # fmt: skip
+    task = Task.from_dict(old)
+    assert task.contrastive_weight == 1.0 and task.contrastive_temperature is None and task.contrastive_width is None
 
 
 def test_a_task_survives_json() -> None:

@@ -44,6 +44,8 @@ def test_the_defaults_raise_no_doubt():
             {"model": {"moe": {"num_experts": 1, "top_k": 1}}, "loss": {"task_separation_weight": 0.4}},
             "loss.task_separation_weight is 0.4, without effect: with 1 experts",
         ),
+        ({"loss": {"contrastive": {"queue_warmup": 9}}}, "queue_warmup is 9, without effect: queue_size is 0"),
+        ({"loss": {"contrastive": {"weight": 0.0, "queue_size": 9}}}, "queue_size is 9, without effect: .*weight is 0"),
         (
             {"tasks": {"mood": {"path": "x"}}, "loss": {"task_separation_weight": 0.4}},
             r"loss.task_separation_weight is 0.4, without effect: .* 1 task\(s\)",

@@ -28,6 +28,7 @@ def posts(texts: list[str], *, labels: dict, words: list | None = None, pairs: l
     return PostSplit(
         texts=texts, pairs=pairs or nothing, words=words or nothing, labels=labels, confidences={},
         groups=np.zeros(len(texts), dtype=np.int64), group_names=("posts",), origins=[""] * len(texts),
+        images=[None] * len(texts),
     )  # fmt: skip
 
 

@@ -125,7 +125,8 @@ def test_no_experts_leaves_the_encoder_as_it_is():
 
 def test_every_family_builds_with_and_without_its_pooler():
     assert all(tiny_encoder(family).config.hidden_size == WIDTH for family in HF_CONFIGS)
-    assert set(HF_CONFIGS) == set(FAMILIES)
+    # One of both sides needs pictures: tests/unit/test_fusion.py.
+    assert set(HF_CONFIGS) == {name for name, family in FAMILIES.items() if not family.single_stream}
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta", "xlm-roberta", "camembert", "electra", "mpnet", "distilbert"])

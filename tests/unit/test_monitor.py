@@ -9,6 +9,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from comoe.evaluate import Evaluation
 from comoe.protocols import ModelOutput, Routing
 from comoe.tasks.catalog import Task
+from comoe.train.embedding_stats import EmbeddingSummary, TaskEmbeddings
 from comoe.train.monitor import Monitor
 from comoe.train.records import read_metrics
 from comoe.train.routing_stats import RoutingStats
@@ -160,3 +161,29 @@ def test_an_event_is_a_line_of_its_own(tmp_path):
     assert read_metrics(tmp_path / "metrics.jsonl") == [
         {"split": "event", "step": 4, "what": "skipped step", "posts": [1, 2]}
     ]
+
+
+def test_embeddings_reach_the_log_tensorboard_its_projector_and_the_plots(tmp_path):
+    points = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
+    measures = {"alignment": 1.5, "uniformity": -2.0, "retrieval_at_1": 0.5, "retrieval_at_1/chance": 0.4}
+    views = {
+        "mood": TaskEmbeddings(measures, points, ["bad", "good\nor so", "bad"] * 2),
+        "heat": TaskEmbeddings(measures, points, [0.1, 0.2, 0.3] * 2),
+    }
+    found = EmbeddingSummary(views, {"image_to_text_at_1": 0.7, "text_to_image_at_1": 0.6, "chance": 0.01})
+    monitor = start(tmp_path)
+    monitor.log_evaluation(10, split="validation", evaluation=evaluation(), embeddings=found)
+    monitor.log_projector(10, split="validation", embeddings=found)
+    monitor.close()
+    line = read_metrics(tmp_path / "metrics.jsonl")[0]
+    assert line["embeddings"]["mood"] == measures and line["retrieval"]["image_to_text_at_1"] == 0.7
+    tags = events(tmp_path).Tags()
+    assert {"embedding/mood/alignment", "embedding/heat/retrieval_at_1", "embedding/image_to_text_at_1"} <= set(
+        tags["scalars"]
+    )
+    assert {"embedding/mood", "embedding/heat"} <= set(tags["images"])
+    assert (tmp_path / "plots" / "embedding_mood.png").is_file()
+    projected = tmp_path / "tensorboard" / "00010" / "validation_mood"
+    assert (projected / "metadata.tsv").read_text().splitlines() == ["bad", "good or so", "bad"] * 2
+    rows = np.loadtxt(projected / "tensors.tsv")
+    np.testing.assert_allclose(rows, points, rtol=1e-5)

@@ -440,7 +440,7 @@ def test_a_home_that_cannot_be_made_is_named(monkeypatch: pytest.MonkeyPatch, tm
 def test_ready_made_names_become_folders_and_other_names_stay(cache: Path) -> None:
     recipe = Recipe(model=ModelConfig(encoder="smoke:encoder"), data=DataConfig(root="smoke:posts"))
     resolved = resolve(recipe, progress=False)
-    assert resolved.model.encoder == str(cache / "smoke-1" / "encoder")
+    assert resolved.model.encoder == str(cache / "smoke-2" / "encoder")
     assert resolved.data.root == str(cache / "smoke-1" / "posts")
     assert (cache / "smoke-1" / "posts" / "reviews" / "train.jsonl").is_file()
     assert recipe.model.encoder == "smoke:encoder"

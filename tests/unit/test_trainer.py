@@ -20,8 +20,9 @@ from comoe.data.sampling import TrainSampler
 from comoe.evaluate import Evaluation
 from comoe.protocols import Batch, ModelOutput, StepOutput
 from comoe.tasks.catalog import Task
+from comoe.train.embedding_stats import EmbeddingSummary
 from comoe.train.engine import StepReport
-from comoe.train.evaluation import EvaluationStopped, Evaluator
+from comoe.train.evaluation import Checked, EvaluationStopped, Evaluator
 from comoe.train.settings import Layout
 from comoe.train.signals import StopSignal
 from comoe.train.state import TrainState
@@ -76,15 +77,16 @@ class FakeEvaluator:
     values: list[float]
     cut_short: int = 0
 
-    def run(self, name: str, *, asked_to_stop: Callable[[], bool]) -> tuple[Evaluation | None, None]:
+    def run(self, name: str, *, asked_to_stop: Callable[[], bool]) -> Checked | None:
         if self.cut_short:
             self.cut_short -= 1
             os.kill(os.getpid(), signal.SIGTERM)
             assert asked_to_stop()
             raise EvaluationStopped
         if not self.values:
-            return None, None
-        return Evaluation({"heat": {"mae": -self.values.pop(0), "n": 1.0}}, {}, {}), None
+            return None
+        evaluation = Evaluation({"heat": {"mae": -self.values.pop(0), "n": 1.0}}, {}, {})
+        return Checked(evaluation, None, EmbeddingSummary({}, {}))
 
 
 @dataclass
@@ -334,7 +336,8 @@ def test_a_long_evaluation_stops_after_a_few_batches_when_asked_to() -> None:
         def forward(self, batch: Batch) -> ModelOutput:
             self.forwards += 1
             rows_B = batch.row_ids_B
-            return ModelOutput({"heat": torch.zeros(len(rows_B), 1)}, {}, {}, (), rows_B)
+            flat = torch.zeros(len(rows_B), 1)
+            return ModelOutput({"heat": flat}, {"heat": flat}, {}, (), rows_B)
 
     engine = Counting()
 

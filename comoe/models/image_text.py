@@ -1,0 +1,54 @@
+"""What is trained to bring text and picture of a post together, beside the tasks; prediction does without it."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class ImageTextHead(nn.Module):
+    """Projections of both sides into one space, and the question whether they belong together.
+
+    Args:
+        text_width: M of the text encoder.
+        image_width: width of projected image tokens; None where one stream reads both sides, which has no space of two.
+        projection_width: P.
+        contrast: build the projections.
+        match: build the question.
+    """
+
+    def __init__(
+        self, text_width: int, image_width: int | None, projection_width: int, *, contrast: bool, match: bool
+    ) -> None:
+        super().__init__()
+        contrast = contrast and image_width is not None
+        self.text = _projection(text_width, projection_width) if contrast else None
+        self.image = _projection(image_width, projection_width) if contrast else None
+        self.match = nn.Linear(text_width, 2) if match else None
+
+    @property
+    def compares(self) -> bool:
+        """Whether there is a space of both sides."""
+        return self.text is not None
+
+    def embed(self, hidden_ILM: Tensor, mask_IL: Tensor, image_IRM: Tensor) -> tuple[Tensor, Tensor]:
+        """Unit-length projections, float32, of the mean states of texts alone and of the mean image tokens."""
+        text_IP = self.text(mean_state(hidden_ILM, mask_IL))
+        return F.normalize(text_IP.float(), dim=1), F.normalize(self.image(image_IRM.mean(dim=1)).float(), dim=1)
+
+    def judge(self, hidden_JLM: Tensor, mask_JL: Tensor) -> Tensor:
+        """Logits of [another post's text, the picture's own text] from fused states: (J, 2), float32."""
+        return self.match(mean_state(hidden_JLM, mask_JL)).float()
+
+
+def mean_state(hidden_NLM: Tensor, mask_NL: Tensor) -> Tensor:
+    """Mean over real tokens, (N, M)."""
+    weights_NL = mask_NL.to(hidden_NLM.dtype)
+    return torch.einsum("nlm,nl->nm", hidden_NLM, weights_NL) / weights_NL.sum(dim=1, keepdim=True)
+
+
+def _projection(width: int, projection_width: int) -> nn.Linear:
+    linear = nn.Linear(width, projection_width, bias=False)
+    nn.init.normal_(linear.weight, std=width**-0.5)
+    return linear
