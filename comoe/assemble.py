@@ -23,7 +23,6 @@ from comoe.distributed import barrier, broadcast_object, is_main, rank, world_si
 from comoe.dry_run import print_dry_run
 from comoe.evaluate import check_chosen_metric
 from comoe.footprint import count_parameters, plan_run
-from comoe.models.families import longest_input
 from comoe.models.gate import build_gate
 from comoe.models.vision import image_side
 from comoe.objective import Objective, build_objective
@@ -166,12 +165,13 @@ def _build_objective(recipe: Recipe, tasks: Sequence[Task], splits: Mapping[str,
     _seed(recipe.train.seed)
     objective = build_objective(recipe, tasks)
     # Many tokenizers do not know how many positions their encoder has.
-    limit = longest_input(objective.model.encoder.config)
+    limit = objective.model.longest_text
     longest = max(int(split.lengths.max()) for split in splits.values() if len(split))
     if longest > limit:
+        beside = " beside the image tokens" if objective.model.image_tokens else ""
         raise ValueError(
             f"data.max_length ({recipe.data.max_length}) lets posts of {longest} tokens through, but model.encoder "
-            f"({recipe.model.encoder}) numbers at most {limit}; set data.max_length to {limit} or less."
+            f"({recipe.model.encoder}) numbers at most {limit}{beside}; set data.max_length to {limit} or less."
         )
     return objective
 

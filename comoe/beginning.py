@@ -88,13 +88,16 @@ def write_beginning(run: Any, *, own_settings: Mapping[str, Any]) -> None:
         # Beside the tokenizer: together they are how a post becomes numbers.
         run.trainer.pixels.processor.save(folder / "tokenizer")
     write_aside(folder / SET_ASIDE, "".join(json.dumps(row, default=str) + "\n" for row in run.corpus.report.rows()))
+    model = run.trainer.engine.objective.model
     contents = {
         "ds_config.json": run.settings,
         OWN_SETTINGS: own_settings,
         "environment.json": describe_environment(world_size=world_size()),
-        "encoder_config.json": run.trainer.engine.objective.model.encoder.config.to_dict(),
+        "encoder_config.json": model.encoder.config.to_dict(),
         "tasks.json": [task.to_dict() for task in run.tasks],
     }
+    if model.tower is not None:
+        contents["tower_config.json"] = model.tower.inner.config.to_dict()
     for name, content in contents.items():
         write_aside(folder / name, json.dumps(content, indent=1, default=str) + "\n")
     # The file that makes a folder a run.

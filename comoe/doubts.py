@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+from comoe.losses.image_text import HARD
 from comoe.models.balance import BALANCES, keep_bias
+from comoe.models.families import FAMILIES
+from comoe.models.fusion import FUSIONS
 from comoe.models.gate import GATES, ROUTES
-from comoe.schema import MoeConfig, Recipe
+from comoe.schema import Recipe
 from comoe.weighting import WEIGHTINGS
 
 
@@ -102,7 +107,66 @@ def _contrastive(recipe: Recipe) -> list[str]:
     ]
 
 
-def _is_set(config: MoeConfig, name: str) -> bool:
+def _pictures(recipe: Recipe) -> list[str]:
+    vision, encoder = recipe.model.vision, recipe.model.encoder
+    alone = _is_single_stream(encoder)
+    if vision.tower is None and not alone:
+        why = "no picture is read: model.vision.tower is null"
+        idle = [_in_vain(f"tasks.{name}.image", task.image, why) for name, task in recipe.tasks.items() if task.image]
+        names = [name for name in ("fusion", "train_tower", "route_image_tokens") if _is_set(vision, name)]
+        return idle + [_in_vain(f"model.vision.{name}", getattr(vision, name), why) for name in names]
+    if alone:
+        why = f"model.encoder ({encoder}) reads text and pictures in one stream"
+        names = [name for name in ("fusion", "train_tower") if _is_set(vision, name)]
+        return [_in_vain(f"model.vision.{name}", getattr(vision, name), why) for name in names]
+    if vision.fusion not in FUSIONS or FUSIONS[vision.fusion].in_encoder or not vision.route_image_tokens:
+        return []
+    why = f"under model.vision.fusion {vision.fusion} the text encoder reads no image tokens"
+    return [_in_vain("model.vision.route_image_tokens", True, why)]
+
+
+def _image_text(recipe: Recipe) -> list[str]:
+    vision, losses, encoder = recipe.model.vision, recipe.loss.image_text, recipe.model.encoder
+    alone, found = _is_single_stream(encoder), []
+    if vision.tower is None and not alone:
+        names = [name for name in ("itc_weight", "itm_weight", "temperature", "negatives") if _is_set(losses, name)]
+        why = "no picture is read: model.vision.tower is null"
+        return [_in_vain(f"loss.image_text.{name}", getattr(losses, name), why) for name in names]
+    contrast = losses.itc_weight > 0
+    if alone and contrast:
+        why = (
+            f"model.encoder ({encoder}) reads both sides in one stream, so there are no two sides to compare; it is off"
+        )
+        found.append(_in_vain("loss.image_text.itc_weight", losses.itc_weight, why))
+    if losses.itm_weight and HARD.get(losses.negatives) and (alone or not contrast):
+        why = "without the contrast nothing says which texts are similar; random ones are taken"
+        found.append(_in_vain("loss.image_text.negatives", losses.negatives, why))
+    joint = alone or (vision.fusion in FUSIONS and FUSIONS[vision.fusion].in_encoder)
+    reads = f"model.encoder ({encoder})" if alone else f"model.vision.fusion {vision.fusion}"
+    if joint and contrast and not alone:
+        found.append(
+            f"loss.image_text.itc_weight is {losses.itc_weight}: under {reads} the encoder reads pictures too, so each "
+            "text with a picture takes a second pass, alone."
+        )
+    if joint and losses.itm_weight:
+        found.append(
+            f"loss.image_text.itm_weight is {losses.itm_weight}: under {reads} about half of the posts with pictures "
+            "take one more pass of the encoder, with another post's text."
+        )
+    return found
+
+
+def _is_single_stream(encoder: str) -> bool:
+    """True for the folder of a model of both sides; what lies elsewhere is not fetched for a doubt."""
+    path = Path(encoder).expanduser() / "config.json"
+    try:
+        kind = json.loads(path.read_text(encoding="utf-8")).get("model_type")
+    except (OSError, ValueError, AttributeError):
+        return False
+    return kind in FAMILIES and FAMILIES[kind].single_stream
+
+
+def _is_set(config: Any, name: str) -> bool:
     default = {field.name: field.default for field in dataclasses.fields(config)}[name]
     return getattr(config, name) != default
 
@@ -112,6 +176,7 @@ def _in_vain(path: str, value: Any, why: str) -> str:
 
 
 CHECKS: tuple[Callable[[Recipe], list[str]], ...] = (
-    _gate_for_measuring, _temperature, _unread_by_the_gate, _without_experts, _task_weights, _contrastive, _momentum
+    _gate_for_measuring, _temperature, _unread_by_the_gate, _without_experts, _task_weights, _contrastive, _momentum,
+    _pictures, _image_text,
 )  # fmt: skip
 """Each looks at a recipe and gives sentences."""

@@ -1,6 +1,6 @@
 """Plans of generated posts with pictures: what is drawn, what the caption says, and the labels that follow.
 
-One task needs the text alone, one the picture alone, two need both: for these each side alone tells exactly nothing.
+Some tasks need the text alone, some the picture alone, two need both: for these each side alone tells exactly nothing.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import islice, product
 
 SHAPES = ("circle", "square", "triangle")
-"""What is drawn; the task ``shape``."""
+"""What is drawn."""
 COLOURS = ("red", "green", "blue", "yellow")
 """Of all shapes of a picture."""
 NUMBERS = (1, 2, 3)
@@ -22,7 +22,7 @@ MOODS = {
     "positive": ("happy", "lovely", "great", "sweet", "sunny", "glad", "superb", "joyful"),
     "negative": ("gloomy", "awful", "sad", "bitter", "nasty", "grim", "lonely", "dull"),
 }
-"""Mood of the words -> the words; the task ``sentiment``."""
+"""Mood of the words -> the words."""
 NUMBER_WORDS = {1: ("one", "1", "single"), 2: ("two", "2", "pair"), 3: ("three", "3", "trio")}
 """Number -> how captions write it."""
 CLAIMS = {
@@ -37,7 +37,7 @@ ENDINGS = ("", "!", "!!", "...", "#art", "#photo", "#nofilter", "#weekend", "wha
 FEELINGS = ("feeling {}", "{} mood", "what a {} day", "{} vibes", "a {} thing", "{} , really")
 """How it says a mood."""
 WITHOUT_PICTURE = 0.1
-"""Share of the posts without picture: only the text's own task has a label there."""
+"""Share of the posts without picture: only the text's own tasks have a label there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,13 +63,16 @@ class Plan:
 
     def labels(self) -> dict[str, str | None]:
         """Task -> label, None where the post has none."""
+        told = {"sentiment": self.mood, "claim": str(self.claim)}
         if self.shape is None:
-            return {"sentiment": self.mood, "shape": None, "contradiction": None, "sarcasm": None}
+            return told | dict.fromkeys(("shape", "colour", "number", "light", "contradiction", "sarcasm"))
         agrees = self.claim == {"colour": self.colour, "number": self.number}[self.topic]
         sincere = (self.mood == "positive") == (self.light == "bright")
-        return {
-            "sentiment": self.mood,
+        return told | {
             "shape": self.shape,
+            "colour": self.colour,
+            "number": str(self.number),
+            "light": self.light,
             "contradiction": "agrees" if agrees else "contradicts",
             "sarcasm": "sincere" if sincere else "sarcastic",
         }

@@ -32,6 +32,8 @@ FORMAT_VERSION = 1
 """Counts changes of ``config.json`` and of the weights' names that older code cannot read."""
 DATA_KEYS = ("max_length", "normalize", "hide", "max_image_pixels", "max_image_bytes")
 """Options of ``data`` that decide how a post becomes numbers."""
+FOR_TRAINING = "image_text."
+"""Beginning of the names of weights that only losses read."""
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 
 
@@ -63,6 +65,7 @@ def export_model(
     tasks: Sequence[Task],
     encoder_config: Mapping[str, Any],
     tokenizer: Any,
+    tower_config: Mapping[str, Any] | None = None,
     image_processor: ImageProcessor | None = None,
     results: Mapping[str, Any] | None = None,
 ) -> None:
@@ -75,6 +78,7 @@ def export_model(
         tasks: in the order of the model's heads.
         encoder_config: ``encoder.config.to_dict()``.
         tokenizer: the encoder's tokenizer.
+        tower_config: ``tower.inner.config.to_dict()``; None where the model has no vision tower.
         image_processor: the vision tower's; None where the model reads no pictures.
         results: content of the run's ``results.json``, measured on these very weights, for the model card.
 
@@ -84,12 +88,13 @@ def export_model(
     folder = Path(folder)
     if folder.exists() and not _may_replace(folder):
         raise ValueError(f"{folder} exists and is not an export of comoe; choose another folder, or remove it first.")
-    config = _config(recipe, tasks, encoder_config)
+    config = _config(recipe, tasks, encoder_config, tower_config)
     aside = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
-        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}
+        kept = {name: tensor for name, tensor in state_dict.items() if not name.startswith(FOR_TRAINING)}
+        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in kept.items()}
         save_file(weights, aside / WEIGHTS, metadata={"format": "pt"})
         (aside / CONFIG).write_text(json.dumps(config, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
         tokenizer.save_pretrained(str(aside))
@@ -115,7 +120,7 @@ def load_exported(folder: str | Path) -> Exported:
     config = _read_config(folder)
     tasks = tuple(Task.from_dict(plain) for plain in config["tasks"])
     recipe = recipe_from_dict({"model": config["model"], "data": config["data"]})
-    model = build_model(recipe.model, tasks, encoder_config=dict(config["encoder"]))
+    model = build_model(recipe.model, tasks, encoder_config=dict(config["encoder"]), tower_config=config.get("tower"))
     try:
         weights = load_file(folder / WEIGHTS)
     except (OSError, SafetensorError) as error:
@@ -161,6 +166,7 @@ def export_checkpoint(path: Path, out: Path, *, which: str = "best") -> Path:
         recipe=load_recipe(run / "config.yaml"),
         tasks=[Task.from_dict(plain) for plain in _read_json(run / "tasks.json")],
         encoder_config=_read_json(run / "encoder_config.json"),
+        tower_config=_read_json(tower) if (tower := run / "tower_config.json").is_file() else None,
         tokenizer=load_tokenizer(str(run / "tokenizer")),
         image_processor=_image_processor(run / "tokenizer"),
         results=results,
@@ -187,10 +193,15 @@ def _best(checkpoints: Path, whole: Sequence[Path]) -> Path:
     return checkpoints / f"step-{_read_json(named)['step']:08d}" if named.is_file() else whole[-1]
 
 
-def _config(recipe: Recipe, tasks: Sequence[Task], encoder_config: Mapping[str, Any]) -> dict[str, Any]:
+def _config(
+    recipe: Recipe, tasks: Sequence[Task], encoder_config: Mapping[str, Any], tower_config: Mapping[str, Any] | None
+) -> dict[str, Any]:
     model = dataclasses.asdict(recipe.model)
     # The paths of the machine that trained are of no use to others.
     model["encoder"] = base_model(recipe.model.encoder)
+    if recipe.model.vision.tower is not None:
+        model["vision"]["tower"] = base_model(recipe.model.vision.tower)
+    tower = {} if tower_config is None else {"tower": _without_path(tower_config)}
     return {
         "architectures": [MultiTaskModel.__name__],
         "model_type": "comoe",
@@ -203,8 +214,13 @@ def _config(recipe: Recipe, tasks: Sequence[Task], encoder_config: Mapping[str, 
         "tasks": [task.to_dict() for task in tasks],
         "model": model,
         "data": {key: value for key, value in dataclasses.asdict(recipe.data).items() if key in DATA_KEYS},
-        "encoder": {key: value for key, value in encoder_config.items() if key != "_name_or_path"},
+        "encoder": _without_path(encoder_config),
+        **tower,
     }
+
+
+def _without_path(hf_config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in hf_config.items() if key != "_name_or_path"}
 
 
 def base_model(encoder: str) -> str:

@@ -8,8 +8,9 @@ from typing import Any
 from torch import nn
 
 from comoe.data.batching import TokenizedSplit
-from comoe.memory import MemoryPlan, plan_memory, reduction_elements
+from comoe.memory import MemoryPlan, Work, plan_memory, reduction_elements
 from comoe.models.multitask import MultiTaskModel
+from comoe.models.vision import expected_tokens
 from comoe.schema import Recipe
 from comoe.train.settings import Layout
 
@@ -20,7 +21,7 @@ DEFAULT_BUCKET = 500_000_000
 
 
 def count_parameters(model: MultiTaskModel, *, top_k: int) -> dict[str, int]:
-    """Parameters of the whole model: in all, in experts, dense, frozen, and active per token."""
+    """Parameters of the whole model, a vision tower's too: in all, in experts, dense, frozen, and active per token."""
     total = _elements(model.parameters())
     experts = sum(_elements(layer.mixture.experts.parameters()) for layer in model.moe_layers())
     frozen = _elements(parameter for parameter in model.parameters() if not parameter.requires_grad)
@@ -54,6 +55,7 @@ def plan_run(
     parameters = count_parameters(model, top_k=recipe.model.moe.top_k)
     zero = settings["zero_optimization"]
     encoder, blocks = model.encoder.config, model.moe_layers()
+    posts = layout.micro_batch_size
     return plan_memory(
         parameters["dense"],
         expert_parameters=parameters["experts"],
@@ -70,7 +72,8 @@ def plan_run(
             largest=max(_elements([weight]) for weight in model.parameters()),
         ),
         gathered_elements=min(kept_whole(zero), parameters["dense"] + parameters["experts"] // layout.ep_size),
-        tokens=int(layout.micro_batch_size * train.lengths.mean()),
+        tower=_tower_work(model, posts),
+        tokens=int(posts * (train.lengths.mean() + model.image_tokens)),
         layers=encoder.num_hidden_layers,
         width=model.config.hidden_size,
         # DistilBERT has its own word for it.
@@ -81,6 +84,16 @@ def plan_run(
         recompute=recipe.train.activation_checkpointing,
         expert_width=blocks[0].mixture.experts.down_proj.shape[-1] if blocks else 0,
     )
+
+
+def _tower_work(model: MultiTaskModel, pictures: int) -> Work | None:
+    """What a vision tower of transformer layers that trains goes through; None for others."""
+    if model.tower is None or not model.tower.trained:
+        return None
+    config = model.tower.inner.config
+    layers, tokens = getattr(config, "num_hidden_layers", 0), expected_tokens(config)
+    ffn_width = getattr(config, "intermediate_size", None)
+    return Work(tokens=pictures * tokens, layers=layers, width=model.tower.width, ffn_width=ffn_width)
 
 
 def kept_whole(zero: Mapping[str, Any]) -> int:

@@ -43,11 +43,6 @@ class Cached:
     """Micro-batches of the step; the engine divides by it."""
 
 
-def picks_of(passes: Passes) -> tuple[tuple[Tensor, ...], ...]:
-    """``Cached.picks`` of one micro-batch."""
-    return tuple(output.picks for output in passes)
-
-
 def joined_batch(batches: Sequence[Batch]) -> Batch:
     """Labels, row and task ids of several micro-batches in one record, tags padded to the longest; its tokens are those
     of the first one and mean nothing."""
@@ -97,7 +92,7 @@ def cache_gradients(
         mine = [part[number] for part in parts]
         cached.append(
             Cached(
-                picks=picks_of(outputs),
+                picks=tuple(output.picks for output in outputs),
                 gradients=dict(zip(embeddings, mine, strict=False)),
                 view_gradients=dict(zip(views, mine[len(embeddings) :], strict=True)),
                 scales=found[-1] if number == 0 else torch.zeros_like(found[-1]),

@@ -171,6 +171,7 @@ def plan_memory(
     bucket_elements: int = 0,
     gathered_elements: int = 0,
     tensor_groups: Sequence[tuple[Sequence[int], int]] = (),
+    tower: Work | None = None,
     **work: int | bool | None,
 ) -> MemoryPlan:
     """Estimate the memory of one rank by the formulas of this module.
@@ -190,6 +191,7 @@ def plan_memory(
         gathered_elements: weights that stage 3 holds whole at a time, such as two encoder layers; 0 leaves them out.
         tensor_groups: for each optimizer group the sizes of its tensors in order and the ranks that share it; makes
             the gradients of stage 2 in float32 exact. Empty takes the even share.
+        tower: what a vision tower that trains goes through; a frozen one keeps nothing for a backward pass.
         work: fields of ``Work``; without them activations and dispatch are 0.
 
     Raises:
@@ -200,7 +202,7 @@ def plan_memory(
     whole = dense_parameters + math.ceil(expert_parameters / ep_size)
     share = math.ceil((dense_parameters + expert_parameters) / world_size)
     trained = math.ceil((dense_parameters - frozen_parameters + expert_parameters) / world_size)
-    passed = Work(**work)
+    passed, seen = Work(**work), tower or Work()
     gradients = _gradients(whole - frozen_parameters, trained, stage=stage, bf16=bf16, tensor_groups=tensor_groups)
     parts = (
         MemoryPart("weights", number * (share if stage == 3 else whole)),
@@ -209,7 +211,7 @@ def plan_memory(
         _part(f"moments of {optimizer}", FULL * MOMENTS[optimizer](momentum) * trained, on_host=offload),
         MemoryPart("reduction bucket", number * bucket_elements),
         MemoryPart("gathered weights", number * gathered_elements if stage == 3 else 0),
-        MemoryPart("activations (rough)", passed.activation_bytes(number)),
+        MemoryPart("activations (rough)", passed.activation_bytes(number) + seen.layers * seen.layer_bytes(number)),
         MemoryPart("dispatch buffers", passed.dispatch_bytes(number)),
     )
     return MemoryPlan(parts, _in_words(world_size, ep_size, stage, bf16=bf16, offload=offload))

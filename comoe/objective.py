@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from comoe.distributed import gather_detached, sum_over_ranks, sum_with_gradient, world_size
+from comoe.distributed import gather_detached, gather_rows, sum_over_ranks, sum_with_gradient, world_size
 from comoe.gradcache import Cached, Passes, cache_gradients, replayed
 from comoe.losses.contrastive import ContrastiveLoss
+from comoe.losses.image_text import ITCLoss, ITMLoss
 from comoe.losses.routing import BalanceLoss, TaskSeparationLoss, ZLoss
 from comoe.models.gate import build_gate
 from comoe.models.multitask import MultiTaskModel, build_model
@@ -30,6 +31,8 @@ class Term:
     """The term."""
     over_embeddings: bool = False
     """True for the contrastive term: GradCache takes it over the whole optimizer step."""
+    takes_share: bool = False
+    """True where the weight is a share of 1 that the tasks' losses lose."""
 
 
 class Objective(nn.Module):
@@ -43,21 +46,26 @@ class Objective(nn.Module):
         tasks: the same tasks in the same order.
         loss: ``loss`` of the recipe; a term whose weight is 0 is neither computed nor communicated.
         moe: ``model.moe`` of the recipe.
+        seed: ``train.seed``; decides which texts the matching question is asked of.
 
     Raises:
         ValueError: an unknown weighting, or a balance term where every expert always runs.
     """
 
-    def __init__(self, model: MultiTaskModel, tasks: Sequence[Task], loss: LossConfig, moe: MoeConfig) -> None:
+    def __init__(
+        self, model: MultiTaskModel, tasks: Sequence[Task], loss: LossConfig, moe: MoeConfig, *, seed: int = 0
+    ) -> None:
         super().__init__()
         self.model = model
         self.config = model.config
         self.tasks = tuple(tasks)
         self.weighting = build_weighting(loss.weighting, self.tasks)
-        built = {name: build(loss, moe, model) for name, build in LOSSES.items()}
+        built = {name: build(loss, moe, model, seed) for name, build in LOSSES.items()}
         self.terms = {name: term for name, term in built.items() if term is not None}
         # Temperatures to learn and queues to save.
         self.losses = nn.ModuleDict({n: t.loss for n, t in self.terms.items() if isinstance(t.loss, nn.Module)})
+        # Terms that are given a share of 1 leave the rest of it to the tasks.
+        self.task_share = 1.0 - sum(term.weight for term in self.terms.values() if term.takes_share)
         self._contrast = next((term.loss for term in self.terms.values() if term.over_embeddings), None)
         contrasted = [] if self._contrast is None else [task for task in self.tasks if task.contrastive]
         self.viewed = [task.name for task in contrasted if task.rules.views]
@@ -91,6 +99,7 @@ class Objective(nn.Module):
         output = passes[0]
         losses_T = self.task_losses(output, batch)
         total, weights_T = self.weighting.combine(losses_T)
+        total = self.task_share * total
         names = [task.name for task in self.tasks]
         terms = {f"task/{name}": value for name, value in zip(names, losses_T.detach(), strict=True)}
         terms |= {f"weight/{name}": value for name, value in zip(names, weights_T.detach(), strict=True)}
@@ -121,7 +130,9 @@ class Objective(nn.Module):
         # Every rank runs this pass too: one without such rows runs its first one, times zero.
         scale = float(len(rows_R) > 0)
         again = batch.take(rows_R) if len(rows_R) else batch.take(rows_R.new_zeros(1))
-        second = self.model(again if scale else replace(again, row_ids_B=again.row_ids_B.new_full((1,), -1)), picks[1])
+        second = self.model(
+            again if scale else replace(again, row_ids_B=again.row_ids_B.new_full((1,), -1)), picks[1], compare=False
+        )
         rows_R = rows_R if scale else rows_R.new_zeros(1)
         views = {
             name: torch.zeros_like(output.embeddings[name]).index_copy(0, rows_R, scale * second.embeddings[name])
@@ -156,7 +167,7 @@ def unit_scale(units_T: Tensor, *, world_size: int, accumulation: int) -> Tensor
     return torch.where(units_T > 0, scale_T, torch.zeros_like(scale_T)).float()
 
 
-def _contrastive(loss: LossConfig, moe: MoeConfig, model: MultiTaskModel) -> Term | None:
+def _contrastive(loss: LossConfig, moe: MoeConfig, model: MultiTaskModel, seed: int) -> Term | None:
     taking_part = [task for task in model.tasks if task.contrastive]
     if not loss.contrastive.weight or not taking_part:
         return None
@@ -170,7 +181,7 @@ def _contrastive(loss: LossConfig, moe: MoeConfig, model: MultiTaskModel) -> Ter
     return Term(loss.contrastive.weight, term, over_embeddings=True)
 
 
-def _balance(loss: LossConfig, moe: MoeConfig, model: MultiTaskModel) -> Term | None:
+def _balance(loss: LossConfig, moe: MoeConfig, model: MultiTaskModel, seed: int) -> Term | None:
     if not loss.balance_weight or not moe.num_experts:
         return None
     if moe.top_k == moe.num_experts:
@@ -181,13 +192,13 @@ def _balance(loss: LossConfig, moe: MoeConfig, model: MultiTaskModel) -> Term | 
     return Term(loss.balance_weight, BalanceLoss(sum_over_ranks=sum_over_ranks))
 
 
-def _z(loss: LossConfig, moe: MoeConfig, model: MultiTaskModel) -> Term | None:
+def _z(loss: LossConfig, moe: MoeConfig, model: MultiTaskModel, seed: int) -> Term | None:
     if not loss.z_weight or not moe.num_experts:
         return None
     return Term(loss.z_weight, ZLoss(build_gate(moe).z_penalty))
 
 
-def _task_separation(loss: LossConfig, moe: MoeConfig, model: MultiTaskModel) -> Term | None:
+def _task_separation(loss: LossConfig, moe: MoeConfig, model: MultiTaskModel, seed: int) -> Term | None:
     # One expert, or one task: there is nothing to separate.
     if not loss.task_separation_weight or moe.num_experts < 2 or len(model.tasks) < 2:
         return None
@@ -195,16 +206,35 @@ def _task_separation(loss: LossConfig, moe: MoeConfig, model: MultiTaskModel) ->
     return Term(loss.task_separation_weight, term)
 
 
+def _itc(loss: LossConfig, moe: MoeConfig, model: MultiTaskModel, seed: int) -> Term | None:
+    if model.image_text is None or not model.image_text.compares:
+        return None
+    term = ITCLoss(loss.image_text, gather=gather_detached, world_size=world_size())
+    return Term(loss.image_text.itc_weight, term, takes_share=True)
+
+
+def _itm(loss: LossConfig, moe: MoeConfig, model: MultiTaskModel, seed: int) -> Term | None:
+    if model.image_text is None or model.image_text.match is None:
+        return None
+    gathers = {"gather": gather_detached, "gather_with_gradient": gather_rows}
+    term = ITMLoss(loss.image_text, seed=seed, world_size=world_size(), **gathers)
+    return Term(loss.image_text.itm_weight, term, takes_share=True)
+
+
 def build_objective(recipe: Recipe, tasks: Sequence[Task]) -> Objective:
     """Model and losses of a recipe whose ``model.encoder`` is resolved; deterministic in torch's seed."""
-    model = build_model(recipe.model, tasks, recompute=recipe.train.activation_checkpointing)
-    return Objective(model, tasks, recipe.loss, recipe.model.moe)
+    model = build_model(
+        recipe.model, tasks, image_text=recipe.loss.image_text, recompute=recipe.train.activation_checkpointing
+    )
+    return Objective(model, tasks, recipe.loss, recipe.model.moe, seed=recipe.train.seed)
 
 
-LOSSES: dict[str, Callable[[LossConfig, MoeConfig, MultiTaskModel], Term | None]] = {
+LOSSES: dict[str, Callable[[LossConfig, MoeConfig, MultiTaskModel, int], Term | None]] = {
     "contrastive": _contrastive,
     "balance": _balance,
     "z": _z,
     "task_separation": _task_separation,
+    "itc": _itc,
+    "itm": _itm,
 }
-"""Auxiliary term -> (loss options, expert options, model) -> term, None where it is switched off."""
+"""Auxiliary term -> (loss options, expert options, model, seed) -> term, None where it is switched off."""

@@ -58,7 +58,9 @@ def random_rows(count: int, *, seed: int = 0, tasks: Sequence[Task] = TASKS, fir
 def call(loss: ContrastiveLoss, rows: dict[str, Tensor]):
     """(share, terms, leaves): the loss on some rows, with leaves that collect the gradient."""
     leaves = {name: value.clone().requires_grad_() for name, value in rows.items() if name.startswith(("z/", "view/"))}
-    parts = {what: {n[len(what) + 1 :]: leaf for n, leaf in leaves.items() if n.startswith(what)} for what in ("z", "view")}
+    parts = {
+        what: {n[len(what) + 1 :]: leaf for n, leaf in leaves.items() if n.startswith(what)} for what in ("z", "view")
+    }
     labels = {name[6:]: value for name, value in rows.items() if name.startswith("label/")}
     posts = rows["posts"]
     blank = torch.ones(len(posts), 2, dtype=torch.int64)

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP")
 """Pillow's readers that may be used; every other one (TIFF, PSD, EPS, ICNS, ...) never runs."""
 VERSION = 1
 """Changes when the same file may be judged otherwise than before."""
@@ -87,7 +87,11 @@ def locate_image(cell: Any, *, root: Path | None) -> Source | None:
         raise BadImage("address", "is an address, and nothing is fetched; download the picture and give its path.")
     if "\x00" in text:
         raise BadImage("wrong cell", "has a NUL character in the path; correct it.")
-    path = os.path.realpath(text if root is None else root / text)
+    try:
+        path = os.path.realpath(text if root is None else root / text)
+        os.fsencode(path)
+    except (OSError, ValueError) as error:
+        raise BadImage("wrong cell", f"has a path that no file can have ({_in_words(error)}); correct it.") from error
     if root is not None and not Path(path).is_relative_to(root):
         raise BadImage("outside", f"leads out of the folder of the pictures, {root}; move it, or set data.image_root.")
     return path
@@ -115,9 +119,11 @@ def read_image(source: Source, limits: ImageLimits) -> Image.Image:
     except BadImage:
         raise
     except UnidentifiedImageError as error:
-        raise BadImage("no picture", _what_it_is(data)) from error
+        raise _unrecognised(data) from error
     except Image.DecompressionBombError as error:
-        raise BadImage("too many pixels", _too_many(limits.max_pixels)) from error
+        found = re.search(r"\d+", str(error))
+        count = f"{int(found[0]):,}" if found else "too many"
+        raise BadImage("too many pixels", f"has {count} pixels; {_too_many(limits.max_pixels)}") from error
     except MemoryError as error:
         raise BadImage("too many pixels", "does not fit into memory; make it smaller.") from error
     except Exception as error:  # a hostile file can make a reader raise anything
@@ -146,6 +152,8 @@ def _read_bytes(source: Source, limit: int) -> bytes:
                 raise BadImage("too many bytes", _too_large(found.st_size, limit))
             with open(source, "rb") as file:
                 data = file.read(limit + 1)
+        except BadImage:
+            raise
         except FileNotFoundError as error:
             raise BadImage("missing", f"is not there ({source}); correct the path or data.image_root.") from error
         except (OSError, ValueError) as error:
@@ -210,9 +218,12 @@ def _from_deep_grey(image: Image.Image) -> Image.Image:
     return Image.fromarray(np.clip(values * (255 / top), 0, 255).astype(np.uint8)).convert("RGB")
 
 
-def _what_it_is(data: bytes) -> str:
-    found = next((name for name, holds in LOOKS if holds(data)), "no picture that can be recognised")
-    return f"is {found}; pictures are {', '.join(FORMATS)}."
+def _unrecognised(data: bytes) -> BadImage:
+    format = next((name for name, holds in BEGINNINGS.items() if holds(data)), None)
+    if format is not None:
+        return BadImage("broken", f"is broken ({format} without a whole header); save it anew.")
+    found = next((name for name, holds in LOOKS.items() if holds(data)), "no picture that can be recognised")
+    return BadImage("no picture", f"is {found}; pictures are {', '.join(FORMATS)}.")
 
 
 def _is_text(data: bytes) -> bool:
@@ -233,24 +244,28 @@ def _in_words(error: BaseException) -> str:
     return words[:120] or type(error).__name__
 
 
-LOOKS: tuple[tuple[str, Callable[[bytes], bool]], ...] = (
-    ("a broken PNG", lambda data: data[:4] == b"\x89PNG"),
-    ("a broken JPEG", lambda data: data[:2] == b"\xff\xd8"),
-    ("a broken GIF", _begins(b"gif8")),
-    ("a broken WebP", lambda data: data[:4] == b"RIFF" and data[8:12] == b"WEBP"),
-    ("a broken BMP", lambda data: data[:2] == b"BM" and not _is_text(data)),
-    ("a PDF", _begins(b"%pdf")),
-    ("a zip archive", lambda data: data[:2] == b"PK"),
-    ("a gzip archive", lambda data: data[:2] == b"\x1f\x8b"),
-    ("a TIFF", lambda data: data[:4] in (b"II*\x00", b"MM\x00*")),
-    ("a Photoshop file", lambda data: data[:4] == b"8BPS"),
-    ("PostScript", _begins(b"%!ps")),
-    ("a video, AVIF or HEIC", lambda data: data[4:8] == b"ftyp"),
-    ("an icon", lambda data: data[:4] == b"\x00\x00\x01\x00"),
-    ("an SVG drawing", lambda data: b"<svg" in data[:512].lower()),
-    ("a web page", _begins(b"<!doctype html", b"<html")),
-    ("a program", lambda data: data[:4] == b"\x7fELF" or (data[:2] == b"MZ" and not _is_text(data))),
-    ("text", _is_text),
-    ("zero bytes", lambda data: not data.strip(b"\x00")),
-)
-"""What a file that is none of ``FORMATS`` looks like, the first one that holds."""
+BEGINNINGS: dict[str, Callable[[bytes], bool]] = {
+    "PNG": lambda data: data[:4] == b"\x89PNG",
+    "JPEG": lambda data: data[:2] == b"\xff\xd8",
+    "GIF": lambda data: data[:4] == b"GIF8",
+    "WEBP": lambda data: data[:4] == b"RIFF" and data[8:12] == b"WEBP",
+    "BMP": lambda data: data[:2] == b"BM" and not _is_text(data),
+}
+"""Format -> whether a file begins like it; the keys are ``FORMATS``."""
+
+LOOKS: dict[str, Callable[[bytes], bool]] = {
+    "a PDF": _begins(b"%pdf"),
+    "a zip archive": lambda data: data[:2] == b"PK",
+    "a gzip archive": lambda data: data[:2] == b"\x1f\x8b",
+    "a TIFF": lambda data: data[:4] in (b"II*\x00", b"MM\x00*"),
+    "a Photoshop file": lambda data: data[:4] == b"8BPS",
+    "PostScript": _begins(b"%!ps"),
+    "a video, AVIF or HEIC": lambda data: data[4:8] == b"ftyp",
+    "an icon": lambda data: data[:4] == b"\x00\x00\x01\x00",
+    "an SVG drawing": lambda data: b"<svg" in data[:512].lower(),
+    "a web page": _begins(b"<!doctype html", b"<html"),
+    "a program": lambda data: data[:4] == b"\x7fELF" or (data[:2] == b"MZ" and not _is_text(data)),
+    "text": _is_text,
+    "zero bytes": lambda data: not data.strip(b"\x00"),
+}
+"""What any other file looks like, the first one that holds."""

@@ -1,7 +1,7 @@
 """The contrastive loss of one task in closed form: tiles forward, tiles backward, no collective in either.
 
-With s_ij = scale z_i z_j, scale = 1 / temperature, w_ij the affinity of two rows, a_i = 1 where an anchor has a positive, A anchors on
-all ranks, E_i = sum over rivals of exp(s_ij) and S_i = sum over rivals of w_ij:
+With s_ij = scale z_i z_j (scale = 1 / temperature), w_ij the affinity of two rows, a_i = 1 where an anchor has a
+positive, A anchors on all ranks, E_i = sum over rivals of exp(s_ij) and S_i = sum over rivals of w_ij:
 
     L       = 1/A sum_i a_i (log E_i - sum_j w_ij s_ij / S_i)
     dL/dz_i = scale/A sum_j (exp(s_ij) (a_i/E_i + a_j/E_j) - w_ij (a_i/S_i + a_j/S_j)) z_j
@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -190,7 +191,7 @@ class Comparison:
         return tile
 
     def _affinities(self, part: slice, groups: slice) -> Tensor:
-        """w between own rows and other keys, 0 for the own key, whose w is set aside: 1, but 0 where nothing is alike."""
+        """w between own rows and other keys, 0 for the own key; its w is set aside: 1, or 0 where nothing is alike."""
         own_groups = self.rows.own_groups_N[part]
         tile = self.rows.affinity(self.rows.keys_UK[own_groups], self.rows.keys_UK[groups])
         here = ((own_groups >= groups.start) & (own_groups < groups.stop)).nonzero()[:, 0]

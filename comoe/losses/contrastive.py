@@ -175,7 +175,9 @@ class ContrastiveLoss(nn.Module):
         # Similarities in float32 also where the model is not; float64 stays.
         rows_NP = rows_NP if rows_NP.dtype == torch.float64 else rows_NP.float()
         keys_BK = task.rules.keys(labels[labelled]).to(rows_NP.dtype)
-        return _Rows(rows_NP, F.pad(keys_BK, (0, self.num_keys - keys_BK.shape[1])).repeat(len(posts), 1), torch.cat(posts))
+        return _Rows(
+            rows_NP, F.pad(keys_BK, (0, self.num_keys - keys_BK.shape[1])).repeat(len(posts), 1), torch.cat(posts)
+        )
 
     def _gather_counts(self, own: Sequence[_Rows]) -> tuple[list[list[int]], int]:
         """Rows per rank and task, and this rank's index."""
@@ -232,19 +234,28 @@ def _task_rows(task: Task, rows: _Rows, past: _Rows | None, *, start: int, num_o
         posts_C = torch.cat([posts_C, past.posts_N])
     # Rows of one post are alike where a kind has no labels to compare.
     keys = posts_C[:, None] if task.rules.views else keys_CK[:, : task.rules.num_keys(task.labels)]
-    flat = keys.shape[1] == 1
-    keys_UK, groups_C = torch.unique(keys[:, 0] if flat else keys, dim=0, return_inverse=True)
+    keys_UK, groups_C = _different(keys)
     return TaskRows(
         columns_CP=columns_CP,
         num_rows=len(rows.rows_NP),
         start=start,
         num_own=num_own,
         groups_C=groups_C,
-        keys_UK=keys_UK[:, None] if flat else keys_UK,
+        keys_UK=keys_UK,
         affinity=partial(task.rules.affinity, task=task) if task.rules.graded else None,
         hidden_rows_X=hidden_rows_X,
         hidden_columns_X=hidden_columns_X,
     )
+
+
+def _different(keys_CK: Tensor) -> tuple[Tensor, Tensor]:
+    """The different rows (U, K), and which of them each row is (C,), int64. By columns: by rows torch is far slower."""
+    found_U, groups_C = torch.unique(keys_CK[:, 0], return_inverse=True)
+    for keys_C in keys_CK.unbind(dim=1)[1:]:
+        values, codes_C = torch.unique(keys_C, return_inverse=True)
+        found_U, groups_C = torch.unique(groups_C * len(values) + codes_C, return_inverse=True)
+    # All rows that write to one place write the same.
+    return keys_CK.new_empty(len(found_U), keys_CK.shape[1]).index_copy_(0, groups_C, keys_CK), groups_C
 
 
 def _of_task(everyone_GX: Tensor, counts_WT: Sequence[Sequence[int]], task: int) -> Tensor:

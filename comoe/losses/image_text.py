@@ -22,8 +22,6 @@ MAX_SCALE = 100.0
 """Cosines are never multiplied by more (CLIP)."""
 OTHER, OWN = 0, 1
 """Answers of the matching question: another post's text, the picture's own."""
-RETRIEVAL_TILE = 1024
-"""Rows whose similarities to all others are in memory at once."""
 
 GatherWithGradient = Callable[[Tensor], tuple[Tensor, int]]
 """Rows of this rank, any number of them -> (rows of all ranks with gradient, index of this rank's first row)."""
@@ -221,29 +219,6 @@ class ITMLoss:
             found.append(torch.cat([everyone, longer[:1]]))
         places_I = torch.where(chosen_I >= 0, torch.searchsorted(wanted_K, chosen_I), len(wanted_K))
         return tuple(found), places_I
-
-
-@torch.no_grad()
-def retrieval_at_1(image_NP: Tensor, text_NP: Tensor, keys_N: Tensor | None = None) -> tuple[float, float]:
-    """How often the nearest text of a picture is its own, and the nearest picture of a text its own.
-
-    Args:
-        image_NP: unit-length rows.
-        text_NP: row i belongs to picture i.
-        keys_N: equal for posts whose texts are the same (``text_keys``), which are then as good as the own one.
-
-    Returns:
-        Two shares from 0 to 1; 0 without pairs.
-    """
-    number = len(image_NP)
-    if not number:
-        return 0.0, 0.0
-    keys_N = torch.arange(number, device=image_NP.device) if keys_N is None else keys_N
-    shares = []
-    for rows_NP, others_NP in ((image_NP, text_NP), (text_NP, image_NP)):
-        nearest_N = torch.cat([(tile @ others_NP.T).argmax(dim=1) for tile in rows_NP.split(RETRIEVAL_TILE)])
-        shares.append(float((keys_N[nearest_N] == keys_N).double().mean()))
-    return shares[0], shares[1]
 
 
 HARD: dict[str, bool] = {"hard": True, "random": False}

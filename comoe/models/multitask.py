@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from comoe.models.encoder import build_encoder, build_encoder_from_config
-from comoe.models.families import attach_blocks, freeze_encoder, reads_segments
+from comoe.models.families import attach_blocks, freeze_encoder, longest_input, reads_segments
 from comoe.models.fusion import build_fusion
 from comoe.models.gate import ROUTES
 from comoe.models.heads import TaskHead
@@ -19,7 +19,7 @@ from comoe.models.image_text import ImageTextHead
 from comoe.models.moe import ContextHolder, CooperativeBlock, RoutingContext, of_first, without_tokens
 from comoe.models.pictures import EncoderInputs, Pictures, Reading, Texts
 from comoe.models.recompute import recompute_layers
-from comoe.models.vision import Tower, build_tower, build_tower_from_config
+from comoe.models.vision import Tower, build_tower, build_tower_from_config, expected_tokens
 from comoe.protocols import Batch, ImageText, ModelOutput
 from comoe.schema import ImageTextConfig, ModelConfig
 from comoe.tasks.catalog import Task
@@ -89,13 +89,14 @@ class MultiTaskModel(nn.Module):
         self.route_image_tokens = config.vision.route_image_tokens
         self.image_text = None
         if self.fusion is not None and image_text is not None:
-            self.image_text = ImageTextHead(
+            head = ImageTextHead(
                 width,
                 self.fusion.image_width,
                 config.projection_width,
                 contrast=image_text.itc_weight > 0,
                 match=image_text.itm_weight > 0,
             )
+            self.image_text = head if head.compares or head.match is not None else None
 
     def forward(self, batch: Batch, picks: Sequence[Tensor] = (), *, compare: bool = True) -> ModelOutput:
         """Answer every task on every row.
@@ -195,6 +196,18 @@ class MultiTaskModel(nn.Module):
             return self.image_text.judge(fused_JLM, mask_JL)
 
         return ImageText(pictures.rows_I, text_IP, image_IP, logits_I2, given, match)
+
+    @property
+    def image_tokens(self) -> int:
+        """Image tokens of a picture that the text encoder reads, as far as known before it runs."""
+        if self.fusion is None or not self.fusion.in_encoder:
+            return 0
+        return expected_tokens((self.encoder if self.tower is None else self.tower.inner).config)
+
+    @property
+    def longest_text(self) -> int:
+        """Most tokens of a post that the encoder can number, beside its picture where it reads that."""
+        return longest_input(self.encoder.config) - (0 if self.tower is None else self.image_tokens)
 
     def moe_layers(self) -> list[CooperativeBlock]:
         """The cooperative blocks in layer order."""

@@ -76,6 +76,16 @@ def tower_width(hf_config: Any) -> int:
     return int(width)
 
 
+def expected_tokens(hf_config: Any) -> int:
+    """Image tokens per picture as far as the configuration tells: the patches and a class token; 0 where it does not,
+    as with models that narrow their maps from stage to stage."""
+    side, patch = getattr(hf_config, "image_size", None), getattr(hf_config, "patch_size", None)
+    if side is None or patch is None or hasattr(hf_config, "depths"):
+        return 0
+    (height, width), (high, wide) = ((size, size) if isinstance(size, int) else size for size in (side, patch))
+    return (height // high) * (width // wide) + 1
+
+
 def build_tower(config: VisionConfig, *, trust_remote_code: bool = False) -> Tower:
     """Load ``model.vision.tower`` in float32, without its pooler; of a model of both sides (CLIP) the vision half.
 

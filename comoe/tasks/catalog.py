@@ -142,7 +142,9 @@ def _check_labels(name: str, config: TaskConfig, labels: tuple[str, ...]) -> Non
             f"or more. Check the column tasks.{name}.label, add other posts, or drop the task with tasks.{name}=null."
         )
     if labels and kind.num_outputs(labels) != len(labels):
-        raise ValueError(f"tasks.{name}.labels ({listed}) has no meaning for {config.kind}; leave it out.")
+        raise ValueError(
+            f"tasks.{name}.labels ({listed}) has no meaning for a task of kind {config.kind}; leave it out."
+        )
     if not kind.scored and config.contrastive is False:
         raise ValueError(
             f"tasks.{name} ({config.kind}) is there for the contrastive loss alone; set "

@@ -102,7 +102,7 @@ class MultiLabel(Kind):
     """Any number of labels: binary cross-entropy, the mean over labels.
 
     A cell is a list of names or ids, or a text with , ; or | between them. An empty cell is missing; an empty list says
-    that no label applies. Parsed: tuple of ids, ascending. Alike: the Jaccard overlap of the label sets, 0 of empty ones.
+    that no label applies. Parsed: tuple of ids, ascending. Alike: the Jaccard overlap of the sets, 0 of empty ones.
     """
 
     graded = True
@@ -117,9 +117,7 @@ class MultiLabel(Kind):
         """The labels as the bits of whole numbers, 20 in each."""
         places_Y = torch.arange(targets.shape[1], device=targets.device)
         values_Y = 2.0 ** (places_Y % _LABELS_PER_KEY)
-        columns = [
-            targets.float()[:, part] @ values_Y[part].float() for part in places_Y.split(_LABELS_PER_KEY)
-        ]
+        columns = [targets.float()[:, part] @ values_Y[part].float() for part in places_Y.split(_LABELS_PER_KEY)]
         return torch.stack(columns, dim=1)
 
     def affinity(self, keys_NK: Tensor, keys_UK: Tensor, task: TaskLike) -> Tensor:

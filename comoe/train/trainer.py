@@ -162,7 +162,7 @@ class Trainer:
         if not stopping:
             self.state.posts_seen += int(total[-2])
         scale_T = unit_scale(total[:-2], world_size=world_size(), accumulation=len(batches))
-        return [replace(batch, unit_scale_T=scale_T) for batch in batches], stopping
+        return [replace(batch, unit_scale_T=scale_T, step=self.state.step) for batch in batches], stopping
 
     def _step(self, batches: list[Batch], interval: Interval, bar: tqdm, *, began: float) -> None:
         rates = self.engine.set_rate_factor(

@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import nn
 
+from comoe.benchmarks import contrastive, contrastive_costs
+from comoe.benchmarks.contrastive_forms import FORMS, make_posts
 from comoe.benchmarks.experts import Size, add_ratios
 from comoe.benchmarks.ranks import ROOT, run_on_ranks
 from comoe.benchmarks.report import Report, Target
@@ -173,6 +175,52 @@ def test_the_layers_are_measured_on_real_ranks(ranks):
     )
     assert "generated posts" in measured["notes"][1]
     assert Size(experts=(8, 16), **size).rounds == 2
+
+
+def test_every_form_of_the_contrastive_loss_is_timed_and_its_memory_measured(monkeypatch, tmp_path):
+    def here(function, world_size, /, **arguments):
+        name = function.rpartition(":")[2]
+        if name == "wire":
+            return {"ours": 1.0, "gather with gradient": 2.0}
+        return getattr(contrastive_costs, name)(**arguments)
+
+    monkeypatch.setattr(contrastive, "run_on_ranks", here)
+    size = contrastive.Size(batches=(256, 1024), ranks=4, width=16, rounds=2, checked=2048)
+    report = contrastive.run(tmp_path / "figures.json", size=size)
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert {"time_over_full_1024", "time_over_local_1024", "time_over_full_1024_one_rank"} <= figures.keys()
+    assert figures["wire_over_gather_grad"] == 0.5 and "wire_over_gather_grad" not in report.missed()
+    assert 0.3 < figures["full_measured_over_computed"] < 3
+    assert {row["what"] for row in report.seconds} == {"ours", "full", "local", "reference"}
+
+
+def test_a_form_that_does_not_fit_is_left_out():
+    needed = contrastive_costs.needs("full", 512, 4, 16)
+    assert 0.9 * needed < contrastive_costs.BYTES_PER_PAIR * 512**2 < needed
+    for limit, expected in ((needed, set(FORMS)), (needed - 1, set(FORMS) - {"full"})):
+        found = contrastive_costs.times([512], ranks=4, width=16, rounds=1, limit=int(limit))["times"]
+        assert {name.partition("/")[0] for name in found} == expected
+
+
+def test_the_exact_forms_have_one_gradient():
+    posts = make_posts(64, 1, width=16)
+    gradients = {name: form(posts)() for name, form in FORMS.items() if name != "reference"}
+    for gradient in gradients.values():
+        torch.testing.assert_close(gradient, gradients["full"], atol=1e-6, rtol=1e-5)
+
+
+def test_peak_memory_is_that_of_the_call():
+    held = []
+    peak = contrastive_costs.peak_bytes(lambda: held.append(torch.ones(1 << 24)))
+    assert 0.9 * 2**26 < peak < 1.5 * 2**26
+
+
+@pytest.mark.multiprocess
+def test_bytes_are_counted_where_they_are_sent():
+    sent = run_on_ranks("comoe.benchmarks.contrastive_costs:wire", 2, count=64, width=128)
+    # 32 rows of [128 | label | two halves of the post] in float32, two float64 each, and one int64 count.
+    assert sent["ours"] == 32 * (131 * 4 + 16) + 8
+    assert sent["gather with gradient"] == 32 * (128 * 4 * 2 + 8)
 
 
 @pytest.mark.multiprocess

@@ -56,7 +56,7 @@ def test_a_task_without_labels_has_neither_metric_nor_labels_nor_a_way_out_of_th
     for option, value in {"metric": "accuracy", "contrastive": False, "class_weights": "balanced"}.items():
         with pytest.raises(ValueError, match=f"tasks.mood.{option}"):
             build(TaskConfig(kind="unlabelled", **{option: value}))
-    with pytest.raises(ValueError, match="tasks.mood.labels .a. has no meaning for unlabelled"):
+    with pytest.raises(ValueError, match="tasks.mood.labels .a. has no meaning for a task of kind unlabelled"):
         build(TaskConfig(kind="unlabelled"), "a")
 
 
@@ -110,7 +110,7 @@ def test_tweeteval_metrics_are_selectable_by_name() -> None:
         (TaskConfig(), ("a",), r"single_label task with 1 label\(s\): a; it needs 2 or more"),
         (TaskConfig(kind="tags"), (), r"tags task with 0 label\(s\): none"),
         (TaskConfig(), ("a", "a"), r"tasks\.mood\.labels \(a, a\) holds a name twice"),
-        (TaskConfig(kind="regression"), ("a", "b"), "has no meaning for a regression task"),
+        (TaskConfig(kind="regression"), ("a", "b"), "has no meaning for a task of kind regression"),
         (
             TaskConfig(kind="regression", label_smoothing=0.1),
             (),

@@ -10,7 +10,19 @@ import torch
 from comoe.losses import contrastive
 from comoe.losses.contrastive import ContrastiveLoss
 from comoe.schema import ContrastiveConfig
-from tests.helpers_contrastive import HEAT, MOOD, PLAIN, SIGNS, TASKS, WIDTH, WORDS, call, loss_of, random_rows, reference
+from tests.helpers_contrastive import (
+    HEAT,
+    MOOD,
+    PLAIN,
+    SIGNS,
+    TASKS,
+    WIDTH,
+    WORDS,
+    call,
+    loss_of,
+    random_rows,
+    reference,
+)
 from tests.helpers_model import random_batch, tiny_model
 
 
@@ -21,14 +33,18 @@ def check(loss, rows, tasks=TASKS, *, atol=1e-12, **options):
     expected.backward()
     torch.testing.assert_close(share.double(), expected, atol=atol, rtol=atol)
     for task in tasks:
-        torch.testing.assert_close(terms[f"contrastive/{task.name}"].double(), each[task.name].detach(), atol=atol, rtol=atol)
+        torch.testing.assert_close(
+            terms[f"contrastive/{task.name}"].double(), each[task.name].detach(), atol=atol, rtol=atol
+        )
     for name, leaf in leaves.items():
         got, wanted = (torch.zeros_like(leaf) if g is None else g.to(leaf) for g in (leaf.grad, references[name].grad))
         torch.testing.assert_close(got, wanted, atol=atol, rtol=atol)
     return terms
 
 
-@pytest.mark.parametrize("tasks", [*[(task,) for task in TASKS], TASKS], ids=lambda tasks: "+".join(t.name for t in tasks))
+@pytest.mark.parametrize(
+    "tasks", [*[(task,) for task in TASKS], TASKS], ids=lambda tasks: "+".join(t.name for t in tasks)
+)
 def test_every_kind_equals_float64_autograd_of_the_dense_formula(tasks):
     check(loss_of(tasks), random_rows(14, tasks=tasks), tasks)
 
@@ -67,7 +83,9 @@ def test_a_task_without_rows_still_gives_its_temperature_a_gradient():
 
 
 def test_a_temperature_at_its_floor_can_only_rise():
-    loss = ContrastiveLoss((MOOD,), ContrastiveConfig(learn_temperature=True), width=WIDTH, gather=contrastive.alone, world_size=1)
+    loss = ContrastiveLoss(
+        (MOOD,), ContrastiveConfig(learn_temperature=True), width=WIDTH, gather=contrastive.alone, world_size=1
+    )
     with torch.no_grad():
         loss.scales.log_scales_T.fill_(9.0)
     assert loss.scales().item() == pytest.approx(100.0)

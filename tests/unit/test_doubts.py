@@ -74,3 +74,36 @@ def test_options_that_work_are_left_alone():
 def test_every_gate_and_weighting_says_whether_it_is_in_doubt():
     assert [name for name, gate in GATES.items() if gate.for_measuring] == ["uniform"]
     assert {name: kind.reads_task_weights for name, kind in WEIGHTINGS.items()} == {"equal": False, "static": True}
+
+
+@pytest.mark.parametrize(
+    ("vision", "losses", "said"),
+    [
+        ({"tower": "a/b"}, {}, []),
+        ({}, {"itc_weight": 0.2}, ["loss.image_text.itc_weight is 0.2, without effect: no picture is read"]),
+        ({"fusion": "gated"}, {}, ["model.vision.fusion is gated, without effect: no picture is read"]),
+        ({"tower": "a/b", "route_image_tokens": True}, {}, ["route_image_tokens is True, without effect: under"]),
+        ({"tower": "a/b"}, {"itc_weight": 0.0}, ["negatives is hard, without effect: .*random ones are taken"]),
+        ({"tower": "a/b"}, {"itc_weight": 0.0, "itm_weight": 0.0}, []),
+        (
+            {"tower": "a/b", "fusion": "tokens", "route_image_tokens": True},
+            {},
+            ["each text with a picture takes a second pass", "half of the posts with pictures take one more pass"],
+        ),
+    ],
+)
+def test_what_is_asked_of_pictures_in_vain_or_at_a_price(vision, losses, said):
+    found = doubts_of(model={"vision": vision}, loss={"image_text": losses})
+    assert len(found) == len(said) and all(map(re.search, said, found))
+
+
+def test_a_column_of_pictures_that_nobody_reads():
+    (doubt,) = doubts_of(tasks={"mood": {"path": "mood.csv", "image": "photo"}})
+    assert doubt.startswith("tasks.mood.image is photo, without effect: no picture is read")
+
+
+def test_one_stream_has_no_two_sides_to_compare(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "vilt"}')
+    found = doubts_of(model={"encoder": str(tmp_path), "vision": {"fusion": "gated"}})
+    patterns = ["vision.fusion is gated, without", "itc_weight is 0.1, .*it is off", "random ones", "one more pass"]
+    assert len(found) == 4 and all(map(re.search, patterns, found))

@@ -11,6 +11,7 @@ from comoe.memory import MemoryPlan, plan_memory
 from comoe.models.multitask import MultiTaskModel
 from comoe.train.settings import Layout
 from tests.helpers_model import TASKS, WIDTH, moe_config, tiny_model
+from tests.helpers_vision import seeing_model
 
 EXPERTS = 3 * 4 * 3 * 16 * WIDTH
 """Layers, experts, matrices, expert width, model width."""
@@ -74,3 +75,24 @@ def test_stage_3_plans_for_the_weights_that_it_keeps_whole():
 def test_what_stays_whole_is_bounded_by_half_of_the_distance_to_the_next_use_or_by_what_may_live():
     assert kept_whole({}) == 1_000_000_000
     assert kept_whole({"stage3_max_live_parameters": 10}) == 500_000_000
+
+
+def test_a_tower_counts_as_frozen_weights_or_with_what_it_keeps_for_its_backward_pass():
+    def of(**vision):
+        model = seeing_model("tokens", **vision)
+        parts = {part.name: part.device_bytes for part in plan(model, bf16=False).parts}
+        return model, count_parameters(model, top_k=2), parts["activations (rough)"]
+
+    (model, frozen, little), (_, trained, much) = of(), of(train_tower=True)
+    size = sum(parameter.numel() for parameter in model.tower.parameters())
+    assert frozen["total"] == trained["total"] == total(model) and frozen["frozen"] == size > trained["frozen"] == 0
+    # Six pictures of five tokens through two layers of width 12, feed-forward 16.
+    assert much - little == 2 * 6 * 5 * ((8 * 12 + 2 * 16) * 4 + 2 * 12)
+    # The text encoder reads five image tokens beside five of text.
+    assert little == 2 * of_text()
+
+
+def of_text() -> int:
+    """Activations without the image tokens that the text encoder reads."""
+    parts = {part.name: part.device_bytes for part in plan(tiny_model(), bf16=False).parts}
+    return parts["activations (rough)"]

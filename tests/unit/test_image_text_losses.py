@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from comoe.distributed import gather_detached, gather_rows
-from comoe.losses.image_text import ITCLoss, ITMLoss, contrast, retrieval_at_1
+from comoe.losses.image_text import ITCLoss, ITMLoss, contrast
 from comoe.losses.pairs import AllPairs, Pairs, draw_texts, drawn, gather_pairs, text_keys
 from comoe.schema import ImageTextConfig
 from tests.helpers_model import take
@@ -227,13 +227,3 @@ def test_every_parameter_gets_a_gradient_of_both_losses_however_many_pictures(fu
     assert total.isfinite()
     assert [name for name, w in model.named_parameters() if w.requires_grad and w.grad is None] == []
     assert bool(model.image_text.match.weight.grad.any()) == bool(pictures)
-
-
-def test_retrieval_counts_the_nearest_of_the_other_side():
-    image = torch.eye(4)
-    text = torch.eye(4)[[0, 1, 3, 2]]
-    assert retrieval_at_1(image, text) == (0.5, 0.5)
-    assert retrieval_at_1(image, text, torch.tensor([1, 2, 3, 3])) == (1.0, 1.0)
-    assert retrieval_at_1(image[:0], text[:0]) == (0.0, 0.0)
-    lopsided = torch.tensor([[1.0, 0.0, 0.0, 0.0]]).repeat(4, 1)
-    assert retrieval_at_1(image, lopsided)[1] == 0.25

@@ -112,7 +112,7 @@ SWITCHES = {
 }
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", SWITCHES)
 def test_every_term_can_be_switched_on_and_off(name):
     batch = scaled(random_batch())
     off, on = tiny_objective(loss=NO_CONTRAST), tiny_objective(loss=SWITCHES[name])

@@ -109,7 +109,9 @@ def test_rows_of_the_anchors_own_post_are_left_out():
     share = call(again, pair)[0]
     assert first == call(fresh, rows)[0] and share > 0
     # Post 0 has post 1 as its positive, post 2 has post 3; neither sees itself of the step before.
-    expected = reference((MOOD,), pair, past={"mood": (rows["z/mood"].float().double(), rows["label/mood"], rows["posts"])})
+    expected = reference(
+        (MOOD,), pair, past={"mood": (rows["z/mood"].float().double(), rows["label/mood"], rows["posts"])}
+    )
     torch.testing.assert_close(share.detach(), expected[0].detach(), atol=1e-12, rtol=1e-12)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoModel, AutoModelForImageClassification
 
-from comoe.models.vision import Tower, build_tower, build_tower_from_config, image_side
+from comoe.models.vision import Tower, build_tower, build_tower_from_config, expected_tokens, image_side
 from comoe.schema import ModelConfig, VisionConfig
 from tests.helpers_model import HF_CONFIGS
 from tests.helpers_vision import SIDE, TOWERS, VILT, save_tower, tower_config
@@ -33,6 +33,14 @@ def test_a_saved_tower_loads_reads_pictures_and_is_rebuilt_from_its_config(tmp_p
     again = build_tower_from_config(json.loads(json.dumps(tower.inner.config.to_dict(), default=str)))
     again.load_state_dict(tower.state_dict(), strict=True)
     assert torch.equal(again(pictures()), tokens)
+
+
+@pytest.mark.parametrize("kind", TOWERS)
+def test_image_tokens_are_known_before_a_run_for_models_of_patches(kind):
+    tower = build_tower_from_config(tower_config(kind))
+    tokens, expected = tower(pictures(1)).shape[1], expected_tokens(tower.inner.config)
+    # One class token, or none, or one more for distillation.
+    assert abs(expected - tokens) <= 1 if kind not in ("resnet", "convnext", "swin") else expected == 0
 
 
 @pytest.mark.parametrize("kind", TOWERS)

@@ -1,0 +1,157 @@
+"""Pictures as strangers send them: damaged ones with the reason that must be given, and good ones out of the ordinary."""
+
+from __future__ import annotations
+
+import io
+import os
+import struct
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from comoe.data.images import ImageLimits
+
+LIMITS = ImageLimits(max_bytes=60_000, max_pixels=100_000)
+"""Of the pictures made here."""
+
+
+def noise(seed: int, *, size: tuple[int, int] = (40, 30)) -> Image.Image:
+    """A picture that no format makes small."""
+    values = np.random.default_rng(seed).integers(0, 256, size=(size[1], size[0], 3), dtype=np.uint8)
+    return Image.fromarray(values)
+
+
+def encoded(image: Image.Image, format: str, **options) -> bytes:
+    """The bytes of a file."""
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A small PNG file that claims to be of any size."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    packed = zlib.compress(bytes(1000))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", packed) + chunk(b"IEND", b"")
+
+
+def webp_header(width: int, height: int) -> bytes:
+    """The same of an extended WebP file."""
+    body = b"VP8X" + struct.pack("<I", 10) + bytes(4)
+    body += (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
+    body += encoded(noise(0), "WEBP")[12:]
+    return b"RIFF" + struct.pack("<I", len(body) + 4) + b"WEBP" + body
+
+
+def cut(format: str, share: float) -> Callable[[int], bytes]:
+    """The first part of a good file."""
+
+    def make(seed: int) -> bytes:
+        data = encoded(noise(seed), format)
+        return data[: int(len(data) * share)]
+
+    return make
+
+
+def scrambled_png(seed: int) -> bytes:
+    """A PNG file whose packed pixels were overwritten."""
+    data = bytearray(encoded(noise(seed), "PNG"))
+    data[60:160] = np.random.default_rng(seed).integers(0, 256, 100, dtype=np.uint8).tobytes()
+    return bytes(data)
+
+
+FILES: dict[str, tuple[str, str, Callable[[int], bytes]]] = {
+    "cut.png": ("broken", "truncated", cut("PNG", 0.6)),
+    "cut.jpg": ("broken", "truncated", cut("JPEG", 0.6)),
+    "cut.gif": ("broken", "", cut("GIF", 0.4)),
+    "cut.webp": ("broken", "", cut("WEBP", 0.5)),
+    "cut.bmp": ("broken", "truncated", cut("BMP", 0.5)),
+    "head.jpg": ("broken", "Truncated", lambda seed: encoded(noise(seed), "JPEG")[:12]),
+    "head.png": ("broken", "PNG without a whole header", lambda seed: encoded(noise(seed), "PNG")[:10]),
+    "scrambled.png": ("broken", "broken", scrambled_png),
+    "empty.png": ("empty", "an empty file", lambda seed: b""),
+    "zeros.jpg": ("no picture", "zero bytes", lambda seed: bytes(500 + seed)),
+    "text.png": ("no picture", "is text", lambda seed: f"not found {seed}\n".encode() * 90),
+    "page.jpg": ("no picture", "a web page", lambda seed: b"\n<!DOCTYPE html><html><body>404</body></html>"),
+    "drawing.png": ("no picture", "an SVG", lambda seed: b'<?xml version="1.0"?><svg width="9" height="9"></svg>'),
+    "drawing.svg": ("no picture", "an SVG", lambda seed: b'<svg xmlns="x" onload="alert(1)"></svg>'),
+    "archive.jpg": ("no picture", "a zip archive", lambda seed: b"PK\x03\x04" + bytes(range(200))),
+    "packed.png": ("no picture", "a gzip archive", lambda seed: b"\x1f\x8b\x08\x00" + bytes(range(200))),
+    "paper.png": ("no picture", "a PDF", lambda seed: b"%PDF-1.7\n1 0 obj"),
+    "print.png": ("no picture", "PostScript", lambda seed: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"),
+    "scan.png": ("no picture", "a TIFF", lambda seed: encoded(noise(seed), "TIFF")),
+    "film.jpg": ("no picture", "a video", lambda seed: b"\x00\x00\x00\x20ftypisom" + bytes(range(256))),
+    "program.png": ("no picture", "a program", lambda seed: b"\x7fELF\x02\x01\x01" + bytes(range(256))),
+    "dust.png": ("no picture", "no picture that can", lambda seed: bytes([0x8B, 0xFE, 0x99]) + os.urandom(600)),
+    "bomb.png": ("too many pixels", "has 3,000,000,000 pixels", lambda seed: png_header(50_000, 60_000)),
+    "bomb.webp": ("too many pixels", "16,000,000 x 200", lambda seed: webp_header(16_000_000, 200)),
+    "wide.png": ("too many pixels", "400 x 300", lambda seed: encoded(Image.new("1", (400, 300)), "PNG")),
+    "tall.gif": ("too many pixels", "10 x 20,000", lambda seed: encoded(Image.new("L", (10, 20_000)), "GIF")),
+    "heavy.bmp": ("too many bytes", "bytes, more than", lambda seed: encoded(noise(seed, size=(200, 120)), "BMP")),
+}
+"""Name of a file -> reason, words of the rule, (seed) -> its bytes. ``LIMITS`` hold."""
+
+
+def place_damaged(folder: Path, turn: int) -> list[tuple[str, str, str]]:
+    """Write every kind of damaged picture once into ``folder``; (path in the cell, reason, words of the rule) of each.
+
+    Cells that name no file below the folder are among them.
+    """
+    below = folder / f"turn{turn}"
+    below.mkdir(parents=True)
+    found = []
+    for name, (reason, words, make) in FILES.items():
+        (below / name).write_bytes(make(turn))
+        found.append((f"turn{turn}/{name}", reason, words))
+    outside = folder.parent / f"outside{turn}.png"
+    outside.write_bytes(encoded(noise(turn), "PNG"))
+    (below / "link.png").symlink_to(outside)
+    (below / "gone.png").symlink_to(below / "nothing.png")
+    (below / "folder.png").mkdir()
+    os.mkfifo(below / "pipe.png")
+    return found + [
+        (f"turn{turn}/link.png", "outside", "leads out of"),
+        (f"turn{turn}/gone.png", "missing", "is not there"),
+        (f"turn{turn}/missing.png", "missing", "is not there"),
+        (f"turn{turn}/folder.png", "no file", "is a folder"),
+        (f"turn{turn}/pipe.png", "no file", "a device or pipe"),
+        (f"../outside{turn}.png", "outside", "leads out of"),
+        (str(outside), "outside", "leads out of"),
+        ("/etc/passwd", "outside", "leads out of"),
+        (f"http://example.com/{turn}.png", "address", "nothing is fetched"),
+        (f"data:image/png;base64,iVBOR{turn}", "address", "nothing is fetched"),
+        (f"turn{turn}/a\x00b.png", "wrong cell", "NUL"),
+        (f"turn{turn}/\ud800.png", "wrong cell", "no file can have"),
+        (f"turn{turn}/" + "n" * 5000 + ".png", "unreadable", "cannot be read"),
+    ]
+
+
+def unusual() -> dict[str, bytes]:
+    """Name -> bytes of good pictures that a careless reader stumbles over."""
+    picture = noise(1)
+    deep = Image.fromarray(np.arange(0, 60_000, 50, dtype=np.uint16).reshape(30, 40))
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    frames = [noise(seed) for seed in range(3)]
+    return {
+        "one.png": encoded(Image.new("RGB", (1, 1), "red"), "PNG"),
+        "line.png": encoded(noise(2, size=(3000, 2)), "PNG"),
+        "deep.png": encoded(deep, "PNG"),
+        "print.jpg": encoded(picture.convert("CMYK"), "JPEG"),
+        "grey.jpg": encoded(picture.convert("L"), "JPEG"),
+        "palette.png": encoded(picture.quantize(16), "PNG"),
+        "bits.bmp": encoded(picture.convert("1"), "BMP"),
+        "glass.png": encoded(picture.convert("RGBA"), "PNG"),
+        "film.gif": encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]),
+        "film.webp": encoded(frames[0], "WEBP", save_all=True, append_images=frames[1:]),
+        "turned.jpg": encoded(picture, "JPEG", exif=turned),
+        "jpeg_inside.png": encoded(picture, "JPEG"),
+        "no_ending": encoded(picture, "WEBP"),
+    }

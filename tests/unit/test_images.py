@@ -1,0 +1,263 @@
+from __future__ import annotations
+
+import io
+import json
+import os
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFile
+
+from comoe.data import image_checks
+from comoe.data.corpus import load_corpus
+from comoe.data.image_checks import check_images
+from comoe.data.images import BEGINNINGS, FORMATS, BadImage, ImageLimits, is_animated, locate_image, read_image
+from comoe.schema import DataConfig, Recipe, TaskConfig
+from tests.helpers_images import FILES, LIMITS, encoded, noise, place_damaged, png_header, unusual
+
+
+def refusal(source: bytes | str, limits: ImageLimits = LIMITS) -> BadImage:
+    with pytest.raises(BadImage) as caught:
+        read_image(source, limits)
+    return caught.value
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_file_is_refused_with_a_sentence_that_says_why(name: str) -> None:
+    reason, words, make = FILES[name]
+    error = refusal(make(3))
+    assert error.reason == reason
+    assert words in error.rule and error.rule.endswith(".") and "\n" not in error.rule
+
+
+def test_the_beginnings_are_those_of_the_formats() -> None:
+    assert tuple(BEGINNINGS) == FORMATS
+    for format, holds in BEGINNINGS.items():
+        assert holds(encoded(noise(0), format))
+
+
+def test_every_way_of_naming_no_usable_file_is_refused(tmp_path: Path) -> None:
+    for cell, reason, words in place_damaged(tmp_path / "pictures", 0):
+        with pytest.raises(BadImage) as caught:
+            source = locate_image(cell, root=(tmp_path / "pictures").resolve())
+            assert source is not None
+            read_image(source, LIMITS)
+        assert (caught.value.reason, words in caught.value.rule) == (reason, True), (cell, caught.value.rule)
+
+
+def test_the_pixels_of_a_bomb_are_never_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("decoded"))
+    for header in (png_header(50_000, 60_000), png_header(400, 300)):
+        assert refusal(header).reason == "too many pixels"
+
+
+def test_a_huge_file_is_not_even_read(tmp_path: Path) -> None:
+    sparse = tmp_path / "huge.png"
+    with sparse.open("wb") as file:
+        file.truncate(10**12)
+    assert "1,000,000,000,000 bytes" in refusal(str(sparse)).rule
+
+
+def test_readers_of_other_formats_never_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.init()
+    from PIL import EpsImagePlugin, TiffImagePlugin
+
+    for plugin in (EpsImagePlugin.EpsImageFile, TiffImagePlugin.TiffImageFile):
+        monkeypatch.setattr(plugin, "_open", lambda self: pytest.fail("a hostile reader ran"))
+    assert refusal(FILES["scan.png"][2](0)).reason == "no picture"
+    assert refusal(FILES["print.png"][2](0)).reason == "no picture"
+
+
+@pytest.mark.parametrize("name", unusual())
+def test_an_unusual_picture_becomes_rgb(name: str) -> None:
+    image = read_image(unusual()[name], LIMITS)
+    assert image.mode == "RGB" and np.asarray(image).dtype == np.uint8
+
+
+def test_the_pixels_of_unusual_pictures_are_what_they_look_like() -> None:
+    files = unusual()
+    deep = np.asarray(read_image(files["deep.png"], LIMITS))[:, :, 0].ravel()
+    assert abs(int(deep[600]) - 600 * 50 / 257) <= 1 and deep[-1] > 200
+    turned = read_image(files["turned.jpg"], LIMITS)
+    assert turned.size == (30, 40), "a camera that was held upright"
+    glass = Image.new("RGBA", (2, 2), (0, 0, 0, 0))
+    assert read_image(encoded(glass, "PNG"), LIMITS).getpixel((0, 0)) == (255, 255, 255)
+    seen = Image.new("P", (2, 2), 0)
+    seen.putpalette([10, 20, 30])
+    assert read_image(encoded(seen, "PNG"), LIMITS).getpixel((1, 1)) == (10, 20, 30)
+    first = read_image(files["film.gif"], LIMITS)
+    single = read_image(encoded(noise(0), "GIF"), LIMITS)
+    assert np.array_equal(np.asarray(first), np.asarray(single))
+    assert is_animated(files["film.gif"]) and is_animated(files["film.webp"]) and not is_animated(files["one.png"])
+
+
+def test_a_cell_may_hold_a_path_bytes_a_dict_of_both_or_a_pillow_image(tmp_path: Path) -> None:
+    data = encoded(noise(0), "PNG")
+    (tmp_path / "a.png").write_bytes(data)
+    for cell in ("a.png", tmp_path / "a.png", {"bytes": None, "path": "a.png"}):
+        assert locate_image(cell, root=tmp_path) == str(tmp_path / "a.png")
+    for cell in (data, bytearray(data), {"bytes": data, "path": "elsewhere/b.png"}):
+        assert locate_image(cell, root=tmp_path) == data
+    pillow = locate_image(noise(0), root=tmp_path)
+    assert isinstance(pillow, bytes)
+    assert np.array_equal(np.asarray(read_image(pillow, LIMITS)), np.asarray(noise(0)))
+    for cell in (None, "", "  ", float("nan"), {"bytes": None, "path": None}):
+        assert locate_image(cell, root=tmp_path) is None
+    with pytest.raises(BadImage, match="holds a list; a picture is a path"):
+        locate_image(["a.png"], root=tmp_path)
+
+
+def test_a_folder_reached_through_a_link_is_inside_of_itself(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "a.png").write_bytes(encoded(noise(0), "PNG"))
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    found = check(["a.png"], root=tmp_path / "link")
+    assert found.bad == {} and found.sources == [str(tmp_path / "real" / "a.png")]
+
+
+def check(cells: list, *, root: Path, **options):
+    lines = list(range(1, len(cells) + 1))
+    return check_images(cells, file="posts.jsonl", lines=lines, column="photo", root=root, limits=LIMITS, **options)
+
+
+def test_a_picture_is_looked_at_once_and_again_only_when_it_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(3):
+        (tmp_path / f"{number}.png").write_bytes(encoded(noise(number), "PNG"))
+    (tmp_path / "bad.png").write_bytes(b"text")
+    cells = ["0.png", "1.png", "2.png", "bad.png", "0.png", encoded(noise(9), "PNG")]
+    looked: list = []
+    whole = image_checks.read_image
+
+    def counted(source, limits):
+        looked.append(source)
+        return whole(source, limits)
+
+    monkeypatch.setattr(image_checks, "read_image", counted)
+    first = check(cells, root=tmp_path, cache_dir=tmp_path / "cache")
+    assert len(looked) == 5, "the picture of two posts is one"
+    assert {post: row.line for post, row in first.bad.items()} == {3: 4}
+    assert "posts.jsonl:4: column photo: the picture is text; pictures are" in str(first.bad[3])
+    looked.clear()
+    assert check(cells, root=tmp_path, cache_dir=tmp_path / "cache") == first and looked == []
+    (tmp_path / "1.png").write_bytes(b"changed")
+    os.utime(tmp_path / "1.png", (time.time() + 5,) * 2)
+    second = check(cells, root=tmp_path, cache_dir=tmp_path / "cache")
+    assert looked == [str(tmp_path / "1.png")] and sorted(second.bad) == [1, 3]
+    for file in (tmp_path / "cache").iterdir():
+        file.write_text("{")
+    assert check(cells, root=tmp_path, cache_dir=tmp_path / "cache") == second, "a damaged cache is no cache"
+
+
+def test_all_ranks_share_the_work_and_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(5):
+        (tmp_path / f"{number}.png").write_bytes(encoded(noise(number), "PNG") if number != 3 else b"?")
+    cells = [f"{number}.png" for number in range(5)]
+    shares = []
+    monkeypatch.setattr(image_checks, "world_size", lambda: 2)
+    for number in range(2):
+        monkeypatch.setattr(image_checks, "rank", lambda number=number: number)
+        monkeypatch.setattr(image_checks, "all_gather_objects", lambda share: shares.append(share) or [share])
+        with pytest.raises(KeyError):
+            check(cells, root=tmp_path)  # one share alone does not know all pictures
+    assert sorted(entry[0] for share in shares for entry in share) == [0, 1, 2, 3, 4]
+    monkeypatch.setattr(image_checks, "all_gather_objects", lambda share: shares)
+    assert list(check(cells, root=tmp_path).bad) == [3]
+
+
+def corpus_of(folder: Path, rows: list[dict], **options):
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = TaskConfig(path=".", image="photo")
+    with_images = options.pop("with_images", True)
+    data = DataConfig(root=str(folder), max_image_bytes=LIMITS.max_bytes, max_image_pixels=LIMITS.max_pixels, **options)
+    return load_corpus(Recipe(tasks={"mood": task}, data=data), with_images=with_images)
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> list[dict]:
+    (tmp_path / "good.png").write_bytes(encoded(noise(0), "PNG"))
+    (tmp_path / "film.gif").write_bytes(unusual()["film.gif"])
+    (tmp_path / "broken.png").write_bytes(b"<html>")
+    photos = ["good.png", None, "broken.png", "film.gif", "missing.png", ""] * 5
+    return [{"text": f"post {n}", "label": "ab"[n % 2], "photo": photo} for n, photo in enumerate(photos)]
+
+
+def test_a_post_with_a_bad_picture_is_set_aside_and_named(tmp_path: Path, rows: list[dict]) -> None:
+    corpus = corpus_of(tmp_path, rows)
+    posts = corpus.splits["train"], corpus.splits["validation"]
+    images = [image for split in posts for image in split.images]
+    assert len(images) == 20 and images.count(None) == 10
+    assert {Path(image).name for image in images if image} == {"good.png", "film.gif"}
+    report = corpus.report
+    assert [(row.line, row.reason) for row in report.set_aside[:2]] == [
+        (3, "picture: no picture"),
+        (5, "picture: missing"),
+    ]
+    text = "\n".join(report.lines())
+    assert "set aside: 10 rows" in text and "  picture: missing: 5" in text
+    assert "train.jsonl:3: column photo: the picture is a web page; pictures are PNG, JPEG" in text
+    assert "of 5 animated pictures the first frame is read" in text
+    listed = report.rows()
+    assert len(listed) == 10 and not any(row["kept"] for row in listed)
+    assert listed[0]["value"] == "'broken.png'" and listed[0]["file"].endswith("train.jsonl")
+
+
+def test_a_post_with_a_bad_picture_may_be_kept_without_it(tmp_path: Path, rows: list[dict]) -> None:
+    corpus = corpus_of(tmp_path, rows, on_bad_image="text")
+    assert sum(len(split) for split in corpus.splits.values()) == 30
+    assert corpus.report.set_aside == [] and len(corpus.report.without_picture) == 10
+    assert "kept without their picture: 10 rows" in "\n".join(corpus.report.lines())
+    assert all(row["kept"] for row in corpus.report.rows())
+
+
+def test_without_a_model_that_sees_no_picture_is_looked_at(tmp_path: Path, rows: list[dict]) -> None:
+    corpus = corpus_of(tmp_path, rows, with_images=False)
+    assert set(corpus.splits["train"].images) == {None} and corpus.report.rows() == []
+    for row in rows:
+        del row["photo"]
+    assert len(corpus_of(tmp_path, rows, with_images=False).splits["train"]) == 27
+    with pytest.raises(ValueError, match="tasks.mood.image is 'photo', but .* has no such column"):
+        corpus_of(tmp_path, rows)
+
+
+def test_paths_start_from_image_root(tmp_path: Path, rows: list[dict]) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    for name in ("good.png", "film.gif", "broken.png"):
+        (tmp_path / name).rename(tmp_path / "elsewhere" / name)
+    assert corpus_of(tmp_path, rows, on_bad_image="text").report.pictures["."]["train"] == 0
+    corpus = corpus_of(tmp_path, rows, on_bad_image="text", image_root=str(tmp_path / "elsewhere"))
+    assert sum(corpus.report.pictures["."].values()) == 10
+
+
+def test_all_pictures_bad_is_an_error_that_shows_the_first(tmp_path: Path, rows: list[dict]) -> None:
+    with pytest.raises(ValueError, match="no usable post: all 30 rows are bad. The first: .*jsonl:1.*is not there"):
+        corpus_of(tmp_path, [row | {"photo": "nowhere.png"} for row in rows])
+
+
+def test_pictures_stored_in_parquet_are_read(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    photos = [{"bytes": encoded(noise(n), "PNG"), "path": f"{n}.png"} for n in range(10)]
+    photos[4] = {"bytes": b"broken", "path": "4.png"}
+    columns = {"text": [f"post {n}" for n in range(10)], "label": ["a", "b"] * 5, "photo": photos}
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "train.parquet")
+    recipe = Recipe(tasks={"mood": TaskConfig(path=".", image="photo")}, data=DataConfig(root=str(tmp_path)))
+    corpus = load_corpus(recipe, with_images=True)
+    images = [image for split in corpus.splits.values() for image in split.images]
+    assert len(images) == 9 and all(Image.open(io.BytesIO(image)).size == (40, 30) for image in images)
+    assert [(row.line, row.value) for row in corpus.report.set_aside] == [(5, "4.png")]
+
+
+def test_tasks_with_another_picture_column_do_not_share_posts(tmp_path: Path, rows: list[dict]) -> None:
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shared = TaskConfig(path=".", image="photo")
+    recipe = Recipe(tasks={"a": shared, "b": shared, "c": replace(shared, image=None)})
+    recipe.data.root = str(tmp_path)
+    corpus = load_corpus(recipe, with_images=True)
+    sizes = [sum(splits.values()) for splits in corpus.report.posts.values()]
+    assert sizes == [20, 30] and list(corpus.report.pictures.values())[1] == {"train": 0, "validation": 0}
