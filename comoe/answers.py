@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,28 +80,23 @@ def predict_file(
         raise ValueError("--explain wants --format jsonl; the others have no place for the weights of words.")
     chosen = [task for task in predictor.tasks if tasks is None or task.name in tasks]
     writer = writer_of(predictor, chosen)
-    sees = predictor.collator.pixels is not None
     posts = read_posts(
-        source, text_column=text_column, pair_column=pair_column, image_column=image_column, default_image=sees
+        source, text_column=text_column, pair_column=pair_column, image_column=image_column, default_image=writer.sees
     )
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = target.with_name(f".{target.name}.part")
-    bad = blind = 0
+    counts: Counter[str] = Counter()
     with aside.open("w", encoding="utf-8", newline="") as file, _bar(len(posts), progress) as bar:
         writer.begin(file)
         for start in range(0, len(posts), CHUNK):
             chunk = [writer.prepare(post) for post in posts[start : start + CHUNK]]
-            answers = _answer(
-                predictor, chunk, tasks=tasks, explain=explain, batch_size=batch_size, image_root=source.parent
-            )
+            answers = _answer(predictor, chunk, tasks=tasks, explain=explain, batch_size=batch_size, root=source.parent)
             for answer in answers:
                 writer.write(file, answer)
-            bad += sum("error" in answer for answer in answers)
-            blind += sum("image_error" in answer for answer in answers)
+            counts.update(key for answer in answers for key in ("error", "image_error") if key in answer)
             bar.update(len(chunk))
     aside.replace(target)
-    said = f"; {blind} of them were answered without their bad picture and have an image_error" if blind else ""
-    return f"{len(posts)} posts answered in {target}{writer.remark(bad)}{said}"
+    return f"{len(posts)} posts answered in {target}{writer.remark(counts['error'])}{_blind(counts['image_error'])}"
 
 
 def read_posts(
@@ -143,6 +139,10 @@ def read_posts(
     ]
     broken = [(row.line, Post("", error=f"line {row.line} {row.rule}")) for row in raw.bad]
     return [post for _, post in sorted(found + broken, key=lambda item: item[0])]
+
+
+def _blind(count: int) -> str:
+    return f"; {count} of them were answered without their bad picture and have an image_error" if count else ""
 
 
 def _cell_of(row: dict[str, Any], column: str | None) -> Any:
@@ -235,7 +235,7 @@ def _answer(
     tasks: Sequence[str] | None,
     explain: bool,
     batch_size: int,
-    image_root: Path,
+    root: Path,
 ) -> list[dict[str, Any]]:
     words = [post.text if isinstance(post.text, list) else None for post in posts]
     texts = [_shown(post.text) for post in posts]
@@ -245,7 +245,7 @@ def _answer(
         pairs=pairs,
         words=words,
         images=[post.image for post in posts],
-        image_root=image_root,
+        image_root=root,
         tasks=tasks,
         batch_size=batch_size,
         explain=explain,

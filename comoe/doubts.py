@@ -14,6 +14,7 @@ from comoe.models.families import FAMILIES
 from comoe.models.fusion import FUSIONS
 from comoe.models.gate import GATES, ROUTES
 from comoe.schema import Recipe
+from comoe.tasks.kinds import KINDS
 from comoe.weighting import WEIGHTINGS
 
 
@@ -100,11 +101,20 @@ def _contrastive(recipe: Recipe) -> list[str]:
     else:
         why = "loss.contrastive.weight is 0"
         idle = {name: (getattr(contrastive, name), why) for name in ("queue_size", "learn_temperature")}
-    return [
+    found = [
         _in_vain(f"loss.contrastive.{name}", getattr(contrastive, name), why)
         for name, (is_idle, why) in idle.items()
         if is_idle
     ]
+    if not contrastive.weight:
+        # An unknown kind raises its own error elsewhere.
+        plain = [name for name, task in recipe.tasks.items() if task.kind in KINDS and not KINDS[task.kind].scored]
+        kinds = {name: recipe.tasks[name].kind for name in plain}
+        found += [
+            _in_vain(f"tasks.{name}.kind", kind, f"only that loss reads its posts, and {why}")
+            for name, kind in kinds.items()
+        ]
+    return found
 
 
 def _pictures(recipe: Recipe) -> list[str]:
@@ -112,7 +122,9 @@ def _pictures(recipe: Recipe) -> list[str]:
     alone = _is_single_stream(encoder)
     if vision.tower is None and not alone:
         why = "no picture is read: model.vision.tower is null"
-        idle = [_in_vain(f"tasks.{name}.image", task.image, why) for name, task in recipe.tasks.items() if task.image]
+        named = [name for name, task in recipe.tasks.items() if task.image]
+        more = f" (and of {len(named) - 1} more)" if len(named) > 1 else ""
+        idle = [_in_vain(f"tasks.{name}.image{more}", recipe.tasks[name].image, why) for name in named[:1]]
         names = [name for name in ("fusion", "train_tower", "route_image_tokens") if _is_set(vision, name)]
         return idle + [_in_vain(f"model.vision.{name}", getattr(vision, name), why) for name in names]
     if alone:
@@ -123,6 +135,19 @@ def _pictures(recipe: Recipe) -> list[str]:
         return []
     why = f"under model.vision.fusion {vision.fusion} the text encoder reads no image tokens"
     return [_in_vain("model.vision.route_image_tokens", True, why)]
+
+
+def _sides(recipe: Recipe) -> list[str]:
+    hide, tower = recipe.data.hide, recipe.model.vision.tower
+    reads = tower is not None or _is_single_stream(recipe.model.encoder)
+    named = any(task.image for task in recipe.tasks.values())
+    if tower is not None and not named:
+        return [_in_vain("model.vision.tower", tower, "no task names a picture column (tasks.<name>.image)")]
+    if hide == "text" and not reads:
+        return ["data.hide is text and no picture is read, so every post is empty and there is nothing to learn from."]
+    if hide == "image" and not reads:
+        return [_in_vain("data.hide", hide, "no picture is read anyway: model.vision.tower is null")]
+    return []
 
 
 def _image_text(recipe: Recipe) -> list[str]:
@@ -177,6 +202,6 @@ def _in_vain(path: str, value: Any, why: str) -> str:
 
 CHECKS: tuple[Callable[[Recipe], list[str]], ...] = (
     _gate_for_measuring, _temperature, _unread_by_the_gate, _without_experts, _task_weights, _contrastive, _momentum,
-    _pictures, _image_text,
+    _pictures, _sides, _image_text,
 )  # fmt: skip
 """Each looks at a recipe and gives sentences."""

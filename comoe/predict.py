@@ -94,8 +94,8 @@ class Predictor:
             texts: raw posts.
             pairs: second texts (stance target, aspect), None where there is none.
             words: posts as words, for tags; a post without them is split into words. A text beside words is not read.
-            images: pictures: paths, bytes of files, or Pillow images, None where there is none. A post whose picture is
-                bad is answered by its text alone and has ``image_error``.
+            images: paths, bytes of files, or Pillow images, None where there is none. A post with a bad one is answered
+                by its text alone and has ``image_error``.
             image_root: folder that paths of pictures start from and must not leave; None takes any path.
             tasks: names of the tasks to answer; None is all.
             batch_size: posts per forward pass.
@@ -120,17 +120,15 @@ class Predictor:
             else:
                 usable.append(number)
                 images[number] = self._located(images[number], image_root, answer)
+        settings = {name: getattr(self.exported.data_config, name) for name in ("max_length", "normalize", "hide")}
         passes = _passes(texts, words, usable, chosen)
         with tqdm(total=len(usable) * len(passes), unit="post", disable=not progress, dynamic_ncols=True) as bar:
             for column, some in passes if usable else ():
                 split = self.collator.encode_texts(
                     [texts[i] for i in usable],
-                    [pairs[i] for i in usable],
-                    [column[i] for i in usable],
+                    *([values[i] for i in usable] for values in (pairs, column)),
                     images=[images[i] for i in usable],
-                    max_length=self.exported.data_config.max_length,
-                    normalize=self.exported.data_config.normalize,
-                    hide=self.exported.data_config.hide,
+                    **settings,
                 )
                 mine = [answers[i] for i in usable]
                 for indices in self._batches(split, some, batch_size):

@@ -162,8 +162,9 @@ class StepOutput:
     loss: Tensor
     """Scalar to call backward on."""
     terms: Mapping[str, Tensor]
-    """Detached scalars: ``task/<name>``, ``weight/<name>``, ``contrastive``, ``contrastive/<name>``, ``balance``,
-    ``z``, ``task_separation``."""
+    """Detached scalars: ``task/<name>``, ``weight/<name>``, ``contrastive``, ``contrastive/<name>``,
+    ``positives_per_anchor/<name>``, ``temperature/<name>``, ``itc``, ``temperature``, ``itm``, ``itm_accuracy``,
+    ``balance``, ``z``, ``task_separation``."""
     output: ModelOutput
     """The model's answer, for training metrics and statistics."""
 

@@ -89,7 +89,7 @@ FILES: dict[str, tuple[str, str, Callable[[int], bytes]]] = {
     "scan.png": ("no picture", "a TIFF", lambda seed: encoded(noise(seed), "TIFF")),
     "film.jpg": ("no picture", "a video", lambda seed: b"\x00\x00\x00\x20ftypisom" + bytes(range(256))),
     "program.png": ("no picture", "a program", lambda seed: b"\x7fELF\x02\x01\x01" + bytes(range(256))),
-    "dust.png": ("no picture", "no picture that can", lambda seed: bytes([0x8B, 0xFE, 0x99]) + os.urandom(600)),
+    "dust.png": ("no picture", "no picture that can", lambda seed: bytes([0x8B, 0xFE, 0x99]) + noise(seed).tobytes()),
     "bomb.png": ("too many pixels", "has 3,000,000,000 pixels", lambda seed: png_header(50_000, 60_000)),
     "bomb.webp": ("too many pixels", "16,000,000 x 200", lambda seed: webp_header(16_000_000, 200)),
     "wide.png": ("too many pixels", "400 x 300", lambda seed: encoded(Image.new("1", (400, 300)), "PNG")),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from comoe.losses.contrastive import ContrastiveLoss
 from comoe.protocols import Batch, ModelOutput
 from comoe.schema import ContrastiveConfig
 from comoe.tasks.catalog import Task
+from comoe.train.environment import M_MMAP_THRESHOLD, set_thresholds
 
 
 def times(batches: Sequence[int], *, ranks: int, width: int, rounds: int, limit: int) -> dict[str, Any]:
@@ -57,9 +59,14 @@ ones, saved, two masks, saved, and four matrices on the way to the gradient of t
 
 def peak(form: str, *, count: int, ranks: int, width: int) -> float:
     """Most bytes that a forward and backward pass adds to this process, which should be a fresh one."""
-    FORMS[form](make_posts(256, ranks, width=width))()
-    step = FORMS[form](make_posts(count, ranks, width=width))
-    return peak_bytes(step)
+    # Every large block mapped on its own, and unmapped when freed: what the allocator keeps is no need of the form.
+    libc = ctypes.CDLL(None)
+    libc.mallopt(M_MMAP_THRESHOLD, 1 << 17)
+    try:
+        FORMS[form](make_posts(256, ranks, width=width))()
+        return peak_bytes(FORMS[form](make_posts(count, ranks, width=width)))
+    finally:
+        set_thresholds(libc)
 
 
 def peak_bytes(step: Callable[[], None]) -> float:

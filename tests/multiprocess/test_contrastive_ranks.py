@@ -15,8 +15,6 @@ pytestmark = pytest.mark.multiprocess
 ROWS = 13
 CASES = {
     "all": {},
-    "learned": {"learn_temperature": True},
-    "queue": {"queue_size": 30},
     "learned, with a queue": {"learn_temperature": True, "queue_size": 30, "queue_warmup": 1},
 }
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from comoe.distributed import wait_for_ranks_up_to
+from comoe.distributed import gather_detached, wait_for_ranks_up_to
 
 
 @pytest.fixture
@@ -23,6 +23,12 @@ def group() -> Iterator[Any]:
 
 def waits(group: Any) -> float:
     return group._get_backend(torch.device("cpu")).options._timeout.total_seconds()
+
+
+def test_one_process_gathers_its_own_rows_without_gradient():
+    rows = torch.ones(3, 2, requires_grad=True)
+    gathered, start = gather_detached(rows, sizes=[3])
+    assert torch.equal(gathered, rows) and not gathered.requires_grad and start == 0
 
 
 def test_the_time_to_wait_reaches_the_groups_of_libraries_too(group: Any) -> None:

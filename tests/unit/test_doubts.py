@@ -44,6 +44,11 @@ def test_the_defaults_raise_no_doubt():
             {"model": {"moe": {"num_experts": 1, "top_k": 1}}, "loss": {"task_separation_weight": 0.4}},
             "loss.task_separation_weight is 0.4, without effect: with 1 experts",
         ),
+        (
+            {"tasks": {"mood": {"path": "x"}, "plain": {"path": "y", "kind": "unlabelled"}},
+             "loss": {"contrastive": {"weight": 0.0}}},
+            "tasks.plain.kind is unlabelled, without effect: only that loss reads its posts",
+        ),
         ({"loss": {"contrastive": {"queue_warmup": 9}}}, "queue_warmup is 9, without effect: queue_size is 0"),
         ({"loss": {"contrastive": {"weight": 0.0, "queue_size": 9}}}, "queue_size is 9, without effect: .*weight is 0"),
         (
@@ -93,13 +98,30 @@ def test_every_gate_and_weighting_says_whether_it_is_in_doubt():
     ],
 )
 def test_what_is_asked_of_pictures_in_vain_or_at_a_price(vision, losses, said):
-    found = doubts_of(model={"vision": vision}, loss={"image_text": losses})
+    photo = {"image": "photo"} if "tower" in vision else {}
+    found = doubts_of(
+        model={"vision": vision}, loss={"image_text": losses}, tasks={"mood": {"path": "mood.csv", **photo}}
+    )
     assert len(found) == len(said) and all(map(re.search, said, found))
 
 
 def test_a_column_of_pictures_that_nobody_reads():
     (doubt,) = doubts_of(tasks={"mood": {"path": "mood.csv", "image": "photo"}})
     assert doubt.startswith("tasks.mood.image is photo, without effect: no picture is read")
+    columns = {name: {"path": "mood.csv", "image": "photo"} for name in ("mood", "heat", "topic")}
+    (doubt,) = doubts_of(tasks=columns)
+    assert doubt.startswith("tasks.mood.image (and of 2 more) is photo, without effect")
+
+
+def test_a_tower_without_pictures_and_sides_hidden_from_nobody():
+    (doubt,) = doubts_of(model={"vision": {"tower": "a/b"}})
+    assert doubt.startswith("model.vision.tower is a/b, without effect: no task names a picture column")
+    assert doubts_of(data={"hide": "image"}) == [
+        "data.hide is image, without effect: no picture is read anyway: model.vision.tower is null."
+    ]
+    assert "every post is empty" in doubts_of(data={"hide": "text"})[0]
+    photo = {"tasks": {"mood": {"path": "mood.csv", "image": "photo"}}, "model": {"vision": {"tower": "a/b"}}}
+    assert doubts_of(data={"hide": "text"}, **photo) == doubts_of(data={"hide": "image"}, **photo) == []
 
 
 def test_one_stream_has_no_two_sides_to_compare(tmp_path):
