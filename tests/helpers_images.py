@@ -1,4 +1,4 @@
-"""Pictures as strangers send them: damaged ones with the reason that must be given, and good ones out of the ordinary."""
+"""Pictures as strangers send them: damaged ones with the reason that must be given, and good but unusual ones."""
 
 from __future__ import annotations
 

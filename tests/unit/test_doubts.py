@@ -45,8 +45,10 @@ def test_the_defaults_raise_no_doubt():
             "loss.task_separation_weight is 0.4, without effect: with 1 experts",
         ),
         (
-            {"tasks": {"mood": {"path": "x"}, "plain": {"path": "y", "kind": "unlabelled"}},
-             "loss": {"contrastive": {"weight": 0.0}}},
+            {
+                "tasks": {"mood": {"path": "x"}, "plain": {"path": "y", "kind": "unlabelled"}},
+                "loss": {"contrastive": {"weight": 0.0}},
+            },
             "tasks.plain.kind is unlabelled, without effect: only that loss reads its posts",
         ),
         ({"loss": {"contrastive": {"queue_warmup": 9}}}, "queue_warmup is 9, without effect: queue_size is 0"),
