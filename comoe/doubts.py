@@ -101,6 +101,8 @@ def _contrastive(recipe: Recipe) -> list[str]:
     else:
         why = "loss.contrastive.weight is 0"
         idle = {name: (getattr(contrastive, name), why) for name in ("queue_size", "learn_temperature")}
+        if contrastive.chunk_size is not None:
+            idle["chunk_size"] = (True, f"{why}, so it is train.micro_batch_size by another name")
     found = [
         _in_vain(f"loss.contrastive.{name}", getattr(contrastive, name), why)
         for name, (is_idle, why) in idle.items()

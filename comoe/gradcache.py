@@ -23,6 +23,14 @@ Passes = tuple[ModelOutput, ...]
 """What the model answered in the forward passes of one micro-batch: the posts, then their second views where asked."""
 
 
+def embeddings_alone(passes: Passes) -> Passes:
+    """The answers without all that the contrastive term does not read: they are kept for a whole optimizer step."""
+    return tuple(
+        ModelOutput({}, output.embeddings, {}, (), output.token_rows_S[:0], views=output.views, picks=output.picks)
+        for output in passes
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Cached:
     """What the first pass leaves to the second pass of one micro-batch."""
@@ -41,6 +49,11 @@ class Cached:
     """What the term logs."""
     accumulation: int
     """Micro-batches of the step; the engine divides by it."""
+
+
+def targets_of(batch: Batch) -> Batch:
+    """The batch without its pictures: the contrastive term reads labels, row and task ids."""
+    return replace(batch, pixels_I3HW=None, image_rows_I=None, image_numbers_I=None)
 
 
 def joined_batch(batches: Sequence[Batch]) -> Batch:

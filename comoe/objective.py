@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from comoe.distributed import gather_detached, gather_rows, sum_over_ranks, sum_with_gradient, world_size
-from comoe.gradcache import Cached, Passes, cache_gradients, replayed
+from comoe.gradcache import Cached, Passes, cache_gradients, embeddings_alone, replayed
 from comoe.losses.contrastive import ContrastiveLoss
 from comoe.losses.image_text import ITCLoss, ITMLoss
 from comoe.losses.routing import BalanceLoss, TaskSeparationLoss, ZLoss
@@ -88,14 +88,14 @@ class Objective(nn.Module):
         Args:
             batch: with ``unit_scale_T`` and the labels of every task, unless ``evaluate``.
             evaluate: return the model's answer alone; no loss, no collective of ours.
-            embed: the first pass of ``comoe.gradcache``: return the answers of the forward passes alone.
+            embed: the first pass of ``comoe.gradcache``: return the embeddings of the forward passes alone.
             cached: what ``contrast`` made of this micro-batch; the second pass repeats the routing of the first.
         """
         if evaluate:
             return self.model(batch)
         passes = self._passes(batch, cached.picks if cached is not None else ((), ()))
         if embed:
-            return passes
+            return embeddings_alone(passes)
         output = passes[0]
         losses_T = self.task_losses(output, batch)
         total, weights_T = self.weighting.combine(losses_T)

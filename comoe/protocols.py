@@ -42,10 +42,13 @@ class Batch:
     tasks the same of the real tokens: (T + 1,). Set by the trainer, None outside training."""
 
     pixels_I3HW: Tensor | None = None
-    """Prepared pictures, float32, of the rows that have one; at least one (blank, of row -1) where the run reads
-    pictures, so that every rank runs its tower. None where the run reads none."""
+    """Prepared pictures, float32, each once; at least one (blank, of row -1) where the run reads pictures, so that
+    every rank runs its tower. None where the run reads none."""
     image_rows_I: Tensor | None = None
-    """Row of each picture, int64, ascending; -1 for the blank one."""
+    """Rows that have a picture, int64, ascending; -1 for the blank one."""
+    image_numbers_I: Tensor | None = None
+    """Which of the pixels each of these rows has, int64: a post may have a row per task. None where each has its own,
+    in this order; else there may be fewer pixels than rows."""
     step: int = -1
     """Optimizer step, from 0; set by the trainer, -1 outside training."""
 
@@ -74,7 +77,12 @@ class Batch:
         chosen_I, places_I = is_row_IR.nonzero(as_tuple=True)
         if len(chosen_I) == 0:
             chosen_I, places_I = chosen_I.new_zeros(1), places_I.new_full((1,), -1)
-        return replace(self, **kept, labels=labels, pixels_I3HW=self.pixels_I3HW[chosen_I], image_rows_I=places_I)
+        numbers_I = chosen_I if self.image_numbers_I is None else self.image_numbers_I[chosen_I]
+        distinct, numbers_I = numbers_I.unique(return_inverse=True)
+        pixels_I3HW = self.pixels_I3HW[distinct]
+        return replace(
+            self, **kept, labels=labels, pixels_I3HW=pixels_I3HW, image_rows_I=places_I, image_numbers_I=numbers_I
+        )
 
 
 def labelled_rows(batch: Batch, tasks: Sequence[str]) -> Tensor:
@@ -163,8 +171,8 @@ class StepOutput:
     """Scalar to call backward on."""
     terms: Mapping[str, Tensor]
     """Detached scalars: ``task/<name>``, ``weight/<name>``, ``contrastive``, ``contrastive/<name>``,
-    ``positives_per_anchor/<name>``, ``temperature/<name>``, ``itc``, ``temperature``, ``itm``, ``itm_accuracy``,
-    ``balance``, ``z``, ``task_separation``."""
+    ``positives_per_anchor/<name>``, ``temperature/<name>``, ``itc``, ``itc_temperature``, ``itm``,
+    ``itm_accuracy``, ``balance``, ``z``, ``task_separation``."""
     output: ModelOutput
     """The model's answer, for training metrics and statistics."""
 

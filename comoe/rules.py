@@ -220,7 +220,7 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "loss.contrastive.chunk_size": _COUNT,
     "loss.image_text.itc_weight": _SHARE,
     "loss.image_text.itm_weight": _SHARE,
-    "loss.image_text.temperature": _POSITIVE,
+    "loss.image_text.temperature": _number(0.01),
     "loss.image_text.negatives": _choice("hard", "random"),
     "loss.balance_weight": _NOT_NEGATIVE,
     "loss.z_weight": _NOT_NEGATIVE,

@@ -37,7 +37,7 @@ class ImageTextConfig:
     itm_weight: float = 0.1
     """Image-text matching: is this the picture's own text; 0 switches it off."""
     temperature: float = 0.07
-    """Where the learned temperature of the contrast starts."""
+    """Where the learned temperature of the contrast starts, at least 0.01."""
     negatives: str = "hard"
     """Which other post's text replaces the own one in half of the pairs: hard (drawn by similarity) or random."""
 

@@ -98,6 +98,7 @@ def with_pictures(batch: Batch, rows, *, seed=0, step=0) -> Batch:
         batch,
         pixels_I3HW=torch.stack(pictures or [torch.zeros(3, SIDE, SIDE)]),
         image_rows_I=torch.tensor(list(rows) or [-1]),
+        image_numbers_I=None,
         step=step,
     )
 

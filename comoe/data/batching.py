@@ -183,10 +183,11 @@ class Collator:
         rows = split.rows(real) or [self._filler]
         length = -(-max(len(row.input_ids) for row in rows) // self._multiple) * self._multiple
         images = [split.posts.images[post] if post >= 0 else None for post, _ in pairs]
-        pixels, image_rows = (None, None) if self.pixels is None else self.pixels.collate(images)
+        pixels, image_rows, image_numbers = (None,) * 3 if self.pixels is None else self.pixels.collate(images)
         return Batch(
             pixels_I3HW=pixels,
             image_rows_I=image_rows,
+            image_numbers_I=image_numbers,
             input_ids_BL=_padded([row.input_ids for row in rows], length=length, fill=self.tokenizer.pad_token_id),
             attention_mask_BL=_padded([np.ones(len(row.input_ids)) for row in rows], length=length, fill=0),
             token_type_ids_BL=_padded([row.token_types for row in rows], length=length, fill=0)

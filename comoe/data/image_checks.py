@@ -81,7 +81,9 @@ def check_images(
             refuse(post, error.reason, error.rule)
     different = list(dict.fromkeys(source for source in sources if source is not None))
     if different:
-        verdicts = _judged(different, limits, cache=_cache_file(cache_dir, file, limits), progress=progress)
+        # Other columns and folders name other pictures: sharing a file they would forget each other's.
+        cache = _cache_file(cache_dir, os.path.abspath(file), column, str(inside), limits)
+        verdicts = _judged(different, limits, cache=cache, progress=progress)
     for post, source in enumerate(sources):
         reason, rule, _ = verdicts.get(source, ("", "", False)) if source is not None else ("", "", False)
         if reason:
@@ -179,10 +181,10 @@ def _key(source: Source) -> str:
     return hashlib.blake2b(told, digest_size=16).hexdigest()
 
 
-def _cache_file(folder: Path | None, file: str, limits: ImageLimits) -> Path | None:
+def _cache_file(folder: Path | None, file: str, column: str, root: str, limits: ImageLimits) -> Path | None:
     if folder is None:
         return None
-    settings = [VERSION, PIL.__version__, os.path.abspath(file), limits.max_bytes, limits.max_pixels]
+    settings = [VERSION, PIL.__version__, file, column, root, limits.max_bytes, limits.max_pixels]
     return folder / f"{hashlib.blake2b(json.dumps(settings).encode(), digest_size=16).hexdigest()}.json"
 
 

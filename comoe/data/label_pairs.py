@@ -19,19 +19,15 @@ class LabelQuota:
     Args:
         label_members: posts of each label of each task, int arrays; a post may be in several.
         posts_per_label: fewest posts of each label; 0 leaves batches as they are.
-        total: number of training posts.
         seed: any non-negative int.
     """
 
-    def __init__(self, label_members: Sequence[np.ndarray], posts_per_label: int, *, total: int, seed: int) -> None:
+    def __init__(self, label_members: Sequence[np.ndarray], posts_per_label: int, *, seed: int) -> None:
         self._posts_per_label = posts_per_label
         self._seed = seed
         wanted = label_members if posts_per_label else ()
         # A label with one post in all can never have a pair.
-        self._members = [np.asarray(members) for members in wanted if len(members) > 1]
-        self._is_member = np.zeros((len(self._members), total), dtype=bool)
-        for label, members in enumerate(self._members):
-            self._is_member[label, members] = True
+        self._members = [np.sort(members) for members in wanted if len(members) > 1]
 
     def fill(self, batch: np.ndarray, step: int) -> tuple[np.ndarray, list[np.ndarray]]:
         """The batch of one step with its quotas filled, as large as before.
@@ -51,7 +47,7 @@ class LabelQuota:
         count = len(self._members)
         for turn in range(count):
             label = (step * max(1, len(batch) // max(self._posts_per_label, 1)) + turn) % count
-            here = batch[self._is_member[label, batch]]
+            here = batch[_is_in(batch, self._members[label])]
             # Posts that are kept for another label serve this one too.
             chosen = sorted(dict.fromkeys(here.tolist()), key=lambda post: post not in kept)[: self._posts_per_label]
             chosen += self._draw(label, self._posts_per_label - len(chosen), batch=batch, kept=kept, step=step)
@@ -60,8 +56,9 @@ class LabelQuota:
                 together.append(np.array(chosen, dtype=np.int64))
         if not kept:
             return batch, []
-        filled = np.concatenate([np.array(list(kept), dtype=np.int64), _without(batch, kept)])
-        return filled[: len(batch)], together
+        # Any of the rest may go: what a served label needs is kept. Not the last ones, which are the longest.
+        rest = np.random.default_rng([self._seed, 4, step]).permutation(_without(batch, kept))
+        return np.concatenate([np.array(list(kept), dtype=np.int64), rest])[: len(batch)], together
 
     def _draw(self, label: int, missing: int, *, batch: np.ndarray, kept: dict[int, None], step: int) -> list[int]:
         """Posts of a label that are not in the batch yet; fewer where it has no more."""
@@ -83,6 +80,8 @@ def cut_in_parts(posts: np.ndarray, together: Sequence[np.ndarray], *, parts: in
         posts: sorted by length; what no bundle binds is cut along that order.
         together: bundles of posts; one that shares posts with an earlier one goes where most of its posts are.
         parts: number of micro-steps.
+
+    Bundles stay whole where there is room for all of one.
     """
     sizes = [len(part) for part in np.array_split(posts, parts)]
     if parts == 1 or not together:
@@ -101,6 +100,12 @@ def cut_in_parts(posts: np.ndarray, together: Sequence[np.ndarray], *, parts: in
     rest = np.split(_without(posts, place), np.cumsum(free)[:-1])
     bound = [[post for post, home in place.items() if home == part] for part in range(parts)]
     return [np.concatenate([np.array(a, dtype=np.int64), b]) for a, b in zip(bound, rest, strict=True)]
+
+
+def _is_in(posts: np.ndarray, members: np.ndarray) -> np.ndarray:
+    """Which posts are among the sorted members, without a look at all of those."""
+    places = np.searchsorted(members, posts).clip(max=len(members) - 1)
+    return members[places] == posts
 
 
 def _without(posts: np.ndarray, taken: Iterable[int]) -> np.ndarray:

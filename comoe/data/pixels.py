@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import threading
+import weakref
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -35,14 +37,26 @@ class ImageProcessor:
     Args:
         inner: the processor.
         side: height and width of those squares.
+
+    Raises:
+        ValueError: its answer to a picture is not (3, H, W).
     """
 
     def __init__(self, inner: Any, *, side: int) -> None:
         self.inner = inner
         self._side = side
         self._squared = self._run(_blank(2 * side, side)).shape != self._run(_blank(side, side)).shape
-        self.shape: tuple[int, int, int] = self(_blank(side, side)).shape
+        shape = self(_blank(side, side)).shape
+        if len(shape) != 3 or shape[0] != 3:
+            raise ValueError(
+                f"model.vision.tower: its image processor, {type(inner).__name__}, turns a picture into numbers of "
+                f"shape {shape}, not (3, height, width). Take a tower that reads whole pictures of one fixed "
+                "resolution; those that want patches or crops (NaFlex and the like) cannot be used."
+            )
+        self.shape: tuple[int, int, int] = shape
         """(3, H, W) of every answer."""
+        self.short_side = side if self._squared else _short_side(inner, shape)
+        """Most pixels of a picture's short side that count: larger ones are scaled down to it. None if not known."""
 
     def __call__(self, image: Image.Image) -> np.ndarray:
         """Scale, crop and normalise an RGB picture: float32, shape (3, H, W)."""
@@ -72,27 +86,38 @@ class PixelReader:
         self.limits = limits
         self.blank = np.zeros(processor.shape, dtype=np.float32)
         """What stands for a picture where a batch has none."""
-        self._pool = ThreadPoolExecutor(THREADS)
+        self._pool: ThreadPoolExecutor | None = None
+        self._at_least = processor.short_side
         self._lost: dict[Source, str] = {}
         self._lock = threading.Lock()
 
     def read(self, sources: Sequence[Source]) -> list[np.ndarray | None]:
-        """The numbers of each picture, float32, shape (3, H, W); None for one that went bad since it was checked."""
+        """The numbers of each picture, float32, shape (3, H, W); None for one that went bad since it was checked.
+
+        Large JPEGs are decoded smaller, see ``read_image``: the numbers may differ slightly from what the processor
+        makes of the whole picture.
+        """
         if len(sources) < 2:
             return [self._read(source) for source in sources]
-        return list(self._pool.map(self._read, sources))
+        return list(self._threads().map(self._read, sources))
 
-    def collate(self, images_B: Sequence[Source | None]) -> tuple[Tensor, Tensor]:
-        """Pixels and row of each picture of a batch; a blank one of row -1 where there is none, so that there is one.
+    def collate(self, images_B: Sequence[Source | None]) -> tuple[Tensor, Tensor, Tensor | None]:
+        """``pixels_I3HW``, ``image_rows_I`` and ``image_numbers_I`` of a ``Batch``.
+
+        A picture that several rows have (a row per task) is there once. Where there is none a blank one of row -1 is.
 
         Args:
-            images_B: picture of each row; one that several rows have (a row per task) is prepared once.
+            images_B: picture of each row.
         """
         different = list(dict.fromkeys(source for source in images_B if source is not None))
-        made = dict(zip(different, self.read(different), strict=True))
-        rows = [row for row, source in enumerate(images_B) if source is not None and made[source] is not None]
-        pixels = np.stack([made[images_B[row]] for row in rows] or [self.blank])
-        return torch.from_numpy(pixels), torch.tensor(rows or [-1], dtype=torch.int64)
+        made = {
+            source: pixels for source, pixels in zip(different, self.read(different), strict=True) if pixels is not None
+        }
+        place = {source: number for number, source in enumerate(made)}
+        rows = [row for row, source in enumerate(images_B) if source in place]
+        numbers = None if len(rows) <= len(made) else torch.tensor([place[images_B[row]] for row in rows])
+        pixels = torch.from_numpy(np.stack(list(made.values()) or [self.blank]))
+        return pixels, torch.tensor(rows or [-1], dtype=torch.int64), numbers
 
     def take_lost(self) -> dict[Source, str]:
         """Pictures that went bad since the last call, and why; called from any thread."""
@@ -100,9 +125,17 @@ class PixelReader:
             lost, self._lost = self._lost, {}
         return lost
 
+    def _threads(self) -> ThreadPoolExecutor:
+        """Started with the first batch that wants them, ended with the reader."""
+        with self._lock:
+            if self._pool is None:
+                self._pool = ThreadPoolExecutor(THREADS)
+                weakref.finalize(self, self._pool.shutdown, wait=False)
+            return self._pool
+
     def _read(self, source: Source) -> np.ndarray | None:
         try:
-            return self.processor(read_image(source, self.limits))
+            return self.processor(read_image(source, self.limits, at_least=self._at_least))
         except BadImage as error:
             with self._lock:
                 self._lost[source] = error.rule
@@ -147,14 +180,28 @@ def _plain_processor(name: str, *, trust_remote_code: bool, reason: Exception) -
     return ViTImageProcessorPil(size={"height": height, "width": width}, **kept)
 
 
+def _sizes(inner: Any, name: str) -> dict[str, Any]:
+    """``size`` or ``crop_size`` of a processor."""
+    size = getattr(inner, name, None)
+    return dict(size) if isinstance(size, Mapping) else vars(size) if hasattr(size, "__dict__") else {}
+
+
 def _side(inner: Any) -> int:
     """Height of the squares that fit a processor best."""
-    for size in (getattr(inner, "crop_size", None), getattr(inner, "size", None)):
-        values = dict(size) if isinstance(size, Mapping) else vars(size) if hasattr(size, "__dict__") else {}
+    for values in (_sizes(inner, "crop_size"), _sizes(inner, "size")):
         for key in ("height", "shortest_edge", "max_height", "longest_edge"):
             if values.get(key):
                 return int(values[key])
     return DEFAULT_SIZE
+
+
+def _short_side(inner: Any, shape: tuple[int, ...]) -> int | None:
+    """Pixels that a processor's own scaling leaves of a short side, at most; None where it does not scale."""
+    found = [value for value in _sizes(inner, "size").values() if isinstance(value, int)]
+    if not getattr(inner, "do_resize", False) or not found:
+        return None
+    # ConvNext scales to more than it keeps.
+    return math.ceil(max(*found, *shape[1:]) / min(1.0, getattr(inner, "crop_pct", None) or 1.0))
 
 
 def _blank(width: int, height: int) -> Image.Image:

@@ -75,7 +75,7 @@ class TrainSampler:
         self.rates_G = MIXINGS[mixing](sizes_G, temperature)
         self._draws_G = draws_per_epoch(self.rates_G, total=len(lengths))
         self._epoch: tuple[int, list[np.ndarray]] | None = None
-        self._quota = LabelQuota(label_members, posts_per_label, total=len(lengths), seed=seed)
+        self._quota = LabelQuota(label_members, posts_per_label, seed=seed)
 
     def global_batch(self, step: int) -> np.ndarray:
         """Posts of optimizer step ``step`` (from 0) on all ranks together: int64 indices, sorted by length."""
@@ -85,8 +85,8 @@ class TrainSampler:
         """What one rank runs in one step: ``accumulation`` index arrays, uneven or empty where posts run short.
 
         The micro-steps are the same posts for any number of ranks with the same ``accumulation``; posts that are there
-        for one label are in one micro-step. Within one, sorted posts are dealt to the ranks back and forth, so that the
-        ranks get the same number of tokens.
+        for one label are in one micro-step where it has room. Within one, sorted posts are dealt to the ranks back and
+        forth, so that the ranks get the same number of tokens.
         """
         batch, together = self._drawn(step)
         micro_steps = cut_in_parts(self._by_length(batch), together, parts=self.accumulation)

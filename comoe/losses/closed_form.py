@@ -50,10 +50,10 @@ class TaskRows:
     affinity: Callable[[Tensor, Tensor], Tensor] | None
     """Keys (N, K) and (U, K) -> w (N, U), symmetric, in [0, 1]; None: 1 for equal keys, else 0."""
     hidden_rows_X: Tensor
-    """Own row of each (own row, past column) pair of one post: such a past row is no rival and no positive. Both have
-    the same key: a post does not change its label."""
+    """Own row of each (own row, other column) pair of one post: neither a rival nor a positive. A pair of rows of this
+    step is hidden from both. Both have the same key: a post does not change its label."""
     hidden_columns_X: Tensor
-    """Past column of each such pair."""
+    """Column of each such pair, of this step or past."""
 
     @property
     def own_NP(self) -> Tensor:
@@ -117,6 +117,10 @@ class Comparison:
         sums = torch.stack([self._divisors(self.sums_N), self._divisors(self.weights_N)], dim=1)
         return self.anchors().double()[:, None] / sums.double()
 
+    def slopes(self) -> Tensor:
+        """Derivative of a_i L_i by the logarithm of the scale, (N,); needs ``moments``."""
+        return (self.moments_N - self.attractions()) * self.anchors()
+
     def gradient(self, reciprocals_R2: Tensor) -> Tensor:
         """A dL/dz_i of this rank's rows, (N, P).
 
@@ -150,6 +154,11 @@ class Comparison:
         if len(rows.hidden_rows_X):
             hidden_XQ = scaled_CQ[rows.hidden_columns_X]
             own_NQ -= _grouped_sums(hidden_XQ, rows.hidden_rows_X, groups=rows.num_own)
+            # Where the key has no other post, what subtraction left would outweigh an affinity of e^-40 to the rest.
+            ones_C1, ones_X1 = (torch.ones_like(at[:, None]) for at in (rows.groups_C, rows.hidden_rows_X))
+            alike_N1 = _grouped_sums(ones_C1, rows.groups_C, groups=len(rows.keys_UK))[rows.own_groups_N]
+            hidden_N1 = _grouped_sums(ones_X1, rows.hidden_rows_X, groups=rows.num_own)
+            own_NQ = torch.where(alike_N1 - hidden_N1 > 1, own_NQ, 0.0)
         if rows.affinity is not None:
             others_NQ = torch.zeros_like(own_NQ)
             for part, groups, weights in self._tiles("affinity", self._affinities, len(sums_UQ)):
@@ -178,7 +187,7 @@ class Comparison:
         return (own @ self.rows.columns_CP[columns].T).to(self.work)
 
     def _exponentials(self, part: slice, columns: slice) -> Tensor:
-        """exp(s), 0 for the row itself and for past rows of its post."""
+        """exp(s), 0 for the row itself and for other rows of its post."""
         tile = self._similarities(part, columns).exp_()
         offset = self.rows.start + part.start - columns.start
         if -tile.shape[0] < offset < tile.shape[1]:
@@ -233,14 +242,13 @@ class ClosedForm(torch.autograd.Function):
         own = comparison.gradient(ctx.reciprocals_R2) * factor if ctx.needs_input_grad[0] else None
         if comparison.moments_N is None or not ctx.needs_input_grad[1]:
             return own, None, None, None, None
-        slope = (comparison.moments_N - comparison.attractions()) @ comparison.anchors()
-        return own, factor * slope / comparison.scale, None, None, None
+        return own, factor * comparison.slopes().sum() / comparison.scale, None, None, None
 
 
-def hidden_pairs(own_N: Tensor, past_Q: Tensor) -> tuple[Tensor, Tensor]:
-    """Every (own row, past row) of the same post: two lists of indices, int64, ordered by own row."""
-    order_Q = past_Q.argsort(stable=True)
-    sorted_Q = past_Q[order_Q]
+def hidden_pairs(own_N: Tensor, others_Q: Tensor) -> tuple[Tensor, Tensor]:
+    """Every (own row, other row) of the same post: two lists of indices, int64, ordered by own row."""
+    order_Q = others_Q.argsort(stable=True)
+    sorted_Q = others_Q[order_Q]
     first_N = torch.searchsorted(sorted_Q, own_N)
     counts_N = torch.searchsorted(sorted_Q, own_N, right=True) - first_N
     rows_X = torch.arange(len(own_N), device=own_N.device).repeat_interleave(counts_N)

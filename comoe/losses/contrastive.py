@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from comoe.losses.closed_form import KEEP_BYTES, MIN_TEMPERATURE, ClosedForm, Comparison, TaskRows, hidden_pairs
 from comoe.losses.queue import Queue
+from comoe.losses.scales import Scales
 from comoe.protocols import Batch, ModelOutput
 from comoe.schema import ContrastiveConfig
 from comoe.tasks.catalog import Task
@@ -43,34 +44,16 @@ class _Rows:
     posts_N: Tensor
 
 
-class Scales(nn.Module):
-    """The tasks' inverse temperatures, fixed or learned; a module of its own, because ZeRO-3 has a parameter there only
-    while its module runs.
-
-    Args:
-        temperatures: of the tasks, where learned at the start.
-        learned: make their logarithms a parameter.
-    """
-
-    def __init__(self, temperatures: Sequence[float], *, learned: bool) -> None:
-        super().__init__()
-        self.fixed = tuple(1 / temperature for temperature in temperatures)
-        self.log_scales_T = nn.Parameter(torch.tensor(self.fixed).log()) if learned else None
-
-    def forward(self) -> Tensor:
-        """(T,), at most 100; never in half precision."""
-        if self.log_scales_T is None:
-            return torch.tensor(self.fixed, dtype=torch.float64)
-        wide = torch.promote_types(self.log_scales_T.dtype, torch.float32)
-        return _AtMost.apply(self.log_scales_T.to(wide).exp(), 1 / MIN_TEMPERATURE)
-
-
 class ContrastiveLoss(nn.Module):
     """Weighted sum over tasks of their contrastive losses; the mean over ranks of its gradient is the global one.
 
     L_i = logsumexp over rivals j of s_ij - weighted mean over positives p of s_ip, s = cosine / temperature; a task's
     loss is the mean over its anchors with a positive, on all ranks. What a positive is, and what it weighs, is the
-    affinity of the task's kind. Rivals are all other rows of the task, of all ranks and of the queue.
+    affinity of the task's kind. Rivals are all other rows of the task, of all ranks and of the queue, but for copies of
+    the anchor's own post; where there are views, these are its positives.
+
+    A learned temperature at its floor falls no further: where the sum over ranks of its gradient would lead there, it
+    is 0 on all of them. Under ``over: local`` each rank judges by its own.
 
     Two gathers per call, none in the backward pass; every rank must reach them, with rows or without. Memory grows with
     the rows of all ranks, not with their square.
@@ -138,30 +121,36 @@ class ContrastiveLoss(nn.Module):
         sizes = [sum(counts) for counts in counts_WT]
         everyone = self._gather_rows(own, counts_WT, sizes)
         scales_T = self.scales() if scales_T is None else scales_T
-        added, waits = self._queue_state()
+        added, waits, repeats = self._host_numbers(everyone)
         comparisons = []
         for index, (rows, scale) in enumerate(zip(everyone, scales_T.tolist(), strict=True)):
             past = None if waits or not added[index] else _Rows(*self.queue.read(index, added=added[index]))
             start = sum(counts[index] for counts in counts_WT[:rank])
-            compared = _task_rows(self.tasks[index], rows, past, start=start, num_own=counts_WT[rank][index])
+            span = {"start": start, "num_own": counts_WT[rank][index]}
+            compared = _task_rows(self.tasks[index], rows, past, **span, repeats=repeats[index])
             keep = KEEP_BYTES // len(self.tasks)
             comparisons.append(Comparison(compared, scale=scale, keep_bytes=keep, moments=self.learned))
             if self.queue is not None and self.training:
                 self.queue.put(index, rows.rows_NP, rows.keys_NK, rows.posts_N, added=added[index])
         # The second gather: what the gradient of this rank's rows takes from the anchors of the others.
-        reciprocals_N2 = torch.cat([comparison.reciprocals() for comparison in comparisons])
-        reciprocals_G2, _ = self.gather(reciprocals_N2, sizes=sizes)
+        told_NX = torch.cat([self._told(comparison) for comparison in comparisons])
+        told_GX, _ = self.gather(told_NX, sizes=sizes)
         total, terms = 0.0, {}
         for index, (task, comparison) in enumerate(zip(self.tasks, comparisons, strict=True)):
-            of_all_R2 = _of_task(reciprocals_G2, counts_WT, index)
+            of_all_RX = _of_task(told_GX, counts_WT, index)
+            of_all_R2, scale = of_all_RX[:, :2], scales_T[index]
+            if self.learned:
+                # All ranks judge by the sum over all: the share of one may lead the other way.
+                stuck = (scale >= 1 / MIN_TEMPERATURE) & (of_all_RX[:, 2].sum() < 0)
+                scale = torch.where(stuck, scale.detach(), scale)
             anchors = (of_all_R2[:, 1] > 0).sum().clamp_min(1).double()
-            value = ClosedForm.apply(own[index].rows_NP, scales_T[index], comparison, of_all_R2, self.factor / anchors)
+            value = ClosedForm.apply(own[index].rows_NP, scale, comparison, of_all_R2, self.factor / anchors)
             total = total + task.contrastive_weight * value
             terms[f"contrastive/{task.name}"] = value.detach()
             weights_R = torch.where(of_all_R2[:, 1] > 0, 1 / of_all_R2[:, 1], 0.0)
             terms[f"positives_per_anchor/{task.name}"] = (weights_R.sum() / anchors).to(value.dtype)
             if self.learned:
-                terms[f"temperature/{task.name}"] = 1 / scales_T[index].detach()
+                terms[f"temperature/{task.name}"] = 1 / scale.detach()
         return total, {"contrastive": total.detach(), **terms}
 
     def _own_rows(self, task: Task, output: ModelOutput, batch: Batch) -> _Rows:
@@ -199,36 +188,44 @@ class ContrastiveLoss(nn.Module):
             everyone.append(_Rows(of_task_RQ[:, :width].contiguous(), of_task_RQ[:, width:-2], posts_R))
         return everyone
 
-    def _queue_state(self) -> tuple[list[int], bool]:
-        """Rows ever put in, per task, and whether the queue is not to be read yet; one wait for the device."""
+    def _host_numbers(self, everyone: Sequence[_Rows]) -> tuple[list[int], bool, list[int]]:
+        """Rows ever put into the queue, per task; whether it is not to be read yet; whether some post of a task without
+        views is there more than once. One wait for the device."""
+        flags = [_repeats(rows.posts_N, task) for task, rows in zip(self.tasks, everyone, strict=True)]
         if self.queue is None:
-            return [0] * len(self.tasks), True
-        *added, steps = torch.cat([self.queue.added_T, self.queue.steps[None]]).tolist()
-        return added, max(steps - 1, 0) < self.queue_warmup
+            return [0] * len(self.tasks), True, torch.stack(flags).tolist()
+        steps, *numbers = torch.cat([self.queue.steps[None], self.queue.added_T, torch.stack(flags)]).tolist()
+        count = len(self.tasks)
+        return numbers[:count], max(steps - 1, 0) < self.queue_warmup, numbers[count:]
+
+    def _told(self, comparison: Comparison) -> Tensor:
+        """What all ranks must know of this rank's rows of one task."""
+        reciprocals_N2 = comparison.reciprocals()
+        if not self.learned:
+            return reciprocals_N2
+        return torch.cat([reciprocals_N2, comparison.slopes()[:, None].double()], dim=1)
 
 
-class _AtMost(torch.autograd.Function):
-    """Values no larger than a ceiling. Above it the gradient passes where it would lower them: none is ever stuck."""
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, ceiling: float) -> Tensor:
-        ctx.save_for_backward(values >= ceiling)
-        return values.clamp_max(ceiling)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        (high,) = ctx.saved_tensors
-        return torch.where(high, gradient.clamp_min(0), gradient), None
+def _repeats(posts_R: Tensor, task: Task) -> Tensor:
+    """1 where a post is there more than once, else 0, int64; with views it always is, and nothing is to be hidden."""
+    if task.rules.views:
+        return posts_R.new_zeros(())
+    sorted_R = posts_R.sort().values
+    return (sorted_R[1:] == sorted_R[:-1]).any().to(posts_R.dtype)
 
 
-def _task_rows(task: Task, rows: _Rows, past: _Rows | None, *, start: int, num_own: int) -> TaskRows:
+def _task_rows(task: Task, rows: _Rows, past: _Rows | None, *, start: int, num_own: int, repeats: int) -> TaskRows:
     """Rows of all ranks, and past ones, as the columns of one comparison."""
     columns_CP, keys_CK, posts_C = rows.rows_NP, rows.keys_NK, rows.posts_N
-    hidden_rows_X = hidden_columns_X = posts_C.new_zeros(0)
+    own_posts_N, hidden_rows_X, hidden_columns_X = posts_C[start : start + num_own], *[posts_C.new_zeros(0)] * 2
+    if repeats:
+        found_X, columns_X = hidden_pairs(own_posts_N, posts_C)
+        others = found_X + start != columns_X
+        hidden_rows_X, hidden_columns_X = found_X[others], columns_X[others]
     if past is not None:
-        own_posts_N = posts_C[start : start + num_own]
-        hidden_rows_X, hidden_columns_X = hidden_pairs(own_posts_N, past.posts_N)
-        hidden_columns_X = hidden_columns_X + len(posts_C)
+        found_X, columns_X = hidden_pairs(own_posts_N, past.posts_N)
+        hidden_rows_X = torch.cat([hidden_rows_X, found_X])
+        hidden_columns_X = torch.cat([hidden_columns_X, columns_X + len(posts_C)])
         columns_CP = torch.cat([columns_CP, past.rows_NP.to(columns_CP.dtype)])
         keys_CK = torch.cat([keys_CK, past.keys_NK.to(keys_CK.dtype)])
         posts_C = torch.cat([posts_C, past.posts_N])

@@ -7,14 +7,14 @@ negatives as in ALBEF (arXiv:2107.07651).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from comoe.losses.pairs import AllPairs, Gather, draw_texts, gather_pairs
+from comoe.losses.pairs import AllPairs, Gather, draw_texts, gather_pairs, row_tiles
 from comoe.protocols import Batch, ModelOutput
 from comoe.schema import ImageTextConfig
 
@@ -33,7 +33,8 @@ class ITCLoss(nn.Module):
     L = 1/2N sum over pairs i of [lse over texts j of s_ij - s_ii + lse over pictures j of s_ji - s_ii], where s is the
     cosine divided by a learned temperature. Rows of one post, and posts of the same text, are no rivals.
 
-    Four gathers per call, none in the backward pass; every rank must reach them, with pictures or without.
+    Four gathers per call, none in the backward pass; every rank must reach them, with pictures or without. Memory grows
+    with the pictures of all ranks, not with their square.
 
     Args:
         config: ``loss.image_text``.
@@ -52,7 +53,7 @@ class ITCLoss(nn.Module):
         """Nothing is carried between micro-steps."""
 
     def forward(self, output: ModelOutput, batch: Batch) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """This rank's share, whose mean over ranks is the global value; terms ``itc`` and ``temperature``, detached."""
+        """This rank's share, whose mean over ranks is the global value; terms ``itc``, ``itc_temperature``."""
         sides = output.image_text
         pairs = gather_pairs(sides, batch, self.gather)
         share = contrast(
@@ -64,7 +65,7 @@ class ITCLoss(nn.Module):
             world_size=self.world_size,
         )
         temperature = self.log_scale.detach().float().exp().clamp_max(MAX_SCALE).reciprocal().squeeze()
-        return share, {"itc": share.detach(), "temperature": temperature}
+        return share, {"itc": share.detach(), "itc_temperature": temperature}
 
 
 def contrast(
@@ -74,7 +75,7 @@ def contrast(
 
     The gradient is known as soon as the value is. That of picture i is W scale / 2N times the sum over texts j of
     (e^(s_ij - row_i) + e^(s_ij - column_j)) text_j, minus 2 text_i; that of a text has the sides exchanged. So the
-    logarithms of the sums travel, and no gradient does.
+    logarithms of the sums travel, and no gradient does. Tiles are made twice: before the sums of the others, and after.
 
     Args:
         image_IP: unit-length rows, blank ones too.
@@ -93,28 +94,53 @@ def contrast(
         scale = logarithm.exp().clamp_max(MAX_SCALE)
         both_G2P, _ = gather(torch.stack([image, text], dim=1), sizes=pairs.sizes)
         image_GP, text_GP = both_G2P.unbind(dim=1)
-        here_I = torch.arange(len(image), device=image.device)
-        counts_IG = pairs.own.rivals(pairs.everyone)
-        counts_IG[here_I, here_I + pairs.offset] = True
-        # Pictures to all texts, and texts to all pictures: (2, I, G).
-        similar = scale * torch.stack([image @ text_GP.T, text @ image_GP.T])
-        own = similar[:, here_I, here_I + pairs.offset]
-        similar = similar.masked_fill(~counts_IG, -torch.inf)
-        lse = similar.logsumexp(dim=2)
-        shares = (similar - lse.unsqueeze(2)).exp()
-        # Derivative by the logarithm of the scale, per pair.
-        slope_I = ((shares * similar.nan_to_num(neginf=0.0)).sum(dim=2) - own).sum(dim=0) * pairs.real_I
+        block = _Block(image, text, image_GP, text_GP, scale, pairs)
+        lse, own = image.new_zeros(2, len(image)), image.new_zeros(2, len(image))
+        slope_I = image.new_zeros(len(image))
+        for rows, similar, diagonal in block.tiles():
+            lse[:, rows], own[:, rows] = similar.logsumexp(dim=2), similar[diagonal]
+            shares = (similar - lse[:, rows, None]).exp()
+            # Derivative by the logarithm of the scale, per pair.
+            slope_I[rows] = ((shares * similar.nan_to_num(neginf=0.0)).sum(dim=2) - own[:, rows]).sum(dim=0)
+        slope_I *= pairs.real_I
         packed_G3, _ = gather(torch.cat([lse.T, slope_I[:, None]], dim=1), sizes=pairs.sizes)
-        factor = (world_size / (2 * pairs.number.double())).to(similar.dtype)
-        # How column j of the other side's sums pulls at row i.
-        pull = shares + (similar - packed_G3[:, [1, 0]].T.unsqueeze(1)).exp()
-        pull[:, here_I, here_I + pairs.offset] -= 2
-        pull = pull * (factor * scale * pairs.real_I)[:, None]
+        factor = (world_size / (2 * pairs.number.double())).to(image.dtype)
+        image_gradient, text_gradient = torch.zeros_like(image), torch.zeros_like(text)
+        for rows, similar, diagonal in block.tiles():
+            # How column j of the other side's sums pulls at row i.
+            pull = (similar - lse[:, rows, None]).exp() + (similar - packed_G3[:, [1, 0]].T.unsqueeze(1)).exp()
+            pull[diagonal] -= 2
+            pull *= (factor * scale * pairs.real_I[rows])[:, None]
+            image_gradient[rows], text_gradient[rows] = pull[0] @ text_GP, pull[1] @ image_GP
         # All ranks judge by the sum over all: the share of one may lead the other way.
         stuck = (scale >= MAX_SCALE) & (packed_G3[:, 2].sum() < 0)
         slope = torch.where(stuck, 0.0, factor * slope_I.sum())
         value = factor * ((lse - own) * pairs.real_I).sum()
-    return _Known.apply(value, *numbers, pull[0] @ text_GP, pull[1] @ image_GP, slope)
+    return _Known.apply(value, *numbers, image_gradient, text_gradient, slope)
+
+
+class _Block(NamedTuple):
+    """The similarities of this rank's pairs to those of all ranks, made tile by tile."""
+
+    image_IP: Tensor
+    text_IP: Tensor
+    image_GP: Tensor
+    text_GP: Tensor
+    scale: Tensor
+    pairs: AllPairs
+
+    def tiles(self) -> Iterator[tuple[slice, Tensor, tuple[slice, Tensor, Tensor]]]:
+        """(own rows, their similarities, where each row's own pair is in these). Similarities are (2, rows, G), of
+        pictures to all texts and of texts to all pictures; -inf where the two are no rivals."""
+        size = 2 * len(self.image_GP) * self.image_GP.itemsize
+        for rows in row_tiles(len(self.image_IP), size, self.image_GP.device):
+            images, texts = self.image_IP[rows] @ self.text_GP.T, self.text_IP[rows] @ self.image_GP.T
+            counts = self.pairs.own.part(rows).rivals(self.pairs.everyone)
+            here = torch.arange(len(counts), device=counts.device)
+            places = here + rows.start + self.pairs.offset
+            counts[here, places] = True
+            similar = (self.scale * torch.stack([images, texts])).masked_fill_(~counts, -torch.inf)
+            yield rows, similar, (slice(None), here, places)
 
 
 class _Known(torch.autograd.Function):
@@ -135,8 +161,9 @@ class ITMLoss:
     """Image-text matching: is this the picture's own text? About half of the pictures get another post's.
 
     Whose text depends on seed, step and post alone (``draw_texts``): hard ones are drawn by similarity. Texts of all
-    ranks take part: what the fusion reads of them travels, with gradient. Own texts are judged as the tasks saw them;
-    the others take one more pass of the fusion, or of the encoder where that reads the picture too.
+    ranks take part: what the fusion reads of those that replace another (the states of all their tokens) travels to
+    every rank, with gradient, so memory grows with the pictures of all ranks. Own texts are judged as the tasks saw
+    them; the others take one more pass of the fusion, or of the encoder where that reads the picture too.
 
     Every rank runs that pass, with a pair of weight 0 if need be.
 
@@ -192,12 +219,13 @@ class ITMLoss:
         right = right + weight * (others_J2.argmax(dim=1) == OTHER).sum()
         return share, {"itm": share.detach(), "itm_accuracy": (factor * right).to(share.dtype)}
 
-    def _similarity(self, output: ModelOutput, pairs: AllPairs) -> Tensor | None:
+    def _similarity(self, output: ModelOutput, pairs: AllPairs) -> Callable[[slice], Tensor] | None:
         sides = output.image_text
         if not self.hard or sides.text_embeddings_IP is None:
             return None
         texts_GP, _ = self.gather(sides.text_embeddings_IP, sizes=pairs.sizes)
-        return sides.image_embeddings_IP.detach() @ texts_GP.T / self.temperature
+        images_IP = sides.image_embeddings_IP.detach()
+        return lambda rows: images_IP[rows] @ texts_GP.T / self.temperature
 
     def _exchange(
         self, texts: tuple[Tensor, ...], chosen_I: Tensor, pairs: AllPairs

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from comoe.losses.closed_form import TILE_BYTES, TILE_BYTES_ELSEWHERE
 from comoe.protocols import Batch, ImageText
 
 
@@ -28,6 +29,10 @@ class Pairs(NamedTuple):
     """Task of its row, int64, -1 for all; a post may have a row per task."""
     keys_N: Tensor
     """The same number for the same tokens, int64: where two posts say the same, either text is right."""
+
+    def part(self, rows: slice) -> Pairs:
+        """Some of them."""
+        return Pairs(*[numbers_N[rows] for numbers_N in self])
 
     def rivals(self, others: Pairs) -> Tensor:
         """Whether the two are real, of different posts, and of different texts: bool (N, O)."""
@@ -79,7 +84,16 @@ def text_keys(batch: Batch) -> Tensor:
     return (mixed_BL * batch.attention_mask_BL).sum(dim=1)
 
 
-def draw_texts(pairs: AllPairs, similarity_IG: Tensor | None, *, step: int, seed: int, share: float = 0.5) -> Tensor:
+def row_tiles(height: int, row_bytes: int, device: torch.device) -> Iterator[slice]:
+    """Rows, as many at a time as one tile may take (``closed_form.TILE_BYTES``), at least one."""
+    tall = max(1, TILE_BYTES.get(device.type, TILE_BYTES_ELSEWHERE) // max(row_bytes, 1))
+    for row in range(0, height, tall):
+        yield slice(row, min(row + tall, height))
+
+
+def draw_texts(
+    pairs: AllPairs, similarity: Callable[[slice], Tensor] | None, *, step: int, seed: int, share: float = 0.5
+) -> Tensor:
     """Which text takes the place of each picture's own one, for the matching loss.
 
     By numbers that are drawn from seed, step, post and task, so the choice depends neither on the number of ranks nor
@@ -87,7 +101,8 @@ def draw_texts(pairs: AllPairs, similarity_IG: Tensor | None, *, step: int, seed
 
     Args:
         pairs: of all ranks.
-        similarity_IG: a text is drawn with probability in proportion to its exponential; None draws all alike.
+        similarity: some of this rank's pictures -> their similarity to all texts, (pictures, G); a text is drawn with
+            probability in proportion to its exponential. None draws all alike.
         step: optimizer step.
         seed: of the run.
         share: of the pictures that get another text.
@@ -97,14 +112,18 @@ def draw_texts(pairs: AllPairs, similarity_IG: Tensor | None, *, step: int, seed
         other post with another text, and for blank pictures.
     """
     own, everyone = pairs.own, pairs.everyone
-    rivals_IG = own.rivals(everyone)
-    noise_IG = -(
-        -drawn(seed, step, own.posts_N[:, None], own.tasks_N[:, None], everyone.posts_N, everyone.tasks_N).log()
-    ).log()
-    scores_IG = noise_IG if similarity_IG is None else noise_IG + similarity_IG.double()
-    chosen_I = scores_IG.masked_fill(~rivals_IG, -torch.inf).argmax(dim=1)
-    replaced_I = (drawn(seed, step, own.posts_N, own.tasks_N) < share) & rivals_IG.any(dim=1)
-    return torch.where(replaced_I, chosen_I, -1)
+    chosen_I = torch.full_like(own.posts_N, -1)
+    for rows in row_tiles(len(chosen_I), 8 * len(everyone.posts_N), chosen_I.device):
+        some = own.part(rows)
+        numbers = (seed, step, some.posts_N[:, None], some.tasks_N[:, None], everyone.posts_N, everyone.tasks_N)
+        scores = -(-drawn(*numbers).log()).log()
+        if similarity is not None:
+            scores += similarity(rows)
+        rivals = some.rivals(everyone)
+        chosen = scores.masked_fill_(~rivals, -torch.inf).argmax(dim=1)
+        replaced = (drawn(seed, step, some.posts_N, some.tasks_N) < share) & rivals.any(dim=1)
+        chosen_I[rows] = torch.where(replaced, chosen, -1)
+    return chosen_I
 
 
 def mix(*numbers: Tensor | int) -> Tensor:

@@ -126,11 +126,13 @@ class MultiTaskModel(nn.Module):
         return ModelOutput(logits, embeddings, attentions, routings, token_rows_S, picks=picked, image_text=both)
 
     def look(self, batch: Batch) -> Pictures | None:
-        """The pictures as the fusion wants them; the tower runs once per batch."""
+        """The pictures as the fusion wants them, one per row; the tower runs once per batch, on each picture once."""
         if self.fusion is None:
             return None
         assert batch.pixels_I3HW is not None, "the model reads pictures: every batch has one, if only a blank one"
         tokens = batch.pixels_I3HW if self.tower is None else self.tower(batch.pixels_I3HW)
+        if batch.image_numbers_I is not None:
+            tokens = tokens[batch.image_numbers_I]
         return Pictures(self.fusion.project(tokens), batch.image_rows_I)
 
     def read(self, texts: Texts, pictures: Pictures | None, picks: Sequence[Tensor] = ()) -> Reading:

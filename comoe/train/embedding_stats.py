@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from comoe.losses.pairs import text_keys
 from comoe.protocols import Batch, ModelOutput
 from comoe.tasks.catalog import Task
 
@@ -73,14 +74,20 @@ def measure_embeddings(embeddings_NP: Tensor, affinity_NN: Tensor) -> dict[str, 
     return measures
 
 
-def measure_retrieval(text_NP: np.ndarray, image_NP: np.ndarray) -> dict[str, float]:
-    """Share of texts whose nearest picture is their own, and of pictures whose nearest text is, among N pairs."""
+def measure_retrieval(text_NP: np.ndarray, image_NP: np.ndarray, keys_N: np.ndarray) -> dict[str, float]:
+    """Share of texts whose nearest picture is their own, and of pictures whose nearest text is, among N pairs.
+
+    Args:
+        text_NP: unit-length rows.
+        image_NP: row i belongs to text i.
+        keys_N: equal for posts that say the same, whose pictures and texts are then as good as the own ones.
+    """
     similarity_NN = text_NP @ image_NP.T
-    own = np.arange(len(text_NP))
+    _, counts = np.unique(keys_N, return_counts=True)
     return {
-        "text_to_image_at_1": float((similarity_NN.argmax(axis=1) == own).mean()),
-        "image_to_text_at_1": float((similarity_NN.argmax(axis=0) == own).mean()),
-        "chance": 1.0 / len(own),
+        "text_to_image_at_1": float((keys_N[similarity_NN.argmax(axis=1)] == keys_N).mean()),
+        "image_to_text_at_1": float((keys_N[similarity_NN.argmax(axis=0)] == keys_N).mean()),
+        "chance": float(((counts / len(keys_N)) ** 2).sum()),
     }
 
 
@@ -89,31 +96,41 @@ class EmbeddingStats:
 
     Args:
         tasks: all tasks; those whose labels say which posts belong together are looked at.
-        num_posts: posts of the split; of a large one every n-th post is kept.
+        labelled_NT: which post of the split has a label of which task, bool. Of many every n-th one is kept.
     """
 
-    def __init__(self, tasks: Sequence[Task], *, num_posts: int) -> None:
+    def __init__(self, tasks: Sequence[Task], *, labelled_NT: np.ndarray) -> None:
         self._tasks = [task for task in tasks if task.rules.pooled and not task.rules.views]
-        self._stride = max(1, -(-num_posts // MOST_POSTS))
+        self._kept = {
+            task.name: set(_every_nth(np.flatnonzero(labelled_NT[:, number])).tolist())
+            for number, task in enumerate(tasks)
+        }
+        self._shown = set(_every_nth(np.arange(len(labelled_NT))).tolist())
         self._rows: dict[str, dict[int, tuple[np.ndarray, Tensor]]] = {task.name: {} for task in self._tasks}
-        self._pairs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self._pairs: dict[int, tuple[np.ndarray, np.ndarray, int]] = {}
 
     def update(self, output: ModelOutput, batch: Batch) -> None:
         """Add one batch of this rank."""
         posts = batch.row_ids_B.tolist()
-        wanted = [row for row, post in enumerate(posts) if post >= 0 and post % self._stride == 0]
         for task in self._tasks:
             targets = batch.labels[task.name].cpu()
             labelled = task.rules.labelled(targets)
             embeddings = output.embeddings[task.name].detach().float().cpu().numpy()
-            self._rows[task.name] |= {posts[row]: (embeddings[row], targets[row]) for row in wanted if labelled[row]}
+            # A model that has lost its numbers must still be evaluated to the end.
+            usable = labelled.numpy() & np.isfinite(embeddings).all(axis=1)
+            self._rows[task.name] |= {
+                post: (embeddings[row], targets[row])
+                for row, post in enumerate(posts)
+                if usable[row] and post in self._kept[task.name]
+            }
         sides = output.image_text
         if sides is not None and sides.text_embeddings_IP is not None and sides.image_embeddings_IP is not None:
             text = sides.text_embeddings_IP.detach().float().cpu().numpy()
             image = sides.image_embeddings_IP.detach().float().cpu().numpy()
+            keys = text_keys(batch).tolist()
             for number, row in enumerate(sides.rows_I.tolist()):
-                if row in wanted:
-                    self._pairs[posts[row]] = text[number], image[number]
+                if row >= 0 and posts[row] in self._shown:
+                    self._pairs[posts[row]] = text[number], image[number], keys[row]
 
     def summary(self, gather: Callable[[Any], list[Any]]) -> EmbeddingSummary:
         """The measures over all ranks.
@@ -130,6 +147,10 @@ class EmbeddingStats:
         pairs = {post: value for _, share in shares for post, value in share.items()}
         sides = [np.stack(side) for side in zip(*(pairs[post] for post in sorted(pairs)), strict=True)]
         return EmbeddingSummary(found, measure_retrieval(*sides) if len(pairs) > 1 else {})
+
+
+def _every_nth(posts: np.ndarray) -> np.ndarray:
+    return posts[:: max(1, -(-len(posts) // MOST_POSTS))]
 
 
 def _of_task(task: Task, rows: Sequence[tuple[np.ndarray, Tensor]]) -> TaskEmbeddings:

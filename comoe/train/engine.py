@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from comoe.distributed import sum_over_ranks
-from comoe.gradcache import Cached
+from comoe.gradcache import Cached, targets_of
 from comoe.models.balance import BALANCES
 from comoe.protocols import Batch, ModelOutput, StepOutput
 from comoe.schema import Recipe
@@ -79,16 +79,16 @@ class Engine:
         # what the model answers; on a record it finds no place for one, and a step's first gradients would count once
         # for each of its micro-steps.
         clear = getattr(self.deepspeed.optimizer, "clear_lp_grads", lambda: None)
-        batches = [batch.to(self.device) for batch in batches]
         for batch, cached in zip(batches, self._first_pass(batches), strict=True):
-            output: StepOutput = self.deepspeed(batch, cached=cached)
+            output: StepOutput = self.deepspeed(batch.to(self.device), cached=cached)
             # A loss that is not finite must not change a weight, wherever the graph swallows it: the poisoned
             # gradient reaches DeepSpeed's own check, which skips the step on all ranks and clears what was summed.
             clear()
             poison = torch.where(torch.isfinite(output.loss.detach()), 1.0, torch.nan)
             self.deepspeed.backward(output.loss * poison)
             self.deepspeed.step()
-            outputs.append(output)
+            # Texts and pictures wait for nothing any more, and the step may have many micro-batches.
+            outputs.append(replace(output, output=replace(output.output, image_text=None)))
         skipped = self.deepspeed.skipped_steps > skipped_before
         if not skipped:
             self._update_balance([output.output for output in outputs])
@@ -108,8 +108,8 @@ class Engine:
         # The second pass draws the same dropout: nothing else may draw between its micro-batches.
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices), torch.no_grad():
-            passes = [self.deepspeed(batch, embed=True) for batch in batches]
-        return self.objective.contrast(batches, passes)
+            passes = [self.deepspeed(batch.to(self.device), embed=True) for batch in batches]
+        return self.objective.contrast([targets_of(batch).to(self.device) for batch in batches], passes)
 
     @torch.no_grad()
     def forward(self, batch: Batch) -> ModelOutput:

@@ -71,7 +71,7 @@ class Evaluator:
             names, num_layers=len(layers), num_experts=model.config.num_local_experts, layers=layers,
             device=self.engine.device,
         )  # fmt: skip
-        embeddings = EmbeddingStats(self.tasks, num_posts=len(split))
+        embeddings = EmbeddingStats(self.tasks, labelled_NT=split.labelled)
         turn = count()
         with tqdm(
             total=len(batches), desc=name, unit="batch", leave=False, disable=not (is_main() and sys.stderr.isatty())

@@ -13,7 +13,7 @@ from transformers import AutoModel
 from tests.helpers_model import HF_CONFIGS
 from tests.helpers_ranks import run_ranks
 from tests.multiprocess import workers
-from tests.multiprocess.workers import batch_of, build, make_encoder, one_step, posts, recipe_of
+from tests.multiprocess.workers import batch_of, build, make_encoder, make_tower, one_step, posts, recipe_of
 
 pytestmark = pytest.mark.multiprocess
 
@@ -35,6 +35,9 @@ CONTRASTED = {
     "loss__contrastive": {"weight": 0.7, "learn_temperature": True, "queue_size": 64, "queue_warmup": 1},
 }
 CHUNKS = {"accumulation": 4, "loss__contrastive": {**CONTRASTED["loss__contrastive"], "chunk_size": 3}}
+# Both losses between the sides: contrast over all ranks, and texts of one rank beside pictures of another.
+SEEING = {"model__vision__train_tower": True, "loss__balance_weight": 0.0}
+ROUTED = {"model__vision__fusion": "tokens", "model__vision__route_image_tokens": True}
 FORMS: dict[str, dict[str, Any]] = {
     "one expert": {"num_experts": 1, "top_k": 1},
     "softmax": {"gate": "softmax", "top_k": 1},
@@ -53,6 +56,10 @@ CASES: dict[str, tuple[str, dict[str, Any], list[dict[str, Any]]]] = {
             {"stage": 2, **SHARED, **CHUNKS}, {"stage": 3, **SHARED, **CHUNKS}, {"stage": 1, **CHUNKS},
             {"stage": 2, **SHARED, **CHUNKS, **RECOMPUTED},
         ],
+    ),
+    "pictures": ("bert", SEEING, [{"stage": 3, **SHARED}, {"stage": 1, "parallel__ep_size": 1}]),
+    "image tokens": (
+        "bert", SEEING | ROUTED, [{"stage": 3, **SHARED}, {"stage": 2, **SHARED, **RECOMPUTED}],
     ),
     "frozen": ("bert", {"model__train_layers": "none"}, FROZEN_LAYOUTS),
     "last layer": ("bert", {"model__train_layers": 1}, FROZEN_LAYOUTS),
@@ -74,11 +81,16 @@ CASES: dict[str, tuple[str, dict[str, Any], list[dict[str, Any]]]] = {
 @pytest.fixture(scope="module")
 def encoders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folders = {"bert": make_encoder(tmp_path_factory.mktemp("bert"))}
+    folders["tower"] = make_tower(tmp_path_factory.mktemp("tower"))
     for family in FAMILIES:
         torch.manual_seed(1)
         folders[family] = str(tmp_path_factory.mktemp(family))
         AutoModel.from_config(HF_CONFIGS[family]).save_pretrained(folders[family])
     return folders
+
+
+def in_folders(options: dict[str, Any], folders: dict[str, str]) -> dict[str, Any]:
+    return options | ({"model__vision__tower": folders["tower"]} if "model__vision__train_tower" in options else {})
 
 
 def run_all(work: list[tuple[str, dict[str, Any]]]) -> list[dict[str, Any]]:
@@ -87,13 +99,14 @@ def run_all(work: list[tuple[str, dict[str, Any]]]) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def one_process(encoders: dict[str, str]) -> dict[str, Any]:
-    work = [(encoders[encoder], {"stage": 1, **options}) for encoder, options, _ in CASES.values()]
+    cases = [(encoder, {"stage": 1, **options}) for encoder, options, _ in CASES.values()]
+    work = [(encoders[encoder], in_folders(options, encoders)) for encoder, options in cases]
     return dict(zip(CASES, run_ranks(f"{HERE}:run_all", 1, work=work)[0], strict=True))
 
 
 @pytest.fixture(scope="module")
 def two_ranks(encoders: dict[str, str]) -> dict[str, list[Any]]:
-    work = [(name, encoders[encoder], options | layout)
+    work = [(name, encoders[encoder], in_folders(options | layout, encoders))
             for name, (encoder, options, layouts) in CASES.items() for layout in layouts]  # fmt: skip
     answers: dict[str, list[Any]] = {name: [] for name in CASES}
     found = run_ranks(f"{HERE}:run_all", 2, timeout=600, work=[case[1:] for case in work])[0]

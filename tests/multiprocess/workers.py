@@ -51,14 +51,16 @@ def posts(step: int, count: int = 12) -> list[dict[str, Any]]:
             "heat": float(rng.normal()) if row % 2 else float("nan"),
             "topic": int(rng.integers(0, 2)) if row < 5 else IGNORED,
             "spans": rng.integers(0, 3, length) if row % 4 == 1 else np.full(length, IGNORED),
+            "picture": None if row % 3 == 1 else np.random.default_rng([step, row]).normal(size=(3, 16, 16)).astype("f"),
         })  # fmt: skip
     return made
 
 
-def batch_of(rows: list[dict[str, Any]]) -> Batch:
-    """Pad to the longest row; a filler row where there is none."""
+def batch_of(rows: list[dict[str, Any]], *, step: int = 0) -> Batch:
+    """Pad to the longest row; a filler row where there is none, and a blank picture likewise."""
     rows = rows or [{"ids": np.array([3, 4]), "row": -1, "mood": IGNORED, "heat": float("nan"), "topic": IGNORED,
-                     "spans": np.full(2, IGNORED)}]  # fmt: skip
+                     "spans": np.full(2, IGNORED), "picture": None}]  # fmt: skip
+    seen = [number for number, row in enumerate(rows) if row["picture"] is not None]
     longest = max(len(row["ids"]) for row in rows)
 
     def padded(key: str, value: int) -> torch.Tensor:
@@ -77,6 +79,11 @@ def batch_of(rows: list[dict[str, Any]]) -> Batch:
         task_ids_B=torch.tensor([row["row"] % len(TASKS) for row in rows]),
         row_ids_B=torch.tensor([row["row"] for row in rows]),
         labels=labels,
+        pixels_I3HW=torch.from_numpy(
+            np.stack([rows[number]["picture"] for number in seen] or [np.zeros((3, 16, 16), dtype=np.float32)])
+        ),
+        image_rows_I=torch.tensor(seen or [-1]),
+        step=step,
     )
 
 
@@ -88,8 +95,21 @@ def shares(step: int, *, rank: int, world_size: int, accumulation: int, count: i
     for chunk in chunks:
         cuts = np.linspace(0, 1, world_size + 1) ** 1.7 * len(chunk)
         low, high = round(cuts[rank]), round(cuts[rank + 1])
-        out.append(batch_of([everything[index] for index in chunk[low:high]]))
+        out.append(batch_of([everything[index] for index in chunk[low:high]], step=step))
     return out
+
+
+def make_tower(folder: Path) -> str:
+    """A vision transformer of one layer with random weights."""
+    from transformers import ViTConfig, ViTModel
+
+    torch.manual_seed(8)
+    config = ViTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=16, patch_size=8,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    ViTModel(config, add_pooling_layer=False).save_pretrained(folder)
+    return str(folder)
 
 
 def recipe_of(encoder: str, **changes: Any) -> Any:

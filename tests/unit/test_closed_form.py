@@ -75,12 +75,25 @@ def same(a, b):
 LABELS = torch.tensor([0, 1, 0, 1, 2, 0, 0, 1, 1, 0, 3, 0.0], dtype=torch.float64)[:, None]
 NUMBERS = torch.tensor([0.1, 2, -1, 0.1, 5, 0.3, 0, -4, 1, 1, 30, 0.2], dtype=torch.float64)[:, None]
 PAST = dict(past=unit_rows(5, seed=7), pairs=((0, 3, 3, 11), (12, 14, 16, 13)))
+COPIES = ((0, 5, 0, 9, 5, 9, 3, 7), (5, 0, 9, 0, 9, 5, 7, 3))
+COPIES_OF_NUMBERS = ((4, 10, 8, 9), (10, 4, 9, 8))
+TWICE_FAR = NUMBERS.index_fill(0, torch.tensor([4]), 30.0)
 CASES = {
     "labels": dict(keys=LABELS),
     "numbers": dict(keys=NUMBERS, affinity=partial(difference, 0.5)),
     "labels and a queue": dict(keys=LABELS, past_keys=LABELS[[0, 5, 3, 9, 3]], **PAST),
     "numbers and a queue": dict(
         keys=NUMBERS, affinity=partial(difference, 0.5), past_keys=NUMBERS[[0, 11, 3, 9, 3]], **PAST
+    ),
+    "labels and copies": dict(keys=LABELS, pairs=COPIES),
+    # 30 is far from all others: rows 4 and 10 have positives of next to no weight alone, and no other of their key.
+    "numbers and copies": dict(keys=TWICE_FAR, affinity=partial(difference, 0.5), pairs=COPIES_OF_NUMBERS),
+    "numbers, copies and a queue": dict(
+        keys=TWICE_FAR,
+        affinity=partial(difference, 0.5),
+        past=unit_rows(4, seed=7),
+        past_keys=TWICE_FAR[[4, 0, 8, 4]],
+        pairs=tuple(a + b for a, b in zip(COPIES_OF_NUMBERS, ((4, 10, 4, 10), (12, 12, 15, 15)), strict=True)),
     ),
 }
 

@@ -115,6 +115,7 @@ def test_an_override_of_a_text_is_taken_word_for_word(written):
         ("model.moe.layers=[1,1]", "model.moe.layers is [1, 1]; it must be"),
         ("model.train_layers=0", "model.train_layers is 0; it must be all, none, or the number of last layers"),
         ("model.train_layers=last", "model.train_layers is 'last'; it must be all, none, or the number of last"),
+        ("loss.image_text.temperature=0.005", "loss.image_text.temperature is 0.005; it must be at least 0.01."),
         ("loss.task_separation_weight=-1", "loss.task_separation_weight is -1.0; it must be at least 0."),
         ("train.activation_checkpointing=1", "train.activation_checkpointing is 1; it must be true or false."),
         ("model.moe.expert_width=wide", "model.moe.expert_width is 'wide'; it must be at least 1, or auto."),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from comoe.losses import contrastive
 from comoe.losses.contrastive import ContrastiveLoss
@@ -83,18 +85,35 @@ def test_a_task_without_rows_still_gives_its_temperature_a_gradient():
 
 
 def test_a_temperature_at_its_floor_can_only_rise():
-    loss = ContrastiveLoss(
-        (MOOD,), ContrastiveConfig(learn_temperature=True), width=WIDTH, gather=contrastive.alone, world_size=1
-    )
+    loss, rows = loss_of((MOOD,), learn_temperature=True), random_rows(4, tasks=(MOOD,))
     with torch.no_grad():
         loss.scales.log_scales_T.fill_(9.0)
-    assert loss.scales().item() == pytest.approx(100.0)
-    for gradient, passed in ((-1.0, False), (1.0, True)):
+    assert loss.scales().item() == 100.0
+    rows["z/mood"] = F.normalize(torch.eye(2, WIDTH, dtype=torch.float64)[[0, 0, 1, 1]] + 3.0, dim=1)
+    for labels, passed in (([0, 0, 1, 1], False), ([0, 1, 0, 1], True)):
         loss.zero_grad()
-        (gradient * loss.scales()).sum().backward()
+        rows["label/mood"] = torch.tensor(labels)
+        call(loss, rows)[0].backward()
         slope = loss.scales.log_scales_T.grad.item()
-        # The gradient is that of exp before it was cut: only its sign matters.
         assert slope > 0 if passed else slope == 0.0
+
+
+def test_copies_of_a_post_are_neither_positives_nor_rivals_of_each_other():
+    rows = random_rows(3, tasks=(MOOD,))
+    rows["label/mood"] = torch.tensor([0, 0, 1])
+    rows["posts"][1] = rows["posts"][0]
+    assert call(loss_of((MOOD,)), rows)[0] == 0.0, "no other post has the label"
+    twice = random_rows(4, tasks=(MOOD,))
+    twice["label/mood"] = torch.tensor([0, 0, 0, 1])
+    twice["posts"][1] = twice["posts"][0]
+    assert check(loss_of((MOOD,)), twice, (MOOD,))["positives_per_anchor/mood"] == pytest.approx((1 + 1 + 2) / 3)
+
+
+def test_learned_temperatures_of_a_model_in_bf16_are_computed_in_float32_from_the_rounded_parameter():
+    scales = loss_of((MOOD,), learn_temperature=True, temperature=0.07).scales.bfloat16()
+    assert scales().dtype == torch.float32
+    # 1 / 0.07 = e^2.659; bf16 has 2.65625.
+    assert scales().item() == pytest.approx(math.exp(2.65625), rel=1e-6)
 
 
 @pytest.mark.parametrize("where", ["config", "task"])

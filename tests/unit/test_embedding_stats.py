@@ -12,7 +12,7 @@ import torch
 from comoe.protocols import ImageText, ModelOutput
 from comoe.train.embedding_plots import MAX_COLOURED, embedding_figure, principal_plane
 from comoe.train.embedding_stats import EmbeddingStats, measure_embeddings, measure_retrieval
-from tests.helpers_model import HEAT, MOOD, SIGNS, TASKS, WORDS, random_batch
+from tests.helpers_model import HEAT, MOOD, SIGNS, TASKS, TOPIC, WORDS, random_batch
 
 
 def unit(*degrees: float) -> torch.Tensor:
@@ -46,8 +46,11 @@ def test_retrieval_counts_both_directions():
     text = np.eye(3)
     # The first two pictures look like the first text, the third like its own.
     image = np.array([[1.0, 0.0, 0.0], [0.9, 0.1, 0.0], [0.0, 0.0, 1.0]])
-    found = measure_retrieval(text, image)
+    found = measure_retrieval(text, image, np.array([5, 6, 7]))
     assert found == pytest.approx({"text_to_image_at_1": 1.0, "image_to_text_at_1": 2 / 3, "chance": 1 / 3})
+    # The second post says what the first one does, so the first text is as good as its own.
+    found = measure_retrieval(text, image, np.array([5, 5, 7]))
+    assert found == pytest.approx({"text_to_image_at_1": 1.0, "image_to_text_at_1": 1.0, "chance": 5 / 9})
 
 
 def answer(batch, *, seed: int = 0, sides: ImageText | None = None) -> ModelOutput:
@@ -64,18 +67,19 @@ def answer(batch, *, seed: int = 0, sides: ImageText | None = None) -> ModelOutp
 def test_two_ranks_measure_what_one_process_does():
     batch = random_batch(rows=8)
     output = answer(batch)
-    whole = EmbeddingStats(TASKS, num_posts=8)
+    everyone = np.ones((8, len(TASKS)), dtype=bool)
+    whole = EmbeddingStats(TASKS, labelled_NT=everyone)
     whole.update(output, batch)
     expected = whole.summary(lambda own: [own])
     assert set(expected.tasks) == {MOOD.name, "topic", HEAT.name, SIGNS.name} and WORDS.name not in expected.tasks
 
     shares = []
     for rows in (torch.tensor([5, 1, 7]), torch.tensor([0, 2, 3, 4, 6])):
-        stats = EmbeddingStats(TASKS, num_posts=8)
+        stats = EmbeddingStats(TASKS, labelled_NT=everyone)
         part = replace(output, embeddings={name: points[rows] for name, points in output.embeddings.items()})
         stats.update(part, batch.take(rows))
         stats.summary(lambda own: [shares.append(own) or own])
-    found = EmbeddingStats(TASKS, num_posts=8).summary(lambda own: shares)
+    found = EmbeddingStats(TASKS, labelled_NT=everyone).summary(lambda own: shares)
     for name, view in expected.tasks.items():
         assert found.tasks[name].measures == pytest.approx(view.measures)
         np.testing.assert_array_equal(found.tasks[name].points, view.points)
@@ -85,8 +89,8 @@ def test_two_ranks_measure_what_one_process_does():
 def test_filler_rows_posts_without_label_and_blank_pictures_are_left_out():
     batch = random_batch(rows=4)
     batch.labels["mood"][1] = -100
-    sides = ImageText(torch.tensor([0, 2, -1]), torch.eye(3), torch.eye(3))
-    stats = EmbeddingStats((MOOD,), num_posts=4)
+    sides = ImageText(torch.tensor([0, 2, -1]), torch.eye(3), torch.eye(3), None, (), lambda others, numbers: numbers)
+    stats = EmbeddingStats((MOOD,), labelled_NT=np.ones((4, 1), dtype=bool))
     stats.update(answer(batch, sides=sides), batch)
     filler = replace(random_batch(rows=1), row_ids_B=torch.tensor([-1]))
     stats.update(answer(filler), filler)
@@ -95,11 +99,25 @@ def test_filler_rows_posts_without_label_and_blank_pictures_are_left_out():
     assert found.retrieval == {"text_to_image_at_1": 1.0, "image_to_text_at_1": 1.0, "chance": 0.5}
 
 
-def test_of_a_large_split_every_nth_post_is_kept():
-    stats = EmbeddingStats((MOOD,), num_posts=4000)
-    batch = replace(random_batch(rows=6), row_ids_B=torch.tensor([0, 1, 2, 3, 6, 7]))
+def test_of_many_labelled_posts_every_nth_is_kept_and_of_few_all():
+    labelled = np.zeros((9000, 2), dtype=bool)
+    labelled[:4500, 0] = labelled[::1000, 1] = True
+    stats = EmbeddingStats((MOOD, TOPIC), labelled_NT=labelled)
+    batch = replace(random_batch(rows=6), row_ids_B=torch.tensor([0, 1, 2, 3, 6, 1000]))
     stats.update(answer(batch), batch)
-    assert len(stats.summary(lambda own: [own]).tasks["mood"].labels) == 3
+    found = stats.summary(lambda own: [own]).tasks
+    assert len(found["mood"].labels) == 3 and len(found["topic"].labels) == 2
+
+
+def test_a_model_that_has_lost_its_numbers_is_still_measured_on_the_rest():
+    batch = random_batch(rows=5)
+    output = answer(batch)
+    output.embeddings["mood"][2] = torch.nan
+    stats = EmbeddingStats((MOOD,), labelled_NT=np.ones((5, 1), dtype=bool))
+    stats.update(output, batch)
+    view = stats.summary(lambda own: [own]).tasks["mood"]
+    assert len(view.labels) == 4 and all(math.isfinite(value) for value in view.measures.values())
+    embedding_figure(view.points, view.labels, title="x")
 
 
 def test_the_plane_is_that_of_the_largest_variance():

@@ -52,6 +52,25 @@ def test_a_post_without_picture_gets_the_answer_of_its_text_alone(fusion):
 
 
 @pytest.mark.parametrize("fusion", FUSED)
+def test_a_picture_of_several_rows_goes_through_the_tower_once_and_counts_for_each(fusion):
+    """The rows of a post under ``route_by: both``: the same answers and gradients as with a copy for each row."""
+    model = seeing_model(fusion, train_tower=True, moe=moe_config(route_by="both"), image_text=BOTH).eval()
+    batch = seeing_batch()
+    distinct, numbers = batch.pixels_I3HW[:2], torch.tensor([1, 1, 0, 1])
+    seen = []
+    if fusion != "vilt":
+        model.tower.register_forward_hook(lambda module, given, answer: seen.append(len(given[0])))
+    results = []
+    for pixels, places in ((distinct[numbers], None), (distinct, numbers)):
+        model.zero_grad()
+        output = model(replace(batch, pixels_I3HW=pixels, image_numbers_I=places))
+        every_number(output).backward()
+        results.append((output.logits, {name: weight.grad for name, weight in model.named_parameters()}))
+    torch.testing.assert_close(results[1], results[0], atol=1e-4, rtol=1e-4)
+    assert seen == ([] if fusion == "vilt" else [4, 2])
+
+
+@pytest.mark.parametrize("fusion", FUSED)
 @pytest.mark.parametrize("route_image_tokens", [False, True])
 def test_an_answer_does_not_depend_on_the_other_posts_of_the_batch(fusion, route_image_tokens):
     model = seeing_model(fusion, route_image_tokens=route_image_tokens).eval()

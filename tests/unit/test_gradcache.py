@@ -82,8 +82,8 @@ def test_the_second_pass_repeats_dropout_and_routing_of_the_first_and_counts_loa
         for name, embeddings in first[0].embeddings.items():
             torch.testing.assert_close(output.output.embeddings[name].detach(), embeddings)
         torch.testing.assert_close(output.output.views["words"].detach(), first[0].views["words"])
-        for before, after in zip(first[0].routings, output.output.routings, strict=True):
-            assert torch.equal(before.indices_Sk, after.indices_Sk)
+        for before_Sk, after in zip(first[0].picks, output.output.routings, strict=True):
+            assert torch.equal(before_Sk, after.indices_Sk)
     # The engine takes the loads from these outputs: each real token once per layer, k routes each.
     tokens = int(batch.attention_mask_BL.sum())
     for layer in range(3):
@@ -92,6 +92,20 @@ def test_the_second_pass_repeats_dropout_and_routing_of_the_first_and_counts_loa
     first = passes[-1][0]
     labelled = first.views["words"].norm(dim=1) > 0
     assert labelled.any() and not torch.allclose(first.views["words"][labelled], first.embeddings["words"][labelled])
+
+
+def test_the_first_pass_keeps_embeddings_and_picks_alone():
+    """They are kept for the whole step: states, logits or pictures would be what the cache is there to save."""
+    objective = tiny_objective(tasks=TASKS, loss=LOSS).train()
+    batch = chunks_of(random_batch(rows=ROWS, tasks=TASKS), ROWS)[0]
+    with torch.no_grad():
+        answers = objective(batch, embed=True)
+    tokens = int(batch.attention_mask_BL.sum())
+    for answer in answers:
+        held = [*answer.embeddings.values(), *answer.views.values(), *answer.picks, answer.token_rows_S]
+        assert sum(tensor.numel() for tensor in answer.picks) == 3 * 2 * tokens
+        assert sum(tensor.numel() for tensor in held[: -len(answer.picks) - 1]) <= (len(TASKS) + 1) * ROWS * 8
+        assert not answer.logits and not answer.routings and answer.image_text is None and not answer.attentions
 
 
 def test_a_near_tie_between_experts_is_not_decided_another_way():
@@ -105,7 +119,7 @@ def test_a_near_tie_between_experts_is_not_decided_another_way():
         layer.mixture.gate.e_score_correction_bias += torch.tensor([9.0, -9.0, 9.0, -9.0])
     moved = objective(batches[0]).output.routings[0].indices_Sk
     replayed = objective(batches[0], cached=cached[0]).output.routings[0].indices_Sk
-    assert torch.equal(replayed, passes[0][0].routings[0].indices_Sk) and not torch.equal(replayed, moved)
+    assert torch.equal(replayed, passes[0][0].picks[0]) and not torch.equal(replayed, moved)
 
 
 def test_a_micro_batch_without_posts_takes_part():

@@ -7,8 +7,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from comoe.distributed import gather_detached, gather_rows
+from comoe.losses import closed_form
 from comoe.losses.image_text import ITCLoss, ITMLoss, contrast
 from comoe.losses.pairs import AllPairs, Pairs, draw_texts, drawn, gather_pairs, text_keys
 from comoe.schema import ImageTextConfig
@@ -88,6 +91,39 @@ def test_the_contrasts_gradient_is_that_of_the_written_formula(case, log_scale, 
         assert abs(found[2] - expected[2]) < close * scale
 
 
+class Largest(TorchDispatchMode):
+    """Bytes of the largest tensor that was made."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        found = function(*arguments, **(options or {}))
+        self.bytes = max([self.bytes] + [t.nbytes for t in tree_leaves(found) if isinstance(t, torch.Tensor)])
+        return found
+
+
+@pytest.mark.parametrize("tile_bytes", [1, 5 * 2 * 200 * 8])
+def test_tiles_change_nothing_and_no_tensor_grows_with_the_square_of_the_pictures(tile_bytes, monkeypatch):
+    pairs = pairs_of([*range(100), *range(98), -1, 7], keys=[number // 2 for number in range(200)])
+    numbers = [unit(200, seed=1), unit(200, seed=2), torch.tensor([2.0], dtype=torch.float64, requires_grad=True)]
+    images, texts = (rows.detach() for rows in numbers[:2])
+
+    def everything():
+        value = contrast(*numbers, pairs, gather=gather_detached, world_size=1)
+        chosen = draw_texts(pairs, lambda rows: images[rows] @ texts.T, step=1, seed=1)
+        return value, torch.autograd.grad(value, numbers), chosen
+
+    whole = everything()
+    monkeypatch.setitem(closed_form.TILE_BYTES, "cpu", tile_bytes)
+    with Largest() as largest:
+        tiled = everything()
+    torch.testing.assert_close(tiled, whole, atol=1e-13, rtol=1e-12)
+    # (G, 2 P) of the gather, or a tile of one row at least.
+    assert largest.bytes <= max(200 * 16 * 8, 2 * 200 * 8, tile_bytes)
+
+
 def test_above_its_limit_the_temperature_only_takes_a_gradient_that_leads_back():
     high = torch.tensor([math.log(100.0) + 0.1], dtype=torch.float64, requires_grad=True)
     pairs = pairs_of(range(4))
@@ -113,7 +149,7 @@ def test_the_contrast_learns_its_temperature_and_both_projections():
     loss = ITCLoss(BOTH, gather=gather_detached, world_size=1)
     value, terms = loss(model(seeing_batch()), seeing_batch())
     value.backward()
-    assert terms["temperature"] == pytest.approx(0.07) and terms["itc"] == value
+    assert terms["itc_temperature"] == pytest.approx(0.07) and terms["itc"] == value
     assert loss.log_scale.grad.any() and model.image_text.text.weight.grad.any()
     assert model.image_text.image.weight.grad.any() and model.fusion.image.linear.weight.grad.any()
 
@@ -145,7 +181,7 @@ def test_draws_are_even_and_repeat():
 def test_no_pair_gets_its_own_text_or_one_that_says_the_same(hard):
     posts = [3, 3, 8, 9, -1, 20, 21, 22]
     pairs = pairs_of(posts, keys=[1, 1, 2, 2, 0, 5, 6, 7], tasks=[0, 1, 0, 0, 0, 0, 0, 0])
-    similarity = torch.eye(8) * 50 if hard else None
+    similarity = (torch.eye(8) * 50).__getitem__ if hard else None
     replaced = 0
     for step in range(200):
         chosen = draw_texts(pairs, similarity, step=step, seed=1)
@@ -163,7 +199,7 @@ def test_a_picture_without_any_other_text_keeps_its_own():
 
 def test_hard_negatives_are_drawn_in_proportion_to_the_exponential_of_their_similarity():
     pairs = pairs_of(range(4))
-    similarity = torch.tensor([0.0, 0.0, 1.0, 2.0]).expand(4, 4)
+    similarity = torch.tensor([0.0, 0.0, 1.0, 2.0]).expand(4, 4).__getitem__
     counts = torch.zeros(4)
     for step in range(6000):
         chosen = int(draw_texts(pairs, similarity, step=step, seed=1, share=1.0)[0])

@@ -110,6 +110,56 @@ def test_a_cell_may_hold_a_path_bytes_a_dict_of_both_or_a_pillow_image(tmp_path:
         locate_image(["a.png"], root=tmp_path)
 
 
+def test_a_pillow_image_that_cannot_be_decoded_is_a_bad_picture() -> None:
+    data = encoded(noise(0, size=(200, 100)), "JPEG")
+    cut, nothing = Image.open(io.BytesIO(data[: len(data) // 2])), Image.new("RGB", (0, 0))
+    for cell in (cut, nothing, Image.new("I;16", (0, 0))):
+        with pytest.raises(BadImage, match=r"is broken \(.+\); save it anew.") as caught:
+            locate_image(cell, root=None)
+        assert caught.value.reason == "broken"
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I", "F"])
+def test_a_deep_grey_pillow_image_is_what_its_file_would_be(mode: str) -> None:
+    values = np.array([[0, 600, 40_000, 65_535]], dtype=np.uint16)
+    file = np.asarray(read_image(encoded(Image.fromarray(values), "PNG"), LIMITS))
+    cell = Image.fromarray(values.astype({"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode]))
+    assert cell.mode == mode
+    assert np.array_equal(np.asarray(read_image(locate_image(cell, root=None), LIMITS)), file)
+    assert file[0, :, 0].tolist() == [0, 2, 155, 255]
+
+
+def test_where_fractions_are_white_follows_from_the_largest() -> None:
+    for values, greys in (([0.2, 0.6], [51, 153]), ([51.0, 153.0], [51, 153]), ([0.0, 1e9], [0, 255])):
+        cell = Image.fromarray(np.array([values], dtype=np.float32))
+        assert np.asarray(read_image(locate_image(cell, root=None), LIMITS))[0, :, 0].tolist() == greys
+
+
+def test_a_colon_alone_makes_no_address(tmp_path: Path) -> None:
+    for name in ("cat:1.png", "2024-01-01T10:20.png", "C:cat.png", "database:1.png"):
+        assert locate_image(name, root=tmp_path) == str(tmp_path / name)
+    for cell in ("https://a.b/c.png", "S3://bucket/c.png", "data:image/png;base64,AA", "FILE:/c.png", "javascript:0"):
+        with pytest.raises(BadImage, match="is an address, and nothing is fetched"):
+            locate_image(cell, root=tmp_path)
+
+
+def test_a_jpeg_is_decoded_no_smaller_than_twice_what_is_wanted() -> None:
+    limits = replace(LIMITS, max_bytes=10**7)
+    photo = Image.effect_noise((400, 240), 60).convert("RGB").resize((400, 240))
+    file = encoded(photo, "JPEG")
+    for wanted, size in ((None, (400, 240)), (61, (400, 240)), (60, (200, 120)), (30, (100, 60)), (1, (50, 30))):
+        assert read_image(file, limits, at_least=wanted).size == size
+    assert read_image(encoded(photo, "PNG"), limits, at_least=30).size == (400, 240)
+    turned = encoded(photo, "JPEG", exif=read_exif(6))
+    assert read_image(turned, limits, at_least=60).size == (120, 200), "the short side, however it is turned"
+
+
+def read_exif(orientation: int) -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return exif
+
+
 def test_a_folder_reached_through_a_link_is_inside_of_itself(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "real" / "a.png").write_bytes(encoded(noise(0), "PNG"))
@@ -151,6 +201,24 @@ def test_a_picture_is_looked_at_once_and_again_only_when_it_changes(
     for file in (tmp_path / "cache").iterdir():
         file.write_text("{")
     assert check(cells, root=tmp_path, cache_dir=tmp_path / "cache") == second, "a damaged cache is no cache"
+
+
+def test_two_picture_columns_of_one_file_are_both_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        for name in ("front.png", "back.png"):
+            (tmp_path / folder / name).write_bytes(encoded(noise(0), "PNG"))
+    looked: list = []
+    whole = image_checks.read_image
+    monkeypatch.setattr(
+        image_checks, "read_image", lambda source, limits: looked.append(source) or whole(source, limits)
+    )
+    settings = {"file": "posts.jsonl", "lines": [1], "limits": LIMITS, "cache_dir": tmp_path / "cache"}
+    for _ in range(2):
+        for column in ("front", "back"):
+            for folder in ("a", "b"):
+                check_images([f"{column}.png"], column=column, root=tmp_path / folder, **settings)
+    assert len(looked) == 4
 
 
 def test_all_ranks_share_the_work_and_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,6 +66,17 @@ def test_a_post_is_drawn_again_the_same_way_and_rare_posts_take_turns():
     assert seen == set(MEMBERS[3].tolist())
 
 
+def test_posts_that_make_room_are_as_often_short_as_long():
+    lengths = np.random.default_rng(0).integers(4, 60, POSTS)
+    plain, filled = sampler(0), sampler(2)
+    gone, there = [], []
+    for step in range(3 * plain.steps_per_epoch):
+        batch = plain.global_batch(step)
+        gone += lengths[np.setdiff1d(batch, filled.global_batch(step))].tolist()
+        there += lengths[batch].tolist()
+    assert len(gone) > 100 and abs(np.mean(gone) - np.mean(there)) < 3
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 5])
 def test_a_pair_is_in_one_micro_step_and_ranks_share_the_same_batch(world_size: int):
     cut = sampler(2, world_size=world_size, micro_batch_size=10 // world_size)

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import gc
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +12,14 @@ from PIL import Image
 from transformers import (
     CLIPImageProcessorPil,
     ConvNextImageProcessorPil,
+    Siglip2ImageProcessorPil,
     SiglipImageProcessorPil,
     ViltImageProcessorPil,
     ViTConfig,
     ViTImageProcessorPil,
 )
 
+from comoe.data import pixels as module
 from comoe.data.batching import Collator, tokenize_split
 from comoe.data.pixels import ImageProcessor, PixelReader, load_image_processor
 from comoe.data.posts import HIDINGS, hidden, join_splits, unlabelled_posts
@@ -119,7 +123,94 @@ def test_a_row_per_task_lists_a_picture_that_is_prepared_once(reader: PixelReade
     made = collator(reader, route_by="task")
     batch = made(split_of(made, [None, encoded(noise(0), "PNG")]), np.array([0, 1]), all_tasks=True)
     assert batch.row_ids_B.tolist() == [0, 0, 1, 1] and batch.image_rows_I.tolist() == [2, 3]
-    assert torch.equal(batch.pixels_I3HW[0], batch.pixels_I3HW[1]) and len(prepared) == 1
+    assert batch.image_numbers_I.tolist() == [0, 0] and len(batch.pixels_I3HW) == len(prepared) == 1
+
+
+def test_rows_know_their_pictures_where_some_are_shared_and_some_went_bad(reader: PixelReader) -> None:
+    a, b, bad = encoded(noise(0), "PNG"), encoded(noise(1), "PNG"), b"text"
+    pixels, rows, numbers = reader.collate([bad, b, None, a, b, bad, a])
+    assert (rows.tolist(), numbers.tolist(), len(pixels)) == ([1, 3, 4, 6], [0, 1, 0, 1], 2)
+    assert np.array_equal(pixels[1].numpy(), reader.processor(noise(0)))
+    pixels, rows, numbers = reader.collate([None, b, a])
+    assert (rows.tolist(), numbers, len(pixels)) == ([1, 2], None, 2)
+    pixels, rows, numbers = reader.collate([bad, None])
+    assert (rows.tolist(), numbers, len(pixels)) == ([-1], None, 1)
+
+
+def test_some_rows_of_a_batch_keep_their_own_pictures_each_once(reader: PixelReader) -> None:
+    made = collator(reader, route_by="task")
+    images = [encoded(noise(0), "PNG"), None, encoded(noise(1), "PNG")]
+    batch = made(split_of(made, images), np.array([0, 1, 2]))
+    assert batch.image_rows_I.tolist() == [0, 1, 4, 5] and batch.image_numbers_I.tolist() == [0, 0, 1, 1]
+    expected = {0: 0, 1: 0, 4: 1, 5: 1}
+    for rows in ([1, 4, 5], [5, 2], [5, 0, 1, 4], [4], [2, 3], [3, 1, 5]):
+        part = batch.take(torch.tensor(rows))
+        again = part.take(torch.arange(len(rows)))
+        for found in (part, again):
+            seen = dict(zip(found.image_rows_I.tolist(), found.image_numbers_I.tolist(), strict=True))
+            posts = {place: expected[row] for place, row in enumerate(rows) if row in expected}
+            assert len(found.pixels_I3HW) == max(1, len(set(posts.values())))
+            assert set(seen) == (set(posts) or {-1})
+            for place, post in posts.items():
+                assert torch.equal(found.pixels_I3HW[seen[place]], batch.pixels_I3HW[post])
+
+
+def test_a_tower_that_reads_patches_is_refused_with_what_to_do() -> None:
+    with pytest.raises(ValueError, match=r"model.vision.tower: .*Siglip2.* shape \(256, 768\), not .* fixed reso"):
+        ImageProcessor(Siglip2ImageProcessorPil(), side=224)
+
+
+@pytest.mark.parametrize(
+    ("inner", "wanted"),
+    [
+        (ViTImageProcessorPil(size={"height": 24, "width": 32}), 32),
+        (CLIPImageProcessorPil(do_resize=False, crop_size={"height": 32, "width": 32}), None),
+        (CLIPImageProcessorPil(size={"shortest_edge": 40}, crop_size={"height": 32, "width": 32}), 40),
+        (ConvNextImageProcessorPil(size={"shortest_edge": 224}, crop_pct=0.875), 256),
+        (ViltImageProcessorPil(), 384),
+    ],
+)
+def test_a_processor_knows_how_much_of_a_picture_it_wants(inner, wanted: int | None) -> None:
+    assert ImageProcessor(inner, side=384).short_side == wanted
+
+
+def test_a_large_jpeg_is_decoded_smaller_and_looks_the_same(reader: PixelReader, monkeypatch) -> None:
+    photo = noise(0, size=(8, 6)).resize((300, 225), Image.Resampling.BICUBIC)
+    sizes = []
+    whole = reader.processor
+    reader.limits = type(LIMITS)(max_bytes=10**6, max_pixels=10**6)
+    monkeypatch.setattr(ImageProcessor, "__call__", spied(sizes, ImageProcessor.__call__))
+    (found,) = reader.read([encoded(photo, "JPEG", quality=95)])
+    assert sizes == [(100 + 50, 113)]
+    assert np.abs(found - whole(photo)).max() < 0.1 < np.abs(found).max()
+
+
+def spied(sizes: list, call):
+    return lambda self, image: sizes.append(image.size) or call(self, image)
+
+
+def test_threads_start_with_the_first_batch_and_end_with_the_reader(monkeypatch: pytest.MonkeyPatch) -> None:
+    log = []
+
+    class Noted(ThreadPoolExecutor):
+        def __init__(self, *args) -> None:
+            log.append("started")
+            super().__init__(*args)
+
+        def shutdown(self, wait: bool = True) -> None:
+            log.append("ended")
+            super().shutdown(wait)
+
+    monkeypatch.setattr(module, "ThreadPoolExecutor", Noted)
+    reader = PixelReader(ImageProcessor(ViTImageProcessorPil(size={"height": 24, "width": 32}), side=24), LIMITS)
+    reader.read([encoded(noise(0), "PNG")])
+    assert log == []
+    for _ in range(2):
+        reader.read([encoded(noise(0), "PNG"), encoded(noise(1), "PNG")])
+    assert log == ["started"]
+    del reader
+    gc.collect()
+    assert log == ["started", "ended"]
 
 
 def test_a_picture_that_went_bad_is_left_out_and_told_once(reader: PixelReader, tmp_path: Path) -> None:

@@ -315,6 +315,7 @@ def test_an_evaluation_that_a_signal_cut_short_is_made_up_for_by_the_resume(tmp_
 def test_a_long_evaluation_stops_after_a_few_batches_when_asked_to() -> None:
     class Split:
         lengths = np.full(64 * 40, 3)
+        labelled = np.ones((64 * 40, 1), dtype=bool)
         texts: list[str] = []
 
         def __len__(self) -> int:
