@@ -16,6 +16,7 @@ from tqdm import tqdm
 from comoe.config import nearest, unknown_name
 from comoe.data.files import RawSplit, read_csv, read_jsonl, read_tsv, text_lines
 from comoe.data.text import is_blank
+from comoe.picture_column import choose_column
 from comoe.predict import Predictor
 from comoe.tasks.catalog import Task
 
@@ -61,8 +62,8 @@ def predict_file(
         tasks: names of the tasks; None is all.
         text_column: column with the post, unless the file is .txt.
         pair_column: column with the second text.
-        image_column: column with the picture, a path from the folder of the file; None takes ``image``, if the file has
-            such a column and the model reads pictures.
+        image_column: column with the picture, a path from the folder of the file; None takes the one of the training
+            posts, or ``image``, if the model reads pictures; a line on stderr tells where the file has neither.
         explain: add the attention weight of each word (jsonl).
         batch_size: posts per forward pass.
         progress: show a progress bar.
@@ -81,7 +82,7 @@ def predict_file(
     chosen = [task for task in predictor.tasks if tasks is None or task.name in tasks]
     writer = writer_of(predictor, chosen)
     posts = read_posts(
-        source, text_column=text_column, pair_column=pair_column, image_column=image_column, default_image=writer.sees
+        source, text_column=text_column, pair_column=pair_column, image_column=image_column, model=predictor
     )
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = target.with_name(f".{target.name}.part")
@@ -105,26 +106,29 @@ def read_posts(
     text_column: str = "text",
     pair_column: str | None = None,
     image_column: str | None = None,
-    default_image: bool = False,
+    model: Predictor | None = None,
 ) -> list[Post]:
     """The posts of a file; a line that cannot be read becomes a post with an error, and keeps its place.
 
-    ``default_image`` takes the column ``image`` where there is one. Lines end at a line feed only. In a .txt file every
-    line is a post; bytes that are not UTF-8 become U+FFFD there.
+    The picture column of ``model`` is read unless ``image_column`` names another. Lines end at a line feed only. In a
+    .txt file every line is a post; bytes that are not UTF-8 become U+FFFD there.
 
     Raises:
-        ValueError: no such file or column, or an ending that is not .txt, .csv, .tsv or .jsonl.
+        ValueError: no such file or column, an ending that is not .txt, .csv, .tsv or .jsonl, or a picture column for a
+            model of texts.
     """
     if not path.is_file():
         raise ValueError(f"--input {path}: there is no such file.")
     ending = path.suffix.lower()
+    trained = None if model is None else model.image_column
     if ending == ".txt":
+        choose_column(trained, asked=image_column, columns=None)
         return [Post(line) for line in text_lines(path)[0]]
     if ending not in TABLES:
         raise ValueError(f"--input {path}: {unknown_name('ending that can be read', ending, ('.txt', *TABLES))}")
     raw = TABLES[ending](path)
-    if image_column is None and default_image and "image" in raw.columns:
-        image_column = "image"
+    if raw.rows:
+        image_column = choose_column(trained, asked=image_column, columns=raw.columns)
     columns = {"--text-column": text_column, "--pair-column": pair_column, "--image-column": image_column}
     for option, column in columns.items():
         if column is not None and raw.rows and column not in raw.columns:

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
+from comoe.beginning import SET_ASIDE
 from comoe.config import recipe_to_yaml, unknown_name
 from comoe.data.batching import Collator, TokenizedSplit, load_tokenizer, tokenize_split
 from comoe.data.corpus import Corpus, load_corpus
@@ -106,7 +107,7 @@ def assemble(
             print_dry_run(named, corpus, plan_run(recipe, layout, model, splits["train"], filled))
         return None
     if is_main():
-        print("\n".join(corpus.report.lines()))
+        print("\n".join(corpus.report.lines(all_in=SET_ASIDE)))
     if on_ready is not None:
         on_ready()
     found = _checkpoint_to_use(folder, resume=resume)

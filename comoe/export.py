@@ -25,6 +25,7 @@ from comoe.data.batching import load_tokenizer
 from comoe.data.pixels import ImageProcessor, load_image_processor
 from comoe.model_card import model_card
 from comoe.models.multitask import MultiTaskModel, build_model
+from comoe.picture_column import column_in_training
 from comoe.schema import DataConfig, ModelConfig, Recipe
 from comoe.tasks.catalog import Task
 
@@ -89,6 +90,8 @@ def export_model(
     if folder.exists() and not _may_replace(folder):
         raise ValueError(f"{folder} exists and is not an export of comoe; choose another folder, or remove it first.")
     config = _config(recipe, tasks, encoder_config, tower_config)
+    images = [task.image for task in recipe.tasks.values()]
+    config["image_column"] = None if image_processor is None else column_in_training(images)
     aside = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
@@ -201,7 +204,6 @@ def _config(
     model["encoder"] = base_model(recipe.model.encoder)
     if recipe.model.vision.tower is not None:
         model["vision"]["tower"] = base_model(recipe.model.vision.tower)
-    tower = {} if tower_config is None else {"tower": _without_path(tower_config)}
     return {
         "architectures": [MultiTaskModel.__name__],
         "model_type": "comoe",
@@ -215,7 +217,7 @@ def _config(
         "model": model,
         "data": {key: value for key, value in dataclasses.asdict(recipe.data).items() if key in DATA_KEYS},
         "encoder": _without_path(encoder_config),
-        **tower,
+        **({} if tower_config is None else {"tower": _without_path(tower_config)}),
     }
 
 
@@ -273,12 +275,9 @@ def _check_fit(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], *, p
 
 
 def _may_replace(folder: Path) -> bool:
-    if not folder.is_dir():
-        return False
-    if not any(folder.iterdir()):
-        return True
     config = folder / CONFIG
-    return config.is_file() and _read_json(config).get("model_type") == "comoe"
+    ours = config.is_file() and _read_json(config).get("model_type") == "comoe"
+    return folder.is_dir() and (ours or not any(folder.iterdir()))
 
 
 def _read_json(path: Path) -> Any:

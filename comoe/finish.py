@@ -13,7 +13,7 @@ import torch
 from comoe.assemble import Run
 from comoe.distributed import barrier, broadcast_object, is_main, max_over_ranks, world_size
 from comoe.evaluate import Evaluation
-from comoe.export import export_checkpoint
+from comoe.export import CONFIG, export_checkpoint
 from comoe.tasks.catalog import Task
 from comoe.train.checkpoint import load_checkpoint
 from comoe.train.folders import best_checkpoint, find_checkpoint
@@ -69,9 +69,16 @@ def print_results(folder: Path, tasks: Sequence[Task]) -> None:
     print()
     print(f"run folder     {folder}")
     print(f"watch          tensorboard --logdir {folder.parent}")
-    print(
-        f"predict        python launch/predict.py --model {folder / 'export'} --input posts.txt --output answers.jsonl"
-    )
+    export = folder / "export"
+    posts = f"--input {_fitting_input(export)} --output answers.jsonl"
+    print(f"predict        python launch/predict.py --model {export} {posts}")
+
+
+def _fitting_input(export: Path) -> str:
+    """Name of a file that can hold what the model reads: plain text has no place for pictures."""
+    config = export / CONFIG
+    sees = config.is_file() and json.loads(config.read_text(encoding="utf-8")).get("image_column") is not None
+    return "posts.jsonl" if sees else "posts.txt"
 
 
 def peak_memory_bytes() -> float:

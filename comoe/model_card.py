@@ -36,7 +36,8 @@ def model_card(
     parts = [
         _front_matter(tasks, config=config, results=results),
         f"# {recipe.run.name}\n\n{_summary(recipe, tasks, config)}",
-        f"## Use\n\n{_usage(tasks)}",
+        *([f"## Pictures\n\n{_pictures(config)}"] if _sees(config) else []),
+        f"## Use\n\n{_usage(tasks, config)}",
         f"## Tasks\n\n{_task_table(tasks)}",
         f"## Measured results\n\n{_results(tasks, results)}",
         f"## Training\n\n{_training(recipe, config, results)}",
@@ -52,7 +53,10 @@ def _front_matter(tasks: Sequence[Task], *, config: Mapping[str, Any], results: 
         "language": config["data"]["normalize"]["language"],
         "tags": ["comoe", "mixture-of-experts", "multi-task", "social-media"],
     }
+    if _sees(config):
+        fields["tags"].append("multimodal")
     if any(not task.rules.per_token for task in tasks):
+        # The hub has no class of its own for classifying text and picture together.
         fields["pipeline_tag"] = "text-classification"
     if HUB_NAME.fullmatch(config["model"]["encoder"]):
         fields["base_model"] = config["model"]["encoder"]
@@ -82,20 +86,48 @@ def _summary(recipe: Recipe, tasks: Sequence[Task], config: Mapping[str, Any]) -
     )
     encoder = f"`{config['model']['encoder']}`, {config['encoder'].get('model_type')}"
     answers = f"{len(tasks)} task{'s' if len(tasks) != 1 else ''}: {', '.join(task.name for task in tasks)}"
-    return f"One encoder ({encoder}) with {experts}. On a social-media post it answers {answers}."
+    post = "social-media post, its text and its picture," if _sees(config) else "social-media post"
+    return f"One encoder ({encoder}) with {experts}. On a {post} it answers {answers}."
 
 
-def _usage(tasks: Sequence[Task]) -> str:
+def _sees(config: Mapping[str, Any]) -> bool:
+    return config.get("image_column") is not None
+
+
+def _pictures(config: Mapping[str, Any]) -> str:
+    """What reads the pictures, how they meet the text, and what the input must look like."""
+    vision, tower = config["model"]["vision"], config.get("tower")
+    reader = (
+        "The encoder reads text and picture together"
+        if tower is None
+        else f"A vision tower (`{vision['tower']}`, {tower.get('model_type')}) reads the picture of a post; what it "
+        f"sees meets the text by fusion `{vision['fusion']}`"
+    )
+    hidden = config["data"].get("hide", "none")
+    return (
+        f"{reader}. In training the column `{config['image_column']}` named the pictures, and prediction reads that "
+        "column too (`--image-column` names another one). A path starts from the folder of the input file. A post "
+        "without a picture, or with one that cannot be read, is answered by its text alone."
+        + (f" This model was trained and answers with the {hidden} of every post hidden." if hidden != "none" else "")
+    )
+
+
+def _usage(tasks: Sequence[Task], config: Mapping[str, Any]) -> str:
+    sees = _sees(config)
+    images = ', images=["img/01.png"]' if sees else ""
+    row = json.dumps({"text": "what a lovely day :)", config["image_column"]: "img/01.png"}) if sees else ""
+    posts = "posts.jsonl" if sees else "posts.txt"
+    write = f"echo '{row}' > posts.jsonl\n" if sees else ""
     return f"""```python
 from comoe.predict import Predictor
 
 predictor = Predictor.from_pretrained("path/to/this/folder")
-answer = predictor(["what a lovely day :)"], explain=True)[0]
+answer = predictor(["what a lovely day :)"]{images}, explain=True)[0]
 print(answer[{json.dumps(tasks[0].name)}])
 ```
 
 ```
-python launch/predict.py --model path/to/this/folder --input posts.txt --output answers.jsonl
+{write}python launch/predict.py --model path/to/this/folder --input {posts} --output answers.jsonl
 ```"""
 
 

@@ -6,8 +6,9 @@ into words by its task's kind.
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from comoe.data.pixels import PixelReader
 from comoe.data.sampling import eval_batches
 from comoe.data.text import is_blank, normalize_post
 from comoe.export import Exported, load_exported
+from comoe.picture_column import USUAL
 from comoe.protocols import Batch, ModelOutput
 from comoe.tasks.catalog import Task
 from comoe.tasks.kinds_sequence import tag_spans
@@ -75,6 +77,11 @@ class Predictor:
         """What the model answers."""
         return tuple(task for task in self.exported.tasks if task.rules.scored)
 
+    @property
+    def image_column(self) -> str | None:
+        """Column of the training posts that named the pictures; None where the model reads none."""
+        return None if self.collator.pixels is None else self.exported.config.get("image_column") or USUAL
+
     def __call__(
         self,
         texts: Sequence[str],
@@ -105,10 +112,10 @@ class Predictor:
             progress: show a progress bar.
 
         Raises:
-            ValueError: no such task; texts, pairs, words and images of different number; images for a model of texts.
+            ValueError: no such task; columns of different number, or that are no lists; images for a model of texts.
         """
         chosen = self._chosen(tasks)
-        texts = list(texts)
+        texts = _listed("texts", texts)
         pairs = _column("pairs", pairs, count=len(texts))
         words = _column("words", words, count=len(texts))
         images = _column("images", images, count=len(texts))
@@ -242,10 +249,16 @@ def _attention(weights_L: np.ndarray, word_ids_L: np.ndarray, *, words: Any) -> 
 
 
 def _column(what: str, values: Sequence[Any] | None, *, count: int) -> list[Any]:
-    values = [None] * count if values is None else list(values)
+    values = [None] * count if values is None else _listed(what, values)
     if len(values) != count:
         raise ValueError(f"there are {count} texts and {len(values)} {what}; give one for each text, or None.")
     return values
+
+
+def _listed(what: str, values: Any) -> list[Any]:
+    if isinstance(values, (str, bytes, os.PathLike)) or not isinstance(values, Iterable):
+        raise ValueError(f"{what} must be a list with one for each text, not a {type(values).__name__}: {what}=[...]")
+    return list(values)
 
 
 def _problem(text: Any, words: Any) -> str:

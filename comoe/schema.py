@@ -59,7 +59,8 @@ class DataConfig:
     """Where posts come from and what is done with bad ones."""
 
     root: str | None = None
-    """Folder that relative task paths start from; null is the recipe's own. ``kit:posts`` is the starter kit."""
+    """Folder that relative task paths start from; null is the recipe's own. ``kit:posts`` is the starter kit,
+    ``smoke:posts`` and ``smoke:drawn_posts`` are generated."""
     max_length: int = 128
     """Longest post in tokens; the rest is cut and counted."""
     limit_per_task: int | None = None
@@ -105,7 +106,7 @@ class TaskConfig:
     kind: str = "single_label"
     """Key of ``comoe.tasks.kinds.KINDS``: single_label, multi_label, regression, tags."""
     format: str = "auto"
-    """Key of ``comoe.data.sources.READERS``: tweeteval, jsonl, csv, tsv, parquet, hub; auto looks at the path."""
+    """Key of ``comoe.data.sources.READERS``: tweeteval, jsonl, csv, tsv, parquet, txt, hub; auto looks at the path."""
     subset: str | None = None
     """Configuration name of a hub data set."""
     splits: dict[str, str] = field(default_factory=dict)

@@ -19,6 +19,7 @@ from comoe.data.rows import Post as LabelledPost
 from comoe.data.sampling import eval_batches
 from comoe.data.sources import RawSplit, open_source, read_split
 from comoe.evaluate import Evaluation, evaluate
+from comoe.picture_column import choose_column
 from comoe.predict import Predictor
 from comoe.schema import TaskConfig
 from comoe.tasks.catalog import Task
@@ -43,7 +44,7 @@ class DataChoice:
     skip_bad: bool = False
     """Leave bad rows out, and count them, instead of stopping at the first."""
     image: str | None = None
-    """Column with the picture; None is ``image``, if there is such a column and the model reads pictures."""
+    """Column with the picture; None is the one of the training posts, or ``image``, if the model reads pictures."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,9 +150,7 @@ def _read(choice: DataChoice, tasks: Sequence[Task], *, predictor: Predictor, re
     raw = read_split(source, "train" if Path(source.path).is_file() else choice.split)
     if raw is None:
         raise ValueError(f"{choice.path}: it has no {choice.split} split; choose another --split or give a file.")
-    image = choice.image
-    if image is None and predictor.collator.pixels is not None and "image" in raw.columns:
-        image = "image"
+    image = choose_column(predictor.image_column, asked=choice.image, columns=raw.columns)
     columns = {task.name: choice.label or ("label" if len(tasks) == 1 else task.name) for task in tasks}
     wanted = {"--text-column": [choice.text], "--pair-column": [choice.pair], "--label-column": [*columns.values()]}
     _check_columns(raw, wanted | {"--image-column": [image]})
@@ -171,8 +170,8 @@ def _read(choice: DataChoice, tasks: Sequence[Task], *, predictor: Predictor, re
         raise ValueError(f"{raw.file} holds no post that can be read.")
     report.set_aside.extend(bad)
     images: Sequence[bytes | str | None] = [None] * len(found)
-    if image is not None and predictor.collator.pixels is not None:
-        reader = ImageReader(replace(predictor.exported.data_config, on_bad_image="text"), report)
+    if image is not None:
+        reader = ImageReader(replace(predictor.exported.data_config, on_bad_image="text"), report, advice={})
         cells, lines = [post.image for _, post in found], [line for line, _ in found]
         _, images = reader.read(cells, file=raw.file, lines=lines, column=image)
     return _posts(raw.file, found, images, tasks=predictor.exported.tasks)

@@ -24,7 +24,7 @@ def main() -> None:
     parser.add_argument("--task", action="append", help="answer this task only; may be repeated")
     parser.add_argument("--text-column", default="text", help="column with the post, unless --input is .txt")
     parser.add_argument("--pair-column", help="column with the second text (stance target, aspect)")
-    parser.add_argument("--image-column", help="column with the picture (default: image, if the model reads pictures)")
+    parser.add_argument("--image-column", help="column with the picture (default: that of training, else image)")
     parser.add_argument("--explain", action="store_true", help="add the attention weight of each word (jsonl)")
     parser.add_argument("--batch-size", type=int, default=64, help="posts per forward pass")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto is a GPU where there is one")

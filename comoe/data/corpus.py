@@ -34,6 +34,9 @@ class Corpus:
 
 _Splits = dict[str, PostSplit]
 
+NO_LABELS = {("txt", "label"): "; plain text has no labels: use it for kind unlabelled, or a .jsonl with labels"}
+"""(format, option of a task) -> more about a column that is not there."""
+
 
 @dataclass(slots=True)
 class _Group:
@@ -168,6 +171,7 @@ def _check_columns(group: _Group, raw: RawSplit, split: str, *, with_images: boo
             if column is not None and column not in raw.columns:
                 guess = nearest(column, raw.columns)
                 hint = f"; did you mean {guess}?" if guess else ""
+                hint += NO_LABELS.get((group.source.format, key), "")
                 raise ValueError(
                     f"tasks.{name}.{key} is {column!r}, but {raw.file} has no such column{hint} "
                     f"(columns: {', '.join(raw.columns)}). Set tasks.{name}.{key} to the right one."

@@ -81,6 +81,14 @@ def read_jsonl(path: Path) -> RawSplit:
     return RawSplit(str(path), rows, numbers, tuple(columns), sorted(bad, key=lambda row: row.line))
 
 
+def read_posts(path: Path) -> RawSplit:
+    """Plain text: one post per line in a column ``text``, no labels; blank lines are passed over."""
+    lines, bad = text_lines(path)
+    damaged = {row.line for row in bad}
+    kept = [number for number, line in enumerate(lines, start=1) if number not in damaged and line.strip()]
+    return RawSplit(str(path), [{"text": lines[number - 1]} for number in kept], kept, ("text",), bad)
+
+
 def read_csv(path: Path, *, delimiter: str = ",", quoting: int = csv.QUOTE_MINIMAL) -> RawSplit:
     """Comma separated, quoted where needed, names of the columns in the first line."""
     lines, bad = text_lines(path)

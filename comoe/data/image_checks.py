@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,8 +21,16 @@ from comoe.data.report import BadRow, DataReport, settle
 from comoe.distributed import all_gather_objects, is_main, rank, world_size
 from comoe.schema import DataConfig
 
+PICTURE = "picture: "
+"""How ``BadRow.reason`` of a bad picture begins."""
 THREADS = min(4, os.cpu_count() or 1)
 """Pictures decoded at the same time: Pillow works outside of the interpreter's lock, and each takes its memory."""
+
+ADVICE = {
+    "missing": "If the paths start elsewhere, set data.image_root.",
+    "outside": "Or set data.image_root to the folder that holds them all.",
+}
+"""Reason of ``BadImage`` -> what to do about it in a recipe."""
 
 Verdict = tuple[str, str, bool]
 """Reason and rule of ``BadImage``, both empty for a good picture; whether it has more frames than one."""
@@ -49,6 +58,7 @@ def check_images(
     limits: ImageLimits,
     cache_dir: Path | None = None,
     progress: bool = False,
+    advice: Mapping[str, str] = ADVICE,
 ) -> CheckedImages:
     """Find and decode the picture of every post; every rank must call it with the same cells, and all get the same.
 
@@ -63,6 +73,7 @@ def check_images(
         limits: of file and picture.
         cache_dir: where verdicts are kept; None keeps none.
         progress: show a bar on rank 0.
+        advice: reason -> what to do besides, at the end of the rule.
     """
     verdicts: dict[Source, Verdict] = {}
     sources: list[Source | None] = []
@@ -71,7 +82,8 @@ def check_images(
 
     def refuse(post: int, reason: str, rule: str) -> None:
         shown = _shown(cells[post])
-        bad[post] = BadRow(file, lines[post], shown, f"column {column}: the picture {rule}", f"picture: {reason}")
+        told = f"column {column}: the picture {rule} {advice.get(reason, '')}".rstrip()
+        bad[post] = BadRow(file, lines[post], shown, told, f"{PICTURE}{reason}")
 
     for post, cell in enumerate(cells):
         try:
@@ -100,14 +112,31 @@ class ImageReader:
         report: gets rows set aside, rows kept without their picture, and notes.
         cache_dir: as in ``check_images``.
         progress: as in ``check_images``.
+        advice: as in ``check_images``.
+
+    Raises:
+        ValueError: ``data.image_root`` is no folder.
     """
 
     def __init__(
-        self, config: DataConfig, report: DataReport, *, cache_dir: Path | None = None, progress: bool = False
+        self,
+        config: DataConfig,
+        report: DataReport,
+        *,
+        cache_dir: Path | None = None,
+        progress: bool = False,
+        advice: Mapping[str, str] = ADVICE,
     ) -> None:
+        root = config.image_root
+        if root is not None and not Path(root).expanduser().is_dir():
+            raise ValueError(
+                f"data.image_root ({root}): there is no such folder; the paths of pictures start from it. Correct it, "
+                "or leave it out where they start from the folder of the file that names them."
+            )
         self.config = config
         self.report = report
-        self._settings = {"limits": limits_of(config), "cache_dir": cache_dir, "progress": progress}
+        settings = {"limits": limits_of(config), "cache_dir": cache_dir, "progress": progress, "advice": advice}
+        self._settings: dict[str, Any] = settings
 
     def read(
         self, cells: Sequence[Any], *, file: str, lines: Sequence[int], column: str
@@ -123,12 +152,23 @@ class ImageReader:
         if found.animated:
             self.report.notes.append(f"{file}: of {found.animated:,} animated pictures the first frame is read")
         bad = [found.bad[row] for row in sorted(found.bad)]
+        self._warn(bad, good=sum(source is not None for source in found.sources), file=file)
         if KEEPS_POST[self.config.on_bad_image]:
             self.report.without_picture.extend(bad)
             return range(len(cells)), found.sources
         usable = [row for row in range(len(cells)) if row not in found.bad]
         settle(bad, usable=len(usable), of=file, on_error="skip", report=self.report)
         return usable, [found.sources[row] for row in usable]
+
+    def _warn(self, bad: Sequence[BadRow], *, good: int, file: str) -> None:
+        """Where most pictures are bad, something is wrong with all of them: a folder, a download."""
+        if len(bad) > good:
+            (reason, count), *_ = Counter(row.reason.removeprefix(PICTURE) for row in bad).most_common(1)
+            first = next(row for row in bad if row.reason == f"{PICTURE}{reason}")
+            self.report.warnings.append(
+                f"{file}: {len(bad):,} of {len(bad) + good:,} pictures are bad, most often ({count:,}) because of: "
+                f"{reason}. The first: {first}"
+            )
 
 
 def limits_of(config: DataConfig) -> ImageLimits:

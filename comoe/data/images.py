@@ -80,7 +80,9 @@ def locate_image(cell: Any, *, root: Path | None) -> Source | None:
     if isinstance(cell, Image.Image):
         return _as_png(cell)
     if not isinstance(cell, (str, os.PathLike)):
-        raise BadImage("wrong cell", f"holds a {type(cell).__name__}; a picture is a path, or the bytes of its file.")
+        name = type(cell).__name__
+        article = "an" if name[0] in "aeiou" else "a"
+        raise BadImage("wrong cell", f"holds {article} {name}; a picture is a path, or the bytes of its file.")
     text = os.fspath(cell)
     if not text.strip():
         return None
@@ -94,7 +96,7 @@ def locate_image(cell: Any, *, root: Path | None) -> Source | None:
     except (OSError, ValueError) as error:
         raise BadImage("wrong cell", f"has a path that no file can have ({_in_words(error)}); correct it.") from error
     if root is not None and not Path(path).is_relative_to(root):
-        raise BadImage("outside", f"leads out of the folder of the pictures, {root}; move it, or set data.image_root.")
+        raise BadImage("outside", f"leads out of the folder of the pictures, {root}; move it there.")
     return path
 
 
@@ -172,7 +174,8 @@ def _read_bytes(source: Source, limit: int) -> bytes:
         except BadImage:
             raise
         except FileNotFoundError as error:
-            raise BadImage("missing", f"is not there ({source}); correct the path or data.image_root.") from error
+            todo = "the path has backslashes; write it with / instead." if "\\" in source else "correct the path."
+            raise BadImage("missing", f"is not there ({source}); {todo}") from error
         except (OSError, ValueError) as error:
             raise BadImage("unreadable", f"cannot be read ({_in_words(error)}).") from error
     else:

@@ -54,8 +54,8 @@ class DataReport:
     warnings: list[str] = field(default_factory=list)
     """What the user should look at."""
 
-    def lines(self) -> list[str]:
-        """The report as lines of text."""
+    def lines(self, *, all_in: str = "") -> list[str]:
+        """The report as lines of text; ``all_in`` is the file that lists every bad row, where one is written."""
         lines = [
             f"data set {name}: " + ", ".join(f"{count:,} {split}" for split, count in splits.items())
             for name, splits in self.posts.items()
@@ -77,8 +77,8 @@ class DataReport:
             for split, (posts, words) in self.truncated.items()
             if posts or words
         ]
-        lines += _listed("set aside", self.set_aside)
-        lines += _listed("kept without their picture", self.without_picture)
+        lines += _listed("set aside", self.set_aside, all_in)
+        lines += _listed("kept without their picture", self.without_picture, all_in)
         return lines + self.notes + [f"warning: {warning}" for warning in self.warnings]
 
     def rows(self) -> list[dict[str, Any]]:
@@ -97,7 +97,7 @@ class DataReport:
         ]
 
 
-def _listed(what: str, rows: list[BadRow]) -> list[str]:
+def _listed(what: str, rows: list[BadRow], all_in: str) -> list[str]:
     """Rows counted by file and reason, the first ones in full."""
     if not rows:
         return []
@@ -106,7 +106,8 @@ def _listed(what: str, rows: list[BadRow]) -> list[str]:
     reasons = Counter(row.reason for row in rows if row.reason != BadRow.reason)
     lines += [f"  {reason}: {count:,}" for reason, count in sorted(reasons.items())]
     lines += [f"  {row}" for row in rows[:SHOWN_ROWS]]
-    return lines + ([f"  and {len(rows) - SHOWN_ROWS:,} more"] if len(rows) > SHOWN_ROWS else [])
+    where = f", all in {all_in}" if all_in else ""
+    return lines + ([f"  and {len(rows) - SHOWN_ROWS:,} more{where}"] if len(rows) > SHOWN_ROWS else [])
 
 
 def settle(bad: list[BadRow], *, usable: int, of: str, on_error: str, report: DataReport) -> None:

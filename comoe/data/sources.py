@@ -11,7 +11,7 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 
-from comoe.data.files import RawSplit, read_csv, read_jsonl, read_mapping, read_tsv, read_tweeteval
+from comoe.data.files import RawSplit, read_csv, read_jsonl, read_mapping, read_posts, read_tsv, read_tweeteval
 from comoe.rules import unknown_name
 
 NAMES: dict[str, tuple[str, ...]] = {
@@ -248,6 +248,7 @@ ENDINGS: dict[str, str] = {
     ".tsv": "tsv",
     ".tab": "tsv",
     ".parquet": "parquet",
+    ".txt": "txt",
 }
 """Ending of a file -> key of ``READERS``."""
 
@@ -257,6 +258,7 @@ READERS: dict[str, Callable[[Source, str], RawSplit | None]] = {
     "csv": _file_reader((".csv",), read_csv),
     "tsv": _file_reader((".tsv", ".tab"), read_tsv),
     "parquet": _file_reader((".parquet",), _read_parquet),
+    "txt": _file_reader((".txt",), read_posts),
     "hub": _read_hub,
 }
 """Format -> reader of one split, None where the data set lacks it."""

@@ -301,6 +301,26 @@ def test_paths_start_from_image_root(tmp_path: Path, rows: list[dict]) -> None:
     assert sum(corpus.report.pictures["."].values()) == 10
 
 
+def test_a_folder_of_pictures_that_is_not_there_is_named(tmp_path: Path, rows: list[dict]) -> None:
+    with pytest.raises(ValueError, match=r"^data.image_root \(.*/nowhere\): there is no such folder; .* Correct"):
+        corpus_of(tmp_path, rows, image_root=str(tmp_path / "nowhere"))
+
+
+def test_more_bad_pictures_than_good_ones_are_a_warning(tmp_path: Path, rows: list[dict]) -> None:
+    assert corpus_of(tmp_path, rows, on_bad_image="text").report.warnings == []
+    moved = [row | {"photo": "img\\\\a.png" if row["photo"] == "good.png" else row["photo"]} for row in rows]
+    report = corpus_of(tmp_path, moved, on_bad_image="text").report
+    (warning,) = [line for line in report.lines() if line.startswith("warning: ")]
+    assert "train.jsonl: 15 of 20 pictures are bad, most often (10) because of: missing. The first: " in warning
+    assert "the path has backslashes" in warning and "set data.image_root" in warning
+
+
+def test_a_long_list_of_bad_rows_says_where_all_of_them_are(tmp_path: Path, rows: list[dict]) -> None:
+    report = corpus_of(tmp_path, rows + rows[:6]).report
+    assert "  and 2 more" in report.lines()
+    assert "  and 2 more, all in set_aside.jsonl" in report.lines(all_in="set_aside.jsonl")
+
+
 def test_all_pictures_bad_is_an_error_that_shows_the_first(tmp_path: Path, rows: list[dict]) -> None:
     with pytest.raises(ValueError, match="no usable post: all 30 rows are bad. The first: .*jsonl:1.*is not there"):
         corpus_of(tmp_path, [row | {"photo": "nowhere.png"} for row in rows])

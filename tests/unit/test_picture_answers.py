@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,9 @@ from comoe.answers import predict_file
 from comoe.data.batching import load_tokenizer
 from comoe.data.pixels import PixelReader, load_image_processor
 from comoe.export import export_model
+from comoe.model_card import model_card
 from comoe.models.multitask import build_model
+from comoe.picture_column import column_in_training
 from comoe.predict import Predictor
 from comoe.schema import DataConfig, ModelConfig, MoeConfig, Recipe, TaskConfig, VisionConfig
 from comoe.scoring import DataChoice, format_scores, score_data
@@ -94,6 +97,69 @@ def test_a_file_of_posts_names_pictures_beside_it(predictor: Predictor, tmp_path
         predict_file(predictor, tmp_path / "posts.csv", tmp_path / "out.csv", image_column="photo", progress=False)
 
 
+def test_the_column_of_training_is_read_and_its_absence_is_said(
+    predictor: Predictor, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.png").write_bytes(encoded(noise(0), "PNG"))
+    alone, seen = predictor(["nice day"] * 2, images=[None, tmp_path / "a.png"])
+
+    def answered(name: str, text: str) -> tuple[float, str]:
+        (tmp_path / name).write_text(text)
+        predict_file(predictor, tmp_path / name, tmp_path / "out.jsonl", progress=False)
+        return score_of(json.loads((tmp_path / "out.jsonl").read_text())), capsys.readouterr().err
+
+    assert predictor.image_column == "photo"
+    for column in ("photo", "image"):
+        score, said = answered("posts.csv", f"text,{column}\nnice day,a.png\n")
+        assert score == pytest.approx(score_of(seen), abs=1e-6) and said == ""
+    for name, text, there in (
+        ("posts.jsonl", '{"text": "nice day", "picture": "a.png"}\n', "it has text, picture"),
+        ("posts.txt", "nice day\n", "it is a .txt"),
+    ):
+        score, said = answered(name, text)
+        assert score == pytest.approx(score_of(alone), abs=1e-6)
+        line = f"this model reads pictures; the input has no column photo; {there}: answering by the text alone"
+        assert said.startswith(line) and said.count("\n") == 1
+    (tmp_path / "test.jsonl").write_text('{"text": "nice", "label": "good"}\n{"text": "ill", "label": "bad"}\n')
+    score_data(predictor, DataChoice(str(tmp_path / "test.jsonl")), progress=False)
+    assert "the input has no column photo; it has text, label: answering by the text" in capsys.readouterr().err
+    (tmp_path / "posts.txt").write_text("nice day\n")
+    with pytest.raises(ValueError, match="--image-column photo: a .txt file has no columns"):
+        predict_file(predictor, tmp_path / "posts.txt", tmp_path / "out", image_column="photo", progress=False)
+
+
+def test_an_export_of_before_reads_the_usual_column(predictor: Predictor) -> None:
+    config = {key: value for key, value in predictor.exported.config.items() if key != "image_column"}
+    older = Predictor(replace(predictor.exported, config=config), predictor.collator, predictor.device)
+    assert older.image_column == "image"
+
+
+def test_the_commonest_picture_column_of_the_tasks_is_remembered() -> None:
+    assert column_in_training(["a", "photo", None, "photo"]) == "photo" and column_in_training([None]) == "image"
+
+
+def test_the_card_tells_what_reads_the_pictures_and_how_to_give_them(predictor: Predictor) -> None:
+    exported = predictor.exported
+    tower = exported.config["model"]["vision"]["tower"]
+    recipe = Recipe(model=exported.model_config, tasks={"mood": TaskConfig(path="mood.jsonl", image="photo")})
+    card = model_card("export", recipe=recipe, tasks=[MOOD], config=exported.config, results=None)
+    kind = exported.config["tower"]["model_type"]
+    for words in (
+        f"A vision tower (`{tower}`, {kind}) reads the picture",
+        "by fusion `attention`",
+        "the column `photo` named the pictures",
+        'images=["img/01.png"]',
+        '"photo": "img/01.png"}\' > posts.jsonl',
+        "--input posts.jsonl",
+        "its text and its picture, it answers 1 task: mood",
+        '"multimodal"]',
+    ):
+        assert words in card
+    both = {key: value for key, value in exported.config.items() if key != "tower"}
+    single = model_card("export", recipe=recipe, tasks=[MOOD], config=both, results=None)
+    assert "The encoder reads text and picture together." in single
+
+
 def test_scores_say_how_many_pictures_were_bad(predictor: Predictor, tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(encoded(noise(0), "PNG"))
     photos = ["a.png", "b.png", None]
@@ -108,10 +174,31 @@ def test_scores_say_how_many_pictures_were_bad(predictor: Predictor, tmp_path: P
     assert scores.evaluation.metrics["mood"]["accuracy"] == pytest.approx(right)
 
 
-def test_pictures_for_a_model_of_texts_are_refused(predictor: Predictor) -> None:
+def test_pictures_for_a_model_of_texts_are_refused(predictor: Predictor, tmp_path: Path) -> None:
     texts_only = Predictor(predictor.exported, type(predictor.collator)(predictor.exported.tokenizer, [MOOD]), "cpu")
     with pytest.raises(ValueError, match="this model reads no pictures"):
         texts_only(["nice"], images=[Image.new("RGB", (2, 2))])
+    (tmp_path / "posts.csv").write_text("text,photo,label\nnice day,a.png,good\n")
+    with pytest.raises(ValueError, match="^--image-column photo: this model reads no pictures; leave the option out"):
+        predict_file(texts_only, tmp_path / "posts.csv", tmp_path / "out", image_column="photo", progress=False)
+    with pytest.raises(ValueError, match="^--image-column photo: this model reads no pictures; leave the option out"):
+        score_data(texts_only, DataChoice(str(tmp_path / "posts.csv"), image="photo"), progress=False)
+
+
+def test_one_picture_for_many_texts_is_refused_as_no_list(predictor: Predictor) -> None:
+    for images in ("/x.png", b"bytes", Path("x.png"), noise(0)):
+        with pytest.raises(ValueError, match=r"images must be a list with one for each text, not a .*images=\[...\]"):
+            predictor(["a", "b"], images=images)
+    with pytest.raises(ValueError, match="texts must be a list with one for each text, not a str"):
+        predictor("nice day")
+
+
+def test_what_is_wrong_with_a_picture_names_no_option_of_a_recipe(predictor: Predictor, tmp_path: Path) -> None:
+    answers = predictor(["a"] * 4, images=["no.png", "../a.png", "img\\a.png", 3], image_root=tmp_path)
+    missing, outside, windows, number = [answer["image_error"] for answer in answers]
+    assert missing.endswith("correct the path.") and outside.endswith("move it there.")
+    assert windows.endswith("the path has backslashes; write it with / instead.") and "holds an int;" in number
+    assert not any("data.image_root" in answer["image_error"] for answer in answers)
 
 
 def test_lost_pictures_become_one_event(predictor: Predictor) -> None:

@@ -162,7 +162,7 @@ def test_a_hub_name_that_cannot_be_loaded_says_what_to_do(monkeypatch: pytest.Mo
 def test_an_unknown_format_names_the_right_ones(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="'jsnl'.*did you mean jsonl"):
         read(tmp_path, format="jsnl")
-    assert set(READERS) == {"tweeteval", "jsonl", "csv", "tsv", "parquet", "hub"}
+    assert set(READERS) == {"tweeteval", "jsonl", "csv", "tsv", "parquet", "txt", "hub"}
 
 
 def test_a_local_path_is_never_looked_for_on_the_hub(tmp_path: Path) -> None:

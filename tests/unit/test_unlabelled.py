@@ -48,6 +48,23 @@ def test_plain_posts_are_read_for_training_alone_and_need_no_label_column(tmp_pa
     assert corpus.tasks[1] == replace(PLAIN, name="plain") and not corpus.splits["validation"].labels["plain"].count(0)
 
 
+def test_plain_posts_may_be_a_text_file(tmp_path: Path) -> None:
+    (tmp_path / "plain.txt").write_bytes("\ufefffirst post\r\n\n  \nwith\u2028a separator\nlast".encode())
+    plain = TaskConfig(path="plain.txt", kind="unlabelled")
+    corpus = corpus_of(tmp_path, mood=TaskConfig(path="moods"), plain=plain)
+    train = corpus.splits["train"]
+    posts = [row for row, label in enumerate(train.labels["plain"]) if label == 0]
+    assert [train.texts[row] for row in posts] == ["first post", "with\u2028a separator", "last"]
+    assert [train.origins[row].rpartition(":")[2] for row in posts] == ["1", "4", "5"]
+    assert corpus.report.posts["plain"] == {"train": 3}
+
+
+def test_a_text_file_of_a_kind_with_labels_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "plain.txt").write_text("a post\n")
+    with pytest.raises(ValueError, match="tasks.mood.label is 'label'.*plain text has no labels: use it for kind"):
+        corpus_of(tmp_path, mood=TaskConfig(path="plain.txt"))
+
+
 def test_a_labelled_data_set_may_be_the_plain_posts_too(tmp_path: Path) -> None:
     corpus = corpus_of(tmp_path, mood=TaskConfig(path="moods"), plain=TaskConfig(path="moods", kind="unlabelled"))
     assert set(corpus.splits["train"].labels["plain"]) == {0} == set(corpus.splits["validation"].labels["plain"])
