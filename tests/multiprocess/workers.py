@@ -39,6 +39,11 @@ def make_encoder(folder: Path) -> str:
     return str(folder)
 
 
+def picture(step: int, row: int) -> np.ndarray:
+    """Noise of its own for each post."""
+    return np.random.default_rng([step, row]).normal(size=(3, 16, 16)).astype(np.float32)
+
+
 def posts(step: int, count: int = 12) -> list[dict[str, Any]]:
     """The global batch of one step: uneven lengths, missing labels, a task that few posts have."""
     rng = np.random.default_rng(step)
@@ -51,7 +56,7 @@ def posts(step: int, count: int = 12) -> list[dict[str, Any]]:
             "heat": float(rng.normal()) if row % 2 else float("nan"),
             "topic": int(rng.integers(0, 2)) if row < 5 else IGNORED,
             "spans": rng.integers(0, 3, length) if row % 4 == 1 else np.full(length, IGNORED),
-            "picture": None if row % 3 == 1 else np.random.default_rng([step, row]).normal(size=(3, 16, 16)).astype("f"),
+            "picture": None if row % 3 == 1 else picture(step, row),
         })  # fmt: skip
     return made
 
