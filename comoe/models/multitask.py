@@ -255,7 +255,9 @@ def build_model(
     if tower_config is not None:
         tower = build_tower_from_config(tower_config, train=config.vision.train_tower)
     elif config.vision.tower is not None:
-        tower = build_tower(config.vision, trust_remote_code=config.trust_remote_code)
+        # Reading draws numbers in vain, how many depends on the layout; what is new must begin alike on all.
+        with torch.random.fork_rng([]):
+            tower = build_tower(config.vision, trust_remote_code=config.trust_remote_code)
     return MultiTaskModel(encoder, tasks, config, tower=tower, image_text=image_text, recompute=recompute)
 
 
