@@ -10,7 +10,7 @@ import pytest
 
 from tests.end_to_end.commands import SMOKE, Terminal
 
-pytestmark = pytest.mark.end_to_end
+pytestmark = [pytest.mark.end_to_end, pytest.mark.one_core]
 
 
 def words(output: Path, arms: str, *more: str) -> list[str]:

@@ -15,7 +15,7 @@ from comoe.data.image_checks import check_images
 from tests.end_to_end.commands import Terminal, read_lines
 from tests.helpers_images import LIMITS, encoded, noise, place_damaged, unusual
 
-pytestmark = pytest.mark.end_to_end
+pytestmark = [pytest.mark.end_to_end, pytest.mark.one_core]
 
 TURNS = 5
 GOOD = 100

@@ -11,7 +11,7 @@ import pytest
 
 from tests.end_to_end.commands import SMOKE, Terminal, processes_of, wait_for
 
-pytestmark = pytest.mark.end_to_end
+pytestmark = [pytest.mark.end_to_end, pytest.mark.one_core]
 
 ONE = "E2-k1-sigmoid-epauto-smoke-encoder-s0"
 

@@ -13,7 +13,7 @@ from comoe.answers import predict_file
 from comoe.predict import Predictor
 from tests.end_to_end.commands import Terminal, read_lines, train_lines
 
-pytestmark = pytest.mark.end_to_end
+pytestmark = [pytest.mark.end_to_end, pytest.mark.one_core]
 
 LABELS = {
     "emotion": ("anger", "joy", "optimism", "sadness"),
