@@ -16,9 +16,13 @@ from comoe.beginning import SET_ASIDE
 from comoe.config import recipe_to_yaml, unknown_name
 from comoe.data.batching import Collator, TokenizedSplit, load_tokenizer, tokenize_split
 from comoe.data.corpus import Corpus, load_corpus
+from comoe.data.domains import find_domains
 from comoe.data.image_checks import limits_of
+from comoe.data.label_pairs import label_members
+from comoe.data.noise import NOISES
 from comoe.data.pixels import PixelReader, load_image_processor
-from comoe.data.sampling import MIXINGS, TrainSampler
+from comoe.data.rates import MIXINGS, balanced_classes
+from comoe.data.sampling import TrainSampler
 from comoe.data.sources import READERS
 from comoe.distributed import barrier, broadcast_object, is_main, rank, world_size
 from comoe.dry_run import print_dry_run
@@ -98,8 +102,9 @@ def assemble(
     named = recipe
     recipe = _one_per_node_first(lambda: resolve(recipe, progress=is_main()))
     corpus, tokenizer, splits = _load_posts(recipe)
+    domains = find_domains(corpus.splits["train"], recipe.loss.adversarial)
     with building(filled):
-        objective = _build_objective(recipe, corpus.tasks, splits)
+        objective = _build_objective(recipe, corpus.tasks, splits, num_domains=len(domains.names) if domains else 0)
     model = objective.model
     parameters = count_parameters(model, top_k=recipe.model.moe.top_k)
     if dry_run:
@@ -140,6 +145,7 @@ def check_names(recipe: Recipe) -> None:
     if recipe.model.moe.num_experts:
         build_gate(recipe.model.moe)
     named = [("data.mixing", recipe.data.mixing, MIXINGS), ("loss.weighting", recipe.loss.weighting, WEIGHTINGS)]
+    named += [(f"data.noise.{place}", name, NOISES) for place, name in enumerate(recipe.data.noise)]
     for name, task in recipe.tasks.items():
         named.append((f"tasks.{name}.kind", task.kind, KINDS))
         named.append((f"tasks.{name}.format", task.format, {"auto": None, **READERS}))
@@ -154,6 +160,8 @@ def _load_posts(recipe: Recipe) -> tuple[Corpus, Any, dict[str, TokenizedSplit]]
     kept = home() / "pictures" if recipe.data.cache else None
     with_images = image_side(recipe.model) is not None
     corpus = load_corpus(recipe, with_images=with_images, cache_dir=kept, progress=True)
+    domains = find_domains(corpus.splits["train"], recipe.loss.adversarial)
+    corpus.report.notes += [] if domains is None else [domains.line()]
     measured = {task for task, found in corpus.report.labels.items() if "validation" in found}
     check_chosen_metric(recipe.train.early_stop_metric, corpus.tasks, measured=measured)
     tokenizer = load_tokenizer(recipe.model.encoder, trust_remote_code=recipe.model.trust_remote_code)
@@ -162,9 +170,11 @@ def _load_posts(recipe: Recipe) -> tuple[Corpus, Any, dict[str, TokenizedSplit]]
     return corpus, tokenizer, splits
 
 
-def _build_objective(recipe: Recipe, tasks: Sequence[Task], splits: Mapping[str, TokenizedSplit]) -> Objective:
+def _build_objective(
+    recipe: Recipe, tasks: Sequence[Task], splits: Mapping[str, TokenizedSplit], *, num_domains: int = 0
+) -> Objective:
     _seed(recipe.train.seed)
-    objective = build_objective(recipe, tasks)
+    objective = build_objective(recipe, tasks, num_domains=num_domains)
     # Many tokenizers do not know how many positions their encoder has.
     limit = objective.model.longest_text
     longest = max(int(split.lengths.max()) for split in splits.values() if len(split))
@@ -198,11 +208,13 @@ def _build_trainer(
         mixing=recipe.data.mixing,
         temperature=recipe.data.mixing_temperature,
         seed=recipe.train.seed,
-        label_members=_label_members(train, tasks) if recipe.data.posts_per_label else (),
+        label_members=label_members(train.posts, tasks) if recipe.data.posts_per_label else (),
         posts_per_label=recipe.data.posts_per_label,
+        classes=balanced_classes(train.posts, tasks, recipe.tasks),
     )
     pixels = load_pixel_reader(recipe)
-    collator = Collator(tokenizer, tasks, route_by=recipe.model.moe.route_by, pixels=pixels)
+    domains = find_domains(train.posts, recipe.loss.adversarial)
+    collator = Collator(tokenizer, tasks, route_by=recipe.model.moe.route_by, pixels=pixels, domains=domains)
     return Trainer(
         recipe=recipe,
         layout=layout,
@@ -218,17 +230,6 @@ def _build_trainer(
         schedule=plan_schedule(recipe, sampler),
         pixels=pixels,
     )
-
-
-def _label_members(split: TokenizedSplit, tasks: Sequence[Task]) -> list[np.ndarray]:
-    """Posts of each label of each contrastive task."""
-    found: dict[tuple[str, int], list[int]] = {}
-    for task in tasks:
-        if task.contrastive:
-            for post, value in enumerate(split.posts.labels[task.name]):
-                for label in () if value is None else task.rules.label_ids(value):
-                    found.setdefault((task.name, label), []).append(post)
-    return [np.array(found[key]) for key in sorted(found)]
 
 
 def load_pixel_reader(recipe: Recipe) -> PixelReader | None:

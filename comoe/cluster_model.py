@@ -46,6 +46,8 @@ class ModelShape:
     """F."""
     shared_width: int = 0
     """Width of the expert that every token visits; 0 is none."""
+    private_width: int = 0
+    """Width of each task's private part; 0 is none."""
 
     @property
     def encoder_parameters(self) -> int:
@@ -56,10 +58,12 @@ class ModelShape:
 
     @property
     def dense_parameters(self) -> int:
-        """D: encoder; norm, gate and shared expert of each block; heads (query and linear layer); projection."""
+        """D: encoder; norm, gate and shared expert of each block; heads (query and linear layer); projection; private
+        parts."""
         block = self.width * (2 + self.num_experts + 3 * self.shared_width)
         heads = self.tasks * self.width + self.outputs * (self.width + 1) + self.projection * self.width
-        return self.encoder_parameters + self.moe_layers * block + heads
+        private = self.tasks * self.width * (2 + 3 * self.private_width) if self.private_width else 0
+        return self.encoder_parameters + self.moe_layers * block + heads + private
 
     @property
     def expert_parameters(self) -> int:
@@ -142,8 +146,8 @@ class Traffic:
 def forward_operations(shape: ModelShape, length: int) -> float:
     """Floating-point operations of one token's forward pass; a multiplication with its addition counts two.
 
-    L (8 M^2 + 4 M F' + 4 length M) for the encoder, of which the last is the attention matrix, and
-    L' (2 M E + 6 k M F + 6 M F_shared) for the blocks. Embeddings and heads are left out.
+    L (8 M^2 + 4 M F' + 4 length M) for the encoder, of which the last is the attention matrix,
+    L' (2 M E + 6 k M F + 6 M F_shared) for the blocks, 6 M F_private per task. Embeddings and heads are left out.
 
     Source: Narayanan et al. 2021, arXiv:2104.04473, appendix; three matrices per gated expert.
     """
@@ -151,6 +155,7 @@ def forward_operations(shape: ModelShape, length: int) -> float:
     return (
         shape.layers * dense
         + shape.moe_layers * (2 * shape.width * shape.num_experts + 6 * shape.width * shape.shared_width)
+        + shape.tasks * 6 * shape.width * shape.private_width
         + expert_operations(shape)
     )
 

@@ -167,6 +167,7 @@ def shape_of_recipe(recipe: Recipe, encoder_shape: str | None = None) -> ModelSh
         top_k=moe.top_k if moe.num_experts else 0,
         expert_width=expert_width(moe, width),
         shared_width=moe.shared_width,
+        private_width=recipe.model.private_width,
     )
 
 

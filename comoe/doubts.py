@@ -87,6 +87,30 @@ def _task_weights(recipe: Recipe) -> list[str]:
     ]
 
 
+def _weighting(recipe: Recipe) -> list[str]:
+    loss, weighting = recipe.loss, recipe.loss.weighting
+    if weighting not in WEIGHTINGS:
+        return []
+    options = dict.fromkeys(option for kind in WEIGHTINGS.values() for option in kind.reads)
+    found = []
+    for option in (option for option in options if option not in WEIGHTINGS[weighting].reads and _is_set(loss, option)):
+        readers = ", ".join(name for name, kind in WEIGHTINGS.items() if option in kind.reads)
+        why = f"loss.weighting is {weighting}; {readers} would read it"
+        found.append(_in_vain(f"loss.{option}", getattr(loss, option), why))
+    # An unknown kind raises its own error elsewhere.
+    scored = [task for task in recipe.tasks.values() if task.kind not in KINDS or KINDS[task.kind].scored]
+    if WEIGHTINGS[weighting].adapts and len(scored) < 2:
+        found.append(_in_vain("loss.weighting", weighting, "there is one task with labels, and nothing to weigh it by"))
+    return found
+
+
+def _adversarial(recipe: Recipe) -> list[str]:
+    config = recipe.loss.adversarial
+    idle = () if config.weight else ("predict", "hidden_width", "gamma", "balanced")
+    why = "loss.adversarial.weight is 0"
+    return [_in_vain(f"loss.adversarial.{name}", getattr(config, name), why) for name in idle if _is_set(config, name)]
+
+
 def _momentum(recipe: Recipe) -> list[str]:
     train = recipe.train
     if train.optimizer == "sgd" or not train.momentum:
@@ -183,6 +207,13 @@ def _image_text(recipe: Recipe) -> list[str]:
     return found
 
 
+def _noise(recipe: Recipe) -> list[str]:
+    data = recipe.data
+    if "typos" in data.noise or not _is_set(data, "noise_rate"):
+        return []
+    return [_in_vain("data.noise_rate", data.noise_rate, "typos are not among data.noise")]
+
+
 def _is_single_stream(encoder: str) -> bool:
     """True for the folder of a model of both sides; what lies elsewhere is not fetched for a doubt."""
     path = Path(encoder).expanduser() / "config.json"
@@ -203,7 +234,7 @@ def _in_vain(path: str, value: Any, why: str) -> str:
 
 
 CHECKS: tuple[Callable[[Recipe], list[str]], ...] = (
-    _gate_for_measuring, _temperature, _unread_by_the_gate, _without_experts, _task_weights, _contrastive, _momentum,
-    _pictures, _sides, _image_text,
+    _gate_for_measuring, _temperature, _unread_by_the_gate, _without_experts, _task_weights, _weighting, _contrastive,
+    _adversarial, _momentum, _pictures, _sides, _image_text, _noise,
 )  # fmt: skip
 """Each looks at a recipe and gives sentences."""

@@ -46,7 +46,7 @@ def sample_lines(task: Task, split: PostSplit, config: NormalizeConfig) -> list[
         split: usually the training posts.
         config: the cleaning.
     """
-    lines = [f"{task.name} ({task.kind}, metric {task.metric}):"]
+    lines = [f"{task.name} ({task.kind}, metric {task.metric}{', auxiliary' if task.auxiliary else ''}):"]
     for row in _first_labelled(task, split):
         pair = split.pairs[row]
         texts = [_cleaned(split, row, config), *([normalize_post(pair, config)] if pair is not None else [])]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -13,29 +13,13 @@ from torch.nn.utils.rnn import pad_sequence
 
 from comoe.protocols import IGNORED, Batch, ModelOutput
 from comoe.rules import unknown_name
+from comoe.tasks.base import tempered
 from comoe.tasks.catalog import Task
 from comoe.tasks.metrics import LOWER_IS_BETTER
+from comoe.tasks.slices import slice_scores
 
 MEAN = "mean"
 """Name of the mean of all tasks' main metrics, as ``train.early_stop_metric`` spells it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Evaluation:
-    """What a split says about the model; the same on every rank. Tasks of a kind without answers are in none of it."""
-
-    metrics: dict[str, dict[str, float]]
-    """Task -> metric -> value; ``n`` counts labelled rows, ``loss`` is their mean. A task without any is left out."""
-    confusions: dict[str, np.ndarray]
-    """Task -> counts of (gold, predicted), int64, (Y, Y), where its kind has such a thing."""
-    predictions: dict[str, list[dict[str, Any]]]
-    """Task -> per post, in the order of the split: ``row``, ``text`` where given, ``gold`` or None, and the answer."""
-
-
-class Collate(Protocol):
-    """What is needed of ``comoe.data.batching.Collator``."""
-
-    def __call__(self, split: Any, indices: np.ndarray) -> Batch: ...
 
 
 class Answer(NamedTuple):
@@ -49,6 +33,26 @@ class Answer(NamedTuple):
     """The label as in ``Batch.labels``, of this row: (), (Y,) or (words,)."""
 
 
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What a split says about the model; the same on every rank. Tasks of a kind without answers are in none of it."""
+
+    metrics: dict[str, dict[str, float]]
+    """Task -> metric -> value; ``n`` counts labelled rows, ``loss`` is their mean. A task without any is left out."""
+    confusions: dict[str, np.ndarray]
+    """Task -> counts of (gold, predicted), int64, (Y, Y), where its kind has such a thing."""
+    predictions: dict[str, list[dict[str, Any]]]
+    """Task -> per post, in the order of the split: ``row``, ``text`` where given, ``gold`` or None, and the answer."""
+    answers: dict[str, list[Answer]] = field(default_factory=dict)
+    """Task -> what all of this was made of, in the order of the split; see ``judge``."""
+
+
+class Collate(Protocol):
+    """What is needed of ``comoe.data.batching.Collator``."""
+
+    def __call__(self, split: Any, indices: np.ndarray) -> Batch: ...
+
+
 def evaluate(
     forward: Callable[[Batch], ModelOutput],
     split: Any,
@@ -60,6 +64,7 @@ def evaluate(
     device: torch.device | str,
     progress: Callable[[int], None] | None = None,
     texts: Sequence[str] | None = None,
+    columns: Mapping[str, Sequence[str | None]] | None = None,
     predictions: bool = True,
 ) -> Evaluation:
     """Run the model over a split and score it.
@@ -79,6 +84,7 @@ def evaluate(
         device: where ``forward`` wants its batch.
         progress: called after each batch with its number of posts.
         texts: text per row of the split, shown beside the predictions.
+        columns: column -> its cell per row of the split; the tasks' slices are found by them.
         predictions: False leaves them out, which spares time in the middle of a training run.
     """
     scored = [task for task in tasks if task.rules.scored]
@@ -93,32 +99,64 @@ def evaluate(
             if progress is not None:
                 progress(len(indices))
     shares = gather(answers)
-    metrics, confusions, shown = {}, {}, {}
+    ordered = {}
     for task in scored:
         by_row = {answer.row: answer for share in shares for answer in share[task.name]}
-        ordered = [by_row[row] for row in sorted(by_row)]
-        logits, targets = _joined(ordered, task)
-        gold, scores = task.rules.answers(logits, targets)
+        ordered[task.name] = [by_row[row] for row in sorted(by_row)]
+    return judge(ordered, tasks, texts=texts, columns=columns, predictions=predictions)
+
+
+def judge(
+    answers: Mapping[str, Sequence[Answer]],
+    tasks: Sequence[Task],
+    *,
+    texts: Sequence[str] | None = None,
+    columns: Mapping[str, Sequence[str | None]] | None = None,
+    predictions: bool = True,
+) -> Evaluation:
+    """Score answers as these tasks read them: with their temperatures and thresholds.
+
+    ``loss`` is that of the logits as they are, so it can be compared with the losses of training.
+
+    Args:
+        answers: ``Evaluation.answers``.
+        tasks: those of the answers; temperatures and thresholds may have been fitted since.
+        texts: text per row of the split, shown beside the predictions.
+        columns: column -> its cell per row of the split, for the tasks' slices.
+        predictions: False leaves them out.
+    """
+    metrics, confusions, shown = {}, {}, {}
+    for task in tasks:
+        if not task.rules.scored:
+            continue
+        logits, targets = joined(answers[task.name], task)
+        gold, scores = task.rules.answers(tempered(logits, task), targets)
         if len(gold):
             loss = task.rules.loss(logits, targets, task) / task.rules.units(targets, task)
             metrics[task.name] = {"n": float(len(gold)), "loss": float(loss)} | task.rules.score(gold, scores, task)
+            rows = [answers[task.name][place].row for place in np.flatnonzero(task.rules.labelled(targets))]
+            cells = {name: [column[row] for row in rows] for name, column in (columns or {}).items()}
+            metrics[task.name] |= slice_scores(gold, scores, task, cells)
             confusion = task.rules.confusion(gold, scores, task)
             if confusion is not None:
                 confusions[task.name] = confusion
         if predictions:
-            shown[task.name] = _predictions(ordered, targets, task=task, texts=texts)
-    return Evaluation(metrics, confusions, shown)
+            shown[task.name] = _predictions(answers[task.name], targets, task=task, texts=texts)
+    return Evaluation(metrics, confusions, shown, dict(answers))
 
 
 def mean_metric(metrics: Mapping[str, Mapping[str, float]], tasks: Sequence[Task]) -> float:
     """Mean of the tasks' main metrics, larger is better: those that are better when lower enter negated.
 
+    Auxiliary tasks are in no mean: they are there for the others.
+
     Raises:
-        ValueError: no task has a labelled post in the split.
+        ValueError: no task that counts has a labelled post in the split.
     """
-    values = [rising(task.metric, metrics[task.name][task.metric]) for task in tasks if task.name in metrics]
+    counted = [task for task in tasks if not task.auxiliary]
+    values = [rising(task.metric, metrics[task.name][task.metric]) for task in counted if task.name in metrics]
     if not values:
-        names = ", ".join(task.name for task in tasks)
+        names = ", ".join(task.name for task in counted)
         raise ValueError(f"the split has no labelled post of any task ({names}), so there is no metric to choose by.")
     return float(np.mean(values))
 
@@ -154,9 +192,18 @@ def check_chosen_metric(name: str, tasks: Sequence[Task], *, measured: Container
         measured: names of the tasks that validation posts have a label of; None does not ask for any.
 
     Raises:
-        ValueError: no such task or metric, with the nearest one; or nothing to measure it on.
+        ValueError: no such task or metric, with the nearest one; an auxiliary task; or nothing to measure it on.
     """
-    scored = [task for task in tasks if task.rules.scored]
+    if not (scored := [task for task in tasks if task.rules.scored and not task.auxiliary]):
+        raise ValueError(
+            f"tasks: all that have answers are auxiliary ({', '.join(task.name for task in tasks)}), so there is "
+            "nothing to choose a checkpoint by; set auxiliary to false for one."
+        )
+    if any(task.auxiliary and name.startswith(f"{task.name}/") for task in tasks):
+        raise ValueError(
+            f"train.early_stop_metric is {name!r}, but tasks.{name.partition('/')[0]} is auxiliary: no checkpoint is "
+            "chosen by it. Name another task, or mean."
+        )
     valid = [MEAN, *(f"{task.name}/{metric}" for task in scored for metric in metric_names(task))]
     if name not in valid:
         raise unknown_name("train.early_stop_metric", name, valid)
@@ -170,7 +217,7 @@ def check_chosen_metric(name: str, tasks: Sequence[Task], *, measured: Container
 
 def metric_names(task: Task) -> tuple[str, ...]:
     """What ``Evaluation.metrics`` has of a task besides the count ``n``, known before any evaluation."""
-    gold, scores = task.rules.answers(*_joined([], task))
+    gold, scores = task.rules.answers(*joined([], task))
     return ("loss", *task.rules.score(gold, scores, task))
 
 
@@ -207,8 +254,8 @@ def _answers(batch: Batch, logits: Tensor, *, rows: list[int], task: Task) -> li
     ]
 
 
-def _joined(answers: Sequence[Answer], task: Task) -> tuple[Tensor, Tensor]:
-    """All answers as one batch of logits and targets, padded to the most words."""
+def joined(answers: Sequence[Answer], task: Task) -> tuple[Tensor, Tensor]:
+    """Answers as one batch of logits and targets, padded to the most words."""
     if not answers:
         shape = (0, 0) if task.rules.per_token else (0,)
         empty = task.rules.collate([], labels=task.labels, length=0)

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer
 
+from comoe.calibration import with_calibration
 from comoe.config import load_recipe, recipe_from_dict, unknown_name
 from comoe.data.batching import load_tokenizer
 from comoe.data.pixels import ImageProcessor, load_image_processor
@@ -140,7 +141,7 @@ def export_checkpoint(path: Path, out: Path, *, which: str = "best") -> Path:
 
     Args:
         path: a run folder, or one checkpoint of it (``<run>/checkpoints/step-...``).
-        out: the export.
+        out: the export; calibrated as ``results.json`` says where that was measured on this very checkpoint.
         which: best or last, where ``path`` is a run folder.
 
     Returns:
@@ -160,14 +161,14 @@ def export_checkpoint(path: Path, out: Path, *, which: str = "best") -> Path:
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{checkpoint} was cut short ({error}); use another one in {checkpoint.parent}.") from error
     results = _read_json(run / "results.json") if (run / "results.json").is_file() else None
-    # The card shows what was measured on these weights, not on those of another step.
+    # What was measured and fitted on these weights says nothing of those of another step.
     if results is not None and checkpoint.name != f"step-{results.get('best_step', -1):08d}":
         results = None
     export_model(
         Path(out),
         state_dict=weights,
         recipe=load_recipe(run / "config.yaml"),
-        tasks=[Task.from_dict(plain) for plain in _read_json(run / "tasks.json")],
+        tasks=with_calibration(map(Task.from_dict, _read_json(run / "tasks.json")), (results or {}).get("calibration")),
         encoder_config=_read_json(run / "encoder_config.json"),
         tower_config=_read_json(tower) if (tower := run / "tower_config.json").is_file() else None,
         tokenizer=load_tokenizer(str(run / "tokenizer")),

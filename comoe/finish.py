@@ -5,20 +5,28 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from comoe.assemble import Run
+from comoe.calibration import Calibrator, reliability_bins
+from comoe.calibration_report import calibration_lines
+from comoe.data.posts import PART_NAMES
 from comoe.distributed import barrier, broadcast_object, is_main, max_over_ranks, world_size
 from comoe.evaluate import Evaluation
 from comoe.export import CONFIG, export_checkpoint
+from comoe.noise_sets import score_noisy
+from comoe.result_tables import noise_lines, slice_lines
 from comoe.tasks.catalog import Task
 from comoe.train.checkpoint import load_checkpoint
 from comoe.train.folders import best_checkpoint, find_checkpoint
+from comoe.train.monitor import Monitor
 from comoe.train.progress import log_lost_pictures
 from comoe.train.records import format_results_table, write_results
+from comoe.train.reliability_plots import reliability_figure
 
 
 def finish(run: Run) -> None:
@@ -33,25 +41,30 @@ def finish(run: Run) -> None:
         # The same loader as a resume: the one path that is proven to restore every layout.
         load_checkpoint(chosen, trainer.engine, trainer.layout)
     evaluations = {}
-    for split in ("validation", "test"):
+    options = run.recipe.train
+    calibrator = Calibrator(run.tasks, temperatures=options.calibrate, thresholds=options.fit_thresholds)
+    for split in PART_NAMES[1:]:
         found = trainer.evaluator.run(split, predictions=True)
         if found is None:
             continue
-        evaluations[split] = found.evaluation
-        if split == "test":
+        posts = trainer.evaluator.splits[split].posts
+        evaluations[split] = calibrator.take(split, found.evaluation, texts=posts.texts, columns=posts.columns)
+        if split != "validation":
             # The validation split of this step was logged when it was reached.
             trainer.monitor.log_evaluation(
                 _step_of(chosen),
                 split=split,
-                evaluation=found.evaluation,
+                evaluation=evaluations[split],
                 routing=found.routing,
                 embeddings=found.embeddings,
             )
         trainer.monitor.log_projector(_step_of(chosen), split=split, embeddings=found.embeddings)
+    _log_calibration(trainer.monitor, _step_of(chosen), calibrator)
+    noisy = _under_noise(run, calibrator.tasks, step=_step_of(chosen))
     log_lost_pictures(trainer.pixels, trainer.monitor, trainer.state.step)
     peak = max_over_ranks(peak_memory_bytes())
     if is_main():
-        results = _results(run, evaluations, chosen=chosen, peak=peak)
+        results = _results(run, evaluations | noisy, chosen=chosen, peak=peak) | {"calibration": calibrator.report()}
         # The export comes last and tells that all is written; not one that an earlier end of the run left.
         shutil.rmtree(run.folder / "export", ignore_errors=True)
         write_results(run.folder, results)
@@ -61,12 +74,33 @@ def finish(run: Run) -> None:
     barrier()
 
 
+def _under_noise(run: Run, tasks: Sequence[Task], *, step: int) -> dict[str, Evaluation]:
+    """Scores of noisy posts, judged as the clean ones were: on the validation posts without thresholds."""
+    plain = [replace(task, thresholds=None) for task in tasks]
+    return score_noisy(run, "validation", tasks=plain, step=step) | score_noisy(run, "test", tasks=tasks, step=step)
+
+
+def _log_calibration(monitor: Monitor, step: int, calibrator: Calibrator) -> None:
+    """Diagrams of every split and task into ``plots/`` and TensorBoard, and the errors as scalars."""
+    report = calibrator.report()
+    for (split, task), both in calibrator.pairs.items() if monitor.enabled else ():
+        errors = {name: value for name, value in report[task]["ece"][split].items() if value is not None}
+        curves = {
+            f"{name}, error {errors[name]:.3f}": reliability_bins(pairs)
+            for name, pairs in zip(("before", "after"), both, strict=True)
+            if pairs is not None
+        }
+        figure = reliability_figure(curves, title=f"Reliability of {task} ({split}, step {step})")
+        monitor.log_reliability(step, split=split, task=task, figure=figure, errors=errors)
+
+
 def print_results(folder: Path, tasks: Sequence[Task]) -> None:
     """The table of a finished run, from its ``results.json``, and what to type next."""
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     print()
-    print(format_results_table(results["metrics"], tasks))
-    print()
+    metrics = results["metrics"]
+    print("\n".join([format_results_table(metrics, tasks), *slice_lines(metrics, tasks), *noise_lines(metrics, tasks)]))
+    print("\n".join(["", *calibration_lines(results.get("calibration", {})), ""]))
     print(f"run folder     {folder}")
     print(f"watch          tensorboard --logdir {folder.parent}")
     export = folder / "export"

@@ -79,6 +79,8 @@ def plan_run(
         # DistilBERT has its own word for it.
         ffn_width=getattr(encoder, "intermediate_size", None) or getattr(encoder, "hidden_dim", None),
         tasks=sum(head.pooling is not None for head in model.heads),
+        private_parts=len(model.tasks) if recipe.model.private_width else 0,
+        private_width=recipe.model.private_width,
         moe_layers=len(blocks),
         top_k=recipe.model.moe.top_k,
         recompute=recipe.train.activation_checkpointing,

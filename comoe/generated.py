@@ -1,13 +1,13 @@
 """Generated posts for tests and for trying the program out: no download, seconds to train on, labels lie in the words.
 
 One data set with four tasks on the same posts (two of single label, one regression, one multi label), one with word
-tags, one with text pairs.
+tags, one with text pairs; and four data sets laid out as the recipe tacl_comoe reads them.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -15,7 +15,9 @@ from comoe.drawn_captions import caption_words
 from comoe.starter_posts import write_json_lines
 
 Post = dict[str, object]
-"""One generated post with its labels."""
+"""One generated post with its labels; the text comes first."""
+Generator = Callable[[random.Random], Post]
+"""Random numbers -> one post."""
 
 SIZES = {"train": 400, "validation": 80, "test": 80}
 """Split -> posts per data set."""
@@ -51,27 +53,28 @@ FILLERS = ("the", "a", "today", "again", "really", "so", "with", "my", "friend",
 """Words that say nothing."""
 
 
-def generate(name: str, *, count: int, seed: int) -> list[Post]:
+def generate(name: str, *, count: int, seed: int, generators: Mapping[str, Generator] | None = None) -> list[Post]:
     """Posts of one generated data set, no two alike; the same arguments give the same posts.
 
     Args:
-        name: key of ``GENERATORS``.
+        name: key of ``generators``.
         count: number of posts, some thousands at most.
         seed: seed of the random numbers.
+        generators: data set -> one post; None is ``GENERATORS``.
     """
-    draw = random.Random(f"{name}/{seed}")
+    draw, generator = random.Random(f"{name}/{seed}"), (GENERATORS if generators is None else generators)[name]
     posts: dict[str, Post] = {}
     while len(posts) < count:
-        post = GENERATORS[name](draw)
-        posts.setdefault(str(post.get("text") or post["words"]), post)
+        post = generator(draw)
+        posts.setdefault(str(next(iter(post.values()))), post)
     return list(posts.values())
 
 
-def build_generated_posts(folder: Path) -> None:
-    """Write every generated data set as ``folder/<data set>/<split>.jsonl``."""
-    for name in GENERATORS:
+def build_generated_posts(folder: Path, *, generators: Mapping[str, Generator] | None = None) -> None:
+    """Write every generated data set as ``folder/<data set>/<split>.jsonl``; None is ``GENERATORS``."""
+    for name in GENERATORS if generators is None else generators:
         (folder / name).mkdir()
-        posts = iter(generate(name, count=sum(SIZES.values()), seed=0))
+        posts = iter(generate(name, count=sum(SIZES.values()), seed=0, generators=generators))
         for split, count in SIZES.items():
             write_json_lines(folder / name / f"{split}.jsonl", islice(posts, count))
 
@@ -136,4 +139,31 @@ def _among_fillers(draw: random.Random, words: Sequence[str], *, spare: int) -> 
     return mixed
 
 
-GENERATORS: dict[str, Callable[[random.Random], Post]] = {"reviews": _review, "mentions": _mention, "stance": _stance}
+def _hate(draw: random.Random) -> Post:
+    mood, target = draw.choice(tuple(MOODS)), draw.choice(TARGETS)
+    text = " ".join(_among_fillers(draw, [draw.choice(MOODS[mood])[0], target], spare=0))
+    return {"text": text, "label": "hate" if mood == "negative" else "not-hate"}
+
+
+def _entities(draw: random.Random) -> Post:
+    post = _mention(draw)
+    return {"tokens": post["words"], "tags": post["tags"]}
+
+
+def _tacl_stance(draw: random.Random) -> Post:
+    post = _stance(draw)
+    return {"text": post["text"], "target": post["target"], "label": post["stance"]}
+
+
+def _topic(draw: random.Random) -> Post:
+    topic = draw.choice(tuple(TOPICS))
+    return {"text": " ".join(_among_fillers(draw, draw.sample(TOPICS[topic], 2), spare=0)), "label": topic}
+
+
+GENERATORS: dict[str, Generator] = {"reviews": _review, "mentions": _mention, "stance": _stance}
+"""Data set of ``smoke:posts`` -> its generator."""
+
+TACL_GENERATORS: dict[str, Generator] = {
+    "hate": _hate, "entities": _entities, "stance": _tacl_stance, "topic": _topic,
+}  # fmt: skip
+"""Data set of ``smoke:tacl_posts`` -> its generator."""

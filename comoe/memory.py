@@ -16,7 +16,7 @@ Expert parallelism divides what ZeRO below stage 3 leaves whole; the optimizer's
 because the W / EP ranks that hold the same experts split their state. Stage 2 in float32 keeps the whole of every
 tensor that its share cuts, see ``whole_tensors``; what stage 3 gathers for the moment is one line of its own.
 
-Not counted: allocator slack, and in ``step()`` one more float32 copy of the largest group's share, when the
+Not counted: allocator slack, what only a loss learns (temperatures, a discriminator: some ten thousand numbers), and in ``step()`` one more float32 copy of the largest group's share, when the
 activations are gone. ``tests/multiprocess/test_memory_measured.py`` compares each line with tensors of real runs.
 
 Source: Rajbhandari et al. 2020, ZeRO, arXiv:1910.02054; the float32 facts were read in DeepSpeed 0.19.8 and measured.
@@ -93,6 +93,10 @@ class Work:
     """Hidden width of the encoder's feed-forward; None is 4 M."""
     tasks: int = 0
     """Heads that pool."""
+    private_parts: int = 0
+    """Tasks with a private part."""
+    private_width: int = 0
+    """Hidden width of one."""
     moe_layers: int = 0
     """Layers with experts."""
     top_k: int = 0
@@ -136,9 +140,12 @@ class Work:
         return self.tokens * (self.width * (2 * number + FULL + 1) + routes)
 
     def outer_bytes(self, number: int) -> int:
-        """Outside of the layers: three numbers of the embeddings, and in bf16 a float32 copy of the last states for
-        each pooling head."""
-        return self.tokens * self.width * (3 * number + (FULL * self.tasks if number < FULL else 0))
+        """Outside of the layers: three numbers of the embeddings, in bf16 a float32 copy of the last states for each
+        pooling head, and for each private part its norm's answer, the sum that its head reads, a one-byte dropout mask
+        and four numbers of its hidden width."""
+        private = (2 * self.width + 4 * self.private_width) * number + self.width
+        heads = self.width * (3 * number + (FULL * self.tasks if number < FULL else 0))
+        return self.tokens * (heads + self.private_parts * private)
 
     def dispatch_bytes(self, number: int) -> int:
         """One layer's routes on their way: sent, received, padded for the grouped product, and answered."""

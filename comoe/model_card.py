@@ -7,6 +7,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from comoe.calibration_report import calibration_sentences, calibration_table
+from comoe.data.noise import SEPARATOR
 from comoe.schema import Recipe
 from comoe.tasks.catalog import Task
 
@@ -40,6 +42,7 @@ def model_card(
         f"## Use\n\n{_usage(tasks, config)}",
         f"## Tasks\n\n{_task_table(tasks)}",
         f"## Measured results\n\n{_results(tasks, results)}",
+        *([f"## Calibration\n\n{_calibration(results)}"] if (results or {}).get("calibration") else []),
         f"## Training\n\n{_training(recipe, config, results)}",
         f"## Limits\n\n{_limits(recipe, tasks)}",
     ]
@@ -136,7 +139,8 @@ def _task_table(tasks: Sequence[Task]) -> str:
     for task in tasks:
         labels = ", ".join(task.labels[:MAX_LABELS_SHOWN]) or "a number"
         more = len(task.labels) - MAX_LABELS_SHOWN
-        rows.append((task.name, task.kind, f"{labels}, and {more} more" if more > 0 else labels, task.metric))
+        name = f"{task.name} (auxiliary)" if task.auxiliary else task.name
+        rows.append((name, task.kind, f"{labels}, and {more} more" if more > 0 else labels, task.metric))
     return _table(rows)
 
 
@@ -146,14 +150,22 @@ def _results(tasks: Sequence[Task], results: Mapping[str, Any] | None) -> str:
     for task in tasks:
         baseline = None
         scores = []
-        for values in metrics.values():
+        for split, values in metrics.items():
             scores.append(_number(values.get(task.name, {}).get(task.metric)))
-            baseline = values.get(task.name, {}).get(f"majority/{task.metric}", baseline)
+            if SEPARATOR not in split:
+                baseline = values.get(task.name, {}).get(f"majority/{task.metric}", baseline)
         rows.append((task.name, task.metric, *scores, _number(baseline)))
     if not metrics:
         return "Nothing was measured on these weights; `launch/eval.py` scores them on a data set."
     note = "The baseline always gives the commonest answer (the mean, for numbers), on the last of these splits."
+    if any(SEPARATOR in split for split in metrics):
+        note = note.replace("splits", "splits without noise")
     return f"{_table(rows)}\n\n{note}"
+
+
+def _calibration(results: Mapping[str, Any]) -> str:
+    report = results["calibration"]
+    return "\n\n".join([_table(calibration_table(report)), *calibration_sentences(report)])
 
 
 def _training(recipe: Recipe, config: Mapping[str, Any], results: Mapping[str, Any] | None) -> str:
@@ -175,7 +187,7 @@ def _training(recipe: Recipe, config: Mapping[str, Any], results: Mapping[str, A
 def _limits(recipe: Recipe, tasks: Sequence[Task]) -> str:
     lines = [
         "- It answers for posts like those it was trained on; other platforms, languages and years were not measured.",
-        "- Scores are the model's own probabilities and are not calibrated.",
+        f"- {_certainty(tasks)}",
         "- Attention weights show what a head looked at; they are no proof of why it answered so.",
         "- People are affected when their posts are judged: keep a person in any decision about a person.",
         "- The licences of the encoder and of the training data apply to these weights.",
@@ -183,6 +195,13 @@ def _limits(recipe: Recipe, tasks: Sequence[Task]) -> str:
     if recipe.model.moe.num_experts and recipe.model.moe.route_by != "token" and len(tasks) > 1:
         lines.append(f"- The gate reads the task, so a post costs one pass per task asked for (up to {len(tasks)}).")
     return "\n".join(lines)
+
+
+def _certainty(tasks: Sequence[Task]) -> str:
+    fitted = [task.name for task in tasks if task.temperature is not None]
+    if not fitted:
+        return "Scores are the model's own probabilities and are not calibrated."
+    return f"Scores of {', '.join(fitted)} are calibrated on posts like the training data; on others they may be off."
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:

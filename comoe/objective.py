@@ -2,37 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from comoe.distributed import gather_detached, gather_rows, sum_over_ranks, sum_with_gradient, world_size
+from comoe.distributed import sum_over_ranks, world_size
 from comoe.gradcache import Cached, Passes, cache_gradients, embeddings_alone, replayed
-from comoe.losses.contrastive import ContrastiveLoss
-from comoe.losses.image_text import ITCLoss, ITMLoss
-from comoe.losses.routing import BalanceLoss, TaskSeparationLoss, ZLoss
-from comoe.models.gate import build_gate
+from comoe.losses.adversarial import count_domains
 from comoe.models.multitask import MultiTaskModel, build_model
-from comoe.protocols import Batch, Loss, ModelOutput, StepOutput, labelled_rows
+from comoe.protocols import Batch, ModelOutput, StepOutput, labelled_rows
 from comoe.schema import LossConfig, MoeConfig, Recipe
+from comoe.task_gradients import gram_over_ranks, shared_gradients
 from comoe.tasks.catalog import Task
+from comoe.terms import Parts, build_terms
 from comoe.weighting import build_weighting
-
-
-@dataclass(frozen=True, slots=True)
-class Term:
-    """One auxiliary term of the objective."""
-
-    weight: float
-    """Factor in the total."""
-    loss: Loss
-    """The term."""
-    over_embeddings: bool = False
-    """True for the contrastive term: GradCache takes it over the whole optimizer step."""
-    takes_share: bool = False
-    """True where the weight is a share of 1 that the tasks' losses lose."""
 
 
 class Objective(nn.Module):
@@ -47,22 +32,29 @@ class Objective(nn.Module):
         loss: ``loss`` of the recipe; a term whose weight is 0 is neither computed nor communicated.
         moe: ``model.moe`` of the recipe.
         seed: ``train.seed``; decides which texts the matching question is asked of.
+        num_domains: values that ``loss.adversarial`` predicts; 0 without it.
 
     Raises:
         ValueError: an unknown weighting, or a balance term where every expert always runs.
     """
 
     def __init__(
-        self, model: MultiTaskModel, tasks: Sequence[Task], loss: LossConfig, moe: MoeConfig, *, seed: int = 0
+        self,
+        model: MultiTaskModel,
+        tasks: Sequence[Task],
+        loss: LossConfig,
+        moe: MoeConfig,
+        *,
+        seed: int = 0,
+        num_domains: int = 0,
     ) -> None:
         super().__init__()
         self.model = model
         self.config = model.config
         self.tasks = tuple(tasks)
-        self.weighting = build_weighting(loss.weighting, self.tasks)
-        built = {name: build(loss, moe, model, seed) for name, build in LOSSES.items()}
-        self.terms = {name: term for name, term in built.items() if term is not None}
-        # Temperatures to learn and queues to save.
+        self.weighting = build_weighting(loss.weighting, self.tasks, loss)
+        self.terms = build_terms(Parts(loss, moe, model, seed, num_domains))
+        # Temperatures and a discriminator to learn, queues to save.
         self.losses = nn.ModuleDict({n: t.loss for n, t in self.terms.items() if isinstance(t.loss, nn.Module)})
         # Terms that are given a share of 1 leave the rest of it to the tasks.
         self.task_share = 1.0 - sum(term.weight for term in self.terms.values() if term.takes_share)
@@ -80,9 +72,30 @@ class Objective(nn.Module):
         for term in self.terms.values():
             term.loss.begin_step()
 
+    def end_step(self, outputs: Sequence[StepOutput], batches: Sequence[Batch]) -> None:
+        """Tell the weighting what an optimizer step had, on all ranks, once it has changed the weights.
+
+        Args:
+            outputs: of this rank's micro-steps.
+            batches: of any device.
+        """
+        if not self.weighting.remembers:
+            return
+        names = [f"task/{task.name}" for task in self.tasks]
+        losses_T = torch.stack([torch.stack([output.terms[name] for name in names]) for output in outputs]).double()
+        losses_T = sum_over_ranks(losses_T.mean(dim=0)) / world_size()
+        present_T = self._present(batches[0]).to(losses_T.device)
+        self.weighting.end_step(losses_T, present_T, gram_TT=outputs[0].gram_TT)
+
     def forward(
-        self, batch: Batch, evaluate: bool = False, embed: bool = False, cached: Cached | None = None
-    ) -> StepOutput | ModelOutput | Passes:
+        self,
+        batch: Batch,
+        evaluate: bool = False,
+        embed: bool = False,
+        cached: Cached | None = None,
+        gradients: bool = False,
+        gram_TT: Tensor | None = None,
+    ) -> StepOutput | ModelOutput | Passes | Tensor:
         """Run one micro-batch.
 
         Args:
@@ -90,40 +103,58 @@ class Objective(nn.Module):
             evaluate: return the model's answer alone; no loss, no collective of ours.
             embed: the first pass of ``comoe.gradcache``: return the embeddings of the forward passes alone.
             cached: what ``contrast`` made of this micro-batch; the second pass repeats the routing of the first.
+            gradients: return this rank's share of the tasks' gradients by the last shared layer alone, (T, M, M).
+            gram_TT: their inner products over all micro-batches and ranks; None takes this one for the whole step.
         """
         if evaluate:
             return self.model(batch)
-        passes = self._passes(batch, cached.picks if cached is not None else ((), ()))
+        repeats = cached is not None or gram_TT is not None
+        probed = gradients or (self.weighting.reads_gradients and gram_TT is None and not embed)
+        passes = self._passes(batch, cached.picks if cached is not None else ((), ()), probed=probed)
         if embed:
             return embeddings_alone(passes)
         output = passes[0]
+        if probed:
+            with torch.enable_grad():
+                again_T = self.task_losses(replace(output, logits=output.probe.logits), batch)
+            found_TMM = shared_gradients(again_T, output.probe, [task.name for task in self.tasks])
+            if gradients:
+                return found_TMM
+            output, gram_TT = replace(output, probe=None), gram_over_ranks(found_TMM)
         losses_T = self.task_losses(output, batch)
-        total, weights_T = self.weighting.combine(losses_T)
-        total = self.task_share * total
+        total, weights_T = self.weighting(losses_T, self._present(batch), gram_TT=gram_TT, step=batch.step)
+        total, weights_T = self.task_share * total, self.task_share * weights_T
         names = [task.name for task in self.tasks]
         terms = {f"task/{name}": value for name, value in zip(names, losses_T.detach(), strict=True)}
         terms |= {f"weight/{name}": value for name, value in zip(names, weights_T.detach(), strict=True)}
-        for term in self.terms.values():
-            if cached is not None and term.over_embeddings:
-                value, logged = replayed(cached, output, term.loss.scales()), cached.terms
-            else:
-                value, logged = term.loss(output, batch)
-            total = total + term.weight * value
-            terms |= logged
+        # The first passes ran no term, and the next micro-batch must find the random numbers where they left them.
+        with torch.random.fork_rng([total.device] if total.is_cuda else [], enabled=repeats):
+            for term in self.terms.values():
+                if cached is not None and term.over_embeddings:
+                    value, logged = replayed(cached, output, term.loss.scales()), cached.terms
+                else:
+                    value, logged = term.loss(output, batch)
+                total = total + term.weight * value
+                terms |= logged
         # The projection must get a gradient on every rank also where no term reads it, or ZeRO's buckets differ; and
         # every forward pass must be run backward on every rank: its experts may be on another.
         for embeddings_BP in [*output.embeddings.values(), *output.views.values()]:
             total = total + 0.0 * embeddings_BP.sum()
-        return StepOutput(total, terms, output)
+        return StepOutput(total, terms, output, gram_TT)
 
     def contrast(self, batches: Sequence[Batch], passes: Sequence[Passes]) -> list[Cached]:
         """The contrastive term over all micro-batches of a step, on all ranks, for their second passes."""
         assert self._contrast is not None, "loss.contrastive.chunk_size needs a contrastive term"
         return cache_gradients(self._contrast, self._contrast.scales(), batches, passes)
 
-    def _passes(self, batch: Batch, picks: Sequence[Sequence[Tensor]]) -> Passes:
+    def _present(self, batch: Batch) -> Tensor:
+        """Tasks that some post of the optimizer step has: bool (T,)."""
+        assert batch.unit_scale_T is not None, "training needs batch.unit_scale_T (see unit_scale)"
+        return batch.unit_scale_T[: len(self.tasks)] > 0
+
+    def _passes(self, batch: Batch, picks: Sequence[Sequence[Tensor]], *, probed: bool) -> Passes:
         """The model's answer, with the second views of the tasks that want them; and their own forward pass."""
-        output = self.model(batch, picks[0])
+        output = self.model(batch, picks[0], probed=probed)
         if not self.viewed:
             return (output,)
         rows_R = labelled_rows(batch, self.viewed).any(dim=1).nonzero().squeeze(1)
@@ -144,21 +175,28 @@ class Objective(nn.Module):
         """This micro-batch's share of each task's mean loss, (T,), float32; 0 with a gradient for an absent task."""
         assert batch.unit_scale_T is not None, "training needs batch.unit_scale_T (see unit_scale)"
         losses = [
-            task.rules.loss(output.logits[task.name], batch.labels[task.name], task) * scale
-            for task, scale in zip(self.tasks, batch.unit_scale_T[:-1].float(), strict=True)
+            task.rules.loss(
+                output.logits[task.name],
+                batch.labels[task.name],
+                task,
+                batch.confidences.get(task.name) if task.weighs("output") else None,
+            )
+            * scale
+            for task, scale in zip(self.tasks, batch.unit_scale_T[: len(self.tasks)].float(), strict=True)
         ]
         return torch.stack(losses)
 
 
 def count_units(batch: Batch, tasks: Sequence[Task]) -> Tensor:
-    """What each task's mean is divided by, then what means over tokens are, in one micro-batch: (T + 1,), float64.
+    """What each task's mean is divided by, then what the means at ``DOMAINS`` and ``TOKENS`` are, in one micro-batch:
+    (T + 2,), float64.
 
     Sum it over the micro-steps of a rank, then over ranks, then pass it to ``unit_scale``. The tokens of a filler row
-    do not count.
+    do not count. A post counts whole, whatever its confidence.
     """
     units = [task.rules.units(batch.labels[task.name], task).double() for task in tasks]
     tokens = batch.attention_mask_BL[batch.row_ids_B >= 0].sum(dtype=torch.float64)
-    return torch.stack([*units, tokens])
+    return torch.stack([*units, count_domains(batch), tokens])
 
 
 def unit_scale(units_T: Tensor, *, world_size: int, accumulation: int) -> Tensor:
@@ -167,74 +205,9 @@ def unit_scale(units_T: Tensor, *, world_size: int, accumulation: int) -> Tensor
     return torch.where(units_T > 0, scale_T, torch.zeros_like(scale_T)).float()
 
 
-def _contrastive(loss: LossConfig, moe: MoeConfig, model: MultiTaskModel, seed: int) -> Term | None:
-    taking_part = [task for task in model.tasks if task.contrastive]
-    if not loss.contrastive.weight or not taking_part:
-        return None
-    term = ContrastiveLoss(
-        taking_part,
-        loss.contrastive,
-        width=model.projection.out_features,
-        gather=gather_detached,
-        world_size=world_size(),
-    )
-    return Term(loss.contrastive.weight, term, over_embeddings=True)
-
-
-def _balance(loss: LossConfig, moe: MoeConfig, model: MultiTaskModel, seed: int) -> Term | None:
-    if not loss.balance_weight or not moe.num_experts:
-        return None
-    if moe.top_k == moe.num_experts:
-        raise ValueError(
-            f"loss.balance_weight ({loss.balance_weight}) has nothing to balance: model.moe.top_k = "
-            f"model.moe.num_experts = {moe.top_k}, so every expert runs for every token; set loss.balance_weight to 0."
-        )
-    return Term(loss.balance_weight, BalanceLoss(sum_over_ranks=sum_over_ranks))
-
-
-def _z(loss: LossConfig, moe: MoeConfig, model: MultiTaskModel, seed: int) -> Term | None:
-    if not loss.z_weight or not moe.num_experts:
-        return None
-    return Term(loss.z_weight, ZLoss(build_gate(moe).z_penalty))
-
-
-def _task_separation(loss: LossConfig, moe: MoeConfig, model: MultiTaskModel, seed: int) -> Term | None:
-    # One expert, or one task: there is nothing to separate.
-    if not loss.task_separation_weight or moe.num_experts < 2 or len(model.tasks) < 2:
-        return None
-    term = TaskSeparationLoss([task.name for task in model.tasks], sum_with_gradient=sum_with_gradient)
-    return Term(loss.task_separation_weight, term)
-
-
-def _itc(loss: LossConfig, moe: MoeConfig, model: MultiTaskModel, seed: int) -> Term | None:
-    if model.image_text is None or not model.image_text.compares:
-        return None
-    term = ITCLoss(loss.image_text, gather=gather_detached, world_size=world_size())
-    return Term(loss.image_text.itc_weight, term, takes_share=True)
-
-
-def _itm(loss: LossConfig, moe: MoeConfig, model: MultiTaskModel, seed: int) -> Term | None:
-    if model.image_text is None or model.image_text.match is None:
-        return None
-    gathers = {"gather": gather_detached, "gather_with_gradient": gather_rows}
-    term = ITMLoss(loss.image_text, seed=seed, world_size=world_size(), **gathers)
-    return Term(loss.image_text.itm_weight, term, takes_share=True)
-
-
-def build_objective(recipe: Recipe, tasks: Sequence[Task]) -> Objective:
+def build_objective(recipe: Recipe, tasks: Sequence[Task], *, num_domains: int = 0) -> Objective:
     """Model and losses of a recipe whose ``model.encoder`` is resolved; deterministic in torch's seed."""
     model = build_model(
         recipe.model, tasks, image_text=recipe.loss.image_text, recompute=recipe.train.activation_checkpointing
     )
-    return Objective(model, tasks, recipe.loss, recipe.model.moe, seed=recipe.train.seed)
-
-
-LOSSES: dict[str, Callable[[LossConfig, MoeConfig, MultiTaskModel, int], Term | None]] = {
-    "contrastive": _contrastive,
-    "balance": _balance,
-    "z": _z,
-    "task_separation": _task_separation,
-    "itc": _itc,
-    "itm": _itm,
-}
-"""Auxiliary term -> (loss options, expert options, model, seed) -> term, None where it is switched off."""
+    return Objective(model, tasks, recipe.loss, recipe.model.moe, seed=recipe.train.seed, num_domains=num_domains)

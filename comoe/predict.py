@@ -7,7 +7,6 @@ into words by its task's kind.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,9 +29,7 @@ from comoe.picture_column import USUAL
 from comoe.protocols import Batch, ModelOutput
 from comoe.tasks.catalog import Task
 from comoe.tasks.kinds_sequence import tag_spans
-
-WORD = re.compile(r"(?:https?://|www\.)\S+|[@#]?\w+(?:[-'’_.]\w+)*|[^\w\s]+")
-"""A link, a user, a hashtag, a word (don't, U.S), or a run of signs (emoticon, full stop)."""
+from comoe.tasks.labels import split_words
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,11 +202,6 @@ class Predictor:
             if name not in known:
                 raise unknown_name("task of this model", name, known)
         return list(self.tasks) if names is None else [known[name] for name in names]
-
-
-def split_words(text: str) -> list[str]:
-    """A post as words: links, users and hashtags whole, signs apart from letters."""
-    return WORD.findall(text)
 
 
 def _passes(

@@ -16,6 +16,9 @@ from torch import Tensor
 
 IGNORED = -100
 """Label id of a position without a label; what torch's cross-entropy skips."""
+DOMAINS, TOKENS = -2, -1
+"""Places in ``Batch.unit_scale_T`` of the mean over posts with a value that the adversarial loss predicts, and over
+real tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +42,7 @@ class Batch:
     Missing: IGNORED or NaN."""
     unit_scale_T: Tensor | None = None
     """W * accumulation steps / units of the task in the whole optimizer step, 0 for an absent task; and behind the T
-    tasks the same of the real tokens: (T + 1,). Set by the trainer, None outside training."""
+    tasks the same at ``DOMAINS`` and ``TOKENS``: (T + 2,). Set by the trainer, None outside training."""
 
     pixels_I3HW: Tensor | None = None
     """Prepared pictures, float32, each once; at least one (blank, of row -1) where the run reads pictures, so that
@@ -51,6 +54,15 @@ class Batch:
     in this order; else there may be fewer pixels than rows."""
     step: int = -1
     """Optimizer step, from 0; set by the trainer, -1 outside training."""
+    progress: float = 0.0
+    """Share of the run's optimizer steps that are done, in [0, 1); set by the trainer."""
+    confidences: Mapping[str, Tensor] = field(default_factory=dict)
+    """Task that weighs its posts by confidence -> number in [0, 1], (B,), float32; 1 where a post has none."""
+    domains_B: Tensor | None = None
+    """What ``loss.adversarial`` predicts of each row, a class from 0, int64; IGNORED where a row has no value. None
+    where nothing is predicted."""
+    domain_weights_B: Tensor | None = None
+    """Weight of the row in that prediction, float32: 0 without a value, and the rows of a post share its weight."""
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
@@ -70,9 +82,10 @@ class Batch:
             for item in fields(self)
             if item.name.endswith(("_B", "_BL")) and isinstance(value := getattr(self, item.name), Tensor)
         }
-        labels = {task: targets[rows_R] for task, targets in self.labels.items()}
+        for name in ("labels", "confidences"):
+            kept[name] = {task: values[rows_R] for task, values in getattr(self, name).items()}
         if self.pixels_I3HW is None or self.image_rows_I is None:
-            return replace(self, **kept, labels=labels)
+            return replace(self, **kept)
         is_row_IR = self.image_rows_I[:, None] == rows_R
         chosen_I, places_I = is_row_IR.nonzero(as_tuple=True)
         if len(chosen_I) == 0:
@@ -81,7 +94,7 @@ class Batch:
         distinct, numbers_I = numbers_I.unique(return_inverse=True)
         pixels_I3HW = self.pixels_I3HW[distinct]
         return replace(
-            self, **kept, labels=labels, pixels_I3HW=pixels_I3HW, image_rows_I=places_I, image_numbers_I=numbers_I
+            self, **kept, pixels_I3HW=pixels_I3HW, image_rows_I=places_I, image_numbers_I=numbers_I
         )
 
 
@@ -139,6 +152,32 @@ class ModelOutput:
     views of one post. Only in training."""
     image_text: ImageText | None = None
     """Both sides of the posts with pictures; None where the run reads none."""
+    sharing: Sharing | None = None
+    """What the tasks share and what each has for itself; only in training."""
+    probe: Probe | None = None
+    """The tasks' answers once more; only where it was asked for."""
+
+
+@dataclass(frozen=True)  # no slots: ZeRO-3 looks into a module's answer with vars()
+class Sharing:
+    """The last states that all tasks read, and what each task's private part adds to them."""
+
+    shared_BLM: Tensor
+    """States of the text tokens before any private part."""
+    mask_BL: Tensor
+    """1 on real tokens."""
+    private: Mapping[str, Tensor]
+    """Task -> update (B, L, M) of its private part; empty without such parts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """The tasks' answers from copies of the last states that they share, for the tasks' gradients there."""
+
+    states: Mapping[str, Tensor]
+    """Task -> its copy (B, L, M), where its gradient ends."""
+    logits: Mapping[str, Tensor]
+    """Task -> as in ``ModelOutput``, the same numbers."""
 
 
 @dataclass(frozen=True)  # no slots: ZeRO-3 looks into a module's answer with vars()
@@ -172,9 +211,13 @@ class StepOutput:
     terms: Mapping[str, Tensor]
     """Detached scalars: ``task/<name>``, ``weight/<name>``, ``contrastive``, ``contrastive/<name>``,
     ``positives_per_anchor/<name>``, ``temperature/<name>``, ``itc``, ``itc_temperature``, ``itm``,
-    ``itm_accuracy``, ``balance``, ``z``, ``task_separation``."""
+    ``itm_accuracy``, ``balance``, ``z``, ``task_separation``, ``orthogonal``, ``adversarial``,
+    ``adversarial_accuracy``, ``adversarial_commonest``, ``adversarial_even``, ``adversarial_lambda``."""
     output: ModelOutput
     """The model's answer, for training metrics and statistics."""
+    gram_TT: Tensor | None = None
+    """Inner products of the tasks' gradients over the whole optimizer step, float64, the same on all ranks; None where
+    the weighting does not read them."""
 
 
 class Gate(Protocol):
@@ -195,12 +238,3 @@ class Loss(Protocol):
         ...
 
     def __call__(self, output: ModelOutput, batch: Batch) -> tuple[Tensor, Mapping[str, Tensor]]: ...
-
-
-class Weighting(Protocol):
-    """Combines the tasks' losses into one scalar; returns the weights for the log."""
-
-    reads_task_weights: bool
-    """True where ``tasks.<name>.weight`` counts; else a recipe that sets it is warned."""
-
-    def combine(self, losses_T: Tensor) -> tuple[Tensor, Tensor]: ...

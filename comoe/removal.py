@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +18,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from comoe.config import load_recipe
-from comoe.data.batching import TokenizedSplit, tokenize_split
-from comoe.data.corpus import load_corpus
+from comoe.data.batching import TokenizedSplit
 from comoe.evaluate import Evaluation, mean_metric
 from comoe.models.gate import TopKGate, pick_experts
 from comoe.models.moe import CooperativeBlock
 from comoe.predict import Predictor
 from comoe.protocols import Routing
 from comoe.scoring import score_split
-from comoe.starter import home, resolve
+from comoe.trained import load_trained
 
 NOWHERE = -1e30
 """Logit of an expert that is not there; finite, so that a softmax over it alone is a number."""
@@ -100,7 +98,7 @@ def measure_removal(
     """
     if limit is not None and limit < 1:
         raise ValueError(f"the limit of posts per data set is {limit}; it must be at least 1.")
-    predictor, tokens = _load(run_folder, split=split, limit=limit, device=device)
+    predictor, tokens = load_trained(run_folder, split=split, limit=limit, device=device)
     blocks = predictor.exported.model.moe_layers()
     if not blocks:
         raise ValueError(f"{run_folder} was trained without experts (model.moe.num_experts is 0): nothing to remove.")
@@ -146,25 +144,6 @@ def removal_lines(removal: Removal) -> list[str]:
         cells = [f"{expert:3d}: {drop:+.4f} ({rise:+.4f})" for expert, (drop, rise) in pairs]
         lines += [f"layer {layer:2d}  " + "  ".join(cells[i : i + 4]) for i in range(0, len(cells), 4)]
     return lines
-
-
-def _load(run_folder: Path, *, split: str, limit: int | None, device: str) -> tuple[Predictor, TokenizedSplit]:
-    config = run_folder / "config.yaml"
-    if not config.is_file():
-        raise ValueError(f"{run_folder} is no run folder: it has no config.yaml.")
-    recipe = resolve(load_recipe(config), progress=False)
-    if limit is not None:
-        recipe = replace(recipe, data=replace(recipe.data, limit_eval=limit))
-    predictor = Predictor.from_pretrained(run_folder / "export", device=device)
-    exported = predictor.exported
-    corpus = load_corpus(recipe, with_images=exported.image_processor is not None)
-    if len(corpus.splits.get(split, ())) == 0:
-        raise ValueError(f"the recipe of {run_folder} has no {split} posts; there are {', '.join(corpus.splits)}.")
-    cache = home() / "tokens" if recipe.data.cache else None
-    tokens = tokenize_split(
-        corpus.splits[split], exported.tokenizer, tasks=exported.tasks, config=exported.data_config, cache_dir=cache
-    )
-    return predictor, tokens
 
 
 def _scorer(

@@ -79,6 +79,11 @@ def _validate_together(recipe: Recipe, origins: Mapping[str, str]) -> None:
     for name in tasks:
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]*", name):
             refuse(f"tasks.{name}", "is not a task name; use letters, digits, dash, underscore; no dash first.")
+        if tasks[name].confidence_strategy != "none" and tasks[name].confidence is None:
+            strategy = tasks[name].confidence_strategy
+            refuse(f"tasks.{name}.confidence_strategy", f"is {strategy}; name the column: tasks.{name}.confidence.")
+    if recipe.loss.orthogonal_weight and not recipe.model.private_width:
+        refuse("loss.orthogonal_weight", "needs private parts to keep apart; set model.private_width, or make it 0.")
     if moe.num_experts and moe.top_k > moe.num_experts:
         refuse("model.moe.top_k", f"({moe.top_k}) must be at most model.moe.num_experts ({moe.num_experts}); lower it.")
     if recipe.loss.balance_weight and moe.num_experts and moe.top_k == moe.num_experts:
@@ -97,12 +102,16 @@ def _validate_together(recipe: Recipe, origins: Mapping[str, str]) -> None:
     if recipe.loss.contrastive.chunk_size is not None and recipe.train.micro_batch_size != "auto":
         size = recipe.train.micro_batch_size
         refuse("train.micro_batch_size", f"is {size}, but loss.contrastive.chunk_size already sets it; make it auto.")
+    if all(task.auxiliary for task in tasks.values()):
+        refuse(f"tasks.{next(iter(tasks))}.auxiliary", "is true for it and all others; set it to false for one task.")
     metric = recipe.train.early_stop_metric
     task, slash, _ = metric.partition("/")
     if metric != "mean" and not slash:
         refuse("train.early_stop_metric", f"is {metric!r}; give mean or task/metric: {next(iter(tasks))}/macro_f1.")
     if slash and task not in tasks:
         refuse("train.early_stop_metric", f"is {metric!r}: {unknown_name('task', task, tasks)}")
+    if slash and tasks[task].auxiliary:
+        refuse("train.early_stop_metric", f"is {metric!r}, but tasks.{task} is auxiliary; name another task, or mean.")
 
 
 def _walk(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -164,6 +173,7 @@ def _betas(value: Any) -> bool:
 _COUNT, _COUNT_OR_AUTO, _COUNT_FROM_0 = _number(1), _number(1, word="auto"), _number(0)
 _POSITIVE, _NOT_NEGATIVE, _SHARE = _number(0, open_low=True), _number(0), _number(0, 1, open_high=True)
 _TEXT = (bool, "given; it is empty")
+_DIFFERENT = (lambda value: len(set(value)) == len(value), "a list of different names")
 
 RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "run.name": (_safe_name, "a plain folder name: letters, digits, dot, dash, underscore, no dot or dash first"),
@@ -172,6 +182,7 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "model.dropout": _SHARE,
     "model.train_layers": (_train_layers, "all, none, or the number of last layers, at least 1"),
     "model.projection_width": _COUNT,
+    "model.private_width": _COUNT_FROM_0,
     "model.moe.num_experts": _COUNT_FROM_0,
     "model.moe.top_k": _COUNT,
     "model.moe.route_by": _choice("token", "task", "both"),
@@ -198,8 +209,10 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "data.on_bad_image": _choice("skip", "text"),
     "data.hide": _choice("none", "text", "image"),
     "data.max_characters": _COUNT,
+    "data.noise": _DIFFERENT,
+    "data.noise_rate": _number(0, 1),
     "data.mixing_temperature": _POSITIVE,
-    "data.normalize.preset": _choice("none", "social", "strict"),
+    "data.normalize.preset": _choice("none", "social", "strict", "weibo"),
     "data.normalize.language": _TEXT,
     "tasks.*.path": (bool, "the folder, file or hub name of the task's posts; it is empty"),
     "tasks.*.text": _TEXT,
@@ -211,7 +224,9 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "tasks.*.contrastive_weight": _NOT_NEGATIVE,
     "tasks.*.contrastive_temperature": _number(0.01),
     "tasks.*.contrastive_width": _number(0, open_low=True, word="auto"),
-    "tasks.*.labels": (lambda value: len(set(value)) == len(value), "a list of different names"),
+    "tasks.*.confidence_strategy": _choice("none", "input", "output", "input_output"),
+    "tasks.*.labels": _DIFFERENT,
+    "tasks.*.slices": _DIFFERENT,
     "loss.contrastive.weight": _NOT_NEGATIVE,
     "loss.contrastive.temperature": _number(0.01),
     "loss.contrastive.over": _choice("global", "local"),
@@ -222,7 +237,17 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "loss.image_text.itm_weight": _SHARE,
     "loss.image_text.temperature": _number(0.01),
     "loss.image_text.negatives": _choice("hard", "random"),
+    "loss.weighting_rate": _POSITIVE,
+    "loss.weighting_temperature": _POSITIVE,
+    "loss.weighting_window": _COUNT,
+    "loss.gradnorm_alpha": _NOT_NEGATIVE,
+    "loss.cagrad_c": _SHARE,
+    "loss.adversarial.weight": _NOT_NEGATIVE,
+    "loss.adversarial.predict": _TEXT,
+    "loss.adversarial.hidden_width": _COUNT,
+    "loss.adversarial.gamma": _NOT_NEGATIVE,
     "loss.balance_weight": _NOT_NEGATIVE,
+    "loss.orthogonal_weight": _NOT_NEGATIVE,
     "loss.z_weight": _NOT_NEGATIVE,
     "loss.task_separation_weight": _NOT_NEGATIVE,
     "train.epochs": _POSITIVE,

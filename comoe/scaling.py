@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from comoe.config import load_recipe, recipe_to_dict, unknown_name
+from comoe.config import load_recipe, recipe_from_dict, recipe_to_dict, unknown_name
 from comoe.models.gate import GATES, build_gate
 from comoe.schema import Recipe
 from comoe.train.settings import load_settings, plan_layout
@@ -208,6 +208,8 @@ def remember(experiment: Experiment, *, file_name: str = "scale.json") -> None:
         file.write_text(json.dumps(shared, indent=1) + "\n", encoding="utf-8")
         return
     before = json.loads(file.read_text(encoding="utf-8"))
+    # A recipe of before an option was there has its default.
+    before["recipe"] = json.loads(json.dumps(recipe_to_dict(recipe_from_dict(before["recipe"]))))
     difference = difference_of(before, shared)
     if difference:
         raise ValueError(

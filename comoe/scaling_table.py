@@ -57,12 +57,13 @@ def row_of(point: Point, folder: Path, *, problem: str = "") -> Row:
 
 def quality_of(metrics: Mapping[str, Mapping[str, Mapping[str, float]]], tasks: Sequence[Task]) -> Row:
     """Main metric of each task and their mean (larger is better), on the test split, or validation where there is no
-    test label."""
+    test label. Auxiliary tasks are shown and in no mean."""
     split = "test" if metrics.get("test") else "validation"
     scored = metrics[split]
     present = [task for task in tasks if scored.get(task.name, {}).get(task.metric) is not None]
+    mean = mean_metric(scored, present) if any(not task.auxiliary for task in present) else None
     values = {f"{task.name}/{task.metric}": scored[task.name][task.metric] for task in present}
-    return {"split": split, "mean": mean_metric(scored, present) if present else None, **values}
+    return {"split": split, "mean": mean, **values}
 
 
 def costs_of(results: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> Row:

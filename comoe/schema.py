@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from comoe.schema_loss import ContrastiveConfig, ImageTextConfig, LossConfig
+from comoe.schema_loss import AdversarialConfig, ContrastiveConfig, ImageTextConfig, LossConfig
 from comoe.schema_model import ModelConfig, MoeConfig, VisionConfig
 
 
@@ -44,14 +44,15 @@ class NormalizeConfig:
     """How the text of a post is cleaned before it is tokenised."""
 
     preset: str = "social"
-    """none, social (users, links, emoji to words; case and hashtag words kept) or
-    strict (Stein & Keller: lower case; URLs, mentions, hashtags, emoji, punctuation removed)."""
+    """none, social (users, links, emoji to words; case and hashtag words kept),
+    strict (Stein & Keller: lower case; URLs, mentions, hashtags, emoji, punctuation removed) or
+    weibo (social for Chinese posts: full-width forms, #topics#, emoji codes, repost chains)."""
     language: str = "en"
     """Language of the emoji names, as in the package emoji (en, zh, de, ...)."""
     user: str = "@user"
-    """What replaces a user name under the preset social."""
+    """What replaces a user name under the presets social and weibo."""
     url: str = "http"
-    """What replaces a link under the preset social."""
+    """What replaces a link under the presets social and weibo."""
 
 
 @dataclass(slots=True)
@@ -74,9 +75,10 @@ class DataConfig:
     max_characters: int = 100_000
     """A text longer than this is a bad row."""
     mixing: str = "proportional"
-    """Key of ``comoe.data.sampling.MIXINGS``: proportional, uniform, or temperature."""
+    """How often data sets are drawn from, key of ``comoe.data.rates.MIXINGS``: proportional, uniform, temperature, or
+    progress (as temperature, and more often where the validation loss still falls)."""
     mixing_temperature: float = 2.0
-    """Rates are proportional to size ** (1 / temperature) under ``mixing: temperature``."""
+    """Rates are proportional to size ** (1 / temperature) under ``mixing: temperature`` and ``progress``."""
     posts_per_label: int = 0
     """Each batch holds at least this many posts of every label of the contrastive tasks, where the data have them;
     labels take turns where the batch has no room. 0 leaves it to chance; 2 gives every label a positive pair."""
@@ -91,6 +93,11 @@ class DataConfig:
     keeps it without picture; both are counted and named."""
     hide: str = "none"
     """none, or what the model is not to see of the posts: text or image. For measuring what one side alone can tell."""
+    noise: list[str] = field(default_factory=list)
+    """Keys of ``comoe.data.noise.NOISES``: typos, no_hashtags, no_emoji. At the end of the run the validation posts,
+    and the test posts where they have labels, are scored once more under each."""
+    noise_rate: float = 0.1
+    """Share of the words that get a typo under ``noise: [typos]``."""
     cache: bool = True
     """Keep tokenised posts, and which pictures are good, on disk and use them again."""
     normalize: NormalizeConfig = field(default_factory=NormalizeConfig)
@@ -104,7 +111,8 @@ class TaskConfig:
     path: str = ""
     """Folder, file, or hub name; relative to ``data.root``. A folder holds train, validation (val, dev), test files."""
     kind: str = "single_label"
-    """Key of ``comoe.tasks.kinds.KINDS``: single_label, multi_label, regression, tags."""
+    """Key of ``comoe.tasks.kinds.KINDS``: single_label, multi_label, regression, tags, phrases (words of the post, to
+    be found), unlabelled."""
     format: str = "auto"
     """Key of ``comoe.data.sources.READERS``: tweeteval, jsonl, csv, tsv, parquet, txt, hub; auto looks at the path."""
     subset: str | None = None
@@ -120,7 +128,20 @@ class TaskConfig:
     label: str = "label"
     """Column with the label; empty cells are posts without this label."""
     confidence: str | None = None
-    """Reserved column with a number in [0, 1] per label; read by the data, shown by --dry-run."""
+    """Column with a number in [0, 1] per label, an annotator's agreement or a model's certainty; an empty cell is 1. Its
+    mean is shown by --dry-run."""
+    confidence_strategy: str = "none"
+    """What the confidence does in training: none, input (scales what the encoder reads of the post), output (scales the
+    post's loss), or input_output (arXiv:2412.09046)."""
+    auxiliary: bool = False
+    """Only there to help the others: trained and reported, but in no mean, and no checkpoint is chosen by it."""
+    hold_out: dict[str, list[str]] = field(default_factory=dict)
+    """Column -> values. Training and validation posts with one of them leave these splits and become a further split,
+    ``unseen``, scored at the end; tasks of one data set say the same."""
+    slices: list[str] = field(default_factory=list)
+    """Columns; the main metrics are also given for the posts of each of their values (``accuracy@implicit=true``)."""
+    balanced_sampling: bool = False
+    """Draw the posts of the data set such that the labels of this task come equally often (single_label only)."""
     labels: list[str] = field(default_factory=list)
     """Label names in the order of their ids; empty finds them in the training split."""
     metric: str = "auto"
@@ -130,7 +151,8 @@ class TaskConfig:
     class_weights: str | list[float] = "none"
     """none, balanced (inverse frequency), or one number per label."""
     label_smoothing: float = 0.0
-    """Share of the target spread evenly over all labels."""
+    """Share of the target spread evenly over all labels; for multi_label of each label's yes or no, which both move
+    towards 1/2."""
     contrastive: bool | str = "auto"
     """Take part in the contrastive loss; auto is yes, but no for tags, whose positives (two dropout draws of one post)
     cost a second forward pass."""
@@ -192,6 +214,12 @@ class TrainConfig:
     """mean (of each task's main metric) or task/metric."""
     patience: int = 0
     """Evaluations without a better ``early_stop_metric`` before the run stops; 0 never stops early."""
+    calibrate: bool = True
+    """At the end of the run fit a temperature per task on the validation posts, so that probabilities are frequencies;
+    it changes no answer. The calibration error is reported in any case."""
+    fit_thresholds: bool = True
+    """At the end of the run fit the probability from which a label is given (multi_label; single_label with two labels)
+    on the validation posts; kept only where it also gains on posts that did not choose it."""
     max_nonfinite: int = 5
     """Steps in a row with a loss that is not finite before the run stops."""
     seed: int = 0
@@ -219,6 +247,7 @@ class Recipe:
 
 
 __all__ = [
+    "AdversarialConfig",
     "ContrastiveConfig",
     "DataConfig",
     "ImageTextConfig",

@@ -71,6 +71,9 @@ class ModelConfig:
     Experts and heads always train."""
     projection_width: int = 128
     """Width P of the embeddings that the contrastive loss compares."""
+    private_width: int = 0
+    """Hidden width of a feed-forward of its own that each task puts between the shared states and its head; 0 is
+    none."""
     moe: MoeConfig = field(default_factory=MoeConfig)
     """The experts."""
     vision: VisionConfig = field(default_factory=VisionConfig)

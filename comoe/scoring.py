@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from comoe.calibration import ece_of
 from comoe.config import nearest, unknown_name
 from comoe.data.batching import TokenizedSplit, tokenize_split
 from comoe.data.image_checks import ImageReader
@@ -94,6 +95,8 @@ def score_data(
     split = tokenize_split(posts, exported.tokenizer, tasks=exported.tasks, config=exported.data_config)
     with tqdm(total=len(split), unit="post", disable=not progress, dynamic_ncols=True) as bar:
         evaluation = score_split(predictor, split, batch_size=batch_size, progress=bar.update)
+    for name, error in ece_of(evaluation.answers, chosen).items():
+        evaluation.metrics[name]["ece"] = error
     if not evaluation.metrics:
         raise ValueError(f"{choice.path}: no post has a label of {', '.join(task.name for task in chosen)}.")
     return Scores(evaluation, chosen, len(split), tuple(report.set_aside), tuple(report.without_picture))
@@ -123,6 +126,7 @@ def score_split(
         gather=lambda answers: [answers],
         device=predictor.device,
         progress=progress,
+        columns=split.posts.columns,
         predictions=False,
     )
 
@@ -156,7 +160,9 @@ def _read(choice: DataChoice, tasks: Sequence[Task], *, predictor: Predictor, re
     _check_columns(raw, wanted | {"--image-column": [image]})
     shared = TaskConfig(text=choice.text, pair=choice.pair, image=image)
     configs = {task.name: replace(shared, kind=task.kind, label=columns[task.name]) for task in tasks}
-    reader = RowReader(configs, {task.name: task.labels for task in tasks}, max_characters=10**6)
+    slices = tuple(dict.fromkeys(column for task in tasks for column in task.slices if column in raw.columns))
+    labels = {task.name: task.labels for task in tasks}
+    reader = RowReader(configs, labels, max_characters=10**6, columns=slices, strict=not choice.skip_bad)
     bad, found = list(raw.bad), []
     for line, row in zip(raw.lines, raw.rows, strict=True):
         try:
@@ -195,6 +201,7 @@ def _posts(
         group_names=("posts",),
         origins=[f"{file}:{line}" for line, _ in found],
         images=images,
+        columns={name: [post.columns[name] for post in posts] for name in posts[0].columns},
     )
 
 

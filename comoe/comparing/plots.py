@@ -13,6 +13,7 @@ from matplotlib.ticker import MaxNLocator
 
 from comoe.comparing.intervals import MEAN, Interval
 from comoe.comparing.report import Comparison
+from comoe.comparing.transfer_plots import write_transfer_plots
 from comoe.scaling_plots import COLOURS
 from comoe.train.plots import save_figure
 
@@ -25,13 +26,15 @@ GATES = {
 
 
 def write_plots(comparison: Comparison, output: Path) -> None:
-    """``plots/quality.png``, ``plots/gates.png`` and ``plots/removal.png``, where there is something to show."""
-    arms = [arm for arm, results in comparison.results.items() if results]
+    """``plots/quality.png``, ``plots/gates.png`` and ``plots/removal.png``, and those of ``write_transfer_plots``,
+    where there is something to show."""
+    arms = comparison.arms
     if not arms:
         return
-    tasks = [name for name in comparison.results[arms[0]][0].quality if name != MEAN]
+    write_transfer_plots(comparison, output)
     split = comparison.results[arms[0]][0].split
-    panels = {MEAN: "mean of the main metrics", **{name: name for name in tasks}}
+    names = [f"{name}/{task.metric}" for name, task in comparison.tasks.items()]
+    panels = {MEAN: "mean of the main metrics", **{name: name for name in names}}
     title = f"Quality on the {split} posts: seeds, mean, 95 % interval (cut at the edge); dotted: {comparison.baseline}"
     save_figure(dots_figure(comparison, arms, panels, values="quality", title=title), output / "plots/quality.png")
     gated = [arm for arm in arms if comparison.results[arm][0].routing]
@@ -111,15 +114,13 @@ def _dots(panel: Axes, comparison: Comparison, arms: Sequence[str], values: str,
         if item is None:
             continue
         colour = _colour(comparison, arm)
-        found = [getattr(result, values).get(name) for result in comparison.results[arm]]
-        seeds = [value for value in found if value is not None]
+        seeds = comparison.seeds_of(arm, values, name)
         panel.plot(seeds, [place] * len(seeds), linestyle="", marker=".", markersize=5, color=colour, alpha=0.5)
         panel.plot([item.mean], [place], marker="o", markersize=5, color=colour)
         if math.isfinite(item.low):
             panel.plot([item.low, item.high], [place, place], color=colour, linewidth=1.3)
     # By the dots: the interval of two or three seeds can be wider than all that is known, and is cut at the edge then.
-    found = [getattr(result, values).get(name) for arm in arms for result in comparison.results[arm]]
-    dots = [value for value in found if value is not None]
+    dots = [value for arm in arms for value in comparison.seeds_of(arm, values, name)]
     if dots:
         margin = 0.6 * (max(dots) - min(dots)) or 0.1 * abs(dots[0])
         panel.set_xlim(min(dots) - margin, max(dots) + margin)

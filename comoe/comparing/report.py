@@ -1,4 +1,4 @@
-"""What a comparison found, from its run folders: ``summary.json``, ``comparison.json``, ``table.csv``."""
+"""What a comparison found, from its run folders: ``summary.json``, ``comparison.json`` and the CSV tables."""
 
 from __future__ import annotations
 
@@ -12,210 +12,209 @@ from typing import Any
 
 import numpy as np
 
-from comoe.comparing.arms import Trial
-from comoe.comparing.intervals import (
-    MEAN,
-    Answers,
-    Interval,
-    measured,
-    paired_difference,
-    read_answers,
-    resampled,
-    same_posts,
-    seed_interval,
+from comoe.affinity import read_affinity
+from comoe.comparing.differences import Differences, Differing
+from comoe.comparing.intervals import MEAN, Difference, Interval, seed_interval
+from comoe.comparing.plan import Plan
+from comoe.comparing.results import COSTS, ROUTING, Result, read_arm, with_means
+from comoe.comparing.transfer import (
+    Cosines,
+    Outcome,
+    Reasons,
+    changes_without,
+    left_out_task,
+    mean_cosines,
+    outcome_of,
+    reasons_of,
 )
-from comoe.removal import Removal, read_removal
-from comoe.scaling_table import COSTS, costs_of, quality_of
 from comoe.tasks.catalog import Task
-from comoe.train.records import METRICS_FILE, read_metrics, write_aside
+from comoe.train.records import write_aside
 
-ROUTING = ("weight_monopoly", "weight_effective_experts", "monopoly", "max_violation", "dead_share", "cooperation",
-           "weight_task_information")  # fmt: skip
-"""Measures of the gates on the held-out posts, means over layers; those of the weights are fair to every k."""
-REMOVAL_FILE = "removal.json"
-"""In a run folder: what each expert is worth."""
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """What one finished run says."""
-
-    trial: Trial
-    """Which run."""
-    split: str
-    """Split of the quality."""
-    quality: Mapping[str, float]
-    """``mean`` (larger is better) and ``task/metric``."""
-    routing: Mapping[str, float]
-    """Measures of the gates, means over layers; empty without experts."""
-    costs: Mapping[str, float | None]
-    """As in a scaling table."""
-    removal: Removal | None
-    """Where it was measured."""
+AFFINITY_FILE = "affinity.json"
+"""In a run folder: how the tasks' gradients lie to one another."""
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
     """All finished runs, and what they say together."""
 
+    plan: Plan
+    """What was to be run."""
     results: Mapping[str, Sequence[Result]]
-    """Arm -> runs, in the order of the seeds."""
+    """Arm -> one result per seed, in the order of the seeds."""
     baseline: str
     """The arm that the others are held against."""
-    against: Mapping[str, Mapping[str, Interval]]
-    """Arm -> ``mean`` or task -> difference to the baseline, larger is better; empty for an unfinished arm."""
+    against: Differences
+    """Arm -> ``mean`` or task -> difference to the baseline, larger is better; without arms that are not finished."""
+    changes: Mapping[str, Mapping[str, Difference]]
+    """Dropped task -> task -> how much better without that one than with all."""
+    cosines: Mapping[str, Cosines]
+    """Arm -> gradient cosines of its tasks, where they were measured."""
+    notes: Sequence[str]
+    """What is not equal between the arms."""
     problems: Mapping[str, str]
     """Run -> why it failed."""
 
+    @property
+    def arms(self) -> list[str]:
+        """Arms with something finished."""
+        return [arm for arm, found in self.results.items() if found]
+
+    @property
+    def tasks(self) -> dict[str, Task]:
+        """Tasks of any finished run, in the order of the first arm that has them."""
+        return {name: task for arm in self.arms for found in self.results[arm] for name, task in found.tasks.items()}
+
+    @property
+    def measured(self) -> list[str]:
+        """Those that are trained for their own sake."""
+        return [name for name, task in self.tasks.items() if not task.auxiliary]
+
     def interval(self, arm: str, values: str, name: str) -> Interval | None:
         """Mean over seeds of one number of an arm: ``values`` is quality, routing or costs."""
-        found = [getattr(result, values).get(name) for result in self.results[arm]]
-        known = [value for value in found if value is not None]
+        known = self.seeds_of(arm, values, name)
         return seed_interval(known) if known else None
 
+    def seeds_of(self, arm: str, values: str, name: str) -> list[float]:
+        """One number of an arm, per seed that has it."""
+        found = [getattr(result, values).get(name) for result in self.results[arm]]
+        return [value for value in found if value is not None]
 
-def read_result(trial: Trial, folder: Path) -> Result | None:
-    """What a run left; None while it is not finished."""
-    if not (folder / "results.json").is_file():
-        return None
-    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    records = read_metrics(folder / METRICS_FILE)
-    quality = quality_of(results["metrics"], read_tasks(folder))
-    split = quality.pop("split")
-    removal = folder / REMOVAL_FILE
-    return Result(
-        trial=trial,
-        split=split,
-        quality={name: value for name, value in quality.items() if value is not None},
-        routing=_routing(records, split),
-        costs=costs_of(results, records),
-        removal=read_removal(removal) if removal.is_file() else None,
-    )
+    def outcome(self, arm: str) -> Outcome:
+        """Which tasks gained and lost against the baseline."""
+        return outcome_of(self.against.get(arm, {}), self.measured)
+
+    def reasons(self, task: str) -> Reasons:
+        """What bears on a task's gain or loss in the joint arm."""
+        return reasons_of(task, self.cosines.get(self.plan.joint or ""), self.changes)
 
 
 def compare(
-    trials: Sequence[Trial], runs: Path, *, baseline: str, resamples: int, problems: Mapping[str, str]
+    plan: Plan, runs: Path, *, baseline: str, resamples: int, problems: Mapping[str, str] | None = None
 ) -> Comparison:
     """Read every finished run and hold the arms against the baseline, on the seeds that both have finished.
 
     Args:
-        trials: all runs.
+        plan: all runs.
         runs: folder of the run folders.
         baseline: an arm.
         resamples: of the bootstrap; below 2 the differences are left out.
         problems: run -> why it failed.
     """
-    results: dict[str, list[Result]] = {trial.arm: [] for trial in trials}
-    for trial in trials:
-        if (result := read_result(trial, runs / trial.name)) is not None:
-            results[trial.arm].append(result)
-    against = _differences(results, runs, baseline=baseline, resamples=resamples) if resamples > 1 else {}
-    return Comparison(results, baseline, against, problems)
-
-
-def read_tasks(folder: Path) -> list[Task]:
-    """The tasks of a run folder."""
-    return [Task.from_dict(plain) for plain in json.loads((folder / "tasks.json").read_text(encoding="utf-8"))]
+    read = {arm.name: [read_arm(arm, runs, seed=seed) for seed in plan.seeds] for arm in plan.arms}
+    results = with_means({arm: [item for item in found if item is not None] for arm, found in read.items()})
+    differing = Differing(results, runs, resamples=resamples)
+    against = differing.against(baseline)
+    dropping = [arm for arm in results if left_out_task(arm)]
+    changes = changes_without(differing.against(plan.joint, dropping)) if plan.joint and dropping else {}
+    notes = list(plan.notes)
+    notes += [
+        f"{arm} answered other posts of {', '.join(sorted(tasks))} than it is held against (a validation split held "
+        "out, or cut, in another way): no difference is given there."
+        for arm, tasks in differing.incomparable.items()
+    ]
+    cosines = {arm.name: found for arm in plan.arms if (found := _cosines(results[arm.name], runs)) is not None}
+    return Comparison(plan, results, baseline, against, changes, cosines, notes, problems or {})
 
 
 def write_comparison(comparison: Comparison, output: Path) -> None:
-    """Write the tables and both JSON files."""
-    summary: dict[str, Any] = {}
-    rest: dict[str, Any] = {"baseline": comparison.baseline, "failed": dict(comparison.problems), "arms": {}}
-    for arm, results in comparison.results.items():
-        if not results:
-            continue
-        summary[arm] = _quality_tree(comparison, arm)
-        rest["arms"][arm] = {
-            "overrides": list(results[0].trial.words),
-            "seeds": [result.trial.seed for result in results],
-            "split": results[0].split,
-            "mean": _entry(comparison, arm, "quality", MEAN),
-            "against_baseline": {name: item.to_dict() for name, item in comparison.against.get(arm, {}).items()},
-            "routing": {name: _entry(comparison, arm, "routing", name) for name in ROUTING if results[0].routing},
-            "costs": {name: _entry(comparison, arm, "costs", name) for name in COSTS},
-            "removal": {result.trial.name: result.removal.to_dict() for result in results if result.removal},
-        }
+    """Write both JSON files and the CSV tables."""
+    rest: dict[str, Any] = {
+        "baseline": comparison.baseline, "joint": comparison.plan.joint, "notes": list(comparison.notes),
+        "failed": dict(comparison.problems),
+        "arms": {arm: _about(comparison, arm) for arm in comparison.arms},
+        "without": {dropped: {task: change.to_dict() for task, change in of_task.items()}
+                    for dropped, of_task in comparison.changes.items()},
+        "gradient_cosine": {arm: found.to_dict() for arm, found in comparison.cosines.items()},
+        "reasons": {task: comparison.reasons(task).to_dict() for task in comparison.measured}
+                   if comparison.plan.joint else {},
+    }  # fmt: skip
+    summary = {arm: _quality_tree(comparison, arm) for arm in comparison.arms}
     write_aside(output / "summary.json", json.dumps(summary, indent=1) + "\n")
     write_aside(output / "comparison.json", json.dumps(rest, indent=1) + "\n")
-    write_aside(output / "table.csv", _csv(comparison))
+    for name, rows in (("table", _runs(comparison)), ("gains", _gains(comparison)), ("affinity", _pairs(comparison))):
+        write_aside(output / f"{name}.csv", _csv(rows))
 
 
-def _differences(
-    results: Mapping[str, Sequence[Result]], runs: Path, *, baseline: str, resamples: int
-) -> dict[str, dict[str, Interval]]:
-    """Arm -> ``mean`` or task -> difference, over the seeds in which both arms answered the same posts."""
-    plain: dict[str, list[dict[str, float]]] = {}
-    drawn: dict[str, list[dict[str, np.ndarray]]] = {}
-    for base in results.get(baseline, ()):
-        tasks = [task for task in read_tasks(runs / base.trial.name) if f"{task.name}/{task.metric}" in base.quality]
-        theirs = _answers(runs / base.trial.name, base.split, tasks)
-        arms, answers = [], [theirs]
-        for arm, finished in results.items():
-            for result in finished:
-                if arm == baseline or result.trial.seed != base.trial.seed or result.split != base.split:
-                    continue
-                own = _answers(runs / result.trial.name, result.split, tasks)
-                if same_posts(own, theirs):
-                    arms.append(arm)
-                    answers.append(own)
-        values = resampled(answers, tasks, resamples=resamples)
-        whole = [measured(run, tasks) for run in answers]
-        for number, arm in enumerate(arms, start=1):
-            plain.setdefault(arm, []).append({name: whole[number][name] - whole[0][name] for name in whole[0]})
-            drawn.setdefault(arm, []).append({name: values[name][number] - values[name][0] for name in values})
+def _about(comparison: Comparison, arm: str) -> dict[str, Any]:
+    results = comparison.results[arm]
+    outcome = comparison.outcome(arm)
     return {
-        arm: {
-            name: paired_difference([seed[name] for seed in seeds], np.stack([seed[name] for seed in drawn[arm]]))
-            for name in seeds[0]
-        }
-        for arm, seeds in plain.items()
-    }
-
-
-def _answers(folder: Path, split: str, tasks: Sequence[Task]) -> dict[str, Answers]:
-    found = {}
-    for task in tasks:
-        lines = (folder / "predictions" / split / f"{task.name}.jsonl").read_text(encoding="utf-8").split("\n")
-        found[task.name] = read_answers([json.loads(line) for line in lines if line], task)
-    return found
-
-
-def _routing(records: Sequence[Mapping[str, Any]], split: str) -> dict[str, float]:
-    blocks = [record["routing"] for record in records if record.get("split") == split and "routing" in record]
-    # One block that every token visits has no gate to speak of.
-    if not blocks or len(blocks[-1]["share"][0]) == 1:
-        return {}
-    means = {name: [value for value in blocks[-1].get(name, ()) if value is not None] for name in ROUTING}
-    return {name: float(np.mean(values)) for name, values in means.items() if values}
+        "runs": next(item.words for item in comparison.plan.arms if item.name == arm),
+        "seeds": [result.seed for result in results],
+        "split": results[0].split,
+        "mean": _entry(comparison.seeds_of(arm, "quality", MEAN)),
+        "against_baseline": {name: item.to_dict() | {"verdict": item.verdict}
+                             for name, item in comparison.against.get(arm, {}).items()},
+        "gained": list(outcome.gained), "lost": list(outcome.lost), "open": list(outcome.open),
+        "train_posts": dict(results[0].train_posts),
+        "routing": {name: _entry(comparison.seeds_of(arm, "routing", name)) for name in ROUTING if results[0].routing},
+        "costs": {name: _entry(comparison.seeds_of(arm, "costs", name)) for name in COSTS},
+        "removal": {result.trials[0].name: result.removal.to_dict() for result in results if result.removal},
+    }  # fmt: skip
 
 
 def _quality_tree(comparison: Comparison, arm: str) -> dict[str, dict[str, Any]]:
+    """Task -> metric -> mean and spread; every metric, the main one first."""
     tree: dict[str, dict[str, Any]] = {}
-    for name in comparison.results[arm][0].quality:
-        task, _, metric = name.partition("/")
-        if metric:
-            tree.setdefault(task, {})[metric] = _entry(comparison, arm, "quality", name)
+    results = comparison.results[arm]
+    for name, task in comparison.tasks.items():
+        metrics = [result.metrics[name] for result in results if name in result.metrics]
+        for metric in dict.fromkeys([task.metric, *(key for found in metrics for key in found)] if metrics else ()):
+            values = [value for found in metrics if isinstance(value := found.get(metric), (int, float))]
+            if values:
+                tree.setdefault(name, {})[metric] = _entry(values)
     return tree
 
 
-def _entry(comparison: Comparison, arm: str, values: str, name: str) -> dict[str, Any] | None:
-    interval = comparison.interval(arm, values, name)
-    if interval is None:
+def _entry(values: Sequence[float]) -> dict[str, Any] | None:
+    if not values:
         return None
-    found = [getattr(result, values).get(name) for result in comparison.results[arm]]
-    known = [value for value in found if value is not None]
-    spread = float(np.std(known, ddof=1)) if len(known) > 1 else None
-    return interval.to_dict() | {"spread": spread, "values": known}
+    spread = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    interval = seed_interval(values).to_dict()
+    return {"mean": interval["mean"], "spread": spread, **interval, "values": list(values)}
 
 
-def _csv(comparison: Comparison) -> str:
-    rows = [
-        {"arm": arm, "seed": result.trial.seed, "split": result.split, **result.quality, **result.routing,
-         **result.costs}
+def _cosines(results: Sequence[Result], runs: Path) -> Cosines | None:
+    files = [runs / result.trials[0].name / AFFINITY_FILE for result in results if len(result.trials) == 1]
+    return mean_cosines([read_affinity(file) for file in files if file.is_file()])
+
+
+def _runs(comparison: Comparison) -> list[dict[str, Any]]:
+    return [
+        {"arm": arm, "seed": result.seed, "split": result.split, **result.quality, **result.routing, **result.costs}
         for arm, results in comparison.results.items()
         for result in results
-    ]  # fmt: skip
+    ]
+
+
+def _gains(comparison: Comparison) -> list[dict[str, Any]]:
+    return [
+        {"arm": arm, "against": comparison.baseline, "task": name, **item.to_dict(), "verdict": item.verdict}
+        for arm, of_arm in comparison.against.items()
+        for name, item in of_arm.items()
+    ]
+
+
+def _pairs(comparison: Comparison) -> list[dict[str, Any]]:
+    """Task and other task: cosine of their gradients, and how much better the first is without the second."""
+    cosines = comparison.cosines.get(comparison.plan.joint or "")
+    tasks = list(dict.fromkeys([*(cosines.tasks if cosines else ()), *comparison.tasks]))
+    rows = []
+    for task in tasks:
+        for other in tasks:
+            known = cosines is not None and {task, other} <= set(cosines.tasks)
+            place = (cosines.tasks.index(task), cosines.tasks.index(other)) if known else None
+            cosine = None if place is None else round(float(cosines.mean_TT[place]), 6)
+            change = comparison.changes.get(other, {}).get(task)
+            if cosine is None and change is None:
+                continue
+            without = {f"without_{key}": value for key, value in change.to_dict().items()} if change else {}
+            rows.append({"task": task, "other": other, "cosine": cosine, **without})
+    return rows
+
+
+def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(dict.fromkeys(key for row in rows for key in row)),
                             lineterminator="\n")  # fmt: skip

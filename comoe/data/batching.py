@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from comoe.data.domains import Domains, confidences_of, domain_columns
 from comoe.data.pixels import PixelReader
 from comoe.data.posts import PostSplit, hidden, unlabelled_posts
 from comoe.data.tokens import Tokens, cached_tokens, tokenize
@@ -146,6 +147,7 @@ class Collator:
         route_by: ``model.moe.route_by``.
         pad_to_multiple_of: rows are padded to a multiple of this many tokens.
         pixels: reads the posts' pictures; None leaves them alone.
+        domains: what the adversarial loss predicts of posts; None predicts nothing.
 
     Raises:
         ValueError: no such ``route_by``.
@@ -159,12 +161,14 @@ class Collator:
         route_by: str = "token",
         pad_to_multiple_of: int = 1,
         pixels: PixelReader | None = None,
+        domains: Domains | None = None,
     ) -> None:
         if route_by not in ROW_PER_TASK:
             raise unknown_name("model.moe.route_by", route_by, ROW_PER_TASK)
         self.tokenizer = tokenizer
         self.tasks = tuple(tasks)
         self.pixels = pixels
+        self.domains = domains
         self._row_per_task = ROW_PER_TASK[route_by]
         self._multiple = pad_to_multiple_of
         self._segments = "token_type_ids" in tokenizer.model_input_names
@@ -182,7 +186,8 @@ class Collator:
         real = np.array([post for post, _ in pairs if post >= 0], dtype=np.int64)
         rows = split.rows(real) or [self._filler]
         length = -(-max(len(row.input_ids) for row in rows) // self._multiple) * self._multiple
-        images = [split.posts.images[post] if post >= 0 else None for post, _ in pairs]
+        posts = [post for post, _ in pairs]
+        images = [split.posts.images[post] if post >= 0 else None for post in posts]
         pixels, image_rows, image_numbers = (None,) * 3 if self.pixels is None else self.pixels.collate(images)
         return Batch(
             pixels_I3HW=pixels,
@@ -195,7 +200,7 @@ class Collator:
             else None,
             word_starts_BL=_padded([row.word_starts for row in rows], length=length, fill=0).bool(),
             task_ids_B=torch.tensor([task for _, task in pairs], dtype=torch.int64),
-            row_ids_B=torch.tensor([post for post, _ in pairs], dtype=torch.int64),
+            row_ids_B=torch.tensor(posts, dtype=torch.int64),
             labels={
                 task.name: task.rules.collate(
                     [
@@ -207,6 +212,8 @@ class Collator:
                 )
                 for number, task in enumerate(self.tasks)
             },
+            confidences=confidences_of(split.posts, posts, self.tasks),
+            **domain_columns(self.domains, split.posts, posts, split.labelled if self._row_per_task else None),
         )
 
     def encode_texts(

@@ -9,6 +9,9 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from comoe.data.posts import PostSplit
+from comoe.tasks.catalog import Task
+
 TRIES = 8
 """Draws per wanted post before all members of a label are looked through."""
 
@@ -71,6 +74,17 @@ class LabelQuota:
         if len(found) < missing:
             found = dict.fromkeys(int(post) for post in rng.permutation(members) if int(post) not in there)
         return list(found)[:missing]
+
+
+def label_members(posts: PostSplit, tasks: Sequence[Task]) -> list[np.ndarray]:
+    """Posts of each label of each contrastive task, as ``LabelQuota`` takes them."""
+    found: dict[tuple[str, int], list[int]] = {}
+    for task in tasks:
+        if task.contrastive:
+            for post, value in enumerate(posts.labels[task.name]):
+                for label in () if value is None else task.rules.label_ids(value):
+                    found.setdefault((task.name, label), []).append(post)
+    return [np.array(found[key]) for key in sorted(found)]
 
 
 def cut_in_parts(posts: np.ndarray, together: Sequence[np.ndarray], *, parts: int) -> list[np.ndarray]:

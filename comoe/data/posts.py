@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from comoe.rules import unknown_name
 
-PART_NAMES = ("train", "validation", "test")
+UNSEEN = "unseen"
+"""Split of the posts that ``tasks.<name>.hold_out`` keeps from training."""
+PART_NAMES = ("train", "validation", "test", UNSEEN)
 """Splits of a corpus, in this order."""
 
 
@@ -36,6 +38,8 @@ class PostSplit:
     """"file:line" of each post, for messages."""
     images: Sequence[bytes | str | None]
     """The picture: the bytes of its file, or the file's path; None where a post has none."""
+    columns: Mapping[str, Sequence[str | None]] = field(default_factory=dict)
+    """Further columns that the recipe asks for, as text (true, 3, a name); None where a post has no such cell."""
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -56,6 +60,7 @@ class PostSplit:
             group_names=self.group_names,
             origins=pick(self.origins),
             images=pick(self.images),
+            columns={name: pick(column) for name, column in self.columns.items()},
         )
 
 
@@ -128,6 +133,7 @@ def join_splits(parts: Sequence[PostSplit]) -> PostSplit:
         group_names=parts[0].group_names,
         origins=joined([part.origins for part in parts]),
         images=joined([part.images for part in parts]),
+        columns={name: joined([part.columns[name] for part in parts]) for name in parts[0].columns},
     )
 
 

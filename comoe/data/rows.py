@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import numpy as np
 from comoe.data.text import is_blank
 from comoe.schema import TaskConfig
 from comoe.tasks.catalog import kind_of
+from comoe.tasks.labels import is_missing, label_name
 
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -42,6 +44,8 @@ class Post:
     """Task with a confidence column -> number in [0, 1], None where missing."""
     image: Any = None
     """What the picture column holds, not looked at yet."""
+    columns: dict[str, str | None] = field(default_factory=dict)
+    """Further column -> its cell as text, None where empty."""
 
 
 class RowReader:
@@ -51,10 +55,19 @@ class RowReader:
         tasks: tasks of the data set; they have the same text columns.
         labels: task -> label names.
         max_characters: a longer text is a bad cell.
+        columns: further columns to keep as text.
+        strict: a label that does not fit its post's words (a phrase that is not among them) makes the row a bad one;
+            else the post stays without that label and is counted in ``unfit``.
     """
 
     def __init__(
-        self, tasks: Mapping[str, TaskConfig], labels: Mapping[str, tuple[str, ...]], *, max_characters: int
+        self,
+        tasks: Mapping[str, TaskConfig],
+        labels: Mapping[str, tuple[str, ...]],
+        *,
+        max_characters: int,
+        columns: Sequence[str] = (),
+        strict: bool = True,
     ) -> None:
         self._tasks = tasks
         self._labels = labels
@@ -62,7 +75,11 @@ class RowReader:
         first = next(iter(tasks.values()))
         self._text, self._pair, self._image = first.text, first.pair, first.image
         self._max_characters = max_characters
-        self._as_words = any(kind.per_token for kind in self._kinds.values())
+        self._columns, self._strict = tuple(columns), strict
+        # Tags are given for the words between blanks, so they have the last say about what a word is.
+        per_token = [kind for kind in self._kinds.values() if kind.per_token]
+        self._split = min(per_token, key=lambda kind: kind.free_words).split if per_token else None
+        self.unfit: Counter[str] = Counter()
 
     def read(self, row: Mapping[str, Any]) -> Post:
         """One row.
@@ -82,6 +99,7 @@ class RowReader:
                 if task.confidence is not None
             },
             image=None if self._image is None else row.get(self._image),
+            columns={name: cell_text(row.get(name)) for name in self._columns},
         )
 
     def _first_text(self, value: Any) -> tuple[str, list[str] | None]:
@@ -90,7 +108,7 @@ class RowReader:
             text = " ".join(words)
         else:
             text = self._clean(value, self._text)
-            words = text.split() if self._as_words else None
+            words = None if self._split is None else self._split(text)
         if len(text) > self._max_characters:
             raise self._too_long(text, self._text)
         if is_blank(text):
@@ -126,10 +144,20 @@ class RowReader:
         except ValueError as error:
             hint = f" Labels come from the training split, unless tasks.{name}.labels lists them." if labels else ""
             raise BadCell(value, f"task {name}, column {self._tasks[name].label}: {error}.{hint}") from error
-        if kind.per_token and parsed is not None and len(parsed) != len(words or ()):
-            tags = f"task {name}, column {self._tasks[name].label}: {len(parsed)} tags"
-            raise BadCell(value, f"{tags} for {len(words or ())} words; give one tag per word.")
-        return parsed
+        if parsed is None:
+            return None
+        try:
+            return kind.fitted(parsed, words or ())
+        except ValueError as error:
+            if self._strict or not kind.free_words:
+                raise BadCell(value, f"task {name}, column {self._tasks[name].label}: {error}") from error
+        self.unfit[name] += 1
+        return None
+
+
+def cell_text(value: Any) -> str | None:
+    """Any cell as text: true and "true", 3 and 3.0 are one text each; None where it is empty."""
+    return None if is_missing(value) else label_name(value)
 
 
 def _confidence(name: str, value: Any) -> float | None:

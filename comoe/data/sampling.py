@@ -1,15 +1,19 @@
 """Which posts make up a step: mixed over data sets, similar in length, the same on any number of ranks.
 
-Everything here is a pure function of the seed and the step, so a resumed run needs no sampler state but its step.
+Everything here is a pure function of the seed, the step and, where rates follow the progress, of the history of rates
+that ``TrainState`` keeps: a resumed run draws the posts that the uninterrupted one would.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from comoe.data.label_pairs import LabelQuota, cut_in_parts
+from comoe.data.rates import MIXINGS, draws_in_stretch, draws_per_epoch, label_shares
 from comoe.rules import unknown_name
 
 POOL_BATCHES = 50
@@ -28,6 +32,10 @@ class TrainSampler:
     differ by at most one post in size and hold at most ``batch_size``. With ``posts_per_label`` posts of rare labels
     take the place of others (``comoe.data.label_pairs``).
 
+    Within a data set with ``classes`` each label is a stream of its own, with the same share of the draws. Under
+    ``mixing: progress`` the rates change at evaluations (``change``): draws are laid out for the steps from one
+    evaluation to the next, and the streams go on where they were.
+
     Args:
         lengths: tokens per post, int, shape (N,).
         groups: data set of each post, int, shape (N,).
@@ -39,6 +47,8 @@ class TrainSampler:
         seed: any non-negative int.
         label_members: posts of each label of each contrastive task, int arrays; read where ``posts_per_label`` is set.
         posts_per_label: fewest posts of a label in each batch, where the data and the batch allow it.
+        classes: label of each post by which its data set is drawn evenly, int, shape (N,), -1 for none; None balances
+            nothing.
 
     Raises:
         ValueError: no posts, a size below 1, an unknown mixing, a temperature below 1.
@@ -57,6 +67,7 @@ class TrainSampler:
         seed: int = 0,
         label_members: Sequence[np.ndarray] = (),
         posts_per_label: int = 0,
+        classes: np.ndarray | None = None,
     ) -> None:
         if len(lengths) == 0:
             raise ValueError("There are no training posts to draw from.")
@@ -72,9 +83,15 @@ class TrainSampler:
         self._seed = seed
         self._members = [np.flatnonzero(groups == group) for group in np.unique(groups)]
         sizes_G = np.array([len(members) for members in self._members], dtype=np.int64)
+        self.follows_progress = MIXINGS[mixing].follows_progress
         self.rates_G = MIXINGS[mixing](sizes_G, temperature)
-        self._draws_G = draws_per_epoch(self.rates_G, total=len(lengths))
-        self._epoch: tuple[int, list[np.ndarray]] | None = None
+        """Share of the draws per data set, before any change."""
+        streams = [_streams(group, members, classes) for group, members in enumerate(self._members)]
+        self._streams = [stream for found in streams for stream in found]
+        self._sizes = _even_sizes(len(lengths), self.steps_per_epoch)
+        self._stretch_steps = self.steps_per_epoch
+        self._history: list[Mapping[str, Any]] = []
+        self._laid_out: tuple[range, list[np.ndarray]] | None = None
         self._quota = LabelQuota(label_members, posts_per_label, seed=seed)
 
     def global_batch(self, step: int) -> np.ndarray:
@@ -92,35 +109,81 @@ class TrainSampler:
         micro_steps = cut_in_parts(self._by_length(batch), together, parts=self.accumulation)
         return [micro[_deal(len(micro), self.world_size) == rank] for micro in map(self._by_length, micro_steps)]
 
+    def follow(self, history: Sequence[Mapping[str, Any]], *, every: int) -> None:
+        """Take over a history of rates.
+
+        Args:
+            history: what ``change`` gave, in its order; from the ``step`` of an entry on its ``rates`` hold.
+            every: steps from one evaluation to the next; the rates are kept over each such stretch.
+        """
+        self._history, self._stretch_steps = list(history), every
+        self._laid_out = None
+
+    def change(self, step: int, rates_G: np.ndarray) -> dict[str, Any]:
+        """The entry of a history for new rates from ``step`` on; plain numbers, for JSON."""
+        start, rates_S, drawn_S = self._stretch(step)
+        if start < step:
+            # What is left of a stretch that is cut short is passed over.
+            drawn_S = drawn_S + self._counts(start, rates_S)
+        return {"step": step, "rates": [float(rate) for rate in rates_G], "drawn": [int(count) for count in drawn_S]}
+
     def _drawn(self, step: int) -> tuple[np.ndarray, list[np.ndarray]]:
         """The posts of one step, and those of them that fill one label's quota together."""
-        epoch, position = divmod(step, self.steps_per_epoch)
-        if self._epoch is None or self._epoch[0] != epoch:
-            self._epoch = (epoch, self._batches(epoch))
-        return self._quota.fill(self._epoch[1][position], step)
+        if self._laid_out is None or step not in self._laid_out[0]:
+            start, rates_S, drawn_S = self._stretch(step)
+            changes = [entry["step"] for entry in self._history if entry["step"] > start]
+            steps = range(start, min([start + self._stretch_steps, *changes]))
+            self._laid_out = (steps, self._batches(start, rates_S, drawn_S))
+        steps, batches = self._laid_out
+        return self._quota.fill(batches[step - steps.start], step)
+
+    def _stretch(self, step: int) -> tuple[int, np.ndarray, np.ndarray]:
+        """Of the stretch that a step lies in: its first step, the streams' rates, and their draws before it."""
+        entry = next((entry for entry in reversed(self._history) if entry["step"] <= step), None)
+        rates_G = self.rates_G if entry is None else np.array(entry["rates"])
+        rates_S = np.array([rates_G[stream.group] * stream.share for stream in self._streams])
+        drawn_S = np.array([0] * len(rates_S) if entry is None else entry["drawn"], dtype=np.int64)
+        start = 0 if entry is None else entry["step"]
+        passed = (step - start) // self._stretch_steps
+        if not self.follows_progress:
+            return passed * self._stretch_steps, rates_S, passed * self._counts(0, rates_S)
+        for _ in range(passed):
+            drawn_S = drawn_S + self._counts(start, rates_S)
+            start += self._stretch_steps
+        return start, rates_S, drawn_S
+
+    def _counts(self, start: int, rates_S: np.ndarray) -> np.ndarray:
+        """Draws of each stream in the stretch that begins with a step."""
+        total = int(self._step_sizes(start).sum())
+        if not self.follows_progress:
+            return draws_per_epoch(rates_S, total=total)
+        return draws_in_stretch(rates_S, total=total, seed=[self._seed, 5, start])
+
+    def _step_sizes(self, start: int) -> np.ndarray:
+        """Posts of each step of the stretch that begins with a step."""
+        return self._sizes[np.arange(start, start + self._stretch_steps) % self.steps_per_epoch]
 
     def _by_length(self, posts: np.ndarray) -> np.ndarray:
         return posts[np.lexsort((posts, self._lengths[posts]))]
 
-    def _batches(self, epoch: int) -> list[np.ndarray]:
-        """All batches of one epoch, in order: one O(N log N) shuffle."""
-        draws, keys = [], []
-        for group, (members, count) in enumerate(zip(self._members, self._draws_G, strict=True)):
-            draws.append(self._stream(group, start=epoch * count, count=count))
-            jitter = np.random.default_rng([self._seed, 1, epoch, group]).random(count)
+    def _batches(self, start: int, rates_S: np.ndarray, drawn_S: np.ndarray) -> list[np.ndarray]:
+        """All batches of one stretch (an epoch, but for rates that follow the progress): one O(N log N) shuffle."""
+        turn, draws, keys = start // self._stretch_steps, [], []
+        for stream, before, count in zip(self._streams, drawn_S, self._counts(start, rates_S), strict=True):
+            draws.append(stream.draws(self._seed, start=int(before), count=int(count)))
+            jitter = np.random.default_rng([self._seed, 1, turn, *stream.key]).random(count)
             # Evenly spread draws put every data set into nearly every batch and keep repeats of a post far apart.
             keys.append((np.arange(count) + jitter) / max(count, 1))
-            assert len(members) > 0
         order = np.concatenate(draws)[np.argsort(np.concatenate(keys), kind="stable")]
-        rng = np.random.default_rng([self._seed, 2, epoch])
-        ends = np.cumsum(_even_sizes(len(order), self.steps_per_epoch))
+        rng = np.random.default_rng([self._seed, 2, turn])
+        ends = np.cumsum(self._step_sizes(start))
         starts = np.concatenate(([0], ends[:-1]))
         batches: list[np.ndarray] = []
-        for first in range(0, self.steps_per_epoch, POOL_BATCHES):
-            last = min(first + POOL_BATCHES, self.steps_per_epoch) - 1
+        for first in range(0, len(ends), POOL_BATCHES):
+            last = min(first + POOL_BATCHES, len(ends)) - 1
             pool = order[starts[first] : ends[last]]
             pool = pool[np.argsort(self._length_ranks(pool, rng), kind="stable")]
-            cuts = [pool[starts[i] - starts[first] : ends[i] - starts[first]] for i in range(first, last + 1)]
+            cuts = np.split(pool, ends[first:last] - starts[first])
             batches.extend(cuts[i] for i in rng.permutation(len(cuts)))
         return batches
 
@@ -140,16 +203,38 @@ class TrainSampler:
             ranks[here[order]] = (np.arange(len(here)) + 0.5) / max(len(here), 1)
         return ranks
 
-    def _stream(self, group: int, *, start: int, count: int) -> np.ndarray:
-        """Draws ``start`` to ``start + count`` of one data set's endless stream of shuffles."""
-        members = self._members[group]
-        first, last = start // len(members), (start + max(count, 1) - 1) // len(members)
+
+@dataclass(frozen=True, slots=True)
+class _Stream:
+    """Endless shuffles of some posts: of a data set, or of one label of it."""
+
+    group: int
+    """Data set."""
+    key: tuple[int, ...]
+    """Its place in the seeds of its shuffles."""
+    members: np.ndarray
+    """Its posts."""
+    share: float
+    """Its share of the draws of its data set."""
+
+    def draws(self, seed: int, *, start: int, count: int) -> np.ndarray:
+        """Draws ``start`` to ``start + count``."""
+        size = len(self.members)
+        first, last = start // size, (start + max(count, 1) - 1) // size
         passes = [
-            members[np.random.default_rng([self._seed, 0, group, number]).permutation(len(members))]
+            self.members[np.random.default_rng([seed, 0, *self.key, number]).permutation(size)]
             for number in range(first, last + 1)
         ]
-        offset = start - first * len(members)
+        offset = start - first * size
         return np.concatenate(passes)[offset : offset + count]
+
+
+def _streams(group: int, members: np.ndarray, classes: np.ndarray | None) -> list[_Stream]:
+    """One stream per data set, or one per label of it."""
+    if classes is None or (classes[members] < 0).all():
+        return [_Stream(group, (group,), members, 1.0)]
+    shares = label_shares(classes[members])
+    return [_Stream(group, (group, place), members[rows], share) for place, (rows, share) in enumerate(shares)]
 
 
 def eval_batches(lengths: np.ndarray, *, batch_size: int, rank: int = 0, world_size: int = 1) -> list[np.ndarray]:
@@ -168,16 +253,6 @@ def eval_batches(lengths: np.ndarray, *, batch_size: int, rank: int = 0, world_s
     rounds = -(-len(batches) // world_size)
     mine = batches[rank::world_size]
     return mine + [np.zeros(0, dtype=np.int64)] * (rounds - len(mine))
-
-
-def draws_per_epoch(rates_G: np.ndarray, *, total: int) -> np.ndarray:
-    """Whole draws per data set that add up to ``total``, by largest remainder; int64, shape (G,)."""
-    exact = rates_G * total
-    # The small number keeps 2999.9999999 from losing the post that makes proportional mixing exact.
-    draws = np.floor(exact + 1e-6).astype(np.int64)
-    missing = total - int(draws.sum())
-    draws[np.argsort(-(exact - draws), kind="stable")[:missing]] += 1
-    return draws
 
 
 def posts_per_forward(wanted: int | str, *, batch_size: int, world_size: int) -> int:
@@ -199,35 +274,3 @@ def _deal(count: int, world_size: int) -> np.ndarray:
     """Rank of each of ``count`` sorted posts: 0 1 2 2 1 0 0 1 2 ..."""
     turns, seat = np.divmod(np.arange(count), world_size)
     return np.where(turns % 2 == 0, seat, world_size - 1 - seat)
-
-
-def proportional(sizes_G: np.ndarray, temperature: float) -> np.ndarray:
-    """Rates that follow the sizes: every post once per epoch. ``temperature`` has no effect."""
-    return sizes_G / sizes_G.sum()
-
-
-def uniform(sizes_G: np.ndarray, temperature: float) -> np.ndarray:
-    """The same rate for every data set. ``temperature`` has no effect."""
-    return np.full(len(sizes_G), 1 / len(sizes_G))
-
-
-def by_temperature(sizes_G: np.ndarray, temperature: float) -> np.ndarray:
-    """Rates proportional to size ** (1 / temperature): 1 is proportional, large is uniform.
-
-    Source: Aharoni et al. 2019, arXiv:1903.00089.
-    """
-    if not temperature >= 1:
-        raise ValueError(
-            f"data.mixing_temperature ({temperature}) must be at least 1: below, small data sets would vanish. "
-            "1 is proportional, 2 is usual, more is closer to uniform."
-        )
-    scaled_G = sizes_G.astype(np.float64) ** (1 / temperature)
-    return scaled_G / scaled_G.sum()
-
-
-MIXINGS: dict[str, Callable[[np.ndarray, float], np.ndarray]] = {
-    "proportional": proportional,
-    "uniform": uniform,
-    "temperature": by_temperature,
-}
-"""Sampling rule: (posts per data set, temperature) -> share of the draws per data set, summing to 1."""

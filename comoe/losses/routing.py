@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from comoe.protocols import Batch, ModelOutput, Routing, labelled_rows
+from comoe.protocols import TOKENS, Batch, ModelOutput, Routing, labelled_rows
 
 SumOverRanks = Callable[[Tensor], Tensor]
 """Sum of a tensor over ranks, with or without gradient."""
@@ -65,7 +65,7 @@ class BalanceLoss:
             balance_loss(routing.scores_SE, counts_E, num_tokens=1.0)
             for routing, counts_E in zip(routings, counts, strict=True)
         ]
-        total = batch.unit_scale_T[-1] * torch.stack(losses).mean()
+        total = batch.unit_scale_T[TOKENS] * torch.stack(losses).mean()
         return total, {"balance": total.detach()}
 
 
@@ -87,7 +87,7 @@ class ZLoss:
     def __call__(self, output: ModelOutput, batch: Batch) -> tuple[Tensor, Mapping[str, Tensor]]:
         """This rank's share of the term; term ``z``, detached."""
         sums = torch.stack([self.penalty(routing.logits_SE).sum() for routing in output.routings])
-        total = batch.unit_scale_T[-1] * sums.mean()
+        total = batch.unit_scale_T[TOKENS] * sums.mean()
         return total, {"z": total.detach()}
 
 

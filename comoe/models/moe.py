@@ -133,6 +133,8 @@ class RoutingContext:
     """Encoder layer -> what its gate decided, filled during the encode."""
     picks: Mapping[int, Tensor] = field(default_factory=dict)
     """Encoder layer -> experts that an earlier pass over the same tokens picked (S, k): this one routes alike."""
+    input_weights_B: Tensor | None = None
+    """Weight of each row's embeddings, None for all 1; only in training."""
 
 
 def without_tokens(routing: Routing) -> Routing:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,13 +15,15 @@ from comoe.models.encoder import build_encoder, build_encoder_from_config
 from comoe.models.families import attach_blocks, freeze_encoder, longest_input, reads_segments
 from comoe.models.fusion import build_fusion
 from comoe.models.gate import ROUTES
-from comoe.models.heads import TaskHead
+from comoe.models.heads import HeadOutput, TaskHead
 from comoe.models.image_text import ImageTextHead
 from comoe.models.moe import ContextHolder, CooperativeBlock, RoutingContext, of_first, without_tokens
 from comoe.models.pictures import EncoderInputs, Pictures, Reading, Texts
+from comoe.models.private import PrivatePart, input_weights, scale_inputs
+from comoe.models.probe import probe
 from comoe.models.recompute import recompute_layers
 from comoe.models.vision import Tower, build_tower, build_tower_from_config, expected_tokens
-from comoe.protocols import Batch, ImageText, ModelOutput
+from comoe.protocols import Batch, ImageText, ModelOutput, Sharing
 from comoe.schema import ImageTextConfig, ModelConfig
 from comoe.tasks.catalog import Task
 
@@ -97,23 +100,36 @@ class MultiTaskModel(nn.Module):
                 match=image_text.itm_weight > 0,
             )
             self.image_text = head if head.compares or head.match is not None else None
+        # Last, so that all else begins as it does without them.
+        width_of_parts = config.private_width
+        parts = [PrivatePart(width, width_of_parts, dropout=dropout) for _ in self.tasks if width_of_parts]
+        self.private = nn.ModuleList(parts) if parts else None
+        if any(task.weighs("input") for task in self.tasks):
+            scale_inputs(encoder, self.holder)
 
-    def forward(self, batch: Batch, picks: Sequence[Tensor] = (), *, compare: bool = True) -> ModelOutput:
+    def forward(
+        self, batch: Batch, picks: Sequence[Tensor] = (), *, compare: bool = True, probed: bool = False
+    ) -> ModelOutput:
         """Answer every task on every row.
 
         Args:
             batch: the rows.
             picks: ``ModelOutput.picks`` of an earlier pass over the same batch; this one routes every token as that one
                 did.
-            compare: give ``ModelOutput.image_text`` where the model is trained for it.
+            compare, probed: give ``ModelOutput.image_text``, where the model is trained for it; give ``probe``.
         """
-        texts = Texts(batch.input_ids_BL, batch.attention_mask_BL, batch.token_type_ids_BL, batch.task_ids_B)
+        ids_BL, mask_BL = batch.input_ids_BL, batch.attention_mask_BL
+        # A confidence says how much to learn from a post, not how to answer it.
+        weights_B = input_weights(batch, self.tasks) if self.training else None
+        texts = Texts(ids_BL, mask_BL, batch.token_type_ids_BL, batch.task_ids_B, weights_B)
         pictures = self.look(batch)
         reading = self.read(texts, pictures, picks)
         routings, picked, token_rows_S = reading.routings, reading.picks, reading.token_rows_S
-        logits, embeddings, attentions = {}, {}, {}
-        for task, head in zip(self.tasks, self.heads, strict=True):
-            answer = head(reading.fused_BLM, batch.attention_mask_BL)
+        second = probe(reading.fused_BLM, self.tasks, partial(self._answer, mask_BL=mask_BL)) if probed else None
+        logits, embeddings, attentions, private = {}, {}, {}, {}
+        for number, task in enumerate(self.tasks):
+            answer, update = self._answer(number, reading.fused_BLM, mask_BL=mask_BL)
+            private |= update
             logits[task.name] = answer.logits
             if answer.pooled_BM is not None:
                 embeddings[task.name] = F.normalize(self.projection(answer.pooled_BM).float(), dim=1)
@@ -123,7 +139,14 @@ class MultiTaskModel(nn.Module):
         if len(batch.row_ids_B) == 1 and int(batch.row_ids_B) < 0:
             routings, picked, token_rows_S = tuple(map(without_tokens, routings)), (), token_rows_S[:0]
         both = self.compare(texts, pictures, reading) if compare and self.image_text is not None else None
-        return ModelOutput(logits, embeddings, attentions, routings, token_rows_S, picks=picked, image_text=both)
+        sharing = Sharing(reading.fused_BLM, mask_BL, private) if self.training else None
+        more = {"image_text": both, "sharing": sharing, "probe": second}
+        return ModelOutput(logits, embeddings, attentions, routings, token_rows_S, picks=picked, **more)
+
+    def _answer(self, number: int, shared_BLM: Tensor, *, mask_BL: Tensor) -> tuple[HeadOutput, dict[str, Tensor]]:
+        """One task's answer from the shared states, and, by its name, what its private part adds to them."""
+        update = {} if self.private is None else {self.tasks[number].name: self.private[number](shared_BLM)}
+        return self.heads[number](sum(update.values(), shared_BLM), mask_BL), update
 
     def look(self, batch: Batch) -> Pictures | None:
         """The pictures as the fusion wants them, one per row; the tower runs once per batch, on each picture once."""
@@ -149,7 +172,7 @@ class MultiTaskModel(nn.Module):
         if self.route_image_tokens and inputs.image_index_Z is not None:
             index_S = torch.cat([index_S, inputs.image_index_Z])
             token_rows_S = torch.cat([rows_S, inputs.image_index_Z // inputs.columns])
-        context = RoutingContext(index_S, token_rows_S)
+        context = RoutingContext(index_S, token_rows_S, input_weights_B=texts.weights_B)
         context.picks = dict(zip((block.layer for block in self._blocks), picks, strict=False))
         if self.task_embedding is not None:
             # A filler row has no task; its answer is never used, so any embedding will do.
@@ -191,7 +214,9 @@ class MultiTaskModel(nn.Module):
             chosen = pictures.take(numbers_J)
             if in_encoder:
                 ids_JL, *segments = what
-                paired = Texts(ids_JL, mask_JL, segments[0] if segments else None, own.tasks_B[numbers_J])
+                # Weighed as the picture's own text is: else the weight would tell which text is the own one.
+                weights_J = None if own.weights_B is None else own.weights_B[numbers_J]
+                paired = Texts(ids_JL, mask_JL, segments[0] if segments else None, own.tasks_B[numbers_J], weights_J)
                 fused_JLM = self.read(paired, chosen).fused_BLM
             else:
                 fused_JLM = self.fusion.after(what[0], mask_JL, chosen)
@@ -219,7 +244,7 @@ class MultiTaskModel(nn.Module):
 def parameter_group(name: str) -> str:
     """Which learning rate a parameter follows: "encoder", "experts" or "heads", from its path.
 
-    Blocks and the task embedding are "experts": everything that is new beside the pre-trained layers.
+    Blocks, the task embedding and private parts are "experts": all that is new beside or behind the pre-trained layers.
     """
     parts = name.split(".")
     child = next((part for part in parts if part in PARAMETER_GROUPS), None)
@@ -269,5 +294,6 @@ PARAMETER_GROUPS: dict[str, str] = {
     "tower": "encoder",
     "fusion": "heads",
     "image_text": "heads",
+    "private": "experts",
 }
 """Child of ``MultiTaskModel`` -> group of its parameters."""

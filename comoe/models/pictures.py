@@ -23,11 +23,14 @@ class Texts:
     """Segment ids."""
     tasks_B: Tensor
     """Task of each row, -1 for all."""
+    weights_B: Tensor | None = None
+    """Weight of what the encoder reads of each row, None for all 1."""
 
     def take(self, rows: Tensor) -> Texts:
         """Some of them."""
         segments = None if self.segments_BL is None else self.segments_BL[rows]
-        return Texts(self.ids_BL[rows], self.mask_BL[rows], segments, self.tasks_B[rows])
+        weights = None if self.weights_B is None else self.weights_B[rows]
+        return Texts(self.ids_BL[rows], self.mask_BL[rows], segments, self.tasks_B[rows], weights)
 
 
 @dataclass(frozen=True, slots=True)

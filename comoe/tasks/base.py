@@ -28,6 +28,10 @@ class TaskLike(Protocol):
     def label_smoothing(self) -> float: ...
     @property
     def contrastive_width(self) -> float | None: ...
+    @property
+    def temperature(self) -> float | None: ...
+    @property
+    def thresholds(self) -> tuple[float, ...] | None: ...
 
 
 class Kind(ABC):
@@ -47,6 +51,10 @@ class Kind(ABC):
     """True when the contrastive loss has two dropout views of one post as positives; then there are no keys."""
     graded: ClassVar[bool] = False
     """True when posts with different keys can be alike; else ``affinity`` is 1 for equal keys and 0 for others."""
+    exclusive: ClassVar[bool] = False
+    """True when a post has one label of several, so that posts can be drawn by it."""
+    free_words: ClassVar[bool] = False
+    """True when labels name words of the post and not its places, so that it can be split into words anyhow."""
     weighted: ClassVar[bool] = True
     """True when class weights and label smoothing have a meaning."""
     min_labels: ClassVar[int] = 0
@@ -90,6 +98,18 @@ class Kind(ABC):
             ValueError: no such label (with the nearest name), or not a value of this kind.
         """
 
+    def split(self, text: str) -> list[str]:
+        """A text as the words that this kind answers."""
+        return text.split()
+
+    def fitted(self, parsed: Any, words: Sequence[str]) -> Any:
+        """What ``parse`` gave, as it is learned for a post of these words (none for a post as plain text).
+
+        Raises:
+            ValueError: it does not fit these words.
+        """
+        return parsed
+
     @abstractmethod
     def collate(self, values: Sequence[Any], *, labels: Sequence[str], length: int) -> Tensor:
         """Parsed cells as the target tensor that ``Batch.labels`` documents; ``length`` is L, for tags."""
@@ -103,8 +123,10 @@ class Kind(ABC):
         """What ``loss`` is divided by to be a mean, float64 scalar: labelled rows (words, for tags), weighted alike."""
 
     @abstractmethod
-    def loss(self, logits: Tensor, targets: Tensor, task: TaskLike) -> Tensor:
+    def loss(self, logits: Tensor, targets: Tensor, task: TaskLike, weights_B: Tensor | None = None) -> Tensor:
         """Sum of the losses of the labelled rows (words, for tags), scalar, float32, in nats or squared label units.
+
+        ``weights_B`` multiplies each row's part of the sum, float32; ones give the same bits as None.
 
         Zero, finite and connected to ``logits`` when nothing is labelled: each rank must give each head a gradient.
         """
@@ -157,6 +179,12 @@ def weights_of(task: TaskLike, like: Tensor) -> Tensor | None:
     return torch.tensor(task.class_weights, dtype=like.dtype, device=like.device)
 
 
+def tempered(logits: Tensor, task: TaskLike) -> Tensor:
+    """Logits whose probabilities users see: over the task's temperature, where one was fitted; float32, detached."""
+    logits = logits.detach().float()
+    return logits if task.temperature is None else logits / task.temperature
+
+
 def class_units(targets: Tensor, task: TaskLike) -> Tensor:
     """Sum of the class weights of the labelled targets, their number where there are none. Scalar, float64."""
     present = targets != IGNORED
@@ -166,23 +194,35 @@ def class_units(targets: Tensor, task: TaskLike) -> Tensor:
     return (weights_Y[targets.clamp(min=0)] * present).sum()
 
 
-def class_loss(logits: Tensor, targets: Tensor, task: TaskLike) -> Tensor:
+def class_loss(logits: Tensor, targets: Tensor, task: TaskLike, weights_B: Tensor | None = None) -> Tensor:
     """Sum of the cross-entropies of the labelled targets, with class weights and smoothing, float32 scalar, in nats.
 
     Args:
         logits: shape (..., Y), any float type.
-        targets: label ids or IGNORED, int64, shape (...).
+        targets: label ids or IGNORED, int64, shape (B, ...).
         task: the task.
+        weights_B: of each row, None for all 1.
     """
     flat = logits.float().reshape(-1, logits.shape[-1])
-    return F.cross_entropy(
-        flat,
-        targets.reshape(-1),
-        weight=weights_of(task, flat),
-        ignore_index=IGNORED,
-        reduction="sum",
-        label_smoothing=task.label_smoothing,
-    )
+    weights_Y, flat_targets = weights_of(task, flat), targets.reshape(-1)
+    kwargs = {"weight": weights_Y, "ignore_index": IGNORED, "reduction": "sum"}
+    if weights_B is None:
+        return F.cross_entropy(flat, flat_targets, label_smoothing=task.label_smoothing, **kwargs)
+    # What torch's cross-entropy is made of, in its order, so that weights of 1 change no bit: a weighted row is one
+    # with weighted log-probabilities.
+    rows = weights_B.to(flat.dtype).view(-1, *[1] * (targets.ndim - 1)).expand_as(targets).reshape(-1, 1)
+    scores = F.log_softmax(flat, dim=1) * rows
+    likely = F.nll_loss(scores, flat_targets, **kwargs)
+    if not task.label_smoothing:
+        return likely
+    even = -(scores if weights_Y is None else scores * weights_Y).sum(dim=1)
+    even = even.masked_fill(flat_targets == IGNORED, 0.0).sum()
+    return likely * (1 - task.label_smoothing) + even * (task.label_smoothing / flat.shape[1])
+
+
+def weighted_sum(losses_B: Tensor, weights_B: Tensor | None) -> Tensor:
+    """Sum over rows, each times its weight where there are weights."""
+    return (losses_B if weights_B is None else losses_B * weights_B).sum()
 
 
 def per_class(names: Sequence[str], scores: tuple[np.ndarray, np.ndarray, np.ndarray]) -> dict[str, float]:

@@ -41,6 +41,17 @@ class Task:
     """Own temperature there; None is that of the term."""
     contrastive_width: float | None = None
     """Difference of two numbers at which they are alike by 1/e; None for kinds without numbers."""
+    auxiliary: bool = False
+    """Helps the others: in no mean of metrics, and no checkpoint is chosen by it."""
+    slices: tuple[str, ...] = ()
+    """Columns by whose values the main metrics are also given."""
+    confidence_strategy: str = "none"
+    """Key of ``CONFIDENCE_STRATEGIES``."""
+    temperature: float | None = None
+    """What answers divide logits by, so that probabilities are frequencies; no loss reads it. None: not fitted, 1."""
+    thresholds: tuple[float, ...] | None = None
+    """Probabilities from which labels are given: one per label, or, where two labels exclude one another, that of the
+    label with id 1. None is 0.5."""
 
     @property
     def rules(self) -> Kind:
@@ -50,6 +61,10 @@ class Task:
             ValueError: no such kind.
         """
         return kind_of(self.kind)
+
+    def weighs(self, place: str) -> bool:
+        """Whether the confidence of a post counts at this place in training: "input" or "output"."""
+        return place in CONFIDENCE_STRATEGIES[self.confidence_strategy]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists, numbers and strings, for JSON."""
@@ -67,10 +82,11 @@ class Task:
         for key in plain:
             if key not in known:
                 raise unknown_name("field of a task", key, known)
-        weights = plain.get("class_weights")
-        weights = None if weights is None else tuple(weights)
-        task = cls(**(dict(plain) | {"labels": tuple(plain["labels"]), "class_weights": weights}))
+        lists = {key: tuple(value) for key, value in plain.items() if isinstance(value, list)}
+        task = cls(**(dict(plain) | {"labels": tuple(plain["labels"])} | lists))
         _resolve_metric(task.name, task.metric, kind=task.rules, labels=task.labels)
+        if task.confidence_strategy not in CONFIDENCE_STRATEGIES:
+            raise unknown_name("confidence strategy", task.confidence_strategy, CONFIDENCE_STRATEGIES)
         return task
 
 
@@ -127,6 +143,9 @@ def build_task(
         contrastive_weight=config.contrastive_weight,
         contrastive_temperature=config.contrastive_temperature,
         contrastive_width=label_spread if config.contrastive_width == "auto" else float(config.contrastive_width),
+        auxiliary=config.auxiliary,
+        slices=tuple(config.slices),
+        confidence_strategy=_confidence_strategy(name, config, kind=kind),
     )
 
 
@@ -152,6 +171,18 @@ def _check_labels(name: str, config: TaskConfig, labels: tuple[str, ...]) -> Non
         )
     if config.label_smoothing and not kind.weighted:
         raise ValueError(f"tasks.{name}.label_smoothing has no meaning for a {config.kind} task; leave it out.")
+
+
+def _confidence_strategy(name: str, config: TaskConfig, *, kind: Kind) -> str:
+    """What the confidence does, checked against the kind and against there being one."""
+    key, strategy = f"tasks.{name}.confidence_strategy", config.confidence_strategy
+    if strategy not in CONFIDENCE_STRATEGIES:
+        raise unknown_name(key, strategy, CONFIDENCE_STRATEGIES)
+    if CONFIDENCE_STRATEGIES[strategy] and config.confidence is None:
+        raise ValueError(f"{key} is {strategy}, but there is no confidence; name its column: tasks.{name}.confidence.")
+    if CONFIDENCE_STRATEGIES[strategy] and not kind.scored:
+        raise ValueError(f"{key} ({strategy}) has no meaning for a task without labels; leave it out.")
+    return strategy
 
 
 def _resolve_metric(name: str, metric: str, *, kind: Kind, labels: tuple[str, ...]) -> str:
@@ -196,3 +227,11 @@ def _class_weights(
 
 CLASS_WEIGHTS = ("none", "balanced")
 """What ``class_weights`` may be besides a list of numbers."""
+
+CONFIDENCE_STRATEGIES: dict[str, tuple[str, ...]] = {
+    "none": (),
+    "input": ("input",),
+    "output": ("output",),
+    "input_output": ("input", "output"),
+}
+"""``confidence_strategy`` -> where the confidence of a post counts (MT-ISA, arXiv:2412.09046)."""

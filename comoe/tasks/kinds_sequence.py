@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from comoe.protocols import IGNORED
-from comoe.tasks.base import Kind, TaskLike, class_loss, class_units, per_class
+from comoe.tasks.base import Kind, TaskLike, class_loss, class_units, per_class, tempered
 from comoe.tasks.labels import OUTSIDE, is_missing, label_id, label_name, natural_order
 from comoe.tasks.metrics import METRICS, class_scores, confusion, entities
 
@@ -38,6 +38,11 @@ class Tags(Kind):
         tags = _tags_of(value)
         return None if tags is None else [IGNORED if is_missing(tag) else label_id(tag, labels) for tag in tags]
 
+    def fitted(self, parsed: list[int], words: Sequence[str]) -> list[int]:
+        if len(parsed) != len(words):
+            raise ValueError(f"{len(parsed)} tags for {len(words)} words; give one tag per word.")
+        return parsed
+
     def collate(self, values: Sequence[Sequence[int] | None], *, labels: Sequence[str], length: int) -> Tensor:
         """``values`` hold one id per token here, IGNORED on all but the first pieces."""
         targets = torch.full((len(values), length), IGNORED, dtype=torch.int64)
@@ -52,8 +57,8 @@ class Tags(Kind):
     def units(self, targets: Tensor, task: TaskLike) -> Tensor:
         return class_units(targets, task)
 
-    def loss(self, logits: Tensor, targets: Tensor, task: TaskLike) -> Tensor:
-        return class_loss(logits, targets, task)
+    def loss(self, logits: Tensor, targets: Tensor, task: TaskLike, weights_B: Tensor | None = None) -> Tensor:
+        return class_loss(logits, targets, task, weights_B)
 
     def decode(self, logits: Tensor | Sequence[Tensor], task: TaskLike) -> list[dict[str, Any]]:
         """``{"tags": [name per word], "scores": [probability of that tag per word]}``; ``tag_spans`` finds the spans.
@@ -64,7 +69,7 @@ class Tags(Kind):
         """
         answers = []
         for words in logits:
-            scores, ids = words.detach().float().softmax(-1).max(dim=-1)
+            scores, ids = tempered(words, task).softmax(-1).max(dim=-1)
             answers.append({"tags": [task.labels[i] for i in ids.tolist()], "scores": scores.tolist()})
         return answers
 

@@ -41,7 +41,7 @@ class Unlabelled(Kind):
         """Nothing: the task counts as absent from every batch."""
         return torch.zeros((), dtype=torch.float64, device=targets.device)
 
-    def loss(self, logits: Tensor, targets: Tensor, task: TaskLike) -> Tensor:
+    def loss(self, logits: Tensor, targets: Tensor, task: TaskLike, weights_B: Tensor | None = None) -> Tensor:
         return logits.float().sum()
 
     def decode(self, logits: Tensor, task: TaskLike) -> list[dict[str, Any]]:

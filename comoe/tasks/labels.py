@@ -12,7 +12,15 @@ from comoe.rules import unknown_name
 OUTSIDE = "O"
 """The tag of a word that belongs to no span."""
 
+WORD = re.compile(r"(?:https?://|www\.)\S+|[@#]?\w+(?:[-'’_.]\w+)*|[^\w\s]+")
+"""A link, a user, a hashtag, a word (don't, U.S), or a run of signs (emoticon, full stop)."""
+
 _WHOLE_NUMBER = re.compile(r"([+-]?\d+)\.0+")
+
+
+def split_words(text: str) -> list[str]:
+    """A post as words: links, users and hashtags whole, signs apart from letters."""
+    return WORD.findall(text)
 
 
 def is_missing(value: object) -> bool:

@@ -14,6 +14,7 @@ from comoe.gradcache import Cached, targets_of
 from comoe.models.balance import BALANCES
 from comoe.protocols import Batch, ModelOutput, StepOutput
 from comoe.schema import Recipe
+from comoe.task_gradients import gram_over_ranks
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,19 +80,21 @@ class Engine:
         # what the model answers; on a record it finds no place for one, and a step's first gradients would count once
         # for each of its micro-steps.
         clear = getattr(self.deepspeed.optimizer, "clear_lp_grads", lambda: None)
+        gram_TT = self._gram(batches)
         for batch, cached in zip(batches, self._first_pass(batches), strict=True):
-            output: StepOutput = self.deepspeed(batch.to(self.device), cached=cached)
+            output: StepOutput = self.deepspeed(batch.to(self.device), cached=cached, gram_TT=gram_TT)
             # A loss that is not finite must not change a weight, wherever the graph swallows it: the poisoned
             # gradient reaches DeepSpeed's own check, which skips the step on all ranks and clears what was summed.
             clear()
             poison = torch.where(torch.isfinite(output.loss.detach()), 1.0, torch.nan)
             self.deepspeed.backward(output.loss * poison)
             self.deepspeed.step()
-            # Texts and pictures wait for nothing any more, and the step may have many micro-batches.
-            outputs.append(replace(output, output=replace(output.output, image_text=None)))
+            # Texts, pictures and states wait for nothing any more, and the step may have many micro-batches.
+            outputs.append(replace(output, output=replace(output.output, image_text=None, sharing=None)))
         skipped = self.deepspeed.skipped_steps > skipped_before
         if not skipped:
             self._update_balance([output.output for output in outputs])
+            self.objective.end_step(outputs, batches)
         norm = self.deepspeed.get_global_grad_norm()
         return StepReport(
             loss=torch.stack([output.loss.detach().float() for output in outputs]).mean(),
@@ -110,6 +113,22 @@ class Engine:
         with torch.random.fork_rng(devices), torch.no_grad():
             passes = [self.deepspeed(batch.to(self.device), embed=True) for batch in batches]
         return self.objective.contrast([targets_of(batch).to(self.device) for batch in batches], passes)
+
+    def _gram(self, batches: Sequence[Batch]) -> Tensor | None:
+        """Inner products of the tasks' gradients over the whole step, by a pass of its own over all micro-batches.
+
+        None where the weighting does not read them, or the only micro-batch finds them itself.
+        """
+        if not self.objective.weighting.reads_gradients or len(batches) == 1:
+            return None
+        # The same dropout is drawn again when the weights are trained, as for GradCache.
+        devices = [self.device] if self.device.type == "cuda" else []
+        total = torch.zeros(())
+        with torch.random.fork_rng(devices), torch.no_grad():
+            for batch in batches:
+                found_TMM = self.deepspeed(batch.to(self.device), gradients=True)
+                total = total.to(found_TMM) + found_TMM / len(batches)
+        return gram_over_ranks(total)
 
     @torch.no_grad()
     def forward(self, batch: Batch) -> ModelOutput:

@@ -100,6 +100,7 @@ class Evaluator:
                 gather=all_gather_objects,
                 device=self.engine.device,
                 texts=split.texts,
+                columns=split.posts.columns,
                 predictions=predictions,
             )
         stats.load(sum_over_ranks(stats.as_tensor()))

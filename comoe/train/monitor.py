@@ -162,6 +162,14 @@ class Monitor:
                 names = [" ".join(str(label).split()) or "none" for label in view.labels]
                 self._writer.add_embedding(view.points, metadata=names, global_step=step, tag=f"{split}_{task}")
 
+    def log_reliability(
+        self, step: int, *, split: str, task: str, figure: plots.Figure, errors: Mapping[str, float]
+    ) -> None:
+        """Show how far the probabilities of a task hold; ``errors``: name -> expected calibration error."""
+        if self.enabled:
+            self._scalars({f"calibration/{split}/{task}/{name}": value for name, value in errors.items()}, step)
+            self._picture(f"reliability/{split}/{task}", f"reliability_{split}_{task}", figure, step)
+
     def log_event(self, event: Mapping[str, Any]) -> None:
         """Write something that happened (a skipped step, a stop, a checkpoint) as a line with ``split: event``."""
         if self.enabled:

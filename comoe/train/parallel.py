@@ -116,11 +116,13 @@ def _match_split_weights(objective: nn.Module, *, bf16: bool) -> None:
 
 
 def parameter_groups(objective: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
-    """Optimizer groups: encoder, experts, heads, each with and without weight decay. Frozen parameters are left out."""
+    """Optimizer groups: encoder, experts, heads, each with and without weight decay, and what a weighting learns.
+    Frozen parameters are left out."""
     rates = {
         "encoder": recipe.train.learning_rate,
         "experts": recipe.train.expert_learning_rate,
         "heads": recipe.train.head_learning_rate,
+        "weighting": recipe.loss.weighting_rate,
     }
     groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
     for name, parameter in objective.named_parameters():
@@ -128,8 +130,8 @@ def parameter_groups(objective: nn.Module, recipe: Recipe) -> list[dict[str, Any
             # Norms, biases and single vectors have one dimension, a task's pooling query too.
             # A split weight is flat.
             matrix = len(getattr(parameter, "ds_shape", parameter.shape)) > 1
-            # Temperatures that a loss learns follow the heads: as new as they are.
-            role = "heads" if name.startswith("losses.") else parameter_group(name)
+            # What a loss learns (temperatures) follows the heads: as new as they are.
+            role = {"losses": "heads", "weighting": "weighting"}.get(name.split(".")[0]) or parameter_group(name)
             groups.setdefault((role, matrix), []).append(parameter)
     return [
         {

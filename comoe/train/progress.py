@@ -11,6 +11,7 @@ import torch
 from comoe.data.pixels import PixelReader
 from comoe.data.report import shorten
 from comoe.distributed import all_gather_objects, sum_over_ranks, world_size
+from comoe.losses.adversarial import ON_DOMAINS
 from comoe.protocols import Batch
 from comoe.tasks.catalog import Task
 from comoe.tasks.kinds import merge_answers
@@ -82,10 +83,13 @@ class Interval:
         total = sum_over_ranks(packed).tolist()
         means = dict(zip(terms, (value / world_size() for value in total[: len(terms)]), strict=True))
         posts, tokens = total[len(terms) :]
-        for task, scale in zip(self.tasks, batches[0].unit_scale_T.tolist()[:-1], strict=True):
+        *scales_T, domains, _ = batches[0].unit_scale_T.tolist()
+        names = {f"task/{task.name}": scale for task, scale in zip(self.tasks, scales_T, strict=True)}
+        names |= dict.fromkeys(ON_DOMAINS, domains)
+        for name, scale in names.items():
             if not scale:
-                # No post of the whole step has this task: its loss is not 0, there is none.
-                del means[f"task/{task.name}"]
+                # No post of the whole step has this task, or this value: its loss is not 0, there is none.
+                means.pop(name, None)
         weights = {task.name: means.pop(f"weight/{task.name}") for task in self.tasks}
         return TrainLine(
             loss=means.pop("loss"),

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from comoe.data.posts import UNSEEN
 from comoe.tasks.catalog import Task
 
 METRICS_FILE = "metrics.jsonl"
@@ -47,27 +48,39 @@ def write_results(run_dir: Path, results: Mapping[str, Any]) -> None:
 
 
 def format_results_table(metrics: Mapping[str, Mapping[str, Mapping[str, float]]], tasks: Sequence[Task]) -> str:
-    """The table that ends a run: main metric of each task, on both splits, beside the majority baseline.
+    """The table that ends a run: main metric of each task on each split, beside the majority baseline.
 
     Args:
-        metrics: split (validation, test) -> task -> metric -> value; a split or task without labels may be absent. The
-            baseline is that of the last split in which the task has one, n the rows with a label in it.
-        tasks: in the order of the lines.
+        metrics: split (validation, test, unseen) -> task -> metric -> value; a split or task without labels may be
+            absent. The baseline is that of the test posts, or of the validation posts where these have no labels, n
+            the rows with a label there.
+        tasks: in the order of the lines; auxiliary ones are marked.
     """
-    rows = [("task", "metric", "validation", "test", "majority", "n")]
+    splits = ("validation", "test", *(split for split in metrics if split == UNSEEN))
+    rows = []
     for task in tasks:
         if not task.rules.scored:
             continue
-        found = {split: metrics.get(split, {}).get(task.name, {}) for split in ("validation", "test")}
+        found = {split: metrics.get(split, {}).get(task.name, {}) for split in splits}
         last = found["test"] or found["validation"]
         scores = [_decimal(values.get(task.metric)) for values in found.values()]
         count = f"{int(last['n'])}" if "n" in last else "-"
-        rows.append((task.name, task.metric, *scores, _decimal(last.get(f"majority/{task.metric}")), count))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    left, right = "{:<{}}", "{:>{}}"
-    form = "  ".join([left, left, right, right, right, right])
-    lines = [form.format(*(part for pair in zip(row, widths, strict=True) for part in pair)) for row in rows]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+        rows.append((marked(task), task.metric, *scores, _decimal(last.get(f"majority/{task.metric}")), count))
+    return "\n".join(in_columns(("task", "metric", *splits, "majority", "n"), rows, left=2))
+
+
+def marked(task: Task) -> str:
+    """A task's name as tables show it."""
+    return f"{task.name} (auxiliary)" if task.auxiliary else task.name
+
+
+def in_columns(head: Sequence[str], rows: Sequence[Sequence[str]], *, left: int) -> list[str]:
+    """Lines of a table: the first ``left`` columns begin flush, the others end flush; a rule under the head."""
+    table = [head, *rows]
+    widths = [max(len(row[column]) for row in table) for column in range(len(head))]
+    form = "  ".join(["{:<{}}"] * left + ["{:>{}}"] * (len(head) - left))
+    lines = [form.format(*(part for pair in zip(row, widths, strict=True) for part in pair)) for row in table]
+    return [lines[0], "-" * len(lines[0]), *lines[1:]]
 
 
 def plain(value: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from comoe.config import unknown_name
@@ -35,6 +35,10 @@ class TrainState:
     """Seconds of training, of all sittings."""
     evaluated_at: int = 0
     """Step of the last evaluation; one that a signal cut short is made up for by the resume."""
+    mixing: list[dict[str, Any]] = field(default_factory=list)
+    """Every change of the data sets' rates, as ``TrainSampler.change`` gave it; the sampler is a function of it too."""
+    validation_losses: dict[str, float] = field(default_factory=dict)
+    """Task -> loss at the last evaluation that rates were made of."""
     finished: str = ""
     """Why the run ended; empty while it may go on."""
 

@@ -25,6 +25,7 @@ from comoe.train.checkpoint import save_checkpoint
 from comoe.train.engine import Engine, StepReport
 from comoe.train.evaluation import EvaluationStopped, Evaluator
 from comoe.train.folders import mark_best
+from comoe.train.following import follow_progress
 from comoe.train.monitor import Monitor
 from comoe.train.progress import Interval, count_posts, log_lost_pictures
 from comoe.train.settings import Layout
@@ -122,6 +123,8 @@ class Trainer:
         )
         interval = Interval(self.tasks)
         saved_at = -1
+        if self.sampler.follows_progress:
+            self.sampler.follow(self.state.mixing, every=self.schedule.eval_every)
         with ThreadPoolExecutor(1) as pool, bar:
             due = self.state.step > 0 and self._due(self.schedule.eval_every)
             owed = due and self.state.evaluated_at != self.state.step
@@ -135,12 +138,17 @@ class Trainer:
                 if stopping:
                     self._say(bar, f"stopping at step {self.state.step} ({stop.reason or 'asked by another rank'})")
                     break
-                upcoming = pool.submit(self._collate, self.state.step + 1)
+                # The next batch is made beside this step, unless an evaluation is to say what it is drawn from.
+                waits = self.sampler.follows_progress and self._due(self.schedule.eval_every, steps=self.state.step + 1)
+                if not waits:
+                    upcoming = pool.submit(self._collate, self.state.step + 1)
                 self._step(batches, interval, bar, began=began)
                 paused = time.perf_counter()
                 if self._due(self.schedule.eval_every) and self._evaluate_and_mark(bar, stop):
                     saved_at = self._save()
                     mark_best(self.checkpoints, self.state.step)
+                if waits:
+                    upcoming = pool.submit(self._collate, self.state.step)
                 if saved_at != self.state.step and self._due(self.schedule.save_every):
                     saved_at = self._save()
                 # Posts per second are of training alone.
@@ -162,7 +170,8 @@ class Trainer:
         if not stopping:
             self.state.posts_seen += int(total[-2])
         scale_T = unit_scale(total[:-2], world_size=world_size(), accumulation=len(batches))
-        return [replace(batch, unit_scale_T=scale_T, step=self.state.step) for batch in batches], stopping
+        now = {"unit_scale_T": scale_T, "step": self.state.step, "progress": self.state.step / self.schedule.total}
+        return [replace(batch, **now) for batch in batches], stopping
 
     def _step(self, batches: list[Batch], interval: Interval, bar: tqdm, *, began: float) -> None:
         rates = self.engine.set_rate_factor(
@@ -239,8 +248,9 @@ class Trainer:
             f"smaller data.max_length."
         )
 
-    def _due(self, every: int) -> bool:
-        return self.state.step % every == 0 or self.state.step == self.schedule.total
+    def _due(self, every: int, *, steps: int | None = None) -> bool:
+        steps = self.state.step if steps is None else steps
+        return steps % every == 0 or steps == self.schedule.total
 
     def _evaluate_and_mark(self, bar: tqdm, stop: StopSignal) -> bool:
         """Evaluate; True when this is the best step so far."""
@@ -256,6 +266,10 @@ class Trainer:
         evaluation = self.last_validation = found.evaluation
         value = chosen_metric(evaluation.metrics, self.tasks, self.recipe.train.early_stop_metric)
         improved = self.state.record(value, patience=self.recipe.train.patience)
+        draws = follow_progress(
+            self.sampler, self.state, evaluation,
+            tasks=self.tasks, split=self.train_split, every=self.schedule.eval_every,
+        )  # fmt: skip
         with self.watch.paused("drawing"):
             self.monitor.log_evaluation(
                 self.state.step,
@@ -264,6 +278,7 @@ class Trainer:
                 routing=found.routing,
                 embeddings=found.embeddings,
                 mean=value,
+                **draws,
             )
         self._say(bar, f"step {self.state.step}: validation {value:.4f}{' (best)' if improved else ''}")
         return improved

@@ -26,10 +26,10 @@ STEPS = 14
 EVENTFUL = (
     f"train.max_steps={STEPS}", "train.save_every=2", "train.eval_every=4", "train.keep_checkpoints=3",
     "train.batch_size=48", "train.micro_batch_size=12", "train.schedule=linear", "train.warmup_fraction=0.2",
-    "model.dropout=0.2", "model.moe.balance_rate=0.05",
+    "model.dropout=0.2", "model.moe.balance_rate=0.05", "data.mixing=progress",
 )  # fmt: skip
 """Everything that a resume must restore has an effect: dropout, two micro-steps, a rate that changes, momenta, a
-balance bias that moves fast, an evaluation between."""
+balance bias that moves fast, an evaluation between, rates of the data sets that follow it."""
 TIMEOUT = 300.0
 """Seconds after which a command is ended and its test fails: many times what it takes alone on two cores."""
 

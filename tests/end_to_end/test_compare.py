@@ -1,4 +1,4 @@
-"""``launch/compare.py`` and ``launch/ablate.py`` on the smoke recipe: runs, goes on, reports, removes experts."""
+"""``launch/compare.py`` and ``launch/ablate.py`` on the smoke recipe: tasks alone and together, experts removed."""
 
 from __future__ import annotations
 
@@ -13,55 +13,55 @@ from tests.end_to_end.commands import SMOKE, Terminal
 pytestmark = [pytest.mark.end_to_end, pytest.mark.one_core]
 
 
+SMALL = ("tasks.topic=null", "tasks.strength=null", "tasks.aspects=null", "tasks.mentions=null", "data.limit_eval=30",
+         "data.limit_per_task=96", "train.max_steps=null", "train.epochs=1", "train.batch_size=48")  # fmt: skip
+"""Two tasks, one epoch of two steps each."""
+
+
 def words(output: Path, arms: str, *more: str) -> list[str]:
     command = [sys.executable, "launch/compare.py", "--config", SMOKE, "--arms", arms, "--output", str(output)]
-    return [*command, "--seeds", "0", "--resamples", "20", "train.max_steps=6", "train.eval_every=6", *more]
+    return [*command, "--seeds", "0", "--resamples", "20", *SMALL, *more]
 
 
 def test_arms_are_run_compared_and_added_to(terminal: Terminal, tmp_path: Path) -> None:
     output = tmp_path / "compare"
-    done = terminal.run(*words(output, "dense,sigmoid", "--remove-experts", "sigmoid", "--removal-posts", "20"))
-    assert done.code == 0, done.said
+    first = terminal.run(*words(output, "multi,single.mood", "--affinity-posts", "16"))
+    assert first.code == 0 and "2 runs, 0 of them done" in first.out, first.said
+    removing = ("--remove-experts", "multi", "--removal-posts", "20", "--affinity-posts", "16")
+    done = terminal.run(*words(output, "single,multi", *removing))
+    assert done.code == 0 and "3 runs, 2 of them done" in done.out, done.said
     runs = output / "runs"
-    results = {arm: json.loads((runs / f"{arm}-s0/results.json").read_text()) for arm in ("dense", "sigmoid")}
-    # One dense block of the active width: the same work per token as k experts, without a router.
-    routers = results["sigmoid"]["parameters"]["active"] - results["dense"]["parameters"]["active"]
-    assert 0 < routers < 0.01 * results["dense"]["parameters"]["active"]
-    assert results["sigmoid"]["parameters"]["experts"] > results["dense"]["parameters"]["experts"]
+    results = {run: json.loads((runs / f"{run}-s0/results.json").read_text())
+               for run in ("recipe", "single.mood", "single.stance")}  # fmt: skip
+    # As many passes over each task's posts, so as many posts in all.
+    assert [results[run]["posts"] for run in results] == [192, 96, 96]
+    assert [list(results[run]["metrics"]["test"]) for run in results] == [["mood", "stance"], ["mood"], ["stance"]]
     summary = json.loads((output / "summary.json").read_text())
-    for arm in ("dense", "sigmoid"):
-        gold = results[arm]["metrics"]["test"]["stance"]["macro_f1"]
-        assert summary[arm]["stance"]["macro_f1"]["mean"] == gold
-        assert (runs / f"{arm}-s0/export").is_dir() and not (runs / f"{arm}-s0/checkpoints").exists()
+    for task in ("mood", "stance"):
+        for arm, run in (("multi", "recipe"), ("single", f"single.{task}")):
+            assert summary[arm][task]["macro_f1"]["mean"] == results[run]["metrics"]["test"][task]["macro_f1"]
+    assert not any((runs / f"{run}-s0/checkpoints").exists() for run in results)
     rest = json.loads((output / "comparison.json").read_text())
-    difference = rest["arms"]["sigmoid"]["against_baseline"]["mean"]
-    means = [rest["arms"][arm]["mean"]["mean"] for arm in ("dense", "sigmoid")]
-    assert difference["mean"] == pytest.approx(means[1] - means[0], abs=1e-6)
-    assert difference["low"] <= difference["mean"] <= difference["high"]
-    removal = rest["arms"]["sigmoid"]["removal"]["sigmoid-s0"]
-    experts = json.loads((runs / "sigmoid-s0/export/config.json").read_text())["model"]["moe"]["num_experts"]
+    costs = {arm: rest["arms"][arm]["costs"]["parameters_total"]["mean"] for arm in ("single", "multi")}
+    assert costs["single"] == sum(results[f"single.{task}"]["parameters"]["total"] for task in ("mood", "stance"))
+    gain = rest["arms"]["multi"]["against_baseline"]
+    means = [rest["arms"][arm]["mean"]["mean"] for arm in ("single", "multi")]
+    assert gain["mean"]["mean"] == pytest.approx(means[1] - means[0], abs=1e-6) and gain["mood"]["p"] <= 1
+    cosine = rest["gradient_cosine"]["multi"]
+    assert cosine["tasks"] == ["mood", "stance"] and -1 <= cosine["mean"][0][1] == cosine["mean"][1][0] <= 1
+    removal = rest["arms"]["multi"]["removal"]["recipe-s0"]
+    experts = json.loads((runs / "recipe-s0/export/config.json").read_text())["model"]["moe"]["num_experts"]
     assert [len(row) for row in removal["loss_rise"]] == [experts] * len(removal["layers"])
-    assert "| sigmoid | 1 |" in done.out and (output / "plots/removal.png").stat().st_size > 4000
+    assert "| multi | 1 |" in done.out and "## Gains over single" in (output / "table.md").read_text()
+    for name in ("gains", "gradients", "removal", "quality"):
+        assert (output / f"plots/{name}.png").stat().st_size > 4000
 
-    more = terminal.run(*words(output, "dense,sigmoid,no_experts"))
-    assert more.code == 0 and "3 runs, 2 of them done" in more.out, more.said
-    assert "| no_experts | 1 |" in (output / "table.md").read_text()
-
-    shown = terminal.python("launch/ablate.py", "--run", str(runs / "sigmoid-s0"), "--limit", "20")
+    shown = terminal.python("launch/ablate.py", "--run", str(runs / "recipe-s0"), "--limit", "20")
     assert shown.code == 0 and f"{removal['posts']} posts; with all experts" in shown.out, shown.said
-    bare = terminal.python("launch/ablate.py", "--run", str(runs / "no_experts-s0"))
-    assert bare.code == 2 and "was trained without experts" in bare.err
 
 
 def test_a_wrong_comparison_is_refused_before_anything_runs(terminal: Terminal, tmp_path: Path) -> None:
     output = tmp_path / "compare"
-    for more, message in (
-        (("--against", "sofmax"), "did you mean softmax"),
-        (("--remove-experts", "paper"), "paper is not"),
-        (("run.name=x",), "--seeds and --output set it"),
-        (("--ranks", "0"), "--ranks is 0; it must be at least 1"),
-        (("--removal-posts", "0"), "--removal-posts is 0; it must be at least 1"),
-    ):
-        done = terminal.run(*words(output, "dense,softmax", *more))
-        assert done.code == 2 and message in done.err, done.said
+    done = terminal.run(*words(output, "single,softmax", "--against", "sofmax"))
+    assert done.code == 2 and "did you mean softmax" in done.err, done.said
     assert not output.exists()

@@ -132,6 +132,19 @@ def test_rates_norms_and_evaluations_are_the_same_too(resumed: Resumed, uninterr
     assert list(checks[0]) == [4, 8, 12, 14] and checks[0] == pytest.approx(checks[1], rel=1e-6)
 
 
+def test_the_data_sets_are_drawn_from_at_the_same_changing_rates(resumed: Resumed, uninterrupted: Path) -> None:
+    draws = [
+        [
+            [line[f"draws/{name}"] for name in ("reviews", "mentions", "stance")]
+            for line in read_lines(run / "metrics.jsonl")
+            if line["split"] == "validation"
+        ]
+        for run in (resumed.folder, uninterrupted)
+    ]
+    assert len(draws[0]) == 4 and draws[0][0] == [1 / 3] * 3 and draws[0][1] != draws[0][0]
+    np.testing.assert_allclose(draws[0], draws[1], rtol=1e-4)
+
+
 def test_the_log_says_where_the_run_was_resumed(resumed: Resumed) -> None:
     lines = read_lines(resumed.folder / "metrics.jsonl")
     where = [number for number, line in enumerate(lines) if line["split"] == "resume"]

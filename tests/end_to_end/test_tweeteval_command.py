@@ -58,9 +58,11 @@ def run(data: Path, tmp_path_factory: pytest.TempPathFactory, shared_terminal: T
     done = shared_terminal.run(
         sys.executable, "launch/train.py", "--deepspeed", "ds_configs/zero2.json", "--config",
         "launch/configs/tweeteval.yaml", f"data.root={data}", "model.encoder=smoke:encoder", f"run.output_dir={runs}",
-        "train.max_steps=3", "train.eval_every=3", "train.log_every=1",
+        "train.max_steps=3", "train.eval_every=3", "train.log_every=1", "data.noise=[typos, no_hashtags]",
+        "tasks.irony.auxiliary=true", "tasks.emotion.hold_out={label: [sadness]}", "tasks.hate.slices=[label]",
     )  # fmt: skip
     assert done.code == 0, done.out + done.err
+    (runs / "said.txt").write_text(done.out, encoding="utf-8")
     return runs / "tweeteval"
 
 
@@ -70,6 +72,23 @@ def test_five_tasks_are_trained_together(run: Path) -> None:
     assert set(metrics["validation"]) == set(LABELS)
     assert {"f1_class_1"} <= set(metrics["validation"]["irony"])
     assert {"macro_recall"} <= set(metrics["validation"]["sentiment"])
+
+
+def test_noise_slices_held_out_posts_and_auxiliary_tasks_are_told_apart(run: Path) -> None:
+    results = json.loads((run / "results.json").read_text(encoding="utf-8"))
+    metrics, said = results["metrics"], (run.parent / "said.txt").read_text(encoding="utf-8")
+    noisy = [f"{split}+{noise}" for split in ("validation", "test") for noise in ("typos", "no_hashtags")]
+    assert list(metrics) == ["validation", "test", "unseen", *noisy]
+    assert set(metrics["validation+typos"]) == set(LABELS) and set(metrics["test+typos"]) == set(LABELS) - {BARE}
+    # 12 of 48 training and 3 of 12 validation posts are sad.
+    assert metrics["unseen"]["emotion"]["n"] == 15 and metrics["validation"]["emotion"]["n"] == 9
+    assert (run / "predictions" / "unseen" / "emotion.jsonl").is_file()
+    assert metrics["validation"]["hate"]["n@label=hate"] == metrics["validation"]["hate"]["n@label=not-hate"] == 6
+    main = {"irony": "f1_class_1", "sentiment": "macro_recall"}
+    counted = [metrics["validation"][task][main.get(task, "macro_f1")] for task in LABELS if task != "irony"]
+    assert results["best_value"] == pytest.approx(sum(counted) / 4)
+    assert "| irony (auxiliary) |" in (run / "export" / "README.md").read_text(encoding="utf-8")
+    assert "irony (auxiliary)" in said and "label=not-hate" in said and "unseen" in said
 
 
 def test_test_posts_without_labels_are_predicted_and_not_scored(run: Path) -> None:

@@ -44,6 +44,29 @@ FORMS: dict[str, dict[str, Any]] = {
     "threshold": {"shared_width": 8, "cooperation_threshold": 0.5, "top_k": 3},
 }
 
+# Only losses that do not depend on how posts are cut into micro-steps.
+WEIGHED = {"loss__contrastive": {"weight": 0.0}, "loss__balance_weight": 0.0, "loss__weighting_rate": 0.1}
+ALONE = {"parallel__ep_size": 1}
+WEIGHTED: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
+    "uncertainty_positive": (
+        {}, [{"stage": 1, **ALONE}, {"stage": 2, **SHARED, "accumulation": 3}, {"stage": 3, **SHARED}],
+    ),
+    "dynamic_average": ({"loss__weighting_window": 1}, [{"stage": 3, **SHARED, "accumulation": 3}]),
+    "gradnorm": ({}, [{"stage": 3, **ALONE, **RECOMPUTED, "accumulation": 3}]),
+    "pcgrad": (
+        {}, [
+            {"stage": 1, **ALONE, "accumulation": 3}, {"stage": 2, **SHARED, **RECOMPUTED},
+            {"stage": 3, **SHARED, "accumulation": 3},
+        ],
+    ),
+}  # fmt: skip
+
+SHARING = {
+    "loss__contrastive": {"weight": 0.0}, "loss__balance_weight": 0.0, "model__private_width": 8,
+    "loss__adversarial": {"weight": 0.3, "hidden_width": 8},
+    "tasks__mood__confidence": "sure", "tasks__mood__confidence_strategy": "input_output",
+}  # fmt: skip
+
 # Name -> (encoder, options of both, layouts over two ranks). All cases share two worlds: a world takes long to start.
 CASES: dict[str, tuple[str, dict[str, Any], list[dict[str, Any]]]] = {
     "recomputed by token": ("bert", SEPARATED, [layout | RECOMPUTED for layout in LAYOUTS]),
@@ -57,6 +80,15 @@ CASES: dict[str, tuple[str, dict[str, Any], list[dict[str, Any]]]] = {
             {"stage": 2, **SHARED, **CHUNKS, **RECOMPUTED},
         ],
     ),
+    # Weights that are learned, remembered, and found from the gradients of a whole step, in one pass and in three.
+    **{
+        weighting: ("bert", WEIGHED | options | {"loss__weighting": weighting}, layouts)
+        for weighting, (options, layouts) in WEIGHTED.items()
+    },
+    # A discriminator, posts that count in part, a part of its own for each task; the orthogonal term alone depends on
+    # how posts are cut into micro-steps.
+    "adversarial": ("bert", SHARING, [{"stage": 3, **SHARED, **RECOMPUTED, "accumulation": 3}]),
+    "orthogonal": ("bert", SHARING | {"loss__orthogonal_weight": 1e7}, [{"stage": 3, **ALONE}]),
     "pictures": ("bert", SEEING, [{"stage": 3, **SHARED}, {"stage": 1, "parallel__ep_size": 1}]),
     "image tokens": (
         "bert", SEEING | ROUTED, [{"stage": 3, **SHARED}, {"stage": 2, **SHARED, **RECOMPUTED}],
@@ -134,6 +166,12 @@ def still(answer: dict[str, Any]) -> set[str]:
 def test_losses_norms_and_answers_agree_with_one_process(name: str, one_process: Any, two_ranks: Any) -> None:
     for answer in two_ranks[name]:
         assert_same(answer, one_process[name])
+
+
+def test_the_weightings_train_differently_so_that_equal_losses_mean_something(one_process: Any) -> None:
+    answers = [one_process[name]["engine_logits"]["mood"] for name in WEIGHTED]
+    for number, answer in enumerate(answers):
+        assert all(np.abs(answer - other).max() > 1e-4 for other in answers[:number])
 
 
 @pytest.mark.parametrize("name", ["recomputed by token", "recomputed by both"])

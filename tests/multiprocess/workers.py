@@ -22,8 +22,14 @@ TASKS = (
 )
 
 
-REMEMBERED = {"loss__contrastive": {"weight": 0.3, "queue_size": 40, "learn_temperature": True}}
-"""What a loss carries from step to step, so that a checkpoint must hold it."""
+NUM_DOMAINS = 3
+"""Values that ``loss.adversarial`` predicts, where it is on."""
+REMEMBERED = {
+    "loss__contrastive": {"weight": 0.3, "queue_size": 40, "learn_temperature": True},
+    "loss__weighting": "dynamic_average", "loss__weighting_window": 2,
+    "loss__adversarial": {"weight": 0.3, "hidden_width": 8},
+}  # fmt: skip
+"""What losses and weighting carry from step to step, so that a checkpoint must hold it."""
 
 
 def make_encoder(folder: Path) -> str:
@@ -76,6 +82,9 @@ def batch_of(rows: list[dict[str, Any]], *, step: int = 0) -> Batch:
     ids_BL = padded("ids", 0)
     labels = {name: torch.tensor([row[name] for row in rows]) for name in ("mood", "heat", "topic")}
     labels["spans"] = padded("spans", IGNORED)
+    numbers_B = torch.tensor([row["row"] for row in rows])
+    # Some posts have no value for the adversary; the filler row, -1, is one of them. Nothing of it draws a number.
+    told_B = numbers_B % 4 != 3
     return Batch(
         input_ids_BL=ids_BL,
         attention_mask_BL=(ids_BL > 0).long(),
@@ -89,6 +98,10 @@ def batch_of(rows: list[dict[str, Any]], *, step: int = 0) -> Batch:
         ),
         image_rows_I=torch.tensor(seen or [-1]),
         step=step,
+        progress=0.1 * (step + 1),
+        confidences={task.name: (numbers_B * 7 % 11 + number) / 14 for number, task in enumerate(TASKS)},
+        domains_B=torch.where(told_B, numbers_B % NUM_DOMAINS, IGNORED),
+        domain_weights_B=told_B * (1.0 + numbers_B % 2),
     )
 
 
@@ -137,10 +150,10 @@ def recipe_of(encoder: str, **changes: Any) -> Any:
 
 
 def tasks_of(recipe: Any) -> tuple[Task, ...]:
-    """The tasks; all of them in the contrastive loss where the recipe says so of the first one."""
-    if recipe.tasks["mood"].contrastive is not True:
-        return TASKS
-    return tuple(replace(task, contrastive=True, contrastive_width=1.0) for task in TASKS)
+    """The tasks; all in the contrastive loss, or weighed by confidence, where the recipe says so of the first one."""
+    given = recipe.tasks["mood"]
+    changes = {"contrastive": True, "contrastive_width": 1.0} if given.contrastive is True else {}
+    return tuple(replace(task, **changes, confidence_strategy=given.confidence_strategy) for task in TASKS)
 
 
 def build(
@@ -160,7 +173,7 @@ def build(
     filled = fill_settings(raw, recipe, layout, gpu=False)
     torch.manual_seed(seed)
     with building(filled):
-        objective = build_objective(recipe, tasks_of(recipe))
+        objective = build_objective(recipe, tasks_of(recipe), num_domains=NUM_DOMAINS)
     return Engine(build_deepspeed_engine(objective, recipe, filled), recipe), layout
 
 
@@ -244,7 +257,7 @@ def case(
     answer: dict[str, Any] = {"losses": values, "norms": norms, "picks": picks, "ep": layout.ep_size}
     answer["sums"] = [str(engine.deepspeed.get_data_types()[1])]
     if after:
-        plain = build_objective(recipe, tasks_of(recipe)).model.eval()
+        plain = build_objective(recipe, tasks_of(recipe), num_domains=NUM_DOMAINS).model.eval()
         plain.load_state_dict(after)
         with torch.no_grad():
             by_plain = plain(batch).logits

@@ -66,6 +66,13 @@ def test_operations_of_a_token_are_counted_by_hand():
     assert forward_operations(TINY, 7) == 2 * (8 * 100 + 4 * 400 + 4 * 7 * 10) + 2 * 10 * 4 + experts
 
 
+def test_private_parts_are_counted_by_hand():
+    private = replace(TINY, tasks=3, private_width=5)
+    plain = replace(TINY, tasks=3)
+    assert private.dense_parameters - plain.dense_parameters == 3 * (2 * 10 + 3 * 10 * 5)
+    assert forward_operations(private, 7) - forward_operations(plain, 7) == 3 * 6 * 10 * 5
+
+
 def test_routes_travel_four_times_and_six_under_recomputation():
     once = 4 * 30 * 2 * 10 / 2  # float32, tokens, k, M; half of the experts are here
     assert all_to_all_bytes(TINY, layout()) == 4 * once

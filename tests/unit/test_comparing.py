@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 
 from comoe.cluster_plan import shape_of_recipe
-from comoe.comparing.arms import ARMS, check_earlier, custom_arms, plan_trials
+from comoe.comparing.arms import ARMS, custom_arms
 from comoe.comparing.intervals import Answers, paired_difference, read_answers, resampled, seed_interval
+from comoe.comparing.plan import check_earlier, plan_arms
 from comoe.comparing.plots import removal_figure, write_plots
-from comoe.comparing.report import REMOVAL_FILE, compare, write_comparison
+from comoe.comparing.report import compare, write_comparison
+from comoe.comparing.results import REMOVAL_FILE
 from comoe.comparing.tables import markdown_lines
 from comoe.config import load_recipe, save_recipe
 from comoe.scaling import Experiment
@@ -40,17 +42,21 @@ def mood(kind: str = "single_label", metric: str = "accuracy", name: str = "mood
     return build_task(name, TaskConfig(path="x", kind=kind, metric=metric), labels=list(labels), label_counts={})
 
 
+def plan_trials(experiment: Experiment, **asked):
+    return plan_arms(experiment, **asked).trials
+
+
 def test_every_arm_with_experts_has_the_same_active_width(experiment: Experiment):
     trials = plan_trials(experiment, arms=[arm for arm in ARMS], custom={}, seeds=[0])
     widths = {}
     for trial in trials:
         shape = shape_of_recipe(load_recipe(experiment.config, trial.overrides))
-        widths[trial.arm] = shape.moe_layers * shape.top_k * shape.expert_width
+        widths[trial.part] = shape.moe_layers * shape.top_k * shape.expert_width
     layers = shape_of_recipe(load_recipe(experiment.config)).moe_layers
     assert widths.pop("no_experts") == 0
     assert widths.pop("dense_total") == layers * 4 * 24
     assert set(widths.values()) == {layers * 48}
-    made = load_recipe(experiment.config, next(trial for trial in trials if trial.arm == "paper").overrides).model.moe
+    made = load_recipe(experiment.config, next(trial for trial in trials if trial.part == "paper").overrides).model.moe
     assert (made.route_by, made.top_k, made.num_experts, made.balance) == ("task", 4, 4, "none")
 
 
@@ -112,7 +118,7 @@ def test_the_bootstrap_has_the_textbook_width_and_is_zero_between_equal_arms():
         return {"mood": Answers(np.arange(500), gold, np.where(hit, gold, 1 - gold))}
 
     good, bad = answers(0.85), answers(0.7)
-    drawn = resampled([good, bad, good], [task], resamples=2000)["mood"]
+    drawn = resampled([good, bad, good], [task], resamples=800)["mood"]
     hits = [(run["mood"].predicted == gold).astype(float) for run in (good, bad)]
     plain = float(np.mean(hits[0] - hits[1]))
     item = paired_difference([plain], drawn[:1] - drawn[1:2])
@@ -128,6 +134,18 @@ def test_seeds_that_disagree_widen_the_interval_as_student_says():
     assert item.mean == pytest.approx(0.1) and item.high - 0.1 == pytest.approx(4.302652730 * 0.1 / math.sqrt(3))
 
 
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_p_is_a_twentieth_where_the_interval_ends_at_zero(seeds: int):
+    generator = np.random.default_rng(0)
+    differences, drawn = generator.standard_normal(seeds), generator.standard_normal((seeds, 300))
+    item = paired_difference(list(differences), drawn)
+    edge = paired_difference(list(differences - item.low), drawn)
+    assert edge.low == pytest.approx(0, abs=1e-12) and edge.p == pytest.approx(0.05, rel=1e-6)
+    further = paired_difference(list(differences - item.low + 0.1), drawn)
+    assert further.p < 0.05 and further.verdict == "gained"
+    assert paired_difference([0.0], np.zeros((1, 9))).p == 1.0
+
+
 @pytest.mark.parametrize(("seeds", "between", "posts"), [(3, 1.0, 0.0), (3, 1.0, 1.0), (3, 0.2, 1.0), (5, 1.0, 0.5)])
 def test_ninety_five_of_hundred_intervals_hold_the_truth(seeds: int, between: float, posts: float):
     generator = np.random.default_rng(seeds)
@@ -138,7 +156,7 @@ def test_ninety_five_of_hundred_intervals_hold_the_truth(seeds: int, between: fl
         resampled_differences = differences[:, None] + posts * generator.standard_normal(200)
         item = paired_difference(list(differences), resampled_differences)
         held += item.low <= 0 <= item.high
-    assert 0.93 <= held / trials
+    assert 0.935 <= held / trials
 
 
 def test_a_post_is_drawn_for_all_of_its_tasks_at_once():
@@ -178,7 +196,8 @@ def write_run(folder: Path, *, right: list[bool], experts: bool, removal: bool =
     folder.mkdir(parents=True)
     (folder / "tasks.json").write_text(json.dumps([task.to_dict()]))
     share = sum(right) / len(right)
-    results = {"finished": True, "step": 4, "seconds": 2.0, "peak_memory_bytes_per_rank": 2**20}
+    results = {"finished": True, "step": 4, "seconds": 2.0, "posts": 96, "peak_memory_bytes_per_rank": 2**20}
+    results |= {"data": {"posts": {"x": {"train": 48, "test": 40}}}}
     results |= {"parameters": {"experts": 5, "active": 6, "total": 7}}
     results |= {"metrics": {"test": {"mood": {"accuracy": share}}}}
     (folder / "results.json").write_text(json.dumps(results))
@@ -201,12 +220,12 @@ def write_run(folder: Path, *, right: list[bool], experts: bool, removal: bool =
 
 
 def test_the_report_says_what_the_run_folders_say(experiment: Experiment, tmp_path: Path):
-    trials = plan_trials(experiment, arms=["dense", "sigmoid", "paper"], custom={}, seeds=[0, 1])
+    plan = plan_arms(experiment, arms=["dense", "sigmoid", "paper"], custom={}, seeds=[0, 1])
     for seed, wrong in ((0, 20), (1, 18)):
         write_run(tmp_path / "runs" / f"dense-s{seed}", right=[post >= wrong for post in range(40)], experts=False)
         better = [post >= wrong - 8 for post in range(40)]
         write_run(tmp_path / "runs" / f"sigmoid-s{seed}", right=better, experts=True, removal=True)
-    comparison = compare(trials, tmp_path / "runs", baseline="dense", resamples=200, problems={"paper-s0": "killed"})
+    comparison = compare(plan, tmp_path / "runs", baseline="dense", resamples=200, problems={"paper-s0": "killed"})
     difference = comparison.against["sigmoid"]["mean"]
     assert difference.mean == pytest.approx(0.2) and difference.low < 0.2 < difference.high
     assert comparison.interval("sigmoid", "routing", "weight_monopoly").mean == pytest.approx(0.3)
@@ -219,8 +238,11 @@ def test_the_report_says_what_the_run_folders_say(experiment: Experiment, tmp_pa
     rest = json.loads((tmp_path / "comparison.json").read_text())
     assert rest["arms"]["sigmoid"]["routing"]["max_violation"]["mean"] == 0.5
     assert rest["failed"] == {"paper-s0": "killed"}
+    assert rest["arms"]["sigmoid"]["gained"] == ["mood"] and rest["arms"]["sigmoid"]["lost"] == []
+    assert rest["arms"]["sigmoid"]["costs"]["posts_per_second"]["mean"] == 48.0
     table = "\n".join(markdown_lines(comparison))
-    assert "| sigmoid | 2 | 0.725 [" in table and "| +0.200 [" in table
+    assert "| sigmoid | 2 | 0.725 [" in table and "| +0.200 [" in table and "0.725 ± 0.035" in table
+    assert "| sigmoid | 1 | 4 | 96 | 2.0 | x 48 |" in table
     assert "0.200 [0.200, 0.200] | 0.300 [0.300, 0.300] | 0.100 [0.100, 0.100] | 0.200 [0.200, 0.200]" in table
     assert "* paper-s0: killed" in table
     assert len((tmp_path / "table.csv").read_text().splitlines()) == 5
@@ -232,12 +254,12 @@ def test_the_report_says_what_the_run_folders_say(experiment: Experiment, tmp_pa
 def test_removal_is_drawn_for_every_arm_that_has_it_in_the_panel_of_its_own_layer(
     experiment: Experiment, tmp_path: Path
 ):
-    trials = plan_trials(experiment, arms=["dense", "sigmoid"], custom={}, seeds=[0])
-    for trial in trials:
-        write_run(tmp_path / trial.name, right=[True] * 40, experts=trial.arm == "sigmoid", removal=True)
+    plan = plan_arms(experiment, arms=["dense", "sigmoid"], custom={}, seeds=[0])
+    for trial in plan.trials:
+        write_run(tmp_path / trial.name, right=[True] * 40, experts=trial.part == "sigmoid", removal=True)
     file = tmp_path / "dense-s0" / REMOVAL_FILE
     file.write_text(json.dumps(json.loads(file.read_text()) | {"layers": [3], "drop": [[0.4]], "loss_rise": [[0.5]]}))
-    comparison = compare(trials, tmp_path, baseline="dense", resamples=0, problems={})
+    comparison = compare(plan, tmp_path, baseline="dense", resamples=0)
     panels = removal_figure(comparison, ["dense", "sigmoid"]).axes
     assert [panel.get_title() for panel in panels] == ["layer 1", "layer 3"]
     drawn = [{line.get_label(): list(line.get_ydata()) for line in panel.lines} for panel in panels]

@@ -36,6 +36,10 @@ def test_the_defaults_raise_no_doubt():
         ({"model": {"moe": {"top_k": 1, "cooperation_threshold": 0.5}}}, "cooperation_threshold is 0.5, .*top_k is 1"),
         ({"model": {"moe": {"num_experts": 0, "shared_width": 8}}}, "model.moe.shared_width is 8, without effect"),
         (
+            {"loss": {"adversarial": {"predict": "platform"}}},
+            "loss.adversarial.predict is platform, without effect: loss.adversarial.weight is 0",
+        ),
+        (
             {"model": {"moe": {"num_experts": 0}}, "loss": {"balance_weight": 0.1}},
             "loss.balance_weight is 0.1, ",
         ),
@@ -51,6 +55,7 @@ def test_the_defaults_raise_no_doubt():
             },
             "tasks.plain.kind is unlabelled, without effect: only that loss reads its posts",
         ),
+        ({"data": {"noise": ["no_emoji"], "noise_rate": 0.3}}, "data.noise_rate is 0.3, without effect: typos are not"),
         ({"loss": {"contrastive": {"queue_warmup": 9}}}, "queue_warmup is 9, without effect: queue_size is 0"),
         ({"loss": {"contrastive": {"weight": 0.0, "queue_size": 9}}}, "queue_size is 9, without effect: .*weight is 0"),
         (
@@ -80,7 +85,29 @@ def test_options_that_work_are_left_alone():
 
 def test_every_gate_and_weighting_says_whether_it_is_in_doubt():
     assert [name for name, gate in GATES.items() if gate.for_measuring] == ["uniform"]
-    assert {name: kind.reads_task_weights for name, kind in WEIGHTINGS.items()} == {"equal": False, "static": True}
+    assert [name for name, kind in WEIGHTINGS.items() if kind.reads_task_weights] == ["static"]
+    assert [name for name, kind in WEIGHTINGS.items() if not kind.adapts] == ["equal", "static"]
+
+
+@pytest.mark.parametrize(
+    ("loss", "said"),
+    [
+        ({"weighting": "cagrad", "cagrad_c": 0.4}, []),
+        ({"weighting": "gradnorm", "weighting_rate": 0.1, "gradnorm_alpha": 1.0}, []),
+        ({"weighting_rate": 0.1}, ["loss.weighting_rate is 0.1, without effect: loss.weighting is equal; uncertainty, "
+                                   "uncertainty_positive, gradnorm would read it."]),
+        ({"weighting": "pcgrad", "cagrad_c": 0.4, "weighting_window": 9},
+         ["loss.weighting_window is 9, without effect: loss.weighting is pcgrad; dynamic_average would read it.",
+          "loss.cagrad_c is 0.4, without effect: loss.weighting is pcgrad; cagrad would read it."]),
+    ],
+)  # fmt: skip
+def test_an_option_that_the_weighting_does_not_read_is_named(loss, said):
+    assert doubts_of(loss=loss, tasks={"mood": {"path": "x"}, "heat": {"path": "y"}}) == said
+
+
+def test_one_task_alone_has_nothing_to_be_weighed_by():
+    (said,) = doubts_of(loss={"weighting": "pcgrad"}, tasks={"mood": {"path": "x"}})
+    assert said.startswith("loss.weighting is pcgrad, without effect: there is one task with labels")
 
 
 @pytest.mark.parametrize(

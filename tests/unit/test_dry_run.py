@@ -63,6 +63,12 @@ def test_a_pair_is_shown_behind_its_post_and_a_long_post_is_cut():
     assert len(line) < SHOWN_CHARACTERS + 40
 
 
+def test_an_auxiliary_task_is_marked():
+    mood = Task("mood", "single_label", ("bad", "good"), "macro_f1", auxiliary=True)
+    lines = sample_lines(mood, posts(["x"], labels={"mood": [1]}), CONFIG)
+    assert lines == ["mood (single_label, metric macro_f1, auxiliary):", "  good | x"]
+
+
 def test_a_task_without_a_label_says_so():
     mood = Task("mood", "single_label", ("bad", "good"), "macro_f1")
     assert sample_lines(mood, posts(["x"], labels={"mood": [None]}), CONFIG)[1] == "  no post has a label of this task"

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from comoe.evaluate import Evaluation, check_chosen_metric, chosen_metric, evaluate, mean_metric, metric_names
+from comoe.evaluate import Evaluation, check_chosen_metric, chosen_metric, evaluate, judge, mean_metric, metric_names
 from comoe.protocols import IGNORED, Batch, ModelOutput
 from comoe.tasks.catalog import Task
 
@@ -267,3 +267,41 @@ def test_names_of_metrics_are_known_before_any_evaluation() -> None:
     (found,) = run([[[0, 1, 2, 3, 4, 5]]])
     for task in TASKS:
         assert ("n", *metric_names(task)) == tuple(found.metrics[task.name])
+
+
+def test_auxiliary_tasks_are_in_no_mean_and_choose_no_checkpoint() -> None:
+    tasks = (MOOD, replace(HEAT, auxiliary=True), NAMES)
+    assert mean_metric(METRICS, tasks) == chosen_metric(METRICS, tasks, "mean") == pytest.approx((0.8 + 0.6) / 2)
+    with pytest.raises(ValueError, match="'heat/mae', but tasks.heat is auxiliary"):
+        chosen_metric(METRICS, tasks, "heat/mae")
+    with pytest.raises(ValueError, match="no validation post has a label of mood, names"):
+        check_chosen_metric("mean", tasks, measured={"heat"})
+    with pytest.raises(ValueError, match=r"no labelled post of any task \(mood, names\)"):
+        mean_metric({"heat": METRICS["heat"]}, tasks)
+
+
+def test_all_tasks_auxiliary_leave_nothing_to_choose_by() -> None:
+    with pytest.raises(ValueError, match="all that have answers are auxiliary"):
+        check_chosen_metric("mean", [replace(task, auxiliary=True) for task in TASKS])
+
+
+SLICES = {"kind": ["a", "b", None, "a", "b", "b"], "true": ["true"] * 6}
+
+
+def test_slices_have_the_metrics_of_their_rows_alone() -> None:
+    tasks = (replace(MOOD, slices=("kind",)), HEAT, replace(NAMES, slices=("kind", "true")))
+
+    def values_of(shares: Sequence[Sequence[Sequence[int]]]) -> dict[str, dict[str, float]]:
+        answers = run(shares)[0].answers
+        return judge(answers, tasks, columns=SLICES, predictions=False).metrics
+
+    found = values_of([[[0, 1, 2], [3, 4, 5]]])
+    # Labelled for mood are posts 0, 1, 2, 4; of kind a: 0; of kind b: 1, 4; post 2 is of no kind.
+    for value, rows in (("a", [0]), ("b", [1, 4])):
+        (alone,) = run([[rows]])
+        assert found["mood"][f"n@kind={value}"] == len(rows)
+        for metric in ("macro_f1", "accuracy"):
+            assert found["mood"][f"{metric}@kind={value}"] == alone.metrics["mood"][metric]
+    assert found["names"]["span_f1@true=true"] == found["names"]["span_f1"] and found["names"]["n@true=true"] == 3
+    assert not any("@" in name for name in found["heat"])
+    assert values_of([[[4, 2], [0]], [[5, 3], [1]]]) == found

@@ -20,9 +20,9 @@ MAX_LINES, MAX_LAUNCH_LINES, MAX_FUNCTION_LINES = 300, 60, 60
 LAYERS = {
     "comoe/schema": 0, "comoe/schema_model": 0, "comoe/schema_loss": 0,
     "comoe/rules": 0, "comoe/config": 0, "comoe/protocols": 0, "comoe/distributed": 0,
-    "comoe/tasks": 1,
+    "comoe/tasks": 1, "comoe/conflicts": 1,
     "comoe/data": 2, "comoe/models": 2, "comoe/losses": 2, "comoe/weighting": 2,
-    "comoe/objective": 3, "comoe/gradcache": 3, "comoe/evaluate": 3,
+    "comoe/terms": 3, "comoe/objective": 3, "comoe/task_gradients": 3, "comoe/gradcache": 3, "comoe/evaluate": 3,
     "comoe/train": 4,
     "comoe": 5,
     "launch": 6,
@@ -42,11 +42,11 @@ HOMES = {
     # A monitor belongs to one run; the hparams page compares finished runs.
     "torch.utils.tensorboard": ("comoe/train/monitor.py", "comoe/scaling_table.py"),
     "yaml": ("comoe/config.py",),
-    "matplotlib": ("comoe/train/plots.py", "comoe/train/embedding_plots.py", "comoe/scaling_plots.py",
-                   "comoe/comparing/plots.py"),
-    "emoji": ("comoe/data/text.py",),
+    "matplotlib": ("comoe/train/plots.py", "comoe/train/embedding_plots.py", "comoe/train/reliability_plots.py",
+                   "comoe/scaling_plots.py", "comoe/comparing/plots.py", "comoe/comparing/transfer_plots.py"),
+    "emoji": ("comoe/data/text.py", "comoe/data/noise.py"),
     "sklearn": ("comoe/tasks/", "comoe/data/"),
-    "scipy": ("comoe/tasks/", "comoe/comparing/intervals.py"),
+    "scipy": ("comoe/tasks/", "comoe/calibration.py", "comoe/conflicts.py", "comoe/comparing/intervals.py"),
     "seqeval": ("comoe/tasks/",),
 }  # fmt: skip
 """Third-party library -> beginnings of the paths that may import it; libraries without a line may appear anywhere."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from comoe.protocols import IGNORED
 from comoe.tasks.catalog import Task
 from comoe.tasks.kinds import KINDS, merge_answers
+from comoe.tasks.kinds_phrases import PHRASE_TAGS
 from comoe.tasks.kinds_sequence import tag_spans
 
 LABELS = ("negative", "neutral", "positive")
@@ -24,6 +25,7 @@ TASKS = {
     "multi_label": Task("emotions", "multi_label", LABELS, "macro_f1"),
     "regression": Task("intensity", "regression", (), "pearson"),
     "tags": Task("names", "tags", TAGS, "span_f1"),
+    "phrases": Task("opinion", "phrases", PHRASE_TAGS, "span_f1"),
 }
 CELLS = {
     "single_label": [0, None, 2, 1, 2],
@@ -31,6 +33,7 @@ CELLS = {
     "regression": [0.5, -3.0, None, 4.0, 0.0],
     "tags": [[IGNORED, 1, 2, IGNORED], None, [IGNORED, 0], [IGNORED, 0, IGNORED, 1], [IGNORED, IGNORED]],
 }
+CELLS["phrases"] = CELLS["tags"]
 WEIGHTED = [name for name, kind in KINDS.items() if kind.weighted]
 SCORED = sorted(name for name, kind in KINDS.items() if kind.scored)
 
@@ -170,6 +173,7 @@ def test_gold_gives_the_labels_back_in_words(kind: str) -> None:
         "multi_label": [["negative", "positive"], [], None, ["neutral"], list(LABELS)],
         "regression": [0.5, -3.0, None, 4.0, 0.0],
         "tags": [["B-PER", "I-PER"], None, ["O"], ["O", "B-PER"], None],
+        "phrases": [["B-phrase", "I-phrase"], None, ["O"], ["O", "B-phrase"], None],
     }
     assert KINDS[kind].gold(targets_of(kind), TASKS[kind]) == expected[kind]
 
@@ -236,6 +240,7 @@ REFERENCES: dict[str, Callable[[Tensor, Task], tuple[float, float]]] = {
     "multi_label": multi_reference,
     "regression": regression_reference,
     "tags": tags_reference,
+    "phrases": tags_reference,
 }
 
 
@@ -262,6 +267,24 @@ def test_gradient_equals_differences_of_the_float64_reference(kind: str, weighte
         above, below = (REFERENCES[kind](logits.detach().double() + sign * step, task)[0] for sign in (1, -1))
         numeric[place] = (above - below) / 2e-5
     torch.testing.assert_close(gradient.double(), numeric, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("kind", "best"), [("single_label", 0.8), ("tags", 0.8), ("multi_label", 0.85)])
+def test_the_best_answer_under_smoothing_is_the_smoothed_target(kind: str, best: float) -> None:
+    """Of three labels the right one is to get 1 - s + s/3; where labels do not exclude each other, 1 - s/2 of a yes."""
+    task, targets = replace(TASKS[kind], label_smoothing=0.3), targets_of(kind)
+    logits = torch.zeros_like(logits_of(kind)).requires_grad_()
+    optimizer = torch.optim.Adam([logits], lr=0.1)
+    for _ in range(300):
+        optimizer.zero_grad()
+        KINDS[kind].loss(logits, targets, task).backward()
+        optimizer.step()
+    if kind == "multi_label":
+        found = logits.sigmoid()[targets == 1]
+    else:
+        present = targets != IGNORED
+        found = logits.softmax(-1)[present].gather(-1, targets[present][:, None])
+    torch.testing.assert_close(found.detach(), torch.full_like(found, best), rtol=0, atol=2e-3)
 
 
 @pytest.mark.parametrize("cut", [[1, 2, 3, 4], [2], [0, 5], [3, 3]])

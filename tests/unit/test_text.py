@@ -8,6 +8,7 @@ from comoe.data.text import is_blank, normalize_post, normalize_words
 from comoe.schema import NormalizeConfig
 
 SOCIAL, STRICT, NONE = (NormalizeConfig(preset=preset) for preset in ("social", "strict", "none"))
+WEIBO = NormalizeConfig(preset="weibo", language="zh")
 
 
 @pytest.mark.parametrize(
@@ -56,6 +57,69 @@ def test_strict_leaves_something_of_every_post(raw: str, left: str) -> None:
     assert normalize_post(raw, STRICT) == left
 
 
+@pytest.mark.parametrize(
+    ("raw", "cleaned"),
+    [
+        # Full-width letters, digits and technical signs; sentence signs stay.
+        ("ＡＢＣ１２３，真的很好用！！", "ABC123，真的很好用！！"),
+        ("涨了５．５％　太快了～", "涨了5.5% 太快了～"),
+        ("Ａ＆Ｂ ＆amp; C", "A&B & C"),
+        # Topics: both signs, several, blanks inside, in the middle of a sentence.
+        ("#世界读书日#今天读完了", "#世界读书日# 今天读完了"),
+        ("＃上海 马拉松 2024＃冲！", "#上海 马拉松 2024# 冲！"),
+        ("在#早安##新的一周#里醒来", "在 #早安# #新的一周# 里醒来"),
+        ("#iPhone 15 Pro# 值不值", "#iPhone 15 Pro# 值不值"),
+        # Hashtags of other platforms are none.
+        ("so #happy 今天 and #blessed", "so #happy 今天 and #blessed"),
+        ("#love#peace#joy 好", "#love#peace#joy 好"),
+        ("他是 # 1 还是 # 2", "他是 # 1 还是 # 2"),
+        # Emoji and their codes.
+        ("今天太难了[笑cry][doge]", "今天太难了 :笑cry: :doge:"),
+        ("［允悲］又停电", ":允悲: 又停电"),
+        ("参考文献[1]", "参考文献[1]"),
+        # Users: after a Chinese word, with a Chinese name, ended by a blank, a colon or nothing.
+        ("谢谢@小红花_2020 的推荐", "谢谢 @user 的推荐"),
+        ("回复@李雷:好的", "回复 @user:好的"),
+        ("转给＠韩-梅梅：你看", "转给 @user：你看"),
+        ("写信到 me@example.com 吧", "写信到 me@example.com 吧"),
+        # Chains of reposts.
+        ("转发微博//@老王:哈哈[笑cry]//@小张：真的吗", "转发微博 //@user:哈哈 :笑cry: //@user：真的吗"),
+        ("看 https://example.com/a//@老王:哈哈", "看 http //@user:哈哈"),
+        # Links that Chinese words, topics, codes touch.
+        ("视频在这http://t.cn/A6abcXY大家看", "视频在这 http 大家看"),
+        ("http://t.cn/A6abc#晚安#", "http #晚安#"),
+        ("链接http://t.cn/A6abc[心]。", "链接 http :心: 。"),
+    ],
+)
+def test_weibo_reads_chinese_posts_as_their_authors_do(raw: str, cleaned: str) -> None:
+    assert normalize_post(raw, WEIBO) == cleaned
+    assert normalize_post(cleaned, WEIBO) == cleaned
+
+
+def test_emoji_are_named_in_chinese_and_codes_read_like_them() -> None:
+    assert normalize_post("好😂[笑cry]", WEIBO).split()[1:] == [normalize_post("😂", WEIBO), ":笑cry:"]
+    assert normalize_post("😂", WEIBO) == normalize_post("😂", NormalizeConfig(language="zh"))
+
+
+@pytest.mark.parametrize(
+    ("raw", "left"),
+    [
+        ("今天#上海 马拉松#好累[笑cry][doge] @小红 //@老王:加油", "今天 好累 加油"),
+        ("[二哈]", "二哈"),
+        ("#早安#", "早安"),
+        ("I said [ok] to #love 你好 and #peace", "i said to 你好 and"),
+        ("I said [ok] to #love", "i said ok to"),
+    ],
+)
+def test_strict_removes_codes_and_topics_and_leaves_something(raw: str, left: str) -> None:
+    assert normalize_post(raw, STRICT) == left
+
+
+@pytest.mark.parametrize("code", ["[笑cry]", "[doge]"])
+def test_social_keeps_the_words_of_emoji_codes(code: str) -> None:
+    assert normalize_post(f"难{code}", SOCIAL) == f"难{code}"
+
+
 def test_a_post_of_a_user_alone_is_not_empty_where_the_placeholder_is() -> None:
     config = NormalizeConfig(user="", url="")
     assert normalize_post("@Bob https://t.co/x", config) == "@user"
@@ -70,7 +134,7 @@ def test_none_changes_nothing_but_control_characters() -> None:
 @pytest.mark.parametrize("text", ["", "  \n", "\u200b\u200b", "\x00\x07", "\ufeff"])
 def test_only_a_blank_post_becomes_empty(text: str) -> None:
     assert is_blank(text)
-    for config in (SOCIAL, STRICT, NONE):
+    for config in (SOCIAL, STRICT, NONE, WEIBO):
         assert normalize_post(text, config) == ""
 
 
@@ -86,10 +150,15 @@ AWKWARD = [
     "&#128512; &#x1F600; &#0; &nbsp; &unknown; &amp",
     "a\u0301 \u0915\u093f \u200d \u200c",
     "RT @a: \"@b: 'x' http://y.z\" 100% $5 +1 <3 :-)",
+    "#甲#乙#丙##丁# #a#b#c# # 戊 # ##己# ###",
+    "//@a//@b://@@c: ///@d http://@e //  @f：",
+    "[[笑cry]] [笑[cry]] ［a］ [1a] [] [ ] ［＃］",
+    "＠＃＆amp； ＆lt;＆＃６５; ｈｔｔｐ：//t.cn/a ｈttp://t.cn/ab中http",
+    "#" + "长" * 40 + "http://t.cn/" + "x" * 40 + "完#尾",
 ]
 
 
-@pytest.mark.parametrize("preset", ["none", "social", "strict"])
+@pytest.mark.parametrize("preset", ["none", "social", "strict", "weibo"])
 @pytest.mark.parametrize("text", AWKWARD)
 def test_cleaning_twice_is_cleaning_once(text: str, preset: str) -> None:
     config = NormalizeConfig(preset=preset)
@@ -100,8 +169,9 @@ def test_cleaning_twice_is_cleaning_once(text: str, preset: str) -> None:
 
 @pytest.mark.parametrize("user", ["<@user>", "USER", "@USER", "", "http"])
 @pytest.mark.parametrize("url", ["<https://url>", "www.url", "URL", ""])
-def test_any_placeholder_is_left_alone_the_second_time(user: str, url: str) -> None:
-    config = NormalizeConfig(user=user, url=url)
+@pytest.mark.parametrize("preset", ["social", "weibo"])
+def test_any_placeholder_is_left_alone_the_second_time(user: str, url: str, preset: str) -> None:
+    config = NormalizeConfig(preset=preset, user=user, url=url)
     once = normalize_post("@Bob read https://t.co/x and (www.y.z) @Ann", config)
     assert "Bob" not in once and "t.co" not in once
     assert normalize_post(once, config) == once
@@ -112,7 +182,7 @@ def test_emoji_have_names_in_other_languages() -> None:
     assert normalize_post("好😀", NormalizeConfig(language="zh")).startswith("好 :")
 
 
-@pytest.mark.parametrize("config", [SOCIAL, STRICT])
+@pytest.mark.parametrize("config", [SOCIAL, STRICT, WEIBO])
 def test_words_stay_as_many_as_they_are(config: NormalizeConfig) -> None:
     words = ["@Bob", "likes", "😀😀", "\u200b", "http://x.y", "!!", "&amp;"]
     cleaned = normalize_words(words, config)

@@ -7,7 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,12 @@ import pytest
 import torch
 
 from comoe.config import recipe_from_dict
+from comoe.data.posts import unlabelled_posts
 from comoe.data.sampling import TrainSampler
 from comoe.evaluate import Evaluation
 from comoe.protocols import Batch, ModelOutput, StepOutput
 from comoe.tasks.catalog import Task
+from comoe.train import following
 from comoe.train.embedding_stats import EmbeddingSummary
 from comoe.train.engine import StepReport
 from comoe.train.evaluation import Checked, EvaluationStopped, Evaluator
@@ -52,6 +54,7 @@ class FakeEngine:
     on_step: Callable[[int], Any] = lambda step: None
     device: torch.device = torch.device("cpu")
     rates: list[float] = field(default_factory=list)
+    progress: list[float] = field(default_factory=list)
     steps: int = 0
 
     def set_rate_factor(self, factor: float) -> dict[str, float]:
@@ -60,6 +63,7 @@ class FakeEngine:
 
     def train_step(self, batches: list[Batch]) -> StepReport:
         self.steps += 1
+        self.progress.append(batches[0].progress)
         skipped = self.on_step(self.steps) == "skipped"
         loss = torch.tensor(float("nan") if skipped else 1.0 / self.steps)
         terms = {"task/heat": loss, "weight/heat": torch.tensor(1.0)}
@@ -166,6 +170,13 @@ def test_the_rate_of_each_step_follows_the_schedule(tmp_path: Path) -> None:
     trainer = trainer_in(tmp_path, schedule="linear")
     trainer.run()
     assert trainer.engine.rates == pytest.approx([1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
+
+
+def test_every_batch_knows_how_much_of_the_run_is_done_also_after_a_restart(tmp_path: Path) -> None:
+    trainer = trainer_in(tmp_path)
+    trainer.state = TrainState(step=2)
+    trainer.run()
+    assert trainer.engine.progress == pytest.approx([2 / 6, 3 / 6, 4 / 6, 5 / 6])
 
 
 def test_a_restored_run_does_the_remaining_steps_only(tmp_path: Path) -> None:
@@ -312,11 +323,71 @@ def test_an_evaluation_that_a_signal_cut_short_is_made_up_for_by_the_resume(tmp_
     assert resumed.state.best_step == uncut.state.best_step and resumed.state.best_value == uncut.state.best_value
 
 
+class TwoSets(Posts):
+    """Posts of two data sets."""
+
+    groups = np.repeat([0, 1], [12, 8])
+    labelled = np.ones((POSTS, 1), dtype=bool)
+    posts = replace(unlabelled_posts([], tasks=[]), group_names=("old", "new"))
+
+
+def following_trainer(folder: Path, losses: list[float], *, stop_after: int | None = None) -> SavingTrainer:
+    """Draws follow the progress; what each step was trained on is kept in ``trainer.drawn``."""
+    drawn: dict[int, list[int]] = {}
+    trainer = trainer_in(folder, max_steps=7, save_every=1)
+    trainer.sampler = TrainSampler(np.full(POSTS, 3), TwoSets.groups, batch_size=5, mixing="progress")
+    trainer.train_split, trainer.drawn = TwoSets(), drawn
+    made = trainer.engine.train_step
+
+    def train_step(batches: list[Batch]) -> StepReport:
+        drawn[trainer.state.step] = [row for batch in batches for row in batch.row_ids_B.tolist()]
+        if trainer.state.step + 1 == stop_after:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return made(batches)
+
+    def run_evaluation(name: str, **_: Any) -> Checked:
+        loss = losses[trainer.state.step // 2 - 1]
+        evaluation = Evaluation({"heat": {"mae": loss, "loss": loss, "n": 1.0}}, {}, {})
+        return Checked(evaluation, None, EmbeddingSummary({}, {}))
+
+    trainer.engine.train_step, trainer.evaluator.run = train_step, run_evaluation
+    return trainer
+
+
+@pytest.mark.parametrize("stop_after", [1, 2, 3, 4, 5])
+def test_a_resumed_run_draws_the_posts_of_the_uninterrupted_one_at_rates_that_follow_the_progress(
+    stop_after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Rates that say which evaluation made them.
+    monkeypatch.setattr(
+        following, "progress_rates",
+        lambda base_G, gains_G: base_G if np.isnan(gains_G[0]) else np.array([gains_G[0], 1 - gains_G[0]]),
+    )  # fmt: skip
+    losses = [1.0, 0.1, 0.08, 0.05]
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    uncut = following_trainer(tmp_path / "a", losses)
+    uncut.run()
+    cut = following_trainer(tmp_path / "b", losses, stop_after=stop_after)
+    cut.run()
+    assert cut.state.step == stop_after
+    resumed = following_trainer(tmp_path / "b", losses)
+    resumed.state = TrainState(**saved(cut)[stop_after])
+    resumed.run()
+    assert cut.drawn | resumed.drawn == uncut.drawn and not cut.drawn.keys() & resumed.drawn.keys()
+    assert resumed.state.mixing == uncut.state.mixing
+    assert [entry["step"] for entry in uncut.state.mixing] == [2, 4, 6, 7]
+    # From 1.0 to 0.1: nine tenths of the draws from step 4 on are of the first data set.
+    assert uncut.state.mixing[1]["rates"] == pytest.approx([0.9, 0.1])
+    assert sum(TwoSets.groups[row] == 0 for step in (4, 5) for row in uncut.drawn[step]) == 9
+
+
 def test_a_long_evaluation_stops_after_a_few_batches_when_asked_to() -> None:
     class Split:
         lengths = np.full(64 * 40, 3)
         labelled = np.ones((64 * 40, 1), dtype=bool)
         texts: list[str] = []
+        posts = unlabelled_posts([], tasks=[])
 
         def __len__(self) -> int:
             return len(self.lengths)

@@ -1,0 +1,75 @@
+"""Between the shared encoder and a task's head what is the task's alone; before the encoder how much a post counts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from comoe.models.moe import ContextHolder, GatedFeedForward
+from comoe.protocols import Batch, labelled_rows
+from comoe.tasks.catalog import Task
+
+
+class PrivatePart(nn.Module):
+    """A task's own gated feed-forward on the last shared states: norm, feed-forward, dropout; its answer is added.
+
+    Its output projection begins at 0, so at the start every task reads the shared states as they are.
+
+    Args:
+        model_width: M.
+        width: ``model.private_width``.
+        dropout: probability on the update.
+
+    Source: the shared-private scheme of Liu et al. 2017, arXiv:1704.05742, as a residual.
+    """
+
+    def __init__(self, model_width: int, width: int, *, dropout: float) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(model_width)
+        self.feed_forward = GatedFeedForward(model_width, width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, shared_BLM: Tensor) -> Tensor:
+        """What is added to the shared states, (B, L, M)."""
+        return self.dropout(self.feed_forward(self.norm(shared_BLM))).to(shared_BLM.dtype)
+
+
+def scale_inputs(encoder: nn.Module, holder: ContextHolder) -> None:
+    """Let the encoder multiply what its embeddings answer, after their norm, by the weight of each row; in place.
+
+    Args:
+        encoder: a model of ``build_encoder``; every family keeps its embeddings there.
+        holder: its context has the weights of the running encode, None for all 1.
+    """
+
+    def scale(module: nn.Module, inputs: Any, answer: Any) -> Any:
+        weights_B = holder.context.input_weights_B
+        if weights_B is None:
+            return None
+        # An encoder of text and pixels answers its mask too.
+        states, *rest = answer if isinstance(answer, tuple) else (answer,)
+        states = states * weights_B.to(states.dtype)[:, None, None]
+        return (states, *rest) if isinstance(answer, tuple) else states
+
+    encoder.embeddings.register_forward_hook(scale)
+
+
+def input_weights(batch: Batch, tasks: Sequence[Task]) -> Tensor | None:
+    """Weight of what the encoder reads of each row, (B,), float32; None where no task sets one.
+
+    A row that serves several tasks has the largest of their weights, and a task that does not weigh its input has 1: so
+    a post that one task reads whole is read whole. A row without any label has 1.
+    """
+    weighing = [task.name for task in tasks if task.weighs("input") and task.name in batch.confidences]
+    if not weighing:
+        return None
+    labelled_BT = labelled_rows(batch, [task.name for task in tasks])
+    whole_B = torch.ones(len(labelled_BT), device=labelled_BT.device)
+    weights_BT = torch.stack(
+        [batch.confidences[task.name] if task.name in weighing else whole_B for task in tasks], dim=1
+    )
+    largest_B = torch.where(labelled_BT, weights_BT, -1.0).amax(dim=1)
+    return torch.where(largest_B < 0, whole_B, largest_B)

@@ -1,0 +1,48 @@
+"""The recipes in launch/configs: each is valid, and the generated posts fit the one that tests can run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from comoe.assemble import check_names
+from comoe.config import load_recipe
+from comoe.data.corpus import load_corpus
+from comoe.generated import TACL_GENERATORS, build_generated_posts
+from comoe.starter import PREFIXES, READY_MADE
+
+CONFIGS = sorted((Path(__file__).parents[2] / "launch" / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_recipe_is_valid_and_named_after_its_file(path: Path) -> None:
+    recipe = load_recipe(path)
+    check_names(recipe)
+    assert recipe.run.name == path.stem
+    for key, value in {"model.encoder": recipe.model.encoder, "data.root": recipe.data.root}.items():
+        assert value is None or not value.startswith(PREFIXES) or value in READY_MADE[key]
+    assert path.read_text(encoding="utf-8").startswith("# ")
+
+
+def test_no_recipe_fetches_weights_that_are_not_for_commercial_use_unasked() -> None:
+    assert [path.stem for path in CONFIGS if load_recipe(path).model.encoder == "kit:chinese_encoder"] == []
+
+
+def test_the_published_mixture_runs_all_experts_by_task_and_reads_the_generated_posts(tmp_path: Path) -> None:
+    recipe = load_recipe(next(path for path in CONFIGS if path.stem == "tacl_comoe"), [f"data.root={tmp_path}"])
+    moe = recipe.model.moe
+    assert (moe.route_by, moe.top_k, moe.balance, recipe.loss.balance_weight) == ("task", moe.num_experts, "none", 0)
+    assert recipe.loss.contrastive.weight > 0
+    build_generated_posts(tmp_path, generators=TACL_GENERATORS)
+    corpus = load_corpus(recipe)
+    found = {task.name: (task.kind, task.metric, len(task.labels)) for task in corpus.tasks}
+    assert found == {
+        "hate": ("single_label", "macro_f1", 2),
+        "entities": ("tags", "span_f1", 4),
+        "stance": ("single_label", "mean_f1_against_favor", 3),
+        "topic": ("single_label", "macro_f1", 4),
+    }
+    posts = corpus.splits["validation"]
+    asked = [pair for pair, label in zip(posts.pairs, posts.labels["stance"], strict=True) if label is not None]
+    assert len(asked) == 80 and None not in asked
