@@ -128,8 +128,8 @@ class TaskConfig:
     label: str = "label"
     """Column with the label; empty cells are posts without this label."""
     confidence: str | None = None
-    """Column with a number in [0, 1] per label, an annotator's agreement or a model's certainty; an empty cell is 1. Its
-    mean is shown by --dry-run."""
+    """Column with a number in [0, 1] per label, an annotator's agreement or a model's certainty; an empty cell is 1.
+    Its mean is shown by --dry-run."""
     confidence_strategy: str = "none"
     """What the confidence does in training: none, input (scales what the encoder reads of the post), output (scales the
     post's loss), or input_output (arXiv:2412.09046)."""
