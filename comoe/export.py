@@ -23,6 +23,7 @@ from transformers import AutoConfig, AutoTokenizer
 from comoe.calibration import with_calibration
 from comoe.config import load_recipe, recipe_from_dict, unknown_name
 from comoe.data.batching import load_tokenizer
+from comoe.data.groups import read_as_words
 from comoe.data.pixels import ImageProcessor, load_image_processor
 from comoe.model_card import model_card
 from comoe.models.multitask import MultiTaskModel, build_model
@@ -91,8 +92,7 @@ def export_model(
     if folder.exists() and not _may_replace(folder):
         raise ValueError(f"{folder} exists and is not an export of comoe; choose another folder, or remove it first.")
     config = _config(recipe, tasks, encoder_config, tower_config)
-    images = [task.image for task in recipe.tasks.values()]
-    config["image_column"] = None if image_processor is None else column_in_training(images)
+    config["image_column"] = None if image_processor is None else column_in_training(recipe.tasks.values())
     aside = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
@@ -215,6 +215,7 @@ def _config(
         "num_experts_per_tok": recipe.model.moe.top_k,
         "max_length": recipe.data.max_length,
         "tasks": [task.to_dict() for task in tasks],
+        "as_words": list(read_as_words(recipe.tasks)),
         "model": model,
         "data": {key: value for key, value in dataclasses.asdict(recipe.data).items() if key in DATA_KEYS},
         "encoder": _without_path(encoder_config),

@@ -16,8 +16,9 @@ Expert parallelism divides what ZeRO below stage 3 leaves whole; the optimizer's
 because the W / EP ranks that hold the same experts split their state. Stage 2 in float32 keeps the whole of every
 tensor that its share cuts, see ``whole_tensors``; what stage 3 gathers for the moment is one line of its own.
 
-Not counted: allocator slack, what only losses learn (temperatures, a discriminator of some ten thousand numbers), and
-in ``step()`` one more float32 copy of the largest group's share, when the activations are gone.
+Not counted: allocator slack; what only losses learn (temperatures, a discriminator of some ten thousand numbers); what
+weightings that read gradients keep for a moment, per task what a head keeps, the slope of the last states and 2 M^2
+numbers; and in ``step()`` one more float32 copy of the largest group's share, when the activations are gone.
 ``tests/multiprocess/test_memory_measured.py`` compares each line with tensors of real runs.
 
 Source: Rajbhandari et al. 2020, ZeRO, arXiv:1910.02054; the float32 facts were read in DeepSpeed 0.19.8 and measured.

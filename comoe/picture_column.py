@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+
+from comoe.schema import TaskConfig
 
 USUAL = "image"
 """The column where nothing else is known."""
@@ -41,7 +43,7 @@ def choose_column(trained: str | None, *, asked: str | None, columns: Sequence[s
     return found
 
 
-def column_in_training(images: Sequence[str | None]) -> str:
+def column_in_training(tasks: Iterable[TaskConfig]) -> str:
     """The commonest ``tasks.<name>.image`` of a recipe; ``image`` where no task has one."""
-    named = Counter(image for image in images if image is not None)
+    named = Counter(task.image for task in tasks if task.image is not None)
     return named.most_common(1)[0][0] if named else USUAL

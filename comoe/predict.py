@@ -7,7 +7,7 @@ into words by its task's kind.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,12 @@ class Predictor:
         """Column of the training posts that named the pictures; None where the model reads none."""
         return None if self.collator.pixels is None else self.exported.config.get("image_column") or USUAL
 
+    @property
+    def as_words(self) -> frozenset[str]:
+        """Tasks that are asked about posts cut into words, as in training."""
+        per_token = (task.name for task in self.exported.tasks if task.rules.per_token)
+        return frozenset([*per_token, *self.exported.config.get("as_words", ())])
+
     def __call__(
         self,
         texts: Sequence[str],
@@ -125,7 +131,7 @@ class Predictor:
                 usable.append(number)
                 images[number] = self._located(images[number], image_root, answer)
         settings = {name: getattr(self.exported.data_config, name) for name in ("max_length", "normalize", "hide")}
-        passes = _passes(texts, words, usable, chosen)
+        passes = _passes(texts, words, usable, chosen, as_words=self.as_words)
         with tqdm(total=len(usable) * len(passes), unit="post", disable=not progress, dynamic_ncols=True) as bar:
             for column, some in passes if usable else ():
                 split = self.collator.encode_texts(
@@ -205,22 +211,27 @@ class Predictor:
 
 
 def _passes(
-    texts: Sequence[str], words: Sequence[Any], usable: Sequence[int], tasks: Sequence[Task]
+    texts: Sequence[str],
+    words: Sequence[Any],
+    usable: Sequence[int],
+    tasks: Sequence[Task],
+    *,
+    as_words: Container[str],
 ) -> list[tuple[Sequence[Any], Sequence[Task]]]:
     """(words per post, tasks) of each pass over the posts.
 
-    A tokenizer may cut a post given as words differently, so heads of whole posts read plain text as in training; only
-    where both kinds of heads are asked about plain text are there two passes.
+    A tokenizer may cut a post given as words differently, so each head reads plain text whole or cut, as in training;
+    only where both kinds of heads are asked about plain text are there two passes.
     """
-    per_token = [task for task in tasks if task.rules.per_token]
-    pooled = [task for task in tasks if not task.rules.per_token]
-    if not per_token:
-        return [(words, pooled)]
+    cut = [task for task in tasks if task.name in as_words]
+    whole = [task for task in tasks if task.name not in as_words]
+    if not cut:
+        return [(words, whole)]
     made = list(words)
     for number in usable:
         made[number] = split_words(texts[number]) if words[number] is None else words[number]
-    if pooled and any(words[number] is None for number in usable):
-        return [(words, pooled), (made, per_token)]
+    if whole and any(words[number] is None for number in usable):
+        return [(words, whole), (made, cut)]
     return [(made, tasks)]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 
 from comoe.data.noise import SEPARATOR
@@ -12,7 +11,7 @@ from comoe.train.records import in_columns, marked
 Metrics = Mapping[str, Mapping[str, Mapping[str, float]]]
 """Split -> task -> metric -> value, as in ``results.json``."""
 
-_SLICED = re.compile(r"(?P<metric>[^@]+)@(?P<slice>.+=.*)", re.DOTALL)
+_COUNT = "n@"
 
 
 def slice_lines(metrics: Metrics, tasks: Sequence[Task]) -> list[str]:
@@ -23,14 +22,14 @@ def slice_lines(metrics: Metrics, tasks: Sequence[Task]) -> list[str]:
     splits = [split for split in metrics if SEPARATOR not in split]
     rows = []
     for task in tasks:
-        names = [name for split in splits for name in metrics[split].get(task.name, {}) if _SLICED.fullmatch(name)]
-        for name in dict.fromkeys(names):
-            metric, where = _SLICED.fullmatch(name).group("metric", "slice")
-            values = [metrics[split].get(task.name, {}) for split in splits]
-            if metric != "n":
-                count = next(found[f"n@{where}"] for found in reversed(values) if f"n@{where}" in found)
-                shown = [_decimal(found.get(name)) for found in values]
-                rows.append((marked(task), where, metric, *shown, f"{count:.0f}"))
+        found = [metrics[split].get(task.name, {}) for split in splits]
+        names = dict.fromkeys(name for values in found for name in values)
+        # By their counts: a label's name may hold any sign too.
+        for where in [name.removeprefix(_COUNT) for name in names if name.startswith(_COUNT)]:
+            count = next(values[_COUNT + where] for values in reversed(found) if _COUNT + where in values)
+            for name in [name for name in names if name.endswith(f"@{where}") and name != _COUNT + where]:
+                shown = [_decimal(values.get(name)) for values in found]
+                rows.append((marked(task), where, name.removesuffix(f"@{where}"), *shown, f"{count:.0f}"))
     return ["", *in_columns(("task", "slice", "metric", *splits, "n"), rows, left=3)] if rows else []
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,7 @@ from comoe.picture_column import choose_column
 from comoe.predict import Predictor
 from comoe.schema import TaskConfig
 from comoe.tasks.catalog import Task
+from comoe.tasks.labels import split_words
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +63,8 @@ class Scores:
     """Rows left out."""
     without_picture: tuple[BadRow, ...] = ()
     """Rows scored by their text alone, because their picture is bad."""
+    unfit: Mapping[str, int] = field(default_factory=dict)
+    """Task -> posts without its label, because it does not fit their words (``skip_bad``)."""
 
 
 def score_data(
@@ -90,7 +93,7 @@ def score_data(
             raise unknown_name("task of this model", name, known)
     chosen = tuple(known.values()) if tasks is None else tuple(known[name] for name in tasks)
     report = DataReport()
-    posts = _read(choice, chosen, predictor=predictor, report=report)
+    posts, unfit = _read(choice, chosen, predictor=predictor, report=report)
     exported = predictor.exported
     split = tokenize_split(posts, exported.tokenizer, tasks=exported.tasks, config=exported.data_config)
     with tqdm(total=len(split), unit="post", disable=not progress, dynamic_ncols=True) as bar:
@@ -99,7 +102,7 @@ def score_data(
         evaluation.metrics[name]["ece"] = error
     if not evaluation.metrics:
         raise ValueError(f"{choice.path}: no post has a label of {', '.join(task.name for task in chosen)}.")
-    return Scores(evaluation, chosen, len(split), tuple(report.set_aside), tuple(report.without_picture))
+    return Scores(evaluation, chosen, len(split), tuple(report.set_aside), tuple(report.without_picture), unfit)
 
 
 def score_split(
@@ -137,6 +140,7 @@ def format_scores(scores: Scores) -> str:
     if scores.without_picture:
         lines.append(f"{len(scores.without_picture)} posts scored without their bad picture; the first:")
         lines.append(f"  {scores.without_picture[0]}")
+    lines += [f"{task}: {n} labels left out that do not fit their posts' words" for task, n in scores.unfit.items()]
     for task in scores.tasks:
         values = scores.evaluation.metrics.get(task.name)
         if values is None:
@@ -148,7 +152,10 @@ def format_scores(scores: Scores) -> str:
     return "\n".join(lines)
 
 
-def _read(choice: DataChoice, tasks: Sequence[Task], *, predictor: Predictor, report: DataReport) -> PostSplit:
+def _read(
+    choice: DataChoice, tasks: Sequence[Task], *, predictor: Predictor, report: DataReport
+) -> tuple[PostSplit, dict[str, int]]:
+    """The posts, and per task how many labels do not fit their words."""
     source = open_source("--data", root=None, path=choice.path, format=choice.format, subset=None, splits={})
     # A path that is a file is its data set's training split to the reader.
     raw = read_split(source, "train" if Path(source.path).is_file() else choice.split)
@@ -177,10 +184,11 @@ def _read(choice: DataChoice, tasks: Sequence[Task], *, predictor: Predictor, re
     report.set_aside.extend(bad)
     images: Sequence[bytes | str | None] = [None] * len(found)
     if image is not None:
-        reader = ImageReader(replace(predictor.exported.data_config, on_bad_image="text"), report, advice={})
+        pictures = ImageReader(replace(predictor.exported.data_config, on_bad_image="text"), report, advice={})
         cells, lines = [post.image for _, post in found], [line for line, _ in found]
-        _, images = reader.read(cells, file=raw.file, lines=lines, column=image)
-    return _posts(raw.file, found, images, tasks=predictor.exported.tasks)
+        _, images = pictures.read(cells, file=raw.file, lines=lines, column=image)
+    cut = any(task.name in predictor.as_words for task in tasks)
+    return _posts(raw.file, found, images, tasks=predictor.exported.tasks, cut=cut), dict(reader.unfit)
 
 
 def _posts(
@@ -189,12 +197,14 @@ def _posts(
     images: Sequence[bytes | str | None],
     *,
     tasks: Sequence[Task],
+    cut: bool,
 ) -> PostSplit:
+    """One split; ``cut`` cuts plain texts into words, as the posts were in training."""
     posts = [post for _, post in found]
     return PostSplit(
         texts=[post.text for post in posts],
         pairs=[post.pair for post in posts],
-        words=[post.words for post in posts],
+        words=[split_words(post.text) if cut and post.words is None else post.words for post in posts],
         labels={task.name: [post.labels.get(task.name) for post in posts] for task in tasks},
         confidences={},
         groups=np.zeros(len(posts), dtype=np.int64),

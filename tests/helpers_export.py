@@ -27,18 +27,19 @@ def tiny_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def tiny_recipe(route_by: str = "token", *, max_length: int = 16, tasks=TASKS) -> Recipe:
+def tiny_recipe(route_by: str = "token", *, max_length: int = 16, tasks=TASKS, posts=None) -> Recipe:
+    """``posts`` is the file that all tasks share; None gives each one its own."""
     return Recipe(
         run=RunConfig(name="tiny"),
         model=ModelConfig(encoder="some/encoder", dropout=0.1, projection_width=8, moe=moe_config(route_by=route_by)),
         data=DataConfig(max_length=max_length, normalize=NormalizeConfig()),
-        tasks={task.name: TaskConfig(path=f"{task.name}.jsonl", kind=task.kind) for task in tasks},
+        tasks={task.name: TaskConfig(path=posts or f"{task.name}.jsonl", kind=task.kind) for task in tasks},
     )
 
 
-def export_tiny(folder: Path, *, route_by="token", max_length=16, tasks=TASKS, results=None, seed=0):
+def export_tiny(folder: Path, *, route_by="token", max_length=16, tasks=TASKS, results=None, seed=0, posts=None):
     """Export a random model; gives back the model that was exported."""
-    recipe = tiny_recipe(route_by, max_length=max_length, tasks=tasks)
+    recipe = tiny_recipe(route_by, max_length=max_length, tasks=tasks, posts=posts)
     model = tiny_model(recipe.model.moe, tasks=tasks, seed=seed).eval()
     export_model(
         folder / "export",

@@ -41,9 +41,7 @@ def groups_of(recipe: Recipe) -> list[Group]:
     for name, task in recipe.tasks.items():
         if task.kind not in KINDS:
             raise unknown_name(f"tasks.{name}.kind", task.kind, KINDS)
-        named = tuple(sorted(task.splits.items()))
-        key = (task.path, task.format, task.subset, named, task.text, task.pair, task.image)
-        shared.setdefault(key, {})[name] = task
+        shared.setdefault(_posts_of(task), {})[name] = task
     if not any(KINDS[task.kind].scored for task in recipe.tasks.values()):
         raise ValueError(f"tasks: none of {', '.join(recipe.tasks)} has labels; give the recipe a task that has.")
     groups: list[Group] = []
@@ -63,6 +61,18 @@ def groups_of(recipe: Recipe) -> list[Group]:
         names = (stem, f"{stem}/{task.subset or first}", f"{task.path} ({first})")
         groups.append(Group(next(name for name in names if name not in taken), source, members))
     return groups
+
+
+def read_as_words(tasks: Mapping[str, TaskConfig]) -> tuple[str, ...]:
+    """Tasks that learn from posts cut into words: one on the same posts answers each word."""
+    cut = {_posts_of(task) for task in tasks.values() if kind_of(task.kind).per_token}
+    return tuple(name for name, task in tasks.items() if _posts_of(task) in cut)
+
+
+def _posts_of(task: TaskConfig) -> tuple:
+    """Equal for tasks that share their posts."""
+    named = tuple(sorted(task.splits.items()))
+    return task.path, task.format, task.subset, named, task.text, task.pair, task.image
 
 
 def _check_together(members: Mapping[str, TaskConfig]) -> None:

@@ -12,6 +12,10 @@ from comoe.models.moe import ContextHolder, GatedFeedForward
 from comoe.protocols import Batch, labelled_rows
 from comoe.tasks.catalog import Task
 
+FAINTEST = 0.01
+"""Least factor on what the encoder reads. Norms divide by the size of what is there: of nothing, with no bias behind it
+(in a new encoder), each one multiplies the gradient by a million, until it is not finite."""
+
 
 class PrivatePart(nn.Module):
     """A task's own gated feed-forward on the last shared states: norm, feed-forward, dropout; its answer is added.
@@ -58,7 +62,7 @@ def scale_inputs(encoder: nn.Module, holder: ContextHolder) -> None:
 
 
 def input_weights(batch: Batch, tasks: Sequence[Task]) -> Tensor | None:
-    """Weight of what the encoder reads of each row, (B,), float32; None where no task sets one.
+    """Weight of what the encoder reads of each row, (B,), float32, at least FAINTEST; None where no task sets one.
 
     A row that serves several tasks has the largest of their weights, and a task that does not weigh its input has 1: so
     a post that one task reads whole is read whole. A row without any label has 1.
@@ -72,4 +76,4 @@ def input_weights(batch: Batch, tasks: Sequence[Task]) -> Tensor | None:
         [batch.confidences[task.name] if task.name in weighing else whole_B for task in tasks], dim=1
     )
     largest_B = torch.where(labelled_BT, weights_BT, -1.0).amax(dim=1)
-    return torch.where(largest_B < 0, whole_B, largest_B)
+    return torch.where(largest_B < 0, whole_B, largest_B.clamp_min(FAINTEST))

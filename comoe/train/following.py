@@ -9,6 +9,7 @@ import numpy as np
 from comoe.data.batching import TokenizedSplit
 from comoe.data.rates import loss_gains, progress_rates
 from comoe.data.sampling import TrainSampler
+from comoe.distributed import broadcast_object
 from comoe.evaluate import Evaluation
 from comoe.tasks.catalog import Task
 from comoe.train.state import TrainState
@@ -25,7 +26,8 @@ def follow_progress(
 ) -> Mapping[str, float]:
     """Change the rates by what the training since the last evaluation brought; nothing where they do not follow it.
 
-    The change is noted in ``state``, which a resume hands back to the sampler, and holds from the next step on.
+    The change is noted in ``state``, which a resume hands back to the sampler, and holds from the next step on. Every
+    rank must call it.
 
     Args:
         sampler: gets the new rates.
@@ -44,7 +46,8 @@ def follow_progress(
     names = np.unique(split.groups)
     has_GT = np.stack([split.labelled[split.groups == group].any(axis=0) for group in names])
     gains_G = loss_gains(state.validation_losses, now, tasks=tasks, has_GT=has_GT)
-    rates_G = progress_rates(sampler.rates_G, gains_G)
+    # Rank 0 decides: a loss that another machine rounds differently must not make it draw other posts.
+    rates_G = np.array(broadcast_object(progress_rates(sampler.rates_G, gains_G).tolist()))
     state.validation_losses = now
     state.mixing.append(sampler.change(state.step, rates_G))
     sampler.follow(state.mixing, every=every)

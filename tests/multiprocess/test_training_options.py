@@ -23,15 +23,12 @@ RECOMPUTED = {"train__activation_checkpointing": True}
 SHARED = {"parallel__ep_size": 2}
 FAMILIES = ("electra", "deberta-v2", "xlm-roberta", "modernbert")
 
-LAYOUTS = [{"stage": stage, "parallel__ep_size": ep} for ep in (1, 2) for stage in (2, 3)]
-FROZEN_LAYOUTS = [
-    {"stage": 2, **SHARED}, {"stage": 3, **SHARED}, {"stage": 3, "parallel__ep_size": 1}, {"stage": 1, **SHARED},
-    {"stage": 3, **SHARED, **RECOMPUTED}, {"stage": 2, **SHARED, **RECOMPUTED},
-]  # fmt: skip
+ALONE = {"parallel__ep_size": 1}
 # All tasks contrasted (tags by two views, so two forward passes), learned temperatures, a queue: the large batch in one
 # process against chunks of it on two ranks, some of them without a post.
 CONTRASTED = {
-    "tasks__mood__contrastive": True, "loss__balance_weight": 0.0,
+    "tasks__mood__contrastive": True,
+    "loss__balance_weight": 0.0,
     "loss__contrastive": {"weight": 0.7, "learn_temperature": True, "queue_size": 64, "queue_warmup": 1},
 }
 CHUNKS = {"accumulation": 4, "loss__contrastive": {**CONTRASTED["loss__contrastive"], "chunk_size": 3}}
@@ -46,20 +43,16 @@ FORMS: dict[str, dict[str, Any]] = {
 
 # Only losses that do not depend on how posts are cut into micro-steps.
 WEIGHED = {"loss__contrastive": {"weight": 0.0}, "loss__balance_weight": 0.0, "loss__weighting_rate": 0.1}
-ALONE = {"parallel__ep_size": 1}
+# Both start alike, and at a small rate three steps are too few to tell them apart.
+FAST = {"loss__weighting_rate": 1.0}
 WEIGHTED: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
-    "uncertainty_positive": (
-        {}, [{"stage": 1, **ALONE}, {"stage": 2, **SHARED, "accumulation": 3}, {"stage": 3, **SHARED}],
-    ),
+    "uncertainty": (FAST, [{"stage": 3, **SHARED}]),
+    "uncertainty_positive": (FAST, [{"stage": 1, **ALONE}, {"stage": 2, **SHARED, "accumulation": 3}]),
     "dynamic_average": ({"loss__weighting_window": 1}, [{"stage": 3, **SHARED, "accumulation": 3}]),
     "gradnorm": ({}, [{"stage": 3, **ALONE, **RECOMPUTED, "accumulation": 3}]),
-    "pcgrad": (
-        {}, [
-            {"stage": 1, **ALONE, "accumulation": 3}, {"stage": 2, **SHARED, **RECOMPUTED},
-            {"stage": 3, **SHARED, "accumulation": 3},
-        ],
-    ),
-}  # fmt: skip
+    "pcgrad": ({}, [{"stage": 1, **ALONE, "accumulation": 3}, {"stage": 3, **SHARED}]),
+    "cagrad": ({}, [{"stage": 2, **SHARED, **RECOMPUTED}, {"stage": 3, **SHARED, "accumulation": 3}]),
+}
 
 SHARING = {
     "loss__contrastive": {"weight": 0.0}, "loss__balance_weight": 0.0, "model__private_width": 8,
@@ -67,17 +60,20 @@ SHARING = {
     "tasks__mood__confidence": "sure", "tasks__mood__confidence_strategy": "input_output",
 }  # fmt: skip
 
-# Name -> (encoder, options of both, layouts over two ranks). All cases share two worlds: a world takes long to start.
+# Name -> (encoder, options of both, layouts over two ranks). All share two worlds: a world takes long to start. What
+# options and layouts do to each other is spread over the cases; not every option meets every layout.
 CASES: dict[str, tuple[str, dict[str, Any], list[dict[str, Any]]]] = {
-    "recomputed by token": ("bert", SEPARATED, [layout | RECOMPUTED for layout in LAYOUTS]),
+    "recomputed by token": (
+        "bert", SEPARATED, [{"stage": 2, **ALONE, **RECOMPUTED}, {"stage": 3, **SHARED, **RECOMPUTED}],
+    ),
     "recomputed by both": (
-        "bert", SEPARATED | {"model__moe__route_by": "both"}, [layout | RECOMPUTED for layout in LAYOUTS],
+        "bert", SEPARATED | {"model__moe__route_by": "both"},
+        [{"stage": 2, **SHARED, **RECOMPUTED}, {"stage": 3, **ALONE, **RECOMPUTED}],
     ),
     "two views and a queue": ("bert", CONTRASTED, [{"stage": 3, **SHARED}, {"stage": 1, "parallel__ep_size": 1}]),
     "grad cache": (
         "bert", CONTRASTED, [
-            {"stage": 2, **SHARED, **CHUNKS}, {"stage": 3, **SHARED, **CHUNKS}, {"stage": 1, **CHUNKS},
-            {"stage": 2, **SHARED, **CHUNKS, **RECOMPUTED},
+            {"stage": 3, **SHARED, **CHUNKS}, {"stage": 1, **CHUNKS}, {"stage": 2, **SHARED, **CHUNKS, **RECOMPUTED},
         ],
     ),
     # Weights that are learned, remembered, and found from the gradients of a whole step, in one pass and in three.
@@ -88,17 +84,27 @@ CASES: dict[str, tuple[str, dict[str, Any], list[dict[str, Any]]]] = {
     # A discriminator, posts that count in part, a part of its own for each task; the orthogonal term alone depends on
     # how posts are cut into micro-steps.
     "adversarial": ("bert", SHARING, [{"stage": 3, **SHARED, **RECOMPUTED, "accumulation": 3}]),
+    # Three passes over each micro-batch, for the tasks' gradients, for the contrastive ones and to train.
+    "everything": (
+        "bert", SHARING | CONTRASTED | {"loss__weighting": "pcgrad", "model__moe__route_by": "both"},
+        [{"stage": 3, **SHARED, **CHUNKS, **RECOMPUTED}],
+    ),
     "orthogonal": ("bert", SHARING | {"loss__orthogonal_weight": 1e7}, [{"stage": 3, **ALONE}]),
     "pictures": ("bert", SEEING, [{"stage": 3, **SHARED}, {"stage": 1, "parallel__ep_size": 1}]),
     "image tokens": (
         "bert", SEEING | ROUTED, [{"stage": 3, **SHARED}, {"stage": 2, **SHARED, **RECOMPUTED}],
     ),
-    "frozen": ("bert", {"model__train_layers": "none"}, FROZEN_LAYOUTS),
-    "last layer": ("bert", {"model__train_layers": 1}, FROZEN_LAYOUTS),
-    **{
-        family: (family, {}, [{"stage": 2, **SHARED}, {"stage": 3, **SHARED}, {"stage": 3, **SHARED, **RECOMPUTED}])
-        for family in FAMILIES
-    },
+    "frozen": (
+        "bert", {"model__train_layers": "none"},
+        [{"stage": 1, **SHARED}, {"stage": 2, **SHARED}, {"stage": 3, **SHARED, **RECOMPUTED}],
+    ),
+    "last layer": (
+        "bert", {"model__train_layers": 1}, [
+            {"stage": 2, **SHARED, **RECOMPUTED}, {"stage": 3, **ALONE}, {"stage": 3, **SHARED},
+            {"stage": 3, **SHARED, **RECOMPUTED},
+        ],
+    ),
+    **{family: (family, {}, [{"stage": 2, **SHARED}, {"stage": 3, **SHARED, **RECOMPUTED}]) for family in FAMILIES},
     **{
         form: (
             "bert",
@@ -137,14 +143,18 @@ def one_process(encoders: dict[str, str]) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def two_ranks(encoders: dict[str, str]) -> dict[str, list[Any]]:
-    work = [(name, encoders[encoder], in_folders(options | layout, encoders))
-            for name, (encoder, options, layouts) in CASES.items() for layout in layouts]  # fmt: skip
-    answers: dict[str, list[Any]] = {name: [] for name in CASES}
-    found = run_ranks(f"{HERE}:run_all", 2, timeout=600, work=[case[1:] for case in work])[0]
-    for (name, *_), answer in zip(work, found, strict=True):
-        answers[name].append(answer)
-    return answers
+def world(encoders: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of two ranks answers to all that is asked of two."""
+    work = [(encoders[encoder], in_folders(options | layout, encoders))
+            for encoder, options, layouts in CASES.values() for layout in layouts]  # fmt: skip
+    folder = str(tmp_path_factory.mktemp("checkpoints"))
+    return run_ranks(f"{HERE}:in_one_world", 2, timeout=600, work=work, encoder=encoders["bert"], folder=folder)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(world: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    found = iter(world[0]["cases"])
+    return {name: [next(found) for _ in layouts] for name, (_, _, layouts) in CASES.items()}
 
 
 def assert_same(found: dict[str, Any], expected: dict[str, Any], *, rtol: float = 1e-5) -> None:
@@ -206,28 +216,24 @@ def test_experts_train_under_every_form_of_gate(form: str, two_ranks: Any) -> No
         assert not [key for key in still(answer) if "experts" in key]
 
 
-def test_recomputed_layers_draw_the_same_dropout_again(encoders: dict[str, str]) -> None:
-    common = {**SHARED, "model__dropout": 0.2, "accumulation": 2}
-    options = [common | {"stage": stage} | more for stage in (2, 3) for more in ({}, RECOMPUTED)]
-    answers = run_ranks(f"{HERE}:run_all", 2, work=[(encoders["bert"], option) for option in options])[0]
+def test_recomputed_layers_draw_the_same_dropout_again(world: list[dict[str, Any]]) -> None:
+    answers = world[0]["dropout"]
     for kept, recomputed in (answers[:2], answers[2:]):
         assert_same(recomputed, kept, rtol=1e-6)
         for key, moved in kept["moves"].items():
             np.testing.assert_allclose(recomputed["moves"][key], moved, atol=2e-4, rtol=0, err_msg=key)
 
 
-def in_one_world(encoder: str, folder: str) -> dict[str, Any]:
+def in_one_world(work: list[tuple[str, dict[str, Any]]], encoder: str, folder: str) -> dict[str, Any]:
+    common = {**SHARED, "model__dropout": 0.2, "accumulation": 2}
+    drawing = [common | {"stage": stage} | more for stage in (2, 3) for more in ({}, RECOMPUTED)]
     return {
+        "cases": run_all(work),
+        "dropout": run_all([(encoder, options) for options in drawing]),
         "resumed": [frozen_resume(encoder, stage=stage, folder=f"{folder}/{stage}") for stage in (2, 3)],
         "uniform": uniform_loads(encoder),
         "recomputing": recomputing(encoder),
     }
-
-
-@pytest.fixture(scope="module")
-def facts(encoders: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = str(tmp_path_factory.mktemp("checkpoints"))
-    return run_ranks(f"{HERE}:in_one_world", 2, encoder=encoders["bert"], folder=folder)
 
 
 def frozen_resume(encoder: str, *, stage: int, folder: str) -> dict[str, Any]:
@@ -251,8 +257,8 @@ def frozen_resume(encoder: str, *, stage: int, folder: str) -> dict[str, Any]:
     return {"uninterrupted": uninterrupted, "resumed": float(one_step(fresh, 2).loss), "roles": set(roles)}
 
 
-def test_a_run_with_a_frozen_encoder_resumes_and_its_optimizer_knows_no_encoder(facts: list[dict[str, Any]]) -> None:
-    for answer in [stage for rank in facts for stage in rank["resumed"]]:
+def test_a_run_with_a_frozen_encoder_resumes_and_its_optimizer_knows_no_encoder(world: list[dict[str, Any]]) -> None:
+    for answer in [stage for rank in world for stage in rank["resumed"]]:
         assert answer["resumed"] == pytest.approx(answer["uninterrupted"], rel=1e-6)
         assert answer["roles"] == {"experts", "heads"}
 
@@ -265,9 +271,9 @@ def uniform_loads(encoder: str) -> list[list[int]]:
     return [routing.counts_E.tolist() for routing in reports[1].outputs[0].output.routings]
 
 
-def test_the_uniform_gate_loads_every_expert_alike_on_every_rank(facts: list[dict[str, Any]]) -> None:
+def test_the_uniform_gate_loads_every_expert_alike_on_every_rank(world: list[dict[str, Any]]) -> None:
     # Not the same numbers as in one process: a token's turn depends on how many came before it on its rank.
-    for layers in [rank["uniform"] for rank in facts]:
+    for layers in [rank["uniform"] for rank in world]:
         assert len(layers) == 2 and all(max(loads) - min(loads) <= 1 and sum(loads) > 8 for loads in layers)
 
 
@@ -283,6 +289,6 @@ def recomputing(encoder: str) -> dict[str, Any]:
     return {"trained": trained, "answered": len(calls) - trained, "gathered": gathered}
 
 
-def test_under_zero_3_a_layer_runs_twice_in_training_and_no_weight_stays_gathered(facts: list[dict[str, Any]]) -> None:
-    for answer in [rank["recomputing"] for rank in facts]:
+def test_under_zero_3_a_layer_runs_twice_in_training_and_no_weight_stays_gathered(world: list[dict[str, Any]]) -> None:
+    for answer in [rank["recomputing"] for rank in world]:
         assert answer == {"trained": 2, "answered": 1, "gathered": []}

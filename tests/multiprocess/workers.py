@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -168,6 +169,8 @@ def build(
 
     if not torch.distributed.is_initialized():
         start_ranks(timeout_seconds=120)
+        # DeepSpeed collects garbage for every engine; in all that was imported, that takes longer than the engine.
+        gc.freeze()
     raw = {"zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0}} | (settings or {})
     layout = replace(plan_layout(recipe, raw, world_size=world_size(), gpu=False), accumulation=accumulation)
     filled = fill_settings(raw, recipe, layout, gpu=False)

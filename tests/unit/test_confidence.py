@@ -151,6 +151,17 @@ def test_each_row_has_its_own_input_weight():
         torch.testing.assert_close(model(sure(batch).take(rows)).logits["mood"], together[rows], atol=1e-5, rtol=1e-4)
 
 
+def test_a_post_of_confidence_0_does_not_blow_up_the_gradients_of_an_encoder_without_biases():
+    """As a new BERT is: the norms of all its layers would divide by nothing."""
+    norms = []
+    for least in (0.0, 1.0):
+        objective = objective_of(weighed("input"))
+        objective(sure(scaled(random_batch()), SURE.clamp_min(least))).loss.backward()
+        gradients = [p.grad for p in objective.parameters() if p.grad is not None]
+        norms.append(float(torch.nn.utils.get_total_norm(gradients)))
+    assert norms[0] < 10 * norms[1]
+
+
 def test_an_encoder_that_answers_a_tuple_is_scaled_too():
     class Encoder(nn.Module):
         def __init__(self):
@@ -178,7 +189,7 @@ def test_a_post_of_several_tasks_enters_with_the_largest_of_their_weights():
     }
     sure_of = {"a": torch.tensor([0.2, 0.3, 0.9, 0.1, 0.1]), "b": torch.tensor([0.6, 0.9, 0.0, 0.1, 0.1])}
     batch = replace(random_batch(rows=5), labels=labels, confidences=sure_of | {"c": torch.full((5,), 0.5)})
-    torch.testing.assert_close(input_weights(batch, (a, b, whole)), torch.tensor([0.6, 0.3, 0.0, 1.0, 1.0]))
+    torch.testing.assert_close(input_weights(batch, (a, b, whole)), torch.tensor([0.6, 0.3, 0.01, 1.0, 1.0]))
     assert input_weights(replace(batch, confidences={}), (a, b, whole)) is None
     assert input_weights(batch, (whole,)) is None
 

@@ -135,7 +135,8 @@ def test_an_export_of_before_reads_the_usual_column(predictor: Predictor) -> Non
 
 
 def test_the_commonest_picture_column_of_the_tasks_is_remembered() -> None:
-    assert column_in_training(["a", "photo", None, "photo"]) == "photo" and column_in_training([None]) == "image"
+    tasks = [TaskConfig(image=column) for column in ("a", "photo", None, "photo")]
+    assert column_in_training(tasks) == "photo" and column_in_training(tasks[2:3]) == "image"
 
 
 def test_the_card_tells_what_reads_the_pictures_and_how_to_give_them(predictor: Predictor) -> None:

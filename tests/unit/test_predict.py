@@ -120,6 +120,16 @@ def test_plain_text_is_split_into_words_for_tags_only(predictor):
     assert_same(mixed["mood"], predictor(["ann's day, paris"], tasks=["mood"])[0]["mood"])
 
 
+def test_a_task_that_shared_its_posts_with_one_of_words_reads_plain_text_cut_as_in_training(tmp_path):
+    # Cleaned as a whole an entity becomes its character; cut, its letters are a word.
+    text, cut = "ann &amp; sun", split_words("ann &amp; sun")
+    apart, together = tiny_predictor(tmp_path / "a"), tiny_predictor(tmp_path / "b", posts="same.jsonl")
+    plain, words = apart([text])[0]["mood"], apart(["unread"], words=[cut])[0]["mood"]
+    assert plain["scores"] != pytest.approx(words["scores"], abs=1e-5)
+    assert_same(together([text])[0]["mood"], words)
+    assert_same(together([text], tasks=["mood"])[0]["mood"], words)
+
+
 def test_words_and_texts_may_be_mixed(predictor):
     answers = predictor(["good day", "ignored"], words=[None, ["bad", "rain"]])
     assert_same(answers[0]["mood"], predictor(["good day"])[0]["mood"])

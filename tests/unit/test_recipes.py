@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,20 @@ def test_a_recipe_is_valid_and_named_after_its_file(path: Path) -> None:
     for key, value in {"model.encoder": recipe.model.encoder, "data.root": recipe.data.root}.items():
         assert value is None or not value.startswith(PREFIXES) or value in READY_MADE[key]
     assert path.read_text(encoding="utf-8").startswith("# ")
+
+
+@pytest.mark.parametrize("stem", ["absa", "airline", "social", "tweeteval", "wnut17"])
+def test_the_head_of_a_recipe_for_published_posts_names_them_on_the_hub(stem: str) -> None:
+    path = next(path for path in CONFIGS if path.stem == stem)
+    head = "".join(line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.startswith("#"))
+    # The indented command that follows "...", up to the line that no backslash continues.
+    commands = re.findall(r"^#   \.\.\. ((?:.*\\\n)*.*)$", head, flags=re.MULTILINE)
+    (words,) = (command for command in commands if ".format=hub" in command)
+    words = shlex.split(words.replace("\\\n#", " "))
+    recipe = load_recipe(path, words)
+    check_names(recipe)
+    (task,) = (task for task in recipe.tasks.values() if task.format == "hub")
+    assert re.fullmatch(r"[\w-]+/[\w-]+", task.path) and task.splits == {} and not task.slices
 
 
 def test_no_recipe_fetches_weights_that_are_not_for_commercial_use_unasked() -> None:

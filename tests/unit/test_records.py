@@ -68,8 +68,9 @@ def test_held_out_posts_have_a_column_and_auxiliary_tasks_a_mark():
 
 def test_slices_and_noise_have_tables_of_their_own_and_are_left_out_where_there_are_none():
     sliced = {"accuracy@implicit=true": 0.25, "n@implicit=true": 8.0}
+    # A label may be called anything: this one is no slice.
     metrics = {
-        "validation": {"mood": {"macro_f1": 0.5} | sliced},
+        "validation": {"mood": {"macro_f1": 0.5, "f1/:@x=": 1.0} | sliced},
         "test": {"mood": {"macro_f1": 0.625}},
         "validation+typos": {"mood": {"macro_f1": 0.375} | sliced},
     }

@@ -6,11 +6,14 @@ import runpy
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from helpers_export import MOOD, TOPIC, tiny_predictor
 from sklearn.metrics import accuracy_score, f1_score
 
 from comoe.scoring import DataChoice, format_scores, score_data
+from comoe.tasks.catalog import Task
+from comoe.tasks.kinds_phrases import PHRASE_TAGS
 
 ROOT = Path(__file__).parents[2]
 TEXTS = ["good day", "the sun is bad", "sunny", "ann in paris!", "a b c", "rain"]
@@ -47,6 +50,21 @@ def test_several_tasks_are_found_in_columns_of_their_names(predictor, tmp_path):
     scores = score_data(predictor, DataChoice(path), tasks=["mood", "topic"], progress=False)
     assert set(scores.evaluation.metrics) == {"mood", "topic"}
     assert scores.evaluation.confusions["topic"].sum() == 5
+
+
+def test_posts_that_training_cut_into_words_are_cut_here_and_phrases_that_are_not_there_are_told(tmp_path):
+    phrases = Task("opinion", "phrases", PHRASE_TAGS, "span_f1")
+    predictor = tiny_predictor(tmp_path, tasks=(MOOD, phrases), posts="same.jsonl")
+    texts = [f"{text} &amp; sun" for text in TEXTS]
+    rows = [{"text": text, "mood": gold, "opinion": "sun"} for text, gold in zip(texts, GOLD, strict=True)]
+    rows[0]["opinion"] = "moon"
+    choice = DataChoice(write(tmp_path / "d.jsonl", rows), skip_bad=True)
+    scores = score_data(predictor, choice, progress=False)
+    assert scores.posts == 6 and scores.bad == () and scores.unfit == {"opinion": 1}
+    assert "opinion: 1 labels left out" in format_scores(scores)
+    alone = score_data(predictor, dataclasses.replace(choice, label="mood"), tasks=["mood"], progress=False)
+    logits = [[answer.logits for answer in found.evaluation.answers["mood"]] for found in (scores, alone)]
+    np.testing.assert_allclose(logits[0], logits[1], atol=1e-6)
 
 
 def test_slices_of_the_model_are_scored_where_the_file_has_their_column(tmp_path):

@@ -382,6 +382,13 @@ def test_a_resumed_run_draws_the_posts_of_the_uninterrupted_one_at_rates_that_fo
     assert sum(TwoSets.groups[row] == 0 for step in (4, 5) for row in uncut.drawn[step]) == 9
 
 
+def test_rates_that_follow_the_progress_are_those_of_rank_0(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(following, "broadcast_object", lambda own: [0.75, 0.25])
+    trainer = following_trainer(tmp_path, [1.0, 0.5, 0.4, 0.3])
+    trainer.run()
+    assert [entry["rates"] for entry in trainer.state.mixing] == [[0.75, 0.25]] * 4
+
+
 def test_a_long_evaluation_stops_after_a_few_batches_when_asked_to() -> None:
     class Split:
         lengths = np.full(64 * 40, 3)
