@@ -52,7 +52,7 @@ def gains_figure(comparison: Comparison) -> Figure:
     # By the bars: the intervals of two seeds are wider than all that is known, and are cut at the edge.
     bars = [abs(item.mean) for found in comparison.against.values() for item in found.values()]
     axes[0].set_xlim(-2.2 * max(bars) or -0.01, 2.2 * max(bars) or 0.01)
-    figure.suptitle(f"Gain over {comparison.baseline}, 95 % interval (coloured: 0 is outside)", fontsize=10)
+    figure.suptitle(f"Gain over {comparison.baseline}, 95 % interval\n(coloured: 0 is outside)", fontsize=9)
     return figure
 
 
