@@ -14,7 +14,7 @@ import torch
 from comoe.assemble import Run
 from comoe.calibration import Calibrator, reliability_bins
 from comoe.calibration_report import calibration_lines
-from comoe.data.posts import PART_NAMES
+from comoe.data.posts import PART_NAMES, PostSplit
 from comoe.distributed import barrier, broadcast_object, is_main, max_over_ranks, world_size
 from comoe.evaluate import Evaluation
 from comoe.export import CONFIG, export_checkpoint
@@ -68,7 +68,8 @@ def finish(run: Run) -> None:
         # The export comes last and tells that all is written; not one that an earlier end of the run left.
         shutil.rmtree(run.folder / "export", ignore_errors=True)
         write_results(run.folder, results)
-        _write_predictions(run.folder / "predictions", evaluations)
+        posts = {split: trainer.evaluator.splits[split].posts for split in evaluations}
+        write_predictions(run.folder / "predictions", evaluations, posts)
         export_checkpoint(chosen, run.folder / "export")
         print_results(run.folder, run.tasks)
     barrier()
@@ -166,11 +167,14 @@ def _about_data(run: Run) -> dict[str, Any]:
     }
 
 
-def _write_predictions(folder: Path, evaluations: Mapping[str, Evaluation]) -> None:
+def write_predictions(folder: Path, evaluations: Mapping[str, Evaluation], posts: Mapping[str, PostSplit]) -> None:
+    """A file per split and task. Posts without any label are in all of them; ``data_set`` tells them apart."""
     shutil.rmtree(folder, ignore_errors=True)
     for split, evaluation in evaluations.items():
         (folder / split).mkdir(parents=True)
         for task, rows in evaluation.predictions.items():
             with (folder / split / f"{task}.jsonl").open("w", encoding="utf-8") as file:
                 for row in rows:
-                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                    place = posts[split].groups[row["row"]]
+                    told = {"row": row["row"], "data_set": posts[split].group_names[place]} | row
+                    file.write(json.dumps(told, ensure_ascii=False) + "\n")

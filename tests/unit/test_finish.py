@@ -1,13 +1,17 @@
-"""What the end of a run tells to type next."""
+"""What the end of a run writes, and tells to type next."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from comoe.finish import print_results
+from comoe.data.posts import unlabelled_posts
+from comoe.evaluate import Evaluation
+from comoe.finish import print_results, write_predictions
 
 
 @pytest.mark.parametrize(
@@ -23,3 +27,12 @@ def test_the_last_line_names_an_input_that_fits_the_model(
     print_results(tmp_path, [])
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith("predict ") and f"--input {posts} --output answers.jsonl" in last
+
+
+def test_predictions_name_the_data_set_of_each_post(tmp_path: Path) -> None:
+    posts = replace(unlabelled_posts(["a", "b"], tasks=[]), groups=np.array([1, 0]), group_names=("irony", "hate"))
+    rows = [{"row": 0, "text": "a", "gold": None, "label": "x"}, {"row": 1, "text": "b", "gold": "x", "label": "x"}]
+    write_predictions(tmp_path / "p", {"test": Evaluation({}, {}, {"irony": rows})}, {"test": posts})
+    lines = (tmp_path / "p/test/irony.jsonl").read_text(encoding="utf-8").splitlines()
+    written = [json.loads(line) for line in lines]
+    assert written == [rows[0] | {"data_set": "hate"}, rows[1] | {"data_set": "irony"}]
