@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from comoe.calibration_report import calibration_sentences, calibration_table
-from comoe.data.noise import SEPARATOR
 from comoe.schema import Recipe
 from comoe.tasks.catalog import Task
 
@@ -152,14 +151,12 @@ def _results(tasks: Sequence[Task], results: Mapping[str, Any] | None) -> str:
         scores = []
         for split, values in metrics.items():
             scores.append(_number(values.get(task.name, {}).get(task.metric)))
-            if SEPARATOR not in split:
+            if split in ("validation", "test"):
                 baseline = values.get(task.name, {}).get(f"majority/{task.metric}", baseline)
         rows.append((task.name, task.metric, *scores, _number(baseline)))
     if not metrics:
         return "Nothing was measured on these weights; `launch/eval.py` scores them on a data set."
-    note = "The baseline always gives the commonest answer (the mean, for numbers), on the last of these splits."
-    if any(SEPARATOR in split for split in metrics):
-        note = note.replace("splits", "splits without noise")
+    note = "The baseline always gives the commonest answer (the mean, for numbers), on test, else on validation posts."
     return f"{_table(rows)}\n\n{note}"
 
 

@@ -18,7 +18,7 @@ from comoe.data.report import BadRow, DataReport
 from comoe.data.rows import BadCell, RowReader
 from comoe.data.rows import Post as LabelledPost
 from comoe.data.sampling import eval_batches
-from comoe.data.sources import RawSplit, open_source, read_split
+from comoe.data.sources import NAMES, RawSplit, open_source, read_split
 from comoe.evaluate import Evaluation, evaluate
 from comoe.picture_column import choose_column
 from comoe.predict import Predictor
@@ -157,6 +157,8 @@ def _read(
 ) -> tuple[PostSplit, dict[str, int]]:
     """The posts, and per task how many labels do not fit their words."""
     source = open_source("--data", root=None, path=choice.path, format=choice.format, subset=None, splits={})
+    if choice.split not in NAMES:
+        raise unknown_name("--split", choice.split, NAMES)
     # A path that is a file is its data set's training split to the reader.
     raw = read_split(source, "train" if Path(source.path).is_file() else choice.split)
     if raw is None:

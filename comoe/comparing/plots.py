@@ -122,7 +122,7 @@ def _dots(panel: Axes, comparison: Comparison, arms: Sequence[str], values: str,
     # By the dots: the interval of two or three seeds can be wider than all that is known, and is cut at the edge then.
     dots = [value for arm in arms for value in comparison.seeds_of(arm, values, name)]
     if dots:
-        margin = 0.6 * (max(dots) - min(dots)) or 0.1 * abs(dots[0])
+        margin = 0.6 * (max(dots) - min(dots)) or 0.1 * abs(dots[0]) or 0.1
         panel.set_xlim(min(dots) - margin, max(dots) + margin)
         panel.xaxis.set_major_locator(MaxNLocator(4))
     if values == "quality" and (base := _mean_of(comparison, name)) is not None:

@@ -106,5 +106,6 @@ def _failed(comparison: Comparison) -> list[str]:
 _REMOVAL = ("mean drop without an expert", "largest drop", "mean loss rise", "largest loss rise")
 _BUDGET = (
     "What the arms had to learn from. Posts are those gone over, counted each time, in all runs of an arm with one "
-    "seed together; passes are these over the training posts."
+    "seed together; passes are these over the training posts. Tasks alone go over posts that they share once per task, "
+    "so their passes are more in all."
 )

@@ -29,8 +29,8 @@ def reliability_figure(curves: Mapping[str, Bins], *, title: str) -> Figure:
     for colour, (name, (counts, sums, hits)) in zip(COLOURS, curves.items(), strict=False):
         used = counts > 0
         sure, true, share = sums[used] / counts[used], hits[used] / counts[used], counts[used] / counts.sum()
-        panel.plot(sure, true, color=colour, linewidth=1.2, label=name)
-        panel.scatter(sure, true, s=8 + 240 * share, color=colour, alpha=0.55, linewidths=0)
+        panel.plot(sure, true, color=colour, linewidth=1.2, label=name, clip_on=False)
+        panel.scatter(sure, true, s=8 + 240 * share, color=colour, alpha=0.55, linewidths=0, clip_on=False)
     panel.set(xlim=(0, 1), ylim=(0, 1), xlabel="probability given", ylabel="share that came true")
     panel.set_title(title, fontsize=9)
     panel.grid(color=GRID, linewidth=0.5)
