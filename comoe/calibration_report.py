@@ -28,7 +28,10 @@ def calibration_lines(report: Report) -> list[str]:
     rows = calibration_table(report)
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return ["calibration (expected calibration error, 0 is best)", lines[0], "-" * len(lines[0]), *lines[1:]]
+    told = ["calibration (expected calibration error, 0 is best)", lines[0], "-" * len(lines[0]), *lines[1:]]
+    if any(entry["thresholds"] is not None for entry in report.values()):
+        told.append("Thresholds were chosen on validation: its results are with 0.5, other splits are decided by them.")
+    return told
 
 
 def calibration_sentences(report: Report) -> list[str]:

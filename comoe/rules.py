@@ -61,10 +61,19 @@ def validate(recipe: Recipe, *, origins: Mapping[str, str] | None = None) -> Non
     for path, value in _walk(dataclasses.asdict(recipe)):
         holds, rule = RULES.get(re.sub(r"^tasks\.[^.]+\.", "tasks.*.", path), (None, ""))
         if holds is not None and not holds(value):
-            raise ValueError(f"{place_of(path, origins)}{path} is {value!r}; it must be {rule}.")
+            hint = _misspelt(path, recipe)
+            raise ValueError(f"{place_of(path, origins)}{path} is {value!r}; it must be {rule}.{hint}")
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{place_of(path, origins)}{path} is {value!r}; it must be a finite number.")
     _validate_together(recipe, origins)
+
+
+def _misspelt(path: str, recipe: Recipe) -> str:
+    """A task without a path, of nearly the name of another one, was made by an option that was meant for that one."""
+    name = path.removeprefix("tasks.").removesuffix(".path")
+    others = [other for other in recipe.tasks if other != name]
+    guess = nearest(name, others) if path == f"tasks.{name}.path" else None
+    return f" Did you mean task {guess}?" if guess else ""
 
 
 def _validate_together(recipe: Recipe, origins: Mapping[str, str]) -> None:

@@ -123,7 +123,9 @@ def _dots(panel: Axes, comparison: Comparison, arms: Sequence[str], values: str,
     dots = [value for arm in arms for value in comparison.seeds_of(arm, values, name)]
     if dots:
         margin = 0.6 * (max(dots) - min(dots)) or 0.1 * abs(dots[0]) or 0.1
-        panel.set_xlim(min(dots) - margin, max(dots) + margin)
+        right = max(dots) + margin
+        # No metric goes beyond 1, errors and costs apart, whose values do.
+        panel.set_xlim(min(dots) - margin, min(right, 1.005) if values == "quality" and max(dots) <= 1 else right)
         panel.xaxis.set_major_locator(MaxNLocator(4))
     if values == "quality" and (base := _mean_of(comparison, name)) is not None:
         panel.axvline(base.mean, color="#777777", linewidth=1, linestyle=":")

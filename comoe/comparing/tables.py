@@ -68,11 +68,17 @@ def removal_intervals(results: Sequence[Result]) -> list[Interval | None]:
 def _scope(comparison: Comparison) -> str:
     runs = {trial.name for results in comparison.results.values() for result in results for trial in result.trials}
     split = comparison.results[comparison.arms[0]][0].split
+    fewest = min(len(comparison.results[arm]) for arm in comparison.arms)
+    advice = "Two seeds give intervals far wider than the scale itself: take three or more."
+    if fewest == 1:
+        advice = (
+            "With one seed they tell what other posts would change, and nothing of another training run: what is sure "
+            "here may be luck of the seed. Take three or more."
+        )
     return (
         f"{len(runs)} runs, quality on the {split} posts, tasks with the deviation over seeds. Brackets are 95 % "
         f"intervals: Student's t over seeds; for the difference to {comparison.baseline} over the paired seeds and a "
-        "paired bootstrap of the posts together. Two seeds give intervals far wider than the scale itself: take three "
-        "or more."
+        f"paired bootstrap of the posts together. {advice}"
     )
 
 

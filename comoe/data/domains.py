@@ -16,6 +16,8 @@ from comoe.schema import AdversarialConfig
 from comoe.tasks.catalog import CONFIDENCE_STRATEGIES, Task
 from comoe.tasks.labels import natural_order
 
+MANY = 100
+"""More values than this are no platforms or domains, but texts or numbers."""
 OF_TASKS = "task"
 """``loss.adversarial.predict`` that names no column."""
 
@@ -55,7 +57,7 @@ def find_domains(train: PostSplit, config: AdversarialConfig) -> Domains | None:
     Under ``task`` a value is a data set: a post that several tasks share is one post, of the data set that they share.
 
     Raises:
-        ValueError: fewer than two values.
+        ValueError: fewer than two values, or more than ``MANY``.
     """
     if not config.weight:
         return None
@@ -67,6 +69,11 @@ def find_domains(train: PostSplit, config: AdversarialConfig) -> Domains | None:
         raise ValueError(
             f"loss.adversarial.predict is {config.predict!r}, but there must be two values or more and the training "
             f"posts have {found}{hint}. Name another column, or set loss.adversarial.weight to 0."
+        )
+    if len(counts) > MANY:
+        raise ValueError(
+            f"loss.adversarial.predict is {config.predict!r}, whose cells in the training posts have {len(counts):,} "
+            f"different values; a column of up to {MANY} is meant, such as the platform. Name another column."
         )
     names = tuple(sorted(natural_order(counts), key=lambda name: -counts[name]))
     total = counts.total()

@@ -129,6 +129,7 @@ def test_an_override_of_a_text_is_taken_word_for_word(written):
         ("tasks.mood.labels=[yes, x]", "tasks.mood.labels.0 is True; it must be text; YAML reads a bare yes"),
         ("tasks.mood.labels=[1]", "tasks.mood.labels.0 is 1; it must be text; put it in quotes."),
         ("tasks.topic.kind=tags", "tasks.topic.path is ''; it must be the folder, file or hub name of"),
+        ("tasks.mod.weight=2", "task's posts; it is empty. Did you mean task mood?"),
         ("tasks.a b.path=x", "tasks.a b is not a task name; use letters"),
         ("tasks.modo=null", "drops no task: modo is not a task; did you mean mood? (one of: mood)"),
         ("tasks={}", "tasks is empty; give the recipe at least one task"),

@@ -58,6 +58,11 @@ def test_the_values_of_a_column_are_numbered_from_the_commonest():
     )
 
 
+def test_a_column_of_texts_or_numbers_is_no_domain():
+    with pytest.raises(ValueError, match="have 101 different values; a column of up to 100 is meant"):
+        find_domains(posts([str(number) for number in range(101)]), AdversarialConfig(weight=1.0, predict="platform"))
+
+
 def test_balanced_values_weigh_alike_in_all():
     domains = found(["b", "a", "b", "b"], balanced=True)
     assert domains.weights == pytest.approx((4 / 6, 2.0))
