@@ -220,6 +220,7 @@ def test_thresholds_decide_test_and_not_the_validation_that_chose_them() -> None
     assert seen["test"].confusions["mood"][1, 1] == (gold & np.array(decided)).sum()
     assert calibrator.report()["mood"]["ece"]["test"]["after"] is None
     assert any("mood: thresholds chosen on validation" in line for line in calibration_sentences(calibrator.report()))
+    assert calibration_lines(calibrator.report())[-1].startswith("Thresholds were chosen on validation")
 
 
 def test_too_few_posts_or_none_leave_a_task_as_it_is() -> None:
