@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from comoe.losses.running import RunningSums
 from comoe.protocols import Batch, ModelOutput, labelled_rows
 
 
@@ -64,13 +65,11 @@ class OrthogonalLoss:
 
     def __init__(self, tasks: Sequence[str], *, sum_with_gradient: Callable[[Tensor], Tensor]) -> None:
         self.tasks = tuple(tasks)
-        self.sum_with_gradient = sum_with_gradient
-        self.begin_step()
+        self._sums = RunningSums(sum_with_gradient)
 
     def begin_step(self) -> None:
         """Forget the sums: a new optimizer step begins."""
-        self._earlier: Tensor | None = None
-        self._calls = 0
+        self._sums.begin_step()
 
     def __call__(self, output: ModelOutput, batch: Batch) -> tuple[Tensor, Mapping[str, Tensor]]:
         """The global term, the same on every rank; term ``orthogonal``, detached."""
@@ -79,12 +78,5 @@ class OrthogonalLoss:
             cross_sums(sharing.shared_BLM, sharing.private[task], sharing.mask_BL * labelled_BT[:, [number]])
             for number, task in enumerate(self.tasks)
         ]
-        sums_TNN = self.sum_with_gradient(torch.stack(own))
-        self._calls += 1
-        if self._earlier is not None:
-            # As in TaskSeparationLoss: so a token of a late micro-step turns as much as one of the first.
-            turning_TNN = self._calls * (sums_TNN - sums_TNN.detach())
-            sums_TNN = self._earlier + sums_TNN.detach() + turning_TNN
-        self._earlier = sums_TNN.detach()
-        total = overlap(sums_TNN)
+        total = overlap(self._sums.add(torch.stack(own)))
         return total, {"orthogonal": total.detach()}

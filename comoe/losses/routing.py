@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from comoe.losses.running import RunningSums
 from comoe.protocols import TOKENS, Batch, ModelOutput, Routing, labelled_rows
 
 SumOverRanks = Callable[[Tensor], Tensor]
@@ -130,25 +131,15 @@ class TaskSeparationLoss:
 
     def __init__(self, tasks: Sequence[str], *, sum_with_gradient: SumOverRanks) -> None:
         self.tasks = tuple(tasks)
-        self.sum_with_gradient = sum_with_gradient
-        self.begin_step()
+        self._gates = RunningSums(sum_with_gradient)
 
     def begin_step(self) -> None:
         """Forget the gates: a new optimizer step begins."""
-        self._earlier: Tensor | None = None
-        self._calls = 0
+        self._gates.begin_step()
 
     def __call__(self, output: ModelOutput, batch: Batch) -> tuple[Tensor, Mapping[str, Tensor]]:
         """The global term, the same on every rank; term ``task_separation``, detached."""
         labelled_ST = labelled_rows(batch, self.tasks)[output.token_rows_S]
         own = [labelled_ST.T.to(routing.weights_Sk.dtype) @ gate_vectors(routing) for routing in output.routings]
-        gates_LTE = self.sum_with_gradient(torch.stack(own))
-        self._calls += 1
-        if self._earlier is not None:
-            # The step's mean over micro-steps divides this gradient by their number, while a sum over more tokens
-            # turns less: together that would count a token of a late micro-step for less than one of the first.
-            turning_LTE = self._calls * (gates_LTE - gates_LTE.detach())
-            gates_LTE = self._earlier + gates_LTE.detach() + turning_LTE
-        self._earlier = gates_LTE.detach()
-        total = task_separation(gates_LTE)
+        total = task_separation(self._gates.add(torch.stack(own)))
         return total, {"task_separation": total.detach()}
