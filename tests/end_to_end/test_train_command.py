@@ -147,7 +147,8 @@ def test_the_command_ends_with_the_table_and_what_to_type_next(smoke_run: Finish
     table = lines[heads[0] + 2 : heads[0] + 2 + len(TASKS)]
     assert [row.split()[:2] for row in table] == [list(pair) for pair in MAIN_METRICS.items()]
     after = [line.split()[0] for line in lines[heads[0] + 2 + len(TASKS) :] if line.strip()]
-    assert after == ["run", "watch", "predict"]
+    assert after[:2] == ["calibration", "task"] and set(after[3:-3]) - {"Thresholds"} == set(TASKS) - {"strength"}
+    assert after[-3:] == ["run", "watch", "predict"]
 
 
 def test_the_libraries_are_quiet(smoke_run: Finished) -> None:
