@@ -53,8 +53,10 @@ def experiment(tmp_path: Path, encoder: str) -> Experiment:
     return experiment_of(tmp_path, encoder)
 
 
-def planned(experiment: Experiment, *arms: str, seeds: Sequence[int] = (0,), custom: Mapping = {}) -> Plan:  # noqa: B006
-    return plan_arms(experiment, arms=arms, custom=custom, seeds=seeds)
+def planned(
+    experiment: Experiment, *arms: str, seeds: Sequence[int] = (0,), custom: Mapping | None = None
+) -> Plan:
+    return plan_arms(experiment, arms=arms, custom=custom or {}, seeds=seeds)
 
 
 def recipe_of(experiment: Experiment, plan: Plan, run: str):
