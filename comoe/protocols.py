@@ -1,8 +1,9 @@
 """Records that travel between the layers, and the contracts of the exchangeable parts.
 
 Shape letters, as suffixes of tensor names: B rows on this rank, G rows of all ranks, L tokens per row, S real (not
-padding) tokens of all rows, M model width, F expert width, E experts, k experts per token, T tasks, Y labels, P
-projected width, W ranks. A row is a post, or a (post, task) pair when the gate routes by task.
+padding) tokens of all rows, M model width, F expert width, E experts, k experts per token, T tasks, Y labels, D tokens
+of an answer, P projected width, W ranks. A row is a post; or a (post, task) pair when the gate routes by task, and
+always where a decoder answers the task, whose prompt is its own.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from torch import Tensor
 
 IGNORED = -100
 """Label id of a position without a label; what torch's cross-entropy skips."""
-DOMAINS, TOKENS = -2, -1
-"""Places in ``Batch.unit_scale_T`` of the mean over posts with a value that the adversarial loss predicts, and over
-real tokens."""
+DOMAINS, TOKENS, ANSWER_TOKENS = -3, -2, -1
+"""Places in ``Batch.unit_scale_T`` of the mean over posts with a value that the adversarial loss predicts, over the
+encoder's real tokens, and over the tokens of the answers that a decoder is taught."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +39,13 @@ class Batch:
     row_ids_B: Tensor
     """Index of the post in its split, int64; -1 on a filler row, which only gives a rank something to run."""
     labels: Mapping[str, Tensor] = field(default_factory=dict)
-    """Task -> targets: single_label (B,) int64, multi_label (B, Y) float, regression (B,) float, tags (B, L) int64.
-    Missing: IGNORED or NaN."""
+    """Task -> targets: single_label and label_words (B,) int64, multi_label (B, Y) float, regression (B,) float, tags
+    (B, L) int64, text (B, 1 + C) int64: its number of tokens, then its characters as code points. Missing: IGNORED or
+    NaN."""
     unit_scale_T: Tensor | None = None
     """W * accumulation steps / units of the task in the whole optimizer step, 0 for an absent task; and behind the T
-    tasks the same at ``DOMAINS`` and ``TOKENS``: (T + 2,). Set by the trainer, None outside training."""
+    tasks the same at ``DOMAINS``, ``TOKENS`` and ``ANSWER_TOKENS``: (T + 3,). Set by the trainer, None outside
+    training."""
 
     pixels_I3HW: Tensor | None = None
     """Prepared pictures, float32, each once; at least one (blank, of row -1) where the run reads pictures, so that
@@ -61,6 +64,12 @@ class Batch:
     domains_B: Tensor | None = None
     """What ``loss.adversarial`` predicts of each row, a class from 0, int64; IGNORED where a row has no value. None
     where nothing is predicted."""
+    answers_BD: Tensor | None = None
+    """Token ids of the text that a row's task wants of the decoder, its end sign included, int64; IGNORED behind it and
+    in rows that want none. At least one column; None where no task is answered by a decoder."""
+    choices: Mapping[str, Tensor] = field(default_factory=dict)
+    """Task whose labels are words that the decoder scores -> token ids of each label's words, (Y, D), int64, IGNORED
+    behind their end sign; the same in every batch."""
     domain_weights_B: Tensor | None = None
     """Weight of the row in that prediction, float32: 0 without a value, and the rows of a post share its weight."""
 
@@ -80,7 +89,7 @@ class Batch:
         kept = {
             item.name: value[rows_R]
             for item in fields(self)
-            if item.name.endswith(("_B", "_BL")) and isinstance(value := getattr(self, item.name), Tensor)
+            if item.name.endswith(("_B", "_BL", "_BD")) and isinstance(value := getattr(self, item.name), Tensor)
         }
         for name in ("labels", "confidences"):
             kept[name] = {task: values[rows_R] for task, values in getattr(self, name).items()}
@@ -135,7 +144,11 @@ class ModelOutput:
     """Everything the model knows about a batch."""
 
     logits: Mapping[str, Tensor]
-    """Task -> float32 logits, (B, Y); regression (B, 1); tags (B, L, Y)."""
+    """Task -> float32 logits, (B, Y); regression (B, 1); tags (B, L, Y).
+
+    label_words (B, Y): log-probability of each label's words; in training only of the row's own label, 0 elsewhere.
+    text: log-probability of the row's own text, 0 where it has none; outside training behind it that of the text that
+    was generated, then the generated token ids, -1 behind their end: (B, 1) in training, else (B, 2 + D)."""
     embeddings: Mapping[str, Tensor]
     """Task -> unit-length projections (B, P), float32; only tasks with a pooled head."""
     attentions: Mapping[str, Tensor]
@@ -143,7 +156,7 @@ class ModelOutput:
     routings: tuple[Routing, ...]
     """One per layer with experts, in layer order."""
     token_rows_S: Tensor
-    """Row of each real token of text, int64, the order of ``Routing``."""
+    """Row of each real token of text that the encoder reads, int64, the order of ``Routing``."""
     picks: tuple[Tensor, ...] = ()
     """Per layer with experts the experts picked, int64, one row per routed token, image tokens last; none for a filler
     row. A second pass over the same batch repeats them."""
@@ -156,6 +169,18 @@ class ModelOutput:
     """What the tasks share and what each has for itself; only in training."""
     probe: Probe | None = None
     """The tasks' answers once more; only where it was asked for."""
+    answer_rows_S: Tensor | None = None
+    """Row of each token of the answers that the decoder was taught or scored, int64, the order of ``Routing`` in the
+    decoder's layers; None without a decoder."""
+    num_answer_layers: int = 0
+    """How many of the routings, the last ones, are the decoder's."""
+
+    @property
+    def layer_rows(self) -> tuple[Tensor, ...]:
+        """Per routing the row of each of its tokens."""
+        own = len(self.routings) - self.num_answer_layers
+        assert self.answer_rows_S is not None or not self.num_answer_layers
+        return (self.token_rows_S,) * own + (self.answer_rows_S,) * self.num_answer_layers
 
 
 @dataclass(frozen=True)  # no slots: ZeRO-3 looks into a module's answer with vars()

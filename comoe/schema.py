@@ -112,7 +112,8 @@ class TaskConfig:
     """Folder, file, or hub name; relative to ``data.root``. A folder holds train, validation (val, dev), test files."""
     kind: str = "single_label"
     """Key of ``comoe.tasks.kinds.KINDS``: single_label, multi_label, regression, tags, phrases (words of the post, to
-    be found), unlabelled."""
+    be found), unlabelled; and with an encoder-decoder text (written by the decoder) and label_words (the decoder scores
+    each label's words). text with ``labels`` means label_words."""
     format: str = "auto"
     """Key of ``comoe.data.sources.READERS``: tweeteval, jsonl, csv, tsv, parquet, txt, hub; auto looks at the path."""
     subset: str | None = None
@@ -140,6 +141,15 @@ class TaskConfig:
     ``unseen``, scored at the end; tasks of one data set say the same."""
     slices: list[str] = field(default_factory=list)
     """Columns; the main metrics are also given for the posts of each of their values (``accuracy@implicit=true``)."""
+    prompt: str | None = None
+    """What an encoder-decoder reads of a post for a task of kind text or label_words: {text} and {pair} stand for the
+    cleaned post and its second text. A post too long for ``data.max_length`` loses the end of {text}."""
+    label_words: list[str] = field(default_factory=list)
+    """Words that the decoder scores for each label, in the order of ``labels``; empty are the labels themselves."""
+    max_answer_length: int = 32
+    """Longest answer of kind text in tokens, its end sign included; longer ones in the data are cut and counted."""
+    num_beams: int = 1
+    """Beams of the search for an answer of kind text; 1 is greedy."""
     balanced_sampling: bool = False
     """Draw the posts of the data set such that the labels of this task come equally often (single_label only)."""
     labels: list[str] = field(default_factory=list)
