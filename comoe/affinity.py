@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from comoe.data.batching import TokenizedSplit
 from comoe.data.sampling import eval_batches
+from comoe.data.tokenized import TokenizedSplit
 from comoe.models.multitask import MultiTaskModel
 from comoe.predict import Predictor
 from comoe.protocols import Batch

@@ -19,6 +19,7 @@ from comoe.data.text import is_blank
 from comoe.picture_column import choose_column
 from comoe.predict import Predictor
 from comoe.tasks.catalog import Task
+from comoe.tasks.prompts import wants_pair
 
 CHUNK = 1024
 """Posts answered before they are written; they are sorted by length within a chunk."""
@@ -210,7 +211,7 @@ class TweetEval(JsonLines):
         if len(tasks) != 1:
             raise ValueError(f"--format tweeteval writes one task: choose it with --task ({names}).")
         self.task = tasks[0]
-        if self.task.rules.per_token or "label" not in predictor(["a"], tasks=[self.task.name])[0][self.task.name]:
+        if not self.task.rules.exclusive:
             raise ValueError(
                 f"--format tweeteval wants a task with one label per post; {self.task.name} is a {self.task.kind} task."
             )
@@ -218,10 +219,12 @@ class TweetEval(JsonLines):
         self.filled = 0
 
     def prepare(self, post: Post) -> Post:
-        if not post.error and isinstance(post.text, str) and not is_blank(post.text):
+        readable = not post.error and isinstance(post.text, str) and not is_blank(post.text)
+        lacks_pair = wants_pair(self.task.prompt) and not post.pair
+        if readable and not lacks_pair:
             return post
         self.filled += 1
-        return Post(self.filler, image=post.image)
+        return Post(post.text if readable else self.filler, self.filler if lacks_pair else post.pair, image=post.image)
 
     def write(self, file: TextIO, answer: dict[str, Any]) -> None:
         file.write(f"{self.task.labels.index(answer[self.task.name]['label'])}\n")

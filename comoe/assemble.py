@@ -14,7 +14,7 @@ import torch
 
 from comoe.beginning import SET_ASIDE
 from comoe.config import recipe_to_yaml, unknown_name
-from comoe.data.batching import Collator, TokenizedSplit, load_tokenizer, tokenize_split
+from comoe.data.batching import Collator, load_tokenizer
 from comoe.data.corpus import Corpus, load_corpus
 from comoe.data.domains import find_domains
 from comoe.data.image_checks import limits_of
@@ -24,6 +24,7 @@ from comoe.data.pixels import PixelReader, load_image_processor
 from comoe.data.rates import MIXINGS, balanced_classes
 from comoe.data.sampling import TrainSampler
 from comoe.data.sources import READERS
+from comoe.data.tokenized import TokenizedSplit, report_cuts, tokenize_split
 from comoe.distributed import barrier, broadcast_object, is_main, rank, world_size
 from comoe.dry_run import print_dry_run
 from comoe.evaluate import check_chosen_metric
@@ -36,6 +37,7 @@ from comoe.starter import home, resolve
 from comoe.tasks.catalog import Task
 from comoe.tasks.kinds import KINDS
 from comoe.tasks.metrics import METRICS
+from comoe.tasks.prompts import check_answering
 from comoe.train.checkpoint import load_checkpoint, needs_conversion, saved_elsewhere
 from comoe.train.engine import Engine
 from comoe.train.evaluation import Evaluator
@@ -153,6 +155,8 @@ def check_names(recipe: Recipe) -> None:
     for key, name, table in named:
         if name not in table:
             raise unknown_name(key, name, table)
+    for name, task in recipe.tasks.items():
+        check_answering(name, task, kind=KINDS[task.kind])
     MIXINGS[recipe.data.mixing](np.ones(1), recipe.data.mixing_temperature)
 
 
@@ -166,7 +170,7 @@ def _load_posts(recipe: Recipe) -> tuple[Corpus, Any, dict[str, TokenizedSplit]]
     check_chosen_metric(recipe.train.early_stop_metric, corpus.tasks, measured=measured)
     tokenizer = load_tokenizer(recipe.model.encoder, trust_remote_code=recipe.model.trust_remote_code)
     splits = _one_per_node_first(lambda: _tokenize(corpus, tokenizer, recipe))
-    corpus.report.truncated.update({name: (split.truncated, split.words_cut) for name, split in splits.items()})
+    report_cuts(splits, corpus.report)
     return corpus, tokenizer, splits
 
 

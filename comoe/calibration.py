@@ -281,5 +281,12 @@ _LABELS = Rule(
 
 _WORDS = replace(_CLASSES, thresholds=lambda scores, gold, folds, task: None)
 
-RULES: dict[str, Rule] = {"single_label": _CLASSES, "multi_label": _LABELS, "tags": _WORDS, "phrases": _WORDS}
+RULES: dict[str, Rule] = {
+    "single_label": _CLASSES,
+    # Log-probabilities of the labels' words: as logits they give each label's share.
+    "label_words": _CLASSES,
+    "multi_label": _LABELS,
+    "tags": _WORDS,
+    "phrases": _WORDS,
+}
 """Kind of task -> how its probabilities are made and judged; kinds without any are not here."""

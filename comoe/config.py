@@ -10,7 +10,7 @@ import functools
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -18,9 +18,11 @@ from comoe.rules import nearest, place_of, unknown_name, validate
 from comoe.schema import Recipe
 
 __all__ = [
-    "load_recipe", "nearest", "recipe_from_dict", "recipe_to_dict", "recipe_to_yaml", "save_recipe", "unknown_name",
-    "validate",
+    "load_recipe", "load_settings", "nearest", "recipe_from_dict", "recipe_to_dict", "recipe_to_yaml", "save_recipe",
+    "unknown_name", "validate",
 ]  # fmt: skip
+
+Settings = TypeVar("Settings")
 
 COMMAND_LINE = "command line"
 """Where an override comes from, in messages."""
@@ -71,6 +73,12 @@ def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
 def recipe_to_yaml(recipe: Recipe) -> str:
     """The whole recipe, defaults included, as YAML text."""
     return yaml.safe_dump(recipe_to_dict(recipe), sort_keys=False, allow_unicode=True, width=120)
+
+
+def load_settings(path: str | Path, schema: type[Settings]) -> tuple[Settings, dict[str, str]]:
+    """Another YAML file than a recipe, read as strictly, as a dataclass; and "file:line" of each dotted key."""
+    raw, origins = _read_yaml(Path(path))
+    return _convert(raw, schema, path="", origins=origins), origins
 
 
 def save_recipe(recipe: Recipe, path: str | Path) -> None:

@@ -28,9 +28,9 @@ class Answer(NamedTuple):
     row: int
     """Index of the post in its split."""
     logits: np.ndarray
-    """(Y,), or (words, Y) for a kind that answers each word."""
+    """(Y,), or (words, Y) for a kind that answers each word; of a free text as ``Collator.spell`` gives it."""
     targets: np.ndarray
-    """The label as in ``Batch.labels``, of this row: (), (Y,) or (words,)."""
+    """The label as in ``Batch.labels``, of this row: (), (Y,), (words,) or (1 + characters,)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,12 +66,13 @@ def evaluate(
     texts: Sequence[str] | None = None,
     columns: Mapping[str, Sequence[str | None]] | None = None,
     predictions: bool = True,
+    spell: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] | None = None,
 ) -> Evaluation:
     """Run the model over a split and score it.
 
     The answers of all ranks are gathered, ordered by post and freed of duplicates before they are scored, so the
     metrics depend neither on the number of ranks nor on the batches. A post counts for the tasks whose label it has. A
-    post without any label is scored nowhere and predicted for all tasks (under ``route_by: task`` for its rows' tasks).
+    post without any label is scored nowhere and predicted for all tasks that it has rows for.
 
     Args:
         forward: the model in evaluation mode; called under ``torch.no_grad``.
@@ -86,16 +87,18 @@ def evaluate(
         texts: text per row of the split, shown beside the predictions.
         columns: column -> its cell per row of the split; the tasks' slices are found by them.
         predictions: False leaves them out, which spares time in the middle of a training run.
+        spell: ``Collator.spell``; needed where the decoder writes texts.
     """
     scored = [task for task in tasks if task.rules.scored]
     answers: dict[str, list[Answer]] = {task.name: [] for task in scored}
     with torch.no_grad():
         for indices in batches:
             batch = collator(split, indices)
-            output = forward(batch.to(device))
+            logits = forward(batch.to(device)).logits
+            logits = logits if spell is None else spell(logits)
             kept = _rows_to_keep(batch, tasks)
             for task in scored:
-                answers[task.name] += _answers(batch, output.logits[task.name], rows=kept[task.name], task=task)
+                answers[task.name] += _answers(batch, logits[task.name], rows=kept[task.name], task=task)
             if progress is not None:
                 progress(len(indices))
     shares = gather(answers)
@@ -234,7 +237,9 @@ def _rows_to_keep(batch: Batch, tasks: Sequence[Task]) -> dict[str, list[int]]:
     kept = {}
     for index, task in enumerate(tasks):
         if task.name in labelled:
-            meant = (batch.task_ids_B == -1) | (batch.task_ids_B == index)
+            meant = batch.task_ids_B == index
+            if not task.rules.generates:
+                meant |= batch.task_ids_B == -1
             kept[task.name] = torch.nonzero(real & (labelled[task.name] | (bare & meant)))[:, 0].tolist()
     return kept
 
@@ -255,14 +260,14 @@ def _answers(batch: Batch, logits: Tensor, *, rows: list[int], task: Task) -> li
 
 
 def joined(answers: Sequence[Answer], task: Task) -> tuple[Tensor, Tensor]:
-    """Answers as one batch of logits and targets, padded to the most words."""
+    """Answers as one batch of logits and targets, padded to the most words, or characters."""
     if not answers:
         shape = (0, 0) if task.rules.per_token else (0,)
         empty = task.rules.collate([], labels=task.labels, length=0)
         return torch.zeros(*shape, task.rules.num_outputs(task.labels)), empty
     logits = [torch.from_numpy(answer.logits) for answer in answers]
     targets = [torch.as_tensor(answer.targets) for answer in answers]
-    if not task.rules.per_token:
+    if not task.rules.ragged:
         return torch.stack(logits), torch.stack(targets)
     return pad_sequence(logits, batch_first=True), pad_sequence(targets, batch_first=True, padding_value=IGNORED)
 
@@ -273,8 +278,8 @@ def _predictions(
     """One dict per answer, in order."""
     if not answers:
         return []
-    words_or_rows = [torch.from_numpy(answer.logits) for answer in answers]
-    decoded = task.rules.decode(words_or_rows if task.rules.per_token else torch.stack(words_or_rows), task)
+    per_word = [torch.from_numpy(answer.logits) for answer in answers]
+    decoded = task.rules.decode(per_word if task.rules.per_token else joined(answers, task)[0], task)
     return [
         {"row": answer.row} | ({} if texts is None else {"text": texts[answer.row]}) | {"gold": gold} | shown
         for answer, gold, shown in zip(answers, task.rules.gold(targets, task), decoded, strict=True)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from comoe.data.batching import TokenizedSplit
+from comoe.data.tokenized import TokenizedSplit
 from comoe.memory import MemoryPlan, Work, plan_memory, reduction_elements
 from comoe.models.multitask import MultiTaskModel
 from comoe.models.vision import expected_tokens

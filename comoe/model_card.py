@@ -10,8 +10,11 @@ from typing import Any
 from comoe.calibration_report import calibration_sentences, calibration_table
 from comoe.schema import Recipe
 from comoe.tasks.catalog import Task
+from comoe.tasks.prompts import wants_pair
 
 MAX_LABELS_SHOWN = 12
+CLASSES, WORDS, WRITING = "text-classification", "token-classification", "text-generation"
+"""What the hub calls kinds of tasks."""
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -57,9 +60,10 @@ def _front_matter(tasks: Sequence[Task], *, config: Mapping[str, Any], results: 
     }
     if _sees(config):
         fields["tags"].append("multimodal")
-    if any(not task.rules.per_token for task in tasks):
-        # The hub has no class of its own for classifying text and picture together.
-        fields["pipeline_tag"] = "text-classification"
+    # The hub has no class of its own for classifying text and picture together.
+    kinds = [kind for kind in map(_hub_kind, tasks) if kind != WORDS]
+    if kinds:
+        fields["pipeline_tag"] = CLASSES if CLASSES in kinds else kinds[0]
     if HUB_NAME.fullmatch(config["model"]["encoder"]):
         fields["base_model"] = config["model"]["encoder"]
     test = (results or {}).get("metrics", {}).get("test", {})
@@ -67,7 +71,7 @@ def _front_matter(tasks: Sequence[Task], *, config: Mapping[str, Any], results: 
     if measured:
         entries = [
             {
-                "task": {"type": "token-classification" if task.rules.per_token else "text-classification"},
+                "task": {"type": _hub_kind(task)},
                 "dataset": {"name": task.name, "type": task.name, "split": "test"},
                 "metrics": [{"type": task.metric, "value": round(test[task.name][task.metric], 4)}],
             }
@@ -76,6 +80,12 @@ def _front_matter(tasks: Sequence[Task], *, config: Mapping[str, Any], results: 
         fields["model-index"] = [{"name": "comoe", "results": entries}]
     lines = [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in fields.items()]
     return "\n".join(["---", *lines, "---"])
+
+
+def _hub_kind(task: Task) -> str:
+    if task.rules.per_token:
+        return WORDS
+    return WRITING if task.rules.generates and task.rules.ragged else CLASSES
 
 
 def _summary(recipe: Recipe, tasks: Sequence[Task], config: Mapping[str, Any]) -> str:
@@ -89,7 +99,8 @@ def _summary(recipe: Recipe, tasks: Sequence[Task], config: Mapping[str, Any]) -
     encoder = f"`{config['model']['encoder']}`, {config['encoder'].get('model_type')}"
     answers = f"{len(tasks)} task{'s' if len(tasks) != 1 else ''}: {', '.join(task.name for task in tasks)}"
     post = "social-media post, its text and its picture," if _sees(config) else "social-media post"
-    return f"One encoder ({encoder}) with {experts}. On a {post} it answers {answers}."
+    stacks = "encoder-decoder" if any(task.rules.generates for task in tasks) else "encoder"
+    return f"One {stacks} ({encoder}) with {experts}. On a {post} it answers {answers}."
 
 
 def _sees(config: Mapping[str, Any]) -> bool:
@@ -116,31 +127,35 @@ def _pictures(config: Mapping[str, Any]) -> str:
 
 def _usage(tasks: Sequence[Task], config: Mapping[str, Any]) -> str:
     sees = _sees(config)
+    asked = any(wants_pair(task.prompt) for task in tasks)
+    pairs, column = (', pairs=["the weather"]', " --pair-column pair") if asked else ("", "")
     images = ', images=["img/01.png"]' if sees else ""
-    row = json.dumps({"text": "what a lovely day :)", config["image_column"]: "img/01.png"}) if sees else ""
-    posts = "posts.jsonl" if sees else "posts.txt"
-    write = f"echo '{row}' > posts.jsonl\n" if sees else ""
+    fields = {"text": "what a lovely day :)"} | ({"pair": "the weather"} if asked else {})
+    row = json.dumps(fields | ({config["image_column"]: "img/01.png"} if sees else {}))
+    posts, write = ("posts.jsonl", f"echo '{row}' > posts.jsonl\n") if sees or asked else ("posts.txt", "")
     return f"""```python
 from comoe.predict import Predictor
 
 predictor = Predictor.from_pretrained("path/to/this/folder")
-answer = predictor(["what a lovely day :)"]{images}, explain=True)[0]
+answer = predictor(["what a lovely day :)"]{pairs}{images}, explain=True)[0]
 print(answer[{json.dumps(tasks[0].name)}])
 ```
 
 ```
-{write}python launch/predict.py --model path/to/this/folder --input {posts} --output answers.jsonl
+{write}python launch/predict.py --model path/to/this/folder --input {posts}{column} --output answers.jsonl
 ```"""
 
 
 def _task_table(tasks: Sequence[Task]) -> str:
     rows = [("task", "kind", "labels", "main metric")]
     for task in tasks:
-        labels = ", ".join(task.labels[:MAX_LABELS_SHOWN]) or "a number"
+        labels = ", ".join(task.labels[:MAX_LABELS_SHOWN]) or ("a text" if task.rules.generates else "a number")
         more = len(task.labels) - MAX_LABELS_SHOWN
         name = f"{task.name} (auxiliary)" if task.auxiliary else task.name
         rows.append((name, task.kind, f"{labels}, and {more} more" if more > 0 else labels, task.metric))
-    return _table(rows)
+    asked = [(task.name, task.prompt) for task in tasks if task.prompt is not None]
+    prompts = "\n\nThe decoder answers these, by what the encoder reads:\n\n" + _table([("task", "prompt"), *asked])
+    return _table(rows) + (prompts if asked else "")
 
 
 def _results(tasks: Sequence[Task], results: Mapping[str, Any] | None) -> str:

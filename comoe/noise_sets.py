@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from comoe.assemble import Run
-from comoe.data.batching import TokenizedSplit, tokenize_split
 from comoe.data.noise import SEPARATOR, noisy
+from comoe.data.tokenized import TokenizedSplit, tokenize_split
 from comoe.evaluate import Evaluation
 from comoe.tasks.catalog import Task
 

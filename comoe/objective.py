@@ -12,7 +12,7 @@ from comoe.distributed import sum_over_ranks, world_size
 from comoe.gradcache import Cached, Passes, cache_gradients, embeddings_alone, replayed
 from comoe.losses.adversarial import count_domains
 from comoe.models.multitask import MultiTaskModel, build_model
-from comoe.protocols import Batch, ModelOutput, StepOutput, labelled_rows
+from comoe.protocols import IGNORED, Batch, ModelOutput, StepOutput, labelled_rows
 from comoe.schema import LossConfig, MoeConfig, Recipe
 from comoe.task_gradients import gram_over_ranks, shared_gradients
 from comoe.tasks.catalog import Task
@@ -35,7 +35,8 @@ class Objective(nn.Module):
         num_domains: values that ``loss.adversarial`` predicts; 0 without it.
 
     Raises:
-        ValueError: an unknown weighting, or a balance term where every expert always runs.
+        ValueError: an unknown weighting, one that reads gradients where a decoder answers some task, or a balance
+            term where every expert always runs.
     """
 
     def __init__(
@@ -53,6 +54,8 @@ class Objective(nn.Module):
         self.config = model.config
         self.tasks = tuple(tasks)
         self.weighting = build_weighting(loss.weighting, self.tasks, loss)
+        if self.weighting.reads_gradients:
+            refuse_decoded(loss.weighting, [task.name for task in self.tasks if task.rules.generates])
         self.terms = build_terms(Parts(loss, moe, model, seed, num_domains))
         # Temperatures and a discriminator to learn, queues to save.
         self.losses = nn.ModuleDict({n: t.loss for n, t in self.terms.items() if isinstance(t.loss, nn.Module)})
@@ -161,9 +164,8 @@ class Objective(nn.Module):
         # Every rank runs this pass too: one without such rows runs its first one, times zero.
         scale = float(len(rows_R) > 0)
         again = batch.take(rows_R) if len(rows_R) else batch.take(rows_R.new_zeros(1))
-        second = self.model(
-            again if scale else replace(again, row_ids_B=again.row_ids_B.new_full((1,), -1)), picks[1], compare=False
-        )
+        filler = replace(again, row_ids_B=again.row_ids_B.new_full((1,), -1))
+        second = self.model(again if scale else filler, picks[1], compare=False, decode=False)
         rows_R = rows_R if scale else rows_R.new_zeros(1)
         views = {
             name: torch.zeros_like(output.embeddings[name]).index_copy(0, rows_R, scale * second.embeddings[name])
@@ -187,16 +189,35 @@ class Objective(nn.Module):
         return torch.stack(losses)
 
 
+def refuse_decoded(weighting: str, decoded: Sequence[str]) -> None:
+    """Refuse a weighting that reads the tasks' gradients where a decoder answers tasks: what it shares with the heads
+    ends at the encoder, and the decoder itself would be left out.
+
+    Raises:
+        ValueError: there are such tasks.
+    """
+    if decoded:
+        raise ValueError(
+            f"loss.weighting ({weighting}) reads the gradient of each task by the last states that all tasks share, "
+            f"which leaves a decoder out, but a decoder answers {', '.join(decoded)}; choose another weighting, such "
+            "as uncertainty_positive or dynamic_average, or give these tasks a kind that a head answers."
+        )
+
+
 def count_units(batch: Batch, tasks: Sequence[Task]) -> Tensor:
-    """What each task's mean is divided by, then what the means at ``DOMAINS`` and ``TOKENS`` are, in one micro-batch:
-    (T + 2,), float64.
+    """What each task's mean is divided by, then what the means at ``DOMAINS``, ``TOKENS`` and ``ANSWER_TOKENS`` are, in
+    one micro-batch: (T + 3,), float64.
 
     Sum it over the micro-steps of a rank, then over ranks, then pass it to ``unit_scale``. The tokens of a filler row
     do not count. A post counts whole, whatever its confidence.
     """
     units = [task.rules.units(batch.labels[task.name], task).double() for task in tasks]
-    tokens = batch.attention_mask_BL[batch.row_ids_B >= 0].sum(dtype=torch.float64)
-    return torch.stack([*units, count_domains(batch), tokens])
+    real_B = batch.row_ids_B >= 0
+    tokens = batch.attention_mask_BL[real_B].sum(dtype=torch.float64)
+    answers = torch.zeros_like(tokens)
+    if batch.answers_BD is not None:
+        answers = (batch.answers_BD[real_B] != IGNORED).sum(dtype=torch.float64)
+    return torch.stack([*units, count_domains(batch), tokens, answers])
 
 
 def unit_scale(units_T: Tensor, *, world_size: int, accumulation: int) -> Tensor:

@@ -18,18 +18,20 @@ from torch import Tensor
 from tqdm import tqdm
 
 from comoe.config import unknown_name
-from comoe.data.batching import Collator, TokenizedSplit, TokenRow
+from comoe.data.batching import Collator
 from comoe.data.image_checks import limits_of
 from comoe.data.images import BadImage, locate_image
 from comoe.data.pixels import PixelReader
 from comoe.data.sampling import eval_batches
 from comoe.data.text import is_blank, normalize_post
+from comoe.data.tokenized import TokenizedSplit, TokenRow
 from comoe.export import Exported, load_exported
 from comoe.picture_column import USUAL
-from comoe.protocols import Batch, ModelOutput
+from comoe.protocols import Batch
 from comoe.tasks.catalog import Task
 from comoe.tasks.kinds_sequence import tag_spans
 from comoe.tasks.labels import split_words
+from comoe.tasks.prompts import wants_pair
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +40,8 @@ class Predictor:
 
     ``predictor(["what a lovely day"])`` gives ``[{"text": "what a lovely day", "<task>": {...}, ...}]``. What stands
     under a task depends on its kind: ``label`` and ``scores`` of every label; ``labels`` and ``scores``; ``value``; or
-    ``words``, ``tags``, ``scores`` and ``spans``. A post that was cut to the model's length has ``truncated`` as well,
-    one that was answered without its bad picture ``image_error``.
+    ``words``, ``tags``, ``scores`` and ``spans``; or ``answer``, a text, and its ``probability``. A post that was cut
+    to the model's length has ``truncated`` as well, one that was answered without its bad picture ``image_error``.
     """
 
     exported: Exported
@@ -125,31 +127,29 @@ class Predictor:
         answers: list[dict[str, Any]] = [{"text": text} for text in texts]
         usable = []
         for number, answer in enumerate(answers):
-            if problem := _problem(texts[number], words[number]):
+            if problem := _problem(texts[number], words[number]) or _lacks(pairs[number], chosen):
                 answer["error"] = problem
             else:
                 usable.append(number)
                 images[number] = self._located(images[number], image_root, answer)
-        settings = {name: getattr(self.exported.data_config, name) for name in ("max_length", "normalize", "hide")}
         passes = _passes(texts, words, usable, chosen, as_words=self.as_words)
         with tqdm(total=len(usable) * len(passes), unit="post", disable=not progress, dynamic_ncols=True) as bar:
             for column, some in passes if usable else ():
-                split = self.collator.encode_texts(
-                    [texts[i] for i in usable],
-                    *([values[i] for i in usable] for values in (pairs, column)),
-                    images=[images[i] for i in usable],
-                    **settings,
-                )
+                # A prompt reads the words that were given, as it did in training.
+                read = [texts[i] if words[i] is None else " ".join(words[i]) for i in usable]
+                split = self._encode(read, *([values[i] for i in usable] for values in (pairs, column, images)), some)
                 mine = [answers[i] for i in usable]
-                for indices in self._batches(split, some, batch_size):
+                for indices in eval_batches(split.lengths, batch_size=batch_size):
                     self._answer(split, indices, tasks=some, answers=mine, explain=explain)
                     bar.update(len(indices))
         return answers
 
-    def _batches(self, split: TokenizedSplit, tasks: Sequence[Task], batch_size: int) -> list[np.ndarray]:
-        # Where the gate reads the task a row serves one task, and the collator makes rows for labelled ones only.
+    def _encode(self, texts: list, pairs: list, words: list, images: list, tasks: Sequence[Task]) -> TokenizedSplit:
+        settings = {name: getattr(self.exported.data_config, name) for name in ("max_length", "normalize", "hide")}
+        split = self.collator.encode_texts(texts, pairs, words, images=images, asked=tasks, **settings)
+        # Where a row serves one task, the collator makes rows for labelled ones only.
         split.labelled[:, [number for number, task in enumerate(self.exported.tasks) if task in tasks]] = True
-        return eval_batches(split.lengths, batch_size=batch_size)
+        return split
 
     @torch.inference_mode()
     def _answer(
@@ -159,23 +159,24 @@ class Predictor:
         output = self.exported.model(batch.to(self.device))
         posts_B = batch.row_ids_B.tolist()
         tokens = dict(zip(posts_B, split.rows(batch.row_ids_B.numpy()), strict=True))
+        logits = self.collator.spell(output.logits)
         for number, task in enumerate(self.exported.tasks):
             if task not in tasks:
                 continue
-            rows = [row for row, served in enumerate(batch.task_ids_B.tolist()) if served in (-1, number)]
-            for row, answer in zip(rows, _decode(output, batch, rows, task=task), strict=True):
+            rows = [row for row, asked in enumerate(batch.task_ids_B.tolist()) if self.collator.serves(asked, number)]
+            for row, answer in zip(rows, _decode(logits[task.name], batch, rows, task=task), strict=True):
                 post = posts_B[row]
                 if task.rules.per_token:
                     kept = [split.posts.words[post][word] for word in tokens[post].word_ids[tokens[post].word_starts]]
                     answer = {"words": kept, **answer, "spans": tag_spans(answer["tags"], kept)}
-                elif explain:
+                elif explain and task.rules.pooled:
                     weights_L = output.attentions[task.name][row].float().cpu().numpy()
                     words = split.posts.words[post] or self._words_of(split.posts.texts[post], tokens[post])
                     answer |= _attention(weights_L, tokens[post].word_ids, words=words)
                 answers[post][task.name] = answer
-        lost = {} if self.collator.pixels is None else self.collator.pixels.take_lost()
+        cut, lost = split.cut, {} if self.collator.pixels is None else self.collator.pixels.take_lost()
         for post in posts_B:
-            if split.tokens.truncated[post]:
+            if cut[post]:
                 answers[post]["truncated"] = True
             if split.posts.images[post] in lost:
                 answers[post]["image_error"] = f"the picture {lost[split.posts.images[post]]}"
@@ -235,8 +236,8 @@ def _passes(
     return [(made, tasks)]
 
 
-def _decode(output: ModelOutput, batch: Batch, rows: Sequence[int], *, task: Task) -> list[dict[str, Any]]:
-    logits: Tensor | list[Tensor] = output.logits[task.name][list(rows)].cpu()
+def _decode(logits: Tensor | list[Tensor], batch: Batch, rows: Sequence[int], *, task: Task) -> list[dict[str, Any]]:
+    logits = logits[list(rows)].cpu()
     if task.rules.per_token:
         logits = [words_LY[batch.word_starts_BL[row]] for row, words_LY in zip(rows, logits, strict=True)]
     return task.rules.decode(logits, task)
@@ -272,3 +273,11 @@ def _problem(text: Any, words: Any) -> str:
     if not isinstance(text, str):
         return f"the text must be text, not {type(text).__name__}"
     return "the text is empty" if is_blank(text) else ""
+
+
+def _lacks(pair: Any, tasks: Sequence[Task]) -> str:
+    """Why a post without a second text cannot be answered; empty where it can."""
+    asking = [task.name for task in tasks if wants_pair(task.prompt)]
+    if not asking or (isinstance(pair, str) and not is_blank(pair)):
+        return ""
+    return f"the second text is missing, which the prompt of {', '.join(asking)} wants; give it, or ask for other tasks"

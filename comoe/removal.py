@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from comoe.data.batching import TokenizedSplit
+from comoe.data.tokenized import TokenizedSplit
 from comoe.evaluate import Evaluation, mean_metric
 from comoe.models.gate import TopKGate, pick_experts
 from comoe.models.moe import CooperativeBlock

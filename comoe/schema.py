@@ -104,6 +104,10 @@ class DataConfig:
     """Cleaning of the text."""
 
 
+SCORED_INSTEAD = {"text": "label_words"}
+"""Kind of task -> what it is where labels are given."""
+
+
 @dataclass(slots=True)
 class TaskConfig:
     """One task. Tasks with the same path, format, subset, splits and text columns share their posts."""
@@ -173,6 +177,11 @@ class TaskConfig:
     contrastive_width: float | str = "auto"
     """Regression: positives weigh exp(-|difference of labels| / width); auto is the standard deviation of the training
     labels."""
+
+    def __post_init__(self) -> None:
+        # A text that is one of a few labels is better scored than written.
+        if self.labels:
+            self.kind = SCORED_INSTEAD.get(self.kind, self.kind)
 
 
 @dataclass(slots=True)

@@ -11,7 +11,6 @@ from tqdm import tqdm
 
 from comoe.calibration import ece_of
 from comoe.config import nearest, unknown_name
-from comoe.data.batching import TokenizedSplit, tokenize_split
 from comoe.data.image_checks import ImageReader
 from comoe.data.posts import PostSplit
 from comoe.data.report import BadRow, DataReport
@@ -19,12 +18,14 @@ from comoe.data.rows import BadCell, RowReader
 from comoe.data.rows import Post as LabelledPost
 from comoe.data.sampling import eval_batches
 from comoe.data.sources import NAMES, RawSplit, open_source, read_split
+from comoe.data.tokenized import TokenizedSplit, tokenize_split
 from comoe.evaluate import Evaluation, evaluate
 from comoe.picture_column import choose_column
 from comoe.predict import Predictor
 from comoe.schema import TaskConfig
 from comoe.tasks.catalog import Task
 from comoe.tasks.labels import split_words
+from comoe.tasks.prompts import wants_pair
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +132,7 @@ def score_split(
         progress=progress,
         columns=split.posts.columns,
         predictions=False,
+        spell=predictor.collator.spell,
     )
 
 
@@ -167,8 +169,13 @@ def _read(
     columns = {task.name: choice.label or ("label" if len(tasks) == 1 else task.name) for task in tasks}
     wanted = {"--text-column": [choice.text], "--pair-column": [choice.pair], "--label-column": [*columns.values()]}
     _check_columns(raw, wanted | {"--image-column": [image]})
+    asking = [task.name for task in tasks if wants_pair(task.prompt)]
+    if asking and choice.pair is None:
+        raise ValueError(f"The prompt of {', '.join(asking)} has {{pair}}; name its column with --pair-column.")
     shared = TaskConfig(text=choice.text, pair=choice.pair, image=image)
-    configs = {task.name: replace(shared, kind=task.kind, label=columns[task.name]) for task in tasks}
+    configs = {
+        task.name: replace(shared, kind=task.kind, label=columns[task.name], prompt=task.prompt) for task in tasks
+    }
     slices = tuple(dict.fromkeys(column for task in tasks for column in task.slices if column in raw.columns))
     labels = {task.name: task.labels for task in tasks}
     reader = RowReader(configs, labels, max_characters=10**6, columns=slices, strict=not choice.skip_bad)

@@ -22,9 +22,12 @@ from comoe.config import unknown_name
 from comoe.drawn_posts import SIZE as DRAWN_SIZE
 from comoe.drawn_posts import build_drawn_posts
 from comoe.generated import TACL_GENERATORS, build_generated_posts, vocabulary
+from comoe.implied_posts import build_implied_posts
 from comoe.schema import Recipe
 from comoe.starter_chinese import CHINESE_POSTS, build_chinese_encoder
+from comoe.starter_decoders import build_smoke_bart, build_smoke_t5
 from comoe.starter_kit import Say, build_encoder, build_posts
+from comoe.starter_smollm2 import build_smollm2
 
 PREFIXES = ("kit:", "smoke:")
 """What a ready-made name starts with; anything else is a folder or a hub name."""
@@ -209,13 +212,17 @@ FOLDERS: dict[str, tuple[str, Build]] = {
     "kit:posts": ("kit-1/posts", build_posts),
     "kit:chinese_posts": ("kit-1/chinese_posts", partial(build_posts, sources=CHINESE_POSTS)),
     "kit:chinese_encoder": ("kit-1/chinese_encoder", build_chinese_encoder),
+    "kit:smollm2": ("kit-1/smollm2", build_smollm2),
     "smoke:encoder": ("smoke-2/encoder", lambda folder, **_: build_smoke_encoder(folder)),
+    "smoke:t5": ("smoke-3/t5", lambda folder, **_: build_smoke_t5(folder)),
+    "smoke:bart": ("smoke-3/bart", lambda folder, **_: build_smoke_bart(folder)),
     "smoke:posts": ("smoke-1/posts", lambda folder, **_: build_generated_posts(folder)),
     "smoke:tacl_posts": (
         "smoke-1/tacl_posts", lambda folder, **_: build_generated_posts(folder, generators=TACL_GENERATORS),
     ),
     "smoke:vision": ("smoke-2/vision", lambda folder, **_: build_smoke_vision(folder)),
     "smoke:drawn_posts": ("smoke-2/drawn_posts", lambda folder, **_: build_drawn_posts(folder)),
+    "smoke:implied_posts": ("smoke-3/implied_posts", lambda folder, **_: build_implied_posts(folder)),
 }  # fmt: skip
 """Ready-made name -> its folder below ``home()`` (the number changes with the content) and how to fill it."""
 
@@ -223,10 +230,12 @@ STARTER = ("kit:minilm", "kit:posts")
 """What the recipe starter needs; the rest of the kit is fetched when a recipe or somebody names it."""
 
 READY_MADE = {
-    "model.encoder": ("kit:minilm", "kit:chinese_encoder", "smoke:encoder"),
+    "model.encoder": ("kit:minilm", "kit:chinese_encoder", "smoke:encoder", "smoke:t5", "smoke:bart"),
     "model.vision.tower": ("smoke:vision",),
-    "data.root": ("kit:posts", "kit:chinese_posts", "smoke:posts", "smoke:tacl_posts", "smoke:drawn_posts"),
-}
+    "data.root": (
+        "kit:posts", "kit:chinese_posts", "smoke:posts", "smoke:tacl_posts", "smoke:drawn_posts", "smoke:implied_posts",
+    ),
+}  # fmt: skip
 """Option -> the ready-made names that it takes."""
 
 if __name__ == "__main__":

@@ -58,6 +58,7 @@ def _contrastive(parts: Parts) -> Term | None:
     taking_part = [task for task in parts.model.tasks if task.contrastive]
     if not config.weight or not taking_part:
         return None
+    assert parts.model.projection is not None, "a task of the contrastive loss has a head that pools"
     width = parts.model.projection.out_features
     term = ContrastiveLoss(taking_part, config, width=width, gather=gather_detached, world_size=world_size())
     return Term(config.weight, term, over_embeddings=True)

@@ -6,8 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from comoe.config import load_recipe
-from comoe.data.batching import TokenizedSplit, tokenize_split
 from comoe.data.corpus import load_corpus
+from comoe.data.tokenized import TokenizedSplit, tokenize_split
 from comoe.predict import Predictor
 from comoe.starter import home, resolve
 

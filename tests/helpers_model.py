@@ -7,14 +7,19 @@ from dataclasses import replace
 
 import torch
 from transformers import (
+    BartConfig,
     BertConfig,
     CamembertConfig,
     DebertaV2Config,
     DistilBertConfig,
     ElectraConfig,
+    MBartConfig,
     ModernBertConfig,
     MPNetConfig,
+    MT5Config,
     RobertaConfig,
+    T5Config,
+    UMT5Config,
     XLMRobertaConfig,
 )
 
@@ -33,7 +38,26 @@ DISENTANGLED = dict(
     relative_attention=True, position_buckets=4, norm_rel_ebd="layer_norm", share_att_key=True,
     pos_att_type="p2c|c2p", position_biased_input=False, type_vocab_size=0,
 )  # fmt: skip
+T5_LIKE = dict(
+    vocab_size=VOCABULARY, d_model=WIDTH, d_kv=8, d_ff=24, num_layers=3, num_decoder_layers=2, num_heads=2,
+    relative_attention_num_buckets=8, relative_attention_max_distance=12, decoder_start_token_id=0,
+)  # fmt: skip
+BART_LIKE = dict(
+    vocab_size=VOCABULARY, d_model=WIDTH, encoder_layers=3, decoder_layers=2, encoder_attention_heads=2,
+    decoder_attention_heads=2, encoder_ffn_dim=24, decoder_ffn_dim=20, max_position_embeddings=40,
+    decoder_start_token_id=2,
+)  # fmt: skip
+SEQ2SEQ = {
+    # As T5 v1.0, whose output layer is the table of words; the others' is their own.
+    "t5": T5Config(**T5_LIKE),
+    "mt5": MT5Config(**T5_LIKE),
+    "umt5": UMT5Config(**T5_LIKE),
+    "bart": BartConfig(**BART_LIKE),
+    "mbart": MBartConfig(**BART_LIKE, scale_embedding=True),
+}
+"""Encoder-decoders; with a smaller decoder."""
 HF_CONFIGS = {
+    **SEQ2SEQ,
     "bert": BertConfig(**BERT_LIKE),
     "roberta": RobertaConfig(**BERT_LIKE, type_vocab_size=1),
     "xlm-roberta": XLMRobertaConfig(**BERT_LIKE, type_vocab_size=1),

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from comoe.benchmarks.turns import HeldTrainer
-from comoe.data.batching import TokenizedSplit
+from comoe.data.tokenized import TokenizedSplit
 from comoe.distributed import world_size
 from comoe.schema import Recipe
 

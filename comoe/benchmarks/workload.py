@@ -13,8 +13,9 @@ from torch import Tensor
 
 from comoe.benchmarks.ranks import ROOT
 from comoe.config import load_recipe
-from comoe.data.batching import Collator, TokenizedSplit, load_tokenizer, tokenize_split
+from comoe.data.batching import Collator, load_tokenizer
 from comoe.data.corpus import load_corpus
+from comoe.data.tokenized import TokenizedSplit, tokenize_split
 from comoe.models.encoder import build_encoder, build_encoder_from_config
 from comoe.schema import Recipe
 from comoe.starter import resolve

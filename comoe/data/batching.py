@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,11 +12,13 @@ from transformers import AutoTokenizer
 
 from comoe.data.domains import Domains, confidences_of, domain_columns
 from comoe.data.pixels import PixelReader
-from comoe.data.posts import PostSplit, hidden, unlabelled_posts
-from comoe.data.tokens import Tokens, cached_tokens, tokenize
+from comoe.data.posts import hidden, unlabelled_posts
+from comoe.data.prompts import Wording, check_end_sign, code_points, label_tokens
+from comoe.data.tokenized import TokenizedSplit, TokenRow, assemble_split, no_tokens, target_of
+from comoe.data.tokens import tokenize
 from comoe.protocols import IGNORED, Batch
 from comoe.rules import unknown_name
-from comoe.schema import DataConfig, NormalizeConfig
+from comoe.schema import NormalizeConfig
 from comoe.tasks.catalog import Task
 
 
@@ -47,99 +47,12 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
     return tokenizer
 
 
-@dataclass(frozen=True, slots=True)
-class TokenizedSplit:
-    """A split ready for batching."""
-
-    posts: PostSplit
-    """The posts with their labels."""
-    tokens: Tokens
-    """Their tokens."""
-    lengths: np.ndarray
-    """Tokens per post, int32, shape (N,)."""
-    labelled: np.ndarray
-    """Whether a post has a label of a task, bool, shape (N, T), tasks in the order of the recipe."""
-    words_cut: int
-    """Labelled words that were cut off with the end of too long posts."""
-
-    def __len__(self) -> int:
-        return len(self.posts)
-
-    @property
-    def groups(self) -> np.ndarray:
-        """Data set of each post, int64, shape (N,)."""
-        return self.posts.groups
-
-    @property
-    def texts(self) -> Sequence[str]:
-        """Raw text of each post."""
-        return self.posts.texts
-
-    @property
-    def origins(self) -> Sequence[str]:
-        """ "file:line" of each post."""
-        return self.posts.origins
-
-    @property
-    def truncated(self) -> int:
-        """Posts that were cut to the greatest length."""
-        return int(self.tokens.truncated.sum())
-
-    def rows(self, indices: np.ndarray) -> list[TokenRow]:
-        """Tokens of some posts, in the order asked for."""
-        bounds = [(self.tokens.offsets[i], self.tokens.offsets[i + 1]) for i in indices]
-        return [
-            TokenRow(self.tokens.input_ids[a:b], self.tokens.token_types[a:b], self.tokens.word_ids[a:b])
-            for a, b in bounds
-        ]
-
-
-@dataclass(frozen=True, slots=True)
-class TokenRow:
-    """One post: token ids, segment ids, and the word that each token belongs to (-1: none), each of shape (L,)."""
-
-    input_ids: np.ndarray
-    token_types: np.ndarray
-    word_ids: np.ndarray
-
-    @property
-    def word_starts(self) -> np.ndarray:
-        """True on the first piece of each word, bool, shape (L,)."""
-        return (self.word_ids >= 0) & (self.word_ids != np.concatenate(([-1], self.word_ids[:-1])))
-
-
-def tokenize_split(
-    split: PostSplit, tokenizer: Any, *, tasks: Sequence[Task], config: DataConfig, cache_dir: Path | None = None
-) -> TokenizedSplit:
-    """Clean and tokenise a split, once: later calls with the same posts and settings read the cache.
-
-    Args:
-        split: raw posts.
-        tokenizer: from ``load_tokenizer``.
-        tasks: all tasks.
-        config: ``data`` of the recipe.
-        cache_dir: folder of the cache; None, or ``data.cache: false``, keeps nothing.
-
-    Raises:
-        ValueError: ``data.max_length`` is more than the encoder takes.
-    """
-    if config.max_length > tokenizer.model_max_length:
-        raise ValueError(
-            f"data.max_length ({config.max_length}) is more than the encoder takes "
-            f"({tokenizer.model_max_length} tokens); lower it."
-        )
-    where = cache_dir if config.cache else None
-    seen = hidden(split, config.hide)
-    tokens = cached_tokens(seen, tokenizer, max_length=config.max_length, normalize=config.normalize, cache_dir=where)
-    # A hidden text is still shown beside predictions; a hidden picture must not be read.
-    return _with_labels(replace(split, images=seen.images), tokens, tasks)
-
-
 class Collator:
-    """Pads posts to a batch and lays out rows and labels as the gate's routing wants them.
+    """Pads posts to a batch and lays out rows and labels as the gate's routing and the decoder want them.
 
-    ``route_by: token`` has one row per post, which serves all tasks. ``task`` and ``both`` have one row per (post,
-    labelled task), with the labels of the other tasks missing.
+    ``route_by: token`` has one row per post for all tasks with a head, and one per (post, task that the decoder
+    answers), with the task's prompt. ``task`` and ``both`` have one row per (post, labelled task). The labels of tasks
+    that a row does not serve are missing in it.
 
     Args:
         tokenizer: from ``load_tokenizer``.
@@ -150,7 +63,7 @@ class Collator:
         domains: what the adversarial loss predicts of posts; None predicts nothing.
 
     Raises:
-        ValueError: no such ``route_by``.
+        ValueError: no such ``route_by``; or label words that the tokenizer does not know or cannot tell apart.
     """
 
     def __init__(
@@ -172,7 +85,14 @@ class Collator:
         self._row_per_task = ROW_PER_TASK[route_by]
         self._multiple = pad_to_multiple_of
         self._segments = "token_type_ids" in tokenizer.model_input_names
-        self._filler = self.encode_texts(["a"], max_length=8).rows(np.array([0]))[0]
+        self._answered = frozenset(number for number, task in enumerate(self.tasks) if task.rules.generates)
+        self._heads = [number for number in range(len(self.tasks)) if number not in self._answered]
+        for number in sorted(self._answered):
+            check_end_sign(tokenizer, self.tasks[number])
+        self._words = {task.name: label_tokens(tokenizer, task) for task in self.tasks if task.label_words}
+        filler = unlabelled_posts(["a"], tasks=())
+        tokens = tokenize(filler, tokenizer, max_length=8, normalize=None)
+        self._filler = TokenRow(tokens.input_ids, tokens.token_types, tokens.word_ids)
 
     def __call__(self, split: TokenizedSplit, indices: np.ndarray, *, all_tasks: bool = False) -> Batch:
         """One batch on the CPU.
@@ -180,15 +100,18 @@ class Collator:
         Args:
             split: tokenised posts.
             indices: posts, int, may be empty: the batch is then one short filler row without labels, of row id -1.
-            all_tasks: where a row serves one task, make a row for every task, labelled or not (prediction).
+            all_tasks: where a row serves one task, make a row for every task, labelled or not (prediction); but the
+                decoder is asked about posts with its task's label, and about those without any.
         """
-        pairs = self._layout(split, np.asarray(indices, dtype=np.int64), all_tasks=all_tasks)
-        real = np.array([post for post, _ in pairs if post >= 0], dtype=np.int64)
-        rows = split.rows(real) or [self._filler]
+        served = {int(post): self._served(split, int(post), all_tasks=all_tasks) for post in indices}
+        pairs = [(int(post), task) for post in indices for task in served[int(post)]]
+        pairs = pairs or [(-1, 0 if self._row_per_task else -1)]
+        rows = [self._row(split, post, task) for post, task in pairs]
         length = -(-max(len(row.input_ids) for row in rows) // self._multiple) * self._multiple
         posts = [post for post, _ in pairs]
         images = [split.posts.images[post] if post >= 0 else None for post in posts]
         pixels, image_rows, image_numbers = (None,) * 3 if self.pixels is None else self.pixels.collate(images)
+        shares = [len(served.get(post, "-")) for post in posts]
         return Batch(
             pixels_I3HW=pixels,
             image_rows_I=image_rows,
@@ -204,8 +127,8 @@ class Collator:
             labels={
                 task.name: task.rules.collate(
                     [
-                        _target(split.posts, task, post, row) if post >= 0 and served in (-1, number) else None
-                        for (post, served), row in zip(pairs, rows, strict=True)
+                        target_of(split, task, post, row) if post >= 0 and self.serves(asked, number) else None
+                        for (post, asked), row in zip(pairs, rows, strict=True)
                     ],
                     labels=task.labels,
                     length=length,
@@ -213,8 +136,30 @@ class Collator:
                 for number, task in enumerate(self.tasks)
             },
             confidences=confidences_of(split.posts, posts, self.tasks),
-            **domain_columns(self.domains, split.posts, posts, split.labelled if self._row_per_task else None),
+            answers_BD=_ragged([self._answer(split, post, task) for post, task in pairs]) if self._answered else None,
+            choices={name: _ragged(words) for name, words in self._words.items()},
+            **domain_columns(self.domains, split.posts, posts, shares),
         )
+
+    def spell(self, logits: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Logits with the token ids of texts that the decoder wrote turned into code points: the model has no words.
+
+        Args:
+            logits: of ``ModelOutput``; any task's may be missing.
+
+        Returns:
+            The same, on their devices; of tasks of free text (B, 2 + C) float32, 0 behind shorter texts.
+        """
+        written = [task.name for task in self.tasks if task.rules.generates and task.rules.ragged]
+        spelled = dict(logits)
+        for name in spelled.keys() & written:
+            codes_BC = code_points(logits[name][:, 2:], self.tokenizer).to(logits[name].device)
+            spelled[name] = torch.cat([logits[name][:, :2].float(), codes_BC], dim=1)
+        return spelled
+
+    def serves(self, asked: int, number: int) -> bool:
+        """Whether a row of this task id (``Batch.task_ids_B``) is for the task with this number."""
+        return asked == number or (asked == -1 and number not in self._answered)
 
     def encode_texts(
         self,
@@ -226,6 +171,7 @@ class Collator:
         max_length: int = 128,
         normalize: NormalizeConfig | None = None,
         hide: str = "none",
+        asked: Sequence[Task] | None = None,
     ) -> TokenizedSplit:
         """Raw texts as a split without labels, by the same path as training posts.
 
@@ -237,61 +183,59 @@ class Collator:
             max_length: longest post in tokens.
             normalize: how to clean; None takes the texts as they are.
             hide: ``data.hide`` of the recipe.
+            asked: tasks to make prompts for; None is all.
+
+        Raises:
+            ValueError: columns of different number, or a prompt that is too long by itself.
         """
         names = [task.name for task in self.tasks]
         posts = unlabelled_posts(texts, tasks=names, pairs=pairs, words=words, images=images)
         seen = hidden(posts, hide)
-        tokens = tokenize(seen, self.tokenizer, max_length=max_length, normalize=normalize)
-        return _with_labels(replace(posts, images=seen.images), tokens, self.tasks)
+        if all(task.rules.generates for task in (self.tasks if asked is None else asked)):
+            tokens = no_tokens(len(posts))
+        else:
+            tokens = tokenize(seen, self.tokenizer, max_length=max_length, normalize=normalize)
+        wording = Wording(self.tokenizer, max_length=max_length, normalize=normalize)
+        return assemble_split(posts, seen, tokens, tasks=self.tasks, wording=wording, asked=asked)
 
-    def _layout(self, split: TokenizedSplit, indices: np.ndarray, *, all_tasks: bool) -> list[tuple[int, int]]:
-        """(post, task) of every row; task -1 serves all tasks, post -1 is a filler."""
-        if not self._row_per_task:
-            return [(int(post), -1) for post in indices] or [(-1, -1)]
-        tasks = range(len(self.tasks))
-        pairs = [(int(post), task) for post in indices for task in tasks if all_tasks or split.labelled[post, task]]
-        return pairs or [(-1, 0)]
+    def _served(self, split: TokenizedSplit, post: int, *, all_tasks: bool) -> list[int]:
+        """Tasks of a post's rows; -1 is all that have heads."""
+        labelled = split.labelled[post]
+        bare = not labelled.any()
+        answered = [
+            task
+            for task in sorted(self._answered)
+            if labelled[task] or bare and (all_tasks or not self._row_per_task)
+            if (lists := split.prompts.get(self.tasks[task].name)) is not None and lists.lengths[post]
+        ]
+        if self._row_per_task:
+            return sorted([*answered, *(task for task in self._heads if all_tasks or labelled[task])])
+        return [-1] * bool(self._heads and (bare or labelled[self._heads].any())) + answered
 
+    def _row(self, split: TokenizedSplit, post: int, task: int) -> TokenRow:
+        if post < 0:
+            return self._filler
+        return split.prompt(post, self.tasks[task].name) if task in self._answered else split.rows(np.array([post]))[0]
 
-def _with_labels(posts: PostSplit, tokens: Tokens, tasks: Sequence[Task]) -> TokenizedSplit:
-    """Tokens and posts in one, with the table of labels that training can use."""
-    split = TokenizedSplit(
-        posts=posts,
-        tokens=tokens,
-        lengths=np.diff(tokens.offsets).astype(np.int32),
-        labelled=np.zeros((len(posts), len(tasks)), dtype=bool),
-        words_cut=0,
-    )
-    words_cut = 0
-    for number, task in enumerate(tasks):
-        column = posts.labels[task.name]
-        present = np.flatnonzero([value is not None for value in column])
-        split.labelled[present, number] = True
-        if task.rules.per_token:
-            for post, row in zip(present, split.rows(present), strict=True):
-                kept = int((_target(posts, task, post, row) != IGNORED).sum())
-                words_cut += int((np.asarray(column[post]) != IGNORED).sum()) - kept
-                split.labelled[post, number] = kept > 0
-    return TokenizedSplit(posts, tokens, split.lengths, split.labelled, words_cut)
-
-
-def _target(posts: PostSplit, task: Task, post: int, row: TokenRow) -> Any:
-    """The label of one post as ``Kind.collate`` takes it; for tags one id per token, IGNORED off first pieces."""
-    value = posts.labels[task.name][post]
-    if value is None or not task.rules.per_token:
-        return value
-    ids = np.full(len(row.input_ids), IGNORED, dtype=np.int64)
-    starts = row.word_starts
-    ids[starts] = np.asarray(value, dtype=np.int64)[row.word_ids[starts]]
-    return ids
+    def _answer(self, split: TokenizedSplit, post: int, number: int) -> Sequence[int] | np.ndarray:
+        """Tokens that the decoder is taught in one row, none where nothing is."""
+        task = self.tasks[number]
+        if post < 0 or number not in self._answered or (value := split.posts.labels[task.name][post]) is None:
+            return ()
+        return self._words[task.name][value] if task.label_words else split.answers[task.name][post]
 
 
-def _padded(rows: Sequence[np.ndarray], *, length: int, fill: int) -> Tensor:
+def _padded(rows: Sequence[Sequence[int] | np.ndarray], *, length: int, fill: int) -> Tensor:
     """Rows of any length as one int64 tensor (B, L)."""
     padded = np.full((len(rows), length), fill, dtype=np.int64)
     for number, row in enumerate(rows):
         padded[number, : len(row)] = row
     return torch.from_numpy(padded)
+
+
+def _ragged(rows: Sequence[Sequence[int] | np.ndarray]) -> Tensor:
+    """Token ids of any number as one int64 tensor (B, D), IGNORED behind them; at least one column."""
+    return _padded(rows, length=max(1, *map(len, rows)), fill=IGNORED)
 
 
 ROW_PER_TASK: dict[str, bool] = {"token": False, "task": True, "both": True}

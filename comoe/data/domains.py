@@ -83,7 +83,7 @@ def find_domains(train: PostSplit, config: AdversarialConfig) -> Domains | None:
 
 
 def domain_columns(
-    domains: Domains | None, posts: PostSplit, rows: Sequence[int], labelled_NT: np.ndarray | None
+    domains: Domains | None, posts: PostSplit, rows: Sequence[int], shares: Sequence[int]
 ) -> dict[str, Tensor]:
     """``domains_B`` and ``domain_weights_B`` of a batch; nothing where nothing is predicted.
 
@@ -91,16 +91,15 @@ def domain_columns(
         domains: what is predicted.
         posts: of the split.
         rows: post of each row, -1 for none.
-        labelled_NT: where a post has a row for each task it is labelled for: which these are. Such a post counts once.
+        shares: how many rows the post of each row has, at least 1: it counts once.
     """
     if domains is None:
         return {}
     classes = domains.classes(posts, rows)
-    shared = [1 if labelled_NT is None else max(1, int(labelled_NT[row].sum())) for row in rows]
     weights = [0.0 if number == IGNORED else domains.weights[number] for number in classes]
     return {
         "domains_B": torch.from_numpy(classes),
-        "domain_weights_B": torch.tensor(weights) / torch.tensor(shared, dtype=torch.float32),
+        "domain_weights_B": torch.tensor(weights) / torch.tensor(shares, dtype=torch.float32),
     }
 
 

@@ -86,8 +86,8 @@ def _check_together(members: Mapping[str, TaskConfig]) -> None:
             )
         if other.balanced_sampling and not KINDS[other.kind].exclusive:
             raise ValueError(
-                f"tasks.{name}.balanced_sampling needs one label of several per post (kind: single_label), "
-                f"not {other.kind}; leave it out."
+                f"tasks.{name}.balanced_sampling needs one label of several per post (kind: single_label or "
+                f"label_words), not {other.kind}; leave it out."
             )
     balanced = [name for name, other in members.items() if other.balanced_sampling]
     if len(balanced) > 1:
@@ -113,6 +113,11 @@ def read_group(group: Group, *, with_images: bool) -> None:
     for name, task in group.tasks.items():
         known = train.label_names.get(task.label, ()) if kind_of(task.kind).scored else ()
         values = (row.get(task.label) for row in train.rows)
+        if known and kind_of(task.kind).generates and kind_of(task.kind).ragged:
+            raise ValueError(
+                f"tasks.{name} is of kind {task.kind}, but column {task.label!r} of {train.file} holds ids of the labels "
+                f"{', '.join(known)}; list them as tasks.{name}.labels, and the decoder scores their words."
+            )
         group.labels[name] = tuple(task.labels) or known or discovered(kind_of(task.kind), values)
 
 

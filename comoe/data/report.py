@@ -49,6 +49,8 @@ class DataReport:
     """Rows kept without their bad picture under ``data.on_bad_image: text``."""
     truncated: dict[str, tuple[int, int]] = field(default_factory=dict)
     """Split -> (posts cut to ``data.max_length``, labelled words lost by that)."""
+    answers_cut: dict[str, dict[str, int]] = field(default_factory=dict)
+    """Split -> task of free text -> answers cut to its ``max_answer_length``."""
     notes: list[str] = field(default_factory=list)
     """What was decided on the user's behalf."""
     warnings: list[str] = field(default_factory=list)
@@ -76,6 +78,11 @@ class DataReport:
             f"{split}: {posts:,} posts cut to data.max_length" + (f", {words:,} labelled words lost" if words else "")
             for split, (posts, words) in self.truncated.items()
             if posts or words
+        ]
+        lines += [
+            f"{split}: {count:,} answers cut to tasks.{task}.max_answer_length"
+            for split, counts in self.answers_cut.items()
+            for task, count in counts.items()
         ]
         lines += _listed("set aside", self.set_aside, all_in)
         lines += _listed("kept without their picture", self.without_picture, all_in)

@@ -15,6 +15,7 @@ from comoe.data.text import is_blank
 from comoe.schema import TaskConfig
 from comoe.tasks.catalog import kind_of
 from comoe.tasks.labels import is_missing, label_name
+from comoe.tasks.prompts import wants_pair
 
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -79,20 +80,29 @@ class RowReader:
         # Tags are given for the words between blanks, so they have the last say about what a word is.
         per_token = [kind for kind in self._kinds.values() if kind.per_token]
         self._split = min(per_token, key=lambda kind: kind.free_words).split if per_token else None
+        self._asked_with_pair = [name for name, task in tasks.items() if wants_pair(task.prompt)]
         self.unfit: Counter[str] = Counter()
 
     def read(self, row: Mapping[str, Any]) -> Post:
         """One row.
 
         Raises:
-            BadCell: no text, too long a text, an unknown label, another number of tags than of words.
+            BadCell: no text, too long a text, an unknown label, another number of tags than of words, no second text
+                where a prompt wants it.
         """
         text, words = self._first_text(row.get(self._text))
+        pair = self._second_text(row.get(self._pair)) if self._pair is not None else None
+        labels = {name: self._label(name, row.get(task.label), words) for name, task in self._tasks.items()}
+        for name in self._asked_with_pair if pair is None else ():
+            # A post without any label is to be answered, and asked likewise.
+            if labels[name] is not None or all(label is None for label in labels.values()):
+                rule = f"column {self._pair} is empty, but tasks.{name}.prompt has {{pair}}; fill it."
+                raise BadCell(row.get(self._pair), rule)
         return Post(
             text=text,
             words=words,
-            pair=self._second_text(row.get(self._pair)) if self._pair is not None else None,
-            labels={name: self._label(name, row.get(task.label), words) for name, task in self._tasks.items()},
+            pair=pair,
+            labels=labels,
             confidences={
                 name: _confidence(name, row.get(task.confidence))
                 for name, task in self._tasks.items()

@@ -6,10 +6,10 @@ import hashlib
 import json
 import os
 import zipfile
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -37,6 +37,29 @@ class Tokens:
     """First entry of each post, int64, shape (N + 1,)."""
     truncated: np.ndarray
     """True where a post was cut, bool, shape (N,)."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLists:
+    """Token ids of N texts that need no more than that (prompts, answers), as in ``Tokens``; a text may be absent."""
+
+    input_ids: np.ndarray
+    """Token ids, int32."""
+    offsets: np.ndarray
+    """First entry of each text, int64, shape (N + 1,)."""
+    truncated: np.ndarray
+    """True where a text was cut, bool, shape (N,)."""
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return self.input_ids[self.offsets[index] : self.offsets[index + 1]]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each text, int64; 0 where it is absent."""
+        return np.diff(self.offsets)
+
+
+Stored = TypeVar("Stored", Tokens, TokenLists)
 
 
 def tokenize(posts: PostSplit, tokenizer: Any, *, max_length: int, normalize: NormalizeConfig | None) -> Tokens:
@@ -68,21 +91,51 @@ def tokenize(posts: PostSplit, tokenizer: Any, *, max_length: int, normalize: No
 def cached_tokens(
     posts: PostSplit, tokenizer: Any, *, max_length: int, normalize: NormalizeConfig | None, cache_dir: Path | None
 ) -> Tokens:
-    """``tokenize``, read from ``cache_dir`` where the same posts were tokenised the same way before.
+    """``tokenize``, read from ``cache_dir`` where the same posts were tokenised the same way before."""
+
+    def make() -> Tokens:
+        return tokenize(posts, tokenizer, max_length=max_length, normalize=normalize)
+
+    if cache_dir is None:
+        return make()
+    settings = [max_length, asdict(normalize) if normalize else None, fingerprint(tokenizer)]
+    read = ([words or text, pair] for words, text, pair in zip(posts.words, posts.texts, posts.pairs, strict=True))
+    return cached(Tokens, make, settings, read, count=len(posts), cache_dir=cache_dir)
+
+
+def cached(
+    record: type[Stored],
+    make: Callable[[], Stored],
+    settings: Sequence[Any],
+    read: Iterable[Any],
+    *,
+    count: int,
+    cache_dir: Path,
+) -> Stored:
+    """What ``make`` gives, read from ``cache_dir`` where the same was made before.
 
     The file is named by a hash of everything that the tokens depend on, and holds arrays only: loading it runs no code.
+
+    Args:
+        record: what is made.
+        make: makes it.
+        settings: plain values that it depends on.
+        read: plain values, one per text, that it depends on.
+        count: texts.
+        cache_dir: folder of the cache.
     """
-    if cache_dir is None:
-        return tokenize(posts, tokenizer, max_length=max_length, normalize=normalize)
-    path = Path(cache_dir) / f"{_key(posts, tokenizer, max_length=max_length, normalize=normalize)}.npz"
-    if (tokens := _load(path, count=len(posts))) is not None:
+    digest = hashlib.sha256(json.dumps([FORMAT, VERSION, *settings]).encode())
+    for value in read:
+        digest.update(json.dumps(value).encode())
+    path = Path(cache_dir) / f"{digest.hexdigest()[:32]}.npz"
+    if (tokens := _load(record, path, count=count)) is not None:
         return tokens
-    tokens = tokenize(posts, tokenizer, max_length=max_length, normalize=normalize)
+    tokens = make()
     path.parent.mkdir(parents=True, exist_ok=True)
     # Ranks may write the same file at the same time: each its own, and the rename is atomic.
     aside = path.with_name(f".{path.stem}.{os.getpid()}.npz")
     with aside.open("wb") as file:
-        np.savez(file, **{name: getattr(tokens, name) for name in Tokens.__slots__})
+        np.savez(file, **{field.name: getattr(tokens, field.name) for field in fields(record)})
     aside.replace(path)
     return tokens
 
@@ -204,26 +257,17 @@ def _unknown_id(tokenizer: Any) -> int:
     return tokenizer.pad_token_id if tokenizer.unk_token_id is None else tokenizer.unk_token_id
 
 
-def _load(path: Path, *, count: int) -> Tokens | None:
+def _load(record: type[Stored], path: Path, *, count: int) -> Stored | None:
     """A cache file, None where there is none or it was cut short."""
     try:
         with np.load(path, allow_pickle=False) as stored:
-            tokens = Tokens(**{name: stored[name] for name in Tokens.__slots__})
+            tokens = record(**{field.name: stored[field.name] for field in fields(record)})
     except (FileNotFoundError, zipfile.BadZipFile, EOFError, KeyError, ValueError):
         return None
     return tokens if len(tokens.offsets) == count + 1 else None
 
 
-def _key(posts: PostSplit, tokenizer: Any, *, max_length: int, normalize: NormalizeConfig | None) -> str:
-    """Hash of all that the tokens depend on."""
-    settings = [FORMAT, VERSION, max_length, asdict(normalize) if normalize else None, _fingerprint(tokenizer)]
-    digest = hashlib.sha256(json.dumps(settings).encode())
-    for i in range(len(posts)):
-        digest.update(json.dumps([posts.words[i] or posts.texts[i], posts.pairs[i]]).encode())
-    return digest.hexdigest()[:32]
-
-
-def _fingerprint(tokenizer: Any) -> str:
+def fingerprint(tokenizer: Any) -> str:
     """Hash of the tokenizer's vocabulary and rules, whatever it was called with before."""
     if tokenizer.is_fast:
         rules = json.loads(tokenizer.backend_tokenizer.to_str())

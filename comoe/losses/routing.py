@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from comoe.losses.running import RunningSums
-from comoe.protocols import TOKENS, Batch, ModelOutput, Routing, labelled_rows
+from comoe.protocols import ANSWER_TOKENS, TOKENS, Batch, ModelOutput, Routing, labelled_rows
 
 SumOverRanks = Callable[[Tensor], Tensor]
 """Sum of a tensor over ranks, with or without gradient."""
@@ -41,7 +41,8 @@ class BalanceLoss:
 
     One micro-batch may well be of one topic; to ask an even load of it kills specialisation. So the shares f_i are
     counted over all ranks and over the micro-steps since ``begin_step``, and p_i is the mean over the tokens of the
-    whole optimizer step (``Batch.unit_scale_T``), however they are cut into micro-steps.
+    whole optimizer step (``Batch.unit_scale_T``), however they are cut into micro-steps; in a decoder's layers over the
+    tokens of the answers.
 
     Args:
         sum_over_ranks: reached by every rank in every call.
@@ -63,11 +64,18 @@ class BalanceLoss:
             counts = counts + self._earlier
         self._earlier = counts
         losses = [
-            balance_loss(routing.scores_SE, counts_E, num_tokens=1.0)
-            for routing, counts_E in zip(routings, counts, strict=True)
+            scale * balance_loss(routing.scores_SE, counts_E, num_tokens=1.0)
+            for routing, counts_E, scale in zip(routings, counts, scales_of(output, batch), strict=True)
         ]
-        total = batch.unit_scale_T[TOKENS] * torch.stack(losses).mean()
+        total = torch.stack(losses).mean()
         return total, {"balance": total.detach()}
+
+
+def scales_of(output: ModelOutput, batch: Batch) -> list[Tensor]:
+    """Per routing the factor that makes a sum over its tokens this micro-step's share of a mean over the step's."""
+    own = len(output.routings) - output.num_answer_layers
+    scales = batch.unit_scale_T
+    return [scales[TOKENS]] * own + [scales[ANSWER_TOKENS]] * output.num_answer_layers
 
 
 class ZLoss:
@@ -87,8 +95,12 @@ class ZLoss:
 
     def __call__(self, output: ModelOutput, batch: Batch) -> tuple[Tensor, Mapping[str, Tensor]]:
         """This rank's share of the term; term ``z``, detached."""
-        sums = torch.stack([self.penalty(routing.logits_SE).sum() for routing in output.routings])
-        total = batch.unit_scale_T[TOKENS] * sums.mean()
+        scales = scales_of(output, batch)
+        sums = [
+            scale * self.penalty(routing.logits_SE).sum()
+            for routing, scale in zip(output.routings, scales, strict=True)
+        ]
+        total = torch.stack(sums).mean()
         return total, {"z": total.detach()}
 
 
@@ -139,7 +151,10 @@ class TaskSeparationLoss:
 
     def __call__(self, output: ModelOutput, batch: Batch) -> tuple[Tensor, Mapping[str, Tensor]]:
         """The global term, the same on every rank; term ``task_separation``, detached."""
-        labelled_ST = labelled_rows(batch, self.tasks)[output.token_rows_S]
-        own = [labelled_ST.T.to(routing.weights_Sk.dtype) @ gate_vectors(routing) for routing in output.routings]
+        labelled_BT = labelled_rows(batch, self.tasks)
+        own = [
+            labelled_BT[rows_S].T.to(routing.weights_Sk.dtype) @ gate_vectors(routing)
+            for routing, rows_S in zip(output.routings, output.layer_rows, strict=True)
+        ]
         total = task_separation(self._gates.add(torch.stack(own)))
         return total, {"task_separation": total.detach()}

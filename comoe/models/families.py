@@ -3,44 +3,17 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
 
+from comoe.models.beside import BeforeResidualNorm, BesideFeedForward, wrap, wrap_pair, wrap_t5
 from comoe.models.moe import ContextHolder, CooperativeBlock
 from comoe.rules import unknown_name
 from comoe.schema import MoeConfig
-
-
-class BeforeResidualNorm(nn.Module):
-    """Wraps a layer's ``output`` module, LN(dropout(dense(hidden)) + x): the block's update joins the residual x.
-
-    So the sum under the norm is FFN(x) + block(x) + x: the block sits beside the feed-forward.
-    """
-
-    def __init__(self, inner: nn.Module, block: CooperativeBlock) -> None:
-        super().__init__()
-        self.inner = inner
-        self.block = block
-
-    def forward(self, hidden_BLF: Tensor, x_BLM: Tensor) -> Tensor:
-        """The layer's output; ``hidden_BLF`` is the feed-forward's hidden state, ``x_BLM`` its input."""
-        return self.inner(hidden_BLF, x_BLM + self.block(x_BLM))
-
-
-class BesideFeedForward(nn.Module):
-    """Wraps a whole feed-forward: FFN(x) + block(x)."""
-
-    def __init__(self, inner: nn.Module, block: CooperativeBlock) -> None:
-        super().__init__()
-        self.inner = inner
-        self.block = block
-
-    def forward(self, x_BLM: Tensor) -> Tensor:
-        """The feed-forward's output with the block's update, before residual and norm."""
-        return self.inner(x_BLM) + self.block(x_BLM)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,23 +21,34 @@ class Family:
     """Where one model family keeps its layers and its feed-forward, and what its forward takes."""
 
     layers: str = "encoder.layer"
-    """Path of the list of layers."""
-    site: str = "output"
-    """Attribute of a layer that is wrapped."""
-    wrapper: Callable[[nn.Module, CooperativeBlock], nn.Module] = BeforeResidualNorm
-    """Wraps it."""
-    dropout: str = "hidden_dropout_prob"
-    """Field of the configuration with the dropout of hidden states."""
+    """Path of the list of layers, of an encoder-decoder in each of its stacks."""
+    attach: Callable[[nn.Module, CooperativeBlock], None] = wrap("output", BeforeResidualNorm)
+    """Puts a block beside a layer's feed-forward."""
+    dropout: str | None = "hidden_dropout_prob"
+    """Field of the configuration with the dropout of the block's update; None where the layer drops out the sum."""
     has_pooler: bool = True
     """True where the constructor takes ``add_pooling_layer``: the pooler is left out, it would get no gradient."""
     has_segments: bool = True
     """True where the forward takes ``token_type_ids``."""
-    first_position: int = 0
-    """Positions of the table that no token ever uses (RoBERTa counts from padding + 1)."""
+    first_position: int | None = 0
+    """Positions of the table that no token ever uses (RoBERTa counts from padding + 1); None where there is none."""
     after_layers: tuple[str, ...] = ()
-    """Paths of modules that run after the last layer: they train with it."""
+    """Paths of modules that run after the last layer, of an encoder-decoder in each stack: they train with it."""
     single_stream: bool = False
     """True where one encoder reads text and pixels, and needs no vision tower."""
+    stacks: tuple[str, ...] = ()
+    """Paths of encoder and decoder in the whole of an encoder-decoder; none in families without a decoder."""
+    encoder_alone: bool = False
+    """True where the library has a class of its encoder alone, so that no decoder need be read."""
+    starts_with_padding: bool = False
+    """True where answers begin with the padding sign unless the configuration says otherwise."""
+    vocabulary: Callable[[nn.Module, Tensor], Tensor] | None = None
+    """(whole encoder-decoder, last states of its decoder (..., M)) -> logits of the next token (..., V)."""
+    feed_forward: tuple[str, ...] = ("intermediate_size",)
+    """Fields of the configuration with the hidden width of the feed-forward, of encoder and decoder where they have
+    their own."""
+    num_layers: tuple[str, ...] = ("num_hidden_layers",)
+    """Fields with the number of layers of each stack."""
 
 
 def family_of(model_type: str) -> Family:
@@ -74,9 +58,26 @@ def family_of(model_type: str) -> Family:
     return FAMILIES[model_type]
 
 
-def layers_of(encoder: nn.Module) -> nn.ModuleList:
-    """The encoder's layers, first to last."""
-    return operator.attrgetter(family_of(encoder.config.model_type).layers)(encoder)
+def has_decoder(encoder: nn.Module) -> bool:
+    """True for the whole of an encoder-decoder, False for an encoder alone."""
+    return bool(family_of(encoder.config.model_type).stacks) and encoder.can_generate()
+
+
+def stacks_of(encoder: nn.Module) -> list[nn.Module]:
+    """The encoder; of an encoder-decoder both stacks, the encoder's first."""
+    if not has_decoder(encoder):
+        return [encoder]
+    return [operator.attrgetter(path)(encoder) for path in family_of(encoder.config.model_type).stacks]
+
+
+def layers_of(encoder: nn.Module) -> list[nn.Module]:
+    """The encoder's layers, first to last; behind them the decoder's."""
+    return [layer for layers in _layers_by_stack(encoder) for layer in layers]
+
+
+def _layers_by_stack(encoder: nn.Module) -> list[nn.ModuleList]:
+    path = operator.attrgetter(family_of(encoder.config.model_type).layers)
+    return [path(stack) for stack in stacks_of(encoder)]
 
 
 def reads_segments(hf_config: Any) -> bool:
@@ -89,26 +90,31 @@ def freeze_encoder(encoder: nn.Module, train_layers: int | str) -> None:
 
     Args:
         encoder: a model of ``build_encoder``.
-        train_layers: ``model.train_layers``: all, none, or the number of last layers. A number freezes the embeddings
-            and all else that runs before those layers.
+        train_layers: ``model.train_layers``: all, none, or the number of last layers, of encoder and decoder each. A
+            number freezes the embeddings and all else that runs before those layers; an output layer of its own trains.
 
     Raises:
         ValueError: another word, or a number of layers that the encoder does not have.
     """
-    layers = layers_of(encoder)
+    by_stack = _layers_by_stack(encoder)
     if isinstance(train_layers, str):
         if train_layers not in TRAINED_LAYERS:
             raise unknown_name("model.train_layers", train_layers, TRAINED_LAYERS)
         encoder.requires_grad_(TRAINED_LAYERS[train_layers])
         return
-    if not 1 <= train_layers <= len(layers):
+    deepest = max(map(len, by_stack))
+    if not 1 <= train_layers <= deepest:
         raise ValueError(
-            f"model.train_layers ({train_layers}) must be all, none, or a number from 1 to {len(layers)}, the layers "
+            f"model.train_layers ({train_layers}) must be all, none, or a number from 1 to {deepest}, the layers "
             f"of {encoder.config.model_type} here."
         )
     encoder.requires_grad_(False)
-    after = [operator.attrgetter(path)(encoder) for path in family_of(encoder.config.model_type).after_layers]
-    for module in [*layers[-train_layers:], *after]:
+    family = family_of(encoder.config.model_type)
+    trained = [layer for layers in by_stack for layer in layers[-train_layers:]]
+    trained += [operator.attrgetter(path)(stack) for stack in stacks_of(encoder) for path in family.after_layers]
+    if has_decoder(encoder) and encoder.lm_head.weight is not encoder.get_input_embeddings().weight:
+        trained.append(encoder.lm_head)
+    for module in trained:
         module.requires_grad_(True)
 
 
@@ -128,14 +134,13 @@ def attach_blocks(encoder: nn.Module, config: MoeConfig, holder: ContextHolder) 
     family = family_of(encoder.config.model_type)
     layers = layers_of(encoder)
     width = encoder.config.hidden_size
-    dropout = getattr(encoder.config, family.dropout)
+    dropout = 0.0 if family.dropout is None else getattr(encoder.config, family.dropout)
     blocks = []
-    for number in chosen_layers(config.layers, len(layers)):
+    for number in chosen_of_stacks(config.layers, list(map(len, _layers_by_stack(encoder)))):
         block = CooperativeBlock(
             width, expert_width(config, width), config, layer=number, holder=holder, dropout=dropout
         )
-        site = getattr(layers[number], family.site)
-        setattr(layers[number], family.site, family.wrapper(site, block))
+        family.attach(layers[number], block)
         blocks.append(block)
     return blocks
 
@@ -164,9 +169,35 @@ def chosen_layers(layers: str | list[int], num_layers: int) -> list[int]:
     return sorted(layers)
 
 
+def chosen_of_stacks(layers: str | list[int], counts: Sequence[int]) -> list[int]:
+    """Numbers of the layers that get experts, those of the decoder behind the encoder's.
+
+    Args:
+        layers: ``model.moe.layers``; a word counts in each stack by itself, a list numbers all layers.
+        counts: layers of each stack.
+    """
+    if not isinstance(layers, str):
+        return chosen_layers(layers, sum(counts))
+    return [
+        sum(counts[:place]) + number for place, count in enumerate(counts) for number in chosen_layers(layers, count)
+    ]
+
+
 def longest_input(hf_config: Any) -> int:
-    """Most tokens that the encoder's position table can number."""
-    return hf_config.max_position_embeddings - family_of(hf_config.model_type).first_position
+    """Most tokens that the encoder's position table can number; a number without end where it has none."""
+    first = family_of(hf_config.model_type).first_position
+    return sys.maxsize if first is None else hf_config.max_position_embeddings - first
+
+
+def _t5_vocabulary(model: nn.Module, states: Tensor) -> Tensor:
+    # T5 v1.0, whose output layer is its table of words, scales; later ones have an output layer of their own.
+    scale = model.config.d_model**-0.5 if getattr(model.config, "scale_decoder_outputs", False) else 1.0
+    return model.lm_head(states * scale)
+
+
+def _bart_vocabulary(model: nn.Module, states: Tensor) -> Tensor:
+    logits = model.lm_head(states)
+    return logits + model.final_logits_bias[0].to(logits.dtype)
 
 
 LAYER_CHOICES: dict[str, Callable[[int], list[int]]] = {
@@ -179,6 +210,33 @@ LAYER_CHOICES: dict[str, Callable[[int], list[int]]] = {
 TRAINED_LAYERS: dict[str, bool] = {"all": True, "none": False}
 """Word in ``model.train_layers`` -> whether the encoder trains; a number means so many last layers."""
 
+_T5 = Family(
+    layers="block",
+    attach=wrap_t5,
+    dropout=None,
+    has_pooler=False,
+    has_segments=False,
+    first_position=None,
+    after_layers=("final_layer_norm",),
+    stacks=("encoder", "decoder"),
+    encoder_alone=True,
+    starts_with_padding=True,
+    vocabulary=_t5_vocabulary,
+    feed_forward=("d_ff",),
+    num_layers=("num_layers", "num_decoder_layers"),
+)
+_BART = Family(
+    layers="layers",
+    attach=wrap_pair,
+    dropout=None,
+    has_pooler=False,
+    has_segments=False,
+    stacks=("model.encoder", "model.decoder"),
+    vocabulary=_bart_vocabulary,
+    feed_forward=("encoder_ffn_dim", "decoder_ffn_dim"),
+    num_layers=("encoder_layers", "decoder_layers"),
+)
+
 FAMILIES: dict[str, Family] = {
     "bert": Family(),
     "roberta": Family(first_position=2),
@@ -189,16 +247,15 @@ FAMILIES: dict[str, Family] = {
     "mpnet": Family(has_segments=False, first_position=2),
     "distilbert": Family(
         layers="transformer.layer",
-        site="ffn",
-        wrapper=BesideFeedForward,
+        attach=wrap("ffn", BesideFeedForward),
         dropout="dropout",
         has_pooler=False,
         has_segments=False,
+        feed_forward=("hidden_dim",),
     ),
     "modernbert": Family(
         layers="layers",
-        site="mlp",
-        wrapper=BesideFeedForward,
+        attach=wrap("mlp", BesideFeedForward),
         dropout="mlp_dropout",
         has_pooler=False,
         has_segments=False,
@@ -206,5 +263,11 @@ FAMILIES: dict[str, Family] = {
     ),
     # A layer before its norm: the block brings a norm of its own.
     "vilt": Family(after_layers=("layernorm",), single_stream=True),
+    # Encoder-decoders. Their layers drop out the sum of feed-forward and block themselves.
+    "t5": _T5,
+    "mt5": _T5,
+    "umt5": _T5,
+    "bart": _BART,
+    "mbart": replace(_BART, after_layers=("layer_norm",)),
 }
 """Hugging Face ``model_type`` -> family."""

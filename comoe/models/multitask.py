@@ -1,4 +1,4 @@
-"""The whole model in plain PyTorch: encoder with cooperative blocks, one head per task, one shared projection."""
+"""The whole model in plain PyTorch: encoder with cooperative blocks, heads and decoder that answer, one projection."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from comoe.models.decoding import AnswerDecoder, Answers
 from comoe.models.encoder import build_encoder, build_encoder_from_config
-from comoe.models.families import attach_blocks, freeze_encoder, longest_input, reads_segments
+from comoe.models.families import attach_blocks, freeze_encoder, longest_input, reads_segments, stacks_of
 from comoe.models.fusion import build_fusion
 from comoe.models.gate import ROUTES
 from comoe.models.heads import HeadOutput, TaskHead
-from comoe.models.image_text import ImageTextHead
+from comoe.models.image_text import ImageTextHead, both_sides
 from comoe.models.moe import ContextHolder, CooperativeBlock, RoutingContext, of_first, without_tokens
 from comoe.models.pictures import EncoderInputs, Pictures, Reading, Texts
 from comoe.models.private import PrivatePart, input_weights, scale_inputs
 from comoe.models.probe import probe
 from comoe.models.recompute import recompute_layers
 from comoe.models.vision import Tower, build_tower, build_tower_from_config, expected_tokens
-from comoe.protocols import Batch, ImageText, ModelOutput, Sharing
+from comoe.protocols import Batch, ModelOutput, Sharing
 from comoe.schema import ImageTextConfig, ModelConfig
 from comoe.tasks.catalog import Task
 
@@ -49,7 +50,8 @@ class MultiTaskModel(nn.Module):
     """Posts in, every task's answer out; knows no loss.
 
     Args:
-        encoder: a model of ``build_encoder``; blocks are attached to it here.
+        encoder: a model of ``build_encoder``, the whole of an encoder-decoder where some task is answered by a
+            decoder; blocks are attached to it here.
         tasks: in the order of the task ids.
         config: ``model``.
         tower: reads pictures; None where the model reads none, or where its encoder does.
@@ -84,9 +86,14 @@ class MultiTaskModel(nn.Module):
         dropout = HEAD_DROPOUT if config.dropout is None else config.dropout
         # A list, not a dict by name: a task may be called "type" or "expert", which torch and DeepSpeed keep for
         # themselves.
-        self.heads = nn.ModuleList(TaskHead(task, width, dropout=dropout) for task in self.tasks)
-        self.projection = nn.Linear(width, config.projection_width, bias=False)
-        nn.init.normal_(self.projection.weight, std=0.02)
+        self._headed = tuple(number for number, task in enumerate(self.tasks) if not task.rules.generates)
+        self.heads = nn.ModuleList(TaskHead(self.tasks[number], width, dropout=dropout) for number in self._headed)
+        # Nothing to project, and no gradient, without a head that pools (models of tags alone have always had one).
+        projects = any(head.pooling is not None for head in self.heads) or len(self.heads) == len(self.tasks)
+        self.projection = nn.Linear(width, config.projection_width, bias=False) if projects else None
+        if self.projection is not None:
+            nn.init.normal_(self.projection.weight, std=0.02)
+        self.decoder = self._build_decoder()
         self.tower = tower
         self.fusion = build_fusion(encoder, tower, config.vision, dropout=dropout)
         self.route_image_tokens = config.vision.route_image_tokens
@@ -107,16 +114,35 @@ class MultiTaskModel(nn.Module):
         if any(task.weighs("input") for task in self.tasks):
             scale_inputs(encoder, self.holder)
 
+    def _build_decoder(self) -> AnswerDecoder | None:
+        if len(self.heads) == len(self.tasks):
+            return None
+        longest, limit = max(self.tasks, key=lambda task: task.max_answer_length), longest_input(self.encoder.config)
+        if longest.max_answer_length > limit:
+            raise ValueError(
+                f"tasks.{longest.name}.max_answer_length ({longest.max_answer_length}) must be at most {limit}, the "
+                f"positions that the decoder of model.encoder numbers."
+            )
+        embed = None if self.task_embedding is None else self.task_embedding.__call__
+        return AnswerDecoder(self.encoder, self.tasks, self.holder, embed)
+
     def forward(
-        self, batch: Batch, picks: Sequence[Tensor] = (), *, compare: bool = True, probed: bool = False
+        self,
+        batch: Batch,
+        picks: Sequence[Tensor] = (),
+        *,
+        compare: bool = True,
+        decode: bool = True,
+        probed: bool = False,
     ) -> ModelOutput:
-        """Answer every task on every row.
+        """Answer every task on every row, and tasks that a decoder answers on the rows that are theirs.
 
         Args:
             batch: the rows.
             picks: ``ModelOutput.picks`` of an earlier pass over the same batch; this one routes every token as that one
                 did.
-            compare, probed: give ``ModelOutput.image_text``, where the model is trained for it; give ``probe``.
+            compare, decode, probed: give ``ModelOutput.image_text``, where the model is trained for it; run the
+                decoder, where there is one; give ``probe``.
         """
         ids_BL, mask_BL = batch.input_ids_BL, batch.attention_mask_BL
         # A confidence says how much to learn from a post, not how to answer it.
@@ -127,26 +153,60 @@ class MultiTaskModel(nn.Module):
         routings, picked, token_rows_S = reading.routings, reading.picks, reading.token_rows_S
         second = probe(reading.fused_BLM, self.tasks, partial(self._answer, mask_BL=mask_BL)) if probed else None
         logits, embeddings, attentions, private = {}, {}, {}, {}
-        for number, task in enumerate(self.tasks):
-            answer, update = self._answer(number, reading.fused_BLM, mask_BL=mask_BL)
+        for place, number in enumerate(self._headed):
+            name = self.tasks[number].name
+            answer, update = self._answer(place, reading.fused_BLM, mask_BL=mask_BL)
             private |= update
-            logits[task.name] = answer.logits
+            logits[name] = answer.logits
             if answer.pooled_BM is not None:
-                embeddings[task.name] = F.normalize(self.projection(answer.pooled_BM).float(), dim=1)
+                embeddings[name] = F.normalize(self.projection(answer.pooled_BM).float(), dim=1)
             if answer.attention_BL is not None:
-                attentions[task.name] = answer.attention_BL
+                attentions[name] = answer.attention_BL
+        answers = None
+        if self.decoder is not None and decode:
+            answers, update = self._decoded(batch, reading.fused_BLM, picks)
+            private |= update
+            logits |= answers.logits
+            routings, picked = routings + answers.routings, picked + answers.picks
+        answer_rows_S, num_answer_layers = (None, 0) if answers is None else (answers.rows_S, len(answers.routings))
         # A filler row stands alone. Its tokens had to run, but no loss and no statistic may count them.
         if len(batch.row_ids_B) == 1 and int(batch.row_ids_B) < 0:
             routings, picked, token_rows_S = tuple(map(without_tokens, routings)), (), token_rows_S[:0]
-        both = self.compare(texts, pictures, reading) if compare and self.image_text is not None else None
+            answer_rows_S = None if answers is None else answer_rows_S[:0]
+        both = None
+        if compare and self.image_text is not None:
+            both = both_sides(self.image_text, self.fusion, self.read, texts, pictures, reading)
         sharing = Sharing(reading.fused_BLM, mask_BL, private) if self.training else None
-        more = {"image_text": both, "sharing": sharing, "probe": second}
-        return ModelOutput(logits, embeddings, attentions, routings, token_rows_S, picks=picked, **more)
+        more = {"image_text": both, "sharing": sharing, "probe": second, "answer_rows_S": answer_rows_S}
+        more |= {"num_answer_layers": num_answer_layers, "picks": picked}
+        logits = {task.name: logits[task.name] for task in self.tasks if task.name in logits}
+        return ModelOutput(logits, embeddings, attentions, routings, token_rows_S, **more)
 
-    def _answer(self, number: int, shared_BLM: Tensor, *, mask_BL: Tensor) -> tuple[HeadOutput, dict[str, Tensor]]:
-        """One task's answer from the shared states, and, by its name, what its private part adds to them."""
-        update = {} if self.private is None else {self.tasks[number].name: self.private[number](shared_BLM)}
-        return self.heads[number](sum(update.values(), shared_BLM), mask_BL), update
+    def _answer(self, place: int, shared_BLM: Tensor, *, mask_BL: Tensor) -> tuple[HeadOutput, dict[str, Tensor]]:
+        """What a head answers from the shared states, and, by its task's name, what a private part adds to them."""
+        update = self._private(self._headed[place], shared_BLM)
+        return self.heads[place](sum(update.values(), shared_BLM), mask_BL), update
+
+    def _private(self, number: int, shared_BLM: Tensor) -> dict[str, Tensor]:
+        return {} if self.private is None else {self.tasks[number].name: self.private[number](shared_BLM)}
+
+    def _decoded(
+        self, batch: Batch, shared_BLM: Tensor, picks: Sequence[Tensor]
+    ) -> tuple[Answers, dict[str, Tensor]]:
+        """What the decoder answers, and what the private parts of its tasks add to the states of their rows."""
+        updates: dict[str, Tensor] = {}
+        states_BLM = shared_BLM
+        for number, task in enumerate(self.tasks):
+            if task.rules.generates and self.private is not None:
+                updates |= self._private(number, shared_BLM)
+                own_B11 = (batch.task_ids_B == number).to(shared_BLM.dtype)[:, None, None]
+                states_BLM = states_BLM + updates[task.name] * own_B11
+        if not self.training:
+            return self.decoder.answer(states_BLM, batch), updates
+        return self.decoder.teach(states_BLM, batch, self._by_layer(picks)), updates
+
+    def _by_layer(self, picks: Sequence[Tensor]) -> dict[int, Tensor]:
+        return dict(zip((block.layer for block in self._blocks), picks, strict=False))
 
     def look(self, batch: Batch) -> Pictures | None:
         """The pictures as the fusion wants them, one per row; the tower runs once per batch, on each picture once."""
@@ -173,7 +233,7 @@ class MultiTaskModel(nn.Module):
             index_S = torch.cat([index_S, inputs.image_index_Z])
             token_rows_S = torch.cat([rows_S, inputs.image_index_Z // inputs.columns])
         context = RoutingContext(index_S, token_rows_S, input_weights_B=texts.weights_B)
-        context.picks = dict(zip((block.layer for block in self._blocks), picks, strict=False))
+        context.picks = self._by_layer(picks)
         if self.task_embedding is not None:
             # A filler row has no task; its answer is never used, so any embedding will do.
             context.task_embeddings_BD = self.task_embedding(texts.tasks_B.clamp_min(0))
@@ -188,41 +248,9 @@ class MultiTaskModel(nn.Module):
         """The encoder's last states (B, N, M); ``context`` collects the routings."""
         self.holder.context = context
         try:
-            return self.encoder(**arguments).last_hidden_state
+            return stacks_of(self.encoder)[0](**arguments).last_hidden_state
         finally:
             self.holder.context = None
-
-    def compare(self, texts: Texts, pictures: Pictures, reading: Reading) -> ImageText:
-        """Both sides of the posts with pictures. Loads of the passes that are run for it are not counted."""
-        rows_I, in_encoder = pictures.places_I, self.fusion.in_encoder
-        own = texts.take(rows_I)
-        text_IP = image_IP = logits_I2 = None
-        if self.image_text.compares:
-            # Where the encoder reads the picture too, the text alone takes a pass of its own.
-            alone_ILM = self.read(own, None).states_BLM if in_encoder else reading.states_BLM[rows_I]
-            text_IP, image_IP = self.image_text.embed(alone_ILM, own.mask_BL, pictures.tokens)
-        if self.image_text.match is not None:
-            logits_I2 = self.image_text.judge(reading.fused_BLM[rows_I], own.mask_BL)
-        if in_encoder:
-            segments = () if own.segments_BL is None else (own.segments_BL,)
-            given: tuple[Tensor, ...] = (own.mask_BL, own.ids_BL, *segments)
-        else:
-            given = (own.mask_BL, reading.states_BLM[rows_I])
-
-        def match(others: tuple[Tensor, ...], numbers_J: Tensor) -> Tensor:
-            mask_JL, *what = others
-            chosen = pictures.take(numbers_J)
-            if in_encoder:
-                ids_JL, *segments = what
-                # Weighed as the picture's own text is: else the weight would tell which text is the own one.
-                weights_J = None if own.weights_B is None else own.weights_B[numbers_J]
-                paired = Texts(ids_JL, mask_JL, segments[0] if segments else None, own.tasks_B[numbers_J], weights_J)
-                fused_JLM = self.read(paired, chosen).fused_BLM
-            else:
-                fused_JLM = self.fusion.after(what[0], mask_JL, chosen)
-            return self.image_text.judge(fused_JLM, mask_JL)
-
-        return ImageText(pictures.rows_I, text_IP, image_IP, logits_I2, given, match)
 
     @property
     def image_tokens(self) -> int:
@@ -239,18 +267,6 @@ class MultiTaskModel(nn.Module):
     def moe_layers(self) -> list[CooperativeBlock]:
         """The cooperative blocks in layer order."""
         return list(self._blocks)
-
-
-def parameter_group(name: str) -> str:
-    """Which learning rate a parameter follows: "encoder", "experts" or "heads", from its path.
-
-    Blocks, the task embedding and private parts are "experts": all that is new beside or behind the pre-trained layers.
-    """
-    parts = name.split(".")
-    child = next((part for part in parts if part in PARAMETER_GROUPS), None)
-    assert child, f"{name} lies in none of the modules {', '.join(PARAMETER_GROUPS)} of MultiTaskModel"
-    # The blocks live inside the encoder they are attached to.
-    return "experts" if child == "encoder" and "block" in parts else PARAMETER_GROUPS[child]
 
 
 def build_model(
@@ -272,10 +288,11 @@ def build_model(
         image_text: ``loss.image_text``, see ``MultiTaskModel``.
         recompute: activation checkpointing, see ``MultiTaskModel``.
     """
+    generates = any(task.rules.generates for task in tasks)
     if encoder_config is None:
-        encoder = build_encoder(config)
+        encoder = build_encoder(config, generates=generates)
     else:
-        encoder = build_encoder_from_config(encoder_config, dropout=config.dropout)
+        encoder = build_encoder_from_config(encoder_config, dropout=config.dropout, generates=generates)
     tower = None
     if tower_config is not None:
         tower = build_tower_from_config(tower_config, train=config.vision.train_tower)
@@ -284,16 +301,3 @@ def build_model(
         with torch.random.fork_rng([]):
             tower = build_tower(config.vision, trust_remote_code=config.trust_remote_code)
     return MultiTaskModel(encoder, tasks, config, tower=tower, image_text=image_text, recompute=recompute)
-
-
-PARAMETER_GROUPS: dict[str, str] = {
-    "encoder": "encoder",
-    "task_embedding": "experts",
-    "heads": "heads",
-    "projection": "heads",
-    "tower": "encoder",
-    "fusion": "heads",
-    "image_text": "heads",
-    "private": "experts",
-}
-"""Child of ``MultiTaskModel`` -> group of its parameters."""

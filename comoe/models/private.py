@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from comoe.models.families import family_of, layers_of
 from comoe.models.moe import ContextHolder, GatedFeedForward
 from comoe.protocols import Batch, labelled_rows
 from comoe.tasks.catalog import Task
@@ -45,20 +46,26 @@ def scale_inputs(encoder: nn.Module, holder: ContextHolder) -> None:
     """Let the encoder multiply what its embeddings answer, after their norm, by the weight of each row; in place.
 
     Args:
-        encoder: a model of ``build_encoder``; every family keeps its embeddings there.
+        encoder: a model of ``build_encoder``. Encoder-decoders have no module of all that their embeddings do, so it
+            is what the first layer of their encoder reads; a decoder reads its own words as they are.
         holder: its context has the weights of the running encode, None for all 1.
     """
 
-    def scale(module: nn.Module, inputs: Any, answer: Any) -> Any:
+    def scaled(states: Tensor) -> Tensor:
         weights_B = holder.context.input_weights_B
-        if weights_B is None:
-            return None
-        # An encoder of text and pixels answers its mask too.
-        states, *rest = answer if isinstance(answer, tuple) else (answer,)
-        states = states * weights_B.to(states.dtype)[:, None, None]
-        return (states, *rest) if isinstance(answer, tuple) else states
+        return states if weights_B is None else states * weights_B.to(states.dtype)[:, None, None]
 
-    encoder.embeddings.register_forward_hook(scale)
+    def scale(module: nn.Module, inputs: Any, answer: Any) -> Any:
+        # An encoder of text and pixels answers its mask too.
+        return (scaled(answer[0]), *answer[1:]) if isinstance(answer, tuple) else scaled(answer)
+
+    def scale_first(layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        return scaled(inputs[0]), *inputs[1:]
+
+    if family_of(encoder.config.model_type).stacks:
+        layers_of(encoder)[0].register_forward_pre_hook(scale_first)
+    else:
+        encoder.embeddings.register_forward_hook(scale)
 
 
 def input_weights(batch: Batch, tasks: Sequence[Task]) -> Tensor | None:

@@ -53,10 +53,14 @@ class Kind(ABC):
     """True when posts with different keys can be alike; else ``affinity`` is 1 for equal keys and 0 for others."""
     exclusive: ClassVar[bool] = False
     """True when a post has one label of several, so that posts can be drawn by it."""
+    generates: ClassVar[bool] = False
+    """True when the decoder of an encoder-decoder answers: no head, and a row of its own per post, with its prompt."""
+    ragged: ClassVar[bool] = False
+    """True when answers and targets of two posts differ in length."""
     free_words: ClassVar[bool] = False
     """True when labels name words of the post and not its places, so that it can be split into words anyhow."""
     weighted: ClassVar[bool] = True
-    """True when class weights and label smoothing have a meaning."""
+    """True when class weights have a meaning, and label smoothing too unless a decoder answers."""
     min_labels: ClassVar[int] = 0
     """Fewest labels that leave something to learn."""
     metrics: ClassVar[tuple[str, ...]] = ()
@@ -65,10 +69,10 @@ class Kind(ABC):
     @property
     def pooled(self) -> bool:
         """True when the head reads one vector per post."""
-        return not self.per_token
+        return not (self.per_token or self.generates)
 
     def num_outputs(self, labels: Sequence[str]) -> int:
-        """Width of the head."""
+        """Width of the head; 0 without one, but for labels that a decoder scores."""
         return len(labels)
 
     def num_keys(self, labels: Sequence[str]) -> int:

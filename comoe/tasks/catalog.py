@@ -13,6 +13,7 @@ from comoe.schema import TaskConfig
 from comoe.tasks.base import Kind
 from comoe.tasks.kinds import KINDS
 from comoe.tasks.metrics import METRICS
+from comoe.tasks.prompts import check_answering, resolve_label_words
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +53,15 @@ class Task:
     thresholds: tuple[float, ...] | None = None
     """Probabilities from which labels are given: one per label, or, where two labels exclude one another, that of the
     label with id 1. None is 0.5."""
+
+    prompt: str | None = None
+    """What the encoder reads of a post where a decoder answers, see ``comoe.tasks.prompts``; else None."""
+    label_words: tuple[str, ...] = ()
+    """Words that the decoder scores, one text per label; empty for other kinds."""
+    max_answer_length: int = 32
+    """Most tokens of a text that the decoder writes, its end sign included."""
+    num_beams: int = 1
+    """Beams of its search; 1 is greedy."""
 
     @property
     def rules(self) -> Kind:
@@ -130,6 +140,7 @@ def build_task(
     if config.kind not in KINDS:
         raise unknown_name(f"tasks.{name}.kind", config.kind, KINDS)
     kind, labels = KINDS[config.kind], tuple(labels)
+    check_answering(name, config, kind=kind)
     _check_labels(name, config, labels)
     return Task(
         name=name,
@@ -146,6 +157,10 @@ def build_task(
         auxiliary=config.auxiliary,
         slices=tuple(config.slices),
         confidence_strategy=_confidence_strategy(name, config, kind=kind),
+        prompt=config.prompt,
+        label_words=resolve_label_words(name, config.label_words, kind=kind, labels=labels),
+        max_answer_length=config.max_answer_length,
+        num_beams=config.num_beams,
     )
 
 

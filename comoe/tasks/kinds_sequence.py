@@ -25,6 +25,7 @@ class Tags(Kind):
     """
 
     per_token = True
+    ragged = True
     contrastive = False
     views = True
     min_labels = 2

@@ -1,8 +1,8 @@
 """Metrics: (gold, predicted, labels) -> one number.
 
 ``gold`` and ``predicted`` are, by kind of task: label ids, int, shape (N,); 0/1 matrices, shape (N, Y); numbers, shape
-(N,); or one list of tag names per post. ``labels`` are the label names in the order of their ids. A metric is 0.0,
-never NaN, where it has no value: no rows, a class that is never predicted, constant numbers.
+(N,); one list of tag names per post; or texts. ``labels`` are the label names in the order of their ids. A metric is
+0.0, never NaN, where it has no value: no rows, a class that is never predicted, constant numbers.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from sklearn import metrics as sklearn_metrics
 
 from comoe.rules import nearest
 from comoe.tasks.labels import OUTSIDE
+from comoe.tasks.text_metrics import exact_match, rouge_l, token_f1
 
 Metric = Callable[[Sequence, Sequence, Sequence[str]], float]
 
@@ -199,6 +200,9 @@ METRICS: dict[str, Metric] = {
     "span_f1": span_f1,
     "span_precision": span_precision,
     "span_recall": span_recall,
+    "exact_match": exact_match,
+    "token_f1": token_f1,
+    "rouge_l": rouge_l,
 }
 
 LOWER_IS_BETTER = frozenset({"mae", "loss"})

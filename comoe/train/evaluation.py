@@ -10,8 +10,9 @@ from itertools import count
 
 from tqdm import tqdm
 
-from comoe.data.batching import Collator, TokenizedSplit
+from comoe.data.batching import Collator
 from comoe.data.sampling import eval_batches
+from comoe.data.tokenized import TokenizedSplit
 from comoe.distributed import all_gather_objects, is_main, max_over_ranks, rank, sum_over_ranks, world_size
 from comoe.evaluate import Evaluation, evaluate
 from comoe.protocols import Batch, ModelOutput, labelled_rows
@@ -102,6 +103,7 @@ class Evaluator:
                 texts=split.texts,
                 columns=split.posts.columns,
                 predictions=predictions,
+                spell=self.collator.spell,
             )
         stats.load(sum_over_ranks(stats.as_tensor()))
         return Checked(evaluation, stats.summary() if layers else None, embeddings.summary(all_gather_objects))

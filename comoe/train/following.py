@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from comoe.data.batching import TokenizedSplit
 from comoe.data.rates import loss_gains, progress_rates
 from comoe.data.sampling import TrainSampler
+from comoe.data.tokenized import TokenizedSplit
 from comoe.distributed import broadcast_object
 from comoe.evaluate import Evaluation
 from comoe.tasks.catalog import Task

@@ -12,7 +12,7 @@ from comoe.data.pixels import PixelReader
 from comoe.data.report import shorten
 from comoe.distributed import all_gather_objects, sum_over_ranks, world_size
 from comoe.losses.adversarial import ON_DOMAINS
-from comoe.protocols import Batch
+from comoe.protocols import DOMAINS, Batch
 from comoe.tasks.catalog import Task
 from comoe.tasks.kinds import merge_answers
 from comoe.train.engine import Engine, StepReport
@@ -31,7 +31,7 @@ class TrainLine:
     terms: Mapping[str, float]
     """Each term of the last step, unweighted."""
     metrics: Mapping[str, Mapping[str, float]]
-    """Task -> its main metric on the posts of the last step."""
+    """Task -> its main metric on the posts of the last step; none where the decoder is told its answer."""
     task_weights: Mapping[str, float]
     """Task -> weight of its loss in the last step."""
     rates: Mapping[str, float]
@@ -83,9 +83,9 @@ class Interval:
         total = sum_over_ranks(packed).tolist()
         means = dict(zip(terms, (value / world_size() for value in total[: len(terms)]), strict=True))
         posts, tokens = total[len(terms) :]
-        *scales_T, domains, _ = batches[0].unit_scale_T.tolist()
-        names = {f"task/{task.name}": scale for task, scale in zip(self.tasks, scales_T, strict=True)}
-        names |= dict.fromkeys(ON_DOMAINS, domains)
+        scales = batches[0].unit_scale_T.tolist()
+        names = {f"task/{task.name}": scale for task, scale in zip(self.tasks, scales, strict=False)}
+        names |= dict.fromkeys(ON_DOMAINS, scales[DOMAINS])
         for name, scale in names.items():
             if not scale:
                 # No post of the whole step has this task, or this value: its loss is not 0, there is none.
@@ -104,19 +104,18 @@ class Interval:
         )
 
     def _metrics(self, report: StepReport, batches: Sequence[Batch]) -> dict[str, dict[str, float]]:
+        # A decoder is told the right answer in training, so there is none of its own to measure.
+        measured = [task for task in self.tasks if task.rules.scored and not task.rules.generates]
         own = [
             {
                 task.name: task.rules.answers(output.output.logits[task.name].detach().cpu(), batch.labels[task.name])
-                for task in self.tasks
-                if task.rules.scored
+                for task in measured
             }
             for output, batch in zip(report.outputs, batches, strict=True)
         ]
         everyone = [step for steps in all_gather_objects(own) for step in steps]
         metrics = {}
-        for task in self.tasks:
-            if not task.rules.scored:
-                continue
+        for task in measured:
             gold, scores = merge_answers([step[task.name] for step in everyone])
             if len(gold):
                 metrics[task.name] = {task.metric: task.rules.score(gold, scores, task)[task.metric]}

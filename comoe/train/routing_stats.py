@@ -105,14 +105,15 @@ class RoutingStats:
         """Add one micro-step.
 
         Args:
-            output: the model's answer with one routing per layer and the row of each real token.
+            output: the model's answer with one routing per layer and, of each layer, the rows of its tokens.
             labelled_BT: bool, True where the row has a label of the task (with ``route_by: task`` one per row).
         """
         if not self.layers:
             return
         counted_BT = torch.cat([labelled_BT, labelled_BT.any(dim=1, keepdim=True)], dim=1)
-        counted_ST = counted_BT.to(self._sums.device, torch.float64)[output.token_rows_S]
-        for layer, routing in enumerate(output.routings):
+        counted_BT = counted_BT.to(self._sums.device, torch.float64)
+        for layer, (routing, rows_S) in enumerate(zip(output.routings, output.layer_rows, strict=True)):
+            counted_ST = counted_BT[rows_S]
             scores_SE = routing.scores_SE.to(torch.float64)
             picked_SE = torch.zeros_like(scores_SE).scatter_(1, routing.indices_Sk, 1.0)
             weights_SE = torch.zeros_like(scores_SE).scatter_(1, routing.indices_Sk, routing.weights_Sk.double())

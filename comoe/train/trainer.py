@@ -12,9 +12,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from comoe.data.batching import Collator, TokenizedSplit
+from comoe.data.batching import Collator
 from comoe.data.pixels import PixelReader
 from comoe.data.sampling import TrainSampler
+from comoe.data.tokenized import TokenizedSplit
 from comoe.distributed import all_gather_objects, is_main, rank, sum_over_ranks, world_size
 from comoe.evaluate import Evaluation, chosen_metric
 from comoe.objective import count_units, unit_scale

@@ -11,8 +11,9 @@ import torch
 from helpers_data import byte_level_tokenizer, wordpiece_tokenizer
 from transformers import ByT5Tokenizer
 
-from comoe.data.batching import Collator, TokenizedSplit, load_tokenizer, tokenize_split
+from comoe.data.batching import Collator, load_tokenizer
 from comoe.data.posts import PostSplit
+from comoe.data.tokenized import TokenizedSplit, tokenize_split
 from comoe.protocols import IGNORED
 from comoe.schema import DataConfig, NormalizeConfig
 from comoe.tasks.catalog import Task

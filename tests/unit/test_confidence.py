@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from comoe.objective import Objective, count_units, unit_scale
 from comoe.protocols import IGNORED
 from comoe.schema import ContrastiveConfig, LossConfig, TaskConfig
 from comoe.tasks.catalog import Task, build_task
-from tests.helpers_model import HF_CONFIGS, TASKS, moe_config, random_batch, scaled, tiny_model
+from tests.helpers_model import HF_CONFIGS, SEQ2SEQ, TASKS, moe_config, random_batch, scaled, tiny_model
 
 OFF = LossConfig(contrastive=ContrastiveConfig(weight=0.0))
 SURE = torch.tensor([1.0, 0.5, 0.0, 0.25, 1.0, 0.75])
@@ -117,18 +118,26 @@ def test_confidence_counts_alike_however_the_batch_is_cut(strategy):
     torch.testing.assert_close(cut, objective(scaled(batch)).loss)
 
 
+def last_of_the_embeddings(model, family):
+    """The module whose weights, all times a number, make all that the encoder's layers read times that number."""
+    encoder = model.encoder
+    if family in ("bart", "mbart"):
+        return encoder.layernorm_embedding
+    if family in SEQ2SEQ:
+        return encoder.embed_tokens
+    return encoder.embeddings.norm if family == "modernbert" else encoder.embeddings.LayerNorm
+
+
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("family", HF_CONFIGS)
 def test_the_input_strategy_scales_what_the_embeddings_norm_answers(family, recompute):
     batch = random_batch()
     model = tiny_model(tasks=weighed("input"), family=family, recompute=recompute)
     expected = tiny_model(family=family)
-    embeddings = expected.encoder.embeddings
-    norm = embeddings.norm if family == "modernbert" else embeddings.LayerNorm
+    norm = last_of_the_embeddings(expected, family)
     nn.init.uniform_(norm.weight.data, 0.5, 2.0)
     with torch.no_grad():
-        own = model.encoder.embeddings.norm if family == "modernbert" else model.encoder.embeddings.LayerNorm
-        own.weight.copy_(norm.weight)
+        last_of_the_embeddings(model, family).weight.copy_(norm.weight)
         for parameter in norm.parameters():
             parameter.mul_(0.3)
     found = model(sure(batch, torch.full((6,), 0.3))).logits
@@ -166,7 +175,7 @@ def test_an_encoder_that_answers_a_tuple_is_scaled_too():
     class Encoder(nn.Module):
         def __init__(self):
             super().__init__()
-            self.embeddings = nn.Identity()
+            self.embeddings, self.config = nn.Identity(), SimpleNamespace(model_type="vilt")
 
     holder, encoder = ContextHolder(), Encoder()
     scale_inputs(encoder, holder)

@@ -9,9 +9,10 @@ import pytest
 import torch
 from helpers_data import wordpiece_tokenizer
 
-from comoe.data.batching import Collator, tokenize_split
+from comoe.data.batching import Collator
 from comoe.data.domains import find_domains
 from comoe.data.posts import PostSplit
+from comoe.data.tokenized import tokenize_split
 from comoe.protocols import IGNORED
 from comoe.schema import AdversarialConfig, DataConfig
 from comoe.tasks.catalog import Task

@@ -7,13 +7,13 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForPreTraining
+from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForPreTraining, AutoModelForSeq2SeqLM
 
 from comoe.models.encoder import build_encoder, build_encoder_from_config
-from comoe.models.families import attach_blocks
+from comoe.models.families import attach_blocks, layers_of
 from comoe.models.moe import ContextHolder
 from comoe.schema import ModelConfig
-from tests.helpers_model import HF_CONFIGS, VARIANTS, moe_config, tiny_model
+from tests.helpers_model import HF_CONFIGS, SEQ2SEQ, VARIANTS, moe_config, tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +34,7 @@ def test_a_saved_encoder_loads_without_pooler_and_with_its_weights(saved_bert):
 
 # What the hub holds: weights that were saved with the head they were pre-trained with.
 PRETRAINED = dict.fromkeys(HF_CONFIGS | VARIANTS, AutoModelForMaskedLM) | {"electra": AutoModelForPreTraining}
+PRETRAINED |= dict.fromkeys(SEQ2SEQ, AutoModelForSeq2SeqLM)
 
 
 @pytest.mark.parametrize("family", PRETRAINED)
@@ -42,18 +43,20 @@ def test_an_encoder_saved_with_its_pre_training_head_loads_all_its_weights(tmp_p
     whole = PRETRAINED[family].from_config((HF_CONFIGS | VARIANTS)[family])
     whole.save_pretrained(tmp_path)
     encoder = build_encoder(ModelConfig(encoder=str(tmp_path)))
-    torch.testing.assert_close(
-        dict(encoder.named_parameters()), dict(whole.base_model.named_parameters()), atol=0, rtol=0
-    )
+    base = whole.get_encoder() if family in SEQ2SEQ else whole.base_model
+    torch.testing.assert_close(dict(encoder.named_parameters()), dict(base.named_parameters()), atol=0, rtol=0)
     assert not any(name.startswith("pooler") for name, _ in encoder.named_parameters())
 
 
 @pytest.mark.parametrize("family", HF_CONFIGS)
 def test_dropout_reaches_every_family(family):
     encoder = build_encoder_from_config(HF_CONFIGS[family].to_dict(), dropout=0.25)
-    assert {module.p for module in encoder.modules() if isinstance(module, torch.nn.Dropout)} == {0.25}
+    drops = {module.p for module in encoder.modules() if isinstance(module, torch.nn.Dropout)}
+    drops |= {layer.dropout for layer in layers_of(encoder) if isinstance(getattr(layer, "dropout", None), float)}
+    assert drops == {0.25}
     (block,) = attach_blocks(encoder, moe_config(layers=[1]), ContextHolder())
-    assert block.dropout.p == 0.25
+    # Layers that drop out the sum of feed-forward and block would do it twice.
+    assert block.dropout.p == (0.0 if family in SEQ2SEQ else 0.25)
 
 
 def test_dropout_sets_every_dropout_of_encoder_blocks_and_heads(saved_bert):

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from helpers_data import recipe_of, wordpiece_tokenizer, write_jsonl
 
-from comoe.data.batching import Collator, tokenize_split
+from comoe.data.batching import Collator
 from comoe.data.corpus import load_corpus
+from comoe.data.tokenized import tokenize_split
 from comoe.protocols import IGNORED
 from comoe.schema import TaskConfig
 from comoe.tasks.kinds import KINDS

@@ -20,9 +20,10 @@ from transformers import (
 )
 
 from comoe.data import pixels as module
-from comoe.data.batching import Collator, tokenize_split
+from comoe.data.batching import Collator
 from comoe.data.pixels import ImageProcessor, PixelReader, load_image_processor
 from comoe.data.posts import HIDINGS, hidden, join_splits, unlabelled_posts
+from comoe.data.tokenized import tokenize_split
 from comoe.rules import RULES
 from comoe.schema import DataConfig
 from comoe.tasks.catalog import Task

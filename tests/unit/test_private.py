@@ -13,7 +13,7 @@ from helpers_export import tiny_recipe, tiny_tokenizer
 from comoe.export import export_model, load_exported
 from comoe.footprint import count_parameters
 from comoe.losses.orthogonal import cross_sums, overlap
-from comoe.models.multitask import parameter_group
+from comoe.models.groups import parameter_group
 from comoe.objective import Objective
 from comoe.protocols import IGNORED
 from comoe.schema import ContrastiveConfig, LossConfig

@@ -62,7 +62,7 @@ def test_the_gradient_pushes_busy_experts_down():
 
 def scaled_by(tokens, *, shares=1):
     """What the trainer hands over: ranks * micro-steps / tokens of the whole step, behind the tasks' own."""
-    return SimpleNamespace(unit_scale_T=torch.tensor([0.0, shares / tokens], dtype=torch.float64))
+    return SimpleNamespace(unit_scale_T=torch.tensor([0.0, shares / tokens, 0.0], dtype=torch.float64))
 
 
 def z_loss(**_):
