@@ -26,7 +26,7 @@ from comoe.data.sampling import TrainSampler
 from comoe.data.sources import READERS
 from comoe.data.tokenized import TokenizedSplit, report_cuts, tokenize_split
 from comoe.distributed import barrier, broadcast_object, is_main, rank, world_size
-from comoe.dry_run import print_dry_run
+from comoe.dry_run import print_dry_run, seen_by_the_decoder
 from comoe.evaluate import check_chosen_metric
 from comoe.footprint import count_parameters, plan_run
 from comoe.models.gate import build_gate
@@ -107,11 +107,11 @@ def assemble(
     domains = find_domains(corpus.splits["train"], recipe.loss.adversarial)
     with building(filled):
         objective = _build_objective(recipe, corpus.tasks, splits, num_domains=len(domains.names) if domains else 0)
-    model = objective.model
-    parameters = count_parameters(model, top_k=recipe.model.moe.top_k)
+    parameters = count_parameters(objective.model, top_k=recipe.model.moe.top_k)
     if dry_run:
         if is_main():
-            print_dry_run(named, corpus, plan_run(recipe, layout, model, splits["train"], filled))
+            plan = plan_run(recipe, layout, objective.model, splits["train"], filled)
+            print_dry_run(named, corpus, plan, seen=seen_by_the_decoder(splits["train"], tokenizer))
         return None
     if is_main():
         print("\n".join(corpus.report.lines(all_in=SET_ASIDE)))

@@ -7,7 +7,6 @@ list because Hugging Face sorts the keys of dicts), the tokenizer's files, and `
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -21,23 +20,32 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer
 
 from comoe.calibration import with_calibration
-from comoe.config import load_recipe, recipe_from_dict, unknown_name
+from comoe.config import load_recipe, recipe_from_dict
 from comoe.data.batching import load_tokenizer
 from comoe.data.groups import read_as_words
 from comoe.data.pixels import ImageProcessor, load_image_processor
+from comoe.export_folder import (
+    CARD,
+    CONFIG,
+    FORMAT_VERSION,
+    WEIGHTS,
+    choose_checkpoint,
+    fill_in,
+    installed_version,
+    may_replace,
+    read_export_config,
+    read_json,
+)
 from comoe.model_card import model_card
 from comoe.models.multitask import MultiTaskModel, build_model
 from comoe.picture_column import column_in_training
 from comoe.schema import DataConfig, ModelConfig, Recipe
 from comoe.tasks.catalog import Task
 
-FORMAT_VERSION = 1
-"""Counts changes of ``config.json`` and of the weights' names that older code cannot read."""
 DATA_KEYS = ("max_length", "normalize", "hide", "max_image_pixels", "max_image_bytes")
 """Options of ``data`` that decide how a post becomes numbers."""
 FOR_TRAINING = "image_text."
 """Beginning of the names of weights that only losses read."""
-WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +97,7 @@ def export_model(
         ValueError: the folder holds something that is no export, or weights and recipe do not fit.
     """
     folder = Path(folder)
-    if folder.exists() and not _may_replace(folder):
+    if folder.exists() and not may_replace(folder):
         raise ValueError(f"{folder} exists and is not an export of comoe; choose another folder, or remove it first.")
     config = _config(recipe, tasks, encoder_config, tower_config)
     config["image_column"] = None if image_processor is None else column_in_training(recipe.tasks.values())
@@ -98,7 +106,7 @@ def export_model(
     aside.mkdir(parents=True)
     try:
         kept = {name: tensor for name, tensor in state_dict.items() if not name.startswith(FOR_TRAINING)}
-        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in kept.items()}
+        weights = _each_once({name: tensor.detach().cpu().contiguous() for name, tensor in kept.items()})
         save_file(weights, aside / WEIGHTS, metadata={"format": "pt"})
         (aside / CONFIG).write_text(json.dumps(config, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
         tokenizer.save_pretrained(str(aside))
@@ -121,7 +129,7 @@ def load_exported(folder: str | Path) -> Exported:
         ValueError: no such folder, a file is missing or damaged, made by a newer comoe, or weights that do not fit.
     """
     folder = Path(folder)
-    config = _read_config(folder)
+    config = read_export_config(folder)
     tasks = tuple(Task.from_dict(plain) for plain in config["tasks"])
     recipe = recipe_from_dict({"model": config["model"], "data": config["data"]})
     model = build_model(recipe.model, tasks, encoder_config=dict(config["encoder"]), tower_config=config.get("tower"))
@@ -129,8 +137,7 @@ def load_exported(folder: str | Path) -> Exported:
         weights = load_file(folder / WEIGHTS)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{folder / WEIGHTS} cannot be read ({error}); copy or export the folder again.") from error
-    _check_fit(model.state_dict(), weights, place=folder / WEIGHTS)
-    model.load_state_dict(weights)
+    fill_in(model, weights, place=folder / WEIGHTS)
     model.eval()
     tokenizer = _load_tokenizer(folder, config["encoder"])
     return Exported(model, tasks, tokenizer, _image_processor(folder), recipe.model, recipe.data, config)
@@ -151,7 +158,7 @@ def export_checkpoint(path: Path, out: Path, *, which: str = "best") -> Path:
         ValueError: no whole checkpoint there, or a file of the run is missing.
     """
     path = Path(path).resolve()
-    checkpoint = path if (path / "weights").is_dir() else _choose_checkpoint(path, which)
+    checkpoint = path if (path / "weights").is_dir() else choose_checkpoint(path, which)
     run = checkpoint.parent.parent
     for name in ("config.yaml", "tasks.json", "encoder_config.json", "tokenizer"):
         if not (run / name).exists():
@@ -160,7 +167,7 @@ def export_checkpoint(path: Path, out: Path, *, which: str = "best") -> Path:
         weights = load_file(checkpoint / "weights" / WEIGHTS)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{checkpoint} was cut short ({error}); use another one in {checkpoint.parent}.") from error
-    results = _read_json(run / "results.json") if (run / "results.json").is_file() else None
+    results = read_json(run / "results.json") if (run / "results.json").is_file() else None
     # What was measured and fitted on these weights says nothing of those of another step.
     if results is not None and checkpoint.name != f"step-{results.get('best_step', -1):08d}":
         results = None
@@ -168,33 +175,14 @@ def export_checkpoint(path: Path, out: Path, *, which: str = "best") -> Path:
         Path(out),
         state_dict=weights,
         recipe=load_recipe(run / "config.yaml"),
-        tasks=with_calibration(map(Task.from_dict, _read_json(run / "tasks.json")), (results or {}).get("calibration")),
-        encoder_config=_read_json(run / "encoder_config.json"),
-        tower_config=_read_json(tower) if (tower := run / "tower_config.json").is_file() else None,
+        tasks=with_calibration(map(Task.from_dict, read_json(run / "tasks.json")), (results or {}).get("calibration")),
+        encoder_config=read_json(run / "encoder_config.json"),
+        tower_config=read_json(tower) if (tower := run / "tower_config.json").is_file() else None,
         tokenizer=load_tokenizer(str(run / "tokenizer")),
         image_processor=_image_processor(run / "tokenizer"),
         results=results,
     )
     return checkpoint
-
-
-def _choose_checkpoint(run: Path, which: str) -> Path:
-    if which not in CHOICES:
-        raise unknown_name("choice of --which", which, CHOICES)
-    whole = sorted(manifest.parent for manifest in (run / "checkpoints").glob("step-*/manifest.json"))
-    if not whole:
-        raise ValueError(f"{run} holds no whole checkpoint; give a run folder (with checkpoints/) or a checkpoint.")
-    chosen = CHOICES[which](run / "checkpoints", whole)
-    if chosen not in whole:
-        names = ", ".join(path.name for path in whole)
-        raise ValueError(f"{run} has no whole {which} checkpoint; give one of {names} in {run / 'checkpoints'}.")
-    return chosen
-
-
-def _best(checkpoints: Path, whole: Sequence[Path]) -> Path:
-    """The checkpoint that an evaluation named; the newest one where none was."""
-    named = checkpoints / "best.json"
-    return checkpoints / f"step-{_read_json(named)['step']:08d}" if named.is_file() else whole[-1]
 
 
 def _config(
@@ -209,7 +197,7 @@ def _config(
         "architectures": [MultiTaskModel.__name__],
         "model_type": "comoe",
         "format_version": FORMAT_VERSION,
-        "comoe_version": _version(),
+        "comoe_version": installed_version(),
         "dtype": "float32",
         "num_local_experts": recipe.model.moe.num_experts,
         "num_experts_per_tok": recipe.model.moe.top_k,
@@ -221,6 +209,14 @@ def _config(
         "encoder": _without_path(encoder_config),
         **({} if tower_config is None else {"tower": _without_path(tower_config)}),
     }
+
+
+def _each_once(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Every tensor under the first of its names: tied ones are one tensor, and no file may hold it twice."""
+    kept: dict[tuple[int, Any], str] = {}
+    for name, tensor in weights.items():
+        kept.setdefault((tensor.data_ptr(), tensor.shape) if tensor.numel() else (0, name), name)
+    return {name: weights[name] for name in kept.values()}
 
 
 def _without_path(hf_config: Mapping[str, Any]) -> dict[str, Any]:
@@ -244,57 +240,3 @@ def _load_tokenizer(folder: Path, encoder_config: Mapping[str, Any]) -> Any:
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"{folder}: its tokenizer cannot be loaded ({reason}); copy or export it again.") from error
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
-    if missing:
-        raise ValueError(
-            f"{folder} is not an export: {' and '.join(missing)} missing; launch/export.py makes one from a run folder."
-        )
-    config = _read_json(folder / CONFIG)
-    if config.get("model_type") != "comoe":
-        raise ValueError(
-            f"{folder / CONFIG} has model_type {config.get('model_type')!r} instead of 'comoe'; give the folder that "
-            f"launch/export.py (or a run, as export/) wrote."
-        )
-    version = config.get("format_version")
-    if version != FORMAT_VERSION:
-        raise ValueError(
-            f"{folder / CONFIG} has format_version {version}, made by comoe {config.get('comoe_version')}; this comoe "
-            f"({_version()}) reads {FORMAT_VERSION}: install that version, or export the run again with this one."
-        )
-    return config
-
-
-def _check_fit(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], *, place: Path) -> None:
-    missing, extra = expected.keys() - found.keys(), found.keys() - expected.keys()
-    shapes = [name for name in expected.keys() & found.keys() if expected[name].shape != found[name].shape]
-    problems = {"missing": missing, "not in the model": extra, "of another shape": shapes}
-    told = [f"{len(names)} {what} ({', '.join(sorted(names)[:3])})" for what, names in problems.items() if names]
-    if told:
-        raise ValueError(f"{place} does not fit {CONFIG}: weights {'; '.join(told)}. Export the run again.")
-
-
-def _may_replace(folder: Path) -> bool:
-    config = folder / CONFIG
-    ours = config.is_file() and _read_json(config).get("model_type") == "comoe"
-    return folder.is_dir() and (ours or not any(folder.iterdir()))
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}); the file is damaged.") from error
-
-
-def _version() -> str:
-    try:
-        return importlib.metadata.version("comoe")
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
-
-
-CHOICES = {"best": _best, "last": lambda checkpoints, whole: whole[-1]}
-"""``--which`` -> (checkpoints folder, whole checkpoints) -> checkpoint."""

@@ -17,7 +17,8 @@ from comoe.calibration_report import calibration_lines
 from comoe.data.posts import PART_NAMES, PostSplit
 from comoe.distributed import barrier, broadcast_object, is_main, max_over_ranks, world_size
 from comoe.evaluate import Evaluation
-from comoe.export import CONFIG, export_checkpoint
+from comoe.export import export_checkpoint
+from comoe.export_folder import CONFIG
 from comoe.noise_sets import score_noisy
 from comoe.result_tables import noise_lines, slice_lines
 from comoe.tasks.catalog import Task

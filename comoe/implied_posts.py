@@ -33,29 +33,29 @@ PAIRS = {
 }
 """Opinion and its opposite -> an aspect that the first is good for and one that it is bad for."""
 ASPECTS = {
-    "battery": ("charger", "socket", "plug", "unplugged", "cable", "adapter"),
-    "wait": ("queue", "line", "turn", "counter", "door", "ticket"),
-    "speed": ("pages", "apps", "download", "scrolling", "loading", "updates"),
-    "price": ("wallet", "cash", "paid", "receipt", "budget", "coins"),
-    "portion": ("plate", "bowl", "serving", "slice", "dish", "helping"),
-    "crowd": ("people", "tourists", "strangers", "faces", "elbows", "families"),
-    "coffee": ("cup", "espresso", "latte", "mug", "brew", "barista"),
-    "room": ("sofa", "ceiling", "window", "walls", "corner", "carpet"),
-    "music": ("song", "bass", "melody", "track", "tune", "playlist"),
-    "street": ("traffic", "cars", "trucks", "road", "buses", "horns"),
+    "battery": ("charger", "socket", "plug", "cable"),
+    "wait": ("queue", "line", "turn", "door"),
+    "speed": ("pages", "apps", "scrolling", "updates"),
+    "price": ("wallet", "cash", "receipt", "coins"),
+    "portion": ("plate", "bowl", "slice", "dish"),
+    "crowd": ("people", "tourists", "strangers", "elbows"),
+    "coffee": ("cup", "espresso", "latte", "mug"),
+    "room": ("sofa", "ceiling", "window", "carpet"),
+    "music": ("song", "bass", "melody", "playlist"),
+    "street": ("traffic", "cars", "trucks", "horns"),
 }
 """Aspect -> what an implicit post says instead."""
 OPINIONS = {
-    "long": ("hours", "forever", "overnight", "ages", "weeks", "endless"),
-    "short": ("minutes", "seconds", "instantly", "blink", "briefly", "moment"),
-    "high": ("peak", "soaring", "record", "steep", "rocket", "climbing"),
-    "low": ("bottom", "sinking", "floor", "dropping", "minimum", "under"),
-    "big": ("huge", "mountain", "giant", "massive", "overflowing", "elephant"),
-    "small": ("tiny", "handful", "few", "mini", "ant", "sparse"),
-    "hot": ("steaming", "boiling", "burning", "oven", "fire", "sauna"),
-    "cold": ("ice", "frozen", "chilly", "fridge", "snow", "shivering"),
-    "loud": ("booming", "thunder", "roaring", "shouting", "blasting", "concert"),
-    "quiet": ("silent", "whisper", "library", "hushed", "mute", "asleep"),
+    "long": ("hours", "forever", "ages", "endless"),
+    "short": ("minutes", "seconds", "blink", "moment"),
+    "high": ("peak", "soaring", "record", "rocket"),
+    "low": ("bottom", "sinking", "floor", "dropping"),
+    "big": ("huge", "mountain", "giant", "overflowing"),
+    "small": ("tiny", "handful", "few", "ant"),
+    "hot": ("steaming", "boiling", "oven", "sauna"),
+    "cold": ("ice", "frozen", "fridge", "snow"),
+    "loud": ("booming", "thunder", "roaring", "shouting"),
+    "quiet": ("silent", "whisper", "library", "asleep"),
 }
 """Opinion -> the same."""
 TARGETS = ("acme", "zenith", "orion", "lumen")
@@ -82,16 +82,11 @@ def plan_implied_posts(*, count: int, seed: int, name: str = "train") -> list[di
         name: of the split; another name gives other posts.
     """
     draw = random.Random(f"implied/{name}/{seed}")
-    posts: dict[str, dict[str, object]] = {}
-    for post in _endless(draw):
-        posts.setdefault(str(post["text"]), post)
-        if len(posts) == count:
-            break
-    return list(posts.values())
+    return list(islice(_endless(draw), count))
 
 
 def build_implied_posts(folder: Path, *, counts: Mapping[str, int] | None = None, seed: int = 0) -> None:
-    """Write ``implied/<split>.jsonl``; no post is in two splits.
+    """Write ``implied/<split>.jsonl``; no post is in two splits, and wrong guesses are in ``train`` alone.
 
     Args:
         folder: an existing, empty folder.
@@ -102,7 +97,8 @@ def build_implied_posts(folder: Path, *, counts: Mapping[str, int] | None = None
     sizes = COUNTS if counts is None else counts
     posts = iter(plan_implied_posts(count=sum(sizes.values()), seed=seed))
     for split, count in sizes.items():
-        write_json_lines(folder / "implied" / f"{split}.jsonl", islice(posts, count))
+        rows = [post if split == "train" else _told(post) for post in islice(posts, count)]
+        write_json_lines(folder / "implied" / f"{split}.jsonl", rows)
 
 
 def implied_words() -> list[str]:
@@ -114,16 +110,28 @@ def implied_words() -> list[str]:
 
 
 def _endless(draw: random.Random) -> Iterator[dict[str, object]]:
-    block = [
+    cells = [
         (aspect, opinion, (aspect == good) == (opinion == first))
         for (first, second), (good, bad) in PAIRS.items()
         for aspect in (good, bad)
         for opinion in (first, second)
     ]
+    seen = set()
     while True:
-        draw.shuffle(block)
-        for aspect, opinion, is_positive in block:
-            yield _post(draw, aspect, opinion, is_positive)
+        draw.shuffle(cells)
+        for cell in cells:
+            post = _post(draw, *cell)
+            while post["text"] in seen:
+                post = _post(draw, *cell)
+            seen.add(post["text"])
+            yield post
+
+
+def _told(post: Mapping[str, object]) -> dict[str, object]:
+    """A post for measuring: what was learned of guesses is held against what is right."""
+    columns = ("aspect", "opinion")
+    right = {f"guessed_{column}": post[column] for column in columns}
+    return {**post, **right, **{f"guessed_{column}_confidence": 1.0 for column in columns}}
 
 
 def _post(draw: random.Random, aspect: str, opinion: str, is_positive: bool) -> dict[str, object]:

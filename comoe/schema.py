@@ -155,7 +155,8 @@ class TaskConfig:
     num_beams: int = 1
     """Beams of the search for an answer of kind text; 1 is greedy."""
     balanced_sampling: bool = False
-    """Draw the posts of the data set such that the labels of this task come equally often (single_label only)."""
+    """Draw the posts of the data set such that the labels of this task come equally often (single_label and label_words
+    only)."""
     labels: list[str] = field(default_factory=list)
     """Label names in the order of their ids; empty finds them in the training split."""
     metric: str = "auto"

@@ -29,6 +29,7 @@ def main() -> None:
     parser.add_argument("--arm", action="append", default=[], metavar="NAME:KEY=VALUE,...", help="an arm of your own")
     parser.add_argument("--seeds", default="0,1,2", metavar="LIST", help="one run of each arm per seed (0,1,2)")
     parser.add_argument("--against", metavar="ARM", help="arm that the others are held against (the first one)")
+    parser.add_argument("--metrics", metavar="LIST", help="task/metric with commas: a table and picture of these alone")
     parser.add_argument("--affinity", metavar="ARMS", help="measure task gradients of these arms (multi, if there)")
     parser.add_argument("--affinity-posts", type=int, default=256, metavar="N", help="posts a task there (256); 0: no")
     parser.add_argument("--remove-experts", metavar="ARMS", help="measure what each expert of these arms is worth")

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from comoe.cluster_plan import ModelShape, shape_of_recipe
 from comoe.schema import Recipe
+from comoe.tasks.catalog import CONFIDENCE_STRATEGIES
 from comoe.weighting import WEIGHTINGS
 
 UNBALANCED = ("model.moe.balance=none", "loss.balance_weight=0")
@@ -119,6 +120,19 @@ def _of_weighting(name: str) -> Callable[[Basis], list[str]]:
     return lambda basis: [f"loss.weighting={name}"]
 
 
+def _of_confidence(strategy: str) -> Callable[[Basis], list[str]]:
+    def words(basis: Basis) -> list[str]:
+        sure = [name for name, task in basis.recipe.tasks.items() if task.confidence is not None]
+        if not sure:
+            raise ValueError(
+                f"the arm confidence_{strategy} is about tasks with confidences, and the recipe has none; name their "
+                "column: tasks.<name>.confidence."
+            )
+        return [f"tasks.{name}.confidence_strategy={strategy}" for name in sure]
+
+    return words
+
+
 ARMS: dict[str, Callable[[Basis], list[str]]] = {
     "multi": lambda basis: [],
     "recipe": lambda basis: [],
@@ -143,6 +157,8 @@ ARMS: dict[str, Callable[[Basis], list[str]]] = {
     # As wide as the encoder's own experts are by default.
     "private": lambda basis: [f"model.private_width={max(16, basis.shape.width // 4)}"],
     **{name: _of_weighting(name) for name in WEIGHTINGS},
+    **{f"confidence_{name}": _of_confidence(name) for name in CONFIDENCE_STRATEGIES},
 }
 """Arm of one run per seed -> the words that make it; ``dense_total`` has the parameters of all experts in one block, so
-it costs more. Each weighting of the tasks is an arm of its own name."""
+it costs more. Each weighting of the tasks is an arm of its own name; a confidence strategy is that of all tasks which
+name a column of confidences."""

@@ -18,6 +18,7 @@ from comoe.comparing.report import AFFINITY_FILE, Comparison, compare, write_com
 from comoe.comparing.results import REMOVAL_FILE
 from comoe.comparing.tables import markdown_lines
 from comoe.comparing.task_arms import TASK_ARMS
+from comoe.config import load_recipe
 from comoe.removal import measure_removal, read_removal
 from comoe.scaling import Experiment, remember
 from comoe.scaling_runs import chosen_ranks, failure_file, is_done, leave_after, run_points
@@ -44,6 +45,7 @@ def run_comparison(given: argparse.Namespace, *, train_script: Path) -> list[Tri
     arms = list(dict.fromkeys([*_words("--arms", given.arms), *custom]))
     plan = plan_arms(experiment, arms=arms, custom=custom, seeds=_seeds(given.seeds))
     baseline = plan.arms[0].name if given.against is None else plan.arm(given.against, flag="--against").name
+    metrics = _metrics(experiment, given)
     later = [_affinities(plan, given), _removals(plan, given)]
     remember(experiment, file_name="compare.json")
     for trial in plan.trials:
@@ -51,7 +53,7 @@ def run_comparison(given: argparse.Namespace, *, train_script: Path) -> list[Tri
     say = partial(print, flush=True)
     for note in plan.notes:
         say(f"note: {note}")
-    report = partial(_report, experiment, plan, baseline=baseline, keep=given.keep_checkpoints)
+    report = partial(_report, experiment, plan, baseline=baseline, keep=given.keep_checkpoints, metrics=metrics)
     failed = run_points(experiment, plan.trials, report=lambda trials: report(resamples=0), say=say)
     for measure in later:
         measure(experiment, say)
@@ -62,7 +64,9 @@ def run_comparison(given: argparse.Namespace, *, train_script: Path) -> list[Tri
     return failed
 
 
-def _report(experiment: Experiment, plan: Plan, *, baseline: str, keep: bool, resamples: int) -> Comparison:
+def _report(
+    experiment: Experiment, plan: Plan, *, baseline: str, keep: bool, metrics: Sequence[str], resamples: int
+) -> Comparison:
     for trial in plan.trials:
         if not keep and is_done(experiment, trial):
             # The export has the best weights; the optimizer's state of dozens of runs would fill a disk.
@@ -70,7 +74,7 @@ def _report(experiment: Experiment, plan: Plan, *, baseline: str, keep: bool, re
     problems = {trial.name: _problem(failure_file(experiment, trial)) for trial in plan.trials}
     comparison = compare(
         plan, experiment.runs, baseline=baseline, resamples=resamples,
-        problems={name: text for name, text in problems.items() if text},
+        problems={name: text for name, text in problems.items() if text}, metrics=metrics,
     )  # fmt: skip
     write_comparison(comparison, experiment.output)
     write_aside(experiment.output / "table.md", "\n".join(markdown_lines(comparison)) + "\n")
@@ -80,6 +84,21 @@ def _report(experiment: Experiment, plan: Plan, *, baseline: str, keep: bool, re
 
 Measuring = Callable[[Experiment, Callable[[str], None]], None]
 """Measures finished runs after all is trained, and says what it does."""
+
+
+def _metrics(experiment: Experiment, given: argparse.Namespace) -> list[str]:
+    """``task/metric`` words; which metrics there are is known when runs are finished."""
+    names = [name.strip() for name in given.metrics.split(",")] if given.metrics else []
+    tasks = load_recipe(experiment.config, experiment.overrides).tasks
+    for name in names:
+        task, slash, metric = name.partition("/")
+        if task not in tasks or not slash or not metric:
+            example = f"{next(iter(tasks))}/accuracy"
+            raise ValueError(
+                f"--metrics {name}: write task/metric ({example}, {example}@column=value for a slice); the tasks are "
+                f"{', '.join(tasks)}."
+            )
+    return names
 
 
 def _affinities(plan: Plan, given: argparse.Namespace) -> Measuring:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from comoe.comparing.arms import ARMS, Basis
-from comoe.comparing.task_arms import TASK_ARMS, WHOLE, WITHOUT, Part, is_joint
+from comoe.comparing.task_arms import ONE_BY_ONE, TASK_ARMS, WHOLE, WITHOUT, Part, is_joint
 from comoe.config import load_recipe, recipe_to_dict, unknown_name
 from comoe.scaling import Experiment, difference_of
 from comoe.schema import DataConfig, Recipe, RunConfig
@@ -150,7 +150,7 @@ def _parts(arm: str, recipe: Recipe, custom: Mapping[str, Sequence[str]]) -> dic
         words = tuple(ARMS[arm](Basis(recipe)))
         # Two names of one thing share its runs.
         return {arm: [Part(arm if words else WHOLE, words)]}
-    several = [part for plan in TASK_ARMS.values() if "." in arm for parts in plan(recipe).values() for part in parts]
+    several = [part for plan in ONE_BY_ONE if "." in arm for parts in plan(recipe).values() for part in parts]
     for part in several:
         if part.name == arm:
             return {arm: [part]}

@@ -26,7 +26,7 @@ GATES = {
 
 
 def write_plots(comparison: Comparison, output: Path) -> None:
-    """``plots/quality.png``, ``plots/gates.png`` and ``plots/removal.png``, and those of ``write_transfer_plots``,
+    """``plots/quality.png``, ``metrics.png``, ``gates.png``, ``removal.png``, and those of ``write_transfer_plots``,
     where there is something to show."""
     arms = comparison.arms
     if not arms:
@@ -35,8 +35,13 @@ def write_plots(comparison: Comparison, output: Path) -> None:
     split = comparison.results[arms[0]][0].split
     names = [f"{name}/{task.metric}" for name, task in comparison.tasks.items()]
     panels = {MEAN: "mean of the main metrics", **{name: name for name in names}}
-    title = f"Quality on the {split} posts: seeds, mean, 95 % interval (cut at the edge); dotted: {comparison.baseline}"
+    reading = f"on the {split} posts: seeds, mean, 95 % interval (cut at the edge); dotted: {comparison.baseline}"
+    title = f"Quality {reading}"
     save_figure(dots_figure(comparison, arms, panels, values="quality", title=title), output / "plots/quality.png")
+    if comparison.metrics:
+        panels = {name: name for name in comparison.metrics}
+        figure = dots_figure(comparison, arms, panels, values="figures", title=f"Metrics {reading}", told=True)
+        save_figure(figure, output / "plots/metrics.png")
     gated = [arm for arm in arms if comparison.results[arm][0].routing]
     if gated:
         title = f"Gates on the {split} posts, means over layers"
@@ -47,7 +52,13 @@ def write_plots(comparison: Comparison, output: Path) -> None:
 
 
 def dots_figure(
-    comparison: Comparison, arms: Sequence[str], panels: dict[str, str], *, values: str, title: str
+    comparison: Comparison,
+    arms: Sequence[str],
+    panels: dict[str, str],
+    *,
+    values: str,
+    title: str,
+    told: bool = False,
 ) -> Figure:
     """One panel per number, one line per arm: a dot per seed, the mean and its interval; the baseline's mean dotted.
 
@@ -55,16 +66,18 @@ def dots_figure(
         comparison: all runs.
         arms: from the top down.
         panels: name of a number -> title.
-        values: quality or routing.
+        values: quality, figures or routing.
         title: of the figure.
+        told: write the means as numbers too.
     """
     columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
-    figure = Figure(figsize=(2.6 * columns + 1.2, (0.24 * len(arms) + 0.65) * rows + 0.4), dpi=110,
+    width, height = (3.4, 0.36) if told else (2.6, 0.24)
+    figure = Figure(figsize=(width * columns + 1.2, (height * len(arms) + 0.65) * rows + 0.4), dpi=110,
                     layout="constrained")  # fmt: skip
     axes = figure.subplots(rows, columns, squeeze=False, sharey=True).flatten()
     for panel, (name, text) in zip(axes, panels.items(), strict=False):
-        _dots(panel, comparison, arms, values, name)
+        _dots(panel, comparison, arms, values, name, told=told)
         panel.set_title(text, fontsize=8)
     for panel in axes[len(panels) :]:
         panel.set_visible(False)
@@ -106,8 +119,9 @@ def removal_figure(comparison: Comparison, arms: Sequence[str]) -> Figure:
     return figure
 
 
-def _dots(panel: Axes, comparison: Comparison, arms: Sequence[str], values: str, name: str) -> None:
+def _dots(panel: Axes, comparison: Comparison, arms: Sequence[str], values: str, name: str, *, told: bool) -> None:
     _style(panel)
+    is_metric = values in ("quality", "figures")
     panel.set_yticks(range(len(arms)), arms)
     for place, arm in enumerate(arms):
         item = comparison.interval(arm, values, name)
@@ -117,6 +131,9 @@ def _dots(panel: Axes, comparison: Comparison, arms: Sequence[str], values: str,
         seeds = comparison.seeds_of(arm, values, name)
         panel.plot(seeds, [place] * len(seeds), linestyle="", marker=".", markersize=5, color=colour, alpha=0.5)
         panel.plot([item.mean], [place], marker="o", markersize=5, color=colour)
+        if told:
+            panel.annotate(f"{item.mean:.3f}", (item.mean, place), xytext=(0, 4), textcoords="offset points",
+                           ha="center", fontsize=7)  # fmt: skip
         if math.isfinite(item.low):
             panel.plot([item.low, item.high], [place, place], color=colour, linewidth=1.3)
     # By the dots: the interval of two or three seeds can be wider than all that is known, and is cut at the edge then.
@@ -125,16 +142,16 @@ def _dots(panel: Axes, comparison: Comparison, arms: Sequence[str], values: str,
         margin = 0.6 * (max(dots) - min(dots)) or 0.1 * abs(dots[0]) or 0.1
         right = max(dots) + margin
         # No metric goes beyond 1, errors and costs apart, whose values do.
-        panel.set_xlim(min(dots) - margin, min(right, 1.005) if values == "quality" and max(dots) <= 1 else right)
+        panel.set_xlim(min(dots) - margin, min(right, 1.005) if is_metric and max(dots) <= 1 else right)
         panel.xaxis.set_major_locator(MaxNLocator(4))
-    if values == "quality" and (base := _mean_of(comparison, name)) is not None:
+    if is_metric and (base := _mean_of(comparison, values, name)) is not None:
         panel.axvline(base.mean, color="#777777", linewidth=1, linestyle=":")
 
 
-def _mean_of(comparison: Comparison, name: str) -> Interval | None:
+def _mean_of(comparison: Comparison, values: str, name: str) -> Interval | None:
     if not comparison.results.get(comparison.baseline):
         return None
-    return comparison.interval(comparison.baseline, "quality", name)
+    return comparison.interval(comparison.baseline, values, name)
 
 
 def _colour(comparison: Comparison, arm: str) -> str:

@@ -27,6 +27,7 @@ from comoe.comparing.transfer import (
     outcome_of,
     reasons_of,
 )
+from comoe.config import unknown_name
 from comoe.tasks.catalog import Task
 from comoe.train.records import write_aside
 
@@ -54,6 +55,8 @@ class Comparison:
     """What is not equal between the arms."""
     problems: Mapping[str, str]
     """Run -> why it failed."""
+    metrics: Sequence[str] = ()
+    """``task/metric`` that a table and a picture of their own were asked for."""
 
     @property
     def arms(self) -> list[str]:
@@ -71,7 +74,7 @@ class Comparison:
         return [name for name, task in self.tasks.items() if not task.auxiliary]
 
     def interval(self, arm: str, values: str, name: str) -> Interval | None:
-        """Mean over seeds of one number of an arm: ``values`` is quality, routing or costs."""
+        """Mean over seeds of one number of an arm: ``values`` is quality, figures, routing or costs."""
         known = self.seeds_of(arm, values, name)
         return seed_interval(known) if known else None
 
@@ -90,7 +93,13 @@ class Comparison:
 
 
 def compare(
-    plan: Plan, runs: Path, *, baseline: str, resamples: int, problems: Mapping[str, str] | None = None
+    plan: Plan,
+    runs: Path,
+    *,
+    baseline: str,
+    resamples: int,
+    problems: Mapping[str, str] | None = None,
+    metrics: Sequence[str] = (),
 ) -> Comparison:
     """Read every finished run and hold the arms against the baseline, on the seeds that both have finished.
 
@@ -100,6 +109,7 @@ def compare(
         baseline: an arm.
         resamples: of the bootstrap; below 2 the differences are left out.
         problems: run -> why it failed.
+        metrics: ``task/metric`` that are shown on their own; those that no run has are noted.
     """
     read = {arm.name: [read_arm(arm, runs, seed=seed) for seed in plan.seeds] for arm in plan.arms}
     results = with_means({arm: [item for item in found if item is not None] for arm, found in read.items()})
@@ -113,8 +123,12 @@ def compare(
         "out, or cut, in another way): no difference is given there."
         for arm, tasks in differing.incomparable.items()
     ]
+    known = {name for found in results.values() for result in found for name in result.figures}
+    missing = [name for name in metrics if known and name not in known]
+    notes += [str(unknown_name("metric of these runs (--metrics)", name, sorted(known))) for name in missing]
     cosines = {arm.name: found for arm in plan.arms if (found := _cosines(results[arm.name], runs)) is not None}
-    return Comparison(plan, results, baseline, against, changes, cosines, notes, problems or {})
+    shown = [name for name in metrics if name in known]
+    return Comparison(plan, results, baseline, against, changes, cosines, notes, problems or {}, shown)
 
 
 def write_comparison(comparison: Comparison, output: Path) -> None:

@@ -57,6 +57,16 @@ class Result:
     removal: Removal | None
     """Where it was measured."""
 
+    @property
+    def figures(self) -> dict[str, float]:
+        """Every metric of the split, by ``task/metric``."""
+        return {
+            f"{task}/{name}": value
+            for task, of_task in self.metrics.items()
+            for name, value in of_task.items()
+            if isinstance(value, (int, float))
+        }
+
 
 def read_arm(arm: Arm, runs: Path, *, seed: int) -> Result | None:
     """What the finished runs of an arm with one seed say together; None while none is finished."""

@@ -28,6 +28,11 @@ def markdown_lines(comparison: Comparison) -> list[str]:
          *(_spread(comparison.seeds_of(arm, "quality", name)) for name in columns.values())]
         for arm in arms
     ])  # fmt: skip
+    if comparison.metrics:
+        lines += ["", "## Metrics", ""]
+        lines += table(["arm", *comparison.metrics], [
+            [arm, *(cell(comparison.interval(arm, "figures", name)) for name in comparison.metrics)] for arm in arms
+        ])  # fmt: skip
     lines += transfer_lines(comparison)
     gated = [arm for arm in arms if any(result.routing or result.removal for result in comparison.results[arm])]
     if gated:

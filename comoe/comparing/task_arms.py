@@ -1,4 +1,4 @@
-"""Arms that train on fewer tasks than the recipe has: each task alone, and all but one.
+"""Arms that train on fewer tasks than the recipe has: each task alone, all but one, without the auxiliary ones.
 
 Budgets are equal in passes: every run goes over each of its tasks' posts as often as the run of all tasks does, so a
 task alone has its share of the steps. A number of steps instead of passes is refused here, because as many steps on
@@ -15,6 +15,8 @@ from comoe.tasks.catalog import kind_of
 
 ALONE, WITHOUT = "single", "without"
 """Beginnings of the run folders ``single.<task>-s<seed>`` and ``without.<task>-s<seed>``."""
+NO_AUXILIARY = "no_auxiliary"
+"""Beginning of the run folders without auxiliary tasks."""
 WHOLE = "recipe"
 """Beginning of the run folders of the recipe as it is."""
 
@@ -61,6 +63,21 @@ def all_but_one(recipe: Recipe) -> dict[str, list[Part]]:
     return {f"{WITHOUT}.{task}": [_without(recipe, task)] for task in droppable}
 
 
+def without_auxiliary(recipe: Recipe) -> dict[str, list[Part]]:
+    """The arm ``no_auxiliary``: the recipe without the tasks that are marked auxiliary.
+
+    Raises:
+        ValueError: there are none, or nothing would be left to measure, or ``train.max_steps`` is set.
+    """
+    dropped = [name for name, task in recipe.tasks.items() if task.auxiliary]
+    if not dropped or not measured_tasks(recipe):
+        raise ValueError(
+            f"the arm {NO_AUXILIARY} drops the tasks marked auxiliary and measures the others; the recipe has "
+            f"{', '.join(dropped) or 'no such tasks'}. Mark them: tasks.<name>.auxiliary=true."
+        )
+    return {NO_AUXILIARY: [Part(NO_AUXILIARY, tuple(_dropping(recipe, dropped, arm=NO_AUXILIARY)))]}
+
+
 def is_joint(recipe: Recipe) -> bool:
     """Whether one task can gain or lose by another here."""
     return len(recipe.tasks) > 1 and bool(measured_tasks(recipe))
@@ -98,5 +115,10 @@ def _dropping(recipe: Recipe, dropped: list[str], *, arm: str) -> list[str]:
     return words
 
 
-TASK_ARMS: dict[str, Callable[[Recipe], dict[str, list[Part]]]] = {"single": alone, "leave_one_out": all_but_one}
+TASK_ARMS: dict[str, Callable[[Recipe], dict[str, list[Part]]]] = {
+    "single": alone, "leave_one_out": all_but_one, NO_AUXILIARY: without_auxiliary,
+}  # fmt: skip
 """Arm as it is asked for -> recipe -> arms of the tables with their runs."""
+
+ONE_BY_ONE = (alone, all_but_one)
+"""Those whose runs can be asked for one by one, as ``single.<task>`` and ``without.<task>``."""

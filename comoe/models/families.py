@@ -6,6 +6,7 @@ import operator
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -189,9 +190,9 @@ def longest_input(hf_config: Any) -> int:
     return sys.maxsize if first is None else hf_config.max_position_embeddings - first
 
 
-def _t5_vocabulary(model: nn.Module, states: Tensor) -> Tensor:
-    # T5 v1.0, whose output layer is its table of words, scales; later ones have an output layer of their own.
-    scale = model.config.d_model**-0.5 if getattr(model.config, "scale_decoder_outputs", False) else 1.0
+def _t5_vocabulary(model: nn.Module, states: Tensor, *, scales: str | None) -> Tensor:
+    # Where the output layer is the table of words the states are scaled; which field says so differs by model.
+    scale = model.config.d_model**-0.5 if scales is not None and getattr(model.config, scales) else 1.0
     return model.lm_head(states * scale)
 
 
@@ -221,7 +222,7 @@ _T5 = Family(
     stacks=("encoder", "decoder"),
     encoder_alone=True,
     starts_with_padding=True,
-    vocabulary=_t5_vocabulary,
+    vocabulary=partial(_t5_vocabulary, scales="scale_decoder_outputs"),
     feed_forward=("d_ff",),
     num_layers=("num_layers", "num_decoder_layers"),
 )
@@ -265,8 +266,8 @@ FAMILIES: dict[str, Family] = {
     "vilt": Family(after_layers=("layernorm",), single_stream=True),
     # Encoder-decoders. Their layers drop out the sum of feed-forward and block themselves.
     "t5": _T5,
-    "mt5": _T5,
-    "umt5": _T5,
+    "mt5": replace(_T5, vocabulary=partial(_t5_vocabulary, scales=None)),
+    "umt5": replace(_T5, vocabulary=partial(_t5_vocabulary, scales="tie_word_embeddings")),
     "bart": _BART,
     "mbart": replace(_BART, after_layers=("layer_norm",)),
 }

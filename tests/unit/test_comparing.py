@@ -25,7 +25,8 @@ from comoe.tasks.catalog import build_task
 
 ROOT = Path(__file__).parents[2]
 RECIPE = (
-    "tasks: {mood: {path: x}}\nmodel: {encoder: smoke:encoder, moe: {num_experts: 4, top_k: 2, expert_width: 24}}\n"
+    "tasks: {mood: {path: x, confidence: sure}}\n"
+    "model: {encoder: smoke:encoder, moe: {num_experts: 4, top_k: 2, expert_width: 24}}\n"
 )
 
 
@@ -77,6 +78,17 @@ def test_arms_of_ones_own_are_read_with_lists_and_refused_when_wrong(experiment:
         plan_trials(experiment, arms=["sigmiod"], custom={}, seeds=[0])
     with pytest.raises(ValueError, match="did you mean loss.contrastive.weight"):
         plan_trials(experiment, arms=["x"], custom={"x": ["loss.contrastive.wieght=0"]}, seeds=[0])
+
+
+def test_a_confidence_arm_is_about_the_tasks_that_have_confidences(experiment: Experiment):
+    config = experiment.config
+    config.write_text(config.read_text().replace("{mood:", "{plain: {path: y}, mood:"))
+    (trial,) = plan_trials(experiment, arms=["confidence_input_output"], custom={}, seeds=[0])
+    tasks = load_recipe(config, trial.overrides).tasks
+    assert {name: task.confidence_strategy for name, task in tasks.items()} == {"plain": "none", "mood": "input_output"}
+    config.write_text(config.read_text().replace(", confidence: sure", ""))
+    with pytest.raises(ValueError, match="confidence_output is about tasks with confidences, and the recipe has none"):
+        plan_trials(experiment, arms=["confidence_output"], custom={}, seeds=[0])
 
 
 def test_an_earlier_run_of_another_arm_of_the_same_name_is_refused(experiment: Experiment):
@@ -225,7 +237,10 @@ def test_the_report_says_what_the_run_folders_say(experiment: Experiment, tmp_pa
         write_run(tmp_path / "runs" / f"dense-s{seed}", right=[post >= wrong for post in range(40)], experts=False)
         better = [post >= wrong - 8 for post in range(40)]
         write_run(tmp_path / "runs" / f"sigmoid-s{seed}", right=better, experts=True, removal=True)
-    comparison = compare(plan, tmp_path / "runs", baseline="dense", resamples=200, problems={"paper-s0": "killed"})
+    comparison = compare(
+        plan, tmp_path / "runs", baseline="dense", resamples=200, problems={"paper-s0": "killed"},
+        metrics=["mood/accuracy", "mood/acuracy"],
+    )  # fmt: skip
     difference = comparison.against["sigmoid"]["mean"]
     assert difference.mean == pytest.approx(0.2) and difference.low < 0.2 < difference.high
     assert comparison.interval("sigmoid", "routing", "weight_monopoly").mean == pytest.approx(0.3)
@@ -245,9 +260,11 @@ def test_the_report_says_what_the_run_folders_say(experiment: Experiment, tmp_pa
     assert "| sigmoid | 1 | 4 | 96 | 2.0 | x 48 |" in table
     assert "0.200 [0.200, 0.200] | 0.300 [0.300, 0.300] | 0.100 [0.100, 0.100] | 0.200 [0.200, 0.200]" in table
     assert "* paper-s0: killed" in table
+    assert "| arm | mood/accuracy |\n| --- | --- |\n| dense | 0.525 [" in table
+    assert "* mood/acuracy is not a metric of these runs (--metrics); did you mean mood/accuracy?" in table
     assert len((tmp_path / "table.csv").read_text().splitlines()) == 5
     write_plots(comparison, tmp_path)
-    for name in ("quality.png", "gates.png", "removal.png"):
+    for name in ("quality.png", "metrics.png", "gates.png", "removal.png"):
         assert (tmp_path / "plots" / name).stat().st_size > 4000
 
 

@@ -48,6 +48,7 @@ HOMES = {
     "sklearn": ("comoe/tasks/", "comoe/data/"),
     "scipy": ("comoe/tasks/", "comoe/calibration.py", "comoe/conflicts.py", "comoe/comparing/intervals.py"),
     "seqeval": ("comoe/tasks/",),
+    "rouge_score": ("comoe/tasks/",),
 }  # fmt: skip
 """Third-party library -> beginnings of the paths that may import it; libraries without a line may appear anywhere."""
 

@@ -26,6 +26,8 @@ TASKS = {
     "regression": Task("intensity", "regression", (), "pearson"),
     "tags": Task("names", "tags", TAGS, "span_f1"),
     "phrases": Task("opinion", "phrases", PHRASE_TAGS, "span_f1"),
+    "label_words": Task("polarity", "label_words", LABELS, "macro_f1", prompt="{text}", label_words=LABELS),
+    "text": Task("aspect", "text", (), "token_f1", prompt="{text}"),
 }
 CELLS = {
     "single_label": [0, None, 2, 1, 2],
@@ -34,13 +36,16 @@ CELLS = {
     "tags": [[IGNORED, 1, 2, IGNORED], None, [IGNORED, 0], [IGNORED, 0, IGNORED, 1], [IGNORED, IGNORED]],
 }
 CELLS["phrases"] = CELLS["tags"]
+CELLS["label_words"] = CELLS["single_label"]
+CELLS["text"] = [(4, "battery life"), None, (2, "\U0001f50b 电池"), (1, "x"), (3, "battery life")]
 WEIGHTED = [name for name, kind in KINDS.items() if kind.weighted]
 SCORED = sorted(name for name, kind in KINDS.items() if kind.scored)
 
 
 def task_of(kind: str, *, weighted: bool = False) -> Task:
     """A task, on wish with uneven class weights and smoothing."""
-    return replace(TASKS[kind], class_weights=(0.5, 1.0, 3.0), label_smoothing=0.2) if weighted else TASKS[kind]
+    smoothing = 0.0 if KINDS[kind].generates else 0.2
+    return replace(TASKS[kind], class_weights=(0.5, 1.0, 3.0), label_smoothing=smoothing) if weighted else TASKS[kind]
 
 
 def targets_of(kind: str) -> Tensor:
@@ -48,7 +53,10 @@ def targets_of(kind: str) -> Tensor:
 
 
 def logits_of(kind: str, *, seed: int = 0) -> Tensor:
-    """Random logits, (5, Y), for tags (5, 4, Y)."""
+    """Random logits, (5, Y), for tags (5, 4, Y); for text (5, 2 + 3): each row has written "abc" or a part of it."""
+    if kind == "text":
+        own = torch.randn(5, 2, generator=torch.Generator().manual_seed(seed))
+        return torch.cat([own, torch.tensor([[97.0, 98.0, 99.0]]) * (torch.arange(5)[:, None] >= torch.arange(3))], 1)
     shape = (5, 4) if KINDS[kind].per_token else (5,)
     width = KINDS[kind].num_outputs(TASKS[kind].labels)
     return 3 * torch.randn(*shape, width, generator=torch.Generator().manual_seed(seed))
@@ -174,6 +182,8 @@ def test_gold_gives_the_labels_back_in_words(kind: str) -> None:
         "regression": [0.5, -3.0, None, 4.0, 0.0],
         "tags": [["B-PER", "I-PER"], None, ["O"], ["O", "B-PER"], None],
         "phrases": [["B-phrase", "I-phrase"], None, ["O"], ["O", "B-phrase"], None],
+        "label_words": ["negative", None, "positive", "neutral", "positive"],
+        "text": ["battery life", None, "\U0001f50b 电池", "x", "battery life"],
     }
     assert KINDS[kind].gold(targets_of(kind), TASKS[kind]) == expected[kind]
 
@@ -235,12 +245,26 @@ def regression_reference(logits: Tensor, task: Task) -> tuple[float, float]:
     return sum(errors), len(errors)
 
 
+def words_reference(logits: Tensor, task: Task) -> tuple[float, float]:
+    weights = task.class_weights or [1.0] * 3
+    cells = [(row, cell) for row, cell in enumerate(CELLS["label_words"]) if cell is not None]
+    loss = -sum(weights[cell] * float(logits[row, cell]) for row, cell in cells)
+    return loss, sum(weights[cell] for _, cell in cells)
+
+
+def text_reference(logits: Tensor, task: Task) -> tuple[float, float]:
+    cells = [(row, cell) for row, cell in enumerate(CELLS["text"]) if cell is not None]
+    return -sum(float(logits[row, 0]) for row, _ in cells), sum(count for _, (count, _) in cells)
+
+
 REFERENCES: dict[str, Callable[[Tensor, Task], tuple[float, float]]] = {
     "single_label": single_reference,
     "multi_label": multi_reference,
     "regression": regression_reference,
     "tags": tags_reference,
     "phrases": tags_reference,
+    "label_words": words_reference,
+    "text": text_reference,
 }
 
 

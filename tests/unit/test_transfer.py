@@ -76,6 +76,18 @@ def test_single_is_a_run_for_each_task_that_is_not_auxiliary(experiment: Experim
     assert alone.data == whole.data and alone.model == whole.model
 
 
+def test_without_auxiliary_tasks_the_others_stay_in_one_run(experiment: Experiment):
+    plan = planned(experiment, "recipe", "no_auxiliary", "single.mood")
+    assert [trial.name for trial in plan.trials] == ["recipe-s0", "no_auxiliary-s0", "single.mood-s0"]
+    assert list(recipe_of(experiment, plan, "no_auxiliary-s0").tasks) == ["mood", "topic", "stance"]
+    config = experiment.config
+    config.write_text(config.read_text().replace("auxiliary: true", "auxiliary: false"))
+    with pytest.raises(ValueError, match="no_auxiliary drops the tasks marked auxiliary.*the recipe has no such tasks"):
+        planned(experiment, "no_auxiliary")
+    # Another arm that is asked for by task knows nothing of it.
+    assert planned(experiment, "single.mood").arms[0].name == "single.mood"
+
+
 def test_leaving_one_out_drops_auxiliary_tasks_too_and_wants_the_run_of_all(experiment: Experiment):
     plan = planned(experiment, "recipe", "leave_one_out")
     assert [arm.name for arm in plan.arms[1:]] == [f"without.{task}" for task in (*TASKS, "hint")]
@@ -176,6 +188,7 @@ def test_a_comparison_begun_before_an_option_was_there_goes_on(experiment: Exper
         ("single,multi", {"affinity_posts": 1}, "--affinity-posts is 1; it must be at least 2, or 0"),
         ("single,multi", {"removal_posts": 0}, "--removal-posts is 0; it must be at least 1"),
         ("single,,multi", {}, "--arms is 'single,,multi'; it must be names with commas between, of single, leave_one"),
+        ("single,multi", {"metrics": "moood/accuracy"}, "--metrics moood/accuracy: write task/metric .mood/accuracy,"),
         ("single,multi", {"seeds": "0,-1"}, "--seeds is '0,-1'"),
         ("single,multi", {"ranks": 0}, "--ranks is 0; it must be at least 1"),
         ("single,multi", {"overrides": ["run.name=x"]}, "run.name cannot be an override here"),
@@ -185,7 +198,7 @@ def test_a_comparison_begun_before_an_option_was_there_goes_on(experiment: Exper
 def test_a_wrong_command_is_refused_before_anything_is_written(experiment: Experiment, arms, changed, message):
     given = {"config": experiment.config, "deepspeed": experiment.deepspeed, "output": experiment.output, "ranks": 1,
              "arms": arms, "arm": [], "seeds": "0", "against": None, "affinity": None, "affinity_posts": 8,
-             "remove_experts": None, "removal_posts": 8, "resamples": 9, "keep_checkpoints": False,
+             "remove_experts": None, "removal_posts": 8, "metrics": None, "resamples": 9, "keep_checkpoints": False,
              "overrides": []}  # fmt: skip
     with pytest.raises(ValueError, match=message):
         run_comparison(Namespace(**given | changed), train_script=experiment.train_script)

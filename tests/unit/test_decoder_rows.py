@@ -1,0 +1,383 @@
+"""Rows of a batch where a decoder answers some tasks, and the way of its answers to scores and predictions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from comoe.calibration import Calibrator, ece_of
+from comoe.data.batching import Collator
+from comoe.data.domains import Domains
+from comoe.data.tokenized import TokenizedSplit, tokenize_split
+from comoe.dry_run import sample_lines, seen_by_the_decoder
+from comoe.evaluate import check_chosen_metric, evaluate, mean_metric, metric_names
+from comoe.model_card import model_card
+from comoe.predict import Predictor
+from comoe.protocols import IGNORED, Batch, ModelOutput
+from comoe.schema import DataConfig, NormalizeConfig, Recipe
+from comoe.scoring import DataChoice, score_data
+from comoe.tasks.catalog import Task
+from tests.helpers_data import write_jsonl
+from tests.helpers_decoder import ASPECT, MOOD, POLARITY, TASKS, decoder_tokenizer, posts_of
+
+TOKENIZER = decoder_tokenizer(
+    ["aspect", "of:", "polarity", "of", "in:", "?", "great", "terrible", "battery", "screen", "😀", "电池", "post"]
+)
+CONFIG = DataConfig(max_length=32, cache=False, normalize=NormalizeConfig(preset="none"))
+TEXTS = ["post one", "post two is great", "post three", "post four 😀", "post five"]
+LABELS = {
+    # All three; mood alone; the decoder's alone; one of these; none at all.
+    "mood": [0, 1, None, None, None],
+    "aspect": ["battery 😀", None, "电池", None, None],
+    "polarity": [1, None, 0, 0, None],
+}
+PAIRS = ["battery", None, "screen", "screen", "post"]
+
+
+def split_of(*, tasks: tuple[Task, ...] = TASKS, **more: Any) -> TokenizedSplit:
+    posts = posts_of(TEXTS, {task.name: LABELS[task.name] for task in tasks}, pairs=PAIRS, tasks=tasks, **more)
+    return tokenize_split(posts, TOKENIZER, tasks=tasks, config=CONFIG)
+
+
+def rows_of(batch: Batch) -> list[tuple[int, int]]:
+    return list(zip(batch.row_ids_B.tolist(), batch.task_ids_B.tolist(), strict=True))
+
+
+def shown(batch: Batch, row: int) -> str:
+    return TOKENIZER.decode(batch.input_ids_BL[row][batch.attention_mask_BL[row].bool()])
+
+
+# Rows
+
+
+def test_by_token_a_post_has_one_row_for_the_heads_and_one_for_each_task_of_the_decoder() -> None:
+    split = split_of()
+    batch = Collator(TOKENIZER, TASKS)(split, np.arange(5))
+    assert rows_of(batch) == [
+        (0, -1), (0, 1), (0, 2), (1, -1), (2, 1), (2, 2), (3, 2), (4, -1), (4, 1), (4, 2),
+    ]  # fmt: skip
+    assert shown(batch, 0) == "post one </s> battery </s>"
+    assert shown(batch, 1) == "aspect of: post one </s>"
+    assert shown(batch, 2) == "polarity of battery in: post one ? </s>"
+    assert batch.labels["mood"].tolist() == [0, *[IGNORED] * 2, 1, *[IGNORED] * 6]
+    assert batch.labels["polarity"].tolist() == [IGNORED, IGNORED, 1, *[IGNORED] * 2, 0, 0, *[IGNORED] * 3]
+    aspects = ASPECT.rules.gold(batch.labels["aspect"], ASPECT)
+    assert aspects == [None, "battery 😀", None, None, "电池", *[None] * 5]
+    assert batch.labels["aspect"][[1, 4], 0].tolist() == [3, 2]  # tokens that are taught, the end sign one of them
+    assert batch.token_type_ids_BL is None and not batch.word_starts_BL[batch.task_ids_B >= 0].any()
+    assert batch.word_starts_BL[0].sum() == 2  # of the first text alone
+
+
+@pytest.mark.parametrize("start", [False, True])
+def test_answers_and_choices_are_the_tokens_of_the_right_words(start: bool) -> None:
+    tokenizer = decoder_tokenizer(["great", "terrible", "battery", "😀", "电池"], start=start)
+    posts = posts_of(TEXTS, LABELS, pairs=PAIRS)
+    split = tokenize_split(posts, tokenizer, tasks=TASKS, config=CONFIG)
+    batch = Collator(tokenizer, TASKS)(split, np.array([0, 2, 4]))
+
+    def words(row: torch.Tensor) -> list[str]:
+        return tokenizer.convert_ids_to_tokens(row[row != IGNORED].tolist())
+
+    before = ["<s>"] if start else []
+    wanted = {(0, 1): ["battery", "😀"], (0, 2): ["great"], (2, 1): ["电池"], (2, 2): ["terrible"]}
+    assert batch.answers_BD.dtype == torch.int64
+    for pair, row in zip(rows_of(batch), batch.answers_BD, strict=True):
+        assert words(row) == ([*before, *wanted[pair], "</s>"] if pair in wanted else [])
+    assert list(batch.choices) == ["polarity"]
+    choices = [words(row) for row in batch.choices["polarity"]]
+    assert choices == [[*before, "terrible", "</s>"], [*before, "great", "</s>"]]
+
+
+@pytest.mark.parametrize("route_by", ["task", "both"])
+def test_by_task_every_row_has_its_one_task(route_by: str) -> None:
+    split, collator = split_of(), Collator(TOKENIZER, TASKS, route_by=route_by)
+    assert rows_of(collator(split, np.arange(5))) == [(0, 0), (0, 1), (0, 2), (1, 0), (2, 1), (2, 2), (3, 2)]
+    # Prediction: heads answer for all posts, the decoder for those it has a label of and those without any.
+    batch = collator(split, np.array([1, 3, 4]), all_tasks=True)
+    assert rows_of(batch) == [(1, 0), (3, 0), (3, 2), (4, 0), (4, 1), (4, 2)]
+    assert shown(batch, 1) == "post four 😀 </s> screen </s>"
+    assert shown(batch, 2) == "polarity of screen in: post four 😀 ? </s>"
+
+
+def test_without_a_task_with_a_head_there_are_no_rows_for_heads() -> None:
+    tasks = (ASPECT, POLARITY)
+    split = split_of(tasks=tasks)
+    batch = Collator(TOKENIZER, tasks)(split, np.arange(5))
+    # The second post has no label here and no second text, which one prompt wants.
+    assert rows_of(batch) == [(0, 0), (0, 1), (1, 0), (2, 0), (2, 1), (3, 1), (4, 0), (4, 1)]
+    assert len(split.tokens.input_ids) == 0
+
+
+@pytest.mark.parametrize(("route_by", "task"), [("token", -1), ("task", 0)])
+def test_a_rank_without_posts_has_one_row_that_wants_no_answer(route_by: str, task: int) -> None:
+    batch = Collator(TOKENIZER, TASKS, route_by=route_by)(split_of(), np.zeros(0, dtype=np.int64))
+    assert rows_of(batch) == [(-1, task)] and batch.answers_BD.tolist() == [[IGNORED]]
+    assert batch.labels["aspect"].tolist() == [[IGNORED]] and batch.labels["polarity"].tolist() == [IGNORED]
+
+
+def test_heads_alone_have_neither_answers_nor_choices() -> None:
+    split = split_of(tasks=(MOOD,))
+    batch = Collator(TOKENIZER, (MOOD,))(split, np.arange(2))
+    assert batch.answers_BD is None and batch.choices == {} and rows_of(batch) == [(0, -1), (1, -1)]
+
+
+def test_rows_are_taken_with_their_answers() -> None:
+    batch = Collator(TOKENIZER, TASKS)(split_of(), np.array([0]))
+    part = batch.take(torch.tensor([2, 1]))
+    assert torch.equal(part.answers_BD, batch.answers_BD[[2, 1]])
+    assert torch.equal(part.labels["aspect"], batch.labels["aspect"][[2, 1]])
+    assert torch.equal(part.choices["polarity"], batch.choices["polarity"])
+
+
+def test_lengths_are_those_of_the_longest_row_of_a_post() -> None:
+    split = split_of()
+    batches = [Collator(TOKENIZER, TASKS)(split, np.array([post])) for post in range(5)]
+    assert split.lengths.tolist() == [batch.input_ids_BL.shape[1] for batch in batches]
+    assert split.lengths[1] == len(split.rows(np.array([1]))[0].input_ids) < split.lengths[0]
+
+
+def test_confidences_and_domains_go_with_the_rows_and_a_post_counts_once() -> None:
+    tasks = (MOOD, replace(ASPECT, confidence_strategy="output"), POLARITY)
+    confidences = {"aspect": [0.25, None, 0.5, None, None]}
+    split = split_of(tasks=tasks, confidences=confidences, columns={"place": ["a", "b", "a", None, "b"]})
+    domains = Domains("place", ("a", "b"), (0.5, 0.5), 1, (1.0, 3.0))
+    batch = Collator(TOKENIZER, tasks, domains=domains)(split, np.array([0, 1, 0, 3]))
+    assert rows_of(batch)[:4] == [(0, -1), (0, 1), (0, 2), (1, -1)]
+    assert batch.confidences["aspect"].tolist() == [0.25] * 3 + [1.0] + [0.25] * 3 + [1.0]
+    assert batch.domains_B.tolist() == [0, 0, 0, 1, 0, 0, 0, IGNORED]
+    # Drawn twice, the first post counts twice.
+    torch.testing.assert_close(batch.domain_weights_B, torch.tensor([1 / 3] * 3 + [3.0] + [1 / 3] * 3 + [0.0]))
+
+
+def test_tasks_of_other_data_sets_do_not_ask_about_posts_without_the_second_text() -> None:
+    posts = posts_of(["a post", "b post"], {"mood": [None, 1]})
+    split = tokenize_split(posts, TOKENIZER, tasks=TASKS, config=CONFIG)
+    assert rows_of(Collator(TOKENIZER, TASKS)(split, np.arange(2))) == [(0, -1), (0, 1), (1, -1)]
+
+
+def test_a_tokenizer_that_writes_no_end_sign_is_refused() -> None:
+    with pytest.raises(ValueError, match="whose answers need an end sign"):
+        Collator(decoder_tokenizer(end=False), TASKS)
+
+
+# Answers
+
+WRITTEN = {0: "battery 😀", 2: "battery", 4: "screen 电池"}
+
+
+def written_by(batch: Batch, *, tokenizer: Any = TOKENIZER, tasks: tuple[Task, ...] = TASKS) -> ModelOutput:
+    """What a model says that writes ``WRITTEN``, scores "great" at 3/4 of both words, and is of mood 1 for all."""
+    rows = batch.row_ids_B.tolist()
+    ids = [tokenizer(WRITTEN.get(row, "post"))["input_ids"] for row in rows]
+    wide = torch.full((len(rows), 2 + max(map(len, ids))), -1.0)
+    for number, row in enumerate(ids):
+        wide[number, : 2 + len(row)] = torch.tensor([-6.0, float(np.log(0.5)), *row])
+    logits = {
+        "mood": torch.tensor([[0.0, 2.0]]).repeat(len(rows), 1),
+        "aspect": wide,
+        "polarity": torch.tensor([[0.01, 0.03]]).log().repeat(len(rows), 1),
+    }
+    return ModelOutput({task.name: logits[task.name] for task in tasks}, {}, {}, (), torch.zeros(0, dtype=torch.int64))
+
+
+def evaluated(*, shares: list[list[list[int]]], route_by: str = "token", **options: Any) -> Any:
+    split, collator = split_of(), Collator(TOKENIZER, TASKS, route_by=route_by)
+    seen: list[Any] = []
+
+    def of(batches: list[list[int]], gather: Any) -> Any:
+        return evaluate(
+            written_by, split, collator=lambda s, i: collator(s, i, all_tasks=True), tasks=TASKS,
+            batches=[np.array(batch, dtype=np.int64) for batch in batches], gather=gather, device="cpu",
+            spell=collator.spell, texts=split.texts, **options,
+        )  # fmt: skip
+
+    for batches in shares[1:]:
+        of(batches, lambda answers: (seen.append(answers), [answers])[1])
+    return of(shares[0], lambda answers: [answers, *seen])
+
+
+@pytest.mark.parametrize("route_by", ["token", "task"])
+def test_answers_go_through_code_points_to_scores_and_predictions(route_by: str) -> None:
+    found = evaluated(shares=[[[0, 1], [2, 3, 4]]], route_by=route_by)
+    aspect = found.metrics["aspect"]
+    assert aspect["n"] == 2 and aspect["exact_match"] == 0.5 and aspect["token_f1"] == 0.5
+    assert aspect["loss"] == pytest.approx(12 / 5)  # nats of both texts over their 3 + 2 tokens
+    polarity = found.metrics["polarity"]
+    assert polarity["n"] == 3 and polarity["accuracy"] == pytest.approx(1 / 3)
+    assert polarity["loss"] == pytest.approx(-(np.log(0.03) + 2 * np.log(0.01)) / 3)
+    assert found.confusions["polarity"].tolist() == [[0, 2], [0, 1]] and "aspect" not in found.confusions
+    assert found.predictions["aspect"] == [
+        {"row": row, "text": TEXTS[row], "gold": LABELS["aspect"][row], "answer": WRITTEN[row],
+         "probability": pytest.approx(0.5)}
+        for row in (0, 2, 4)
+    ]  # fmt: skip
+    assert [row["row"] for row in found.predictions["polarity"]] == [0, 2, 3, 4]
+    assert found.predictions["polarity"][3]["scores"] == pytest.approx({"bad": 0.25, "good": 0.75})
+    labelled = [row["row"] for row in found.predictions["mood"] if row["gold"] is not None]
+    assert labelled == [0, 1] and found.metrics["mood"]["n"] == 2
+
+
+def test_two_ranks_give_what_one_does() -> None:
+    whole = evaluated(shares=[[[0, 1, 2, 3, 4]]])
+    parts = evaluated(shares=[[[4, 1], [0]], [[2], [3, 0]]])
+    assert parts.metrics == whole.metrics and parts.predictions == whole.predictions
+
+
+def test_scores_of_texts_can_be_sliced_and_chosen_by() -> None:
+    tasks = (MOOD, replace(ASPECT, slices=("place",)), POLARITY)
+    split, collator = split_of(), Collator(TOKENIZER, tasks)
+    found = evaluate(
+        written_by, split, collator=collator, tasks=tasks, batches=[np.arange(5)], gather=lambda a: [a], device="cpu",
+        spell=collator.spell, columns={"place": ["x", None, "y", "y", "x"]}, predictions=False,
+    )  # fmt: skip
+    assert found.metrics["aspect"]["token_f1@place=x"] == 1.0 and found.metrics["aspect"]["token_f1@place=y"] == 0.0
+    check_chosen_metric("aspect/rouge_l", tasks)
+    assert {"loss", "token_f1", "exact_match", "rouge_l", "majority/token_f1"} == set(metric_names(ASPECT))
+    assert mean_metric(found.metrics, tasks) == pytest.approx(
+        np.mean([found.metrics[task.name][task.metric] for task in tasks])
+    )
+
+
+def test_scored_words_are_calibrated_and_texts_left_alone() -> None:
+    generator = np.random.default_rng(0)
+    gold = generator.integers(2, size=60)
+    # As sure as 9 to 1, right 7 times of 10: log-probabilities of words, which do not sum to 1.
+    right = generator.random(60) < 0.7
+    said = np.where(right, gold, 1 - gold)
+    tasks = (ASPECT, POLARITY)
+    posts = posts_of(["post"] * 60, {"polarity": gold.tolist(), "aspect": ["x"] * 60}, pairs=["a"] * 60, tasks=tasks)
+    split = tokenize_split(posts, TOKENIZER, tasks=tasks, config=CONFIG)
+    collator = Collator(TOKENIZER, tasks)
+
+    def forward(batch: Batch) -> ModelOutput:
+        output = written_by(batch, tasks=tasks)
+        logits = torch.full((len(batch.row_ids_B), 2), float(np.log(0.0001)))
+        logits[torch.arange(len(logits)), torch.from_numpy(said)[batch.row_ids_B]] = float(np.log(0.0009))
+        return replace(output, logits={**output.logits, "polarity": logits})
+
+    found = evaluate(
+        forward, split, collator=collator, tasks=tasks, batches=[np.arange(60)], gather=lambda a: [a], device="cpu",
+        spell=collator.spell,
+    )  # fmt: skip
+    assert set(ece_of(found.answers, tasks)) == {"polarity"}
+    calibrator = Calibrator(tasks, temperatures=True, thresholds=False)
+    after = calibrator.take("validation", found)
+    assert calibrator.tasks[0] == ASPECT and calibrator.tasks[1].temperature > 1.5
+    sure = after.predictions["polarity"][0]["scores"].values()
+    assert max(sure) == pytest.approx(right.mean(), abs=0.05) and sum(sure) == pytest.approx(1.0)
+    assert after.metrics["polarity"]["loss"] == found.metrics["polarity"]["loss"]
+
+
+# Prediction
+
+
+def predictor_of(tasks: tuple[Task, ...] = TASKS, *, route_by: str = "token") -> Predictor:
+    exported = SimpleNamespace(
+        tasks=tasks, tokenizer=TOKENIZER, data_config=CONFIG, config={}, image_processor=None,
+        model=lambda batch: replace(
+            written_by(batch, tasks=tasks), attentions={"mood": batch.attention_mask_BL.float()}
+        ),
+    )  # fmt: skip
+    return Predictor(exported, Collator(TOKENIZER, tasks, route_by=route_by), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("route_by", ["token", "task"])
+def test_every_task_answers_a_post_and_one_without_the_second_text_says_so(route_by: str) -> None:
+    answers = predictor_of(route_by=route_by)(
+        ["post one", "post two", " ", "post three"], pairs=["battery", None, "x", "y"], explain=True
+    )
+    assert answers[0]["aspect"] == {"answer": "battery 😀", "probability": pytest.approx(0.5)}
+    assert answers[0]["polarity"]["label"] == "good" and answers[0]["mood"]["label"] == "wild"
+    assert "attention" in answers[0]["mood"] and "attention" not in answers[0]["aspect"]
+    assert answers[1] == {
+        "text": "post two",
+        "error": "the second text is missing, which the prompt of polarity wants; give it, or ask for other tasks",
+    }
+    assert answers[2] == {"text": " ", "error": "the text is empty"}
+    assert answers[3]["polarity"]["label"] == "good"
+
+
+def test_only_the_tasks_that_are_asked_for_run() -> None:
+    seen: list[Batch] = []
+    predictor = predictor_of()
+    exported = SimpleNamespace(**vars(predictor.exported))
+    exported.model = lambda batch: (seen.append(batch), predictor.exported.model(batch))[1]
+    watched = replace(predictor, exported=exported)
+    assert list(watched(["post one"], tasks=["aspect"])[0]) == ["text", "aspect"]
+    assert list(watched(["post one"], tasks=["mood"])[0]) == ["text", "mood"]
+    assert [rows_of(batch) for batch in seen] == [[(0, 1)], [(0, -1)]]
+
+
+def test_a_post_given_as_words_is_asked_about_as_in_training_and_a_cut_one_is_marked() -> None:
+    seen: list[Batch] = []
+    predictor = predictor_of((ASPECT,))
+    exported = SimpleNamespace(**vars(predictor.exported))
+    exported.model = lambda batch: (seen.append(batch), predictor.exported.model(batch))[1]
+    watched = replace(predictor, exported=exported)
+    first, second = watched(["ignored", "great " * 50], words=[["battery", "great"], None])
+    assert "truncated" not in first and second["truncated"]
+    texts = {shown(batch, row) for batch in seen for row in range(len(batch.row_ids_B))}
+    assert texts == {"aspect of: battery great </s>", f"aspect of: {'great ' * 29}</s>"}
+
+
+def test_labelled_posts_are_scored_as_in_training(tmp_path: Path) -> None:
+    rows = [
+        {"text": "post one", "aspect": "battery 😀", "polarity": "good", "target": "battery"},
+        {"text": "post two", "aspect": "", "polarity": "bad", "target": "screen"},
+        {"text": "post three", "aspect": "screen", "polarity": None, "target": ""},
+    ]
+    path = str(write_jsonl(tmp_path / "posts.jsonl", rows))
+    predictor = predictor_of((ASPECT, POLARITY))
+    scores = score_data(predictor, DataChoice(path, pair="target"), progress=False)
+    assert scores.evaluation.metrics["aspect"]["n"] == 2 and scores.evaluation.metrics["aspect"]["exact_match"] == 0.5
+    assert scores.evaluation.metrics["polarity"]["accuracy"] == 0.5 and "ece" in scores.evaluation.metrics["polarity"]
+    with pytest.raises(ValueError, match=r"The prompt of polarity has \{pair\}; name its column with --pair-column"):
+        score_data(predictor, DataChoice(path), progress=False)
+    assert score_data(predictor, DataChoice(path, label="aspect"), tasks=["aspect"], progress=False).posts == 3
+    write_jsonl(tmp_path / "posts.jsonl", [rows[0], rows[1] | {"target": " "}])
+    with pytest.raises(ValueError, match=r"posts.jsonl:2: column target is empty, but tasks.polarity.prompt has"):
+        score_data(predictor, DataChoice(path, pair="target"), progress=False)
+
+
+# What is shown
+
+
+def test_the_dry_run_shows_prompt_and_answer_as_the_model_sees_them() -> None:
+    split = split_of()
+    seen = seen_by_the_decoder(split, TOKENIZER)
+    assert sample_lines(ASPECT, split.posts, CONFIG.normalize, seen=seen) == [
+        "aspect (text, metric token_f1):",
+        "  battery 😀 </s> | aspect of: post one </s>",
+        "  电池 </s> | aspect of: post three </s>",
+    ]
+    lines = sample_lines(POLARITY, split.posts, CONFIG.normalize, seen=seen)
+    assert lines[:3] == [
+        "polarity (label_words, metric macro_f1):",
+        "  words of the labels: bad = 'terrible', good = 'great'",
+        "  great </s> | polarity of battery in: post one ? </s>",
+    ]
+
+
+def card(tasks: tuple[Task, ...]) -> str:
+    config: Mapping[str, Any] = {
+        "data": {"normalize": {"language": "en"}}, "model": {"encoder": "some/t5"}, "encoder": {"model_type": "t5"},
+        "comoe_version": "1",
+    }  # fmt: skip
+    return model_card("m", recipe=Recipe(), tasks=tasks, config=config, results=None)
+
+
+def test_the_card_tells_the_prompts_and_how_to_give_the_second_text() -> None:
+    mixed = card(TASKS)
+    assert 'pipeline_tag: "text-classification"' in mixed and "One encoder-decoder" in mixed
+    assert "| polarity | polarity of {pair} in: {text} ? |" in mixed
+    assert "| aspect | text | a text | token_f1 |" in mixed
+    assert 'pairs=["the weather"]' in mixed and "--pair-column pair" in mixed
+    written = card((ASPECT,))
+    assert 'pipeline_tag: "text-generation"' in written and "--pair-column" not in written
