@@ -231,7 +231,8 @@ class TweetEval(JsonLines):
 
     def remark(self, bad: int) -> str:
         if self.filled:
-            print(f"{self.filled} lines without a text were answered as {self.filler!r}", file=sys.stderr)
+            what = "a text, or the second text that the prompt wants," if wants_pair(self.task.prompt) else "a text"
+            print(f"{self.filled} lines without {what} were answered as {self.filler!r}", file=sys.stderr)
         return ""
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,7 +32,7 @@ from comoe.evaluate import check_chosen_metric
 from comoe.footprint import count_parameters, plan_run
 from comoe.models.gate import build_gate
 from comoe.models.vision import image_side
-from comoe.objective import Objective, build_objective
+from comoe.objective import Objective, build_objective, refuse_decoded
 from comoe.schema import Recipe
 from comoe.starter import home, resolve
 from comoe.tasks.catalog import Task
@@ -105,8 +106,9 @@ def assemble(
     recipe = _one_per_node_first(lambda: resolve(recipe, progress=is_main()))
     corpus, tokenizer, splits = _load_posts(recipe)
     domains = find_domains(corpus.splits["train"], recipe.loss.adversarial)
-    with building(filled):
-        objective = _build_objective(recipe, corpus.tasks, splits, num_domains=len(domains.names) if domains else 0)
+    with nullcontext() if dry_run else building(filled):
+        number = len(domains.names) if domains else 0
+        objective = _build_objective(recipe, corpus.tasks, splits, num_domains=number, shape=dry_run)
     parameters = count_parameters(objective.model, top_k=recipe.model.moe.top_k)
     if dry_run:
         if is_main():
@@ -157,6 +159,7 @@ def check_names(recipe: Recipe) -> None:
             raise unknown_name(key, name, table)
     for name, task in recipe.tasks.items():
         check_answering(name, task, kind=KINDS[task.kind])
+    refuse_decoded(recipe.loss.weighting, [name for name, task in recipe.tasks.items() if KINDS[task.kind].generates])
     MIXINGS[recipe.data.mixing](np.ones(1), recipe.data.mixing_temperature)
 
 
@@ -175,10 +178,10 @@ def _load_posts(recipe: Recipe) -> tuple[Corpus, Any, dict[str, TokenizedSplit]]
 
 
 def _build_objective(
-    recipe: Recipe, tasks: Sequence[Task], splits: Mapping[str, TokenizedSplit], *, num_domains: int = 0
+    recipe: Recipe, tasks: Sequence[Task], splits: Mapping[str, TokenizedSplit], **options: Any
 ) -> Objective:
     _seed(recipe.train.seed)
-    objective = build_objective(recipe, tasks, num_domains=num_domains)
+    objective = build_objective(recipe, tasks, **options)
     # Many tokenizers do not know how many positions their encoder has.
     limit = objective.model.longest_text
     longest = max(int(split.lengths.max()) for split in splits.values() if len(split))

@@ -37,7 +37,8 @@ from comoe.export_folder import (
     read_json,
 )
 from comoe.model_card import model_card
-from comoe.models.multitask import MultiTaskModel, build_model
+from comoe.models.building import build_model
+from comoe.models.multitask import MultiTaskModel
 from comoe.picture_column import column_in_training
 from comoe.schema import DataConfig, ModelConfig, Recipe
 from comoe.tasks.catalog import Task

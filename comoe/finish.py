@@ -22,6 +22,7 @@ from comoe.export_folder import CONFIG
 from comoe.noise_sets import score_noisy
 from comoe.result_tables import noise_lines, slice_lines
 from comoe.tasks.catalog import Task
+from comoe.tasks.prompts import wants_pair
 from comoe.train.checkpoint import load_checkpoint
 from comoe.train.folders import best_checkpoint, find_checkpoint
 from comoe.train.monitor import Monitor
@@ -106,14 +107,16 @@ def print_results(folder: Path, tasks: Sequence[Task]) -> None:
     print(f"run folder     {folder}")
     print(f"watch          tensorboard --logdir {folder.parent}")
     export = folder / "export"
-    posts = f"--input {_fitting_input(export)} --output answers.jsonl"
+    posts = f"--input {_fitting_input(export, tasks)} --output answers.jsonl"
     print(f"predict        python launch/predict.py --model {export} {posts}")
 
 
-def _fitting_input(export: Path) -> str:
-    """Name of a file that can hold what the model reads: plain text has no place for pictures."""
+def _fitting_input(export: Path, tasks: Sequence[Task]) -> str:
+    """Name of a file that can hold what the model reads: plain text has no place for pictures and second texts."""
     config = export / CONFIG
     sees = config.is_file() and json.loads(config.read_text(encoding="utf-8")).get("image_column") is not None
+    if any(wants_pair(task.prompt) for task in tasks):
+        return "posts.jsonl --pair-column pair"
     return "posts.jsonl" if sees else "posts.txt"
 
 

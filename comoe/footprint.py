@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 from torch import nn
 
 from comoe.data.tokenized import TokenizedSplit
-from comoe.memory import MemoryPlan, Work, plan_memory, reduction_elements
+from comoe.memory import MemoryPlan, plan_memory, reduction_elements
+from comoe.memory_work import DecoderWork, Work
+from comoe.models.families import family_of, has_decoder
+from comoe.models.gate import ROUTES
 from comoe.models.multitask import MultiTaskModel
 from comoe.models.vision import expected_tokens
 from comoe.schema import Recipe
@@ -56,6 +60,22 @@ def plan_run(
     zero = settings["zero_optimization"]
     encoder, blocks = model.encoder.config, model.moe_layers()
     posts = layout.micro_batch_size
+    rows = _row_tokens(model, train, by_task=ROUTES[recipe.model.moe.route_by].task)
+    num_layers, ffn_widths = _stack_shapes(encoder)
+    common = {
+        "width": model.config.hidden_size,
+        "top_k": recipe.model.moe.top_k,
+        "recompute": recipe.train.activation_checkpointing,
+        "expert_width": blocks[0].mixture.experts.down_proj.shape[-1] if blocks else 0,
+    }
+    decoder = None
+    if has_decoder(model.encoder):
+        of_decoder = sum(block.layer >= num_layers[0] for block in blocks)
+        decoder = DecoderWork(
+            Work(int(posts * rows.answers), num_layers[1], ffn_width=ffn_widths[1], moe_layers=of_decoder, **common),
+            read_tokens=int(posts * rows.prompts),
+            vocabulary=encoder.vocab_size,
+        )
     return plan_memory(
         parameters["dense"],
         expert_parameters=parameters["experts"],
@@ -73,19 +93,61 @@ def plan_run(
         ),
         gathered_elements=min(kept_whole(zero), parameters["dense"] + parameters["experts"] // layout.ep_size),
         tower=_tower_work(model, posts),
-        tokens=int(posts * (train.lengths.mean() + model.image_tokens)),
-        layers=encoder.num_hidden_layers,
-        width=model.config.hidden_size,
-        # DistilBERT has its own word for it.
-        ffn_width=getattr(encoder, "intermediate_size", None) or getattr(encoder, "hidden_dim", None),
+        decoder=decoder,
+        tokens=int(posts * (rows.encoder + rows.pictures * model.image_tokens)),
+        layers=num_layers[0],
+        ffn_width=ffn_widths[0],
         tasks=sum(head.pooling is not None for head in model.heads),
         private_parts=len(model.tasks) if recipe.model.private_width else 0,
         private_width=recipe.model.private_width,
-        moe_layers=len(blocks),
-        top_k=recipe.model.moe.top_k,
-        recompute=recipe.train.activation_checkpointing,
-        expert_width=blocks[0].mixture.experts.down_proj.shape[-1] if blocks else 0,
+        moe_layers=sum(block.layer < num_layers[0] for block in blocks),
+        **common,
     )
+
+
+class RowTokens(NamedTuple):
+    """Tokens per post, on average over a split."""
+
+    encoder: float
+    """That the encoder reads, in all of its rows."""
+    prompts: float
+    """Of them in rows that a decoder answers."""
+    answers: float
+    """That a decoder is taught."""
+    pictures: float
+    """Rows per post, each with its picture."""
+
+
+def _row_tokens(model: MultiTaskModel, train: TokenizedSplit, *, by_task: bool) -> RowTokens:
+    heads = [number for number, task in enumerate(model.tasks) if not task.rules.generates]
+    decoded = [(number, task) for number, task in enumerate(model.tasks) if task.rules.generates]
+    if not decoded and not by_task:
+        return RowTokens(float(train.lengths.mean()), 0.0, 0.0, 1.0)
+    labelled = train.labelled[:, heads]
+    own = labelled.sum(axis=1) if by_task else labelled.any(axis=1)
+    read = float((own * np.diff(train.tokens.offsets)).mean())
+    prompts = answers = asked = 0.0
+    for number, task in decoded:
+        mine = train.labelled[:, number]
+        asked += float(mine.mean())
+        prompts += float((mine * train.prompts[task.name].lengths).mean())
+        if task.label_words:
+            # About two tokens a word, and an end sign; the collator knows them exactly.
+            words = max(len(words.split()) for words in task.label_words)
+            answers += float(mine.mean()) * (2 * words + 1)
+        else:
+            answers += float((mine * train.answers[task.name].lengths).mean())
+    return RowTokens(read + prompts, prompts, answers, float(own.mean()) + asked)
+
+
+def _stack_shapes(hf_config: Any) -> tuple[list[int], list[int]]:
+    """Layers, and hidden width of the feed-forward, of the encoder and, of an encoder-decoder, of the decoder. A gated
+    one keeps four numbers of its width where others keep two, so it counts as one of twice the width."""
+    family = family_of(hf_config.model_type)
+    gated = 2 if getattr(hf_config, "is_gated_act", False) else 1
+    layers = [getattr(hf_config, field) for field in family.num_layers]
+    widths = [gated * getattr(hf_config, field) for field in family.feed_forward]
+    return layers, widths if len(widths) == len(layers) else widths * len(layers)
 
 
 def _tower_work(model: MultiTaskModel, pictures: int) -> Work | None:

@@ -9,7 +9,8 @@ in bf16, else 4), one rank holds, in bytes (frozen parameters count as weights a
     master copy   4 (D + X) / W     all stages, in float32 too: ZeRO clones its share
     moments       4 n (D + X) / W   n = 2 for AdamW, 1 for SGD with momentum, else 0
     bucket        p R               R gradient elements on their way to the other ranks
-    activations   what the backward pass reads, see ``Work``
+    activations   what the backward pass reads, see ``Work`` and ``DecoderWork``
+    vocabulary    (8 + p') A V          A tokens of answers over a vocabulary of V, p' = 2 in bf16, else 0
     dispatch      4 p S k M         one layer's routes: sent, received, padded for the grouped product, answered
 
 Expert parallelism divides what ZeRO below stage 3 leaves whole; the optimizer's share is (D + X) / W at every EP,
@@ -31,11 +32,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from comoe.config import unknown_name
-
-FULL = 4
-"""Bytes of a float32."""
-HALF = 2
-"""Bytes of a bfloat16."""
+from comoe.memory_work import FULL, HALF, DecoderWork, Work
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,79 +78,6 @@ class MemoryPlan:
         ]
 
 
-@dataclass(frozen=True, slots=True)
-class Work:
-    """What one forward pass of one rank goes through; its activations are what the backward pass reads."""
-
-    tokens: int = 0
-    """Tokens of the micro-batch; 0 leaves activations and dispatch out."""
-    layers: int = 0
-    """Encoder layers."""
-    width: int = 0
-    """Encoder width M."""
-    ffn_width: int | None = None
-    """Hidden width of the encoder's feed-forward; None is 4 M."""
-    tasks: int = 0
-    """Heads that pool."""
-    private_parts: int = 0
-    """Tasks with a private part."""
-    private_width: int = 0
-    """Hidden width of one."""
-    moe_layers: int = 0
-    """Layers with experts."""
-    top_k: int = 0
-    """Experts per token k."""
-    expert_width: int = 0
-    """Width F of one expert."""
-    recompute: bool = False
-    """Activation checkpointing per layer: the inputs of all layers are kept, and one layer whole."""
-
-    def activation_bytes(self, number: int) -> int:
-        """All layers, blocks, embeddings and heads; ``number`` bytes per activation."""
-        if not self.recompute:
-            layers, blocks = self.layers * self.layer_bytes(number), self.moe_layers * self.block_bytes(number)
-            return layers + blocks + self.outer_bytes(number)
-        inputs = self.layers * self.tokens * self.width * number
-        return (
-            inputs
-            + self.layer_bytes(number)
-            + self.block_bytes(number) * (self.moe_layers > 0)
-            + self.outer_bytes(number)
-        )
-
-    def layer_bytes(self, number: int) -> int:
-        """One encoder layer, without the attention matrix.
-
-        Per token 8 M + 2 F' numbers (input, query, key, value, attended, and around the feed-forward of width F') and
-        two one-byte dropout masks of M. A GPU's fused attention keeps no matrix; a CPU keeps some under dropout.
-
-        Source: Korthikanti et al. 2022, arXiv:2205.05198: 34 M bytes in 16 bits at F' = 4 M.
-        """
-        ffn = 4 * self.width if self.ffn_width is None else self.ffn_width
-        return self.tokens * ((8 * self.width + 2 * ffn) * number + 2 * self.width)
-
-    def block_bytes(self, number: int) -> int:
-        """One cooperative block.
-
-        Per token its norm's input and output, the gate's float32 input and a one-byte dropout mask; per route (one
-        token to one expert) input, answer, and four of the expert's width: gate, up, the activated gate, the product.
-        """
-        routes = self.top_k * (2 * self.width + 4 * self.expert_width) * number
-        return self.tokens * (self.width * (2 * number + FULL + 1) + routes)
-
-    def outer_bytes(self, number: int) -> int:
-        """Outside of the layers: three numbers of the embeddings, in bf16 a float32 copy of the last states for each
-        pooling head, and for each private part its norm's answer, the sum that its head reads, a one-byte dropout mask
-        and four numbers of its hidden width."""
-        private = (2 * self.width + 4 * self.private_width) * number + self.width
-        heads = self.width * (3 * number + (FULL * self.tasks if number < FULL else 0))
-        return self.tokens * (heads + self.private_parts * private)
-
-    def dispatch_bytes(self, number: int) -> int:
-        """One layer's routes on their way: sent, received, padded for the grouped product, and answered."""
-        return 4 * number * self.tokens * self.top_k * self.width if self.moe_layers else 0
-
-
 def reduction_elements(bucket: int, *, largest: int) -> int:
     """Gradient elements that may be on their way to the other ranks at once.
 
@@ -181,6 +105,7 @@ def plan_memory(
     gathered_elements: int = 0,
     tensor_groups: Sequence[tuple[Sequence[int], int]] = (),
     tower: Work | None = None,
+    decoder: DecoderWork | None = None,
     **work: int | bool | None,
 ) -> MemoryPlan:
     """Estimate the memory of one rank by the formulas of this module.
@@ -201,6 +126,7 @@ def plan_memory(
         tensor_groups: for each optimizer group the sizes of its tensors in order and the ranks that share it; makes
             the gradients of stage 2 in float32 exact. Empty takes the even share.
         tower: what a vision tower that trains goes through; a frozen one keeps nothing for a backward pass.
+        decoder: what a decoder goes through; None without one.
         work: fields of ``Work``; without them activations and dispatch are 0.
 
     Raises:
@@ -211,7 +137,7 @@ def plan_memory(
     whole = dense_parameters + math.ceil(expert_parameters / ep_size)
     share = math.ceil((dense_parameters + expert_parameters) / world_size)
     trained = math.ceil((dense_parameters - frozen_parameters + expert_parameters) / world_size)
-    passed, seen = Work(**work), tower or Work()
+    passed, seen, written = Work(**work), tower or Work(), decoder or DecoderWork()
     gradients = _gradients(whole - frozen_parameters, trained, stage=stage, bf16=bf16, tensor_groups=tensor_groups)
     parts = (
         MemoryPart("weights", number * (share if stage == 3 else whole)),
@@ -220,8 +146,15 @@ def plan_memory(
         _part(f"moments of {optimizer}", FULL * MOMENTS[optimizer](momentum) * trained, on_host=offload),
         MemoryPart("reduction bucket", number * bucket_elements),
         MemoryPart("gathered weights", number * gathered_elements if stage == 3 else 0),
-        MemoryPart("activations (rough)", passed.activation_bytes(number) + seen.layers * seen.layer_bytes(number)),
-        MemoryPart("dispatch buffers", passed.dispatch_bytes(number)),
+        MemoryPart(
+            "activations (rough)",
+            passed.activation_bytes(number)
+            + seen.layers * seen.layer_bytes(number)
+            + written.activation_bytes(number),
+        ),
+        *([MemoryPart("logits of the vocabulary", written.vocabulary_bytes(number))] if decoder else []),
+        # One layer at a time.
+        MemoryPart("dispatch buffers", max(passed.dispatch_bytes(number), written.own.dispatch_bytes(number))),
     )
     return MemoryPlan(parts, _in_words(world_size, ep_size, stage, bf16=bf16, offload=offload))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
@@ -11,13 +12,14 @@ from torch import Tensor, nn
 from comoe.distributed import sum_over_ranks, world_size
 from comoe.gradcache import Cached, Passes, cache_gradients, embeddings_alone, replayed
 from comoe.losses.adversarial import count_domains
-from comoe.models.multitask import MultiTaskModel, build_model
+from comoe.models.building import build_model, build_model_shape
+from comoe.models.multitask import MultiTaskModel
 from comoe.protocols import IGNORED, Batch, ModelOutput, StepOutput, labelled_rows
 from comoe.schema import LossConfig, MoeConfig, Recipe
 from comoe.task_gradients import gram_over_ranks, shared_gradients
 from comoe.tasks.catalog import Task
 from comoe.terms import Parts, build_terms
-from comoe.weighting import build_weighting
+from comoe.weighting import WEIGHTINGS, build_weighting
 
 
 class Objective(nn.Module):
@@ -54,8 +56,7 @@ class Objective(nn.Module):
         self.config = model.config
         self.tasks = tuple(tasks)
         self.weighting = build_weighting(loss.weighting, self.tasks, loss)
-        if self.weighting.reads_gradients:
-            refuse_decoded(loss.weighting, [task.name for task in self.tasks if task.rules.generates])
+        refuse_decoded(loss.weighting, [task.name for task in self.tasks if task.rules.generates])
         self.terms = build_terms(Parts(loss, moe, model, seed, num_domains))
         # Temperatures and a discriminator to learn, queues to save.
         self.losses = nn.ModuleDict({n: t.loss for n, t in self.terms.items() if isinstance(t.loss, nn.Module)})
@@ -196,7 +197,7 @@ def refuse_decoded(weighting: str, decoded: Sequence[str]) -> None:
     Raises:
         ValueError: there are such tasks.
     """
-    if decoded:
+    if decoded and WEIGHTINGS[weighting].reads_gradients:
         raise ValueError(
             f"loss.weighting ({weighting}) reads the gradient of each task by the last states that all tasks share, "
             f"which leaves a decoder out, but a decoder answers {', '.join(decoded)}; choose another weighting, such "
@@ -226,9 +227,19 @@ def unit_scale(units_T: Tensor, *, world_size: int, accumulation: int) -> Tensor
     return torch.where(units_T > 0, scale_T, torch.zeros_like(scale_T)).float()
 
 
-def build_objective(recipe: Recipe, tasks: Sequence[Task], *, num_domains: int = 0) -> Objective:
-    """Model and losses of a recipe whose ``model.encoder`` is resolved; deterministic in torch's seed."""
-    model = build_model(
-        recipe.model, tasks, image_text=recipe.loss.image_text, recompute=recipe.train.activation_checkpointing
-    )
-    return Objective(model, tasks, recipe.loss, recipe.model.moe, seed=recipe.train.seed, num_domains=num_domains)
+def build_objective(
+    recipe: Recipe, tasks: Sequence[Task], *, num_domains: int = 0, shape: bool = False
+) -> Objective:
+    """Model and losses of a recipe whose ``model.encoder`` is resolved; deterministic in torch's seed.
+
+    Args:
+        recipe: the recipe.
+        tasks: in the order of their ids.
+        num_domains: values that ``loss.adversarial`` predicts.
+        shape: build it on the meta device, without reading weights: to be measured, not to be run.
+    """
+    build = build_model_shape if shape else build_model
+    recompute = recipe.train.activation_checkpointing
+    model = build(recipe.model, tasks, image_text=recipe.loss.image_text, recompute=recompute)
+    with torch.device("meta") if shape else nullcontext():
+        return Objective(model, tasks, recipe.loss, recipe.model.moe, seed=recipe.train.seed, num_domains=num_domains)

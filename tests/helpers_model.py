@@ -23,8 +23,9 @@ from transformers import (
     XLMRobertaConfig,
 )
 
+from comoe.models.building import build_model
 from comoe.models.encoder import build_encoder_from_config
-from comoe.models.multitask import MultiTaskModel, build_model
+from comoe.models.multitask import MultiTaskModel
 from comoe.objective import Objective, count_units, unit_scale
 from comoe.protocols import IGNORED, Batch
 from comoe.schema import LossConfig, ModelConfig, MoeConfig

@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import torch
 
+from comoe.models.building import build_model
 from comoe.models.encoder import build_encoder_from_config
-from comoe.models.multitask import MultiTaskModel, build_model
+from comoe.models.multitask import MultiTaskModel
 from comoe.objective import Objective
 from comoe.protocols import IGNORED, Batch
 from comoe.schema import ContrastiveConfig, LossConfig, ModelConfig, MoeConfig

@@ -22,7 +22,8 @@ from transformers import (
     ViTConfig,
 )
 
-from comoe.models.multitask import MultiTaskModel, build_model
+from comoe.models.building import build_model
+from comoe.models.multitask import MultiTaskModel
 from comoe.protocols import Batch
 from comoe.schema import ImageTextConfig, ModelConfig, VisionConfig
 from tests.helpers_model import BERT_LIKE, HF_CONFIGS, TASKS, VARIANTS, moe_config, random_batch

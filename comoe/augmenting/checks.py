@@ -81,10 +81,10 @@ def _is_too_long(answer: Answer, part: str, prompts: Prompts) -> bool:
 REASONS: dict[str, Callable[[Answer, str, Prompts], bool]] = {
     "empty": _is_empty,
     "several lines": _has_several_lines,
+    "echoes the prompt": _echoes,
     "repeats itself": _repeats_itself,
     "cut off": _is_cut,
     "too many words": _is_too_long,
-    "echoes the prompt": _echoes,
     "says nothing": _says_nothing,
     "only a label": _is_only_a_label,
 }

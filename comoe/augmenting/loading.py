@@ -19,7 +19,7 @@ from transformers import (
 from transformers.utils import logging
 
 from comoe.augmenting.hugging_face import HuggingFaceGenerator
-from comoe.models.encoder import Role, read_config
+from comoe.models.pretrained import Role, read_config
 from comoe.starter import PREFIXES, prepare
 
 GENERATIVE = Role("--model", "a generative model", "kit:smollm2")

@@ -115,8 +115,8 @@ def read_group(group: Group, *, with_images: bool) -> None:
         values = (row.get(task.label) for row in train.rows)
         if known and kind_of(task.kind).generates and kind_of(task.kind).ragged:
             raise ValueError(
-                f"tasks.{name} is of kind {task.kind}, but column {task.label!r} of {train.file} holds ids of the labels "
-                f"{', '.join(known)}; list them as tasks.{name}.labels, and the decoder scores their words."
+                f"tasks.{name} is of kind {task.kind}, but column {task.label!r} of {train.file} holds ids of the "
+                f"labels {', '.join(known)}; list them as tasks.{name}.labels, and the decoder scores their words."
             )
         group.labels[name] = tuple(task.labels) or known or discovered(kind_of(task.kind), values)
 

@@ -1,14 +1,11 @@
-"""Pre-trained encoders: loading them, and building the same network without weights for an export."""
+"""Encoders and encoder-decoders: pre-trained, without weights for an export, and as a shape for a plan."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -17,30 +14,12 @@ from transformers import (
     AutoModelForTextEncoding,
     GenerationConfig,
     PreTrainedConfig,
-    modeling_utils,
 )
 from transformers.modeling_outputs import BaseModelOutput
-from transformers.utils import logging
 
-from comoe.distributed import sum_over_ranks
 from comoe.models.families import FAMILIES, Family, family_of
+from comoe.models.pretrained import ENCODER, Unfit, load_pretrained, quiet, read_config
 from comoe.schema import ModelConfig
-
-
-class Role(NamedTuple):
-    """What a pre-trained model is for, in the words of error messages."""
-
-    option: str
-    """Of the recipe, with its name."""
-    noun: str
-    """The model, with its article."""
-    ready_made: str
-    """Names of ready-made ones."""
-
-
-ENCODER = Role("model.encoder", "an encoder", "kit:minilm or smoke:encoder")
-"""The text encoder's role."""
-
 
 ANSWERING = "comoe_answering"
 """Field of a whole encoder-decoder's configuration with what its answers depend on beside its weights, so that an
@@ -66,7 +45,7 @@ def build_encoder(config: ModelConfig, *, generates: bool = False) -> nn.Module:
     def prepare(hf_config: Any) -> tuple[Any, dict[str, Any]]:
         arguments = _prepared(hf_config, config.dropout)
         if generates and not family_of(hf_config.model_type).stacks:
-            raise NoDecoder(refused_without_decoder(config.encoder, hf_config.model_type))
+            raise Unfit(refused_without_decoder(config.encoder, hf_config.model_type))
         return hf_config, arguments
 
     def auto_class(hf_config: Any) -> Any:
@@ -77,7 +56,9 @@ def build_encoder(config: ModelConfig, *, generates: bool = False) -> nn.Module:
     )
     if not generates:
         return _alone(encoder)
-    _set_answering(encoder, _found_answering(encoder, config.encoder))
+    answering = _found_answering(encoder)
+    _check_answering(answering, config.encoder)
+    _set_answering(encoder, answering)
     return encoder
 
 
@@ -91,10 +72,6 @@ def refused_without_decoder(name: str, model_type: str) -> str:
     )
 
 
-class NoDecoder(ValueError):
-    """An encoder without the decoder that a task wants; says already what to do."""
-
-
 def _auto_class(family: Family, *, generates: bool) -> Any:
     """The library's loader; it knows some encoder-decoders' encoder alone."""
     if generates:
@@ -106,139 +83,28 @@ def _alone(model: nn.Module) -> nn.Module:
     return model.get_encoder() if family_of(model.config.model_type).stacks else model
 
 
-def _found_answering(model: nn.Module, name: str) -> dict[str, Any]:
+def _found_answering(model: nn.Module) -> dict[str, Any]:
     settings, config = model.generation_config, model.config
     found = {field: getattr(settings, field, None) for field in ANSWER_TOKENS}
     found = {field: getattr(config, field, None) if value is None else value for field, value in found.items()}
     if found["decoder_start_token_id"] is None and family_of(config.model_type).starts_with_padding:
         found["decoder_start_token_id"] = found["pad_token_id"]
+    # Under ZeRO-3 too the two are one tensor if and only if the file said so, see ``split_as_it_loads``.
+    return found | {"own_output": model.lm_head.weight is not model.get_input_embeddings().weight}
+
+
+def _check_answering(found: Mapping[str, Any], name: str) -> None:
     for field in ("decoder_start_token_id", "eos_token_id", "pad_token_id"):
         if found[field] is None:
             raise ValueError(
                 f"model.encoder ({name}) does not say its {field}, without which its decoder cannot be taught; write "
                 f"it into the folder's config.json (the start of an mBART is the id of the answers' language)."
             )
-    # Under ZeRO-3 too the two are one tensor if and only if the file said so, see ``split_as_it_loads``.
-    return found | {"own_output": model.lm_head.weight is not model.get_input_embeddings().weight}
 
 
 def _set_answering(model: nn.Module, answering: Mapping[str, Any]) -> None:
     setattr(model.config, ANSWERING, dict(answering))
     model.generation_config = GenerationConfig(**{field: answering[field] for field in ANSWER_TOKENS})
-
-
-def load_pretrained(
-    name: str,
-    role: Role,
-    *,
-    trust_remote_code: bool,
-    prepare: Callable[[Any], tuple[Any, dict[str, Any]]],
-    auto_class: Callable[[Any], Any] = lambda hf_config: AutoModel,
-) -> nn.Module:
-    """Load a model in float32, or say what is wrong with it.
-
-    Args:
-        name: folder or hub name.
-        role: what it is for.
-        trust_remote_code: let the repository run its own Python code.
-        prepare: Hugging Face configuration -> the one to build, and arguments of the model's constructor.
-        auto_class: the one to build -> the library's loader.
-
-    Raises:
-        ValueError: no such folder or hub name, no network, unreadable or incomplete weights.
-    """
-    source, hf_config = read_config(name, role, trust_remote_code=trust_remote_code)
-    hf_config, arguments = prepare(hf_config)
-    with _readable_errors(name, role), _quiet():
-        model, report = auto_class(hf_config).from_pretrained(
-            source,
-            config=hf_config,
-            dtype=torch.float32,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-            **arguments,
-        )
-    if report["missing_keys"]:
-        # The library would fill them with random numbers and go on.
-        raise ValueError(
-            f"{role.option} ({name}) has no weights for {', '.join(sorted(report['missing_keys'])[:3])} "
-            f"({len(report['missing_keys'])} in all); its weights file does not belong to its config.json."
-        )
-    return model
-
-
-def read_config(name: str, role: Role, *, trust_remote_code: bool) -> tuple[str, Any]:
-    """Where a model lies, and its Hugging Face configuration; arguments and errors of ``load_pretrained``."""
-    folder = Path(name).expanduser()
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
-    if (looks_local and not folder.is_dir()) or (folder.is_dir() and not (folder / "config.json").is_file()):
-        raise ValueError(
-            f"{role.option} ({name}) is not a folder with {role.noun} (config.json is missing); give a folder that "
-            f"save_pretrained wrote, a hub name, {role.ready_made}."
-        )
-    source = str(folder) if folder.is_dir() else name
-    with _readable_errors(name, role):
-        return source, AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-
-
-@contextmanager
-def split_as_it_loads(settings: Mapping[str, Any]) -> Iterator[None]:
-    """Inside, ``build_encoder`` gives every rank only its ZeRO-3 share of each weight, and no rank holds the whole.
-
-    A layer's weights are made and split at once, before the next layer's are; then rank 0 reads the file tensor by
-    tensor, and each goes to the ranks in shares. Every rank must build the same encoder. Without this an encoder is
-    whole on every rank until DeepSpeed splits it.
-
-    Args:
-        settings: complete DeepSpeed configuration of stage 3; weights are made in its precision.
-    """
-    # Needs accelerate, which prediction does not.
-    from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
-
-    # The library keeps a weak reference and asks it in each from_pretrained: the object must live as long as it counts.
-    alive = HfDeepSpeedConfig(dict(settings))
-    # It ties weights that are equal, and finds split ones equal whatever they hold: a Flan-T5's output layer would be
-    # thrown away.
-    equal, modeling_utils._tied_params_are_equal = modeling_utils._tied_params_are_equal, _equal_shares
-    try:
-        yield
-    finally:
-        modeling_utils._tied_params_are_equal = equal
-        unset_hf_deepspeed_config()
-        del alive
-
-
-def _equal_shares(source: Tensor, target: Tensor) -> bool:
-    differ = not torch.equal(source.ds_tensor, target.ds_tensor)
-    return int(sum_over_ranks(torch.tensor(int(differ), device=source.ds_tensor.device))) == 0
-
-
-@contextmanager
-def _readable_errors(name: str, role: Role) -> Iterator[None]:
-    try:
-        yield
-    except NoDecoder:
-        raise
-    except (OSError, ValueError, SafetensorError) as error:
-        reason = str(error).strip().partition("\n")[0][:300]
-        raise ValueError(
-            f"{role.option} ({name}) could not be loaded: {reason} Give the folder of {role.noun} that was downloaded, "
-            f"a hub name that this machine can reach, {role.ready_made}."
-        ) from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    # The library prints a bar and a table of unused weights on every rank; missing ones are an error above.
-    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bar:
-            logging.enable_progress_bar()
 
 
 def build_encoder_from_config(
@@ -256,7 +122,7 @@ def build_encoder_from_config(
     config = AutoConfig.for_model(fields.pop("model_type"), **fields)
     encoder = _from_config(config, dropout, generates=generates, own_output=bool(answering and answering["own_output"]))
     if generates:
-        _set_answering(encoder, answering or _found_answering(encoder, config.model_type))
+        _set_answering(encoder, answering or _found_answering(encoder))
     return encoder
 
 
@@ -268,11 +134,14 @@ def build_encoder_shape(config: ModelConfig, *, generates: bool = False) -> nn.M
     """
     source, hf_config = read_config(config.encoder, ENCODER, trust_remote_code=config.trust_remote_code)
     if generates and not family_of(hf_config.model_type).stacks:
-        raise NoDecoder(refused_without_decoder(config.encoder, hf_config.model_type))
+        raise Unfit(refused_without_decoder(config.encoder, hf_config.model_type))
     # The T5 configurations forget the word; without it the file of weights would have to tell.
     own_output = PreTrainedConfig.get_config_dict(source)[0].get("tie_word_embeddings", True) is False
-    with torch.device("meta"), _quiet():
-        return _from_config(hf_config, config.dropout, generates=generates, own_output=own_output)
+    with torch.device("meta"), quiet():
+        encoder = _from_config(hf_config, config.dropout, generates=generates, own_output=own_output)
+    if generates:
+        _set_answering(encoder, _found_answering(encoder))
+    return encoder
 
 
 def as_encoder_output(states_BLM: Tensor) -> Any:

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from comoe.models.decoding import AnswerDecoder, Answers
-from comoe.models.encoder import build_encoder, build_encoder_from_config
 from comoe.models.families import attach_blocks, freeze_encoder, longest_input, reads_segments, stacks_of
 from comoe.models.fusion import build_fusion
 from comoe.models.gate import ROUTES
@@ -23,7 +22,7 @@ from comoe.models.pictures import EncoderInputs, Pictures, Reading, Texts
 from comoe.models.private import PrivatePart, input_weights, scale_inputs
 from comoe.models.probe import probe
 from comoe.models.recompute import recompute_layers
-from comoe.models.vision import Tower, build_tower, build_tower_from_config, expected_tokens
+from comoe.models.vision import Tower, expected_tokens
 from comoe.protocols import Batch, ModelOutput, Sharing
 from comoe.schema import ImageTextConfig, ModelConfig
 from comoe.tasks.catalog import Task
@@ -267,37 +266,3 @@ class MultiTaskModel(nn.Module):
     def moe_layers(self) -> list[CooperativeBlock]:
         """The cooperative blocks in layer order."""
         return list(self._blocks)
-
-
-def build_model(
-    config: ModelConfig,
-    tasks: Sequence[Task],
-    *,
-    encoder_config: dict[str, Any] | None = None,
-    tower_config: dict[str, Any] | None = None,
-    image_text: ImageTextConfig | None = None,
-    recompute: bool = False,
-) -> MultiTaskModel:
-    """Build the model; deterministic in torch's seed, so every rank that seeds alike gets the same weights.
-
-    Args:
-        config: ``model``; ``config.encoder`` must be a folder or hub name here.
-        tasks: the tasks in the order of their ids.
-        encoder_config: ``encoder.config.to_dict()`` of an export: no pre-trained weights are read then.
-        tower_config: ``tower.inner.config.to_dict()`` likewise, where the export reads pictures.
-        image_text: ``loss.image_text``, see ``MultiTaskModel``.
-        recompute: activation checkpointing, see ``MultiTaskModel``.
-    """
-    generates = any(task.rules.generates for task in tasks)
-    if encoder_config is None:
-        encoder = build_encoder(config, generates=generates)
-    else:
-        encoder = build_encoder_from_config(encoder_config, dropout=config.dropout, generates=generates)
-    tower = None
-    if tower_config is not None:
-        tower = build_tower_from_config(tower_config, train=config.vision.train_tower)
-    elif config.vision.tower is not None:
-        # Reading draws numbers in vain, how many depends on the layout; what is new must begin alike on all.
-        with torch.random.fork_rng([]):
-            tower = build_tower(config.vision, trust_remote_code=config.trust_remote_code)
-    return MultiTaskModel(encoder, tasks, config, tower=tower, image_text=image_text, recompute=recompute)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import MODEL_MAPPING, AutoConfig, AutoModel
 
-from comoe.models.encoder import ENCODER, Role, load_pretrained, read_config
 from comoe.models.families import FAMILIES
+from comoe.models.pretrained import ENCODER, Role, load_pretrained, read_config
 from comoe.schema import ModelConfig, VisionConfig
 
 TOWER = Role("model.vision.tower", "a vision model", "smoke:vision")
@@ -105,6 +105,17 @@ def build_tower_from_config(hf_config: dict[str, Any], *, train: bool = False) -
     fields = dict(hf_config)
     config, arguments = _prepared(AutoConfig.for_model(fields.pop("model_type"), **fields))
     return Tower(AutoModel.from_config(config, dtype=torch.float32, **arguments), train=train)
+
+
+def build_tower_shape(config: VisionConfig, *, trust_remote_code: bool = False) -> Tower:
+    """The tower of ``build_tower`` on the meta device: sizes without numbers, for which config.json suffices."""
+    _, hf_config = read_config(config.tower, TOWER, trust_remote_code=trust_remote_code)
+    hf_config, arguments = _prepared(hf_config)
+    with torch.device("meta"):
+        inner = AutoModel.from_config(
+            hf_config, dtype=torch.float32, trust_remote_code=trust_remote_code, **arguments
+        )
+        return Tower(inner, train=config.train_tower)
 
 
 def image_side(config: ModelConfig) -> str | None:

@@ -23,8 +23,8 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from torch import Tensor, nn
 
 from comoe.distributed import all_gather_in_group
-from comoe.models.encoder import split_as_it_loads
 from comoe.models.groups import parameter_group
+from comoe.models.pretrained import split_as_it_loads
 from comoe.objective import Objective
 from comoe.schema import Recipe
 from comoe.train.dispatch import CooperativeRouter, our_classes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -85,13 +86,13 @@ def own_batch(step: int, family: str) -> Batch:
 
 
 def start(encoder: str, *, stage: int, ep: int, recompute: bool, universal: bool = False) -> Any:
-    """(engine, layout, recipe) of this rank."""
+    """(engine, layout) of this rank."""
     from tests.multiprocess import workers
 
     chosen = recipe(encoder, ep=ep, recompute=recompute)
     workers.tasks_of = lambda recipe: tasks()
     settings = {"checkpoint": {"load_universal": True}} if universal else {}
-    return *workers.build(chosen, stage=stage, settings=settings), chosen
+    return workers.build(chosen, stage=stage, settings=settings)
 
 
 def train(engine: Any, steps: range, family: str) -> list[float]:
@@ -123,7 +124,7 @@ def _cell(
     from comoe.train.parallel import gather_full_state
     from comoe.train.state import TrainState
 
-    engine, layout, chosen = start(models[family], stage=stage, ep=ep, recompute=recompute)
+    engine, layout = start(models[family], stage=stage, ep=ep, recompute=recompute)
     losses = train(engine, range(2), family)
     place = Path(folder or ".") / name
     if name:
@@ -131,34 +132,37 @@ def _cell(
     losses += train(engine, range(2, STEPS), family)
     answer: dict[str, Any] = {"losses": losses, "ep": layout.ep_size, "name": name}
     state = gather_full_state(engine.deepspeed)
-    answer |= _answered(engine, state, chosen, family)
+    answer |= _answered(engine, state, family)
     if name:
-        fresh, layout, _ = start(models[family], stage=stage, ep=ep, recompute=recompute)
+        fresh, layout = start(models[family], stage=stage, ep=ep, recompute=recompute)
         load_checkpoint(find_checkpoint(place).path, fresh, layout)
         answer["resumed"] = train(fresh, range(2, STEPS), family)
     return answer
 
 
-def _answered(engine: Any, state: dict[str, torch.Tensor], chosen: Any, family: str) -> dict[str, Any]:
-    """The answers of all ranks by the engine, and of the plain model with the gathered weights, on rank 0."""
+def _answered(engine: Any, state: dict[str, torch.Tensor], family: str) -> dict[str, Any]:
+    """The answers of all ranks by the engine, in order, and the gathered weights; on rank 0."""
     from comoe.distributed import all_gather_objects, rank, world_size
-    from comoe.export_folder import fill_in
-    from comoe.models.multitask import build_model
 
     mine = share(50, rank=rank(), world_size=world_size(), family=family)
     logits = {name: value.float().numpy() for name, value in engine.forward(mine).logits.items()}
     shares = all_gather_objects(logits if int(mine.row_ids_B[0]) >= 0 else None)
-    if not state:
-        return {}
-    plain = build_model(chosen.model, tasks(), encoder_config=engine.objective.model.encoder.config.to_dict())
-    fill_in(plain.eval(), state, place=Path("gathered"))
+    by_engine = {name: _stacked([part[name] for part in shares if part]) for name in logits}
+    config = engine.objective.model.encoder.config.to_dict()
+    return {"engine": by_engine, "state": state, "config": config} if state else {}
+
+
+def by_one_process(models: dict[str, str], family: str, answer: dict[str, Any]) -> dict[str, np.ndarray]:
+    """What the plain model of an export answers, given the weights that a layout gathered."""
+    from comoe.export_folder import fill_in
+    from comoe.models.building import build_model
+
+    config = json.loads(json.dumps(answer["config"], default=str))
+    model = build_model(recipe(models[family], ep=1).model, tasks(), encoder_config=config)
+    fill_in(model.eval(), answer["state"], place=Path("gathered"))
     with torch.no_grad():
-        expected = plain(share(50, rank=0, world_size=1, family=family)).logits
-    by_engine = {name: _stacked([part[name] for part in shares if part]) for name in expected}
-    return {
-        "engine": by_engine, "plain": {name: value.numpy() for name, value in expected.items()},
-        "state": {name: value.numpy() for name, value in state.items()},
-    }  # fmt: skip
+        logits = model(share(50, rank=0, world_size=1, family=family)).logits
+    return {name: value.numpy() for name, value in logits.items()}
 
 
 def _stacked(parts: list[np.ndarray]) -> np.ndarray:
@@ -173,7 +177,7 @@ def _moved(models: dict[str, str], folder: Path, name: str) -> dict[str, Any]:
     from comoe.train.folders import find_checkpoint
 
     family, stage = name.split("-")
-    engine, layout, _ = start(models[family], stage=int(stage), ep=1, recompute=False, universal=True)
+    engine, layout = start(models[family], stage=int(stage), ep=1, recompute=False, universal=True)
     load_checkpoint(find_checkpoint(folder / name).path, engine, layout)
     return {"losses": train(engine, range(2, STEPS), family), "name": name}
 
@@ -181,8 +185,8 @@ def _moved(models: dict[str, str], folder: Path, name: str) -> dict[str, Any]:
 def plain(models: dict[str, str]) -> dict[str, dict[str, Any]]:
     """The same steps by PyTorch alone: no DeepSpeed."""
     from comoe.models.balance import BALANCES
+    from comoe.models.building import build_model
     from comoe.objective import Objective
-    from comoe.models.multitask import build_model
     from comoe.train.parallel import parameter_groups
 
     answers = {}
@@ -191,7 +195,8 @@ def plain(models: dict[str, str]) -> dict[str, dict[str, Any]]:
         torch.manual_seed(0)
         model = build_model(chosen.model, tasks())
         objective = Objective(model, tasks(), chosen.loss, chosen.model.moe).train()
-        groups = [{key: group[key] for key in ("params", "lr", "weight_decay")} for group in parameter_groups(objective, chosen)]
+        groups = parameter_groups(objective, chosen)
+        groups = [{key: group[key] for key in ("params", "lr", "weight_decay")} for group in groups]
         optimizer = torch.optim.AdamW(groups, betas=tuple(chosen.train.betas), eps=chosen.train.epsilon)
         losses = []
         for step in range(STEPS):

@@ -191,7 +191,7 @@ BAD_ANSWERS = {
     "repeats itself": ["slow slow slow slow", "so, so, so, so"],
     "cut off": [Answer("slow and", 0.5, False)],
     "too many words": ["one two three four five"],
-    "echoes the prompt": ["it is slow, not {previous opinion it is not"],
+    "echoes the prompt": ["It is which of all these things?"],
     "says nothing": ["None.", "not mentioned"],
     "only a label": ["good", "Bad!", "negative"],
 }
@@ -199,10 +199,8 @@ BAD_ANSWERS = {
 
 @pytest.mark.parametrize("reason", REASONS)
 def test_a_malformed_answer_has_a_reason(reason: str, tmp_path: Path) -> None:
-    prompts = prompts_of(tmp_path, PROMPTS.replace('"{text} | {target} | aspect?"', '"What does {text} say about it?"')
-                         .replace("opinion: 4", "opinion: 40" if reason == "echoes the prompt" else "opinion: 4"))  # fmt: skip
-    said = BAD_ANSWERS[reason] if reason != "echoes the prompt" else ["So what does it say about it all"]
-    for text in said:
+    prompts = prompts_of(tmp_path, PROMPTS.replace("| aspect?", "| Which of all these things is it?", 1))
+    for text in BAD_ANSWERS[reason]:
         answer = text if isinstance(text, Answer) else Answer(text, 0.5, True)
         assert fault_of(answer, "opinion", prompts=prompts) == reason, text
 
@@ -420,18 +418,21 @@ def test_a_recipe_reads_the_output_as_it_is(tmp_path: Path, prompts: Prompts) ->
     rows = [post("They smiled.", "positive"), post("Empty.", "positive"), post("An hour passed.", "negative")]
     say: Say = lambda question, draw: "" if "Empty" in question else honest(question, draw)  # noqa: E731
     _, report = run(tmp_path, rows, Scripted(say), prompts)
-    write(tmp_path / "out" / "test.jsonl", rows)
-    auxiliary = {"path": "aux.jsonl", "pair": "aspect", "auxiliary": True, "confidence_strategy": "output"}
+    shared = {"path": ".", "splits": {"train": "aux.jsonl", "validation": "aux.jsonl"}, "pair": "aspect"}
+    auxiliary = {**shared, "auxiliary": True, "confidence_strategy": "output"}
     recipe = Recipe(
         data=DataConfig(root=str(report.output.parent)),
         tasks={
-            "polarity": TaskConfig(path="aux.jsonl", pair="aspect", label="polarity"),
-            "opinion": TaskConfig(kind="text", label="aux_opinion", confidence="aux_opinion_confidence", **auxiliary),
+            "polarity": TaskConfig(label="polarity", **shared),
+            "opinion": TaskConfig(
+                kind="text", prompt="opinion on {pair}: {text}", label="aux_opinion",
+                confidence="aux_opinion_confidence", **auxiliary,
+            ),
             "implied": TaskConfig(label="aux_polarity", confidence="aux_polarity_confidence", **auxiliary),
         },
-    )
+    )  # fmt: skip
     split = load_corpus(recipe).splits["train"]
-    by_text = {text: row for row, text in enumerate(split.texts)}
-    order = [by_text[text] for text in ("They smiled.", "Empty.", "An hour passed.") if text in by_text]
-    assert [split.labels["opinion"][row] for row in order] == ["friendly people", None, "slow people"]
-    assert [split.confidences["opinion"][row] for row in order] == [0.5, None, 0.5]
+    assert split.texts == [row["text"] for row in rows]
+    assert split.labels["opinion"] == ["friendly people", None, "slow people"]
+    assert split.labels["implied"] == [1, None, 0] == [split.labels["polarity"][0], None, split.labels["polarity"][2]]
+    assert split.confidences["opinion"] == [0.5, None, 0.5]

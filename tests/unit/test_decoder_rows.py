@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from comoe.answers import predict_file
 from comoe.calibration import Calibrator, ece_of
 from comoe.data.batching import Collator
 from comoe.data.domains import Domains
@@ -344,6 +346,26 @@ def test_labelled_posts_are_scored_as_in_training(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "posts.jsonl", [rows[0], rows[1] | {"target": " "}])
     with pytest.raises(ValueError, match=r"posts.jsonl:2: column target is empty, but tasks.polarity.prompt has"):
         score_data(predictor, DataChoice(path, pair="target"), progress=False)
+
+
+def test_files_of_answers_hold_texts_and_scored_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"text": "post one", "about": "battery"}, {"text": "post two"}, {"text": "", "about": "x"}]
+    source, predictor = write_jsonl(tmp_path / "in.jsonl", rows), predictor_of()
+
+    def written(name: str, **options: Any) -> list[str]:
+        predict_file(predictor, source, tmp_path / name, pair_column="about", progress=False, **options)
+        return (tmp_path / name).read_text(encoding="utf-8").splitlines()
+
+    table = list(csv.DictReader(written("out.csv", format="csv")))
+    assert table[0]["aspect"] == "battery 😀" and table[0]["polarity"] == "good" and table[0]["error"] == ""
+    assert list(table[0])[-5:] == ["aspect", "polarity", "polarity/bad", "polarity/good", "error"]
+    assert table[1]["aspect"] == "" and table[1]["error"].startswith("the second text is missing")
+    # Every line needs an id.
+    assert written("out.txt", format="tweeteval", tasks=["polarity"]) == ["1", "1", "1"]
+    said = capsys.readouterr().err
+    assert "2 lines without a text, or the second text that the prompt wants, were answered as '@user'" in said
+    with pytest.raises(ValueError, match="wants a task with one label per post; aspect is a text task"):
+        written("out.txt", format="tweeteval", tasks=["aspect"])
 
 
 # What is shown

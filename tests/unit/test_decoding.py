@@ -1,4 +1,4 @@
-"""Tasks that a decoder answers: without experts all numbers are the library's own, with experts they stay consistent."""
+"""Tasks that a decoder answers: without experts every number is the library's own, with them all stay consistent."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 
 from comoe.objective import count_units, unit_scale
 from comoe.protocols import IGNORED
+from tests.helpers_model import SEQ2SEQ, moe_config, scaled
 from tests.helpers_seq2seq import (
     DECODED,
     END,
@@ -23,7 +24,6 @@ from tests.helpers_seq2seq import (
     whole_model,
     words,
 )
-from tests.helpers_model import SEQ2SEQ, moe_config, scaled
 
 NONE = moe_config(num_experts=0)
 FAMILIES = sorted(SEQ2SEQ)
@@ -124,14 +124,17 @@ def test_one_expert_equals_the_dense_block_in_the_decoder_too(family):
     one = awake(decoder_model(family, moe_config(num_experts=1, top_k=1, expert_width=16, balance="none")))
     dense = awake(decoder_model(family, moe_config(output_init=0.0, shared_width=16)))
     names = {name for name, _ in one.named_parameters()} & {name for name, _ in dense.named_parameters()}
-    dense.load_state_dict({n: v for n, v in one.state_dict().items() if n in names and "mixture" not in n}, strict=False)
+    same = {name: value for name, value in one.state_dict().items() if name in names and "mixture" not in name}
+    dense.load_state_dict(same, strict=False)
     batch = decoder_batch(family=family)
     expected = dense(batch).logits
     for name, logits in one(batch).logits.items():
         torch.testing.assert_close(logits, expected[name], atol=2e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("family", "route_by"), [("t5", "both"), ("umt5", "task"), ("bart", "task"), ("mbart", "token")])
+@pytest.mark.parametrize(
+    ("family", "route_by"), [("t5", "both"), ("umt5", "task"), ("bart", "task"), ("mbart", "token")]
+)
 def test_greedy_words_with_a_cache_are_those_of_teacher_forcing_with_experts(family, route_by):
     """Each step's context is its own: were a token routed by another row's task, the paths would part."""
     model = decoder_model(family, moe_config(route_by=route_by, shared_width=8), tasks=(OPINION, POLARITY)).eval()

@@ -12,6 +12,7 @@ import pytest
 from comoe.data.posts import unlabelled_posts
 from comoe.evaluate import Evaluation
 from comoe.finish import print_results, write_predictions
+from comoe.tasks.catalog import Task
 
 
 @pytest.mark.parametrize(
@@ -27,6 +28,14 @@ def test_the_last_line_names_an_input_that_fits_the_model(
     print_results(tmp_path, [])
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith("predict ") and f"--input {posts} --output answers.jsonl" in last
+
+
+def test_the_last_line_names_the_second_text_where_a_prompt_wants_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "results.json").write_text('{"metrics": {}}')
+    print_results(tmp_path, [Task("aspect", "text", (), "token_f1", prompt="{pair} in {text}")])
+    assert "--input posts.jsonl --pair-column pair --output answers.jsonl" in capsys.readouterr().out.splitlines()[-1]
 
 
 def test_predictions_name_the_data_set_of_each_post(tmp_path: Path) -> None:

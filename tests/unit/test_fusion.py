@@ -12,9 +12,9 @@ from transformers import AutoModel, ViltImageProcessorPil, ViTImageProcessorPil
 
 from comoe.data.pixels import ImageProcessor
 from comoe.export import export_model, load_exported
+from comoe.models.building import build_model
 from comoe.models.fusion import FUSIONS
 from comoe.models.groups import parameter_group
-from comoe.models.multitask import build_model
 from comoe.predict import Predictor
 from comoe.schema import ImageTextConfig, ModelConfig, VisionConfig
 from tests.helpers_export import tiny_recipe, tiny_tokenizer

@@ -33,7 +33,7 @@ HOMES = {
     "deepspeed": ("comoe/train/parallel.py", "comoe/train/dispatch.py", "comoe/train/engine.py",
                   "comoe/train/checkpoint.py"),
     "torch.distributed": ("comoe/distributed.py",),
-    "transformers": ("comoe/models/encoder.py", "comoe/models/vision.py", "comoe/data/batching.py",
+    "transformers": ("comoe/models/encoder.py", "comoe/models/pretrained.py", "comoe/models/vision.py", "comoe/data/batching.py",
                      "comoe/data/pixels.py", "comoe/export.py", "comoe/starter"),
     "tokenizers": ("comoe/data/batching.py", "comoe/starter"),
     "datasets": ("comoe/data/sources.py",),

@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from comoe.protocols import IGNORED, labelled_rows
+from comoe.comparing.intervals import measured, read_answers, resampled, same_posts
+from comoe.protocols import IGNORED, ModelOutput, StepOutput, labelled_rows
 from comoe.tasks.catalog import Task
 from comoe.tasks.kinds import KINDS
+from comoe.train.engine import StepReport
+from comoe.train.progress import Interval
 from tests.helpers_decoder import batch_of_labels
 
 TEXT, WORDS = KINDS["text"], KINDS["label_words"]
@@ -101,6 +104,32 @@ def test_written_predictions_are_compared_by_their_texts() -> None:
     gold, predicted = TEXT.compared(rows, ASPECT)
     assert TEXT.measure(gold, predicted, ASPECT) == pytest.approx((1 + 1) / 2)
     assert TEXT.measure(gold, predicted, ASPECT) == TEXT.score(gold, predicted, ASPECT)["token_f1"]
+
+
+def test_runs_are_compared_over_resampled_posts() -> None:
+    predictions = [
+        {"row": row, "gold": gold, "answer": answer}
+        for row, (gold, answer) in enumerate([("a b", "a b"), ("c", "d"), (None, "x"), ("e f", "f")])
+    ]
+    found = read_answers(predictions, ASPECT)
+    assert measured({"aspect": found}, [ASPECT])["aspect"] == pytest.approx((1 + 0 + 2 / 3) / 3)
+    (drawn,) = resampled([{"aspect": found}], [ASPECT], resamples=200)["aspect"]
+    assert drawn.min() == 0 and drawn.max() == 1 and drawn.mean() == pytest.approx(5 / 9, abs=0.1)
+    other = read_answers([row | {"answer": "z"} for row in predictions], ASPECT)
+    assert same_posts(found, other)
+    assert not same_posts(found, read_answers([row | {"gold": "z"} for row in predictions], ASPECT))
+
+
+def test_a_decoder_that_is_told_the_answer_has_no_training_metric() -> None:
+    tasks = (Task("heat", "regression", (), "pearson"), ASPECT, MOOD)
+    batch = batch_of_labels({
+        "heat": torch.tensor([0.0, 1.0, 2.0]), "mood": torch.tensor([0, 1, 1]),
+        "aspect": TEXT.collate([(1, "a"), (1, "b"), None], labels=(), length=0),
+    })  # fmt: skip
+    logits = {"heat": torch.tensor([[0.0], [2.0], [4.0]]), "aspect": torch.zeros(3, 1), "mood": torch.zeros(3, 2)}
+    output = StepOutput(torch.tensor(0.0), {}, ModelOutput(logits, {}, {}, (), torch.arange(3)))
+    report = StepReport(torch.tensor(0.0), {}, [output], grad_norm=None, skipped=False)
+    assert Interval(tasks)._metrics(report, [batch]) == {"heat": {"pearson": pytest.approx(1.0)}}
 
 
 def test_neither_kind_has_a_head_or_a_part_in_the_contrastive_loss() -> None:

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from transformers import AutoModel
 
+from comoe.models.building import build_model
 from comoe.models.groups import parameter_group
-from comoe.models.multitask import build_model
 from comoe.schema import ModelConfig
 from comoe.tasks.catalog import Task
 from tests.helpers_model import HF_CONFIGS, TASKS, moe_config, random_batch, take, tiny_model

@@ -15,7 +15,7 @@ from comoe.data.batching import load_tokenizer
 from comoe.data.pixels import PixelReader, load_image_processor
 from comoe.export import export_model
 from comoe.model_card import model_card
-from comoe.models.multitask import build_model
+from comoe.models.building import build_model
 from comoe.picture_column import column_in_training
 from comoe.predict import Predictor
 from comoe.schema import DataConfig, ModelConfig, MoeConfig, Recipe, TaskConfig, VisionConfig

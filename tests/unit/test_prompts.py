@@ -13,9 +13,11 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from comoe.assemble import check_names
 from comoe.config import recipe_from_dict, recipe_to_dict, validate
 from comoe.data.corpus import load_corpus
 from comoe.data.prompts import Wording, check_end_sign, code_points, label_tokens
+from comoe.data.rates import balanced_classes
 from comoe.data.tokenized import report_cuts, tokenize_split
 from comoe.schema import DataConfig, NormalizeConfig, TaskConfig
 from comoe.tasks.catalog import Task, build_task
@@ -312,6 +314,25 @@ def test_a_post_without_the_second_text_that_its_prompt_wants_is_a_bad_row(tmp_p
     assert len(corpus.report.set_aside) == 1 and sum(map(len, corpus.splits.values())) == 5
     # A prompt without it asks about all posts.
     assert not load_corpus(recipe_of(tmp_path, t=replace(asked, prompt="{text}"))).report.set_aside
+
+
+def test_posts_can_be_drawn_by_labels_that_are_words_but_not_by_texts(tmp_path: Path) -> None:
+    rows = [{"text": f"post {i}", "label": ["bad", "good"][i % 3 == 0]} for i in range(12)]
+    write_jsonl(tmp_path / "train.jsonl", rows)
+    asked = {"path": ".", "prompt": "{text}", "balanced_sampling": True}
+    recipe = recipe_of(tmp_path, t=TaskConfig(**asked, kind="label_words"))
+    corpus = load_corpus(recipe)
+    train = corpus.splits["train"]
+    assert balanced_classes(train, corpus.tasks, recipe.tasks).tolist() == train.labels["t"]
+    assert corpus.tasks[0].label_words == corpus.tasks[0].labels == ("bad", "good")
+    with pytest.raises(ValueError, match=r"kind: single_label or label_words\), not text"):
+        load_corpus(recipe_of(tmp_path, t=TaskConfig(**asked, kind="text")))
+
+
+def test_a_wrong_prompt_is_refused_before_anything_is_fetched() -> None:
+    raw = {"tasks": {"t": {"path": "not there", "kind": "text", "prompt": "{post}"}}}
+    with pytest.raises(ValueError, match=r"tasks.t.prompt is '\{post\}'"):
+        check_names(recipe_from_dict(raw))
 
 
 def test_a_column_of_label_ids_is_no_text(tmp_path: Path) -> None:
