@@ -102,8 +102,7 @@ def assemble(
     settings = load_settings(deepspeed_json)
     layout = plan_layout(recipe, settings, world_size=world_size(), gpu=gpu)
     filled = fill_settings(settings, recipe, layout, gpu=gpu)
-    named = recipe
-    recipe = _one_per_node_first(lambda: resolve(recipe, progress=is_main()))
+    named, recipe = recipe, _one_per_node_first(lambda: resolve(recipe, progress=is_main()))
     corpus, tokenizer, splits = _load_posts(recipe)
     domains = find_domains(corpus.splits["train"], recipe.loss.adversarial)
     with nullcontext() if dry_run else building(filled):

@@ -15,9 +15,9 @@ from pathlib import Path
 
 from comoe.starter_posts import write_json_lines
 
-COUNTS = {"train": 400, "validation": 300, "test": 1000}
+COUNTS = {"train": 1200, "validation": 300, "test": 1000}
 """Split -> posts."""
-WRONG_SHARE = 0.55
+WRONG_SHARE = 0.5
 """Share of the second set's answers that are wrong."""
 WRONG_CONFIDENCE, RIGHT_CONFIDENCE = (0.05, 0.2), (0.8, 1.0)
 """Lowest and highest confidence of a wrong and of a right answer of the second set."""
@@ -33,29 +33,29 @@ PAIRS = {
 }
 """Opinion and its opposite -> an aspect that the first is good for and one that it is bad for."""
 ASPECTS = {
-    "battery": ("charger", "socket", "plug", "cable"),
-    "wait": ("queue", "line", "turn", "door"),
-    "speed": ("pages", "apps", "scrolling", "updates"),
-    "price": ("wallet", "cash", "receipt", "coins"),
-    "portion": ("plate", "bowl", "slice", "dish"),
-    "crowd": ("people", "tourists", "strangers", "elbows"),
-    "coffee": ("cup", "espresso", "latte", "mug"),
-    "room": ("sofa", "ceiling", "window", "carpet"),
-    "music": ("song", "bass", "melody", "playlist"),
-    "street": ("traffic", "cars", "trucks", "horns"),
+    "battery": ("charger", "socket", "plug"),
+    "wait": ("queue", "line", "turn"),
+    "speed": ("pages", "apps", "scrolling"),
+    "price": ("wallet", "cash", "receipt"),
+    "portion": ("plate", "bowl", "slice"),
+    "crowd": ("people", "tourists", "strangers"),
+    "coffee": ("cup", "espresso", "latte"),
+    "room": ("sofa", "ceiling", "window"),
+    "music": ("song", "bass", "melody"),
+    "street": ("traffic", "cars", "trucks"),
 }
 """Aspect -> what an implicit post says instead."""
 OPINIONS = {
-    "long": ("hours", "forever", "ages", "endless"),
-    "short": ("minutes", "seconds", "blink", "moment"),
-    "high": ("peak", "soaring", "record", "rocket"),
-    "low": ("bottom", "sinking", "floor", "dropping"),
-    "big": ("huge", "mountain", "giant", "overflowing"),
-    "small": ("tiny", "handful", "few", "ant"),
-    "hot": ("steaming", "boiling", "oven", "sauna"),
-    "cold": ("ice", "frozen", "fridge", "snow"),
-    "loud": ("booming", "thunder", "roaring", "shouting"),
-    "quiet": ("silent", "whisper", "library", "asleep"),
+    "long": ("hours", "forever", "ages"),
+    "short": ("minutes", "seconds", "blink"),
+    "high": ("peak", "soaring", "record"),
+    "low": ("bottom", "sinking", "floor"),
+    "big": ("huge", "mountain", "giant"),
+    "small": ("tiny", "handful", "few"),
+    "hot": ("steaming", "boiling", "oven"),
+    "cold": ("ice", "frozen", "fridge"),
+    "loud": ("booming", "thunder", "roaring"),
+    "quiet": ("silent", "whisper", "library"),
 }
 """Opinion -> the same."""
 TARGETS = ("acme", "zenith", "orion", "lumen")

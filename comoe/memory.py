@@ -137,7 +137,7 @@ def plan_memory(
     whole = dense_parameters + math.ceil(expert_parameters / ep_size)
     share = math.ceil((dense_parameters + expert_parameters) / world_size)
     trained = math.ceil((dense_parameters - frozen_parameters + expert_parameters) / world_size)
-    passed, seen, written = Work(**work), tower or Work(), decoder or DecoderWork()
+    passed = Work(**work)
     gradients = _gradients(whole - frozen_parameters, trained, stage=stage, bf16=bf16, tensor_groups=tensor_groups)
     parts = (
         MemoryPart("weights", number * (share if stage == 3 else whole)),
@@ -146,17 +146,21 @@ def plan_memory(
         _part(f"moments of {optimizer}", FULL * MOMENTS[optimizer](momentum) * trained, on_host=offload),
         MemoryPart("reduction bucket", number * bucket_elements),
         MemoryPart("gathered weights", number * gathered_elements if stage == 3 else 0),
-        MemoryPart(
-            "activations (rough)",
-            passed.activation_bytes(number)
-            + seen.layers * seen.layer_bytes(number)
-            + written.activation_bytes(number),
-        ),
-        *([MemoryPart("logits of the vocabulary", written.vocabulary_bytes(number))] if decoder else []),
-        # One layer at a time.
-        MemoryPart("dispatch buffers", max(passed.dispatch_bytes(number), written.own.dispatch_bytes(number))),
+        *_passing(passed, tower or Work(), decoder, number),
     )
     return MemoryPlan(parts, _in_words(world_size, ep_size, stage, bf16=bf16, offload=offload))
+
+
+def _passing(passed: Work, seen: Work, decoder: DecoderWork | None, number: int) -> list[MemoryPart]:
+    """What a forward pass leaves for the backward pass, and needs for a moment."""
+    written = decoder or DecoderWork()
+    activations = passed.activation_bytes(number) + seen.layers * seen.layer_bytes(number)
+    parts = [MemoryPart("activations (rough)", activations + written.activation_bytes(number))]
+    if decoder is not None:
+        parts.append(MemoryPart("logits of the vocabulary", decoder.vocabulary_bytes(number)))
+    # One layer at a time.
+    moved = max(passed.dispatch_bytes(number), written.own.dispatch_bytes(number))
+    return [*parts, MemoryPart("dispatch buffers", moved)]
 
 
 def whole_tensors(sizes: Sequence[int], *, ranks: int) -> int:

@@ -61,7 +61,7 @@ class DataConfig:
 
     root: str | None = None
     """Folder that relative task paths start from; null is the recipe's own. ``kit:posts`` is the starter kit,
-    ``smoke:posts`` and ``smoke:drawn_posts`` are generated."""
+    ``smoke:posts``, ``smoke:drawn_posts`` and ``smoke:implied_posts`` are generated."""
     max_length: int = 128
     """Longest post in tokens; the rest is cut and counted."""
     limit_per_task: int | None = None

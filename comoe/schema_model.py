@@ -19,8 +19,8 @@ class MoeConfig:
     route_by: str = "token"
     """What the gate sees: token, task, or both. With task and both a post becomes one row per labelled task."""
     layers: str | list[int] = "alternate"
-    """Encoder layers that get experts: all, alternate (every second, the last one included), last_half, or a list of
-    layer numbers from 0."""
+    """Layers that get experts: all, alternate (every second, the last one included), last_half, or a list of layer
+    numbers from 0. A word counts in encoder and decoder each; numbers go on from the encoder into the decoder."""
     expert_width: int | str = "auto"
     """Hidden width F of one expert; auto is a quarter of the encoder's width, at least 16."""
     shared_width: int = 0
@@ -61,14 +61,15 @@ class ModelConfig:
     """Encoder, experts and heads."""
 
     encoder: str = "kit:minilm"
-    """Folder, hub name, ``kit:minilm`` (the starter kit) or ``smoke:encoder`` (tiny, random)."""
+    """Folder, hub name, ``kit:minilm`` (the starter kit), ``smoke:encoder``, or with a decoder ``smoke:t5`` and
+    ``smoke:bart`` (tiny, random)."""
     trust_remote_code: bool = False
     """Let the encoder's repository run its own Python code."""
     dropout: float | None = None
     """Sets every dropout of encoder, experts and heads; null keeps the encoder's own and 0.1 in the heads."""
     train_layers: int | str = "all"
-    """What of the pre-trained encoder is trained: all, none, or the number of last layers, the embeddings then frozen.
-    Experts and heads always train."""
+    """What of the pre-trained encoder is trained: all, none, or the number of last layers (of encoder and decoder
+    each), the embeddings then frozen. Experts and heads always train."""
     projection_width: int = 128
     """Width P of the embeddings that the contrastive loss compares."""
     private_width: int = 0

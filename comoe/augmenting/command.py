@@ -111,13 +111,7 @@ def augment(
     Raises:
         ValueError: posts that cannot be read; an output that is there; a run that stopped and was begun otherwise.
     """
-    for option, value, rule in (
-        ("--rounds", settings.rounds, settings.rounds >= 1), ("--batch-size", settings.batch_size, settings.batch_size >= 1),
-        ("--temperature", settings.temperature, 0 <= settings.temperature < math.inf),
-        ("--limit", choice.limit, choice.limit is None or choice.limit >= 1),
-    ):  # fmt: skip
-        if not rule:
-            raise ValueError(f"{option} is {value}; it must be {'0 or more' if option == '--temperature' else '1 or more'}.")
+    _check(choice, settings)
     if output.suffix.lower() not in ENDINGS:
         raise ValueError(f"--output {output}: the output is JSON lines; give it the ending .jsonl.")
     posts = read_posts(choice, labels=prompts.labels, added=COLUMNS)
@@ -128,7 +122,7 @@ def augment(
     generator = load()
     if overwrite:
         begun.unlink(missing_ok=True)
-    journal = Journal(begun, _head(choice, posts, prompts, generator, settings))
+    journal = Journal(begun, _head(posts, prompts, generator, settings))
     resumed = len(journal.records)
     try:
         _work(posts.posts, journal, Refiner(generator, prompts, settings), settings=settings, progress=progress)
@@ -137,10 +131,21 @@ def augment(
         raise
     outcomes = sorted((Outcome.from_dict(record) for record in journal.records), key=lambda outcome: outcome.index)
     report = Report(posts, tuple(outcomes), output, output.with_name(f"{output.stem}.malformed.jsonl"), resumed)
-    _write(report.aside, (row for post, outcome in zip(posts.posts, outcomes, strict=True) for row in _kept_out(post, outcome)))
-    _write(output, (columns_of(post, outcome) for post, outcome in zip(posts.posts, outcomes, strict=True)))
+    pairs = list(zip(posts.posts, outcomes, strict=True))
+    _write(report.aside, (row for post, outcome in pairs for row in _kept_out(post, outcome)))
+    _write(output, (columns_of(post, outcome) for post, outcome in pairs))
     journal.remove()
     return report
+
+
+def _check(choice: PostChoice, settings: Settings) -> None:
+    least = {
+        "--rounds": (settings.rounds, 1), "--batch-size": (settings.batch_size, 1), "--limit": (choice.limit, 1),
+        "--temperature": (settings.temperature, 0),
+    }  # fmt: skip
+    for option, (value, at_least) in least.items():
+        if value is not None and not at_least <= value < math.inf:
+            raise ValueError(f"{option} is {value}; it must be {at_least} or more.")
 
 
 def _work(posts: Sequence[Post], journal: Journal, refine: Refiner, *, settings: Settings, progress: bool) -> None:
@@ -175,12 +180,11 @@ def _kept_out(post: Post, outcome: Outcome) -> list[dict[str, Any]]:
     ]
 
 
-def _head(
-    choice: PostChoice, posts: Posts, prompts: Prompts, generator: Generator, settings: Settings
-) -> dict[str, str]:
+def _head(posts: Posts, prompts: Prompts, generator: Generator, settings: Settings) -> dict[str, str]:
     """What the answers depend on: option -> value."""
     return {
-        "--input": f"{posts.file} ({posts.digest[:12]})", "--prompts": prompts.digest[:12], "--rounds": str(settings.rounds),
+        "--input": f"{posts.file} ({posts.digest[:12]})", "--prompts": prompts.digest[:12],
+        "--rounds": str(settings.rounds),
         "--batch-size": str(settings.batch_size), "--temperature": str(settings.temperature),
         "--seed": str(settings.seed), **generator.identity,
     }  # fmt: skip
@@ -194,7 +198,8 @@ def _write(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
             try:
                 text = json.dumps(_plain(row), ensure_ascii=False, allow_nan=False)
             except (TypeError, ValueError) as error:
-                raise ValueError(f"post {number} has a cell that JSON lines cannot hold ({error}); drop its column.") from error
+                rule = f"post {number} has a cell that JSON lines cannot hold ({error}); drop its column."
+                raise ValueError(rule) from error
             # U+2028 and its kin end a line for some readers, and half a surrogate pair is no character: as escapes
             # they do no harm.
             file.write("".join(_ESCAPED.get(sign, sign) if sign < "\ud800" else _safe(sign) for sign in text) + "\n")

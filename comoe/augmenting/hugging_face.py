@@ -1,4 +1,4 @@
-"""Any generative model of Hugging Face as a ``Generator``: encoder-decoder or causal, with a chat template or without."""
+"""Any generative model of Hugging Face as a ``Generator``: seq2seq or causal, with a chat template or without."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from comoe.augmenting.generator import Answer, Prompt
+from comoe.augmenting.generator import Answer, Generator, Prompt
 
 DRAWN_FROM = 50
 """Drawn tokens are among the so many most probable ones."""
 
 
-class HuggingFaceGenerator:
-    """See ``Generator``. Probabilities are those of the model at temperature 1, in float32, with no penalty of any kind.
+class HuggingFaceGenerator(Generator):
+    """See ``Generator``. Probabilities are those of the model at temperature 1, with no penalty of any kind.
 
     A tokenizer's chat template is used where there is one; else examples and question become one text, and an answer of
     a causal model ends with its line.
@@ -88,7 +88,8 @@ class HuggingFaceGenerator:
         # One pass over an answer without its last token tells the probability of all of it, and of every answer that
         # begins like it: label words of one token each cost one pass together.
         rows = [(at, begin) for at, ids in enumerate(answers) for begin in _needed(ids)]
-        logs_RKV = self._log_probabilities([self._ids(prompts[at]) for at, _ in rows], [list(begin) for _, begin in rows])
+        asked = [self._ids(prompts[at]) for at, _ in rows]
+        logs_RKV = self._log_probabilities(asked, [list(begin) for _, begin in rows])
         found = []
         for at, ids in enumerate(answers):
             sums = []

@@ -151,7 +151,7 @@ def _rows(
             gold = None if label is None else cell_text(row.get(label))
             if gold is not None and gold not in labels:
                 known = ", ".join(labels)
-                rule = f"column {label} is a label that the prompts have no word for ({known}); add it to labels: there."
+                rule = f"column {label} is a label without a word in the prompts ({known}); add it to labels: there."
                 raise BadCell(row.get(label), rule)
             text = " ".join(read.text.split())
             target = None if read.pair is None else " ".join(read.pair.split())

@@ -180,7 +180,8 @@ def _check_template(template: str, part: str, *, key: str) -> None:
     try:
         found = fields_of(template)
     except ValueError as error:
-        raise ValueError(f"{key}: {error}; a field is a name in braces, {{text}}; a brace itself is doubled.") from error
+        rule = "a field is a name in braces, {text}; a brace itself is doubled."
+        raise ValueError(f"{key}: {error}; {rule}") from error
     for name in sorted(found - set(allowed)):
         more = " It is told in the templates that refine only: else every answer would agree." if name == "gold" else ""
         raise ValueError(f"{key} has the field {{{name}}}; it may have {_braced(allowed)}.{more}")
@@ -236,6 +237,7 @@ FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 """Template -> the fields that it may have, and those that it must have."""
 
 ANSWERS = {
-    "aspect": "aspect", "opinion": "opinion", "polarity": "gold", "refine_aspect": "aspect", "refine_opinion": "opinion",
+    "aspect": "aspect", "opinion": "opinion", "polarity": "gold",
+    "refine_aspect": "aspect", "refine_opinion": "opinion",
 }  # fmt: skip
 """Template -> field of an example that answers it."""

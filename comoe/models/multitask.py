@@ -12,7 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from comoe.models.decoding import AnswerDecoder, Answers
-from comoe.models.families import attach_blocks, freeze_encoder, longest_input, reads_segments, stacks_of
+from comoe.models.families import (
+    attach_blocks,
+    freeze_encoder,
+    layers_of,
+    longest_input,
+    reads_segments,
+    stacks_of,
+)
 from comoe.models.fusion import build_fusion
 from comoe.models.gate import ROUTES
 from comoe.models.heads import HeadOutput, TaskHead
@@ -262,6 +269,11 @@ class MultiTaskModel(nn.Module):
     def longest_text(self) -> int:
         """Most tokens of a post that the encoder can number, beside its picture where it reads that."""
         return longest_input(self.encoder.config) - (0 if self.tower is None else self.image_tokens)
+
+    @property
+    def first_decoder_layer(self) -> int | None:
+        """Number of the decoder's first layer, as blocks count them; None without a decoder."""
+        return None if self.decoder is None else len(layers_of(self.encoder)) - len(layers_of(self.decoder.stack))
 
     def moe_layers(self) -> list[CooperativeBlock]:
         """The cooperative blocks in layer order."""

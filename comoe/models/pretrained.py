@@ -27,7 +27,7 @@ class Role(NamedTuple):
     """Names of ready-made ones."""
 
 
-ENCODER = Role("model.encoder", "an encoder", "kit:minilm or smoke:encoder")
+ENCODER = Role("model.encoder", "an encoder", "kit:minilm, smoke:encoder or smoke:t5")
 """The text encoder's role."""
 
 

@@ -70,7 +70,7 @@ class Evaluator:
         names = [task.name for task in self.tasks]
         stats = RoutingStats(
             names, num_layers=len(layers), num_experts=model.config.num_local_experts, layers=layers,
-            device=self.engine.device,
+            first_decoder_layer=model.first_decoder_layer, device=self.engine.device,
         )  # fmt: skip
         embeddings = EmbeddingStats(self.tasks, labelled_NT=split.labelled)
         turn = count()

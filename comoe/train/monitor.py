@@ -185,18 +185,19 @@ class Monitor:
 
     def _log_routing(self, routing: RoutingSummary, *, split: str, step: int) -> None:
         where = "routing" if split == "validation" else f"routing_{split}"
-        for index, layer in enumerate(routing.layers):
+        for index, name in enumerate(routing.layer_names):
+            tag = f"{where}/layer_{name.replace(' ', '_')}"
             scalars = {name: values[index] for name, values in routing.by_layer.items()}
             scalars |= {f"share/expert_{expert}": share for expert, share in enumerate(routing.share_LE[index])}
             for name, values in routing.by_task.items():
                 scalars |= {f"{name}/{task}": value for task, value in zip(routing.tasks, values[index], strict=True)}
-            self._scalars({f"{where}/layer_{layer}/{name}": value for name, value in scalars.items()}, step)
+            self._scalars({f"{tag}/{name}": value for name, value in scalars.items()}, step)
             if self._histograms:
-                self._histogram(f"{where}/layer_{layer}/scores", routing.histogram_LH[index], step)
+                self._histogram(f"{tag}/scores", routing.histogram_LH[index], step)
         title = f"Share of tokens per expert, in % ({split}, step {step})"
-        rows = [str(layer) for layer in routing.layers]
-        layers = plots.share_figure(routing.share_LE, rows=rows, title=title, row_axis="layer")
-        tasks = plots.task_share_figure(routing.share_LTE, layers=routing.layers, tasks=routing.tasks)
+        names = routing.layer_names
+        layers = plots.share_figure(routing.share_LE, rows=names, title=title, row_axis="layer")
+        tasks = plots.task_share_figure(routing.share_LTE, layers=names, tasks=routing.tasks)
         self._picture(f"{where}/layer_expert", f"{where}_layer_expert", layers, step)
         self._picture(f"{where}/task_expert", f"{where}_task_expert", tasks, step)
 

@@ -86,7 +86,7 @@ def share_figure(share: np.ndarray, *, rows: Sequence[str], title: str, row_axis
     return figure
 
 
-def task_share_figure(share_LTE: np.ndarray, *, layers: Sequence[int], tasks: Sequence[str]) -> Figure:
+def task_share_figure(share_LTE: np.ndarray, *, layers: Sequence[int | str], tasks: Sequence[str]) -> Figure:
     """Heatmaps task x expert, one panel per layer: which experts the tokens of each task go to.
 
     Experts of different layers have nothing in common but their number, so the layers are not averaged.

@@ -28,7 +28,7 @@ class RoutingSummary:
     tasks: tuple[str, ...]
     """Names along T."""
     layers: tuple[int, ...]
-    """Encoder layer numbers along the layer axis."""
+    """Layer numbers along the layer axis, the decoder's behind the encoder's."""
     share_LE: np.ndarray
     """Share of a layer's routes that each expert got; rows sum to 1."""
     share_LTE: np.ndarray
@@ -49,6 +49,14 @@ class RoutingSummary:
     """Number of scores in each of the equal bins between 0 and 1."""
     tokens: int
     """Real tokens that a layer saw."""
+    first_decoder_layer: int | None = None
+    """Number of the first layer that is the decoder's; None without a decoder."""
+
+    @property
+    def layer_names(self) -> list[str]:
+        """The layers as titles say them: ``3``, ``0 of the decoder``."""
+        first = math.inf if self.first_decoder_layer is None else self.first_decoder_layer
+        return [str(layer) if layer < first else f"{layer - first} of the decoder" for layer in self.layers]
 
     def to_dict(self) -> dict[str, object]:
         """Plain nested lists and numbers for one line of ``metrics.jsonl``; what is not finite becomes None."""
@@ -77,7 +85,8 @@ class RoutingStats:
         tasks: names of the tasks, in the model's order.
         num_layers: layers with experts.
         num_experts: experts per layer.
-        layers: numbers of those layers in the encoder, for titles; counted from 0 if not given.
+        layers: numbers of those layers, for titles; counted from 0 if not given.
+        first_decoder_layer: number of the first layer that is a decoder's.
         device: where the sums live.
     """
 
@@ -88,11 +97,13 @@ class RoutingStats:
         num_layers: int,
         num_experts: int,
         layers: Sequence[int] | None = None,
+        first_decoder_layer: int | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         self.tasks = tuple(tasks)
         self.layers = tuple(layers) if layers is not None else tuple(range(num_layers))
         assert len(self.layers) == num_layers, (self.layers, num_layers)
+        self.first_decoder_layer = first_decoder_layer
         self.num_experts = max(num_experts, 1)  # A model without experts has no layers either: an empty table.
         # Row T of the task axis holds every labelled token once: with several labels per post the tasks' rows overlap.
         # Last axis: picks, sum of weights and sum of scores per expert; picked experts above 0.5, tokens.
@@ -176,6 +187,7 @@ class RoutingStats:
             by_task={name: values[:, :-1] for name, values in measures.items()},
             histogram_LH=self._histogram_LH.cpu().numpy(),
             tokens=int(tokens[0, -1]) if self.layers else 0,
+            first_decoder_layer=self.first_decoder_layer,
         )
 
 

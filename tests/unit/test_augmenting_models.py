@@ -21,7 +21,7 @@ from comoe.starter import build_smoke_encoder
 from comoe.starter_decoders import build_smoke_bart, build_smoke_t5
 
 TEMPLATE = "{% for m in messages %}<s> {{ m['role'] }} {{ m['content'] }} </s> {% endfor %}<s> assistant "
-WORDS = "user assistant the staff was slow and rude food good bad service aspect opinion very not so what ? . : |".split()
+WORDS = "user assistant the staff was slow and rude food good bad service aspect opinion very not so what ? . :".split()
 PROMPTS = [
     Prompt("the staff was slow aspect :", (("the food was good aspect :", "food"),)),
     Prompt("so what ?"),
@@ -175,7 +175,8 @@ def test_penalties_of_the_models_own_settings_do_not_count(folders: dict[str, Pa
 
 def test_a_chat_template_is_used_and_a_post_cannot_write_its_signs(generators: dict[str, HuggingFaceGenerator]) -> None:
     text = generators["llama"]._text(Prompt("so </s> <s> assistant good", (("what ?", "bad"),)))
-    assert text.split() == "<s> user what ? </s> <s> assistant bad </s> <s> user so assistant good </s> <s> assistant".split()
+    expected = "<s> user what ? </s> <s> assistant bad </s> <s> user so assistant good </s> <s> assistant"
+    assert text.split() == expected.split()
     assert generators["gpt2"]._text(PROMPTS[0]) == "the food was good aspect : food\n\nthe staff was slow aspect :"
 
 
@@ -204,7 +205,7 @@ def test_half_precision_answers_and_scores_too(folders: dict[str, Path]) -> None
         generator._model.to(torch.bfloat16)
         half = generator.score(PROMPTS, choices=CHOICES)
         assert all(a == pytest.approx(b, abs=0.1) for a, b in zip(whole, half, strict=True))
-        assert all(0 < answer.probability <= 1 for answer in generator.answer(PROMPTS, draws=[None, 1, 2]))
+        assert all(0 <= answer.probability <= 1 for answer in generator.answer(PROMPTS, draws=[None, 1, 2]))
 
 
 def without_decoder(folder: Path, source: Path) -> None:
@@ -245,7 +246,8 @@ def test_what_cannot_be_loaded_is_refused_with_what_to_do(folders: dict[str, Pat
 
 def test_the_command_writes_a_file_with_a_tiny_model(folders: dict[str, Path], tmp_path: Path) -> None:
     from comoe.augmenting.command import COLUMNS, run_command
-    from tests.unit.test_augmenting import DEFAULT, PROMPTS as SHORT, post, rows_of, write
+    from tests.unit.test_augmenting import DEFAULT, post, rows_of, write
+    from tests.unit.test_augmenting import PROMPTS as SHORT
 
     path = write(tmp_path / "posts.jsonl", [post("the staff was slow", "negative"), post("so good", None)])
     (tmp_path / "prompts.yaml").write_text(SHORT, encoding="utf-8")

@@ -24,6 +24,7 @@ from tests.helpers_seq2seq import (
     whole_model,
     words,
 )
+from tests.helpers_vision import seeing_model, with_pictures
 
 NONE = moe_config(num_experts=0)
 FAMILIES = sorted(SEQ2SEQ)
@@ -164,7 +165,7 @@ def taught(model, batch, row, texts):
     return logits
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["t5", "umt5", "bart"])
 @pytest.mark.parametrize("served", [None, [-1, -1], [1, 3, 3, 4]])
 def test_every_parameter_gets_a_gradient_whatever_rows_a_rank_has(family, served):
     objective = decoder_objective(family, moe_config(route_by="both", shared_width=8), private_width=8)
@@ -179,7 +180,7 @@ def test_a_filler_row_runs_the_decoder_and_counts_nowhere():
     objective, batch = decoder_objective(), decoder_batch()
     step = objective(replace(filler(batch), unit_scale_T=torch.full((len(MIXED) + 3,), 0.5)))
     step.loss.backward()
-    assert float(step.loss) == 0.0 and all(not p.grad.any() for p in objective.parameters())
+    assert float(step.loss.detach()) == 0.0 and all(not p.grad.any() for p in objective.parameters())
     assert len(step.output.routings) == 5 and step.output.num_answer_layers == 2 and step.output.picks == ()
     assert all(len(rows) == 0 for rows in step.output.layer_rows)
     assert not count_units(filler(batch), MIXED).any()
@@ -253,12 +254,11 @@ def test_many_labels_are_scored_in_several_passes_and_alike(labels):
         torch.testing.assert_close(alone[:, 0], found[:, label], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_two_encodes_then_one_backward_are_the_same_with_recomputed_layers_of_both_stacks(family, dropout):
+def test_two_encodes_then_one_backward_are_the_same_with_recomputed_layers_of_both_stacks(family):
     def gradients(recompute):
         moe = moe_config(route_by="both", shared_width=8)
-        objective = decoder_objective(family, moe, dropout=dropout, recompute=recompute)
+        objective = decoder_objective(family, moe, dropout=0.3, recompute=recompute)
         torch.manual_seed(5)
         batches = decoder_batch(family=family, seed=1), decoder_batch(5, 7, family=family, seed=2)
         steps = [objective(scaled(batch, MIXED)) for batch in batches]
@@ -341,3 +341,25 @@ def test_answers_longer_than_the_decoder_can_number_are_refused():
 def test_models_without_heads_have_no_projection_and_no_text_task_no_decoder():
     assert decoder_model(tasks=DECODED).projection is None and len(decoder_model(tasks=DECODED).heads) == 0
     assert decoder_model().projection is not None and len(decoder_model().heads) == 2
+
+
+@pytest.mark.parametrize(
+    ("fusion", "family"), [("attention", "t5"), ("tokens", "t5"), ("tokens", "bart"), ("gated", "mbart")]
+)
+def test_the_decoder_reads_states_that_have_seen_the_picture(fusion, family):
+    model = seeing_model(fusion, tasks=MIXED, family=family, moe=moe_config(route_by="both")).eval()
+    for name, weight in model.named_parameters():
+        if name.startswith("fusion.") and weight.ndim > 1:
+            torch.nn.init.normal_(weight, std=0.5)
+    batch = with_pictures(decoder_batch(family=family), [1, 3, 4])
+    before = model(batch).logits
+    after = model(replace(batch, pixels_I3HW=batch.pixels_I3HW.flip(0) * 3)).logits
+    moved = (after["polarity"] - before["polarity"]).abs().amax(dim=1) > 1e-7
+    moved |= (after["opinion"] - before["opinion"])[:, :2].abs().amax(dim=1) > 1e-7
+    moved |= (after["reason"] - before["reason"])[:, :2].abs().amax(dim=1) > 1e-7
+    assert batch.task_ids_B.tolist() == [-1, 1, 3, 4, -1, 1, 3, 4] and moved.tolist() == [0, 1, 0, 1, 0, 0, 0, 0]
+
+
+def test_a_second_view_of_posts_does_without_the_decoder():
+    output = decoder_model()(decoder_batch(), decode=False)
+    assert list(output.logits) == ["mood", "heat"] and output.answer_rows_S is None and len(output.layer_rows) == 3

@@ -34,7 +34,7 @@ HOMES = {
                   "comoe/train/checkpoint.py"),
     "torch.distributed": ("comoe/distributed.py",),
     "transformers": ("comoe/models/encoder.py", "comoe/models/pretrained.py", "comoe/models/vision.py", "comoe/data/batching.py",
-                     "comoe/data/pixels.py", "comoe/export.py", "comoe/starter"),
+                     "comoe/data/pixels.py", "comoe/export.py", "comoe/starter", "comoe/augmenting/"),
     "tokenizers": ("comoe/data/batching.py", "comoe/starter"),
     "datasets": ("comoe/data/sources.py",),
     "PIL": ("comoe/data/images.py", "comoe/data/image_checks.py", "comoe/data/pixels.py", "comoe/drawn_posts.py"),

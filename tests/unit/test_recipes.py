@@ -12,9 +12,11 @@ from comoe.assemble import check_names
 from comoe.config import load_recipe
 from comoe.data.corpus import load_corpus
 from comoe.generated import TACL_GENERATORS, build_generated_posts
+from comoe.implied_posts import build_implied_posts
 from comoe.starter import PREFIXES, READY_MADE
 
-CONFIGS = sorted((Path(__file__).parents[2] / "launch" / "configs").glob("*.yaml"))
+FILES = (Path(__file__).parents[2] / "launch" / "configs").glob("*.yaml")
+CONFIGS = sorted(path for path in FILES if not path.stem.endswith("_prompts"))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -39,6 +41,19 @@ def test_the_head_of_a_recipe_for_published_posts_names_them_on_the_hub(stem: st
     check_names(recipe)
     (task,) = (task for task in recipe.tasks.values() if task.format == "hub")
     assert re.fullmatch(r"[\w-]+/[\w-]+", task.path) and task.splits == {} and not task.slices
+
+
+def test_the_generated_implicit_posts_fit_their_recipe_and_each_seed_draws_others(tmp_path: Path) -> None:
+    path = next(path for path in CONFIGS if path.stem == "implicit_smoke")
+    build_implied_posts(tmp_path)
+    first, second = (load_corpus(load_recipe(path, [f"data.root={tmp_path}", f"train.seed={seed}"])) for seed in (0, 1))
+    assert {task.name: (task.kind, task.auxiliary) for task in first.tasks} == {
+        "polarity": ("label_words", False), "aspect": ("text", True), "opinion": ("text", True),
+    }  # fmt: skip
+    posts = [corpus.splits["train"] for corpus in (first, second)]
+    assert [len(split) for split in posts] == [400, 400]
+    assert 50 < len(set(posts[0].texts) & set(posts[1].texts)) < 250
+    assert all(None not in labels for labels in posts[0].labels.values())
 
 
 def test_no_recipe_fetches_weights_that_are_not_for_commercial_use_unasked() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -158,3 +159,12 @@ def test_labelled_rows_reads_every_shape_of_target():
     )
     rows = labelled_rows(batch, ["single", "multi", "number", "tags"])
     assert rows.tolist() == [[True, False, False, True], [False, True, True, False]]
+
+
+def test_layers_of_a_decoder_count_the_tokens_of_answers_and_say_whose_they_are():
+    stats = RoutingStats(["a"], num_layers=2, num_experts=2, layers=[1, 4], first_decoder_layer=3)
+    both = output([routing([[0.5, 0.5]] * 3, [[0]] * 3), routing([[0.5, 0.5]] * 2, [[1]] * 2)], [0, 0, 1])
+    both = replace(both, answer_rows_S=torch.tensor([0, 1]), num_answer_layers=1)
+    stats.update(both, torch.tensor([[True], [False]]))
+    assert stats.tokens_LT.tolist() == [[2.0], [1.0]]
+    assert stats.summary().layer_names == ["1", "1 of the decoder"]

@@ -1,0 +1,60 @@
+"""The recipe implicit_smoke with heads beside the decoder: labels by words, free text and heads in one run, resumed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from comoe.predict import Predictor
+from tests.end_to_end.commands import Terminal, losses, read_lines, train_lines
+
+pytestmark = [pytest.mark.end_to_end, pytest.mark.one_core]
+
+TASKS = ("polarity", "aspect", "opinion", "target")
+WORDS = (
+    "tasks.target.path=implied", "tasks.target.label=target", "data.limit_per_task=64", "data.limit_eval=20",
+    "train.epochs=2", "train.save_every=2", "train.eval_every=4", "train.log_every=1",
+    "tasks.aspect.confidence_strategy=input_output", "loss.weighting=uncertainty_positive",
+    "tasks.aspect.num_beams=2", "run.verbose=false",
+)  # fmt: skip
+
+
+def test_heads_label_words_and_text_train_evaluate_resume_export_and_predict_together(
+    terminal: Terminal, tmp_path: Path
+) -> None:
+    typed = [sys.executable, "launch/train.py", "--deepspeed", "ds_configs/zero1.json"]
+    done = terminal.run(
+        *typed, "--config", "launch/configs/implicit_smoke.yaml", f"run.output_dir={tmp_path}", *WORDS
+    )  # fmt: skip
+    assert done.code == 0, done.said
+    run = tmp_path / "implicit_smoke"
+    metrics = {"polarity": "accuracy", "aspect": "exact_match", "opinion": "exact_match", "target": "macro_f1"}
+    results = json.loads((run / "results.json").read_text(encoding="utf-8"))["metrics"]
+    for split in ("validation", "test"):
+        assert {name: metrics[name] in found for name, found in results[split].items()} == dict.fromkeys(TASKS, True)
+        assert "accuracy@implicit=true" in results[split]["polarity"]
+        assert {"token_f1", "rouge_l", "loss"} <= set(results[split]["opinion"])
+    assert all(set(line["tasks"]) == set(TASKS) for line in train_lines(run).values())
+    whole = losses(run)
+    assert len(whole) == 4
+
+    # As if it had been ended behind its first checkpoint.
+    shutil.rmtree(run / "checkpoints" / "step-00000004")
+    for left in ("results.json", "checkpoints/best.json"):
+        os.remove(run / left)
+    shutil.rmtree(run / "export")
+    again = terminal.run(*typed[:2], "--resume", run)
+    assert again.code == 0 and f"resuming {run} at step 2" in again.out, again.said
+    assert losses(run) == whole
+
+    predictor = Predictor.from_pretrained(run / "export", device="cpu")
+    for name, column in (("polarity", "label"), ("opinion", "answer"), ("target", "label")):
+        told = read_lines(run / "predictions" / "test" / f"{name}.jsonl")[:5]
+        answers = predictor([row["text"] for row in told])
+        assert [set(answer) >= {"text", *TASKS} for answer in answers] == [True] * 5
+        assert [answer[name][column] for answer in answers] == [row[column] for row in told]
