@@ -47,7 +47,8 @@ class Report:
         labelled = [outcome for outcome in self.outcomes if outcome.converged is not None]
         by_round = Counter(outcome.rounds for outcome in labelled if outcome.converged)
         malformed = [item for outcome in self.outcomes for item in outcome.malformed]
-        lines = [f"{len(self.outcomes):,} posts in {self.output}, {len(readings):,} of them answered"]
+        lines = list(self.posts.notes)
+        lines.append(f"{len(self.outcomes):,} posts in {self.output}, {len(readings):,} of them answered")
         lines += [f"  {self.resumed:,} of them by the run that this one went on with"] if self.resumed else []
         lines += [f"  {len(self.posts.bad):,} bad rows left out, such as {row}" for row in self.posts.bad[:1]]
         if labelled:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -51,6 +52,9 @@ def load_generator(
     if max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens is {max_new_tokens}; it must be 1 or more.")
     place = _place(device)
+    if place.type == "cpu":
+        # The library imports DeepSpeed when it generates, which else prints that it found no GPU.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     folder = str(prepare([name], progress=progress)[name]) if name.startswith(PREFIXES) else name
     source, config = read_config(folder, GENERATIVE, trust_remote_code=trust_remote_code)
     auto = _class_for(name, config, trust_remote_code=trust_remote_code)

@@ -321,7 +321,7 @@ def test_bad_rows_can_be_left_out_and_a_file_needs_no_target_and_no_label(tmp_pa
     found, report = run(tmp_path, [{"text": "One."}, {"text": ""}, {"text": "Two."}], model, prompts, skip_bad=True)
     assert [row["text"] for row in found] == ["One.", "Two."] and len(report.posts.bad) == 1
     assert model.asked[0][0] == "One. | the place | aspect?"
-    assert [note.partition(":")[0] for note in report.posts.notes] == ["no column aspect", "no column polarity"]
+    assert [line.partition(":")[0] for line in report.lines()[:2]] == ["no column aspect", "no column polarity"]
 
 
 def test_csv_posts_with_other_columns_keep_every_column(tmp_path: Path, prompts: Prompts) -> None:
