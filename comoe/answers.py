@@ -17,7 +17,7 @@ from comoe.config import nearest, unknown_name
 from comoe.data.files import RawSplit, read_csv, read_jsonl, read_tsv, text_lines
 from comoe.data.text import is_blank
 from comoe.picture_column import choose_column
-from comoe.predict import Predictor
+from comoe.predict import Predictor, second_text
 from comoe.tasks.catalog import Task
 from comoe.tasks.prompts import wants_pair
 
@@ -220,7 +220,8 @@ class TweetEval(JsonLines):
 
     def prepare(self, post: Post) -> Post:
         readable = not post.error and isinstance(post.text, str) and not is_blank(post.text)
-        lacks_pair = wants_pair(self.task.prompt) and not post.pair
+        pair = second_text(post.pair)
+        lacks_pair = not isinstance(pair, str) and (pair is not None or wants_pair(self.task.prompt))
         if readable and not lacks_pair:
             return post
         self.filled += 1

@@ -6,6 +6,7 @@ into words by its task's kind.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
@@ -104,7 +105,8 @@ class Predictor:
 
         Args:
             texts: raw posts.
-            pairs: second texts (stance target, aspect), None where there is none.
+            pairs: second texts (stance target, aspect), None where there is none; as in training a list of words or a
+                number will do.
             words: posts as words, for tags; a post without them is split into words. A text beside words is not read.
             images: paths, bytes of files, or Pillow images, None where there is none. A post with a bad one is answered
                 by its text alone and has ``image_error``.
@@ -121,13 +123,13 @@ class Predictor:
         """
         chosen = self._chosen(tasks)
         texts = _listed("texts", texts)
-        pairs = _column("pairs", pairs, count=len(texts))
+        pairs = list(map(second_text, _column("pairs", pairs, count=len(texts))))
         words = _column("words", words, count=len(texts))
         images = _column("images", images, count=len(texts))
         answers: list[dict[str, Any]] = [{"text": text} for text in texts]
         usable = []
         for number, answer in enumerate(answers):
-            if problem := _problem(texts[number], words[number]) or _lacks(pairs[number], chosen):
+            if problem := _problem(texts[number], words[number]) or _pair_problem(pairs[number], chosen):
                 answer["error"] = problem
             else:
                 usable.append(number)
@@ -275,9 +277,22 @@ def _problem(text: Any, words: Any) -> str:
     return "the text is empty" if is_blank(text) else ""
 
 
-def _lacks(pair: Any, tasks: Sequence[Task]) -> str:
-    """Why a post without a second text cannot be answered; empty where it can."""
+def second_text(cell: Any) -> Any:
+    """A second text as training reads its cell: words with blanks between, a number as text, None for a blank one.
+
+    What is no text at all (true, an object) stays as it is.
+    """
+    text = " ".join(map(str, cell)) if isinstance(cell, (list, tuple)) else cell
+    if isinstance(text, (int, float)) and not isinstance(text, bool):
+        text = "" if math.isnan(text) else str(text)
+    return None if isinstance(text, str) and is_blank(text) else text
+
+
+def _pair_problem(pair: Any, tasks: Sequence[Task]) -> str:
+    """Why a post with this second text, as ``second_text`` gives it, cannot be answered; empty where it can."""
+    if pair is not None and not isinstance(pair, str):
+        return f"the second text must be text, not {type(pair).__name__}"
     asking = [task.name for task in tasks if wants_pair(task.prompt)]
-    if not asking or (isinstance(pair, str) and not is_blank(pair)):
+    if pair is not None or not asking:
         return ""
     return f"the second text is missing, which the prompt of {', '.join(asking)} wants; give it, or ask for other tasks"

@@ -100,8 +100,9 @@ class Collator:
         Args:
             split: tokenised posts.
             indices: posts, int, may be empty: the batch is then one short filler row without labels, of row id -1.
-            all_tasks: where a row serves one task, make a row for every task, labelled or not (prediction); but the
-                decoder is asked about posts with its task's label, and about those without any.
+            all_tasks: prediction: a row that serves one task is made for every task, labelled or not; but the decoder
+                is asked about posts with its task's label, and about those without any. Else such a post has no row for
+                the decoder: there is nothing to score, and writing takes long.
         """
         served = {int(post): self._served(split, int(post), all_tasks=all_tasks) for post in indices}
         pairs = [(int(post), task) for post in indices for task in served[int(post)]]
@@ -205,7 +206,7 @@ class Collator:
         answered = [
             task
             for task in sorted(self._answered)
-            if labelled[task] or bare and (all_tasks or not self._row_per_task)
+            if labelled[task] or (all_tasks and bare)
             if (lists := split.prompts.get(self.tasks[task].name)) is not None and lists.lengths[post]
         ]
         if self._row_per_task:

@@ -17,13 +17,14 @@ from comoe.answers import predict_file
 from comoe.calibration import Calibrator, ece_of
 from comoe.data.batching import Collator
 from comoe.data.domains import Domains
+from comoe.data.rows import RowReader
 from comoe.data.tokenized import TokenizedSplit, tokenize_split
 from comoe.dry_run import sample_lines, seen_by_the_decoder
 from comoe.evaluate import check_chosen_metric, evaluate, mean_metric, metric_names
 from comoe.model_card import model_card
 from comoe.predict import Predictor
 from comoe.protocols import IGNORED, Batch, ModelOutput
-from comoe.schema import DataConfig, NormalizeConfig, Recipe
+from comoe.schema import DataConfig, NormalizeConfig, Recipe, TaskConfig
 from comoe.scoring import DataChoice, score_data
 from comoe.tasks.catalog import Task
 from tests.helpers_data import write_jsonl
@@ -61,7 +62,7 @@ def shown(batch: Batch, row: int) -> str:
 
 def test_by_token_a_post_has_one_row_for_the_heads_and_one_for_each_task_of_the_decoder() -> None:
     split = split_of()
-    batch = Collator(TOKENIZER, TASKS)(split, np.arange(5))
+    batch = Collator(TOKENIZER, TASKS)(split, np.arange(5), all_tasks=True)
     assert rows_of(batch) == [
         (0, -1), (0, 1), (0, 2), (1, -1), (2, 1), (2, 2), (3, 2), (4, -1), (4, 1), (4, 2),
     ]  # fmt: skip
@@ -111,7 +112,7 @@ def test_by_task_every_row_has_its_one_task(route_by: str) -> None:
 def test_without_a_task_with_a_head_there_are_no_rows_for_heads() -> None:
     tasks = (ASPECT, POLARITY)
     split = split_of(tasks=tasks)
-    batch = Collator(TOKENIZER, tasks)(split, np.arange(5))
+    batch = Collator(TOKENIZER, tasks)(split, np.arange(5), all_tasks=True)
     # The second post has no label here and no second text, which one prompt wants.
     assert rows_of(batch) == [(0, 0), (0, 1), (1, 0), (2, 0), (2, 1), (3, 1), (4, 0), (4, 1)]
     assert len(split.tokens.input_ids) == 0
@@ -140,7 +141,7 @@ def test_rows_are_taken_with_their_answers() -> None:
 
 def test_lengths_are_those_of_the_longest_row_of_a_post() -> None:
     split = split_of()
-    batches = [Collator(TOKENIZER, TASKS)(split, np.array([post])) for post in range(5)]
+    batches = [Collator(TOKENIZER, TASKS)(split, np.array([post]), all_tasks=True) for post in range(5)]
     assert split.lengths.tolist() == [batch.input_ids_BL.shape[1] for batch in batches]
     assert split.lengths[1] == len(split.rows(np.array([1]))[0].input_ids) < split.lengths[0]
 
@@ -161,7 +162,18 @@ def test_confidences_and_domains_go_with_the_rows_and_a_post_counts_once() -> No
 def test_tasks_of_other_data_sets_do_not_ask_about_posts_without_the_second_text() -> None:
     posts = posts_of(["a post", "b post"], {"mood": [None, 1]})
     split = tokenize_split(posts, TOKENIZER, tasks=TASKS, config=CONFIG)
-    assert rows_of(Collator(TOKENIZER, TASKS)(split, np.arange(2))) == [(0, -1), (0, 1), (1, -1)]
+    batch = Collator(TOKENIZER, TASKS)(split, np.arange(2), all_tasks=True)
+    assert rows_of(batch) == [(0, -1), (0, 1), (1, -1)]
+
+
+@pytest.mark.parametrize("tasks", [TASKS, (ASPECT, POLARITY)])
+def test_the_decoder_is_not_asked_about_posts_without_labels_where_nothing_is_predicted(
+    tasks: tuple[Task, ...],
+) -> None:
+    split, collator = split_of(tasks=tasks), Collator(TOKENIZER, tasks)
+    assert rows_of(collator(split, np.array([4]))) == [(4 if MOOD in tasks else -1, -1)]
+    asked = [split.labelled[post, task] for post, task in rows_of(collator(split, np.arange(5))) if task >= 0]
+    assert len(asked) == 5 and all(asked)
 
 
 def test_a_tokenizer_that_writes_no_end_sign_is_refused() -> None:
@@ -304,6 +316,36 @@ def test_every_task_answers_a_post_and_one_without_the_second_text_says_so(route
     }
     assert answers[2] == {"text": " ", "error": "the text is empty"}
     assert answers[3]["polarity"]["label"] == "good"
+
+
+@pytest.mark.parametrize(
+    ("cell", "read"), [(5, "5"), (2.5, "2.5"), (["battery", "great"], "battery great"), ("battery", "battery")]
+)
+def test_second_texts_are_read_as_in_training(cell: Any, read: str) -> None:
+    config = {name: TaskConfig(path="posts", pair="about", prompt=POLARITY.prompt) for name in ("polarity", "mood")}
+    post = RowReader(config, {"polarity": (), "mood": ()}, max_characters=99).read({"text": "post", "about": cell})
+    seen: list[Batch] = []
+    predictor = predictor_of()
+    exported = SimpleNamespace(**vars(predictor.exported))
+    exported.model = lambda batch: (seen.append(batch), predictor.exported.model(batch))[1]
+    (answer,) = replace(predictor, exported=exported)(["post"], pairs=[cell], tasks=["mood", "polarity"])
+    assert "error" not in answer and post.pair == read
+    assert [shown(seen[0], row) for row in range(2)] == [
+        f"post </s> {read} </s>",
+        f"polarity of {read} in: post ? </s>",
+    ]
+
+
+@pytest.mark.parametrize("cell", ["  ", float("nan"), [], True, {"a": 1}])
+def test_a_second_text_that_is_none_is_said_and_a_line_of_ids_is_never_missing(cell: Any, tmp_path: Path) -> None:
+    predictor = predictor_of()
+    (answer,) = predictor(["post one"], pairs=[cell], tasks=["polarity"])
+    assert answer["error"].startswith("the second text ") and "polarity" not in answer
+    source = write_jsonl(tmp_path / "in.jsonl", [{"text": "post one", "about": cell}, {"text": "b", "about": "c"}])
+    for task in ("polarity", "mood"):
+        target = tmp_path / f"{task}.txt"
+        predict_file(predictor, source, target, pair_column="about", format="tweeteval", tasks=[task], progress=False)
+        assert target.read_text() == "1\n1\n"
 
 
 def test_only_the_tasks_that_are_asked_for_run() -> None:
