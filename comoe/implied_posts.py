@@ -17,7 +17,7 @@ from comoe.starter_posts import write_json_lines
 
 COUNTS = {"train": 1200, "validation": 300, "test": 1000}
 """Split -> posts."""
-WRONG_SHARE = 0.5
+WRONG_SHARE = 0.6
 """Share of the second set's answers that are wrong."""
 WRONG_CONFIDENCE, RIGHT_CONFIDENCE = (0.05, 0.2), (0.8, 1.0)
 """Lowest and highest confidence of a wrong and of a right answer of the second set."""

@@ -51,8 +51,8 @@ def test_the_generated_implicit_posts_fit_their_recipe_and_each_seed_draws_other
         "polarity": ("label_words", False), "aspect": ("text", True), "opinion": ("text", True),
     }  # fmt: skip
     posts = [corpus.splits["train"] for corpus in (first, second)]
-    assert [len(split) for split in posts] == [400, 400]
-    assert 50 < len(set(posts[0].texts) & set(posts[1].texts)) < 250
+    assert [len(split) for split in posts] == [600, 600]
+    assert 200 < len(set(posts[0].texts) & set(posts[1].texts)) < 400
     assert all(None not in labels for labels in posts[0].labels.values())
 
 

@@ -102,7 +102,7 @@ def test_wrong_guesses_are_unsure_and_right_ones_sure() -> None:
     posts = plan_implied_posts(count=1000, seed=5)
     for column in ("aspect", "opinion"):
         right = [post[f"guessed_{column}"] == post[column] for post in posts]
-        assert 0.45 < sum(right) / len(right) < 0.55
+        assert 0.35 < sum(right) / len(right) < 0.45
         for post, is_right in zip(posts, right, strict=True):
             assert (post[f"guessed_{column}_confidence"] >= 0.8) == is_right
             assert 0.05 <= post[f"guessed_{column}_confidence"] <= 1
