@@ -237,9 +237,18 @@ def build_objective(
         tasks: in the order of their ids.
         num_domains: values that ``loss.adversarial`` predicts.
         shape: build it on the meta device, without reading weights: to be measured, not to be run.
+
+    Raises:
+        ValueError: an encoder that cannot be loaded, or nothing in the model trains.
     """
     build = build_model_shape if shape else build_model
     recompute = recipe.train.activation_checkpointing
     model = build(recipe.model, tasks, image_text=recipe.loss.image_text, recompute=recompute)
+    if not any(weight.requires_grad for weight in model.parameters()):
+        raise ValueError(
+            f"model.train_layers ({recipe.model.train_layers}) leaves nothing to train: a decoder answers every task, "
+            "so there are no heads; set it to all or to a number of last layers, or give the model experts "
+            "(model.moe.num_experts) or private parts (model.private_width)."
+        )
     with torch.device("meta") if shape else nullcontext():
         return Objective(model, tasks, recipe.loss, recipe.model.moe, seed=recipe.train.seed, num_domains=num_domains)

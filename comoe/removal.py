@@ -60,7 +60,7 @@ class Removal:
     """Quality with all experts, and without each one."""
 
     layers: tuple[int, ...]
-    """Encoder layers with experts."""
+    """Layers with experts, a decoder's behind the encoder's."""
     posts: int
     """Posts scored."""
     whole: Mapping[str, float]

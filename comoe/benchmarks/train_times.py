@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
+from torch import nn
 
 from comoe.assemble import Run, assemble
 from comoe.benchmarks.hugging_face import STRATEGIES, Rival, save_base_encoder
@@ -136,7 +137,8 @@ def utilisation(
     """Model FLOPs utilisation: arithmetic that the real tokens need, over what the GPU could do in the time.
 
     6 FLOPs per active parameter and token (forward 2, backward 4) without the embeddings, which are looked up, plus
-    12 L M n per token for attention over n tokens; padding and recomputation count as nothing.
+    12 L M n per token for attention over n tokens; padding and recomputation count as nothing. None on an unknown
+    device, and with a decoder, whose tokens are others than the encoder's.
 
     Args:
         run: the run.
@@ -146,16 +148,22 @@ def utilisation(
     """
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     peak = next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
-    if peak is None:
-        return None
     model = run.trainer.engine.objective.model
+    if peak is None or model.decoder is not None:
+        return None
     config = model.encoder.config
-    looked_up = sum(parameter.numel() for parameter in model.encoder.embeddings.parameters())
-    per_token = 6 * (run.parameters["active"] - looked_up)
+    per_token = 6 * (run.parameters["active"] - looked_up(model.encoder))
     per_token += 12 * config.num_hidden_layers * config.hidden_size * float(run.splits["train"].lengths.mean())
     seconds = statistics.median(value for value in times if value is not None)
     real = statistics.mean(real for real, _ in tokens)
     return per_token * real / seconds / (peak * world_size())
+
+
+def looked_up(encoder: nn.Module) -> int:
+    """Numbers in an encoder's tables, of words, positions and the like: rows are picked, nothing is multiplied."""
+    tables = [module.weight for module in encoder.modules() if isinstance(module, nn.Embedding)]
+    # Under ZeRO-3 a weight that is split says by itself how large it is; a table may have several places.
+    return sum(getattr(weight, "ds_numel", weight.numel()) for weight in {id(one): one for one in tables}.values())
 
 
 @contextmanager

@@ -18,10 +18,7 @@ from comoe.data.text import normalize_post
 from comoe.data.tokens import CHUNK, TokenLists, cached, fingerprint
 from comoe.schema import NormalizeConfig
 from comoe.tasks.catalog import Task
-from comoe.tasks.prompts import prompt_parts
-
-FIELDS = ("text", "pair")
-"""Fields of a prompt, in the order in which they are shortened."""
+from comoe.tasks.prompts import FIELDS, prompt_parts
 
 Parts = list[tuple[str, str | None]]
 Values = dict[str, str]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from comoe.distributed import world_size
 from comoe.models.encoder import as_encoder_output
 from comoe.models.families import family_of, stacks_of
-from comoe.models.moe import ContextHolder, RoutingContext, without_tokens
+from comoe.models.moe import ContextHolder, CooperativeBlock, ExpertMixture, RoutingContext, without_tokens
 from comoe.protocols import IGNORED, Batch, Routing
 from comoe.tasks.catalog import Task
 
@@ -52,7 +52,8 @@ class AnswerDecoder:
     """The decoder of an encoder-decoder and the tasks that it answers. Holds no weights of its own.
 
     Every rank runs every pass, whatever its rows: a rank without a row of the kind runs row 0 with one token, and
-    nothing of that counts. Each pass has a context of its own, and nothing outlives a call.
+    nothing of that counts. A model that is whole in its process waits for no other, and writes only what is asked
+    for. Each pass has a context of its own, and nothing outlives a call.
 
     Args:
         encoder: a whole model of ``build_encoder``, blocks attached.
@@ -202,6 +203,9 @@ class AnswerDecoder:
     def _write(self, states_BLM: Tensor, mask_BL: Tensor, tasks_B: Tensor, number: int, task: Task) -> Tensor:
         """Texts of the rows of one task, end sign included, IGNORED behind it and in other rows: (B, D)."""
         mine_R = (tasks_B == number).nonzero().squeeze(1)
+        together = self._lies_on_ranks()
+        if not len(mine_R) and not together:
+            return tasks_B.new_full((len(tasks_B), 1), IGNORED)
         rows_R = mine_R if len(mine_R) else mine_R.new_zeros(1)
         settings = copy.deepcopy(self.encoder.generation_config)
         settings.update(num_beams=task.num_beams, max_new_tokens=task.max_answer_length, do_sample=False)
@@ -217,7 +221,7 @@ class AnswerDecoder:
                 attention_mask=mask_BL[rows_R],
                 generation_config=settings,
                 # Ranks end together: the experts of one may be asked for by another.
-                synced_gpus=world_size() > 1,
+                synced_gpus=together,
             )[:, 1:]
         finally:
             hook.remove()
@@ -227,6 +231,15 @@ class AnswerDecoder:
         ids_RD = torch.where(behind_RD, IGNORED, ids_RD)
         texts_BD = ids_RD.new_full((len(tasks_B), ids_RD.shape[1]), IGNORED)
         return texts_BD.index_copy(0, mine_R, ids_RD[: len(mine_R)])
+
+    def _lies_on_ranks(self) -> bool:
+        """True where a pass needs other ranks: for experts that AutoEP took over, or ZeRO-3's shares. An export that is
+        loaded in one of several processes needs none."""
+        if world_size() == 1:
+            return False
+        blocks = [module for module in self.encoder.modules() if isinstance(module, CooperativeBlock)]
+        split = any(hasattr(weight, "ds_id") for weight in self.encoder.parameters())
+        return split or any(not isinstance(block.mixture, ExpertMixture) for block in blocks)
 
     def _step_context(self, ids_ND: Tensor, embeddings_RD: Tensor | None) -> RoutingContext:
         """Of one step of a search: every token is real, and the beams of a row lie together."""

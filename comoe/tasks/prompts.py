@@ -10,7 +10,7 @@ from comoe.schema import TaskConfig
 from comoe.tasks.base import Kind
 
 FIELDS = ("text", "pair")
-"""What a template may stand for: the cleaned post, and its second text."""
+"""What a template may stand for: the cleaned post, and its second text; in the order in which they are shortened."""
 _DEFAULTS = TaskConfig()
 
 

@@ -14,7 +14,8 @@ from comoe.protocols import Batch
 from tests.helpers_seq2seq import MIXED, decoder_batch, filler
 from tests.multiprocess.workers import recipe_of
 
-STEPS = 4
+STEPS, SAVED_AFTER = 4, 1
+"""Steps of a run, and after how many of them it is saved: two more read the optimizer's state that was saved."""
 # Row by row; the last four make the share of a rank that has nothing for the decoder.
 SERVED = [-1, 1, 3, 4, 1, 3, 1, 4, -1, -1, -1, -1]
 
@@ -108,16 +109,17 @@ def train(engine: Any, steps: range, family: str) -> list[float]:
 
 
 def cells(
-    models: dict[str, str], cases: list[dict[str, Any]], folder: str | None = None, moved: tuple[str, ...] = ()
-) -> list[dict[str, Any]]:
-    """Each case: train, gather, answer; a case with a name saves itself after half of its steps."""
-    answers = [_cell(models, folder=folder, **case) for case in cases]
-    return [*answers, *(_moved(models, Path(folder), name) for name in moved)]
+    models: dict[str, str], cases: list[dict[str, Any]], folder: str | None = None, moved: tuple[str, ...] = (),
+    steps: int = STEPS,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Each case: train, gather, answer; a case with a name saves itself on the way."""
+    answers = [_cell(models, folder=folder, steps=steps, **case) for case in cases]
+    return [*answers, *(_moved(models, Path(folder), name, steps=steps) for name in moved)]
 
 
 def _cell(
     models: dict[str, str], *, family: str, stage: int, ep: int, recompute: bool = False, name: str = "",
-    folder: str | None = None,
+    folder: str | None = None, steps: int,
 ) -> dict[str, Any]:  # fmt: skip
     from comoe.train.checkpoint import load_checkpoint, save_checkpoint
     from comoe.train.folders import find_checkpoint
@@ -125,18 +127,21 @@ def _cell(
     from comoe.train.state import TrainState
 
     engine, layout = start(models[family], stage=stage, ep=ep, recompute=recompute)
-    losses = train(engine, range(2), family)
+    losses = train(engine, range(SAVED_AFTER), family)
     place = Path(folder or ".") / name
     if name:
-        save_checkpoint(place, engine, TrainState(step=2), layout, keep=1)
-    losses += train(engine, range(2, STEPS), family)
+        save_checkpoint(place, engine, TrainState(step=SAVED_AFTER), layout, keep=1)
+    losses += train(engine, range(SAVED_AFTER, steps), family)
     answer: dict[str, Any] = {"losses": losses, "ep": layout.ep_size, "name": name}
     state = gather_full_state(engine.deepspeed)
     answer |= _answered(engine, state, family)
+    if state:
+        # While the other ranks are elsewhere: a model that is whole here must not wait for them.
+        answer["alone"] = by_one_process(models, family, state, engine.objective.model.encoder.config.to_dict())
     if name:
         fresh, layout = start(models[family], stage=stage, ep=ep, recompute=recompute)
         load_checkpoint(find_checkpoint(place).path, fresh, layout)
-        answer["resumed"] = train(fresh, range(2, STEPS), family)
+        answer["resumed"] = train(fresh, range(SAVED_AFTER, steps), family)
     return answer
 
 
@@ -148,18 +153,19 @@ def _answered(engine: Any, state: dict[str, torch.Tensor], family: str) -> dict[
     logits = {name: value.float().numpy() for name, value in engine.forward(mine).logits.items()}
     shares = all_gather_objects(logits if int(mine.row_ids_B[0]) >= 0 else None)
     by_engine = {name: _stacked([part[name] for part in shares if part]) for name in logits}
-    config = engine.objective.model.encoder.config.to_dict()
-    return {"engine": by_engine, "state": state, "config": config} if state else {}
+    return {"engine": by_engine, "state": state} if state else {}
 
 
-def by_one_process(models: dict[str, str], family: str, answer: dict[str, Any]) -> dict[str, np.ndarray]:
+def by_one_process(
+    models: dict[str, str], family: str, state: dict[str, torch.Tensor], encoder_config: dict[str, Any]
+) -> dict[str, np.ndarray]:
     """What the plain model of an export answers, given the weights that a layout gathered."""
     from comoe.export_folder import fill_in
     from comoe.models.building import build_model
 
-    config = json.loads(json.dumps(answer["config"], default=str))
+    config = json.loads(json.dumps(encoder_config, default=str))
     model = build_model(recipe(models[family], ep=1).model, tasks(), encoder_config=config)
-    fill_in(model.eval(), answer["state"], place=Path("gathered"))
+    fill_in(model.eval(), state, place=Path("gathered"))
     with torch.no_grad():
         logits = model(share(50, rank=0, world_size=1, family=family)).logits
     return {name: value.numpy() for name, value in logits.items()}
@@ -171,7 +177,7 @@ def _stacked(parts: list[np.ndarray]) -> np.ndarray:
     return np.concatenate([np.pad(part, ((0, 0), (0, width - part.shape[1])), constant_values=-1) for part in parts])
 
 
-def _moved(models: dict[str, str], folder: Path, name: str) -> dict[str, Any]:
+def _moved(models: dict[str, str], folder: Path, name: str, *, steps: int) -> dict[str, Any]:
     """Go on from the checkpoint of another layout."""
     from comoe.train.checkpoint import load_checkpoint
     from comoe.train.folders import find_checkpoint
@@ -179,10 +185,10 @@ def _moved(models: dict[str, str], folder: Path, name: str) -> dict[str, Any]:
     family, stage = name.split("-")
     engine, layout = start(models[family], stage=int(stage), ep=1, recompute=False, universal=True)
     load_checkpoint(find_checkpoint(folder / name).path, engine, layout)
-    return {"losses": train(engine, range(2, STEPS), family), "name": name}
+    return {"losses": train(engine, range(SAVED_AFTER, steps), family), "name": name}
 
 
-def plain(models: dict[str, str]) -> dict[str, dict[str, Any]]:
+def plain(models: dict[str, str], *, steps: int) -> dict[str, dict[str, Any]]:
     """The same steps by PyTorch alone: no DeepSpeed."""
     from comoe.models.balance import BALANCES
     from comoe.models.building import build_model
@@ -199,7 +205,7 @@ def plain(models: dict[str, str]) -> dict[str, dict[str, Any]]:
         groups = [{key: group[key] for key in ("params", "lr", "weight_decay")} for group in groups]
         optimizer = torch.optim.AdamW(groups, betas=tuple(chosen.train.betas), eps=chosen.train.epsilon)
         losses = []
-        for step in range(STEPS):
+        for step in range(steps):
             objective.begin_step()
             output = objective(own_batch(step, family))
             output.loss.backward()
@@ -215,6 +221,6 @@ def plain(models: dict[str, str]) -> dict[str, dict[str, Any]]:
     return answers
 
 
-def plain_and_one_rank(models: dict[str, str], **options: Any) -> dict[str, Any]:
+def plain_and_one_rank(models: dict[str, str], *, steps: int = STEPS, **options: Any) -> dict[str, Any]:
     """Both in one process start."""
-    return {"plain": plain(models), "cells": cells(models, **options)}
+    return {"plain": plain(models, steps=steps), "cells": cells(models, steps=steps, **options)}

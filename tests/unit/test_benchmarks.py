@@ -16,8 +16,10 @@ from comoe.benchmarks.ranks import ROOT, run_on_ranks
 from comoe.benchmarks.report import Report, Target
 from comoe.benchmarks.shares import Clock, clocked_routing
 from comoe.benchmarks.timing import Contestant, median, ratio, slowest, spread_of, take_turns
+from comoe.benchmarks.train_times import looked_up
 from comoe.benchmarks.workload import even_picks, force, load_skew, skewed_picks, steering_weight
 from comoe.models.gate import SigmoidGate, SoftmaxGate
+from tests.helpers_model import tiny_model
 
 SMOKE = str(ROOT / "launch/configs/smoke.yaml")
 
@@ -222,6 +224,17 @@ def test_bytes_are_counted_where_they_are_sent():
     # 32 rows of [128 | label | two halves of the post] in float32, two float64 each, and one int64 count.
     assert sent["ours"] == 32 * (131 * 4 + 16) + 8
     assert sent["gather with gradient"] == 32 * (128 * 4 * 2 + 8)
+
+
+@pytest.mark.parametrize(
+    ("family", "expected"),
+    [("bert", ("word_embeddings", "position_embeddings", "token_type_embeddings")), ("t5", ("embed_tokens", "bias")),
+     ("bart", ("embed_tokens", "embed_positions"))],
+)  # fmt: skip
+def test_tables_of_any_encoder_are_no_arithmetic(family, expected):
+    encoder = tiny_model(family=family).encoder
+    tables = [weight for name, weight in encoder.named_parameters() if name.split(".")[-2].endswith(expected)]
+    assert looked_up(encoder) == sum(weight.numel() for weight in tables) and len(tables) == len(expected)
 
 
 @pytest.mark.multiprocess

@@ -176,6 +176,18 @@ def test_every_parameter_gets_a_gradient_whatever_rows_a_rank_has(family, served
     assert reached is (served != [-1, -1])
 
 
+def test_a_whole_model_in_one_process_writes_nothing_that_no_row_asks_for():
+    model, batch = decoder_model().eval(), decoder_batch(served=[1, -1, 1])
+    calls = []
+    model.decoder.stack.register_forward_hook(lambda *_: calls.append(1))
+    logits = model(batch).logits
+    # Own texts, labels, written texts: the first and the last of no row.
+    assert len(calls) == 3 and logits["opinion"].shape == (3, 3)
+    assert not logits["opinion"][:, :2].any() and (logits["opinion"][:, 2:] == -1).all()
+    model(decoder_batch(served=[1, 3, 4]))
+    assert len(calls) > 6
+
+
 def test_a_filler_row_runs_the_decoder_and_counts_nowhere():
     objective, batch = decoder_objective(), decoder_batch()
     step = objective(replace(filler(batch), unit_scale_T=torch.full((len(MIXED) + 3,), 0.5)))

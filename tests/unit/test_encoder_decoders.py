@@ -19,10 +19,11 @@ from comoe.footprint import _row_tokens, count_parameters, plan_run
 from comoe.models.building import build_model, build_model_shape
 from comoe.models.encoder import build_encoder, build_encoder_shape
 from comoe.models.families import layers_of
+from comoe.objective import build_objective
 from comoe.schema import ModelConfig, MoeConfig
 from comoe.train.settings import Layout
-from tests.helpers_model import HF_CONFIGS, SEQ2SEQ, T5_LIKE, TASKS, moe_config
-from tests.helpers_seq2seq import MIXED, POLARITY, decoder_batch, decoder_model
+from tests.helpers_model import HF_CONFIGS, SEQ2SEQ, T5_LIKE, TASKS, moe_config, random_batch
+from tests.helpers_seq2seq import DECODED, MIXED, POLARITY, decoder_batch, decoder_model
 from tests.helpers_vision import TOWERS
 
 FLAN = T5Config(**T5_LIKE, feed_forward_proj="gated-gelu", tie_word_embeddings=False)
@@ -76,6 +77,37 @@ def test_an_export_of_an_encoder_decoder_answers_alike_and_holds_each_tensor_onc
     for task, logits in loaded(batch).logits.items():
         torch.testing.assert_close(logits, expected[task], atol=1e-6, rtol=0)
     assert loaded.encoder.config.comoe_answering == model.encoder.config.comoe_answering
+
+
+@pytest.mark.parametrize("name", ["flan", "umt5", "bart", "mbart"])
+def test_an_export_of_an_encoder_alone_holds_no_decoder_and_answers_alike(tmp_path, folders, name):
+    recipe = tiny_recipe(tasks=TASKS)
+    recipe.model = replace(recipe.model, encoder=str(folders / name), moe=moe_config())
+    torch.manual_seed(1)
+    model = build_model(recipe.model, TASKS).eval()
+    export_model(
+        tmp_path / "e", state_dict=model.state_dict(), recipe=recipe, tasks=TASKS,
+        encoder_config=json.loads(json.dumps(model.encoder.config.to_dict(), default=str)),
+        tokenizer=tiny_tokenizer(tmp_path / "v"),
+    )  # fmt: skip
+    assert not any("decoder" in key or "lm_head" in key for key in load_file(tmp_path / "e/model.safetensors"))
+    loaded, batch = load_exported(tmp_path / "e").model, random_batch()
+    assert loaded.decoder is None and len(loaded.moe_layers()) == 3
+    expected = model(batch).logits
+    for task, logits in loaded(batch).logits.items():
+        torch.testing.assert_close(logits, expected[task], atol=1e-6, rtol=0)
+
+
+def test_a_run_in_which_nothing_would_train_is_refused(folders):
+    recipe = tiny_recipe(tasks=MIXED)
+    frozen = {"encoder": str(folders / "t5"), "train_layers": "none"}
+    recipe.model = replace(recipe.model, **frozen, moe=moe_config(num_experts=0))
+    for shape in (False, True):
+        with pytest.raises(ValueError, match=r"^model.train_layers \(none\) leaves nothing to train: .*private_width"):
+            build_objective(recipe, DECODED, shape=shape)
+    assert build_objective(recipe, MIXED, shape=True).model.heads
+    recipe.model = replace(recipe.model, private_width=4)
+    build_objective(recipe, DECODED, shape=True)
 
 
 def test_only_the_signs_that_begin_and_end_an_answer_are_kept_of_how_a_folder_generates(tmp_path, folders):
