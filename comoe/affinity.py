@@ -220,7 +220,8 @@ def _of_posts(
 
     def share(batch: Batch) -> tuple[Tensor, Tensor]:
         targets = batch.labels[task.name]
-        return task.rules.loss(model(batch).logits[task.name], targets, task), task.rules.units(targets, task)
+        logits = model(batch, decode=task.rules.generates).logits[task.name]
+        return task.rules.loss(logits, targets, task), task.rules.units(targets, task)
 
     return summed_gradient(share, batches(), weights)
 

@@ -130,9 +130,9 @@ class RoutingContext:
     task_embeddings_BD: Tensor | None = None
     """Embedding of each row's task, where the gate reads tasks."""
     routings: dict[int, Routing] = field(default_factory=dict)
-    """Encoder layer -> what its gate decided, filled during the encode."""
+    """Layer -> what its gate decided, filled during the encode; a decoder's layers follow the encoder's."""
     picks: Mapping[int, Tensor] = field(default_factory=dict)
-    """Encoder layer -> experts that an earlier pass over the same tokens picked (S, k): this one routes alike."""
+    """Layer -> experts that an earlier pass over the same tokens picked (S, k): this one routes alike."""
     input_weights_B: Tensor | None = None
     """Weight of each row's embeddings, None for all 1; only in training."""
 
@@ -167,7 +167,7 @@ class CooperativeBlock(nn.Module):
         model_width: M.
         expert_width: F.
         config: ``model.moe``.
-        layer: number of the encoder layer, from 0.
+        layer: number of the layer, from 0, the decoder's behind the encoder's.
         holder: where the context of the running encode is.
         dropout: probability on the update.
 
