@@ -17,10 +17,9 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
 )
-from transformers.utils import logging
 
 from comoe.augmenting.hugging_face import HuggingFaceGenerator
-from comoe.models.pretrained import Role, read_config
+from comoe.models.pretrained import Role, quiet, read_config
 from comoe.starter import PREFIXES, prepare
 
 GENERATIVE = Role("--model", "a generative model", "kit:smollm2")
@@ -58,7 +57,7 @@ def load_generator(
     folder = str(prepare([name], progress=progress)[name]) if name.startswith(PREFIXES) else name
     source, config = read_config(folder, GENERATIVE, trust_remote_code=trust_remote_code)
     auto = _class_for(name, config, trust_remote_code=trust_remote_code)
-    with _readable_errors(name), _quiet():
+    with _readable_errors(name), quiet():
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
         model, report = auto.from_pretrained(
             source, config=config, dtype=torch.float32 if place.type == "cpu" else torch.bfloat16, use_safetensors=True,
@@ -111,17 +110,3 @@ def _readable_errors(name: str) -> Iterator[None]:
             f"--model ({name}) could not be loaded: {reason} Give a folder with safetensors and a tokenizer, a hub "
             "name that this machine can reach, or kit:smollm2."
         ) from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    # The library prints a table of unused weights; missing ones are an error above.
-    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bar:
-            logging.enable_progress_bar()
