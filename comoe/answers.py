@@ -6,37 +6,21 @@ import csv
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from comoe.config import nearest, unknown_name
-from comoe.data.files import RawSplit, read_csv, read_jsonl, read_tsv, text_lines
+from comoe.config import unknown_name
 from comoe.data.text import is_blank
-from comoe.picture_column import choose_column
+from comoe.post_files import Post, read_posts
 from comoe.predict import Predictor, second_text
 from comoe.tasks.catalog import Task
 from comoe.tasks.prompts import wants_pair
 
 CHUNK = 1024
 """Posts answered before they are written; they are sorted by length within a chunk."""
-
-
-@dataclass(frozen=True, slots=True)
-class Post:
-    """One line of the input."""
-
-    text: Any
-    """The post; a list of words is a post given as words."""
-    pair: str | None = None
-    """Second text."""
-    image: Any = None
-    """What the picture column holds."""
-    error: str = ""
-    """Why the line could not be read."""
 
 
 def predict_file(
@@ -62,10 +46,10 @@ def predict_file(
         format: key of ``WRITERS``.
         tasks: names of the tasks; None is all.
         text_column: column with the post, unless the file is .txt.
-        pair_column: column with the second text.
+        pair_column: column with the second text; None takes the one of the training posts, where the file has it.
         image_column: column with the picture, a path from the folder of the file; None takes the one of the training
             posts, or ``image``, if the model reads pictures; a line on stderr tells where the file has neither.
-        explain: add the attention weight of each word (jsonl).
+        explain: add the attention weight of each word (jsonl), which tasks with a pooled head have.
         batch_size: posts per forward pass.
         progress: show a progress bar.
 
@@ -73,7 +57,8 @@ def predict_file(
         One sentence on what was done, with the number of posts that could not be answered.
 
     Raises:
-        ValueError: a file, column, task or format that does not exist, or that do not fit one another.
+        ValueError: a file, column, task or format that does not exist, or that do not fit one another; or not one post
+            could be answered, which the file of answers explains line by line.
     """
     if format not in WRITERS:
         raise unknown_name("--format", format, WRITERS)
@@ -81,13 +66,15 @@ def predict_file(
     if explain and writer_of is not JsonLines:
         raise ValueError("--explain wants --format jsonl; the others have no place for the weights of words.")
     chosen = [task for task in predictor.tasks if tasks is None or task.name in tasks]
+    if explain and not any(task.rules.pooled for task in chosen):
+        print("--explain: none of these tasks has attention; only tasks with a pooled head have it", file=sys.stderr)
     writer = writer_of(predictor, chosen)
-    posts = read_posts(
-        source, text_column=text_column, pair_column=pair_column, image_column=image_column, model=predictor
-    )
+    columns = {"text_column": text_column, "pair_column": pair_column, "image_column": image_column}
+    posts = read_posts(source, **columns, model=predictor, tasks=chosen)
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = target.with_name(f".{target.name}.part")
     counts: Counter[str] = Counter()
+    first = ""
     with aside.open("w", encoding="utf-8", newline="") as file, _bar(len(posts), progress) as bar:
         writer.begin(file)
         for start in range(0, len(posts), CHUNK):
@@ -96,62 +83,16 @@ def predict_file(
             for answer in answers:
                 writer.write(file, answer)
             counts.update(key for answer in answers for key in ("error", "image_error") if key in answer)
+            first = first or next((answer["error"] for answer in answers if "error" in answer), "")
             bar.update(len(chunk))
     aside.replace(target)
+    if posts and counts["error"] == len(posts):
+        raise ValueError(f"none of the {len(posts)} posts could be answered ({target} says why); the first: {first}.")
     return f"{len(posts)} posts answered in {target}{writer.remark(counts['error'])}{_blind(counts['image_error'])}"
-
-
-def read_posts(
-    path: Path,
-    *,
-    text_column: str = "text",
-    pair_column: str | None = None,
-    image_column: str | None = None,
-    model: Predictor | None = None,
-) -> list[Post]:
-    """The posts of a file; a line that cannot be read becomes a post with an error, and keeps its place.
-
-    The picture column of ``model`` is read unless ``image_column`` names another. Lines end at a line feed only. In a
-    .txt file every line is a post; bytes that are not UTF-8 become U+FFFD there.
-
-    Raises:
-        ValueError: no such file or column, an ending that is not .txt, .csv, .tsv or .jsonl, or a picture column for a
-            model of texts.
-    """
-    if not path.is_file():
-        raise ValueError(f"--input {path}: there is no such file.")
-    ending = path.suffix.lower()
-    trained = None if model is None else model.image_column
-    if ending == ".txt":
-        choose_column(trained, asked=image_column, columns=None)
-        return [Post(line) for line in text_lines(path)[0]]
-    if ending not in TABLES:
-        raise ValueError(f"--input {path}: {unknown_name('ending that can be read', ending, ('.txt', *TABLES))}")
-    raw = TABLES[ending](path)
-    if raw.rows:
-        image_column = choose_column(trained, asked=image_column, columns=raw.columns)
-    columns = {"--text-column": text_column, "--pair-column": pair_column, "--image-column": image_column}
-    for option, column in columns.items():
-        if column is not None and raw.rows and column not in raw.columns:
-            guess = nearest(column, raw.columns)
-            hint = f" Did you mean {guess}?" if guess else ""
-            raise ValueError(
-                f"{option} {column}: {path} has no such column; it has {', '.join(raw.columns)}.{hint} Set {option}."
-            )
-    found = [
-        (line, Post(row.get(text_column), _cell_of(row, pair_column), _cell_of(row, image_column)))
-        for line, row in zip(raw.lines, raw.rows, strict=True)
-    ]
-    broken = [(row.line, Post("", error=f"line {row.line} {row.rule}")) for row in raw.bad]
-    return [post for _, post in sorted(found + broken, key=lambda item: item[0])]
 
 
 def _blind(count: int) -> str:
     return f"; {count} of them were answered without their bad picture and have an image_error" if count else ""
-
-
-def _cell_of(row: dict[str, Any], column: str | None) -> Any:
-    return None if column is None else row.get(column)
 
 
 class JsonLines:
@@ -281,15 +222,6 @@ def _cell(task: Task, answer: dict[str, Any]) -> Any:
 def _bar(total: int, progress: bool) -> tqdm:
     return tqdm(total=total, unit="post", disable=not progress, dynamic_ncols=True)
 
-
-TABLES: dict[str, Callable[[Path], RawSplit]] = {
-    ".csv": read_csv,
-    ".tsv": read_tsv,
-    ".jsonl": read_jsonl,
-    ".ndjson": read_jsonl,
-    ".json": read_jsonl,
-}
-"""Ending of the input -> reader."""
 
 WRITERS: dict[str, type[JsonLines]] = {"jsonl": JsonLines, "csv": Table, "tweeteval": TweetEval}
 """``--format`` -> writer."""

@@ -17,7 +17,7 @@ from comoe.beginning import SET_ASIDE
 from comoe.config import recipe_to_yaml, unknown_name
 from comoe.data.batching import Collator, load_tokenizer
 from comoe.data.corpus import Corpus, load_corpus
-from comoe.data.domains import find_domains
+from comoe.data.domains import Domains, find_domains
 from comoe.data.image_checks import limits_of
 from comoe.data.label_pairs import label_members
 from comoe.data.noise import NOISES
@@ -82,10 +82,11 @@ def assemble(
     deepspeed_json: Path,
     *,
     folder: Path,
-    on_ready: Callable[[], None] | None,
+    on_ready: Callable[[], object],
     device: torch.device,
     dry_run: bool,
     resume: bool,
+    planned_gpus: int = 0,
 ) -> Run | None:
     """Build everything; None after a dry run, which prints what would happen instead.
 
@@ -93,21 +94,21 @@ def assemble(
         recipe: as the user wrote it; ``deepspeed_json`` has ZeRO, precision and clipping.
         folder: run folder; ``resume`` goes on from its newest whole checkpoint.
         on_ready: called on every rank once all that the user brings has been read, before anything is written.
+        planned_gpus: the dry run plans for so many GPUs; 0 is for the ranks and the device that are here.
 
     Raises:
         ValueError: bad recipe, data, encoder, DeepSpeed JSON or checkpoint; nothing has been trained then.
     """
-    gpu = device.type == "cuda"
+    gpu = planned_gpus > 0 or device.type == "cuda"
     check_names(recipe)
     settings = load_settings(deepspeed_json)
-    layout = plan_layout(recipe, settings, world_size=world_size(), gpu=gpu)
+    layout = plan_layout(recipe, settings, world_size=planned_gpus or world_size(), gpu=gpu)
     filled = fill_settings(settings, recipe, layout, gpu=gpu)
     named, recipe = recipe, _one_per_node_first(lambda: resolve(recipe, progress=is_main()))
     corpus, tokenizer, splits = _load_posts(recipe)
     domains = find_domains(corpus.splits["train"], recipe.loss.adversarial)
     with nullcontext() if dry_run else building(filled):
-        number = len(domains.names) if domains else 0
-        objective = _build_objective(recipe, corpus.tasks, splits, num_domains=number, shape=dry_run)
+        objective = _build_objective(recipe, corpus.tasks, splits, domains, shape=dry_run)
     parameters = count_parameters(objective.model, top_k=recipe.model.moe.top_k)
     if dry_run:
         if is_main():
@@ -116,8 +117,7 @@ def assemble(
         return None
     if is_main():
         print("\n".join(corpus.report.lines(all_in=SET_ASIDE)))
-    if on_ready is not None:
-        on_ready()
+    on_ready()
     found = _checkpoint_to_use(folder, resume=resume)
     if found is not None and needs_conversion(found.path, layout):
         filled["checkpoint"] = {"load_universal": True}
@@ -177,10 +177,10 @@ def _load_posts(recipe: Recipe) -> tuple[Corpus, Any, dict[str, TokenizedSplit]]
 
 
 def _build_objective(
-    recipe: Recipe, tasks: Sequence[Task], splits: Mapping[str, TokenizedSplit], **options: Any
+    recipe: Recipe, tasks: Sequence[Task], splits: Mapping[str, TokenizedSplit], domains: Domains | None, *, shape: bool
 ) -> Objective:
     _seed(recipe.train.seed)
-    objective = build_objective(recipe, tasks, **options)
+    objective = build_objective(recipe, tasks, num_domains=len(domains.names) if domains else 0, shape=shape)
     # Many tokenizers do not know how many positions their encoder has.
     limit = objective.model.longest_text
     longest = max(int(split.lengths.max()) for split in splits.values() if len(split))

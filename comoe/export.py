@@ -36,10 +36,10 @@ from comoe.export_folder import (
     read_export_config,
     read_json,
 )
+from comoe.input_columns import column_in_training, columns_in_training
 from comoe.model_card import model_card
 from comoe.models.building import build_model
 from comoe.models.multitask import MultiTaskModel
-from comoe.picture_column import column_in_training
 from comoe.schema import DataConfig, ModelConfig, Recipe
 from comoe.tasks.catalog import Task
 
@@ -205,6 +205,7 @@ def _config(
         "max_length": recipe.data.max_length,
         "tasks": [task.to_dict() for task in tasks],
         "as_words": list(read_as_words(recipe.tasks)),
+        "columns": columns_in_training(recipe.tasks),
         "model": model,
         "data": {key: value for key, value in dataclasses.asdict(recipe.data).items() if key in DATA_KEYS},
         "encoder": _without_path(encoder_config),

@@ -19,6 +19,7 @@ from comoe.distributed import barrier, broadcast_object, is_main, max_over_ranks
 from comoe.evaluate import Evaluation
 from comoe.export import export_checkpoint
 from comoe.export_folder import CONFIG
+from comoe.input_columns import pair_in_training
 from comoe.noise_sets import score_noisy
 from comoe.result_tables import noise_lines, slice_lines
 from comoe.tasks.catalog import Task
@@ -113,11 +114,13 @@ def print_results(folder: Path, tasks: Sequence[Task]) -> None:
 
 def _fitting_input(export: Path, tasks: Sequence[Task]) -> str:
     """Name of a file that can hold what the model reads: plain text has no place for pictures and second texts."""
-    config = export / CONFIG
-    sees = config.is_file() and json.loads(config.read_text(encoding="utf-8")).get("image_column") is not None
-    if any(wants_pair(task.prompt) for task in tasks):
-        return "posts.jsonl --pair-column pair"
-    return "posts.jsonl" if sees else "posts.txt"
+    place = export / CONFIG
+    config = json.loads(place.read_text(encoding="utf-8")) if place.is_file() else {}
+    column = pair_in_training(config, tasks)
+    if column is None and any(wants_pair(task.prompt) for task in tasks):
+        column = "pair"
+    sees = config.get("image_column") is not None
+    return f"posts.jsonl --pair-column {column}" if column else "posts.jsonl" if sees else "posts.txt"
 
 
 def peak_memory_bytes() -> float:

@@ -67,13 +67,13 @@ class MemoryPlan:
         return sum(part.host_bytes for part in self.parts)
 
     def lines(self) -> list[str]:
-        """The plan as a table for people, MiB (2**20 bytes); the second column appears with an offload only."""
+        """The plan as a table for people, in MiB, from 10 GiB on in GiB; the second column is there with an offload."""
         rows = [*self.parts, MemoryPart("total", self.device_bytes, self.host_bytes)]
         head = [f"memory per rank, estimated ({self.setting})"]
         if self.host_bytes:
             head.append(f"  {'':<26}{'device':>14}{'host':>14}")
         return head + [
-            f"  {row.name:<26}{_mebibytes(row.device_bytes)}{_mebibytes(row.host_bytes) if self.host_bytes else ''}"
+            f"  {row.name:<26}{_readable(row.device_bytes)}{_readable(row.host_bytes) if self.host_bytes else ''}"
             for row in rows
         ]
 
@@ -212,7 +212,9 @@ def _in_words(world_size: int, ep_size: int, stage: int, *, bf16: bool, offload:
     return f"{ranks}, EP {ep_size}, ZeRO {stage}, {precision}{', optimizer offload' if offload else ''}"
 
 
-def _mebibytes(size: int) -> str:
+def _readable(size: int) -> str:
+    if size >= 10 * 2**30:
+        return f"{size / 2**30:>10,.1f} GiB"
     return f"{size / 2**20:>10,.1f} MiB"
 
 

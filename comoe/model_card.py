@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from comoe.calibration_report import calibration_sentences, calibration_table
+from comoe.input_columns import pair_in_training
 from comoe.schema import Recipe
 from comoe.tasks.catalog import Task
 from comoe.tasks.prompts import wants_pair
@@ -127,17 +128,19 @@ def _pictures(config: Mapping[str, Any]) -> str:
 
 def _usage(tasks: Sequence[Task], config: Mapping[str, Any]) -> str:
     sees = _sees(config)
+    pair = pair_in_training(config, tasks) or "pair"
     asked = any(wants_pair(task.prompt) for task in tasks)
-    pairs, column = (', pairs=["the weather"]', " --pair-column pair") if asked else ("", "")
+    pairs, column = (', pairs=["the weather"]', f" --pair-column {pair}") if asked else ("", "")
     images = ', images=["img/01.png"]' if sees else ""
-    fields = {"text": "what a lovely day :)"} | ({"pair": "the weather"} if asked else {})
+    explain = ", explain=True" if any(task.rules.pooled for task in tasks) else ""
+    fields = {"text": "what a lovely day :)"} | ({pair: "the weather"} if asked else {})
     row = json.dumps(fields | ({config["image_column"]: "img/01.png"} if sees else {}))
     posts, write = ("posts.jsonl", f"echo '{row}' > posts.jsonl\n") if sees or asked else ("posts.txt", "")
     return f"""```python
 from comoe.predict import Predictor
 
 predictor = Predictor.from_pretrained("path/to/this/folder")
-answer = predictor(["what a lovely day :)"]{pairs}{images}, explain=True)[0]
+answer = predictor(["what a lovely day :)"]{pairs}{images}{explain})[0]
 print(answer[{json.dumps(tasks[0].name)}])
 ```
 
@@ -200,13 +203,25 @@ def _limits(recipe: Recipe, tasks: Sequence[Task]) -> str:
     lines = [
         "- It answers for posts like those it was trained on; other platforms, languages and years were not measured.",
         f"- {_certainty(tasks)}",
-        "- Attention weights show what a head looked at; they are no proof of why it answered so.",
+        *_limits_of_answers(tasks),
         "- People are affected when their posts are judged: keep a person in any decision about a person.",
         "- The licences of the encoder and of the training data apply to these weights.",
     ]
     if recipe.model.moe.num_experts and recipe.model.moe.route_by != "token" and len(tasks) > 1:
         lines.append(f"- The gate reads the task, so a post costs one pass per task asked for (up to {len(tasks)}).")
     return "\n".join(lines)
+
+
+def _limits_of_answers(tasks: Sequence[Task]) -> list[str]:
+    """What holds for heads that pool, for words that are scored, and for texts that are written."""
+    lines = []
+    if any(task.rules.pooled for task in tasks):
+        lines.append("- Attention weights show what a head looked at; they are no proof of why it answered so.")
+    if any(task.label_words for task in tasks):
+        lines.append("- Scored words are whole: a longer one is a product of more tokens, and likely scores lower.")
+    if any(task.rules.generates and task.rules.ragged for task in tasks):
+        lines.append("- Written answers need not be true, nor words of the post.")
+    return lines
 
 
 def _certainty(tasks: Sequence[Task]) -> str:

@@ -27,7 +27,7 @@ from comoe.data.sampling import eval_batches
 from comoe.data.text import is_blank, normalize_post
 from comoe.data.tokenized import TokenizedSplit, TokenRow
 from comoe.export import Exported, load_exported
-from comoe.picture_column import USUAL
+from comoe.input_columns import USUAL
 from comoe.protocols import Batch
 from comoe.tasks.catalog import Task
 from comoe.tasks.kinds_sequence import tag_spans
@@ -295,4 +295,5 @@ def _pair_problem(pair: Any, tasks: Sequence[Task]) -> str:
     asking = [task.name for task in tasks if wants_pair(task.prompt)]
     if pair is not None or not asking:
         return ""
-    return f"the second text is missing, which the prompt of {', '.join(asking)} wants; give it, or ask for other tasks"
+    wanted = f"the second text is missing, which the prompt of {', '.join(asking)} wants"
+    return f"{wanted}; give it (--pair-column names its column), or ask for other tasks"

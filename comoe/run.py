@@ -39,6 +39,8 @@ class Request:
     """Run folder to go on with; its own recipe is used then."""
     dry_run: bool = False
     """Print what would happen, and end."""
+    gpus: int = 0
+    """Plan the dry run for so many GPUs; 0 for this machine."""
 
 
 def run_and_exit(request: Request, stop: StopSignal | None = None) -> None:
@@ -136,6 +138,7 @@ def train(request: Request, stop: StopSignal | None = None, watch: Watchdog | No
         device=device,
         dry_run=request.dry_run,
         resume=request.resume is not None,
+        planned_gpus=request.gpus,
     )
     if run is None:
         return

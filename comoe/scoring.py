@@ -20,7 +20,7 @@ from comoe.data.sampling import eval_batches
 from comoe.data.sources import NAMES, RawSplit, open_source, read_split
 from comoe.data.tokenized import TokenizedSplit, tokenize_split
 from comoe.evaluate import Evaluation, evaluate
-from comoe.picture_column import choose_column
+from comoe.input_columns import choose_column, choose_labels, choose_pair
 from comoe.predict import Predictor
 from comoe.schema import TaskConfig
 from comoe.tasks.catalog import Task
@@ -41,9 +41,10 @@ class DataChoice:
     text: str = "text"
     """Column with the post."""
     pair: str | None = None
-    """Column with the second text."""
+    """Column with the second text; None is the one of the training posts, where the data set has it."""
     label: str | None = None
-    """Column with the label; None is ``label`` for one task, and the name of each task for several."""
+    """Column with the label; None is the one of the training posts, where the data set has it and the tasks do not share
+    it, else ``label`` for one task, and the name of each task for several."""
     skip_bad: bool = False
     """Leave bad rows out, and count them, instead of stopping at the first."""
     image: str | None = None
@@ -166,13 +167,15 @@ def _read(
     if raw is None:
         raise ValueError(f"{choice.path}: it has no {choice.split} split; choose another --split or give a file.")
     image = choose_column(predictor.image_column, asked=choice.image, columns=raw.columns)
-    columns = {task.name: choice.label or ("label" if len(tasks) == 1 else task.name) for task in tasks}
-    wanted = {"--text-column": [choice.text], "--pair-column": [choice.pair], "--label-column": [*columns.values()]}
+    config = predictor.exported.config
+    columns = choose_labels(config, tasks, asked=choice.label, columns=raw.columns)
+    pair = choose_pair(config, tasks, asked=choice.pair, columns=raw.columns)
+    wanted = {"--text-column": [choice.text], "--pair-column": [pair], "--label-column": [*columns.values()]}
     _check_columns(raw, wanted | {"--image-column": [image]})
     asking = [task.name for task in tasks if wants_pair(task.prompt)]
-    if asking and choice.pair is None:
+    if asking and pair is None:
         raise ValueError(f"The prompt of {', '.join(asking)} has {{pair}}; name its column with --pair-column.")
-    shared = TaskConfig(text=choice.text, pair=choice.pair, image=image)
+    shared = TaskConfig(text=choice.text, pair=pair, image=image)
     configs = {
         task.name: replace(shared, kind=task.kind, label=columns[task.name], prompt=task.prompt) for task in tasks
     }

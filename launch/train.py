@@ -27,12 +27,15 @@ def main() -> None:
     parser.add_argument("--restarts", type=int, default=0, metavar="N",
                         help="start a crashed run again from its last checkpoint, at most N times")  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="print recipe, labels, sample posts, memory plan; end")
+    parser.add_argument("--gpus", type=int, metavar="N", help="with --dry-run: plan for N GPUs, not for this machine")
     # The deepspeed launcher adds this one; the rank itself is read from the environment.
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="options of the recipe")
     given = parser.parse_intermixed_args()
     if given.restarts < 0:
         parser.error(f"--restarts is {given.restarts}; it must be 0 or more.")
+    if given.gpus is not None and not (given.dry_run and given.gpus > 0):
+        parser.error(f"--gpus is {given.gpus}; it must be 1 or more, and goes with --dry-run.")
     config, settings = given.config, given.deepspeed
     if given.resume is None:
         config = config or HERE / "configs/starter.yaml"
@@ -48,7 +51,7 @@ def main() -> None:
         sys.exit(supervise(restarts=given.restarts, stop=stop))
     from comoe.run import Request, run_and_exit
 
-    run_and_exit(Request(config, settings, given.overrides, given.resume, given.dry_run), stop)
+    run_and_exit(Request(config, settings, given.overrides, given.resume, given.dry_run, given.gpus or 0), stop)
 
 
 if __name__ == "__main__":

@@ -82,7 +82,7 @@ def measure(config: str | None) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="comoe-bench-") as name, open(os.devnull, "w", encoding="utf-8") as null:
         with contextlib.redirect_stdout(null), contextlib.redirect_stderr(null):
             run = assemble(
-                source.recipe, deepspeed_json(), folder=Path(name), on_ready=None, device=device, dry_run=False,
+                source.recipe, deepspeed_json(), folder=Path(name), on_ready=lambda: None, device=device, dry_run=False,
                 resume=False,
             )  # fmt: skip
             assert run is not None

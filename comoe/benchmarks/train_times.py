@@ -89,7 +89,7 @@ def measure(config: str | None, overrides: list[str], rounds: int) -> dict[str, 
             encoder = save_base_encoder(folder / "encoder", recipe.model.encoder)
             recipe = replace(recipe, model=replace(recipe.model, encoder=encoder))
         run = assemble(
-            recipe, deepspeed_json(), folder=folder, on_ready=None, device=device, dry_run=False, resume=False
+            recipe, deepspeed_json(), folder=folder, on_ready=lambda: None, device=device, dry_run=False, resume=False
         )
         assert run is not None
         ours = Steps(run)

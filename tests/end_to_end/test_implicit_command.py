@@ -58,3 +58,12 @@ def test_heads_label_words_and_text_train_evaluate_resume_export_and_predict_tog
         answers = predictor([row["text"] for row in told])
         assert [set(answer) >= {"text", *TASKS} for answer in answers] == [True] * 5
         assert [answer[name][column] for answer in answers] == [row[column] for row in told]
+
+
+def test_a_dry_run_plans_for_gpus_that_are_not_here(terminal: Terminal) -> None:
+    typed = [sys.executable, "launch/train.py", "--config", "launch/configs/implicit_smoke.yaml"]
+    planned = terminal.run(*typed, "--deepspeed", "ds_configs/zero3.json", "--dry-run", "--gpus", "4")
+    assert planned.code == 0, planned.said
+    assert "memory per rank, estimated (4 ranks, EP 4, ZeRO 3, bf16)" in planned.out
+    refused = terminal.run(*typed, "--gpus", "4")
+    assert refused.code == 2 and "goes with --dry-run" in refused.said

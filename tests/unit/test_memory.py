@@ -144,6 +144,12 @@ def test_the_printed_plan_names_the_layout_and_adds_up():
     assert not any("host" in line for line in lines)
 
 
+def test_the_printed_plan_speaks_of_gibibytes_from_ten_on():
+    shape = {"expert_parameters": 0, "world_size": 1, "ep_size": 1, "stage": 2, "bf16": False, "optimizer": "adamw"}
+    lines = plan_memory(640 * 2**20, **shape).lines()
+    assert [line.split()[-2:] for line in (lines[1], lines[-1])] == [["2,560.0", "MiB"], ["12.5", "GiB"]]
+
+
 def test_the_printed_plan_has_a_host_column_with_an_offload():
     lines = plan(offload=True).lines()
     assert "optimizer offload" in lines[0] and lines[1].split() == ["device", "host"]

@@ -16,7 +16,7 @@ from comoe.data.pixels import PixelReader, load_image_processor
 from comoe.export import export_model
 from comoe.model_card import model_card
 from comoe.models.building import build_model
-from comoe.picture_column import column_in_training
+from comoe.input_columns import column_in_training
 from comoe.predict import Predictor
 from comoe.schema import DataConfig, ModelConfig, MoeConfig, Recipe, TaskConfig, VisionConfig
 from comoe.scoring import DataChoice, format_scores, score_data
