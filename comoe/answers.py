@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
@@ -49,7 +48,7 @@ def predict_file(
         pair_column: column with the second text; None takes the one of the training posts, where the file has it.
         image_column: column with the picture, a path from the folder of the file; None takes the one of the training
             posts, or ``image``, if the model reads pictures; a line on stderr tells where the file has neither.
-        explain: add the attention weight of each word (jsonl), which tasks with a pooled head have.
+        explain: add the attention weight of each word (jsonl; tasks with a pooled head).
         batch_size: posts per forward pass.
         progress: show a progress bar.
 
@@ -57,24 +56,15 @@ def predict_file(
         One sentence on what was done, with the number of posts that could not be answered.
 
     Raises:
-        ValueError: a file, column, task or format that does not exist, or that do not fit one another; or not one post
-            could be answered, which the file of answers explains line by line.
+        ValueError: a file, column, task or format that does not exist or does not fit; or no post could be answered.
     """
-    if format not in WRITERS:
-        raise unknown_name("--format", format, WRITERS)
-    writer_of = WRITERS[format]
-    if explain and writer_of is not JsonLines:
-        raise ValueError("--explain wants --format jsonl; the others have no place for the weights of words.")
     chosen = [task for task in predictor.tasks if tasks is None or task.name in tasks]
-    if explain and not any(task.rules.pooled for task in chosen):
-        print("--explain: none of these tasks has attention; only tasks with a pooled head have it", file=sys.stderr)
-    writer = writer_of(predictor, chosen)
+    writer = _writer(format, predictor, chosen, explain=explain)
     columns = {"text_column": text_column, "pair_column": pair_column, "image_column": image_column}
     posts = read_posts(source, **columns, model=predictor, tasks=chosen)
+    errors, blind = [], 0
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = target.with_name(f".{target.name}.part")
-    counts: Counter[str] = Counter()
-    first = ""
     with aside.open("w", encoding="utf-8", newline="") as file, _bar(len(posts), progress) as bar:
         writer.begin(file)
         for start in range(0, len(posts), CHUNK):
@@ -82,13 +72,23 @@ def predict_file(
             answers = _answer(predictor, chunk, tasks=tasks, explain=explain, batch_size=batch_size, root=source.parent)
             for answer in answers:
                 writer.write(file, answer)
-            counts.update(key for answer in answers for key in ("error", "image_error") if key in answer)
-            first = first or next((answer["error"] for answer in answers if "error" in answer), "")
+            errors += [answer["error"] for answer in answers if "error" in answer]
+            blind += sum("image_error" in answer for answer in answers)
             bar.update(len(chunk))
     aside.replace(target)
-    if posts and counts["error"] == len(posts):
-        raise ValueError(f"none of the {len(posts)} posts could be answered ({target} says why); the first: {first}.")
-    return f"{len(posts)} posts answered in {target}{writer.remark(counts['error'])}{_blind(counts['image_error'])}"
+    if posts and len(errors) == len(posts):
+        raise ValueError(f"none of the {len(posts)} posts could be answered, see {target}; the first: {errors[0]}.")
+    return f"{len(posts)} posts answered in {target}{writer.remark(len(errors))}{_blind(blind)}"
+
+
+def _writer(format: str, predictor: Predictor, tasks: Sequence[Task], *, explain: bool) -> JsonLines:
+    if format not in WRITERS:
+        raise unknown_name("--format", format, WRITERS)
+    if explain and WRITERS[format] is not JsonLines:
+        raise ValueError("--explain wants --format jsonl; the others have no place for the weights of words.")
+    if explain and not any(task.rules.pooled for task in tasks):
+        print("--explain: none of these tasks has attention; only tasks with a pooled head have it", file=sys.stderr)
+    return WRITERS[format](predictor, tasks)
 
 
 def _blind(count: int) -> str:

@@ -34,7 +34,7 @@ from comoe.models.gate import build_gate
 from comoe.models.vision import image_side
 from comoe.objective import Objective, build_objective, refuse_decoded
 from comoe.schema import Recipe
-from comoe.starter import home, resolve
+from comoe.starter import as_typed, home, resolve
 from comoe.tasks.catalog import Task
 from comoe.tasks.kinds import KINDS
 from comoe.tasks.metrics import METRICS
@@ -107,7 +107,7 @@ def assemble(
     named, recipe = recipe, _one_per_node_first(lambda: resolve(recipe, progress=is_main()))
     corpus, tokenizer, splits = _load_posts(recipe)
     domains = find_domains(corpus.splits["train"], recipe.loss.adversarial)
-    with nullcontext() if dry_run else building(filled):
+    with as_typed(named, recipe), nullcontext() if dry_run else building(filled):
         objective = _build_objective(recipe, corpus.tasks, splits, domains, shape=dry_run)
     parameters = count_parameters(objective.model, top_k=recipe.model.moe.top_k)
     if dry_run:

@@ -74,6 +74,8 @@ def sample_lines(task: Task, split: PostSplit, config: NormalizeConfig, *, seen:
     if task.label_words:
         words = zip(task.labels, task.label_words, strict=True)
         lines.append("  words of the labels: " + ", ".join(f"{label} = {word!r}" for label, word in words))
+    if task.rules.generates:
+        lines.append("  answer | what the encoder reads")
     count = len(lines)
     for row in _first_labelled(task, split):
         if task.rules.generates:

@@ -169,6 +169,7 @@ def _about_data(run: Run) -> dict[str, Any]:
         "set_aside": [str(row) for row in report.set_aside],
         "without_picture": [str(row) for row in report.without_picture],
         "truncated": report.truncated,
+        "prompts_cut": report.prompts_cut,
         "answers_cut": report.answers_cut,
         "notes": report.notes,
         "warnings": report.warnings,

@@ -296,4 +296,4 @@ def _pair_problem(pair: Any, tasks: Sequence[Task]) -> str:
     if pair is not None or not asking:
         return ""
     wanted = f"the second text is missing, which the prompt of {', '.join(asking)} wants"
-    return f"{wanted}; give it (--pair-column names its column), or ask for other tasks"
+    return f"{wanted}; give it (--pair-column), or ask for other tasks"

@@ -43,7 +43,7 @@ class DataChoice:
     pair: str | None = None
     """Column with the second text; None is the one of the training posts, where the data set has it."""
     label: str | None = None
-    """Column with the label; None is the one of the training posts, where the data set has it and the tasks do not share
+    """Column with the label; None is the one of the training posts, where the data set has it and no two tasks share
     it, else ``label`` for one task, and the name of each task for several."""
     skip_bad: bool = False
     """Leave bad rows out, and count them, instead of stopping at the first."""

@@ -76,6 +76,24 @@ def resolve(recipe: Recipe, *, progress: bool = True) -> Recipe:
     )
 
 
+@contextmanager
+def as_typed(named: Recipe, resolved: Recipe) -> Iterator[None]:
+    """Put the ready-made name that was typed before its folder in whatever a ``ValueError`` says of ``model.encoder``.
+
+    Args:
+        named: as the user wrote it.
+        resolved: of ``resolve``.
+    """
+    typed, folder = named.model.encoder, resolved.model.encoder
+    try:
+        yield
+    except ValueError as error:
+        if typed == folder:
+            raise
+        told = str(error).replace(f"model.encoder ({folder})", f"model.encoder ({typed}, kept in {folder})")
+        raise ValueError(told) from error
+
+
 def prepare(names: Iterable[str], *, progress: bool = True) -> dict[str, Path]:
     """Make sure that ready-made folders exist.
 
@@ -235,8 +253,9 @@ READY_MADE = {
     "data.root": (
         "kit:posts", "kit:chinese_posts", "smoke:posts", "smoke:tacl_posts", "smoke:drawn_posts", "smoke:implied_posts",
     ),
+    "--model": ("kit:smollm2", "smoke:t5", "smoke:bart"),
 }  # fmt: skip
-"""Option -> the ready-made names that it takes."""
+"""Option of a recipe, or of launch/augment.py -> the ready-made names that it takes."""
 
 if __name__ == "__main__":
     sys.exit(main())

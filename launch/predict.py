@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("--text-column", default="text", help="column with the post, unless --input is .txt")
     parser.add_argument("--pair-column", help="column with the second text (default: that of training)")
     parser.add_argument("--image-column", help="column with the picture (default: that of training, else image)")
-    parser.add_argument("--explain", action="store_true", help="add the attention weight of each word (jsonl; tasks with a head)")
+    parser.add_argument("--explain", action="store_true", help="add each word's attention (jsonl, tasks with a head)")
     parser.add_argument("--batch-size", type=int, default=64, help="posts per forward pass")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto is a GPU where there is one")
     options = parser.parse_args()

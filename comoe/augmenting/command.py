@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import math
+import sys
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from comoe.augmenting.generator import Generator
-from comoe.augmenting.journal import BEGIN_ANEW, Journal
+from comoe.augmenting.journal import BEGIN_ANEW, Journal, differences
+from comoe.augmenting.output import Note, Output, line_of
 from comoe.augmenting.posts import Post, PostChoice, Posts, read_posts
+from comoe.augmenting.progress import Progress
 from comoe.augmenting.prompts import Prompts, load_prompts
 from comoe.augmenting.rounds import Outcome, Reading, Refiner, Settings
 
@@ -37,12 +37,16 @@ class Report:
     output: Path
     """Where the posts are."""
     aside: Path
-    """Where the malformed answers are."""
+    """Where the malformed answers are, if there are any."""
     resumed: int
     """Posts that an earlier run had done."""
+    earlier: tuple[str, ...] = ()
+    """Lines of the run that had finished already, where there was nothing left to do."""
 
     def lines(self) -> list[str]:
         """The report as a person reads it."""
+        if self.earlier:
+            return [f"done already by the same command: {self.output} is as it was. It said:", *self.earlier]
         readings = [outcome.reading for outcome in self.outcomes if outcome.reading is not None]
         labelled = [outcome for outcome in self.outcomes if outcome.converged is not None]
         by_round = Counter(outcome.rounds for outcome in labelled if outcome.converged)
@@ -69,12 +73,16 @@ def run_command(options: Namespace, *, progress: bool) -> Report:
     # Here, not above: a mistake in the prompts or the posts is told before the libraries of models are imported.
     prompts = load_prompts(options.prompts)
 
+    def say(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
     def load() -> Generator:
+        say(f"augment: loading {options.model}")
         from comoe.augmenting.loading import load_generator
 
         return load_generator(
             options.model, device=options.device, max_new_tokens=options.max_new_tokens,
-            temperature=options.temperature, trust_remote_code=options.trust_remote_code, progress=progress,
+            temperature=options.temperature, trust_remote_code=options.trust_remote_code,
         )  # fmt: skip
 
     choice = PostChoice(
@@ -84,7 +92,7 @@ def run_command(options: Namespace, *, progress: bool) -> Report:
     settings = Settings(options.rounds, options.batch_size, options.temperature, options.seed)
     return augment(
         choice, options.output, prompts=prompts, load=load, settings=settings, overwrite=options.overwrite,
-        progress=progress,
+        progress=progress, say=say, spared=(options.prompts,),
     )  # fmt: skip
 
 
@@ -97,8 +105,11 @@ def augment(
     settings: Settings,
     overwrite: bool = False,
     progress: bool = True,
+    say: Callable[[str], None] = lambda line: None,
+    spared: Sequence[Path] = (),
 ) -> Report:
-    """Write the posts with their auxiliary columns. A run that was killed goes on when it is started again.
+    """Write the posts with their auxiliary columns. A run that was killed goes on when it is started again, and one
+    that has finished changes nothing.
 
     Args:
         choice: the posts.
@@ -106,37 +117,68 @@ def augment(
         prompts: what is asked.
         load: gives the model; called once the posts are found to be good.
         settings: how answers are refined.
-        overwrite: replace an output that is there, and forget a run that stopped.
-        progress: show a progress bar.
+        overwrite: replace an output of augment's that is there, and forget a run that stopped.
+        progress: show a progress bar; else lines are said now and then.
+        say: prints a line.
+        spared: files that are read, beside the posts.
 
     Raises:
-        ValueError: posts that cannot be read; an output that is there; a run that stopped and was begun otherwise.
+        ValueError: posts that cannot be read; an output that is there and was made otherwise, or not by augment, or is
+            a file that is read; a run that stopped and was begun otherwise.
     """
     _check(choice, settings)
     if output.suffix.lower() not in ENDINGS:
         raise ValueError(f"--output {output}: the output is JSON lines; give it the ending .jsonl.")
+    files = Output(output)
+    files.check(spared=[*_places(choice), *spared])
     posts = read_posts(choice, labels=prompts.labels, added=COLUMNS)
-    begun = output.with_name(f".{output.name}.part")
-    if output.exists() and not begun.exists() and not overwrite:
-        raise ValueError(f"--output {output} is there already; name another file, or {BEGIN_ANEW}.")
-    output.parent.mkdir(parents=True, exist_ok=True)
+    for post in posts.posts:
+        # Now, not when all the work is done.
+        line_of(post.row, number=post.index + 1)
+    earlier = None if overwrite or files.begun.exists() else files.finished()
+    head = _head(posts, prompts, settings)
+    if earlier is not None:
+        _compare(earlier, {**earlier.head, **head}, output)
     generator = load()
-    if overwrite:
-        begun.unlink(missing_ok=True)
-    journal = Journal(begun, _head(posts, prompts, generator, settings))
+    head |= generator.identity
+    if earlier is not None:
+        _compare(earlier, head, output)
+        return Report(posts, (), output, files.malformed, len(posts.posts), earlier.report)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    journal = Journal(files.begun, head, anew=overwrite)
     resumed = len(journal.records)
     try:
-        _work(posts.posts, journal, Refiner(generator, prompts, settings), settings=settings, progress=progress)
+        with Progress(len(posts.posts), done=resumed, bar=progress, say=say) as shown:
+            _work(posts.posts, journal, Refiner(generator, prompts, settings), settings=settings, shown=shown)
+        report = _write(files, posts, journal, head=head, resumed=resumed)
     except BaseException:
         journal.close()
         raise
-    outcomes = sorted((Outcome.from_dict(record) for record in journal.records), key=lambda outcome: outcome.index)
-    report = Report(posts, tuple(outcomes), output, output.with_name(f"{output.stem}.malformed.jsonl"), resumed)
-    pairs = list(zip(posts.posts, outcomes, strict=True))
-    _write(report.aside, (row for post, outcome in pairs for row in _kept_out(post, outcome)))
-    _write(output, (columns_of(post, outcome) for post, outcome in pairs))
     journal.remove()
     return report
+
+
+def _write(files: Output, posts: Posts, journal: Journal, *, head: Mapping[str, str], resumed: int) -> Report:
+    """The files of a run that has answered every post."""
+    outcomes = sorted((Outcome.from_dict(record) for record in journal.records), key=lambda outcome: outcome.index)
+    report = Report(posts, tuple(outcomes), files.posts, files.malformed, resumed)
+    pairs = list(zip(posts.posts, outcomes, strict=True))
+    kept_out = [row for post, outcome in pairs for row in _kept_out(post, outcome)]
+    files.write((columns_of(post, outcome) for post, outcome in pairs), kept_out, head=head, report=report.lines())
+    return report
+
+
+def _places(choice: PostChoice) -> list[Path]:
+    """Where the posts are read, as far as that is on this machine."""
+    place = Path(choice.path).expanduser()
+    return [place] if place.exists() else []
+
+
+def _compare(earlier: Note, head: Mapping[str, str], output: Path) -> None:
+    if told := differences(earlier.head, head):
+        raise ValueError(
+            f"--output {output} is there already, made otherwise: {told}. Name another file, or {BEGIN_ANEW}."
+        )
 
 
 def _check(choice: PostChoice, settings: Settings) -> None:
@@ -149,20 +191,17 @@ def _check(choice: PostChoice, settings: Settings) -> None:
             raise ValueError(f"{option} is {value}; it must be {at_least} or more.")
 
 
-def _work(posts: Sequence[Post], journal: Journal, refine: Refiner, *, settings: Settings, progress: bool) -> None:
+def _work(posts: Sequence[Post], journal: Journal, refine: Refiner, *, settings: Settings, shown: Progress) -> None:
     """Answer what is left, piece by piece; the pieces are the same however often the run stops."""
     # Longest first: what does not fit into memory fails at once.
     order = sorted(posts, key=lambda post: (-len(post.text), post.index))
     size = settings.batch_size * BATCHES
     done = {record["index"] for record in journal.records}
-    with tqdm(total=len(posts), initial=len(done), unit="post", disable=not progress, dynamic_ncols=True) as bar:
-        for start in range(0, len(order), size):
-            piece = [post for post in order[start : start + size] if post.index not in done]
-            if not piece:
-                continue
-            outcomes = refine(piece, watch=lambda number, left: bar.set_postfix(round=number, posts=left))
-            journal.add([outcome.to_dict() for outcome in outcomes])
-            bar.update(len(piece))
+    for start in range(0, len(order), size):
+        piece = [post for post in order[start : start + size] if post.index not in done]
+        if piece:
+            journal.add([outcome.to_dict() for outcome in refine(piece, watch=shown.watch)])
+            shown.advance(len(piece))
 
 
 def columns_of(post: Post, outcome: Outcome) -> dict[str, Any]:
@@ -181,46 +220,14 @@ def _kept_out(post: Post, outcome: Outcome) -> list[dict[str, Any]]:
     ]
 
 
-def _head(posts: Posts, prompts: Prompts, generator: Generator, settings: Settings) -> dict[str, str]:
-    """What the answers depend on: option -> value."""
+def _head(posts: Posts, prompts: Prompts, settings: Settings) -> dict[str, str]:
+    """What the answers depend on beside the model: option -> value."""
     return {
         "--input": f"{posts.file} ({posts.digest[:12]})", "--prompts": prompts.digest[:12],
         "--rounds": str(settings.rounds),
         "--batch-size": str(settings.batch_size), "--temperature": str(settings.temperature),
-        "--seed": str(settings.seed), **generator.identity,
+        "--seed": str(settings.seed),
     }  # fmt: skip
-
-
-def _write(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """JSON lines, written aside and renamed."""
-    aside = path.with_name(f".{path.name}.new")
-    with aside.open("w", encoding="utf-8", newline="\n") as file:
-        for number, row in enumerate(rows, start=1):
-            try:
-                text = json.dumps(_plain(row), ensure_ascii=False, allow_nan=False)
-            except (TypeError, ValueError) as error:
-                rule = f"post {number} has a cell that JSON lines cannot hold ({error}); drop its column."
-                raise ValueError(rule) from error
-            # U+2028 and its kin end a line for some readers, and half a surrogate pair is no character: as escapes
-            # they do no harm.
-            file.write("".join(_ESCAPED.get(sign, sign) if sign < "\ud800" else _safe(sign) for sign in text) + "\n")
-    aside.replace(path)
-
-
-def _plain(value: Any) -> Any:
-    """NaN, the empty cell of some formats, as null."""
-    if isinstance(value, dict):
-        return {name: _plain(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
-
-
-def _safe(sign: str) -> str:
-    return f"\\u{ord(sign):04x}" if sign <= "\udfff" else sign
-
-
-_ESCAPED = {"\u2028": "\\u2028", "\u2029": "\\u2029", "\x85": "\\u0085"}
 
 
 def _mean(readings: Sequence[Reading], part: str) -> float:

@@ -41,6 +41,11 @@ class Generator(Protocol):
         """What the results depend on: name, digest of weights and tokenizer, precision, settings."""
         ...
 
+    @property
+    def limit(self) -> str:
+        """How much the model reads, as a message says it."""
+        ...
+
     def answer(self, prompts: Sequence[Prompt], *, draws: Sequence[int | None]) -> list[Answer]:
         """One answer per prompt: the most probable token each time where ``draws`` has None, else drawn with that seed.
 

@@ -62,12 +62,20 @@ class HuggingFaceGenerator(Generator):
             "--model": f"{self._name} ({self._digest()[:12]}, {form})", "--max-new-tokens": str(self._max_new_tokens)
         }  # fmt: skip
 
-    def excess(self, prompt: Prompt) -> int:
+    @property
+    def limit(self) -> str:
+        answer = "" if self._decodes else f", {self._max_new_tokens} of them kept for the answer (--max-new-tokens)"
+        return f"{self._name} reads {self._most():,} tokens{answer}"
+
+    def _most(self) -> int:
+        """Tokens that the model reads."""
         config = self._model.config
         limits = [getattr(config, name, None) for name in ("max_position_embeddings", "n_positions")]
         limits.append(self._tokenizer.model_max_length)
-        most = min(limit for limit in limits if isinstance(limit, int) and limit > 0)
-        return max(len(self._ids(prompt)) + (0 if self._decodes else self._max_new_tokens) - most, 0)
+        return min(limit for limit in limits if isinstance(limit, int) and limit > 0)
+
+    def excess(self, prompt: Prompt) -> int:
+        return max(len(self._ids(prompt)) + (0 if self._decodes else self._max_new_tokens) - self._most(), 0)
 
     @torch.inference_mode()
     def answer(self, prompts: Sequence[Prompt], *, draws: Sequence[int | None]) -> list[Answer]:
@@ -156,7 +164,8 @@ class HuggingFaceGenerator(Generator):
 
     def _ids(self, prompt: Prompt) -> list[int]:
         # A chat template writes its special tokens itself.
-        return self._tokenizer(self._text(prompt), add_special_tokens=not self._chats)["input_ids"]
+        # The library would warn of what is too long, which is cut or refused by us.
+        return self._tokenizer(self._text(prompt), add_special_tokens=not self._chats, verbose=False)["input_ids"]
 
     def _choices(self, prompt: Prompt, choices: Sequence[str]) -> list[tuple[int, ...]]:
         """The tokens of each choice where it stands, behind the prompt."""
@@ -168,7 +177,8 @@ class HuggingFaceGenerator(Generator):
         alone = self._ids(prompt)
         found = []
         for choice in choices:
-            whole = self._tokenizer(f"{text}{gap}{choice}", add_special_tokens=not self._chats)["input_ids"]
+            asked = f"{text}{gap}{choice}"
+            whole = self._tokenizer(asked, add_special_tokens=not self._chats, verbose=False)["input_ids"]
             # Where the first piece of the word grows together with the end of the prompt, it is cut by itself.
             behind = whole[len(alone) :] if whole[: len(alone)] == alone else None
             found.append(tuple(behind or self._tokenizer(f"{gap}{choice}", add_special_tokens=False)["input_ids"]))

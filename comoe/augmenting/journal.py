@@ -20,17 +20,19 @@ class Journal:
     Args:
         path: the file; it is made where it is missing.
         head: what the work depends on, option -> value. Work begun with another head is not gone on with.
+        anew: forget what was done.
 
     Raises:
-        ValueError: the file was begun with another head, is damaged, or another process writes to it.
+        ValueError: the file is none of a journal, was begun with another head, is damaged, or another process writes
+            to it.
     """
 
-    def __init__(self, path: Path, head: Mapping[str, str]) -> None:
+    def __init__(self, path: Path, head: Mapping[str, str], *, anew: bool = False) -> None:
         self.path = path
         self._file = path.open("a+b")
         try:
             self._lock()
-            self.records = self._read(dict(head))
+            self.records = self._read(dict(head), anew=anew)
         except BaseException:
             self._file.close()
             raise
@@ -55,9 +57,15 @@ class Journal:
         except BlockingIOError as error:
             raise ValueError(f"{self.path}: another process is writing it; wait, or name another --output.") from error
 
-    def _read(self, head: dict[str, str]) -> list[Record]:
+    def _read(self, head: dict[str, str], *, anew: bool) -> list[Record]:
         self._file.seek(0)
-        lines = self._file.read().split(b"\n")
+        content = self._file.read()
+        if not (content.startswith(_BEGIN) or _BEGIN.startswith(content)):
+            raise ValueError(f"{self.path} is no file of augment, which needs this name; move it away.")
+        if anew:
+            self._file.truncate(0)
+            content = b""
+        lines = content.split(b"\n")
         if lines[-1]:
             # The last write was interrupted.
             self._file.truncate(sum(len(line) + 1 for line in lines[:-1]))
@@ -69,10 +77,12 @@ class Journal:
             self._write(head)
             return []
         begun = found[0]
-        changed = [name for name in {**begun, **head} if begun.get(name) != head.get(name)]
-        if changed:
-            was, now = ({name: values.get(name) for name in changed} for values in (begun, head))
-            told = "; ".join(f"{name} was {was[name]}, is now {now[name]}" for name in changed)
+        told = differences(begun, head)
+        if told and len(found) == 1:
+            # Nothing was done yet: a prompt that the model cannot read is corrected and given again.
+            self._file.truncate(0)
+            self._write(head)
+        elif told:
             raise ValueError(
                 f"{self.path} holds a run that stopped after {sum(map(len, found[1:])):,} posts, begun otherwise: "
                 f"{told}. Give the same again to go on with it, or {BEGIN_ANEW}."
@@ -83,3 +93,13 @@ class Journal:
         self._file.write(json.dumps(content).encode() + b"\n")
         self._file.flush()
         os.fsync(self._file.fileno())
+
+
+def differences(begun: Mapping[str, str], now: Mapping[str, str]) -> str:
+    """What two runs do not have in common, as a message says it; empty where they are the same."""
+    changed = [name for name in {**begun, **now} if begun.get(name) != now.get(name)]
+    return "; ".join(f"{name} was {begun.get(name)}, is now {now.get(name)}" for name in changed)
+
+
+_BEGIN = b'{"--'
+"""Of a journal, whose head has options for keys."""

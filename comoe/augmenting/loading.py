@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +21,8 @@ from transformers import (
 
 from comoe.augmenting.hugging_face import HuggingFaceGenerator
 from comoe.models.pretrained import Role, quiet, read_config
-from comoe.starter import PREFIXES, prepare
+from comoe.rules import unknown_name
+from comoe.starter import PREFIXES, READY_MADE, prepare
 
 GENERATIVE = Role("--model", "a generative model", "kit:smollm2")
 """The model's role, in the words of error messages."""
@@ -38,7 +40,7 @@ def load_generator(
     """Load a generative model: float32 on a CPU, bfloat16 on a GPU. Its weights are safetensors, never a pickle.
 
     Args:
-        name: folder, hub name or ``kit:smollm2``.
+        name: folder, hub name or a ready-made one of ``READY_MADE``.
         device: a torch device; auto is the first GPU, or the CPU where there is none.
         max_new_tokens: tokens of an answer.
         temperature: of drawn answers.
@@ -54,10 +56,13 @@ def load_generator(
     if place.type == "cpu":
         # The library imports DeepSpeed when it generates, which else prints that it found no GPU.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if name.startswith(PREFIXES) and name not in READY_MADE["--model"]:
+        raise unknown_name("ready-made --model", name, READY_MADE["--model"])
     folder = str(prepare([name], progress=progress)[name]) if name.startswith(PREFIXES) else name
-    source, config = read_config(folder, GENERATIVE, trust_remote_code=trust_remote_code)
+    with _no_retry_lines():
+        source, config = read_config(folder, GENERATIVE, trust_remote_code=trust_remote_code)
     auto = _class_for(name, config, trust_remote_code=trust_remote_code)
-    with _readable_errors(name), quiet():
+    with _readable_errors(name), quiet(), _no_retry_lines():
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
         model, report = auto.from_pretrained(
             source, config=config, dtype=torch.float32 if place.type == "cpu" else torch.bfloat16, use_safetensors=True,
@@ -98,6 +103,18 @@ def _class_for(name: str, config: Any, *, trust_remote_code: bool) -> Any:
         f"--model ({name}) is a {config.model_type} model, which reads text but does not write any; give a generative "
         "model: an encoder-decoder (Flan-T5, BART) or a causal one (Llama, SmolLM, kit:smollm2)."
     )
+
+
+@contextmanager
+def _no_retry_lines() -> Iterator[None]:
+    """Inside, the hub's library does not tell each time that it cannot reach the hub: the error says it once."""
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 @contextmanager

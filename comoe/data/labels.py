@@ -13,7 +13,7 @@ from comoe.data.report import DataReport
 from comoe.protocols import IGNORED
 from comoe.schema import TaskConfig
 from comoe.tasks.base import Kind
-from comoe.tasks.catalog import Task, build_task
+from comoe.tasks.catalog import CONFIDENCE_STRATEGIES, Task, build_task
 
 
 def discovered(kind: Kind, values: Iterable[Any]) -> tuple[str, ...]:
@@ -70,6 +70,8 @@ def resolved_task(
     if config.confidence is not None:
         numbers = [number for number in splits["train"].confidences[name] if number is not None]
         report.confidence[name] = float(np.mean(numbers)) if numbers else float("nan")
+        if not CONFIDENCE_STRATEGIES[task.confidence_strategy]:
+            report.confidence_unused.append(name)
     return task
 
 

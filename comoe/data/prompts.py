@@ -65,15 +65,25 @@ class Wording:
         """
         assert task.prompt is not None
         parts = prompt_parts(task.prompt)
-        own = len(_ids(self._tokenizer, [_filled(parts, dict.fromkeys(FIELDS, ""))[0]])[0])
-        if own >= self._max_length:
+        room = self.room(task)
+        if room <= 0:
             raise ValueError(
-                f"tasks.{task.name}.prompt takes {own} tokens by itself, of data.max_length ({self._max_length}); "
-                "shorten it, or raise data.max_length."
+                f"tasks.{task.name}.prompt takes {self._max_length - room} tokens by itself, of data.max_length "
+                f"({self._max_length}); shorten it, or raise data.max_length."
             )
         settings = ["prompt", parts, self._max_length, asdict(self._normalize) if self._normalize else None]
         read = ([text, pair] if here else 0 for text, pair, here in zip(posts.texts, posts.pairs, asked, strict=True))
         return self._kept(lambda: self._fill(posts, parts, asked), settings, read, count=len(posts))
+
+    def room(self, task: Task) -> int:
+        """Tokens of a row that the task's prompt, signs at its ends included, leaves for the post and its second text.
+
+        Args:
+            task: which has a prompt.
+        """
+        assert task.prompt is not None
+        empty, _ = _filled(prompt_parts(task.prompt), dict.fromkeys(FIELDS, ""))
+        return self._max_length - len(_ids(self._tokenizer, [empty])[0])
 
     def answers(self, texts: Sequence[str | None], task: Task) -> TokenLists:
         """What the decoder is taught of a task of free text, end sign included; cut where it is too long.

@@ -43,12 +43,16 @@ class DataReport:
     """Task -> split -> label -> posts (words, for tags) that have it; a task of numbers has one entry, ``labelled``."""
     confidence: dict[str, float] = field(default_factory=dict)
     """Task -> mean confidence of its training labels."""
+    confidence_unused: list[str] = field(default_factory=list)
+    """Those of them whose ``confidence_strategy`` is none."""
     set_aside: list[BadRow] = field(default_factory=list)
     """Rows left out under ``data.on_error: skip`` or ``data.on_bad_image: skip``."""
     without_picture: list[BadRow] = field(default_factory=list)
     """Rows kept without their bad picture under ``data.on_bad_image: text``."""
     truncated: dict[str, tuple[int, int]] = field(default_factory=dict)
     """Split -> (posts cut to ``data.max_length``, labelled words lost by that)."""
+    prompts_cut: dict[str, dict[str, tuple[int, int]]] = field(default_factory=dict)
+    """Split -> task that a decoder answers -> (prompts that lost part of their post, all of its prompts)."""
     answers_cut: dict[str, dict[str, int]] = field(default_factory=dict)
     """Split -> task of free text -> answers cut to its ``max_answer_length``."""
     notes: list[str] = field(default_factory=list)
@@ -72,12 +76,19 @@ class DataReport:
                     f"task {task}, {split}: " + ", ".join(f"{label} {count:,}" for label, count in counts.items())
                 )
         lines += [
-            f"task {task}: mean confidence of the training labels {mean:.3f}" for task, mean in self.confidence.items()
+            f"task {task}: mean confidence of the training labels {mean:.3f}"
+            + (" (not used: confidence_strategy is none)" if task in self.confidence_unused else "")
+            for task, mean in self.confidence.items()
         ]
         lines += [
             f"{split}: {posts:,} posts cut to data.max_length" + (f", {words:,} labelled words lost" if words else "")
             for split, (posts, words) in self.truncated.items()
             if posts or words
+        ]
+        lines += [
+            f"{split}: {cut:,} of {count:,} prompts of task {task} lost part of {{text}} (data.max_length)"
+            for split, counts in self.prompts_cut.items()
+            for task, (cut, count) in counts.items()
         ]
         lines += [
             f"{split}: {count:,} answers cut to tasks.{task}.max_answer_length"

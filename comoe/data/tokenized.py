@@ -18,6 +18,9 @@ from comoe.schema import DataConfig
 from comoe.tasks.catalog import Task
 from comoe.tasks.prompts import wants_pair
 
+TIGHT = 8
+"""Tokens for the post below which a prompt is warned of."""
+
 
 @dataclass(frozen=True, slots=True)
 class TokenizedSplit:
@@ -36,6 +39,8 @@ class TokenizedSplit:
     prompts: Mapping[str, TokenLists] = field(default_factory=dict)
     """Task that a decoder answers -> what the encoder reads of the posts that it is asked about: those with a label of
     it, and those without any label (which have the second text that the prompt wants)."""
+    room: Mapping[str, int] = field(default_factory=dict)
+    """Task that a decoder answers -> tokens that its prompt leaves for the post and its second text."""
     answers: Mapping[str, TokenLists] = field(default_factory=dict)
     """Task of free text -> what the decoder is taught of the posts that have one."""
 
@@ -66,6 +71,12 @@ class TokenizedSplit:
     def truncated(self) -> int:
         """Posts that were cut to the greatest length."""
         return int(self.cut.sum())
+
+    @property
+    def prompts_cut(self) -> dict[str, tuple[int, int]]:
+        """Task that a decoder answers -> (prompts that lost part of {text}, all); tasks without any are left out."""
+        cut = {name: int(lists.truncated.sum()) for name, lists in self.prompts.items()}
+        return {name: (count, int((self.prompts[name].lengths > 0).sum())) for name, count in cut.items() if count}
 
     @property
     def answers_cut(self) -> dict[str, int]:
@@ -158,26 +169,35 @@ def assemble_split(
     split = TokenizedSplit(posts, tokens, np.diff(tokens.offsets).astype(np.int32), labelled, words_cut=0)
     words_cut = sum(_mark_labelled(split, task, number) for number, task in enumerate(tasks))
     bare = ~labelled.any(axis=1)
-    prompts, answers = {}, {}
+    prompts, answers, room = {}, {}, {}
     for number, task in enumerate(tasks):
         if not task.rules.generates or (asked is not None and task not in asked):
             continue
         # A post of another data set may have no second text to ask with.
         askable = np.array([pair is not None for pair in posts.pairs]) if wants_pair(task.prompt) else True
         prompts[task.name] = wording.prompts(seen, task, asked=labelled[:, number] | (bare & askable))
+        room[task.name] = wording.room(task)
         if task.rules.ragged:
             answers[task.name] = wording.answers(posts.labels[task.name], task)
     heads = [number for number, task in enumerate(tasks) if not task.rules.generates]
     read = labelled[:, heads].any(axis=1) | bare if heads else np.zeros(len(posts), dtype=bool)
     rows = [np.where(read, split.lengths, 0), *(lists.lengths for lists in prompts.values())]
     lengths = np.maximum(np.max(rows, axis=0), 1).astype(np.int32)
-    return replace(split, lengths=lengths, words_cut=words_cut, prompts=prompts, answers=answers)
+    return replace(split, lengths=lengths, words_cut=words_cut, prompts=prompts, answers=answers, room=room)
 
 
 def report_cuts(splits: Mapping[str, TokenizedSplit], report: DataReport) -> None:
-    """Note what was cut off with the ends of posts and answers."""
+    """Note what was cut off with the ends of posts, prompts and answers, and warn of prompts that leave no room."""
     report.truncated.update({name: (split.truncated, split.words_cut) for name, split in splits.items()})
+    report.prompts_cut.update({name: split.prompts_cut for name, split in splits.items()})
     report.answers_cut.update({name: split.answers_cut for name, split in splits.items()})
+    rooms = {task: room for split in splits.values() for task, room in split.room.items()}
+    report.warnings.extend(
+        f"tasks.{task}.prompt almost fills data.max_length (tokens left for the post: {room}); shorten it, or raise "
+        "data.max_length"
+        for task, room in rooms.items()
+        if room < TIGHT
+    )
 
 
 def target_of(split: TokenizedSplit, task: Task, post: int, row: TokenRow) -> Any:

@@ -6,7 +6,7 @@ import string
 from collections.abc import Sequence
 
 from comoe.rules import unknown_name
-from comoe.schema import TaskConfig
+from comoe.schema import SCORED_INSTEAD, TaskConfig
 from comoe.tasks.base import Kind
 
 FIELDS = ("text", "pair")
@@ -67,10 +67,12 @@ def check_answering(name: str, config: TaskConfig, *, kind: Kind) -> None:
     if config.contrastive is True:
         raise ValueError(f"{key}.contrastive is true, but a decoder answers the task; make it auto.")
     if config.label_smoothing:
-        raise ValueError(f"{key}.label_smoothing has no meaning for a {config.kind} task; leave it out.")
+        raise ValueError(f"{key}.label_smoothing has no meaning for a {config.kind} task; leave it out.{_why(config)}")
     if kind.exclusive and (config.num_beams != 1 or config.max_answer_length != _DEFAULTS.max_answer_length):
         option = "num_beams" if config.num_beams != 1 else "max_answer_length"
-        raise ValueError(f"{key}.{option} has no meaning for kind {config.kind}, whose words are scored; leave it out.")
+        raise ValueError(
+            f"{key}.{option} has no meaning for kind {config.kind}, whose words are scored; leave it out.{_why(config)}"
+        )
     if not kind.exclusive and config.label_words:
         raise ValueError(f"{key}.label_words needs {key}.labels, whose words they are; without them the text is free.")
 
@@ -93,6 +95,12 @@ def resolve_label_words(name: str, given: Sequence[str], *, kind: Kind, labels: 
     if len(set(words)) < len(words) or not all(words):
         raise ValueError(f"tasks.{name}.label_words ({listed}) must all be different and not empty.")
     return words
+
+
+def _why(config: TaskConfig) -> str:
+    """That a task is not of the kind that was typed; empty where nothing was rewritten."""
+    typed = [kind for kind, scored in SCORED_INSTEAD.items() if scored == config.kind]
+    return f" (Kind {typed[0]} with labels is {config.kind}; without labels it writes.)" if typed else ""
 
 
 def _refuse_others(key: str, config: TaskConfig) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +16,7 @@ from comoe.augmenting.checks import REASONS, fault_of, tidy
 from comoe.augmenting.command import COLUMNS, Report, augment
 from comoe.augmenting.generator import Answer, Batched, Prompt
 from comoe.augmenting.posts import PostChoice
+from comoe.augmenting.progress import Progress
 from comoe.augmenting.prompts import Prompts, load_prompts
 from comoe.augmenting.rounds import Settings
 from comoe.data.corpus import load_corpus
@@ -44,6 +48,7 @@ class Scripted:
     identity: Mapping[str, str] = field(default_factory=lambda: {"--model": "scripted"})
     stop_after: int | None = None
     most_words: int = 10**6
+    limit: str = "it reads few words"
 
     def answer(self, prompts: Sequence[Prompt], *, draws: Sequence[int | None]) -> list[Answer]:
         if self.stop_after is not None and len(self.asked) >= self.stop_after:
@@ -102,7 +107,7 @@ def rows_of(path: Path) -> list[dict[str, object]]:
 def run(
     folder: Path, rows: Sequence[Mapping[str, object]], model: Scripted, prompts: Prompts, **changes: object
 ) -> tuple[list[dict[str, object]], Report]:
-    """Output and report; ``changes`` are settings, fields of the choice, or overwrite."""
+    """Output and report; ``changes`` are settings, fields of the choice, or arguments of ``augment``."""
     path = write(folder / "posts.jsonl", rows)
     settings = {name: changes.pop(name) for name in list(changes) if name in Settings.__slots__}
     choice = {name: changes.pop(name) for name in list(changes) if name in PostChoice.__slots__}
@@ -239,7 +244,10 @@ def test_a_malformed_answer_is_kept_out_counted_and_asked_anew(tmp_path: Path, p
 def test_a_run_that_was_killed_goes_on_and_ends_with_the_same_bytes(tmp_path: Path, prompts: Prompts) -> None:
     rows = [post(f"Post {number} " + "long " * (number % 5), "negative" if number % 3 else "positive")
             for number in range(30)]  # fmt: skip
-    script: Say = lambda question, draw: honest(question, draw) if "7" not in question else f"friendly {draw}"  # noqa: E731
+
+    def script(question: str, draw: int | None) -> str:
+        return honest(question, draw) if "7" not in question else "good" if draw is None else f"friendly {draw}"
+
     (tmp_path / "whole").mkdir()
     run(tmp_path / "whole", rows, Scripted(script), prompts, batch_size=2)
     whole = (tmp_path / "whole" / "out" / "aux.jsonl").read_bytes()
@@ -256,6 +264,7 @@ def test_a_run_that_was_killed_goes_on_and_ends_with_the_same_bytes(tmp_path: Pa
     assert report.resumed == 8 * (len(done.splitlines()) - 1) > 0
     assert output.read_bytes() == whole and not begun.exists()
     aside = "out/aux.malformed.jsonl"
+    assert b"only a label" in (tmp_path / "killed" / aside).read_bytes()
     assert (tmp_path / "killed" / aside).read_bytes() == (tmp_path / "whole" / aside).read_bytes()
     first = Scripted(script)
     run(tmp_path / "whole", rows, first, prompts, batch_size=2, overwrite=True)
@@ -290,10 +299,164 @@ def test_two_processes_do_not_write_the_same_output(tmp_path: Path, prompts: Pro
 
 def test_an_output_that_is_there_is_replaced_only_when_asked(tmp_path: Path, prompts: Prompts) -> None:
     run(tmp_path, [post("One.", "positive")], Scripted(honest), prompts)
-    with pytest.raises(ValueError, match="aux.jsonl is there already; name another file, or begin anew with --overwr"):
+    made_otherwise = r"aux.jsonl is there already, made otherwise: --input was .*Name another file, or .* --overwrite"
+    with pytest.raises(ValueError, match=made_otherwise):
         run(tmp_path, [post("Two.", "positive")], Scripted(honest), prompts)
     (row,), _ = run(tmp_path, [post("Two.", "positive")], Scripted(honest), prompts, overwrite=True)
     assert row["text"] == "Two."
+
+
+def kept(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def give(folder: Path, path: str, output: str, prompts: Prompts, **changes: object) -> Report:
+    return augment(
+        PostChoice(str(folder / path)), folder / output, prompts=prompts, load=lambda: Scripted(honest),
+        settings=Settings(), progress=False, overwrite=True, spared=(folder / "prompts.yaml",), **changes,
+    )  # fmt: skip
+
+
+READ_FILES = {
+    "itself": ("own.jsonl", "own.jsonl"),
+    "through a link": ("own.jsonl", "link.jsonl"),
+    "read through a link": ("link.jsonl", "own.jsonl"),
+    "through a linked folder": ("own.jsonl", "linked/own.jsonl"),
+    "a hard link": ("own.jsonl", "hard.jsonl"),
+    "the work aside": (".aux.jsonl.part", "aux.jsonl"),
+    "the malformed answers": ("aux.malformed.jsonl", "aux.jsonl"),
+    "the prompts": ("own.jsonl", "prompts.json"),
+    "in the folder": ("data", "data/train.jsonl"),
+    "beside what is read": ("data", "linked/data/validation.json"),
+}
+
+
+@pytest.mark.parametrize("case", READ_FILES)
+def test_a_file_that_is_read_is_never_written(case: str, tmp_path: Path, prompts: Prompts) -> None:
+    source, output = READ_FILES[case]
+    (tmp_path / "data").mkdir()
+    for name in ("own.jsonl", ".aux.jsonl.part", "aux.malformed.jsonl", "data/train.jsonl"):
+        write(tmp_path / name, [post("One.", "positive")])
+    (tmp_path / "link.jsonl").symlink_to("own.jsonl")
+    (tmp_path / "linked").symlink_to(tmp_path)
+    (tmp_path / "hard.jsonl").hardlink_to(tmp_path / "own.jsonl")
+    (tmp_path / "prompts.json").symlink_to("prompts.yaml")
+    before = kept(tmp_path)
+    with pytest.raises(ValueError, match=r"--output .* would write .*, which is read .*; name another file"):
+        give(tmp_path, source, output, prompts)
+    assert kept(tmp_path) == before
+
+
+@pytest.mark.parametrize("taken", ["aux.jsonl", "aux.malformed.jsonl", ".aux.jsonl.part"])
+def test_overwrite_replaces_no_file_of_somebody_else(taken: str, tmp_path: Path, prompts: Prompts) -> None:
+    write(tmp_path / "own.jsonl", [post("One.", "positive")])
+    (tmp_path / taken).write_text('{"text": "mine"}', encoding="utf-8")
+    before = kept(tmp_path)
+    with pytest.raises(ValueError, match="move it away"):
+        give(tmp_path, "own.jsonl", "aux.jsonl", prompts)
+    assert kept(tmp_path) == before
+
+
+def test_overwrite_does_not_replace_an_output_that_was_corrected_by_hand(tmp_path: Path, prompts: Prompts) -> None:
+    write(tmp_path / "own.jsonl", [post("One.", "positive")])
+    give(tmp_path, "own.jsonl", "aux.jsonl", prompts)
+    give(tmp_path, "own.jsonl", "aux.jsonl", prompts)
+    with (tmp_path / "aux.jsonl").open("a") as file:
+        file.write("\n")
+    with pytest.raises(ValueError, match="is not as augment wrote it, so it is never replaced, not even with --overw"):
+        give(tmp_path, "own.jsonl", "aux.jsonl", prompts)
+
+
+def test_an_output_that_appears_while_the_posts_are_read_is_kept_and_the_work_too(
+    tmp_path: Path, prompts: Prompts
+) -> None:
+    taken = tmp_path / "out" / "aux.jsonl"
+
+    def meddling(question: str, draw: int | None) -> str:
+        taken.write_text("mine")
+        return honest(question, draw)
+
+    with pytest.raises(ValueError, match="move it away"):
+        run(tmp_path, [post("One.", "positive")], Scripted(meddling), prompts)
+    assert taken.read_text() == "mine"
+    taken.unlink()
+    idle = Scripted(honest)
+    _, report = run(tmp_path, [post("One.", "positive")], idle, prompts)
+    assert report.resumed == 1 and not idle.asked
+
+
+def test_a_finished_run_given_again_says_so_and_changes_nothing(tmp_path: Path, prompts: Prompts) -> None:
+    rows = [post("One.", "positive")]
+    _, first = run(tmp_path, rows, Scripted(honest), prompts)
+    assert sorted(kept(tmp_path / "out")) == [".aux.jsonl.done", "aux.jsonl"]
+    before, idle = kept(tmp_path), Scripted(honest)
+    _, again = run(tmp_path, rows, idle, prompts)
+    assert again.lines()[0].startswith("done already by the same command") and again.lines()[1:] == first.lines()
+    assert kept(tmp_path) == before and not idle.asked
+    with pytest.raises(ValueError, match="made otherwise: --rounds was 10, is now 3"):
+        run(tmp_path, rows, idle, prompts, rounds=3)
+    with pytest.raises(ValueError, match="made otherwise: --model was scripted, is now another"):
+        run(tmp_path, rows, Scripted(honest, identity={"--model": "another"}), prompts)
+    assert kept(tmp_path) == before
+
+
+def test_a_file_of_malformed_answers_goes_when_there_are_none_any_more(tmp_path: Path, prompts: Prompts) -> None:
+    _, report = run(tmp_path, [post("One.", None)], Scripted(lambda question, draw: ""), prompts)
+    assert rows_of(report.aside)
+    run(tmp_path, [post("One.", None)], Scripted(honest), prompts, overwrite=True)
+    assert not report.aside.exists()
+
+
+def test_a_run_that_failed_before_any_post_was_done_may_be_given_otherwise(tmp_path: Path, prompts: Prompts) -> None:
+    with pytest.raises(ValueError, match="it reads few words. Copy launch/configs/augment_prompts.yaml"):
+        run(tmp_path, [post("One.", "positive")], Scripted(honest, most_words=1), prompts)
+    (row,), _ = run(tmp_path, [post("One.", "positive")], Scripted(honest), prompts, rounds=3)
+    assert row["aux_converged"] is True
+
+
+def test_a_log_has_a_line_for_every_tenth_of_the_posts(tmp_path: Path, prompts: Prompts) -> None:
+    lines: list[str] = []
+    run(tmp_path, [post(f"Post {number}", None) for number in range(80)], Scripted(honest), prompts, batch_size=1,
+        say=lines.append)  # fmt: skip
+    assert len(lines) == 10 and lines[4].startswith("augment: 40 of 80 posts (50%), about ")
+    assert lines[-1] == "augment: 80 of 80 posts (100%)"
+
+
+def test_a_log_is_not_silent_for_long_and_tells_the_time_left() -> None:
+    lines: list[str] = []
+    seconds = iter([0.0, 30.0, 70.0, 70.0, 80.0, 100.0, 100.0])
+    shown = Progress(40, done=20, bar=False, say=lines.append, clock=lambda: next(seconds))
+    shown.watch(1, 10)
+    shown.watch(2, 5)
+    shown.watch(3, 4)
+    shown.advance(10)
+    assert lines == [
+        "augment: 20 of 40 posts (50%); round 2 of 5 more",
+        "augment: 30 of 40 posts (75%), about 2 min left",
+    ]
+
+
+def test_a_cell_that_json_cannot_hold_is_told_before_any_work(tmp_path: Path, prompts: Prompts) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    path = tmp_path / "posts.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["One."], "raw": [b"1"]}), path)
+    model = Scripted(honest)
+    with pytest.raises(ValueError, match="post 1 has a cell that JSON lines cannot hold.*drop its column"):
+        augment(PostChoice(str(path)), tmp_path / "aux.jsonl", prompts=prompts, load=lambda: model,
+                settings=Settings(), progress=False)  # fmt: skip
+    assert not model.asked
+
+
+HELP = {"rounds": "10", "temperature": "0.7", "seed": "0", "max-new-tokens": "32", "batch-size": "16"}
+
+
+def test_help_tells_the_defaults() -> None:
+    asked = subprocess.run(
+        [sys.executable, str(DEFAULT.parents[1] / "augment.py"), "--help"], capture_output=True, text=True, check=True
+    )
+    text = " ".join(asked.stdout.split())
+    for flag, default in HELP.items():
+        assert re.search(rf"--{flag} \S+ (?:(?!--).)*\(default: {re.escape(default)}\)", text), flag
 
 
 MISTAKES: dict[str, tuple[list[dict[str, object]], dict[str, object], str]] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from comoe.augmenting.generator import Prompt, seed_of
 from comoe.augmenting.hugging_face import HuggingFaceGenerator, _Chooser, _needed
-from comoe.augmenting.loading import load_generator
+from comoe.augmenting.loading import _no_retry_lines, load_generator
 from comoe.starter import build_smoke_encoder
 from comoe.starter_decoders import build_smoke_bart, build_smoke_t5
 
@@ -190,6 +191,24 @@ def test_a_prompt_beyond_the_models_length_is_noticed(generators: dict[str, Hugg
     assert [generators["bart"].excess(Prompt("the " * length)) for length in (158, 159)] == [0, 1]
 
 
+def test_a_limit_is_told_in_words_and_the_library_does_not_warn(
+    folders: dict[str, Path], generators: dict[str, HuggingFaceGenerator], caplog: pytest.LogCaptureFixture
+) -> None:
+    fresh = load_generator(str(folders["t5"]), device="cpu")
+    logging.getLogger("transformers").addHandler(caplog.handler)
+    assert fresh.excess(Prompt("the " * 200)) == 41 and caplog.records == []
+    logging.getLogger("transformers").removeHandler(caplog.handler)
+    assert fresh.limit.endswith(" reads 160 tokens")
+    assert generators["gpt2"].limit.endswith(" reads 48 tokens, 6 of them kept for the answer (--max-new-tokens)")
+
+
+def test_the_hub_is_not_complained_about_at_each_try() -> None:
+    logger = logging.getLogger("huggingface_hub.utils._http")
+    with _no_retry_lines():
+        assert not logger.isEnabledFor(logging.WARNING)
+    assert logger.isEnabledFor(logging.WARNING)
+
+
 def test_the_identity_tells_models_apart(folders: dict[str, Path], generators: dict[str, HuggingFaceGenerator]) -> None:
     again = load_generator(str(folders["gpt2"]), device="cpu", max_new_tokens=6)
     assert again.identity == generators["gpt2"].identity
@@ -235,7 +254,8 @@ def test_what_cannot_be_loaded_is_refused_with_what_to_do(folders: dict[str, Pat
         str(tmp_path / "bert"): ({}, "is a bert model, which reads text but does not write any"),
         str(tmp_path / "half"): ({}, "has no weights for decoder"),
         str(tmp_path / "pickled"): ({}, "could not be loaded: .*safetensors"),
-        "kit:smolm2": ({}, "kit:smolm2 is not a ready-made folder; did you mean kit:smollm2"),
+        "kit:smolm2": ({}, r"kit:smolm2 is not a ready-made --model; did you mean kit:smollm2"),
+        "kit:minilm": ({}, r"kit:minilm.*: kit:smollm2, smoke:t5, smoke:bart\)"),
         str(folders["t5"]): ({"device": "tpu9"}, "--device tpu9 cannot be used here"),
         str(folders["gpt2"]): ({"max_new_tokens": 0}, "--max-new-tokens is 0"),
     }

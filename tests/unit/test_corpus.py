@@ -75,7 +75,9 @@ def test_the_report_counts_posts_and_labels(shared: Path) -> None:
     lines = report.lines()
     assert "data set posts: 4 train, 1 validation, 2 test" in lines
     assert "task mood, train: bad 1, good 2" in lines
-    assert "task mood: mean confidence of the training labels 0.750" in lines
+    assert "task mood: mean confidence of the training labels 0.750 (not used: confidence_strategy is none)" in lines
+    report.confidence_unused.clear()
+    assert "task mood: mean confidence of the training labels 0.750" in report.lines()
 
 
 def test_other_columns_or_files_make_another_data_set(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from comoe.data.rows import RowReader
 from comoe.data.tokenized import TokenizedSplit, tokenize_split
 from comoe.dry_run import sample_lines, seen_by_the_decoder
 from comoe.evaluate import check_chosen_metric, evaluate, mean_metric, metric_names
+from comoe.input_columns import choose_labels, pair_in_training
 from comoe.model_card import model_card
 from comoe.predict import Predictor
 from comoe.protocols import IGNORED, Batch, ModelOutput
@@ -292,9 +293,11 @@ def test_scored_words_are_calibrated_and_texts_left_alone() -> None:
 # Prediction
 
 
-def predictor_of(tasks: tuple[Task, ...] = TASKS, *, route_by: str = "token") -> Predictor:
+def predictor_of(
+    tasks: tuple[Task, ...] = TASKS, *, route_by: str = "token", columns: dict[str, Any] | None = None
+) -> Predictor:
     exported = SimpleNamespace(
-        tasks=tasks, tokenizer=TOKENIZER, data_config=CONFIG, config={}, image_processor=None,
+        tasks=tasks, tokenizer=TOKENIZER, data_config=CONFIG, config={"columns": columns or {}}, image_processor=None,
         model=lambda batch: replace(
             written_by(batch, tasks=tasks), attentions={"mood": batch.attention_mask_BL.float()}
         ),
@@ -312,7 +315,8 @@ def test_every_task_answers_a_post_and_one_without_the_second_text_says_so(route
     assert "attention" in answers[0]["mood"] and "attention" not in answers[0]["aspect"]
     assert answers[1] == {
         "text": "post two",
-        "error": "the second text is missing, which the prompt of polarity wants; give it, or ask for other tasks",
+        "error": "the second text is missing, which the prompt of polarity wants; give it (--pair-column), or ask for "
+        "other tasks",
     }
     assert answers[2] == {"text": " ", "error": "the text is empty"}
     assert answers[3]["polarity"]["label"] == "good"
@@ -410,6 +414,49 @@ def test_files_of_answers_hold_texts_and_scored_words(tmp_path: Path, capsys: py
         written("out.txt", format="tweeteval", tasks=["aspect"])
 
 
+ASKED_ABOUT = {name: {"pair": "target", "label": name} for name in ("mood", "aspect", "polarity")}
+
+
+def test_second_texts_and_labels_are_read_from_the_columns_of_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"text": "post one", "target": "battery", "polarity": "good", "label": "bad"}, {"text": "post two"}]
+    source, predictor = write_jsonl(tmp_path / "in.jsonl", rows), predictor_of(columns=ASKED_ABOUT)
+    said = predict_file(predictor, source, tmp_path / "out.jsonl", progress=False)
+    assert "2 posts answered" in said and "1 of them could not" in said
+    assert "second texts are read from column target, as in training" in capsys.readouterr().err
+    scores = score_data(predictor, DataChoice(str(source), skip_bad=True), tasks=["polarity"], progress=False)
+    assert scores.evaluation.metrics["polarity"]["accuracy"] == 1.0 and "--pair-column" in capsys.readouterr().err
+    # A head that had no second text would read another post than in training.
+    alone = predictor_of(columns=ASKED_ABOUT | {"mood": {"pair": None, "label": "mood"}})
+    message = rf"none of the 2 posts could be answered, see {tmp_path}/out.jsonl; the first: .*--pair-column"
+    with pytest.raises(ValueError, match=message):
+        predict_file(alone, source, tmp_path / "out.jsonl", progress=False)
+    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 2
+    predict_file(alone, source, tmp_path / "out.jsonl", tasks=["aspect", "polarity"], progress=False)
+
+
+def test_the_columns_of_training_are_not_taken_where_they_say_nothing() -> None:
+    labels = {"a": {"pair": "x", "label": "mood"}, "b": {"pair": "y", "label": "mood"}, "c": {"label": "shade"}}
+    config, tasks = {"columns": labels}, [replace(MOOD, name=name) for name in "abc"]
+    found = {names: choose_labels(config, [t for t in tasks if t.name in names], asked=None, columns=["mood", "shade"])
+             for names in ("a", "ab", "abc")}  # fmt: skip
+    assert found == {"a": {"a": "mood"}, "ab": {"a": "a", "b": "b"}, "abc": {"a": "a", "b": "b", "c": "shade"}}
+    assert choose_labels(config, tasks[:1], asked=None, columns=["label"]) == {"a": "label"}
+    assert choose_labels(config, tasks[:2], asked="z", columns=["mood"]) == {"a": "z", "b": "z"}
+    assert [pair_in_training(config, some) for some in (tasks[:1], tasks[:2], tasks)] == ["x", None, None]
+    assert pair_in_training({}, tasks) is None
+
+
+def test_attention_is_not_promised_where_no_head_pools(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = write_jsonl(tmp_path / "in.jsonl", [{"text": "post one"}])
+    predict_file(predictor_of((ASPECT,)), source, tmp_path / "out", explain=True, progress=False)
+    assert "--explain: none of these tasks has attention; only tasks with a pooled head" in capsys.readouterr().err
+    written, mixed = card((ASPECT,)), card(TASKS)
+    assert "explain" not in written and "Attention" not in written and "Written answers need not be true" in written
+    assert "explain=True" in mixed and "Attention" in mixed and "Scored words are whole" in mixed
+
+
 # What is shown
 
 
@@ -418,13 +465,15 @@ def test_the_dry_run_shows_prompt_and_answer_as_the_model_sees_them() -> None:
     seen = seen_by_the_decoder(split, TOKENIZER)
     assert sample_lines(ASPECT, split.posts, CONFIG.normalize, seen=seen) == [
         "aspect (text, metric token_f1):",
+        "  answer | what the encoder reads",
         "  battery 😀 </s> | aspect of: post one </s>",
         "  电池 </s> | aspect of: post three </s>",
     ]
     lines = sample_lines(POLARITY, split.posts, CONFIG.normalize, seen=seen)
-    assert lines[:3] == [
+    assert lines[:4] == [
         "polarity (label_words, metric macro_f1):",
         "  words of the labels: bad = 'terrible', good = 'great'",
+        "  answer | what the encoder reads",
         "  great </s> | polarity of battery in: post one ? </s>",
     ]
 

@@ -36,6 +36,11 @@ def test_the_last_line_names_the_second_text_where_a_prompt_wants_it(
     (tmp_path / "results.json").write_text('{"metrics": {}}')
     print_results(tmp_path, [Task("aspect", "text", (), "token_f1", prompt="{pair} in {text}")])
     assert "--input posts.jsonl --pair-column pair --output answers.jsonl" in capsys.readouterr().out.splitlines()[-1]
+    (tmp_path / "export").mkdir()
+    kept = {"columns": {"aspect": {"pair": "about", "label": "aspect"}}}
+    (tmp_path / "export" / "config.json").write_text(json.dumps(kept))
+    print_results(tmp_path, [Task("aspect", "text", (), "token_f1", prompt="{pair} in {text}")])
+    assert "--input posts.jsonl --pair-column about --output answers.jsonl" in capsys.readouterr().out
 
 
 def test_predictions_name_the_data_set_of_each_post(tmp_path: Path) -> None:

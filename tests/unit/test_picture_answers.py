@@ -14,9 +14,9 @@ from comoe.answers import predict_file
 from comoe.data.batching import load_tokenizer
 from comoe.data.pixels import PixelReader, load_image_processor
 from comoe.export import export_model
+from comoe.input_columns import column_in_training
 from comoe.model_card import model_card
 from comoe.models.building import build_model
-from comoe.input_columns import column_in_training
 from comoe.predict import Predictor
 from comoe.schema import DataConfig, ModelConfig, MoeConfig, Recipe, TaskConfig, VisionConfig
 from comoe.scoring import DataChoice, format_scores, score_data

@@ -18,6 +18,7 @@ from comoe.config import recipe_from_dict, recipe_to_dict, validate
 from comoe.data.corpus import load_corpus
 from comoe.data.prompts import Wording, check_end_sign, code_points, label_tokens
 from comoe.data.rates import balanced_classes
+from comoe.data.report import DataReport
 from comoe.data.tokenized import report_cuts, tokenize_split
 from comoe.schema import DataConfig, NormalizeConfig, TaskConfig
 from comoe.tasks.catalog import Task, build_task
@@ -156,6 +157,15 @@ def test_cut_answers_and_posts_are_counted_in_the_report(tmp_path: Path) -> None
     report_cuts(splits, corpus.report)
     assert {"train: 2 posts cut to data.max_length", "train: 2 answers cut to tasks.aspect.max_answer_length",
             "validation: 1 answers cut to tasks.aspect.max_answer_length"} <= set(corpus.report.lines())  # fmt: skip
+    assert "train: 2 of 4 prompts of task aspect lost part of {text} (data.max_length)" in corpus.report.lines()
+    assert not any("almost fills" in warning for warning in corpus.report.warnings)
+    # "of:" and the end sign.
+    for length, warned in ((10, False), (9, True)):
+        config = replace(config, max_length=length)
+        short = tokenize_split(corpus.splits["train"], TOKENIZER, tasks=(task,), config=config)
+        report_cuts({"train": short}, report := DataReport())
+        warning = f"warning: tasks.aspect.prompt almost fills data.max_length (tokens left for the post: {length - 2})"
+        assert any(line.startswith(warning) for line in report.lines()) == warned
     # What it is measured against stays whole.
     assert splits["validation"].posts.labels["aspect"][0] == ("battery " * 9).strip()
 
@@ -278,6 +288,9 @@ def test_text_with_labels_is_label_words_from_the_first_moment_on() -> None:
     raw = {"tasks": {"t": {"path": "x", "kind": "text", "labels": ["bad", "good"], "prompt": "{text}"}}}
     recipe = recipe_from_dict(raw)
     assert recipe.tasks["t"].kind == "label_words"
+    raw["tasks"]["t"]["max_answer_length"] = 9
+    with pytest.raises(ValueError, match=r"max_answer_length .* \(Kind text with labels is label_words; without"):
+        check_names(recipe_from_dict(raw))
     assert recipe_from_dict(recipe_to_dict(recipe)) == recipe
     assert TaskConfig(kind="text").kind == "text"
     assert TaskConfig(kind="single_label", labels=["a"]).kind == "single_label"

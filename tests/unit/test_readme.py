@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import json
 import re
 import shlex
 import subprocess
@@ -15,7 +16,9 @@ from typing import Any
 import pytest
 import yaml
 
+from comoe.augmenting.command import COLUMNS
 from comoe.config import load_recipe, recipe_from_dict
+from comoe.data.corpus import load_corpus
 from comoe.data.sources import READERS
 from comoe.data.text import PRESETS
 from comoe.schema import Recipe, TaskConfig
@@ -194,6 +197,29 @@ def test_a_recipe_of_the_readme_is_valid(number: int, tmp_path: Path):
     recipe = tmp_path / "my.yaml"
     recipe.write_text(blocks("yaml")[number], encoding="utf-8")
     assert load_recipe(recipe).tasks
+
+
+def test_the_recipe_for_auxiliary_data_reads_what_augment_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    given = [("They smiled.", "positive"), ("An hour passed.", "negative"), ("We sat.", "neutral")] * 4
+    values = ["service", "opinion", "positive", 0.5, 0.25, 0.75, 1, True]
+    rows = [
+        {"text": f"{text} {number}", "aspect": "service", "polarity": label, **dict(zip(COLUMNS, values, strict=True)),
+         "aux_opinion": f"opinion {number}"}
+        for number, (text, label) in enumerate(given)
+    ]  # fmt: skip
+    (tmp_path / "augmented").mkdir()
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "augmented" / "train.jsonl").write_text(lines, encoding="utf-8")
+    (text,) = (block for block in blocks("yaml") if "aux_opinion" in block)
+    (tmp_path / "my.yaml").write_text(text, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    splits = load_corpus(load_recipe(Path("my.yaml"))).splits.values()
+    labels = [label for split in splits for label in split.labels["polarity"]]
+    assert sorted(labels) == [0] * 4 + [1] * 4 + [2] * 4
+    assert {answer for split in splits for answer in split.labels["opinion"]} == {
+        row["aux_opinion"] for row in rows
+    }
+    assert {value for split in splits for value in split.confidences["opinion"]} == {0.25}
 
 
 def test_python_of_the_readme_imports_names_that_exist():

@@ -18,7 +18,7 @@ import torch
 from comoe.config import load_recipe
 from comoe.generated import GENERATORS, generate, vocabulary
 from comoe.schema import DataConfig, ModelConfig, Recipe
-from comoe.starter import FOLDERS, STARTER, build_smoke_encoder, home, main, prepare, prepare_folder, resolve
+from comoe.starter import FOLDERS, STARTER, as_typed, build_smoke_encoder, home, main, prepare, prepare_folder, resolve
 from comoe.starter_archives import Archive, fetch, read_member, unpack, verify
 from comoe.starter_chinese import (
     CHINESE_POSTS,
@@ -507,6 +507,10 @@ def test_a_home_that_cannot_be_made_is_named(monkeypatch: pytest.MonkeyPatch, tm
 def test_ready_made_names_become_folders_and_other_names_stay(cache: Path) -> None:
     recipe = Recipe(model=ModelConfig(encoder="smoke:encoder"), data=DataConfig(root="smoke:posts"))
     resolved = resolve(recipe, progress=False)
+    told = f"model.encoder ({resolved.model.encoder}) is a bert"
+    with pytest.raises(ValueError, match=r"^model.encoder \(smoke:encoder, kept in /.*\) is a bert"):
+        with as_typed(recipe, resolved):
+            raise ValueError(told)
     assert resolved.model.encoder == str(cache / "smoke-2" / "encoder")
     assert resolved.data.root == str(cache / "smoke-1" / "posts")
     assert (cache / "smoke-1" / "posts" / "reviews" / "train.jsonl").is_file()

@@ -405,6 +405,8 @@ def test_a_long_evaluation_stops_after_a_few_batches_when_asked_to() -> None:
 
         class objective:
             class model:
+                first_decoder_layer = None
+
                 class config:
                     num_local_experts = 0
 
