@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from comoe.beginning import SET_ASIDE
+from comoe.beginning import SET_ASIDE, check_same_tasks
 from comoe.config import recipe_to_yaml, unknown_name
 from comoe.data.batching import Collator, load_tokenizer
 from comoe.data.corpus import Corpus, load_corpus
@@ -118,7 +118,7 @@ def assemble(
     if is_main():
         print("\n".join(corpus.report.lines(all_in=SET_ASIDE)))
     on_ready()
-    found = _checkpoint_to_use(folder, resume=resume)
+    found = _checkpoint_to_use(folder, corpus.tasks, resume=resume)
     if found is not None and needs_conversion(found.path, layout):
         filled["checkpoint"] = {"load_universal": True}
         if is_main() and (moved := saved_elsewhere(found.path, layout)):
@@ -164,8 +164,7 @@ def check_names(recipe: Recipe) -> None:
 
 def _load_posts(recipe: Recipe) -> tuple[Corpus, Any, dict[str, TokenizedSplit]]:
     kept = home() / "pictures" if recipe.data.cache else None
-    with_images = image_side(recipe.model) is not None
-    corpus = load_corpus(recipe, with_images=with_images, cache_dir=kept, progress=True)
+    corpus = load_corpus(recipe, with_images=image_side(recipe.model) is not None, cache_dir=kept, progress=True)
     domains = find_domains(corpus.splits["train"], recipe.loss.adversarial)
     corpus.report.notes += [] if domains is None else [domains.line()]
     measured = {task for task, found in corpus.report.labels.items() if "validation" in found}
@@ -273,15 +272,17 @@ def _seed(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def _checkpoint_to_use(folder: Path, *, resume: bool) -> Found | None:
+def _checkpoint_to_use(folder: Path, tasks: Sequence[Task], *, resume: bool) -> Found | None:
     found = find_checkpoint(folder / "checkpoints") if resume else None
-    if is_main() and resume:
-        if found is None:
+    if found is None:
+        if is_main() and resume:
             print(f"{folder} has no checkpoint yet: starting at step 0.")
-        else:
-            for problem in found.broken:
-                print(f"warning: {problem}; using {found.path.name} instead.")
-            print(f"resuming {folder} at step {found.step}")
+        return None
+    check_same_tasks(folder, tasks)
+    if is_main():
+        for problem in found.broken:
+            print(f"warning: {problem}; using {found.path.name} instead.")
+        print(f"resuming {folder} at step {found.step}")
     return found
 
 

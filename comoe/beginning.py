@@ -7,12 +7,13 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from comoe.config import recipe_to_yaml
 from comoe.distributed import all_gather_objects, barrier, broadcast_object, is_main, world_size
+from comoe.tasks.catalog import Task
 from comoe.train.environment import describe_environment
 from comoe.train.records import write_aside
 from comoe.train.restarts import RUN_WORD
@@ -25,6 +26,8 @@ OWN_SETTINGS = "deepspeed.json"
 """The DeepSpeed JSON as the user wrote it, "auto" included; ``ds_config.json`` is what it became."""
 SET_ASIDE = "set_aside.jsonl"
 """Every row that was left out, or kept without its picture, with file, line and reason."""
+LEARNED = ("kind", "labels", "label_words", "prompt")
+"""What of a task the weights of a run depend on."""
 PATIENCE = 30.0
 """Seconds that a network folder has to show on one machine what another one wrote."""
 
@@ -41,6 +44,33 @@ def refuse_taken(folder: Path, *, overwrite: bool) -> None:
             f"{folder} holds a run already: go on with --resume {folder}, choose another run.name, or delete it with "
             f"run.overwrite=true."
         )
+
+
+def check_same_tasks(folder: Path, tasks: Sequence[Task]) -> None:
+    """Refuse to go on with other tasks than a run began with: its weights would answer something else.
+
+    Args:
+        folder: of the run.
+        tasks: as the recipe, with the words of this start, has them.
+
+    Raises:
+        ValueError: other tasks, or another kind, other labels, or another prompt of one.
+    """
+    place = folder / "tasks.json"
+    if not place.is_file():
+        return
+    began = {plain["name"]: plain for plain in json.loads(place.read_text(encoding="utf-8"))}
+    now = {task.name: task.to_dict() for task in tasks}
+    advice = "give the resumed run no such words, or begin a new run with another run.name."
+    if list(began) != list(now):
+        raise ValueError(f"{folder} was begun with the tasks {', '.join(began)}, not {', '.join(now)}; {advice}")
+    for name, plain in now.items():
+        for key in LEARNED:
+            # Of an older comoe a key may lack.
+            if plain[key] != began[name].get(key, plain[key]):
+                raise ValueError(
+                    f"tasks.{name}.{key} is {plain[key]!r}, but {folder} learned {began[name][key]!r}; {advice}"
+                )
 
 
 def begun_by_this_start(folder: Path) -> bool:

@@ -48,6 +48,8 @@ def test_heads_label_words_and_text_train_evaluate_resume_export_and_predict_tog
     for left in ("results.json", "checkpoints/best.json"):
         os.remove(run / left)
     shutil.rmtree(run / "export")
+    refused = terminal.run(*typed[:2], "--resume", run, "tasks.polarity.labels=[positive,negative]")
+    assert refused.code == 2 and "tasks.polarity.labels is" in refused.said and "begin a new run" in refused.said
     again = terminal.run(*typed[:2], "--resume", run)
     assert again.code == 0 and f"resuming {run} at step 2" in again.out, again.said
     assert losses(run) == whole

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import comoe.beginning as module
-from comoe.beginning import MARK, take
+from comoe.beginning import MARK, check_same_tasks, take
+from comoe.tasks.catalog import Task
 
 
 @pytest.fixture
@@ -64,3 +67,34 @@ def test_a_run_that_is_cleared_halfway_is_still_a_run_that_must_be_cleared(
     monkeypatch.setattr(module.Path, "unlink", lambda path: gone.append(path.name))
     take(old, fresh=True)
     assert gone[-1] == "config.yaml" and len(gone) == len(set(gone)) == 4
+
+
+MOOD = Task("mood", "single_label", ("bad", "good"), "macro_f1")
+OPINION = Task("opinion", "text", (), "token_f1", prompt="opinion: {text}")
+
+
+@pytest.mark.parametrize(
+    ("now", "message"),
+    [
+        ((MOOD,), "begun with the tasks mood, opinion, not mood; .* begin a new run"),
+        ((OPINION, MOOD), "begun with the tasks mood, opinion, not opinion, mood"),
+        ((replace(MOOD, labels=("good", "bad")), OPINION), r"tasks.mood.labels is \['good', 'bad'\], but .* learned"),
+        ((replace(MOOD, kind="multi_label"), OPINION), "tasks.mood.kind is 'multi_label'"),
+        ((MOOD, replace(OPINION, prompt="{text}")), "tasks.opinion.prompt is '{text}'"),
+    ],
+)
+def test_a_run_does_not_go_on_with_other_tasks_than_it_learned(
+    tmp_path: Path, now: tuple[Task, ...], message: str
+) -> None:
+    began = [MOOD.to_dict(), OPINION.to_dict()]
+    (tmp_path / "tasks.json").write_text(json.dumps(began), encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        check_same_tasks(tmp_path, now)
+
+
+def test_a_run_goes_on_with_its_tasks_also_where_an_older_version_wrote_them_down(tmp_path: Path) -> None:
+    check_same_tasks(tmp_path, (MOOD,))
+    began = [MOOD.to_dict() | {"metric": "accuracy"}]
+    del began[0]["prompt"]
+    (tmp_path / "tasks.json").write_text(json.dumps(began), encoding="utf-8")
+    check_same_tasks(tmp_path, (MOOD,))
