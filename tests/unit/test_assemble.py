@@ -25,11 +25,11 @@ def test_posts_longer_than_the_position_table_are_refused_before_training(tmp_pa
     recipe = Recipe(model=ModelConfig(encoder=str(tmp_path)))
     splits = {"train": Tokens(lengths=np.array([3, 20])), "test": Tokens(lengths=np.array([], dtype=np.int32))}
     # The option may be larger than the table as long as no post is.
-    assert _build_objective(recipe, TASKS, splits).model.moe_layers()
+    assert _build_objective(recipe, TASKS, splits, None, shape=False).model.moe_layers()
     splits["validation"] = Tokens(lengths=np.array([21]))
     refusal = r"data.max_length \(128\) lets posts of 21 tokens .* set data.max_length to 20"
     with pytest.raises(ValueError, match=refusal):
-        _build_objective(recipe, TASKS, splits)
+        _build_objective(recipe, TASKS, splits, None, shape=False)
 
 
 SMOKE = Path(__file__).parents[2] / "launch/configs/smoke.yaml"
