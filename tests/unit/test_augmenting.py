@@ -580,7 +580,10 @@ def test_the_default_prompts_are_valid_and_every_example_serves_every_template()
 
 def test_a_recipe_reads_the_output_as_it_is(tmp_path: Path, prompts: Prompts) -> None:
     rows = [post("They smiled.", "positive"), post("Empty.", "positive"), post("An hour passed.", "negative")]
-    say: Say = lambda question, draw: "" if "Empty" in question else honest(question, draw)  # noqa: E731
+
+    def say(question: str, draw: int | None) -> str | Answer:
+        return "" if "Empty" in question else honest(question, draw)
+
     _, report = run(tmp_path, rows, Scripted(say), prompts)
     shared = {"path": ".", "splits": {"train": "aux.jsonl", "validation": "aux.jsonl"}, "pair": "aspect"}
     auxiliary = {**shared, "auxiliary": True, "confidence_strategy": "output"}
