@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the numbers there as JSON")
     given = parser.parse_args()
 
-    from comoe.removal import measure_removal, removal_lines
+    from comoe.experiments.ablate import measure_removal, removal_lines
 
     try:
         removal = measure_removal(given.run, split=given.split, limit=given.limit, device=given.device)

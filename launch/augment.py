@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
     options = parser.parse_args()
 
-    from comoe.augmenting.command import run_command
+    from comoe.augment.command import run_command
 
     try:
         report = run_command(options, progress=sys.stderr.isatty())

@@ -42,7 +42,7 @@ def main() -> None:
     given = parser.parse_intermixed_args()
 
     sys.path.append(str(HERE.parent))
-    from comoe.comparing.command import compare_and_exit
+    from comoe.experiments.compare.command import compare_and_exit
 
     compare_and_exit(given, train_script=HERE / "train.py")
 

@@ -33,8 +33,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="write all metrics there as JSON")
     options = parser.parse_args()
 
-    from comoe.predict import Predictor
-    from comoe.scoring import DataChoice, format_scores, score_data
+    from comoe.inference.predictor import Predictor
+    from comoe.inference.score import DataChoice, format_scores, score_data
 
     choice = DataChoice(
         options.data, options.format, options.split, options.text_column, options.pair_column, options.label_column,

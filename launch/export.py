@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument("--output", required=True, type=Path, help="folder to write; an older export there is replaced")
     options = parser.parse_args()
 
-    from comoe.export import export_checkpoint
+    from comoe.inference.export import export_checkpoint
 
     try:
         used = export_checkpoint(options.checkpoint, options.output, which=options.which)

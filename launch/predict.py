@@ -30,8 +30,8 @@ def main() -> None:
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto is a GPU where there is one")
     options = parser.parse_args()
 
-    from comoe.answers import predict_file
-    from comoe.predict import Predictor
+    from comoe.inference.predict_file import predict_file
+    from comoe.inference.predictor import Predictor
 
     try:
         predictor = Predictor.from_pretrained(options.model, device=options.device)

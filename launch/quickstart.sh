@@ -14,7 +14,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from comoe.config import load_recipe
+from comoe.config.load import load_recipe
 
 parser = argparse.ArgumentParser("quickstart.sh")
 parser.add_argument("--config", default="launch/configs/starter.yaml")

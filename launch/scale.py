@@ -45,7 +45,7 @@ def main() -> None:
     given = parser.parse_intermixed_args()
 
     sys.path.append(str(HERE.parent))
-    from comoe.scaling_command import scale_and_exit
+    from comoe.experiments.scale.command import scale_and_exit
 
     plan_flags = {flag: default for flag, (default, _) in PLAN.items()}
     scale_and_exit(given, grid_fields=tuple(GRID.values()), plan_flags=plan_flags, train_script=HERE / "train.py")

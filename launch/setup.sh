@@ -62,6 +62,6 @@ pip=("$VENV/bin/python" -m pip install --disable-pip-version-check --progress-ba
 step "installing $TORCH" "${pip[@]}" "$TORCH"
 "$VENV/bin/python" -c 'from importlib.metadata import version; print("torch==" + version("torch"))' >"$VENV/constraints.txt"
 step "installing comoe and its dependencies" "${pip[@]}" --constraint "$VENV/constraints.txt" --editable ".[dev]"
-step "checking that it imports" "$VENV/bin/python" -c "import torch, transformers, datasets, comoe.config"
+step "checking that it imports" "$VENV/bin/python" -c "import torch, transformers, datasets, comoe.config.load"
 echo "$stamp" >"$VENV/.stamp"
 echo "setup: done; activate it with: source $VENV/bin/activate"

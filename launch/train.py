@@ -43,13 +43,13 @@ def main() -> None:
 
     # A run from a checkout that is not installed must find comoe, also where the working folder is another one.
     sys.path.append(str(HERE.parent))
-    from comoe.train.restarts import is_child, supervise
-    from comoe.train.signals import StopSignal
+    from comoe.train.fault.signals import StopSignal
+    from comoe.train.fault.supervisor import is_child, supervise
 
     stop = StopSignal()  # before the imports that take seconds: it notes who started this process
     if given.restarts > 0 and not is_child():
         sys.exit(supervise(restarts=given.restarts, stop=stop))
-    from comoe.run import Request, run_and_exit
+    from comoe.train.run import Request, run_and_exit
 
     run_and_exit(Request(config, settings, given.overrides, given.resume, given.dry_run, given.gpus or 0), stop)
 

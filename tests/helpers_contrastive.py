@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from comoe.losses.contrastive import ContrastiveLoss, alone
-from comoe.protocols import IGNORED, Batch, ModelOutput
-from comoe.schema import ContrastiveConfig
-from comoe.tasks.catalog import Task
+from comoe.config.recipe import ContrastiveConfig
+from comoe.losses.contrastive.loss import ContrastiveLoss, alone
+from comoe.tasks.task import Task
+from comoe.types import IGNORED, Batch, ModelOutput
 
 WIDTH = 5
 MOOD = Task("mood", "single_label", ("a", "b", "c"), "macro_f1", contrastive=True, contrastive_weight=0.5)

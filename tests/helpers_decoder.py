@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from comoe.data.posts import PostSplit
-from comoe.protocols import Batch
-from comoe.tasks.catalog import Task
+from comoe.tasks.task import Task
+from comoe.types import Batch
 
 ASPECT = Task("aspect", "text", (), "token_f1", prompt="aspect of: {text}", max_answer_length=6)
 POLARITY = Task(

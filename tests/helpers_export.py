@@ -8,9 +8,16 @@ from pathlib import Path
 from helpers_model import HF_CONFIGS, MOOD, SIGNS, TASKS, TOPIC, WORDS, moe_config, tiny_model
 from transformers import BertTokenizerFast, PreTrainedTokenizerFast
 
-from comoe.export import export_model
-from comoe.predict import Predictor
-from comoe.schema import DataConfig, ModelConfig, NormalizeConfig, Recipe, RunConfig, TaskConfig
+from comoe.config.recipe import (
+    DataConfig,
+    ModelConfig,
+    NormalizeConfig,
+    Recipe,
+    RunConfig,
+    TaskConfig,
+)
+from comoe.inference.export import export_model
+from comoe.inference.predictor import Predictor
 
 __all__ = ["MOOD", "SIGNS", "TASKS", "TOPIC", "WORDS", "export_tiny", "tiny_predictor", "tiny_recipe", "tiny_tokenizer"]
 

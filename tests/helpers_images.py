@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from comoe.data.images import ImageLimits
+from comoe.data.images.decode import ImageLimits
 
 LIMITS = ImageLimits(max_bytes=60_000, max_pixels=100_000)
 """Of the pictures made here."""

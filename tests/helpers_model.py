@@ -23,13 +23,12 @@ from transformers import (
     XLMRobertaConfig,
 )
 
-from comoe.models.building import build_model
-from comoe.models.encoder import build_encoder_from_config
-from comoe.models.multitask import MultiTaskModel
-from comoe.objective import Objective, count_units, unit_scale
-from comoe.protocols import IGNORED, Batch
-from comoe.schema import LossConfig, ModelConfig, MoeConfig
-from comoe.tasks.catalog import Task
+from comoe.config.recipe import LossConfig, ModelConfig, MoeConfig
+from comoe.losses.objective import Objective, count_units, unit_scale
+from comoe.models.encoders.build import build_encoder_from_config
+from comoe.models.model import MultiTaskModel, build_model
+from comoe.tasks.task import Task
+from comoe.types import IGNORED, Batch
 
 WIDTH, VOCABULARY = 16, 60
 BERT_LIKE = dict(

@@ -6,13 +6,12 @@ from dataclasses import replace
 
 import torch
 
-from comoe.models.building import build_model
-from comoe.models.encoder import build_encoder_from_config
-from comoe.models.multitask import MultiTaskModel
-from comoe.objective import Objective
-from comoe.protocols import IGNORED, Batch
-from comoe.schema import ContrastiveConfig, LossConfig, ModelConfig, MoeConfig
-from comoe.tasks.catalog import Task
+from comoe.config.recipe import ContrastiveConfig, LossConfig, ModelConfig, MoeConfig
+from comoe.losses.objective import Objective
+from comoe.models.encoders.build import build_encoder_from_config
+from comoe.models.model import MultiTaskModel, build_model
+from comoe.tasks.task import Task
+from comoe.types import IGNORED, Batch
 from tests.helpers_model import HEAT, MOOD, SEQ2SEQ, VOCABULARY, moe_config
 
 OPINION = Task("opinion", "text", (), "token_f1", prompt="opinion of {text}", max_answer_length=7, num_beams=1)

@@ -22,10 +22,9 @@ from transformers import (
     ViTConfig,
 )
 
-from comoe.models.building import build_model
-from comoe.models.multitask import MultiTaskModel
-from comoe.protocols import Batch
-from comoe.schema import ImageTextConfig, ModelConfig, VisionConfig
+from comoe.config.recipe import ImageTextConfig, ModelConfig, VisionConfig
+from comoe.models.model import MultiTaskModel, build_model
+from comoe.types import Batch
 from tests.helpers_model import BERT_LIKE, HF_CONFIGS, TASKS, VARIANTS, moe_config, random_batch
 
 SIDE = 16

@@ -1,1 +1,0 @@
-"""Speed, measured as ratios side by side in one run; see ``launch/bench.py``."""

@@ -2,18 +2,293 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import ctypes
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from comoe.benchmarks.contrastive_costs import BYTES_PER_PAIR, needs
-from comoe.benchmarks.contrastive_forms import FORMS
-from comoe.benchmarks.ranks import run_on_ranks
-from comoe.benchmarks.report import Report, Target
-from comoe.benchmarks.timing import median, ratio, spread_of
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
 
-COSTS = "comoe.benchmarks.contrastive_costs"
+from comoe.benchmarks.ranks import run_on_ranks
+from comoe.benchmarks.timing import Contestant, Report, Target, machine_note, median, ratio, spread_of, take_turns
+from comoe.config.recipe import ContrastiveConfig
+from comoe.distributed import gather_detached
+from comoe.losses.contrastive.loss import ContrastiveLoss
+from comoe.tasks.task import Task
+from comoe.train.environment import M_MMAP_THRESHOLD, set_thresholds
+from comoe.types import Batch, ModelOutput
+
+TEMPERATURE = 0.1
+
+
+LABELS = 3
+"""Labels of the posts, as many as a sentiment task has."""
+
+
+REFERENCE_POSTS = 4
+"""Posts of one rank in the reference code's own settings."""
+
+
+@dataclass(frozen=True, slots=True)
+class Posts:
+    """The posts of all ranks as the first rank has them before the loss begins."""
+
+    own_BP: Tensor
+    """Its embeddings."""
+    others_GP: Tensor
+    """Those of the other ranks: what their sends will bring."""
+    labels_G: Tensor
+    """Labels of all posts, its own first."""
+
+    def everyone(self) -> Tensor:
+        """What a gather makes: a new tensor with the rows of all ranks."""
+        return torch.cat([self.own_BP, self.others_GP])
+
+
+def make_posts(count: int, ranks: int, *, width: int) -> Posts:
+    """Random unit-length rows with random labels, the same on every call."""
+    draw = torch.Generator().manual_seed(0)
+    rows = F.normalize(torch.randn(count, width, generator=draw), dim=1)
+    own = count // ranks
+    return Posts(rows[:own].clone(), rows[own:].clone(), torch.randint(0, LABELS, (count,), generator=draw))
+
+
+def ours(posts: Posts) -> Callable[[], Tensor]:
+    """The closed form."""
+    task = Task("posts", "single_label", tuple(map(str, range(LABELS))), "accuracy", contrastive=True)
+    own, ranks = len(posts.own_BP), len(posts.labels_G) // len(posts.own_BP)
+    loss = ContrastiveLoss(
+        (task,),
+        ContrastiveConfig(temperature=TEMPERATURE),
+        width=posts.own_BP.shape[1],
+        gather=PlayedRanks(posts, ranks),
+        world_size=ranks,
+    )
+    blank, ids = torch.ones(own, 1, dtype=torch.int64), torch.arange(own)
+    batch = Batch(blank, blank, None, blank.bool(), ids, ids, {"posts": posts.labels_G[:own]})
+
+    def step() -> Tensor:
+        own_BP = posts.own_BP.detach().requires_grad_()
+        loss(ModelOutput({}, {"posts": own_BP}, {}, (), ids[:0]), batch)[0].backward()
+        return own_BP.grad
+
+    return step
+
+
+class PlayedRanks:
+    """The gather of the first rank: its rows, then those that the others would send, into a new tensor.
+
+    Only the numbers that the others compute from their own rows are made up: they are those of the first rank again.
+    """
+
+    def __init__(self, posts: Posts, ranks: int) -> None:
+        self.ranks = ranks
+        others = posts.labels_G[len(posts.own_BP) :, None]
+        self.packed_GQ = torch.cat([posts.others_GP, others, torch.zeros(len(others), 1), others], dim=1)
+
+    def __call__(self, rows: Tensor, *, sizes: Sequence[int] | None = None) -> tuple[Tensor, int]:
+        is_packed = rows.shape[1] == self.packed_GQ.shape[1]
+        return torch.cat([rows, self.packed_GQ]) if is_packed else rows.repeat(self.ranks, 1), 0
+
+
+def full(posts: Posts) -> Callable[[], Tensor]:
+    """Gather with gradient, and the matrix of all anchors with all rows, through autograd; as SupCon is published."""
+    return lambda: _dense(posts.everyone().requires_grad_(), posts.labels_G, len(posts.labels_G))
+
+
+def local(posts: Posts) -> Callable[[], Tensor]:
+    """open_clip's ``local_loss``: this rank's anchors with all rows, gathered with gradient, through autograd."""
+    return lambda: _dense(posts.everyone().requires_grad_(), posts.labels_G, len(posts.own_BP))
+
+
+def reference(posts: Posts) -> Callable[[], Tensor]:
+    """The loss of the code beside the TaCL-CoMoE paper: the few posts of one rank, normalised over the anchors."""
+
+    def step() -> Tensor:
+        rows_NP = posts.own_BP[:REFERENCE_POSTS].detach().requires_grad_()
+        labels_N = posts.labels_G[:REFERENCE_POSTS]
+        similarity_NN = F.normalize(rows_NP, dim=1) @ F.normalize(rows_NP, dim=1).T / TEMPERATURE
+        other_NN = ~torch.eye(len(rows_NP), dtype=torch.bool)
+        positive_NN = (labels_N[:, None] == labels_N) & other_NN
+        exp_NN = similarity_NN.exp() * other_NN
+        log_NN = similarity_NN - torch.log(exp_NN.sum(dim=0, keepdim=True) + 1e-12)
+        (-(log_NN * positive_NN).sum(1) / (positive_NN.sum(1) + 1e-12)).mean().backward()
+        return rows_NP.grad
+
+    return step
+
+
+def _dense(rows_GP: Tensor, labels_G: Tensor, anchors: int) -> Tensor:
+    similarity_AG = (rows_GP[:anchors] / TEMPERATURE) @ rows_GP.T
+    self_AG = torch.eye(anchors, len(rows_GP), dtype=torch.bool)
+    positive_AG = (labels_G[:anchors, None] == labels_G) & ~self_AG
+    lse_A = similarity_AG.masked_fill(self_AG, -torch.inf).logsumexp(dim=1)
+    counts_A = (torch.bincount(labels_G) - 1)[labels_G[:anchors]]
+    attraction_A = (similarity_AG * positive_AG).sum(dim=1) / counts_A.clamp_min(1)
+    ((lse_A - attraction_A) * (counts_A > 0)).mean().backward()
+    return rows_GP.grad
+
+
+FORMS: dict[str, Callable[[Posts], Callable[[], Tensor]]] = {
+    "ours": ours,
+    "full": full,
+    "local": local,
+    "reference": reference,
+}
+"""Contestant -> (posts) -> one forward and backward pass, which gives the gradient of the rows it began with."""
+
+
+def times(batches: Sequence[int], *, ranks: int, width: int, rounds: int, limit: int) -> dict[str, Any]:
+    """Seconds of one forward and backward pass on the first of ``ranks`` ranks, all contestants in turns.
+
+    Args:
+        batches: posts G on all ranks.
+        ranks: W.
+        width: P.
+        rounds: timed rounds.
+        limit: bytes that a contestant's matrices may take; who needs more is left out.
+    """
+    found = {}
+    for count in batches:
+        posts = make_posts(count, ranks, width=width)
+        contestants = {
+            name: Contestant(form(posts)) for name, form in FORMS.items() if needs(name, count, ranks, width) <= limit
+        }
+        # The large ones take seconds a round.
+        taken = take_turns(contestants, rounds=max(3, min(rounds, rounds * 8192 // count)))
+        found |= {f"{name}/{count}": values for name, values in taken.items()}
+    return {"times": found, "note": machine_note("CPU", torch.get_num_threads())}
+
+
+def needs(name: str, count: int, ranks: int, width: int) -> float:
+    """Bytes that a contestant holds at its peak, from the tensors that its form needs at one time."""
+    anchors = {"full": count, "local": count // ranks}.get(name, 0)
+    return BYTES_PER_PAIR * anchors * count + 4 * 2 * count * width
+
+
+BYTES_PER_PAIR = 2 * 4 + 2 * 1 + 4 * 4
+"""Of a dense form, per anchor and row, at its peak, in the backward pass of logsumexp: the similarities and the masked
+ones, saved, two masks, saved, and four matrices on the way to the gradient of the similarities."""
+
+
+def peak(form: str, *, count: int, ranks: int, width: int) -> float:
+    """Most bytes that a forward and backward pass adds to this process, which should be a fresh one."""
+    # Every large block mapped on its own, and unmapped when freed: what the allocator keeps is no need of the form.
+    libc = ctypes.CDLL(None)
+    libc.mallopt(M_MMAP_THRESHOLD, 1 << 17)
+    try:
+        FORMS[form](make_posts(256, ranks, width=width))()
+        return peak_bytes(FORMS[form](make_posts(count, ranks, width=width)))
+    finally:
+        set_thresholds(libc)
+
+
+def peak_bytes(step: Callable[[], None]) -> float:
+    """Most resident memory during a call, above that before it; Linux only, for it resets the kernel's high-water mark.
+
+    Raises:
+        RuntimeError: the kernel keeps no such mark.
+    """
+    if not sys.platform.startswith("linux"):
+        raise RuntimeError("peak memory is measured on Linux only: it reads /proc/self/status.")
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status("VmRSS")
+    step()
+    return _status("VmHWM") - before
+
+
+def _status(key: str) -> float:
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+        if line.startswith(f"{key}:"):
+            return 1024.0 * int(line.split()[1])
+    raise RuntimeError(f"/proc/self/status has no {key}.")
+
+
+def wire(count: int, *, width: int) -> dict[str, float]:
+    """Bytes that rank 0 hands to collectives, by contestant, on real ranks; of what it sends to each other rank."""
+    dist.init_process_group("gloo")
+    ranks = dist.get_world_size()
+    posts = make_posts(count, ranks, width=width)
+    own = len(posts.own_BP)
+    task = Task("posts", "single_label", ("0", "1", "2"), "accuracy", contrastive=True)
+    loss = ContrastiveLoss((task,), ContrastiveConfig(), width=width, gather=gather_detached, world_size=ranks)
+    blank, ids = torch.ones(own, 1, dtype=torch.int64), torch.arange(own)
+    labels = posts.labels_G[:own]
+    batch = Batch(blank, blank, None, blank.bool(), ids, ids, {"posts": labels})
+    with counted_bytes() as ours_sent:
+        own_BP = posts.own_BP.detach().requires_grad_()
+        loss(ModelOutput({}, {"posts": own_BP}, {}, (), ids[:0]), batch)[0].backward()
+    with counted_bytes() as theirs_sent:
+        own_BP = posts.own_BP.detach().requires_grad_()
+        rows_GP = _GatherWithGradient.apply(own_BP)
+        labels_G = [torch.empty_like(labels) for _ in range(ranks)]
+        dist.all_gather(labels_G, labels.contiguous())
+        similarity = rows_GP @ rows_GP.T
+        (similarity * (torch.cat(labels_G) == torch.cat(labels_G)[:, None])).sum().backward()
+    return {"ours": ours_sent[0], "gather with gradient": theirs_sent[0]}
+
+
+@contextmanager
+def counted_bytes() -> Iterator[list[float]]:
+    """While open, the first item grows by what this rank hands to a collective for one other rank."""
+    sent = [0.0]
+    originals = {name: getattr(dist, name) for name in SHARES}
+
+    def wrapped(name: str) -> Callable[..., Any]:
+        def call(*arguments: Any, **named: Any) -> Any:
+            sent[0] += SHARES[name](arguments)
+            return originals[name](*arguments, **named)
+
+        return call
+
+    for name in SHARES:
+        setattr(dist, name, wrapped(name))
+    try:
+        yield sent
+    finally:
+        for name, original in originals.items():
+            setattr(dist, name, original)
+
+
+def _bytes(tensor: Tensor) -> float:
+    return float(tensor.numel() * tensor.element_size())
+
+
+SHARES: Mapping[str, Callable[[Sequence[Any]], float]] = {
+    # All of the rows go to each other rank.
+    "all_gather": lambda arguments: _bytes(arguments[1]),
+    # One part of W goes to each.
+    "all_to_all_single": lambda arguments: _bytes(arguments[1]) / dist.get_world_size(),
+    # The best there is: scatter the sums, then gather them.
+    "all_reduce": lambda arguments: 2 * _bytes(arguments[0]) / dist.get_world_size(),
+}
+"""Collective -> (its arguments) -> bytes for one other rank."""
+
+
+class _GatherWithGradient(torch.autograd.Function):
+    """As torch.distributed.nn does it: the gradient of the gathered rows goes back to their ranks, summed."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, rows.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        # A reduce-scatter, which gloo lacks: each rank sends every other rank its part, and sums what it gets.
+        received = torch.empty_like(gradient)
+        dist.all_to_all_single(received, gradient.contiguous())
+        return received.view(dist.get_world_size(), -1, gradient.shape[1]).sum(0)
+
+
+COSTS = "comoe.benchmarks.contrastive"
 
 
 @dataclass(frozen=True, slots=True)

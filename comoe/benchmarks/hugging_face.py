@@ -1,7 +1,11 @@
-"""The other side of ``launch/bench.py train``: a dense encoder under Hugging Face's Trainer with DeepSpeed ZeRO-2."""
+"""The other side of ``launch/bench.py train``: a dense encoder under Hugging Face's Trainer with DeepSpeed ZeRO-2.
+
+The trainer does one step at a time: it is held at the end of each until its turn comes again.
+"""
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +19,89 @@ from transformers import (
     BertModel,
     DataCollatorWithPadding,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
 )
 
-from comoe.benchmarks.turns import HeldTrainer
-from comoe.data.tokenized import TokenizedSplit
+from comoe.config.recipe import Recipe
+from comoe.data.tokens.split import TokenizedSplit
 from comoe.distributed import world_size
-from comoe.schema import Recipe
+
+
+class _Hold(TrainerCallback):
+    def __init__(self, owner: HeldTrainer) -> None:
+        self.owner = owner
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        self.owner.hold(control)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        self.owner.hold(control)
+
+
+class HeldTrainer:
+    """Runs the trainer's own loop, with its loader, collator and callbacks, in a thread.
+
+    Only one of main thread and trainer runs at any time, so two of them can take turns within one process.
+
+    Args:
+        trainer: ready to train, with more steps than will be asked for.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._go, self._done = threading.Semaphore(0), threading.Semaphore(0)
+        self._stopping = False
+        self._error: BaseException | None = None
+        trainer.add_callback(_Hold(self))
+        self._thread = threading.Thread(target=self._train, args=(trainer,), daemon=True)
+        self._thread.start()
+        self._wait()
+
+    def step(self) -> None:
+        """One whole training step: batch, forward, backward, optimizer.
+
+        Raises:
+            RuntimeError: the trainer failed or has ended.
+        """
+        if not self._thread.is_alive():
+            raise RuntimeError("the trainer has ended; give it more steps")
+        self._go.release()
+        self._wait()
+
+    def stop(self) -> None:
+        """Let the loop end."""
+        self._stopping = True
+        self._go.release()
+        self._thread.join(timeout=60)
+
+    def hold(self, control: Any) -> None:
+        """Called in the trainer's thread at the end of a step."""
+        self._done.release()
+        self._go.acquire()
+        control.should_training_stop = self._stopping
+
+    def _train(self, trainer: Trainer) -> None:
+        try:
+            trainer.train()
+        except BaseException as error:  # noqa: B902 - handed to the main thread, which waits for it
+            self._error = error
+        finally:
+            self._done.release()
+
+    def _wait(self) -> None:
+        self._done.acquire()
+        if self._error is not None:
+            raise RuntimeError(f"the trainer failed: {self._error}") from self._error
+
 
 STRATEGIES = {"hf": "random", "hf grouped": "group_by_length"}
 """Contestant -> ``train_sampling_strategy``; random is the Trainer's default."""
+
+
 BASE = dict(vocab_size=50265, hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072)
 """A BERT of 125 million parameters, the size of roberta-base."""
+
+
 STEPS = 100_000
 """More than any benchmark takes: the loop is ended from outside."""
 

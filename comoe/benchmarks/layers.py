@@ -12,18 +12,20 @@ from deepspeed.moe.layer import MoE
 from torch import Tensor, nn
 
 from comoe.benchmarks.workload import deepspeed_json
+from comoe.config.recipe import ModelConfig, MoeConfig, Recipe
 from comoe.distributed import world_size
-from comoe.models.encoder import build_encoder_from_config
-from comoe.models.moe import GatedFeedForward
-from comoe.models.multitask import MultiTaskModel
-from comoe.objective import Objective
-from comoe.schema import ModelConfig, MoeConfig, Recipe
-from comoe.tasks.catalog import Task
-from comoe.train.parallel import build_deepspeed_engine
-from comoe.train.settings import fill_settings, load_settings, plan_layout
+from comoe.losses.objective import Objective
+from comoe.models.encoders.build import build_encoder_from_config
+from comoe.models.model import MultiTaskModel
+from comoe.models.moe.experts import GatedFeedForward
+from comoe.tasks.task import Task
+from comoe.train.parallel.ds_config import fill_settings, load_settings, plan_layout
+from comoe.train.parallel.setup import build_deepspeed_engine
 
 OUTPUT_INIT = 0.02
 """Spread of the output projections: with zeros the backward pass would multiply by zero all the way."""
+
+
 TASK = Task("label", "single_label", ("no", "yes"), "macro_f1")
 
 

@@ -12,16 +12,18 @@ import torch
 from torch import Tensor
 
 from comoe.benchmarks.ranks import ROOT
-from comoe.config import load_recipe
-from comoe.data.batching import Collator, load_tokenizer
+from comoe.config.load import load_recipe
+from comoe.config.recipe import Recipe
+from comoe.data.collator import Collator, load_tokenizer
 from comoe.data.corpus import load_corpus
-from comoe.data.tokenized import TokenizedSplit, tokenize_split
-from comoe.models.encoder import build_encoder, build_encoder_from_config
-from comoe.schema import Recipe
-from comoe.starter import resolve
+from comoe.data.tokens.split import TokenizedSplit, tokenize_split
+from comoe.models.encoders.build import build_encoder, build_encoder_from_config
+from comoe.starter.registry import resolve
 
 RECIPE, SMOKE = ROOT / "launch/configs/starter.yaml", ROOT / "launch/configs/smoke.yaml"
 """The default recipe, and the one that stands in where the starter kit cannot be had."""
+
+
 PICKED_LOGITS, OTHER_LOGIT = (2.0, 1.5), -2.0
 """Logits of a forced first and second pick, and of every other expert."""
 

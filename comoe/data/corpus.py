@@ -1,22 +1,76 @@
-"""The posts of a recipe: every data set read, checked, parsed, split and counted."""
+"""The posts of a recipe: every data set read, checked, parsed, split, limited and counted."""
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from sklearn.model_selection import train_test_split
 
+from comoe.config.recipe import Recipe
 from comoe.data.columns import check_extra_columns, extra_columns, part_off
-from comoe.data.groups import Group, groups_of, read_group
-from comoe.data.image_checks import ImageReader
+from comoe.data.datasets import Group, groups_of, read_group
+from comoe.data.images.check import ImageReader
 from comoe.data.labels import resolved_task
 from comoe.data.posts import PART_NAMES, PostSplit, join_splits
+from comoe.data.reading.rows import BadCell, RowReader
 from comoe.data.report import BadRow, DataReport, settle
-from comoe.data.rows import BadCell, RowReader
-from comoe.data.splitting import hold_out, limited, seed_of, shared_posts
-from comoe.schema import Recipe
-from comoe.tasks.catalog import Task, kind_of
+from comoe.tasks.task import Task, kind_of
+
+
+def hold_out(posts: PostSplit, *, fraction: float, strata: np.ndarray, seed: int) -> tuple[np.ndarray, bool]:
+    """Which posts become the validation part; equal texts stay on one side.
+
+    Args:
+        posts: training posts.
+        fraction: share of the different texts to hold out, rounded, at least one text.
+        strata: a number per post, int, shape (N,); each is held out by its share where there are enough posts.
+        seed: any non-negative int.
+
+    Returns:
+        A mask of the held-out posts, bool, shape (N,), and whether strata were kept.
+
+    Raises:
+        ValueError: nothing would be held out, or nothing would be left.
+    """
+    first_row: dict[str, int] = {}
+    text_ids = np.array([first_row.setdefault(text, len(first_row)) for text in posts.texts])
+    count = max(1, round(fraction * len(first_row)))
+    if fraction == 0 or count >= len(first_row):
+        raise ValueError(f"{len(first_row):,} different posts cannot give up a share of {fraction} for validation")
+    strata = strata[np.unique(text_ids, return_index=True)[1]]
+    names, sizes = np.unique(strata, return_counts=True)
+    # The split needs two posts per stratum: rare ones go with the largest.
+    strata = np.where(np.isin(strata, names[sizes < 2]), names[sizes.argmax()], strata)
+    kept = 1 < len(np.unique(strata)) <= min(count, len(strata) - count)
+    everything = np.arange(len(strata))
+    _, held = train_test_split(everything, test_size=count, stratify=strata if kept else None, random_state=seed)
+    return np.isin(text_ids, held), kept
+
+
+def limited(posts: PostSplit, *, count: int | None, seed: int) -> PostSplit:
+    """At most ``count`` posts in their order, drawn by the seed; fewer are always a part of more."""
+    if count is None or count >= len(posts):
+        return posts
+    return posts.take(np.sort(np.random.default_rng(seed).permutation(len(posts))[:count]))
+
+
+def shared_posts(posts: PostSplit, *, known: PostSplit) -> int:
+    """How many posts are in ``known`` too, by text, second text and picture; case and white space count as equal."""
+
+    def keys(split: PostSplit) -> list[tuple[str, str | None, bytes | str | None]]:
+        columns = zip(split.texts, split.pairs, split.images, strict=True)
+        return [(" ".join(text.casefold().split()), pair, image) for text, pair, image in columns]
+
+    there = set(keys(known))
+    return sum(key in there for key in keys(posts))
+
+
+def seed_of(seed: int, name: str) -> int:
+    """A seed of its own for each name, so that adding a data set leaves the draws of the others alone."""
+    return (seed + zlib.crc32(name.encode())) % 2**32
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +103,7 @@ def load_corpus(
     left out. The same recipe gives the same corpus on every machine.
 
     Args:
-        recipe: the recipe, with local paths (``comoe.starter.resolve``).
+        recipe: the recipe, with local paths (``comoe.starter.registry.resolve``).
         report: is filled and returned within the corpus; a new one by default.
         with_images: look at all pictures and keep where they are; else no post has one, and no picture is looked at.
         cache_dir: where is remembered which pictures are good; None remembers nothing.

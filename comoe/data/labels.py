@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from comoe.config.recipe import TaskConfig
 from comoe.data.posts import PostSplit
 from comoe.data.report import DataReport
-from comoe.protocols import IGNORED
-from comoe.schema import TaskConfig
-from comoe.tasks.base import Kind
-from comoe.tasks.catalog import CONFIDENCE_STRATEGIES, Task, build_task
+from comoe.tasks.kinds.base import Kind
+from comoe.tasks.task import CONFIDENCE_STRATEGIES, Task, build_task
+from comoe.types import IGNORED
 
 
 def discovered(kind: Kind, values: Iterable[Any]) -> tuple[str, ...]:

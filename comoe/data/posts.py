@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from comoe.rules import unknown_name
+from comoe.config.errors import unknown_name
 
 UNSEEN = "unseen"
 """Split of the posts that ``tasks.<name>.hold_out`` keeps from training."""
+
+
 PART_NAMES = ("train", "validation", "test", UNSEEN)
 """Splits of a corpus, in this order."""
 

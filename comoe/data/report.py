@@ -8,6 +8,8 @@ from typing import Any
 
 SHOWN_CHARACTERS = 60
 """Characters of a bad value that a message shows."""
+
+
 SHOWN_ROWS = 10
 """Set-aside rows that ``DataReport.lines`` lists one by one."""
 

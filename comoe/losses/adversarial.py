@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from comoe.protocols import DOMAINS, Batch, ModelOutput
-from comoe.schema import AdversarialConfig
+from comoe.config.recipe import AdversarialConfig
+from comoe.types import DOMAINS, Batch, ModelOutput
 
 ON_DOMAINS = ("adversarial", "adversarial_accuracy", "adversarial_commonest")
 """Terms that a step in which no post has a domain has no value of."""

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from comoe.losses.running import RunningSums
-from comoe.protocols import Batch, ModelOutput, labelled_rows
+from comoe.losses.routing import RunningSums
+from comoe.types import Batch, ModelOutput, labelled_rows
 
 
 def cross_sums(shared_BLM: Tensor, private_BLM: Tensor, counted_BL: Tensor) -> Tensor:

@@ -1,13 +1,16 @@
-"""Task heads: attention pooling and a linear layer, a linear layer on each token, or pooling alone."""
+"""What a task has of its own: pooling, head, private part; and a copy of its logits for gradients at the shared states."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from comoe.tasks.catalog import Task
+from comoe.models.moe.experts import GatedFeedForward
+from comoe.tasks.task import Task
+from comoe.types import Probe
 
 
 class AttentionPooling(nn.Module):
@@ -81,3 +84,46 @@ class TaskHead(nn.Module):
         # Without outputs: no columns, yet part of the graph.
         logits = pooled_BM[:, :0] if self.output is None else self.output(self.dropout(pooled_BM))
         return HeadOutput(logits.float(), pooled_BM, attention_BL)
+
+
+def probe(shared_BLM: Tensor, tasks: Sequence[Task], answer: Callable[[int, Tensor], tuple[HeadOutput, Any]]) -> Probe:
+    """Run what each task has for itself on a copy of its own of the shared states, gradients on, whatever is around.
+
+    It is a second run, because ZeRO-3 counts the backward passes of a module and allows one for each forward pass. It
+    draws the dropout that the tasks draw next, and leaves the random numbers as they were.
+
+    Args:
+        shared_BLM: the last states that all tasks read.
+        tasks: the tasks.
+        answer: (number of the task, shared states) -> what its head answers, and something else.
+    """
+    states, logits = {}, {}
+    with torch.random.fork_rng([shared_BLM.device] if shared_BLM.is_cuda else []), torch.enable_grad():
+        for number, task in enumerate(tasks):
+            states[task.name] = shared_BLM.detach().requires_grad_()
+            logits[task.name] = answer(number, states[task.name])[0].logits
+    return Probe(states, logits)
+
+
+class PrivatePart(nn.Module):
+    """A task's own gated feed-forward on the last shared states: norm, feed-forward, dropout; its answer is added.
+
+    Its output projection begins at 0, so at the start every task reads the shared states as they are.
+
+    Args:
+        model_width: M.
+        width: ``model.private_width``.
+        dropout: probability on the update.
+
+    Source: the shared-private scheme of Liu et al. 2017, arXiv:1704.05742, as a residual.
+    """
+
+    def __init__(self, model_width: int, width: int, *, dropout: float) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(model_width)
+        self.feed_forward = GatedFeedForward(model_width, width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, shared_BLM: Tensor) -> Tensor:
+        """What is added to the shared states, (B, L, M)."""
+        return self.dropout(self.feed_forward(self.norm(shared_BLM))).to(shared_BLM.dtype)

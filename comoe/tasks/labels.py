@@ -7,13 +7,15 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from comoe.rules import unknown_name
+from comoe.config.errors import unknown_name
 
 OUTSIDE = "O"
 """The tag of a word that belongs to no span."""
 
+
 WORD = re.compile(r"(?:https?://|www\.)\S+|[@#]?\w+(?:[-'’_.]\w+)*|[^\w\s]+")
 """A link, a user, a hashtag, a word (don't, U.S), or a run of signs (emoticon, full stop)."""
+
 
 _WHOLE_NUMBER = re.compile(r"([+-]?\d+)\.0+")
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import string
 from collections.abc import Sequence
 
-from comoe.rules import unknown_name
-from comoe.schema import SCORED_INSTEAD, TaskConfig
-from comoe.tasks.base import Kind
+from comoe.config.errors import unknown_name
+from comoe.config.recipe import SCORED_INSTEAD, TaskConfig
+from comoe.tasks.kinds.base import Kind
 
 FIELDS = ("text", "pair")
 """What a template may stand for: the cleaned post, and its second text; in the order in which they are shortened."""
+
+
 _DEFAULTS = TaskConfig()
 
 

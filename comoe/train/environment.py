@@ -19,14 +19,18 @@ import torch
 
 M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1
 """mallopt numbers of glibc: blocks above the first are mapped and unmapped, free space above the second is returned."""
+
+
 THRESHOLDS = {M_MMAP_THRESHOLD: 32 << 20, M_TRIM_THRESHOLD: 64 << 20}
 """Bytes: what glibc comes to by itself, unless ``prepare_process`` asked this process for more. It cannot be read back;
 whoever changes them for a while puts these back."""
+
+
 PACKAGES = ("comoe", "torch", "deepspeed", "transformers", "datasets", "accelerate", "tensorboard", "numpy")
 
 
 def prepare_process(*, verbose: bool) -> None:
-    """Set the environment that DeepSpeed reads on import. Call it before ``comoe.train.parallel`` is imported.
+    """Set the environment that DeepSpeed reads on import. Call it before ``comoe.train.parallel.setup`` is imported.
 
     A user need not set any variable: a machine without a GPU is told to DeepSpeed as such, a plain ``python`` start
     becomes a world of one rank, each rank takes its share of the cores, and on several machines it talks over the

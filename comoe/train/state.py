@@ -6,8 +6,8 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from comoe.config import unknown_name
-from comoe.schema import TrainConfig
+from comoe.config.errors import unknown_name
+from comoe.config.recipe import TrainConfig
 
 ALL_STEPS = "all steps done"
 """Why a run ended that was not cut short by its patience; more steps asked for by a resume go on from there."""

@@ -4,35 +4,76 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
-from comoe.data.batching import Collator
-from comoe.data.pixels import PixelReader
-from comoe.data.sampling import TrainSampler
-from comoe.data.tokenized import TokenizedSplit
-from comoe.distributed import all_gather_objects, is_main, rank, sum_over_ranks, world_size
-from comoe.evaluate import Evaluation, chosen_metric
-from comoe.objective import count_units, unit_scale
-from comoe.protocols import Batch
-from comoe.schema import Recipe
-from comoe.tasks.catalog import Task
-from comoe.train.checkpoint import save_checkpoint
-from comoe.train.engine import Engine, StepReport
-from comoe.train.evaluation import EvaluationStopped, Evaluator
-from comoe.train.folders import mark_best
-from comoe.train.following import follow_progress
-from comoe.train.monitor import Monitor
-from comoe.train.progress import Interval, count_posts, log_lost_pictures
-from comoe.train.settings import Layout
-from comoe.train.signals import StopSignal
+from comoe.config.recipe import Recipe
+from comoe.data.collator import Collator
+from comoe.data.images.pixels import PixelReader
+from comoe.data.sampling.mixing import loss_gains, progress_rates
+from comoe.data.sampling.sampler import TrainSampler
+from comoe.data.tokens.split import TokenizedSplit
+from comoe.distributed import all_gather_objects, broadcast_object, is_main, rank, sum_over_ranks, world_size
+from comoe.evaluation.evaluate import Evaluation, chosen_metric
+from comoe.losses.objective import count_units, unit_scale
+from comoe.tasks.task import Task
+from comoe.train.checkpoint.folder import mark_best
+from comoe.train.checkpoint.save_load import save_checkpoint
+from comoe.train.evaluator import EvaluationStopped, Evaluator
+from comoe.train.fault.signals import StopSignal
+from comoe.train.fault.watchdog import Watchdog
+from comoe.train.monitor.log_window import Interval, count_posts, log_lost_pictures
+from comoe.train.monitor.monitor import Monitor
+from comoe.train.parallel.ds_config import Layout
+from comoe.train.parallel.engine import Engine, StepReport
 from comoe.train.state import ALL_STEPS, TrainState, rate_factor
-from comoe.train.watchdog import Watchdog
+from comoe.types import Batch
+
+
+def follow_progress(
+    sampler: TrainSampler,
+    state: TrainState,
+    evaluation: Evaluation,
+    *,
+    tasks: Sequence[Task],
+    split: TokenizedSplit,
+    every: int,
+) -> Mapping[str, float]:
+    """Change the rates by what the training since the last evaluation brought; nothing where they do not follow it.
+
+    The change is noted in ``state``, which a resume hands back to the sampler, and holds from the next step on. Every
+    rank must call it.
+
+    Args:
+        sampler: gets the new rates.
+        state: ``mixing`` and ``validation_losses`` are read and filled.
+        evaluation: of the validation split, the same on every rank.
+        tasks: all tasks.
+        split: the training posts.
+        every: steps between evaluations.
+
+    Returns:
+        ``draws/<data set>`` -> its share of the draws from now on.
+    """
+    if not sampler.follows_progress:
+        return {}
+    now = {name: values["loss"] for name, values in evaluation.metrics.items()}
+    names = np.unique(split.groups)
+    has_GT = np.stack([split.labelled[split.groups == group].any(axis=0) for group in names])
+    gains_G = loss_gains(state.validation_losses, now, tasks=tasks, has_GT=has_GT)
+    # Rank 0 decides: a loss that another machine rounds differently must not make it draw other posts.
+    rates_G = np.array(broadcast_object(progress_rates(sampler.rates_G, gains_G).tolist()))
+    state.validation_losses = now
+    state.mixing.append(sampler.change(state.step, rates_G))
+    sampler.follow(state.mixing, every=every)
+    return {f"draws/{split.posts.group_names[group]}": float(rate) for group, rate in zip(names, rates_G, strict=True)}
+
 
 SHOWN = 8
 """Posts that are named when a step is skipped; all of them are in metrics.jsonl."""

@@ -56,7 +56,7 @@ def test_a_run_that_is_there_is_refused_and_left_as_it_is(smoke_run: Finished, t
 
 def refusals(requests: list[dict[str, Any]], home: str) -> list[str]:
     """The messages of several starts in one process, which loads its libraries once."""
-    from comoe.run import Request, train
+    from comoe.train.run import Request, train
 
     os.environ["COMOE_HOME"] = home
     said = []

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from comoe.data.image_checks import check_images
+from comoe.data.images.check import check_images
 from tests.end_to_end.commands import Terminal, read_lines
 from tests.helpers_images import LIMITS, encoded, noise, place_damaged, unusual
 

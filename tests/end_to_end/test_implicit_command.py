@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from comoe.predict import Predictor
+from comoe.inference.predictor import Predictor
 from tests.end_to_end.commands import Terminal, losses, read_lines, train_lines
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.one_core]

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from comoe.predict import Predictor
+from comoe.inference.predictor import Predictor
 from tests.end_to_end.commands import SMOKE, TASKS, Terminal, deepspeed, losses, read_lines
 
 pytestmark = pytest.mark.end_to_end

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from comoe.predict import Predictor
-from comoe.tasks.catalog import Task
+from comoe.inference.predictor import Predictor
+from comoe.tasks.task import Task
 from tests.end_to_end.commands import Terminal, read_lines, train_lines
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.one_core]

@@ -11,8 +11,8 @@ import matplotlib.image
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from comoe.config import load_recipe
-from comoe.train.folders import find_checkpoint
+from comoe.config.load import load_recipe
+from comoe.train.checkpoint.folder import find_checkpoint
 from tests.end_to_end.commands import TASKS, is_launchers, losses, read_lines, train_lines
 from tests.end_to_end.conftest import Finished
 

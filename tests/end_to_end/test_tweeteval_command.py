@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from comoe.answers import predict_file
-from comoe.predict import Predictor
+from comoe.inference.predict_file import predict_file
+from comoe.inference.predictor import Predictor
 from tests.end_to_end.commands import Terminal, read_lines, train_lines
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.one_core]

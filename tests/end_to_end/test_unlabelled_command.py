@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from comoe.predict import Predictor
+from comoe.inference.predictor import Predictor
 from tests.end_to_end.commands import SMOKE, TASKS, Terminal, deepspeed, read_lines, train_lines
 
 pytestmark = pytest.mark.end_to_end

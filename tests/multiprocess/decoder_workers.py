@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from comoe.protocols import Batch
+from comoe.types import Batch
 from tests.helpers_seq2seq import MIXED, decoder_batch, filler
 from tests.multiprocess.workers import recipe_of
 
@@ -79,7 +79,7 @@ def share(step: int, *, rank: int, world_size: int, family: str) -> Batch:
 def own_batch(step: int, family: str) -> Batch:
     """The share with the scale of the whole step."""
     from comoe.distributed import rank, sum_over_ranks, world_size
-    from comoe.objective import count_units, unit_scale
+    from comoe.losses.objective import count_units, unit_scale
 
     batch = share(step, rank=rank(), world_size=world_size(), family=family)
     units = sum_over_ranks(count_units(batch, tasks()))
@@ -121,9 +121,9 @@ def _cell(
     models: dict[str, str], *, family: str, stage: int, ep: int, recompute: bool = False, name: str = "",
     folder: str | None = None, steps: int,
 ) -> dict[str, Any]:  # fmt: skip
-    from comoe.train.checkpoint import load_checkpoint, save_checkpoint
-    from comoe.train.folders import find_checkpoint
-    from comoe.train.parallel import gather_full_state
+    from comoe.train.checkpoint.folder import find_checkpoint
+    from comoe.train.checkpoint.save_load import load_checkpoint, save_checkpoint
+    from comoe.train.parallel.setup import gather_full_state
     from comoe.train.state import TrainState
 
     engine, layout = start(models[family], stage=stage, ep=ep, recompute=recompute)
@@ -160,8 +160,8 @@ def by_one_process(
     models: dict[str, str], family: str, state: dict[str, torch.Tensor], encoder_config: dict[str, Any]
 ) -> dict[str, np.ndarray]:
     """What the plain model of an export answers, given the weights that a layout gathered."""
-    from comoe.export_folder import fill_in
-    from comoe.models.building import build_model
+    from comoe.inference.export import fill_in
+    from comoe.models.model import build_model
 
     config = json.loads(json.dumps(encoder_config, default=str))
     model = build_model(recipe(models[family], ep=1).model, tasks(), encoder_config=config)
@@ -179,8 +179,8 @@ def _stacked(parts: list[np.ndarray]) -> np.ndarray:
 
 def _moved(models: dict[str, str], folder: Path, name: str, *, steps: int) -> dict[str, Any]:
     """Go on from the checkpoint of another layout."""
-    from comoe.train.checkpoint import load_checkpoint
-    from comoe.train.folders import find_checkpoint
+    from comoe.train.checkpoint.folder import find_checkpoint
+    from comoe.train.checkpoint.save_load import load_checkpoint
 
     family, stage = name.split("-")
     engine, layout = start(models[family], stage=int(stage), ep=1, recompute=False, universal=True)
@@ -190,10 +190,10 @@ def _moved(models: dict[str, str], folder: Path, name: str, *, steps: int) -> di
 
 def plain(models: dict[str, str], *, steps: int) -> dict[str, dict[str, Any]]:
     """The same steps by PyTorch alone: no DeepSpeed."""
-    from comoe.models.balance import BALANCES
-    from comoe.models.building import build_model
-    from comoe.objective import Objective
-    from comoe.train.parallel import parameter_groups
+    from comoe.losses.objective import Objective
+    from comoe.models.model import build_model
+    from comoe.models.moe.gate import BALANCES
+    from comoe.train.parallel.setup import parameter_groups
 
     answers = {}
     for family, encoder in models.items():

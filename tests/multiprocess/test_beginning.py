@@ -14,14 +14,14 @@ pytestmark = pytest.mark.multiprocess
 
 def take_on_each(folders: list[str]) -> list[str]:
     """What each rank is told when it takes the folder of its number, first one that all share."""
-    import comoe.beginning as beginning
+    import comoe.train.run_folder as beginning
     from comoe.train.environment import prepare_process
-    from comoe.train.watchdog import Watchdog
+    from comoe.train.fault.watchdog import Watchdog
 
     os.environ.update(CROSS_SIZE="2", CROSS_RANK=os.environ["RANK"])
     beginning.PATIENCE = 1.0
     prepare_process(verbose=False)
-    from comoe.train.parallel import start_ranks
+    from comoe.train.parallel.setup import start_ranks
 
     start_ranks(timeout_seconds=60)
     watch = Watchdog()

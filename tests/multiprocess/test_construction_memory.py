@@ -25,7 +25,7 @@ import pytest
 import torch
 from transformers import AutoModel, BertConfig, BertForMaskedLM, BertModel
 
-from comoe.footprint import kept_whole
+from comoe.train.memory_plan import kept_whole
 from tests.helpers_model import HF_CONFIGS
 from tests.helpers_ranks import run_ranks
 from tests.multiprocess import workers
@@ -75,9 +75,9 @@ def construct(encoder: str, *, ways: Sequence[str], experts: int) -> list[dict[s
     import deepspeed
 
     from comoe.distributed import world_size
-    from comoe.objective import build_objective
-    from comoe.train.parallel import building, start_ranks
-    from comoe.train.settings import fill_settings, plan_layout
+    from comoe.losses.objective import build_objective
+    from comoe.train.parallel.ds_config import fill_settings, plan_layout
+    from comoe.train.parallel.setup import building, start_ranks
 
     start_ranks(timeout_seconds=600)
     recipe = workers.recipe_of(encoder, model__moe__num_experts=experts)
@@ -126,8 +126,8 @@ def reads_the_same(encoder: str) -> dict[str, Any]:
     """Whether the encoder split as it is read has the ordinary one's weights and buffers, and the share it holds."""
     import deepspeed
 
-    from comoe.models.encoder import build_encoder
-    from comoe.train.parallel import building
+    from comoe.models.encoders.build import build_encoder
+    from comoe.train.parallel.setup import building
 
     config = workers.recipe_of(encoder).model
     ordinary = build_encoder(config)
@@ -143,8 +143,8 @@ def reads_the_same(encoder: str) -> dict[str, Any]:
 
 
 def refusal(encoder: str) -> str:
-    from comoe.models.encoder import build_encoder
-    from comoe.train.parallel import building
+    from comoe.models.encoders.build import build_encoder
+    from comoe.train.parallel.setup import building
 
     with (
         pytest.raises(ValueError, match="has no weights for") as error,

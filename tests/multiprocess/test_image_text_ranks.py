@@ -8,10 +8,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from comoe.config.recipe import ImageTextConfig
 from comoe.distributed import gather_detached, gather_rows, sum_over_ranks, world_size
-from comoe.losses.image_text import ITCLoss, ITMLoss, contrast
-from comoe.losses.pairs import draw_texts, gather_pairs
-from comoe.schema import ImageTextConfig
+from comoe.losses.image_text import ITCLoss, ITMLoss, contrast, draw_texts, gather_pairs
 from tests.helpers_ranks import run_ranks
 
 pytestmark = pytest.mark.multiprocess
@@ -82,7 +81,7 @@ def losses_and_gradients(rows, fusion, options):
 
 def contrast_and_gradients(rows):
     """The contrast of float64 rows, blank ones too, against autograd of the formula over all rows."""
-    from tests.unit.test_image_text_losses import dense, pairs_of, unit
+    from tests.unit.losses.test_image_text import dense, pairs_of, unit
 
     shares, rank = rows, dist.get_rank() if dist.is_initialized() else 0
     posts = torch.tensor([5, 5, -1, 8, 9, 11, -1, 12, 3, 4])

@@ -24,8 +24,8 @@ from typing import Any
 import pytest
 import torch
 
-from comoe.cluster_model import Layout, ModelShape, all_to_all_bytes, traffic
-from comoe.memory import MemoryPlan, plan_memory
+from comoe.experiments.cluster.costs import Layout, ModelShape, all_to_all_bytes, traffic
+from comoe.train.memory_plan import MemoryPlan, plan_memory
 from tests.helpers_ranks import run_ranks
 from tests.multiprocess import workers
 

@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 import torch.distributed as dist
 
+from comoe.config.recipe import LossConfig
 from comoe.distributed import sum_over_ranks, world_size
-from comoe.objective import count_units, unit_scale
-from comoe.protocols import IGNORED
-from comoe.schema import LossConfig
+from comoe.losses.objective import count_units, unit_scale
+from comoe.types import IGNORED
 from tests.helpers_model import TASKS, moe_config, random_batch, take, tiny_objective
 from tests.helpers_ranks import run_ranks
 

@@ -16,12 +16,12 @@ def one_is_late() -> tuple[list[int], str]:
     """Rank 1 sleeps while rank 0 waits for it in a collective: exit codes asked for, and the message."""
     from comoe.distributed import sum_over_ranks
     from comoe.train.environment import prepare_process
-    from comoe.train.watchdog import Watchdog
+    from comoe.train.fault.watchdog import Watchdog
 
     prepare_process(verbose=False)
     import torch
 
-    from comoe.train.parallel import start_ranks
+    from comoe.train.parallel.setup import start_ranks
 
     start_ranks(timeout_seconds=60)
     codes: list[int] = []

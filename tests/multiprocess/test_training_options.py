@@ -238,8 +238,8 @@ def in_one_world(work: list[tuple[str, dict[str, Any]]], encoder: str, folder: s
 
 def frozen_resume(encoder: str, *, stage: int, folder: str) -> dict[str, Any]:
     """Two steps with a frozen encoder, a checkpoint, one more step; and that step again from the checkpoint."""
-    from comoe.train.checkpoint import load_checkpoint, save_checkpoint
-    from comoe.train.folders import find_checkpoint
+    from comoe.train.checkpoint.folder import find_checkpoint
+    from comoe.train.checkpoint.save_load import load_checkpoint, save_checkpoint
     from comoe.train.state import TrainState
 
     recipe = recipe_of(encoder, model__train_layers="none", **SHARED)

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from comoe.config import recipe_from_dict
-from comoe.protocols import IGNORED, Batch
-from comoe.tasks.catalog import Task
+from comoe.config.load import recipe_from_dict
+from comoe.tasks.task import Task
+from comoe.types import IGNORED, Batch
 
 TASKS = (
     Task("mood", "single_label", ("bad", "good", "none"), "macro_f1", 1.0, None, 0.0, True),
@@ -162,10 +162,10 @@ def build(
 ) -> Any:
     """(engine, layout) of this rank."""
     from comoe.distributed import world_size
-    from comoe.objective import build_objective
-    from comoe.train.engine import Engine
-    from comoe.train.parallel import build_deepspeed_engine, building, start_ranks
-    from comoe.train.settings import fill_settings, plan_layout
+    from comoe.losses.objective import build_objective
+    from comoe.train.parallel.ds_config import fill_settings, plan_layout
+    from comoe.train.parallel.engine import Engine
+    from comoe.train.parallel.setup import build_deepspeed_engine, building, start_ranks
 
     if not torch.distributed.is_initialized():
         start_ranks(timeout_seconds=120)
@@ -188,7 +188,7 @@ def one_step(engine: Any, step: int, *, accumulation: int = 1) -> Any:
 def own_batches(step: int, *, accumulation: int = 1, count: int = 12) -> list[Batch]:
     """This rank's micro-batches with the scale of the whole step."""
     from comoe.distributed import rank, sum_over_ranks, world_size
-    from comoe.objective import count_units, unit_scale
+    from comoe.losses.objective import count_units, unit_scale
 
     batches = shares(step, rank=rank(), world_size=world_size(), accumulation=accumulation, count=count)
     units_T = sum_over_ranks(torch.stack([count_units(batch, TASKS) for batch in batches]).sum(0))
@@ -238,8 +238,8 @@ def case(
 ) -> dict[str, Any]:  # fmt: skip
     """Train a few steps: global losses, norms, picks, weights, logits by the engine and by the plain model."""
     from comoe.distributed import sum_over_ranks, world_size
-    from comoe.objective import build_objective
-    from comoe.train.parallel import gather_full_state
+    from comoe.losses.objective import build_objective
+    from comoe.train.parallel.setup import gather_full_state
 
     recipe = recipe_of(encoder, **changes)
     engine, layout = build(recipe, stage=stage, accumulation=accumulation, settings=settings, seed=seed)
@@ -279,9 +279,9 @@ def plain_case(
     encoder: str, *, steps: int, accumulation: int = 1, count: int = 12, seed: int = 0, **changes: Any
 ) -> dict[str, Any]:
     """What ``case`` does, by PyTorch alone: one process, its own optimizer, its own clipping. No DeepSpeed runs."""
-    from comoe.models.balance import BALANCES
-    from comoe.objective import build_objective
-    from comoe.train.parallel import parameter_groups
+    from comoe.losses.objective import build_objective
+    from comoe.models.moe.gate import BALANCES
+    from comoe.train.parallel.setup import parameter_groups
 
     recipe = recipe_of(encoder, **changes)
     torch.manual_seed(seed)
@@ -324,8 +324,8 @@ def plain_case(
 
 def resumed(encoder: str, *, stage: int, folder: str, settings: dict[str, Any] | None = None) -> dict[str, Any]:
     """Three steps, a checkpoint, three more; then a fresh engine loads it and does the same three."""
-    from comoe.train.checkpoint import load_checkpoint, save_checkpoint
-    from comoe.train.folders import find_checkpoint
+    from comoe.train.checkpoint.folder import find_checkpoint
+    from comoe.train.checkpoint.save_load import load_checkpoint, save_checkpoint
     from comoe.train.state import TrainState
 
     recipe = recipe_of(encoder, train__schedule="linear", model__dropout=0.1, parallel__ep_size=2, **REMEMBERED)
@@ -359,8 +359,8 @@ def resumed(encoder: str, *, stage: int, folder: str, settings: dict[str, Any] |
 def poisoned(encoder: str, *, stage: int, settings: dict[str, Any] | None = None) -> dict[str, Any]:
     """Three steps; in the second, rank 1's targets hold an infinite number. Which were skipped, which moved weights?"""
     from comoe.distributed import broadcast_object, rank, sum_over_ranks, world_size
-    from comoe.objective import count_units, unit_scale
-    from comoe.train.parallel import gather_full_state
+    from comoe.losses.objective import count_units, unit_scale
+    from comoe.train.parallel.setup import gather_full_state
 
     engine, _ = build(recipe_of(encoder, parallel__ep_size=2), stage=stage, settings=settings)
     skipped, changed = [], []
@@ -402,9 +402,9 @@ def save_and_go_on(
     Returns the global losses of all six for each run.
     """
     from comoe.distributed import sum_over_ranks, world_size
-    from comoe.train.checkpoint import load_checkpoint, save_checkpoint
-    from comoe.train.folders import find_checkpoint
-    from comoe.train.parallel import start_ranks
+    from comoe.train.checkpoint.folder import find_checkpoint
+    from comoe.train.checkpoint.save_load import load_checkpoint, save_checkpoint
+    from comoe.train.parallel.setup import start_ranks
     from comoe.train.state import TrainState
 
     start_ranks(timeout_seconds=120)

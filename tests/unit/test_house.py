@@ -1,4 +1,4 @@
-"""The house rules of the code, held by reading its syntax trees: layers, sizes, docstrings, who may import what."""
+"""The rules of the code, held by reading its syntax trees: levels, sizes, docstrings, who may import what."""
 
 from __future__ import annotations
 
@@ -15,41 +15,46 @@ ROOT = Path(__file__).parents[2]
 FILES = sorted(path.relative_to(ROOT).as_posix() for path in [*ROOT.glob("comoe/**/*.py"), *ROOT.glob("launch/*.py")])
 PACKAGE = [file for file in FILES if file.startswith("comoe/")]
 
-MAX_LINES, MAX_LAUNCH_LINES, MAX_FUNCTION_LINES = 300, 60, 60
+MAX_LAUNCH_LINES, MAX_FUNCTION_LINES = 60, 60
 
-LAYERS = {
-    "comoe/schema": 0, "comoe/schema_model": 0, "comoe/schema_loss": 0,
-    "comoe/rules": 0, "comoe/config": 0, "comoe/protocols": 0, "comoe/distributed": 0,
-    "comoe/tasks": 1, "comoe/conflicts": 1,
-    "comoe/data": 2, "comoe/models": 2, "comoe/losses": 2, "comoe/weighting": 2,
-    "comoe/terms": 3, "comoe/objective": 3, "comoe/task_gradients": 3, "comoe/gradcache": 3, "comoe/evaluate": 3,
-    "comoe/train": 4,
-    "comoe": 5,
-    "launch": 6,
+LEVELS = {
+    "launch": 8,
+    "comoe/experiments": 7, "comoe/benchmarks": 7,
+    "comoe/train": 6,
+    "comoe/inference": 5, "comoe/augment": 5,
+    "comoe/evaluation": 4,
+    "comoe/losses": 3,
+    "comoe/data": 2, "comoe/models": 2,
+    "comoe/tasks": 1, "comoe/starter": 1,
+    "comoe": 0, "comoe/config": 0,
 }  # fmt: skip
-"""Longest matching prefix -> layer; whatever lies directly in comoe/ without a line of its own is layer 5."""
+"""Folder -> level. A file imports from its own folder and from lower levels; two folders of one level are strangers."""
+
+ALIASES = ("comoe/__init__.py", "comoe/predict.py")
+"""Public names that lead to where things are: no home of code."""
+
+LONG_FILES = {
+    "comoe/config/recipe.py": "every option of a recipe, in the order of the YAML file",
+    "comoe/train/memory_plan.py": "one formula per line of the plan, then what they are fed with",
+}
+"""File over 400 lines -> why it is one piece."""
 
 HOMES = {
-    "deepspeed": ("comoe/train/parallel.py", "comoe/train/dispatch.py", "comoe/train/engine.py",
-                  "comoe/train/checkpoint.py"),
+    "deepspeed": ("comoe/train/parallel/", "comoe/train/checkpoint/"),
     "torch.distributed": ("comoe/distributed.py",),
-    "transformers": ("comoe/models/encoder.py", "comoe/models/pretrained.py", "comoe/models/vision.py",
-                     "comoe/data/batching.py", "comoe/data/pixels.py", "comoe/export.py", "comoe/starter",
-                     "comoe/augmenting/"),
-    "tokenizers": ("comoe/data/batching.py", "comoe/starter"),
-    "datasets": ("comoe/data/sources.py",),
-    "PIL": ("comoe/data/images.py", "comoe/data/image_checks.py", "comoe/data/pixels.py", "comoe/drawn_posts.py"),
-    "tensorboard": ("comoe/train/monitor.py",),
+    "transformers": ("comoe/models/encoders/", "comoe/models/vision/", "comoe/data/", "comoe/starter/",
+                     "comoe/inference/export.py", "comoe/augment/"),
+    "tokenizers": ("comoe/data/", "comoe/starter/"),
+    "datasets": ("comoe/data/reading/",),
+    "PIL": ("comoe/data/images/", "comoe/starter/"),
+    "tensorboard": ("comoe/train/monitor/",),
     # A monitor belongs to one run; the hparams page compares finished runs.
-    "torch.utils.tensorboard": ("comoe/train/monitor.py", "comoe/scaling_table.py"),
-    "yaml": ("comoe/config.py",),
-    "matplotlib": ("comoe/train/plots.py", "comoe/train/embedding_plots.py", "comoe/train/reliability_plots.py",
-                   "comoe/scaling_plots.py", "comoe/comparing/plots.py", "comoe/comparing/transfer_plots.py"),
-    "emoji": ("comoe/data/text.py", "comoe/data/noise.py"),
+    "torch.utils.tensorboard": ("comoe/train/monitor/", "comoe/experiments/"),
+    "yaml": ("comoe/config/",),
+    "matplotlib": ("comoe/train/monitor/plots.py", "comoe/experiments/"),
+    "emoji": ("comoe/data/text/",),
     "sklearn": ("comoe/tasks/", "comoe/data/"),
-    "scipy": ("comoe/tasks/", "comoe/calibration.py", "comoe/conflicts.py", "comoe/comparing/intervals.py"),
-    "seqeval": ("comoe/tasks/",),
-    "rouge_score": ("comoe/tasks/",),
+    "scipy": ("comoe/tasks/", "comoe/evaluation/", "comoe/losses/weighting/", "comoe/experiments/compare/"),
 }  # fmt: skip
 """Third-party library -> beginnings of the paths that may import it; libraries without a line may appear anywhere."""
 
@@ -94,23 +99,19 @@ def our_imports(file: str) -> set[str]:
     return {found for name in imports_of(file) if (found := module_file(name)) and found != file}
 
 
-def layer_key(file: str) -> str:
-    """The line of LAYERS for a file; the package's own ``__init__`` counts as base."""
-    if file == "comoe/__init__.py":
-        return "comoe/schema"
-    stem = file.removesuffix(".py")
-    return max((key for key in LAYERS if stem == key or stem.startswith(f"{key}/")), key=len)
+def folder_of(file: str) -> str:
+    """The key of ``LEVELS`` that a file belongs to."""
+    return "/".join(file.split("/")[:-1][:2])
 
 
 def functions_of(file: str) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
     return (node for node in ast.walk(tree_of(file)) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)))
 
 
-@pytest.mark.parametrize("file", FILES)
-def test_a_file_is_short(file: str):
-    lines = len((ROOT / file).read_text(encoding="utf-8").splitlines())
-    limit = MAX_LAUNCH_LINES if file.startswith("launch/") else MAX_LINES
-    assert lines <= limit, f"{file} has {lines} lines, at most {limit}; split it by meaning"
+def test_a_script_is_short_and_a_long_file_has_a_reason():
+    lines = {file: len((ROOT / file).read_text(encoding="utf-8").splitlines()) for file in FILES}
+    assert {file: n for file, n in lines.items() if file.startswith("launch/") and n > MAX_LAUNCH_LINES} == {}
+    assert {file for file, n in lines.items() if n > 400} == set(LONG_FILES), "give the reason in LONG_FILES, or split"
 
 
 @pytest.mark.parametrize("file", FILES)
@@ -120,14 +121,14 @@ def test_functions_are_short(file: str):
     assert not long, f"{file}: functions over {MAX_FUNCTION_LINES} lines: {long}"
 
 
-@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("file", [file for file in FILES if file not in ALIASES])
 def test_imports_run_downwards_only(file: str):
-    own_key = layer_key(file)
+    folder = folder_of(file)
     for other in our_imports(file):
-        key = layer_key(other)
-        if LAYERS[own_key] == LAYERS[key] == 2:
-            assert own_key == key, f"{file} imports {other}: the four groups of layer 2 never import one another"
-        assert LAYERS[key] <= LAYERS[own_key], f"{file} (layer {LAYERS[own_key]}) imports {other} (layer {LAYERS[key]})"
+        target = folder_of(other)
+        assert target == folder or LEVELS[target] < LEVELS[folder] or (LEVELS[target] == 0 and target == "comoe"), (
+            f"{file} (level {LEVELS[folder]}) imports {other} (level {LEVELS[target]})"
+        )
 
 
 def test_no_imports_go_round_in_a_circle():
@@ -200,7 +201,7 @@ def test_everything_public_has_a_docstring(file: str):
     assert list(undocumented(tree.body, bases=[])) == []
 
 
-@pytest.mark.parametrize("file", ["schema", "schema_model", "schema_loss", "protocols"])
+@pytest.mark.parametrize("file", ["config/recipe", "types"])
 def test_every_field_of_a_contract_says_what_it_means(file: str):
     file = f"comoe/{file}.py"
     for node in tree_of(file).body:
@@ -259,6 +260,6 @@ def test_a_deepspeed_file_sets_zero_and_leaves_the_recipes_numbers_to_the_recipe
 
 
 def test_the_house_sees_the_code_that_it_judges():
-    assert "comoe/schema.py" in FILES and len(PACKAGE) > 5
+    assert "comoe/config/recipe.py" in FILES and len(PACKAGE) > 5
     assert {"deepspeed", "transformers"} <= {name.split(".")[0] for file in PACKAGE for name in imports_of(file)}
     assert {"single_label", "tags"} <= table_keys()

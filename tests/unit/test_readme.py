@@ -16,14 +16,13 @@ from typing import Any
 import pytest
 import yaml
 
-from comoe.augmenting.command import COLUMNS
-from comoe.config import load_recipe, recipe_from_dict
+from comoe.augment.command import COLUMNS
+from comoe.config.load import load_recipe, recipe_from_dict
+from comoe.config.recipe import Recipe, TaskConfig
 from comoe.data.corpus import load_corpus
-from comoe.data.sources import READERS
-from comoe.data.text import PRESETS
-from comoe.schema import Recipe, TaskConfig
-from comoe.tasks.kinds import KINDS
-from tests.unit.test_house import LAYERS, layer_key
+from comoe.data.reading.sources import READERS
+from comoe.data.text.normalize import PRESETS
+from comoe.tasks.kinds.registry import KINDS
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -94,39 +93,6 @@ def test_an_option_stands_in_the_readme_with_its_default(option: str):
 
 def test_the_readme_lists_no_option_that_does_not_exist():
     assert set(table("option")) == set(OPTIONS)
-
-
-def tree() -> dict[str, str]:
-    """Path -> what the source tree of the README says about it; files only."""
-    text = next(block for block in blocks("") if block.startswith("pyproject.toml"))
-    parents: list[str] = []
-    found: dict[str, str] = {}
-    for line in text.splitlines():
-        indent, name, said = re.fullmatch(r"( *)(\S+)(?: {2,}(.*))?", line).groups()
-        parents = [*parents[: len(indent) // 2], name]
-        if not name.endswith("/"):
-            found["".join(parents)] = said or ""
-    return found
-
-
-def test_the_source_tree_lists_every_file_and_no_other():
-    there = {
-        path.relative_to(ROOT).as_posix()
-        for folder in ("comoe", "launch", "ds_configs")
-        for path in (ROOT / folder).rglob("*.*")
-        if path.suffix in (".py", ".sh", ".yaml", ".json") and path.name != "__init__.py"
-    }
-    listed = {path for path in tree() if "/" in path}
-    assert there - listed == set(), "add a line to the section Source tree"
-    assert listed - there == set(), "the section Source tree names files that are not there"
-    assert [path for path, said in tree().items() if len(said) < 5] == []
-
-
-def test_the_source_tree_gives_each_module_the_layer_that_the_house_test_holds():
-    modules = {path: said for path, said in tree().items() if path.startswith("comoe/")}
-    assert modules and {path: int(said.split()[0]) for path, said in modules.items()} == {
-        path: LAYERS[layer_key(path)] for path in modules
-    }
 
 
 LINKS = re.findall(r"\]\(([^)\s]+)\)", README)

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from comoe.assemble import check_names
-from comoe.config import load_recipe
+from comoe.config.load import load_recipe
 from comoe.data.corpus import load_corpus
-from comoe.generated import TACL_GENERATORS, build_generated_posts
-from comoe.implied_posts import build_implied_posts
-from comoe.starter import PREFIXES, READY_MADE
+from comoe.starter.implied_posts import build_implied_posts
+from comoe.starter.registry import PREFIXES, READY_MADE
+from comoe.starter.synthetic_text import TACL_GENERATORS, build_generated_posts
+from comoe.train.build import check_names
 
 FILES = (Path(__file__).parents[2] / "launch" / "configs").glob("*.yaml")
 CONFIGS = sorted(path for path in FILES if not path.stem.endswith("_prompts"))

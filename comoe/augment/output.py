@@ -1,0 +1,280 @@
+"""The files that augment writes: its output, and the journal that lets a killed run go on. No other file is replaced."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from comoe.data.reading.sources import ENDINGS, NAMES
+
+Record = dict[str, Any]
+
+
+BEGIN_ANEW = "begin anew with --overwrite"
+
+
+class Journal:
+    """A file with a head, then one line per finished piece of work; a half-written last line counts as not written.
+
+    Args:
+        path: the file; it is made where it is missing.
+        head: what the work depends on, option -> value. Work begun with another head is not gone on with.
+        anew: forget what was done.
+
+    Raises:
+        ValueError: the file is none of a journal, was begun with another head, is damaged, or another process writes
+            to it.
+    """
+
+    def __init__(self, path: Path, head: Mapping[str, str], *, anew: bool = False) -> None:
+        self.path = path
+        self._file = path.open("a+b")
+        try:
+            self._lock()
+            self.records = self._read(dict(head), anew=anew)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def add(self, records: Sequence[Record]) -> None:
+        """Write one finished piece; when this returns it lies on the disk."""
+        self._write(list(records))
+        self.records.extend(records)
+
+    def close(self) -> None:
+        """Leave the file for a later run."""
+        self._file.close()
+
+    def remove(self) -> None:
+        """The work is done, and its result written."""
+        self.path.unlink()
+        self._file.close()
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"{self.path}: another process is writing it; wait, or name another --output.") from error
+
+    def _read(self, head: dict[str, str], *, anew: bool) -> list[Record]:
+        self._file.seek(0)
+        content = self._file.read()
+        if not (content.startswith(_BEGIN) or _BEGIN.startswith(content)):
+            raise ValueError(f"{self.path} is no file of augment, which needs this name; move it away.")
+        if anew:
+            self._file.truncate(0)
+            content = b""
+        lines = content.split(b"\n")
+        if lines[-1]:
+            # The last write was interrupted.
+            self._file.truncate(sum(len(line) + 1 for line in lines[:-1]))
+        try:
+            found = [json.loads(line) for line in lines[:-1]]
+        except ValueError as error:
+            raise ValueError(f"{self.path} is damaged ({error}); {BEGIN_ANEW}.") from error
+        if not found:
+            self._write(head)
+            return []
+        begun = found[0]
+        told = differences(begun, head)
+        if told and len(found) == 1:
+            # Nothing was done yet: a prompt that the model cannot read is corrected and given again.
+            self._file.truncate(0)
+            self._write(head)
+        elif told:
+            raise ValueError(
+                f"{self.path} holds a run that stopped after {sum(map(len, found[1:])):,} posts, begun otherwise: "
+                f"{told}. Give the same again to go on with it, or {BEGIN_ANEW}."
+            )
+        return [record for piece in found[1:] for record in piece]
+
+    def _write(self, content: object) -> None:
+        self._file.write(json.dumps(content).encode() + b"\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+
+def differences(begun: Mapping[str, str], now: Mapping[str, str]) -> str:
+    """What two runs do not have in common, as a message says it; empty where they are the same."""
+    changed = [name for name in {**begun, **now} if begun.get(name) != now.get(name)]
+    return "; ".join(f"{name} was {begun.get(name)}, is now {now.get(name)}" for name in changed)
+
+
+_BEGIN = b'{"--'
+"""Of a journal, whose head has options for keys."""
+
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """What augment leaves beside a finished output."""
+
+    head: Mapping[str, str]
+    """What the output depends on, option -> value."""
+    sha256: Mapping[str, str]
+    """File name -> digest of what was written."""
+    report: tuple[str, ...]
+    """Lines of the report."""
+
+
+class Output:
+    """The posts that are written, and the files beside them.
+
+    Args:
+        path: the posts.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.posts = path
+        self.malformed = path.with_name(f"{path.stem}.malformed.jsonl")
+        self.begun = path.with_name(f".{path.name}.part")
+        """Work of a run that has not ended."""
+        self._note = path.with_name(f".{path.name}.done")
+
+    def check(self, *, spared: Sequence[Path] = ()) -> None:
+        """Refuse to write where a file is that augment did not write.
+
+        Args:
+            spared: files and folders that are read.
+
+        Raises:
+            ValueError: a file to write is one that is read, also through a link, or would be found in a folder that is
+                read; a file of somebody else is in the way.
+        """
+        written = [self.posts, self.malformed, self.begun, self._note, *map(_aside, (self.posts, self.malformed))]
+        for path in written:
+            for source in spared:
+                if _same(path, source) or _is_read_from(path, source):
+                    raise ValueError(
+                        f"--output {self.posts} would write {path}, which is read ({source}); name another file, or "
+                        "another folder."
+                    )
+        note = self._read()
+        for path in (self.posts, self.malformed):
+            if os.path.lexists(path) and not _is_known(path, note):
+                raise ValueError(
+                    f"{path} is there already, and is not as augment wrote it, so it is never replaced, not even with "
+                    "--overwrite; move it away, or name another --output."
+                )
+
+    def finished(self) -> Note | None:
+        """What an earlier run left beside the posts that lie there, None where there are none."""
+        return self._read() if self.posts.is_file() else None
+
+    def write(
+        self, posts: Iterable[Row], malformed: Sequence[Row], *, head: Mapping[str, str], report: Sequence[str]
+    ) -> None:
+        """Write all that a run ends with; without malformed answers there is no file of them.
+
+        Until the caller removes its journal a run that is killed in here can be done again.
+
+        Raises:
+            ValueError: see ``check``.
+        """
+        rows = {self.malformed: malformed, self.posts: posts}
+        new = {path: _write(_aside(path), some) for path, some in rows.items() if path == self.posts or some}
+        # Once more: the run may have taken days.
+        self.check()
+        for path in rows:
+            path.unlink(missing_ok=True)
+        note = {"head": dict(head), "sha256": {path.name: digest for path, digest in new.items()}}
+        self._note.unlink(missing_ok=True)
+        self._note.write_text(json.dumps({**note, "report": list(report)}) + "\n", encoding="utf-8")
+        for path in new:
+            _aside(path).replace(path)
+
+    def _read(self) -> Note | None:
+        try:
+            found = json.loads(self._note.read_text(encoding="utf-8"))
+            return Note(dict(found["head"]), dict(found["sha256"]), tuple(found["report"]))
+        except (OSError, ValueError, KeyError, TypeError):
+            # Without a note nothing is known, and so nothing is replaced.
+            return None
+
+
+def line_of(row: Row, *, number: int) -> str:
+    """A row as one line of JSON.
+
+    Raises:
+        ValueError: a cell that JSON cannot hold.
+    """
+    try:
+        text = json.dumps(_plain(row), ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"post {number} has a cell that JSON lines cannot hold ({error}); drop its column.") from error
+    # U+2028 and its kin end a line for some readers, and half a surrogate pair is no character: as escapes they do no
+    # harm.
+    return "".join(_ESCAPED.get(sign, sign) if sign < "\ud800" else _safe(sign) for sign in text) + "\n"
+
+
+def _write(path: Path, rows: Iterable[Row]) -> str:
+    """JSON lines; returns their digest."""
+    sha256 = hashlib.sha256()
+    # Anew: never through a link.
+    path.unlink(missing_ok=True)
+    with path.open("xb") as file:
+        for number, row in enumerate(rows, start=1):
+            line = line_of(row, number=number).encode()
+            sha256.update(line)
+            file.write(line)
+        file.flush()
+        os.fsync(file.fileno())
+    return sha256.hexdigest()
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.new")
+
+
+def _is_known(path: Path, note: Note | None) -> bool:
+    if note is None or path.name not in note.sha256 or path.is_symlink() or not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() == note.sha256[path.name]
+
+
+def _same(path: Path, other: Path) -> bool:
+    """One file under two names, links and hard links included."""
+    both = path.exists() and other.exists()
+    return os.path.realpath(path) == os.path.realpath(other) or (both and os.path.samefile(path, other))
+
+
+def _is_read_from(path: Path, folder: Path) -> bool:
+    """Whether a path is, or would be taken for, one of the files of a data set that is a folder."""
+    if not folder.is_dir():
+        return False
+    place = Path(os.path.realpath(path))
+    if place.parent == Path(os.path.realpath(folder)) and _is_split(place.name):
+        return True
+    return any(_is_split(file.name) and _same(path, file) for file in folder.iterdir())
+
+
+def _is_split(name: str) -> bool:
+    stem, ending = os.path.splitext(name)
+    usual = stem.removesuffix("_text").removesuffix("_labels") in {word for words in NAMES.values() for word in words}
+    return (usual and ending.lower() in ENDINGS) or name == "mapping.txt"
+
+
+def _plain(value: Any) -> Any:
+    """NaN, the empty cell of some formats, as null."""
+    if isinstance(value, Mapping):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def _safe(sign: str) -> str:
+    return f"\\u{ord(sign):04x}" if sign <= "\udfff" else sign
+
+
+_ESCAPED = {"\u2028": "\\u2028", "\u2029": "\\u2029", "\x85": "\\u0085"}

@@ -1,0 +1,246 @@
+"""The prompts of auxiliary data: one YAML file with templates, label words and examples, checked and filled."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+import string
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from comoe.augment.generator import Prompt
+from comoe.config.errors import place_of, unknown_name
+from comoe.config.load import load_settings
+
+RUN = 5
+"""So many words in a row that an answer shares with the prompt's own words make it an echo."""
+
+
+_WORD = re.compile(r"\w+")
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """An answered post that goes before the question; one without a field that a template needs is left out there."""
+
+    text: str | None = None
+    """The post."""
+    target: str | None = None
+    """What the sentiment is about."""
+    aspect: str | None = None
+    """The right aspect."""
+    opinion: str | None = None
+    """The right opinion."""
+    gold: str | None = None
+    """The label, a key of ``labels``."""
+    previous_aspect: str | None = None
+    """A wrong aspect, for the templates that refine."""
+    previous_opinion: str | None = None
+    """A wrong opinion."""
+    previous_polarity: str | None = None
+    """The label that they implied."""
+
+
+@dataclass(frozen=True, slots=True)
+class Templates:
+    """Templates with fields in braces; see ``FIELDS``."""
+
+    aspect: str = ""
+    """First question: the aspect of the target that the post speaks of."""
+    opinion: str = ""
+    """Second question: the opinion on that aspect."""
+    polarity: str = ""
+    """Third question: the sentiment that the opinion implies; its answers are the label words, scored."""
+    refine_aspect: str = ""
+    """Instead of ``aspect``, once an answer implied another label than the gold one."""
+    refine_opinion: str = ""
+    """Instead of ``opinion``, likewise."""
+
+
+@dataclass(frozen=True, slots=True)
+class MostWords:
+    """A longer answer is malformed."""
+
+    aspect: int = 8
+    """Words of an aspect."""
+    opinion: int = 16
+    """Words of an opinion."""
+
+
+@dataclass(frozen=True, slots=True)
+class PromptFile:
+    """The content of the file."""
+
+    templates: Templates = Templates()
+    """What is asked."""
+    labels: dict[str, str] = field(default_factory=dict)
+    """Label as the posts have it -> the word that the model is asked for."""
+    no_target: str = "it"
+    """{target} of a post without one."""
+    most_words: MostWords = MostWords()
+    """When an answer is too long."""
+    no_answer: list[str] = field(default_factory=list)
+    """Answers that say nothing ("none", "not mentioned"); upper and lower case count as equal."""
+    examples: list[Example] = field(default_factory=list)
+    """Answered posts that go before the question."""
+
+
+class Prompts:
+    """A checked file of prompts.
+
+    Args:
+        file: its content.
+    """
+
+    def __init__(self, file: PromptFile) -> None:
+        self.file = file
+        self.labels = tuple(file.labels)
+        self.words = tuple(file.labels.values())
+        self._templates = {name.name: getattr(file.templates, name.name) for name in dataclasses.fields(Templates)}
+        self._examples = [self._values(example) for example in file.examples]
+        self._runs = frozenset(run for text in self._own_texts() for run in runs(words_of(text)))
+
+    @property
+    def digest(self) -> str:
+        """Changes with any word of the content."""
+        return hashlib.sha256(json.dumps(dataclasses.asdict(self.file)).encode()).hexdigest()
+
+    def build(self, part: str, values: Mapping[str, str]) -> Prompt:
+        """The prompt of one template, its examples included.
+
+        Args:
+            part: field of ``Templates``.
+            values: field -> text; ``gold`` and ``previous_polarity`` are labels of the posts.
+        """
+        template = self._templates[part]
+        needed = fields_of(template)
+        examples = tuple(
+            (self._fill(template, example), self._answer(part, example))
+            for example in self._examples
+            if (needed | {ANSWERS[part]}) <= example.keys()
+        )
+        return Prompt(question=self._fill(template, values), examples=examples)
+
+    def echoes(self, answer: str) -> bool:
+        """True where an answer repeats a run of words of the prompts themselves, of templates or examples."""
+        return not self._runs.isdisjoint(runs(words_of(answer)))
+
+    def _fill(self, template: str, values: Mapping[str, str]) -> str:
+        spoken = {name: self.file.labels.get(text, text) if name in SPOKEN else text for name, text in values.items()}
+        listed = ", ".join(self.words[:-1]) + f" or {self.words[-1]}"
+        return template.strip().format_map(spoken | {"labels": listed})
+
+    def _answer(self, part: str, example: Mapping[str, str]) -> str:
+        return self.file.labels.get(example["gold"], "") if ANSWERS[part] == "gold" else example[ANSWERS[part]]
+
+    def _values(self, example: Example) -> dict[str, str]:
+        given = {name: text for name, text in dataclasses.asdict(example).items() if text is not None}
+        return {"target": self.file.no_target, "labels": "", **given}
+
+    def _own_texts(self) -> Iterator[str]:
+        for template in self._templates.values():
+            yield " ".join(literal for literal, _, _, _ in string.Formatter().parse(template))
+        for example in self.file.examples:
+            yield from (text for text in dataclasses.asdict(example).values() if text)
+
+
+def load_prompts(path: Path) -> Prompts:
+    """Read and check a file of prompts.
+
+    Raises:
+        ValueError: no such file; an unknown or missing key; a template with a wrong field, or without one that it
+            needs; fewer than two labels, or two with one word.
+    """
+    file, origins = load_settings(path, PromptFile)
+    for name, text in dataclasses.asdict(file.templates).items():
+        key = f"templates.{name}"
+        _check_template(text, name, key=f"{place_of(key, origins)}{key}")
+    where = f"{place_of('labels', origins)}labels"
+    spoken = [word.strip().lower() for word in file.labels.values()]
+    if len(spoken) < 2 or len(set(spoken)) < len(spoken) or not all(spoken):
+        raise ValueError(
+            f"{where} is {file.labels!r}; it must give each of at least two labels of the posts a word of its own, "
+            "such as positive: positive."
+        )
+    for name, most in dataclasses.asdict(file.most_words).items():
+        if most < 1:
+            raise ValueError(f"{place_of('most_words', origins)}most_words.{name} is {most}; it must be at least 1.")
+    for number, example in enumerate(file.examples, start=1):
+        for label in (example.gold, example.previous_polarity):
+            if label is not None and label not in file.labels:
+                where = f"{place_of('examples', origins)}examples, number {number}: label"
+                raise ValueError(str(unknown_name(where, label, file.labels)))
+    return Prompts(file)
+
+
+def _check_template(template: str, part: str, *, key: str) -> None:
+    allowed, required = FIELDS[part]
+    try:
+        found = fields_of(template)
+    except ValueError as error:
+        rule = "a field is a name in braces, {text}; a brace itself is doubled."
+        raise ValueError(f"{key}: {error}; {rule}") from error
+    for name in sorted(found - set(allowed)):
+        more = " It is told in the templates that refine only: else every answer would agree." if name == "gold" else ""
+        raise ValueError(f"{key} has the field {{{name}}}; it may have {_braced(allowed)}.{more}")
+    if missing := [name for name in required if name not in found]:
+        raise ValueError(f"{key} lacks the field {_braced(missing)}; without it the model cannot answer. Add it.")
+
+
+def _braced(names: tuple[str, ...] | list[str]) -> str:
+    return ", ".join(f"{{{name}}}" for name in names)
+
+
+def fields_of(template: str) -> set[str]:
+    """Names of a template's fields.
+
+    Raises:
+        ValueError: a brace without its partner, or a field that is more than a name.
+    """
+    names = set()
+    for _, name, form, conversion in string.Formatter().parse(template):
+        if name is None:
+            continue
+        if form or conversion or not name.isidentifier():
+            raise ValueError(f"{{{name}}} is not a plain field")
+        names.add(name)
+    return names
+
+
+def words_of(text: str) -> tuple[str, ...]:
+    """Words in lower case, without signs."""
+    return tuple(_WORD.findall(text.lower()))
+
+
+def runs(words: tuple[str, ...]) -> set[tuple[str, ...]]:
+    """Every ``RUN`` words in a row."""
+    return {words[start : start + RUN] for start in range(len(words) - RUN + 1)}
+
+
+SPOKEN = ("gold", "previous_polarity")
+"""Fields that hold a label, which the prompt says with its word."""
+
+
+FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "aspect": (("text", "target"), ("text",)),
+    "opinion": (("text", "target", "aspect"), ("text", "aspect")),
+    "polarity": (("text", "target", "aspect", "opinion", "labels"), ("opinion",)),
+    "refine_aspect": (
+        ("text", "target", "gold", "previous_aspect", "previous_opinion", "previous_polarity"), ("text", "gold"),
+    ),
+    "refine_opinion": (
+        ("text", "target", "aspect", "gold", "previous_aspect", "previous_opinion", "previous_polarity"),
+        ("text", "aspect", "gold"),
+    ),
+}  # fmt: skip
+"""Template -> the fields that it may have, and those that it must have."""
+
+
+ANSWERS = {
+    "aspect": "aspect", "opinion": "opinion", "polarity": "gold",
+    "refine_aspect": "aspect", "refine_opinion": "opinion",
+}  # fmt: skip
+"""Template -> field of an example that answers it."""

@@ -1,1 +1,0 @@
-"""Comparison of variants ("arms") of one recipe: what experts, gate and losses are worth, over seeds."""

@@ -1,0 +1,243 @@
+"""Tokenised posts to padded batches; the same class in training, evaluation and prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from comoe.config.errors import unknown_name
+from comoe.config.recipe import NormalizeConfig
+from comoe.data.columns import Domains, confidences_of, domain_columns
+from comoe.data.images.pixels import PixelReader
+from comoe.data.posts import hidden, unlabelled_posts
+from comoe.data.tokens.prompts import Wording, check_end_sign, code_points, label_tokens
+from comoe.data.tokens.split import TokenizedSplit, TokenRow, assemble_split, no_tokens, target_of
+from comoe.data.tokens.tokenize import tokenize
+from comoe.tasks.task import Task
+from comoe.types import IGNORED, Batch
+
+
+def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of an encoder.
+
+    Args:
+        name: folder with the tokenizer's files, or a hub name.
+        trust_remote_code: let the encoder's repository run its own Python code.
+
+    Raises:
+        ValueError: no tokenizer there, or one without a padding token.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = (str(error).strip().splitlines() or ["no message"])[0]
+        raise ValueError(
+            f"model.encoder ({name}): no tokenizer could be loaded. Give a folder that holds tokenizer.json or the "
+            f"vocabulary beside config.json, or a hub name with a network at hand. ({type(error).__name__}: {reason})"
+        ) from error
+    if tokenizer.pad_token_id is None:
+        raise ValueError(
+            f"model.encoder ({name}): its tokenizer has no padding token; choose BERT, RoBERTa or DistilBERT."
+        )
+    return tokenizer
+
+
+class Collator:
+    """Pads posts to a batch and lays out rows and labels as the gate's routing and the decoder want them.
+
+    ``route_by: token`` has one row per post for all tasks with a head, and one per (post, task that the decoder
+    answers), with the task's prompt. ``task`` and ``both`` have one row per (post, labelled task). The labels of tasks
+    that a row does not serve are missing in it.
+
+    Args:
+        tokenizer: from ``load_tokenizer``.
+        tasks: all tasks.
+        route_by: ``model.moe.route_by``.
+        pad_to_multiple_of: rows are padded to a multiple of this many tokens.
+        pixels: reads the posts' pictures; None leaves them alone.
+        domains: what the adversarial loss predicts of posts; None predicts nothing.
+
+    Raises:
+        ValueError: no such ``route_by``; or label words that the tokenizer does not know or cannot tell apart.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        tasks: Sequence[Task],
+        *,
+        route_by: str = "token",
+        pad_to_multiple_of: int = 1,
+        pixels: PixelReader | None = None,
+        domains: Domains | None = None,
+    ) -> None:
+        if route_by not in ROW_PER_TASK:
+            raise unknown_name("model.moe.route_by", route_by, ROW_PER_TASK)
+        self.tokenizer = tokenizer
+        self.tasks = tuple(tasks)
+        self.pixels = pixels
+        self.domains = domains
+        self._row_per_task = ROW_PER_TASK[route_by]
+        self._multiple = pad_to_multiple_of
+        self._segments = "token_type_ids" in tokenizer.model_input_names
+        self._answered = frozenset(number for number, task in enumerate(self.tasks) if task.rules.generates)
+        self._heads = [number for number in range(len(self.tasks)) if number not in self._answered]
+        for number in sorted(self._answered):
+            check_end_sign(tokenizer, self.tasks[number])
+        self._words = {task.name: label_tokens(tokenizer, task) for task in self.tasks if task.label_words}
+        filler = unlabelled_posts(["a"], tasks=())
+        tokens = tokenize(filler, tokenizer, max_length=8, normalize=None)
+        self._filler = TokenRow(tokens.input_ids, tokens.token_types, tokens.word_ids)
+
+    def __call__(self, split: TokenizedSplit, indices: np.ndarray, *, all_tasks: bool = False) -> Batch:
+        """One batch on the CPU.
+
+        Args:
+            split: tokenised posts.
+            indices: posts, int, may be empty: the batch is then one short filler row without labels, of row id -1.
+            all_tasks: prediction: a row that serves one task is made for every task, labelled or not; but the decoder
+                is asked about posts with its task's label, and about those without any. Else such a post has no row for
+                the decoder: there is nothing to score, and writing takes long.
+        """
+        served = {int(post): self._served(split, int(post), all_tasks=all_tasks) for post in indices}
+        pairs = [(int(post), task) for post in indices for task in served[int(post)]]
+        pairs = pairs or [(-1, 0 if self._row_per_task else -1)]
+        rows = [self._row(split, post, task) for post, task in pairs]
+        length = -(-max(len(row.input_ids) for row in rows) // self._multiple) * self._multiple
+        posts = [post for post, _ in pairs]
+        images = [split.posts.images[post] if post >= 0 else None for post in posts]
+        pixels, image_rows, image_numbers = (None,) * 3 if self.pixels is None else self.pixels.collate(images)
+        shares = [len(served.get(post, "-")) for post in posts]
+        return Batch(
+            pixels_I3HW=pixels,
+            image_rows_I=image_rows,
+            image_numbers_I=image_numbers,
+            input_ids_BL=_padded([row.input_ids for row in rows], length=length, fill=self.tokenizer.pad_token_id),
+            attention_mask_BL=_padded([np.ones(len(row.input_ids)) for row in rows], length=length, fill=0),
+            token_type_ids_BL=_padded([row.token_types for row in rows], length=length, fill=0)
+            if self._segments
+            else None,
+            word_starts_BL=_padded([row.word_starts for row in rows], length=length, fill=0).bool(),
+            task_ids_B=torch.tensor([task for _, task in pairs], dtype=torch.int64),
+            row_ids_B=torch.tensor(posts, dtype=torch.int64),
+            labels={
+                task.name: task.rules.collate(
+                    [
+                        target_of(split, task, post, row) if post >= 0 and self.serves(asked, number) else None
+                        for (post, asked), row in zip(pairs, rows, strict=True)
+                    ],
+                    labels=task.labels,
+                    length=length,
+                )
+                for number, task in enumerate(self.tasks)
+            },
+            confidences=confidences_of(split.posts, posts, self.tasks),
+            answers_BD=_ragged([self._answer(split, post, task) for post, task in pairs]) if self._answered else None,
+            choices={name: _ragged(words) for name, words in self._words.items()},
+            **domain_columns(self.domains, split.posts, posts, shares),
+        )
+
+    def spell(self, logits: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Logits with the token ids of texts that the decoder wrote turned into code points: the model has no words.
+
+        Args:
+            logits: of ``ModelOutput``; any task's may be missing.
+
+        Returns:
+            The same, on their devices; of tasks of free text (B, 2 + C) float32, 0 behind shorter texts.
+        """
+        written = [task.name for task in self.tasks if task.rules.generates and task.rules.ragged]
+        spelled = dict(logits)
+        for name in spelled.keys() & written:
+            codes_BC = code_points(logits[name][:, 2:], self.tokenizer).to(logits[name].device)
+            spelled[name] = torch.cat([logits[name][:, :2].float(), codes_BC], dim=1)
+        return spelled
+
+    def serves(self, asked: int, number: int) -> bool:
+        """Whether a row of this task id (``Batch.task_ids_B``) is for the task with this number."""
+        return asked == number or (asked == -1 and number not in self._answered)
+
+    def encode_texts(
+        self,
+        texts: Sequence[str],
+        pairs: Sequence[str | None] | None = None,
+        words: Sequence[Sequence[str] | None] | None = None,
+        *,
+        images: Sequence[bytes | str | None] | None = None,
+        max_length: int = 128,
+        normalize: NormalizeConfig | None = None,
+        hide: str = "none",
+        asked: Sequence[Task] | None = None,
+    ) -> TokenizedSplit:
+        """Raw texts as a split without labels, by the same path as training posts.
+
+        Args:
+            texts: posts.
+            pairs: second texts, None where there is none.
+            words: posts as words, for tags; a text is only used where its words are None.
+            images: pictures as ``comoe.data.images.decode.locate_image`` gives them, None where there is none.
+            max_length: longest post in tokens.
+            normalize: how to clean; None takes the texts as they are.
+            hide: ``data.hide`` of the recipe.
+            asked: tasks to make prompts for; None is all.
+
+        Raises:
+            ValueError: columns of different number, or a prompt that is too long by itself.
+        """
+        names = [task.name for task in self.tasks]
+        posts = unlabelled_posts(texts, tasks=names, pairs=pairs, words=words, images=images)
+        seen = hidden(posts, hide)
+        if all(task.rules.generates for task in (self.tasks if asked is None else asked)):
+            tokens = no_tokens(len(posts))
+        else:
+            tokens = tokenize(seen, self.tokenizer, max_length=max_length, normalize=normalize)
+        wording = Wording(self.tokenizer, max_length=max_length, normalize=normalize)
+        return assemble_split(posts, seen, tokens, tasks=self.tasks, wording=wording, asked=asked)
+
+    def _served(self, split: TokenizedSplit, post: int, *, all_tasks: bool) -> list[int]:
+        """Tasks of a post's rows; -1 is all that have heads."""
+        labelled = split.labelled[post]
+        bare = not labelled.any()
+        answered = [
+            task
+            for task in sorted(self._answered)
+            if labelled[task] or (all_tasks and bare)
+            if (lists := split.prompts.get(self.tasks[task].name)) is not None and lists.lengths[post]
+        ]
+        if self._row_per_task:
+            return sorted([*answered, *(task for task in self._heads if all_tasks or labelled[task])])
+        return [-1] * bool(self._heads and (bare or labelled[self._heads].any())) + answered
+
+    def _row(self, split: TokenizedSplit, post: int, task: int) -> TokenRow:
+        if post < 0:
+            return self._filler
+        return split.prompt(post, self.tasks[task].name) if task in self._answered else split.rows(np.array([post]))[0]
+
+    def _answer(self, split: TokenizedSplit, post: int, number: int) -> Sequence[int] | np.ndarray:
+        """Tokens that the decoder is taught in one row, none where nothing is."""
+        task = self.tasks[number]
+        if post < 0 or number not in self._answered or (value := split.posts.labels[task.name][post]) is None:
+            return ()
+        return self._words[task.name][value] if task.label_words else split.answers[task.name][post]
+
+
+def _padded(rows: Sequence[Sequence[int] | np.ndarray], *, length: int, fill: int) -> Tensor:
+    """Rows of any length as one int64 tensor (B, L)."""
+    padded = np.full((len(rows), length), fill, dtype=np.int64)
+    for number, row in enumerate(rows):
+        padded[number, : len(row)] = row
+    return torch.from_numpy(padded)
+
+
+def _ragged(rows: Sequence[Sequence[int] | np.ndarray]) -> Tensor:
+    """Token ids of any number as one int64 tensor (B, D), IGNORED behind them; at least one column."""
+    return _padded(rows, length=max(1, *map(len, rows)), fill=IGNORED)
+
+
+ROW_PER_TASK: dict[str, bool] = {"token": False, "task": True, "both": True}
+"""``model.moe.route_by`` -> whether a row serves one task instead of all."""

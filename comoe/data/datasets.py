@@ -1,0 +1,145 @@
+"""Data sets of a recipe: which tasks share their posts, the files, and whether the columns that are asked for exist."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from comoe.config.errors import nearest, unknown_name
+from comoe.config.recipe import Recipe, TaskConfig
+from comoe.data.labels import discovered
+from comoe.data.reading.files import RawSplit
+from comoe.data.reading.sources import NAMES, Source, open_source, read_split
+from comoe.tasks.kinds.registry import KINDS
+from comoe.tasks.task import kind_of
+
+NO_LABELS = {("txt", "label"): "; plain text has no labels: use it for kind unlabelled, or a .jsonl with labels"}
+"""(format, option of a task) -> more about a column that is not there."""
+
+
+@dataclass(slots=True)
+class Group:
+    """One data set and the tasks that share its posts."""
+
+    name: str
+    source: Source
+    tasks: dict[str, TaskConfig]
+    raw: dict[str, RawSplit] = field(default_factory=dict)
+    labels: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+    @property
+    def scored(self) -> bool:
+        """False where no task has an answer: such posts are read for training alone."""
+        return any(kind_of(task.kind).scored for task in self.tasks.values())
+
+
+def groups_of(recipe: Recipe) -> list[Group]:
+    """Data sets in the order of their first task, with names that tell them apart."""
+    if not recipe.tasks:
+        raise ValueError("tasks is empty; give the recipe at least one task, as in `tasks: {mood: {path: mood.csv}}`.")
+    shared: dict[tuple, dict[str, TaskConfig]] = {}
+    for name, task in recipe.tasks.items():
+        if task.kind not in KINDS:
+            raise unknown_name(f"tasks.{name}.kind", task.kind, KINDS)
+        shared.setdefault(_posts_of(task), {})[name] = task
+    if not any(KINDS[task.kind].scored for task in recipe.tasks.values()):
+        raise ValueError(f"tasks: none of {', '.join(recipe.tasks)} has labels; give the recipe a task that has.")
+    groups: list[Group] = []
+    for members in shared.values():
+        _check_together(members)
+        first, task = next(iter(members.items()))
+        source = open_source(
+            f"tasks.{first}",
+            root=recipe.data.root,
+            path=task.path,
+            format=task.format,
+            subset=task.subset,
+            splits=task.splits,
+        )
+        taken = {group.name for group in groups}
+        stem = Path(task.path).stem or task.path
+        names = (stem, f"{stem}/{task.subset or first}", f"{task.path} ({first})")
+        groups.append(Group(next(name for name in names if name not in taken), source, members))
+    return groups
+
+
+def read_as_words(tasks: Mapping[str, TaskConfig]) -> tuple[str, ...]:
+    """Tasks that learn from posts cut into words: one on the same posts answers each word."""
+    cut = {_posts_of(task) for task in tasks.values() if kind_of(task.kind).per_token}
+    return tuple(name for name, task in tasks.items() if _posts_of(task) in cut)
+
+
+def _posts_of(task: TaskConfig) -> tuple:
+    """Equal for tasks that share their posts."""
+    named = tuple(sorted(task.splits.items()))
+    return task.path, task.format, task.subset, named, task.text, task.pair, task.image
+
+
+def _check_together(members: Mapping[str, TaskConfig]) -> None:
+    """What the tasks of one data set must agree on."""
+    first, task = next(iter(members.items()))
+    for name, other in members.items():
+        if other.hold_out != task.hold_out:
+            raise ValueError(
+                f"tasks.{name}.hold_out is {other.hold_out}, but tasks.{first}, which shares its posts, has "
+                f"{task.hold_out}; a post held out for one would be learned by the other: write the same in both."
+            )
+        if other.balanced_sampling and not KINDS[other.kind].exclusive:
+            raise ValueError(
+                f"tasks.{name}.balanced_sampling needs one label of several per post (kind: single_label or "
+                f"label_words), not {other.kind}; leave it out."
+            )
+    balanced = [name for name, other in members.items() if other.balanced_sampling]
+    if len(balanced) > 1:
+        raise ValueError(
+            f"tasks.{balanced[1]}.balanced_sampling: tasks.{balanced[0]} draws the same posts by its labels already; "
+            "set it for one of them."
+        )
+
+
+def read_group(group: Group, *, with_images: bool) -> None:
+    """Read the files of a data set; check columns; settle the labels."""
+    for split in NAMES if group.scored else ("train",):
+        raw = read_split(group.source, split)
+        if raw is None:
+            continue
+        if not raw.rows and not raw.bad:
+            raise ValueError(
+                f"{raw.file} holds no posts; give {group.source.key} a file with posts, or remove the file."
+            )
+        _check_columns(group, raw, split, with_images=with_images)
+        group.raw[split] = raw
+    train = group.raw["train"]
+    for name, task in group.tasks.items():
+        known = train.label_names.get(task.label, ()) if kind_of(task.kind).scored else ()
+        values = (row.get(task.label) for row in train.rows)
+        if known and kind_of(task.kind).generates and kind_of(task.kind).ragged:
+            raise ValueError(
+                f"tasks.{name} is of kind {task.kind}, but column {task.label!r} of {train.file} holds ids of the "
+                f"labels {', '.join(known)}; list them as tasks.{name}.labels, and the decoder scores their words."
+            )
+        group.labels[name] = tuple(task.labels) or known or discovered(kind_of(task.kind), values)
+
+
+def _check_columns(group: Group, raw: RawSplit, split: str, *, with_images: bool) -> None:
+    """Every column that the recipe names is there.
+
+    Labels may lack in the test split, and those of some tasks in the validation split: these cannot be measured then.
+    """
+    if not raw.rows:
+        return
+    labelled = split == "test" or (split == "validation" and any(t.label in raw.columns for t in group.tasks.values()))
+    for name, task in group.tasks.items():
+        wanted = {"text": task.text, "pair": task.pair} | ({"image": task.image} if with_images else {})
+        if not labelled:
+            wanted |= {"label": task.label, "confidence": task.confidence} if kind_of(task.kind).scored else {}
+        for key, column in wanted.items():
+            if column is not None and column not in raw.columns:
+                guess = nearest(column, raw.columns)
+                hint = f"; did you mean {guess}?" if guess else ""
+                hint += NO_LABELS.get((group.source.format, key), "")
+                raise ValueError(
+                    f"tasks.{name}.{key} is {column!r}, but {raw.file} has no such column{hint} "
+                    f"(columns: {', '.join(raw.columns)}). Set tasks.{name}.{key} to the right one."
+                )

@@ -1,0 +1,103 @@
+"""Columns of second texts, labels and pictures: which ones a model was trained on, and which of an input to read."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from comoe.config.recipe import TaskConfig
+from comoe.tasks.prompts import wants_pair
+from comoe.tasks.task import Task
+
+USUAL = "image"
+"""The column where nothing else is known."""
+
+
+def choose_column(trained: str | None, *, asked: str | None, columns: Sequence[str] | None) -> str | None:
+    """The picture column to read; says so on stderr where a model that reads pictures gets none.
+
+    Args:
+        trained: column of the training posts; None for a model that reads no pictures.
+        asked: the user's ``--image-column``; whether there is such a column is not looked at.
+        columns: of the input; None for a file of texts alone.
+
+    Returns:
+        ``asked``, else ``trained``, else ``image``, whichever the input has; None where it, or the model, has none.
+
+    Raises:
+        ValueError: a column was asked for, and the model reads no pictures, or the input has no columns.
+    """
+    if asked is not None and trained is None:
+        raise ValueError(f"--image-column {asked}: this model reads no pictures; leave the option out.")
+    if asked is not None and columns is None:
+        raise ValueError(f"--image-column {asked}: a .txt file has no columns; give a .jsonl, .csv or .tsv file.")
+    if asked is not None or trained is None:
+        return asked
+    found = next((column for column in (trained, USUAL) if column in (columns or ())), None)
+    if found is None:
+        there = "is a .txt" if columns is None else f"has {', '.join(columns)}"
+        print(
+            f"this model reads pictures; the input has no column {trained}; it {there}: answering by the text alone "
+            "(--image-column names another column)",
+            file=sys.stderr,
+        )
+    return found
+
+
+def column_in_training(tasks: Iterable[TaskConfig]) -> str:
+    """The commonest ``tasks.<name>.image`` of a recipe; ``image`` where no task has one."""
+    named = Counter(task.image for task in tasks if task.image is not None)
+    return named.most_common(1)[0][0] if named else USUAL
+
+
+def columns_in_training(tasks: Mapping[str, TaskConfig]) -> dict[str, dict[str, str | None]]:
+    """Task -> columns of its training posts with the second text (``pair``) and the label, as an export keeps them."""
+    return {name: {"pair": task.pair, "label": task.label} for name, task in tasks.items()}
+
+
+def pair_in_training(config: Mapping[str, Any], tasks: Iterable[Task]) -> str | None:
+    """The one column of second texts that all of some tasks had in training.
+
+    A task whose prompt leaves {pair} out has no say, as it never reads a second text.
+
+    Args:
+        config: ``config.json`` of the export.
+        tasks: of the model.
+
+    Returns:
+        None where they had different ones, one of them had none, or an older export did not keep them.
+    """
+    known = config.get("columns", {})
+    reading = (task for task in tasks if task.rules.scored and (task.prompt is None or wants_pair(task.prompt)))
+    named = {known.get(task.name, {}).get("pair") for task in reading}
+    return named.pop() if len(named) == 1 else None
+
+
+def choose_pair(
+    config: Mapping[str, Any], tasks: Iterable[Task], *, asked: str | None, columns: Sequence[str]
+) -> str | None:
+    """The column of second texts to read: ``asked``, else that of training where the input has it (said on stderr)."""
+    trained = None if asked is not None else pair_in_training(config, tasks)
+    if trained not in columns:
+        return asked
+    print(f"second texts are read from column {trained}, as in training (--pair-column names another)", file=sys.stderr)
+    return trained
+
+
+def choose_labels(
+    config: Mapping[str, Any], tasks: Sequence[Task], *, asked: str | None, columns: Sequence[str]
+) -> dict[str, str]:
+    """Task -> column with its label.
+
+    Returns:
+        ``asked``; else per task the column of training, where the input has it and no other task of these had the same;
+        else ``label`` for one task, and the name of each for several.
+    """
+    known = config.get("columns", {})
+    trained = {task.name: known.get(task.name, {}).get("label") for task in tasks}
+    shared = Counter(trained.values())
+    own = {name: column for name, column in trained.items() if column in columns and shared[column] == 1}
+    usual = {task.name: "label" if len(tasks) == 1 else task.name for task in tasks}
+    return usual | own if asked is None else dict.fromkeys(usual, asked)

@@ -1,0 +1,185 @@
+"""One row of a data file to one post: text, words, second text, parsed labels; or what is wrong with it."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from comoe.config.recipe import TaskConfig
+from comoe.data.text.normalize import is_blank
+from comoe.tasks.labels import is_missing, label_name
+from comoe.tasks.prompts import wants_pair
+from comoe.tasks.task import kind_of
+
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+class BadCell(ValueError):
+    """A cell that makes its row unusable."""
+
+    def __init__(self, value: Any, rule: str) -> None:
+        super().__init__(rule)
+        self.value = value
+        self.rule = rule
+
+
+@dataclass(frozen=True, slots=True)
+class Post:
+    """One row, read."""
+
+    text: str
+    """The post; of words, the words joined by blanks."""
+    words: list[str] | None
+    """The post as words where the cell is a list, or where a task of the data set tags words."""
+    pair: str | None
+    """Second text."""
+    labels: dict[str, Any]
+    """Task -> parsed label, None where missing."""
+    confidences: dict[str, float | None]
+    """Task with a confidence column -> number in [0, 1], None where missing."""
+    image: Any = None
+    """What the picture column holds, not looked at yet."""
+    columns: dict[str, str | None] = field(default_factory=dict)
+    """Further column -> its cell as text, None where empty."""
+
+
+class RowReader:
+    """Reads the rows of one data set for all of its tasks.
+
+    Args:
+        tasks: tasks of the data set; they have the same text columns.
+        labels: task -> label names.
+        max_characters: a longer text is a bad cell.
+        columns: further columns to keep as text.
+        strict: a label that does not fit its post's words (a phrase that is not among them) makes the row a bad one;
+            else the post stays without that label and is counted in ``unfit``.
+    """
+
+    def __init__(
+        self,
+        tasks: Mapping[str, TaskConfig],
+        labels: Mapping[str, tuple[str, ...]],
+        *,
+        max_characters: int,
+        columns: Sequence[str] = (),
+        strict: bool = True,
+    ) -> None:
+        self._tasks = tasks
+        self._labels = labels
+        self._kinds = {name: kind_of(task.kind) for name, task in tasks.items()}
+        first = next(iter(tasks.values()))
+        self._text, self._pair, self._image = first.text, first.pair, first.image
+        self._max_characters = max_characters
+        self._columns, self._strict = tuple(columns), strict
+        # Tags are given for the words between blanks, so they have the last say about what a word is.
+        per_token = [kind for kind in self._kinds.values() if kind.per_token]
+        self._split = min(per_token, key=lambda kind: kind.free_words).split if per_token else None
+        self._asked_with_pair = [name for name, task in tasks.items() if wants_pair(task.prompt)]
+        self.unfit: Counter[str] = Counter()
+
+    def read(self, row: Mapping[str, Any]) -> Post:
+        """One row.
+
+        Raises:
+            BadCell: no text, too long a text, an unknown label, another number of tags than of words, no second text
+                where a prompt wants it.
+        """
+        text, words = self._first_text(row.get(self._text))
+        pair = self._second_text(row.get(self._pair)) if self._pair is not None else None
+        labels = {name: self._label(name, row.get(task.label), words) for name, task in self._tasks.items()}
+        for name in self._asked_with_pair if pair is None else ():
+            # A post without any label is to be answered, and asked likewise.
+            if labels[name] is not None or all(label is None for label in labels.values()):
+                rule = f"column {self._pair} is empty, but tasks.{name}.prompt has {{pair}}; fill it."
+                raise BadCell(row.get(self._pair), rule)
+        return Post(
+            text=text,
+            words=words,
+            pair=pair,
+            labels=labels,
+            confidences={
+                name: _confidence(name, row.get(task.confidence))
+                for name, task in self._tasks.items()
+                if task.confidence is not None
+            },
+            image=None if self._image is None else row.get(self._image),
+            columns={name: cell_text(row.get(name)) for name in self._columns},
+        )
+
+    def _first_text(self, value: Any) -> tuple[str, list[str] | None]:
+        if isinstance(value, (list, tuple)):
+            words = [self._clean(word, self._text) for word in value]
+            text = " ".join(words)
+        else:
+            text = self._clean(value, self._text)
+            words = None if self._split is None else self._split(text)
+        if len(text) > self._max_characters:
+            raise self._too_long(text, self._text)
+        if is_blank(text):
+            raise BadCell(value, f"column {self._text} is empty; a post needs text.")
+        return text, words
+
+    def _second_text(self, value: Any) -> str | None:
+        text = " ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
+        text = self._clean(text, self._pair)
+        if len(text) > self._max_characters:
+            raise self._too_long(text, self._pair)
+        return None if is_blank(text) else text
+
+    def _clean(self, value: Any, column: str | None) -> str:
+        """A cell as text. Half a surrogate pair, which no tokenizer takes, becomes the replacement character."""
+        if value is None or (isinstance(value, float) and math.isnan(value)):
+            return ""
+        if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+            raise BadCell(value, f"column {column} holds no text; a text is a string, or a list of words.")
+        text = str(value)
+        if "\x00" in text:
+            raise BadCell(value, f"column {column} holds a NUL character; remove it.")
+        return _LONE_SURROGATE.sub("\ufffd", text)
+
+    def _too_long(self, text: str, column: str | None) -> BadCell:
+        rule = f"more than data.max_characters ({self._max_characters:,}); cut it, or raise the limit."
+        return BadCell(text, f"column {column} has {len(text):,} characters, {rule}")
+
+    def _label(self, name: str, value: Any, words: list[str] | None) -> Any:
+        labels, kind = self._labels[name], self._kinds[name]
+        try:
+            parsed = kind.parse(value, labels)
+        except ValueError as error:
+            hint = f" Labels come from the training split, unless tasks.{name}.labels lists them." if labels else ""
+            raise BadCell(value, f"task {name}, column {self._tasks[name].label}: {error}.{hint}") from error
+        if parsed is None:
+            return None
+        try:
+            return kind.fitted(parsed, words or ())
+        except ValueError as error:
+            if self._strict or not kind.free_words:
+                raise BadCell(value, f"task {name}, column {self._tasks[name].label}: {error}") from error
+        self.unfit[name] += 1
+        return None
+
+
+def cell_text(value: Any) -> str | None:
+    """Any cell as text: true and "true", 3 and 3.0 are one text each; None where it is empty."""
+    return None if is_missing(value) else label_name(value)
+
+
+def _confidence(name: str, value: Any) -> float | None:
+    """A number in [0, 1], None where missing."""
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return None
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.inf
+    if math.isnan(number):
+        return None
+    if isinstance(value, (bool, np.bool_)) or not 0 <= number <= 1:
+        raise BadCell(value, f"task {name}: the confidence must be a number from 0 to 1.")
+    return number

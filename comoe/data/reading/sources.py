@@ -1,0 +1,265 @@
+"""Readers of labelled posts: finds a data set's splits and reads them, whatever the format, as plain rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+
+from comoe.config.errors import unknown_name
+from comoe.data.reading.files import RawSplit, read_csv, read_jsonl, read_mapping, read_posts, read_tsv, read_tweeteval
+
+NAMES: dict[str, tuple[str, ...]] = {
+    "train": ("train", "training"),
+    "validation": ("validation", "val", "valid", "dev"),
+    "test": ("test",),
+}
+"""Split -> usual names of its file."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where one data set is."""
+
+    key: str
+    """Key path in the recipe, for messages: ``tasks.mood``."""
+    path: str
+    """Folder or file, resolved; or a hub name."""
+    format: str
+    """Key of ``READERS``."""
+    subset: str | None = None
+    """Configuration of a hub data set."""
+    splits: Mapping[str, str] = field(default_factory=dict)
+    """Split -> file (or hub split) where it has not a usual name."""
+
+    def __post_init__(self) -> None:
+        for split in self.splits:
+            if split not in NAMES:
+                raise unknown_name(f"{self.key}.splits", split, NAMES)
+
+
+def open_source(
+    key: str, *, root: str | None, path: str, format: str, subset: str | None, splits: Mapping[str, str]
+) -> Source:
+    """Find a data set and its format.
+
+    Args:
+        key: key path in the recipe, for messages.
+        root: folder that a relative path starts from, None for the current one.
+        path: folder, file or hub name.
+        format: key of ``READERS``, or auto.
+        subset: configuration of a hub data set.
+        splits: split -> file or hub split.
+
+    Raises:
+        ValueError: nothing there, or no format fits.
+    """
+    if format != "auto" and format not in READERS:
+        raise unknown_name(f"{key}.format", format, ("auto", *READERS))
+    if format == "hub":
+        return Source(key=key, path=path, format=format, subset=subset, splits=splits)
+    place = Path(root or ".").expanduser() / Path(path).expanduser()
+    if not place.exists():
+        if root is not None and not Path(root).expanduser().is_dir():
+            raise ValueError(f"data.root ({root}): there is no such folder; {key}.path ({path}) starts from it.")
+        raise ValueError(
+            f"{key}.path ({path}): there is no file or folder {place}. Correct the path or data.root; "
+            f"for a data set of the Hugging Face hub set {key}.format=hub."
+        )
+    return Source(
+        key=key,
+        path=str(place),
+        format=_guess(key, place, splits) if format == "auto" else format,
+        subset=subset,
+        splits=splits,
+    )
+
+
+def read_split(source: Source, split: str) -> RawSplit | None:
+    """One split of a data set, None where it has none.
+
+    Raises:
+        ValueError: a file named in the recipe is missing, or a file cannot be read at all.
+    """
+    return READERS[source.format](source, split)
+
+
+def _guess(key: str, place: Path, splits: Mapping[str, str]) -> str:
+    """The format of a path: by its folder's text files, or by the ending of its training file."""
+    named = splits.get("train")
+    if place.is_file():
+        files = [place]
+    elif named is not None:
+        files = [place / named]
+    elif any((place / f"{name}_text.txt").is_file() for name in NAMES["train"]):
+        return "tweeteval"
+    else:
+        files = _candidates(place, "train", ENDINGS)
+    for file in files:
+        if file.is_file() and file.suffix.lower() in ENDINGS:
+            return ENDINGS[file.suffix.lower()]
+    looked = [name for stem in NAMES["train"] for name in (f"{stem}_text.txt", *(stem + ending for ending in ENDINGS))]
+    nothing = _nothing(key, place, "train", looked if named is None else [named])
+    raise ValueError(f"{nothing} Or set {key}.format ({', '.join(READERS)}).")
+
+
+def _candidates(folder: Path, split: str, endings: Sequence[str] | Mapping[str, str]) -> list[Path]:
+    return [folder / f"{name}{ending}" for name in NAMES[split] for ending in endings]
+
+
+def _nothing(key: str, place: Path, split: str, looked: Sequence[str]) -> str:
+    """The message for a file that is not there."""
+    there = sorted(item.name for item in place.iterdir())[:20] if place.is_dir() else [place.name]
+    return (
+        f"{key}.path: no {split} file in {place}; looked for {', '.join(looked)}; "
+        f"there is {', '.join(there) or 'nothing'}. Name it in {key}.splits.{split}."
+    )
+
+
+def _locate(source: Source, split: str, endings: Sequence[str]) -> Path | None:
+    """The file of a split. A path that is a file is the training split."""
+    place = Path(source.path)
+    folder = place if place.is_dir() else place.parent
+    if split in source.splits:
+        file = folder / source.splits[split]
+        if not file.is_file():
+            raise ValueError(f"{_nothing(source.key, folder, split, [source.splits[split]])}")
+        return file
+    if place.is_file():
+        return place if split == "train" else None
+    found = [file for file in _candidates(folder, split, endings) if file.is_file()]
+    if len(found) > 1:
+        names = ", ".join(file.name for file in found)
+        raise ValueError(
+            f"{source.key}.path: several {split} files in {folder} ({names}); name one in {source.key}.splits.{split}."
+        )
+    if not found and split == "train":
+        looked = [file.name for file in _candidates(folder, split, endings)]
+        raise ValueError(_nothing(source.key, folder, split, looked))
+    return found[0] if found else None
+
+
+def _read_parquet(path: Path) -> RawSplit:
+    """Parquet, by column names."""
+    try:
+        table = pyarrow.parquet.read_table(path)
+    except pyarrow.ArrowException as error:
+        raise ValueError(
+            f"{path} cannot be read as Parquet ({error}); write it anew, or correct the format."
+        ) from error
+    return _from_dataset(datasets.Dataset(table), file=str(path))
+
+
+def _file_reader(endings: Sequence[str], read: Callable[[Path], RawSplit]) -> Callable[[Source, str], RawSplit | None]:
+    """Reader of a format that has one file per split."""
+
+    def reader(source: Source, split: str) -> RawSplit | None:
+        path = _locate(source, split, endings)
+        return None if path is None else read(path)
+
+    return reader
+
+
+def _read_tweeteval(source: Source, split: str) -> RawSplit | None:
+    """A folder of TweetEval: ``<split>_text.txt``, ``<split>_labels.txt``, and ``mapping.txt`` with id, tab, name."""
+    folder = Path(source.path)
+    if not folder.is_dir():
+        raise ValueError(
+            f"{source.key}.path ({folder}) is not a folder; format tweeteval wants the folder with train_text.txt."
+        )
+    names = (source.splits[split],) if split in source.splits else NAMES[split]
+    stem = next((name for name in names if (folder / f"{name}_text.txt").is_file()), None)
+    if stem is None:
+        if split == "train" or split in source.splits:
+            raise ValueError(_nothing(source.key, folder, split, [f"{name}_text.txt" for name in names]))
+        return None
+    text_file, label_file = folder / f"{stem}_text.txt", folder / f"{stem}_labels.txt"
+    if not label_file.is_file() and split != "test":
+        raise ValueError(f"{source.key}.path: {text_file} has no labels; {label_file.name} is missing beside it.")
+    return read_tweeteval(text_file, label_file if label_file.is_file() else None, read_mapping(folder / "mapping.txt"))
+
+
+def _read_hub(source: Source, split: str) -> RawSplit | None:
+    """A data set of the Hugging Face hub. Its own Python code is never run."""
+    where = source.path + (f", subset {source.subset}" if source.subset else "")
+    names = (source.splits[split],) if split in source.splits else NAMES[split]
+    try:
+        loaded = datasets.load_dataset(source.path, source.subset)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = (str(error).strip().splitlines() or ["no message"])[0]
+        raise ValueError(
+            f"{source.key}.path ({where}): the data set could not be loaded from the Hugging Face hub. Without a "
+            "network, save it as JSON lines and give the folder. Otherwise check the name, "
+            f"{source.key}.subset, and your right to read it. ({type(error).__name__}: {reason})"
+        ) from error
+    name = next((name for name in names if name in loaded), None)
+    if name is not None:
+        return _from_dataset(loaded[name], file=f"{source.path} ({name})")
+    if split == "train" or split in source.splits:
+        raise ValueError(
+            f"{source.key}.path ({where}): no split {' or '.join(names)}; there is {', '.join(loaded)}. "
+            f"Name one in {source.key}.splits.{split}."
+        )
+    return None
+
+
+def _from_dataset(dataset: datasets.Dataset, *, file: str) -> RawSplit:
+    """Rows of a data set; ids of a column that knows their names become names, its negative ids missing labels."""
+    known = {column: _class_label(feature) for column, feature in dataset.features.items()}
+    known = {column: feature for column, feature in known.items() if feature is not None}
+
+    def named(value: Any, feature: datasets.ClassLabel) -> Any:
+        if isinstance(value, list):
+            return [named(item, feature) for item in value]
+        return None if value is None or value < 0 else feature.int2str(value)
+
+    rows = dataset.to_list()
+    for column, feature in known.items():
+        for row in rows:
+            row[column] = named(row[column], feature)
+    return RawSplit(
+        file=file,
+        rows=rows,
+        lines=list(range(1, len(rows) + 1)),
+        columns=tuple(dataset.column_names),
+        label_names={column: tuple(feature.names) for column, feature in known.items()},
+    )
+
+
+def _class_label(feature: Any) -> datasets.ClassLabel | None:
+    """The label names of a column, or of the items of its lists."""
+    if isinstance(feature, datasets.ClassLabel):
+        return feature
+    if isinstance(feature, datasets.List):
+        return _class_label(feature.feature)
+    return None
+
+
+ENDINGS: dict[str, str] = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "jsonl",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".tab": "tsv",
+    ".parquet": "parquet",
+    ".txt": "txt",
+}
+"""Ending of a file -> key of ``READERS``."""
+
+
+READERS: dict[str, Callable[[Source, str], RawSplit | None]] = {
+    "tweeteval": _read_tweeteval,
+    "jsonl": _file_reader((".jsonl", ".ndjson", ".json"), read_jsonl),
+    "csv": _file_reader((".csv",), read_csv),
+    "tsv": _file_reader((".tsv", ".tab"), read_tsv),
+    "parquet": _file_reader((".parquet",), _read_parquet),
+    "txt": _file_reader((".txt",), read_posts),
+    "hub": _read_hub,
+}
+"""Format -> reader of one split, None where the data set lacks it."""

@@ -1,0 +1,163 @@
+"""Posts as a careless or another writer would have put them: evaluation sets made on the fly, the same everywhere.
+
+What becomes of a post depends on its text, the kind of noise and the seed alone, so that two runs, whatever their other
+data sets and ranks, are scored on the same noisy posts. Second texts (targets, aspects) and pictures stay as they are.
+"""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Callable
+from dataclasses import replace
+
+import emoji
+import numpy as np
+
+from comoe.config.errors import unknown_name
+from comoe.data.posts import PostSplit
+from comoe.data.text.chinese import without_codes, without_topics
+from comoe.data.text.normalize import is_blank
+
+SEPARATOR = "+"
+"""Between a split's name and the noise on it: ``validation+typos``."""
+
+
+_WORD = re.compile(r"\S+")
+
+
+_NOT_TYPED = re.compile(r"[@#\uff20\uff03]|https?://|www\.")
+
+
+_LETTERS = re.compile(r"[A-Za-z\u00c0-\u024f]{3,}")
+
+
+_HASHTAG = re.compile(r"(?<!\w)[#\uff03]\w+")
+
+
+_HASH_SIGN = re.compile(r"(?<!\w)[#\uff03](?=\w)|(?<=\w)[#\uff03](?!\w)")
+
+
+_ROWS = ("qwertyuiop", "asdfghjkl", "zxcvbnm")
+
+
+_NEIGHBOURS = {
+    letter: "".join(row[place + step] for step in (-1, 1) if 0 <= place + step < len(row))
+    for row in _ROWS
+    for place, letter in enumerate(row)
+}
+
+
+def noisy(posts: PostSplit, name: str, *, rate: float, seed: int) -> PostSplit:
+    """The posts under one kind of noise, with their labels.
+
+    A post given as words keeps all of its words, so that tags stay where they are: a hashtag loses its sign there, an
+    emoji becomes an empty word. A text that would become empty stays as it is.
+
+    Args:
+        posts: a split.
+        name: key of ``NOISES``.
+        rate: share of the words that get a typo, 0 to 1.
+        seed: any non-negative int.
+
+    Raises:
+        ValueError: no such noise.
+    """
+    if name not in NOISES:
+        raise unknown_name("data.noise", name, NOISES)
+    in_text, in_word = NOISES[name]
+
+    def rng_of(text: str) -> np.random.Generator:
+        return np.random.default_rng([seed, zlib.crc32(text.encode("utf-8", "surrogatepass"))])
+
+    def text_of(text: str) -> str:
+        changed = in_text(text, rate, rng_of(text))
+        return text if is_blank(changed) else changed
+
+    def words_of(text: str, words: list[str] | None) -> list[str] | None:
+        rng = rng_of(text)
+        changed = None if words is None else [in_word(word, rate, rng).strip() for word in words]
+        return words if changed is None or is_blank("".join(changed)) else changed
+
+    words = [words_of(text, given) for text, given in zip(posts.texts, posts.words, strict=True)]
+    texts = [
+        text_of(text) if given is None else " ".join(given) for text, given in zip(posts.texts, words, strict=True)
+    ]
+    return replace(posts, texts=texts, words=words)
+
+
+def typos_in_text(text: str, rate: float, rng: np.random.Generator) -> str:
+    """A share of the words with one slip each; links, users and hashtags stay."""
+    return _WORD.sub(lambda match: typo_in_word(match[0], rate, rng), text)
+
+
+def typo_in_word(word: str, rate: float, rng: np.random.Generator) -> str:
+    """With probability ``rate`` one slip within the word: letters swapped, one lost, doubled, or the key beside it.
+
+    The first letter stays, as it mostly does where people write (Pruthi et al. 2019, arXiv:1905.11268). Words without
+    three Latin letters in a row have no such slip.
+    """
+    # Drawn for every word, so that one word's slip does not move the others'.
+    drawn, place, kind, side = rng.random(4)
+    letters = None if _NOT_TYPED.match(word) else _LETTERS.search(word)
+    if drawn >= rate or letters is None:
+        return word
+    first, last = letters.span()
+    at = first + 1 + int(place * (last - first - 1))
+    slip = SLIPS[int(kind * len(SLIPS))]
+    return slip(word, min(at, last - 1), side)
+
+
+def without_hashtags(text: str, rate: float, rng: np.random.Generator) -> str:
+    """Hashtags and Chinese topics (``#...#``) dropped."""
+    return _HASHTAG.sub("", without_topics(text))
+
+
+def without_hash_sign(word: str, rate: float, rng: np.random.Generator) -> str:
+    """The word of a hashtag."""
+    return _HASH_SIGN.sub("", word)
+
+
+def without_emoji(text: str, rate: float, rng: np.random.Generator) -> str:
+    """Emoji and codes of emoji (``[笑cry]``) dropped."""
+    return without_codes(emoji.replace_emoji(text, ""))
+
+
+def _swapped(word: str, at: int, side: float) -> str:
+    # Two equal letters would be no slip: the one before is swapped with them then, or lost.
+    other = at + 1 if at + 1 < len(word) and word[at + 1].isalpha() else at - 1
+    low, high = sorted((at, other))
+    changed = word[:low] + word[high] + word[low] + word[high + 1 :]
+    return changed if changed != word else _lost(word, at, side)
+
+
+def _lost(word: str, at: int, side: float) -> str:
+    return word[:at] + word[at + 1 :]
+
+
+def _doubled(word: str, at: int, side: float) -> str:
+    return word[: at + 1] + word[at:]
+
+
+def _beside(word: str, at: int, side: float) -> str:
+    letter = word[at]
+    keys = _NEIGHBOURS.get(letter.lower())
+    if keys is None:
+        return _doubled(word, at, side)
+    key = keys[int(side * len(keys))]
+    return word[:at] + (key.upper() if letter.isupper() else key) + word[at + 1 :]
+
+
+SLIPS: tuple[Callable[[str, int, float], str], ...] = (_swapped, _lost, _doubled, _beside)
+"""(word, place of a letter, number in [0, 1)) -> the word with a slip there."""
+
+
+_Noise = Callable[[str, float, np.random.Generator], str]
+
+
+NOISES: dict[str, tuple[_Noise, _Noise]] = {
+    "typos": (typos_in_text, typo_in_word),
+    "no_hashtags": (without_hashtags, without_hash_sign),
+    "no_emoji": (without_emoji, without_emoji),
+}
+"""``data.noise`` -> what it does to a text, and to one word of a post given as words."""

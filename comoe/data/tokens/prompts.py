@@ -1,0 +1,268 @@
+"""What an encoder-decoder reads and is taught: prompts filled with posts, answers, words of labels, as token ids."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from comoe.config.recipe import NormalizeConfig
+from comoe.data.posts import PostSplit
+from comoe.data.text.normalize import normalize_post
+from comoe.data.tokens.tokenize import CHUNK, TokenLists, cached, fingerprint
+from comoe.tasks.prompts import FIELDS, prompt_parts
+from comoe.tasks.task import Task
+
+Parts = list[tuple[str, str | None]]
+
+
+Values = dict[str, str]
+
+
+class Wording:
+    """Turns posts and answers into tokens for the tasks that a decoder answers.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        max_length: longest prompt in tokens, special tokens included.
+        normalize: how to clean posts; None takes them as they are.
+        cache_dir: folder of the cache; None keeps nothing.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        max_length: int,
+        normalize: NormalizeConfig | None,
+        cache_dir: Path | None = None,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._max_length = max_length
+        self._normalize = normalize
+        self._cache_dir = cache_dir
+        # Of a large vocabulary it takes a second.
+        self._fingerprint = functools.cache(lambda: fingerprint(tokenizer))
+
+    def prompts(self, posts: PostSplit, task: Task, *, asked: np.ndarray) -> TokenLists:
+        """The task's prompt, filled with each post that is asked for.
+
+        A prompt that is too long loses the end of {text}, and where nothing of it is left the end of {pair}; never a
+        word of its own.
+
+        Args:
+            posts: as the model is to see them.
+            task: which has a prompt.
+            asked: bool, (N,); other posts get no tokens.
+
+        Raises:
+            ValueError: a template that is too long by itself.
+        """
+        assert task.prompt is not None
+        parts = prompt_parts(task.prompt)
+        room = self.room(task)
+        if room <= 0:
+            raise ValueError(
+                f"tasks.{task.name}.prompt takes {self._max_length - room} tokens by itself, of data.max_length "
+                f"({self._max_length}); shorten it, or raise data.max_length."
+            )
+        settings = ["prompt", parts, self._max_length, asdict(self._normalize) if self._normalize else None]
+        read = ([text, pair] if here else 0 for text, pair, here in zip(posts.texts, posts.pairs, asked, strict=True))
+        return self._kept(lambda: self._fill(posts, parts, asked), settings, read, count=len(posts))
+
+    def room(self, task: Task) -> int:
+        """Tokens of a row that the task's prompt, signs at its ends included, leaves for the post and its second text.
+
+        Args:
+            task: which has a prompt.
+        """
+        assert task.prompt is not None
+        empty, _ = _filled(prompt_parts(task.prompt), dict.fromkeys(FIELDS, ""))
+        return self._max_length - len(_ids(self._tokenizer, [empty])[0])
+
+    def answers(self, texts: Sequence[str | None], task: Task) -> TokenLists:
+        """What the decoder is taught of a task of free text, end sign included; cut where it is too long.
+
+        Args:
+            texts: one per post, None without.
+            task: which says how long it may be.
+        """
+
+        def make() -> TokenLists:
+            present = [row for row, text in enumerate(texts) if text is not None]
+            made: dict[int, tuple[list[int], bool]] = {}
+            for start in range(0, len(present), CHUNK):
+                rows = present[start : start + CHUNK]
+                made.update(zip(rows, self._taught([str(texts[row]) for row in rows], task), strict=True))
+            return _lists([made.get(row) for row in range(len(texts))])
+
+        return self._kept(make, ["answer", task.max_answer_length], texts, count=len(texts))
+
+    def _kept(self, make: Any, settings: Sequence[Any], read: Any, *, count: int) -> TokenLists:
+        if self._cache_dir is None:
+            return make()
+        settings = [*settings, self._fingerprint()]
+        return cached(TokenLists, make, settings, read, count=count, cache_dir=self._cache_dir)
+
+    def _fill(self, posts: PostSplit, parts: Parts, asked: np.ndarray) -> TokenLists:
+        chunks = []
+        for start in range(0, len(posts), CHUNK):
+            rows = [row for row in range(start, min(start + CHUNK, len(posts))) if asked[row]]
+            values = [{"text": self._clean(posts.texts[row]), "pair": self._clean(posts.pairs[row])} for row in rows]
+            made = dict(zip(rows, _fitting(self._tokenizer, parts, values, max_length=self._max_length), strict=True))
+            chunks.append(_lists([made.get(row) for row in range(start, min(start + CHUNK, len(posts)))]))
+        return _joined(chunks)
+
+    def _clean(self, text: str | None) -> str:
+        return "" if text is None else text if self._normalize is None else normalize_post(text, self._normalize)
+
+    def _taught(self, texts: list[str], task: Task) -> Iterator[tuple[list[int], bool]]:
+        """(tokens of an answer, whether it was cut) of each text."""
+        whole = _target_ids(self._tokenizer, texts)
+        long = [row for row, ids in enumerate(whole) if len(ids) > task.max_answer_length]
+        limits = {"truncation": True, "max_length": task.max_answer_length}
+        # The tokenizer cuts before it puts the end sign there.
+        cut = dict(zip(long, _target_ids(self._tokenizer, [texts[row] for row in long], **limits), strict=True))
+        return ((cut.get(row, ids), row in cut) for row, ids in enumerate(whole))
+
+
+def label_tokens(tokenizer: Any, task: Task) -> list[list[int]]:
+    """Token ids of each label's words, end sign included.
+
+    Raises:
+        ValueError: words that the tokenizer does not know, or two labels whose words are the same to it.
+    """
+    found: dict[tuple[int, ...], str] = {}
+    for label, words, ids in zip(task.labels, task.label_words, _target_ids(tokenizer, task.label_words), strict=True):
+        if all(token in tokenizer.all_special_ids for token in ids):
+            raise ValueError(
+                f"tasks.{task.name}.label_words: the tokenizer of model.encoder knows nothing of {words!r} (label "
+                f"{label}); give words that it knows."
+            )
+        if (other := found.setdefault(tuple(ids), words)) != words:
+            raise ValueError(
+                f"tasks.{task.name}.label_words: {other!r} and {words!r} are the same tokens to the tokenizer of "
+                "model.encoder; give words that it can tell apart."
+            )
+    return [list(ids) for ids in found]
+
+
+def check_end_sign(tokenizer: Any, task: Task) -> None:
+    """Refuse a tokenizer that does not end texts as a decoder must.
+
+    Raises:
+        ValueError: it has no end sign, or does not write it.
+    """
+    if tokenizer.eos_token_id is None or tokenizer.eos_token_id not in _target_ids(tokenizer, ["a"])[0]:
+        raise ValueError(
+            f"tasks.{task.name} is of kind {task.kind}, whose answers need an end sign, but the tokenizer of "
+            f"model.encoder ({type(tokenizer).__name__}) writes none; choose an encoder-decoder such as T5 or BART."
+        )
+
+
+def code_points(ids_BD: Tensor, tokenizer: Any) -> Tensor:
+    """Written token ids as the characters that they spell, (B, C), float32; 0 behind shorter texts.
+
+    Args:
+        ids_BD: whole numbers; below 0 behind the end.
+        tokenizer: which knows their words.
+    """
+    rows = [[int(token) for token in row if token >= 0] for row in ids_BD.tolist()]
+    texts = [tokenizer.decode(row, skip_special_tokens=True, clean_up_tokenization_spaces=False) for row in rows]
+    # U+0000 is the padding.
+    texts = [text.strip().replace("\x00", "\ufffd") for text in texts]
+    codes_BC = torch.zeros(len(texts), max(map(len, texts), default=0))
+    for row, text in enumerate(texts):
+        codes_BC[row, : len(text)] = torch.tensor([*map(ord, text)], dtype=torch.float32)
+    return codes_BC
+
+
+def _fitting(
+    tokenizer: Any, parts: Parts, values: Sequence[Values], *, max_length: int
+) -> Iterator[tuple[list[int], bool]]:
+    """(tokens, whether it was shortened) of a template filled with each of the values."""
+    rows = dict(enumerate(values))
+    done: dict[int, tuple[list[int], bool]] = {}
+    while rows:
+        filled = {row: _filled(parts, some) for row, some in rows.items()}
+        made = _encoded(tokenizer, [text for text, _ in filled.values()])
+        left = {}
+        for (row, (_, spans)), (ids, offsets) in zip(filled.items(), made, strict=True):
+            if len(ids) <= max_length:
+                done[row] = (ids, rows[row] != values[row])
+            else:
+                left[row] = _shortened(rows[row], spans, offsets, excess=len(ids) - max_length, total=len(ids))
+        rows = left
+    return (done[row] for row in range(len(values)))
+
+
+def _shortened(
+    values: Values, spans: Mapping[str, list[int]], offsets: list[tuple[int, int]] | None, *, excess: int, total: int
+) -> Values:
+    """The values with one field shorter, by as many tokens as are too many; it may take another turn or two."""
+    field = next(name for name in FIELDS if values[name] and name in spans)
+    text, begins = values[field], spans[field]
+    drop = math.ceil(excess / len(begins))
+    keep = len(text) * (total - drop) // total
+    if offsets is not None:
+        begin, end = begins[0], begins[0] + len(text)
+        inside = [first for first, last in offsets if last > begin and first < end]
+        if inside:
+            keep = max(0, inside[len(inside) - drop] - begin) if drop < len(inside) else 0
+    # Always shorter, or this would never end.
+    return values | {field: text[: min(keep, len(text) - 1)].rstrip()}
+
+
+def _filled(parts: Parts, values: Values) -> tuple[str, dict[str, list[int]]]:
+    """The filled template, and for each field where its values begin in it."""
+    text, begins = "", {}
+    for plain, field in parts:
+        text += plain
+        if field is not None:
+            begins.setdefault(field, []).append(len(text))
+            text += values[field]
+    return text, begins
+
+
+def _encoded(tokenizer: Any, texts: list[str]) -> list[tuple[list[int], list[tuple[int, int]] | None]]:
+    """(ids, where each token stands in the text) of each text; None for tokenizers in pure Python."""
+    made = tokenizer(texts, verbose=False)
+    if not tokenizer.is_fast:
+        return [(ids, None) for ids in made["input_ids"]]
+    # Added signs stand nowhere.
+    return [(encoding.ids, encoding.offsets) for encoding in made.encodings]
+
+
+def _ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    return tokenizer(texts, verbose=False)["input_ids"]
+
+
+def _target_ids(tokenizer: Any, texts: Sequence[str], **limits: Any) -> list[list[int]]:
+    return tokenizer(text_target=list(texts), verbose=False, **limits)["input_ids"] if texts else []
+
+
+def _lists(rows: Sequence[tuple[Sequence[int], bool] | None]) -> TokenLists:
+    """Flat arrays of (tokens, whether cut), None for an absent text."""
+    ids = [() if row is None else row[0] for row in rows]
+    return TokenLists(
+        input_ids=np.array([token for row in ids for token in row], dtype=np.int32),
+        offsets=np.concatenate(([0], np.cumsum([len(row) for row in ids], dtype=np.int64))),
+        truncated=np.array([row is not None and row[1] for row in rows], dtype=bool),
+    )
+
+
+def _joined(chunks: Sequence[TokenLists]) -> TokenLists:
+    chunks = [_lists([]), *chunks]
+    lengths = np.concatenate([chunk.lengths for chunk in chunks])
+    return TokenLists(
+        input_ids=np.concatenate([chunk.input_ids for chunk in chunks]),
+        offsets=np.concatenate(([0], np.cumsum(lengths, dtype=np.int64))),
+        truncated=np.concatenate([chunk.truncated for chunk in chunks]),
+    )

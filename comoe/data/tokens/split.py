@@ -1,0 +1,238 @@
+"""A split as tokens: what its posts give the heads to read, and the decoder to be asked and taught."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from comoe.config.recipe import DataConfig
+from comoe.data.posts import PostSplit, hidden
+from comoe.data.report import DataReport
+from comoe.data.tokens.prompts import Wording
+from comoe.data.tokens.tokenize import TokenLists, Tokens, cached_tokens
+from comoe.tasks.prompts import wants_pair
+from comoe.tasks.task import Task
+from comoe.types import IGNORED
+
+TIGHT = 8
+"""Tokens for the post below which a prompt is warned of."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizedSplit:
+    """A split ready for batching."""
+
+    posts: PostSplit
+    """The posts with their labels."""
+    tokens: Tokens
+    """What the heads read of them; of no post any where no task has a head."""
+    lengths: np.ndarray
+    """Tokens of the longest row that a post has in a batch, int32, shape (N,)."""
+    labelled: np.ndarray
+    """Whether a post has a label of a task, bool, shape (N, T), tasks in the order of the recipe."""
+    words_cut: int
+    """Labelled words that were cut off with the end of too long posts."""
+    prompts: Mapping[str, TokenLists] = field(default_factory=dict)
+    """Task that a decoder answers -> what the encoder reads of the posts that it is asked about: those with a label of
+    it, and those without any label (which have the second text that the prompt wants)."""
+    room: Mapping[str, int] = field(default_factory=dict)
+    """Task that a decoder answers -> tokens that its prompt leaves for the post and its second text."""
+    answers: Mapping[str, TokenLists] = field(default_factory=dict)
+    """Task of free text -> what the decoder is taught of the posts that have one."""
+
+    def __len__(self) -> int:
+        return len(self.posts)
+
+    @property
+    def groups(self) -> np.ndarray:
+        """Data set of each post, int64, shape (N,)."""
+        return self.posts.groups
+
+    @property
+    def texts(self) -> Sequence[str]:
+        """Raw text of each post."""
+        return self.posts.texts
+
+    @property
+    def origins(self) -> Sequence[str]:
+        """ "file:line" of each post."""
+        return self.posts.origins
+
+    @property
+    def cut(self) -> np.ndarray:
+        """Posts that were cut to the greatest length in any of their rows, bool, shape (N,)."""
+        return np.logical_or.reduce([self.tokens.truncated, *(lists.truncated for lists in self.prompts.values())])
+
+    @property
+    def truncated(self) -> int:
+        """Posts that were cut to the greatest length."""
+        return int(self.cut.sum())
+
+    @property
+    def prompts_cut(self) -> dict[str, tuple[int, int]]:
+        """Task that a decoder answers -> (prompts that lost part of {text}, all); tasks without any are left out."""
+        cut = {name: int(lists.truncated.sum()) for name, lists in self.prompts.items()}
+        return {name: (count, int((self.prompts[name].lengths > 0).sum())) for name, count in cut.items() if count}
+
+    @property
+    def answers_cut(self) -> dict[str, int]:
+        """Task of free text -> answers that were cut to ``max_answer_length``; tasks without any are left out."""
+        counts = {name: int(lists.truncated.sum()) for name, lists in self.answers.items()}
+        return {name: count for name, count in counts.items() if count}
+
+    def rows(self, indices: np.ndarray) -> list[TokenRow]:
+        """Tokens of some posts as the heads read them, in the order asked for."""
+        bounds = [(self.tokens.offsets[i], self.tokens.offsets[i + 1]) for i in indices]
+        return [
+            TokenRow(self.tokens.input_ids[a:b], self.tokens.token_types[a:b], self.tokens.word_ids[a:b])
+            for a, b in bounds
+        ]
+
+    def prompt(self, post: int, task: str) -> TokenRow:
+        """Tokens of one post as a decoder's task wants them; its words are not told apart."""
+        ids = self.prompts[task][post]
+        return TokenRow(ids, np.zeros(len(ids), dtype=np.int8), np.full(len(ids), -1, dtype=np.int32))
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRow:
+    """One row: token ids, segment ids, and the word that each token belongs to (-1: none), each of shape (L,)."""
+
+    input_ids: np.ndarray
+    token_types: np.ndarray
+    word_ids: np.ndarray
+
+    @property
+    def word_starts(self) -> np.ndarray:
+        """True on the first piece of each word, bool, shape (L,)."""
+        return (self.word_ids >= 0) & (self.word_ids != np.concatenate(([-1], self.word_ids[:-1])))
+
+
+def tokenize_split(
+    split: PostSplit, tokenizer: Any, *, tasks: Sequence[Task], config: DataConfig, cache_dir: Path | None = None
+) -> TokenizedSplit:
+    """Clean and tokenise a split, once: later calls with the same posts and settings read the cache.
+
+    Args:
+        split: raw posts.
+        tokenizer: from ``load_tokenizer``.
+        tasks: all tasks.
+        config: ``data`` of the recipe.
+        cache_dir: folder of the cache; None, or ``data.cache: false``, keeps nothing.
+
+    Raises:
+        ValueError: ``data.max_length`` is more than the encoder takes, or a prompt more than that.
+    """
+    if config.max_length > tokenizer.model_max_length:
+        raise ValueError(
+            f"data.max_length ({config.max_length}) is more than the encoder takes "
+            f"({tokenizer.model_max_length} tokens); lower it."
+        )
+    where = cache_dir if config.cache else None
+    seen = hidden(split, config.hide)
+    if all(task.rules.generates for task in tasks):
+        tokens = no_tokens(len(split))
+    else:
+        tokens = cached_tokens(
+            seen, tokenizer, max_length=config.max_length, normalize=config.normalize, cache_dir=where
+        )
+    wording = Wording(tokenizer, max_length=config.max_length, normalize=config.normalize, cache_dir=where)
+    return assemble_split(split, seen, tokens, tasks=tasks, wording=wording)
+
+
+def assemble_split(
+    posts: PostSplit,
+    seen: PostSplit,
+    tokens: Tokens,
+    *,
+    tasks: Sequence[Task],
+    wording: Wording,
+    asked: Sequence[Task] | None = None,
+) -> TokenizedSplit:
+    """Tokens and posts in one, with the table of labels that training can use.
+
+    Args:
+        posts: as they are shown.
+        seen: as the model is to see them.
+        tokens: of ``seen``, for the heads.
+        tasks: all tasks.
+        wording: makes the prompts and answers.
+        asked: tasks that the posts are for; None is all.
+    """
+    # A hidden text is still shown beside predictions; a hidden picture must not be read.
+    posts = replace(posts, images=seen.images)
+    labelled = np.zeros((len(posts), len(tasks)), dtype=bool)
+    split = TokenizedSplit(posts, tokens, np.diff(tokens.offsets).astype(np.int32), labelled, words_cut=0)
+    words_cut = sum(_mark_labelled(split, task, number) for number, task in enumerate(tasks))
+    bare = ~labelled.any(axis=1)
+    prompts, answers, room = {}, {}, {}
+    for number, task in enumerate(tasks):
+        if not task.rules.generates or (asked is not None and task not in asked):
+            continue
+        # A post of another data set may have no second text to ask with.
+        askable = np.array([pair is not None for pair in posts.pairs]) if wants_pair(task.prompt) else True
+        prompts[task.name] = wording.prompts(seen, task, asked=labelled[:, number] | (bare & askable))
+        room[task.name] = wording.room(task)
+        if task.rules.ragged:
+            answers[task.name] = wording.answers(posts.labels[task.name], task)
+    heads = [number for number, task in enumerate(tasks) if not task.rules.generates]
+    read = labelled[:, heads].any(axis=1) | bare if heads else np.zeros(len(posts), dtype=bool)
+    rows = [np.where(read, split.lengths, 0), *(lists.lengths for lists in prompts.values())]
+    lengths = np.maximum(np.max(rows, axis=0), 1).astype(np.int32)
+    return replace(split, lengths=lengths, words_cut=words_cut, prompts=prompts, answers=answers, room=room)
+
+
+def report_cuts(splits: Mapping[str, TokenizedSplit], report: DataReport) -> None:
+    """Note what was cut off with the ends of posts, prompts and answers, and warn of prompts that leave no room."""
+    report.truncated.update({name: (split.truncated, split.words_cut) for name, split in splits.items()})
+    report.prompts_cut.update({name: split.prompts_cut for name, split in splits.items()})
+    report.answers_cut.update({name: split.answers_cut for name, split in splits.items()})
+    rooms = {task: room for split in splits.values() for task, room in split.room.items()}
+    report.warnings.extend(
+        f"tasks.{task}.prompt almost fills data.max_length (tokens left for the post: {room}); shorten it, or raise "
+        "data.max_length"
+        for task, room in rooms.items()
+        if room < TIGHT
+    )
+
+
+def target_of(split: TokenizedSplit, task: Task, post: int, row: TokenRow) -> Any:
+    """The label of one post as ``Kind.collate`` takes it, None without.
+
+    For tags one id per token, IGNORED off first pieces; for a free text the number of its tokens, and the text.
+    """
+    value = split.posts.labels[task.name][post]
+    if value is None or not task.rules.ragged:
+        return value
+    if task.rules.generates:
+        return len(split.answers[task.name][post]), value
+    ids = np.full(len(row.input_ids), IGNORED, dtype=np.int64)
+    starts = row.word_starts
+    ids[starts] = np.asarray(value, dtype=np.int64)[row.word_ids[starts]]
+    return ids
+
+
+def _mark_labelled(split: TokenizedSplit, task: Task, number: int) -> int:
+    """Fill in a task's column of ``labelled``; the labelled words that were cut off with the ends of posts."""
+    column = split.posts.labels[task.name]
+    present = np.flatnonzero([value is not None for value in column])
+    split.labelled[present, number] = True
+    if not task.rules.per_token:
+        return 0
+    words_cut = 0
+    for post, row in zip(present, split.rows(present), strict=True):
+        kept = int((target_of(split, task, post, row) != IGNORED).sum())
+        words_cut += int((np.asarray(column[post]) != IGNORED).sum()) - kept
+        split.labelled[post, number] = kept > 0
+    return words_cut
+
+
+def no_tokens(count: int) -> Tokens:
+    """Tokens of posts that no head reads: none."""
+    nothing = np.zeros(0, dtype=np.int32)
+    offsets = np.zeros(count + 1, dtype=np.int64)
+    return Tokens(nothing, nothing.astype(np.int8), nothing, offsets, np.zeros(count, dtype=bool))

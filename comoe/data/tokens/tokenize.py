@@ -1,0 +1,281 @@
+"""Posts to tokens: tokenised once, kept flat in arrays, cached on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import zipfile
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from comoe.config.recipe import NormalizeConfig
+from comoe.data.posts import PostSplit
+from comoe.data.text.normalize import VERSION, normalize_post, normalize_words
+
+FORMAT = 1
+"""Changes when the arrays of a cache file mean something else."""
+
+
+CHUNK = 1024
+"""Posts per call of the tokenizer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """The tokens of N posts in flat arrays; post i has entries ``offsets[i]`` to ``offsets[i + 1]``."""
+
+    input_ids: np.ndarray
+    """Token ids, int32."""
+    token_types: np.ndarray
+    """Segment ids, int8."""
+    word_ids: np.ndarray
+    """Word of the first text that a token belongs to, int32; -1 on special tokens and on the second text."""
+    offsets: np.ndarray
+    """First entry of each post, int64, shape (N + 1,)."""
+    truncated: np.ndarray
+    """True where a post was cut, bool, shape (N,)."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLists:
+    """Token ids of N texts that need no more than that (prompts, answers), as in ``Tokens``; a text may be absent."""
+
+    input_ids: np.ndarray
+    """Token ids, int32."""
+    offsets: np.ndarray
+    """First entry of each text, int64, shape (N + 1,)."""
+    truncated: np.ndarray
+    """True where a text was cut, bool, shape (N,)."""
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return self.input_ids[self.offsets[index] : self.offsets[index + 1]]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each text, int64; 0 where it is absent."""
+        return np.diff(self.offsets)
+
+
+Stored = TypeVar("Stored", Tokens, TokenLists)
+
+
+def tokenize(posts: PostSplit, tokenizer: Any, *, max_length: int, normalize: NormalizeConfig | None) -> Tokens:
+    """Clean and tokenise posts.
+
+    A text pair is the tokenizer's second segment; of too long a post the longer text is cut first. Posts given as words
+    stay word by word: a word of which nothing is left becomes the unknown token, so that every word has a piece.
+
+    Args:
+        posts: raw posts.
+        tokenizer: a Hugging Face tokenizer.
+        max_length: longest post in tokens, special tokens included.
+        normalize: how to clean; None takes the texts as they are.
+
+    Raises:
+        ValueError: words, but a tokenizer that cannot tell words apart.
+    """
+    parts: list[tuple[np.ndarray, ...]] = []
+    for start in range(0, len(posts), CHUNK):
+        chunk = range(start, min(start + CHUNK, len(posts)))
+        firsts = [_first(posts, i, normalize) for i in chunk]
+        pairs = [_second(posts, i, normalize) for i in chunk]
+        parts.append(_flat(_rows(tokenizer, firsts, pairs, max_length=max_length)))
+    ids, types, words, lengths, cut = (np.concatenate(column) for column in zip(_flat([]), *parts, strict=True))
+    offsets = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))
+    return Tokens(input_ids=ids, token_types=types, word_ids=words, offsets=offsets, truncated=cut)
+
+
+def cached_tokens(
+    posts: PostSplit, tokenizer: Any, *, max_length: int, normalize: NormalizeConfig | None, cache_dir: Path | None
+) -> Tokens:
+    """``tokenize``, read from ``cache_dir`` where the same posts were tokenised the same way before."""
+
+    def make() -> Tokens:
+        return tokenize(posts, tokenizer, max_length=max_length, normalize=normalize)
+
+    if cache_dir is None:
+        return make()
+    settings = [max_length, asdict(normalize) if normalize else None, fingerprint(tokenizer)]
+    read = ([words or text, pair] for words, text, pair in zip(posts.words, posts.texts, posts.pairs, strict=True))
+    return cached(Tokens, make, settings, read, count=len(posts), cache_dir=cache_dir)
+
+
+def cached(
+    record: type[Stored],
+    make: Callable[[], Stored],
+    settings: Sequence[Any],
+    read: Iterable[Any],
+    *,
+    count: int,
+    cache_dir: Path,
+) -> Stored:
+    """What ``make`` gives, read from ``cache_dir`` where the same was made before.
+
+    The file is named by a hash of everything that the tokens depend on, and holds arrays only: loading it runs no code.
+
+    Args:
+        record: what is made.
+        make: makes it.
+        settings: plain values that it depends on.
+        read: plain values, one per text, that it depends on.
+        count: texts.
+        cache_dir: folder of the cache.
+    """
+    digest = hashlib.sha256(json.dumps([FORMAT, VERSION, *settings]).encode())
+    for value in read:
+        digest.update(json.dumps(value).encode())
+    path = Path(cache_dir) / f"{digest.hexdigest()[:32]}.npz"
+    if (tokens := _load(record, path, count=count)) is not None:
+        return tokens
+    tokens = make()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Ranks may write the same file at the same time: each its own, and the rename is atomic.
+    aside = path.with_name(f".{path.stem}.{os.getpid()}.npz")
+    with aside.open("wb") as file:
+        np.savez(file, **{field.name: getattr(tokens, field.name) for field in fields(record)})
+    aside.replace(path)
+    return tokens
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """Tokens of one post."""
+
+    ids: Sequence[int]
+    types: Sequence[int]
+    words: Sequence[int]
+    cut: bool
+
+
+def _first(posts: PostSplit, index: int, normalize: NormalizeConfig | None) -> str | list[str]:
+    """The cleaned first text of a post: words where the post is given as words."""
+    words = posts.words[index]
+    if words:
+        return normalize_words(words, normalize) if normalize else list(words)
+    return normalize_post(posts.texts[index], normalize) if normalize else posts.texts[index]
+
+
+def _second(posts: PostSplit, index: int, normalize: NormalizeConfig | None) -> str | None:
+    """The cleaned second text of a post, None where it has none."""
+    pair = posts.pairs[index]
+    return normalize_post(pair, normalize) if pair and normalize else pair
+
+
+def _flat(rows: list[_Row]) -> tuple[np.ndarray, ...]:
+    """Ids, segments, words of all tokens; length and cut of all rows. Early: lists of numbers are large."""
+    return (
+        np.array([value for row in rows for value in row.ids], dtype=np.int32),
+        np.array([value for row in rows for value in row.types], dtype=np.int8),
+        np.array([value for row in rows for value in row.words], dtype=np.int32),
+        np.array([len(row.ids) for row in rows], dtype=np.int64),
+        np.array([row.cut for row in rows], dtype=bool),
+    )
+
+
+def _rows(tokenizer: Any, firsts: list[str | list[str]], pairs: list[str | None], *, max_length: int) -> list[_Row]:
+    """Tokens of a chunk. The tokenizer takes plain texts, words, and pairs of both in one call each."""
+    encode = _encode_fast if tokenizer.is_fast else _encode_slow
+    alike: dict[tuple[bool, bool], list[int]] = {}
+    for i, (first, pair) in enumerate(zip(firsts, pairs, strict=True)):
+        alike.setdefault((isinstance(first, list), bool(pair)), []).append(i)
+    rows: dict[int, _Row] = {}
+    for (as_words, paired), members in alike.items():
+        seconds = [pairs[i] for i in members] if paired else None
+        made = encode(tokenizer, [firsts[i] for i in members], seconds, as_words=as_words, max_length=max_length)
+        rows.update(zip(members, made, strict=True))
+    # A tokenizer without special tokens makes nothing of a blank text; a row of no tokens has no mean.
+    nothing = _Row([_unknown_id(tokenizer)], [0], [-1], False)
+    return [rows[i] if rows[i].ids else nothing for i in range(len(firsts))]
+
+
+def _encode_fast(
+    tokenizer: Any, texts: list[Any], pairs: list[str] | None, *, as_words: bool, max_length: int
+) -> list[_Row]:
+    if as_words:
+        texts = _spaced(tokenizer, texts)
+        pairs = None if pairs is None else _spaced(tokenizer, [pair.split() for pair in pairs])  # type: ignore
+
+    def run(texts: list[Any], pairs: list[Any] | None) -> list[Any]:
+        settings = {"truncation": "longest_first", "max_length": max_length, "is_split_into_words": as_words}
+        return tokenizer(texts, pairs, **settings).encodings
+
+    encodings = run(texts, pairs)
+    for i, encoding in enumerate(encodings if as_words else ()):
+        seen = set(_word_ids(encoding))
+        lost = [word for word in range(len(texts[i])) if word not in seen]
+        # Some tokenizers drop rare characters: without a piece of its own a word would silently lose its label.
+        if lost and not encoding.overflowing:
+            whole = [tokenizer.unk_token if word in lost else text for word, text in enumerate(texts[i])]
+            encodings[i] = run([whole], None if pairs is None else [pairs[i]])[0]
+    return [_Row(e.ids, e.type_ids, _word_ids(e), bool(e.overflowing)) for e in encodings]
+
+
+def _encode_slow(
+    tokenizer: Any, texts: list[Any], pairs: list[str] | None, *, as_words: bool, max_length: int
+) -> list[_Row]:
+    """For tokenizers in pure Python: each token is its own word."""
+    if as_words:
+        raise ValueError(
+            f"The tokenizer {type(tokenizer).__name__} cannot tell which word a token belongs to; "
+            "a task of kind tags needs an encoder with a fast tokenizer."
+        )
+    rows = []
+    for i, text in enumerate(texts):
+        pair = None if pairs is None else pairs[i]
+        cut = len(tokenizer(text, pair, verbose=False)["input_ids"]) > max_length
+        settings = {"truncation": "longest_first", "max_length": max_length}
+        made = tokenizer(text, pair, **settings, return_token_type_ids=True, return_special_tokens_mask=True)
+        special = made["special_tokens_mask"]
+        first = special.index(0) if 0 in special else len(special)
+        end = special.index(1, first) if 1 in special[first:] else len(special)
+        words = [i - first if first <= i < end else -1 for i in range(len(special))]
+        rows.append(_Row(made["input_ids"], made["token_type_ids"], words, cut))
+    return rows
+
+
+def _spaced(tokenizer: Any, rows: Sequence[Sequence[str]]) -> list[list[str]]:
+    """Words as the tokenizer wants them: byte-level vocabularies hold the blank before a word within its token."""
+    blank = "" if tokenizer.tokenize(" a") == tokenizer.tokenize("a") else " "
+    unknown = tokenizer.unk_token
+    return [
+        [f"{blank if i else ''}{word}" if word and word != unknown else unknown for i, word in enumerate(words)]
+        for words in rows
+    ]
+
+
+def _word_ids(encoding: Any) -> list[int]:
+    return [
+        -1 if word is None or sequence != 0 else word
+        for word, sequence in zip(encoding.word_ids, encoding.sequence_ids, strict=True)
+    ]
+
+
+def _unknown_id(tokenizer: Any) -> int:
+    return tokenizer.pad_token_id if tokenizer.unk_token_id is None else tokenizer.unk_token_id
+
+
+def _load(record: type[Stored], path: Path, *, count: int) -> Stored | None:
+    """A cache file, None where there is none or it was cut short."""
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            tokens = record(**{field.name: stored[field.name] for field in fields(record)})
+    except (FileNotFoundError, zipfile.BadZipFile, EOFError, KeyError, ValueError):
+        return None
+    return tokens if len(tokens.offsets) == count + 1 else None
+
+
+def fingerprint(tokenizer: Any) -> str:
+    """Hash of the tokenizer's vocabulary and rules, whatever it was called with before."""
+    if tokenizer.is_fast:
+        rules = json.loads(tokenizer.backend_tokenizer.to_str())
+        # Every call leaves its settings in there.
+        rules = {key: value for key, value in rules.items() if key not in ("truncation", "padding")}
+    else:
+        rules = {key: str(value) for key, value in (*tokenizer.get_vocab().items(), *tokenizer.init_kwargs.items())}
+    names = [type(tokenizer).__name__, tokenizer.unk_token]
+    return hashlib.sha256(json.dumps([names, rules], sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,317 @@
+"""Predictions of the model on one split, on all ranks, and their metrics: whole, and per value of a column."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from comoe.config.errors import unknown_name
+from comoe.tasks.kinds.base import tempered
+from comoe.tasks.labels import natural_order
+from comoe.tasks.metrics import LOWER_IS_BETTER
+from comoe.tasks.task import Task
+from comoe.types import IGNORED, Batch, ModelOutput
+
+SLICED_METRICS = ("accuracy", "macro_f1")
+"""Metrics that a slice has beside the task's main one, where its kind has them."""
+
+
+def slice_scores(gold: Any, scores: Any, task: Task, columns: Mapping[str, Sequence[str | None]]) -> dict[str, float]:
+    """``<metric>@<column>=<value>`` and ``n@<column>=<value>`` for every value of the task's slices.
+
+    A post whose cell is empty is in no slice.
+
+    Args:
+        gold: of ``Kind.answers``: an array, or for tags a list, with one entry per labelled post.
+        scores: as ``gold``.
+        task: names the columns.
+        columns: column -> its cell for each of these posts; a column that is not there has no slices.
+    """
+    found: dict[str, float] = {}
+    for column in task.slices:
+        cells = columns.get(column, ())
+        for value in natural_order(cell for cell in cells if cell is not None):
+            rows = np.flatnonzero([cell == value for cell in cells])
+            values = task.rules.score(_picked(gold, rows), _picked(scores, rows), task)
+            names = dict.fromkeys((task.metric, *(name for name in SLICED_METRICS if name in values)))
+            found |= {f"{name}@{column}={value}": values[name] for name in names}
+            found[f"n@{column}={value}"] = float(len(rows))
+    return found
+
+
+def _picked(values: Any, rows: np.ndarray) -> Any:
+    return [values[row] for row in rows] if isinstance(values, list) else values[rows]
+
+
+MEAN = "mean"
+"""Name of the mean of all tasks' main metrics, as ``train.early_stop_metric`` spells it."""
+
+
+class Answer(NamedTuple):
+    """One post's answer for one task; plain NumPy, so that it can travel between ranks."""
+
+    row: int
+    """Index of the post in its split."""
+    logits: np.ndarray
+    """(Y,), or (words, Y) for a kind that answers each word; of a free text as ``Collator.spell`` gives it."""
+    targets: np.ndarray
+    """The label as in ``Batch.labels``, of this row: (), (Y,), (words,) or (1 + characters,)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What a split says about the model; the same on every rank. Tasks of a kind without answers are in none of it."""
+
+    metrics: dict[str, dict[str, float]]
+    """Task -> metric -> value; ``n`` counts labelled rows, ``loss`` is their mean. A task without any is left out."""
+    confusions: dict[str, np.ndarray]
+    """Task -> counts of (gold, predicted), int64, (Y, Y), where its kind has such a thing."""
+    predictions: dict[str, list[dict[str, Any]]]
+    """Task -> per post, in the order of the split: ``row``, ``text`` where given, ``gold`` or None, and the answer."""
+    answers: dict[str, list[Answer]] = field(default_factory=dict)
+    """Task -> what all of this was made of, in the order of the split; see ``judge``."""
+
+
+class Collate(Protocol):
+    """What is needed of ``comoe.data.collator.Collator``."""
+
+    def __call__(self, split: Any, indices: np.ndarray) -> Batch: ...
+
+
+def evaluate(
+    forward: Callable[[Batch], ModelOutput],
+    split: Any,
+    *,
+    collator: Collate,
+    tasks: Sequence[Task],
+    batches: Iterable[np.ndarray],
+    gather: Callable[[Any], list[Any]],
+    device: torch.device | str,
+    progress: Callable[[int], None] | None = None,
+    texts: Sequence[str] | None = None,
+    columns: Mapping[str, Sequence[str | None]] | None = None,
+    predictions: bool = True,
+    spell: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] | None = None,
+) -> Evaluation:
+    """Run the model over a split and score it.
+
+    The answers of all ranks are gathered, ordered by post and freed of duplicates before they are scored, so the
+    metrics depend neither on the number of ranks nor on the batches. A post counts for the tasks whose label it has. A
+    post without any label is scored nowhere and predicted for all tasks that it has rows for.
+
+    Args:
+        forward: the model in evaluation mode; called under ``torch.no_grad``.
+        split: what ``collator`` makes batches of.
+        collator: (split, row ids) -> batch on the CPU; a filler row for no ids.
+        tasks: tasks in the order of the model's.
+        batches: row ids of each batch of this rank. Every rank brings the same number of them, empty ones if need be:
+            under expert parallelism each forward is a collective.
+        gather: object of this rank -> objects of all ranks, on all ranks.
+        device: where ``forward`` wants its batch.
+        progress: called after each batch with its number of posts.
+        texts: text per row of the split, shown beside the predictions.
+        columns: column -> its cell per row of the split; the tasks' slices are found by them.
+        predictions: False leaves them out, which spares time in the middle of a training run.
+        spell: ``Collator.spell``; needed where the decoder writes texts.
+    """
+    scored = [task for task in tasks if task.rules.scored]
+    answers: dict[str, list[Answer]] = {task.name: [] for task in scored}
+    with torch.no_grad():
+        for indices in batches:
+            batch = collator(split, indices)
+            logits = forward(batch.to(device)).logits
+            logits = logits if spell is None else spell(logits)
+            kept = _rows_to_keep(batch, tasks)
+            for task in scored:
+                answers[task.name] += _answers(batch, logits[task.name], rows=kept[task.name], task=task)
+            if progress is not None:
+                progress(len(indices))
+    shares = gather(answers)
+    ordered = {}
+    for task in scored:
+        by_row = {answer.row: answer for share in shares for answer in share[task.name]}
+        ordered[task.name] = [by_row[row] for row in sorted(by_row)]
+    return judge(ordered, tasks, texts=texts, columns=columns, predictions=predictions)
+
+
+def judge(
+    answers: Mapping[str, Sequence[Answer]],
+    tasks: Sequence[Task],
+    *,
+    texts: Sequence[str] | None = None,
+    columns: Mapping[str, Sequence[str | None]] | None = None,
+    predictions: bool = True,
+) -> Evaluation:
+    """Score answers as these tasks read them: with their temperatures and thresholds.
+
+    ``loss`` is that of the logits as they are, so it can be compared with the losses of training.
+
+    Args:
+        answers: ``Evaluation.answers``.
+        tasks: those of the answers; temperatures and thresholds may have been fitted since.
+        texts: text per row of the split, shown beside the predictions.
+        columns: column -> its cell per row of the split, for the tasks' slices.
+        predictions: False leaves them out.
+    """
+    metrics, confusions, shown = {}, {}, {}
+    for task in tasks:
+        if not task.rules.scored:
+            continue
+        logits, targets = joined(answers[task.name], task)
+        gold, scores = task.rules.answers(tempered(logits, task), targets)
+        if len(gold):
+            loss = task.rules.loss(logits, targets, task) / task.rules.units(targets, task)
+            metrics[task.name] = {"n": float(len(gold)), "loss": float(loss)} | task.rules.score(gold, scores, task)
+            rows = [answers[task.name][place].row for place in np.flatnonzero(task.rules.labelled(targets))]
+            cells = {name: [column[row] for row in rows] for name, column in (columns or {}).items()}
+            metrics[task.name] |= slice_scores(gold, scores, task, cells)
+            confusion = task.rules.confusion(gold, scores, task)
+            if confusion is not None:
+                confusions[task.name] = confusion
+        if predictions:
+            shown[task.name] = _predictions(answers[task.name], targets, task=task, texts=texts)
+    return Evaluation(metrics, confusions, shown, dict(answers))
+
+
+def mean_metric(metrics: Mapping[str, Mapping[str, float]], tasks: Sequence[Task]) -> float:
+    """Mean of the tasks' main metrics, larger is better: those that are better when lower enter negated.
+
+    Auxiliary tasks are in no mean: they are there for the others.
+
+    Raises:
+        ValueError: no task that counts has a labelled post in the split.
+    """
+    counted = [task for task in tasks if not task.auxiliary]
+    values = [rising(task.metric, metrics[task.name][task.metric]) for task in counted if task.name in metrics]
+    if not values:
+        names = ", ".join(task.name for task in counted)
+        raise ValueError(f"the split has no labelled post of any task ({names}), so there is no metric to choose by.")
+    return float(np.mean(values))
+
+
+def chosen_metric(metrics: Mapping[str, Mapping[str, float]], tasks: Sequence[Task], name: str) -> float:
+    """The number that early stopping and the best checkpoint go by; larger is better, as in ``mean_metric``.
+
+    Args:
+        metrics: ``Evaluation.metrics``.
+        tasks: all tasks.
+        name: ``mean``, or ``task/metric`` with any key of that task's metrics ("mood/f1/joy", "mood/loss").
+
+    Raises:
+        ValueError: no such task or metric, or no labelled post of the task in the split.
+    """
+    check_chosen_metric(name, tasks)
+    if name == MEAN:
+        return mean_metric(metrics, tasks)
+    task, _, metric = name.partition("/")
+    if task not in metrics:
+        raise ValueError(
+            f"train.early_stop_metric is {name!r}, but the split has no labelled post of {task}; use mean."
+        )
+    return rising(metric, metrics[task][metric])
+
+
+def check_chosen_metric(name: str, tasks: Sequence[Task], *, measured: Container[str] | None = None) -> None:
+    """Refuse an ``early_stop_metric`` that no evaluation will ever have; to be called before training.
+
+    Args:
+        name: ``train.early_stop_metric``.
+        tasks: all tasks.
+        measured: names of the tasks that validation posts have a label of; None does not ask for any.
+
+    Raises:
+        ValueError: no such task or metric, with the nearest one; an auxiliary task; or nothing to measure it on.
+    """
+    if not (scored := [task for task in tasks if task.rules.scored and not task.auxiliary]):
+        raise ValueError(
+            f"tasks: all that have answers are auxiliary ({', '.join(task.name for task in tasks)}), so there is "
+            "nothing to choose a checkpoint by; set auxiliary to false for one."
+        )
+    if any(task.auxiliary and name.startswith(f"{task.name}/") for task in tasks):
+        raise ValueError(
+            f"train.early_stop_metric is {name!r}, but tasks.{name.partition('/')[0]} is auxiliary: no checkpoint is "
+            "chosen by it. Name another task, or mean."
+        )
+    valid = [MEAN, *(f"{task.name}/{metric}" for task in scored for metric in metric_names(task))]
+    if name not in valid:
+        raise unknown_name("train.early_stop_metric", name, valid)
+    wanted = [task.name for task in scored] if name == MEAN else [name.partition("/")[0]]
+    if measured is not None and not any(task in measured for task in wanted):
+        raise ValueError(
+            f"train.early_stop_metric is {name!r}, but no validation post has a label of {', '.join(wanted)}; add such "
+            "posts, or remove the validation file: a part of the training posts is held out then."
+        )
+
+
+def metric_names(task: Task) -> tuple[str, ...]:
+    """What ``Evaluation.metrics`` has of a task besides the count ``n``, known before any evaluation."""
+    gold, scores = task.rules.answers(*joined([], task))
+    return ("loss", *task.rules.score(gold, scores, task))
+
+
+def rising(metric: str, value: float) -> float:
+    """The value where larger is better, else its negative."""
+    return -value if metric in LOWER_IS_BETTER else value
+
+
+def _rows_to_keep(batch: Batch, tasks: Sequence[Task]) -> dict[str, list[int]]:
+    """Scored task -> the rows of the batch that are scored or shown for it; filler rows are for none."""
+    labelled = {task.name: task.rules.labelled(batch.labels[task.name]) for task in tasks if task.rules.scored}
+    bare = ~torch.stack(list(labelled.values())).any(dim=0)
+    real = batch.row_ids_B >= 0
+    kept = {}
+    for index, task in enumerate(tasks):
+        if task.name in labelled:
+            meant = batch.task_ids_B == index
+            if not task.rules.generates:
+                meant |= batch.task_ids_B == -1
+            kept[task.name] = torch.nonzero(real & (labelled[task.name] | (bare & meant)))[:, 0].tolist()
+    return kept
+
+
+def _answers(batch: Batch, logits: Tensor, *, rows: list[int], task: Task) -> list[Answer]:
+    """Some rows of a batch, words only for a kind that answers each word."""
+    if not rows:
+        return []
+    logits, targets = logits[rows].float().cpu(), batch.labels[task.name][rows]
+    ids = batch.row_ids_B[rows].tolist()
+    if not task.rules.per_token:
+        return [Answer(*answer) for answer in zip(ids, logits.numpy(), targets.numpy(), strict=True)]
+    words = batch.word_starts_BL[rows]
+    return [
+        Answer(row, logits_LY[starts].numpy(), targets_L[starts].numpy())
+        for row, logits_LY, targets_L, starts in zip(ids, logits, targets, words, strict=True)
+    ]
+
+
+def joined(answers: Sequence[Answer], task: Task) -> tuple[Tensor, Tensor]:
+    """Answers as one batch of logits and targets, padded to the most words, or characters."""
+    if not answers:
+        shape = (0, 0) if task.rules.per_token else (0,)
+        empty = task.rules.collate([], labels=task.labels, length=0)
+        return torch.zeros(*shape, task.rules.num_outputs(task.labels)), empty
+    logits = [torch.from_numpy(answer.logits) for answer in answers]
+    targets = [torch.as_tensor(answer.targets) for answer in answers]
+    if not task.rules.ragged:
+        return torch.stack(logits), torch.stack(targets)
+    return pad_sequence(logits, batch_first=True), pad_sequence(targets, batch_first=True, padding_value=IGNORED)
+
+
+def _predictions(
+    answers: Sequence[Answer], targets: Tensor, *, task: Task, texts: Sequence[str] | None
+) -> list[dict[str, Any]]:
+    """One dict per answer, in order."""
+    if not answers:
+        return []
+    per_word = [torch.from_numpy(answer.logits) for answer in answers]
+    decoded = task.rules.decode(per_word if task.rules.per_token else joined(answers, task)[0], task)
+    return [
+        {"row": answer.row} | ({} if texts is None else {"text": texts[answer.row]}) | {"gold": gold} | shown
+        for answer, gold, shown in zip(answers, task.rules.gold(targets, task), decoded, strict=True)
+    ]

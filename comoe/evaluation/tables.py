@@ -1,0 +1,160 @@
+"""Tables that end a run: metrics per task and split, per slice, under noise, and calibration before and after."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from comoe.data.posts import UNSEEN
+from comoe.data.text.noise import SEPARATOR
+from comoe.tasks.task import Task
+
+Metrics = Mapping[str, Mapping[str, Mapping[str, float]]]
+"""Split -> task -> metric -> value, as in ``results.json``."""
+
+
+_COUNT = "n@"
+
+
+def slice_lines(metrics: Metrics, tasks: Sequence[Task]) -> list[str]:
+    """Metrics of every value of the tasks' slices, a column per split; no lines without any.
+
+    ``n`` is the number of posts in the last split that has the slice.
+    """
+    splits = [split for split in metrics if SEPARATOR not in split]
+    rows = []
+    for task in tasks:
+        found = [metrics[split].get(task.name, {}) for split in splits]
+        names = dict.fromkeys(name for values in found for name in values)
+        # By their counts: a label's name may hold any sign too.
+        for where in [name.removeprefix(_COUNT) for name in names if name.startswith(_COUNT)]:
+            count = next(values[_COUNT + where] for values in reversed(found) if _COUNT + where in values)
+            for name in [name for name in names if name.endswith(f"@{where}") and name != _COUNT + where]:
+                shown = [_decimal(values.get(name)) for values in found]
+                rows.append((marked(task), where, name.removesuffix(f"@{where}"), *shown, f"{count:.0f}"))
+    return ["", *in_columns(("task", "slice", "metric", *splits, "n"), rows, left=3)] if rows else []
+
+
+def noise_lines(metrics: Metrics, tasks: Sequence[Task]) -> list[str]:
+    """Main metric of each task on clean posts and under each noise, with the change; no lines without noise."""
+    lines = []
+    for split in dict.fromkeys(name.partition(SEPARATOR)[0] for name in metrics if SEPARATOR in name):
+        noises = [name.partition(SEPARATOR)[2] for name in metrics if name.startswith(f"{split}{SEPARATOR}")]
+        rows = []
+        for task in tasks:
+            clean = metrics[split].get(task.name, {}).get(task.metric)
+            if clean is None:
+                continue
+            noisy = [metrics[f"{split}{SEPARATOR}{noise}"].get(task.name, {}).get(task.metric) for noise in noises]
+            shown = ["-" if value is None else f"{value:.3f} ({value - clean:+.3f})" for value in noisy]
+            rows.append((marked(task), task.metric, _decimal(clean), *shown))
+        lines += ["", *in_columns(("task", "metric", split, *noises), rows, left=2)]
+    return lines
+
+
+def _decimal(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+Report = Mapping[str, Mapping[str, Any]]
+"""What ``comoe.evaluation.calibration.Calibrator.report`` gives."""
+
+
+def calibration_table(report: Report) -> list[tuple[str, ...]]:
+    """Head and rows: per task its temperature, its thresholds, and the calibration error before and after."""
+    splits = list(dict.fromkeys(split for entry in report.values() for split in entry["ece"]))
+    rows = [("task", "temperature", "thresholds", *(f"ece {split}" for split in splits))]
+    for task, entry in report.items():
+        edges = " ".join(f"{edge:.2f}" for edge in entry["thresholds"] or ()) or "-"
+        fitted = entry["temperature"]
+        temperature = "-" if fitted is None else f"{fitted:.2f}"
+        rows.append((task, temperature, edges, *(_change(entry["ece"].get(split)) for split in splits)))
+    return rows
+
+
+def calibration_lines(report: Report) -> list[str]:
+    """The table as lines of text; none where no task has probabilities."""
+    if not report:
+        return []
+    rows = calibration_table(report)
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    told = ["calibration (expected calibration error, 0 is best)", lines[0], "-" * len(lines[0]), *lines[1:]]
+    if any(entry["thresholds"] is not None for entry in report.values()):
+        told.append("Thresholds were chosen on validation: its results are with 0.5, other splits are decided by them.")
+    return told
+
+
+def calibration_sentences(report: Report) -> list[str]:
+    """What a reader of the card must know of the table."""
+    told = [
+        "Expected calibration error in 15 bins, before and after the temperature. Temperatures are fitted on "
+        "validation; its column shows each half of the posts under the temperature of the other half."
+    ]
+    for task, entry in report.items():
+        if entry["thresholds"] is not None:
+            chosen = entry["decision"]
+            told.append(
+                f"{task}: thresholds chosen on validation, {chosen['metric']} {chosen['at_half']:.3f} with 0.5, "
+                f"{chosen['held_out']:.3f} on posts that did not choose them. Validation results above are with 0.5."
+            )
+    return told
+
+
+def _change(both: Mapping[str, float | None] | None) -> str:
+    return " -> ".join(_numbers(both)) or "-"
+
+
+def _numbers(both: Mapping[str, float | None] | None) -> Iterator[str]:
+    return (f"{value:.3f}" for value in (both or {}).values() if value is not None)
+
+
+def format_results_table(metrics: Mapping[str, Mapping[str, Mapping[str, float]]], tasks: Sequence[Task]) -> str:
+    """The table that ends a run: main metric of each task on each split, beside the majority baseline.
+
+    Args:
+        metrics: split (validation, test, unseen) -> task -> metric -> value; a split or task without labels may be
+            absent. The baseline is that of the test posts, or of the validation posts where these have no labels, n
+            the rows with a label there.
+        tasks: in the order of the lines; auxiliary ones are marked.
+    """
+    splits = ("validation", "test", *(split for split in metrics if split == UNSEEN))
+    rows = []
+    for task in tasks:
+        if not task.rules.scored:
+            continue
+        found = {split: metrics.get(split, {}).get(task.name, {}) for split in splits}
+        last = found["test"] or found["validation"]
+        scores = [_decimal(values.get(task.metric)) for values in found.values()]
+        count = f"{int(last['n'])}" if "n" in last else "-"
+        rows.append((marked(task), task.metric, *scores, _decimal(last.get(f"majority/{task.metric}")), count))
+    return "\n".join(in_columns(("task", "metric", *splits, "majority", "n"), rows, left=2))
+
+
+def marked(task: Task) -> str:
+    """A task's name as tables show it."""
+    return f"{task.name} (auxiliary)" if task.auxiliary else task.name
+
+
+def in_columns(head: Sequence[str], rows: Sequence[Sequence[str]], *, left: int) -> list[str]:
+    """Lines of a table: the first ``left`` columns begin flush, the others end flush; a rule under the head."""
+    table = [head, *rows]
+    widths = [max(len(row[column]) for row in table) for column in range(len(head))]
+    form = "  ".join(["{:<{}}"] * left + ["{:>{}}"] * (len(head) - left))
+    lines = [form.format(*(part for pair in zip(row, widths, strict=True) for part in pair)) for row in table]
+    return [lines[0], "-" * len(lines[0]), *lines[1:]]
+
+
+def plain(value: Any) -> Any:
+    """What JSON can hold: numbers of torch and NumPy become Python's, and what is not finite becomes null."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, (torch.Tensor, np.ndarray, np.generic)):
+        return plain(value.tolist())
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,237 @@
+"""What a comparison found, from its run folders: ``summary.json``, ``comparison.json`` and the CSV tables."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from comoe.config.errors import unknown_name
+from comoe.experiments.affinity import read_affinity
+from comoe.experiments.compare.differences import Differences, Differing
+from comoe.experiments.compare.plan import Plan
+from comoe.experiments.compare.results import COSTS, ROUTING, Result, read_arm, with_means
+from comoe.experiments.compare.statistics import MEAN, Difference, Interval, seed_interval
+from comoe.experiments.compare.transfer import (
+    Cosines,
+    Outcome,
+    Reasons,
+    changes_without,
+    left_out_task,
+    mean_cosines,
+    outcome_of,
+    reasons_of,
+)
+from comoe.tasks.task import Task
+from comoe.train.monitor.metrics_file import write_aside
+
+AFFINITY_FILE = "affinity.json"
+"""In a run folder: how the tasks' gradients lie to one another."""
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """All finished runs, and what they say together."""
+
+    plan: Plan
+    """What was to be run."""
+    results: Mapping[str, Sequence[Result]]
+    """Arm -> one result per seed, in the order of the seeds."""
+    baseline: str
+    """The arm that the others are held against."""
+    against: Differences
+    """Arm -> ``mean`` or task -> difference to the baseline, larger is better; without arms that are not finished."""
+    changes: Mapping[str, Mapping[str, Difference]]
+    """Dropped task -> task -> how much better without that one than with all."""
+    cosines: Mapping[str, Cosines]
+    """Arm -> gradient cosines of its tasks, where they were measured."""
+    notes: Sequence[str]
+    """What is not equal between the arms."""
+    problems: Mapping[str, str]
+    """Run -> why it failed."""
+    metrics: Sequence[str] = ()
+    """``task/metric`` that a table and a picture of their own were asked for."""
+
+    @property
+    def arms(self) -> list[str]:
+        """Arms with something finished."""
+        return [arm for arm, found in self.results.items() if found]
+
+    @property
+    def tasks(self) -> dict[str, Task]:
+        """Tasks of any finished run, in the order of the first arm that has them."""
+        return {name: task for arm in self.arms for found in self.results[arm] for name, task in found.tasks.items()}
+
+    @property
+    def measured(self) -> list[str]:
+        """Those that are trained for their own sake."""
+        return [name for name, task in self.tasks.items() if not task.auxiliary]
+
+    def interval(self, arm: str, values: str, name: str) -> Interval | None:
+        """Mean over seeds of one number of an arm: ``values`` is quality, figures, routing or costs."""
+        known = self.seeds_of(arm, values, name)
+        return seed_interval(known) if known else None
+
+    def seeds_of(self, arm: str, values: str, name: str) -> list[float]:
+        """One number of an arm, per seed that has it."""
+        found = [getattr(result, values).get(name) for result in self.results[arm]]
+        return [value for value in found if value is not None]
+
+    def outcome(self, arm: str) -> Outcome:
+        """Which tasks gained and lost against the baseline."""
+        return outcome_of(self.against.get(arm, {}), self.measured)
+
+    def reasons(self, task: str) -> Reasons:
+        """What bears on a task's gain or loss in the joint arm."""
+        return reasons_of(task, self.cosines.get(self.plan.joint or ""), self.changes)
+
+
+def compare(
+    plan: Plan,
+    runs: Path,
+    *,
+    baseline: str,
+    resamples: int,
+    problems: Mapping[str, str] | None = None,
+    metrics: Sequence[str] = (),
+) -> Comparison:
+    """Read every finished run and hold the arms against the baseline, on the seeds that both have finished.
+
+    Args:
+        plan: all runs.
+        runs: folder of the run folders.
+        baseline: an arm.
+        resamples: of the bootstrap; below 2 the differences are left out.
+        problems: run -> why it failed.
+        metrics: ``task/metric`` that are shown on their own; those that no run has are noted.
+    """
+    read = {arm.name: [read_arm(arm, runs, seed=seed) for seed in plan.seeds] for arm in plan.arms}
+    results = with_means({arm: [item for item in found if item is not None] for arm, found in read.items()})
+    differing = Differing(results, runs, resamples=resamples)
+    against = differing.against(baseline)
+    dropping = [arm for arm in results if left_out_task(arm)]
+    changes = changes_without(differing.against(plan.joint, dropping)) if plan.joint and dropping else {}
+    notes = list(plan.notes)
+    notes += [
+        f"{arm} answered other posts of {', '.join(sorted(tasks))} than it is held against (a validation split held "
+        "out, or cut, in another way): no difference is given there."
+        for arm, tasks in differing.incomparable.items()
+    ]
+    known = {name for found in results.values() for result in found for name in result.figures}
+    missing = [name for name in metrics if known and name not in known]
+    notes += [str(unknown_name("metric of these runs (--metrics)", name, sorted(known))) for name in missing]
+    cosines = {arm.name: found for arm in plan.arms if (found := _cosines(results[arm.name], runs)) is not None}
+    shown = [name for name in metrics if name in known]
+    return Comparison(plan, results, baseline, against, changes, cosines, notes, problems or {}, shown)
+
+
+def write_comparison(comparison: Comparison, output: Path) -> None:
+    """Write both JSON files and the CSV tables."""
+    rest: dict[str, Any] = {
+        "baseline": comparison.baseline, "joint": comparison.plan.joint, "notes": list(comparison.notes),
+        "failed": dict(comparison.problems),
+        "arms": {arm: _about(comparison, arm) for arm in comparison.arms},
+        "without": {dropped: {task: change.to_dict() for task, change in of_task.items()}
+                    for dropped, of_task in comparison.changes.items()},
+        "gradient_cosine": {arm: found.to_dict() for arm, found in comparison.cosines.items()},
+        "reasons": {task: comparison.reasons(task).to_dict() for task in comparison.measured}
+                   if comparison.plan.joint else {},
+    }  # fmt: skip
+    summary = {arm: _quality_tree(comparison, arm) for arm in comparison.arms}
+    write_aside(output / "summary.json", json.dumps(summary, indent=1) + "\n")
+    write_aside(output / "comparison.json", json.dumps(rest, indent=1) + "\n")
+    for name, rows in (("table", _runs(comparison)), ("gains", _gains(comparison)), ("affinity", _pairs(comparison))):
+        write_aside(output / f"{name}.csv", _csv(rows))
+
+
+def _about(comparison: Comparison, arm: str) -> dict[str, Any]:
+    results = comparison.results[arm]
+    outcome = comparison.outcome(arm)
+    return {
+        "runs": next(item.words for item in comparison.plan.arms if item.name == arm),
+        "seeds": [result.seed for result in results],
+        "split": results[0].split,
+        "mean": _entry(comparison.seeds_of(arm, "quality", MEAN)),
+        "against_baseline": {name: item.to_dict() | {"verdict": item.verdict}
+                             for name, item in comparison.against.get(arm, {}).items()},
+        "gained": list(outcome.gained), "lost": list(outcome.lost), "open": list(outcome.open),
+        "train_posts": dict(results[0].train_posts),
+        "routing": {name: _entry(comparison.seeds_of(arm, "routing", name)) for name in ROUTING if results[0].routing},
+        "costs": {name: _entry(comparison.seeds_of(arm, "costs", name)) for name in COSTS},
+        "removal": {result.trials[0].name: result.removal.to_dict() for result in results if result.removal},
+    }  # fmt: skip
+
+
+def _quality_tree(comparison: Comparison, arm: str) -> dict[str, dict[str, Any]]:
+    """Task -> metric -> mean and spread; every metric, the main one first."""
+    tree: dict[str, dict[str, Any]] = {}
+    results = comparison.results[arm]
+    for name, task in comparison.tasks.items():
+        metrics = [result.metrics[name] for result in results if name in result.metrics]
+        for metric in dict.fromkeys([task.metric, *(key for found in metrics for key in found)] if metrics else ()):
+            values = [value for found in metrics if isinstance(value := found.get(metric), (int, float))]
+            if values:
+                tree.setdefault(name, {})[metric] = _entry(values)
+    return tree
+
+
+def _entry(values: Sequence[float]) -> dict[str, Any] | None:
+    if not values:
+        return None
+    spread = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    interval = seed_interval(values).to_dict()
+    return {"mean": interval["mean"], "spread": spread, **interval, "values": list(values)}
+
+
+def _cosines(results: Sequence[Result], runs: Path) -> Cosines | None:
+    files = [runs / result.trials[0].name / AFFINITY_FILE for result in results if len(result.trials) == 1]
+    return mean_cosines([read_affinity(file) for file in files if file.is_file()])
+
+
+def _runs(comparison: Comparison) -> list[dict[str, Any]]:
+    return [
+        {"arm": arm, "seed": result.seed, "split": result.split, **result.quality, **result.routing, **result.costs}
+        for arm, results in comparison.results.items()
+        for result in results
+    ]
+
+
+def _gains(comparison: Comparison) -> list[dict[str, Any]]:
+    return [
+        {"arm": arm, "against": comparison.baseline, "task": name, **item.to_dict(), "verdict": item.verdict}
+        for arm, of_arm in comparison.against.items()
+        for name, item in of_arm.items()
+    ]
+
+
+def _pairs(comparison: Comparison) -> list[dict[str, Any]]:
+    """Task and other task: cosine of their gradients, and how much better the first is without the second."""
+    cosines = comparison.cosines.get(comparison.plan.joint or "")
+    tasks = list(dict.fromkeys([*(cosines.tasks if cosines else ()), *comparison.tasks]))
+    rows = []
+    for task in tasks:
+        for other in tasks:
+            known = cosines is not None and {task, other} <= set(cosines.tasks)
+            place = (cosines.tasks.index(task), cosines.tasks.index(other)) if known else None
+            cosine = None if place is None else round(float(cosines.mean_TT[place]), 6)
+            change = comparison.changes.get(other, {}).get(task)
+            if cosine is None and change is None:
+                continue
+            without = {f"without_{key}": value for key, value in change.to_dict().items()} if change else {}
+            rows.append({"task": task, "other": other, "cosine": cosine, **without})
+    return rows
+
+
+def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(dict.fromkeys(key for row in rows for key in row)),
+                            lineterminator="\n")  # fmt: skip
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()

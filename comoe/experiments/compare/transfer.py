@@ -1,0 +1,137 @@
+"""Whether training together helped each task, by how much, and what speaks for the reason where it did not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from comoe.experiments.affinity import Affinity
+from comoe.experiments.compare.arms import WITHOUT
+from comoe.experiments.compare.differences import Differences
+from comoe.experiments.compare.statistics import Difference
+
+
+@dataclass(frozen=True, slots=True)
+class Cosines:
+    """Gradient cosines of one arm over its seeds, see ``comoe.experiments.affinity``."""
+
+    tasks: tuple[str, ...]
+    """Tasks."""
+    mean_TT: np.ndarray
+    """Mean over seeds; the diagonal is the ceiling that noise leaves."""
+    highest_TT: np.ndarray
+    """The highest of any seed: below 0 means that the two pull apart in every one."""
+    seeds: int
+    """Runs."""
+    limit: int
+    """Posts per task."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists; None where there is no gradient."""
+        return {
+            "tasks": list(self.tasks), "seeds": self.seeds, "posts_per_task": self.limit,
+            **{name: [[float(value) if np.isfinite(value) else None for value in row] for row in values]
+               for name, values in (("mean", self.mean_TT), ("highest", self.highest_TT))},
+        }  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Reasons:
+    """What bears on one task's gain or loss."""
+
+    opposed_by: tuple[tuple[str, float], ...]
+    """Tasks whose gradients point against this one's in every seed, with the mean cosine; most opposed first."""
+    nearest: tuple[str, float] | None
+    """The task with the highest cosine."""
+    better_without: tuple[tuple[str, Difference], ...]
+    """Tasks without which this one was better, by how much; best first. One that can be told apart from 0 is proof of
+    harm, any other a hint."""
+    worse_without: tuple[tuple[str, Difference], ...]
+    """Tasks without which this one was worse for sure, by how much (below 0)."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers."""
+        return {
+            "opposed_by": dict(self.opposed_by), "nearest": dict([self.nearest] if self.nearest else []),
+            "better_without": {task: change.to_dict() for task, change in self.better_without},
+            "worse_without": {task: change.to_dict() for task, change in self.worse_without},
+        }  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """An arm in words: which tasks gained, lost, or cannot be told apart."""
+
+    gained: tuple[str, ...]
+    """The 95 % interval lies above 0."""
+    lost: tuple[str, ...]
+    """It lies below 0: negative transfer, where the baseline is the tasks alone."""
+    open: tuple[str, ...]
+    """It holds 0."""
+
+    @property
+    def told(self) -> int:
+        """Tasks that were held against the baseline."""
+        return len(self.gained) + len(self.lost) + len(self.open)
+
+
+def outcome_of(differences: Mapping[str, Difference], tasks: Sequence[str]) -> Outcome:
+    """Sort an arm's differences to the baseline.
+
+    Args:
+        differences: name -> difference.
+        tasks: those that count; the mean and auxiliary tasks do not.
+    """
+    verdicts = {task: differences[task].verdict for task in tasks if task in differences}
+    return Outcome(*(tuple(task for task, said in verdicts.items() if said == wanted)
+                     for wanted in ("gained", "lost", "")))  # fmt: skip
+
+
+def left_out_task(arm: str) -> str:
+    """The task that an arm ``without.<task>`` drops; empty for other arms."""
+    start = f"{WITHOUT}."
+    return arm.removeprefix(start) if arm.startswith(start) else ""
+
+
+def changes_without(differences: Differences) -> dict[str, dict[str, Difference]]:
+    """Dropped task -> task -> how much better it is without that one, from arms held against the joint one."""
+    found = {left_out_task(arm): dict(of_arm) for arm, of_arm in differences.items()}
+    return {dropped: {task: change for task, change in of_arm.items() if task != dropped}
+            for dropped, of_arm in found.items() if dropped}  # fmt: skip
+
+
+def mean_cosines(affinities: Sequence[Affinity]) -> Cosines | None:
+    """Gradient cosines over the seeds of one arm; None without any."""
+    if not affinities:
+        return None
+    stack_NTT = np.stack([affinity.cosine_TT for affinity in affinities])
+    first = affinities[0]
+    return Cosines(first.tasks, stack_NTT.mean(axis=0), stack_NTT.max(axis=0), len(affinities), first.limit)
+
+
+def reasons_of(task: str, cosines: Cosines | None, changes: Mapping[str, Mapping[str, Difference]]) -> Reasons:
+    """What the gradients, and leaving others out, say about one task.
+
+    Args:
+        task: the task.
+        cosines: of the joint arm.
+        changes: what ``changes_without`` gives.
+    """
+    pairs: list[tuple[str, float, float]] = []
+    if cosines is not None and task in cosines.tasks:
+        row = cosines.tasks.index(task)
+        pairs = [(other, float(cosines.mean_TT[row, place]), float(cosines.highest_TT[row, place]))
+                 for place, other in enumerate(cosines.tasks)
+                 if other != task and np.isfinite(cosines.mean_TT[row, place])]  # fmt: skip
+    pairs.sort(key=lambda pair: pair[1])
+    found = [(dropped, of_task[task]) for dropped, of_task in changes.items() if task in of_task]
+    found.sort(key=lambda pair: -pair[1].mean)
+    return Reasons(
+        opposed_by=tuple((other, mean) for other, mean, highest in pairs if highest < 0),
+        nearest=pairs[-1][:2] if pairs else None,
+        better_without=tuple(pair for pair in found if pair[1].mean > 0),
+        worse_without=tuple(pair for pair in reversed(found) if pair[1].verdict == "lost"),
+    )

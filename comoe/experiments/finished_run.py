@@ -1,0 +1,44 @@
+"""A finished run in memory again: its export, and its own posts as it read them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from comoe.config.load import load_recipe
+from comoe.data.corpus import load_corpus
+from comoe.data.tokens.split import TokenizedSplit, tokenize_split
+from comoe.inference.predictor import Predictor
+from comoe.starter.registry import home, resolve
+
+
+def load_trained(
+    run_folder: Path, *, split: str, limit: int | None = None, device: str = "auto"
+) -> tuple[Predictor, TokenizedSplit]:
+    """The export of a run, and one split of the posts of its recipe.
+
+    Args:
+        run_folder: as training left it: ``config.yaml`` and ``export/``.
+        split: train, validation or test.
+        limit: at most this many validation or test posts per data set; None is all that the recipe has.
+        device: a torch device; auto is the first GPU, or the CPU.
+
+    Raises:
+        ValueError: no finished run there, or no post in the split.
+    """
+    config = run_folder / "config.yaml"
+    if not config.is_file():
+        raise ValueError(f"{run_folder} is no run folder: it has no config.yaml.")
+    recipe = resolve(load_recipe(config), progress=False)
+    if limit is not None:
+        recipe = replace(recipe, data=replace(recipe.data, limit_eval=limit))
+    predictor = Predictor.from_pretrained(run_folder / "export", device=device)
+    exported = predictor.exported
+    corpus = load_corpus(recipe, with_images=exported.image_processor is not None)
+    if len(corpus.splits.get(split, ())) == 0:
+        raise ValueError(f"the recipe of {run_folder} has no {split} posts; there are {', '.join(corpus.splits)}.")
+    cache = home() / "tokens" if recipe.data.cache else None
+    tokens = tokenize_split(
+        corpus.splits[split], exported.tokenizer, tasks=exported.tasks, config=exported.data_config, cache_dir=cache
+    )
+    return predictor, tokens

@@ -1,0 +1,338 @@
+"""Exports: a trained model as a folder in Hugging Face style, and back. No DeepSpeed, no pickle.
+
+``model.safetensors`` (plain PyTorch names, float32), ``config.json`` (all that is needed to build the model; tasks as a
+list because Hugging Face sorts the keys of dicts), the tokenizer's files, and ``README.md``, the model card.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoTokenizer
+
+from comoe.config.errors import unknown_name
+from comoe.config.load import load_recipe, recipe_from_dict
+from comoe.config.recipe import DataConfig, ModelConfig, Recipe
+from comoe.data.collator import load_tokenizer
+from comoe.data.datasets import read_as_words
+from comoe.data.images.pixels import ImageProcessor, load_image_processor
+from comoe.data.reading.inputs import column_in_training, columns_in_training
+from comoe.evaluation.calibration import with_calibration
+from comoe.inference.model_card import model_card
+from comoe.models.model import MultiTaskModel, build_model
+from comoe.tasks.task import Task
+
+FORMAT_VERSION = 1
+"""Counts changes of ``config.json`` and of the weights' names that older code cannot read."""
+
+
+WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
+
+
+def choose_checkpoint(run: Path, which: str) -> Path:
+    """The best or last whole checkpoint of a run folder.
+
+    Raises:
+        ValueError: another word, or no such checkpoint.
+    """
+    if which not in CHOICES:
+        raise unknown_name("choice of --which", which, CHOICES)
+    whole = sorted(manifest.parent for manifest in (run / "checkpoints").glob("step-*/manifest.json"))
+    if not whole:
+        raise ValueError(f"{run} holds no whole checkpoint; give a run folder (with checkpoints/) or a checkpoint.")
+    chosen = CHOICES[which](run / "checkpoints", whole)
+    if chosen not in whole:
+        names = ", ".join(path.name for path in whole)
+        raise ValueError(f"{run} has no whole {which} checkpoint; give one of {names} in {run / 'checkpoints'}.")
+    return chosen
+
+
+def _best(checkpoints: Path, whole: Sequence[Path]) -> Path:
+    """The checkpoint that an evaluation named; the newest one where none was."""
+    named = checkpoints / "best.json"
+    return checkpoints / f"step-{read_json(named)['step']:08d}" if named.is_file() else whole[-1]
+
+
+def read_export_config(folder: Path) -> dict[str, Any]:
+    """``config.json`` of an export.
+
+    Raises:
+        ValueError: no export, or one that another version made.
+    """
+    missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
+    if missing:
+        raise ValueError(
+            f"{folder} is not an export: {' and '.join(missing)} missing; launch/export.py makes one from a run folder."
+        )
+    config = read_json(folder / CONFIG)
+    if config.get("model_type") != "comoe":
+        raise ValueError(
+            f"{folder / CONFIG} has model_type {config.get('model_type')!r} instead of 'comoe'; give the folder that "
+            f"launch/export.py (or a run, as export/) wrote."
+        )
+    version = config.get("format_version")
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"{folder / CONFIG} has format_version {version}, made by comoe {config.get('comoe_version')}; this comoe "
+            f"({installed_version()}) reads {FORMAT_VERSION}: install that version, or export the run again with "
+            f"this one."
+        )
+    return config
+
+
+def fill_in(model: nn.Module, weights: Mapping[str, Tensor], *, place: Path) -> None:
+    """Give a model its weights, in place. A tensor of several names, as a tied output layer, comes under the first.
+
+    Raises:
+        ValueError: weights that are missing, of another shape, or not in the model; ``place`` names the file.
+    """
+    aliases = set(dict(model.named_parameters(remove_duplicate=False))) - set(dict(model.named_parameters()))
+    expected = {name: tensor for name, tensor in model.state_dict().items() if name not in aliases}
+    weights = {name: tensor for name, tensor in weights.items() if name not in aliases}
+    missing, extra = expected.keys() - weights.keys(), weights.keys() - expected.keys()
+    shapes = [name for name in expected.keys() & weights.keys() if expected[name].shape != weights[name].shape]
+    problems = {"missing": missing, "not in the model": extra, "of another shape": shapes}
+    told = [f"{len(names)} {what} ({', '.join(sorted(names)[:3])})" for what, names in problems.items() if names]
+    if told:
+        raise ValueError(f"{place} does not fit {CONFIG}: weights {'; '.join(told)}. Export the run again.")
+    model.load_state_dict(weights, strict=False)
+
+
+def may_replace(folder: Path) -> bool:
+    """True for an export and for an empty folder."""
+    config = folder / CONFIG
+    ours = config.is_file() and read_json(config).get("model_type") == "comoe"
+    return folder.is_dir() and (ours or not any(folder.iterdir()))
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file; ValueError where it is none."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); the file is damaged.") from error
+
+
+def installed_version() -> str:
+    """The version of comoe."""
+    try:
+        return importlib.metadata.version("comoe")
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+CHOICES = {"best": _best, "last": lambda checkpoints, whole: whole[-1]}
+"""``--which`` -> (checkpoints folder, whole checkpoints) -> checkpoint."""
+
+
+DATA_KEYS = ("max_length", "normalize", "hide", "max_image_pixels", "max_image_bytes")
+"""Options of ``data`` that decide how a post becomes numbers."""
+
+
+FOR_TRAINING = "image_text."
+"""Beginning of the names of weights that only losses read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """An export in memory."""
+
+    model: MultiTaskModel
+    """With its weights, on the CPU, in evaluation mode."""
+    tasks: tuple[Task, ...]
+    """In the order of the model's heads."""
+    tokenizer: Any
+    """The encoder's tokenizer."""
+    image_processor: ImageProcessor | None
+    """The vision tower's; None where the model reads no pictures."""
+    model_config: ModelConfig
+    """How the model is built; ``encoder`` names what it was trained from."""
+    data_config: DataConfig
+    """How posts were read: ``max_length``, ``normalize``, ``hide`` and the limits of pictures count here."""
+    config: Mapping[str, Any]
+    """``config.json`` as it is."""
+
+
+def export_model(
+    folder: Path,
+    *,
+    state_dict: Mapping[str, Tensor],
+    recipe: Recipe,
+    tasks: Sequence[Task],
+    encoder_config: Mapping[str, Any],
+    tokenizer: Any,
+    tower_config: Mapping[str, Any] | None = None,
+    image_processor: ImageProcessor | None = None,
+    results: Mapping[str, Any] | None = None,
+) -> None:
+    """Write an export, read it back to prove that it loads, and only then give it its name.
+
+    Args:
+        folder: the export; an older export there is replaced.
+        state_dict: every weight and buffer of ``MultiTaskModel`` under its plain name, whole, float32.
+        recipe: the resolved recipe of the run.
+        tasks: in the order of the model's heads.
+        encoder_config: ``encoder.config.to_dict()``.
+        tokenizer: the encoder's tokenizer.
+        tower_config: ``tower.inner.config.to_dict()``; None where the model has no vision tower.
+        image_processor: the vision tower's; None where the model reads no pictures.
+        results: content of the run's ``results.json``, measured on these very weights, for the model card.
+
+    Raises:
+        ValueError: the folder holds something that is no export, or weights and recipe do not fit.
+    """
+    folder = Path(folder)
+    if folder.exists() and not may_replace(folder):
+        raise ValueError(f"{folder} exists and is not an export of comoe; choose another folder, or remove it first.")
+    config = _config(recipe, tasks, encoder_config, tower_config)
+    config["image_column"] = None if image_processor is None else column_in_training(recipe.tasks.values())
+    aside = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        kept = {name: tensor for name, tensor in state_dict.items() if not name.startswith(FOR_TRAINING)}
+        weights = _each_once({name: tensor.detach().cpu().contiguous() for name, tensor in kept.items()})
+        save_file(weights, aside / WEIGHTS, metadata={"format": "pt"})
+        (aside / CONFIG).write_text(json.dumps(config, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+        tokenizer.save_pretrained(str(aside))
+        if image_processor is not None:
+            image_processor.save(aside)
+        card = model_card(folder.name, recipe=recipe, tasks=tasks, config=config, results=results)
+        (aside / CARD).write_text(card, encoding="utf-8")
+        load_exported(aside)
+        if folder.exists():
+            shutil.rmtree(folder)
+        aside.rename(folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def load_exported(folder: str | Path) -> Exported:
+    """Read an export: safetensors and JSON only, nothing in the folder is executed.
+
+    Raises:
+        ValueError: no such folder, a file is missing or damaged, made by a newer comoe, or weights that do not fit.
+    """
+    folder = Path(folder)
+    config = read_export_config(folder)
+    tasks = tuple(Task.from_dict(plain) for plain in config["tasks"])
+    recipe = recipe_from_dict({"model": config["model"], "data": config["data"]})
+    model = build_model(recipe.model, tasks, encoder_config=dict(config["encoder"]), tower_config=config.get("tower"))
+    try:
+        weights = load_file(folder / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{folder / WEIGHTS} cannot be read ({error}); copy or export the folder again.") from error
+    fill_in(model, weights, place=folder / WEIGHTS)
+    model.eval()
+    tokenizer = _load_tokenizer(folder, config["encoder"])
+    return Exported(model, tasks, tokenizer, _image_processor(folder), recipe.model, recipe.data, config)
+
+
+def export_checkpoint(path: Path, out: Path, *, which: str = "best") -> Path:
+    """Make an export from a checkpoint, whatever its ranks, EP and ZeRO stage: its full weights lie in the checkpoint.
+
+    Args:
+        path: a run folder, or one checkpoint of it (``<run>/checkpoints/step-...``).
+        out: the export; calibrated as ``results.json`` says where that was measured on this very checkpoint.
+        which: best or last, where ``path`` is a run folder.
+
+    Returns:
+        The checkpoint that was used.
+
+    Raises:
+        ValueError: no whole checkpoint there, or a file of the run is missing.
+    """
+    path = Path(path).resolve()
+    checkpoint = path if (path / "weights").is_dir() else choose_checkpoint(path, which)
+    run = checkpoint.parent.parent
+    for name in ("config.yaml", "tasks.json", "encoder_config.json", "tokenizer"):
+        if not (run / name).exists():
+            raise ValueError(f"{run / name} is missing; --checkpoint wants a run folder or a checkpoint inside of one.")
+    try:
+        weights = load_file(checkpoint / "weights" / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{checkpoint} was cut short ({error}); use another one in {checkpoint.parent}.") from error
+    results = read_json(run / "results.json") if (run / "results.json").is_file() else None
+    # What was measured and fitted on these weights says nothing of those of another step.
+    if results is not None and checkpoint.name != f"step-{results.get('best_step', -1):08d}":
+        results = None
+    export_model(
+        Path(out),
+        state_dict=weights,
+        recipe=load_recipe(run / "config.yaml"),
+        tasks=with_calibration(map(Task.from_dict, read_json(run / "tasks.json")), (results or {}).get("calibration")),
+        encoder_config=read_json(run / "encoder_config.json"),
+        tower_config=read_json(tower) if (tower := run / "tower_config.json").is_file() else None,
+        tokenizer=load_tokenizer(str(run / "tokenizer")),
+        image_processor=_image_processor(run / "tokenizer"),
+        results=results,
+    )
+    return checkpoint
+
+
+def _config(
+    recipe: Recipe, tasks: Sequence[Task], encoder_config: Mapping[str, Any], tower_config: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    model = dataclasses.asdict(recipe.model)
+    # The paths of the machine that trained are of no use to others.
+    model["encoder"] = base_model(recipe.model.encoder)
+    if recipe.model.vision.tower is not None:
+        model["vision"]["tower"] = base_model(recipe.model.vision.tower)
+    return {
+        "architectures": [MultiTaskModel.__name__],
+        "model_type": "comoe",
+        "format_version": FORMAT_VERSION,
+        "comoe_version": installed_version(),
+        "dtype": "float32",
+        "num_local_experts": recipe.model.moe.num_experts,
+        "num_experts_per_tok": recipe.model.moe.top_k,
+        "max_length": recipe.data.max_length,
+        "tasks": [task.to_dict() for task in tasks],
+        "as_words": list(read_as_words(recipe.tasks)),
+        "columns": columns_in_training(recipe.tasks),
+        "model": model,
+        "data": {key: value for key, value in dataclasses.asdict(recipe.data).items() if key in DATA_KEYS},
+        "encoder": _without_path(encoder_config),
+        **({} if tower_config is None else {"tower": _without_path(tower_config)}),
+    }
+
+
+def _each_once(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Every tensor under the first of its names: tied ones are one tensor, and no file may hold it twice."""
+    kept: dict[tuple[int, Any], str] = {}
+    for name, tensor in weights.items():
+        kept.setdefault((tensor.data_ptr(), tensor.shape) if tensor.numel() else (0, name), name)
+    return {name: weights[name] for name in kept.values()}
+
+
+def _without_path(hf_config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in hf_config.items() if key != "_name_or_path"}
+
+
+def base_model(encoder: str) -> str:
+    """Hub name of the encoder, or the last part of its folder."""
+    return Path(encoder).name if Path(encoder).exists() or encoder.count("/") > 1 else encoder
+
+
+def _image_processor(folder: Path) -> ImageProcessor | None:
+    return load_image_processor(str(folder)) if (folder / "preprocessor_config.json").is_file() else None
+
+
+def _load_tokenizer(folder: Path, encoder_config: Mapping[str, Any]) -> Any:
+    # Left to itself, AutoTokenizer would read our config.json and warn of a model type that it does not know.
+    fields = dict(encoder_config)
+    try:
+        return AutoTokenizer.from_pretrained(folder, config=AutoConfig.for_model(fields.pop("model_type"), **fields))
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"{folder}: its tokenizer cannot be loaded ({reason}); copy or export it again.") from error

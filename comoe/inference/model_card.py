@@ -1,0 +1,255 @@
+"""The model card of an export: what the model answers, how well, what it was trained on, and its limits."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from comoe.config.recipe import Recipe
+from comoe.data.reading.inputs import pair_in_training
+from comoe.evaluation.tables import calibration_sentences, calibration_table
+from comoe.tasks.prompts import wants_pair
+from comoe.tasks.task import Task
+
+MAX_LABELS_SHOWN = 12
+
+
+CLASSES, WORDS, WRITING = "text-classification", "token-classification", "text-generation"
+"""What the hub calls kinds of tasks."""
+
+
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def model_card(
+    name: str,
+    *,
+    recipe: Recipe,
+    tasks: Sequence[Task],
+    config: Mapping[str, Any],
+    results: Mapping[str, Any] | None,
+) -> str:
+    """Markdown with a YAML front matter.
+
+    Args:
+        name: title of the card.
+        recipe: the resolved recipe.
+        tasks: the model's tasks; those without answers are not mentioned.
+        config: ``config.json`` of the export.
+        results: content of ``results.json``: ``metrics`` (split -> task -> metric -> value) and ``seconds`` are read;
+            None says in the card that nothing was measured.
+    """
+    tasks = [task for task in tasks if task.rules.scored]
+    parts = [
+        _front_matter(tasks, config=config, results=results),
+        f"# {recipe.run.name}\n\n{_summary(recipe, tasks, config)}",
+        *([f"## Pictures\n\n{_pictures(config)}"] if _sees(config) else []),
+        f"## Use\n\n{_usage(tasks, config)}",
+        f"## Tasks\n\n{_task_table(tasks)}",
+        f"## Measured results\n\n{_results(tasks, results)}",
+        *([f"## Calibration\n\n{_calibration(results)}"] if (results or {}).get("calibration") else []),
+        f"## Training\n\n{_training(recipe, config, results)}",
+        f"## Limits\n\n{_limits(recipe, tasks)}",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _front_matter(tasks: Sequence[Task], *, config: Mapping[str, Any], results: Mapping[str, Any] | None) -> str:
+    """Values are written as JSON, which is YAML too, so no name can break the block."""
+    fields: dict[str, Any] = {
+        "library_name": "comoe",
+        "language": config["data"]["normalize"]["language"],
+        "tags": ["comoe", "mixture-of-experts", "multi-task", "social-media"],
+    }
+    if _sees(config):
+        fields["tags"].append("multimodal")
+    # The hub has no class of its own for classifying text and picture together.
+    kinds = [kind for kind in map(_hub_kind, tasks) if kind != WORDS]
+    if kinds:
+        fields["pipeline_tag"] = CLASSES if CLASSES in kinds else kinds[0]
+    if HUB_NAME.fullmatch(config["model"]["encoder"]):
+        fields["base_model"] = config["model"]["encoder"]
+    test = (results or {}).get("metrics", {}).get("test", {})
+    measured = [task for task in tasks if test.get(task.name, {}).get(task.metric) is not None]
+    if measured:
+        entries = [
+            {
+                "task": {"type": _hub_kind(task)},
+                "dataset": {"name": task.name, "type": task.name, "split": "test"},
+                "metrics": [{"type": task.metric, "value": round(test[task.name][task.metric], 4)}],
+            }
+            for task in measured
+        ]
+        fields["model-index"] = [{"name": "comoe", "results": entries}]
+    lines = [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in fields.items()]
+    return "\n".join(["---", *lines, "---"])
+
+
+def _hub_kind(task: Task) -> str:
+    if task.rules.per_token:
+        return WORDS
+    return WRITING if task.rules.generates and task.rules.ragged else CLASSES
+
+
+def _summary(recipe: Recipe, tasks: Sequence[Task], config: Mapping[str, Any]) -> str:
+    moe = recipe.model.moe
+    experts = (
+        f"a cooperative mixture of {moe.num_experts} experts ({moe.top_k} per token, {moe.gate} gate, routed by "
+        f"{moe.route_by}) beside the feed-forward of its layers ({_listed(moe.layers)})"
+        if moe.num_experts
+        else "no experts"
+    )
+    encoder = f"`{config['model']['encoder']}`, {config['encoder'].get('model_type')}"
+    answers = f"{len(tasks)} task{'s' if len(tasks) != 1 else ''}: {', '.join(task.name for task in tasks)}"
+    post = "social-media post, its text and its picture," if _sees(config) else "social-media post"
+    stacks = "encoder-decoder" if any(task.rules.generates for task in tasks) else "encoder"
+    return f"One {stacks} ({encoder}) with {experts}. On a {post} it answers {answers}."
+
+
+def _sees(config: Mapping[str, Any]) -> bool:
+    return config.get("image_column") is not None
+
+
+def _pictures(config: Mapping[str, Any]) -> str:
+    """What reads the pictures, how they meet the text, and what the input must look like."""
+    vision, tower = config["model"]["vision"], config.get("tower")
+    reader = (
+        "The encoder reads text and picture together"
+        if tower is None
+        else f"A vision tower (`{vision['tower']}`, {tower.get('model_type')}) reads the picture of a post; what it "
+        f"sees meets the text by fusion `{vision['fusion']}`"
+    )
+    hidden = config["data"].get("hide", "none")
+    return (
+        f"{reader}. In training the column `{config['image_column']}` named the pictures, and prediction reads that "
+        "column too (`--image-column` names another one). A path starts from the folder of the input file. A post "
+        "without a picture, or with one that cannot be read, is answered by its text alone."
+        + (f" This model was trained and answers with the {hidden} of every post hidden." if hidden != "none" else "")
+    )
+
+
+def _usage(tasks: Sequence[Task], config: Mapping[str, Any]) -> str:
+    sees = _sees(config)
+    pair = pair_in_training(config, tasks) or "pair"
+    asked = any(wants_pair(task.prompt) for task in tasks)
+    pairs, column = (', pairs=["the weather"]', f" --pair-column {pair}") if asked else ("", "")
+    images = ', images=["img/01.png"]' if sees else ""
+    explain = ", explain=True" if any(task.rules.pooled for task in tasks) else ""
+    fields = {"text": "what a lovely day :)"} | ({pair: "the weather"} if asked else {})
+    row = json.dumps(fields | ({config["image_column"]: "img/01.png"} if sees else {}))
+    posts, write = ("posts.jsonl", f"echo '{row}' > posts.jsonl\n") if sees or asked else ("posts.txt", "")
+    return f"""```python
+from comoe.predict import Predictor
+
+predictor = Predictor.from_pretrained("path/to/this/folder")
+answer = predictor(["what a lovely day :)"]{pairs}{images}{explain})[0]
+print(answer[{json.dumps(tasks[0].name)}])
+```
+
+```
+{write}python launch/predict.py --model path/to/this/folder --input {posts}{column} --output answers.jsonl
+```"""
+
+
+def _task_table(tasks: Sequence[Task]) -> str:
+    rows = [("task", "kind", "labels", "main metric")]
+    for task in tasks:
+        labels = ", ".join(task.labels[:MAX_LABELS_SHOWN]) or ("a text" if task.rules.generates else "a number")
+        more = len(task.labels) - MAX_LABELS_SHOWN
+        name = f"{task.name} (auxiliary)" if task.auxiliary else task.name
+        rows.append((name, task.kind, f"{labels}, and {more} more" if more > 0 else labels, task.metric))
+    asked = [(task.name, task.prompt) for task in tasks if task.prompt is not None]
+    prompts = "\n\nThe decoder answers these, by what the encoder reads:\n\n" + _table([("task", "prompt"), *asked])
+    return _table(rows) + (prompts if asked else "")
+
+
+def _results(tasks: Sequence[Task], results: Mapping[str, Any] | None) -> str:
+    metrics = (results or {}).get("metrics") or {}
+    rows = [("task", "metric", *metrics, "majority baseline")]
+    for task in tasks:
+        baseline = None
+        scores = []
+        for split, values in metrics.items():
+            scores.append(_number(values.get(task.name, {}).get(task.metric)))
+            if split in ("validation", "test"):
+                baseline = values.get(task.name, {}).get(f"majority/{task.metric}", baseline)
+        rows.append((task.name, task.metric, *scores, _number(baseline)))
+    if not metrics:
+        return "Nothing was measured on these weights; `launch/eval.py` scores them on a data set."
+    note = "The baseline always gives the commonest answer (the mean, for numbers), on test, else on validation posts."
+    return f"{_table(rows)}\n\n{note}"
+
+
+def _calibration(results: Mapping[str, Any]) -> str:
+    report = results["calibration"]
+    return "\n\n".join([_table(calibration_table(report)), *calibration_sentences(report)])
+
+
+def _training(recipe: Recipe, config: Mapping[str, Any], results: Mapping[str, Any] | None) -> str:
+    train, normalize = recipe.train, recipe.data.normalize
+    lines = [
+        f"- comoe {config['comoe_version']}, batches of {train.batch_size} posts, {train.optimizer}, seed {train.seed}",
+        f"- rates {train.learning_rate:g} (encoder), {train.expert_learning_rate:g} (experts), "
+        f"{train.head_learning_rate:g} (heads)",
+        f"- posts cleaned with the preset `{normalize.preset}` and cut after {recipe.data.max_length} tokens",
+    ]
+    if results:
+        lines.append(f"- step {results['best_step']} of {results['step']}, {results['seconds'] / 60:.1f} minutes")
+    rows = [("task", "data set", "posts kept at most")]
+    limit = "all" if recipe.data.limit_per_task is None else str(recipe.data.limit_per_task)
+    rows += [(name, _source(task.path), limit) for name, task in recipe.tasks.items()]
+    return "\n".join(lines) + "\n\n" + _table(rows)
+
+
+def _limits(recipe: Recipe, tasks: Sequence[Task]) -> str:
+    lines = [
+        "- It answers for posts like those it was trained on; other platforms, languages and years were not measured.",
+        f"- {_certainty(tasks)}",
+        *_limits_of_answers(tasks),
+        "- People are affected when their posts are judged: keep a person in any decision about a person.",
+        "- The licences of the encoder and of the training data apply to these weights.",
+    ]
+    if recipe.model.moe.num_experts and recipe.model.moe.route_by != "token" and len(tasks) > 1:
+        lines.append(f"- The gate reads the task, so a post costs one pass per task asked for (up to {len(tasks)}).")
+    return "\n".join(lines)
+
+
+def _limits_of_answers(tasks: Sequence[Task]) -> list[str]:
+    """What holds for heads that pool, for words that are scored, and for texts that are written."""
+    lines = []
+    if any(task.rules.pooled for task in tasks):
+        lines.append("- Attention weights show what a head looked at; they are no proof of why it answered so.")
+    if any(task.label_words for task in tasks):
+        lines.append("- Scored words are whole: a longer one is a product of more tokens, and likely scores lower.")
+    if any(task.rules.generates and task.rules.ragged for task in tasks):
+        lines.append("- Written answers need not be true, nor words of the post.")
+    return lines
+
+
+def _certainty(tasks: Sequence[Task]) -> str:
+    fitted = [task.name for task in tasks if task.temperature is not None]
+    if not fitted:
+        return "Scores are the model's own probabilities and are not calibrated."
+    return f"Scores of {', '.join(fitted)} are calibrated on posts like the training data; on others they may be off."
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    # A bar or a line break inside of a label would end the cell.
+    clean = [[re.sub(r"\s+", " ", str(cell)).replace("|", "\\|") for cell in row] for row in rows]
+    head, *body = [f"| {' | '.join(row)} |" for row in clean]
+    return "\n".join([head, "|" + "---|" * len(rows[0]), *body])
+
+
+def _source(path: str) -> str:
+    """Relative paths and hub names as they are; of an absolute path the last part: the rest concerns nobody."""
+    return path.rsplit("/", 1)[-1] if path.startswith(("/", "~")) else path or "-"
+
+
+def _listed(layers: str | list[int]) -> str:
+    return layers if isinstance(layers, str) else ", ".join(map(str, layers))
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"

@@ -1,0 +1,307 @@
+"""Files of posts in, files of predictions out: what ``launch/predict.py`` does, in pieces of bounded size."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+from comoe.config.errors import nearest, unknown_name
+from comoe.data.reading.files import RawSplit, read_csv, read_jsonl, read_tsv, text_lines
+from comoe.data.reading.inputs import choose_column, choose_pair
+from comoe.data.text.normalize import is_blank
+from comoe.inference.predictor import Predictor, second_text
+from comoe.tasks.prompts import wants_pair
+from comoe.tasks.task import Task
+
+
+@dataclass(frozen=True, slots=True)
+class Post:
+    """One line of the input."""
+
+    text: Any
+    """The post; a list of words is a post given as words."""
+    pair: str | None = None
+    """Second text."""
+    image: Any = None
+    """What the picture column holds."""
+    error: str = ""
+    """Why the line could not be read."""
+
+
+def read_posts(
+    path: Path,
+    *,
+    text_column: str = "text",
+    pair_column: str | None = None,
+    image_column: str | None = None,
+    model: Predictor | None = None,
+    tasks: Sequence[Task] = (),
+) -> list[Post]:
+    """The posts of a file; a line that cannot be read becomes a post with an error, and keeps its place.
+
+    The picture column of ``model`` is read unless ``image_column`` names another, and the column of second texts that
+    ``tasks`` had in training unless ``pair_column`` names another. Lines end at a line feed only. In a
+    .txt file every line is a post; bytes that are not UTF-8 become U+FFFD there.
+
+    Raises:
+        ValueError: no such file or column, an ending that is not .txt, .csv, .tsv or .jsonl, or a picture column for a
+            model of texts.
+    """
+    if not path.is_file():
+        raise ValueError(f"--input {path}: there is no such file.")
+    ending = path.suffix.lower()
+    trained = None if model is None else model.image_column
+    if ending == ".txt":
+        choose_column(trained, asked=image_column, columns=None)
+        return [Post(line) for line in text_lines(path)[0]]
+    if ending not in TABLES:
+        raise ValueError(f"--input {path}: {unknown_name('ending that can be read', ending, ('.txt', *TABLES))}")
+    raw = TABLES[ending](path)
+    if raw.rows:
+        image_column = choose_column(trained, asked=image_column, columns=raw.columns)
+        known = {} if model is None else model.exported.config
+        pair_column = choose_pair(known, tasks, asked=pair_column, columns=raw.columns)
+    columns = {"--text-column": text_column, "--pair-column": pair_column, "--image-column": image_column}
+    for option, column in columns.items():
+        if column is not None and raw.rows and column not in raw.columns:
+            guess = nearest(column, raw.columns)
+            hint = f" Did you mean {guess}?" if guess else ""
+            raise ValueError(
+                f"{option} {column}: {path} has no such column; it has {', '.join(raw.columns)}.{hint} Set {option}."
+            )
+    found = [
+        (line, Post(row.get(text_column), _cell_of(row, pair_column), _cell_of(row, image_column)))
+        for line, row in zip(raw.lines, raw.rows, strict=True)
+    ]
+    broken = [(row.line, Post("", error=f"line {row.line} {row.rule}")) for row in raw.bad]
+    return [post for _, post in sorted(found + broken, key=lambda item: item[0])]
+
+
+def _cell_of(row: dict[str, Any], column: str | None) -> Any:
+    return None if column is None else row.get(column)
+
+
+TABLES: dict[str, Callable[[Path], RawSplit]] = {
+    ".csv": read_csv,
+    ".tsv": read_tsv,
+    ".jsonl": read_jsonl,
+    ".ndjson": read_jsonl,
+    ".json": read_jsonl,
+}
+"""Ending of the input -> reader."""
+
+
+CHUNK = 1024
+"""Posts answered before they are written; they are sorted by length within a chunk."""
+
+
+def predict_file(
+    predictor: Predictor,
+    source: Path,
+    target: Path,
+    *,
+    format: str = "jsonl",
+    tasks: Sequence[str] | None = None,
+    text_column: str = "text",
+    pair_column: str | None = None,
+    image_column: str | None = None,
+    explain: bool = False,
+    batch_size: int = 64,
+    progress: bool = True,
+) -> str:
+    """Answer every post of a file, in order, one line per post.
+
+    Args:
+        predictor: the model.
+        source: .txt (one post per line), .csv, .tsv, .jsonl.
+        target: the answers; missing folders are made. Written aside and renamed.
+        format: key of ``WRITERS``.
+        tasks: names of the tasks; None is all.
+        text_column: column with the post, unless the file is .txt.
+        pair_column: column with the second text; None takes the one of the training posts, where the file has it.
+        image_column: column with the picture, a path from the folder of the file; None takes the one of the training
+            posts, or ``image``, if the model reads pictures; a line on stderr tells where the file has neither.
+        explain: add the attention weight of each word (jsonl; tasks with a pooled head).
+        batch_size: posts per forward pass.
+        progress: show a progress bar.
+
+    Returns:
+        One sentence on what was done, with the number of posts that could not be answered.
+
+    Raises:
+        ValueError: a file, column, task or format that does not exist or does not fit; or no post could be answered.
+    """
+    chosen = [task for task in predictor.tasks if tasks is None or task.name in tasks]
+    writer = _writer(format, predictor, chosen, explain=explain)
+    columns = {"text_column": text_column, "pair_column": pair_column, "image_column": image_column}
+    posts = read_posts(source, **columns, model=predictor, tasks=chosen)
+    errors, blind = [], 0
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = target.with_name(f".{target.name}.part")
+    with aside.open("w", encoding="utf-8", newline="") as file, _bar(len(posts), progress) as bar:
+        writer.begin(file)
+        for start in range(0, len(posts), CHUNK):
+            chunk = [writer.prepare(post) for post in posts[start : start + CHUNK]]
+            answers = _answer(predictor, chunk, tasks=tasks, explain=explain, batch_size=batch_size, root=source.parent)
+            for answer in answers:
+                writer.write(file, answer)
+            errors += [answer["error"] for answer in answers if "error" in answer]
+            blind += sum("image_error" in answer for answer in answers)
+            bar.update(len(chunk))
+    aside.replace(target)
+    if posts and len(errors) == len(posts):
+        raise ValueError(f"none of the {len(posts)} posts could be answered, see {target}; the first: {errors[0]}.")
+    return f"{len(posts)} posts answered in {target}{writer.remark(len(errors))}{_blind(blind)}"
+
+
+def _writer(format: str, predictor: Predictor, tasks: Sequence[Task], *, explain: bool) -> JsonLines:
+    if format not in WRITERS:
+        raise unknown_name("--format", format, WRITERS)
+    if explain and WRITERS[format] is not JsonLines:
+        raise ValueError("--explain wants --format jsonl; the others have no place for the weights of words.")
+    if explain and not any(task.rules.pooled for task in tasks):
+        print("--explain: none of these tasks has attention; only tasks with a pooled head have it", file=sys.stderr)
+    return WRITERS[format](predictor, tasks)
+
+
+def _blind(count: int) -> str:
+    return f"; {count} of them were answered without their bad picture and have an image_error" if count else ""
+
+
+class JsonLines:
+    """One object per post: ``text``, the answer of each task, or ``error``."""
+
+    def __init__(self, predictor: Predictor, tasks: Sequence[Task]) -> None:
+        self.tasks = tasks
+        self.sees = predictor.collator.pixels is not None
+
+    def prepare(self, post: Post) -> Post:
+        """The post as it is to be answered."""
+        return post
+
+    def begin(self, file: TextIO) -> None:
+        """Write what comes before the first answer."""
+
+    def write(self, file: TextIO, answer: dict[str, Any]) -> None:
+        """Write one answer."""
+        # U+2028 and its kin end a line for some readers; as escapes they cannot.
+        text = json.dumps(answer, ensure_ascii=False).replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+        file.write(text.replace("\x85", "\\u0085") + "\n")
+
+    def remark(self, bad: int) -> str:
+        """What the user should know at the end."""
+        return f"; {bad} of them could not be answered and have an error instead" if bad else ""
+
+
+class Table(JsonLines):
+    """CSV: text, then per task the answer and the score of every label, and the error."""
+
+    def begin(self, file: TextIO) -> None:
+        self.columns = ["text"]
+        for task in self.tasks:
+            self.columns += [task.name] + [f"{task.name}/{label}" for label in task.labels if not task.rules.per_token]
+        self.columns += ["error", "image_error"] if self.sees else ["error"]
+        csv.writer(file, lineterminator="\n").writerow(self.columns)
+
+    def write(self, file: TextIO, answer: dict[str, Any]) -> None:
+        row = {"text": answer["text"], "error": answer.get("error", ""), "image_error": answer.get("image_error", "")}
+        for task in self.tasks:
+            if task.name in answer:
+                row[task.name] = _cell(task, answer[task.name])
+                scores = {} if task.rules.per_token else answer[task.name].get("scores", {})
+                row |= {f"{task.name}/{label}": score for label, score in scores.items()}
+        csv.writer(file, lineterminator="\n").writerow([row.get(column, "") for column in self.columns])
+
+
+class TweetEval(JsonLines):
+    """One label id per line, one line per post, nothing else: the format of TweetEval's own scorer.
+
+    Every line needs an id, so a line that cannot be read or is empty is answered as if it were a lone user name.
+    """
+
+    def __init__(self, predictor: Predictor, tasks: Sequence[Task]) -> None:
+        super().__init__(predictor, tasks)
+        names = ", ".join(task.name for task in predictor.tasks)
+        if len(tasks) != 1:
+            raise ValueError(f"--format tweeteval writes one task: choose it with --task ({names}).")
+        self.task = tasks[0]
+        if not self.task.rules.exclusive:
+            raise ValueError(
+                f"--format tweeteval wants a task with one label per post; {self.task.name} is a {self.task.kind} task."
+            )
+        self.filler = predictor.exported.data_config.normalize.user or "@user"
+        self.filled = 0
+
+    def prepare(self, post: Post) -> Post:
+        readable = not post.error and isinstance(post.text, str) and not is_blank(post.text)
+        pair = second_text(post.pair)
+        lacks_pair = not isinstance(pair, str) and (pair is not None or wants_pair(self.task.prompt))
+        if readable and not lacks_pair:
+            return post
+        self.filled += 1
+        return Post(post.text if readable else self.filler, self.filler if lacks_pair else post.pair, image=post.image)
+
+    def write(self, file: TextIO, answer: dict[str, Any]) -> None:
+        file.write(f"{self.task.labels.index(answer[self.task.name]['label'])}\n")
+
+    def remark(self, bad: int) -> str:
+        if self.filled:
+            what = "a text, or the second text that the prompt wants," if wants_pair(self.task.prompt) else "a text"
+            print(f"{self.filled} lines without {what} were answered as {self.filler!r}", file=sys.stderr)
+        return ""
+
+
+def _answer(
+    predictor: Predictor,
+    posts: Sequence[Post],
+    *,
+    tasks: Sequence[str] | None,
+    explain: bool,
+    batch_size: int,
+    root: Path,
+) -> list[dict[str, Any]]:
+    words = [post.text if isinstance(post.text, list) else None for post in posts]
+    texts = [_shown(post.text) for post in posts]
+    pairs = [post.pair or None for post in posts]
+    answers = predictor(
+        texts,
+        pairs=pairs,
+        words=words,
+        images=[post.image for post in posts],
+        image_root=root,
+        tasks=tasks,
+        batch_size=batch_size,
+        explain=explain,
+        progress=False,
+    )
+    return [
+        {"text": answer["text"], "error": post.error} if post.error else answer
+        for post, answer in zip(posts, answers, strict=True)
+    ]
+
+
+def _shown(text: Any) -> Any:
+    return " ".join(map(str, text)) if isinstance(text, list) else text
+
+
+def _cell(task: Task, answer: dict[str, Any]) -> Any:
+    """The answer itself: a label, a number, or names with blanks (tags, one per word) or ; (labels) between them."""
+    if task.rules.per_token:
+        return " ".join(answer["tags"])
+    value = next(iter(answer.values()))
+    return ";".join(value) if isinstance(value, list) else value
+
+
+def _bar(total: int, progress: bool) -> tqdm:
+    return tqdm(total=total, unit="post", disable=not progress, dynamic_ncols=True)
+
+
+WRITERS: dict[str, type[JsonLines]] = {"jsonl": JsonLines, "csv": Table, "tweeteval": TweetEval}
+"""``--format`` -> writer."""

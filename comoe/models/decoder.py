@@ -1,0 +1,290 @@
+"""What a decoder answers: log-probabilities of texts, those of label words among them, and texts that it writes."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from comoe.distributed import world_size
+from comoe.models.encoders.build import as_encoder_output
+from comoe.models.encoders.families import family_of, stacks_of
+from comoe.models.moe.block import ContextHolder, CooperativeBlock, ExpertMixture, RoutingContext, without_tokens
+from comoe.tasks.task import Task
+from comoe.types import IGNORED, Batch, Routing
+
+LABELS_PER_PASS = 8
+"""Labels of each row that one pass scores: more at a time take more memory. The same on every rank, whatever its
+rows, because every rank runs every pass."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """What the decoder answered for a micro-batch."""
+
+    logits: Mapping[str, Tensor]
+    """Task -> as in ``ModelOutput.logits``."""
+    routings: tuple[Routing, ...]
+    """Per decoder layer with experts: of the texts that were taught or scored, not of those that were written."""
+    rows_S: Tensor
+    """Row of each token of these texts."""
+    picks: tuple[Tensor, ...]
+    """Experts picked per such layer."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Scored:
+    """One pass over N texts."""
+
+    log_probabilities_N: Tensor
+    routings: tuple[Routing, ...]
+    rows_S: Tensor
+    picks: tuple[Tensor, ...]
+
+
+class AnswerDecoder:
+    """The decoder of an encoder-decoder and the tasks that it answers. Holds no weights of its own.
+
+    Every rank runs every pass, whatever its rows: a rank without a row of the kind runs row 0 with one token, and
+    nothing of that counts. A model that is whole in its process waits for no other, and writes only what is asked
+    for. Each pass has a context of its own, and nothing outlives a call.
+
+    Args:
+        encoder: a whole model of ``build_encoder``, blocks attached.
+        tasks: all tasks of the model.
+        holder: where its blocks find the context.
+        embed: tasks (N,) -> their embeddings, where the gate reads tasks; else None.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        tasks: Sequence[Task],
+        holder: ContextHolder,
+        embed: Callable[[Tensor], Tensor] | None,
+    ) -> None:
+        self.encoder = encoder
+        self.stack = stacks_of(encoder)[1]
+        self.vocabulary = family_of(encoder.config.model_type).vocabulary
+        self.holder = holder
+        self.embed = embed
+        answered = [(number, task) for number, task in enumerate(tasks) if task.rules.generates]
+        self.choosing = [(number, task) for number, task in answered if task.label_words]
+        self.writing = [(number, task) for number, task in answered if not task.label_words]
+        most = max((len(task.labels) for _, task in self.choosing), default=0)
+        self.num_groups = math.ceil(most / LABELS_PER_PASS)
+        settings = encoder.generation_config
+        self.start, self.padding = settings.decoder_start_token_id, settings.pad_token_id
+        self.ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
+
+    def teach(self, states_BLM: Tensor, batch: Batch, picks: Mapping[int, Tensor]) -> Answers:
+        """Log-probability of the text that each row wants, in one pass.
+
+        Args:
+            states_BLM: the encoder's last states, as the decoder is to read them.
+            batch: its rows.
+            picks: decoder layer -> experts that an earlier pass over the same batch picked.
+        """
+        tasks_B = batch.task_ids_B
+        wanted_BD = self._of(tasks_B, batch.answers_BD, [*self.choosing, *self.writing])
+        rows_R = _with_tokens(wanted_BD)
+        scored = self._score(states_BLM, batch.attention_mask_BL, tasks_B, rows_R, wanted_BD[rows_R], picks)
+        own_B = _spread(scored.log_probabilities_N, rows_R, len(tasks_B))
+        logits = {}
+        for number, task in self.choosing:
+            gold_B = batch.labels[task.name].clamp_min(0)
+            mine_BY = F.one_hot(gold_B, len(task.labels)) * (tasks_B == number)[:, None]
+            logits[task.name] = own_B[:, None] * mine_BY
+        for number, task in self.writing:
+            logits[task.name] = (own_B * (tasks_B == number))[:, None]
+        return Answers(logits, scored.routings, scored.rows_S, scored.picks)
+
+    def answer(self, states_BLM: Tensor, batch: Batch) -> Answers:
+        """All labels scored, own texts scored, and texts written and scored; arguments of ``teach``."""
+        mask_BL, tasks_B = batch.attention_mask_BL, batch.task_ids_B
+        logits: dict[str, Tensor] = {}
+        passes = []
+        if self.writing:
+            wanted_BD = self._of(tasks_B, batch.answers_BD, self.writing)
+            rows_R = _with_tokens(wanted_BD)
+            passes.append(self._score(states_BLM, mask_BL, tasks_B, rows_R, wanted_BD[rows_R]))
+            own_B = _spread(passes[0].log_probabilities_N, rows_R, len(tasks_B))
+        for _, task in self.choosing:
+            logits[task.name] = states_BLM.new_zeros((len(tasks_B), len(task.labels)), dtype=_wide(states_BLM))
+        for group in range(self.num_groups):
+            passes.append(self._choose(states_BLM, batch, group, logits))
+        written = {number: self._write(states_BLM, mask_BL, tasks_B, number, task) for number, task in self.writing}
+        if self.writing:
+            texts_BD = _side_by_side(list(written.values()))
+            rows_R = _with_tokens(texts_BD)
+            again = self._score(states_BLM, mask_BL, tasks_B, rows_R, texts_BD[rows_R])
+            written_B = _spread(again.log_probabilities_N, rows_R, len(tasks_B))
+        for number, task in self.writing:
+            ids_BD = self._without_end(written[number]).to(own_B.dtype)
+            mine_B = tasks_B == number
+            logits[task.name] = torch.cat([torch.stack([own_B * mine_B, written_B * mine_B], dim=1), ids_BD], dim=1)
+        routings = tuple(map(_joined, zip(*(one.routings for one in passes), strict=True)))
+        return Answers(logits, routings, torch.cat([one.rows_S for one in passes]), ())
+
+    def _of(self, tasks_B: Tensor, answers_BD: Tensor, tasks: Sequence[tuple[int, Task]]) -> Tensor:
+        """The texts of the rows of some tasks; IGNORED elsewhere."""
+        numbers = torch.tensor([number for number, _ in tasks], device=tasks_B.device)
+        return torch.where(torch.isin(tasks_B, numbers)[:, None], answers_BD, IGNORED)
+
+    def _choose(self, states_BLM: Tensor, batch: Batch, group: int, logits: dict[str, Tensor]) -> _Scored:
+        """Score one group of labels of every row that wants one; fills ``logits`` in."""
+        pairs = []
+        for number, task in self.choosing:
+            words_YD = batch.choices[task.name]
+            rows_R = (batch.task_ids_B == number).nonzero().squeeze(1)
+            labels_Y = torch.arange(len(words_YD), device=rows_R.device)
+            labels_Y = labels_Y[group * LABELS_PER_PASS : (group + 1) * LABELS_PER_PASS]
+            rows_N = rows_R.repeat_interleave(len(labels_Y))
+            labels_N = labels_Y.repeat(len(rows_R))
+            pairs.append((task.name, rows_N, labels_N, words_YD[labels_N]))
+        rows_N = torch.cat([rows for _, rows, _, _ in pairs])
+        width = max(words.shape[1] for *_, words in pairs)
+        texts_ND = torch.cat([F.pad(words, (0, width - words.shape[1]), value=IGNORED) for *_, words in pairs])
+        scored = self._score(states_BLM, batch.attention_mask_BL, batch.task_ids_B, rows_N, texts_ND)
+        found = scored.log_probabilities_N[: len(rows_N)].split([len(rows) for _, rows, _, _ in pairs])
+        for (name, rows, labels, _), values in zip(pairs, found, strict=True):
+            logits[name] = logits[name].index_put((rows, labels), values)
+        return scored
+
+    def _score(
+        self,
+        states_BLM: Tensor,
+        mask_BL: Tensor,
+        tasks_B: Tensor,
+        rows_N: Tensor,
+        texts_ND: Tensor,
+        picks: Mapping[int, Tensor] | None = None,
+    ) -> _Scored:
+        """Log-probability of each text under its row, summed over its tokens; a row may come several times."""
+        none = len(rows_N) == 0
+        if none:
+            rows_N = rows_N.new_zeros(1)
+            texts_ND = texts_ND.new_full((1, 1), self.ends[0])
+        texts_ND = texts_ND[:, : max(1, int((texts_ND != IGNORED).sum(dim=1).max()))]
+        real_ND = texts_ND != IGNORED
+        places_S, columns_S = real_ND.nonzero(as_tuple=True)
+        index_S = places_S * texts_ND.shape[1] + columns_S
+        before_ND = F.pad(texts_ND[:, :-1], (1, 0), value=self.start)
+        context = RoutingContext(index_S, places_S, self._embeddings(tasks_B[rows_N]), picks=picks or {})
+        self.holder.context = context
+        try:
+            hidden_NDM = self.stack(
+                input_ids=torch.where(before_ND == IGNORED, self.padding, before_ND),
+                encoder_hidden_states=states_BLM[rows_N],
+                encoder_attention_mask=mask_BL[rows_N],
+                # Whatever the model's own configuration says: a cache would be filled twice under recomputation.
+                use_cache=False,
+            ).last_hidden_state
+        finally:
+            self.holder.context = None
+        # Of real tokens alone, and nothing keeps the logits of the vocabulary but this expression.
+        logits_SV = self.vocabulary(self.encoder, hidden_NDM.flatten(0, 1).index_select(0, index_S))
+        lost_S = F.cross_entropy(logits_SV.to(_wide(logits_SV)), texts_ND[real_ND], reduction="none")
+        found_N = lost_S.new_zeros(len(rows_N)).index_add(0, places_S, -lost_S)
+        routings = tuple(routing for _, routing in sorted(context.routings.items()))
+        picked = tuple(routing.indices_Sk for routing in routings)
+        rows_S = rows_N[places_S]
+        if none:
+            found_N, routings, rows_S = 0.0 * found_N, tuple(map(without_tokens, routings)), rows_S[:0]
+        return _Scored(found_N, routings, rows_S, picked)
+
+    @torch.no_grad()
+    def _write(self, states_BLM: Tensor, mask_BL: Tensor, tasks_B: Tensor, number: int, task: Task) -> Tensor:
+        """Texts of the rows of one task, end sign included, IGNORED behind it and in other rows: (B, D)."""
+        mine_R = (tasks_B == number).nonzero().squeeze(1)
+        together = self._lies_on_ranks()
+        if not len(mine_R) and not together:
+            return tasks_B.new_full((len(tasks_B), 1), IGNORED)
+        rows_R = mine_R if len(mine_R) else mine_R.new_zeros(1)
+        settings = copy.deepcopy(self.encoder.generation_config)
+        settings.update(num_beams=task.num_beams, max_new_tokens=task.max_answer_length, do_sample=False)
+        embeddings_RD = self._embeddings(tasks_B[rows_R])
+
+        def enter(stack: nn.Module, inputs: Any, options: Mapping[str, Any]) -> None:
+            self.holder.context = self._step_context(options["input_ids"], embeddings_RD)
+
+        hook = self.stack.register_forward_pre_hook(enter, with_kwargs=True)
+        try:
+            ids_RD = self.encoder.generate(
+                encoder_outputs=as_encoder_output(states_BLM[rows_R]),
+                attention_mask=mask_BL[rows_R],
+                generation_config=settings,
+                # Ranks end together: the experts of one may be asked for by another.
+                synced_gpus=together,
+            )[:, 1:]
+        finally:
+            hook.remove()
+            self.holder.context = None
+        ends_RD = torch.isin(ids_RD, torch.tensor(self.ends, device=ids_RD.device))
+        behind_RD = ends_RD.cumsum(dim=1) - ends_RD.long() > 0
+        ids_RD = torch.where(behind_RD, IGNORED, ids_RD)
+        texts_BD = ids_RD.new_full((len(tasks_B), ids_RD.shape[1]), IGNORED)
+        return texts_BD.index_copy(0, mine_R, ids_RD[: len(mine_R)])
+
+    def _lies_on_ranks(self) -> bool:
+        """True where a pass needs other ranks: for experts that AutoEP took over, or ZeRO-3's shares. An export that is
+        loaded in one of several processes needs none."""
+        if world_size() == 1:
+            return False
+        blocks = [module for module in self.encoder.modules() if isinstance(module, CooperativeBlock)]
+        split = any(hasattr(weight, "ds_id") for weight in self.encoder.parameters())
+        return split or any(not isinstance(block.mixture, ExpertMixture) for block in blocks)
+
+    def _step_context(self, ids_ND: Tensor, embeddings_RD: Tensor | None) -> RoutingContext:
+        """Of one step of a search: every token is real, and the beams of a row lie together."""
+        N, D = ids_ND.shape
+        index_S = torch.arange(N * D, device=ids_ND.device)
+        if embeddings_RD is not None:
+            embeddings_RD = embeddings_RD.repeat_interleave(N // len(embeddings_RD), dim=0)
+        return RoutingContext(index_S, index_S // D, embeddings_RD)
+
+    def _embeddings(self, tasks_N: Tensor) -> Tensor | None:
+        return None if self.embed is None else self.embed(tasks_N.clamp_min(0))
+
+    def _without_end(self, texts_BD: Tensor) -> Tensor:
+        """Token ids as ``ModelOutput`` has them: -1 from the end sign on."""
+        ends_BD = torch.isin(texts_BD, torch.tensor(self.ends, device=texts_BD.device))
+        return torch.where(ends_BD | (texts_BD == IGNORED), -1, texts_BD)
+
+
+def _with_tokens(texts_BD: Tensor) -> Tensor:
+    """Rows that have a text."""
+    return (texts_BD != IGNORED).any(dim=1).nonzero().squeeze(1)
+
+
+def _spread(values_N: Tensor, rows_R: Tensor, number: int) -> Tensor:
+    """The values at their rows, 0 elsewhere; also where there is no row, with a gradient of 0."""
+    if len(rows_R) == 0:
+        return values_N.expand(number) * 0.0
+    return values_N.new_zeros(number).index_copy(0, rows_R, values_N)
+
+
+def _side_by_side(texts: Sequence[Tensor]) -> Tensor:
+    """Texts of different rows in one tensor, IGNORED where none of them has one."""
+    width = max(part.shape[1] for part in texts)
+    padded = [F.pad(part, (0, width - part.shape[1]), value=IGNORED) for part in texts]
+    return torch.stack(padded).amax(dim=0)
+
+
+def _joined(routings: Sequence[Routing]) -> Routing:
+    """The routings of one layer over several passes."""
+    parts = {
+        name: torch.cat([getattr(routing, name) for routing in routings])
+        for name in ("logits_SE", "scores_SE", "indices_Sk", "weights_Sk")
+    }
+    return replace(routings[0], **parts, counts_E=torch.stack([one.counts_E for one in routings]).sum(dim=0))
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return tensor.dtype if tensor.dtype == torch.float64 else torch.float32

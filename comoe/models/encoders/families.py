@@ -1,0 +1,279 @@
+"""Families of encoders: where their layers are, where the cooperative blocks attach, and which layers train."""
+
+from __future__ import annotations
+
+import operator
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from comoe.config.errors import unknown_name
+from comoe.config.recipe import MoeConfig
+from comoe.models.encoders.adapters import BeforeResidualNorm, BesideFeedForward, wrap, wrap_pair, wrap_t5
+from comoe.models.moe.block import ContextHolder, CooperativeBlock
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """Where one model family keeps its layers and its feed-forward, and what its forward takes."""
+
+    layers: str = "encoder.layer"
+    """Path of the list of layers, of an encoder-decoder in each of its stacks."""
+    attach: Callable[[nn.Module, CooperativeBlock], None] = wrap("output", BeforeResidualNorm)
+    """Puts a block beside a layer's feed-forward."""
+    dropout: str | None = "hidden_dropout_prob"
+    """Field of the configuration with the dropout of the block's update; None where the layer drops out the sum."""
+    has_pooler: bool = True
+    """True where the constructor takes ``add_pooling_layer``: the pooler is left out, it would get no gradient."""
+    has_segments: bool = True
+    """True where the forward takes ``token_type_ids``."""
+    first_position: int | None = 0
+    """Positions of the table that no token ever uses (RoBERTa counts from padding + 1); None where there is none."""
+    after_layers: tuple[str, ...] = ()
+    """Paths of modules that run after the last layer, of an encoder-decoder in each stack: they train with it."""
+    single_stream: bool = False
+    """True where one encoder reads text and pixels, and needs no vision tower."""
+    stacks: tuple[str, ...] = ()
+    """Paths of encoder and decoder in the whole of an encoder-decoder; none in families without a decoder."""
+    encoder_alone: bool = False
+    """True where the library has a class of its encoder alone, so that no decoder need be read."""
+    starts_with_padding: bool = False
+    """True where answers begin with the padding sign unless the configuration says otherwise."""
+    vocabulary: Callable[[nn.Module, Tensor], Tensor] | None = None
+    """(whole encoder-decoder, last states of its decoder (..., M)) -> logits of the next token (..., V)."""
+    feed_forward: tuple[str, ...] = ("intermediate_size",)
+    """Fields of the configuration with the hidden width of the feed-forward, of encoder and decoder where they have
+    their own."""
+    num_layers: tuple[str, ...] = ("num_hidden_layers",)
+    """Fields with the number of layers of each stack."""
+
+
+def family_of(model_type: str) -> Family:
+    """The family of a Hugging Face ``model_type``; ValueError with the supported ones for another."""
+    if model_type not in FAMILIES:
+        raise unknown_name("model.encoder: the encoder's model_type", model_type, FAMILIES)
+    return FAMILIES[model_type]
+
+
+def has_decoder(encoder: nn.Module) -> bool:
+    """True for the whole of an encoder-decoder, False for an encoder alone."""
+    return bool(family_of(encoder.config.model_type).stacks) and encoder.can_generate()
+
+
+def stacks_of(encoder: nn.Module) -> list[nn.Module]:
+    """The encoder; of an encoder-decoder both stacks, the encoder's first."""
+    if not has_decoder(encoder):
+        return [encoder]
+    return [operator.attrgetter(path)(encoder) for path in family_of(encoder.config.model_type).stacks]
+
+
+def layers_of(encoder: nn.Module) -> list[nn.Module]:
+    """The encoder's layers, first to last; behind them the decoder's."""
+    return [layer for layers in _layers_by_stack(encoder) for layer in layers]
+
+
+def _layers_by_stack(encoder: nn.Module) -> list[nn.ModuleList]:
+    path = operator.attrgetter(family_of(encoder.config.model_type).layers)
+    return [path(stack) for stack in stacks_of(encoder)]
+
+
+def reads_segments(hf_config: Any) -> bool:
+    """True where the encoder tells segments apart: a table of one row would fail on the second segment's id."""
+    return family_of(hf_config.model_type).has_segments and hf_config.type_vocab_size > 1
+
+
+def freeze_encoder(encoder: nn.Module, train_layers: int | str) -> None:
+    """Leave only the last layers to training, in place; before ``attach_blocks``, whose blocks always train.
+
+    Args:
+        encoder: a model of ``build_encoder``.
+        train_layers: ``model.train_layers``: all, none, or the number of last layers, of encoder and decoder each. A
+            number freezes the embeddings and all else that runs before those layers; an output layer of its own trains.
+
+    Raises:
+        ValueError: another word, or a number of layers that the encoder does not have.
+    """
+    by_stack = _layers_by_stack(encoder)
+    if isinstance(train_layers, str):
+        if train_layers not in TRAINED_LAYERS:
+            raise unknown_name("model.train_layers", train_layers, TRAINED_LAYERS)
+        encoder.requires_grad_(TRAINED_LAYERS[train_layers])
+        return
+    deepest = max(map(len, by_stack))
+    if not 1 <= train_layers <= deepest:
+        raise ValueError(
+            f"model.train_layers ({train_layers}) must be all, none, or a number from 1 to {deepest}, the layers "
+            f"of {encoder.config.model_type} here."
+        )
+    encoder.requires_grad_(False)
+    family = family_of(encoder.config.model_type)
+    trained = [layer for layers in by_stack for layer in layers[-train_layers:]]
+    trained += [operator.attrgetter(path)(stack) for stack in stacks_of(encoder) for path in family.after_layers]
+    if has_decoder(encoder) and encoder.lm_head.weight is not encoder.get_input_embeddings().weight:
+        trained.append(encoder.lm_head)
+    for module in trained:
+        module.requires_grad_(True)
+
+
+def attach_blocks(encoder: nn.Module, config: MoeConfig, holder: ContextHolder) -> list[CooperativeBlock]:
+    """Put a cooperative block beside the feed-forward of each chosen layer, in place.
+
+    Args:
+        encoder: a model of ``build_encoder``.
+        config: ``model.moe``; ``num_experts`` 0 attaches nothing.
+        holder: shared by all blocks; its context must be set before the encoder runs.
+
+    Returns:
+        The blocks in layer order.
+    """
+    if config.num_experts == 0:
+        return []
+    family = family_of(encoder.config.model_type)
+    layers = layers_of(encoder)
+    width = encoder.config.hidden_size
+    dropout = 0.0 if family.dropout is None else getattr(encoder.config, family.dropout)
+    blocks = []
+    for number in chosen_of_stacks(config.layers, list(map(len, _layers_by_stack(encoder)))):
+        block = CooperativeBlock(
+            width, expert_width(config, width), config, layer=number, holder=holder, dropout=dropout
+        )
+        family.attach(layers[number], block)
+        blocks.append(block)
+    return blocks
+
+
+def expert_width(config: MoeConfig, model_width: int) -> int:
+    """Hidden width F of one expert; ``auto`` is a quarter of the encoder's width, at least 16."""
+    if config.expert_width == "auto":
+        return max(16, model_width // 4)
+    if not isinstance(config.expert_width, int) or config.expert_width < 1:
+        raise ValueError(f"model.moe.expert_width ({config.expert_width}) must be auto or a whole number above 0.")
+    return config.expert_width
+
+
+def chosen_layers(layers: str | list[int], num_layers: int) -> list[int]:
+    """Numbers of the layers that get experts, ascending; ValueError for an unknown word or a number out of range."""
+    if isinstance(layers, str):
+        if layers not in LAYER_CHOICES:
+            raise unknown_name("model.moe.layers", layers, LAYER_CHOICES)
+        return LAYER_CHOICES[layers](num_layers)
+    wrong = [number for number in layers if not 0 <= number < num_layers]
+    if wrong or not layers or len(set(layers)) < len(layers):
+        raise ValueError(
+            f"model.moe.layers ({layers}) must list different numbers from 0 to {num_layers - 1}, at least one; "
+            "set model.moe.num_experts to 0 for an encoder without experts."
+        )
+    return sorted(layers)
+
+
+def chosen_of_stacks(layers: str | list[int], counts: Sequence[int]) -> list[int]:
+    """Numbers of the layers that get experts, those of the decoder behind the encoder's.
+
+    Args:
+        layers: ``model.moe.layers``; a word counts in each stack by itself, a list numbers all layers.
+        counts: layers of each stack.
+    """
+    if not isinstance(layers, str):
+        return chosen_layers(layers, sum(counts))
+    return [
+        sum(counts[:place]) + number for place, count in enumerate(counts) for number in chosen_layers(layers, count)
+    ]
+
+
+def longest_input(hf_config: Any) -> int:
+    """Most tokens that the encoder's position table can number; a number without end where it has none."""
+    first = family_of(hf_config.model_type).first_position
+    return sys.maxsize if first is None else hf_config.max_position_embeddings - first
+
+
+def _t5_vocabulary(model: nn.Module, states: Tensor, *, scales: str | None) -> Tensor:
+    # Where the output layer is the table of words the states are scaled; which field says so differs by model.
+    scale = model.config.d_model**-0.5 if scales is not None and getattr(model.config, scales) else 1.0
+    return model.lm_head(states * scale)
+
+
+def _bart_vocabulary(model: nn.Module, states: Tensor) -> Tensor:
+    logits = model.lm_head(states)
+    return logits + model.final_logits_bias[0].to(logits.dtype)
+
+
+LAYER_CHOICES: dict[str, Callable[[int], list[int]]] = {
+    "all": lambda count: list(range(count)),
+    "alternate": lambda count: list(range((count - 1) % 2, count, 2)),
+    "last_half": lambda count: list(range(count // 2, count)),
+}
+"""Word in ``model.moe.layers`` -> number of layers -> chosen layers."""
+
+
+TRAINED_LAYERS: dict[str, bool] = {"all": True, "none": False}
+"""Word in ``model.train_layers`` -> whether the encoder trains; a number means so many last layers."""
+
+
+_T5 = Family(
+    layers="block",
+    attach=wrap_t5,
+    dropout=None,
+    has_pooler=False,
+    has_segments=False,
+    first_position=None,
+    after_layers=("final_layer_norm",),
+    stacks=("encoder", "decoder"),
+    encoder_alone=True,
+    starts_with_padding=True,
+    vocabulary=partial(_t5_vocabulary, scales="scale_decoder_outputs"),
+    feed_forward=("d_ff",),
+    num_layers=("num_layers", "num_decoder_layers"),
+)
+
+
+_BART = Family(
+    layers="layers",
+    attach=wrap_pair,
+    dropout=None,
+    has_pooler=False,
+    has_segments=False,
+    stacks=("model.encoder", "model.decoder"),
+    vocabulary=_bart_vocabulary,
+    feed_forward=("encoder_ffn_dim", "decoder_ffn_dim"),
+    num_layers=("encoder_layers", "decoder_layers"),
+)
+
+
+FAMILIES: dict[str, Family] = {
+    "bert": Family(),
+    "roberta": Family(first_position=2),
+    "xlm-roberta": Family(first_position=2),
+    "camembert": Family(first_position=2),
+    "electra": Family(has_pooler=False),
+    "deberta-v2": Family(has_pooler=False),
+    "mpnet": Family(has_segments=False, first_position=2),
+    "distilbert": Family(
+        layers="transformer.layer",
+        attach=wrap("ffn", BesideFeedForward),
+        dropout="dropout",
+        has_pooler=False,
+        has_segments=False,
+        feed_forward=("hidden_dim",),
+    ),
+    "modernbert": Family(
+        layers="layers",
+        attach=wrap("mlp", BesideFeedForward),
+        dropout="mlp_dropout",
+        has_pooler=False,
+        has_segments=False,
+        after_layers=("final_norm",),
+    ),
+    # A layer before its norm: the block brings a norm of its own.
+    "vilt": Family(after_layers=("layernorm",), single_stream=True),
+    # Encoder-decoders. Their layers drop out the sum of feed-forward and block themselves.
+    "t5": _T5,
+    "mt5": replace(_T5, vocabulary=partial(_t5_vocabulary, scales=None)),
+    "umt5": replace(_T5, vocabulary=partial(_t5_vocabulary, scales="tie_word_embeddings")),
+    "bart": _BART,
+    "mbart": replace(_BART, after_layers=("layer_norm",)),
+}
+"""Hugging Face ``model_type`` -> family."""

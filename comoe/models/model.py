@@ -1,0 +1,327 @@
+"""The whole model in plain PyTorch, and how it is built: pre-trained, from an export, or as its shape alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from comoe.config.recipe import ImageTextConfig, ModelConfig
+from comoe.models.activation_checkpointing import recompute_layers
+from comoe.models.decoder import AnswerDecoder, Answers
+from comoe.models.encoder_io import EncoderInputs, Reading, Texts
+from comoe.models.encoders.build import build_encoder, build_encoder_from_config, build_encoder_shape
+from comoe.models.encoders.families import (
+    attach_blocks,
+    freeze_encoder,
+    layers_of,
+    longest_input,
+    reads_segments,
+    stacks_of,
+)
+from comoe.models.encoders.input_scaling import input_weights, scale_inputs
+from comoe.models.heads import HeadOutput, PrivatePart, TaskHead, probe
+from comoe.models.moe.block import ContextHolder, CooperativeBlock, RoutingContext, of_first, without_tokens
+from comoe.models.moe.gate import ROUTES
+from comoe.models.vision.fusion import Pictures, build_fusion
+from comoe.models.vision.image_text_head import ImageTextHead, both_sides
+from comoe.models.vision.tower import Tower, build_tower, build_tower_from_config, build_tower_shape, expected_tokens
+from comoe.tasks.task import Task
+from comoe.types import Batch, ModelOutput, Sharing
+
+
+def build_model(
+    config: ModelConfig,
+    tasks: Sequence[Task],
+    *,
+    encoder_config: dict[str, Any] | None = None,
+    tower_config: dict[str, Any] | None = None,
+    image_text: ImageTextConfig | None = None,
+    recompute: bool = False,
+) -> MultiTaskModel:
+    """Build the model; deterministic in torch's seed, so every rank that seeds alike gets the same weights.
+
+    Args:
+        config: ``model``; ``config.encoder`` must be a folder or hub name here.
+        tasks: the tasks in the order of their ids.
+        encoder_config: ``encoder.config.to_dict()`` of an export: no pre-trained weights are read then.
+        tower_config: ``tower.inner.config.to_dict()`` likewise, where the export reads pictures.
+        image_text: ``loss.image_text``, see ``MultiTaskModel``.
+        recompute: activation checkpointing, see ``MultiTaskModel``.
+    """
+    generates = any(task.rules.generates for task in tasks)
+    if encoder_config is None:
+        encoder = build_encoder(config, generates=generates)
+    else:
+        encoder = build_encoder_from_config(encoder_config, dropout=config.dropout, generates=generates)
+    tower = None
+    if tower_config is not None:
+        tower = build_tower_from_config(tower_config, train=config.vision.train_tower)
+    elif config.vision.tower is not None:
+        # Reading draws numbers in vain, how many depends on the layout; what is new must begin alike on all.
+        with torch.random.fork_rng([]):
+            tower = build_tower(config.vision, trust_remote_code=config.trust_remote_code)
+    return MultiTaskModel(encoder, tasks, config, tower=tower, image_text=image_text, recompute=recompute)
+
+
+def build_model_shape(
+    config: ModelConfig, tasks: Sequence[Task], *, image_text: ImageTextConfig | None = None, recompute: bool = False
+) -> MultiTaskModel:
+    """The model of ``build_model`` on the meta device: every size and no number, so that a plan of the largest one
+    takes no memory. Of encoder and tower only config.json is read; arguments of ``build_model``."""
+    generates = any(task.rules.generates for task in tasks)
+    encoder = build_encoder_shape(config, generates=generates)
+    tower = None
+    if config.vision.tower is not None:
+        tower = build_tower_shape(config.vision, trust_remote_code=config.trust_remote_code)
+    with torch.device("meta"):
+        return MultiTaskModel(encoder, tasks, config, tower=tower, image_text=image_text, recompute=recompute)
+
+
+HEAD_DROPOUT = 0.1
+"""Dropout of the heads where ``model.dropout`` is null."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """The numbers that DeepSpeed reads from ``model.config``; the names are its own."""
+
+    hidden_size: int
+    """Model width M."""
+    num_local_experts: int
+    """Experts per layer E."""
+    num_experts_per_tok: int
+    """Experts per token k."""
+    model_type: str = "comoe"
+    """A name that AutoEP has no preset for."""
+
+
+class MultiTaskModel(nn.Module):
+    """Posts in, every task's answer out; knows no loss.
+
+    Args:
+        encoder: a model of ``build_encoder``, the whole of an encoder-decoder where some task is answered by a
+            decoder; blocks are attached to it here.
+        tasks: in the order of the task ids.
+        config: ``model``.
+        tower: reads pictures; None where the model reads none, or where its encoder does.
+        image_text: ``loss.image_text``, to be trained for it too; None where it only answers, as in an export.
+        recompute: keep only each layer's input for the backward pass (activation checkpointing).
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        tasks: Sequence[Task],
+        config: ModelConfig,
+        *,
+        tower: Tower | None = None,
+        image_text: ImageTextConfig | None = None,
+        recompute: bool = False,
+    ) -> None:
+        super().__init__()
+        width = encoder.config.hidden_size
+        self.config = ModelShape(width, config.moe.num_experts, config.moe.top_k)
+        self.tasks = tuple(tasks)
+        self.holder = ContextHolder()
+        self.encoder = encoder
+        self.has_segments = reads_segments(encoder.config)
+        # Before the blocks: they train in every layer.
+        freeze_encoder(encoder, config.train_layers)
+        self._blocks = tuple(attach_blocks(encoder, config.moe, self.holder))
+        if recompute:
+            recompute_layers(encoder, self.holder)
+        reads_task = bool(self._blocks) and ROUTES[config.moe.route_by].task
+        self.task_embedding = nn.Embedding(len(tasks), config.moe.task_embedding_width) if reads_task else None
+        dropout = HEAD_DROPOUT if config.dropout is None else config.dropout
+        # A list, not a dict by name: a task may be called "type" or "expert", which torch and DeepSpeed keep for
+        # themselves.
+        self._headed = tuple(number for number, task in enumerate(self.tasks) if not task.rules.generates)
+        self.heads = nn.ModuleList(TaskHead(self.tasks[number], width, dropout=dropout) for number in self._headed)
+        # Nothing to project, and no gradient, without a head that pools (models of tags alone have always had one).
+        projects = any(head.pooling is not None for head in self.heads) or len(self.heads) == len(self.tasks)
+        self.projection = nn.Linear(width, config.projection_width, bias=False) if projects else None
+        if self.projection is not None:
+            nn.init.normal_(self.projection.weight, std=0.02)
+        self.decoder = self._build_decoder()
+        self.tower = tower
+        self.fusion = build_fusion(encoder, tower, config.vision, dropout=dropout)
+        self.route_image_tokens = config.vision.route_image_tokens
+        self.image_text = None
+        if self.fusion is not None and image_text is not None:
+            head = ImageTextHead(
+                width,
+                self.fusion.image_width,
+                config.projection_width,
+                contrast=image_text.itc_weight > 0,
+                match=image_text.itm_weight > 0,
+            )
+            self.image_text = head if head.compares or head.match is not None else None
+        # Last, so that all else begins as it does without them.
+        width_of_parts = config.private_width
+        parts = [PrivatePart(width, width_of_parts, dropout=dropout) for _ in self.tasks if width_of_parts]
+        self.private = nn.ModuleList(parts) if parts else None
+        if any(task.weighs("input") for task in self.tasks):
+            scale_inputs(encoder, self.holder)
+
+    def _build_decoder(self) -> AnswerDecoder | None:
+        if len(self.heads) == len(self.tasks):
+            return None
+        longest, limit = max(self.tasks, key=lambda task: task.max_answer_length), longest_input(self.encoder.config)
+        if longest.max_answer_length > limit:
+            raise ValueError(
+                f"tasks.{longest.name}.max_answer_length ({longest.max_answer_length}) must be at most {limit}, the "
+                f"positions that the decoder of model.encoder numbers."
+            )
+        embed = None if self.task_embedding is None else self.task_embedding.__call__
+        return AnswerDecoder(self.encoder, self.tasks, self.holder, embed)
+
+    def forward(
+        self,
+        batch: Batch,
+        picks: Sequence[Tensor] = (),
+        *,
+        compare: bool = True,
+        decode: bool = True,
+        probed: bool = False,
+    ) -> ModelOutput:
+        """Answer every task on every row, and tasks that a decoder answers on the rows that are theirs.
+
+        Args:
+            batch: the rows.
+            picks: ``ModelOutput.picks`` of an earlier pass over the same batch; this one routes every token as that one
+                did.
+            compare, decode, probed: give ``ModelOutput.image_text``, where the model is trained for it; run the
+                decoder, where there is one; give ``probe``.
+        """
+        ids_BL, mask_BL = batch.input_ids_BL, batch.attention_mask_BL
+        # A confidence says how much to learn from a post, not how to answer it.
+        weights_B = input_weights(batch, self.tasks) if self.training else None
+        texts = Texts(ids_BL, mask_BL, batch.token_type_ids_BL, batch.task_ids_B, weights_B)
+        pictures = self.look(batch)
+        reading = self.read(texts, pictures, picks)
+        routings, picked, token_rows_S = reading.routings, reading.picks, reading.token_rows_S
+        second = probe(reading.fused_BLM, self.tasks, partial(self._answer, mask_BL=mask_BL)) if probed else None
+        logits, embeddings, attentions, private = {}, {}, {}, {}
+        for place, number in enumerate(self._headed):
+            name = self.tasks[number].name
+            answer, update = self._answer(place, reading.fused_BLM, mask_BL=mask_BL)
+            private |= update
+            logits[name] = answer.logits
+            if answer.pooled_BM is not None:
+                embeddings[name] = F.normalize(self.projection(answer.pooled_BM).float(), dim=1)
+            if answer.attention_BL is not None:
+                attentions[name] = answer.attention_BL
+        answers = None
+        if self.decoder is not None and decode:
+            answers, update = self._decoded(batch, reading.fused_BLM, picks)
+            private |= update
+            logits |= answers.logits
+            routings, picked = routings + answers.routings, picked + answers.picks
+        answer_rows_S, num_answer_layers = (None, 0) if answers is None else (answers.rows_S, len(answers.routings))
+        # A filler row stands alone. Its tokens had to run, but no loss and no statistic may count them.
+        if len(batch.row_ids_B) == 1 and int(batch.row_ids_B) < 0:
+            routings, picked, token_rows_S = tuple(map(without_tokens, routings)), (), token_rows_S[:0]
+            answer_rows_S = None if answers is None else answer_rows_S[:0]
+        both = None
+        if compare and self.image_text is not None:
+            both = both_sides(self.image_text, self.fusion, self.read, texts, pictures, reading)
+        sharing = Sharing(reading.fused_BLM, mask_BL, private) if self.training else None
+        more = {"image_text": both, "sharing": sharing, "probe": second, "answer_rows_S": answer_rows_S}
+        more |= {"num_answer_layers": num_answer_layers, "picks": picked}
+        logits = {task.name: logits[task.name] for task in self.tasks if task.name in logits}
+        return ModelOutput(logits, embeddings, attentions, routings, token_rows_S, **more)
+
+    def _answer(self, place: int, shared_BLM: Tensor, *, mask_BL: Tensor) -> tuple[HeadOutput, dict[str, Tensor]]:
+        """What a head answers from the shared states, and, by its task's name, what a private part adds to them."""
+        update = self._private(self._headed[place], shared_BLM)
+        return self.heads[place](sum(update.values(), shared_BLM), mask_BL), update
+
+    def _private(self, number: int, shared_BLM: Tensor) -> dict[str, Tensor]:
+        return {} if self.private is None else {self.tasks[number].name: self.private[number](shared_BLM)}
+
+    def _decoded(self, batch: Batch, shared_BLM: Tensor, picks: Sequence[Tensor]) -> tuple[Answers, dict[str, Tensor]]:
+        """What the decoder answers, and what the private parts of its tasks add to the states of their rows."""
+        updates: dict[str, Tensor] = {}
+        states_BLM = shared_BLM
+        for number, task in enumerate(self.tasks):
+            if task.rules.generates and self.private is not None:
+                updates |= self._private(number, shared_BLM)
+                own_B11 = (batch.task_ids_B == number).to(shared_BLM.dtype)[:, None, None]
+                states_BLM = states_BLM + updates[task.name] * own_B11
+        if not self.training:
+            return self.decoder.answer(states_BLM, batch), updates
+        return self.decoder.teach(states_BLM, batch, self._by_layer(picks)), updates
+
+    def _by_layer(self, picks: Sequence[Tensor]) -> dict[int, Tensor]:
+        return dict(zip((block.layer for block in self._blocks), picks, strict=False))
+
+    def look(self, batch: Batch) -> Pictures | None:
+        """The pictures as the fusion wants them, one per row; the tower runs once per batch, on each picture once."""
+        if self.fusion is None:
+            return None
+        assert batch.pixels_I3HW is not None, "the model reads pictures: every batch has one, if only a blank one"
+        tokens = batch.pixels_I3HW if self.tower is None else self.tower(batch.pixels_I3HW)
+        if batch.image_numbers_I is not None:
+            tokens = tokens[batch.image_numbers_I]
+        return Pictures(self.fusion.project(tokens), batch.image_rows_I)
+
+    def read(self, texts: Texts, pictures: Pictures | None, picks: Sequence[Tensor] = ()) -> Reading:
+        """One pass of encoder and fusion; without pictures the texts alone."""
+        mask_BL, arguments = texts.mask_BL, {"input_ids": texts.ids_BL, "attention_mask": texts.mask_BL}
+        if self.has_segments:
+            arguments["token_type_ids"] = texts.segments_BL
+        inputs = EncoderInputs(arguments, mask_BL, columns=mask_BL.shape[1])
+        if pictures is not None:
+            inputs = self.fusion.before(inputs, pictures)
+        # One device-to-host wait per forward: the number of real tokens decides shapes.
+        rows_S, columns_S = mask_BL.nonzero(as_tuple=True)
+        index_S, token_rows_S = rows_S * inputs.columns + columns_S, rows_S
+        if self.route_image_tokens and inputs.image_index_Z is not None:
+            index_S = torch.cat([index_S, inputs.image_index_Z])
+            token_rows_S = torch.cat([rows_S, inputs.image_index_Z // inputs.columns])
+        context = RoutingContext(index_S, token_rows_S, input_weights_B=texts.weights_B)
+        context.picks = self._by_layer(picks)
+        if self.task_embedding is not None:
+            # A filler row has no task; its answer is never used, so any embedding will do.
+            context.task_embeddings_BD = self.task_embedding(texts.tasks_B.clamp_min(0))
+        states_BLM = self.encode(inputs.arguments, context)[:, : mask_BL.shape[1]]
+        fused_BLM = states_BLM if pictures is None else self.fusion.after(states_BLM, mask_BL, pictures)
+        routings = tuple(routing for _, routing in sorted(context.routings.items()))
+        picked = tuple(routing.indices_Sk for routing in routings)
+        of_text = tuple(of_first(routing, len(rows_S)) for routing in routings)
+        return Reading(states_BLM, fused_BLM, of_text, rows_S, picked)
+
+    def encode(self, arguments: Mapping[str, Any], context: RoutingContext) -> Tensor:
+        """The encoder's last states (B, N, M); ``context`` collects the routings."""
+        self.holder.context = context
+        try:
+            return stacks_of(self.encoder)[0](**arguments).last_hidden_state
+        finally:
+            self.holder.context = None
+
+    @property
+    def image_tokens(self) -> int:
+        """Image tokens of a picture that the text encoder reads, as far as known before it runs."""
+        if self.fusion is None or not self.fusion.in_encoder:
+            return 0
+        return expected_tokens((self.encoder if self.tower is None else self.tower.inner).config)
+
+    @property
+    def longest_text(self) -> int:
+        """Most tokens of a post that the encoder can number, beside its picture where it reads that."""
+        return longest_input(self.encoder.config) - (0 if self.tower is None else self.image_tokens)
+
+    @property
+    def first_decoder_layer(self) -> int | None:
+        """Number of the decoder's first layer, as blocks count them; None without a decoder."""
+        return None if self.decoder is None else len(layers_of(self.encoder)) - len(layers_of(self.decoder.stack))
+
+    def moe_layers(self) -> list[CooperativeBlock]:
+        """The cooperative blocks in layer order."""
+        return list(self._blocks)

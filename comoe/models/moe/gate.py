@@ -1,0 +1,307 @@
+"""Gates: logits of S tokens over E experts become a ``Routing``; and the balance bias that keeps all experts busy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from comoe.config.errors import unknown_name
+from comoe.config.recipe import MoeConfig
+from comoe.types import Gate, Routing
+
+
+@dataclass(frozen=True, slots=True)
+class TopKGate:
+    """What the gates share: float32 scores, then ``pick_experts``."""
+
+    top_k: int
+    """Experts per token."""
+    temperature: float = 1.0
+    """Divides the logits."""
+    cooperation_threshold: float = 0.0
+    """A picked expert with a lower score gets the weight 0, never the best one."""
+    for_measuring: ClassVar[bool] = False
+    """True where the gate ignores the tokens: good for speed figures, useless for training."""
+
+    def __call__(self, logits_SE: Tensor, balance_bias_E: Tensor, picks_Sk: Tensor | None = None) -> Routing:
+        """Route S tokens; deterministic. ``picks_Sk`` settles the experts, and only their weights are computed."""
+        scores_SE = self.score(_wide(logits_SE) / self.temperature)
+        return pick_experts(logits_SE, scores_SE, balance_bias_E, self.top_k, self.cooperation_threshold, picks_Sk)
+
+    def score(self, logits_SE: Tensor) -> Tensor:
+        """Scores in (0, 1), float32, shape (S, E)."""
+        raise NotImplementedError
+
+    def z_penalty(self, logits_SE: Tensor) -> Tensor:
+        """What the z-loss averages over tokens, float32, shape (S,)."""
+        raise NotImplementedError
+
+
+class SigmoidGate(TopKGate):
+    """Independent scores: several experts can be strong for one token at once, so they cooperate.
+
+    Source: TaCL-CoMoE (IJCNLP 2025), scaled to top-k tokens by methods.md section 1.
+    """
+
+    __slots__ = ()
+
+    def score(self, logits_SE: Tensor) -> Tensor:
+        """Sigmoid of each logit."""
+        return torch.sigmoid(logits_SE)
+
+    def z_penalty(self, logits_SE: Tensor) -> Tensor:
+        """Mean square of each token's logits; the log-sum-exp form would drive every score to 1/(E+1)."""
+        return _wide(logits_SE).square().mean(dim=1)
+
+
+class SoftmaxGate(TopKGate):
+    """Competing scores, the usual mixture of experts and the ablation of the cooperative gate."""
+
+    __slots__ = ()
+
+    def score(self, logits_SE: Tensor) -> Tensor:
+        """Softmax over experts."""
+        return torch.softmax(logits_SE, dim=1)
+
+    def z_penalty(self, logits_SE: Tensor) -> Tensor:
+        """Squared log-sum-exp of each token's logits. Source: ST-MoE, arXiv:2202.08906."""
+        return torch.logsumexp(_wide(logits_SE), dim=1).square()
+
+
+class UniformGate(SigmoidGate):
+    """All experts in turn with equal weights: a perfectly even load at the usual cost, for speed figures alone.
+
+    Logits, scores and the choice of the best are computed as ever; the router gets a gradient of zero.
+    """
+
+    __slots__ = ()
+    for_measuring = True
+
+    def __call__(self, logits_SE: Tensor, balance_bias_E: Tensor, picks_Sk: Tensor | None = None) -> Routing:
+        """Token s goes to the k experts from number s * k on, counted round."""
+        (S, E), k = logits_SE.shape, self.top_k
+        places_SE = torch.arange(E, device=logits_SE.device) - k * torch.arange(S, device=logits_SE.device)[:, None]
+        # Above any score, so that the top-k finds exactly these.
+        turn_SE = 2.0 * (places_SE % E < k)
+        routing = super().__call__(logits_SE, turn_SE, picks_Sk)
+        return replace(routing, weights_Sk=0.0 * routing.weights_Sk + 1.0 / k)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    # Routing decisions are float32 whatever the model's precision (float64 stays, for references in tests).
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def best_experts(scores_SE: Tensor, top_k: int) -> Tensor:
+    """Numbers of each token's ``top_k`` largest scores, largest first, int64; the scores are overwritten."""
+    if scores_SE.is_cuda or top_k > 2:
+        return torch.topk(scores_SE, top_k, dim=1).indices
+    # On a CPU topk sorts every row; one or two passes for the maximum take a third of its time.
+    first_S1 = scores_SE.argmax(dim=1, keepdim=True)
+    if top_k == 1:
+        return first_S1
+    second_S1 = scores_SE.scatter_(1, first_S1, -torch.inf).argmax(dim=1, keepdim=True)
+    return torch.cat([first_S1, second_S1], dim=1)
+
+
+def pick_experts(
+    logits_SE: Tensor,
+    scores_SE: Tensor,
+    balance_bias_E: Tensor,
+    top_k: int,
+    threshold: float,
+    picks_Sk: Tensor | None = None,
+) -> Routing:
+    """Pick the top-k experts of each token by score plus bias and weigh them by score alone.
+
+    Args:
+        logits_SE: what the scores were made of, kept for the z-loss.
+        scores_SE: non-negative scores, float32.
+        balance_bias_E: added for the pick only, so that it moves load without changing a weight.
+        top_k: experts per token.
+        threshold: picked experts with a lower score weigh 0, except for each token's best one.
+        picks_Sk: experts picked before, int64: a recomputation must not decide near-ties another way.
+
+    Returns:
+        The routing; weights are differentiable through the scores. With one expert out of several the weight is its
+        share of the scores of all experts: normalised over the picked one alone it would be 1 and the router would
+        learn nothing.
+
+    Source: sigmoid gate of TaCL-CoMoE; bias of Loss-Free Balancing, arXiv:2408.15664.
+    """
+    indices_Sk = picks_Sk
+    if indices_Sk is None:
+        indices_Sk = best_experts(scores_SE.detach() + balance_bias_E, top_k)
+    picked_Sk = scores_SE.gather(1, indices_Sk)
+    if threshold > 0:
+        weak_Sk = (picked_Sk < threshold) & (picked_Sk < picked_Sk.amax(dim=1, keepdim=True))
+        picked_Sk = picked_Sk.masked_fill(weak_Sk, 0.0)
+    rivals = scores_SE if top_k == 1 else picked_Sk
+    # Scores of logits below -100 are 0 in float32; the floor keeps 0/0 away and changes no other sum.
+    weights_Sk = picked_Sk / rivals.sum(dim=1, keepdim=True).clamp_min(torch.finfo(picked_Sk.dtype).tiny)
+    counts_E = torch.bincount(indices_Sk.reshape(-1), minlength=scores_SE.shape[1])
+    return Routing(logits_SE, scores_SE, indices_Sk, weights_Sk, counts_E)
+
+
+class Float32Linear(nn.Module):
+    """A bias-free linear map computed in float32 also where the model is bfloat16: both operands are cast.
+
+    Args:
+        in_width: width of the input.
+        out_width: width of the output.
+    """
+
+    def __init__(self, in_width: int, out_width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_width, in_width))
+        nn.init.normal_(self.weight, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shape (..., in_width) to (..., out_width), float32."""
+        return F.linear(_wide(x), _wide(self.weight))
+
+
+class RouterProjection(Float32Linear):
+    """The token part of a gate's logits, and the balance bias.
+
+    DeepSpeed AutoEP copies ``weight`` [E, M] and the buffer ``e_score_correction_bias`` [E] into its own router and
+    looks for exactly these names. The buffer steps by 0.001 and so must stay float32 through ``.bfloat16()``.
+    """
+
+    def __init__(self, model_width: int, num_experts: int) -> None:
+        super().__init__(model_width, num_experts)
+        self.register_buffer("e_score_correction_bias", torch.zeros(num_experts, dtype=torch.float32))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RouterProjection:
+        bias_E = self.e_score_correction_bias
+        super()._apply(fn, recurse)
+        # A move to another device is followed, a change of precision is not.
+        if self.e_score_correction_bias.dtype != bias_E.dtype:
+            self.e_score_correction_bias = bias_E.to(self.e_score_correction_bias.device)
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class RouteInputs:
+    """What a gate reads."""
+
+    token: bool
+    """The token's state."""
+    task: bool
+    """The embedding of the task that the token's row is for."""
+
+
+class PendingRoute:
+    """Carries one call's task logits to the router and its routing back to the owner of the block.
+
+    The owner calls ``prepare``, runs the mixture, then calls ``collect``; the router calls ``route`` in between. Both
+    slots are emptied by their reader, so nothing of one encode can leak into the next.
+
+    Args:
+        gate: the gate's rule.
+        inputs: whether the router's own token logits count.
+    """
+
+    def __init__(self, gate: Gate, inputs: RouteInputs) -> None:
+        self.gate = gate
+        self.inputs = inputs
+        self._task_logits_SE: Tensor | None = None
+        self._picks_Sk: Tensor | None = None
+        self._routing: Routing | None = None
+
+    def prepare(self, task_logits_SE: Tensor | None, picks_Sk: Tensor | None = None) -> None:
+        """Hand over what the next ``route`` needs.
+
+        Args:
+            task_logits_SE: the task's part of the logits, float32, where the gate reads tasks.
+            picks_Sk: experts that an earlier pass over the same tokens picked, None on a first pass.
+        """
+        self._task_logits_SE = task_logits_SE
+        self._picks_Sk = picks_Sk
+
+    def route(self, project: nn.Module, hidden_SM: Tensor, balance_bias_E: Tensor) -> Routing:
+        """Add up the logits and decide.
+
+        Args:
+            project: the token projection (S, M) -> (S, E); called only where the gate reads tokens. A module, not its
+                weight: under ZeRO-3 a weight is whole only inside its own module's forward.
+            hidden_SM: the tokens.
+            balance_bias_E: picks, never weighs.
+        """
+        parts = [project(hidden_SM)] if self.inputs.token else []
+        if self.inputs.task:
+            assert self._task_logits_SE is not None, "prepare() must hand over task logits before each call"
+            parts.append(self._task_logits_SE)
+        self._routing = self.gate(sum(parts[1:], parts[0]), balance_bias_E, self._picks_Sk)
+        self._task_logits_SE = self._picks_Sk = None
+        return self._routing
+
+    def collect(self) -> Routing:
+        """The routing of the call since the last ``collect``."""
+        routing, self._routing = self._routing, None
+        assert routing is not None, "collect() comes once after each call of the mixture"
+        return routing
+
+
+def build_gate(config: MoeConfig) -> Gate:
+    """The gate that ``model.moe`` asks for.
+
+    Raises:
+        ValueError: an unknown name, ``top_k`` outside 1..E, or a balance bias where every expert always runs.
+    """
+    E, k = config.num_experts, config.top_k
+    for option, table in (("gate", GATES), ("route_by", ROUTES), ("balance", BALANCES)):
+        if getattr(config, option) not in table:
+            raise unknown_name(f"model.moe.{option}", getattr(config, option), table)
+    if not 1 <= k <= E:
+        raise ValueError(f"model.moe.top_k ({k}) must lie between 1 and model.moe.num_experts ({E}).")
+    if not config.temperature > 0:
+        raise ValueError(f"model.moe.temperature ({config.temperature}) must be above 0; 1 is the default.")
+    if not 0 <= config.cooperation_threshold < 1:
+        raise ValueError(f"model.moe.cooperation_threshold ({config.cooperation_threshold}) must lie in [0, 1).")
+    # A single expert is always even: its bias stays 0, so the default balance may stay on.
+    if k == E > 1 and BALANCES[config.balance] is not keep_bias:
+        raise ValueError(
+            f"model.moe.balance ({config.balance}) has nothing to balance: top_k = num_experts = {E}, so every expert "
+            "runs for every token; set model.moe.balance to none."
+        )
+    return GATES[config.gate](k, config.temperature, config.cooperation_threshold)
+
+
+GATES: dict[str, type[TopKGate]] = {"sigmoid": SigmoidGate, "softmax": SoftmaxGate, "uniform": UniformGate}
+"""Name in ``model.moe.gate`` -> class; made from (top_k, temperature, cooperation_threshold)."""
+
+
+ROUTES: dict[str, RouteInputs] = {
+    "token": RouteInputs(token=True, task=False),
+    "task": RouteInputs(token=False, task=True),
+    "both": RouteInputs(token=True, task=True),
+}
+"""Name in ``model.moe.route_by`` -> what the gate reads."""
+
+
+def keep_bias(balance_bias_E: Tensor, counts_E: Tensor, rate: float) -> None:
+    """No balancing by bias."""
+
+
+def nudge_bias(balance_bias_E: Tensor, counts_E: Tensor, rate: float) -> None:
+    """One step, in place: busy experts become harder to pick, idle ones easier.
+
+    Args:
+        balance_bias_E: float32 buffer of one gate.
+        counts_E: routes per expert over all ranks and micro-steps of the optimizer step.
+        rate: step u.
+
+    Source: Loss-Free Balancing, arXiv:2408.15664.
+    """
+    load_E = counts_E.to(balance_bias_E.dtype)
+    balance_bias_E.add_(rate * torch.sign(load_E.mean() - load_E))
+
+
+BALANCES: dict[str, Callable[[Tensor, Tensor, float], None]] = {"none": keep_bias, "bias": nudge_bias}
+"""Name in ``model.moe.balance`` -> (bias, counts, rate) -> None, run after each optimizer step."""

@@ -1,0 +1,107 @@
+"""What is trained to bring text and picture of a post together, beside the tasks; prediction does without it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from comoe.models.encoder_io import Reading, Texts
+from comoe.models.vision.fusion import Fusion, Pictures
+from comoe.types import ImageText
+
+
+class ImageTextHead(nn.Module):
+    """Projections of both sides into one space, and the question whether they belong together.
+
+    Args:
+        text_width: M of the text encoder.
+        image_width: width of projected image tokens; None where one stream reads both sides, which has no space of two.
+        projection_width: P.
+        contrast: build the projections.
+        match: build the question.
+    """
+
+    def __init__(
+        self, text_width: int, image_width: int | None, projection_width: int, *, contrast: bool, match: bool
+    ) -> None:
+        super().__init__()
+        contrast = contrast and image_width is not None
+        self.text = _projection(text_width, projection_width) if contrast else None
+        self.image = _projection(image_width, projection_width) if contrast else None
+        self.match = nn.Linear(text_width, 2) if match else None
+
+    @property
+    def compares(self) -> bool:
+        """Whether there is a space of both sides."""
+        return self.text is not None
+
+    def embed(self, hidden_ILM: Tensor, mask_IL: Tensor, image_IRM: Tensor) -> tuple[Tensor, Tensor]:
+        """Unit-length projections, float32, of the mean states of texts alone and of the mean image tokens."""
+        text_IP = self.text(mean_state(hidden_ILM, mask_IL))
+        return F.normalize(text_IP.float(), dim=1), F.normalize(self.image(image_IRM.mean(dim=1)).float(), dim=1)
+
+    def judge(self, hidden_JLM: Tensor, mask_JL: Tensor) -> Tensor:
+        """Logits of [another post's text, the picture's own text] from fused states: (J, 2), float32."""
+        return self.match(mean_state(hidden_JLM, mask_JL)).float()
+
+
+def both_sides(
+    head: ImageTextHead,
+    fusion: Fusion,
+    read: Callable[[Texts, Pictures | None], Reading],
+    texts: Texts,
+    pictures: Pictures,
+    reading: Reading,
+) -> ImageText:
+    """Both sides of the posts with pictures. Loads of the passes that are run for it are not counted.
+
+    Args:
+        head: projections and the question.
+        fusion: of the model.
+        read: one pass of encoder and fusion.
+        texts, pictures, reading: of the micro-batch.
+    """
+    rows_I, in_encoder = pictures.places_I, fusion.in_encoder
+    own = texts.take(rows_I)
+    text_IP = image_IP = logits_I2 = None
+    if head.compares:
+        # Where the encoder reads the picture too, the text alone takes a pass of its own.
+        alone_ILM = read(own, None).states_BLM if in_encoder else reading.states_BLM[rows_I]
+        text_IP, image_IP = head.embed(alone_ILM, own.mask_BL, pictures.tokens)
+    if head.match is not None:
+        logits_I2 = head.judge(reading.fused_BLM[rows_I], own.mask_BL)
+    if in_encoder:
+        segments = () if own.segments_BL is None else (own.segments_BL,)
+        given: tuple[Tensor, ...] = (own.mask_BL, own.ids_BL, *segments)
+    else:
+        given = (own.mask_BL, reading.states_BLM[rows_I])
+
+    def match(others: tuple[Tensor, ...], numbers_J: Tensor) -> Tensor:
+        mask_JL, *what = others
+        chosen = pictures.take(numbers_J)
+        if in_encoder:
+            ids_JL, *segments = what
+            # Weighed as the picture's own text is: else the weight would tell which text is the own one.
+            weights_J = None if own.weights_B is None else own.weights_B[numbers_J]
+            paired = Texts(ids_JL, mask_JL, segments[0] if segments else None, own.tasks_B[numbers_J], weights_J)
+            fused_JLM = read(paired, chosen).fused_BLM
+        else:
+            fused_JLM = fusion.after(what[0], mask_JL, chosen)
+        return head.judge(fused_JLM, mask_JL)
+
+    return ImageText(pictures.rows_I, text_IP, image_IP, logits_I2, given, match)
+
+
+def mean_state(hidden_NLM: Tensor, mask_NL: Tensor) -> Tensor:
+    """Mean over real tokens, (N, M)."""
+    weights_NL = mask_NL.to(hidden_NLM.dtype)
+    return torch.einsum("nlm,nl->nm", hidden_NLM, weights_NL) / weights_NL.sum(dim=1, keepdim=True)
+
+
+def _projection(width: int, projection_width: int) -> nn.Linear:
+    linear = nn.Linear(width, projection_width, bias=False)
+    nn.init.normal_(linear.weight, std=width**-0.5)
+    return linear

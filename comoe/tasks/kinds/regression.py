@@ -1,0 +1,86 @@
+"""The kind of task whose head gives a post a number, and the table of all kinds."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from comoe.tasks.kinds.base import Kind, TaskLike, weighted_sum
+from comoe.tasks.labels import is_missing
+from comoe.tasks.metrics import METRICS
+
+_NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*")
+
+
+class Regression(Kind):
+    """One number: squared error. Parsed: float. Alike: exp(-|difference| / width)."""
+
+    graded = True
+    weighted = False
+    metrics = ("pearson", "spearman", "mae")
+
+    def num_outputs(self, labels: Sequence[str]) -> int:
+        return 1
+
+    def num_keys(self, labels: Sequence[str]) -> int:
+        return 1
+
+    def keys(self, targets: Tensor) -> Tensor:
+        return targets[:, None].float()
+
+    def affinity(self, keys_NK: Tensor, keys_UK: Tensor, task: TaskLike) -> Tensor:
+        distances_NU = (keys_NK - keys_UK[:, 0]).abs_()
+        return distances_NU.mul_(-1.0 / (task.contrastive_width or 1.0)).exp_()
+
+    def discover(self, values: Iterable[object]) -> tuple[str, ...]:
+        return ()
+
+    def parse(self, value: object, labels: Sequence[str]) -> float | None:
+        if is_missing(value):
+            return None
+        # float() would also take "nan", "inf", "1_000" and True.
+        numeric = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
+        if not (numeric or isinstance(value, str) and _NUMBER.fullmatch(value)) or not math.isfinite(float(value)):
+            raise ValueError(f"{value!r} is not a finite number; a regression task wants numbers such as -1.5 or 2e-3.")
+        return float(value)
+
+    def collate(self, values: Sequence[float | None], *, labels: Sequence[str], length: int) -> Tensor:
+        return torch.tensor([math.nan if value is None else value for value in values], dtype=torch.float32)
+
+    def labelled(self, targets: Tensor) -> Tensor:
+        return ~targets.isnan()
+
+    def units(self, targets: Tensor, task: TaskLike) -> Tensor:
+        return self.labelled(targets).sum(dtype=torch.float64)
+
+    def loss(self, logits: Tensor, targets: Tensor, task: TaskLike, weights_B: Tensor | None = None) -> Tensor:
+        present = self.labelled(targets)
+        errors_B = logits.float()[:, 0] - torch.where(present, targets, 0.0).float()
+        return weighted_sum(errors_B.square() * present, weights_B)
+
+    def decode(self, logits: Tensor, task: TaskLike) -> list[dict[str, Any]]:
+        """``{"value": number}``, in the unit of the labels."""
+        return [{"value": value} for value in logits.detach().float()[:, 0].tolist()]
+
+    def gold(self, targets: Tensor, task: TaskLike) -> list[float | None]:
+        return [None if math.isnan(target) else target for target in targets.tolist()]
+
+    def answers(self, logits: Tensor, targets: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """Gold and predicted numbers, float32, (N,)."""
+        present = self.labelled(targets)
+        return targets[present].cpu().numpy(), logits.detach()[present, 0].float().cpu().numpy()
+
+    def compared(self, rows: Sequence[Mapping[str, Any]], task: TaskLike) -> tuple[np.ndarray, np.ndarray]:
+        return tuple(np.array([row[key] for row in rows], dtype=np.float64) for key in ("gold", "value"))
+
+    def score(self, gold: np.ndarray, scores: np.ndarray, task: TaskLike) -> dict[str, float]:
+        """The baseline answers the mean of ``gold``; it correlates with nothing, so its ``mae`` is always given too."""
+        mean = np.full_like(gold, gold.mean() if len(gold) else 0.0)
+        baselines = {f"majority/{name}": METRICS[name](gold, mean, ()) for name in dict.fromkeys((task.metric, "mae"))}
+        return {name: METRICS[name](gold, scores, ()) for name in self.metrics} | baselines

@@ -1,0 +1,240 @@
+"""Kinds whose head labels each word: tags, the spans they form, and phrases that are found in the post."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from comoe.tasks.kinds.base import Kind, TaskLike, class_loss, class_units, per_class, tempered
+from comoe.tasks.labels import OUTSIDE, is_missing, label_id, label_name, natural_order, split_words
+from comoe.tasks.metrics import METRICS, class_scores, confusion, entities
+from comoe.types import IGNORED
+
+SPAN_METRICS = ("span_f1", "span_precision", "span_recall")
+
+
+class Tags(Kind):
+    """One label per word: cross-entropy on the first piece of each word.
+
+    A cell is a list of tags, or a text with blanks between them. Parsed: list of ids, one per word; a word whose tag is
+    missing has IGNORED and is neither learned nor scored. Alike: two dropout views of one post, if the recipe asks.
+    """
+
+    per_token = True
+    ragged = True
+    contrastive = False
+    views = True
+    min_labels = 2
+    metrics = (*SPAN_METRICS, "accuracy", "macro_precision", "macro_recall", "macro_f1", "micro_f1")
+
+    def discover(self, values: Iterable[object]) -> tuple[str, ...]:
+        tags = (tag for value in values for tag in _tags_of(value) or ())
+        return natural_order(label_name(tag) for tag in tags if not is_missing(tag))
+
+    def parse(self, value: object, labels: Sequence[str]) -> list[int] | None:
+        tags = _tags_of(value)
+        return None if tags is None else [IGNORED if is_missing(tag) else label_id(tag, labels) for tag in tags]
+
+    def fitted(self, parsed: list[int], words: Sequence[str]) -> list[int]:
+        if len(parsed) != len(words):
+            raise ValueError(f"{len(parsed)} tags for {len(words)} words; give one tag per word.")
+        return parsed
+
+    def collate(self, values: Sequence[Sequence[int] | None], *, labels: Sequence[str], length: int) -> Tensor:
+        """``values`` hold one id per token here, IGNORED on all but the first pieces."""
+        targets = torch.full((len(values), length), IGNORED, dtype=torch.int64)
+        for row, ids in enumerate(values):
+            if ids is not None:
+                targets[row, : len(ids)] = torch.as_tensor(ids, dtype=torch.int64)
+        return targets
+
+    def labelled(self, targets: Tensor) -> Tensor:
+        return (targets != IGNORED).any(dim=-1)
+
+    def units(self, targets: Tensor, task: TaskLike) -> Tensor:
+        return class_units(targets, task)
+
+    def loss(self, logits: Tensor, targets: Tensor, task: TaskLike, weights_B: Tensor | None = None) -> Tensor:
+        return class_loss(logits, targets, task, weights_B)
+
+    def decode(self, logits: Tensor | Sequence[Tensor], task: TaskLike) -> list[dict[str, Any]]:
+        """``{"tags": [name per word], "scores": [probability of that tag per word]}``; ``tag_spans`` finds the spans.
+
+        Args:
+            logits: per post, the logits of its words only (their first pieces), shape (words, Y).
+            task: the task.
+        """
+        answers = []
+        for words in logits:
+            scores, ids = tempered(words, task).softmax(-1).max(dim=-1)
+            answers.append({"tags": [task.labels[i] for i in ids.tolist()], "scores": scores.tolist()})
+        return answers
+
+    def gold(self, targets: Tensor, task: TaskLike) -> list[list[str] | None]:
+        """The tags of the labelled words of each row."""
+        return [[task.labels[i] for i in row if i != IGNORED] or None for row in targets.tolist()]
+
+    def answers(self, logits: Tensor, targets: Tensor) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """Per row with a labelled word: its tag ids, int64, (words,), and the probabilities, float32, (words, Y)."""
+        rows = [(ids, row, ids != IGNORED) for ids, row in zip(targets, logits.detach(), strict=True)]
+        rows = [(ids[words], row[words]) for ids, row, words in rows if words.any()]
+        return [ids.cpu().numpy() for ids, _ in rows], [row.float().softmax(-1).cpu().numpy() for _, row in rows]
+
+    def compared(self, rows: Sequence[Mapping[str, Any]], task: TaskLike) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        ids = {name: number for number, name in enumerate(task.labels)}
+        return tuple([np.array([ids[tag] for tag in row[key]]) for row in rows] for key in ("gold", "tags"))
+
+    def measure(self, gold: list[np.ndarray], predicted: list[np.ndarray], task: TaskLike) -> float:
+        return _measures(gold, predicted, names=(task.metric,), labels=task.labels)[task.metric]
+
+    def score(self, gold: list[np.ndarray], scores: list[np.ndarray], task: TaskLike) -> dict[str, float]:
+        """Span metrics over posts, the others over words. The majority baseline answers "O", else the commonest tag."""
+        predicted, labels = [row.argmax(axis=-1) for row in scores], task.labels
+        flat_gold, flat_predicted = _joined(gold), _joined(predicted)
+        commonest = int(np.bincount(flat_gold, minlength=len(labels)).argmax())
+        common = labels.index(OUTSIDE) if OUTSIDE in labels else commonest
+        baseline = _measures(gold, [np.full_like(row, common) for row in gold], names=(task.metric,), labels=labels)
+        names = dict.fromkeys((task.metric, *SPAN_METRICS, "accuracy", "macro_f1"))
+        return (
+            _measures(gold, predicted, names=names, labels=labels)
+            | {f"majority/{task.metric}": baseline[task.metric]}
+            | per_class(labels, class_scores(flat_gold, flat_predicted, labels))
+        )
+
+    def confusion(self, gold: list[np.ndarray], scores: list[np.ndarray], task: TaskLike) -> np.ndarray:
+        """Counted over words."""
+        return confusion(_joined(gold), _joined([row.argmax(axis=-1) for row in scores]), task.labels)
+
+
+def tag_spans(tags: Sequence[str], words: Sequence[str]) -> list[dict[str, Any]]:
+    """Spans of one post: ``{"type": "PER", "start": first word, "end": last word + 1, "text": words with blanks}``.
+
+    Read as seqeval reads them, so what is shown is what is scored. Tags without a B-, I-, E- or S- prefix are types.
+    """
+    return [
+        {"type": kind, "start": start, "end": end, "text": " ".join(words[start:end])}
+        for kind, start, end in entities(tags)
+    ]
+
+
+def _measures(
+    gold: Sequence[np.ndarray], predicted: Sequence[np.ndarray], *, names: Iterable[str], labels: Sequence[str]
+) -> dict[str, float]:
+    """Metrics by name: over posts' tag names for spans, over all words' ids otherwise."""
+    as_names = tuple([[labels[i] for i in row] for row in rows] for rows in (gold, predicted))
+    as_ids = (_joined(gold), _joined(predicted))
+    return {name: METRICS[name](*(as_names if name in SPAN_METRICS else as_ids), labels) for name in names}
+
+
+def _joined(rows: Sequence[np.ndarray]) -> np.ndarray:
+    return np.concatenate(rows) if len(rows) else np.zeros(0, dtype=np.int64)
+
+
+def _tags_of(value: object) -> list[Any] | None:
+    """Raw tags in one cell, None when it is missing."""
+    if isinstance(value, (list, tuple, np.ndarray)):
+        return list(value)
+    if is_missing(value):
+        return None
+    if isinstance(value, str):
+        return value.split()
+    raise ValueError(
+        f"{value!r} is not a list of tags; give one tag per word, as a list or a text with blanks between."
+    )
+
+
+PHRASE_TAGS = (OUTSIDE, "B-phrase", "I-phrase")
+"""Labels of every such task, in the order of their ids."""
+
+
+_EDGES = re.compile(r"^\W+|\W+$")
+
+
+class Phrases(Tags):
+    """Tags that are made of phrases: begin and inside of each phrase, outside elsewhere.
+
+    A cell is a phrase that occurs in the post, or a list of them; upper and lower case count as equal, and so do signs
+    around words. Every occurrence of a phrase is marked. Words that stand apart in the post ("slow crashes" in "slow to
+    boot and often crashes") are marked in pieces, in their order, the longest pieces first. An empty text is a missing
+    label, an empty list says that the post has no such phrase. Parsed: the phrases; fitted: one id per word.
+    """
+
+    free_words = True
+
+    def split(self, text: str) -> list[str]:
+        """Signs apart from words, as prediction splits a plain text."""
+        return split_words(text)
+
+    def discover(self, values: Iterable[object]) -> tuple[str, ...]:
+        return PHRASE_TAGS if any(_phrases_of(value) is not None for value in values) else ()
+
+    def parse(self, value: object, labels: Sequence[str]) -> list[str] | None:
+        if labels and tuple(labels) != PHRASE_TAGS:
+            raise ValueError(f"a task of kind phrases has the labels {', '.join(PHRASE_TAGS)}; leave its labels out")
+        return _phrases_of(value)
+
+    def fitted(self, parsed: list[str], words: Sequence[str]) -> list[int]:
+        ids = [0] * len(words)
+        # Words of signs alone are stepped over: a comma within a phrase must not hide it.
+        places = [(place, folded) for place, word in enumerate(words) if (folded := _folded(word))]
+        for phrase in parsed:
+            # Phrases often come from a treebank, which writes "do n't".
+            plain = phrase.replace(" n't", "n't")
+            wanted = [folded for word in split_words(plain) if (folded := _folded(word))]
+            spans = _found(wanted, [folded for _, folded in places])
+            if not spans:
+                raise ValueError(f"{phrase!r} is not in the post; give words of it as they are written there.")
+            for first, last in spans:
+                begin, end = places[first][0], places[last][0]
+                ids[begin : end + 1] = [1] + [2] * (end - begin)
+        return ids
+
+
+def _found(wanted: Sequence[str], words: Sequence[str]) -> list[tuple[int, int]]:
+    """(first, last) word of every occurrence, or of the pieces that stand apart; none where a word is missing."""
+    if whole := list(_runs(wanted, words)):
+        return whole
+    spans: list[tuple[int, int]] = []
+    done, after = 0, 0
+    while done < len(wanted):
+        for end in range(len(wanted), done, -1):
+            runs = list(_runs(wanted[done:end], words))
+            if runs:
+                # The words of a phrase are usually given in the order of the post.
+                spans.append(next((run for run in runs if run[0] >= after), runs[0]))
+                after, done = spans[-1][1] + 1, end
+                break
+        else:
+            return []
+    return spans
+
+
+def _runs(wanted: Sequence[str], words: Sequence[str]) -> Iterator[tuple[int, int]]:
+    """(first, last) of each place where the wanted words stand side by side."""
+    size = len(wanted)
+    for first in range(len(words) - size + 1 if size else 0):
+        if list(words[first : first + size]) == list(wanted):
+            yield first, first + size - 1
+
+
+def _folded(word: str) -> str:
+    return _EDGES.sub("", word).casefold()
+
+
+def _phrases_of(value: object) -> list[str] | None:
+    """The phrases in one cell, None when it is missing."""
+    if isinstance(value, (list, tuple, np.ndarray)):
+        items = [item for item in value if not is_missing(item)]
+    elif is_missing(value):
+        return None
+    else:
+        items = [value]
+    for item in items:
+        if not isinstance(item, str):
+            raise ValueError(f"{item!r} is no phrase; give words of the post, as one text or a list of texts")
+    return [str(item) for item in items]

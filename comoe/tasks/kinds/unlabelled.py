@@ -1,0 +1,60 @@
+"""The kind of task without any label: plain posts, which only the contrastive loss learns from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from comoe.tasks.kinds.base import Kind, TaskLike
+from comoe.types import IGNORED
+
+
+class Unlabelled(Kind):
+    """Posts without label: no loss of its own, no answer, no score. Parsed: 0, whatever the cell. Alike: two dropout
+    views of one post (SimCLR, arXiv:2002.05709)."""
+
+    scored = False
+    views = True
+    weighted = False
+    metrics = ("none",)
+
+    def num_outputs(self, labels: Sequence[str]) -> int:
+        return 0
+
+    def discover(self, values: Iterable[object]) -> tuple[str, ...]:
+        return ()
+
+    def parse(self, value: object, labels: Sequence[str]) -> int:
+        return 0
+
+    def collate(self, values: Sequence[int | None], *, labels: Sequence[str], length: int) -> Tensor:
+        """0 on the posts of this task, IGNORED on others, (B,), int64."""
+        return torch.tensor([IGNORED if value is None else value for value in values], dtype=torch.int64)
+
+    def labelled(self, targets: Tensor) -> Tensor:
+        return targets != IGNORED
+
+    def units(self, targets: Tensor, task: TaskLike) -> Tensor:
+        """Nothing: the task counts as absent from every batch."""
+        return torch.zeros((), dtype=torch.float64, device=targets.device)
+
+    def loss(self, logits: Tensor, targets: Tensor, task: TaskLike, weights_B: Tensor | None = None) -> Tensor:
+        return logits.float().sum()
+
+    def decode(self, logits: Tensor, task: TaskLike) -> list[dict[str, Any]]:
+        return [{} for _ in range(len(logits))]
+
+    def gold(self, targets: Tensor, task: TaskLike) -> list[str | None]:
+        return [None if target == IGNORED else "no label" for target in targets.tolist()]
+
+    def answers(self, logits: Tensor, targets: Tensor) -> tuple[list[Any], list[Any]]:
+        return [], []
+
+    def compared(self, rows: Sequence[Mapping[str, Any]], task: TaskLike) -> tuple[list[Any], list[Any]]:
+        return [], []
+
+    def score(self, gold: Any, scores: Any, task: TaskLike) -> dict[str, float]:
+        return {}

@@ -1,0 +1,253 @@
+"""What a task is: its kind, its labels and how it is weighed and measured."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from comoe.config.errors import unknown_name
+from comoe.config.recipe import TaskConfig
+from comoe.tasks.kinds.base import Kind
+from comoe.tasks.kinds.registry import KINDS
+from comoe.tasks.metrics import METRICS
+from comoe.tasks.prompts import check_answering, resolve_label_words
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One task with everything resolved: no ``auto``, no empty label list."""
+
+    name: str
+    """Key in the recipe."""
+    kind: str
+    """Key of ``KINDS``."""
+    labels: tuple[str, ...]
+    """Label names in the order of their ids; empty for regression."""
+    metric: str
+    """Main metric, one of the kind's."""
+    weight: float = 1.0
+    """Weight of the loss under ``loss.weighting: static``."""
+    class_weights: tuple[float, ...] | None = None
+    """One number per label, None for all equal."""
+    label_smoothing: float = 0.0
+    """Share of the target spread evenly over all labels."""
+    contrastive: bool = False
+    """Takes part in the contrastive loss."""
+    contrastive_weight: float = 1.0
+    """Weight within the contrastive term."""
+    contrastive_temperature: float | None = None
+    """Own temperature there; None is that of the term."""
+    contrastive_width: float | None = None
+    """Difference of two numbers at which they are alike by 1/e; None for kinds without numbers."""
+    auxiliary: bool = False
+    """Helps the others: in no mean of metrics, and no checkpoint is chosen by it."""
+    slices: tuple[str, ...] = ()
+    """Columns by whose values the main metrics are also given."""
+    confidence_strategy: str = "none"
+    """Key of ``CONFIDENCE_STRATEGIES``."""
+    temperature: float | None = None
+    """What answers divide logits by, so that probabilities are frequencies; no loss reads it. None: not fitted, 1."""
+    thresholds: tuple[float, ...] | None = None
+    """Probabilities from which labels are given: one per label, or, where two labels exclude one another, that of the
+    label with id 1. None is 0.5."""
+
+    prompt: str | None = None
+    """What the encoder reads of a post where a decoder answers, see ``comoe.tasks.prompts``; else None."""
+    label_words: tuple[str, ...] = ()
+    """Words that the decoder scores, one text per label; empty for other kinds."""
+    max_answer_length: int = 32
+    """Most tokens of a text that the decoder writes, its end sign included."""
+    num_beams: int = 1
+    """Beams of its search; 1 is greedy."""
+
+    @property
+    def rules(self) -> Kind:
+        """The rules of this task's kind.
+
+        Raises:
+            ValueError: no such kind.
+        """
+        return kind_of(self.kind)
+
+    def weighs(self, place: str) -> bool:
+        """Whether the confidence of a post counts at this place in training: "input" or "output"."""
+        return place in CONFIDENCE_STRATEGIES[self.confidence_strategy]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists, numbers and strings, for JSON."""
+        plain = dataclasses.asdict(self)
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in plain.items()}
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> Task:
+        """The task that ``to_dict`` wrote.
+
+        Raises:
+            ValueError: a key that tasks do not have, or a kind or metric that does not exist.
+        """
+        known = [field.name for field in dataclasses.fields(cls)]
+        for key in plain:
+            if key not in known:
+                raise unknown_name("field of a task", key, known)
+        lists = {key: tuple(value) for key, value in plain.items() if isinstance(value, list)}
+        task = cls(**(dict(plain) | {"labels": tuple(plain["labels"])} | lists))
+        _resolve_metric(task.name, task.metric, kind=task.rules, labels=task.labels)
+        if task.confidence_strategy not in CONFIDENCE_STRATEGIES:
+            raise unknown_name("confidence strategy", task.confidence_strategy, CONFIDENCE_STRATEGIES)
+        return task
+
+
+def num_outputs(task: Task) -> int:
+    """Width of the task's head."""
+    return task.rules.num_outputs(task.labels)
+
+
+def kind_of(name: str) -> Kind:
+    """The rules of a kind of task.
+
+    Raises:
+        ValueError: no such kind.
+    """
+    if name not in KINDS:
+        raise unknown_name("kind of task", name, KINDS)
+    return KINDS[name]
+
+
+def build_task(
+    name: str,
+    config: TaskConfig,
+    *,
+    labels: Sequence[str],
+    label_counts: Mapping[str, int],
+    label_spread: float | None = None,
+) -> Task:
+    """Resolve one task of the recipe against its data.
+
+    Args:
+        name: key in the recipe.
+        config: the task's options.
+        labels: label names in the order of their ids, from the recipe or found in the training split.
+        label_counts: label name -> training posts (words, for tags) that have it; ``class_weights: balanced`` reads it.
+        label_spread: standard deviation of the training labels where they are numbers; ``contrastive_width: auto``
+            reads it.
+
+    Raises:
+        ValueError: kind, metric, labels or class weights that do not exist or do not fit one another.
+    """
+    if config.kind not in KINDS:
+        raise unknown_name(f"tasks.{name}.kind", config.kind, KINDS)
+    kind, labels = KINDS[config.kind], tuple(labels)
+    check_answering(name, config, kind=kind)
+    _check_labels(name, config, labels)
+    return Task(
+        name=name,
+        kind=config.kind,
+        labels=labels,
+        metric=_resolve_metric(name, config.metric, kind=kind, labels=labels),
+        weight=config.weight,
+        class_weights=_class_weights(name, config.class_weights, kind=kind, labels=labels, counts=label_counts),
+        label_smoothing=config.label_smoothing,
+        contrastive=kind.contrastive if config.contrastive == "auto" else bool(config.contrastive),
+        contrastive_weight=config.contrastive_weight,
+        contrastive_temperature=config.contrastive_temperature,
+        contrastive_width=label_spread if config.contrastive_width == "auto" else float(config.contrastive_width),
+        auxiliary=config.auxiliary,
+        slices=tuple(config.slices),
+        confidence_strategy=_confidence_strategy(name, config, kind=kind),
+        prompt=config.prompt,
+        label_words=resolve_label_words(name, config.label_words, kind=kind, labels=labels),
+        max_answer_length=config.max_answer_length,
+        num_beams=config.num_beams,
+    )
+
+
+def _check_labels(name: str, config: TaskConfig, labels: tuple[str, ...]) -> None:
+    """Labels against the kind."""
+    kind = KINDS[config.kind]
+    listed = ", ".join(labels) or "none"
+    if len(set(labels)) < len(labels):
+        raise ValueError(f"tasks.{name}.labels ({listed}) holds a name twice; every label needs its own name.")
+    if len(labels) < kind.min_labels:
+        raise ValueError(
+            f"tasks.{name} is a {config.kind} task with {len(labels)} label(s): {listed}; it needs {kind.min_labels} "
+            f"or more. Check the column tasks.{name}.label, add other posts, or drop the task with tasks.{name}=null."
+        )
+    if labels and kind.num_outputs(labels) != len(labels):
+        raise ValueError(
+            f"tasks.{name}.labels ({listed}) has no meaning for a task of kind {config.kind}; leave it out."
+        )
+    if not kind.scored and config.contrastive is False:
+        raise ValueError(
+            f"tasks.{name} ({config.kind}) is there for the contrastive loss alone; set "
+            f"tasks.{name}.contrastive to auto, or drop the task with tasks.{name}=null."
+        )
+    if config.label_smoothing and not kind.weighted:
+        raise ValueError(f"tasks.{name}.label_smoothing has no meaning for a {config.kind} task; leave it out.")
+
+
+def _confidence_strategy(name: str, config: TaskConfig, *, kind: Kind) -> str:
+    """What the confidence does, checked against the kind and against there being one."""
+    key, strategy = f"tasks.{name}.confidence_strategy", config.confidence_strategy
+    if strategy not in CONFIDENCE_STRATEGIES:
+        raise unknown_name(key, strategy, CONFIDENCE_STRATEGIES)
+    if CONFIDENCE_STRATEGIES[strategy] and config.confidence is None:
+        raise ValueError(f"{key} is {strategy}, but there is no confidence; name its column: tasks.{name}.confidence.")
+    if CONFIDENCE_STRATEGIES[strategy] and not kind.scored:
+        raise ValueError(f"{key} ({strategy}) has no meaning for a task without labels; leave it out.")
+    return strategy
+
+
+def _resolve_metric(name: str, metric: str, *, kind: Kind, labels: tuple[str, ...]) -> str:
+    """The main metric, checked against kind and labels."""
+    if metric == "auto" or not kind.scored and metric in kind.metrics:
+        return kind.metrics[0]
+    if not kind.scored:
+        raise ValueError(f"tasks.{name}.metric ({metric}) has no meaning for a task without labels; leave it out.")
+    if metric not in kind.metrics:
+        raise unknown_name(f"tasks.{name}.metric", metric, ("auto", *kind.metrics))
+    try:
+        # A metric that needs certain labels says so on no rows at all, before anything is trained.
+        METRICS[metric]([], [], labels)
+    except ValueError as error:
+        raise ValueError(f"tasks.{name}.metric: {error}") from error
+    return metric
+
+
+def _class_weights(
+    name: str, weights: str | Sequence[float], *, kind: Kind, labels: tuple[str, ...], counts: Mapping[str, int]
+) -> tuple[float, ...] | None:
+    """One number per label: as given, or N / (Y * count); a label without training posts has 1."""
+    key = f"tasks.{name}.class_weights"
+    if isinstance(weights, str) and weights not in CLASS_WEIGHTS:
+        raise unknown_name(key, weights, CLASS_WEIGHTS)
+    if weights == "none":
+        return None
+    if not kind.weighted:
+        raise ValueError(f"{key} ({weights}) has no meaning for a task without labels; leave it out.")
+    if weights == "balanced":
+        counts_Y = [counts.get(label, 0) for label in labels]
+        return tuple(sum(counts_Y) / (len(labels) * count) if count else 1.0 for count in counts_Y)
+    if len(weights) != len(labels):
+        listed = ", ".join(labels)
+        raise ValueError(
+            f"{key} has {len(weights)} numbers for {len(labels)} labels; give one each, in order: {listed}."
+        )
+    if not all(math.isfinite(weight) and weight > 0 for weight in weights):
+        raise ValueError(f"{key} ({list(weights)}) must be numbers above 0.")
+    return tuple(float(weight) for weight in weights)
+
+
+CLASS_WEIGHTS = ("none", "balanced")
+"""What ``class_weights`` may be besides a list of numbers."""
+
+
+CONFIDENCE_STRATEGIES: dict[str, tuple[str, ...]] = {
+    "none": (),
+    "input": ("input",),
+    "output": ("output",),
+    "input_output": ("input", "output"),
+}
+"""``confidence_strategy`` -> where the confidence of a post counts (MT-ISA, arXiv:2412.09046)."""

@@ -1,0 +1,222 @@
+"""The end of a run: best weights back, splits and noisy posts scored, predictions, results, export, a table."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from comoe.data.posts import PART_NAMES, PostSplit
+from comoe.data.reading.inputs import pair_in_training
+from comoe.data.text.noise import SEPARATOR, noisy
+from comoe.data.tokens.split import TokenizedSplit, tokenize_split
+from comoe.distributed import barrier, broadcast_object, is_main, max_over_ranks, world_size
+from comoe.evaluation.calibration import Calibrator, reliability_bins
+from comoe.evaluation.evaluate import Evaluation
+from comoe.evaluation.tables import calibration_lines, format_results_table, noise_lines, slice_lines
+from comoe.inference.export import CONFIG, export_checkpoint
+from comoe.tasks.prompts import wants_pair
+from comoe.tasks.task import Task
+from comoe.train.build import Run
+from comoe.train.checkpoint.folder import best_checkpoint, find_checkpoint
+from comoe.train.checkpoint.save_load import load_checkpoint
+from comoe.train.monitor.log_window import log_lost_pictures
+from comoe.train.monitor.metrics_file import write_results
+from comoe.train.monitor.monitor import Monitor
+from comoe.train.monitor.plots import reliability_figure
+
+
+def noisy_splits(run: Run, split: str) -> Iterator[tuple[str, TokenizedSplit]]:
+    """The posts of a split under each of ``data.noise``, by name (``validation+typos``), tokenised as the others.
+
+    The same on every rank, and for any number of them.
+    """
+    data = run.recipe.data
+    # More tokens than the encoder numbers may come of a slip; the run's own posts have been checked.
+    config = replace(data, max_length=min(data.max_length, run.trainer.engine.objective.model.longest_text))
+    for name in data.noise:
+        posts = noisy(run.splits[split].posts, name, rate=data.noise_rate, seed=run.recipe.train.seed)
+        yield f"{split}{SEPARATOR}{name}", tokenize_split(posts, run.tokenizer, tasks=run.tasks, config=config)
+
+
+def score_noisy(run: Run, split: str, *, tasks: Sequence[Task], step: int) -> dict[str, Evaluation]:
+    """Evaluations of the split under each noise, logged; every rank must call it. None where it has no labels.
+
+    Args:
+        run: with the weights to judge.
+        split: validation or test.
+        tasks: as the clean split was judged, with temperatures and thresholds where these were fitted.
+        step: of the weights.
+    """
+    found = {}
+    if split not in run.splits or not run.splits[split].labelled.any():
+        return found
+    for name, tokenized in noisy_splits(run, split):
+        checked = replace(run.trainer.evaluator, splits={name: tokenized}, tasks=tasks).run(name)
+        assert checked is not None
+        # Pictures of each noise would bury those of the run.
+        found[name] = replace(checked.evaluation, confusions={})
+        run.trainer.monitor.log_evaluation(step, split=name, evaluation=found[name])
+    return found
+
+
+def finish(run: Run) -> None:
+    """Score the best checkpoint, write ``results.json``, ``predictions/`` and ``export/``, print the table."""
+    trainer = run.trainer
+    # Rank 0 decides: loading is a collective.
+    best = broadcast_object(best_checkpoint(trainer.checkpoints) if is_main() else None)
+    newest = find_checkpoint(trainer.checkpoints)
+    assert newest is not None
+    chosen = best or newest.path
+    if chosen != newest.path:
+        # The same loader as a resume: the one path that is proven to restore every layout.
+        load_checkpoint(chosen, trainer.engine, trainer.layout)
+    evaluations = {}
+    options = run.recipe.train
+    calibrator = Calibrator(run.tasks, temperatures=options.calibrate, thresholds=options.fit_thresholds)
+    for split in PART_NAMES[1:]:
+        found = trainer.evaluator.run(split, predictions=True)
+        if found is None:
+            continue
+        posts = trainer.evaluator.splits[split].posts
+        evaluations[split] = calibrator.take(split, found.evaluation, texts=posts.texts, columns=posts.columns)
+        if split != "validation":
+            # The validation split of this step was logged when it was reached.
+            trainer.monitor.log_evaluation(
+                _step_of(chosen),
+                split=split,
+                evaluation=evaluations[split],
+                routing=found.routing,
+                embeddings=found.embeddings,
+            )
+        trainer.monitor.log_projector(_step_of(chosen), split=split, embeddings=found.embeddings)
+    _log_calibration(trainer.monitor, _step_of(chosen), calibrator)
+    noisy = _under_noise(run, calibrator.tasks, step=_step_of(chosen))
+    log_lost_pictures(trainer.pixels, trainer.monitor, trainer.state.step)
+    peak = max_over_ranks(peak_memory_bytes())
+    if is_main():
+        results = _results(run, evaluations | noisy, chosen=chosen, peak=peak) | {"calibration": calibrator.report()}
+        # The export comes last and tells that all is written; not one that an earlier end of the run left.
+        shutil.rmtree(run.folder / "export", ignore_errors=True)
+        write_results(run.folder, results)
+        posts = {split: trainer.evaluator.splits[split].posts for split in evaluations}
+        write_predictions(run.folder / "predictions", evaluations, posts)
+        export_checkpoint(chosen, run.folder / "export")
+        print_results(run.folder, run.tasks)
+    barrier()
+
+
+def _under_noise(run: Run, tasks: Sequence[Task], *, step: int) -> dict[str, Evaluation]:
+    """Scores of noisy posts, judged as the clean ones were: on the validation posts without thresholds."""
+    plain = [replace(task, thresholds=None) for task in tasks]
+    return score_noisy(run, "validation", tasks=plain, step=step) | score_noisy(run, "test", tasks=tasks, step=step)
+
+
+def _log_calibration(monitor: Monitor, step: int, calibrator: Calibrator) -> None:
+    """Diagrams of every split and task into ``plots/`` and TensorBoard, and the errors as scalars."""
+    report = calibrator.report()
+    for (split, task), both in calibrator.pairs.items() if monitor.enabled else ():
+        errors = {name: value for name, value in report[task]["ece"][split].items() if value is not None}
+        curves = {
+            f"{name}, error {errors[name]:.3f}": reliability_bins(pairs)
+            for name, pairs in zip(("before", "after"), both, strict=True)
+            if pairs is not None
+        }
+        figure = reliability_figure(curves, title=f"Reliability of {task} ({split}, step {step})")
+        monitor.log_reliability(step, split=split, task=task, figure=figure, errors=errors)
+
+
+def print_results(folder: Path, tasks: Sequence[Task]) -> None:
+    """The table of a finished run, from its ``results.json``, and what to type next."""
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    print()
+    metrics = results["metrics"]
+    print("\n".join([format_results_table(metrics, tasks), *slice_lines(metrics, tasks), *noise_lines(metrics, tasks)]))
+    print("\n".join(["", *calibration_lines(results.get("calibration", {})), ""]))
+    print(f"run folder     {folder}")
+    print(f"watch          tensorboard --logdir {folder.parent}")
+    export = folder / "export"
+    posts = f"--input {_fitting_input(export, tasks)} --output answers.jsonl"
+    print(f"predict        python launch/predict.py --model {export} {posts}")
+
+
+def _fitting_input(export: Path, tasks: Sequence[Task]) -> str:
+    """Name of a file that can hold what the model reads: plain text has no place for pictures and second texts."""
+    place = export / CONFIG
+    config = json.loads(place.read_text(encoding="utf-8")) if place.is_file() else {}
+    column = pair_in_training(config, tasks)
+    if column is None and any(wants_pair(task.prompt) for task in tasks):
+        column = "pair"
+    sees = config.get("image_column") is not None
+    return f"posts.jsonl --pair-column {column}" if column else "posts.jsonl" if sees else "posts.txt"
+
+
+def peak_memory_bytes() -> float:
+    """Most memory this rank has held so far: of the GPU where there is one, else of the process."""
+    if torch.cuda.is_available():
+        return float(torch.cuda.max_memory_allocated())
+    import resource
+
+    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+
+
+def _results(run: Run, evaluations: Mapping[str, Evaluation], *, chosen: Path, peak: float) -> dict[str, Any]:
+    trainer = run.trainer
+    state = trainer.state
+    return {
+        "run": run.recipe.run.name,
+        "finished": state.finished,
+        "step": state.step,
+        "best_step": _step_of(chosen),
+        "best_value": state.best_value,
+        "early_stop_metric": run.recipe.train.early_stop_metric,
+        "metrics": {split: evaluation.metrics for split, evaluation in evaluations.items()},
+        "seconds": state.seconds,
+        "posts": state.posts_seen,
+        "posts_per_second": state.posts_seen / state.seconds if state.seconds else None,
+        "skipped_steps": state.nonfinite_total,
+        "peak_memory_bytes_per_rank": peak,
+        "world_size": world_size(),
+        "ep_size": trainer.layout.ep_size,
+        "zero_stage": trainer.layout.stage,
+        "bf16": trainer.layout.bf16,
+        "parameters": dict(run.parameters),
+        "data": _about_data(run),
+    }
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def _about_data(run: Run) -> dict[str, Any]:
+    report = run.corpus.report
+    return {
+        "posts": report.posts,
+        "labels": report.labels,
+        "set_aside": [str(row) for row in report.set_aside],
+        "without_picture": [str(row) for row in report.without_picture],
+        "truncated": report.truncated,
+        "prompts_cut": report.prompts_cut,
+        "answers_cut": report.answers_cut,
+        "notes": report.notes,
+        "warnings": report.warnings,
+    }
+
+
+def write_predictions(folder: Path, evaluations: Mapping[str, Evaluation], posts: Mapping[str, PostSplit]) -> None:
+    """A file per split and task. Posts without any label are in all of them; ``data_set`` tells them apart."""
+    shutil.rmtree(folder, ignore_errors=True)
+    for split, evaluation in evaluations.items():
+        (folder / split).mkdir(parents=True)
+        for task, rows in evaluation.predictions.items():
+            with (folder / split / f"{task}.jsonl").open("w", encoding="utf-8") as file:
+                for row in rows:
+                    place = posts[split].groups[row["row"]]
+                    told = {"row": row["row"], "data_set": posts[split].group_names[place]} | row
+                    file.write(json.dumps(told, ensure_ascii=False) + "\n")

@@ -1,0 +1,504 @@
+"""How much memory one rank needs, as a plan before anything is built: ZeRO, expert parallelism, precision, offload.
+
+With D dense and X expert parameters (of all experts), W ranks, EP ranks per set of experts, and p bytes per weight (2
+in bf16, else 4), one rank holds, in bytes (frozen parameters count as weights and nothing else):
+
+    weights       p (D + X / EP)    stage 1, 2          p (D + X) / W    stage 3
+    gradients     4 (D + X / EP)    stage 1             4 (D + X) / W    stage 2, 3      (summed in float32)
+                  2 (D + X / EP)    more at stage 1 in bf16: its optimizer keeps both widths until the step
+    master copy   4 (D + X) / W     all stages, in float32 too: ZeRO clones its share
+    moments       4 n (D + X) / W   n = 2 for AdamW, 1 for SGD with momentum, else 0
+    bucket        p R               R gradient elements on their way to the other ranks
+    activations   what the backward pass reads, see ``Work`` and ``DecoderWork``
+    vocabulary    (8 + p') A V          A tokens of answers over a vocabulary of V, p' = 2 in bf16, else 0
+    dispatch      4 p S k M         one layer's routes: sent, received, padded for the grouped product, answered
+
+Expert parallelism divides what ZeRO below stage 3 leaves whole; the optimizer's share is (D + X) / W at every EP,
+because the W / EP ranks that hold the same experts split their state. Stage 2 in float32 keeps the whole of every
+tensor that its share cuts, see ``whole_tensors``; what stage 3 gathers for the moment is one line of its own.
+
+Not counted: allocator slack; what only losses learn (temperatures, a discriminator of some ten thousand numbers); what
+weightings that read gradients keep for a moment, per task what a head keeps, the slope of the last states and 2 M^2
+numbers; and in ``step()`` one more float32 copy of the largest group's share, when the activations are gone.
+``tests/multiprocess/test_memory_measured.py`` compares each line with tensors of real runs.
+
+Source: Rajbhandari et al. 2020, ZeRO, arXiv:1910.02054; the float32 facts were read in DeepSpeed 0.19.8 and measured.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+from torch import nn
+
+from comoe.config.errors import unknown_name
+from comoe.config.recipe import Recipe
+from comoe.data.tokens.split import TokenizedSplit
+from comoe.models.encoders.families import family_of, has_decoder
+from comoe.models.model import MultiTaskModel
+from comoe.models.moe.gate import ROUTES
+from comoe.models.vision.tower import expected_tokens
+from comoe.train.parallel.ds_config import Layout
+
+FULL = 4
+"""Bytes of a float32."""
+
+
+HALF = 2
+"""Bytes of a bfloat16."""
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What one forward pass of one rank goes through; its activations are what the backward pass reads."""
+
+    tokens: int = 0
+    """Tokens of the micro-batch; 0 leaves activations and dispatch out."""
+    layers: int = 0
+    """Encoder layers."""
+    width: int = 0
+    """Encoder width M."""
+    ffn_width: int | None = None
+    """Hidden width of the encoder's feed-forward; None is 4 M."""
+    tasks: int = 0
+    """Heads that pool."""
+    private_parts: int = 0
+    """Tasks with a private part."""
+    private_width: int = 0
+    """Hidden width of one."""
+    moe_layers: int = 0
+    """Layers with experts."""
+    top_k: int = 0
+    """Experts per token k."""
+    expert_width: int = 0
+    """Width F of one expert."""
+    recompute: bool = False
+    """Activation checkpointing per layer: the inputs of all layers are kept, and one layer whole."""
+
+    def activation_bytes(self, number: int) -> int:
+        """All layers, blocks, embeddings and heads; ``number`` bytes per activation."""
+        if not self.recompute:
+            layers, blocks = self.layers * self.layer_bytes(number), self.moe_layers * self.block_bytes(number)
+            return layers + blocks + self.outer_bytes(number)
+        inputs = self.layers * self.tokens * self.width * number
+        return (
+            inputs
+            + self.layer_bytes(number)
+            + self.block_bytes(number) * (self.moe_layers > 0)
+            + self.outer_bytes(number)
+        )
+
+    def layer_bytes(self, number: int) -> int:
+        """One encoder layer, without the attention matrix.
+
+        Per token 8 M + 2 F' numbers (input, query, key, value, attended, and around the feed-forward of width F') and
+        two one-byte dropout masks of M. A GPU's fused attention keeps no matrix; a CPU keeps some under dropout.
+
+        Source: Korthikanti et al. 2022, arXiv:2205.05198: 34 M bytes in 16 bits at F' = 4 M.
+        """
+        ffn = 4 * self.width if self.ffn_width is None else self.ffn_width
+        return self.tokens * ((8 * self.width + 2 * ffn) * number + 2 * self.width)
+
+    def block_bytes(self, number: int) -> int:
+        """One cooperative block.
+
+        Per token its norm's input and output, the gate's float32 input and a one-byte dropout mask; per route (one
+        token to one expert) input, answer, and four of the expert's width: gate, up, the activated gate, the product.
+        """
+        routes = self.top_k * (2 * self.width + 4 * self.expert_width) * number
+        return self.tokens * (self.width * (2 * number + FULL + 1) + routes)
+
+    def outer_bytes(self, number: int) -> int:
+        """Outside of the layers: three numbers of the embeddings, in bf16 a float32 copy of the last states for each
+        pooling head, and for each private part its norm's answer, the sum that its head reads, a one-byte dropout mask
+        and four numbers of its hidden width."""
+        private = (2 * self.width + 4 * self.private_width) * number + self.width
+        heads = self.width * (3 * number + (FULL * self.tasks if number < FULL else 0))
+        return self.tokens * (heads + self.private_parts * private)
+
+    def dispatch_bytes(self, number: int) -> int:
+        """One layer's routes on their way: sent, received, padded for the grouped product, and answered."""
+        return 4 * number * self.tokens * self.top_k * self.width if self.moe_layers else 0
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderWork:
+    """What one forward pass of one rank goes through in a decoder, for the answers that it is taught."""
+
+    own: Work = field(default_factory=Work)
+    """Its layers on the tokens of the answers, as if it were an encoder of them."""
+    read_tokens: int = 0
+    """Tokens of the encoder that its rows look at."""
+    vocabulary: int = 0
+    """Words V that every token of an answer is told from."""
+
+    def activation_bytes(self, number: int) -> int:
+        """All layers with what they look at, the gathered states of their rows, and the embeddings."""
+        layers = self.own.layers if not self.own.recompute else min(1, self.own.layers)
+        gathered = self.read_tokens * self.own.width * number * (self.own.layers > 0)
+        return self.own.activation_bytes(number) + layers * self.look_bytes(number) + gathered
+
+    def look_bytes(self, number: int) -> int:
+        """One layer's look at the encoder's states: of each token of an answer the norm's answer, query, attended, sum
+        and a one-byte dropout mask; of each token that it looks at a key and a value."""
+        per_token = 4 * self.own.width * number + self.own.width
+        return self.own.tokens * per_token + 2 * self.read_tokens * self.own.width * number
+
+    def vocabulary_bytes(self, number: int) -> int:
+        """Log-probabilities of all words and their gradient in float32, and in bf16 the logits before them."""
+        return self.own.tokens * self.vocabulary * (2 * FULL + (number if number < FULL else 0))
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPart:
+    """One line of the plan, for one rank."""
+
+    name: str
+    """What it is."""
+    device_bytes: int
+    """Bytes on the accelerator (on a CPU: in main memory)."""
+    host_bytes: int = 0
+    """Bytes in main memory because of the optimizer offload."""
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """The memory of one rank."""
+
+    parts: tuple[MemoryPart, ...]
+    """Its parts, largest groups as in the module's formulas."""
+    setting: str
+    """The layout in words."""
+
+    @property
+    def device_bytes(self) -> int:
+        """Sum on the accelerator."""
+        return sum(part.device_bytes for part in self.parts)
+
+    @property
+    def host_bytes(self) -> int:
+        """Sum in main memory because of the offload; 0 without one."""
+        return sum(part.host_bytes for part in self.parts)
+
+    def lines(self) -> list[str]:
+        """The plan as a table for people, in MiB, from 10 GiB on in GiB; the second column is there with an offload."""
+        rows = [*self.parts, MemoryPart("total", self.device_bytes, self.host_bytes)]
+        head = [f"memory per rank, estimated ({self.setting})"]
+        if self.host_bytes:
+            head.append(f"  {'':<26}{'device':>14}{'host':>14}")
+        return head + [
+            f"  {row.name:<26}{_readable(row.device_bytes)}{_readable(row.host_bytes) if self.host_bytes else ''}"
+            for row in rows
+        ]
+
+
+def reduction_elements(bucket: int, *, largest: int) -> int:
+    """Gradient elements that may be on their way to the other ranks at once.
+
+    Args:
+        bucket: ``reduce_bucket_size`` of the DeepSpeed JSON.
+        largest: elements of the largest weight: one that is larger than the bucket, such as the table of words, goes
+            by itself.
+    """
+    return max(bucket, largest)
+
+
+def plan_memory(
+    dense_parameters: int,
+    *,
+    expert_parameters: int,
+    frozen_parameters: int = 0,
+    world_size: int,
+    ep_size: int,
+    stage: int,
+    bf16: bool,
+    optimizer: str,
+    momentum: float = 0.0,
+    offload: bool = False,
+    bucket_elements: int = 0,
+    gathered_elements: int = 0,
+    tensor_groups: Sequence[tuple[Sequence[int], int]] = (),
+    tower: Work | None = None,
+    decoder: DecoderWork | None = None,
+    **work: int | bool | None,
+) -> MemoryPlan:
+    """Estimate the memory of one rank by the formulas of this module.
+
+    Args:
+        dense_parameters: D, everything but experts.
+        expert_parameters: X, all experts of all layers together.
+        frozen_parameters: of D those that do not train: weights alone, no gradient, master copy or moment.
+        world_size: ranks W.
+        ep_size: ranks that share one set of experts; divides ``world_size``.
+        stage: ZeRO stage 1, 2 or 3.
+        bf16: bfloat16 weights and activations with float32 masters; else float32.
+        optimizer: key of ``MOMENTS``.
+        momentum: of sgd; 0 needs no buffer.
+        offload: master copy, moments and, from stage 2 on, gradients live in main memory.
+        bucket_elements: R, ``reduce_bucket_size`` of the DeepSpeed JSON.
+        gathered_elements: weights that stage 3 holds whole at a time, such as two encoder layers; 0 leaves them out.
+        tensor_groups: for each optimizer group the sizes of its tensors in order and the ranks that share it; makes
+            the gradients of stage 2 in float32 exact. Empty takes the even share.
+        tower: what a vision tower that trains goes through; a frozen one keeps nothing for a backward pass.
+        decoder: what a decoder goes through; None without one.
+        work: fields of ``Work``; without them activations and dispatch are 0.
+
+    Raises:
+        ValueError: an unknown optimizer, a stage other than 1, 2, 3, or ranks that ``ep_size`` does not divide.
+    """
+    _check(optimizer=optimizer, stage=stage, world_size=world_size, ep_size=ep_size)
+    number = HALF if bf16 else FULL
+    whole = dense_parameters + math.ceil(expert_parameters / ep_size)
+    share = math.ceil((dense_parameters + expert_parameters) / world_size)
+    trained = math.ceil((dense_parameters - frozen_parameters + expert_parameters) / world_size)
+    passed = Work(**work)
+    gradients = _gradients(whole - frozen_parameters, trained, stage=stage, bf16=bf16, tensor_groups=tensor_groups)
+    parts = (
+        MemoryPart("weights", number * (share if stage == 3 else whole)),
+        _part("gradients", gradients, on_host=offload and stage > 1),
+        _part("master copy (float32)", FULL * trained, on_host=offload),
+        _part(f"moments of {optimizer}", FULL * MOMENTS[optimizer](momentum) * trained, on_host=offload),
+        MemoryPart("reduction bucket", number * bucket_elements),
+        MemoryPart("gathered weights", number * gathered_elements if stage == 3 else 0),
+        *_passing(passed, tower or Work(), decoder, number),
+    )
+    return MemoryPlan(parts, _in_words(world_size, ep_size, stage, bf16=bf16, offload=offload))
+
+
+def _passing(passed: Work, seen: Work, decoder: DecoderWork | None, number: int) -> list[MemoryPart]:
+    """What a forward pass leaves for the backward pass, and needs for a moment."""
+    written = decoder or DecoderWork()
+    activations = passed.activation_bytes(number) + seen.layers * seen.layer_bytes(number)
+    parts = [MemoryPart("activations (rough)", activations + written.activation_bytes(number))]
+    if decoder is not None:
+        parts.append(MemoryPart("logits of the vocabulary", decoder.vocabulary_bytes(number)))
+    # One layer at a time.
+    moved = max(passed.dispatch_bytes(number), written.own.dispatch_bytes(number))
+    return [*parts, MemoryPart("dispatch buffers", moved)]
+
+
+def whole_tensors(sizes: Sequence[int], *, ranks: int) -> int:
+    """Elements of the tensors that one rank's even share of a flat group cuts or holds; the most over ranks.
+
+    Args:
+        sizes: elements of the group's tensors, in order.
+        ranks: ranks that share the group.
+    """
+    share = math.ceil(sum(sizes) / ranks)
+    most = 0
+    for rank in range(ranks):
+        start, held = 0, 0
+        for size in sizes:
+            if start < (rank + 1) * share and start + size > rank * share:
+                held += size
+            start += size
+        most = max(most, held)
+    return most
+
+
+def _gradients(
+    whole: int, share: int, *, stage: int, bf16: bool, tensor_groups: Sequence[tuple[Sequence[int], int]]
+) -> int:
+    """Bytes of gradients when the backward pass ends."""
+    if stage == 1:
+        return (FULL + HALF * bf16) * whole
+    if stage == 2 and not bf16 and tensor_groups:
+        return FULL * sum(whole_tensors(sizes, ranks=ranks) for sizes, ranks in tensor_groups)
+    return FULL * share
+
+
+def _check(*, optimizer: str, stage: int, world_size: int, ep_size: int) -> None:
+    if optimizer not in MOMENTS:
+        raise unknown_name("train.optimizer", optimizer, MOMENTS)
+    if stage not in (1, 2, 3):
+        raise ValueError(f"zero_optimization.stage is {stage}; it must be 1, 2 or 3.")
+    if world_size % ep_size:
+        raise ValueError(f"ep_size ({ep_size}) must divide the number of ranks ({world_size}).")
+
+
+def _part(name: str, size: int, *, on_host: bool) -> MemoryPart:
+    return MemoryPart(name, 0, size) if on_host else MemoryPart(name, size)
+
+
+def _in_words(world_size: int, ep_size: int, stage: int, *, bf16: bool, offload: bool) -> str:
+    ranks = "1 rank" if world_size == 1 else f"{world_size} ranks"
+    precision = "bf16" if bf16 else "float32"
+    return f"{ranks}, EP {ep_size}, ZeRO {stage}, {precision}{', optimizer offload' if offload else ''}"
+
+
+def _readable(size: int) -> str:
+    if size >= 10 * 2**30:
+        return f"{size / 2**30:>10,.1f} GiB"
+    return f"{size / 2**20:>10,.1f} MiB"
+
+
+MOMENTS: dict[str, Callable[[float], int]] = {
+    "adamw": lambda momentum: 2,
+    "sgd": lambda momentum: int(momentum > 0),
+}
+"""Optimizer -> float32 numbers it keeps per parameter, given its momentum."""
+
+
+UNBOUNDED = 1_000_000_000
+"""What DeepSpeed takes where the JSON says nothing of ``stage3_max_live_parameters`` and its like."""
+
+
+DEFAULT_BUCKET = 500_000_000
+"""What DeepSpeed takes where the JSON says nothing of ``reduce_bucket_size``."""
+
+
+def count_parameters(model: MultiTaskModel, *, top_k: int) -> dict[str, int]:
+    """Parameters of the whole model, a vision tower's too: in all, in experts, dense, frozen, and active per token."""
+    total = _elements(model.parameters())
+    experts = sum(_elements(layer.mixture.experts.parameters()) for layer in model.moe_layers())
+    frozen = _elements(parameter for parameter in model.parameters() if not parameter.requires_grad)
+    share = top_k / max(1, model.config.num_local_experts)
+    return {
+        "total": total,
+        "experts": experts,
+        "dense": total - experts,
+        "frozen": frozen,
+        "active": int(total - experts * (1 - share)),
+    }
+
+
+def _elements(parameters: Iterable[nn.Parameter]) -> int:
+    # Under ZeRO-3 a weight that is split already says by itself how large it is in all.
+    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in parameters)
+
+
+def plan_run(
+    recipe: Recipe, layout: Layout, model: MultiTaskModel, train: TokenizedSplit, settings: Mapping[str, Any]
+) -> MemoryPlan:
+    """The memory of one rank of this run.
+
+    Args:
+        recipe: with the encoder resolved.
+        layout: of the run.
+        model: built, on no device in particular.
+        train: its mean length decides the tokens of a forward pass.
+        settings: complete DeepSpeed configuration.
+    """
+    parameters = count_parameters(model, top_k=recipe.model.moe.top_k)
+    zero = settings["zero_optimization"]
+    encoder, blocks = model.encoder.config, model.moe_layers()
+    posts = layout.micro_batch_size
+    rows = _row_tokens(model, train, by_task=ROUTES[recipe.model.moe.route_by].task)
+    num_layers, ffn_widths = _stack_shapes(encoder)
+    common = {
+        "width": model.config.hidden_size,
+        "top_k": recipe.model.moe.top_k,
+        "recompute": recipe.train.activation_checkpointing,
+        "expert_width": blocks[0].mixture.experts.down_proj.shape[-1] if blocks else 0,
+    }
+    decoder = None
+    if has_decoder(model.encoder):
+        of_decoder = sum(block.layer >= num_layers[0] for block in blocks)
+        decoder = DecoderWork(
+            Work(int(posts * rows.answers), num_layers[1], ffn_width=ffn_widths[1], moe_layers=of_decoder, **common),
+            read_tokens=int(posts * rows.prompts),
+            vocabulary=encoder.vocab_size,
+        )
+    return plan_memory(
+        parameters["dense"],
+        expert_parameters=parameters["experts"],
+        frozen_parameters=parameters["frozen"],
+        world_size=layout.world_size,
+        ep_size=layout.ep_size,
+        stage=layout.stage,
+        bf16=layout.bf16,
+        optimizer=recipe.train.optimizer,
+        momentum=recipe.train.momentum,
+        offload=zero.get("offload_optimizer", {}).get("device", "none") == "cpu",
+        bucket_elements=reduction_elements(
+            int(zero.get("reduce_bucket_size", DEFAULT_BUCKET)),
+            largest=max(_elements([weight]) for weight in model.parameters()),
+        ),
+        gathered_elements=min(kept_whole(zero), parameters["dense"] + parameters["experts"] // layout.ep_size),
+        tower=_tower_work(model, posts),
+        decoder=decoder,
+        tokens=int(posts * (rows.encoder + rows.pictures * model.image_tokens)),
+        layers=num_layers[0],
+        ffn_width=ffn_widths[0],
+        tasks=sum(head.pooling is not None for head in model.heads),
+        private_parts=len(model.tasks) if recipe.model.private_width else 0,
+        private_width=recipe.model.private_width,
+        moe_layers=sum(block.layer < num_layers[0] for block in blocks),
+        **common,
+    )
+
+
+class RowTokens(NamedTuple):
+    """Tokens per post, on average over a split."""
+
+    encoder: float
+    """That the encoder reads, in all of its rows."""
+    prompts: float
+    """Of them in rows that a decoder answers."""
+    answers: float
+    """That a decoder is taught."""
+    pictures: float
+    """Rows per post, each with its picture."""
+
+
+def _row_tokens(model: MultiTaskModel, train: TokenizedSplit, *, by_task: bool) -> RowTokens:
+    heads = [number for number, task in enumerate(model.tasks) if not task.rules.generates]
+    decoded = [(number, task) for number, task in enumerate(model.tasks) if task.rules.generates]
+    if not decoded and not by_task:
+        return RowTokens(float(train.lengths.mean()), 0.0, 0.0, 1.0)
+    labelled = train.labelled[:, heads]
+    own = labelled.sum(axis=1) if by_task else labelled.any(axis=1)
+    read = float((own * np.diff(train.tokens.offsets)).mean())
+    prompts = answers = asked = 0.0
+    for number, task in decoded:
+        mine = train.labelled[:, number]
+        asked += float(mine.mean())
+        prompts += float((mine * train.prompts[task.name].lengths).mean())
+        if task.label_words:
+            # About two tokens a word, and an end sign; the collator knows them exactly.
+            words = max(len(words.split()) for words in task.label_words)
+            answers += float(mine.mean()) * (2 * words + 1)
+        else:
+            answers += float((mine * train.answers[task.name].lengths).mean())
+    return RowTokens(read + prompts, prompts, answers, float(own.mean()) + asked)
+
+
+def _stack_shapes(hf_config: Any) -> tuple[list[int], list[int]]:
+    """Layers, and hidden width of the feed-forward, of the encoder and, of an encoder-decoder, of the decoder. A gated
+    one keeps four numbers of its width where others keep two, so it counts as one of twice the width."""
+    family = family_of(hf_config.model_type)
+    gated = 2 if getattr(hf_config, "is_gated_act", False) else 1
+    layers = [getattr(hf_config, field) for field in family.num_layers]
+    widths = [gated * getattr(hf_config, field) for field in family.feed_forward]
+    return layers, widths if len(widths) == len(layers) else widths * len(layers)
+
+
+def _tower_work(model: MultiTaskModel, pictures: int) -> Work | None:
+    """What a vision tower of transformer layers that trains goes through; None for others."""
+    if model.tower is None or not model.tower.trained:
+        return None
+    config = model.tower.inner.config
+    layers, tokens = getattr(config, "num_hidden_layers", 0), expected_tokens(config)
+    ffn_width = getattr(config, "intermediate_size", None)
+    return Work(tokens=pictures * tokens, layers=layers, width=model.tower.width, ffn_width=ffn_width)
+
+
+def kept_whole(zero: Mapping[str, Any]) -> int:
+    """Weights that stage 3 may hold whole from the forward to the backward pass, in elements.
+
+    A weight stays gathered while its next use is no farther than ``stage3_max_reuse_distance`` elements of other
+    weights away, in the forward and then the backward pass: so half of that distance counts. It stays too where
+    fetching ahead, up to ``stage3_max_live_parameters``, has come to its next use. So the larger of the two holds.
+
+    Args:
+        zero: ``zero_optimization`` of the DeepSpeed JSON.
+
+    Source: ``partitioned_param_coordinator`` of DeepSpeed 0.19.8; tests/multiprocess/test_construction_memory.py
+    measures it.
+    """
+    reach = int(zero.get("stage3_max_reuse_distance", UNBOUNDED)) // 2
+    return max(reach, int(zero.get("stage3_max_live_parameters", UNBOUNDED)))

@@ -1,0 +1,141 @@
+"""What is gathered between two lines of ``metrics.jsonl``: one reduction over ranks per line, none per step."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from comoe.data.images.pixels import PixelReader
+from comoe.data.report import shorten
+from comoe.distributed import all_gather_objects, sum_over_ranks, world_size
+from comoe.losses.adversarial import ON_DOMAINS
+from comoe.tasks.kinds.registry import merge_answers
+from comoe.tasks.task import Task
+from comoe.train.monitor.monitor import Monitor
+from comoe.train.parallel.engine import Engine, StepReport
+from comoe.types import DOMAINS, Batch
+
+SHOWN_PICTURES = 100
+"""Lost pictures that one event names; all are counted."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainLine:
+    """Numbers of one logged interval, the same on all ranks."""
+
+    loss: float
+    """Global loss of the last step, as weighted in the objective."""
+    terms: Mapping[str, float]
+    """Each term of the last step, unweighted."""
+    metrics: Mapping[str, Mapping[str, float]]
+    """Task -> its main metric on the posts of the last step; none where the decoder is told its answer."""
+    task_weights: Mapping[str, float]
+    """Task -> weight of its loss in the last step."""
+    rates: Mapping[str, float]
+    """Role -> learning rate of the last step."""
+    grad_norm: float | None
+    """Global gradient norm before clipping, of the last step."""
+    posts_per_second: float
+    """Posts of the interval over its wall-clock seconds."""
+    tokens_per_second: float
+    """Real tokens of the interval over its wall-clock seconds."""
+    skipped: int
+    """Steps of the interval that changed no weight."""
+
+
+def count_posts(batch: Batch) -> int:
+    """Posts of a batch: where the gate reads tasks a post is several rows, and a filler row is none."""
+    return int(torch.unique(batch.row_ids_B[batch.row_ids_B >= 0]).numel())
+
+
+@dataclass(slots=True)
+class Interval:
+    """Collects between two log lines; a host sync happens only in ``reduce``."""
+
+    tasks: Sequence[Task]
+    began: float = field(default_factory=lambda: time.perf_counter())
+    posts: int = 0
+    tokens: int = 0
+    skipped: int = 0
+
+    def reset(self) -> None:
+        """Begin the next interval."""
+        self.began, self.posts, self.tokens, self.skipped = time.perf_counter(), 0, 0, 0
+
+    def add(self, batches: Sequence[Batch], report: StepReport) -> None:
+        """Count one step."""
+        for batch in batches:
+            self.posts += count_posts(batch)
+            self.tokens += int(batch.attention_mask_BL.sum())
+        self.skipped += report.skipped
+
+    def reduce(
+        self, *, engine: Engine, report: StepReport, batches: Sequence[Batch], rates: Mapping[str, float]
+    ) -> TrainLine:
+        """The line of this interval; every rank must call it."""
+        seconds = max(1e-9, time.perf_counter() - self.began)
+        terms = {"loss": report.loss, **report.terms}
+        counts = [torch.tensor(float(self.posts)), torch.tensor(float(self.tokens))]
+        packed = torch.stack([value.double().to(engine.device) for value in (*terms.values(), *counts)])
+        total = sum_over_ranks(packed).tolist()
+        means = dict(zip(terms, (value / world_size() for value in total[: len(terms)]), strict=True))
+        posts, tokens = total[len(terms) :]
+        scales = batches[0].unit_scale_T.tolist()
+        names = {f"task/{task.name}": scale for task, scale in zip(self.tasks, scales, strict=False)}
+        names |= dict.fromkeys(ON_DOMAINS, scales[DOMAINS])
+        for name, scale in names.items():
+            if not scale:
+                # No post of the whole step has this task, or this value: its loss is not 0, there is none.
+                means.pop(name, None)
+        weights = {task.name: means.pop(f"weight/{task.name}") for task in self.tasks}
+        return TrainLine(
+            loss=means.pop("loss"),
+            terms=means,
+            task_weights=weights,
+            metrics=self._metrics(report, batches),
+            rates=rates,
+            grad_norm=report.grad_norm,
+            posts_per_second=posts / seconds,
+            tokens_per_second=tokens / seconds,
+            skipped=self.skipped,
+        )
+
+    def _metrics(self, report: StepReport, batches: Sequence[Batch]) -> dict[str, dict[str, float]]:
+        # A decoder is told the right answer in training, so there is none of its own to measure.
+        measured = [task for task in self.tasks if task.rules.scored and not task.rules.generates]
+        own = [
+            {
+                task.name: task.rules.answers(output.output.logits[task.name].detach().cpu(), batch.labels[task.name])
+                for task in measured
+            }
+            for output, batch in zip(report.outputs, batches, strict=True)
+        ]
+        everyone = [step for steps in all_gather_objects(own) for step in steps]
+        metrics = {}
+        for task in measured:
+            gold, scores = merge_answers([step[task.name] for step in everyone])
+            if len(gold):
+                metrics[task.name] = {task.metric: task.rules.score(gold, scores, task)[task.metric]}
+        return metrics
+
+
+def log_lost_pictures(pixels: PixelReader | None, monitor: Monitor, step: int) -> None:
+    """Write which pictures went bad since the last call, on whatever rank: their posts went on without them.
+
+    Every rank must call it.
+
+    Args:
+        pixels: None where the run reads no pictures.
+        monitor: gets one event, ``pictures_lost``, if there is something to tell.
+        step: optimizer steps done.
+    """
+    if pixels is None:
+        return
+    mine = {source if isinstance(source, str) else shorten(source): why for source, why in pixels.take_lost().items()}
+    lost = {picture: why for share in all_gather_objects(mine) for picture, why in share.items()}
+    if lost:
+        shown = dict(list(lost.items())[:SHOWN_PICTURES])
+        monitor.log_event({"event": "pictures_lost", "step": step, "count": len(lost), "pictures": shown})

@@ -1,0 +1,52 @@
+"""The files that a run's numbers are kept in, ``metrics.jsonl`` and ``results.json``, and the table that ends a run."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from comoe.evaluation.tables import plain
+
+METRICS_FILE = "metrics.jsonl"
+"""One JSON object per line: a training line, an evaluation, an event, or a resume."""
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of a ``metrics.jsonl``; a line that was cut short by a crash is left out; no file is no records."""
+    records = []
+    for line in path.read_bytes().split(b"\n") if path.exists() else ():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict):
+            records.append(record)
+    return records
+
+
+def truncate_metrics(path: Path, *, after_step: int) -> None:
+    """Drop what a run logged after the step that it goes on from, then add ``{"split": "resume", "step": after_step}``.
+
+    Lines without a step stay; a line cut short by a crash goes. The file is written aside and renamed.
+    """
+    kept = [record for record in read_metrics(path) if record.get("step", after_step) <= after_step]
+    kept.append({"split": "resume", "step": after_step})
+    write_aside(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept))
+
+
+def write_results(run_dir: Path, results: Mapping[str, Any]) -> None:
+    """Write ``results.json``, whole or not at all; numbers that are not finite become null."""
+    write_aside(run_dir / "results.json", json.dumps(plain(results), ensure_ascii=False, indent=2) + "\n")
+
+
+def write_aside(path: Path, text: str) -> None:
+    """Write a file such that a reader, or a crash, never sees half of it."""
+    aside = path.with_name(f".{path.name}.part")
+    with aside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)

@@ -1,0 +1,269 @@
+"""What a run shows to people while it runs: ``metrics.jsonl``, TensorBoard and the pictures in ``plots/``.
+
+The monitor reads and never computes, and only rank 0's writes: the caller reduces over ranks before, on all of them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.tensorboard import SummaryWriter
+
+from comoe.evaluation.embedding_stats import EmbeddingSummary
+from comoe.evaluation.evaluate import Evaluation
+from comoe.evaluation.routing_stats import RoutingSummary
+from comoe.evaluation.tables import plain
+from comoe.tasks.task import Task
+from comoe.train.monitor import plots
+from comoe.train.monitor.metrics_file import METRICS_FILE, read_metrics, truncate_metrics
+from comoe.train.monitor.plots import embedding_figure
+
+TASK_TERM = "task"
+"""Terms named ``task/<name>`` are the losses of the tasks."""
+
+
+class Monitor:
+    """Writes what it is told, on rank 0; on the other ranks every method does nothing.
+
+    Args:
+        run_dir: folder of the run.
+        enabled: True on the rank that writes.
+        tasks: the tasks of the run.
+        recipe_text: the resolved recipe as YAML, shown in TensorBoard.
+        histograms: write histograms of the gates' scores at each evaluation.
+        resumed_at: step of the restored checkpoint. Lines and events after it are dropped, and the curves go on. None
+            starts anew: what an earlier run of that name wrote is dropped.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        enabled: bool,
+        tasks: Sequence[Task],
+        recipe_text: str,
+        histograms: bool = True,
+        resumed_at: int | None = None,
+    ) -> None:
+        self.enabled = enabled
+        if not enabled:
+            return
+        self._plots = run_dir / "plots"
+        self._tasks = tuple(task for task in tasks if task.rules.scored)
+        self._histograms = histograms
+        run_dir.mkdir(parents=True, exist_ok=True)
+        path = run_dir / METRICS_FILE
+        if resumed_at is None:
+            path.unlink(missing_ok=True)
+        else:
+            truncate_metrics(path, after_step=resumed_at)
+        self._records = read_metrics(path)
+        self._file = path.open("a", encoding="utf-8")
+        # TensorBoard hides older events from the purge step on; without it a resumed run draws two curves.
+        purge_step = 0 if resumed_at is None else resumed_at + 1
+        self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge_step)
+        fenced = "\n".join(f"    {line}" for line in recipe_text.splitlines())
+        self._writer.add_text("recipe", fenced, global_step=0 if resumed_at is None else resumed_at + 1)
+
+    def log_train(
+        self,
+        step: int,
+        *,
+        loss: float,
+        terms: Mapping[str, float | torch.Tensor],
+        metrics: Mapping[str, Mapping[str, float]] | None = None,
+        rates: Mapping[str, float],
+        task_weights: Mapping[str, float],
+        **measured: float | None,
+    ) -> None:
+        """Log one optimizer step; every number is the global one.
+
+        Args:
+            step: optimizer steps done.
+            loss: the objective.
+            terms: as in ``StepOutput.terms``.
+            metrics: task -> metric -> value on the training posts since the last line.
+            rates: parameter group -> learning rate.
+            task_weights: task -> weight of its loss.
+            measured: grad_norm, posts_per_second, tokens_per_second, seconds, and whatever else the caller measures;
+                None where there is no number.
+        """
+        if not self.enabled:
+            return
+        tasks, rest = _terms_by_task(terms)
+        for name, values in (metrics or {}).items():
+            tasks.setdefault(name, {}).update(values)
+        line = {"step": step, "split": "train", "loss": float(loss), "tasks": tasks, **rest}
+        self._write({**line, "rates": dict(rates), "weights": dict(task_weights), **measured})
+        scalars = {"train/loss": loss}
+        scalars |= {f"train/{name}/{key}": value for name, values in tasks.items() for key, value in values.items()}
+        scalars |= {f"train/{name}": value for name, value in rest.items()}
+        scalars |= {f"rate/{name}": value for name, value in rates.items()}
+        scalars |= {f"weight/{name}": value for name, value in task_weights.items()}
+        scalars |= {f"measured/{name}": value for name, value in measured.items()}
+        self._scalars(scalars, step)
+
+    def log_evaluation(
+        self,
+        step: int,
+        *,
+        split: str,
+        evaluation: Evaluation,
+        routing: RoutingSummary | None = None,
+        embeddings: EmbeddingSummary | None = None,
+        **measured: float | None,
+    ) -> None:
+        """Log an evaluation, its confusion matrices, what the gates did and how embeddings lie; draw all again.
+
+        Args:
+            step: optimizer steps done.
+            split: validation or test.
+            evaluation: metrics and confusion matrices per task.
+            routing: the gates' measures; None without experts.
+            embeddings: the embeddings and their measures; None shows none.
+            measured: mean (of the main metrics), seconds, and whatever else the caller measures.
+        """
+        if not self.enabled:
+            return
+        line: dict[str, Any] = {"step": step, "split": split, "tasks": dict(evaluation.metrics), **measured}
+        if routing is not None and routing.layers:
+            line["routing"] = routing.to_dict()
+        if embeddings is not None:
+            line["embeddings"] = {name: dict(view.measures) for name, view in embeddings.tasks.items()}
+            line |= {"retrieval": dict(embeddings.retrieval)} if embeddings.retrieval else {}
+        self._write(line)
+        self._scalars({f"{split}/{name}": value for name, value in measured.items()}, step)
+        for task, values in evaluation.metrics.items():
+            self._scalars({f"{split}/{task}/{name}": value for name, value in values.items()}, step)
+        for task in self._tasks:
+            if task.name in evaluation.confusions:
+                title = f"{task.name}, {split}, step {step}"
+                figure = plots.confusion_figure(evaluation.confusions[task.name], labels=task.labels, title=title)
+                self._picture(f"confusion/{split}/{task.name}", f"confusion_{split}_{task.name}", figure, step)
+        if "routing" in line:
+            self._log_routing(routing, split=split, step=step)
+        if embeddings is not None:
+            self._log_embeddings(embeddings, split=split, step=step)
+        if split == "validation":
+            self._draw_curves()
+
+    def log_projector(self, step: int, *, split: str, embeddings: EmbeddingSummary) -> None:
+        """Hand the embeddings to TensorBoard's projector, where they can be turned, searched and coloured by label."""
+        if self.enabled:
+            for task, view in embeddings.tasks.items():
+                # The projector's table has one line per post: a label must not break it.
+                names = [" ".join(str(label).split()) or "none" for label in view.labels]
+                self._writer.add_embedding(view.points, metadata=names, global_step=step, tag=f"{split}_{task}")
+
+    def log_reliability(
+        self, step: int, *, split: str, task: str, figure: plots.Figure, errors: Mapping[str, float]
+    ) -> None:
+        """Show how far the probabilities of a task hold; ``errors``: name -> expected calibration error."""
+        if self.enabled:
+            self._scalars({f"calibration/{split}/{task}/{name}": value for name, value in errors.items()}, step)
+            self._picture(f"reliability/{split}/{task}", f"reliability_{split}_{task}", figure, step)
+
+    def log_event(self, event: Mapping[str, Any]) -> None:
+        """Write something that happened (a skipped step, a stop, a checkpoint) as a line with ``split: event``."""
+        if self.enabled:
+            self._write({"split": "event", **event})
+
+    def close(self) -> None:
+        """Draw the curves once more and close the files."""
+        if self.enabled:
+            self._draw_curves()
+            self._writer.close()
+            self._file.close()
+            self.enabled = False
+
+    def _log_routing(self, routing: RoutingSummary, *, split: str, step: int) -> None:
+        where = "routing" if split == "validation" else f"routing_{split}"
+        for index, name in enumerate(routing.layer_names):
+            tag = f"{where}/layer_{name.replace(' ', '_')}"
+            scalars = {name: values[index] for name, values in routing.by_layer.items()}
+            scalars |= {f"share/expert_{expert}": share for expert, share in enumerate(routing.share_LE[index])}
+            for name, values in routing.by_task.items():
+                scalars |= {f"{name}/{task}": value for task, value in zip(routing.tasks, values[index], strict=True)}
+            self._scalars({f"{tag}/{name}": value for name, value in scalars.items()}, step)
+            if self._histograms:
+                self._histogram(f"{tag}/scores", routing.histogram_LH[index], step)
+        title = f"Share of tokens per expert, in % ({split}, step {step})"
+        names = routing.layer_names
+        layers = plots.share_figure(routing.share_LE, rows=names, title=title, row_axis="layer")
+        tasks = plots.task_share_figure(routing.share_LTE, layers=names, tasks=routing.tasks)
+        self._picture(f"{where}/layer_expert", f"{where}_layer_expert", layers, step)
+        self._picture(f"{where}/task_expert", f"{where}_task_expert", tasks, step)
+
+    def _log_embeddings(self, embeddings: EmbeddingSummary, *, split: str, step: int) -> None:
+        where = "embedding" if split == "validation" else f"embedding_{split}"
+        for task, view in embeddings.tasks.items():
+            self._scalars({f"{where}/{task}/{name}": value for name, value in view.measures.items()}, step)
+            figure = embedding_figure(view.points, view.labels, title=f"Embeddings of {task} ({split}, step {step})")
+            self._picture(f"{where}/{task}", f"{where}_{task}", figure, step)
+        self._scalars({f"{where}/{name}": value for name, value in embeddings.retrieval.items()}, step)
+
+    def _histogram(self, tag: str, counts_H: np.ndarray, step: int) -> None:
+        edges = np.linspace(0.0, 1.0, len(counts_H) + 1)
+        middles = (edges[:-1] + edges[1:]) / 2
+        moments = {"num": counts_H.sum(), "sum": counts_H @ middles, "sum_squares": counts_H @ middles**2}
+        buckets = {"bucket_limits": edges[1:].tolist(), "bucket_counts": counts_H.tolist()}
+        if counts_H.any():
+            self._writer.add_histogram_raw(tag, min=0.0, max=1.0, **moments, **buckets, global_step=step)
+
+    def _draw_curves(self) -> None:
+        train = [record for record in self._records if record.get("split") == "train"]
+        checks = [record for record in self._records if record.get("split") == "validation"]
+        losses = {task.name: _curve(train, task.name, "loss") for task in self._tasks}
+        losses["loss"] = [(record["step"], record["loss"]) for record in train]
+        validation = {task.name: _curve(checks, task.name, "loss") for task in self._tasks}
+        plots.save_figure(plots.loss_figure(losses, validation), self._plots / "loss.png")
+        main = {f"{task.name}: {task.metric}": _curve(checks, task.name, task.metric) for task in self._tasks}
+        floor = {
+            f"{task.name}: {task.metric}": curve[-1][1]
+            for task in self._tasks
+            if (curve := _curve(checks, task.name, f"majority/{task.metric}"))
+        }
+        plots.save_figure(plots.metric_figure(main, floor), self._plots / "metrics.png")
+
+    def _picture(self, tag: str, name: str, figure: plots.Figure, step: int) -> None:
+        self._writer.add_image(tag, plots.figure_pixels(figure), step, dataformats="HWC")
+        plots.save_figure(figure, self._plots / (re.sub(r"[^\w.-]", "_", name) + ".png"))
+
+    def _scalars(self, scalars: Mapping[str, float | torch.Tensor], step: int) -> None:
+        for name, value in scalars.items():
+            if value is not None and math.isfinite(value):
+                self._writer.add_scalar(name, float(value), step)
+        self._writer.flush()
+
+    def _write(self, record: Mapping[str, Any]) -> None:
+        line = plain(record)
+        self._file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._records.append(line)
+
+
+def _terms_by_task(terms: Mapping[str, float | torch.Tensor]) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
+    """``task/<name>`` becomes the loss of the task, ``<term>/<name>`` a number beside it; the rest stays as it is."""
+    tasks: dict[str, dict[str, float]] = {}
+    rest: dict[str, float] = {}
+    for key, value in terms.items():
+        term, _, task = key.partition("/")
+        if task:
+            tasks.setdefault(task, {})["loss" if term == TASK_TERM else term] = float(value)
+        else:
+            rest[key] = float(value)
+    return tasks, rest
+
+
+def _curve(records: Sequence[Mapping[str, Any]], task: str, name: str) -> list[tuple[int, float]]:
+    points = ((record["step"], record.get("tasks", {}).get(task, {}).get(name)) for record in records)
+    return [(step, value) for step, value in points if value is not None]

@@ -1,0 +1,312 @@
+"""The figures of a run: curves, routing heatmaps, confusion matrices, embeddings and reliability diagrams.
+
+Colors are Okabe and Ito's, which readers with any color vision tell apart; so are both ends of the heatmaps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+BLUE, SKY, RED = "#0072B2", "#56B4E9", "#D55E00"
+
+
+INK, GRID, EMPTY = "#333333", "#dddddd", "#eeeeee"
+
+
+MAX_NAMED_CLASSES, MAX_COUNTED_CLASSES, MAX_LABEL = 30, 12, 18
+
+
+Curve = Sequence[tuple[int, float]]
+"""(step, value) pairs in the order of steps."""
+
+
+def loss_figure(curves: Mapping[str, Curve], validation: Mapping[str, Curve]) -> Figure:
+    """Loss over steps, each term in a panel of its own: training with its running mean, and validation as dots.
+
+    Args:
+        curves: name -> training curve; the name ``loss`` (the whole objective) comes first.
+        validation: the same names -> loss at the evaluations, where there is one.
+    """
+    names = sorted(curves, key=lambda name: name != "loss")
+    figure, axes = _grid(len(names), title="Loss over optimizer steps")
+    for panel, name in zip(axes, names, strict=False):
+        points = _finite(curves[name])
+        panel.plot(*_columns(points), color=SKY, linewidth=0.8, alpha=0.7)
+        panel.plot(*_columns(_smooth(points)), color=BLUE, linewidth=1.6, label="training")
+        checks = _finite(validation.get(name, ()))
+        if checks:
+            panel.plot(*_columns(checks), color=RED, marker="o", markersize=3, linewidth=1.2, label="validation")
+            panel.legend(fontsize=7, frameon=False)
+        panel.set_title("all terms" if name == "loss" else name, fontsize=9)
+    return figure
+
+
+def metric_figure(curves: Mapping[str, Curve], baselines: Mapping[str, float]) -> Figure:
+    """Main metric per task over steps, one panel per task, the majority baseline as a dotted line.
+
+    Args:
+        curves: ``task: metric`` -> values at the evaluations.
+        baselines: the same names -> score of always giving the majority answer, where there is one.
+    """
+    figure, axes = _grid(len(curves), title="Validation metric over optimizer steps")
+    for panel, (name, curve) in zip(axes, curves.items(), strict=False):
+        points = _finite(curve)
+        panel.plot(*_columns(points), color=BLUE, marker="o", markersize=3, linewidth=1.6)
+        if math.isfinite(baselines.get(name, math.nan)):
+            panel.axhline(baselines[name], color=RED, linestyle=":", linewidth=1.4)
+            place = dict(xycoords=("axes fraction", "data"), textcoords="offset points", fontsize=7, color=RED)
+            panel.annotate("majority", (1.0, baselines[name]), xytext=(-2, 2), ha="right", va="bottom", **place)
+        panel.set_title(name, fontsize=9)
+        panel.margins(y=0.12)
+    return figure
+
+
+def share_figure(share: np.ndarray, *, rows: Sequence[str], title: str, row_axis: str) -> Figure:
+    """Heatmap rows x experts of shares in percent; white is an even share, purple more, orange less, grey no tokens.
+
+    Args:
+        share: (rows, E), each row sums to 1, or NaN for a row without tokens.
+        rows: name of each row.
+        title: what is shown.
+        row_axis: what the rows are.
+    """
+    experts = share.shape[1]
+    # A few experts make a narrow picture, and a title of two lines a high one.
+    longest = max(len(line) for line in title.splitlines())
+    width = max(1.9 + 0.52 * min(experts, 24), 0.08 * longest)
+    figure = _figure(width, 1.05 + 0.2 * len(title.splitlines()) + 0.34 * len(rows))
+    panel = figure.add_subplot()
+    _share_panel(panel, share, rows=rows)
+    panel.set_ylabel(row_axis, fontsize=8)
+    panel.set_xlabel("expert", fontsize=8)
+    figure.suptitle(title, fontsize=10)
+    return figure
+
+
+def task_share_figure(share_LTE: np.ndarray, *, layers: Sequence[int | str], tasks: Sequence[str]) -> Figure:
+    """Heatmaps task x expert, one panel per layer: which experts the tokens of each task go to.
+
+    Experts of different layers have nothing in common but their number, so the layers are not averaged.
+    """
+    experts = share_LTE.shape[-1]
+    columns = min(len(layers), 2 if experts <= 16 else 1)
+    rows = math.ceil(len(layers) / columns)
+    wide, high = 1.2 + 0.42 * min(experts, 24), 0.75 + 0.28 * len(tasks)
+    figure = _figure(columns * wide + 0.6, rows * high + 0.6)
+    panels = figure.subplots(rows, columns, squeeze=False, sharey=True).flatten()
+    for panel, layer, share in zip(panels, layers, share_LTE, strict=False):
+        _share_panel(panel, share, rows=tasks)
+        panel.set_title(f"layer {layer}", fontsize=9)
+    for panel in panels[len(layers) :]:
+        panel.set_visible(False)
+    figure.suptitle("Share of each task's tokens per expert, in %", fontsize=10)
+    return figure
+
+
+def confusion_figure(counts_YY: np.ndarray, *, labels: Sequence[str], title: str) -> Figure:
+    """Confusion matrix: the colour is the share of the gold label's posts, the number in a cell counts them.
+
+    Args:
+        counts_YY: posts by gold label (rows) and predicted label (columns).
+        labels: names in the order of the ids; left out above 30 labels, as are the numbers above 12.
+        title: what is shown.
+    """
+    size = len(labels)
+    edge = 1.6 + (0.5 * size if size <= MAX_COUNTED_CLASSES else min(0.3 * size, 7.0))
+    figure = _figure(max(edge + 0.6, 3.4), max(edge, 2.8))
+    panel = figure.add_subplot()
+    counts = counts_YY.astype(np.float64)
+    share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1.0)
+    image = panel.imshow(share, cmap="Blues", vmin=0.0, vmax=1.0)
+    if size <= MAX_COUNTED_CLASSES:
+        for row, column in np.ndindex(*counts.shape):
+            colour = "white" if share[row, column] > 0.55 else INK
+            text = _count(int(counts[row, column]))
+            panel.text(column, row, text, ha="center", va="center", fontsize=7, color=colour)
+    if size <= MAX_NAMED_CLASSES:
+        names = [_short(label) for label in labels]
+        upright = max(map(len, names)) <= 5 and size <= MAX_COUNTED_CLASSES
+        slant = dict(rotation=0, ha="center") if upright else dict(rotation=45, ha="right", rotation_mode="anchor")
+        panel.set_xticks(range(size), names, fontsize=7, **slant)
+        panel.set_yticks(range(size), names, fontsize=7)
+    panel.set_xlabel("predicted", fontsize=8)
+    panel.set_ylabel("gold", fontsize=8)
+    bar = figure.colorbar(image, ax=panel, shrink=0.8)
+    bar.ax.tick_params(labelsize=7)
+    bar.set_label("share of gold label", fontsize=7)
+    figure.suptitle(title, fontsize=10)
+    return figure
+
+
+def figure_pixels(figure: Figure) -> np.ndarray:
+    """The figure as an image, uint8, (height, width, 3)."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a PNG; a reader of the folder never sees half of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.part")
+    figure.savefig(aside, format="png")
+    aside.replace(path)
+
+
+def _figure(width: float, height: float) -> Figure:
+    """An empty figure of that many inches, laid out so that labels do not overlap."""
+    return Figure(figsize=(width, height), dpi=110, layout="constrained")
+
+
+def _grid(count: int, *, title: str) -> tuple[Figure, list[Axes]]:
+    """A figure of small panels over a step axis."""
+    columns = min(max(count, 1), 3)
+    rows = math.ceil(max(count, 1) / columns)
+    figure = _figure(2.7 * columns + 0.3, 1.9 * rows + 0.5)
+    panels = list(figure.subplots(rows, columns, squeeze=False).flatten())
+    for panel in panels[count:]:
+        panel.set_visible(False)
+    for panel in panels[:count]:
+        panel.grid(color=GRID, linewidth=0.6)
+        panel.set_axisbelow(True)
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.tick_params(labelsize=7)
+        panel.xaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
+    figure.suptitle(title, fontsize=10)
+    return figure, panels
+
+
+def _share_panel(panel: Axes, share: np.ndarray, *, rows: Sequence[str]) -> None:
+    """One heatmap of shares around the even share, with percent in the cells while they fit."""
+    experts = share.shape[1]
+    # 0 is the even share, +1 twice of it and more, -1 a dead expert.
+    panel.imshow(np.clip(share * experts - 1.0, -1.0, 1.0), cmap="PuOr", vmin=-1.0, vmax=1.0, aspect="auto")
+    panel.set_facecolor(EMPTY)
+    if experts <= 16:
+        for row, column in np.ndindex(*share.shape):
+            if math.isfinite(share[row, column]):
+                strong = abs(min(share[row, column] * experts - 1.0, 1.0)) > 0.65
+                text, colour = f"{100 * share[row, column]:.0f}", "white" if strong else INK
+                panel.text(column, row, text, ha="center", va="center", fontsize=7, color=colour)
+    panel.set_xticks(range(0, experts, max(1, experts // 16)))
+    panel.set_yticks(range(len(rows)), [_short(row) for row in rows])
+    panel.tick_params(labelsize=7, length=0)
+
+
+def _columns(points: Curve) -> tuple[list[int], list[float]]:
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def _finite(points: Curve) -> list[tuple[int, float]]:
+    return [(step, value) for step, value in points if value is not None and math.isfinite(value)]
+
+
+def _smooth(points: Curve) -> list[tuple[int, float]]:
+    """Centred running mean over a twentieth of the curve."""
+    reach = len(points) // 40
+    windows = (points[max(0, i - reach) : i + reach + 1] for i in range(len(points)))
+    return [(step, sum(v for _, v in window) / len(window)) for (step, _), window in zip(points, windows, strict=True)]
+
+
+def _short(label: str) -> str:
+    """Long labels often differ in their last letters only: the middle goes."""
+    return label if len(label) <= MAX_LABEL else f"{label[: MAX_LABEL - 7]}…{label[-6:]}"
+
+
+def _count(number: int) -> str:
+    return str(number) if number < 10_000 else f"{number / 1000:.0f}k"
+
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999", "#000000")
+"""Okabe and Ito's, readers with any colour vision tell them apart."""
+
+
+MAX_COLOURED = len(COLOURS)
+
+
+def embedding_figure(points_NP: np.ndarray, labels: Sequence[Any], *, title: str) -> Figure:
+    """Scatter plot of the two directions in which the embeddings differ most.
+
+    Args:
+        points_NP: embeddings.
+        labels: per post a number (coloured along a scale), a name, or a list of names. Of many names the commonest keep
+            a colour of their own and the rest shares one.
+        title: what is shown.
+    """
+    plane_N2, kept = principal_plane(points_NP)
+    figure = Figure(figsize=(5.2, 4.0), dpi=110, layout="constrained")
+    panel = figure.add_subplot()
+    dots = dict(s=9, alpha=0.75, linewidths=0)
+    if all(isinstance(label, float | int) for label in labels):
+        shown = panel.scatter(*plane_N2.T, c=np.array(labels, dtype=np.float64), cmap="cividis", **dots)
+        figure.colorbar(shown, ax=panel, shrink=0.8).ax.tick_params(labelsize=7)
+    else:
+        names = np.array([label if isinstance(label, str) else " + ".join(label) or "none" for label in labels])
+        found, counts = np.unique(names, return_counts=True)
+        common = found[np.argsort(-counts, kind="stable")]
+        own = common if len(common) <= MAX_COLOURED else common[: MAX_COLOURED - 1]
+        for name, colour in zip(own, COLOURS, strict=False):
+            panel.scatter(*plane_N2[names == name].T, color=colour, label=name, **dots)
+        if len(own) < len(common):
+            rest = ~np.isin(names, own)
+            panel.scatter(*plane_N2[rest].T, color=COLOURS[-1], label=f"{len(common) - len(own)} others", **dots)
+        panel.legend(fontsize=7, frameon=False, markerscale=1.6, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    panel.set_xlabel(f"first axis ({100 * kept[0]:.0f} % of the variance)", fontsize=8)
+    panel.set_ylabel(f"second axis ({100 * kept[1]:.0f} %)", fontsize=8)
+    panel.tick_params(labelsize=7)
+    panel.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title, fontsize=10)
+    return figure
+
+
+def principal_plane(points_NP: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Coordinates (N, 2) along the two principal axes, and the share of the variance along each.
+
+    An axis' sign is settled by its largest entry, so pictures of one run do not flip.
+    """
+    centred = points_NP - points_NP.mean(axis=0)
+    _, values, axes = np.linalg.svd(centred, full_matrices=False)
+    values, axes = np.append(values, 0.0), np.vstack([axes, np.zeros(axes.shape[1])])
+    axes = axes[:2] * np.sign(axes[:2][[0, 1], np.abs(axes[:2]).argmax(axis=1)])[:, None]
+    power = values**2
+    return centred @ axes.T, power[:2] / max(power.sum(), np.finfo(np.float64).tiny)
+
+
+Bins = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Rows, sum of their probabilities, and rows that came true, per bin."""
+
+
+BEFORE_AND_AFTER = (RED, BLUE)
+
+
+def reliability_figure(curves: Mapping[str, Bins], *, title: str) -> Figure:
+    """Frequency over probability, a dot per bin, its area the share of rows; on the diagonal both are equal.
+
+    Args:
+        curves: legend -> bins, two at most; the first in orange, the second in blue.
+        title: of the figure.
+    """
+    figure = Figure(figsize=(4.6, 4.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    panel = figure.add_subplot()
+    panel.plot([0, 1], [0, 1], color=INK, linewidth=0.8, linestyle=":")
+    for colour, (name, (counts, sums, hits)) in zip(BEFORE_AND_AFTER, curves.items(), strict=False):
+        used = counts > 0
+        sure, true, share = sums[used] / counts[used], hits[used] / counts[used], counts[used] / counts.sum()
+        panel.plot(sure, true, color=colour, linewidth=1.2, label=name, clip_on=False)
+        panel.scatter(sure, true, s=8 + 240 * share, color=colour, alpha=0.55, linewidths=0, clip_on=False)
+    panel.set(xlim=(0, 1), ylim=(0, 1), xlabel="probability given", ylabel="share that came true")
+    panel.set_title(title, fontsize=9)
+    panel.grid(color=GRID, linewidth=0.5)
+    panel.tick_params(labelsize=7)
+    panel.legend(fontsize=7, frameon=False, loc="upper left")
+    return figure

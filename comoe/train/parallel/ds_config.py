@@ -1,0 +1,231 @@
+"""The DeepSpeed JSON: every "auto" filled from the recipe, every clash refused before anything is built."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from comoe.config.recipe import Recipe
+from comoe.data.sampling.sampler import posts_per_forward
+from comoe.models.moe.block import MIXTURE_PATTERN
+
+AUTO = "auto"
+
+
+SECTIONS = ("zero_optimization", "bf16", "expert_parallel", "data_types")
+"""Keys of the DeepSpeed JSON that hold an object."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How one run lies over its ranks."""
+
+    world_size: int
+    """Ranks W."""
+    ep_size: int
+    """Ranks that share one set of experts."""
+    stage: int
+    """ZeRO stage, 1 to 3."""
+    micro_batch_size: int
+    """Posts per forward pass on one rank."""
+    accumulation: int
+    """Forward passes per optimizer step."""
+    bf16: bool
+    """Parameters in bfloat16, float32 masters and gradient sums."""
+
+
+def plan_layout(recipe: Recipe, settings: Mapping[str, Any], *, world_size: int, gpu: bool) -> Layout:
+    """Settle the numbers that depend on the ranks.
+
+    Raises:
+        ValueError: naming the key, the value and the valid ones.
+    """
+    stage = settings.get("zero_optimization", {}).get("stage", 0)
+    if stage not in (1, 2, 3):
+        raise ValueError(f"zero_optimization.stage ({stage}) must be 1, 2 or 3: stage 0 clips wrongly with experts.")
+    precision = settings.get("bf16", {}).get("enabled", AUTO)
+    batch = recipe.train.batch_size
+    asked = recipe.loss.contrastive.chunk_size or recipe.train.micro_batch_size
+    micro = posts_per_forward(asked, batch_size=batch, world_size=world_size)
+    return Layout(
+        world_size=world_size,
+        ep_size=_ep_size(recipe, settings, world_size),
+        stage=stage,
+        micro_batch_size=micro,
+        accumulation=math.ceil(batch / (micro * world_size)),
+        bf16=gpu if precision == AUTO else bool(precision),
+    )
+
+
+def _ep_size(recipe: Recipe, settings: Mapping[str, Any], world_size: int) -> int:
+    experts = recipe.model.moe.num_experts
+    if experts == 0:
+        return 1
+    valid = [size for size in range(1, world_size + 1) if world_size % size == 0 and experts % size == 0]
+    asked = recipe.parallel.ep_size
+    written = settings.get("expert_parallel", {}).get("autoep_size", AUTO)
+    if asked == AUTO and written != AUTO:
+        asked = written
+    if asked == AUTO:
+        return valid[-1]
+    if asked not in valid:
+        raise ValueError(
+            f"parallel.ep_size ({asked}) must divide both the ranks ({world_size}) and model.moe.num_experts "
+            f"({experts}); set it to one of {valid}."
+        )
+    return int(asked)
+
+
+def load_settings(path: Path) -> dict[str, Any]:
+    """Read the DeepSpeed JSON; ValueError with file and line when it is not one."""
+    if not path.is_file():
+        raise ValueError(f"--deepspeed {path}: no such file; the ready ones are in ds_configs/.")
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line {error.lineno}: {error.msg}; the file must be one JSON object.") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path}: the file must be one JSON object, not a {type(settings).__name__}.")
+    for name in SECTIONS:
+        if not isinstance(settings.get(name, {}), dict):
+            raise ValueError(f"{path}: {name} is {settings[name]!r}; it must be an object, as in zero2.json.")
+    return settings
+
+
+def fill_settings(settings: Mapping[str, Any], recipe: Recipe, layout: Layout, *, gpu: bool) -> dict[str, Any]:
+    """The complete DeepSpeed configuration of this run.
+
+    Args:
+        settings: the JSON as read; numbers that the recipe owns are "auto", absent, or equal to the recipe's.
+
+    Raises:
+        ValueError: a clash with the recipe, a section that the recipe owns, or an "auto" that nothing fills.
+    """
+    for section in ("optimizer", "scheduler", "fp16", "elasticity"):
+        if section in settings:
+            raise ValueError(f"{section} must not be in the DeepSpeed JSON: {_OWNED[section]}")
+    values = _values(recipe, layout, gpu=gpu)
+    filled = _fill(settings, values, prefix="")
+    for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
+        filled[key] = values[key]
+    filled.setdefault("gradient_clipping", values["gradient_clipping"])
+    filled.setdefault("bf16", {"enabled": layout.bf16})
+    if layout.bf16:
+        # bf16 sums of gradients lose small ones; accumulation would not equal the large batch.
+        filled.setdefault("data_types", {"grad_accum_dtype": "fp32"})
+    else:
+        filled.pop("data_types", None)
+    filled["optimizer"] = _optimizer(recipe)
+    # Our optimizers are torch's own; DeepSpeed asks for this word before it shards them.
+    filled["zero_allow_untested_optimizer"] = True
+    filled["zero_optimization"] = {**filled["zero_optimization"]}
+    if "offload_optimizer" in filled["zero_optimization"]:
+        filled["zero_force_ds_cpu_optimizer"] = False
+    filled["steps_per_print"] = 2**31
+    filled["expert_parallel"] = _expert_parallel(filled.get("expert_parallel", {}), recipe, values)
+    return filled
+
+
+_OWNED = {
+    "optimizer": "train.optimizer, train.learning_rate and train.weight_decay of the recipe set it.",
+    "scheduler": "train.schedule and train.warmup_fraction of the recipe set it.",
+    "fp16": "use bf16; float16 needs a loss scale that skips steps.",
+    "elasticity": "DeepSpeed removed it; start the run again with --resume.",
+}
+
+
+def _values(recipe: Recipe, layout: Layout, *, gpu: bool) -> dict[str, Any]:
+    return {
+        "train_batch_size": layout.micro_batch_size * layout.accumulation * layout.world_size,
+        "train_micro_batch_size_per_gpu": layout.micro_batch_size,
+        "gradient_accumulation_steps": layout.accumulation,
+        "gradient_clipping": recipe.train.max_grad_norm,
+        "bf16.enabled": layout.bf16,
+        "expert_parallel.autoep_size": layout.ep_size,
+        "expert_parallel.top_k": recipe.model.moe.top_k,
+        "expert_parallel.use_grouped_mm": gpu,
+    }
+
+
+def _fill(section: Mapping[str, Any], values: Mapping[str, Any], *, prefix: str) -> dict[str, Any]:
+    filled: dict[str, Any] = {}
+    for key, value in section.items():
+        path = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            filled[key] = _fill(value, values, prefix=f"{path}.")
+        elif value == AUTO:
+            if path not in values:
+                raise ValueError(f'{path} is "auto" in the DeepSpeed JSON, but nothing fills it; write a value.')
+            filled[key] = values[path]
+        else:
+            if (
+                path in values
+                and path not in ("bf16.enabled", "expert_parallel.use_grouped_mm")
+                and value != values[path]
+            ):
+                raise ValueError(
+                    f"{path} is {value} in the DeepSpeed JSON and {values[path]} by the recipe and the ranks; "
+                    f'write "auto" in the JSON, or make the two agree.'
+                )
+            filled[key] = value
+    return filled
+
+
+def _optimizer(recipe: Recipe) -> dict[str, Any]:
+    train = recipe.train
+    return {"type": _OPTIMIZERS[train.optimizer][0], "params": _OPTIMIZERS[train.optimizer][1](train)}
+
+
+def _expert_parallel(section: Mapping[str, Any], recipe: Recipe, values: Mapping[str, Any]) -> dict[str, Any]:
+    if recipe.model.moe.num_experts == 0:
+        return {"enabled": False}
+    for key, value in _AUTOEP.items():
+        if section.get(key, value) != value:
+            raise ValueError(
+                f"expert_parallel.{key} is {json.dumps(section[key])} in the DeepSpeed JSON, but comoe's experts need "
+                f"{json.dumps(value)}; leave the key out (model.moe.num_experts=0 switches the experts off)."
+            )
+    return {
+        "use_grouped_mm": values["expert_parallel.use_grouped_mm"],
+        **section,
+        **_AUTOEP,
+        "autoep_size": values["expert_parallel.autoep_size"],
+        "top_k": recipe.model.moe.top_k,
+    }
+
+
+_AUTOEP = {
+    "enabled": True,
+    "moe_layer_pattern": MIXTURE_PATTERN,
+    "router_pattern": "gate",
+    "expert_pattern": "experts",
+    "expert_w1": "gate_up_proj",
+    "expert_w2": "down_proj",
+    "expert_w3": None,
+    # The gate's weights multiply what the experts say, not what they hear: the paper's form.
+    "score_apply": "post",
+}
+"""What AutoEP must be told of the blocks in ``comoe.models.moe.block``."""
+
+
+_OPTIMIZERS = {
+    "adamw": (
+        "AdamW",
+        # torch_adam: DeepSpeed's own Adam would be compiled for a minute on a CPU.
+        lambda train: {
+            "lr": train.learning_rate,
+            "betas": train.betas,
+            "eps": train.epsilon,
+            "weight_decay": train.weight_decay,
+            "torch_adam": True,
+        },
+    ),
+    "sgd": (
+        "SGD",
+        lambda train: {"lr": train.learning_rate, "momentum": train.momentum, "weight_decay": train.weight_decay},
+    ),
+}

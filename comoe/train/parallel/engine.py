@@ -1,0 +1,153 @@
+"""One optimizer step over several micro-batches, and forwards without gradient: what the trainer sees of DeepSpeed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from comoe.config.recipe import Recipe
+from comoe.distributed import sum_over_ranks
+from comoe.losses.contrastive.gradcache import Cached, targets_of
+from comoe.losses.weighting.gradient_surgery import gram_over_ranks
+from comoe.models.moe.gate import BALANCES
+from comoe.types import Batch, ModelOutput, StepOutput
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """What one optimizer step did."""
+
+    loss: Tensor
+    """This rank's mean over micro-steps, scalar; the mean over ranks is the global loss."""
+    terms: Mapping[str, Tensor]
+    """The same for each term."""
+    outputs: Sequence[StepOutput]
+    """One per micro-step, detached from the graph by backward."""
+    grad_norm: float | None
+    """Global norm before clipping; None where DeepSpeed does not compute it."""
+    skipped: bool
+    """True when a loss or gradient was not finite on any rank: no weight was changed."""
+
+
+class Engine:
+    """Wraps the DeepSpeed engine; owns learning rates and the balance bias."""
+
+    def __init__(self, deepspeed_engine: Any, recipe: Recipe) -> None:
+        self.deepspeed = deepspeed_engine
+        self.recipe = recipe
+        self.device = deepspeed_engine.device
+        groups = deepspeed_engine.optimizer.param_groups
+        # Stage 3 overwrites these with the first group's when it loads; see ``restore_groups``.
+        self._group_settings = [(group["lr"], group["weight_decay"], group["name"]) for group in groups]
+        self._roles = [group["role"] for group in groups]
+
+    @property
+    def objective(self) -> Any:
+        """The wrapped module; its experts are this rank's share."""
+        return self.deepspeed.module
+
+    def set_rate_factor(self, factor: float) -> dict[str, float]:
+        """Set every group's rate to its peak times ``factor``; returns role -> rate."""
+        rates = {}
+        for group, (peak, _, _), role in zip(
+            self.deepspeed.optimizer.param_groups, self._group_settings, self._roles, strict=True
+        ):
+            group["lr"] = peak * factor
+            rates[role] = group["lr"]
+        return rates
+
+    def restore_groups(self) -> None:
+        """Undo what loading a stage-3 checkpoint does to the parameter groups and to Adam's step counts."""
+        inner = getattr(self.deepspeed.optimizer, "optimizer", self.deepspeed.optimizer)
+        for group, (peak, decay, name) in zip(inner.param_groups, self._group_settings, strict=True):
+            group.update(lr=peak, weight_decay=decay, name=name)
+        for state in inner.state.values():
+            if isinstance(state.get("step"), Tensor):
+                # One tensor shared by all sub-groups would advance once per sub-group.
+                state["step"] = state["step"].clone()
+
+    def train_step(self, batches: Sequence[Batch]) -> StepReport:
+        """Forward and backward over the micro-batches, then one optimizer step. Every rank, equally many batches."""
+        self.deepspeed.train()
+        self.objective.begin_step()
+        outputs: list[StepOutput] = []
+        skipped_before = self.deepspeed.skipped_steps
+        # ZeRO 1 in bf16 adds the gradients of each backward pass to float32 sums, and would clear them by a hook on
+        # what the model answers; on a record it finds no place for one, and a step's first gradients would count once
+        # for each of its micro-steps.
+        clear = getattr(self.deepspeed.optimizer, "clear_lp_grads", lambda: None)
+        gram_TT = self._gram(batches)
+        for batch, cached in zip(batches, self._first_pass(batches), strict=True):
+            output: StepOutput = self.deepspeed(batch.to(self.device), cached=cached, gram_TT=gram_TT)
+            # A loss that is not finite must not change a weight, wherever the graph swallows it: the poisoned
+            # gradient reaches DeepSpeed's own check, which skips the step on all ranks and clears what was summed.
+            clear()
+            poison = torch.where(torch.isfinite(output.loss.detach()), 1.0, torch.nan)
+            self.deepspeed.backward(output.loss * poison)
+            self.deepspeed.step()
+            # Texts, pictures and states wait for nothing any more, and the step may have many micro-batches.
+            outputs.append(replace(output, output=replace(output.output, image_text=None, sharing=None)))
+        skipped = self.deepspeed.skipped_steps > skipped_before
+        if not skipped:
+            self._update_balance([output.output for output in outputs])
+            self.objective.end_step(outputs, batches)
+        norm = self.deepspeed.get_global_grad_norm()
+        return StepReport(
+            loss=torch.stack([output.loss.detach().float() for output in outputs]).mean(),
+            terms=_mean_terms(outputs),
+            outputs=outputs,
+            grad_norm=None if norm is None else float(norm),
+            skipped=skipped,
+        )
+
+    def _first_pass(self, batches: Sequence[Batch]) -> Sequence[Cached | None]:
+        """GradCache: the contrastive gradients of the whole step; None for each micro-batch where it is off."""
+        if self.recipe.loss.contrastive.chunk_size is None or not self.objective.caches:
+            return [None] * len(batches)
+        # The second pass draws the same dropout: nothing else may draw between its micro-batches.
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), torch.no_grad():
+            passes = [self.deepspeed(batch.to(self.device), embed=True) for batch in batches]
+        return self.objective.contrast([targets_of(batch).to(self.device) for batch in batches], passes)
+
+    def _gram(self, batches: Sequence[Batch]) -> Tensor | None:
+        """Inner products of the tasks' gradients over the whole step, by a pass of its own over all micro-batches.
+
+        None where the weighting does not read them, or the only micro-batch finds them itself.
+        """
+        if not self.objective.weighting.reads_gradients or len(batches) == 1:
+            return None
+        # The same dropout is drawn again when the weights are trained, as for GradCache.
+        devices = [self.device] if self.device.type == "cuda" else []
+        total = torch.zeros(())
+        with torch.random.fork_rng(devices), torch.no_grad():
+            for batch in batches:
+                found_TMM = self.deepspeed(batch.to(self.device), gradients=True)
+                total = total.to(found_TMM) + found_TMM / len(batches)
+        return gram_over_ranks(total)
+
+    @torch.no_grad()
+    def forward(self, batch: Batch) -> ModelOutput:
+        """The model's answer in evaluation mode. Every rank must call it equally often: a forward is an all-to-all."""
+        self.deepspeed.eval()
+        return self.deepspeed(batch.to(self.device), evaluate=True)
+
+    def _update_balance(self, outputs: Sequence[ModelOutput]) -> None:
+        layers = self.objective.model.moe_layers()
+        if not layers:
+            return
+        # Loads of the whole optimizer step: all micro-steps, all ranks, real tokens only.
+        steps_ALE = torch.stack([torch.stack([routing.counts_E for routing in output.routings]) for output in outputs])
+        loads_LE = sum_over_ranks(steps_ALE.sum(0).double())
+        moe = self.recipe.model.moe
+        for layer, load_E in zip(layers, loads_LE, strict=True):
+            BALANCES[moe.balance](layer.mixture.router.e_score_correction_bias, load_E, moe.balance_rate)
+
+
+def _mean_terms(outputs: Sequence[StepOutput]) -> dict[str, Tensor]:
+    names = outputs[0].terms.keys()
+    return {name: torch.stack([output.terms[name].detach().float() for output in outputs]).mean() for name in names}

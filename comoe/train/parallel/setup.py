@@ -1,0 +1,234 @@
+"""From the plain PyTorch model to a DeepSpeed engine: process group, AutoEP with our gate, ZeRO, parameter groups.
+
+The contact with DeepSpeed's internals (AutoEP is unversioned) is all here, held by one contract test.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import io
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
+from datetime import timedelta
+from itertools import pairwise
+from typing import Any
+
+import deepspeed
+import deepspeed.comm
+import torch
+from deepspeed.module_inject import auto_ep_layer
+from deepspeed.runtime.fp16.loss_scaler import LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from torch import Tensor, nn
+
+from comoe.config.recipe import Recipe
+from comoe.distributed import all_gather_in_group
+from comoe.losses.objective import Objective
+from comoe.models.encoders.pretrained import split_as_it_loads
+from comoe.train.environment import M_MMAP_THRESHOLD, set_thresholds
+from comoe.train.parallel.autoep import CooperativeRouter, our_classes
+
+BLOCK_CHILDREN = ("norm", "task_projection", "mixture", "shared")
+"""Modules of a ``CooperativeBlock``; a path that merely holds the word block, as every layer of a T5 does, goes on with
+another."""
+
+
+def parameter_group(name: str) -> str:
+    """Which learning rate a parameter follows: "encoder", "experts" or "heads", from its path.
+
+    Blocks, the task embedding and private parts are "experts": all that is new beside or behind the pre-trained layers.
+    """
+    parts = name.split(".")
+    child = next((part for part in parts if part in PARAMETER_GROUPS), None)
+    assert child, f"{name} lies in none of the modules {', '.join(PARAMETER_GROUPS)} of MultiTaskModel"
+    # The blocks live inside the encoder they are attached to.
+    in_block = any(part == "block" and following in BLOCK_CHILDREN for part, following in pairwise(parts))
+    return "experts" if child == "encoder" and in_block else PARAMETER_GROUPS[child]
+
+
+PARAMETER_GROUPS: dict[str, str] = {
+    "encoder": "encoder",
+    "task_embedding": "experts",
+    "heads": "heads",
+    "projection": "heads",
+    "tower": "encoder",
+    "fusion": "heads",
+    "image_text": "heads",
+    "private": "experts",
+}
+"""Child of ``MultiTaskModel`` -> group of its parameters."""
+
+
+def start_ranks(*, timeout_seconds: float, verbose: bool = False) -> torch.device:
+    """Join the process group that the launcher described; returns this rank's device."""
+    # DeepSpeed sets up its logger on import, after the environment was read.
+    if not verbose:
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # On a CPU DeepSpeed would compile a shared-memory all-reduce first: a minute, a lock file that outlives a killed
+    # process, 69 MB per rank that stay in /dev/shm for ever, and nothing that training calls (only
+    # ``inference_all_reduce`` does).
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    gpu = torch.cuda.is_available()
+    if gpu:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    # It prints, past every logger, that it built its shared-memory collectives.
+    with nullcontext() if verbose else redirect_stdout(io.StringIO()):
+        deepspeed.init_distributed(
+            dist_backend="nccl" if gpu else "gloo",
+            auto_mpi_discovery=False,
+            verbose=False,
+            timeout=timedelta(seconds=timeout_seconds),
+        )
+    return torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
+
+
+@contextmanager
+def building(settings: Mapping[str, Any]) -> Iterator[None]:
+    """The context to build the objective in: at ZeRO 3 its encoder is split over the ranks while it is read.
+
+    Always at stage 3, whatever the size: so what is tested on small encoders is what large ones run.
+
+    Args:
+        settings: complete DeepSpeed configuration.
+    """
+    if settings["zero_optimization"]["stage"] != 3:
+        yield
+        return
+    with _memory_goes_back(), split_as_it_loads(settings):
+        yield
+
+
+@contextmanager
+def _memory_goes_back() -> Iterator[None]:
+    # glibc learns from each large block that is freed to keep the next ones, up to 32 MiB. Whole weights between shares
+    # that stay then leave holes, measured as large as the whole encoder. Afterwards it keeps what it kept before, or
+    # would have learned to, which is fast: batches come and go.
+    libc = ctypes.CDLL(None) if os.name == "posix" else None
+    if not hasattr(libc, "gnu_get_libc_version"):
+        yield
+        return
+    libc.mallopt(M_MMAP_THRESHOLD, 128 << 10)
+    try:
+        yield
+    finally:
+        set_thresholds(libc)
+
+
+def build_deepspeed_engine(objective: Objective, recipe: Recipe, settings: Mapping[str, Any]) -> Any:
+    """Shard experts and optimizer over the ranks.
+
+    Args:
+        objective: plain PyTorch, the same on every rank, built in the context of ``building``.
+        settings: complete DeepSpeed configuration, see ``comoe.train.parallel.ds_config.fill_settings``.
+    """
+    groups = parameter_groups(objective, recipe)
+    if any(hasattr(parameter, "ds_id") for parameter in objective.parameters()):
+        _match_split_weights(objective, bf16=settings["bf16"]["enabled"])
+    with our_classes(recipe.model.moe):
+        engine, _, _, _ = deepspeed.initialize(model=objective, model_parameters=groups, config=dict(settings))
+    for module in engine.module.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            # Where a part came split already, DeepSpeed moves no buffer.
+            module._buffers[name] = buffer.to(engine.device)
+        if isinstance(module, CooperativeRouter):
+            # bf16 casts buffers too, and a step of 0.001 is lost in it.
+            module.e_score_correction_bias = module.e_score_correction_bias.float()
+    return engine
+
+
+def _match_split_weights(objective: nn.Module, *, bf16: bool) -> None:
+    # Where a part came split already, DeepSpeed takes the precision of the rest as it is.
+    for parameter in objective.parameters():
+        if bf16 and not hasattr(parameter, "ds_id"):
+            parameter.data = parameter.data.bfloat16()
+
+
+def parameter_groups(objective: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
+    """Optimizer groups: encoder, experts, heads, each with and without weight decay, and what a weighting learns.
+    Frozen parameters are left out."""
+    rates = {
+        "encoder": recipe.train.learning_rate,
+        "experts": recipe.train.expert_learning_rate,
+        "heads": recipe.train.head_learning_rate,
+        "weighting": recipe.loss.weighting_rate,
+    }
+    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    for name, parameter in objective.named_parameters():
+        if parameter.requires_grad:
+            # Norms, biases and single vectors have one dimension, a task's pooling query too.
+            # A split weight is flat.
+            matrix = len(getattr(parameter, "ds_shape", parameter.shape)) > 1
+            # What a loss learns (temperatures) follows the heads: as new as they are.
+            role = {"losses": "heads", "weighting": "weighting"}.get(name.split(".")[0]) or parameter_group(name)
+            groups.setdefault((role, matrix), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "name": f"{role}/{'decay' if decay else 'plain'}",
+            "role": role,
+            "lr": rates[role],
+            "weight_decay": recipe.train.weight_decay if decay else 0.0,
+        }
+        for (role, decay), parameters in groups.items()
+    ]
+
+
+def reading_optimizer_state() -> AbstractContextManager[None]:
+    """Context in which ``torch.load(..., weights_only=True)`` reads DeepSpeed's optimizer states: two classes more."""
+    return torch.serialization.safe_globals([LossScaler, ZeroStageEnum])
+
+
+def gather_full_state(engine: Any) -> dict[str, Tensor]:
+    """All weights and buffers under the plain model's names, float32, on the CPU. Every rank must call it.
+
+    Experts are gathered over the ranks that share them and put back into AutoEP's source layout. Rank 0 gets all; the
+    other ranks an empty dict.
+    """
+    keep = deepspeed.comm.get_rank() == 0
+    state: dict[str, Tensor] = {}
+    model = engine.module.model
+    layers = {
+        name: module for name, module in model.named_modules() if isinstance(module, auto_ep_layer.AutoEPMoELayer)
+    }
+    for name, layer in layers.items():
+        parts = {key: _gather_experts(layer, getattr(layer.experts, key)) for key in ("w1", "w2", "w3")}
+        state[f"{name}.experts.gate_up_proj"] = torch.cat([parts["w1"], parts["w3"]], dim=1)
+        state[f"{name}.experts.down_proj"] = parts["w2"]
+        if not keep:
+            state.clear()
+    for name, tensor in [*model.named_parameters(), *_persistent_buffers(model)]:
+        if any(name.startswith(f"{layer}.experts.") for layer in layers):
+            continue
+        with deepspeed.zero.GatheredParameters([tensor], enabled=hasattr(tensor, "ds_id")):
+            if keep:
+                state[_plain_name(name, layers)] = _to_host(tensor)
+    return state
+
+
+def _gather_experts(layer: Any, parameter: nn.Parameter) -> Tensor:
+    with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+        local = parameter.detach().clone()
+    return all_gather_in_group(local, layer.ep_group).float().cpu()
+
+
+def _persistent_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
+    return [
+        (f"{prefix}.{name}" if prefix else name, buffer)
+        for prefix, module in model.named_modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if name not in module._non_persistent_buffers_set
+    ]
+
+
+def _plain_name(name: str, layers: Mapping[str, Any]) -> str:
+    for layer in layers:
+        name = name.replace(f"{layer}.router.gate.", f"{layer}.gate.")
+        name = name.replace(f"{layer}.router.e_score_correction_bias", f"{layer}.gate.e_score_correction_bias")
+    return name
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach().cpu()
+    return tensor.float().clone() if tensor.is_floating_point() else tensor.clone()

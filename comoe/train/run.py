@@ -1,0 +1,237 @@
+"""One training run, from the recipe to the export: what ``launch/train.py`` calls."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from comoe.config.load import load_recipe
+from comoe.config.recipe import Recipe
+from comoe.distributed import barrier, broadcast_object, is_main, lost_connection, wait_for_ranks_up_to
+from comoe.train.environment import prepare_process
+from comoe.train.fault.signals import StopSignal
+from comoe.train.fault.supervisor import is_child, restart_in_words
+from comoe.train.fault.watchdog import LOST, PREPARING, Watchdog
+from comoe.train.run_folder import OWN_SETTINGS, begun_by_this_start, refuse_taken, take, write_beginning
+from comoe.train.state import ALL_STEPS
+
+A_DAY = 86400.0
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """The command line of one run."""
+
+    config: Path | None = None
+    """Recipe; None with ``resume``."""
+    deepspeed: Path | None = None
+    """DeepSpeed JSON; None with ``resume`` takes the run's own."""
+    overrides: Sequence[str] = ()
+    """``key=value`` words."""
+    resume: Path | None = None
+    """Run folder to go on with; its own recipe is used then."""
+    dry_run: bool = False
+    """Print what would happen, and end."""
+    gpus: int = 0
+    """Plan the dry run for so many GPUs; 0 for this machine."""
+
+
+def run_and_exit(request: Request, stop: StopSignal | None = None) -> None:
+    """Train, and leave. Does not return.
+
+    Exit codes: 0 done or stopped by a signal, 2 with one clear sentence where the user can mend it before training
+    begins, 3 training cannot go on, 4 another rank is lost, 130 interrupted before training, 1 anything else, with its
+    traceback.
+    """
+    watch = Watchdog()
+    code, said, shown = 0, "", ""
+    try:
+        train(request, stop, watch)
+    except KeyboardInterrupt:
+        # Outside of the training loop, which notes the signal and saves.
+        code, said = 130, "interrupted; what was saved before is whole."
+    except Exception as error:
+        code, said, shown = _judge(error, request, watch)
+    watch.leave(code, said)
+    if code:
+        _say_error(said, shown)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # gloo's threads sometimes abort an ordinary exit after all is done; see deepspeed_notes.
+    os._exit(code)
+
+
+def _judge(error: Exception, request: Request, watch: Watchdog) -> tuple[int, str, str]:
+    """Exit code, what to say, and the traceback where it is wanted."""
+    plain = isinstance(error, (ValueError, OSError))
+    if plain and watch.phase == PREPARING:
+        return 2, str(error), traceback.format_exc() if _is_verbose(request) else ""
+    from comoe.train.trainer import TrainingStopped
+
+    if isinstance(error, TrainingStopped):
+        return 3, str(error), ""
+    # A pipe or a disk that breaks is no rank.
+    if not plain and lost_connection(error):
+        watch.explain(error)
+        return LOST, f"no connection to the other ranks: {error}", ""
+    return 1, f"{type(error).__name__}: {error}", traceback.format_exc()
+
+
+def _is_verbose(request: Request) -> bool:
+    try:
+        return _load(request).run.verbose
+    except (ValueError, OSError):
+        # The recipe itself is wrong, and the one sentence says where.
+        return False
+
+
+def _say_error(said: str, shown: str) -> None:
+    # Usually every rank fails alike and one message is enough. The others wait for the launcher to end them and speak
+    # only if it does not, because then the error is theirs alone.
+    if not is_main() or int(os.environ.get("RANK", "0")):
+        time.sleep(3)
+    print(f"{shown}comoe: rank {os.environ.get('RANK', '0')}: {said}", file=sys.stderr)
+
+
+def train(request: Request, stop: StopSignal | None = None, watch: Watchdog | None = None) -> None:
+    """Run one recipe to its end; see the module for the order of things.
+
+    Args:
+        request: the command line.
+        stop: one that was made when the process began.
+        watch: not started yet.
+
+    Raises:
+        ValueError: something that the user can mend; the message says what.
+    """
+    watch = watch or Watchdog()
+    recipe = _load(request)
+    prepare_process(verbose=recipe.run.verbose)
+    # DeepSpeed reads the environment when it is imported, so nothing that imports it may come earlier.
+    from comoe.train.build import assemble
+    from comoe.train.parallel.ds_config import load_settings
+
+    device = _join_ranks(recipe, watch)
+    folder = request.resume or Path(recipe.run.output_dir) / recipe.run.name
+    if not request.dry_run and request.resume is None and begun_by_this_start(folder):
+        request = replace(request, config=None, resume=folder)
+        recipe = _load(request)
+    watch.advice = "The last whole checkpoint is good"
+    watch.advice += "." if is_child() else f": go on with --resume {folder}."
+    _say_doubts(recipe)
+    fresh = not request.dry_run and request.resume is None
+    if fresh:
+        refuse_taken(folder, overwrite=recipe.run.overwrite)
+    deepspeed_json = request.deepspeed or _own_settings(folder)
+    run = assemble(
+        recipe,
+        deepspeed_json,
+        folder=folder,
+        on_ready=lambda: take(folder, fresh=fresh),
+        device=device,
+        dry_run=request.dry_run,
+        resume=request.resume is not None,
+        planned_gpus=request.gpus,
+    )
+    if run is None:
+        return
+    # The groups that DeepSpeed made too.
+    wait_for_ranks_up_to(max(A_DAY, recipe.parallel.timeout_seconds))
+    run.trainer.watch = watch
+    state = run.trainer.state
+    if state.finished == ALL_STEPS and state.step < run.trainer.schedule.total:
+        state.finished = ""
+    finished_before = bool(state.finished)
+    if is_main() and not finished_before:
+        # Not over a finished run: its recipe is the one that its results came from, whatever was typed now.
+        write_beginning(run, own_settings=load_settings(deepspeed_json))
+        if restarted := restart_in_words():
+            run.trainer.monitor.log_event({"event": "restart", "step": state.step, **restarted})
+    _train_and_finish(run, stop, finished_before=finished_before)
+    run.trainer.monitor.close()
+    barrier()
+
+
+def _train_and_finish(run: Any, stop: StopSignal | None, *, finished_before: bool) -> None:
+    folder, state = run.folder, run.trainer.state
+    if finished_before and is_main():
+        print(
+            f"{folder} is finished ({state.finished}, step {state.step}); nothing to do. Train it anew with "
+            f"run.overwrite=true, further with a larger train.max_steps or train.epochs."
+        )
+    # From here on an error is no mistake of the user's: all that the user brings has been read.
+    run.trainer.watch.enter("finishing" if finished_before else "first step")
+    if not finished_before:
+        run.trainer.run(stop)
+    if state.finished and not (finished_before and _written_out(folder, state.step)):
+        from comoe.train.finalize import finish
+
+        finish(run)
+    elif finished_before and is_main():
+        from comoe.train.finalize import print_results
+
+        print_results(folder, run.tasks)
+    elif is_main():
+        print(f"stopped; go on with: --resume {folder}")
+
+
+def _join_ranks(recipe: Recipe, watch: Watchdog) -> Any:
+    from comoe.train.parallel.setup import start_ranks
+
+    seconds = recipe.parallel.timeout_seconds
+    device = start_ranks(timeout_seconds=seconds, verbose=recipe.run.verbose)
+    watch.start(timeout_seconds=seconds)
+    # The watchdog knows which waits are too long; one rank may well prepare or save for hours.
+    wait_for_ranks_up_to(max(A_DAY, seconds))
+    return device
+
+
+def _written_out(folder: Path, step: int) -> bool:
+    """Whether results and export are those of this end: a run that went on further still has those of its first end."""
+    results = folder / "results.json"
+    done = is_main() and results.is_file() and (folder / "export").is_dir()
+    return broadcast_object(done and json.loads(results.read_text(encoding="utf-8"))["step"] == step)
+
+
+def _say_doubts(recipe: Recipe) -> None:
+    from comoe.train.recipe_warnings import doubts
+
+    if is_main():
+        # Not on standard output: what a dry run prints there is YAML.
+        for doubt in doubts(recipe):
+            print(f"warning: {doubt}", file=sys.stderr)
+
+
+def _load(request: Request) -> Recipe:
+    if request.resume is None:
+        if request.config is None:
+            raise ValueError("there is nothing to train: give a recipe, or --resume with a run folder.")
+        return load_recipe(request.config, request.overrides)
+    if request.config is not None:
+        raise ValueError(
+            f"--config {request.config} beside --resume {request.resume}: a run goes on by its own config.yaml. Leave "
+            f"--config out and change single options with key=value, or begin a new run without --resume."
+        )
+    saved = request.resume / "config.yaml"
+    if not saved.is_file():
+        raise ValueError(
+            f"--resume {request.resume}: no config.yaml there; give the folder of a run, such as runs/starter."
+        )
+    return load_recipe(saved, request.overrides)
+
+
+def _own_settings(folder: Path) -> Path:
+    own = folder / OWN_SETTINGS
+    if not own.is_file():
+        raise ValueError(
+            f"--resume {folder}: no {OWN_SETTINGS} there, as runs of earlier versions have none; add --deepspeed with "
+            f"the file that the run was begun with, such as ds_configs/zero2.json."
+        )
+    return own

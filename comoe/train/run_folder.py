@@ -1,0 +1,189 @@
+"""The run folder before the first step: whose it is, what it begins with, and that all machines see it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from comoe.config.load import recipe_to_yaml
+from comoe.distributed import all_gather_objects, barrier, broadcast_object, is_main, world_size
+from comoe.tasks.task import Task
+from comoe.train.environment import describe_environment
+from comoe.train.fault.supervisor import RUN_WORD
+from comoe.train.monitor.metrics_file import write_aside
+
+MARK = ".begun"
+"""Holds a word of the start that made or resumed the run."""
+
+
+PROBE = ".seen"
+"""Lies in the folder while the machines look whether they see it."""
+
+
+OWN_SETTINGS = "deepspeed.json"
+"""The DeepSpeed JSON as the user wrote it, "auto" included; ``ds_config.json`` is what it became."""
+
+
+SET_ASIDE = "set_aside.jsonl"
+"""Every row that was left out, or kept without its picture, with file, line and reason."""
+
+
+LEARNED = ("kind", "labels", "label_words", "prompt")
+"""What of a task the weights of a run depend on."""
+
+
+PATIENCE = 30.0
+"""Seconds that a network folder has to show on one machine what another one wrote."""
+
+
+def refuse_taken(folder: Path, *, overwrite: bool) -> None:
+    """Refuse a folder that holds a run already, unless told to delete it; every rank must call it.
+
+    Raises:
+        ValueError: it does; go on with it, rename, or overwrite.
+    """
+    taken = broadcast_object((folder / "config.yaml").exists() if is_main() else None)
+    if taken and not overwrite:
+        raise ValueError(
+            f"{folder} holds a run already: go on with --resume {folder}, choose another run.name, or delete it with "
+            f"run.overwrite=true."
+        )
+
+
+def check_same_tasks(folder: Path, tasks: Sequence[Task]) -> None:
+    """Refuse to go on with other tasks than a run began with: its weights would answer something else.
+
+    Args:
+        folder: of the run.
+        tasks: as the recipe, with the words of this start, has them.
+
+    Raises:
+        ValueError: other tasks, or another kind, other labels, or another prompt of one.
+    """
+    place = folder / "tasks.json"
+    if not place.is_file():
+        return
+    began = {plain["name"]: plain for plain in json.loads(place.read_text(encoding="utf-8"))}
+    now = {task.name: task.to_dict() for task in tasks}
+    advice = "give the resumed run no such words, or begin a new run with another run.name."
+    if list(began) != list(now):
+        raise ValueError(f"{folder} was begun with the tasks {', '.join(began)}, not {', '.join(now)}; {advice}")
+    for name, plain in now.items():
+        for key in LEARNED:
+            # Of an older comoe a key may lack.
+            if plain[key] != began[name].get(key, plain[key]):
+                raise ValueError(
+                    f"tasks.{name}.{key} is {plain[key]!r}, but {folder} learned {began[name][key]!r}; {advice}"
+                )
+
+
+def begun_by_this_start(folder: Path) -> bool:
+    """Whether the run in the folder is that of an earlier attempt of ``--restarts``; every rank must call it."""
+    mark = folder / MARK
+    ours = is_main() and RUN_WORD in os.environ and (folder / "config.yaml").exists() and mark.exists()
+    return broadcast_object(ours and mark.read_text(encoding="utf-8") == os.environ[RUN_WORD])
+
+
+def take(folder: Path, *, fresh: bool) -> None:
+    """Make the run folder this start's own; every rank must call it.
+
+    Args:
+        fresh: delete an earlier run in it, which goes only now that recipe, posts and encoder proved to be good, and
+            that all machines see the folder.
+
+    Raises:
+        ValueError: a machine of the run does not see the folder that rank 0 writes to.
+    """
+    word = broadcast_object(os.environ.get(RUN_WORD) or uuid.uuid4().hex)
+    if is_main():
+        folder.mkdir(parents=True, exist_ok=True)
+    if int(os.environ.get("CROSS_SIZE", "1")) > 1:
+        _refuse_unseen(folder, word)
+    if is_main():
+        if fresh and (folder / "config.yaml").exists():
+            _clear(folder)
+        write_aside(folder / MARK, word)
+    barrier()
+
+
+def write_beginning(run: Any, *, own_settings: Mapping[str, Any]) -> None:
+    """What an export and a resume need beside the weights; every file whole or not at all, ``config.yaml`` last.
+
+    Args:
+        run: what ``comoe.train.build`` built.
+        own_settings: the DeepSpeed JSON as it was read.
+    """
+    folder = run.folder
+    if not (folder / "tokenizer").is_dir():
+        aside = folder / ".tokenizer.part"
+        run.tokenizer.save_pretrained(aside)
+        aside.replace(folder / "tokenizer")
+    if run.trainer.pixels is not None:
+        # Beside the tokenizer: together they are how a post becomes numbers.
+        run.trainer.pixels.processor.save(folder / "tokenizer")
+    write_aside(folder / SET_ASIDE, "".join(json.dumps(row, default=str) + "\n" for row in run.corpus.report.rows()))
+    model = run.trainer.engine.objective.model
+    contents = {
+        "ds_config.json": run.settings,
+        OWN_SETTINGS: own_settings,
+        "environment.json": describe_environment(world_size=world_size()),
+        "encoder_config.json": model.encoder.config.to_dict(),
+        "tasks.json": [task.to_dict() for task in run.tasks],
+    }
+    if model.tower is not None:
+        contents["tower_config.json"] = model.tower.inner.config.to_dict()
+    for name, content in contents.items():
+        write_aside(folder / name, json.dumps(content, indent=1, default=str) + "\n")
+    # The file that makes a folder a run.
+    write_aside(folder / "config.yaml", recipe_to_yaml(run.recipe))
+
+
+def _refuse_unseen(folder: Path, word: str) -> None:
+    # By a file of its own: the mark of an earlier run stays what it is as long as that run is there.
+    if is_main():
+        write_aside(folder / PROBE, word)
+    barrier()
+    blind = [machine for machine in all_gather_objects(None if _sees(folder, word) else _machine()) if machine]
+    if is_main():
+        (folder / PROBE).unlink(missing_ok=True)
+    if blind:
+        raise ValueError(
+            f"{folder} is not the same folder on all machines: {', '.join(sorted(set(blind)))} cannot see what "
+            f"rank 0 wrote there. Every rank writes its part of a checkpoint into it: set run.output_dir to a "
+            f"folder that all machines share."
+        )
+
+
+def _clear(folder: Path) -> None:
+    # The folder itself stays the one that all machines have just seen, and what makes it a run goes last: who is
+    # interrupted here begins here again.
+    for entry in sorted(folder.iterdir(), key=lambda entry: entry.name == "config.yaml"):
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+
+
+def _sees(folder: Path, word: str) -> bool:
+    end = time.monotonic() + PATIENCE
+    while True:
+        try:
+            # Listing makes a network file system look again.
+            os.listdir(folder)
+            if (folder / PROBE).read_text(encoding="utf-8") == word:
+                return True
+        except OSError:
+            pass
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.5)
+
+
+def _machine() -> str:
+    return f"{os.uname().nodename} (node {os.environ.get('CROSS_RANK', '0')})"

@@ -1,0 +1,265 @@
+"""Records that travel between the layers, and the contracts of the exchangeable parts.
+
+Shape letters, as suffixes of tensor names: B rows on this rank, G rows of all ranks, L tokens per row, S real (not
+padding) tokens of all rows, M model width, F expert width, E experts, k experts per token, T tasks, Y labels, D tokens
+of an answer, P projected width, W ranks. A row is a post; or a (post, task) pair when the gate routes by task, and
+always where a decoder answers the task, whose prompt is its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+IGNORED = -100
+"""Label id of a position without a label; what torch's cross-entropy skips."""
+
+
+DOMAINS, TOKENS, ANSWER_TOKENS = -3, -2, -1
+"""Places in ``Batch.unit_scale_T`` of the mean over posts with a value that the adversarial loss predicts, over the
+encoder's real tokens, and over the tokens of the answers that a decoder is taught."""
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One micro-batch of one rank, padded to its longest row."""
+
+    input_ids_BL: Tensor
+    """Token ids, int64."""
+    attention_mask_BL: Tensor
+    """1 on real tokens, 0 on padding, int64."""
+    token_type_ids_BL: Tensor | None
+    """Segment ids, int64, where the tokenizer makes them."""
+    word_starts_BL: Tensor
+    """True on the first piece of each word of the first text, bool."""
+    task_ids_B: Tensor
+    """Index of the one task this row is for, int64; -1 where a row serves all tasks (``route_by: token``)."""
+    row_ids_B: Tensor
+    """Index of the post in its split, int64; -1 on a filler row, which only gives a rank something to run."""
+    labels: Mapping[str, Tensor] = field(default_factory=dict)
+    """Task -> targets: single_label and label_words (B,) int64, multi_label (B, Y) float, regression (B,) float, tags
+    (B, L) int64, text (B, 1 + C) int64: its number of tokens, then its characters as code points. Missing: IGNORED or
+    NaN."""
+    unit_scale_T: Tensor | None = None
+    """W * accumulation steps / units of the task in the whole optimizer step, 0 for an absent task; and behind the T
+    tasks the same at ``DOMAINS``, ``TOKENS`` and ``ANSWER_TOKENS``: (T + 3,). Set by the trainer, None outside
+    training."""
+
+    pixels_I3HW: Tensor | None = None
+    """Prepared pictures, float32, each once; at least one (blank, of row -1) where the run reads pictures, so that
+    every rank runs its tower. None where the run reads none."""
+    image_rows_I: Tensor | None = None
+    """Rows that have a picture, int64, ascending; -1 for the blank one."""
+    image_numbers_I: Tensor | None = None
+    """Which of the pixels each of these rows has, int64: a post may have a row per task. None where each has its own,
+    in this order; else there may be fewer pixels than rows."""
+    step: int = -1
+    """Optimizer step, from 0; set by the trainer, -1 outside training."""
+    progress: float = 0.0
+    """Share of the run's optimizer steps that are done, in [0, 1); set by the trainer."""
+    confidences: Mapping[str, Tensor] = field(default_factory=dict)
+    """Task that weighs its posts by confidence -> number in [0, 1], (B,), float32; 1 where a post has none."""
+    domains_B: Tensor | None = None
+    """What ``loss.adversarial`` predicts of each row, a class from 0, int64; IGNORED where a row has no value. None
+    where nothing is predicted."""
+    answers_BD: Tensor | None = None
+    """Token ids of the text that a row's task wants of the decoder, its end sign included, int64; IGNORED behind it and
+    in rows that want none. At least one column; None where no task is answered by a decoder."""
+    choices: Mapping[str, Tensor] = field(default_factory=dict)
+    """Task whose labels are words that the decoder scores -> token ids of each label's words, (Y, D), int64, IGNORED
+    behind their end sign; the same in every batch."""
+    domain_weights_B: Tensor | None = None
+    """Weight of the row in that prediction, float32: 0 without a value, and the rows of a post share its weight."""
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on another device."""
+        moved = {}
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if isinstance(value, Tensor):
+                moved[item.name] = value.to(device, non_blocking=True)
+            elif isinstance(value, Mapping):
+                moved[item.name] = {key: tensor.to(device, non_blocking=True) for key, tensor in value.items()}
+        return replace(self, **moved)
+
+    def take(self, rows_R: Tensor) -> Batch:
+        """The batch of some rows, int64, padding kept; a blank picture where none of them has one."""
+        kept = {
+            item.name: value[rows_R]
+            for item in fields(self)
+            if item.name.endswith(("_B", "_BL", "_BD")) and isinstance(value := getattr(self, item.name), Tensor)
+        }
+        for name in ("labels", "confidences"):
+            kept[name] = {task: values[rows_R] for task, values in getattr(self, name).items()}
+        if self.pixels_I3HW is None or self.image_rows_I is None:
+            return replace(self, **kept)
+        is_row_IR = self.image_rows_I[:, None] == rows_R
+        chosen_I, places_I = is_row_IR.nonzero(as_tuple=True)
+        if len(chosen_I) == 0:
+            chosen_I, places_I = chosen_I.new_zeros(1), places_I.new_full((1,), -1)
+        numbers_I = chosen_I if self.image_numbers_I is None else self.image_numbers_I[chosen_I]
+        distinct, numbers_I = numbers_I.unique(return_inverse=True)
+        pixels_I3HW = self.pixels_I3HW[distinct]
+        return replace(self, **kept, pixels_I3HW=pixels_I3HW, image_rows_I=places_I, image_numbers_I=numbers_I)
+
+
+def labelled_rows(batch: Batch, tasks: Sequence[str]) -> Tensor:
+    """Which rows have a label of which task: bool (B, T), on the batch's device.
+
+    A row counts if any entry of its target is there: whole numbers other than ``IGNORED``, other numbers than NaN.
+    """
+    columns = []
+    for task in tasks:
+        target = batch.labels[task]
+        present = ~torch.isnan(target) if target.is_floating_point() else target != IGNORED
+        columns.append(present.flatten(1).any(dim=1) if target.ndim > 1 else present)
+    return torch.stack(columns, dim=1)
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """What one gate decided for S real tokens of text.
+
+    Image tokens that went through the experts too have no row here, but count as load.
+    """
+
+    logits_SE: Tensor
+    """Gate logits, float32, differentiable."""
+    scores_SE: Tensor
+    """Sigmoid (or softmax) of the logits, float32, differentiable."""
+    indices_Sk: Tensor
+    """Experts picked per token, int64."""
+    weights_Sk: Tensor
+    """Weight of each picked expert, float32, differentiable; sums to 1 per token for k > 1."""
+    counts_E: Tensor
+    """Tokens per expert on this rank, int64, image tokens included."""
+
+
+@dataclass(frozen=True)  # no slots: ZeRO-3 looks into a module's answer with vars()
+class ModelOutput:
+    """Everything the model knows about a batch."""
+
+    logits: Mapping[str, Tensor]
+    """Task -> float32 logits, (B, Y); regression (B, 1); tags (B, L, Y).
+
+    label_words (B, Y): log-probability of each label's words; in training only of the row's own label, 0 elsewhere.
+    text: log-probability of the row's own text, 0 where it has none; outside training behind it that of the text that
+    was generated, then the generated token ids, -1 behind their end: (B, 1) in training, else (B, 2 + D)."""
+    embeddings: Mapping[str, Tensor]
+    """Task -> unit-length projections (B, P), float32; only tasks with a pooled head."""
+    attentions: Mapping[str, Tensor]
+    """Task -> weight of each token in the pooling (B, L), float32, rows sum to 1; the explanation shown to the user."""
+    routings: tuple[Routing, ...]
+    """One per layer with experts, in layer order."""
+    token_rows_S: Tensor
+    """Row of each real token of text that the encoder reads, int64, the order of ``Routing``."""
+    picks: tuple[Tensor, ...] = ()
+    """Per layer with experts the experts picked, int64, one row per routed token, image tokens last; none for a filler
+    row. A second pass over the same batch repeats them."""
+    views: Mapping[str, Tensor] = field(default_factory=dict)
+    """Task -> projections (B, P) as in ``embeddings``, under another draw of dropout; for tasks whose positives are two
+    views of one post. Only in training."""
+    image_text: ImageText | None = None
+    """Both sides of the posts with pictures; None where the run reads none."""
+    sharing: Sharing | None = None
+    """What the tasks share and what each has for itself; only in training."""
+    probe: Probe | None = None
+    """The tasks' answers once more; only where it was asked for."""
+    answer_rows_S: Tensor | None = None
+    """Row of each token of the answers that the decoder was taught or scored, int64, the order of ``Routing`` in the
+    decoder's layers; None without a decoder."""
+    num_answer_layers: int = 0
+    """How many of the routings, the last ones, are the decoder's."""
+
+    @property
+    def layer_rows(self) -> tuple[Tensor, ...]:
+        """Per routing the row of each of its tokens."""
+        own = len(self.routings) - self.num_answer_layers
+        assert self.answer_rows_S is not None or not self.num_answer_layers
+        return (self.token_rows_S,) * own + (self.answer_rows_S,) * self.num_answer_layers
+
+
+@dataclass(frozen=True)  # no slots: ZeRO-3 looks into a module's answer with vars()
+class Sharing:
+    """The last states that all tasks read, and what each task's private part adds to them."""
+
+    shared_BLM: Tensor
+    """States of the text tokens before any private part."""
+    mask_BL: Tensor
+    """1 on real tokens."""
+    private: Mapping[str, Tensor]
+    """Task -> update (B, L, M) of its private part; empty without such parts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """The tasks' answers from copies of the last states that they share, for the tasks' gradients there."""
+
+    states: Mapping[str, Tensor]
+    """Task -> its copy (B, L, M), where its gradient ends."""
+    logits: Mapping[str, Tensor]
+    """Task -> as in ``ModelOutput``, the same numbers."""
+
+
+@dataclass(frozen=True)  # no slots: ZeRO-3 looks into a module's answer with vars()
+class ImageText:
+    """The two sides of the posts with pictures, as the image-text losses and retrieval read them."""
+
+    rows_I: Tensor
+    """Row of each picture, int64; -1 is a blank one that no loss counts."""
+    text_embeddings_IP: Tensor | None
+    """Unit-length projections of the texts alone, float32; None where one stream reads both sides, and where the
+    contrast is off."""
+    image_embeddings_IP: Tensor | None
+    """The same of the pictures."""
+    match_logits_I2: Tensor | None
+    """Logits of [another post's text, its own text] for each picture with its own text, float32; None where matching is
+    off."""
+    texts: tuple[Tensor, ...]
+    """What ``match`` wants of the text of each picture's row, each (I, L, ...), longer with zeros at the end; texts of
+    other ranks may stand in."""
+    match: Callable[[tuple[Tensor, ...], Tensor], Tensor]
+    """(texts of J pairs, index of the picture of each (J,)) -> logits (J, 2). To be called on every rank or on none: it
+    may run the whole encoder."""
+
+
+@dataclass(frozen=True)  # no slots: ZeRO-3 looks into a module's answer with vars()
+class StepOutput:
+    """One micro-step of the objective. The mean over ranks and micro-steps of each number here is its global value."""
+
+    loss: Tensor
+    """Scalar to call backward on."""
+    terms: Mapping[str, Tensor]
+    """Detached scalars: ``task/<name>``, ``weight/<name>``, ``contrastive``, ``contrastive/<name>``,
+    ``positives_per_anchor/<name>``, ``temperature/<name>``, ``itc``, ``itc_temperature``, ``itm``,
+    ``itm_accuracy``, ``balance``, ``z``, ``task_separation``, ``orthogonal``, ``adversarial``,
+    ``adversarial_accuracy``, ``adversarial_commonest``, ``adversarial_even``, ``adversarial_lambda``."""
+    output: ModelOutput
+    """The model's answer, for training metrics and statistics."""
+    gram_TT: Tensor | None = None
+    """Inner products of the tasks' gradients over the whole optimizer step, float64, the same on all ranks; None where
+    the weighting does not read them."""
+
+
+class Gate(Protocol):
+    """Logits to routing; ``balance_bias_E`` picks and never weighs, ``picks_Sk`` repeats an earlier choice."""
+
+    def __call__(self, logits_SE: Tensor, balance_bias_E: Tensor, picks_Sk: Tensor | None = None) -> Routing: ...
+
+    def z_penalty(self, logits_SE: Tensor) -> Tensor:
+        """Penalty on the size of each token's logits, shape (S,)."""
+        ...
+
+
+class Loss(Protocol):
+    """An auxiliary term: (model output, batch) -> this rank's share, scalar, and what to log."""
+
+    def begin_step(self) -> None:
+        """A new optimizer step begins: forget what was carried between micro-steps."""
+        ...
+
+    def __call__(self, output: ModelOutput, batch: Batch) -> tuple[Tensor, Mapping[str, Tensor]]: ...

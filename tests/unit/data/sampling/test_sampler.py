@@ -1,0 +1,255 @@
+"""Sampling: the mix of data sets, batches of similar length, equal shares for any number of ranks."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from comoe.data.sampling.mixing import MIXINGS, draws_per_epoch
+from comoe.data.sampling.sampler import TrainSampler, eval_batches
+
+
+def make_sampler(*, sizes: tuple[int, ...] = (70, 20, 7), **options: object) -> TrainSampler:
+    total = sum(sizes)
+    lengths = np.random.default_rng(5).integers(3, 60, total)
+    groups = np.repeat(np.arange(len(sizes)), sizes)
+    settings = {"batch_size": 12, "world_size": 1, "micro_batch_size": "auto", "seed": 3} | options
+    return TrainSampler(lengths, groups, **settings)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 5, "auto"])
+def test_the_shares_of_all_ranks_are_the_global_batch(world_size: int, micro_batch_size: int | str) -> None:
+    sampler = make_sampler(world_size=world_size, micro_batch_size=micro_batch_size)
+    alone = make_sampler()
+    for step in range(2 * sampler.steps_per_epoch):
+        shares = [sampler.share(step, rank) for rank in range(world_size)]
+        assert {len(share) for share in shares} == {sampler.accumulation}
+        assert max(len(micro) for share in shares for micro in share) <= sampler.micro_batch_size
+        dealt = np.concatenate([micro for share in shares for micro in share])
+        assert sorted(dealt) == sorted(alone.global_batch(step))
+
+
+def test_micro_steps_hold_the_same_posts_on_any_number_of_ranks() -> None:
+    one, two = make_sampler(micro_batch_size=6), make_sampler(micro_batch_size=3, world_size=2)
+    assert one.accumulation == two.accumulation == 2
+    for step in range(5):
+        for number in range(2):
+            joined = np.concatenate([two.share(step, rank)[number] for rank in range(2)])
+            assert sorted(joined) == sorted(one.share(step, 0)[number])
+
+
+def test_each_post_comes_once_per_epoch_under_proportional_mixing() -> None:
+    sampler = make_sampler()
+    for epoch in range(3):
+        steps = range(epoch * sampler.steps_per_epoch, (epoch + 1) * sampler.steps_per_epoch)
+        drawn = np.concatenate([sampler.global_batch(step) for step in steps])
+        assert sorted(drawn) == list(range(97))
+
+
+def test_batches_of_an_epoch_differ_by_at_most_one_post() -> None:
+    sampler = make_sampler()
+    sizes = {len(sampler.global_batch(step)) for step in range(sampler.steps_per_epoch)}
+    assert sampler.steps_per_epoch == 9
+    assert sizes == {10, 11}
+
+
+def test_a_step_is_the_same_in_any_order_of_asking() -> None:
+    steps = [0, 20, 3, 9, 8, 3, 0, 40]
+    sequential = make_sampler()
+    in_order = [sequential.global_batch(step) for step in range(41)]
+    jumping = make_sampler()
+    for step in steps:
+        assert np.array_equal(jumping.global_batch(step), in_order[step])
+
+
+def test_epochs_and_seeds_shuffle_differently() -> None:
+    sampler, other = make_sampler(), make_sampler(seed=4)
+    assert not np.array_equal(sampler.global_batch(0), sampler.global_batch(sampler.steps_per_epoch))
+    assert not np.array_equal(sampler.global_batch(0), other.global_batch(0))
+
+
+def test_rates_equal_the_hand_computed_ones() -> None:
+    sizes = np.array([900, 100])
+    assert MIXINGS["proportional"](sizes, 2.0) == pytest.approx([0.9, 0.1])
+    assert MIXINGS["uniform"](sizes, 2.0) == pytest.approx([0.5, 0.5])
+    assert MIXINGS["temperature"](sizes, 1.0) == pytest.approx([0.9, 0.1])
+    assert MIXINGS["temperature"](sizes, 2.0) == pytest.approx([0.75, 0.25])  # 30 : 10
+    assert MIXINGS["temperature"](sizes, 1e9) == pytest.approx([0.5, 0.5])
+
+
+def test_draws_add_up_and_give_the_rest_to_the_largest_remainder() -> None:
+    assert list(draws_per_epoch(np.array([0.5, 0.3, 0.2]), total=7)) == [4, 2, 1]  # 3.5, 2.1, 1.4
+    thirds = np.array([3000, 3000, 1000]) / 7000
+    assert list(draws_per_epoch(thirds, total=7000)) == [3000, 3000, 1000]
+
+
+def test_uniform_mixing_repeats_the_small_set_and_passes_over_all_of_the_large_one() -> None:
+    sampler = make_sampler(sizes=(60, 12), mixing="uniform")
+    drawn = [np.concatenate([sampler.global_batch(e * 6 + s) for s in range(6)]) for e in range(5)]
+    for epoch in drawn:
+        large, small = np.bincount(epoch, minlength=72)[:60], np.bincount(epoch, minlength=72)[60:]
+        assert large.sum() == small.sum() == 36
+        assert set(small) == {3}
+        assert large.max() <= 2
+    # 5 epochs of 36 draws are three whole passes over the 60 posts.
+    assert set(np.bincount(np.concatenate(drawn), minlength=72)[:60]) == {3}
+
+
+def test_every_batch_holds_every_data_set_of_a_fair_size() -> None:
+    lengths = np.full(640, 10)
+    groups = np.repeat([0, 1], [480, 160])
+    sampler = TrainSampler(lengths, groups, batch_size=32, seed=0)
+    shares = [np.mean(groups[sampler.global_batch(step)] == 1) for step in range(sampler.steps_per_epoch)]
+    assert np.mean(shares) == pytest.approx(0.25)
+    assert min(shares) > 0
+
+
+def test_posts_of_a_batch_are_of_similar_length() -> None:
+    lengths = np.random.default_rng(0).integers(3, 120, 4096)
+    sampler = TrainSampler(lengths, np.zeros(4096, dtype=int), batch_size=32, seed=0)
+    padded = sum(len(b) * lengths[b].max() for b in map(sampler.global_batch, range(sampler.steps_per_epoch)))
+    shuffled = np.random.default_rng(1).permutation(lengths).reshape(-1, 32)
+    assert padded < 1.2 * lengths.sum()
+    assert (32 * shuffled.max(axis=1)).sum() > 1.7 * lengths.sum()
+
+
+def test_ranks_get_nearly_the_same_number_of_tokens() -> None:
+    lengths = np.random.default_rng(0).integers(3, 120, 4096)
+    sampler = TrainSampler(lengths, np.zeros(4096, dtype=int), batch_size=64, world_size=4, seed=0)
+    tokens = np.array([[lengths[sampler.share(s, r)[0]].sum() for r in range(4)] for s in range(64)])
+    assert (tokens.max(axis=1) / tokens.mean(axis=1)).mean() < 1.02
+
+
+def test_fewer_posts_than_ranks_leave_empty_shares_and_no_rank_out() -> None:
+    sampler = TrainSampler(np.array([5, 6]), np.array([0, 0]), batch_size=8, world_size=4, seed=0)
+    shares = [sampler.share(0, rank) for rank in range(4)]
+    assert [len(share) for share in shares] == [1, 1, 1, 1]
+    assert sum(len(share[0]) for share in shares) == 2
+    assert all(share[0].dtype == np.int64 for share in shares)
+
+
+def test_auto_micro_batch_is_the_share_of_a_rank_up_to_128() -> None:
+    assert make_sampler(batch_size=32, world_size=4).micro_batch_size == 8
+    big = make_sampler(batch_size=1024, world_size=2)
+    assert (big.micro_batch_size, big.accumulation) == (128, 4)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
+def test_evaluation_reads_every_row_once_with_as_many_batches_on_each_rank(world_size: int) -> None:
+    lengths = np.random.default_rng(0).integers(3, 60, 41)
+    ranks = [eval_batches(lengths, batch_size=4, rank=rank, world_size=world_size) for rank in range(world_size)]
+    assert len({len(batches) for batches in ranks}) == 1
+    rows = np.concatenate([batch for batches in ranks for batch in batches])
+    assert sorted(rows) == list(range(41))
+    assert rows.dtype == np.int64
+
+
+def test_evaluation_of_no_rows_is_no_batches() -> None:
+    assert eval_batches(np.zeros(0), batch_size=4) == []
+
+
+def test_wrong_settings_say_what_is_right() -> None:
+    with pytest.raises(ValueError, match="temperature"):
+        make_sampler(mixing="temprature")
+    with pytest.raises(ValueError, match=r"mixing_temperature \(0.5\) must be at least 1"):
+        make_sampler(mixing="temperature", temperature=0.5)
+    with pytest.raises(ValueError, match="no training posts"):
+        TrainSampler(np.zeros(0), np.zeros(0), batch_size=4)
+    with pytest.raises(ValueError, match=r"micro_batch_size \(0\)"):
+        make_sampler(micro_batch_size=0)
+    with pytest.raises(ValueError, match=r"batch_size \(0\)"):
+        make_sampler(batch_size=0)
+
+
+def test_every_batch_holds_every_data_set_in_its_share_though_their_lengths_differ() -> None:
+    rng = np.random.default_rng(0)
+    lengths = np.concatenate([rng.integers(5, 20, 3000), rng.integers(30, 60, 1000)])
+    groups = np.repeat([0, 1], [3000, 1000])
+    sampler = TrainSampler(lengths, groups, batch_size=32)
+    batches = [sampler.global_batch(step) for step in range(sampler.steps_per_epoch)]
+    long_posts = [int(groups[batch].sum()) for batch in batches]
+    assert min(long_posts) >= 6 and max(long_posts) <= 10
+    # Similar in length within a data set: the spread inside a batch is a fraction of the spread of all posts.
+    spreads = [lengths[batch][groups[batch] == 0].std() for batch in batches]
+    assert np.mean(spreads) < 0.25 * lengths[groups == 0].std()
+
+
+def progress_sampler(**options: object) -> TrainSampler:
+    return make_sampler(mixing="progress", **options)
+
+
+def with_history(sampler: TrainSampler, changes: dict[int, list[float]], *, every: int = 4) -> list[dict]:
+    """A run's history: each change is made when its step is reached."""
+    history: list[dict] = []
+    sampler.follow(history, every=every)
+    for step, rates in changes.items():
+        history.append(sampler.change(step, np.array(rates)))
+        sampler.follow(history, every=every)
+    return json.loads(json.dumps(history))
+
+
+CHANGES = {4: [0.2, 0.3, 0.5], 8: [0.6, 0.2, 0.2], 12: [0.1, 0.8, 0.1], 14: [0.3, 0.3, 0.4]}
+
+
+def test_a_sampler_restarted_at_a_step_goes_on_to_the_index_with_the_history_of_rates() -> None:
+    running, drawn, history = progress_sampler(), [], []
+    running.follow(history, every=4)
+    for step in range(24):
+        if step in CHANGES:
+            history.append(running.change(step, np.array(CHANGES[step])))
+            running.follow(history, every=4)
+        drawn.append(running.global_batch(step))
+    for start in (0, 3, 4, 9, 13, 14, 21):
+        fresh = progress_sampler()
+        fresh.follow([entry for entry in json.loads(json.dumps(history)) if entry["step"] <= start], every=4)
+        for step in range(start, min((at for at in CHANGES if at > start), default=24)):
+            assert np.array_equal(fresh.global_batch(step), drawn[step]), (start, step)
+    # With the whole history any step can be asked for, in any order.
+    for step in (23, 2, 13, 15, 0):
+        assert np.array_equal(running.global_batch(step), drawn[step])
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_the_draws_that_follow_progress_are_the_same_on_any_number_of_ranks(world_size: int) -> None:
+    one, many = progress_sampler(), progress_sampler(world_size=world_size)
+    history = with_history(one, CHANGES)
+    assert with_history(many, CHANGES) == history
+    for step in range(16):
+        dealt = np.concatenate([micro for rank in range(world_size) for micro in many.share(step, rank)])
+        assert sorted(dealt) == sorted(one.global_batch(step))
+
+
+def test_changed_rates_hold_from_their_step_on_and_streams_go_on_where_they_were() -> None:
+    sampler = make_sampler(sizes=(60, 60), batch_size=12, mixing="progress")
+    groups = np.repeat([0, 1], [60, 60])
+    with_history(sampler, {5: [0.25, 0.75]}, every=5)
+    before = np.concatenate([sampler.global_batch(step) for step in range(5)])
+    after = np.concatenate([sampler.global_batch(step) for step in range(5, 10)])
+    assert np.bincount(groups[before]).tolist() == [30, 30] and np.bincount(groups[after]).tolist() == [15, 45]
+    # The second data set's 60 posts come once each before any comes again: 30, then 30 of the 45.
+    counts = np.bincount(np.concatenate([before, after]), minlength=120)[60:]
+    assert counts.sum() == 75 and counts.min() == 1 and counts.max() == 2
+
+
+def test_an_entry_that_cuts_a_stretch_short_rules_from_its_step() -> None:
+    sampler = make_sampler(sizes=(60, 60), mixing="progress", batch_size=12)
+    with_history(sampler, {2: [1.0, 0.0]}, every=5)
+    assert (sampler.global_batch(2) < 60).all() and (sampler.global_batch(1) >= 60).any()
+
+
+def test_labels_of_a_balanced_data_set_come_equally_often_and_posts_without_label_keep_their_share() -> None:
+    # One data set with 40, 16, 4 posts of three labels and 20 without; another one that is not balanced.
+    classes = np.concatenate([np.repeat([0, 1, 2, -1], [40, 16, 4, 20]), np.full(40, -1)])
+    groups = np.repeat([0, 1], [80, 40])
+    sampler = TrainSampler(np.full(120, 5), groups, batch_size=12, classes=classes, seed=1)
+    assert sampler.steps_per_epoch == 10
+    for epoch in range(2):
+        drawn = np.concatenate([sampler.global_batch(10 * epoch + step) for step in range(10)])
+        assert np.bincount(groups[drawn]).tolist() == [80, 40]
+        inside = classes[drawn[groups[drawn] == 0]]
+        assert [int((inside == label).sum()) for label in (-1, 0, 1, 2)] == [20, 20, 20, 20]
+        # Posts without the label, and the other data set, come once each.
+        assert sorted(drawn[classes[drawn] < 0]) == [*range(60, 80), *range(80, 120)]

@@ -1,0 +1,345 @@
+"""Tokens and batches: pairs, words, cuts, the cache, and the layout of rows and labels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers_data import byte_level_tokenizer, wordpiece_tokenizer
+from transformers import ByT5Tokenizer
+
+from comoe.config.recipe import DataConfig, NormalizeConfig
+from comoe.data.collator import Collator, load_tokenizer
+from comoe.data.posts import PostSplit
+from comoe.data.tokens.split import TokenizedSplit, tokenize_split
+from comoe.tasks.task import Task
+from comoe.types import IGNORED
+
+MOOD = Task("mood", "single_label", ("bad", "good"), "macro_f1")
+STARS = Task("stars", "regression", (), "pearson")
+TOPICS = Task("topics", "multi_label", ("a", "b", "c"), "macro_f1")
+NAMES = Task("names", "tags", ("O", "B"), "span_f1")
+TASKS = (MOOD, STARS, TOPICS, NAMES)
+
+
+def posts_of(
+    texts: list[str],
+    *,
+    pairs: list[str | None] | None = None,
+    words: list[list[str] | None] | None = None,
+    **labels: list[Any],
+) -> PostSplit:
+    count = len(texts)
+    return PostSplit(
+        texts=texts,
+        pairs=pairs or [None] * count,
+        words=words or [None] * count,
+        labels={task.name: labels.get(task.name, [None] * count) for task in TASKS},
+        confidences={},
+        groups=np.arange(count) % 2,
+        group_names=("x", "y"),
+        origins=[f"file:{i}" for i in range(count)],
+        images=[None] * count,
+    )
+
+
+def tokenized(posts: PostSplit, *, tokenizer: Any = None, cache_dir: Path | None = None, **data: Any) -> TokenizedSplit:
+    tokenizer = tokenizer or wordpiece_tokenizer(["one", "two", "three", "four", "rome", "@user"])
+    return tokenize_split(posts, tokenizer, tasks=TASKS, config=DataConfig(**data), cache_dir=cache_dir)
+
+
+def tokens_of(split: TokenizedSplit, row: int, tokenizer: Any) -> list[str]:
+    return tokenizer.convert_ids_to_tokens(split.rows(np.array([row]))[0].input_ids.tolist())
+
+
+@pytest.fixture
+def mixed() -> TokenizedSplit:
+    return tokenized(
+        posts_of(
+            ["one", "one two three", "x", "two"],
+            mood=[1, None, 0, None],
+            stars=[None, 2.5, -1.0, None],
+            topics=[(0, 2), None, (), None],
+        )
+    )
+
+
+def collator(**options: Any) -> Collator:
+    return Collator(wordpiece_tokenizer(["one", "two", "three", "four", "rome", "@user"]), TASKS, **options)
+
+
+def test_a_batch_is_padded_to_its_longest_post(mixed: TokenizedSplit) -> None:
+    batch = collator()(mixed, np.array([1, 0]))
+    assert batch.input_ids_BL.shape == (2, 5)
+    assert batch.attention_mask_BL.tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]
+    assert batch.word_starts_BL.tolist() == [[False, True, True, True, False], [False, True, False, False, False]]
+    assert batch.token_type_ids_BL.sum() == 0
+    assert batch.input_ids_BL[1, 3:].tolist() == [0, 0]
+    assert batch.row_ids_B.tolist() == [1, 0]
+    assert batch.task_ids_B.tolist() == [-1, -1]
+    assert batch.unit_scale_T is None
+    for tensor in (batch.input_ids_BL, batch.attention_mask_BL, batch.token_type_ids_BL, batch.row_ids_B):
+        assert tensor.dtype == torch.int64
+
+
+def test_rows_are_padded_to_a_multiple(mixed: TokenizedSplit) -> None:
+    assert collator(pad_to_multiple_of=8)(mixed, np.array([1, 0])).input_ids_BL.shape == (2, 8)
+
+
+def test_by_token_one_row_has_the_labels_of_all_tasks(mixed: TokenizedSplit) -> None:
+    batch = collator()(mixed, np.array([0, 1, 2]))
+    assert list(batch.labels) == ["mood", "stars", "topics", "names"]
+    assert batch.labels["mood"].tolist() == [1, IGNORED, 0]
+    assert torch.equal(batch.labels["stars"].isnan(), torch.tensor([True, False, False]))
+    assert batch.labels["stars"][1:].tolist() == [2.5, -1.0]
+    assert batch.labels["topics"][0].tolist() == [1, 0, 1]
+    assert batch.labels["topics"][1].isnan().all()
+    assert batch.labels["topics"][2].tolist() == [0, 0, 0]
+    assert (batch.labels["names"] == IGNORED).all()
+    assert batch.labels["names"].shape == batch.input_ids_BL.shape
+
+
+@pytest.mark.parametrize("route_by", ["task", "both"])
+def test_by_task_a_post_becomes_one_row_per_label_and_no_label_is_lost(mixed: TokenizedSplit, route_by: str) -> None:
+    batch = collator(route_by=route_by)(mixed, np.array([0, 1, 2, 3]))
+    assert list(zip(batch.row_ids_B.tolist(), batch.task_ids_B.tolist(), strict=True)) == [
+        (0, 0), (0, 2), (1, 1), (2, 0), (2, 1), (2, 2),
+    ]  # fmt: skip
+    assert batch.labels["mood"].tolist() == [1, IGNORED, IGNORED, 0, IGNORED, IGNORED]
+    by_token = collator()(mixed, np.array([0, 1, 2, 3]))
+    for task in TASKS:
+        assert task.rules.units(batch.labels[task.name], task) == task.rules.units(by_token.labels[task.name], task)
+        rows = task.rules.labelled(batch.labels[task.name])
+        assert set(batch.task_ids_B[rows].tolist()) <= {TASKS.index(task)}
+
+
+def test_prediction_by_task_asks_every_task_of_every_post(mixed: TokenizedSplit) -> None:
+    batch = collator(route_by="task")(mixed, np.array([3, 0]), all_tasks=True)
+    assert batch.row_ids_B.tolist() == [3, 3, 3, 3, 0, 0, 0, 0]
+    assert batch.task_ids_B.tolist() == [0, 1, 2, 3, 0, 1, 2, 3]
+    assert batch.labels["mood"].tolist() == [IGNORED] * 4 + [1] + [IGNORED] * 3
+    assert len(collator()(mixed, np.array([3, 0]), all_tasks=True).row_ids_B) == 2
+
+
+@pytest.mark.parametrize(("route_by", "task_id"), [("token", -1), ("task", 0)])
+def test_no_posts_make_one_short_row_without_labels(mixed: TokenizedSplit, route_by: str, task_id: int) -> None:
+    nothing = np.zeros(0, dtype=np.int64)
+    batch = collator(route_by=route_by)(mixed, nothing)
+    assert batch.row_ids_B.tolist() == [-1]
+    assert batch.task_ids_B.tolist() == [task_id]
+    assert batch.attention_mask_BL.sum() == batch.input_ids_BL.shape[1] == 3
+    assert all(not task.rules.labelled(batch.labels[task.name]).any() for task in TASKS)
+
+
+def test_by_task_posts_without_labels_make_a_filler_row(mixed: TokenizedSplit) -> None:
+    assert collator(route_by="task")(mixed, np.array([3])).row_ids_B.tolist() == [-1]
+
+
+def test_a_second_text_is_the_second_segment_and_has_no_words() -> None:
+    split = tokenized(posts_of(["one two"], pairs=["three"]))
+    batch = collator()(split, np.array([0]))
+    assert batch.token_type_ids_BL.tolist() == [[0, 0, 0, 0, 1, 1]]
+    assert batch.word_starts_BL.tolist() == [[False, True, True, False, False, False]]
+
+
+def test_posts_with_and_without_pairs_and_words_keep_their_places() -> None:
+    posts = posts_of(
+        ["one", "two", "three", "four"],
+        pairs=[None, "one", None, "two"],
+        words=[None, None, ["three", "one"], ["four"]],
+    )
+    tokenizer = wordpiece_tokenizer(["one", "two", "three", "four"])
+    split = tokenized(posts, tokenizer=tokenizer)
+    assert [" ".join(tokens_of(split, row, tokenizer)) for row in range(4)] == [
+        "[CLS] one [SEP]",
+        "[CLS] two [SEP] one [SEP]",
+        "[CLS] three one [SEP]",
+        "[CLS] four [SEP] two [SEP]",
+    ]
+
+
+def test_a_long_post_is_cut_and_counted() -> None:
+    tokenizer = wordpiece_tokenizer(["one", "two"])
+    split = tokenized(posts_of(["one " * 50, "two", "one " * 50], pairs=[None, None, "two two"]), max_length=16)
+    assert list(split.lengths) == [16, 3, 16]
+    assert split.truncated == 2
+    assert tokens_of(split, 2, tokenizer)[-4:] == ["[SEP]", "two", "two", "[SEP]"]
+
+
+def test_tags_sit_on_the_first_piece_of_each_word() -> None:
+    words = ["one", "abc", "rome"]
+    split = tokenized(posts_of(["one abc rome"], words=[words], names=[[0, 1, 0]]))
+    batch = collator()(split, np.array([0]))
+    # [CLS] one a ##b ##c rome [SEP]
+    assert batch.labels["names"].tolist() == [[IGNORED, 0, 1, IGNORED, IGNORED, 0, IGNORED]]
+    assert batch.word_starts_BL.tolist() == [[False, True, True, False, False, True, False]]
+
+
+def test_a_missing_tag_stays_missing() -> None:
+    split = tokenized(posts_of(["one two"], words=[["one", "two"]], names=[[IGNORED, 1]]))
+    assert collator()(split, np.array([0])).labels["names"].tolist() == [[IGNORED, IGNORED, 1, IGNORED]]
+
+
+def test_words_cut_off_lose_their_tags_and_are_counted() -> None:
+    posts = posts_of(["one " * 6, "one"], words=[["one"] * 6, ["one"]], names=[[0, 1, 0, 1, IGNORED, 1], [1]])
+    split = tokenized(posts, max_length=5)
+    assert collator()(split, np.array([0])).labels["names"].tolist() == [[IGNORED, 0, 1, 0, IGNORED]]
+    assert (split.truncated, split.words_cut) == (1, 2)
+
+
+def test_a_post_whose_only_tags_were_cut_off_counts_as_unlabelled() -> None:
+    posts = posts_of(["one " * 6], words=[["one"] * 6], names=[[IGNORED] * 5 + [1]])
+    split = tokenized(posts, max_length=5)
+    assert not split.labelled.any()
+    assert split.words_cut == 1
+
+
+@pytest.mark.parametrize("preset", ["none", "social", "strict"])
+def test_every_word_has_a_piece_whatever_it_is(preset: str) -> None:
+    words = ["@Ann", "\u200b", "", "😀", "\u0301", "\ufffd", "...", "[UNK]", "two words", "http://x.y"]
+    posts = posts_of([" ".join(words)], words=[words], names=[[1, 0] * 5])
+    split = tokenized(posts, normalize=NormalizeConfig(preset=preset))
+    row = split.rows(np.array([0]))[0]
+    assert list(row.word_ids[row.word_starts]) == list(range(10))
+    targets = collator()(split, np.array([0])).labels["names"][0]
+    assert targets[targets != IGNORED].tolist() == [1, 0] * 5
+
+
+def test_byte_level_words_carry_the_blank_before_them() -> None:
+    tokenizer = byte_level_tokenizer()
+    plain = tokenized(posts_of(["b a b"]), tokenizer=tokenizer)
+    words = tokenized(posts_of(["b a b"], words=[["b", "a", "b"]]), tokenizer=tokenizer)
+    assert tokens_of(words, 0, tokenizer) == ["<s>", "b", "Ġa", "Ġb", "</s>"] == tokens_of(plain, 0, tokenizer)
+    assert Collator(tokenizer, TASKS)(words, np.array([0])).token_type_ids_BL is None
+
+
+def test_a_tokenizer_in_pure_python_works_without_words() -> None:
+    tokenizer = ByT5Tokenizer()
+    split = tokenized(posts_of(["abc", "a" * 50], pairs=["de", None]), tokenizer=tokenizer, max_length=20)
+    assert list(split.lengths) == [7, 20]  # abc </s> de </s>
+    row = split.rows(np.array([0]))[0]
+    assert list(row.word_ids) == [0, 1, 2, -1, -1, -1, -1]
+    assert split.truncated == 1
+    with pytest.raises(ValueError, match="ByT5Tokenizer cannot tell which word a token belongs to"):
+        tokenized(posts_of(["a"], words=[["a"]]), tokenizer=tokenizer)
+
+
+def test_posts_are_cleaned_before_they_are_tokenised() -> None:
+    tokenizer = wordpiece_tokenizer(["one"])
+    split = tokenized(posts_of(["@Bob &amp; one"]), tokenizer=tokenizer)
+    assert tokens_of(split, 0, tokenizer) == ["[CLS]", "@", "u", "##s", "##e", "##r", "&", "one", "[SEP]"]
+
+
+def test_the_table_of_labels_says_which_posts_have_which(mixed: TokenizedSplit) -> None:
+    assert mixed.labelled.tolist() == [
+        [True, False, True, False],
+        [False, True, False, False],
+        [True, True, True, False],
+        [False, False, False, False],
+    ]
+    assert len(mixed) == 4
+    assert mixed.lengths.dtype == np.int32
+    assert list(mixed.groups) == [0, 1, 0, 1]
+    assert mixed.origins[2] == "file:2"
+    assert mixed.texts[2] == "x"
+
+
+def test_prediction_sees_the_tokens_that_training_saw() -> None:
+    config = DataConfig()
+    posts = posts_of(["@Bob 😀 one", "two"], pairs=["three", None], words=[None, ["two", "four"]])
+    trained = tokenized(posts)
+    asked = collator().encode_texts(
+        ["@Bob 😀 one", "two"],
+        ["three", None],
+        [None, ["two", "four"]],
+        max_length=config.max_length,
+        normalize=config.normalize,
+    )
+    assert np.array_equal(trained.tokens.input_ids, asked.tokens.input_ids)
+    assert np.array_equal(trained.tokens.word_ids, asked.tokens.word_ids)
+    assert not asked.labelled.any()
+    assert collator()(asked, np.array([1, 0])).row_ids_B.tolist() == [1, 0]
+
+
+class CountingTokenizer:
+    """Counts the posts that are tokenised."""
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+        self.posts = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def __call__(self, texts: list[Any], *rest: Any, **settings: Any) -> Any:
+        self.posts += len(texts)
+        return self._inner(texts, *rest, **settings)
+
+
+def test_tokens_are_made_once_and_read_from_the_cache_afterwards(tmp_path: Path) -> None:
+    tokenizer = CountingTokenizer(wordpiece_tokenizer())
+    posts = posts_of(["abc", "def ghi"], mood=[0, 1])
+    first = tokenized(posts, tokenizer=tokenizer, cache_dir=tmp_path)
+    assert tokenizer.posts == 2
+    second = tokenized(posts, tokenizer=tokenizer, cache_dir=tmp_path)
+    assert tokenizer.posts == 2
+    for name in ("input_ids", "token_types", "word_ids", "offsets", "truncated"):
+        assert np.array_equal(getattr(first.tokens, name), getattr(second.tokens, name))
+    assert np.array_equal(first.labelled, second.labelled)
+    assert [path.suffix for path in tmp_path.iterdir()] == [".npz"]
+
+
+def test_the_cache_knows_all_that_the_tokens_depend_on(tmp_path: Path) -> None:
+    posts = posts_of(["abc", "def"])
+    tokenizer = wordpiece_tokenizer()
+    tokenized(posts, tokenizer=tokenizer, cache_dir=tmp_path)
+    tokenizer("a", truncation=True, max_length=3)  # what a tokenizer was called with before does not matter
+    tokenized(posts_of(["abc", "def"], mood=[1, 1]), tokenizer=tokenizer, cache_dir=tmp_path)  # nor do the labels
+    assert len(list(tmp_path.iterdir())) == 1
+    tokenized(posts, tokenizer=tokenizer, cache_dir=tmp_path, max_length=20)
+    tokenized(posts, tokenizer=tokenizer, cache_dir=tmp_path, normalize=NormalizeConfig(preset="strict"))
+    tokenized(posts, tokenizer=wordpiece_tokenizer(["abc"]), cache_dir=tmp_path)
+    tokenized(posts_of(["abc", "deg"]), tokenizer=tokenizer, cache_dir=tmp_path)
+    tokenized(posts_of(["abc", "def"], pairs=["x", None]), tokenizer=tokenizer, cache_dir=tmp_path)
+    tokenized(posts_of(["abc", "def"], words=[["abc"], None]), tokenizer=tokenizer, cache_dir=tmp_path)
+    assert len(list(tmp_path.iterdir())) == 7
+    tokenized(posts, tokenizer=tokenizer, cache_dir=tmp_path, cache=False, max_length=30)
+    assert len(list(tmp_path.iterdir())) == 7
+
+
+@pytest.mark.parametrize("spoil", [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: b"no archive"])
+def test_a_cache_file_that_was_cut_short_is_made_anew(tmp_path: Path, spoil: Any) -> None:
+    posts = posts_of(["abc", "def ghi"])
+    first = tokenized(posts, cache_dir=tmp_path)
+    path = next(tmp_path.iterdir())
+    whole = path.read_bytes()
+    path.write_bytes(spoil(whole))
+    again = tokenized(posts, cache_dir=tmp_path)
+    assert np.array_equal(first.tokens.input_ids, again.tokens.input_ids)
+    assert len(path.read_bytes()) == len(whole)
+
+
+def test_a_tokenizer_is_loaded_from_a_folder_with_its_rules(tmp_path: Path) -> None:
+    wordpiece_tokenizer(["rome"]).save_pretrained(tmp_path / "encoder")
+    loaded = load_tokenizer(str(tmp_path / "encoder"))
+    assert loaded.tokenize("Rome ab") == ["rome", "a", "##b"]
+    assert loaded.model_max_length == 512
+
+
+def test_a_missing_tokenizer_says_what_to_give(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"model.encoder \(.*empty\): no tokenizer could be loaded. Give a folder"):
+        load_tokenizer(str(tmp_path / "empty"))
+
+
+def test_a_length_that_the_encoder_does_not_take_is_told() -> None:
+    with pytest.raises(ValueError, match=r"data.max_length \(128\) is more than the encoder takes \(64 tokens\)"):
+        tokenized(posts_of(["a"]), tokenizer=wordpiece_tokenizer(model_max_length=64))
+
+
+def test_an_unknown_route_names_the_right_ones() -> None:
+    with pytest.raises(ValueError, match="'tokens'.*did you mean token"):
+        collator(route_by="tokens")

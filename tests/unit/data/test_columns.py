@@ -1,0 +1,165 @@
+"""Columns beside text and label: posts held out by value, slices, other domains, labels drawn evenly."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers_data import recipe_of, write_jsonl
+
+from comoe.config.recipe import Recipe, TaskConfig
+from comoe.data.columns import MAX_SLICES, extra_columns
+from comoe.data.corpus import Corpus, load_corpus
+from comoe.data.sampling.mixing import balanced_classes
+
+AIRLINES = ("Delta", "United", "Virgin America")
+
+
+@pytest.fixture
+def airline(tmp_path: Path) -> Path:
+    """Three labels on one post: a reason for complaints only, an airline for all."""
+
+    def rows(count: int) -> list[dict[str, Any]]:
+        made = []
+        for number in range(count):
+            row = {"text": f"flight {count} {number}", "airline": AIRLINES[number % 3], "late": number // 4 % 2 == 0}
+            row |= {"sentiment": "negative", "reason": ("bag", "crew")[number // 2 % 2]} if number % 2 else {}
+            made.append({"sentiment": "positive"} | row)
+        return made
+
+    write_jsonl(tmp_path / "airline" / "train.jsonl", rows(24))
+    write_jsonl(tmp_path / "airline" / "validation.jsonl", rows(12))
+    write_jsonl(tmp_path / "airline" / "test.jsonl", [{"text": "no label"}])
+    return tmp_path
+
+
+def recipe_with(root: Path, **options: Any) -> Recipe:
+    shared = {"path": "airline", "hold_out": options.pop("hold_out", {})}
+    return recipe_of(
+        root,
+        sentiment=TaskConfig(label="sentiment", **shared, **options),
+        reason=TaskConfig(label="reason", **shared),
+        airline=TaskConfig(label="airline", **shared),
+    )
+
+
+def texts_of(corpus: Corpus, split: str) -> set[str]:
+    return set(corpus.splits[split].texts)
+
+
+def test_tasks_with_other_label_columns_train_on_the_same_posts_and_missing_labels_are_fine(airline: Path) -> None:
+    train = load_corpus(recipe_with(airline)).splits["train"]
+    assert len(train) == 24 and len(train.group_names) == 1
+    assert [value is None for value in train.labels["reason"]] == [True, False] * 12
+    assert None not in train.labels["sentiment"] and set(train.labels["airline"]) == {0, 1, 2}
+
+
+def test_held_out_posts_leave_training_and_validation_and_become_a_split(airline: Path) -> None:
+    whole = load_corpus(recipe_with(airline))
+    corpus = load_corpus(recipe_with(airline, hold_out={"airline": ["Delta"]}))
+    assert {split: len(posts) for split, posts in corpus.splits.items()} == {
+        "train": 16, "validation": 8, "test": 1, "unseen": 12,
+    }  # fmt: skip
+    assert set(corpus.splits["unseen"].columns["airline"]) == {"Delta"}
+    for split in ("train", "validation"):
+        assert "Delta" not in corpus.splits[split].columns["airline"]
+    everywhere = texts_of(corpus, "train") | texts_of(corpus, "validation") | texts_of(corpus, "unseen")
+    assert everywhere == texts_of(whole, "train") | texts_of(whole, "validation")
+    assert not texts_of(corpus, "unseen") & texts_of(corpus, "train")
+    assert "data set airline: held out airline Delta: 8 train and 4 validation posts are the split unseen" in (
+        corpus.report.notes
+    )
+    assert corpus.report.posts["airline"]["unseen"] == 12
+
+
+def test_truth_values_are_held_out_by_their_names(airline: Path) -> None:
+    corpus = load_corpus(recipe_with(airline, hold_out={"late": ["true"]}))
+    assert set(corpus.splits["unseen"].columns["late"]) == {"true"} and len(corpus.splits["train"]) == 12
+
+
+@pytest.mark.parametrize(
+    ("hold_out", "message"),
+    [
+        ({"airline": ["Unitd"]}, "has the value 'Unitd'; did you mean United?"),
+        ({"arline": ["United"]}, "tasks.sentiment.hold_out is 'arline', which does not exist; did you mean airline?"),
+        ({"airline": []}, "tasks.sentiment.hold_out.airline lists no value"),
+        ({"airline": list(AIRLINES)}, "hold_out takes every training post away"),
+    ],
+)
+def test_what_cannot_be_held_out_is_refused_with_what_can(
+    airline: Path, hold_out: dict[str, list[str]], message: str
+) -> None:
+    with pytest.raises(ValueError) as caught:
+        load_corpus(recipe_with(airline, hold_out=hold_out))
+    assert message in str(caught.value)
+
+
+def test_tasks_that_share_posts_must_hold_out_the_same(airline: Path) -> None:
+    recipe = recipe_with(airline)
+    recipe.tasks["reason"].hold_out = {"airline": ["Delta"]}
+    with pytest.raises(ValueError, match=r"tasks.reason.hold_out is .* but tasks.sentiment, which shares its posts"):
+        load_corpus(recipe)
+
+
+def test_training_in_one_domain_and_testing_in_another_is_a_matter_of_file_names(tmp_path: Path) -> None:
+    for name in ("laptops", "restaurants"):
+        for split, count in (("train", 8), ("validation", 4)):
+            rows = [{"text": f"{name} {split} {i}", "label": ("bad", "good")[i % 2]} for i in range(count)]
+            write_jsonl(tmp_path / "absa" / name / f"{split}.jsonl", rows)
+    splits = {"train": "laptops/train.jsonl", "validation": "laptops/validation.jsonl"}
+    splits["test"] = "restaurants/validation.jsonl"
+    corpus = load_corpus(recipe_of(tmp_path, mood=TaskConfig(path="absa", splits=splits)))
+    assert {split: {text.split()[0] for text in posts.texts} for split, posts in corpus.splits.items()} == {
+        "train": {"laptops"}, "validation": {"laptops"}, "test": {"restaurants"},
+    }  # fmt: skip
+    assert corpus.splits["test"].labels["mood"] == [0, 1, 0, 1]
+
+
+def test_extra_columns_are_kept_as_text_and_none_where_a_post_has_none(airline: Path) -> None:
+    write_jsonl(airline / "other" / "train.jsonl", [{"text": f"o {i}", "label": "ab"[i % 2]} for i in range(20)])
+    recipe = recipe_with(airline, slices=["late", "airline"])
+    recipe.tasks["other"] = TaskConfig(path="other")
+    assert extra_columns(recipe) == ("late", "airline")
+    corpus = load_corpus(recipe)
+    train = corpus.splits["train"]
+    late = train.columns["late"]
+    assert list(late[3:5]) == ["true", "false"] and set(late[24:]) == {None}
+    assert corpus.splits["test"].columns == {"late": [None], "airline": [None]}
+    assert train.take(np.array([1, 25])).columns["airline"] == ["United", None]
+
+
+def test_a_column_that_a_loss_predicts_is_kept_and_must_exist(airline: Path) -> None:
+    recipe = recipe_with(airline)
+    recipe.loss.adversarial.predict = "arline"
+    assert extra_columns(recipe) == ()  # switched off: nobody reads it
+    recipe.loss.adversarial.weight = 0.1
+    with pytest.raises(ValueError, match="loss.adversarial.predict is 'arline'.*did you mean airline?"):
+        load_corpus(recipe)
+    recipe.loss.adversarial.predict = "airline"
+    assert load_corpus(recipe).splits["train"].columns["airline"][:2] == ["Delta", "United"]
+
+
+def test_slices_by_a_column_that_is_not_there_or_has_too_many_values_are_refused(airline: Path) -> None:
+    with pytest.raises(ValueError, match="tasks.sentiment.slices is 'lat', which does not exist; did you mean late?"):
+        load_corpus(recipe_with(airline, slices=["lat"]))
+    rows = [{"text": f"p {i}", "label": "ab"[i % 2], "id": i} for i in range(MAX_SLICES + 1)]
+    write_jsonl(airline / "many" / "train.jsonl", rows)
+    with pytest.raises(ValueError, match="column id has 51 values"):
+        load_corpus(recipe_of(airline, many=TaskConfig(path="many", slices=["id"])))
+
+
+def test_one_task_of_a_data_set_may_ask_for_even_labels(airline: Path) -> None:
+    recipe = recipe_with(airline, balanced_sampling=True)
+    corpus = load_corpus(recipe)
+    classes = balanced_classes(corpus.splits["train"], corpus.tasks, recipe.tasks)
+    assert classes.tolist() == corpus.splits["train"].labels["sentiment"]
+    recipe.tasks["reason"].balanced_sampling = True
+    with pytest.raises(ValueError, match="tasks.reason.balanced_sampling: tasks.sentiment draws the same posts"):
+        load_corpus(recipe)
+
+
+def test_even_labels_need_one_label_per_post(airline: Path) -> None:
+    with pytest.raises(ValueError, match="balanced_sampling needs one label of several per post"):
+        load_corpus(recipe_with(airline, kind="multi_label", balanced_sampling=True))

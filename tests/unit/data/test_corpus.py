@@ -1,0 +1,260 @@
+"""The corpus: shared posts, missing labels, held-out parts, limits, and what the report says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers_data import labelled_rows, recipe_of, write_jsonl
+
+from comoe.config.recipe import TaskConfig
+from comoe.data.corpus import Corpus, load_corpus
+from comoe.data.posts import PostSplit, join_splits, unlabelled_posts
+from comoe.types import IGNORED
+
+
+@pytest.fixture
+def shared(tmp_path: Path) -> Path:
+    """One data set with three labels per post, some of them missing in three ways."""
+    rows = [
+        {"text": "one", "mood": "good", "topic": "air", "stars": 4.5, "sure": 0.5},
+        {"text": "two", "mood": "bad", "topic": None, "stars": "", "sure": 1},
+        {"text": "three", "mood": "good", "topic": "sea"},
+        {"text": "four", "mood": "", "topic": "sea", "stars": 1},
+        {"text": "five"},
+    ]
+    write_jsonl(tmp_path / "posts" / "train.jsonl", rows)
+    write_jsonl(tmp_path / "posts" / "validation.jsonl", [{"text": "six", "mood": "bad"}])
+    write_jsonl(tmp_path / "posts" / "test.jsonl", [{"text": "seven"}, {"text": "eight", "mood": "good"}])
+    return tmp_path
+
+
+def three_tasks(root: Path) -> Corpus:
+    return load_corpus(
+        recipe_of(
+            root,
+            mood=TaskConfig(path="posts", label="mood", confidence="sure"),
+            topic=TaskConfig(path="posts", label="topic"),
+            stars=TaskConfig(path="posts", label="stars", kind="regression"),
+        )
+    )
+
+
+def test_tasks_on_one_data_set_share_its_posts(shared: Path) -> None:
+    corpus = three_tasks(shared)
+    train = corpus.splits["train"]
+    assert list(train.texts) == ["one", "two", "three", "four"]
+    assert train.labels == {
+        "mood": [1, 0, 1, None],
+        "topic": [0, None, 1, 1],
+        "stars": [4.5, None, None, 1.0],
+    }
+    assert train.confidences == {"mood": [0.5, 1.0, None, None]}
+    assert train.group_names == ("posts",)
+    assert [task.labels for task in corpus.tasks] == [("bad", "good"), ("air", "sea"), ()]
+
+
+def test_a_training_post_without_any_label_is_left_out_and_said(shared: Path) -> None:
+    assert "data set posts: 1 training posts without any label left out" in three_tasks(shared).report.notes
+
+
+def test_test_posts_without_labels_stay_for_predictions(shared: Path) -> None:
+    corpus = three_tasks(shared)
+    assert list(corpus.splits["test"].texts) == ["seven", "eight"]
+    assert corpus.splits["test"].labels["mood"] == [None, 1]
+
+
+def test_the_report_counts_posts_and_labels(shared: Path) -> None:
+    report = three_tasks(shared).report
+    assert report.posts == {"posts": {"train": 4, "validation": 1, "test": 2}}
+    assert report.labels["mood"] == {"train": {"bad": 1, "good": 2}, "validation": {"bad": 1}, "test": {"good": 1}}
+    assert report.labels["stars"] == {"train": {"labelled": 2}}
+    assert report.confidence == {"mood": 0.75}
+    assert "task topic: no validation post has a label; it cannot be measured" in report.warnings
+    lines = report.lines()
+    assert "data set posts: 4 train, 1 validation, 2 test" in lines
+    assert "task mood, train: bad 1, good 2" in lines
+    assert "task mood: mean confidence of the training labels 0.750 (not used: confidence_strategy is none)" in lines
+    report.confidence_unused.clear()
+    assert "task mood: mean confidence of the training labels 0.750" in report.lines()
+
+
+def test_other_columns_or_files_make_another_data_set(tmp_path: Path) -> None:
+    rows = [row | {"topic": "xy"[i % 2], "aspect": "door"} for i, row in enumerate(labelled_rows(6))]
+    for folder, count in (("posts", 6), ("more/posts", 4)):
+        write_jsonl(tmp_path / folder / "train.jsonl", rows[:count])
+        write_jsonl(tmp_path / folder / "validation.jsonl", rows[:2])
+    recipe = recipe_of(
+        tmp_path,
+        mood=TaskConfig(path="posts"),
+        topic=TaskConfig(path="posts", label="topic", pair="aspect"),
+        other=TaskConfig(path="more/posts"),
+    )
+    train = load_corpus(recipe).splits["train"]
+    assert train.group_names == ("posts", "posts/topic", "posts/other")
+    assert list(train.groups) == [0] * 6 + [1] * 6 + [2] * 4
+    assert train.labels["mood"] == [0, 1] * 3 + [None] * 10
+    assert train.labels["topic"] == [None] * 6 + [0, 1] * 3 + [None] * 4
+    assert train.pairs == [None] * 6 + ["door"] * 6 + [None] * 4
+
+
+def test_without_a_validation_split_a_stratified_part_is_held_out(tmp_path: Path) -> None:
+    labels = ["a"] * 70 + ["b"] * 20 + ["c"] * 10
+    rows = [{"text": f"post {i}", "label": label} for i, label in enumerate(labels)]
+    write_jsonl(tmp_path / "posts.jsonl", rows)
+    recipe = recipe_of(tmp_path, t=TaskConfig(path="posts.jsonl"))
+    recipe.data.validation_fraction = 0.2
+    corpus = load_corpus(recipe)
+    train, validation = corpus.splits["train"], corpus.splits["validation"]
+    assert list(np.bincount(validation.labels["t"])) == [14, 4, 2]
+    assert sorted([*train.texts, *validation.texts]) == sorted(row["text"] for row in rows)
+    assert corpus.report.notes == [
+        "data set posts: no validation split; 20 of 100 training posts held out, stratified by label, by train.seed 0"
+    ]
+    assert load_corpus(recipe).splits["validation"].texts == validation.texts
+    recipe.train.seed = 1
+    assert load_corpus(recipe).splits["validation"].texts != validation.texts
+
+
+def test_a_class_of_one_post_does_not_hinder_holding_out(tmp_path: Path) -> None:
+    rows = [*labelled_rows(30), {"text": "lonely", "label": "rare"}]
+    write_jsonl(tmp_path / "posts.jsonl", rows)
+    corpus = load_corpus(recipe_of(tmp_path, t=TaskConfig(path="posts.jsonl", labels=["bad", "good", "rare"])))
+    assert len(corpus.splits["validation"]) == 3
+    assert "stratified by label" in corpus.report.notes[0]
+
+
+def test_equal_texts_are_held_out_together(tmp_path: Path) -> None:
+    rows = [{"text": f"post {i // 2}", "aspect": f"{i}", "label": "ab"[i % 2]} for i in range(40)]
+    write_jsonl(tmp_path / "posts.jsonl", rows)
+    recipe = recipe_of(tmp_path, t=TaskConfig(path="posts.jsonl", pair="aspect"))
+    recipe.data.validation_fraction = 0.25
+    corpus = load_corpus(recipe)
+    train, validation = (corpus.splits[name] for name in ("train", "validation"))
+    assert len(validation) == 10
+    assert not set(train.texts) & set(validation.texts)
+
+
+@pytest.mark.parametrize(("count", "fraction"), [(1, 0.1), (10, 0.0)])
+def test_nothing_to_hold_out_says_what_to_do(tmp_path: Path, count: int, fraction: float) -> None:
+    write_jsonl(tmp_path / "posts.jsonl", labelled_rows(count))
+    recipe = recipe_of(tmp_path, t=TaskConfig(path="posts.jsonl", labels=["bad", "good"]))
+    recipe.data.validation_fraction = fraction
+    with pytest.raises(ValueError, match="no validation split beside it.*Add a validation file"):
+        load_corpus(recipe)
+
+
+def test_a_limit_draws_by_the_seed_and_a_smaller_one_draws_a_part(tmp_path: Path) -> None:
+    for name in ("train", "validation", "test"):
+        write_jsonl(tmp_path / "posts" / f"{name}.jsonl", labelled_rows(60, start=len(name) * 100))
+    recipe = recipe_of(tmp_path, t=TaskConfig(path="posts"))
+
+    def drawn(limit: int | None, *, seed: int = 0) -> list[str]:
+        recipe.data.limit_per_task, recipe.train.seed = limit, seed
+        return list(load_corpus(recipe).splits["train"].texts)
+
+    assert len(drawn(None)) == 60
+    assert len(drawn(20)) == 20
+    assert drawn(20) == drawn(20) != drawn(20, seed=1)
+    assert set(drawn(10)) < set(drawn(20))
+    recipe.data.limit_eval = 7
+    assert load_corpus(recipe).report.posts == {"posts": {"train": 20, "validation": 7, "test": 7}}
+
+
+def test_adding_a_data_set_leaves_the_draws_of_the_others_alone(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_jsonl(tmp_path / f"{name}.jsonl", labelled_rows(50))
+    alone = recipe_of(tmp_path, b=TaskConfig(path="b.jsonl"))
+    both = recipe_of(tmp_path, a=TaskConfig(path="a.jsonl"), b=TaskConfig(path="b.jsonl"))
+    alone.data.limit_per_task = both.data.limit_per_task = 9
+    joined = load_corpus(both).splits["train"]
+    assert [joined.texts[i] for i in np.flatnonzero(joined.groups == 1)] == load_corpus(alone).splits["train"].texts
+
+
+def test_posts_that_are_also_training_posts_are_warned_of(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "posts" / "train.jsonl", labelled_rows(10))
+    write_jsonl(tmp_path / "posts" / "validation.jsonl", labelled_rows(4, start=8))
+    write_jsonl(tmp_path / "posts" / "test.jsonl", [{"text": "POST  number 3 "}, {"text": "new"}, {"text": "new"}])
+    warnings = load_corpus(recipe_of(tmp_path, t=TaskConfig(path="posts"))).report.warnings
+    assert warnings == [
+        "data set posts: 2 of 4 validation posts have the text of a training post; their scores flatter the model",
+        "data set posts: 1 of 3 test posts have the text of a training post; their scores flatter the model",
+    ]
+
+
+def test_labels_of_the_recipe_and_of_the_data_set_keep_their_order(tmp_path: Path) -> None:
+    folder = tmp_path / "posts"
+    folder.mkdir()
+    for name in ("train", "val"):
+        (folder / f"{name}_text.txt").write_text(f"{name} a\n{name} b\n")
+        (folder / f"{name}_labels.txt").write_text("0\n1\n")
+    recipe = recipe_of(tmp_path, t=TaskConfig(path="posts"))
+    assert load_corpus(recipe).tasks[0].labels == ("0", "1")
+    (folder / "mapping.txt").write_text("0\tz\n1\ta\n")
+    corpus = load_corpus(recipe)
+    assert corpus.tasks[0].labels == ("z", "a")
+    assert corpus.splits["train"].labels["t"] == [0, 1]
+    recipe.tasks["t"].labels = ["a", "z"]
+    assert load_corpus(recipe).splits["train"].labels["t"] == [1, 0]
+    (folder / "mapping.txt").unlink()
+    assert load_corpus(recipe).splits["train"].labels["t"] == [0, 1]  # ids in the order of tasks.t.labels
+
+
+def test_tags_come_with_words_and_plain_texts_are_split_at_blanks(tmp_path: Path) -> None:
+    rows = [
+        {"tokens": ["Ann", "in", "Rome"], "tags": ["B-per", "O", "B-loc"]},
+        {"tokens": "to Rome", "tags": "O B-loc"},
+        {"tokens": ["Bob", "x"], "tags": ["B-per", None]},
+    ]
+    for name in ("train", "validation"):
+        write_jsonl(tmp_path / "posts" / f"{name}.jsonl", rows)
+    corpus = load_corpus(recipe_of(tmp_path, t=TaskConfig(path="posts", kind="tags", text="tokens", label="tags")))
+    train = corpus.splits["train"]
+    assert corpus.tasks[0].labels == ("O", "B-loc", "B-per")
+    assert list(train.words) == [["Ann", "in", "Rome"], ["to", "Rome"], ["Bob", "x"]]
+    assert list(train.texts) == ["Ann in Rome", "to Rome", "Bob x"]
+    assert train.labels["t"] == [[2, 0, 1], [0, 1], [2, IGNORED]]
+    assert corpus.report.labels["t"]["train"] == {"O": 2, "B-loc": 2, "B-per": 2}
+
+
+def test_multi_labels_are_counted_one_by_one(tmp_path: Path) -> None:
+    rows = [{"text": "p", "label": ["a", "b"]}, {"text": "q", "label": []}, {"text": "r", "label": "b; c"}]
+    for name in ("train", "validation"):
+        write_jsonl(tmp_path / "posts" / f"{name}.jsonl", rows)
+    corpus = load_corpus(recipe_of(tmp_path, t=TaskConfig(path="posts", kind="multi_label")))
+    assert corpus.splits["train"].labels["t"] == [(0, 1), (), (1, 2)]
+    assert corpus.report.labels["t"]["train"] == {"a": 1, "b": 2, "c": 1}
+
+
+def test_class_weights_follow_the_posts_that_are_kept(tmp_path: Path) -> None:
+    rows = [{"text": f"post {i}", "label": "common" if i % 4 else "rare"} for i in range(16)]
+    for name in ("train", "validation"):
+        write_jsonl(tmp_path / "posts" / f"{name}.jsonl", rows)
+    corpus = load_corpus(recipe_of(tmp_path, t=TaskConfig(path="posts", class_weights="balanced")))
+    assert corpus.tasks[0].class_weights == pytest.approx((16 / (2 * 12), 16 / (2 * 4)))
+
+
+def test_half_a_surrogate_pair_is_replaced_and_a_whole_one_is_a_character(tmp_path: Path) -> None:
+    rows = ['{"text": "a \\ud83d", "label": "x"}', '{"text": "\\ud83d\\ude00", "label": "y"}']
+    for name in ("train", "validation"):
+        write_jsonl(tmp_path / "posts" / f"{name}.jsonl", rows)
+    texts = load_corpus(recipe_of(tmp_path, t=TaskConfig(path="posts"))).splits["train"].texts
+    assert list(texts) == ["a \ufffd", "😀"]
+
+
+def test_splits_are_joined_and_taken_column_by_column(shared: Path) -> None:
+    train = three_tasks(shared).splits["train"]
+    both = join_splits([train, train.take(np.array([2, 0]))])
+    assert len(both) == 6
+    assert list(both.texts[4:]) == ["three", "one"]
+    assert both.labels["topic"] == [0, None, 1, 1, 1, 0]
+    assert both.origins[4].endswith("train.jsonl:3")
+    assert isinstance(both, PostSplit)
+
+
+def test_unlabelled_posts_must_fit_their_pairs() -> None:
+    posts = unlabelled_posts(["a", "b"], tasks=["t"], pairs=["x", None])
+    assert posts.labels == {"t": [None, None]} and posts.pairs == ["x", None]
+    with pytest.raises(ValueError, match="2 texts and 1 pairs"):
+        unlabelled_posts(["a", "b"], tasks=["t"], pairs=["x"])

@@ -1,0 +1,496 @@
+"""Rows of a batch where a decoder answers some tasks, and the way of its answers to scores and predictions."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from comoe.config.recipe import DataConfig, NormalizeConfig, Recipe, TaskConfig
+from comoe.data.collator import Collator
+from comoe.data.columns import Domains
+from comoe.data.reading.inputs import choose_labels, pair_in_training
+from comoe.data.reading.rows import RowReader
+from comoe.data.tokens.split import TokenizedSplit, tokenize_split
+from comoe.evaluation.calibration import Calibrator, ece_of
+from comoe.evaluation.evaluate import check_chosen_metric, evaluate, mean_metric, metric_names
+from comoe.inference.model_card import model_card
+from comoe.inference.predict_file import predict_file
+from comoe.inference.predictor import Predictor
+from comoe.inference.score import DataChoice, score_data
+from comoe.tasks.task import Task
+from comoe.train.dry_run import sample_lines, seen_by_the_decoder
+from comoe.types import IGNORED, Batch, ModelOutput
+from tests.helpers_data import write_jsonl
+from tests.helpers_decoder import ASPECT, MOOD, POLARITY, TASKS, decoder_tokenizer, posts_of
+
+TOKENIZER = decoder_tokenizer(
+    ["aspect", "of:", "polarity", "of", "in:", "?", "great", "terrible", "battery", "screen", "😀", "电池", "post"]
+)
+CONFIG = DataConfig(max_length=32, cache=False, normalize=NormalizeConfig(preset="none"))
+TEXTS = ["post one", "post two is great", "post three", "post four 😀", "post five"]
+LABELS = {
+    # All three; mood alone; the decoder's alone; one of these; none at all.
+    "mood": [0, 1, None, None, None],
+    "aspect": ["battery 😀", None, "电池", None, None],
+    "polarity": [1, None, 0, 0, None],
+}
+PAIRS = ["battery", None, "screen", "screen", "post"]
+
+
+def split_of(*, tasks: tuple[Task, ...] = TASKS, **more: Any) -> TokenizedSplit:
+    posts = posts_of(TEXTS, {task.name: LABELS[task.name] for task in tasks}, pairs=PAIRS, tasks=tasks, **more)
+    return tokenize_split(posts, TOKENIZER, tasks=tasks, config=CONFIG)
+
+
+def rows_of(batch: Batch) -> list[tuple[int, int]]:
+    return list(zip(batch.row_ids_B.tolist(), batch.task_ids_B.tolist(), strict=True))
+
+
+def shown(batch: Batch, row: int) -> str:
+    return TOKENIZER.decode(batch.input_ids_BL[row][batch.attention_mask_BL[row].bool()])
+
+
+# Rows
+
+
+def test_by_token_a_post_has_one_row_for_the_heads_and_one_for_each_task_of_the_decoder() -> None:
+    split = split_of()
+    batch = Collator(TOKENIZER, TASKS)(split, np.arange(5), all_tasks=True)
+    assert rows_of(batch) == [
+        (0, -1), (0, 1), (0, 2), (1, -1), (2, 1), (2, 2), (3, 2), (4, -1), (4, 1), (4, 2),
+    ]  # fmt: skip
+    assert shown(batch, 0) == "post one </s> battery </s>"
+    assert shown(batch, 1) == "aspect of: post one </s>"
+    assert shown(batch, 2) == "polarity of battery in: post one ? </s>"
+    assert batch.labels["mood"].tolist() == [0, *[IGNORED] * 2, 1, *[IGNORED] * 6]
+    assert batch.labels["polarity"].tolist() == [IGNORED, IGNORED, 1, *[IGNORED] * 2, 0, 0, *[IGNORED] * 3]
+    aspects = ASPECT.rules.gold(batch.labels["aspect"], ASPECT)
+    assert aspects == [None, "battery 😀", None, None, "电池", *[None] * 5]
+    assert batch.labels["aspect"][[1, 4], 0].tolist() == [3, 2]  # tokens that are taught, the end sign one of them
+    assert batch.token_type_ids_BL is None and not batch.word_starts_BL[batch.task_ids_B >= 0].any()
+    assert batch.word_starts_BL[0].sum() == 2  # of the first text alone
+
+
+@pytest.mark.parametrize("start", [False, True])
+def test_answers_and_choices_are_the_tokens_of_the_right_words(start: bool) -> None:
+    tokenizer = decoder_tokenizer(["great", "terrible", "battery", "😀", "电池"], start=start)
+    posts = posts_of(TEXTS, LABELS, pairs=PAIRS)
+    split = tokenize_split(posts, tokenizer, tasks=TASKS, config=CONFIG)
+    batch = Collator(tokenizer, TASKS)(split, np.array([0, 2, 4]))
+
+    def words(row: torch.Tensor) -> list[str]:
+        return tokenizer.convert_ids_to_tokens(row[row != IGNORED].tolist())
+
+    before = ["<s>"] if start else []
+    wanted = {(0, 1): ["battery", "😀"], (0, 2): ["great"], (2, 1): ["电池"], (2, 2): ["terrible"]}
+    assert batch.answers_BD.dtype == torch.int64
+    for pair, row in zip(rows_of(batch), batch.answers_BD, strict=True):
+        assert words(row) == ([*before, *wanted[pair], "</s>"] if pair in wanted else [])
+    assert list(batch.choices) == ["polarity"]
+    choices = [words(row) for row in batch.choices["polarity"]]
+    assert choices == [[*before, "terrible", "</s>"], [*before, "great", "</s>"]]
+
+
+@pytest.mark.parametrize("route_by", ["task", "both"])
+def test_by_task_every_row_has_its_one_task(route_by: str) -> None:
+    split, collator = split_of(), Collator(TOKENIZER, TASKS, route_by=route_by)
+    assert rows_of(collator(split, np.arange(5))) == [(0, 0), (0, 1), (0, 2), (1, 0), (2, 1), (2, 2), (3, 2)]
+    # Prediction: heads answer for all posts, the decoder for those it has a label of and those without any.
+    batch = collator(split, np.array([1, 3, 4]), all_tasks=True)
+    assert rows_of(batch) == [(1, 0), (3, 0), (3, 2), (4, 0), (4, 1), (4, 2)]
+    assert shown(batch, 1) == "post four 😀 </s> screen </s>"
+    assert shown(batch, 2) == "polarity of screen in: post four 😀 ? </s>"
+
+
+def test_without_a_task_with_a_head_there_are_no_rows_for_heads() -> None:
+    tasks = (ASPECT, POLARITY)
+    split = split_of(tasks=tasks)
+    batch = Collator(TOKENIZER, tasks)(split, np.arange(5), all_tasks=True)
+    # The second post has no label here and no second text, which one prompt wants.
+    assert rows_of(batch) == [(0, 0), (0, 1), (1, 0), (2, 0), (2, 1), (3, 1), (4, 0), (4, 1)]
+    assert len(split.tokens.input_ids) == 0
+
+
+@pytest.mark.parametrize(("route_by", "task"), [("token", -1), ("task", 0)])
+def test_a_rank_without_posts_has_one_row_that_wants_no_answer(route_by: str, task: int) -> None:
+    batch = Collator(TOKENIZER, TASKS, route_by=route_by)(split_of(), np.zeros(0, dtype=np.int64))
+    assert rows_of(batch) == [(-1, task)] and batch.answers_BD.tolist() == [[IGNORED]]
+    assert batch.labels["aspect"].tolist() == [[IGNORED]] and batch.labels["polarity"].tolist() == [IGNORED]
+
+
+def test_heads_alone_have_neither_answers_nor_choices() -> None:
+    split = split_of(tasks=(MOOD,))
+    batch = Collator(TOKENIZER, (MOOD,))(split, np.arange(2))
+    assert batch.answers_BD is None and batch.choices == {} and rows_of(batch) == [(0, -1), (1, -1)]
+
+
+def test_rows_are_taken_with_their_answers() -> None:
+    batch = Collator(TOKENIZER, TASKS)(split_of(), np.array([0]))
+    part = batch.take(torch.tensor([2, 1]))
+    assert torch.equal(part.answers_BD, batch.answers_BD[[2, 1]])
+    assert torch.equal(part.labels["aspect"], batch.labels["aspect"][[2, 1]])
+    assert torch.equal(part.choices["polarity"], batch.choices["polarity"])
+
+
+def test_lengths_are_those_of_the_longest_row_of_a_post() -> None:
+    split = split_of()
+    batches = [Collator(TOKENIZER, TASKS)(split, np.array([post]), all_tasks=True) for post in range(5)]
+    assert split.lengths.tolist() == [batch.input_ids_BL.shape[1] for batch in batches]
+    assert split.lengths[1] == len(split.rows(np.array([1]))[0].input_ids) < split.lengths[0]
+
+
+def test_confidences_and_domains_go_with_the_rows_and_a_post_counts_once() -> None:
+    tasks = (MOOD, replace(ASPECT, confidence_strategy="output"), POLARITY)
+    confidences = {"aspect": [0.25, None, 0.5, None, None]}
+    split = split_of(tasks=tasks, confidences=confidences, columns={"place": ["a", "b", "a", None, "b"]})
+    domains = Domains("place", ("a", "b"), (0.5, 0.5), 1, (1.0, 3.0))
+    batch = Collator(TOKENIZER, tasks, domains=domains)(split, np.array([0, 1, 0, 3]))
+    assert rows_of(batch)[:4] == [(0, -1), (0, 1), (0, 2), (1, -1)]
+    assert batch.confidences["aspect"].tolist() == [0.25] * 3 + [1.0] + [0.25] * 3 + [1.0]
+    assert batch.domains_B.tolist() == [0, 0, 0, 1, 0, 0, 0, IGNORED]
+    # Drawn twice, the first post counts twice.
+    torch.testing.assert_close(batch.domain_weights_B, torch.tensor([1 / 3] * 3 + [3.0] + [1 / 3] * 3 + [0.0]))
+
+
+def test_tasks_of_other_data_sets_do_not_ask_about_posts_without_the_second_text() -> None:
+    posts = posts_of(["a post", "b post"], {"mood": [None, 1]})
+    split = tokenize_split(posts, TOKENIZER, tasks=TASKS, config=CONFIG)
+    batch = Collator(TOKENIZER, TASKS)(split, np.arange(2), all_tasks=True)
+    assert rows_of(batch) == [(0, -1), (0, 1), (1, -1)]
+
+
+@pytest.mark.parametrize("tasks", [TASKS, (ASPECT, POLARITY)])
+def test_the_decoder_is_not_asked_about_posts_without_labels_where_nothing_is_predicted(
+    tasks: tuple[Task, ...],
+) -> None:
+    split, collator = split_of(tasks=tasks), Collator(TOKENIZER, tasks)
+    assert rows_of(collator(split, np.array([4]))) == [(4 if MOOD in tasks else -1, -1)]
+    asked = [split.labelled[post, task] for post, task in rows_of(collator(split, np.arange(5))) if task >= 0]
+    assert len(asked) == 5 and all(asked)
+
+
+def test_a_tokenizer_that_writes_no_end_sign_is_refused() -> None:
+    with pytest.raises(ValueError, match="whose answers need an end sign"):
+        Collator(decoder_tokenizer(end=False), TASKS)
+
+
+# Answers
+
+WRITTEN = {0: "battery 😀", 2: "battery", 4: "screen 电池"}
+
+
+def written_by(batch: Batch, *, tokenizer: Any = TOKENIZER, tasks: tuple[Task, ...] = TASKS) -> ModelOutput:
+    """What a model says that writes ``WRITTEN``, scores "great" at 3/4 of both words, and is of mood 1 for all."""
+    rows = batch.row_ids_B.tolist()
+    ids = [tokenizer(WRITTEN.get(row, "post"))["input_ids"] for row in rows]
+    wide = torch.full((len(rows), 2 + max(map(len, ids))), -1.0)
+    for number, row in enumerate(ids):
+        wide[number, : 2 + len(row)] = torch.tensor([-6.0, float(np.log(0.5)), *row])
+    logits = {
+        "mood": torch.tensor([[0.0, 2.0]]).repeat(len(rows), 1),
+        "aspect": wide,
+        "polarity": torch.tensor([[0.01, 0.03]]).log().repeat(len(rows), 1),
+    }
+    return ModelOutput({task.name: logits[task.name] for task in tasks}, {}, {}, (), torch.zeros(0, dtype=torch.int64))
+
+
+def evaluated(*, shares: list[list[list[int]]], route_by: str = "token", **options: Any) -> Any:
+    split, collator = split_of(), Collator(TOKENIZER, TASKS, route_by=route_by)
+    seen: list[Any] = []
+
+    def of(batches: list[list[int]], gather: Any) -> Any:
+        return evaluate(
+            written_by, split, collator=lambda s, i: collator(s, i, all_tasks=True), tasks=TASKS,
+            batches=[np.array(batch, dtype=np.int64) for batch in batches], gather=gather, device="cpu",
+            spell=collator.spell, texts=split.texts, **options,
+        )  # fmt: skip
+
+    for batches in shares[1:]:
+        of(batches, lambda answers: (seen.append(answers), [answers])[1])
+    return of(shares[0], lambda answers: [answers, *seen])
+
+
+@pytest.mark.parametrize("route_by", ["token", "task"])
+def test_answers_go_through_code_points_to_scores_and_predictions(route_by: str) -> None:
+    found = evaluated(shares=[[[0, 1], [2, 3, 4]]], route_by=route_by)
+    aspect = found.metrics["aspect"]
+    assert aspect["n"] == 2 and aspect["exact_match"] == 0.5 and aspect["token_f1"] == 0.5
+    assert aspect["loss"] == pytest.approx(12 / 5)  # nats of both texts over their 3 + 2 tokens
+    polarity = found.metrics["polarity"]
+    assert polarity["n"] == 3 and polarity["accuracy"] == pytest.approx(1 / 3)
+    assert polarity["loss"] == pytest.approx(-(np.log(0.03) + 2 * np.log(0.01)) / 3)
+    assert found.confusions["polarity"].tolist() == [[0, 2], [0, 1]] and "aspect" not in found.confusions
+    assert found.predictions["aspect"] == [
+        {"row": row, "text": TEXTS[row], "gold": LABELS["aspect"][row], "answer": WRITTEN[row],
+         "probability": pytest.approx(0.5)}
+        for row in (0, 2, 4)
+    ]  # fmt: skip
+    assert [row["row"] for row in found.predictions["polarity"]] == [0, 2, 3, 4]
+    assert found.predictions["polarity"][3]["scores"] == pytest.approx({"bad": 0.25, "good": 0.75})
+    labelled = [row["row"] for row in found.predictions["mood"] if row["gold"] is not None]
+    assert labelled == [0, 1] and found.metrics["mood"]["n"] == 2
+
+
+def test_two_ranks_give_what_one_does() -> None:
+    whole = evaluated(shares=[[[0, 1, 2, 3, 4]]])
+    parts = evaluated(shares=[[[4, 1], [0]], [[2], [3, 0]]])
+    assert parts.metrics == whole.metrics and parts.predictions == whole.predictions
+
+
+def test_scores_of_texts_can_be_sliced_and_chosen_by() -> None:
+    tasks = (MOOD, replace(ASPECT, slices=("place",)), POLARITY)
+    split, collator = split_of(), Collator(TOKENIZER, tasks)
+    found = evaluate(
+        written_by, split, collator=collator, tasks=tasks, batches=[np.arange(5)], gather=lambda a: [a], device="cpu",
+        spell=collator.spell, columns={"place": ["x", None, "y", "y", "x"]}, predictions=False,
+    )  # fmt: skip
+    assert found.metrics["aspect"]["token_f1@place=x"] == 1.0 and found.metrics["aspect"]["token_f1@place=y"] == 0.0
+    check_chosen_metric("aspect/rouge_l", tasks)
+    assert {"loss", "token_f1", "exact_match", "rouge_l", "majority/token_f1"} == set(metric_names(ASPECT))
+    assert mean_metric(found.metrics, tasks) == pytest.approx(
+        np.mean([found.metrics[task.name][task.metric] for task in tasks])
+    )
+
+
+def test_scored_words_are_calibrated_and_texts_left_alone() -> None:
+    generator = np.random.default_rng(0)
+    gold = generator.integers(2, size=60)
+    # As sure as 9 to 1, right 7 times of 10: log-probabilities of words, which do not sum to 1.
+    right = generator.random(60) < 0.7
+    said = np.where(right, gold, 1 - gold)
+    tasks = (ASPECT, POLARITY)
+    posts = posts_of(["post"] * 60, {"polarity": gold.tolist(), "aspect": ["x"] * 60}, pairs=["a"] * 60, tasks=tasks)
+    split = tokenize_split(posts, TOKENIZER, tasks=tasks, config=CONFIG)
+    collator = Collator(TOKENIZER, tasks)
+
+    def forward(batch: Batch) -> ModelOutput:
+        output = written_by(batch, tasks=tasks)
+        logits = torch.full((len(batch.row_ids_B), 2), float(np.log(0.0001)))
+        logits[torch.arange(len(logits)), torch.from_numpy(said)[batch.row_ids_B]] = float(np.log(0.0009))
+        return replace(output, logits={**output.logits, "polarity": logits})
+
+    found = evaluate(
+        forward, split, collator=collator, tasks=tasks, batches=[np.arange(60)], gather=lambda a: [a], device="cpu",
+        spell=collator.spell,
+    )  # fmt: skip
+    assert set(ece_of(found.answers, tasks)) == {"polarity"}
+    calibrator = Calibrator(tasks, temperatures=True, thresholds=False)
+    after = calibrator.take("validation", found)
+    assert calibrator.tasks[0] == ASPECT and calibrator.tasks[1].temperature > 1.5
+    sure = after.predictions["polarity"][0]["scores"].values()
+    assert max(sure) == pytest.approx(right.mean(), abs=0.05) and sum(sure) == pytest.approx(1.0)
+    assert after.metrics["polarity"]["loss"] == found.metrics["polarity"]["loss"]
+
+
+# Prediction
+
+
+def predictor_of(
+    tasks: tuple[Task, ...] = TASKS, *, route_by: str = "token", columns: dict[str, Any] | None = None
+) -> Predictor:
+    exported = SimpleNamespace(
+        tasks=tasks, tokenizer=TOKENIZER, data_config=CONFIG, config={"columns": columns or {}}, image_processor=None,
+        model=lambda batch: replace(
+            written_by(batch, tasks=tasks), attentions={"mood": batch.attention_mask_BL.float()}
+        ),
+    )  # fmt: skip
+    return Predictor(exported, Collator(TOKENIZER, tasks, route_by=route_by), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("route_by", ["token", "task"])
+def test_every_task_answers_a_post_and_one_without_the_second_text_says_so(route_by: str) -> None:
+    answers = predictor_of(route_by=route_by)(
+        ["post one", "post two", " ", "post three"], pairs=["battery", None, "x", "y"], explain=True
+    )
+    assert answers[0]["aspect"] == {"answer": "battery 😀", "probability": pytest.approx(0.5)}
+    assert answers[0]["polarity"]["label"] == "good" and answers[0]["mood"]["label"] == "wild"
+    assert "attention" in answers[0]["mood"] and "attention" not in answers[0]["aspect"]
+    assert answers[1] == {
+        "text": "post two",
+        "error": "the second text is missing, which the prompt of polarity wants; give it (--pair-column), or ask for "
+        "other tasks",
+    }
+    assert answers[2] == {"text": " ", "error": "the text is empty"}
+    assert answers[3]["polarity"]["label"] == "good"
+
+
+@pytest.mark.parametrize(
+    ("cell", "read"), [(5, "5"), (2.5, "2.5"), (["battery", "great"], "battery great"), ("battery", "battery")]
+)
+def test_second_texts_are_read_as_in_training(cell: Any, read: str) -> None:
+    config = {name: TaskConfig(path="posts", pair="about", prompt=POLARITY.prompt) for name in ("polarity", "mood")}
+    post = RowReader(config, {"polarity": (), "mood": ()}, max_characters=99).read({"text": "post", "about": cell})
+    seen: list[Batch] = []
+    predictor = predictor_of()
+    exported = SimpleNamespace(**vars(predictor.exported))
+    exported.model = lambda batch: (seen.append(batch), predictor.exported.model(batch))[1]
+    (answer,) = replace(predictor, exported=exported)(["post"], pairs=[cell], tasks=["mood", "polarity"])
+    assert "error" not in answer and post.pair == read
+    assert [shown(seen[0], row) for row in range(2)] == [
+        f"post </s> {read} </s>",
+        f"polarity of {read} in: post ? </s>",
+    ]
+
+
+@pytest.mark.parametrize("cell", ["  ", float("nan"), [], True, {"a": 1}])
+def test_a_second_text_that_is_none_is_said_and_a_line_of_ids_is_never_missing(cell: Any, tmp_path: Path) -> None:
+    predictor = predictor_of()
+    (answer,) = predictor(["post one"], pairs=[cell], tasks=["polarity"])
+    assert answer["error"].startswith("the second text ") and "polarity" not in answer
+    source = write_jsonl(tmp_path / "in.jsonl", [{"text": "post one", "about": cell}, {"text": "b", "about": "c"}])
+    for task in ("polarity", "mood"):
+        target = tmp_path / f"{task}.txt"
+        predict_file(predictor, source, target, pair_column="about", format="tweeteval", tasks=[task], progress=False)
+        assert target.read_text() == "1\n1\n"
+
+
+def test_only_the_tasks_that_are_asked_for_run() -> None:
+    seen: list[Batch] = []
+    predictor = predictor_of()
+    exported = SimpleNamespace(**vars(predictor.exported))
+    exported.model = lambda batch: (seen.append(batch), predictor.exported.model(batch))[1]
+    watched = replace(predictor, exported=exported)
+    assert list(watched(["post one"], tasks=["aspect"])[0]) == ["text", "aspect"]
+    assert list(watched(["post one"], tasks=["mood"])[0]) == ["text", "mood"]
+    assert [rows_of(batch) for batch in seen] == [[(0, 1)], [(0, -1)]]
+
+
+def test_a_post_given_as_words_is_asked_about_as_in_training_and_a_cut_one_is_marked() -> None:
+    seen: list[Batch] = []
+    predictor = predictor_of((ASPECT,))
+    exported = SimpleNamespace(**vars(predictor.exported))
+    exported.model = lambda batch: (seen.append(batch), predictor.exported.model(batch))[1]
+    watched = replace(predictor, exported=exported)
+    first, second = watched(["ignored", "great " * 50], words=[["battery", "great"], None])
+    assert "truncated" not in first and second["truncated"]
+    texts = {shown(batch, row) for batch in seen for row in range(len(batch.row_ids_B))}
+    assert texts == {"aspect of: battery great </s>", f"aspect of: {'great ' * 29}</s>"}
+
+
+def test_labelled_posts_are_scored_as_in_training(tmp_path: Path) -> None:
+    rows = [
+        {"text": "post one", "aspect": "battery 😀", "polarity": "good", "target": "battery"},
+        {"text": "post two", "aspect": "", "polarity": "bad", "target": "screen"},
+        {"text": "post three", "aspect": "screen", "polarity": None, "target": ""},
+    ]
+    path = str(write_jsonl(tmp_path / "posts.jsonl", rows))
+    predictor = predictor_of((ASPECT, POLARITY))
+    scores = score_data(predictor, DataChoice(path, pair="target"), progress=False)
+    assert scores.evaluation.metrics["aspect"]["n"] == 2 and scores.evaluation.metrics["aspect"]["exact_match"] == 0.5
+    assert scores.evaluation.metrics["polarity"]["accuracy"] == 0.5 and "ece" in scores.evaluation.metrics["polarity"]
+    with pytest.raises(ValueError, match=r"The prompt of polarity has \{pair\}; name its column with --pair-column"):
+        score_data(predictor, DataChoice(path), progress=False)
+    assert score_data(predictor, DataChoice(path, label="aspect"), tasks=["aspect"], progress=False).posts == 3
+    write_jsonl(tmp_path / "posts.jsonl", [rows[0], rows[1] | {"target": " "}])
+    with pytest.raises(ValueError, match=r"posts.jsonl:2: column target is empty, but tasks.polarity.prompt has"):
+        score_data(predictor, DataChoice(path, pair="target"), progress=False)
+
+
+def test_files_of_answers_hold_texts_and_scored_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"text": "post one", "about": "battery"}, {"text": "post two"}, {"text": "", "about": "x"}]
+    source, predictor = write_jsonl(tmp_path / "in.jsonl", rows), predictor_of()
+
+    def written(name: str, **options: Any) -> list[str]:
+        predict_file(predictor, source, tmp_path / name, pair_column="about", progress=False, **options)
+        return (tmp_path / name).read_text(encoding="utf-8").splitlines()
+
+    table = list(csv.DictReader(written("out.csv", format="csv")))
+    assert table[0]["aspect"] == "battery 😀" and table[0]["polarity"] == "good" and table[0]["error"] == ""
+    assert list(table[0])[-5:] == ["aspect", "polarity", "polarity/bad", "polarity/good", "error"]
+    assert table[1]["aspect"] == "" and table[1]["error"].startswith("the second text is missing")
+    # Every line needs an id.
+    assert written("out.txt", format="tweeteval", tasks=["polarity"]) == ["1", "1", "1"]
+    said = capsys.readouterr().err
+    assert "2 lines without a text, or the second text that the prompt wants, were answered as '@user'" in said
+    with pytest.raises(ValueError, match="wants a task with one label per post; aspect is a text task"):
+        written("out.txt", format="tweeteval", tasks=["aspect"])
+
+
+ASKED_ABOUT = {name: {"pair": "target", "label": name} for name in ("mood", "aspect", "polarity")}
+
+
+def test_second_texts_and_labels_are_read_from_the_columns_of_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"text": "post one", "target": "battery", "polarity": "good", "label": "bad"}, {"text": "post two"}]
+    source, predictor = write_jsonl(tmp_path / "in.jsonl", rows), predictor_of(columns=ASKED_ABOUT)
+    said = predict_file(predictor, source, tmp_path / "out.jsonl", progress=False)
+    assert "2 posts answered" in said and "1 of them could not" in said
+    assert "second texts are read from column target, as in training" in capsys.readouterr().err
+    scores = score_data(predictor, DataChoice(str(source), skip_bad=True), tasks=["polarity"], progress=False)
+    assert scores.evaluation.metrics["polarity"]["accuracy"] == 1.0 and "--pair-column" in capsys.readouterr().err
+    # A head that had no second text would read another post than in training.
+    alone = predictor_of(columns=ASKED_ABOUT | {"mood": {"pair": None, "label": "mood"}})
+    message = rf"none of the 2 posts could be answered, see {tmp_path}/out.jsonl; the first: .*--pair-column"
+    with pytest.raises(ValueError, match=message):
+        predict_file(alone, source, tmp_path / "out.jsonl", progress=False)
+    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 2
+    predict_file(alone, source, tmp_path / "out.jsonl", tasks=["aspect", "polarity"], progress=False)
+
+
+def test_the_columns_of_training_are_not_taken_where_they_say_nothing() -> None:
+    labels = {"a": {"pair": "x", "label": "mood"}, "b": {"pair": "y", "label": "mood"}, "c": {"label": "shade"}}
+    config, tasks = {"columns": labels}, [replace(MOOD, name=name) for name in "abc"]
+    found = {names: choose_labels(config, [t for t in tasks if t.name in names], asked=None, columns=["mood", "shade"])
+             for names in ("a", "ab", "abc")}  # fmt: skip
+    assert found == {"a": {"a": "mood"}, "ab": {"a": "a", "b": "b"}, "abc": {"a": "a", "b": "b", "c": "shade"}}
+    assert choose_labels(config, tasks[:1], asked=None, columns=["label"]) == {"a": "label"}
+    assert choose_labels(config, tasks[:2], asked="z", columns=["mood"]) == {"a": "z", "b": "z"}
+    assert [pair_in_training(config, some) for some in (tasks[:1], tasks[:2], tasks)] == ["x", None, None]
+    assert pair_in_training({}, tasks) is None
+
+
+def test_attention_is_not_promised_where_no_head_pools(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = write_jsonl(tmp_path / "in.jsonl", [{"text": "post one"}])
+    predict_file(predictor_of((ASPECT,)), source, tmp_path / "out", explain=True, progress=False)
+    assert "--explain: none of these tasks has attention; only tasks with a pooled head" in capsys.readouterr().err
+    written, mixed = card((ASPECT,)), card(TASKS)
+    assert "explain" not in written and "Attention" not in written and "Written answers need not be true" in written
+    assert "explain=True" in mixed and "Attention" in mixed and "Scored words are whole" in mixed
+
+
+# What is shown
+
+
+def test_the_dry_run_shows_prompt_and_answer_as_the_model_sees_them() -> None:
+    split = split_of()
+    seen = seen_by_the_decoder(split, TOKENIZER)
+    assert sample_lines(ASPECT, split.posts, CONFIG.normalize, seen=seen) == [
+        "aspect (text, metric token_f1):",
+        "  answer | what the encoder reads",
+        "  battery 😀 </s> | aspect of: post one </s>",
+        "  电池 </s> | aspect of: post three </s>",
+    ]
+    lines = sample_lines(POLARITY, split.posts, CONFIG.normalize, seen=seen)
+    assert lines[:4] == [
+        "polarity (label_words, metric macro_f1):",
+        "  words of the labels: bad = 'terrible', good = 'great'",
+        "  answer | what the encoder reads",
+        "  great </s> | polarity of battery in: post one ? </s>",
+    ]
+
+
+def card(tasks: tuple[Task, ...]) -> str:
+    config: Mapping[str, Any] = {
+        "data": {"normalize": {"language": "en"}}, "model": {"encoder": "some/t5"}, "encoder": {"model_type": "t5"},
+        "comoe_version": "1",
+    }  # fmt: skip
+    return model_card("m", recipe=Recipe(), tasks=tasks, config=config, results=None)
+
+
+def test_the_card_tells_the_prompts_and_how_to_give_the_second_text() -> None:
+    mixed = card(TASKS)
+    assert 'pipeline_tag: "text-classification"' in mixed and "One encoder-decoder" in mixed
+    assert "| polarity | polarity of {pair} in: {text} ? |" in mixed
+    assert "| aspect | text | a text | token_f1 |" in mixed
+    assert 'pairs=["the weather"]' in mixed and "--pair-column pair" in mixed
+    written = card((ASPECT,))
+    assert 'pipeline_tag: "text-generation"' in written and "--pair-column" not in written

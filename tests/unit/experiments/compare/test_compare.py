@@ -1,0 +1,290 @@
+"""The arms of a comparison, its intervals against textbook numbers, and its report from written run folders."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from comoe.config.load import load_recipe, save_recipe
+from comoe.config.recipe import TaskConfig
+from comoe.experiments.cluster.plan import shape_of_recipe
+from comoe.experiments.compare.arms import ARMS, custom_arms
+from comoe.experiments.compare.plan import check_earlier, plan_arms
+from comoe.experiments.compare.plots import removal_figure, write_plots
+from comoe.experiments.compare.report import compare, write_comparison
+from comoe.experiments.compare.results import REMOVAL_FILE
+from comoe.experiments.compare.statistics import (
+    Answers,
+    paired_difference,
+    read_answers,
+    resampled,
+    seed_interval,
+)
+from comoe.experiments.compare.tables import markdown_lines
+from comoe.experiments.runner import Experiment
+from comoe.starter.registry import resolve
+from comoe.tasks.task import build_task
+
+ROOT = Path(__file__).parents[4]
+RECIPE = (
+    "tasks: {mood: {path: x, confidence: sure}}\n"
+    "model: {encoder: smoke:encoder, moe: {num_experts: 4, top_k: 2, expert_width: 24}}\n"
+)
+
+
+@pytest.fixture
+def experiment(tmp_path: Path) -> Experiment:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(RECIPE)
+    encoder = resolve(load_recipe(recipe), progress=False).model.encoder
+    recipe.write_text(RECIPE.replace("smoke:encoder", encoder))
+    return Experiment(recipe, ROOT / "ds_configs/zero2.json", tmp_path / "out", ROOT / "launch/train.py", ranks=2)
+
+
+def mood(kind: str = "single_label", metric: str = "accuracy", name: str = "mood", labels=("bad", "good")):
+    return build_task(name, TaskConfig(path="x", kind=kind, metric=metric), labels=list(labels), label_counts={})
+
+
+def plan_trials(experiment: Experiment, **asked):
+    return plan_arms(experiment, **asked).trials
+
+
+def test_every_arm_with_experts_has_the_same_active_width(experiment: Experiment):
+    trials = plan_trials(experiment, arms=[arm for arm in ARMS], custom={}, seeds=[0])
+    widths = {}
+    for trial in trials:
+        shape = shape_of_recipe(load_recipe(experiment.config, trial.overrides))
+        widths[trial.part] = shape.moe_layers * shape.top_k * shape.expert_width
+    layers = shape_of_recipe(load_recipe(experiment.config)).moe_layers
+    assert widths.pop("no_experts") == 0
+    assert widths.pop("dense_total") == layers * 4 * 24
+    assert set(widths.values()) == {layers * 48}
+    made = load_recipe(experiment.config, next(trial for trial in trials if trial.part == "paper").overrides).model.moe
+    assert (made.route_by, made.top_k, made.num_experts, made.balance) == ("task", 4, 4, "none")
+
+
+def test_trials_run_seed_by_seed_and_carry_their_seed(experiment: Experiment):
+    trials = plan_trials(experiment, arms=["dense", "sigmoid"], custom={}, seeds=[3, 1])
+    assert [trial.name for trial in trials] == ["dense-s3", "sigmoid-s3", "dense-s1", "sigmoid-s1"]
+    assert load_recipe(experiment.config, trials[0].overrides).train.seed == 3
+
+
+def test_arms_of_ones_own_are_read_with_lists_and_refused_when_wrong(experiment: Experiment):
+    own = custom_arms(["last:model.moe.layers=[1,3],loss.contrastive.weight=0"])
+    assert own == {"last": ["model.moe.layers=[1,3]", "loss.contrastive.weight=0"]}
+    with pytest.raises(ValueError, match="must read name:key=value"):
+        custom_arms(["last"])
+    with pytest.raises(ValueError, match="--arm dense: choose a name"):
+        plan_trials(experiment, arms=["dense"], custom={"dense": []}, seeds=[0])
+    with pytest.raises(ValueError, match="sigmiod is not an? arm; did you mean sigmoid"):
+        plan_trials(experiment, arms=["sigmiod"], custom={}, seeds=[0])
+    with pytest.raises(ValueError, match="did you mean loss.contrastive.weight"):
+        plan_trials(experiment, arms=["x"], custom={"x": ["loss.contrastive.wieght=0"]}, seeds=[0])
+
+
+def test_a_confidence_arm_is_about_the_tasks_that_have_confidences(experiment: Experiment):
+    config = experiment.config
+    config.write_text(config.read_text().replace("{mood:", "{plain: {path: y}, mood:"))
+    (trial,) = plan_trials(experiment, arms=["confidence_input_output"], custom={}, seeds=[0])
+    tasks = load_recipe(config, trial.overrides).tasks
+    assert {name: task.confidence_strategy for name, task in tasks.items()} == {"plain": "none", "mood": "input_output"}
+    config.write_text(config.read_text().replace(", confidence: sure", ""))
+    with pytest.raises(ValueError, match="confidence_output is about tasks with confidences, and the recipe has none"):
+        plan_trials(experiment, arms=["confidence_output"], custom={}, seeds=[0])
+
+
+def test_an_earlier_run_of_another_arm_of_the_same_name_is_refused(experiment: Experiment):
+    def wide(width: int):
+        words = [f"model.moe.expert_width={width}"]
+        return plan_trials(experiment, arms=["wide"], custom={"wide": words}, seeds=[0])[0]
+
+    folder = experiment.runs / "wide-s0"
+    folder.mkdir(parents=True)
+    names = ["run.name=wide-s0", f"run.output_dir={experiment.runs}"]
+    save_recipe(load_recipe(experiment.config, [*wide(48).overrides, *names]), folder / "config.yaml")
+    check_earlier(experiment, wide(48))
+    with pytest.raises(ValueError, match="was trained with model.moe.expert_width 48 instead of 96"):
+        check_earlier(experiment, wide(96))
+
+
+def test_an_arm_that_cannot_keep_the_active_width_is_refused(experiment: Experiment):
+    shared = Experiment(**{name: getattr(experiment, name) for name in ("config", "deepspeed", "output", "train_script",
+                                                                        "ranks")},
+                        overrides=("model.moe.expert_width=23",))  # fmt: skip
+    with pytest.raises(ValueError, match="active width 46 .* does not divide into k = 4"):
+        plan_trials(shared, arms=["sigmoid_k4"], custom={}, seeds=[0])
+
+
+def test_the_interval_over_seeds_is_students():
+    item = seed_interval([1.0, 2.0, 3.0])
+    assert item.mean == 2.0
+    assert item.high - 2.0 == pytest.approx(4.302652730 / math.sqrt(3)) and 2.0 - item.low == item.high - 2.0
+    assert seed_interval([0.5]).to_dict() == {"mean": 0.5, "low": None, "high": None}
+
+
+def test_the_bootstrap_has_the_textbook_width_and_is_zero_between_equal_arms():
+    generator = np.random.default_rng(0)
+    gold = generator.integers(0, 2, 500)
+    task = mood()
+
+    def answers(right: float) -> dict[str, Answers]:
+        hit = generator.random(500) < right
+        return {"mood": Answers(np.arange(500), gold, np.where(hit, gold, 1 - gold))}
+
+    good, bad = answers(0.85), answers(0.7)
+    drawn = resampled([good, bad, good], [task], resamples=800)["mood"]
+    hits = [(run["mood"].predicted == gold).astype(float) for run in (good, bad)]
+    plain = float(np.mean(hits[0] - hits[1]))
+    item = paired_difference([plain], drawn[:1] - drawn[1:2])
+    expected = 1.96 * np.std(hits[0] - hits[1]) / math.sqrt(500)
+    assert (item.high - item.low) / 2 == pytest.approx(expected, rel=0.1)
+    assert item.low < plain < item.high and item.low > 0
+    same = paired_difference([0.0], drawn[:1] - drawn[2:])
+    assert (same.low, same.high) == (0.0, 0.0)
+
+
+def test_seeds_that_disagree_widen_the_interval_as_student_says():
+    item = paired_difference([0.0, 0.1, 0.2], np.zeros((3, 100)))
+    assert item.mean == pytest.approx(0.1) and item.high - 0.1 == pytest.approx(4.302652730 * 0.1 / math.sqrt(3))
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_p_is_a_twentieth_where_the_interval_ends_at_zero(seeds: int):
+    generator = np.random.default_rng(0)
+    differences, drawn = generator.standard_normal(seeds), generator.standard_normal((seeds, 300))
+    item = paired_difference(list(differences), drawn)
+    edge = paired_difference(list(differences - item.low), drawn)
+    assert edge.low == pytest.approx(0, abs=1e-12) and edge.p == pytest.approx(0.05, rel=1e-6)
+    further = paired_difference(list(differences - item.low + 0.1), drawn)
+    assert further.p < 0.05 and further.verdict == "gained"
+    assert paired_difference([0.0], np.zeros((1, 9))).p == 1.0
+
+
+@pytest.mark.parametrize(("seeds", "between", "posts"), [(3, 1.0, 0.0), (3, 1.0, 1.0), (3, 0.2, 1.0), (5, 1.0, 0.5)])
+def test_ninety_five_of_hundred_intervals_hold_the_truth(seeds: int, between: float, posts: float):
+    generator = np.random.default_rng(seeds)
+    trials, held = 600, 0
+    for _ in range(trials):
+        # Seeds differ among themselves; the posts are the same for all of them, and another draw each time.
+        differences = between * generator.standard_normal(seeds) + posts * generator.standard_normal()
+        resampled_differences = differences[:, None] + posts * generator.standard_normal(200)
+        item = paired_difference(list(differences), resampled_differences)
+        held += item.low <= 0 <= item.high
+    assert 0.935 <= held / trials
+
+
+def test_a_post_is_drawn_for_all_of_its_tasks_at_once():
+    both = np.arange(40)
+    first, second = mood(), mood(name="anger")
+    hit = np.random.default_rng(1).random(40) < 0.5
+    gold = np.zeros(40, dtype=np.int64)
+    run = {name: Answers(both, gold, np.where(hit, 0, 1)) for name in ("mood", "anger")}
+    drawn = resampled([run], [first, second], resamples=50)
+    np.testing.assert_array_equal(drawn["mood"], drawn["anger"])
+    assert drawn["mood"].std() > 0.01
+    np.testing.assert_allclose(drawn["mean"], drawn["mood"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "metric", "labels", "rows", "value"),
+    [
+        ("single_label", "accuracy", ("bad", "good"),
+         [{"gold": "bad", "label": "bad"}, {"gold": "good", "label": "bad"}, {"gold": None, "label": "bad"}], 0.5),
+        ("multi_label", "jaccard", ("a", "b"),
+         [{"gold": ["a"], "labels": ["a", "b"]}, {"gold": [], "labels": []}], 0.75),
+        ("regression", "mae", (), [{"gold": 1.0, "value": 3.0}, {"gold": 0.0, "value": 1.0}], 1.5),
+        ("tags", "span_f1", ("O", "B-PER", "I-PER"),
+         [{"gold": ["B-PER", "I-PER"], "tags": ["B-PER", "I-PER"]}, {"gold": ["O"], "tags": ["B-PER"]}], 2 / 3),
+    ],
+)  # fmt: skip
+def test_written_predictions_are_scored_as_they_were(kind: str, metric: str, labels, rows, value: float):
+    task = mood(kind, metric, labels=labels)
+    read = read_answers([{"row": 10 + number} | row for number, row in enumerate(rows)], task)
+    assert task.rules.measure(read.gold, read.predicted, task) == pytest.approx(value)
+    assert read.rows.tolist() == [10, 11]
+
+
+def write_run(folder: Path, *, right: list[bool], experts: bool, removal: bool = False) -> None:
+    """A finished run of 40 posts, of which those in ``right`` are answered right."""
+    task = mood()
+    folder.mkdir(parents=True)
+    (folder / "tasks.json").write_text(json.dumps([task.to_dict()]))
+    share = sum(right) / len(right)
+    results = {"finished": True, "step": 4, "seconds": 2.0, "posts": 96, "peak_memory_bytes_per_rank": 2**20}
+    results |= {"data": {"posts": {"x": {"train": 48, "test": 40}}}}
+    results |= {"parameters": {"experts": 5, "active": 6, "total": 7}}
+    results |= {"metrics": {"test": {"mood": {"accuracy": share}}}}
+    (folder / "results.json").write_text(json.dumps(results))
+    routing = {
+        "share": [[0.5, 0.5], [0.7, 0.3]],
+        "weight_monopoly": [0.2, 0.4],
+        "max_violation": [0.5, None],
+        "dead_share": [0.0, 0.0],
+    }
+    lines = [{"split": "train", "step": 2, "seconds": 1.0, "tokens_per_second": 10.0},
+             {"split": "test", "step": 4} | ({"routing": routing} if experts else {})]  # fmt: skip
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "predictions/test").mkdir(parents=True)
+    rows = [{"row": row, "gold": "good", "label": "good" if hit else "bad"} for row, hit in enumerate(right)]
+    (folder / "predictions/test/mood.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if removal:
+        found = {"layers": [1], "posts": 40, "whole": {"mean": share, "loss": 1.0}, "drop": [[0.1, 0.3]],
+                 "loss_rise": [[0.0, 0.2]], "limit": None}  # fmt: skip
+        (folder / REMOVAL_FILE).write_text(json.dumps(found))
+
+
+def test_the_report_says_what_the_run_folders_say(experiment: Experiment, tmp_path: Path):
+    plan = plan_arms(experiment, arms=["dense", "sigmoid", "paper"], custom={}, seeds=[0, 1])
+    for seed, wrong in ((0, 20), (1, 18)):
+        write_run(tmp_path / "runs" / f"dense-s{seed}", right=[post >= wrong for post in range(40)], experts=False)
+        better = [post >= wrong - 8 for post in range(40)]
+        write_run(tmp_path / "runs" / f"sigmoid-s{seed}", right=better, experts=True, removal=True)
+    comparison = compare(
+        plan, tmp_path / "runs", baseline="dense", resamples=200, problems={"paper-s0": "killed"},
+        metrics=["mood/accuracy", "mood/acuracy"],
+    )  # fmt: skip
+    difference = comparison.against["sigmoid"]["mean"]
+    assert difference.mean == pytest.approx(0.2) and difference.low < 0.2 < difference.high
+    assert comparison.interval("sigmoid", "routing", "weight_monopoly").mean == pytest.approx(0.3)
+    assert comparison.interval("dense", "routing", "weight_monopoly") is None
+    write_comparison(comparison, tmp_path)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["dense"]["mood"]["accuracy"]["mean"] == pytest.approx(0.525)
+    assert summary["dense"]["mood"]["accuracy"]["values"] == [0.5, 0.55]
+    assert "paper" not in summary
+    rest = json.loads((tmp_path / "comparison.json").read_text())
+    assert rest["arms"]["sigmoid"]["routing"]["max_violation"]["mean"] == 0.5
+    assert rest["failed"] == {"paper-s0": "killed"}
+    assert rest["arms"]["sigmoid"]["gained"] == ["mood"] and rest["arms"]["sigmoid"]["lost"] == []
+    assert rest["arms"]["sigmoid"]["costs"]["posts_per_second"]["mean"] == 48.0
+    table = "\n".join(markdown_lines(comparison))
+    assert "| sigmoid | 2 | 0.725 [" in table and "| +0.200 [" in table and "0.725 ± 0.035" in table
+    assert "| sigmoid | 1 | 4 | 96 | 2.0 | x 48 |" in table
+    assert "0.200 [0.200, 0.200] | 0.300 [0.300, 0.300] | 0.100 [0.100, 0.100] | 0.200 [0.200, 0.200]" in table
+    assert "* paper-s0: killed" in table
+    assert "| arm | mood/accuracy |\n| --- | --- |\n| dense | 0.525 [" in table
+    assert "* mood/acuracy is not a metric of these runs (--metrics); did you mean mood/accuracy?" in table
+    assert len((tmp_path / "table.csv").read_text().splitlines()) == 5
+    write_plots(comparison, tmp_path)
+    for name in ("quality.png", "metrics.png", "gates.png", "removal.png"):
+        assert (tmp_path / "plots" / name).stat().st_size > 4000
+
+
+def test_removal_is_drawn_for_every_arm_that_has_it_in_the_panel_of_its_own_layer(
+    experiment: Experiment, tmp_path: Path
+):
+    plan = plan_arms(experiment, arms=["dense", "sigmoid"], custom={}, seeds=[0])
+    for trial in plan.trials:
+        write_run(tmp_path / trial.name, right=[True] * 40, experts=trial.part == "sigmoid", removal=True)
+    file = tmp_path / "dense-s0" / REMOVAL_FILE
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"layers": [3], "drop": [[0.4]], "loss_rise": [[0.5]]}))
+    comparison = compare(plan, tmp_path, baseline="dense", resamples=0)
+    panels = removal_figure(comparison, ["dense", "sigmoid"]).axes
+    assert [panel.get_title() for panel in panels] == ["layer 1", "layer 3"]
+    drawn = [{line.get_label(): list(line.get_ydata()) for line in panel.lines} for panel in panels]
+    assert drawn == [{"sigmoid": [0.2, 0.0]}, {"dense": [0.5]}]
+    assert "| dense |  |  |  |  |  |  |  | 0.400 | 0.400 | 0.500 | 0.500 |" in "\n".join(markdown_lines(comparison))

@@ -1,0 +1,347 @@
+"""Tasks alone against tasks together: which runs that takes, and what is said about written run folders."""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from comoe.config.load import load_recipe, save_recipe
+from comoe.config.recipe import TaskConfig
+from comoe.experiments.affinity import Affinity
+from comoe.experiments.compare.command import run_comparison
+from comoe.experiments.compare.plan import Plan, check_earlier, plan_arms
+from comoe.experiments.compare.plots import write_plots
+from comoe.experiments.compare.report import AFFINITY_FILE, Comparison, compare, write_comparison
+from comoe.experiments.compare.statistics import Difference
+from comoe.experiments.compare.tables import markdown_lines
+from comoe.experiments.compare.transfer import mean_cosines, outcome_of, reasons_of
+from comoe.experiments.runner import Experiment, remember
+from comoe.losses.weighting.strategies import WEIGHTINGS
+from comoe.starter.registry import resolve
+from comoe.tasks.task import Task, build_task
+
+ROOT = Path(__file__).parents[4]
+MODEL = "model: {encoder: smoke:encoder, moe: {num_experts: 4, top_k: 2, expert_width: 24}}\n"
+RECIPE = f"""{MODEL}tasks:
+  mood: {{path: reviews, label: mood}}
+  topic: {{path: reviews, label: topic}}
+  stance: {{path: stance}}
+  hint: {{path: hints, auxiliary: true}}
+"""
+TASKS = ("mood", "topic", "stance")
+
+
+@pytest.fixture(scope="module")
+def encoder() -> str:
+    return resolve(load_recipe(ROOT / "launch/configs/smoke.yaml"), progress=False).model.encoder
+
+
+def experiment_of(tmp_path: Path, encoder: str, text: str = RECIPE, overrides: Sequence[str] = ()) -> Experiment:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(text.replace("smoke:encoder", encoder))
+    return Experiment(recipe, ROOT / "ds_configs/zero2.json", tmp_path / "out", ROOT / "launch/train.py", ranks=1,
+                      overrides=tuple(overrides))  # fmt: skip
+
+
+@pytest.fixture
+def experiment(tmp_path: Path, encoder: str) -> Experiment:
+    return experiment_of(tmp_path, encoder)
+
+
+def planned(
+    experiment: Experiment, *arms: str, seeds: Sequence[int] = (0,), custom: Mapping | None = None
+) -> Plan:
+    return plan_arms(experiment, arms=arms, custom=custom or {}, seeds=seeds)
+
+
+def recipe_of(experiment: Experiment, plan: Plan, run: str):
+    trial = next(trial for trial in plan.trials if trial.name == run)
+    return load_recipe(experiment.config, [*experiment.overrides, *trial.overrides])
+
+
+def test_single_is_a_run_for_each_task_that_is_not_auxiliary(experiment: Experiment):
+    plan = planned(experiment, "single", "multi", seeds=(2, 0))
+    assert [arm.name for arm in plan.arms] == ["single", "multi"] and plan.joint == "multi"
+    names = ["single.mood", "single.topic", "single.stance", "recipe"]
+    assert [trial.name for trial in plan.trials] == [f"{name}-s{seed}" for seed in (2, 0) for name in names]
+    whole, alone = recipe_of(experiment, plan, "recipe-s0"), recipe_of(experiment, plan, "single.topic-s0")
+    assert list(whole.tasks) == ["mood", "topic", "stance", "hint"] and list(alone.tasks) == ["topic"]
+    # As many passes: the sampler makes the steps of the posts that are left.
+    assert (alone.train.epochs, alone.train.batch_size) == (whole.train.epochs, whole.train.batch_size)
+    assert alone.data == whole.data and alone.model == whole.model
+
+
+def test_without_auxiliary_tasks_the_others_stay_in_one_run(experiment: Experiment):
+    plan = planned(experiment, "recipe", "no_auxiliary", "single.mood")
+    assert [trial.name for trial in plan.trials] == ["recipe-s0", "no_auxiliary-s0", "single.mood-s0"]
+    assert list(recipe_of(experiment, plan, "no_auxiliary-s0").tasks) == ["mood", "topic", "stance"]
+    config = experiment.config
+    config.write_text(config.read_text().replace("auxiliary: true", "auxiliary: false"))
+    with pytest.raises(ValueError, match="no_auxiliary drops the tasks marked auxiliary.*the recipe has no such tasks"):
+        planned(experiment, "no_auxiliary")
+    # Another arm that is asked for by task knows nothing of it.
+    assert planned(experiment, "single.mood").arms[0].name == "single.mood"
+
+
+def test_leaving_one_out_drops_auxiliary_tasks_too_and_wants_the_run_of_all(experiment: Experiment):
+    plan = planned(experiment, "recipe", "leave_one_out")
+    assert [arm.name for arm in plan.arms[1:]] == [f"without.{task}" for task in (*TASKS, "hint")]
+    assert list(recipe_of(experiment, plan, "without.hint-s0").tasks) == list(TASKS)
+    with pytest.raises(ValueError, match="add the arm multi to --arms"):
+        planned(experiment, "single", "leave_one_out")
+
+
+def test_one_part_can_be_asked_for_by_its_name(experiment: Experiment):
+    plan = planned(experiment, "multi", "single.mood", "without.stance")
+    assert [trial.name for trial in plan.trials] == ["recipe-s0", "single.mood-s0", "without.stance-s0"]
+    with pytest.raises(ValueError, match="single.moood is not an? arm; did you mean single.mood"):
+        planned(experiment, "single.moood")
+
+
+def test_runs_of_ones_own_arms_of_the_same_name_are_shared_when_they_are_the_same_run(experiment: Experiment):
+    words = ["tasks.hint=null", "tasks.stance=null", "tasks.topic=null"]
+    plan = planned(experiment, "single", "single.mood", custom={"single.mood": words})
+    assert [trial.name for trial in plan.trials].count("single.mood-s0") == 1
+    # A run that was made by the words of one arm is found by the other.
+    folder = experiment.runs / "single.mood-s0"
+    folder.mkdir(parents=True)
+    saved = load_recipe(experiment.config, [*words, "train.seed=0", "run.name=single.mood-s0"])
+    save_recipe(saved, folder / "config.yaml")
+    for trial in planned(experiment, "single").trials:
+        check_earlier(experiment, trial)
+    with pytest.raises(ValueError, match=r"would share the run folders single.mood-s0.*tasks.stance"):
+        planned(experiment, "single", "single.mood", custom={"single.mood": ["tasks.hint=null", "tasks.topic=null"]})
+
+
+def test_steps_instead_of_passes_are_refused_where_tasks_are_dropped(tmp_path: Path, encoder: str):
+    stepping = experiment_of(tmp_path, encoder, overrides=["train.max_steps=40", "train.epochs=2.5"])
+    for arm in ("single", "leave_one_out", "without.mood"):
+        with pytest.raises(ValueError, match=r"train.max_steps is 40.*train.max_steps=null train.epochs=2.5"):
+            planned(stepping, "multi", arm)
+    assert planned(stepping, "multi", "adversarial").joint == "multi"
+
+
+def test_options_that_speak_of_other_tasks_are_put_right_for_a_task_alone(tmp_path: Path, encoder: str):
+    words = ["train.early_stop_metric=mood/accuracy", "loss.weighting=uncertainty", "loss.adversarial.weight=0.2"]
+    plan = planned(setting := experiment_of(tmp_path, encoder, overrides=words), "single", "multi", "leave_one_out")
+    metrics = {run: recipe_of(setting, plan, f"{run}-s0").train.early_stop_metric
+               for run in ("recipe", "single.mood", "single.topic", "without.mood", "without.topic")}  # fmt: skip
+    assert list(metrics.values()) == ["mood/accuracy", "mood/accuracy", "mean", "mean", "mood/accuracy"]
+    alone = recipe_of(setting, plan, "single.topic-s0").loss
+    assert (alone.weighting, alone.adversarial.weight) == ("equal", 0)
+    assert recipe_of(setting, plan, "without.topic-s0").loss.weighting == "uncertainty"
+
+
+def test_what_is_not_equal_is_said(tmp_path: Path, encoder: str):
+    words = ["data.mixing=uniform", "train.eval_every=50"]
+    plan = planned(setting := experiment_of(tmp_path, encoder, overrides=words), "single", "multi")
+    assert len(plan.notes) == 2 and "data.mixing is uniform" in plan.notes[0] and "50 steps" in plan.notes[1]
+    assert planned(setting, "multi", "no_contrastive").notes == ()
+
+
+def test_a_recipe_of_one_task_is_alone_already(tmp_path: Path, encoder: str):
+    one = experiment_of(tmp_path, encoder, f"{MODEL}tasks: {{mood: {{path: reviews}}}}\n")
+    plan = planned(one, "single", "multi", "no_contrastive")
+    assert [trial.name for trial in plan.trials] == ["recipe-s0", "no_contrastive-s0"]
+    assert plan.joint is None and plan.notes == ("single is the recipe itself: it has one task.",)
+    with pytest.raises(ValueError, match="leave_one_out drops one task"):
+        planned(one, "multi", "leave_one_out")
+
+
+def test_each_weighting_is_an_arm_and_experts_are_wanted_only_by_arms_with_experts(tmp_path: Path, encoder: str):
+    bare = experiment_of(tmp_path, encoder, overrides=["model.moe.num_experts=0"])
+    plan = planned(bare, "single", "multi", "private", "adversarial", "no_contrastive", *WEIGHTINGS)
+    losses = {name: recipe_of(bare, plan, f"{name}-s0").loss for name in (*WEIGHTINGS, "adversarial")}
+    assert {name: losses[name].weighting for name in WEIGHTINGS} == {name: name for name in WEIGHTINGS}
+    assert losses["adversarial"].adversarial.weight > 0
+    assert recipe_of(bare, plan, "private-s0").model.private_width > 0
+    with pytest.raises(ValueError, match="num_experts is 0: arms with experts"):
+        planned(bare, "multi", "softmax")
+
+
+def test_a_comparison_begun_before_an_option_was_there_goes_on(experiment: Experiment):
+    remember(experiment, file_name="compare.json")
+    file = experiment.output / "compare.json"
+    before = json.loads(file.read_text())
+    del before["recipe"]["loss"]["adversarial"], before["recipe"]["tasks"]["mood"]["auxiliary"]
+    file.write_text(json.dumps(before))
+    remember(experiment, file_name="compare.json")
+    before["recipe"]["train"]["epochs"] = 9.0
+    file.write_text(json.dumps(before))
+    with pytest.raises(ValueError, match="train.epochs 9.0 instead of 3.0"):
+        remember(experiment, file_name="compare.json")
+
+
+@pytest.mark.parametrize(
+    ("arms", "changed", "message"),
+    [
+        ("single,softmax", {"against": "sofmax"}, "sofmax is not .*against.*did you mean softmax"),
+        ("single,softmax", {"remove_experts": "paper"}, "paper is not .*remove-experts"),
+        ("single,softmax", {"remove_experts": "single"}, "--remove-experts single: this arm has a run for each task"),
+        ("multi,no_experts", {"remove_experts": "no_experts"}, "this arm has no experts"),
+        ("single,multi", {"affinity": "single"}, "--affinity single: this arm has a run for each task"),
+        ("single,multi", {"affinity_posts": 1}, "--affinity-posts is 1; it must be at least 2, or 0"),
+        ("single,multi", {"removal_posts": 0}, "--removal-posts is 0; it must be at least 1"),
+        ("single,,multi", {}, "--arms is 'single,,multi'; it must be names with commas between, of single, leave_one"),
+        ("single,multi", {"metrics": "moood/accuracy"}, "--metrics moood/accuracy: write task/metric .mood/accuracy,"),
+        ("single,multi", {"seeds": "0,-1"}, "--seeds is '0,-1'"),
+        ("single,multi", {"ranks": 0}, "--ranks is 0; it must be at least 1"),
+        ("single,multi", {"overrides": ["run.name=x"]}, "run.name cannot be an override here"),
+        ("single,multi", {"overrides": ["train.max_steps=9"]}, "train.max_steps=null train.epochs=3"),
+    ],
+)  # fmt: skip
+def test_a_wrong_command_is_refused_before_anything_is_written(experiment: Experiment, arms, changed, message):
+    given = {"config": experiment.config, "deepspeed": experiment.deepspeed, "output": experiment.output, "ranks": 1,
+             "arms": arms, "arm": [], "seeds": "0", "against": None, "affinity": None, "affinity_posts": 8,
+             "remove_experts": None, "removal_posts": 8, "metrics": None, "resamples": 9, "keep_checkpoints": False,
+             "overrides": []}  # fmt: skip
+    with pytest.raises(ValueError, match=message):
+        run_comparison(Namespace(**given | changed), train_script=experiment.train_script)
+    assert not experiment.output.exists()
+
+
+def task_of(name: str) -> Task:
+    config = TaskConfig(path="x", metric="accuracy", auxiliary=name == "hint")
+    return build_task(name, config, labels=["bad", "good"], label_counts={})
+
+
+POSTS = 60
+
+
+def write_run(folder: Path, right: Mapping[str, int], *, seconds: float = 2.0, posts: int = POSTS) -> None:
+    """A finished run that answers the first so many of each task's posts right; rows count through its data sets."""
+    folder.mkdir(parents=True)
+    tasks = [task_of(name) for name in right]
+    (folder / "tasks.json").write_text(json.dumps([task.to_dict() for task in tasks]))
+    data = {"posts": {name: {"train": 10, "test": posts} for name in right}}
+    results = {"finished": True, "step": 5 * len(right), "seconds": seconds * len(right), "posts": 20 * len(right),
+               "peak_memory_bytes_per_rank": 2**20 * len(right), "data": data,
+               "parameters": {"experts": 5, "active": 6, "total": 7},
+               "metrics": {"test": {name: {"n": posts, "accuracy": hits / posts} for name, hits in right.items()}},
+               }  # fmt: skip
+    (folder / "results.json").write_text(json.dumps(results))
+    (folder / "metrics.jsonl").write_text('{"split": "train", "step": 2, "seconds": 1.0, "tokens_per_second": 10.0}\n')
+    (folder / "predictions/test").mkdir(parents=True)
+    for number, (name, hits) in enumerate(right.items()):
+        rows = [{"row": number * posts + row, "text": f"{name} {row % (posts - 3)}", "gold": "good",
+                 "label": "good" if row < hits else "bad"} for row in range(posts)]  # fmt: skip
+        (folder / f"predictions/test/{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_affinity(folder: Path, mood_stance: float) -> None:
+    cosine = np.array([[0.9, 0.5, mood_stance], [0.5, 0.8, 0.2], [mood_stance, 0.2, 0.7]])
+    found = Affinity(TASKS, cosine, np.ones(3), (8, 8, 8), 8, 100)
+    (folder / AFFINITY_FILE).write_text(json.dumps(found.to_dict()))
+
+
+@pytest.fixture(scope="module")
+def comparison(tmp_path_factory: pytest.TempPathFactory, encoder: str) -> Comparison:
+    """Together mood and hint gain, topic stays, stance loses; without mood stance is as good as alone."""
+    experiment = experiment_of(tmp_path_factory.mktemp("compared"), encoder)
+    plan = planned(experiment, "single", "multi", "leave_one_out", seeds=(0, 1, 2))
+    runs = experiment.runs
+    for seed in plan.seeds:
+        alone = {"mood": 30 + seed, "topic": 40, "stance": 50}
+        for name, hits in alone.items():
+            write_run(runs / f"single.{name}-s{seed}", {name: hits})
+        together = {"mood": 45 + seed, "topic": 40, "stance": 38 - seed, "hint": 30}
+        write_run(runs / f"recipe-s{seed}", together)
+        write_affinity(runs / f"recipe-s{seed}", -0.3 - 0.1 * seed)
+        for dropped in together:
+            left = together | ({"stance": 50} if dropped == "mood" else {})
+            write_run(runs / f"without.{dropped}-s{seed}", {name: left[name] for name in left if name != dropped})
+    return compare(plan, runs, baseline="single", resamples=40)
+
+
+def test_the_arm_single_is_the_sum_of_its_runs(comparison: Comparison):
+    single, multi = comparison.results["single"][0], comparison.results["multi"][0]
+    assert single.quality == {"mean": pytest.approx(2 / 3), "mood/accuracy": 0.5, "topic/accuracy": 40 / 60,
+                              "stance/accuracy": 50 / 60}  # fmt: skip
+    # The auxiliary task is told, but is in no mean.
+    assert multi.quality["hint/accuracy"] == 0.5 and multi.quality["mean"] == pytest.approx(123 / 180)
+    assert {name: single.costs[name] for name in ("seconds", "steps", "posts", "parameters_total", "peak_mib")} == {
+        "seconds": 6.0, "steps": 15, "posts": 60, "parameters_total": 21, "peak_mib": 1.0}  # fmt: skip
+    assert single.costs["posts_per_second"] == multi.costs["posts_per_second"] == 10.0
+    assert "mean" not in comparison.results["without.mood"][0].quality
+
+
+def test_posts_are_the_same_though_rows_count_from_elsewhere(comparison: Comparison):
+    gains = comparison.against["multi"]
+    assert {name: round(item.mean * POSTS, 6) for name, item in gains.items()} == {
+        "mood": 15, "topic": 0, "stance": -13, "mean": pytest.approx(2 / 3, abs=1e-5)}  # fmt: skip
+    # Paired on the very posts: where both arms answer all alike there is nothing to doubt.
+    assert (gains["topic"].low, gains["topic"].high, gains["topic"].p) == (0.0, 0.0, 1.0)
+    assert gains["mood"].verdict == "gained" and gains["mood"].p < 0.001
+    assert gains["stance"].verdict == "lost" and gains["mean"].verdict == ""
+    assert not comparison.notes
+
+
+def test_harm_is_named_with_what_speaks_for_its_reason(comparison: Comparison, tmp_path: Path):
+    reasons = comparison.reasons("stance")
+    assert reasons.opposed_by == (("mood", pytest.approx(-0.4)),) and reasons.nearest == ("topic", pytest.approx(0.2))
+    (dropped, change), *others = reasons.better_without
+    assert dropped == "mood" and change.verdict == "gained" and others == []
+    text = "\n".join(markdown_lines(comparison))
+    assert "helped 1 of 3 tasks for sure (mood); hurt 1 (stance)" in text and "Negative transfer: stance." in text
+    assert "better in 1 of 3, for sure in 1; worse for sure in 1" in text
+    why = next(line for line in text.split("\n") if line.startswith("| stance | **-0.2"))
+    assert "| mood -0.400 | topic +0.200 | mood **+0.217 [" in why
+    assert "| single | 3 | 15 | 60 | 2.0 | mood 10, topic 10, stance 10 |" in text
+    write_comparison(comparison, tmp_path)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["single"]["mood"]["accuracy"] | {"low": 0, "high": 0} == {
+        "mean": pytest.approx(31 / 60), "spread": pytest.approx(1 / 60), "low": 0, "high": 0,
+        "values": [30 / 60, 31 / 60, 32 / 60]}  # fmt: skip
+    rest = json.loads((tmp_path / "comparison.json").read_text())
+    assert rest["arms"]["multi"]["lost"] == ["stance"] and rest["reasons"]["stance"]["opposed_by"].keys() == {"mood"}
+    assert rest["without"]["mood"]["stance"]["mean"] == pytest.approx(13 / 60)
+    assert "multi,single,stance,-0.21" in (tmp_path / "gains.csv").read_text()
+    assert "stance,mood,-0.4" in (tmp_path / "affinity.csv").read_text()
+    write_plots(comparison, tmp_path)
+    for name in ("gains", "gradients", "without", "quality"):
+        assert (tmp_path / f"plots/{name}.png").stat().st_size > 4000
+
+
+def test_an_unfinished_arm_is_told_as_far_as_it_is(experiment: Experiment):
+    plan = planned(experiment, "single", "multi")
+    write_run(experiment.runs / "single.mood-s0", {"mood": 30})
+    write_run(experiment.runs / "single.topic-s0", {"topic": 30})
+    write_run(experiment.runs / "recipe-s0", {"mood": 40, "topic": 30, "stance": 20, "hint": 20})
+    found = compare(plan, experiment.runs, baseline="single", resamples=20, problems={"single.stance-s0": "killed"})
+    assert "mean" not in found.results["single"][0].quality and found.results["single"][0].costs == {}
+    assert found.against["multi"].keys() == {"mood", "topic"}
+    text = "\n".join(markdown_lines(found))
+    assert "| single | 1 |  |" in text and "* single.stance-s0: killed" in text
+
+
+def test_other_posts_are_not_compared_and_this_is_said(experiment: Experiment):
+    plan = planned(experiment, "single", "multi")
+    for name in TASKS:
+        write_run(experiment.runs / f"single.{name}-s0", {name: 30}, posts=POSTS - (name == "topic"))
+    write_run(experiment.runs / "recipe-s0", {"mood": 40, "topic": 30, "stance": 20, "hint": 20})
+    found = compare(plan, experiment.runs, baseline="single", resamples=20)
+    assert found.against["multi"].keys() == {"mood", "stance"}
+    assert any("multi answered other posts of topic" in note for note in found.notes)
+
+
+def test_a_task_opposes_another_only_where_every_seed_says_so():
+    def affinity(value: float) -> Affinity:
+        cosine = np.array([[1.0, value, np.nan], [value, 1.0, np.nan], [np.nan] * 3])
+        return Affinity(("a", "b", "c"), cosine, np.ones(3), (2, 2, 1), 2, 1)
+
+    sure, unsure = mean_cosines([affinity(-0.1), affinity(-0.2)]), mean_cosines([affinity(-0.5), affinity(0.1)])
+    assert reasons_of("a", sure, {}).opposed_by == (("b", pytest.approx(-0.15)),)
+    assert reasons_of("a", unsure, {}).opposed_by == ()
+    assert reasons_of("c", sure, {}).nearest is None
+
+
+def test_a_task_gains_or_loses_only_where_the_interval_leaves_zero_out():
+    found = {"a": Difference(0.1, 0.02, 0.18, 0.01), "b": Difference(-0.1, -0.2, -0.01, 0.04),
+             "c": Difference(0.2, -0.1, 0.5, 0.3), "mean": Difference(0.1, 0.05, 0.15, 0.0)}  # fmt: skip
+    outcome = outcome_of(found, ["a", "b", "c", "d"])
+    assert (outcome.gained, outcome.lost, outcome.open, outcome.told) == (("a",), ("b",), ("c",), 3)

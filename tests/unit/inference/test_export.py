@@ -1,0 +1,245 @@
+"""An export gives back the model that went in, and says what is wrong with a folder that cannot."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers_export import TASKS, WORDS, export_tiny, tiny_recipe, tiny_tokenizer
+from helpers_model import HF_CONFIGS, VARIANTS, random_batch, tiny_model
+from safetensors.torch import load_file, save_file
+
+from comoe.config.load import save_recipe
+from comoe.inference.export import export_checkpoint, export_model, load_exported
+
+ROOT = Path(__file__).parents[3]
+
+
+def rewrite_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def make_run(folder, *, steps=(3, 6), best=None, results=None):
+    """A run folder with checkpoints as the trainer leaves them."""
+    save_recipe(tiny_recipe(), make(folder) / "config.yaml")
+    (folder / "tasks.json").write_text(json.dumps([task.to_dict() for task in TASKS]))
+    (folder / "encoder_config.json").write_text(json.dumps(HF_CONFIGS["bert"].to_dict()))
+    tiny_tokenizer(folder / "vocabulary").save_pretrained(folder / "tokenizer")
+    models = {}
+    for step in steps:
+        checkpoint = folder / f"checkpoints/step-{step:08d}"
+        models[step] = tiny_model(tiny_recipe().model.moe, seed=step).eval()
+        save_file(models[step].state_dict(), make(checkpoint / "weights") / "model.safetensors")
+        (checkpoint / "manifest.json").write_text("{}")
+    if best is not None:
+        (folder / "checkpoints/best.json").write_text(json.dumps({"step": best}))
+    if results is not None:
+        (folder / "results.json").write_text(json.dumps(results))
+    return models
+
+
+def make(folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@pytest.mark.parametrize("route_by", ["token", "task", "both"])
+def test_a_round_trip_leaves_every_logit_as_it_was(tmp_path, route_by):
+    model = export_tiny(tmp_path, route_by=route_by)
+    loaded = load_exported(tmp_path / "export")
+    batch = random_batch()
+    expected, found = model(batch), loaded.model(batch)
+    for name, logits in expected.logits.items():
+        torch.testing.assert_close(found.logits[name], logits, atol=1e-6, rtol=0)
+    assert loaded.tasks == TASKS and not loaded.model.training
+    assert (loaded.model_config.moe.route_by, loaded.data_config.max_length) == (route_by, 16)
+
+
+@pytest.mark.parametrize("family", HF_CONFIGS | VARIANTS)
+def test_every_family_of_encoders_survives(tmp_path, family):
+    recipe = tiny_recipe()
+    recipe.model.train_layers = 1
+    model = tiny_model(recipe.model.moe, family=family, seed=4, recompute=True).eval()
+    export_model(
+        tmp_path / "e",
+        state_dict=model.state_dict(),
+        recipe=recipe,
+        tasks=TASKS,
+        # As a run leaves it for the export.
+        encoder_config=json.loads(json.dumps(model.encoder.config.to_dict(), default=str)),
+        tokenizer=tiny_tokenizer(tmp_path / "v"),
+    )
+    batch = random_batch()
+    expected, found = model(batch), load_exported(tmp_path / "e").model(batch)
+    for name, logits in expected.logits.items():
+        torch.testing.assert_close(found.logits[name], logits, atol=1e-6, rtol=0)
+
+
+def test_the_balance_bias_travels_with_the_weights(tmp_path):
+    model = tiny_model(tiny_recipe().model.moe).eval()
+    gates = [layer.mixture.gate for layer in model.moe_layers()]
+    for number, gate in enumerate(gates):
+        gate.e_score_correction_bias.copy_(torch.arange(4.0) + number)
+    options = dict(recipe=tiny_recipe(), tasks=TASKS, encoder_config=HF_CONFIGS["bert"].to_dict())
+    export_model(tmp_path / "e", state_dict=model.state_dict(), tokenizer=tiny_tokenizer(tmp_path / "v"), **options)
+    found = [layer.mixture.gate.e_score_correction_bias for layer in load_exported(tmp_path / "e").model.moe_layers()]
+    for number, bias in enumerate(found):
+        assert bias.tolist() == [number, number + 1, number + 2, number + 3]
+
+
+def test_the_folder_is_in_hugging_face_style(tmp_path):
+    export_tiny(tmp_path)
+    folder = tmp_path / "export"
+    names = {path.name for path in folder.iterdir()}
+    assert {"model.safetensors", "config.json", "README.md", "tokenizer.json", "tokenizer_config.json"} <= names
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["model_type"], config["architectures"]) == ("comoe", ["MultiTaskModel"])
+    assert (config["num_local_experts"], config["num_experts_per_tok"]) == (4, 2)
+    assert [task["name"] for task in config["tasks"]] == ["mood", "topic", "heat", "words", "signs"]
+    assert config["columns"]["heat"] == {"pair": None, "label": "label"}
+    assert {tensor.dtype for tensor in load_file(folder / "model.safetensors").values()} == {torch.float32}
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_no_path_of_the_training_machine_is_in_the_export(tmp_path):
+    recipe = tiny_recipe()
+    recipe.model.encoder = str(make(tmp_path / "home/me/encoders/minilm"))
+    recipe.tasks["mood"].path = str(tmp_path / "home/me/mood.jsonl")
+    encoder_config = HF_CONFIGS["bert"].to_dict() | {"_name_or_path": recipe.model.encoder}
+    tokenizer = tiny_tokenizer(tmp_path / "v")
+    model = tiny_model(recipe.model.moe)
+    export_model(
+        tmp_path / "e",
+        state_dict=model.state_dict(),
+        recipe=recipe,
+        tasks=TASKS,
+        encoder_config=encoder_config,
+        tokenizer=tokenizer,
+    )
+    for path in (tmp_path / "e").glob("*"):
+        assert str(tmp_path).encode() not in path.read_bytes(), path.name
+    assert json.loads((tmp_path / "e/config.json").read_text())["model"]["encoder"] == "minilm"
+
+
+def test_the_model_card_shows_the_measured_results(tmp_path):
+    scores = {"macro_f1": 0.61234, "majority/macro_f1": 0.2}
+    results = {"metrics": {"test": {"mood": scores}}, "seconds": 90.0, "best_step": 5, "step": 10}
+    export_tiny(tmp_path, results=results)
+    card = (tmp_path / "export/README.md").read_text()
+    assert card.startswith("---\nlibrary_name:")
+    assert "| mood | macro_f1 | 0.612 | 0.200 |" in card and "step 5 of 10, 1.5 minutes" in card
+    front = card.split("---")[1]
+    index = json.loads(front[front.index("model-index:") + len("model-index:") :])
+    assert index[0]["results"][0]["metrics"] == [{"type": "macro_f1", "value": 0.6123}]
+
+
+def test_the_model_card_says_when_nothing_was_measured(tmp_path):
+    export_tiny(tmp_path)
+    assert "Nothing was measured on these weights" in (tmp_path / "export/README.md").read_text()
+
+
+def test_an_export_replaces_an_older_one_but_nothing_else(tmp_path):
+    export_tiny(tmp_path, seed=1)
+    model = export_tiny(tmp_path, seed=2)
+    loaded = load_exported(tmp_path / "export").model
+    assert torch.equal(loaded.projection.weight, model.projection.weight)
+    shutil.rmtree(tmp_path / "export")
+    (make(tmp_path / "export") / "thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match=r"export exists and is not an export of comoe; choose another folder"):
+        export_tiny(tmp_path)
+    assert (tmp_path / "export/thesis.txt").read_text() == "years of work"
+
+
+def test_weights_that_do_not_fit_leave_no_export(tmp_path):
+    state = tiny_model(tiny_recipe().model.moe).state_dict()
+    state["surplus"] = state.pop("projection.weight")
+    options = dict(recipe=tiny_recipe(), tasks=TASKS, encoder_config=HF_CONFIGS["bert"].to_dict())
+    with pytest.raises(ValueError, match=r"1 missing \(projection.weight\); 1 not in the model \(surplus\)"):
+        export_model(tmp_path / "e", state_dict=state, tokenizer=tiny_tokenizer(tmp_path / "v"), **options)
+    assert [path.name for path in tmp_path.iterdir()] == ["v"]
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"nowhere is not an export: config.json and model.safetensors missing"):
+        load_exported(tmp_path / "nowhere")
+    export_tiny(tmp_path)
+    (tmp_path / "export/model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"is not an export: model.safetensors missing; launch/export.py makes one"):
+        load_exported(tmp_path / "export")
+
+
+def test_a_folder_of_another_program_or_version_is_refused(tmp_path):
+    export_tiny(tmp_path)
+    rewrite_config(tmp_path / "export", format_version=99, comoe_version="9.9")
+    with pytest.raises(ValueError, match=r"has format_version 99, made by comoe 9.9; this comoe .* reads 1"):
+        load_exported(tmp_path / "export")
+    rewrite_config(tmp_path / "export", model_type="bert")
+    with pytest.raises(ValueError, match=r"has model_type 'bert' instead of 'comoe'"):
+        load_exported(tmp_path / "export")
+
+
+def test_damaged_files_are_noticed(tmp_path):
+    export_tiny(tmp_path)
+    weights = tmp_path / "export/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    with pytest.raises(ValueError, match=r"model.safetensors cannot be read .* copy or export the folder again"):
+        load_exported(tmp_path / "export")
+    (tmp_path / "export/config.json").write_text('{"model_type": "como')
+    with pytest.raises(ValueError, match=r"config.json is not JSON .* the file is damaged"):
+        load_exported(tmp_path / "export")
+
+
+def test_weights_of_another_shape_are_named(tmp_path):
+    export_tiny(tmp_path)
+    weights = load_file(tmp_path / "export/model.safetensors")
+    weights["projection.weight"] = weights["projection.weight"][:4].contiguous()
+    save_file(weights, tmp_path / "export/model.safetensors")
+    with pytest.raises(ValueError, match=r"1 of another shape \(projection.weight\)"):
+        load_exported(tmp_path / "export")
+
+
+@pytest.mark.parametrize(("which", "best", "step"), [("best", 3, 3), ("best", None, 6), ("last", 3, 6)])
+def test_a_run_folder_exports_its_best_or_last_checkpoint(tmp_path, which, best, step):
+    models = make_run(tmp_path / "run", best=best)
+    used = export_checkpoint(tmp_path / "run", tmp_path / "out", which=which)
+    assert used.name == f"step-{step:08d}"
+    loaded = load_exported(tmp_path / "out").model
+    assert torch.equal(loaded.projection.weight, models[step].projection.weight)
+
+
+def test_one_checkpoint_can_be_named_and_has_only_its_own_results(tmp_path):
+    results = {"metrics": {"test": {"mood": {"macro_f1": 0.5}}}, "seconds": 1.0, "best_step": 3, "step": 6}
+    make_run(tmp_path / "run", best=3, results=results)
+    export_checkpoint(tmp_path / "run/checkpoints/step-00000003", tmp_path / "three")
+    export_checkpoint(tmp_path / "run/checkpoints/step-00000006", tmp_path / "six")
+    assert "| mood | macro_f1 | 0.500 |" in (tmp_path / "three/README.md").read_text()
+    assert "Nothing was measured" in (tmp_path / "six/README.md").read_text()
+
+
+def test_a_folder_without_whole_checkpoints_is_refused(tmp_path):
+    make_run(tmp_path / "run")
+    with pytest.raises(ValueError, match=r"bset is not a choice of --which; did you mean best\?"):
+        export_checkpoint(tmp_path / "run", tmp_path / "out", which="bset")
+    weights = tmp_path / "run/checkpoints/step-00000006/weights/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"step-00000006 was cut short"):
+        export_checkpoint(tmp_path / "run", tmp_path / "out")
+    (tmp_path / "run/tasks.json").unlink()
+    with pytest.raises(ValueError, match=r"tasks.json is missing; --checkpoint wants a run folder"):
+        export_checkpoint(tmp_path / "run", tmp_path / "out")
+    with pytest.raises(ValueError, match=r"holds no whole checkpoint; give a run folder"):
+        export_checkpoint(tmp_path, tmp_path / "out")
+
+
+def test_exporting_and_predicting_never_import_deepspeed():
+    code = "import sys, comoe.inference.predict_file, comoe.inference.score, comoe.inference.export; sys.exit('deepspeed' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_a_task_of_each_kind_survives(tmp_path):
+    export_tiny(tmp_path, tasks=(WORDS,))
+    assert load_exported(tmp_path / "export").tasks == (WORDS,)

@@ -1,0 +1,154 @@
+"""Files of posts in, files of answers out: one line for each line, whatever the line holds."""
+
+import csv
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+from helpers_export import MOOD, tiny_predictor
+
+from comoe.inference.predict_file import CHUNK, predict_file, read_posts
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(scope="module")
+def predictor(tmp_path_factory):
+    return tiny_predictor(tmp_path_factory.mktemp("model"))
+
+
+def answer(predictor, source, target, **options):
+    return predict_file(predictor, source, target, progress=False, **options)
+
+
+def json_lines(path):
+    return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
+
+
+def test_tweeteval_writes_exactly_one_id_per_input_line(predictor, tmp_path, capsys):
+    lines = ["good", "", "bad\u2028bad", "  ", "rain\r", "sun\x85ny", "\x00", "day"]
+    source = tmp_path / "in.txt"
+    source.write_bytes(("\n".join(lines) + "\n").encode() + b"bro\xffken\n")
+    target = tmp_path / "new/folder/mood.txt"
+    answer(predictor, source, target, format="tweeteval", tasks=["mood"])
+    content = target.read_bytes()
+    assert content.endswith(b"\n") and content.count(b"\n") == 9
+    ids = [int(line) for line in content.splitlines()]
+    read = ["good", "@user", "bad\u2028bad", "@user", "rain", "sun\x85ny", "@user", "day", "bro\ufffdken"]
+    assert ids == [MOOD.labels.index(found["mood"]["label"]) for found in predictor(read)]
+    assert "3 lines without a text were answered as '@user'" in capsys.readouterr().err
+    assert [path.name for path in target.parent.iterdir()] == ["mood.txt"]
+
+
+@pytest.mark.parametrize("last", ["", "\n"])
+def test_a_missing_last_line_feed_changes_nothing(predictor, tmp_path, last):
+    (tmp_path / "in.txt").write_text("good\nbad" + last)
+    answer(predictor, tmp_path / "in.txt", tmp_path / "out", format="tweeteval", tasks=["mood"])
+    assert (tmp_path / "out").read_text().count("\n") == 2
+
+
+def test_an_empty_file_gives_an_empty_file(predictor, tmp_path):
+    (tmp_path / "in.txt").write_text("")
+    answer(predictor, tmp_path / "in.txt", tmp_path / "out.txt", format="tweeteval", tasks=["mood"])
+    assert (tmp_path / "out.txt").read_text() == ""
+
+
+def test_tweeteval_wants_one_task_with_one_label(predictor, tmp_path):
+    (tmp_path / "in.txt").write_text("good\n")
+    arguments = (predictor, tmp_path / "in.txt", tmp_path / "out.txt")
+    with pytest.raises(ValueError, match=r"writes one task: choose it with --task \(mood, topic, heat, words, signs\)"):
+        answer(*arguments, format="tweeteval")
+    for task in ("heat", "words", "signs"):
+        with pytest.raises(ValueError, match=f"wants a task with one label per post; {task} is a"):
+            answer(*arguments, format="tweeteval", tasks=[task])
+    assert not (tmp_path / "out.txt").exists()
+
+
+def test_json_lines_keep_every_line_and_say_what_was_wrong(predictor, tmp_path):
+    source = tmp_path / "in.jsonl"
+    source.write_bytes(
+        b'{"text": "good"}\n{"text": "bro\n{"text": ""}\n{"other": 1}\n'
+        b'{"text": ["ann", "in", "paris"]}\n{"text": "b\xff"}\n'
+    )
+    said = answer(predictor, source, tmp_path / "out.jsonl")
+    found = json_lines(tmp_path / "out.jsonl")
+    assert ["error" in line for line in found] == [False, True, True, True, False, True]
+    assert found[1]["error"].startswith("line 2 is not valid JSON")
+    assert found[5]["error"].startswith("line 6 is not valid UTF-8")
+    assert found[4]["text"] == "ann in paris" and found[4]["words"]["words"] == ["ann", "in", "paris"]
+    done = f"6 posts answered in {tmp_path / 'out.jsonl'}"
+    assert said == f"{done}; 4 of them could not be answered and have an error instead"
+
+
+def test_a_line_separator_inside_a_post_does_not_end_a_line_of_the_answers(predictor, tmp_path):
+    (tmp_path / "in.txt").write_text("good\u2028day\u2029x\x85y\n", encoding="utf-8")
+    answer(predictor, tmp_path / "in.txt", tmp_path / "out.jsonl")
+    text = (tmp_path / "out.jsonl").read_text(encoding="utf-8")
+    assert len(text.splitlines()) == 1 and json.loads(text)["text"] == "good\u2028day\u2029x\x85y"
+
+
+def test_csv_in_and_out_with_other_columns_and_pairs(predictor, tmp_path):
+    (tmp_path / "in.csv").write_text('id,body,target\n1,"good, day",sun\n2,,rain\n3,"ann ""b""",\n')
+    options = dict(text_column="body", pair_column="target", tasks=["mood", "heat", "words", "signs"])
+    answer(predictor, tmp_path / "in.csv", tmp_path / "out.csv", format="csv", **options)
+    with (tmp_path / "out.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    expected = predictor(["good, day", "", 'ann "b"'], pairs=["sun", "rain", None])
+    assert [row["text"] for row in rows] == ["good, day", "", 'ann "b"']
+    assert rows[0]["mood"] == expected[0]["mood"]["label"]
+    assert float(rows[0]["mood/good"]) == pytest.approx(expected[0]["mood"]["scores"]["good"], abs=1e-6)
+    assert float(rows[2]["heat"]) == pytest.approx(expected[2]["heat"]["value"], abs=1e-6)
+    assert rows[2]["words"].split() == expected[2]["words"]["tags"]
+    assert rows[1]["error"] == "the text is empty" and rows[1]["mood"] == ""
+
+
+def test_tsv_is_read_too(tmp_path):
+    (tmp_path / "in.tsv").write_text('text\tlabel\nsay "hi\t1\n')
+    assert [post.text for post in read_posts(tmp_path / "in.tsv")] == ['say "hi']
+
+
+def test_attention_is_written_on_demand_and_only_where_it_has_a_place(predictor, tmp_path):
+    (tmp_path / "in.txt").write_text("good day\n")
+    answer(predictor, tmp_path / "in.txt", tmp_path / "out.jsonl", explain=True)
+    weights = json_lines(tmp_path / "out.jsonl")[0]["mood"]["attention"]
+    assert [word for word, _ in weights] == ["good", "day"]
+    with pytest.raises(ValueError, match="--explain wants --format jsonl"):
+        answer(predictor, tmp_path / "in.txt", tmp_path / "out.csv", format="csv", explain=True)
+
+
+def test_more_posts_than_a_chunk_stay_in_order(predictor, tmp_path):
+    words = ["good", "bad", "sunny day", "rain"]
+    (tmp_path / "in.txt").write_text("\n".join(words[n % 4] + " a" * (n % 7) for n in range(CHUNK + 5)))
+    answer(predictor, tmp_path / "in.txt", tmp_path / "out.jsonl", tasks=["mood"], batch_size=256)
+    found = json_lines(tmp_path / "out.jsonl")
+    assert [line["text"] for line in found] == [words[n % 4] + " a" * (n % 7) for n in range(CHUNK + 5)]
+
+
+def test_wrong_input_is_named_with_what_to_do(predictor, tmp_path):
+    (tmp_path / "in.csv").write_text("txet,label\ngood,1\n")
+    cases = {
+        "--text-column text: .* has no such column; it has txet, label. Did you mean txet": tmp_path / "in.csv",
+        "none.txt: there is no such file": tmp_path / "none.txt",
+        r"\.pdf is not an ending that can be read.*\.txt, \.csv": tmp_path / "in.pdf",
+    }
+    (tmp_path / "in.pdf").write_text("x")
+    for message, path in cases.items():
+        with pytest.raises(ValueError, match=message):
+            answer(predictor, path, tmp_path / "out.jsonl")
+    with pytest.raises(ValueError, match=r"jsno.*did you mean json"):
+        answer(predictor, tmp_path / "in.csv", tmp_path / "out.jsonl", format="jsno")
+
+
+def test_the_command_answers_from_another_folder_and_fails_with_one_sentence(tmp_path, monkeypatch):
+    tiny_predictor(tmp_path)
+    (tmp_path / "in.txt").write_text("good\nbad\n")
+    monkeypatch.chdir(tmp_path)
+    command = ["predict.py", "--input", "in.txt", "--output", "out/ids.txt", "--format", "tweeteval", "--task", "mood"]
+    monkeypatch.setattr(sys, "argv", [*command, "--model", "export"])
+    runpy.run_path(str(ROOT / "launch/predict.py"), run_name="__main__")
+    assert (tmp_path / "out/ids.txt").read_text().count("\n") == 2
+    monkeypatch.setattr(sys, "argv", [*command, "--model", "nowhere"])
+    with pytest.raises(SystemExit, match="^predict: nowhere is not an export"):
+        runpy.run_path(str(ROOT / "launch/predict.py"), run_name="__main__")

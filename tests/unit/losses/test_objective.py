@@ -1,0 +1,245 @@
+"""The objective: partitions of a batch add up, absent tasks are harmless, every term can be switched off."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoModel
+
+from comoe.config.recipe import ContrastiveConfig, LossConfig, ModelConfig, Recipe
+from comoe.losses.objective import LOSSES, build_objective, count_units, unit_scale
+from comoe.models.moe.gate import GATES
+from comoe.types import IGNORED, ModelOutput
+from tests.helpers_model import HF_CONFIGS, TASKS, labels_for, moe_config, random_batch, scaled, take, tiny_objective
+
+NO_CONTRAST = LossConfig(contrastive=ContrastiveConfig(weight=0.0))
+
+
+def without(batch, *names):
+    blank = {task.name: labels_for(task, len(batch.row_ids_B), 9, None, labelled=False) for task in TASKS}
+    return replace(
+        batch, labels={name: blank[name] if name in names else value for name, value in batch.labels.items()}
+    )
+
+
+def gradients(objective):
+    return {name: parameter.grad for name, parameter in objective.named_parameters() if parameter.requires_grad}
+
+
+def some_missing(batch):
+    batch.labels["mood"][[0, 3]] = IGNORED
+    batch.labels["heat"][[1, 2, 4]] = math.nan
+    return batch
+
+
+def test_task_losses_are_means_over_labelled_rows():
+    batch = some_missing(random_batch())
+    objective = tiny_objective(loss=NO_CONTRAST).eval()
+    step = objective(scaled(batch))
+    logits, labels = step.output.logits, batch.labels
+    expected = {
+        "mood": F.cross_entropy(logits["mood"][[1, 2, 4, 5]], labels["mood"][[1, 2, 4, 5]]),
+        "topic": F.cross_entropy(logits["topic"], labels["topic"]),
+        "heat": F.mse_loss(logits["heat"][[0, 3, 5], 0], labels["heat"][[0, 3, 5]]),
+        "words": F.cross_entropy(logits["words"].reshape(-1, 2), labels["words"].reshape(-1)),
+        "signs": F.binary_cross_entropy_with_logits(logits["signs"], labels["signs"]),
+    }
+    for name, value in expected.items():
+        torch.testing.assert_close(step.terms[f"task/{name}"], value.detach())
+    torch.testing.assert_close(step.loss, sum(expected.values()))
+    assert not any(value.requires_grad for value in step.terms.values())
+
+
+@pytest.mark.parametrize("z_weight", [0.0, 0.5])
+def test_micro_batches_under_one_unit_scale_equal_the_whole_batch(z_weight):
+    batch = some_missing(random_batch())
+    objective = tiny_objective(loss=replace(NO_CONTRAST, z_weight=z_weight))
+    whole = objective(scaled(batch))
+    whole.loss.backward()
+    expected = gradients(objective)
+    objective.zero_grad(set_to_none=True)
+
+    parts = [[0, 1, 2], [3], [4, 5]]
+    scale = unit_scale(sum(count_units(take(batch, rows), TASKS) for rows in parts), world_size=1, accumulation=3)
+    steps = [objective(replace(take(batch, rows), unit_scale_T=scale)) for rows in parts]
+    for step in steps:
+        (step.loss / 3).backward()
+    torch.testing.assert_close(sum(step.loss for step in steps) / 3, whole.loss)
+    for name in whole.terms:
+        torch.testing.assert_close(sum(step.terms[name] for step in steps) / 3, whole.terms[name])
+    torch.testing.assert_close(gradients(objective), expected, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("absent", [[task.name] for task in TASKS] + [[task.name for task in TASKS]])
+@pytest.mark.parametrize("route_by", ["token", "task"])
+def test_an_absent_task_gets_zero_gradients_and_not_none(absent, route_by):
+    objective = tiny_objective(moe_config(route_by=route_by))
+    step = objective(scaled(without(random_batch(), *absent)))
+    step.loss.backward()
+    assert step.loss.isfinite() and all(step.terms[f"task/{name}"] == 0 for name in absent)
+    grads = gradients(objective)
+    assert [name for name, grad in grads.items() if grad is None or not grad.isfinite().all()] == []
+    for number, task in enumerate(TASKS):
+        head = grads[f"model.heads.{number}.output.weight"]
+        assert head.any().item() is (task.name not in absent)
+
+
+def test_the_projection_gets_a_zero_gradient_where_no_term_reads_it():
+    objective = tiny_objective(loss=NO_CONTRAST)
+    objective(scaled(random_batch())).loss.backward()
+    gradient = objective.model.projection.weight.grad
+    assert gradient is not None and not gradient.any()
+
+
+def test_a_filler_row_adds_neither_loss_nor_gradients():
+    objective = tiny_objective()
+    filler = without(random_batch(rows=1), *[task.name for task in TASKS])
+    filler = replace(filler, unit_scale_T=torch.full((len(TASKS) + 3,), 0.5))
+    step = objective(replace(filler, task_ids_B=torch.tensor([-1]), row_ids_B=torch.tensor([-1])))
+    step.loss.backward()
+    assert step.loss == 0 and not any(grad.any() for grad in gradients(objective).values())
+
+
+SWITCHES = {
+    "contrastive": LossConfig(),
+    "balance": replace(NO_CONTRAST, balance_weight=0.5),
+    "z": replace(NO_CONTRAST, z_weight=0.5),
+    "task_separation": replace(NO_CONTRAST, task_separation_weight=0.5),
+}
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+def test_every_term_can_be_switched_on_and_off(name):
+    batch = scaled(random_batch())
+    off, on = tiny_objective(loss=NO_CONTRAST), tiny_objective(loss=SWITCHES[name])
+    assert off.terms == {} and list(on.terms) == [name]
+    plain, step = off(batch), on(batch)
+    assert not set(LOSSES) & set(plain.terms)
+    weight = on.terms[name].weight
+    assert step.terms[name] > 0
+    torch.testing.assert_close(step.loss - plain.loss, weight * step.terms[name])
+
+
+def test_without_contrastive_tasks_or_experts_the_terms_are_off():
+    plain = tuple(replace(task, contrastive=False) for task in TASKS)
+    loss = LossConfig(balance_weight=0.5, z_weight=0.5, task_separation_weight=0.5)
+    assert tiny_objective(moe_config(num_experts=0), tasks=plain, loss=loss).terms == {}
+
+
+def test_with_one_expert_or_one_task_there_is_nothing_to_separate():
+    loss = replace(NO_CONTRAST, task_separation_weight=0.5)
+    assert tiny_objective(moe_config(num_experts=1, top_k=1), loss=loss).terms == {}
+    assert tiny_objective(tasks=TASKS[:1], loss=loss).terms == {}
+
+
+def test_the_terms_on_the_gates_and_the_bias_add_up_in_any_combination():
+    loss = replace(NO_CONTRAST, balance_weight=0.1, z_weight=0.2, task_separation_weight=0.3)
+    batch = scaled(random_batch())
+    for balance in ("none", "bias"):
+        step = tiny_objective(moe_config(balance=balance), loss=loss)(batch)
+        plain = tiny_objective(moe_config(balance=balance), loss=NO_CONTRAST)(batch)
+        extra = 0.1 * step.terms["balance"] + 0.2 * step.terms["z"] + 0.3 * step.terms["task_separation"]
+        torch.testing.assert_close(step.loss, plain.loss + extra)
+
+
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize(("experts", "top_k"), [(1, 1), (4, 1), (4, 2)])
+def test_every_trained_parameter_gets_a_gradient_under_every_gate_and_term(gate, experts, top_k):
+    loss = LossConfig(z_weight=0.1, task_separation_weight=0.1, balance_weight=0.1 if experts > 1 else 0.0)
+    objective = tiny_objective(moe_config(gate=gate, num_experts=experts, top_k=top_k), loss=loss)
+    step = objective(scaled(random_batch()))
+    step.loss.backward()
+    assert step.loss.isfinite()
+    assert [name for name, gradient in gradients(objective).items() if gradient is None] == []
+
+
+def test_static_weights_scale_the_task_losses_in_the_total_alone():
+    tasks = tuple(replace(task, weight=2.0) for task in TASKS)
+    batch = scaled(random_batch())
+    equal = tiny_objective(loss=NO_CONTRAST)(batch)
+    static = tiny_objective(tasks=tasks, loss=replace(NO_CONTRAST, weighting="static"))(batch)
+    torch.testing.assert_close(static.loss, 2 * equal.loss)
+    torch.testing.assert_close(static.terms["task/mood"], equal.terms["task/mood"])
+    assert static.terms["weight/mood"] == 2 * equal.terms["weight/mood"] == 2
+
+
+def test_unit_scale_turns_a_rank_share_into_the_global_mean():
+    units = torch.tensor([4.0, 0.0, 2.5], dtype=torch.float64)
+    assert unit_scale(units, world_size=2, accumulation=3).tolist() == [1.5, 0.0, pytest.approx(2.4)]
+
+
+def test_evaluation_returns_the_answer_alone_and_needs_no_labels():
+    objective = tiny_objective().eval()
+    batch = replace(random_batch(), labels={})
+    output = objective(batch, evaluate=True)
+    assert isinstance(output, ModelOutput)
+    torch.testing.assert_close(output.logits, objective.model(batch).logits)
+
+
+def test_a_balance_loss_where_every_expert_runs_is_refused():
+    with pytest.raises(
+        ValueError, match="loss.balance_weight .0.1. has nothing to balance.*set loss.balance_weight to 0"
+    ):
+        tiny_objective(moe_config(top_k=4, balance="none"), loss=LossConfig(balance_weight=0.1))
+
+
+def test_begin_step_reaches_the_balance_loss():
+    objective = tiny_objective(loss=replace(NO_CONTRAST, balance_weight=1.0))
+    first, second = scaled(random_batch(seed=1)), scaled(random_batch(seed=2))
+    objective(first)
+    running = objective(second).terms["balance"]
+    objective.begin_step()
+    fresh = objective(second).terms["balance"]
+    assert running != fresh
+    objective.begin_step()
+    assert torch.equal(objective(second).terms["balance"], fresh)
+
+
+def test_a_few_steps_lower_the_loss():
+    objective, batch = tiny_objective(), scaled(random_batch())
+    optimizer = torch.optim.AdamW(objective.parameters(), lr=5e-3)
+    losses = []
+    for _ in range(12):
+        optimizer.zero_grad()
+        step = objective(batch)
+        step.loss.backward()
+        optimizer.step()
+        losses.append(step.loss.item())
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_an_objective_is_built_from_a_recipe(tmp_path):
+
+    AutoModel.from_config(HF_CONFIGS["bert"]).save_pretrained(tmp_path)
+    recipe = Recipe(model=ModelConfig(encoder=str(tmp_path)))
+    objective = build_objective(recipe, TASKS)
+    assert objective(scaled(random_batch())).loss.isfinite()
+    assert objective.config is objective.model.config
+
+
+def test_a_recipe_switches_activation_checkpointing_on(tmp_path):
+    AutoModel.from_config(HF_CONFIGS["bert"]).save_pretrained(tmp_path)
+    recipe = Recipe(model=ModelConfig(encoder=str(tmp_path)))
+    for switched in (False, True):
+        recipe.train.activation_checkpointing = switched
+        objective = build_objective(recipe, TASKS)
+        calls = []
+        layer = objective.train().model.encoder.encoder.layer[0]
+        layer.attention.register_forward_hook(lambda *_, calls=calls: calls.append(0))
+        objective(scaled(random_batch())).loss.backward()
+        assert len(calls) == 1 + switched
+
+
+def test_a_step_with_no_real_token_on_any_rank_costs_nothing():
+    batch = replace(random_batch(rows=1, labelled=False), row_ids_B=torch.tensor([-1]))
+    objective = tiny_objective(loss=LossConfig(balance_weight=0.1, z_weight=0.1))
+    objective.begin_step()
+    answer = objective(scaled(batch))
+    answer.loss.backward()
+    assert answer.loss == answer.terms["balance"] == answer.terms["z"] == 0
+    trained = [parameter for parameter in objective.parameters() if parameter.requires_grad]
+    assert all(parameter.grad is not None and not parameter.grad.any() for parameter in trained)

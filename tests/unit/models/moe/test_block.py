@@ -1,0 +1,178 @@
+"""The cooperative block against dense references in float64."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from comoe.models.moe.block import (
+    MIXTURE_PATTERN,
+    ContextHolder,
+    CooperativeBlock,
+    ExpertMixture,
+    RoutingContext,
+)
+from comoe.models.moe.experts import Experts, GatedFeedForward, run_grouped
+from tests.helpers_model import WIDTH, moe_config, tiny_model
+
+M, WIDE = 8, 16
+
+
+def dense_expert(x, gate_up, down):
+    gate, up = (x @ gate_up.T).chunk(2, dim=1)
+    return (F.silu(gate) * up) @ down.T
+
+
+def build_block(*, real_rows=((0, 5), (1, 3)), length=5, embeddings=None, **options):
+    """A float64 block and a context for two rows, the second with padding."""
+    torch.manual_seed(0)
+    holder = ContextHolder()
+    block = CooperativeBlock(M, WIDE, moe_config(**options), layer=0, holder=holder).double()
+    index = torch.tensor([row * length + column for row, count in real_rows for column in range(count)])
+    holder.context = RoutingContext(index, index // length, embeddings)
+    return block, holder.context
+
+
+def test_experts_equal_a_dense_loop():
+    torch.manual_seed(0)
+    experts = Experts(4, M, WIDE, output_init=0.5).double()
+    x, counts = torch.randn(10, M, dtype=torch.float64), torch.tensor([3, 0, 6, 1])
+    owner = [0] * 3 + [2] * 6 + [3]
+    expected = [
+        dense_expert(x[[n]], experts.gate_up_proj[e], experts.down_proj[e])
+        for n, e in zip(range(10), owner, strict=True)
+    ]
+    torch.testing.assert_close(experts(x, counts), torch.cat(expected))
+
+
+def test_the_grouped_kernel_equals_the_loop():
+    torch.manual_seed(0)
+    experts, counts = Experts(4, M, WIDE, output_init=0.5), torch.tensor([3, 0, 6, 1])
+    x = torch.randn(10, M)
+    answers = [run_grouped(x, counts, experts.gate_up_proj, experts.down_proj), experts(x, counts)]
+    torch.testing.assert_close(*answers)
+    gradients = [torch.autograd.grad(answer.square().sum(), experts.parameters()) for answer in answers]
+    torch.testing.assert_close(*gradients)
+
+
+def test_experts_without_tokens_get_a_zero_gradient_and_not_none():
+    experts = Experts(4, M, WIDE)
+    experts(torch.randn(0, M), torch.zeros(4, dtype=torch.int64)).sum().backward()
+    assert all(parameter.grad is not None and not parameter.grad.any() for parameter in experts.parameters())
+
+
+def test_a_mixture_equals_the_weighted_sum_of_its_experts():
+    torch.manual_seed(0)
+    mixture = ExpertMixture(M, WIDE, moe_config()).double()
+    x = torch.randn(1, 20, M, dtype=torch.float64)
+    answer, routing = mixture(x), mixture.router.collect()
+    scores = torch.sigmoid(x[0] @ mixture.gate.weight.T)
+    best, picks = scores.topk(2)
+    weights = torch.zeros(20, 4, dtype=torch.float64).scatter(1, picks, best / best.sum(1, keepdim=True))
+    each = [dense_expert(x[0], mixture.experts.gate_up_proj[e], mixture.experts.down_proj[e]) for e in range(4)]
+    torch.testing.assert_close(answer[0], sum(weights[:, [e]] * each[e] for e in range(4)))
+    assert routing.counts_E.sum() == 40
+
+
+@pytest.mark.parametrize("gate", ["sigmoid", "softmax"])
+def test_permuting_the_experts_changes_nothing(gate):
+    torch.manual_seed(0)
+    mixture = ExpertMixture(M, WIDE, moe_config(gate=gate)).double()
+    mixture.gate.e_score_correction_bias.copy_(torch.tensor([0.1, -0.1, 0.05, 0.0]))
+    x, order = torch.randn(1, 20, M, dtype=torch.float64), torch.tensor([2, 0, 3, 1])
+    before = mixture(x)
+    with torch.no_grad():
+        for tensor in (*mixture.experts.parameters(), mixture.gate.weight, mixture.gate.e_score_correction_bias):
+            tensor.copy_(tensor[order])
+    torch.testing.assert_close(mixture(x), before)
+
+
+def test_the_paper_gate_equals_ten_lines_of_float64():
+    """route_by task, k = E, no bias: s = sigmoid(W e_t), g = s / sum(s), out = W0 x + sum g_i expert_i(x)."""
+    embeddings = torch.randn(2, 64, dtype=torch.float64)
+    options = dict(route_by="task", top_k=4, balance="none", shared_width=8)
+    block, context = build_block(embeddings=embeddings, **options)
+    x = torch.randn(2, 5, M, dtype=torch.float64)
+    update = block(x).reshape(10, M)[context.real_index_S]
+
+    h = F.layer_norm(x.reshape(10, M)[context.real_index_S], (M,))
+    s = torch.sigmoid(embeddings @ block.task_projection.weight.T)
+    g = (s / s.sum(1, keepdim=True))[context.token_rows_S]
+    experts = block.mixture.experts
+    each = [dense_expert(h, experts.gate_up_proj[e], experts.down_proj[e]) for e in range(4)]
+    w0 = dense_expert(h, block.shared.gate_up.weight, block.shared.down.weight)
+    torch.testing.assert_close(update, w0 + sum(g[:, [e]] * each[e] for e in range(4)))
+
+
+def test_one_expert_equals_the_dense_block():
+    block, context = build_block(num_experts=1, top_k=1, balance="none")
+    dense = GatedFeedForward(M, WIDE).double()
+    with torch.no_grad():
+        dense.gate_up.weight.copy_(block.mixture.experts.gate_up_proj[0])
+        dense.down.weight.copy_(block.mixture.experts.down_proj[0])
+    x = torch.randn(2, 5, M, dtype=torch.float64)
+    picked = x.reshape(10, M)[context.real_index_S]
+    torch.testing.assert_close(block(x).reshape(10, M)[context.real_index_S], dense(block.norm(picked)))
+
+
+def test_padding_gets_no_update_and_counts_as_no_load():
+    block, context = build_block()
+    update = block(torch.randn(2, 5, M, dtype=torch.float64))
+    assert not update[1, 3:].any() and update[1, :3].any(dim=1).all()
+    assert context.routings[0].counts_E.sum() == 8 * 2
+
+
+def test_a_recomputed_layer_keeps_its_first_routing():
+    block, context = build_block()
+    block(torch.randn(2, 5, M, dtype=torch.float64))
+    first = context.routings[0]
+    block(torch.randn(2, 5, M, dtype=torch.float64))
+    assert context.routings[0] is first
+
+
+def test_under_route_by_task_the_token_projection_is_frozen_and_unused():
+    block, _ = build_block(route_by="task", embeddings=torch.randn(2, 64, dtype=torch.float64))
+    x = torch.randn(2, 5, M, dtype=torch.float64)
+    before = block(x)
+    assert not block.mixture.gate.weight.requires_grad and not block.mixture.gate.weight.any()
+    with torch.no_grad():
+        block.mixture.gate.weight.normal_()
+    assert torch.equal(block(x), before)
+    block(x).sum().backward()
+    assert block.task_projection.weight.grad.any()
+
+
+def test_route_by_both_reads_token_and_task():
+    embeddings = torch.randn(2, 64, dtype=torch.float64)
+    block, context = build_block(route_by="both", embeddings=embeddings)
+    x = torch.randn(2, 5, M, dtype=torch.float64)
+    block(x)
+    h = block.norm(x.reshape(10, M)[context.real_index_S])
+    expected = h @ block.mixture.gate.weight.T + (embeddings @ block.task_projection.weight.T)[context.token_rows_S]
+    torch.testing.assert_close(context.routings[0].logits_SE, expected)
+
+
+def test_a_mixture_is_what_autoep_looks_for():
+    model = tiny_model(moe_config(layers=[1], expert_width=12))
+    found = {name: module for name, module in model.named_modules() if re.fullmatch(MIXTURE_PATTERN, name)}
+    assert list(found) == ["encoder.encoder.layer.1.output.block.mixture"]
+    (mixture,) = found.values()
+    assert mixture.gate.weight.shape == (4, WIDTH)
+    assert mixture.gate.e_score_correction_bias.dtype == torch.float32
+    assert mixture.experts.gate_up_proj.shape == (4, 24, WIDTH) and mixture.experts.down_proj.shape == (4, WIDTH, 12)
+    owners = [name for name, module in mixture.named_modules() if "e_score_correction_bias" in module._buffers]
+    assert owners == ["gate"]
+    # "expert" in any other parameter path of a block is dropped from DeepSpeed's checkpoints.
+    assert all("mixture.experts." in name for name, _ in model.named_parameters() if "expert" in name)
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.3])
+def test_output_init_is_the_spread_of_the_output_projection(spread):
+    torch.manual_seed(0)
+    experts, dense = Experts(8, 32, 64, output_init=spread), GatedFeedForward(32, 64, output_init=spread)
+    assert experts.down_proj.std().item() == pytest.approx(spread, rel=0.05)
+    assert dense.down.weight.std().item() == pytest.approx(spread, rel=0.1)
+    assert experts.gate_up_proj.std().item() == pytest.approx(0.02, rel=0.05)

@@ -1,0 +1,99 @@
+"""The experts' own autograd step against plain autograd in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from comoe.models.moe.experts import mix_experts, sort_routes
+from comoe.models.moe.gate import best_experts
+
+M, WIDE, E = 6, 5, 4
+
+
+def inputs(tokens=12, k=2, *, unused=3, seed=0):
+    """Rows, weights, picks that never name the expert ``unused``, and three projections; float64."""
+    torch.manual_seed(seed)
+    x = torch.randn(tokens, M, dtype=torch.float64, requires_grad=True)
+    weights = torch.rand(tokens, k, dtype=torch.float64, requires_grad=True)
+    scores = torch.rand(tokens, E)
+    scores[:, unused] = -1.0
+    shapes = ((E, WIDE, M), (E, WIDE, M), (E, M, WIDE))
+    projections = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    return x, weights, scores.topk(k, dim=1).indices, projections
+
+
+def mixed(x, weights, picks, projections):
+    counts = torch.bincount(picks.reshape(-1), minlength=E).tolist()
+    return mix_experts(x, weights, sort_routes(picks), counts, *projections)
+
+
+def by_hand(x, weights, picks, projections):
+    gate, up, down = projections
+    rows = []
+    for token in range(len(x)):
+        answers = [down[e] @ (F.silu(gate[e] @ x[token]) * (up[e] @ x[token])) for e in picks[token]]
+        rows.append(sum(weight * answer for weight, answer in zip(weights[token], answers, strict=True)))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_answers_and_gradients_equal_a_loop_over_tokens(k):
+    x, weights, picks, projections = inputs(k=k)
+    leaves = [x, weights, *projections]
+    answers = [form(x, weights, picks, projections) for form in (mixed, by_hand)]
+    torch.testing.assert_close(*answers)
+    upstream = torch.randn_like(answers[0])
+    gradients = [torch.autograd.grad((answer * upstream).sum(), leaves) for answer in answers]
+    torch.testing.assert_close(*gradients)
+
+
+def test_gradients_pass_the_numerical_check():
+    x, weights, picks, projections = inputs(tokens=5)
+    assert torch.autograd.gradcheck(lambda *leaves: mixed(leaves[0], leaves[1], picks, leaves[2:]),
+                                    (x, weights, *projections))  # fmt: skip
+
+
+def test_an_expert_without_rows_gets_a_gradient_of_zero():
+    x, weights, picks, projections = inputs()
+    mixed(x, weights, picks, projections).sum().backward()
+    for projection in projections:
+        assert not projection.grad[3].any() and projection.grad[:3].any(dim=(1, 2)).all()
+
+
+def test_without_any_row_every_gradient_is_zero_and_not_none():
+    x, weights, picks, projections = inputs(tokens=0)
+    answer = mixed(x, weights, picks, projections)
+    answer.sum().backward()
+    assert answer.shape == (0, M) and all(not p.grad.any() for p in projections)
+
+
+def test_frozen_rows_still_train_the_experts():
+    x, weights, picks, projections = inputs()
+    mixed(x, weights, picks, projections).sum().backward()
+    expected = [p.grad.clone() for p in projections]
+    for p in projections:
+        p.grad = None
+    mixed(x.detach(), weights, picks, projections).sum().backward()
+    torch.testing.assert_close([p.grad for p in projections], expected)
+
+
+def test_bfloat16_stays_close_to_float64():
+    x, weights, picks, projections = inputs(tokens=40)
+    exact = mixed(x, weights, picks, projections)
+    rough = mixed(x.bfloat16(), weights, picks, [p.bfloat16() for p in projections])
+    assert rough.dtype == torch.bfloat16
+    assert (rough.double() - exact).norm() < 0.02 * exact.norm()
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+@pytest.mark.parametrize("experts", [3, 64])
+def test_the_best_experts_are_those_of_topk(k, experts):
+    torch.manual_seed(0)
+    scores = torch.rand(50, experts)
+    assert torch.equal(best_experts(scores.clone(), k), scores.topk(k, dim=1).indices)
+
+
+def test_ties_go_to_two_different_experts():
+    assert best_experts(torch.ones(3, 4), 2).tolist() == [[0, 1]] * 3

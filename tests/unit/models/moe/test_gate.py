@@ -1,0 +1,202 @@
+"""Gates: what they pick, how they weigh, and what the balance bias may do."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from comoe.config.recipe import MoeConfig
+from comoe.models.moe.gate import (
+    GATES,
+    PendingRoute,
+    RouteInputs,
+    RouterProjection,
+    SigmoidGate,
+    SoftmaxGate,
+    UniformGate,
+    build_gate,
+    keep_bias,
+    nudge_bias,
+)
+
+NO_BIAS = torch.zeros(4)
+
+
+def logits(rows=50, experts=4, seed=0):
+    return torch.randn(rows, experts, generator=torch.Generator().manual_seed(seed)).requires_grad_()
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_weights_of_several_experts_sum_to_one_and_counts_cover_every_route(name):
+    routing = GATES[name](2, 1.0, 0.0)(logits(), NO_BIAS)
+    torch.testing.assert_close(routing.weights_Sk.sum(1), torch.ones(50))
+    assert routing.counts_E.tolist() == [(routing.indices_Sk == e).sum().item() for e in range(4)]
+    assert routing.weights_Sk.dtype == routing.scores_SE.dtype == torch.float32
+
+
+def test_weights_equal_a_hand_computed_case():
+    z = torch.tensor([[0.0, 2.0, -1.0, 1.0]])
+    routing = SigmoidGate(2)(z, NO_BIAS)
+    assert routing.indices_Sk.tolist() == [[1, 3]]
+    strong, weak = 0.8807970780, 0.7310585786
+    torch.testing.assert_close(routing.weights_Sk, torch.tensor([[strong, weak]]) / (strong + weak))
+
+
+def test_softmax_scores_compete_and_sigmoid_scores_do_not():
+    z = torch.tensor([[3.0, 3.0, 3.0, 3.0]])
+    torch.testing.assert_close(SoftmaxGate(2)(z, NO_BIAS).scores_SE, torch.full((1, 4), 0.25))
+    torch.testing.assert_close(SigmoidGate(2)(z, NO_BIAS).scores_SE, torch.full((1, 4), 0.9525741268))
+
+
+LEARNED = [name for name, gate in GATES.items() if not gate.for_measuring]
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_a_single_expert_of_several_gives_the_router_a_gradient(name):
+    z = logits()
+    routing = GATES[name](1, 1.0, 0.0)(z, NO_BIAS)
+    torch.testing.assert_close(
+        routing.weights_Sk[:, 0], routing.scores_SE.amax(1) / routing.scores_SE.sum(1), rtol=1e-6, atol=0
+    )
+    routing.weights_Sk.sum().backward()
+    assert (z.grad.abs().sum(1) > 1e-4).all()
+
+
+def test_the_only_expert_weighs_one():
+    routing = SigmoidGate(1)(logits(experts=1), torch.zeros(1))
+    assert torch.equal(routing.weights_Sk, torch.ones(50, 1))
+
+
+def test_the_bias_picks_but_never_weighs():
+    z = torch.tensor([[1.0, 0.9, -2.0, -3.0]])
+    routing = SigmoidGate(2)(z, torch.tensor([0.0, 0.0, 0.0, 5.0]))
+    assert sorted(routing.indices_Sk[0].tolist()) == [0, 3]
+    picked = torch.sigmoid(z[0, routing.indices_Sk[0]])
+    torch.testing.assert_close(routing.weights_Sk[0], picked / picked.sum())
+
+
+def test_the_cooperation_threshold_silences_weak_experts_but_never_the_best():
+    z = torch.tensor([[2.0, -1.0, -2.0, -3.0], [-3.0, -4.0, -5.0, -6.0], [2.0, 1.0, 0.5, 0.0]])
+    routing = SigmoidGate(2, cooperation_threshold=0.5)(z, NO_BIAS)
+    torch.testing.assert_close(routing.weights_Sk[:2], torch.tensor([[1.0, 0.0], [1.0, 0.0]]))
+    assert (routing.weights_Sk[2] > 0).all()
+
+
+def test_extreme_logits_give_finite_weights_and_gradients():
+    z = torch.tensor([[-200.0, -300.0, -200.0, -250.0], [200.0, 300.0, 0.0, -200.0]], requires_grad=True)
+    weights = SigmoidGate(2)(z, NO_BIAS).weights_Sk
+    weights.sum().backward()
+    assert weights.isfinite().all() and z.grad.isfinite().all()
+
+
+def test_routing_is_float32_and_the_same_each_time_under_bfloat16():
+    project = RouterProjection(8, 4).bfloat16()
+    hidden = torch.randn(20, 8).bfloat16()
+    z = project(hidden)
+    assert z.dtype == torch.float32
+    torch.testing.assert_close(z, hidden.float() @ project.weight.float().T)
+    first, second = SigmoidGate(2)(z, NO_BIAS), SigmoidGate(2)(project(hidden), NO_BIAS)
+    assert torch.equal(first.weights_Sk, second.weights_Sk)
+
+
+def test_the_balance_bias_keeps_float32_when_the_model_becomes_bfloat16():
+    project = RouterProjection(8, 4)
+    nudge_bias(project.e_score_correction_bias, torch.tensor([9, 1, 1, 1]), 0.001)
+    before = project.e_score_correction_bias.clone()
+    project.bfloat16()
+    assert project.weight.dtype == torch.bfloat16
+    assert torch.equal(project.e_score_correction_bias, before)
+    assert list(project.state_dict()) == ["weight", "e_score_correction_bias"]
+
+
+def test_the_balance_bias_falls_for_busy_experts_and_rises_for_idle_ones():
+    bias = torch.zeros(4)
+    nudge_bias(bias, torch.tensor([8, 4, 4, 0]), 0.5)
+    assert bias.tolist() == [-0.5, 0.0, 0.0, 0.5]
+    keep_bias(bias, torch.tensor([8, 4, 4, 0]), 0.5)
+    assert bias.tolist() == [-0.5, 0.0, 0.0, 0.5]
+
+
+def test_repeated_nudges_even_out_a_lopsided_gate():
+    z, bias = logits(400) + torch.tensor([2.0, 0.0, 0.0, 0.0]), torch.zeros(4)
+    before = SigmoidGate(1)(z, bias).counts_E
+    for _ in range(500):
+        nudge_bias(bias, SigmoidGate(1)(z, bias).counts_E, 0.002)
+    after = SigmoidGate(1)(z, bias).counts_E
+    assert before.max() > 250 and after.max() < 115
+
+
+def test_task_logits_are_added_and_used_once():
+    route = PendingRoute(SigmoidGate(2), RouteInputs(token=True, task=True))
+    project, hidden, task = RouterProjection(8, 4), torch.randn(5, 8), torch.randn(5, 4)
+    route.prepare(task)
+    routing = route.route(project, hidden, NO_BIAS)
+    torch.testing.assert_close(routing.logits_SE, project(hidden) + task)
+    assert route.collect() is routing
+    with pytest.raises(AssertionError, match="prepare"):
+        route.route(project, hidden, NO_BIAS)
+
+
+def test_picks_are_handed_over_for_one_call():
+    route = PendingRoute(SigmoidGate(2), RouteInputs(token=True, task=False))
+    project, hidden, picks = RouterProjection(8, 4), torch.randn(5, 8), torch.tensor([[3, 1]] * 5)
+    route.prepare(None, picks)
+    assert torch.equal(route.route(project, hidden, NO_BIAS).indices_Sk, picks)
+    route.prepare(None)
+    torch.testing.assert_close(route.route(project, hidden, NO_BIAS).indices_Sk, project(hidden).topk(2, dim=1).indices)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(gate="sigmiod"), "model.moe.gate is 'sigmiod'.*did you mean sigmoid"),
+        (dict(route_by="tokens"), "model.moe.route_by is 'tokens'.*did you mean token"),
+        (dict(balance="biass"), "model.moe.balance is 'biass'.*did you mean bias"),
+        (dict(top_k=9), r"model.moe.top_k \(9\) must lie between 1 and model.moe.num_experts \(8\)"),
+        (dict(top_k=8), "model.moe.balance .bias. has nothing to balance.*set model.moe.balance to none"),
+        (dict(temperature=0.0), "model.moe.temperature"),
+        (dict(cooperation_threshold=1.5), "model.moe.cooperation_threshold"),
+    ],
+)
+def test_a_wrong_gate_option_is_refused_with_its_key(options, message):
+    with pytest.raises(ValueError, match=message):
+        build_gate(MoeConfig(**options))
+
+
+@pytest.mark.parametrize("balance", ["none", "bias"])
+def test_a_single_expert_may_keep_the_default_balance_whose_bias_stays_zero(balance):
+    routing = build_gate(MoeConfig(num_experts=1, top_k=1, balance=balance))(logits(experts=1), torch.zeros(1))
+    bias = torch.zeros(1)
+    nudge_bias(bias, routing.counts_E, 0.001)
+    assert bias.tolist() == [0.0] and routing.counts_E.tolist() == [50]
+
+
+@pytest.mark.parametrize(("top_k", "experts", "rows"), [(1, 4, 12), (2, 4, 10), (3, 8, 16), (4, 4, 5)])
+def test_the_uniform_gate_gives_every_expert_the_same_load_and_weight(top_k, experts, rows):
+    z = logits(rows, experts)
+    routing = UniformGate(top_k)(z, torch.full((experts,), 3.0))
+    assert routing.counts_E.tolist() == [rows * top_k // experts] * experts
+    assert all(len(set(row)) == top_k for row in routing.indices_Sk.tolist())
+    torch.testing.assert_close(routing.weights_Sk, torch.full((rows, top_k), 1 / top_k))
+    torch.testing.assert_close(routing.scores_SE, torch.sigmoid(z))
+    routing.weights_Sk.sum().backward()
+    assert z.grad is not None and not z.grad.any()
+
+
+def test_the_uniform_gate_is_at_most_one_route_off_where_the_tokens_do_not_come_out_even():
+    counts = UniformGate(2)(logits(7, 4), NO_BIAS).counts_E
+    assert counts.sum() == 14 and counts.max() - counts.min() == 1
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_given_picks_are_kept_and_weighed_anew(name):
+    gate, z = GATES[name](2, 1.0, 0.0), logits()
+    first = gate(z, NO_BIAS)
+    again = gate(z, torch.tensor([9.0, 0.0, -9.0, 5.0]), first.indices_Sk)
+    for field in ("indices_Sk", "weights_Sk", "counts_E"):
+        assert torch.equal(getattr(again, field), getattr(first, field))
+    others = (first.indices_Sk + 1) % 4
+    moved = SigmoidGate(2)(z, NO_BIAS, others)
+    picked = torch.sigmoid(z).gather(1, others)
+    torch.testing.assert_close(moved.weights_Sk, picked / picked.sum(1, keepdim=True))
+    assert moved.counts_E.tolist() == torch.bincount(others.flatten(), minlength=4).tolist()

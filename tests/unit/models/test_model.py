@@ -1,0 +1,158 @@
+"""The whole model: what it returns, what padding may not change, and whose parameters are whose."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModel
+
+from comoe.config.recipe import ModelConfig
+from comoe.models.model import build_model
+from comoe.tasks.task import Task
+from comoe.train.parallel.setup import parameter_group
+from tests.helpers_model import HF_CONFIGS, TASKS, moe_config, random_batch, take, tiny_model
+
+ROUTES = ("token", "task", "both")
+
+
+def padded(batch, extra):
+    grown = [nn.functional.pad(tensor, (0, extra)) for tensor in (batch.input_ids_BL, batch.attention_mask_BL)]
+    return replace(batch, input_ids_BL=grown[0] + (1 - grown[1]) * 1, attention_mask_BL=grown[1])
+
+
+def test_the_output_has_every_task_in_its_shape():
+    model, batch = tiny_model(), random_batch()
+    output = model(batch)
+    assert {name: tuple(value.shape) for name, value in output.logits.items()} == {
+        "mood": (6, 3), "topic": (6, 2), "heat": (6, 1), "words": (6, 9, 2), "signs": (6, 2),
+    }  # fmt: skip
+    assert list(output.embeddings) == list(output.attentions) == ["mood", "topic", "heat", "signs"]
+    for embeddings in output.embeddings.values():
+        torch.testing.assert_close(embeddings.norm(dim=1), torch.ones(6))
+    real = int(batch.attention_mask_BL.sum())
+    assert [routing.indices_Sk.shape for routing in output.routings] == [(real, 2)] * 3
+    assert torch.bincount(output.token_rows_S).tolist() == batch.attention_mask_BL.sum(1).tolist()
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert"])
+@pytest.mark.parametrize("route_by", ROUTES)
+def test_a_post_has_the_same_logits_alone_and_in_a_longer_batch(family, route_by):
+    model = tiny_model(moe_config(route_by=route_by, shared_width=8), family=family).eval()
+    batch = random_batch()
+    together = model(padded(batch, 4)).logits
+    for row in range(6):
+        length = int(batch.attention_mask_BL[row].sum())
+        single = take(batch, [row])
+        single = replace(
+            single, input_ids_BL=single.input_ids_BL[:, :length], attention_mask_BL=single.attention_mask_BL[:, :length]
+        )
+        for name, logits in model(single).logits.items():
+            expected = together[name][[row]]
+            expected = expected[:, :length] if logits.dim() == 3 else expected
+            torch.testing.assert_close(logits, expected, atol=1e-6, rtol=0)
+
+
+def test_route_by_token_answers_alike_for_every_task_id_and_route_by_task_does_not():
+    batch = random_batch()
+    other = replace(batch, task_ids_B=(batch.task_ids_B + 1) % len(TASKS))
+    for route_by, same in (("token", True), ("task", False), ("both", False)):
+        model = tiny_model(moe_config(route_by=route_by)).eval()
+        with torch.no_grad():
+            for parameter in [p for n, p in model.named_parameters() if "task_projection" in n or "gate_up" in n]:
+                parameter.mul_(20)
+        assert torch.equal(model(batch).logits["mood"], model(other).logits["mood"]) is same
+
+
+@pytest.mark.parametrize("route_by", ROUTES)
+def test_a_filler_row_without_a_task_is_answered(route_by):
+    batch = replace(random_batch(rows=1), task_ids_B=torch.tensor([-1]), row_ids_B=torch.tensor([-1]))
+    output = tiny_model(moe_config(route_by=route_by))(batch)
+    assert all(logits.isfinite().all() for logits in output.logits.values())
+    # Its tokens ran, but no loss, no load and no statistic may count them.
+    assert len(output.routings) == 3 and not output.token_rows_S.numel()
+    for routing in output.routings:
+        assert not routing.counts_E.any() and routing.logits_SE.shape == routing.scores_SE.shape == (0, 4)
+
+
+@pytest.mark.parametrize("route_by", ROUTES)
+@pytest.mark.parametrize("gate", ["sigmoid", "softmax"])
+def test_every_trainable_parameter_gets_a_gradient(route_by, gate):
+    model = tiny_model(moe_config(route_by=route_by, gate=gate, top_k=1, shared_width=8))
+    output = model(random_batch())
+    total = sum(value.square().sum() for value in output.logits.values())
+    (total + sum(value.sum() for value in output.embeddings.values())).backward()
+    missing = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert missing == []
+    frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+    assert len(frozen) == (3 if route_by == "task" else 0)
+
+
+def test_the_same_seed_builds_the_same_weights():
+    first, second, other = tiny_model(seed=1), tiny_model(seed=1), tiny_model(seed=2)
+    torch.testing.assert_close(first.state_dict(), second.state_dict(), atol=0, rtol=0)
+    assert not torch.equal(first.heads[0].output.weight, other.heads[0].output.weight)
+
+
+def test_a_model_rebuilt_from_its_encoder_config_takes_the_weights_and_answers_alike(tmp_path):
+    AutoModel.from_config(HF_CONFIGS["bert"]).save_pretrained(tmp_path)
+    config = ModelConfig(encoder=str(tmp_path), moe=moe_config(shared_width=8))
+    trained = build_model(config, TASKS).eval()
+    rebuilt = build_model(config, TASKS, encoder_config=trained.encoder.config.to_dict()).eval()
+    rebuilt.load_state_dict(trained.state_dict(), strict=True)
+    batch = random_batch()
+    torch.testing.assert_close(rebuilt(batch).logits, trained(batch).logits, atol=0, rtol=0)
+
+
+def test_a_model_without_experts_runs():
+    model = tiny_model(moe_config(num_experts=0))
+    assert model(random_batch()).routings == () and model.moe_layers() == []
+
+
+def test_two_encodes_before_one_backward_equal_two_separate_ones():
+    model = tiny_model(moe_config(route_by="both"))
+    batches = random_batch(seed=1), random_batch(rows=3, seed=2)
+    losses = [model(batch).logits["mood"].square().sum() for batch in batches]
+    sum(losses).backward()
+    together = [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+    model.zero_grad()
+    for batch in batches:
+        model(batch).logits["mood"].square().sum().backward()
+    apart = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    torch.testing.assert_close(together, apart)
+
+
+def test_parameters_belong_to_encoder_experts_or_heads():
+    model = tiny_model(moe_config(route_by="both", shared_width=8, layers=[1]))
+    groups = {name: parameter_group(f"module.model.{name}") for name, _ in model.named_parameters()}
+    assert Counter(groups.values())["experts"] == 9
+    for name, group in groups.items():
+        new = bool(re.search(r"\.block\.|task_embedding", name))
+        assert group == ("experts" if new else "heads" if re.match("heads|projection", name) else "encoder")
+
+
+def test_a_task_may_have_any_name():
+    awkward = [
+        Task(name, "single_label", ("a", "b"), "macro_f1") for name in ("type", "expert", "a.b", "block", "forward")
+    ]
+    model = tiny_model(tasks=awkward)
+    assert list(model(random_batch(tasks=awkward)).logits) == ["type", "expert", "a.b", "block", "forward"]
+
+
+def test_the_config_has_what_autoep_reads():
+    config = tiny_model().config
+    assert (config.num_local_experts, config.num_experts_per_tok, config.model_type) == (4, 2, "comoe")
+
+
+def test_bfloat16_keeps_answers_float32_and_close():
+    model, batch = tiny_model().eval(), random_batch()
+    exact = model(batch).logits
+    half = model.bfloat16()(batch)
+    assert all(routing.logits_SE.dtype == torch.float32 for routing in half.routings)
+    for name, logits in half.logits.items():
+        assert logits.dtype == torch.float32
+        torch.testing.assert_close(logits, exact[name], atol=0.05, rtol=0.05)

@@ -1,0 +1,124 @@
+"""The tiny encoder-decoders, and the generated posts that they learn from."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+from comoe.data.collator import load_tokenizer
+from comoe.starter.implied_posts import (
+    ASPECTS,
+    OPINIONS,
+    PAIRS,
+    build_implied_posts,
+    plan_implied_posts,
+)
+from comoe.starter.synthetic_text import GENERATORS, generate
+from comoe.starter.tiny_models import build_smoke_bart, build_smoke_t5
+
+BUILDS = {"t5": build_smoke_t5, "bart": build_smoke_bart}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    found = {name: tmp_path_factory.mktemp(name) for name in BUILDS}
+    for name, build in BUILDS.items():
+        build(found[name])
+    return found
+
+
+@pytest.mark.parametrize("name", BUILDS)
+def test_a_tiny_decoder_is_the_same_each_time_and_leaves_random_numbers_alone(
+    name: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    BUILDS[name](tmp_path)
+    assert torch.equal(torch.rand(3), expected)
+    first, second = ((folder / "model.safetensors").read_bytes() for folder in (folders[name], tmp_path))
+    assert first == second and len(first) < 2_000_000
+
+
+@pytest.mark.parametrize("name", BUILDS)
+def test_a_tiny_decoder_loads_with_tied_words_and_its_own_signs(name: str, folders: dict[str, Path]) -> None:
+    model, found = AutoModelForSeq2SeqLM.from_pretrained(folders[name], output_loading_info=True)
+    assert not any(found.values())
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    tokenizer = load_tokenizer(str(folders[name]))
+    config = model.config
+    assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == (config.pad_token_id, config.eos_token_id)
+    assert len(tokenizer) == config.vocab_size
+    assert tokenizer("a soup")["input_ids"][-1] == config.eos_token_id
+
+
+@pytest.mark.parametrize("name", BUILDS)
+def test_a_tiny_decoders_tokenizer_reads_every_generated_post_and_gives_readable_text_back(
+    name: str, folders: dict[str, Path]
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folders[name])
+    posts = [post for data_set in GENERATORS for post in generate(data_set, count=50, seed=9)]
+    texts = [str(post["text"]) if "text" in post else " ".join(post["words"]) for post in posts]
+    texts += [str(post["text"]) for post in plan_implied_posts(count=200, seed=9)]
+    for text in texts:
+        ids = tokenizer(text)["input_ids"]
+        assert tokenizer.unk_token_id not in ids
+        assert not any(piece.startswith("##") for piece in tokenizer.convert_ids_to_tokens(ids))
+    for answer in ("staff slow", "long battery", "unheard of words"):
+        assert tokenizer.decode(tokenizer(answer)["input_ids"], skip_special_tokens=True) == answer
+
+
+@pytest.mark.parametrize("name", BUILDS)
+def test_a_second_text_stands_behind_an_end_sign(name: str, folders: dict[str, Path]) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folders[name])
+    tokens = tokenizer.convert_ids_to_tokens(tokenizer("soup", "bread")["input_ids"])
+    expected = {"t5": "soup </s> bread </s>", "bart": "<s> soup </s> </s> bread </s>"}
+    assert " ".join(tokens) == expected[name]
+
+
+def test_neither_aspect_nor_opinion_alone_tells_anything_of_the_polarity() -> None:
+    posts = plan_implied_posts(count=400, seed=3)
+    for column in ("aspect", "opinion", "target"):
+        counts = Counter((post[column], post["polarity"]) for post in posts)
+        for value in {value for value, _ in counts}:
+            positive, negative = counts[value, "positive"], counts[value, "negative"]
+            assert positive == negative or column == "target"
+    both = {(post["aspect"], post["opinion"]): post["polarity"] for post in posts}
+    assert all(both[post["aspect"], post["opinion"]] == post["polarity"] for post in posts) and len(both) == 20
+    assert both["battery", "long"] == "positive" and both["wait", "long"] == "negative"
+
+
+def test_an_implicit_post_names_neither_aspect_nor_opinion_and_no_word_stands_for_two() -> None:
+    for post in plan_implied_posts(count=200, seed=4):
+        words = set(str(post["text"]).split())
+        assert ({post["aspect"], post["opinion"]} <= words) != post["implicit"]
+        assert post["target"] in words
+    cues = [cue for table in (ASPECTS, OPINIONS) for name, cues in table.items() for cue in (name, *cues)]
+    assert len(set(cues)) == len(cues)
+    assert {name for pair in PAIRS for name in pair} == set(OPINIONS)
+    assert {name for pair in PAIRS.values() for name in pair} == set(ASPECTS)
+
+
+def test_wrong_guesses_are_unsure_and_right_ones_sure() -> None:
+    posts = plan_implied_posts(count=1000, seed=5)
+    for column in ("aspect", "opinion"):
+        right = [post[f"guessed_{column}"] == post[column] for post in posts]
+        assert 0.35 < sum(right) / len(right) < 0.45
+        for post, is_right in zip(posts, right, strict=True):
+            assert (post[f"guessed_{column}_confidence"] >= 0.8) == is_right
+            assert 0.05 <= post[f"guessed_{column}_confidence"] <= 1
+
+
+def test_the_files_of_implied_posts_share_no_post(tmp_path: Path) -> None:
+    build_implied_posts(tmp_path, counts={"train": 60, "validation": 20, "test": 20})
+    files = [(tmp_path / "implied" / f"{split}.jsonl").read_text("utf-8") for split in ("train", "validation", "test")]
+    rows = [[json.loads(line) for line in content.splitlines()] for content in files]
+    assert [len(part) for part in rows] == [60, 20, 20]
+    assert len({row["text"] for part in rows for row in part}) == 100
+    assert rows[0] == plan_implied_posts(count=60, seed=0)
+    assert all(row["guessed_aspect"] == row["aspect"] for part in rows[1:] for row in part)

@@ -1,0 +1,456 @@
+"""Kinds of tasks: reading cells, losses against float64 references, answers, scores."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from comoe.tasks.kinds.registry import KINDS, merge_answers
+from comoe.tasks.kinds.tagging import PHRASE_TAGS, tag_spans
+from comoe.tasks.task import Task
+from comoe.types import IGNORED
+
+LABELS = ("negative", "neutral", "positive")
+TAGS = ("O", "B-PER", "I-PER")
+
+TASKS = {
+    "single_label": Task("mood", "single_label", LABELS, "macro_f1"),
+    "multi_label": Task("emotions", "multi_label", LABELS, "macro_f1"),
+    "regression": Task("intensity", "regression", (), "pearson"),
+    "tags": Task("names", "tags", TAGS, "span_f1"),
+    "phrases": Task("opinion", "phrases", PHRASE_TAGS, "span_f1"),
+    "label_words": Task("polarity", "label_words", LABELS, "macro_f1", prompt="{text}", label_words=LABELS),
+    "text": Task("aspect", "text", (), "token_f1", prompt="{text}"),
+}
+CELLS = {
+    "single_label": [0, None, 2, 1, 2],
+    "multi_label": [(0, 2), (), None, (1,), (0, 1, 2)],
+    "regression": [0.5, -3.0, None, 4.0, 0.0],
+    "tags": [[IGNORED, 1, 2, IGNORED], None, [IGNORED, 0], [IGNORED, 0, IGNORED, 1], [IGNORED, IGNORED]],
+}
+CELLS["phrases"] = CELLS["tags"]
+CELLS["label_words"] = CELLS["single_label"]
+CELLS["text"] = [(4, "battery life"), None, (2, "\U0001f50b 电池"), (1, "x"), (3, "battery life")]
+WEIGHTED = [name for name, kind in KINDS.items() if kind.weighted]
+SCORED = sorted(name for name, kind in KINDS.items() if kind.scored)
+
+
+def task_of(kind: str, *, weighted: bool = False) -> Task:
+    """A task, on wish with uneven class weights and smoothing."""
+    smoothing = 0.0 if KINDS[kind].generates else 0.2
+    return replace(TASKS[kind], class_weights=(0.5, 1.0, 3.0), label_smoothing=smoothing) if weighted else TASKS[kind]
+
+
+def targets_of(kind: str) -> Tensor:
+    return KINDS[kind].collate(CELLS[kind], labels=TASKS[kind].labels, length=4)
+
+
+def logits_of(kind: str, *, seed: int = 0) -> Tensor:
+    """Random logits, (5, Y), for tags (5, 4, Y); for text (5, 2 + 3): each row has written "abc" or a part of it."""
+    if kind == "text":
+        own = torch.randn(5, 2, generator=torch.Generator().manual_seed(seed))
+        return torch.cat([own, torch.tensor([[97.0, 98.0, 99.0]]) * (torch.arange(5)[:, None] >= torch.arange(3))], 1)
+    shape = (5, 4) if KINDS[kind].per_token else (5,)
+    width = KINDS[kind].num_outputs(TASKS[kind].labels)
+    return 3 * torch.randn(*shape, width, generator=torch.Generator().manual_seed(seed))
+
+
+# Reading cells
+
+
+@pytest.mark.parametrize("value", ["positive", " positive ", "2", 2, 2.0, "2.0", np.int64(2), np.float64(2.0)])
+def test_a_label_is_found_by_name_or_id_however_it_is_spelt(value: object) -> None:
+    assert KINDS["single_label"].parse(value, LABELS) == 2
+
+
+@pytest.mark.parametrize("value", ["1", 1, 1.0, "1.0", np.float32(1.0)])
+def test_a_number_is_a_name_where_labels_are_numbers(value: object) -> None:
+    assert KINDS["single_label"].parse(value, ("1", "2", "5")) == 0
+
+
+def test_a_number_outside_numeric_names_is_not_taken_as_an_id() -> None:
+    with pytest.raises(ValueError, match="'0' is not a label"):
+        KINDS["single_label"].parse(0, ("1", "2", "5"))
+
+
+@pytest.mark.parametrize("kind", SCORED)
+@pytest.mark.parametrize("value", [None, "", "  ", math.nan, np.float64("nan")])
+def test_an_empty_cell_is_missing(kind: str, value: object) -> None:
+    assert KINDS[kind].parse(value, TASKS[kind].labels) is None
+
+
+@pytest.mark.parametrize("value", [3, "-1", "3", 1.5])
+def test_an_id_that_no_label_has_is_refused(value: object) -> None:
+    with pytest.raises(ValueError, match="is not a label.*one of: negative, neutral, positive"):
+        KINDS["single_label"].parse(value, LABELS)
+
+
+@pytest.mark.parametrize(("kind", "value"), [("single_label", "Positive"), ("multi_label", ["positve"])])
+def test_an_unknown_label_is_refused_with_the_nearest_one(kind: str, value: object) -> None:
+    with pytest.raises(ValueError, match=r"'Positive' is not a label|'positve' is not a label") as caught:
+        KINDS[kind].parse(value, LABELS)
+    assert "did you mean positive?" in str(caught.value)
+
+
+def test_labels_that_differ_in_case_stay_apart() -> None:
+    assert KINDS["single_label"].parse("us", ("US", "us")) == 1
+
+
+def test_a_list_in_a_single_label_task_names_the_kind_to_use() -> None:
+    with pytest.raises(ValueError, match="kind: multi_label"):
+        KINDS["single_label"].parse(["positive"], LABELS)
+
+
+def test_truth_values_are_labels() -> None:
+    assert KINDS["single_label"].discover([True, False, None]) == ("false", "true")
+    assert KINDS["single_label"].parse(True, ("false", "true")) == 1
+
+
+@pytest.mark.parametrize(
+    "value", ["negative,positive", "positive; negative", "0|2", ["positive", 0], np.array(["negative", "positive"])]
+)
+def test_a_set_of_labels_may_be_a_list_or_a_text(value: object) -> None:
+    assert KINDS["multi_label"].parse(value, LABELS) == (0, 2)
+
+
+def test_an_empty_list_of_labels_is_an_answer_and_not_missing() -> None:
+    assert KINDS["multi_label"].parse([], LABELS) == ()
+
+
+def test_a_label_with_a_separator_in_its_name_is_one_label() -> None:
+    assert KINDS["multi_label"].parse("anger, rage", ("anger, rage", "joy")) == (0,)
+
+
+def test_zeros_and_ones_per_label_are_not_mistaken_for_ids() -> None:
+    with pytest.raises(ValueError, match="names a label twice"):
+        KINDS["multi_label"].parse([0, 1, 0], LABELS)
+
+
+@pytest.mark.parametrize(("value", "number"), [("-1.5", -1.5), (3, 3.0), (" 2e-1 ", 0.2), (np.float32(0.5), 0.5)])
+def test_a_number_is_read(value: object, number: float) -> None:
+    assert KINDS["regression"].parse(value, ()) == number
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", math.inf, "1_000", "1,5", "high", True, [1.0]])
+def test_what_is_not_a_finite_number_is_refused(value: object) -> None:
+    with pytest.raises(ValueError, match="is not a finite number"):
+        KINDS["regression"].parse(value, ())
+
+
+def test_tags_are_read_from_a_list_or_a_text_and_may_have_gaps() -> None:
+    assert KINDS["tags"].parse("O B-PER I-PER", TAGS) == [0, 1, 2]
+    assert KINDS["tags"].parse(["B-PER", None, 0], TAGS) == [1, IGNORED, 0]
+    with pytest.raises(ValueError, match="is not a list of tags"):
+        KINDS["tags"].parse(7, TAGS)
+
+
+def test_labels_are_found_in_natural_order() -> None:
+    assert KINDS["single_label"].discover(["10", 2, None, 1.0, "2", ""]) == ("1", "2", "10")
+    assert KINDS["single_label"].discover(["topic 11", "topic 9", "art"]) == ("art", "topic 9", "topic 11")
+    assert KINDS["multi_label"].discover(["joy, anger", ["fear"], [], None]) == ("anger", "fear", "joy")
+    assert KINDS["tags"].discover([["B-PER", "O"], None, "I-PER B-LOC"]) == ("O", "B-LOC", "B-PER", "I-PER")
+    assert KINDS["regression"].discover([1.0, "2"]) == ()
+
+
+# Targets
+
+
+def test_targets_have_the_documented_shape_and_mark_what_is_missing() -> None:
+    assert targets_of("single_label").tolist() == [0, IGNORED, 2, 1, 2]
+    multi = targets_of("multi_label")
+    assert multi.dtype == torch.float32 and multi[0].tolist() == [1, 0, 1] and multi[1].tolist() == [0, 0, 0]
+    assert multi[2].isnan().all()
+    numbers = targets_of("regression")
+    assert numbers.dtype == torch.float32 and numbers.shape == (5,) and numbers[2].isnan()
+    tags = targets_of("tags")
+    assert tags.dtype == torch.int64 and tags.shape == (5, 4)
+    assert tags[2].tolist() == [IGNORED, 0, IGNORED, IGNORED] and tags[1].tolist() == [IGNORED] * 4
+
+
+@pytest.mark.parametrize("kind", SCORED)
+def test_gold_gives_the_labels_back_in_words(kind: str) -> None:
+    expected = {
+        "single_label": ["negative", None, "positive", "neutral", "positive"],
+        "multi_label": [["negative", "positive"], [], None, ["neutral"], list(LABELS)],
+        "regression": [0.5, -3.0, None, 4.0, 0.0],
+        "tags": [["B-PER", "I-PER"], None, ["O"], ["O", "B-PER"], None],
+        "phrases": [["B-phrase", "I-phrase"], None, ["O"], ["O", "B-phrase"], None],
+        "label_words": ["negative", None, "positive", "neutral", "positive"],
+        "text": ["battery life", None, "\U0001f50b 电池", "x", "battery life"],
+    }
+    assert KINDS[kind].gold(targets_of(kind), TASKS[kind]) == expected[kind]
+
+
+# Losses
+
+
+def log_softmax(row: list[float]) -> list[float]:
+    total = math.log(sum(math.exp(value) for value in row))
+    return [value - total for value in row]
+
+
+def class_reference(row: list[float], target: int, task: Task) -> tuple[float, float]:
+    """Loss and unit of one target, in Python's float64."""
+    weights, smoothing = task.class_weights or [1.0] * len(row), task.label_smoothing
+    negative = [-value for value in log_softmax(row)]
+    smooth = sum(weight * value for weight, value in zip(weights, negative, strict=True)) / len(row)
+    return (1 - smoothing) * weights[target] * negative[target] + smoothing * smooth, weights[target]
+
+
+def single_reference(logits: Tensor, task: Task) -> tuple[float, float]:
+    pairs = [
+        class_reference(row, cell, task)
+        for row, cell in zip(logits.double().tolist(), CELLS["single_label"], strict=True)
+        if cell is not None
+    ]
+    return sum(loss for loss, _ in pairs), sum(unit for _, unit in pairs)
+
+
+def tags_reference(logits: Tensor, task: Task) -> tuple[float, float]:
+    pairs = [
+        class_reference(logits[row, place].double().tolist(), tag, task)
+        for row, cell in enumerate(CELLS["tags"])
+        for place, tag in enumerate(cell or [])
+        if tag != IGNORED
+    ]
+    return sum(loss for loss, _ in pairs), sum(unit for _, unit in pairs)
+
+
+def multi_reference(logits: Tensor, task: Task) -> tuple[float, float]:
+    weights, total, rows = task.class_weights or [1.0] * 3, 0.0, 0
+    for row, cell in zip(logits.double().tolist(), CELLS["multi_label"], strict=True):
+        if cell is None:
+            continue
+        rows += 1
+        for label, value in enumerate(row):
+            target = (1 - task.label_smoothing) * (label in cell) + task.label_smoothing / 2
+            yes = 1 / (1 + math.exp(-value))
+            loss = -target * math.log(yes) - (1 - target) * math.log(1 - yes)
+            total += weights[label] / sum(weights) * loss
+    return total, rows
+
+
+def regression_reference(logits: Tensor, task: Task) -> tuple[float, float]:
+    cells = CELLS["regression"]
+    errors = [
+        (value - cell) ** 2 for (value,), cell in zip(logits.double().tolist(), cells, strict=True) if cell is not None
+    ]
+    return sum(errors), len(errors)
+
+
+def words_reference(logits: Tensor, task: Task) -> tuple[float, float]:
+    weights = task.class_weights or [1.0] * 3
+    cells = [(row, cell) for row, cell in enumerate(CELLS["label_words"]) if cell is not None]
+    loss = -sum(weights[cell] * float(logits[row, cell]) for row, cell in cells)
+    return loss, sum(weights[cell] for _, cell in cells)
+
+
+def text_reference(logits: Tensor, task: Task) -> tuple[float, float]:
+    cells = [(row, cell) for row, cell in enumerate(CELLS["text"]) if cell is not None]
+    return -sum(float(logits[row, 0]) for row, _ in cells), sum(count for _, (count, _) in cells)
+
+
+REFERENCES: dict[str, Callable[[Tensor, Task], tuple[float, float]]] = {
+    "single_label": single_reference,
+    "multi_label": multi_reference,
+    "regression": regression_reference,
+    "tags": tags_reference,
+    "phrases": tags_reference,
+    "label_words": words_reference,
+    "text": text_reference,
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "weighted"), [*((kind, False) for kind in SCORED), *((kind, True) for kind in WEIGHTED)]
+)
+def test_loss_and_units_equal_a_float64_reference(kind: str, weighted: bool) -> None:
+    task, logits, targets = task_of(kind, weighted=weighted), logits_of(kind), targets_of(kind)
+    loss, units = REFERENCES[kind](logits, task)
+    assert KINDS[kind].loss(logits, targets, task).item() == pytest.approx(loss, rel=1e-6)
+    assert KINDS[kind].units(targets, task).item() == pytest.approx(units, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("kind", "weighted"), [*((kind, False) for kind in SCORED), *((kind, True) for kind in WEIGHTED)]
+)
+def test_gradient_equals_differences_of_the_float64_reference(kind: str, weighted: bool) -> None:
+    task, logits = task_of(kind, weighted=weighted), logits_of(kind).requires_grad_()
+    (gradient,) = torch.autograd.grad(KINDS[kind].loss(logits, targets_of(kind), task), logits)
+    numeric = torch.zeros_like(gradient, dtype=torch.float64)
+    for place in np.ndindex(*logits.shape):
+        step = torch.zeros_like(logits, dtype=torch.float64)
+        step[place] = 1e-5
+        above, below = (REFERENCES[kind](logits.detach().double() + sign * step, task)[0] for sign in (1, -1))
+        numeric[place] = (above - below) / 2e-5
+    torch.testing.assert_close(gradient.double(), numeric, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("kind", "best"), [("single_label", 0.8), ("tags", 0.8), ("multi_label", 0.85)])
+def test_the_best_answer_under_smoothing_is_the_smoothed_target(kind: str, best: float) -> None:
+    """Of three labels the right one is to get 1 - s + s/3; where labels do not exclude each other, 1 - s/2 of a yes."""
+    task, targets = replace(TASKS[kind], label_smoothing=0.3), targets_of(kind)
+    logits = torch.zeros_like(logits_of(kind)).requires_grad_()
+    optimizer = torch.optim.Adam([logits], lr=0.1)
+    for _ in range(300):
+        optimizer.zero_grad()
+        KINDS[kind].loss(logits, targets, task).backward()
+        optimizer.step()
+    if kind == "multi_label":
+        found = logits.sigmoid()[targets == 1]
+    else:
+        present = targets != IGNORED
+        found = logits.softmax(-1)[present].gather(-1, targets[present][:, None])
+    torch.testing.assert_close(found.detach(), torch.full_like(found, best), rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("cut", [[1, 2, 3, 4], [2], [0, 5], [3, 3]])
+@pytest.mark.parametrize(
+    ("kind", "weighted"), [*((kind, False) for kind in SCORED), *((kind, True) for kind in WEIGHTED)]
+)
+def test_parts_of_the_rows_add_up_to_the_whole(kind: str, weighted: bool, cut: list[int]) -> None:
+    rules, task, logits, targets = KINDS[kind], task_of(kind, weighted=weighted), logits_of(kind), targets_of(kind)
+    parts = list(zip(logits.tensor_split(cut), targets.tensor_split(cut), strict=True))
+    assert sum(rules.loss(*part, task).item() for part in parts) == pytest.approx(
+        rules.loss(logits, targets, task).item(), rel=1e-6
+    )
+    assert sum(rules.units(part, task).item() for _, part in parts) == rules.units(targets, task).item()
+
+
+@pytest.mark.parametrize("rows", [0, 2])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("kind", SCORED)
+def test_rows_without_a_label_lose_nothing_and_still_give_a_gradient(kind: str, rows: int, weighted: bool) -> None:
+    rules, task = KINDS[kind], task_of(kind, weighted=weighted and KINDS[kind].weighted)
+    logits = logits_of(kind)[:rows].requires_grad_()
+    targets = rules.collate([None] * rows, labels=task.labels, length=4)
+    loss = rules.loss(logits, targets, task)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert loss.item() == 0.0 and loss.dtype == torch.float32
+    assert gradient.shape == logits.shape and not gradient.any() and gradient.isfinite().all()
+    assert rules.units(targets, task).item() == 0.0 and rules.units(targets, task).dtype == torch.float64
+    assert not rules.labelled(targets).any()
+
+
+@pytest.mark.parametrize("kind", SCORED)
+def test_half_precision_logits_are_summed_in_float32(kind: str) -> None:
+    logits, targets, task = logits_of(kind).bfloat16(), targets_of(kind), TASKS[kind]
+    loss = KINDS[kind].loss(logits, targets, task)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(REFERENCES[kind](logits, task)[0], rel=1e-6)
+
+
+# Answers
+
+
+def test_one_label_is_decoded_with_the_probability_of_each() -> None:
+    logits = torch.tensor([[0.0, math.log(2.0), math.log(5.0)]])
+    (answer,) = KINDS["single_label"].decode(logits, TASKS["single_label"])
+    assert answer["label"] == "positive"
+    assert answer["scores"] == pytest.approx({"negative": 1 / 8, "neutral": 2 / 8, "positive": 5 / 8})
+
+
+def test_label_sets_are_decoded_at_one_half() -> None:
+    logits = torch.tensor([[0.0, -0.1, math.log(3.0)], [-1.0, -1.0, -1.0]])
+    first, second = KINDS["multi_label"].decode(logits, TASKS["multi_label"])
+    assert first["labels"] == ["negative", "positive"] and first["scores"]["positive"] == pytest.approx(0.75)
+    assert second["labels"] == []
+
+
+def test_a_number_is_decoded_as_it_is() -> None:
+    assert KINDS["regression"].decode(torch.tensor([[-1.5], [2.0]]), TASKS["regression"]) == [
+        {"value": -1.5},
+        {"value": 2.0},
+    ]
+
+
+def test_words_are_decoded_as_tags_and_spans() -> None:
+    words = [torch.tensor([[0.0, 9.0, 0.0], [0.0, 0.0, 9.0], [9.0, 0.0, 0.0]]), torch.zeros(0, 3)]
+    first, second = KINDS["tags"].decode(words, TASKS["tags"])
+    assert first["tags"] == ["B-PER", "I-PER", "O"] and first["scores"] == pytest.approx([1, 1, 1], abs=1e-3)
+    assert second == {"tags": [], "scores": []}
+    assert tag_spans(first["tags"], ["Ada", "Lovelace", "wrote"]) == [
+        {"type": "PER", "start": 0, "end": 2, "text": "Ada Lovelace"}
+    ]
+
+
+@pytest.mark.parametrize("kind", SCORED)
+def test_answers_of_parts_merge_into_the_answers_of_the_whole(kind: str) -> None:
+    rules, logits, targets = KINDS[kind], logits_of(kind), targets_of(kind)
+    gold, scores = rules.answers(logits, targets)
+    parts = [rules.answers(logits[part], targets[part]) for part in (slice(0, 2), slice(2, 2), slice(2, 5))]
+    merged = merge_answers(parts)
+    assert len(gold) == len(scores) == int(rules.labelled(targets).sum())
+    for whole, part in zip((gold, scores), merged, strict=True):
+        assert len(whole) == len(part)
+        assert all(np.array_equal(a, b) for a, b in zip(whole, part, strict=True))
+
+
+# Scores
+
+
+def test_scores_of_one_label_hold_the_official_metric_and_its_baseline() -> None:
+    task = replace(TASKS["single_label"], metric="macro_recall")
+    gold, scores = np.array([2, 2, 2, 0]), np.eye(3)[[2, 2, 0, 0]]
+    values = KINDS["single_label"].score(gold, scores, task)
+    assert values["accuracy"] == 0.75
+    assert values["macro_recall"] == pytest.approx((2 / 3 + 1) / 2)
+    assert values["majority/macro_recall"] == pytest.approx((1 + 0) / 2)
+    assert values["precision/negative"] == 0.5 and values["recall/positive"] == pytest.approx(2 / 3)
+    assert values["f1/neutral"] == 0.0
+    assert KINDS["single_label"].confusion(gold, scores, task).tolist() == [[1, 0, 0], [0, 0, 0], [1, 0, 2]]
+
+
+def test_scores_of_numbers_have_the_error_of_the_mean_beside_them() -> None:
+    gold, predicted = np.array([0.0, 2.0], dtype=np.float32), np.array([0.5, 1.5], dtype=np.float32)
+    values = KINDS["regression"].score(gold, predicted, TASKS["regression"])
+    assert values == pytest.approx(
+        {"pearson": 1.0, "spearman": 1.0, "mae": 0.5, "majority/pearson": 0.0, "majority/mae": 1.0}
+    )
+    assert KINDS["regression"].confusion(gold, predicted, TASKS["regression"]) is None
+
+
+def test_scores_of_label_sets_compare_with_the_labels_of_most_posts() -> None:
+    task = replace(TASKS["multi_label"], metric="micro_f1")
+    gold = np.array([[1, 0, 0], [1, 1, 0], [0, 0, 0]])
+    values = KINDS["multi_label"].score(gold, gold * 0.9, task)
+    assert values["micro_f1"] == values["sample_f1"] == values["accuracy"] == 1.0
+    assert values["majority/micro_f1"] == pytest.approx(
+        2 * 2 / (2 * 2 + 1 + 1)
+    )  # "negative" for all: 2 right, 1 too many
+
+
+def test_scores_of_tags_hold_spans_and_words_and_a_baseline_that_finds_nothing() -> None:
+    gold = [np.array([1, 2, 0]), np.array([1])]
+    scores = [np.eye(3)[[1, 2, 0]], np.eye(3)[[0]]]
+    values = KINDS["tags"].score(gold, scores, TASKS["tags"])
+    assert values["span_precision"] == 1.0 and values["span_recall"] == 0.5
+    assert values["span_f1"] == pytest.approx(2 / 3) and values["majority/span_f1"] == 0.0
+    assert values["accuracy"] == 0.75 and values["f1/B-PER"] == pytest.approx(2 / 3)
+    assert KINDS["tags"].confusion(gold, scores, TASKS["tags"]).tolist() == [[1, 0, 0], [1, 1, 0], [0, 0, 1]]
+
+
+@pytest.mark.parametrize("kind", SCORED)
+def test_no_rows_give_the_same_keys_and_no_nan(kind: str) -> None:
+    rules, task, logits, targets = KINDS[kind], TASKS[kind], logits_of(kind), targets_of(kind)
+    full = rules.score(*rules.answers(logits, targets), task)
+    empty = rules.score(*rules.answers(logits[:0], targets[:0]), task)
+    assert list(full) == list(empty)
+    assert all(math.isfinite(value) for values in (full, empty) for value in values.values())
+    assert all(type(value) is float for value in full.values())
+
+
+@pytest.mark.parametrize("kind", SCORED)
+def test_every_metric_of_a_kind_can_be_the_main_one(kind: str) -> None:
+    rules, logits, targets = KINDS[kind], logits_of(kind), targets_of(kind)
+    for metric in rules.metrics:
+        labels = ("none", "against", "favor") if metric == "mean_f1_against_favor" else TASKS[kind].labels
+        task = replace(TASKS[kind], labels=labels, metric=metric)
+        values = rules.score(*rules.answers(logits, targets), task)
+        assert metric in values and f"majority/{metric}" in values

@@ -1,0 +1,146 @@
+"""A task of plain posts: read for training alone, in the contrastive loss, and in no answer, score or card."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers_data import labelled_rows, recipe_of, write_jsonl
+from helpers_export import export_tiny, tiny_predictor
+from helpers_model import MOOD, TOPIC, random_batch, scaled, tiny_model, tiny_objective
+
+from comoe.config.recipe import TaskConfig
+from comoe.data.collator import Collator
+from comoe.data.corpus import Corpus, load_corpus
+from comoe.evaluation.evaluate import check_chosen_metric, evaluate, mean_metric
+from comoe.evaluation.tables import format_results_table
+from comoe.inference.predict_file import predict_file
+from comoe.inference.score import DataChoice, score_data
+from comoe.tasks.task import Task, build_task
+from comoe.types import IGNORED, Batch
+
+PLAIN = build_task("plain", TaskConfig(kind="unlabelled"), labels=(), label_counts={})
+TASKS = (MOOD, PLAIN, TOPIC)
+
+
+def batch_of(rows: int = 6, *, plain: int = 4) -> Batch:
+    batch = random_batch(rows=rows, tasks=(MOOD, TOPIC))
+    marks = torch.where(torch.arange(rows) < plain, 0, IGNORED)
+    return scaled(replace(batch, labels={**batch.labels, "plain": marks}), TASKS)
+
+
+def corpus_of(root: Path, **tasks: TaskConfig) -> Corpus:
+    write_jsonl(root / "moods" / "train.jsonl", labelled_rows(20))
+    write_jsonl(root / "plain" / "train.jsonl", [{"post": f"plain post {i}"} for i in range(7)])
+    write_jsonl(root / "plain" / "test.jsonl", [{"post": "not read"}])
+    return load_corpus(recipe_of(root, **tasks))
+
+
+def test_plain_posts_are_read_for_training_alone_and_need_no_label_column(tmp_path: Path) -> None:
+    mood, plain = TaskConfig(path="moods"), TaskConfig(path="plain", text="post", kind="unlabelled")
+    corpus = corpus_of(tmp_path, mood=mood, plain=plain)
+    train = corpus.splits["train"]
+    assert corpus.report.posts["plain"] == {"train": 7} and "test" not in corpus.splits
+    assert train.labels["plain"].count(0) == 7 and train.labels["plain"].count(None) == len(train) - 7
+    assert corpus.tasks[1] == replace(PLAIN, name="plain") and not corpus.splits["validation"].labels["plain"].count(0)
+
+
+def test_plain_posts_may_be_a_text_file(tmp_path: Path) -> None:
+    (tmp_path / "plain.txt").write_bytes("\ufefffirst post\r\n\n  \nwith\u2028a separator\nlast".encode())
+    plain = TaskConfig(path="plain.txt", kind="unlabelled")
+    corpus = corpus_of(tmp_path, mood=TaskConfig(path="moods"), plain=plain)
+    train = corpus.splits["train"]
+    posts = [row for row, label in enumerate(train.labels["plain"]) if label == 0]
+    assert [train.texts[row] for row in posts] == ["first post", "with\u2028a separator", "last"]
+    assert [train.origins[row].rpartition(":")[2] for row in posts] == ["1", "4", "5"]
+    assert corpus.report.posts["plain"] == {"train": 3}
+
+
+def test_a_text_file_of_a_kind_with_labels_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "plain.txt").write_text("a post\n")
+    with pytest.raises(ValueError, match="tasks.mood.label is 'label'.*plain text has no labels: use it for kind"):
+        corpus_of(tmp_path, mood=TaskConfig(path="plain.txt"))
+
+
+def test_a_labelled_data_set_may_be_the_plain_posts_too(tmp_path: Path) -> None:
+    corpus = corpus_of(tmp_path, mood=TaskConfig(path="moods"), plain=TaskConfig(path="moods", kind="unlabelled"))
+    assert set(corpus.splits["train"].labels["plain"]) == {0} == set(corpus.splits["validation"].labels["plain"])
+
+
+def test_a_recipe_of_plain_posts_alone_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="none of plain has labels; give the recipe a task that has"):
+        corpus_of(tmp_path, plain=TaskConfig(path="plain", text="post", kind="unlabelled"))
+
+
+def test_the_width_of_a_regression_is_the_spread_of_its_training_labels(tmp_path: Path) -> None:
+    rows = [{"text": f"post {i}", "label": value} for i, value in enumerate([1.0, 3.0, 1.0, 3.0])]
+    write_jsonl(tmp_path / "heat" / "train.jsonl", rows)
+    write_jsonl(tmp_path / "heat" / "validation.jsonl", rows[:2])
+    (task,) = load_corpus(recipe_of(tmp_path, heat=TaskConfig(path="heat", kind="regression"))).tasks
+    assert task.contrastive_width == 1.0
+
+
+def test_a_head_without_outputs_learns_its_pooling_from_the_contrastive_loss_alone() -> None:
+    objective = tiny_objective(tasks=TASKS, dropout=0.1).train()
+    step = objective(batch_of())
+    step.loss.backward()
+    head = objective.model.heads[1]
+    assert [name for name, _ in head.named_parameters()] == ["pooling.query"]
+    assert head.pooling.query.grad.any() and step.output.logits["plain"].shape == (6, 0)
+    assert step.terms["task/plain"] == 0 and step.terms["contrastive/plain"] > 0
+
+
+def test_a_step_without_plain_posts_gives_the_head_a_gradient_of_zero() -> None:
+    objective = tiny_objective(tasks=TASKS).train()
+    step = objective(batch_of(plain=0))
+    step.loss.backward()
+    assert step.terms["contrastive/plain"] == 0 and not objective.model.heads[1].pooling.query.grad.any()
+
+
+@pytest.mark.parametrize("contrastive", [True, False])
+def test_a_head_on_words_pools_only_where_it_takes_part(contrastive: bool) -> None:
+    words = Task("words", "tags", ("O", "B-PER"), "span_f1", contrastive=contrastive)
+    output = tiny_model(tasks=(MOOD, words))(random_batch(tasks=(MOOD, words)))
+    assert ("words" in output.embeddings) == contrastive and "words" not in output.attentions
+    assert output.logits["words"].shape[2] == 2
+
+
+def test_no_answer_no_score_and_no_metric_to_choose_by() -> None:
+    model, batch = tiny_model(tasks=TASKS).eval(), batch_of()
+    found = evaluate(
+        model, None, collator=lambda split, rows: batch, tasks=TASKS, batches=[np.arange(6)],
+        gather=lambda answers: [answers], device="cpu",
+    )  # fmt: skip
+    assert set(found.metrics) == set(found.predictions) == {"mood", "topic"}
+    assert np.isfinite(mean_metric(found.metrics, TASKS))
+    assert "plain" not in format_results_table({"test": found.metrics}, TASKS)
+    check_chosen_metric("mean", TASKS, measured={"mood"})
+    with pytest.raises(ValueError, match="plain/none"):
+        check_chosen_metric("plain/none", TASKS)
+
+
+@pytest.mark.parametrize("route_by", ["token", "task"])
+def test_an_export_answers_the_other_tasks(tmp_path: Path, route_by: str) -> None:
+    predictor = tiny_predictor(tmp_path, tasks=TASKS, route_by=route_by)
+    assert [task.name for task in predictor.tasks] == ["mood", "topic"]
+    (answer,) = predictor(["a sunny day"], explain=True)
+    assert list(answer) == ["text", "mood", "topic"] and "attention" in answer["topic"]
+    with pytest.raises(ValueError, match="plain"):
+        predictor(["a sunny day"], tasks=["plain"])
+    (tmp_path / "posts.txt").write_text("good day\n", encoding="utf-8")
+    predict_file(predictor, tmp_path / "posts.txt", tmp_path / "answers.csv", format="csv", progress=False)
+    assert "plain" not in (tmp_path / "answers.csv").read_text(encoding="utf-8")
+    rows = [{"text": "good day", "label": "bad"}, {"text": "bad rain", "label": "good"}]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    scores = score_data(predictor, DataChoice(path=str(tmp_path / "rows.jsonl")), tasks=["mood"], progress=False)
+    assert scores.evaluation.metrics["mood"]["n"] == 2 and list(scores.evaluation.metrics) == ["mood"]
+    assert isinstance(predictor.collator, Collator)
+
+
+def test_a_card_does_not_mention_it(tmp_path: Path) -> None:
+    export_tiny(tmp_path, tasks=TASKS)
+    card = (tmp_path / "export" / "README.md").read_text(encoding="utf-8")
+    assert "| mood | single_label |" in card and "unlabelled" not in card and "2 tasks: mood, topic" in card

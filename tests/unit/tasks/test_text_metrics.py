@@ -1,0 +1,84 @@
+"""Scores of free texts against independent computations."""
+
+import random
+import re
+import string
+from collections import Counter
+
+import pytest
+
+from comoe.tasks.metrics import answer_words, exact_match, rouge_l, token_f1
+
+WORDS = ["the", "a", "Battery", "life", "is", "good", "good!", "don't", "screen,", "USB-C", "...", "50%"]
+
+
+def squad_normalized(text: str) -> str:
+    """As SQuAD's own script has it."""
+    text = "".join(letter for letter in text.lower() if letter not in set(string.punctuation))
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def squad_f1(gold: str, predicted: str) -> float:
+    one, other = squad_normalized(gold).split(), squad_normalized(predicted).split()
+    same = sum((Counter(one) & Counter(other)).values())
+    if not same:
+        return 0.0
+    precision, recall = same / len(other), same / len(one)
+    return 2 * precision * recall / (precision + recall)
+
+
+def longest_common(one: list[str], other: list[str]) -> int:
+    table = [[0] * (len(other) + 1) for _ in range(len(one) + 1)]
+    for i, a in enumerate(one):
+        for j, b in enumerate(other):
+            table[i + 1][j + 1] = table[i][j] + 1 if a == b else max(table[i][j + 1], table[i + 1][j])
+    return table[-1][-1]
+
+
+def pairs(seed: int) -> list[tuple[str, str]]:
+    draw = random.Random(seed)
+    texts = [" ".join(["life", *draw.choices(WORDS, k=draw.randint(1, 6))]) for _ in range(200)]
+    return list(zip(texts[::2], texts[1::2], strict=True))
+
+
+def test_english_answers_are_scored_as_by_the_script_of_squad() -> None:
+    for gold, predicted in pairs(0):
+        assert token_f1([gold], [predicted]) == pytest.approx(squad_f1(gold, predicted), abs=1e-12), (gold, predicted)
+        assert exact_match([gold], [predicted]) == float(squad_normalized(gold) == squad_normalized(predicted))
+
+
+def test_rouge_l_is_the_f1_by_the_longest_common_subsequence() -> None:
+    for gold, predicted in pairs(1):
+        one, other = answer_words(gold), answer_words(predicted)
+        common = longest_common(one, other)
+        assert rouge_l([gold], [predicted]) == pytest.approx(2 * common / (len(one) + len(other)), abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("gold", "predicted", "f1", "rouge", "equal"),
+    [
+        ("电池很好", "电池不好", 3 / 4, 3 / 4, 0.0),
+        ("电池。", "电池", 1.0, 1.0, 1.0),
+        ("ＧＯＯＤ", "good", 1.0, 1.0, 1.0),
+        ("Größe", "GRÖSSE", 1.0, 1.0, 1.0),
+        ("хороший экран", "экран хороший", 1.0, 1 / 2, 0.0),
+        ("«écran»", "écran", 1.0, 1.0, 1.0),
+        ("iPhone的电池", "iPhone 电池", 2 * 3 / 7, 2 * 3 / 7, 0.0),
+        ("\U0001f600", "\U0001f600", 1.0, 1.0, 1.0),
+        ("the", "a", 0.0, 0.0, 0.0),
+        ("?!", "!", 0.0, 0.0, 0.0),
+        ("x", "", 0.0, 0.0, 0.0),
+    ],
+)
+def test_answers_of_other_languages_count(gold: str, predicted: str, f1: float, rouge: float, equal: float) -> None:
+    assert token_f1([gold], [predicted]) == pytest.approx(f1)
+    assert rouge_l([gold], [predicted]) == pytest.approx(rouge)
+    assert exact_match([gold], [predicted]) == equal
+
+
+def test_no_rows_have_no_score() -> None:
+    assert token_f1([], []) == exact_match([], []) == rouge_l([], []) == 0.0
+
+
+def test_two_empty_answers_agree() -> None:
+    assert token_f1([""], [""]) == exact_match([""], [""]) == 1.0

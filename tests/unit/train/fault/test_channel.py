@@ -1,0 +1,187 @@
+"""Real sockets between the ends of a star, all in one process."""
+
+from __future__ import annotations
+
+import errno
+import socket
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+import comoe.train.fault.channel as module
+from comoe.train.fault.channel import LONGEST, Star, listen
+
+
+@pytest.fixture
+def middle() -> Iterator[tuple[Star, int]]:
+    server = listen()
+    star = Star(0, word="ours").serve(server)
+    yield star, server.getsockname()[1]
+    star.close()
+
+
+def spoke(rank: int, port: int, *, word: str = "ours") -> Star:
+    return Star(rank, word=word).connect("127.0.0.1", port, seconds=5)
+
+
+def until(star: Star, enough: Callable[[list], bool], seconds: float = 5.0) -> list:
+    """Everything that comes in until it is enough."""
+    came, end = [], time.monotonic() + seconds
+    while not enough(came):
+        assert time.monotonic() < end, came
+        came += star.receive(0.05)
+    return came
+
+
+def test_messages_go_to_the_middle_and_from_it_to_all(middle: tuple[Star, int]) -> None:
+    star, port = middle
+    ends = [spoke(rank, port) for rank in (1, 2)]
+    for end in ends:
+        end.send({"from": end.rank})
+        end.send({"again": end.rank})
+    came = until(star, lambda came: len(came) == 4)
+    assert [message for rank, message in came if rank == 2] == [{"from": 2}, {"again": 2}]
+    assert star.connected() == {1, 2}
+    star.send({"to": "all"})
+    assert [until(end, len) for end in ends] == [[(0, {"to": "all"})]] * 2
+
+
+def test_a_connection_that_closes_is_told_after_the_last_words(middle: tuple[Star, int]) -> None:
+    star, port = middle
+    end = spoke(1, port)
+    end.send({"last": "words"})
+    end.close()
+    assert until(star, lambda came: len(came) == 2) == [(1, {"last": "words"}), (1, None)]
+    assert star.connected() == set()
+
+
+def test_the_loss_of_the_middle_is_told_too(middle: tuple[Star, int]) -> None:
+    star, port = middle
+    end = spoke(3, port)
+    until(star, lambda _: star.connected() == {3})
+    star.close()
+    assert until(end, len) == [(0, None)]
+
+
+@pytest.mark.parametrize(
+    "said", [b'{"rank": 1, "word": "theirs"}\n{"gone": 1}\n', b"GET / HTTP/1.1\r\n\r\n", b"5\n", b"x" * (3 * LONGEST),
+             b"[" * (LONGEST - 1) + b"\n", b'{"rank": Infinity, "word": "ours"}\n']
+)  # fmt: skip
+def test_a_stranger_is_hung_up_on_and_changes_nothing(middle: tuple[Star, int], said: bytes) -> None:
+    star, port = middle
+    friend = spoke(1, port)
+    with socket.create_connection(("127.0.0.1", port)) as stranger:
+        stranger.settimeout(5)
+        stranger.sendall(said)
+        friend.send({"still": "here"})
+        assert until(star, len) == [(1, {"still": "here"})]
+        end = time.monotonic() + 5
+        while time.monotonic() < end:
+            assert star.receive(0.02) == []
+            stranger.setblocking(False)
+            try:
+                if stranger.recv(1) == b"":
+                    break
+            except BlockingIOError:
+                continue
+            except ConnectionResetError:
+                break
+        else:
+            pytest.fail("the stranger was not hung up on")
+    assert star.connected() == {1}
+
+
+def test_a_middle_that_never_comes_is_an_error_with_its_address() -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with pytest.raises(OSError, match=f"rank 1 cannot reach rank 0 at 127.0.0.1, port {port} .*must reach one another"):
+        Star(1).connect("127.0.0.1", port, seconds=0.1)
+
+
+def test_a_middle_that_comes_later_is_waited_for_until_told_to_stop() -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    asked = []
+
+    def give_up() -> bool:
+        asked.append(True)
+        return len(asked) > 1
+
+    with pytest.raises(OSError):
+        Star(1).connect("127.0.0.1", port, seconds=60, give_up=give_up)
+    assert len(asked) == 2
+
+
+def test_nothing_blocks_the_middle_when_an_end_reads_nothing(middle: tuple[Star, int]) -> None:
+    star, port = middle
+    frozen = spoke(1, port)
+    until(star, lambda _: star.connected() == {1})
+    began = time.monotonic()
+    for _ in range(2000):
+        star.send({"beat": "x" * 5000})
+    assert time.monotonic() - began < 20
+    assert until(star, len) == [(1, None)] and star.broken == {1: "it reads nothing any more"}
+    frozen.close()
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="the system has no such option")
+@pytest.mark.parametrize("patience", [5.0, 1800.0, 7200.0, 1e8])
+def test_the_system_waits_for_an_answer_longer_than_the_patience_on_both_ends(patience: float) -> None:
+    server = listen()
+    star = Star(0, patience=patience).serve(server)
+    end = Star(1, patience=patience).connect("127.0.0.1", server.getsockname()[1], seconds=5)
+    until(star, lambda _: star.connected() == {1})
+    for line in [*star._ranks, *end._ranks]:
+        waits = line.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) / 1000
+        assert patience < waits <= patience + 60 or waits > 24 * 86400, "more than that the system does not take"
+    star.close()
+    end.close()
+
+
+class Unreachable(socket.socket):
+    """The end of a connection to a machine that answers nothing any more."""
+
+    number = errno.ETIMEDOUT
+
+    def recv(self, size: int) -> bytes:
+        raise OSError(self.number, "said by the system")
+
+
+@pytest.mark.parametrize(
+    "number, broken", [(errno.ETIMEDOUT, {1: "said by the system"}), (errno.EHOSTUNREACH, {1: "said by the system"}),
+                       (errno.ECONNRESET, {})]
+)  # fmt: skip
+def test_a_connection_that_the_network_broke_is_told_apart_from_the_end_of_a_process(
+    number: int, broken: dict[int, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Unreachable, "number", number)
+    ours, theirs = socket.socketpair(socket.AF_UNIX)
+    star = Star(0)
+    with theirs:
+        line = Unreachable(fileno=ours.detach())
+        star._selector.register(line, module.selectors.EVENT_READ)
+        star._unread[line], star._ranks[line] = b"", 1
+        theirs.send(b"anything")
+        assert star.receive(1.0) == [(1, None)] and star.broken == broken
+    star.close()
+
+
+class NoDescriptors(socket.socket):
+    """A server that cannot take anybody."""
+
+    def accept(self) -> tuple[socket.socket, object]:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+
+def test_a_connection_that_cannot_be_taken_disturbs_nobody_who_is_there(middle: tuple[Star, int]) -> None:
+    star, port = middle
+    friend = spoke(1, port)
+    until(star, lambda _: star.connected() == {1})
+    star._selector.unregister(star._server)
+    star.serve(NoDescriptors(fileno=star._server.detach()))
+    with socket.create_connection(("127.0.0.1", port)):
+        friend.send({"still": "here"})
+        assert until(star, len) == [(1, {"still": "here"})]

@@ -1,0 +1,160 @@
+"""What a recipe asks for in vain or unwisely is said, and nothing else."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from comoe.config.load import recipe_from_dict
+from comoe.config.validate import validate
+from comoe.losses.weighting.strategies import WEIGHTINGS
+from comoe.models.moe.gate import GATES
+from comoe.train.recipe_warnings import doubts
+
+
+def doubts_of(**sections):
+    raw = {"tasks": {"mood": {"path": "mood.csv"}, "heat": {"path": "heat.csv"}}} | sections
+    recipe = recipe_from_dict(raw)
+    validate(recipe)
+    return doubts(recipe)
+
+
+def test_the_defaults_raise_no_doubt():
+    assert doubts_of() == []
+    assert doubts_of(model={"moe": {"num_experts": 0}}) == []
+    assert doubts_of(model={"moe": {"num_experts": 1, "top_k": 1}}) == []
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"model": {"moe": {"gate": "uniform"}}}, "model.moe.gate is uniform, which ignores the tokens"),
+        ({"model": {"moe": {"temperature": 2.0}}}, "model.moe.temperature is 2.0; .*2602.01466"),
+        ({"model": {"moe": {"task_embedding_width": 8}}}, "task_embedding_width is 8, without effect: route_by token"),
+        ({"model": {"moe": {"balance": "none", "balance_rate": 0.1}}}, "balance_rate is 0.1, without effect: balance"),
+        ({"model": {"moe": {"top_k": 1, "cooperation_threshold": 0.5}}}, "cooperation_threshold is 0.5, .*top_k is 1"),
+        ({"model": {"moe": {"num_experts": 0, "shared_width": 8}}}, "model.moe.shared_width is 8, without effect"),
+        (
+            {"loss": {"adversarial": {"predict": "platform"}}},
+            "loss.adversarial.predict is platform, without effect: loss.adversarial.weight is 0",
+        ),
+        (
+            {"model": {"moe": {"num_experts": 0}}, "loss": {"balance_weight": 0.1}},
+            "loss.balance_weight is 0.1, ",
+        ),
+        ({"model": {"moe": {"num_experts": 0}}, "loss": {"z_weight": 0.1}}, "loss.z_weight is 0.1, without effect"),
+        (
+            {"model": {"moe": {"num_experts": 1, "top_k": 1}}, "loss": {"task_separation_weight": 0.4}},
+            "loss.task_separation_weight is 0.4, without effect: with 1 experts",
+        ),
+        (
+            {
+                "tasks": {"mood": {"path": "x"}, "plain": {"path": "y", "kind": "unlabelled"}},
+                "loss": {"contrastive": {"weight": 0.0}},
+            },
+            "tasks.plain.kind is unlabelled, without effect: only that loss reads its posts",
+        ),
+        ({"data": {"noise": ["no_emoji"], "noise_rate": 0.3}}, "data.noise_rate is 0.3, without effect: typos are not"),
+        ({"loss": {"contrastive": {"queue_warmup": 9}}}, "queue_warmup is 9, without effect: queue_size is 0"),
+        ({"loss": {"contrastive": {"weight": 0.0, "queue_size": 9}}}, "queue_size is 9, without effect: .*weight is 0"),
+        (
+            {"tasks": {"mood": {"path": "x"}}, "loss": {"task_separation_weight": 0.4}},
+            r"loss.task_separation_weight is 0.4, without effect: .* 1 task\(s\)",
+        ),
+        (
+            {"tasks": {"mood": {"path": "x", "weight": 2.0}}},
+            "tasks.mood.weight is 2.0, without effect: loss.weighting is equal; static would read it",
+        ),
+        ({"train": {"momentum": 0.9}}, "train.momentum is 0.9, without effect: train.optimizer is adamw"),
+    ],
+)
+def test_an_option_in_vain_is_named_with_its_value_and_the_reason(sections, message):
+    (said,) = doubts_of(**sections)
+    assert re.search(message, said)
+
+
+def test_options_that_work_are_left_alone():
+    assert doubts_of(
+        model={"moe": {"route_by": "both", "task_embedding_width": 8, "cooperation_threshold": 0.5}},
+        loss={"weighting": "static", "balance_weight": 0.1, "z_weight": 0.1, "task_separation_weight": 0.1},
+        tasks={"mood": {"path": "x", "weight": 2.0}, "heat": {"path": "y"}},
+        train={"optimizer": "sgd", "momentum": 0.9},
+    ) == []  # fmt: skip
+
+
+def test_every_gate_and_weighting_says_whether_it_is_in_doubt():
+    assert [name for name, gate in GATES.items() if gate.for_measuring] == ["uniform"]
+    assert [name for name, kind in WEIGHTINGS.items() if kind.reads_task_weights] == ["static"]
+    assert [name for name, kind in WEIGHTINGS.items() if not kind.adapts] == ["equal", "static"]
+
+
+@pytest.mark.parametrize(
+    ("loss", "said"),
+    [
+        ({"weighting": "cagrad", "cagrad_c": 0.4}, []),
+        ({"weighting": "gradnorm", "weighting_rate": 0.1, "gradnorm_alpha": 1.0}, []),
+        ({"weighting_rate": 0.1}, ["loss.weighting_rate is 0.1, without effect: loss.weighting is equal; uncertainty, "
+                                   "uncertainty_positive, gradnorm would read it."]),
+        ({"weighting": "pcgrad", "cagrad_c": 0.4, "weighting_window": 9},
+         ["loss.weighting_window is 9, without effect: loss.weighting is pcgrad; dynamic_average would read it.",
+          "loss.cagrad_c is 0.4, without effect: loss.weighting is pcgrad; cagrad would read it."]),
+    ],
+)  # fmt: skip
+def test_an_option_that_the_weighting_does_not_read_is_named(loss, said):
+    assert doubts_of(loss=loss, tasks={"mood": {"path": "x"}, "heat": {"path": "y"}}) == said
+
+
+def test_one_task_alone_has_nothing_to_be_weighed_by():
+    (said,) = doubts_of(loss={"weighting": "pcgrad"}, tasks={"mood": {"path": "x"}})
+    assert said.startswith("loss.weighting is pcgrad, without effect: there is one task with labels")
+
+
+@pytest.mark.parametrize(
+    ("vision", "losses", "said"),
+    [
+        ({"tower": "a/b"}, {}, []),
+        ({}, {"itc_weight": 0.2}, ["loss.image_text.itc_weight is 0.2, without effect: no picture is read"]),
+        ({"fusion": "gated"}, {}, ["model.vision.fusion is gated, without effect: no picture is read"]),
+        ({"tower": "a/b", "route_image_tokens": True}, {}, ["route_image_tokens is True, without effect: under"]),
+        ({"tower": "a/b"}, {"itc_weight": 0.0}, ["negatives is hard, without effect: .*random ones are taken"]),
+        ({"tower": "a/b"}, {"itc_weight": 0.0, "itm_weight": 0.0}, []),
+        (
+            {"tower": "a/b", "fusion": "tokens", "route_image_tokens": True},
+            {},
+            ["each text with a picture takes a second pass", "half of the posts with pictures take one more pass"],
+        ),
+    ],
+)
+def test_what_is_asked_of_pictures_in_vain_or_at_a_price(vision, losses, said):
+    photo = {"image": "photo"} if "tower" in vision else {}
+    found = doubts_of(
+        model={"vision": vision}, loss={"image_text": losses}, tasks={"mood": {"path": "mood.csv", **photo}}
+    )
+    assert len(found) == len(said) and all(map(re.search, said, found))
+
+
+def test_a_column_of_pictures_that_nobody_reads():
+    (doubt,) = doubts_of(tasks={"mood": {"path": "mood.csv", "image": "photo"}})
+    assert doubt.startswith("tasks.mood.image is photo, without effect: no picture is read")
+    columns = {name: {"path": "mood.csv", "image": "photo"} for name in ("mood", "heat", "topic")}
+    (doubt,) = doubts_of(tasks=columns)
+    assert doubt.startswith("tasks.mood.image (and of 2 more) is photo, without effect")
+
+
+def test_a_tower_without_pictures_and_sides_hidden_from_nobody():
+    (doubt,) = doubts_of(model={"vision": {"tower": "a/b"}})
+    assert doubt.startswith("model.vision.tower is a/b, without effect: no task names a picture column")
+    assert doubts_of(data={"hide": "image"}) == [
+        "data.hide is image, without effect: no picture is read anyway: model.vision.tower is null."
+    ]
+    assert "every post is empty" in doubts_of(data={"hide": "text"})[0]
+    photo = {"tasks": {"mood": {"path": "mood.csv", "image": "photo"}}, "model": {"vision": {"tower": "a/b"}}}
+    assert doubts_of(data={"hide": "text"}, **photo) == doubts_of(data={"hide": "image"}, **photo) == []
+
+
+def test_one_stream_has_no_two_sides_to_compare(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "vilt"}')
+    found = doubts_of(model={"encoder": str(tmp_path), "vision": {"fusion": "gated"}})
+    patterns = ["vision.fusion is gated, without", "itc_weight is 0.1, .*it is off", "random ones", "one more pass"]
+    assert len(found) == 4 and all(map(re.search, patterns, found))

@@ -1,0 +1,78 @@
+"""How a run ends: exit codes and what is said."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import comoe.train.run as module
+from comoe.train.fault.supervisor import FINAL
+from comoe.train.fault.watchdog import Watchdog
+from comoe.train.run import Request, run_and_exit
+
+
+class Left(BaseException):
+    """Stands for the end of the process."""
+
+
+@pytest.fixture
+def end_by(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    def leave(code: int) -> None:
+        raise Left(code)
+
+    def end(error: BaseException, *, training: bool, request: Request | None = None) -> tuple[int, str]:
+        """Exit code and words of a run in which something is raised, while it trains or before."""
+
+        def run(_stop: object) -> None:
+            raise error
+
+        def train(_request: Request, stop: object, watch: Watchdog) -> None:
+            if not training:
+                raise error
+            trainer = SimpleNamespace(watch=watch, run=run)
+            run_ = SimpleNamespace(folder=Path("runs/x"), trainer=SimpleNamespace(**vars(trainer), state=None))
+            module._train_and_finish(run_, stop, finished_before=False)
+
+        monkeypatch.delenv("RANK", raising=False)
+        monkeypatch.setattr(module, "train", train)
+        monkeypatch.setattr(module.os, "_exit", leave)
+        with pytest.raises(Left) as left:
+            run_and_exit(request or Request())
+        return left.value.args[0], capsys.readouterr().err
+
+    return end
+
+
+STALE = OSError(errno.ESTALE, os.strerror(errno.ESTALE), "runs/x/checkpoints/.part")
+INSIDE = ValueError("optimizer got an empty parameter list")
+
+
+@pytest.mark.parametrize("error", [STALE, INSIDE, BrokenPipeError(errno.EPIPE, "Broken pipe")])
+def test_an_error_while_training_is_no_mistake_of_the_users_and_can_be_restarted(end_by, error: Exception) -> None:
+    code, said = end_by(error, training=True)
+    assert code == 1 and code not in FINAL
+    assert said.startswith("Traceback (most recent call last):") and "in run\n" in said
+    assert said.endswith(f"comoe: rank 0: {type(error).__name__}: {error}\n")
+
+
+@pytest.mark.parametrize("error", [STALE, INSIDE])
+def test_an_error_before_training_is_one_sentence(end_by, error: Exception) -> None:
+    assert end_by(error, training=False) == (2, f"comoe: rank 0: {error}\n")
+
+
+@pytest.mark.parametrize(
+    "yaml, words, shown",
+    [("run: {verbose: true}", [], True), ("run: {}", ["run.verbose=true"], True), ("run: {}", [], False),
+     ("run: {verbose: true}", ["run.verbose=false"], False), ("run: {verbos: true}", ["run.verbose=true"], False)],
+)  # fmt: skip
+def test_the_traceback_of_a_users_mistake_is_shown_when_the_recipe_says_so(
+    end_by, tmp_path: Path, yaml: str, words: list[str], shown: bool
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"{yaml}\ntasks: {{mood: {{kind: single_label, path: posts.jsonl}}}}\n")
+    code, said = end_by(INSIDE, training=False, request=Request(config=recipe, overrides=words))
+    assert code == 2 and said.startswith("Traceback") == shown and said.endswith(f"comoe: rank 0: {INSIDE}\n")

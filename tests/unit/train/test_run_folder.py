@@ -1,0 +1,100 @@
+"""When a run folder is cleared; several real ranks take one in ``tests/multiprocess/test_beginning.py``."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import comoe.train.run_folder as module
+from comoe.tasks.task import Task
+from comoe.train.run_folder import MARK, check_same_tasks, take
+
+
+@pytest.fixture
+def old(tmp_path: Path) -> Path:
+    """The folder of an earlier run."""
+    folder = tmp_path / "run"
+    (folder / "checkpoints" / "step-00000002").mkdir(parents=True)
+    for name in ("config.yaml", MARK, "checkpoints/step-00000002/state.json", "metrics.jsonl"):
+        (folder / name).write_text("old")
+    return folder
+
+
+def files(folder: Path) -> dict[str, str]:
+    return {path.relative_to(folder).as_posix(): path.read_text() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_an_earlier_run_stays_whole_where_a_machine_does_not_see_the_folder(
+    old: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = files(old)
+    monkeypatch.setenv("CROSS_SIZE", "2")
+    monkeypatch.setattr(module, "all_gather_objects", lambda own: [own, "b (node 1)"])
+    with pytest.raises(ValueError, match="is not the same folder on all machines: b .node 1. cannot see"):
+        take(old, fresh=True)
+    assert files(old) == before
+
+
+@pytest.mark.parametrize("machines", ["1", "2"])
+def test_an_earlier_run_goes_once_all_machines_have_seen_the_folder(
+    old: Path, monkeypatch: pytest.MonkeyPatch, machines: str
+) -> None:
+    monkeypatch.setenv("CROSS_SIZE", machines)
+    monkeypatch.setenv(module.RUN_WORD, "ours")
+    seen = os.open(old, os.O_RDONLY)
+    take(old, fresh=True)
+    assert files(old) == {MARK: "ours"} and os.path.samestat(os.fstat(seen), old.stat()), "what they saw is that folder"
+    os.close(seen)
+
+
+def test_a_resumed_run_keeps_all_that_is_there(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = files(old)
+    monkeypatch.setenv("CROSS_SIZE", "2")
+    monkeypatch.setenv(module.RUN_WORD, "ours")
+    take(old, fresh=False)
+    assert files(old) == before | {MARK: "ours"}
+
+
+def test_a_run_that_is_cleared_halfway_is_still_a_run_that_must_be_cleared(
+    old: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone: list[str] = []
+    monkeypatch.setattr(module.shutil, "rmtree", lambda path: gone.append(path.name))
+    monkeypatch.setattr(module.Path, "unlink", lambda path: gone.append(path.name))
+    take(old, fresh=True)
+    assert gone[-1] == "config.yaml" and len(gone) == len(set(gone)) == 4
+
+
+MOOD = Task("mood", "single_label", ("bad", "good"), "macro_f1")
+OPINION = Task("opinion", "text", (), "token_f1", prompt="opinion: {text}")
+
+
+@pytest.mark.parametrize(
+    ("now", "message"),
+    [
+        ((MOOD,), "begun with the tasks mood, opinion, not mood; .* begin a new run"),
+        ((OPINION, MOOD), "begun with the tasks mood, opinion, not opinion, mood"),
+        ((replace(MOOD, labels=("good", "bad")), OPINION), r"tasks.mood.labels is \['good', 'bad'\], but .* learned"),
+        ((replace(MOOD, kind="multi_label"), OPINION), "tasks.mood.kind is 'multi_label'"),
+        ((MOOD, replace(OPINION, prompt="{text}")), "tasks.opinion.prompt is '{text}'"),
+    ],
+)
+def test_a_run_does_not_go_on_with_other_tasks_than_it_learned(
+    tmp_path: Path, now: tuple[Task, ...], message: str
+) -> None:
+    began = [MOOD.to_dict(), OPINION.to_dict()]
+    (tmp_path / "tasks.json").write_text(json.dumps(began), encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        check_same_tasks(tmp_path, now)
+
+
+def test_a_run_goes_on_with_its_tasks_also_where_an_older_version_wrote_them_down(tmp_path: Path) -> None:
+    check_same_tasks(tmp_path, (MOOD,))
+    began = [MOOD.to_dict() | {"metric": "accuracy"}]
+    del began[0]["prompt"]
+    (tmp_path / "tasks.json").write_text(json.dumps(began), encoding="utf-8")
+    check_same_tasks(tmp_path, (MOOD,))

@@ -1,0 +1,88 @@
+"""The rate of each step against hand values, and patience."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from comoe.config.recipe import TrainConfig
+from comoe.train.state import TrainState, rate_factor
+
+
+def factors(total: int, **options: float | str) -> list[float]:
+    config = TrainConfig(**options)
+    return [rate_factor(step, total=total, config=config) for step in range(total)]
+
+
+def test_a_linear_schedule_rises_to_the_peak_and_falls_towards_zero() -> None:
+    expected = [0.5, 1.0, 1.0, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8]
+    assert factors(10, schedule="linear", warmup_fraction=0.2) == pytest.approx(expected)
+
+
+def test_a_cosine_schedule_is_half_way_down_in_the_middle() -> None:
+    expected = [0.5 * (1 + math.cos(math.pi * step / 4)) for step in range(4)]
+    assert factors(4, schedule="cosine", warmup_fraction=0.0) == pytest.approx(expected)
+    assert expected[2] == pytest.approx(0.5)
+
+
+def test_a_constant_schedule_without_warm_up_is_one_everywhere() -> None:
+    assert factors(5, schedule="constant", warmup_fraction=0.0) == [1.0] * 5
+
+
+def test_no_step_has_a_rate_of_zero() -> None:
+    for schedule in ("linear", "cosine", "constant"):
+        for total in (1, 2, 3, 50):
+            assert min(factors(total, schedule=schedule, warmup_fraction=0.06)) > 0, (schedule, total)
+
+
+def test_a_run_that_is_all_warm_up_ends_at_the_peak() -> None:
+    assert factors(3, schedule="linear", warmup_fraction=0.99) == pytest.approx([1 / 3, 2 / 3, 1.0])
+
+
+def test_an_unknown_schedule_names_the_right_ones() -> None:
+    with pytest.raises(ValueError, match="train.schedule is 'liner', which does not exist; did you mean linear"):
+        rate_factor(5, total=10, config=TrainConfig(schedule="liner", warmup_fraction=0.0))
+
+
+def test_the_best_evaluation_is_remembered_with_its_step() -> None:
+    state = TrainState(step=10)
+    assert state.record(-0.5, patience=0)
+    state.step = 20
+    assert not state.record(-0.5, patience=0), "an equal value is no gain"
+    state.step = 30
+    assert state.record(0.1, patience=0)
+    assert (state.best_value, state.best_step, state.evaluations_without_gain) == (0.1, 30, 0)
+
+
+def test_a_value_that_is_no_number_is_never_the_best() -> None:
+    state = TrainState()
+    assert not state.record(float("nan"), patience=0)
+    assert state.best_value is None
+    assert state.record(-3.0, patience=0)
+
+
+def test_patience_ends_the_run_after_that_many_evaluations_in_a_row_without_a_gain() -> None:
+    state = TrainState()
+    for value in (0.5, 0.4, 0.6, 0.6):
+        state.record(value, patience=2)
+        assert state.finished == ""
+    state.record(0.5, patience=2)
+    assert state.finished == "no better value in 2 evaluations"
+
+
+def test_patience_of_zero_never_ends_the_run() -> None:
+    state = TrainState()
+    for _ in range(20):
+        state.record(0.0, patience=0)
+    assert state.finished == "" and state.evaluations_without_gain == 19
+
+
+def test_patience_survives_a_restart() -> None:
+    state = TrainState(step=7, posts_seen=70)
+    state.record(0.5, patience=2)
+    state.record(0.4, patience=2)
+    restored = TrainState(**state.to_dict())
+    assert restored == state
+    restored.record(0.4, patience=2)
+    assert restored.finished

@@ -1,0 +1,474 @@
+"""The loop with a tiny engine in place of DeepSpeed: what is logged, saved, stopped, and said."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from comoe.config.load import recipe_from_dict
+from comoe.data.posts import unlabelled_posts
+from comoe.data.sampling.sampler import TrainSampler
+from comoe.evaluation.embedding_stats import EmbeddingSummary
+from comoe.evaluation.evaluate import Evaluation
+from comoe.tasks.task import Task
+from comoe.train import trainer as following
+from comoe.train.evaluator import Checked, EvaluationStopped, Evaluator
+from comoe.train.fault.signals import StopSignal
+from comoe.train.parallel.ds_config import Layout
+from comoe.train.parallel.engine import StepReport
+from comoe.train.state import TrainState
+from comoe.train.trainer import Trainer, TrainingStopped, plan_schedule
+from comoe.types import Batch, ModelOutput, StepOutput
+
+HEAT = Task("heat", "regression", (), "mae", 1.0, None, 0.0, False)
+POSTS = 20
+
+
+class Posts:
+    """A split that knows where its posts come from."""
+
+    origins = [f"posts.jsonl:{number + 1}" for number in range(POSTS)]
+
+
+def collate(split: Posts, indices: np.ndarray) -> Batch:
+    rows = torch.from_numpy(indices)
+    ones_BL = torch.ones(len(rows), 2, dtype=torch.int64)
+    labels = {"heat": torch.zeros(len(rows))}
+    return Batch(ones_BL, ones_BL, None, ones_BL > 0, torch.full_like(rows, -1), rows, labels)
+
+
+@dataclass
+class FakeEngine:
+    """Answers zero to everything; ``on_step`` may raise, send signals, or say that the step was skipped."""
+
+    on_step: Callable[[int], Any] = lambda step: None
+    device: torch.device = torch.device("cpu")
+    rates: list[float] = field(default_factory=list)
+    progress: list[float] = field(default_factory=list)
+    steps: int = 0
+
+    def set_rate_factor(self, factor: float) -> dict[str, float]:
+        self.rates.append(factor)
+        return {"encoder": factor}
+
+    def train_step(self, batches: list[Batch]) -> StepReport:
+        self.steps += 1
+        self.progress.append(batches[0].progress)
+        skipped = self.on_step(self.steps) == "skipped"
+        loss = torch.tensor(float("nan") if skipped else 1.0 / self.steps)
+        terms = {"task/heat": loss, "weight/heat": torch.tensor(1.0)}
+        outputs = [
+            StepOutput(loss, terms, ModelOutput({"heat": torch.zeros(len(rows_B), 1)}, {}, {}, (), rows_B))
+            for rows_B in (batch.row_ids_B for batch in batches)
+        ]
+        return StepReport(loss, terms, outputs, grad_norm=0.5, skipped=skipped)
+
+
+@dataclass
+class FakeEvaluator:
+    """Gives one value after another."""
+
+    values: list[float]
+    cut_short: int = 0
+
+    def run(self, name: str, *, asked_to_stop: Callable[[], bool]) -> Checked | None:
+        if self.cut_short:
+            self.cut_short -= 1
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert asked_to_stop()
+            raise EvaluationStopped
+        if not self.values:
+            return None
+        evaluation = Evaluation({"heat": {"mae": -self.values.pop(0), "n": 1.0}}, {}, {})
+        return Checked(evaluation, None, EmbeddingSummary({}, {}))
+
+
+@dataclass
+class Log:
+    """The monitor's place: keeps what it is told."""
+
+    train: list[int] = field(default_factory=list)
+    checks: list[int] = field(default_factory=list)
+    events: list[dict[str, Any]] = field(default_factory=list)
+    speeds: list[float] = field(default_factory=list)
+
+    def log_train(self, step: int, *, posts_per_second: float, **_: Any) -> None:
+        self.train.append(step)
+        self.speeds.append(posts_per_second)
+
+    def log_evaluation(self, step: int, **_: Any) -> None:
+        self.checks.append(step)
+
+    def log_event(self, event: dict[str, Any]) -> None:
+        self.events.append(event)
+
+
+class SavingTrainer(Trainer):
+    """Writes the state alone: DeepSpeed's part of a checkpoint is tested with real ranks."""
+
+    def _save(self) -> int:
+        self.checkpoints.mkdir(exist_ok=True)
+        text = json.dumps(self.state.to_dict())
+        (self.checkpoints / f"state-{self.state.step}.json").write_text(text)
+        return self.state.step
+
+
+def trainer_in(
+    folder: Path, *, on_step: Callable[[int], Any] = lambda step: None, values: list[float] | None = None, **train: Any
+) -> SavingTrainer:
+    raw = {"batch_size": 5, "max_steps": 6, "eval_every": 2, "save_every": 100, "warmup_fraction": 0.0} | train
+    recipe = recipe_from_dict({"tasks": {"heat": {"path": "x"}}, "train": raw})
+    sampler = TrainSampler(np.full(POSTS, 3), np.zeros(POSTS, dtype=int), batch_size=recipe.train.batch_size)
+    return SavingTrainer(
+        recipe=recipe,
+        layout=Layout(1, 1, 2, micro_batch_size=5, accumulation=1, bf16=False),
+        engine=FakeEngine(on_step),
+        tasks=(HEAT,),
+        train_split=Posts(),
+        collator=collate,
+        sampler=sampler,
+        evaluator=FakeEvaluator(list(values or [])),
+        monitor=Log(),
+        folder=folder,
+        state=TrainState(),
+        schedule=plan_schedule(recipe, sampler),
+    )
+
+
+def saved(trainer: Trainer) -> dict[int, dict[str, Any]]:
+    paths = trainer.checkpoints.glob("state-*.json")
+    return {int(path.stem.removeprefix("state-")): json.loads(path.read_text()) for path in paths}
+
+
+def best(trainer: Trainer) -> int:
+    return json.loads((trainer.checkpoints / "best.json").read_text())["step"]
+
+
+def test_a_run_logs_checks_and_saves_when_it_should(tmp_path: Path) -> None:
+    trainer = trainer_in(tmp_path, values=[0.1, 0.3, 0.2], log_every=4, save_every=5)
+    trainer.run()
+    assert trainer.monitor.train == [4, 6]
+    assert trainer.monitor.checks == [2, 4, 6]
+    # The two best so far, the one that is due, and the last.
+    assert sorted(saved(trainer)) == [2, 4, 5, 6]
+    assert best(trainer) == 4
+    assert trainer.state.finished == "all steps done" and saved(trainer)[6]["finished"] == "all steps done"
+    assert saved(trainer)[5]["finished"] == ""
+
+
+def test_the_rate_of_each_step_follows_the_schedule(tmp_path: Path) -> None:
+    trainer = trainer_in(tmp_path, schedule="linear")
+    trainer.run()
+    assert trainer.engine.rates == pytest.approx([1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
+
+
+def test_every_batch_knows_how_much_of_the_run_is_done_also_after_a_restart(tmp_path: Path) -> None:
+    trainer = trainer_in(tmp_path)
+    trainer.state = TrainState(step=2)
+    trainer.run()
+    assert trainer.engine.progress == pytest.approx([2 / 6, 3 / 6, 4 / 6, 5 / 6])
+
+
+def test_a_restored_run_does_the_remaining_steps_only(tmp_path: Path) -> None:
+    trainer = trainer_in(tmp_path, schedule="linear", log_every=1)
+    trainer.state = TrainState(step=4)
+    trainer.run()
+    assert trainer.engine.rates == pytest.approx([2 / 6, 1 / 6])
+    assert trainer.monitor.train == [5, 6]
+
+
+def test_every_post_is_counted_however_seldom_a_line_is_logged(tmp_path: Path) -> None:
+    trainer = trainer_in(tmp_path, values=[0.1] * 3, log_every=100, save_every=3)
+    trainer.run()
+    assert saved(trainer)[3]["posts_seen"] == 15
+    assert trainer.state.posts_seen == 30
+
+
+def test_posts_per_second_leave_out_evaluation_and_saving_and_count_all_steps_between_two_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+
+    def spend(seconds: float) -> None:
+        now[0] += seconds
+
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    trainer = trainer_in(tmp_path, values=[0.1] * 6, on_step=lambda step: spend(0.1), log_every=3, eval_every=1)
+    run_validation = trainer.evaluator.run
+    trainer.evaluator.run = lambda name, **more: (spend(0.4), run_validation(name, **more))[1]
+    trainer.run()
+    # Three steps of five posts in 0.3 seconds; with the evaluations it would be 1.5 seconds.
+    assert trainer.monitor.speeds == pytest.approx([50.0, 50.0])
+
+
+def test_patience_ends_the_run_at_the_evaluation_that_uses_it_up(tmp_path: Path) -> None:
+    trainer = trainer_in(tmp_path, values=[0.3, 0.2, 0.1, 0.9], patience=2, max_steps=20)
+    trainer.run()
+    assert trainer.state.step == 6 and trainer.state.finished == "no better value in 2 evaluations"
+    assert best(trainer) == 2
+    assert saved(trainer)[6]["finished"] == trainer.state.finished
+
+
+def test_without_a_validation_split_a_run_still_ends_with_a_checkpoint(tmp_path: Path) -> None:
+    trainer = trainer_in(tmp_path)
+    trainer.run()
+    assert sorted(saved(trainer)) == [6] and not (trainer.checkpoints / "best.json").exists()
+
+
+def test_n_steps_in_a_row_that_are_not_finite_stop_the_run_with_the_posts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Steps 2, 4, 5, 6 are bad: only the last three come in a row.
+    trainer = trainer_in(tmp_path, on_step=lambda step: "skipped" if step in (2, 4, 5, 6) else None, max_nonfinite=3)
+    with pytest.raises(TrainingStopped) as caught:
+        trainer.run()
+    rows = sorted(trainer.sampler.global_batch(5).tolist())
+    posts = ", ".join(f"posts.jsonl:{row + 1}" for row in rows)
+    said = str(caught.value)
+    assert said.startswith("3 steps in a row (up to step 6) had a loss or gradient that is not finite; the last posts")
+    assert posts in said and f"--resume {tmp_path}" in said
+    assert (trainer.state.nonfinite_in_a_row, trainer.state.nonfinite_total) == (3, 4)
+    assert [event["step"] for event in trainer.monitor.events] == [2, 4, 5, 6]
+    assert trainer.monitor.events[-1]["posts"] == rows
+    assert "step 2 skipped" in capsys.readouterr().out
+
+
+def test_a_step_that_is_not_finite_now_and_then_does_not_stop_the_run(tmp_path: Path) -> None:
+    trainer = trainer_in(tmp_path, on_step=lambda step: "skipped" if step % 2 else None, max_nonfinite=2)
+    trainer.run()
+    assert (trainer.state.finished, trainer.state.nonfinite_total) == ("all steps done", 3)
+
+
+def fail(error: Exception) -> Callable[[int], Any]:
+    def on_step(step: int) -> None:
+        raise error
+
+    return on_step
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory."),
+     RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes.")],
+)  # fmt: skip
+def test_out_of_memory_names_the_micro_batch_to_try(tmp_path: Path, error: Exception) -> None:
+    trainer = trainer_in(tmp_path, on_step=fail(error), batch_size=20)
+    with pytest.raises(TrainingStopped) as caught:
+        trainer.run()
+    assert str(caught.value) == (
+        "out of memory with 5 posts per forward pass on rank 0: set train.micro_batch_size=2 (the batch of 20 stays "
+        "the same), or a smaller data.max_length."
+    )
+
+
+def test_any_other_error_of_a_step_is_passed_on_as_it_is(tmp_path: Path) -> None:
+    error = RuntimeError("Connection closed by peer")
+    with pytest.raises(RuntimeError) as caught:
+        trainer_in(tmp_path, on_step=fail(error)).run()
+    assert caught.value is error
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(
+    tmp_path: Path, number: signal.Signals, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = trainer_in(tmp_path, on_step=lambda step: os.kill(os.getpid(), number) if step == 3 else None)
+    before = signal.getsignal(number)
+    trainer.run()
+    assert (trainer.state.step, trainer.state.finished) == (3, "")
+    assert saved(trainer)[3]["posts_seen"] == 15
+    assert f"stopping at step 3 ({number.name})" in capsys.readouterr().out
+    assert signal.getsignal(number) == before
+
+
+def test_a_signal_object_made_before_the_run_is_asked(tmp_path: Path) -> None:
+    stop = StopSignal()
+    stop.reason = "the launcher is gone"
+    trainer = trainer_in(tmp_path)
+    trainer.run(stop)
+    assert (trainer.state.step, trainer.state.finished) == (0, "") and sorted(saved(trainer)) == [0]
+
+
+def test_epochs_and_auto_become_steps(tmp_path: Path) -> None:
+    # 20 posts in batches of 5: four steps per epoch.
+    schedule = trainer_in(tmp_path, max_steps=None, epochs=2.5, eval_every="auto", save_every="auto").schedule
+    assert (schedule.total, schedule.eval_every, schedule.save_every) == (10, 2, 2)
+    schedule = trainer_in(tmp_path, max_steps=7, eval_every=3, save_every="auto").schedule
+    assert (schedule.total, schedule.eval_every, schedule.save_every) == (7, 3, 3)
+
+
+def test_an_evaluation_that_a_signal_cut_short_is_made_up_for_by_the_resume(tmp_path: Path) -> None:
+    uncut = trainer_in(tmp_path / "a", values=[0.3, 0.2, 0.1])
+    (tmp_path / "a").mkdir()
+    uncut.run()
+    (tmp_path / "b").mkdir()
+    cut = trainer_in(tmp_path / "b", values=[0.3])
+    cut.evaluator.cut_short = 1
+    cut.run()
+    assert cut.state.step == 2 and cut.state.evaluated_at == 0 and not cut.state.finished
+    resumed = trainer_in(tmp_path / "b", values=[0.3, 0.2, 0.1])
+    resumed.state = TrainState(**saved(cut)[2])
+    resumed.run()
+    assert resumed.monitor.checks == uncut.monitor.checks == [2, 4, 6]
+    assert resumed.state.best_step == uncut.state.best_step and resumed.state.best_value == uncut.state.best_value
+
+
+class TwoSets(Posts):
+    """Posts of two data sets."""
+
+    groups = np.repeat([0, 1], [12, 8])
+    labelled = np.ones((POSTS, 1), dtype=bool)
+    posts = replace(unlabelled_posts([], tasks=[]), group_names=("old", "new"))
+
+
+def following_trainer(folder: Path, losses: list[float], *, stop_after: int | None = None) -> SavingTrainer:
+    """Draws follow the progress; what each step was trained on is kept in ``trainer.drawn``."""
+    drawn: dict[int, list[int]] = {}
+    trainer = trainer_in(folder, max_steps=7, save_every=1)
+    trainer.sampler = TrainSampler(np.full(POSTS, 3), TwoSets.groups, batch_size=5, mixing="progress")
+    trainer.train_split, trainer.drawn = TwoSets(), drawn
+    made = trainer.engine.train_step
+
+    def train_step(batches: list[Batch]) -> StepReport:
+        drawn[trainer.state.step] = [row for batch in batches for row in batch.row_ids_B.tolist()]
+        if trainer.state.step + 1 == stop_after:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return made(batches)
+
+    def run_evaluation(name: str, **_: Any) -> Checked:
+        loss = losses[trainer.state.step // 2 - 1]
+        evaluation = Evaluation({"heat": {"mae": loss, "loss": loss, "n": 1.0}}, {}, {})
+        return Checked(evaluation, None, EmbeddingSummary({}, {}))
+
+    trainer.engine.train_step, trainer.evaluator.run = train_step, run_evaluation
+    return trainer
+
+
+@pytest.mark.parametrize("stop_after", [1, 2, 3, 4, 5])
+def test_a_resumed_run_draws_the_posts_of_the_uninterrupted_one_at_rates_that_follow_the_progress(
+    stop_after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Rates that say which evaluation made them.
+    monkeypatch.setattr(
+        following, "progress_rates",
+        lambda base_G, gains_G: base_G if np.isnan(gains_G[0]) else np.array([gains_G[0], 1 - gains_G[0]]),
+    )  # fmt: skip
+    losses = [1.0, 0.1, 0.08, 0.05]
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    uncut = following_trainer(tmp_path / "a", losses)
+    uncut.run()
+    cut = following_trainer(tmp_path / "b", losses, stop_after=stop_after)
+    cut.run()
+    assert cut.state.step == stop_after
+    resumed = following_trainer(tmp_path / "b", losses)
+    resumed.state = TrainState(**saved(cut)[stop_after])
+    resumed.run()
+    assert cut.drawn | resumed.drawn == uncut.drawn and not cut.drawn.keys() & resumed.drawn.keys()
+    assert resumed.state.mixing == uncut.state.mixing
+    assert [entry["step"] for entry in uncut.state.mixing] == [2, 4, 6, 7]
+    # From 1.0 to 0.1: nine tenths of the draws from step 4 on are of the first data set.
+    assert uncut.state.mixing[1]["rates"] == pytest.approx([0.9, 0.1])
+    assert sum(TwoSets.groups[row] == 0 for step in (4, 5) for row in uncut.drawn[step]) == 9
+
+
+def test_rates_that_follow_the_progress_are_those_of_rank_0(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(following, "broadcast_object", lambda own: [0.75, 0.25])
+    trainer = following_trainer(tmp_path, [1.0, 0.5, 0.4, 0.3])
+    trainer.run()
+    assert [entry["rates"] for entry in trainer.state.mixing] == [[0.75, 0.25]] * 4
+
+
+def test_a_long_evaluation_stops_after_a_few_batches_when_asked_to() -> None:
+    class Split:
+        lengths = np.full(64 * 40, 3)
+        labelled = np.ones((64 * 40, 1), dtype=bool)
+        texts: list[str] = []
+        posts = unlabelled_posts([], tasks=[])
+
+        def __len__(self) -> int:
+            return len(self.lengths)
+
+    class Counting:
+        device = torch.device("cpu")
+        forwards = 0
+
+        class objective:
+            class model:
+                first_decoder_layer = None
+
+                class config:
+                    num_local_experts = 0
+
+                @staticmethod
+                def moe_layers() -> list[Any]:
+                    return []
+
+        def forward(self, batch: Batch) -> ModelOutput:
+            self.forwards += 1
+            rows_B = batch.row_ids_B
+            flat = torch.zeros(len(rows_B), 1)
+            return ModelOutput({"heat": flat}, {"heat": flat}, {}, (), rows_B)
+
+    engine = Counting()
+
+    def collate_rows(split: Split, indices: np.ndarray, *, all_tasks: bool) -> Batch:
+        return collate(Posts(), indices)
+
+    collate_rows.spell = dict
+    evaluator = Evaluator(engine, {"validation": Split()}, collate_rows, (HEAT,))
+    with pytest.raises(EvaluationStopped):
+        evaluator.run("validation", asked_to_stop=lambda: engine.forwards > 10)
+    assert 10 < engine.forwards < 20
+
+
+def test_the_posts_of_a_bad_step_are_those_of_the_forward_passes_that_were_bad_on_any_rank(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = trainer_in(tmp_path)
+    batches = [collate(Posts(), np.array(rows)) for rows in ([0, 1], [2, -1])]
+    outputs = [StepOutput(torch.tensor(loss), {}, ModelOutput({}, {}, {}, (), batches[0].row_ids_B))
+               for loss in (1.0, float("nan"))]  # fmt: skip
+    report = StepReport(torch.tensor(float("nan")), {}, outputs, grad_norm=None, skipped=True)
+    theirs = [(True, [5, 6]), (False, [12, 7])]
+    monkeypatch.setattr("comoe.distributed.all_gather_objects", lambda ours: [ours, theirs])
+    assert trainer._posts_to_blame(report, batches) == ([2, 7, 12], "posts.jsonl:3, posts.jsonl:8, posts.jsonl:13")
+    # A gradient alone: nobody knows whose.
+    fine = StepReport(report.loss, {}, [outputs[0]] * 2, grad_norm=None, skipped=True)
+    monkeypatch.setattr("comoe.distributed.all_gather_objects", lambda ours: [ours, [(True, list(range(10, 20)))]])
+    rows, said = trainer._posts_to_blame(fine, batches)
+    assert rows == [0, 1, 2, *range(10, 20)] and said.endswith("posts.jsonl:15 and 5 more")
+
+
+def test_the_watchdog_counts_steps_and_the_batches_of_an_evaluation_and_nothing_else(tmp_path: Path) -> None:
+    seen: list[tuple[str, bool]] = []
+    trainer = trainer_in(tmp_path, values=[0.1] * 3, on_step=lambda step: note())
+    run_validation = trainer.evaluator.run
+
+    def note() -> None:
+        seen.append((trainer.watch.phase, trainer.watch.counted))
+
+    def run_noted(name: str, **more: Any) -> Any:
+        note()
+        trainer.evaluator.on_batch(True)
+        note()
+        trainer.evaluator.on_batch(False)
+        note()
+        return run_validation(name, **more)
+
+    trainer.evaluator.run = run_noted
+    trainer.run()
+    evaluation = [("evaluation", False), ("evaluation", True), ("evaluation", False)]
+    steps = [("training", True)]
+    assert seen == [("first step", False), *steps, *evaluation, *2 * steps, *evaluation, *2 * steps, *evaluation]
+    assert (trainer.watch.phase, trainer.watch.counted, trainer.watch.step) == ("finishing", False, 6)
