@@ -1,6 +1,7 @@
 """Every collective of the project. All work in one process without ``init_process_group`` too.
 
-Rule of the house: guard the output, never the collective. Each function here must be reached by every rank.
+Rule of the house: guard the output, never the collective. Each function here must be reached by
+every rank.
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ def barrier() -> None:
 def wait_for_ranks_up_to(seconds: float) -> None:
     """How long a collective waits from now on, in every group that exists and this rank is in.
 
-    What the group of all ranks began with was for them to find together; groups that a library makes without saying
-    begin with torch's default (gloo 30 min, NCCL 10 min).
+    What the group of all ranks began with was for them to find together; groups that a library
+    makes without saying begin with torch's default (gloo 30 min, NCCL 10 min).
     """
     if is_distributed():
         for group in list(dist.distributed_c10d._world.pg_map):
@@ -72,8 +73,8 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
 def sum_with_gradient(tensor: Tensor) -> Tensor:
     """Sum of a tensor over ranks; its gradient is the sum over ranks of the sum's gradients.
 
-    So where every rank computes the same number from it, the mean over ranks of the gradients is that number's
-    gradient. All ranks must run the backward pass, which is a collective too.
+    So where every rank computes the same number from it, the mean over ranks of the gradients is
+    that number's gradient. All ranks must run the backward pass, which is a collective too.
     """
     return _SumOverRanks.apply(tensor) if world_size() > 1 else tensor
 
@@ -115,15 +116,16 @@ def collective_device() -> torch.device:
 def gather_rows(rows: Tensor) -> tuple[Tensor, int]:
     """Concatenate the first dimension over ranks, with gradient.
 
-    Ranks may bring different numbers of rows, none too. The backward pass sums every rank's gradient and hands each
-    rank its own rows, so a rank whose rows are used elsewhere gets the full gradient; all ranks must therefore run
-    the backward pass of a floating-point gather.
+    Ranks may bring different numbers of rows, none too. The backward pass sums every rank's
+    gradient and hands each rank its own rows, so a rank whose rows are used elsewhere gets the full
+    gradient; all ranks must therefore run the backward pass of a floating-point gather.
 
     Args:
         rows: shape (N, ...), the same trailing shape and dtype on all ranks.
 
     Returns:
-        All rows in rank order, shape (sum of N, ...), and the index at which this rank's rows begin.
+        All rows in rank order, shape (sum of N, ...), and the index at which this rank's rows
+            begin.
     """
     if world_size() == 1:
         return rows, 0
@@ -131,7 +133,11 @@ def gather_rows(rows: Tensor) -> tuple[Tensor, int]:
     sizes_W = [torch.zeros_like(own) for _ in range(world_size())]
     dist.all_gather(sizes_W, own)
     sizes = [int(size) for size in torch.cat(sizes_W).tolist()]
-    gathered = _GatherRows.apply(rows, sizes) if rows.is_floating_point() else _all_gather_uneven(rows, sizes)
+    gathered = (
+        _GatherRows.apply(rows, sizes)
+        if rows.is_floating_point()
+        else _all_gather_uneven(rows, sizes)
+    )
     return gathered, sum(sizes[: rank()])
 
 

@@ -1,9 +1,10 @@
 """Records that travel between the layers, and the contracts of the exchangeable parts.
 
-Shape letters, as suffixes of tensor names: B rows on this rank, G rows of all ranks, L tokens per row, S real (not
-padding) tokens of all rows, M model width, F expert width, E experts, k experts per token, T tasks, Y labels, D tokens
-of an answer, P projected width, W ranks. A row is a post; or a (post, task) pair when the gate routes by task, and
-always where a decoder answers the task, whose prompt is its own.
+Shape letters, as suffixes of tensor names: B rows on this rank, G rows of all ranks, L tokens per
+row, S real (not padding) tokens of all rows, M model width, F expert width, E experts, k experts
+per token, T tasks, Y labels, D tokens of an answer, P projected width, W ranks. A row is a post; or
+a (post, task) pair when the gate routes by task, and always where a decoder answers the task, whose
+prompt is its own.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ IGNORED = -100
 
 
 DOMAINS, TOKENS, ANSWER_TOKENS = -3, -2, -1
-"""Places in ``Batch.unit_scale_T`` of the mean over posts with a value that the adversarial loss predicts, over the
-encoder's real tokens, and over the tokens of the answers that a decoder is taught."""
+"""Places in ``Batch.unit_scale_T`` of the mean over posts with a value that the adversarial loss
+predicts, over the encoder's real tokens, and over the tokens of the answers that a decoder is
+taught."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,43 +39,48 @@ class Batch:
     word_starts_BL: Tensor
     """True on the first piece of each word of the first text, bool."""
     task_ids_B: Tensor
-    """Index of the one task this row is for, int64; -1 where a row serves all tasks (``route_by: token``)."""
+    """Index of the one task this row is for, int64; -1 where a row serves all tasks (``route_by:
+    token``)."""
     row_ids_B: Tensor
-    """Index of the post in its split, int64; -1 on a filler row, which only gives a rank something to run."""
+    """Index of the post in its split, int64; -1 on a filler row, which only gives a rank something
+    to run."""
     labels: Mapping[str, Tensor] = field(default_factory=dict)
-    """Task -> targets: single_label and label_words (B,) int64, multi_label (B, Y) float, regression (B,) float, tags
-    (B, L) int64, text (B, 1 + C) int64: its number of tokens, then its characters as code points. Missing: IGNORED or
-    NaN."""
+    """Task -> targets: single_label and label_words (B,) int64, multi_label (B, Y) float,
+    regression (B,) float, tags (B, L) int64, text (B, 1 + C) int64: its number of tokens, then its
+    characters as code points. Missing: IGNORED or NaN."""
     unit_scale_T: Tensor | None = None
-    """W * accumulation steps / units of the task in the whole optimizer step, 0 for an absent task; and behind the T
-    tasks the same at ``DOMAINS``, ``TOKENS`` and ``ANSWER_TOKENS``: (T + 3,). Set by the trainer, None outside
-    training."""
+    """W * accumulation steps / units of the task in the whole optimizer step, 0 for an absent task;
+    and behind the T tasks the same at ``DOMAINS``, ``TOKENS`` and ``ANSWER_TOKENS``: (T + 3,). Set
+    by the trainer, None outside training."""
 
     pixels_I3HW: Tensor | None = None
-    """Prepared pictures, float32, each once; at least one (blank, of row -1) where the run reads pictures, so that
-    every rank runs its tower. None where the run reads none."""
+    """Prepared pictures, float32, each once; at least one (blank, of row -1) where the run reads
+    pictures, so that every rank runs its tower. None where the run reads none."""
     image_rows_I: Tensor | None = None
     """Rows that have a picture, int64, ascending; -1 for the blank one."""
     image_numbers_I: Tensor | None = None
-    """Which of the pixels each of these rows has, int64: a post may have a row per task. None where each has its own,
-    in this order; else there may be fewer pixels than rows."""
+    """Which of the pixels each of these rows has, int64: a post may have a row per task. None where
+    each has its own, in this order; else there may be fewer pixels than rows."""
     step: int = -1
     """Optimizer step, from 0; set by the trainer, -1 outside training."""
     progress: float = 0.0
     """Share of the run's optimizer steps that are done, in [0, 1); set by the trainer."""
     confidences: Mapping[str, Tensor] = field(default_factory=dict)
-    """Task that weighs its posts by confidence -> number in [0, 1], (B,), float32; 1 where a post has none."""
+    """Task that weighs its posts by confidence -> number in [0, 1], (B,), float32; 1 where a post
+    has none."""
     domains_B: Tensor | None = None
-    """What ``loss.adversarial`` predicts of each row, a class from 0, int64; IGNORED where a row has no value. None
-    where nothing is predicted."""
+    """What ``loss.adversarial`` predicts of each row, a class from 0, int64; IGNORED where a row
+    has no value. None where nothing is predicted."""
     answers_BD: Tensor | None = None
-    """Token ids of the text that a row's task wants of the decoder, its end sign included, int64; IGNORED behind it and
-    in rows that want none. At least one column; None where no task is answered by a decoder."""
+    """Token ids of the text that a row's task wants of the decoder, its end sign included, int64;
+    IGNORED behind it and in rows that want none. At least one column; None where no task is
+    answered by a decoder."""
     choices: Mapping[str, Tensor] = field(default_factory=dict)
-    """Task whose labels are words that the decoder scores -> token ids of each label's words, (Y, D), int64, IGNORED
-    behind their end sign; the same in every batch."""
+    """Task whose labels are words that the decoder scores -> token ids of each label's words, (Y,
+    D), int64, IGNORED behind their end sign; the same in every batch."""
     domain_weights_B: Tensor | None = None
-    """Weight of the row in that prediction, float32: 0 without a value, and the rows of a post share its weight."""
+    """Weight of the row in that prediction, float32: 0 without a value, and the rows of a post
+    share its weight."""
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
@@ -83,7 +90,9 @@ class Batch:
             if isinstance(value, Tensor):
                 moved[item.name] = value.to(device, non_blocking=True)
             elif isinstance(value, Mapping):
-                moved[item.name] = {key: tensor.to(device, non_blocking=True) for key, tensor in value.items()}
+                moved[item.name] = {
+                    key: tensor.to(device, non_blocking=True) for key, tensor in value.items()
+                }
         return replace(self, **moved)
 
     def take(self, rows_R: Tensor) -> Batch:
@@ -91,7 +100,8 @@ class Batch:
         kept = {
             item.name: value[rows_R]
             for item in fields(self)
-            if item.name.endswith(("_B", "_BL", "_BD")) and isinstance(value := getattr(self, item.name), Tensor)
+            if item.name.endswith(("_B", "_BL", "_BD"))
+            and isinstance(value := getattr(self, item.name), Tensor)
         }
         for name in ("labels", "confidences"):
             kept[name] = {task: values[rows_R] for task, values in getattr(self, name).items()}
@@ -104,13 +114,16 @@ class Batch:
         numbers_I = chosen_I if self.image_numbers_I is None else self.image_numbers_I[chosen_I]
         distinct, numbers_I = numbers_I.unique(return_inverse=True)
         pixels_I3HW = self.pixels_I3HW[distinct]
-        return replace(self, **kept, pixels_I3HW=pixels_I3HW, image_rows_I=places_I, image_numbers_I=numbers_I)
+        return replace(
+            self, **kept, pixels_I3HW=pixels_I3HW, image_rows_I=places_I, image_numbers_I=numbers_I
+        )
 
 
 def labelled_rows(batch: Batch, tasks: Sequence[str]) -> Tensor:
     """Which rows have a label of which task: bool (B, T), on the batch's device.
 
-    A row counts if any entry of its target is there: whole numbers other than ``IGNORED``, other numbers than NaN.
+    A row counts if any entry of its target is there: whole numbers other than ``IGNORED``, other
+    numbers than NaN.
     """
     columns = []
     for task in tasks:
@@ -146,23 +159,25 @@ class ModelOutput:
     logits: Mapping[str, Tensor]
     """Task -> float32 logits, (B, Y); regression (B, 1); tags (B, L, Y).
 
-    label_words (B, Y): log-probability of each label's words; in training only of the row's own label, 0 elsewhere.
-    text: log-probability of the row's own text, 0 where it has none; outside training behind it that of the text that
-    was generated, then the generated token ids, -1 behind their end: (B, 1) in training, else (B, 2 + D)."""
+    label_words (B, Y): log-probability of each label's words; in training only of the row's own
+    label, 0 elsewhere. text: log-probability of the row's own text, 0 where it has none; outside
+    training behind it that of the text that was generated, then the generated token ids, -1 behind
+    their end: (B, 1) in training, else (B, 2 + D)."""
     embeddings: Mapping[str, Tensor]
     """Task -> unit-length projections (B, P), float32; only tasks with a pooled head."""
     attentions: Mapping[str, Tensor]
-    """Task -> weight of each token in the pooling (B, L), float32, rows sum to 1; the explanation shown to the user."""
+    """Task -> weight of each token in the pooling (B, L), float32, rows sum to 1; the explanation
+    shown to the user."""
     routings: tuple[Routing, ...]
     """One per layer with experts, in layer order."""
     token_rows_S: Tensor
     """Row of each real token of text that the encoder reads, int64, the order of ``Routing``."""
     picks: tuple[Tensor, ...] = ()
-    """Per layer with experts the experts picked, int64, one row per routed token, image tokens last; none for a filler
-    row. A second pass over the same batch repeats them."""
+    """Per layer with experts the experts picked, int64, one row per routed token, image tokens
+    last; none for a filler row. A second pass over the same batch repeats them."""
     views: Mapping[str, Tensor] = field(default_factory=dict)
-    """Task -> projections (B, P) as in ``embeddings``, under another draw of dropout; for tasks whose positives are two
-    views of one post. Only in training."""
+    """Task -> projections (B, P) as in ``embeddings``, under another draw of dropout; for tasks
+    whose positives are two views of one post. Only in training."""
     image_text: ImageText | None = None
     """Both sides of the posts with pictures; None where the run reads none."""
     sharing: Sharing | None = None
@@ -170,8 +185,8 @@ class ModelOutput:
     probe: Probe | None = None
     """The tasks' answers once more; only where it was asked for."""
     answer_rows_S: Tensor | None = None
-    """Row of each token of the answers that the decoder was taught or scored, int64, the order of ``Routing`` in the
-    decoder's layers; None without a decoder."""
+    """Row of each token of the answers that the decoder was taught or scored, int64, the order of
+    ``Routing`` in the decoder's layers; None without a decoder."""
     num_answer_layers: int = 0
     """How many of the routings, the last ones, are the decoder's."""
 
@@ -212,19 +227,19 @@ class ImageText:
     rows_I: Tensor
     """Row of each picture, int64; -1 is a blank one that no loss counts."""
     text_embeddings_IP: Tensor | None
-    """Unit-length projections of the texts alone, float32; None where one stream reads both sides, and where the
-    contrast is off."""
+    """Unit-length projections of the texts alone, float32; None where one stream reads both sides,
+    and where the contrast is off."""
     image_embeddings_IP: Tensor | None
     """The same of the pictures."""
     match_logits_I2: Tensor | None
-    """Logits of [another post's text, its own text] for each picture with its own text, float32; None where matching is
-    off."""
+    """Logits of [another post's text, its own text] for each picture with its own text, float32;
+    None where matching is off."""
     texts: tuple[Tensor, ...]
-    """What ``match`` wants of the text of each picture's row, each (I, L, ...), longer with zeros at the end; texts of
-    other ranks may stand in."""
+    """What ``match`` wants of the text of each picture's row, each (I, L, ...), longer with zeros
+    at the end; texts of other ranks may stand in."""
     match: Callable[[tuple[Tensor, ...], Tensor], Tensor]
-    """(texts of J pairs, index of the picture of each (J,)) -> logits (J, 2). To be called on every rank or on none: it
-    may run the whole encoder."""
+    """(texts of J pairs, index of the picture of each (J,)) -> logits (J, 2). To be called on every
+    rank or on none: it may run the whole encoder."""
 
 
 @dataclass(frozen=True)  # no slots: ZeRO-3 looks into a module's answer with vars()
@@ -234,21 +249,24 @@ class StepOutput:
     loss: Tensor
     """Scalar to call backward on."""
     terms: Mapping[str, Tensor]
-    """Detached scalars: ``task/<name>``, ``weight/<name>``, ``contrastive``, ``contrastive/<name>``,
-    ``positives_per_anchor/<name>``, ``temperature/<name>``, ``itc``, ``itc_temperature``, ``itm``,
-    ``itm_accuracy``, ``balance``, ``z``, ``task_separation``, ``orthogonal``, ``adversarial``,
-    ``adversarial_accuracy``, ``adversarial_commonest``, ``adversarial_even``, ``adversarial_lambda``."""
+    """Detached scalars: ``task/<name>``, ``weight/<name>``, ``contrastive``,
+    ``contrastive/<name>``, ``positives_per_anchor/<name>``, ``temperature/<name>``, ``itc``,
+    ``itc_temperature``, ``itm``, ``itm_accuracy``, ``balance``, ``z``, ``task_separation``,
+    ``orthogonal``, ``adversarial``, ``adversarial_accuracy``, ``adversarial_commonest``,
+    ``adversarial_even``, ``adversarial_lambda``."""
     output: ModelOutput
     """The model's answer, for training metrics and statistics."""
     gram_TT: Tensor | None = None
-    """Inner products of the tasks' gradients over the whole optimizer step, float64, the same on all ranks; None where
-    the weighting does not read them."""
+    """Inner products of the tasks' gradients over the whole optimizer step, float64, the same on
+    all ranks; None where the weighting does not read them."""
 
 
 class Gate(Protocol):
     """Logits to routing; ``balance_bias_E`` picks and never weighs, ``picks_Sk`` repeats an earlier choice."""
 
-    def __call__(self, logits_SE: Tensor, balance_bias_E: Tensor, picks_Sk: Tensor | None = None) -> Routing: ...
+    def __call__(
+        self, logits_SE: Tensor, balance_bias_E: Tensor, picks_Sk: Tensor | None = None
+    ) -> Routing: ...
 
     def z_penalty(self, logits_SE: Tensor) -> Tensor:
         """Penalty on the size of each token's logits, shape (S,)."""
@@ -262,4 +280,6 @@ class Loss(Protocol):
         """A new optimizer step begins: forget what was carried between micro-steps."""
         ...
 
-    def __call__(self, output: ModelOutput, batch: Batch) -> tuple[Tensor, Mapping[str, Tensor]]: ...
+    def __call__(
+        self, output: ModelOutput, batch: Batch
+    ) -> tuple[Tensor, Mapping[str, Tensor]]: ...

@@ -2,7 +2,8 @@
 
     python launch/ablate.py --run runs/starter --limit 300 --output runs/starter/removal.json
 
-The tokens of a removed expert go to their next best one. A run folder has its recipe and its export.
+The tokens of a removed expert go to their next best one. A run folder has its recipe and its
+export.
 """
 
 from __future__ import annotations
@@ -17,20 +18,36 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 def main() -> None:
     """Read the command line, measure, print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, required=True, metavar="RUN", help="folder of a finished run")
-    parser.add_argument("--split", default="test", choices=("validation", "test"), help="posts to score on (test)")
-    parser.add_argument("--limit", type=int, metavar="N", help="at most this many posts per data set")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, ...; auto is a GPU where there is one")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write the numbers there as JSON")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--run", type=Path, required=True, metavar="RUN", help="folder of a finished run"
+    )
+    parser.add_argument(
+        "--split", default="test", choices=("validation", "test"), help="posts to score on (test)"
+    )
+    parser.add_argument(
+        "--limit", type=int, metavar="N", help="at most this many posts per data set"
+    )
+    parser.add_argument(
+        "--device", default="auto", help="cpu, cuda, ...; auto is a GPU where there is one"
+    )
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="write the numbers there as JSON"
+    )
     given = parser.parse_args()
 
     from comoe.experiments.ablate import measure_removal, removal_lines
 
     try:
-        removal = measure_removal(given.run, split=given.split, limit=given.limit, device=given.device)
+        removal = measure_removal(
+            given.run, split=given.split, limit=given.limit, device=given.device
+        )
         if given.output:
-            given.output.write_text(json.dumps(removal.to_dict(), indent=1) + "\n", encoding="utf-8")
+            given.output.write_text(
+                json.dumps(removal.to_dict(), indent=1) + "\n", encoding="utf-8"
+            )
     except (ValueError, OSError) as error:
         print(f"comoe: {error}", file=sys.stderr)
         sys.exit(2)

@@ -25,16 +25,23 @@ BENCHMARKS = {
 
 def main() -> None:
     """Read the command line, measure, print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("benchmark", choices=BENCHMARKS, help="what to measure")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
-    parser.add_argument("--config", type=Path, metavar="YAML", help="recipe (launch/configs/starter.yaml)")
-    parser.add_argument("--rounds", type=int, metavar="N", help="timed rounds (more: steadier medians)")
+    parser.add_argument(
+        "--config", type=Path, metavar="YAML", help="recipe (launch/configs/starter.yaml)"
+    )
+    parser.add_argument(
+        "--rounds", type=int, metavar="N", help="timed rounds (more: steadier medians)"
+    )
     given = parser.parse_args()
 
     # Its ranks must not outlive it.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    # A run from a checkout that is not installed must find comoe, also where the working folder is another one.
+    # A run from a checkout that is not installed must find comoe, also where the working folder is
+    # another one.
     sys.path.append(str(HERE.parent))
     report = importlib.import_module(BENCHMARKS[given.benchmark]).run(
         given.json, config=given.config, rounds=given.rounds

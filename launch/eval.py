@@ -17,19 +17,37 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 def main() -> None:
     """Read the command line, score, print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", required=True, help="folder of an export")
     parser.add_argument("--data", required=True, help="file, folder or hub name")
-    parser.add_argument("--format", default="auto", help="tweeteval, jsonl, csv, tsv, parquet, txt, hub or auto")
-    parser.add_argument("--split", default="test", help="train, validation or test of a folder or hub data set")
+    parser.add_argument(
+        "--format", default="auto", help="tweeteval, jsonl, csv, tsv, parquet, txt, hub or auto"
+    )
+    parser.add_argument(
+        "--split", default="test", help="train, validation or test of a folder or hub data set"
+    )
     parser.add_argument("--task", action="append", help="score this task only; may be repeated")
     parser.add_argument("--text-column", default="text", help="column with the post")
-    parser.add_argument("--pair-column", help="column with the second text (default: that of training)")
-    parser.add_argument("--image-column", help="column with the picture (default: that of training, else image)")
-    parser.add_argument("--label-column", help="column with the label (default: that of training, else label)")
-    parser.add_argument("--skip-bad", action="store_true", help="leave out bad rows instead of stopping at the first")
+    parser.add_argument(
+        "--pair-column", help="column with the second text (default: that of training)"
+    )
+    parser.add_argument(
+        "--image-column", help="column with the picture (default: that of training, else image)"
+    )
+    parser.add_argument(
+        "--label-column", help="column with the label (default: that of training, else label)"
+    )
+    parser.add_argument(
+        "--skip-bad",
+        action="store_true",
+        help="leave out bad rows instead of stopping at the first",
+    )
     parser.add_argument("--batch-size", type=int, default=64, help="posts per forward pass")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, ...; auto is a GPU where there is one")
+    parser.add_argument(
+        "--device", default="auto", help="cpu, cuda, ...; auto is a GPU where there is one"
+    )
     parser.add_argument("--output", type=Path, help="write all metrics there as JSON")
     options = parser.parse_args()
 
@@ -44,7 +62,9 @@ def main() -> None:
         predictor = Predictor.from_pretrained(options.model, device=options.device)
         scores = score_data(predictor, choice, tasks=options.task, batch_size=options.batch_size)
         if options.output:
-            options.output.write_text(json.dumps(scores.evaluation.metrics, indent=2) + "\n", encoding="utf-8")
+            options.output.write_text(
+                json.dumps(scores.evaluation.metrics, indent=2) + "\n", encoding="utf-8"
+            )
     except (ValueError, OSError) as error:
         sys.exit(f"eval: {error}")
     print(format_scores(scores))

@@ -16,10 +16,19 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 def main() -> None:
     """Read the command line and export."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", required=True, type=Path, help="run folder, or one checkpoint of it")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--checkpoint", required=True, type=Path, help="run folder, or one checkpoint of it"
+    )
     parser.add_argument("--which", default="best", help="best or last checkpoint of a run folder")
-    parser.add_argument("--output", required=True, type=Path, help="folder to write; an older export there is replaced")
+    parser.add_argument(
+        "--output",
+        required=True,
+        type=Path,
+        help="folder to write; an older export there is replaced",
+    )
     options = parser.parse_args()
 
     from comoe.inference.export import export_checkpoint

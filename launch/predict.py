@@ -1,9 +1,11 @@
 """Answer the posts of a file with an exported model, in one process.
 
     python launch/predict.py --model runs/starter/export --input posts.txt --output answers.jsonl
-    python launch/predict.py --model F --input test_text.txt --output irony.txt --format tweeteval --task irony
+    python launch/predict.py --model F --input test_text.txt --output irony.txt --format tweeteval
+    --task irony
 
---input is .txt (one post per line), .csv, .tsv or .jsonl; --format is jsonl, csv or tweeteval (one label id per line).
+--input is .txt (one post per line), .csv, .tsv or .jsonl; --format is jsonl, csv or tweeteval (one
+    label id per line).
 """
 
 import argparse
@@ -16,18 +18,34 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 def main() -> None:
     """Read the command line and answer."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", required=True, help="folder of an export")
     parser.add_argument("--input", required=True, type=Path, help="file of posts")
-    parser.add_argument("--output", required=True, type=Path, help="file of answers; missing folders are made")
+    parser.add_argument(
+        "--output", required=True, type=Path, help="file of answers; missing folders are made"
+    )
     parser.add_argument("--format", default="jsonl", help="jsonl, csv or tweeteval")
     parser.add_argument("--task", action="append", help="answer this task only; may be repeated")
-    parser.add_argument("--text-column", default="text", help="column with the post, unless --input is .txt")
-    parser.add_argument("--pair-column", help="column with the second text (default: that of training)")
-    parser.add_argument("--image-column", help="column with the picture (default: that of training, else image)")
-    parser.add_argument("--explain", action="store_true", help="add each word's attention (jsonl, tasks with a head)")
+    parser.add_argument(
+        "--text-column", default="text", help="column with the post, unless --input is .txt"
+    )
+    parser.add_argument(
+        "--pair-column", help="column with the second text (default: that of training)"
+    )
+    parser.add_argument(
+        "--image-column", help="column with the picture (default: that of training, else image)"
+    )
+    parser.add_argument(
+        "--explain",
+        action="store_true",
+        help="add each word's attention (jsonl, tasks with a head)",
+    )
     parser.add_argument("--batch-size", type=int, default=64, help="posts per forward pass")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto is a GPU where there is one")
+    parser.add_argument(
+        "--device", default="auto", help="cpu, cuda, cuda:1, ...; auto is a GPU where there is one"
+    )
     options = parser.parse_args()
 
     from comoe.inference.predict_file import predict_file

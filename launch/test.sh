@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # All checks and tests: makes .venv if need be, then ruff, then pytest. Arguments go to pytest.
-#   bash launch/test.sh [-k name] [-m "not end_to_end"] [tests/unit/test_config.py]
+#   bash launch/test.sh [-k name] [-m "not end_to_end"] [tests/unit/config]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash launch/setup.sh

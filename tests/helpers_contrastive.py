@@ -14,25 +14,44 @@ from comoe.tasks.task import Task
 from comoe.types import IGNORED, Batch, ModelOutput
 
 WIDTH = 5
-MOOD = Task("mood", "single_label", ("a", "b", "c"), "macro_f1", contrastive=True, contrastive_weight=0.5)
-SIGNS = Task("signs", "multi_label", tuple(f"s{i:02}" for i in range(23)), "macro_f1", contrastive=True)
-HEAT = Task("heat", "regression", (), "pearson", contrastive=True, contrastive_width=0.7, contrastive_temperature=0.3)
+MOOD = Task(
+    "mood", "single_label", ("a", "b", "c"), "macro_f1", contrastive=True, contrastive_weight=0.5
+)
+SIGNS = Task(
+    "signs", "multi_label", tuple(f"s{i:02}" for i in range(23)), "macro_f1", contrastive=True
+)
+HEAT = Task(
+    "heat",
+    "regression",
+    (),
+    "pearson",
+    contrastive=True,
+    contrastive_width=0.7,
+    contrastive_temperature=0.3,
+)
 WORDS = Task("words", "tags", ("O", "B"), "span_f1", contrastive=True)
 PLAIN = Task("plain", "unlabelled", (), "none", contrastive=True, contrastive_weight=2.0)
 TASKS = (MOOD, SIGNS, HEAT, WORDS, PLAIN)
 
 
-def loss_of(tasks: Sequence[Task] = TASKS, *, gather=alone, world_size=1, **options) -> ContrastiveLoss:
+def loss_of(
+    tasks: Sequence[Task] = TASKS, *, gather=alone, world_size=1, **options
+) -> ContrastiveLoss:
     """A loss in float64, to be tried at full precision."""
     config = ContrastiveConfig(**options)
-    return ContrastiveLoss(tasks, config, width=WIDTH, gather=gather, world_size=world_size).double()
+    return ContrastiveLoss(
+        tasks, config, width=WIDTH, gather=gather, world_size=world_size
+    ).double()
 
 
-def random_rows(count: int, *, seed: int = 0, tasks: Sequence[Task] = TASKS, first_post: int = 0) -> dict[str, Tensor]:
+def random_rows(
+    count: int, *, seed: int = 0, tasks: Sequence[Task] = TASKS, first_post: int = 0
+) -> dict[str, Tensor]:
     """Named tensors with ``count`` rows each: ``posts``, and per task ``label/``, ``z/`` and ``view/``.
 
-    The labels are those of posts 0 to 63 whatever the seed: a post never changes its label. From the eighth row on some
-    posts are there again: row 7 and row 11 are the post of row 2, row 10 that of row 5.
+    The labels are those of posts 0 to 63 whatever the seed: a post never changes its label. From
+    the eighth row on some posts are there again: row 7 and row 11 are the post of row 2, row 10
+    that of row 5.
     """
     posts, count = torch.arange(first_post, first_post + count), 64
     posts[7::3] -= 5
@@ -60,9 +79,14 @@ def random_rows(count: int, *, seed: int = 0, tasks: Sequence[Task] = TASKS, fir
 
 def call(loss: ContrastiveLoss, rows: dict[str, Tensor]):
     """(share, terms, leaves): the loss on some rows, with leaves that collect the gradient."""
-    leaves = {name: value.clone().requires_grad_() for name, value in rows.items() if name.startswith(("z/", "view/"))}
+    leaves = {
+        name: value.clone().requires_grad_()
+        for name, value in rows.items()
+        if name.startswith(("z/", "view/"))
+    }
     parts = {
-        what: {n[len(what) + 1 :]: leaf for n, leaf in leaves.items() if n.startswith(what)} for what in ("z", "view")
+        what: {n[len(what) + 1 :]: leaf for n, leaf in leaves.items() if n.startswith(what)}
+        for what in ("z", "view")
     }
     labels = {name[6:]: value for name, value in rows.items() if name.startswith("label/")}
     posts = rows["posts"]
@@ -78,31 +102,52 @@ def reference(tasks, rows, *, scales=None, temperature=0.1, past=None):
     Args:
         tasks: those that take part.
         rows: of all ranks.
-        scales: inverse temperatures (T,), with gradient; None takes the tasks' own or ``temperature``.
+        scales: inverse temperatures (T,), with gradient; None takes the tasks' own or
+            ``temperature``.
         temperature: of tasks without an own one.
         past: task -> (rows, label tensor, posts) in the queue.
     """
-    leaves = {name: v.double().clone().requires_grad_() for name, v in rows.items() if name.startswith(("z/", "view/"))}
+    leaves = {
+        name: v.double().clone().requires_grad_()
+        for name, v in rows.items()
+        if name.startswith(("z/", "view/"))
+    }
     total, each = torch.zeros((), dtype=torch.float64), {}
     for index, task in enumerate(tasks):
         target = rows[f"label/{task.name}"]
         present = ~target.isnan() if target.is_floating_point() else target != IGNORED
         present = present.flatten(1).any(1) if target.ndim > 1 else present
-        z, target, posts = leaves[f"z/{task.name}"][present], target[present], rows["posts"][present]
+        z, target, posts = (
+            leaves[f"z/{task.name}"][present],
+            target[present],
+            rows["posts"][present],
+        )
         if task.kind in ("tags", "unlabelled"):
-            z, target, posts = torch.cat([z, leaves[f"view/{task.name}"][present]]), posts.repeat(2), posts.repeat(2)
+            z, target, posts = (
+                torch.cat([z, leaves[f"view/{task.name}"][present]]),
+                posts.repeat(2),
+                posts.repeat(2),
+            )
         others, targets, all_posts = z, target, posts
         if past is not None:
             others, targets, all_posts = (
                 torch.cat(pair) for pair in zip((z, target, posts), past[task.name], strict=True)
             )
-        scale = 1 / (task.contrastive_temperature or temperature) if scales is None else scales[index]
+        scale = (
+            1 / (task.contrastive_temperature or temperature) if scales is None else scales[index]
+        )
         value = z.sum() * 0
         anchors = 0
         for i in range(len(z)):
             current = len(z) if task.kind in ("tags", "unlabelled") else 0
-            rivals = [j for j in range(len(others)) if j != i and not (j >= current and all_posts[j] == posts[i])]
-            w = torch.tensor([alike(task, target[i], targets[j]) for j in rivals], dtype=torch.float64)
+            rivals = [
+                j
+                for j in range(len(others))
+                if j != i and not (j >= current and all_posts[j] == posts[i])
+            ]
+            w = torch.tensor(
+                [alike(task, target[i], targets[j]) for j in rivals], dtype=torch.float64
+            )
             if len(rivals) and w.sum() > 0:
                 s = scale * (others[rivals] @ z[i])
                 value = value + torch.logsumexp(s, 0) - (w * s).sum() / w.sum()

@@ -15,15 +15,21 @@ from comoe.config.recipe import Recipe, TaskConfig
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
-def wordpiece_tokenizer(words: Sequence[str] = (), *, model_max_length: int = 512) -> PreTrainedTokenizerFast:
+def wordpiece_tokenizer(
+    words: Sequence[str] = (), *, model_max_length: int = 512
+) -> PreTrainedTokenizerFast:
     """A BERT-like tokenizer: the given words whole, all others letter by letter, [UNK] for what is not ASCII."""
     letters = [chr(code) for code in range(33, 127)]
     vocab = dict.fromkeys([*SPECIAL, *letters, *(f"##{letter}" for letter in letters), *words])
-    tokenizer = Tokenizer(models.WordPiece({token: i for i, token in enumerate(vocab)}, unk_token="[UNK]"))
+    tokenizer = Tokenizer(
+        models.WordPiece({token: i for i, token in enumerate(vocab)}, unk_token="[UNK]")
+    )
     tokenizer.normalizer = normalizers.BertNormalizer()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -39,13 +45,21 @@ def wordpiece_tokenizer(words: Sequence[str] = (), *, model_max_length: int = 51
 def byte_level_tokenizer() -> PreTrainedTokenizerFast:
     """A RoBERTa-like tokenizer: bytes, the blank before a word within the word's token."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {token: i for i, token in enumerate(["<pad>", "<unk>", "<s>", "</s>", *alphabet, "Ġa", "Ġb"])}
+    vocab = {
+        token: i for i, token in enumerate(["<pad>", "<unk>", "<s>", "</s>", *alphabet, "Ġa", "Ġb"])
+    }
     tokenizer = Tokenizer(models.BPE(vocab, [("Ġ", "a"), ("Ġ", "b")], unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.post_processor = processors.RobertaProcessing(("</s>", 3), ("<s>", 2), add_prefix_space=False)
+    tokenizer.post_processor = processors.RobertaProcessing(
+        ("</s>", 3), ("<s>", 2), add_prefix_space=False
+    )
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", cls_token="<s>", sep_token="</s>"
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        unk_token="<unk>",
+        cls_token="<s>",
+        sep_token="</s>",
     )
 
 
@@ -57,9 +71,13 @@ def write_jsonl(path: Path, rows: Iterable[Any]) -> Path:
     return path
 
 
-def labelled_rows(count: int, *, labels: Sequence[str] = ("bad", "good"), start: int = 0) -> list[dict[str, str]]:
+def labelled_rows(
+    count: int, *, labels: Sequence[str] = ("bad", "good"), start: int = 0
+) -> list[dict[str, str]]:
     """Posts that are all different, labels in turn."""
-    return [{"text": f"post number {start + i}", "label": labels[i % len(labels)]} for i in range(count)]
+    return [
+        {"text": f"post number {start + i}", "label": labels[i % len(labels)]} for i in range(count)
+    ]
 
 
 def recipe_of(root: Path, **tasks: TaskConfig) -> Recipe:

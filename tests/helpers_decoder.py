@@ -24,10 +24,14 @@ MOOD = Task("mood", "single_label", ("calm", "wild"), "macro_f1")
 TASKS = (MOOD, ASPECT, POLARITY)
 
 
-def decoder_tokenizer(words: Sequence[str] = (), *, start: bool = False, end: bool = True) -> PreTrainedTokenizerFast:
+def decoder_tokenizer(
+    words: Sequence[str] = (), *, start: bool = False, end: bool = True
+) -> PreTrainedTokenizerFast:
     """As T5's ("a </s>"), or BART's with ``start`` ("<s> a </s>"): given words whole, others by ASCII letters."""
     letters = [chr(code) for code in range(33, 127)]
-    known = dict.fromkeys(["<pad>", "</s>", "<unk>", "<s>", *letters, *(f"##{letter}" for letter in letters), *words])
+    known = dict.fromkeys(
+        ["<pad>", "</s>", "<unk>", "<s>", *letters, *(f"##{letter}" for letter in letters), *words]
+    )
     vocab = {token: i for i, token in enumerate(known)}
     tokenizer = Tokenizer(models.WordPiece(vocab, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -35,12 +39,17 @@ def decoder_tokenizer(words: Sequence[str] = (), *, start: bool = False, end: bo
     if end:
         single = f"{'<s> ' if start else ''}$A </s>"
         tokenizer.post_processor = processors.TemplateProcessing(
-            single=single, pair=f"{single} $B </s>", special_tokens=[("<s>", vocab["<s>"]), ("</s>", vocab["</s>"])]
+            single=single,
+            pair=f"{single} $B </s>",
+            special_tokens=[("<s>", vocab["<s>"]), ("</s>", vocab["</s>"])],
         )
     named = {"pad_token": "<pad>", "unk_token": "<unk>"} | ({"eos_token": "</s>"} if end else {})
     named |= {"bos_token": "<s>"} if start else {}
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, model_max_length=512, model_input_names=["input_ids", "attention_mask"], **named
+        tokenizer_object=tokenizer,
+        model_max_length=512,
+        model_input_names=["input_ids", "attention_mask"],
+        **named,
     )
 
 
@@ -66,4 +75,6 @@ def batch_of_labels(labels: Mapping[str, Tensor]) -> Batch:
     """A batch of which only the labels mean anything."""
     rows = len(next(iter(labels.values())))
     blank = torch.zeros(rows, 1, dtype=torch.int64)
-    return Batch(blank, blank, None, blank.bool(), torch.full((rows,), -1), torch.arange(rows), labels=labels)
+    return Batch(
+        blank, blank, None, blank.bool(), torch.full((rows,), -1), torch.arange(rows), labels=labels
+    )

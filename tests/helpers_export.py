@@ -19,10 +19,29 @@ from comoe.config.recipe import (
 from comoe.inference.export import export_model
 from comoe.inference.predictor import Predictor
 
-__all__ = ["MOOD", "SIGNS", "TASKS", "TOPIC", "WORDS", "export_tiny", "tiny_predictor", "tiny_recipe", "tiny_tokenizer"]
+__all__ = [
+    "MOOD",
+    "SIGNS",
+    "TASKS",
+    "TOPIC",
+    "WORDS",
+    "export_tiny",
+    "tiny_predictor",
+    "tiny_recipe",
+    "tiny_tokenizer",
+]
 
 PIECES = ["good", "bad", "day", "the", "sun", "##ny", "user", "http", "ann", "paris", "rain"]
-TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *PIECES, *string.ascii_lowercase, *"@#.,!:'-"]
+TOKENS = [
+    "[PAD]",
+    "[UNK]",
+    "[CLS]",
+    "[SEP]",
+    "[MASK]",
+    *PIECES,
+    *string.ascii_lowercase,
+    *"@#.,!:'-",
+]
 
 
 def tiny_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
@@ -34,17 +53,29 @@ def tiny_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def tiny_recipe(route_by: str = "token", *, max_length: int = 16, tasks=TASKS, posts=None) -> Recipe:
+def tiny_recipe(
+    route_by: str = "token", *, max_length: int = 16, tasks=TASKS, posts=None
+) -> Recipe:
     """``posts`` is the file that all tasks share; None gives each one its own."""
     return Recipe(
         run=RunConfig(name="tiny"),
-        model=ModelConfig(encoder="some/encoder", dropout=0.1, projection_width=8, moe=moe_config(route_by=route_by)),
+        model=ModelConfig(
+            encoder="some/encoder",
+            dropout=0.1,
+            projection_width=8,
+            moe=moe_config(route_by=route_by),
+        ),
         data=DataConfig(max_length=max_length, normalize=NormalizeConfig()),
-        tasks={task.name: TaskConfig(path=posts or f"{task.name}.jsonl", kind=task.kind) for task in tasks},
+        tasks={
+            task.name: TaskConfig(path=posts or f"{task.name}.jsonl", kind=task.kind)
+            for task in tasks
+        },
     )
 
 
-def export_tiny(folder: Path, *, route_by="token", max_length=16, tasks=TASKS, results=None, seed=0, posts=None):
+def export_tiny(
+    folder: Path, *, route_by="token", max_length=16, tasks=TASKS, results=None, seed=0, posts=None
+):
     """Export a random model; gives back the model that was exported."""
     recipe = tiny_recipe(route_by, max_length=max_length, tasks=tasks, posts=posts)
     model = tiny_model(recipe.model.moe, tasks=tasks, seed=seed).eval()

@@ -20,7 +20,9 @@ LIMITS = ImageLimits(max_bytes=60_000, max_pixels=100_000)
 
 def noise(seed: int, *, size: tuple[int, int] = (40, 30)) -> Image.Image:
     """A picture that no format makes small."""
-    values = np.random.default_rng(seed).integers(0, 256, size=(size[1], size[0], 3), dtype=np.uint8)
+    values = np.random.default_rng(seed).integers(
+        0, 256, size=(size[1], size[0], 3), dtype=np.uint8
+    )
     return Image.fromarray(values)
 
 
@@ -35,11 +37,15 @@ def png_header(width: int, height: int) -> bytes:
     """A small PNG file that claims to be of any size."""
 
     def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        return (
+            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        )
 
     header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
     packed = zlib.compress(bytes(1000))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", packed) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", packed) + chunk(b"IEND", b"")
+    )
 
 
 def webp_header(width: int, height: int) -> bytes:
@@ -74,27 +80,79 @@ FILES: dict[str, tuple[str, str, Callable[[int], bytes]]] = {
     "cut.webp": ("broken", "", cut("WEBP", 0.5)),
     "cut.bmp": ("broken", "truncated", cut("BMP", 0.5)),
     "head.jpg": ("broken", "Truncated", lambda seed: encoded(noise(seed), "JPEG")[:12]),
-    "head.png": ("broken", "PNG without a whole header", lambda seed: encoded(noise(seed), "PNG")[:10]),
+    "head.png": (
+        "broken",
+        "PNG without a whole header",
+        lambda seed: encoded(noise(seed), "PNG")[:10],
+    ),
     "scrambled.png": ("broken", "broken", scrambled_png),
     "empty.png": ("empty", "an empty file", lambda seed: b""),
     "zeros.jpg": ("no picture", "zero bytes", lambda seed: bytes(500 + seed)),
     "text.png": ("no picture", "is text", lambda seed: f"not found {seed}\n".encode() * 90),
-    "page.jpg": ("no picture", "a web page", lambda seed: b"\n<!DOCTYPE html><html><body>404</body></html>"),
-    "drawing.png": ("no picture", "an SVG", lambda seed: b'<?xml version="1.0"?><svg width="9" height="9"></svg>'),
-    "drawing.svg": ("no picture", "an SVG", lambda seed: b'<svg xmlns="x" onload="alert(1)"></svg>'),
+    "page.jpg": (
+        "no picture",
+        "a web page",
+        lambda seed: b"\n<!DOCTYPE html><html><body>404</body></html>",
+    ),
+    "drawing.png": (
+        "no picture",
+        "an SVG",
+        lambda seed: b'<?xml version="1.0"?><svg width="9" height="9"></svg>',
+    ),
+    "drawing.svg": (
+        "no picture",
+        "an SVG",
+        lambda seed: b'<svg xmlns="x" onload="alert(1)"></svg>',
+    ),
     "archive.jpg": ("no picture", "a zip archive", lambda seed: b"PK\x03\x04" + bytes(range(200))),
-    "packed.png": ("no picture", "a gzip archive", lambda seed: b"\x1f\x8b\x08\x00" + bytes(range(200))),
+    "packed.png": (
+        "no picture",
+        "a gzip archive",
+        lambda seed: b"\x1f\x8b\x08\x00" + bytes(range(200)),
+    ),
     "paper.png": ("no picture", "a PDF", lambda seed: b"%PDF-1.7\n1 0 obj"),
-    "print.png": ("no picture", "PostScript", lambda seed: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"),
+    "print.png": (
+        "no picture",
+        "PostScript",
+        lambda seed: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
+    ),
     "scan.png": ("no picture", "a TIFF", lambda seed: encoded(noise(seed), "TIFF")),
-    "film.jpg": ("no picture", "a video", lambda seed: b"\x00\x00\x00\x20ftypisom" + bytes(range(256))),
-    "program.png": ("no picture", "a program", lambda seed: b"\x7fELF\x02\x01\x01" + bytes(range(256))),
-    "dust.png": ("no picture", "no picture that can", lambda seed: bytes([0x8B, 0xFE, 0x99]) + noise(seed).tobytes()),
-    "bomb.png": ("too many pixels", "has 3,000,000,000 pixels", lambda seed: png_header(50_000, 60_000)),
+    "film.jpg": (
+        "no picture",
+        "a video",
+        lambda seed: b"\x00\x00\x00\x20ftypisom" + bytes(range(256)),
+    ),
+    "program.png": (
+        "no picture",
+        "a program",
+        lambda seed: b"\x7fELF\x02\x01\x01" + bytes(range(256)),
+    ),
+    "dust.png": (
+        "no picture",
+        "no picture that can",
+        lambda seed: bytes([0x8B, 0xFE, 0x99]) + noise(seed).tobytes(),
+    ),
+    "bomb.png": (
+        "too many pixels",
+        "has 3,000,000,000 pixels",
+        lambda seed: png_header(50_000, 60_000),
+    ),
     "bomb.webp": ("too many pixels", "16,000,000 x 200", lambda seed: webp_header(16_000_000, 200)),
-    "wide.png": ("too many pixels", "400 x 300", lambda seed: encoded(Image.new("1", (400, 300)), "PNG")),
-    "tall.gif": ("too many pixels", "10 x 20,000", lambda seed: encoded(Image.new("L", (10, 20_000)), "GIF")),
-    "heavy.bmp": ("too many bytes", "bytes, more than", lambda seed: encoded(noise(seed, size=(200, 120)), "BMP")),
+    "wide.png": (
+        "too many pixels",
+        "400 x 300",
+        lambda seed: encoded(Image.new("1", (400, 300)), "PNG"),
+    ),
+    "tall.gif": (
+        "too many pixels",
+        "10 x 20,000",
+        lambda seed: encoded(Image.new("L", (10, 20_000)), "GIF"),
+    ),
+    "heavy.bmp": (
+        "too many bytes",
+        "bytes, more than",
+        lambda seed: encoded(noise(seed, size=(200, 120)), "BMP"),
+    ),
 }
 """Name of a file -> reason, words of the rule, (seed) -> its bytes. ``LIMITS`` hold."""
 

@@ -32,7 +32,11 @@ from comoe.types import IGNORED, Batch
 
 WIDTH, VOCABULARY = 16, 60
 BERT_LIKE = dict(
-    vocab_size=VOCABULARY, hidden_size=WIDTH, num_hidden_layers=3, num_attention_heads=2, intermediate_size=24
+    vocab_size=VOCABULARY,
+    hidden_size=WIDTH,
+    num_hidden_layers=3,
+    num_attention_heads=2,
+    intermediate_size=24,
 )
 DISENTANGLED = dict(
     relative_attention=True, position_buckets=4, norm_rel_ebd="layer_norm", share_att_key=True,
@@ -64,16 +68,27 @@ HF_CONFIGS = {
     "camembert": CamembertConfig(**BERT_LIKE, type_vocab_size=1),
     "electra": ElectraConfig(**BERT_LIKE, embedding_size=8),
     "mpnet": MPNetConfig(**BERT_LIKE),
-    "distilbert": DistilBertConfig(vocab_size=VOCABULARY, dim=WIDTH, n_layers=3, n_heads=2, hidden_dim=24),
+    "distilbert": DistilBertConfig(
+        vocab_size=VOCABULARY, dim=WIDTH, n_layers=3, n_heads=2, hidden_dim=24
+    ),
     "deberta-v2": DebertaV2Config(**BERT_LIKE, **DISENTANGLED),
     # A window of four tokens, so that local attention differs from global in a short post.
     "modernbert": ModernBertConfig(
-        **BERT_LIKE, pad_token_id=0, local_attention=4, bos_token_id=1, cls_token_id=1, eos_token_id=2, sep_token_id=2
+        **BERT_LIKE,
+        pad_token_id=0,
+        local_attention=4,
+        bos_token_id=1,
+        cls_token_id=1,
+        eos_token_id=2,
+        sep_token_id=2,
     ),
 }
-"""A small random-weight encoder of each family in ``FAMILIES``; the DeBERTa is like the published v3 ones."""
+"""A small random-weight encoder of each family in ``FAMILIES``; the DeBERTa is like the published
+v3 ones."""
 VARIANTS = {
-    "deberta-v2 with a convolution": DebertaV2Config(**BERT_LIKE, **DISENTANGLED, conv_kernel_size=3, conv_act="gelu"),
+    "deberta-v2 with a convolution": DebertaV2Config(
+        **BERT_LIKE, **DISENTANGLED, conv_kernel_size=3, conv_act="gelu"
+    ),
     "deberta-v2 with positions": DebertaV2Config(**BERT_LIKE, type_vocab_size=2),
     "electra of one width": ElectraConfig(**BERT_LIKE, embedding_size=WIDTH),
 }
@@ -87,14 +102,25 @@ TASKS = (MOOD, TOPIC, HEAT, WORDS, SIGNS)
 
 
 def moe_config(**options) -> MoeConfig:
-    return MoeConfig(**{"num_experts": 4, "top_k": 2, "output_init": 0.5, "layers": "all"} | options)
+    return MoeConfig(
+        **{"num_experts": 4, "top_k": 2, "output_init": 0.5, "layers": "all"} | options
+    )
 
 
 def tiny_model(
-    moe: MoeConfig | None = None, *, tasks=TASKS, family="bert", dropout=0.0, seed=0, recompute=False, **options
+    moe: MoeConfig | None = None,
+    *,
+    tasks=TASKS,
+    family="bert",
+    dropout=0.0,
+    seed=0,
+    recompute=False,
+    **options,
 ) -> MultiTaskModel:
     torch.manual_seed(seed)
-    config = ModelConfig(dropout=dropout, projection_width=8, moe=moe_config() if moe is None else moe, **options)
+    config = ModelConfig(
+        dropout=dropout, projection_width=8, moe=moe_config() if moe is None else moe, **options
+    )
     encoder_config = (HF_CONFIGS | VARIANTS)[family].to_dict()
     return build_model(config, tasks, encoder_config=encoder_config, recompute=recompute)
 
@@ -110,14 +136,26 @@ def random_batch(rows=6, length=9, *, tasks=TASKS, seed=0, labelled=True) -> Bat
     lengths[0] = length
     mask = (torch.arange(length) < lengths[:, None]).long()
     ids = torch.randint(5, VOCABULARY, (rows, length), generator=generator) * mask + (1 - mask)
-    labels = {task.name: labels_for(task, rows, length, generator, labelled=labelled) for task in tasks}
+    labels = {
+        task.name: labels_for(task, rows, length, generator, labelled=labelled) for task in tasks
+    }
     task_ids = torch.randint(0, len(tasks), (rows,), generator=generator)
     return Batch(ids, mask, None, mask.bool(), task_ids, torch.arange(rows), labels)
 
 
-def labels_for(task: Task, rows: int, length: int, generator: torch.Generator, *, labelled: bool) -> torch.Tensor:
-    shapes = {"single_label": (rows,), "tags": (rows, length), "regression": (rows,), "multi_label": (rows, 2)}
-    shape, missing = shapes[task.kind], IGNORED if task.kind in ("single_label", "tags") else math.nan
+def labels_for(
+    task: Task, rows: int, length: int, generator: torch.Generator, *, labelled: bool
+) -> torch.Tensor:
+    shapes = {
+        "single_label": (rows,),
+        "tags": (rows, length),
+        "regression": (rows,),
+        "multi_label": (rows, 2),
+    }
+    shape, missing = (
+        shapes[task.kind],
+        IGNORED if task.kind in ("single_label", "tags") else math.nan,
+    )
     if not labelled:
         return torch.full(shape, missing)
     if task.kind == "regression":
@@ -129,7 +167,12 @@ def labels_for(task: Task, rows: int, length: int, generator: torch.Generator, *
 def take(batch: Batch, rows: list[int]) -> Batch:
     """The batch of some rows, padding kept."""
     labels = {name: values[rows] for name, values in batch.labels.items()}
-    ids = (batch.input_ids_BL[rows], batch.attention_mask_BL[rows], None, batch.word_starts_BL[rows])
+    ids = (
+        batch.input_ids_BL[rows],
+        batch.attention_mask_BL[rows],
+        None,
+        batch.word_starts_BL[rows],
+    )
     return Batch(*ids, batch.task_ids_B[rows], batch.row_ids_B[rows], labels, batch.unit_scale_T)
 
 

@@ -14,8 +14,12 @@ from comoe.tasks.task import Task
 from comoe.types import IGNORED, Batch
 from tests.helpers_model import HEAT, MOOD, SEQ2SEQ, VOCABULARY, moe_config
 
-OPINION = Task("opinion", "text", (), "token_f1", prompt="opinion of {text}", max_answer_length=7, num_beams=1)
-REASON = Task("reason", "text", (), "token_f1", prompt="reason of {text}", max_answer_length=5, num_beams=3)
+OPINION = Task(
+    "opinion", "text", (), "token_f1", prompt="opinion of {text}", max_answer_length=7, num_beams=1
+)
+REASON = Task(
+    "reason", "text", (), "token_f1", prompt="reason of {text}", max_answer_length=5, num_beams=3
+)
 POLARITY = Task(
     "polarity", "label_words", ("bad", "fair", "good"), "accuracy",
     prompt="polarity of {text}", label_words=("bad", "so so", "good"),
@@ -38,15 +42,29 @@ def whole_model(family: str = "t5", seed: int = 0, **changes):
 
 
 def decoder_model(
-    family: str = "t5", moe: MoeConfig | None = None, *, tasks=MIXED, seed=0, recompute=False, dropout=0.0, **options
+    family: str = "t5",
+    moe: MoeConfig | None = None,
+    *,
+    tasks=MIXED,
+    seed=0,
+    recompute=False,
+    dropout=0.0,
+    **options,
 ) -> MultiTaskModel:
     torch.manual_seed(seed)
-    config = ModelConfig(dropout=dropout, projection_width=8, moe=moe_config() if moe is None else moe, **options)
+    config = ModelConfig(
+        dropout=dropout, projection_width=8, moe=moe_config() if moe is None else moe, **options
+    )
     return build_model(config, tasks, encoder_config=decoder_config(family), recompute=recompute)
 
 
 def decoder_objective(
-    family: str = "t5", moe: MoeConfig | None = None, *, tasks=MIXED, loss: LossConfig = OFF, **options
+    family: str = "t5",
+    moe: MoeConfig | None = None,
+    *,
+    tasks=MIXED,
+    loss: LossConfig = OFF,
+    **options,
 ) -> Objective:
     moe = moe_config() if moe is None else moe
     return Objective(decoder_model(family, moe, tasks=tasks, **options), tasks, loss, moe)
@@ -57,7 +75,9 @@ def words(number: int, family: str) -> list[int]:
     return [*range(10 + 3 * number, 11 + 3 * number + number % 2), END[family]]
 
 
-def decoder_batch(rows=8, length=9, *, tasks=MIXED, family="t5", seed=0, served=None, labelled=True) -> Batch:
+def decoder_batch(
+    rows=8, length=9, *, tasks=MIXED, family="t5", seed=0, served=None, labelled=True
+) -> Batch:
     """Rows for all tasks with heads (-1) and for one that the decoder answers, in turn unless ``served`` says which."""
     generator = torch.Generator().manual_seed(seed)
     numbers = [number for number, task in enumerate(tasks) if task.rules.generates]
@@ -68,26 +88,40 @@ def decoder_batch(rows=8, length=9, *, tasks=MIXED, family="t5", seed=0, served=
     lengths[0] = length
     mask = (torch.arange(length) < lengths[:, None]).long()
     padding = SEQ2SEQ[family].pad_token_id
-    ids = torch.randint(5, VOCABULARY, (rows, length), generator=generator) * mask + (1 - mask) * padding
+    ids = (
+        torch.randint(5, VOCABULARY, (rows, length), generator=generator) * mask
+        + (1 - mask) * padding
+    )
     choices = {task.name: ragged([words(label, family) for label in range(len(task.labels))])
                for task in tasks if task.label_words}  # fmt: skip
     answers, labels = [[] for _ in served], {}
     for number, task in enumerate(tasks):
-        mine = [row for row, one in enumerate(served) if labelled and one in (number, -1 * (not task.rules.generates))]
+        mine = [
+            row
+            for row, one in enumerate(served)
+            if labelled and one in (number, -1 * (not task.rules.generates))
+        ]
         if task.label_words or task.rules.exclusive:
             drawn = torch.randint(0, len(task.labels), (rows,), generator=generator)
-            labels[task.name] = torch.full((rows,), IGNORED).index_copy(0, torch.tensor(mine).long(), drawn[mine])
+            labels[task.name] = torch.full((rows,), IGNORED).index_copy(
+                0, torch.tensor(mine).long(), drawn[mine]
+            )
             for row in mine if task.label_words else ():
                 answers[row] = words(int(drawn[row]), family)
         elif task.rules.generates:
             labels[task.name] = torch.full((rows, 3), IGNORED)
             for row in mine:
                 count = int(torch.randint(1, 6, (), generator=generator))
-                answers[row] = [*torch.randint(5, VOCABULARY, (count,), generator=generator).tolist(), END[family]]
+                answers[row] = [
+                    *torch.randint(5, VOCABULARY, (count,), generator=generator).tolist(),
+                    END[family],
+                ]
                 labels[task.name][row] = torch.tensor([count + 1, 97, 98])
         else:
             values = torch.randn(rows, generator=generator)
-            labels[task.name] = torch.full((rows,), torch.nan).index_copy(0, torch.tensor(mine).long(), values[mine])
+            labels[task.name] = torch.full((rows,), torch.nan).index_copy(
+                0, torch.tensor(mine).long(), values[mine]
+            )
     return Batch(
         ids, mask, None, mask.bool(), torch.tensor(served), torch.arange(rows), labels,
         answers_BD=ragged(answers), choices=choices,

@@ -29,7 +29,12 @@ from tests.helpers_model import BERT_LIKE, HF_CONFIGS, TASKS, VARIANTS, moe_conf
 
 SIDE = 16
 SEEING = dict(
-    hidden_size=12, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, image_size=SIDE, patch_size=8
+    hidden_size=12,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    intermediate_size=16,
+    image_size=SIDE,
+    patch_size=8,
 )
 READING = dict(
     hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=30, bos_token_id=0,
@@ -47,7 +52,9 @@ TOWERS = {
     "siglip, vision half": SiglipVisionConfig(**SEEING),
     "resnet": ResNetConfig(embedding_size=8, layer_type="basic", **MAPS),
     "convnext": ConvNextConfig(num_stages=2, **MAPS),
-    "swin": SwinConfig(image_size=SIDE, patch_size=2, embed_dim=6, depths=[1, 1], num_heads=[2, 2], window_size=4),
+    "swin": SwinConfig(
+        image_size=SIDE, patch_size=2, embed_dim=6, depths=[1, 1], num_heads=[2, 2], window_size=4
+    ),
 }
 """A small random-weight model of each kind; V is 12."""
 VILT = ViltConfig(**BERT_LIKE, image_size=SIDE, patch_size=8)
@@ -76,7 +83,9 @@ def seeing_model(
         dropout=dropout,
         projection_width=8,
         moe=moe_config() if moe is None else moe,
-        vision=VisionConfig(tower=None if alone else "some/tower", fusion="attention" if alone else fusion, **vision),
+        vision=VisionConfig(
+            tower=None if alone else "some/tower", fusion="attention" if alone else fusion, **vision
+        ),
     )
     return build_model(
         config,
@@ -92,7 +101,8 @@ def with_pictures(batch: Batch, rows, *, seed=0, step=0) -> Batch:
     """A batch whose given rows have pictures that depend on the post alone; a blank one where there is none."""
     posts = [int(batch.row_ids_B[row]) for row in rows]
     pictures = [
-        torch.randn(3, SIDE, SIDE, generator=torch.Generator().manual_seed(1000 * seed + post)) for post in posts
+        torch.randn(3, SIDE, SIDE, generator=torch.Generator().manual_seed(1000 * seed + post))
+        for post in posts
     ]
     return replace(
         batch,

@@ -53,12 +53,19 @@ class Progress:
         self._say = (lambda line: None) if bar else say
         self._clock = clock
         self._began = self._said = clock()
-        self._bar = tqdm(total=total, initial=done, unit="post", disable=not bar, dynamic_ncols=True)
+        self._bar = tqdm(
+            total=total, initial=done, unit="post", disable=not bar, dynamic_ncols=True
+        )
 
     def __enter__(self) -> Progress:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
         self._bar.close()
 
     def watch(self, number: int, posts: int) -> None:
@@ -84,7 +91,9 @@ class Progress:
         self._said = now
         seconds = (now - self._began) / new * (self._total - self._done) if new else 0.0
         left = f", about {duration(seconds)} left" if seconds else ""
-        self._say(f"augment: {self._done:,} of {self._total:,} posts ({self._done / self._total:.0%}){left}{more}")
+        self._say(
+            f"augment: {self._done:,} of {self._total:,} posts ({self._done / self._total:.0%}){left}{more}"
+        )
 
 
 def duration(seconds: float) -> str:
@@ -121,31 +130,55 @@ class Report:
     def lines(self) -> list[str]:
         """The report as a person reads it."""
         if self.earlier:
-            return [f"done already by the same command: {self.output} is as it was. It said:", *self.earlier]
+            return [
+                f"done already by the same command: {self.output} is as it was. It said:",
+                *self.earlier,
+            ]
         readings = [outcome.reading for outcome in self.outcomes if outcome.reading is not None]
         labelled = [outcome for outcome in self.outcomes if outcome.converged is not None]
         by_round = Counter(outcome.rounds for outcome in labelled if outcome.converged)
         malformed = [item for outcome in self.outcomes for item in outcome.malformed]
         lines = list(self.posts.notes)
-        lines.append(f"{len(self.outcomes):,} posts in {self.output}, {len(readings):,} of them answered")
-        lines += [f"  {self.resumed:,} of them by the run that this one went on with"] if self.resumed else []
-        lines += [f"  {len(self.posts.bad):,} bad rows left out, such as {row}" for row in self.posts.bad[:1]]
+        lines.append(
+            f"{len(self.outcomes):,} posts in {self.output}, {len(readings):,} of them answered"
+        )
+        lines += (
+            [f"  {self.resumed:,} of them by the run that this one went on with"]
+            if self.resumed
+            else []
+        )
+        lines += [
+            f"  {len(self.posts.bad):,} bad rows left out, such as {row}"
+            for row in self.posts.bad[:1]
+        ]
         if labelled:
-            lines.append(f"converged: {by_round.total():,} of {len(labelled):,} posts with a gold label")
-            lines += [f"  in round {number}: {count:,}" for number, count in sorted(by_round.items())]
+            lines.append(
+                f"converged: {by_round.total():,} of {len(labelled):,} posts with a gold label"
+            )
+            lines += [
+                f"  in round {number}: {count:,}" for number, count in sorted(by_round.items())
+            ]
             lines.append(f"  not converged: {len(labelled) - by_round.total():,}")
         shortened = sum(outcome.shortened for outcome in self.outcomes)
         lines += [f"shortened, too long for the model: {shortened:,} posts"] if shortened else []
-        lines.append(f"malformed answers kept out: {len(malformed):,}" + (f", see {self.aside}" if malformed else ""))
+        lines.append(
+            f"malformed answers kept out: {len(malformed):,}"
+            + (f", see {self.aside}" if malformed else "")
+        )
         counts = Counter(f"{item.part}, {item.reason}" for item in malformed)
         lines += [f"  {what}: {count:,}" for what, count in counts.most_common()]
-        lines += [f"mean confidence of the {part}: {_mean(readings, part):.3f}" for part in PARTS if readings]
+        lines += [
+            f"mean confidence of the {part}: {_mean(readings, part):.3f}"
+            for part in PARTS
+            if readings
+        ]
         return lines
 
 
 def run_command(options: Namespace, *, progress: bool) -> Report:
     """``augment`` with the options of ``launch/augment.py``; raises what ``augment`` does."""
-    # Here, not above: a mistake in the prompts or the posts is told before the libraries of models are imported.
+    # Here, not above: a mistake in the prompts or the posts is told before the libraries of models
+    # are imported.
     prompts = load_prompts(options.prompts)
 
     def say(line: str) -> None:
@@ -183,12 +216,13 @@ def augment(
     say: Callable[[str], None] = lambda line: None,
     spared: Sequence[Path] = (),
 ) -> Report:
-    """Write the posts with their auxiliary columns. A run that was killed goes on when it is started again, and one
-    that has finished changes nothing.
+    """Write the posts with their auxiliary columns. A run that was killed goes on when it is
+    started again, and one that has finished changes nothing.
 
     Args:
         choice: the posts.
-        output: JSON lines; missing folders are made. Written aside and renamed when all posts are done.
+        output: JSON lines; missing folders are made. Written aside and renamed when all posts are
+            done.
         prompts: what is asked.
         load: gives the model; called once the posts are found to be good.
         settings: how answers are refined.
@@ -198,8 +232,8 @@ def augment(
         spared: files that are read, beside the posts.
 
     Raises:
-        ValueError: posts that cannot be read; an output that is there and was made otherwise, or not by augment, or is
-            a file that is read; a run that stopped and was begun otherwise.
+        ValueError: posts that cannot be read; an output that is there and was made otherwise, or
+            not by augment, or is a file that is read; a run that stopped and was begun otherwise.
     """
     _check(choice, settings)
     if output.suffix.lower() not in ENDINGS:
@@ -224,7 +258,13 @@ def augment(
     resumed = len(journal.records)
     try:
         with Progress(len(posts.posts), done=resumed, bar=progress, say=say) as shown:
-            _work(posts.posts, journal, Refiner(generator, prompts, settings), settings=settings, shown=shown)
+            _work(
+                posts.posts,
+                journal,
+                Refiner(generator, prompts, settings),
+                settings=settings,
+                shown=shown,
+            )
         report = _write(files, posts, journal, head=head, resumed=resumed)
     except BaseException:
         journal.close()
@@ -233,13 +273,22 @@ def augment(
     return report
 
 
-def _write(files: Output, posts: Posts, journal: Journal, *, head: Mapping[str, str], resumed: int) -> Report:
+def _write(
+    files: Output, posts: Posts, journal: Journal, *, head: Mapping[str, str], resumed: int
+) -> Report:
     """The files of a run that has answered every post."""
-    outcomes = sorted((Outcome.from_dict(record) for record in journal.records), key=lambda outcome: outcome.index)
+    outcomes = sorted(
+        (Outcome.from_dict(record) for record in journal.records), key=lambda outcome: outcome.index
+    )
     report = Report(posts, tuple(outcomes), files.posts, files.malformed, resumed)
     pairs = list(zip(posts.posts, outcomes, strict=True))
     kept_out = [row for post, outcome in pairs for row in _kept_out(post, outcome)]
-    files.write((columns_of(post, outcome) for post, outcome in pairs), kept_out, head=head, report=report.lines())
+    files.write(
+        (columns_of(post, outcome) for post, outcome in pairs),
+        kept_out,
+        head=head,
+        report=report.lines(),
+    )
     return report
 
 
@@ -266,7 +315,9 @@ def _check(choice: PostChoice, settings: Settings) -> None:
             raise ValueError(f"{option} is {value}; it must be {at_least} or more.")
 
 
-def _work(posts: Sequence[Post], journal: Journal, refine: Refiner, *, settings: Settings, shown: Progress) -> None:
+def _work(
+    posts: Sequence[Post], journal: Journal, refine: Refiner, *, settings: Settings, shown: Progress
+) -> None:
     """Answer what is left, piece by piece; the pieces are the same however often the run stops."""
     # Longest first: what does not fit into memory fails at once.
     order = sorted(posts, key=lambda post: (-len(post.text), post.index))
@@ -283,14 +334,24 @@ def columns_of(post: Post, outcome: Outcome) -> dict[str, Any]:
     """One line of the output: the columns of the post, then ``COLUMNS``."""
     reading = outcome.reading
     values = [None if reading is None else getattr(reading, name) for name in PARTS]
-    confidences = [None if reading is None else getattr(reading, f"{name}_confidence") for name in PARTS]
-    added = dict(zip(COLUMNS, [*values, *confidences, outcome.rounds, outcome.converged], strict=True))
+    confidences = [
+        None if reading is None else getattr(reading, f"{name}_confidence") for name in PARTS
+    ]
+    added = dict(
+        zip(COLUMNS, [*values, *confidences, outcome.rounds, outcome.converged], strict=True)
+    )
     return {**post.row, **added}
 
 
 def _kept_out(post: Post, outcome: Outcome) -> list[dict[str, Any]]:
     return [
-        {"line": post.line, "round": item.round, "part": item.part, "reason": item.reason, "answer": item.text}
+        {
+            "line": post.line,
+            "round": item.round,
+            "part": item.part,
+            "reason": item.reason,
+            "answer": item.text,
+        }
         for item in outcome.malformed
     ]
 

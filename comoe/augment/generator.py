@@ -27,8 +27,9 @@ class Answer:
     text: str
     """As it was written, without the sign that ends it."""
     probability: float
-    """Geometric mean of the probabilities of the written tokens, the end sign among them, in [0, 1]: of each under the
-    model itself (temperature 1), given the prompt and the tokens before it."""
+    """Geometric mean of the probabilities of the written tokens, the end sign among them, in [0,
+    1]: of each under the model itself (temperature 1), given the prompt and the tokens before
+    it."""
     ended: bool
     """False: cut off at the largest number of tokens."""
 
@@ -55,7 +56,9 @@ class Generator(Protocol):
         """
         ...
 
-    def score(self, prompts: Sequence[Prompt], *, choices: Sequence[str]) -> list[tuple[float, ...]]:
+    def score(
+        self, prompts: Sequence[Prompt], *, choices: Sequence[str]
+    ) -> list[tuple[float, ...]]:
         """How probable each of the given answers is, per prompt, as shares that sum to one. Nothing is drawn."""
         ...
 
@@ -80,16 +83,23 @@ class Batched:
         """As ``Generator.answer``, for any number of prompts; results are in the order of the prompts."""
         return self._in_batches(
             prompts,
-            lambda rows: self._generator.answer([prompts[row] for row in rows], draws=[draws[row] for row in rows]),
+            lambda rows: self._generator.answer(
+                [prompts[row] for row in rows], draws=[draws[row] for row in rows]
+            ),
         )
 
-    def score(self, prompts: Sequence[Prompt], *, choices: Sequence[str]) -> list[tuple[float, ...]]:
+    def score(
+        self, prompts: Sequence[Prompt], *, choices: Sequence[str]
+    ) -> list[tuple[float, ...]]:
         """As ``Generator.score``, for any number of prompts; results are in the order of the prompts."""
         return self._in_batches(
-            prompts, lambda rows: self._generator.score([prompts[row] for row in rows], choices=choices)
+            prompts,
+            lambda rows: self._generator.score([prompts[row] for row in rows], choices=choices),
         )
 
-    def _in_batches(self, prompts: Sequence[Prompt], ask: Callable[[list[int]], list[Result]]) -> list[Result]:
+    def _in_batches(
+        self, prompts: Sequence[Prompt], ask: Callable[[list[int]], list[Result]]
+    ) -> list[Result]:
         # Longest first: a batch that does not fit into memory fails at once.
         order = sorted(range(len(prompts)), key=lambda row: (-len(prompts[row].question), row))
         found: dict[int, Any] = {}

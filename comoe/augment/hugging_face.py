@@ -1,4 +1,4 @@
-"""Any generative model of Hugging Face as a ``Generator``: loaded by name or folder, with a chat template or without."""
+"""Any generative model of Hugging Face as a ``Generator``, with a chat template or without."""
 
 from __future__ import annotations
 
@@ -54,7 +54,8 @@ def load_generator(
         progress: report what is done, and draw bars on a terminal.
 
     Raises:
-        ValueError: no such folder or name, no network, a model that does not write text, missing weights, no tokenizer.
+        ValueError: no such folder or name, no network, a model that does not write text, missing
+            weights, no tokenizer.
     """
     if max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens is {max_new_tokens}; it must be 1 or more.")
@@ -82,17 +83,25 @@ def load_generator(
             "write; give a whole generative model."
         )
     return HuggingFaceGenerator(
-        model.to(place).eval(), tokenizer, name=name, max_new_tokens=max_new_tokens, temperature=temperature or 1.0
+        model.to(place).eval(),
+        tokenizer,
+        name=name,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature or 1.0,
     )
 
 
 def _place(device: str) -> torch.device:
     try:
-        place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+        place = torch.device(
+            ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+        )
         torch.empty(0, device=place)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).strip().partition("\n")[0]
-        raise ValueError(f"--device {device} cannot be used here ({reason}); name another one, or auto.") from error
+        raise ValueError(
+            f"--device {device} cannot be used here ({reason}); name another one, or auto."
+        ) from error
     return place
 
 
@@ -101,7 +110,9 @@ def _class_for(name: str, config: Any, *, trust_remote_code: bool) -> Any:
     if config.is_encoder_decoder and type(config) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
         return AutoModelForSeq2SeqLM
     # BERT and its kin are in both tables, but write only where they were trained as decoders.
-    fills_gaps = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
+    fills_gaps = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(
+        config, "is_decoder", False
+    )
     known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and not fills_gaps
     if known or (trust_remote_code and not config.is_encoder_decoder and not fills_gaps):
         return AutoModelForCausalLM
@@ -142,8 +153,8 @@ DRAWN_FROM = 50
 class HuggingFaceGenerator(Generator):
     """See ``Generator``. Probabilities are those of the model at temperature 1, with no penalty of any kind.
 
-    A tokenizer's chat template is used where there is one; else examples and question become one text, and an answer of
-    a causal model ends with its line.
+    A tokenizer's chat template is used where there is one; else examples and question become one
+    text, and an answer of a causal model ends with its line.
 
     Args:
         model: seq2seq or causal, in evaluation, on its device.
@@ -154,7 +165,13 @@ class HuggingFaceGenerator(Generator):
     """
 
     def __init__(
-        self, model: nn.Module, tokenizer: Any, *, name: str, max_new_tokens: int = 32, temperature: float = 0.7
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        *,
+        name: str,
+        max_new_tokens: int = 32,
+        temperature: float = 0.7,
     ) -> None:
         self._model, self._tokenizer = model, tokenizer
         self._name, self._max_new_tokens, self._temperature = name, max_new_tokens, temperature
@@ -163,7 +180,12 @@ class HuggingFaceGenerator(Generator):
         self._special = sorted(set(tokenizer.all_special_tokens), key=len, reverse=True)
         usual = model.generation_config
         ends = [usual.eos_token_id, tokenizer.eos_token_id]
-        flat = [end for item in ends for end in (item if isinstance(item, list) else [item]) if end is not None]
+        flat = [
+            end
+            for item in ends
+            for end in (item if isinstance(item, list) else [item])
+            if end is not None
+        ]
         self._ends = sorted({*flat, *(() if self._decodes or self._chats else self._line_ends())})
         pads = (tokenizer.pad_token_id, usual.pad_token_id, *self._ends, 0)
         self._pad = next(token for token in pads if token is not None)
@@ -172,7 +194,8 @@ class HuggingFaceGenerator(Generator):
             pad_token_id=self._pad, bos_token_id=usual.bos_token_id, forced_bos_token_id=usual.forced_bos_token_id,
             decoder_start_token_id=usual.decoder_start_token_id,
         )  # fmt: skip
-        # The library fills what is unset from the model's own settings, penalties for repetition among them.
+        # The library fills what is unset from the model's own settings, penalties for repetition
+        # among them.
         model.generation_config = self._settings
         self._keeps_some = "logits_to_keep" in inspect.signature(model.forward).parameters
 
@@ -186,23 +209,34 @@ class HuggingFaceGenerator(Generator):
 
     @property
     def limit(self) -> str:
-        answer = "" if self._decodes else f", {self._max_new_tokens} of them kept for the answer (--max-new-tokens)"
+        answer = (
+            ""
+            if self._decodes
+            else f", {self._max_new_tokens} of them kept for the answer (--max-new-tokens)"
+        )
         return f"{self._name} reads {self._most():,} tokens{answer}"
 
     def _most(self) -> int:
         """Tokens that the model reads."""
         config = self._model.config
-        limits = [getattr(config, name, None) for name in ("max_position_embeddings", "n_positions")]
+        limits = [
+            getattr(config, name, None) for name in ("max_position_embeddings", "n_positions")
+        ]
         limits.append(self._tokenizer.model_max_length)
         return min(limit for limit in limits if isinstance(limit, int) and limit > 0)
 
     def excess(self, prompt: Prompt) -> int:
-        return max(len(self._ids(prompt)) + (0 if self._decodes else self._max_new_tokens) - self._most(), 0)
+        return max(
+            len(self._ids(prompt)) + (0 if self._decodes else self._max_new_tokens) - self._most(),
+            0,
+        )
 
     @torch.inference_mode()
     def answer(self, prompts: Sequence[Prompt], *, draws: Sequence[int | None]) -> list[Answer]:
         # Causal models go on behind the last token, so the padding is in front.
-        ids_BL, mask_BL = self._padded([self._ids(prompt) for prompt in prompts], in_front=not self._decodes)
+        ids_BL, mask_BL = self._padded(
+            [self._ids(prompt) for prompt in prompts], in_front=not self._decodes
+        )
         chooser = _Chooser(draws, temperature=self._temperature)
         written = self._model.generate(
             input_ids=ids_BL, attention_mask=mask_BL, generation_config=self._settings,
@@ -210,13 +244,18 @@ class HuggingFaceGenerator(Generator):
         )  # fmt: skip
         tokens_BN = written[:, -len(chooser.chosen) :].tolist()
         probabilities_BN = torch.stack(chooser.log_probabilities, dim=1).tolist()
-        return [self._read(tokens, logs) for tokens, logs in zip(tokens_BN, probabilities_BN, strict=True)]
+        return [
+            self._read(tokens, logs)
+            for tokens, logs in zip(tokens_BN, probabilities_BN, strict=True)
+        ]
 
     @torch.inference_mode()
-    def score(self, prompts: Sequence[Prompt], *, choices: Sequence[str]) -> list[tuple[float, ...]]:
+    def score(
+        self, prompts: Sequence[Prompt], *, choices: Sequence[str]
+    ) -> list[tuple[float, ...]]:
         answers = [self._choices(prompt, choices) for prompt in prompts]
-        # One pass over an answer without its last token tells the probability of all of it, and of every answer that
-        # begins like it: label words of one token each cost one pass together.
+        # One pass over an answer without its last token tells the probability of all of it, and of
+        # every answer that begins like it: label words of one token each cost one pass together.
         rows = [(at, begin) for at, ids in enumerate(answers) for begin in _needed(ids)]
         asked = [self._ids(prompts[at]) for at, _ in rows]
         logs_RKV = self._log_probabilities(asked, [list(begin) for _, begin in rows])
@@ -224,8 +263,14 @@ class HuggingFaceGenerator(Generator):
         for at, ids in enumerate(answers):
             sums = []
             for choice in ids:
-                row = next(n for n, (where, begin) in enumerate(rows) if where == at and _begins(begin, choice[:-1]))
-                sums.append(sum(logs_RKV[row][place, token].item() for place, token in enumerate(choice)))
+                row = next(
+                    n
+                    for n, (where, begin) in enumerate(rows)
+                    if where == at and _begins(begin, choice[:-1])
+                )
+                sums.append(
+                    sum(logs_RKV[row][place, token].item() for place, token in enumerate(choice))
+                )
             found.append(tuple(torch.tensor(sums, dtype=torch.float64).softmax(dim=0).tolist()))
         return found
 
@@ -235,17 +280,31 @@ class HuggingFaceGenerator(Generator):
             ids_RL, mask_RL = self._padded(prompts, in_front=False)
             started = [[*self._decoder_start(), *begin] for begin in begins]
             decoder_RD, _ = self._padded(started, in_front=False)
-            logits = self._model(input_ids=ids_RL, attention_mask=mask_RL, decoder_input_ids=decoder_RD).logits
-            firsts = [len(start) - len(begin) - 1 for start, begin in zip(started, begins, strict=True)]
+            logits = self._model(
+                input_ids=ids_RL, attention_mask=mask_RL, decoder_input_ids=decoder_RD
+            ).logits
+            firsts = [
+                len(start) - len(begin) - 1 for start, begin in zip(started, begins, strict=True)
+            ]
         else:
             # Padding behind cannot be seen by what comes before it, so positions need no care.
-            ids_RL, mask_RL = self._padded([a + b for a, b in zip(prompts, begins, strict=True)], in_front=False)
+            ids_RL, mask_RL = self._padded(
+                [a + b for a, b in zip(prompts, begins, strict=True)], in_front=False
+            )
             firsts = [len(prompt) - 1 for prompt in prompts]
             spans = zip(firsts, begins, strict=True)
-            wanted = sorted({first + step for first, begin in spans for step in range(len(begin) + 1)})
+            wanted = sorted(
+                {first + step for first, begin in spans for step in range(len(begin) + 1)}
+            )
             # All logits of a batch of long posts are many times as large as the model.
-            some = {"logits_to_keep": torch.tensor(wanted, device=ids_RL.device)} if self._keeps_some else {}
-            logits = self._model(input_ids=ids_RL, attention_mask=mask_RL, use_cache=False, **some).logits
+            some = (
+                {"logits_to_keep": torch.tensor(wanted, device=ids_RL.device)}
+                if self._keeps_some
+                else {}
+            )
+            logits = self._model(
+                input_ids=ids_RL, attention_mask=mask_RL, use_cache=False, **some
+            ).logits
             firsts = [wanted.index(first) for first in firsts] if some else firsts
         return [
             logits[row, first : first + len(begin) + 1].float().log_softmax(dim=-1)
@@ -260,7 +319,9 @@ class HuggingFaceGenerator(Generator):
         counted = [log for token, log in zip(kept, logs, strict=False) if token not in special]
         mean = sum(counted) / len(counted) if counted else -torch.inf
         text = self._tokenizer.decode(kept, skip_special_tokens=True)
-        return Answer(text.strip(), float(torch.tensor(mean, dtype=torch.float64).exp()), end is not None)
+        return Answer(
+            text.strip(), float(torch.tensor(mean, dtype=torch.float64).exp()), end is not None
+        )
 
     def _text(self, prompt: Prompt) -> str:
         turns = [(self._harmless(question), answer) for question, answer in prompt.examples]
@@ -270,10 +331,14 @@ class HuggingFaceGenerator(Generator):
         messages = [
             message
             for asked, answer in turns
-            for message in ({"role": "user", "content": asked}, {"role": "assistant", "content": answer})
+            for message in (
+                {"role": "user", "content": asked},
+                {"role": "assistant", "content": answer},
+            )
         ]
         messages.append({"role": "user", "content": question})
-        # Of the models that think aloud, some leave it when told so; templates of others do not read this.
+        # Of the models that think aloud, some leave it when told so; templates of others do not
+        # read this.
         return self._tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, tokenize=False, enable_thinking=False
         )
@@ -287,7 +352,9 @@ class HuggingFaceGenerator(Generator):
     def _ids(self, prompt: Prompt) -> list[int]:
         # A chat template writes its special tokens itself.
         # The library would warn of what is too long, which is cut or refused by us.
-        return self._tokenizer(self._text(prompt), add_special_tokens=not self._chats, verbose=False)["input_ids"]
+        return self._tokenizer(
+            self._text(prompt), add_special_tokens=not self._chats, verbose=False
+        )["input_ids"]
 
     def _choices(self, prompt: Prompt, choices: Sequence[str]) -> list[tuple[int, ...]]:
         """The tokens of each choice where it stands, behind the prompt."""
@@ -300,10 +367,18 @@ class HuggingFaceGenerator(Generator):
         found = []
         for choice in choices:
             asked = f"{text}{gap}{choice}"
-            whole = self._tokenizer(asked, add_special_tokens=not self._chats, verbose=False)["input_ids"]
-            # Where the first piece of the word grows together with the end of the prompt, it is cut by itself.
+            whole = self._tokenizer(asked, add_special_tokens=not self._chats, verbose=False)[
+                "input_ids"
+            ]
+            # Where the first piece of the word grows together with the end of the prompt, it is cut
+            # by itself.
             behind = whole[len(alone) :] if whole[: len(alone)] == alone else None
-            found.append(tuple(behind or self._tokenizer(f"{gap}{choice}", add_special_tokens=False)["input_ids"]))
+            found.append(
+                tuple(
+                    behind
+                    or self._tokenizer(f"{gap}{choice}", add_special_tokens=False)["input_ids"]
+                )
+            )
         return found
 
     def _decoder_start(self) -> list[int]:
@@ -345,8 +420,8 @@ class HuggingFaceGenerator(Generator):
 class _Chooser(LogitsProcessor):
     """Chooses each row's next token, and keeps its probability under the model.
 
-    A row with a seed takes the largest of logits / temperature plus Gumbel noise, which is a draw from the softmax of
-    the former, whatever the rows beside it.
+    A row with a seed takes the largest of logits / temperature plus Gumbel noise, which is a draw
+    from the softmax of the former, whatever the rows beside it.
 
     Args:
         draws: seed per row, None for the most probable token.
@@ -354,7 +429,9 @@ class _Chooser(LogitsProcessor):
     """
 
     def __init__(self, draws: Sequence[int | None], *, temperature: float) -> None:
-        self._random = [None if seed is None else torch.Generator().manual_seed(seed) for seed in draws]
+        self._random = [
+            None if seed is None else torch.Generator().manual_seed(seed) for seed in draws
+        ]
         self._temperature = temperature
         self.chosen: list[Tensor] = []
         self.log_probabilities: list[Tensor] = []
@@ -365,8 +442,12 @@ class _Chooser(LogitsProcessor):
         for row, random in enumerate(self._random):
             if random is not None:
                 best = logs_BV[row].topk(min(DRAWN_FROM, logs_BV.shape[1]))
-                noise = -torch.log(-torch.log(torch.rand(len(best.values), generator=random).clamp(1e-9, 1 - 1e-7)))
-                chosen_B[row] = best.indices[(best.values / self._temperature + noise.to(best.values.device)).argmax()]
+                noise = -torch.log(
+                    -torch.log(torch.rand(len(best.values), generator=random).clamp(1e-9, 1 - 1e-7))
+                )
+                chosen_B[row] = best.indices[
+                    (best.values / self._temperature + noise.to(best.values.device)).argmax()
+                ]
         self.chosen.append(chosen_B)
         self.log_probabilities.append(logs_BV.gather(1, chosen_B[:, None]).squeeze(1))
         # The library takes the largest: nothing else is left.
@@ -380,4 +461,8 @@ def _begins(row: tuple[int, ...], begin: tuple[int, ...]) -> bool:
 def _needed(choices: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
     """The answers without their last token, less those that another one begins with."""
     begins = list(dict.fromkeys(choice[:-1] for choice in choices))
-    return [begin for begin in begins if not any(other != begin and _begins(other, begin) for other in begins)]
+    return [
+        begin
+        for begin in begins
+        if not any(other != begin and _begins(other, begin) for other in begins)
+    ]

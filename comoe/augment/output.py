@@ -1,4 +1,4 @@
-"""The files that augment writes: its output, and the journal that lets a killed run go on. No other file is replaced."""
+"""Files that augment writes: its output, and the journal that lets a killed run go on."""
 
 from __future__ import annotations
 
@@ -25,12 +25,13 @@ class Journal:
 
     Args:
         path: the file; it is made where it is missing.
-        head: what the work depends on, option -> value. Work begun with another head is not gone on with.
+        head: what the work depends on, option -> value. Work begun with another head is not gone on
+            with.
         anew: forget what was done.
 
     Raises:
-        ValueError: the file is none of a journal, was begun with another head, is damaged, or another process writes
-            to it.
+        ValueError: the file is none of a journal, was begun with another head, is damaged, or
+            another process writes to it.
     """
 
     def __init__(self, path: Path, head: Mapping[str, str], *, anew: bool = False) -> None:
@@ -61,13 +62,17 @@ class Journal:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise ValueError(f"{self.path}: another process is writing it; wait, or name another --output.") from error
+            raise ValueError(
+                f"{self.path}: another process is writing it; wait, or name another --output."
+            ) from error
 
     def _read(self, head: dict[str, str], *, anew: bool) -> list[Record]:
         self._file.seek(0)
         content = self._file.read()
         if not (content.startswith(_BEGIN) or _BEGIN.startswith(content)):
-            raise ValueError(f"{self.path} is no file of augment, which needs this name; move it away.")
+            raise ValueError(
+                f"{self.path} is no file of augment, which needs this name; move it away."
+            )
         if anew:
             self._file.truncate(0)
             content = b""
@@ -85,7 +90,8 @@ class Journal:
         begun = found[0]
         told = differences(begun, head)
         if told and len(found) == 1:
-            # Nothing was done yet: a prompt that the model cannot read is corrected and given again.
+            # Nothing was done yet: a prompt that the model cannot read is corrected and given
+            # again.
             self._file.truncate(0)
             self._write(head)
         elif told:
@@ -147,10 +153,16 @@ class Output:
             spared: files and folders that are read.
 
         Raises:
-            ValueError: a file to write is one that is read, also through a link, or would be found in a folder that is
-                read; a file of somebody else is in the way.
+            ValueError: a file to write is one that is read, also through a link, or would be found
+                in a folder that is read; a file of somebody else is in the way.
         """
-        written = [self.posts, self.malformed, self.begun, self._note, *map(_aside, (self.posts, self.malformed))]
+        written = [
+            self.posts,
+            self.malformed,
+            self.begun,
+            self._note,
+            *map(_aside, (self.posts, self.malformed)),
+        ]
         for path in written:
             for source in spared:
                 if _same(path, source) or _is_read_from(path, source):
@@ -171,7 +183,12 @@ class Output:
         return self._read() if self.posts.is_file() else None
 
     def write(
-        self, posts: Iterable[Row], malformed: Sequence[Row], *, head: Mapping[str, str], report: Sequence[str]
+        self,
+        posts: Iterable[Row],
+        malformed: Sequence[Row],
+        *,
+        head: Mapping[str, str],
+        report: Sequence[str],
     ) -> None:
         """Write all that a run ends with; without malformed answers there is no file of them.
 
@@ -181,7 +198,11 @@ class Output:
             ValueError: see ``check``.
         """
         rows = {self.malformed: malformed, self.posts: posts}
-        new = {path: _write(_aside(path), some) for path, some in rows.items() if path == self.posts or some}
+        new = {
+            path: _write(_aside(path), some)
+            for path, some in rows.items()
+            if path == self.posts or some
+        }
         # Once more: the run may have taken days.
         self.check()
         for path in rows:
@@ -210,10 +231,15 @@ def line_of(row: Row, *, number: int) -> str:
     try:
         text = json.dumps(_plain(row), ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"post {number} has a cell that JSON lines cannot hold ({error}); drop its column.") from error
-    # U+2028 and its kin end a line for some readers, and half a surrogate pair is no character: as escapes they do no
-    # harm.
-    return "".join(_ESCAPED.get(sign, sign) if sign < "\ud800" else _safe(sign) for sign in text) + "\n"
+        raise ValueError(
+            f"post {number} has a cell that JSON lines cannot hold ({error}); drop its column."
+        ) from error
+    # U+2028 and its kin end a line for some readers, and half a surrogate pair is no character: as
+    # escapes they do no harm.
+    return (
+        "".join(_ESCAPED.get(sign, sign) if sign < "\ud800" else _safe(sign) for sign in text)
+        + "\n"
+    )
 
 
 def _write(path: Path, rows: Iterable[Row]) -> str:
@@ -245,7 +271,9 @@ def _is_known(path: Path, note: Note | None) -> bool:
 def _same(path: Path, other: Path) -> bool:
     """One file under two names, links and hard links included."""
     both = path.exists() and other.exists()
-    return os.path.realpath(path) == os.path.realpath(other) or (both and os.path.samefile(path, other))
+    return os.path.realpath(path) == os.path.realpath(other) or (
+        both and os.path.samefile(path, other)
+    )
 
 
 def _is_read_from(path: Path, folder: Path) -> bool:
@@ -260,7 +288,9 @@ def _is_read_from(path: Path, folder: Path) -> bool:
 
 def _is_split(name: str) -> bool:
     stem, ending = os.path.splitext(name)
-    usual = stem.removesuffix("_text").removesuffix("_labels") in {word for words in NAMES.values() for word in words}
+    usual = stem.removesuffix("_text").removesuffix("_labels") in {
+        word for words in NAMES.values() for word in words
+    }
     return (usual and ending.lower() in ENDINGS) or name == "mapping.txt"
 
 

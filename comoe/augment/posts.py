@@ -92,16 +92,20 @@ def read_posts(choice: PostChoice, *, labels: Sequence[str], added: Sequence[str
         added: columns that will be written beside those of the posts.
 
     Raises:
-        ValueError: no such file, split or column; a column that would be overwritten; a row without text or with an
-            unknown label, with file and line; no post at all.
+        ValueError: no such file, split or column; a column that would be overwritten; a row without
+            text or with an unknown label, with file and line; no post at all.
     """
-    source = open_source("--input", root=None, path=choice.path, format=choice.format, subset=None, splits={})
+    source = open_source(
+        "--input", root=None, path=choice.path, format=choice.format, subset=None, splits={}
+    )
     if choice.split not in NAMES:
         raise unknown_name("--split", choice.split, NAMES)
     # A path that is a file is its data set's training split to the reader.
     raw = read_split(source, "train" if Path(source.path).is_file() else choice.split)
     if raw is None:
-        raise ValueError(f"--input {choice.path}: it has no {choice.split} split; choose another --split.")
+        raise ValueError(
+            f"--input {choice.path}: it has no {choice.split} split; choose another --split."
+        )
     if taken := [name for name in added if name in raw.columns]:
         raise ValueError(
             f"{raw.file} has the column {taken[0]} already, which would be overwritten; rename or drop it "
@@ -110,7 +114,9 @@ def read_posts(choice: PostChoice, *, labels: Sequence[str], added: Sequence[str
     pair, label, notes = _columns(choice, raw)
     posts, bad = _rows(raw, choice, pair=pair, label=label, labels=labels)
     if bad and not choice.skip_bad:
-        raise ValueError(f"{bad[0]} Correct the row, or leave out bad rows with --skip-bad ({len(bad)} in all).")
+        raise ValueError(
+            f"{bad[0]} Correct the row, or leave out bad rows with --skip-bad ({len(bad)} in all)."
+        )
     if not posts:
         raise ValueError(f"{raw.file} holds no post that can be read.")
     return Posts(raw.file, tuple(posts), tuple(bad), tuple(notes))
@@ -131,9 +137,13 @@ def _columns(choice: PostChoice, raw: RawSplit) -> tuple[str | None, str | None,
     label = choice.label or (LABEL if LABEL in raw.columns else None)
     notes = []
     if pair is None:
-        notes.append(f"no column {PAIR}: the sentiment is that of the whole post (--pair-column names another)")
+        notes.append(
+            f"no column {PAIR}: the sentiment is that of the whole post (--pair-column names another)"
+        )
     if label is None:
-        notes.append(f"no column {LABEL}: no gold labels, one round each (--label-column names another)")
+        notes.append(
+            f"no column {LABEL}: no gold labels, one round each (--label-column names another)"
+        )
     return pair, label, notes
 
 

@@ -53,7 +53,8 @@ class Templates:
     opinion: str = ""
     """Second question: the opinion on that aspect."""
     polarity: str = ""
-    """Third question: the sentiment that the opinion implies; its answers are the label words, scored."""
+    """Third question: the sentiment that the opinion implies; its answers are the label words,
+    scored."""
     refine_aspect: str = ""
     """Instead of ``aspect``, once an answer implied another label than the gold one."""
     refine_opinion: str = ""
@@ -99,7 +100,9 @@ class Prompts:
         self.file = file
         self.labels = tuple(file.labels)
         self.words = tuple(file.labels.values())
-        self._templates = {name.name: getattr(file.templates, name.name) for name in dataclasses.fields(Templates)}
+        self._templates = {
+            name.name: getattr(file.templates, name.name) for name in dataclasses.fields(Templates)
+        }
         self._examples = [self._values(example) for example in file.examples]
         self._runs = frozenset(run for text in self._own_texts() for run in runs(words_of(text)))
 
@@ -129,15 +132,24 @@ class Prompts:
         return not self._runs.isdisjoint(runs(words_of(answer)))
 
     def _fill(self, template: str, values: Mapping[str, str]) -> str:
-        spoken = {name: self.file.labels.get(text, text) if name in SPOKEN else text for name, text in values.items()}
+        spoken = {
+            name: self.file.labels.get(text, text) if name in SPOKEN else text
+            for name, text in values.items()
+        }
         listed = ", ".join(self.words[:-1]) + f" or {self.words[-1]}"
         return template.strip().format_map(spoken | {"labels": listed})
 
     def _answer(self, part: str, example: Mapping[str, str]) -> str:
-        return self.file.labels.get(example["gold"], "") if ANSWERS[part] == "gold" else example[ANSWERS[part]]
+        return (
+            self.file.labels.get(example["gold"], "")
+            if ANSWERS[part] == "gold"
+            else example[ANSWERS[part]]
+        )
 
     def _values(self, example: Example) -> dict[str, str]:
-        given = {name: text for name, text in dataclasses.asdict(example).items() if text is not None}
+        given = {
+            name: text for name, text in dataclasses.asdict(example).items() if text is not None
+        }
         return {"target": self.file.no_target, "labels": "", **given}
 
     def _own_texts(self) -> Iterator[str]:
@@ -151,8 +163,8 @@ def load_prompts(path: Path) -> Prompts:
     """Read and check a file of prompts.
 
     Raises:
-        ValueError: no such file; an unknown or missing key; a template with a wrong field, or without one that it
-            needs; fewer than two labels, or two with one word.
+        ValueError: no such file; an unknown or missing key; a template with a wrong field, or
+            without one that it needs; fewer than two labels, or two with one word.
     """
     file, origins = load_settings(path, PromptFile)
     for name, text in dataclasses.asdict(file.templates).items():
@@ -167,7 +179,9 @@ def load_prompts(path: Path) -> Prompts:
         )
     for name, most in dataclasses.asdict(file.most_words).items():
         if most < 1:
-            raise ValueError(f"{place_of('most_words', origins)}most_words.{name} is {most}; it must be at least 1.")
+            raise ValueError(
+                f"{place_of('most_words', origins)}most_words.{name} is {most}; it must be at least 1."
+            )
     for number, example in enumerate(file.examples, start=1):
         for label in (example.gold, example.previous_polarity):
             if label is not None and label not in file.labels:
@@ -184,10 +198,16 @@ def _check_template(template: str, part: str, *, key: str) -> None:
         rule = "a field is a name in braces, {text}; a brace itself is doubled."
         raise ValueError(f"{key}: {error}; {rule}") from error
     for name in sorted(found - set(allowed)):
-        more = " It is told in the templates that refine only: else every answer would agree." if name == "gold" else ""
+        more = (
+            " It is told in the templates that refine only: else every answer would agree."
+            if name == "gold"
+            else ""
+        )
         raise ValueError(f"{key} has the field {{{name}}}; it may have {_braced(allowed)}.{more}")
     if missing := [name for name in required if name not in found]:
-        raise ValueError(f"{key} lacks the field {_braced(missing)}; without it the model cannot answer. Add it.")
+        raise ValueError(
+            f"{key} lacks the field {_braced(missing)}; without it the model cannot answer. Add it."
+        )
 
 
 def _braced(names: tuple[str, ...] | list[str]) -> str:

@@ -1,6 +1,7 @@
 """Aspect, opinion and implied polarity of posts, refined against the gold label round by round.
 
-As in MT-ISA (arXiv:2412.09046), with the three questions of THOR (arXiv:2305.11255). Malformed outputs are kept out.
+As in MT-ISA (arXiv:2412.09046), with the three questions of THOR (arXiv:2305.11255). Malformed
+outputs are kept out.
 """
 
 from __future__ import annotations
@@ -48,7 +49,9 @@ def fault_of(answer: Answer, part: str, *, prompts: Prompts) -> str | None:
         part: aspect or opinion.
         prompts: what was asked.
     """
-    return next((reason for reason, applies in REASONS.items() if applies(answer, part, prompts)), None)
+    return next(
+        (reason for reason, applies in REASONS.items() if applies(answer, part, prompts)), None
+    )
 
 
 def _is_empty(answer: Answer, part: str, prompts: Prompts) -> bool:
@@ -95,7 +98,8 @@ REASONS: dict[str, Callable[[Answer, str, Prompts], bool]] = {
     "says nothing": _says_nothing,
     "only a label": _is_only_a_label,
 }
-"""Reason, as it is counted and written -> whether it applies to (answer, part, prompts); the first one counts."""
+"""Reason, as it is counted and written -> whether it applies to (answer, part, prompts); the first
+one counts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,9 +194,9 @@ class _Case:
 class Refiner:
     """Asks, checks, and asks again.
 
-    A question is first answered by the most probable tokens. A question that comes back unchanged would have the same
-    answer for ever, so from then on it is drawn, with a seed made of ``settings.seed``, post, round and part: neither
-    the batch nor an interruption changes it.
+    A question is first answered by the most probable tokens. A question that comes back unchanged
+    would have the same answer for ever, so from then on it is drawn, with a seed made of
+    ``settings.seed``, post, round and part: neither the batch nor an interruption changes it.
 
     Args:
         generator: the model.
@@ -207,7 +211,10 @@ class Refiner:
         self._settings = settings
 
     def __call__(
-        self, posts: Sequence[Post], *, watch: Callable[[int, int], object] = lambda number, left: None
+        self,
+        posts: Sequence[Post],
+        *,
+        watch: Callable[[int, int], object] = lambda number, left: None,
     ) -> list[Outcome]:
         """Answer some posts.
 
@@ -263,7 +270,13 @@ class Refiner:
             if prompts[row] in cases[row].greedy else None
             for row in fresh
         ]  # fmt: skip
-        said = dict(zip(fresh, self._batched.answer([prompts[row] for row in fresh], draws=seeds), strict=True))
+        said = dict(
+            zip(
+                fresh,
+                self._batched.answer([prompts[row] for row in fresh], draws=seeds),
+                strict=True,
+            )
+        )
         answers: list[Answer | None] = []
         for row, (case, prompt) in enumerate(zip(cases, prompts, strict=True)):
             answer = said.get(row) or case.greedy[prompt]
@@ -276,9 +289,16 @@ class Refiner:
 
     def _prompt(self, case: _Case, part: str, known: Mapping[str, str]) -> Prompt:
         """The filled question; the end of a post that makes it too long for the model is left out."""
-        values = {"target": case.post.target or self._prompts.file.no_target, "gold": case.post.gold or "", **known}
+        values = {
+            "target": case.post.target or self._prompts.file.no_target,
+            "gold": case.post.gold or "",
+            **known,
+        }
         if case.kept is not None:
-            values |= {f"previous_{name}": getattr(case.kept, name) for name in ("aspect", "opinion", "polarity")}
+            values |= {
+                f"previous_{name}": getattr(case.kept, name)
+                for name in ("aspect", "opinion", "polarity")
+            }
         words = case.post.text.split()
         while True:
             prompt = self._prompts.build(part, values | {"text": " ".join(words)})

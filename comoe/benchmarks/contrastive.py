@@ -16,7 +16,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from comoe.benchmarks.ranks import run_on_ranks
-from comoe.benchmarks.timing import Contestant, Report, Target, machine_note, median, ratio, spread_of, take_turns
+from comoe.benchmarks.timing import (
+    Contestant,
+    Report,
+    Target,
+    machine_note,
+    median,
+    ratio,
+    spread_of,
+    take_turns,
+)
 from comoe.config.recipe import ContrastiveConfig
 from comoe.distributed import gather_detached
 from comoe.losses.contrastive.loss import ContrastiveLoss
@@ -56,12 +65,16 @@ def make_posts(count: int, ranks: int, *, width: int) -> Posts:
     draw = torch.Generator().manual_seed(0)
     rows = F.normalize(torch.randn(count, width, generator=draw), dim=1)
     own = count // ranks
-    return Posts(rows[:own].clone(), rows[own:].clone(), torch.randint(0, LABELS, (count,), generator=draw))
+    return Posts(
+        rows[:own].clone(), rows[own:].clone(), torch.randint(0, LABELS, (count,), generator=draw)
+    )
 
 
 def ours(posts: Posts) -> Callable[[], Tensor]:
     """The closed form."""
-    task = Task("posts", "single_label", tuple(map(str, range(LABELS))), "accuracy", contrastive=True)
+    task = Task(
+        "posts", "single_label", tuple(map(str, range(LABELS))), "accuracy", contrastive=True
+    )
     own, ranks = len(posts.own_BP), len(posts.labels_G) // len(posts.own_BP)
     loss = ContrastiveLoss(
         (task,),
@@ -84,13 +97,16 @@ def ours(posts: Posts) -> Callable[[], Tensor]:
 class PlayedRanks:
     """The gather of the first rank: its rows, then those that the others would send, into a new tensor.
 
-    Only the numbers that the others compute from their own rows are made up: they are those of the first rank again.
+    Only the numbers that the others compute from their own rows are made up: they are those of the
+    first rank again.
     """
 
     def __init__(self, posts: Posts, ranks: int) -> None:
         self.ranks = ranks
         others = posts.labels_G[len(posts.own_BP) :, None]
-        self.packed_GQ = torch.cat([posts.others_GP, others, torch.zeros(len(others), 1), others], dim=1)
+        self.packed_GQ = torch.cat(
+            [posts.others_GP, others, torch.zeros(len(others), 1), others], dim=1
+        )
 
     def __call__(self, rows: Tensor, *, sizes: Sequence[int] | None = None) -> tuple[Tensor, int]:
         is_packed = rows.shape[1] == self.packed_GQ.shape[1]
@@ -141,10 +157,13 @@ FORMS: dict[str, Callable[[Posts], Callable[[], Tensor]]] = {
     "local": local,
     "reference": reference,
 }
-"""Contestant -> (posts) -> one forward and backward pass, which gives the gradient of the rows it began with."""
+"""Contestant -> (posts) -> one forward and backward pass, which gives the gradient of the rows it
+began with."""
 
 
-def times(batches: Sequence[int], *, ranks: int, width: int, rounds: int, limit: int) -> dict[str, Any]:
+def times(
+    batches: Sequence[int], *, ranks: int, width: int, rounds: int, limit: int
+) -> dict[str, Any]:
     """Seconds of one forward and backward pass on the first of ``ranks`` ranks, all contestants in turns.
 
     Args:
@@ -158,7 +177,9 @@ def times(batches: Sequence[int], *, ranks: int, width: int, rounds: int, limit:
     for count in batches:
         posts = make_posts(count, ranks, width=width)
         contestants = {
-            name: Contestant(form(posts)) for name, form in FORMS.items() if needs(name, count, ranks, width) <= limit
+            name: Contestant(form(posts))
+            for name, form in FORMS.items()
+            if needs(name, count, ranks, width) <= limit
         }
         # The large ones take seconds a round.
         taken = take_turns(contestants, rounds=max(3, min(rounds, rounds * 8192 // count)))
@@ -173,13 +194,15 @@ def needs(name: str, count: int, ranks: int, width: int) -> float:
 
 
 BYTES_PER_PAIR = 2 * 4 + 2 * 1 + 4 * 4
-"""Of a dense form, per anchor and row, at its peak, in the backward pass of logsumexp: the similarities and the masked
-ones, saved, two masks, saved, and four matrices on the way to the gradient of the similarities."""
+"""Of a dense form, per anchor and row, at its peak, in the backward pass of logsumexp: the
+similarities and the masked ones, saved, two masks, saved, and four matrices on the way to the
+gradient of the similarities."""
 
 
 def peak(form: str, *, count: int, ranks: int, width: int) -> float:
     """Most bytes that a forward and backward pass adds to this process, which should be a fresh one."""
-    # Every large block mapped on its own, and unmapped when freed: what the allocator keeps is no need of the form.
+    # Every large block mapped on its own, and unmapped when freed: what the allocator keeps is no
+    # need of the form.
     libc = ctypes.CDLL(None)
     libc.mallopt(M_MMAP_THRESHOLD, 1 << 17)
     try:
@@ -217,7 +240,9 @@ def wire(count: int, *, width: int) -> dict[str, float]:
     posts = make_posts(count, ranks, width=width)
     own = len(posts.own_BP)
     task = Task("posts", "single_label", ("0", "1", "2"), "accuracy", contrastive=True)
-    loss = ContrastiveLoss((task,), ContrastiveConfig(), width=width, gather=gather_detached, world_size=ranks)
+    loss = ContrastiveLoss(
+        (task,), ContrastiveConfig(), width=width, gather=gather_detached, world_size=ranks
+    )
     blank, ids = torch.ones(own, 1, dtype=torch.int64), torch.arange(own)
     labels = posts.labels_G[:own]
     batch = Batch(blank, blank, None, blank.bool(), ids, ids, {"posts": labels})
@@ -282,7 +307,8 @@ class _GatherWithGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        # A reduce-scatter, which gloo lacks: each rank sends every other rank its part, and sums what it gets.
+        # A reduce-scatter, which gloo lacks: each rank sends every other rank its part, and sums
+        # what it gets.
         received = torch.empty_like(gradient)
         dist.all_to_all_single(received, gradient.contiguous())
         return received.view(dist.get_world_size(), -1, gradient.shape[1]).sum(0)
@@ -304,7 +330,8 @@ class Size:
     rounds: int = 15
     """Timed rounds of the small batches; the large ones have fewer."""
     limit: int = 3 << 30
-    """Bytes that a contestant's matrices may take; larger ones are not run, and their memory is computed."""
+    """Bytes that a contestant's matrices may take; larger ones are not run, and their memory is
+    computed."""
     checked: int = 8192
     """Posts at which the computed memory of the full form is held against the measured one."""
 
@@ -336,7 +363,12 @@ def run(
     size = size or Size()
     size = size if rounds is None else replace(size, rounds=rounds)
     report = Report("contrastive: forward and backward of the loss on one rank of several", TARGETS)
-    shape = {"batches": list(size.batches), "width": size.width, "rounds": size.rounds, "limit": size.limit}
+    shape = {
+        "batches": list(size.batches),
+        "width": size.width,
+        "rounds": size.rounds,
+        "limit": size.limit,
+    }
     spread = run_on_ranks(f"{COSTS}:times", 1, ranks=size.ranks, **shape)
     few = [count for count in size.batches if count in (1024, 8192)]
     single = run_on_ranks(f"{COSTS}:times", 1, ranks=1, **(shape | {"batches": few}))
@@ -349,7 +381,9 @@ def run(
     add_times(report, spread["times"], suffix="")
     add_times(report, single["times"], suffix="_one_rank")
     sent = run_on_ranks(f"{COSTS}:wire", 2, count=1024, width=size.width)
-    report.add("wire_over_gather_grad", asdict(spread_of([sent["ours"] / sent["gather with gradient"]])))
+    report.add(
+        "wire_over_gather_grad", asdict(spread_of([sent["ours"] / sent["gather with gradient"]]))
+    )
     print("\n".join(report.lines()))
     if json_path is not None:
         report.write(json_path)
@@ -363,8 +397,13 @@ def add_memory(report: Report, size: Size) -> None:
         measured = run_on_ranks(f"{COSTS}:peak", 1, form="ours", count=count, **shape)
         whole = needs("full", count, size.ranks, size.width)
         report.add(f"memory_over_full_{count}", asdict(spread_of([measured / whole])))
-        report.notes.append(f"peak extra memory of ours at {count:,} posts: {measured / 2**20:,.0f} MiB")
-    peaks = {name: run_on_ranks(f"{COSTS}:peak", 1, form=name, count=size.checked, **shape) for name in FORMS}
+        report.notes.append(
+            f"peak extra memory of ours at {count:,} posts: {measured / 2**20:,.0f} MiB"
+        )
+    peaks = {
+        name: run_on_ranks(f"{COSTS}:peak", 1, form=name, count=size.checked, **shape)
+        for name in FORMS
+    }
     computed = needs("full", size.checked, size.ranks, size.width)
     report.add("full_measured_over_computed", asdict(spread_of([peaks["full"] / computed])))
     listed = ", ".join(f"{name} {value / 2**20:,.0f} MiB" for name, value in peaks.items())
@@ -381,5 +420,9 @@ def add_times(report: Report, times: Mapping[str, Any], *, suffix: str) -> None:
         form, _, count = name.partition("/")
         # The reference code's few posts are the same work at every size: a time, no ratio.
         if form in ("full", "local"):
-            report.add(f"time_over_{form}_{count}{suffix}", asdict(ratio(times, f"ours/{count}", name)))
-        report.add_time(form, median(times, name), case=f"{int(count):,} posts{suffix.replace('_', ' ')}")
+            report.add(
+                f"time_over_{form}_{count}{suffix}", asdict(ratio(times, f"ours/{count}", name))
+            )
+        report.add_time(
+            form, median(times, name), case=f"{int(count):,} posts{suffix.replace('_', ' ')}"
+        )

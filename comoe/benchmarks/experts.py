@@ -15,7 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from comoe.benchmarks.layers import Block, EveryExpert, Native, adam_step, build_dense, forward_backward, precision
+from comoe.benchmarks.layers import (
+    Block,
+    EveryExpert,
+    Native,
+    adam_step,
+    build_dense,
+    forward_backward,
+    precision,
+)
 from comoe.benchmarks.ranks import run_on_ranks
 from comoe.benchmarks.timing import (
     Contestant,
@@ -83,10 +91,10 @@ class _Mark(torch.autograd.Function):
 def clocked_routing(layer: nn.Module, clock: Clock) -> Any:
     """While open, ``clock`` runs in everything that ``layer`` does to decide, forward and backward.
 
-    Forward: from the layer's start to the start of its experts: logits, scores, top-k, counts, sort. With one rank
-    nothing is sent in between; on a GPU, AutoEP's gather of the rows is, so the share is an upper limit there.
-    Backward: from the gradient of the routes' weights to that of the router's input, which autograd works through
-    without anything else in between.
+    Forward: from the layer's start to the start of its experts: logits, scores, top-k, counts,
+    sort. With one rank nothing is sent in between; on a GPU, AutoEP's gather of the rows is, so the
+    share is an upper limit there. Backward: from the gradient of the routes' weights to that of the
+    router's input, which autograd works through without anything else in between.
     """
     handles = [
         layer.register_forward_pre_hook(lambda module, arguments: clock.start()),
@@ -105,7 +113,9 @@ def clocked_routing(layer: nn.Module, clock: Clock) -> Any:
             handle.remove()
 
 
-def routing_share(block: Block, run: Callable[[], None], *, rounds: int, device: torch.device) -> Ratio:
+def routing_share(
+    block: Block, run: Callable[[], None], *, rounds: int, device: torch.device
+) -> Ratio:
     """Time of routing over time of the block's whole forward and backward pass.
 
     Args:
@@ -129,7 +139,8 @@ SKEW = 3.0
 
 
 MOST_REFERENCE_EXPERTS = 16
-"""The loop over all experts keeps E answers per token for its backward pass: with 64 that is gigabytes here."""
+"""The loop over all experts keeps E answers per token for its backward pass: with 64 that is
+gigabytes here."""
 
 
 Run = Callable[[], None]
@@ -144,9 +155,11 @@ def measure(config: str | None, experts: list[int], **fields: Any) -> dict[str, 
         fields: the rest of ``Size``.
 
     Returns:
-        times: contestant -> seconds per round. Names are ``what/load/E``: block, native, reference under the loads
+        times: contestant -> seconds per round. Names are ``what/load/E``: block, native, reference
+            under the loads
         posts, balanced and skew3; ``dense``; ``step of block/E`` and the like for AdamW.
-        shares: E -> share of routing. skews: E -> largest over mean load of a fresh gate on the posts. notes: lines.
+        shares: E -> share of routing. skews: E -> largest over mean load of a fresh gate on the
+            posts. notes: lines.
     """
     size = Size(experts=tuple(experts), **fields)
     device = start_ranks(timeout_seconds=600)
@@ -184,7 +197,11 @@ def measure(config: str | None, experts: list[int], **fields: Any) -> dict[str, 
 
 
 def _on_posts(
-    contestants: dict[str, Contestant], num_experts: int, x_SM: Tensor, upstream_SM: Tensor, size: Size
+    contestants: dict[str, Contestant],
+    num_experts: int,
+    x_SM: Tensor,
+    upstream_SM: Tensor,
+    size: Size,
 ) -> tuple[Block, Run]:
     """Fresh gates on the posts themselves: what they route is what the posts make of them."""
     widths = (num_experts, size.model_width, size.expert_width)
@@ -202,7 +219,11 @@ def _on_posts(
 
 
 def _steered(
-    contestants: dict[str, Contestant], num_experts: int, x_SM: Tensor, upstream_SM: Tensor, size: Size
+    contestants: dict[str, Contestant],
+    num_experts: int,
+    x_SM: Tensor,
+    upstream_SM: Tensor,
+    size: Size,
 ) -> None:
     """Forced loads: every layer runs its own router, and the tokens make all of them pick the same experts."""
     loads = {
@@ -211,7 +232,9 @@ def _steered(
     }
     forced = {load: force(x_SM, picks_Sk, num_experts) for load, picks_Sk in loads.items()}
     for name, kind in (("block", Block), ("native", Native)):
-        layer = kind(num_experts, size.model_width, size.expert_width, top_k=size.top_k, device=x_SM.device)
+        layer = kind(
+            num_experts, size.model_width, size.expert_width, top_k=size.top_k, device=x_SM.device
+        )
         with torch.no_grad():
             layer.gate_weight.copy_(steering_weight(num_experts, size.model_width))
         for load, forced_SM in forced.items():
@@ -245,8 +268,8 @@ class Size:
     rounds: int = 9
     """Timed rounds."""
     alone: bool = True
-    """One rank: time the loop over all experts and the share of routing too. With several ranks the wait for one
-    another would count as routing."""
+    """One rank: time the loop over all experts and the share of routing too. With several ranks the
+    wait for one another would count as routing."""
 
 
 SIZES = {
@@ -267,13 +290,23 @@ _ANYWHERE = {
 
 
 TARGETS = {
-    "cpu": {"block_over_dense": Target(at_most=1.3), "routing_share": Target(at_most=0.15), **_ANYWHERE},
-    "cuda": {"block_over_dense": Target(at_most=1.15), "routing_share": Target(at_most=0.10), **_ANYWHERE},
+    "cpu": {
+        "block_over_dense": Target(at_most=1.3),
+        "routing_share": Target(at_most=0.15),
+        **_ANYWHERE,
+    },
+    "cuda": {
+        "block_over_dense": Target(at_most=1.15),
+        "routing_share": Target(at_most=0.10),
+        **_ANYWHERE,
+    },
 }
 """Kind of device -> key -> target."""
 
 
-def run(json_path: Path | None = None, *, config: Path | None = None, rounds: int | None = None) -> Report:
+def run(
+    json_path: Path | None = None, *, config: Path | None = None, rounds: int | None = None
+) -> Report:
     """Measure everything, print the table, write the JSON.
 
     Args:
@@ -284,7 +317,9 @@ def run(json_path: Path | None = None, *, config: Path | None = None, rounds: in
     recipe = None if config is None else str(config.resolve())
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     size = SIZES[kind] if rounds is None else replace(SIZES[kind], rounds=rounds)
-    report = Report("experts: forward and backward of one layer; ratios of times taken in turns", TARGETS[kind])
+    report = Report(
+        "experts: forward and backward of one layer; ratios of times taken in turns", TARGETS[kind]
+    )
     measured = run_on_ranks("comoe.benchmarks.experts:measure", 1, config=recipe, **asdict(size))
     report.notes += measured["notes"]
     add_ratios(report, measured["times"], size.experts)
@@ -292,8 +327,12 @@ def run(json_path: Path | None = None, *, config: Path | None = None, rounds: in
     if kind == "cpu" or torch.cuda.device_count() > 1:
         ends = (size.experts[0], size.experts[-1])
         halves = replace(size, tokens=size.tokens // 2, experts=ends, alone=False)
-        several = run_on_ranks("comoe.benchmarks.experts:measure", 2, config=recipe, **asdict(halves))
-        report.notes.append(f"*_ep2: two ranks share the experts (EP 2), {halves.tokens} tokens on each")
+        several = run_on_ranks(
+            "comoe.benchmarks.experts:measure", 2, config=recipe, **asdict(halves)
+        )
+        report.notes.append(
+            f"*_ep2: two ranks share the experts (EP 2), {halves.tokens} tokens on each"
+        )
         add_ratios(report, several["times"], ends, suffix="_ep2")
     monitoring = run_on_ranks("comoe.benchmarks.training:measure_monitoring", 1, config=recipe)
     report.notes.append(monitoring["note"])
@@ -322,8 +361,12 @@ def add_shares(report: Report, measured: Mapping[str, Any]) -> None:
     """Share of routing; a key's figure is the default's, the rest are rows. JSON made the keys strings."""
     for number, (num_experts, share) in enumerate(measured["shares"].items()):
         report.add("routing_share", share, case="" if number == 0 else f"E={num_experts}")
-    skews = ", ".join(f"{value:.2f} at E={num_experts}" for num_experts, value in measured["skews"].items())
-    report.notes.append(f"largest over mean load of a fresh gate on these posts: {skews}; forced skew: 3")
+    skews = ", ".join(
+        f"{value:.2f} at E={num_experts}" for num_experts, value in measured["skews"].items()
+    )
+    report.notes.append(
+        f"largest over mean load of a fresh gate on these posts: {skews}; forced skew: 3"
+    )
 
 
 def add_times(report: Report, times: Times) -> None:

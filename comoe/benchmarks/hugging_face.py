@@ -42,7 +42,8 @@ class _Hold(TrainerCallback):
 class HeldTrainer:
     """Runs the trainer's own loop, with its loader, collator and callbacks, in a thread.
 
-    Only one of main thread and trainer runs at any time, so two of them can take turns within one process.
+    Only one of main thread and trainer runs at any time, so two of them can take turns within one
+    process.
 
     Args:
         trainer: ready to train, with more steps than will be asked for.
@@ -98,7 +99,13 @@ STRATEGIES = {"hf": "random", "hf grouped": "group_by_length"}
 """Contestant -> ``train_sampling_strategy``; random is the Trainer's default."""
 
 
-BASE = dict(vocab_size=50265, hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072)
+BASE = dict(
+    vocab_size=50265,
+    hidden_size=768,
+    num_hidden_layers=12,
+    num_attention_heads=12,
+    intermediate_size=3072,
+)
 """A BERT of 125 million parameters, the size of roberta-base."""
 
 
@@ -139,8 +146,8 @@ class Rival:
     """One trainer that takes turns, and what it saw.
 
     Args:
-        recipe: its encoder is a folder, with the tokenizer that made ``split``; batch size, rate and clipping are
-            taken over.
+        recipe: its encoder is a folder, with the tokenizer that made ``split``; batch size, rate
+            and clipping are taken over.
         split: training posts.
         folder: for what the Trainer wants to write.
         device: of this rank.
@@ -176,7 +183,9 @@ class Rival:
             disable_tqdm=True,
         )
         self.collator = CountingCollator(AutoTokenizer.from_pretrained(recipe.model.encoder))
-        self.trainer = Trainer(model, arguments, data_collator=self.collator, train_dataset=Posts(split))
+        self.trainer = Trainer(
+            model, arguments, data_collator=self.collator, train_dataset=Posts(split)
+        )
         self.held = HeldTrainer(self.trainer)
 
     @property
@@ -188,9 +197,18 @@ class Rival:
 def zero2_settings() -> dict[str, Any]:
     """ZeRO-2 as users write it for the Trainer; the optimizer is torch's, DeepSpeed's own would be compiled first."""
     auto = {key: "auto" for key in ("lr", "betas", "eps", "weight_decay")}
-    sizes = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    sizes = (
+        "train_batch_size",
+        "train_micro_batch_size_per_gpu",
+        "gradient_accumulation_steps",
+        "gradient_clipping",
+    )
     return {
-        "zero_optimization": {"stage": 2, "contiguous_gradients": True, "reduce_bucket_size": 50_000_000},
+        "zero_optimization": {
+            "stage": 2,
+            "contiguous_gradients": True,
+            "reduce_bucket_size": 50_000_000,
+        },
         "optimizer": {"type": "AdamW", "params": {**auto, "torch_adam": True}},
         "bf16": {"enabled": "auto"},
         **{key: "auto" for key in sizes},

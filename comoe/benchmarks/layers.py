@@ -23,7 +23,8 @@ from comoe.train.parallel.ds_config import fill_settings, load_settings, plan_la
 from comoe.train.parallel.setup import build_deepspeed_engine
 
 OUTPUT_INIT = 0.02
-"""Spread of the output projections: with zeros the backward pass would multiply by zero all the way."""
+"""Spread of the output projections: with zeros the backward pass would multiply by zero all the
+way."""
 
 
 TASK = Task("label", "single_label", ("no", "yes"), "macro_f1")
@@ -41,11 +42,21 @@ class Block(nn.Module):
     """
 
     def __init__(
-        self, num_experts: int, model_width: int, expert_width: int, *, top_k: int, device: torch.device
+        self,
+        num_experts: int,
+        model_width: int,
+        expert_width: int,
+        *,
+        top_k: int,
+        device: torch.device,
     ) -> None:
         super().__init__()
         moe = MoeConfig(
-            num_experts=num_experts, top_k=top_k, expert_width=expert_width, layers="all", output_init=OUTPUT_INIT
+            num_experts=num_experts,
+            top_k=top_k,
+            expert_width=expert_width,
+            layers="all",
+            output_init=OUTPUT_INIT,
         )
         self.mixture = _built_by_the_engine(moe, model_width, device)
         _own_parameters(self.mixture)
@@ -66,11 +77,18 @@ class Block(nn.Module):
 class Native(nn.Module):
     """DeepSpeed's own ``deepspeed.moe.layer.MoE`` without drops, with the same gated experts; same arguments as Block.
 
-    The second expert is the second best, as in ours: sampling it, DeepSpeed's default, would be another load.
+    The second expert is the second best, as in ours: sampling it, DeepSpeed's default, would be
+    another load.
     """
 
     def __init__(
-        self, num_experts: int, model_width: int, expert_width: int, *, top_k: int, device: torch.device
+        self,
+        num_experts: int,
+        model_width: int,
+        expert_width: int,
+        *,
+        top_k: int,
+        device: torch.device,
     ) -> None:
         super().__init__()
         expert = GatedFeedForward(model_width, expert_width, output_init=OUTPUT_INIT)
@@ -100,10 +118,19 @@ class EveryExpert(nn.Module):
     """The form of the paper's code: a Python loop, every expert on every token, a dense mixture; arguments as Block."""
 
     def __init__(
-        self, num_experts: int, model_width: int, expert_width: int, *, top_k: int, device: torch.device
+        self,
+        num_experts: int,
+        model_width: int,
+        expert_width: int,
+        *,
+        top_k: int,
+        device: torch.device,
     ) -> None:
         super().__init__()
-        experts = [GatedFeedForward(model_width, expert_width, output_init=OUTPUT_INIT) for _ in range(num_experts)]
+        experts = [
+            GatedFeedForward(model_width, expert_width, output_init=OUTPUT_INIT)
+            for _ in range(num_experts)
+        ]
         self.experts = nn.ModuleList(experts).to(device=device, dtype=precision(device))
         self.gate = nn.Linear(model_width, num_experts, bias=False).to(device)
 
@@ -117,7 +144,9 @@ class EveryExpert(nn.Module):
         return total
 
 
-def build_dense(model_width: int, expert_width: int, *, top_k: int, device: torch.device) -> nn.Module:
+def build_dense(
+    model_width: int, expert_width: int, *, top_k: int, device: torch.device
+) -> nn.Module:
     """One gated feed-forward as wide as the experts of one token together: equal active FLOPs, no router."""
     return GatedFeedForward(model_width, top_k * expert_width, output_init=OUTPUT_INIT).to(
         device=device, dtype=precision(device)
@@ -171,8 +200,13 @@ def _built_by_the_engine(moe: MoeConfig, model_width: int, device: torch.device)
 
 
 def _own_parameters(module: nn.Module) -> None:
-    # ZeRO's hooks hang on the old ones and would reduce gradients over ranks in the midst of the measurement.
+    # ZeRO's hooks hang on the old ones and would reduce gradients over ranks in the midst of the
+    # measurement.
     for part in module.modules():
         for name, parameter in list(part._parameters.items()):
             if parameter is not None:
-                setattr(part, name, nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad))
+                setattr(
+                    part,
+                    name,
+                    nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad),
+                )

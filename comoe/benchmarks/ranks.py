@@ -17,11 +17,13 @@ ROOT = Path(__file__).resolve().parents[2]
 """Folder that holds the package."""
 
 
-def run_on_ranks(function: str, world_size: int, *, timeout: float = 900.0, **arguments: Any) -> Any:
+def run_on_ranks(
+    function: str, world_size: int, *, timeout: float = 900.0, **arguments: Any
+) -> Any:
     """Call ``module:function(**arguments)`` in ``world_size`` fresh processes; what it returned on rank 0.
 
-    Each rank computes with one thread on a CPU, unless ``OMP_NUM_THREADS`` says otherwise: ratios are of the
-    arithmetic then, whatever the number of cores.
+    Each rank computes with one thread on a CPU, unless ``OMP_NUM_THREADS`` says otherwise: ratios
+    are of the arithmetic then, whatever the number of cores.
 
     Args:
         function: "package.module:name".
@@ -30,7 +32,8 @@ def run_on_ranks(function: str, world_size: int, *, timeout: float = 900.0, **ar
         arguments: anything that JSON holds.
 
     Raises:
-        RuntimeError: a rank failed or the time is up; the message has the end of what the ranks wrote.
+        RuntimeError: a rank failed or the time is up; the message has the end of what the ranks
+            wrote.
     """
     print(f"{function} on {world_size} rank(s) ...", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory(prefix="comoe-bench-") as name:
@@ -45,17 +48,24 @@ def run_on_ranks(function: str, world_size: int, *, timeout: float = 900.0, **ar
                 process.kill()
                 process.wait()
         if any(process.returncode for process in ranks) or not (folder / "out.json").is_file():
-            tails = [(folder / f"log{rank}").read_text(errors="replace")[-2000:] for rank in range(world_size)]
+            tails = [
+                (folder / f"log{rank}").read_text(errors="replace")[-2000:]
+                for rank in range(world_size)
+            ]
             raise RuntimeError(f"{function} failed on {world_size} ranks:\n" + "\n".join(tails))
         return json.loads((folder / "out.json").read_text(encoding="utf-8"))
 
 
 def _start(folder: Path, rank: int, world_size: int, port: int) -> subprocess.Popen[bytes]:
     places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_SIZE": world_size}
-    environment = {"OMP_NUM_THREADS": "1"} | os.environ | {key: str(value) for key, value in places.items()}
+    environment = (
+        {"OMP_NUM_THREADS": "1"} | os.environ | {key: str(value) for key, value in places.items()}
+    )
     # The working folder may hold another checkout, and ``-m`` would look there first.
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PYTHONSAFEPATH": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment["PYTHONPATH"] = os.pathsep.join(
+        filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])
+    )
     with (folder / f"log{rank}").open("wb") as log:
         # In a session of its own: nothing that a rank does to a terminal can stop the benchmark.
         return subprocess.Popen(

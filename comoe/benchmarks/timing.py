@@ -45,7 +45,8 @@ class Report:
     notes: list[str] = field(default_factory=list)
     """Lines beneath the title: machine, posts, sizes."""
     rows: list[dict[str, Any]] = field(default_factory=list)
-    """key, case, value, low, high, rounds; the first row of a key with a case of "" is the key's figure."""
+    """key, case, value, low, high, rounds; the first row of a key with a case of "" is the key's
+    figure."""
     seconds: list[dict[str, Any]] = field(default_factory=list)
     """case, what, seconds: the times behind the ratios."""
 
@@ -75,7 +76,15 @@ class Report:
         verdict = "" if target is None else "met" if target.met_by(row["value"]) else "MISSED"
         quartiles = f"{row['low']:.3f} to {row['high']:.3f}"
         shown = "" if target is None else str(target)
-        return row["key"], row["case"], f"{row['value']:.3f}", quartiles, str(row["rounds"]), shown, verdict
+        return (
+            row["key"],
+            row["case"],
+            f"{row['value']:.3f}",
+            quartiles,
+            str(row["rounds"]),
+            shown,
+            verdict,
+        )
 
     def _times(self) -> list[tuple[str, ...]]:
         return [(row["what"], row["case"], f"{1000 * row['seconds']:.1f}") for row in self.seconds]
@@ -83,7 +92,11 @@ class Report:
     def missed(self) -> list[str]:
         """Keys whose figure is not within its target."""
         figures = self.headline()
-        return [key for key, target in self.targets.items() if key in figures and not target.met_by(figures[key])]
+        return [
+            key
+            for key, target in self.targets.items()
+            if key in figures and not target.met_by(figures[key])
+        ]
 
     def write(self, path: Path) -> None:
         """The figures by key, and all rows, as JSON."""
@@ -99,13 +112,18 @@ class Report:
 def machine_note(device: str, threads: int) -> str:
     """What the figures were taken on; a load well above the ranks means that others used the machine too."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    load = f", load average {os.getloadavg()[0]:.1f} at the start" if hasattr(os, "getloadavg") else ""
+    load = (
+        f", load average {os.getloadavg()[0]:.1f} at the start" if hasattr(os, "getloadavg") else ""
+    )
     return f"{device}, {cores} cores, {threads} thread(s) per rank{load}"
 
 
 def _aligned(table: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in table
+    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,16 +155,21 @@ Times = Mapping[str, Sequence[float | None]]
 
 
 def take_turns(
-    contestants: Mapping[str, Contestant], *, rounds: int, warmup: int = 2, device: torch.device | None = None
+    contestants: Mapping[str, Contestant],
+    *,
+    rounds: int,
+    warmup: int = 2,
+    device: torch.device | None = None,
 ) -> dict[str, list[float | None]]:
     """Time all contestants round by round, so that whatever slows the machine down for a while slows all of them.
 
-    Each round begins with the next contestant in turn. Every rank must call it with the same names; the time of a
-    round is that of the slowest rank, which the others wait for.
+    Each round begins with the next contestant in turn. Every rank must call it with the same names;
+    the time of a round is that of the slowest rank, which the others wait for.
 
     Args:
         contestants: name -> what to time.
-        rounds: timed rounds; a contestant with ``every`` above 1 takes part in the first one and each n-th after it.
+        rounds: timed rounds; a contestant with ``every`` above 1 takes part in the first one and
+            each n-th after it.
         warmup: runs of each contestant before the first round.
         device: a GPU is waited for before the clock is read.
 
@@ -186,7 +209,8 @@ def slowest(ranks: Sequence[Times]) -> dict[str, list[float | None]]:
     """The longest time of all ranks, per contestant and round."""
     return {
         name: [
-            None if values[0] is None else max(values) for values in zip(*(rank[name] for rank in ranks), strict=True)
+            None if values[0] is None else max(values)
+            for values in zip(*(rank[name] for rank in ranks), strict=True)
         ]
         for name in ranks[0]
     }

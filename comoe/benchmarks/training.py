@@ -22,7 +22,16 @@ from torch import nn
 
 from comoe.benchmarks.hugging_face import STRATEGIES, Rival, save_base_encoder
 from comoe.benchmarks.ranks import run_on_ranks
-from comoe.benchmarks.timing import Contestant, Report, Target, machine_note, median, ratio, spread_of, take_turns
+from comoe.benchmarks.timing import (
+    Contestant,
+    Report,
+    Target,
+    machine_note,
+    median,
+    ratio,
+    spread_of,
+    take_turns,
+)
 from comoe.benchmarks.workload import deepspeed_json, find_posts
 from comoe.distributed import rank, sum_over_ranks, world_size
 from comoe.evaluation.routing_stats import RoutingStats
@@ -42,7 +51,11 @@ WATCHED: dict[str, list[tuple[type, str]]] = {
     "step": [(Trainer, "_step")],
     "evaluation": [(Evaluator, "run"), (Monitor, "log_evaluation")],
     "log": [(Interval, "add"), (Interval, "reduce"), (Monitor, "log_train")],
-    "statistics": [(RoutingStats, "update"), (RoutingStats, "summary"), (Monitor, "log_evaluation")],
+    "statistics": [
+        (RoutingStats, "update"),
+        (RoutingStats, "summary"),
+        (Monitor, "log_evaluation"),
+    ],
 }
 """Part -> methods whose time is added up."""
 
@@ -51,7 +64,9 @@ WATCHED: dict[str, list[tuple[type, str]]] = {
 def clocked_methods(parts: dict[str, list[tuple[type, str]]]) -> Iterator[dict[str, list[float]]]:
     """While open, each call of the methods adds its seconds to its part's list."""
     found: dict[str, list[float]] = {part: [] for part in parts}
-    originals = [(owner, name, getattr(owner, name)) for methods in parts.values() for owner, name in methods]
+    originals = [
+        (owner, name, getattr(owner, name)) for methods in parts.values() for owner, name in methods
+    ]
     for part, methods in parts.items():
         for owner, name in methods:
             setattr(owner, name, _clocked(getattr(owner, name), found[part]))
@@ -80,7 +95,8 @@ def measure_monitoring(config: str | None) -> dict[str, Any]:
         config: recipe file; None is the default recipe.
 
     Returns:
-        share: of the training steps' time, what gathers and writes the log. evaluation_share: of an evaluation's time,
+        share: of the training steps' time, what gathers and writes the log. evaluation_share: of an
+            evaluation's time,
         what counts routes, writes and draws. note: a line on what ran.
     """
     device = start_ranks(timeout_seconds=600)
@@ -93,7 +109,10 @@ def measure_monitoring(config: str | None) -> dict[str, Any]:
             "train.save_every=100000",
         ],
     )
-    with tempfile.TemporaryDirectory(prefix="comoe-bench-") as name, open(os.devnull, "w", encoding="utf-8") as null:
+    with (
+        tempfile.TemporaryDirectory(prefix="comoe-bench-") as name,
+        open(os.devnull, "w", encoding="utf-8") as null,
+    ):
         with contextlib.redirect_stdout(null), contextlib.redirect_stderr(null):
             run = assemble(
                 source.recipe, deepspeed_json(), folder=Path(name), on_ready=lambda: None, device=device, dry_run=False,
@@ -108,7 +127,8 @@ def measure_monitoring(config: str | None) -> dict[str, Any]:
     rounds = len(seconds["step"])
     return {
         "share": asdict(spread_of([share])) | {"rounds": rounds},
-        "evaluation_share": asdict(spread_of([evaluation])) | {"rounds": len(seconds["statistics"])},
+        "evaluation_share": asdict(spread_of([evaluation]))
+        | {"rounds": len(seconds["statistics"])},
         "note": f"monitoring: {rounds} steps of the recipe {source.recipe.run.name} on {source.name}, "
         f"{1000 * sum(seconds['step']) / rounds:.0f} ms per step; each evaluation counts, writes and draws for "
         f"{1000 * sum(seconds['statistics']) / (STEPS // EVAL_EVERY):.0f} ms",
@@ -128,8 +148,8 @@ class Steps:
 
     ``counts`` holds (real, padded) tokens of each step on this rank.
 
-    The run collates the next batch in another thread meanwhile; here it is collated within the step, as the Trainer's
-    is by default.
+    The run collates the next batch in another thread meanwhile; here it is collated within the
+    step, as the Trainer's is by default.
     """
 
     def __init__(self, run: Run) -> None:
@@ -141,8 +161,13 @@ class Steps:
     def step(self) -> None:
         """One optimizer step."""
         trainer = self.trainer
-        batches = [trainer.collator(trainer.train_split, share) for share in trainer.sampler.share(self.number, rank())]
-        units_T = sum_over_ranks(torch.stack([count_units(batch, trainer.tasks) for batch in batches]).sum(0))
+        batches = [
+            trainer.collator(trainer.train_split, share)
+            for share in trainer.sampler.share(self.number, rank())
+        ]
+        units_T = sum_over_ranks(
+            torch.stack([count_units(batch, trainer.tasks) for batch in batches]).sum(0)
+        )
         scale_T = unit_scale(units_T, world_size=world_size(), accumulation=len(batches))
         batches = [replace(batch, unit_scale_T=scale_T) for batch in batches]
         rates = trainer.engine.set_rate_factor(1.0)
@@ -165,9 +190,12 @@ def measure_steps(config: str | None, overrides: list[str], rounds: int) -> dict
         rounds: timed steps of each.
 
     Returns:
-        times: contestant -> seconds per round; contestants are comoe, hf (the Trainer's defaults: random order, padded
-        to the longest of the batch) and hf grouped (group_by_length). tokens: contestant -> real tokens of all ranks
-        per round. optimizer: contestant -> median seconds of the optimizer's step within. mfu: of comoe, None without
+        times: contestant -> seconds per round; contestants are comoe, hf (the Trainer's defaults:
+            random order, padded
+        to the longest of the batch) and hf grouped (group_by_length). tokens: contestant -> real
+            tokens of all ranks
+        per round. optimizer: contestant -> median seconds of the optimizer's step within. mfu: of
+            comoe, None without
         a GPU of known peak. notes: lines.
     """
     device = start_ranks(timeout_seconds=600)
@@ -179,45 +207,72 @@ def measure_steps(config: str | None, overrides: list[str], rounds: int) -> dict
             encoder = save_base_encoder(folder / "encoder", recipe.model.encoder)
             recipe = replace(recipe, model=replace(recipe.model, encoder=encoder))
         run = assemble(
-            recipe, deepspeed_json(), folder=folder, on_ready=lambda: None, device=device, dry_run=False, resume=False
+            recipe,
+            deepspeed_json(),
+            folder=folder,
+            on_ready=lambda: None,
+            device=device,
+            dry_run=False,
+            resume=False,
         )
         assert run is not None
         ours = Steps(run)
         rivals = {
-            label: Rival(recipe, run.splits["train"], folder=folder, device=device, strategy=strategy)
+            label: Rival(
+                recipe, run.splits["train"], folder=folder, device=device, strategy=strategy
+            )
             for label, strategy in STRATEGIES.items()
         }
         contestants = {"comoe": Contestant(ours.step)}
         contestants |= {label: Contestant(rival.held.step) for label, rival in rivals.items()}
         with clocked_optimizers() as seconds:
             times = take_turns(contestants, rounds=rounds, warmup=WARMUP, device=device)
-        engines = {"comoe": ours.trainer.engine.deepspeed} | {label: rival.engine for label, rival in rivals.items()}
+        engines = {"comoe": ours.trainer.engine.deepspeed} | {
+            label: rival.engine for label, rival in rivals.items()
+        }
         for rival in rivals.values():
             rival.held.stop()
         run.trainer.monitor.close()
-    counts = {"comoe": ours.counts} | {label: rival.collator.counts for label, rival in rivals.items()}
-    timed = {label: torch.tensor(values[WARMUP : WARMUP + rounds]) for label, values in counts.items()}
+    counts = {"comoe": ours.counts} | {
+        label: rival.collator.counts for label, rival in rivals.items()
+    }
+    timed = {
+        label: torch.tensor(values[WARMUP : WARMUP + rounds]) for label, values in counts.items()
+    }
     tokens = {label: sum_over_ranks(values).tolist() for label, values in timed.items()}
     return {
         "times": times,
         "tokens": {label: [real for real, _ in values] for label, values in tokens.items()},
-        "optimizer": {label: statistics.median(seconds[id(engine)][-rounds:]) for label, engine in engines.items()},
+        "optimizer": {
+            label: statistics.median(seconds[id(engine)][-rounds:])
+            for label, engine in engines.items()
+        },
         "mfu": utilisation(run, tokens["comoe"], times["comoe"], device),
         "notes": _notes(run, source.name, tokens, device),
     }
 
 
-def _notes(run: Run, posts: str, tokens: Mapping[str, Sequence[Sequence[int]]], device: torch.device) -> list[str]:
-    recipe, millions = run.recipe, {key: f"{count / 1e6:.1f}" for key, count in run.parameters.items()}
+def _notes(
+    run: Run, posts: str, tokens: Mapping[str, Sequence[Sequence[int]]], device: torch.device
+) -> list[str]:
+    recipe, millions = (
+        run.recipe,
+        {key: f"{count / 1e6:.1f}" for key, count in run.parameters.items()},
+    )
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    means = {label: torch.tensor(values, dtype=torch.float64).mean(0).tolist() for label, values in tokens.items()}
+    means = {
+        label: torch.tensor(values, dtype=torch.float64).mean(0).tolist()
+        for label, values in tokens.items()
+    }
     return [
         f"{world_size()} rank(s), {machine_note(name, torch.get_num_threads())}",
         f"recipe {recipe.run.name} on {posts}: {recipe.train.batch_size} posts per step, at most "
         f"{recipe.data.max_length} tokens each, {len(run.tasks)} tasks, {millions['total']} million parameters "
         f"({millions['active']} active); hf: the same encoder, dense, one task",
         "tokens per step, real / with padding: "
-        + "; ".join(f"{label} {real:.0f} / {padded:.0f}" for label, (real, padded) in means.items()),
+        + "; ".join(
+            f"{label} {real:.0f} / {padded:.0f}" for label, (real, padded) in means.items()
+        ),
     ]
 
 
@@ -226,9 +281,10 @@ def utilisation(
 ) -> float | None:
     """Model FLOPs utilisation: arithmetic that the real tokens need, over what the GPU could do in the time.
 
-    6 FLOPs per active parameter and token (forward 2, backward 4) without the embeddings, which are looked up, plus
-    12 L M n per token for attention over n tokens; padding and recomputation count as nothing. None on an unknown
-    device, and with a decoder, whose tokens are others than the encoder's.
+    6 FLOPs per active parameter and token (forward 2, backward 4) without the embeddings, which are
+    looked up, plus 12 L M n per token for attention over n tokens; padding and recomputation count
+    as nothing. None on an unknown device, and with a decoder, whose tokens are others than the
+    encoder's.
 
     Args:
         run: the run.
@@ -243,7 +299,12 @@ def utilisation(
         return None
     config = model.encoder.config
     per_token = 6 * (run.parameters["active"] - looked_up(model.encoder))
-    per_token += 12 * config.num_hidden_layers * config.hidden_size * float(run.splits["train"].lengths.mean())
+    per_token += (
+        12
+        * config.num_hidden_layers
+        * config.hidden_size
+        * float(run.splits["train"].lengths.mean())
+    )
     seconds = statistics.median(value for value in times if value is not None)
     real = statistics.mean(real for real, _ in tokens)
     return per_token * real / seconds / (peak * world_size())
@@ -252,8 +313,12 @@ def utilisation(
 def looked_up(encoder: nn.Module) -> int:
     """Numbers in an encoder's tables, of words, positions and the like: rows are picked, nothing is multiplied."""
     tables = [module.weight for module in encoder.modules() if isinstance(module, nn.Embedding)]
-    # Under ZeRO-3 a weight that is split says by itself how large it is; a table may have several places.
-    return sum(getattr(weight, "ds_numel", weight.numel()) for weight in {id(one): one for one in tables}.values())
+    # Under ZeRO-3 a weight that is split says by itself how large it is; a table may have several
+    # places.
+    return sum(
+        getattr(weight, "ds_numel", weight.numel())
+        for weight in {id(one): one for one in tables}.values()
+    )
 
 
 @contextmanager
@@ -284,18 +349,26 @@ def silence() -> Iterator[None]:
 
 
 TARGETS = {"hf_over_comoe": Target(at_least=1.0)}
-"""Rows without a target are for information; the one of equal length grouping shows what grouping alone is worth."""
+"""Rows without a target are for information; the one of equal length grouping shows what grouping
+alone is worth."""
 
 
 OVERRIDES = {
     "cpu": ["data.limit_eval=50"],
     # A GPU is idle at the recipe's 32 short posts per step.
-    "cuda": ["data.limit_eval=50", "data.max_length=128", "train.batch_size=512", "train.micro_batch_size=512"],
+    "cuda": [
+        "data.limit_eval=50",
+        "data.max_length=128",
+        "train.batch_size=512",
+        "train.micro_batch_size=512",
+    ],
 }
 """Kind of device -> changes of the default recipe."""
 
 
-def run(json_path: Path | None = None, *, config: Path | None = None, rounds: int | None = None) -> Report:
+def run(
+    json_path: Path | None = None, *, config: Path | None = None, rounds: int | None = None
+) -> Report:
     """Measure, print the table, write the JSON.
 
     Args:
@@ -306,7 +379,9 @@ def run(json_path: Path | None = None, *, config: Path | None = None, rounds: in
     recipe = None if config is None else str(config.resolve())
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     report = Report("train: whole training steps; ratios of times taken in turns", TARGETS)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     for ranks, suffix in ((1, ""), (2, "_2ranks")):
         if ranks > (torch.cuda.device_count() if kind == "cuda" else cores):
             continue
@@ -321,18 +396,29 @@ def run(json_path: Path | None = None, *, config: Path | None = None, rounds: in
         times = measured["times"]
         report.add(f"hf_over_comoe{suffix}", asdict(ratio(times, "hf", "comoe")))
         per_token = {
-            name: [None if value is None else value / count for value, count in zip(times[name], tokens, strict=True)]
+            name: [
+                None if value is None else value / count
+                for value, count in zip(times[name], tokens, strict=True)
+            ]
             for name, tokens in measured["tokens"].items()
         }
         report.add(f"hf_over_comoe_per_token{suffix}", asdict(ratio(per_token, "hf", "comoe")))
-        # Length grouping hands out the longest posts first, so only per token are a few steps comparable.
-        report.add(f"hf_grouped_over_comoe_per_token{suffix}", asdict(ratio(per_token, "hf grouped", "comoe")))
+        # Length grouping hands out the longest posts first, so only per token are a few steps
+        # comparable.
+        report.add(
+            f"hf_grouped_over_comoe_per_token{suffix}",
+            asdict(ratio(per_token, "hf grouped", "comoe")),
+        )
         if measured["mfu"] is not None:
             mfu = measured["mfu"]
-            report.add(f"mfu{suffix}", {"value": mfu, "low": mfu, "high": mfu, "rounds": rounds or 40})
+            report.add(
+                f"mfu{suffix}", {"value": mfu, "low": mfu, "high": mfu, "rounds": rounds or 40}
+            )
         for name in times:
             report.add_time(name, median(times, name), case=f"{ranks} rank(s), whole step")
-            report.add_time(name, measured["optimizer"][name], case=f"{ranks} rank(s), step() within")
+            report.add_time(
+                name, measured["optimizer"][name], case=f"{ranks} rank(s), step() within"
+            )
     print("\n".join(report.lines()))
     if json_path is not None:
         report.write(json_path)

@@ -35,7 +35,8 @@ class Source:
     recipe: Recipe
     """The recipe asked for, or the smoke recipe where the starter kit cannot be had."""
     name: str
-    """Which posts these are, for the report: figures on generated ones say little about real lengths and routing."""
+    """Which posts these are, for the report: figures on generated ones say little about real
+    lengths and routing."""
 
 
 def find_posts(config: str | None = None, overrides: Sequence[str] = ()) -> Source:
@@ -54,7 +55,13 @@ def find_posts(config: str | None = None, overrides: Sequence[str] = ()) -> Sour
             recipe = resolve(recipe, progress=False)
         except ValueError:
             recipe, generated = resolve(load_recipe(SMOKE, overrides), progress=False), True
-    name = "generated posts" if generated else "posts of the starter kit" if path == RECIPE else f"posts of {path.name}"
+    name = (
+        "generated posts"
+        if generated
+        else "posts of the starter kit"
+        if path == RECIPE
+        else f"posts of {path.name}"
+    )
     return Source(recipe, name)
 
 
@@ -62,7 +69,9 @@ def tokenized_posts(recipe: Recipe, limit: int) -> tuple[TokenizedSplit, Collato
     """About ``limit`` training posts of each data set, and what makes batches of them."""
     corpus = load_corpus(replace(recipe, data=replace(recipe.data, limit_per_task=limit)))
     tokenizer = load_tokenizer(recipe.model.encoder)
-    split = tokenize_split(corpus.splits["train"], tokenizer, tasks=corpus.tasks, config=recipe.data)
+    split = tokenize_split(
+        corpus.splits["train"], tokenizer, tasks=corpus.tasks, config=recipe.data
+    )
     return split, Collator(tokenizer, corpus.tasks, route_by="token")
 
 
@@ -70,14 +79,18 @@ def tokenized_posts(recipe: Recipe, limit: int) -> tuple[TokenizedSplit, Collato
 def hidden_states(source: Source, *, tokens: int, width: int, seed: int) -> Tensor:
     """States of real tokens of real posts as a block meets them: the encoder's output, float32, (tokens, width).
 
-    With a ``width`` other than the encoder's, an encoder of two layers of that width with random weights reads the
-    posts; its states still differ from token to token and repeat with the words.
+    With a ``width`` other than the encoder's, an encoder of two layers of that width with random
+    weights reads the posts; its states still differ from token to token and repeat with the words.
     """
     split, collator = tokenized_posts(source.recipe, limit=max(64, tokens // 20))
     torch.manual_seed(seed)
     encoder = build_encoder(source.recipe.model)
     if encoder.config.hidden_size != width:
-        fields = encoder.config.to_dict() | {"hidden_size": width, "num_hidden_layers": 2, "num_attention_heads": 4}
+        fields = encoder.config.to_dict() | {
+            "hidden_size": width,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+        }
         encoder = build_encoder_from_config(fields)
     encoder.eval()
     order = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed)).numpy()
@@ -105,7 +118,9 @@ def skewed_picks(tokens: int, num_experts: int, top_k: int, *, skew: float) -> T
     """
     hot = skew * top_k / num_experts
     if not 0 < hot <= 1:
-        raise ValueError(f"a skew of {skew} with {top_k} of {num_experts} experts per token is not possible.")
+        raise ValueError(
+            f"a skew of {skew} with {top_k} of {num_experts} experts per token is not possible."
+        )
     steps = torch.arange(tokens + 1, dtype=torch.float64) * hot
     is_hot_S = steps[1:].floor() > steps[:-1].floor()
     picks_Sk = torch.empty((tokens, top_k), dtype=torch.int64)
@@ -120,13 +135,15 @@ def force(x_SM: Tensor, picks_Sk: Tensor, num_experts: int) -> Tensor:
     """A copy whose first E features make a gate with ``steering_weight`` pick exactly ``picks_Sk`` (k at most 2)."""
     forced_SM = x_SM.clone()
     forced_SM[:, :num_experts] = OTHER_LOGIT
-    logits_k = torch.tensor(PICKED_LOGITS[: picks_Sk.shape[1]], dtype=x_SM.dtype, device=x_SM.device)
+    logits_k = torch.tensor(
+        PICKED_LOGITS[: picks_Sk.shape[1]], dtype=x_SM.dtype, device=x_SM.device
+    )
     return forced_SM.scatter_(1, picks_Sk.to(x_SM.device), logits_k.expand(picks_Sk.shape))
 
 
 def steering_weight(num_experts: int, width: int) -> Tensor:
-    """Gate weight that reads logit e from feature e: every contestant then runs its own router, unchanged, and yet all
-    of them route alike. float32, (E, width)."""
+    """Gate weight that reads logit e from feature e: every contestant then runs its own router,
+    unchanged, and yet all of them route alike. float32, (E, width)."""
     return torch.eye(num_experts, width)
 
 

@@ -17,12 +17,14 @@ def unknown_name(what: str, name: str, valid: Iterable[str]) -> ValueError:
     """The one error for a name that a table does not hold; to be raised by the caller.
 
     Args:
-        what: what the name should have been: a noun ("option", "gate") or a key path ("model.moe.gate").
+        what: what the name should have been: a noun ("option", "gate") or a key path
+            ("model.moe.gate").
         name: the wrong name.
         valid: the right names.
 
     Returns:
-        ``gtae is not a gate; did you mean gate? (one of: ...)``, with the key path in front where there is one.
+        ``gtae is not a gate; did you mean gate? (one of: ...)``, with the key path in front where
+            there is one.
     """
     valid = list(valid)
     if "." in what or "/" in what:

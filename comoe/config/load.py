@@ -1,6 +1,7 @@
 """Recipes: strict loading of one YAML file and ``key=value`` overrides into ``comoe.config.recipe``, checks, saving.
 
-Every mistake is a ValueError that names the file, the line, the key, the value, the rule and what to do.
+Every mistake is a ValueError that names the file, the line, the key, the value, the rule and what
+to do.
 """
 
 from __future__ import annotations
@@ -34,15 +35,17 @@ COMMAND_LINE = "command line"
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read one YAML recipe, put the overrides on top, check it.
 
-    ``data.root: null`` becomes the absolute folder of the file, so that a recipe works from any folder.
+    ``data.root: null`` becomes the absolute folder of the file, so that a recipe works from any
+    folder.
 
     Args:
         path: the YAML file.
-        overrides: ``key=value`` with a dotted key; the value is YAML. ``tasks.<name>.<field>=`` may make a new task,
-            ``tasks.<name>=null`` drops one.
+        overrides: ``key=value`` with a dotted key; the value is YAML. ``tasks.<name>.<field>=`` may
+            make a new task, ``tasks.<name>=null`` drops one.
 
     Raises:
-        ValueError: unknown key (with the nearest right one), wrong type, value against a rule, broken YAML, no file.
+        ValueError: unknown key (with the nearest right one), wrong type, value against a rule,
+            broken YAML, no file.
     """
     path = Path(path)
     raw, origins = _read_yaml(path)
@@ -97,7 +100,9 @@ class _StrictLoader(yaml.SafeLoader):
         for key_node, _ in node.value:
             key, line = key_node.value, key_node.start_mark.line + 1
             if isinstance(key, str) and key in seen:
-                raise ValueError(f"{self.name}:{line}: {key} is given twice, first in line {seen[key]}; keep one.")
+                raise ValueError(
+                    f"{self.name}:{line}: {key} is given twice, first in line {seen[key]}; keep one."
+                )
             if isinstance(key, str):
                 seen[key] = line
         return super().construct_mapping(node, deep=deep)
@@ -108,7 +113,9 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: the recipe cannot be read ({error}); give an existing UTF-8 YAML file.") from error
+        raise ValueError(
+            f"{path}: the recipe cannot be read ({error}); give an existing UTF-8 YAML file."
+        ) from error
     try:
         loader = _StrictLoader(text)
         loader.name = str(path)
@@ -117,11 +124,15 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         advice = "look at the quotes, colons and indents"
-        raise ValueError(f"{path}:{line}: this is not valid YAML: {error.problem}; {advice}.") from error
+        raise ValueError(
+            f"{path}:{line}: this is not valid YAML: {error.problem}; {advice}."
+        ) from error
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: this is not valid YAML: {error}.") from error
     if not isinstance(raw, dict):
-        raise ValueError(f"{path}:1: a recipe is a mapping with sections such as train: and tasks:, not {raw!r}.")
+        raise ValueError(
+            f"{path}:1: a recipe is a mapping with sections such as train: and tasks:, not {raw!r}."
+        )
     return raw, dict(_key_lines(node, name=str(path)))
 
 
@@ -139,13 +150,17 @@ def _apply_override(raw: dict[str, Any], override: str, *, origins: dict[str, st
     path, equals, text = override.partition("=")
     path = path.strip().lstrip("-")
     if not equals or not path or "" in path.split("."):
-        raise ValueError(f"{COMMAND_LINE}: {override!r} is not an override; write key=value: train.max_steps=100.")
+        raise ValueError(
+            f"{COMMAND_LINE}: {override!r} is not an override; write key=value: train.max_steps=100."
+        )
     expected = _type_at(path)
     try:
         value = yaml.load(text, _StrictLoader)  # noqa: S506  (a SafeLoader)
     except (yaml.YAMLError, ValueError):
         value = text
-    wants_text = expected is str or (value is not None and set(_options(expected)) == {str, type(None)})
+    wants_text = expected is str or (
+        value is not None and set(_options(expected)) == {str, type(None)}
+    )
     if wants_text and not isinstance(value, str):
         value = text  # run.name=2024 and data.root=1e3 mean the text, not the number
     *sections, last = path.split(".")
@@ -160,7 +175,9 @@ def _apply_override(raw: dict[str, Any], override: str, *, origins: dict[str, st
     origins[path] = COMMAND_LINE
     if value is None and sections == ["tasks"]:
         if last not in place:
-            raise ValueError(f"{COMMAND_LINE}: {override!r} drops no task: {unknown_name('task', last, place)}")
+            raise ValueError(
+                f"{COMMAND_LINE}: {override!r} drops no task: {unknown_name('task', last, place)}"
+            )
         del place[last]
     else:
         place[last] = value
@@ -205,10 +222,14 @@ def _unknown_key(path: str, siblings: Sequence[str], origins: Mapping[str, str])
     """The error for a key that the section does not have: the nearest here, else the same word in another section."""
     section, _, name = path.rpartition(".")
     guess = nearest(name, siblings)
-    elsewhere = [known for known in _all_paths() if known.rpartition(".")[2] == name] or [nearest(path, _all_paths())]
+    elsewhere = [known for known in _all_paths() if known.rpartition(".")[2] == name] or [
+        nearest(path, _all_paths())
+    ]
     guess = (f"{section}.{guess}" if section else guess) if guess else elsewhere[0]
     hint = f" did you mean {guess}?" if guess else ""
-    return ValueError(f"{place_of(path, origins)}{path} is not an option;{hint} (one of: {', '.join(siblings)})")
+    return ValueError(
+        f"{place_of(path, origins)}{path} is not an option;{hint} (one of: {', '.join(siblings)})"
+    )
 
 
 def _convert(value: Any, expected: Any, *, path: str, origins: Mapping[str, str]) -> Any:
@@ -225,14 +246,19 @@ def _convert(value: Any, expected: Any, *, path: str, origins: Mapping[str, str]
         item_type, built = get_args(expected)[1], {}
         for key, item in (value or {}).items():
             if not isinstance(key, str):
-                raise ValueError(f"{place_of(path, origins)}{path} has the name {key!r}; put it in quotes.")
+                raise ValueError(
+                    f"{place_of(path, origins)}{path} has the name {key!r}; put it in quotes."
+                )
             built[key] = _convert(item, item_type, path=f"{path}.{key}", origins=origins)
         return built
     for option in _options(expected):
         if get_origin(option) is list and isinstance(value, (list, tuple)):
             (item_type,) = get_args(option)
             numbered = enumerate(value)
-            return [_convert(item, item_type, path=f"{path}.{place}", origins=origins) for place, item in numbered]
+            return [
+                _convert(item, item_type, path=f"{path}.{place}", origins=origins)
+                for place, item in numbered
+            ]
         if option in _SCALARS and (converted := _SCALARS[option](value)) is not _WRONG:
             return converted
     rule = f"it must be {_in_words(expected)}{_advice(value, expected)}"
@@ -253,7 +279,9 @@ def _in_words(expected: Any) -> str:
     options = _options(expected)
     numeric = int in options or float in options
     words = ["auto" if option is str and numeric else _WORDS.get(option) for option in options]
-    return " or ".join(word or _compound_in_words(option) for word, option in zip(words, options, strict=True))
+    return " or ".join(
+        word or _compound_in_words(option) for word, option in zip(words, options, strict=True)
+    )
 
 
 def _compound_in_words(option: Any) -> str:

@@ -27,9 +27,13 @@ def validate(recipe: Recipe, *, origins: Mapping[str, str] | None = None) -> Non
         holds, rule = RULES.get(re.sub(r"^tasks\.[^.]+\.", "tasks.*.", path), (None, ""))
         if holds is not None and not holds(value):
             hint = _misspelt(path, recipe)
-            raise ValueError(f"{place_of(path, origins)}{path} is {value!r}; it must be {rule}.{hint}")
+            raise ValueError(
+                f"{place_of(path, origins)}{path} is {value!r}; it must be {rule}.{hint}"
+            )
         if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{place_of(path, origins)}{path} is {value!r}; it must be a finite number.")
+            raise ValueError(
+                f"{place_of(path, origins)}{path} is {value!r}; it must be a finite number."
+            )
     _validate_together(recipe, origins)
 
 
@@ -49,20 +53,38 @@ def _validate_together(recipe: Recipe, origins: Mapping[str, str]) -> None:
         raise ValueError(f"{place_of(path, origins)}{path} {message}")
 
     if not tasks:
-        refuse("tasks", "is empty; give the recipe at least one task, as in `tasks: {mood: {path: mood.csv}}`.")
+        refuse(
+            "tasks",
+            "is empty; give the recipe at least one task, as in `tasks: {mood: {path: mood.csv}}`.",
+        )
     for name in tasks:
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]*", name):
-            refuse(f"tasks.{name}", "is not a task name; use letters, digits, dash, underscore; no dash first.")
+            refuse(
+                f"tasks.{name}",
+                "is not a task name; use letters, digits, dash, underscore; no dash first.",
+            )
         if tasks[name].confidence_strategy != "none" and tasks[name].confidence is None:
             strategy = tasks[name].confidence_strategy
-            refuse(f"tasks.{name}.confidence_strategy", f"is {strategy}; name the column: tasks.{name}.confidence.")
+            refuse(
+                f"tasks.{name}.confidence_strategy",
+                f"is {strategy}; name the column: tasks.{name}.confidence.",
+            )
     if recipe.loss.orthogonal_weight and not recipe.model.private_width:
-        refuse("loss.orthogonal_weight", "needs private parts to keep apart; set model.private_width, or make it 0.")
+        refuse(
+            "loss.orthogonal_weight",
+            "needs private parts to keep apart; set model.private_width, or make it 0.",
+        )
     if moe.num_experts and moe.top_k > moe.num_experts:
-        refuse("model.moe.top_k", f"({moe.top_k}) must be at most model.moe.num_experts ({moe.num_experts}); lower it.")
+        refuse(
+            "model.moe.top_k",
+            f"({moe.top_k}) must be at most model.moe.num_experts ({moe.num_experts}); lower it.",
+        )
     if recipe.loss.balance_weight and moe.num_experts and moe.top_k == moe.num_experts:
         every = f"with model.moe.top_k = num_experts ({moe.top_k}) every expert runs and the balance loss is constant"
-        refuse("loss.balance_weight", f"is {recipe.loss.balance_weight}, but {every}; set it to 0, or lower top_k.")
+        refuse(
+            "loss.balance_weight",
+            f"is {recipe.loss.balance_weight}, but {every}; set it to 0, or lower top_k.",
+        )
     if isinstance(recipe.parallel.ep_size, int) and moe.num_experts % recipe.parallel.ep_size:
         sizes = [size for size in range(1, moe.num_experts + 1) if moe.num_experts % size == 0]
         rule = f"must divide model.moe.num_experts ({moe.num_experts}); set it to auto or one of {sizes}."
@@ -70,22 +92,40 @@ def _validate_together(recipe: Recipe, origins: Mapping[str, str]) -> None:
     image_text = recipe.loss.image_text
     if image_text.itc_weight + image_text.itm_weight >= 1:
         share = f"{image_text.itc_weight} + loss.image_text.itm_weight {image_text.itm_weight}"
-        refuse("loss.image_text.itc_weight", f"{share} leaves nothing of 1 to the tasks; lower one of them.")
+        refuse(
+            "loss.image_text.itc_weight",
+            f"{share} leaves nothing of 1 to the tasks; lower one of them.",
+        )
     if recipe.loss.contrastive.queue_size and recipe.loss.contrastive.over == "local":
-        refuse("loss.contrastive.queue_size", "needs loss.contrastive.over: global, so that all ranks hold one queue.")
+        refuse(
+            "loss.contrastive.queue_size",
+            "needs loss.contrastive.over: global, so that all ranks hold one queue.",
+        )
     if recipe.loss.contrastive.chunk_size is not None and recipe.train.micro_batch_size != "auto":
         size = recipe.train.micro_batch_size
-        refuse("train.micro_batch_size", f"is {size}, but loss.contrastive.chunk_size already sets it; make it auto.")
+        refuse(
+            "train.micro_batch_size",
+            f"is {size}, but loss.contrastive.chunk_size already sets it; make it auto.",
+        )
     if all(task.auxiliary for task in tasks.values()):
-        refuse(f"tasks.{next(iter(tasks))}.auxiliary", "is true for it and all others; set it to false for one task.")
+        refuse(
+            f"tasks.{next(iter(tasks))}.auxiliary",
+            "is true for it and all others; set it to false for one task.",
+        )
     metric = recipe.train.early_stop_metric
     task, slash, _ = metric.partition("/")
     if metric != "mean" and not slash:
-        refuse("train.early_stop_metric", f"is {metric!r}; give mean or task/metric: {next(iter(tasks))}/macro_f1.")
+        refuse(
+            "train.early_stop_metric",
+            f"is {metric!r}; give mean or task/metric: {next(iter(tasks))}/macro_f1.",
+        )
     if slash and task not in tasks:
         refuse("train.early_stop_metric", f"is {metric!r}: {unknown_name('task', task, tasks)}")
     if slash and tasks[task].auxiliary:
-        refuse("train.early_stop_metric", f"is {metric!r}, but tasks.{task} is auxiliary; name another task, or mean.")
+        refuse(
+            "train.early_stop_metric",
+            f"is {metric!r}, but tasks.{task} is auxiliary; name another task, or mean.",
+        )
 
 
 def _walk(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -102,7 +142,12 @@ def _choice(*words: str) -> tuple[Callable[[Any], bool], str]:
 
 
 def _number(
-    low: float, high: float | None = None, *, open_low: bool = False, open_high: bool = False, word: str | None = None
+    low: float,
+    high: float | None = None,
+    *,
+    open_low: bool = False,
+    open_high: bool = False,
+    word: str | None = None,
 ) -> tuple[Callable[[Any], bool], str]:
     """Rule for a number in a range, a list of such numbers, null, or the word that the field also takes."""
     rule = f"{'above' if open_low else 'at least'} {low}"
@@ -147,7 +192,11 @@ def _betas(value: Any) -> bool:
 _COUNT, _COUNT_OR_AUTO, _COUNT_FROM_0 = _number(1), _number(1, word="auto"), _number(0)
 
 
-_POSITIVE, _NOT_NEGATIVE, _SHARE = _number(0, open_low=True), _number(0), _number(0, 1, open_high=True)
+_POSITIVE, _NOT_NEGATIVE, _SHARE = (
+    _number(0, open_low=True),
+    _number(0),
+    _number(0, 1, open_high=True),
+)
 
 
 _TEXT = (bool, "given; it is empty")
@@ -157,7 +206,10 @@ _DIFFERENT = (lambda value: len(set(value)) == len(value), "a list of different 
 
 
 RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "run.name": (_safe_name, "a plain folder name: letters, digits, dot, dash, underscore, no dot or dash first"),
+    "run.name": (
+        _safe_name,
+        "a plain folder name: letters, digits, dot, dash, underscore, no dot or dash first",
+    ),
     "run.output_dir": _TEXT,
     "model.encoder": _TEXT,
     "model.dropout": _SHARE,
@@ -167,7 +219,10 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "model.moe.num_experts": _COUNT_FROM_0,
     "model.moe.top_k": _COUNT,
     "model.moe.route_by": _choice("token", "task", "both"),
-    "model.moe.layers": (_layers, "all, alternate, last_half, or a list of different layer numbers from 0"),
+    "model.moe.layers": (
+        _layers,
+        "all, alternate, last_half, or a list of different layer numbers from 0",
+    ),
     "model.moe.expert_width": _COUNT_OR_AUTO,
     "model.moe.shared_width": _COUNT_FROM_0,
     "model.moe.output_init": _NOT_NEGATIVE,
@@ -199,7 +254,10 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "tasks.*.text": _TEXT,
     "tasks.*.label": _TEXT,
     "tasks.*.weight": _NOT_NEGATIVE,
-    "tasks.*.class_weights": (_class_weights, "none, balanced, or a list with one number above 0 per label"),
+    "tasks.*.class_weights": (
+        _class_weights,
+        "none, balanced, or a list with one number above 0 per label",
+    ),
     "tasks.*.label_smoothing": _SHARE,
     "tasks.*.contrastive": (lambda value: value in (True, False, "auto"), "true, false, or auto"),
     "tasks.*.contrastive_weight": _NOT_NEGATIVE,
@@ -208,7 +266,10 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "tasks.*.confidence_strategy": _choice("none", "input", "output", "input_output"),
     "tasks.*.labels": _DIFFERENT,
     "tasks.*.slices": _DIFFERENT,
-    "tasks.*.prompt": (lambda value: value is None or value.strip(), "given, with {text} in it; it is empty"),
+    "tasks.*.prompt": (
+        lambda value: value is None or value.strip(),
+        "given, with {text} in it; it is empty",
+    ),
     "tasks.*.label_words": _DIFFERENT,
     "tasks.*.max_answer_length": _number(3),
     "tasks.*.num_beams": _COUNT,

@@ -50,9 +50,9 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
 class Collator:
     """Pads posts to a batch and lays out rows and labels as the gate's routing and the decoder want them.
 
-    ``route_by: token`` has one row per post for all tasks with a head, and one per (post, task that the decoder
-    answers), with the task's prompt. ``task`` and ``both`` have one row per (post, labelled task). The labels of tasks
-    that a row does not serve are missing in it.
+    ``route_by: token`` has one row per post for all tasks with a head, and one per (post, task that
+    the decoder answers), with the task's prompt. ``task`` and ``both`` have one row per (post,
+    labelled task). The labels of tasks that a row does not serve are missing in it.
 
     Args:
         tokenizer: from ``load_tokenizer``.
@@ -63,7 +63,8 @@ class Collator:
         domains: what the adversarial loss predicts of posts; None predicts nothing.
 
     Raises:
-        ValueError: no such ``route_by``; or label words that the tokenizer does not know or cannot tell apart.
+        ValueError: no such ``route_by``; or label words that the tokenizer does not know or cannot
+            tell apart.
     """
 
     def __init__(
@@ -85,40 +86,56 @@ class Collator:
         self._row_per_task = ROW_PER_TASK[route_by]
         self._multiple = pad_to_multiple_of
         self._segments = "token_type_ids" in tokenizer.model_input_names
-        self._answered = frozenset(number for number, task in enumerate(self.tasks) if task.rules.generates)
+        self._answered = frozenset(
+            number for number, task in enumerate(self.tasks) if task.rules.generates
+        )
         self._heads = [number for number in range(len(self.tasks)) if number not in self._answered]
         for number in sorted(self._answered):
             check_end_sign(tokenizer, self.tasks[number])
-        self._words = {task.name: label_tokens(tokenizer, task) for task in self.tasks if task.label_words}
+        self._words = {
+            task.name: label_tokens(tokenizer, task) for task in self.tasks if task.label_words
+        }
         filler = unlabelled_posts(["a"], tasks=())
         tokens = tokenize(filler, tokenizer, max_length=8, normalize=None)
         self._filler = TokenRow(tokens.input_ids, tokens.token_types, tokens.word_ids)
 
-    def __call__(self, split: TokenizedSplit, indices: np.ndarray, *, all_tasks: bool = False) -> Batch:
+    def __call__(
+        self, split: TokenizedSplit, indices: np.ndarray, *, all_tasks: bool = False
+    ) -> Batch:
         """One batch on the CPU.
 
         Args:
             split: tokenised posts.
-            indices: posts, int, may be empty: the batch is then one short filler row without labels, of row id -1.
-            all_tasks: prediction: a row that serves one task is made for every task, labelled or not; but the decoder
-                is asked about posts with its task's label, and about those without any. Else such a post has no row for
-                the decoder: there is nothing to score, and writing takes long.
+            indices: posts, int, may be empty: the batch is then one short filler row without
+                labels, of row id -1.
+            all_tasks: prediction: a row that serves one task is made for every task, labelled or
+                not; but the decoder is asked about posts with its task's label, and about those
+                without any. Else such a post has no row for the decoder: there is nothing to score,
+                and writing takes long.
         """
-        served = {int(post): self._served(split, int(post), all_tasks=all_tasks) for post in indices}
+        served = {
+            int(post): self._served(split, int(post), all_tasks=all_tasks) for post in indices
+        }
         pairs = [(int(post), task) for post in indices for task in served[int(post)]]
         pairs = pairs or [(-1, 0 if self._row_per_task else -1)]
         rows = [self._row(split, post, task) for post, task in pairs]
         length = -(-max(len(row.input_ids) for row in rows) // self._multiple) * self._multiple
         posts = [post for post, _ in pairs]
         images = [split.posts.images[post] if post >= 0 else None for post in posts]
-        pixels, image_rows, image_numbers = (None,) * 3 if self.pixels is None else self.pixels.collate(images)
+        pixels, image_rows, image_numbers = (
+            (None,) * 3 if self.pixels is None else self.pixels.collate(images)
+        )
         shares = [len(served.get(post, "-")) for post in posts]
         return Batch(
             pixels_I3HW=pixels,
             image_rows_I=image_rows,
             image_numbers_I=image_numbers,
-            input_ids_BL=_padded([row.input_ids for row in rows], length=length, fill=self.tokenizer.pad_token_id),
-            attention_mask_BL=_padded([np.ones(len(row.input_ids)) for row in rows], length=length, fill=0),
+            input_ids_BL=_padded(
+                [row.input_ids for row in rows], length=length, fill=self.tokenizer.pad_token_id
+            ),
+            attention_mask_BL=_padded(
+                [np.ones(len(row.input_ids)) for row in rows], length=length, fill=0
+            ),
             token_type_ids_BL=_padded([row.token_types for row in rows], length=length, fill=0)
             if self._segments
             else None,
@@ -128,7 +145,9 @@ class Collator:
             labels={
                 task.name: task.rules.collate(
                     [
-                        target_of(split, task, post, row) if post >= 0 and self.serves(asked, number) else None
+                        target_of(split, task, post, row)
+                        if post >= 0 and self.serves(asked, number)
+                        else None
                         for (post, asked), row in zip(pairs, rows, strict=True)
                     ],
                     labels=task.labels,
@@ -137,7 +156,9 @@ class Collator:
                 for number, task in enumerate(self.tasks)
             },
             confidences=confidences_of(split.posts, posts, self.tasks),
-            answers_BD=_ragged([self._answer(split, post, task) for post, task in pairs]) if self._answered else None,
+            answers_BD=_ragged([self._answer(split, post, task) for post, task in pairs])
+            if self._answered
+            else None,
             choices={name: _ragged(words) for name, words in self._words.items()},
             **domain_columns(self.domains, split.posts, posts, shares),
         )
@@ -149,7 +170,8 @@ class Collator:
             logits: of ``ModelOutput``; any task's may be missing.
 
         Returns:
-            The same, on their devices; of tasks of free text (B, 2 + C) float32, 0 behind shorter texts.
+            The same, on their devices; of tasks of free text (B, 2 + C) float32, 0 behind shorter
+                texts.
         """
         written = [task.name for task in self.tasks if task.rules.generates and task.rules.ragged]
         spelled = dict(logits)
@@ -180,7 +202,8 @@ class Collator:
             texts: posts.
             pairs: second texts, None where there is none.
             words: posts as words, for tags; a text is only used where its words are None.
-            images: pictures as ``comoe.data.images.decode.locate_image`` gives them, None where there is none.
+            images: pictures as ``comoe.data.images.decode.locate_image`` gives them, None where
+                there is none.
             max_length: longest post in tokens.
             normalize: how to clean; None takes the texts as they are.
             hide: ``data.hide`` of the recipe.
@@ -207,21 +230,32 @@ class Collator:
             task
             for task in sorted(self._answered)
             if labelled[task] or (all_tasks and bare)
-            if (lists := split.prompts.get(self.tasks[task].name)) is not None and lists.lengths[post]
+            if (lists := split.prompts.get(self.tasks[task].name)) is not None
+            and lists.lengths[post]
         ]
         if self._row_per_task:
-            return sorted([*answered, *(task for task in self._heads if all_tasks or labelled[task])])
+            return sorted(
+                [*answered, *(task for task in self._heads if all_tasks or labelled[task])]
+            )
         return [-1] * bool(self._heads and (bare or labelled[self._heads].any())) + answered
 
     def _row(self, split: TokenizedSplit, post: int, task: int) -> TokenRow:
         if post < 0:
             return self._filler
-        return split.prompt(post, self.tasks[task].name) if task in self._answered else split.rows(np.array([post]))[0]
+        return (
+            split.prompt(post, self.tasks[task].name)
+            if task in self._answered
+            else split.rows(np.array([post]))[0]
+        )
 
     def _answer(self, split: TokenizedSplit, post: int, number: int) -> Sequence[int] | np.ndarray:
         """Tokens that the decoder is taught in one row, none where nothing is."""
         task = self.tasks[number]
-        if post < 0 or number not in self._answered or (value := split.posts.labels[task.name][post]) is None:
+        if (
+            post < 0
+            or number not in self._answered
+            or (value := split.posts.labels[task.name][post]) is None
+        ):
             return ()
         return self._words[task.name][value] if task.label_words else split.answers[task.name][post]
 

@@ -21,7 +21,8 @@ from comoe.tasks.task import CONFIDENCE_STRATEGIES, Task
 from comoe.types import IGNORED
 
 MAX_SLICES = 50
-"""Most values of a column that scores are sliced by: each becomes a few numbers in every evaluation."""
+"""Most values of a column that scores are sliced by: each becomes a few numbers in every
+evaluation."""
 
 
 LEARNED_FROM = ("train", "validation")
@@ -65,10 +66,14 @@ def check_extra_columns(groups: Sequence[Group], recipe: Recipe) -> None:
                         )
     adversarial = recipe.loss.adversarial
     if adversarial.weight and adversarial.predict != "task":
-        _check_column("loss.adversarial.predict", adversarial.predict, ("task", *_all_columns(groups)))
+        _check_column(
+            "loss.adversarial.predict", adversarial.predict, ("task", *_all_columns(groups))
+        )
 
 
-def part_off(group: Group, splits: dict[str, PostSplit], report: DataReport) -> dict[str, PostSplit]:
+def part_off(
+    group: Group, splits: dict[str, PostSplit], report: DataReport
+) -> dict[str, PostSplit]:
     """Posts with a held-out value leave training and validation and become the split ``unseen``.
 
     Raises:
@@ -88,13 +93,19 @@ def part_off(group: Group, splits: dict[str, PostSplit], report: DataReport) -> 
         parts[split] = posts.take(np.flatnonzero(~held))
         gone.append(posts.take(np.flatnonzero(held)))
     if not len(parts["train"]):
-        raise ValueError(f"{group.source.key}.hold_out takes every training post away; hold fewer values out.")
+        raise ValueError(
+            f"{group.source.key}.hold_out takes every training post away; hold fewer values out."
+        )
     if "validation" in parts and not len(parts["validation"]):
         del parts["validation"]
     parts[UNSEEN] = join_splits(gone)
     what = "; ".join(f"{column} {', '.join(values)}" for column, values in held_out.items())
-    counts = " and ".join(f"{len(posts):,} {split}" for split, posts in zip(LEARNED_FROM, gone, strict=False))
-    report.notes.append(f"data set {group.name}: held out {what}: {counts} posts are the split {UNSEEN}")
+    counts = " and ".join(
+        f"{len(posts):,} {split}" for split, posts in zip(LEARNED_FROM, gone, strict=False)
+    )
+    report.notes.append(
+        f"data set {group.name}: held out {what}: {counts} posts are the split {UNSEEN}"
+    )
     return parts
 
 
@@ -120,7 +131,11 @@ def _check_values(group: Group, key: str, column: str, values: Sequence[str]) ->
 
 
 def _all_columns(groups: Sequence[Group]) -> list[str]:
-    return list(dict.fromkeys(column for group in groups for raw in group.raw.values() for column in raw.columns))
+    return list(
+        dict.fromkeys(
+            column for group in groups for raw in group.raw.values() for column in raw.columns
+        )
+    )
 
 
 MANY = 100
@@ -150,20 +165,28 @@ class Domains:
         """Class of some posts, int64, IGNORED without a value that training posts have too. Row -1 is no post."""
         known = {name: number for number, name in enumerate(self.names)}
         values = [_value(posts, self.predict, row) if row >= 0 else None for row in rows]
-        return np.array([IGNORED if value is None else known.get(value, IGNORED) for value in values], dtype=np.int64)
+        return np.array(
+            [IGNORED if value is None else known.get(value, IGNORED) for value in values],
+            dtype=np.int64,
+        )
 
     def line(self) -> str:
         """What was found, for people."""
-        shown = [f"{name} {share:.0%}" for name, share in zip(self.names, self.shares, strict=True)][:8]
+        shown = [
+            f"{name} {share:.0%}" for name, share in zip(self.names, self.shares, strict=True)
+        ][:8]
         more = f" and {len(self.names) - 8} more" if len(self.names) > 8 else ""
-        left_out = f"; {self.missing:,} training posts have none and are left out" if self.missing else ""
+        left_out = (
+            f"; {self.missing:,} training posts have none and are left out" if self.missing else ""
+        )
         return f"loss.adversarial predicts {self.predict}: {', '.join(shown)}{more}{left_out}"
 
 
 def find_domains(train: PostSplit, config: AdversarialConfig) -> Domains | None:
     """The values of ``loss.adversarial.predict`` in the training split; None where the term is off.
 
-    Under ``task`` a value is a data set: a post that several tasks share is one post, of the data set that they share.
+    Under ``task`` a value is a data set: a post that several tasks share is one post, of the data
+    set that they share.
 
     Raises:
         ValueError: fewer than two values, or more than ``MANY``.
@@ -186,7 +209,9 @@ def find_domains(train: PostSplit, config: AdversarialConfig) -> Domains | None:
         )
     names = tuple(sorted(natural_order(counts), key=lambda name: -counts[name]))
     total = counts.total()
-    weights = tuple(total / (len(names) * counts[name]) if config.balanced else 1.0 for name in names)
+    weights = tuple(
+        total / (len(names) * counts[name]) if config.balanced else 1.0 for name in names
+    )
     shares = tuple(counts[name] / total for name in names)
     return Domains(config.predict, names, shares, len(train) - total, weights)
 
@@ -212,7 +237,9 @@ def domain_columns(
     }
 
 
-def confidences_of(posts: PostSplit, rows: Sequence[int], tasks: Sequence[Task]) -> dict[str, Tensor]:
+def confidences_of(
+    posts: PostSplit, rows: Sequence[int], tasks: Sequence[Task]
+) -> dict[str, Tensor]:
     """``Batch.confidences`` of some posts, float32; 1 where a post has none, and for row -1."""
     columns = {
         task.name: posts.confidences[task.name]

@@ -20,13 +20,16 @@ from comoe.data.report import BadRow, DataReport, settle
 from comoe.tasks.task import Task, kind_of
 
 
-def hold_out(posts: PostSplit, *, fraction: float, strata: np.ndarray, seed: int) -> tuple[np.ndarray, bool]:
+def hold_out(
+    posts: PostSplit, *, fraction: float, strata: np.ndarray, seed: int
+) -> tuple[np.ndarray, bool]:
     """Which posts become the validation part; equal texts stay on one side.
 
     Args:
         posts: training posts.
         fraction: share of the different texts to hold out, rounded, at least one text.
-        strata: a number per post, int, shape (N,); each is held out by its share where there are enough posts.
+        strata: a number per post, int, shape (N,); each is held out by its share where there are
+            enough posts.
         seed: any non-negative int.
 
     Returns:
@@ -39,14 +42,18 @@ def hold_out(posts: PostSplit, *, fraction: float, strata: np.ndarray, seed: int
     text_ids = np.array([first_row.setdefault(text, len(first_row)) for text in posts.texts])
     count = max(1, round(fraction * len(first_row)))
     if fraction == 0 or count >= len(first_row):
-        raise ValueError(f"{len(first_row):,} different posts cannot give up a share of {fraction} for validation")
+        raise ValueError(
+            f"{len(first_row):,} different posts cannot give up a share of {fraction} for validation"
+        )
     strata = strata[np.unique(text_ids, return_index=True)[1]]
     names, sizes = np.unique(strata, return_counts=True)
     # The split needs two posts per stratum: rare ones go with the largest.
     strata = np.where(np.isin(strata, names[sizes < 2]), names[sizes.argmax()], strata)
     kept = 1 < len(np.unique(strata)) <= min(count, len(strata) - count)
     everything = np.arange(len(strata))
-    _, held = train_test_split(everything, test_size=count, stratify=strata if kept else None, random_state=seed)
+    _, held = train_test_split(
+        everything, test_size=count, stratify=strata if kept else None, random_state=seed
+    )
     return np.isin(text_ids, held), kept
 
 
@@ -98,25 +105,32 @@ def load_corpus(
 ) -> Corpus:
     """Read every data set of a recipe; with pictures, every rank must call it.
 
-    Tasks with equal path, format, subset, splits, text and picture columns share their posts. A data set without a
-    validation split gives up a part of its training posts, stratified by label. Training posts without any label are
-    left out. The same recipe gives the same corpus on every machine.
+    Tasks with equal path, format, subset, splits, text and picture columns share their posts. A
+    data set without a validation split gives up a part of its training posts, stratified by label.
+    Training posts without any label are left out. The same recipe gives the same corpus on every
+    machine.
 
     Args:
         recipe: the recipe, with local paths (``comoe.starter.registry.resolve``).
         report: is filled and returned within the corpus; a new one by default.
-        with_images: look at all pictures and keep where they are; else no post has one, and no picture is looked at.
+        with_images: look at all pictures and keep where they are; else no post has one, and no
+            picture is looked at.
         cache_dir: where is remembered which pictures are good; None remembers nothing.
         progress: show a bar while pictures are looked at.
 
     Raises:
-        ValueError: a data set, file, column or label that is missing or wrong; a bad row under ``data.on_error: stop``.
+        ValueError: a data set, file, column or label that is missing or wrong; a bad row under
+            ``data.on_error: stop``.
     """
     report = DataReport() if report is None else report
     groups = groups_of(recipe)
     names = tuple(group.name for group in groups)
     parts: dict[str, list[PostSplit]] = {split: [] for split in PART_NAMES}
-    pictures = ImageReader(recipe.data, report, cache_dir=cache_dir, progress=progress) if with_images else None
+    pictures = (
+        ImageReader(recipe.data, report, cache_dir=cache_dir, progress=progress)
+        if with_images
+        else None
+    )
     for group in groups:
         read_group(group, with_images=with_images)
     check_extra_columns(groups, recipe)
@@ -127,10 +141,17 @@ def load_corpus(
         splits = _with_validation(group, splits, recipe=recipe, report=report)
         splits = _limited(group, splits, recipe=recipe)
         _warn_of_repeats(group, splits, report)
-        report.posts[group.name] = {split: len(splits[split]) for split in PART_NAMES if split in splits}
+        report.posts[group.name] = {
+            split: len(splits[split]) for split in PART_NAMES if split in splits
+        }
         if with_images:
-            counts = {split: sum(image is not None for image in posts.images) for split, posts in splits.items()}
-            report.pictures[group.name] = {split: counts[split] for split in PART_NAMES if split in counts}
+            counts = {
+                split: sum(image is not None for image in posts.images)
+                for split, posts in splits.items()
+            }
+            report.pictures[group.name] = {
+                split: counts[split] for split in PART_NAMES if split in counts
+            }
         for split, posts in splits.items():
             parts[split].append(posts)
     joined = {split: join_splits(found) for split, found in parts.items() if found}
@@ -189,7 +210,9 @@ def _parse(
             group_names=names,
             origins=[f"{raw.file}:{line}" for line in lines],
             images=images,
-            columns={name: [post.columns[name] for post in posts] for name in extra_columns(recipe)},
+            columns={
+                name: [post.columns[name] for post in posts] for name in extra_columns(recipe)
+            },
         )
     report.warnings += [
         f"task {task}: {count:,} posts of {group.name} have no such label, because it does not fit their words"
@@ -201,24 +224,34 @@ def _parse(
 def _with_labels_only(group: Group, splits: _Splits, report: DataReport) -> _Splits:
     """Training posts that no task has a label for teach nothing and are left out."""
     columns = [splits["train"].labels[task] for task in group.tasks]
-    useful = np.flatnonzero([any(value is not None for value in values) for values in zip(*columns, strict=True)])
+    useful = np.flatnonzero(
+        [any(value is not None for value in values) for values in zip(*columns, strict=True)]
+    )
     if not len(useful):
         file = group.raw["train"].file
         wanted = ", ".join(f"tasks.{name}.label={task.label}" for name, task in group.tasks.items())
-        raise ValueError(f"No post in {file} has a label of any task; check the columns ({wanted}).")
+        raise ValueError(
+            f"No post in {file} has a label of any task; check the columns ({wanted})."
+        )
     if left := len(splits["train"]) - len(useful):
-        report.notes.append(f"data set {group.name}: {left:,} training posts without any label left out")
+        report.notes.append(
+            f"data set {group.name}: {left:,} training posts without any label left out"
+        )
     return splits | {"train": splits["train"].take(useful)}
 
 
-def _with_validation(group: Group, splits: _Splits, *, recipe: Recipe, report: DataReport) -> _Splits:
+def _with_validation(
+    group: Group, splits: _Splits, *, recipe: Recipe, report: DataReport
+) -> _Splits:
     """Where there is no validation split, a part of the training posts."""
     if "validation" in splits or not group.scored:
         return splits
     train, seed = splits["train"], seed_of(recipe.train.seed, group.name)
     try:
         strata = _strata(group, train)
-        held, kept = hold_out(train, fraction=recipe.data.validation_fraction, strata=strata, seed=seed)
+        held, kept = hold_out(
+            train, fraction=recipe.data.validation_fraction, strata=strata, seed=seed
+        )
     except ValueError as error:
         raise ValueError(
             f"{group.source.key}.path: {group.raw['train'].file} has no validation split beside it, and its {error}. "
@@ -229,7 +262,10 @@ def _with_validation(group: Group, splits: _Splits, *, recipe: Recipe, report: D
         f"data set {group.name}: no validation split; {held.sum():,} of {len(train):,} training posts held out, {how}, "
         f"by train.seed {recipe.train.seed}"
     )
-    parts = {"train": train.take(np.flatnonzero(~held)), "validation": train.take(np.flatnonzero(held))}
+    parts = {
+        "train": train.take(np.flatnonzero(~held)),
+        "validation": train.take(np.flatnonzero(held)),
+    }
     return splits | parts
 
 
@@ -243,9 +279,13 @@ def _strata(group: Group, posts: PostSplit) -> np.ndarray:
 
 def _limited(group: Group, splits: _Splits, *, recipe: Recipe) -> _Splits:
     """At most the wanted number of posts in each split."""
-    limits = {split: recipe.data.limit_eval for split in splits} | {"train": recipe.data.limit_per_task}
+    limits = {split: recipe.data.limit_eval for split in splits} | {
+        "train": recipe.data.limit_per_task
+    }
     return {
-        split: limited(posts, count=limits[split], seed=seed_of(recipe.train.seed, f"{group.name}/{split}"))
+        split: limited(
+            posts, count=limits[split], seed=seed_of(recipe.train.seed, f"{group.name}/{split}")
+        )
         for split, posts in splits.items()
     }
 

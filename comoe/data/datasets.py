@@ -14,7 +14,12 @@ from comoe.data.reading.sources import NAMES, Source, open_source, read_split
 from comoe.tasks.kinds.registry import KINDS
 from comoe.tasks.task import kind_of
 
-NO_LABELS = {("txt", "label"): "; plain text has no labels: use it for kind unlabelled, or a .jsonl with labels"}
+NO_LABELS = {
+    (
+        "txt",
+        "label",
+    ): "; plain text has no labels: use it for kind unlabelled, or a .jsonl with labels"
+}
 """(format, option of a task) -> more about a column that is not there."""
 
 
@@ -37,14 +42,18 @@ class Group:
 def groups_of(recipe: Recipe) -> list[Group]:
     """Data sets in the order of their first task, with names that tell them apart."""
     if not recipe.tasks:
-        raise ValueError("tasks is empty; give the recipe at least one task, as in `tasks: {mood: {path: mood.csv}}`.")
+        raise ValueError(
+            "tasks is empty; give the recipe at least one task, as in `tasks: {mood: {path: mood.csv}}`."
+        )
     shared: dict[tuple, dict[str, TaskConfig]] = {}
     for name, task in recipe.tasks.items():
         if task.kind not in KINDS:
             raise unknown_name(f"tasks.{name}.kind", task.kind, KINDS)
         shared.setdefault(_posts_of(task), {})[name] = task
     if not any(KINDS[task.kind].scored for task in recipe.tasks.values()):
-        raise ValueError(f"tasks: none of {', '.join(recipe.tasks)} has labels; give the recipe a task that has.")
+        raise ValueError(
+            f"tasks: none of {', '.join(recipe.tasks)} has labels; give the recipe a task that has."
+        )
     groups: list[Group] = []
     for members in shared.values():
         _check_together(members)
@@ -125,15 +134,24 @@ def read_group(group: Group, *, with_images: bool) -> None:
 def _check_columns(group: Group, raw: RawSplit, split: str, *, with_images: bool) -> None:
     """Every column that the recipe names is there.
 
-    Labels may lack in the test split, and those of some tasks in the validation split: these cannot be measured then.
+    Labels may lack in the test split, and those of some tasks in the validation split: these cannot
+    be measured then.
     """
     if not raw.rows:
         return
-    labelled = split == "test" or (split == "validation" and any(t.label in raw.columns for t in group.tasks.values()))
+    labelled = split == "test" or (
+        split == "validation" and any(t.label in raw.columns for t in group.tasks.values())
+    )
     for name, task in group.tasks.items():
-        wanted = {"text": task.text, "pair": task.pair} | ({"image": task.image} if with_images else {})
+        wanted = {"text": task.text, "pair": task.pair} | (
+            {"image": task.image} if with_images else {}
+        )
         if not labelled:
-            wanted |= {"label": task.label, "confidence": task.confidence} if kind_of(task.kind).scored else {}
+            wanted |= (
+                {"label": task.label, "confidence": task.confidence}
+                if kind_of(task.kind).scored
+                else {}
+            )
         for key, column in wanted.items():
             if column is not None and column not in raw.columns:
                 guess = nearest(column, raw.columns)

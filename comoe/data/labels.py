@@ -30,7 +30,12 @@ def discovered(kind: Kind, values: Iterable[Any]) -> tuple[str, ...]:
 
 
 def resolved_task(
-    name: str, config: TaskConfig, *, labels: tuple[str, ...], splits: Mapping[str, PostSplit], report: DataReport
+    name: str,
+    config: TaskConfig,
+    *,
+    labels: tuple[str, ...],
+    splits: Mapping[str, PostSplit],
+    report: DataReport,
 ) -> Task:
     """One task, resolved against its posts and counted in the report.
 
@@ -42,7 +47,8 @@ def resolved_task(
         report: gets label counts, mean confidence and warnings.
 
     Raises:
-        ValueError: no labelled training post, or all with the same label; or labels that do not fit the kind.
+        ValueError: no labelled training post, or all with the same label; or labels that do not fit
+            the kind.
     """
     counts = {split: label_counts(posts.labels[name], labels) for split, posts in splits.items()}
     present = [value for value in splits["train"].labels[name] if value is not None]
@@ -52,10 +58,16 @@ def resolved_task(
         )
     numbers = [value for value in present if isinstance(value, float)]
     spread = float(np.std(numbers)) if numbers else None
-    task = build_task(name, config, labels=labels, label_counts=counts["train"], label_spread=spread)
+    task = build_task(
+        name, config, labels=labels, label_counts=counts["train"], label_spread=spread
+    )
     if not task.rules.scored:
         return task
-    distinct = {item for value in present for item in value} - {IGNORED} if task.rules.per_token else set(present)
+    distinct = (
+        {item for value in present for item in value} - {IGNORED}
+        if task.rules.per_token
+        else set(present)
+    )
     if len(distinct) < 2:
         only = next(iter(counts["train"]), "none") if labels else next(iter(distinct))
         raise ValueError(
@@ -66,7 +78,9 @@ def resolved_task(
     if absent := [label for label in labels if not counts["train"][label]]:
         report.warnings.append(f"task {name}: no training post has the label {', '.join(absent)}")
     if not counts["validation"].total():
-        report.warnings.append(f"task {name}: no validation post has a label; it cannot be measured")
+        report.warnings.append(
+            f"task {name}: no validation post has a label; it cannot be measured"
+        )
     if config.confidence is not None:
         numbers = [number for number in splits["train"].confidences[name] if number is not None]
         report.confidence[name] = float(np.mean(numbers)) if numbers else float("nan")
@@ -80,5 +94,9 @@ def label_counts(values: Sequence[Any], labels: tuple[str, ...]) -> Counter[str]
     present = [value for value in values if value is not None]
     if not labels:
         return Counter({"labelled": len(present)} if present else {})
-    ids = Counter(item for value in present for item in (value if isinstance(value, (list, tuple)) else (value,)))
+    ids = Counter(
+        item
+        for value in present
+        for item in (value if isinstance(value, (list, tuple)) else (value,))
+    )
     return Counter({label: ids[number] for number, label in enumerate(labels) if ids[number]})

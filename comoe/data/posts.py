@@ -41,7 +41,8 @@ class PostSplit:
     images: Sequence[bytes | str | None]
     """The picture: the bytes of its file, or the file's path; None where a post has none."""
     columns: Mapping[str, Sequence[str | None]] = field(default_factory=dict)
-    """Further columns that the recipe asks for, as text (true, 3, a name); None where a post has no such cell."""
+    """Further columns that the recipe asks for, as text (true, 3, a name); None where a post has no
+    such cell."""
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -102,7 +103,8 @@ def hidden(posts: PostSplit, what: str) -> PostSplit:
     """The posts as the model is to see them: ``data.hide`` takes all texts, or all pictures, away.
 
     Raises:
-        ValueError: no such ``data.hide``; or hidden texts of posts given as words, whose tags would have no words.
+        ValueError: no such ``data.hide``; or hidden texts of posts given as words, whose tags would
+            have no words.
     """
     if what not in HIDINGS:
         raise unknown_name("data.hide", what, HIDINGS)
@@ -111,7 +113,9 @@ def hidden(posts: PostSplit, what: str) -> PostSplit:
 
 def _without_texts(posts: PostSplit) -> PostSplit:
     if any(words for words in posts.words):
-        raise ValueError("data.hide is text, but there are posts given as words, whose tags need them; set it to none.")
+        raise ValueError(
+            "data.hide is text, but there are posts given as words, whose tags need them; set it to none."
+        )
     return replace(posts, texts=[""] * len(posts), pairs=[None] * len(posts))
 
 
@@ -130,7 +134,10 @@ def join_splits(parts: Sequence[PostSplit]) -> PostSplit:
         pairs=joined([part.pairs for part in parts]),
         words=joined([part.words for part in parts]),
         labels={task: joined([part.labels[task] for part in parts]) for task in parts[0].labels},
-        confidences={task: joined([part.confidences[task] for part in parts]) for task in parts[0].confidences},
+        confidences={
+            task: joined([part.confidences[task] for part in parts])
+            for task in parts[0].confidences
+        },
         groups=np.concatenate([part.groups for part in parts]),
         group_names=parts[0].group_names,
         origins=joined([part.origins for part in parts]),

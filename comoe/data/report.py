@@ -42,7 +42,8 @@ class DataReport:
     pictures: dict[str, dict[str, int]] = field(default_factory=dict)
     """Data set -> split -> usable posts with a picture; empty where none are read."""
     labels: dict[str, dict[str, dict[str, int]]] = field(default_factory=dict)
-    """Task -> split -> label -> posts (words, for tags) that have it; a task of numbers has one entry, ``labelled``."""
+    """Task -> split -> label -> posts (words, for tags) that have it; a task of numbers has one
+    entry, ``labelled``."""
     confidence: dict[str, float] = field(default_factory=dict)
     """Task -> mean confidence of its training labels."""
     confidence_unused: list[str] = field(default_factory=list)
@@ -54,7 +55,8 @@ class DataReport:
     truncated: dict[str, tuple[int, int]] = field(default_factory=dict)
     """Split -> (posts cut to ``data.max_length``, labelled words lost by that)."""
     prompts_cut: dict[str, dict[str, tuple[int, int]]] = field(default_factory=dict)
-    """Split -> task that a decoder answers -> (prompts that lost part of their post, all of its prompts)."""
+    """Split -> task that a decoder answers -> (prompts that lost part of their post, all of its
+    prompts)."""
     answers_cut: dict[str, dict[str, int]] = field(default_factory=dict)
     """Split -> task of free text -> answers cut to its ``max_answer_length``."""
     notes: list[str] = field(default_factory=list)
@@ -65,17 +67,20 @@ class DataReport:
     def lines(self, *, all_in: str = "") -> list[str]:
         """The report as lines of text; ``all_in`` is the file that lists every bad row, where one is written."""
         lines = [
-            f"data set {name}: " + ", ".join(f"{count:,} {split}" for split, count in splits.items())
+            f"data set {name}: "
+            + ", ".join(f"{count:,} {split}" for split, count in splits.items())
             for name, splits in self.posts.items()
         ]
         lines += [
-            f"pictures of {name}: " + ", ".join(f"{count:,} {split}" for split, count in splits.items())
+            f"pictures of {name}: "
+            + ", ".join(f"{count:,} {split}" for split, count in splits.items())
             for name, splits in self.pictures.items()
         ]
         for task, splits in self.labels.items():
             for split, counts in splits.items():
                 lines.append(
-                    f"task {task}, {split}: " + ", ".join(f"{label} {count:,}" for label, count in counts.items())
+                    f"task {task}, {split}: "
+                    + ", ".join(f"{label} {count:,}" for label, count in counts.items())
                 )
         lines += [
             f"task {task}: mean confidence of the training labels {mean:.3f}"
@@ -83,7 +88,8 @@ class DataReport:
             for task, mean in self.confidence.items()
         ]
         lines += [
-            f"{split}: {posts:,} posts cut to data.max_length" + (f", {words:,} labelled words lost" if words else "")
+            f"{split}: {posts:,} posts cut to data.max_length"
+            + (f", {words:,} labelled words lost" if words else "")
             for split, (posts, words) in self.truncated.items()
             if posts or words
         ]
@@ -127,7 +133,9 @@ def _listed(what: str, rows: list[BadRow], all_in: str) -> list[str]:
     lines += [f"  {reason}: {count:,}" for reason, count in sorted(reasons.items())]
     lines += [f"  {row}" for row in rows[:SHOWN_ROWS]]
     where = f", all in {all_in}" if all_in else ""
-    return lines + ([f"  and {len(rows) - SHOWN_ROWS:,} more{where}"] if len(rows) > SHOWN_ROWS else [])
+    return lines + (
+        [f"  and {len(rows) - SHOWN_ROWS:,} more{where}"] if len(rows) > SHOWN_ROWS else []
+    )
 
 
 def settle(bad: list[BadRow], *, usable: int, of: str, on_error: str, report: DataReport) -> None:
@@ -148,9 +156,13 @@ def settle(bad: list[BadRow], *, usable: int, of: str, on_error: str, report: Da
     bad.sort(key=lambda row: row.line)
     if on_error == "stop":
         more = f" ({len(bad) - 1:,} more bad rows in this file.)" if len(bad) > 1 else ""
-        raise ValueError(f"{bad[0]} Correct it, or set data.on_error=skip to leave such rows out.{more}")
+        raise ValueError(
+            f"{bad[0]} Correct it, or set data.on_error=skip to leave such rows out.{more}"
+        )
     if not usable:
-        raise ValueError(f"{of} has no usable post: all {len(bad):,} rows are bad. The first: {bad[0]}")
+        raise ValueError(
+            f"{of} has no usable post: all {len(bad):,} rows are bad. The first: {bad[0]}"
+        )
     report.set_aside.extend(bad)
 
 

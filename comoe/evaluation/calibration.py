@@ -1,7 +1,8 @@
 """Calibration: probabilities that mean what they say, fitted on the validation posts when a run ends.
 
-Temperature scaling (Guo et al. 2017, arXiv:1706.04599): one number per task, which its logits are divided by. It
-changes no order of labels, so no answer. Thresholds are a second, separate thing: see ``comoe.evaluation.thresholds``.
+Temperature scaling (Guo et al. 2017, arXiv:1706.04599): one number per task, which its logits are
+divided by. It changes no order of labels, so no answer. Thresholds are a second, separate thing:
+see ``comoe.evaluation.thresholds``.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ VALIDATION = "validation"
 
 
 Pairs = list[tuple[np.ndarray, np.ndarray]]
-"""(probability, whether it came true), one pair of arrays per thing that has a calibration error of its own."""
+"""(probability, whether it came true), one pair of arrays per thing that has a calibration error of
+its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,14 +65,16 @@ class Rule:
     pairs: Callable[[np.ndarray, np.ndarray], Pairs]
     """(probabilities, gold) -> what is compared with what came true."""
     thresholds: Callable[[np.ndarray, np.ndarray, np.ndarray, Task], Chosen | None]
-    """(probabilities, gold, part of each row, task) -> what was chosen; None where the task has no use for any."""
+    """(probabilities, gold, part of each row, task) -> what was chosen; None where the task has no
+    use for any."""
 
 
 class Calibrator:
     """Fits on the validation posts, then reads every split as the export will.
 
-    ``tasks`` are those given, with ``temperature`` and ``thresholds`` from the moment that validation was taken on.
-    Deterministic in the answers, so it is the same on every rank that has them.
+    ``tasks`` are those given, with ``temperature`` and ``thresholds`` from the moment that
+    validation was taken on. Deterministic in the answers, so it is the same on every rank that has
+    them.
 
     Args:
         tasks: as trained.
@@ -95,7 +99,8 @@ class Calibrator:
     ) -> Evaluation:
         """The evaluation as the calibrated tasks read it.
 
-        The validation split has no thresholds in it: they were chosen on these very posts and would flatter.
+        The validation split has no thresholds in it: they were chosen on these very posts and would
+        flatter.
 
         Args:
             split: name of the split; ``validation`` is fitted on.
@@ -103,7 +108,9 @@ class Calibrator:
             texts: text per row of the split.
             columns: column -> its cell per row of the split, as for ``judge``.
         """
-        found = {task.name: evidence(evaluation.answers.get(task.name, ()), task) for task in self.tasks}
+        found = {
+            task.name: evidence(evaluation.answers.get(task.name, ()), task) for task in self.tasks
+        }
         if split == VALIDATION:
             self.tasks = tuple(self._fitted(task, found[task.name]) for task in self.tasks)
         for task in self.tasks:
@@ -116,22 +123,33 @@ class Calibrator:
         return judge(evaluation.answers, judges, texts=texts, columns=columns, predictions=shown)
 
     def report(self) -> dict[str, dict[str, Any]]:
-        """Task -> ``temperature``, ``thresholds``, ``decision`` (metric, at_half, held_out) or None, and ``ece`` and
-        ``nll``: split -> before, after. Plain numbers; None where nothing was fitted."""
-        return {task.name: self._report[task.name] for task in self.tasks if task.name in self._report}
+        """Task -> ``temperature``, ``thresholds``, ``decision`` (metric, at_half, held_out) or
+        None, and ``ece`` and ``nll``: split -> before, after. Plain numbers; None where nothing was
+        fitted."""
+        return {
+            task.name: self._report[task.name] for task in self.tasks if task.name in self._report
+        }
 
     def _fitted(self, task: Task, found: Evidence | None) -> Task:
         if found is None or len(np.unique(found.posts_N)) < FEWEST_POSTS:
             return task
         rule, (temperatures, thresholds) = RULES[task.kind], self._wanted
         # A few posts can point anywhere: each half judges the temperature of the other.
-        if temperatures and rule.nll(crossed(found, rule), found.gold) < rule.nll(found.logits_NY, found.gold):
+        if temperatures and rule.nll(crossed(found, rule), found.gold) < rule.nll(
+            found.logits_NY, found.gold
+        ):
             task = replace(task, temperature=fit_temperature(found.logits_NY, found.gold, rule.nll))
         if thresholds:
             probabilities = rule.probabilities(found.logits_NY / (task.temperature or 1.0))
-            chosen = rule.thresholds(probabilities, found.gold, parts_of(found.posts_N, FOLDS), task)
+            chosen = rule.thresholds(
+                probabilities, found.gold, parts_of(found.posts_N, FOLDS), task
+            )
             if chosen is not None:
-                entry = {"metric": task.metric, "at_half": chosen.at_half, "held_out": chosen.held_out}
+                entry = {
+                    "metric": task.metric,
+                    "at_half": chosen.at_half,
+                    "held_out": chosen.held_out,
+                }
                 self._entry(task)["decision"] = entry
                 task = replace(task, thresholds=chosen.thresholds)
         return task
@@ -141,11 +159,15 @@ class Calibrator:
         entry |= {"temperature": task.temperature, "thresholds": _listed(task.thresholds)}
         after_NY = None
         if task.temperature is not None:
-            # Each half of the fitted posts by the temperature of the other half: the rest would flatter.
+            # Each half of the fitted posts by the temperature of the other half: the rest would
+            # flatter.
             halves = split == VALIDATION
             after_NY = crossed(found, rule) if halves else found.logits_NY / task.temperature
         logits = (found.logits_NY, after_NY)
-        both = [None if z_NY is None else rule.pairs(rule.probabilities(z_NY), found.gold) for z_NY in logits]
+        both = [
+            None if z_NY is None else rule.pairs(rule.probabilities(z_NY), found.gold)
+            for z_NY in logits
+        ]
         self.pairs[split, task.name] = (both[0], both[1])
         numbers = {
             "ece": [None if pairs is None else expected_calibration_error(pairs) for pairs in both],
@@ -159,7 +181,9 @@ class Calibrator:
         return self._report.setdefault(task.name, blank)
 
 
-def fit_temperature(logits_NY: np.ndarray, gold: np.ndarray, nll: Callable[[np.ndarray, np.ndarray], float]) -> float:
+def fit_temperature(
+    logits_NY: np.ndarray, gold: np.ndarray, nll: Callable[[np.ndarray, np.ndarray], float]
+) -> float:
     """The temperature with the smallest negative log likelihood, in [0.1, 10]; never a worse one than 1.
 
     The likelihood is concave in 1 / temperature, so there is one optimum.
@@ -184,15 +208,18 @@ def crossed(found: Evidence, rule: Rule) -> np.ndarray:
     tempered_NY = np.empty_like(found.logits_NY)
     for half in (0, 1):
         here = halves_N == half
-        tempered_NY[here] = found.logits_NY[here] / fit_temperature(found.logits_NY[~here], found.gold[~here], rule.nll)
+        tempered_NY[here] = found.logits_NY[here] / fit_temperature(
+            found.logits_NY[~here], found.gold[~here], rule.nll
+        )
     return tempered_NY
 
 
 def expected_calibration_error(pairs: Pairs, *, bins: int = BINS) -> float:
     """Mean distance between how sure the model was and how often that came true, 0 to 1.
 
-    Bins of equal width over [0, 1], upper ends included, weighted by their rows; the mean over pairs. Of classes the
-    likeliest label counts, of independent labels each label's own probability.
+    Bins of equal width over [0, 1], upper ends included, weighted by their rows; the mean over
+    pairs. Of classes the likeliest label counts, of independent labels each label's own
+    probability.
 
     Source: Guo et al. 2017, arXiv:1706.04599.
     """
@@ -203,7 +230,9 @@ def expected_calibration_error(pairs: Pairs, *, bins: int = BINS) -> float:
     return float(np.mean(errors))
 
 
-def reliability_bins(pairs: Pairs, *, bins: int = BINS) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def reliability_bins(
+    pairs: Pairs, *, bins: int = BINS
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Rows, sum of probabilities, and rows that came true, per bin; all pairs together."""
     sure = np.concatenate([sure for sure, _ in pairs])
     true = np.concatenate([true for _, true in pairs])
@@ -238,7 +267,9 @@ def ece_of(answers: Mapping[str, Sequence[Answer]], tasks: Sequence[Task]) -> di
     return errors
 
 
-def with_calibration(tasks: Iterable[Task], report: Mapping[str, Mapping[str, Any]] | None) -> tuple[Task, ...]:
+def with_calibration(
+    tasks: Iterable[Task], report: Mapping[str, Mapping[str, Any]] | None
+) -> tuple[Task, ...]:
     """Tasks with the temperatures and thresholds of a ``Calibrator.report``."""
     fitted = []
     for task in tasks:
@@ -260,14 +291,21 @@ def _listed(edges: tuple[float, ...] | None) -> list[float] | None:
 
 
 def _class_nll(logits_NY: np.ndarray, gold_N: np.ndarray) -> float:
-    return float((logsumexp(logits_NY, axis=1) - np.take_along_axis(logits_NY, gold_N[:, None], axis=1)[:, 0]).mean())
+    return float(
+        (
+            logsumexp(logits_NY, axis=1)
+            - np.take_along_axis(logits_NY, gold_N[:, None], axis=1)[:, 0]
+        ).mean()
+    )
 
 
 def _label_nll(logits_NY: np.ndarray, gold_NY: np.ndarray) -> float:
     return float((np.logaddexp(0.0, logits_NY) - logits_NY * gold_NY).mean())
 
 
-def _two_classes(scores_NY: np.ndarray, gold_N: np.ndarray, folds_N: np.ndarray, task: Task) -> Chosen | None:
+def _two_classes(
+    scores_NY: np.ndarray, gold_N: np.ndarray, folds_N: np.ndarray, task: Task
+) -> Chosen | None:
     if scores_NY.shape[1] != 2:
         return None
     return choose_for_two_classes(scores_NY[:, 1], gold_N, folds_N=folds_N, task=task)
@@ -285,7 +323,9 @@ _LABELS = Rule(
     nll=_label_nll,
     probabilities=expit,
     pairs=lambda scores_NY, gold_NY: list(zip(scores_NY.T, gold_NY.T, strict=True)),
-    thresholds=lambda scores, gold, folds, task: choose_for_labels(scores, gold, folds_N=folds, task=task),
+    thresholds=lambda scores, gold, folds, task: choose_for_labels(
+        scores, gold, folds_N=folds, task=task
+    ),
 )
 
 

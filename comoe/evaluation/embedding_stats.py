@@ -1,6 +1,7 @@
 """What the embeddings of a split look like: do posts of one label lie together, and do all spread over the sphere.
 
-Measured where the contrastive loss works, and where it is switched off too: then it shows what is missing.
+Measured where the contrastive loss works, and where it is switched off too: then it shows what is
+missing.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ class TaskEmbeddings:
     """One task's view of a split."""
 
     measures: Mapping[str, float]
-    """``alignment``, ``uniformity``, ``retrieval_at_1``, ``retrieval_at_1/chance``; see ``measure_embeddings``."""
+    """``alignment``, ``uniformity``, ``retrieval_at_1``, ``retrieval_at_1/chance``; see
+    ``measure_embeddings``."""
     points: np.ndarray
     """Embeddings (N, P), float32, in the order of the split."""
     labels: Sequence[Any]
@@ -40,7 +42,8 @@ class EmbeddingSummary:
     tasks: Mapping[str, TaskEmbeddings]
     """Task -> its view; tasks without labels to compare are left out."""
     retrieval: Mapping[str, float]
-    """``image_to_text_at_1``, ``text_to_image_at_1`` and ``chance`` where posts have pictures, else empty."""
+    """``image_to_text_at_1``, ``text_to_image_at_1`` and ``chance`` where posts have pictures, else
+    empty."""
 
 
 def measure_embeddings(embeddings_NP: Tensor, affinity_NN: Tensor) -> dict[str, float]:
@@ -48,13 +51,15 @@ def measure_embeddings(embeddings_NP: Tensor, affinity_NN: Tensor) -> dict[str, 
 
     Args:
         embeddings_NP: unit-length rows, at least two.
-        affinity_NN: how much two posts belong together, 0 to 1, symmetric; the diagonal is not read.
+        affinity_NN: how much two posts belong together, 0 to 1, symmetric; the diagonal is not
+            read.
 
     Returns:
-        alignment: mean squared distance of pairs that belong together, 0 to 4, lower is better; left out without such
-            pairs. uniformity: log of the mean of exp(-2 squared distance) over all pairs, 0 when all are one point,
-            lower is more spread. retrieval_at_1: mean affinity of a post and its nearest other post (accuracy of the
-            nearest neighbour where labels exclude one another), and what a random other post would give.
+        alignment: mean squared distance of pairs that belong together, 0 to 4, lower is better;
+            left out without such pairs. uniformity: log of the mean of exp(-2 squared distance)
+            over all pairs, 0 when all are one point, lower is more spread. retrieval_at_1: mean
+            affinity of a post and its nearest other post (accuracy of the nearest neighbour where
+            labels exclude one another), and what a random other post would give.
 
     Source: Wang & Isola 2020, arXiv:2005.10242 (alignment, uniformity).
     """
@@ -74,13 +79,16 @@ def measure_embeddings(embeddings_NP: Tensor, affinity_NN: Tensor) -> dict[str, 
     return measures
 
 
-def measure_retrieval(text_NP: np.ndarray, image_NP: np.ndarray, keys_N: np.ndarray) -> dict[str, float]:
+def measure_retrieval(
+    text_NP: np.ndarray, image_NP: np.ndarray, keys_N: np.ndarray
+) -> dict[str, float]:
     """Share of texts whose nearest picture is their own, and of pictures whose nearest text is, among N pairs.
 
     Args:
         text_NP: unit-length rows.
         image_NP: row i belongs to text i.
-        keys_N: equal for posts that say the same, whose pictures and texts are then as good as the own ones.
+        keys_N: equal for posts that say the same, whose pictures and texts are then as good as the
+            own ones.
     """
     similarity_NN = text_NP @ image_NP.T
     _, counts = np.unique(keys_N, return_counts=True)
@@ -96,7 +104,8 @@ class EmbeddingStats:
 
     Args:
         tasks: all tasks; those whose labels say which posts belong together are looked at.
-        labelled_NT: which post of the split has a label of which task, bool. Of many every n-th one is kept.
+        labelled_NT: which post of the split has a label of which task, bool. Of many every n-th one
+            is kept.
     """
 
     def __init__(self, tasks: Sequence[Task], *, labelled_NT: np.ndarray) -> None:
@@ -106,7 +115,9 @@ class EmbeddingStats:
             for number, task in enumerate(tasks)
         }
         self._shown = set(_every_nth(np.arange(len(labelled_NT))).tolist())
-        self._rows: dict[str, dict[int, tuple[np.ndarray, Tensor]]] = {task.name: {} for task in self._tasks}
+        self._rows: dict[str, dict[int, tuple[np.ndarray, Tensor]]] = {
+            task.name: {} for task in self._tasks
+        }
         self._pairs: dict[int, tuple[np.ndarray, np.ndarray, int]] = {}
 
     def update(self, output: ModelOutput, batch: Batch) -> None:
@@ -124,7 +135,11 @@ class EmbeddingStats:
                 if usable[row] and post in self._kept[task.name]
             }
         sides = output.image_text
-        if sides is not None and sides.text_embeddings_IP is not None and sides.image_embeddings_IP is not None:
+        if (
+            sides is not None
+            and sides.text_embeddings_IP is not None
+            and sides.image_embeddings_IP is not None
+        ):
             text = sides.text_embeddings_IP.detach().float().cpu().numpy()
             image = sides.image_embeddings_IP.detach().float().cpu().numpy()
             keys = text_keys(batch).tolist()
@@ -145,7 +160,9 @@ class EmbeddingStats:
             if len(rows) > 1:
                 found[task.name] = _of_task(task, [rows[post] for post in sorted(rows)])
         pairs = {post: value for _, share in shares for post, value in share.items()}
-        sides = [np.stack(side) for side in zip(*(pairs[post] for post in sorted(pairs)), strict=True)]
+        sides = [
+            np.stack(side) for side in zip(*(pairs[post] for post in sorted(pairs)), strict=True)
+        ]
         return EmbeddingSummary(found, measure_retrieval(*sides) if len(pairs) > 1 else {})
 
 

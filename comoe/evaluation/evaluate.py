@@ -22,7 +22,9 @@ SLICED_METRICS = ("accuracy", "macro_f1")
 """Metrics that a slice has beside the task's main one, where its kind has them."""
 
 
-def slice_scores(gold: Any, scores: Any, task: Task, columns: Mapping[str, Sequence[str | None]]) -> dict[str, float]:
+def slice_scores(
+    gold: Any, scores: Any, task: Task, columns: Mapping[str, Sequence[str | None]]
+) -> dict[str, float]:
     """``<metric>@<column>=<value>`` and ``n@<column>=<value>`` for every value of the task's slices.
 
     A post whose cell is empty is in no slice.
@@ -31,7 +33,8 @@ def slice_scores(gold: Any, scores: Any, task: Task, columns: Mapping[str, Seque
         gold: of ``Kind.answers``: an array, or for tags a list, with one entry per labelled post.
         scores: as ``gold``.
         task: names the columns.
-        columns: column -> its cell for each of these posts; a column that is not there has no slices.
+        columns: column -> its cell for each of these posts; a column that is not there has no
+            slices.
     """
     found: dict[str, float] = {}
     for column in task.slices:
@@ -39,7 +42,9 @@ def slice_scores(gold: Any, scores: Any, task: Task, columns: Mapping[str, Seque
         for value in natural_order(cell for cell in cells if cell is not None):
             rows = np.flatnonzero([cell == value for cell in cells])
             values = task.rules.score(_picked(gold, rows), _picked(scores, rows), task)
-            names = dict.fromkeys((task.metric, *(name for name in SLICED_METRICS if name in values)))
+            names = dict.fromkeys(
+                (task.metric, *(name for name in SLICED_METRICS if name in values))
+            )
             found |= {f"{name}@{column}={value}": values[name] for name in names}
             found[f"n@{column}={value}"] = float(len(rows))
     return found
@@ -59,7 +64,8 @@ class Answer(NamedTuple):
     row: int
     """Index of the post in its split."""
     logits: np.ndarray
-    """(Y,), or (words, Y) for a kind that answers each word; of a free text as ``Collator.spell`` gives it."""
+    """(Y,), or (words, Y) for a kind that answers each word; of a free text as ``Collator.spell``
+    gives it."""
     targets: np.ndarray
     """The label as in ``Batch.labels``, of this row: (), (Y,), (words,) or (1 + characters,)."""
 
@@ -69,11 +75,13 @@ class Evaluation:
     """What a split says about the model; the same on every rank. Tasks of a kind without answers are in none of it."""
 
     metrics: dict[str, dict[str, float]]
-    """Task -> metric -> value; ``n`` counts labelled rows, ``loss`` is their mean. A task without any is left out."""
+    """Task -> metric -> value; ``n`` counts labelled rows, ``loss`` is their mean. A task without
+    any is left out."""
     confusions: dict[str, np.ndarray]
     """Task -> counts of (gold, predicted), int64, (Y, Y), where its kind has such a thing."""
     predictions: dict[str, list[dict[str, Any]]]
-    """Task -> per post, in the order of the split: ``row``, ``text`` where given, ``gold`` or None, and the answer."""
+    """Task -> per post, in the order of the split: ``row``, ``text`` where given, ``gold`` or None,
+    and the answer."""
     answers: dict[str, list[Answer]] = field(default_factory=dict)
     """Task -> what all of this was made of, in the order of the split; see ``judge``."""
 
@@ -101,17 +109,18 @@ def evaluate(
 ) -> Evaluation:
     """Run the model over a split and score it.
 
-    The answers of all ranks are gathered, ordered by post and freed of duplicates before they are scored, so the
-    metrics depend neither on the number of ranks nor on the batches. A post counts for the tasks whose label it has. A
-    post without any label is scored nowhere and predicted for all tasks that it has rows for.
+    The answers of all ranks are gathered, ordered by post and freed of duplicates before they are
+    scored, so the metrics depend neither on the number of ranks nor on the batches. A post counts
+    for the tasks whose label it has. A post without any label is scored nowhere and predicted for
+    all tasks that it has rows for.
 
     Args:
         forward: the model in evaluation mode; called under ``torch.no_grad``.
         split: what ``collator`` makes batches of.
         collator: (split, row ids) -> batch on the CPU; a filler row for no ids.
         tasks: tasks in the order of the model's.
-        batches: row ids of each batch of this rank. Every rank brings the same number of them, empty ones if need be:
-            under expert parallelism each forward is a collective.
+        batches: row ids of each batch of this rank. Every rank brings the same number of them,
+            empty ones if need be: under expert parallelism each forward is a collective.
         gather: object of this rank -> objects of all ranks, on all ranks.
         device: where ``forward`` wants its batch.
         progress: called after each batch with its number of posts.
@@ -129,7 +138,9 @@ def evaluate(
             logits = logits if spell is None else spell(logits)
             kept = _rows_to_keep(batch, tasks)
             for task in scored:
-                answers[task.name] += _answers(batch, logits[task.name], rows=kept[task.name], task=task)
+                answers[task.name] += _answers(
+                    batch, logits[task.name], rows=kept[task.name], task=task
+                )
             if progress is not None:
                 progress(len(indices))
     shares = gather(answers)
@@ -167,9 +178,16 @@ def judge(
         gold, scores = task.rules.answers(tempered(logits, task), targets)
         if len(gold):
             loss = task.rules.loss(logits, targets, task) / task.rules.units(targets, task)
-            metrics[task.name] = {"n": float(len(gold)), "loss": float(loss)} | task.rules.score(gold, scores, task)
-            rows = [answers[task.name][place].row for place in np.flatnonzero(task.rules.labelled(targets))]
-            cells = {name: [column[row] for row in rows] for name, column in (columns or {}).items()}
+            metrics[task.name] = {"n": float(len(gold)), "loss": float(loss)} | task.rules.score(
+                gold, scores, task
+            )
+            rows = [
+                answers[task.name][place].row
+                for place in np.flatnonzero(task.rules.labelled(targets))
+            ]
+            cells = {
+                name: [column[row] for row in rows] for name, column in (columns or {}).items()
+            }
             metrics[task.name] |= slice_scores(gold, scores, task, cells)
             confusion = task.rules.confusion(gold, scores, task)
             if confusion is not None:
@@ -188,20 +206,29 @@ def mean_metric(metrics: Mapping[str, Mapping[str, float]], tasks: Sequence[Task
         ValueError: no task that counts has a labelled post in the split.
     """
     counted = [task for task in tasks if not task.auxiliary]
-    values = [rising(task.metric, metrics[task.name][task.metric]) for task in counted if task.name in metrics]
+    values = [
+        rising(task.metric, metrics[task.name][task.metric])
+        for task in counted
+        if task.name in metrics
+    ]
     if not values:
         names = ", ".join(task.name for task in counted)
-        raise ValueError(f"the split has no labelled post of any task ({names}), so there is no metric to choose by.")
+        raise ValueError(
+            f"the split has no labelled post of any task ({names}), so there is no metric to choose by."
+        )
     return float(np.mean(values))
 
 
-def chosen_metric(metrics: Mapping[str, Mapping[str, float]], tasks: Sequence[Task], name: str) -> float:
+def chosen_metric(
+    metrics: Mapping[str, Mapping[str, float]], tasks: Sequence[Task], name: str
+) -> float:
     """The number that early stopping and the best checkpoint go by; larger is better, as in ``mean_metric``.
 
     Args:
         metrics: ``Evaluation.metrics``.
         tasks: all tasks.
-        name: ``mean``, or ``task/metric`` with any key of that task's metrics ("mood/f1/joy", "mood/loss").
+        name: ``mean``, or ``task/metric`` with any key of that task's metrics ("mood/f1/joy",
+            "mood/loss").
 
     Raises:
         ValueError: no such task or metric, or no labelled post of the task in the split.
@@ -217,16 +244,20 @@ def chosen_metric(metrics: Mapping[str, Mapping[str, float]], tasks: Sequence[Ta
     return rising(metric, metrics[task][metric])
 
 
-def check_chosen_metric(name: str, tasks: Sequence[Task], *, measured: Container[str] | None = None) -> None:
+def check_chosen_metric(
+    name: str, tasks: Sequence[Task], *, measured: Container[str] | None = None
+) -> None:
     """Refuse an ``early_stop_metric`` that no evaluation will ever have; to be called before training.
 
     Args:
         name: ``train.early_stop_metric``.
         tasks: all tasks.
-        measured: names of the tasks that validation posts have a label of; None does not ask for any.
+        measured: names of the tasks that validation posts have a label of; None does not ask for
+            any.
 
     Raises:
-        ValueError: no such task or metric, with the nearest one; an auxiliary task; or nothing to measure it on.
+        ValueError: no such task or metric, with the nearest one; an auxiliary task; or nothing to
+            measure it on.
     """
     if not (scored := [task for task in tasks if task.rules.scored and not task.auxiliary]):
         raise ValueError(
@@ -262,7 +293,11 @@ def rising(metric: str, value: float) -> float:
 
 def _rows_to_keep(batch: Batch, tasks: Sequence[Task]) -> dict[str, list[int]]:
     """Scored task -> the rows of the batch that are scored or shown for it; filler rows are for none."""
-    labelled = {task.name: task.rules.labelled(batch.labels[task.name]) for task in tasks if task.rules.scored}
+    labelled = {
+        task.name: task.rules.labelled(batch.labels[task.name])
+        for task in tasks
+        if task.rules.scored
+    }
     bare = ~torch.stack(list(labelled.values())).any(dim=0)
     real = batch.row_ids_B >= 0
     kept = {}
@@ -271,7 +306,9 @@ def _rows_to_keep(batch: Batch, tasks: Sequence[Task]) -> dict[str, list[int]]:
             meant = batch.task_ids_B == index
             if not task.rules.generates:
                 meant |= batch.task_ids_B == -1
-            kept[task.name] = torch.nonzero(real & (labelled[task.name] | (bare & meant)))[:, 0].tolist()
+            kept[task.name] = torch.nonzero(real & (labelled[task.name] | (bare & meant)))[
+                :, 0
+            ].tolist()
     return kept
 
 
@@ -282,7 +319,9 @@ def _answers(batch: Batch, logits: Tensor, *, rows: list[int], task: Task) -> li
     logits, targets = logits[rows].float().cpu(), batch.labels[task.name][rows]
     ids = batch.row_ids_B[rows].tolist()
     if not task.rules.per_token:
-        return [Answer(*answer) for answer in zip(ids, logits.numpy(), targets.numpy(), strict=True)]
+        return [
+            Answer(*answer) for answer in zip(ids, logits.numpy(), targets.numpy(), strict=True)
+        ]
     words = batch.word_starts_BL[rows]
     return [
         Answer(row, logits_LY[starts].numpy(), targets_L[starts].numpy())
@@ -300,7 +339,9 @@ def joined(answers: Sequence[Answer], task: Task) -> tuple[Tensor, Tensor]:
     targets = [torch.as_tensor(answer.targets) for answer in answers]
     if not task.rules.ragged:
         return torch.stack(logits), torch.stack(targets)
-    return pad_sequence(logits, batch_first=True), pad_sequence(targets, batch_first=True, padding_value=IGNORED)
+    return pad_sequence(logits, batch_first=True), pad_sequence(
+        targets, batch_first=True, padding_value=IGNORED
+    )
 
 
 def _predictions(
@@ -310,8 +351,15 @@ def _predictions(
     if not answers:
         return []
     per_word = [torch.from_numpy(answer.logits) for answer in answers]
-    decoded = task.rules.decode(per_word if task.rules.per_token else joined(answers, task)[0], task)
+    decoded = task.rules.decode(
+        per_word if task.rules.per_token else joined(answers, task)[0], task
+    )
     return [
-        {"row": answer.row} | ({} if texts is None else {"text": texts[answer.row]}) | {"gold": gold} | shown
-        for answer, gold, shown in zip(answers, task.rules.gold(targets, task), decoded, strict=True)
+        {"row": answer.row}
+        | ({} if texts is None else {"text": texts[answer.row]})
+        | {"gold": gold}
+        | shown
+        for answer, gold, shown in zip(
+            answers, task.rules.gold(targets, task), decoded, strict=True
+        )
     ]

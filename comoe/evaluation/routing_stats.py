@@ -1,6 +1,7 @@
 """What the gates did since the last look: counts of real tokens per layer, task and expert, and the measures on them.
 
-Shares say where routes went; the measures say whether experts are used, specialise and work together.
+Shares say where routes went; the measures say whether experts are used, specialise and work
+together.
 """
 
 from __future__ import annotations
@@ -36,15 +37,16 @@ class RoutingSummary:
     share_LTE: np.ndarray
     """The same among the tokens of one task."""
     weight_LE: np.ndarray
-    """Share of a layer's gate weight that each expert got; rows sum to 1. It tells of a monopoly where ``share_LE``
-    cannot: at k = E every expert gets the same number of routes."""
+    """Share of a layer's gate weight that each expert got; rows sum to 1. It tells of a monopoly
+    where ``share_LE`` cannot: at k = E every expert gets the same number of routes."""
     weight_LTE: np.ndarray
     """The same among the tokens of one task."""
     score_LE: np.ndarray
     """Mean score of each expert over all real tokens, picked or not."""
     by_layer: Mapping[str, np.ndarray]
-    """Measure -> (layers,): those of ``share_measures``, cooperation, task_information = I(task; expert) of the routes,
-    and of the gate weights weight_monopoly, weight_effective_experts and weight_task_information."""
+    """Measure -> (layers,): those of ``share_measures``, cooperation, task_information = I(task;
+    expert) of the routes, and of the gate weights weight_monopoly, weight_effective_experts and
+    weight_task_information."""
     by_task: Mapping[str, np.ndarray]
     """Measure -> (layers, T): the same without the two informations."""
     histogram_LH: np.ndarray
@@ -58,7 +60,10 @@ class RoutingSummary:
     def layer_names(self) -> list[str]:
         """The layers as titles say them: ``3``, ``0 of the decoder``."""
         first = math.inf if self.first_decoder_layer is None else self.first_decoder_layer
-        return [str(layer) if layer < first else f"{layer - first} of the decoder" for layer in self.layers]
+        return [
+            str(layer) if layer < first else f"{layer - first} of the decoder"
+            for layer in self.layers
+        ]
 
     def to_dict(self) -> dict[str, object]:
         """Plain nested lists and numbers for one line of ``metrics.jsonl``; what is not finite becomes None."""
@@ -70,7 +75,10 @@ class RoutingSummary:
             "weight_share": _plain(self.weight_LE),
             "tasks": {
                 task: {name: _plain(values[:, index]) for name, values in self.by_task.items()}
-                | {"share": _plain(self.share_LTE[:, index]), "weight_share": _plain(self.weight_LTE[:, index])}
+                | {
+                    "share": _plain(self.share_LTE[:, index]),
+                    "weight_share": _plain(self.weight_LTE[:, index]),
+                }
                 for index, task in enumerate(self.tasks)
             },
         }
@@ -79,9 +87,9 @@ class RoutingSummary:
 class RoutingStats:
     """Sums over steps, per layer and per task, of what the gates did with real tokens.
 
-    A token counts once for each task that its row has a label for, and once in the layer's own totals; the tokens of a
-    row without any label (a filler row) are left out. ``update`` never waits for the device. Sums are float64, so that
-    adding the ranks' tensors is exact for counts.
+    A token counts once for each task that its row has a label for, and once in the layer's own
+    totals; the tokens of a row without any label (a filler row) are left out. ``update`` never
+    waits for the device. Sums are float64, so that adding the ranks' tensors is exact for counts.
 
     Args:
         tasks: names of the tasks, in the model's order.
@@ -106,34 +114,48 @@ class RoutingStats:
         self.layers = tuple(layers) if layers is not None else tuple(range(num_layers))
         assert len(self.layers) == num_layers, (self.layers, num_layers)
         self.first_decoder_layer = first_decoder_layer
-        self.num_experts = max(num_experts, 1)  # A model without experts has no layers either: an empty table.
-        # Row T of the task axis holds every labelled token once: with several labels per post the tasks' rows overlap.
-        # Last axis: picks, sum of weights and sum of scores per expert; picked experts above 0.5, tokens.
+        self.num_experts = max(
+            num_experts, 1
+        )  # A model without experts has no layers either: an empty table.
+        # Row T of the task axis holds every labelled token once: with several labels per post the
+        # tasks' rows overlap. Last axis: picks, sum of weights and sum of scores per expert; picked
+        # experts above 0.5, tokens.
         shape = (num_layers, len(self.tasks) + 1, 3 * self.num_experts + 2)
         self._sums = torch.zeros(shape, dtype=torch.float64, device=device)
-        self._histogram_LH = torch.zeros((num_layers, HISTOGRAM_BINS), dtype=torch.float64, device=device)
+        self._histogram_LH = torch.zeros(
+            (num_layers, HISTOGRAM_BINS), dtype=torch.float64, device=device
+        )
 
     @torch.no_grad()
     def update(self, output: ModelOutput, labelled_BT: Tensor) -> None:
         """Add one micro-step.
 
         Args:
-            output: the model's answer with one routing per layer and, of each layer, the rows of its tokens.
-            labelled_BT: bool, True where the row has a label of the task (with ``route_by: task`` one per row).
+            output: the model's answer with one routing per layer and, of each layer, the rows of
+                its tokens.
+            labelled_BT: bool, True where the row has a label of the task (with ``route_by: task``
+                one per row).
         """
         if not self.layers:
             return
         counted_BT = torch.cat([labelled_BT, labelled_BT.any(dim=1, keepdim=True)], dim=1)
         counted_BT = counted_BT.to(self._sums.device, torch.float64)
-        for layer, (routing, rows_S) in enumerate(zip(output.routings, output.layer_rows, strict=True)):
+        for layer, (routing, rows_S) in enumerate(
+            zip(output.routings, output.layer_rows, strict=True)
+        ):
             counted_ST = counted_BT[rows_S]
             scores_SE = routing.scores_SE.to(torch.float64)
             picked_SE = torch.zeros_like(scores_SE).scatter_(1, routing.indices_Sk, 1.0)
-            weights_SE = torch.zeros_like(scores_SE).scatter_(1, routing.indices_Sk, routing.weights_Sk.double())
+            weights_SE = torch.zeros_like(scores_SE).scatter_(
+                1, routing.indices_Sk, routing.weights_Sk.double()
+            )
             strong_S1 = (picked_SE * (scores_SE > COOPERATING_SCORE)).sum(dim=1, keepdim=True)
-            facts = torch.cat([picked_SE, weights_SE, scores_SE, strong_S1, torch.ones_like(strong_S1)], dim=1)
+            facts = torch.cat(
+                [picked_SE, weights_SE, scores_SE, strong_S1, torch.ones_like(strong_S1)], dim=1
+            )
             self._sums[layer] += counted_ST.T @ facts
-            # index_add_ instead of bincount: on a GPU bincount waits for the device to learn its own length.
+            # index_add_ instead of bincount: on a GPU bincount waits for the device to learn its
+            # own length.
             bins_SE = (scores_SE * HISTOGRAM_BINS).long().clamp_(0, HISTOGRAM_BINS - 1)
             counted_SE = counted_ST[:, -1:].expand_as(scores_SE)
             self._histogram_LH[layer].index_add_(0, bins_SE.flatten(), counted_SE.flatten())
@@ -167,13 +189,17 @@ class RoutingStats:
         """The measures of this window; copies the sums to the CPU."""
         sums = self._sums.cpu().numpy()
         experts = self.num_experts
-        counts, weights, scores = (sums[..., part * experts : (part + 1) * experts] for part in range(3))
+        counts, weights, scores = (
+            sums[..., part * experts : (part + 1) * experts] for part in range(3)
+        )
         strong, tokens = sums[..., -2], sums[..., -1]
         share = _ratio(counts, counts.sum(axis=-1, keepdims=True))
         weight_share = _ratio(weights, weights.sum(axis=-1, keepdims=True))
         by_weight = share_measures(weight_share)
         measures = share_measures(share) | {"cooperation": _ratio(strong, tokens)}
-        measures |= {f"weight_{name}": by_weight[name] for name in ("monopoly", "effective_experts")}
+        measures |= {
+            f"weight_{name}": by_weight[name] for name in ("monopoly", "effective_experts")
+        }
         by_layer = {name: values[:, -1] for name, values in measures.items()}
         by_layer["task_information"] = mutual_information(counts[:, :-1])
         by_layer["weight_task_information"] = mutual_information(weights[:, :-1])
@@ -200,14 +226,18 @@ def share_measures(share: np.ndarray) -> dict[str, np.ndarray]:
         share: shares along the last axis (E), which sum to 1; NaN where nothing was routed.
 
     Returns:
-        Measure -> array without the last axis: max_violation = max / mean - 1 (0 when even, at most E - 1), entropy in
-        nats (at most ln E), effective_experts = exp(entropy) (1 to E), dead_share (share of experts without any route),
+        Measure -> array without the last axis: max_violation = max / mean - 1 (0 when even, at most
+            E - 1), entropy in
+        nats (at most ln E), effective_experts = exp(entropy) (1 to E), dead_share (share of experts
+            without any route),
         monopoly (largest share).
 
     Source: MaxVio is from Wang et al. 2024, arXiv:2408.15664.
     """
     monopoly = share.max(axis=-1)
-    entropy = -np.where(share > 0, share * np.log(np.where(share > 0, share, 1.0)), 0.0).sum(axis=-1)
+    entropy = -np.where(share > 0, share * np.log(np.where(share > 0, share, 1.0)), 0.0).sum(
+        axis=-1
+    )
     entropy = np.where(np.isnan(monopoly), np.nan, np.abs(entropy))
     return {
         "max_violation": monopoly * share.shape[-1] - 1.0,
@@ -219,8 +249,8 @@ def share_measures(share: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def mutual_information(counts_LTE: np.ndarray) -> np.ndarray:
-    """I(task; expert) of the routes of each layer: how much the expert says about the task; 0 when every task uses the
-    experts alike, at most min(ln T, ln E).
+    """I(task; expert) of the routes of each layer: how much the expert says about the task; 0 when
+    every task uses the experts alike, at most min(ln T, ln E).
 
     Args:
         counts_LTE: routes (or gate weight) per layer, task and expert.
@@ -231,7 +261,9 @@ def mutual_information(counts_LTE: np.ndarray) -> np.ndarray:
     joint = _ratio(counts_LTE, counts_LTE.sum(axis=(-2, -1), keepdims=True))
     independent = joint.sum(axis=-1, keepdims=True) * joint.sum(axis=-2, keepdims=True)
     used = joint > 0
-    terms = np.where(used, joint * np.log(np.where(used, joint, 1.0) / np.where(used, independent, 1.0)), 0.0)
+    terms = np.where(
+        used, joint * np.log(np.where(used, joint, 1.0) / np.where(used, independent, 1.0)), 0.0
+    )
     total = np.maximum(terms.sum(axis=(-2, -1)), 0.0)
     return np.where(np.isnan(joint).any(axis=(-2, -1)), np.nan, total)
 

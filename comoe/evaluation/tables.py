@@ -32,25 +32,44 @@ def slice_lines(metrics: Metrics, tasks: Sequence[Task]) -> list[str]:
         names = dict.fromkeys(name for values in found for name in values)
         # By their counts: a label's name may hold any sign too.
         for where in [name.removeprefix(_COUNT) for name in names if name.startswith(_COUNT)]:
-            count = next(values[_COUNT + where] for values in reversed(found) if _COUNT + where in values)
-            for name in [name for name in names if name.endswith(f"@{where}") and name != _COUNT + where]:
+            count = next(
+                values[_COUNT + where] for values in reversed(found) if _COUNT + where in values
+            )
+            for name in [
+                name for name in names if name.endswith(f"@{where}") and name != _COUNT + where
+            ]:
                 shown = [_decimal(values.get(name)) for values in found]
-                rows.append((marked(task), where, name.removesuffix(f"@{where}"), *shown, f"{count:.0f}"))
-    return ["", *in_columns(("task", "slice", "metric", *splits, "n"), rows, left=3)] if rows else []
+                rows.append(
+                    (marked(task), where, name.removesuffix(f"@{where}"), *shown, f"{count:.0f}")
+                )
+    return (
+        ["", *in_columns(("task", "slice", "metric", *splits, "n"), rows, left=3)] if rows else []
+    )
 
 
 def noise_lines(metrics: Metrics, tasks: Sequence[Task]) -> list[str]:
     """Main metric of each task on clean posts and under each noise, with the change; no lines without noise."""
     lines = []
-    for split in dict.fromkeys(name.partition(SEPARATOR)[0] for name in metrics if SEPARATOR in name):
-        noises = [name.partition(SEPARATOR)[2] for name in metrics if name.startswith(f"{split}{SEPARATOR}")]
+    for split in dict.fromkeys(
+        name.partition(SEPARATOR)[0] for name in metrics if SEPARATOR in name
+    ):
+        noises = [
+            name.partition(SEPARATOR)[2]
+            for name in metrics
+            if name.startswith(f"{split}{SEPARATOR}")
+        ]
         rows = []
         for task in tasks:
             clean = metrics[split].get(task.name, {}).get(task.metric)
             if clean is None:
                 continue
-            noisy = [metrics[f"{split}{SEPARATOR}{noise}"].get(task.name, {}).get(task.metric) for noise in noises]
-            shown = ["-" if value is None else f"{value:.3f} ({value - clean:+.3f})" for value in noisy]
+            noisy = [
+                metrics[f"{split}{SEPARATOR}{noise}"].get(task.name, {}).get(task.metric)
+                for noise in noises
+            ]
+            shown = [
+                "-" if value is None else f"{value:.3f} ({value - clean:+.3f})" for value in noisy
+            ]
             rows.append((marked(task), task.metric, _decimal(clean), *shown))
         lines += ["", *in_columns(("task", "metric", split, *noises), rows, left=2)]
     return lines
@@ -72,7 +91,9 @@ def calibration_table(report: Report) -> list[tuple[str, ...]]:
         edges = " ".join(f"{edge:.2f}" for edge in entry["thresholds"] or ()) or "-"
         fitted = entry["temperature"]
         temperature = "-" if fitted is None else f"{fitted:.2f}"
-        rows.append((task, temperature, edges, *(_change(entry["ece"].get(split)) for split in splits)))
+        rows.append(
+            (task, temperature, edges, *(_change(entry["ece"].get(split)) for split in splits))
+        )
     return rows
 
 
@@ -82,10 +103,20 @@ def calibration_lines(report: Report) -> list[str]:
         return []
     rows = calibration_table(report)
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    told = ["calibration (expected calibration error, 0 is best)", lines[0], "-" * len(lines[0]), *lines[1:]]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+    told = [
+        "calibration (expected calibration error, 0 is best)",
+        lines[0],
+        "-" * len(lines[0]),
+        *lines[1:],
+    ]
     if any(entry["thresholds"] is not None for entry in report.values()):
-        told.append("Thresholds were chosen on validation: its results are with 0.5, other splits are decided by them.")
+        told.append(
+            "Thresholds were chosen on validation: its results are with 0.5, other splits are decided by them."
+        )
     return told
 
 
@@ -113,13 +144,15 @@ def _numbers(both: Mapping[str, float | None] | None) -> Iterator[str]:
     return (f"{value:.3f}" for value in (both or {}).values() if value is not None)
 
 
-def format_results_table(metrics: Mapping[str, Mapping[str, Mapping[str, float]]], tasks: Sequence[Task]) -> str:
+def format_results_table(
+    metrics: Mapping[str, Mapping[str, Mapping[str, float]]], tasks: Sequence[Task]
+) -> str:
     """The table that ends a run: main metric of each task on each split, beside the majority baseline.
 
     Args:
-        metrics: split (validation, test, unseen) -> task -> metric -> value; a split or task without labels may be
-            absent. The baseline is that of the test posts, or of the validation posts where these have no labels, n
-            the rows with a label there.
+        metrics: split (validation, test, unseen) -> task -> metric -> value; a split or task
+            without labels may be absent. The baseline is that of the test posts, or of the
+            validation posts where these have no labels, n the rows with a label there.
         tasks: in the order of the lines; auxiliary ones are marked.
     """
     splits = ("validation", "test", *(split for split in metrics if split == UNSEEN))
@@ -131,7 +164,15 @@ def format_results_table(metrics: Mapping[str, Mapping[str, Mapping[str, float]]
         last = found["test"] or found["validation"]
         scores = [_decimal(values.get(task.metric)) for values in found.values()]
         count = f"{int(last['n'])}" if "n" in last else "-"
-        rows.append((marked(task), task.metric, *scores, _decimal(last.get(f"majority/{task.metric}")), count))
+        rows.append(
+            (
+                marked(task),
+                task.metric,
+                *scores,
+                _decimal(last.get(f"majority/{task.metric}")),
+                count,
+            )
+        )
     return "\n".join(in_columns(("task", "metric", *splits, "majority", "n"), rows, left=2))
 
 
@@ -145,7 +186,10 @@ def in_columns(head: Sequence[str], rows: Sequence[Sequence[str]], *, left: int)
     table = [head, *rows]
     widths = [max(len(row[column]) for row in table) for column in range(len(head))]
     form = "  ".join(["{:<{}}"] * left + ["{:>{}}"] * (len(head) - left))
-    lines = [form.format(*(part for pair in zip(row, widths, strict=True) for part in pair)) for row in table]
+    lines = [
+        form.format(*(part for pair in zip(row, widths, strict=True) for part in pair))
+        for row in table
+    ]
     return [lines[0], "-" * len(lines[0]), *lines[1:]]
 
 

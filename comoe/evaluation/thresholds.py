@@ -1,8 +1,8 @@
 """Decision thresholds: from which probability on a label is given, where 0.5 is not the best answer.
 
-A threshold is chosen on the posts of the validation split, and kept only where it also pays on posts that did not
-choose it: each fifth of the posts is decided by the threshold of the other four, and what that gains over 0.5 must be
-more than twice its own standard error.
+A threshold is chosen on the posts of the validation split, and kept only where it also pays on
+posts that did not choose it: each fifth of the posts is decided by the threshold of the other four,
+and what that gains over 0.5 must be more than twice its own standard error.
 """
 
 from __future__ import annotations
@@ -46,10 +46,13 @@ class Chosen:
     at_half: float
     """The task's main metric with 0.5."""
     held_out: float
-    """The same metric where each post is decided by thresholds that other posts chose (0.5 where none is kept)."""
+    """The same metric where each post is decided by thresholds that other posts chose (0.5 where
+    none is kept)."""
 
 
-def choose_for_two_classes(scores_N: np.ndarray, gold_N: np.ndarray, *, folds_N: np.ndarray, task: Task) -> Chosen:
+def choose_for_two_classes(
+    scores_N: np.ndarray, gold_N: np.ndarray, *, folds_N: np.ndarray, task: Task
+) -> Chosen:
     """The threshold of the label with id 1 that makes the task's main metric largest.
 
     Args:
@@ -62,10 +65,14 @@ def choose_for_two_classes(scores_N: np.ndarray, gold_N: np.ndarray, *, folds_N:
     def measure(gold: np.ndarray, decided: np.ndarray) -> float:
         return task.rules.measure(gold, decided, task)
 
-    return _choose(scores_N[:, None], gold_N[:, None], folds_N, by_label=measure, whole=_first_column(measure))
+    return _choose(
+        scores_N[:, None], gold_N[:, None], folds_N, by_label=measure, whole=_first_column(measure)
+    )
 
 
-def choose_for_labels(scores_NY: np.ndarray, gold_NY: np.ndarray, *, folds_N: np.ndarray, task: Task) -> Chosen:
+def choose_for_labels(
+    scores_NY: np.ndarray, gold_NY: np.ndarray, *, folds_N: np.ndarray, task: Task
+) -> Chosen:
     """The threshold of each label that makes its own F1 largest; none where the task's main metric would fall.
 
     Args:
@@ -75,21 +82,28 @@ def choose_for_labels(scores_NY: np.ndarray, gold_NY: np.ndarray, *, folds_N: np
         task: whose metric must not fall.
     """
     return _choose(
-        scores_NY, gold_NY, folds_N, by_label=f1, whole=lambda gold, decided: task.rules.measure(gold, decided, task)
+        scores_NY,
+        gold_NY,
+        folds_N,
+        by_label=f1,
+        whole=lambda gold, decided: task.rules.measure(gold, decided, task),
     )
 
 
 def best_threshold(scores_N: np.ndarray, gold_N: np.ndarray, measure: Measure) -> float:
     """The threshold with the largest measure; of equal ones that next to 0.5.
 
-    Tried are 0.5 and the middles between neighbouring scores: all of them, or ``MOST_CANDIDATES``, half of these right
-    below posts that have the label.
+    Tried are 0.5 and the middles between neighbouring scores: all of them, or ``MOST_CANDIDATES``,
+    half of these right below posts that have the label.
     """
     values = np.unique(scores_N)
     middles = (values[1:] + values[:-1]) / 2
     if len(middles) > MOST_CANDIDATES:
         below = np.clip(np.searchsorted(values, np.unique(scores_N[gold_N == 1])) - 1, 0, None)
-        picked = [_spread(below, MOST_CANDIDATES // 2), _spread(np.arange(len(middles)), MOST_CANDIDATES // 2)]
+        picked = [
+            _spread(below, MOST_CANDIDATES // 2),
+            _spread(np.arange(len(middles)), MOST_CANDIDATES // 2),
+        ]
         middles = middles[np.unique(np.concatenate(picked))]
     tried = sorted([HALF, *middles.tolist()], key=lambda edge: (abs(edge - HALF), edge))
     found = [measure(gold_N, (scores_N >= edge).astype(np.int64)) for edge in tried]
@@ -103,7 +117,12 @@ def f1(gold_N: np.ndarray, decided_N: np.ndarray) -> float:
 
 
 def _choose(
-    scores_NY: np.ndarray, gold_NY: np.ndarray, folds_N: np.ndarray, *, by_label: Measure, whole: Measure
+    scores_NY: np.ndarray,
+    gold_NY: np.ndarray,
+    folds_N: np.ndarray,
+    *,
+    by_label: Measure,
+    whole: Measure,
 ) -> Chosen:
     plain_NY = (scores_NY >= HALF).astype(np.int64)
     held_NY, edges = plain_NY.copy(), []
@@ -122,7 +141,9 @@ def _choose(
     return Chosen(tuple(edges), at_half, held_out)
 
 
-def _decided_by_others(scores_N: np.ndarray, gold_N: np.ndarray, folds_N: np.ndarray, measure: Measure) -> np.ndarray:
+def _decided_by_others(
+    scores_N: np.ndarray, gold_N: np.ndarray, folds_N: np.ndarray, measure: Measure
+) -> np.ndarray:
     decided_N = np.zeros(len(scores_N), dtype=np.int64)
     for fold in np.unique(folds_N):
         here = folds_N == fold

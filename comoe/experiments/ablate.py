@@ -1,7 +1,8 @@
 """What each expert is worth: the held-out quality of a trained model with one expert of one layer taken away.
 
-An expert that was taken away is not picked; its tokens go to the next best one and the weights are normalised over
-those that are left. So the loss of quality is what the other experts cannot make good, not what a hole of zeros does.
+An expert that was taken away is not picked; its tokens go to the next best one and the weights are
+normalised over those that are left. So the loss of quality is what the other experts cannot make
+good, not what a hole of zeros does.
 """
 
 from __future__ import annotations
@@ -40,15 +41,20 @@ class GateWithout:
     expert: int
     """Who is missing."""
 
-    def __call__(self, logits_SE: Tensor, balance_bias_E: Tensor, picks_Sk: Tensor | None = None) -> Routing:
+    def __call__(
+        self, logits_SE: Tensor, balance_bias_E: Tensor, picks_Sk: Tensor | None = None
+    ) -> Routing:
         """Route S tokens over the others; where all experts run, the missing one runs with the weight 0."""
         gate = self.gate
         gone_E = torch.arange(logits_SE.shape[1], device=logits_SE.device) == self.expert
-        # Out of the scores of the others too, which under softmax share what it had; then out of its own.
+        # Out of the scores of the others too, which under softmax share what it had; then out of
+        # its own.
         left_SE = logits_SE.float().masked_fill(gone_E, NOWHERE)
         scores_SE = gate.score(left_SE / gate.temperature).masked_fill(gone_E, 0.0)
         bias_E = balance_bias_E.masked_fill(gone_E, -torch.inf)
-        return pick_experts(logits_SE, scores_SE, bias_E, gate.top_k, gate.cooperation_threshold, picks_Sk)
+        return pick_experts(
+            logits_SE, scores_SE, bias_E, gate.top_k, gate.cooperation_threshold, picks_Sk
+        )
 
     def z_penalty(self, logits_SE: Tensor) -> Tensor:
         """The trained gate's."""
@@ -64,11 +70,13 @@ class Removal:
     posts: int
     """Posts scored."""
     whole: Mapping[str, float]
-    """With all experts: ``mean`` (of the main metrics, larger is better) and ``loss`` (mean over tasks)."""
+    """With all experts: ``mean`` (of the main metrics, larger is better) and ``loss`` (mean over
+    tasks)."""
     drop_LE: np.ndarray
     """Fall of the mean metric without expert e of layer l; positive: the expert is needed."""
     loss_rise_LE: np.ndarray
-    """Rise of the mean loss, which tells small effects apart that a metric of decided labels cannot."""
+    """Rise of the mean loss, which tells small effects apart that a metric of decided labels
+    cannot."""
     limit: int | None
     """At most so many posts per data set were taken."""
 
@@ -82,7 +90,12 @@ class Removal:
 
 
 def measure_removal(
-    run_folder: Path, *, split: str = "test", limit: int | None = None, device: str = "auto", progress: bool = True
+    run_folder: Path,
+    *,
+    split: str = "test",
+    limit: int | None = None,
+    device: str = "auto",
+    progress: bool = True,
 ) -> Removal:
     """Score the export of a finished run on its own posts, with all experts and without each one.
 
@@ -94,16 +107,21 @@ def measure_removal(
         progress: show a progress bar.
 
     Raises:
-        ValueError: no finished run there, no experts in it, no labelled post in the split, or a limit below 1.
+        ValueError: no finished run there, no experts in it, no labelled post in the split, or a
+            limit below 1.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"the limit of posts per data set is {limit}; it must be at least 1.")
     predictor, tokens = load_trained(run_folder, split=split, limit=limit, device=device)
     blocks = predictor.exported.model.moe_layers()
     if not blocks:
-        raise ValueError(f"{run_folder} was trained without experts (model.moe.num_experts is 0): nothing to remove.")
+        raise ValueError(
+            f"{run_folder} was trained without experts (model.moe.num_experts is 0): nothing to remove."
+        )
     experts = predictor.exported.model_config.moe.num_experts
-    with tqdm(total=1 + len(blocks) * experts, unit="pass", disable=not progress, dynamic_ncols=True) as bar:
+    with tqdm(
+        total=1 + len(blocks) * experts, unit="pass", disable=not progress, dynamic_ncols=True
+    ) as bar:
         score = _scorer(predictor, tokens, bar.update)
         whole = score()
         without = np.empty((len(blocks), experts, 2))
@@ -136,13 +154,23 @@ def removed(block: CooperativeBlock, expert: int) -> Iterator[None]:
 def removal_lines(removal: Removal) -> list[str]:
     """The table for people: fall of the mean metric, and rise of the loss in brackets, per layer and expert."""
     whole = removal.whole
-    lines = [f"{removal.posts} posts; with all experts: mean metric {whole['mean']:.4f}, loss {whole['loss']:.4f}"]
-    lines.append("without one expert, the mean metric falls by (and the loss rises by); below 0 it did harm.")
-    lines.append("A few posts decided otherwise are noise: the loss tells more, and other seeds tell most.")
-    for layer, drops, rises in zip(removal.layers, removal.drop_LE, removal.loss_rise_LE, strict=True):
+    lines = [
+        f"{removal.posts} posts; with all experts: mean metric {whole['mean']:.4f}, loss {whole['loss']:.4f}"
+    ]
+    lines.append(
+        "without one expert, the mean metric falls by (and the loss rises by); below 0 it did harm."
+    )
+    lines.append(
+        "A few posts decided otherwise are noise: the loss tells more, and other seeds tell most."
+    )
+    for layer, drops, rises in zip(
+        removal.layers, removal.drop_LE, removal.loss_rise_LE, strict=True
+    ):
         pairs = enumerate(zip(drops, rises, strict=True))
         cells = [f"{expert:3d}: {drop:+.4f} ({rise:+.4f})" for expert, (drop, rise) in pairs]
-        lines += [f"layer {layer:2d}  " + "  ".join(cells[i : i + 4]) for i in range(0, len(cells), 4)]
+        lines += [
+            f"layer {layer:2d}  " + "  ".join(cells[i : i + 4]) for i in range(0, len(cells), 4)
+        ]
     return lines
 
 
@@ -155,13 +183,17 @@ def _scorer(
     def score() -> tuple[float, float]:
         evaluation = score_split(predictor, tokens)
         done(1)
-        return mean_metric(evaluation.metrics, tasks), _mean_loss(evaluation, [task.name for task in tasks])
+        return mean_metric(evaluation.metrics, tasks), _mean_loss(
+            evaluation, [task.name for task in tasks]
+        )
 
     return score
 
 
 def _mean_loss(evaluation: Evaluation, names: Sequence[str]) -> float:
-    return float(np.mean([evaluation.metrics[name]["loss"] for name in names if name in evaluation.metrics]))
+    return float(
+        np.mean([evaluation.metrics[name]["loss"] for name in names if name in evaluation.metrics])
+    )
 
 
 def read_removal(file: Path) -> Removal:

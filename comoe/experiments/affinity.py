@@ -1,9 +1,10 @@
 """Which tasks pull the shared weights the same way: cosines between the gradients of their losses, in one process.
 
-Two tasks whose gradients point apart undo each other's steps. A gradient over a few posts is mostly noise: two of one
-task look unrelated, and of tasks on the same posts alike. So the posts are dealt into parts, and only products of
-different parts count; of a task with itself that says how high a cosine can get here. The posts are held out: the
-gradients of those that were learned from add up to almost nothing.
+Two tasks whose gradients point apart undo each other's steps. A gradient over a few posts is mostly
+noise: two of one task look unrelated, and of tasks on the same posts alike. So the posts are dealt
+into parts, and only products of different parts count; of a task with itself that says how high a
+cosine can get here. The posts are held out: the gradients of those that were learned from add up to
+almost nothing.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ from comoe.tasks.task import Task
 from comoe.types import Batch
 
 SHARED = "encoder."
-"""Beginning of the names of the weights that all tasks share; the experts lie inside the encoder's layers."""
+"""Beginning of the names of the weights that all tasks share; the experts lie inside the encoder's
+layers."""
 
 
 PARTS = 16
@@ -43,9 +45,10 @@ class Affinity:
     tasks: tuple[str, ...]
     """Tasks with labels, in the order of the model's."""
     cosine_TT: np.ndarray
-    """Cosines of the tasks' mean gradients, symmetric, without what products of a post with itself add. On the diagonal
-    the share of a gradient's squared length that is not noise: what two tasks that want exactly the same would reach
-    with as many posts, up to 1; 0 where all is noise. NaN where a task has no gradient in two parts."""
+    """Cosines of the tasks' mean gradients, symmetric, without what products of a post with itself
+    add. On the diagonal the share of a gradient's squared length that is not noise: what two tasks
+    that want exactly the same would reach with as many posts, up to 1; 0 where all is noise. NaN
+    where a task has no gradient in two parts."""
     norm_T: np.ndarray
     """Length of each task's mean gradient."""
     posts_T: tuple[int, ...]
@@ -68,11 +71,18 @@ def read_affinity(file: Path) -> Affinity:
     """What ``Affinity.to_dict`` was written as."""
     found = json.loads(file.read_text(encoding="utf-8"))
     arrays = (np.array(found[name], dtype=np.float64) for name in ("cosine", "norm"))
-    return Affinity(tuple(found["tasks"]), *arrays, tuple(found["posts"]), found["limit"], found["weights"])
+    return Affinity(
+        tuple(found["tasks"]), *arrays, tuple(found["posts"]), found["limit"], found["weights"]
+    )
 
 
 def measure_affinity(
-    run_folder: Path, *, limit: int = 256, batch_size: int = 32, device: str = "auto", progress: bool = True
+    run_folder: Path,
+    *,
+    limit: int = 256,
+    batch_size: int = 32,
+    device: str = "auto",
+    progress: bool = True,
 ) -> Affinity:
     """Cosines between the tasks' gradients at the end of a finished run, on its validation posts, without dropout.
 
@@ -86,21 +96,27 @@ def measure_affinity(
         progress: show a progress bar.
 
     Raises:
-        ValueError: no finished run there, fewer than two tasks with labels, no shared weight that trains, or a limit
-            below 2.
+        ValueError: no finished run there, fewer than two tasks with labels, no shared weight that
+            trains, or a limit below 2.
     """
     if limit < 2:
         raise ValueError(f"the limit of posts per task is {limit}; it must be at least 2.")
     predictor, split = load_trained(run_folder, split="validation", device=device)
     tasks = predictor.tasks
     if len(tasks) < 2:
-        raise ValueError(f"{run_folder} was trained on one task: there is no other one to hold its gradient against.")
+        raise ValueError(
+            f"{run_folder} was trained on one task: there is no other one to hold its gradient against."
+        )
     weights = shared_weights(predictor.exported.model)
     if not weights:
-        raise ValueError(f"{run_folder} trained no shared weight (model.train_layers, model.moe): no gradient to hold.")
+        raise ValueError(
+            f"{run_folder} trained no shared weight (model.train_layers, model.moe): no gradient to hold."
+        )
     parts = [parts_of(split, predictor.exported.tasks.index(task), limit=limit) for task in tasks]
     products = Products(len(tasks))
-    with tqdm(total=sum(map(len, sum(parts, []))), unit="post", disable=not progress, dynamic_ncols=True) as bar:
+    with tqdm(
+        total=sum(map(len, sum(parts, []))), unit="post", disable=not progress, dynamic_ncols=True
+    ) as bar:
         for number in range(PARTS):
             products.add([
                 _of_posts(predictor, split, task, mine[number], weights, batch_size, bar.update)
@@ -109,12 +125,18 @@ def measure_affinity(
     cosine_TT, norm_T = products.cosines()
     counts = tuple(sum(map(len, mine)) for mine in parts)
     names = tuple(task.name for task in tasks)
-    return Affinity(names, cosine_TT, norm_T, counts, limit, sum(weight.numel() for weight in weights))
+    return Affinity(
+        names, cosine_TT, norm_T, counts, limit, sum(weight.numel() for weight in weights)
+    )
 
 
 def shared_weights(model: MultiTaskModel) -> list[torch.nn.Parameter]:
     """The weights of the encoder and its experts that train; heads, which belong to one task each, are left out."""
-    return [weight for name, weight in model.named_parameters() if name.startswith(SHARED) and weight.requires_grad]
+    return [
+        weight
+        for name, weight in model.named_parameters()
+        if name.startswith(SHARED) and weight.requires_grad
+    ]
 
 
 def parts_of(split: TokenizedSplit, task: int, *, limit: int) -> list[np.ndarray]:
@@ -133,7 +155,9 @@ def parts_of(split: TokenizedSplit, task: int, *, limit: int) -> list[np.ndarray
 
 
 def summed_gradient(
-    share: Callable[[Batch], tuple[Tensor, Tensor]], batches: Iterable[Batch], weights: Sequence[Tensor]
+    share: Callable[[Batch], tuple[Tensor, Tensor]],
+    batches: Iterable[Batch],
+    weights: Sequence[Tensor],
 ) -> tuple[list[Tensor], float]:
     """Gradient of a sum of losses over several batches, one tensor per weight, and what it is divided by to be a mean.
 
@@ -156,8 +180,9 @@ def summed_gradient(
 class Products:
     """Inner products of the tasks' mean gradients from different parts of the posts.
 
-    With s_ta the gradient of task t's summed loss over part a and m_ta its units, <t, u> is the sum of s_ta s_ub over
-    the sum of m_ta m_ub, both over a != b: expected to be the product of the true mean gradients, whatever the noise.
+    With s_ta the gradient of task t's summed loss over part a and m_ta its units, <t, u> is the sum
+    of s_ta s_ub over the sum of m_ta m_ub, both over a != b: expected to be the product of the true
+    mean gradients, whatever the noise.
 
     Args:
         tasks: how many.
@@ -194,7 +219,8 @@ class Products:
             lengths_TT = np.outer(norm_T, norm_T)
             cosine_TT = np.where(lengths_TT > 0, product_TT / lengths_TT, np.nan)
         known_T = np.isfinite(np.diagonal(cosine_TT))
-        # An estimate of a small product over a small length can be anything; what is less than nothing is noise.
+        # An estimate of a small product over a small length can be anything; what is less than
+        # nothing is noise.
         cosine_TT = np.clip(np.where(np.outer(known_T, known_T), cosine_TT, np.nan), -1.0, 1.0)
         np.fill_diagonal(cosine_TT, np.maximum(np.diagonal(cosine_TT), 0.0))
         return cosine_TT, norm_T
@@ -214,9 +240,12 @@ def _of_posts(
     def batches() -> Iterable[Batch]:
         for places in eval_batches(split.lengths[rows], batch_size=batch_size):
             batch = predictor.collator(split, rows[places])
-            # Where the gate reads the task, a post is a row per task, and those of the others add nothing.
+            # Where the gate reads the task, a post is a row per task, and those of the others add
+            # nothing.
             mine_R = torch.isin(batch.task_ids_B, torch.tensor([-1, number])).nonzero().squeeze(1)
-            yield (batch if len(mine_R) == len(batch.task_ids_B) else batch.take(mine_R)).to(predictor.device)
+            yield (batch if len(mine_R) == len(batch.task_ids_B) else batch.take(mine_R)).to(
+                predictor.device
+            )
             done(len(places))
 
     def share(batch: Batch) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,8 @@ def load_trained(
     Args:
         run_folder: as training left it: ``config.yaml`` and ``export/``.
         split: train, validation or test.
-        limit: at most this many validation or test posts per data set; None is all that the recipe has.
+        limit: at most this many validation or test posts per data set; None is all that the recipe
+            has.
         device: a torch device; auto is the first GPU, or the CPU.
 
     Raises:
@@ -36,9 +37,15 @@ def load_trained(
     exported = predictor.exported
     corpus = load_corpus(recipe, with_images=exported.image_processor is not None)
     if len(corpus.splits.get(split, ())) == 0:
-        raise ValueError(f"the recipe of {run_folder} has no {split} posts; there are {', '.join(corpus.splits)}.")
+        raise ValueError(
+            f"the recipe of {run_folder} has no {split} posts; there are {', '.join(corpus.splits)}."
+        )
     cache = home() / "tokens" if recipe.data.cache else None
     tokens = tokenize_split(
-        corpus.splits[split], exported.tokenizer, tasks=exported.tasks, config=exported.data_config, cache_dir=cache
+        corpus.splits[split],
+        exported.tokenizer,
+        tasks=exported.tasks,
+        config=exported.data_config,
+        cache_dir=cache,
     )
     return predictor, tokens

@@ -70,10 +70,15 @@ def remember(experiment: Experiment, *, file_name: str = "scale.json") -> None:
         file_name: where, in the output folder.
 
     Raises:
-        ValueError: the folder holds an experiment with another recipe, DeepSpeed JSON or number of ranks.
+        ValueError: the folder holds an experiment with another recipe, DeepSpeed JSON or number of
+            ranks.
     """
     recipe = recipe_to_dict(load_recipe(experiment.config, experiment.overrides))
-    shared = {"ranks": experiment.ranks, "deepspeed": load_settings(experiment.deepspeed), "recipe": recipe}
+    shared = {
+        "ranks": experiment.ranks,
+        "deepspeed": load_settings(experiment.deepspeed),
+        "recipe": recipe,
+    }
     shared = json.loads(json.dumps(shared))
     file = experiment.output / file_name
     if not file.is_file():
@@ -95,7 +100,9 @@ def difference_of(before: Any, now: Any, path: str = "") -> str:
     """The first place where two nested dicts differ, in words; empty where they are equal."""
     if isinstance(before, dict) and isinstance(now, dict):
         for key in [*before, *(key for key in now if key not in before)]:
-            if found := difference_of(before.get(key), now.get(key), f"{path}.{key}" if path else str(key)):
+            if found := difference_of(
+                before.get(key), now.get(key), f"{path}.{key}" if path else str(key)
+            ):
                 return found
         return ""
     return "" if before == now else f"{path} {before!r} instead of {now!r}"
@@ -117,7 +124,11 @@ Report = Callable[[Sequence[Run]], None]
 
 
 def run_points(
-    experiment: Experiment, points: Sequence[Run], *, report: Report[Run], say: Callable[[str], None] = print
+    experiment: Experiment,
+    points: Sequence[Run],
+    *,
+    report: Report[Run],
+    say: Callable[[str], None] = print,
 ) -> list[Run]:
     """Run what is not done yet; a run that was cut short goes on from its checkpoint.
 
@@ -134,7 +145,9 @@ def run_points(
         KeyboardInterrupt: Ctrl-C or SIGTERM, once the run under way has saved itself.
     """
     todo = [point for point in points if not is_done(experiment, point)]
-    say(f"{len(points)} runs, {len(points) - len(todo)} of them done; {experiment.ranks} rank(s) each")
+    say(
+        f"{len(points)} runs, {len(points) - len(todo)} of them done; {experiment.ranks} rank(s) each"
+    )
     failed: list[Run] = []
     seconds: list[float] = []
     for number, point in enumerate(todo, start=len(points) - len(todo) + 1):
@@ -146,7 +159,9 @@ def run_points(
         report(points)
         left = (len(points) - number) * sum(seconds) / len(seconds)
         outcome = f"FAILED ({problem})" if problem else _outcome(experiment.runs / point.name)
-        say(f"[{number}/{len(points)}] {point.name}: {outcome}, {_in_words(seconds[-1])}; {_in_words(left)} left")
+        say(
+            f"[{number}/{len(points)}] {point.name}: {outcome}, {_in_words(seconds[-1])}; {_in_words(left)} left"
+        )
     return failed
 
 
@@ -191,7 +206,8 @@ def run_point(experiment: Experiment, point: Planned) -> str:
     """Run one point to its end.
 
     Returns:
-        Empty when it left its results; else what its log says at last, which ``failed/<point>.txt`` tells at length.
+        Empty when it left its results; else what its log says at last, which ``failed/<point>.txt``
+            tells at length.
     """
     log = experiment.output / "logs" / f"{point.name}.log"
     failure = failure_file(experiment, point)
@@ -205,8 +221,15 @@ def run_point(experiment: Experiment, point: Planned) -> str:
     if is_done(experiment, point):
         failure.unlink(missing_ok=True)
         return ""
-    lines = [line.rstrip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    failure.write_text("\n".join([f"exit code {code}; the last lines of {log}:", *lines[-TAIL:], ""]), encoding="utf-8")
+    lines = [
+        line.rstrip()
+        for line in log.read_text(encoding="utf-8", errors="replace").splitlines()
+        if line.strip()
+    ]
+    failure.write_text(
+        "\n".join([f"exit code {code}; the last lines of {log}:", *lines[-TAIL:], ""]),
+        encoding="utf-8",
+    )
     return next((line for line in reversed(lines) if line.startswith("comoe:")), lines[-1])
 
 
@@ -217,14 +240,29 @@ def failure_file(experiment: Experiment, point: Planned) -> Path:
 
 def command_of(experiment: Experiment, point: Planned) -> list[str]:
     """The command of one run: a new one, or ``--resume`` where one was cut short."""
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", "--master_port", str(_free_port())]
+    launcher = [
+        sys.executable,
+        "-m",
+        "deepspeed.launcher.runner",
+        "--quiet",
+        "--master_port",
+        str(_free_port()),
+    ]
     launcher += ["--num_accelerators", str(experiment.ranks)]
     train = [str(experiment.train_script), "--deepspeed", str(experiment.deepspeed)]
     folder = experiment.runs / point.name
     if (folder / "config.yaml").is_file():
         return [*launcher, *train, "--resume", str(folder)]
     names = [f"run.output_dir={experiment.runs}", f"run.name={point.name}"]
-    return [*launcher, *train, "--config", str(experiment.config), *experiment.overrides, *point.overrides, *names]
+    return [
+        *launcher,
+        *train,
+        "--config",
+        str(experiment.config),
+        *experiment.overrides,
+        *point.overrides,
+        *names,
+    ]
 
 
 def _run(command: Sequence[str], log: object) -> int:
@@ -232,7 +270,9 @@ def _run(command: Sequence[str], log: object) -> int:
     if not torch.cuda.is_available():
         environment.setdefault("DS_ACCELERATOR", "cpu")
     # A session of its own: Ctrl-C must reach the ranks in the order that lets them save.
-    child = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
+    child = subprocess.Popen(
+        command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+    )
     try:
         with _terminations_interrupt():
             return child.wait()

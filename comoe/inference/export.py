@@ -1,7 +1,8 @@
 """Exports: a trained model as a folder in Hugging Face style, and back. No DeepSpeed, no pickle.
 
-``model.safetensors`` (plain PyTorch names, float32), ``config.json`` (all that is needed to build the model; tasks as a
-list because Hugging Face sorts the keys of dicts), the tokenizer's files, and ``README.md``, the model card.
+``model.safetensors`` (plain PyTorch names, float32), ``config.json`` (all that is needed to build
+the model; tasks as a list because Hugging Face sorts the keys of dicts), the tokenizer's files, and
+``README.md``, the model card.
 """
 
 from __future__ import annotations
@@ -47,13 +48,19 @@ def choose_checkpoint(run: Path, which: str) -> Path:
     """
     if which not in CHOICES:
         raise unknown_name("choice of --which", which, CHOICES)
-    whole = sorted(manifest.parent for manifest in (run / "checkpoints").glob("step-*/manifest.json"))
+    whole = sorted(
+        manifest.parent for manifest in (run / "checkpoints").glob("step-*/manifest.json")
+    )
     if not whole:
-        raise ValueError(f"{run} holds no whole checkpoint; give a run folder (with checkpoints/) or a checkpoint.")
+        raise ValueError(
+            f"{run} holds no whole checkpoint; give a run folder (with checkpoints/) or a checkpoint."
+        )
     chosen = CHOICES[which](run / "checkpoints", whole)
     if chosen not in whole:
         names = ", ".join(path.name for path in whole)
-        raise ValueError(f"{run} has no whole {which} checkpoint; give one of {names} in {run / 'checkpoints'}.")
+        raise ValueError(
+            f"{run} has no whole {which} checkpoint; give one of {names} in {run / 'checkpoints'}."
+        )
     return chosen
 
 
@@ -94,17 +101,30 @@ def fill_in(model: nn.Module, weights: Mapping[str, Tensor], *, place: Path) -> 
     """Give a model its weights, in place. A tensor of several names, as a tied output layer, comes under the first.
 
     Raises:
-        ValueError: weights that are missing, of another shape, or not in the model; ``place`` names the file.
+        ValueError: weights that are missing, of another shape, or not in the model; ``place`` names
+            the file.
     """
-    aliases = set(dict(model.named_parameters(remove_duplicate=False))) - set(dict(model.named_parameters()))
+    aliases = set(dict(model.named_parameters(remove_duplicate=False))) - set(
+        dict(model.named_parameters())
+    )
     expected = {name: tensor for name, tensor in model.state_dict().items() if name not in aliases}
     weights = {name: tensor for name, tensor in weights.items() if name not in aliases}
     missing, extra = expected.keys() - weights.keys(), weights.keys() - expected.keys()
-    shapes = [name for name in expected.keys() & weights.keys() if expected[name].shape != weights[name].shape]
+    shapes = [
+        name
+        for name in expected.keys() & weights.keys()
+        if expected[name].shape != weights[name].shape
+    ]
     problems = {"missing": missing, "not in the model": extra, "of another shape": shapes}
-    told = [f"{len(names)} {what} ({', '.join(sorted(names)[:3])})" for what, names in problems.items() if names]
+    told = [
+        f"{len(names)} {what} ({', '.join(sorted(names)[:3])})"
+        for what, names in problems.items()
+        if names
+    ]
     if told:
-        raise ValueError(f"{place} does not fit {CONFIG}: weights {'; '.join(told)}. Export the run again.")
+        raise ValueError(
+            f"{place} does not fit {CONFIG}: weights {'; '.join(told)}. Export the run again."
+        )
     model.load_state_dict(weights, strict=False)
 
 
@@ -158,7 +178,8 @@ class Exported:
     model_config: ModelConfig
     """How the model is built; ``encoder`` names what it was trained from."""
     data_config: DataConfig
-    """How posts were read: ``max_length``, ``normalize``, ``hide`` and the limits of pictures count here."""
+    """How posts were read: ``max_length``, ``normalize``, ``hide`` and the limits of pictures count
+    here."""
     config: Mapping[str, Any]
     """``config.json`` as it is."""
 
@@ -179,31 +200,43 @@ def export_model(
 
     Args:
         folder: the export; an older export there is replaced.
-        state_dict: every weight and buffer of ``MultiTaskModel`` under its plain name, whole, float32.
+        state_dict: every weight and buffer of ``MultiTaskModel`` under its plain name, whole,
+            float32.
         recipe: the resolved recipe of the run.
         tasks: in the order of the model's heads.
         encoder_config: ``encoder.config.to_dict()``.
         tokenizer: the encoder's tokenizer.
         tower_config: ``tower.inner.config.to_dict()``; None where the model has no vision tower.
         image_processor: the vision tower's; None where the model reads no pictures.
-        results: content of the run's ``results.json``, measured on these very weights, for the model card.
+        results: content of the run's ``results.json``, measured on these very weights, for the
+            model card.
 
     Raises:
         ValueError: the folder holds something that is no export, or weights and recipe do not fit.
     """
     folder = Path(folder)
     if folder.exists() and not may_replace(folder):
-        raise ValueError(f"{folder} exists and is not an export of comoe; choose another folder, or remove it first.")
+        raise ValueError(
+            f"{folder} exists and is not an export of comoe; choose another folder, or remove it first."
+        )
     config = _config(recipe, tasks, encoder_config, tower_config)
-    config["image_column"] = None if image_processor is None else column_in_training(recipe.tasks.values())
+    config["image_column"] = (
+        None if image_processor is None else column_in_training(recipe.tasks.values())
+    )
     aside = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
-        kept = {name: tensor for name, tensor in state_dict.items() if not name.startswith(FOR_TRAINING)}
-        weights = _each_once({name: tensor.detach().cpu().contiguous() for name, tensor in kept.items()})
+        kept = {
+            name: tensor for name, tensor in state_dict.items() if not name.startswith(FOR_TRAINING)
+        }
+        weights = _each_once(
+            {name: tensor.detach().cpu().contiguous() for name, tensor in kept.items()}
+        )
         save_file(weights, aside / WEIGHTS, metadata={"format": "pt"})
-        (aside / CONFIG).write_text(json.dumps(config, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+        (aside / CONFIG).write_text(
+            json.dumps(config, ensure_ascii=False, indent=2) + "\n", encoding="utf-8"
+        )
         tokenizer.save_pretrained(str(aside))
         if image_processor is not None:
             image_processor.save(aside)
@@ -221,21 +254,31 @@ def load_exported(folder: str | Path) -> Exported:
     """Read an export: safetensors and JSON only, nothing in the folder is executed.
 
     Raises:
-        ValueError: no such folder, a file is missing or damaged, made by a newer comoe, or weights that do not fit.
+        ValueError: no such folder, a file is missing or damaged, made by a newer comoe, or weights
+            that do not fit.
     """
     folder = Path(folder)
     config = read_export_config(folder)
     tasks = tuple(Task.from_dict(plain) for plain in config["tasks"])
     recipe = recipe_from_dict({"model": config["model"], "data": config["data"]})
-    model = build_model(recipe.model, tasks, encoder_config=dict(config["encoder"]), tower_config=config.get("tower"))
+    model = build_model(
+        recipe.model,
+        tasks,
+        encoder_config=dict(config["encoder"]),
+        tower_config=config.get("tower"),
+    )
     try:
         weights = load_file(folder / WEIGHTS)
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{folder / WEIGHTS} cannot be read ({error}); copy or export the folder again.") from error
+        raise ValueError(
+            f"{folder / WEIGHTS} cannot be read ({error}); copy or export the folder again."
+        ) from error
     fill_in(model, weights, place=folder / WEIGHTS)
     model.eval()
     tokenizer = _load_tokenizer(folder, config["encoder"])
-    return Exported(model, tasks, tokenizer, _image_processor(folder), recipe.model, recipe.data, config)
+    return Exported(
+        model, tasks, tokenizer, _image_processor(folder), recipe.model, recipe.data, config
+    )
 
 
 def export_checkpoint(path: Path, out: Path, *, which: str = "best") -> Path:
@@ -243,7 +286,8 @@ def export_checkpoint(path: Path, out: Path, *, which: str = "best") -> Path:
 
     Args:
         path: a run folder, or one checkpoint of it (``<run>/checkpoints/step-...``).
-        out: the export; calibrated as ``results.json`` says where that was measured on this very checkpoint.
+        out: the export; calibrated as ``results.json`` says where that was measured on this very
+            checkpoint.
         which: best or last, where ``path`` is a run folder.
 
     Returns:
@@ -257,11 +301,15 @@ def export_checkpoint(path: Path, out: Path, *, which: str = "best") -> Path:
     run = checkpoint.parent.parent
     for name in ("config.yaml", "tasks.json", "encoder_config.json", "tokenizer"):
         if not (run / name).exists():
-            raise ValueError(f"{run / name} is missing; --checkpoint wants a run folder or a checkpoint inside of one.")
+            raise ValueError(
+                f"{run / name} is missing; --checkpoint wants a run folder or a checkpoint inside of one."
+            )
     try:
         weights = load_file(checkpoint / "weights" / WEIGHTS)
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{checkpoint} was cut short ({error}); use another one in {checkpoint.parent}.") from error
+        raise ValueError(
+            f"{checkpoint} was cut short ({error}); use another one in {checkpoint.parent}."
+        ) from error
     results = read_json(run / "results.json") if (run / "results.json").is_file() else None
     # What was measured and fitted on these weights says nothing of those of another step.
     if results is not None and checkpoint.name != f"step-{results.get('best_step', -1):08d}":
@@ -270,7 +318,9 @@ def export_checkpoint(path: Path, out: Path, *, which: str = "best") -> Path:
         Path(out),
         state_dict=weights,
         recipe=load_recipe(run / "config.yaml"),
-        tasks=with_calibration(map(Task.from_dict, read_json(run / "tasks.json")), (results or {}).get("calibration")),
+        tasks=with_calibration(
+            map(Task.from_dict, read_json(run / "tasks.json")), (results or {}).get("calibration")
+        ),
         encoder_config=read_json(run / "encoder_config.json"),
         tower_config=read_json(tower) if (tower := run / "tower_config.json").is_file() else None,
         tokenizer=load_tokenizer(str(run / "tokenizer")),
@@ -281,7 +331,10 @@ def export_checkpoint(path: Path, out: Path, *, which: str = "best") -> Path:
 
 
 def _config(
-    recipe: Recipe, tasks: Sequence[Task], encoder_config: Mapping[str, Any], tower_config: Mapping[str, Any] | None
+    recipe: Recipe,
+    tasks: Sequence[Task],
+    encoder_config: Mapping[str, Any],
+    tower_config: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     model = dataclasses.asdict(recipe.model)
     # The paths of the machine that trained are of no use to others.
@@ -301,7 +354,9 @@ def _config(
         "as_words": list(read_as_words(recipe.tasks)),
         "columns": columns_in_training(recipe.tasks),
         "model": model,
-        "data": {key: value for key, value in dataclasses.asdict(recipe.data).items() if key in DATA_KEYS},
+        "data": {
+            key: value for key, value in dataclasses.asdict(recipe.data).items() if key in DATA_KEYS
+        },
         "encoder": _without_path(encoder_config),
         **({} if tower_config is None else {"tower": _without_path(tower_config)}),
     }
@@ -325,14 +380,23 @@ def base_model(encoder: str) -> str:
 
 
 def _image_processor(folder: Path) -> ImageProcessor | None:
-    return load_image_processor(str(folder)) if (folder / "preprocessor_config.json").is_file() else None
+    return (
+        load_image_processor(str(folder))
+        if (folder / "preprocessor_config.json").is_file()
+        else None
+    )
 
 
 def _load_tokenizer(folder: Path, encoder_config: Mapping[str, Any]) -> Any:
-    # Left to itself, AutoTokenizer would read our config.json and warn of a model type that it does not know.
+    # Left to itself, AutoTokenizer would read our config.json and warn of a model type that it does
+    # not know.
     fields = dict(encoder_config)
     try:
-        return AutoTokenizer.from_pretrained(folder, config=AutoConfig.for_model(fields.pop("model_type"), **fields))
+        return AutoTokenizer.from_pretrained(
+            folder, config=AutoConfig.for_model(fields.pop("model_type"), **fields)
+        )
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{folder}: its tokenizer cannot be loaded ({reason}); copy or export it again.") from error
+        raise ValueError(
+            f"{folder}: its tokenizer cannot be loaded ({reason}); copy or export it again."
+        ) from error

@@ -38,8 +38,8 @@ def model_card(
         recipe: the resolved recipe.
         tasks: the model's tasks; those without answers are not mentioned.
         config: ``config.json`` of the export.
-        results: content of ``results.json``: ``metrics`` (split -> task -> metric -> value) and ``seconds`` are read;
-            None says in the card that nothing was measured.
+        results: content of ``results.json``: ``metrics`` (split -> task -> metric -> value) and
+            ``seconds`` are read; None says in the card that nothing was measured.
     """
     tasks = [task for task in tasks if task.rules.scored]
     parts = [
@@ -49,14 +49,20 @@ def model_card(
         f"## Use\n\n{_usage(tasks, config)}",
         f"## Tasks\n\n{_task_table(tasks)}",
         f"## Measured results\n\n{_results(tasks, results)}",
-        *([f"## Calibration\n\n{_calibration(results)}"] if (results or {}).get("calibration") else []),
+        *(
+            [f"## Calibration\n\n{_calibration(results)}"]
+            if (results or {}).get("calibration")
+            else []
+        ),
         f"## Training\n\n{_training(recipe, config, results)}",
         f"## Limits\n\n{_limits(recipe, tasks)}",
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def _front_matter(tasks: Sequence[Task], *, config: Mapping[str, Any], results: Mapping[str, Any] | None) -> str:
+def _front_matter(
+    tasks: Sequence[Task], *, config: Mapping[str, Any], results: Mapping[str, Any] | None
+) -> str:
     """Values are written as JSON, which is YAML too, so no name can break the block."""
     fields: dict[str, Any] = {
         "library_name": "comoe",
@@ -126,7 +132,11 @@ def _pictures(config: Mapping[str, Any]) -> str:
         f"{reader}. In training the column `{config['image_column']}` named the pictures, and prediction reads that "
         "column too (`--image-column` names another one). A path starts from the folder of the input file. A post "
         "without a picture, or with one that cannot be read, is answered by its text alone."
-        + (f" This model was trained and answers with the {hidden} of every post hidden." if hidden != "none" else "")
+        + (
+            f" This model was trained and answers with the {hidden} of every post hidden."
+            if hidden != "none"
+            else ""
+        )
     )
 
 
@@ -139,7 +149,9 @@ def _usage(tasks: Sequence[Task], config: Mapping[str, Any]) -> str:
     explain = ", explain=True" if any(task.rules.pooled for task in tasks) else ""
     fields = {"text": "what a lovely day :)"} | ({pair: "the weather"} if asked else {})
     row = json.dumps(fields | ({config["image_column"]: "img/01.png"} if sees else {}))
-    posts, write = ("posts.jsonl", f"echo '{row}' > posts.jsonl\n") if sees or asked else ("posts.txt", "")
+    posts, write = (
+        ("posts.jsonl", f"echo '{row}' > posts.jsonl\n") if sees or asked else ("posts.txt", "")
+    )
     return f"""```python
 from comoe.predict import Predictor
 
@@ -156,12 +168,18 @@ print(answer[{json.dumps(tasks[0].name)}])
 def _task_table(tasks: Sequence[Task]) -> str:
     rows = [("task", "kind", "labels", "main metric")]
     for task in tasks:
-        labels = ", ".join(task.labels[:MAX_LABELS_SHOWN]) or ("a text" if task.rules.generates else "a number")
+        labels = ", ".join(task.labels[:MAX_LABELS_SHOWN]) or (
+            "a text" if task.rules.generates else "a number"
+        )
         more = len(task.labels) - MAX_LABELS_SHOWN
         name = f"{task.name} (auxiliary)" if task.auxiliary else task.name
-        rows.append((name, task.kind, f"{labels}, and {more} more" if more > 0 else labels, task.metric))
+        rows.append(
+            (name, task.kind, f"{labels}, and {more} more" if more > 0 else labels, task.metric)
+        )
     asked = [(task.name, task.prompt) for task in tasks if task.prompt is not None]
-    prompts = "\n\nThe decoder answers these, by what the encoder reads:\n\n" + _table([("task", "prompt"), *asked])
+    prompts = "\n\nThe decoder answers these, by what the encoder reads:\n\n" + _table(
+        [("task", "prompt"), *asked]
+    )
     return _table(rows) + (prompts if asked else "")
 
 
@@ -196,7 +214,9 @@ def _training(recipe: Recipe, config: Mapping[str, Any], results: Mapping[str, A
         f"- posts cleaned with the preset `{normalize.preset}` and cut after {recipe.data.max_length} tokens",
     ]
     if results:
-        lines.append(f"- step {results['best_step']} of {results['step']}, {results['seconds'] / 60:.1f} minutes")
+        lines.append(
+            f"- step {results['best_step']} of {results['step']}, {results['seconds'] / 60:.1f} minutes"
+        )
     rows = [("task", "data set", "posts kept at most")]
     limit = "all" if recipe.data.limit_per_task is None else str(recipe.data.limit_per_task)
     rows += [(name, _source(task.path), limit) for name, task in recipe.tasks.items()]
@@ -212,7 +232,9 @@ def _limits(recipe: Recipe, tasks: Sequence[Task]) -> str:
         "- The licences of the encoder and of the training data apply to these weights.",
     ]
     if recipe.model.moe.num_experts and recipe.model.moe.route_by != "token" and len(tasks) > 1:
-        lines.append(f"- The gate reads the task, so a post costs one pass per task asked for (up to {len(tasks)}).")
+        lines.append(
+            f"- The gate reads the task, so a post costs one pass per task asked for (up to {len(tasks)})."
+        )
     return "\n".join(lines)
 
 
@@ -220,9 +242,13 @@ def _limits_of_answers(tasks: Sequence[Task]) -> list[str]:
     """What holds for heads that pool, for words that are scored, and for texts that are written."""
     lines = []
     if any(task.rules.pooled for task in tasks):
-        lines.append("- Attention weights show what a head looked at; they are no proof of why it answered so.")
+        lines.append(
+            "- Attention weights show what a head looked at; they are no proof of why it answered so."
+        )
     if any(task.label_words for task in tasks):
-        lines.append("- Scored words are whole: a longer one is a product of more tokens, and likely scores lower.")
+        lines.append(
+            "- Scored words are whole: a longer one is a product of more tokens, and likely scores lower."
+        )
     if any(task.rules.generates and task.rules.ragged for task in tasks):
         lines.append("- Written answers need not be true, nor words of the post.")
     return lines

@@ -46,13 +46,14 @@ def read_posts(
 ) -> list[Post]:
     """The posts of a file; a line that cannot be read becomes a post with an error, and keeps its place.
 
-    The picture column of ``model`` is read unless ``image_column`` names another, and the column of second texts that
-    ``tasks`` had in training unless ``pair_column`` names another. Lines end at a line feed only. In a
-    .txt file every line is a post; bytes that are not UTF-8 become U+FFFD there.
+    The picture column of ``model`` is read unless ``image_column`` names another, and the column of
+    second texts that ``tasks`` had in training unless ``pair_column`` names another. Lines end at a
+    line feed only. In a .txt file every line is a post; bytes that are not UTF-8 become U+FFFD
+    there.
 
     Raises:
-        ValueError: no such file or column, an ending that is not .txt, .csv, .tsv or .jsonl, or a picture column for a
-            model of texts.
+        ValueError: no such file or column, an ending that is not .txt, .csv, .tsv or .jsonl, or a
+            picture column for a model of texts.
     """
     if not path.is_file():
         raise ValueError(f"--input {path}: there is no such file.")
@@ -62,13 +63,19 @@ def read_posts(
         choose_column(trained, asked=image_column, columns=None)
         return [Post(line) for line in text_lines(path)[0]]
     if ending not in TABLES:
-        raise ValueError(f"--input {path}: {unknown_name('ending that can be read', ending, ('.txt', *TABLES))}")
+        raise ValueError(
+            f"--input {path}: {unknown_name('ending that can be read', ending, ('.txt', *TABLES))}"
+        )
     raw = TABLES[ending](path)
     if raw.rows:
         image_column = choose_column(trained, asked=image_column, columns=raw.columns)
         known = {} if model is None else model.exported.config
         pair_column = choose_pair(known, tasks, asked=pair_column, columns=raw.columns)
-    columns = {"--text-column": text_column, "--pair-column": pair_column, "--image-column": image_column}
+    columns = {
+        "--text-column": text_column,
+        "--pair-column": pair_column,
+        "--image-column": image_column,
+    }
     for option, column in columns.items():
         if column is not None and raw.rows and column not in raw.columns:
             guess = nearest(column, raw.columns)
@@ -125,9 +132,11 @@ def predict_file(
         format: key of ``WRITERS``.
         tasks: names of the tasks; None is all.
         text_column: column with the post, unless the file is .txt.
-        pair_column: column with the second text; None takes the one of the training posts, where the file has it.
-        image_column: column with the picture, a path from the folder of the file; None takes the one of the training
-            posts, or ``image``, if the model reads pictures; a line on stderr tells where the file has neither.
+        pair_column: column with the second text; None takes the one of the training posts, where
+            the file has it.
+        image_column: column with the picture, a path from the folder of the file; None takes the
+            one of the training posts, or ``image``, if the model reads pictures; a line on stderr
+            tells where the file has neither.
         explain: add the attention weight of each word (jsonl; tasks with a pooled head).
         batch_size: posts per forward pass.
         progress: show a progress bar.
@@ -136,7 +145,8 @@ def predict_file(
         One sentence on what was done, with the number of posts that could not be answered.
 
     Raises:
-        ValueError: a file, column, task or format that does not exist or does not fit; or no post could be answered.
+        ValueError: a file, column, task or format that does not exist or does not fit; or no post
+            could be answered.
     """
     chosen = [task for task in predictor.tasks if tasks is None or task.name in tasks]
     writer = _writer(format, predictor, chosen, explain=explain)
@@ -149,7 +159,14 @@ def predict_file(
         writer.begin(file)
         for start in range(0, len(posts), CHUNK):
             chunk = [writer.prepare(post) for post in posts[start : start + CHUNK]]
-            answers = _answer(predictor, chunk, tasks=tasks, explain=explain, batch_size=batch_size, root=source.parent)
+            answers = _answer(
+                predictor,
+                chunk,
+                tasks=tasks,
+                explain=explain,
+                batch_size=batch_size,
+                root=source.parent,
+            )
             for answer in answers:
                 writer.write(file, answer)
             errors += [answer["error"] for answer in answers if "error" in answer]
@@ -157,22 +174,35 @@ def predict_file(
             bar.update(len(chunk))
     aside.replace(target)
     if posts and len(errors) == len(posts):
-        raise ValueError(f"none of the {len(posts)} posts could be answered, see {target}; the first: {errors[0]}.")
+        raise ValueError(
+            f"none of the {len(posts)} posts could be answered, see {target}; the first: {errors[0]}."
+        )
     return f"{len(posts)} posts answered in {target}{writer.remark(len(errors))}{_blind(blind)}"
 
 
-def _writer(format: str, predictor: Predictor, tasks: Sequence[Task], *, explain: bool) -> JsonLines:
+def _writer(
+    format: str, predictor: Predictor, tasks: Sequence[Task], *, explain: bool
+) -> JsonLines:
     if format not in WRITERS:
         raise unknown_name("--format", format, WRITERS)
     if explain and WRITERS[format] is not JsonLines:
-        raise ValueError("--explain wants --format jsonl; the others have no place for the weights of words.")
+        raise ValueError(
+            "--explain wants --format jsonl; the others have no place for the weights of words."
+        )
     if explain and not any(task.rules.pooled for task in tasks):
-        print("--explain: none of these tasks has attention; only tasks with a pooled head have it", file=sys.stderr)
+        print(
+            "--explain: none of these tasks has attention; only tasks with a pooled head have it",
+            file=sys.stderr,
+        )
     return WRITERS[format](predictor, tasks)
 
 
 def _blind(count: int) -> str:
-    return f"; {count} of them were answered without their bad picture and have an image_error" if count else ""
+    return (
+        f"; {count} of them were answered without their bad picture and have an image_error"
+        if count
+        else ""
+    )
 
 
 class JsonLines:
@@ -192,7 +222,11 @@ class JsonLines:
     def write(self, file: TextIO, answer: dict[str, Any]) -> None:
         """Write one answer."""
         # U+2028 and its kin end a line for some readers; as escapes they cannot.
-        text = json.dumps(answer, ensure_ascii=False).replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+        text = (
+            json.dumps(answer, ensure_ascii=False)
+            .replace("\u2028", "\\u2028")
+            .replace("\u2029", "\\u2029")
+        )
         file.write(text.replace("\x85", "\\u0085") + "\n")
 
     def remark(self, bad: int) -> str:
@@ -206,31 +240,42 @@ class Table(JsonLines):
     def begin(self, file: TextIO) -> None:
         self.columns = ["text"]
         for task in self.tasks:
-            self.columns += [task.name] + [f"{task.name}/{label}" for label in task.labels if not task.rules.per_token]
+            self.columns += [task.name] + [
+                f"{task.name}/{label}" for label in task.labels if not task.rules.per_token
+            ]
         self.columns += ["error", "image_error"] if self.sees else ["error"]
         csv.writer(file, lineterminator="\n").writerow(self.columns)
 
     def write(self, file: TextIO, answer: dict[str, Any]) -> None:
-        row = {"text": answer["text"], "error": answer.get("error", ""), "image_error": answer.get("image_error", "")}
+        row = {
+            "text": answer["text"],
+            "error": answer.get("error", ""),
+            "image_error": answer.get("image_error", ""),
+        }
         for task in self.tasks:
             if task.name in answer:
                 row[task.name] = _cell(task, answer[task.name])
                 scores = {} if task.rules.per_token else answer[task.name].get("scores", {})
                 row |= {f"{task.name}/{label}": score for label, score in scores.items()}
-        csv.writer(file, lineterminator="\n").writerow([row.get(column, "") for column in self.columns])
+        csv.writer(file, lineterminator="\n").writerow(
+            [row.get(column, "") for column in self.columns]
+        )
 
 
 class TweetEval(JsonLines):
     """One label id per line, one line per post, nothing else: the format of TweetEval's own scorer.
 
-    Every line needs an id, so a line that cannot be read or is empty is answered as if it were a lone user name.
+    Every line needs an id, so a line that cannot be read or is empty is answered as if it were a
+    lone user name.
     """
 
     def __init__(self, predictor: Predictor, tasks: Sequence[Task]) -> None:
         super().__init__(predictor, tasks)
         names = ", ".join(task.name for task in predictor.tasks)
         if len(tasks) != 1:
-            raise ValueError(f"--format tweeteval writes one task: choose it with --task ({names}).")
+            raise ValueError(
+                f"--format tweeteval writes one task: choose it with --task ({names})."
+            )
         self.task = tasks[0]
         if not self.task.rules.exclusive:
             raise ValueError(
@@ -242,19 +287,32 @@ class TweetEval(JsonLines):
     def prepare(self, post: Post) -> Post:
         readable = not post.error and isinstance(post.text, str) and not is_blank(post.text)
         pair = second_text(post.pair)
-        lacks_pair = not isinstance(pair, str) and (pair is not None or wants_pair(self.task.prompt))
+        lacks_pair = not isinstance(pair, str) and (
+            pair is not None or wants_pair(self.task.prompt)
+        )
         if readable and not lacks_pair:
             return post
         self.filled += 1
-        return Post(post.text if readable else self.filler, self.filler if lacks_pair else post.pair, image=post.image)
+        return Post(
+            post.text if readable else self.filler,
+            self.filler if lacks_pair else post.pair,
+            image=post.image,
+        )
 
     def write(self, file: TextIO, answer: dict[str, Any]) -> None:
         file.write(f"{self.task.labels.index(answer[self.task.name]['label'])}\n")
 
     def remark(self, bad: int) -> str:
         if self.filled:
-            what = "a text, or the second text that the prompt wants," if wants_pair(self.task.prompt) else "a text"
-            print(f"{self.filled} lines without {what} were answered as {self.filler!r}", file=sys.stderr)
+            what = (
+                "a text, or the second text that the prompt wants,"
+                if wants_pair(self.task.prompt)
+                else "a text"
+            )
+            print(
+                f"{self.filled} lines without {what} were answered as {self.filler!r}",
+                file=sys.stderr,
+            )
         return ""
 
 

@@ -1,7 +1,7 @@
 """Answers from an export, in one process, without DeepSpeed.
 
-The way of a post is that of training: cleaned and tokenised by the same ``Collator``, through the same model, and put
-into words by its task's kind.
+The way of a post is that of training: cleaned and tokenised by the same ``Collator``, through the
+same model, and put into words by its task's kind.
 """
 
 from __future__ import annotations
@@ -39,10 +39,11 @@ from comoe.types import Batch
 class Predictor:
     """Texts in, one plain dict per text out, in the same order.
 
-    ``predictor(["what a lovely day"])`` gives ``[{"text": "what a lovely day", "<task>": {...}, ...}]``. What stands
-    under a task depends on its kind: ``label`` and ``scores`` of every label; ``labels`` and ``scores``; ``value``; or
-    ``words``, ``tags``, ``scores`` and ``spans``; or ``answer``, a text, and its ``probability``. A post that was cut
-    to the model's length has ``truncated`` as well, one that was answered without its bad picture ``image_error``.
+    ``predictor(["what a lovely day"])`` gives ``[{"text": "what a lovely day", "<task>": {...},
+    ...}]``. What stands under a task depends on its kind: ``label`` and ``scores`` of every label;
+    ``labels`` and ``scores``; ``value``; or ``words``, ``tags``, ``scores`` and ``spans``; or
+    ``answer``, a text, and its ``probability``. A post that was cut to the model's length has
+    ``truncated`` as well, one that was answered without its bad picture ``image_error``.
     """
 
     exported: Exported
@@ -64,10 +65,14 @@ class Predictor:
             ValueError: no export there, or one that cannot be read.
         """
         exported = load_exported(folder)
-        place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+        place = torch.device(
+            ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+        )
         exported.model.to(place)
         processor = exported.image_processor
-        pixels = None if processor is None else PixelReader(processor, limits_of(exported.data_config))
+        pixels = (
+            None if processor is None else PixelReader(processor, limits_of(exported.data_config))
+        )
         route_by = exported.model_config.moe.route_by
         collator = Collator(exported.tokenizer, exported.tasks, route_by=route_by, pixels=pixels)
         return cls(exported, collator, place)
@@ -80,7 +85,11 @@ class Predictor:
     @property
     def image_column(self) -> str | None:
         """Column of the training posts that named the pictures; None where the model reads none."""
-        return None if self.collator.pixels is None else self.exported.config.get("image_column") or USUAL
+        return (
+            None
+            if self.collator.pixels is None
+            else self.exported.config.get("image_column") or USUAL
+        )
 
     @property
     def as_words(self) -> frozenset[str]:
@@ -105,21 +114,24 @@ class Predictor:
 
         Args:
             texts: raw posts.
-            pairs: second texts (stance target, aspect), None where there is none; as in training a list of words or a
-                number will do.
-            words: posts as words, for tags; a post without them is split into words. A text beside words is not read.
-            images: paths, bytes of files, or Pillow images, None where there is none. A post with a bad one is answered
-                by its text alone and has ``image_error``.
-            image_root: folder that paths of pictures start from and must not leave; None takes any path.
+            pairs: second texts (stance target, aspect), None where there is none; as in training a
+                list of words or a number will do.
+            words: posts as words, for tags; a post without them is split into words. A text beside
+                words is not read.
+            images: paths, bytes of files, or Pillow images, None where there is none. A post with a
+                bad one is answered by its text alone and has ``image_error``.
+            image_root: folder that paths of pictures start from and must not leave; None takes any
+                path.
             tasks: names of the tasks to answer; None is all.
             batch_size: posts per forward pass.
-            explain: add ``attention`` to each task with a pooled head: [word, weight] in the order of the cleaned post,
-                weights summing to 1; and ``attention_elsewhere``, the share of the whole attention that was on special
-                tokens and on the second text.
+            explain: add ``attention`` to each task with a pooled head: [word, weight] in the order
+                of the cleaned post, weights summing to 1; and ``attention_elsewhere``, the share of
+                the whole attention that was on special tokens and on the second text.
             progress: show a progress bar.
 
         Raises:
-            ValueError: no such task; columns of different number, or that are no lists; images for a model of texts.
+            ValueError: no such task; columns of different number, or that are no lists; images for
+                a model of texts.
         """
         chosen = self._chosen(tasks)
         texts = _listed("texts", texts)
@@ -129,33 +141,54 @@ class Predictor:
         answers: list[dict[str, Any]] = [{"text": text} for text in texts]
         usable = []
         for number, answer in enumerate(answers):
-            if problem := _problem(texts[number], words[number]) or _pair_problem(pairs[number], chosen):
+            if problem := _problem(texts[number], words[number]) or _pair_problem(
+                pairs[number], chosen
+            ):
                 answer["error"] = problem
             else:
                 usable.append(number)
                 images[number] = self._located(images[number], image_root, answer)
         passes = _passes(texts, words, usable, chosen, as_words=self.as_words)
-        with tqdm(total=len(usable) * len(passes), unit="post", disable=not progress, dynamic_ncols=True) as bar:
+        with tqdm(
+            total=len(usable) * len(passes), unit="post", disable=not progress, dynamic_ncols=True
+        ) as bar:
             for column, some in passes if usable else ():
                 # A prompt reads the words that were given, as it did in training.
                 read = [texts[i] if words[i] is None else " ".join(words[i]) for i in usable]
-                split = self._encode(read, *([values[i] for i in usable] for values in (pairs, column, images)), some)
+                split = self._encode(
+                    read, *([values[i] for i in usable] for values in (pairs, column, images)), some
+                )
                 mine = [answers[i] for i in usable]
                 for indices in eval_batches(split.lengths, batch_size=batch_size):
                     self._answer(split, indices, tasks=some, answers=mine, explain=explain)
                     bar.update(len(indices))
         return answers
 
-    def _encode(self, texts: list, pairs: list, words: list, images: list, tasks: Sequence[Task]) -> TokenizedSplit:
-        settings = {name: getattr(self.exported.data_config, name) for name in ("max_length", "normalize", "hide")}
-        split = self.collator.encode_texts(texts, pairs, words, images=images, asked=tasks, **settings)
+    def _encode(
+        self, texts: list, pairs: list, words: list, images: list, tasks: Sequence[Task]
+    ) -> TokenizedSplit:
+        settings = {
+            name: getattr(self.exported.data_config, name)
+            for name in ("max_length", "normalize", "hide")
+        }
+        split = self.collator.encode_texts(
+            texts, pairs, words, images=images, asked=tasks, **settings
+        )
         # Where a row serves one task, the collator makes rows for labelled ones only.
-        split.labelled[:, [number for number, task in enumerate(self.exported.tasks) if task in tasks]] = True
+        split.labelled[
+            :, [number for number, task in enumerate(self.exported.tasks) if task in tasks]
+        ] = True
         return split
 
     @torch.inference_mode()
     def _answer(
-        self, split: TokenizedSplit, indices: np.ndarray, *, tasks: Sequence[Task], answers: list[dict], explain: bool
+        self,
+        split: TokenizedSplit,
+        indices: np.ndarray,
+        *,
+        tasks: Sequence[Task],
+        answers: list[dict],
+        explain: bool,
     ) -> None:
         batch = self.collator(split, indices)
         output = self.exported.model(batch.to(self.device))
@@ -165,18 +198,32 @@ class Predictor:
         for number, task in enumerate(self.exported.tasks):
             if task not in tasks:
                 continue
-            rows = [row for row, asked in enumerate(batch.task_ids_B.tolist()) if self.collator.serves(asked, number)]
-            for row, answer in zip(rows, _decode(logits[task.name], batch, rows, task=task), strict=True):
+            rows = [
+                row
+                for row, asked in enumerate(batch.task_ids_B.tolist())
+                if self.collator.serves(asked, number)
+            ]
+            for row, answer in zip(
+                rows, _decode(logits[task.name], batch, rows, task=task), strict=True
+            ):
                 post = posts_B[row]
                 if task.rules.per_token:
-                    kept = [split.posts.words[post][word] for word in tokens[post].word_ids[tokens[post].word_starts]]
+                    kept = [
+                        split.posts.words[post][word]
+                        for word in tokens[post].word_ids[tokens[post].word_starts]
+                    ]
                     answer = {"words": kept, **answer, "spans": tag_spans(answer["tags"], kept)}
                 elif explain and task.rules.pooled:
                     weights_L = output.attentions[task.name][row].float().cpu().numpy()
-                    words = split.posts.words[post] or self._words_of(split.posts.texts[post], tokens[post])
+                    words = split.posts.words[post] or self._words_of(
+                        split.posts.texts[post], tokens[post]
+                    )
                     answer |= _attention(weights_L, tokens[post].word_ids, words=words)
                 answers[post][task.name] = answer
-        cut, lost = split.cut, {} if self.collator.pixels is None else self.collator.pixels.take_lost()
+        cut, lost = (
+            split.cut,
+            {} if self.collator.pixels is None else self.collator.pixels.take_lost(),
+        )
         for post in posts_B:
             if cut[post]:
                 answers[post]["truncated"] = True
@@ -199,7 +246,10 @@ class Predictor:
         numbers = set(row.word_ids[row.word_ids >= 0].tolist())
         tokenizer = self.exported.tokenizer
         if not tokenizer.is_fast:
-            return {number: tokenizer.decode(row.input_ids[row.word_ids == number].tolist()) for number in numbers}
+            return {
+                number: tokenizer.decode(row.input_ids[row.word_ids == number].tolist())
+                for number in numbers
+            }
         cleaned = normalize_post(text, self.exported.data_config.normalize)
         encoded = tokenizer(cleaned, truncation=False, verbose=False)
         spans = {number: encoded.word_to_chars(number) for number in numbers}
@@ -223,8 +273,9 @@ def _passes(
 ) -> list[tuple[Sequence[Any], Sequence[Task]]]:
     """(words per post, tasks) of each pass over the posts.
 
-    A tokenizer may cut a post given as words differently, so each head reads plain text whole or cut, as in training;
-    only where both kinds of heads are asked about plain text are there two passes.
+    A tokenizer may cut a post given as words differently, so each head reads plain text whole or
+    cut, as in training; only where both kinds of heads are asked about plain text are there two
+    passes.
     """
     cut = [task for task in tasks if task.name in as_words]
     whole = [task for task in tasks if task.name not in as_words]
@@ -238,10 +289,14 @@ def _passes(
     return [(made, tasks)]
 
 
-def _decode(logits: Tensor | list[Tensor], batch: Batch, rows: Sequence[int], *, task: Task) -> list[dict[str, Any]]:
+def _decode(
+    logits: Tensor | list[Tensor], batch: Batch, rows: Sequence[int], *, task: Task
+) -> list[dict[str, Any]]:
     logits = logits[list(rows)].cpu()
     if task.rules.per_token:
-        logits = [words_LY[batch.word_starts_BL[row]] for row, words_LY in zip(rows, logits, strict=True)]
+        logits = [
+            words_LY[batch.word_starts_BL[row]] for row, words_LY in zip(rows, logits, strict=True)
+        ]
     return task.rules.decode(logits, task)
 
 
@@ -250,28 +305,41 @@ def _attention(weights_L: np.ndarray, word_ids_L: np.ndarray, *, words: Any) -> 
     inside = word_ids_L >= 0
     weights_L = weights_L[: len(inside)].astype(np.float64)
     sums = np.bincount(word_ids_L[inside], weights=weights_L[inside])
-    merged = [[words[word], float(sums[word] / sums.sum())] for word in np.unique(word_ids_L[inside]).tolist()]
+    merged = [
+        [words[word], float(sums[word] / sums.sum())]
+        for word in np.unique(word_ids_L[inside]).tolist()
+    ]
     return {"attention": merged, "attention_elsewhere": float(weights_L[~inside].sum())}
 
 
 def _column(what: str, values: Sequence[Any] | None, *, count: int) -> list[Any]:
     values = [None] * count if values is None else _listed(what, values)
     if len(values) != count:
-        raise ValueError(f"there are {count} texts and {len(values)} {what}; give one for each text, or None.")
+        raise ValueError(
+            f"there are {count} texts and {len(values)} {what}; give one for each text, or None."
+        )
     return values
 
 
 def _listed(what: str, values: Any) -> list[Any]:
     if isinstance(values, (str, bytes, os.PathLike)) or not isinstance(values, Iterable):
-        raise ValueError(f"{what} must be a list with one for each text, not a {type(values).__name__}: {what}=[...]")
+        raise ValueError(
+            f"{what} must be a list with one for each text, not a {type(values).__name__}: {what}=[...]"
+        )
     return list(values)
 
 
 def _problem(text: Any, words: Any) -> str:
     """Why a post cannot be answered; empty when it can."""
     if words is not None:
-        good = len(words) > 0 and all(isinstance(word, str) for word in words) and not all(map(is_blank, words))
-        return "" if good else "the words must be text, and one of them must have a visible character"
+        good = (
+            len(words) > 0
+            and all(isinstance(word, str) for word in words)
+            and not all(map(is_blank, words))
+        )
+        return (
+            "" if good else "the words must be text, and one of them must have a visible character"
+        )
     if not isinstance(text, str):
         return f"the text must be text, not {type(text).__name__}"
     return "the text is empty" if is_blank(text) else ""

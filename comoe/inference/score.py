@@ -42,14 +42,16 @@ class DataChoice:
     text: str = "text"
     """Column with the post."""
     pair: str | None = None
-    """Column with the second text; None is the one of the training posts, where the data set has it."""
+    """Column with the second text; None is the one of the training posts, where the data set has
+    it."""
     label: str | None = None
-    """Column with the label; None is the one of the training posts, where the data set has it and no two tasks share
-    it, else ``label`` for one task, and the name of each task for several."""
+    """Column with the label; None is the one of the training posts, where the data set has it and
+    no two tasks share it, else ``label`` for one task, and the name of each task for several."""
     skip_bad: bool = False
     """Leave bad rows out, and count them, instead of stopping at the first."""
     image: str | None = None
-    """Column with the picture; None is the one of the training posts, or ``image``, if the model reads pictures."""
+    """Column with the picture; None is the one of the training posts, or ``image``, if the model
+    reads pictures."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +90,8 @@ def score_data(
         progress: show a progress bar.
 
     Raises:
-        ValueError: no such task, file or column; a row that cannot be read, with file and line; no labelled post.
+        ValueError: no such task, file or column; a row that cannot be read, with file and line; no
+            labelled post.
     """
     known = {task.name: task for task in predictor.tasks}
     for name in tasks or ():
@@ -98,14 +101,25 @@ def score_data(
     report = DataReport()
     posts, unfit = _read(choice, chosen, predictor=predictor, report=report)
     exported = predictor.exported
-    split = tokenize_split(posts, exported.tokenizer, tasks=exported.tasks, config=exported.data_config)
+    split = tokenize_split(
+        posts, exported.tokenizer, tasks=exported.tasks, config=exported.data_config
+    )
     with tqdm(total=len(split), unit="post", disable=not progress, dynamic_ncols=True) as bar:
         evaluation = score_split(predictor, split, batch_size=batch_size, progress=bar.update)
     for name, error in ece_of(evaluation.answers, chosen).items():
         evaluation.metrics[name]["ece"] = error
     if not evaluation.metrics:
-        raise ValueError(f"{choice.path}: no post has a label of {', '.join(task.name for task in chosen)}.")
-    return Scores(evaluation, chosen, len(split), tuple(report.set_aside), tuple(report.without_picture), unfit)
+        raise ValueError(
+            f"{choice.path}: no post has a label of {', '.join(task.name for task in chosen)}."
+        )
+    return Scores(
+        evaluation,
+        chosen,
+        len(split),
+        tuple(report.set_aside),
+        tuple(report.without_picture),
+        unfit,
+    )
 
 
 def score_split(
@@ -140,19 +154,33 @@ def score_split(
 
 def format_scores(scores: Scores) -> str:
     """The scores as lines of text: per task its main metric beside the majority baseline, then every other number."""
-    lines = [f"{scores.posts} posts" + (f", {len(scores.bad)} bad rows left out" if scores.bad else "")]
+    lines = [
+        f"{scores.posts} posts" + (f", {len(scores.bad)} bad rows left out" if scores.bad else "")
+    ]
     if scores.without_picture:
-        lines.append(f"{len(scores.without_picture)} posts scored without their bad picture; the first:")
+        lines.append(
+            f"{len(scores.without_picture)} posts scored without their bad picture; the first:"
+        )
         lines.append(f"  {scores.without_picture[0]}")
-    lines += [f"{task}: {n} labels left out that do not fit their posts' words" for task, n in scores.unfit.items()]
+    lines += [
+        f"{task}: {n} labels left out that do not fit their posts' words"
+        for task, n in scores.unfit.items()
+    ]
     for task in scores.tasks:
         values = scores.evaluation.metrics.get(task.name)
         if values is None:
             lines.append(f"{task.name}: no labels")
             continue
         main = f"{task.metric} {values[task.metric]:.4f}, majority {values[f'majority/{task.metric}']:.4f}"
-        rest = [f"{name} {value:.4f}" for name, value in values.items() if not name.endswith(task.metric)]
-        lines += [f"{task.name}: {main}", *(f"  {'  '.join(rest[i : i + 4])}" for i in range(0, len(rest), 4))]
+        rest = [
+            f"{name} {value:.4f}"
+            for name, value in values.items()
+            if not name.endswith(task.metric)
+        ]
+        lines += [
+            f"{task.name}: {main}",
+            *(f"  {'  '.join(rest[i : i + 4])}" for i in range(0, len(rest), 4)),
+        ]
     return "\n".join(lines)
 
 
@@ -160,29 +188,44 @@ def _read(
     choice: DataChoice, tasks: Sequence[Task], *, predictor: Predictor, report: DataReport
 ) -> tuple[PostSplit, dict[str, int]]:
     """The posts, and per task how many labels do not fit their words."""
-    source = open_source("--data", root=None, path=choice.path, format=choice.format, subset=None, splits={})
+    source = open_source(
+        "--data", root=None, path=choice.path, format=choice.format, subset=None, splits={}
+    )
     if choice.split not in NAMES:
         raise unknown_name("--split", choice.split, NAMES)
     # A path that is a file is its data set's training split to the reader.
     raw = read_split(source, "train" if Path(source.path).is_file() else choice.split)
     if raw is None:
-        raise ValueError(f"{choice.path}: it has no {choice.split} split; choose another --split or give a file.")
+        raise ValueError(
+            f"{choice.path}: it has no {choice.split} split; choose another --split or give a file."
+        )
     image = choose_column(predictor.image_column, asked=choice.image, columns=raw.columns)
     config = predictor.exported.config
     columns = choose_labels(config, tasks, asked=choice.label, columns=raw.columns)
     pair = choose_pair(config, tasks, asked=choice.pair, columns=raw.columns)
-    wanted = {"--text-column": [choice.text], "--pair-column": [pair], "--label-column": [*columns.values()]}
+    wanted = {
+        "--text-column": [choice.text],
+        "--pair-column": [pair],
+        "--label-column": [*columns.values()],
+    }
     _check_columns(raw, wanted | {"--image-column": [image]})
     asking = [task.name for task in tasks if wants_pair(task.prompt)]
     if asking and pair is None:
-        raise ValueError(f"The prompt of {', '.join(asking)} has {{pair}}; name its column with --pair-column.")
+        raise ValueError(
+            f"The prompt of {', '.join(asking)} has {{pair}}; name its column with --pair-column."
+        )
     shared = TaskConfig(text=choice.text, pair=pair, image=image)
     configs = {
-        task.name: replace(shared, kind=task.kind, label=columns[task.name], prompt=task.prompt) for task in tasks
+        task.name: replace(shared, kind=task.kind, label=columns[task.name], prompt=task.prompt)
+        for task in tasks
     }
-    slices = tuple(dict.fromkeys(column for task in tasks for column in task.slices if column in raw.columns))
+    slices = tuple(
+        dict.fromkeys(column for task in tasks for column in task.slices if column in raw.columns)
+    )
     labels = {task.name: task.labels for task in tasks}
-    reader = RowReader(configs, labels, max_characters=10**6, columns=slices, strict=not choice.skip_bad)
+    reader = RowReader(
+        configs, labels, max_characters=10**6, columns=slices, strict=not choice.skip_bad
+    )
     bad, found = list(raw.bad), []
     for line, row in zip(raw.lines, raw.rows, strict=True):
         try:
@@ -191,17 +234,23 @@ def _read(
             bad.append(BadRow(raw.file, line, error.value, error.rule))
     bad.sort(key=lambda row: row.line)
     if bad and not choice.skip_bad:
-        raise ValueError(f"{bad[0]} Correct the row, or leave out bad rows with --skip-bad ({len(bad)} in all).")
+        raise ValueError(
+            f"{bad[0]} Correct the row, or leave out bad rows with --skip-bad ({len(bad)} in all)."
+        )
     if not found:
         raise ValueError(f"{raw.file} holds no post that can be read.")
     report.set_aside.extend(bad)
     images: Sequence[bytes | str | None] = [None] * len(found)
     if image is not None:
-        pictures = ImageReader(replace(predictor.exported.data_config, on_bad_image="text"), report, advice={})
+        pictures = ImageReader(
+            replace(predictor.exported.data_config, on_bad_image="text"), report, advice={}
+        )
         cells, lines = [post.image for _, post in found], [line for line, _ in found]
         _, images = pictures.read(cells, file=raw.file, lines=lines, column=image)
     cut = any(task.name in predictor.as_words for task in tasks)
-    return _posts(raw.file, found, images, tasks=predictor.exported.tasks, cut=cut), dict(reader.unfit)
+    return _posts(raw.file, found, images, tasks=predictor.exported.tasks, cut=cut), dict(
+        reader.unfit
+    )
 
 
 def _posts(
@@ -217,7 +266,9 @@ def _posts(
     return PostSplit(
         texts=[post.text for post in posts],
         pairs=[post.pair for post in posts],
-        words=[split_words(post.text) if cut and post.words is None else post.words for post in posts],
+        words=[
+            split_words(post.text) if cut and post.words is None else post.words for post in posts
+        ],
         labels={task.name: [post.labels.get(task.name) for post in posts] for task in tasks},
         confidences={},
         groups=np.zeros(len(posts), dtype=np.int64),

@@ -65,9 +65,10 @@ class Discriminator(nn.Module):
 class AdversarialLoss(nn.Module):
     """How well a discriminator tells the domain of a post from its mean shared state; the encoder learns to stop it.
 
-    The value is the discriminator's mean cross-entropy over the posts of the whole optimizer step that have a domain
-    (``Batch.domains_B``), on all ranks. Gradients of the discriminator are those of the value; those of the shared
-    states are them times ``-reversal_strength``. Shared states are those before any private part.
+    The value is the discriminator's mean cross-entropy over the posts of the whole optimizer step
+    that have a domain (``Batch.domains_B``), on all ranks. Gradients of the discriminator are those
+    of the value; those of the shared states are them times ``-reversal_strength``. Shared states
+    are those before any private part.
 
     Args:
         config: ``loss.adversarial``; its weight is the objective's.
@@ -87,12 +88,14 @@ class AdversarialLoss(nn.Module):
         """Nothing is carried between micro-steps."""
 
     def forward(self, output: ModelOutput, batch: Batch) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """This rank's share of the term; ``adversarial``, and of the same posts the share that the discriminator tells
-        right, the share with the commonest value of the training split, 1 / values, and the strength of the reversal.
+        """This rank's share of the term; ``adversarial``, and of the same posts the share that the
+        discriminator tells right, the share with the commonest value of the training split, 1 /
+        values, and the strength of the reversal.
         """
         strength = reversal_strength(batch.progress, self.gamma)
         pooled_BM = mean_state(output.sharing.shared_BLM, output.sharing.mask_BL)
-        # A rank without any post with a domain comes here too: every parameter needs a gradient on every rank.
+        # A rank without any post with a domain comes here too: every parameter needs a gradient on
+        # every rank.
         logits_BD = self.discriminator(reversed_gradient(pooled_BM, strength))
         targets_B, scale = batch.domains_B, batch.unit_scale_T[DOMAINS]
         losses_B = F.cross_entropy(logits_BD, targets_B.clamp_min(0), reduction="none")
@@ -100,7 +103,8 @@ class AdversarialLoss(nn.Module):
         total = scale * (losses_B * weights_B).sum()
         terms = {
             "adversarial": total.detach(),
-            "adversarial_accuracy": scale * ((logits_BD.detach().argmax(dim=1) == targets_B) * weights_B).sum(),
+            "adversarial_accuracy": scale
+            * ((logits_BD.detach().argmax(dim=1) == targets_B) * weights_B).sum(),
             # Domains are numbered from the commonest.
             "adversarial_commonest": scale * ((targets_B == 0) * weights_B).sum(),
             "adversarial_even": torch.full_like(total.detach(), 1 / self.num_domains),
@@ -112,7 +116,9 @@ class AdversarialLoss(nn.Module):
 def mean_state(states_BLM: Tensor, mask_BL: Tensor) -> Tensor:
     """Mean over the real tokens of each post, (B, M), float32 or wider."""
     weights_BL = mask_BL.to(_wide(states_BLM))
-    return torch.einsum("blm,bl->bm", states_BLM.to(weights_BL.dtype), weights_BL) / weights_BL.sum(1, keepdim=True)
+    return torch.einsum("blm,bl->bm", states_BLM.to(weights_BL.dtype), weights_BL) / weights_BL.sum(
+        1, keepdim=True
+    )
 
 
 def _wide(tensor: Tensor) -> torch.dtype:

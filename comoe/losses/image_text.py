@@ -1,7 +1,8 @@
 """Losses between the two sides of posts with images: contrast (ITC) and matching (ITM), over all ranks.
 
-Source: methods.md section 7; the auxiliary losses of arXiv:2309.07794, contrast as in CLIP (arXiv:2103.00020), hard
-negatives as in ALBEF (arXiv:2107.07651). Random draws are made such that every rank draws the same.
+Source: methods.md section 7; the auxiliary losses of arXiv:2309.07794, contrast as in CLIP
+(arXiv:2103.00020), hard negatives as in ALBEF (arXiv:2107.07651). Random draws are made such that
+every rank draws the same.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ class Pairs(NamedTuple):
     tasks_N: Tensor
     """Task of its row, int64, -1 for all; a post may have a row per task."""
     keys_N: Tensor
-    """The same number for the same tokens, int64: where two posts say the same, either text is right."""
+    """The same number for the same tokens, int64: where two posts say the same, either text is
+    right."""
 
     def part(self, rows: slice) -> Pairs:
         """Some of them."""
@@ -99,30 +101,43 @@ def row_tiles(height: int, row_bytes: int, device: torch.device) -> Iterator[sli
 
 
 def draw_texts(
-    pairs: AllPairs, similarity: Callable[[slice], Tensor] | None, *, step: int, seed: int, share: float = 0.5
+    pairs: AllPairs,
+    similarity: Callable[[slice], Tensor] | None,
+    *,
+    step: int,
+    seed: int,
+    share: float = 0.5,
 ) -> Tensor:
     """Which text takes the place of each picture's own one, for the matching loss.
 
-    By numbers that are drawn from seed, step, post and task, so the choice depends neither on the number of ranks nor
-    on the order of the posts.
+    By numbers that are drawn from seed, step, post and task, so the choice depends neither on the
+    number of ranks nor on the order of the posts.
 
     Args:
         pairs: of all ranks.
-        similarity: some of this rank's pictures -> their similarity to all texts, (pictures, G); a text is drawn with
-            probability in proportion to its exponential. None draws all alike.
+        similarity: some of this rank's pictures -> their similarity to all texts, (pictures, G); a
+            text is drawn with probability in proportion to its exponential. None draws all alike.
         step: optimizer step.
         seed: of the run.
         share: of the pictures that get another text.
 
     Returns:
-        Index of the text among those of all ranks, int64 (I,); -1 where the picture keeps its own, where there is no
+        Index of the text among those of all ranks, int64 (I,); -1 where the picture keeps its own,
+            where there is no
         other post with another text, and for blank pictures.
     """
     own, everyone = pairs.own, pairs.everyone
     chosen_I = torch.full_like(own.posts_N, -1)
     for rows in row_tiles(len(chosen_I), 8 * len(everyone.posts_N), chosen_I.device):
         some = own.part(rows)
-        numbers = (seed, step, some.posts_N[:, None], some.tasks_N[:, None], everyone.posts_N, everyone.tasks_N)
+        numbers = (
+            seed,
+            step,
+            some.posts_N[:, None],
+            some.tasks_N[:, None],
+            everyone.posts_N,
+            everyone.tasks_N,
+        )
         scores = -(-drawn(*numbers).log()).log()
         if similarity is not None:
             scores += similarity(rows)
@@ -157,17 +172,19 @@ OTHER, OWN = 0, 1
 
 
 GatherWithGradient = Callable[[Tensor], tuple[Tensor, int]]
-"""Rows of this rank, any number of them -> (rows of all ranks with gradient, index of this rank's first row)."""
+"""Rows of this rank, any number of them -> (rows of all ranks with gradient, index of this rank's
+first row)."""
 
 
 class ITCLoss(nn.Module):
     """Image-text contrast: every picture and its own text, among the pictures and texts of all ranks.
 
-    L = 1/2N sum over pairs i of [lse over texts j of s_ij - s_ii + lse over pictures j of s_ji - s_ii], where s is the
-    cosine divided by a learned temperature. Rows of one post, and posts of the same text, are no rivals.
+    L = 1/2N sum over pairs i of [lse over texts j of s_ij - s_ii + lse over pictures j of s_ji -
+    s_ii], where s is the cosine divided by a learned temperature. Rows of one post, and posts of
+    the same text, are no rivals.
 
-    Four gathers per call, none in the backward pass; every rank must reach them, with pictures or without. Memory grows
-    with the pictures of all ranks, not with their square.
+    Four gathers per call, none in the backward pass; every rank must reach them, with pictures or
+    without. Memory grows with the pictures of all ranks, not with their square.
 
     Args:
         config: ``loss.image_text``.
@@ -197,24 +214,33 @@ class ITCLoss(nn.Module):
             gather=self.gather,
             world_size=self.world_size,
         )
-        temperature = self.log_scale.detach().float().exp().clamp_max(MAX_SCALE).reciprocal().squeeze()
+        temperature = (
+            self.log_scale.detach().float().exp().clamp_max(MAX_SCALE).reciprocal().squeeze()
+        )
         return share, {"itc": share.detach(), "itc_temperature": temperature}
 
 
 def contrast(
-    image_IP: Tensor, text_IP: Tensor, log_scale: Tensor, pairs: AllPairs, *, gather: Gather, world_size: int
+    image_IP: Tensor,
+    text_IP: Tensor,
+    log_scale: Tensor,
+    pairs: AllPairs,
+    *,
+    gather: Gather,
+    world_size: int,
 ) -> Tensor:
     """This rank's share of the contrast (``ITCLoss``): scalar, differentiable by the first three arguments.
 
-    The gradient is known as soon as the value is. That of picture i is W scale / 2N times the sum over texts j of
-    (e^(s_ij - row_i) + e^(s_ij - column_j)) text_j, minus 2 text_i; that of a text has the sides exchanged. So the
-    logarithms of the sums travel, and no gradient does. Tiles are made twice: before the sums of the others, and after.
+    The gradient is known as soon as the value is. That of picture i is W scale / 2N times the sum
+    over texts j of (e^(s_ij - row_i) + e^(s_ij - column_j)) text_j, minus 2 text_i; that of a text
+    has the sides exchanged. So the logarithms of the sums travel, and no gradient does. Tiles are
+    made twice: before the sums of the others, and after.
 
     Args:
         image_IP: unit-length rows, blank ones too.
         text_IP: likewise.
-        log_scale: logarithm of the inverse temperature, shape (1,); above ``MAX_SCALE`` its gradient counts only where
-            it leads back.
+        log_scale: logarithm of the inverse temperature, shape (1,); above ``MAX_SCALE`` its
+            gradient counts only where it leads back.
         pairs: whose they are.
         gather: the collective; reached twice.
         world_size: W.
@@ -234,14 +260,18 @@ def contrast(
             lse[:, rows], own[:, rows] = similar.logsumexp(dim=2), similar[diagonal]
             shares = (similar - lse[:, rows, None]).exp()
             # Derivative by the logarithm of the scale, per pair.
-            slope_I[rows] = ((shares * similar.nan_to_num(neginf=0.0)).sum(dim=2) - own[:, rows]).sum(dim=0)
+            slope_I[rows] = (
+                (shares * similar.nan_to_num(neginf=0.0)).sum(dim=2) - own[:, rows]
+            ).sum(dim=0)
         slope_I *= pairs.real_I
         packed_G3, _ = gather(torch.cat([lse.T, slope_I[:, None]], dim=1), sizes=pairs.sizes)
         factor = (world_size / (2 * pairs.number.double())).to(image.dtype)
         image_gradient, text_gradient = torch.zeros_like(image), torch.zeros_like(text)
         for rows, similar, diagonal in block.tiles():
             # How column j of the other side's sums pulls at row i.
-            pull = (similar - lse[:, rows, None]).exp() + (similar - packed_G3[:, [1, 0]].T.unsqueeze(1)).exp()
+            pull = (similar - lse[:, rows, None]).exp() + (
+                similar - packed_G3[:, [1, 0]].T.unsqueeze(1)
+            ).exp()
             pull[diagonal] -= 2
             pull *= (factor * scale * pairs.real_I[rows])[:, None]
             image_gradient[rows], text_gradient[rows] = pull[0] @ text_GP, pull[1] @ image_GP
@@ -263,11 +293,15 @@ class _Block(NamedTuple):
     pairs: AllPairs
 
     def tiles(self) -> Iterator[tuple[slice, Tensor, tuple[slice, Tensor, Tensor]]]:
-        """(own rows, their similarities, where each row's own pair is in these). Similarities are (2, rows, G), of
-        pictures to all texts and of texts to all pictures; -inf where the two are no rivals."""
+        """(own rows, their similarities, where each row's own pair is in these). Similarities are
+        (2, rows, G), of pictures to all texts and of texts to all pictures; -inf where the two are
+        no rivals."""
         size = 2 * len(self.image_GP) * self.image_GP.itemsize
         for rows in row_tiles(len(self.image_IP), size, self.image_GP.device):
-            images, texts = self.image_IP[rows] @ self.text_GP.T, self.text_IP[rows] @ self.image_GP.T
+            images, texts = (
+                self.image_IP[rows] @ self.text_GP.T,
+                self.text_IP[rows] @ self.image_GP.T,
+            )
             counts = self.pairs.own.part(rows).rivals(self.pairs.everyone)
             here = torch.arange(len(counts), device=counts.device)
             places = here + rows.start + self.pairs.offset
@@ -282,21 +316,30 @@ class _Known(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor, *numbers: Tensor) -> Tensor:
         arguments, gradients = numbers[:3], numbers[3:]
-        ctx.save_for_backward(*[known.to(given.dtype) for known, given in zip(gradients, arguments, strict=True)])
+        ctx.save_for_backward(
+            *[known.to(given.dtype) for known, given in zip(gradients, arguments, strict=True)]
+        )
         return value.clone()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *[(gradient * known).to(known.dtype) for known in ctx.saved_tensors], None, None, None
+        return (
+            None,
+            *[(gradient * known).to(known.dtype) for known in ctx.saved_tensors],
+            None,
+            None,
+            None,
+        )
 
 
 class ITMLoss:
     """Image-text matching: is this the picture's own text? About half of the pictures get another post's.
 
-    Whose text depends on seed, step and post alone (``draw_texts``): hard ones are drawn by similarity. Texts of all
-    ranks take part: what the fusion reads of those that replace another (the states of all their tokens) travels to
-    every rank, with gradient, so memory grows with the pictures of all ranks. Own texts are judged as the tasks saw
-    them; the others take one more pass of the fusion, or of the encoder where that reads the picture too.
+    Whose text depends on seed, step and post alone (``draw_texts``): hard ones are drawn by
+    similarity. Texts of all ranks take part: what the fusion reads of those that replace another
+    (the states of all their tokens) travels to every rank, with gradient, so memory grows with the
+    pictures of all ranks. Own texts are judged as the tasks saw them; the others take one more pass
+    of the fusion, or of the encoder where that reads the picture too.
 
     Every rank runs that pass, with a pair of weight 0 if need be.
 
@@ -331,7 +374,9 @@ class ITMLoss:
         """This rank's share, whose mean over ranks is the global value; terms ``itm``, ``itm_accuracy``, detached."""
         sides = output.image_text
         pairs = gather_pairs(sides, batch, self.gather)
-        chosen_I = draw_texts(pairs, self._similarity(output, pairs), step=batch.step, seed=self.seed)
+        chosen_I = draw_texts(
+            pairs, self._similarity(output, pairs), step=batch.step, seed=self.seed
+        )
         texts, places_I = self._exchange(sides.texts, chosen_I, pairs)
         # One of no replaced pair stands in where there is none.
         numbers_J = (chosen_I >= 0).nonzero()[:, 0]
@@ -343,7 +388,9 @@ class ITMLoss:
             others_J2 = sides.match(tuple(text[places_I[numbers_J]] for text in texts), numbers_J)
         kept_I = pairs.real_I & (chosen_I < 0)
         factor = self.world_size / pairs.number
-        own_I = F.cross_entropy(sides.match_logits_I2, torch.full_like(chosen_I, OWN), reduction="none")
+        own_I = F.cross_entropy(
+            sides.match_logits_I2, torch.full_like(chosen_I, OWN), reduction="none"
+        )
         other = F.cross_entropy(others_J2, torch.full_like(numbers_J, OTHER), reduction="sum")
         share = factor * ((own_I * kept_I).sum() + weight * other)
         # A gather with gradient is a collective in the backward pass too.
@@ -367,7 +414,9 @@ class ITMLoss:
         chosen_G, _ = self.gather(chosen_I, sizes=pairs.sizes)
         wanted_K = torch.unique(chosen_G[chosen_G >= 0])
         ends = torch.tensor(pairs.sizes, device=wanted_K.device).cumsum(0)
-        sizes = torch.bincount(torch.searchsorted(ends, wanted_K, right=True), minlength=len(ends)).tolist()
+        sizes = torch.bincount(
+            torch.searchsorted(ends, wanted_K, right=True), minlength=len(ends)
+        ).tolist()
         here = (wanted_K >= pairs.offset) & (wanted_K < pairs.offset + len(chosen_I))
         found = []
         for text in texts:

@@ -10,9 +10,21 @@ import torch
 from torch import Tensor, nn
 
 from comoe.config.recipe import LossConfig, MoeConfig, Recipe
-from comoe.distributed import gather_detached, gather_rows, sum_over_ranks, sum_with_gradient, world_size
+from comoe.distributed import (
+    gather_detached,
+    gather_rows,
+    sum_over_ranks,
+    sum_with_gradient,
+    world_size,
+)
 from comoe.losses.adversarial import AdversarialLoss, count_domains
-from comoe.losses.contrastive.gradcache import Cached, Passes, cache_gradients, embeddings_alone, replayed
+from comoe.losses.contrastive.gradcache import (
+    Cached,
+    Passes,
+    cache_gradients,
+    embeddings_alone,
+    replayed,
+)
 from comoe.losses.contrastive.loss import ContrastiveLoss
 from comoe.losses.image_text import ITCLoss, ITMLoss
 from comoe.losses.orthogonal import OrthogonalLoss
@@ -66,9 +78,13 @@ def _contrastive(parts: Parts) -> Term | None:
     taking_part = [task for task in parts.model.tasks if task.contrastive]
     if not config.weight or not taking_part:
         return None
-    assert parts.model.projection is not None, "a task of the contrastive loss has a head that pools"
+    assert parts.model.projection is not None, (
+        "a task of the contrastive loss has a head that pools"
+    )
     width = parts.model.projection.out_features
-    term = ContrastiveLoss(taking_part, config, width=width, gather=gather_detached, world_size=world_size())
+    term = ContrastiveLoss(
+        taking_part, config, width=width, gather=gather_detached, world_size=world_size()
+    )
     return Term(config.weight, term, over_embeddings=True)
 
 
@@ -95,14 +111,21 @@ def _task_separation(parts: Parts) -> Term | None:
     # One expert, or one task: there is nothing to separate.
     if not weight or parts.moe.num_experts < 2 or len(tasks) < 2:
         return None
-    return Term(weight, TaskSeparationLoss([task.name for task in tasks], sum_with_gradient=sum_with_gradient))
+    return Term(
+        weight,
+        TaskSeparationLoss([task.name for task in tasks], sum_with_gradient=sum_with_gradient),
+    )
 
 
 def _itc(parts: Parts) -> Term | None:
     config, sides = parts.loss.image_text, parts.model.image_text
     if sides is None or not sides.compares:
         return None
-    return Term(config.itc_weight, ITCLoss(config, gather=gather_detached, world_size=world_size()), takes_share=True)
+    return Term(
+        config.itc_weight,
+        ITCLoss(config, gather=gather_detached, world_size=world_size()),
+        takes_share=True,
+    )
 
 
 def _itm(parts: Parts) -> Term | None:
@@ -111,7 +134,9 @@ def _itm(parts: Parts) -> Term | None:
         return None
     gathers = {"gather": gather_detached, "gather_with_gradient": gather_rows}
     return Term(
-        config.itm_weight, ITMLoss(config, seed=parts.seed, world_size=world_size(), **gathers), takes_share=True
+        config.itm_weight,
+        ITMLoss(config, seed=parts.seed, world_size=world_size(), **gathers),
+        takes_share=True,
     )
 
 
@@ -119,16 +144,22 @@ def _orthogonal(parts: Parts) -> Term | None:
     if not parts.loss.orthogonal_weight or parts.model.private is None:
         return None
     names = [task.name for task in parts.model.tasks]
-    return Term(parts.loss.orthogonal_weight, OrthogonalLoss(names, sum_with_gradient=sum_with_gradient))
+    return Term(
+        parts.loss.orthogonal_weight, OrthogonalLoss(names, sum_with_gradient=sum_with_gradient)
+    )
 
 
 def _adversarial(parts: Parts) -> Term | None:
     config = parts.loss.adversarial
     if not config.weight:
         return None
-    assert parts.num_domains > 1, "loss.adversarial needs the number of values that find_domains found"
+    assert parts.num_domains > 1, (
+        "loss.adversarial needs the number of values that find_domains found"
+    )
     width = parts.model.config.hidden_size
-    return Term(config.weight, AdversarialLoss(config, model_width=width, num_domains=parts.num_domains))
+    return Term(
+        config.weight, AdversarialLoss(config, model_width=width, num_domains=parts.num_domains)
+    )
 
 
 LOSSES: dict[str, Callable[[Parts], Term | None]] = {
@@ -147,8 +178,9 @@ LOSSES: dict[str, Callable[[Parts], Term | None]] = {
 class Objective(nn.Module):
     """What the engine trains: forward gives the number to call backward on.
 
-    Every number of a ``StepOutput`` is this rank's share, scaled so that the mean over ranks and micro-steps is the
-    global value: that mean is what ZeRO and gradient accumulation take of the gradients.
+    Every number of a ``StepOutput`` is this rank's share, scaled so that the mean over ranks and
+    micro-steps is the global value: that mean is what ZeRO and gradient accumulation take of the
+    gradients.
 
     Args:
         model: the model.
@@ -159,8 +191,8 @@ class Objective(nn.Module):
         num_domains: values that ``loss.adversarial`` predicts; 0 without it.
 
     Raises:
-        ValueError: an unknown weighting, one that reads gradients where a decoder answers some task, or a balance
-            term where every expert always runs.
+        ValueError: an unknown weighting, one that reads gradients where a decoder answers some
+            task, or a balance term where every expert always runs.
     """
 
     def __init__(
@@ -181,11 +213,17 @@ class Objective(nn.Module):
         refuse_decoded(loss.weighting, [task.name for task in self.tasks if task.rules.generates])
         self.terms = build_terms(Parts(loss, moe, model, seed, num_domains))
         # Temperatures and a discriminator to learn, queues to save.
-        self.losses = nn.ModuleDict({n: t.loss for n, t in self.terms.items() if isinstance(t.loss, nn.Module)})
+        self.losses = nn.ModuleDict(
+            {n: t.loss for n, t in self.terms.items() if isinstance(t.loss, nn.Module)}
+        )
         # Terms that are given a share of 1 leave the rest of it to the tasks.
         self.task_share = 1.0 - sum(term.weight for term in self.terms.values() if term.takes_share)
-        self._contrast = next((term.loss for term in self.terms.values() if term.over_embeddings), None)
-        contrasted = [] if self._contrast is None else [task for task in self.tasks if task.contrastive]
+        self._contrast = next(
+            (term.loss for term in self.terms.values() if term.over_embeddings), None
+        )
+        contrasted = (
+            [] if self._contrast is None else [task for task in self.tasks if task.contrastive]
+        )
         self.viewed = [task.name for task in contrasted if task.rules.views]
 
     @property
@@ -208,7 +246,9 @@ class Objective(nn.Module):
         if not self.weighting.remembers:
             return
         names = [f"task/{task.name}" for task in self.tasks]
-        losses_T = torch.stack([torch.stack([output.terms[name] for name in names]) for output in outputs]).double()
+        losses_T = torch.stack(
+            [torch.stack([output.terms[name] for name in names]) for output in outputs]
+        ).double()
         losses_T = sum_over_ranks(losses_T.mean(dim=0)) / world_size()
         present_T = self._present(batches[0]).to(losses_T.device)
         self.weighting.end_step(losses_T, present_T, gram_TT=outputs[0].gram_TT)
@@ -227,16 +267,22 @@ class Objective(nn.Module):
         Args:
             batch: with ``unit_scale_T`` and the labels of every task, unless ``evaluate``.
             evaluate: return the model's answer alone; no loss, no collective of ours.
-            embed: the first pass of ``comoe.losses.contrastive.gradcache``: return the embeddings of the forward passes alone.
-            cached: what ``contrast`` made of this micro-batch; the second pass repeats the routing of the first.
-            gradients: return this rank's share of the tasks' gradients by the last shared layer alone, (T, M, M).
-            gram_TT: their inner products over all micro-batches and ranks; None takes this one for the whole step.
+            embed: the first pass of ``comoe.losses.contrastive.gradcache``: return the embeddings
+                of the forward passes alone.
+            cached: what ``contrast`` made of this micro-batch; the second pass repeats the routing
+                of the first.
+            gradients: return this rank's share of the tasks' gradients by the last shared layer
+                alone, (T, M, M).
+            gram_TT: their inner products over all micro-batches and ranks; None takes this one for
+                the whole step.
         """
         if evaluate:
             return self.model(batch)
         repeats = cached is not None or gram_TT is not None
         probed = gradients or (self.weighting.reads_gradients and gram_TT is None and not embed)
-        passes = self._passes(batch, cached.picks if cached is not None else ((), ()), probed=probed)
+        passes = self._passes(
+            batch, cached.picks if cached is not None else ((), ()), probed=probed
+        )
         if embed:
             return embeddings_alone(passes)
         output = passes[0]
@@ -248,12 +294,19 @@ class Objective(nn.Module):
                 return found_TMM
             output, gram_TT = replace(output, probe=None), gram_over_ranks(found_TMM)
         losses_T = self.task_losses(output, batch)
-        total, weights_T = self.weighting(losses_T, self._present(batch), gram_TT=gram_TT, step=batch.step)
+        total, weights_T = self.weighting(
+            losses_T, self._present(batch), gram_TT=gram_TT, step=batch.step
+        )
         total, weights_T = self.task_share * total, self.task_share * weights_T
         names = [task.name for task in self.tasks]
-        terms = {f"task/{name}": value for name, value in zip(names, losses_T.detach(), strict=True)}
-        terms |= {f"weight/{name}": value for name, value in zip(names, weights_T.detach(), strict=True)}
-        # The first passes ran no term, and the next micro-batch must find the random numbers where they left them.
+        terms = {
+            f"task/{name}": value for name, value in zip(names, losses_T.detach(), strict=True)
+        }
+        terms |= {
+            f"weight/{name}": value for name, value in zip(names, weights_T.detach(), strict=True)
+        }
+        # The first passes ran no term, and the next micro-batch must find the random numbers where
+        # they left them.
         with torch.random.fork_rng([total.device] if total.is_cuda else [], enabled=repeats):
             for term in self.terms.values():
                 if cached is not None and term.over_embeddings:
@@ -262,8 +315,9 @@ class Objective(nn.Module):
                     value, logged = term.loss(output, batch)
                 total = total + term.weight * value
                 terms |= logged
-        # The projection must get a gradient on every rank also where no term reads it, or ZeRO's buckets differ; and
-        # every forward pass must be run backward on every rank: its experts may be on another.
+        # The projection must get a gradient on every rank also where no term reads it, or ZeRO's
+        # buckets differ; and every forward pass must be run backward on every rank: its experts may
+        # be on another.
         for embeddings_BP in [*output.embeddings.values(), *output.views.values()]:
             total = total + 0.0 * embeddings_BP.sum()
         return StepOutput(total, terms, output, gram_TT)
@@ -291,7 +345,9 @@ class Objective(nn.Module):
         second = self.model(again if scale else filler, picks[1], compare=False, decode=False)
         rows_R = rows_R if scale else rows_R.new_zeros(1)
         views = {
-            name: torch.zeros_like(output.embeddings[name]).index_copy(0, rows_R, scale * second.embeddings[name])
+            name: torch.zeros_like(output.embeddings[name]).index_copy(
+                0, rows_R, scale * second.embeddings[name]
+            )
             for name in self.viewed
         }
         return replace(output, views=views), second
@@ -307,14 +363,16 @@ class Objective(nn.Module):
                 batch.confidences.get(task.name) if task.weighs("output") else None,
             )
             * scale
-            for task, scale in zip(self.tasks, batch.unit_scale_T[: len(self.tasks)].float(), strict=True)
+            for task, scale in zip(
+                self.tasks, batch.unit_scale_T[: len(self.tasks)].float(), strict=True
+            )
         ]
         return torch.stack(losses)
 
 
 def refuse_decoded(weighting: str, decoded: Sequence[str]) -> None:
-    """Refuse a weighting that reads the tasks' gradients where a decoder answers tasks: what it shares with the heads
-    ends at the encoder, and the decoder itself would be left out.
+    """Refuse a weighting that reads the tasks' gradients where a decoder answers tasks: what it
+    shares with the heads ends at the encoder, and the decoder itself would be left out.
 
     Raises:
         ValueError: there are such tasks.
@@ -328,11 +386,11 @@ def refuse_decoded(weighting: str, decoded: Sequence[str]) -> None:
 
 
 def count_units(batch: Batch, tasks: Sequence[Task]) -> Tensor:
-    """What each task's mean is divided by, then what the means at ``DOMAINS``, ``TOKENS`` and ``ANSWER_TOKENS`` are, in
-    one micro-batch: (T + 3,), float64.
+    """What each task's mean is divided by, then what the means at ``DOMAINS``, ``TOKENS`` and
+    ``ANSWER_TOKENS`` are, in one micro-batch: (T + 3,), float64.
 
-    Sum it over the micro-steps of a rank, then over ranks, then pass it to ``unit_scale``. The tokens of a filler row
-    do not count. A post counts whole, whatever its confidence.
+    Sum it over the micro-steps of a rank, then over ranks, then pass it to ``unit_scale``. The
+    tokens of a filler row do not count. A post counts whole, whatever its confidence.
     """
     units = [task.rules.units(batch.labels[task.name], task).double() for task in tasks]
     real_B = batch.row_ids_B >= 0
@@ -349,7 +407,9 @@ def unit_scale(units_T: Tensor, *, world_size: int, accumulation: int) -> Tensor
     return torch.where(units_T > 0, scale_T, torch.zeros_like(scale_T)).float()
 
 
-def build_objective(recipe: Recipe, tasks: Sequence[Task], *, num_domains: int = 0, shape: bool = False) -> Objective:
+def build_objective(
+    recipe: Recipe, tasks: Sequence[Task], *, num_domains: int = 0, shape: bool = False
+) -> Objective:
     """Model and losses of a recipe whose ``model.encoder`` is resolved; deterministic in torch's seed.
 
     Args:
@@ -371,4 +431,11 @@ def build_objective(recipe: Recipe, tasks: Sequence[Task], *, num_domains: int =
             "(model.moe.num_experts) or private parts (model.private_width)."
         )
     with torch.device("meta") if shape else nullcontext():
-        return Objective(model, tasks, recipe.loss, recipe.model.moe, seed=recipe.train.seed, num_domains=num_domains)
+        return Objective(
+            model,
+            tasks,
+            recipe.loss,
+            recipe.model.moe,
+            seed=recipe.train.seed,
+            num_domains=num_domains,
+        )

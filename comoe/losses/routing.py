@@ -16,8 +16,8 @@ class RunningSums:
     For terms that are no mean over rows: such a term is taken of all that the step has seen so far.
 
     Args:
-        sum_with_gradient: sum over ranks whose gradient is the sum of the ranks' gradients; reached by every rank in
-            every call, and in every backward pass.
+        sum_with_gradient: sum over ranks whose gradient is the sum of the ranks' gradients; reached
+            by every rank in every call, and in every backward pass.
     """
 
     def __init__(self, sum_with_gradient: Callable[[Tensor], Tensor]) -> None:
@@ -34,8 +34,9 @@ class RunningSums:
         sums = self._sum_with_gradient(own)
         self._calls += 1
         if self._earlier is not None:
-            # The step's mean over micro-steps divides this gradient by their number, while a sum over more tokens
-            # turns less: together that would count a token of a late micro-step for less than one of the first.
+            # The step's mean over micro-steps divides this gradient by their number, while a sum
+            # over more tokens turns less: together that would count a token of a late micro-step
+            # for less than one of the first.
             sums = self._earlier + sums.detach() + self._calls * (sums - sums.detach())
         self._earlier = sums.detach()
         return sums
@@ -48,8 +49,8 @@ SumOverRanks = Callable[[Tensor], Tensor]
 def balance_loss(scores_SE: Tensor, counts_E: Tensor, *, num_tokens: Tensor | float) -> Tensor:
     """How unevenly tokens spread over experts: 1.0 when even, at most E/k; this rank's share of it.
 
-    Sigmoid scores do not sum to one, so each token's scores are normalised first; otherwise the loss could be lowered
-    by shrinking every score.
+    Sigmoid scores do not sum to one, so each token's scores are normalised first; otherwise the
+    loss could be lowered by shrinking every score.
 
     Args:
         scores_SE: gate scores of this rank's tokens, float32.
@@ -59,21 +60,24 @@ def balance_loss(scores_SE: Tensor, counts_E: Tensor, *, num_tokens: Tensor | fl
     Returns:
         Scalar, float32, no unit: E * sum of f_i p_i. Differentiable through ``scores_SE`` only.
 
-    Source: Switch Transformer, arXiv:2101.03961, with k routes per token; global batch: arXiv:2501.11873.
+    Source: Switch Transformer, arXiv:2101.03961, with k routes per token; global batch:
+    arXiv:2501.11873.
     """
     share_E = counts_E.to(scores_SE.dtype) / counts_E.sum().clamp_min(1)
     tiny = torch.finfo(scores_SE.dtype).tiny
-    likely_E = (scores_SE / scores_SE.sum(dim=1, keepdim=True).clamp_min(tiny)).sum(dim=0) / num_tokens
+    likely_E = (scores_SE / scores_SE.sum(dim=1, keepdim=True).clamp_min(tiny)).sum(
+        dim=0
+    ) / num_tokens
     return scores_SE.shape[1] * (share_E * likely_E).sum()
 
 
 class BalanceLoss:
     """Mean of ``balance_loss`` over layers, with the load of the whole optimizer step so far.
 
-    One micro-batch may well be of one topic; to ask an even load of it kills specialisation. So the shares f_i are
-    counted over all ranks and over the micro-steps since ``begin_step``, and p_i is the mean over the tokens of the
-    whole optimizer step (``Batch.unit_scale_T``), however they are cut into micro-steps; in a decoder's layers over the
-    tokens of the answers.
+    One micro-batch may well be of one topic; to ask an even load of it kills specialisation. So the
+    shares f_i are counted over all ranks and over the micro-steps since ``begin_step``, and p_i is
+    the mean over the tokens of the whole optimizer step (``Batch.unit_scale_T``), however they are
+    cut into micro-steps; in a decoder's layers over the tokens of the answers.
 
     Args:
         sum_over_ranks: reached by every rank in every call.
@@ -96,7 +100,9 @@ class BalanceLoss:
         self._earlier = counts
         losses = [
             scale * balance_loss(routing.scores_SE, counts_E, num_tokens=1.0)
-            for routing, counts_E, scale in zip(routings, counts, scales_of(output, batch), strict=True)
+            for routing, counts_E, scale in zip(
+                routings, counts, scales_of(output, batch), strict=True
+            )
         ]
         total = torch.stack(losses).mean()
         return total, {"balance": total.detach()}
@@ -112,7 +118,8 @@ def scales_of(output: ModelOutput, batch: Batch) -> list[Tensor]:
 class ZLoss:
     """Mean penalty on the size of the gates' logits; the gate knows which penalty suits it.
 
-    The mean is over layers and over the tokens of the whole optimizer step on all ranks (``Batch.unit_scale_T``).
+    The mean is over layers and over the tokens of the whole optimizer step on all ranks
+    (``Batch.unit_scale_T``).
 
     Args:
         penalty: logits (S, E) -> penalty per token (S,).
@@ -139,11 +146,12 @@ def task_separation(gates_LTE: Tensor) -> Tensor:
     """How alike the tasks use the experts: 1.0 when every task has the same gate, 0.0 when no two share an expert.
 
     Args:
-        gates_LTE: each task's sum (or mean: only directions count) of gate vectors per layer, no number below 0; a
-            task without tokens has a row of zeros and takes no part.
+        gates_LTE: each task's sum (or mean: only directions count) of gate vectors per layer, no
+            number below 0; a task without tokens has a row of zeros and takes no part.
 
     Returns:
-        Scalar, the dtype of ``gates_LTE``, in [0, 1]: the mean over layers of the mean cosine over pairs of tasks. 0
+        Scalar, the dtype of ``gates_LTE``, in [0, 1]: the mean over layers of the mean cosine over
+            pairs of tasks. 0
         with a gradient of 0 where fewer than two tasks have tokens.
 
     Source: TRMoE-ISA, arXiv:2605.20916.
@@ -168,8 +176,8 @@ class TaskSeparationLoss:
 
     Args:
         tasks: names of all tasks.
-        sum_with_gradient: sum over ranks whose gradient is the sum of the ranks' gradients; reached by every rank in
-            every call, and in every backward pass.
+        sum_with_gradient: sum over ranks whose gradient is the sum of the ranks' gradients; reached
+            by every rank in every call, and in every backward pass.
     """
 
     def __init__(self, tasks: Sequence[str], *, sum_with_gradient: SumOverRanks) -> None:

@@ -17,8 +17,8 @@ from comoe.models.moe.block import ContextHolder
 def recompute_layers(encoder: nn.Module, holder: ContextHolder) -> None:
     """Activation checkpointing, in place: a layer keeps its input and computes the rest again in its backward pass.
 
-    The second pass sees the context of its own encode, whatever was encoded since, draws the same dropout and routes
-    every token as the first pass did.
+    The second pass sees the context of its own encode, whatever was encoded since, draws the same
+    dropout and routes every token as the first pass did.
 
     Args:
         encoder: a model of ``build_encoder``, blocks attached.
@@ -27,12 +27,17 @@ def recompute_layers(encoder: nn.Module, holder: ContextHolder) -> None:
     Source: Chen et al. 2016, arXiv:1604.06174.
     """
     for layer in layers_of(encoder):
-        # The forward is wrapped, not the module: its path, and so the names of its weights, stay as they are.
+        # The forward is wrapped, not the module: its path, and so the names of its weights, stay as
+        # they are.
         layer.forward = partial(_recomputed, layer, layer.forward, holder)
 
 
 def _recomputed(
-    layer: nn.Module, forward: Callable[..., Any], holder: ContextHolder, *inputs: Any, **options: Any
+    layer: nn.Module,
+    forward: Callable[..., Any],
+    holder: ContextHolder,
+    *inputs: Any,
+    **options: Any,
 ) -> Any:
     if not (layer.training and torch.is_grad_enabled()):
         return forward(*inputs, **options)
@@ -49,15 +54,16 @@ def _recomputed(
             return _FirstInBackward.apply(answer[0]), *answer[1:]
         return _FirstInBackward.apply(answer)
 
-    # The second pass must not stop early in the middle of a module: ZeRO-3 would not put its weights away.
+    # The second pass must not stop early in the middle of a module: ZeRO-3 would not put its
+    # weights away.
     return checkpoint(run, *inputs, use_reentrant=False, early_stop=False, **options)
 
 
 class _FirstInBackward(torch.autograd.Function):
     """Changes nothing, but wants back what it saved: so the second pass runs before any other backward step.
 
-    Else it would begin inside the last norm's backward pass, and ZeRO-3, which gathers weights module by module, would
-    put that norm's frozen weights away again at the end of the second pass.
+    Else it would begin inside the last norm's backward pass, and ZeRO-3, which gathers weights
+    module by module, would put that norm's frozen weights away again at the end of the second pass.
     """
 
     @staticmethod

@@ -15,13 +15,19 @@ from torch import Tensor, nn
 from comoe.distributed import world_size
 from comoe.models.encoders.build import as_encoder_output
 from comoe.models.encoders.families import family_of, stacks_of
-from comoe.models.moe.block import ContextHolder, CooperativeBlock, ExpertMixture, RoutingContext, without_tokens
+from comoe.models.moe.block import (
+    ContextHolder,
+    CooperativeBlock,
+    ExpertMixture,
+    RoutingContext,
+    without_tokens,
+)
 from comoe.tasks.task import Task
 from comoe.types import IGNORED, Batch, Routing
 
 LABELS_PER_PASS = 8
-"""Labels of each row that one pass scores: more at a time take more memory. The same on every rank, whatever its
-rows, because every rank runs every pass."""
+"""Labels of each row that one pass scores: more at a time take more memory. The same on every rank,
+whatever its rows, because every rank runs every pass."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +37,8 @@ class Answers:
     logits: Mapping[str, Tensor]
     """Task -> as in ``ModelOutput.logits``."""
     routings: tuple[Routing, ...]
-    """Per decoder layer with experts: of the texts that were taught or scored, not of those that were written."""
+    """Per decoder layer with experts: of the texts that were taught or scored, not of those that
+    were written."""
     rows_S: Tensor
     """Row of each token of these texts."""
     picks: tuple[Tensor, ...]
@@ -51,9 +58,10 @@ class _Scored:
 class AnswerDecoder:
     """The decoder of an encoder-decoder and the tasks that it answers. Holds no weights of its own.
 
-    Every rank runs every pass, whatever its rows: a rank without a row of the kind runs row 0 with one token, and
-    nothing of that counts. A model that is whole in its process waits for no other, and writes only what is asked
-    for. Each pass has a context of its own, and nothing outlives a call.
+    Every rank runs every pass, whatever its rows: a rank without a row of the kind runs row 0 with
+    one token, and nothing of that counts. A model that is whole in its process waits for no other,
+    and writes only what is asked for. Each pass has a context of its own, and nothing outlives a
+    call.
 
     Args:
         encoder: a whole model of ``build_encoder``, blocks attached.
@@ -81,7 +89,11 @@ class AnswerDecoder:
         self.num_groups = math.ceil(most / LABELS_PER_PASS)
         settings = encoder.generation_config
         self.start, self.padding = settings.decoder_start_token_id, settings.pad_token_id
-        self.ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
+        self.ends = (
+            settings.eos_token_id
+            if isinstance(settings.eos_token_id, list)
+            else [settings.eos_token_id]
+        )
 
     def teach(self, states_BLM: Tensor, batch: Batch, picks: Mapping[int, Tensor]) -> Answers:
         """Log-probability of the text that each row wants, in one pass.
@@ -94,7 +106,9 @@ class AnswerDecoder:
         tasks_B = batch.task_ids_B
         wanted_BD = self._of(tasks_B, batch.answers_BD, [*self.choosing, *self.writing])
         rows_R = _with_tokens(wanted_BD)
-        scored = self._score(states_BLM, batch.attention_mask_BL, tasks_B, rows_R, wanted_BD[rows_R], picks)
+        scored = self._score(
+            states_BLM, batch.attention_mask_BL, tasks_B, rows_R, wanted_BD[rows_R], picks
+        )
         own_B = _spread(scored.log_probabilities_N, rows_R, len(tasks_B))
         logits = {}
         for number, task in self.choosing:
@@ -116,10 +130,15 @@ class AnswerDecoder:
             passes.append(self._score(states_BLM, mask_BL, tasks_B, rows_R, wanted_BD[rows_R]))
             own_B = _spread(passes[0].log_probabilities_N, rows_R, len(tasks_B))
         for _, task in self.choosing:
-            logits[task.name] = states_BLM.new_zeros((len(tasks_B), len(task.labels)), dtype=_wide(states_BLM))
+            logits[task.name] = states_BLM.new_zeros(
+                (len(tasks_B), len(task.labels)), dtype=_wide(states_BLM)
+            )
         for group in range(self.num_groups):
             passes.append(self._choose(states_BLM, batch, group, logits))
-        written = {number: self._write(states_BLM, mask_BL, tasks_B, number, task) for number, task in self.writing}
+        written = {
+            number: self._write(states_BLM, mask_BL, tasks_B, number, task)
+            for number, task in self.writing
+        }
         if self.writing:
             texts_BD = _side_by_side(list(written.values()))
             rows_R = _with_tokens(texts_BD)
@@ -128,7 +147,9 @@ class AnswerDecoder:
         for number, task in self.writing:
             ids_BD = self._without_end(written[number]).to(own_B.dtype)
             mine_B = tasks_B == number
-            logits[task.name] = torch.cat([torch.stack([own_B * mine_B, written_B * mine_B], dim=1), ids_BD], dim=1)
+            logits[task.name] = torch.cat(
+                [torch.stack([own_B * mine_B, written_B * mine_B], dim=1), ids_BD], dim=1
+            )
         routings = tuple(map(_joined, zip(*(one.routings for one in passes), strict=True)))
         return Answers(logits, routings, torch.cat([one.rows_S for one in passes]), ())
 
@@ -137,7 +158,9 @@ class AnswerDecoder:
         numbers = torch.tensor([number for number, _ in tasks], device=tasks_B.device)
         return torch.where(torch.isin(tasks_B, numbers)[:, None], answers_BD, IGNORED)
 
-    def _choose(self, states_BLM: Tensor, batch: Batch, group: int, logits: dict[str, Tensor]) -> _Scored:
+    def _choose(
+        self, states_BLM: Tensor, batch: Batch, group: int, logits: dict[str, Tensor]
+    ) -> _Scored:
         """Score one group of labels of every row that wants one; fills ``logits`` in."""
         pairs = []
         for number, task in self.choosing:
@@ -150,9 +173,15 @@ class AnswerDecoder:
             pairs.append((task.name, rows_N, labels_N, words_YD[labels_N]))
         rows_N = torch.cat([rows for _, rows, _, _ in pairs])
         width = max(words.shape[1] for *_, words in pairs)
-        texts_ND = torch.cat([F.pad(words, (0, width - words.shape[1]), value=IGNORED) for *_, words in pairs])
-        scored = self._score(states_BLM, batch.attention_mask_BL, batch.task_ids_B, rows_N, texts_ND)
-        found = scored.log_probabilities_N[: len(rows_N)].split([len(rows) for _, rows, _, _ in pairs])
+        texts_ND = torch.cat(
+            [F.pad(words, (0, width - words.shape[1]), value=IGNORED) for *_, words in pairs]
+        )
+        scored = self._score(
+            states_BLM, batch.attention_mask_BL, batch.task_ids_B, rows_N, texts_ND
+        )
+        found = scored.log_probabilities_N[: len(rows_N)].split(
+            [len(rows) for _, rows, _, _ in pairs]
+        )
         for (name, rows, labels, _), values in zip(pairs, found, strict=True):
             logits[name] = logits[name].index_put((rows, labels), values)
         return scored
@@ -176,31 +205,42 @@ class AnswerDecoder:
         places_S, columns_S = real_ND.nonzero(as_tuple=True)
         index_S = places_S * texts_ND.shape[1] + columns_S
         before_ND = F.pad(texts_ND[:, :-1], (1, 0), value=self.start)
-        context = RoutingContext(index_S, places_S, self._embeddings(tasks_B[rows_N]), picks=picks or {})
+        context = RoutingContext(
+            index_S, places_S, self._embeddings(tasks_B[rows_N]), picks=picks or {}
+        )
         self.holder.context = context
         try:
             hidden_NDM = self.stack(
                 input_ids=torch.where(before_ND == IGNORED, self.padding, before_ND),
                 encoder_hidden_states=states_BLM[rows_N],
                 encoder_attention_mask=mask_BL[rows_N],
-                # Whatever the model's own configuration says: a cache would be filled twice under recomputation.
+                # Whatever the model's own configuration says: a cache would be filled twice under
+                # recomputation.
                 use_cache=False,
             ).last_hidden_state
         finally:
             self.holder.context = None
         # Of real tokens alone, and nothing keeps the logits of the vocabulary but this expression.
         logits_SV = self.vocabulary(self.encoder, hidden_NDM.flatten(0, 1).index_select(0, index_S))
-        lost_S = F.cross_entropy(logits_SV.to(_wide(logits_SV)), texts_ND[real_ND], reduction="none")
+        lost_S = F.cross_entropy(
+            logits_SV.to(_wide(logits_SV)), texts_ND[real_ND], reduction="none"
+        )
         found_N = lost_S.new_zeros(len(rows_N)).index_add(0, places_S, -lost_S)
         routings = tuple(routing for _, routing in sorted(context.routings.items()))
         picked = tuple(routing.indices_Sk for routing in routings)
         rows_S = rows_N[places_S]
         if none:
-            found_N, routings, rows_S = 0.0 * found_N, tuple(map(without_tokens, routings)), rows_S[:0]
+            found_N, routings, rows_S = (
+                0.0 * found_N,
+                tuple(map(without_tokens, routings)),
+                rows_S[:0],
+            )
         return _Scored(found_N, routings, rows_S, picked)
 
     @torch.no_grad()
-    def _write(self, states_BLM: Tensor, mask_BL: Tensor, tasks_B: Tensor, number: int, task: Task) -> Tensor:
+    def _write(
+        self, states_BLM: Tensor, mask_BL: Tensor, tasks_B: Tensor, number: int, task: Task
+    ) -> Tensor:
         """Texts of the rows of one task, end sign included, IGNORED behind it and in other rows: (B, D)."""
         mine_R = (tasks_B == number).nonzero().squeeze(1)
         together = self._lies_on_ranks()
@@ -208,7 +248,9 @@ class AnswerDecoder:
             return tasks_B.new_full((len(tasks_B), 1), IGNORED)
         rows_R = mine_R if len(mine_R) else mine_R.new_zeros(1)
         settings = copy.deepcopy(self.encoder.generation_config)
-        settings.update(num_beams=task.num_beams, max_new_tokens=task.max_answer_length, do_sample=False)
+        settings.update(
+            num_beams=task.num_beams, max_new_tokens=task.max_answer_length, do_sample=False
+        )
         embeddings_RD = self._embeddings(tasks_B[rows_R])
 
         def enter(stack: nn.Module, inputs: Any, options: Mapping[str, Any]) -> None:
@@ -233,11 +275,13 @@ class AnswerDecoder:
         return texts_BD.index_copy(0, mine_R, ids_RD[: len(mine_R)])
 
     def _lies_on_ranks(self) -> bool:
-        """True where a pass needs other ranks: for experts that AutoEP took over, or ZeRO-3's shares. An export that is
-        loaded in one of several processes needs none."""
+        """True where a pass needs other ranks: for experts that AutoEP took over, or ZeRO-3's
+        shares. An export that is loaded in one of several processes needs none."""
         if world_size() == 1:
             return False
-        blocks = [module for module in self.encoder.modules() if isinstance(module, CooperativeBlock)]
+        blocks = [
+            module for module in self.encoder.modules() if isinstance(module, CooperativeBlock)
+        ]
         split = any(hasattr(weight, "ds_id") for weight in self.encoder.parameters())
         return split or any(not isinstance(block.mixture, ExpertMixture) for block in blocks)
 
@@ -283,7 +327,9 @@ def _joined(routings: Sequence[Routing]) -> Routing:
         name: torch.cat([getattr(routing, name) for routing in routings])
         for name in ("logits_SE", "scores_SE", "indices_Sk", "weights_Sk")
     }
-    return replace(routings[0], **parts, counts_E=torch.stack([one.counts_E for one in routings]).sum(dim=0))
+    return replace(
+        routings[0], **parts, counts_E=torch.stack([one.counts_E for one in routings]).sum(dim=0)
+    )
 
 
 def _wide(tensor: Tensor) -> torch.dtype:

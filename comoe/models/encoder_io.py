@@ -41,7 +41,8 @@ class EncoderInputs:
     mask_BL: Tensor
     """1 on real text tokens."""
     columns: int
-    """Tokens per row that the encoder sees, N; text has the first L of them as far as it is real."""
+    """Tokens per row that the encoder sees, N; text has the first L of them as far as it is
+    real."""
     image_index_Z: Tensor | None = None
     """Positions of the image tokens of real pictures in the flattened (B * N), int64."""
 

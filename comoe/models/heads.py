@@ -1,4 +1,4 @@
-"""What a task has of its own: pooling, head, private part; and a copy of its logits for gradients at the shared states."""
+"""What a task has of its own: pooling, head, private part; logits for gradients at the states."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ class AttentionPooling(nn.Module):
     Args:
         model_width: M.
 
-    Source: task-specific attention of Stein & Keller and TaCL-CoMoE; the weights are the explanation shown to users.
+    Source: task-specific attention of Stein & Keller and TaCL-CoMoE; the weights are the
+    explanation shown to users.
     """
 
     def __init__(self, model_width: int) -> None:
@@ -35,7 +36,8 @@ class AttentionPooling(nn.Module):
             mask_BL: 1 on real tokens, at least one per row.
 
         Returns:
-            Pooled states (B, M) in the states' dtype and weights (B, L), float32, zero on padding, rows sum to 1.
+            Pooled states (B, M) in the states' dtype and weights (B, L), float32, zero on padding,
+                rows sum to 1.
         """
         # One float32 copy in bf16, none in float32.
         wide_BLM = hidden_BLM.float()
@@ -53,7 +55,8 @@ class HeadOutput(NamedTuple):
     pooled_BM: Tensor | None
     """Pooled states; None for a head on tokens that takes no part in the contrastive loss."""
     attention_BL: Tensor | None
-    """Pooling weights that explain the answer; None for a head on tokens, whose answer does not come from them."""
+    """Pooling weights that explain the answer; None for a head on tokens, whose answer does not
+    come from them."""
 
 
 class TaskHead(nn.Module):
@@ -68,7 +71,9 @@ class TaskHead(nn.Module):
     def __init__(self, task: Task, model_width: int, *, dropout: float) -> None:
         super().__init__()
         self.per_token = task.rules.per_token
-        self.pooling = AttentionPooling(model_width) if task.rules.pooled or task.contrastive else None
+        self.pooling = (
+            AttentionPooling(model_width) if task.rules.pooled or task.contrastive else None
+        )
         self.dropout = nn.Dropout(dropout)
         num_outputs = task.rules.num_outputs(task.labels)
         self.output = nn.Linear(model_width, num_outputs) if num_outputs else None
@@ -78,7 +83,9 @@ class TaskHead(nn.Module):
 
     def forward(self, hidden_BLM: Tensor, mask_BL: Tensor) -> HeadOutput:
         """Answer every row; rows of other tasks too, so that every parameter gets a gradient on every rank."""
-        pooled_BM, attention_BL = (None, None) if self.pooling is None else self.pooling(hidden_BLM, mask_BL)
+        pooled_BM, attention_BL = (
+            (None, None) if self.pooling is None else self.pooling(hidden_BLM, mask_BL)
+        )
         if self.per_token:
             return HeadOutput(self.output(self.dropout(hidden_BLM)).float(), pooled_BM, None)
         # Without outputs: no columns, yet part of the graph.
@@ -86,11 +93,16 @@ class TaskHead(nn.Module):
         return HeadOutput(logits.float(), pooled_BM, attention_BL)
 
 
-def probe(shared_BLM: Tensor, tasks: Sequence[Task], answer: Callable[[int, Tensor], tuple[HeadOutput, Any]]) -> Probe:
+def probe(
+    shared_BLM: Tensor,
+    tasks: Sequence[Task],
+    answer: Callable[[int, Tensor], tuple[HeadOutput, Any]],
+) -> Probe:
     """Run what each task has for itself on a copy of its own of the shared states, gradients on, whatever is around.
 
-    It is a second run, because ZeRO-3 counts the backward passes of a module and allows one for each forward pass. It
-    draws the dropout that the tasks draw next, and leaves the random numbers as they were.
+    It is a second run, because ZeRO-3 counts the backward passes of a module and allows one for
+    each forward pass. It draws the dropout that the tasks draw next, and leaves the random numbers
+    as they were.
 
     Args:
         shared_BLM: the last states that all tasks read.
@@ -98,7 +110,10 @@ def probe(shared_BLM: Tensor, tasks: Sequence[Task], answer: Callable[[int, Tens
         answer: (number of the task, shared states) -> what its head answers, and something else.
     """
     states, logits = {}, {}
-    with torch.random.fork_rng([shared_BLM.device] if shared_BLM.is_cuda else []), torch.enable_grad():
+    with (
+        torch.random.fork_rng([shared_BLM.device] if shared_BLM.is_cuda else []),
+        torch.enable_grad(),
+    ):
         for number, task in enumerate(tasks):
             states[task.name] = shared_BLM.detach().requires_grad_()
             logits[task.name] = answer(number, states[task.name])[0].logits
@@ -108,7 +123,8 @@ def probe(shared_BLM: Tensor, tasks: Sequence[Task], answer: Callable[[int, Tens
 class PrivatePart(nn.Module):
     """A task's own gated feed-forward on the last shared states: norm, feed-forward, dropout; its answer is added.
 
-    Its output projection begins at 0, so at the start every task reads the shared states as they are.
+    Its output projection begins at 0, so at the start every task reads the shared states as they
+    are.
 
     Args:
         model_width: M.

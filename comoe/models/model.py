@@ -15,7 +15,11 @@ from comoe.config.recipe import ImageTextConfig, ModelConfig
 from comoe.models.activation_checkpointing import recompute_layers
 from comoe.models.decoder import AnswerDecoder, Answers
 from comoe.models.encoder_io import EncoderInputs, Reading, Texts
-from comoe.models.encoders.build import build_encoder, build_encoder_from_config, build_encoder_shape
+from comoe.models.encoders.build import (
+    build_encoder,
+    build_encoder_from_config,
+    build_encoder_shape,
+)
 from comoe.models.encoders.families import (
     attach_blocks,
     freeze_encoder,
@@ -26,11 +30,23 @@ from comoe.models.encoders.families import (
 )
 from comoe.models.encoders.input_scaling import input_weights, scale_inputs
 from comoe.models.heads import HeadOutput, PrivatePart, TaskHead, probe
-from comoe.models.moe.block import ContextHolder, CooperativeBlock, RoutingContext, of_first, without_tokens
+from comoe.models.moe.block import (
+    ContextHolder,
+    CooperativeBlock,
+    RoutingContext,
+    of_first,
+    without_tokens,
+)
 from comoe.models.moe.gate import ROUTES
 from comoe.models.vision.fusion import Pictures, build_fusion
 from comoe.models.vision.image_text_head import ImageTextHead, both_sides
-from comoe.models.vision.tower import Tower, build_tower, build_tower_from_config, build_tower_shape, expected_tokens
+from comoe.models.vision.tower import (
+    Tower,
+    build_tower,
+    build_tower_from_config,
+    build_tower_shape,
+    expected_tokens,
+)
 from comoe.tasks.task import Task
 from comoe.types import Batch, ModelOutput, Sharing
 
@@ -49,7 +65,8 @@ def build_model(
     Args:
         config: ``model``; ``config.encoder`` must be a folder or hub name here.
         tasks: the tasks in the order of their ids.
-        encoder_config: ``encoder.config.to_dict()`` of an export: no pre-trained weights are read then.
+        encoder_config: ``encoder.config.to_dict()`` of an export: no pre-trained weights are read
+            then.
         tower_config: ``tower.inner.config.to_dict()`` likewise, where the export reads pictures.
         image_text: ``loss.image_text``, see ``MultiTaskModel``.
         recompute: activation checkpointing, see ``MultiTaskModel``.
@@ -58,29 +75,41 @@ def build_model(
     if encoder_config is None:
         encoder = build_encoder(config, generates=generates)
     else:
-        encoder = build_encoder_from_config(encoder_config, dropout=config.dropout, generates=generates)
+        encoder = build_encoder_from_config(
+            encoder_config, dropout=config.dropout, generates=generates
+        )
     tower = None
     if tower_config is not None:
         tower = build_tower_from_config(tower_config, train=config.vision.train_tower)
     elif config.vision.tower is not None:
-        # Reading draws numbers in vain, how many depends on the layout; what is new must begin alike on all.
+        # Reading draws numbers in vain, how many depends on the layout; what is new must begin
+        # alike on all.
         with torch.random.fork_rng([]):
             tower = build_tower(config.vision, trust_remote_code=config.trust_remote_code)
-    return MultiTaskModel(encoder, tasks, config, tower=tower, image_text=image_text, recompute=recompute)
+    return MultiTaskModel(
+        encoder, tasks, config, tower=tower, image_text=image_text, recompute=recompute
+    )
 
 
 def build_model_shape(
-    config: ModelConfig, tasks: Sequence[Task], *, image_text: ImageTextConfig | None = None, recompute: bool = False
+    config: ModelConfig,
+    tasks: Sequence[Task],
+    *,
+    image_text: ImageTextConfig | None = None,
+    recompute: bool = False,
 ) -> MultiTaskModel:
-    """The model of ``build_model`` on the meta device: every size and no number, so that a plan of the largest one
-    takes no memory. Of encoder and tower only config.json is read; arguments of ``build_model``."""
+    """The model of ``build_model`` on the meta device: every size and no number, so that a plan of
+    the largest one takes no memory. Of encoder and tower only config.json is read; arguments of
+    ``build_model``."""
     generates = any(task.rules.generates for task in tasks)
     encoder = build_encoder_shape(config, generates=generates)
     tower = None
     if config.vision.tower is not None:
         tower = build_tower_shape(config.vision, trust_remote_code=config.trust_remote_code)
     with torch.device("meta"):
-        return MultiTaskModel(encoder, tasks, config, tower=tower, image_text=image_text, recompute=recompute)
+        return MultiTaskModel(
+            encoder, tasks, config, tower=tower, image_text=image_text, recompute=recompute
+        )
 
 
 HEAD_DROPOUT = 0.1
@@ -105,12 +134,13 @@ class MultiTaskModel(nn.Module):
     """Posts in, every task's answer out; knows no loss.
 
     Args:
-        encoder: a model of ``build_encoder``, the whole of an encoder-decoder where some task is answered by a
-            decoder; blocks are attached to it here.
+        encoder: a model of ``build_encoder``, the whole of an encoder-decoder where some task is
+            answered by a decoder; blocks are attached to it here.
         tasks: in the order of the task ids.
         config: ``model``.
         tower: reads pictures; None where the model reads none, or where its encoder does.
-        image_text: ``loss.image_text``, to be trained for it too; None where it only answers, as in an export.
+        image_text: ``loss.image_text``, to be trained for it too; None where it only answers, as in
+            an export.
         recompute: keep only each layer's input for the backward pass (activation checkpointing).
     """
 
@@ -137,15 +167,26 @@ class MultiTaskModel(nn.Module):
         if recompute:
             recompute_layers(encoder, self.holder)
         reads_task = bool(self._blocks) and ROUTES[config.moe.route_by].task
-        self.task_embedding = nn.Embedding(len(tasks), config.moe.task_embedding_width) if reads_task else None
+        self.task_embedding = (
+            nn.Embedding(len(tasks), config.moe.task_embedding_width) if reads_task else None
+        )
         dropout = HEAD_DROPOUT if config.dropout is None else config.dropout
-        # A list, not a dict by name: a task may be called "type" or "expert", which torch and DeepSpeed keep for
-        # themselves.
-        self._headed = tuple(number for number, task in enumerate(self.tasks) if not task.rules.generates)
-        self.heads = nn.ModuleList(TaskHead(self.tasks[number], width, dropout=dropout) for number in self._headed)
-        # Nothing to project, and no gradient, without a head that pools (models of tags alone have always had one).
-        projects = any(head.pooling is not None for head in self.heads) or len(self.heads) == len(self.tasks)
-        self.projection = nn.Linear(width, config.projection_width, bias=False) if projects else None
+        # A list, not a dict by name: a task may be called "type" or "expert", which torch and
+        # DeepSpeed keep for themselves.
+        self._headed = tuple(
+            number for number, task in enumerate(self.tasks) if not task.rules.generates
+        )
+        self.heads = nn.ModuleList(
+            TaskHead(self.tasks[number], width, dropout=dropout) for number in self._headed
+        )
+        # Nothing to project, and no gradient, without a head that pools (models of tags alone have
+        # always had one).
+        projects = any(head.pooling is not None for head in self.heads) or len(self.heads) == len(
+            self.tasks
+        )
+        self.projection = (
+            nn.Linear(width, config.projection_width, bias=False) if projects else None
+        )
         if self.projection is not None:
             nn.init.normal_(self.projection.weight, std=0.02)
         self.decoder = self._build_decoder()
@@ -164,7 +205,11 @@ class MultiTaskModel(nn.Module):
             self.image_text = head if head.compares or head.match is not None else None
         # Last, so that all else begins as it does without them.
         width_of_parts = config.private_width
-        parts = [PrivatePart(width, width_of_parts, dropout=dropout) for _ in self.tasks if width_of_parts]
+        parts = [
+            PrivatePart(width, width_of_parts, dropout=dropout)
+            for _ in self.tasks
+            if width_of_parts
+        ]
         self.private = nn.ModuleList(parts) if parts else None
         if any(task.weighs("input") for task in self.tasks):
             scale_inputs(encoder, self.holder)
@@ -172,7 +217,10 @@ class MultiTaskModel(nn.Module):
     def _build_decoder(self) -> AnswerDecoder | None:
         if len(self.heads) == len(self.tasks):
             return None
-        longest, limit = max(self.tasks, key=lambda task: task.max_answer_length), longest_input(self.encoder.config)
+        longest, limit = (
+            max(self.tasks, key=lambda task: task.max_answer_length),
+            longest_input(self.encoder.config),
+        )
         if longest.max_answer_length > limit:
             raise ValueError(
                 f"tasks.{longest.name}.max_answer_length ({longest.max_answer_length}) must be at most {limit}, the "
@@ -194,10 +242,10 @@ class MultiTaskModel(nn.Module):
 
         Args:
             batch: the rows.
-            picks: ``ModelOutput.picks`` of an earlier pass over the same batch; this one routes every token as that one
-                did.
-            compare, decode, probed: give ``ModelOutput.image_text``, where the model is trained for it; run the
-                decoder, where there is one; give ``probe``.
+            picks: ``ModelOutput.picks`` of an earlier pass over the same batch; this one routes
+                every token as that one did.
+            compare, decode, probed: give ``ModelOutput.image_text``, where the model is trained for
+                it; run the decoder, where there is one; give ``probe``.
         """
         ids_BL, mask_BL = batch.input_ids_BL, batch.attention_mask_BL
         # A confidence says how much to learn from a post, not how to answer it.
@@ -206,7 +254,11 @@ class MultiTaskModel(nn.Module):
         pictures = self.look(batch)
         reading = self.read(texts, pictures, picks)
         routings, picked, token_rows_S = reading.routings, reading.picks, reading.token_rows_S
-        second = probe(reading.fused_BLM, self.tasks, partial(self._answer, mask_BL=mask_BL)) if probed else None
+        second = (
+            probe(reading.fused_BLM, self.tasks, partial(self._answer, mask_BL=mask_BL))
+            if probed
+            else None
+        )
         logits, embeddings, attentions, private = {}, {}, {}, {}
         for place, number in enumerate(self._headed):
             name = self.tasks[number].name
@@ -223,29 +275,49 @@ class MultiTaskModel(nn.Module):
             private |= update
             logits |= answers.logits
             routings, picked = routings + answers.routings, picked + answers.picks
-        answer_rows_S, num_answer_layers = (None, 0) if answers is None else (answers.rows_S, len(answers.routings))
-        # A filler row stands alone. Its tokens had to run, but no loss and no statistic may count them.
+        answer_rows_S, num_answer_layers = (
+            (None, 0) if answers is None else (answers.rows_S, len(answers.routings))
+        )
+        # A filler row stands alone. Its tokens had to run, but no loss and no statistic may count
+        # them.
         if len(batch.row_ids_B) == 1 and int(batch.row_ids_B) < 0:
-            routings, picked, token_rows_S = tuple(map(without_tokens, routings)), (), token_rows_S[:0]
+            routings, picked, token_rows_S = (
+                tuple(map(without_tokens, routings)),
+                (),
+                token_rows_S[:0],
+            )
             answer_rows_S = None if answers is None else answer_rows_S[:0]
         both = None
         if compare and self.image_text is not None:
             both = both_sides(self.image_text, self.fusion, self.read, texts, pictures, reading)
         sharing = Sharing(reading.fused_BLM, mask_BL, private) if self.training else None
-        more = {"image_text": both, "sharing": sharing, "probe": second, "answer_rows_S": answer_rows_S}
+        more = {
+            "image_text": both,
+            "sharing": sharing,
+            "probe": second,
+            "answer_rows_S": answer_rows_S,
+        }
         more |= {"num_answer_layers": num_answer_layers, "picks": picked}
         logits = {task.name: logits[task.name] for task in self.tasks if task.name in logits}
         return ModelOutput(logits, embeddings, attentions, routings, token_rows_S, **more)
 
-    def _answer(self, place: int, shared_BLM: Tensor, *, mask_BL: Tensor) -> tuple[HeadOutput, dict[str, Tensor]]:
+    def _answer(
+        self, place: int, shared_BLM: Tensor, *, mask_BL: Tensor
+    ) -> tuple[HeadOutput, dict[str, Tensor]]:
         """What a head answers from the shared states, and, by its task's name, what a private part adds to them."""
         update = self._private(self._headed[place], shared_BLM)
         return self.heads[place](sum(update.values(), shared_BLM), mask_BL), update
 
     def _private(self, number: int, shared_BLM: Tensor) -> dict[str, Tensor]:
-        return {} if self.private is None else {self.tasks[number].name: self.private[number](shared_BLM)}
+        return (
+            {}
+            if self.private is None
+            else {self.tasks[number].name: self.private[number](shared_BLM)}
+        )
 
-    def _decoded(self, batch: Batch, shared_BLM: Tensor, picks: Sequence[Tensor]) -> tuple[Answers, dict[str, Tensor]]:
+    def _decoded(
+        self, batch: Batch, shared_BLM: Tensor, picks: Sequence[Tensor]
+    ) -> tuple[Answers, dict[str, Tensor]]:
         """What the decoder answers, and what the private parts of its tasks add to the states of their rows."""
         updates: dict[str, Tensor] = {}
         states_BLM = shared_BLM
@@ -265,15 +337,22 @@ class MultiTaskModel(nn.Module):
         """The pictures as the fusion wants them, one per row; the tower runs once per batch, on each picture once."""
         if self.fusion is None:
             return None
-        assert batch.pixels_I3HW is not None, "the model reads pictures: every batch has one, if only a blank one"
+        assert batch.pixels_I3HW is not None, (
+            "the model reads pictures: every batch has one, if only a blank one"
+        )
         tokens = batch.pixels_I3HW if self.tower is None else self.tower(batch.pixels_I3HW)
         if batch.image_numbers_I is not None:
             tokens = tokens[batch.image_numbers_I]
         return Pictures(self.fusion.project(tokens), batch.image_rows_I)
 
-    def read(self, texts: Texts, pictures: Pictures | None, picks: Sequence[Tensor] = ()) -> Reading:
+    def read(
+        self, texts: Texts, pictures: Pictures | None, picks: Sequence[Tensor] = ()
+    ) -> Reading:
         """One pass of encoder and fusion; without pictures the texts alone."""
-        mask_BL, arguments = texts.mask_BL, {"input_ids": texts.ids_BL, "attention_mask": texts.mask_BL}
+        mask_BL, arguments = (
+            texts.mask_BL,
+            {"input_ids": texts.ids_BL, "attention_mask": texts.mask_BL},
+        )
         if self.has_segments:
             arguments["token_type_ids"] = texts.segments_BL
         inputs = EncoderInputs(arguments, mask_BL, columns=mask_BL.shape[1])
@@ -291,7 +370,9 @@ class MultiTaskModel(nn.Module):
             # A filler row has no task; its answer is never used, so any embedding will do.
             context.task_embeddings_BD = self.task_embedding(texts.tasks_B.clamp_min(0))
         states_BLM = self.encode(inputs.arguments, context)[:, : mask_BL.shape[1]]
-        fused_BLM = states_BLM if pictures is None else self.fusion.after(states_BLM, mask_BL, pictures)
+        fused_BLM = (
+            states_BLM if pictures is None else self.fusion.after(states_BLM, mask_BL, pictures)
+        )
         routings = tuple(routing for _, routing in sorted(context.routings.items()))
         picked = tuple(routing.indices_Sk for routing in routings)
         of_text = tuple(of_first(routing, len(rows_S)) for routing in routings)
@@ -320,7 +401,11 @@ class MultiTaskModel(nn.Module):
     @property
     def first_decoder_layer(self) -> int | None:
         """Number of the decoder's first layer, as blocks count them; None without a decoder."""
-        return None if self.decoder is None else len(layers_of(self.encoder)) - len(layers_of(self.decoder.stack))
+        return (
+            None
+            if self.decoder is None
+            else len(layers_of(self.encoder)) - len(layers_of(self.decoder.stack))
+        )
 
     def moe_layers(self) -> list[CooperativeBlock]:
         """The cooperative blocks in layer order."""

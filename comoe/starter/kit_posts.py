@@ -48,22 +48,33 @@ SMALL_SHARE = 0.1
 def read_opinions(path: Path) -> list[Row]:
     """Tweets, product reviews, film reviews and editorials with mean rating, class, domain and confidence.
 
-    ``confidence`` is 1 - sd / 2 of the single ratings, cut to [0, 1]: 1 when all raters agree, 0 when they are as far
-    apart as two rating points. It is None where the file of single ratings has another mean than the file of texts.
+    ``confidence`` is 1 - sd / 2 of the single ratings, cut to [0, 1]: 1 when all raters agree, 0
+    when they are as far apart as two rating points. It is None where the file of single ratings has
+    another mean than the file of texts.
     """
     inner = read_member(path, "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz")
     rows: list[Row] = []
     for domain, stem in DOMAIN_FILES.items():
         texts, ratings = (
-            read_tar_member(inner, f"hutto_ICWSM_2014/{stem}_{kind}.txt", shown_as=path.name).decode("utf-8-sig")
+            read_tar_member(
+                inner, f"hutto_ICWSM_2014/{stem}_{kind}.txt", shown_as=path.name
+            ).decode("utf-8-sig")
             for kind in ("GroundTruth", "anonDataRatings")
         )
-        spread = {key: (float(mean), float(deviation)) for key, mean, deviation, _ in _tab_lines(ratings)}
+        spread = {
+            key: (float(mean), float(deviation)) for key, mean, deviation, _ in _tab_lines(ratings)
+        }
         for key, mean_text, text in _tab_lines(texts):
             mean = float(mean_text)
             rated, deviation = spread.get(key, (float("nan"), 0.0))
             agreed = round(min(max(1.0 - deviation / NO_AGREEMENT, 0.0), 1.0), 4)
-            sentiment = "negative" if mean <= -OPINION_EDGE else "positive" if mean >= OPINION_EDGE else "neutral"
+            sentiment = (
+                "negative"
+                if mean <= -OPINION_EDGE
+                else "positive"
+                if mean >= OPINION_EDGE
+                else "neutral"
+            )
             rows.append({
                 "text": text, "sentiment": sentiment, "intensity": round(mean, 4), "domain": domain,
                 "confidence": agreed if abs(rated - mean) < 1e-3 else None,
@@ -80,7 +91,10 @@ def read_sarcasm(path: Path) -> list[Row]:
     names = {"0": "serious", "1": "sarcastic"}
     content = read_member(path, "evals/registry/data/sarcasm/samples.jsonl").decode("utf-8")
     samples = (json.loads(line) for line in content.split("\n") if line.strip())
-    return [{"text": sample["input"][-1]["content"], "sarcasm": names[sample["ideal"]]} for sample in samples]
+    return [
+        {"text": sample["input"][-1]["content"], "sarcasm": names[sample["ideal"]]}
+        for sample in samples
+    ]
 
 
 def read_events(path: Path) -> list[Row]:
@@ -94,7 +108,10 @@ def read_events(path: Path) -> list[Row]:
 def read_spam(path: Path) -> list[Row]:
     """Short messages, wanted (ham) or not (spam)."""
     content = read_member(path, "textdescriptives/data/spam.csv").decode("latin-1")
-    return [{"text": row["v2"], "spam": row["v1"]} for row in csv.DictReader(io.StringIO(content, newline=""))]
+    return [
+        {"text": row["v2"], "spam": row["v1"]}
+        for row in csv.DictReader(io.StringIO(content, newline=""))
+    ]
 
 
 def text_key(text: str) -> str:
@@ -102,11 +119,14 @@ def text_key(text: str) -> str:
     return " ".join(re.sub(r"https?://\S+", " ", text).casefold().split())
 
 
-def without_duplicates(rows: Iterable[Row], *, classes: Sequence[str]) -> tuple[list[Row], Counter[str]]:
+def without_duplicates(
+    rows: Iterable[Row], *, classes: Sequence[str]
+) -> tuple[list[Row], Counter[str]]:
     """Keep the first post of each text; drop texts whose copies disagree on a class, and empty ones.
 
     Returns:
-        The rows that stay, in order, and the number of rows that were ``empty``, ``repeated`` (copies that agree) and
+        The rows that stay, in order, and the number of rows that were ``empty``, ``repeated``
+            (copies that agree) and
         ``conflicting`` (all rows of a text that comes with two labels).
     """
     by_key: dict[str, list[Row]] = {}
@@ -140,12 +160,16 @@ def split_by_hash(rows: Iterable[Row]) -> dict[str, list[Row]]:
 def opinion_parts(rows: Iterable[Row]) -> dict[str, list[Row]]:
     """The three splits and two views of them.
 
-    ``train_small`` holds all training tweets and a share of the other domains' posts, for a quick run that is judged
-    on tweets; ``test_tweets`` holds the tweets of the test split.
+    ``train_small`` holds all training tweets and a share of the other domains' posts, for a quick
+    run that is judged on tweets; ``test_tweets`` holds the tweets of the test split.
     """
     parts = split_by_hash(rows)
     edge = SPLITS["train"] * SMALL_SHARE
-    small = [row for row in parts["train"] if row["domain"] == "tweets" or hash_share(str(row["text"])) < edge]
+    small = [
+        row
+        for row in parts["train"]
+        if row["domain"] == "tweets" or hash_share(str(row["text"])) < edge
+    ]
     tweets = [row for row in parts["test"] if row["domain"] == "tweets"]
     return parts | {"train_small": small, "test_tweets": tweets}
 

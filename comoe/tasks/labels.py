@@ -37,7 +37,8 @@ def is_missing(value: object) -> bool:
 def label_name(value: object) -> str:
     """The name that a raw cell spells: 1, 1.0, "1" and "1.0" are one name ("1"), as are True and "true".
 
-    A CSV column of whole numbers turns into floats as soon as one cell is empty; its labels must not change by that.
+    A CSV column of whole numbers turns into floats as soon as one cell is empty; its labels must
+    not change by that.
     """
     if isinstance(value, np.generic):
         value = value.item()
@@ -51,9 +52,10 @@ def label_name(value: object) -> str:
 def label_id(value: object, labels: Sequence[str]) -> int:
     """Id of the label that one raw cell names.
 
-    Names are compared exactly, upper and lower case included. Where no label is itself a whole number, a whole number
-    is taken as an id: data sets keep ids in their files and names beside them. Where labels are numbers ("1" to "5"),
-    a number is always a name, so that a stray 0 does not silently become the first label.
+    Names are compared exactly, upper and lower case included. Where no label is itself a whole
+    number, a whole number is taken as an id: data sets keep ids in their files and names beside
+    them. Where labels are numbers ("1" to "5"), a number is always a name, so that a stray 0 does
+    not silently become the first label.
 
     Args:
         value: text, int, float with a whole value, or bool.
@@ -67,7 +69,11 @@ def label_id(value: object, labels: Sequence[str]) -> int:
         name = label_name(value)
     if name in labels:
         return labels.index(name)
-    if _is_integer(name) and 0 <= int(name) < len(labels) and not any(_is_integer(label) for label in labels):
+    if (
+        _is_integer(name)
+        and 0 <= int(name) < len(labels)
+        and not any(_is_integer(label) for label in labels)
+    ):
         return int(name)
     raise unknown_name("label", repr(name), labels)
 

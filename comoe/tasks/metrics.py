@@ -1,8 +1,9 @@
 """Metrics: (gold, predicted, labels) -> one number.
 
-``gold`` and ``predicted`` are, by kind of task: label ids, int, shape (N,); 0/1 matrices, shape (N, Y); numbers, shape
-(N,); one list of tag names per post; or texts, in words of any language. ``labels`` are the label names in the order of
-their ids. A metric is 0.0, never NaN, where it has no value: no rows, a class that is never predicted, constant numbers.
+``gold`` and ``predicted`` are, by kind of task: label ids, int, shape (N,); 0/1 matrices, shape (N,
+Y); numbers, shape (N,); one list of tag names per post; or texts, in words of any language.
+``labels`` are the label names in the order of their ids. A metric is 0.0, never NaN, where it has
+no value: no rows, a class that is never predicted, constant numbers.
 """
 
 from __future__ import annotations
@@ -36,20 +37,25 @@ SIGNS = frozenset("$+<=>^`|~")
 
 
 # Chinese signs and Japanese syllables: their words have no blanks between.
-_UNSPACED = re.compile("([\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f])")
+_UNSPACED = re.compile(
+    "([\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f])"
+)
 
 
 def answer_words(text: str) -> list[str]:
     """The words of an answer that count when two answers are compared.
 
-    Without upper case, punctuation, articles and white space, as SQuAD's scorer has it (Rajpurkar et al. 2016,
-    arXiv:1606.05250); for all languages punctuation is that of Unicode, compatibility forms are one (full-width
-    letters), and each Chinese sign or Japanese syllable is a word, as in MLQA (Lewis et al. 2019, arXiv:1910.07475).
-    Where nothing would be left ("the", "?!") that step is not taken.
+    Without upper case, punctuation, articles and white space, as SQuAD's scorer has it (Rajpurkar
+    et al. 2016, arXiv:1606.05250); for all languages punctuation is that of Unicode, compatibility
+    forms are one (full-width letters), and each Chinese sign or Japanese syllable is a word, as in
+    MLQA (Lewis et al. 2019, arXiv:1910.07475). Where nothing would be left ("the", "?!") that step
+    is not taken.
     """
     folded = unicodedata.normalize("NFKC", text).casefold()
     # Removed, not made a blank, as SQuAD does: "don't" is one word.
-    plain = "".join(sign for sign in folded if unicodedata.category(sign)[0] != "P" and sign not in SIGNS)
+    plain = "".join(
+        sign for sign in folded if unicodedata.category(sign)[0] != "P" and sign not in SIGNS
+    )
     words = _UNSPACED.sub(r" \1 ", plain).split() or folded.split()
     return [word for word in words if word not in ARTICLES] or words
 
@@ -70,8 +76,8 @@ def token_f1(gold: Sequence[str], predicted: Sequence[str], labels: Sequence[str
 def rouge_l(gold: Sequence[str], predicted: Sequence[str], labels: Sequence[str] = ()) -> float:
     """Mean over posts of ROUGE-L, 0 to 1: the F1 by the longest common subsequence of words; two empty ones have 0.
 
-    Computed by the package rouge-score, whose own tokenizer keeps ASCII letters alone; here words are those of
-    ``answer_words``, so that other languages count, and nothing is stemmed.
+    Computed by the package rouge-score, whose own tokenizer keeps ASCII letters alone; here words
+    are those of ``answer_words``, so that other languages count, and nothing is stemmed.
 
     Source: Lin 2004, ROUGE.
     """
@@ -127,8 +133,8 @@ def accuracy(gold: np.ndarray, predicted: np.ndarray, labels: Sequence[str]) -> 
 def macro_f1(gold: np.ndarray, predicted: np.ndarray, labels: Sequence[str]) -> float:
     """Mean over classes of F1, 0 to 1. TweetEval's metric for emotion, hate, offensive and emoji.
 
-    As in TweetEval and scikit-learn, the mean is over the classes that occur in ``gold`` or in ``predicted``; for a 0/1
-    matrix it is over all columns.
+    As in TweetEval and scikit-learn, the mean is over the classes that occur in ``gold`` or in
+    ``predicted``; for a 0/1 matrix it is over all columns.
     """
     return _averaged(gold, predicted, average="macro")[2]
 
@@ -161,7 +167,9 @@ def jaccard(gold: np.ndarray, predicted: np.ndarray, labels: Sequence[str]) -> f
     if not len(gold):
         return 0.0
     union = (gold | predicted).sum(axis=1)
-    return float(np.where(union == 0, 1.0, (gold & predicted).sum(axis=1) / np.maximum(union, 1)).mean())
+    return float(
+        np.where(union == 0, 1.0, (gold & predicted).sum(axis=1) / np.maximum(union, 1)).mean()
+    )
 
 
 def f1_class_1(gold: np.ndarray, predicted: np.ndarray, labels: Sequence[str]) -> float:
@@ -171,7 +179,9 @@ def f1_class_1(gold: np.ndarray, predicted: np.ndarray, labels: Sequence[str]) -
         ValueError: the task has no label with id 1.
     """
     if len(labels) < 2:
-        raise ValueError(f"f1_class_1 needs a label with id 1, but the labels are {', '.join(labels)}; use macro_f1.")
+        raise ValueError(
+            f"f1_class_1 needs a label with id 1, but the labels are {', '.join(labels)}; use macro_f1."
+        )
     return float(class_scores(gold, predicted, labels)[2][1])
 
 
@@ -187,9 +197,15 @@ def mean_f1_against_favor(gold: np.ndarray, predicted: np.ndarray, labels: Seque
     for name in ("against", "favor"):
         if name not in lowered:
             guess = nearest(name, labels)
-            hint = f"; is {guess!r} meant? rename it" if guess else "; name the labels so, or use macro_f1"
+            hint = (
+                f"; is {guess!r} meant? rename it"
+                if guess
+                else "; name the labels so, or use macro_f1"
+            )
             listed = ", ".join(labels)
-            raise ValueError(f"mean_f1_against_favor needs a label named {name!r}, but the labels are {listed}{hint}.")
+            raise ValueError(
+                f"mean_f1_against_favor needs a label named {name!r}, but the labels are {listed}{hint}."
+            )
     f1_Y = class_scores(gold, predicted, labels)[2]
     return float(np.mean([f1_Y[lowered.index(name)] for name in ("against", "favor")]))
 
@@ -201,15 +217,21 @@ def mae(gold: np.ndarray, predicted: np.ndarray, labels: Sequence[str] = ()) -> 
 
 def pearson(gold: np.ndarray, predicted: np.ndarray, labels: Sequence[str] = ()) -> float:
     """Linear correlation, -1 to 1; 0.0 where one side is constant, not finite, or has fewer than two numbers."""
-    return float(stats.pearsonr(gold, predicted)[0]) if _varies(gold) and _varies(predicted) else 0.0
+    return (
+        float(stats.pearsonr(gold, predicted)[0]) if _varies(gold) and _varies(predicted) else 0.0
+    )
 
 
 def spearman(gold: np.ndarray, predicted: np.ndarray, labels: Sequence[str] = ()) -> float:
     """Correlation of ranks, -1 to 1; 0.0 as for ``pearson``."""
-    return float(stats.spearmanr(gold, predicted)[0]) if _varies(gold) and _varies(predicted) else 0.0
+    return (
+        float(stats.spearmanr(gold, predicted)[0]) if _varies(gold) and _varies(predicted) else 0.0
+    )
 
 
-def span_f1(gold: Sequence[list[str]], predicted: Sequence[list[str]], labels: Sequence[str] = ()) -> float:
+def span_f1(
+    gold: Sequence[list[str]], predicted: Sequence[list[str]], labels: Sequence[str] = ()
+) -> float:
     """Micro F1 of whole spans, 0 to 1: a span is right when its type and both ends are. As in conlleval and seqeval.
 
     Tags without the prefix B-, I-, E- or S- count as types: a run of equal tags is one span.
@@ -217,12 +239,16 @@ def span_f1(gold: Sequence[list[str]], predicted: Sequence[list[str]], labels: S
     return _spans(gold, predicted)[2]
 
 
-def span_precision(gold: Sequence[list[str]], predicted: Sequence[list[str]], labels: Sequence[str] = ()) -> float:
+def span_precision(
+    gold: Sequence[list[str]], predicted: Sequence[list[str]], labels: Sequence[str] = ()
+) -> float:
     """Share of the predicted spans that are right, 0 to 1."""
     return _spans(gold, predicted)[0]
 
 
-def span_recall(gold: Sequence[list[str]], predicted: Sequence[list[str]], labels: Sequence[str] = ()) -> float:
+def span_recall(
+    gold: Sequence[list[str]], predicted: Sequence[list[str]], labels: Sequence[str] = ()
+) -> float:
     """Share of the gold spans that were found, 0 to 1."""
     return _spans(gold, predicted)[1]
 
@@ -243,7 +269,9 @@ def class_scores(
 def confusion(gold: np.ndarray, predicted: np.ndarray, labels: Sequence[str]) -> np.ndarray:
     """Counts of (gold label, predicted label), int64, shape (Y, Y): rows are gold."""
     width = len(labels)
-    return np.bincount(np.asarray(gold) * width + predicted, minlength=width**2).reshape(width, width)
+    return np.bincount(np.asarray(gold) * width + predicted, minlength=width**2).reshape(
+        width, width
+    )
 
 
 def entities(tags: Sequence[str]) -> list[tuple[str, int, int]]:
@@ -268,13 +296,17 @@ def _spans(gold: Sequence[list[str]], predicted: Sequence[list[str]]) -> tuple[f
     if not len(gold):
         return 0.0, 0.0, 0.0
     gold_tags, predicted_tags = ([_prefixed(tags) for tags in posts] for posts in (gold, predicted))
-    precision, recall, f1, _ = span_scores(gold_tags, predicted_tags, average="micro", zero_division=0)
+    precision, recall, f1, _ = span_scores(
+        gold_tags, predicted_tags, average="micro", zero_division=0
+    )
     return float(precision), float(recall), float(f1)
 
 
 def _prefixed(tags: Sequence[str]) -> list[str]:
     """Tags as seqeval reads them; it would take the first letter of a bare tag as the prefix."""
-    return [tag if tag == OUTSIDE or tag[:2] in ("B-", "I-", "E-", "S-") else f"I-{tag}" for tag in tags]
+    return [
+        tag if tag == OUTSIDE or tag[:2] in ("B-", "I-", "E-", "S-") else f"I-{tag}" for tag in tags
+    ]
 
 
 def _varies(numbers: np.ndarray) -> bool:

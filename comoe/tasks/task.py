@@ -49,13 +49,15 @@ class Task:
     confidence_strategy: str = "none"
     """Key of ``CONFIDENCE_STRATEGIES``."""
     temperature: float | None = None
-    """What answers divide logits by, so that probabilities are frequencies; no loss reads it. None: not fitted, 1."""
+    """What answers divide logits by, so that probabilities are frequencies; no loss reads it. None:
+    not fitted, 1."""
     thresholds: tuple[float, ...] | None = None
-    """Probabilities from which labels are given: one per label, or, where two labels exclude one another, that of the
-    label with id 1. None is 0.5."""
+    """Probabilities from which labels are given: one per label, or, where two labels exclude one
+    another, that of the label with id 1. None is 0.5."""
 
     prompt: str | None = None
-    """What the encoder reads of a post where a decoder answers, see ``comoe.tasks.prompts``; else None."""
+    """What the encoder reads of a post where a decoder answers, see ``comoe.tasks.prompts``; else
+    None."""
     label_words: tuple[str, ...] = ()
     """Words that the decoder scores, one text per label; empty for other kinds."""
     max_answer_length: int = 32
@@ -79,7 +81,9 @@ class Task:
     def to_dict(self) -> dict[str, Any]:
         """Plain lists, numbers and strings, for JSON."""
         plain = dataclasses.asdict(self)
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in plain.items()}
+        return {
+            key: list(value) if isinstance(value, tuple) else value for key, value in plain.items()
+        }
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> Task:
@@ -96,7 +100,9 @@ class Task:
         task = cls(**(dict(plain) | {"labels": tuple(plain["labels"])} | lists))
         _resolve_metric(task.name, task.metric, kind=task.rules, labels=task.labels)
         if task.confidence_strategy not in CONFIDENCE_STRATEGIES:
-            raise unknown_name("confidence strategy", task.confidence_strategy, CONFIDENCE_STRATEGIES)
+            raise unknown_name(
+                "confidence strategy", task.confidence_strategy, CONFIDENCE_STRATEGIES
+            )
         return task
 
 
@@ -129,13 +135,16 @@ def build_task(
     Args:
         name: key in the recipe.
         config: the task's options.
-        labels: label names in the order of their ids, from the recipe or found in the training split.
-        label_counts: label name -> training posts (words, for tags) that have it; ``class_weights: balanced`` reads it.
-        label_spread: standard deviation of the training labels where they are numbers; ``contrastive_width: auto``
-            reads it.
+        labels: label names in the order of their ids, from the recipe or found in the training
+            split.
+        label_counts: label name -> training posts (words, for tags) that have it; ``class_weights:
+            balanced`` reads it.
+        label_spread: standard deviation of the training labels where they are numbers;
+            ``contrastive_width: auto`` reads it.
 
     Raises:
-        ValueError: kind, metric, labels or class weights that do not exist or do not fit one another.
+        ValueError: kind, metric, labels or class weights that do not exist or do not fit one
+            another.
     """
     if config.kind not in KINDS:
         raise unknown_name(f"tasks.{name}.kind", config.kind, KINDS)
@@ -148,12 +157,16 @@ def build_task(
         labels=labels,
         metric=_resolve_metric(name, config.metric, kind=kind, labels=labels),
         weight=config.weight,
-        class_weights=_class_weights(name, config.class_weights, kind=kind, labels=labels, counts=label_counts),
+        class_weights=_class_weights(
+            name, config.class_weights, kind=kind, labels=labels, counts=label_counts
+        ),
         label_smoothing=config.label_smoothing,
         contrastive=kind.contrastive if config.contrastive == "auto" else bool(config.contrastive),
         contrastive_weight=config.contrastive_weight,
         contrastive_temperature=config.contrastive_temperature,
-        contrastive_width=label_spread if config.contrastive_width == "auto" else float(config.contrastive_width),
+        contrastive_width=label_spread
+        if config.contrastive_width == "auto"
+        else float(config.contrastive_width),
         auxiliary=config.auxiliary,
         slices=tuple(config.slices),
         confidence_strategy=_confidence_strategy(name, config, kind=kind),
@@ -169,7 +182,9 @@ def _check_labels(name: str, config: TaskConfig, labels: tuple[str, ...]) -> Non
     kind = KINDS[config.kind]
     listed = ", ".join(labels) or "none"
     if len(set(labels)) < len(labels):
-        raise ValueError(f"tasks.{name}.labels ({listed}) holds a name twice; every label needs its own name.")
+        raise ValueError(
+            f"tasks.{name}.labels ({listed}) holds a name twice; every label needs its own name."
+        )
     if len(labels) < kind.min_labels:
         raise ValueError(
             f"tasks.{name} is a {config.kind} task with {len(labels)} label(s): {listed}; it needs {kind.min_labels} "
@@ -185,7 +200,9 @@ def _check_labels(name: str, config: TaskConfig, labels: tuple[str, ...]) -> Non
             f"tasks.{name}.contrastive to auto, or drop the task with tasks.{name}=null."
         )
     if config.label_smoothing and not kind.weighted:
-        raise ValueError(f"tasks.{name}.label_smoothing has no meaning for a {config.kind} task; leave it out.")
+        raise ValueError(
+            f"tasks.{name}.label_smoothing has no meaning for a {config.kind} task; leave it out."
+        )
 
 
 def _confidence_strategy(name: str, config: TaskConfig, *, kind: Kind) -> str:
@@ -194,9 +211,13 @@ def _confidence_strategy(name: str, config: TaskConfig, *, kind: Kind) -> str:
     if strategy not in CONFIDENCE_STRATEGIES:
         raise unknown_name(key, strategy, CONFIDENCE_STRATEGIES)
     if CONFIDENCE_STRATEGIES[strategy] and config.confidence is None:
-        raise ValueError(f"{key} is {strategy}, but there is no confidence; name its column: tasks.{name}.confidence.")
+        raise ValueError(
+            f"{key} is {strategy}, but there is no confidence; name its column: tasks.{name}.confidence."
+        )
     if CONFIDENCE_STRATEGIES[strategy] and not kind.scored:
-        raise ValueError(f"{key} ({strategy}) has no meaning for a task without labels; leave it out.")
+        raise ValueError(
+            f"{key} ({strategy}) has no meaning for a task without labels; leave it out."
+        )
     return strategy
 
 
@@ -205,7 +226,9 @@ def _resolve_metric(name: str, metric: str, *, kind: Kind, labels: tuple[str, ..
     if metric == "auto" or not kind.scored and metric in kind.metrics:
         return kind.metrics[0]
     if not kind.scored:
-        raise ValueError(f"tasks.{name}.metric ({metric}) has no meaning for a task without labels; leave it out.")
+        raise ValueError(
+            f"tasks.{name}.metric ({metric}) has no meaning for a task without labels; leave it out."
+        )
     if metric not in kind.metrics:
         raise unknown_name(f"tasks.{name}.metric", metric, ("auto", *kind.metrics))
     try:
@@ -217,7 +240,12 @@ def _resolve_metric(name: str, metric: str, *, kind: Kind, labels: tuple[str, ..
 
 
 def _class_weights(
-    name: str, weights: str | Sequence[float], *, kind: Kind, labels: tuple[str, ...], counts: Mapping[str, int]
+    name: str,
+    weights: str | Sequence[float],
+    *,
+    kind: Kind,
+    labels: tuple[str, ...],
+    counts: Mapping[str, int],
 ) -> tuple[float, ...] | None:
     """One number per label: as given, or N / (Y * count); a label without training posts has 1."""
     key = f"tasks.{name}.class_weights"
@@ -226,7 +254,9 @@ def _class_weights(
     if weights == "none":
         return None
     if not kind.weighted:
-        raise ValueError(f"{key} ({weights}) has no meaning for a task without labels; leave it out.")
+        raise ValueError(
+            f"{key} ({weights}) has no meaning for a task without labels; leave it out."
+        )
     if weights == "balanced":
         counts_Y = [counts.get(label, 0) for label in labels]
         return tuple(sum(counts_Y) / (len(labels) * count) if count else 1.0 for count in counts_Y)

@@ -94,11 +94,14 @@ def assemble(
     Args:
         recipe: as the user wrote it; ``deepspeed_json`` has ZeRO, precision and clipping.
         folder: run folder; ``resume`` goes on from its newest whole checkpoint.
-        on_ready: called on every rank once all that the user brings has been read, before anything is written.
-        planned_gpus: the dry run plans for so many GPUs; 0 is for the ranks and the device that are here.
+        on_ready: called on every rank once all that the user brings has been read, before anything
+            is written.
+        planned_gpus: the dry run plans for so many GPUs; 0 is for the ranks and the device that are
+            here.
 
     Raises:
-        ValueError: bad recipe, data, encoder, DeepSpeed JSON or checkpoint; nothing has been trained then.
+        ValueError: bad recipe, data, encoder, DeepSpeed JSON or checkpoint; nothing has been
+            trained then.
     """
     gpu = planned_gpus > 0 or device.type == "cuda"
     check_names(recipe)
@@ -136,7 +139,9 @@ def assemble(
         histograms=recipe.run.histograms,
         resumed_at=state.step if resume else None,
     )
-    trainer = _build_trainer(recipe, layout, engine, corpus.tasks, splits, tokenizer, monitor, folder, state)
+    trainer = _build_trainer(
+        recipe, layout, engine, corpus.tasks, splits, tokenizer, monitor, folder, state
+    )
     return Run(named, filled, folder, corpus, corpus.tasks, splits, tokenizer, trainer, parameters)
 
 
@@ -144,11 +149,15 @@ def check_names(recipe: Recipe) -> None:
     """Refuse what the tables of other modules do not hold, before anything is fetched, read, or cleared away.
 
     Raises:
-        ValueError: key, wrong name, right ones; or gate and sampling options that do not go together.
+        ValueError: key, wrong name, right ones; or gate and sampling options that do not go
+            together.
     """
     if recipe.model.moe.num_experts:
         build_gate(recipe.model.moe)
-    named = [("data.mixing", recipe.data.mixing, MIXINGS), ("loss.weighting", recipe.loss.weighting, WEIGHTINGS)]
+    named = [
+        ("data.mixing", recipe.data.mixing, MIXINGS),
+        ("loss.weighting", recipe.loss.weighting, WEIGHTINGS),
+    ]
     named += [(f"data.noise.{place}", name, NOISES) for place, name in enumerate(recipe.data.noise)]
     for name, task in recipe.tasks.items():
         named.append((f"tasks.{name}.kind", task.kind, KINDS))
@@ -159,28 +168,42 @@ def check_names(recipe: Recipe) -> None:
             raise unknown_name(key, name, table)
     for name, task in recipe.tasks.items():
         check_answering(name, task, kind=KINDS[task.kind])
-    refuse_decoded(recipe.loss.weighting, [name for name, task in recipe.tasks.items() if KINDS[task.kind].generates])
+    refuse_decoded(
+        recipe.loss.weighting,
+        [name for name, task in recipe.tasks.items() if KINDS[task.kind].generates],
+    )
     MIXINGS[recipe.data.mixing](np.ones(1), recipe.data.mixing_temperature)
 
 
 def _load_posts(recipe: Recipe) -> tuple[Corpus, Any, dict[str, TokenizedSplit]]:
     kept = home() / "pictures" if recipe.data.cache else None
-    corpus = load_corpus(recipe, with_images=image_side(recipe.model) is not None, cache_dir=kept, progress=True)
+    corpus = load_corpus(
+        recipe, with_images=image_side(recipe.model) is not None, cache_dir=kept, progress=True
+    )
     domains = find_domains(corpus.splits["train"], recipe.loss.adversarial)
     corpus.report.notes += [] if domains is None else [domains.line()]
     measured = {task for task, found in corpus.report.labels.items() if "validation" in found}
     check_chosen_metric(recipe.train.early_stop_metric, corpus.tasks, measured=measured)
-    tokenizer = load_tokenizer(recipe.model.encoder, trust_remote_code=recipe.model.trust_remote_code)
+    tokenizer = load_tokenizer(
+        recipe.model.encoder, trust_remote_code=recipe.model.trust_remote_code
+    )
     splits = _one_per_node_first(lambda: _tokenize(corpus, tokenizer, recipe))
     report_cuts(splits, corpus.report)
     return corpus, tokenizer, splits
 
 
 def _build_objective(
-    recipe: Recipe, tasks: Sequence[Task], splits: Mapping[str, TokenizedSplit], domains: Domains | None, *, shape: bool
+    recipe: Recipe,
+    tasks: Sequence[Task],
+    splits: Mapping[str, TokenizedSplit],
+    domains: Domains | None,
+    *,
+    shape: bool,
 ) -> Objective:
     _seed(recipe.train.seed)
-    objective = build_objective(recipe, tasks, num_domains=len(domains.names) if domains else 0, shape=shape)
+    objective = build_objective(
+        recipe, tasks, num_domains=len(domains.names) if domains else 0, shape=shape
+    )
     # Many tokenizers do not know how many positions their encoder has.
     limit = objective.model.longest_text
     longest = max(int(split.lengths.max()) for split in splits.values() if len(split))
@@ -220,7 +243,9 @@ def _build_trainer(
     )
     pixels = load_pixel_reader(recipe)
     domains = find_domains(train.posts, recipe.loss.adversarial)
-    collator = Collator(tokenizer, tasks, route_by=recipe.model.moe.route_by, pixels=pixels, domains=domains)
+    collator = Collator(
+        tokenizer, tasks, route_by=recipe.model.moe.route_by, pixels=pixels, domains=domains
+    )
     return Trainer(
         recipe=recipe,
         layout=layout,
@@ -254,7 +279,9 @@ def load_pixel_reader(recipe: Recipe) -> PixelReader | None:
 def _tokenize(corpus: Corpus, tokenizer: Any, recipe: Recipe) -> dict[str, TokenizedSplit]:
     cache = home() / "tokens" if recipe.data.cache else None
     return {
-        name: tokenize_split(split, tokenizer, tasks=corpus.tasks, config=recipe.data, cache_dir=cache)
+        name: tokenize_split(
+            split, tokenizer, tasks=corpus.tasks, config=recipe.data, cache_dir=cache
+        )
         for name, split in corpus.splits.items()
     }
 

@@ -26,7 +26,9 @@ SHOWN_CHARACTERS = 160
 """Characters of a post that are shown."""
 
 
-def print_dry_run(recipe: Recipe, corpus: Corpus, memory_plan: MemoryPlan, *, seen: Seen | None = None) -> None:
+def print_dry_run(
+    recipe: Recipe, corpus: Corpus, memory_plan: MemoryPlan, *, seen: Seen | None = None
+) -> None:
     """Print the resolved recipe, labels and set-aside rows per split, sample posts, and the memory of one rank.
 
     Args:
@@ -38,7 +40,9 @@ def print_dry_run(recipe: Recipe, corpus: Corpus, memory_plan: MemoryPlan, *, se
     print("\n".join(dry_run_lines(recipe, corpus, memory_plan, seen=seen)), flush=True)
 
 
-def dry_run_lines(recipe: Recipe, corpus: Corpus, memory_plan: MemoryPlan, *, seen: Seen | None = None) -> list[str]:
+def dry_run_lines(
+    recipe: Recipe, corpus: Corpus, memory_plan: MemoryPlan, *, seen: Seen | None = None
+) -> list[str]:
     """The lines that ``print_dry_run`` prints; every section begins with ``# ``, so the recipe stays valid YAML."""
     lines = ["# recipe", *recipe_to_yaml(recipe).splitlines(), "", "# data", *corpus.report.lines()]
     lines += ["", "# sample posts"]
@@ -57,13 +61,19 @@ def seen_by_the_decoder(train: TokenizedSplit, tokenizer: Any) -> Seen:
 
     def seen(task: Task, row: int) -> tuple[str, str]:
         value = train.posts.labels[task.name][row]
-        answer = label_tokens(tokenizer, task)[value] if task.label_words else train.answers[task.name][row].tolist()
+        answer = (
+            label_tokens(tokenizer, task)[value]
+            if task.label_words
+            else train.answers[task.name][row].tolist()
+        )
         return tokenizer.decode(answer), tokenizer.decode(train.prompts[task.name][row].tolist())
 
     return seen
 
 
-def sample_lines(task: Task, split: PostSplit, config: NormalizeConfig, *, seen: Seen | None = None) -> list[str]:
+def sample_lines(
+    task: Task, split: PostSplit, config: NormalizeConfig, *, seen: Seen | None = None
+) -> list[str]:
     """The first labelled posts of a task, cleaned as the encoder will see them, each after its label.
 
     Where a decoder answers, its own words, end sign included, and the prompt with the post in it.
@@ -74,10 +84,14 @@ def sample_lines(task: Task, split: PostSplit, config: NormalizeConfig, *, seen:
         config: the cleaning.
         seen: of ``seen_by_the_decoder``; needed where a decoder answers.
     """
-    lines = [f"{task.name} ({task.kind}, metric {task.metric}{', auxiliary' if task.auxiliary else ''}):"]
+    lines = [
+        f"{task.name} ({task.kind}, metric {task.metric}{', auxiliary' if task.auxiliary else ''}):"
+    ]
     if task.label_words:
         words = zip(task.labels, task.label_words, strict=True)
-        lines.append("  words of the labels: " + ", ".join(f"{label} = {word!r}" for label, word in words))
+        lines.append(
+            "  words of the labels: " + ", ".join(f"{label} = {word!r}" for label, word in words)
+        )
     if task.rules.generates:
         lines.append("  answer | what the encoder reads")
     count = len(lines)
@@ -87,7 +101,10 @@ def sample_lines(task: Task, split: PostSplit, config: NormalizeConfig, *, seen:
             lines.append("  " + " | ".join(map(_cut, seen(task, row))))
             continue
         pair = split.pairs[row]
-        texts = [_cleaned(split, row, config), *([normalize_post(pair, config)] if pair is not None else [])]
+        texts = [
+            _cleaned(split, row, config),
+            *([normalize_post(pair, config)] if pair is not None else []),
+        ]
         lines.append(f"  {_label_in_words(task, split, row)} | {' || '.join(map(_cut, texts))}")
     return lines if len(lines) > count else [*lines, "  no post has a label of this task"]
 
@@ -99,13 +116,19 @@ def _first_labelled(task: Task, split: PostSplit) -> Iterator[int]:
 
 def _cleaned(split: PostSplit, row: int, config: NormalizeConfig) -> str:
     words = split.words[row]
-    return normalize_post(split.texts[row], config) if words is None else " ".join(normalize_words(words, config))
+    return (
+        normalize_post(split.texts[row], config)
+        if words is None
+        else " ".join(normalize_words(words, config))
+    )
 
 
 def _label_in_words(task: Task, split: PostSplit, row: int) -> str:
     """The label as prediction would write it: through the target tensor and back, which is what training sees."""
     value, words = split.labels[task.name][row], split.words[row]
-    targets = task.rules.collate([value], labels=task.labels, length=0 if words is None else len(words))
+    targets = task.rules.collate(
+        [value], labels=task.labels, length=0 if words is None else len(words)
+    )
     (gold,) = task.rules.gold(targets, task)
     if isinstance(gold, float):
         return f"{gold:.4g}"

@@ -18,23 +18,33 @@ import psutil
 import torch
 
 M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1
-"""mallopt numbers of glibc: blocks above the first are mapped and unmapped, free space above the second is returned."""
+"""mallopt numbers of glibc: blocks above the first are mapped and unmapped, free space above the
+second is returned."""
 
 
 THRESHOLDS = {M_MMAP_THRESHOLD: 32 << 20, M_TRIM_THRESHOLD: 64 << 20}
-"""Bytes: what glibc comes to by itself, unless ``prepare_process`` asked this process for more. It cannot be read back;
-whoever changes them for a while puts these back."""
+"""Bytes: what glibc comes to by itself, unless ``prepare_process`` asked this process for more. It
+cannot be read back; whoever changes them for a while puts these back."""
 
 
-PACKAGES = ("comoe", "torch", "deepspeed", "transformers", "datasets", "accelerate", "tensorboard", "numpy")
+PACKAGES = (
+    "comoe",
+    "torch",
+    "deepspeed",
+    "transformers",
+    "datasets",
+    "accelerate",
+    "tensorboard",
+    "numpy",
+)
 
 
 def prepare_process(*, verbose: bool) -> None:
     """Set the environment that DeepSpeed reads on import. Call it before ``comoe.train.parallel.setup`` is imported.
 
-    A user need not set any variable: a machine without a GPU is told to DeepSpeed as such, a plain ``python`` start
-    becomes a world of one rank, each rank takes its share of the cores, and on several machines it talks over the
-    network that rank 0 is in.
+    A user need not set any variable: a machine without a GPU is told to DeepSpeed as such, a plain
+    ``python`` start becomes a world of one rank, each rank takes its share of the cores, and on
+    several machines it talks over the network that rank 0 is in.
     """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -42,7 +52,9 @@ def prepare_process(*, verbose: bool) -> None:
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_SIZE="1")
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
-    if int(os.environ.get("CROSS_SIZE", "1")) > 1 and (interface := interface_towards(os.environ["MASTER_ADDR"])):
+    if int(os.environ.get("CROSS_SIZE", "1")) > 1 and (
+        interface := interface_towards(os.environ["MASTER_ADDR"])
+    ):
         # gloo takes the address of the machine's own name, which often is one of the loopback.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -67,7 +79,11 @@ def interface_towards(address: str) -> str:
             own = probe.getsockname()[0]
     except OSError:
         return ""
-    found = [name for name, cards in psutil.net_if_addrs().items() if any(card.address == own for card in cards)]
+    found = [
+        name
+        for name, cards in psutil.net_if_addrs().items()
+        if any(card.address == own for card in cards)
+    ]
     return found[0] if found else ""
 
 
@@ -95,9 +111,9 @@ def describe_environment(**more: Any) -> Mapping[str, Any]:
 def _keep_freed_memory() -> None:
     """Let the C library keep large freed blocks instead of returning them to the system.
 
-    Every step frees and asks for the same gradients and buffers. Returned pages come back one fault at a time, zeroed:
-    a quarter of a training step on a CPU (0.28 s of system time per step against 0.01 s, measured on the default
-    recipe). Does nothing where the C library is not glibc.
+    Every step frees and asks for the same gradients and buffers. Returned pages come back one fault
+    at a time, zeroed: a quarter of a training step on a CPU (0.28 s of system time per step against
+    0.01 s, measured on the default recipe). Does nothing where the C library is not glibc.
     """
     library = ctypes.util.find_library("c")
     libc = ctypes.CDLL(library) if library else None
@@ -121,7 +137,8 @@ def _free_port() -> int:
 
 
 def _quieten() -> None:
-    # DeepSpeed names its logger after itself and reads no variable at the level we want; the rest are the usual ones.
+    # DeepSpeed names its logger after itself and reads no variable at the level we want; the rest
+    # are the usual ones.
     os.environ.setdefault("DS_LOG_LEVEL", "error")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")

@@ -13,7 +13,14 @@ from tqdm import tqdm
 from comoe.data.collator import Collator
 from comoe.data.sampling.sampler import eval_batches
 from comoe.data.tokens.split import TokenizedSplit
-from comoe.distributed import all_gather_objects, is_main, max_over_ranks, rank, sum_over_ranks, world_size
+from comoe.distributed import (
+    all_gather_objects,
+    is_main,
+    max_over_ranks,
+    rank,
+    sum_over_ranks,
+    world_size,
+)
 from comoe.evaluation.embedding_stats import EmbeddingStats, EmbeddingSummary
 from comoe.evaluation.evaluate import Evaluation, evaluate
 from comoe.evaluation.routing_stats import RoutingStats, RoutingSummary
@@ -56,17 +63,24 @@ class Evaluator:
     """Told after each batch whether there are more."""
 
     def run(
-        self, name: str, *, predictions: bool = False, asked_to_stop: Callable[[], bool] | None = None
+        self,
+        name: str,
+        *,
+        predictions: bool = False,
+        asked_to_stop: Callable[[], bool] | None = None,
     ) -> Checked | None:
         """Metrics, predictions and measures of one split; None where it has no posts.
 
         Raises:
-            EvaluationStopped: ``asked_to_stop`` said so on some rank; raised on all of them after the same batch.
+            EvaluationStopped: ``asked_to_stop`` said so on some rank; raised on all of them after
+                the same batch.
         """
         split = self.splits.get(name)
         if split is None or len(split) == 0:
             return None
-        batches = eval_batches(split.lengths, batch_size=EVAL_BATCH, rank=rank(), world_size=world_size())
+        batches = eval_batches(
+            split.lengths, batch_size=EVAL_BATCH, rank=rank(), world_size=world_size()
+        )
         model = self.engine.objective.model
         layers = [layer.layer for layer in model.moe_layers()]
         names = [task.name for task in self.tasks]
@@ -77,17 +91,27 @@ class Evaluator:
         embeddings = EmbeddingStats(self.tasks, labelled_NT=split.labelled)
         turn = count()
         with tqdm(
-            total=len(batches), desc=name, unit="batch", leave=False, disable=not (is_main() and sys.stderr.isatty())
+            total=len(batches),
+            desc=name,
+            unit="batch",
+            leave=False,
+            disable=not (is_main() and sys.stderr.isatty()),
         ) as bar:
 
             def forward(batch: Batch) -> ModelOutput:
                 output = self.engine.forward(batch)
                 done = next(turn) + 1
                 self.on_batch(done < len(batches))
-                # A launcher waits half a minute for a rank that it told to stop, and an evaluation may take longer.
-                if asked_to_stop is not None and done % STOP_CHECK_EVERY == 1 and max_over_ranks(asked_to_stop()):
+                # A launcher waits half a minute for a rank that it told to stop, and an evaluation
+                # may take longer.
+                if (
+                    asked_to_stop is not None
+                    and done % STOP_CHECK_EVERY == 1
+                    and max_over_ranks(asked_to_stop())
+                ):
                     raise EvaluationStopped
-                # A filler row exists only so that this rank has something to run; it has no label and is not counted.
+                # A filler row exists only so that this rank has something to run; it has no label
+                # and is not counted.
                 stats.update(output, labelled_rows(batch, names))
                 embeddings.update(output, batch)
                 bar.update()
@@ -96,7 +120,8 @@ class Evaluator:
             evaluation = evaluate(
                 forward,
                 split,
-                # A post without labels is a row for every task where the gate reads tasks, so that all are answered.
+                # A post without labels is a row for every task where the gate reads tasks, so that
+                # all are answered.
                 collator=partial(self.collator, all_tasks=predictions),
                 tasks=self.tasks,
                 batches=batches,
@@ -108,4 +133,6 @@ class Evaluator:
                 spell=self.collator.spell,
             )
         stats.load(sum_over_ranks(stats.as_tensor()))
-        return Checked(evaluation, stats.summary() if layers else None, embeddings.summary(all_gather_objects))
+        return Checked(
+            evaluation, stats.summary() if layers else None, embeddings.summary(all_gather_objects)
+        )

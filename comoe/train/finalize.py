@@ -18,7 +18,12 @@ from comoe.data.tokens.split import TokenizedSplit, tokenize_split
 from comoe.distributed import barrier, broadcast_object, is_main, max_over_ranks, world_size
 from comoe.evaluation.calibration import Calibrator, reliability_bins
 from comoe.evaluation.evaluate import Evaluation
-from comoe.evaluation.tables import calibration_lines, format_results_table, noise_lines, slice_lines
+from comoe.evaluation.tables import (
+    calibration_lines,
+    format_results_table,
+    noise_lines,
+    slice_lines,
+)
 from comoe.inference.export import CONFIG, export_checkpoint
 from comoe.tasks.prompts import wants_pair
 from comoe.tasks.task import Task
@@ -37,11 +42,19 @@ def noisy_splits(run: Run, split: str) -> Iterator[tuple[str, TokenizedSplit]]:
     The same on every rank, and for any number of them.
     """
     data = run.recipe.data
-    # More tokens than the encoder numbers may come of a slip; the run's own posts have been checked.
-    config = replace(data, max_length=min(data.max_length, run.trainer.engine.objective.model.longest_text))
+    # More tokens than the encoder numbers may come of a slip; the run's own posts have been
+    # checked.
+    config = replace(
+        data, max_length=min(data.max_length, run.trainer.engine.objective.model.longest_text)
+    )
     for name in data.noise:
-        posts = noisy(run.splits[split].posts, name, rate=data.noise_rate, seed=run.recipe.train.seed)
-        yield f"{split}{SEPARATOR}{name}", tokenize_split(posts, run.tokenizer, tasks=run.tasks, config=config)
+        posts = noisy(
+            run.splits[split].posts, name, rate=data.noise_rate, seed=run.recipe.train.seed
+        )
+        yield (
+            f"{split}{SEPARATOR}{name}",
+            tokenize_split(posts, run.tokenizer, tasks=run.tasks, config=config),
+        )
 
 
 def score_noisy(run: Run, split: str, *, tasks: Sequence[Task], step: int) -> dict[str, Evaluation]:
@@ -50,7 +63,8 @@ def score_noisy(run: Run, split: str, *, tasks: Sequence[Task], step: int) -> di
     Args:
         run: with the weights to judge.
         split: validation or test.
-        tasks: as the clean split was judged, with temperatures and thresholds where these were fitted.
+        tasks: as the clean split was judged, with temperatures and thresholds where these were
+            fitted.
         step: of the weights.
     """
     found = {}
@@ -78,13 +92,17 @@ def finish(run: Run) -> None:
         load_checkpoint(chosen, trainer.engine, trainer.layout)
     evaluations = {}
     options = run.recipe.train
-    calibrator = Calibrator(run.tasks, temperatures=options.calibrate, thresholds=options.fit_thresholds)
+    calibrator = Calibrator(
+        run.tasks, temperatures=options.calibrate, thresholds=options.fit_thresholds
+    )
     for split in PART_NAMES[1:]:
         found = trainer.evaluator.run(split, predictions=True)
         if found is None:
             continue
         posts = trainer.evaluator.splits[split].posts
-        evaluations[split] = calibrator.take(split, found.evaluation, texts=posts.texts, columns=posts.columns)
+        evaluations[split] = calibrator.take(
+            split, found.evaluation, texts=posts.texts, columns=posts.columns
+        )
         if split != "validation":
             # The validation split of this step was logged when it was reached.
             trainer.monitor.log_evaluation(
@@ -100,8 +118,11 @@ def finish(run: Run) -> None:
     log_lost_pictures(trainer.pixels, trainer.monitor, trainer.state.step)
     peak = max_over_ranks(peak_memory_bytes())
     if is_main():
-        results = _results(run, evaluations | noisy, chosen=chosen, peak=peak) | {"calibration": calibrator.report()}
-        # The export comes last and tells that all is written; not one that an earlier end of the run left.
+        results = _results(run, evaluations | noisy, chosen=chosen, peak=peak) | {
+            "calibration": calibrator.report()
+        }
+        # The export comes last and tells that all is written; not one that an earlier end of the
+        # run left.
         shutil.rmtree(run.folder / "export", ignore_errors=True)
         write_results(run.folder, results)
         posts = {split: trainer.evaluator.splits[split].posts for split in evaluations}
@@ -114,14 +135,18 @@ def finish(run: Run) -> None:
 def _under_noise(run: Run, tasks: Sequence[Task], *, step: int) -> dict[str, Evaluation]:
     """Scores of noisy posts, judged as the clean ones were: on the validation posts without thresholds."""
     plain = [replace(task, thresholds=None) for task in tasks]
-    return score_noisy(run, "validation", tasks=plain, step=step) | score_noisy(run, "test", tasks=tasks, step=step)
+    return score_noisy(run, "validation", tasks=plain, step=step) | score_noisy(
+        run, "test", tasks=tasks, step=step
+    )
 
 
 def _log_calibration(monitor: Monitor, step: int, calibrator: Calibrator) -> None:
     """Diagrams of every split and task into ``plots/`` and TensorBoard, and the errors as scalars."""
     report = calibrator.report()
     for (split, task), both in calibrator.pairs.items() if monitor.enabled else ():
-        errors = {name: value for name, value in report[task]["ece"][split].items() if value is not None}
+        errors = {
+            name: value for name, value in report[task]["ece"][split].items() if value is not None
+        }
         curves = {
             f"{name}, error {errors[name]:.3f}": reliability_bins(pairs)
             for name, pairs in zip(("before", "after"), both, strict=True)
@@ -136,7 +161,15 @@ def print_results(folder: Path, tasks: Sequence[Task]) -> None:
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     print()
     metrics = results["metrics"]
-    print("\n".join([format_results_table(metrics, tasks), *slice_lines(metrics, tasks), *noise_lines(metrics, tasks)]))
+    print(
+        "\n".join(
+            [
+                format_results_table(metrics, tasks),
+                *slice_lines(metrics, tasks),
+                *noise_lines(metrics, tasks),
+            ]
+        )
+    )
     print("\n".join(["", *calibration_lines(results.get("calibration", {})), ""]))
     print(f"run folder     {folder}")
     print(f"watch          tensorboard --logdir {folder.parent}")
@@ -153,7 +186,9 @@ def _fitting_input(export: Path, tasks: Sequence[Task]) -> str:
     if column is None and any(wants_pair(task.prompt) for task in tasks):
         column = "pair"
     sees = config.get("image_column") is not None
-    return f"posts.jsonl --pair-column {column}" if column else "posts.jsonl" if sees else "posts.txt"
+    return (
+        f"posts.jsonl --pair-column {column}" if column else "posts.jsonl" if sees else "posts.txt"
+    )
 
 
 def peak_memory_bytes() -> float:
@@ -165,7 +200,9 @@ def peak_memory_bytes() -> float:
     return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 
-def _results(run: Run, evaluations: Mapping[str, Evaluation], *, chosen: Path, peak: float) -> dict[str, Any]:
+def _results(
+    run: Run, evaluations: Mapping[str, Evaluation], *, chosen: Path, peak: float
+) -> dict[str, Any]:
     trainer = run.trainer
     state = trainer.state
     return {
@@ -209,7 +246,9 @@ def _about_data(run: Run) -> dict[str, Any]:
     }
 
 
-def write_predictions(folder: Path, evaluations: Mapping[str, Evaluation], posts: Mapping[str, PostSplit]) -> None:
+def write_predictions(
+    folder: Path, evaluations: Mapping[str, Evaluation], posts: Mapping[str, PostSplit]
+) -> None:
     """A file per split and task. Posts without any label are in all of them; ``data_set`` tells them apart."""
     shutil.rmtree(folder, ignore_errors=True)
     for split, evaluation in evaluations.items():

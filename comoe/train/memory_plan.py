@@ -1,7 +1,8 @@
 """How much memory one rank needs, as a plan before anything is built: ZeRO, expert parallelism, precision, offload.
 
-With D dense and X expert parameters (of all experts), W ranks, EP ranks per set of experts, and p bytes per weight (2
-in bf16, else 4), one rank holds, in bytes (frozen parameters count as weights and nothing else):
+With D dense and X expert parameters (of all experts), W ranks, EP ranks per set of experts, and p
+bytes per weight (2 in bf16, else 4), one rank holds, in bytes (frozen parameters count as weights
+and nothing else):
 
     weights       p (D + X / EP)    stage 1, 2          p (D + X) / W    stage 3
     gradients     4 (D + X / EP)    stage 1             4 (D + X) / W    stage 2, 3      (summed in float32)
@@ -13,16 +14,19 @@ in bf16, else 4), one rank holds, in bytes (frozen parameters count as weights a
     vocabulary    (8 + p') A V          A tokens of answers over a vocabulary of V, p' = 2 in bf16, else 0
     dispatch      4 p S k M         one layer's routes: sent, received, padded for the grouped product, answered
 
-Expert parallelism divides what ZeRO below stage 3 leaves whole; the optimizer's share is (D + X) / W at every EP,
-because the W / EP ranks that hold the same experts split their state. Stage 2 in float32 keeps the whole of every
-tensor that its share cuts, see ``whole_tensors``; what stage 3 gathers for the moment is one line of its own.
+Expert parallelism divides what ZeRO below stage 3 leaves whole; the optimizer's share is (D + X) /
+W at every EP, because the W / EP ranks that hold the same experts split their state. Stage 2 in
+float32 keeps the whole of every tensor that its share cuts, see ``whole_tensors``; what stage 3
+gathers for the moment is one line of its own.
 
-Not counted: allocator slack; what only losses learn (temperatures, a discriminator of some ten thousand numbers); what
-weightings that read gradients keep for a moment, per task what a head keeps, the slope of the last states and 2 M^2
-numbers; and in ``step()`` one more float32 copy of the largest group's share, when the activations are gone.
+Not counted: allocator slack; what only losses learn (temperatures, a discriminator of some ten
+thousand numbers); what weightings that read gradients keep for a moment, per task what a head
+keeps, the slope of the last states and 2 M^2 numbers; and in ``step()`` one more float32 copy of
+the largest group's share, when the activations are gone.
 ``tests/multiprocess/test_memory_measured.py`` compares each line with tensors of real runs.
 
-Source: Rajbhandari et al. 2020, ZeRO, arXiv:1910.02054; the float32 facts were read in DeepSpeed 0.19.8 and measured.
+Source: Rajbhandari et al. 2020, ZeRO, arXiv:1910.02054; the float32 facts were read in DeepSpeed
+0.19.8 and measured.
 """
 
 from __future__ import annotations
@@ -77,12 +81,16 @@ class Work:
     expert_width: int = 0
     """Width F of one expert."""
     recompute: bool = False
-    """Activation checkpointing per layer: the inputs of all layers are kept, and one layer whole."""
+    """Activation checkpointing per layer: the inputs of all layers are kept, and one layer
+    whole."""
 
     def activation_bytes(self, number: int) -> int:
         """All layers, blocks, embeddings and heads; ``number`` bytes per activation."""
         if not self.recompute:
-            layers, blocks = self.layers * self.layer_bytes(number), self.moe_layers * self.block_bytes(number)
+            layers, blocks = (
+                self.layers * self.layer_bytes(number),
+                self.moe_layers * self.block_bytes(number),
+            )
             return layers + blocks + self.outer_bytes(number)
         inputs = self.layers * self.tokens * self.width * number
         return (
@@ -95,8 +103,9 @@ class Work:
     def layer_bytes(self, number: int) -> int:
         """One encoder layer, without the attention matrix.
 
-        Per token 8 M + 2 F' numbers (input, query, key, value, attended, and around the feed-forward of width F') and
-        two one-byte dropout masks of M. A GPU's fused attention keeps no matrix; a CPU keeps some under dropout.
+        Per token 8 M + 2 F' numbers (input, query, key, value, attended, and around the
+        feed-forward of width F') and two one-byte dropout masks of M. A GPU's fused attention keeps
+        no matrix; a CPU keeps some under dropout.
 
         Source: Korthikanti et al. 2022, arXiv:2205.05198: 34 M bytes in 16 bits at F' = 4 M.
         """
@@ -106,16 +115,17 @@ class Work:
     def block_bytes(self, number: int) -> int:
         """One cooperative block.
 
-        Per token its norm's input and output, the gate's float32 input and a one-byte dropout mask; per route (one
-        token to one expert) input, answer, and four of the expert's width: gate, up, the activated gate, the product.
+        Per token its norm's input and output, the gate's float32 input and a one-byte dropout mask;
+        per route (one token to one expert) input, answer, and four of the expert's width: gate, up,
+        the activated gate, the product.
         """
         routes = self.top_k * (2 * self.width + 4 * self.expert_width) * number
         return self.tokens * (self.width * (2 * number + FULL + 1) + routes)
 
     def outer_bytes(self, number: int) -> int:
-        """Outside of the layers: three numbers of the embeddings, in bf16 a float32 copy of the last states for each
-        pooling head, and for each private part its norm's answer, the sum that its head reads, a one-byte dropout mask
-        and four numbers of its hidden width."""
+        """Outside of the layers: three numbers of the embeddings, in bf16 a float32 copy of the
+        last states for each pooling head, and for each private part its norm's answer, the sum that
+        its head reads, a one-byte dropout mask and four numbers of its hidden width."""
         private = (2 * self.width + 4 * self.private_width) * number + self.width
         heads = self.width * (3 * number + (FULL * self.tasks if number < FULL else 0))
         return self.tokens * (heads + self.private_parts * private)
@@ -143,8 +153,9 @@ class DecoderWork:
         return self.own.activation_bytes(number) + layers * self.look_bytes(number) + gathered
 
     def look_bytes(self, number: int) -> int:
-        """One layer's look at the encoder's states: of each token of an answer the norm's answer, query, attended, sum
-        and a one-byte dropout mask; of each token that it looks at a key and a value."""
+        """One layer's look at the encoder's states: of each token of an answer the norm's answer,
+        query, attended, sum and a one-byte dropout mask; of each token that it looks at a key and a
+        value."""
         per_token = 4 * self.own.width * number + self.own.width
         return self.own.tokens * per_token + 2 * self.read_tokens * self.own.width * number
 
@@ -201,8 +212,8 @@ def reduction_elements(bucket: int, *, largest: int) -> int:
 
     Args:
         bucket: ``reduce_bucket_size`` of the DeepSpeed JSON.
-        largest: elements of the largest weight: one that is larger than the bucket, such as the table of words, goes
-            by itself.
+        largest: elements of the largest weight: one that is larger than the bucket, such as the
+            table of words, goes by itself.
     """
     return max(bucket, largest)
 
@@ -231,7 +242,8 @@ def plan_memory(
     Args:
         dense_parameters: D, everything but experts.
         expert_parameters: X, all experts of all layers together.
-        frozen_parameters: of D those that do not train: weights alone, no gradient, master copy or moment.
+        frozen_parameters: of D those that do not train: weights alone, no gradient, master copy or
+            moment.
         world_size: ranks W.
         ep_size: ranks that share one set of experts; divides ``world_size``.
         stage: ZeRO stage 1, 2 or 3.
@@ -240,15 +252,18 @@ def plan_memory(
         momentum: of sgd; 0 needs no buffer.
         offload: master copy, moments and, from stage 2 on, gradients live in main memory.
         bucket_elements: R, ``reduce_bucket_size`` of the DeepSpeed JSON.
-        gathered_elements: weights that stage 3 holds whole at a time, such as two encoder layers; 0 leaves them out.
-        tensor_groups: for each optimizer group the sizes of its tensors in order and the ranks that share it; makes
-            the gradients of stage 2 in float32 exact. Empty takes the even share.
-        tower: what a vision tower that trains goes through; a frozen one keeps nothing for a backward pass.
+        gathered_elements: weights that stage 3 holds whole at a time, such as two encoder layers; 0
+            leaves them out.
+        tensor_groups: for each optimizer group the sizes of its tensors in order and the ranks that
+            share it; makes the gradients of stage 2 in float32 exact. Empty takes the even share.
+        tower: what a vision tower that trains goes through; a frozen one keeps nothing for a
+            backward pass.
         decoder: what a decoder goes through; None without one.
         work: fields of ``Work``; without them activations and dispatch are 0.
 
     Raises:
-        ValueError: an unknown optimizer, a stage other than 1, 2, 3, or ranks that ``ep_size`` does not divide.
+        ValueError: an unknown optimizer, a stage other than 1, 2, 3, or ranks that ``ep_size`` does
+            not divide.
     """
     _check(optimizer=optimizer, stage=stage, world_size=world_size, ep_size=ep_size)
     number = HALF if bf16 else FULL
@@ -256,12 +271,18 @@ def plan_memory(
     share = math.ceil((dense_parameters + expert_parameters) / world_size)
     trained = math.ceil((dense_parameters - frozen_parameters + expert_parameters) / world_size)
     passed = Work(**work)
-    gradients = _gradients(whole - frozen_parameters, trained, stage=stage, bf16=bf16, tensor_groups=tensor_groups)
+    gradients = _gradients(
+        whole - frozen_parameters, trained, stage=stage, bf16=bf16, tensor_groups=tensor_groups
+    )
     parts = (
         MemoryPart("weights", number * (share if stage == 3 else whole)),
         _part("gradients", gradients, on_host=offload and stage > 1),
         _part("master copy (float32)", FULL * trained, on_host=offload),
-        _part(f"moments of {optimizer}", FULL * MOMENTS[optimizer](momentum) * trained, on_host=offload),
+        _part(
+            f"moments of {optimizer}",
+            FULL * MOMENTS[optimizer](momentum) * trained,
+            on_host=offload,
+        ),
         MemoryPart("reduction bucket", number * bucket_elements),
         MemoryPart("gathered weights", number * gathered_elements if stage == 3 else 0),
         *_passing(passed, tower or Work(), decoder, number),
@@ -269,7 +290,9 @@ def plan_memory(
     return MemoryPlan(parts, _in_words(world_size, ep_size, stage, bf16=bf16, offload=offload))
 
 
-def _passing(passed: Work, seen: Work, decoder: DecoderWork | None, number: int) -> list[MemoryPart]:
+def _passing(
+    passed: Work, seen: Work, decoder: DecoderWork | None, number: int
+) -> list[MemoryPart]:
     """What a forward pass leaves for the backward pass, and needs for a moment."""
     written = decoder or DecoderWork()
     activations = passed.activation_bytes(number) + seen.layers * seen.layer_bytes(number)
@@ -301,7 +324,12 @@ def whole_tensors(sizes: Sequence[int], *, ranks: int) -> int:
 
 
 def _gradients(
-    whole: int, share: int, *, stage: int, bf16: bool, tensor_groups: Sequence[tuple[Sequence[int], int]]
+    whole: int,
+    share: int,
+    *,
+    stage: int,
+    bf16: bool,
+    tensor_groups: Sequence[tuple[Sequence[int], int]],
 ) -> int:
     """Bytes of gradients when the backward pass ends."""
     if stage == 1:
@@ -344,7 +372,8 @@ MOMENTS: dict[str, Callable[[float], int]] = {
 
 
 UNBOUNDED = 1_000_000_000
-"""What DeepSpeed takes where the JSON says nothing of ``stage3_max_live_parameters`` and its like."""
+"""What DeepSpeed takes where the JSON says nothing of ``stage3_max_live_parameters`` and its
+like."""
 
 
 DEFAULT_BUCKET = 500_000_000
@@ -372,7 +401,11 @@ def _elements(parameters: Iterable[nn.Parameter]) -> int:
 
 
 def plan_run(
-    recipe: Recipe, layout: Layout, model: MultiTaskModel, train: TokenizedSplit, settings: Mapping[str, Any]
+    recipe: Recipe,
+    layout: Layout,
+    model: MultiTaskModel,
+    train: TokenizedSplit,
+    settings: Mapping[str, Any],
 ) -> MemoryPlan:
     """The memory of one rank of this run.
 
@@ -399,7 +432,13 @@ def plan_run(
     if has_decoder(model.encoder):
         of_decoder = sum(block.layer >= num_layers[0] for block in blocks)
         decoder = DecoderWork(
-            Work(int(posts * rows.answers), num_layers[1], ffn_width=ffn_widths[1], moe_layers=of_decoder, **common),
+            Work(
+                int(posts * rows.answers),
+                num_layers[1],
+                ffn_width=ffn_widths[1],
+                moe_layers=of_decoder,
+                **common,
+            ),
             read_tokens=int(posts * rows.prompts),
             vocabulary=encoder.vocab_size,
         )
@@ -418,7 +457,9 @@ def plan_run(
             int(zero.get("reduce_bucket_size", DEFAULT_BUCKET)),
             largest=max(_elements([weight]) for weight in model.parameters()),
         ),
-        gathered_elements=min(kept_whole(zero), parameters["dense"] + parameters["experts"] // layout.ep_size),
+        gathered_elements=min(
+            kept_whole(zero), parameters["dense"] + parameters["experts"] // layout.ep_size
+        ),
         tower=_tower_work(model, posts),
         decoder=decoder,
         tokens=int(posts * (rows.encoder + rows.pictures * model.image_tokens)),
@@ -468,8 +509,9 @@ def _row_tokens(model: MultiTaskModel, train: TokenizedSplit, *, by_task: bool) 
 
 
 def _stack_shapes(hf_config: Any) -> tuple[list[int], list[int]]:
-    """Layers, and hidden width of the feed-forward, of the encoder and, of an encoder-decoder, of the decoder. A gated
-    one keeps four numbers of its width where others keep two, so it counts as one of twice the width."""
+    """Layers, and hidden width of the feed-forward, of the encoder and, of an encoder-decoder, of
+    the decoder. A gated one keeps four numbers of its width where others keep two, so it counts as
+    one of twice the width."""
     family = family_of(hf_config.model_type)
     gated = 2 if getattr(hf_config, "is_gated_act", False) else 1
     layers = [getattr(hf_config, field) for field in family.num_layers]
@@ -484,21 +526,24 @@ def _tower_work(model: MultiTaskModel, pictures: int) -> Work | None:
     config = model.tower.inner.config
     layers, tokens = getattr(config, "num_hidden_layers", 0), expected_tokens(config)
     ffn_width = getattr(config, "intermediate_size", None)
-    return Work(tokens=pictures * tokens, layers=layers, width=model.tower.width, ffn_width=ffn_width)
+    return Work(
+        tokens=pictures * tokens, layers=layers, width=model.tower.width, ffn_width=ffn_width
+    )
 
 
 def kept_whole(zero: Mapping[str, Any]) -> int:
     """Weights that stage 3 may hold whole from the forward to the backward pass, in elements.
 
-    A weight stays gathered while its next use is no farther than ``stage3_max_reuse_distance`` elements of other
-    weights away, in the forward and then the backward pass: so half of that distance counts. It stays too where
-    fetching ahead, up to ``stage3_max_live_parameters``, has come to its next use. So the larger of the two holds.
+    A weight stays gathered while its next use is no farther than ``stage3_max_reuse_distance``
+    elements of other weights away, in the forward and then the backward pass: so half of that
+    distance counts. It stays too where fetching ahead, up to ``stage3_max_live_parameters``, has
+    come to its next use. So the larger of the two holds.
 
     Args:
         zero: ``zero_optimization`` of the DeepSpeed JSON.
 
-    Source: ``partitioned_param_coordinator`` of DeepSpeed 0.19.8; tests/multiprocess/test_construction_memory.py
-    measures it.
+    Source: ``partitioned_param_coordinator`` of DeepSpeed 0.19.8;
+    tests/multiprocess/test_construction_memory.py measures it.
     """
     reach = int(zero.get("stage3_max_reuse_distance", UNBOUNDED)) // 2
     return max(reach, int(zero.get("stage3_max_live_parameters", UNBOUNDED)))

@@ -21,7 +21,8 @@ def doubts(recipe: Recipe) -> list[str]:
     """One sentence for each option that has no effect or is known to harm.
 
     Args:
-        recipe: that passed ``validate``; names that no table holds raise their own error elsewhere and are left out.
+        recipe: that passed ``validate``; names that no table holds raise their own error elsewhere
+            and are left out.
     """
     return [sentence for check in CHECKS for sentence in check(recipe)]
 
@@ -30,7 +31,9 @@ def _gate_for_measuring(recipe: Recipe) -> list[str]:
     moe = recipe.model.moe
     if not moe.num_experts or moe.gate not in GATES or not GATES[moe.gate].for_measuring:
         return []
-    return [f"model.moe.gate is {moe.gate}, which ignores the tokens: it is for measuring speed, not for training."]
+    return [
+        f"model.moe.gate is {moe.gate}, which ignores the tokens: it is for measuring speed, not for training."
+    ]
 
 
 def _temperature(recipe: Recipe) -> list[str]:
@@ -52,7 +55,10 @@ def _unread_by_the_gate(recipe: Recipe) -> list[str]:
     idle = {
         "task_embedding_width": (not reads_task, f"route_by {moe.route_by} reads no task"),
         "balance_rate": (not nudges, f"balance is {moe.balance}"),
-        "cooperation_threshold": (moe.top_k == 1, "top_k is 1 and a token's best expert always counts"),
+        "cooperation_threshold": (
+            moe.top_k == 1,
+            "top_k is 1 and a token's best expert always counts",
+        ),
     }
     return [
         _in_vain(f"model.moe.{name}", getattr(moe, name), why)
@@ -68,9 +74,17 @@ def _without_experts(recipe: Recipe) -> list[str]:
     elif moe.num_experts == 1 or len(recipe.tasks) == 1:
         few = ["task_separation_weight"]
     why = f"with {moe.num_experts} experts per layer and {len(recipe.tasks)} task(s) it has nothing to work on"
-    found = [_in_vain(f"loss.{name}", getattr(loss, name), why) for name in few if getattr(loss, name)]
+    found = [
+        _in_vain(f"loss.{name}", getattr(loss, name), why) for name in few if getattr(loss, name)
+    ]
     if not moe.num_experts and moe.shared_width:
-        found.append(_in_vain("model.moe.shared_width", moe.shared_width, "num_experts is 0, so no layer has a block"))
+        found.append(
+            _in_vain(
+                "model.moe.shared_width",
+                moe.shared_width,
+                "num_experts is 0, so no layer has a block",
+            )
+        )
     return found
 
 
@@ -80,7 +94,11 @@ def _task_weights(recipe: Recipe) -> list[str]:
         return []
     readers = " and ".join(name for name, kind in WEIGHTINGS.items() if kind.reads_task_weights)
     return [
-        _in_vain(f"tasks.{name}.weight", task.weight, f"loss.weighting is {weighting}; {readers} would read it")
+        _in_vain(
+            f"tasks.{name}.weight",
+            task.weight,
+            f"loss.weighting is {weighting}; {readers} would read it",
+        )
         for name, task in recipe.tasks.items()
         if task.weight != 1
     ]
@@ -92,14 +110,26 @@ def _weighting(recipe: Recipe) -> list[str]:
         return []
     options = dict.fromkeys(option for kind in WEIGHTINGS.values() for option in kind.reads)
     found = []
-    for option in (option for option in options if option not in WEIGHTINGS[weighting].reads and _is_set(loss, option)):
+    for option in (
+        option
+        for option in options
+        if option not in WEIGHTINGS[weighting].reads and _is_set(loss, option)
+    ):
         readers = ", ".join(name for name, kind in WEIGHTINGS.items() if option in kind.reads)
         why = f"loss.weighting is {weighting}; {readers} would read it"
         found.append(_in_vain(f"loss.{option}", getattr(loss, option), why))
     # An unknown kind raises its own error elsewhere.
-    scored = [task for task in recipe.tasks.values() if task.kind not in KINDS or KINDS[task.kind].scored]
+    scored = [
+        task for task in recipe.tasks.values() if task.kind not in KINDS or KINDS[task.kind].scored
+    ]
     if WEIGHTINGS[weighting].adapts and len(scored) < 2:
-        found.append(_in_vain("loss.weighting", weighting, "there is one task with labels, and nothing to weigh it by"))
+        found.append(
+            _in_vain(
+                "loss.weighting",
+                weighting,
+                "there is one task with labels, and nothing to weigh it by",
+            )
+        )
     return found
 
 
@@ -107,23 +137,40 @@ def _adversarial(recipe: Recipe) -> list[str]:
     config = recipe.loss.adversarial
     idle = () if config.weight else ("predict", "hidden_width", "gamma", "balanced")
     why = "loss.adversarial.weight is 0"
-    return [_in_vain(f"loss.adversarial.{name}", getattr(config, name), why) for name in idle if _is_set(config, name)]
+    return [
+        _in_vain(f"loss.adversarial.{name}", getattr(config, name), why)
+        for name in idle
+        if _is_set(config, name)
+    ]
 
 
 def _momentum(recipe: Recipe) -> list[str]:
     train = recipe.train
     if train.optimizer == "sgd" or not train.momentum:
         return []
-    return [_in_vain("train.momentum", train.momentum, f"train.optimizer is {train.optimizer}; train.betas rule there")]
+    return [
+        _in_vain(
+            "train.momentum",
+            train.momentum,
+            f"train.optimizer is {train.optimizer}; train.betas rule there",
+        )
+    ]
 
 
 def _contrastive(recipe: Recipe) -> list[str]:
     contrastive = recipe.loss.contrastive
     if contrastive.weight:
-        idle = {"queue_warmup": (contrastive.queue_warmup and not contrastive.queue_size, "queue_size is 0")}
+        idle = {
+            "queue_warmup": (
+                contrastive.queue_warmup and not contrastive.queue_size,
+                "queue_size is 0",
+            )
+        }
     else:
         why = "loss.contrastive.weight is 0"
-        idle = {name: (getattr(contrastive, name), why) for name in ("queue_size", "learn_temperature")}
+        idle = {
+            name: (getattr(contrastive, name), why) for name in ("queue_size", "learn_temperature")
+        }
         if contrastive.chunk_size is not None:
             idle["chunk_size"] = (True, f"{why}, so it is train.micro_batch_size by another name")
     found = [
@@ -133,7 +180,11 @@ def _contrastive(recipe: Recipe) -> list[str]:
     ]
     if not contrastive.weight:
         # An unknown kind raises its own error elsewhere.
-        plain = [name for name, task in recipe.tasks.items() if task.kind in KINDS and not KINDS[task.kind].scored]
+        plain = [
+            name
+            for name, task in recipe.tasks.items()
+            if task.kind in KINDS and not KINDS[task.kind].scored
+        ]
         kinds = {name: recipe.tasks[name].kind for name in plain}
         found += [
             _in_vain(f"tasks.{name}.kind", kind, f"only that loss reads its posts, and {why}")
@@ -149,14 +200,27 @@ def _pictures(recipe: Recipe) -> list[str]:
         why = "no picture is read: model.vision.tower is null"
         named = [name for name, task in recipe.tasks.items() if task.image]
         more = f" (and of {len(named) - 1} more)" if len(named) > 1 else ""
-        idle = [_in_vain(f"tasks.{name}.image{more}", recipe.tasks[name].image, why) for name in named[:1]]
-        names = [name for name in ("fusion", "train_tower", "route_image_tokens") if _is_set(vision, name)]
-        return idle + [_in_vain(f"model.vision.{name}", getattr(vision, name), why) for name in names]
+        idle = [
+            _in_vain(f"tasks.{name}.image{more}", recipe.tasks[name].image, why)
+            for name in named[:1]
+        ]
+        names = [
+            name
+            for name in ("fusion", "train_tower", "route_image_tokens")
+            if _is_set(vision, name)
+        ]
+        return idle + [
+            _in_vain(f"model.vision.{name}", getattr(vision, name), why) for name in names
+        ]
     if alone:
         why = f"model.encoder ({encoder}) reads text and pictures in one stream"
         names = [name for name in ("fusion", "train_tower") if _is_set(vision, name)]
         return [_in_vain(f"model.vision.{name}", getattr(vision, name), why) for name in names]
-    if vision.fusion not in FUSIONS or FUSIONS[vision.fusion].in_encoder or not vision.route_image_tokens:
+    if (
+        vision.fusion not in FUSIONS
+        or FUSIONS[vision.fusion].in_encoder
+        or not vision.route_image_tokens
+    ):
         return []
     why = f"under model.vision.fusion {vision.fusion} the text encoder reads no image tokens"
     return [_in_vain("model.vision.route_image_tokens", True, why)]
@@ -167,11 +231,19 @@ def _sides(recipe: Recipe) -> list[str]:
     reads = tower is not None or _is_single_stream(recipe.model.encoder)
     named = any(task.image for task in recipe.tasks.values())
     if tower is not None and not named:
-        return [_in_vain("model.vision.tower", tower, "no task names a picture column (tasks.<name>.image)")]
+        return [
+            _in_vain(
+                "model.vision.tower", tower, "no task names a picture column (tasks.<name>.image)"
+            )
+        ]
     if hide == "text" and not reads:
-        return ["data.hide is text and no picture is read, so every post is empty and there is nothing to learn from."]
+        return [
+            "data.hide is text and no picture is read, so every post is empty and there is nothing to learn from."
+        ]
     if hide == "image" and not reads:
-        return [_in_vain("data.hide", hide, "no picture is read anyway: model.vision.tower is null")]
+        return [
+            _in_vain("data.hide", hide, "no picture is read anyway: model.vision.tower is null")
+        ]
     return []
 
 
@@ -179,14 +251,16 @@ def _image_text(recipe: Recipe) -> list[str]:
     vision, losses, encoder = recipe.model.vision, recipe.loss.image_text, recipe.model.encoder
     alone, found = _is_single_stream(encoder), []
     if vision.tower is None and not alone:
-        names = [name for name in ("itc_weight", "itm_weight", "temperature", "negatives") if _is_set(losses, name)]
+        names = [
+            name
+            for name in ("itc_weight", "itm_weight", "temperature", "negatives")
+            if _is_set(losses, name)
+        ]
         why = "no picture is read: model.vision.tower is null"
         return [_in_vain(f"loss.image_text.{name}", getattr(losses, name), why) for name in names]
     contrast = losses.itc_weight > 0
     if alone and contrast:
-        why = (
-            f"model.encoder ({encoder}) reads both sides in one stream, so there are no two sides to compare; it is off"
-        )
+        why = f"model.encoder ({encoder}) reads both sides in one stream, so there are no two sides to compare"
         found.append(_in_vain("loss.image_text.itc_weight", losses.itc_weight, why))
     if losses.itm_weight and HARD.get(losses.negatives) and (alone or not contrast):
         why = "without the contrast nothing says which texts are similar; random ones are taken"

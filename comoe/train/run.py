@@ -14,12 +14,24 @@ from typing import Any
 
 from comoe.config.load import load_recipe
 from comoe.config.recipe import Recipe
-from comoe.distributed import barrier, broadcast_object, is_main, lost_connection, wait_for_ranks_up_to
+from comoe.distributed import (
+    barrier,
+    broadcast_object,
+    is_main,
+    lost_connection,
+    wait_for_ranks_up_to,
+)
 from comoe.train.environment import prepare_process
 from comoe.train.fault.signals import StopSignal
 from comoe.train.fault.supervisor import is_child, restart_in_words
 from comoe.train.fault.watchdog import LOST, PREPARING, Watchdog
-from comoe.train.run_folder import OWN_SETTINGS, begun_by_this_start, refuse_taken, take, write_beginning
+from comoe.train.run_folder import (
+    OWN_SETTINGS,
+    begun_by_this_start,
+    refuse_taken,
+    take,
+    write_beginning,
+)
 from comoe.train.state import ALL_STEPS
 
 A_DAY = 86400.0
@@ -46,9 +58,9 @@ class Request:
 def run_and_exit(request: Request, stop: StopSignal | None = None) -> None:
     """Train, and leave. Does not return.
 
-    Exit codes: 0 done or stopped by a signal, 2 with one clear sentence where the user can mend it before training
-    begins, 3 training cannot go on, 4 another rank is lost, 130 interrupted before training, 1 anything else, with its
-    traceback.
+    Exit codes: 0 done or stopped by a signal, 2 with one clear sentence where the user can mend it
+    before training begins, 3 training cannot go on, 4 another rank is lost, 130 interrupted before
+    training, 1 anything else, with its traceback.
     """
     watch = Watchdog()
     code, said, shown = 0, "", ""
@@ -93,8 +105,8 @@ def _is_verbose(request: Request) -> bool:
 
 
 def _say_error(said: str, shown: str) -> None:
-    # Usually every rank fails alike and one message is enough. The others wait for the launcher to end them and speak
-    # only if it does not, because then the error is theirs alone.
+    # Usually every rank fails alike and one message is enough. The others wait for the launcher to
+    # end them and speak only if it does not, because then the error is theirs alone.
     if not is_main() or int(os.environ.get("RANK", "0")):
         time.sleep(3)
     print(f"{shown}comoe: rank {os.environ.get('RANK', '0')}: {said}", file=sys.stderr)
@@ -114,7 +126,8 @@ def train(request: Request, stop: StopSignal | None = None, watch: Watchdog | No
     watch = watch or Watchdog()
     recipe = _load(request)
     prepare_process(verbose=recipe.run.verbose)
-    # DeepSpeed reads the environment when it is imported, so nothing that imports it may come earlier.
+    # DeepSpeed reads the environment when it is imported, so nothing that imports it may come
+    # earlier.
     from comoe.train.build import assemble
     from comoe.train.parallel.ds_config import load_settings
 
@@ -150,7 +163,8 @@ def train(request: Request, stop: StopSignal | None = None, watch: Watchdog | No
         state.finished = ""
     finished_before = bool(state.finished)
     if is_main() and not finished_before:
-        # Not over a finished run: its recipe is the one that its results came from, whatever was typed now.
+        # Not over a finished run: its recipe is the one that its results came from, whatever was
+        # typed now.
         write_beginning(run, own_settings=load_settings(deepspeed_json))
         if restarted := restart_in_words():
             run.trainer.monitor.log_event({"event": "restart", "step": state.step, **restarted})
@@ -197,7 +211,9 @@ def _written_out(folder: Path, step: int) -> bool:
     """Whether results and export are those of this end: a run that went on further still has those of its first end."""
     results = folder / "results.json"
     done = is_main() and results.is_file() and (folder / "export").is_dir()
-    return broadcast_object(done and json.loads(results.read_text(encoding="utf-8"))["step"] == step)
+    return broadcast_object(
+        done and json.loads(results.read_text(encoding="utf-8"))["step"] == step
+    )
 
 
 def _say_doubts(recipe: Recipe) -> None:
@@ -212,7 +228,9 @@ def _say_doubts(recipe: Recipe) -> None:
 def _load(request: Request) -> Recipe:
     if request.resume is None:
         if request.config is None:
-            raise ValueError("there is nothing to train: give a recipe, or --resume with a run folder.")
+            raise ValueError(
+                "there is nothing to train: give a recipe, or --resume with a run folder."
+            )
         return load_recipe(request.config, request.overrides)
     if request.config is not None:
         raise ValueError(

@@ -27,7 +27,8 @@ PROBE = ".seen"
 
 
 OWN_SETTINGS = "deepspeed.json"
-"""The DeepSpeed JSON as the user wrote it, "auto" included; ``ds_config.json`` is what it became."""
+"""The DeepSpeed JSON as the user wrote it, "auto" included; ``ds_config.json`` is what it
+became."""
 
 
 SET_ASIDE = "set_aside.jsonl"
@@ -73,7 +74,9 @@ def check_same_tasks(folder: Path, tasks: Sequence[Task]) -> None:
     now = {task.name: task.to_dict() for task in tasks}
     advice = "give the resumed run no such words, or begin a new run with another run.name."
     if list(began) != list(now):
-        raise ValueError(f"{folder} was begun with the tasks {', '.join(began)}, not {', '.join(now)}; {advice}")
+        raise ValueError(
+            f"{folder} was begun with the tasks {', '.join(began)}, not {', '.join(now)}; {advice}"
+        )
     for name, plain in now.items():
         for key in LEARNED:
             # Of an older comoe a key may lack.
@@ -86,7 +89,9 @@ def check_same_tasks(folder: Path, tasks: Sequence[Task]) -> None:
 def begun_by_this_start(folder: Path) -> bool:
     """Whether the run in the folder is that of an earlier attempt of ``--restarts``; every rank must call it."""
     mark = folder / MARK
-    ours = is_main() and RUN_WORD in os.environ and (folder / "config.yaml").exists() and mark.exists()
+    ours = (
+        is_main() and RUN_WORD in os.environ and (folder / "config.yaml").exists() and mark.exists()
+    )
     return broadcast_object(ours and mark.read_text(encoding="utf-8") == os.environ[RUN_WORD])
 
 
@@ -94,8 +99,8 @@ def take(folder: Path, *, fresh: bool) -> None:
     """Make the run folder this start's own; every rank must call it.
 
     Args:
-        fresh: delete an earlier run in it, which goes only now that recipe, posts and encoder proved to be good, and
-            that all machines see the folder.
+        fresh: delete an earlier run in it, which goes only now that recipe, posts and encoder
+            proved to be good, and that all machines see the folder.
 
     Raises:
         ValueError: a machine of the run does not see the folder that rank 0 writes to.
@@ -127,7 +132,10 @@ def write_beginning(run: Any, *, own_settings: Mapping[str, Any]) -> None:
     if run.trainer.pixels is not None:
         # Beside the tokenizer: together they are how a post becomes numbers.
         run.trainer.pixels.processor.save(folder / "tokenizer")
-    write_aside(folder / SET_ASIDE, "".join(json.dumps(row, default=str) + "\n" for row in run.corpus.report.rows()))
+    write_aside(
+        folder / SET_ASIDE,
+        "".join(json.dumps(row, default=str) + "\n" for row in run.corpus.report.rows()),
+    )
     model = run.trainer.engine.objective.model
     contents = {
         "ds_config.json": run.settings,
@@ -145,11 +153,16 @@ def write_beginning(run: Any, *, own_settings: Mapping[str, Any]) -> None:
 
 
 def _refuse_unseen(folder: Path, word: str) -> None:
-    # By a file of its own: the mark of an earlier run stays what it is as long as that run is there.
+    # By a file of its own: the mark of an earlier run stays what it is as long as that run is
+    # there.
     if is_main():
         write_aside(folder / PROBE, word)
     barrier()
-    blind = [machine for machine in all_gather_objects(None if _sees(folder, word) else _machine()) if machine]
+    blind = [
+        machine
+        for machine in all_gather_objects(None if _sees(folder, word) else _machine())
+        if machine
+    ]
     if is_main():
         (folder / PROBE).unlink(missing_ok=True)
     if blind:
@@ -161,8 +174,8 @@ def _refuse_unseen(folder: Path, word: str) -> None:
 
 
 def _clear(folder: Path) -> None:
-    # The folder itself stays the one that all machines have just seen, and what makes it a run goes last: who is
-    # interrupted here begins here again.
+    # The folder itself stays the one that all machines have just seen, and what makes it a run goes
+    # last: who is interrupted here begins here again.
     for entry in sorted(folder.iterdir(), key=lambda entry: entry.name == "config.yaml"):
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)

@@ -10,7 +10,8 @@ from comoe.config.errors import unknown_name
 from comoe.config.recipe import TrainConfig
 
 ALL_STEPS = "all steps done"
-"""Why a run ended that was not cut short by its patience; more steps asked for by a resume go on from there."""
+"""Why a run ended that was not cut short by its patience; more steps asked for by a resume go on
+from there."""
 
 
 @dataclass(slots=True)
@@ -36,7 +37,8 @@ class TrainState:
     evaluated_at: int = 0
     """Step of the last evaluation; one that a signal cut short is made up for by the resume."""
     mixing: list[dict[str, Any]] = field(default_factory=list)
-    """Every change of the data sets' rates, as ``TrainSampler.change`` gave it; the sampler is a function of it too."""
+    """Every change of the data sets' rates, as ``TrainSampler.change`` gave it; the sampler is a
+    function of it too."""
     validation_losses: dict[str, float] = field(default_factory=dict)
     """Task -> loss at the last evaluation that rates were made of."""
     finished: str = ""

@@ -19,7 +19,14 @@ from comoe.data.images.pixels import PixelReader
 from comoe.data.sampling.mixing import loss_gains, progress_rates
 from comoe.data.sampling.sampler import TrainSampler
 from comoe.data.tokens.split import TokenizedSplit
-from comoe.distributed import all_gather_objects, broadcast_object, is_main, rank, sum_over_ranks, world_size
+from comoe.distributed import (
+    all_gather_objects,
+    broadcast_object,
+    is_main,
+    rank,
+    sum_over_ranks,
+    world_size,
+)
 from comoe.evaluation.evaluate import Evaluation, chosen_metric
 from comoe.losses.objective import count_units, unit_scale
 from comoe.tasks.task import Task
@@ -47,8 +54,8 @@ def follow_progress(
 ) -> Mapping[str, float]:
     """Change the rates by what the training since the last evaluation brought; nothing where they do not follow it.
 
-    The change is noted in ``state``, which a resume hands back to the sampler, and holds from the next step on. Every
-    rank must call it.
+    The change is noted in ``state``, which a resume hands back to the sampler, and holds from the
+    next step on. Every rank must call it.
 
     Args:
         sampler: gets the new rates.
@@ -67,12 +74,16 @@ def follow_progress(
     names = np.unique(split.groups)
     has_GT = np.stack([split.labelled[split.groups == group].any(axis=0) for group in names])
     gains_G = loss_gains(state.validation_losses, now, tasks=tasks, has_GT=has_GT)
-    # Rank 0 decides: a loss that another machine rounds differently must not make it draw other posts.
+    # Rank 0 decides: a loss that another machine rounds differently must not make it draw other
+    # posts.
     rates_G = np.array(broadcast_object(progress_rates(sampler.rates_G, gains_G).tolist()))
     state.validation_losses = now
     state.mixing.append(sampler.change(state.step, rates_G))
     sampler.follow(state.mixing, every=every)
-    return {f"draws/{split.posts.group_names[group]}": float(rate) for group, rate in zip(names, rates_G, strict=True)}
+    return {
+        f"draws/{split.posts.group_names[group]}": float(rate)
+        for group, rate in zip(names, rates_G, strict=True)
+    }
 
 
 SHOWN = 8
@@ -131,19 +142,22 @@ class Trainer:
         """Train from ``state.step`` on. ``state.finished`` tells the end; it stays empty after a stop signal.
 
         Args:
-            stop: one that was made when the process began, so that a launcher lost since then is noticed.
+            stop: one that was made when the process began, so that a launcher lost since then is
+                noticed.
 
         Raises:
             TrainingStopped: too many steps in a row were not finite, or a device ran out of memory.
         """
-        # A second signal, as launchers send it, must not end this rank while it writes the last checkpoint.
+        # A second signal, as launchers send it, must not end this rank while it writes the last
+        # checkpoint.
         self.watch.step = self.state.step
         self.watch.enter("first step")
         self.evaluator.on_batch = self.watch.batch
         with stop or StopSignal() as noted:
             saved_at = self._train_until(noted)
             if saved_at != self.state.step or self.state.finished:
-                # Also after a signal: all ranks agreed on it in the last reduction, so all of them are here.
+                # Also after a signal: all ranks agreed on it in the last reduction, so all of them
+                # are here.
                 self._save()
         self.watch.enter("finishing")
 
@@ -178,10 +192,16 @@ class Trainer:
                 began = time.perf_counter()
                 batches, stopping = self._with_totals(upcoming.result(), stop)
                 if stopping:
-                    self._say(bar, f"stopping at step {self.state.step} ({stop.reason or 'asked by another rank'})")
+                    self._say(
+                        bar,
+                        f"stopping at step {self.state.step} ({stop.reason or 'asked by another rank'})",
+                    )
                     break
-                # The next batch is made beside this step, unless an evaluation is to say what it is drawn from.
-                waits = self.sampler.follows_progress and self._due(self.schedule.eval_every, steps=self.state.step + 1)
+                # The next batch is made beside this step, unless an evaluation is to say what it is
+                # drawn from.
+                waits = self.sampler.follows_progress and self._due(
+                    self.schedule.eval_every, steps=self.state.step + 1
+                )
                 if not waits:
                     upcoming = pool.submit(self._collate, self.state.step + 1)
                 self._step(batches, interval, bar, began=began)
@@ -201,18 +221,26 @@ class Trainer:
         return saved_at
 
     def _collate(self, step: int) -> list[Batch]:
-        return [self.collator(self.train_split, indices) for indices in self.sampler.share(step, rank())]
+        return [
+            self.collator(self.train_split, indices) for indices in self.sampler.share(step, rank())
+        ]
 
     def _with_totals(self, batches: list[Batch], stop: StopSignal) -> tuple[list[Batch], bool]:
         """The step's batches with the scale of each task's loss: one packed all-reduce carries the stop flag too."""
         units_T = torch.stack([count_units(batch, self.tasks) for batch in batches]).sum(0)
-        more = torch.tensor([sum(count_posts(batch) for batch in batches), float(stop.asked())], dtype=torch.float64)
+        more = torch.tensor(
+            [sum(count_posts(batch) for batch in batches), float(stop.asked())], dtype=torch.float64
+        )
         total = sum_over_ranks(torch.cat([units_T, more]).to(self.engine.device)).cpu()
         stopping = bool(total[-1] > 0)
         if not stopping:
             self.state.posts_seen += int(total[-2])
         scale_T = unit_scale(total[:-2], world_size=world_size(), accumulation=len(batches))
-        now = {"unit_scale_T": scale_T, "step": self.state.step, "progress": self.state.step / self.schedule.total}
+        now = {
+            "unit_scale_T": scale_T,
+            "step": self.state.step,
+            "progress": self.state.step / self.schedule.total,
+        }
         return [replace(batch, **now) for batch in batches], stopping
 
     def _step(self, batches: list[Batch], interval: Interval, bar: tqdm, *, began: float) -> None:
@@ -232,7 +260,10 @@ class Trainer:
         interval.add(batches, report)
         self.watch.reached(self.state.step)
         self._watch_nonfinite(report, batches, bar)
-        if self.state.step % self.recipe.train.log_every == 0 or self.state.step == self.schedule.total:
+        if (
+            self.state.step % self.recipe.train.log_every == 0
+            or self.state.step == self.schedule.total
+        ):
             line = interval.reduce(engine=self.engine, report=report, batches=batches, rates=rates)
             self.monitor.log_train(
                 self.state.step,
@@ -247,7 +278,9 @@ class Trainer:
                 seconds=self.state.seconds,
                 skipped=line.skipped,
             )
-            bar.set_postfix_str(f"loss {line.loss:.4f}, {line.posts_per_second:.0f} posts/s", refresh=False)
+            bar.set_postfix_str(
+                f"loss {line.loss:.4f}, {line.posts_per_second:.0f} posts/s", refresh=False
+            )
             interval.reset()
             log_lost_pictures(self.pixels, self.monitor, self.state.step)
         bar.update()
@@ -260,7 +293,9 @@ class Trainer:
         self.state.nonfinite_total += 1
         rows, posts = self._posts_to_blame(report, batches)
         self.monitor.log_event({"event": "skipped", "step": self.state.step, "posts": rows})
-        self._say(bar, f"step {self.state.step} skipped: a loss or gradient is not finite ({posts})")
+        self._say(
+            bar, f"step {self.state.step} skipped: a loss or gradient is not finite ({posts})"
+        )
         if self.state.nonfinite_in_a_row >= self.recipe.train.max_nonfinite:
             raise TrainingStopped(
                 f"{self.state.nonfinite_in_a_row} steps in a row (up to step {self.state.step}) had a loss or gradient "
@@ -271,12 +306,16 @@ class Trainer:
     def _posts_to_blame(self, report: StepReport, batches: list[Batch]) -> tuple[list[int], str]:
         """Rows of the forward passes whose loss is not finite, on whatever rank, and the same in words.
 
-        Where every loss is finite and a gradient is not, nobody knows whose: these are all rows of the step then. Every
-        rank must call it; a step is skipped on all of them.
+        Where every loss is finite and a gradient is not, nobody knows whose: these are all rows of
+        the step then. Every rank must call it; a step is skipped on all of them.
         """
         rows = [[int(row) for row in batch.row_ids_B.tolist() if row >= 0] for batch in batches]
         finite = [bool(torch.isfinite(output.loss.detach())) for output in report.outputs]
-        everyone = [step for steps in all_gather_objects(list(zip(finite, rows, strict=True))) for step in steps]
+        everyone = [
+            step
+            for steps in all_gather_objects(list(zip(finite, rows, strict=True)))
+            for step in steps
+        ]
         bad = [rows for finite, rows in everyone if not finite] or [rows for _, rows in everyone]
         found = sorted({row for rows in bad for row in rows})
         named = ", ".join(self.train_split.origins[row] for row in found[:SHOWN])
@@ -322,7 +361,9 @@ class Trainer:
                 mean=value,
                 **draws,
             )
-        self._say(bar, f"step {self.state.step}: validation {value:.4f}{' (best)' if improved else ''}")
+        self._say(
+            bar, f"step {self.state.step}: validation {value:.4f}{' (best)' if improved else ''}"
+        )
         return improved
 
     def _save(self) -> int:

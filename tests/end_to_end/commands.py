@@ -28,10 +28,12 @@ EVENTFUL = (
     "train.batch_size=48", "train.micro_batch_size=12", "train.schedule=linear", "train.warmup_fraction=0.2",
     "model.dropout=0.2", "model.moe.balance_rate=0.05", "data.mixing=progress",
 )  # fmt: skip
-"""Everything that a resume must restore has an effect: dropout, two micro-steps, a rate that changes, momenta, a
-balance bias that moves fast, an evaluation between, rates of the data sets that follow it."""
+"""Everything that a resume must restore has an effect: dropout, two micro-steps, a rate that
+changes, momenta, a balance bias that moves fast, an evaluation between, rates of the data sets that
+follow it."""
 TIMEOUT = 300.0
-"""Seconds after which a command is ended and its test fails: many times what it takes alone on two cores."""
+"""Seconds after which a command is ended and its test fails: many times what it takes alone on two
+cores."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,12 +47,16 @@ class Done:
     @property
     def said(self) -> str:
         """Both streams, without what the ``deepspeed`` command itself logs."""
-        return "\n".join(line for line in (self.out + self.err).splitlines() if not is_launchers(line))
+        return "\n".join(
+            line for line in (self.out + self.err).splitlines() if not is_launchers(line)
+        )
 
 
 def is_launchers(line: str) -> bool:
     """True for a log line of DeepSpeed's runner and launcher, which run outside of our processes."""
-    return line.startswith("[20") and any(name in line for name in ("runner.py", "launch.py", "real_accelerator.py"))
+    return line.startswith("[20") and any(
+        name in line for name in ("runner.py", "launch.py", "real_accelerator.py")
+    )
 
 
 @dataclass(slots=True)
@@ -66,7 +72,9 @@ class Typed:
             code = self.process.wait(timeout)
         except subprocess.TimeoutExpired:
             self.kill()
-            raise AssertionError(f"it did not end in {timeout} s\n{self.output('out')}\n{self.output('err')}") from None
+            raise AssertionError(
+                f"it did not end in {timeout} s\n{self.output('out')}\n{self.output('err')}"
+            ) from None
         return Done(code, self.output("out"), self.output("err"))
 
     def output(self, stream: str) -> str:
@@ -92,7 +100,9 @@ class Terminal:
         self.folder = folder
         self.typed: list[Typed] = []
         ours = ("RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "DS_", "CROSS_")
-        self._environment = {key: value for key, value in os.environ.items() if not key.startswith(ours)}
+        self._environment = {
+            key: value for key, value in os.environ.items() if not key.startswith(ours)
+        }
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
         self._environment |= {"PATH": path, "COMOE_HOME": str(home)}
 
@@ -129,7 +139,14 @@ def deepspeed(ranks: int, *, settings: str | Path = "zero2") -> list[str | Path]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    words = [command, "--master_port", str(port), "--num_accelerators", str(ranks), "launch/train.py"]
+    words = [
+        command,
+        "--master_port",
+        str(port),
+        "--num_accelerators",
+        str(ranks),
+        "launch/train.py",
+    ]
     return [*words, "--deepspeed", path]
 
 
@@ -166,7 +183,9 @@ def processes_of(folder: Path) -> list[str]:
     for process in psutil.process_iter():
         try:
             words = process.cmdline()
-            if process.status() != psutil.STATUS_ZOMBIE and any(str(folder) in word for word in words):
+            if process.status() != psutil.STATUS_ZOMBIE and any(
+                str(folder) in word for word in words
+            ):
                 found.append(" ".join(words))
         except psutil.Error:
             continue

@@ -43,7 +43,9 @@ def terminal(tmp_path: Path, home: Path) -> Iterator[Terminal]:
 def smoke_run(tmp_path_factory: pytest.TempPathFactory, shared_terminal: Terminal) -> Finished:
     """The smoke recipe as it is, six steps on two ranks."""
     runs = tmp_path_factory.mktemp("runs")
-    done = shared_terminal.run(*deepspeed(2), "--config", SMOKE, f"run.output_dir={runs}", "train.max_steps=6")
+    done = shared_terminal.run(
+        *deepspeed(2), "--config", SMOKE, f"run.output_dir={runs}", "train.max_steps=6"
+    )
     assert done.code == 0, done.out + done.err
     return Finished(runs / "smoke", done)
 
@@ -52,6 +54,8 @@ def smoke_run(tmp_path_factory: pytest.TempPathFactory, shared_terminal: Termina
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory, shared_terminal: Terminal) -> Path:
     """Folder of a finished run under ``EVENTFUL`` on two ranks, which nothing disturbed."""
     runs = tmp_path_factory.mktemp("uninterrupted")
-    done = shared_terminal.run(*deepspeed(2), "--config", SMOKE, f"run.output_dir={runs}", *EVENTFUL)
+    done = shared_terminal.run(
+        *deepspeed(2), "--config", SMOKE, f"run.output_dir={runs}", *EVENTFUL
+    )
     assert done.code == 0, done.out + done.err
     return runs / "smoke"

@@ -14,7 +14,8 @@ from tests.end_to_end.conftest import Finished
 pytestmark = pytest.mark.end_to_end
 
 MOODS = ("negative", "neutral", "positive")
-# Each is one line: an empty one, one of blanks, and signs that end a line elsewhere but not in a file of posts.
+# Each is one line: an empty one, one of blanks, and signs that end a line elsewhere but not in a
+# file of posts.
 LINES = (
     "what a lovely salad", "", "  ", "bread\u2028and song", "a\x85b", "\u5929\u6c14 \U0001f600 @user http://a.b",
     "x " * 300, "last",
@@ -40,11 +41,15 @@ def test_tweeteval_answers_are_one_label_id_per_line(
     smoke_run: Finished, terminal: Terminal, posts: Path, tmp_path: Path
 ) -> None:
     target = tmp_path / "answers" / "mood.txt"
-    said = predict(terminal, smoke_run.folder, posts, target, "--format", "tweeteval", "--task", "mood")
+    said = predict(
+        terminal, smoke_run.folder, posts, target, "--format", "tweeteval", "--task", "mood"
+    )
     lines = target.read_bytes().decode("ascii").split("\n")
     assert lines.pop() == "" and len(lines) == len(LINES)
     assert set(lines) <= {"0", "1", "2"}
-    assert "2 lines without a text were answered as" in said and f"{len(LINES)} posts answered" in said
+    assert (
+        "2 lines without a text were answered as" in said and f"{len(LINES)} posts answered" in said
+    )
 
 
 def test_jsonl_and_csv_hold_the_same_answers(
@@ -86,7 +91,9 @@ def test_eval_measures_what_the_run_measured(
     assert measured == pytest.approx(told["metrics"]["test"]["stance"], rel=1e-5, abs=1e-6)
 
 
-def test_a_file_that_is_not_there_is_one_sentence(smoke_run: Finished, terminal: Terminal, tmp_path: Path) -> None:
+def test_a_file_that_is_not_there_is_one_sentence(
+    smoke_run: Finished, terminal: Terminal, tmp_path: Path
+) -> None:
     missing, model = tmp_path / "none.txt", smoke_run.folder / "export"
     done = terminal.python(
         "launch/predict.py", "--model", model, "--input", missing, "--output", tmp_path / "x",

@@ -30,23 +30,37 @@ def sentence(done: Done) -> str:
 def test_an_unknown_key_on_two_ranks_is_named_with_the_nearest_before_anything_is_loaded(
     terminal: Terminal, tmp_path: Path
 ) -> None:
-    done = terminal.run(*deepspeed(2), "--config", SMOKE, f"run.output_dir={tmp_path / 'runs'}", "train.eval_evry=3")
+    done = terminal.run(
+        *deepspeed(2), "--config", SMOKE, f"run.output_dir={tmp_path / 'runs'}", "train.eval_evry=3"
+    )
     said = sentence(done)
     assert "train.eval_evry is not an option; did you mean train.eval_every?" in said
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_clash_between_the_ranks_and_the_recipe_is_one_sentence_too(terminal: Terminal, tmp_path: Path) -> None:
-    done = terminal.run(*deepspeed(2), "--config", SMOKE, f"run.output_dir={tmp_path / 'runs'}", "parallel.ep_size=4")
+def test_a_clash_between_the_ranks_and_the_recipe_is_one_sentence_too(
+    terminal: Terminal, tmp_path: Path
+) -> None:
+    done = terminal.run(
+        *deepspeed(2),
+        "--config",
+        SMOKE,
+        f"run.output_dir={tmp_path / 'runs'}",
+        "parallel.ep_size=4",
+    )
     assert sentence(done) == (
         "parallel.ep_size (4) must divide both the ranks (2) and model.moe.num_experts (4); set it to one of [1, 2]."
     )
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_run_that_is_there_is_refused_and_left_as_it_is(smoke_run: Finished, terminal: Terminal) -> None:
+def test_a_run_that_is_there_is_refused_and_left_as_it_is(
+    smoke_run: Finished, terminal: Terminal
+) -> None:
     before = {path: path.stat().st_mtime_ns for path in smoke_run.folder.rglob("*")}
-    done = terminal.python("launch/train.py", "--config", SMOKE, f"run.output_dir={smoke_run.folder.parent}")
+    done = terminal.python(
+        "launch/train.py", "--config", SMOKE, f"run.output_dir={smoke_run.folder.parent}"
+    )
     assert sentence(done) == (
         f"{smoke_run.folder} holds a run already: go on with --resume {smoke_run.folder}, choose another run.name, or "
         f"delete it with run.overwrite=true."
@@ -70,7 +84,9 @@ def refusals(requests: list[dict[str, Any]], home: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def refused(tmp_path_factory: pytest.TempPathFactory, smoke_run: Finished, home: Path) -> dict[str, str]:
+def refused(
+    tmp_path_factory: pytest.TempPathFactory, smoke_run: Finished, home: Path
+) -> dict[str, str]:
     """What is wrong -> what was said. A run to be replaced lies in the way of all of them."""
     folder = tmp_path_factory.mktemp("refused")
     old = folder / "runs" / "smoke"
@@ -82,7 +98,8 @@ def refused(tmp_path_factory: pytest.TempPathFactory, smoke_run: Finished, home:
     zero2 = json.loads((ROOT / "ds_configs/zero2.json").read_text(encoding="utf-8"))
     settings = {
         "a clash": zero2 | {"train_batch_size": 7},
-        "an auto without filling": zero2 | {"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}},
+        "an auto without filling": zero2
+        | {"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}},
         "an optimizer": zero2 | {"optimizer": {"type": "Adam"}},
         "stage 0": zero2 | {"zero_optimization": {"stage": 0}},
     }
@@ -90,19 +107,31 @@ def refused(tmp_path_factory: pytest.TempPathFactory, smoke_run: Finished, home:
         (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
     common = {"config": ROOT / SMOKE, "deepspeed": ROOT / "ds_configs/zero2.json"}
     overrides = [f"run.output_dir={folder / 'runs'}", "run.overwrite=true"]
-    requests = {name: common | {"deepspeed": folder / f"{name}.json", "overrides": overrides} for name in settings}
+    requests = {
+        name: common | {"deepspeed": folder / f"{name}.json", "overrides": overrides}
+        for name in settings
+    }
     requests["no JSON"] = common | {"deepspeed": folder / "none.json", "overrides": overrides}
-    requests["no encoder"] = common | {"overrides": [*overrides, f"model.encoder={folder / 'none'}"]}
+    requests["no encoder"] = common | {
+        "overrides": [*overrides, f"model.encoder={folder / 'none'}"]
+    }
     requests["no data"] = common | {"overrides": [*overrides, "tasks.mood.path=revews"]}
-    requests["no such metric"] = common | {"overrides": [*overrides, "train.early_stop_metric=mood/macrof1"]}
+    requests["no such metric"] = common | {
+        "overrides": [*overrides, "train.early_stop_metric=mood/macrof1"]
+    }
     requests["no recipe"] = common | {"config": folder / "none.yaml"}
     requests["nothing to resume"] = {"resume": folder / "empty"}
     requests["a recipe beside a resume"] = common | {"resume": smoke_run.folder}
     requests["a run without its file"] = {"resume": folder / "older"}
     answers = run_ranks(
-        "tests.end_to_end.test_bad_commands:refusals", 1, requests=list(requests.values()), home=str(home)
+        "tests.end_to_end.test_bad_commands:refusals",
+        1,
+        requests=list(requests.values()),
+        home=str(home),
     )[0]
-    assert (old / "config.yaml").read_text(encoding="utf-8") == "an older run", "nothing is deleted for a bad start"
+    assert (old / "config.yaml").read_text(encoding="utf-8") == "an older run", (
+        "nothing is deleted for a bad start"
+    )
     return dict(zip(requests, answers, strict=True))
 
 
@@ -134,5 +163,7 @@ def test_every_bad_start_has_its_test(refused: dict[str, str]) -> None:
 
 def test_help_is_instant_and_shows_the_commands(terminal: Terminal) -> None:
     done = terminal.run(sys.executable, "-X", "importtime", "launch/train.py", "--help")
-    assert done.code == 0 and "deepspeed launch/train.py --deepspeed ds_configs/zero2.json" in done.out
+    assert (
+        done.code == 0 and "deepspeed launch/train.py --deepspeed ds_configs/zero2.json" in done.out
+    )
     assert not re.search(r"\| +(torch|transformers|deepspeed)$", done.err, re.MULTILINE)

@@ -49,20 +49,33 @@ def folder(tmp_path: Path) -> Path:
     return found
 
 
-def test_a_run_with_200_damaged_pictures_ends_well_and_names_each(terminal: Terminal, folder: Path, home: Path) -> None:
+def test_a_run_with_200_damaged_pictures_ends_well_and_names_each(
+    terminal: Terminal, folder: Path, home: Path
+) -> None:
     damaged = [entry for turn in range(TURNS) for entry in place_damaged(folder, turn)]
     assert len(damaged) == 200
-    good = {f"good{number}.png": encoded(noise(number), "PNG") for number in range(GOOD)} | unusual()
+    good = {
+        f"good{number}.png": encoded(noise(number), "PNG") for number in range(GOOD)
+    } | unusual()
     for name, data in good.items():
         (folder / name).write_bytes(data)
     photos = [*(cell for cell, _, _ in damaged), *good, *[None] * 20]
-    rows = [{"text": f"nice {n}", "label": ("good", "bad")[n % 2], "photo": photo} for n, photo in enumerate(photos)]
+    rows = [
+        {"text": f"nice {n}", "label": ("good", "bad")[n % 2], "photo": photo}
+        for n, photo in enumerate(photos)
+    ]
     posts = folder / "posts.jsonl"
     write_lines(posts, rows)
     # These were good when they were looked at; size and time still say so, and training finds out.
     lines = list(range(1, len(rows) + 1))
     check_images(
-        photos, file=str(posts), lines=lines, column="photo", root=folder, limits=LIMITS, cache_dir=home / "pictures"
+        photos,
+        file=str(posts),
+        lines=lines,
+        column="photo",
+        root=folder,
+        limits=LIMITS,
+        cache_dir=home / "pictures",
     )
     late = [folder / f"good{number}.png" for number in range(4)]
     for path in late:
@@ -71,7 +84,9 @@ def test_a_run_with_200_damaged_pictures_ends_well_and_names_each(terminal: Term
         os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
     runs = folder.parent / "runs"
-    done = terminal.python("launch/train.py", "--config", folder / "recipe.yaml", f"run.output_dir={runs}")
+    done = terminal.python(
+        "launch/train.py", "--config", folder / "recipe.yaml", f"run.output_dir={runs}"
+    )
 
     assert done.code == 0, done.said
     assert "set aside: 200 rows" in done.out and "  picture: too many pixels: 20" in done.out
@@ -83,7 +98,11 @@ def test_a_run_with_200_damaged_pictures_ends_well_and_names_each(terminal: Term
         assert row["file"] == str(posts) and not row["kept"]
     results = json.loads((runs / "damaged" / "results.json").read_text(encoding="utf-8"))
     assert sum(results["data"]["posts"]["posts"].values()) == GOOD + len(unusual()) + 20
-    events = [line for line in read_lines(runs / "damaged" / "metrics.jsonl") if line.get("event") == "pictures_lost"]
+    events = [
+        line
+        for line in read_lines(runs / "damaged" / "metrics.jsonl")
+        if line.get("event") == "pictures_lost"
+    ]
     lost = {picture for event in events for picture in event["pictures"]}
     assert lost == set(map(str, late)), "each went on as a post without picture"
     _predict(terminal, folder, runs / "damaged" / "export")
@@ -92,14 +111,29 @@ def test_a_run_with_200_damaged_pictures_ends_well_and_names_each(terminal: Term
 def _predict(terminal: Terminal, folder: Path, export: Path) -> None:
     photos = ["good9.png", "turn0/bomb.png", None, "../outside0.png", "turn0/missing.png"]
     write_lines(folder / "ask.jsonl", [{"text": "nice day", "photo": photo} for photo in photos])
-    asked = ["--model", export, "--input", folder / "ask.jsonl", "--output", folder / "answers.jsonl"]
+    asked = [
+        "--model",
+        export,
+        "--input",
+        folder / "ask.jsonl",
+        "--output",
+        folder / "answers.jsonl",
+    ]
     done = terminal.python("launch/predict.py", *asked, "--image-column", "photo")
     assert done.code == 0, done.said
-    assert re.search("5 posts answered .*; 3 of them were answered without their bad picture", done.err)
+    assert re.search(
+        "5 posts answered .*; 3 of them were answered without their bad picture", done.err
+    )
     answers = read_lines(folder / "answers.jsonl")
     errors = [answer.get("image_error") for answer in answers]
     assert errors[0] is None and errors[2] is None
-    assert "3,000,000,000 pixels" in errors[1] and "leads out" in errors[3] and "is not there" in errors[4]
+    assert (
+        "3,000,000,000 pixels" in errors[1]
+        and "leads out" in errors[3]
+        and "is not there" in errors[4]
+    )
     alone = answers[2]["mood"]["scores"]["good"]
-    assert all(answers[n]["mood"]["scores"]["good"] == pytest.approx(alone, abs=1e-6) for n in (1, 3, 4))
+    assert all(
+        answers[n]["mood"]["scores"]["good"] == pytest.approx(alone, abs=1e-6) for n in (1, 3, 4)
+    )
     assert answers[0]["mood"]["scores"]["good"] != pytest.approx(alone, abs=1e-6)

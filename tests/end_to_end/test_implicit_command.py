@@ -33,10 +33,17 @@ def test_heads_label_words_and_text_train_evaluate_resume_export_and_predict_tog
     )  # fmt: skip
     assert done.code == 0, done.said
     run = tmp_path / "implicit_smoke"
-    metrics = {"polarity": "accuracy", "aspect": "exact_match", "opinion": "exact_match", "target": "macro_f1"}
+    metrics = {
+        "polarity": "accuracy",
+        "aspect": "exact_match",
+        "opinion": "exact_match",
+        "target": "macro_f1",
+    }
     results = json.loads((run / "results.json").read_text(encoding="utf-8"))["metrics"]
     for split in ("validation", "test"):
-        assert {name: metrics[name] in found for name, found in results[split].items()} == dict.fromkeys(TASKS, True)
+        assert {
+            name: metrics[name] in found for name, found in results[split].items()
+        } == dict.fromkeys(TASKS, True)
         assert "accuracy@implicit=true" in results[split]["polarity"]
         assert {"token_f1", "rouge_l", "loss"} <= set(results[split]["opinion"])
     assert all(set(line["tasks"]) == set(TASKS) for line in train_lines(run).values())
@@ -49,7 +56,11 @@ def test_heads_label_words_and_text_train_evaluate_resume_export_and_predict_tog
         os.remove(run / left)
     shutil.rmtree(run / "export")
     refused = terminal.run(*typed[:2], "--resume", run, "tasks.polarity.labels=[positive,negative]")
-    assert refused.code == 2 and "tasks.polarity.labels is" in refused.said and "begin a new run" in refused.said
+    assert (
+        refused.code == 2
+        and "tasks.polarity.labels is" in refused.said
+        and "begin a new run" in refused.said
+    )
     again = terminal.run(*typed[:2], "--resume", run)
     assert again.code == 0 and f"resuming {run} at step 2" in again.out, again.said
     assert losses(run) == whole
@@ -64,7 +75,9 @@ def test_heads_label_words_and_text_train_evaluate_resume_export_and_predict_tog
 
 def test_a_dry_run_plans_for_gpus_that_are_not_here(terminal: Terminal) -> None:
     typed = [sys.executable, "launch/train.py", "--config", "launch/configs/implicit_smoke.yaml"]
-    planned = terminal.run(*typed, "--deepspeed", "ds_configs/zero3.json", "--dry-run", "--gpus", "4")
+    planned = terminal.run(
+        *typed, "--deepspeed", "ds_configs/zero3.json", "--dry-run", "--gpus", "4"
+    )
     assert planned.code == 0, planned.said
     assert "memory per rank, estimated (4 ranks, EP 4, ZeRO 3, bf16)" in planned.out
     refused = terminal.run(*typed, "--gpus", "4")

@@ -17,7 +17,12 @@ pytestmark = pytest.mark.end_to_end
 STEPS = 10
 COMMON = (f"train.max_steps={STEPS}", "model.dropout=0", "train.log_every=1")
 # A small batch: with this gate each post is a row per task.
-PAPER = ("model.moe.route_by=task", "model.moe.top_k=4", "model.moe.balance=none", "train.batch_size=24")
+PAPER = (
+    "model.moe.route_by=task",
+    "model.moe.top_k=4",
+    "model.moe.balance=none",
+    "train.batch_size=24",
+)
 
 
 def train(terminal: Terminal, runs: Path, *words: str | Path) -> Path:
@@ -47,7 +52,9 @@ def test_one_process_has_one_rank(one_process: Path) -> None:
     assert layout_of(one_process) == (1, 1, 2) and len(losses(one_process)) == STEPS
 
 
-def test_two_ranks_with_zero_3_have_the_losses_of_one_process(one_process: Path, two_ranks: Path) -> None:
+def test_two_ranks_with_zero_3_have_the_losses_of_one_process(
+    one_process: Path, two_ranks: Path
+) -> None:
     assert layout_of(two_ranks) == (2, 2, 3)
     np.testing.assert_allclose(losses(two_ranks), losses(one_process), rtol=1e-5)
 
@@ -60,8 +67,11 @@ def test_four_ranks_in_two_expert_groups_have_the_losses_of_one_process(
     np.testing.assert_allclose(losses(run), losses(one_process), rtol=1e-5)
 
 
-def test_the_papers_gate_on_two_ranks_has_the_losses_of_one_rank(tmp_path: Path, terminal: Terminal) -> None:
-    # The other half of the README's commands: the launcher without a number of ranks is one rank on a CPU.
+def test_the_papers_gate_on_two_ranks_has_the_losses_of_one_rank(
+    tmp_path: Path, terminal: Terminal
+) -> None:
+    # The other half of the README's commands: the launcher without a number of ranks is one rank on
+    # a CPU.
     (tmp_path / "one").mkdir()
     alone = train(terminal, tmp_path / "one", *without_number(deepspeed(1)), *PAPER)
     both = train(terminal, tmp_path / "two", *deepspeed(2), *PAPER)
@@ -75,7 +85,9 @@ def without_number(words: list[str | Path]) -> list[str | Path]:
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory, two_ranks: Path, shared_terminal: Terminal) -> Path:
+def exported(
+    tmp_path_factory: pytest.TempPathFactory, two_ranks: Path, shared_terminal: Terminal
+) -> Path:
     """An export made anew, in one process, from the checkpoint of two ranks."""
     folder = tmp_path_factory.mktemp("again") / "export"
     done = shared_terminal.python("launch/export.py", "--checkpoint", two_ranks, "--output", folder)
@@ -83,20 +95,33 @@ def exported(tmp_path_factory: pytest.TempPathFactory, two_ranks: Path, shared_t
     return folder
 
 
-def test_an_export_from_shared_experts_and_zero_3_is_the_one_that_the_run_made(exported: Path, two_ranks: Path) -> None:
-    assert (exported / "model.safetensors").read_bytes() == (two_ranks / "export/model.safetensors").read_bytes()
+def test_an_export_from_shared_experts_and_zero_3_is_the_one_that_the_run_made(
+    exported: Path, two_ranks: Path
+) -> None:
+    assert (exported / "model.safetensors").read_bytes() == (
+        two_ranks / "export/model.safetensors"
+    ).read_bytes()
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_the_export_answers_as_the_training_engine_did(task: str, exported: Path, two_ranks: Path, home: Path) -> None:
+def test_the_export_answers_as_the_training_engine_did(
+    task: str, exported: Path, two_ranks: Path, home: Path
+) -> None:
     told = read_lines(two_ranks / "predictions" / "test" / f"{task}.jsonl")
     source = {"mentions": "mentions", "stance": "stance"}.get(task, "reviews")
-    posts = [post for post in read_lines(home / "smoke-1" / "posts" / source / "test.jsonl") if is_labelled(post, task)]
+    posts = [
+        post
+        for post in read_lines(home / "smoke-1" / "posts" / source / "test.jsonl")
+        if is_labelled(post, task)
+    ]
     texts = [post.get("text") or " ".join(post["words"]) for post in posts]
     assert texts == [row["text"] for row in told]
     predictor = Predictor.from_pretrained(exported, device="cpu")
     answers = predictor(
-        texts, pairs=[post.get("target") for post in posts], words=[post.get("words") for post in posts], tasks=[task]
+        texts,
+        pairs=[post.get("target") for post in posts],
+        words=[post.get("words") for post in posts],
+        tasks=[task],
     )
     numbers = []
     for row, answer in zip(told, answers, strict=True):
@@ -117,4 +142,8 @@ def is_labelled(post: dict, task: str) -> bool:
 def values_of(answer: dict) -> list[float]:
     """Every number of an answer: the value, or the score of each label or word."""
     scores = answer.get("scores", [])
-    return [answer["value"]] if "value" in answer else list(scores.values() if isinstance(scores, dict) else scores)
+    return (
+        [answer["value"]]
+        if "value" in answer
+        else list(scores.values() if isinstance(scores, dict) else scores)
+    )

@@ -32,7 +32,8 @@ from tests.end_to_end.commands import (
 pytestmark = pytest.mark.end_to_end
 
 SLACK = 15.0
-"""Seconds beyond the time-out: the launchers look once a second, and other tests may run beside this one."""
+"""Seconds beyond the time-out: the launchers look once a second, and other tests may run beside
+this one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +62,9 @@ def lose(typed: Typed, runs: Path, *, rank: int, number: signal.Signals, step: i
     try:
         done = typed.wait(90)
         seconds = time.monotonic() - began
-        wait_for(lambda: not processes_of(runs), what="the end of all processes of the run", seconds=40)
+        wait_for(
+            lambda: not processes_of(runs), what="the end of all processes of the run", seconds=40
+        )
     finally:
         if process.is_running():
             process.kill()
@@ -76,8 +79,12 @@ def killed(tmp_path_factory: pytest.TempPathFactory, shared_terminal: Terminal) 
     return lose(typed, runs, rank=1, number=signal.SIGKILL, step=5)
 
 
-def test_a_killed_rank_ends_the_run_with_one_message_that_names_rank_machine_and_step(killed: Lost) -> None:
-    assert killed.done.code not in (0, None) and killed.seconds < SLACK, "long before the time-out of half an hour"
+def test_a_killed_rank_ends_the_run_with_one_message_that_names_rank_machine_and_step(
+    killed: Lost,
+) -> None:
+    assert killed.done.code not in (0, None) and killed.seconds < SLACK, (
+        "long before the time-out of half an hour"
+    )
     said = re.fullmatch(
         r"comoe: rank 0: rank 1 on machine \S+ died at step (\d+) \((?:training|saving|evaluation|drawing)\): its "
         r"process ended without a word, as after kill -9 or when memory runs out\. The last whole checkpoint is good: "
@@ -97,7 +104,9 @@ def test_the_last_checkpoint_is_good_and_a_resume_takes_the_deepspeed_file_of_th
     done = shared_terminal.run(*words, "--resume", killed.folder)
     assert done.code == 0, done.said
     np.testing.assert_allclose(losses(killed.folder), losses(uninterrupted), rtol=1e-5)
-    assert json.loads((killed.folder / "results.json").read_text())["zero_stage"] == 1, "the command names no stage"
+    assert json.loads((killed.folder / "results.json").read_text())["zero_stage"] == 1, (
+        "the command names no stage"
+    )
 
 
 def test_a_frozen_rank_ends_the_run_after_the_timeout_also_when_it_is_rank_0(
@@ -110,7 +119,8 @@ def test_a_frozen_rank_ends_the_run_after_the_timeout_also_when_it_is_rank_0(
     lost = lose(typed, tmp_path, rank=0, number=signal.SIGSTOP, step=4)
     assert lost.done.code not in (0, None) and 4 < lost.seconds < 5 + SLACK
     assert re.match(
-        r"comoe: rank 1: rank 0 on machine \S+ at step \d+ \(\w+\) is silent since \d+ s: its ", lost.message
+        r"comoe: rank 1: rank 0 on machine \S+ at step \d+ \(\w+\) is silent since \d+ s: its ",
+        lost.message,
     )
     assert "Traceback" not in lost.done.said
     assert any(not whats_wrong(path) for path in (lost.folder / "checkpoints").glob("step-*"))
@@ -120,15 +130,25 @@ def test_a_run_with_restarts_survives_a_killed_rank_with_the_numbers_of_an_undis
     tmp_path: Path, terminal: Terminal, uninterrupted: Path
 ) -> None:
     words = ("--restarts", "2", "--config", SMOKE, f"run.output_dir={tmp_path}", *EVENTFUL)
-    lost = lose(terminal.start(*deepspeed(2), *words), tmp_path, rank=1, number=signal.SIGKILL, step=5)
+    lost = lose(
+        terminal.start(*deepspeed(2), *words), tmp_path, rank=1, number=signal.SIGKILL, step=5
+    )
     assert lost.done.code == 0, lost.done.said
     assert sorted(train_lines(lost.folder)) == list(range(1, STEPS + 1))
     np.testing.assert_allclose(losses(lost.folder), losses(uninterrupted), rtol=1e-6)
-    ours, theirs = (json.loads((run / "results.json").read_text()) for run in (lost.folder, uninterrupted))
+    ours, theirs = (
+        json.loads((run / "results.json").read_text()) for run in (lost.folder, uninterrupted)
+    )
     assert ours["posts"] == theirs["posts"] and ours["best_step"] == theirs["best_step"]
     assert "comoe: rank 1 was ended by SIGKILL. Starting again, restart 1 of 2." in lost.done.said
     lines = read_lines(lost.folder / "metrics.jsonl")
     (resume,) = [line["step"] for line in lines if line["split"] == "resume"]
     assert resume >= 4 and [line for line in lines if line["split"] == "event"] == [
-        {"split": "event", "event": "restart", "step": resume, "attempt": 1, "why": "rank 1 was ended by SIGKILL"}
+        {
+            "split": "event",
+            "event": "restart",
+            "step": resume,
+            "attempt": 1,
+            "why": "rank 1 was ended by SIGKILL",
+        }
     ]

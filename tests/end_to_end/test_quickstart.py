@@ -10,15 +10,25 @@ from tests.end_to_end.commands import ROOT, SMOKE, Terminal
 
 pytestmark = [
     pytest.mark.end_to_end,
-    # launch/test.sh makes the environment; without it this test would install one, which is that script's job.
-    pytest.mark.skipif(not (ROOT / ".venv/.stamp").exists(), reason="launch/setup.sh has not made .venv here"),
+    # launch/test.sh makes the environment; without it this test would install one, which is that
+    # script's job.
+    pytest.mark.skipif(
+        not (ROOT / ".venv/.stamp").exists(), reason="launch/setup.sh has not made .venv here"
+    ),
 ]
 
 
 def test_quickstart_trains_prints_the_table_and_the_next_lines_and_can_be_typed_again(
     terminal: Terminal, tmp_path: Path
 ) -> None:
-    words = ("bash", "launch/quickstart.sh", "--config", SMOKE, f"run.output_dir={tmp_path}", "train.max_steps=6")
+    words = (
+        "bash",
+        "launch/quickstart.sh",
+        "--config",
+        SMOKE,
+        f"run.output_dir={tmp_path}",
+        "train.max_steps=6",
+    )
     first = terminal.run(*words)
     assert first.code == 0, first.out + first.err
     assert (tmp_path / "smoke" / "results.json").is_file()

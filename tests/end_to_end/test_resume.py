@@ -17,6 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from comoe.train.checkpoint.folder import whats_wrong
 from tests.end_to_end.commands import (
     EVENTFUL,
+    ROOT,
     SMOKE,
     STEPS,
     Terminal,
@@ -69,7 +70,9 @@ def killed(tmp_path_factory: pytest.TempPathFactory, shared_terminal: Terminal) 
     wait_for(lambda: max(train_lines(folder), default=0) >= KILLED_AT, what=f"step {KILLED_AT}")
     typed.kill()
     assert not processes_of(runs)
-    assert max(train_lines(folder)) < STEPS and not (folder / "results.json").exists(), "the kill came too late"
+    assert max(train_lines(folder)) < STEPS and not (folder / "results.json").exists(), (
+        "the kill came too late"
+    )
     *_, before, newest = checkpoints(folder)
     weights = newest / "weights" / "model.safetensors"
     os.truncate(weights, weights.stat().st_size // 2)
@@ -77,7 +80,9 @@ def killed(tmp_path_factory: pytest.TempPathFactory, shared_terminal: Terminal) 
 
 
 @pytest.fixture(scope="module")
-def stopped(tmp_path_factory: pytest.TempPathFactory, shared_terminal: Terminal) -> Iterator[Resumed]:
+def stopped(
+    tmp_path_factory: pytest.TempPathFactory, shared_terminal: Terminal
+) -> Iterator[Resumed]:
     """SIGTERM to the ``deepspeed`` command alone, as a scheduler sends it."""
     runs = tmp_path_factory.mktemp("stopped")
     folder = runs / "smoke"
@@ -89,8 +94,12 @@ def stopped(tmp_path_factory: pytest.TempPathFactory, shared_terminal: Terminal)
     assert not (folder / "results.json").exists(), "the signal came too late"
     last = max(train_lines(folder))
     newest = checkpoints(folder)[-1]
-    assert newest.name == f"step-{last:08d}" and not whats_wrong(newest), "the last step was not saved"
-    assert f"stopping at step {last}" in typed.output("out") and f"--resume {folder}" in typed.output("out")
+    assert newest.name == f"step-{last:08d}" and not whats_wrong(newest), (
+        "the last step was not saved"
+    )
+    assert f"stopping at step {last}" in typed.output(
+        "out"
+    ) and f"--resume {folder}" in typed.output("out")
     assert "Traceback" not in typed.output("err")
     yield Resumed(folder, last, resume(shared_terminal, folder))
 
@@ -98,16 +107,25 @@ def stopped(tmp_path_factory: pytest.TempPathFactory, shared_terminal: Terminal)
 def test_control_c_saves_and_leaves_no_process_behind(tmp_path: Path, terminal: Terminal) -> None:
     typed = start(terminal, tmp_path)
     wait_for(lambda: max(train_lines(tmp_path / "smoke"), default=0) >= 3, what="step 3")
-    os.killpg(typed.process.pid, signal.SIGINT)  # a terminal sends it to all processes of the command
+    os.killpg(
+        typed.process.pid, signal.SIGINT
+    )  # a terminal sends it to all processes of the command
     done = typed.wait(90)
-    wait_for(lambda: not processes_of(tmp_path), what="the end of all processes of the run", seconds=60)
+    wait_for(
+        lambda: not processes_of(tmp_path), what="the end of all processes of the run", seconds=60
+    )
     last = max(train_lines(tmp_path / "smoke"))
     newest = checkpoints(tmp_path / "smoke")[-1]
-    assert last < STEPS and newest.name == f"step-{last:08d}" and not whats_wrong(newest), done.out + done.err
-    # Why it stops depends on who was faster: the signal, its echo by the launcher, or the end of the command.
-    assert f"stopping at step {last} (" in done.said and f"--resume {tmp_path / 'smoke'}" in done.said
+    assert last < STEPS and newest.name == f"step-{last:08d}" and not whats_wrong(newest), (
+        done.out + done.err
+    )
+    # Why it stops depends on who was faster: the signal, its echo by the launcher, or the end of
+    # the command.
+    assert (
+        f"stopping at step {last} (" in done.said and f"--resume {tmp_path / 'smoke'}" in done.said
+    )
     # DeepSpeed's runner shows where it was interrupted; our ranks do not.
-    assert "launch/train.py" not in done.said and "comoe/" not in done.err
+    assert "launch/train.py" not in done.said and f"{ROOT / 'comoe'}/" not in done.err
 
 
 @pytest.fixture(params=["killed", "stopped"])
@@ -115,24 +133,34 @@ def resumed(request: pytest.FixtureRequest) -> Resumed:
     return request.getfixturevalue(request.param)
 
 
-def test_the_losses_after_a_resume_equal_those_of_the_uninterrupted_run(resumed: Resumed, uninterrupted: Path) -> None:
+def test_the_losses_after_a_resume_equal_those_of_the_uninterrupted_run(
+    resumed: Resumed, uninterrupted: Path
+) -> None:
     assert sorted(train_lines(resumed.folder)) == list(range(1, STEPS + 1))
     np.testing.assert_allclose(losses(resumed.folder), losses(uninterrupted), rtol=1e-6)
 
 
-def test_rates_norms_and_evaluations_are_the_same_too(resumed: Resumed, uninterrupted: Path) -> None:
+def test_rates_norms_and_evaluations_are_the_same_too(
+    resumed: Resumed, uninterrupted: Path
+) -> None:
     ours, theirs = train_lines(resumed.folder), train_lines(uninterrupted)
     for step in ours:
         assert ours[step]["rates"] == theirs[step]["rates"], step
         assert ours[step]["grad_norm"] == pytest.approx(theirs[step]["grad_norm"], rel=1e-5), step
     checks = [
-        {line["step"]: line["mean"] for line in read_lines(run / "metrics.jsonl") if line["split"] == "validation"}
+        {
+            line["step"]: line["mean"]
+            for line in read_lines(run / "metrics.jsonl")
+            if line["split"] == "validation"
+        }
         for run in (resumed.folder, uninterrupted)
     ]
     assert list(checks[0]) == [4, 8, 12, 14] and checks[0] == pytest.approx(checks[1], rel=1e-6)
 
 
-def test_the_data_sets_are_drawn_from_at_the_same_changing_rates(resumed: Resumed, uninterrupted: Path) -> None:
+def test_the_data_sets_are_drawn_from_at_the_same_changing_rates(
+    resumed: Resumed, uninterrupted: Path
+) -> None:
     draws = [
         [
             [line[f"draws/{name}"] for name in ("reviews", "mentions", "stance")]
@@ -150,7 +178,11 @@ def test_the_log_says_where_the_run_was_resumed(resumed: Resumed) -> None:
     where = [number for number, line in enumerate(lines) if line["split"] == "resume"]
     assert [lines[number] for number in where] == [{"split": "resume", "step": resumed.restored}]
     assert all(line["step"] <= resumed.restored for line in lines[: where[0]])
-    assert all(line["step"] > resumed.restored for line in lines[where[0] + 1 :] if line["split"] == "train")
+    assert all(
+        line["step"] > resumed.restored
+        for line in lines[where[0] + 1 :]
+        if line["split"] == "train"
+    )
     assert f"resuming {resumed.folder} at step {resumed.restored}" in resumed.out
 
 
@@ -162,8 +194,12 @@ def test_tensorboard_draws_one_curve(resumed: Resumed) -> None:
     assert [event.value for event in drawn] == pytest.approx(losses(resumed.folder), rel=1e-6)
 
 
-def test_a_resumed_run_ends_with_results_over_all_its_posts(resumed: Resumed, uninterrupted: Path) -> None:
-    ours, theirs = (json.loads((run / "results.json").read_text()) for run in (resumed.folder, uninterrupted))
+def test_a_resumed_run_ends_with_results_over_all_its_posts(
+    resumed: Resumed, uninterrupted: Path
+) -> None:
+    ours, theirs = (
+        json.loads((run / "results.json").read_text()) for run in (resumed.folder, uninterrupted)
+    )
     assert ours["posts"] == theirs["posts"] == STEPS * 48
     assert (ours["finished"], ours["best_step"]) == (theirs["finished"], theirs["best_step"])
     for task, metrics in theirs["metrics"]["test"].items():
@@ -174,16 +210,26 @@ def test_a_checkpoint_that_was_cut_short_is_passed_over_and_said(killed: Resumed
     warning = next(line for line in killed.out.splitlines() if line.startswith("warning: "))
     assert "weights/model.safetensors has" in warning and "bytes instead of" in warning
     assert warning.endswith(f"; using step-{killed.restored:08d} instead.")
-    assert all(not whats_wrong(path) for path in checkpoints(killed.folder)), "a broken checkpoint was kept"
+    assert all(not whats_wrong(path) for path in checkpoints(killed.folder)), (
+        "a broken checkpoint was kept"
+    )
 
 
-def test_resuming_a_finished_run_succeeds_and_does_nothing(uninterrupted: Path, shared_terminal: Terminal) -> None:
+def test_resuming_a_finished_run_succeeds_and_does_nothing(
+    uninterrupted: Path, shared_terminal: Terminal
+) -> None:
     kept = ("results.json", "export/model.safetensors", "predictions/test/mood.jsonl")
-    before = {name: ((uninterrupted / name).stat().st_mtime_ns, (uninterrupted / name).read_bytes()) for name in kept}
+    before = {
+        name: ((uninterrupted / name).stat().st_mtime_ns, (uninterrupted / name).read_bytes())
+        for name in kept
+    }
     lines = train_lines(uninterrupted)
     out = resume(shared_terminal, uninterrupted)
     assert f"{uninterrupted} is finished (all steps done, step {STEPS}); nothing to do." in out
     assert "task      metric" in out, "the table is shown again"
     assert train_lines(uninterrupted) == lines
-    after = {name: ((uninterrupted / name).stat().st_mtime_ns, (uninterrupted / name).read_bytes()) for name in kept}
+    after = {
+        name: ((uninterrupted / name).stat().st_mtime_ns, (uninterrupted / name).read_bytes())
+        for name in kept
+    }
     assert after == before

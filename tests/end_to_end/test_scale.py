@@ -29,7 +29,9 @@ def test_an_experiment_survives_a_failing_run_and_goes_on_after_an_interruption(
     output, missing = tmp_path / "scale", tmp_path / "missing"
     typed = terminal.start(*words(output, f"{missing},smoke:encoder"))
     run = output / "runs" / ONE
-    wait_for(lambda: list(run.glob("checkpoints/step-*/manifest.json")), what="the first checkpoint")
+    wait_for(
+        lambda: list(run.glob("checkpoints/step-*/manifest.json")), what="the first checkpoint"
+    )
     typed.process.terminate()
     stopped = typed.wait()
     assert stopped.code == 130 and "the same command goes on" in stopped.err, stopped.said
@@ -63,5 +65,7 @@ def test_a_plan_is_printed_without_an_encoder_on_this_machine(terminal: Terminal
                            "--gpus", "1..4096", "--batch", "4096", "model.moe.num_experts=64")  # fmt: skip
     assert done.code == 0, done.said
     rows = [line.split() for line in done.out.splitlines()]
-    assert [row[0] for row in rows if len(row) > 15 and row[0].isdigit()][:13] == [str(2**power) for power in range(13)]
+    assert [row[0] for row in rows if len(row) > 15 and row[0].isdigit()][:13] == [
+        str(2**power) for power in range(13)
+    ]
     assert "moments of adamw" in done.out and "alternatives" in done.out

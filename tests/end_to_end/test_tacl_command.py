@@ -30,13 +30,20 @@ def run(tmp_path_factory: pytest.TempPathFactory, shared_terminal: Terminal) -> 
     return runs / "tacl_comoe"
 
 
-def test_four_tasks_learn_together_and_the_contrastive_loss_sees_all_but_the_words(run: Path) -> None:
+def test_four_tasks_learn_together_and_the_contrastive_loss_sees_all_but_the_words(
+    run: Path,
+) -> None:
     lines = train_lines(run).values()
     assert {name for line in lines for name in line["tasks"]} == set(TASKS)
-    compared = {name for line in lines for name, values in line["tasks"].items() if "contrastive" in values}
+    compared = {
+        name for line in lines for name, values in line["tasks"].items() if "contrastive" in values
+    }
     assert compared == {"hate", "stance", "topic"}
     metrics = json.loads((run / "results.json").read_text(encoding="utf-8"))["metrics"]
-    assert {split: set(found) for split, found in metrics.items()} == {"validation": set(TASKS), "test": set(TASKS)}
+    assert {split: set(found) for split, found in metrics.items()} == {
+        "validation": set(TASKS),
+        "test": set(TASKS),
+    }
 
 
 def test_the_export_answers_as_the_run_was_calibrated(run: Path, home: Path) -> None:
@@ -51,8 +58,15 @@ def test_the_export_answers_as_the_run_was_calibrated(run: Path, home: Path) -> 
         assert (run / "plots" / f"reliability_test_{task.name}.png").stat().st_size > 5000
     assert any(entry["temperature"] is not None for entry in fitted.values())
     predictor = Predictor.from_pretrained(run / "export", device="cpu")
-    pairs = {post["text"]: post["target"] for post in read_lines(home / "smoke-1/tacl_posts/stance/test.jsonl")}
-    told = [row for row in read_lines(run / "predictions" / "test" / "stance.jsonl") if row["gold"] is not None][:8]
+    pairs = {
+        post["text"]: post["target"]
+        for post in read_lines(home / "smoke-1/tacl_posts/stance/test.jsonl")
+    }
+    told = [
+        row
+        for row in read_lines(run / "predictions" / "test" / "stance.jsonl")
+        if row["gold"] is not None
+    ][:8]
     texts = [row["text"] for row in told]
     answers = predictor(texts, pairs=[pairs[text] for text in texts], tasks=["stance"])
     for row, answer in zip(told, answers, strict=True):

@@ -40,10 +40,16 @@ def test_a_training_line_has_step_loss_tasks_rates_and_weights(smoke_run: Finish
         assert tuple(line["tasks"]) == TASKS == tuple(line["weights"])
         for task, values in line["tasks"].items():
             # Tags take no part in the contrastive loss unless they are asked to.
-            contrasted = {"contrastive", "positives_per_anchor"} if MAIN_METRICS[task] != "span_f1" else set()
+            contrasted = (
+                {"contrastive", "positives_per_anchor"}
+                if MAIN_METRICS[task] != "span_f1"
+                else set()
+            )
             assert set(values) == {"loss", MAIN_METRICS[task], *contrasted}
         assert set(line["rates"]) == {"encoder", "experts", "heads"}
-        assert line["grad_norm"] > 0 and line["posts_per_second"] > 0 and line["tokens_per_second"] > 0
+        assert (
+            line["grad_norm"] > 0 and line["posts_per_second"] > 0 and line["tokens_per_second"] > 0
+        )
         parts = sum(values["loss"] for values in line["tasks"].values()) + 0.1 * line["contrastive"]
         assert line["loss"] == pytest.approx(parts, rel=1e-5)
 
@@ -56,7 +62,9 @@ def test_the_evaluations_are_logged_with_every_metric_and_the_gates(smoke_run: F
         assert line["step"] == 6 and tuple(line["tasks"]) == TASKS
         for task, metric in MAIN_METRICS.items():
             assert {metric, f"majority/{metric}", "loss", "n"} <= set(line["tasks"][task])
-        assert {"accuracy", "macro_precision", "macro_recall", "f1/positive"} <= set(line["tasks"]["mood"])
+        assert {"accuracy", "macro_precision", "macro_recall", "f1/positive"} <= set(
+            line["tasks"]["mood"]
+        )
         assert {"mae", "pearson", "spearman"} <= set(line["tasks"]["strength"])
         assert {"span_f1"} <= set(line["tasks"]["mentions"])
         assert "routing" in line
@@ -67,10 +75,16 @@ def test_config_settings_and_environment_are_written_down(smoke_run: Finished) -
     assert (recipe.train.max_steps, recipe.run.name, tuple(recipe.tasks)) == (6, "smoke", TASKS)
     settings = read_json(smoke_run.folder / "ds_config.json")
     assert '"auto"' not in json.dumps(settings)
-    assert settings["zero_optimization"]["stage"] == 2 and settings["expert_parallel"]["autoep_size"] == 2
+    assert (
+        settings["zero_optimization"]["stage"] == 2
+        and settings["expert_parallel"]["autoep_size"] == 2
+    )
     environment = read_json(smoke_run.folder / "environment.json")
     assert environment["packages"]["deepspeed"] == "0.19.8" and environment["world_size"] == 2
-    assert environment["command"][0] == "launch/train.py" and "train.max_steps=6" in environment["command"]
+    assert (
+        environment["command"][0] == "launch/train.py"
+        and "train.max_steps=6" in environment["command"]
+    )
 
 
 def test_results_hold_both_splits_and_how_the_run_went(smoke_run: Finished) -> None:
@@ -78,7 +92,12 @@ def test_results_hold_both_splits_and_how_the_run_went(smoke_run: Finished) -> N
     assert (results["finished"], results["step"]) == ("all steps done", 6)
     # An epoch's 1200 posts are 13 batches of nearly the same size, at most 96.
     assert 6 * 92 <= results["posts"] <= 6 * 93
-    assert (results["world_size"], results["ep_size"], results["zero_stage"], results["bf16"]) == (2, 2, 2, False)
+    assert (results["world_size"], results["ep_size"], results["zero_stage"], results["bf16"]) == (
+        2,
+        2,
+        2,
+        False,
+    )
     assert results["posts_per_second"] > 0 and results["peak_memory_bytes_per_rank"] > 10e6
     for split in ("validation", "test"):
         assert tuple(results["metrics"][split]) == TASKS
@@ -91,7 +110,9 @@ def test_every_labelled_post_of_both_splits_is_predicted(smoke_run: Finished) ->
     for split in ("validation", "test"):
         for task in TASKS:
             rows = read_lines(smoke_run.folder / "predictions" / split / f"{task}.jsonl")
-            assert len(rows) == len({row["row"] for row in rows}) and all({"text", "gold"} <= set(row) for row in rows)
+            assert len(rows) == len({row["row"] for row in rows}) and all(
+                {"text", "gold"} <= set(row) for row in rows
+            )
             # A tenth of the posts has no topic.
             assert len(rows) == counted[split][task]["n"] and (len(rows) == 80 or task == "topic")
 
@@ -106,21 +127,47 @@ def test_pictures_are_drawn_and_not_blank(smoke_run: Finished) -> None:
         assert min(pixels.shape[:2]) > 100 and pixels.std() > 0.01, path.name
 
 
-def test_tensorboard_shows_losses_metrics_rates_weights_gates_and_images(smoke_run: Finished) -> None:
-    events = EventAccumulator(str(smoke_run.folder / "tensorboard"), size_guidance={"images": 0, "scalars": 0})
+def test_tensorboard_shows_losses_metrics_rates_weights_gates_and_images(
+    smoke_run: Finished,
+) -> None:
+    events = EventAccumulator(
+        str(smoke_run.folder / "tensorboard"), size_guidance={"images": 0, "scalars": 0}
+    )
     events.Reload()
     scalars = set(events.Tags()["scalars"])
     for task, metric in MAIN_METRICS.items():
         assert {f"{split}/{task}/{metric}" for split in ("train", "validation", "test")} <= scalars
         assert {f"train/{task}/loss", f"weight/{task}"} <= scalars
-    assert {"train/loss", "rate/encoder", "rate/experts", "rate/heads", "validation/mean"} <= scalars
-    assert {"measured/grad_norm", "measured/posts_per_second", "measured/tokens_per_second"} <= scalars
-    measures = ("max_violation", "effective_experts", "entropy", "task_information", "cooperation", "share/expert_3")
+    assert {
+        "train/loss",
+        "rate/encoder",
+        "rate/experts",
+        "rate/heads",
+        "validation/mean",
+    } <= scalars
+    assert {
+        "measured/grad_norm",
+        "measured/posts_per_second",
+        "measured/tokens_per_second",
+    } <= scalars
+    measures = (
+        "max_violation",
+        "effective_experts",
+        "entropy",
+        "task_information",
+        "cooperation",
+        "share/expert_3",
+    )
     assert {f"routing/layer_{layer}/{name}" for layer in LAYERS for name in measures} <= scalars
     logged = [event.value for event in events.Scalars("train/loss")]
     assert logged == pytest.approx(losses(smoke_run.folder), rel=1e-6)
     images = set(events.Tags()["images"])
-    assert {"routing/layer_expert", "routing/task_expert", "confusion/validation/mood", "confusion/test/mood"} <= images
+    assert {
+        "routing/layer_expert",
+        "routing/task_expert",
+        "confusion/validation/mood",
+        "confusion/test/mood",
+    } <= images
     assert all(events.Images(tag)[-1].encoded_image_string.startswith(b"\x89PNG") for tag in images)
     (text,) = events.Tensors("recipe/text_summary")
     assert b"max_steps: 6" in text.tensor_proto.string_val[0]
@@ -135,24 +182,36 @@ def test_checkpoints_and_export_are_whole(smoke_run: Finished) -> None:
     config = read_json(export / "config.json")
     assert [task["name"] for task in config["tasks"]] == list(TASKS)
     assert config["num_local_experts"] == 4 and config["num_experts_per_tok"] == 2
-    assert (export / "model.safetensors").stat().st_size > 100_000 and (export / "tokenizer.json").is_file()
+    assert (export / "model.safetensors").stat().st_size > 100_000 and (
+        export / "tokenizer.json"
+    ).is_file()
     results = read_json(smoke_run.folder / "results.json")
-    assert f"{results['metrics']['test']['mood']['macro_f1']:.3f}" in (export / "README.md").read_text(encoding="utf-8")
+    assert f"{results['metrics']['test']['mood']['macro_f1']:.3f}" in (
+        export / "README.md"
+    ).read_text(encoding="utf-8")
 
 
 def test_the_command_ends_with_the_table_and_what_to_type_next(smoke_run: Finished) -> None:
     lines = [line for line in smoke_run.done.out.splitlines() if not is_launchers(line)]
-    heads = [number for number, line in enumerate(lines) if re.match(r"task +metric +validation +test", line)]
+    heads = [
+        number
+        for number, line in enumerate(lines)
+        if re.match(r"task +metric +validation +test", line)
+    ]
     assert len(heads) == 1
     table = lines[heads[0] + 2 : heads[0] + 2 + len(TASKS)]
     assert [row.split()[:2] for row in table] == [list(pair) for pair in MAIN_METRICS.items()]
     after = [line.split()[0] for line in lines[heads[0] + 2 + len(TASKS) :] if line.strip()]
-    assert after[:2] == ["calibration", "task"] and set(after[3:-3]) - {"Thresholds"} == set(TASKS) - {"strength"}
+    assert after[:2] == ["calibration", "task"] and set(after[3:-3]) - {"Thresholds"} == set(
+        TASKS
+    ) - {"strength"}
     assert after[-3:] == ["run", "watch", "predict"]
 
 
 def test_the_libraries_are_quiet(smoke_run: Finished) -> None:
     # DeepSpeed logs with a date and its level; its runner and launcher are not ours, our ranks are.
     said = smoke_run.done.said
-    assert not re.search(r"^\[20\d\d-|deepspeed_shm|\b(INFO|WARNING|Warning|DEBUG)\b", said, re.MULTILINE), said
+    assert not re.search(
+        r"^\[20\d\d-|deepspeed_shm|\b(INFO|WARNING|Warning|DEBUG)\b", said, re.MULTILINE
+    ), said
     assert "Traceback" not in said

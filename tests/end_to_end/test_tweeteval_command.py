@@ -31,14 +31,27 @@ def write_task(folder: Path, labels: tuple[str, ...]) -> None:
     """The files of one task; its second test post has a sign in it that ends a line elsewhere."""
     folder.mkdir(parents=True)
     rng = random.Random(folder.name)
-    words = ["the", "this", "friend", "salad", "song", "lovely", "awful", "@user", "#weekend", "today"]
+    words = [
+        "the",
+        "this",
+        "friend",
+        "salad",
+        "song",
+        "lovely",
+        "awful",
+        "@user",
+        "#weekend",
+        "today",
+    ]
     mapping = "".join(f"{number}\t{label}\n" for number, label in enumerate(labels))
     (folder / "mapping.txt").write_text(mapping, encoding="utf-8")
     for split, count in SIZES.items():
         texts = [f"{' '.join(rng.choices(words, k=6))} {split} {number}" for number in range(count)]
         if split == "test":
             texts[1] += "\u2028 and more"
-        (folder / f"{split}_text.txt").write_text("".join(f"{text}\n" for text in texts), encoding="utf-8")
+        (folder / f"{split}_text.txt").write_text(
+            "".join(f"{text}\n" for text in texts), encoding="utf-8"
+        )
         if split != "test" or folder.name != BARE:
             answers = "".join(f"{number % len(labels)}\n" for number in range(count))
             (folder / f"{split}_labels.txt").write_text(answers, encoding="utf-8")
@@ -77,15 +90,27 @@ def test_five_tasks_are_trained_together(run: Path) -> None:
 def test_noise_slices_held_out_posts_and_auxiliary_tasks_are_told_apart(run: Path) -> None:
     results = json.loads((run / "results.json").read_text(encoding="utf-8"))
     metrics, said = results["metrics"], (run.parent / "said.txt").read_text(encoding="utf-8")
-    noisy = [f"{split}+{noise}" for split in ("validation", "test") for noise in ("typos", "no_hashtags")]
+    noisy = [
+        f"{split}+{noise}" for split in ("validation", "test") for noise in ("typos", "no_hashtags")
+    ]
     assert list(metrics) == ["validation", "test", "unseen", *noisy]
-    assert set(metrics["validation+typos"]) == set(LABELS) and set(metrics["test+typos"]) == set(LABELS) - {BARE}
+    assert set(metrics["validation+typos"]) == set(LABELS) and set(metrics["test+typos"]) == set(
+        LABELS
+    ) - {BARE}
     # 12 of 48 training and 3 of 12 validation posts are sad.
     assert metrics["unseen"]["emotion"]["n"] == 15 and metrics["validation"]["emotion"]["n"] == 9
     assert (run / "predictions" / "unseen" / "emotion.jsonl").is_file()
-    assert metrics["validation"]["hate"]["n@label=hate"] == metrics["validation"]["hate"]["n@label=not-hate"] == 6
+    assert (
+        metrics["validation"]["hate"]["n@label=hate"]
+        == metrics["validation"]["hate"]["n@label=not-hate"]
+        == 6
+    )
     main = {"irony": "f1_class_1", "sentiment": "macro_recall"}
-    counted = [metrics["validation"][task][main.get(task, "macro_f1")] for task in LABELS if task != "irony"]
+    counted = [
+        metrics["validation"][task][main.get(task, "macro_f1")]
+        for task in LABELS
+        if task != "irony"
+    ]
     assert results["best_value"] == pytest.approx(sum(counted) / 4)
     assert "| irony (auxiliary) |" in (run / "export" / "README.md").read_text(encoding="utf-8")
     assert "irony (auxiliary)" in said and "label=not-hate" in said and "unseen" in said
@@ -99,11 +124,20 @@ def test_test_posts_without_labels_are_predicted_and_not_scored(run: Path) -> No
     assert all(row["gold"] is None and row["label"] in LABELS[BARE] for row in rows)
 
 
-def test_each_task_gets_a_file_with_one_label_id_per_line(run: Path, data: Path, tmp_path: Path) -> None:
+def test_each_task_gets_a_file_with_one_label_id_per_line(
+    run: Path, data: Path, tmp_path: Path
+) -> None:
     predictor = Predictor.from_pretrained(run / "export", device="cpu")
     for name, labels in LABELS.items():
         target = tmp_path / f"{name}.txt"
-        predict_file(predictor, data / name / "test_text.txt", target, format="tweeteval", tasks=[name], progress=False)
+        predict_file(
+            predictor,
+            data / name / "test_text.txt",
+            target,
+            format="tweeteval",
+            tasks=[name],
+            progress=False,
+        )
         *lines, end = target.read_bytes().decode("ascii").split("\n")
         assert end == "" and len(lines) == SIZES["test"]
         assert {int(line) for line in lines} <= set(range(len(labels)))

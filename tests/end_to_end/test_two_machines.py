@@ -62,8 +62,22 @@ class Hosts:
                 f"COMOE_HOME={self.folder / f'home-{number}'}",
                 deepspeed(1)[0],
             ]
-            launch = ["--hostfile", hosts, "--no_ssh", "--node_rank", str(number), "--master_addr", self.address]
-            script = ["--master_port", PORT, "launch/train.py", "--deepspeed", "ds_configs/zero2.json"]
+            launch = [
+                "--hostfile",
+                hosts,
+                "--no_ssh",
+                "--node_rank",
+                str(number),
+                "--master_addr",
+                self.address,
+            ]
+            script = [
+                "--master_port",
+                PORT,
+                "launch/train.py",
+                "--deepspeed",
+                "ds_configs/zero2.json",
+            ]
             typed.append(terminal.start(*there, *launch, *script, *words))
         return typed
 
@@ -83,7 +97,20 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
     try:
         steps = [("netns", "add", names[0]), ("netns", "add", names[1])]
         steps.append(
-            ("link", "add", cards[0], "netns", names[0], "type", "veth", "peer", "name", cards[1], "netns", names[1])
+            (
+                "link",
+                "add",
+                cards[0],
+                "netns",
+                names[0],
+                "type",
+                "veth",
+                "peer",
+                "name",
+                cards[1],
+                "netns",
+                names[1],
+            )
         )
         for number, (name, card) in enumerate(zip(names, cards, strict=True), start=1):
             steps.append(("-n", name, "addr", "add", f"{subnet}.{number}/24", "dev", card))
@@ -100,13 +127,17 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
 def test_two_hosts_give_the_losses_of_one(
     hosts: Hosts, terminal: Terminal, tmp_path: Path, smoke_run: Finished
 ) -> None:
-    typed = hosts.type_on_each(terminal, "--config", SMOKE, f"run.output_dir={tmp_path}", "train.max_steps=6")
+    typed = hosts.type_on_each(
+        terminal, "--config", SMOKE, f"run.output_dir={tmp_path}", "train.max_steps=6"
+    )
     done = [each.wait() for each in typed]
     assert [each.code for each in done] == [0, 0], done[0].said + done[1].said
     assert len(losses(smoke_run.folder)) == 6
     np.testing.assert_allclose(losses(tmp_path / "smoke"), losses(smoke_run.folder), rtol=1e-6)
     for number in (0, 1):
-        assert (hosts.folder / f"home-{number}" / "smoke-1").is_dir(), "each host keeps its own cache"
+        assert (hosts.folder / f"home-{number}" / "smoke-1").is_dir(), (
+            "each host keeps its own cache"
+        )
 
 
 def test_a_crash_on_one_host_restarts_both(
@@ -124,7 +155,9 @@ def test_a_crash_on_one_host_restarts_both(
     assert re.search(r"rank 1 on machine \S+ \(node 1\) died at step \d+", done[0].said)
 
 
-def test_a_network_that_breaks_ends_the_run_on_both_hosts(hosts: Hosts, terminal: Terminal, tmp_path: Path) -> None:
+def test_a_network_that_breaks_ends_the_run_on_both_hosts(
+    hosts: Hosts, terminal: Terminal, tmp_path: Path
+) -> None:
     typed = hosts.type_on_each(
         terminal, "--config", SMOKE, f"run.output_dir={tmp_path}", "train.max_steps=4000", "train.eval_every=2000",
         "parallel.timeout_seconds=5",
@@ -140,5 +173,8 @@ def test_a_network_that_breaks_ends_the_run_on_both_hosts(hosts: Hosts, terminal
     wait_for(lambda: not processes_of(tmp_path), what="the end of all processes", seconds=30)
     for number, each in enumerate(done):
         (message,) = [line for line in each.said.splitlines() if line.startswith("comoe: ")]
-        assert re.match(rf"comoe: rank {number}: rank {1 - number} on machine \S+ \(node {1 - number}\) ", message)
+        assert re.match(
+            rf"comoe: rank {number}: rank {1 - number} on machine \S+ \(node {1 - number}\) ",
+            message,
+        )
         assert each.code not in (0, None) and "Traceback" not in each.said

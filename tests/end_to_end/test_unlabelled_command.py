@@ -13,7 +13,9 @@ from tests.end_to_end.commands import SMOKE, TASKS, Terminal, deepspeed, read_li
 pytestmark = pytest.mark.end_to_end
 
 
-def test_a_recipe_with_plain_posts_trains_evaluates_predicts_and_exports(terminal: Terminal, tmp_path: Path) -> None:
+def test_a_recipe_with_plain_posts_trains_evaluates_predicts_and_exports(
+    terminal: Terminal, tmp_path: Path
+) -> None:
     rows = [json.dumps({"text": f"plain post about thing {number}"}) for number in range(300)]
     (tmp_path / "plain.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
     done = terminal.run(
@@ -26,11 +28,18 @@ def test_a_recipe_with_plain_posts_trains_evaluates_predicts_and_exports(termina
     assert "data set plain: 300 train\n" in done.said
     for line in train_lines(tmp_path / "smoke").values():
         assert set(line["tasks"]) == {*TASKS, "plain"}
-        assert all(values["contrastive"] > 0 and values["temperature"] > 0 for values in line["tasks"].values())
+        assert all(
+            values["contrastive"] > 0 and values["temperature"] > 0
+            for values in line["tasks"].values()
+        )
         assert set(line["tasks"]["plain"]) == {"contrastive", "positives_per_anchor", "temperature"}
         for name in ("plain", "mentions"):
             assert line["tasks"][name]["positives_per_anchor"] == pytest.approx(1.0)
-    checks = [line for line in read_lines(tmp_path / "smoke" / "metrics.jsonl") if line["split"] == "validation"]
+    checks = [
+        line
+        for line in read_lines(tmp_path / "smoke" / "metrics.jsonl")
+        if line["split"] == "validation"
+    ]
     assert checks and all(tuple(line["tasks"]) == TASKS for line in checks)
     written = {path.stem for path in (tmp_path / "smoke" / "predictions" / "test").iterdir()}
     assert written == set(TASKS)

@@ -15,21 +15,28 @@ from tests.helpers_seq2seq import MIXED, decoder_batch, filler
 from tests.multiprocess.workers import recipe_of
 
 STEPS, SAVED_AFTER = 4, 1
-"""Steps of a run, and after how many of them it is saved: two more read the optimizer's state that was saved."""
+"""Steps of a run, and after how many of them it is saved: two more read the optimizer's state that
+was saved."""
 # Row by row; the last four make the share of a rank that has nothing for the decoder.
 SERVED = [-1, 1, 3, 4, 1, 3, 1, 4, -1, -1, -1, -1]
 
 
 def make_models(folder: Path) -> dict[str, str]:
     """A T5 whose output layer is its table of words, a Flan-T5 whose is its own, and a BART, with random weights."""
-    from transformers import BartConfig, BartForConditionalGeneration, T5Config, T5ForConditionalGeneration
+    from transformers import (
+        BartConfig,
+        BartForConditionalGeneration,
+        T5Config,
+        T5ForConditionalGeneration,
+    )
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     t5 = dict(
         vocab_size=60, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_decoder_layers=2, num_heads=2,
         relative_attention_num_buckets=8, relative_attention_max_distance=12, decoder_start_token_id=0,
-        # Weights as large as a new model's would make picks of near-ties, and gradients in the thousands.
+        # Weights as large as a new model's would make picks of near-ties, and gradients in the
+        # thousands.
         initializer_factor=0.3,
     )  # fmt: skip
     configs = {
@@ -43,7 +50,9 @@ def make_models(folder: Path) -> dict[str, str]:
     }  # fmt: skip
     for name, config in configs.items():
         torch.manual_seed(7)
-        model = (T5ForConditionalGeneration if name != "bart" else BartForConditionalGeneration)(config)
+        model = (T5ForConditionalGeneration if name != "bart" else BartForConditionalGeneration)(
+            config
+        )
         if name == "flan":
             model.lm_head.weight = torch.nn.Parameter(torch.randn(60, 16) * 0.2)
         model.save_pretrained(folder / name)
@@ -67,7 +76,9 @@ def tasks() -> Any:
 
 def share(step: int, *, rank: int, world_size: int, family: str) -> Batch:
     """This rank's rows of the global batch, uneven; a filler row where there is none."""
-    batch = decoder_batch(tasks=tasks(), family="bart" if family == "bart" else "t5", seed=step, served=SERVED)
+    batch = decoder_batch(
+        tasks=tasks(), family="bart" if family == "bart" else "t5", seed=step, served=SERVED
+    )
     numbers_B = torch.arange(len(SERVED))
     sure = {task.name: (numbers_B * 7 % 11 + place + 1) / 16 for place, task in enumerate(tasks())}
     batch = replace(batch, confidences=sure, step=step, progress=0.1 * step)
@@ -137,7 +148,9 @@ def _cell(
     answer |= _answered(engine, state, family)
     if state:
         # While the other ranks are elsewhere: a model that is whole here must not wait for them.
-        answer["alone"] = by_one_process(models, family, state, engine.objective.model.encoder.config.to_dict())
+        answer["alone"] = by_one_process(
+            models, family, state, engine.objective.model.encoder.config.to_dict()
+        )
     if name:
         fresh, layout = start(models[family], stage=stage, ep=ep, recompute=recompute)
         load_checkpoint(find_checkpoint(place).path, fresh, layout)
@@ -157,7 +170,10 @@ def _answered(engine: Any, state: dict[str, torch.Tensor], family: str) -> dict[
 
 
 def by_one_process(
-    models: dict[str, str], family: str, state: dict[str, torch.Tensor], encoder_config: dict[str, Any]
+    models: dict[str, str],
+    family: str,
+    state: dict[str, torch.Tensor],
+    encoder_config: dict[str, Any],
 ) -> dict[str, np.ndarray]:
     """What the plain model of an export answers, given the weights that a layout gathered."""
     from comoe.inference.export import fill_in
@@ -174,7 +190,9 @@ def by_one_process(
 def _stacked(parts: list[np.ndarray]) -> np.ndarray:
     """Written texts are as wide as the longest of their rank."""
     width = max(part.shape[1] for part in parts)
-    return np.concatenate([np.pad(part, ((0, 0), (0, width - part.shape[1])), constant_values=-1) for part in parts])
+    return np.concatenate(
+        [np.pad(part, ((0, 0), (0, width - part.shape[1])), constant_values=-1) for part in parts]
+    )
 
 
 def _moved(models: dict[str, str], folder: Path, name: str, *, steps: int) -> dict[str, Any]:
@@ -203,7 +221,9 @@ def plain(models: dict[str, str], *, steps: int) -> dict[str, dict[str, Any]]:
         objective = Objective(model, tasks(), chosen.loss, chosen.model.moe).train()
         groups = parameter_groups(objective, chosen)
         groups = [{key: group[key] for key in ("params", "lr", "weight_decay")} for group in groups]
-        optimizer = torch.optim.AdamW(groups, betas=tuple(chosen.train.betas), eps=chosen.train.epsilon)
+        optimizer = torch.optim.AdamW(
+            groups, betas=tuple(chosen.train.betas), eps=chosen.train.epsilon
+        )
         losses = []
         for step in range(steps):
             objective.begin_step()
@@ -214,13 +234,17 @@ def plain(models: dict[str, str], *, steps: int) -> dict[str, dict[str, Any]]:
             optimizer.zero_grad()
             for layer, routing in zip(model.moe_layers(), output.output.routings, strict=True):
                 bias_E = layer.mixture.gate.e_score_correction_bias
-                BALANCES[chosen.model.moe.balance](bias_E, routing.counts_E.double(), chosen.model.moe.balance_rate)
+                BALANCES[chosen.model.moe.balance](
+                    bias_E, routing.counts_E.double(), chosen.model.moe.balance_rate
+                )
             losses.append(float(output.loss.detach()))
         state = {name: value.detach().numpy().copy() for name, value in model.named_parameters()}
         answers[family] = {"losses": losses, "state": state}
     return answers
 
 
-def plain_and_one_rank(models: dict[str, str], *, steps: int = STEPS, **options: Any) -> dict[str, Any]:
+def plain_and_one_rank(
+    models: dict[str, str], *, steps: int = STEPS, **options: Any
+) -> dict[str, Any]:
     """Both in one process start."""
     return {"plain": plain(models, steps=steps), "cells": cells(models, steps=steps, **options)}

@@ -1,10 +1,11 @@
 """How much memory one rank takes until a ZeRO-3 run has its encoder in shares: split as it is read, or split after it.
 
-Counted is anonymous memory (RssAnon in /proc/self/status), which is the process's own: not the pages of the mapped
-weights file, which the ranks of a machine share and the kernel may drop. The most of a sample every two milliseconds,
-less what the process held before. Split after reading, the ranks other than 0 hold the whole: what rank 0 sends them
-overwrites the pages of the file. (A GPU has no such file: there every rank holds the whole then.) By hand, with the
-355-million-parameter RoBERTa shape (random weights, no download):
+Counted is anonymous memory (RssAnon in /proc/self/status), which is the process's own: not the
+pages of the mapped weights file, which the ranks of a machine share and the kernel may drop. The
+most of a sample every two milliseconds, less what the process held before. Split after reading, the
+ranks other than 0 hold the whole: what rank 0 sends them overwrites the pages of the file. (A GPU
+has no such file: there every rank holds the whole then.) By hand, with the 355-million-parameter
+RoBERTa shape (random weights, no download):
 
     python -m tests.multiprocess.test_construction_memory --world 1,2,4
 """
@@ -41,8 +42,8 @@ MIDDLE = {"vocab_size": 2000, "hidden_size": 384, "num_hidden_layers": 12, "num_
 BOUNDS = ((10_000, 200_000), (100_000, 10_000), (100_000, 200_000))
 """(``stage3_max_live_parameters``, ``stage3_max_reuse_distance``)."""
 WAYS = ("while", "after")
-"""Splitting while reading, as ``building`` makes it, or after it, as DeepSpeed does by itself; the second leaves memory
-behind that the first would use again."""
+"""Splitting while reading, as ``building`` makes it, or after it, as DeepSpeed does by itself; the
+second leaves memory behind that the first would use again."""
 
 
 class Watch:
@@ -134,7 +135,9 @@ def reads_the_same(encoder: str) -> dict[str, Any]:
     with building({"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1}):
         split = build_encoder(config)
     weights = dict(split.named_parameters())
-    held = sum(weight.ds_tensor.numel() for weight in weights.values()) / sum(w.numel() for w in ordinary.parameters())
+    held = sum(weight.ds_tensor.numel() for weight in weights.values()) / sum(
+        w.numel() for w in ordinary.parameters()
+    )
     with deepspeed.zero.GatheredParameters(list(weights.values())):
         pairs = [(weights.pop(name), weight) for name, weight in ordinary.named_parameters()]
         pairs += list(zip(split.buffers(), ordinary.buffers(), strict=True))
@@ -159,7 +162,9 @@ def kept(encoder: str, live: int, reuse: int) -> int:
     bounds = {"stage3_max_live_parameters": live, "stage3_max_reuse_distance": reuse}
     small = {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 20_000}
     engine, _ = workers.build(
-        workers.recipe_of(encoder), stage=3, settings={"zero_optimization": {"stage": 3, **small, **bounds}}
+        workers.recipe_of(encoder),
+        stage=3,
+        settings={"zero_optimization": {"stage": 3, **small, **bounds}},
     )
     whole: list[int] = []
 
@@ -177,7 +182,8 @@ def kept(encoder: str, live: int, reuse: int) -> int:
 def answers(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("encoders")
     torch.manual_seed(2)
-    # Hub checkpoints often hold a whole language model, its encoder under a prefix, in several files.
+    # Hub checkpoints often hold a whole language model, its encoder under a prefix, in several
+    # files.
     checkpoints = {"a language model in pieces": str(folder / "pieces")}
     shape = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
     BertForMaskedLM(BertConfig(**shape)).save_pretrained(folder / "pieces", max_shard_size="30KB")
@@ -189,7 +195,11 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     state = broken.state_dict()
     del state["encoder.layer.1.output.dense.weight"]
     broken.save_pretrained(folder / "broken", state_dict=state)
-    work = {"encoder": make_encoders(folder, MIDDLE), "checkpoints": checkpoints, "broken": str(folder / "broken")}
+    work = {
+        "encoder": make_encoders(folder, MIDDLE),
+        "checkpoints": checkpoints,
+        "broken": str(folder / "broken"),
+    }
     return run_ranks("tests.multiprocess.test_construction_memory:in_one_world", 2, **work)
 
 
@@ -198,7 +208,9 @@ def built(answers: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     return {way: [answer["measured"][way] for answer in answers] for way in WAYS}
 
 
-def test_an_encoder_split_while_it_is_read_has_the_weights_of_its_files(answers: list[dict[str, Any]]) -> None:
+def test_an_encoder_split_while_it_is_read_has_the_weights_of_its_files(
+    answers: list[dict[str, Any]],
+) -> None:
     for name, found in [pair for answer in answers for pair in answer["same"].items()]:
         assert found["same"] and found["tensors"] > 20, (name, found)
         assert 0.5 <= found["held"] < 0.51, (name, found)
@@ -208,7 +220,9 @@ def test_the_larger_of_live_weights_and_half_the_reuse_distance_stays_whole_betw
     answers: list[dict[str, Any]],
 ) -> None:
     for (live, reuse), found in [pair for answer in answers for pair in answer["kept"].items()]:
-        expected = kept_whole({"stage3_max_live_parameters": live, "stage3_max_reuse_distance": reuse})
+        expected = kept_whole(
+            {"stage3_max_live_parameters": live, "stage3_max_reuse_distance": reuse}
+        )
         assert found == pytest.approx(expected, rel=0.2), (live, reuse)
 
 
@@ -216,25 +230,34 @@ def test_a_file_that_lacks_a_weight_is_refused_on_every_rank(answers: list[dict[
     assert all("encoder.layer.1.output.dense.weight" in answer["refused"] for answer in answers)
 
 
-def test_no_rank_holds_the_whole_encoder_while_it_is_read(built: dict[str, list[dict[str, Any]]]) -> None:
+def test_no_rank_holds_the_whole_encoder_while_it_is_read(
+    built: dict[str, list[dict[str, Any]]],
+) -> None:
     for answer in built["while"]:
-        # Its half, the largest tensor whole and on its way to the other rank, and a little for modules.
+        # Its half, the largest tensor whole and on its way to the other rank, and a little for
+        # modules.
         allowed = answer["encoder"] / 2 + 2 * answer["largest"] + 0.1 * answer["encoder"]
         assert answer["most"] < allowed < 0.75 * answer["encoder"], answer
         assert answer["most"] > 0.45 * answer["encoder"], answer
 
 
-def test_the_measure_sees_a_rank_that_holds_the_whole(built: dict[str, list[dict[str, Any]]]) -> None:
+def test_the_measure_sees_a_rank_that_holds_the_whole(
+    built: dict[str, list[dict[str, Any]]],
+) -> None:
     assert built["after"][1]["most"] > 0.95 * built["after"][1]["encoder"]
 
 
 def main() -> None:
     """Measure the 355M shape."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--world", default="1,2,4")
     parser.add_argument("--experts", type=int, default=0)
     given = parser.parse_args()
-    print(f"{'W':>3} {'split':>7}  MiB of each rank: at most | in the end | of a whole encoder | seconds")
+    print(
+        f"{'W':>3} {'split':>7}  MiB of each rank: at most | in the end | of a whole encoder | seconds"
+    )
     for world in map(int, given.world.split(",")):
         with tempfile.TemporaryDirectory() as folder:
             encoder = make_encoders(Path(folder), LARGE)
@@ -244,8 +267,13 @@ def main() -> None:
                 for way in WAYS
             }  # fmt: skip
         for way, ranks in ((way, [rank[0] for rank in ranks]) for way, ranks in ways.items()):
-            cells = [", ".join(f"{rank[key] / 2**20:.0f}" for rank in ranks) for key in ("most", "held")]
-            cells += [f"{ranks[0]['encoder'] / 2**20:.0f}", f"{max(rank['seconds'] for rank in ranks):.0f}"]
+            cells = [
+                ", ".join(f"{rank[key] / 2**20:.0f}" for rank in ranks) for key in ("most", "held")
+            ]
+            cells += [
+                f"{ranks[0]['encoder'] / 2**20:.0f}",
+                f"{max(rank['seconds'] for rank in ranks):.0f}",
+            ]
             print(f"{world:>3} {way:>7}  {' | '.join(cells)}", flush=True)
 
 

@@ -59,18 +59,29 @@ def steps(cuts, case, *, dtype=torch.float64):
         # The unlabelled posts live at the end only: one rank has them all.
         rows["label/plain"][: ROWS - 3] = -100
         rows = near_rows(rows) if case in NEAR else rows
-        rows = {name: value.to(dtype) if value.dtype == torch.float64 else value for name, value in rows.items()}
+        rows = {
+            name: value.to(dtype) if value.dtype == torch.float64 else value
+            for name, value in rows.items()
+        }
         part = slice(*bounds[rank : rank + 2])
         loss.begin_step()
         share, terms, leaves = call(loss, {name: value[part] for name, value in rows.items()})
         share.backward()
-        numbers = {name: float(sum_over_ranks(value)) / world_size() for name, value in terms.items()}
+        numbers = {
+            name: float(sum_over_ranks(value)) / world_size() for name, value in terms.items()
+        }
         found.append({"value": float(sum_over_ranks(share)) / world_size(), **numbers})
-        gradients = {name: leaf.grad / world_size() for name, leaf in leaves.items() if leaf.grad is not None}
+        gradients = {
+            name: leaf.grad / world_size() for name, leaf in leaves.items() if leaf.grad is not None
+        }
         found[-1] |= {name: value.numpy() for name, value in gradients.items()}
     if slope is not None:
         found.append({"slope": (sum_over_ranks(slope.grad) / world_size()).numpy()})
-    state = {} if loss.queue is None else {name: v.numpy() for name, v in loss.queue.state_dict().items()}
+    state = (
+        {}
+        if loss.queue is None
+        else {name: v.numpy() for name, v in loss.queue.state_dict().items()}
+    )
     return found, state, None if slope is None else slope.grad.tolist()
 
 
@@ -100,14 +111,17 @@ def test_any_split_over_ranks_equals_one_process(ranks):
                     assert list(got) == list(want)
                     for key, value in want.items():
                         value = value[part] if key.startswith(("z/", "view/")) else value
-                        wrong = np.abs(got[key] - value).max(initial=0) / max(1.0, np.abs(value).max(initial=0))
+                        wrong = np.abs(got[key] - value).max(initial=0) / max(
+                            1.0, np.abs(value).max(initial=0)
+                        )
                         assert wrong < CLOSE.get(name, 1e-12), (name, cuts, rank, key, wrong)
                 assert state.keys() == queue.keys()
                 for key, value in state.items():
                     assert (value == found[0][1][key]).all(), "the queue is the same on every rank"
             if name == "at the floor":
-                # Just above the floor the first of two ranks wants it colder, and so does their sum. At the
-                # floor it stays where it is for all, but not for the tasks that want it warmer.
+                # Just above the floor the first of two ranks wants it colder, and so does their
+                # sum. At the floor it stays where it is for all, but not for the tasks that want it
+                # warmer.
                 wishes = [answer["above the floor", tuple(cuts)][2][0] for answer in answers]
                 assert sum(wishes) < 0 and (cuts != [ROWS // 2] or wishes[1] > 0)
                 assert expected[-1]["slope"][0] == 0 and (expected[-1]["slope"][1:] > 0).all()
@@ -118,5 +132,7 @@ def test_any_split_over_ranks_equals_one_process(ranks):
 def test_a_task_of_one_rank_alone_is_not_diluted():
     """Weight W and the mean over W ranks cancel: the term is the mean over that rank's anchors."""
     rows = random_rows(ROWS, tasks=(MOOD,))
-    single, double = (float(call(loss_of((MOOD,), world_size=ranks), rows)[0].detach()) for ranks in (1, 2))
+    single, double = (
+        float(call(loss_of((MOOD,), world_size=ranks), rows)[0].detach()) for ranks in (1, 2)
+    )
     assert double == pytest.approx(2 * single)

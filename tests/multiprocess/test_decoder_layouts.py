@@ -21,12 +21,13 @@ from tests.multiprocess.decoder_workers import SAVED_AFTER, SERVED, make_models
 pytestmark = pytest.mark.multiprocess
 CASES: list[dict[str, Any]] = [
     {"family": "t5", "stage": 2, "ep": 1, "name": "t5-2"},
-    # Split while it is read, recomputed layer by layer, output layer apart: what could be lost would be lost here.
+    # Split while it is read, recomputed layer by layer, output layer apart: what could be lost
+    # would be lost here.
     {"family": "flan", "stage": 3, "ep": 2, "recompute": True, "name": "flan-3"},
     {"family": "bart", "stage": 1, "ep": 2},
 ]
-"""On two ranks, of which the second has no row for the decoder; with a name: saved, resumed, and gone on with by one
-rank."""
+"""On two ranks, of which the second has no row for the decoder; with a name: saved, resumed, and
+gone on with by one rank."""
 STEPS = 3
 """Of the few layouts."""
 TOLERANCE = 1e-5
@@ -55,7 +56,9 @@ def on_two(models: dict[str, str], folder: str) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def on_one(models: dict[str, str], folder: str, on_two: Any) -> dict[str, Any]:
     moved = tuple(case["name"] for case in CASES if "name" in case)
-    return run("plain_and_one_rank", 1, models=models, cases=[], folder=folder, moved=moved, steps=STEPS)[0]
+    return run(
+        "plain_and_one_rank", 1, models=models, cases=[], folder=folder, moved=moved, steps=STEPS
+    )[0]
 
 
 def off_in_losses(found: Any, expected: Any) -> float:
@@ -88,10 +91,14 @@ def test_scores_and_texts_of_the_ranks_are_those_of_the_exports_model(on_two: An
     for case, answer in zip(CASES, on_two, strict=True):
         expected = answer["alone"]
         for name, logits in expected.items():
-            np.testing.assert_allclose(answer["engine"][name], logits, atol=TOLERANCE, rtol=0, err_msg=str(case))
+            np.testing.assert_allclose(
+                answer["engine"][name], logits, atol=TOLERANCE, rtol=0, err_msg=str(case)
+            )
         # A T5 of random weights with one table of words says the same word for ever.
         written = expected["reason"][np.array(SERVED) == 4, 2:]
-        assert (written[:, 0] >= 0).all() and (case["family"] == "t5" or len({*map(tuple, written)}) == 2)
+        assert (written[:, 0] >= 0).all() and (
+            case["family"] == "t5" or len({*map(tuple, written)}) == 2
+        )
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(on_two: Any) -> None:
@@ -123,7 +130,9 @@ def main() -> None:
             for case, answer in zip(cases, found, strict=True):
                 family = case["family"]
                 alone = answer["alone"].items()
-                logits = max(float(np.abs(answer["engine"][name] - value).max()) for name, value in alone)
+                logits = max(
+                    float(np.abs(answer["engine"][name] - value).max()) for name, value in alone
+                )
                 print(
                     f"({world}, {case['ep']}) ZeRO {case['stage']} {family:<5}"
                     f"losses {off_in_losses(answer['losses'], plain[family]['losses']):.1e}  "

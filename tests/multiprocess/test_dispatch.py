@@ -19,7 +19,9 @@ def both_ways(encoder: str, *, ep_size: int, top_k: int) -> dict[str, Any]:
 
     from comoe.distributed import rank
 
-    recipe = recipe_of(encoder, parallel__ep_size=ep_size, model__moe__top_k=top_k, model__moe__output_init=0.5)
+    recipe = recipe_of(
+        encoder, parallel__ep_size=ep_size, model__moe__top_k=top_k, model__moe__output_init=0.5
+    )
     engine, _ = build(recipe, stage=1)
     layer = engine.objective.model.moe_layers()[0].mixture
     generator = torch.Generator().manual_seed(rank())
@@ -38,7 +40,9 @@ def both_ways(encoder: str, *, ep_size: int, top_k: int) -> dict[str, Any]:
         found.append([answer.detach(), layer.tokens_per_expert - before, *gradients])
     return {
         "type": type(layer).__name__,
-        "differences": [float((ours - theirs).abs().max()) for ours, theirs in zip(*found, strict=True)],
+        "differences": [
+            float((ours - theirs).abs().max()) for ours, theirs in zip(*found, strict=True)
+        ],
         "sizes": [float(theirs.abs().max()) for theirs in found[1]],
     }
 
@@ -48,10 +52,18 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(make_encoder(tmp_path_factory.mktemp("encoder")))
 
 
-@pytest.mark.parametrize(("ranks", "ep_size", "top_k"), [(1, 1, 2), (1, 1, 1), (2, 2, 2), (4, 2, 3)])
-def test_our_dispatch_equals_autoeps_own(encoder: str, ranks: int, ep_size: int, top_k: int) -> None:
+@pytest.mark.parametrize(
+    ("ranks", "ep_size", "top_k"), [(1, 1, 2), (1, 1, 1), (2, 2, 2), (4, 2, 3)]
+)
+def test_our_dispatch_equals_autoeps_own(
+    encoder: str, ranks: int, ep_size: int, top_k: int
+) -> None:
     answers = run_ranks(
-        "tests.multiprocess.test_dispatch:both_ways", ranks, encoder=encoder, ep_size=ep_size, top_k=top_k
+        "tests.multiprocess.test_dispatch:both_ways",
+        ranks,
+        encoder=encoder,
+        ep_size=ep_size,
+        top_k=top_k,
     )
     for answer in answers:
         assert answer["type"] == "CooperativeLayer"

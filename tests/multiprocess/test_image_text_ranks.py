@@ -39,7 +39,9 @@ def share_of(rows):
         attention_mask_BL=batch.attention_mask_BL[:, :longest],
         labels={},
     )
-    return with_pictures(batch, [number for number, row in enumerate(rows) if row in PICTURED], step=5)
+    return with_pictures(
+        batch, [number for number, row in enumerate(rows) if row in PICTURED], step=5
+    )
 
 
 def losses_and_gradients(rows, fusion, options):
@@ -48,7 +50,9 @@ def losses_and_gradients(rows, fusion, options):
     from tests.helpers_vision import seeing_model
 
     config = ImageTextConfig(itm_weight=0.5)
-    model = seeing_model(fusion, image_text=config, train_tower=True, moe=moe_config(**options)).double()
+    model = seeing_model(
+        fusion, image_text=config, train_tower=True, moe=moe_config(**options)
+    ).double()
     collectives = dict(gather=gather_detached, world_size=world_size())
     itm = ITMLoss(config, seed=7, gather_with_gradient=gather_rows, **collectives)
     itc = ITCLoss(config, **collectives).double() if model.image_text.compares else None
@@ -67,7 +71,9 @@ def losses_and_gradients(rows, fusion, options):
         for name, weight in module.named_parameters()
         if weight.grad is not None and not name.startswith(("heads", "projection"))
     }
-    averaged = {name: (sum_over_ranks(value) / world_size()).numpy() for name, value in numbers.items()}
+    averaged = {
+        name: (sum_over_ranks(value) / world_size()).numpy() for name, value in numbers.items()
+    }
     sides = output.image_text
     pairs = gather_pairs(sides, batch, gather_detached)
     chosen_I = draw_texts(pairs, None, step=5, seed=7)
@@ -85,7 +91,11 @@ def contrast_and_gradients(rows):
 
     shares, rank = rows, dist.get_rank() if dist.is_initialized() else 0
     posts = torch.tensor([5, 5, -1, 8, 9, 11, -1, 12, 3, 4])
-    whole = [unit(ROWS, seed=1), unit(ROWS, seed=2), torch.tensor([1.5], dtype=torch.float64, requires_grad=True)]
+    whole = [
+        unit(ROWS, seed=1),
+        unit(ROWS, seed=2),
+        torch.tensor([1.5], dtype=torch.float64, requires_grad=True),
+    ]
     expected_value = dense(*whole, pairs_of(posts.tolist()))
     expected = torch.autograd.grad(expected_value, whole)
     own = [whole[0][shares[rank]].detach(), whole[1][shares[rank]].detach(), whole[2].detach()]
@@ -99,7 +109,9 @@ def contrast_and_gradients(rows):
     # ZeRO averages over ranks; a row's gradient is on its rank alone.
     wrong = [abs(float(sum_over_ranks(value)) / world_size() - float(expected_value.detach()))]
     for one, other in zip(found[:2], expected[:2], strict=True):
-        wrong.append(float((one / world_size() - other[shares[rank]]).abs().max()) if len(one) else 0.0)
+        wrong.append(
+            float((one / world_size() - other[shares[rank]]).abs().max()) if len(one) else 0.0
+        )
     wrong.append(float((sum_over_ranks(found[2]) / world_size() - expected[2]).abs().max()))
     return max(wrong)
 
@@ -111,7 +123,10 @@ def everything(layouts):
     rank = dist.get_rank() if len(layouts[0]) > 1 else 0
     found = []
     for shares in layouts:
-        models = {fusion: losses_and_gradients(shares[rank], fusion, options) for fusion, options in MODELS.items()}
+        models = {
+            fusion: losses_and_gradients(shares[rank], fusion, options)
+            for fusion, options in MODELS.items()
+        }
         found.append((models, contrast_and_gradients(shares)))
     return found
 
@@ -123,7 +138,9 @@ def in_one_process():
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_ranks_with_unequal_few_and_no_pictures_equal_one_process(ranks, in_one_process):
-    answers = run_ranks("tests.multiprocess.test_image_text_ranks:everything", ranks, layouts=SHARES[ranks])
+    answers = run_ranks(
+        "tests.multiprocess.test_image_text_ranks:everything", ranks, layouts=SHARES[ranks]
+    )
     expected, wrong = in_one_process
     assert wrong < 1e-12
     for layout in range(len(SHARES[ranks])):
@@ -137,7 +154,14 @@ def test_ranks_with_unequal_few_and_no_pictures_equal_one_process(ranks, in_one_
                 assert list(found) == list(numbers)
                 for name, value in numbers.items():
                     scale = max(abs(value).max(), 1e-3)
-                    assert abs(found[name] - value).max() < 1e-5 * scale, (ranks, layout, fusion, name)
+                    assert abs(found[name] - value).max() < 1e-5 * scale, (
+                        ranks,
+                        layout,
+                        fusion,
+                        name,
+                    )
             # The same text takes the place of the same post's, wherever both are.
             assert sorted(replaced) == sorted(choices)
-            assert {post for post, _ in choices} == set(PICTURED) and any(text >= 0 for _, text in choices)
+            assert {post for post, _ in choices} == set(PICTURED) and any(
+                text >= 0 for _, text in choices
+            )

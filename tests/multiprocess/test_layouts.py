@@ -1,11 +1,12 @@
 """Every layout computes what one plain PyTorch process computes: losses, first gradients, weights after training.
 
-The reference knows nothing of DeepSpeed: ``workers.plain_case``, with torch's optimizer and torch's clipping. Posts are
-padded, and ranks get different numbers of posts and tokens.
+The reference knows nothing of DeepSpeed: ``workers.plain_case``, with torch's optimizer and torch's
+clipping. Posts are padded, and ranks get different numbers of posts and tokens.
 
-The gradient of an attention key's bias is zero in exact arithmetic. What float32 leaves of it, 1e-9 or so, Adam's first
-steps would blow up to whole learning rates, differently in every layout. An epsilon of 1e-5 instead of 1e-8 keeps them
-as small as they are: so the weights of all tensors, these too, can be held to one tolerance after 20 steps.
+The gradient of an attention key's bias is zero in exact arithmetic. What float32 leaves of it, 1e-9
+or so, Adam's first steps would blow up to whole learning rates, differently in every layout. An
+epsilon of 1e-5 instead of 1e-8 keeps them as small as they are: so the weights of all tensors,
+these too, can be held to one tolerance after 20 steps.
 
 The figures of each layout, printed:
 
@@ -26,19 +27,25 @@ from tests.multiprocess.workers import Picks, make_encoder
 
 pytestmark = pytest.mark.multiprocess
 
-# Seed 5: of the first two dozen the one whose closest pick is farthest from a tie, so that another processor's rounding
-# flips no token either.
+# Seed 5: of the first two dozen the one whose closest pick is farthest from a tie, so that another
+# processor's rounding flips no token either.
 ADAMW = {"seed": 5, "train__max_grad_norm": 0.5, "train__epsilon": 1e-5}
 
 
 def sgd(rate: float) -> dict[str, Any]:
     rates = {f"train__{name}learning_rate": rate for name in ("", "expert_", "head_")}
-    return {"seed": 5, "train__optimizer": "sgd", "train__max_grad_norm": 0.0, "train__weight_decay": 0.0, **rates}
+    return {
+        "seed": 5,
+        "train__optimizer": "sgd",
+        "train__max_grad_norm": 0.0,
+        "train__weight_decay": 0.0,
+        **rates,
+    }
 
 
 SGD = sgd(0.01)
-# Without momentum, decay and clipping, and with a rate that dwarfs the weights, one step shows the gradient itself:
-# Adam would hide a constant factor.
+# Without momentum, decay and clipping, and with a rate that dwarfs the weights, one step shows the
+# gradient itself: Adam would hide a constant factor.
 RATE = 1e3
 BF16 = {"bf16": {"enabled": True}}
 OFFLOAD = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
@@ -76,7 +83,16 @@ LAYOUTS: dict[int, list[Cell]] = {
     world: [(name, ep, stage) for ep in eps for name in EVERYWHERE for stage in STAGES] + more
     for world, eps, more in (
         (1, (1,), []),
-        (2, (1, 2), [("accumulation", 2, 1), ("accumulation", 2, 2), ("accumulation", 2, 3), ("paper", 2, 2)]),
+        (
+            2,
+            (1, 2),
+            [
+                ("accumulation", 2, 1),
+                ("accumulation", 2, 2),
+                ("accumulation", 2, 3),
+                ("paper", 2, 2),
+            ],
+        ),
         (
             4,
             (2, 4),
@@ -95,11 +111,13 @@ LAYOUTS: dict[int, list[Cell]] = {
         ),  # fmt: skip
     )
 }
-"""World size -> its cells. All of one world share its ranks: a world takes longer to start than a cell to run."""
+"""World size -> its cells. All of one world share its ranks: a world takes longer to start than a
+cell to run."""
 NEAR = 1e-5
 """Two scores this close may change places by rounding."""
 TOLERANCE = 1e-5
-"""Of losses and gradient norms, relative; of first gradients, by each tensor's norm; of final weights, absolute."""
+"""Of losses and gradient norms, relative; of first gradients, by each tensor's norm; of final
+weights, absolute."""
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +129,9 @@ def run_cells(encoder: str, world_size: int) -> dict[Cell, Any]:
     """What rank 0 answered in each cell; ``picks`` of all ranks, [rank][step]."""
     cells = LAYOUTS[world_size]
     cases = [dict(CASES[name], stage=stage, parallel__ep_size=ep) for name, ep, stage in cells]
-    ranks = run_ranks("tests.multiprocess.workers:many", world_size, timeout=400, encoder=encoder, cases=cases)
+    ranks = run_ranks(
+        "tests.multiprocess.workers:many", world_size, timeout=400, encoder=encoder, cases=cases
+    )
     return {
         cell: answers[0] | {"picks": [answer["picks"] for answer in answers]}
         for cell, answers in zip(cells, zip(*ranks, strict=True), strict=True)
@@ -119,8 +139,12 @@ def run_cells(encoder: str, world_size: int) -> dict[Cell, Any]:
 
 
 def run_plain(encoder: str) -> dict[str, Any]:
-    cases = [{key: value for key, value in case.items() if key != "settings"} for case in CASES.values()]
-    answers = run_ranks("tests.multiprocess.workers:many", 1, encoder=encoder, cases=cases, work="plain_case")
+    cases = [
+        {key: value for key, value in case.items() if key != "settings"} for case in CASES.values()
+    ]
+    answers = run_ranks(
+        "tests.multiprocess.workers:many", 1, encoder=encoder, cases=cases, work="plain_case"
+    )
     return dict(zip(CASES, answers[0], strict=True))
 
 
@@ -143,7 +167,9 @@ def flips(expected: list[Picks], by_rank: list[list[Picks]]) -> list[float]:
     margins: list[float] = []
     for step, one in enumerate(expected):
         tokens = np.concatenate([ranks[step].tokens_S for ranks in by_rank])
-        picks = np.concatenate([ranks[step].picks_LSk for ranks in by_rank], axis=1)[:, tokens.argsort()]
+        picks = np.concatenate([ranks[step].picks_LSk for ranks in by_rank], axis=1)[
+            :, tokens.argsort()
+        ]
         np.testing.assert_array_equal(np.sort(tokens), one.tokens_S)
         margins += one.margins_LS[(picks != one.picks_LSk).any(axis=2)].tolist()
     return margins
@@ -156,7 +182,9 @@ def off_in_losses(found: Any, expected: Any) -> float:
 def off_in_gradients(found: Any, expected: Any) -> dict[str, float]:
     """Tensor -> difference of the gradient by its norm; of a gradient below 1e-6, which is rounding, by 1e-6."""
     return {
-        key: float(np.linalg.norm(found["moves"][key] - moved) / max(np.linalg.norm(moved), 1e-6 * RATE))
+        key: float(
+            np.linalg.norm(found["moves"][key] - moved) / max(np.linalg.norm(moved), 1e-6 * RATE)
+        )
         for key, moved in expected["moves"].items()
         # Zero in exact arithmetic; the final weights of the other cells hold it.
         if not key.endswith("key.bias")
@@ -164,7 +192,10 @@ def off_in_gradients(found: Any, expected: Any) -> dict[str, float]:
 
 
 def off_in_weights(found: Any, expected: Any) -> dict[str, float]:
-    return {key: float(np.abs(found["state"][key] - value).max()) for key, value in expected["state"].items()}
+    return {
+        key: float(np.abs(found["state"][key] - value).max())
+        for key, value in expected["state"].items()
+    }
 
 
 def test_losses_of_every_layout_agree_with_one_process(one_process: Any, several: Any) -> None:
@@ -175,14 +206,18 @@ def test_losses_of_every_layout_agree_with_one_process(one_process: Any, several
         assert off <= TOLERANCE, f"{name}, EP {ep}, ZeRO {stage}: {off}"
 
 
-def test_first_gradients_agree_to_a_hundred_thousandth_of_each_tensors_norm(one_process: Any, several: Any) -> None:
+def test_first_gradients_agree_to_a_hundred_thousandth_of_each_tensors_norm(
+    one_process: Any, several: Any
+) -> None:
     for (name, ep, stage), answer in in_float32(several).items():
         if name == "gradient":
             for key, off in off_in_gradients(answer, one_process[name]).items():
                 assert off <= TOLERANCE, f"{key}, EP {ep}, ZeRO {stage}: {off}"
 
 
-def test_final_weights_of_every_layout_agree_with_one_process(one_process: Any, several: Any) -> None:
+def test_final_weights_of_every_layout_agree_with_one_process(
+    one_process: Any, several: Any
+) -> None:
     for (name, ep, stage), answer in in_float32(several).items():
         if name != "gradient":
             for key, off in off_in_weights(answer, one_process[name]).items():
@@ -190,8 +225,8 @@ def test_final_weights_of_every_layout_agree_with_one_process(one_process: Any, 
 
 
 def test_training_moves_the_weights_far_more_than_the_tolerance(one_process: Any) -> None:
-    # Without Adam's scaling the attention's weights, whose gradients are small, hardly move: the first gradients and
-    # the losses hold those.
+    # Without Adam's scaling the attention's weights, whose gradients are small, hardly move: the
+    # first gradients and the losses hold those.
     for name, factor in (("adamw", 100), ("sgd", 10)):
         moved = {key: np.abs(values).max() for key, values in one_process[name]["moves"].items()}
         assert sum(size > factor * TOLERANCE for size in moved.values()) > 0.6 * len(moved), moved
@@ -200,12 +235,18 @@ def test_training_moves_the_weights_far_more_than_the_tolerance(one_process: Any
 def test_tokens_change_experts_at_near_ties_only(one_process: Any, several: Any) -> None:
     for (name, ep, stage), answer in in_float32(several).items():
         margins = flips(one_process[name]["picks"], answer["picks"])
-        print(f"{name}, EP {ep}, ZeRO {stage}: {len(margins)} tokens went to other experts, margins {margins}")
+        print(
+            f"{name}, EP {ep}, ZeRO {stage}: {len(margins)} tokens went to other experts, margins {margins}"
+        )
         assert all(margin < NEAR for margin in margins)
 
 
 def test_a_token_that_went_elsewhere_is_counted_with_its_margin() -> None:
-    one = Picks(np.array([100, 101, 300]), np.array([[[0, 1], [0, 2], [1, 3]]]), np.array([[0.5, 0.25, 0.125]]))
+    one = Picks(
+        np.array([100, 101, 300]),
+        np.array([[[0, 1], [0, 2], [1, 3]]]),
+        np.array([[0.5, 0.25, 0.125]]),
+    )
     first = Picks(np.array([300]), np.array([[[1, 2]]]), np.array([[0.0]]))
     second = Picks(np.array([100, 101]), np.array([[[0, 1], [0, 3]]]), np.array([[0.0, 0.0]]))
     assert flips([one], [[first], [second]]) == [0.25, 0.125]
@@ -213,11 +254,19 @@ def test_a_token_that_went_elsewhere_is_counted_with_its_margin() -> None:
 
 
 def test_a_gradient_reaches_every_trained_tensor(one_process: Any) -> None:
-    still = [key for key, moved in one_process["gradient"]["moves"].items() if not np.abs(moved).max() > 0]
-    assert all(key.endswith(("key.bias", "e_score_correction_bias")) or "position" in key for key in still), still
+    still = [
+        key
+        for key, moved in one_process["gradient"]["moves"].items()
+        if not np.abs(moved).max() > 0
+    ]
+    assert all(
+        key.endswith(("key.bias", "e_score_correction_bias")) or "position" in key for key in still
+    ), still
 
 
-def test_gradient_norms_of_every_layout_agree_with_one_process(one_process: Any, several: Any) -> None:
+def test_gradient_norms_of_every_layout_agree_with_one_process(
+    one_process: Any, several: Any
+) -> None:
     for (name, ep, stage), answer in in_float32(several).items():
         if name == "adamw":
             np.testing.assert_allclose(
@@ -230,15 +279,25 @@ def test_the_balance_bias_follows_the_load_of_all_ranks(one_process: Any, severa
         for key, value in answer["state"].items():
             if key.endswith("e_score_correction_bias"):
                 np.testing.assert_array_equal(value, one_process[name]["state"][key])
-    biases = [value for key, value in one_process["adamw"]["state"].items() if key.endswith("e_score_correction_bias")]
+    biases = [
+        value
+        for key, value in one_process["adamw"]["state"].items()
+        if key.endswith("e_score_correction_bias")
+    ]
     assert max(np.abs(bias).max() for bias in biases) > 0.0015
 
 
-def test_the_plain_model_with_the_gathered_weights_answers_like_the_engine(one_process: Any, several: Any) -> None:
+def test_the_plain_model_with_the_gathered_weights_answers_like_the_engine(
+    one_process: Any, several: Any
+) -> None:
     for (name, ep, stage), answer in in_float32(several).items():
         for task, logits in answer["engine_logits"].items():
             np.testing.assert_allclose(
-                answer["plain_logits"][task], logits, atol=1e-5, rtol=1e-6, err_msg=f"{name} {ep} {stage} {task}"
+                answer["plain_logits"][task],
+                logits,
+                atol=1e-5,
+                rtol=1e-6,
+                err_msg=f"{name} {ep} {stage} {task}",
             )
 
 
@@ -247,9 +306,13 @@ def test_bfloat16_with_float32_sums_of_gradients_stays_close_to_one_float32_proc
 ) -> None:
     for (name, ep, stage), answer in several.items():
         if "bf16" in name:
-            # Bfloat16 has 8 bits: the forward pass is off by up to 0.4 % per rounding, whatever the layout.
+            # Bfloat16 has 8 bits: the forward pass is off by up to 0.4 % per rounding, whatever the
+            # layout.
             np.testing.assert_allclose(
-                answer["losses"], one_process[name]["losses"], rtol=5e-3, err_msg=f"{name} {ep} {stage}"
+                answer["losses"],
+                one_process[name]["losses"],
+                rtol=5e-3,
+                err_msg=f"{name} {ep} {stage}",
             )
             assert set(answer["sums"]) == {"torch.float32"}, (name, ep, stage)
 
@@ -264,9 +327,13 @@ ENGINES: dict[str, dict[str, Any]] = {
 
 def run_engines(work: str, encoder: str, folder: Path | None = None) -> dict[str, list[Any]]:
     """Engine -> what each of two ranks answered."""
-    more = [{"folder": str(folder / str(number))} if folder else {} for number in range(len(ENGINES))]
+    more = [
+        {"folder": str(folder / str(number))} if folder else {} for number in range(len(ENGINES))
+    ]
     cases = [options | place for options, place in zip(ENGINES.values(), more, strict=True)]
-    answers = run_ranks("tests.multiprocess.workers:many", 2, encoder=encoder, cases=cases, work=work)
+    answers = run_ranks(
+        "tests.multiprocess.workers:many", 2, encoder=encoder, cases=cases, work=work
+    )
     return {name: [by_rank[number] for by_rank in answers] for number, name in enumerate(ENGINES)}
 
 
@@ -313,7 +380,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         encoder = make_encoder(Path(folder))
         plain = run_plain(encoder)
-        closest = min(one.margins_LS.min() for name in ("adamw", "sgd") for one in plain[name]["picks"])
+        closest = min(
+            one.margins_LS.min() for name in ("adamw", "sgd") for one in plain[name]["picks"]
+        )
         print(f"closest pick in the one process: a margin of {closest:.1e}")
         for world in LAYOUTS:
             for (name, ep, stage), answer in run_cells(encoder, world).items():

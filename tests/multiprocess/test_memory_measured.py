@@ -1,11 +1,13 @@
 """The formulas for memory and traffic against the tensors and collectives of real runs.
 
-By hand, with the 355-million-parameter RoBERTa shape (random weights, no download), here with 20 GB of memory:
+By hand, with the 355-million-parameter RoBERTa shape (random weights, no download), here with 20 GB
+of memory:
 
     python -m tests.multiprocess.test_memory_measured --world 1,2,4 --stages 1,2,3
     python -m tests.multiprocess.test_memory_measured --world 4,64 --stages 1,2,3 --one-rank
 
-``--one-rank`` builds rank 0 alone; its collectives answer at once with nothing, so bytes are right and losses are not.
+``--one-rank`` builds rank 0 alone; its collectives answer at once with nothing, so bytes are right
+and losses are not.
 """
 
 from __future__ import annotations
@@ -41,7 +43,12 @@ STEPS = 3
 FULL, HALF = False, True
 LAYOUTS = {
     1: [(1, stage, bf16) for stage in (1, 2, 3) for bf16 in (FULL, HALF)],
-    2: [(1, 1, FULL), (1, 2, FULL), (1, 3, HALF), *((2, stage, bf16) for stage in (1, 2, 3) for bf16 in (FULL, HALF))],
+    2: [
+        (1, 1, FULL),
+        (1, 2, FULL),
+        (1, 3, HALF),
+        *((2, stage, bf16) for stage in (1, 2, 3) for bf16 in (FULL, HALF)),
+    ],
     4: [(2, 1, FULL), (2, 2, FULL), (4, 2, HALF), (4, 3, FULL)],
 }
 """World size -> (EP, ZeRO stage, bf16)."""
@@ -74,8 +81,12 @@ def watch_collectives(sent: Counter[str]) -> None:
 
         def watched(*args: Any, **kwargs: Any) -> Any:
             if "deepspeed" in sys._getframe(1).f_code.co_filename:
-                group = kwargs.get("group", next((a for a in args if isinstance(a, dist.ProcessGroup)), None))
-                sent[name] += payload(name, args[whole] if args else next(iter(kwargs.values())), group)
+                group = kwargs.get(
+                    "group", next((a for a in args if isinstance(a, dist.ProcessGroup)), None)
+                )
+                sent[name] += payload(
+                    name, args[whole] if args else next(iter(kwargs.values())), group
+                )
             return original(*args, **kwargs)
 
         setattr(dist, name, watched)
@@ -85,7 +96,9 @@ def watch_collectives(sent: Counter[str]) -> None:
         wrap(name, whole)
     exchange = dist.all_to_all_single
 
-    def watched_exchange(*, input: torch.Tensor, group: Any, input_split_sizes: Any = None, **rest: Any) -> Any:
+    def watched_exchange(
+        *, input: torch.Tensor, group: Any, input_split_sizes: Any = None, **rest: Any
+    ) -> Any:
         # Without splits it is the counts that go ahead of the routes.
         if input_split_sizes:
             away = sum(input_split_sizes) - input_split_sizes[dist.get_rank(group)]
@@ -99,7 +112,10 @@ def held(engine: Any, stage: int) -> tuple[dict[int, int], dict[int, int]]:
     """(weights, master copies) of this rank."""
     optimizer = engine.deepspeed.optimizer
     if stage == 3:
-        weights, masters = optimizer.fp16_partitioned_groups_flat, optimizer.fp32_partitioned_groups_flat
+        weights, masters = (
+            optimizer.fp16_partitioned_groups_flat,
+            optimizer.fp32_partitioned_groups_flat,
+        )
     elif hasattr(optimizer, "bf16_groups_flat"):
         weights, masters = optimizer.bf16_groups_flat, optimizer.fp32_groups_flat_partition
     else:
@@ -117,7 +133,9 @@ def gradients(engine: Any) -> dict[int, int]:
     for group in getattr(optimizer, "averaged_gradients", {}).values():
         found += [*(group or []), getattr(group, "flat_partition", None)]
     buckets = getattr(optimizer, "ipg_buckets", {}).values()
-    buffers = [bucket.buffer if isinstance(bucket.buffer, list) else [bucket.buffer] for bucket in buckets]
+    buffers = [
+        bucket.buffer if isinstance(bucket.buffer, list) else [bucket.buffer] for bucket in buckets
+    ]
     passing = storages(tensor for buffer in buffers for tensor in buffer)
     return {place: size for place, size in storages(found).items() if place not in passing}
 
@@ -172,14 +190,27 @@ def measure_one(
     tokens = 0
     for step in range(1, steps + 1):
         workers.one_step(engine, step)
-        rows = workers.shares(step, rank=answer["rank"], world_size=layout.world_size, accumulation=1)
+        rows = workers.shares(
+            step, rank=answer["rank"], world_size=layout.world_size, accumulation=1
+        )
         tokens += sum(int(batch.attention_mask_BL.sum()) for batch in rows)
-    answer |= {"sent": dict(sent), "tokens": tokens, "weights": sum(weights.values()), "gradients": most}
+    answer |= {
+        "sent": dict(sent),
+        "tokens": tokens,
+        "weights": sum(weights.values()),
+        "gradients": most,
+    }
     answer["masters"] = sum(size for place, size in masters.items() if place not in weights)
     states = (value for state in optimizer.optimizer.state.values() for value in state.values())
-    answer["moments"] = sum(storages(s for s in states if isinstance(s, torch.Tensor) and s.ndim).values())
+    answer["moments"] = sum(
+        storages(s for s in states if isinstance(s, torch.Tensor) and s.ndim).values()
+    )
     answer |= {"bf16": bf16, "steps": steps, "keep": keep, "kept": kept}
-    new = (tensor for key, tensor in all_tensors().items() if key not in earlier or earlier[key]() is not tensor)
+    new = (
+        tensor
+        for key, tensor in all_tensors().items()
+        if key not in earlier or earlier[key]() is not tensor
+    )
     answer["total"] = sum(storages(new).values())
     engine.deepspeed.destroy()
     return answer
@@ -198,13 +229,17 @@ def look_before(thing: Any, name: str, look: Callable[[], None]) -> None:
 def describe(engine: Any, layout: Any, stage: int) -> dict[str, Any]:
     """What the formulas need to know of a run, from its shapes alone."""
     optimizer = engine.deepspeed.optimizer
-    sizes = {name: getattr(p, "ds_numel", p.numel()) for name, p in engine.objective.named_parameters()}
+    sizes = {
+        name: getattr(p, "ds_numel", p.numel()) for name, p in engine.objective.named_parameters()
+    }
     experts = sum(size for name, size in sizes.items() if ".experts." in name) * layout.ep_size
     groups = []
     if hasattr(optimizer, "round_robin_bit16_groups"):
         groups = [
             ([parameter.numel() for parameter in group], torch.distributed.get_world_size(ranks))
-            for group, ranks in zip(optimizer.round_robin_bit16_groups, optimizer.real_dp_process_group, strict=True)
+            for group, ranks in zip(
+                optimizer.round_robin_bit16_groups, optimizer.real_dp_process_group, strict=True
+            )
         ]
     dense = sum(size for name, size in sizes.items() if ".experts." not in name)
     return {
@@ -221,8 +256,17 @@ def formula(answer: dict[str, Any]) -> MemoryPlan:
 
 
 def parts(plan: MemoryPlan) -> dict[str, int]:
-    names = {"weights": "weights", "gradients": "gradients", "master": "masters", "moments": "moments"}
-    found = {names.get(part.name.split()[0]): part.device_bytes for part in plan.parts if part.device_bytes}
+    names = {
+        "weights": "weights",
+        "gradients": "gradients",
+        "master": "masters",
+        "moments": "moments",
+    }
+    found = {
+        names.get(part.name.split()[0]): part.device_bytes
+        for part in plan.parts
+        if part.device_bytes
+    }
     return {name: size for name, size in found.items() if name}
 
 
@@ -237,7 +281,9 @@ def make_encoder(folder: Path, **shape: Any) -> str:
 
 
 @pytest.fixture(scope="module", params=sorted(LAYOUTS))
-def measured(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def measured(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> list[dict[str, Any]]:
     encoder = make_encoder(tmp_path_factory.mktemp("encoder"), **SMALL)
     cases = [
         {"stage": stage, "bf16": bf16, "parallel__ep_size": ep, "model__moe__expert_width": 48}
@@ -247,37 +293,55 @@ def measured(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
         # The last one again, with most weights let go after their use.
         cases.append(cases[-1] | {"keep": 100_000})
     ranks = run_ranks(
-        "tests.multiprocess.test_memory_measured:measure", request.param, timeout=900, encoder=encoder, cases=cases
+        "tests.multiprocess.test_memory_measured:measure",
+        request.param,
+        timeout=900,
+        encoder=encoder,
+        cases=cases,
     )
     return [answer for answers in ranks for answer in answers]
 
 
 @pytest.mark.parametrize("name", ["weights", "gradients", "masters", "moments"])
-def test_each_kind_of_memory_is_within_a_tenth_of_its_formula(measured: list[dict[str, Any]], name: str) -> None:
+def test_each_kind_of_memory_is_within_a_tenth_of_its_formula(
+    measured: list[dict[str, Any]], name: str
+) -> None:
     for key, answers in by_run(measured).items():
         # Where ranks differ, in which tensors their share cuts, the formula is that of the fullest.
         fullest = max(answer[name] for answer in answers)
         assert fullest == pytest.approx(parts(formula(answers[0]))[name], rel=0.1), key
 
 
-def test_stage_3_keeps_between_the_passes_what_the_formula_says(measured: list[dict[str, Any]]) -> None:
+def test_stage_3_keeps_between_the_passes_what_the_formula_says(
+    measured: list[dict[str, Any]],
+) -> None:
     for answer in measured:
         whole = answer["dense"] + answer["experts"] // answer["ep"]
         expected = min(whole, answer["keep"])
         assert answer["kept"] == pytest.approx(expected, rel=0.1, abs=BUCKET), where(answer)
 
 
-def test_nothing_that_stays_between_steps_is_missing_from_the_formulas(measured: list[dict[str, Any]]) -> None:
+def test_nothing_that_stays_between_steps_is_missing_from_the_formulas(
+    measured: list[dict[str, Any]],
+) -> None:
     for answer in measured:
         plan = parts(formula(answer))
-        # Stage 3 keeps its gradient buffer and its bucket, and stage 1 in bf16 its float32 sums; the others let go.
+        # Stage 3 keeps its gradient buffer and its bucket, and stage 1 in bf16 its float32 sums;
+        # the others let go.
         number = 2 if answer["bf16"] else 4
-        stay = {3: plan["gradients"] + number * BUCKET, 1: plan["gradients"] * 4 // 6 * answer["bf16"]}
-        expected = plan["weights"] + plan["masters"] + plan["moments"] + stay.get(answer["stage"], 0)
+        stay = {
+            3: plan["gradients"] + number * BUCKET,
+            1: plan["gradients"] * 4 // 6 * answer["bf16"],
+        }
+        expected = (
+            plan["weights"] + plan["masters"] + plan["moments"] + stay.get(answer["stage"], 0)
+        )
         assert answer["total"] == pytest.approx(expected, rel=0.1), where(answer)
 
 
-def test_the_bytes_that_experts_exchange_are_within_15_percent_of_the_formula(measured: list[dict[str, Any]]) -> None:
+def test_the_bytes_that_experts_exchange_are_within_15_percent_of_the_formula(
+    measured: list[dict[str, Any]],
+) -> None:
     for key, answers in by_run(measured).items():
         one = answers[0]
         shape = shape_of(one)
@@ -295,11 +359,17 @@ def test_the_bytes_of_gradients_and_weights_are_within_15_percent_of_the_formula
         sent, steps = Counter(answer["sent"]), answer["steps"]
         reduced = sent["all_reduce"] + sent["reduce_scatter_tensor"] + sent["reduce_scatter"]
         gathered = sent["all_gather_into_tensor"] + sent["all_gather"]
-        assert reduced / steps == pytest.approx(moved.dense_reduce + moved.expert_reduce, rel=0.15), where(answer)
-        assert gathered / steps == pytest.approx(moved.dense_gather + moved.expert_gather, rel=0.15), where(answer)
+        assert reduced / steps == pytest.approx(
+            moved.dense_reduce + moved.expert_reduce, rel=0.15
+        ), where(answer)
+        assert gathered / steps == pytest.approx(
+            moved.dense_gather + moved.expert_gather, rel=0.15
+        ), where(answer)
 
 
-def test_the_closed_form_counts_the_parameters_of_the_model_that_was_built(measured: list[dict[str, Any]]) -> None:
+def test_the_closed_form_counts_the_parameters_of_the_model_that_was_built(
+    measured: list[dict[str, Any]],
+) -> None:
     for answer in measured:
         assert shape_of(answer).dense_parameters == pytest.approx(answer["dense"], rel=0.01)
         assert shape_of(answer).expert_parameters == answer["experts"]
@@ -309,9 +379,9 @@ def by_run(measured: list[dict[str, Any]]) -> dict[tuple[Any, ...], list[dict[st
     """The ranks of one run together."""
     runs: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for answer in measured:
-        runs.setdefault((answer["world"], answer["ep"], answer["stage"], answer["bf16"], answer["keep"]), []).append(
-            answer
-        )
+        runs.setdefault(
+            (answer["world"], answer["ep"], answer["stage"], answer["bf16"], answer["keep"]), []
+        ).append(answer)
     return runs
 
 
@@ -324,18 +394,36 @@ def shape_of(answer: dict[str, Any]) -> ModelShape:
 
 
 def layout_of(answer: dict[str, Any], *, tokens: int) -> Layout:
-    return Layout(answer["world"], answer["ep"], answer["stage"], tokens, 16, bf16=answer["bf16"], keep=answer["keep"])
+    return Layout(
+        answer["world"],
+        answer["ep"],
+        answer["stage"],
+        tokens,
+        16,
+        bf16=answer["bf16"],
+        keep=answer["keep"],
+    )
 
 
 def where(answer: dict[str, Any]) -> str:
-    return ", ".join(f"{key} {answer[key]}" for key in ("world", "rank", "ep", "stage", "bf16", "keep")) + f": {answer}"
+    return (
+        ", ".join(
+            f"{key} {answer[key]}" for key in ("world", "rank", "ep", "stage", "bf16", "keep")
+        )
+        + f": {answer}"
+    )
 
 
 def one_rank(world: int, **arguments: Any) -> list[dict[str, Any]]:
     """``measure`` on rank 0 of a world whose other ranks do not exist: for worlds that do not fit on one machine."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(world), "DS_ACCELERATOR": "cpu"}
+    os.environ |= {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": str(world),
+        "DS_ACCELERATOR": "cpu",
+    }
     import deepspeed
 
     # As start_ranks does: nothing here uses it, and it would be compiled.
@@ -346,7 +434,9 @@ def one_rank(world: int, **arguments: Any) -> list[dict[str, Any]]:
 
 def main() -> None:
     """Measure the 355M shape and print measured over formula."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--world", default="1,2,4")
     parser.add_argument("--stages", default="1,2,3")
     parser.add_argument("--bf16", action="store_true")
@@ -373,8 +463,13 @@ def main() -> None:
                 cells = []
                 for name, expected in plan.items():
                     fullest = max(answer[name] for answer in answers)
-                    cells.append(f"{fullest / 2**20:>11.1f} /{expected / 2**20:>8.1f} = {fullest / expected:.3f}")
-                print(f"{world:>3} {stage:>4}  " + "".join(f"{cell:>30}" for cell in cells), flush=True)
+                    cells.append(
+                        f"{fullest / 2**20:>11.1f} /{expected / 2**20:>8.1f} = {fullest / expected:.3f}"
+                    )
+                print(
+                    f"{world:>3} {stage:>4}  " + "".join(f"{cell:>30}" for cell in cells),
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

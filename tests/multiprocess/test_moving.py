@@ -42,4 +42,8 @@ def test_a_run_moves_from_two_ranks_to_one_and_on_to_four(losses: Any, run: str)
 
 
 def test_the_losses_do_fall_so_that_equal_ones_mean_something(losses: Any) -> None:
-    assert all(len(set(np.round(series, 3))) == 6 for by_run in losses.values() for series in by_run.values())
+    assert all(
+        len(set(np.round(series, 3))) == 6
+        for by_run in losses.values()
+        for series in by_run.values()
+    )

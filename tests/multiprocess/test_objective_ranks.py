@@ -26,10 +26,16 @@ def loss_and_gradients(shares, route_by):
     rank = dist.get_rank() if len(shares) > 1 else 0
     whole = random_batch(rows=12)
     # Rows with different labels: else every task has the same tokens, and so the same gates.
-    whole.labels["mood"][::3], whole.labels["topic"][1::2], whole.labels["heat"][2:9] = IGNORED, IGNORED, float("nan")
+    whole.labels["mood"][::3], whole.labels["topic"][1::2], whole.labels["heat"][2:9] = (
+        IGNORED,
+        IGNORED,
+        float("nan"),
+    )
     batch = take(whole, shares[rank])
     units = sum_over_ranks(count_units(batch, TASKS))
-    step = objective(replace(batch, unit_scale_T=unit_scale(units, world_size=world_size(), accumulation=1)))
+    step = objective(
+        replace(batch, unit_scale_T=unit_scale(units, world_size=world_size(), accumulation=1))
+    )
     step.loss.backward()
     numbers = {"loss": step.loss.detach(), **step.terms}
     numbers |= {name: p.grad for name, p in objective.named_parameters() if p.requires_grad}
@@ -43,9 +49,15 @@ def test_two_uneven_ranks_equal_one_process_on_the_joined_batch(cut, route_by):
     rows = list(range(12))
     joined = loss_and_gradients([rows], route_by)
     arguments = dict(shares=[rows[:cut], rows[cut:]], route_by=route_by)
-    for answer in run_ranks("tests.multiprocess.test_objective_ranks:loss_and_gradients", 2, **arguments):
+    for answer in run_ranks(
+        "tests.multiprocess.test_objective_ranks:loss_and_gradients", 2, **arguments
+    ):
         assert list(answer) == list(joined)
         for name, expected in joined.items():
             scale = max(abs(expected).max(), 1e-3)
             assert abs(answer[name] - expected).max() < 1e-5 * scale + 1e-8, name
-    assert joined["contrastive"] > 0 and 0 < joined["task_separation"] < 1 and joined["model.projection.weight"].any()
+    assert (
+        joined["contrastive"] > 0
+        and 0 < joined["task_separation"] < 1
+        and joined["model.projection.weight"].any()
+    )

@@ -13,7 +13,15 @@ from transformers import AutoModel
 from tests.helpers_model import HF_CONFIGS
 from tests.helpers_ranks import run_ranks
 from tests.multiprocess import workers
-from tests.multiprocess.workers import batch_of, build, make_encoder, make_tower, one_step, posts, recipe_of
+from tests.multiprocess.workers import (
+    batch_of,
+    build,
+    make_encoder,
+    make_tower,
+    one_step,
+    posts,
+    recipe_of,
+)
 
 pytestmark = pytest.mark.multiprocess
 
@@ -24,15 +32,24 @@ SHARED = {"parallel__ep_size": 2}
 FAMILIES = ("electra", "deberta-v2", "xlm-roberta", "modernbert")
 
 ALONE = {"parallel__ep_size": 1}
-# All tasks contrasted (tags by two views, so two forward passes), learned temperatures, a queue: the large batch in one
-# process against chunks of it on two ranks, some of them without a post.
+# All tasks contrasted (tags by two views, so two forward passes), learned temperatures, a queue:
+# the large batch in one process against chunks of it on two ranks, some of them without a post.
 CONTRASTED = {
     "tasks__mood__contrastive": True,
     "loss__balance_weight": 0.0,
-    "loss__contrastive": {"weight": 0.7, "learn_temperature": True, "queue_size": 64, "queue_warmup": 1},
+    "loss__contrastive": {
+        "weight": 0.7,
+        "learn_temperature": True,
+        "queue_size": 64,
+        "queue_warmup": 1,
+    },
 }
-CHUNKS = {"accumulation": 4, "loss__contrastive": {**CONTRASTED["loss__contrastive"], "chunk_size": 3}}
-# Both losses between the sides: contrast over all ranks, and texts of one rank beside pictures of another.
+CHUNKS = {
+    "accumulation": 4,
+    "loss__contrastive": {**CONTRASTED["loss__contrastive"], "chunk_size": 3},
+}
+# Both losses between the sides: contrast over all ranks, and texts of one rank beside pictures of
+# another.
 SEEING = {"model__vision__train_tower": True, "loss__balance_weight": 0.0}
 ROUTED = {"model__vision__fusion": "tokens", "model__vision__route_image_tokens": True}
 FORMS: dict[str, dict[str, Any]] = {
@@ -42,16 +59,26 @@ FORMS: dict[str, dict[str, Any]] = {
 }
 
 # Only losses that do not depend on how posts are cut into micro-steps.
-WEIGHED = {"loss__contrastive": {"weight": 0.0}, "loss__balance_weight": 0.0, "loss__weighting_rate": 0.1}
+WEIGHED = {
+    "loss__contrastive": {"weight": 0.0},
+    "loss__balance_weight": 0.0,
+    "loss__weighting_rate": 0.1,
+}
 # Both start alike, and at a small rate three steps are too few to tell them apart.
 FAST = {"loss__weighting_rate": 1.0}
 WEIGHTED: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
     "uncertainty": (FAST, [{"stage": 3, **SHARED}]),
-    "uncertainty_positive": (FAST, [{"stage": 1, **ALONE}, {"stage": 2, **SHARED, "accumulation": 3}]),
+    "uncertainty_positive": (
+        FAST,
+        [{"stage": 1, **ALONE}, {"stage": 2, **SHARED, "accumulation": 3}],
+    ),
     "dynamic_average": ({"loss__weighting_window": 1}, [{"stage": 3, **SHARED, "accumulation": 3}]),
     "gradnorm": ({}, [{"stage": 3, **ALONE, **RECOMPUTED, "accumulation": 3}]),
     "pcgrad": ({}, [{"stage": 1, **ALONE, "accumulation": 3}, {"stage": 3, **SHARED}]),
-    "cagrad": ({}, [{"stage": 2, **SHARED, **RECOMPUTED}, {"stage": 3, **SHARED, "accumulation": 3}]),
+    "cagrad": (
+        {},
+        [{"stage": 2, **SHARED, **RECOMPUTED}, {"stage": 3, **SHARED, "accumulation": 3}],
+    ),
 }
 
 SHARING = {
@@ -60,8 +87,9 @@ SHARING = {
     "tasks__mood__confidence": "sure", "tasks__mood__confidence_strategy": "input_output",
 }  # fmt: skip
 
-# Name -> (encoder, options of both, layouts over two ranks). All share two worlds: a world takes long to start. What
-# options and layouts do to each other is spread over the cases; not every option meets every layout.
+# Name -> (encoder, options of both, layouts over two ranks). All share two worlds: a world takes
+# long to start. What options and layouts do to each other is spread over the cases; not every
+# option meets every layout.
 CASES: dict[str, tuple[str, dict[str, Any], list[dict[str, Any]]]] = {
     "recomputed by token": (
         "bert", SEPARATED, [{"stage": 2, **ALONE, **RECOMPUTED}, {"stage": 3, **SHARED, **RECOMPUTED}],
@@ -76,15 +104,17 @@ CASES: dict[str, tuple[str, dict[str, Any], list[dict[str, Any]]]] = {
             {"stage": 3, **SHARED, **CHUNKS}, {"stage": 1, **CHUNKS}, {"stage": 2, **SHARED, **CHUNKS, **RECOMPUTED},
         ],
     ),
-    # Weights that are learned, remembered, and found from the gradients of a whole step, in one pass and in three.
+    # Weights that are learned, remembered, and found from the gradients of a whole step, in one
+    # pass and in three.
     **{
         weighting: ("bert", WEIGHED | options | {"loss__weighting": weighting}, layouts)
         for weighting, (options, layouts) in WEIGHTED.items()
     },
-    # A discriminator, posts that count in part, a part of its own for each task; the orthogonal term alone depends on
-    # how posts are cut into micro-steps.
+    # A discriminator, posts that count in part, a part of its own for each task; the orthogonal
+    # term alone depends on how posts are cut into micro-steps.
     "adversarial": ("bert", SHARING, [{"stage": 3, **SHARED, **RECOMPUTED, "accumulation": 3}]),
-    # Three passes over each micro-batch, for the tasks' gradients, for the contrastive ones and to train.
+    # Three passes over each micro-batch, for the tasks' gradients, for the contrastive ones and to
+    # train.
     "everything": (
         "bert", SHARING | CONTRASTED | {"loss__weighting": "pcgrad", "model__moe__route_by": "both"},
         [{"stage": 3, **SHARED, **CHUNKS, **RECOMPUTED}],
@@ -128,7 +158,11 @@ def encoders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def in_folders(options: dict[str, Any], folders: dict[str, str]) -> dict[str, Any]:
-    return options | ({"model__vision__tower": folders["tower"]} if "model__vision__train_tower" in options else {})
+    return options | (
+        {"model__vision__tower": folders["tower"]}
+        if "model__vision__train_tower" in options
+        else {}
+    )
 
 
 def run_all(work: list[tuple[str, dict[str, Any]]]) -> list[dict[str, Any]]:
@@ -143,12 +177,16 @@ def one_process(encoders: dict[str, str]) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def world(encoders: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def world(
+    encoders: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> list[dict[str, Any]]:
     """What each of two ranks answers to all that is asked of two."""
     work = [(encoders[encoder], in_folders(options | layout, encoders))
             for encoder, options, layouts in CASES.values() for layout in layouts]  # fmt: skip
     folder = str(tmp_path_factory.mktemp("checkpoints"))
-    return run_ranks(f"{HERE}:in_one_world", 2, timeout=600, work=work, encoder=encoders["bert"], folder=folder)
+    return run_ranks(
+        f"{HERE}:in_one_world", 2, timeout=600, work=work, encoder=encoders["bert"], folder=folder
+    )
 
 
 @pytest.fixture(scope="module")
@@ -173,19 +211,25 @@ def still(answer: dict[str, Any]) -> set[str]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_losses_norms_and_answers_agree_with_one_process(name: str, one_process: Any, two_ranks: Any) -> None:
+def test_losses_norms_and_answers_agree_with_one_process(
+    name: str, one_process: Any, two_ranks: Any
+) -> None:
     for answer in two_ranks[name]:
         assert_same(answer, one_process[name])
 
 
-def test_the_weightings_train_differently_so_that_equal_losses_mean_something(one_process: Any) -> None:
+def test_the_weightings_train_differently_so_that_equal_losses_mean_something(
+    one_process: Any,
+) -> None:
     answers = [one_process[name]["engine_logits"]["mood"] for name in WEIGHTED]
     for number, answer in enumerate(answers):
         assert all(np.abs(answer - other).max() > 1e-4 for other in answers[:number])
 
 
 @pytest.mark.parametrize("name", ["recomputed by token", "recomputed by both"])
-def test_loads_of_recomputed_layers_are_counted_once(name: str, one_process: Any, two_ranks: Any) -> None:
+def test_loads_of_recomputed_layers_are_counted_once(
+    name: str, one_process: Any, two_ranks: Any
+) -> None:
     biases = [key for key in one_process[name]["state"] if key.endswith("e_score_correction_bias")]
     assert len(biases) == 2
     for answer in two_ranks[name]:
@@ -193,12 +237,18 @@ def test_loads_of_recomputed_layers_are_counted_once(name: str, one_process: Any
             np.testing.assert_array_equal(answer["state"][key], one_process[name]["state"][key])
 
 
-@pytest.mark.parametrize(("name", "last"), [("frozen", ()), ("last layer", ("encoder.encoder.layer.1.",))])
+@pytest.mark.parametrize(
+    ("name", "last"), [("frozen", ()), ("last layer", ("encoder.encoder.layer.1.",))]
+)
 def test_frozen_weights_stay_and_experts_and_heads_train(
     name: str, last: tuple[str, ...], one_process: Any, two_ranks: Any
 ) -> None:
     for answer in (one_process[name], *two_ranks[name]):
-        frozen = {key for key in answer["moves"] if key.startswith("encoder.") and not key.startswith(last + (" ",))}
+        frozen = {
+            key
+            for key in answer["moves"]
+            if key.startswith("encoder.") and not key.startswith(last + (" ",))
+        }
         frozen = {key for key in frozen if ".block." not in key}
         assert frozen and all(not answer["moves"][key].any() for key in frozen)
         assert still(answer) - frozen == set()
@@ -221,16 +271,22 @@ def test_recomputed_layers_draw_the_same_dropout_again(world: list[dict[str, Any
     for kept, recomputed in (answers[:2], answers[2:]):
         assert_same(recomputed, kept, rtol=1e-6)
         for key, moved in kept["moves"].items():
-            np.testing.assert_allclose(recomputed["moves"][key], moved, atol=2e-4, rtol=0, err_msg=key)
+            np.testing.assert_allclose(
+                recomputed["moves"][key], moved, atol=2e-4, rtol=0, err_msg=key
+            )
 
 
-def in_one_world(work: list[tuple[str, dict[str, Any]]], encoder: str, folder: str) -> dict[str, Any]:
+def in_one_world(
+    work: list[tuple[str, dict[str, Any]]], encoder: str, folder: str
+) -> dict[str, Any]:
     common = {**SHARED, "model__dropout": 0.2, "accumulation": 2}
     drawing = [common | {"stage": stage} | more for stage in (2, 3) for more in ({}, RECOMPUTED)]
     return {
         "cases": run_all(work),
         "dropout": run_all([(encoder, options) for options in drawing]),
-        "resumed": [frozen_resume(encoder, stage=stage, folder=f"{folder}/{stage}") for stage in (2, 3)],
+        "resumed": [
+            frozen_resume(encoder, stage=stage, folder=f"{folder}/{stage}") for stage in (2, 3)
+        ],
         "uniform": uniform_loads(encoder),
         "recomputing": recomputing(encoder),
     }
@@ -254,10 +310,16 @@ def frozen_resume(encoder: str, *, stage: int, folder: str) -> dict[str, Any]:
     found = find_checkpoint(Path(folder))
     assert found is not None
     load_checkpoint(found.path, fresh, layout)
-    return {"uninterrupted": uninterrupted, "resumed": float(one_step(fresh, 2).loss), "roles": set(roles)}
+    return {
+        "uninterrupted": uninterrupted,
+        "resumed": float(one_step(fresh, 2).loss),
+        "roles": set(roles),
+    }
 
 
-def test_a_run_with_a_frozen_encoder_resumes_and_its_optimizer_knows_no_encoder(world: list[dict[str, Any]]) -> None:
+def test_a_run_with_a_frozen_encoder_resumes_and_its_optimizer_knows_no_encoder(
+    world: list[dict[str, Any]],
+) -> None:
     for answer in [stage for rank in world for stage in rank["resumed"]]:
         assert answer["resumed"] == pytest.approx(answer["uninterrupted"], rel=1e-6)
         assert answer["roles"] == {"experts", "heads"}
@@ -271,24 +333,35 @@ def uniform_loads(encoder: str) -> list[list[int]]:
     return [routing.counts_E.tolist() for routing in reports[1].outputs[0].output.routings]
 
 
-def test_the_uniform_gate_loads_every_expert_alike_on_every_rank(world: list[dict[str, Any]]) -> None:
-    # Not the same numbers as in one process: a token's turn depends on how many came before it on its rank.
+def test_the_uniform_gate_loads_every_expert_alike_on_every_rank(
+    world: list[dict[str, Any]],
+) -> None:
+    # Not the same numbers as in one process: a token's turn depends on how many came before it on
+    # its rank.
     for layers in [rank["uniform"] for rank in world]:
-        assert len(layers) == 2 and all(max(loads) - min(loads) <= 1 and sum(loads) > 8 for loads in layers)
+        assert len(layers) == 2 and all(
+            max(loads) - min(loads) <= 1 and sum(loads) > 8 for loads in layers
+        )
 
 
 def recomputing(encoder: str) -> dict[str, Any]:
     """How often a layer ran in one training step and in one answer, and which weights stayed gathered after them."""
     engine, _ = build(recipe_of(encoder, **RECOMPUTED, **SHARED), stage=3)
     calls: list[None] = []
-    engine.objective.model.encoder.encoder.layer[1].attention.register_forward_hook(lambda *_: calls.append(None))
+    engine.objective.model.encoder.encoder.layer[1].attention.register_forward_hook(
+        lambda *_: calls.append(None)
+    )
     one_step(engine, 0)
     trained = len(calls)
-    gathered = [name for name, p in engine.objective.named_parameters() if p.ds_status.name == "AVAILABLE"]
+    gathered = [
+        name for name, p in engine.objective.named_parameters() if p.ds_status.name == "AVAILABLE"
+    ]
     engine.forward(batch_of(posts(0, 2)))
     return {"trained": trained, "answered": len(calls) - trained, "gathered": gathered}
 
 
-def test_under_zero_3_a_layer_runs_twice_in_training_and_no_weight_stays_gathered(world: list[dict[str, Any]]) -> None:
+def test_under_zero_3_a_layer_runs_twice_in_training_and_no_weight_stays_gathered(
+    world: list[dict[str, Any]],
+) -> None:
     for answer in [rank["recomputing"] for rank in world]:
         assert answer == {"trained": 2, "answered": 1, "gathered": []}

@@ -77,14 +77,20 @@ def batch_of(rows: list[dict[str, Any]], *, step: int = 0) -> Batch:
 
     def padded(key: str, value: int) -> torch.Tensor:
         return torch.tensor(
-            np.stack([np.pad(row[key], (0, longest - len(row[key])), constant_values=value) for row in rows])
+            np.stack(
+                [
+                    np.pad(row[key], (0, longest - len(row[key])), constant_values=value)
+                    for row in rows
+                ]
+            )
         )
 
     ids_BL = padded("ids", 0)
     labels = {name: torch.tensor([row[name] for row in rows]) for name in ("mood", "heat", "topic")}
     labels["spans"] = padded("spans", IGNORED)
     numbers_B = torch.tensor([row["row"] for row in rows])
-    # Some posts have no value for the adversary; the filler row, -1, is one of them. Nothing of it draws a number.
+    # Some posts have no value for the adversary; the filler row, -1, is one of them. Nothing of it
+    # draws a number.
     told_B = numbers_B % 4 != 3
     return Batch(
         input_ids_BL=ids_BL,
@@ -95,18 +101,25 @@ def batch_of(rows: list[dict[str, Any]], *, step: int = 0) -> Batch:
         row_ids_B=torch.tensor([row["row"] for row in rows]),
         labels=labels,
         pixels_I3HW=torch.from_numpy(
-            np.stack([rows[number]["picture"] for number in seen] or [np.zeros((3, 16, 16), dtype=np.float32)])
+            np.stack(
+                [rows[number]["picture"] for number in seen]
+                or [np.zeros((3, 16, 16), dtype=np.float32)]
+            )
         ),
         image_rows_I=torch.tensor(seen or [-1]),
         step=step,
         progress=0.1 * (step + 1),
-        confidences={task.name: (numbers_B * 7 % 11 + number) / 14 for number, task in enumerate(TASKS)},
+        confidences={
+            task.name: (numbers_B * 7 % 11 + number) / 14 for number, task in enumerate(TASKS)
+        },
         domains_B=torch.where(told_B, numbers_B % NUM_DOMAINS, IGNORED),
         domain_weights_B=told_B * (1.0 + numbers_B % 2),
     )
 
 
-def shares(step: int, *, rank: int, world_size: int, accumulation: int, count: int = 12) -> list[Batch]:
+def shares(
+    step: int, *, rank: int, world_size: int, accumulation: int, count: int = 12
+) -> list[Batch]:
     """This rank's micro-batches of ``count`` posts in all; the split over ranks is uneven on purpose."""
     chunks = np.array_split(np.arange(count), accumulation)
     everything = posts(step, count)
@@ -154,11 +167,18 @@ def tasks_of(recipe: Any) -> tuple[Task, ...]:
     """The tasks; all in the contrastive loss, or weighed by confidence, where the recipe says so of the first one."""
     given = recipe.tasks["mood"]
     changes = {"contrastive": True, "contrastive_width": 1.0} if given.contrastive is True else {}
-    return tuple(replace(task, **changes, confidence_strategy=given.confidence_strategy) for task in TASKS)
+    return tuple(
+        replace(task, **changes, confidence_strategy=given.confidence_strategy) for task in TASKS
+    )
 
 
 def build(
-    recipe: Any, *, stage: int, accumulation: int = 1, settings: dict[str, Any] | None = None, seed: int = 0
+    recipe: Any,
+    *,
+    stage: int,
+    accumulation: int = 1,
+    settings: dict[str, Any] | None = None,
+    seed: int = 0,
 ) -> Any:
     """(engine, layout) of this rank."""
     from comoe.distributed import world_size
@@ -169,10 +189,15 @@ def build(
 
     if not torch.distributed.is_initialized():
         start_ranks(timeout_seconds=120)
-        # DeepSpeed collects garbage for every engine; in all that was imported, that takes longer than the engine.
+        # DeepSpeed collects garbage for every engine; in all that was imported, that takes longer
+        # than the engine.
         gc.freeze()
-    raw = {"zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0}} | (settings or {})
-    layout = replace(plan_layout(recipe, raw, world_size=world_size(), gpu=False), accumulation=accumulation)
+    raw = {"zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0}} | (
+        settings or {}
+    )
+    layout = replace(
+        plan_layout(recipe, raw, world_size=world_size(), gpu=False), accumulation=accumulation
+    )
     filled = fill_settings(raw, recipe, layout, gpu=False)
     torch.manual_seed(seed)
     with building(filled):
@@ -190,7 +215,9 @@ def own_batches(step: int, *, accumulation: int = 1, count: int = 12) -> list[Ba
     from comoe.distributed import rank, sum_over_ranks, world_size
     from comoe.losses.objective import count_units, unit_scale
 
-    batches = shares(step, rank=rank(), world_size=world_size(), accumulation=accumulation, count=count)
+    batches = shares(
+        step, rank=rank(), world_size=world_size(), accumulation=accumulation, count=count
+    )
     units_T = sum_over_ranks(torch.stack([count_units(batch, TASKS) for batch in batches]).sum(0))
     scale_T = unit_scale(units_T, world_size=world_size(), accumulation=accumulation)
     return [replace(batch, unit_scale_T=scale_T) for batch in batches]
@@ -217,7 +244,10 @@ def picks_of(outputs: Sequence[Any], batches: Sequence[Batch], biases_LE: torch.
         routings = output.routings
         k = routings[0].indices_Sk.shape[1]
         picks.append(torch.stack([routing.indices_Sk.sort(dim=1).values for routing in routings]))
-        scores = torch.stack([routing.scores_SE.detach().float() for routing in routings]) + biases_LE[:, None]
+        scores = (
+            torch.stack([routing.scores_SE.detach().float() for routing in routings])
+            + biases_LE[:, None]
+        )
         best = scores.sort(dim=2, descending=True).values
         margins.append(best[..., k - 1] - best[..., min(k, best.shape[2] - 1)])
     tokens_S = torch.cat(tokens)
@@ -242,13 +272,17 @@ def case(
     from comoe.train.parallel.setup import gather_full_state
 
     recipe = recipe_of(encoder, **changes)
-    engine, layout = build(recipe, stage=stage, accumulation=accumulation, settings=settings, seed=seed)
+    engine, layout = build(
+        recipe, stage=stage, accumulation=accumulation, settings=settings, seed=seed
+    )
     before = gather_full_state(engine.deepspeed)
     values, norms, picks = [], [], []
     for step in range(steps):
         batches = own_batches(step, accumulation=accumulation, count=count)
         layers = engine.objective.model.moe_layers()
-        biases_LE = torch.stack([layer.mixture.router.e_score_correction_bias.clone() for layer in layers])
+        biases_LE = torch.stack(
+            [layer.mixture.router.e_score_correction_bias.clone() for layer in layers]
+        )
         report = engine.train_step(batches)
         assert not report.skipped
         picks.append(picks_of([output.output for output in report.outputs], batches, biases_LE))
@@ -257,7 +291,12 @@ def case(
     after = gather_full_state(engine.deepspeed)
     batch = batch_of(posts(99, 4))
     by_engine = engine.forward(batch).logits
-    answer: dict[str, Any] = {"losses": values, "norms": norms, "picks": picks, "ep": layout.ep_size}
+    answer: dict[str, Any] = {
+        "losses": values,
+        "norms": norms,
+        "picks": picks,
+        "ep": layout.ep_size,
+    }
     answer["sums"] = [str(engine.deepspeed.get_data_types()[1])]
     if after:
         plain = build_objective(recipe, tasks_of(recipe), num_domains=NUM_DOMAINS).model.eval()
@@ -271,12 +310,20 @@ def case(
 
 
 def _outcome(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> dict[str, Any]:
-    moved = {key: (after[key] - before[key]).numpy() for key in after if after[key].is_floating_point()}
+    moved = {
+        key: (after[key] - before[key]).numpy() for key in after if after[key].is_floating_point()
+    }
     return {"state": {key: value.numpy() for key, value in after.items()}, "moves": moved}
 
 
 def plain_case(
-    encoder: str, *, steps: int, accumulation: int = 1, count: int = 12, seed: int = 0, **changes: Any
+    encoder: str,
+    *,
+    steps: int,
+    accumulation: int = 1,
+    count: int = 12,
+    seed: int = 0,
+    **changes: Any,
 ) -> dict[str, Any]:
     """What ``case`` does, by PyTorch alone: one process, its own optimizer, its own clipping. No DeepSpeed runs."""
     from comoe.losses.objective import build_objective
@@ -301,20 +348,29 @@ def plain_case(
     values, norms, picks = [], [], []
     for step in range(steps):
         batches = own_batches(step, accumulation=accumulation, count=count)
-        biases_LE = torch.stack([layer.mixture.gate.e_score_correction_bias.clone() for layer in layers])
+        biases_LE = torch.stack(
+            [layer.mixture.gate.e_score_correction_bias.clone() for layer in layers]
+        )
         objective.begin_step()
         outputs = []
         for batch in batches:
             outputs.append(objective(batch))
             (outputs[-1].loss / accumulation).backward()
         trained = [parameter for parameter in objective.parameters() if parameter.requires_grad]
-        norms.append(float(torch.nn.utils.clip_grad_norm_(trained, train.max_grad_norm or torch.inf)))
+        norms.append(
+            float(torch.nn.utils.clip_grad_norm_(trained, train.max_grad_norm or torch.inf))
+        )
         optimizer.step()
         optimizer.zero_grad()
-        loads = [sum(o.output.routings[number].counts_E for o in outputs) for number in range(len(layers))]
+        loads = [
+            sum(o.output.routings[number].counts_E for o in outputs)
+            for number in range(len(layers))
+        ]
         for layer, load_E in zip(layers, loads, strict=True):
             BALANCES[recipe.model.moe.balance](
-                layer.mixture.gate.e_score_correction_bias, load_E.double(), recipe.model.moe.balance_rate
+                layer.mixture.gate.e_score_correction_bias,
+                load_E.double(),
+                recipe.model.moe.balance_rate,
             )
         picks.append(picks_of([output.output for output in outputs], batches, biases_LE))
         values.append(float(torch.stack([output.loss.detach() for output in outputs]).mean()))
@@ -322,13 +378,17 @@ def plain_case(
     return {"losses": values, "norms": norms, "picks": picks, **outcome}
 
 
-def resumed(encoder: str, *, stage: int, folder: str, settings: dict[str, Any] | None = None) -> dict[str, Any]:
+def resumed(
+    encoder: str, *, stage: int, folder: str, settings: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """Three steps, a checkpoint, three more; then a fresh engine loads it and does the same three."""
     from comoe.train.checkpoint.folder import find_checkpoint
     from comoe.train.checkpoint.save_load import load_checkpoint, save_checkpoint
     from comoe.train.state import TrainState
 
-    recipe = recipe_of(encoder, train__schedule="linear", model__dropout=0.1, parallel__ep_size=2, **REMEMBERED)
+    recipe = recipe_of(
+        encoder, train__schedule="linear", model__dropout=0.1, parallel__ep_size=2, **REMEMBERED
+    )
 
     def train(engine: Any, first: int) -> list[float]:
         out = []
@@ -341,7 +401,10 @@ def resumed(encoder: str, *, stage: int, folder: str, settings: dict[str, Any] |
     train(engine, 0)
     state = TrainState(step=3, best_value=0.25, evaluations_without_gain=2)
     save_checkpoint(Path(folder), engine, state, layout, keep=1)
-    groups = [(group["lr"], group["weight_decay"], group["name"]) for group in engine.deepspeed.optimizer.param_groups]
+    groups = [
+        (group["lr"], group["weight_decay"], group["name"])
+        for group in engine.deepspeed.optimizer.param_groups
+    ]
     uninterrupted = train(engine, 3)
     fresh, layout = build(recipe, stage=stage, settings=settings)
     torch.manual_seed(999)
@@ -349,7 +412,10 @@ def resumed(encoder: str, *, stage: int, folder: str, settings: dict[str, Any] |
     assert found is not None and not found.broken
     restored = load_checkpoint(found.path, fresh, layout)
     fresh.set_rate_factor(1 - 2 / 10)
-    after = [(group["lr"], group["weight_decay"], group["name"]) for group in fresh.deepspeed.optimizer.param_groups]
+    after = [
+        (group["lr"], group["weight_decay"], group["name"])
+        for group in fresh.deepspeed.optimizer.param_groups
+    ]
     return {
         "uninterrupted": uninterrupted, "resumed": train(fresh, 3), "groups_before": groups, "groups_after": after,
         "state": {key: getattr(restored, key) for key in ("step", "best_value", "evaluations_without_gain")},
@@ -368,7 +434,10 @@ def poisoned(encoder: str, *, stage: int, settings: dict[str, Any] | None = None
         before = gather_full_state(engine.deepspeed)
         batch = shares(step, rank=rank(), world_size=world_size(), accumulation=1)[0]
         if step == 1 and rank() == 1:
-            batch = replace(batch, labels=dict(batch.labels, heat=torch.full_like(batch.labels["heat"], torch.inf)))
+            batch = replace(
+                batch,
+                labels=dict(batch.labels, heat=torch.full_like(batch.labels["heat"], torch.inf)),
+            )
         units_T = sum_over_ranks(count_units(batch, TASKS))
         scale_T = unit_scale(units_T, world_size=world_size(), accumulation=1)
         skipped.append(engine.train_step([replace(batch, unit_scale_T=scale_T)]).skipped)
@@ -382,12 +451,20 @@ def contract(encoder: str) -> dict[str, Any]:
     from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 
     engine, _ = build(recipe_of(encoder), stage=2, settings={"bf16": {"enabled": True}})
-    layers = {name: m for name, m in engine.objective.model.named_modules() if isinstance(m, AutoEPMoELayer)}
+    layers = {
+        name: m
+        for name, m in engine.objective.model.named_modules()
+        if isinstance(m, AutoEPMoELayer)
+    }
     return {
         "layers": list(layers),
         "router": sorted({type(layer.router).__name__ for layer in layers.values()}),
-        "bias_dtype": sorted({str(layer.router.e_score_correction_bias.dtype) for layer in layers.values()}),
-        "parameters": sorted({name for layer in layers.values() for name, _ in layer.named_parameters()}),
+        "bias_dtype": sorted(
+            {str(layer.router.e_score_correction_bias.dtype) for layer in layers.values()}
+        ),
+        "parameters": sorted(
+            {name for layer in layers.values() for name, _ in layer.named_parameters()}
+        ),
     }
 
 
@@ -397,7 +474,8 @@ def save_and_go_on(
     """From step ``first`` (a fresh model, or the newest checkpoint, converted): three steps, a checkpoint, three more.
 
     Args:
-        layouts: name of a run -> its (ZeRO stage, EP size) in this world; its checkpoints lie in ``folder``/<name>.
+        layouts: name of a run -> its (ZeRO stage, EP size) in this world; its checkpoints lie in
+            ``folder``/<name>.
 
     Returns the global losses of all six for each run.
     """
@@ -412,7 +490,9 @@ def save_and_go_on(
     for name, (stage, ep) in layouts.items():
         place = Path(folder) / name
         recipe = recipe_of(encoder, parallel__ep_size=ep, train__schedule="linear", **REMEMBERED)
-        engine, layout = build(recipe, stage=stage, settings={"checkpoint": {"load_universal": True}} if first else {})
+        engine, layout = build(
+            recipe, stage=stage, settings={"checkpoint": {"load_universal": True}} if first else {}
+        )
         state = TrainState()
         if first:
             found = find_checkpoint(place)

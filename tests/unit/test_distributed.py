@@ -16,7 +16,9 @@ from comoe.distributed import gather_detached, wait_for_ranks_up_to
 @pytest.fixture
 def group() -> Iterator[Any]:
     """A group that a library made without saying how long it waits."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=60))
+    dist.init_process_group(
+        "gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=60)
+    )
     yield dist.new_group([0])
     dist.destroy_process_group()
 

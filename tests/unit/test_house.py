@@ -12,7 +12,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-FILES = sorted(path.relative_to(ROOT).as_posix() for path in [*ROOT.glob("comoe/**/*.py"), *ROOT.glob("launch/*.py")])
+FILES = sorted(
+    path.relative_to(ROOT).as_posix()
+    for path in [*ROOT.glob("comoe/**/*.py"), *ROOT.glob("launch/*.py")]
+)
 PACKAGE = [file for file in FILES if file.startswith("comoe/")]
 
 MAX_LAUNCH_LINES, MAX_FUNCTION_LINES = 60, 60
@@ -28,7 +31,8 @@ LEVELS = {
     "comoe/tasks": 1, "comoe/starter": 1,
     "comoe": 0, "comoe/config": 0,
 }  # fmt: skip
-"""Folder -> level. A file imports from its own folder and from lower levels; two folders of one level are strangers."""
+"""Folder -> level. A file imports from its own folder and from lower levels; two folders of one
+level are strangers."""
 
 ALIASES = ("comoe/__init__.py", "comoe/predict.py")
 """Public names that lead to where things are: no home of code."""
@@ -56,7 +60,8 @@ HOMES = {
     "sklearn": ("comoe/tasks/", "comoe/data/"),
     "scipy": ("comoe/tasks/", "comoe/evaluation/", "comoe/losses/weighting/", "comoe/experiments/compare/"),
 }  # fmt: skip
-"""Third-party library -> beginnings of the paths that may import it; libraries without a line may appear anywhere."""
+"""Third-party library -> beginnings of the paths that may import it; libraries without a line may
+appear anywhere."""
 
 TABLES = ("KINDS", "FUSIONS", "GATES", "LOSSES", "WEIGHTINGS", "MIXINGS", "METRICS")
 """Tables whose keys no file may branch on."""
@@ -105,13 +110,21 @@ def folder_of(file: str) -> str:
 
 
 def functions_of(file: str) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
-    return (node for node in ast.walk(tree_of(file)) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)))
+    return (
+        node
+        for node in ast.walk(tree_of(file))
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+    )
 
 
 def test_a_script_is_short_and_a_long_file_has_a_reason():
     lines = {file: len((ROOT / file).read_text(encoding="utf-8").splitlines()) for file in FILES}
-    assert {file: n for file, n in lines.items() if file.startswith("launch/") and n > MAX_LAUNCH_LINES} == {}
-    assert {file for file, n in lines.items() if n > 400} == set(LONG_FILES), "give the reason in LONG_FILES, or split"
+    assert {
+        file: n for file, n in lines.items() if file.startswith("launch/") and n > MAX_LAUNCH_LINES
+    } == {}
+    assert {file for file, n in lines.items() if n > 400} == set(LONG_FILES), (
+        "give the reason in LONG_FILES, or split"
+    )
 
 
 @pytest.mark.parametrize("file", FILES)
@@ -126,9 +139,11 @@ def test_imports_run_downwards_only(file: str):
     folder = folder_of(file)
     for other in our_imports(file):
         target = folder_of(other)
-        assert target == folder or LEVELS[target] < LEVELS[folder] or (LEVELS[target] == 0 and target == "comoe"), (
-            f"{file} (level {LEVELS[folder]}) imports {other} (level {LEVELS[target]})"
-        )
+        assert (
+            target == folder
+            or LEVELS[target] < LEVELS[folder]
+            or (LEVELS[target] == 0 and target == "comoe")
+        ), f"{file} (level {LEVELS[folder]}) imports {other} (level {LEVELS[target]})"
 
 
 def test_no_imports_go_round_in_a_circle():
@@ -147,7 +162,9 @@ def test_no_imports_go_round_in_a_circle():
 
 
 # A benchmark sets our code beside other libraries, so it may import them all.
-@pytest.mark.parametrize("file", [file for file in FILES if not file.startswith("comoe/benchmarks/")])
+@pytest.mark.parametrize(
+    "file", [file for file in FILES if not file.startswith("comoe/benchmarks/")]
+)
 def test_third_party_libraries_stay_in_their_homes(file: str):
     for name in imports_of(file):
         for library, homes in HOMES.items():
@@ -162,12 +179,21 @@ def test_package_files_import_nothing_so_that_help_is_instant(file: str):
 
 def is_stub(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
     """``def f(...): ...``, the form of a protocol."""
-    return len(node.body) == 1 and isinstance(node.body[0], ast.Expr) and getattr(node.body[0].value, "value", 0) is ...
+    return (
+        len(node.body) == 1
+        and isinstance(node.body[0], ast.Expr)
+        and getattr(node.body[0].value, "value", 0) is ...
+    )
 
 
 @functools.cache
 def all_classes() -> dict[str, ast.ClassDef]:
-    return {node.name: node for file in FILES for node in ast.walk(tree_of(file)) if isinstance(node, ast.ClassDef)}
+    return {
+        node.name: node
+        for file in FILES
+        for node in ast.walk(tree_of(file))
+        if isinstance(node, ast.ClassDef)
+    }
 
 
 def documented_above(name: str, bases: list[ast.expr]) -> bool:
@@ -176,7 +202,11 @@ def documented_above(name: str, bases: list[ast.expr]) -> bool:
         parent = all_classes().get(getattr(base, "id", getattr(base, "attr", "")))
         if parent is None:
             continue
-        methods = [node for node in parent.body if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+        methods = [
+            node
+            for node in parent.body
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+        ]
         documented = any(node.name == name and ast.get_docstring(node) for node in methods)
         if documented or documented_above(name, parent.bases):
             return True
@@ -185,8 +215,12 @@ def documented_above(name: str, bases: list[ast.expr]) -> bool:
 
 def undocumented(body: list[ast.stmt], *, bases: list[ast.expr], prefix: str = "") -> Iterator[str]:
     for node in body:
-        if isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and not node.name.startswith("_"):
-            excused = not isinstance(node, ast.ClassDef) and (is_stub(node) or documented_above(node.name, bases))
+        if isinstance(
+            node, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+        ) and not node.name.startswith("_"):
+            excused = not isinstance(node, ast.ClassDef) and (
+                is_stub(node) or documented_above(node.name, bases)
+            )
             if not ast.get_docstring(node) and not excused:
                 yield f"{prefix}{node.name}"
             if isinstance(node, ast.ClassDef):
@@ -209,8 +243,12 @@ def test_every_field_of_a_contract_says_what_it_means(file: str):
             continue
         for field, after in zip(node.body, [*node.body[1:], None], strict=True):
             if isinstance(field, ast.AnnAssign):
-                said = isinstance(after, ast.Expr) and isinstance(getattr(after.value, "value", None), str)
-                assert said, f"{file}:{field.lineno}: {node.name}.{field.target.id} has no docstring beneath it"
+                said = isinstance(after, ast.Expr) and isinstance(
+                    getattr(after.value, "value", None), str
+                )
+                assert said, (
+                    f"{file}:{field.lineno}: {node.name}.{field.target.id} has no docstring beneath it"
+                )
 
 
 @functools.cache
@@ -218,9 +256,15 @@ def table_keys() -> frozenset[str]:
     keys: set[str] = set()
     for file in PACKAGE:
         for node in tree_of(file).body:
-            targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+            targets = (
+                node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+            )
             if any(isinstance(target, ast.Name) and target.id in TABLES for target in targets):
-                keys |= {key.value for key in getattr(node.value, "keys", []) if isinstance(key, ast.Constant)}
+                keys |= {
+                    key.value
+                    for key in getattr(node.value, "keys", [])
+                    if isinstance(key, ast.Constant)
+                }
     return frozenset(keys)
 
 
@@ -230,13 +274,23 @@ def test_no_file_branches_on_the_name_of_a_kind_loss_gate_or_strategy(file: str)
     for node in ast.walk(tree_of(file)):
         if isinstance(node, (ast.Compare, ast.MatchValue)):
             constants = {part.value for part in ast.walk(node) if isinstance(part, ast.Constant)}
-            found += [f"{file}:{node.lineno}: {word}" for word in constants & table_keys() - COMMON_WORDS]
+            found += [
+                f"{file}:{node.lineno}: {word}" for word in constants & table_keys() - COMMON_WORDS
+            ]
     assert not found, f"look the thing up in its table instead: {found}"
 
 
 TEXTS = sorted(
     path.relative_to(ROOT).as_posix()
-    for pattern in ("comoe/**/*.py", "launch/**/*.*", "tests/**/*.py", "ds_configs/*", "*.toml", "README.md", ".ci/run")
+    for pattern in (
+        "comoe/**/*.py",
+        "launch/**/*.*",
+        "tests/**/*.py",
+        "ds_configs/*",
+        "*.toml",
+        "README.md",
+        ".ci/run",
+    )
     for path in ROOT.glob(pattern)
     if path.is_file() and "__pycache__" not in path.parts
 )
@@ -253,13 +307,22 @@ def test_no_file_names_a_registry_host_or_a_folder_of_one_machine(file: str):
 def test_a_deepspeed_file_sets_zero_and_leaves_the_recipes_numbers_to_the_recipe(stem: str):
     settings = json.loads((ROOT / f"ds_configs/{stem}.json").read_text(encoding="utf-8"))
     experts, zero = settings["expert_parallel"], settings["zero_optimization"]
-    sizes = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    sizes = (
+        "train_batch_size",
+        "train_micro_batch_size_per_gpu",
+        "gradient_accumulation_steps",
+        "gradient_clipping",
+    )
     assert {settings[key] for key in sizes} | {settings["bf16"]["enabled"]} == {"auto"}
     assert {experts["autoep_size"], experts["top_k"], experts["use_grouped_mm"]} == {"auto"}
-    assert zero["stage"] == int(stem[4]) and ("offload_optimizer" in zero) == stem.endswith("_offload")
+    assert zero["stage"] == int(stem[4]) and ("offload_optimizer" in zero) == stem.endswith(
+        "_offload"
+    )
 
 
 def test_the_house_sees_the_code_that_it_judges():
     assert "comoe/config/recipe.py" in FILES and len(PACKAGE) > 5
-    assert {"deepspeed", "transformers"} <= {name.split(".")[0] for file in PACKAGE for name in imports_of(file)}
+    assert {"deepspeed", "transformers"} <= {
+        name.split(".")[0] for file in PACKAGE for name in imports_of(file)
+    }
     assert {"single_label", "tags"} <= table_keys()

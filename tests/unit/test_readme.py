@@ -62,7 +62,9 @@ def table(first_cell: str) -> dict[str, list[str]]:
 def options(schema: Any, prefix: str) -> Iterator[tuple[str, object]]:
     """Every option below ``prefix`` with its default."""
     for field in dataclasses.fields(schema):
-        default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
+        default = (
+            field.default if field.default is not dataclasses.MISSING else field.default_factory()
+        )
         if dataclasses.is_dataclass(default):
             yield from options(type(default), f"{prefix}{field.name}.")
         else:
@@ -81,13 +83,17 @@ def test_an_option_stands_in_the_readme_with_its_default(option: str):
     *path, name = option.replace("<name>", "any").split(".")
     text, default = shown.strip("`"), OPTIONS[option]
     # Read as a recipe reads it, so that what the table shows can be typed.
-    nested: Any = {name: text if isinstance(default, str) and text != '""' else yaml.safe_load(text)}
+    nested: Any = {
+        name: text if isinstance(default, str) and text != '""' else yaml.safe_load(text)
+    }
     for section in reversed(path):
         nested = {section: nested}
     read: Any = recipe_from_dict(nested)
     for part in path:
         read = read[part] if isinstance(read, dict) else getattr(read, part)
-    assert getattr(read, name) == default, f"{option} is {default!r} by default; the README says {shown}"
+    assert getattr(read, name) == default, (
+        f"{option} is {default!r} by default; the README says {shown}"
+    )
     assert len(meaning) > 10
 
 
@@ -98,7 +104,9 @@ def test_the_readme_lists_no_option_that_does_not_exist():
 LINKS = re.findall(r"\]\(([^)\s]+)\)", README)
 
 
-@pytest.mark.parametrize("link", [link for link in dict.fromkeys(LINKS) if not link.startswith(("#", "http"))])
+@pytest.mark.parametrize(
+    "link", [link for link in dict.fromkeys(LINKS) if not link.startswith(("#", "http"))]
+)
 def test_a_link_leads_to_something(link: str):
     assert (ROOT / link).exists()
 
@@ -112,25 +120,41 @@ def test_links_within_the_page_lead_to_headings():
 def test_pictures_are_small_and_all_shown():
     pictures = [path.relative_to(ROOT).as_posix() for path in sorted((ROOT / ".docs").iterdir())]
     assert pictures and set(pictures) == {link for link in LINKS if link.startswith(".docs/")}
-    assert {path: size for path in pictures if (size := (ROOT / path).stat().st_size) >= MOST_BYTES} == {}
+    assert {
+        path: size for path in pictures if (size := (ROOT / path).stat().st_size) >= MOST_BYTES
+    } == {}
 
 
 def test_files_named_in_commands_and_in_the_text_exist():
     words = [word for command in commands() for word in command] + spans()
-    files = [re.sub(r"::.*|\s.*", "", word) for word in words if re.match(r"(comoe|launch|ds_configs|tests)/", word)]
+    files = [
+        re.sub(r"::.*|\s.*", "", word)
+        for word in words
+        if re.match(r"(comoe|launch|ds_configs|tests)/", word)
+    ]
     assert len(files) > 20 and [file for file in files if not (ROOT / file).exists()] == []
     modules = [command[command.index("-m") + 1] for command in commands() if "-m" in command]
     modules += re.findall(r"python -m ([\w.]+)", prose())
-    assert modules and [name for name in modules if not (ROOT / f"{name.replace('.', '/')}.py").is_file()] == []
+    assert (
+        modules
+        and [name for name in modules if not (ROOT / f"{name.replace('.', '/')}.py").is_file()]
+        == []
+    )
 
 
 def test_options_of_scripts_named_in_commands_exist():
     checked, helps = 0, {}
     for command in commands():
         script = next((word for word in command if re.fullmatch(r"launch/\w+\.py", word)), None)
-        for flag in [word for word in command[command.index(script) :] if word.startswith("--")] if script else []:
+        for flag in (
+            [word for word in command[command.index(script) :] if word.startswith("--")]
+            if script
+            else []
+        ):
             if script not in helps:
-                asked = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True)
+                asked = subprocess.run(
+                    [sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True
+                )
                 helps[script] = set(re.findall(r"--[a-z][a-z-]*", asked.stdout))
             assert flag in helps[script], f"{script} has no option {flag}"
             checked += 1
@@ -141,7 +165,11 @@ def test_overrides_in_commands_are_valid_for_their_recipe():
     checked = 0
     for command in commands():
         words = [word for word in command if OVERRIDE.fullmatch(word)]
-        config = command[command.index("--config") + 1] if "--config" in command else "launch/configs/starter.yaml"
+        config = (
+            command[command.index("--config") + 1]
+            if "--config" in command
+            else "launch/configs/starter.yaml"
+        )
         place = ROOT / config
         load_recipe(place if place.is_file() else ROOT / "launch/configs/starter.yaml", words)
         checked += len(words)
@@ -165,8 +193,14 @@ def test_a_recipe_of_the_readme_is_valid(number: int, tmp_path: Path):
     assert load_recipe(recipe).tasks
 
 
-def test_the_recipe_for_auxiliary_data_reads_what_augment_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    given = [("They smiled.", "positive"), ("An hour passed.", "negative"), ("We sat.", "neutral")] * 4
+def test_the_recipe_for_auxiliary_data_reads_what_augment_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    given = [
+        ("They smiled.", "positive"),
+        ("An hour passed.", "negative"),
+        ("We sat.", "neutral"),
+    ] * 4
     values = ["service", "opinion", "positive", 0.5, 0.25, 0.75, 1, True]
     rows = [
         {"text": f"{text} {number}", "aspect": "service", "polarity": label, **dict(zip(COLUMNS, values, strict=True)),
@@ -205,7 +239,9 @@ def test_python_of_the_readme_imports_names_that_exist():
 def test_formats_kinds_and_presets_are_those_of_the_code():
     assert list(table("format")) == list(READERS)
     assert list(table("`data.normalize.preset`")) == list(PRESETS)
-    shown = {kind: tuple(re.findall(r"`(\w+)`", cells[-1])) for kind, cells in table("`kind`").items()}
+    shown = {
+        kind: tuple(re.findall(r"`(\w+)`", cells[-1])) for kind, cells in table("`kind`").items()
+    }
     assert shown == {name: kind.metrics for name, kind in KINDS.items()}
 
 
@@ -217,7 +253,9 @@ def test_tables_to_register_in_exist_in_the_named_file():
         files = [ROOT / link for link in re.findall(r"\]\(([^)]+)\)", opened)]
         source = "".join(file.read_text(encoding="utf-8") for file in files if file.is_file())
         for name in re.findall(r"`([A-Z_]+)`", registered):
-            assert re.search(rf"^{name}\b.*=", source, flags=re.MULTILINE), f"{opened.strip()} has no table {name}"
+            assert re.search(rf"^{name}\b.*=", source, flags=re.MULTILINE), (
+                f"{opened.strip()} has no table {name}"
+            )
             checked += 1
     assert checked > 10
 

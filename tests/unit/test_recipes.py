@@ -24,7 +24,10 @@ def test_a_recipe_is_valid_and_named_after_its_file(path: Path) -> None:
     recipe = load_recipe(path)
     check_names(recipe)
     assert recipe.run.name == path.stem
-    for key, value in {"model.encoder": recipe.model.encoder, "data.root": recipe.data.root}.items():
+    for key, value in {
+        "model.encoder": recipe.model.encoder,
+        "data.root": recipe.data.root,
+    }.items():
         assert value is None or not value.startswith(PREFIXES) or value in READY_MADE[key]
     assert path.read_text(encoding="utf-8").startswith("# ")
 
@@ -32,7 +35,11 @@ def test_a_recipe_is_valid_and_named_after_its_file(path: Path) -> None:
 @pytest.mark.parametrize("stem", ["absa", "airline", "social", "tweeteval", "wnut17"])
 def test_the_head_of_a_recipe_for_published_posts_names_them_on_the_hub(stem: str) -> None:
     path = next(path for path in CONFIGS if path.stem == stem)
-    head = "".join(line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.startswith("#"))
+    head = "".join(
+        line
+        for line in path.read_text(encoding="utf-8").splitlines(keepends=True)
+        if line.startswith("#")
+    )
     # The indented command that follows "...", up to the line that no backslash continues.
     commands = re.findall(r"^#   \.\.\. ((?:.*\\\n)*.*)$", head, flags=re.MULTILINE)
     (words,) = (command for command in commands if ".format=hub" in command)
@@ -43,10 +50,15 @@ def test_the_head_of_a_recipe_for_published_posts_names_them_on_the_hub(stem: st
     assert re.fullmatch(r"[\w-]+/[\w-]+", task.path) and task.splits == {} and not task.slices
 
 
-def test_the_generated_implicit_posts_fit_their_recipe_and_each_seed_draws_others(tmp_path: Path) -> None:
+def test_the_generated_implicit_posts_fit_their_recipe_and_each_seed_draws_others(
+    tmp_path: Path,
+) -> None:
     path = next(path for path in CONFIGS if path.stem == "implicit_smoke")
     build_implied_posts(tmp_path)
-    first, second = (load_corpus(load_recipe(path, [f"data.root={tmp_path}", f"train.seed={seed}"])) for seed in (0, 1))
+    first, second = (
+        load_corpus(load_recipe(path, [f"data.root={tmp_path}", f"train.seed={seed}"]))
+        for seed in (0, 1)
+    )
     assert {task.name: (task.kind, task.auxiliary) for task in first.tasks} == {
         "polarity": ("label_words", False), "aspect": ("text", True), "opinion": ("text", True),
     }  # fmt: skip
@@ -57,13 +69,24 @@ def test_the_generated_implicit_posts_fit_their_recipe_and_each_seed_draws_other
 
 
 def test_no_recipe_fetches_weights_that_are_not_for_commercial_use_unasked() -> None:
-    assert [path.stem for path in CONFIGS if load_recipe(path).model.encoder == "kit:chinese_encoder"] == []
+    assert [
+        path.stem for path in CONFIGS if load_recipe(path).model.encoder == "kit:chinese_encoder"
+    ] == []
 
 
-def test_the_published_mixture_runs_all_experts_by_task_and_reads_the_generated_posts(tmp_path: Path) -> None:
-    recipe = load_recipe(next(path for path in CONFIGS if path.stem == "tacl_comoe"), [f"data.root={tmp_path}"])
+def test_the_published_mixture_runs_all_experts_by_task_and_reads_the_generated_posts(
+    tmp_path: Path,
+) -> None:
+    recipe = load_recipe(
+        next(path for path in CONFIGS if path.stem == "tacl_comoe"), [f"data.root={tmp_path}"]
+    )
     moe = recipe.model.moe
-    assert (moe.route_by, moe.top_k, moe.balance, recipe.loss.balance_weight) == ("task", moe.num_experts, "none", 0)
+    assert (moe.route_by, moe.top_k, moe.balance, recipe.loss.balance_weight) == (
+        "task",
+        moe.num_experts,
+        "none",
+        0,
+    )
     assert recipe.loss.contrastive.weight > 0
     build_generated_posts(tmp_path, generators=TACL_GENERATORS)
     corpus = load_corpus(recipe)
@@ -75,5 +98,9 @@ def test_the_published_mixture_runs_all_experts_by_task_and_reads_the_generated_
         "topic": ("single_label", "macro_f1", 4),
     }
     posts = corpus.splits["validation"]
-    asked = [pair for pair, label in zip(posts.pairs, posts.labels["stance"], strict=True) if label is not None]
+    asked = [
+        pair
+        for pair, label in zip(posts.pairs, posts.labels["stance"], strict=True)
+        if label is not None
+    ]
     assert len(asked) == 80 and None not in asked

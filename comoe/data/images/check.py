@@ -17,7 +17,15 @@ import PIL
 from tqdm import tqdm
 
 from comoe.config.recipe import DataConfig
-from comoe.data.images.decode import VERSION, BadImage, ImageLimits, Source, is_animated, locate_image, read_image
+from comoe.data.images.decode import (
+    VERSION,
+    BadImage,
+    ImageLimits,
+    Source,
+    is_animated,
+    locate_image,
+    read_image,
+)
 from comoe.data.report import BadRow, DataReport, settle
 from comoe.distributed import all_gather_objects, is_main, rank, world_size
 
@@ -26,7 +34,8 @@ PICTURE = "picture: "
 
 
 THREADS = min(4, os.cpu_count() or 1)
-"""Pictures decoded at the same time: Pillow works outside of the interpreter's lock, and each takes its memory."""
+"""Pictures decoded at the same time: Pillow works outside of the interpreter's lock, and each takes
+its memory."""
 
 
 ADVICE = {
@@ -37,7 +46,8 @@ ADVICE = {
 
 
 Verdict = tuple[str, str, bool]
-"""Reason and rule of ``BadImage``, both empty for a good picture; whether it has more frames than one."""
+"""Reason and rule of ``BadImage``, both empty for a good picture; whether it has more frames than
+one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +76,8 @@ def check_images(
 ) -> CheckedImages:
     """Find and decode the picture of every post; every rank must call it with the same cells, and all get the same.
 
-    Each rank decodes a share. A picture that was looked at before and has not changed since is not decoded again.
+    Each rank decodes a share. A picture that was looked at before and has not changed since is not
+    decoded again.
 
     Args:
         cells: what the picture column holds, one per post.
@@ -97,15 +108,20 @@ def check_images(
             refuse(post, error.reason, error.rule)
     different = list(dict.fromkeys(source for source in sources if source is not None))
     if different:
-        # Other columns and folders name other pictures: sharing a file they would forget each other's.
+        # Other columns and folders name other pictures: sharing a file they would forget each
+        # other's.
         cache = _cache_file(cache_dir, os.path.abspath(file), column, str(inside), limits)
         verdicts = _judged(different, limits, cache=cache, progress=progress)
     for post, source in enumerate(sources):
-        reason, rule, _ = verdicts.get(source, ("", "", False)) if source is not None else ("", "", False)
+        reason, rule, _ = (
+            verdicts.get(source, ("", "", False)) if source is not None else ("", "", False)
+        )
         if reason:
             sources[post] = None
             refuse(post, reason, rule)
-    return CheckedImages(sources, bad, sum(source is not None and verdicts[source][2] for source in sources))
+    return CheckedImages(
+        sources, bad, sum(source is not None and verdicts[source][2] for source in sources)
+    )
 
 
 class ImageReader:
@@ -139,7 +155,12 @@ class ImageReader:
             )
         self.config = config
         self.report = report
-        settings = {"limits": limits_of(config), "cache_dir": cache_dir, "progress": progress, "advice": advice}
+        settings = {
+            "limits": limits_of(config),
+            "cache_dir": cache_dir,
+            "progress": progress,
+            "advice": advice,
+        }
         self._settings: dict[str, Any] = settings
 
     def read(
@@ -152,9 +173,13 @@ class ImageReader:
         """
         root = self.config.image_root
         root = Path(file).parent if root is None else Path(root).expanduser()
-        found = check_images(cells, file=file, lines=lines, column=column, root=root, **self._settings)
+        found = check_images(
+            cells, file=file, lines=lines, column=column, root=root, **self._settings
+        )
         if found.animated:
-            self.report.notes.append(f"{file}: of {found.animated:,} animated pictures the first frame is read")
+            self.report.notes.append(
+                f"{file}: of {found.animated:,} animated pictures the first frame is read"
+            )
         bad = [found.bad[row] for row in sorted(found.bad)]
         self._warn(bad, good=sum(source is not None for source in found.sources), file=file)
         if KEEPS_POST[self.config.on_bad_image]:
@@ -167,7 +192,9 @@ class ImageReader:
     def _warn(self, bad: Sequence[BadRow], *, good: int, file: str) -> None:
         """Where most pictures are bad, something is wrong with all of them: a folder, a download."""
         if len(bad) > good:
-            (reason, count), *_ = Counter(row.reason.removeprefix(PICTURE) for row in bad).most_common(1)
+            (reason, count), *_ = Counter(
+                row.reason.removeprefix(PICTURE) for row in bad
+            ).most_common(1)
             first = next(row for row in bad if row.reason == f"{PICTURE}{reason}")
             self.report.warnings.append(
                 f"{file}: {len(bad):,} of {len(bad) + good:,} pictures are bad, most often ({count:,}) because of: "
@@ -190,15 +217,24 @@ def _judged(
     new = [number for number in mine if number not in found]
     judge = partial(_judge, limits=limits)
     show = progress and is_main() and len(new) > 0
-    with ThreadPoolExecutor(THREADS) as pool, tqdm(total=len(new), desc="pictures", unit="", disable=not show) as bar:
-        for number, verdict in zip(new, pool.map(judge, (sources[number] for number in new)), strict=True):
+    with (
+        ThreadPoolExecutor(THREADS) as pool,
+        tqdm(total=len(new), desc="pictures", unit="", disable=not show) as bar,
+    ):
+        for number, verdict in zip(
+            new, pool.map(judge, (sources[number] for number in new)), strict=True
+        ):
             found[number] = verdict
             bar.update()
-    shares = all_gather_objects([(number, keys[number], verdict) for number, verdict in found.items()])
+    shares = all_gather_objects(
+        [(number, keys[number], verdict) for number, verdict in found.items()]
+    )
     everything = [entry for share in shares for entry in share]
     if is_main() and cache is not None:
         # What could not be read now may be readable tomorrow, with the same size and time.
-        lasting = {key: verdict for _, key, verdict in everything if key and verdict[0] != "unreadable"}
+        lasting = {
+            key: verdict for _, key, verdict in everything if key and verdict[0] != "unreadable"
+        }
         if lasting != known:
             _save(cache, lasting)
     return {sources[number]: verdict for number, _, verdict in everything}
@@ -225,18 +261,26 @@ def _key(source: Source) -> str:
     return hashlib.blake2b(told, digest_size=16).hexdigest()
 
 
-def _cache_file(folder: Path | None, file: str, column: str, root: str, limits: ImageLimits) -> Path | None:
+def _cache_file(
+    folder: Path | None, file: str, column: str, root: str, limits: ImageLimits
+) -> Path | None:
     if folder is None:
         return None
     settings = [VERSION, PIL.__version__, file, column, root, limits.max_bytes, limits.max_pixels]
-    return folder / f"{hashlib.blake2b(json.dumps(settings).encode(), digest_size=16).hexdigest()}.json"
+    return (
+        folder
+        / f"{hashlib.blake2b(json.dumps(settings).encode(), digest_size=16).hexdigest()}.json"
+    )
 
 
 def _load(path: Path | None) -> dict[str, Verdict]:
     """A cache file; nothing where there is none, or a damaged one."""
     try:
         stored = json.loads(path.read_text(encoding="utf-8")) if path is not None else {}
-        return {key: (str(reason), str(rule), bool(animated)) for key, (reason, rule, animated) in stored.items()}
+        return {
+            key: (str(reason), str(rule), bool(animated))
+            for key, (reason, rule, animated) in stored.items()
+        }
     except (OSError, ValueError, TypeError, AttributeError):
         return {}
 

@@ -1,7 +1,7 @@
 """Pictures of posts, as strangers send them: found, read and decoded within limits, or refused with one sentence.
 
-Only the readers of ``FORMATS`` ever see a byte of a file. Size in bytes and, from the header, in pixels are looked at
-before anything is decoded.
+Only the readers of ``FORMATS`` ever see a byte of a file. Size in bytes and, from the header, in
+pixels are looked at before anything is decoded.
 """
 
 from __future__ import annotations
@@ -66,14 +66,18 @@ def locate_image(cell: Any, *, root: Path | None) -> Source | None:
     """The picture that a cell of a data set means.
 
     Args:
-        cell: a path, the bytes of a file, a dict of both (``datasets`` stores pictures so), a Pillow image, or nothing.
-        root: resolved folder that paths start from and must not leave, not even by a link; None takes any path.
+        cell: a path, the bytes of a file, a dict of both (``datasets`` stores pictures so), a
+            Pillow image, or nothing.
+        root: resolved folder that paths start from and must not leave, not even by a link; None
+            takes any path.
 
     Returns:
-        Bytes, an absolute path, or None for an empty cell. Whether there is such a file is not looked at.
+        Bytes, an absolute path, or None for an empty cell. Whether there is such a file is not
+            looked at.
 
     Raises:
-        BadImage: the cell means something else, a file outside of ``root``, or a Pillow image that cannot be decoded.
+        BadImage: the cell means something else, a file outside of ``root``, or a Pillow image that
+            cannot be decoded.
     """
     if isinstance(cell, dict):
         cell = cell.get("bytes") or cell.get("path")
@@ -87,21 +91,30 @@ def locate_image(cell: Any, *, root: Path | None) -> Source | None:
     if not isinstance(cell, (str, os.PathLike)):
         name = type(cell).__name__
         article = "an" if name[0] in "aeiou" else "a"
-        raise BadImage("wrong cell", f"holds {article} {name}; a picture is a path, or the bytes of its file.")
+        raise BadImage(
+            "wrong cell", f"holds {article} {name}; a picture is a path, or the bytes of its file."
+        )
     text = os.fspath(cell)
     if not text.strip():
         return None
     if ADDRESS.match(text):
-        raise BadImage("address", "is an address, and nothing is fetched; download the picture and give its path.")
+        raise BadImage(
+            "address",
+            "is an address, and nothing is fetched; download the picture and give its path.",
+        )
     if "\x00" in text:
         raise BadImage("wrong cell", "has a NUL character in the path; correct it.")
     try:
         path = os.path.realpath(text if root is None else root / text)
         os.fsencode(path)
     except (OSError, ValueError) as error:
-        raise BadImage("wrong cell", f"has a path that no file can have ({_in_words(error)}); correct it.") from error
+        raise BadImage(
+            "wrong cell", f"has a path that no file can have ({_in_words(error)}); correct it."
+        ) from error
     if root is not None and not Path(path).is_relative_to(root):
-        raise BadImage("outside", f"leads out of the folder of the pictures, {root}; move it there.")
+        raise BadImage(
+            "outside", f"leads out of the folder of the pictures, {root}; move it there."
+        )
     return path
 
 
@@ -113,9 +126,10 @@ def read_image(source: Source, limits: ImageLimits, *, at_least: int | None = No
     Args:
         source: what ``locate_image`` gave.
         limits: of file and picture.
-        at_least: pixels of the short side that are wanted in the end. A JPEG may then come out 2, 4 or 8 times smaller
-            than it is, which takes a fraction of the time, as long as its short side keeps twice as many. Scaled to its
-            last size it differs slightly from the whole picture scaled to it. None decodes the whole.
+        at_least: pixels of the short side that are wanted in the end. A JPEG may then come out 2, 4
+            or 8 times smaller than it is, which takes a fraction of the time, as long as its short
+            side keeps twice as many. Scaled to its last size it differs slightly from the whole
+            picture scaled to it. None decodes the whole.
 
     Raises:
         BadImage: it cannot be used, and why.
@@ -136,7 +150,9 @@ def read_image(source: Source, limits: ImageLimits, *, at_least: int | None = No
     except Image.DecompressionBombError as error:
         found = re.search(r"\d+", str(error))
         count = f"{int(found[0]):,}" if found else "too many"
-        raise BadImage("too many pixels", f"has {count} pixels; {_too_many(limits.max_pixels)}") from error
+        raise BadImage(
+            "too many pixels", f"has {count} pixels; {_too_many(limits.max_pixels)}"
+        ) from error
     except MemoryError as error:
         raise BadImage("too many pixels", "does not fit into memory; make it smaller.") from error
     except Exception as error:  # a hostile file can make a reader raise anything
@@ -146,9 +162,13 @@ def read_image(source: Source, limits: ImageLimits, *, at_least: int | None = No
 def is_animated(source: Source) -> bool:
     """Whether a picture that ``read_image`` takes has more frames than the one that is read."""
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
+        with Image.open(
+            io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS
+        ) as image:
             # A JPEG of several pictures is a photograph with its previews.
-            return image.format in ("GIF", "WEBP", "PNG") and bool(getattr(image, "is_animated", False))
+            return image.format in ("GIF", "WEBP", "PNG") and bool(
+                getattr(image, "is_animated", False)
+            )
     except Exception:  # the first frame was read, whatever is wrong with the next one
         return False
 
@@ -158,7 +178,9 @@ def _as_png(image: Image.Image) -> bytes:
     try:
         buffer = io.BytesIO()
         # Pillow's way from deep greys to RGBA would cut them off.
-        (_from_deep_grey(image) if _is_deep_grey(image) else image.convert("RGBA")).save(buffer, "PNG")
+        (_from_deep_grey(image) if _is_deep_grey(image) else image.convert("RGBA")).save(
+            buffer, "PNG"
+        )
         return buffer.getvalue()
     except Exception as error:  # as in read_image
         raise BadImage("broken", f"is broken ({_in_words(error)}); save it anew.") from error
@@ -179,7 +201,11 @@ def _read_bytes(source: Source, limit: int) -> bytes:
         except BadImage:
             raise
         except FileNotFoundError as error:
-            todo = "the path has backslashes; write it with / instead." if "\\" in source else "correct the path."
+            todo = (
+                "the path has backslashes; write it with / instead."
+                if "\\" in source
+                else "correct the path."
+            )
             raise BadImage("missing", f"is not there ({source}); {todo}") from error
         except (OSError, ValueError) as error:
             raise BadImage("unreadable", f"cannot be read ({_in_words(error)}).") from error
@@ -194,7 +220,9 @@ def _read_bytes(source: Source, limit: int) -> bytes:
 
 def _check_pixels(size: tuple[int, int] | None, limit: int) -> None:
     if size is not None and size[0] * size[1] > limit:
-        raise BadImage("too many pixels", f"has {size[0]:,} x {size[1]:,} pixels; {_too_many(limit)}")
+        raise BadImage(
+            "too many pixels", f"has {size[0]:,} x {size[1]:,} pixels; {_too_many(limit)}"
+        )
 
 
 def _too_many(limit: int) -> str:
@@ -243,12 +271,16 @@ def _is_deep_grey(image: Image.Image) -> bool:
 def _from_deep_grey(image: Image.Image) -> Image.Image:
     """Greys of 16 bits (or more, or fractions) as RGB; Pillow itself would cut them off at 255.
 
-    Whole numbers go up to 65,535. Fractions do not say where white is: the first of 1, 255 and 65,535 that none
-    exceeds, or the largest of them.
+    Whole numbers go up to 65,535. Fractions do not say where white is: the first of 1, 255 and
+    65,535 that none exceeds, or the largest of them.
     """
     values = np.nan_to_num(np.asarray(image, dtype=np.float64))
     most = float(values.max(initial=0))
-    top = 65535.0 if image.mode.startswith("I") else next(t for t in (1.0, 255.0, 65535.0, most) if most <= t)
+    top = (
+        65535.0
+        if image.mode.startswith("I")
+        else next(t for t in (1.0, 255.0, 65535.0, most) if most <= t)
+    )
     return Image.fromarray(np.clip(values * (255 / top), 0, 255).astype(np.uint8)).convert("RGB")
 
 
@@ -256,7 +288,9 @@ def _unrecognised(data: bytes) -> BadImage:
     format = next((name for name, holds in BEGINNINGS.items() if holds(data)), None)
     if format is not None:
         return BadImage("broken", f"is broken ({format} without a whole header); save it anew.")
-    found = next((name for name, holds in LOOKS.items() if holds(data)), "no picture that can be recognised")
+    found = next(
+        (name for name, holds in LOOKS.items() if holds(data)), "no picture that can be recognised"
+    )
     return BadImage("no picture", f"is {found}; pictures are {', '.join(FORMATS)}.")
 
 

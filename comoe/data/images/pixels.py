@@ -25,8 +25,8 @@ THREADS = min(4, os.cpu_count() or 1)
 
 
 NARROWEST = 16
-"""Of a picture that is longer than this many times its width, only the middle is read: processors that scale the short
-side would blow it up to any size."""
+"""Of a picture that is longer than this many times its width, only the middle is read: processors
+that scale the short side would blow it up to any size."""
 
 
 DEFAULT_SIZE = 224
@@ -49,7 +49,9 @@ class ImageProcessor:
     def __init__(self, inner: Any, *, side: int) -> None:
         self.inner = inner
         self._side = side
-        self._squared = self._run(_blank(2 * side, side)).shape != self._run(_blank(side, side)).shape
+        self._squared = (
+            self._run(_blank(2 * side, side)).shape != self._run(_blank(side, side)).shape
+        )
         shape = self(_blank(side, side)).shape
         if len(shape) != 3 or shape[0] != 3:
             raise ValueError(
@@ -60,7 +62,8 @@ class ImageProcessor:
         self.shape: tuple[int, int, int] = shape
         """(3, H, W) of every answer."""
         self.short_side = side if self._squared else _short_side(inner, shape)
-        """Most pixels of a picture's short side that count: larger ones are scaled down to it. None if not known."""
+        """Most pixels of a picture's short side that count: larger ones are scaled down to it. None
+        if not known."""
 
     def __call__(self, image: Image.Image) -> np.ndarray:
         """Scale, crop and normalise an RGB picture: float32, shape (3, H, W)."""
@@ -98,8 +101,8 @@ class PixelReader:
     def read(self, sources: Sequence[Source]) -> list[np.ndarray | None]:
         """The numbers of each picture, float32, shape (3, H, W); None for one that went bad since it was checked.
 
-        Large JPEGs are decoded smaller, see ``read_image``: the numbers may differ slightly from what the processor
-        makes of the whole picture.
+        Large JPEGs are decoded smaller, see ``read_image``: the numbers may differ slightly from
+        what the processor makes of the whole picture.
         """
         if len(sources) < 2:
             return [self._read(source) for source in sources]
@@ -108,18 +111,23 @@ class PixelReader:
     def collate(self, images_B: Sequence[Source | None]) -> tuple[Tensor, Tensor, Tensor | None]:
         """``pixels_I3HW``, ``image_rows_I`` and ``image_numbers_I`` of a ``Batch``.
 
-        A picture that several rows have (a row per task) is there once. Where there is none a blank one of row -1 is.
+        A picture that several rows have (a row per task) is there once. Where there is none a blank
+        one of row -1 is.
 
         Args:
             images_B: picture of each row.
         """
         different = list(dict.fromkeys(source for source in images_B if source is not None))
         made = {
-            source: pixels for source, pixels in zip(different, self.read(different), strict=True) if pixels is not None
+            source: pixels
+            for source, pixels in zip(different, self.read(different), strict=True)
+            if pixels is not None
         }
         place = {source: number for number, source in enumerate(made)}
         rows = [row for row, source in enumerate(images_B) if source in place]
-        numbers = None if len(rows) <= len(made) else torch.tensor([place[images_B[row]] for row in rows])
+        numbers = (
+            None if len(rows) <= len(made) else torch.tensor([place[images_B[row]] for row in rows])
+        )
         pixels = torch.from_numpy(np.stack(list(made.values()) or [self.blank]))
         return pixels, torch.tensor(rows or [-1], dtype=torch.int64), numbers
 
@@ -149,7 +157,8 @@ class PixelReader:
 def load_image_processor(name: str, *, trust_remote_code: bool = False) -> ImageProcessor:
     """The image processor of a vision tower, or of a model of both sides; Pillow does the work, never torchvision.
 
-    A folder without ``preprocessor_config.json`` gets pictures of its model's size, normalised to -1 to 1.
+    A folder without ``preprocessor_config.json`` gets pictures of its model's size, normalised to
+    -1 to 1.
 
     Args:
         name: folder, or hub name.
@@ -159,7 +168,9 @@ def load_image_processor(name: str, *, trust_remote_code: bool = False) -> Image
         ValueError: neither a processor nor a model's configuration is there.
     """
     try:
-        inner = AutoImageProcessor.from_pretrained(name, backend="pil", trust_remote_code=trust_remote_code)
+        inner = AutoImageProcessor.from_pretrained(
+            name, backend="pil", trust_remote_code=trust_remote_code
+        )
     except (OSError, ValueError, KeyError, ImportError, TypeError, AttributeError) as error:
         inner = _plain_processor(name, trust_remote_code=trust_remote_code, reason=error)
     return ImageProcessor(inner, side=_side(inner))
@@ -180,14 +191,20 @@ def _plain_processor(name: str, *, trust_remote_code: bool, reason: Exception) -
     said = json.loads(own.read_text(encoding="utf-8")) if own.is_file() else {}
     size = getattr(getattr(config, "vision_config", config), "image_size", None) or DEFAULT_SIZE
     height, width = (size, size) if isinstance(size, int) else tuple(size)[-2:]
-    kept = {key: said[key] for key in ("image_mean", "image_std", "resample", "rescale_factor") if key in said}
+    kept = {
+        key: said[key]
+        for key in ("image_mean", "image_std", "resample", "rescale_factor")
+        if key in said
+    }
     return ViTImageProcessorPil(size={"height": height, "width": width}, **kept)
 
 
 def _sizes(inner: Any, name: str) -> dict[str, Any]:
     """``size`` or ``crop_size`` of a processor."""
     size = getattr(inner, name, None)
-    return dict(size) if isinstance(size, Mapping) else vars(size) if hasattr(size, "__dict__") else {}
+    return (
+        dict(size) if isinstance(size, Mapping) else vars(size) if hasattr(size, "__dict__") else {}
+    )
 
 
 def _side(inner: Any) -> int:

@@ -46,7 +46,9 @@ def text_lines(path: Path) -> tuple[list[str], list[BadRow]]:
             lines.append(piece.decode("utf-8"))
         except UnicodeDecodeError as error:
             lines.append(piece.decode("utf-8", errors="replace"))
-            rule = f"is not valid UTF-8 (byte {error.start + 1} of the line); save the file as UTF-8."
+            rule = (
+                f"is not valid UTF-8 (byte {error.start + 1} of the line); save the file as UTF-8."
+            )
             bad.append(BadRow(str(path), number, piece, rule))
         else:
             if "\x00" in lines[-1]:
@@ -65,9 +67,14 @@ def read_jsonl(path: Path) -> RawSplit:
             continue
         try:
             row = json.loads(line)
-        # ValueError also covers whole numbers of thousands of digits; RecursionError, nesting without end.
+        # ValueError also covers whole numbers of thousands of digits; RecursionError, nesting
+        # without end.
         except (ValueError, RecursionError) as error:
-            what = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+            what = (
+                f"{error.msg}, column {error.colno}"
+                if isinstance(error, json.JSONDecodeError)
+                else str(error)
+            )
             rule = f"is not valid JSON ({what}); there must be one whole object per line."
             bad.append(BadRow(str(path), number, line, rule))
             continue
@@ -85,8 +92,14 @@ def read_posts(path: Path) -> RawSplit:
     """Plain text: one post per line in a column ``text``, no labels; blank lines are passed over."""
     lines, bad = text_lines(path)
     damaged = {row.line for row in bad}
-    kept = [number for number, line in enumerate(lines, start=1) if number not in damaged and line.strip()]
-    return RawSplit(str(path), [{"text": lines[number - 1]} for number in kept], kept, ("text",), bad)
+    kept = [
+        number
+        for number, line in enumerate(lines, start=1)
+        if number not in damaged and line.strip()
+    ]
+    return RawSplit(
+        str(path), [{"text": lines[number - 1]} for number in kept], kept, ("text",), bad
+    )
 
 
 def read_csv(path: Path, *, delimiter: str = ",", quoting: int = csv.QUOTE_MINIMAL) -> RawSplit:
@@ -101,7 +114,14 @@ def read_csv(path: Path, *, delimiter: str = ",", quoting: int = csv.QUOTE_MINIM
                 raise ValueError(f"{bad[0]} It is the line that names the columns.")
             continue
         if isinstance(cells, str):
-            bad.append(BadRow(str(path), first, lines[first - 1], f"is not valid CSV ({cells}); check the quotes."))
+            bad.append(
+                BadRow(
+                    str(path),
+                    first,
+                    lines[first - 1],
+                    f"is not valid CSV ({cells}); check the quotes.",
+                )
+            )
         elif header is None:
             header = _header(path, first, cells)
         elif len(cells) != len(header):
@@ -110,23 +130,31 @@ def read_csv(path: Path, *, delimiter: str = ",", quoting: int = csv.QUOTE_MINIM
         else:
             rows.append(dict(zip(header, cells, strict=True)))
             numbers.append(first)
-    return RawSplit(str(path), rows, numbers, tuple(header or ()), sorted(bad, key=lambda row: row.line))
+    return RawSplit(
+        str(path), rows, numbers, tuple(header or ()), sorted(bad, key=lambda row: row.line)
+    )
 
 
 def _header(path: Path, line: int, cells: list[str]) -> list[str]:
     """Names of the columns."""
     names = [name.strip() for name in cells]
     if len(set(names)) < len(names):
-        raise ValueError(f"{path}:{line}: two columns have the same name ({', '.join(names)}); rename one.")
+        raise ValueError(
+            f"{path}:{line}: two columns have the same name ({', '.join(names)}); rename one."
+        )
     return names
 
 
-def _csv_rows(lines: list[str], *, delimiter: str, quoting: int) -> Iterator[tuple[int, int, list[str] | str]]:
+def _csv_rows(
+    lines: list[str], *, delimiter: str, quoting: int
+) -> Iterator[tuple[int, int, list[str] | str]]:
     """(first line, last line, cells or what is wrong) of every row."""
     # csv refuses cells above 128 KiB; our own limit has a message with file and line.
     before = csv.field_size_limit(sys.maxsize)
     try:
-        reader = csv.reader((f"{line}\n" for line in lines), delimiter=delimiter, quoting=quoting, strict=True)
+        reader = csv.reader(
+            (f"{line}\n" for line in lines), delimiter=delimiter, quoting=quoting, strict=True
+        )
         while True:
             first = reader.line_num + 1
             try:
@@ -147,7 +175,9 @@ def read_tsv(path: Path) -> RawSplit:
     return read_csv(path, delimiter="\t", quoting=csv.QUOTE_NONE)
 
 
-def read_tweeteval(text_file: Path, label_file: Path | None, mapping: Mapping[str, str]) -> RawSplit:
+def read_tweeteval(
+    text_file: Path, label_file: Path | None, mapping: Mapping[str, str]
+) -> RawSplit:
     """One split of a TweetEval folder: line n of ``label_file`` is the label of line n of ``text_file``.
 
     Args:
@@ -199,6 +229,12 @@ def read_mapping(path: Path) -> dict[str, str]:
         raise ValueError(str(bad[0]))
     pairs = [line.split("\t") for line in lines if line.strip()]
     ids = [pair[0].strip() for pair in pairs]
-    if any(len(pair) < 2 or not pair[1].strip() for pair in pairs) or sorted(ids) != sorted(map(str, range(len(ids)))):
-        raise ValueError(f"{path} must hold one line per label: its id from 0, a tab, its name; it holds {lines!r}.")
-    return {pair[0].strip(): pair[1].strip() for pair in sorted(pairs, key=lambda pair: int(pair[0]))}
+    if any(len(pair) < 2 or not pair[1].strip() for pair in pairs) or sorted(ids) != sorted(
+        map(str, range(len(ids)))
+    ):
+        raise ValueError(
+            f"{path} must hold one line per label: its id from 0, a tab, its name; it holds {lines!r}."
+        )
+    return {
+        pair[0].strip(): pair[1].strip() for pair in sorted(pairs, key=lambda pair: int(pair[0]))
+    }

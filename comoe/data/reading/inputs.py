@@ -15,7 +15,9 @@ USUAL = "image"
 """The column where nothing else is known."""
 
 
-def choose_column(trained: str | None, *, asked: str | None, columns: Sequence[str] | None) -> str | None:
+def choose_column(
+    trained: str | None, *, asked: str | None, columns: Sequence[str] | None
+) -> str | None:
     """The picture column to read; says so on stderr where a model that reads pictures gets none.
 
     Args:
@@ -24,15 +26,21 @@ def choose_column(trained: str | None, *, asked: str | None, columns: Sequence[s
         columns: of the input; None for a file of texts alone.
 
     Returns:
-        ``asked``, else ``trained``, else ``image``, whichever the input has; None where it, or the model, has none.
+        ``asked``, else ``trained``, else ``image``, whichever the input has; None where it, or the
+            model, has none.
 
     Raises:
-        ValueError: a column was asked for, and the model reads no pictures, or the input has no columns.
+        ValueError: a column was asked for, and the model reads no pictures, or the input has no
+            columns.
     """
     if asked is not None and trained is None:
-        raise ValueError(f"--image-column {asked}: this model reads no pictures; leave the option out.")
+        raise ValueError(
+            f"--image-column {asked}: this model reads no pictures; leave the option out."
+        )
     if asked is not None and columns is None:
-        raise ValueError(f"--image-column {asked}: a .txt file has no columns; give a .jsonl, .csv or .tsv file.")
+        raise ValueError(
+            f"--image-column {asked}: a .txt file has no columns; give a .jsonl, .csv or .tsv file."
+        )
     if asked is not None or trained is None:
         return asked
     found = next((column for column in (trained, USUAL) if column in (columns or ())), None)
@@ -67,10 +75,15 @@ def pair_in_training(config: Mapping[str, Any], tasks: Iterable[Task]) -> str | 
         tasks: of the model.
 
     Returns:
-        None where they had different ones, one of them had none, or an older export did not keep them.
+        None where they had different ones, one of them had none, or an older export did not keep
+            them.
     """
     known = config.get("columns", {})
-    reading = (task for task in tasks if task.rules.scored and (task.prompt is None or wants_pair(task.prompt)))
+    reading = (
+        task
+        for task in tasks
+        if task.rules.scored and (task.prompt is None or wants_pair(task.prompt))
+    )
     named = {known.get(task.name, {}).get("pair") for task in reading}
     return named.pop() if len(named) == 1 else None
 
@@ -82,7 +95,10 @@ def choose_pair(
     trained = None if asked is not None else pair_in_training(config, tasks)
     if trained not in columns:
         return asked
-    print(f"second texts are read from column {trained}, as in training (--pair-column names another)", file=sys.stderr)
+    print(
+        f"second texts are read from column {trained}, as in training (--pair-column names another)",
+        file=sys.stderr,
+    )
     return trained
 
 
@@ -92,12 +108,17 @@ def choose_labels(
     """Task -> column with its label.
 
     Returns:
-        ``asked``; else per task the column of training, where the input has it and no other task of these had the same;
+        ``asked``; else per task the column of training, where the input has it and no other task of
+            these had the same;
         else ``label`` for one task, and the name of each for several.
     """
     known = config.get("columns", {})
     trained = {task.name: known.get(task.name, {}).get("label") for task in tasks}
     shared = Counter(trained.values())
-    own = {name: column for name, column in trained.items() if column in columns and shared[column] == 1}
+    own = {
+        name: column
+        for name, column in trained.items()
+        if column in columns and shared[column] == 1
+    }
     usual = {task.name: "label" if len(tasks) == 1 else task.name for task in tasks}
     return usual | own if asked is None else dict.fromkeys(usual, asked)

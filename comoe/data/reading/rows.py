@@ -57,8 +57,8 @@ class RowReader:
         labels: task -> label names.
         max_characters: a longer text is a bad cell.
         columns: further columns to keep as text.
-        strict: a label that does not fit its post's words (a phrase that is not among them) makes the row a bad one;
-            else the post stays without that label and is counted in ``unfit``.
+        strict: a label that does not fit its post's words (a phrase that is not among them) makes
+            the row a bad one; else the post stays without that label and is counted in ``unfit``.
     """
 
     def __init__(
@@ -77,7 +77,8 @@ class RowReader:
         self._text, self._pair, self._image = first.text, first.pair, first.image
         self._max_characters = max_characters
         self._columns, self._strict = tuple(columns), strict
-        # Tags are given for the words between blanks, so they have the last say about what a word is.
+        # Tags are given for the words between blanks, so they have the last say about what a word
+        # is.
         per_token = [kind for kind in self._kinds.values() if kind.per_token]
         self._split = min(per_token, key=lambda kind: kind.free_words).split if per_token else None
         self._asked_with_pair = [name for name, task in tasks.items() if wants_pair(task.prompt)]
@@ -87,16 +88,21 @@ class RowReader:
         """One row.
 
         Raises:
-            BadCell: no text, too long a text, an unknown label, another number of tags than of words, no second text
-                where a prompt wants it.
+            BadCell: no text, too long a text, an unknown label, another number of tags than of
+                words, no second text where a prompt wants it.
         """
         text, words = self._first_text(row.get(self._text))
         pair = self._second_text(row.get(self._pair)) if self._pair is not None else None
-        labels = {name: self._label(name, row.get(task.label), words) for name, task in self._tasks.items()}
+        labels = {
+            name: self._label(name, row.get(task.label), words)
+            for name, task in self._tasks.items()
+        }
         for name in self._asked_with_pair if pair is None else ():
             # A post without any label is to be answered, and asked likewise.
             if labels[name] is not None or all(label is None for label in labels.values()):
-                rule = f"column {self._pair} is empty, but tasks.{name}.prompt has {{pair}}; fill it."
+                rule = (
+                    f"column {self._pair} is empty, but tasks.{name}.prompt has {{pair}}; fill it."
+                )
                 raise BadCell(row.get(self._pair), rule)
         return Post(
             text=text,
@@ -137,14 +143,18 @@ class RowReader:
         if value is None or (isinstance(value, float) and math.isnan(value)):
             return ""
         if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-            raise BadCell(value, f"column {column} holds no text; a text is a string, or a list of words.")
+            raise BadCell(
+                value, f"column {column} holds no text; a text is a string, or a list of words."
+            )
         text = str(value)
         if "\x00" in text:
             raise BadCell(value, f"column {column} holds a NUL character; remove it.")
         return _LONE_SURROGATE.sub("\ufffd", text)
 
     def _too_long(self, text: str, column: str | None) -> BadCell:
-        rule = f"more than data.max_characters ({self._max_characters:,}); cut it, or raise the limit."
+        rule = (
+            f"more than data.max_characters ({self._max_characters:,}); cut it, or raise the limit."
+        )
         return BadCell(text, f"column {column} has {len(text):,} characters, {rule}")
 
     def _label(self, name: str, value: Any, words: list[str] | None) -> Any:
@@ -152,15 +162,23 @@ class RowReader:
         try:
             parsed = kind.parse(value, labels)
         except ValueError as error:
-            hint = f" Labels come from the training split, unless tasks.{name}.labels lists them." if labels else ""
-            raise BadCell(value, f"task {name}, column {self._tasks[name].label}: {error}.{hint}") from error
+            hint = (
+                f" Labels come from the training split, unless tasks.{name}.labels lists them."
+                if labels
+                else ""
+            )
+            raise BadCell(
+                value, f"task {name}, column {self._tasks[name].label}: {error}.{hint}"
+            ) from error
         if parsed is None:
             return None
         try:
             return kind.fitted(parsed, words or ())
         except ValueError as error:
             if self._strict or not kind.free_words:
-                raise BadCell(value, f"task {name}, column {self._tasks[name].label}: {error}") from error
+                raise BadCell(
+                    value, f"task {name}, column {self._tasks[name].label}: {error}"
+                ) from error
         self.unfit[name] += 1
         return None
 

@@ -12,7 +12,15 @@ import pyarrow
 import pyarrow.parquet
 
 from comoe.config.errors import unknown_name
-from comoe.data.reading.files import RawSplit, read_csv, read_jsonl, read_mapping, read_posts, read_tsv, read_tweeteval
+from comoe.data.reading.files import (
+    RawSplit,
+    read_csv,
+    read_jsonl,
+    read_mapping,
+    read_posts,
+    read_tsv,
+    read_tweeteval,
+)
 
 NAMES: dict[str, tuple[str, ...]] = {
     "train": ("train", "training"),
@@ -44,7 +52,13 @@ class Source:
 
 
 def open_source(
-    key: str, *, root: str | None, path: str, format: str, subset: str | None, splits: Mapping[str, str]
+    key: str,
+    *,
+    root: str | None,
+    path: str,
+    format: str,
+    subset: str | None,
+    splits: Mapping[str, str],
 ) -> Source:
     """Find a data set and its format.
 
@@ -66,7 +80,9 @@ def open_source(
     place = Path(root or ".").expanduser() / Path(path).expanduser()
     if not place.exists():
         if root is not None and not Path(root).expanduser().is_dir():
-            raise ValueError(f"data.root ({root}): there is no such folder; {key}.path ({path}) starts from it.")
+            raise ValueError(
+                f"data.root ({root}): there is no such folder; {key}.path ({path}) starts from it."
+            )
         raise ValueError(
             f"{key}.path ({path}): there is no file or folder {place}. Correct the path or data.root; "
             f"for a data set of the Hugging Face hub set {key}.format=hub."
@@ -103,7 +119,11 @@ def _guess(key: str, place: Path, splits: Mapping[str, str]) -> str:
     for file in files:
         if file.is_file() and file.suffix.lower() in ENDINGS:
             return ENDINGS[file.suffix.lower()]
-    looked = [name for stem in NAMES["train"] for name in (f"{stem}_text.txt", *(stem + ending for ending in ENDINGS))]
+    looked = [
+        name
+        for stem in NAMES["train"]
+        for name in (f"{stem}_text.txt", *(stem + ending for ending in ENDINGS))
+    ]
     nothing = _nothing(key, place, "train", looked if named is None else [named])
     raise ValueError(f"{nothing} Or set {key}.format ({', '.join(READERS)}).")
 
@@ -155,7 +175,9 @@ def _read_parquet(path: Path) -> RawSplit:
     return _from_dataset(datasets.Dataset(table), file=str(path))
 
 
-def _file_reader(endings: Sequence[str], read: Callable[[Path], RawSplit]) -> Callable[[Source, str], RawSplit | None]:
+def _file_reader(
+    endings: Sequence[str], read: Callable[[Path], RawSplit]
+) -> Callable[[Source, str], RawSplit | None]:
     """Reader of a format that has one file per split."""
 
     def reader(source: Source, split: str) -> RawSplit | None:
@@ -176,12 +198,20 @@ def _read_tweeteval(source: Source, split: str) -> RawSplit | None:
     stem = next((name for name in names if (folder / f"{name}_text.txt").is_file()), None)
     if stem is None:
         if split == "train" or split in source.splits:
-            raise ValueError(_nothing(source.key, folder, split, [f"{name}_text.txt" for name in names]))
+            raise ValueError(
+                _nothing(source.key, folder, split, [f"{name}_text.txt" for name in names])
+            )
         return None
     text_file, label_file = folder / f"{stem}_text.txt", folder / f"{stem}_labels.txt"
     if not label_file.is_file() and split != "test":
-        raise ValueError(f"{source.key}.path: {text_file} has no labels; {label_file.name} is missing beside it.")
-    return read_tweeteval(text_file, label_file if label_file.is_file() else None, read_mapping(folder / "mapping.txt"))
+        raise ValueError(
+            f"{source.key}.path: {text_file} has no labels; {label_file.name} is missing beside it."
+        )
+    return read_tweeteval(
+        text_file,
+        label_file if label_file.is_file() else None,
+        read_mapping(folder / "mapping.txt"),
+    )
 
 
 def _read_hub(source: Source, split: str) -> RawSplit | None:

@@ -25,7 +25,9 @@ class LabelQuota:
         seed: any non-negative int.
     """
 
-    def __init__(self, label_members: Sequence[np.ndarray], posts_per_label: int, *, seed: int) -> None:
+    def __init__(
+        self, label_members: Sequence[np.ndarray], posts_per_label: int, *, seed: int
+    ) -> None:
         self._posts_per_label = posts_per_label
         self._seed = seed
         wanted = label_members if posts_per_label else ()
@@ -35,8 +37,8 @@ class LabelQuota:
     def fill(self, batch: np.ndarray, step: int) -> tuple[np.ndarray, list[np.ndarray]]:
         """The batch of one step with its quotas filled, as large as before.
 
-        Labels take turns to be served first; one that finds no room left in this batch is among the first in a later
-        one.
+        Labels take turns to be served first; one that finds no room left in this batch is among the
+        first in a later one.
 
         Args:
             batch: the posts as the mixing drew them.
@@ -52,27 +54,38 @@ class LabelQuota:
             label = (step * max(1, len(batch) // max(self._posts_per_label, 1)) + turn) % count
             here = batch[_is_in(batch, self._members[label])]
             # Posts that are kept for another label serve this one too.
-            chosen = sorted(dict.fromkeys(here.tolist()), key=lambda post: post not in kept)[: self._posts_per_label]
-            chosen += self._draw(label, self._posts_per_label - len(chosen), batch=batch, kept=kept, step=step)
+            chosen = sorted(dict.fromkeys(here.tolist()), key=lambda post: post not in kept)[
+                : self._posts_per_label
+            ]
+            chosen += self._draw(
+                label, self._posts_per_label - len(chosen), batch=batch, kept=kept, step=step
+            )
             if len(kept.keys() | set(chosen)) <= len(batch):
                 kept |= dict.fromkeys(chosen)
                 together.append(np.array(chosen, dtype=np.int64))
         if not kept:
             return batch, []
-        # Any of the rest may go: what a served label needs is kept. Not the last ones, which are the longest.
+        # Any of the rest may go: what a served label needs is kept. Not the last ones, which are
+        # the longest.
         rest = np.random.default_rng([self._seed, 4, step]).permutation(_without(batch, kept))
         return np.concatenate([np.array(list(kept), dtype=np.int64), rest])[: len(batch)], together
 
-    def _draw(self, label: int, missing: int, *, batch: np.ndarray, kept: dict[int, None], step: int) -> list[int]:
+    def _draw(
+        self, label: int, missing: int, *, batch: np.ndarray, kept: dict[int, None], step: int
+    ) -> list[int]:
         """Posts of a label that are not in the batch yet; fewer where it has no more."""
         if missing <= 0:
             return []
         members = self._members[label]
         rng = np.random.default_rng([self._seed, 3, step, label])
         there = {*batch.tolist(), *kept}
-        found = dict.fromkeys(int(post) for post in rng.choice(members, missing * TRIES) if int(post) not in there)
+        found = dict.fromkeys(
+            int(post) for post in rng.choice(members, missing * TRIES) if int(post) not in there
+        )
         if len(found) < missing:
-            found = dict.fromkeys(int(post) for post in rng.permutation(members) if int(post) not in there)
+            found = dict.fromkeys(
+                int(post) for post in rng.permutation(members) if int(post) not in there
+            )
         return list(found)[:missing]
 
 
@@ -87,12 +100,15 @@ def label_members(posts: PostSplit, tasks: Sequence[Task]) -> list[np.ndarray]:
     return [np.array(found[key]) for key in sorted(found)]
 
 
-def cut_in_parts(posts: np.ndarray, together: Sequence[np.ndarray], *, parts: int) -> list[np.ndarray]:
+def cut_in_parts(
+    posts: np.ndarray, together: Sequence[np.ndarray], *, parts: int
+) -> list[np.ndarray]:
     """Cut the posts of a step into micro-steps whose sizes differ by at most one, bundles whole.
 
     Args:
         posts: sorted by length; what no bundle binds is cut along that order.
-        together: bundles of posts; one that shares posts with an earlier one goes where most of its posts are.
+        together: bundles of posts; one that shares posts with an earlier one goes where most of its
+            posts are.
         parts: number of micro-steps.
 
     Bundles stay whole where there is room for all of one.
@@ -113,7 +129,9 @@ def cut_in_parts(posts: np.ndarray, together: Sequence[np.ndarray], *, parts: in
             free[part] -= len(taken)
     rest = np.split(_without(posts, place), np.cumsum(free)[:-1])
     bound = [[post for post, home in place.items() if home == part] for part in range(parts)]
-    return [np.concatenate([np.array(a, dtype=np.int64), b]) for a, b in zip(bound, rest, strict=True)]
+    return [
+        np.concatenate([np.array(a, dtype=np.int64), b]) for a, b in zip(bound, rest, strict=True)
+    ]
 
 
 def _is_in(posts: np.ndarray, members: np.ndarray) -> np.ndarray:

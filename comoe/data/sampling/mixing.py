@@ -12,7 +12,8 @@ from comoe.data.posts import PostSplit
 from comoe.tasks.task import Task
 
 LEAST = 0.25
-"""Least factor of a rate under ``mixing: progress``: no data set falls below this share of its rate by size."""
+"""Least factor of a rate under ``mixing: progress``: no data set falls below this share of its rate
+by size."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,17 +57,19 @@ def by_temperature(sizes_G: np.ndarray, temperature: float) -> np.ndarray:
 def progress_rates(base_G: np.ndarray, gains_G: np.ndarray) -> np.ndarray:
     """Rates that follow what the last stretch of training brought to each data set.
 
-    ``base * (1/4 + 3/4 gain / largest gain)``, made to sum to 1: the data set whose validation loss fell most keeps its
-    full rate, one whose loss stands or rises a quarter of it, so none vanishes and one that forgets comes back as soon
-    as it learns again. Where nothing improves the rates are those by size.
+    ``base * (1/4 + 3/4 gain / largest gain)``, made to sum to 1: the data set whose validation loss
+    fell most keeps its full rate, one whose loss stands or rises a quarter of it, so none vanishes
+    and one that forgets comes back as soon as it learns again. Where nothing improves the rates are
+    those by size.
 
     Args:
         base_G: rates by size, summing to 1.
-        gains_G: relative fall of the validation loss since the last evaluation; NaN where nothing is known, which
-            counts as the mean of the others; what rose counts as 0.
+        gains_G: relative fall of the validation loss since the last evaluation; NaN where nothing
+            is known, which counts as the mean of the others; what rose counts as 0.
 
-    Source: progress as the signal is Graves et al. 2017, arXiv:1704.03003 (loss gain), and Matiisen et al. 2017,
-    arXiv:1707.00183; rates by validation instead of training figures, Gottumukkala et al. 2020 (ACL).
+    Source: progress as the signal is Graves et al. 2017, arXiv:1704.03003 (loss gain), and Matiisen
+    et al. 2017, arXiv:1707.00183; rates by validation instead of training figures, Gottumukkala et
+    al. 2020 (ACL).
     """
     known_G = np.isfinite(gains_G)
     gains_G = np.where(known_G, np.maximum(gains_G, 0.0), 0.0)
@@ -78,7 +81,11 @@ def progress_rates(base_G: np.ndarray, gains_G: np.ndarray) -> np.ndarray:
 
 
 def loss_gains(
-    before: Mapping[str, float], now: Mapping[str, float], *, tasks: Sequence[Task], has_GT: np.ndarray
+    before: Mapping[str, float],
+    now: Mapping[str, float],
+    *,
+    tasks: Sequence[Task],
+    has_GT: np.ndarray,
 ) -> np.ndarray:
     """Relative fall of the validation loss of each data set, the mean over its tasks; NaN where none is known.
 
@@ -113,13 +120,17 @@ def draws_in_stretch(rates_G: np.ndarray, *, total: int, seed: Sequence[int]) ->
 
     Source: systematic sampling.
     """
-    ends = np.floor(np.cumsum(rates_G) * total + np.random.default_rng(list(seed)).random()).astype(np.int64)
+    ends = np.floor(np.cumsum(rates_G) * total + np.random.default_rng(list(seed)).random()).astype(
+        np.int64
+    )
     # The rates sum to 1 but for rounding.
     ends[-1] = total
     return np.diff(ends.clip(max=total), prepend=0)
 
 
-def balanced_classes(posts: PostSplit, tasks: Sequence[Task], configs: Mapping[str, TaskConfig]) -> np.ndarray:
+def balanced_classes(
+    posts: PostSplit, tasks: Sequence[Task], configs: Mapping[str, TaskConfig]
+) -> np.ndarray:
     """Label id of each post by which its data set is drawn evenly, int64, (N,); -1 where it has none."""
     classes_N = np.full(len(posts), -1, dtype=np.int64)
     for task in tasks:

@@ -1,7 +1,8 @@
 """Which posts make up a step: mixed over data sets, similar in length, the same on any number of ranks.
 
-Everything here is a pure function of the seed, the step and, where rates follow the progress, of the history of rates
-that ``TrainState`` keeps: a resumed run draws the posts that the uninterrupted one would.
+Everything here is a pure function of the seed, the step and, where rates follow the progress, of
+the history of rates that ``TrainState`` keeps: a resumed run draws the posts that the uninterrupted
+one would.
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ from comoe.data.sampling.label_quota import LabelQuota, cut_in_parts
 from comoe.data.sampling.mixing import MIXINGS, draws_in_stretch, draws_per_epoch, label_shares
 
 POOL_BATCHES = 50
-"""Batches whose posts are sorted by length together: large enough for little padding, small enough to stay random."""
+"""Batches whose posts are sorted by length together: large enough for little padding, small enough
+to stay random."""
 
 
 LENGTH_NOISE = 0.1
-"""Lengths are scaled by up to this much before sorting, so that posts do not meet the same neighbours every epoch."""
+"""Lengths are scaled by up to this much before sorting, so that posts do not meet the same
+neighbours every epoch."""
 
 
 MAX_AUTO_MICRO_BATCH = 128
@@ -31,28 +34,32 @@ MAX_AUTO_MICRO_BATCH = 128
 class TrainSampler:
     """Deals the training posts: one global batch per optimizer step, cut into micro-steps and ranks.
 
-    An epoch has as many draws as there are posts. Each data set is a stream of fresh shuffles, and its draws are spread
-    evenly over the epoch; under ``proportional`` mixing every post comes exactly once per epoch. Batches of an epoch
-    differ by at most one post in size and hold at most ``batch_size``. With ``posts_per_label`` posts of rare labels
-    take the place of others (``comoe.data.sampling.label_quota``).
+    An epoch has as many draws as there are posts. Each data set is a stream of fresh shuffles, and
+    its draws are spread evenly over the epoch; under ``proportional`` mixing every post comes
+    exactly once per epoch. Batches of an epoch differ by at most one post in size and hold at most
+    ``batch_size``. With ``posts_per_label`` posts of rare labels take the place of others
+    (``comoe.data.sampling.label_quota``).
 
-    Within a data set with ``classes`` each label is a stream of its own, with the same share of the draws. Under
-    ``mixing: progress`` the rates change at evaluations (``change``): draws are laid out for the steps from one
-    evaluation to the next, and the streams go on where they were.
+    Within a data set with ``classes`` each label is a stream of its own, with the same share of the
+    draws. Under ``mixing: progress`` the rates change at evaluations (``change``): draws are laid
+    out for the steps from one evaluation to the next, and the streams go on where they were.
 
     Args:
         lengths: tokens per post, int, shape (N,).
         groups: data set of each post, int, shape (N,).
         batch_size: posts per optimizer step on all ranks together.
         world_size: number of ranks; changes the shares, never the global batch.
-        micro_batch_size: posts per forward pass on one rank, or auto: the whole share of the rank, at most 128.
+        micro_batch_size: posts per forward pass on one rank, or auto: the whole share of the rank,
+            at most 128.
         mixing: key of ``MIXINGS``.
         temperature: exponent of ``mixing: temperature``, at least 1.
         seed: any non-negative int.
-        label_members: posts of each label of each contrastive task, int arrays; read where ``posts_per_label`` is set.
-        posts_per_label: fewest posts of a label in each batch, where the data and the batch allow it.
-        classes: label of each post by which its data set is drawn evenly, int, shape (N,), -1 for none; None balances
-            nothing.
+        label_members: posts of each label of each contrastive task, int arrays; read where
+            ``posts_per_label`` is set.
+        posts_per_label: fewest posts of a label in each batch, where the data and the batch allow
+            it.
+        classes: label of each post by which its data set is drawn evenly, int, shape (N,), -1 for
+            none; None balances nothing.
 
     Raises:
         ValueError: no posts, a size below 1, an unknown mixing, a temperature below 1.
@@ -80,7 +87,9 @@ class TrainSampler:
         if mixing not in MIXINGS:
             raise unknown_name("data.mixing", mixing, MIXINGS)
         self.world_size = world_size
-        self.micro_batch_size = posts_per_forward(micro_batch_size, batch_size=batch_size, world_size=world_size)
+        self.micro_batch_size = posts_per_forward(
+            micro_batch_size, batch_size=batch_size, world_size=world_size
+        )
         self.accumulation = -(-batch_size // (world_size * self.micro_batch_size))
         self.steps_per_epoch = -(-len(lengths) // batch_size)
         self._lengths = np.asarray(lengths)
@@ -105,19 +114,24 @@ class TrainSampler:
     def share(self, step: int, rank: int) -> list[np.ndarray]:
         """What one rank runs in one step: ``accumulation`` index arrays, uneven or empty where posts run short.
 
-        The micro-steps are the same posts for any number of ranks with the same ``accumulation``; posts that are there
-        for one label are in one micro-step where it has room. Within one, sorted posts are dealt to the ranks back and
-        forth, so that the ranks get the same number of tokens.
+        The micro-steps are the same posts for any number of ranks with the same ``accumulation``;
+        posts that are there for one label are in one micro-step where it has room. Within one,
+        sorted posts are dealt to the ranks back and forth, so that the ranks get the same number of
+        tokens.
         """
         batch, together = self._drawn(step)
         micro_steps = cut_in_parts(self._by_length(batch), together, parts=self.accumulation)
-        return [micro[_deal(len(micro), self.world_size) == rank] for micro in map(self._by_length, micro_steps)]
+        return [
+            micro[_deal(len(micro), self.world_size) == rank]
+            for micro in map(self._by_length, micro_steps)
+        ]
 
     def follow(self, history: Sequence[Mapping[str, Any]], *, every: int) -> None:
         """Take over a history of rates.
 
         Args:
-            history: what ``change`` gave, in its order; from the ``step`` of an entry on its ``rates`` hold.
+            history: what ``change`` gave, in its order; from the ``step`` of an entry on its
+                ``rates`` hold.
             every: steps from one evaluation to the next; the rates are kept over each such stretch.
         """
         self._history, self._stretch_steps = list(history), every
@@ -129,7 +143,11 @@ class TrainSampler:
         if start < step:
             # What is left of a stretch that is cut short is passed over.
             drawn_S = drawn_S + self._counts(start, rates_S)
-        return {"step": step, "rates": [float(rate) for rate in rates_G], "drawn": [int(count) for count in drawn_S]}
+        return {
+            "step": step,
+            "rates": [float(rate) for rate in rates_G],
+            "drawn": [int(count) for count in drawn_S],
+        }
 
     def _drawn(self, step: int) -> tuple[np.ndarray, list[np.ndarray]]:
         """The posts of one step, and those of them that fill one label's quota together."""
@@ -173,10 +191,13 @@ class TrainSampler:
     def _batches(self, start: int, rates_S: np.ndarray, drawn_S: np.ndarray) -> list[np.ndarray]:
         """All batches of one stretch (an epoch, but for rates that follow the progress): one O(N log N) shuffle."""
         turn, draws, keys = start // self._stretch_steps, [], []
-        for stream, before, count in zip(self._streams, drawn_S, self._counts(start, rates_S), strict=True):
+        for stream, before, count in zip(
+            self._streams, drawn_S, self._counts(start, rates_S), strict=True
+        ):
             draws.append(stream.draws(self._seed, start=int(before), count=int(count)))
             jitter = np.random.default_rng([self._seed, 1, turn, *stream.key]).random(count)
-            # Evenly spread draws put every data set into nearly every batch and keep repeats of a post far apart.
+            # Evenly spread draws put every data set into nearly every batch and keep repeats of a
+            # post far apart.
             keys.append((np.arange(count) + jitter) / max(count, 1))
         order = np.concatenate(draws)[np.argsort(np.concatenate(keys), kind="stable")]
         rng = np.random.default_rng([self._seed, 2, turn])
@@ -194,10 +215,10 @@ class TrainSampler:
     def _length_ranks(self, pool: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Rank of each draw's length among the pool's draws of its own data set, in (0, 1), with some noise.
 
-        Batches cut along it hold posts of similar relative length and every data set in its share. Sorted by plain
-        length, a batch of long posts would be one of the data set with the longest posts alone: that packs 9 of 10
-        tokens full on the starter kit where this packs 8 of 10 (random batches: 5), and gives the tasks turns instead
-        of a mixture.
+        Batches cut along it hold posts of similar relative length and every data set in its share.
+        Sorted by plain length, a batch of long posts would be one of the data set with the longest
+        posts alone: that packs 9 of 10 tokens full on the starter kit where this packs 8 of 10
+        (random batches: 5), and gives the tasks turns instead of a mixture.
         """
         noisy = self._lengths[pool] * (1 + LENGTH_NOISE * rng.random(len(pool)))
         ranks = np.empty(len(pool))
@@ -238,13 +259,19 @@ def _streams(group: int, members: np.ndarray, classes: np.ndarray | None) -> lis
     if classes is None or (classes[members] < 0).all():
         return [_Stream(group, (group,), members, 1.0)]
     shares = label_shares(classes[members])
-    return [_Stream(group, (group, place), members[rows], share) for place, (rows, share) in enumerate(shares)]
+    return [
+        _Stream(group, (group, place), members[rows], share)
+        for place, (rows, share) in enumerate(shares)
+    ]
 
 
-def eval_batches(lengths: np.ndarray, *, batch_size: int, rank: int = 0, world_size: int = 1) -> list[np.ndarray]:
+def eval_batches(
+    lengths: np.ndarray, *, batch_size: int, rank: int = 0, world_size: int = 1
+) -> list[np.ndarray]:
     """Row ids that one rank evaluates, longest posts first; every row on exactly one rank.
 
-    Every rank gets the same number of batches, padded with empty arrays: each forward holds collectives.
+    Every rank gets the same number of batches, padded with empty arrays: each forward holds
+    collectives.
 
     Args:
         lengths: tokens per row, int, shape (N,).
@@ -265,7 +292,9 @@ def posts_per_forward(wanted: int | str, *, batch_size: int, world_size: int) ->
     if wanted == "auto":
         return min(share, MAX_AUTO_MICRO_BATCH)
     if isinstance(wanted, str) or wanted < 1:
-        raise ValueError(f"train.micro_batch_size ({wanted!r}) must be a number of at least 1, or auto.")
+        raise ValueError(
+            f"train.micro_batch_size ({wanted!r}) must be a number of at least 1, or auto."
+        )
     return min(int(wanted), share)
 
 

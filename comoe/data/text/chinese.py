@@ -11,8 +11,11 @@ HAN = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 """Chinese characters, as a part of a character class."""
 
 
-# The signs that make up addresses, names and codes. Sentence signs stay full-width: Chinese vocabularies have them so.
-_FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F) if chr(code) not in "！（），：；？｛｝～"}
+# The signs that make up addresses, names and codes. Sentence signs stay full-width: Chinese
+# vocabularies have them so.
+_FULL_WIDTH = {
+    code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F) if chr(code) not in "！（），：；？｛｝～"
+}
 
 
 _CODE = re.compile(rf"\[(?=[^\[\]]*[{HAN}A-Za-z])\w{{1,12}}\]")
@@ -21,7 +24,9 @@ _CODE = re.compile(rf"\[(?=[^\[\]]*[{HAN}A-Za-z])\w{{1,12}}\]")
 _HAN_CODE = re.compile(rf"\[(?=[^\[\]]*[{HAN}])\w{{1,12}}\]")
 
 
-_LATIN_CODES = re.compile(r"\[(?:doge|cry|good|haha|hold|kiss|love|ok|no|orz|wow|yeah)\]", flags=re.IGNORECASE)
+_LATIN_CODES = re.compile(
+    r"\[(?:doge|cry|good|haha|hold|kiss|love|ok|no|orz|wow|yeah)\]", flags=re.IGNORECASE
+)
 
 
 _HAS_HAN = re.compile(f"[{HAN}]")
@@ -30,7 +35,9 @@ _HAS_HAN = re.compile(f"[{HAN}]")
 _TOPIC = re.compile(r"#(?![\s#])([^#\r\n]{1,60})(?<!\s)#(?![A-Za-z0-9])")
 
 
-_HAN_TOPIC = re.compile(rf"[#\uff03](?=[^#\uff03]*[{HAN}])(?![\s#\uff03])([^#\uff03\r\n]{{1,60}})(?<!\s)[#\uff03]")
+_HAN_TOPIC = re.compile(
+    rf"[#\uff03](?=[^#\uff03]*[{HAN}])(?![\s#\uff03])([^#\uff03\r\n]{{1,60}})(?<!\s)[#\uff03]"
+)
 
 
 _REPOST = re.compile(r"(?<!:)\s*//\s*(?=@)")
@@ -39,7 +46,8 @@ _REPOST = re.compile(r"(?<!:)\s*//\s*(?=@)")
 _SHORT_LINK = r"https?://t\.cn/[A-Za-z0-9]+"
 
 
-# A name has at most 30 letters and ends at a blank, a colon or any other sign; before it may stand a Chinese word.
+# A name has at most 30 letters and ends at a blank, a colon or any other sign; before it may stand
+# a Chinese word.
 _MENTION = r"(?<![A-Za-z0-9_.%+-])@[\w-]{1,30}(?![\w-])"
 
 
@@ -62,8 +70,8 @@ def without_codes(text: str) -> str:
 def topics_apart(text: str) -> str:
     """A blank on both sides of each ``#topic#``, whose words and signs stay.
 
-    A topic may hold blanks inside, not at its ends, and no Latin letter follows it: ``#one#two`` and ``#one and #two``
-    are hashtags.
+    A topic may hold blanks inside, not at its ends, and no Latin letter follows it: ``#one#two``
+    and ``#one and #two`` are hashtags.
     """
     return _TOPIC.sub(lambda match: f" {match[0]} ", text)
 

@@ -1,7 +1,8 @@
 """Posts as a careless or another writer would have put them: evaluation sets made on the fly, the same everywhere.
 
-What becomes of a post depends on its text, the kind of noise and the seed alone, so that two runs, whatever their other
-data sets and ranks, are scored on the same noisy posts. Second texts (targets, aspects) and pictures stay as they are.
+What becomes of a post depends on its text, the kind of noise and the seed alone, so that two runs,
+whatever their other data sets and ranks, are scored on the same noisy posts. Second texts (targets,
+aspects) and pictures stay as they are.
 """
 
 from __future__ import annotations
@@ -51,8 +52,8 @@ _NEIGHBOURS = {
 def noisy(posts: PostSplit, name: str, *, rate: float, seed: int) -> PostSplit:
     """The posts under one kind of noise, with their labels.
 
-    A post given as words keeps all of its words, so that tags stay where they are: a hashtag loses its sign there, an
-    emoji becomes an empty word. A text that would become empty stays as it is.
+    A post given as words keeps all of its words, so that tags stay where they are: a hashtag loses
+    its sign there, an emoji becomes an empty word. A text that would become empty stays as it is.
 
     Args:
         posts: a split.
@@ -81,7 +82,8 @@ def noisy(posts: PostSplit, name: str, *, rate: float, seed: int) -> PostSplit:
 
     words = [words_of(text, given) for text, given in zip(posts.texts, posts.words, strict=True)]
     texts = [
-        text_of(text) if given is None else " ".join(given) for text, given in zip(posts.texts, words, strict=True)
+        text_of(text) if given is None else " ".join(given)
+        for text, given in zip(posts.texts, words, strict=True)
     ]
     return replace(posts, texts=texts, words=words)
 
@@ -94,8 +96,8 @@ def typos_in_text(text: str, rate: float, rng: np.random.Generator) -> str:
 def typo_in_word(word: str, rate: float, rng: np.random.Generator) -> str:
     """With probability ``rate`` one slip within the word: letters swapped, one lost, doubled, or the key beside it.
 
-    The first letter stays, as it mostly does where people write (Pruthi et al. 2019, arXiv:1905.11268). Words without
-    three Latin letters in a row have no such slip.
+    The first letter stays, as it mostly does where people write (Pruthi et al. 2019,
+    arXiv:1905.11268). Words without three Latin letters in a row have no such slip.
     """
     # Drawn for every word, so that one word's slip does not move the others'.
     drawn, place, kind, side = rng.random(4)

@@ -1,7 +1,7 @@
 """Cleaning of the text of a post before it is tokenised.
 
-All presets are idempotent, so a model answers cleaned text as it answers raw text. A post that has any visible
-character never becomes empty.
+All presets are idempotent, so a model answers cleaned text as it answers raw text. A post that has
+any visible character never becomes empty.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ _ENTITY = re.compile(r"&(?:#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,
 _AMPERSANDS = re.compile(r"&(?:amp;|#0*38;|#[xX]0*26;)+")
 
 
-# Joiners (U+200C, U+200D) stay: Persian and many Indic scripts, and emoji of several parts, are written with them.
+# Joiners (U+200C, U+200D) stay: Persian and many Indic scripts, and emoji of several parts, are
+# written with them.
 _INVISIBLE = re.compile(
     "[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\u00ad\u180e\u200b\u200e\u200f\u202a-\u202e\u2060-\u2064\u2066-\u206f\ufeff"
     "\ufff9-\ufffb\ud800-\udfff]"
@@ -62,7 +63,8 @@ def normalize_post(text: str, config: NormalizeConfig) -> str:
         config: preset, language of emoji names, placeholders.
 
     Returns:
-        The cleaned post; empty only where ``is_blank(text)``. Cleaning it again changes nothing, except for entities
+        The cleaned post; empty only where ``is_blank(text)``. Cleaning it again changes nothing,
+            except for entities
         nested more than eight deep and placeholders that are themselves blanks, tags or emoji.
 
     Raises:
@@ -91,7 +93,8 @@ def unnormalized(text: str, config: NormalizeConfig) -> str:
 def social(text: str, config: NormalizeConfig) -> str:
     """Users and links to placeholders, emoji to words, entities to characters, white space to single blanks.
 
-    Case, punctuation and hashtag words stay: they carry sentiment. Placeholders are those of TweetEval by default.
+    Case, punctuation and hashtag words stay: they carry sentiment. Placeholders are those of
+    TweetEval by default.
     """
     cleaned = _plain(text, emoji_to=lambda part: _emoji_names(part, config.language))
     cleaned = _replace(_replace(cleaned, _LINK, config.url), _MENTION, config.user)
@@ -101,14 +104,17 @@ def social(text: str, config: NormalizeConfig) -> str:
 def weibo(text: str, config: NormalizeConfig) -> str:
     """``social`` for Chinese posts; ``language: zh`` names emoji in Chinese.
 
-    Full-width letters, digits and technical signs become ASCII, while ，。！？：；（）～ stay: vocabularies of Chinese
-    encoders have them. Emoji codes ([笑cry]) become words as emoji do (:笑cry:). Topics keep words and signs and stand
-    apart (#世界 读书日#). A user name ends at the first blank or sign; repost chains (//@user:) stay readable.
+    Full-width letters, digits and technical signs become ASCII, while ，。！？：；（）～ stay: vocabularies
+    of Chinese encoders have them. Emoji codes ([笑cry]) become words as emoji do (:笑cry:). Topics
+    keep words and signs and stand apart (#世界 读书日#). A user name ends at the first blank or sign;
+    repost chains (//@user:) stay readable.
     """
     cleaned = text
     for _ in range(8):
         before = cleaned
-        cleaned = _plain(cleaned, emoji_to=lambda part: _emoji_names(chinese.half_width(part), config.language))
+        cleaned = _plain(
+            cleaned, emoji_to=lambda part: _emoji_names(chinese.half_width(part), config.language)
+        )
         cleaned = chinese.reposts_apart(_single_blanks(chinese.codes_to_words(cleaned)))
         cleaned = chinese.topics_apart(cleaned)
         cleaned = chinese.links_and_users(cleaned, link=_LINK, url=config.url, user=config.user)
@@ -122,7 +128,8 @@ def weibo(text: str, config: NormalizeConfig) -> str:
 def strict(text: str, config: NormalizeConfig) -> str:
     """Lower case; links, users, hashtags and Chinese topics, emoji and emoji codes, and punctuation removed.
 
-    A post of nothing else keeps the words of its ``social`` form ("user", "grinning face"), else that form itself.
+    A post of nothing else keeps the words of its ``social`` form ("user", "grinning face"), else
+    that form itself.
 
     Source: the protocol of Stein & Keller.
     """
@@ -138,12 +145,15 @@ def strict(text: str, config: NormalizeConfig) -> str:
 def _plain(text: str, *, emoji_to: Callable[[str], str]) -> str:
     """HTML entities to characters, also doubly escaped ones; emoji to words; invisible characters gone.
 
-    Only entities with a semicolon: "?a=1&copy=2" has none. In turns: each can leave the others something to do.
+    Only entities with a semicolon: "?a=1&copy=2" has none. In turns: each can leave the others
+    something to do.
     """
     for _ in range(8):
         before, text = text, _visible(text)
         if "&" in text:
-            text = _visible(_ENTITY.sub(lambda match: html.unescape(match[0]), _AMPERSANDS.sub("&", text)))
+            text = _visible(
+                _ENTITY.sub(lambda match: html.unescape(match[0]), _AMPERSANDS.sub("&", text))
+            )
         if not text.isascii():
             text = _LEFT_OF_EMOJI.sub(" ", emoji_to(text))
         if text == before:
@@ -175,7 +185,9 @@ def _emoji_names(text: str, language: str) -> str:
 def _words_only(text: str) -> str:
     """Without punctuation and symbols. By category: to \\w the vowel signs of Indic scripts are no letters."""
     text = _APOSTROPHE.sub("", text)
-    return _single_blanks(text.translate({ord(c): " " for c in set(text) if unicodedata.category(c)[0] in "PS"}))
+    return _single_blanks(
+        text.translate({ord(c): " " for c in set(text) if unicodedata.category(c)[0] in "PS"})
+    )
 
 
 PRESETS: dict[str, Callable[[str, NormalizeConfig], str]] = {

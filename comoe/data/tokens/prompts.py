@@ -54,8 +54,8 @@ class Wording:
     def prompts(self, posts: PostSplit, task: Task, *, asked: np.ndarray) -> TokenLists:
         """The task's prompt, filled with each post that is asked for.
 
-        A prompt that is too long loses the end of {text}, and where nothing of it is left the end of {pair}; never a
-        word of its own.
+        A prompt that is too long loses the end of {text}, and where nothing of it is left the end
+        of {pair}; never a word of its own.
 
         Args:
             posts: as the model is to see them.
@@ -73,8 +73,16 @@ class Wording:
                 f"tasks.{task.name}.prompt takes {self._max_length - room} tokens by itself, of data.max_length "
                 f"({self._max_length}); shorten it, or raise data.max_length."
             )
-        settings = ["prompt", parts, self._max_length, asdict(self._normalize) if self._normalize else None]
-        read = ([text, pair] if here else 0 for text, pair, here in zip(posts.texts, posts.pairs, asked, strict=True))
+        settings = [
+            "prompt",
+            parts,
+            self._max_length,
+            asdict(self._normalize) if self._normalize else None,
+        ]
+        read = (
+            [text, pair] if here else 0
+            for text, pair, here in zip(posts.texts, posts.pairs, asked, strict=True)
+        )
         return self._kept(lambda: self._fill(posts, parts, asked), settings, read, count=len(posts))
 
     def room(self, task: Task) -> int:
@@ -100,7 +108,9 @@ class Wording:
             made: dict[int, tuple[list[int], bool]] = {}
             for start in range(0, len(present), CHUNK):
                 rows = present[start : start + CHUNK]
-                made.update(zip(rows, self._taught([str(texts[row]) for row in rows], task), strict=True))
+                made.update(
+                    zip(rows, self._taught([str(texts[row]) for row in rows], task), strict=True)
+                )
             return _lists([made.get(row) for row in range(len(texts))])
 
         return self._kept(make, ["answer", task.max_answer_length], texts, count=len(texts))
@@ -115,13 +125,30 @@ class Wording:
         chunks = []
         for start in range(0, len(posts), CHUNK):
             rows = [row for row in range(start, min(start + CHUNK, len(posts))) if asked[row]]
-            values = [{"text": self._clean(posts.texts[row]), "pair": self._clean(posts.pairs[row])} for row in rows]
-            made = dict(zip(rows, _fitting(self._tokenizer, parts, values, max_length=self._max_length), strict=True))
-            chunks.append(_lists([made.get(row) for row in range(start, min(start + CHUNK, len(posts)))]))
+            values = [
+                {"text": self._clean(posts.texts[row]), "pair": self._clean(posts.pairs[row])}
+                for row in rows
+            ]
+            made = dict(
+                zip(
+                    rows,
+                    _fitting(self._tokenizer, parts, values, max_length=self._max_length),
+                    strict=True,
+                )
+            )
+            chunks.append(
+                _lists([made.get(row) for row in range(start, min(start + CHUNK, len(posts)))])
+            )
         return _joined(chunks)
 
     def _clean(self, text: str | None) -> str:
-        return "" if text is None else text if self._normalize is None else normalize_post(text, self._normalize)
+        return (
+            ""
+            if text is None
+            else text
+            if self._normalize is None
+            else normalize_post(text, self._normalize)
+        )
 
     def _taught(self, texts: list[str], task: Task) -> Iterator[tuple[list[int], bool]]:
         """(tokens of an answer, whether it was cut) of each text."""
@@ -129,7 +156,13 @@ class Wording:
         long = [row for row, ids in enumerate(whole) if len(ids) > task.max_answer_length]
         limits = {"truncation": True, "max_length": task.max_answer_length}
         # The tokenizer cuts before it puts the end sign there.
-        cut = dict(zip(long, _target_ids(self._tokenizer, [texts[row] for row in long], **limits), strict=True))
+        cut = dict(
+            zip(
+                long,
+                _target_ids(self._tokenizer, [texts[row] for row in long], **limits),
+                strict=True,
+            )
+        )
         return ((cut.get(row, ids), row in cut) for row, ids in enumerate(whole))
 
 
@@ -137,10 +170,13 @@ def label_tokens(tokenizer: Any, task: Task) -> list[list[int]]:
     """Token ids of each label's words, end sign included.
 
     Raises:
-        ValueError: words that the tokenizer does not know, or two labels whose words are the same to it.
+        ValueError: words that the tokenizer does not know, or two labels whose words are the same
+            to it.
     """
     found: dict[tuple[int, ...], str] = {}
-    for label, words, ids in zip(task.labels, task.label_words, _target_ids(tokenizer, task.label_words), strict=True):
+    for label, words, ids in zip(
+        task.labels, task.label_words, _target_ids(tokenizer, task.label_words), strict=True
+    ):
         if all(token in tokenizer.all_special_ids for token in ids):
             raise ValueError(
                 f"tasks.{task.name}.label_words: the tokenizer of model.encoder knows nothing of {words!r} (label "
@@ -160,7 +196,10 @@ def check_end_sign(tokenizer: Any, task: Task) -> None:
     Raises:
         ValueError: it has no end sign, or does not write it.
     """
-    if tokenizer.eos_token_id is None or tokenizer.eos_token_id not in _target_ids(tokenizer, ["a"])[0]:
+    if (
+        tokenizer.eos_token_id is None
+        or tokenizer.eos_token_id not in _target_ids(tokenizer, ["a"])[0]
+    ):
         raise ValueError(
             f"tasks.{task.name} is of kind {task.kind}, whose answers need an end sign, but the tokenizer of "
             f"model.encoder ({type(tokenizer).__name__}) writes none; choose an encoder-decoder such as T5 or BART."
@@ -175,7 +214,10 @@ def code_points(ids_BD: Tensor, tokenizer: Any) -> Tensor:
         tokenizer: which knows their words.
     """
     rows = [[int(token) for token in row if token >= 0] for row in ids_BD.tolist()]
-    texts = [tokenizer.decode(row, skip_special_tokens=True, clean_up_tokenization_spaces=False) for row in rows]
+    texts = [
+        tokenizer.decode(row, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        for row in rows
+    ]
     # U+0000 is the padding.
     texts = [text.strip().replace("\x00", "\ufffd") for text in texts]
     codes_BC = torch.zeros(len(texts), max(map(len, texts), default=0))
@@ -198,13 +240,20 @@ def _fitting(
             if len(ids) <= max_length:
                 done[row] = (ids, rows[row] != values[row])
             else:
-                left[row] = _shortened(rows[row], spans, offsets, excess=len(ids) - max_length, total=len(ids))
+                left[row] = _shortened(
+                    rows[row], spans, offsets, excess=len(ids) - max_length, total=len(ids)
+                )
         rows = left
     return (done[row] for row in range(len(values)))
 
 
 def _shortened(
-    values: Values, spans: Mapping[str, list[int]], offsets: list[tuple[int, int]] | None, *, excess: int, total: int
+    values: Values,
+    spans: Mapping[str, list[int]],
+    offsets: list[tuple[int, int]] | None,
+    *,
+    excess: int,
+    total: int,
 ) -> Values:
     """The values with one field shorter, by as many tokens as are too many; it may take another turn or two."""
     field = next(name for name in FIELDS if values[name] and name in spans)
@@ -231,7 +280,9 @@ def _filled(parts: Parts, values: Values) -> tuple[str, dict[str, list[int]]]:
     return text, begins
 
 
-def _encoded(tokenizer: Any, texts: list[str]) -> list[tuple[list[int], list[tuple[int, int]] | None]]:
+def _encoded(
+    tokenizer: Any, texts: list[str]
+) -> list[tuple[list[int], list[tuple[int, int]] | None]]:
     """(ids, where each token stands in the text) of each text; None for tokenizers in pure Python."""
     made = tokenizer(texts, verbose=False)
     if not tokenizer.is_fast:

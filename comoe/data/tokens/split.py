@@ -33,14 +33,17 @@ class TokenizedSplit:
     lengths: np.ndarray
     """Tokens of the longest row that a post has in a batch, int32, shape (N,)."""
     labelled: np.ndarray
-    """Whether a post has a label of a task, bool, shape (N, T), tasks in the order of the recipe."""
+    """Whether a post has a label of a task, bool, shape (N, T), tasks in the order of the
+    recipe."""
     words_cut: int
     """Labelled words that were cut off with the end of too long posts."""
     prompts: Mapping[str, TokenLists] = field(default_factory=dict)
-    """Task that a decoder answers -> what the encoder reads of the posts that it is asked about: those with a label of
-    it, and those without any label (which have the second text that the prompt wants)."""
+    """Task that a decoder answers -> what the encoder reads of the posts that it is asked about:
+    those with a label of it, and those without any label (which have the second text that the
+    prompt wants)."""
     room: Mapping[str, int] = field(default_factory=dict)
-    """Task that a decoder answers -> tokens that its prompt leaves for the post and its second text."""
+    """Task that a decoder answers -> tokens that its prompt leaves for the post and its second
+    text."""
     answers: Mapping[str, TokenLists] = field(default_factory=dict)
     """Task of free text -> what the decoder is taught of the posts that have one."""
 
@@ -65,7 +68,9 @@ class TokenizedSplit:
     @property
     def cut(self) -> np.ndarray:
         """Posts that were cut to the greatest length in any of their rows, bool, shape (N,)."""
-        return np.logical_or.reduce([self.tokens.truncated, *(lists.truncated for lists in self.prompts.values())])
+        return np.logical_or.reduce(
+            [self.tokens.truncated, *(lists.truncated for lists in self.prompts.values())]
+        )
 
     @property
     def truncated(self) -> int:
@@ -76,7 +81,11 @@ class TokenizedSplit:
     def prompts_cut(self) -> dict[str, tuple[int, int]]:
         """Task that a decoder answers -> (prompts that lost part of {text}, all); tasks without any are left out."""
         cut = {name: int(lists.truncated.sum()) for name, lists in self.prompts.items()}
-        return {name: (count, int((self.prompts[name].lengths > 0).sum())) for name, count in cut.items() if count}
+        return {
+            name: (count, int((self.prompts[name].lengths > 0).sum()))
+            for name, count in cut.items()
+            if count
+        }
 
     @property
     def answers_cut(self) -> dict[str, int]:
@@ -88,14 +97,18 @@ class TokenizedSplit:
         """Tokens of some posts as the heads read them, in the order asked for."""
         bounds = [(self.tokens.offsets[i], self.tokens.offsets[i + 1]) for i in indices]
         return [
-            TokenRow(self.tokens.input_ids[a:b], self.tokens.token_types[a:b], self.tokens.word_ids[a:b])
+            TokenRow(
+                self.tokens.input_ids[a:b], self.tokens.token_types[a:b], self.tokens.word_ids[a:b]
+            )
             for a, b in bounds
         ]
 
     def prompt(self, post: int, task: str) -> TokenRow:
         """Tokens of one post as a decoder's task wants them; its words are not told apart."""
         ids = self.prompts[task][post]
-        return TokenRow(ids, np.zeros(len(ids), dtype=np.int8), np.full(len(ids), -1, dtype=np.int32))
+        return TokenRow(
+            ids, np.zeros(len(ids), dtype=np.int8), np.full(len(ids), -1, dtype=np.int32)
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +126,12 @@ class TokenRow:
 
 
 def tokenize_split(
-    split: PostSplit, tokenizer: Any, *, tasks: Sequence[Task], config: DataConfig, cache_dir: Path | None = None
+    split: PostSplit,
+    tokenizer: Any,
+    *,
+    tasks: Sequence[Task],
+    config: DataConfig,
+    cache_dir: Path | None = None,
 ) -> TokenizedSplit:
     """Clean and tokenise a split, once: later calls with the same posts and settings read the cache.
 
@@ -138,9 +156,15 @@ def tokenize_split(
         tokens = no_tokens(len(split))
     else:
         tokens = cached_tokens(
-            seen, tokenizer, max_length=config.max_length, normalize=config.normalize, cache_dir=where
+            seen,
+            tokenizer,
+            max_length=config.max_length,
+            normalize=config.normalize,
+            cache_dir=where,
         )
-    wording = Wording(tokenizer, max_length=config.max_length, normalize=config.normalize, cache_dir=where)
+    wording = Wording(
+        tokenizer, max_length=config.max_length, normalize=config.normalize, cache_dir=where
+    )
     return assemble_split(split, seen, tokens, tasks=tasks, wording=wording)
 
 
@@ -166,7 +190,9 @@ def assemble_split(
     # A hidden text is still shown beside predictions; a hidden picture must not be read.
     posts = replace(posts, images=seen.images)
     labelled = np.zeros((len(posts), len(tasks)), dtype=bool)
-    split = TokenizedSplit(posts, tokens, np.diff(tokens.offsets).astype(np.int32), labelled, words_cut=0)
+    split = TokenizedSplit(
+        posts, tokens, np.diff(tokens.offsets).astype(np.int32), labelled, words_cut=0
+    )
     words_cut = sum(_mark_labelled(split, task, number) for number, task in enumerate(tasks))
     bare = ~labelled.any(axis=1)
     prompts, answers, room = {}, {}, {}
@@ -174,8 +200,14 @@ def assemble_split(
         if not task.rules.generates or (asked is not None and task not in asked):
             continue
         # A post of another data set may have no second text to ask with.
-        askable = np.array([pair is not None for pair in posts.pairs]) if wants_pair(task.prompt) else True
-        prompts[task.name] = wording.prompts(seen, task, asked=labelled[:, number] | (bare & askable))
+        askable = (
+            np.array([pair is not None for pair in posts.pairs])
+            if wants_pair(task.prompt)
+            else True
+        )
+        prompts[task.name] = wording.prompts(
+            seen, task, asked=labelled[:, number] | (bare & askable)
+        )
         room[task.name] = wording.room(task)
         if task.rules.ragged:
             answers[task.name] = wording.answers(posts.labels[task.name], task)
@@ -183,12 +215,16 @@ def assemble_split(
     read = labelled[:, heads].any(axis=1) | bare if heads else np.zeros(len(posts), dtype=bool)
     rows = [np.where(read, split.lengths, 0), *(lists.lengths for lists in prompts.values())]
     lengths = np.maximum(np.max(rows, axis=0), 1).astype(np.int32)
-    return replace(split, lengths=lengths, words_cut=words_cut, prompts=prompts, answers=answers, room=room)
+    return replace(
+        split, lengths=lengths, words_cut=words_cut, prompts=prompts, answers=answers, room=room
+    )
 
 
 def report_cuts(splits: Mapping[str, TokenizedSplit], report: DataReport) -> None:
     """Note what was cut off with the ends of posts, prompts and answers, and warn of prompts that leave no room."""
-    report.truncated.update({name: (split.truncated, split.words_cut) for name, split in splits.items()})
+    report.truncated.update(
+        {name: (split.truncated, split.words_cut) for name, split in splits.items()}
+    )
     report.prompts_cut.update({name: split.prompts_cut for name, split in splits.items()})
     report.answers_cut.update({name: split.answers_cut for name, split in splits.items()})
     rooms = {task: room for split in splits.values() for task, room in split.room.items()}
@@ -203,7 +239,8 @@ def report_cuts(splits: Mapping[str, TokenizedSplit], report: DataReport) -> Non
 def target_of(split: TokenizedSplit, task: Task, post: int, row: TokenRow) -> Any:
     """The label of one post as ``Kind.collate`` takes it, None without.
 
-    For tags one id per token, IGNORED off first pieces; for a free text the number of its tokens, and the text.
+    For tags one id per token, IGNORED off first pieces; for a free text the number of its tokens,
+    and the text.
     """
     value = split.posts.labels[task.name][post]
     if value is None or not task.rules.ragged:

@@ -34,7 +34,8 @@ class Tokens:
     token_types: np.ndarray
     """Segment ids, int8."""
     word_ids: np.ndarray
-    """Word of the first text that a token belongs to, int32; -1 on special tokens and on the second text."""
+    """Word of the first text that a token belongs to, int32; -1 on special tokens and on the second
+    text."""
     offsets: np.ndarray
     """First entry of each post, int64, shape (N + 1,)."""
     truncated: np.ndarray
@@ -64,11 +65,14 @@ class TokenLists:
 Stored = TypeVar("Stored", Tokens, TokenLists)
 
 
-def tokenize(posts: PostSplit, tokenizer: Any, *, max_length: int, normalize: NormalizeConfig | None) -> Tokens:
+def tokenize(
+    posts: PostSplit, tokenizer: Any, *, max_length: int, normalize: NormalizeConfig | None
+) -> Tokens:
     """Clean and tokenise posts.
 
-    A text pair is the tokenizer's second segment; of too long a post the longer text is cut first. Posts given as words
-    stay word by word: a word of which nothing is left becomes the unknown token, so that every word has a piece.
+    A text pair is the tokenizer's second segment; of too long a post the longer text is cut first.
+    Posts given as words stay word by word: a word of which nothing is left becomes the unknown
+    token, so that every word has a piece.
 
     Args:
         posts: raw posts.
@@ -85,13 +89,20 @@ def tokenize(posts: PostSplit, tokenizer: Any, *, max_length: int, normalize: No
         firsts = [_first(posts, i, normalize) for i in chunk]
         pairs = [_second(posts, i, normalize) for i in chunk]
         parts.append(_flat(_rows(tokenizer, firsts, pairs, max_length=max_length)))
-    ids, types, words, lengths, cut = (np.concatenate(column) for column in zip(_flat([]), *parts, strict=True))
+    ids, types, words, lengths, cut = (
+        np.concatenate(column) for column in zip(_flat([]), *parts, strict=True)
+    )
     offsets = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))
     return Tokens(input_ids=ids, token_types=types, word_ids=words, offsets=offsets, truncated=cut)
 
 
 def cached_tokens(
-    posts: PostSplit, tokenizer: Any, *, max_length: int, normalize: NormalizeConfig | None, cache_dir: Path | None
+    posts: PostSplit,
+    tokenizer: Any,
+    *,
+    max_length: int,
+    normalize: NormalizeConfig | None,
+    cache_dir: Path | None,
 ) -> Tokens:
     """``tokenize``, read from ``cache_dir`` where the same posts were tokenised the same way before."""
 
@@ -101,7 +112,10 @@ def cached_tokens(
     if cache_dir is None:
         return make()
     settings = [max_length, asdict(normalize) if normalize else None, fingerprint(tokenizer)]
-    read = ([words or text, pair] for words, text, pair in zip(posts.words, posts.texts, posts.pairs, strict=True))
+    read = (
+        [words or text, pair]
+        for words, text, pair in zip(posts.words, posts.texts, posts.pairs, strict=True)
+    )
     return cached(Tokens, make, settings, read, count=len(posts), cache_dir=cache_dir)
 
 
@@ -116,7 +130,8 @@ def cached(
 ) -> Stored:
     """What ``make`` gives, read from ``cache_dir`` where the same was made before.
 
-    The file is named by a hash of everything that the tokens depend on, and holds arrays only: loading it runs no code.
+    The file is named by a hash of everything that the tokens depend on, and holds arrays only:
+    loading it runs no code.
 
     Args:
         record: what is made.
@@ -177,7 +192,9 @@ def _flat(rows: list[_Row]) -> tuple[np.ndarray, ...]:
     )
 
 
-def _rows(tokenizer: Any, firsts: list[str | list[str]], pairs: list[str | None], *, max_length: int) -> list[_Row]:
+def _rows(
+    tokenizer: Any, firsts: list[str | list[str]], pairs: list[str | None], *, max_length: int
+) -> list[_Row]:
     """Tokens of a chunk. The tokenizer takes plain texts, words, and pairs of both in one call each."""
     encode = _encode_fast if tokenizer.is_fast else _encode_slow
     alike: dict[tuple[bool, bool], list[int]] = {}
@@ -186,9 +203,16 @@ def _rows(tokenizer: Any, firsts: list[str | list[str]], pairs: list[str | None]
     rows: dict[int, _Row] = {}
     for (as_words, paired), members in alike.items():
         seconds = [pairs[i] for i in members] if paired else None
-        made = encode(tokenizer, [firsts[i] for i in members], seconds, as_words=as_words, max_length=max_length)
+        made = encode(
+            tokenizer,
+            [firsts[i] for i in members],
+            seconds,
+            as_words=as_words,
+            max_length=max_length,
+        )
         rows.update(zip(members, made, strict=True))
-    # A tokenizer without special tokens makes nothing of a blank text; a row of no tokens has no mean.
+    # A tokenizer without special tokens makes nothing of a blank text; a row of no tokens has no
+    # mean.
     nothing = _Row([_unknown_id(tokenizer)], [0], [-1], False)
     return [rows[i] if rows[i].ids else nothing for i in range(len(firsts))]
 
@@ -201,16 +225,23 @@ def _encode_fast(
         pairs = None if pairs is None else _spaced(tokenizer, [pair.split() for pair in pairs])  # type: ignore
 
     def run(texts: list[Any], pairs: list[Any] | None) -> list[Any]:
-        settings = {"truncation": "longest_first", "max_length": max_length, "is_split_into_words": as_words}
+        settings = {
+            "truncation": "longest_first",
+            "max_length": max_length,
+            "is_split_into_words": as_words,
+        }
         return tokenizer(texts, pairs, **settings).encodings
 
     encodings = run(texts, pairs)
     for i, encoding in enumerate(encodings if as_words else ()):
         seen = set(_word_ids(encoding))
         lost = [word for word in range(len(texts[i])) if word not in seen]
-        # Some tokenizers drop rare characters: without a piece of its own a word would silently lose its label.
+        # Some tokenizers drop rare characters: without a piece of its own a word would silently
+        # lose its label.
         if lost and not encoding.overflowing:
-            whole = [tokenizer.unk_token if word in lost else text for word, text in enumerate(texts[i])]
+            whole = [
+                tokenizer.unk_token if word in lost else text for word, text in enumerate(texts[i])
+            ]
             encodings[i] = run([whole], None if pairs is None else [pairs[i]])[0]
     return [_Row(e.ids, e.type_ids, _word_ids(e), bool(e.overflowing)) for e in encodings]
 
@@ -229,7 +260,9 @@ def _encode_slow(
         pair = None if pairs is None else pairs[i]
         cut = len(tokenizer(text, pair, verbose=False)["input_ids"]) > max_length
         settings = {"truncation": "longest_first", "max_length": max_length}
-        made = tokenizer(text, pair, **settings, return_token_type_ids=True, return_special_tokens_mask=True)
+        made = tokenizer(
+            text, pair, **settings, return_token_type_ids=True, return_special_tokens_mask=True
+        )
         special = made["special_tokens_mask"]
         first = special.index(0) if 0 in special else len(special)
         end = special.index(1, first) if 1 in special[first:] else len(special)
@@ -243,7 +276,10 @@ def _spaced(tokenizer: Any, rows: Sequence[Sequence[str]]) -> list[list[str]]:
     blank = "" if tokenizer.tokenize(" a") == tokenizer.tokenize("a") else " "
     unknown = tokenizer.unk_token
     return [
-        [f"{blank if i else ''}{word}" if word and word != unknown else unknown for i, word in enumerate(words)]
+        [
+            f"{blank if i else ''}{word}" if word and word != unknown else unknown
+            for i, word in enumerate(words)
+        ]
         for words in rows
     ]
 
@@ -276,6 +312,9 @@ def fingerprint(tokenizer: Any) -> str:
         # Every call leaves its settings in there.
         rules = {key: value for key, value in rules.items() if key not in ("truncation", "padding")}
     else:
-        rules = {key: str(value) for key, value in (*tokenizer.get_vocab().items(), *tokenizer.init_kwargs.items())}
+        rules = {
+            key: str(value)
+            for key, value in (*tokenizer.get_vocab().items(), *tokenizer.init_kwargs.items())
+        }
     names = [type(tokenizer).__name__, tokenizer.unk_token]
     return hashlib.sha256(json.dumps([names, rules], sort_keys=True).encode()).hexdigest()

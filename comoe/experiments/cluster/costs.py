@@ -1,7 +1,8 @@
 """A model on a cluster in numbers: parameters, operations, bytes sent, seconds. Pure formulas, nothing is built.
 
-Letters: L encoder layers, M width, F' feed-forward width, E experts in each of L' layers, k per token, F expert width,
-V vocabulary, W ranks, EP ranks per set of experts, D dense and X expert parameters, p bytes per weight (2 in bf16, 4).
+Letters: L encoder layers, M width, F' feed-forward width, E experts in each of L' layers, k per
+token, F expert width, V vocabulary, W ranks, EP ranks per set of experts, D dense and X expert
+parameters, p bytes per weight (2 in bf16, 4).
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ from dataclasses import dataclass
 from comoe.train.memory_plan import FULL, HALF
 
 ADAM_BYTES = 4 + 2 * 4 + 4 * 4
-"""Bytes that one AdamW step reads and writes per parameter beside the weight: gradient, master copy, both moments."""
+"""Bytes that one AdamW step reads and writes per parameter beside the weight: gradient, master
+copy, both moments."""
 
 
 USEFUL_ROWS = 300
-"""Tokens per expert below which a Hopper GPU's grouped product is bound by reading the expert's weights."""
+"""Tokens per expert below which a Hopper GPU's grouped product is bound by reading the expert's
+weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,18 +56,28 @@ class ModelShape:
 
     @property
     def encoder_parameters(self) -> int:
-        """Embeddings (V + positions + 2 segments) M with their norm, and per layer 4 M (M + 1) of attention,
-        2 M F' + F' + M of the feed-forward and two norms: BERT's and RoBERTa's form, without the pooler."""
-        layer = 4 * self.width * (self.width + 1) + 2 * self.width * self.ffn_width + self.ffn_width + 5 * self.width
+        """Embeddings (V + positions + 2 segments) M with their norm, and per layer 4 M (M + 1) of
+        attention, 2 M F' + F' + M of the feed-forward and two norms: BERT's and RoBERTa's form,
+        without the pooler."""
+        layer = (
+            4 * self.width * (self.width + 1)
+            + 2 * self.width * self.ffn_width
+            + self.ffn_width
+            + 5 * self.width
+        )
         return (self.vocabulary + self.positions + 2 + 2) * self.width + self.layers * layer
 
     @property
     def dense_parameters(self) -> int:
-        """D: encoder; norm, gate and shared expert of each block; heads (query and linear layer); projection; private
-        parts."""
+        """D: encoder; norm, gate and shared expert of each block; heads (query and linear layer);
+        projection; private parts."""
         block = self.width * (2 + self.num_experts + 3 * self.shared_width)
-        heads = self.tasks * self.width + self.outputs * (self.width + 1) + self.projection * self.width
-        private = self.tasks * self.width * (2 + 3 * self.private_width) if self.private_width else 0
+        heads = (
+            self.tasks * self.width + self.outputs * (self.width + 1) + self.projection * self.width
+        )
+        private = (
+            self.tasks * self.width * (2 + 3 * self.private_width) if self.private_width else 0
+        )
         return self.encoder_parameters + self.moe_layers * block + heads + private
 
     @property
@@ -75,7 +88,9 @@ class ModelShape:
     @property
     def active_parameters(self) -> int:
         """Parameters that one token meets: D + X k / E."""
-        return self.dense_parameters + self.expert_parameters * self.top_k // max(1, self.num_experts)
+        return self.dense_parameters + self.expert_parameters * self.top_k // max(
+            1, self.num_experts
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +104,8 @@ class Cluster:
     intra: float
     """Bytes per second that one GPU sends to another of its machine."""
     inter: float
-    """Bytes per second that one GPU sends to other machines; all of a machine's GPUs send at once."""
+    """Bytes per second that one GPU sends to other machines; all of a machine's GPUs send at
+    once."""
     flops: float
     """Operations per second of one GPU's matrix products, at its best."""
     read: float
@@ -117,11 +133,12 @@ class Layout:
     bf16: bool = True
     """bfloat16, else float32."""
     recompute: bool = False
-    """Activation checkpointing: each layer's forward pass runs, and exchanges its routes, once more."""
+    """Activation checkpointing: each layer's forward pass runs, and exchanges its routes, once
+    more."""
     keep: int = 100_000_000
     """Weights that stage 3 may keep whole from the forward to the backward pass: the larger of
-    ``stage3_max_live_parameters`` and half of ``stage3_max_reuse_distance`` (the passes meet in the last layer); both
-    as in ds_configs/zero3.json."""
+    ``stage3_max_live_parameters`` and half of ``stage3_max_reuse_distance`` (the passes meet in the
+    last layer); both as in ds_configs/zero3.json."""
 
     @property
     def number(self) -> int:
@@ -148,15 +165,17 @@ class Traffic:
 def forward_operations(shape: ModelShape, length: int) -> float:
     """Floating-point operations of one token's forward pass; a multiplication with its addition counts two.
 
-    L (8 M^2 + 4 M F' + 4 length M) for the encoder, of which the last is the attention matrix,
-    L' (2 M E + 6 k M F + 6 M F_shared) for the blocks, 6 M F_private per task. Embeddings and heads are left out.
+    L (8 M^2 + 4 M F' + 4 length M) for the encoder, of which the last is the attention matrix, L'
+    (2 M E + 6 k M F + 6 M F_shared) for the blocks, 6 M F_private per task. Embeddings and heads
+    are left out.
 
     Source: Narayanan et al. 2021, arXiv:2104.04473, appendix; three matrices per gated expert.
     """
     dense = 8 * shape.width**2 + 4 * shape.width * shape.ffn_width + 4 * length * shape.width
     return (
         shape.layers * dense
-        + shape.moe_layers * (2 * shape.width * shape.num_experts + 6 * shape.width * shape.shared_width)
+        + shape.moe_layers
+        * (2 * shape.width * shape.num_experts + 6 * shape.width * shape.shared_width)
         + shape.tasks * 6 * shape.width * shape.private_width
         + expert_operations(shape)
     )
@@ -170,10 +189,12 @@ def expert_operations(shape: ModelShape) -> float:
 def all_to_all_bytes(shape: ModelShape, layout: Layout) -> float:
     """Bytes that one rank sends to other ranks' experts per optimizer step, under even routing.
 
-    Each token travels to its k experts and back, and its gradients do the same: 4 p S k M (EP - 1) / EP per block and
-    forward pass, 6 under recomputation. The counts that go ahead (4 E bytes) are left out.
+    Each token travels to its k experts and back, and its gradients do the same: 4 p S k M (EP - 1)
+    / EP per block and forward pass, 6 under recomputation. The counts that go ahead (4 E bytes) are
+    left out.
 
-    Source: Lepikhin et al. 2020, GShard, arXiv:2006.16668; the four exchanges were read in DeepSpeed's AutoEP layer.
+    Source: Lepikhin et al. 2020, GShard, arXiv:2006.16668; the four exchanges were read in
+    DeepSpeed's AutoEP layer.
     """
     away = (layout.ep_size - 1) / layout.ep_size
     passes = shape.moe_layers * layout.accumulation
@@ -184,16 +205,17 @@ def all_to_all_bytes(shape: ModelShape, layout: Layout) -> float:
 def traffic(shape: ModelShape, layout: Layout) -> Traffic:
     """Bytes that one rank sends per optimizer step, each collective in its ring form over n ranks.
 
-    Over n ranks an all-reduce of b bytes sends 2 b (n - 1) / n, an all-gather or a reduce-scatter of b bytes in all
-    b (n - 1) / n. n is W for dense parameters and W / EP for the X / EP parameters of a rank's experts.
+    Over n ranks an all-reduce of b bytes sends 2 b (n - 1) / n, an all-gather or a reduce-scatter
+    of b bytes in all b (n - 1) / n. n is W for dense parameters and W / EP for the X / EP
+    parameters of a rank's experts.
 
         stage 1     gradients all-reduced once, weights gathered once
         stage 2     gradients all-reduced in every forward pass, weights gathered once
         stage 3     gradients reduce-scattered in every forward pass; weights gathered once in every forward pass, and
                     those beyond ``keep`` once more for the backward pass
 
-    Source: Thakur et al. 2005 (rings); Rajbhandari et al. 2020, arXiv:1910.02054; DeepSpeed 0.19.8 reduces the buckets
-    of stage 2 by all-reduce.
+    Source: Thakur et al. 2005 (rings); Rajbhandari et al. 2020, arXiv:1910.02054; DeepSpeed 0.19.8
+    reduces the buckets of stage 2 by all-reduce.
     """
     experts = shape.expert_parameters / layout.ep_size
     times = 1 if layout.stage == 1 else layout.accumulation
@@ -204,10 +226,15 @@ def traffic(shape: ModelShape, layout: Layout) -> Traffic:
 
     def sent(parameters: float, ranks: int) -> tuple[float, float]:
         away = (ranks - 1) / ranks
-        return rounds * times * layout.number * parameters * away, gathers * layout.number * parameters * away
+        return (
+            rounds * times * layout.number * parameters * away,
+            gathers * layout.number * parameters * away,
+        )
 
     dense = sent(shape.dense_parameters, layout.ranks)
-    return Traffic(all_to_all_bytes(shape, layout), *dense, *sent(experts, layout.ranks // layout.ep_size))
+    return Traffic(
+        all_to_all_bytes(shape, layout), *dense, *sent(experts, layout.ranks // layout.ep_size)
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,11 +273,18 @@ def step_time(shape: ModelShape, layout: Layout, cluster: Cluster) -> StepTime:
     routed = passes * per_pass * expert_operations(shape) / rate
     weights = layout.number * shape.expert_parameters / layout.ep_size
     routed = max(routed, passes * layout.accumulation * weights / cluster.read)
-    rest = passes * per_pass * (forward_operations(shape, layout.length) - expert_operations(shape)) / rate
+    rest = (
+        passes
+        * per_pass
+        * (forward_operations(shape, layout.length) - expert_operations(shape))
+        / rate
+    )
     moved = traffic(shape, layout)
     groups = layout.ranks // layout.ep_size
     beside = max(1, cluster.per_node // layout.ep_size)
-    collectives = _ring_seconds(moved.dense_reduce + moved.dense_gather, layout.ranks, cluster.per_node, cluster)
+    collectives = _ring_seconds(
+        moved.dense_reduce + moved.dense_gather, layout.ranks, cluster.per_node, cluster
+    )
     collectives += _ring_seconds(moved.expert_reduce + moved.expert_gather, groups, beside, cluster)
     compute = routed + rest
     share = (shape.dense_parameters + shape.expert_parameters) / layout.ranks

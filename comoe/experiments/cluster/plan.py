@@ -34,7 +34,8 @@ USABLE = 0.9
 
 
 NEAR = 0.95
-"""Layouts at least this fast beside the fastest count as equally fast; the simplest of them is recommended."""
+"""Layouts at least this fast beside the fastest count as equally fast; the simplest of them is
+recommended."""
 
 
 MICRO_BATCHES = tuple(2**power for power in range(11))
@@ -70,10 +71,13 @@ class Candidate:
         return self.batch * self.layout.length / self.time.total
 
 
-def weigh(shape: ModelShape, layout: Layout, cluster: Cluster, *, optimizer: str = "adamw") -> Candidate:
+def weigh(
+    shape: ModelShape, layout: Layout, cluster: Cluster, *, optimizer: str = "adamw"
+) -> Candidate:
     """All that the formulas say about one layout.
 
-    Source: ``comoe.train.memory_plan.plan_memory``, ``comoe.experiments.cluster.costs.traffic`` and ``step_time``.
+    Source: ``comoe.train.memory_plan.plan_memory``, ``comoe.experiments.cluster.costs.traffic`` and
+    ``step_time``.
     """
     whole = shape.dense_parameters + shape.expert_parameters // layout.ep_size
     memory = plan_memory(
@@ -100,7 +104,13 @@ def weigh(shape: ModelShape, layout: Layout, cluster: Cluster, *, optimizer: str
 
 
 def alternatives(
-    shape: ModelShape, cluster: Cluster, *, ranks: int, length: int, batch: int | None = None, recompute: bool = False
+    shape: ModelShape,
+    cluster: Cluster,
+    *,
+    ranks: int,
+    length: int,
+    batch: int | None = None,
+    recompute: bool = False,
 ) -> list[Candidate]:
     """For every EP that divides ranks and experts, and every ZeRO stage, the fastest micro-batch that fits.
 
@@ -111,7 +121,8 @@ def alternatives(
         cluster: one GPU and its links.
         ranks: GPUs.
         length: tokens per post.
-        batch: posts per optimizer step on all ranks; None lets every rank do one forward pass, so the batch grows.
+        batch: posts per optimizer step on all ranks; None lets every rank do one forward pass, so
+            the batch grows.
         recompute: activation checkpointing.
     """
     experts = shape.num_experts or 1
@@ -120,14 +131,21 @@ def alternatives(
     for ep_size in sizes:
         for stage in (1, 2, 3):
             tried = [
-                weigh(shape, Layout(ranks, ep_size, stage, posts * length, length, times, recompute=recompute), cluster)
+                weigh(
+                    shape,
+                    Layout(
+                        ranks, ep_size, stage, posts * length, length, times, recompute=recompute
+                    ),
+                    cluster,
+                )
                 for posts, times in _micro_batches(ranks, batch)
             ]
             able = [candidate for candidate in tried if fits(candidate, cluster)]
             found.append(max(able, key=lambda c: c.tokens_per_second) if able else tried[0])
             if able:
                 best = found[-1].tokens_per_second
-                # The formulas know no cost of a pass itself: of a given batch the fewest passes are the better ones.
+                # The formulas know no cost of a pass itself: of a given batch the fewest passes are
+                # the better ones.
                 order = able if batch is None else reversed(able)
                 found[-1] = next(c for c in order if c.tokens_per_second >= NEAR * best)
     return found
@@ -139,8 +157,8 @@ def fits(candidate: Candidate, cluster: Cluster) -> bool:
 
 
 def recommend(found: Sequence[Candidate], cluster: Cluster) -> Candidate | None:
-    """The layout to take: of those within a twentieth of the fastest the one with the lowest ZeRO stage, then the
-    smallest EP, then the smallest batch; None where nothing fits."""
+    """The layout to take: of those within a twentieth of the fastest the one with the lowest ZeRO
+    stage, then the smallest EP, then the smallest batch; None where nothing fits."""
     able = [candidate for candidate in found if fits(candidate, cluster)]
     best = max((candidate.tokens_per_second for candidate in able), default=0.0)
     near = [candidate for candidate in able if candidate.tokens_per_second >= NEAR * best]
@@ -163,7 +181,8 @@ def shape_of_recipe(recipe: Recipe, encoder_shape: str | None = None) -> ModelSh
         encoder_shape: "layers,width,feed-forward width,vocabulary" instead of the recipe's encoder.
 
     Raises:
-        ValueError: a shape that is not four whole numbers, or an encoder that is not on this machine.
+        ValueError: a shape that is not four whole numbers, or an encoder that is not on this
+            machine.
     """
     layers, width, ffn_width, vocabulary, positions = (
         _parsed(encoder_shape) if encoder_shape else _read(recipe.model.encoder)
@@ -211,22 +230,35 @@ def plan_lines(
         f"parameters: {shape.dense_parameters / 1e6:,.1f} M dense, {shape.expert_parameters / 1e6:,.1f} M in experts, "
         f"{shape.active_parameters / 1e6:,.1f} M active per token",
         f"bfloat16, AdamW, {length} tokens per post, {cluster.efficiency:.0%} of the peak reached in matrix products",
-        "bytes are sent by one GPU per step; the batch " + ("grows with the GPUs" if batch is None else "is fixed"),
+        "bytes are sent by one GPU per step; the batch "
+        + ("grows with the GPUs" if batch is None else "is fixed"),
         "",
     ]
     rows, details = [HEAD], []
     for ranks in gpus:
-        found = alternatives(shape, cluster, ranks=ranks, length=length, batch=batch, recompute=recompute)
+        found = alternatives(
+            shape, cluster, ranks=ranks, length=length, batch=batch, recompute=recompute
+        )
         best = recommend(found, cluster)
         if best is None:
             least = min(found, key=lambda c: c.memory.device_bytes)
             needed = least.memory.device_bytes / USABLE / 2**30
             rows.append(
-                (str(ranks), f"does not fit: one post needs GPUs of {needed:,.1f} GiB", *[""] * (len(HEAD) - 2))
+                (
+                    str(ranks),
+                    f"does not fit: one post needs GPUs of {needed:,.1f} GiB",
+                    *[""] * (len(HEAD) - 2),
+                )
             )
             continue
         rows.append(_row(best, cluster, shape))
-        details = ["", f"{ranks} GPUs, recommended:", *best.memory.lines(), "", f"{ranks} GPUs, alternatives:"]
+        details = [
+            "",
+            f"{ranks} GPUs, recommended:",
+            *best.memory.lines(),
+            "",
+            f"{ranks} GPUs, alternatives:",
+        ]
         details += _table([HEAD, *(_row(candidate, cluster, shape) for candidate in found)])
     return lines + _table(rows) + details
 
@@ -235,19 +267,33 @@ HEAD = (
     "GPUs", "EP", "ZeRO", "posts/GPU", "accumulate", "batch", "GiB/GPU", "all-to-all MB", "reduce MB", "gather MB",
     "compute ms", "all-to-all ms", "collective ms", "optimizer ms", "step ms", "tokens/s", "rows/expert", "",
 )  # fmt: skip
-"""Columns of the plan: bytes are what one GPU sends per step, rows what one expert gets in one forward pass."""
+"""Columns of the plan: bytes are what one GPU sends per step, rows what one expert gets in one
+forward pass."""
 
 
 def _row(candidate: Candidate, cluster: Cluster, shape: ModelShape) -> tuple[str, ...]:
     layout, time, moved = candidate.layout, candidate.time, candidate.traffic
-    reduced, gathered = moved.dense_reduce + moved.expert_reduce, moved.dense_gather + moved.expert_gather
+    reduced, gathered = (
+        moved.dense_reduce + moved.expert_reduce,
+        moved.dense_gather + moved.expert_gather,
+    )
     rows = layout.tokens * shape.top_k * layout.ep_size / max(1, shape.num_experts)
     remark = "" if fits(candidate, cluster) else "does not fit"
     if not remark and 0 < rows < USEFUL_ROWS:
         remark = "few rows per expert"
     seconds = (time.compute, time.all_to_all, time.collectives, time.optimizer, time.total)
     return (
-        *map(str, (layout.ranks, layout.ep_size, layout.stage, candidate.posts, layout.accumulation, candidate.batch)),
+        *map(
+            str,
+            (
+                layout.ranks,
+                layout.ep_size,
+                layout.stage,
+                candidate.posts,
+                layout.accumulation,
+                candidate.batch,
+            ),
+        ),
         f"{candidate.memory.device_bytes / 2**30:.2f}",
         *(f"{size / 1e6:,.1f}" for size in (moved.all_to_all, reduced, gathered)),
         *(f"{1000 * part:,.2f}" for part in seconds),
@@ -279,7 +325,9 @@ def _parsed(text: str) -> tuple[int, int, int, int, int]:
 
 
 def _read(encoder: str) -> tuple[int, int, int, int, int]:
-    folder = prepare([encoder])[encoder] if encoder.startswith(PREFIXES) else Path(encoder).expanduser()
+    folder = (
+        prepare([encoder])[encoder] if encoder.startswith(PREFIXES) else Path(encoder).expanduser()
+    )
     file = folder / "config.json"
     if not file.is_file():
         raise ValueError(
@@ -291,7 +339,9 @@ def _read(encoder: str) -> tuple[int, int, int, int, int]:
     for names in _NAMES:
         known = [config[name] for name in names if name in config]
         if not known:
-            raise ValueError(f"{file} has no {names[0]}; give the encoder's numbers by --encoder-shape.")
+            raise ValueError(
+                f"{file} has no {names[0]}; give the encoder's numbers by --encoder-shape."
+            )
         found.append(int(known[0]))
     layers, width, ffn_width, vocabulary, positions = found
     return layers, width, ffn_width, vocabulary, positions
@@ -311,15 +361,20 @@ def settle_plan_flags(given: argparse.Namespace, plan_flags: Mapping[str, str | 
     """Fill in the flags of ``--plan``, in place.
 
     Raises:
-        ValueError: one was given without ``--plan``, or ``--ranks`` with it: it would change nothing.
+        ValueError: one was given without ``--plan``, or ``--ranks`` with it: it would change
+            nothing.
     """
     if given.plan and given.ranks is not None:
-        raise ValueError(f"--ranks {given.ranks} changes nothing under --plan, which plans for --gpus; leave it out.")
+        raise ValueError(
+            f"--ranks {given.ranks} changes nothing under --plan, which plans for --gpus; leave it out."
+        )
     for flag, default in plan_flags.items():
         field = flag.replace("-", "_")
         value = getattr(given, field)
         if value is not None and not given.plan:
-            raise ValueError(f"--{flag} {value} changes nothing without --plan; add --plan, or leave it out.")
+            raise ValueError(
+                f"--{flag} {value} changes nothing without --plan; add --plan, or leave it out."
+            )
         if value is None:
             setattr(given, field, default)
 
@@ -334,7 +389,9 @@ def print_plan(given: argparse.Namespace) -> None:
     for field, key in _PLANNED.items():
         value = getattr(given, field)
         if value is not None and not key:
-            raise ValueError(f"--plan takes no list of {field}: it does not change with them, or it recommends them.")
+            raise ValueError(
+                f"--plan takes no list of {field}: it does not change with them, or it recommends them."
+            )
         if value is not None:
             overrides.append(f"{key}={value}")
     recipe = load_recipe(given.config, overrides)
@@ -366,7 +423,9 @@ def gpu_numbers(text: str) -> list[int]:
         ValueError: anything else.
     """
     first, dots, last = text.partition("..")
-    numbers = [int(_number("--gpus", part)) for part in ((first, last) if dots else text.split(","))]
+    numbers = [
+        int(_number("--gpus", part)) for part in ((first, last) if dots else text.split(","))
+    ]
     if not dots:
         return numbers
     low, high = numbers

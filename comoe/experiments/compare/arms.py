@@ -1,11 +1,12 @@
 """The arms of a comparison: named variants of one recipe with an equal budget of posts.
 
-What stands beside an encoder layer's feed-forward has the same active width A = ``top_k * expert_width`` in every arm
-with experts: k experts of width A / k, or one dense block of width A. Posts, passes, seeds and rates are the recipe's.
+What stands beside an encoder layer's feed-forward has the same active width A = ``top_k *
+expert_width`` in every arm with experts: k experts of width A / k, or one dense block of width A.
+Posts, passes, seeds and rates are the recipe's.
 
-Arms that train on fewer tasks have budgets equal in passes: every run goes over each of its tasks' posts as often as the
-run of all tasks does, so a task alone has its share of the steps. A number of steps instead of passes is refused here,
-because as many steps on fewer posts would be more passes.
+Arms that train on fewer tasks have budgets equal in passes: every run goes over each of its tasks'
+posts as often as the run of all tasks does, so a task alone has its share of the steps. A number of
+steps instead of passes is refused here, because as many steps on fewer posts would be more passes.
 """
 
 from __future__ import annotations
@@ -44,7 +45,11 @@ class Part:
 
 def measured_tasks(recipe: Recipe) -> list[str]:
     """Tasks that are trained for their own sake: they have answers, and they are not marked auxiliary."""
-    return [name for name, task in recipe.tasks.items() if kind_of(task.kind).scored and not task.auxiliary]
+    return [
+        name
+        for name, task in recipe.tasks.items()
+        if kind_of(task.kind).scored and not task.auxiliary
+    ]
 
 
 def alone(recipe: Recipe) -> dict[str, list[Part]]:
@@ -55,7 +60,9 @@ def alone(recipe: Recipe) -> dict[str, list[Part]]:
     """
     tasks = measured_tasks(recipe)
     if not tasks:
-        raise ValueError("the arm single needs a task that has labels and is not auxiliary; the recipe has none.")
+        raise ValueError(
+            "the arm single needs a task that has labels and is not auxiliary; the recipe has none."
+        )
     return {ALONE: [_alone(recipe, task) for task in tasks]}
 
 
@@ -78,7 +85,8 @@ def without_auxiliary(recipe: Recipe) -> dict[str, list[Part]]:
     """The arm ``no_auxiliary``: the recipe without the tasks that are marked auxiliary.
 
     Raises:
-        ValueError: there are none, or nothing would be left to measure, or ``train.max_steps`` is set.
+        ValueError: there are none, or nothing would be left to measure, or ``train.max_steps`` is
+            set.
     """
     dropped = [name for name, task in recipe.tasks.items() if task.auxiliary]
     if not dropped or not measured_tasks(recipe):
@@ -102,7 +110,8 @@ def _alone(recipe: Recipe, task: str) -> Part:
     words = _dropping(recipe, dropped, arm=ALONE)
     loss, usual = recipe.loss, LossConfig()
     if loss.weighting != usual.weighting:
-        # A weighting has nothing to weigh one task against; what is left of it would scale its loss.
+        # A weighting has nothing to weigh one task against; what is left of it would scale its
+        # loss.
         words.append(f"loss.weighting={usual.weighting}")
     if loss.adversarial.weight and loss.adversarial.predict == AdversarialConfig().predict:
         words.append("loss.adversarial.weight=0")
@@ -158,7 +167,9 @@ class Active:
             ValueError: more than there are, or a width that does not divide.
         """
         if not 1 <= top_k <= self.experts:
-            raise ValueError(f"an arm wants k = {top_k}, but the recipe has model.moe.num_experts = {self.experts}.")
+            raise ValueError(
+                f"an arm wants k = {top_k}, but the recipe has model.moe.num_experts = {self.experts}."
+            )
         if self.width % top_k:
             raise ValueError(
                 f"the active width {self.width} (top_k * expert_width of the recipe) does not divide into k = {top_k} "
@@ -216,7 +227,8 @@ def custom_arms(texts: Sequence[str]) -> dict[str, list[str]]:
     found = {}
     for text in texts:
         name, colon, words = text.partition(":")
-        # A comma separates words only where a new key follows: a list such as [1,3] has commas of its own.
+        # A comma separates words only where a new key follows: a list such as [1,3] has commas of
+        # its own.
         parts = [part.strip() for part in re.split(r",(?=[\w.-]+=)", words)]
         if not colon or not all("=" in part for part in parts):
             raise ValueError(f"--arm {text!r} must read name:key=value,key=value.")
@@ -271,7 +283,9 @@ ARMS: dict[str, Callable[[Basis], list[str]]] = {
     "softmax_k4": _of_gate("softmax", 4),
     "softmax_all": _of_all("softmax"),
     "paper": _of_all("sigmoid", route_by="task"),
-    "task_and_token": lambda basis: basis.active.experts_words("sigmoid", basis.active.top_k, route_by="both"),
+    "task_and_token": lambda basis: basis.active.experts_words(
+        "sigmoid", basis.active.top_k, route_by="both"
+    ),
     "no_balance": lambda basis: list(UNBALANCED),
     "no_contrastive": lambda basis: ["loss.contrastive.weight=0"],
     "adversarial": lambda basis: ["loss.adversarial.weight=0.1"],
@@ -280,6 +294,6 @@ ARMS: dict[str, Callable[[Basis], list[str]]] = {
     **{name: _of_weighting(name) for name in WEIGHTINGS},
     **{f"confidence_{name}": _of_confidence(name) for name in CONFIDENCE_STRATEGIES},
 }
-"""Arm of one run per seed -> the words that make it; ``dense_total`` has the parameters of all experts in one block, so
-it costs more. Each weighting of the tasks is an arm of its own name; a confidence strategy is that of all tasks which
-name a column of confidences."""
+"""Arm of one run per seed -> the words that make it; ``dense_total`` has the parameters of all
+experts in one block, so it costs more. Each weighting of the tasks is an arm of its own name; a
+confidence strategy is that of all tasks which name a column of confidences."""

@@ -19,7 +19,15 @@ from comoe.experiments.compare.plots import write_plots
 from comoe.experiments.compare.report import AFFINITY_FILE, Comparison, compare, write_comparison
 from comoe.experiments.compare.results import REMOVAL_FILE
 from comoe.experiments.compare.tables import markdown_lines
-from comoe.experiments.runner import Experiment, chosen_ranks, failure_file, is_done, leave_after, remember, run_points
+from comoe.experiments.runner import (
+    Experiment,
+    chosen_ranks,
+    failure_file,
+    is_done,
+    leave_after,
+    remember,
+    run_points,
+)
 from comoe.train.monitor.metrics_file import write_aside
 
 
@@ -42,7 +50,11 @@ def run_comparison(given: argparse.Namespace, *, train_script: Path) -> list[Tri
     # Arms of one's own come behind, unless the list names them.
     arms = list(dict.fromkeys([*_words("--arms", given.arms), *custom]))
     plan = plan_arms(experiment, arms=arms, custom=custom, seeds=_seeds(given.seeds))
-    baseline = plan.arms[0].name if given.against is None else plan.arm(given.against, flag="--against").name
+    baseline = (
+        plan.arms[0].name
+        if given.against is None
+        else plan.arm(given.against, flag="--against").name
+    )
     metrics = _metrics(experiment, given)
     later = [_affinities(plan, given), _removals(plan, given)]
     remember(experiment, file_name="compare.json")
@@ -51,23 +63,34 @@ def run_comparison(given: argparse.Namespace, *, train_script: Path) -> list[Tri
     say = partial(print, flush=True)
     for note in plan.notes:
         say(f"note: {note}")
-    report = partial(_report, experiment, plan, baseline=baseline, keep=given.keep_checkpoints, metrics=metrics)
+    report = partial(
+        _report, experiment, plan, baseline=baseline, keep=given.keep_checkpoints, metrics=metrics
+    )
     failed = run_points(experiment, plan.trials, report=lambda trials: report(resamples=0), say=say)
     for measure in later:
         measure(experiment, say)
     comparison = report(resamples=given.resamples)
     print("\n".join(markdown_lines(comparison)))
-    print(f"\ntable   {given.output / 'table.md'}, table.csv, gains.csv, affinity.csv, summary.json, comparison.json")
+    print(
+        f"\ntable   {given.output / 'table.md'}, table.csv, gains.csv, affinity.csv, summary.json, comparison.json"
+    )
     print(f"plots   {given.output / 'plots'}")
     return failed
 
 
 def _report(
-    experiment: Experiment, plan: Plan, *, baseline: str, keep: bool, metrics: Sequence[str], resamples: int
+    experiment: Experiment,
+    plan: Plan,
+    *,
+    baseline: str,
+    keep: bool,
+    metrics: Sequence[str],
+    resamples: int,
 ) -> Comparison:
     for trial in plan.trials:
         if not keep and is_done(experiment, trial):
-            # The export has the best weights; the optimizer's state of dozens of runs would fill a disk.
+            # The export has the best weights; the optimizer's state of dozens of runs would fill a
+            # disk.
             shutil.rmtree(experiment.runs / trial.name / "checkpoints", ignore_errors=True)
     problems = {trial.name: _problem(failure_file(experiment, trial)) for trial in plan.trials}
     comparison = compare(
@@ -102,13 +125,17 @@ def _metrics(experiment: Experiment, given: argparse.Namespace) -> list[str]:
 def _affinities(plan: Plan, given: argparse.Namespace) -> Measuring:
     limit = given.affinity_posts
     if limit < 2 and limit != 0:
-        raise ValueError(f"--affinity-posts is {limit}; it must be at least 2, or 0 for no gradients.")
+        raise ValueError(
+            f"--affinity-posts is {limit}; it must be at least 2, or 0 for no gradients."
+        )
     asked = _words("--affinity", given.affinity) if given.affinity else []
     arms = [_of_one_run(plan, name, flag="--affinity") for name in asked]
     if plan.joint and not asked:
         arms = [plan.arm(plan.joint, flag="--arms")]
     if plan.joint is None and arms:
-        raise ValueError("--affinity holds the gradients of tasks against one another; it needs an arm with several.")
+        raise ValueError(
+            "--affinity holds the gradients of tasks against one another; it needs an arm with several."
+        )
     return partial(_measure, arms if limit else [], AFFINITY_FILE, limit, read_affinity, "gradients of the tasks",
                    lambda folder: measure_affinity(folder, limit=limit))  # fmt: skip
 
@@ -130,7 +157,9 @@ def _of_one_run(plan: Plan, name: str, *, flag: str) -> Arm:
     arm = plan.arm(name, flag=flag)
     if len({trial.part for trial in arm.trials}) > 1:
         parts = ", ".join(dict.fromkeys(trial.part for trial in arm.trials))
-        raise ValueError(f"{flag} {name}: this arm has a run for each task; give an arm of one run ({parts}).")
+        raise ValueError(
+            f"{flag} {name}: this arm has a run for each task; give an arm of one run ({parts})."
+        )
     return arm
 
 
@@ -168,7 +197,9 @@ def _split(folder: Path) -> str:
 
 def _problem(file: Path) -> str:
     lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-    return next((line for line in reversed(lines) if line.startswith("comoe:")), lines[-1] if lines else "")
+    return next(
+        (line for line in reversed(lines) if line.startswith("comoe:")), lines[-1] if lines else ""
+    )
 
 
 def _words(flag: str, text: str) -> list[str]:
@@ -182,5 +213,7 @@ def _words(flag: str, text: str) -> list[str]:
 def _seeds(text: str) -> list[int]:
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() for part in parts):
-        raise ValueError(f"--seeds is {text!r}; it must be whole numbers from 0 on with commas between.")
+        raise ValueError(
+            f"--seeds is {text!r}; it must be whole numbers from 0 on with commas between."
+        )
     return list(dict.fromkeys(map(int, parts)))

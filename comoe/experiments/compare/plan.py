@@ -9,7 +9,16 @@ from dataclasses import dataclass, replace
 from comoe.config.errors import unknown_name
 from comoe.config.load import load_recipe, recipe_to_dict
 from comoe.config.recipe import DataConfig, Recipe, RunConfig
-from comoe.experiments.compare.arms import ARMS, ONE_BY_ONE, TASK_ARMS, WHOLE, WITHOUT, Basis, Part, is_joint
+from comoe.experiments.compare.arms import (
+    ARMS,
+    ONE_BY_ONE,
+    TASK_ARMS,
+    WHOLE,
+    WITHOUT,
+    Basis,
+    Part,
+    is_joint,
+)
 from comoe.experiments.runner import Experiment, difference_of
 from comoe.train.parallel.ds_config import load_settings, plan_layout
 
@@ -69,14 +78,20 @@ class Plan:
     seeds: tuple[int, ...]
     """In the order of the command line."""
     joint: str | None
-    """The arm that is the recipe as it is, where it has several tasks; what single tasks lose or gain by."""
+    """The arm that is the recipe as it is, where it has several tasks; what single tasks lose or
+    gain by."""
     notes: tuple[str, ...]
     """What is not quite equal, or is not what its name says."""
 
     @property
     def trials(self) -> list[Trial]:
         """All runs, each once, the seeds in the outer loop: what is done at any time can be compared."""
-        found = {trial.name: trial for seed in self.seeds for arm in self.arms for trial in arm.of_seed(seed)}
+        found = {
+            trial.name: trial
+            for seed in self.seeds
+            for arm in self.arms
+            for trial in arm.of_seed(seed)
+        }
         return list(found.values())
 
     def arm(self, name: str, *, flag: str) -> Arm:
@@ -92,35 +107,52 @@ class Plan:
 
 
 def plan_arms(
-    experiment: Experiment, *, arms: Sequence[str], custom: Mapping[str, Sequence[str]], seeds: Sequence[int]
+    experiment: Experiment,
+    *,
+    arms: Sequence[str],
+    custom: Mapping[str, Sequence[str]],
+    seeds: Sequence[int],
 ) -> Plan:
     """Every arm with every seed.
 
     Args:
         experiment: recipe, DeepSpeed JSON and words that all runs share.
-        arms: keys of ``ARMS``, ``TASK_ARMS`` or ``custom``, or ``single.<task>`` and ``without.<task>``.
+        arms: keys of ``ARMS``, ``TASK_ARMS`` or ``custom``, or ``single.<task>`` and
+            ``without.<task>``.
         custom: name of an arm of the user's -> its ``key=value`` words.
         seeds: one run of each part per seed.
 
     Raises:
-        ValueError: an unknown arm, an impossible one, two that would share a folder, or a shared word that belongs to
-            the comparison.
+        ValueError: an unknown arm, an impossible one, two that would share a folder, or a shared
+            word that belongs to the comparison.
     """
     taken = [key for key in map(_key, experiment.overrides) if key in OWN_KEYS]
     if taken:
         raise ValueError(f"{taken[0]} cannot be an override here: --seeds and --output set it.")
     for name in custom:
-        if name in ARMS or name in TASK_ARMS or not re.fullmatch(r"[A-Za-z0-9][\w.]*", name, re.ASCII):
-            raise ValueError(f"--arm {name}: choose a name of letters, digits, dots, underscores that is not taken.")
+        if (
+            name in ARMS
+            or name in TASK_ARMS
+            or not re.fullmatch(r"[A-Za-z0-9][\w.]*", name, re.ASCII)
+        ):
+            raise ValueError(
+                f"--arm {name}: choose a name of letters, digits, dots, underscores that is not taken."
+            )
     recipe = load_recipe(experiment.config, experiment.overrides)
     named: dict[str, list[Part]] = {}
     for arm in dict.fromkeys(arms):
         named |= _parts(arm, recipe, custom)
     planned = _with_seeds(experiment, named, seeds)
-    joint = next((arm.name for arm in planned if not any(trial.words for trial in arm.trials)), None)
+    joint = next(
+        (arm.name for arm in planned if not any(trial.words for trial in arm.trials)), None
+    )
     joint = joint if is_joint(recipe) else None
-    if joint is None and any(name.startswith(f"{WITHOUT}.") and name not in custom for name in named):
-        raise ValueError("leaving a task out is held against the run of all tasks: add the arm multi to --arms.")
+    if joint is None and any(
+        name.startswith(f"{WITHOUT}.") and name not in custom for name in named
+    ):
+        raise ValueError(
+            "leaving a task out is held against the run of all tasks: add the arm multi to --arms."
+        )
     return Plan(planned, tuple(seeds), joint, tuple(_notes(recipe, named)))
 
 
@@ -150,14 +182,22 @@ def _parts(arm: str, recipe: Recipe, custom: Mapping[str, Sequence[str]]) -> dic
         words = tuple(ARMS[arm](Basis(recipe)))
         # Two names of one thing share its runs.
         return {arm: [Part(arm if words else WHOLE, words)]}
-    several = [part for plan in ONE_BY_ONE if "." in arm for parts in plan(recipe).values() for part in parts]
+    several = [
+        part
+        for plan in ONE_BY_ONE
+        if "." in arm
+        for parts in plan(recipe).values()
+        for part in parts
+    ]
     for part in several:
         if part.name == arm:
             return {arm: [part]}
     raise unknown_name("arm", arm, [*ARMS, *TASK_ARMS, *custom, *(part.name for part in several)])
 
 
-def _with_seeds(experiment: Experiment, named: Mapping[str, Sequence[Part]], seeds: Sequence[int]) -> tuple[Arm, ...]:
+def _with_seeds(
+    experiment: Experiment, named: Mapping[str, Sequence[Part]], seeds: Sequence[int]
+) -> tuple[Arm, ...]:
     settings = load_settings(experiment.deepspeed)
     recipes: dict[str, Recipe] = {}
     arms = []
@@ -172,15 +212,26 @@ def _with_seeds(experiment: Experiment, named: Mapping[str, Sequence[Part]], see
                     "yours another name."
                 )
             plan_layout(recipe, settings, world_size=experiment.ranks, gpu=False)
-            trials += [Trial(part.name, seed, part.words, recipe.model.moe.num_experts) for seed in seeds]
+            trials += [
+                Trial(part.name, seed, part.words, recipe.model.moe.num_experts) for seed in seeds
+            ]
         arms.append(Arm(name, tuple(trials)))
     return tuple(arms)
 
 
 def _notes(recipe: Recipe, named: Mapping[str, Sequence[Part]]) -> list[str]:
     notes = []
-    dropping = [part for parts in named.values() for part in parts if any("=null" in word for word in part.words)]
-    alone = [name for name, parts in named.items() if name in TASK_ARMS and all(not part.words for part in parts)]
+    dropping = [
+        part
+        for parts in named.values()
+        for part in parts
+        if any("=null" in word for word in part.words)
+    ]
+    alone = [
+        name
+        for name, parts in named.items()
+        if name in TASK_ARMS and all(not part.words for part in parts)
+    ]
     notes += [f"{name} is the recipe itself: it has one task." for name in alone]
     if dropping and recipe.data.mixing != DataConfig().mixing:
         notes.append(

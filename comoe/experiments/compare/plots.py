@@ -25,8 +25,8 @@ GATES = {
 
 
 def write_plots(comparison: Comparison, output: Path) -> None:
-    """``plots/quality.png``, ``metrics.png``, ``gates.png``, ``removal.png``, and those of ``write_transfer_plots``,
-    where there is something to show."""
+    """``plots/quality.png``, ``metrics.png``, ``gates.png``, ``removal.png``, and those of
+    ``write_transfer_plots``, where there is something to show."""
     arms = comparison.arms
     if not arms:
         return
@@ -36,15 +36,23 @@ def write_plots(comparison: Comparison, output: Path) -> None:
     panels = {MEAN: "mean of the main metrics", **{name: name for name in names}}
     reading = f"on the {split} posts: seeds, mean, 95 % interval (cut at the edge); dotted: {comparison.baseline}"
     title = f"Quality {reading}"
-    save_figure(dots_figure(comparison, arms, panels, values="quality", title=title), output / "plots/quality.png")
+    save_figure(
+        dots_figure(comparison, arms, panels, values="quality", title=title),
+        output / "plots/quality.png",
+    )
     if comparison.metrics:
         panels = {name: name for name in comparison.metrics}
-        figure = dots_figure(comparison, arms, panels, values="figures", title=f"Metrics {reading}", told=True)
+        figure = dots_figure(
+            comparison, arms, panels, values="figures", title=f"Metrics {reading}", told=True
+        )
         save_figure(figure, output / "plots/metrics.png")
     gated = [arm for arm in arms if comparison.results[arm][0].routing]
     if gated:
         title = f"Gates on the {split} posts, means over layers"
-        save_figure(dots_figure(comparison, gated, GATES, values="routing", title=title), output / "plots/gates.png")
+        save_figure(
+            dots_figure(comparison, gated, GATES, values="routing", title=title),
+            output / "plots/gates.png",
+        )
     measured = [arm for arm in arms if any(result.removal for result in comparison.results[arm])]
     if measured:
         save_figure(removal_figure(comparison, measured), output / "plots/removal.png")
@@ -88,37 +96,68 @@ def dots_figure(
 def removal_figure(comparison: Comparison, arms: Sequence[str]) -> Figure:
     """Rise of the held-out loss without one expert, experts of each layer from the most to the least needed.
 
-    A line is the mean over seeds, the band their range. Experts are ordered in each run by themselves: expert 3 of one
-    seed has nothing to do with expert 3 of another.
+    A line is the mean over seeds, the band their range. Experts are ordered in each run by
+    themselves: expert 3 of one seed has nothing to do with expert 3 of another.
     """
-    removals = {arm: [result.removal for result in comparison.results[arm] if result.removal] for arm in arms}
+    removals = {
+        arm: [result.removal for result in comparison.results[arm] if result.removal]
+        for arm in arms
+    }
     layers = sorted({layer for found in removals.values() for layer in found[0].layers})
     figure = Figure(figsize=(2.7 * len(layers) + 0.4, 2.9), dpi=110, layout="constrained")
-    axes = dict(zip(layers, figure.subplots(1, len(layers), squeeze=False, sharey=True)[0], strict=True))
+    axes = dict(
+        zip(layers, figure.subplots(1, len(layers), squeeze=False, sharey=True)[0], strict=True)
+    )
     for arm, found in removals.items():
         ordered_NLE = -np.sort(-np.stack([removal.loss_rise_LE for removal in found]), axis=2)
         ranks = np.arange(1, ordered_NLE.shape[2] + 1)
         colour = _colour(comparison, arm)
         for layer, runs_NE in zip(found[0].layers, ordered_NLE.transpose(1, 0, 2), strict=True):
             panel = axes[layer]
-            panel.plot(ranks, runs_NE.mean(axis=0), color=colour, marker="o", markersize=3, linewidth=1.4, label=arm)
-            panel.fill_between(ranks, runs_NE.min(axis=0), runs_NE.max(axis=0), color=colour, alpha=0.15, linewidth=0)
+            panel.plot(
+                ranks,
+                runs_NE.mean(axis=0),
+                color=colour,
+                marker="o",
+                markersize=3,
+                linewidth=1.4,
+                label=arm,
+            )
+            panel.fill_between(
+                ranks,
+                runs_NE.min(axis=0),
+                runs_NE.max(axis=0),
+                color=colour,
+                alpha=0.15,
+                linewidth=0,
+            )
     shown = {}
     for layer, panel in axes.items():
         _style(panel)
         panel.set_title(f"layer {layer}", fontsize=9)
         panel.set_xlabel("experts, most needed first", fontsize=8)
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
-        shown |= {label: handle for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)}
+        shown |= {
+            label: handle for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)
+        }
     axes[layers[0]].set_ylabel("rise of the loss", fontsize=8)
     handles, labels = list(shown.values()), list(shown)
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 5), fontsize=7, frameon=False)
+    figure.legend(
+        handles,
+        labels,
+        loc="outside lower center",
+        ncols=min(len(labels), 5),
+        fontsize=7,
+        frameon=False,
+    )
     title = "Rise of the loss without one expert: mean and range of the seeds; below 0 it did harm"
     figure.suptitle(title, fontsize=10)
     return figure
 
 
-def _dots(panel: Axes, comparison: Comparison, arms: Sequence[str], values: str, name: str, *, told: bool) -> None:
+def _dots(
+    panel: Axes, comparison: Comparison, arms: Sequence[str], values: str, name: str, *, told: bool
+) -> None:
     _style(panel)
     is_metric = values in ("quality", "figures")
     panel.set_yticks(range(len(arms)), arms)
@@ -128,20 +167,31 @@ def _dots(panel: Axes, comparison: Comparison, arms: Sequence[str], values: str,
             continue
         colour = _colour(comparison, arm)
         seeds = comparison.seeds_of(arm, values, name)
-        panel.plot(seeds, [place] * len(seeds), linestyle="", marker=".", markersize=5, color=colour, alpha=0.5)
+        panel.plot(
+            seeds,
+            [place] * len(seeds),
+            linestyle="",
+            marker=".",
+            markersize=5,
+            color=colour,
+            alpha=0.5,
+        )
         panel.plot([item.mean], [place], marker="o", markersize=5, color=colour)
         if told:
             panel.annotate(f"{item.mean:.3f}", (item.mean, place), xytext=(0, 4), textcoords="offset points",
                            ha="center", fontsize=7)  # fmt: skip
         if math.isfinite(item.low):
             panel.plot([item.low, item.high], [place, place], color=colour, linewidth=1.3)
-    # By the dots: the interval of two or three seeds can be wider than all that is known, and is cut at the edge then.
+    # By the dots: the interval of two or three seeds can be wider than all that is known, and is
+    # cut at the edge then.
     dots = [value for arm in arms for value in comparison.seeds_of(arm, values, name)]
     if dots:
         margin = 0.6 * (max(dots) - min(dots)) or 0.1 * abs(dots[0]) or 0.1
         right = max(dots) + margin
         # No metric goes beyond 1, errors and costs apart, whose values do.
-        panel.set_xlim(min(dots) - margin, min(right, 1.005) if is_metric and max(dots) <= 1 else right)
+        panel.set_xlim(
+            min(dots) - margin, min(right, 1.005) if is_metric and max(dots) <= 1 else right
+        )
         panel.xaxis.set_major_locator(MaxNLocator(4))
     if is_metric and (base := _mean_of(comparison, values, name)) is not None:
         panel.axvline(base.mean, color="#777777", linewidth=1, linestyle=":")
@@ -179,7 +229,9 @@ def write_transfer_plots(comparison: Comparison, output: Path) -> None:
         title = f"Gradient cosine of {arm}\n(diagonal: the most that noise allows)"
         apart = np.abs(cosines.mean_TT[~np.eye(len(cosines.tasks), dtype=bool)])
         most = float(np.nanmax(apart)) if np.isfinite(apart).any() else None
-        figure = heatmap_figure(cosines.mean_TT, cosines.tasks, cosines.tasks, title=title, most=most)
+        figure = heatmap_figure(
+            cosines.mean_TT, cosines.tasks, cosines.tasks, title=title, most=most
+        )
         save_figure(figure, output / f"plots/{name}.png")
     if comparison.changes:
         save_figure(without_figure(comparison), output / "plots/without.png")
@@ -200,10 +252,13 @@ def gains_figure(comparison: Comparison) -> Figure:
     for panel in axes[len(arms) :]:
         panel.set_visible(False)
     axes[0].set_ylim(len(names) - 0.4, -0.6)
-    # By the bars: the intervals of two seeds are wider than all that is known, and are cut at the edge.
+    # By the bars: the intervals of two seeds are wider than all that is known, and are cut at the
+    # edge.
     bars = [abs(item.mean) for found in comparison.against.values() for item in found.values()]
     axes[0].set_xlim(-2.2 * max(bars) or -0.01, 2.2 * max(bars) or 0.01)
-    figure.suptitle(f"Gain over {comparison.baseline}, 95 % interval\n(coloured: 0 is outside)", fontsize=9)
+    figure.suptitle(
+        f"Gain over {comparison.baseline}, 95 % interval\n(coloured: 0 is outside)", fontsize=9
+    )
     return figure
 
 
@@ -240,7 +295,9 @@ def heatmap_figure(
         bold: cells in bold.
         most: value from which on the colour is the strongest; None is the largest there is.
     """
-    figure = Figure(figsize=(0.62 * len(columns) + 2.0, 0.42 * len(rows) + 1.6), dpi=120, layout="constrained")
+    figure = Figure(
+        figsize=(0.62 * len(columns) + 2.0, 0.42 * len(rows) + 1.6), dpi=120, layout="constrained"
+    )
     panel = figure.subplots()
     known = np.abs(values[np.isfinite(values)])
     limit = most or (float(known.max()) if known.size else 0.0) or 1.0

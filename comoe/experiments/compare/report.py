@@ -46,7 +46,8 @@ class Comparison:
     baseline: str
     """The arm that the others are held against."""
     against: Differences
-    """Arm -> ``mean`` or task -> difference to the baseline, larger is better; without arms that are not finished."""
+    """Arm -> ``mean`` or task -> difference to the baseline, larger is better; without arms that
+    are not finished."""
     changes: Mapping[str, Mapping[str, Difference]]
     """Dropped task -> task -> how much better without that one than with all."""
     cosines: Mapping[str, Cosines]
@@ -66,7 +67,12 @@ class Comparison:
     @property
     def tasks(self) -> dict[str, Task]:
         """Tasks of any finished run, in the order of the first arm that has them."""
-        return {name: task for arm in self.arms for found in self.results[arm] for name, task in found.tasks.items()}
+        return {
+            name: task
+            for arm in self.arms
+            for found in self.results[arm]
+            for name, task in found.tasks.items()
+        }
 
     @property
     def measured(self) -> list[str]:
@@ -112,11 +118,15 @@ def compare(
         metrics: ``task/metric`` that are shown on their own; those that no run has are noted.
     """
     read = {arm.name: [read_arm(arm, runs, seed=seed) for seed in plan.seeds] for arm in plan.arms}
-    results = with_means({arm: [item for item in found if item is not None] for arm, found in read.items()})
+    results = with_means(
+        {arm: [item for item in found if item is not None] for arm, found in read.items()}
+    )
     differing = Differing(results, runs, resamples=resamples)
     against = differing.against(baseline)
     dropping = [arm for arm in results if left_out_task(arm)]
-    changes = changes_without(differing.against(plan.joint, dropping)) if plan.joint and dropping else {}
+    changes = (
+        changes_without(differing.against(plan.joint, dropping)) if plan.joint and dropping else {}
+    )
     notes = list(plan.notes)
     notes += [
         f"{arm} answered other posts of {', '.join(sorted(tasks))} than it is held against (a validation split held "
@@ -125,10 +135,19 @@ def compare(
     ]
     known = {name for found in results.values() for result in found for name in result.figures}
     missing = [name for name in metrics if known and name not in known]
-    notes += [str(unknown_name("metric of these runs (--metrics)", name, sorted(known))) for name in missing]
-    cosines = {arm.name: found for arm in plan.arms if (found := _cosines(results[arm.name], runs)) is not None}
+    notes += [
+        str(unknown_name("metric of these runs (--metrics)", name, sorted(known)))
+        for name in missing
+    ]
+    cosines = {
+        arm.name: found
+        for arm in plan.arms
+        if (found := _cosines(results[arm.name], runs)) is not None
+    }
     shown = [name for name in metrics if name in known]
-    return Comparison(plan, results, baseline, against, changes, cosines, notes, problems or {}, shown)
+    return Comparison(
+        plan, results, baseline, against, changes, cosines, notes, problems or {}, shown
+    )
 
 
 def write_comparison(comparison: Comparison, output: Path) -> None:
@@ -146,7 +165,11 @@ def write_comparison(comparison: Comparison, output: Path) -> None:
     summary = {arm: _quality_tree(comparison, arm) for arm in comparison.arms}
     write_aside(output / "summary.json", json.dumps(summary, indent=1) + "\n")
     write_aside(output / "comparison.json", json.dumps(rest, indent=1) + "\n")
-    for name, rows in (("table", _runs(comparison)), ("gains", _gains(comparison)), ("affinity", _pairs(comparison))):
+    for name, rows in (
+        ("table", _runs(comparison)),
+        ("gains", _gains(comparison)),
+        ("affinity", _pairs(comparison)),
+    ):
         write_aside(output / f"{name}.csv", _csv(rows))
 
 
@@ -174,8 +197,12 @@ def _quality_tree(comparison: Comparison, arm: str) -> dict[str, dict[str, Any]]
     results = comparison.results[arm]
     for name, task in comparison.tasks.items():
         metrics = [result.metrics[name] for result in results if name in result.metrics]
-        for metric in dict.fromkeys([task.metric, *(key for found in metrics for key in found)] if metrics else ()):
-            values = [value for found in metrics if isinstance(value := found.get(metric), (int, float))]
+        for metric in dict.fromkeys(
+            [task.metric, *(key for found in metrics for key in found)] if metrics else ()
+        ):
+            values = [
+                value for found in metrics if isinstance(value := found.get(metric), (int, float))
+            ]
             if values:
                 tree.setdefault(name, {})[metric] = _entry(values)
     return tree
@@ -190,13 +217,24 @@ def _entry(values: Sequence[float]) -> dict[str, Any] | None:
 
 
 def _cosines(results: Sequence[Result], runs: Path) -> Cosines | None:
-    files = [runs / result.trials[0].name / AFFINITY_FILE for result in results if len(result.trials) == 1]
+    files = [
+        runs / result.trials[0].name / AFFINITY_FILE
+        for result in results
+        if len(result.trials) == 1
+    ]
     return mean_cosines([read_affinity(file) for file in files if file.is_file()])
 
 
 def _runs(comparison: Comparison) -> list[dict[str, Any]]:
     return [
-        {"arm": arm, "seed": result.seed, "split": result.split, **result.quality, **result.routing, **result.costs}
+        {
+            "arm": arm,
+            "seed": result.seed,
+            "split": result.split,
+            **result.quality,
+            **result.routing,
+            **result.costs,
+        }
         for arm, results in comparison.results.items()
         for result in results
     ]
@@ -204,7 +242,13 @@ def _runs(comparison: Comparison) -> list[dict[str, Any]]:
 
 def _gains(comparison: Comparison) -> list[dict[str, Any]]:
     return [
-        {"arm": arm, "against": comparison.baseline, "task": name, **item.to_dict(), "verdict": item.verdict}
+        {
+            "arm": arm,
+            "against": comparison.baseline,
+            "task": name,
+            **item.to_dict(),
+            "verdict": item.verdict,
+        }
         for arm, of_arm in comparison.against.items()
         for name, item in of_arm.items()
     ]
@@ -223,7 +267,11 @@ def _pairs(comparison: Comparison) -> list[dict[str, Any]]:
             change = comparison.changes.get(other, {}).get(task)
             if cosine is None and change is None:
                 continue
-            without = {f"without_{key}": value for key, value in change.to_dict().items()} if change else {}
+            without = (
+                {f"without_{key}": value for key, value in change.to_dict().items()}
+                if change
+                else {}
+            )
             rows.append({"task": task, "other": other, "cosine": cosine, **without})
     return rows
 

@@ -21,7 +21,8 @@ from comoe.train.monitor.metrics_file import METRICS_FILE, read_metrics
 
 ROUTING = ("weight_monopoly", "weight_effective_experts", "monopoly", "max_violation", "dead_share", "cooperation",
            "weight_task_information")  # fmt: skip
-"""Measures of the gates on the held-out posts, means over layers; those of the weights are fair to every k."""
+"""Measures of the gates on the held-out posts, means over layers; those of the weights are fair to
+every k."""
 
 
 COSTS = ("seconds", "steps", "posts", "posts_per_second", *RUN_COSTS)
@@ -29,7 +30,8 @@ COSTS = ("seconds", "steps", "posts", "posts_per_second", *RUN_COSTS)
 
 
 LARGEST = "peak_mib"
-"""The cost that several runs do not add up to: the machine is free again when the next one begins."""
+"""The cost that several runs do not add up to: the machine is free again when the next one
+begins."""
 
 
 REMOVAL_FILE = "removal.json"
@@ -53,7 +55,8 @@ class Result:
     metrics: Mapping[str, Mapping[str, float]]
     """Task -> every metric of the split."""
     quality: Mapping[str, float]
-    """``mean`` of the main metrics (larger is better), where the arm answers all that is compared; ``task/metric``."""
+    """``mean`` of the main metrics (larger is better), where the arm answers all that is compared;
+    ``task/metric``."""
     routing: Mapping[str, float]
     """Measures of the gates, means over layers; empty without experts, and for several runs."""
     costs: Mapping[str, float | None]
@@ -81,7 +84,10 @@ def read_arm(arm: Arm, runs: Path, *, seed: int) -> Result | None:
     if len(found) < 2:
         return found[0] if found else None
     # As one run of all tasks would: test posts where any task has labels there.
-    split = next((name for name in ("test", "validation") if any(result.split == name for result in found)), "")
+    split = next(
+        (name for name in ("test", "validation") if any(result.split == name for result in found)),
+        "",
+    )
     scored = [result for result in found if result.split == split]
     whole = len(found) == len(read)
     return Result(
@@ -110,7 +116,11 @@ def read_run(trial: Trial, folder: Path) -> Result | None:
     metrics = results["metrics"][split]
     plain = json.loads((folder / "tasks.json").read_text(encoding="utf-8"))
     tasks = {task.name: task for task in map(Task.from_dict, plain)}
-    scored = {name: task for name, task in tasks.items() if metrics.get(name, {}).get(task.metric) is not None}
+    scored = {
+        name: task
+        for name, task in tasks.items()
+        if metrics.get(name, {}).get(task.metric) is not None
+    }
     removal = folder / REMOVAL_FILE
     return Result(
         seed=trial.seed,
@@ -119,10 +129,14 @@ def read_run(trial: Trial, folder: Path) -> Result | None:
         tasks=scored,
         folders=dict.fromkeys(scored, folder.name),
         metrics={name: metrics[name] for name in scored},
-        quality={f"{name}/{task.metric}": metrics[name][task.metric] for name, task in scored.items()},
+        quality={
+            f"{name}/{task.metric}": metrics[name][task.metric] for name, task in scored.items()
+        },
         routing=_routing(records, split),
         costs=_costs(results, records),
-        train_posts={name: found.get("train", 0) for name, found in results["data"]["posts"].items()},
+        train_posts={
+            name: found.get("train", 0) for name, found in results["data"]["posts"].items()
+        },
         removal=read_removal(removal) if removal.is_file() else None,
     )
 
@@ -132,7 +146,12 @@ def with_means(results: Mapping[str, Sequence[Result]]) -> dict[str, list[Result
 
     An arm that lacks one of them has no mean: that of fewer tasks is another number.
     """
-    tasks = {task.name: task for found in results.values() for result in found for task in result.tasks.values()}
+    tasks = {
+        task.name: task
+        for found in results.values()
+        for result in found
+        for task in result.tasks.values()
+    }
     wanted = [task for task in tasks.values() if not task.auxiliary]
     return {arm: [_with_mean(result, wanted) for result in found] for arm, found in results.items()}
 
@@ -145,7 +164,9 @@ def _with_mean(result: Result, wanted: Sequence[Task]) -> Result:
     return replace(result, quality={MEAN: float(np.mean(values)), **result.quality})
 
 
-def _costs(results: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+def _costs(
+    results: Mapping[str, Any], records: Sequence[Mapping[str, Any]]
+) -> dict[str, float | None]:
     seconds, steps, posts = (results.get(name) for name in ("seconds", "step", "posts"))
     return {"seconds": seconds, "steps": steps, "posts": posts,
             "posts_per_second": posts / seconds if posts and seconds else None,
@@ -156,7 +177,9 @@ def _summed(costs: Sequence[Mapping[str, float | None]]) -> dict[str, float | No
     def column(name: str) -> list[float]:
         return [value for cost in costs if (value := cost[name]) is not None]
 
-    found = {name: sum(column(name)) if len(column(name)) == len(costs) else None for name in costs[0]}
+    found = {
+        name: sum(column(name)) if len(column(name)) == len(costs) else None for name in costs[0]
+    }
     found[LARGEST] = max(column(LARGEST), default=None)
     # Speeds are those of the whole time, not of any one run.
     seconds, steps = column("seconds"), column("steps")
@@ -164,16 +187,24 @@ def _summed(costs: Sequence[Mapping[str, float | None]]) -> dict[str, float | No
         speeds = {"posts_per_second": seconds, "tokens_per_second": seconds, "step_ms": steps}
         for name, weights in speeds.items():
             known = column(name)
-            found[name] = float(np.average(known, weights=weights)) if len(known) == len(costs) else None
+            found[name] = (
+                float(np.average(known, weights=weights)) if len(known) == len(costs) else None
+            )
     return found
 
 
 def _routing(records: Sequence[Mapping[str, Any]], split: str) -> dict[str, float]:
-    blocks = [record["routing"] for record in records if record.get("split") == split and "routing" in record]
+    blocks = [
+        record["routing"]
+        for record in records
+        if record.get("split") == split and "routing" in record
+    ]
     # One block that every token visits has no gate to speak of.
     if not blocks or len(blocks[-1]["share"][0]) == 1:
         return {}
-    means = {name: [value for value in blocks[-1].get(name, ()) if value is not None] for name in ROUTING}
+    means = {
+        name: [value for value in blocks[-1].get(name, ()) if value is not None] for name in ROUTING
+    }
     return {name: float(np.mean(values)) for name, values in means.items() if values}
 
 

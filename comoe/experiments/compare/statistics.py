@@ -34,7 +34,9 @@ class Interval:
 
     def to_dict(self) -> dict[str, float | None]:
         """Plain numbers; None where there is no interval."""
-        return {name: value if math.isfinite(value) else None for name, value in asdict(self).items()}
+        return {
+            name: value if math.isfinite(value) else None for name, value in asdict(self).items()
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +57,8 @@ class Answers:
     """What one run answered to one task's posts, decided."""
 
     rows: np.ndarray
-    """Number of each post, int64, rising; a post has one number for all of its tasks and in all runs."""
+    """Number of each post, int64, rising; a post has one number for all of its tasks and in all
+    runs."""
     gold: Any
     """As ``Kind.compared`` gives it."""
     predicted: Any
@@ -71,14 +74,20 @@ def seed_interval(values: Sequence[float]) -> Interval:
     mean = float(np.mean(values))
     if len(values) < 2:
         return Interval(mean, math.nan, math.nan)
-    half = stats.t.ppf(0.5 + CONFIDENCE / 2, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values))
+    half = (
+        stats.t.ppf(0.5 + CONFIDENCE / 2, len(values) - 1)
+        * np.std(values, ddof=1)
+        / math.sqrt(len(values))
+    )
     return Interval(mean, mean - float(half), mean + float(half))
 
 
 def read_answers(rows: Sequence[Mapping[str, Any]], task: Task) -> Answers:
     """The labelled rows of a predictions file."""
     known = [row for row in rows if row["gold"] is not None]
-    return Answers(np.array([row["row"] for row in known], dtype=np.int64), *task.rules.compared(known, task))
+    return Answers(
+        np.array([row["row"] for row in known], dtype=np.int64), *task.rules.compared(known, task)
+    )
 
 
 def resampled(
@@ -86,18 +95,20 @@ def resampled(
 ) -> dict[str, np.ndarray]:
     """Main metric of each task in bootstrap resamples of the posts, for every run on the same resamples.
 
-    Posts are drawn with replacement among those that carry the same tasks' labels, and a post is drawn for all of its
-    tasks at once. Larger is better: a metric that falls as a model gets better enters negated.
+    Posts are drawn with replacement among those that carry the same tasks' labels, and a post is
+    drawn for all of its tasks at once. Larger is better: a metric that falls as a model gets better
+    enters negated.
 
     Args:
-        runs: per run, task -> answers. The first one has all tasks; the others have answers to the same posts for some
-            of them (``same_posts``).
+        runs: per run, task -> answers. The first one has all tasks; the others have answers to the
+            same posts for some of them (``same_posts``).
         tasks: the tasks.
         resamples: how many.
         seed: of the draws.
 
     Returns:
-        Task, and ``mean`` -> (runs, resamples); NaN where a run has no answers. The mean is of the tasks that are not
+        Task, and ``mean`` -> (runs, resamples); NaN where a run has no answers. The mean is of the
+            tasks that are not
         auxiliary.
     """
     generator = np.random.default_rng(seed)
@@ -115,7 +126,10 @@ def resampled(
 
 def measured(run: Mapping[str, Answers], tasks: Sequence[Task]) -> dict[str, float]:
     """Main metric of each task on the posts as they are, and ``mean``, as in ``resampled``."""
-    values = {task.name: _value(run[task.name], task, None) if task.name in run else math.nan for task in tasks}
+    values = {
+        task.name: _value(run[task.name], task, None) if task.name in run else math.nan
+        for task in tasks
+    }
     return values | {MEAN: float(_mean(values, tasks))}
 
 
@@ -123,17 +137,22 @@ def same_posts(mine: Answers, theirs: Answers) -> bool:
     """Whether two runs answered the same posts, with the same right answers."""
     if not np.array_equal(mine.rows, theirs.rows) or len(mine.gold) != len(theirs.gold):
         return False
-    return all(np.array_equal(one, other) for one, other in zip(mine.gold, theirs.gold, strict=True))
+    return all(
+        np.array_equal(one, other) for one, other in zip(mine.gold, theirs.gold, strict=True)
+    )
 
 
-def paired_difference(differences: Sequence[float], resampled_differences: np.ndarray) -> Difference:
+def paired_difference(
+    differences: Sequence[float], resampled_differences: np.ndarray
+) -> Difference:
     """Mean difference of two arms with an interval that holds for other posts and other seeds.
 
-    Half its width is q * sqrt(s^2 / n + v): s^2 is the variance of the seeds' differences, v that of their mean over
-    bootstrap resamples of the posts, and q the mean of t(n - 1) and the normal quantile, weighted by these two parts
-    (Cochran's rule): a few seeds know little of s^2, but the posts are many. In simulations with 2, 3 and 5 seeds it
-    held 95 to 98 times of 100, whichever part was the larger. A percentile bootstrap over a handful of seeds would be
-    little wider than their range, and so far too sure. Where seeds test on posts of their own, s^2 holds some of v as
+    Half its width is q * sqrt(s^2 / n + v): s^2 is the variance of the seeds' differences, v that
+    of their mean over bootstrap resamples of the posts, and q the mean of t(n - 1) and the normal
+    quantile, weighted by these two parts (Cochran's rule): a few seeds know little of s^2, but the
+    posts are many. In simulations with 2, 3 and 5 seeds it held 95 to 98 times of 100, whichever
+    part was the larger. A percentile bootstrap over a handful of seeds would be little wider than
+    their range, and so far too sure. Where seeds test on posts of their own, s^2 holds some of v as
     well, and the interval is a little too wide. With one seed it speaks of the posts alone.
 
     Args:

@@ -37,7 +37,13 @@ def markdown_lines(comparison: Comparison) -> list[str]:
     arms = comparison.arms
     if not arms:
         return ["# Comparison", "", "No run is finished yet.", *_failed(comparison)]
-    lines = ["# Comparison", "", _scope(comparison), *(f"* {note}" for note in comparison.notes), ""]
+    lines = [
+        "# Comparison",
+        "",
+        _scope(comparison),
+        *(f"* {note}" for note in comparison.notes),
+        "",
+    ]
     columns = {name: f"{name}/{task.metric}" for name, task in comparison.tasks.items()}
     head = ["arm", "seeds", "mean", f"against {comparison.baseline}", "helped", *columns.values()]
     lines += table(head, [
@@ -52,7 +58,11 @@ def markdown_lines(comparison: Comparison) -> list[str]:
             [arm, *(cell(comparison.interval(arm, "figures", name)) for name in comparison.metrics)] for arm in arms
         ])  # fmt: skip
     lines += transfer_lines(comparison)
-    gated = [arm for arm in arms if any(result.routing or result.removal for result in comparison.results[arm])]
+    gated = [
+        arm
+        for arm in arms
+        if any(result.routing or result.removal for result in comparison.results[arm])
+    ]
     if gated:
         lines += ["", "## Gates", ""]
         lines += table(["arm", *ROUTING, *_REMOVAL], [
@@ -76,8 +86,8 @@ def markdown_lines(comparison: Comparison) -> list[str]:
 
 
 def removal_intervals(results: Sequence[Result]) -> list[Interval | None]:
-    """Over seeds: fall of the mean metric without an expert, mean over experts and for the most needed one; the same
-    for the rise of the loss. None where it was not measured."""
+    """Over seeds: fall of the mean metric without an expert, mean over experts and for the most
+    needed one; the same for the rise of the loss. None where it was not measured."""
     measured = [result.removal for result in results if result.removal is not None]
     if not measured:
         return [None] * len(_REMOVAL)
@@ -89,7 +99,12 @@ def removal_intervals(results: Sequence[Result]) -> list[Interval | None]:
 
 
 def _scope(comparison: Comparison) -> str:
-    runs = {trial.name for results in comparison.results.values() for result in results for trial in result.trials}
+    runs = {
+        trial.name
+        for results in comparison.results.values()
+        for result in results
+        for trial in result.trials
+    }
     split = comparison.results[comparison.arms[0]][0].split
     fewest = min(len(comparison.results[arm]) for arm in comparison.arms)
     advice = "Two seeds give intervals far wider than the scale itself: take three or more."
@@ -109,7 +124,11 @@ def _helped(comparison: Comparison, arm: str) -> str:
     outcome = comparison.outcome(arm)
     if not outcome.told:
         return ""
-    better = sum(item.mean > 0 for name, item in comparison.against[arm].items() if name in comparison.measured)
+    better = sum(
+        item.mean > 0
+        for name, item in comparison.against[arm].items()
+        if name in comparison.measured
+    )
     told = f"better in {better} of {outcome.told}, for sure in {len(outcome.gained)}"
     return told + (f"; worse for sure in {len(outcome.lost)}" if outcome.lost else "")
 
@@ -163,10 +182,14 @@ def _verdicts(comparison: Comparison, arm: str) -> list[str]:
     outcome, base = comparison.outcome(arm), comparison.baseline
     if not outcome.told:
         return []
-    parts = [f"helped {len(outcome.gained)} of {outcome.told} tasks for sure{_named(outcome.gained)}"]
+    parts = [
+        f"helped {len(outcome.gained)} of {outcome.told} tasks for sure{_named(outcome.gained)}"
+    ]
     parts.append(f"hurt {len(outcome.lost)}{_named(outcome.lost)}")
     if outcome.open:
-        parts.append(f"the other {len(outcome.open)} cannot be told apart from {base}{_named(outcome.open)}")
+        parts.append(
+            f"the other {len(outcome.open)} cannot be told apart from {base}{_named(outcome.open)}"
+        )
     lines = [f"* **{arm}** against {base}: {'; '.join(parts)}."]
     if outcome.lost:
         lines.append(f"  Negative transfer: {', '.join(outcome.lost)}.")
@@ -183,7 +206,13 @@ def _affinity_lines(comparison: Comparison) -> list[str]:
             [dropped, *(_gain(of_task.get(name)) for name in names)] for dropped, of_task in comparison.changes.items()
         ])  # fmt: skip
     for arm, found in comparison.cosines.items():
-        lines += ["", f"## Gradients of {arm}", "", _COSINES.format(limit=found.limit, seeds=found.seeds), ""]
+        lines += [
+            "",
+            f"## Gradients of {arm}",
+            "",
+            _COSINES.format(limit=found.limit, seeds=found.seeds),
+            "",
+        ]
         lines += _matrix(found)
     if joint is not None and (comparison.changes or cosines is not None):
         lines += ["", "## Why", "", _WHY, ""]

@@ -43,12 +43,13 @@ class Reasons:
     """What bears on one task's gain or loss."""
 
     opposed_by: tuple[tuple[str, float], ...]
-    """Tasks whose gradients point against this one's in every seed, with the mean cosine; most opposed first."""
+    """Tasks whose gradients point against this one's in every seed, with the mean cosine; most
+    opposed first."""
     nearest: tuple[str, float] | None
     """The task with the highest cosine."""
     better_without: tuple[tuple[str, Difference], ...]
-    """Tasks without which this one was better, by how much; best first. One that can be told apart from 0 is proof of
-    harm, any other a hint."""
+    """Tasks without which this one was better, by how much; best first. One that can be told apart
+    from 0 is proof of harm, any other a hint."""
     worse_without: tuple[tuple[str, Difference], ...]
     """Tasks without which this one was worse for sure, by how much (below 0)."""
 
@@ -109,10 +110,14 @@ def mean_cosines(affinities: Sequence[Affinity]) -> Cosines | None:
         return None
     stack_NTT = np.stack([affinity.cosine_TT for affinity in affinities])
     first = affinities[0]
-    return Cosines(first.tasks, stack_NTT.mean(axis=0), stack_NTT.max(axis=0), len(affinities), first.limit)
+    return Cosines(
+        first.tasks, stack_NTT.mean(axis=0), stack_NTT.max(axis=0), len(affinities), first.limit
+    )
 
 
-def reasons_of(task: str, cosines: Cosines | None, changes: Mapping[str, Mapping[str, Difference]]) -> Reasons:
+def reasons_of(
+    task: str, cosines: Cosines | None, changes: Mapping[str, Mapping[str, Difference]]
+) -> Reasons:
     """What the gradients, and leaving others out, say about one task.
 
     Args:

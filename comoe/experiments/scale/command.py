@@ -10,7 +10,14 @@ from typing import NoReturn
 
 from comoe.config.load import load_recipe
 from comoe.experiments.cluster.plan import print_plan, settle_plan_flags
-from comoe.experiments.runner import Experiment, chosen_ranks, failure_file, leave_after, remember, run_points
+from comoe.experiments.runner import (
+    Experiment,
+    chosen_ranks,
+    failure_file,
+    leave_after,
+    remember,
+    run_points,
+)
 from comoe.experiments.scale.grid import Point, build_grid, plan_points
 from comoe.experiments.scale.plots import write_plots
 from comoe.experiments.scale.table import row_of, write_hparams, write_tables
@@ -42,7 +49,9 @@ def scale_and_exit(
     leave_after(work)
 
 
-def scale(given: argparse.Namespace, *, grid_fields: Sequence[str], train_script: Path) -> list[Point]:
+def scale(
+    given: argparse.Namespace, *, grid_fields: Sequence[str], train_script: Path
+) -> list[Point]:
     """Run the experiment and write its report; the points that failed.
 
     Raises:
@@ -51,7 +60,12 @@ def scale(given: argparse.Namespace, *, grid_fields: Sequence[str], train_script
     ranks = chosen_ranks(given.ranks)
     overrides = tuple(given.overrides)
     experiment = Experiment(
-        given.config.resolve(), given.deepspeed.resolve(), given.output.resolve(), train_script, ranks, overrides
+        given.config.resolve(),
+        given.deepspeed.resolve(),
+        given.output.resolve(),
+        train_script,
+        ranks,
+        overrides,
     )
     recipe = load_recipe(experiment.config, experiment.overrides)
     grid = build_grid(recipe, **{field: getattr(given, field) for field in grid_fields})
@@ -65,7 +79,9 @@ def scale(given: argparse.Namespace, *, grid_fields: Sequence[str], train_script
     if not points:
         raise ValueError("no combination of the grid is possible; the lines above say why.")
     remember(experiment)
-    failed = run_points(experiment, points, report=partial(write_report, experiment), say=partial(print, flush=True))
+    failed = run_points(
+        experiment, points, report=partial(write_report, experiment), say=partial(print, flush=True)
+    )
     write_report(experiment, points)
     print(f"table   {given.output / 'table.md'}, table.csv")
     print(f"plots   {given.output / 'plots'}")
@@ -79,7 +95,10 @@ def write_report(experiment: Experiment, points: Sequence[Point]) -> None:
     for point in points:
         failure = failure_file(experiment, point)
         lines = failure.read_text(encoding="utf-8").splitlines() if failure.is_file() else []
-        said = next((line for line in reversed(lines) if line.startswith("comoe:")), lines[-1] if lines else "")
+        said = next(
+            (line for line in reversed(lines) if line.startswith("comoe:")),
+            lines[-1] if lines else "",
+        )
         rows.append(row_of(point, experiment.runs / point.name, problem=said))
     write_tables(rows, experiment.output)
     write_plots(rows, experiment.output)

@@ -1,8 +1,8 @@
 """A scaling experiment: one recipe over a grid of experts, k, gates, encoders, EP sizes and seeds, a process each.
 
-``launch/scale.py`` calls it. Below the output folder: ``runs/<point>/`` as training leaves them, ``logs/<point>.log``,
-``failed/<point>.txt``, ``scale.json`` (what all runs share), and what ``comoe.experiments.scale.table`` and
-``comoe.experiments.scale.plots`` write.
+``launch/scale.py`` calls it. Below the output folder: ``runs/<point>/`` as training leaves them,
+``logs/<point>.log``, ``failed/<point>.txt``, ``scale.json`` (what all runs share), and what
+``comoe.experiments.scale.table`` and ``comoe.experiments.scale.plots`` write.
 """
 
 from __future__ import annotations
@@ -62,7 +62,9 @@ class Point:
     @property
     def name(self) -> str:
         """Name of its run folder."""
-        encoder = re.sub(r"[^A-Za-z0-9._]+", "-", self.encoder.rstrip("/").rpartition("/")[2]).strip("-.")
+        encoder = re.sub(
+            r"[^A-Za-z0-9._]+", "-", self.encoder.rstrip("/").rpartition("/")[2]
+        ).strip("-.")
         middle = f"-k{self.top_k}-{self.gate}-ep{self.ep_size}" if self.experts else ""
         return f"E{self.experts}{middle}-{encoder}-s{self.seed}"
 
@@ -74,7 +76,11 @@ class Point:
     @property
     def overrides(self) -> list[str]:
         """``key=value`` words that make the recipe this point."""
-        words = [f"model.encoder={self.encoder}", f"train.seed={self.seed}", f"model.moe.num_experts={self.experts}"]
+        words = [
+            f"model.encoder={self.encoder}",
+            f"train.seed={self.seed}",
+            f"model.moe.num_experts={self.experts}",
+        ]
         if self.experts:
             words += [
                 f"model.moe.top_k={self.top_k}",
@@ -82,7 +88,8 @@ class Point:
                 f"parallel.ep_size={self.ep_size}",
             ]
         if self.runs_all:
-            # Balancing what cannot be unbalanced is refused, and would make k = E impossible beside other k.
+            # Balancing what cannot be unbalanced is refused, and would make k = E impossible beside
+            # other k.
             words += ["model.moe.balance=none", "loss.balance_weight=0"]
         return words
 
@@ -103,7 +110,8 @@ def build_grid(recipe: Recipe, **lists: str | None) -> Grid:
         "encoders": recipe.model.encoder, "seeds": recipe.train.seed,
     }  # fmt: skip
     values = {
-        name: _values(name, lists[name]) if lists.get(name) is not None else (value,) for name, value in own.items()
+        name: _values(name, lists[name]) if lists.get(name) is not None else (value,)
+        for name, value in own.items()
     }
     for gate in values["gates"]:
         if gate not in GATES:
@@ -114,17 +122,20 @@ def build_grid(recipe: Recipe, **lists: str | None) -> Grid:
 def plan_points(grid: Grid, experiment: Experiment) -> tuple[list[Point], list[str]]:
     """The runs to make, and a line for every combination that cannot be.
 
-    A combination is impossible when the recipe's own rules refuse it, or when its EP size does not divide the ranks
-    and experts. Without experts k, gate and EP mean nothing, so those combinations are one run.
+    A combination is impossible when the recipe's own rules refuse it, or when its EP size does not
+    divide the ranks and experts. Without experts k, gate and EP mean nothing, so those combinations
+    are one run.
 
     Raises:
-        ValueError: the recipe is wrong without the grid too, an override belongs to the grid, or two encoders end in
-            the same name.
+        ValueError: the recipe is wrong without the grid too, an override belongs to the grid, or
+            two encoders end in the same name.
     """
     keys = {override.partition("=")[0].strip().lstrip("-") for override in experiment.overrides}
     taken = sorted(keys & {*OWN, *(word.partition("=")[0] for word in _SAMPLE.overrides)})
     if taken:
-        raise ValueError(f"{taken[0]} cannot be an override here: the grid's options or --output set it.")
+        raise ValueError(
+            f"{taken[0]} cannot be an override here: the grid's options or --output set it."
+        )
     load_recipe(experiment.config, experiment.overrides)
     settings = load_settings(experiment.deepspeed)
     points: dict[str, Point] = {}
@@ -132,7 +143,9 @@ def plan_points(grid: Grid, experiment: Experiment) -> tuple[list[Point], list[s
     lists = (grid.encoders, grid.gates, grid.ep_sizes, grid.experts, grid.top_k, grid.seeds)
     for encoder, gate, ep_size, experts, top_k, seed in itertools.product(*lists):
         if experts:
-            point = Point(experts, experts if top_k == EVERY else int(top_k), gate, ep_size, encoder, seed)
+            point = Point(
+                experts, experts if top_k == EVERY else int(top_k), gate, ep_size, encoder, seed
+            )
         else:
             point = Point(0, 0, "", 1, encoder, seed)
         if points.get(point.name, point) != point:
@@ -161,7 +174,9 @@ def _values(name: str, text: str) -> tuple[Any, ...]:
             values.append(kind(part))
         except ValueError:
             valid = " or ".join([_WORDS[kind], *words])
-            raise ValueError(f"{_FLAGS[name]} is {text!r}; {part!r} must be {valid}, in a list with commas.") from None
+            raise ValueError(
+                f"{_FLAGS[name]} is {text!r}; {part!r} must be {valid}, in a list with commas."
+            ) from None
         if kind is int and values[-1] < _LEAST[name]:
             raise ValueError(f"{_FLAGS[name]} is {text!r}; {part} must be at least {_LEAST[name]}.")
     return tuple(dict.fromkeys(values))

@@ -45,7 +45,8 @@ def write_plots(rows: Sequence[Row], output: Path) -> None:
     plots = output / "plots"
     quality = {"mean": "mean of the main metrics", **{name: name for name in tasks_of(done)}}
     save_figure(
-        lines_figure(done, quality, title=f"Quality ({done[0]['split']}) against experts"), plots / "quality.png"
+        lines_figure(done, quality, title=f"Quality ({done[0]['split']}) against experts"),
+        plots / "quality.png",
     )
     save_figure(lines_figure(done, COST_PANELS, title="Cost against experts"), plots / "cost.png")
     for row in done:
@@ -65,7 +66,11 @@ def lines_figure(done: Sequence[Row], panels: Mapping[str, str], *, title: str) 
         panels: column -> title of the panel.
         title: of the figure.
     """
-    shown = {name: text for name, text in panels.items() if any(row.get(name) is not None for row in done)}
+    shown = {
+        name: text
+        for name, text in panels.items()
+        if any(row.get(name) is not None for row in done)
+    }
     columns = min(len(shown), 4)
     lines = math.ceil(len(shown) / columns)
     figure = Figure(figsize=(2.9 * columns + 0.4, 2.3 * lines + 0.9), dpi=110, layout="constrained")
@@ -77,7 +82,9 @@ def lines_figure(done: Sequence[Row], panels: Mapping[str, str], *, title: str) 
         _panel(panel, text, ticks=ticks)
         for number, (label, runs) in enumerate(series.items()):
             _line(panel, runs, name, label, style=_style(number, runs, series))
-        _baseline(panel, [row[name] for row in done if not row["experts"] and row.get(name) is not None])
+        _baseline(
+            panel, [row[name] for row in done if not row["experts"] and row.get(name) is not None]
+        )
         if name in COST_PANELS:
             # After the lines: from here on the axis does not grow any more.
             panel.set_ylim(0, 1.05 * panel.get_ylim()[1])
@@ -85,16 +92,27 @@ def lines_figure(done: Sequence[Row], panels: Mapping[str, str], *, title: str) 
         panel.set_visible(False)
     handles, labels = axes[0].get_legend_handles_labels()
     if handles:
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 5), fontsize=7, frameon=False)
+        figure.legend(
+            handles,
+            labels,
+            loc="outside lower center",
+            ncols=min(len(labels), 5),
+            fontsize=7,
+            frameon=False,
+        )
     figure.suptitle(title, fontsize=10)
     return figure
 
 
 def series_of(rows: Sequence[Row]) -> Series:
     """Runs by k, and by whatever else differs: gate, encoder, EP size."""
-    varying = [name for name in ("gate", "encoder", "ep_size") if len({row[name] for row in rows}) > 1]
+    varying = [
+        name for name in ("gate", "encoder", "ep_size") if len({row[name] for row in rows}) > 1
+    ]
     found: dict[str, list[Row]] = {}
-    for row in sorted(rows, key=lambda row: (row["top_k"], row["gate"], row["encoder"], row["ep_size"])):
+    for row in sorted(
+        rows, key=lambda row: (row["top_k"], row["gate"], row["encoder"], row["ep_size"])
+    ):
         parts = [f"k = {row['top_k']}", *(f"{_NAMES[name]}{row[name]}" for name in varying)]
         found.setdefault(", ".join(parts), []).append(row)
     return found
@@ -102,9 +120,13 @@ def series_of(rows: Sequence[Row]) -> Series:
 
 def shares(routing: Mapping[str, Any], name: str) -> Figure:
     """Heatmap layer x expert of the routes' shares at the last evaluation."""
-    share_LE = np.array([[np.nan if value is None else value for value in row] for row in routing["share"]])
+    share_LE = np.array(
+        [[np.nan if value is None else value for value in row] for row in routing["share"]]
+    )
     rows = [str(layer) for layer in routing["layers"]]
-    return share_figure(share_LE, rows=rows, title=f"share of tokens per expert, in %\n{name}", row_axis="layer")
+    return share_figure(
+        share_LE, rows=rows, title=f"share of tokens per expert, in %\n{name}", row_axis="layer"
+    )
 
 
 def _panel(panel: Axes, text: str, *, ticks: Sequence[int]) -> None:
@@ -121,7 +143,9 @@ def _panel(panel: Axes, text: str, *, ticks: Sequence[int]) -> None:
     panel.set_xlabel("experts", fontsize=8)
 
 
-def _line(panel: Axes, runs: Sequence[Row], name: str, label: str, *, style: dict[str, Any]) -> None:
+def _line(
+    panel: Axes, runs: Sequence[Row], name: str, label: str, *, style: dict[str, Any]
+) -> None:
     points: dict[int, list[float]] = {}
     for row in runs:
         if row.get(name) is not None:
@@ -141,7 +165,15 @@ def _line(panel: Axes, runs: Sequence[Row], name: str, label: str, *, style: dic
     )
     for count in experts:
         seeds = points[count]
-        panel.plot([count] * len(seeds), seeds, linestyle="", marker=".", markersize=3, alpha=0.6, color=style["color"])
+        panel.plot(
+            [count] * len(seeds),
+            seeds,
+            linestyle="",
+            marker=".",
+            markersize=3,
+            alpha=0.6,
+            color=style["color"],
+        )
 
 
 def _baseline(panel: Axes, values: Sequence[float]) -> None:

@@ -22,8 +22,16 @@ SETTINGS = ("encoder", "experts", "top_k", "gate", "ep_size", "ranks", "zero_sta
 """Columns that say what a run is, but for its seed."""
 
 
-COSTS = ("step_ms", "tokens_per_second", "peak_mib", "parameters_experts", "parameters_active", "parameters_total")
-"""Columns with what it costs: milliseconds per optimizer step, tokens of all ranks, most memory of one rank."""
+COSTS = (
+    "step_ms",
+    "tokens_per_second",
+    "peak_mib",
+    "parameters_experts",
+    "parameters_active",
+    "parameters_total",
+)
+"""Columns with what it costs: milliseconds per optimizer step, tokens of all ranks, most memory of
+one rank."""
 
 
 ROUTING = ("max_violation", "effective_experts", "task_information")
@@ -50,7 +58,10 @@ def row_of(point: Point, folder: Path, *, problem: str = "") -> Row:
     if not (folder / "results.json").is_file():
         return row
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    tasks = [Task.from_dict(plain) for plain in json.loads((folder / "tasks.json").read_text(encoding="utf-8"))]
+    tasks = [
+        Task.from_dict(plain)
+        for plain in json.loads((folder / "tasks.json").read_text(encoding="utf-8"))
+    ]
     records = read_metrics(folder / METRICS_FILE)
     return row | {
         "status": "done", "ranks": results["world_size"], "ep_size": results["ep_size"],
@@ -60,9 +71,11 @@ def row_of(point: Point, folder: Path, *, problem: str = "") -> Row:
     }  # fmt: skip
 
 
-def quality_of(metrics: Mapping[str, Mapping[str, Mapping[str, float]]], tasks: Sequence[Task]) -> Row:
-    """Main metric of each task and their mean (larger is better), on the test split, or validation where there is no
-    test label. Auxiliary tasks are shown and in no mean."""
+def quality_of(
+    metrics: Mapping[str, Mapping[str, Mapping[str, float]]], tasks: Sequence[Task]
+) -> Row:
+    """Main metric of each task and their mean (larger is better), on the test split, or validation
+    where there is no test label. Auxiliary tasks are shown and in no mean."""
     split = "test" if metrics.get("test") else "validation"
     scored = metrics[split]
     present = [task for task in tasks if scored.get(task.name, {}).get(task.metric) is not None]
@@ -79,7 +92,8 @@ def costs_of(results: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -
         for before, after in itertools.pairwise(lines)
         if after["step"] > before["step"]
     ]
-    # Medians: another program on the machine, or a checkpoint, slows some intervals and not the run.
+    # Medians: another program on the machine, or a checkpoint, slows some intervals and not the
+    # run.
     step_seconds = statistics.median(intervals or [results["seconds"] / max(1, results["step"])])
     speeds = [line["tokens_per_second"] for line in (lines[1:] or lines)]
     parameters = results["parameters"]
@@ -99,7 +113,11 @@ def routing_of(records: Sequence[Mapping[str, Any]]) -> Row:
 
 def last_routing(records: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
     """The routing block of the last validation line; empty without experts."""
-    blocks = [record["routing"] for record in records if record.get("split") == "validation" and "routing" in record]
+    blocks = [
+        record["routing"]
+        for record in records
+        if record.get("split") == "validation" and "routing" in record
+    ]
     return blocks[-1] if blocks else {}
 
 
@@ -128,7 +146,11 @@ def tasks_of(rows: Sequence[Row]) -> list[str]:
 def markdown(rows: Sequence[Row]) -> str:
     """Means over seeds with the sample standard deviation behind, then every run, then what failed."""
     groups = grouped(rows)
-    shown = [name for name in SETTINGS if len({row.get(name) for row in rows if row["status"] == "done"}) > 1]
+    shown = [
+        name
+        for name in SETTINGS
+        if len({row.get(name) for row in rows if row["status"] == "done"}) > 1
+    ]
     shown = shown or ["experts", "top_k"]
     numbers = ["mean", *tasks_of(rows), *COSTS, *ROUTING]
     lines = ["# Scaling experiment", "", _scope(rows), ""]
@@ -162,10 +184,14 @@ def write_hparams(rows: Sequence[Row], output: Path) -> None:
             continue
         settings = {name: row[name] for name in (*SETTINGS, "seed")}
         numbers = {
-            name: row[name] for name in ("mean", *tasks_of([row]), *COSTS, *ROUTING) if row.get(name) is not None
+            name: row[name]
+            for name in ("mean", *tasks_of([row]), *COSTS, *ROUTING)
+            if row.get(name) is not None
         }
         with SummaryWriter(str(folder)) as writer:
-            writer.add_hparams(settings, {f"scale/{name}": value for name, value in numbers.items()}, run_name=".")
+            writer.add_hparams(
+                settings, {f"scale/{name}": value for name, value in numbers.items()}, run_name="."
+            )
 
 
 def _scope(rows: Sequence[Row]) -> str:
@@ -177,9 +203,8 @@ def _scope(rows: Sequence[Row]) -> str:
         f"{open_ones} open",
         f"{len(rows) - len(done) - open_ones} failed",
     ]
-    return (
-        f"{', '.join(parts)}. Quality on {' and '.join(splits) or 'nothing yet'}; means over seeds ± their deviation."
-    )
+    scored = " and ".join(splits) or "nothing yet"
+    return f"{', '.join(parts)}. Quality on {scored}; means over seeds ± their deviation."
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -190,7 +215,9 @@ def _spread(group: Sequence[Row], name: str) -> str:
     values = [row[name] for row in group if row.get(name) is not None]
     if not values:
         return ""
-    deviation = f" ± {_cell(statistics.stdev(values))}" if len(values) > 1 and len(set(values)) > 1 else ""
+    deviation = (
+        f" ± {_cell(statistics.stdev(values))}" if len(values) > 1 and len(set(values)) > 1 else ""
+    )
     return _cell(statistics.mean(values)) + deviation
 
 
@@ -198,7 +225,13 @@ def _cell(value: Any) -> str:
     if value is None:
         return ""
     if isinstance(value, float):
-        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.1f}" if abs(value) >= 20 else f"{value:.3f}"
+        return (
+            f"{value:,.0f}"
+            if abs(value) >= 1000
+            else f"{value:.1f}"
+            if abs(value) >= 20
+            else f"{value:.3f}"
+        )
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 

@@ -1,12 +1,14 @@
 """The contrastive loss of one task in closed form: tiles forward, tiles backward, no collective in either.
 
-With s_ij = scale z_i z_j (scale = 1 / temperature), w_ij the affinity of two rows, a_i = 1 where an anchor has a
-positive, A anchors on all ranks, E_i = sum over rivals of exp(s_ij) and S_i = sum over rivals of w_ij:
+With s_ij = scale z_i z_j (scale = 1 / temperature), w_ij the affinity of two rows, a_i = 1 where an
+anchor has a positive, A anchors on all ranks, E_i = sum over rivals of exp(s_ij) and S_i = sum over
+rivals of w_ij:
 
     L       = 1/A sum_i a_i (log E_i - sum_j w_ij s_ij / S_i)
     dL/dz_i = scale/A sum_j (exp(s_ij) (a_i/E_i + a_j/E_j) - w_ij (a_i/S_i + a_j/S_j)) z_j
 
-Past rows of the queue are rivals and positives, and never anchors: a_j = 0 there. Derivation: methods.md section 2.
+Past rows of the queue are rivals and positives, and never anchors: a_j = 0 there. Derivation:
+methods.md section 2.
 """
 
 from __future__ import annotations
@@ -24,11 +26,13 @@ MIN_TEMPERATURE = 0.01
 
 
 SAFE_SCALE = 40.0
-"""Up to here exp(s) and its sums over a billion rows keep full precision in float32, without a shift."""
+"""Up to here exp(s) and its sums over a billion rows keep full precision in float32, without a
+shift."""
 
 
 TILE_BYTES = {"cpu": 4 << 20}
-"""Device type -> bytes of one tile: on a CPU it should stay in the cache, a GPU wants more work per launch."""
+"""Device type -> bytes of one tile: on a CPU it should stay in the cache, a GPU wants more work per
+launch."""
 
 
 TILE_BYTES_ELSEWHERE = 64 << 20
@@ -36,7 +40,8 @@ TILE_BYTES_ELSEWHERE = 64 << 20
 
 
 KEEP_BYTES = 64 << 20
-"""Tiles of the forward pass are kept for the backward pass while they take no more than this; else made again."""
+"""Tiles of the forward pass are kept for the backward pass while they take no more than this; else
+made again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +63,9 @@ class TaskRows:
     affinity: Callable[[Tensor, Tensor], Tensor] | None
     """Keys (N, K) and (U, K) -> w (N, U), symmetric, in [0, 1]; None: 1 for equal keys, else 0."""
     hidden_rows_X: Tensor
-    """Own row of each (own row, other column) pair of one post: neither a rival nor a positive. A pair of rows of this
-    step is hidden from both. Both have the same key: a post does not change its label."""
+    """Own row of each (own row, other column) pair of one post: neither a rival nor a positive. A
+    pair of rows of this step is hidden from both. Both have the same key: a post does not change
+    its label."""
     hidden_columns_X: Tensor
     """Column of each such pair, of this step or past."""
 
@@ -84,11 +90,15 @@ class Comparison:
         moments: also take the mean of s under the softmax, which the gradient of the scale needs.
     """
 
-    def __init__(self, rows: TaskRows, *, scale: float, keep_bytes: int = KEEP_BYTES, moments: bool) -> None:
+    def __init__(
+        self, rows: TaskRows, *, scale: float, keep_bytes: int = KEEP_BYTES, moments: bool
+    ) -> None:
         self.rows, self.scale = rows, scale
         columns_CP = rows.columns_CP
         self.work = columns_CP.dtype if scale <= SAFE_SCALE else torch.float64
-        elements = rows.num_own * (len(columns_CP) + (0 if rows.affinity is None else len(rows.keys_UK)))
+        elements = rows.num_own * (
+            len(columns_CP) + (0 if rows.affinity is None else len(rows.keys_UK))
+        )
         self._keeps = elements * self.work.itemsize <= keep_bytes
         self._kept: dict[str, list[tuple[slice, slice, Tensor]]] = {}
         self.sums_N = columns_CP.new_zeros(rows.num_own, dtype=self.work)
@@ -140,20 +150,27 @@ class Comparison:
         inverse_C[: rows.num_rows] = reciprocals_R2[:, 0]
         inverse_N = inverse_C[rows.start : rows.start + rows.num_own]
         gradient_NP = torch.zeros_like(rows.own_NP)
-        for part, columns, exponentials in self._tiles("similarity", self._exponentials, len(columns_CP)):
+        for part, columns, exponentials in self._tiles(
+            "similarity", self._exponentials, len(columns_CP)
+        ):
             factors = inverse_N[part, None] + inverse_C[columns]
-            gradient_NP[part].addmm_(factors.mul_(exponentials).to(columns_CP.dtype), columns_CP[columns])
+            gradient_NP[part].addmm_(
+                factors.mul_(exponentials).to(columns_CP.dtype), columns_CP[columns]
+            )
         shares_C = columns_CP.new_zeros(len(columns_CP))
         shares_C[: rows.num_rows] = reciprocals_R2[:, 1]
-        gradient_NP.addcmul_(self.pulls_NP, shares_C[rows.start : rows.start + rows.num_own, None], value=-1)
+        gradient_NP.addcmul_(
+            self.pulls_NP, shares_C[rows.start : rows.start + rows.num_own, None], value=-1
+        )
         gradient_NP -= self._pulled(columns_CP, shares_C)[0]
         return gradient_NP * self.scale
 
     def _pulled(self, columns_CP: Tensor, factors_C: Tensor) -> tuple[Tensor, Tensor]:
         """Sums over an own row's rivals of w_ij f_j z_j, (N, P), and of w_ij f_j, (N,).
 
-        Rows of one key are summed first, so the affinity is asked for different keys only. A row's own key is taken
-        apart: there the row itself is left out by subtraction, which is exact where it stands alone.
+        Rows of one key are summed first, so the affinity is asked for different keys only. A row's
+        own key is taken apart: there the row itself is left out by subtraction, which is exact
+        where it stands alone.
         """
         rows = self.rows
         scaled_CQ = torch.cat([columns_CP * factors_C[:, None], factors_C[:, None]], dim=1)
@@ -162,9 +179,14 @@ class Comparison:
         if len(rows.hidden_rows_X):
             hidden_XQ = scaled_CQ[rows.hidden_columns_X]
             own_NQ -= _grouped_sums(hidden_XQ, rows.hidden_rows_X, groups=rows.num_own)
-            # Where the key has no other post, what subtraction left would outweigh an affinity of e^-40 to the rest.
-            ones_C1, ones_X1 = (torch.ones_like(at[:, None]) for at in (rows.groups_C, rows.hidden_rows_X))
-            alike_N1 = _grouped_sums(ones_C1, rows.groups_C, groups=len(rows.keys_UK))[rows.own_groups_N]
+            # Where the key has no other post, what subtraction left would outweigh an affinity of
+            # e^-40 to the rest.
+            ones_C1, ones_X1 = (
+                torch.ones_like(at[:, None]) for at in (rows.groups_C, rows.hidden_rows_X)
+            )
+            alike_N1 = _grouped_sums(ones_C1, rows.groups_C, groups=len(rows.keys_UK))[
+                rows.own_groups_N
+            ]
             hidden_N1 = _grouped_sums(ones_X1, rows.hidden_rows_X, groups=rows.num_own)
             own_NQ = torch.where(alike_N1 - hidden_N1 > 1, own_NQ, 0.0)
         if rows.affinity is not None:
@@ -182,7 +204,9 @@ class Comparison:
             yield from self._kept[what]
             return
         kept = []
-        for part, columns in _cuts(self.rows.num_own, width, self.work.itemsize, self.rows.columns_CP.device.type):
+        for part, columns in _cuts(
+            self.rows.num_own, width, self.work.itemsize, self.rows.columns_CP.device.type
+        ):
             tile = (part, columns, make(part, columns))
             if self._keeps:
                 kept.append(tile)
@@ -227,7 +251,12 @@ class ClosedForm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, own_NP: Tensor, scale: Tensor, comparison: Comparison, reciprocals_R2: Tensor, factor: Tensor
+        ctx: Any,
+        own_NP: Tensor,
+        scale: Tensor,
+        comparison: Comparison,
+        reciprocals_R2: Tensor,
+        factor: Tensor,
     ) -> Tensor:
         """``factor`` times the sum of L_i over this rank's anchors, scalar.
 
@@ -237,8 +266,9 @@ class ClosedForm(torch.autograd.Function):
             scale: the same of the scale, scalar.
             comparison: of these rows.
             reciprocals_R2: ``Comparison.reciprocals`` of the rows of all ranks.
-            factor: multiplies value and gradient; so the gradient of this rank's rows is that of ``factor`` times the
-                sum over the anchors of ALL ranks, the gradient of the scale that of this rank's anchors.
+            factor: multiplies value and gradient; so the gradient of this rank's rows is that of
+                ``factor`` times the sum over the anchors of ALL ranks, the gradient of the scale
+                that of this rank's anchors.
         """
         ctx.comparison, ctx.reciprocals_R2, ctx.factor = comparison, reciprocals_R2, factor
         return (factor * comparison.loss()).to(own_NP.dtype)
@@ -265,8 +295,11 @@ def hidden_pairs(own_N: Tensor, others_Q: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _grouped_sums(values_NQ: Tensor, groups_N: Tensor, *, groups: int) -> Tensor:
-    # index_put_ with accumulate sorts first on a GPU: unlike index_add_ it sums in the same order on every run.
-    return values_NQ.new_zeros(groups, values_NQ.shape[1]).index_put_((groups_N,), values_NQ, accumulate=True)
+    # index_put_ with accumulate sorts first on a GPU: unlike index_add_ it sums in the same order
+    # on every run.
+    return values_NQ.new_zeros(groups, values_NQ.shape[1]).index_put_(
+        (groups_N,), values_NQ, accumulate=True
+    )
 
 
 def _cuts(height: int, width: int, itemsize: int, device: str) -> Iterator[tuple[slice, slice]]:

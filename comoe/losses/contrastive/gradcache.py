@@ -1,11 +1,12 @@
 """GradCache: a contrastive batch as large as the whole optimizer step, in the memory of one forward pass.
 
-A first pass without gradient embeds every micro-batch. The contrastive loss of all these embeddings, over all ranks,
-gives a gradient for each of them. The second pass is the ordinary one, micro-batch by micro-batch, with the inner
-product of embeddings and cached gradients in the place of the term: its gradient is that of the large batch.
+A first pass without gradient embeds every micro-batch. The contrastive loss of all these
+embeddings, over all ranks, gives a gradient for each of them. The second pass is the ordinary one,
+micro-batch by micro-batch, with the inner product of embeddings and cached gradients in the place
+of the term: its gradient is that of the large batch.
 
-Source: Gao et al. 2021, arXiv:2101.06983. The second pass repeats the first one's dropout and, what the paper has no
-need of, its routing: a near-tie between experts must not be decided another way.
+Source: Gao et al. 2021, arXiv:2101.06983. The second pass repeats the first one's dropout and, what
+the paper has no need of, its routing: a near-tie between experts must not be decided another way.
 """
 
 from __future__ import annotations
@@ -20,13 +21,22 @@ from torch import Tensor
 from comoe.types import IGNORED, Batch, ModelOutput
 
 Passes = tuple[ModelOutput, ...]
-"""What the model answered in the forward passes of one micro-batch: the posts, then their second views where asked."""
+"""What the model answered in the forward passes of one micro-batch: the posts, then their second
+views where asked."""
 
 
 def embeddings_alone(passes: Passes) -> Passes:
     """The answers without all that the contrastive term does not read: they are kept for a whole optimizer step."""
     return tuple(
-        ModelOutput({}, output.embeddings, {}, (), output.token_rows_S[:0], views=output.views, picks=output.picks)
+        ModelOutput(
+            {},
+            output.embeddings,
+            {},
+            (),
+            output.token_rows_S[:0],
+            views=output.views,
+            picks=output.picks,
+        )
         for output in passes
     )
 
@@ -42,7 +52,8 @@ class Cached:
     view_gradients: Mapping[str, Tensor]
     """The same for the second views."""
     scales: Tensor
-    """Gradient by the tasks' inverse temperatures, on the first micro-batch; zeros on the others."""
+    """Gradient by the tasks' inverse temperatures, on the first micro-batch; zeros on the
+    others."""
     value: Tensor
     """This rank's share of the term, detached scalar."""
     terms: Mapping[str, Tensor]
@@ -57,14 +68,16 @@ def targets_of(batch: Batch) -> Batch:
 
 
 def joined_batch(batches: Sequence[Batch]) -> Batch:
-    """Labels, row and task ids of several micro-batches in one record, tags padded to the longest; its tokens are those
-    of the first one and mean nothing."""
+    """Labels, row and task ids of several micro-batches in one record, tags padded to the longest;
+    its tokens are those of the first one and mean nothing."""
     labels = {}
     for task in batches[0].labels:
         targets = [batch.labels[task] for batch in batches]
         if targets[0].ndim > 1 and not targets[0].is_floating_point():
             length = max(target.shape[1] for target in targets)
-            targets = [F.pad(target, (0, length - target.shape[1]), value=IGNORED) for target in targets]
+            targets = [
+                F.pad(target, (0, length - target.shape[1]), value=IGNORED) for target in targets
+            ]
         labels[task] = torch.cat(targets)
     return replace(
         batches[0],
@@ -125,11 +138,18 @@ def replayed(cached: Cached, output: ModelOutput, scales: Tensor) -> Tensor:
         output: the second pass.
         scales: the tasks' inverse temperatures, with gradient.
     """
-    products = [(output.embeddings[task] * gradient).sum() for task, gradient in cached.gradients.items()]
-    products += [(output.views[task] * gradient).sum() for task, gradient in cached.view_gradients.items()]
+    products = [
+        (output.embeddings[task] * gradient).sum() for task, gradient in cached.gradients.items()
+    ]
+    products += [
+        (output.views[task] * gradient).sum() for task, gradient in cached.view_gradients.items()
+    ]
     surrogate = cached.accumulation * (torch.stack(products).sum() + (scales * cached.scales).sum())
     return surrogate + (cached.value - surrogate.detach())
 
 
 def _leaves(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    return {task: torch.cat([part[task] for part in parts]).detach().requires_grad_() for task in parts[0]}
+    return {
+        task: torch.cat([part[task] for part in parts]).detach().requires_grad_()
+        for task in parts[0]
+    }

@@ -26,8 +26,8 @@ from comoe.types import Batch, ModelOutput
 
 
 class Scales(nn.Module):
-    """The tasks' inverse temperatures, fixed or learned; a module of its own, because ZeRO-3 has a parameter there only
-    while its module runs.
+    """The tasks' inverse temperatures, fixed or learned; a module of its own, because ZeRO-3 has a
+    parameter there only while its module runs.
 
     Args:
         temperatures: of the tasks, where learned at the start.
@@ -40,10 +40,12 @@ class Scales(nn.Module):
         self.log_scales_T = nn.Parameter(torch.tensor(self.fixed).log()) if learned else None
 
     def forward(self) -> Tensor:
-        """(T,), at most 100, computed in float32 or wider. A model stored in bf16 rounds the parameter itself, so its
-        temperatures go in steps of 2 or 3 %; the optimizer's own copy does not.
+        """(T,), at most 100, computed in float32 or wider. A model stored in bf16 rounds the
+        parameter itself, so its temperatures go in steps of 2 or 3 %; the optimizer's own copy does
+        not.
 
-        The gradient is as if nothing had been cut: ``ContrastiveLoss`` stops it where it would lead further.
+        The gradient is as if nothing had been cut: ``ContrastiveLoss`` stops it where it would lead
+        further.
         """
         if self.log_scales_T is None:
             return torch.tensor(self.fixed, dtype=torch.float64)
@@ -67,7 +69,8 @@ class _Powers(torch.autograd.Function):
 
 
 HALF_ID = 20
-"""Bits of a post's number per float32 column: whole numbers to 2^24 are exact there, and numbers to 2^40 are enough."""
+"""Bits of a post's number per float32 column: whole numbers to 2^24 are exact there, and numbers to
+2^40 are enough."""
 
 
 class Gather(Protocol):
@@ -95,16 +98,17 @@ class _Rows:
 class ContrastiveLoss(nn.Module):
     """Weighted sum over tasks of their contrastive losses; the mean over ranks of its gradient is the global one.
 
-    L_i = logsumexp over rivals j of s_ij - weighted mean over positives p of s_ip, s = cosine / temperature; a task's
-    loss is the mean over its anchors with a positive, on all ranks. What a positive is, and what it weighs, is the
-    affinity of the task's kind. Rivals are all other rows of the task, of all ranks and of the queue, but for copies of
-    the anchor's own post; where there are views, these are its positives.
+    L_i = logsumexp over rivals j of s_ij - weighted mean over positives p of s_ip, s = cosine /
+    temperature; a task's loss is the mean over its anchors with a positive, on all ranks. What a
+    positive is, and what it weighs, is the affinity of the task's kind. Rivals are all other rows
+    of the task, of all ranks and of the queue, but for copies of the anchor's own post; where there
+    are views, these are its positives.
 
-    A learned temperature at its floor falls no further: where the sum over ranks of its gradient would lead there, it
-    is 0 on all of them. Under ``over: local`` each rank judges by its own.
+    A learned temperature at its floor falls no further: where the sum over ranks of its gradient
+    would lead there, it is 0 on all of them. Under ``over: local`` each rank judges by its own.
 
-    Two gathers per call, none in the backward pass; every rank must reach them, with rows or without. Memory grows with
-    the rows of all ranks, not with their square.
+    Two gathers per call, none in the backward pass; every rank must reach them, with rows or
+    without. Memory grows with the rows of all ranks, not with their square.
 
     Args:
         tasks: those that take part, in the same order on all ranks.
@@ -116,12 +120,18 @@ class ContrastiveLoss(nn.Module):
     Raises:
         ValueError: a temperature below 0.01.
 
-    Source: supervised contrastive learning, arXiv:2004.11362, per task as in TaCL-CoMoE; two dropout views as
-    positives, arXiv:2002.05709; the closed form of methods.md section 2.
+    Source: supervised contrastive learning, arXiv:2004.11362, per task as in TaCL-CoMoE; two
+    dropout views as positives, arXiv:2002.05709; the closed form of methods.md section 2.
     """
 
     def __init__(
-        self, tasks: Sequence[Task], config: ContrastiveConfig, *, width: int, gather: Gather, world_size: int
+        self,
+        tasks: Sequence[Task],
+        config: ContrastiveConfig,
+        *,
+        width: int,
+        gather: Gather,
+        world_size: int,
     ) -> None:
         super().__init__()
         self.tasks = tuple(tasks)
@@ -155,13 +165,16 @@ class ContrastiveLoss(nn.Module):
         """This rank's share, to be averaged over ranks.
 
         Args:
-            output: ``embeddings`` and ``views`` are read, of one micro-batch or of a whole optimizer step.
+            output: ``embeddings`` and ``views`` are read, of one micro-batch or of a whole
+                optimizer step.
             batch: ``labels`` and ``row_ids_B`` are read.
             scales_T: the tasks' inverse temperatures; None asks ``scales``.
 
         Returns:
-            Scalar, differentiable; and detached terms, whose mean over ranks is the global value: ``contrastive``, and
-            per task, unweighted, ``contrastive/<task>``, ``positives_per_anchor/<task>`` (the mean over anchors of the
+            Scalar, differentiable; and detached terms, whose mean over ranks is the global value:
+                ``contrastive``, and
+            per task, unweighted, ``contrastive/<task>``, ``positives_per_anchor/<task>`` (the mean
+                over anchors of the
             weights of their positives) and, where it is learned, ``temperature/<task>``.
         """
         own = [self._own_rows(task, output, batch) for task in self.tasks]
@@ -172,15 +185,22 @@ class ContrastiveLoss(nn.Module):
         added, waits, repeats = self._host_numbers(everyone)
         comparisons = []
         for index, (rows, scale) in enumerate(zip(everyone, scales_T.tolist(), strict=True)):
-            past = None if waits or not added[index] else _Rows(*self.queue.read(index, added=added[index]))
+            past = (
+                None
+                if waits or not added[index]
+                else _Rows(*self.queue.read(index, added=added[index]))
+            )
             start = sum(counts[index] for counts in counts_WT[:rank])
             span = {"start": start, "num_own": counts_WT[rank][index]}
             compared = _task_rows(self.tasks[index], rows, past, **span, repeats=repeats[index])
             keep = KEEP_BYTES // len(self.tasks)
-            comparisons.append(Comparison(compared, scale=scale, keep_bytes=keep, moments=self.learned))
+            comparisons.append(
+                Comparison(compared, scale=scale, keep_bytes=keep, moments=self.learned)
+            )
             if self.queue is not None and self.training:
                 self.queue.put(index, rows.rows_NP, rows.keys_NK, rows.posts_N, added=added[index])
-        # The second gather: what the gradient of this rank's rows takes from the anchors of the others.
+        # The second gather: what the gradient of this rank's rows takes from the anchors of the
+        # others.
         told_NX = torch.cat([self._told(comparison) for comparison in comparisons])
         told_GX, _ = self.gather(told_NX, sizes=sizes)
         total, terms = 0.0, {}
@@ -192,7 +212,9 @@ class ContrastiveLoss(nn.Module):
                 stuck = (scale >= 1 / MIN_TEMPERATURE) & (of_all_RX[:, 2].sum() < 0)
                 scale = torch.where(stuck, scale.detach(), scale)
             anchors = (of_all_R2[:, 1] > 0).sum().clamp_min(1).double()
-            value = ClosedForm.apply(own[index].rows_NP, scale, comparison, of_all_R2, self.factor / anchors)
+            value = ClosedForm.apply(
+                own[index].rows_NP, scale, comparison, of_all_R2, self.factor / anchors
+            )
             total = total + task.contrastive_weight * value
             terms[f"contrastive/{task.name}"] = value.detach()
             weights_R = torch.where(of_all_R2[:, 1] > 0, 1 / of_all_R2[:, 1], 0.0)
@@ -213,36 +235,50 @@ class ContrastiveLoss(nn.Module):
         rows_NP = rows_NP if rows_NP.dtype == torch.float64 else rows_NP.float()
         keys_BK = task.rules.keys(labels[labelled]).to(rows_NP.dtype)
         return _Rows(
-            rows_NP, F.pad(keys_BK, (0, self.num_keys - keys_BK.shape[1])).repeat(len(posts), 1), torch.cat(posts)
+            rows_NP,
+            F.pad(keys_BK, (0, self.num_keys - keys_BK.shape[1])).repeat(len(posts), 1),
+            torch.cat(posts),
         )
 
     def _gather_counts(self, own: Sequence[_Rows]) -> tuple[list[list[int]], int]:
         """Rows per rank and task, and this rank's index."""
-        counts_1T = torch.tensor([[len(rows.rows_NP) for rows in own]], device=own[0].rows_NP.device)
+        counts_1T = torch.tensor(
+            [[len(rows.rows_NP) for rows in own]], device=own[0].rows_NP.device
+        )
         counts_WT, rank = self.gather(counts_1T)
         return counts_WT.tolist(), rank
 
-    def _gather_rows(self, own: Sequence[_Rows], counts_WT: list[list[int]], sizes: list[int]) -> list[_Rows]:
+    def _gather_rows(
+        self, own: Sequence[_Rows], counts_WT: list[list[int]], sizes: list[int]
+    ) -> list[_Rows]:
         """The rows of all ranks, per task: one packed gather of [rows | keys | post]."""
         posts_N = torch.cat([rows.posts_N for rows in own])
         halves_N2 = torch.stack([posts_N >> HALF_ID, posts_N & ((1 << HALF_ID) - 1)], dim=1)
         rows_NP = torch.cat([rows.rows_NP.detach() for rows in own])
-        packed_NQ = torch.cat([rows_NP, torch.cat([rows.keys_NK for rows in own]), halves_N2.to(rows_NP.dtype)], dim=1)
+        packed_NQ = torch.cat(
+            [rows_NP, torch.cat([rows.keys_NK for rows in own]), halves_N2.to(rows_NP.dtype)], dim=1
+        )
         packed_GQ, _ = self.gather(packed_NQ, sizes=sizes)
         everyone, width = [], rows_NP.shape[1]
         for index in range(len(own)):
             of_task_RQ = _of_task(packed_GQ, counts_WT, index)
             posts_R = (of_task_RQ[:, -2].long() << HALF_ID) + of_task_RQ[:, -1].long()
-            everyone.append(_Rows(of_task_RQ[:, :width].contiguous(), of_task_RQ[:, width:-2], posts_R))
+            everyone.append(
+                _Rows(of_task_RQ[:, :width].contiguous(), of_task_RQ[:, width:-2], posts_R)
+            )
         return everyone
 
     def _host_numbers(self, everyone: Sequence[_Rows]) -> tuple[list[int], bool, list[int]]:
-        """Rows ever put into the queue, per task; whether it is not to be read yet; whether some post of a task without
-        views is there more than once. One wait for the device."""
-        flags = [_repeats(rows.posts_N, task) for task, rows in zip(self.tasks, everyone, strict=True)]
+        """Rows ever put into the queue, per task; whether it is not to be read yet; whether some
+        post of a task without views is there more than once. One wait for the device."""
+        flags = [
+            _repeats(rows.posts_N, task) for task, rows in zip(self.tasks, everyone, strict=True)
+        ]
         if self.queue is None:
             return [0] * len(self.tasks), True, torch.stack(flags).tolist()
-        steps, *numbers = torch.cat([self.queue.steps[None], self.queue.added_T, torch.stack(flags)]).tolist()
+        steps, *numbers = torch.cat(
+            [self.queue.steps[None], self.queue.added_T, torch.stack(flags)]
+        ).tolist()
         count = len(self.tasks)
         return numbers[:count], max(steps - 1, 0) < self.queue_warmup, numbers[count:]
 
@@ -262,10 +298,15 @@ def _repeats(posts_R: Tensor, task: Task) -> Tensor:
     return (sorted_R[1:] == sorted_R[:-1]).any().to(posts_R.dtype)
 
 
-def _task_rows(task: Task, rows: _Rows, past: _Rows | None, *, start: int, num_own: int, repeats: int) -> TaskRows:
+def _task_rows(
+    task: Task, rows: _Rows, past: _Rows | None, *, start: int, num_own: int, repeats: int
+) -> TaskRows:
     """Rows of all ranks, and past ones, as the columns of one comparison."""
     columns_CP, keys_CK, posts_C = rows.rows_NP, rows.keys_NK, rows.posts_N
-    own_posts_N, hidden_rows_X, hidden_columns_X = posts_C[start : start + num_own], *[posts_C.new_zeros(0)] * 2
+    own_posts_N, hidden_rows_X, hidden_columns_X = (
+        posts_C[start : start + num_own],
+        *[posts_C.new_zeros(0)] * 2,
+    )
     if repeats:
         found_X, columns_X = hidden_pairs(own_posts_N, posts_C)
         others = found_X + start != columns_X
@@ -300,7 +341,9 @@ def _different(keys_CK: Tensor) -> tuple[Tensor, Tensor]:
         values, codes_C = torch.unique(keys_C, return_inverse=True)
         found_U, groups_C = torch.unique(groups_C * len(values) + codes_C, return_inverse=True)
     # All rows that write to one place write the same.
-    return keys_CK.new_empty(len(found_U), keys_CK.shape[1]).index_copy_(0, groups_C, keys_CK), groups_C
+    return keys_CK.new_empty(len(found_U), keys_CK.shape[1]).index_copy_(
+        0, groups_C, keys_CK
+    ), groups_C
 
 
 def _of_task(everyone_GX: Tensor, counts_WT: Sequence[Sequence[int]], task: int) -> Tensor:

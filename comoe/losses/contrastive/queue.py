@@ -9,8 +9,8 @@ from torch import Tensor, nn
 class Queue(nn.Module):
     """The last rows of each task, first in, first out; the same on all ranks, because all put in the same rows.
 
-    Everything is a buffer of whole numbers, so that it goes into checkpoints and a cast of the model to bf16 leaves it
-    alone; floating-point rows are kept as the bits of their float32 values.
+    Everything is a buffer of whole numbers, so that it goes into checkpoints and a cast of the
+    model to bf16 leaves it alone; floating-point rows are kept as the bits of their float32 values.
 
     Args:
         num_tasks: tasks T.
@@ -25,7 +25,9 @@ class Queue(nn.Module):
         super().__init__()
         self.size = size
         self.register_buffer("bits_TQP", torch.zeros(num_tasks, size, width, dtype=torch.int32))
-        self.register_buffer("key_bits_TQK", torch.zeros(num_tasks, size, num_keys, dtype=torch.int32))
+        self.register_buffer(
+            "key_bits_TQK", torch.zeros(num_tasks, size, num_keys, dtype=torch.int32)
+        )
         self.register_buffer("posts_TQ", torch.zeros(num_tasks, size, dtype=torch.int64))
         self.register_buffer("added_T", torch.zeros(num_tasks, dtype=torch.int64))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
@@ -39,10 +41,16 @@ class Queue(nn.Module):
         """
         filled = min(added, self.size)
         rows_QP = self.bits_TQP[task, :filled].view(torch.float32)
-        return rows_QP, self.key_bits_TQK[task, :filled].view(torch.float32), self.posts_TQ[task, :filled]
+        return (
+            rows_QP,
+            self.key_bits_TQK[task, :filled].view(torch.float32),
+            self.posts_TQ[task, :filled],
+        )
 
     @torch.no_grad()
-    def put(self, task: int, rows_NP: Tensor, keys_NK: Tensor, posts_N: Tensor, *, added: int) -> None:
+    def put(
+        self, task: int, rows_NP: Tensor, keys_NK: Tensor, posts_N: Tensor, *, added: int
+    ) -> None:
         """Put rows in, in the place of the oldest ones; a row that is not finite is left out.
 
         Args:
@@ -55,7 +63,8 @@ class Queue(nn.Module):
         rows_NP = rows_NP.float()
         finite = rows_NP.isfinite().all(dim=1).nonzero()[:, 0]
         last = finite[-self.size :]
-        # Where rows are left out at the front, the places go on as if they had been put in and pushed out again.
+        # Where rows are left out at the front, the places go on as if they had been put in and
+        # pushed out again.
         first = added + len(finite) - len(last)
         places = (first + torch.arange(len(last), device=last.device)) % self.size
         self.bits_TQP[task, places] = rows_NP[last].view(torch.int32)

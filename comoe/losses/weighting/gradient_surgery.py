@@ -1,13 +1,15 @@
 """How gradients of tasks that pull in different directions are combined, from their inner products alone.
 
-Each function takes the Gram matrix of K gradients, float64, (K, K), and gives factors (K,): the combined direction is
-the sum of factor times gradient. All factors 1 are the plain sum.
+Each function takes the Gram matrix of K gradients, float64, (K, K), and gives factors (K,): the
+combined direction is the sum of factor times gradient. All factors 1 are the plain sum.
 
-The layer is a linear map W at the identity between the shared states h and whatever each task has for itself: with d_t
-the gradient of task t's loss by W h, its gradient by W is the sum of d_t h^T over all tokens, (M, M). Every encoder has
-this place, behind the last norm and any fusion, whichever of its weights train and wherever they lie. Getting there
-takes no backward pass through the encoder: no expert's all-to-all, no recomputed layer, no encoder weight of ZeRO-3.
-Unlike the states themselves, W sees the posts of all tasks: gradients by the states of different posts never meet.
+The layer is a linear map W at the identity between the shared states h and whatever each task has
+for itself: with d_t the gradient of task t's loss by W h, its gradient by W is the sum of d_t h^T
+over all tokens, (M, M). Every encoder has this place, behind the last norm and any fusion,
+whichever of its weights train and wherever they lie. Getting there takes no backward pass through
+the encoder: no expert's all-to-all, no recomputed layer, no encoder weight of ZeRO-3. Unlike the
+states themselves, W sees the posts of all tasks: gradients by the states of different posts never
+meet.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ from comoe.distributed import sum_over_ranks, world_size
 from comoe.types import Probe
 
 _SMALL = 1e-10
-"""Of the mean squared gradient: under the root of a squared length, which may be 0 where gradients cancel out."""
+"""Of the mean squared gradient: under the root of a squared length, which may be 0 where gradients
+cancel out."""
 
 
 def pcgrad(gram_KK: np.ndarray, *, step: int) -> np.ndarray:
@@ -52,9 +55,9 @@ def pcgrad(gram_KK: np.ndarray, *, step: int) -> np.ndarray:
 def cagrad(gram_KK: np.ndarray, *, strength: float) -> np.ndarray:
     """The direction near the mean gradient that helps the worst-off task most, times K.
 
-    d = g0 + c |g0| g_w / |g_w|, where g0 is the mean gradient and the weights w, at least 0 with sum 1, make
-    g_w . g0 + c |g0| |g_w| smallest. Times K, so that c = 0 is the plain sum; the authors' code divides by 1 + c^2 as
-    well, which this does not.
+    d = g0 + c |g0| g_w / |g_w|, where g0 is the mean gradient and the weights w, at least 0 with
+    sum 1, make g_w . g0 + c |g0| |g_w| smallest. Times K, so that c = 0 is the plain sum; the
+    authors' code divides by 1 + c^2 as well, which this does not.
 
     Args:
         gram_KK: inner products.
@@ -101,7 +104,9 @@ def shared_gradients(losses_T: Tensor, probe: Probe, tasks: Sequence[str]) -> Te
     """
     copies = [probe.states[name] for name in tasks]
     # One backward pass for all tasks: each has a copy of its own.
-    slopes = torch.autograd.grad(losses_T, copies, torch.ones_like(losses_T), allow_unused=True, materialize_grads=True)
+    slopes = torch.autograd.grad(
+        losses_T, copies, torch.ones_like(losses_T), allow_unused=True, materialize_grads=True
+    )
     wide = torch.promote_types(copies[0].dtype, torch.float32)
     h_NM = copies[0].detach().flatten(0, 1).to(wide)
     return torch.stack([slope.flatten(0, 1).to(wide).T @ h_NM for slope in slopes])
@@ -111,7 +116,8 @@ def gram_over_ranks(gradients_TMM: Tensor) -> Tensor:
     """Inner products (T, T), float64, of the global gradients; a collective.
 
     Args:
-        gradients_TMM: this rank's mean over micro-batches; the mean over ranks is the global gradient.
+        gradients_TMM: this rank's mean over micro-batches; the mean over ranks is the global
+            gradient.
     """
     flat_TX = (sum_over_ranks(gradients_TMM) / world_size()).flatten(1).double()
     return flat_TX @ flat_TX.T

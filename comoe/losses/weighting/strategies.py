@@ -1,11 +1,12 @@
 """How the losses of the tasks become one number: fixed, learned, or from how the tasks' gradients agree.
 
-A weighting gets this micro-step's shares of the tasks' mean losses (their mean over ranks and micro-steps is the global
-value) and answers the scalar to call backward on. What it carries from step to step is the same on all ranks. A task
-that no post of the optimizer step has is left out of everything.
+A weighting gets this micro-step's shares of the tasks' mean losses (their mean over ranks and
+micro-steps is the global value) and answers the scalar to call backward on. What it carries from
+step to step is the same on all ranks. A task that no post of the optimizer step has is left out of
+everything.
 
-Carried numbers are buffers of whole numbers, the bits of float64: so they go into checkpoints, move between layouts
-(``carried.safetensors``), and a cast of the model to bf16 leaves them alone.
+Carried numbers are buffers of whole numbers, the bits of float64: so they go into checkpoints, move
+between layouts (``carried.safetensors``), and a cast of the model to bf16 leaves them alone.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ class Weighting(nn.Module):
         config: ``loss`` of the recipe.
 
     Attributes:
-        reads: options of ``loss`` that count under this weighting; else a recipe that sets one is warned.
+        reads: options of ``loss`` that count under this weighting; else a recipe that sets one is
+            warned.
         reads_task_weights: ``tasks.<name>.weight`` counts.
         adapts: the weights follow the training, and so need two tasks.
         reads_gradients: ``forward`` wants ``gram_TT``.
@@ -53,10 +55,11 @@ class Weighting(nn.Module):
         """Scalar to call backward on, and what each loss is multiplied by (T,), detached, for the log.
 
         Args:
-            losses_T: shares of the mean losses, float32 or wider; 0 with a gradient of 0 for an absent task.
+            losses_T: shares of the mean losses, float32 or wider; 0 with a gradient of 0 for an
+                absent task.
             present_T: bool, tasks that some post of the optimizer step has; the same on all ranks.
-            gram_TT: inner products of the tasks' gradients by the last shared layer, of all ranks and micro-steps,
-                float64; 0 for an absent task.
+            gram_TT: inner products of the tasks' gradients by the last shared layer, of all ranks
+                and micro-steps, float64; 0 for an absent task.
             step: optimizer step, from 0.
         """
         weights_T = self.weights(present_T, gram_TT=gram_TT, step=step).to(losses_T)
@@ -66,7 +69,9 @@ class Weighting(nn.Module):
         """What each loss is multiplied by in this step (T,), without gradient; arguments of ``forward``."""
         raise NotImplementedError
 
-    def end_step(self, losses_T: Tensor, present_T: Tensor, *, gram_TT: Tensor | None = None) -> None:
+    def end_step(
+        self, losses_T: Tensor, present_T: Tensor, *, gram_TT: Tensor | None = None
+    ) -> None:
         """An optimizer step has changed the weights of the model; only where the weighting remembers.
 
         Args:
@@ -97,7 +102,8 @@ class Static(Weighting):
 
     def __init__(self, tasks: Sequence[Task], config: LossConfig) -> None:
         super().__init__(tasks, config)
-        # Numbers, not a buffer: they are in the recipe, and a buffer would turn bfloat16 with the model.
+        # Numbers, not a buffer: they are in the recipe, and a buffer would turn bfloat16 with the
+        # model.
         self.numbers = [task.weight for task in tasks]
 
     def weights(self, present_T: Tensor, *, gram_TT: Tensor | None, step: int) -> Tensor:
@@ -107,9 +113,10 @@ class Static(Weighting):
 class Uncertainty(Weighting):
     """A learned variance s^2 per task: sum of L / (2 s^2) + (log s^2) / 2; at the optimum s^2 = L.
 
-    The parameter is v = log s^2, from 0 on, so every weight begins at 1/2. It is learned at ``loss.weighting_rate``
-    under the schedule of all rates, without decay. A model stored in bf16 reads it rounded to 3 digits; what is trained
-    is the float32 copy that ZeRO keeps of every parameter.
+    The parameter is v = log s^2, from 0 on, so every weight begins at 1/2. It is learned at
+    ``loss.weighting_rate`` under the schedule of all rates, without decay. A model stored in bf16
+    reads it rounded to 3 digits; what is trained is the float32 copy that ZeRO keeps of every
+    parameter.
 
     Source: Kendall et al. 2018, arXiv:1705.07115.
     """
@@ -123,7 +130,9 @@ class Uncertainty(Weighting):
     def forward(
         self, losses_T: Tensor, present_T: Tensor, *, gram_TT: Tensor | None = None, step: int = 0
     ) -> tuple[Tensor, Tensor]:
-        log_variances_T = self.log_variances_T.to(torch.promote_types(losses_T.dtype, torch.float32))
+        log_variances_T = self.log_variances_T.to(
+            torch.promote_types(losses_T.dtype, torch.float32)
+        )
         weights_T = 0.5 * torch.exp(-log_variances_T)
         # Added on every rank and in every micro-step: so their mean has it once.
         prices_T = torch.where(present_T, self.price(log_variances_T), 0.0)
@@ -137,7 +146,8 @@ class Uncertainty(Weighting):
 class UncertaintyPositive(Uncertainty):
     """The same with log(1 + s^2), which is never below 0; at the optimum s^2 = (L + sqrt(L^2 + 8 L)) / 4.
 
-    Source: Liebel & Koerner 2018, arXiv:1805.06334, with v = log s^2 as the parameter: s itself could cross 0.
+    Source: Liebel & Koerner 2018, arXiv:1805.06334, with v = log s^2 as the parameter: s itself
+    could cross 0.
     """
 
     def price(self, log_variances_T: Tensor) -> Tensor:
@@ -147,8 +157,9 @@ class UncertaintyPositive(Uncertainty):
 class DynamicAverage(Weighting):
     """Tasks whose loss falls slowly weigh more: K softmax(r / temperature) over the K tasks that are present.
 
-    r is a task's mean loss in the last whole window of steps over that in the window before; 1 until both are there.
-    A mean is over those steps of the window that have the task; a window without it does not count for it.
+    r is a task's mean loss in the last whole window of steps over that in the window before; 1
+    until both are there. A mean is over those steps of the window that have the task; a window
+    without it does not count for it.
 
     Source: dynamic weight average, arXiv:1803.10704, where a window is an epoch.
     """
@@ -167,16 +178,24 @@ class DynamicAverage(Weighting):
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
     def weights(self, present_T: Tensor, *, gram_TT: Tensor | None, step: int) -> Tensor:
-        last_T, earlier_T = self.last_bits_T.view(torch.float64), self.earlier_bits_T.view(torch.float64)
+        last_T, earlier_T = (
+            self.last_bits_T.view(torch.float64),
+            self.earlier_bits_T.view(torch.float64),
+        )
         known_T = earlier_T > 0
         ratios_T = torch.where(known_T, last_T / earlier_T.where(known_T, 1.0), 1.0)
         # Absent tasks take no share; all of them absent would be 0/0.
-        shares_T = torch.softmax((ratios_T / self.temperature).masked_fill(~present_T, -torch.inf), dim=0)
+        shares_T = torch.softmax(
+            (ratios_T / self.temperature).masked_fill(~present_T, -torch.inf), dim=0
+        )
         return torch.where(present_T, present_T.sum() * shares_T, 0.0)
 
-    def end_step(self, losses_T: Tensor, present_T: Tensor, *, gram_TT: Tensor | None = None) -> None:
+    def end_step(
+        self, losses_T: Tensor, present_T: Tensor, *, gram_TT: Tensor | None = None
+    ) -> None:
         sums_T, last_T, earlier_T = (
-            bits_T.view(torch.float64) for bits_T in (self.sum_bits_T, self.last_bits_T, self.earlier_bits_T)
+            bits_T.view(torch.float64)
+            for bits_T in (self.sum_bits_T, self.last_bits_T, self.earlier_bits_T)
         )
         sums_T += torch.where(present_T, losses_T, 0.0)
         self.counts_T += present_T
@@ -191,10 +210,11 @@ class DynamicAverage(Weighting):
 class GradNorm(Weighting):
     """Learned weights, T in sum, that bring the tasks' weighted gradients to sizes by how far each task has come.
 
-    w_t |g_t| is to be mean(w |g|) r_t^alpha, where r_t is L_t / L_t(first step), over its mean. Once per optimizer
-    step, log w takes a step of ``loss.weighting_rate`` down the slope of sum_t |w_t |g_t| - target_t|, divided by
-    mean(w |g|), the targets held fixed; then present tasks are rescaled to the sum that they had. The logarithm keeps
-    weights positive, the division makes the rate independent of the gradients' size.
+    w_t |g_t| is to be mean(w |g|) r_t^alpha, where r_t is L_t / L_t(first step), over its mean.
+    Once per optimizer step, log w takes a step of ``loss.weighting_rate`` down the slope of sum_t
+    |w_t |g_t| - target_t|, divided by mean(w |g|), the targets held fixed; then present tasks are
+    rescaled to the sum that they had. The logarithm keeps weights positive, the division makes the
+    rate independent of the gradients' size.
 
     Source: arXiv:1711.02257.
     """
@@ -212,9 +232,14 @@ class GradNorm(Weighting):
     def weights(self, present_T: Tensor, *, gram_TT: Tensor | None, step: int) -> Tensor:
         return torch.where(present_T, self.weight_bits_T.view(torch.float64), 0.0)
 
-    def end_step(self, losses_T: Tensor, present_T: Tensor, *, gram_TT: Tensor | None = None) -> None:
+    def end_step(
+        self, losses_T: Tensor, present_T: Tensor, *, gram_TT: Tensor | None = None
+    ) -> None:
         assert gram_TT is not None, "GradNorm reads gradients"
-        weights_T, first_T = self.weight_bits_T.view(torch.float64), self.first_bits_T.view(torch.float64)
+        weights_T, first_T = (
+            self.weight_bits_T.view(torch.float64),
+            self.first_bits_T.view(torch.float64),
+        )
         first_T.copy_(torch.where(present_T & (first_T == 0), losses_T, first_T))
         # Nothing is known of a task that had no loss yet.
         active_T = present_T & (first_T > 0)
@@ -248,14 +273,14 @@ class FromGradients(Weighting):
 
 
 class PCGrad(FromGradients):
-    """What two tasks' gradients have against each other is taken out of both, see ``comoe.losses.weighting.gradient_surgery.pcgrad``."""
+    """What two tasks' gradients have against each other is taken out of both (``pcgrad``)."""
 
     def combine(self, gram_KK: np.ndarray, step: int) -> np.ndarray:
         return pcgrad(gram_KK, step=max(step, 0))
 
 
 class CAGrad(FromGradients):
-    """The direction near the mean that helps the worst-off task most, see ``comoe.losses.weighting.gradient_surgery.cagrad``."""
+    """The direction near the mean that helps the worst-off task most (``cagrad``)."""
 
     reads = ("cagrad_c",)
 

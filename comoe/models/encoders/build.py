@@ -22,26 +22,32 @@ from comoe.models.encoders.families import FAMILIES, Family, family_of
 from comoe.models.encoders.pretrained import ENCODER, Unfit, load_pretrained, quiet, read_config
 
 ANSWERING = "comoe_answering"
-"""Field of a whole encoder-decoder's configuration with what its answers depend on beside its weights, so that an
-export, which has no other files of the model, answers alike."""
+"""Field of a whole encoder-decoder's configuration with what its answers depend on beside its
+weights, so that an export, which has no other files of the model, answers alike."""
 
 
-ANSWER_TOKENS = ("decoder_start_token_id", "bos_token_id", "eos_token_id", "pad_token_id", "forced_bos_token_id")
-"""What is kept of how a model's own folder says to generate: with which tokens an answer begins and ends. How it is
-searched for is the recipe's (``num_beams``, ``max_answer_length``)."""
+ANSWER_TOKENS = (
+    "decoder_start_token_id",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "forced_bos_token_id",
+)
+"""What is kept of how a model's own folder says to generate: with which tokens an answer begins and
+ends. How it is searched for is the recipe's (``num_beams``, ``max_answer_length``)."""
 
 
 def build_encoder(config: ModelConfig, *, generates: bool = False) -> nn.Module:
-    """Load the pre-trained encoder of ``model.encoder`` in float32, without its pooler; of an encoder-decoder the
-    encoder alone.
+    """Load the pre-trained encoder of ``model.encoder`` in float32, without its pooler; of an
+    encoder-decoder the encoder alone.
 
     Args:
         config: ``model``.
         generates: load the whole encoder-decoder, because a decoder answers some task.
 
     Raises:
-        ValueError: no such folder or hub name, no network, unreadable or incomplete weights, a family without a
-            row in ``FAMILIES``, or one without the decoder that a task wants.
+        ValueError: no such folder or hub name, no network, unreadable or incomplete weights, a
+            family without a row in ``FAMILIES``, or one without the decoder that a task wants.
     """
 
     def prepare(hf_config: Any) -> tuple[Any, dict[str, Any]]:
@@ -54,7 +60,11 @@ def build_encoder(config: ModelConfig, *, generates: bool = False) -> nn.Module:
         return _auto_class(family_of(hf_config.model_type), generates=generates)
 
     encoder = load_pretrained(
-        config.encoder, ENCODER, trust_remote_code=config.trust_remote_code, prepare=prepare, auto_class=auto_class
+        config.encoder,
+        ENCODER,
+        trust_remote_code=config.trust_remote_code,
+        prepare=prepare,
+        auto_class=auto_class,
     )
     if not generates:
         return _alone(encoder)
@@ -88,10 +98,14 @@ def _alone(model: nn.Module) -> nn.Module:
 def _found_answering(model: nn.Module) -> dict[str, Any]:
     settings, config = model.generation_config, model.config
     found = {field: getattr(settings, field, None) for field in ANSWER_TOKENS}
-    found = {field: getattr(config, field, None) if value is None else value for field, value in found.items()}
+    found = {
+        field: getattr(config, field, None) if value is None else value
+        for field, value in found.items()
+    }
     if found["decoder_start_token_id"] is None and family_of(config.model_type).starts_with_padding:
         found["decoder_start_token_id"] = found["pad_token_id"]
-    # Under ZeRO-3 too the two are one tensor if and only if the file said so, see ``split_as_it_loads``.
+    # Under ZeRO-3 too the two are one tensor if and only if the file said so, see
+    # ``split_as_it_loads``.
     return found | {"own_output": model.lm_head.weight is not model.get_input_embeddings().weight}
 
 
@@ -106,7 +120,9 @@ def _check_answering(found: Mapping[str, Any], name: str) -> None:
 
 def _set_answering(model: nn.Module, answering: Mapping[str, Any]) -> None:
     setattr(model.config, ANSWERING, dict(answering))
-    model.generation_config = GenerationConfig(**{field: answering[field] for field in ANSWER_TOKENS})
+    model.generation_config = GenerationConfig(
+        **{field: answering[field] for field in ANSWER_TOKENS}
+    )
 
 
 def build_encoder_from_config(
@@ -122,7 +138,9 @@ def build_encoder_from_config(
     fields = dict(hf_config)
     answering = fields.pop(ANSWERING, None)
     config = AutoConfig.for_model(fields.pop("model_type"), **fields)
-    encoder = _from_config(config, dropout, generates=generates, own_output=bool(answering and answering["own_output"]))
+    encoder = _from_config(
+        config, dropout, generates=generates, own_output=bool(answering and answering["own_output"])
+    )
     if generates:
         _set_answering(encoder, answering or _found_answering(encoder))
     return encoder
@@ -134,13 +152,19 @@ def build_encoder_shape(config: ModelConfig, *, generates: bool = False) -> nn.M
     Raises:
         ValueError: as ``build_encoder``, but for the weights, which are not looked at.
     """
-    source, hf_config = read_config(config.encoder, ENCODER, trust_remote_code=config.trust_remote_code)
+    source, hf_config = read_config(
+        config.encoder, ENCODER, trust_remote_code=config.trust_remote_code
+    )
     if generates and not family_of(hf_config.model_type).stacks:
         raise Unfit(refused_without_decoder(config.encoder, hf_config.model_type))
     # The T5 configurations forget the word; without it the file of weights would have to tell.
-    own_output = PreTrainedConfig.get_config_dict(source)[0].get("tie_word_embeddings", True) is False
+    own_output = (
+        PreTrainedConfig.get_config_dict(source)[0].get("tie_word_embeddings", True) is False
+    )
     with torch.device("meta"), quiet():
-        encoder = _from_config(hf_config, config.dropout, generates=generates, own_output=own_output)
+        encoder = _from_config(
+            hf_config, config.dropout, generates=generates, own_output=own_output
+        )
     if generates:
         _set_answering(encoder, _found_answering(encoder))
     return encoder
@@ -151,14 +175,17 @@ def as_encoder_output(states_BLM: Tensor) -> Any:
     return BaseModelOutput(last_hidden_state=states_BLM)
 
 
-def _from_config(hf_config: Any, dropout: float | None, *, generates: bool, own_output: bool) -> nn.Module:
+def _from_config(
+    hf_config: Any, dropout: float | None, *, generates: bool, own_output: bool
+) -> nn.Module:
     arguments = _prepared(hf_config, dropout)
     auto_class = _auto_class(family_of(hf_config.model_type), generates=generates)
     encoder = auto_class.from_config(hf_config, dtype=torch.float32, **arguments)
     if not generates:
         return _alone(encoder)
     if own_output and encoder.lm_head.weight is encoder.get_input_embeddings().weight:
-        # The library ties every T5, and finds out that it should not have when it reads the weights.
+        # The library ties every T5, and finds out that it should not have when it reads the
+        # weights.
         encoder.lm_head.weight = nn.Parameter(encoder.lm_head.weight.detach().clone())
     return encoder
 

@@ -13,7 +13,13 @@ from torch import Tensor, nn
 
 from comoe.config.errors import unknown_name
 from comoe.config.recipe import MoeConfig
-from comoe.models.encoders.adapters import BeforeResidualNorm, BesideFeedForward, wrap, wrap_pair, wrap_t5
+from comoe.models.encoders.adapters import (
+    BeforeResidualNorm,
+    BesideFeedForward,
+    wrap,
+    wrap_pair,
+    wrap_t5,
+)
 from comoe.models.moe.block import ContextHolder, CooperativeBlock
 
 
@@ -26,28 +32,34 @@ class Family:
     attach: Callable[[nn.Module, CooperativeBlock], None] = wrap("output", BeforeResidualNorm)
     """Puts a block beside a layer's feed-forward."""
     dropout: str | None = "hidden_dropout_prob"
-    """Field of the configuration with the dropout of the block's update; None where the layer drops out the sum."""
+    """Field of the configuration with the dropout of the block's update; None where the layer drops
+    out the sum."""
     has_pooler: bool = True
-    """True where the constructor takes ``add_pooling_layer``: the pooler is left out, it would get no gradient."""
+    """True where the constructor takes ``add_pooling_layer``: the pooler is left out, it would get
+    no gradient."""
     has_segments: bool = True
     """True where the forward takes ``token_type_ids``."""
     first_position: int | None = 0
-    """Positions of the table that no token ever uses (RoBERTa counts from padding + 1); None where there is none."""
+    """Positions of the table that no token ever uses (RoBERTa counts from padding + 1); None where
+    there is none."""
     after_layers: tuple[str, ...] = ()
-    """Paths of modules that run after the last layer, of an encoder-decoder in each stack: they train with it."""
+    """Paths of modules that run after the last layer, of an encoder-decoder in each stack: they
+    train with it."""
     single_stream: bool = False
     """True where one encoder reads text and pixels, and needs no vision tower."""
     stacks: tuple[str, ...] = ()
-    """Paths of encoder and decoder in the whole of an encoder-decoder; none in families without a decoder."""
+    """Paths of encoder and decoder in the whole of an encoder-decoder; none in families without a
+    decoder."""
     encoder_alone: bool = False
     """True where the library has a class of its encoder alone, so that no decoder need be read."""
     starts_with_padding: bool = False
     """True where answers begin with the padding sign unless the configuration says otherwise."""
     vocabulary: Callable[[nn.Module, Tensor], Tensor] | None = None
-    """(whole encoder-decoder, last states of its decoder (..., M)) -> logits of the next token (..., V)."""
+    """(whole encoder-decoder, last states of its decoder (..., M)) -> logits of the next token
+    (..., V)."""
     feed_forward: tuple[str, ...] = ("intermediate_size",)
-    """Fields of the configuration with the hidden width of the feed-forward, of encoder and decoder where they have
-    their own."""
+    """Fields of the configuration with the hidden width of the feed-forward, of encoder and decoder
+    where they have their own."""
     num_layers: tuple[str, ...] = ("num_hidden_layers",)
     """Fields with the number of layers of each stack."""
 
@@ -68,7 +80,9 @@ def stacks_of(encoder: nn.Module) -> list[nn.Module]:
     """The encoder; of an encoder-decoder both stacks, the encoder's first."""
     if not has_decoder(encoder):
         return [encoder]
-    return [operator.attrgetter(path)(encoder) for path in family_of(encoder.config.model_type).stacks]
+    return [
+        operator.attrgetter(path)(encoder) for path in family_of(encoder.config.model_type).stacks
+    ]
 
 
 def layers_of(encoder: nn.Module) -> list[nn.Module]:
@@ -91,8 +105,9 @@ def freeze_encoder(encoder: nn.Module, train_layers: int | str) -> None:
 
     Args:
         encoder: a model of ``build_encoder``.
-        train_layers: ``model.train_layers``: all, none, or the number of last layers, of encoder and decoder each. A
-            number freezes the embeddings and all else that runs before those layers; an output layer of its own trains.
+        train_layers: ``model.train_layers``: all, none, or the number of last layers, of encoder
+            and decoder each. A number freezes the embeddings and all else that runs before those
+            layers; an output layer of its own trains.
 
     Raises:
         ValueError: another word, or a number of layers that the encoder does not have.
@@ -112,14 +127,20 @@ def freeze_encoder(encoder: nn.Module, train_layers: int | str) -> None:
     encoder.requires_grad_(False)
     family = family_of(encoder.config.model_type)
     trained = [layer for layers in by_stack for layer in layers[-train_layers:]]
-    trained += [operator.attrgetter(path)(stack) for stack in stacks_of(encoder) for path in family.after_layers]
+    trained += [
+        operator.attrgetter(path)(stack)
+        for stack in stacks_of(encoder)
+        for path in family.after_layers
+    ]
     if has_decoder(encoder) and encoder.lm_head.weight is not encoder.get_input_embeddings().weight:
         trained.append(encoder.lm_head)
     for module in trained:
         module.requires_grad_(True)
 
 
-def attach_blocks(encoder: nn.Module, config: MoeConfig, holder: ContextHolder) -> list[CooperativeBlock]:
+def attach_blocks(
+    encoder: nn.Module, config: MoeConfig, holder: ContextHolder
+) -> list[CooperativeBlock]:
     """Put a cooperative block beside the feed-forward of each chosen layer, in place.
 
     Args:
@@ -151,7 +172,9 @@ def expert_width(config: MoeConfig, model_width: int) -> int:
     if config.expert_width == "auto":
         return max(16, model_width // 4)
     if not isinstance(config.expert_width, int) or config.expert_width < 1:
-        raise ValueError(f"model.moe.expert_width ({config.expert_width}) must be auto or a whole number above 0.")
+        raise ValueError(
+            f"model.moe.expert_width ({config.expert_width}) must be auto or a whole number above 0."
+        )
     return config.expert_width
 
 
@@ -174,13 +197,16 @@ def chosen_of_stacks(layers: str | list[int], counts: Sequence[int]) -> list[int
     """Numbers of the layers that get experts, those of the decoder behind the encoder's.
 
     Args:
-        layers: ``model.moe.layers``; a word counts in each stack by itself, a list numbers all layers.
+        layers: ``model.moe.layers``; a word counts in each stack by itself, a list numbers all
+            layers.
         counts: layers of each stack.
     """
     if not isinstance(layers, str):
         return chosen_layers(layers, sum(counts))
     return [
-        sum(counts[:place]) + number for place, count in enumerate(counts) for number in chosen_layers(layers, count)
+        sum(counts[:place]) + number
+        for place, count in enumerate(counts)
+        for number in chosen_layers(layers, count)
     ]
 
 
@@ -191,8 +217,11 @@ def longest_input(hf_config: Any) -> int:
 
 
 def _t5_vocabulary(model: nn.Module, states: Tensor, *, scales: str | None) -> Tensor:
-    # Where the output layer is the table of words the states are scaled; which field says so differs by model.
-    scale = model.config.d_model**-0.5 if scales is not None and getattr(model.config, scales) else 1.0
+    # Where the output layer is the table of words the states are scaled; which field says so
+    # differs by model.
+    scale = (
+        model.config.d_model**-0.5 if scales is not None and getattr(model.config, scales) else 1.0
+    )
     return model.lm_head(states * scale)
 
 
@@ -210,7 +239,8 @@ LAYER_CHOICES: dict[str, Callable[[int], list[int]]] = {
 
 
 TRAINED_LAYERS: dict[str, bool] = {"all": True, "none": False}
-"""Word in ``model.train_layers`` -> whether the encoder trains; a number means so many last layers."""
+"""Word in ``model.train_layers`` -> whether the encoder trains; a number means so many last
+layers."""
 
 
 _T5 = Family(

@@ -14,16 +14,18 @@ from comoe.tasks.task import Task
 from comoe.types import Batch, labelled_rows
 
 FAINTEST = 0.01
-"""Least factor on what the encoder reads. Norms divide by the size of what is there: of nothing, with no bias behind it
-(in a new encoder), each one multiplies the gradient by a million, until it is not finite."""
+"""Least factor on what the encoder reads. Norms divide by the size of what is there: of nothing,
+with no bias behind it (in a new encoder), each one multiplies the gradient by a million, until it
+is not finite."""
 
 
 def scale_inputs(encoder: nn.Module, holder: ContextHolder) -> None:
     """Let the encoder multiply what its embeddings answer, after their norm, by the weight of each row; in place.
 
     Args:
-        encoder: a model of ``build_encoder``. Encoder-decoders have no module of all that their embeddings do, so it
-            is what the first layer of their encoder reads; a decoder reads its own words as they are.
+        encoder: a model of ``build_encoder``. Encoder-decoders have no module of all that their
+            embeddings do, so it is what the first layer of their encoder reads; a decoder reads its
+            own words as they are.
         holder: its context has the weights of the running encode, None for all 1.
     """
 
@@ -47,16 +49,20 @@ def scale_inputs(encoder: nn.Module, holder: ContextHolder) -> None:
 def input_weights(batch: Batch, tasks: Sequence[Task]) -> Tensor | None:
     """Weight of what the encoder reads of each row, (B,), float32, at least FAINTEST; None where no task sets one.
 
-    A row that serves several tasks has the largest of their weights, and a task that does not weigh its input has 1: so
-    a post that one task reads whole is read whole. A row without any label has 1.
+    A row that serves several tasks has the largest of their weights, and a task that does not weigh
+    its input has 1: so a post that one task reads whole is read whole. A row without any label has
+    1.
     """
-    weighing = [task.name for task in tasks if task.weighs("input") and task.name in batch.confidences]
+    weighing = [
+        task.name for task in tasks if task.weighs("input") and task.name in batch.confidences
+    ]
     if not weighing:
         return None
     labelled_BT = labelled_rows(batch, [task.name for task in tasks])
     whole_B = torch.ones(len(labelled_BT), device=labelled_BT.device)
     weights_BT = torch.stack(
-        [batch.confidences[task.name] if task.name in weighing else whole_B for task in tasks], dim=1
+        [batch.confidences[task.name] if task.name in weighing else whole_B for task in tasks],
+        dim=1,
     )
     largest_B = torch.where(labelled_BT, weights_BT, -1.0).amax(dim=1)
     return torch.where(largest_B < 0, whole_B, largest_B.clamp_min(FAINTEST))

@@ -49,7 +49,8 @@ def load_pretrained(
         name: folder or hub name.
         role: what it is for.
         trust_remote_code: let the repository run its own Python code.
-        prepare: Hugging Face configuration -> the one to build, and arguments of the model's constructor.
+        prepare: Hugging Face configuration -> the one to build, and arguments of the model's
+            constructor.
         auto_class: the one to build -> the library's loader.
 
     Raises:
@@ -79,7 +80,9 @@ def read_config(name: str, role: Role, *, trust_remote_code: bool) -> tuple[str,
     """Where a model lies, and its Hugging Face configuration; arguments and errors of ``load_pretrained``."""
     folder = Path(name).expanduser()
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
-    if (looks_local and not folder.is_dir()) or (folder.is_dir() and not (folder / "config.json").is_file()):
+    if (looks_local and not folder.is_dir()) or (
+        folder.is_dir() and not (folder / "config.json").is_file()
+    ):
         raise ValueError(
             f"{role.option} ({name}) is not a folder with {role.noun} (config.json is missing); give a folder that "
             f"save_pretrained wrote, a hub name, {role.ready_made}."
@@ -93,9 +96,9 @@ def read_config(name: str, role: Role, *, trust_remote_code: bool) -> tuple[str,
 def split_as_it_loads(settings: Mapping[str, Any]) -> Iterator[None]:
     """Inside, ``build_encoder`` gives every rank only its ZeRO-3 share of each weight, and no rank holds the whole.
 
-    A layer's weights are made and split at once, before the next layer's are; then rank 0 reads the file tensor by
-    tensor, and each goes to the ranks in shares. Every rank must build the same encoder. Without this an encoder is
-    whole on every rank until DeepSpeed splits it.
+    A layer's weights are made and split at once, before the next layer's are; then rank 0 reads the
+    file tensor by tensor, and each goes to the ranks in shares. Every rank must build the same
+    encoder. Without this an encoder is whole on every rank until DeepSpeed splits it.
 
     Args:
         settings: complete DeepSpeed configuration of stage 3; weights are made in its precision.
@@ -103,11 +106,15 @@ def split_as_it_loads(settings: Mapping[str, Any]) -> Iterator[None]:
     # Needs accelerate, which prediction does not.
     from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
-    # The library keeps a weak reference and asks it in each from_pretrained: the object must live as long as it counts.
+    # The library keeps a weak reference and asks it in each from_pretrained: the object must live
+    # as long as it counts.
     alive = HfDeepSpeedConfig(dict(settings))
-    # It ties weights that are equal, and finds split ones equal whatever they hold: a Flan-T5's output layer would be
-    # thrown away.
-    equal, modeling_utils._tied_params_are_equal = modeling_utils._tied_params_are_equal, _equal_shares
+    # It ties weights that are equal, and finds split ones equal whatever they hold: a Flan-T5's
+    # output layer would be thrown away.
+    equal, modeling_utils._tied_params_are_equal = (
+        modeling_utils._tied_params_are_equal,
+        _equal_shares,
+    )
     try:
         yield
     finally:
@@ -138,7 +145,8 @@ def _readable_errors(name: str, role: Role) -> Iterator[None]:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Inside, the library says nothing that is no error."""
-    # The library prints a bar and a table of unused weights on every rank; missing ones are an error above.
+    # The library prints a bar and a table of unused weights on every rank; missing ones are an
+    # error above.
     verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

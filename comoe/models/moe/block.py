@@ -20,8 +20,8 @@ MIXTURE_PATTERN = r".*\.block\.mixture"
 class ExpertMixture(nn.Module):
     """Routes tokens to experts and adds their answers up, in one process; DeepSpeed AutoEP replaces it as a whole.
 
-    Its owner calls ``router.prepare(task_logits_SE)``, then the mixture, then ``router.collect()``; the replacement's
-    ``router`` answers the same two calls.
+    Its owner calls ``router.prepare(task_logits_SE)``, then the mixture, then ``router.collect()``;
+    the replacement's ``router`` answers the same two calls.
 
     Args:
         model_width: M.
@@ -37,7 +37,9 @@ class ExpertMixture(nn.Module):
             # AutoEP wants the weight to exist; nothing reads it, so nothing may train or decay it.
             nn.init.zeros_(self.gate.weight)
             self.gate.weight.requires_grad_(False)
-        self.experts = Experts(config.num_experts, model_width, expert_width, output_init=config.output_init)
+        self.experts = Experts(
+            config.num_experts, model_width, expert_width, output_init=config.output_init
+        )
         self.router = PendingRoute(build_gate(config), inputs)
 
     def forward(self, hidden_1SM: Tensor) -> Tensor:
@@ -59,9 +61,11 @@ class RoutingContext:
     task_embeddings_BD: Tensor | None = None
     """Embedding of each row's task, where the gate reads tasks."""
     routings: dict[int, Routing] = field(default_factory=dict)
-    """Layer -> what its gate decided, filled during the encode; a decoder's layers follow the encoder's."""
+    """Layer -> what its gate decided, filled during the encode; a decoder's layers follow the
+    encoder's."""
     picks: Mapping[int, Tensor] = field(default_factory=dict)
-    """Layer -> experts that an earlier pass over the same tokens picked (S, k): this one routes alike."""
+    """Layer -> experts that an earlier pass over the same tokens picked (S, k): this one routes
+    alike."""
     input_weights_B: Tensor | None = None
     """Weight of each row's embeddings, None for all 1; only in training."""
 
@@ -73,7 +77,10 @@ def without_tokens(routing: Routing) -> Routing:
 
 def of_first(routing: Routing, number: int) -> Routing:
     """The rows of the first tokens; loads stay those of all."""
-    rows = {name: getattr(routing, name)[:number] for name in ("logits_SE", "scores_SE", "indices_Sk", "weights_Sk")}
+    rows = {
+        name: getattr(routing, name)[:number]
+        for name in ("logits_SE", "scores_SE", "indices_Sk", "weights_Sk")
+    }
     return replace(routing, **rows)
 
 
@@ -81,8 +88,9 @@ def of_first(routing: Routing, number: int) -> Routing:
 class ContextHolder:
     """The one place where the blocks of an encoder find the context of the encode that runs now.
 
-    A block reads it once at the start of its forward and keeps nothing, so two encodes before one backward are safe;
-    activation checkpointing (``comoe.models.activation_checkpointing.recompute_layers``) captures the context per call.
+    A block reads it once at the start of its forward and keeps nothing, so two encodes before one
+    backward are safe; activation checkpointing
+    (``comoe.models.activation_checkpointing.recompute_layers``) captures the context per call.
     """
 
     context: RoutingContext | None = None
@@ -118,7 +126,9 @@ class CooperativeBlock(nn.Module):
         self.holder = holder
         self.norm = nn.LayerNorm(model_width)
         self.task_projection = (
-            Float32Linear(config.task_embedding_width, config.num_experts) if ROUTES[config.route_by].task else None
+            Float32Linear(config.task_embedding_width, config.num_experts)
+            if ROUTES[config.route_by].task
+            else None
         )
         self.mixture = ExpertMixture(model_width, expert_width, config)
         self.shared = (
@@ -137,9 +147,11 @@ class CooperativeBlock(nn.Module):
         x_SM = self.norm(flat_NM.index_select(0, context.real_index_S))
         task_logits_SE = None
         if self.task_projection is not None:
-            task_logits_SE = self.task_projection(context.task_embeddings_BD).index_select(0, context.token_rows_S)
-        # A routing that is there already means that this layer is being recomputed for its backward pass: it must
-        # route as it did before, and not count its tokens a second time.
+            task_logits_SE = self.task_projection(context.task_embeddings_BD).index_select(
+                0, context.token_rows_S
+            )
+        # A routing that is there already means that this layer is being recomputed for its backward
+        # pass: it must route as it did before, and not count its tokens a second time.
         earlier = context.routings.get(self.layer)
         picks_Sk = context.picks.get(self.layer) if earlier is None else earlier.indices_Sk
         self.mixture.router.prepare(task_logits_SE, picks_Sk)
@@ -150,4 +162,6 @@ class CooperativeBlock(nn.Module):
         if self.shared is not None:
             update_SM = update_SM + self.shared(x_SM)
         update_SM = self.dropout(update_SM).to(flat_NM.dtype)
-        return torch.zeros_like(flat_NM).index_copy(0, context.real_index_S, update_SM).view_as(x_BLM)
+        return (
+            torch.zeros_like(flat_NM).index_copy(0, context.real_index_S, update_SM).view_as(x_BLM)
+        )

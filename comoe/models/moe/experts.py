@@ -1,13 +1,17 @@
 """Experts as one module, and their arithmetic on a CPU and on a GPU.
 
-On a CPU every row goes to its experts and back in one step of autograd, without spare copies. Written out by hand, because what autograd makes of the plain form (gather, E small products, scatter, weigh, add up)
-moves every routed row of width M seven more times through memory, and keeps three of the copies for the backward pass.
-Here an expert's rows are gathered while they still fit the cache, a route's weight is multiplied into the hidden state
-of width F (F is smaller than M, and the output projection is linear), and only inputs and two hidden states are kept.
+On a CPU every row goes to its experts and back in one step of autograd, without spare copies.
+Written out by hand, because what autograd makes of the plain form (gather, E small products,
+scatter, weigh, add up) moves every routed row of width M seven more times through memory, and keeps
+three of the copies for the backward pass. Here an expert's rows are gathered while they still fit
+the cache, a route's weight is multiplied into the hidden state of width F (F is smaller than M, and
+the output projection is linear), and only inputs and two hidden states are kept.
 
-On a GPU all experts run at once, and the host never waits for the counts. bfloat16 goes through PyTorch's grouped matrix product. It takes nothing else on most GPUs, so float32 (prediction from
-an export, for one) goes through batched products over tiles: each expert's rows are filled up to whole tiles, each
-tile meets its expert's weights, and how many tiles there may be at most follows from the shapes alone.
+On a GPU all experts run at once, and the host never waits for the counts. bfloat16 goes through
+PyTorch's grouped matrix product. It takes nothing else on most GPUs, so float32 (prediction from an
+export, for one) goes through batched products over tiles: each expert's rows are filled up to whole
+tiles, each tile meets its expert's weights, and how many tiles there may be at most follows from
+the shapes alone.
 """
 
 from __future__ import annotations
@@ -47,10 +51,13 @@ def mix_experts(
         down_EMF: second projection.
 
     Returns:
-        Shape (S, M), the dtype of ``x_SM``. Differentiable once through rows, weights and the three projections;
+        Shape (S, M), the dtype of ``x_SM``. Differentiable once through rows, weights and the three
+            projections;
         experts without rows get a gradient of zero.
     """
-    return _MixExperts.apply(x_SM, weights_Sk.to(x_SM.dtype), order_N, list(counts), gate_EFM, up_EFM, down_EMF)
+    return _MixExperts.apply(
+        x_SM, weights_Sk.to(x_SM.dtype), order_N, list(counts), gate_EFM, up_EFM, down_EMF
+    )
 
 
 class _MixExperts(torch.autograd.Function):
@@ -86,11 +93,15 @@ class _MixExperts(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient_SM: Tensor) -> tuple[Tensor | None, ...]:
-        x_SM, rows_N, weights_N1, places_Sk, gated_NF, linear_NF, gate_EFM, up_EFM, down_EMF = ctx.saved_tensors
+        x_SM, rows_N, weights_N1, places_Sk, gated_NF, linear_NF, gate_EFM, up_EFM, down_EMF = (
+            ctx.saved_tensors
+        )
         wants_x = ctx.needs_input_grad[0]
         d_x_NM = x_SM.new_empty(rows_N.shape[0], x_SM.shape[1]) if wants_x else None
         d_weights_N = torch.empty_like(weights_N1[:, 0])
-        d_gate_EFM, d_up_EFM, d_down_EMF = (torch.empty_like(p) for p in (gate_EFM, up_EFM, down_EMF))
+        d_gate_EFM, d_up_EFM, d_down_EMF = (
+            torch.empty_like(p) for p in (gate_EFM, up_EFM, down_EMF)
+        )
         for expert, part in enumerate(_parts(ctx.counts)):
             gradient = gradient_SM.index_select(0, rows_N[part])
             x = x_SM.index_select(0, rows_N[part])
@@ -106,7 +117,9 @@ class _MixExperts(torch.autograd.Function):
             torch.mm(d_gated.t(), x, out=d_gate_EFM[expert])
             torch.mm(d_linear.t(), x, out=d_up_EFM[expert])
             if d_x_NM is not None:
-                torch.mm(d_gated, gate_EFM[expert], out=d_x_NM[part]).addmm_(d_linear, up_EFM[expert])
+                torch.mm(d_gated, gate_EFM[expert], out=d_x_NM[part]).addmm_(
+                    d_linear, up_EFM[expert]
+                )
         d_weights_Sk = d_weights_N.index_select(0, places_Sk.reshape(-1)).view_as(places_Sk)
         d_x_SM = None if d_x_NM is None else _sum_rows(d_x_NM, places_Sk)
         return d_x_SM, d_weights_Sk, None, None, d_gate_EFM, d_up_EFM, d_down_EMF
@@ -138,8 +151,8 @@ LEAST_TILE, MOST_TILE = 16, 1024
 
 
 TILES_PER_EXPERT = 4
-"""An even load gives each expert at least so many tiles. Larger tiles mean more padding, half a tile per expert on
-average; smaller ones more copies of the experts' weights, one per tile."""
+"""An even load gives each expert at least so many tiles. Larger tiles mean more padding, half a
+tile per expert on average; smaller ones more copies of the experts' weights, one per tile."""
 
 
 def run_grouped(x_NM: Tensor, counts_E: Tensor, gate_up_proj: Tensor, down_proj: Tensor) -> Tensor:
@@ -165,7 +178,8 @@ def run_tiled(x_NM: Tensor, counts_E: Tensor, gate_up_proj: Tensor, down_proj: T
     tile = tile_rows(N, E)
     tiles = N // tile + E
     needed_E = (counts_E + tile - 1) // tile
-    # The last group takes the tiles that nobody needs: with it the sum is known without asking the device.
+    # The last group takes the tiles that nobody needs: with it the sum is known without asking the
+    # device.
     spare = tiles - needed_E.sum(dim=0, keepdim=True)
     owners = torch.arange(E + 1, device=x_NM.device).remainder(E)
     owner_of_tile = owners.repeat_interleave(torch.cat([needed_E, spare]), output_size=tiles)
@@ -192,8 +206,8 @@ def gated(gate_up: Tensor) -> Tensor:
 class Experts(nn.Module):
     """E gated feed-forwards in two tensors: ``down @ (silu(gate @ x) * (up @ x))``, no biases.
 
-    ``gate_up_proj`` [E, 2F, M] holds the gate rows first, then the up rows; ``down_proj`` is [E, M, F]. Names and
-    layout are what DeepSpeed AutoEP shards.
+    ``gate_up_proj`` [E, 2F, M] holds the gate rows first, then the up rows; ``down_proj`` is [E, M,
+    F]. Names and layout are what DeepSpeed AutoEP shards.
 
     Args:
         num_experts: E.
@@ -202,7 +216,9 @@ class Experts(nn.Module):
         output_init: standard deviation of ``down_proj``; 0 makes every expert answer 0.
     """
 
-    def __init__(self, num_experts: int, model_width: int, expert_width: int, *, output_init: float = 0.0) -> None:
+    def __init__(
+        self, num_experts: int, model_width: int, expert_width: int, *, output_init: float = 0.0
+    ) -> None:
         super().__init__()
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * expert_width, model_width))
         self.down_proj = nn.Parameter(torch.empty(num_experts, model_width, expert_width))
@@ -210,7 +226,11 @@ class Experts(nn.Module):
         nn.init.normal_(self.down_proj, std=output_init)
 
     def forward(
-        self, x_SM: Tensor, counts_E: Tensor, order_N: Tensor | None = None, weights_Sk: Tensor | None = None
+        self,
+        x_SM: Tensor,
+        counts_E: Tensor,
+        order_N: Tensor | None = None,
+        weights_Sk: Tensor | None = None,
     ) -> Tensor:
         """Weighted sum of each row's experts.
 
@@ -228,11 +248,15 @@ class Experts(nn.Module):
             weights_Sk = torch.ones((x_SM.shape[0], 1), device=x_SM.device)
         gate_up, down = self.gate_up_proj.to(x_SM.dtype), self.down_proj.to(x_SM.dtype)
         if not x_SM.is_cuda:
-            return mix_experts(x_SM, weights_Sk, order_N, counts_E.tolist(), *gate_up.chunk(2, dim=1), down)
+            return mix_experts(
+                x_SM, weights_Sk, order_N, counts_E.tolist(), *gate_up.chunk(2, dim=1), down
+            )
         # The grouped kernel wants bfloat16 rows of a multiple of 16 bytes.
         aligned = all(width % 8 == 0 for width in down.shape[1:])
         run = run_grouped if x_SM.dtype == torch.bfloat16 and aligned else run_tiled
-        answers_NM = run(x_SM.index_select(0, order_N // weights_Sk.shape[1]), counts_E, gate_up, down)
+        answers_NM = run(
+            x_SM.index_select(0, order_N // weights_Sk.shape[1]), counts_E, gate_up, down
+        )
         routed_NM = torch.zeros_like(answers_NM).index_copy(0, order_N, answers_NM)
         routed_SkM = routed_NM.view(*weights_Sk.shape, -1)
         return (routed_SkM * weights_Sk.unsqueeze(-1)).sum(dim=1).to(x_SM.dtype)

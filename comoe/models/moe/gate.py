@@ -28,10 +28,14 @@ class TopKGate:
     for_measuring: ClassVar[bool] = False
     """True where the gate ignores the tokens: good for speed figures, useless for training."""
 
-    def __call__(self, logits_SE: Tensor, balance_bias_E: Tensor, picks_Sk: Tensor | None = None) -> Routing:
+    def __call__(
+        self, logits_SE: Tensor, balance_bias_E: Tensor, picks_Sk: Tensor | None = None
+    ) -> Routing:
         """Route S tokens; deterministic. ``picks_Sk`` settles the experts, and only their weights are computed."""
         scores_SE = self.score(_wide(logits_SE) / self.temperature)
-        return pick_experts(logits_SE, scores_SE, balance_bias_E, self.top_k, self.cooperation_threshold, picks_Sk)
+        return pick_experts(
+            logits_SE, scores_SE, balance_bias_E, self.top_k, self.cooperation_threshold, picks_Sk
+        )
 
     def score(self, logits_SE: Tensor) -> Tensor:
         """Scores in (0, 1), float32, shape (S, E)."""
@@ -76,16 +80,22 @@ class SoftmaxGate(TopKGate):
 class UniformGate(SigmoidGate):
     """All experts in turn with equal weights: a perfectly even load at the usual cost, for speed figures alone.
 
-    Logits, scores and the choice of the best are computed as ever; the router gets a gradient of zero.
+    Logits, scores and the choice of the best are computed as ever; the router gets a gradient of
+    zero.
     """
 
     __slots__ = ()
     for_measuring = True
 
-    def __call__(self, logits_SE: Tensor, balance_bias_E: Tensor, picks_Sk: Tensor | None = None) -> Routing:
+    def __call__(
+        self, logits_SE: Tensor, balance_bias_E: Tensor, picks_Sk: Tensor | None = None
+    ) -> Routing:
         """Token s goes to the k experts from number s * k on, counted round."""
         (S, E), k = logits_SE.shape, self.top_k
-        places_SE = torch.arange(E, device=logits_SE.device) - k * torch.arange(S, device=logits_SE.device)[:, None]
+        places_SE = (
+            torch.arange(E, device=logits_SE.device)
+            - k * torch.arange(S, device=logits_SE.device)[:, None]
+        )
         # Above any score, so that the top-k finds exactly these.
         turn_SE = 2.0 * (places_SE % E < k)
         routing = super().__call__(logits_SE, turn_SE, picks_Sk)
@@ -93,7 +103,8 @@ class UniformGate(SigmoidGate):
 
 
 def _wide(tensor: Tensor) -> Tensor:
-    # Routing decisions are float32 whatever the model's precision (float64 stays, for references in tests).
+    # Routing decisions are float32 whatever the model's precision (float64 stays, for references in
+    # tests).
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
@@ -125,11 +136,14 @@ def pick_experts(
         balance_bias_E: added for the pick only, so that it moves load without changing a weight.
         top_k: experts per token.
         threshold: picked experts with a lower score weigh 0, except for each token's best one.
-        picks_Sk: experts picked before, int64: a recomputation must not decide near-ties another way.
+        picks_Sk: experts picked before, int64: a recomputation must not decide near-ties another
+            way.
 
     Returns:
-        The routing; weights are differentiable through the scores. With one expert out of several the weight is its
-        share of the scores of all experts: normalised over the picked one alone it would be 1 and the router would
+        The routing; weights are differentiable through the scores. With one expert out of several
+            the weight is its
+        share of the scores of all experts: normalised over the picked one alone it would be 1 and
+            the router would
         learn nothing.
 
     Source: sigmoid gate of TaCL-CoMoE; bias of Loss-Free Balancing, arXiv:2408.15664.
@@ -142,8 +156,11 @@ def pick_experts(
         weak_Sk = (picked_Sk < threshold) & (picked_Sk < picked_Sk.amax(dim=1, keepdim=True))
         picked_Sk = picked_Sk.masked_fill(weak_Sk, 0.0)
     rivals = scores_SE if top_k == 1 else picked_Sk
-    # Scores of logits below -100 are 0 in float32; the floor keeps 0/0 away and changes no other sum.
-    weights_Sk = picked_Sk / rivals.sum(dim=1, keepdim=True).clamp_min(torch.finfo(picked_Sk.dtype).tiny)
+    # Scores of logits below -100 are 0 in float32; the floor keeps 0/0 away and changes no other
+    # sum.
+    weights_Sk = picked_Sk / rivals.sum(dim=1, keepdim=True).clamp_min(
+        torch.finfo(picked_Sk.dtype).tiny
+    )
     counts_E = torch.bincount(indices_Sk.reshape(-1), minlength=scores_SE.shape[1])
     return Routing(logits_SE, scores_SE, indices_Sk, weights_Sk, counts_E)
 
@@ -169,13 +186,16 @@ class Float32Linear(nn.Module):
 class RouterProjection(Float32Linear):
     """The token part of a gate's logits, and the balance bias.
 
-    DeepSpeed AutoEP copies ``weight`` [E, M] and the buffer ``e_score_correction_bias`` [E] into its own router and
-    looks for exactly these names. The buffer steps by 0.001 and so must stay float32 through ``.bfloat16()``.
+    DeepSpeed AutoEP copies ``weight`` [E, M] and the buffer ``e_score_correction_bias`` [E] into
+    its own router and looks for exactly these names. The buffer steps by 0.001 and so must stay
+    float32 through ``.bfloat16()``.
     """
 
     def __init__(self, model_width: int, num_experts: int) -> None:
         super().__init__(model_width, num_experts)
-        self.register_buffer("e_score_correction_bias", torch.zeros(num_experts, dtype=torch.float32))
+        self.register_buffer(
+            "e_score_correction_bias", torch.zeros(num_experts, dtype=torch.float32)
+        )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RouterProjection:
         bias_E = self.e_score_correction_bias
@@ -199,8 +219,9 @@ class RouteInputs:
 class PendingRoute:
     """Carries one call's task logits to the router and its routing back to the owner of the block.
 
-    The owner calls ``prepare``, runs the mixture, then calls ``collect``; the router calls ``route`` in between. Both
-    slots are emptied by their reader, so nothing of one encode can leak into the next.
+    The owner calls ``prepare``, runs the mixture, then calls ``collect``; the router calls
+    ``route`` in between. Both slots are emptied by their reader, so nothing of one encode can leak
+    into the next.
 
     Args:
         gate: the gate's rule.
@@ -219,7 +240,8 @@ class PendingRoute:
 
         Args:
             task_logits_SE: the task's part of the logits, float32, where the gate reads tasks.
-            picks_Sk: experts that an earlier pass over the same tokens picked, None on a first pass.
+            picks_Sk: experts that an earlier pass over the same tokens picked, None on a first
+                pass.
         """
         self._task_logits_SE = task_logits_SE
         self._picks_Sk = picks_Sk
@@ -228,14 +250,17 @@ class PendingRoute:
         """Add up the logits and decide.
 
         Args:
-            project: the token projection (S, M) -> (S, E); called only where the gate reads tokens. A module, not its
-                weight: under ZeRO-3 a weight is whole only inside its own module's forward.
+            project: the token projection (S, M) -> (S, E); called only where the gate reads tokens.
+                A module, not its weight: under ZeRO-3 a weight is whole only inside its own
+                module's forward.
             hidden_SM: the tokens.
             balance_bias_E: picks, never weighs.
         """
         parts = [project(hidden_SM)] if self.inputs.token else []
         if self.inputs.task:
-            assert self._task_logits_SE is not None, "prepare() must hand over task logits before each call"
+            assert self._task_logits_SE is not None, (
+                "prepare() must hand over task logits before each call"
+            )
             parts.append(self._task_logits_SE)
         self._routing = self.gate(sum(parts[1:], parts[0]), balance_bias_E, self._picks_Sk)
         self._task_logits_SE = self._picks_Sk = None
@@ -252,18 +277,25 @@ def build_gate(config: MoeConfig) -> Gate:
     """The gate that ``model.moe`` asks for.
 
     Raises:
-        ValueError: an unknown name, ``top_k`` outside 1..E, or a balance bias where every expert always runs.
+        ValueError: an unknown name, ``top_k`` outside 1..E, or a balance bias where every expert
+            always runs.
     """
     E, k = config.num_experts, config.top_k
     for option, table in (("gate", GATES), ("route_by", ROUTES), ("balance", BALANCES)):
         if getattr(config, option) not in table:
             raise unknown_name(f"model.moe.{option}", getattr(config, option), table)
     if not 1 <= k <= E:
-        raise ValueError(f"model.moe.top_k ({k}) must lie between 1 and model.moe.num_experts ({E}).")
+        raise ValueError(
+            f"model.moe.top_k ({k}) must lie between 1 and model.moe.num_experts ({E})."
+        )
     if not config.temperature > 0:
-        raise ValueError(f"model.moe.temperature ({config.temperature}) must be above 0; 1 is the default.")
+        raise ValueError(
+            f"model.moe.temperature ({config.temperature}) must be above 0; 1 is the default."
+        )
     if not 0 <= config.cooperation_threshold < 1:
-        raise ValueError(f"model.moe.cooperation_threshold ({config.cooperation_threshold}) must lie in [0, 1).")
+        raise ValueError(
+            f"model.moe.cooperation_threshold ({config.cooperation_threshold}) must lie in [0, 1)."
+        )
     # A single expert is always even: its bias stays 0, so the default balance may stay on.
     if k == E > 1 and BALANCES[config.balance] is not keep_bias:
         raise ValueError(
@@ -273,7 +305,11 @@ def build_gate(config: MoeConfig) -> Gate:
     return GATES[config.gate](k, config.temperature, config.cooperation_threshold)
 
 
-GATES: dict[str, type[TopKGate]] = {"sigmoid": SigmoidGate, "softmax": SoftmaxGate, "uniform": UniformGate}
+GATES: dict[str, type[TopKGate]] = {
+    "sigmoid": SigmoidGate,
+    "softmax": SoftmaxGate,
+    "uniform": UniformGate,
+}
 """Name in ``model.moe.gate`` -> class; made from (top_k, temperature, cooperation_threshold)."""
 
 
@@ -303,5 +339,8 @@ def nudge_bias(balance_bias_E: Tensor, counts_E: Tensor, rate: float) -> None:
     balance_bias_E.add_(rate * torch.sign(load_E.mean() - load_E))
 
 
-BALANCES: dict[str, Callable[[Tensor, Tensor, float], None]] = {"none": keep_bias, "bias": nudge_bias}
+BALANCES: dict[str, Callable[[Tensor, Tensor, float], None]] = {
+    "none": keep_bias,
+    "bias": nudge_bias,
+}
 """Name in ``model.moe.balance`` -> (bias, counts, rate) -> None, run after each optimizer step."""

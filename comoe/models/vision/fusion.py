@@ -22,7 +22,8 @@ class Pictures:
     """Pictures of some rows of text, at most one per row."""
 
     tokens: Tensor
-    """Image tokens (I, R, M) as ``Fusion.project`` gave them; pixels (I, 3, H, W) where the encoder reads these."""
+    """Image tokens (I, R, M) as ``Fusion.project`` gave them; pixels (I, 3, H, W) where the encoder
+    reads these."""
     rows_I: Tensor
     """Row of each, int64; -1 is a blank one that no row may see."""
 
@@ -37,7 +38,9 @@ class Pictures:
 
     def take(self, numbers_J: Tensor) -> Pictures:
         """Some of them, each as that of a row of its own."""
-        return Pictures(self.tokens[numbers_J], torch.arange(len(numbers_J), device=self.rows_I.device))
+        return Pictures(
+            self.tokens[numbers_J], torch.arange(len(numbers_J), device=self.rows_I.device)
+        )
 
 
 class ImageProjection(nn.Module):
@@ -56,12 +59,13 @@ class ImageProjection(nn.Module):
 class Fusion(nn.Module):
     """How text and picture come together. The base does nothing with a picture.
 
-    Every fusion leaves the shape of the text alone: task heads pool, or label, text tokens that have seen the picture.
-    A post without one comes out as its text alone would. ``before`` may change what the encoder reads, ``after`` what
-    it answered; each fusion uses one of the two.
+    Every fusion leaves the shape of the text alone: task heads pool, or label, text tokens that
+    have seen the picture. A post without one comes out as its text alone would. ``before`` may
+    change what the encoder reads, ``after`` what it answered; each fusion uses one of the two.
 
     Attributes:
-        in_encoder: the encoder itself reads the image tokens; another text then takes another pass of it.
+        in_encoder: the encoder itself reads the image tokens; another text then takes another pass
+            of it.
         image_width: width of projected image tokens, None where the encoder reads pixels.
     """
 
@@ -102,12 +106,18 @@ class SingleStream(Fusion):
         B, L = inputs.mask_BL.shape
         count_I, channels, height, width = pictures.tokens.shape
         pixels = pictures.tokens * pictures.real(pictures.tokens)
-        pixels_B3HW = pixels.new_zeros(B, channels, height, width).index_add(0, pictures.places_I, pixels)
-        seen_B = inputs.mask_BL.new_zeros(B).index_add(0, pictures.places_I, (pictures.rows_I >= 0).long())
+        pixels_B3HW = pixels.new_zeros(B, channels, height, width).index_add(
+            0, pictures.places_I, pixels
+        )
+        seen_B = inputs.mask_BL.new_zeros(B).index_add(
+            0, pictures.places_I, (pictures.rows_I >= 0).long()
+        )
         added = 1 + (height // self.patch) * (width // self.patch)
         columns = L + added
         rows_X = pictures.rows_I[pictures.rows_I >= 0]
-        index_Z = (rows_X[:, None] * columns + L + torch.arange(added, device=rows_X.device)).flatten()
+        index_Z = (
+            rows_X[:, None] * columns + L + torch.arange(added, device=rows_X.device)
+        ).flatten()
         arguments = {**inputs.arguments, "pixel_values": pixels_B3HW, "pixel_mask": seen_B}
         return replace(inputs, arguments=arguments, columns=columns, image_index_Z=index_Z)
 
@@ -117,12 +127,19 @@ def _embed_pictures(
 ) -> tuple[Tensor, Tensor, None]:
     """``ViltEmbeddings.visual_embed`` for square pictures: all patches in order; ``pixel_mask`` (B,): has a picture."""
     patches = embeddings.patch_embeddings(pixel_values)
-    (B, width, *size), side = patches.shape, embeddings.config.image_size // embeddings.config.patch_size
+    (B, width, *size), side = (
+        patches.shape,
+        embeddings.config.image_size // embeddings.config.patch_size,
+    )
     table = embeddings.position_embeddings[:, 1:].transpose(1, 2).reshape(1, width, side, side)
     if size != [side, side]:
         table = F.interpolate(table, size=size, mode="bilinear", align_corners=True)
-    tokens = torch.cat([embeddings.cls_token.expand(B, -1, -1), patches.flatten(2).transpose(1, 2)], dim=1)
-    places = torch.cat([embeddings.position_embeddings[:, :1], table.flatten(2).transpose(1, 2)], dim=1)
+    tokens = torch.cat(
+        [embeddings.cls_token.expand(B, -1, -1), patches.flatten(2).transpose(1, 2)], dim=1
+    )
+    places = torch.cat(
+        [embeddings.position_embeddings[:, :1], table.flatten(2).transpose(1, 2)], dim=1
+    )
     mask = pixel_mask[:, None].expand(B, tokens.shape[1])
     return embeddings.dropout(tokens + places), mask, None
 
@@ -154,7 +171,9 @@ class LateFusion(Fusion):
     def after(self, hidden_BLM: Tensor, mask_BL: Tensor, pictures: Pictures) -> Tensor:
         """Text states plus the update of the rows with a picture; exactly the text states elsewhere."""
         update_ILM = self.update(hidden_BLM[pictures.places_I], pictures.tokens)
-        update_ILM = self.dropout(update_ILM).to(hidden_BLM.dtype) * pictures.real(update_ILM).to(hidden_BLM.dtype)
+        update_ILM = self.dropout(update_ILM).to(hidden_BLM.dtype) * pictures.real(update_ILM).to(
+            hidden_BLM.dtype
+        )
         return hidden_BLM.index_add(0, pictures.places_I, update_ILM)
 
     def update(self, hidden_ILM: Tensor, image_IRM: Tensor) -> Tensor:
@@ -227,8 +246,8 @@ class Gated(LateFusion):
 class ImageTokens(Fusion):
     """The text encoder reads the image tokens right behind each post's text, as if they were words (MMBT).
 
-    They take the positions that follow the text, segment 1 where the encoder knows segments, and a learned vector that
-    tells them from a second text. A row without picture masks their places.
+    They take the positions that follow the text, segment 1 where the encoder knows segments, and a
+    learned vector that tells them from a second text. A row without picture masks their places.
 
     Args:
         encoder: of the text; its word embeddings are looked up here.
@@ -277,9 +296,12 @@ class ImageTokens(Fusion):
         index_Z = (starts_I[:, None] + torch.arange(R, device=mask_BL.device)).flatten()
         real_Z = (pictures.rows_I >= 0).repeat_interleave(R, output_size=count_I * R)
         words_BLE = self._words()(inputs.arguments["input_ids"])
-        # Padding becomes 0, so that adding writes; a blank picture adds 0, which still ties its modules to the loss.
+        # Padding becomes 0, so that adding writes; a blank picture adds 0, which still ties its
+        # modules to the loss.
         words_BLE = words_BLE * mask_BL.unsqueeze(2).to(words_BLE.dtype)
-        added_ZE = (pictures.tokens * pictures.real(pictures.tokens)).flatten(0, 1).to(words_BLE.dtype)
+        added_ZE = (
+            (pictures.tokens * pictures.real(pictures.tokens)).flatten(0, 1).to(words_BLE.dtype)
+        )
         joined = F.pad(words_BLE, (0, 0, 0, R)).flatten(0, 1).index_add(0, index_Z, added_ZE)
         arguments = dict(inputs.arguments)
         del arguments["input_ids"]
@@ -287,7 +309,9 @@ class ImageTokens(Fusion):
         arguments["attention_mask"] = _written(mask_BL, R, index_Z, real_Z)
         if self.has_segments:
             segments_BL = arguments.get("token_type_ids")
-            segments_BL = torch.zeros_like(mask_BL) if segments_BL is None else segments_BL * mask_BL
+            segments_BL = (
+                torch.zeros_like(mask_BL) if segments_BL is None else segments_BL * mask_BL
+            )
             arguments["token_type_ids"] = _written(segments_BL, R, index_Z, real_Z)
         return replace(inputs, arguments=arguments, columns=columns, image_index_Z=index_Z[real_Z])
 
@@ -298,7 +322,9 @@ def _written(ids_BL: Tensor, added: int, index_Z: Tensor, real_Z: Tensor) -> Ten
     return longer.flatten().index_add(0, index_Z, real_Z.to(ids_BL.dtype)).view_as(longer)
 
 
-def build_fusion(encoder: nn.Module, tower: Tower | None, config: VisionConfig, *, dropout: float) -> Fusion | None:
+def build_fusion(
+    encoder: nn.Module, tower: Tower | None, config: VisionConfig, *, dropout: float
+) -> Fusion | None:
     """How the model reads pictures; None where it reads none.
 
     Raises:

@@ -18,14 +18,21 @@ class ImageTextHead(nn.Module):
 
     Args:
         text_width: M of the text encoder.
-        image_width: width of projected image tokens; None where one stream reads both sides, which has no space of two.
+        image_width: width of projected image tokens; None where one stream reads both sides, which
+            has no space of two.
         projection_width: P.
         contrast: build the projections.
         match: build the question.
     """
 
     def __init__(
-        self, text_width: int, image_width: int | None, projection_width: int, *, contrast: bool, match: bool
+        self,
+        text_width: int,
+        image_width: int | None,
+        projection_width: int,
+        *,
+        contrast: bool,
+        match: bool,
     ) -> None:
         super().__init__()
         contrast = contrast and image_width is not None
@@ -38,10 +45,14 @@ class ImageTextHead(nn.Module):
         """Whether there is a space of both sides."""
         return self.text is not None
 
-    def embed(self, hidden_ILM: Tensor, mask_IL: Tensor, image_IRM: Tensor) -> tuple[Tensor, Tensor]:
+    def embed(
+        self, hidden_ILM: Tensor, mask_IL: Tensor, image_IRM: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Unit-length projections, float32, of the mean states of texts alone and of the mean image tokens."""
         text_IP = self.text(mean_state(hidden_ILM, mask_IL))
-        return F.normalize(text_IP.float(), dim=1), F.normalize(self.image(image_IRM.mean(dim=1)).float(), dim=1)
+        return F.normalize(text_IP.float(), dim=1), F.normalize(
+            self.image(image_IRM.mean(dim=1)).float(), dim=1
+        )
 
     def judge(self, hidden_JLM: Tensor, mask_JL: Tensor) -> Tensor:
         """Logits of [another post's text, the picture's own text] from fused states: (J, 2), float32."""
@@ -84,9 +95,16 @@ def both_sides(
         chosen = pictures.take(numbers_J)
         if in_encoder:
             ids_JL, *segments = what
-            # Weighed as the picture's own text is: else the weight would tell which text is the own one.
+            # Weighed as the picture's own text is: else the weight would tell which text is the own
+            # one.
             weights_J = None if own.weights_B is None else own.weights_B[numbers_J]
-            paired = Texts(ids_JL, mask_JL, segments[0] if segments else None, own.tasks_B[numbers_J], weights_J)
+            paired = Texts(
+                ids_JL,
+                mask_JL,
+                segments[0] if segments else None,
+                own.tasks_B[numbers_J],
+                weights_J,
+            )
             fused_JLM = read(paired, chosen).fused_BLM
         else:
             fused_JLM = fusion.after(what[0], mask_JL, chosen)

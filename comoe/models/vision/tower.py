@@ -22,8 +22,8 @@ class Tower(nn.Module):
 
     Args:
         inner: a vision model.
-        train: train it too. Otherwise it stays as it was read: no gradient, no dropout, nothing kept for a backward
-            pass.
+        train: train it too. Otherwise it stays as it was read: no gradient, no dropout, nothing
+            kept for a backward pass.
     """
 
     def __init__(self, inner: nn.Module, *, train: bool = False) -> None:
@@ -41,7 +41,8 @@ class Tower(nn.Module):
         super().train(mode)
         self.inner.train(mode and self.trained)
         for module in self.inner.modules():
-            # The statistics of a batch would differ between ranks, and let posts change one another's answers.
+            # The statistics of a batch would differ between ranks, and let posts change one
+            # another's answers.
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.eval()
         return self
@@ -67,7 +68,9 @@ def tower_width(hf_config: Any) -> int:
     Raises:
         ValueError: the configuration does not tell.
     """
-    width = getattr(hf_config, "hidden_size", None) or next(reversed(getattr(hf_config, "hidden_sizes", ())), None)
+    width = getattr(hf_config, "hidden_size", None) or next(
+        reversed(getattr(hf_config, "hidden_sizes", ())), None
+    )
     if width is None:
         raise ValueError(
             f"{TOWER.option}: a model of type {hf_config.model_type} does not say how wide its image tokens are; take "
@@ -77,12 +80,14 @@ def tower_width(hf_config: Any) -> int:
 
 
 def expected_tokens(hf_config: Any) -> int:
-    """Image tokens per picture as far as the configuration tells: the patches and a class token; 0 where it does not,
-    as with models that narrow their maps from stage to stage."""
+    """Image tokens per picture as far as the configuration tells: the patches and a class token; 0
+    where it does not, as with models that narrow their maps from stage to stage."""
     side, patch = getattr(hf_config, "image_size", None), getattr(hf_config, "patch_size", None)
     if side is None or patch is None or hasattr(hf_config, "depths"):
         return 0
-    (height, width), (high, wide) = ((size, size) if isinstance(size, int) else size for size in (side, patch))
+    (height, width), (high, wide) = (
+        (size, size) if isinstance(size, int) else size for size in (side, patch)
+    )
     return (height // high) * (width // wide) + 1
 
 
@@ -94,9 +99,12 @@ def build_tower(config: VisionConfig, *, trust_remote_code: bool = False) -> Tow
         trust_remote_code: let the tower's repository run its own Python code.
 
     Raises:
-        ValueError: no such folder or hub name, no network, no vision model, unreadable or incomplete weights.
+        ValueError: no such folder or hub name, no network, no vision model, unreadable or
+            incomplete weights.
     """
-    inner = load_pretrained(config.tower, TOWER, trust_remote_code=trust_remote_code, prepare=_prepared)
+    inner = load_pretrained(
+        config.tower, TOWER, trust_remote_code=trust_remote_code, prepare=_prepared
+    )
     return Tower(inner, train=config.train_tower)
 
 
@@ -112,7 +120,9 @@ def build_tower_shape(config: VisionConfig, *, trust_remote_code: bool = False) 
     _, hf_config = read_config(config.tower, TOWER, trust_remote_code=trust_remote_code)
     hf_config, arguments = _prepared(hf_config)
     with torch.device("meta"):
-        inner = AutoModel.from_config(hf_config, dtype=torch.float32, trust_remote_code=trust_remote_code, **arguments)
+        inner = AutoModel.from_config(
+            hf_config, dtype=torch.float32, trust_remote_code=trust_remote_code, **arguments
+        )
         return Tower(inner, train=config.train_tower)
 
 
@@ -123,7 +133,8 @@ def image_side(config: ModelConfig) -> str | None:
         config: ``model``, ready-made names resolved.
 
     Raises:
-        ValueError: a tower beside an encoder that reads pictures by itself, or an encoder that cannot be read.
+        ValueError: a tower beside an encoder that reads pictures by itself, or an encoder that
+            cannot be read.
     """
     if config.vision.tower is None and not reads_pictures(config):
         return None

@@ -37,34 +37,41 @@ class TaskLike(Protocol):
 class Kind(ABC):
     """Rules of one kind of task. All methods are pure; an instance holds nothing.
 
-    ``loss`` and ``units`` are sums over rows: over any partition of the rows they add up to those of the whole. So
-    a task's mean loss, ``sum of losses / sum of units`` over all ranks, does not depend on how posts fall on ranks.
+    ``loss`` and ``units`` are sums over rows: over any partition of the rows they add up to those
+    of the whole. So a task's mean loss, ``sum of losses / sum of units`` over all ranks, does not
+    depend on how posts fall on ranks.
     """
 
     per_token: ClassVar[bool] = False
     """True when the head answers each word instead of the post."""
     scored: ClassVar[bool] = True
-    """False when there is no answer: nothing to evaluate, to predict or to choose a checkpoint by."""
+    """False when there is no answer: nothing to evaluate, to predict or to choose a checkpoint
+    by."""
     contrastive: ClassVar[bool] = True
     """What ``tasks.<name>.contrastive: auto`` means."""
     views: ClassVar[bool] = False
-    """True when the contrastive loss has two dropout views of one post as positives; then there are no keys."""
+    """True when the contrastive loss has two dropout views of one post as positives; then there are
+    no keys."""
     graded: ClassVar[bool] = False
-    """True when posts with different keys can be alike; else ``affinity`` is 1 for equal keys and 0 for others."""
+    """True when posts with different keys can be alike; else ``affinity`` is 1 for equal keys and 0
+    for others."""
     exclusive: ClassVar[bool] = False
     """True when a post has one label of several, so that posts can be drawn by it."""
     generates: ClassVar[bool] = False
-    """True when the decoder of an encoder-decoder answers: no head, and a row of its own per post, with its prompt."""
+    """True when the decoder of an encoder-decoder answers: no head, and a row of its own per post,
+    with its prompt."""
     ragged: ClassVar[bool] = False
     """True when answers and targets of two posts differ in length."""
     free_words: ClassVar[bool] = False
-    """True when labels name words of the post and not its places, so that it can be split into words anyhow."""
+    """True when labels name words of the post and not its places, so that it can be split into
+    words anyhow."""
     weighted: ClassVar[bool] = True
     """True when class weights have a meaning, and label smoothing too unless a decoder answers."""
     min_labels: ClassVar[int] = 0
     """Fewest labels that leave something to learn."""
     metrics: ClassVar[tuple[str, ...]] = ()
-    """Metrics that this kind can be measured by, keys of ``METRICS``; the first one is what ``metric: auto`` means."""
+    """Metrics that this kind can be measured by, keys of ``METRICS``; the first one is what
+    ``metric: auto`` means."""
 
     @property
     def pooled(self) -> bool:
@@ -127,12 +134,16 @@ class Kind(ABC):
         """What ``loss`` is divided by to be a mean, float64 scalar: labelled rows (words, for tags), weighted alike."""
 
     @abstractmethod
-    def loss(self, logits: Tensor, targets: Tensor, task: TaskLike, weights_B: Tensor | None = None) -> Tensor:
+    def loss(
+        self, logits: Tensor, targets: Tensor, task: TaskLike, weights_B: Tensor | None = None
+    ) -> Tensor:
         """Sum of the losses of the labelled rows (words, for tags), scalar, float32, in nats or squared label units.
 
-        ``weights_B`` multiplies each row's part of the sum, float32; ones give the same bits as None.
+        ``weights_B`` multiplies each row's part of the sum, float32; ones give the same bits as
+        None.
 
-        Zero, finite and connected to ``logits`` when nothing is labelled: each rank must give each head a gradient.
+        Zero, finite and connected to ``logits`` when nothing is labelled: each rank must give each
+        head a gradient.
         """
 
     @abstractmethod
@@ -152,7 +163,8 @@ class Kind(ABC):
         """(gold, predicted), decided, of written predictions: ids, 0/1 rows, or numbers; for tags one id array per row.
 
         Args:
-            rows: of ``predictions/<split>/<task>.jsonl``: the dicts of ``decode``, and ``gold``, which is never None.
+            rows: of ``predictions/<split>/<task>.jsonl``: the dicts of ``decode``, and ``gold``,
+                which is never None.
             task: the task.
         """
 
@@ -198,7 +210,9 @@ def class_units(targets: Tensor, task: TaskLike) -> Tensor:
     return (weights_Y[targets.clamp(min=0)] * present).sum()
 
 
-def class_loss(logits: Tensor, targets: Tensor, task: TaskLike, weights_B: Tensor | None = None) -> Tensor:
+def class_loss(
+    logits: Tensor, targets: Tensor, task: TaskLike, weights_B: Tensor | None = None
+) -> Tensor:
     """Sum of the cross-entropies of the labelled targets, with class weights and smoothing, float32 scalar, in nats.
 
     Args:
@@ -212,9 +226,14 @@ def class_loss(logits: Tensor, targets: Tensor, task: TaskLike, weights_B: Tenso
     kwargs = {"weight": weights_Y, "ignore_index": IGNORED, "reduction": "sum"}
     if weights_B is None:
         return F.cross_entropy(flat, flat_targets, label_smoothing=task.label_smoothing, **kwargs)
-    # What torch's cross-entropy is made of, in its order, so that weights of 1 change no bit: a weighted row is one
-    # with weighted log-probabilities.
-    rows = weights_B.to(flat.dtype).view(-1, *[1] * (targets.ndim - 1)).expand_as(targets).reshape(-1, 1)
+    # What torch's cross-entropy is made of, in its order, so that weights of 1 change no bit: a
+    # weighted row is one with weighted log-probabilities.
+    rows = (
+        weights_B.to(flat.dtype)
+        .view(-1, *[1] * (targets.ndim - 1))
+        .expand_as(targets)
+        .reshape(-1, 1)
+    )
     scores = F.log_softmax(flat, dim=1) * rows
     likely = F.nll_loss(scores, flat_targets, **kwargs)
     if not task.label_smoothing:
@@ -229,7 +248,9 @@ def weighted_sum(losses_B: Tensor, weights_B: Tensor | None) -> Tensor:
     return (losses_B if weights_B is None else losses_B * weights_B).sum()
 
 
-def per_class(names: Sequence[str], scores: tuple[np.ndarray, np.ndarray, np.ndarray]) -> dict[str, float]:
+def per_class(
+    names: Sequence[str], scores: tuple[np.ndarray, np.ndarray, np.ndarray]
+) -> dict[str, float]:
     """``precision/<label>``, ``recall/<label>``, ``f1/<label>`` from arrays of shape (Y,)."""
     return {
         f"{measure}/{name}": float(value)

@@ -53,11 +53,17 @@ class SingleLabel(Kind):
 
     def parse(self, value: object, labels: Sequence[str]) -> int | None:
         if is_list(value):
-            raise ValueError(f"{value!r} is a list; a single_label task has one label per post; use kind: multi_label.")
+            raise ValueError(
+                f"{value!r} is a list; a single_label task has one label per post; use kind: multi_label."
+            )
         return None if is_missing(value) else label_id(value, labels)
 
-    def collate(self, values: Sequence[int | None], *, labels: Sequence[str], length: int) -> Tensor:
-        return torch.tensor([IGNORED if value is None else value for value in values], dtype=torch.int64)
+    def collate(
+        self, values: Sequence[int | None], *, labels: Sequence[str], length: int
+    ) -> Tensor:
+        return torch.tensor(
+            [IGNORED if value is None else value for value in values], dtype=torch.int64
+        )
 
     def labelled(self, targets: Tensor) -> Tensor:
         return targets != IGNORED
@@ -65,18 +71,23 @@ class SingleLabel(Kind):
     def units(self, targets: Tensor, task: TaskLike) -> Tensor:
         return class_units(targets, task)
 
-    def loss(self, logits: Tensor, targets: Tensor, task: TaskLike, weights_B: Tensor | None = None) -> Tensor:
+    def loss(
+        self, logits: Tensor, targets: Tensor, task: TaskLike, weights_B: Tensor | None = None
+    ) -> Tensor:
         return class_loss(logits, targets, task, weights_B)
 
     def decode(self, logits: Tensor, task: TaskLike) -> list[dict[str, Any]]:
         """``{"label": name, "scores": {name: probability}}``; the probabilities sum to 1.
 
-        The label is the likeliest one; with a threshold the label with id 1 from that probability on, else id 0.
+        The label is the likeliest one; with a threshold the label with id 1 from that probability
+        on, else id 0.
         """
         scores_BY = tempered(logits, task).softmax(-1)
         return [
             {"label": task.labels[label], "scores": dict(zip(task.labels, scores, strict=True))}
-            for label, scores in zip(_decided(scores_BY.cpu().numpy(), task), scores_BY.tolist(), strict=True)
+            for label, scores in zip(
+                _decided(scores_BY.cpu().numpy(), task), scores_BY.tolist(), strict=True
+            )
         ]
 
     def gold(self, targets: Tensor, task: TaskLike) -> list[str | None]:
@@ -85,11 +96,17 @@ class SingleLabel(Kind):
     def answers(self, logits: Tensor, targets: Tensor) -> tuple[np.ndarray, np.ndarray]:
         """Label ids, int64, (N,), and probabilities, float32, (N, Y)."""
         present = self.labelled(targets)
-        return targets[present].cpu().numpy(), logits.detach()[present].float().softmax(-1).cpu().numpy()
+        return targets[present].cpu().numpy(), logits.detach()[present].float().softmax(
+            -1
+        ).cpu().numpy()
 
-    def compared(self, rows: Sequence[Mapping[str, Any]], task: TaskLike) -> tuple[np.ndarray, np.ndarray]:
+    def compared(
+        self, rows: Sequence[Mapping[str, Any]], task: TaskLike
+    ) -> tuple[np.ndarray, np.ndarray]:
         ids = {name: number for number, name in enumerate(task.labels)}
-        return tuple(np.array([ids[row[key]] for row in rows], dtype=np.int64) for key in ("gold", "label"))
+        return tuple(
+            np.array([ids[row[key]] for row in rows], dtype=np.int64) for key in ("gold", "label")
+        )
 
     def label_ids(self, value: int) -> tuple[int, ...]:
         return (value,)
@@ -97,7 +114,9 @@ class SingleLabel(Kind):
     def score(self, gold: np.ndarray, scores: np.ndarray, task: TaskLike) -> dict[str, float]:
         """The majority baseline answers the commonest label of ``gold``."""
         predicted, labels = _decided(scores, task), task.labels
-        names = dict.fromkeys((task.metric, "accuracy", "macro_precision", "macro_recall", "macro_f1"))
+        names = dict.fromkeys(
+            (task.metric, "accuracy", "macro_precision", "macro_recall", "macro_f1")
+        )
         majority = np.full_like(gold, np.bincount(gold, minlength=len(labels)).argmax())
         return (
             {name: METRICS[name](gold, predicted, labels) for name in names}
@@ -123,13 +142,22 @@ _LABELS_PER_KEY = 20
 class MultiLabel(Kind):
     """Any number of labels: binary cross-entropy, the mean over labels.
 
-    A cell is a list of names or ids, or a text with , ; or | between them. An empty cell is missing; an empty list says
-    that no label applies. Parsed: tuple of ids, ascending. Alike: the Jaccard overlap of the sets, 0 of empty ones.
+    A cell is a list of names or ids, or a text with , ; or | between them. An empty cell is
+    missing; an empty list says that no label applies. Parsed: tuple of ids, ascending. Alike: the
+    Jaccard overlap of the sets, 0 of empty ones.
     """
 
     graded = True
     min_labels = 1
-    metrics = ("macro_f1", "micro_f1", "sample_f1", "jaccard", "accuracy", "macro_precision", "macro_recall")
+    metrics = (
+        "macro_f1",
+        "micro_f1",
+        "sample_f1",
+        "jaccard",
+        "accuracy",
+        "macro_precision",
+        "macro_recall",
+    )
 
     def num_keys(self, labels: Sequence[str]) -> int:
         return -(-len(labels) // _LABELS_PER_KEY)
@@ -138,12 +166,18 @@ class MultiLabel(Kind):
         """The labels as the bits of whole numbers, 20 in each."""
         places_Y = torch.arange(targets.shape[1], device=targets.device)
         values_Y = 2.0 ** (places_Y % _LABELS_PER_KEY)
-        columns = [targets.float()[:, part] @ values_Y[part].float() for part in places_Y.split(_LABELS_PER_KEY)]
+        columns = [
+            targets.float()[:, part] @ values_Y[part].float()
+            for part in places_Y.split(_LABELS_PER_KEY)
+        ]
         return torch.stack(columns, dim=1)
 
     def affinity(self, keys_NK: Tensor, keys_UK: Tensor, task: TaskLike) -> Tensor:
         bits = torch.arange(_LABELS_PER_KEY, device=keys_NK.device)
-        sets = [(keys.long()[..., None] >> bits & 1).flatten(1).to(keys.dtype) for keys in (keys_NK, keys_UK)]
+        sets = [
+            (keys.long()[..., None] >> bits & 1).flatten(1).to(keys.dtype)
+            for keys in (keys_NK, keys_UK)
+        ]
         both_NU = sets[0] @ sets[1].T
         return both_NU / (sets[0].sum(dim=1)[:, None] + sets[1].sum(dim=1) - both_NU).clamp_min(1)
 
@@ -154,7 +188,9 @@ class MultiLabel(Kind):
     def parse(self, value: object, labels: Sequence[str]) -> tuple[int, ...] | None:
         if not is_list(value) and is_missing(value):
             return None
-        whole = isinstance(value, str) and value.strip() in labels  # one name, be there a separator in it or not
+        whole = (
+            isinstance(value, str) and value.strip() in labels
+        )  # one name, be there a separator in it or not
         ids = [label_id(item, labels) for item in ([value] if whole else _items(value))]
         if len(set(ids)) < len(ids):
             raise ValueError(
@@ -162,7 +198,9 @@ class MultiLabel(Kind):
             )
         return tuple(sorted(ids))
 
-    def collate(self, values: Sequence[tuple[int, ...] | None], *, labels: Sequence[str], length: int) -> Tensor:
+    def collate(
+        self, values: Sequence[tuple[int, ...] | None], *, labels: Sequence[str], length: int
+    ) -> Tensor:
         targets = torch.zeros(len(values), len(labels))
         for row, ids in enumerate(values):
             if ids is None:
@@ -177,7 +215,9 @@ class MultiLabel(Kind):
     def units(self, targets: Tensor, task: TaskLike) -> Tensor:
         return self.labelled(targets).sum(dtype=torch.float64)
 
-    def loss(self, logits: Tensor, targets: Tensor, task: TaskLike, weights_B: Tensor | None = None) -> Tensor:
+    def loss(
+        self, logits: Tensor, targets: Tensor, task: TaskLike, weights_B: Tensor | None = None
+    ) -> Tensor:
         """Class weights make the mean over labels a weighted one; smoothing moves both targets towards 1/2."""
         present = self.labelled(targets)[:, None]
         # Masked before the loss as well as after it: the gradient of a masked NaN is NaN, not 0.
@@ -185,7 +225,9 @@ class MultiLabel(Kind):
         targets = targets * (1.0 - task.label_smoothing) + 0.5 * task.label_smoothing
         losses = F.binary_cross_entropy_with_logits(logits.float(), targets, reduction="none")
         weights_Y = weights_of(task, losses)
-        losses_B = losses.mean(dim=-1) if weights_Y is None else losses @ (weights_Y / weights_Y.sum())
+        losses_B = (
+            losses.mean(dim=-1) if weights_Y is None else losses @ (weights_Y / weights_Y.sum())
+        )
         return weighted_sum(losses_B * present[:, 0], weights_B)
 
     def decode(self, logits: Tensor, task: TaskLike) -> list[dict[str, Any]]:
@@ -199,7 +241,9 @@ class MultiLabel(Kind):
                 "labels": [name for name, taken in zip(task.labels, row, strict=True) if taken],
                 "scores": dict(zip(task.labels, scores, strict=True)),
             }
-            for row, scores in zip(_taken(scores_BY.cpu().numpy(), task).tolist(), scores_BY.tolist(), strict=True)
+            for row, scores in zip(
+                _taken(scores_BY.cpu().numpy(), task).tolist(), scores_BY.tolist(), strict=True
+            )
         ]
 
     def gold(self, targets: Tensor, task: TaskLike) -> list[list[str] | None]:
@@ -212,11 +256,20 @@ class MultiLabel(Kind):
     def answers(self, logits: Tensor, targets: Tensor) -> tuple[np.ndarray, np.ndarray]:
         """0/1, int64, and probabilities, float32, both (N, Y)."""
         present = self.labelled(targets)
-        return targets[present].long().cpu().numpy(), logits.detach()[present].float().sigmoid().cpu().numpy()
+        return targets[present].long().cpu().numpy(), logits.detach()[
+            present
+        ].float().sigmoid().cpu().numpy()
 
-    def compared(self, rows: Sequence[Mapping[str, Any]], task: TaskLike) -> tuple[np.ndarray, np.ndarray]:
-        tables = ([[name in row[key] for name in task.labels] for row in rows] for key in ("gold", "labels"))
-        return tuple(np.array(table, dtype=np.int64).reshape(len(rows), len(task.labels)) for table in tables)
+    def compared(
+        self, rows: Sequence[Mapping[str, Any]], task: TaskLike
+    ) -> tuple[np.ndarray, np.ndarray]:
+        tables = (
+            [[name in row[key] for name in task.labels] for row in rows]
+            for key in ("gold", "labels")
+        )
+        return tuple(
+            np.array(table, dtype=np.int64).reshape(len(rows), len(task.labels)) for table in tables
+        )
 
     def label_ids(self, value: tuple[int, ...]) -> tuple[int, ...]:
         return value
@@ -227,7 +280,11 @@ class MultiLabel(Kind):
         common_Y = (gold.sum(axis=0) * 2 > len(gold)).astype(np.int64)
         return (
             {name: METRICS[name](gold, predicted, labels) for name in self.metrics}
-            | {f"majority/{task.metric}": METRICS[task.metric](gold, np.broadcast_to(common_Y, gold.shape), labels)}
+            | {
+                f"majority/{task.metric}": METRICS[task.metric](
+                    gold, np.broadcast_to(common_Y, gold.shape), labels
+                )
+            }
             | per_class(labels, class_scores(gold, predicted, labels))
         )
 
@@ -248,4 +305,8 @@ def _items(value: Any) -> list[Any]:
     """The single labels in a multi-label cell."""
     if is_list(value):
         return list(value)
-    return [item for item in re.split(r"[,;|]", value) if item.strip()] if isinstance(value, str) else [value]
+    return (
+        [item for item in re.split(r"[,;|]", value) if item.strip()]
+        if isinstance(value, str)
+        else [value]
+    )

@@ -46,12 +46,20 @@ class Regression(Kind):
             return None
         # float() would also take "nan", "inf", "1_000" and True.
         numeric = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
-        if not (numeric or isinstance(value, str) and _NUMBER.fullmatch(value)) or not math.isfinite(float(value)):
-            raise ValueError(f"{value!r} is not a finite number; a regression task wants numbers such as -1.5 or 2e-3.")
+        if not (
+            numeric or isinstance(value, str) and _NUMBER.fullmatch(value)
+        ) or not math.isfinite(float(value)):
+            raise ValueError(
+                f"{value!r} is not a finite number; a regression task wants numbers such as -1.5 or 2e-3."
+            )
         return float(value)
 
-    def collate(self, values: Sequence[float | None], *, labels: Sequence[str], length: int) -> Tensor:
-        return torch.tensor([math.nan if value is None else value for value in values], dtype=torch.float32)
+    def collate(
+        self, values: Sequence[float | None], *, labels: Sequence[str], length: int
+    ) -> Tensor:
+        return torch.tensor(
+            [math.nan if value is None else value for value in values], dtype=torch.float32
+        )
 
     def labelled(self, targets: Tensor) -> Tensor:
         return ~targets.isnan()
@@ -59,7 +67,9 @@ class Regression(Kind):
     def units(self, targets: Tensor, task: TaskLike) -> Tensor:
         return self.labelled(targets).sum(dtype=torch.float64)
 
-    def loss(self, logits: Tensor, targets: Tensor, task: TaskLike, weights_B: Tensor | None = None) -> Tensor:
+    def loss(
+        self, logits: Tensor, targets: Tensor, task: TaskLike, weights_B: Tensor | None = None
+    ) -> Tensor:
         present = self.labelled(targets)
         errors_B = logits.float()[:, 0] - torch.where(present, targets, 0.0).float()
         return weighted_sum(errors_B.square() * present, weights_B)
@@ -76,11 +86,18 @@ class Regression(Kind):
         present = self.labelled(targets)
         return targets[present].cpu().numpy(), logits.detach()[present, 0].float().cpu().numpy()
 
-    def compared(self, rows: Sequence[Mapping[str, Any]], task: TaskLike) -> tuple[np.ndarray, np.ndarray]:
-        return tuple(np.array([row[key] for row in rows], dtype=np.float64) for key in ("gold", "value"))
+    def compared(
+        self, rows: Sequence[Mapping[str, Any]], task: TaskLike
+    ) -> tuple[np.ndarray, np.ndarray]:
+        return tuple(
+            np.array([row[key] for row in rows], dtype=np.float64) for key in ("gold", "value")
+        )
 
     def score(self, gold: np.ndarray, scores: np.ndarray, task: TaskLike) -> dict[str, float]:
         """The baseline answers the mean of ``gold``; it correlates with nothing, so its ``mae`` is always given too."""
         mean = np.full_like(gold, gold.mean() if len(gold) else 0.0)
-        baselines = {f"majority/{name}": METRICS[name](gold, mean, ()) for name in dict.fromkeys((task.metric, "mae"))}
+        baselines = {
+            f"majority/{name}": METRICS[name](gold, mean, ())
+            for name in dict.fromkeys((task.metric, "mae"))
+        }
         return {name: METRICS[name](gold, scores, ()) for name in self.metrics} | baselines

@@ -21,8 +21,9 @@ SPAN_METRICS = ("span_f1", "span_precision", "span_recall")
 class Tags(Kind):
     """One label per word: cross-entropy on the first piece of each word.
 
-    A cell is a list of tags, or a text with blanks between them. Parsed: list of ids, one per word; a word whose tag is
-    missing has IGNORED and is neither learned nor scored. Alike: two dropout views of one post, if the recipe asks.
+    A cell is a list of tags, or a text with blanks between them. Parsed: list of ids, one per word;
+    a word whose tag is missing has IGNORED and is neither learned nor scored. Alike: two dropout
+    views of one post, if the recipe asks.
     """
 
     per_token = True
@@ -38,14 +39,20 @@ class Tags(Kind):
 
     def parse(self, value: object, labels: Sequence[str]) -> list[int] | None:
         tags = _tags_of(value)
-        return None if tags is None else [IGNORED if is_missing(tag) else label_id(tag, labels) for tag in tags]
+        return (
+            None
+            if tags is None
+            else [IGNORED if is_missing(tag) else label_id(tag, labels) for tag in tags]
+        )
 
     def fitted(self, parsed: list[int], words: Sequence[str]) -> list[int]:
         if len(parsed) != len(words):
             raise ValueError(f"{len(parsed)} tags for {len(words)} words; give one tag per word.")
         return parsed
 
-    def collate(self, values: Sequence[Sequence[int] | None], *, labels: Sequence[str], length: int) -> Tensor:
+    def collate(
+        self, values: Sequence[Sequence[int] | None], *, labels: Sequence[str], length: int
+    ) -> Tensor:
         """``values`` hold one id per token here, IGNORED on all but the first pieces."""
         targets = torch.full((len(values), length), IGNORED, dtype=torch.int64)
         for row, ids in enumerate(values):
@@ -59,7 +66,9 @@ class Tags(Kind):
     def units(self, targets: Tensor, task: TaskLike) -> Tensor:
         return class_units(targets, task)
 
-    def loss(self, logits: Tensor, targets: Tensor, task: TaskLike, weights_B: Tensor | None = None) -> Tensor:
+    def loss(
+        self, logits: Tensor, targets: Tensor, task: TaskLike, weights_B: Tensor | None = None
+    ) -> Tensor:
         return class_loss(logits, targets, task, weights_B)
 
     def decode(self, logits: Tensor | Sequence[Tensor], task: TaskLike) -> list[dict[str, Any]]:
@@ -72,7 +81,9 @@ class Tags(Kind):
         answers = []
         for words in logits:
             scores, ids = tempered(words, task).softmax(-1).max(dim=-1)
-            answers.append({"tags": [task.labels[i] for i in ids.tolist()], "scores": scores.tolist()})
+            answers.append(
+                {"tags": [task.labels[i] for i in ids.tolist()], "scores": scores.tolist()}
+            )
         return answers
 
     def gold(self, targets: Tensor, task: TaskLike) -> list[list[str] | None]:
@@ -81,24 +92,36 @@ class Tags(Kind):
 
     def answers(self, logits: Tensor, targets: Tensor) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """Per row with a labelled word: its tag ids, int64, (words,), and the probabilities, float32, (words, Y)."""
-        rows = [(ids, row, ids != IGNORED) for ids, row in zip(targets, logits.detach(), strict=True)]
+        rows = [
+            (ids, row, ids != IGNORED) for ids, row in zip(targets, logits.detach(), strict=True)
+        ]
         rows = [(ids[words], row[words]) for ids, row, words in rows if words.any()]
-        return [ids.cpu().numpy() for ids, _ in rows], [row.float().softmax(-1).cpu().numpy() for _, row in rows]
+        return [ids.cpu().numpy() for ids, _ in rows], [
+            row.float().softmax(-1).cpu().numpy() for _, row in rows
+        ]
 
-    def compared(self, rows: Sequence[Mapping[str, Any]], task: TaskLike) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    def compared(
+        self, rows: Sequence[Mapping[str, Any]], task: TaskLike
+    ) -> tuple[list[np.ndarray], list[np.ndarray]]:
         ids = {name: number for number, name in enumerate(task.labels)}
-        return tuple([np.array([ids[tag] for tag in row[key]]) for row in rows] for key in ("gold", "tags"))
+        return tuple(
+            [np.array([ids[tag] for tag in row[key]]) for row in rows] for key in ("gold", "tags")
+        )
 
     def measure(self, gold: list[np.ndarray], predicted: list[np.ndarray], task: TaskLike) -> float:
         return _measures(gold, predicted, names=(task.metric,), labels=task.labels)[task.metric]
 
-    def score(self, gold: list[np.ndarray], scores: list[np.ndarray], task: TaskLike) -> dict[str, float]:
+    def score(
+        self, gold: list[np.ndarray], scores: list[np.ndarray], task: TaskLike
+    ) -> dict[str, float]:
         """Span metrics over posts, the others over words. The majority baseline answers "O", else the commonest tag."""
         predicted, labels = [row.argmax(axis=-1) for row in scores], task.labels
         flat_gold, flat_predicted = _joined(gold), _joined(predicted)
         commonest = int(np.bincount(flat_gold, minlength=len(labels)).argmax())
         common = labels.index(OUTSIDE) if OUTSIDE in labels else commonest
-        baseline = _measures(gold, [np.full_like(row, common) for row in gold], names=(task.metric,), labels=labels)
+        baseline = _measures(
+            gold, [np.full_like(row, common) for row in gold], names=(task.metric,), labels=labels
+        )
         names = dict.fromkeys((task.metric, *SPAN_METRICS, "accuracy", "macro_f1"))
         return (
             _measures(gold, predicted, names=names, labels=labels)
@@ -106,15 +129,20 @@ class Tags(Kind):
             | per_class(labels, class_scores(flat_gold, flat_predicted, labels))
         )
 
-    def confusion(self, gold: list[np.ndarray], scores: list[np.ndarray], task: TaskLike) -> np.ndarray:
+    def confusion(
+        self, gold: list[np.ndarray], scores: list[np.ndarray], task: TaskLike
+    ) -> np.ndarray:
         """Counted over words."""
-        return confusion(_joined(gold), _joined([row.argmax(axis=-1) for row in scores]), task.labels)
+        return confusion(
+            _joined(gold), _joined([row.argmax(axis=-1) for row in scores]), task.labels
+        )
 
 
 def tag_spans(tags: Sequence[str], words: Sequence[str]) -> list[dict[str, Any]]:
     """Spans of one post: ``{"type": "PER", "start": first word, "end": last word + 1, "text": words with blanks}``.
 
-    Read as seqeval reads them, so what is shown is what is scored. Tags without a B-, I-, E- or S- prefix are types.
+    Read as seqeval reads them, so what is shown is what is scored. Tags without a B-, I-, E- or S-
+    prefix are types.
     """
     return [
         {"type": kind, "start": start, "end": end, "text": " ".join(words[start:end])}
@@ -123,12 +151,19 @@ def tag_spans(tags: Sequence[str], words: Sequence[str]) -> list[dict[str, Any]]
 
 
 def _measures(
-    gold: Sequence[np.ndarray], predicted: Sequence[np.ndarray], *, names: Iterable[str], labels: Sequence[str]
+    gold: Sequence[np.ndarray],
+    predicted: Sequence[np.ndarray],
+    *,
+    names: Iterable[str],
+    labels: Sequence[str],
 ) -> dict[str, float]:
     """Metrics by name: over posts' tag names for spans, over all words' ids otherwise."""
     as_names = tuple([[labels[i] for i in row] for row in rows] for rows in (gold, predicted))
     as_ids = (_joined(gold), _joined(predicted))
-    return {name: METRICS[name](*(as_names if name in SPAN_METRICS else as_ids), labels) for name in names}
+    return {
+        name: METRICS[name](*(as_names if name in SPAN_METRICS else as_ids), labels)
+        for name in names
+    }
 
 
 def _joined(rows: Sequence[np.ndarray]) -> np.ndarray:
@@ -158,10 +193,11 @@ _EDGES = re.compile(r"^\W+|\W+$")
 class Phrases(Tags):
     """Tags that are made of phrases: begin and inside of each phrase, outside elsewhere.
 
-    A cell is a phrase that occurs in the post, or a list of them; upper and lower case count as equal, and so do signs
-    around words. Every occurrence of a phrase is marked. Words that stand apart in the post ("slow crashes" in "slow to
-    boot and often crashes") are marked in pieces, in their order, the longest pieces first. An empty text is a missing
-    label, an empty list says that the post has no such phrase. Parsed: the phrases; fitted: one id per word.
+    A cell is a phrase that occurs in the post, or a list of them; upper and lower case count as
+    equal, and so do signs around words. Every occurrence of a phrase is marked. Words that stand
+    apart in the post ("slow crashes" in "slow to boot and often crashes") are marked in pieces, in
+    their order, the longest pieces first. An empty text is a missing label, an empty list says that
+    the post has no such phrase. Parsed: the phrases; fitted: one id per word.
     """
 
     free_words = True
@@ -175,7 +211,9 @@ class Phrases(Tags):
 
     def parse(self, value: object, labels: Sequence[str]) -> list[str] | None:
         if labels and tuple(labels) != PHRASE_TAGS:
-            raise ValueError(f"a task of kind phrases has the labels {', '.join(PHRASE_TAGS)}; leave its labels out")
+            raise ValueError(
+                f"a task of kind phrases has the labels {', '.join(PHRASE_TAGS)}; leave its labels out"
+            )
         return _phrases_of(value)
 
     def fitted(self, parsed: list[str], words: Sequence[str]) -> list[int]:
@@ -188,7 +226,9 @@ class Phrases(Tags):
             wanted = [folded for word in split_words(plain) if (folded := _folded(word))]
             spans = _found(wanted, [folded for _, folded in places])
             if not spans:
-                raise ValueError(f"{phrase!r} is not in the post; give words of it as they are written there.")
+                raise ValueError(
+                    f"{phrase!r} is not in the post; give words of it as they are written there."
+                )
             for first, last in spans:
                 begin, end = places[first][0], places[last][0]
                 ids[begin : end + 1] = [1] + [2] * (end - begin)
@@ -236,5 +276,7 @@ def _phrases_of(value: object) -> list[str] | None:
         items = [value]
     for item in items:
         if not isinstance(item, str):
-            raise ValueError(f"{item!r} is no phrase; give words of the post, as one text or a list of texts")
+            raise ValueError(
+                f"{item!r} is no phrase; give words of the post, as one text or a list of texts"
+            )
     return [str(item) for item in items]

@@ -13,8 +13,8 @@ from comoe.types import IGNORED
 
 
 class Unlabelled(Kind):
-    """Posts without label: no loss of its own, no answer, no score. Parsed: 0, whatever the cell. Alike: two dropout
-    views of one post (SimCLR, arXiv:2002.05709)."""
+    """Posts without label: no loss of its own, no answer, no score. Parsed: 0, whatever the cell.
+    Alike: two dropout views of one post (SimCLR, arXiv:2002.05709)."""
 
     scored = False
     views = True
@@ -30,9 +30,13 @@ class Unlabelled(Kind):
     def parse(self, value: object, labels: Sequence[str]) -> int:
         return 0
 
-    def collate(self, values: Sequence[int | None], *, labels: Sequence[str], length: int) -> Tensor:
+    def collate(
+        self, values: Sequence[int | None], *, labels: Sequence[str], length: int
+    ) -> Tensor:
         """0 on the posts of this task, IGNORED on others, (B,), int64."""
-        return torch.tensor([IGNORED if value is None else value for value in values], dtype=torch.int64)
+        return torch.tensor(
+            [IGNORED if value is None else value for value in values], dtype=torch.int64
+        )
 
     def labelled(self, targets: Tensor) -> Tensor:
         return targets != IGNORED
@@ -41,7 +45,9 @@ class Unlabelled(Kind):
         """Nothing: the task counts as absent from every batch."""
         return torch.zeros((), dtype=torch.float64, device=targets.device)
 
-    def loss(self, logits: Tensor, targets: Tensor, task: TaskLike, weights_B: Tensor | None = None) -> Tensor:
+    def loss(
+        self, logits: Tensor, targets: Tensor, task: TaskLike, weights_B: Tensor | None = None
+    ) -> Tensor:
         return logits.float().sum()
 
     def decode(self, logits: Tensor, task: TaskLike) -> list[dict[str, Any]]:
@@ -53,7 +59,9 @@ class Unlabelled(Kind):
     def answers(self, logits: Tensor, targets: Tensor) -> tuple[list[Any], list[Any]]:
         return [], []
 
-    def compared(self, rows: Sequence[Mapping[str, Any]], task: TaskLike) -> tuple[list[Any], list[Any]]:
+    def compared(
+        self, rows: Sequence[Mapping[str, Any]], task: TaskLike
+    ) -> tuple[list[Any], list[Any]]:
         return [], []
 
     def score(self, gold: Any, scores: Any, task: TaskLike) -> dict[str, float]:

@@ -65,8 +65,14 @@ def find_checkpoint(folder: Path) -> Found | None:
             broken.append(f"{path.name}: {problem}")
     found, broken = broadcast_object((found, broken))
     if found is None and broken:
-        raise ValueError(f"{folder}: no whole checkpoint is left ({'; '.join(broken)}); start the run anew.")
-    return None if found is None else Found(found, int(found.name.removeprefix("step-")), tuple(broken))
+        raise ValueError(
+            f"{folder}: no whole checkpoint is left ({'; '.join(broken)}); start the run anew."
+        )
+    return (
+        None
+        if found is None
+        else Found(found, int(found.name.removeprefix("step-")), tuple(broken))
+    )
 
 
 def whats_wrong(path: Path) -> str:

@@ -1,8 +1,9 @@
 """Checkpoints that move: from the layout that saved one to the layout that resumes it.
 
-DeepSpeed's universal checkpoint holds each parameter and each moment whole. It writes one form for ZeRO 1 and 2 and
-another for ZeRO 3, each for its own loader. The numbers are the same, so both are rewritten into one form that either
-loader reads. It is made once, beside the checkpoint, and kept out of the manifest: the checkpoint stays as it was.
+DeepSpeed's universal checkpoint holds each parameter and each moment whole. It writes one form for
+ZeRO 1 and 2 and another for ZeRO 3, each for its own loader. The numbers are the same, so both are
+rewritten into one form that either loader reads. It is made once, beside the checkpoint, and kept
+out of the manifest: the checkpoint stays as it was.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ def _convert(checkpoint: Path, done: Path) -> str:
         "--input_folder", str(checkpoint / "deepspeed" / "state"), "--output_folder", str(aside / "state"),
         "--num_extract_workers", "1", "--num_merge_workers", "1",
     ]  # fmt: skip
-    # A process of its own: the converter starts workers, which must not inherit this rank's process group.
+    # A process of its own: the converter starts workers, which must not inherit this rank's process
+    # group.
     ranks = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
     environment = {key: value for key, value in os.environ.items() if key not in ranks}
     answer = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -65,8 +67,8 @@ def _convert(checkpoint: Path, done: Path) -> str:
 
 
 def _make_readable_at_every_stage(folder: Path) -> None:
-    # The loaders look for these tables under different names. At ZeRO 1 and 2 they hold the weights once more,
-    # which no loader reads here, and no rank of a ZeRO-3 run should.
+    # The loaders look for these tables under different names. At ZeRO 1 and 2 they hold the weights
+    # once more, which no loader reads here, and no rank of a ZeRO-3 run should.
     tables = sorted(folder.glob("*_model_states.pt"))
     about = torch.load(tables[0], weights_only=True) | {"module": {}}
     for table in tables:
@@ -95,7 +97,8 @@ def _make_readable_at_every_stage(folder: Path) -> None:
 
 
 def _as_at_zero_1_and_2(parameter: Path, step: Tensor) -> None:
-    # Adam's count of steps lies beside each parameter there, and each tensor in a dict, which ZeRO 3 reads too.
+    # Adam's count of steps lies beside each parameter there, and each tensor in a dict, which ZeRO
+    # 3 reads too.
     torch.save(step, parameter / "step.pt")
     for name in ("fp32.pt", "exp_avg.pt", "exp_avg_sq.pt"):
         tensor = torch.load(parameter / name, weights_only=True)
@@ -106,7 +109,8 @@ def _as_at_zero_1_and_2(parameter: Path, step: Tensor) -> None:
 def load_universal(engine: Any, checkpoint: Path) -> bool:
     """Load a converted checkpoint into a DeepSpeed engine that was built for it; True when DeepSpeed found it.
 
-    The buffers (balance bias) come from the checkpoint's plain weights: the universal form holds parameters alone.
+    The buffers (balance bias) come from the checkpoint's plain weights: the universal form holds
+    parameters alone.
     """
     loaded, _ = engine.load_checkpoint(str(checkpoint / UNIVERSAL), tag="state")
     weights = load_file(checkpoint / "weights" / "model.safetensors")

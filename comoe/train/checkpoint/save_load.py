@@ -1,8 +1,9 @@
 """Checkpoints: written aside, manifest last, then renamed; a cut-short one is noticed and the one before is used.
 
-``<run>/checkpoints/step-00000120/`` holds ``deepspeed/`` (weights and moments as DeepSpeed shards them),
-``weights/model.safetensors`` (plain names, float32: what exports are made of), ``carried.safetensors`` (what the losses
-remember), ``random-<rank>.pt``, ``state.json`` and ``manifest.json``. ``best.json`` names the best step.
+``<run>/checkpoints/step-00000120/`` holds ``deepspeed/`` (weights and moments as DeepSpeed shards
+them), ``weights/model.safetensors`` (plain names, float32: what exports are made of),
+``carried.safetensors`` (what the losses remember), ``random-<rank>.pt``, ``state.json`` and
+``manifest.json``. ``best.json`` names the best step.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ CARRIED = "carried.safetensors"
 """File of a checkpoint with the buffers of the losses."""
 
 
-def save_checkpoint(folder: Path, engine: Engine, state: TrainState, layout: Layout, *, keep: int) -> Path:
+def save_checkpoint(
+    folder: Path, engine: Engine, state: TrainState, layout: Layout, *, keep: int
+) -> Path:
     """Write one checkpoint; every rank must call it. Prunes all but the ``keep`` newest and the best.
 
     Raises:
@@ -47,18 +50,28 @@ def save_checkpoint(folder: Path, engine: Engine, state: TrainState, layout: Lay
     torch.save(_random_state(engine), aside / f"random-{rank()}.pt")
     weights = gather_full_state(engine.deepspeed)
     if is_main():
-        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, aside / "weights/model.safetensors")
+        save_file(
+            {name: tensor.contiguous() for name, tensor in weights.items()},
+            aside / "weights/model.safetensors",
+        )
         save_file(_carried(engine), aside / CARRIED)
-        about = {"layout": _layout_dict(layout), "threads": torch.get_num_threads(), **state.to_dict()}
+        about = {
+            "layout": _layout_dict(layout),
+            "threads": torch.get_num_threads(),
+            **state.to_dict(),
+        }
         write_json(aside / "state.json", about)
     barrier()
     if is_main():
         sizes = {
-            str(path.relative_to(aside)): path.stat().st_size for path in sorted(aside.rglob("*")) if path.is_file()
+            str(path.relative_to(aside)): path.stat().st_size
+            for path in sorted(aside.rglob("*"))
+            if path.is_file()
         }
         write_json(aside / MANIFEST, {"step": state.step, "files": sizes})
         if final.exists():
-            # The same step again, at the end of a run: deleting takes long, and may be the last whole one's end.
+            # The same step again, at the end of a run: deleting takes long, and may be the last
+            # whole one's end.
             shutil.rmtree(older := folder / f"{ASIDE}older-{final.name}", ignore_errors=True)
             os.replace(final, older)
         os.replace(aside, final)
@@ -79,7 +92,8 @@ def saved_elsewhere(path: Path, layout: Layout) -> str:
 def needs_conversion(path: Path, layout: Layout) -> bool:
     """Whether the engine must be built with ``"checkpoint": {"load_universal": true}``.
 
-    So it must be for this checkpoint, or for the best one of its run, which is loaded when the run ends.
+    So it must be for this checkpoint, or for the best one of its run, which is loaded when the run
+    ends.
     """
     best = json.loads((path / "state.json").read_text(encoding="utf-8"))["best_step"]
     both = (path, path.parent / f"step-{best:08d}")
@@ -89,12 +103,13 @@ def needs_conversion(path: Path, layout: Layout) -> bool:
 def load_checkpoint(path: Path, engine: Engine, layout: Layout) -> TrainState:
     """Restore weights, moments, random state and ``TrainState``; every rank must call it.
 
-    DeepSpeed unpickles its files, so resume only from folders that you trust. On another layout than the saved one the
-    checkpoint is converted first, and dropout draws other numbers from there on.
+    DeepSpeed unpickles its files, so resume only from folders that you trust. On another layout
+    than the saved one the checkpoint is converted first, and dropout draws other numbers from there
+    on.
 
     Raises:
-        ValueError: the checkpoint was saved over another layout, and the engine was not built to load such a one or the
-            optimizer is SGD.
+        ValueError: the checkpoint was saved over another layout, and the engine was not built to
+            load such a one or the optimizer is SGD.
     """
     about = json.loads((path / "state.json").read_text(encoding="utf-8"))
     threads = about.pop("threads")
@@ -104,7 +119,9 @@ def load_checkpoint(path: Path, engine: Engine, layout: Layout) -> TrainState:
         raise ValueError(f"{moved}; the engine was not built for that.")
     if moved and engine.recipe.train.optimizer == "sgd":
         # DeepSpeed's converter asks for Adam's.
-        raise ValueError(f"{moved}. SGD's moments do not move; resume on the layout that saved them.")
+        raise ValueError(
+            f"{moved}. SGD's moments do not move; resume on the layout that saved them."
+        )
     if threads != torch.get_num_threads() and is_main():
         print(
             f"note: saved with {threads} threads per rank, now {torch.get_num_threads()}: "
@@ -114,9 +131,13 @@ def load_checkpoint(path: Path, engine: Engine, layout: Layout) -> TrainState:
         convert(path)
         whole = load_universal(engine.deepspeed, path)
     else:
-        whole = engine.deepspeed.load_checkpoint(str(path / "deepspeed"), tag="state")[0] is not None
+        whole = (
+            engine.deepspeed.load_checkpoint(str(path / "deepspeed"), tag="state")[0] is not None
+        )
     if not whole:
-        raise ValueError(f"{path}: DeepSpeed could not load it; remove the folder to use the one before.")
+        raise ValueError(
+            f"{path}: DeepSpeed could not load it; remove the folder to use the one before."
+        )
     engine.restore_groups()
     carried = load_file(path / CARRIED) if (path / CARRIED).is_file() else {}
     for name, buffer in engine.objective.named_buffers():
@@ -139,7 +160,12 @@ def _carried(engine: Engine) -> dict[str, Tensor]:
 
 
 def _layout_dict(layout: Layout) -> dict[str, int | bool]:
-    return {"world_size": layout.world_size, "ep_size": layout.ep_size, "stage": layout.stage, "bf16": layout.bf16}
+    return {
+        "world_size": layout.world_size,
+        "ep_size": layout.ep_size,
+        "stage": layout.stage,
+        "bf16": layout.bf16,
+    }
 
 
 def _in_words(layout: dict[str, Any]) -> str:

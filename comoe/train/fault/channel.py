@@ -1,8 +1,8 @@
-"""Short messages between the processes of one run, apart from its collectives: rank 0 in the middle, one TCP connection
-to every other rank.
+"""Short messages between the processes of one run, apart from its collectives: rank 0 in the
+middle, one TCP connection to every other rank.
 
-A collective says nothing about a rank that does not take part in it. A connection does: the system closes it in the
-moment in which a process ends, in whatever way. A message is one line of JSON.
+A collective says nothing about a rank that does not take part in it. A connection does: the system
+closes it in the moment in which a process ends, in whatever way. A message is one line of JSON.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ PROBES = 4
 
 
 MARGIN = 60.0
-"""Seconds that the system waits for an answer beyond the patience, so that whoever counts messages speaks first."""
+"""Seconds that the system waits for an answer beyond the patience, so that whoever counts messages
+speaks first."""
 
 
 LONGEST_PAUSE, LONGEST_WAIT = 32767, 2**31 - 1
@@ -38,7 +39,9 @@ LONGEST_PAUSE, LONGEST_WAIT = 32767, 2**31 - 1
 def listen(port: int = 0) -> socket.socket:
     """A server on all addresses of this machine; port 0 takes a free one."""
     if socket.has_dualstack_ipv6():
-        return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=4096)
+        return socket.create_server(
+            ("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=4096
+        )
     return socket.create_server(("", port), backlog=4096)
 
 
@@ -48,13 +51,15 @@ class Star:
     Args:
         rank: of this process.
         word: strangers do not know it; the same on all ranks.
-        patience: seconds after which, and a margin, the system gives up a machine that answers nothing.
+        patience: seconds after which, and a margin, the system gives up a machine that answers
+            nothing.
     """
 
     def __init__(self, rank: int, *, word: str = "", patience: float = 300.0) -> None:
         self.rank = rank
         self.broken: dict[int, str] = {}
-        """Ranks whose connection was lost in another way than by the end of their process, and how."""
+        """Ranks whose connection was lost in another way than by the end of their process, and
+        how."""
         self._word = word
         self._patience = patience
         self._selector = selectors.DefaultSelector()
@@ -71,7 +76,12 @@ class Star:
         return self
 
     def connect(
-        self, address: str, port: int, *, seconds: float, give_up: Callable[[], object] = lambda: False
+        self,
+        address: str,
+        port: int,
+        *,
+        seconds: float,
+        give_up: Callable[[], object] = lambda: False,
     ) -> Star:
         """Reach the middle, which may come later than this rank.
 
@@ -104,7 +114,8 @@ class Star:
         with self._sending:
             for peer, rank in list(self._ranks.items()):
                 try:
-                    # A frozen process reads nothing, and once its buffer is full nothing more is sent to it.
+                    # A frozen process reads nothing, and once its buffer is full nothing more is
+                    # sent to it.
                     if rank is not None and peer.send(line) < len(line):
                         self.broken[rank] = "it reads nothing any more"
                         peer.shutdown(socket.SHUT_RDWR)
@@ -112,8 +123,8 @@ class Star:
                     continue
 
     def receive(self, seconds: float) -> list[tuple[int, dict[str, Any] | None]]:
-        """What came in, after at most ``seconds``: (rank, message), and (rank, None) for a lost connection; ``broken``
-        tells whether it was lost by the network."""
+        """What came in, after at most ``seconds``: (rank, message), and (rank, None) for a lost
+        connection; ``broken`` tells whether it was lost by the network."""
         if not self._selector.get_map():
             time.sleep(seconds)
             return []
@@ -138,7 +149,8 @@ class Star:
             line, _ = self._server.accept()
             self._take(line, rank=None)
         except OSError:
-            # It hung up already; or there are no descriptors left, and then the next look should not come at once.
+            # It hung up already; or there are no descriptors left, and then the next look should
+            # not come at once.
             if line is not None:
                 line.close()
             time.sleep(0.01)
@@ -148,8 +160,9 @@ class Star:
         line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         line.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         pause = min(max(1, round(self._patience / (PROBES + 1))), LONGEST_PAUSE)
-        # No probe goes out while anything waits for an answer, as beats do: Linux then gives up by the number of its
-        # attempts (about 15 min), unless told a time. That time also ends the probes.
+        # No probe goes out while anything waits for an answer, as beats do: Linux then gives up by
+        # the number of its attempts (about 15 min), unless told a time. That time also ends the
+        # probes.
         wait = min(round(1000 * (self._patience + MARGIN)), LONGEST_WAIT)
         for option, value in (("TCP_KEEPIDLE", pause), ("TCP_KEEPINTVL", pause), ("TCP_KEEPCNT", PROBES),
                               ("TCP_USER_TIMEOUT", wait)):  # fmt: skip

@@ -9,23 +9,28 @@ from types import FrameType
 import psutil
 
 SUPERVISED = "COMOE_ATTEMPT"
-"""Set in a process that a supervisor started (``comoe.train.fault.supervisor``): the number of the attempt, from 0."""
+"""Set in a process that a supervisor started (``comoe.train.fault.supervisor``): the number of the
+attempt, from 0."""
 
 
 class StopSignal:
     """Notes that this rank was asked to stop. The trainer asks each step and reduces the answer over ranks.
 
-    A context: at its end the signals do what they did before, so that what comes after a run can be ended by them.
+    A context: at its end the signals do what they did before, so that what comes after a run can be
+    ended by them.
 
-    A SIGTERM to the ``deepspeed`` command ends that command alone and leaves its ranks running unseen. So a rank
-    started by it also watches the launcher and the command above it, and treats the loss of either as SIGTERM. Make one
-    as early as possible: a command that is lost before cannot be told from one that never was.
+    A SIGTERM to the ``deepspeed`` command ends that command alone and leaves its ranks running
+    unseen. So a rank started by it also watches the launcher and the command above it, and treats
+    the loss of either as SIGTERM. Make one as early as possible: a command that is lost before
+    cannot be told from one that never was.
     """
 
     def __init__(self) -> None:
         self.reason = ""
         self._watched = _launchers()
-        self._before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        self._before = {
+            number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)
+        }
 
     def __enter__(self) -> StopSignal:
         for number in self._before:
@@ -47,8 +52,8 @@ class StopSignal:
 
 
 def _launchers() -> list[psutil.Process]:
-    """The supervisor of this process, deepspeed.launcher.launch and the ``deepspeed`` command above, as far as they are
-    there; empty under plain python."""
+    """The supervisor of this process, deepspeed.launcher.launch and the ``deepspeed`` command
+    above, as far as they are there; empty under plain python."""
     found: list[psutil.Process] = []
     try:
         parent: psutil.Process | None = psutil.Process(os.getppid())
@@ -65,7 +70,8 @@ def _launchers() -> list[psutil.Process]:
 
 
 def _gone(process: psutil.Process) -> bool:
-    # A dead command whose parent has not asked for its exit code yet is a zombie, and counts as running.
+    # A dead command whose parent has not asked for its exit code yet is a zombie, and counts as
+    # running.
     try:
         return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:

@@ -1,9 +1,10 @@
 """``--restarts n``: a crashed run starts again from its last checkpoint, under the command that it was started by.
 
-Each rank's process is then a small supervisor that runs the real rank as a child and never imports torch. The
-supervisors agree over ``comoe.train.fault.channel``, on the port that the launcher chose; the children of each attempt get
-another port to meet on. Rank 0's supervisor decides: when one child crashed, all end theirs, and all start the next
-attempt together. An ordinary end, a user's error and a stop signal are passed on and never restarted.
+Each rank's process is then a small supervisor that runs the real rank as a child and never imports
+torch. The supervisors agree over ``comoe.train.fault.channel``, on the port that the launcher
+chose; the children of each attempt get another port to meet on. Rank 0's supervisor decides: when
+one child crashed, all end theirs, and all start the next attempt together. An ordinary end, a
+user's error and a stop signal are passed on and never restarted.
 """
 
 from __future__ import annotations
@@ -24,11 +25,13 @@ from comoe.train.fault.channel import Star, listen
 from comoe.train.fault.signals import SUPERVISED, StopSignal
 
 RUN_WORD, BECAUSE = "COMOE_RUN_WORD", "COMOE_RESTARTED_BECAUSE"
-"""Variables of a child, beside the number of the attempt: a word of this start, and why the last attempt ended."""
+"""Variables of a child, beside the number of the attempt: a word of this start, and why the last
+attempt ended."""
 
 
 FINAL = (2, 3, 130)
-"""Exit codes that would come again: the user's error, training that cannot go on, an interruption."""
+"""Exit codes that would come again: the user's error, training that cannot go on, an
+interruption."""
 
 
 GRACE = 10.0
@@ -85,9 +88,10 @@ def supervise(*, restarts: int, stop: StopSignal, command: Sequence[str] | None 
 def _word_of_the_launch(world: int) -> str:
     """A word that all supervisors of one launch have before they met: a digest of command line and number of ranks.
 
-    It keeps apart two runs that chose one port, and turns away whoever talks to any open port. It is no secret: who
-    sees the command line, as every user of these machines may, or guesses it, can speak as a supervisor, and so end the
-    run or have it started again. Nobody can have another command run by it: each supervisor starts its own.
+    It keeps apart two runs that chose one port, and turns away whoever talks to any open port. It
+    is no secret: who sees the command line, as every user of these machines may, or guesses it, can
+    speak as a supervisor, and so end the run or have it started again. Nobody can have another
+    command run by it: each supervisor starts its own.
     """
     # The launcher numbers the ranks of a machine by an argument.
     words = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]
@@ -112,7 +116,9 @@ def _until_the_end(star: Star, child: _Child, judge: _Judge | None, stop: StopSi
         if judge is None:
             for report in reports:
                 star.send(report)
-            orders = [message or {"do": "leave", "code": 1, "why": child.alone()} for _, message in came]
+            orders = [
+                message or {"do": "leave", "code": 1, "why": child.alone()} for _, message in came
+            ]
         else:
             for rank, report in [*came, *((0, report) for report in reports)]:
                 judge.hear(rank, report)
@@ -157,7 +163,9 @@ class _Child:
             self.process.kill()
             self.process.wait()
         if self.process.poll() is not None:
-            reports.append({"attempt": self.attempt, "code": self.process.returncode, "killed": late})
+            reports.append(
+                {"attempt": self.attempt, "code": self.process.returncode, "killed": late}
+            )
             self.process = None
         return reports
 
@@ -165,7 +173,11 @@ class _Child:
         """Start, end, or leave; the exit code in the last case."""
         if order["do"] == "start":
             self.attempt, self.kill_at = order["attempt"], None
-            ours = {SUPERVISED: str(order["attempt"]), RUN_WORD: order["word"], BECAUSE: order["why"]}
+            ours = {
+                SUPERVISED: str(order["attempt"]),
+                RUN_WORD: order["word"],
+                BECAUSE: order["why"],
+            }
             if "MASTER_PORT" in os.environ:
                 ours["MASTER_PORT"] = str(order["port"])
             self.process = subprocess.Popen(self.command, env={**os.environ, **ours})
@@ -229,7 +241,9 @@ class _Judge:
     def decide(self, connected: set[int]) -> None:
         """Start once all are there; once all children of an attempt have ended leave, or start them again."""
         if self.lost:
-            self._leave(1, f"rank {min(self.lost)}'s supervisor is gone, so nothing can be started again")
+            self._leave(
+                1, f"rank {min(self.lost)}'s supervisor is gone, so nothing can be started again"
+            )
         elif not self.begun:
             missing = set(range(1, self.world)) - connected
             if self.stopped:
@@ -251,7 +265,9 @@ class _Judge:
         elif final is not None or self.stopped:
             self._leave(final or self._crash_code(), "")
         elif self.attempt >= self.restarts:
-            self._leave(self._crash_code(), f"{why}. No restart is left (--restarts {self.restarts})")
+            self._leave(
+                self._crash_code(), f"{why}. No restart is left (--restarts {self.restarts})"
+            )
         else:
             self.attempt += 1
             self._say(f"{why}. Starting again, restart {self.attempt} of {self.restarts}")
@@ -268,11 +284,17 @@ class _Judge:
         """Who crashed; rather by a signal of its own than by noticing that another rank did."""
         if self.first is None:
             return ""
-        signalled = [rank for rank, code in sorted(self.ended.items()) if code < 0 and rank not in self.killed]
+        signalled = [
+            rank
+            for rank, code in sorted(self.ended.items())
+            if code < 0 and rank not in self.killed
+        ]
         rank = self.first if self.ended[self.first] < 0 or not signalled else signalled[0]
         code = self.ended[rank]
         return f"rank {rank} " + (
-            f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+            f"was ended by {signal.Signals(-code).name}"
+            if code < 0
+            else f"ended with exit code {code}"
         )
 
     def _crash_code(self) -> int:

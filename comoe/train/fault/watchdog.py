@@ -1,13 +1,16 @@
 """A dead or silent rank ends the whole run, in time and with one message: who, on which machine, at which step.
 
-Each rank has a thread that tells rank 0 about once a second where its training is, over connections of its own
-(``comoe.train.fault.channel``): collectives cannot tell, because they wait for the very rank that is missing.
+Each rank has a thread that tells rank 0 about once a second where its training is, over connections
+of its own (``comoe.train.fault.channel``): collectives cannot tell, because they wait for the very
+rank that is missing.
 
 * A rank that died closes its connection: noticed at once, in every phase of a run.
-* A rank whose process is frozen, or whose machine is gone, says nothing for ``timeout_seconds``: in every phase too.
-* All processes live, but no rank gets any further for ``timeout_seconds``: counted while steps are trained, and over
-  the batches of an evaluation. Not counted are preparation, the first step (compilation), saving, scoring and the end,
-  which may take as long as they need; one rank in such a phase is enough, because the others wait for it.
+* A rank whose process is frozen, or whose machine is gone, says nothing for ``timeout_seconds``: in
+    every phase too.
+* All processes live, but no rank gets any further for ``timeout_seconds``: counted while steps are
+  trained, and over the batches of an evaluation. Not counted are preparation, the first step
+  (compilation), saving, scoring and the end, which may take as long as they need; one rank in such
+  a phase is enough, because the others wait for it.
 * Rank 0 is the middle: when it is lost, all others notice by themselves.
 * A collective that fails on some rank waits for this thread to find out who is missing.
 """
@@ -23,12 +26,16 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import psutil
 
 from comoe.distributed import all_gather_objects, broadcast_object, rank, world_size
 from comoe.train.fault.channel import Star, listen
+
+PACKAGE = f"{Path(__file__).resolve().parents[2]}{os.sep}"
+"""Folder of our own code; a checkout below a folder called comoe holds site-packages too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +78,7 @@ def where_main_thread_is() -> str:
             return ""
         said = f"{name.rpartition('/')[2]}:{frame.f_lineno} {frame.f_code.co_name}"
         innermost = innermost or said
-        ours = said if "/comoe/" in name else ""
+        ours = said if name.startswith(PACKAGE) else ""
         frame = frame.f_back
     return innermost if ours in ("", innermost) else f"{ours} > {innermost}"
 
@@ -85,15 +92,18 @@ LOST = 4
 
 
 BEATS_PER_SECOND = 500
-"""Messages that rank 0 gets per second at most: with more ranks than these each one speaks less often."""
+"""Messages that rank 0 gets per second at most: with more ranks than these each one speaks less
+often."""
 
 
 GRACE = 6.0
-"""Seconds that the other ranks have to end by themselves after one ended with an error: mostly all fail alike."""
+"""Seconds that the other ranks have to end by themselves after one ended with an error: mostly all
+fail alike."""
 
 
 MISSED = 4
-"""Beats in a row that a rank may miss once a collective has failed: whoever missed more is the one to blame."""
+"""Beats in a row that a rank may miss once a collective has failed: whoever missed more is the one
+to blame."""
 
 
 @dataclass(slots=True)
@@ -113,7 +123,8 @@ class Heard:
     counted: bool = False
     """Whether ``timeout_seconds`` counts in this phase."""
     where: str = ""
-    """Where its main thread is, once it stands still; empty while it waits for other ranks in a collective."""
+    """Where its main thread is, once it stands still; empty while it waits for other ranks in a
+    collective."""
 
 
 @dataclass(slots=True)
@@ -151,7 +162,9 @@ class Watchdog:
         self.beat = max(min(1.0, timeout_seconds / 10), world_size() / BEATS_PER_SECOND)
         self._places = all_gather_objects(own_place())
         server = listen() if rank() == 0 else None
-        port, word = broadcast_object((server.getsockname()[1], uuid.uuid4().hex) if server else None)
+        port, word = broadcast_object(
+            (server.getsockname()[1], uuid.uuid4().hex) if server else None
+        )
         star = Star(rank(), word=word, patience=timeout_seconds)
         failed = ""
         try:
@@ -159,7 +172,9 @@ class Watchdog:
                 star.serve(server)
             else:
                 # Well before the collective below gives up waiting for this rank.
-                star.connect(os.environ["MASTER_ADDR"], port, seconds=min(60.0, timeout_seconds / 3))
+                star.connect(
+                    os.environ["MASTER_ADDR"], port, seconds=min(60.0, timeout_seconds / 3)
+                )
         except OSError as error:
             failed = str(error)
         if lonely := [said for said in all_gather_objects(failed) if said]:
@@ -213,7 +228,9 @@ class Watchdog:
         self._trouble = self._trouble or (time.monotonic(), rank(), said)
         self._star.send({"trouble": said})
         time.sleep(MISSED * self.beat + 2 * GRACE)
-        self._conclude(f"a collective failed on {self._name(rank())} at step {self.step}: {said}.", [])
+        self._conclude(
+            f"a collective failed on {self._name(rank())} at step {self.step}: {said}.", []
+        )
 
     def _watch(self) -> None:
         due = 0.0
@@ -234,14 +251,26 @@ class Watchdog:
         standing = now - self._own.moved > self.timeout_seconds / 2
         self._own.where = where_main_thread_is() if standing and self.counted else ""
         own = self._own
-        return {"step": own.step, "phase": own.phase, "counted": own.counted, "ticks": own.ticks, "where": own.where}
+        return {
+            "step": own.step,
+            "phase": own.phase,
+            "counted": own.counted,
+            "ticks": own.ticks,
+            "where": own.where,
+        }
 
     def _hear(self, other: int, message: dict[str, Any] | None) -> None:
         if message is None:
             if other not in self._gone:
                 broken = self._star.broken.get(other, "")
-                what = f"cannot be reached at {{}}: {broken}; {_UNREACHED}" if broken else f"died at {{}}: {_DIED}"
-                self._conclude(f"{self._name(other)} {what.format(self._at(self._heard[other]))}", [other])
+                what = (
+                    f"cannot be reached at {{}}: {broken}; {_UNREACHED}"
+                    if broken
+                    else f"died at {{}}: {_DIED}"
+                )
+                self._conclude(
+                    f"{self._name(other)} {what.format(self._at(self._heard[other]))}", [other]
+                )
             return
         now = time.monotonic()
         if "say" in message:
@@ -269,9 +298,17 @@ class Watchdog:
         self._judged = now
         for other, (code, why, at) in list(self._gone.items()):
             if code and now - at > GRACE and other != rank():
-                self._finish(f"{self._name(other)} ended at {self._at(self._heard[other])}: {why}", [], code=code)
+                self._finish(
+                    f"{self._name(other)} ended at {self._at(self._heard[other])}: {why}",
+                    [],
+                    code=code,
+                )
         middle = rank() == 0
-        seen = {r: heard for r, heard in self._heard.items() if r not in self._gone and (middle or r == 0)}
+        seen = {
+            r: heard
+            for r, heard in self._heard.items()
+            if r not in self._gone and (middle or r == 0)
+        }
         limit = MISSED * self.beat if self._trouble else self.timeout_seconds
         silent = [r for r, heard in seen.items() if now - heard.at > limit]
         if silent:
@@ -281,7 +318,10 @@ class Watchdog:
             self._conclude(f"{names} {plural} silent since {seconds:.0f} s: {_SILENT}", silent)
         elif middle and self._trouble and now - self._trouble[0] > MISSED * self.beat + GRACE:
             _, first, said = self._trouble
-            self._conclude(f"a connection broke, noticed by {self._name(first)} at step {self.step}: {said}.", [])
+            self._conclude(
+                f"a connection broke, noticed by {self._name(first)} at step {self.step}: {said}.",
+                [],
+            )
         elif middle:
             self._judge_progress(now, seen)
 
@@ -294,7 +334,11 @@ class Watchdog:
         # Whoever is in no collective keeps the others waiting; on a GPU nobody may be seen in one.
         outside = [r for r, heard in ranks.items() if heard.where]
         names = ", ".join(f"{self._name(r)} is in {ranks[r].where}" for r in outside[:8])
-        rest = "the others wait for it in a collective" if len(outside) < len(ranks) else "none is in a collective"
+        rest = (
+            "the others wait for it in a collective"
+            if len(outside) < len(ranks)
+            else "none is in a collective"
+        )
         said = f"{names}; {rest}" if outside else "all of them wait in a collective"
         slowest = min(ranks.values(), key=lambda heard: heard.step)
         self._conclude(
@@ -313,10 +357,16 @@ class Watchdog:
         if self._left():
             return
         here = self._places[rank()].node
-        left = [r for r, place in enumerate(self._places) if place.node == here and r not in {*blamed, *self._gone}]
+        left = [
+            r
+            for r, place in enumerate(self._places)
+            if place.node == here and r not in {*blamed, *self._gone}
+        ]
         if left[:1] == [rank()]:
             # Past Python's buffers: the main thread may hold their locks for ever.
-            os.write(sys.stderr.fileno(), f"\ncomoe: rank {rank()}: {text} {self.advice}\n".encode())
+            os.write(
+                sys.stderr.fileno(), f"\ncomoe: rank {rank()}: {text} {self.advice}\n".encode()
+            )
             for culprit in blamed:
                 if self._places[culprit].node == here:
                     kill(self._places[culprit])
@@ -329,7 +379,9 @@ class Watchdog:
     def _name(self, other: int) -> str:
         place = self._places[other]
         several = len({place.node for place in self._places}) > 1
-        return f"rank {other} on machine {place.machine}{f' (node {place.node})' if several else ''}"
+        return (
+            f"rank {other} on machine {place.machine}{f' (node {place.node})' if several else ''}"
+        )
 
     def _at(self, heard: Heard) -> str:
         # Ranks go in step, and what was heard last is up to a beat old.

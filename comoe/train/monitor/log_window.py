@@ -31,7 +31,8 @@ class TrainLine:
     terms: Mapping[str, float]
     """Each term of the last step, unweighted."""
     metrics: Mapping[str, Mapping[str, float]]
-    """Task -> its main metric on the posts of the last step; none where the decoder is told its answer."""
+    """Task -> its main metric on the posts of the last step; none where the decoder is told its
+    answer."""
     task_weights: Mapping[str, float]
     """Task -> weight of its loss in the last step."""
     rates: Mapping[str, float]
@@ -73,22 +74,34 @@ class Interval:
         self.skipped += report.skipped
 
     def reduce(
-        self, *, engine: Engine, report: StepReport, batches: Sequence[Batch], rates: Mapping[str, float]
+        self,
+        *,
+        engine: Engine,
+        report: StepReport,
+        batches: Sequence[Batch],
+        rates: Mapping[str, float],
     ) -> TrainLine:
         """The line of this interval; every rank must call it."""
         seconds = max(1e-9, time.perf_counter() - self.began)
         terms = {"loss": report.loss, **report.terms}
         counts = [torch.tensor(float(self.posts)), torch.tensor(float(self.tokens))]
-        packed = torch.stack([value.double().to(engine.device) for value in (*terms.values(), *counts)])
+        packed = torch.stack(
+            [value.double().to(engine.device) for value in (*terms.values(), *counts)]
+        )
         total = sum_over_ranks(packed).tolist()
-        means = dict(zip(terms, (value / world_size() for value in total[: len(terms)]), strict=True))
+        means = dict(
+            zip(terms, (value / world_size() for value in total[: len(terms)]), strict=True)
+        )
         posts, tokens = total[len(terms) :]
         scales = batches[0].unit_scale_T.tolist()
-        names = {f"task/{task.name}": scale for task, scale in zip(self.tasks, scales, strict=False)}
+        names = {
+            f"task/{task.name}": scale for task, scale in zip(self.tasks, scales, strict=False)
+        }
         names |= dict.fromkeys(ON_DOMAINS, scales[DOMAINS])
         for name, scale in names.items():
             if not scale:
-                # No post of the whole step has this task, or this value: its loss is not 0, there is none.
+                # No post of the whole step has this task, or this value: its loss is not 0, there
+                # is none.
                 means.pop(name, None)
         weights = {task.name: means.pop(f"weight/{task.name}") for task in self.tasks}
         return TrainLine(
@@ -108,7 +121,9 @@ class Interval:
         measured = [task for task in self.tasks if task.rules.scored and not task.rules.generates]
         own = [
             {
-                task.name: task.rules.answers(output.output.logits[task.name].detach().cpu(), batch.labels[task.name])
+                task.name: task.rules.answers(
+                    output.output.logits[task.name].detach().cpu(), batch.labels[task.name]
+                )
                 for task in measured
             }
             for output, batch in zip(report.outputs, batches, strict=True)
@@ -118,7 +133,9 @@ class Interval:
         for task in measured:
             gold, scores = merge_answers([step[task.name] for step in everyone])
             if len(gold):
-                metrics[task.name] = {task.metric: task.rules.score(gold, scores, task)[task.metric]}
+                metrics[task.name] = {
+                    task.metric: task.rules.score(gold, scores, task)[task.metric]
+                }
         return metrics
 
 
@@ -134,8 +151,13 @@ def log_lost_pictures(pixels: PixelReader | None, monitor: Monitor, step: int) -
     """
     if pixels is None:
         return
-    mine = {source if isinstance(source, str) else shorten(source): why for source, why in pixels.take_lost().items()}
+    mine = {
+        source if isinstance(source, str) else shorten(source): why
+        for source, why in pixels.take_lost().items()
+    }
     lost = {picture: why for share in all_gather_objects(mine) for picture, why in share.items()}
     if lost:
         shown = dict(list(lost.items())[:SHOWN_PICTURES])
-        monitor.log_event({"event": "pictures_lost", "step": step, "count": len(lost), "pictures": shown})
+        monitor.log_event(
+            {"event": "pictures_lost", "step": step, "count": len(lost), "pictures": shown}
+        )

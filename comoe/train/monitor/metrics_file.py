@@ -30,7 +30,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def truncate_metrics(path: Path, *, after_step: int) -> None:
     """Drop what a run logged after the step that it goes on from, then add ``{"split": "resume", "step": after_step}``.
 
-    Lines without a step stay; a line cut short by a crash goes. The file is written aside and renamed.
+    Lines without a step stay; a line cut short by a crash goes. The file is written aside and
+    renamed.
     """
     kept = [record for record in read_metrics(path) if record.get("step", after_step) <= after_step]
     kept.append({"split": "resume", "step": after_step})
@@ -39,7 +40,9 @@ def truncate_metrics(path: Path, *, after_step: int) -> None:
 
 def write_results(run_dir: Path, results: Mapping[str, Any]) -> None:
     """Write ``results.json``, whole or not at all; numbers that are not finite become null."""
-    write_aside(run_dir / "results.json", json.dumps(plain(results), ensure_ascii=False, indent=2) + "\n")
+    write_aside(
+        run_dir / "results.json", json.dumps(plain(results), ensure_ascii=False, indent=2) + "\n"
+    )
 
 
 def write_aside(path: Path, text: str) -> None:

@@ -1,6 +1,7 @@
 """What a run shows to people while it runs: ``metrics.jsonl``, TensorBoard and the pictures in ``plots/``.
 
-The monitor reads and never computes, and only rank 0's writes: the caller reduces over ranks before, on all of them.
+The monitor reads and never computes, and only rank 0's writes: the caller reduces over ranks
+before, on all of them.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ class Monitor:
         tasks: the tasks of the run.
         recipe_text: the resolved recipe as YAML, shown in TensorBoard.
         histograms: write histograms of the gates' scores at each evaluation.
-        resumed_at: step of the restored checkpoint. Lines and events after it are dropped, and the curves go on. None
-            starts anew: what an earlier run of that name wrote is dropped.
+        resumed_at: step of the restored checkpoint. Lines and events after it are dropped, and the
+            curves go on. None starts anew: what an earlier run of that name wrote is dropped.
     """
 
     def __init__(
@@ -67,11 +68,14 @@ class Monitor:
             truncate_metrics(path, after_step=resumed_at)
         self._records = read_metrics(path)
         self._file = path.open("a", encoding="utf-8")
-        # TensorBoard hides older events from the purge step on; without it a resumed run draws two curves.
+        # TensorBoard hides older events from the purge step on; without it a resumed run draws two
+        # curves.
         purge_step = 0 if resumed_at is None else resumed_at + 1
         self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge_step)
         fenced = "\n".join(f"    {line}" for line in recipe_text.splitlines())
-        self._writer.add_text("recipe", fenced, global_step=0 if resumed_at is None else resumed_at + 1)
+        self._writer.add_text(
+            "recipe", fenced, global_step=0 if resumed_at is None else resumed_at + 1
+        )
 
     def log_train(
         self,
@@ -93,8 +97,8 @@ class Monitor:
             metrics: task -> metric -> value on the training posts since the last line.
             rates: parameter group -> learning rate.
             task_weights: task -> weight of its loss.
-            measured: grad_norm, posts_per_second, tokens_per_second, seconds, and whatever else the caller measures;
-                None where there is no number.
+            measured: grad_norm, posts_per_second, tokens_per_second, seconds, and whatever else the
+                caller measures; None where there is no number.
         """
         if not self.enabled:
             return
@@ -104,7 +108,11 @@ class Monitor:
         line = {"step": step, "split": "train", "loss": float(loss), "tasks": tasks, **rest}
         self._write({**line, "rates": dict(rates), "weights": dict(task_weights), **measured})
         scalars = {"train/loss": loss}
-        scalars |= {f"train/{name}/{key}": value for name, values in tasks.items() for key, value in values.items()}
+        scalars |= {
+            f"train/{name}/{key}": value
+            for name, values in tasks.items()
+            for key, value in values.items()
+        }
         scalars |= {f"train/{name}": value for name, value in rest.items()}
         scalars |= {f"rate/{name}": value for name, value in rates.items()}
         scalars |= {f"weight/{name}": value for name, value in task_weights.items()}
@@ -133,11 +141,18 @@ class Monitor:
         """
         if not self.enabled:
             return
-        line: dict[str, Any] = {"step": step, "split": split, "tasks": dict(evaluation.metrics), **measured}
+        line: dict[str, Any] = {
+            "step": step,
+            "split": split,
+            "tasks": dict(evaluation.metrics),
+            **measured,
+        }
         if routing is not None and routing.layers:
             line["routing"] = routing.to_dict()
         if embeddings is not None:
-            line["embeddings"] = {name: dict(view.measures) for name, view in embeddings.tasks.items()}
+            line["embeddings"] = {
+                name: dict(view.measures) for name, view in embeddings.tasks.items()
+            }
             line |= {"retrieval": dict(embeddings.retrieval)} if embeddings.retrieval else {}
         self._write(line)
         self._scalars({f"{split}/{name}": value for name, value in measured.items()}, step)
@@ -146,8 +161,12 @@ class Monitor:
         for task in self._tasks:
             if task.name in evaluation.confusions:
                 title = f"{task.name}, {split}, step {step}"
-                figure = plots.confusion_figure(evaluation.confusions[task.name], labels=task.labels, title=title)
-                self._picture(f"confusion/{split}/{task.name}", f"confusion_{split}_{task.name}", figure, step)
+                figure = plots.confusion_figure(
+                    evaluation.confusions[task.name], labels=task.labels, title=title
+                )
+                self._picture(
+                    f"confusion/{split}/{task.name}", f"confusion_{split}_{task.name}", figure, step
+                )
         if "routing" in line:
             self._log_routing(routing, split=split, step=step)
         if embeddings is not None:
@@ -161,15 +180,22 @@ class Monitor:
             for task, view in embeddings.tasks.items():
                 # The projector's table has one line per post: a label must not break it.
                 names = [" ".join(str(label).split()) or "none" for label in view.labels]
-                self._writer.add_embedding(view.points, metadata=names, global_step=step, tag=f"{split}_{task}")
+                self._writer.add_embedding(
+                    view.points, metadata=names, global_step=step, tag=f"{split}_{task}"
+                )
 
     def log_reliability(
         self, step: int, *, split: str, task: str, figure: plots.Figure, errors: Mapping[str, float]
     ) -> None:
         """Show how far the probabilities of a task hold; ``errors``: name -> expected calibration error."""
         if self.enabled:
-            self._scalars({f"calibration/{split}/{task}/{name}": value for name, value in errors.items()}, step)
-            self._picture(f"reliability/{split}/{task}", f"reliability_{split}_{task}", figure, step)
+            self._scalars(
+                {f"calibration/{split}/{task}/{name}": value for name, value in errors.items()},
+                step,
+            )
+            self._picture(
+                f"reliability/{split}/{task}", f"reliability_{split}_{task}", figure, step
+            )
 
     def log_event(self, event: Mapping[str, Any]) -> None:
         """Write something that happened (a skipped step, a stop, a checkpoint) as a line with ``split: event``."""
@@ -189,9 +215,15 @@ class Monitor:
         for index, name in enumerate(routing.layer_names):
             tag = f"{where}/layer_{name.replace(' ', '_')}"
             scalars = {name: values[index] for name, values in routing.by_layer.items()}
-            scalars |= {f"share/expert_{expert}": share for expert, share in enumerate(routing.share_LE[index])}
+            scalars |= {
+                f"share/expert_{expert}": share
+                for expert, share in enumerate(routing.share_LE[index])
+            }
             for name, values in routing.by_task.items():
-                scalars |= {f"{name}/{task}": value for task, value in zip(routing.tasks, values[index], strict=True)}
+                scalars |= {
+                    f"{name}/{task}": value
+                    for task, value in zip(routing.tasks, values[index], strict=True)
+                }
             self._scalars({f"{tag}/{name}": value for name, value in scalars.items()}, step)
             if self._histograms:
                 self._histogram(f"{tag}/scores", routing.histogram_LH[index], step)
@@ -205,18 +237,30 @@ class Monitor:
     def _log_embeddings(self, embeddings: EmbeddingSummary, *, split: str, step: int) -> None:
         where = "embedding" if split == "validation" else f"embedding_{split}"
         for task, view in embeddings.tasks.items():
-            self._scalars({f"{where}/{task}/{name}": value for name, value in view.measures.items()}, step)
-            figure = embedding_figure(view.points, view.labels, title=f"Embeddings of {task} ({split}, step {step})")
+            self._scalars(
+                {f"{where}/{task}/{name}": value for name, value in view.measures.items()}, step
+            )
+            figure = embedding_figure(
+                view.points, view.labels, title=f"Embeddings of {task} ({split}, step {step})"
+            )
             self._picture(f"{where}/{task}", f"{where}_{task}", figure, step)
-        self._scalars({f"{where}/{name}": value for name, value in embeddings.retrieval.items()}, step)
+        self._scalars(
+            {f"{where}/{name}": value for name, value in embeddings.retrieval.items()}, step
+        )
 
     def _histogram(self, tag: str, counts_H: np.ndarray, step: int) -> None:
         edges = np.linspace(0.0, 1.0, len(counts_H) + 1)
         middles = (edges[:-1] + edges[1:]) / 2
-        moments = {"num": counts_H.sum(), "sum": counts_H @ middles, "sum_squares": counts_H @ middles**2}
+        moments = {
+            "num": counts_H.sum(),
+            "sum": counts_H @ middles,
+            "sum_squares": counts_H @ middles**2,
+        }
         buckets = {"bucket_limits": edges[1:].tolist(), "bucket_counts": counts_H.tolist()}
         if counts_H.any():
-            self._writer.add_histogram_raw(tag, min=0.0, max=1.0, **moments, **buckets, global_step=step)
+            self._writer.add_histogram_raw(
+                tag, min=0.0, max=1.0, **moments, **buckets, global_step=step
+            )
 
     def _draw_curves(self) -> None:
         train = [record for record in self._records if record.get("split") == "train"]
@@ -225,7 +269,10 @@ class Monitor:
         losses["loss"] = [(record["step"], record["loss"]) for record in train]
         validation = {task.name: _curve(checks, task.name, "loss") for task in self._tasks}
         plots.save_figure(plots.loss_figure(losses, validation), self._plots / "loss.png")
-        main = {f"{task.name}: {task.metric}": _curve(checks, task.name, task.metric) for task in self._tasks}
+        main = {
+            f"{task.name}: {task.metric}": _curve(checks, task.name, task.metric)
+            for task in self._tasks
+        }
         floor = {
             f"{task.name}: {task.metric}": curve[-1][1]
             for task in self._tasks
@@ -251,7 +298,9 @@ class Monitor:
         self._records.append(line)
 
 
-def _terms_by_task(terms: Mapping[str, float | torch.Tensor]) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
+def _terms_by_task(
+    terms: Mapping[str, float | torch.Tensor],
+) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
     """``task/<name>`` becomes the loss of the task, ``<term>/<name>`` a number beside it; the rest stays as it is."""
     tasks: dict[str, dict[str, float]] = {}
     rest: dict[str, float] = {}
@@ -265,5 +314,7 @@ def _terms_by_task(terms: Mapping[str, float | torch.Tensor]) -> tuple[dict[str,
 
 
 def _curve(records: Sequence[Mapping[str, Any]], task: str, name: str) -> list[tuple[int, float]]:
-    points = ((record["step"], record.get("tasks", {}).get(task, {}).get(name)) for record in records)
+    points = (
+        (record["step"], record.get("tasks", {}).get(task, {}).get(name)) for record in records
+    )
     return [(step, value) for step, value in points if value is not None]

@@ -1,6 +1,7 @@
 """The figures of a run: curves, routing heatmaps, confusion matrices, embeddings and reliability diagrams.
 
-Colors are Okabe and Ito's, which readers with any color vision tell apart; so are both ends of the heatmaps.
+Colors are Okabe and Ito's, which readers with any color vision tell apart; so are both ends of the
+heatmaps.
 """
 
 from __future__ import annotations
@@ -44,7 +45,14 @@ def loss_figure(curves: Mapping[str, Curve], validation: Mapping[str, Curve]) ->
         panel.plot(*_columns(_smooth(points)), color=BLUE, linewidth=1.6, label="training")
         checks = _finite(validation.get(name, ()))
         if checks:
-            panel.plot(*_columns(checks), color=RED, marker="o", markersize=3, linewidth=1.2, label="validation")
+            panel.plot(
+                *_columns(checks),
+                color=RED,
+                marker="o",
+                markersize=3,
+                linewidth=1.2,
+                label="validation",
+            )
             panel.legend(fontsize=7, frameon=False)
         panel.set_title("all terms" if name == "loss" else name, fontsize=9)
     return figure
@@ -63,8 +71,15 @@ def metric_figure(curves: Mapping[str, Curve], baselines: Mapping[str, float]) -
         panel.plot(*_columns(points), color=BLUE, marker="o", markersize=3, linewidth=1.6)
         if math.isfinite(baselines.get(name, math.nan)):
             panel.axhline(baselines[name], color=RED, linestyle=":", linewidth=1.4)
-            place = dict(xycoords=("axes fraction", "data"), textcoords="offset points", fontsize=7, color=RED)
-            panel.annotate("majority", (1.0, baselines[name]), xytext=(-2, 2), ha="right", va="bottom", **place)
+            place = dict(
+                xycoords=("axes fraction", "data"),
+                textcoords="offset points",
+                fontsize=7,
+                color=RED,
+            )
+            panel.annotate(
+                "majority", (1.0, baselines[name]), xytext=(-2, 2), ha="right", va="bottom", **place
+            )
         panel.set_title(name, fontsize=9)
         panel.margins(y=0.12)
     return figure
@@ -92,10 +107,13 @@ def share_figure(share: np.ndarray, *, rows: Sequence[str], title: str, row_axis
     return figure
 
 
-def task_share_figure(share_LTE: np.ndarray, *, layers: Sequence[int | str], tasks: Sequence[str]) -> Figure:
+def task_share_figure(
+    share_LTE: np.ndarray, *, layers: Sequence[int | str], tasks: Sequence[str]
+) -> Figure:
     """Heatmaps task x expert, one panel per layer: which experts the tokens of each task go to.
 
-    Experts of different layers have nothing in common but their number, so the layers are not averaged.
+    Experts of different layers have nothing in common but their number, so the layers are not
+    averaged.
     """
     experts = share_LTE.shape[-1]
     columns = min(len(layers), 2 if experts <= 16 else 1)
@@ -117,7 +135,8 @@ def confusion_figure(counts_YY: np.ndarray, *, labels: Sequence[str], title: str
 
     Args:
         counts_YY: posts by gold label (rows) and predicted label (columns).
-        labels: names in the order of the ids; left out above 30 labels, as are the numbers above 12.
+        labels: names in the order of the ids; left out above 30 labels, as are the numbers above
+            12.
         title: what is shown.
     """
     size = len(labels)
@@ -135,7 +154,11 @@ def confusion_figure(counts_YY: np.ndarray, *, labels: Sequence[str], title: str
     if size <= MAX_NAMED_CLASSES:
         names = [_short(label) for label in labels]
         upright = max(map(len, names)) <= 5 and size <= MAX_COUNTED_CLASSES
-        slant = dict(rotation=0, ha="center") if upright else dict(rotation=45, ha="right", rotation_mode="anchor")
+        slant = (
+            dict(rotation=0, ha="center")
+            if upright
+            else dict(rotation=45, ha="right", rotation_mode="anchor")
+        )
         panel.set_xticks(range(size), names, fontsize=7, **slant)
         panel.set_yticks(range(size), names, fontsize=7)
     panel.set_xlabel("predicted", fontsize=8)
@@ -189,7 +212,9 @@ def _share_panel(panel: Axes, share: np.ndarray, *, rows: Sequence[str]) -> None
     """One heatmap of shares around the even share, with percent in the cells while they fit."""
     experts = share.shape[1]
     # 0 is the even share, +1 twice of it and more, -1 a dead expert.
-    panel.imshow(np.clip(share * experts - 1.0, -1.0, 1.0), cmap="PuOr", vmin=-1.0, vmax=1.0, aspect="auto")
+    panel.imshow(
+        np.clip(share * experts - 1.0, -1.0, 1.0), cmap="PuOr", vmin=-1.0, vmax=1.0, aspect="auto"
+    )
     panel.set_facecolor(EMPTY)
     if experts <= 16:
         for row, column in np.ndindex(*share.shape):
@@ -214,7 +239,10 @@ def _smooth(points: Curve) -> list[tuple[int, float]]:
     """Centred running mean over a twentieth of the curve."""
     reach = len(points) // 40
     windows = (points[max(0, i - reach) : i + reach + 1] for i in range(len(points)))
-    return [(step, sum(v for _, v in window) / len(window)) for (step, _), window in zip(points, windows, strict=True)]
+    return [
+        (step, sum(v for _, v in window) / len(window))
+        for (step, _), window in zip(points, windows, strict=True)
+    ]
 
 
 def _short(label: str) -> str:
@@ -238,8 +266,8 @@ def embedding_figure(points_NP: np.ndarray, labels: Sequence[Any], *, title: str
 
     Args:
         points_NP: embeddings.
-        labels: per post a number (coloured along a scale), a name, or a list of names. Of many names the commonest keep
-            a colour of their own and the rest shares one.
+        labels: per post a number (coloured along a scale), a name, or a list of names. Of many
+            names the commonest keep a colour of their own and the rest shares one.
         title: what is shown.
     """
     plane_N2, kept = principal_plane(points_NP)
@@ -247,10 +275,14 @@ def embedding_figure(points_NP: np.ndarray, labels: Sequence[Any], *, title: str
     panel = figure.add_subplot()
     dots = dict(s=9, alpha=0.75, linewidths=0)
     if all(isinstance(label, float | int) for label in labels):
-        shown = panel.scatter(*plane_N2.T, c=np.array(labels, dtype=np.float64), cmap="cividis", **dots)
+        shown = panel.scatter(
+            *plane_N2.T, c=np.array(labels, dtype=np.float64), cmap="cividis", **dots
+        )
         figure.colorbar(shown, ax=panel, shrink=0.8).ax.tick_params(labelsize=7)
     else:
-        names = np.array([label if isinstance(label, str) else " + ".join(label) or "none" for label in labels])
+        names = np.array(
+            [label if isinstance(label, str) else " + ".join(label) or "none" for label in labels]
+        )
         found, counts = np.unique(names, return_counts=True)
         common = found[np.argsort(-counts, kind="stable")]
         own = common if len(common) <= MAX_COLOURED else common[: MAX_COLOURED - 1]
@@ -258,8 +290,15 @@ def embedding_figure(points_NP: np.ndarray, labels: Sequence[Any], *, title: str
             panel.scatter(*plane_N2[names == name].T, color=colour, label=name, **dots)
         if len(own) < len(common):
             rest = ~np.isin(names, own)
-            panel.scatter(*plane_N2[rest].T, color=COLOURS[-1], label=f"{len(common) - len(own)} others", **dots)
-        panel.legend(fontsize=7, frameon=False, markerscale=1.6, loc="center left", bbox_to_anchor=(1.0, 0.5))
+            panel.scatter(
+                *plane_N2[rest].T,
+                color=COLOURS[-1],
+                label=f"{len(common) - len(own)} others",
+                **dots,
+            )
+        panel.legend(
+            fontsize=7, frameon=False, markerscale=1.6, loc="center left", bbox_to_anchor=(1.0, 0.5)
+        )
     panel.set_xlabel(f"first axis ({100 * kept[0]:.0f} % of the variance)", fontsize=8)
     panel.set_ylabel(f"second axis ({100 * kept[1]:.0f} %)", fontsize=8)
     panel.tick_params(labelsize=7)
@@ -301,9 +340,15 @@ def reliability_figure(curves: Mapping[str, Bins], *, title: str) -> Figure:
     panel.plot([0, 1], [0, 1], color=INK, linewidth=0.8, linestyle=":")
     for colour, (name, (counts, sums, hits)) in zip(BEFORE_AND_AFTER, curves.items(), strict=False):
         used = counts > 0
-        sure, true, share = sums[used] / counts[used], hits[used] / counts[used], counts[used] / counts.sum()
+        sure, true, share = (
+            sums[used] / counts[used],
+            hits[used] / counts[used],
+            counts[used] / counts.sum(),
+        )
         panel.plot(sure, true, color=colour, linewidth=1.2, label=name, clip_on=False)
-        panel.scatter(sure, true, s=8 + 240 * share, color=colour, alpha=0.55, linewidths=0, clip_on=False)
+        panel.scatter(
+            sure, true, s=8 + 240 * share, color=colour, alpha=0.55, linewidths=0, clip_on=False
+        )
     panel.set(xlim=(0, 1), ylim=(0, 1), xlabel="probability given", ylabel="share that came true")
     panel.set_title(title, fontsize=9)
     panel.grid(color=GRID, linewidth=0.5)

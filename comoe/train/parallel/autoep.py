@@ -1,7 +1,8 @@
 """AutoEP's layer with comoe's gate and, on a CPU, with comoe's dispatch and arithmetic.
 
-On a GPU AutoEP does everything but the gate. Its CPU path is a reference: it pads every expert, copies all routed rows
-four times more than it must, and makes each expert's gradient as large as that of all experts.
+On a GPU AutoEP does everything but the gate. Its CPU path is a reference: it pads every expert,
+copies all routed rows four times more than it must, and makes each expert's gradient as large as
+that of all experts.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ class CooperativeRouter(TokenChoiceTopKRouter):
         """See ``PendingRoute.collect``."""
         return self.pending.collect()
 
-    def forward(self, tokens_SM: Tensor, expert_bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, tokens_SM: Tensor, expert_bias: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """What AutoEP dispatches by: weights (S, k), indices (S, k), tokens per expert (E,) int32."""
         routing = self.pending.route(self.gate, tokens_SM, self.e_score_correction_bias)
         return routing.weights_Sk, routing.indices_Sk, routing.counts_E.to(torch.int32)
@@ -48,7 +51,11 @@ class CooperativeExperts(GroupedExperts):
     """AutoEP's experts of this rank; on a CPU they weigh and add up as well, by ``comoe.models.moe.experts``."""
 
     def forward(
-        self, x_RM: Tensor, counts_E: Tensor, order_N: Tensor | None = None, weights_Rk: Tensor | None = None
+        self,
+        x_RM: Tensor,
+        counts_E: Tensor,
+        order_N: Tensor | None = None,
+        weights_Rk: Tensor | None = None,
     ) -> Tensor:
         """Rows sorted by expert to their answers, as in AutoEP; with an order and weights, rows to weighted sums."""
         if order_N is None or weights_Rk is None:
@@ -74,7 +81,12 @@ class CooperativeLayer(auto_ep_layer.AutoEPMoELayer):
         return self._over_ranks(x_SM, weights_Sk, indices_Sk, counts_E, order_N).view_as(hidden_1SM)
 
     def _over_ranks(
-        self, x_SM: Tensor, weights_Sk: Tensor, indices_Sk: Tensor, counts_E: Tensor, order_N: Tensor
+        self,
+        x_SM: Tensor,
+        weights_Sk: Tensor,
+        indices_Sk: Tensor,
+        counts_E: Tensor,
+        order_N: Tensor,
     ) -> Tensor:
         """Rows and their weights to the ranks of their experts, answers back, and their sum per token."""
         plan = auto_ep_layer.compute_split_plan(
@@ -87,12 +99,19 @@ class CooperativeLayer(auto_ep_layer.AutoEPMoELayer):
         )
         exchange = auto_ep_layer._AllToAllV.apply
         tokens_N = order_N // self.top_k
-        rows_RM = exchange(self.ep_group, x_SM.index_select(0, tokens_N), plan.input_splits, plan.output_splits)
-        # The weights travel too: the experts multiply them into their hidden state, a quarter as wide as the answer.
+        rows_RM = exchange(
+            self.ep_group, x_SM.index_select(0, tokens_N), plan.input_splits, plan.output_splits
+        )
+        # The weights travel too: the experts multiply them into their hidden state, a quarter as
+        # wide as the answer.
         weights_N1 = weights_Sk.reshape(-1, 1).index_select(0, order_N)
         weights_R1 = exchange(self.ep_group, weights_N1, plan.input_splits, plan.output_splits)
         counts_WE = plan.local_counts_by_source
-        owner_R = torch.arange(self.num_local_experts).repeat(self.ep_size).repeat_interleave(counts_WE.reshape(-1))
+        owner_R = (
+            torch.arange(self.num_local_experts)
+            .repeat(self.ep_size)
+            .repeat_interleave(counts_WE.reshape(-1))
+        )
         answers_RM = self.experts(rows_RM, counts_WE.sum(dim=0), sort_routes(owner_R), weights_R1)
         answers_NM = exchange(self.ep_group, answers_RM, plan.output_splits, plan.input_splits)
         return torch.zeros_like(x_SM).index_add(0, tokens_N, answers_NM)

@@ -38,7 +38,9 @@ class Layout:
     """Parameters in bfloat16, float32 masters and gradient sums."""
 
 
-def plan_layout(recipe: Recipe, settings: Mapping[str, Any], *, world_size: int, gpu: bool) -> Layout:
+def plan_layout(
+    recipe: Recipe, settings: Mapping[str, Any], *, world_size: int, gpu: bool
+) -> Layout:
     """Settle the numbers that depend on the ranks.
 
     Raises:
@@ -46,7 +48,9 @@ def plan_layout(recipe: Recipe, settings: Mapping[str, Any], *, world_size: int,
     """
     stage = settings.get("zero_optimization", {}).get("stage", 0)
     if stage not in (1, 2, 3):
-        raise ValueError(f"zero_optimization.stage ({stage}) must be 1, 2 or 3: stage 0 clips wrongly with experts.")
+        raise ValueError(
+            f"zero_optimization.stage ({stage}) must be 1, 2 or 3: stage 0 clips wrongly with experts."
+        )
     precision = settings.get("bf16", {}).get("enabled", AUTO)
     batch = recipe.train.batch_size
     asked = recipe.loss.contrastive.chunk_size or recipe.train.micro_batch_size
@@ -65,7 +69,9 @@ def _ep_size(recipe: Recipe, settings: Mapping[str, Any], world_size: int) -> in
     experts = recipe.model.moe.num_experts
     if experts == 0:
         return 1
-    valid = [size for size in range(1, world_size + 1) if world_size % size == 0 and experts % size == 0]
+    valid = [
+        size for size in range(1, world_size + 1) if world_size % size == 0 and experts % size == 0
+    ]
     asked = recipe.parallel.ep_size
     written = settings.get("expert_parallel", {}).get("autoep_size", AUTO)
     if asked == AUTO and written != AUTO:
@@ -87,30 +93,44 @@ def load_settings(path: Path) -> dict[str, Any]:
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {error.lineno}: {error.msg}; the file must be one JSON object.") from error
+        raise ValueError(
+            f"{path}, line {error.lineno}: {error.msg}; the file must be one JSON object."
+        ) from error
     if not isinstance(settings, dict):
-        raise ValueError(f"{path}: the file must be one JSON object, not a {type(settings).__name__}.")
+        raise ValueError(
+            f"{path}: the file must be one JSON object, not a {type(settings).__name__}."
+        )
     for name in SECTIONS:
         if not isinstance(settings.get(name, {}), dict):
-            raise ValueError(f"{path}: {name} is {settings[name]!r}; it must be an object, as in zero2.json.")
+            raise ValueError(
+                f"{path}: {name} is {settings[name]!r}; it must be an object, as in zero2.json."
+            )
     return settings
 
 
-def fill_settings(settings: Mapping[str, Any], recipe: Recipe, layout: Layout, *, gpu: bool) -> dict[str, Any]:
+def fill_settings(
+    settings: Mapping[str, Any], recipe: Recipe, layout: Layout, *, gpu: bool
+) -> dict[str, Any]:
     """The complete DeepSpeed configuration of this run.
 
     Args:
-        settings: the JSON as read; numbers that the recipe owns are "auto", absent, or equal to the recipe's.
+        settings: the JSON as read; numbers that the recipe owns are "auto", absent, or equal to the
+            recipe's.
 
     Raises:
-        ValueError: a clash with the recipe, a section that the recipe owns, or an "auto" that nothing fills.
+        ValueError: a clash with the recipe, a section that the recipe owns, or an "auto" that
+            nothing fills.
     """
     for section in ("optimizer", "scheduler", "fp16", "elasticity"):
         if section in settings:
             raise ValueError(f"{section} must not be in the DeepSpeed JSON: {_OWNED[section]}")
     values = _values(recipe, layout, gpu=gpu)
     filled = _fill(settings, values, prefix="")
-    for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
+    for key in (
+        "train_batch_size",
+        "train_micro_batch_size_per_gpu",
+        "gradient_accumulation_steps",
+    ):
         filled[key] = values[key]
     filled.setdefault("gradient_clipping", values["gradient_clipping"])
     filled.setdefault("bf16", {"enabled": layout.bf16})
@@ -159,7 +179,9 @@ def _fill(section: Mapping[str, Any], values: Mapping[str, Any], *, prefix: str)
             filled[key] = _fill(value, values, prefix=f"{path}.")
         elif value == AUTO:
             if path not in values:
-                raise ValueError(f'{path} is "auto" in the DeepSpeed JSON, but nothing fills it; write a value.')
+                raise ValueError(
+                    f'{path} is "auto" in the DeepSpeed JSON, but nothing fills it; write a value.'
+                )
             filled[key] = values[path]
         else:
             if (
@@ -177,10 +199,15 @@ def _fill(section: Mapping[str, Any], values: Mapping[str, Any], *, prefix: str)
 
 def _optimizer(recipe: Recipe) -> dict[str, Any]:
     train = recipe.train
-    return {"type": _OPTIMIZERS[train.optimizer][0], "params": _OPTIMIZERS[train.optimizer][1](train)}
+    return {
+        "type": _OPTIMIZERS[train.optimizer][0],
+        "params": _OPTIMIZERS[train.optimizer][1](train),
+    }
 
 
-def _expert_parallel(section: Mapping[str, Any], recipe: Recipe, values: Mapping[str, Any]) -> dict[str, Any]:
+def _expert_parallel(
+    section: Mapping[str, Any], recipe: Recipe, values: Mapping[str, Any]
+) -> dict[str, Any]:
     if recipe.model.moe.num_experts == 0:
         return {"enabled": False}
     for key, value in _AUTOEP.items():
@@ -226,6 +253,10 @@ _OPTIMIZERS = {
     ),
     "sgd": (
         "SGD",
-        lambda train: {"lr": train.learning_rate, "momentum": train.momentum, "weight_decay": train.weight_decay},
+        lambda train: {
+            "lr": train.learning_rate,
+            "momentum": train.momentum,
+            "weight_decay": train.weight_decay,
+        },
     ),
 }

@@ -42,7 +42,9 @@ class Engine:
         self.device = deepspeed_engine.device
         groups = deepspeed_engine.optimizer.param_groups
         # Stage 3 overwrites these with the first group's when it loads; see ``restore_groups``.
-        self._group_settings = [(group["lr"], group["weight_decay"], group["name"]) for group in groups]
+        self._group_settings = [
+            (group["lr"], group["weight_decay"], group["name"]) for group in groups
+        ]
         self._roles = [group["role"] for group in groups]
 
     @property
@@ -63,7 +65,9 @@ class Engine:
     def restore_groups(self) -> None:
         """Undo what loading a stage-3 checkpoint does to the parameter groups and to Adam's step counts."""
         inner = getattr(self.deepspeed.optimizer, "optimizer", self.deepspeed.optimizer)
-        for group, (peak, decay, name) in zip(inner.param_groups, self._group_settings, strict=True):
+        for group, (peak, decay, name) in zip(
+            inner.param_groups, self._group_settings, strict=True
+        ):
             group.update(lr=peak, weight_decay=decay, name=name)
         for state in inner.state.values():
             if isinstance(state.get("step"), Tensor):
@@ -76,21 +80,27 @@ class Engine:
         self.objective.begin_step()
         outputs: list[StepOutput] = []
         skipped_before = self.deepspeed.skipped_steps
-        # ZeRO 1 in bf16 adds the gradients of each backward pass to float32 sums, and would clear them by a hook on
-        # what the model answers; on a record it finds no place for one, and a step's first gradients would count once
-        # for each of its micro-steps.
+        # ZeRO 1 in bf16 adds the gradients of each backward pass to float32 sums, and would clear
+        # them by a hook on what the model answers; on a record it finds no place for one, and a
+        # step's first gradients would count once for each of its micro-steps.
         clear = getattr(self.deepspeed.optimizer, "clear_lp_grads", lambda: None)
         gram_TT = self._gram(batches)
         for batch, cached in zip(batches, self._first_pass(batches), strict=True):
-            output: StepOutput = self.deepspeed(batch.to(self.device), cached=cached, gram_TT=gram_TT)
-            # A loss that is not finite must not change a weight, wherever the graph swallows it: the poisoned
-            # gradient reaches DeepSpeed's own check, which skips the step on all ranks and clears what was summed.
+            output: StepOutput = self.deepspeed(
+                batch.to(self.device), cached=cached, gram_TT=gram_TT
+            )
+            # A loss that is not finite must not change a weight, wherever the graph swallows it:
+            # the poisoned gradient reaches DeepSpeed's own check, which skips the step on all ranks
+            # and clears what was summed.
             clear()
             poison = torch.where(torch.isfinite(output.loss.detach()), 1.0, torch.nan)
             self.deepspeed.backward(output.loss * poison)
             self.deepspeed.step()
-            # Texts, pictures and states wait for nothing any more, and the step may have many micro-batches.
-            outputs.append(replace(output, output=replace(output.output, image_text=None, sharing=None)))
+            # Texts, pictures and states wait for nothing any more, and the step may have many
+            # micro-batches.
+            outputs.append(
+                replace(output, output=replace(output.output, image_text=None, sharing=None))
+            )
         skipped = self.deepspeed.skipped_steps > skipped_before
         if not skipped:
             self._update_balance([output.output for output in outputs])
@@ -112,7 +122,9 @@ class Engine:
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices), torch.no_grad():
             passes = [self.deepspeed(batch.to(self.device), embed=True) for batch in batches]
-        return self.objective.contrast([targets_of(batch).to(self.device) for batch in batches], passes)
+        return self.objective.contrast(
+            [targets_of(batch).to(self.device) for batch in batches], passes
+        )
 
     def _gram(self, batches: Sequence[Batch]) -> Tensor | None:
         """Inner products of the tasks' gradients over the whole step, by a pass of its own over all micro-batches.
@@ -141,13 +153,20 @@ class Engine:
         if not layers:
             return
         # Loads of the whole optimizer step: all micro-steps, all ranks, real tokens only.
-        steps_ALE = torch.stack([torch.stack([routing.counts_E for routing in output.routings]) for output in outputs])
+        steps_ALE = torch.stack(
+            [torch.stack([routing.counts_E for routing in output.routings]) for output in outputs]
+        )
         loads_LE = sum_over_ranks(steps_ALE.sum(0).double())
         moe = self.recipe.model.moe
         for layer, load_E in zip(layers, loads_LE, strict=True):
-            BALANCES[moe.balance](layer.mixture.router.e_score_correction_bias, load_E, moe.balance_rate)
+            BALANCES[moe.balance](
+                layer.mixture.router.e_score_correction_bias, load_E, moe.balance_rate
+            )
 
 
 def _mean_terms(outputs: Sequence[StepOutput]) -> dict[str, Tensor]:
     names = outputs[0].terms.keys()
-    return {name: torch.stack([output.terms[name].detach().float() for output in outputs]).mean() for name in names}
+    return {
+        name: torch.stack([output.terms[name].detach().float() for output in outputs]).mean()
+        for name in names
+    }

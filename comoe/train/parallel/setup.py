@@ -1,6 +1,7 @@
 """From the plain PyTorch model to a DeepSpeed engine: process group, AutoEP with our gate, ZeRO, parameter groups.
 
-The contact with DeepSpeed's internals (AutoEP is unversioned) is all here, held by one contract test.
+The contact with DeepSpeed's internals (AutoEP is unversioned) is all here, held by one contract
+test.
 """
 
 from __future__ import annotations
@@ -31,20 +32,25 @@ from comoe.train.environment import M_MMAP_THRESHOLD, set_thresholds
 from comoe.train.parallel.autoep import CooperativeRouter, our_classes
 
 BLOCK_CHILDREN = ("norm", "task_projection", "mixture", "shared")
-"""Modules of a ``CooperativeBlock``; a path that merely holds the word block, as every layer of a T5 does, goes on with
-another."""
+"""Modules of a ``CooperativeBlock``; a path that merely holds the word block, as every layer of a
+T5 does, goes on with another."""
 
 
 def parameter_group(name: str) -> str:
     """Which learning rate a parameter follows: "encoder", "experts" or "heads", from its path.
 
-    Blocks, the task embedding and private parts are "experts": all that is new beside or behind the pre-trained layers.
+    Blocks, the task embedding and private parts are "experts": all that is new beside or behind the
+    pre-trained layers.
     """
     parts = name.split(".")
     child = next((part for part in parts if part in PARAMETER_GROUPS), None)
-    assert child, f"{name} lies in none of the modules {', '.join(PARAMETER_GROUPS)} of MultiTaskModel"
+    assert child, (
+        f"{name} lies in none of the modules {', '.join(PARAMETER_GROUPS)} of MultiTaskModel"
+    )
     # The blocks live inside the encoder they are attached to.
-    in_block = any(part == "block" and following in BLOCK_CHILDREN for part, following in pairwise(parts))
+    in_block = any(
+        part == "block" and following in BLOCK_CHILDREN for part, following in pairwise(parts)
+    )
     return "experts" if child == "encoder" and in_block else PARAMETER_GROUPS[child]
 
 
@@ -66,9 +72,9 @@ def start_ranks(*, timeout_seconds: float, verbose: bool = False) -> torch.devic
     # DeepSpeed sets up its logger on import, after the environment was read.
     if not verbose:
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    # On a CPU DeepSpeed would compile a shared-memory all-reduce first: a minute, a lock file that outlives a killed
-    # process, 69 MB per rank that stay in /dev/shm for ever, and nothing that training calls (only
-    # ``inference_all_reduce`` does).
+    # On a CPU DeepSpeed would compile a shared-memory all-reduce first: a minute, a lock file that
+    # outlives a killed process, 69 MB per rank that stay in /dev/shm for ever, and nothing that
+    # training calls (only ``inference_all_reduce`` does).
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     gpu = torch.cuda.is_available()
     if gpu:
@@ -88,7 +94,8 @@ def start_ranks(*, timeout_seconds: float, verbose: bool = False) -> torch.devic
 def building(settings: Mapping[str, Any]) -> Iterator[None]:
     """The context to build the objective in: at ZeRO 3 its encoder is split over the ranks while it is read.
 
-    Always at stage 3, whatever the size: so what is tested on small encoders is what large ones run.
+    Always at stage 3, whatever the size: so what is tested on small encoders is what large ones
+    run.
 
     Args:
         settings: complete DeepSpeed configuration.
@@ -102,9 +109,10 @@ def building(settings: Mapping[str, Any]) -> Iterator[None]:
 
 @contextmanager
 def _memory_goes_back() -> Iterator[None]:
-    # glibc learns from each large block that is freed to keep the next ones, up to 32 MiB. Whole weights between shares
-    # that stay then leave holes, measured as large as the whole encoder. Afterwards it keeps what it kept before, or
-    # would have learned to, which is fast: batches come and go.
+    # glibc learns from each large block that is freed to keep the next ones, up to 32 MiB. Whole
+    # weights between shares that stay then leave holes, measured as large as the whole encoder.
+    # Afterwards it keeps what it kept before, or would have learned to, which is fast: batches come
+    # and go.
     libc = ctypes.CDLL(None) if os.name == "posix" else None
     if not hasattr(libc, "gnu_get_libc_version"):
         yield
@@ -116,18 +124,23 @@ def _memory_goes_back() -> Iterator[None]:
         set_thresholds(libc)
 
 
-def build_deepspeed_engine(objective: Objective, recipe: Recipe, settings: Mapping[str, Any]) -> Any:
+def build_deepspeed_engine(
+    objective: Objective, recipe: Recipe, settings: Mapping[str, Any]
+) -> Any:
     """Shard experts and optimizer over the ranks.
 
     Args:
         objective: plain PyTorch, the same on every rank, built in the context of ``building``.
-        settings: complete DeepSpeed configuration, see ``comoe.train.parallel.ds_config.fill_settings``.
+        settings: complete DeepSpeed configuration, see
+            ``comoe.train.parallel.ds_config.fill_settings``.
     """
     groups = parameter_groups(objective, recipe)
     if any(hasattr(parameter, "ds_id") for parameter in objective.parameters()):
         _match_split_weights(objective, bf16=settings["bf16"]["enabled"])
     with our_classes(recipe.model.moe):
-        engine, _, _, _ = deepspeed.initialize(model=objective, model_parameters=groups, config=dict(settings))
+        engine, _, _, _ = deepspeed.initialize(
+            model=objective, model_parameters=groups, config=dict(settings)
+        )
     for module in engine.module.modules():
         for name, buffer in module.named_buffers(recurse=False):
             # Where a part came split already, DeepSpeed moves no buffer.
@@ -146,8 +159,8 @@ def _match_split_weights(objective: nn.Module, *, bf16: bool) -> None:
 
 
 def parameter_groups(objective: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
-    """Optimizer groups: encoder, experts, heads, each with and without weight decay, and what a weighting learns.
-    Frozen parameters are left out."""
+    """Optimizer groups: encoder, experts, heads, each with and without weight decay, and what a
+    weighting learns. Frozen parameters are left out."""
     rates = {
         "encoder": recipe.train.learning_rate,
         "experts": recipe.train.expert_learning_rate,
@@ -161,7 +174,9 @@ def parameter_groups(objective: nn.Module, recipe: Recipe) -> list[dict[str, Any
             # A split weight is flat.
             matrix = len(getattr(parameter, "ds_shape", parameter.shape)) > 1
             # What a loss learns (temperatures) follows the heads: as new as they are.
-            role = {"losses": "heads", "weighting": "weighting"}.get(name.split(".")[0]) or parameter_group(name)
+            role = {"losses": "heads", "weighting": "weighting"}.get(
+                name.split(".")[0]
+            ) or parameter_group(name)
             groups.setdefault((role, matrix), []).append(parameter)
     return [
         {
@@ -183,17 +198,21 @@ def reading_optimizer_state() -> AbstractContextManager[None]:
 def gather_full_state(engine: Any) -> dict[str, Tensor]:
     """All weights and buffers under the plain model's names, float32, on the CPU. Every rank must call it.
 
-    Experts are gathered over the ranks that share them and put back into AutoEP's source layout. Rank 0 gets all; the
-    other ranks an empty dict.
+    Experts are gathered over the ranks that share them and put back into AutoEP's source layout.
+    Rank 0 gets all; the other ranks an empty dict.
     """
     keep = deepspeed.comm.get_rank() == 0
     state: dict[str, Tensor] = {}
     model = engine.module.model
     layers = {
-        name: module for name, module in model.named_modules() if isinstance(module, auto_ep_layer.AutoEPMoELayer)
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, auto_ep_layer.AutoEPMoELayer)
     }
     for name, layer in layers.items():
-        parts = {key: _gather_experts(layer, getattr(layer.experts, key)) for key in ("w1", "w2", "w3")}
+        parts = {
+            key: _gather_experts(layer, getattr(layer.experts, key)) for key in ("w1", "w2", "w3")
+        }
         state[f"{name}.experts.gate_up_proj"] = torch.cat([parts["w1"], parts["w3"]], dim=1)
         state[f"{name}.experts.down_proj"] = parts["w2"]
         if not keep:
@@ -225,7 +244,9 @@ def _persistent_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
 def _plain_name(name: str, layers: Mapping[str, Any]) -> str:
     for layer in layers:
         name = name.replace(f"{layer}.router.gate.", f"{layer}.gate.")
-        name = name.replace(f"{layer}.router.e_score_correction_bias", f"{layer}.gate.e_score_correction_bias")
+        name = name.replace(
+            f"{layer}.router.e_score_correction_bias", f"{layer}.gate.e_score_correction_bias"
+        )
     return name
 
 

@@ -58,10 +58,15 @@ class Scripted:
             found.append(said if isinstance(said, Answer) else Answer(said, 0.5, True))
         return found
 
-    def score(self, prompts: Sequence[Prompt], *, choices: Sequence[str]) -> list[tuple[float, ...]]:
+    def score(
+        self, prompts: Sequence[Prompt], *, choices: Sequence[str]
+    ) -> list[tuple[float, ...]]:
         assert tuple(choices) == ("good", "bad")
         self.judged += [prompt.question for prompt in prompts]
-        return [(0.1, 0.9) if "slow" in prompt.question.split(" | ")[3] else (0.75, 0.25) for prompt in prompts]
+        return [
+            (0.1, 0.9) if "slow" in prompt.question.split(" | ")[3] else (0.75, 0.25)
+            for prompt in prompts
+        ]
 
     def excess(self, prompt: Prompt) -> int:
         return max(len(prompt.question.split()) - self.most_words, 0)
@@ -103,7 +108,11 @@ def rows_of(path: Path) -> list[dict[str, object]]:
 
 
 def run(
-    folder: Path, rows: Sequence[Mapping[str, object]], model: Scripted, prompts: Prompts, **changes: object
+    folder: Path,
+    rows: Sequence[Mapping[str, object]],
+    model: Scripted,
+    prompts: Prompts,
+    **changes: object,
 ) -> tuple[list[dict[str, object]], Report]:
     """Output and report; ``changes`` are settings, fields of the choice, or arguments of ``augment``."""
     path = write(folder / "posts.jsonl", rows)
@@ -116,7 +125,9 @@ def run(
     return rows_of(report.output), report
 
 
-def test_an_answer_that_implies_the_gold_label_converges_at_once(tmp_path: Path, prompts: Prompts) -> None:
+def test_an_answer_that_implies_the_gold_label_converges_at_once(
+    tmp_path: Path, prompts: Prompts
+) -> None:
     model = Scripted(honest)
     (row,), report = run(tmp_path, [{"id": 7, **post("They smiled.", "positive")}], model, prompts)
     assert row == {
@@ -126,20 +137,37 @@ def test_an_answer_that_implies_the_gold_label_converges_at_once(tmp_path: Path,
         "aux_rounds": 1, "aux_converged": True,
     }  # fmt: skip
     assert list(row)[-len(COLUMNS) :] == list(COLUMNS)
-    assert "  in round 1: 1" in report.lines() and "mean confidence of the polarity: 0.750" in report.lines()
+    assert (
+        "  in round 1: 1" in report.lines()
+        and "mean confidence of the polarity: 0.750" in report.lines()
+    )
 
 
-def test_an_answer_against_the_gold_label_is_refined_with_the_label_told(tmp_path: Path, prompts: Prompts) -> None:
+def test_an_answer_against_the_gold_label_is_refined_with_the_label_told(
+    tmp_path: Path, prompts: Prompts
+) -> None:
     model = Scripted(honest)
     (row,), report = run(tmp_path, [post("An hour passed.", "negative")], model, prompts)
-    assert (row["aux_opinion"], row["aux_polarity"], row["aux_rounds"]) == ("slow people", "negative", 2)
+    assert (row["aux_opinion"], row["aux_polarity"], row["aux_rounds"]) == (
+        "slow people",
+        "negative",
+        2,
+    )
     assert row["aux_converged"] is True and row["aux_polarity_confidence"] == 0.9
     assert model.asked[2][0] == "An hour passed. | service | it is bad, not good | aspect?"
-    assert model.asked[3][0] == "An hour passed. | service | service | it is bad, not friendly people | opinion?"
-    assert "converged: 1 of 1 posts with a gold label" in report.lines() and "  in round 2: 1" in report.lines()
+    assert (
+        model.asked[3][0]
+        == "An hour passed. | service | service | it is bad, not friendly people | opinion?"
+    )
+    assert (
+        "converged: 1 of 1 posts with a gold label" in report.lines()
+        and "  in round 2: 1" in report.lines()
+    )
 
 
-def test_the_question_for_the_polarity_never_tells_the_gold_label(tmp_path: Path, prompts: Prompts) -> None:
+def test_the_question_for_the_polarity_never_tells_the_gold_label(
+    tmp_path: Path, prompts: Prompts
+) -> None:
     model = Scripted(honest)
     run(tmp_path, [post("An hour passed.", "negative")], model, prompts)
     assert model.judged == [
@@ -148,7 +176,9 @@ def test_the_question_for_the_polarity_never_tells_the_gold_label(tmp_path: Path
     ]
 
 
-def test_what_never_converges_keeps_its_last_answer_and_is_marked(tmp_path: Path, prompts: Prompts) -> None:
+def test_what_never_converges_keeps_its_last_answer_and_is_marked(
+    tmp_path: Path, prompts: Prompts
+) -> None:
     said: list[str] = []
 
     def stubborn(question: str, draw: int | None) -> str:
@@ -157,33 +187,57 @@ def test_what_never_converges_keeps_its_last_answer_and_is_marked(tmp_path: Path
         said.append(f"friendly {len(said) + 1}")
         return said[-1]
 
-    (row,), report = run(tmp_path, [post("An hour passed.", "negative")], Scripted(stubborn), prompts)
+    (row,), report = run(
+        tmp_path, [post("An hour passed.", "negative")], Scripted(stubborn), prompts
+    )
     assert (row["aux_rounds"], row["aux_converged"]) == (10, False)
-    assert (row["aux_opinion"], row["aux_polarity"]) == ("friendly 10", "positive") and len(said) == 10
+    assert (row["aux_opinion"], row["aux_polarity"]) == ("friendly 10", "positive") and len(
+        said
+    ) == 10
     assert "  not converged: 1" in report.lines()
 
 
-def test_a_post_without_gold_label_has_one_round_and_no_verdict(tmp_path: Path, prompts: Prompts) -> None:
+def test_a_post_without_gold_label_has_one_round_and_no_verdict(
+    tmp_path: Path, prompts: Prompts
+) -> None:
     model = Scripted(honest)
     rows, _ = run(tmp_path, [post("An hour passed.", None), post("So so.", "")], model, prompts)
     assert [(row["aux_rounds"], row["aux_converged"]) for row in rows] == [(1, None), (1, None)]
     assert len(model.asked) == 4
 
 
-def test_a_question_is_answered_greedily_once_and_drawn_when_it_comes_back(tmp_path: Path, prompts: Prompts) -> None:
-    model = Scripted(lambda question, draw: "friendly people" if is_opinion(question) else "service")
+def test_a_question_is_answered_greedily_once_and_drawn_when_it_comes_back(
+    tmp_path: Path, prompts: Prompts
+) -> None:
+    model = Scripted(
+        lambda question, draw: "friendly people" if is_opinion(question) else "service"
+    )
     run(tmp_path, [post("An hour passed.", "negative")], model, prompts, rounds=4)
     draws = [draw for question, draw in model.asked if is_opinion(question)]
     # Rounds 1 and 2 ask two different questions; rounds 3 and 4 repeat the second one.
     assert draws[:2] == [None, None] and None not in draws[2:] and draws[2] != draws[3]
     again = Scripted(model.say)
-    run(tmp_path, [post("An hour passed.", "negative")], again, prompts, rounds=4, seed=1, overwrite=True)
+    run(
+        tmp_path,
+        [post("An hour passed.", "negative")],
+        again,
+        prompts,
+        rounds=4,
+        seed=1,
+        overwrite=True,
+    )
     assert [draw for question, draw in again.asked if is_opinion(question)][2:] != draws[2:]
 
 
-def test_without_temperature_nothing_is_drawn_and_no_question_is_asked_twice(tmp_path: Path, prompts: Prompts) -> None:
-    model = Scripted(lambda question, draw: "friendly people" if is_opinion(question) else "service")
-    (row,), _ = run(tmp_path, [post("An hour passed.", "negative")], model, prompts, temperature=0.0)
+def test_without_temperature_nothing_is_drawn_and_no_question_is_asked_twice(
+    tmp_path: Path, prompts: Prompts
+) -> None:
+    model = Scripted(
+        lambda question, draw: "friendly people" if is_opinion(question) else "service"
+    )
+    (row,), _ = run(
+        tmp_path, [post("An hour passed.", "negative")], model, prompts, temperature=0.0
+    )
     assert (row["aux_rounds"], row["aux_converged"]) == (10, False)
     assert [draw for _, draw in model.asked] == [None] * 4
 
@@ -202,30 +256,48 @@ BAD_ANSWERS = {
 
 @pytest.mark.parametrize("reason", REASONS)
 def test_a_malformed_answer_has_a_reason(reason: str, tmp_path: Path) -> None:
-    prompts = prompts_of(tmp_path, PROMPTS.replace("| aspect?", "| Which of all these things is it?", 1))
+    prompts = prompts_of(
+        tmp_path, PROMPTS.replace("| aspect?", "| Which of all these things is it?", 1)
+    )
     for text in BAD_ANSWERS[reason]:
         answer = text if isinstance(text, Answer) else Answer(text, 0.5, True)
         assert fault_of(answer, "opinion", prompts=prompts) == reason, text
 
 
-@pytest.mark.parametrize("text", ["slow", "slow, not good", '"no one came"', "slow and rude people.", "慢"])
+@pytest.mark.parametrize(
+    "text", ["slow", "slow, not good", '"no one came"', "slow and rude people.", "慢"]
+)
 def test_a_good_answer_has_no_fault(text: str, prompts: Prompts) -> None:
     assert fault_of(Answer(text, 0.5, True), "opinion", prompts=prompts) is None
 
 
 def test_blanks_quotes_and_the_full_stop_around_an_answer_go() -> None:
-    assert [tidy(text) for text in (' "slow."\n', "“slow”.", "slow", "slow. It was")] == ["slow"] * 3 + ["slow. It was"]
+    assert [tidy(text) for text in (' "slow."\n', "“slow”.", "slow", "slow. It was")] == [
+        "slow"
+    ] * 3 + ["slow. It was"]
 
 
-def test_a_malformed_answer_is_kept_out_counted_and_asked_anew(tmp_path: Path, prompts: Prompts) -> None:
+def test_a_malformed_answer_is_kept_out_counted_and_asked_anew(
+    tmp_path: Path, prompts: Prompts
+) -> None:
     def hesitant(question: str, draw: int | None) -> str:
         if "Empty" in question or ("Late" in question and draw is None and is_opinion(question)):
             return ""
         return honest(question, draw)
 
-    rows = [post("Empty.", "positive"), post("Late.", "positive"), post("Empty too.", None), post("Fine.", "positive")]
+    rows = [
+        post("Empty.", "positive"),
+        post("Late.", "positive"),
+        post("Empty too.", None),
+        post("Fine.", "positive"),
+    ]
     found, report = run(tmp_path, rows, Scripted(hesitant), prompts, rounds=3)
-    assert [row["aux_opinion"] for row in found] == [None, "friendly people", None, "friendly people"]
+    assert [row["aux_opinion"] for row in found] == [
+        None,
+        "friendly people",
+        None,
+        "friendly people",
+    ]
     assert [row["aux_converged"] for row in found] == [False, True, None, True]
     # The first question comes back, so the second time it is drawn.
     assert [row["aux_rounds"] for row in found] == [3, 2, 1, 1]
@@ -239,18 +311,29 @@ def test_a_malformed_answer_is_kept_out_counted_and_asked_anew(tmp_path: Path, p
     assert "  aspect, empty: 4" in report.lines() and "  opinion, empty: 1" in report.lines()
 
 
-def test_a_run_that_was_killed_goes_on_and_ends_with_the_same_bytes(tmp_path: Path, prompts: Prompts) -> None:
+def test_a_run_that_was_killed_goes_on_and_ends_with_the_same_bytes(
+    tmp_path: Path, prompts: Prompts
+) -> None:
     rows = [post(f"Post {number} " + "long " * (number % 5), "negative" if number % 3 else "positive")
             for number in range(30)]  # fmt: skip
 
     def script(question: str, draw: int | None) -> str:
-        return honest(question, draw) if "7" not in question else "good" if draw is None else f"friendly {draw}"
+        return (
+            honest(question, draw)
+            if "7" not in question
+            else "good"
+            if draw is None
+            else f"friendly {draw}"
+        )
 
     (tmp_path / "whole").mkdir()
     run(tmp_path / "whole", rows, Scripted(script), prompts, batch_size=2)
     whole = (tmp_path / "whole" / "out" / "aux.jsonl").read_bytes()
     (tmp_path / "killed").mkdir()
-    begun, output = tmp_path / "killed" / "out" / ".aux.jsonl.part", tmp_path / "killed" / "out" / "aux.jsonl"
+    begun, output = (
+        tmp_path / "killed" / "out" / ".aux.jsonl.part",
+        tmp_path / "killed" / "out" / "aux.jsonl",
+    )
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "killed", rows, Scripted(script, stop_after=60), prompts, batch_size=2)
     assert begun.is_file() and not output.exists()
@@ -270,7 +353,9 @@ def test_a_run_that_was_killed_goes_on_and_ends_with_the_same_bytes(tmp_path: Pa
 
 
 @pytest.mark.parametrize("option", ["--model", "--prompts", "--input", "--batch-size", "--rounds"])
-def test_a_stopped_run_is_not_gone_on_with_otherwise(option: str, tmp_path: Path, prompts: Prompts) -> None:
+def test_a_stopped_run_is_not_gone_on_with_otherwise(
+    option: str, tmp_path: Path, prompts: Prompts
+) -> None:
     rows = [post(f"Post {number}", "positive") for number in range(20)]
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, rows, Scripted(honest, stop_after=16), prompts, batch_size=2)
@@ -280,7 +365,9 @@ def test_a_stopped_run_is_not_gone_on_with_otherwise(option: str, tmp_path: Path
     changes = {"--batch-size": {"batch_size": 3}, "--rounds": {"batch_size": 2, "rounds": 3}}
     changes = changes.get(option, {"batch_size": 2})
     rows = rows[:-1] if option == "--input" else rows
-    with pytest.raises(ValueError, match=rf"stopped after 8 posts, begun otherwise: {option} was .*, is now"):
+    with pytest.raises(
+        ValueError, match=rf"stopped after 8 posts, begun otherwise: {option} was .*, is now"
+    ):
         run(tmp_path, rows, model, prompts, **changes)
     found, report = run(tmp_path, rows, model, prompts, **changes, overwrite=True)
     assert len(found) == len(rows) and report.resumed == 0
@@ -295,7 +382,9 @@ def test_two_processes_do_not_write_the_same_output(tmp_path: Path, prompts: Pro
         run(tmp_path, [post("One.", "positive")], Scripted(nested), prompts)
 
 
-def test_an_output_that_is_there_is_replaced_only_when_asked(tmp_path: Path, prompts: Prompts) -> None:
+def test_an_output_that_is_there_is_replaced_only_when_asked(
+    tmp_path: Path, prompts: Prompts
+) -> None:
     run(tmp_path, [post("One.", "positive")], Scripted(honest), prompts)
     made_otherwise = r"aux.jsonl is there already, made otherwise: --input was .*Name another file, or .* --overwrite"
     with pytest.raises(ValueError, match=made_otherwise):
@@ -305,7 +394,11 @@ def test_an_output_that_is_there_is_replaced_only_when_asked(tmp_path: Path, pro
 
 
 def kept(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 def give(folder: Path, path: str, output: str, prompts: Prompts, **changes: object) -> Report:
@@ -340,13 +433,17 @@ def test_a_file_that_is_read_is_never_written(case: str, tmp_path: Path, prompts
     (tmp_path / "hard.jsonl").hardlink_to(tmp_path / "own.jsonl")
     (tmp_path / "prompts.json").symlink_to("prompts.yaml")
     before = kept(tmp_path)
-    with pytest.raises(ValueError, match=r"--output .* would write .*, which is read .*; name another file"):
+    with pytest.raises(
+        ValueError, match=r"--output .* would write .*, which is read .*; name another file"
+    ):
         give(tmp_path, source, output, prompts)
     assert kept(tmp_path) == before
 
 
 @pytest.mark.parametrize("taken", ["aux.jsonl", "aux.malformed.jsonl", ".aux.jsonl.part"])
-def test_overwrite_replaces_no_file_of_somebody_else(taken: str, tmp_path: Path, prompts: Prompts) -> None:
+def test_overwrite_replaces_no_file_of_somebody_else(
+    taken: str, tmp_path: Path, prompts: Prompts
+) -> None:
     write(tmp_path / "own.jsonl", [post("One.", "positive")])
     (tmp_path / taken).write_text('{"text": "mine"}', encoding="utf-8")
     before = kept(tmp_path)
@@ -355,13 +452,18 @@ def test_overwrite_replaces_no_file_of_somebody_else(taken: str, tmp_path: Path,
     assert kept(tmp_path) == before
 
 
-def test_overwrite_does_not_replace_an_output_that_was_corrected_by_hand(tmp_path: Path, prompts: Prompts) -> None:
+def test_overwrite_does_not_replace_an_output_that_was_corrected_by_hand(
+    tmp_path: Path, prompts: Prompts
+) -> None:
     write(tmp_path / "own.jsonl", [post("One.", "positive")])
     give(tmp_path, "own.jsonl", "aux.jsonl", prompts)
     give(tmp_path, "own.jsonl", "aux.jsonl", prompts)
     with (tmp_path / "aux.jsonl").open("a") as file:
         file.write("\n")
-    with pytest.raises(ValueError, match="is not as augment wrote it, so it is never replaced, not even with --overw"):
+    with pytest.raises(
+        ValueError,
+        match="is not as augment wrote it, so it is never replaced, not even with --overw",
+    ):
         give(tmp_path, "own.jsonl", "aux.jsonl", prompts)
 
 
@@ -383,13 +485,18 @@ def test_an_output_that_appears_while_the_posts_are_read_is_kept_and_the_work_to
     assert report.resumed == 1 and not idle.asked
 
 
-def test_a_finished_run_given_again_says_so_and_changes_nothing(tmp_path: Path, prompts: Prompts) -> None:
+def test_a_finished_run_given_again_says_so_and_changes_nothing(
+    tmp_path: Path, prompts: Prompts
+) -> None:
     rows = [post("One.", "positive")]
     _, first = run(tmp_path, rows, Scripted(honest), prompts)
     assert sorted(kept(tmp_path / "out")) == [".aux.jsonl.done", "aux.jsonl"]
     before, idle = kept(tmp_path), Scripted(honest)
     _, again = run(tmp_path, rows, idle, prompts)
-    assert again.lines()[0].startswith("done already by the same command") and again.lines()[1:] == first.lines()
+    assert (
+        again.lines()[0].startswith("done already by the same command")
+        and again.lines()[1:] == first.lines()
+    )
     assert kept(tmp_path) == before and not idle.asked
     with pytest.raises(ValueError, match="made otherwise: --rounds was 10, is now 3"):
         run(tmp_path, rows, idle, prompts, rounds=3)
@@ -398,15 +505,21 @@ def test_a_finished_run_given_again_says_so_and_changes_nothing(tmp_path: Path, 
     assert kept(tmp_path) == before
 
 
-def test_a_file_of_malformed_answers_goes_when_there_are_none_any_more(tmp_path: Path, prompts: Prompts) -> None:
+def test_a_file_of_malformed_answers_goes_when_there_are_none_any_more(
+    tmp_path: Path, prompts: Prompts
+) -> None:
     _, report = run(tmp_path, [post("One.", None)], Scripted(lambda question, draw: ""), prompts)
     assert rows_of(report.aside)
     run(tmp_path, [post("One.", None)], Scripted(honest), prompts, overwrite=True)
     assert not report.aside.exists()
 
 
-def test_a_run_that_failed_before_any_post_was_done_may_be_given_otherwise(tmp_path: Path, prompts: Prompts) -> None:
-    with pytest.raises(ValueError, match="it reads few words. Copy launch/configs/augment_prompts.yaml"):
+def test_a_run_that_failed_before_any_post_was_done_may_be_given_otherwise(
+    tmp_path: Path, prompts: Prompts
+) -> None:
+    with pytest.raises(
+        ValueError, match="it reads few words. Copy launch/configs/augment_prompts.yaml"
+    ):
         run(tmp_path, [post("One.", "positive")], Scripted(honest, most_words=1), prompts)
     (row,), _ = run(tmp_path, [post("One.", "positive")], Scripted(honest), prompts, rounds=3)
     assert row["aux_converged"] is True
@@ -434,23 +547,36 @@ def test_a_log_is_not_silent_for_long_and_tells_the_time_left() -> None:
     ]
 
 
-def test_a_cell_that_json_cannot_hold_is_told_before_any_work(tmp_path: Path, prompts: Prompts) -> None:
+def test_a_cell_that_json_cannot_hold_is_told_before_any_work(
+    tmp_path: Path, prompts: Prompts
+) -> None:
     pyarrow = pytest.importorskip("pyarrow")
     path = tmp_path / "posts.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"text": ["One."], "raw": [b"1"]}), path)
     model = Scripted(honest)
-    with pytest.raises(ValueError, match="post 1 has a cell that JSON lines cannot hold.*drop its column"):
+    with pytest.raises(
+        ValueError, match="post 1 has a cell that JSON lines cannot hold.*drop its column"
+    ):
         augment(PostChoice(str(path)), tmp_path / "aux.jsonl", prompts=prompts, load=lambda: model,
                 settings=Settings(), progress=False)  # fmt: skip
     assert not model.asked
 
 
-HELP = {"rounds": "10", "temperature": "0.7", "seed": "0", "max-new-tokens": "32", "batch-size": "16"}
+HELP = {
+    "rounds": "10",
+    "temperature": "0.7",
+    "seed": "0",
+    "max-new-tokens": "32",
+    "batch-size": "16",
+}
 
 
 def test_help_tells_the_defaults() -> None:
     asked = subprocess.run(
-        [sys.executable, str(DEFAULT.parents[1] / "augment.py"), "--help"], capture_output=True, text=True, check=True
+        [sys.executable, str(DEFAULT.parents[1] / "augment.py"), "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     text = " ".join(asked.stdout.split())
     for flag, default in HELP.items():
@@ -458,14 +584,34 @@ def test_help_tells_the_defaults() -> None:
 
 
 MISTAKES: dict[str, tuple[list[dict[str, object]], dict[str, object], str]] = {
-    "taken": ([{"text": "a", "aux_rounds": 1}], {}, "has the column aux_rounds already, which would be overwritten"),
-    "label": ([post("a", "mixed")], {}, r"posts.jsonl:1: column polarity is a label without a word in the prompts"),
-    "blank": ([post("a", "positive"), post(" ", "positive")], {}, r"posts.jsonl:2: column text is empty.*--skip-bad"),
-    "column": ([post("a", "positive")], {"label": "polarty"}, "no column 'polarty'; did you mean polarity.*--label"),
+    "taken": (
+        [{"text": "a", "aux_rounds": 1}],
+        {},
+        "has the column aux_rounds already, which would be overwritten",
+    ),
+    "label": (
+        [post("a", "mixed")],
+        {},
+        r"posts.jsonl:1: column polarity is a label without a word in the prompts",
+    ),
+    "blank": (
+        [post("a", "positive"), post(" ", "positive")],
+        {},
+        r"posts.jsonl:2: column text is empty.*--skip-bad",
+    ),
+    "column": (
+        [post("a", "positive")],
+        {"label": "polarty"},
+        "no column 'polarty'; did you mean polarity.*--label",
+    ),
     "empty": ([], {}, "holds no post that can be read"),
     "rounds": ([post("a", None)], {"rounds": 0}, "--rounds is 0; it must be 1 or more"),
     "limit": ([post("a", None)], {"limit": 0}, "--limit is 0; it must be 1 or more"),
-    "temperature": ([post("a", None)], {"temperature": -1.0}, "--temperature is -1.0; it must be 0 or more"),
+    "temperature": (
+        [post("a", None)],
+        {"temperature": -1.0},
+        "--temperature is -1.0; it must be 0 or more",
+    ),
 }
 
 
@@ -477,12 +623,19 @@ def test_a_mistake_in_posts_or_options_is_told(case: str, tmp_path: Path, prompt
     assert not (tmp_path / "out" / "aux.jsonl").exists()
 
 
-def test_bad_rows_can_be_left_out_and_a_file_needs_no_target_and_no_label(tmp_path: Path, prompts: Prompts) -> None:
+def test_bad_rows_can_be_left_out_and_a_file_needs_no_target_and_no_label(
+    tmp_path: Path, prompts: Prompts
+) -> None:
     model = Scripted(honest)
-    found, report = run(tmp_path, [{"text": "One."}, {"text": ""}, {"text": "Two."}], model, prompts, skip_bad=True)
+    found, report = run(
+        tmp_path, [{"text": "One."}, {"text": ""}, {"text": "Two."}], model, prompts, skip_bad=True
+    )
     assert [row["text"] for row in found] == ["One.", "Two."] and len(report.posts.bad) == 1
     assert model.asked[0][0] == "One. | the place | aspect?"
-    assert [line.partition(":")[0] for line in report.lines()[:2]] == ["no column aspect", "no column polarity"]
+    assert [line.partition(":")[0] for line in report.lines()[:2]] == [
+        "no column aspect",
+        "no column polarity",
+    ]
 
 
 def test_csv_posts_with_other_columns_keep_every_column(tmp_path: Path, prompts: Prompts) -> None:
@@ -499,7 +652,10 @@ def test_line_separators_and_half_characters_do_no_harm(tmp_path: Path, prompts:
     rows = [post("a\u2028b\nc \ud83d \U0001f600", "positive")]
     model = Scripted(honest)
     (row,), report = run(tmp_path, rows, model, prompts)
-    assert row["text"] == rows[0]["text"] and len(report.output.read_text(encoding="utf-8").splitlines()) == 1
+    assert (
+        row["text"] == rows[0]["text"]
+        and len(report.output.read_text(encoding="utf-8").splitlines()) == 1
+    )
     # Asked on one line.
     assert model.asked[0][0].startswith("a b c \ufffd \U0001f600 |")
 
@@ -508,11 +664,24 @@ def test_a_post_that_is_too_long_loses_its_end_and_a_prompt_that_is_too_long_is_
     tmp_path: Path, prompts: Prompts
 ) -> None:
     model = Scripted(honest, most_words=15)
-    (row,), report = run(tmp_path, [post("one two three four five six seven eight nine", "positive")], model, prompts)
-    assert model.asked[0][0].startswith("one two three") and all(len(asked.split()) <= 15 for asked, _ in model.asked)
-    assert row["text"].endswith("nine") and "shortened, too long for the model: 1 posts" in report.lines()
+    (row,), report = run(
+        tmp_path, [post("one two three four five six seven eight nine", "positive")], model, prompts
+    )
+    assert model.asked[0][0].startswith("one two three") and all(
+        len(asked.split()) <= 15 for asked, _ in model.asked
+    )
+    assert (
+        row["text"].endswith("nine")
+        and "shortened, too long for the model: 1 posts" in report.lines()
+    )
     with pytest.raises(ValueError, match="the question aspect alone is 3 tokens too long"):
-        run(tmp_path, [post("one", "positive")], Scripted(honest, most_words=1), prompts, overwrite=True)
+        run(
+            tmp_path,
+            [post("one", "positive")],
+            Scripted(honest, most_words=1),
+            prompts,
+            overwrite=True,
+        )
 
 
 def test_batches_hold_prompts_of_similar_length_and_keep_their_places() -> None:
@@ -521,25 +690,42 @@ def test_batches_hold_prompts_of_similar_length_and_keep_their_places() -> None:
     class Echo(Scripted):
         def answer(self, prompts: Sequence[Prompt], *, draws: Sequence[int | None]) -> list[Answer]:
             sizes.append([prompt.question for prompt in prompts])
-            return [Answer(f"{prompt.question}{draw}", 1.0, True) for prompt, draw in zip(prompts, draws, strict=True)]
+            return [
+                Answer(f"{prompt.question}{draw}", 1.0, True)
+                for prompt, draw in zip(prompts, draws, strict=True)
+            ]
 
     batched = Batched(Echo(honest), batch_size=2)
-    found = batched.answer([Prompt(text) for text in ("a", "ccc", "bb", "dddd", "e")], draws=[1, 2, 3, 4, 5])
+    found = batched.answer(
+        [Prompt(text) for text in ("a", "ccc", "bb", "dddd", "e")], draws=[1, 2, 3, 4, 5]
+    )
     assert [answer.text for answer in found] == ["a1", "ccc2", "bb3", "dddd4", "e5"]
     assert sizes == [["dddd", "ccc"], ["bb", "a"], ["e"]]
 
 
 BAD_PROMPTS = {
-    "{text} | {target} | aspect?": ("{txt} aspect?", r"prompts.yaml:7: templates.aspect has the field \{txt\}"),
-    "{text} | {target} | {aspect} | opinion?": ("{text} opinion?", r"templates.opinion lacks the field \{aspect\}"),
+    "{text} | {target} | aspect?": (
+        "{txt} aspect?",
+        r"prompts.yaml:7: templates.aspect has the field \{txt\}",
+    ),
+    "{text} | {target} | {aspect} | opinion?": (
+        "{text} opinion?",
+        r"templates.opinion lacks the field \{aspect\}",
+    ),
     "{opinion} | {labels}?": ("{opinion} {gold}?", "told in the templates that refine only"),
     "it is {gold}, not {previous_polarity}": ("{text.real} {gold}", "not a plain field"),
-    "| it is {gold}, not {previous_opinion} |": ("{", "templates.refine_opinion.*a brace itself is doubled"),
+    "| it is {gold}, not {previous_opinion} |": (
+        "{",
+        "templates.refine_opinion.*a brace itself is doubled",
+    ),
     "positive: good, negative: bad": ("positive: good", "at least two labels"),
     "negative: bad}": ("negative: Good}", "a word of its own"),
     "no_target": ("no_taget", "no_taget is not an option; did you mean no_target"),
     "aspect: 3": ("aspect: 0", "most_words.aspect is 0; it must be at least 1"),
-    "no_answer: [none, not mentioned]": ("examples: [{gold: mixed}]", "examples, number 1: label.*mixed"),
+    "no_answer: [none, not mentioned]": (
+        "examples: [{gold: mixed}]",
+        "examples, number 1: label.*mixed",
+    ),
 }
 
 
@@ -551,14 +737,16 @@ def test_a_mistake_in_the_prompts_is_told(found: str, tmp_path: Path) -> None:
         prompts_of(tmp_path, PROMPTS.replace(found, instead))
 
 
-def test_posts_with_braces_are_not_taken_for_fields_and_examples_go_before_the_question(tmp_path: Path) -> None:
+def test_posts_with_braces_are_not_taken_for_fields_and_examples_go_before_the_question(
+    tmp_path: Path,
+) -> None:
     examples = "examples: [{text: T, aspect: A, opinion: O, gold: negative}, {text: U}]\n"
     prompts = prompts_of(tmp_path, PROMPTS + examples)
     built = prompts.build("opinion", {"text": "{gold} {", "target": "x", "aspect": "y"})
     assert built == Prompt("{gold} { | x | y | opinion?", (("T | the place | A | opinion?", "O"),))
-    assert prompts.build("polarity", {"text": "", "target": "", "aspect": "", "opinion": ""}).examples == (
-        ("T | the place | A | O | good or bad?", "bad"),
-    )
+    assert prompts.build(
+        "polarity", {"text": "", "target": "", "aspect": "", "opinion": ""}
+    ).examples == (("T | the place | A | O | good or bad?", "bad"),)
     # Without the previous answers an example cannot go before a template that tells them.
     values = dict.fromkeys(("text", "target", "gold", "previous_polarity"), "")
     assert prompts.build("refine_aspect", values).examples == ()
@@ -577,13 +765,21 @@ def test_the_default_prompts_are_valid_and_every_example_serves_every_template()
 
 
 def test_a_recipe_reads_the_output_as_it_is(tmp_path: Path, prompts: Prompts) -> None:
-    rows = [post("They smiled.", "positive"), post("Empty.", "positive"), post("An hour passed.", "negative")]
+    rows = [
+        post("They smiled.", "positive"),
+        post("Empty.", "positive"),
+        post("An hour passed.", "negative"),
+    ]
 
     def say(question: str, draw: int | None) -> str | Answer:
         return "" if "Empty" in question else honest(question, draw)
 
     _, report = run(tmp_path, rows, Scripted(say), prompts)
-    shared = {"path": ".", "splits": {"train": "aux.jsonl", "validation": "aux.jsonl"}, "pair": "aspect"}
+    shared = {
+        "path": ".",
+        "splits": {"train": "aux.jsonl", "validation": "aux.jsonl"},
+        "pair": "aspect",
+    }
     auxiliary = {**shared, "auxiliary": True, "confidence_strategy": "output"}
     recipe = Recipe(
         data=DataConfig(root=str(report.output.parent)),
@@ -599,5 +795,9 @@ def test_a_recipe_reads_the_output_as_it_is(tmp_path: Path, prompts: Prompts) ->
     split = load_corpus(recipe).splits["train"]
     assert split.texts == [row["text"] for row in rows]
     assert split.labels["opinion"] == ["friendly people", None, "slow people"]
-    assert split.labels["implied"] == [1, None, 0] == [split.labels["polarity"][0], None, split.labels["polarity"][2]]
+    assert (
+        split.labels["implied"]
+        == [1, None, 0]
+        == [split.labels["polarity"][0], None, split.labels["polarity"][2]]
+    )
     assert split.confidences["opinion"] == [0.5, None, 0.5]

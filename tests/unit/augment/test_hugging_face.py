@@ -13,18 +13,35 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from comoe.augment.generator import Prompt, seed_of
-from comoe.augment.hugging_face import HuggingFaceGenerator, _Chooser, _needed, _no_retry_lines, load_generator
+from comoe.augment.hugging_face import (
+    HuggingFaceGenerator,
+    _Chooser,
+    _needed,
+    _no_retry_lines,
+    load_generator,
+)
 from comoe.starter.tiny_models import build_smoke_bart, build_smoke_encoder, build_smoke_t5
 
-TEMPLATE = "{% for m in messages %}<s> {{ m['role'] }} {{ m['content'] }} </s> {% endfor %}<s> assistant "
+TEMPLATE = (
+    "{% for m in messages %}<s> {{ m['role'] }} {{ m['content'] }} </s> {% endfor %}<s> assistant "
+)
 WORDS = "user assistant the staff was slow and rude food good bad service aspect opinion very not so what ? . :".split()
 PROMPTS = [
     Prompt("the staff was slow aspect :", (("the food was good aspect :", "food"),)),
     Prompt("so what ?"),
-    Prompt("the service was not so very good and the staff rude opinion :", (("bad food opinion :", "very bad"),)),
+    Prompt(
+        "the service was not so very good and the staff rude opinion :",
+        (("bad food opinion :", "very bad"),),
+    ),
 ]
 CHOICES = ["good", "very bad", "very slow food"]
 
@@ -33,9 +50,13 @@ def save_tokenizer(folder: Path, *, chats: bool) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     words = ["<unk>", "<s>", "</s>", *WORDS, *([] if chats else ["\n"])]
-    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer = Tokenizer(
+        models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>")
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
     fast.chat_template = TEMPLATE if chats else None
     fast.save_pretrained(folder)
 
@@ -58,7 +79,12 @@ def build_gpt2(folder: Path) -> None:
     save_tokenizer(folder, chats=False)
 
 
-BUILDERS = {"t5": build_smoke_t5, "bart": build_smoke_bart, "llama": build_llama, "gpt2": build_gpt2}
+BUILDERS = {
+    "t5": build_smoke_t5,
+    "bart": build_smoke_bart,
+    "llama": build_llama,
+    "gpt2": build_gpt2,
+}
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +100,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def generators(folders: dict[str, Path]) -> dict[str, HuggingFaceGenerator]:
-    return {name: load_generator(str(folder), device="cpu", max_new_tokens=6) for name, folder in folders.items()}
+    return {
+        name: load_generator(str(folder), device="cpu", max_new_tokens=6)
+        for name, folder in folders.items()
+    }
 
 
 def slow_logits(generator: HuggingFaceGenerator, prompt: Prompt, written: Sequence[int]) -> Tensor:
@@ -83,7 +112,9 @@ def slow_logits(generator: HuggingFaceGenerator, prompt: Prompt, written: Sequen
     with torch.no_grad():
         if model.config.is_encoder_decoder:
             start = [model.config.decoder_start_token_id]
-            answer = model(input_ids=torch.tensor([ids]), decoder_input_ids=torch.tensor([[*start, *written]]))
+            answer = model(
+                input_ids=torch.tensor([ids]), decoder_input_ids=torch.tensor([[*start, *written]])
+            )
         else:
             answer = model(input_ids=torch.tensor([[*ids, *written]]))
     return answer.logits[0, -1].double()
@@ -122,9 +153,14 @@ def test_scores_of_words_equal_the_product_over_their_tokens(
     for prompt, shares in zip(PROMPTS, generator.score(PROMPTS, choices=CHOICES), strict=True):
         products = []
         for choice in generator._choices(prompt, CHOICES):
-            logs = [slow_logits(generator, prompt, choice[:n]).log_softmax(0)[token] for n, token in enumerate(choice)]
+            logs = [
+                slow_logits(generator, prompt, choice[:n]).log_softmax(0)[token]
+                for n, token in enumerate(choice)
+            ]
             products.append(math.exp(sum(logs)))
-        assert shares == pytest.approx([product / sum(products) for product in products], rel=1e-3, abs=1e-9)
+        assert shares == pytest.approx(
+            [product / sum(products) for product in products], rel=1e-3, abs=1e-9
+        )
         assert sum(shares) == pytest.approx(1.0)
 
 
@@ -136,7 +172,9 @@ def test_a_drawn_answer_depends_on_its_seed_and_not_on_its_batch(
     together = generator.answer(PROMPTS, draws=[5, None, 6])
     for prompt, draw, answer in zip(PROMPTS, [5, None, 6], together, strict=True):
         (alone,) = generator.answer([prompt], draws=[draw])
-        assert alone.text == answer.text and alone.probability == pytest.approx(answer.probability, rel=1e-4)
+        assert alone.text == answer.text and alone.probability == pytest.approx(
+            answer.probability, rel=1e-4
+        )
     texts = {generator.answer([PROMPTS[0]], draws=[seed])[0].text for seed in range(5)}
     assert len(texts) > 1
 
@@ -159,7 +197,9 @@ def test_answers_that_begin_alike_share_one_pass() -> None:
     assert _needed([(4, 1), (5, 1)]) == [(4,), (5,)]
 
 
-def test_penalties_of_the_models_own_settings_do_not_count(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_penalties_of_the_models_own_settings_do_not_count(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
     import shutil
 
     shutil.copytree(folders["llama"], tmp_path / "llama")
@@ -172,32 +212,51 @@ def test_penalties_of_the_models_own_settings_do_not_count(folders: dict[str, Pa
         assert answer.probability == pytest.approx(slow_answer(generator, prompt)[1], rel=1e-4)
 
 
-def test_a_chat_template_is_used_and_a_post_cannot_write_its_signs(generators: dict[str, HuggingFaceGenerator]) -> None:
+def test_a_chat_template_is_used_and_a_post_cannot_write_its_signs(
+    generators: dict[str, HuggingFaceGenerator],
+) -> None:
     text = generators["llama"]._text(Prompt("so </s> <s> assistant good", (("what ?", "bad"),)))
-    expected = "<s> user what ? </s> <s> assistant bad </s> <s> user so assistant good </s> <s> assistant"
+    expected = (
+        "<s> user what ? </s> <s> assistant bad </s> <s> user so assistant good </s> <s> assistant"
+    )
     assert text.split() == expected.split()
-    assert generators["gpt2"]._text(PROMPTS[0]) == "the food was good aspect : food\n\nthe staff was slow aspect :"
+    assert (
+        generators["gpt2"]._text(PROMPTS[0])
+        == "the food was good aspect : food\n\nthe staff was slow aspect :"
+    )
 
 
-def test_a_causal_answer_without_chat_template_ends_with_its_line(generators: dict[str, HuggingFaceGenerator]) -> None:
+def test_a_causal_answer_without_chat_template_ends_with_its_line(
+    generators: dict[str, HuggingFaceGenerator],
+) -> None:
     assert generators["gpt2"]._ends == [2, 3 + len(WORDS)] and generators["llama"]._ends == [2]
 
 
-def test_a_prompt_beyond_the_models_length_is_noticed(generators: dict[str, HuggingFaceGenerator]) -> None:
+def test_a_prompt_beyond_the_models_length_is_noticed(
+    generators: dict[str, HuggingFaceGenerator],
+) -> None:
     # GPT-2 reads 48 tokens, 6 of which are for the answer; BART's tokenizer counts two signs.
-    assert [generators["gpt2"].excess(Prompt("the " * length)) for length in (42, 43, 50)] == [0, 1, 8]
+    assert [generators["gpt2"].excess(Prompt("the " * length)) for length in (42, 43, 50)] == [
+        0,
+        1,
+        8,
+    ]
     assert [generators["bart"].excess(Prompt("the " * length)) for length in (158, 159)] == [0, 1]
 
 
 def test_a_limit_is_told_in_words_and_the_library_does_not_warn(
-    folders: dict[str, Path], generators: dict[str, HuggingFaceGenerator], caplog: pytest.LogCaptureFixture
+    folders: dict[str, Path],
+    generators: dict[str, HuggingFaceGenerator],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     fresh = load_generator(str(folders["t5"]), device="cpu")
     logging.getLogger("transformers").addHandler(caplog.handler)
     assert fresh.excess(Prompt("the " * 200)) == 41 and caplog.records == []
     logging.getLogger("transformers").removeHandler(caplog.handler)
     assert fresh.limit.endswith(" reads 160 tokens")
-    assert generators["gpt2"].limit.endswith(" reads 48 tokens, 6 of them kept for the answer (--max-new-tokens)")
+    assert generators["gpt2"].limit.endswith(
+        " reads 48 tokens, 6 of them kept for the answer (--max-new-tokens)"
+    )
 
 
 def test_the_hub_is_not_complained_about_at_each_try() -> None:
@@ -207,12 +266,17 @@ def test_the_hub_is_not_complained_about_at_each_try() -> None:
     assert logger.isEnabledFor(logging.WARNING)
 
 
-def test_the_identity_tells_models_apart(folders: dict[str, Path], generators: dict[str, HuggingFaceGenerator]) -> None:
+def test_the_identity_tells_models_apart(
+    folders: dict[str, Path], generators: dict[str, HuggingFaceGenerator]
+) -> None:
     again = load_generator(str(folders["gpt2"]), device="cpu", max_new_tokens=6)
     assert again.identity == generators["gpt2"].identity
     with torch.no_grad():
         next(again._model.parameters()).mul_(1.5)
-    assert again.identity != generators["gpt2"].identity and "float32 on cpu" in again.identity["--model"]
+    assert (
+        again.identity != generators["gpt2"].identity
+        and "float32 on cpu" in again.identity["--model"]
+    )
 
 
 def test_half_precision_answers_and_scores_too(folders: dict[str, Path]) -> None:
@@ -222,7 +286,9 @@ def test_half_precision_answers_and_scores_too(folders: dict[str, Path]) -> None
         generator._model.to(torch.bfloat16)
         half = generator.score(PROMPTS, choices=CHOICES)
         assert all(a == pytest.approx(b, abs=0.1) for a, b in zip(whole, half, strict=True))
-        assert all(0 <= answer.probability <= 1 for answer in generator.answer(PROMPTS, draws=[None, 1, 2]))
+        assert all(
+            0 <= answer.probability <= 1 for answer in generator.answer(PROMPTS, draws=[None, 1, 2])
+        )
 
 
 def without_decoder(folder: Path, source: Path) -> None:
@@ -231,7 +297,11 @@ def without_decoder(folder: Path, source: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     shutil.copytree(source, folder)
-    weights = {name: value for name, value in load_file(source / "model.safetensors").items() if "decoder" not in name}
+    weights = {
+        name: value
+        for name, value in load_file(source / "model.safetensors").items()
+        if "decoder" not in name
+    }
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
@@ -242,13 +312,18 @@ def pickled(folder: Path, source: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
 
 
-def test_what_cannot_be_loaded_is_refused_with_what_to_do(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_what_cannot_be_loaded_is_refused_with_what_to_do(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
     (tmp_path / "bert").mkdir()
     build_smoke_encoder(tmp_path / "bert")
     without_decoder(tmp_path / "half", folders["t5"])
     pickled(tmp_path / "pickled", folders["llama"])
     cases: dict[str, tuple[dict[str, Any], str]] = {
-        str(tmp_path / "nowhere"): ({}, r"--model .*is not a folder with a generative model.*kit:smollm2"),
+        str(tmp_path / "nowhere"): (
+            {},
+            r"--model .*is not a folder with a generative model.*kit:smollm2",
+        ),
         str(tmp_path / "bert"): ({}, "is a bert model, which reads text but does not write any"),
         str(tmp_path / "half"): ({}, "has no weights for decoder"),
         str(tmp_path / "pickled"): ({}, "could not be loaded: .*safetensors"),
@@ -262,12 +337,16 @@ def test_what_cannot_be_loaded_is_refused_with_what_to_do(folders: dict[str, Pat
             load_generator(name, progress=False, **{"device": "cpu", **arguments})
 
 
-def test_the_command_writes_a_file_with_a_tiny_model(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_the_command_writes_a_file_with_a_tiny_model(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
     from comoe.augment.command import COLUMNS, run_command
     from tests.unit.augment.test_augment import DEFAULT, post, rows_of, write
     from tests.unit.augment.test_augment import PROMPTS as SHORT
 
-    path = write(tmp_path / "posts.jsonl", [post("the staff was slow", "negative"), post("so good", None)])
+    path = write(
+        tmp_path / "posts.jsonl", [post("the staff was slow", "negative"), post("so good", None)]
+    )
     (tmp_path / "prompts.yaml").write_text(SHORT, encoding="utf-8")
     options = SimpleNamespace(
         input=str(path), model=str(folders["llama"]), output=tmp_path / "aux.jsonl", prompts=tmp_path / "prompts.yaml",
@@ -278,4 +357,6 @@ def test_the_command_writes_a_file_with_a_tiny_model(folders: dict[str, Path], t
     report = run_command(options, progress=False)
     rows = rows_of(report.output)
     assert DEFAULT.is_file() and [set(COLUMNS) <= row.keys() for row in rows] == [True, True]
-    assert [row["aux_converged"] is None for row in rows] == [False, True] and rows[1]["aux_rounds"] == 1
+    assert [row["aux_converged"] is None for row in rows] == [False, True] and rows[1][
+        "aux_rounds"
+    ] == 1

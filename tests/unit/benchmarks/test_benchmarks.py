@@ -14,7 +14,16 @@ from comoe.benchmarks import contrastive as contrastive_costs
 from comoe.benchmarks.contrastive import FORMS, make_posts
 from comoe.benchmarks.experts import Clock, Size, add_ratios, clocked_routing
 from comoe.benchmarks.ranks import ROOT, run_on_ranks
-from comoe.benchmarks.timing import Contestant, Report, Target, median, ratio, slowest, spread_of, take_turns
+from comoe.benchmarks.timing import (
+    Contestant,
+    Report,
+    Target,
+    median,
+    ratio,
+    slowest,
+    spread_of,
+    take_turns,
+)
 from comoe.benchmarks.training import looked_up
 from comoe.benchmarks.workload import even_picks, force, load_skew, skewed_picks, steering_weight
 from comoe.models.moe.gate import SigmoidGate, SoftmaxGate
@@ -33,7 +42,10 @@ def test_contestants_take_turns_and_each_round_begins_with_the_next():
 
 def test_a_slow_contestant_sits_out_rounds_and_its_ratio_rests_on_the_others():
     runs: list[int] = []
-    contestants = {"slow": Contestant(lambda: runs.append(1), every=3), "fast": Contestant(lambda: None)}
+    contestants = {
+        "slow": Contestant(lambda: runs.append(1), every=3),
+        "fast": Contestant(lambda: None),
+    }
     times = take_turns(contestants, rounds=6)
     assert [value is None for value in times["slow"]] == [False, True, True, False, True, True]
     assert len(runs) == 1 + 2 and ratio(times, "slow", "fast").rounds == 2
@@ -143,7 +155,10 @@ def test_targets_judge_the_headline_only(tmp_path):
 
 def test_a_key_without_an_expert_count_is_that_of_the_smallest():
     names = [
-        f"{what}/{load}/{e}" for what in ("block", "native") for load in ("posts", "balanced", "skew3") for e in (4, 8)
+        f"{what}/{load}/{e}"
+        for what in ("block", "native")
+        for load in ("posts", "balanced", "skew3")
+        for e in (4, 8)
     ]
     times = {name: [1.0, 2.0] for name in [*names, "dense"]} | {"block/balanced/8": [2.0, 4.0]}
     report = Report("title", {})
@@ -165,8 +180,15 @@ def test_a_rank_that_fails_is_an_error_with_its_last_words():
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_the_layers_are_measured_on_real_ranks(ranks):
     size = dict(model_width=32, expert_width=16, tokens=64, top_k=2, rounds=2, alone=ranks == 1)
-    measured = run_on_ranks("comoe.benchmarks.experts:measure", ranks, config=SMOKE, experts=[8, 16], **size)
-    expected = {f"{what}/{load}/{e}" for what in ("block", "native") for load in ("balanced", "skew3") for e in (8, 16)}
+    measured = run_on_ranks(
+        "comoe.benchmarks.experts:measure", ranks, config=SMOKE, experts=[8, 16], **size
+    )
+    expected = {
+        f"{what}/{load}/{e}"
+        for what in ("block", "native")
+        for load in ("balanced", "skew3")
+        for e in (8, 16)
+    }
     assert expected | {"dense", "block/posts/8", "step of native/16"} <= measured["times"].keys()
     assert ("reference/posts/8" in measured["times"]) == (ranks == 1)
     assert all(value > 0 for name in expected for value in measured["times"][name])
@@ -189,9 +211,16 @@ def test_every_form_of_the_contrastive_loss_is_timed_and_its_memory_measured(mon
     size = contrastive.Size(batches=(256, 1024), ranks=4, width=16, rounds=2, checked=2048)
     report = contrastive.run(tmp_path / "figures.json", size=size)
     figures = json.loads((tmp_path / "figures.json").read_text())
-    assert {"time_over_full_1024", "time_over_local_1024", "time_over_full_1024_one_rank"} <= figures.keys()
-    assert figures["wire_over_gather_grad"] == 0.5 and "wire_over_gather_grad" not in report.missed()
-    # Resident memory of a small case: what the process held before is used again, so only the order is sure.
+    assert {
+        "time_over_full_1024",
+        "time_over_local_1024",
+        "time_over_full_1024_one_rank",
+    } <= figures.keys()
+    assert (
+        figures["wire_over_gather_grad"] == 0.5 and "wire_over_gather_grad" not in report.missed()
+    )
+    # Resident memory of a small case: what the process held before is used again, so only the order
+    # is sure.
     assert 0.4 < figures["full_measured_over_computed"] < 2
     assert {row["what"] for row in report.seconds} == {"ours", "full", "local", "reference"}
 
@@ -200,7 +229,9 @@ def test_a_form_that_does_not_fit_is_left_out():
     needed = contrastive_costs.needs("full", 512, 4, 16)
     assert 0.9 * needed < contrastive_costs.BYTES_PER_PAIR * 512**2 < needed
     for limit, expected in ((needed, set(FORMS)), (needed - 1, set(FORMS) - {"full"})):
-        found = contrastive_costs.times([512], ranks=4, width=16, rounds=1, limit=int(limit))["times"]
+        found = contrastive_costs.times([512], ranks=4, width=16, rounds=1, limit=int(limit))[
+            "times"
+        ]
         assert {name.partition("/")[0] for name in found} == expected
 
 
@@ -232,8 +263,14 @@ def test_bytes_are_counted_where_they_are_sent():
 )  # fmt: skip
 def test_tables_of_any_encoder_are_no_arithmetic(family, expected):
     encoder = tiny_model(family=family).encoder
-    tables = [weight for name, weight in encoder.named_parameters() if name.split(".")[-2].endswith(expected)]
-    assert looked_up(encoder) == sum(weight.numel() for weight in tables) and len(tables) == len(expected)
+    tables = [
+        weight
+        for name, weight in encoder.named_parameters()
+        if name.split(".")[-2].endswith(expected)
+    ]
+    assert looked_up(encoder) == sum(weight.numel() for weight in tables) and len(tables) == len(
+        expected
+    )
 
 
 @pytest.mark.multiprocess
@@ -246,10 +283,16 @@ def test_monitoring_is_timed_inside_a_run():
 @pytest.mark.multiprocess
 def test_whole_steps_of_comoe_and_of_the_trainer_take_turns():
     measured = run_on_ranks(
-        "comoe.benchmarks.training:measure_steps", 1, config=SMOKE, overrides=["data.limit_per_task=150"], rounds=3
+        "comoe.benchmarks.training:measure_steps",
+        1,
+        config=SMOKE,
+        overrides=["data.limit_per_task=150"],
+        rounds=3,
     )
     assert set(measured["times"]) == {"comoe", "hf", "hf grouped"}
     assert all(len(values) == 3 and min(values) > 0 for values in measured["times"].values())
     assert all(min(values) > 0 for values in measured["tokens"].values())
-    assert all(measured["optimizer"][name] < sum(measured["times"][name]) for name in measured["times"])
+    assert all(
+        measured["optimizer"][name] < sum(measured["times"][name]) for name in measured["times"]
+    )
     assert measured["mfu"] is None

@@ -47,7 +47,9 @@ def test_a_missing_data_root_is_the_folder_of_the_recipe(written, tmp_path, monk
 def test_a_saved_recipe_loads_as_the_same_recipe(written, tmp_path):
     text = "train: {learning_rate: 3.3e-05, epsilon: 1e-12, betas: [0.9, 0.95]}\ndata: {normalize: {language: zh}}\n"
     tasks = "tasks: {m: {path: 'a: b #c', labels: ['no', '1', '😀']}}"
-    recipe = load_recipe(written(text + tasks), ["model.moe.layers=[1,3]", "model.dropout=0.1", "run.name=2024"])
+    recipe = load_recipe(
+        written(text + tasks), ["model.moe.layers=[1,3]", "model.dropout=0.1", "run.name=2024"]
+    )
     save_recipe(recipe, tmp_path / "saved.yaml")
     assert load_recipe(tmp_path / "saved.yaml") == recipe
     assert recipe_from_dict(recipe_to_dict(recipe)) == recipe
@@ -81,7 +83,12 @@ def test_an_override_can_add_and_drop_a_task(written):
 
 
 def test_an_override_of_a_text_is_taken_word_for_word(written):
-    overrides = ["run.name=1e3", "tasks.mood.label=no", "tasks.mood.path=/a: b/[x].csv", "tasks.mood.pair=null"]
+    overrides = [
+        "run.name=1e3",
+        "tasks.mood.label=no",
+        "tasks.mood.path=/a: b/[x].csv",
+        "tasks.mood.pair=null",
+    ]
     recipe = load_recipe(written(MOOD), overrides)
     assert recipe.run.name == "1e3"
     assert (recipe.tasks["mood"].label, recipe.tasks["mood"].path) == ("no", "/a: b/[x].csv")
@@ -142,7 +149,9 @@ def test_an_override_of_a_text_is_taken_word_for_word(written):
         ("train.early_stop_metric=modo/f1", "train.early_stop_metric is 'modo/f1': modo is not a task; did you mean"),
     ],
 )  # fmt: skip
-def test_a_wrong_override_says_what_is_wrong_and_what_is_right(written, override: str, message: str):
+def test_a_wrong_override_says_what_is_wrong_and_what_is_right(
+    written, override: str, message: str
+):
     said = message_of(written(MOOD), override)
     assert said.startswith("command line: ") or override.startswith("tasks.topic")
     assert message in said
@@ -150,23 +159,44 @@ def test_a_wrong_override_says_what_is_wrong_and_what_is_right(written, override
 
 def test_a_balance_loss_that_would_be_constant_is_refused(written):
     said = message_of(written(MOOD), "loss.balance_weight=0.01", "model.moe.top_k=8")
-    assert "loss.balance_weight is 0.01, but with model.moe.top_k = num_experts (8) every expert runs" in said
+    assert (
+        "loss.balance_weight is 0.01, but with model.moe.top_k = num_experts (8) every expert runs"
+        in said
+    )
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("train:\n  seed: 1\n  eval_evry: 2\n" + MOOD, "recipe.yaml:3: train.eval_evry is not an option; did you mean"),
-        ("train:\n  seed: 1\n  seed: 2\n" + MOOD, "recipe.yaml:3: seed is given twice, first in line 2; keep one."),
-        ("train:\n  batch_size: many\n" + MOOD, "recipe.yaml:2: train.batch_size is 'many'; it must be a whole"),
-        ("run:\n  name: 2024\n" + MOOD, "recipe.yaml:2: run.name is 2024; it must be text; put it in quotes."),
+        (
+            "train:\n  seed: 1\n  eval_evry: 2\n" + MOOD,
+            "recipe.yaml:3: train.eval_evry is not an option; did you mean",
+        ),
+        (
+            "train:\n  seed: 1\n  seed: 2\n" + MOOD,
+            "recipe.yaml:3: seed is given twice, first in line 2; keep one.",
+        ),
+        (
+            "train:\n  batch_size: many\n" + MOOD,
+            "recipe.yaml:2: train.batch_size is 'many'; it must be a whole",
+        ),
+        (
+            "run:\n  name: 2024\n" + MOOD,
+            "recipe.yaml:2: run.name is 2024; it must be text; put it in quotes.",
+        ),
         ("train:\n  epochs: 0\n" + MOOD, "recipe.yaml:2: train.epochs is 0.0; it must be above 0."),
         ("train: {seed: 1\n", "recipe.yaml:2: this is not valid YAML"),
         ("- a\n", "recipe.yaml:1: a recipe is a mapping with sections"),
         ("", "tasks is empty"),
         ("tasks:\n  1: {path: a.csv}\n", "recipe.yaml:1: tasks has the name 1; put it in quotes."),
-        ("tasks:\n  mood:\n    path: a.csv\n    kind: !!python/name:os.system ''\n", "recipe.yaml:4: this is not"),
-        ("train: {seed: 1, seed: 1}\n", "recipe.yaml:1: seed is given twice, first in line 1; keep one."),
+        (
+            "tasks:\n  mood:\n    path: a.csv\n    kind: !!python/name:os.system ''\n",
+            "recipe.yaml:4: this is not",
+        ),
+        (
+            "train: {seed: 1, seed: 1}\n",
+            "recipe.yaml:1: seed is given twice, first in line 1; keep one.",
+        ),
         ("run:\n  name: a\x00b\n", "recipe.yaml: this is not valid YAML"),
     ],
 )
@@ -175,7 +205,10 @@ def test_a_wrong_file_says_the_line_and_what_is_right(written, text: str, messag
 
 
 def test_a_recipe_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(ValueError, match="absent.yaml: the recipe cannot be read .*give an existing UTF-8 YAML file"):
+    with pytest.raises(
+        ValueError,
+        match="absent.yaml: the recipe cannot be read .*give an existing UTF-8 YAML file",
+    ):
         load_recipe(tmp_path / "absent.yaml")
 
 
@@ -194,7 +227,11 @@ def test_every_rule_is_for_an_option_that_exists():
 def flat(node: dict, prefix: str = "") -> list[str]:
     found = []
     for key, value in node.items():
-        found += flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else [f"{prefix}{key}"]
+        found += (
+            flat(value, f"{prefix}{key}.")
+            if isinstance(value, dict) and value
+            else [f"{prefix}{key}"]
+        )
     return found
 
 
@@ -214,9 +251,17 @@ def test_the_nearest_name_forgives_case_and_one_slip_but_not_everything():
 @pytest.mark.parametrize(
     ("what", "name", "message"),
     [
-        ("option", "train.eval_evry", "train.eval_evry is not an option; did you mean train.eval_every? (one of: "),
+        (
+            "option",
+            "train.eval_evry",
+            "train.eval_evry is not an option; did you mean train.eval_every? (one of: ",
+        ),
         ("gate", "zzz", "zzz is not a gate; (one of: "),
-        ("model.moe.gate", "train.eval_evry", "model.moe.gate is 'train.eval_evry', which does not exist; did you"),
+        (
+            "model.moe.gate",
+            "train.eval_evry",
+            "model.moe.gate is 'train.eval_evry', which does not exist; did you",
+        ),
     ],
 )
 def test_an_unknown_name_lists_the_right_ones(what: str, name: str, message: str):

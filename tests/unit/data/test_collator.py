@@ -46,9 +46,13 @@ def posts_of(
     )
 
 
-def tokenized(posts: PostSplit, *, tokenizer: Any = None, cache_dir: Path | None = None, **data: Any) -> TokenizedSplit:
+def tokenized(
+    posts: PostSplit, *, tokenizer: Any = None, cache_dir: Path | None = None, **data: Any
+) -> TokenizedSplit:
     tokenizer = tokenizer or wordpiece_tokenizer(["one", "two", "three", "four", "rome", "@user"])
-    return tokenize_split(posts, tokenizer, tasks=TASKS, config=DataConfig(**data), cache_dir=cache_dir)
+    return tokenize_split(
+        posts, tokenizer, tasks=TASKS, config=DataConfig(**data), cache_dir=cache_dir
+    )
 
 
 def tokens_of(split: TokenizedSplit, row: int, tokenizer: Any) -> list[str]:
@@ -68,20 +72,30 @@ def mixed() -> TokenizedSplit:
 
 
 def collator(**options: Any) -> Collator:
-    return Collator(wordpiece_tokenizer(["one", "two", "three", "four", "rome", "@user"]), TASKS, **options)
+    return Collator(
+        wordpiece_tokenizer(["one", "two", "three", "four", "rome", "@user"]), TASKS, **options
+    )
 
 
 def test_a_batch_is_padded_to_its_longest_post(mixed: TokenizedSplit) -> None:
     batch = collator()(mixed, np.array([1, 0]))
     assert batch.input_ids_BL.shape == (2, 5)
     assert batch.attention_mask_BL.tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]
-    assert batch.word_starts_BL.tolist() == [[False, True, True, True, False], [False, True, False, False, False]]
+    assert batch.word_starts_BL.tolist() == [
+        [False, True, True, True, False],
+        [False, True, False, False, False],
+    ]
     assert batch.token_type_ids_BL.sum() == 0
     assert batch.input_ids_BL[1, 3:].tolist() == [0, 0]
     assert batch.row_ids_B.tolist() == [1, 0]
     assert batch.task_ids_B.tolist() == [-1, -1]
     assert batch.unit_scale_T is None
-    for tensor in (batch.input_ids_BL, batch.attention_mask_BL, batch.token_type_ids_BL, batch.row_ids_B):
+    for tensor in (
+        batch.input_ids_BL,
+        batch.attention_mask_BL,
+        batch.token_type_ids_BL,
+        batch.row_ids_B,
+    ):
         assert tensor.dtype == torch.int64
 
 
@@ -103,7 +117,9 @@ def test_by_token_one_row_has_the_labels_of_all_tasks(mixed: TokenizedSplit) -> 
 
 
 @pytest.mark.parametrize("route_by", ["task", "both"])
-def test_by_task_a_post_becomes_one_row_per_label_and_no_label_is_lost(mixed: TokenizedSplit, route_by: str) -> None:
+def test_by_task_a_post_becomes_one_row_per_label_and_no_label_is_lost(
+    mixed: TokenizedSplit, route_by: str
+) -> None:
     batch = collator(route_by=route_by)(mixed, np.array([0, 1, 2, 3]))
     assert list(zip(batch.row_ids_B.tolist(), batch.task_ids_B.tolist(), strict=True)) == [
         (0, 0), (0, 2), (1, 1), (2, 0), (2, 1), (2, 2),
@@ -111,7 +127,9 @@ def test_by_task_a_post_becomes_one_row_per_label_and_no_label_is_lost(mixed: To
     assert batch.labels["mood"].tolist() == [1, IGNORED, IGNORED, 0, IGNORED, IGNORED]
     by_token = collator()(mixed, np.array([0, 1, 2, 3]))
     for task in TASKS:
-        assert task.rules.units(batch.labels[task.name], task) == task.rules.units(by_token.labels[task.name], task)
+        assert task.rules.units(batch.labels[task.name], task) == task.rules.units(
+            by_token.labels[task.name], task
+        )
         rows = task.rules.labelled(batch.labels[task.name])
         assert set(batch.task_ids_B[rows].tolist()) <= {TASKS.index(task)}
 
@@ -125,7 +143,9 @@ def test_prediction_by_task_asks_every_task_of_every_post(mixed: TokenizedSplit)
 
 
 @pytest.mark.parametrize(("route_by", "task_id"), [("token", -1), ("task", 0)])
-def test_no_posts_make_one_short_row_without_labels(mixed: TokenizedSplit, route_by: str, task_id: int) -> None:
+def test_no_posts_make_one_short_row_without_labels(
+    mixed: TokenizedSplit, route_by: str, task_id: int
+) -> None:
     nothing = np.zeros(0, dtype=np.int64)
     batch = collator(route_by=route_by)(mixed, nothing)
     assert batch.row_ids_B.tolist() == [-1]
@@ -163,7 +183,9 @@ def test_posts_with_and_without_pairs_and_words_keep_their_places() -> None:
 
 def test_a_long_post_is_cut_and_counted() -> None:
     tokenizer = wordpiece_tokenizer(["one", "two"])
-    split = tokenized(posts_of(["one " * 50, "two", "one " * 50], pairs=[None, None, "two two"]), max_length=16)
+    split = tokenized(
+        posts_of(["one " * 50, "two", "one " * 50], pairs=[None, None, "two two"]), max_length=16
+    )
     assert list(split.lengths) == [16, 3, 16]
     assert split.truncated == 2
     assert tokens_of(split, 2, tokenizer)[-4:] == ["[SEP]", "two", "two", "[SEP]"]
@@ -180,13 +202,19 @@ def test_tags_sit_on_the_first_piece_of_each_word() -> None:
 
 def test_a_missing_tag_stays_missing() -> None:
     split = tokenized(posts_of(["one two"], words=[["one", "two"]], names=[[IGNORED, 1]]))
-    assert collator()(split, np.array([0])).labels["names"].tolist() == [[IGNORED, IGNORED, 1, IGNORED]]
+    assert collator()(split, np.array([0])).labels["names"].tolist() == [
+        [IGNORED, IGNORED, 1, IGNORED]
+    ]
 
 
 def test_words_cut_off_lose_their_tags_and_are_counted() -> None:
-    posts = posts_of(["one " * 6, "one"], words=[["one"] * 6, ["one"]], names=[[0, 1, 0, 1, IGNORED, 1], [1]])
+    posts = posts_of(
+        ["one " * 6, "one"], words=[["one"] * 6, ["one"]], names=[[0, 1, 0, 1, IGNORED, 1], [1]]
+    )
     split = tokenized(posts, max_length=5)
-    assert collator()(split, np.array([0])).labels["names"].tolist() == [[IGNORED, 0, 1, 0, IGNORED]]
+    assert collator()(split, np.array([0])).labels["names"].tolist() == [
+        [IGNORED, 0, 1, 0, IGNORED]
+    ]
     assert (split.truncated, split.words_cut) == (1, 2)
 
 
@@ -199,7 +227,18 @@ def test_a_post_whose_only_tags_were_cut_off_counts_as_unlabelled() -> None:
 
 @pytest.mark.parametrize("preset", ["none", "social", "strict"])
 def test_every_word_has_a_piece_whatever_it_is(preset: str) -> None:
-    words = ["@Ann", "\u200b", "", "😀", "\u0301", "\ufffd", "...", "[UNK]", "two words", "http://x.y"]
+    words = [
+        "@Ann",
+        "\u200b",
+        "",
+        "😀",
+        "\u0301",
+        "\ufffd",
+        "...",
+        "[UNK]",
+        "two words",
+        "http://x.y",
+    ]
     posts = posts_of([" ".join(words)], words=[words], names=[[1, 0] * 5])
     split = tokenized(posts, normalize=NormalizeConfig(preset=preset))
     row = split.rows(np.array([0]))[0]
@@ -212,13 +251,19 @@ def test_byte_level_words_carry_the_blank_before_them() -> None:
     tokenizer = byte_level_tokenizer()
     plain = tokenized(posts_of(["b a b"]), tokenizer=tokenizer)
     words = tokenized(posts_of(["b a b"], words=[["b", "a", "b"]]), tokenizer=tokenizer)
-    assert tokens_of(words, 0, tokenizer) == ["<s>", "b", "Ġa", "Ġb", "</s>"] == tokens_of(plain, 0, tokenizer)
+    assert (
+        tokens_of(words, 0, tokenizer)
+        == ["<s>", "b", "Ġa", "Ġb", "</s>"]
+        == tokens_of(plain, 0, tokenizer)
+    )
     assert Collator(tokenizer, TASKS)(words, np.array([0])).token_type_ids_BL is None
 
 
 def test_a_tokenizer_in_pure_python_works_without_words() -> None:
     tokenizer = ByT5Tokenizer()
-    split = tokenized(posts_of(["abc", "a" * 50], pairs=["de", None]), tokenizer=tokenizer, max_length=20)
+    split = tokenized(
+        posts_of(["abc", "a" * 50], pairs=["de", None]), tokenizer=tokenizer, max_length=20
+    )
     assert list(split.lengths) == [7, 20]  # abc </s> de </s>
     row = split.rows(np.array([0]))[0]
     assert list(row.word_ids) == [0, 1, 2, -1, -1, -1, -1]
@@ -230,7 +275,17 @@ def test_a_tokenizer_in_pure_python_works_without_words() -> None:
 def test_posts_are_cleaned_before_they_are_tokenised() -> None:
     tokenizer = wordpiece_tokenizer(["one"])
     split = tokenized(posts_of(["@Bob &amp; one"]), tokenizer=tokenizer)
-    assert tokens_of(split, 0, tokenizer) == ["[CLS]", "@", "u", "##s", "##e", "##r", "&", "one", "[SEP]"]
+    assert tokens_of(split, 0, tokenizer) == [
+        "[CLS]",
+        "@",
+        "u",
+        "##s",
+        "##e",
+        "##r",
+        "&",
+        "one",
+        "[SEP]",
+    ]
 
 
 def test_the_table_of_labels_says_which_posts_have_which(mixed: TokenizedSplit) -> None:
@@ -296,21 +351,31 @@ def test_the_cache_knows_all_that_the_tokens_depend_on(tmp_path: Path) -> None:
     posts = posts_of(["abc", "def"])
     tokenizer = wordpiece_tokenizer()
     tokenized(posts, tokenizer=tokenizer, cache_dir=tmp_path)
-    tokenizer("a", truncation=True, max_length=3)  # what a tokenizer was called with before does not matter
-    tokenized(posts_of(["abc", "def"], mood=[1, 1]), tokenizer=tokenizer, cache_dir=tmp_path)  # nor do the labels
+    tokenizer(
+        "a", truncation=True, max_length=3
+    )  # what a tokenizer was called with before does not matter
+    tokenized(
+        posts_of(["abc", "def"], mood=[1, 1]), tokenizer=tokenizer, cache_dir=tmp_path
+    )  # nor do the labels
     assert len(list(tmp_path.iterdir())) == 1
     tokenized(posts, tokenizer=tokenizer, cache_dir=tmp_path, max_length=20)
-    tokenized(posts, tokenizer=tokenizer, cache_dir=tmp_path, normalize=NormalizeConfig(preset="strict"))
+    tokenized(
+        posts, tokenizer=tokenizer, cache_dir=tmp_path, normalize=NormalizeConfig(preset="strict")
+    )
     tokenized(posts, tokenizer=wordpiece_tokenizer(["abc"]), cache_dir=tmp_path)
     tokenized(posts_of(["abc", "deg"]), tokenizer=tokenizer, cache_dir=tmp_path)
     tokenized(posts_of(["abc", "def"], pairs=["x", None]), tokenizer=tokenizer, cache_dir=tmp_path)
-    tokenized(posts_of(["abc", "def"], words=[["abc"], None]), tokenizer=tokenizer, cache_dir=tmp_path)
+    tokenized(
+        posts_of(["abc", "def"], words=[["abc"], None]), tokenizer=tokenizer, cache_dir=tmp_path
+    )
     assert len(list(tmp_path.iterdir())) == 7
     tokenized(posts, tokenizer=tokenizer, cache_dir=tmp_path, cache=False, max_length=30)
     assert len(list(tmp_path.iterdir())) == 7
 
 
-@pytest.mark.parametrize("spoil", [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: b"no archive"])
+@pytest.mark.parametrize(
+    "spoil", [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: b"no archive"]
+)
 def test_a_cache_file_that_was_cut_short_is_made_anew(tmp_path: Path, spoil: Any) -> None:
     posts = posts_of(["abc", "def ghi"])
     first = tokenized(posts, cache_dir=tmp_path)
@@ -331,12 +396,16 @@ def test_a_tokenizer_is_loaded_from_a_folder_with_its_rules(tmp_path: Path) -> N
 
 def test_a_missing_tokenizer_says_what_to_give(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"model.encoder \(.*empty\): no tokenizer could be loaded. Give a folder"):
+    with pytest.raises(
+        ValueError, match=r"model.encoder \(.*empty\): no tokenizer could be loaded. Give a folder"
+    ):
         load_tokenizer(str(tmp_path / "empty"))
 
 
 def test_a_length_that_the_encoder_does_not_take_is_told() -> None:
-    with pytest.raises(ValueError, match=r"data.max_length \(128\) is more than the encoder takes \(64 tokens\)"):
+    with pytest.raises(
+        ValueError, match=r"data.max_length \(128\) is more than the encoder takes \(64 tokens\)"
+    ):
         tokenized(posts_of(["a"]), tokenizer=wordpiece_tokenizer(model_max_length=64))
 
 

@@ -24,8 +24,16 @@ def airline(tmp_path: Path) -> Path:
     def rows(count: int) -> list[dict[str, Any]]:
         made = []
         for number in range(count):
-            row = {"text": f"flight {count} {number}", "airline": AIRLINES[number % 3], "late": number // 4 % 2 == 0}
-            row |= {"sentiment": "negative", "reason": ("bag", "crew")[number // 2 % 2]} if number % 2 else {}
+            row = {
+                "text": f"flight {count} {number}",
+                "airline": AIRLINES[number % 3],
+                "late": number // 4 % 2 == 0,
+            }
+            row |= (
+                {"sentiment": "negative", "reason": ("bag", "crew")[number // 2 % 2]}
+                if number % 2
+                else {}
+            )
             made.append({"sentiment": "positive"} | row)
         return made
 
@@ -49,7 +57,9 @@ def texts_of(corpus: Corpus, split: str) -> set[str]:
     return set(corpus.splits[split].texts)
 
 
-def test_tasks_with_other_label_columns_train_on_the_same_posts_and_missing_labels_are_fine(airline: Path) -> None:
+def test_tasks_with_other_label_columns_train_on_the_same_posts_and_missing_labels_are_fine(
+    airline: Path,
+) -> None:
     train = load_corpus(recipe_with(airline)).splits["train"]
     assert len(train) == 24 and len(train.group_names) == 1
     assert [value is None for value in train.labels["reason"]] == [True, False] * 12
@@ -65,25 +75,34 @@ def test_held_out_posts_leave_training_and_validation_and_become_a_split(airline
     assert set(corpus.splits["unseen"].columns["airline"]) == {"Delta"}
     for split in ("train", "validation"):
         assert "Delta" not in corpus.splits[split].columns["airline"]
-    everywhere = texts_of(corpus, "train") | texts_of(corpus, "validation") | texts_of(corpus, "unseen")
+    everywhere = (
+        texts_of(corpus, "train") | texts_of(corpus, "validation") | texts_of(corpus, "unseen")
+    )
     assert everywhere == texts_of(whole, "train") | texts_of(whole, "validation")
     assert not texts_of(corpus, "unseen") & texts_of(corpus, "train")
-    assert "data set airline: held out airline Delta: 8 train and 4 validation posts are the split unseen" in (
-        corpus.report.notes
+    assert (
+        "data set airline: held out airline Delta: 8 train and 4 validation posts are the split unseen"
+        in (corpus.report.notes)
     )
     assert corpus.report.posts["airline"]["unseen"] == 12
 
 
 def test_truth_values_are_held_out_by_their_names(airline: Path) -> None:
     corpus = load_corpus(recipe_with(airline, hold_out={"late": ["true"]}))
-    assert set(corpus.splits["unseen"].columns["late"]) == {"true"} and len(corpus.splits["train"]) == 12
+    assert (
+        set(corpus.splits["unseen"].columns["late"]) == {"true"}
+        and len(corpus.splits["train"]) == 12
+    )
 
 
 @pytest.mark.parametrize(
     ("hold_out", "message"),
     [
         ({"airline": ["Unitd"]}, "has the value 'Unitd'; did you mean United?"),
-        ({"arline": ["United"]}, "tasks.sentiment.hold_out is 'arline', which does not exist; did you mean airline?"),
+        (
+            {"arline": ["United"]},
+            "tasks.sentiment.hold_out is 'arline', which does not exist; did you mean airline?",
+        ),
         ({"airline": []}, "tasks.sentiment.hold_out.airline lists no value"),
         ({"airline": list(AIRLINES)}, "hold_out takes every training post away"),
     ],
@@ -99,14 +118,21 @@ def test_what_cannot_be_held_out_is_refused_with_what_can(
 def test_tasks_that_share_posts_must_hold_out_the_same(airline: Path) -> None:
     recipe = recipe_with(airline)
     recipe.tasks["reason"].hold_out = {"airline": ["Delta"]}
-    with pytest.raises(ValueError, match=r"tasks.reason.hold_out is .* but tasks.sentiment, which shares its posts"):
+    with pytest.raises(
+        ValueError, match=r"tasks.reason.hold_out is .* but tasks.sentiment, which shares its posts"
+    ):
         load_corpus(recipe)
 
 
-def test_training_in_one_domain_and_testing_in_another_is_a_matter_of_file_names(tmp_path: Path) -> None:
+def test_training_in_one_domain_and_testing_in_another_is_a_matter_of_file_names(
+    tmp_path: Path,
+) -> None:
     for name in ("laptops", "restaurants"):
         for split, count in (("train", 8), ("validation", 4)):
-            rows = [{"text": f"{name} {split} {i}", "label": ("bad", "good")[i % 2]} for i in range(count)]
+            rows = [
+                {"text": f"{name} {split} {i}", "label": ("bad", "good")[i % 2]}
+                for i in range(count)
+            ]
             write_jsonl(tmp_path / "absa" / name / f"{split}.jsonl", rows)
     splits = {"train": "laptops/train.jsonl", "validation": "laptops/validation.jsonl"}
     splits["test"] = "restaurants/validation.jsonl"
@@ -118,7 +144,10 @@ def test_training_in_one_domain_and_testing_in_another_is_a_matter_of_file_names
 
 
 def test_extra_columns_are_kept_as_text_and_none_where_a_post_has_none(airline: Path) -> None:
-    write_jsonl(airline / "other" / "train.jsonl", [{"text": f"o {i}", "label": "ab"[i % 2]} for i in range(20)])
+    write_jsonl(
+        airline / "other" / "train.jsonl",
+        [{"text": f"o {i}", "label": "ab"[i % 2]} for i in range(20)],
+    )
     recipe = recipe_with(airline, slices=["late", "airline"])
     recipe.tasks["other"] = TaskConfig(path="other")
     assert extra_columns(recipe) == ("late", "airline")
@@ -135,14 +164,21 @@ def test_a_column_that_a_loss_predicts_is_kept_and_must_exist(airline: Path) -> 
     recipe.loss.adversarial.predict = "arline"
     assert extra_columns(recipe) == ()  # switched off: nobody reads it
     recipe.loss.adversarial.weight = 0.1
-    with pytest.raises(ValueError, match="loss.adversarial.predict is 'arline'.*did you mean airline?"):
+    with pytest.raises(
+        ValueError, match="loss.adversarial.predict is 'arline'.*did you mean airline?"
+    ):
         load_corpus(recipe)
     recipe.loss.adversarial.predict = "airline"
     assert load_corpus(recipe).splits["train"].columns["airline"][:2] == ["Delta", "United"]
 
 
-def test_slices_by_a_column_that_is_not_there_or_has_too_many_values_are_refused(airline: Path) -> None:
-    with pytest.raises(ValueError, match="tasks.sentiment.slices is 'lat', which does not exist; did you mean late?"):
+def test_slices_by_a_column_that_is_not_there_or_has_too_many_values_are_refused(
+    airline: Path,
+) -> None:
+    with pytest.raises(
+        ValueError,
+        match="tasks.sentiment.slices is 'lat', which does not exist; did you mean late?",
+    ):
         load_corpus(recipe_with(airline, slices=["lat"]))
     rows = [{"text": f"p {i}", "label": "ab"[i % 2], "id": i} for i in range(MAX_SLICES + 1)]
     write_jsonl(airline / "many" / "train.jsonl", rows)
@@ -156,7 +192,9 @@ def test_one_task_of_a_data_set_may_ask_for_even_labels(airline: Path) -> None:
     classes = balanced_classes(corpus.splits["train"], corpus.tasks, recipe.tasks)
     assert classes.tolist() == corpus.splits["train"].labels["sentiment"]
     recipe.tasks["reason"].balanced_sampling = True
-    with pytest.raises(ValueError, match="tasks.reason.balanced_sampling: tasks.sentiment draws the same posts"):
+    with pytest.raises(
+        ValueError, match="tasks.reason.balanced_sampling: tasks.sentiment draws the same posts"
+    ):
         load_corpus(recipe)
 
 

@@ -17,7 +17,15 @@ from comoe.models.encoders.input_scaling import input_weights, scale_inputs
 from comoe.models.moe.block import ContextHolder, RoutingContext
 from comoe.tasks.task import Task, build_task
 from comoe.types import IGNORED
-from tests.helpers_model import HF_CONFIGS, SEQ2SEQ, TASKS, moe_config, random_batch, scaled, tiny_model
+from tests.helpers_model import (
+    HF_CONFIGS,
+    SEQ2SEQ,
+    TASKS,
+    moe_config,
+    random_batch,
+    scaled,
+    tiny_model,
+)
 
 OFF = LossConfig(contrastive=ContrastiveConfig(weight=0.0))
 SURE = torch.tensor([1.0, 0.5, 0.0, 0.25, 1.0, 0.75])
@@ -41,7 +49,11 @@ def sure(batch, values=SURE, tasks=TASKS):
 @pytest.mark.parametrize("kind", ["single_label", "multi_label", "tags", "regression"])
 def test_every_kind_weighs_its_rows_and_weights_of_1_change_no_bit(kind, class_weights, smoothing):
     labels = () if kind == "regression" else ("a", "b", "c")
-    more = {} if kind == "regression" else {"class_weights": class_weights, "label_smoothing": smoothing}
+    more = (
+        {}
+        if kind == "regression"
+        else {"class_weights": class_weights, "label_smoothing": smoothing}
+    )
     task = Task("t", kind, labels, "none", **more)
     torch.manual_seed(0)
     shape = {"tags": (40, 7, 3), "regression": (40, 1)}.get(kind, (40, 3))
@@ -56,7 +68,10 @@ def test_every_kind_weighs_its_rows_and_weights_of_1_change_no_bit(kind, class_w
         targets = torch.randint(0, 3, shape[:-1])
         targets[3] = IGNORED
     rules = task.rules
-    plain, ones = rules.loss(logits, targets, task), rules.loss(logits, targets, task, torch.ones(40))
+    plain, ones = (
+        rules.loss(logits, targets, task),
+        rules.loss(logits, targets, task, torch.ones(40)),
+    )
     gradients = [torch.autograd.grad(value, logits)[0] for value in (plain, ones)]
     assert torch.equal(plain, ones) and torch.equal(*gradients)
 
@@ -70,7 +85,9 @@ def test_every_kind_weighs_its_rows_and_weights_of_1_change_no_bit(kind, class_w
 def test_the_weighted_loss_equals_the_one_computed_by_hand():
     task = Task("t", "single_label", ("a", "b"), "macro_f1")
     logits = torch.tensor([[0.0, math.log(3)], [0.0, math.log(3)], [0.0, 0.0]])
-    found = task.rules.loss(logits, torch.tensor([1, 0, IGNORED]), task, torch.tensor([0.5, 0.25, 1.0]))
+    found = task.rules.loss(
+        logits, torch.tensor([1, 0, IGNORED]), task, torch.tensor([0.5, 0.25, 1.0])
+    )
     # 0.5 ln(4/3) + 0.25 ln 4; the mean divides by two posts, not by 0.75.
     assert found.item() == pytest.approx(0.5 * math.log(4 / 3) + 0.25 * math.log(4))
     assert task.rules.units(torch.tensor([1, 0, IGNORED]), task) == 2
@@ -95,7 +112,9 @@ def test_a_post_of_confidence_0_teaches_nothing_through_its_loss():
         objective = objective_of(tasks)
         step = objective(sure(one))
         step.loss.backward()
-        found.append([step.loss.detach(), *[p.grad for p in objective.parameters() if p.requires_grad]])
+        found.append(
+            [step.loss.detach(), *[p.grad for p in objective.parameters() if p.requires_grad]]
+        )
     torch.testing.assert_close(*found, rtol=0, atol=0)
     assert objective_of(TASKS)(spoilt).loss != objective_of(TASKS)(batch).loss
 
@@ -113,7 +132,9 @@ def test_the_output_strategy_multiplies_each_post_and_divides_by_all_of_them():
 def test_confidence_counts_alike_however_the_batch_is_cut(strategy):
     objective, batch = objective_of(weighed(strategy)), sure(random_batch())
     parts = [batch.take(torch.tensor(rows)) for rows in ([0, 1, 2], [3], [4, 5])]
-    scale = unit_scale(sum(count_units(part, TASKS) for part in parts), world_size=1, accumulation=3)
+    scale = unit_scale(
+        sum(count_units(part, TASKS) for part in parts), world_size=1, accumulation=3
+    )
     cut = sum(objective(replace(part, unit_scale_T=scale)).loss for part in parts) / 3
     torch.testing.assert_close(cut, objective(scaled(batch)).loss)
 
@@ -157,7 +178,9 @@ def test_each_row_has_its_own_input_weight():
     together = model(sure(batch)).logits["mood"]
     for row in range(6):
         rows = torch.tensor([row])
-        torch.testing.assert_close(model(sure(batch).take(rows)).logits["mood"], together[rows], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(
+            model(sure(batch).take(rows)).logits["mood"], together[rows], atol=1e-5, rtol=1e-4
+        )
 
 
 def test_a_post_of_confidence_0_does_not_blow_up_the_gradients_of_an_encoder_without_biases():
@@ -189,16 +212,26 @@ def test_an_encoder_that_answers_a_tuple_is_scaled_too():
 
 
 def test_a_post_of_several_tasks_enters_with_the_largest_of_their_weights():
-    a, b = (Task(name, "single_label", ("x", "y"), "macro_f1", confidence_strategy="input") for name in "ab")
+    a, b = (
+        Task(name, "single_label", ("x", "y"), "macro_f1", confidence_strategy="input")
+        for name in "ab"
+    )
     whole = Task("c", "single_label", ("x", "y"), "macro_f1", confidence_strategy="output")
     labels = {
         "a": torch.tensor([0, 0, IGNORED, 0, IGNORED]),
         "b": torch.tensor([0, IGNORED, 0, 0, IGNORED]),
         "c": torch.tensor([IGNORED, IGNORED, IGNORED, 0, IGNORED]),
     }
-    sure_of = {"a": torch.tensor([0.2, 0.3, 0.9, 0.1, 0.1]), "b": torch.tensor([0.6, 0.9, 0.0, 0.1, 0.1])}
-    batch = replace(random_batch(rows=5), labels=labels, confidences=sure_of | {"c": torch.full((5,), 0.5)})
-    torch.testing.assert_close(input_weights(batch, (a, b, whole)), torch.tensor([0.6, 0.3, 0.01, 1.0, 1.0]))
+    sure_of = {
+        "a": torch.tensor([0.2, 0.3, 0.9, 0.1, 0.1]),
+        "b": torch.tensor([0.6, 0.9, 0.0, 0.1, 0.1]),
+    }
+    batch = replace(
+        random_batch(rows=5), labels=labels, confidences=sure_of | {"c": torch.full((5,), 0.5)}
+    )
+    torch.testing.assert_close(
+        input_weights(batch, (a, b, whole)), torch.tensor([0.6, 0.3, 0.01, 1.0, 1.0])
+    )
     assert input_weights(replace(batch, confidences={}), (a, b, whole)) is None
     assert input_weights(batch, (whole,)) is None
 
@@ -206,16 +239,23 @@ def test_a_post_of_several_tasks_enters_with_the_largest_of_their_weights():
 def test_a_strategy_needs_a_confidence_and_labels():
     def build(**options):
         counts = {"x": 1, "y": 1}
-        return build_task("t", TaskConfig(path="p", **options), labels=("x", "y"), label_counts=counts)
+        return build_task(
+            "t", TaskConfig(path="p", **options), labels=("x", "y"), label_counts=counts
+        )
 
     assert build(confidence="sure").confidence_strategy == "none"
     assert build(confidence="sure", confidence_strategy="input_output").weighs("input")
-    with pytest.raises(ValueError, match="confidence_strategy is output, but there is no confidence; name its column"):
+    with pytest.raises(
+        ValueError,
+        match="confidence_strategy is output, but there is no confidence; name its column",
+    ):
         build(confidence_strategy="output")
     with pytest.raises(ValueError, match="'outputs'.*did you mean output"):
         build(confidence="sure", confidence_strategy="outputs")
     with pytest.raises(ValueError, match="no meaning for a task without labels"):
-        config = TaskConfig(path="p", kind="unlabelled", confidence="sure", confidence_strategy="input")
+        config = TaskConfig(
+            path="p", kind="unlabelled", confidence="sure", confidence_strategy="input"
+        )
         build_task("t", config, labels=(), label_counts={})
 
 

@@ -26,7 +26,9 @@ def shared(tmp_path: Path) -> Path:
     ]
     write_jsonl(tmp_path / "posts" / "train.jsonl", rows)
     write_jsonl(tmp_path / "posts" / "validation.jsonl", [{"text": "six", "mood": "bad"}])
-    write_jsonl(tmp_path / "posts" / "test.jsonl", [{"text": "seven"}, {"text": "eight", "mood": "good"}])
+    write_jsonl(
+        tmp_path / "posts" / "test.jsonl", [{"text": "seven"}, {"text": "eight", "mood": "good"}]
+    )
     return tmp_path
 
 
@@ -56,7 +58,10 @@ def test_tasks_on_one_data_set_share_its_posts(shared: Path) -> None:
 
 
 def test_a_training_post_without_any_label_is_left_out_and_said(shared: Path) -> None:
-    assert "data set posts: 1 training posts without any label left out" in three_tasks(shared).report.notes
+    assert (
+        "data set posts: 1 training posts without any label left out"
+        in three_tasks(shared).report.notes
+    )
 
 
 def test_test_posts_without_labels_stay_for_predictions(shared: Path) -> None:
@@ -68,20 +73,29 @@ def test_test_posts_without_labels_stay_for_predictions(shared: Path) -> None:
 def test_the_report_counts_posts_and_labels(shared: Path) -> None:
     report = three_tasks(shared).report
     assert report.posts == {"posts": {"train": 4, "validation": 1, "test": 2}}
-    assert report.labels["mood"] == {"train": {"bad": 1, "good": 2}, "validation": {"bad": 1}, "test": {"good": 1}}
+    assert report.labels["mood"] == {
+        "train": {"bad": 1, "good": 2},
+        "validation": {"bad": 1},
+        "test": {"good": 1},
+    }
     assert report.labels["stars"] == {"train": {"labelled": 2}}
     assert report.confidence == {"mood": 0.75}
     assert "task topic: no validation post has a label; it cannot be measured" in report.warnings
     lines = report.lines()
     assert "data set posts: 4 train, 1 validation, 2 test" in lines
     assert "task mood, train: bad 1, good 2" in lines
-    assert "task mood: mean confidence of the training labels 0.750 (not used: confidence_strategy is none)" in lines
+    assert (
+        "task mood: mean confidence of the training labels 0.750 (not used: confidence_strategy is none)"
+        in lines
+    )
     report.confidence_unused.clear()
     assert "task mood: mean confidence of the training labels 0.750" in report.lines()
 
 
 def test_other_columns_or_files_make_another_data_set(tmp_path: Path) -> None:
-    rows = [row | {"topic": "xy"[i % 2], "aspect": "door"} for i, row in enumerate(labelled_rows(6))]
+    rows = [
+        row | {"topic": "xy"[i % 2], "aspect": "door"} for i, row in enumerate(labelled_rows(6))
+    ]
     for folder, count in (("posts", 6), ("more/posts", 4)):
         write_jsonl(tmp_path / folder / "train.jsonl", rows[:count])
         write_jsonl(tmp_path / folder / "validation.jsonl", rows[:2])
@@ -120,7 +134,9 @@ def test_without_a_validation_split_a_stratified_part_is_held_out(tmp_path: Path
 def test_a_class_of_one_post_does_not_hinder_holding_out(tmp_path: Path) -> None:
     rows = [*labelled_rows(30), {"text": "lonely", "label": "rare"}]
     write_jsonl(tmp_path / "posts.jsonl", rows)
-    corpus = load_corpus(recipe_of(tmp_path, t=TaskConfig(path="posts.jsonl", labels=["bad", "good", "rare"])))
+    corpus = load_corpus(
+        recipe_of(tmp_path, t=TaskConfig(path="posts.jsonl", labels=["bad", "good", "rare"]))
+    )
     assert len(corpus.splits["validation"]) == 3
     assert "stratified by label" in corpus.report.notes[0]
 
@@ -169,13 +185,18 @@ def test_adding_a_data_set_leaves_the_draws_of_the_others_alone(tmp_path: Path) 
     both = recipe_of(tmp_path, a=TaskConfig(path="a.jsonl"), b=TaskConfig(path="b.jsonl"))
     alone.data.limit_per_task = both.data.limit_per_task = 9
     joined = load_corpus(both).splits["train"]
-    assert [joined.texts[i] for i in np.flatnonzero(joined.groups == 1)] == load_corpus(alone).splits["train"].texts
+    assert [joined.texts[i] for i in np.flatnonzero(joined.groups == 1)] == load_corpus(
+        alone
+    ).splits["train"].texts
 
 
 def test_posts_that_are_also_training_posts_are_warned_of(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "posts" / "train.jsonl", labelled_rows(10))
     write_jsonl(tmp_path / "posts" / "validation.jsonl", labelled_rows(4, start=8))
-    write_jsonl(tmp_path / "posts" / "test.jsonl", [{"text": "POST  number 3 "}, {"text": "new"}, {"text": "new"}])
+    write_jsonl(
+        tmp_path / "posts" / "test.jsonl",
+        [{"text": "POST  number 3 "}, {"text": "new"}, {"text": "new"}],
+    )
     warnings = load_corpus(recipe_of(tmp_path, t=TaskConfig(path="posts"))).report.warnings
     assert warnings == [
         "data set posts: 2 of 4 validation posts have the text of a training post; their scores flatter the model",
@@ -198,7 +219,10 @@ def test_labels_of_the_recipe_and_of_the_data_set_keep_their_order(tmp_path: Pat
     recipe.tasks["t"].labels = ["a", "z"]
     assert load_corpus(recipe).splits["train"].labels["t"] == [1, 0]
     (folder / "mapping.txt").unlink()
-    assert load_corpus(recipe).splits["train"].labels["t"] == [0, 1]  # ids in the order of tasks.t.labels
+    assert load_corpus(recipe).splits["train"].labels["t"] == [
+        0,
+        1,
+    ]  # ids in the order of tasks.t.labels
 
 
 def test_tags_come_with_words_and_plain_texts_are_split_at_blanks(tmp_path: Path) -> None:
@@ -209,7 +233,9 @@ def test_tags_come_with_words_and_plain_texts_are_split_at_blanks(tmp_path: Path
     ]
     for name in ("train", "validation"):
         write_jsonl(tmp_path / "posts" / f"{name}.jsonl", rows)
-    corpus = load_corpus(recipe_of(tmp_path, t=TaskConfig(path="posts", kind="tags", text="tokens", label="tags")))
+    corpus = load_corpus(
+        recipe_of(tmp_path, t=TaskConfig(path="posts", kind="tags", text="tokens", label="tags"))
+    )
     train = corpus.splits["train"]
     assert corpus.tasks[0].labels == ("O", "B-loc", "B-per")
     assert list(train.words) == [["Ann", "in", "Rome"], ["to", "Rome"], ["Bob", "x"]]
@@ -219,7 +245,11 @@ def test_tags_come_with_words_and_plain_texts_are_split_at_blanks(tmp_path: Path
 
 
 def test_multi_labels_are_counted_one_by_one(tmp_path: Path) -> None:
-    rows = [{"text": "p", "label": ["a", "b"]}, {"text": "q", "label": []}, {"text": "r", "label": "b; c"}]
+    rows = [
+        {"text": "p", "label": ["a", "b"]},
+        {"text": "q", "label": []},
+        {"text": "r", "label": "b; c"},
+    ]
     for name in ("train", "validation"):
         write_jsonl(tmp_path / "posts" / f"{name}.jsonl", rows)
     corpus = load_corpus(recipe_of(tmp_path, t=TaskConfig(path="posts", kind="multi_label")))

@@ -32,7 +32,21 @@ from tests.helpers_data import write_jsonl
 from tests.helpers_decoder import ASPECT, MOOD, POLARITY, TASKS, decoder_tokenizer, posts_of
 
 TOKENIZER = decoder_tokenizer(
-    ["aspect", "of:", "polarity", "of", "in:", "?", "great", "terrible", "battery", "screen", "😀", "电池", "post"]
+    [
+        "aspect",
+        "of:",
+        "polarity",
+        "of",
+        "in:",
+        "?",
+        "great",
+        "terrible",
+        "battery",
+        "screen",
+        "😀",
+        "电池",
+        "post",
+    ]
 )
 CONFIG = DataConfig(max_length=32, cache=False, normalize=NormalizeConfig(preset="none"))
 TEXTS = ["post one", "post two is great", "post three", "post four 😀", "post five"]
@@ -46,7 +60,9 @@ PAIRS = ["battery", None, "screen", "screen", "post"]
 
 
 def split_of(*, tasks: tuple[Task, ...] = TASKS, **more: Any) -> TokenizedSplit:
-    posts = posts_of(TEXTS, {task.name: LABELS[task.name] for task in tasks}, pairs=PAIRS, tasks=tasks, **more)
+    posts = posts_of(
+        TEXTS, {task.name: LABELS[task.name] for task in tasks}, pairs=PAIRS, tasks=tasks, **more
+    )
     return tokenize_split(posts, TOKENIZER, tasks=tasks, config=CONFIG)
 
 
@@ -71,10 +87,21 @@ def test_by_token_a_post_has_one_row_for_the_heads_and_one_for_each_task_of_the_
     assert shown(batch, 1) == "aspect of: post one </s>"
     assert shown(batch, 2) == "polarity of battery in: post one ? </s>"
     assert batch.labels["mood"].tolist() == [0, *[IGNORED] * 2, 1, *[IGNORED] * 6]
-    assert batch.labels["polarity"].tolist() == [IGNORED, IGNORED, 1, *[IGNORED] * 2, 0, 0, *[IGNORED] * 3]
+    assert batch.labels["polarity"].tolist() == [
+        IGNORED,
+        IGNORED,
+        1,
+        *[IGNORED] * 2,
+        0,
+        0,
+        *[IGNORED] * 3,
+    ]
     aspects = ASPECT.rules.gold(batch.labels["aspect"], ASPECT)
     assert aspects == [None, "battery 😀", None, None, "电池", *[None] * 5]
-    assert batch.labels["aspect"][[1, 4], 0].tolist() == [3, 2]  # tokens that are taught, the end sign one of them
+    assert batch.labels["aspect"][[1, 4], 0].tolist() == [
+        3,
+        2,
+    ]  # tokens that are taught, the end sign one of them
     assert batch.token_type_ids_BL is None and not batch.word_starts_BL[batch.task_ids_B >= 0].any()
     assert batch.word_starts_BL[0].sum() == 2  # of the first text alone
 
@@ -102,8 +129,17 @@ def test_answers_and_choices_are_the_tokens_of_the_right_words(start: bool) -> N
 @pytest.mark.parametrize("route_by", ["task", "both"])
 def test_by_task_every_row_has_its_one_task(route_by: str) -> None:
     split, collator = split_of(), Collator(TOKENIZER, TASKS, route_by=route_by)
-    assert rows_of(collator(split, np.arange(5))) == [(0, 0), (0, 1), (0, 2), (1, 0), (2, 1), (2, 2), (3, 2)]
-    # Prediction: heads answer for all posts, the decoder for those it has a label of and those without any.
+    assert rows_of(collator(split, np.arange(5))) == [
+        (0, 0),
+        (0, 1),
+        (0, 2),
+        (1, 0),
+        (2, 1),
+        (2, 2),
+        (3, 2),
+    ]
+    # Prediction: heads answer for all posts, the decoder for those it has a label of and those
+    # without any.
     batch = collator(split, np.array([1, 3, 4]), all_tasks=True)
     assert rows_of(batch) == [(1, 0), (3, 0), (3, 2), (4, 0), (4, 1), (4, 2)]
     assert shown(batch, 1) == "post four 😀 </s> screen </s>"
@@ -123,7 +159,9 @@ def test_without_a_task_with_a_head_there_are_no_rows_for_heads() -> None:
 def test_a_rank_without_posts_has_one_row_that_wants_no_answer(route_by: str, task: int) -> None:
     batch = Collator(TOKENIZER, TASKS, route_by=route_by)(split_of(), np.zeros(0, dtype=np.int64))
     assert rows_of(batch) == [(-1, task)] and batch.answers_BD.tolist() == [[IGNORED]]
-    assert batch.labels["aspect"].tolist() == [[IGNORED]] and batch.labels["polarity"].tolist() == [IGNORED]
+    assert batch.labels["aspect"].tolist() == [[IGNORED]] and batch.labels["polarity"].tolist() == [
+        IGNORED
+    ]
 
 
 def test_heads_alone_have_neither_answers_nor_choices() -> None:
@@ -142,7 +180,9 @@ def test_rows_are_taken_with_their_answers() -> None:
 
 def test_lengths_are_those_of_the_longest_row_of_a_post() -> None:
     split = split_of()
-    batches = [Collator(TOKENIZER, TASKS)(split, np.array([post]), all_tasks=True) for post in range(5)]
+    batches = [
+        Collator(TOKENIZER, TASKS)(split, np.array([post]), all_tasks=True) for post in range(5)
+    ]
     assert split.lengths.tolist() == [batch.input_ids_BL.shape[1] for batch in batches]
     assert split.lengths[1] == len(split.rows(np.array([1]))[0].input_ids) < split.lengths[0]
 
@@ -150,14 +190,18 @@ def test_lengths_are_those_of_the_longest_row_of_a_post() -> None:
 def test_confidences_and_domains_go_with_the_rows_and_a_post_counts_once() -> None:
     tasks = (MOOD, replace(ASPECT, confidence_strategy="output"), POLARITY)
     confidences = {"aspect": [0.25, None, 0.5, None, None]}
-    split = split_of(tasks=tasks, confidences=confidences, columns={"place": ["a", "b", "a", None, "b"]})
+    split = split_of(
+        tasks=tasks, confidences=confidences, columns={"place": ["a", "b", "a", None, "b"]}
+    )
     domains = Domains("place", ("a", "b"), (0.5, 0.5), 1, (1.0, 3.0))
     batch = Collator(TOKENIZER, tasks, domains=domains)(split, np.array([0, 1, 0, 3]))
     assert rows_of(batch)[:4] == [(0, -1), (0, 1), (0, 2), (1, -1)]
     assert batch.confidences["aspect"].tolist() == [0.25] * 3 + [1.0] + [0.25] * 3 + [1.0]
     assert batch.domains_B.tolist() == [0, 0, 0, 1, 0, 0, 0, IGNORED]
     # Drawn twice, the first post counts twice.
-    torch.testing.assert_close(batch.domain_weights_B, torch.tensor([1 / 3] * 3 + [3.0] + [1 / 3] * 3 + [0.0]))
+    torch.testing.assert_close(
+        batch.domain_weights_B, torch.tensor([1 / 3] * 3 + [3.0] + [1 / 3] * 3 + [0.0])
+    )
 
 
 def test_tasks_of_other_data_sets_do_not_ask_about_posts_without_the_second_text() -> None:
@@ -173,7 +217,11 @@ def test_the_decoder_is_not_asked_about_posts_without_labels_where_nothing_is_pr
 ) -> None:
     split, collator = split_of(tasks=tasks), Collator(TOKENIZER, tasks)
     assert rows_of(collator(split, np.array([4]))) == [(4 if MOOD in tasks else -1, -1)]
-    asked = [split.labelled[post, task] for post, task in rows_of(collator(split, np.arange(5))) if task >= 0]
+    asked = [
+        split.labelled[post, task]
+        for post, task in rows_of(collator(split, np.arange(5)))
+        if task >= 0
+    ]
     assert len(asked) == 5 and all(asked)
 
 
@@ -187,7 +235,9 @@ def test_a_tokenizer_that_writes_no_end_sign_is_refused() -> None:
 WRITTEN = {0: "battery 😀", 2: "battery", 4: "screen 电池"}
 
 
-def written_by(batch: Batch, *, tokenizer: Any = TOKENIZER, tasks: tuple[Task, ...] = TASKS) -> ModelOutput:
+def written_by(
+    batch: Batch, *, tokenizer: Any = TOKENIZER, tasks: tuple[Task, ...] = TASKS
+) -> ModelOutput:
     """What a model says that writes ``WRITTEN``, scores "great" at 3/4 of both words, and is of mood 1 for all."""
     rows = batch.row_ids_B.tolist()
     ids = [tokenizer(WRITTEN.get(row, "post"))["input_ids"] for row in rows]
@@ -199,7 +249,13 @@ def written_by(batch: Batch, *, tokenizer: Any = TOKENIZER, tasks: tuple[Task, .
         "aspect": wide,
         "polarity": torch.tensor([[0.01, 0.03]]).log().repeat(len(rows), 1),
     }
-    return ModelOutput({task.name: logits[task.name] for task in tasks}, {}, {}, (), torch.zeros(0, dtype=torch.int64))
+    return ModelOutput(
+        {task.name: logits[task.name] for task in tasks},
+        {},
+        {},
+        (),
+        torch.zeros(0, dtype=torch.int64),
+    )
 
 
 def evaluated(*, shares: list[list[list[int]]], route_by: str = "token", **options: Any) -> Any:
@@ -227,7 +283,10 @@ def test_answers_go_through_code_points_to_scores_and_predictions(route_by: str)
     polarity = found.metrics["polarity"]
     assert polarity["n"] == 3 and polarity["accuracy"] == pytest.approx(1 / 3)
     assert polarity["loss"] == pytest.approx(-(np.log(0.03) + 2 * np.log(0.01)) / 3)
-    assert found.confusions["polarity"].tolist() == [[0, 2], [0, 1]] and "aspect" not in found.confusions
+    assert (
+        found.confusions["polarity"].tolist() == [[0, 2], [0, 1]]
+        and "aspect" not in found.confusions
+    )
     assert found.predictions["aspect"] == [
         {"row": row, "text": TEXTS[row], "gold": LABELS["aspect"][row], "answer": WRITTEN[row],
          "probability": pytest.approx(0.5)}
@@ -252,9 +311,14 @@ def test_scores_of_texts_can_be_sliced_and_chosen_by() -> None:
         written_by, split, collator=collator, tasks=tasks, batches=[np.arange(5)], gather=lambda a: [a], device="cpu",
         spell=collator.spell, columns={"place": ["x", None, "y", "y", "x"]}, predictions=False,
     )  # fmt: skip
-    assert found.metrics["aspect"]["token_f1@place=x"] == 1.0 and found.metrics["aspect"]["token_f1@place=y"] == 0.0
+    assert (
+        found.metrics["aspect"]["token_f1@place=x"] == 1.0
+        and found.metrics["aspect"]["token_f1@place=y"] == 0.0
+    )
     check_chosen_metric("aspect/rouge_l", tasks)
-    assert {"loss", "token_f1", "exact_match", "rouge_l", "majority/token_f1"} == set(metric_names(ASPECT))
+    assert {"loss", "token_f1", "exact_match", "rouge_l", "majority/token_f1"} == set(
+        metric_names(ASPECT)
+    )
     assert mean_metric(found.metrics, tasks) == pytest.approx(
         np.mean([found.metrics[task.name][task.metric] for task in tasks])
     )
@@ -267,14 +331,21 @@ def test_scored_words_are_calibrated_and_texts_left_alone() -> None:
     right = generator.random(60) < 0.7
     said = np.where(right, gold, 1 - gold)
     tasks = (ASPECT, POLARITY)
-    posts = posts_of(["post"] * 60, {"polarity": gold.tolist(), "aspect": ["x"] * 60}, pairs=["a"] * 60, tasks=tasks)
+    posts = posts_of(
+        ["post"] * 60,
+        {"polarity": gold.tolist(), "aspect": ["x"] * 60},
+        pairs=["a"] * 60,
+        tasks=tasks,
+    )
     split = tokenize_split(posts, TOKENIZER, tasks=tasks, config=CONFIG)
     collator = Collator(TOKENIZER, tasks)
 
     def forward(batch: Batch) -> ModelOutput:
         output = written_by(batch, tasks=tasks)
         logits = torch.full((len(batch.row_ids_B), 2), float(np.log(0.0001)))
-        logits[torch.arange(len(logits)), torch.from_numpy(said)[batch.row_ids_B]] = float(np.log(0.0009))
+        logits[torch.arange(len(logits)), torch.from_numpy(said)[batch.row_ids_B]] = float(
+            np.log(0.0009)
+        )
         return replace(output, logits={**output.logits, "polarity": logits})
 
     found = evaluate(
@@ -294,7 +365,10 @@ def test_scored_words_are_calibrated_and_texts_left_alone() -> None:
 
 
 def predictor_of(
-    tasks: tuple[Task, ...] = TASKS, *, route_by: str = "token", columns: dict[str, Any] | None = None
+    tasks: tuple[Task, ...] = TASKS,
+    *,
+    route_by: str = "token",
+    columns: dict[str, Any] | None = None,
 ) -> Predictor:
     exported = SimpleNamespace(
         tasks=tasks, tokenizer=TOKENIZER, data_config=CONFIG, config={"columns": columns or {}}, image_processor=None,
@@ -323,16 +397,24 @@ def test_every_task_answers_a_post_and_one_without_the_second_text_says_so(route
 
 
 @pytest.mark.parametrize(
-    ("cell", "read"), [(5, "5"), (2.5, "2.5"), (["battery", "great"], "battery great"), ("battery", "battery")]
+    ("cell", "read"),
+    [(5, "5"), (2.5, "2.5"), (["battery", "great"], "battery great"), ("battery", "battery")],
 )
 def test_second_texts_are_read_as_in_training(cell: Any, read: str) -> None:
-    config = {name: TaskConfig(path="posts", pair="about", prompt=POLARITY.prompt) for name in ("polarity", "mood")}
-    post = RowReader(config, {"polarity": (), "mood": ()}, max_characters=99).read({"text": "post", "about": cell})
+    config = {
+        name: TaskConfig(path="posts", pair="about", prompt=POLARITY.prompt)
+        for name in ("polarity", "mood")
+    }
+    post = RowReader(config, {"polarity": (), "mood": ()}, max_characters=99).read(
+        {"text": "post", "about": cell}
+    )
     seen: list[Batch] = []
     predictor = predictor_of()
     exported = SimpleNamespace(**vars(predictor.exported))
     exported.model = lambda batch: (seen.append(batch), predictor.exported.model(batch))[1]
-    (answer,) = replace(predictor, exported=exported)(["post"], pairs=[cell], tasks=["mood", "polarity"])
+    (answer,) = replace(predictor, exported=exported)(
+        ["post"], pairs=[cell], tasks=["mood", "polarity"]
+    )
     assert "error" not in answer and post.pair == read
     assert [shown(seen[0], row) for row in range(2)] == [
         f"post </s> {read} </s>",
@@ -341,14 +423,26 @@ def test_second_texts_are_read_as_in_training(cell: Any, read: str) -> None:
 
 
 @pytest.mark.parametrize("cell", ["  ", float("nan"), [], True, {"a": 1}])
-def test_a_second_text_that_is_none_is_said_and_a_line_of_ids_is_never_missing(cell: Any, tmp_path: Path) -> None:
+def test_a_second_text_that_is_none_is_said_and_a_line_of_ids_is_never_missing(
+    cell: Any, tmp_path: Path
+) -> None:
     predictor = predictor_of()
     (answer,) = predictor(["post one"], pairs=[cell], tasks=["polarity"])
     assert answer["error"].startswith("the second text ") and "polarity" not in answer
-    source = write_jsonl(tmp_path / "in.jsonl", [{"text": "post one", "about": cell}, {"text": "b", "about": "c"}])
+    source = write_jsonl(
+        tmp_path / "in.jsonl", [{"text": "post one", "about": cell}, {"text": "b", "about": "c"}]
+    )
     for task in ("polarity", "mood"):
         target = tmp_path / f"{task}.txt"
-        predict_file(predictor, source, target, pair_column="about", format="tweeteval", tasks=[task], progress=False)
+        predict_file(
+            predictor,
+            source,
+            target,
+            pair_column="about",
+            format="tweeteval",
+            tasks=[task],
+            progress=False,
+        )
         assert target.read_text() == "1\n1\n"
 
 
@@ -384,33 +478,65 @@ def test_labelled_posts_are_scored_as_in_training(tmp_path: Path) -> None:
     path = str(write_jsonl(tmp_path / "posts.jsonl", rows))
     predictor = predictor_of((ASPECT, POLARITY))
     scores = score_data(predictor, DataChoice(path, pair="target"), progress=False)
-    assert scores.evaluation.metrics["aspect"]["n"] == 2 and scores.evaluation.metrics["aspect"]["exact_match"] == 0.5
-    assert scores.evaluation.metrics["polarity"]["accuracy"] == 0.5 and "ece" in scores.evaluation.metrics["polarity"]
-    with pytest.raises(ValueError, match=r"The prompt of polarity has \{pair\}; name its column with --pair-column"):
+    assert (
+        scores.evaluation.metrics["aspect"]["n"] == 2
+        and scores.evaluation.metrics["aspect"]["exact_match"] == 0.5
+    )
+    assert (
+        scores.evaluation.metrics["polarity"]["accuracy"] == 0.5
+        and "ece" in scores.evaluation.metrics["polarity"]
+    )
+    with pytest.raises(
+        ValueError, match=r"The prompt of polarity has \{pair\}; name its column with --pair-column"
+    ):
         score_data(predictor, DataChoice(path), progress=False)
-    assert score_data(predictor, DataChoice(path, label="aspect"), tasks=["aspect"], progress=False).posts == 3
+    assert (
+        score_data(
+            predictor, DataChoice(path, label="aspect"), tasks=["aspect"], progress=False
+        ).posts
+        == 3
+    )
     write_jsonl(tmp_path / "posts.jsonl", [rows[0], rows[1] | {"target": " "}])
-    with pytest.raises(ValueError, match=r"posts.jsonl:2: column target is empty, but tasks.polarity.prompt has"):
+    with pytest.raises(
+        ValueError, match=r"posts.jsonl:2: column target is empty, but tasks.polarity.prompt has"
+    ):
         score_data(predictor, DataChoice(path, pair="target"), progress=False)
 
 
-def test_files_of_answers_hold_texts_and_scored_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = [{"text": "post one", "about": "battery"}, {"text": "post two"}, {"text": "", "about": "x"}]
+def test_files_of_answers_hold_texts_and_scored_words(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [
+        {"text": "post one", "about": "battery"},
+        {"text": "post two"},
+        {"text": "", "about": "x"},
+    ]
     source, predictor = write_jsonl(tmp_path / "in.jsonl", rows), predictor_of()
 
     def written(name: str, **options: Any) -> list[str]:
-        predict_file(predictor, source, tmp_path / name, pair_column="about", progress=False, **options)
+        predict_file(
+            predictor, source, tmp_path / name, pair_column="about", progress=False, **options
+        )
         return (tmp_path / name).read_text(encoding="utf-8").splitlines()
 
     table = list(csv.DictReader(written("out.csv", format="csv")))
-    assert table[0]["aspect"] == "battery 😀" and table[0]["polarity"] == "good" and table[0]["error"] == ""
+    assert (
+        table[0]["aspect"] == "battery 😀"
+        and table[0]["polarity"] == "good"
+        and table[0]["error"] == ""
+    )
     assert list(table[0])[-5:] == ["aspect", "polarity", "polarity/bad", "polarity/good", "error"]
     assert table[1]["aspect"] == "" and table[1]["error"].startswith("the second text is missing")
     # Every line needs an id.
     assert written("out.txt", format="tweeteval", tasks=["polarity"]) == ["1", "1", "1"]
     said = capsys.readouterr().err
-    assert "2 lines without a text, or the second text that the prompt wants, were answered as '@user'" in said
-    with pytest.raises(ValueError, match="wants a task with one label per post; aspect is a text task"):
+    assert (
+        "2 lines without a text, or the second text that the prompt wants, were answered as '@user'"
+        in said
+    )
+    with pytest.raises(
+        ValueError, match="wants a task with one label per post; aspect is a text task"
+    ):
         written("out.txt", format="tweeteval", tasks=["aspect"])
 
 
@@ -420,40 +546,71 @@ ASKED_ABOUT = {name: {"pair": "target", "label": name} for name in ("mood", "asp
 def test_second_texts_and_labels_are_read_from_the_columns_of_training(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rows = [{"text": "post one", "target": "battery", "polarity": "good", "label": "bad"}, {"text": "post two"}]
+    rows = [
+        {"text": "post one", "target": "battery", "polarity": "good", "label": "bad"},
+        {"text": "post two"},
+    ]
     source, predictor = write_jsonl(tmp_path / "in.jsonl", rows), predictor_of(columns=ASKED_ABOUT)
     said = predict_file(predictor, source, tmp_path / "out.jsonl", progress=False)
     assert "2 posts answered" in said and "1 of them could not" in said
     assert "second texts are read from column target, as in training" in capsys.readouterr().err
-    scores = score_data(predictor, DataChoice(str(source), skip_bad=True), tasks=["polarity"], progress=False)
-    assert scores.evaluation.metrics["polarity"]["accuracy"] == 1.0 and "--pair-column" in capsys.readouterr().err
+    scores = score_data(
+        predictor, DataChoice(str(source), skip_bad=True), tasks=["polarity"], progress=False
+    )
+    assert (
+        scores.evaluation.metrics["polarity"]["accuracy"] == 1.0
+        and "--pair-column" in capsys.readouterr().err
+    )
     # A head that had no second text would read another post than in training.
     alone = predictor_of(columns=ASKED_ABOUT | {"mood": {"pair": None, "label": "mood"}})
     message = rf"none of the 2 posts could be answered, see {tmp_path}/out.jsonl; the first: .*--pair-column"
     with pytest.raises(ValueError, match=message):
         predict_file(alone, source, tmp_path / "out.jsonl", progress=False)
     assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 2
-    predict_file(alone, source, tmp_path / "out.jsonl", tasks=["aspect", "polarity"], progress=False)
+    predict_file(
+        alone, source, tmp_path / "out.jsonl", tasks=["aspect", "polarity"], progress=False
+    )
 
 
 def test_the_columns_of_training_are_not_taken_where_they_say_nothing() -> None:
-    labels = {"a": {"pair": "x", "label": "mood"}, "b": {"pair": "y", "label": "mood"}, "c": {"label": "shade"}}
+    labels = {
+        "a": {"pair": "x", "label": "mood"},
+        "b": {"pair": "y", "label": "mood"},
+        "c": {"label": "shade"},
+    }
     config, tasks = {"columns": labels}, [replace(MOOD, name=name) for name in "abc"]
     found = {names: choose_labels(config, [t for t in tasks if t.name in names], asked=None, columns=["mood", "shade"])
              for names in ("a", "ab", "abc")}  # fmt: skip
-    assert found == {"a": {"a": "mood"}, "ab": {"a": "a", "b": "b"}, "abc": {"a": "a", "b": "b", "c": "shade"}}
+    assert found == {
+        "a": {"a": "mood"},
+        "ab": {"a": "a", "b": "b"},
+        "abc": {"a": "a", "b": "b", "c": "shade"},
+    }
     assert choose_labels(config, tasks[:1], asked=None, columns=["label"]) == {"a": "label"}
     assert choose_labels(config, tasks[:2], asked="z", columns=["mood"]) == {"a": "z", "b": "z"}
-    assert [pair_in_training(config, some) for some in (tasks[:1], tasks[:2], tasks)] == ["x", None, None]
+    assert [pair_in_training(config, some) for some in (tasks[:1], tasks[:2], tasks)] == [
+        "x",
+        None,
+        None,
+    ]
     assert pair_in_training({}, tasks) is None
 
 
-def test_attention_is_not_promised_where_no_head_pools(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_attention_is_not_promised_where_no_head_pools(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     source = write_jsonl(tmp_path / "in.jsonl", [{"text": "post one"}])
     predict_file(predictor_of((ASPECT,)), source, tmp_path / "out", explain=True, progress=False)
-    assert "--explain: none of these tasks has attention; only tasks with a pooled head" in capsys.readouterr().err
+    assert (
+        "--explain: none of these tasks has attention; only tasks with a pooled head"
+        in capsys.readouterr().err
+    )
     written, mixed = card((ASPECT,)), card(TASKS)
-    assert "explain" not in written and "Attention" not in written and "Written answers need not be true" in written
+    assert (
+        "explain" not in written
+        and "Attention" not in written
+        and "Written answers need not be true" in written
+    )
     assert "explain=True" in mixed and "Attention" in mixed and "Scored words are whole" in mixed
 
 

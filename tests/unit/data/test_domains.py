@@ -47,7 +47,9 @@ def found(platforms, *, train=None, **options):
 def collate(split, domains, indices, **options):
     tokenizer = wordpiece_tokenizer(["one"])
     tokenized = tokenize_split(split, tokenizer, tasks=TASKS, config=DataConfig())
-    return Collator(tokenizer, TASKS, domains=domains, **options)(tokenized, np.array(indices, dtype=np.int64))
+    return Collator(tokenizer, TASKS, domains=domains, **options)(
+        tokenized, np.array(indices, dtype=np.int64)
+    )
 
 
 def test_the_values_of_a_column_are_numbered_from_the_commonest():
@@ -60,8 +62,13 @@ def test_the_values_of_a_column_are_numbered_from_the_commonest():
 
 
 def test_a_column_of_texts_or_numbers_is_no_domain():
-    with pytest.raises(ValueError, match="have 101 different values; a column of up to 100 is meant"):
-        find_domains(posts([str(number) for number in range(101)]), AdversarialConfig(weight=1.0, predict="platform"))
+    with pytest.raises(
+        ValueError, match="have 101 different values; a column of up to 100 is meant"
+    ):
+        find_domains(
+            posts([str(number) for number in range(101)]),
+            AdversarialConfig(weight=1.0, predict="platform"),
+        )
 
 
 def test_balanced_values_weigh_alike_in_all():
@@ -80,7 +87,11 @@ def test_task_means_the_data_set_of_a_post_however_many_tasks_share_it():
 def test_missing_and_unseen_values_are_left_out_and_a_filler_row_is_too():
     domains = found(["b", "a", "b"])
     batch = collate(posts(["z", "a", None]), domains, [0, 1, 2])
-    assert batch.domains_B.tolist() == [IGNORED, 1, IGNORED] and batch.domain_weights_B.tolist() == [0, 1, 0]
+    assert batch.domains_B.tolist() == [
+        IGNORED,
+        1,
+        IGNORED,
+    ] and batch.domain_weights_B.tolist() == [0, 1, 0]
     filler = collate(posts(["a"]), domains, [])
     assert filler.domains_B.tolist() == [IGNORED] and filler.domain_weights_B.tolist() == [0]
     assert filler.confidences["mood"].tolist() == [1.0]
@@ -98,7 +109,10 @@ def test_a_post_with_a_row_per_task_counts_once():
 def test_a_batch_brings_the_confidences_of_the_tasks_that_read_them():
     batch = collate(posts(["b", "a", "b"]), None, [1, 0])
     assert batch.domains_B is None and list(batch.confidences) == ["mood"]
-    assert batch.confidences["mood"].tolist() == [0.5, 1.0] and batch.confidences["mood"].dtype == torch.float32
+    assert (
+        batch.confidences["mood"].tolist() == [0.5, 1.0]
+        and batch.confidences["mood"].dtype == torch.float32
+    )
     assert collate(posts(["b"], confidences={}), None, [0]).confidences == {}
 
 

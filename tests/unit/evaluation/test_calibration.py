@@ -47,7 +47,10 @@ TAGS = Task("tags", "tags", ("O", "B-p"), "span_f1")
 
 
 def answers_of(logits: np.ndarray, gold: np.ndarray) -> list[Answer]:
-    return [Answer(row, z, g) for row, (z, g) in enumerate(zip(logits.astype(np.float32), gold, strict=True))]
+    return [
+        Answer(row, z, g)
+        for row, (z, g) in enumerate(zip(logits.astype(np.float32), gold, strict=True))
+    ]
 
 
 def frequencies(logit: float) -> tuple[np.ndarray, np.ndarray]:
@@ -58,9 +61,13 @@ def frequencies(logit: float) -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize("factor", [0.3, 1.0, 2.5, 7.0])
 def test_the_temperature_is_the_factor_by_which_logits_are_too_large(factor: float) -> None:
     logits_NY, gold_N = frequencies(factor * math.log(3.0))
-    assert fit_temperature(logits_NY, gold_N, RULES["single_label"].nll) == pytest.approx(factor, rel=1e-5)
+    assert fit_temperature(logits_NY, gold_N, RULES["single_label"].nll) == pytest.approx(
+        factor, rel=1e-5
+    )
     gold_NY = np.stack([gold_N, gold_N], axis=1)
-    assert fit_temperature(logits_NY[:, [1, 1]], gold_NY, RULES["multi_label"].nll) == pytest.approx(factor, rel=1e-5)
+    assert fit_temperature(
+        logits_NY[:, [1, 1]], gold_NY, RULES["multi_label"].nll
+    ) == pytest.approx(factor, rel=1e-5)
 
 
 def test_the_optimum_has_no_slope_and_scales_with_the_logits() -> None:
@@ -70,7 +77,9 @@ def test_the_optimum_has_no_slope_and_scales_with_the_logits() -> None:
     nll = RULES["single_label"].nll
     found = fit_temperature(logits_NY, gold_N, nll)
     beta = torch.tensor(1.0 / found, dtype=torch.float64, requires_grad=True)
-    loss = torch.nn.functional.cross_entropy(torch.from_numpy(logits_NY) * beta, torch.from_numpy(gold_N))
+    loss = torch.nn.functional.cross_entropy(
+        torch.from_numpy(logits_NY) * beta, torch.from_numpy(gold_N)
+    )
     loss.backward()
     assert abs(beta.grad.item()) < 1e-6
     assert loss.item() == pytest.approx(nll(logits_NY / found, gold_N), rel=1e-12)
@@ -80,17 +89,25 @@ def test_the_optimum_has_no_slope_and_scales_with_the_logits() -> None:
 def test_a_model_that_is_always_right_gets_the_coldest_temperature_and_not_zero() -> None:
     gold_N = np.array([0, 1] * 10)
     logits_NY = np.where(np.arange(2) == gold_N[:, None], 1.0, 0.0)
-    assert fit_temperature(logits_NY, gold_N, RULES["single_label"].nll) == pytest.approx(0.1, rel=1e-3)
+    assert fit_temperature(logits_NY, gold_N, RULES["single_label"].nll) == pytest.approx(
+        0.1, rel=1e-3
+    )
 
 
 def test_the_calibration_error_is_the_one_from_the_head() -> None:
-    # Bins of 1/15: 0.9 and 0.92 are in the fourteenth, of which one came true; 0.6 is in the ninth, its upper end.
+    # Bins of 1/15: 0.9 and 0.92 are in the fourteenth, of which one came true; 0.6 is in the ninth,
+    # its upper end.
     sure, true = np.array([0.9, 0.92, 0.6, 0.6]), np.array([True, False, True, True])
     expected = (2 * abs(0.91 - 0.5) + 2 * abs(0.6 - 1.0)) / 4
     assert expected_calibration_error([(sure, true)]) == pytest.approx(expected)
-    assert expected_calibration_error([(sure, true), (sure[2:], true[2:])]) == pytest.approx((expected + 0.4) / 2)
+    assert expected_calibration_error([(sure, true), (sure[2:], true[2:])]) == pytest.approx(
+        (expected + 0.4) / 2
+    )
     counts, sums, hits = reliability_bins([(sure, true)])
-    assert (counts[13], counts[8], counts.sum()) == (2, 2, 4) and (hits[13], sums[8]) == (1.0, pytest.approx(1.2))
+    assert (counts[13], counts[8], counts.sum()) == (2, 2, 4) and (hits[13], sums[8]) == (
+        1.0,
+        pytest.approx(1.2),
+    )
     assert expected_calibration_error([(np.array([0.0, 1.0]), np.array([0, 1]))]) == 0.0
 
 
@@ -129,7 +146,10 @@ def test_a_threshold_is_kept_where_it_gains_and_left_where_it_does_not() -> None
     chosen = choose_for_two_classes(scores, gold, folds_N=folds, task=MOOD)
     assert 0.1 < chosen.thresholds[0] < 0.3 and chosen.at_half < 0.5 < 0.95 < chosen.held_out
     noise = np.random.default_rng(3).random(len(gold))
-    assert choose_for_two_classes(noise * 0.02 + 0.9 * gold, gold, folds_N=folds, task=MOOD).thresholds is None
+    assert (
+        choose_for_two_classes(noise * 0.02 + 0.9 * gold, gold, folds_N=folds, task=MOOD).thresholds
+        is None
+    )
     both = choose_for_labels(
         np.stack([scores, noise], axis=1), np.stack([gold, gold], axis=1), folds_N=folds, task=SIGNS
     )
@@ -142,17 +162,25 @@ def test_a_label_that_hardly_occurs_keeps_one_half(positives: int) -> None:
     rare = np.zeros_like(gold)
     rare[:positives] = 1
     folds = parts_of(np.arange(len(gold)), 5)
-    found = choose_for_labels(np.stack([scores, scores], 1), np.stack([gold, rare], 1), folds_N=folds, task=SIGNS)
+    found = choose_for_labels(
+        np.stack([scores, scores], 1), np.stack([gold, rare], 1), folds_N=folds, task=SIGNS
+    )
     assert found.thresholds[1] == 0.5 != found.thresholds[0]
 
 
 def test_thresholds_are_dropped_where_the_main_metric_would_fall() -> None:
-    # By F1 the first label gains from saying yes to everybody; by rows that are right as a whole it loses.
+    # By F1 the first label gains from saying yes to everybody; by rows that are right as a whole it
+    # loses.
     draw = np.random.default_rng(2)
     gold = (draw.random((200, 1)) < 0.4).astype(np.int64)
     scores = np.clip(0.3 + 0.02 * gold + 0.05 * draw.normal(size=(200, 1)), 0, 1)
     folds = parts_of(np.arange(200), 5)
-    assert choose_for_labels(scores, gold, folds_N=folds, task=replace(SIGNS, metric="accuracy")).thresholds is None
+    assert (
+        choose_for_labels(
+            scores, gold, folds_N=folds, task=replace(SIGNS, metric="accuracy")
+        ).thresholds
+        is None
+    )
     assert choose_for_labels(scores, gold, folds_N=folds, task=SIGNS).thresholds is not None
 
 
@@ -170,24 +198,36 @@ def as_evaluation(task: Task, logits: np.ndarray, gold: np.ndarray) -> Evaluatio
 def test_a_run_is_calibrated_on_validation_and_judged_on_test() -> None:
     logits, gold = overconfident(240)
     calibrator = Calibrator([TOPIC, HEAT], temperatures=True, thresholds=True)
-    halves = [as_evaluation(TOPIC, logits[part], gold[part]) for part in (slice(0, 120), slice(120, 240))]
+    halves = [
+        as_evaluation(TOPIC, logits[part], gold[part]) for part in (slice(0, 120), slice(120, 240))
+    ]
     for evaluation in halves:
         evaluation.answers["heat"] = []
-    taken = [calibrator.take(split, found) for split, found in zip(("validation", "test"), halves, strict=True)]
+    taken = [
+        calibrator.take(split, found)
+        for split, found in zip(("validation", "test"), halves, strict=True)
+    ]
     task = calibrator.tasks[0]
     assert 3.0 < task.temperature < 6.0 and task.thresholds is None and calibrator.tasks[1] == HEAT
     report = calibrator.report()
     assert set(report) == {"topic"} and set(report["topic"]["ece"]) == {"validation", "test"}
     for split in ("validation", "test"):
-        assert report["topic"]["ece"][split]["after"] < 0.5 * report["topic"]["ece"][split]["before"]
+        assert (
+            report["topic"]["ece"][split]["after"] < 0.5 * report["topic"]["ece"][split]["before"]
+        )
         assert report["topic"]["nll"][split]["after"] < report["topic"]["nll"][split]["before"]
     for before, after in zip(halves, taken, strict=True):
         assert before.metrics["topic"] == after.metrics["topic"]
         scores = [row["scores"] for row in after.predictions["topic"]]
-        shown, said = ([row["label"] for row in found.predictions["topic"]] for found in (before, after))
+        shown, said = (
+            [row["label"] for row in found.predictions["topic"]] for found in (before, after)
+        )
         assert shown == said
         assert max(scores[0].values()) < max(before.predictions["topic"][0]["scores"].values())
-    assert ece_of(halves[1].answers, calibrator.tasks)["topic"] == report["topic"]["ece"]["test"]["after"]
+    assert (
+        ece_of(halves[1].answers, calibrator.tasks)["topic"]
+        == report["topic"]["ece"]["test"]["after"]
+    )
     assert json.loads(json.dumps(report)) == report
 
 
@@ -216,7 +256,10 @@ def test_thresholds_decide_test_and_not_the_validation_that_chose_them() -> None
     scores, gold = skewed()
     logits = np.stack([np.zeros_like(scores), np.log(scores / (1 - scores))], axis=1)
     calibrator = Calibrator([MOOD], temperatures=False, thresholds=True)
-    seen = {split: calibrator.take(split, as_evaluation(MOOD, logits, gold)) for split in ("validation", "test")}
+    seen = {
+        split: calibrator.take(split, as_evaluation(MOOD, logits, gold))
+        for split in ("validation", "test")
+    }
     (task,), decision = calibrator.tasks, calibrator.report()["mood"]["decision"]
     assert task.temperature is None and len(task.thresholds) == 1
     assert seen["validation"].metrics["mood"]["macro_f1"] == decision["at_half"]
@@ -225,8 +268,13 @@ def test_thresholds_decide_test_and_not_the_validation_that_chose_them() -> None
     assert decided == (scores >= task.thresholds[0]).tolist()
     assert seen["test"].confusions["mood"][1, 1] == (gold & np.array(decided)).sum()
     assert calibrator.report()["mood"]["ece"]["test"]["after"] is None
-    assert any("mood: thresholds chosen on validation" in line for line in calibration_sentences(calibrator.report()))
-    assert calibration_lines(calibrator.report())[-1].startswith("Thresholds were chosen on validation")
+    assert any(
+        "mood: thresholds chosen on validation" in line
+        for line in calibration_sentences(calibrator.report())
+    )
+    assert calibration_lines(calibrator.report())[-1].startswith(
+        "Thresholds were chosen on validation"
+    )
 
 
 def test_too_few_posts_or_none_leave_a_task_as_it_is() -> None:
@@ -237,12 +285,19 @@ def test_too_few_posts_or_none_leave_a_task_as_it_is() -> None:
     calibrator.take("validation", evaluation)
     assert calibrator.tasks == (TOPIC, MOOD)
     entry = calibrator.report()["topic"]
-    assert entry["temperature"] is None and entry["ece"]["validation"]["after"] is None and "mood" not in entry
-    assert calibration_lines({}) == [] and "topic" in "\n".join(calibration_lines(calibrator.report()))
+    assert (
+        entry["temperature"] is None
+        and entry["ece"]["validation"]["after"] is None
+        and "mood" not in entry
+    )
+    assert calibration_lines({}) == [] and "topic" in "\n".join(
+        calibration_lines(calibrator.report())
+    )
 
 
 def test_a_temperature_that_does_not_pay_on_other_posts_is_not_kept() -> None:
-    # Logits of the right size: one half wants 1.1, the other 0.9, and each loses with what the other wants.
+    # Logits of the right size: one half wants 1.1, the other 0.9, and each loses with what the
+    # other wants.
     draw = np.random.default_rng(11)
     logits = 2.0 * draw.normal(size=(40, 3))
     gold = (logits + draw.gumbel(size=logits.shape)).argmax(axis=1)
@@ -291,27 +346,46 @@ def test_answers_are_tempered_and_thresholds_decide(kind: str) -> None:
     edges = (0.8,) if kind == "single_label" else (0.4, 0.8)
     shown = rules.decode(logits, replace(task, thresholds=edges))
     # The sigmoid and the softmax of (0, 1) are 0.73 and 0.5; of (1.5, 0) 0.82 and 0.5.
-    wanted = [{"label": "a"}, {"label": "a"}] if kind == "single_label" else [{"labels": ["a"]}, {"labels": ["a"]}]
+    wanted = (
+        [{"label": "a"}, {"label": "a"}]
+        if kind == "single_label"
+        else [{"labels": ["a"]}, {"labels": ["a"]}]
+    )
     assert [{key: row[key] for key in wanted[0]} for row in shown] == wanted
 
 
-def test_an_export_keeps_temperatures_and_thresholds_and_an_old_one_has_none(tmp_path: Path) -> None:
-    edges = {"mood": None, "signs": (0.2,) * len(next(task for task in TASKS if task.kind == "multi_label").labels)}
+def test_an_export_keeps_temperatures_and_thresholds_and_an_old_one_has_none(
+    tmp_path: Path,
+) -> None:
+    edges = {
+        "mood": None,
+        "signs": (0.2,) * len(next(task for task in TASKS if task.kind == "multi_label").labels),
+    }
     tasks = tuple(
-        task if task.kind == "regression" else replace(task, temperature=4.0, thresholds=edges.get(task.name))
+        task
+        if task.kind == "regression"
+        else replace(task, temperature=4.0, thresholds=edges.get(task.name))
         for task in TASKS
     )
     (tmp_path / "plain").mkdir()
     (tmp_path / "fitted").mkdir()
-    plain, fitted = tiny_predictor(tmp_path / "plain"), tiny_predictor(tmp_path / "fitted", tasks=tasks)
+    plain, fitted = (
+        tiny_predictor(tmp_path / "plain"),
+        tiny_predictor(tmp_path / "fitted", tasks=tasks),
+    )
     assert load_exported(tmp_path / "fitted" / "export").tasks == tasks
     before, after = (model(["a good day"], tasks=["mood", "signs"])[0] for model in (plain, fitted))
     assert before["mood"]["label"] == after["mood"]["label"]
     for label, score in before["signs"]["scores"].items():
         logit = math.log(score / (1 - score))
-        assert after["signs"]["scores"][label] == pytest.approx(1 / (1 + math.exp(-logit / 4.0)), rel=1e-5)
+        assert after["signs"]["scores"][label] == pytest.approx(
+            1 / (1 + math.exp(-logit / 4.0)), rel=1e-5
+        )
         assert (label in after["signs"]["labels"]) == (after["signs"]["scores"][label] >= 0.2)
-    assert "are calibrated on posts like the training data" in (tmp_path / "fitted/export/README.md").read_text()
+    assert (
+        "are calibrated on posts like the training data"
+        in (tmp_path / "fitted/export/README.md").read_text()
+    )
     config = json.loads((tmp_path / "plain/export/config.json").read_text())
     for task in config["tasks"]:
         del task["temperature"], task["thresholds"]
@@ -325,14 +399,25 @@ def test_the_card_tells_what_was_fitted(tmp_path: Path) -> None:
         "temperature": 1.8, "thresholds": [0.3], "decision": {"metric": "macro_f1", "at_half": 0.5, "held_out": 0.6},
         "ece": {"validation": {"before": 0.2, "after": 0.1}, "test": {"before": 0.25, "after": 0.125}}, "nll": {},
     }  # fmt: skip
-    results = {"metrics": {}, "seconds": 60.0, "best_step": 3, "step": 3, "calibration": {"mood": entry}}
-    card = model_card("m", recipe=tiny_recipe(), tasks=TASKS, config=predictor.exported.config, results=results)
+    results = {
+        "metrics": {},
+        "seconds": 60.0,
+        "best_step": 3,
+        "step": 3,
+        "calibration": {"mood": entry},
+    }
+    card = model_card(
+        "m", recipe=tiny_recipe(), tasks=TASKS, config=predictor.exported.config, results=results
+    )
     assert "| mood | 1.80 | 0.30 | 0.200 -> 0.100 | 0.250 -> 0.125 |" in card
     assert "macro_f1 0.500 with 0.5, 0.600 on posts" in card
 
 
 def test_a_report_gives_tasks_back_what_was_fitted() -> None:
-    fitted, nothing = {"temperature": 2.0, "thresholds": [0.3, 0.5]}, {"temperature": None, "thresholds": None}
+    fitted, nothing = (
+        {"temperature": 2.0, "thresholds": [0.3, 0.5]},
+        {"temperature": None, "thresholds": None},
+    )
     report = {"signs": fitted, "mood": nothing}
     assert with_calibration([MOOD, SIGNS], json.loads(json.dumps(report))) == (
         MOOD, replace(SIGNS, temperature=2.0, thresholds=(0.3, 0.5)),

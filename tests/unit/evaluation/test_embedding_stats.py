@@ -47,10 +47,14 @@ def test_retrieval_counts_both_directions():
     # The first two pictures look like the first text, the third like its own.
     image = np.array([[1.0, 0.0, 0.0], [0.9, 0.1, 0.0], [0.0, 0.0, 1.0]])
     found = measure_retrieval(text, image, np.array([5, 6, 7]))
-    assert found == pytest.approx({"text_to_image_at_1": 1.0, "image_to_text_at_1": 2 / 3, "chance": 1 / 3})
+    assert found == pytest.approx(
+        {"text_to_image_at_1": 1.0, "image_to_text_at_1": 2 / 3, "chance": 1 / 3}
+    )
     # The second post says what the first one does, so the first text is as good as its own.
     found = measure_retrieval(text, image, np.array([5, 5, 7]))
-    assert found == pytest.approx({"text_to_image_at_1": 1.0, "image_to_text_at_1": 1.0, "chance": 5 / 9})
+    assert found == pytest.approx(
+        {"text_to_image_at_1": 1.0, "image_to_text_at_1": 1.0, "chance": 5 / 9}
+    )
 
 
 def answer(batch, *, seed: int = 0, sides: ImageText | None = None) -> ModelOutput:
@@ -71,12 +75,17 @@ def test_two_ranks_measure_what_one_process_does():
     whole = EmbeddingStats(TASKS, labelled_NT=everyone)
     whole.update(output, batch)
     expected = whole.summary(lambda own: [own])
-    assert set(expected.tasks) == {MOOD.name, "topic", HEAT.name, SIGNS.name} and WORDS.name not in expected.tasks
+    assert (
+        set(expected.tasks) == {MOOD.name, "topic", HEAT.name, SIGNS.name}
+        and WORDS.name not in expected.tasks
+    )
 
     shares = []
     for rows in (torch.tensor([5, 1, 7]), torch.tensor([0, 2, 3, 4, 6])):
         stats = EmbeddingStats(TASKS, labelled_NT=everyone)
-        part = replace(output, embeddings={name: points[rows] for name, points in output.embeddings.items()})
+        part = replace(
+            output, embeddings={name: points[rows] for name, points in output.embeddings.items()}
+        )
         stats.update(part, batch.take(rows))
         stats.summary(lambda own: [shares.append(own) or own])
     found = EmbeddingStats(TASKS, labelled_NT=everyone).summary(lambda own: shares)
@@ -89,7 +98,14 @@ def test_two_ranks_measure_what_one_process_does():
 def test_filler_rows_posts_without_label_and_blank_pictures_are_left_out():
     batch = random_batch(rows=4)
     batch.labels["mood"][1] = -100
-    sides = ImageText(torch.tensor([0, 2, -1]), torch.eye(3), torch.eye(3), None, (), lambda others, numbers: numbers)
+    sides = ImageText(
+        torch.tensor([0, 2, -1]),
+        torch.eye(3),
+        torch.eye(3),
+        None,
+        (),
+        lambda others, numbers: numbers,
+    )
     stats = EmbeddingStats((MOOD,), labelled_NT=np.ones((4, 1), dtype=bool))
     stats.update(answer(batch, sides=sides), batch)
     filler = replace(random_batch(rows=1), row_ids_B=torch.tensor([-1]))
@@ -129,7 +145,12 @@ def test_the_plane_is_that_of_the_largest_variance():
 
 @pytest.mark.parametrize(
     "labels",
-    [["a", "b"] * 6, [row / 2 for row in range(12)], [["a"], [], ["a", "b"]] * 4, [f"name {row}" for row in range(12)]],
+    [
+        ["a", "b"] * 6,
+        [row / 2 for row in range(12)],
+        [["a"], [], ["a", "b"]] * 4,
+        [f"name {row}" for row in range(12)],
+    ],
 )
 def test_every_kind_of_label_is_drawn(labels: list):
     figure = embedding_figure(np.random.default_rng(0).normal(size=(12, 5)), labels, title="x")

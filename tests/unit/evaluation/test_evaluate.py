@@ -66,7 +66,8 @@ class FakeCollator:
                 (row, place)
                 for row, _ in served
                 for place, task in enumerate(TASKS)
-                if CELLS[task.name][row] is not None or all(CELLS[other.name][row] is None for other in TASKS)
+                if CELLS[task.name][row] is not None
+                or all(CELLS[other.name][row] is None for other in TASKS)
             ]
         served = served or [(-1, -1)]
         length = 1 + 2 * max(WORDS[row] if row >= 0 else 1 for row, _ in served)
@@ -75,7 +76,10 @@ class FakeCollator:
             starts[place, 1 : 1 + 2 * WORDS[row] : 2] = row >= 0
         labels = {
             task.name: task.rules.collate(
-                [cell_of(task, row) if served_task in (-1, index) else None for row, served_task in served],
+                [
+                    cell_of(task, row) if served_task in (-1, index) else None
+                    for row, served_task in served
+                ],
                 labels=task.labels,
                 length=length,
             )
@@ -97,7 +101,10 @@ def cell_of(task: Task, row: int) -> Any:
 def forward(batch: Batch) -> ModelOutput:
     """Looks the logits up; anything off the first pieces is far off, and must not be read."""
     length = batch.word_starts_BL.shape[1]
-    logits = {name: torch.full((len(batch.row_ids_B), LOGITS[name][0].shape[-1]), 99.0) for name in ("mood", "heat")}
+    logits = {
+        name: torch.full((len(batch.row_ids_B), LOGITS[name][0].shape[-1]), 99.0)
+        for name in ("mood", "heat")
+    }
     logits["names"] = torch.full((len(batch.row_ids_B), length, 3), 99.0)
     for place, row in enumerate(batch.row_ids_B.tolist()):
         if row >= 0:
@@ -108,7 +115,10 @@ def forward(batch: Batch) -> ModelOutput:
 
 
 def run(
-    shares: Sequence[Sequence[Sequence[int]]], *, collator: FakeCollator | None = None, **options: Any
+    shares: Sequence[Sequence[Sequence[int]]],
+    *,
+    collator: FakeCollator | None = None,
+    **options: Any,
 ) -> list[Evaluation]:
     """Evaluate on as many ranks as there are shares, one after another; a gather travels through pickle."""
     sent: list[Any] = []
@@ -117,7 +127,14 @@ def run(
     def one_rank(share: Sequence[Sequence[int]], gather: Callable[[Any], list[Any]]) -> Evaluation:
         batches = [np.array(rows, dtype=np.int64) for rows in share]
         return evaluate(
-            forward, None, collator=collator, tasks=TASKS, batches=batches, gather=gather, device="cpu", **options
+            forward,
+            None,
+            collator=collator,
+            tasks=TASKS,
+            batches=batches,
+            gather=gather,
+            device="cpu",
+            **options,
         )
 
     for share in shares:
@@ -133,8 +150,12 @@ def test_metrics_equal_those_of_all_rows_at_once() -> None:
             gold = [np.array(CELLS[task.name][row]) for row in rows]
             scores = [LOGITS[task.name][row].softmax(-1).numpy() for row in rows]
         else:
-            targets = task.rules.collate([CELLS[task.name][row] for row in rows], labels=task.labels, length=0)
-            gold, scores = task.rules.answers(torch.stack([LOGITS[task.name][row] for row in rows]), targets)
+            targets = task.rules.collate(
+                [CELLS[task.name][row] for row in rows], labels=task.labels, length=0
+            )
+            gold, scores = task.rules.answers(
+                torch.stack([LOGITS[task.name][row] for row in rows]), targets
+            )
         values = dict(found.metrics[task.name])
         assert values.pop("n") == len(rows)
         assert values.pop("loss") > 0
@@ -143,9 +164,13 @@ def test_metrics_equal_those_of_all_rows_at_once() -> None:
 
 def test_loss_is_the_mean_over_the_labelled_rows() -> None:
     (found,) = run([[[0, 1, 2, 3, 4, 5]]])
-    losses = [-LOGITS["mood"][row].log_softmax(-1)[CELLS["mood"][row]].item() for row in (0, 1, 2, 4)]
+    losses = [
+        -LOGITS["mood"][row].log_softmax(-1)[CELLS["mood"][row]].item() for row in (0, 1, 2, 4)
+    ]
     assert found.metrics["mood"]["loss"] == pytest.approx(sum(losses) / 4, rel=1e-6)
-    words = [(row, place, tag) for row in (0, 2, 4) for place, tag in enumerate(CELLS["names"][row])]
+    words = [
+        (row, place, tag) for row in (0, 2, 4) for place, tag in enumerate(CELLS["names"][row])
+    ]
     losses = [-LOGITS["names"][row][place].log_softmax(-1)[tag].item() for row, place, tag in words]
     assert found.metrics["names"]["loss"] == pytest.approx(sum(losses) / len(words), rel=1e-6)
 
@@ -165,7 +190,10 @@ def test_ranks_batches_fillers_and_doubles_change_nothing(shares: list, by_task:
     for found in run(shares, collator=FakeCollator(by_task=by_task)):
         assert found.metrics == whole.metrics
         assert found.predictions == whole.predictions
-        assert all(np.array_equal(found.confusions[name], whole.confusions[name]) for name in whole.confusions)
+        assert all(
+            np.array_equal(found.confusions[name], whole.confusions[name])
+            for name in whole.confusions
+        )
         assert found.confusions.keys() == {"mood", "names"}
 
 
@@ -185,7 +213,10 @@ def test_predictions_are_of_labelled_posts_and_of_posts_without_any_label() -> N
 def test_an_unlabelled_post_whose_row_is_for_one_task_is_predicted_for_that_task_only() -> None:
     class HeatOnly(FakeCollator):
         def __call__(self, split: Any, indices: np.ndarray) -> Batch:
-            return replace(super().__call__(split, indices), task_ids_B=torch.full((len(indices),), TASKS.index(HEAT)))
+            return replace(
+                super().__call__(split, indices),
+                task_ids_B=torch.full((len(indices),), TASKS.index(HEAT)),
+            )
 
     (found,) = run([[[3, 5]]], collator=HeatOnly())
     assert {name: [shown["row"] for shown in rows] for name, rows in found.predictions.items()} == {
@@ -203,7 +234,9 @@ def test_predictions_can_be_left_out() -> None:
 def test_a_task_without_labelled_posts_is_left_out_and_never_nan() -> None:
     (found,) = run([[[1]]])
     assert found.metrics.keys() == {"mood", "heat"}
-    assert all(math.isfinite(value) for values in found.metrics.values() for value in values.values())
+    assert all(
+        math.isfinite(value) for values in found.metrics.values() for value in values.values()
+    )
     (nothing,) = run([[[3, 5], []]])
     assert nothing.metrics == {} and nothing.confusions == {}
     assert [shown["gold"] for shown in nothing.predictions["mood"]] == [None, None]
@@ -224,7 +257,11 @@ def test_progress_counts_posts() -> None:
     assert seen == [3, 0]
 
 
-METRICS = {"mood": {"macro_f1": 0.8, "loss": 0.3}, "heat": {"mae": 0.5}, "names": {"span_f1": 0.6, "f1/O": 0.9}}
+METRICS = {
+    "mood": {"macro_f1": 0.8, "loss": 0.3},
+    "heat": {"mae": 0.5},
+    "names": {"span_f1": 0.6, "f1/O": 0.9},
+}
 
 
 def test_mean_takes_errors_with_a_minus() -> None:
@@ -239,7 +276,13 @@ def test_mean_is_over_the_tasks_that_have_labels() -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("mean", 0.3), ("mood/macro_f1", 0.8), ("mood/loss", -0.3), ("heat/mae", -0.5), ("names/f1/O", 0.9)],
+    [
+        ("mean", 0.3),
+        ("mood/macro_f1", 0.8),
+        ("mood/loss", -0.3),
+        ("heat/mae", -0.5),
+        ("names/f1/O", 0.9),
+    ],
 )
 def test_the_chosen_number_rises_as_the_model_gets_better(name: str, value: float) -> None:
     assert chosen_metric(METRICS, TASKS, name) == pytest.approx(value)
@@ -248,7 +291,10 @@ def test_the_chosen_number_rises_as_the_model_gets_better(name: str, value: floa
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("mood/macro_f2", r"train\.early_stop_metric is 'mood/macro_f2'.*did you mean mood/macro_f1\?"),
+        (
+            "mood/macro_f2",
+            r"train\.early_stop_metric is 'mood/macro_f2'.*did you mean mood/macro_f1\?",
+        ),
         ("mod/macro_f1", r"did you mean mood/macro_f1\?"),
         ("heat/macro_f1", "which does not exist"),
     ],
@@ -267,7 +313,9 @@ def test_a_choice_that_no_validation_post_can_measure_is_refused_before_training
     check_chosen_metric("mean", TASKS, measured={"heat"})
     check_chosen_metric("heat/mae", TASKS, measured={"heat"})
     for name, measured in (("mean", set()), ("mood/macro_f1", {"heat"})):
-        with pytest.raises(ValueError, match=f"is '{name}', but no validation post has a label of mood"):
+        with pytest.raises(
+            ValueError, match=f"is '{name}', but no validation post has a label of mood"
+        ):
             check_chosen_metric(name, TASKS, measured=measured)
 
 
@@ -279,7 +327,11 @@ def test_names_of_metrics_are_known_before_any_evaluation() -> None:
 
 def test_auxiliary_tasks_are_in_no_mean_and_choose_no_checkpoint() -> None:
     tasks = (MOOD, replace(HEAT, auxiliary=True), NAMES)
-    assert mean_metric(METRICS, tasks) == chosen_metric(METRICS, tasks, "mean") == pytest.approx((0.8 + 0.6) / 2)
+    assert (
+        mean_metric(METRICS, tasks)
+        == chosen_metric(METRICS, tasks, "mean")
+        == pytest.approx((0.8 + 0.6) / 2)
+    )
     with pytest.raises(ValueError, match="'heat/mae', but tasks.heat is auxiliary"):
         chosen_metric(METRICS, tasks, "heat/mae")
     with pytest.raises(ValueError, match="no validation post has a label of mood, names"):
@@ -310,6 +362,9 @@ def test_slices_have_the_metrics_of_their_rows_alone() -> None:
         assert found["mood"][f"n@kind={value}"] == len(rows)
         for metric in ("macro_f1", "accuracy"):
             assert found["mood"][f"{metric}@kind={value}"] == alone.metrics["mood"][metric]
-    assert found["names"]["span_f1@true=true"] == found["names"]["span_f1"] and found["names"]["n@true=true"] == 3
+    assert (
+        found["names"]["span_f1@true=true"] == found["names"]["span_f1"]
+        and found["names"]["n@true=true"] == 3
+    )
     assert not any("@" in name for name in found["heat"])
     assert values_of([[[4, 2], [0]], [[5, 3], [1]]]) == found

@@ -25,7 +25,9 @@ def routing(scores, picks):
 
 def output(routings, rows):
     rows_S = torch.tensor(rows)
-    return ModelOutput(logits={}, embeddings={}, attentions={}, routings=tuple(routings), token_rows_S=rows_S)
+    return ModelOutput(
+        logits={}, embeddings={}, attentions={}, routings=tuple(routings), token_rows_S=rows_S
+    )
 
 
 SCORES = [[0.9, 0.6, 0.1, 0.1], [0.9, 0.4, 0.1, 0.1], [0.3, 0.2, 0.8, 0.7], [0.1, 0.1, 0.9, 0.9]]
@@ -56,10 +58,15 @@ def test_counts_and_measures_equal_the_hand_computed_ones():
         "dead_share": 0.0,
         "monopoly": 1 / 3,
         "cooperation": 5 / 3,  # 2 picked experts above 0.5 for tokens 0 and 2, 1 for token 1
-        "task_information": 2 / 3 * math.log(3 / 2) + 1 / 3 * math.log(3),  # the expert tells the task: H(task)
+        "task_information": 2 / 3 * math.log(3 / 2)
+        + 1 / 3 * math.log(3),  # the expert tells the task: H(task)
     }
-    # Both picked experts weigh the same here, so the measures of the weights are those of the routes.
-    expected |= {f"weight_{name}": expected[name] for name in ("monopoly", "effective_experts", "task_information")}
+    # Both picked experts weigh the same here, so the measures of the weights are those of the
+    # routes.
+    expected |= {
+        f"weight_{name}": expected[name]
+        for name in ("monopoly", "effective_experts", "task_information")
+    }
     assert set(summary.by_layer) == set(expected)
     for name, value in expected.items():
         assert summary.by_layer[name][0] == pytest.approx(value, abs=1e-12), name
@@ -82,7 +89,9 @@ def test_a_token_counts_for_each_label_of_its_post_but_once_for_the_layer():
 def test_where_every_expert_runs_only_the_weights_tell_of_a_monopoly():
     scores_SE = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.3, 0.7]])
     picks_Sk = torch.tensor([[0, 1], [0, 1], [1, 0]])
-    every = Routing(scores_SE, scores_SE, picks_Sk, scores_SE.gather(1, picks_Sk), torch.tensor([3, 3]))
+    every = Routing(
+        scores_SE, scores_SE, picks_Sk, scores_SE.gather(1, picks_Sk), torch.tensor([3, 3])
+    )
     stats = RoutingStats(["a", "b"], num_layers=1, num_experts=2)
     stats.update(output([every], [0, 0, 1]), torch.tensor([[True, False], [False, True]]))
     summary = stats.summary()
@@ -90,7 +99,9 @@ def test_where_every_expert_runs_only_the_weights_tell_of_a_monopoly():
     np.testing.assert_allclose(summary.weight_LE, [[2 / 3, 1 / 3]], rtol=1e-6)
     np.testing.assert_allclose(summary.weight_LTE, [[[0.85, 0.15], [0.3, 0.7]]], rtol=1e-6)
     entropy = math.log(3) - 2 / 3 * math.log(2)
-    assert summary.by_layer["monopoly"][0] == 0.5 and summary.by_layer["task_information"][0] == pytest.approx(0)
+    assert summary.by_layer["monopoly"][0] == 0.5 and summary.by_layer["task_information"][
+        0
+    ] == pytest.approx(0)
     assert summary.by_layer["weight_monopoly"][0] == pytest.approx(2 / 3)
     assert summary.by_layer["weight_effective_experts"][0] == pytest.approx(math.exp(entropy))
     assert summary.by_layer["weight_task_information"][0] > 0.1
@@ -116,14 +127,25 @@ def test_adding_the_ranks_tensors_equals_one_rank_with_all_tokens():
 
 
 def test_even_use_and_a_monopoly_are_the_two_ends_of_the_measures():
-    even, alone = share_measures(np.array([0.25] * 4)), share_measures(np.array([0.0, 1.0, 0.0, 0.0]))
-    assert (even["max_violation"], even["effective_experts"], even["dead_share"]) == pytest.approx((0, 4, 0))
-    assert (alone["max_violation"], alone["effective_experts"], alone["dead_share"]) == pytest.approx((3, 1, 0.75))
+    even, alone = (
+        share_measures(np.array([0.25] * 4)),
+        share_measures(np.array([0.0, 1.0, 0.0, 0.0])),
+    )
+    assert (even["max_violation"], even["effective_experts"], even["dead_share"]) == pytest.approx(
+        (0, 4, 0)
+    )
+    assert (
+        alone["max_violation"],
+        alone["effective_experts"],
+        alone["dead_share"],
+    ) == pytest.approx((3, 1, 0.75))
     assert alone["entropy"] == 0 and alone["monopoly"] == 1
 
 
 def test_information_is_ln_2_when_two_equal_tasks_use_different_experts():
-    apart = mutual_information(np.array([[[5, 5, 0, 0], [0, 0, 2, 8]], [[3, 1, 0, 0], [6, 2, 0, 0]]]))
+    apart = mutual_information(
+        np.array([[[5, 5, 0, 0], [0, 0, 2, 8]], [[3, 1, 0, 0], [6, 2, 0, 0]]])
+    )
     np.testing.assert_allclose(apart, [math.log(2), 0.0], atol=1e-12)
 
 
@@ -163,7 +185,9 @@ def test_labelled_rows_reads_every_shape_of_target():
 
 def test_layers_of_a_decoder_count_the_tokens_of_answers_and_say_whose_they_are():
     stats = RoutingStats(["a"], num_layers=2, num_experts=2, layers=[1, 4], first_decoder_layer=3)
-    both = output([routing([[0.5, 0.5]] * 3, [[0]] * 3), routing([[0.5, 0.5]] * 2, [[1]] * 2)], [0, 0, 1])
+    both = output(
+        [routing([[0.5, 0.5]] * 3, [[0]] * 3), routing([[0.5, 0.5]] * 2, [[1]] * 2)], [0, 0, 1]
+    )
     both = replace(both, answer_rows_S=torch.tensor([0, 1]), num_answer_layers=1)
     stats.update(both, torch.tensor([[True], [False]]))
     assert stats.tokens_LT.tolist() == [[2.0], [1.0]]

@@ -34,7 +34,9 @@ def test_the_gradient_over_its_units_is_that_of_the_mean_over_all_batches_in_flo
 
     def share(batch):
         x_B3, y_B = batch[:, :3], (batch[:, 3] > 0).long()
-        return torch.nn.functional.cross_entropy(x_B3 @ weight, y_B, reduction="sum"), torch.tensor(len(batch))
+        return torch.nn.functional.cross_entropy(x_B3 @ weight, y_B, reduction="sum"), torch.tensor(
+            len(batch)
+        )
 
     (found, nothing), units = summed_gradient(share, batches, [weight, unused])
     x_N3, y_N = torch.cat(batches)[:, :3], (torch.cat(batches)[:, 3] > 0).long()
@@ -47,15 +49,21 @@ def test_the_gradient_over_its_units_is_that_of_the_mean_over_all_batches_in_flo
 def test_the_gradient_of_a_model_is_autograds_and_heads_are_left_out():
     model = tiny_model(train_layers=1).eval()
     weights = shared_weights(model)
-    names = {name for name, weight in model.named_parameters() if any(weight is mine for mine in weights)}
+    names = {
+        name for name, weight in model.named_parameters() if any(weight is mine for mine in weights)
+    }
     assert any(".block.mixture.experts" in name for name in names)
     assert any("layer.2.attention" in name for name in names)
-    assert not any(name.startswith(("heads", "projection")) or "layer.0.attention" in name for name in names)
+    assert not any(
+        name.startswith(("heads", "projection")) or "layer.0.attention" in name for name in names
+    )
     batches = [random_batch(rows, seed=seed) for seed, rows in enumerate((6, 3))]
 
     def share(batch):
         targets = batch.labels["mood"]
-        return MOOD.rules.loss(model(batch).logits["mood"], targets, MOOD), MOOD.rules.units(targets, MOOD)
+        return MOOD.rules.loss(model(batch).logits["mood"], targets, MOOD), MOOD.rules.units(
+            targets, MOOD
+        )
 
     found, units = summed_gradient(share, batches, weights)
     shares = [share(batch) for batch in batches]
@@ -84,8 +92,12 @@ def test_only_products_of_different_parts_count():
     for t in range(2):
         for u in range(2):
             by_hand = sum(sums_ATX[a, t] @ sums_ATX[b, u] for a, b in pairs)
-            by_hand /= sum(units_AT[a, t] * units_AT[b, u] for a, b in pairs) * norm_T[t] * norm_T[u]
-            assert cosine_TT[t, u] == pytest.approx(by_hand if t != u else max(by_hand, 0), rel=1e-12)
+            by_hand /= (
+                sum(units_AT[a, t] * units_AT[b, u] for a, b in pairs) * norm_T[t] * norm_T[u]
+            )
+            assert cosine_TT[t, u] == pytest.approx(
+                by_hand if t != u else max(by_hand, 0), rel=1e-12
+            )
     assert np.isnan(cosine_TT[2]).all() and np.isnan(cosine_TT[:, 2]).all()
 
 
@@ -102,7 +114,8 @@ def test_noise_that_two_tasks_share_by_their_posts_makes_them_no_friends():
         found.append(products.cosines()[0][0, 1])
         one, other = own_X + noise_AX.mean(0), noise_AX.mean(0) - own_X
         naive.append(one @ other / (np.linalg.norm(one) * np.linalg.norm(other)))
-    # A mean over 16 parts has squared length 1 + 40 * 9 / 16, of which 1 is meant: a cosine of about -1 / 23.5.
+    # A mean over 16 parts has squared length 1 + 40 * 9 / 16, of which 1 is meant: a cosine of
+    # about -1 / 23.5.
     assert -0.12 < np.mean(found) < -0.02 and np.mean(naive) > 0.85
 
 
@@ -137,7 +150,11 @@ def run(tmp_path_factory: pytest.TempPathFactory, request) -> Path:
 
 def test_an_export_is_measured_on_its_own_held_out_posts_always_alike(run: Path):
     found = measure_affinity(run, limit=40, batch_size=7, progress=False)
-    assert found.tasks == ("mood", "twin", "topic") and found.posts_T[0] == 40 and found.posts_T[2] == 30
+    assert (
+        found.tasks == ("mood", "twin", "topic")
+        and found.posts_T[0] == 40
+        and found.posts_T[2] == 30
+    )
     np.testing.assert_allclose(found.cosine_TT, found.cosine_TT.T)
     assert (np.abs(found.cosine_TT) <= 1).all() and (found.norm_T > 0).all()
     # On the same posts: a twin is as near as the task is to itself, no nearer.
@@ -149,14 +166,28 @@ def test_an_export_is_measured_on_its_own_held_out_posts_always_alike(run: Path)
     (run / "affinity.json").write_text(json.dumps(found.to_dict()))
     read = read_affinity(run / "affinity.json")
     np.testing.assert_allclose(read.cosine_TT, found.cosine_TT, atol=1e-6)
-    assert (read.tasks, read.posts_T, read.limit, read.weights) == (found.tasks, found.posts_T, 40, found.weights)
+    assert (read.tasks, read.posts_T, read.limit, read.weights) == (
+        found.tasks,
+        found.posts_T,
+        40,
+        found.weights,
+    )
 
 
 def test_a_task_without_posts_has_no_cosine_and_its_file_can_be_read(tmp_path: Path):
-    found = Affinity(("a", "b"), np.array([[0.5, np.nan], [np.nan, np.nan]]), np.array([1.0, np.nan]), (4, 1), 4, 9)
+    found = Affinity(
+        ("a", "b"),
+        np.array([[0.5, np.nan], [np.nan, np.nan]]),
+        np.array([1.0, np.nan]),
+        (4, 1),
+        4,
+        9,
+    )
     (tmp_path / "affinity.json").write_text(json.dumps(found.to_dict()))
     read = read_affinity(tmp_path / "affinity.json")
-    assert read.cosine_TT[0, 0] == 0.5 and np.isnan(read.cosine_TT[1, 1]) and np.isnan(read.norm_T[1])
+    assert (
+        read.cosine_TT[0, 0] == 0.5 and np.isnan(read.cosine_TT[1, 1]) and np.isnan(read.norm_T[1])
+    )
 
 
 def test_what_cannot_be_measured_is_said(tmp_path: Path):

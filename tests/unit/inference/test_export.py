@@ -85,8 +85,16 @@ def test_the_balance_bias_travels_with_the_weights(tmp_path):
     for number, gate in enumerate(gates):
         gate.e_score_correction_bias.copy_(torch.arange(4.0) + number)
     options = dict(recipe=tiny_recipe(), tasks=TASKS, encoder_config=HF_CONFIGS["bert"].to_dict())
-    export_model(tmp_path / "e", state_dict=model.state_dict(), tokenizer=tiny_tokenizer(tmp_path / "v"), **options)
-    found = [layer.mixture.gate.e_score_correction_bias for layer in load_exported(tmp_path / "e").model.moe_layers()]
+    export_model(
+        tmp_path / "e",
+        state_dict=model.state_dict(),
+        tokenizer=tiny_tokenizer(tmp_path / "v"),
+        **options,
+    )
+    found = [
+        layer.mixture.gate.e_score_correction_bias
+        for layer in load_exported(tmp_path / "e").model.moe_layers()
+    ]
     for number, bias in enumerate(found):
         assert bias.tolist() == [number, number + 1, number + 2, number + 3]
 
@@ -95,13 +103,21 @@ def test_the_folder_is_in_hugging_face_style(tmp_path):
     export_tiny(tmp_path)
     folder = tmp_path / "export"
     names = {path.name for path in folder.iterdir()}
-    assert {"model.safetensors", "config.json", "README.md", "tokenizer.json", "tokenizer_config.json"} <= names
+    assert {
+        "model.safetensors",
+        "config.json",
+        "README.md",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    } <= names
     config = json.loads((folder / "config.json").read_text())
     assert (config["model_type"], config["architectures"]) == ("comoe", ["MultiTaskModel"])
     assert (config["num_local_experts"], config["num_experts_per_tok"]) == (4, 2)
     assert [task["name"] for task in config["tasks"]] == ["mood", "topic", "heat", "words", "signs"]
     assert config["columns"]["heat"] == {"pair": None, "label": "label"}
-    assert {tensor.dtype for tensor in load_file(folder / "model.safetensors").values()} == {torch.float32}
+    assert {tensor.dtype for tensor in load_file(folder / "model.safetensors").values()} == {
+        torch.float32
+    }
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
@@ -149,7 +165,9 @@ def test_an_export_replaces_an_older_one_but_nothing_else(tmp_path):
     assert torch.equal(loaded.projection.weight, model.projection.weight)
     shutil.rmtree(tmp_path / "export")
     (make(tmp_path / "export") / "thesis.txt").write_text("years of work")
-    with pytest.raises(ValueError, match=r"export exists and is not an export of comoe; choose another folder"):
+    with pytest.raises(
+        ValueError, match=r"export exists and is not an export of comoe; choose another folder"
+    ):
         export_tiny(tmp_path)
     assert (tmp_path / "export/thesis.txt").read_text() == "years of work"
 
@@ -158,24 +176,34 @@ def test_weights_that_do_not_fit_leave_no_export(tmp_path):
     state = tiny_model(tiny_recipe().model.moe).state_dict()
     state["surplus"] = state.pop("projection.weight")
     options = dict(recipe=tiny_recipe(), tasks=TASKS, encoder_config=HF_CONFIGS["bert"].to_dict())
-    with pytest.raises(ValueError, match=r"1 missing \(projection.weight\); 1 not in the model \(surplus\)"):
-        export_model(tmp_path / "e", state_dict=state, tokenizer=tiny_tokenizer(tmp_path / "v"), **options)
+    with pytest.raises(
+        ValueError, match=r"1 missing \(projection.weight\); 1 not in the model \(surplus\)"
+    ):
+        export_model(
+            tmp_path / "e", state_dict=state, tokenizer=tiny_tokenizer(tmp_path / "v"), **options
+        )
     assert [path.name for path in tmp_path.iterdir()] == ["v"]
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"nowhere is not an export: config.json and model.safetensors missing"):
+    with pytest.raises(
+        ValueError, match=r"nowhere is not an export: config.json and model.safetensors missing"
+    ):
         load_exported(tmp_path / "nowhere")
     export_tiny(tmp_path)
     (tmp_path / "export/model.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"is not an export: model.safetensors missing; launch/export.py makes one"):
+    with pytest.raises(
+        ValueError, match=r"is not an export: model.safetensors missing; launch/export.py makes one"
+    ):
         load_exported(tmp_path / "export")
 
 
 def test_a_folder_of_another_program_or_version_is_refused(tmp_path):
     export_tiny(tmp_path)
     rewrite_config(tmp_path / "export", format_version=99, comoe_version="9.9")
-    with pytest.raises(ValueError, match=r"has format_version 99, made by comoe 9.9; this comoe .* reads 1"):
+    with pytest.raises(
+        ValueError, match=r"has format_version 99, made by comoe 9.9; this comoe .* reads 1"
+    ):
         load_exported(tmp_path / "export")
     rewrite_config(tmp_path / "export", model_type="bert")
     with pytest.raises(ValueError, match=r"has model_type 'bert' instead of 'comoe'"):
@@ -186,7 +214,9 @@ def test_damaged_files_are_noticed(tmp_path):
     export_tiny(tmp_path)
     weights = tmp_path / "export/model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-10])
-    with pytest.raises(ValueError, match=r"model.safetensors cannot be read .* copy or export the folder again"):
+    with pytest.raises(
+        ValueError, match=r"model.safetensors cannot be read .* copy or export the folder again"
+    ):
         load_exported(tmp_path / "export")
     (tmp_path / "export/config.json").write_text('{"model_type": "como')
     with pytest.raises(ValueError, match=r"config.json is not JSON .* the file is damaged"):
@@ -202,7 +232,9 @@ def test_weights_of_another_shape_are_named(tmp_path):
         load_exported(tmp_path / "export")
 
 
-@pytest.mark.parametrize(("which", "best", "step"), [("best", 3, 3), ("best", None, 6), ("last", 3, 6)])
+@pytest.mark.parametrize(
+    ("which", "best", "step"), [("best", 3, 3), ("best", None, 6), ("last", 3, 6)]
+)
 def test_a_run_folder_exports_its_best_or_last_checkpoint(tmp_path, which, best, step):
     models = make_run(tmp_path / "run", best=best)
     used = export_checkpoint(tmp_path / "run", tmp_path / "out", which=which)
@@ -212,7 +244,12 @@ def test_a_run_folder_exports_its_best_or_last_checkpoint(tmp_path, which, best,
 
 
 def test_one_checkpoint_can_be_named_and_has_only_its_own_results(tmp_path):
-    results = {"metrics": {"test": {"mood": {"macro_f1": 0.5}}}, "seconds": 1.0, "best_step": 3, "step": 6}
+    results = {
+        "metrics": {"test": {"mood": {"macro_f1": 0.5}}},
+        "seconds": 1.0,
+        "best_step": 3,
+        "step": 6,
+    }
     make_run(tmp_path / "run", best=3, results=results)
     export_checkpoint(tmp_path / "run/checkpoints/step-00000003", tmp_path / "three")
     export_checkpoint(tmp_path / "run/checkpoints/step-00000006", tmp_path / "six")
@@ -236,7 +273,10 @@ def test_a_folder_without_whole_checkpoints_is_refused(tmp_path):
 
 
 def test_exporting_and_predicting_never_import_deepspeed():
-    code = "import sys, comoe.inference.predict_file, comoe.inference.score, comoe.inference.export; sys.exit('deepspeed' in sys.modules)"
+    code = (
+        "import sys, comoe.inference.predict_file, comoe.inference.score, comoe.inference.export;"
+        "sys.exit('deepspeed' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 

@@ -36,7 +36,17 @@ def test_tweeteval_writes_exactly_one_id_per_input_line(predictor, tmp_path, cap
     content = target.read_bytes()
     assert content.endswith(b"\n") and content.count(b"\n") == 9
     ids = [int(line) for line in content.splitlines()]
-    read = ["good", "@user", "bad\u2028bad", "@user", "rain", "sun\x85ny", "@user", "day", "bro\ufffdken"]
+    read = [
+        "good",
+        "@user",
+        "bad\u2028bad",
+        "@user",
+        "rain",
+        "sun\x85ny",
+        "@user",
+        "day",
+        "bro\ufffdken",
+    ]
     assert ids == [MOOD.labels.index(found["mood"]["label"]) for found in predictor(read)]
     assert "3 lines without a text were answered as '@user'" in capsys.readouterr().err
     assert [path.name for path in target.parent.iterdir()] == ["mood.txt"]
@@ -58,7 +68,10 @@ def test_an_empty_file_gives_an_empty_file(predictor, tmp_path):
 def test_tweeteval_wants_one_task_with_one_label(predictor, tmp_path):
     (tmp_path / "in.txt").write_text("good\n")
     arguments = (predictor, tmp_path / "in.txt", tmp_path / "out.txt")
-    with pytest.raises(ValueError, match=r"writes one task: choose it with --task \(mood, topic, heat, words, signs\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"writes one task: choose it with --task \(mood, topic, heat, words, signs\)",
+    ):
         answer(*arguments, format="tweeteval")
     for task in ("heat", "words", "signs"):
         with pytest.raises(ValueError, match=f"wants a task with one label per post; {task} is a"):
@@ -77,7 +90,11 @@ def test_json_lines_keep_every_line_and_say_what_was_wrong(predictor, tmp_path):
     assert ["error" in line for line in found] == [False, True, True, True, False, True]
     assert found[1]["error"].startswith("line 2 is not valid JSON")
     assert found[5]["error"].startswith("line 6 is not valid UTF-8")
-    assert found[4]["text"] == "ann in paris" and found[4]["words"]["words"] == ["ann", "in", "paris"]
+    assert found[4]["text"] == "ann in paris" and found[4]["words"]["words"] == [
+        "ann",
+        "in",
+        "paris",
+    ]
     done = f"6 posts answered in {tmp_path / 'out.jsonl'}"
     assert said == f"{done}; 4 of them could not be answered and have an error instead"
 
@@ -91,14 +108,18 @@ def test_a_line_separator_inside_a_post_does_not_end_a_line_of_the_answers(predi
 
 def test_csv_in_and_out_with_other_columns_and_pairs(predictor, tmp_path):
     (tmp_path / "in.csv").write_text('id,body,target\n1,"good, day",sun\n2,,rain\n3,"ann ""b""",\n')
-    options = dict(text_column="body", pair_column="target", tasks=["mood", "heat", "words", "signs"])
+    options = dict(
+        text_column="body", pair_column="target", tasks=["mood", "heat", "words", "signs"]
+    )
     answer(predictor, tmp_path / "in.csv", tmp_path / "out.csv", format="csv", **options)
     with (tmp_path / "out.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     expected = predictor(["good, day", "", 'ann "b"'], pairs=["sun", "rain", None])
     assert [row["text"] for row in rows] == ["good, day", "", 'ann "b"']
     assert rows[0]["mood"] == expected[0]["mood"]["label"]
-    assert float(rows[0]["mood/good"]) == pytest.approx(expected[0]["mood"]["scores"]["good"], abs=1e-6)
+    assert float(rows[0]["mood/good"]) == pytest.approx(
+        expected[0]["mood"]["scores"]["good"], abs=1e-6
+    )
     assert float(rows[2]["heat"]) == pytest.approx(expected[2]["heat"]["value"], abs=1e-6)
     assert rows[2]["words"].split() == expected[2]["words"]["tags"]
     assert rows[1]["error"] == "the text is empty" and rows[1]["mood"] == ""
@@ -120,16 +141,21 @@ def test_attention_is_written_on_demand_and_only_where_it_has_a_place(predictor,
 
 def test_more_posts_than_a_chunk_stay_in_order(predictor, tmp_path):
     words = ["good", "bad", "sunny day", "rain"]
-    (tmp_path / "in.txt").write_text("\n".join(words[n % 4] + " a" * (n % 7) for n in range(CHUNK + 5)))
+    (tmp_path / "in.txt").write_text(
+        "\n".join(words[n % 4] + " a" * (n % 7) for n in range(CHUNK + 5))
+    )
     answer(predictor, tmp_path / "in.txt", tmp_path / "out.jsonl", tasks=["mood"], batch_size=256)
     found = json_lines(tmp_path / "out.jsonl")
-    assert [line["text"] for line in found] == [words[n % 4] + " a" * (n % 7) for n in range(CHUNK + 5)]
+    assert [line["text"] for line in found] == [
+        words[n % 4] + " a" * (n % 7) for n in range(CHUNK + 5)
+    ]
 
 
 def test_wrong_input_is_named_with_what_to_do(predictor, tmp_path):
     (tmp_path / "in.csv").write_text("txet,label\ngood,1\n")
     cases = {
-        "--text-column text: .* has no such column; it has txet, label. Did you mean txet": tmp_path / "in.csv",
+        "--text-column text: .* has no such column; it has txet, label. Did you mean txet": tmp_path
+        / "in.csv",
         "none.txt: there is no such file": tmp_path / "none.txt",
         r"\.pdf is not an ending that can be read.*\.txt, \.csv": tmp_path / "in.pdf",
     }
@@ -145,7 +171,17 @@ def test_the_command_answers_from_another_folder_and_fails_with_one_sentence(tmp
     tiny_predictor(tmp_path)
     (tmp_path / "in.txt").write_text("good\nbad\n")
     monkeypatch.chdir(tmp_path)
-    command = ["predict.py", "--input", "in.txt", "--output", "out/ids.txt", "--format", "tweeteval", "--task", "mood"]
+    command = [
+        "predict.py",
+        "--input",
+        "in.txt",
+        "--output",
+        "out/ids.txt",
+        "--format",
+        "tweeteval",
+        "--task",
+        "mood",
+    ]
     monkeypatch.setattr(sys, "argv", [*command, "--model", "export"])
     runpy.run_path(str(ROOT / "launch/predict.py"), run_name="__main__")
     assert (tmp_path / "out/ids.txt").read_text().count("\n") == 2

@@ -42,8 +42,15 @@ def export(folder: Path, **data) -> Predictor:
     vision = VisionConfig(tower=str(folder / "vision"))
     moe = MoeConfig(num_experts=2, top_k=1, expert_width=16)
     recipe = Recipe(
-        model=ModelConfig(encoder=str(folder / "encoder"), projection_width=8, vision=vision, moe=moe),
-        data=DataConfig(max_length=16, max_image_bytes=LIMITS.max_bytes, max_image_pixels=LIMITS.max_pixels, **data),
+        model=ModelConfig(
+            encoder=str(folder / "encoder"), projection_width=8, vision=vision, moe=moe
+        ),
+        data=DataConfig(
+            max_length=16,
+            max_image_bytes=LIMITS.max_bytes,
+            max_image_pixels=LIMITS.max_pixels,
+            **data,
+        ),
         tasks={"mood": TaskConfig(path="mood.jsonl", image="photo")},
     )
     model = build_model(recipe.model, [MOOD])
@@ -69,19 +76,34 @@ def score_of(answer: dict) -> float:
     return answer["mood"]["scores"]["good"]
 
 
-def test_a_picture_counts_and_a_bad_one_leaves_the_text_alone(predictor: Predictor, tmp_path: Path) -> None:
+def test_a_picture_counts_and_a_bad_one_leaves_the_text_alone(
+    predictor: Predictor, tmp_path: Path
+) -> None:
     (tmp_path / "a.png").write_bytes(encoded(noise(0), "PNG"))
-    images = [None, "a.png", encoded(noise(0), "PNG"), noise(0), b"text", "../a.png", noise(1, size=(900, 300)), ["a"]]
+    images = [
+        None,
+        "a.png",
+        encoded(noise(0), "PNG"),
+        noise(0),
+        b"text",
+        "../a.png",
+        noise(1, size=(900, 300)),
+        ["a"],
+    ]
     answers = predictor(["nice day"] * len(images), images=images, image_root=tmp_path)
     alone, seen = score_of(answers[0]), score_of(answers[1])
     assert abs(alone - seen) > 1e-5
     for answer in answers[2:4]:
         assert score_of(answer) == pytest.approx(seen, abs=1e-6) and "image_error" not in answer
-    for answer, words in zip(answers[4:], ("is text", "leads out", "bytes|pixels", "holds a list"), strict=True):
+    for answer, words in zip(
+        answers[4:], ("is text", "leads out", "bytes|pixels", "holds a list"), strict=True
+    ):
         assert score_of(answer) == pytest.approx(alone, abs=1e-6)
         assert any(word in answer["image_error"] for word in words.split("|"))
     outside = predictor(["nice day"], images=[tmp_path / "a.png"])
-    assert score_of(outside[0]) == pytest.approx(seen, abs=1e-6), "without image_root any path is taken"
+    assert score_of(outside[0]) == pytest.approx(seen, abs=1e-6), (
+        "without image_root any path is taken"
+    )
 
 
 def test_what_training_hid_stays_hidden(tmp_path: Path) -> None:
@@ -94,14 +116,29 @@ def test_what_training_hid_stays_hidden(tmp_path: Path) -> None:
 
 def test_a_file_of_posts_names_pictures_beside_it(predictor: Predictor, tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(encoded(noise(0), "PNG"))
-    (tmp_path / "posts.csv").write_text("text,image\nnice day,a.png\nnice day,b.png\n,a.png\nnice day,\n")
-    said = predict_file(predictor, tmp_path / "posts.csv", tmp_path / "out.csv", format="csv", progress=False)
+    (tmp_path / "posts.csv").write_text(
+        "text,image\nnice day,a.png\nnice day,b.png\n,a.png\nnice day,\n"
+    )
+    said = predict_file(
+        predictor, tmp_path / "posts.csv", tmp_path / "out.csv", format="csv", progress=False
+    )
     assert "1 of them were answered without their bad picture" in said
     rows = list(csv.DictReader((tmp_path / "out.csv").open()))
     assert ["is not there" in row["image_error"] for row in rows] == [False, True, False, False]
-    assert rows[2]["error"] and rows[1]["mood/good"][:6] == rows[3]["mood/good"][:6] != rows[0]["mood/good"][:6]
-    with pytest.raises(ValueError, match="--image-column photo: .* has no such column; it has text, image"):
-        predict_file(predictor, tmp_path / "posts.csv", tmp_path / "out.csv", image_column="photo", progress=False)
+    assert (
+        rows[2]["error"]
+        and rows[1]["mood/good"][:6] == rows[3]["mood/good"][:6] != rows[0]["mood/good"][:6]
+    )
+    with pytest.raises(
+        ValueError, match="--image-column photo: .* has no such column; it has text, image"
+    ):
+        predict_file(
+            predictor,
+            tmp_path / "posts.csv",
+            tmp_path / "out.csv",
+            image_column="photo",
+            progress=False,
+        )
 
 
 def test_the_column_of_training_is_read_and_its_absence_is_said(
@@ -127,17 +164,32 @@ def test_the_column_of_training_is_read_and_its_absence_is_said(
         assert score == pytest.approx(score_of(alone), abs=1e-6)
         line = f"this model reads pictures; the input has no column photo; {there}: answering by the text alone"
         assert said.startswith(line) and said.count("\n") == 1
-    (tmp_path / "test.jsonl").write_text('{"text": "nice", "label": "good"}\n{"text": "ill", "label": "bad"}\n')
+    (tmp_path / "test.jsonl").write_text(
+        '{"text": "nice", "label": "good"}\n{"text": "ill", "label": "bad"}\n'
+    )
     score_data(predictor, DataChoice(str(tmp_path / "test.jsonl")), progress=False)
-    assert "the input has no column photo; it has text, label: answering by the text" in capsys.readouterr().err
+    assert (
+        "the input has no column photo; it has text, label: answering by the text"
+        in capsys.readouterr().err
+    )
     (tmp_path / "posts.txt").write_text("nice day\n")
     with pytest.raises(ValueError, match="--image-column photo: a .txt file has no columns"):
-        predict_file(predictor, tmp_path / "posts.txt", tmp_path / "out", image_column="photo", progress=False)
+        predict_file(
+            predictor,
+            tmp_path / "posts.txt",
+            tmp_path / "out",
+            image_column="photo",
+            progress=False,
+        )
 
 
 def test_an_export_of_before_reads_the_usual_column(predictor: Predictor) -> None:
-    config = {key: value for key, value in predictor.exported.config.items() if key != "image_column"}
-    older = Predictor(replace(predictor.exported, config=config), predictor.collator, predictor.device)
+    config = {
+        key: value for key, value in predictor.exported.config.items() if key != "image_column"
+    }
+    older = Predictor(
+        replace(predictor.exported, config=config), predictor.collator, predictor.device
+    )
     assert older.image_column == "image"
 
 
@@ -149,7 +201,9 @@ def test_the_commonest_picture_column_of_the_tasks_is_remembered() -> None:
 def test_the_card_tells_what_reads_the_pictures_and_how_to_give_them(predictor: Predictor) -> None:
     exported = predictor.exported
     tower = exported.config["model"]["vision"]["tower"]
-    recipe = Recipe(model=exported.model_config, tasks={"mood": TaskConfig(path="mood.jsonl", image="photo")})
+    recipe = Recipe(
+        model=exported.model_config, tasks={"mood": TaskConfig(path="mood.jsonl", image="photo")}
+    )
     card = model_card("export", recipe=recipe, tasks=[MOOD], config=exported.config, results=None)
     kind = exported.config["tower"]["model_type"]
     for words in (
@@ -183,29 +237,55 @@ def test_scores_say_how_many_pictures_were_bad(predictor: Predictor, tmp_path: P
 
 
 def test_pictures_for_a_model_of_texts_are_refused(predictor: Predictor, tmp_path: Path) -> None:
-    texts_only = Predictor(predictor.exported, type(predictor.collator)(predictor.exported.tokenizer, [MOOD]), "cpu")
+    texts_only = Predictor(
+        predictor.exported, type(predictor.collator)(predictor.exported.tokenizer, [MOOD]), "cpu"
+    )
     with pytest.raises(ValueError, match="this model reads no pictures"):
         texts_only(["nice"], images=[Image.new("RGB", (2, 2))])
     (tmp_path / "posts.csv").write_text("text,photo,label\nnice day,a.png,good\n")
-    with pytest.raises(ValueError, match="^--image-column photo: this model reads no pictures; leave the option out"):
-        predict_file(texts_only, tmp_path / "posts.csv", tmp_path / "out", image_column="photo", progress=False)
-    with pytest.raises(ValueError, match="^--image-column photo: this model reads no pictures; leave the option out"):
-        score_data(texts_only, DataChoice(str(tmp_path / "posts.csv"), image="photo"), progress=False)
+    with pytest.raises(
+        ValueError,
+        match="^--image-column photo: this model reads no pictures; leave the option out",
+    ):
+        predict_file(
+            texts_only,
+            tmp_path / "posts.csv",
+            tmp_path / "out",
+            image_column="photo",
+            progress=False,
+        )
+    with pytest.raises(
+        ValueError,
+        match="^--image-column photo: this model reads no pictures; leave the option out",
+    ):
+        score_data(
+            texts_only, DataChoice(str(tmp_path / "posts.csv"), image="photo"), progress=False
+        )
 
 
 def test_one_picture_for_many_texts_is_refused_as_no_list(predictor: Predictor) -> None:
     for images in ("/x.png", b"bytes", Path("x.png"), noise(0)):
-        with pytest.raises(ValueError, match=r"images must be a list with one for each text, not a .*images=\[...\]"):
+        with pytest.raises(
+            ValueError,
+            match=r"images must be a list with one for each text, not a .*images=\[...\]",
+        ):
             predictor(["a", "b"], images=images)
     with pytest.raises(ValueError, match="texts must be a list with one for each text, not a str"):
         predictor("nice day")
 
 
-def test_what_is_wrong_with_a_picture_names_no_option_of_a_recipe(predictor: Predictor, tmp_path: Path) -> None:
-    answers = predictor(["a"] * 4, images=["no.png", "../a.png", "img\\a.png", 3], image_root=tmp_path)
+def test_what_is_wrong_with_a_picture_names_no_option_of_a_recipe(
+    predictor: Predictor, tmp_path: Path
+) -> None:
+    answers = predictor(
+        ["a"] * 4, images=["no.png", "../a.png", "img\\a.png", 3], image_root=tmp_path
+    )
     missing, outside, windows, number = [answer["image_error"] for answer in answers]
     assert missing.endswith("correct the path.") and outside.endswith("move it there.")
-    assert windows.endswith("the path has backslashes; write it with / instead.") and "holds an int;" in number
+    assert (
+        windows.endswith("the path has backslashes; write it with / instead.")
+        and "holds an int;" in number
+    )
     assert not any("data.image_root" in answer["image_error"] for answer in answers)
 
 
@@ -225,5 +305,12 @@ def test_lost_pictures_become_one_event(predictor: Predictor) -> None:
     log_lost_pictures(reader, Noting(), 4)
     log_lost_pictures(reader, Noting(), 5)
     (event,) = events
-    assert event["event"] == "pictures_lost" and event["step"] == 4 and event["count"] == SHOWN_PICTURES + 6
-    assert len(event["pictures"]) == SHOWN_PICTURES and "is not there" in event["pictures"]["nowhere/0.png"]
+    assert (
+        event["event"] == "pictures_lost"
+        and event["step"] == 4
+        and event["count"] == SHOWN_PICTURES + 6
+    )
+    assert (
+        len(event["pictures"]) == SHOWN_PICTURES
+        and "is not there" in event["pictures"]["nowhere/0.png"]
+    )

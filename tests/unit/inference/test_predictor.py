@@ -9,7 +9,13 @@ from helpers_export import MOOD, SIGNS, TOPIC, WORDS, tiny_predictor
 
 from comoe.tasks.labels import split_words
 
-TEXTS = ["good day", "the sun is bad, bad, bad and the rain is good @bob", "sunny", "ann in paris!", "a b c d e f"]
+TEXTS = [
+    "good day",
+    "the sun is bad, bad, bad and the rain is good @bob",
+    "sunny",
+    "ann in paris!",
+    "a b c d e f",
+]
 
 
 @pytest.fixture(scope="module")
@@ -29,15 +35,21 @@ def assert_same(found, expected):
         for one, other in zip(found, expected, strict=True):
             assert_same(one, other)
     else:
-        assert found == (pytest.approx(expected, abs=1e-5) if isinstance(found, float) else expected)
+        assert found == (
+            pytest.approx(expected, abs=1e-5) if isinstance(found, float) else expected
+        )
 
 
 def test_every_kind_of_task_is_answered_in_its_own_words(predictor):
     answer = predictor(["ann in paris"])[0]
     assert answer["text"] == "ann in paris"
-    assert answer["mood"]["label"] in MOOD.labels and list(answer["mood"]["scores"]) == list(MOOD.labels)
+    assert answer["mood"]["label"] in MOOD.labels and list(answer["mood"]["scores"]) == list(
+        MOOD.labels
+    )
     assert sum(answer["mood"]["scores"].values()) == pytest.approx(1, abs=1e-6)
-    assert set(answer["signs"]["labels"]) <= set(SIGNS.labels) and isinstance(answer["heat"]["value"], float)
+    assert set(answer["signs"]["labels"]) <= set(SIGNS.labels) and isinstance(
+        answer["heat"]["value"], float
+    )
     assert answer["words"]["words"] == ["ann", "in", "paris"] and len(answer["words"]["tags"]) == 3
     json.dumps(answer, allow_nan=False)
 
@@ -47,12 +59,16 @@ def test_the_answer_is_that_of_the_model_on_the_same_tokens(tmp_path, route_by):
     predictor = tiny_predictor(tmp_path, route_by=route_by)
     answers = predictor(TEXTS, tasks=["mood"])
     data = predictor.exported.data_config
-    split = predictor.collator.encode_texts(TEXTS, max_length=data.max_length, normalize=data.normalize)
+    split = predictor.collator.encode_texts(
+        TEXTS, max_length=data.max_length, normalize=data.normalize
+    )
     batch = predictor.collator(split, np.arange(len(TEXTS)), all_tasks=True)
     logits = predictor.exported.model(batch).logits["mood"]
     rows = [row for row, task in enumerate(batch.task_ids_B.tolist()) if task in (-1, 0)]
     for answer, scores in zip(answers, logits[rows].softmax(-1), strict=True):
-        torch.testing.assert_close(torch.tensor(list(answer["mood"]["scores"].values())), scores, atol=1e-6, rtol=0)
+        torch.testing.assert_close(
+            torch.tensor(list(answer["mood"]["scores"].values())), scores, atol=1e-6, rtol=0
+        )
 
 
 @pytest.mark.parametrize("route_by", ["token", "task"])
@@ -65,7 +81,15 @@ def test_the_batch_size_changes_neither_answers_nor_their_order(tmp_path, route_
 
 def test_bad_texts_keep_their_place_and_say_why(predictor):
     answers = predictor(["good", "", " \t\n", None, 7, "\x00", "bad"])
-    assert ["mood" in answer for answer in answers] == [True, False, False, False, False, False, True]
+    assert ["mood" in answer for answer in answers] == [
+        True,
+        False,
+        False,
+        False,
+        False,
+        False,
+        True,
+    ]
     assert answers[1]["error"] == answers[2]["error"] == answers[5]["error"] == "the text is empty"
     assert answers[3]["error"] == "the text must be text, not NoneType"
     assert answers[4] == {"text": 7, "error": "the text must be text, not int"}
@@ -83,7 +107,9 @@ def test_attention_weights_are_merged_to_words_and_sum_to_one(predictor):
         weights = answer[task]["attention"]
         assert [word for word, _ in weights] == ["sunny", "Paris", ",", "xyz"]
         assert sum(weight for _, weight in weights) == pytest.approx(1, abs=1e-9)
-        assert all(weight > 0 for _, weight in weights) and 0 < answer[task]["attention_elsewhere"] < 1
+        assert (
+            all(weight > 0 for _, weight in weights) and 0 < answer[task]["attention_elsewhere"] < 1
+        )
     assert "attention" not in answer["words"]
     assert "attention" not in predictor(["sunny"])[0]["mood"]
 
@@ -91,7 +117,9 @@ def test_attention_weights_are_merged_to_words_and_sum_to_one(predictor):
 def test_a_word_of_several_pieces_has_the_sum_of_their_weights(predictor):
     answer = predictor(["sunny day"], tasks=["mood"], explain=True)[0]["mood"]
     batch = predictor.collator(predictor.collator.encode_texts(["sunny day"]), np.array([0]))
-    weights = predictor.exported.model(batch).attentions["mood"][0].tolist()  # [CLS] sun ##ny day [SEP]
+    weights = (
+        predictor.exported.model(batch).attentions["mood"][0].tolist()
+    )  # [CLS] sun ##ny day [SEP]
     inside = sum(weights[1:4])
     expected = [(weights[1] + weights[2]) / inside, weights[3] / inside]
     assert [weight for _, weight in answer["attention"]] == pytest.approx(expected, abs=1e-6)
@@ -99,7 +127,10 @@ def test_a_word_of_several_pieces_has_the_sum_of_their_weights(predictor):
 
 
 def test_a_second_text_changes_the_answer_and_has_no_words_of_its_own_in_the_explanation(predictor):
-    alone, paired = (predictor(["good day"], pairs=[pair], explain=True)[0]["mood"] for pair in (None, "bad rain"))
+    alone, paired = (
+        predictor(["good day"], pairs=[pair], explain=True)[0]["mood"]
+        for pair in (None, "bad rain")
+    )
     assert alone["scores"] != paired["scores"]
     assert [word for word, _ in paired["attention"]] == ["good", "day"]
     assert paired["attention_elsewhere"] > alone["attention_elsewhere"]
@@ -110,7 +141,10 @@ def test_spans_are_made_of_the_given_words(tmp_path):
     with torch.no_grad():
         predictor.exported.model.heads[0].output.bias.copy_(torch.tensor([-9.0, 9.0]))
     answer = predictor(["unused"], words=[["Ann", "saw", "Paris."]])[0]
-    assert answer["words"]["words"] == ["Ann", "saw", "Paris."] and answer["words"]["tags"] == ["B-PER"] * 3
+    assert (
+        answer["words"]["words"] == ["Ann", "saw", "Paris."]
+        and answer["words"]["tags"] == ["B-PER"] * 3
+    )
     assert answer["words"]["spans"][2] == {"type": "PER", "start": 2, "end": 3, "text": "Paris."}
 
 
@@ -120,10 +154,15 @@ def test_plain_text_is_split_into_words_for_tags_only(predictor):
     assert_same(mixed["mood"], predictor(["ann's day, paris"], tasks=["mood"])[0]["mood"])
 
 
-def test_a_task_that_shared_its_posts_with_one_of_words_reads_plain_text_cut_as_in_training(tmp_path):
+def test_a_task_that_shared_its_posts_with_one_of_words_reads_plain_text_cut_as_in_training(
+    tmp_path,
+):
     # Cleaned as a whole an entity becomes its character; cut, its letters are a word.
     text, cut = "ann &amp; sun", split_words("ann &amp; sun")
-    apart, together = tiny_predictor(tmp_path / "a"), tiny_predictor(tmp_path / "b", posts="same.jsonl")
+    apart, together = (
+        tiny_predictor(tmp_path / "a"),
+        tiny_predictor(tmp_path / "b", posts="same.jsonl"),
+    )
     plain, words = apart([text])[0]["mood"], apart(["unread"], words=[cut])[0]["mood"]
     assert plain["scores"] != pytest.approx(words["scores"], abs=1e-5)
     assert_same(together([text])[0]["mood"], words)

@@ -33,18 +33,25 @@ def write(path, rows):
 @pytest.mark.parametrize("route_by", ["token", "task"])
 def test_scores_are_those_of_the_predictions(tmp_path, route_by):
     predictor = tiny_predictor(tmp_path, route_by=route_by)
-    path = write(tmp_path / "d.jsonl", [{"text": t, "label": g} for t, g in zip(TEXTS, GOLD, strict=True)])
+    path = write(
+        tmp_path / "d.jsonl", [{"text": t, "label": g} for t, g in zip(TEXTS, GOLD, strict=True)]
+    )
     scores = score_data(predictor, DataChoice(path), tasks=["mood"], progress=False)
     found = [answer["mood"]["label"] for answer in predictor(TEXTS)]
     values = scores.evaluation.metrics["mood"]
     assert values["accuracy"] == pytest.approx(accuracy_score(GOLD, found))
-    assert values["macro_f1"] == pytest.approx(f1_score(GOLD, found, average="macro", zero_division=0))
+    assert values["macro_f1"] == pytest.approx(
+        f1_score(GOLD, found, average="macro", zero_division=0)
+    )
     assert scores.posts == 6 and scores.evaluation.confusions["mood"].sum() == 6
     assert "mood: macro_f1" in format_scores(scores) and "majority" in format_scores(scores)
 
 
 def test_several_tasks_are_found_in_columns_of_their_names(predictor, tmp_path):
-    rows = [{"text": text, "mood": gold, "topic": "home"} for text, gold in zip(TEXTS, GOLD, strict=True)]
+    rows = [
+        {"text": text, "mood": gold, "topic": "home"}
+        for text, gold in zip(TEXTS, GOLD, strict=True)
+    ]
     rows[0]["topic"], rows[1]["topic"] = None, TOPIC.labels[1]
     path = write(tmp_path / "d.jsonl", rows)
     scores = score_data(predictor, DataChoice(path), tasks=["mood", "topic"], progress=False)
@@ -52,29 +59,43 @@ def test_several_tasks_are_found_in_columns_of_their_names(predictor, tmp_path):
     assert scores.evaluation.confusions["topic"].sum() == 5
 
 
-def test_posts_that_training_cut_into_words_are_cut_here_and_phrases_that_are_not_there_are_told(tmp_path):
+def test_posts_that_training_cut_into_words_are_cut_here_and_phrases_that_are_not_there_are_told(
+    tmp_path,
+):
     phrases = Task("opinion", "phrases", PHRASE_TAGS, "span_f1")
     predictor = tiny_predictor(tmp_path, tasks=(MOOD, phrases), posts="same.jsonl")
     texts = [f"{text} &amp; sun" for text in TEXTS]
-    rows = [{"text": text, "mood": gold, "opinion": "sun"} for text, gold in zip(texts, GOLD, strict=True)]
+    rows = [
+        {"text": text, "mood": gold, "opinion": "sun"}
+        for text, gold in zip(texts, GOLD, strict=True)
+    ]
     rows[0]["opinion"] = "moon"
     choice = DataChoice(write(tmp_path / "d.jsonl", rows), skip_bad=True)
     scores = score_data(predictor, choice, progress=False)
     assert scores.posts == 6 and scores.bad == () and scores.unfit == {"opinion": 1}
     assert "opinion: 1 labels left out" in format_scores(scores)
-    alone = score_data(predictor, dataclasses.replace(choice, label="mood"), tasks=["mood"], progress=False)
-    logits = [[answer.logits for answer in found.evaluation.answers["mood"]] for found in (scores, alone)]
+    alone = score_data(
+        predictor, dataclasses.replace(choice, label="mood"), tasks=["mood"], progress=False
+    )
+    logits = [
+        [answer.logits for answer in found.evaluation.answers["mood"]] for found in (scores, alone)
+    ]
     np.testing.assert_allclose(logits[0], logits[1], atol=1e-6)
 
 
 def test_slices_of_the_model_are_scored_where_the_file_has_their_column(tmp_path):
     sliced = tiny_predictor(tmp_path, tasks=(dataclasses.replace(MOOD, slices=("kind", "gone")),))
-    rows = [{"text": text, "label": gold, "kind": text in TEXTS[:2]} for text, gold in zip(TEXTS, GOLD, strict=True)]
+    rows = [
+        {"text": text, "label": gold, "kind": text in TEXTS[:2]}
+        for text, gold in zip(TEXTS, GOLD, strict=True)
+    ]
     path = write(tmp_path / "d.jsonl", rows)
     values = score_data(sliced, DataChoice(path), progress=False).evaluation.metrics["mood"]
     assert (values["n@kind=true"], values["n@kind=false"]) == (2, 4)
     whole = 2 * values["accuracy@kind=true"] + 4 * values["accuracy@kind=false"]
-    assert whole == pytest.approx(6 * values["accuracy"]) and not any("gone" in name for name in values)
+    assert whole == pytest.approx(6 * values["accuracy"]) and not any(
+        "gone" in name for name in values
+    )
 
 
 def test_a_tweeteval_folder_is_scored_on_its_test_split(predictor, tmp_path):
@@ -85,13 +106,21 @@ def test_a_tweeteval_folder_is_scored_on_its_test_split(predictor, tmp_path):
     scores = score_data(predictor, DataChoice(str(tmp_path)), tasks=["mood"], progress=False)
     assert scores.posts == 6
     with pytest.raises(ValueError, match="it has no validation split; choose another --split"):
-        score_data(predictor, DataChoice(str(tmp_path), split="validation"), tasks=["mood"], progress=False)
+        score_data(
+            predictor, DataChoice(str(tmp_path), split="validation"), tasks=["mood"], progress=False
+        )
 
 
 def test_bad_rows_stop_with_file_and_line_or_are_counted(predictor, tmp_path):
-    rows = [{"text": "good", "label": "good"}, {"text": "bad", "label": "godo"}, {"text": "", "label": "bad"}]
+    rows = [
+        {"text": "good", "label": "good"},
+        {"text": "bad", "label": "godo"},
+        {"text": "", "label": "bad"},
+    ]
     path = write(tmp_path / "d.jsonl", rows)
-    with pytest.raises(ValueError, match=r"d.jsonl:2: .*did you mean good\?.*--skip-bad \(2 in all\)"):
+    with pytest.raises(
+        ValueError, match=r"d.jsonl:2: .*did you mean good\?.*--skip-bad \(2 in all\)"
+    ):
         score_data(predictor, DataChoice(path), tasks=["mood"], progress=False)
     scores = score_data(predictor, DataChoice(path, skip_bad=True), tasks=["mood"], progress=False)
     assert scores.posts == 1 and [row.line for row in scores.bad] == [2, 3]
@@ -100,7 +129,9 @@ def test_bad_rows_stop_with_file_and_line_or_are_counted(predictor, tmp_path):
 
 def test_wrong_names_are_refused(predictor, tmp_path):
     path = write(tmp_path / "d.jsonl", [{"text": "good", "lable": "good"}])
-    with pytest.raises(ValueError, match=r"has no column 'label'; did you mean lable\?.*Set --label-column"):
+    with pytest.raises(
+        ValueError, match=r"has no column 'label'; did you mean lable\?.*Set --label-column"
+    ):
         score_data(predictor, DataChoice(path), tasks=["mood"], progress=False)
     with pytest.raises(ValueError, match=r"modo is not a task of this model; did you mean mood\?"):
         score_data(predictor, DataChoice(path), tasks=["modo"], progress=False)
@@ -113,7 +144,17 @@ def test_the_command_prints_the_scores_and_writes_them(tmp_path, monkeypatch, ca
     tiny_predictor(tmp_path)
     write(tmp_path / "d.jsonl", [{"text": t, "label": g} for t, g in zip(TEXTS, GOLD, strict=True)])
     monkeypatch.chdir(tmp_path)
-    command = ["eval.py", "--model", "export", "--data", "d.jsonl", "--task", "mood", "--output", "scores.json"]
+    command = [
+        "eval.py",
+        "--model",
+        "export",
+        "--data",
+        "d.jsonl",
+        "--task",
+        "mood",
+        "--output",
+        "scores.json",
+    ]
     monkeypatch.setattr(sys, "argv", command)
     runpy.run_path(str(ROOT / "launch/eval.py"), run_name="__main__")
     assert "mood: macro_f1" in capsys.readouterr().out

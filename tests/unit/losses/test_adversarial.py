@@ -53,7 +53,9 @@ def states_and_batch(states_BLM, mask_BL, classes, weights, *, progress=0.3, sca
     scale_T = torch.zeros(3, dtype=torch.float64)
     scale_T[DOMAINS] = scale
     classes_B = torch.tensor(classes)
-    batch = SimpleNamespace(domains_B=classes_B, domain_weights_B=weights_B, progress=progress, unit_scale_T=scale_T)
+    batch = SimpleNamespace(
+        domains_B=classes_B, domain_weights_B=weights_B, progress=progress, unit_scale_T=scale_T
+    )
     return output, batch
 
 
@@ -70,16 +72,24 @@ def test_the_loss_equals_the_one_computed_by_hand():
     # Whatever the post: probabilities 1/4 and 3/4.
     loss.discriminator.output.bias.data = torch.tensor([0.0, math.log(3)], dtype=torch.float64)
     states = torch.randn(4, 3, 2, dtype=torch.float64)
-    output, batch = states_and_batch(states, torch.ones(4, 3), [0, 1, 1, IGNORED], [1.0, 0.5, 0.5, 0.0])
+    output, batch = states_and_batch(
+        states, torch.ones(4, 3), [0, 1, 1, IGNORED], [1.0, 0.5, 0.5, 0.0]
+    )
     value, terms = loss(output, batch)
     assert value.item() == pytest.approx((math.log(4) + 2 * 0.5 * math.log(4 / 3)) / 2)
-    assert terms["adversarial_accuracy"] == pytest.approx(0.5) and terms["adversarial_commonest"] == pytest.approx(0.5)
-    assert terms["adversarial_even"] == 0.5 and terms["adversarial_lambda"] == pytest.approx(math.tanh(1.5))
+    assert terms["adversarial_accuracy"] == pytest.approx(0.5) and terms[
+        "adversarial_commonest"
+    ] == pytest.approx(0.5)
+    assert terms["adversarial_even"] == 0.5 and terms["adversarial_lambda"] == pytest.approx(
+        math.tanh(1.5)
+    )
 
 
 def test_only_real_tokens_are_in_the_mean():
     states = torch.tensor([[[1.0, 2.0], [3.0, 4.0], [90.0, 90.0]]])
-    torch.testing.assert_close(mean_state(states, torch.tensor([[1, 1, 0]])), torch.tensor([[2.0, 3.0]]))
+    torch.testing.assert_close(
+        mean_state(states, torch.tensor([[1, 1, 0]])), torch.tensor([[2.0, 3.0]])
+    )
 
 
 def test_the_encoder_gets_the_reversed_gradient_and_the_discriminator_the_plain_one():
@@ -90,16 +100,27 @@ def test_the_encoder_gets_the_reversed_gradient_and_the_discriminator_the_plain_
     output, batch = states_and_batch(states, mask, [2, 0, IGNORED, 1], [1.0, 2.0, 0.0, 0.5])
     (0.7 * loss(output, batch)[0]).backward()
     parameters = dict(loss.named_parameters())
-    found = {"states": states.grad, **{name: parameter.grad for name, parameter in parameters.items()}}
+    found = {
+        "states": states.grad,
+        **{name: parameter.grad for name, parameter in parameters.items()},
+    }
 
     def value(states, **weights):
-        pooled = torch.stack([row[: int(length)].mean(dim=0) for row, length in zip(states, mask.sum(1), strict=True)])
+        pooled = torch.stack(
+            [
+                row[: int(length)].mean(dim=0)
+                for row, length in zip(states, mask.sum(1), strict=True)
+            ]
+        )
         logits = torch.func.functional_call(loss.discriminator, weights, (pooled,))
         rows = torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64)
         picked = logits.log_softmax(dim=1)[[0, 1, 3], [2, 0, 1]]
         return -(picked * rows).sum() / 3.5
 
-    inner = {name.removeprefix("discriminator."): parameter.detach().clone() for name, parameter in parameters.items()}
+    inner = {
+        name.removeprefix("discriminator."): parameter.detach().clone()
+        for name, parameter in parameters.items()
+    }
     copies = {name: parameter.requires_grad_() for name, parameter in inner.items()}
     leaf = states.detach().clone().requires_grad_()
     value(leaf, **copies).backward()
@@ -120,20 +141,31 @@ def test_every_parameter_gets_its_gradient_and_the_terms_add_up():
     batch = scaled(domain_batch())
     plain, step = objective_of(OFF)(batch), (objective := objective_of())(batch)
     torch.testing.assert_close(step.loss, plain.loss + 0.5 * step.terms["adversarial"])
-    assert 0 <= step.terms["adversarial_accuracy"] <= 1 and step.terms["adversarial_even"] == pytest.approx(1 / 3)
+    assert 0 <= step.terms["adversarial_accuracy"] <= 1 and step.terms[
+        "adversarial_even"
+    ] == pytest.approx(1 / 3)
     torch.testing.assert_close(step.terms["adversarial_commonest"], torch.tensor(2 / 5))
     step.loss.backward()
-    missing = [name for name, p in objective.named_parameters() if p.requires_grad and p.grad is None]
+    missing = [
+        name for name, p in objective.named_parameters() if p.requires_grad and p.grad is None
+    ]
     assert missing == [] and objective.losses["adversarial"].discriminator.output.weight.grad.any()
 
 
 def test_the_loss_does_not_depend_on_how_posts_are_cut_into_micro_batches():
     objective, batch = objective_of(), domain_batch()
     parts = [batch.take(torch.tensor(rows)) for rows in ([0, 1, 2], [3], [4, 5])]
-    scale = unit_scale(sum(count_units(part, TASKS) for part in parts), world_size=1, accumulation=3)
+    scale = unit_scale(
+        sum(count_units(part, TASKS) for part in parts), world_size=1, accumulation=3
+    )
     steps = [objective(replace(part, unit_scale_T=scale)) for part in parts]
     whole = objective(scaled(batch))
-    for name in ("adversarial", "adversarial_accuracy", "adversarial_commonest", "adversarial_lambda"):
+    for name in (
+        "adversarial",
+        "adversarial_accuracy",
+        "adversarial_commonest",
+        "adversarial_lambda",
+    ):
         torch.testing.assert_close(sum(step.terms[name] for step in steps) / 3, whole.terms[name])
 
 
@@ -174,9 +206,11 @@ def test_evaluation_runs_nothing_of_it_and_exports_hold_nothing_of_it():
 
 
 @pytest.mark.parametrize(("gamma", "lowest", "highest"), [(0.0, 0.95, 1.0), (10.0, 0.0, 0.62)])
-def test_behind_the_reversal_an_encoder_forgets_the_domain_and_without_it_keeps_it(gamma, lowest, highest):
-    """Domain and label are a coordinate of the input each; noise on the states makes distances count. A gamma of 0
-    never reverses: the discriminator learns, and the encoder does not mind."""
+def test_behind_the_reversal_an_encoder_forgets_the_domain_and_without_it_keeps_it(
+    gamma, lowest, highest
+):
+    """Domain and label are a coordinate of the input each; noise on the states makes distances
+    count. A gamma of 0 never reverses: the discriminator learns, and the encoder does not mind."""
     generator = torch.Generator().manual_seed(0)
     signs = torch.randint(0, 2, (256, 2), generator=generator)
     inputs = torch.cat([2.5 * (2.0 * signs - 1), torch.randn(256, 2, generator=generator)], dim=1)
@@ -184,13 +218,22 @@ def test_behind_the_reversal_an_encoder_forgets_the_domain_and_without_it_keeps_
     torch.manual_seed(0)
     encoder, head = nn.Linear(4, 4), nn.Linear(4, 2)
     nn.init.eye_(encoder.weight)
-    loss = AdversarialLoss(AdversarialConfig(hidden_width=16, gamma=gamma), model_width=4, num_domains=2)
-    groups = [{"params": [*encoder.parameters()]}, {"params": [*head.parameters(), *loss.parameters()], "lr": 0.02}]
+    loss = AdversarialLoss(
+        AdversarialConfig(hidden_width=16, gamma=gamma), model_width=4, num_domains=2
+    )
+    groups = [
+        {"params": [*encoder.parameters()]},
+        {"params": [*head.parameters(), *loss.parameters()], "lr": 0.02},
+    ]
     optimizer = torch.optim.Adam(groups, lr=0.005)
     accuracies = []
     for step in range(400):
         states = encoder(inputs) + torch.randn(256, 4)
-        one_token = {"mask_BL": torch.ones(256, 1), "classes": domains.tolist(), "weights": [1.0] * 256}
+        one_token = {
+            "mask_BL": torch.ones(256, 1),
+            "classes": domains.tolist(),
+            "weights": [1.0] * 256,
+        }
         value, terms = loss(*states_and_batch(states[:, None], **one_token, progress=step / 400))
         accuracies.append(terms["adversarial_accuracy"].item())
         optimizer.zero_grad()

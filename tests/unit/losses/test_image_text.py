@@ -57,13 +57,17 @@ def unit(rows, width=8, seed=0, dtype=torch.float64):
 
 def itm_loss(**options):
     config = replace(BOTH, **options)
-    return ITMLoss(config, seed=7, gather=gather_detached, gather_with_gradient=gather_rows, world_size=1)
+    return ITMLoss(
+        config, seed=7, gather=gather_detached, gather_with_gradient=gather_rows, world_size=1
+    )
 
 
 def test_the_contrast_of_two_pairs_by_hand():
     image = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     text = torch.tensor([[1.0, 0.0], [0.6, 0.8]])
-    value = contrast(image, text, torch.tensor([0.0]), pairs_of([3, 4]), gather=gather_detached, world_size=1)
+    value = contrast(
+        image, text, torch.tensor([0.0]), pairs_of([3, 4]), gather=gather_detached, world_size=1
+    )
     # Similarities 1 0.6 / 0 0.8.
     rows = math.log(math.e + math.exp(0.6)) - 1 + math.log(1 + math.exp(0.8)) - 0.8
     columns = math.log(math.e + 1) - 1 + math.log(math.exp(0.6) + math.exp(0.8)) - 0.8
@@ -109,14 +113,22 @@ class Largest(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
         found = function(*arguments, **(options or {}))
-        self.bytes = max([self.bytes] + [t.nbytes for t in tree_leaves(found) if isinstance(t, torch.Tensor)])
+        self.bytes = max(
+            [self.bytes] + [t.nbytes for t in tree_leaves(found) if isinstance(t, torch.Tensor)]
+        )
         return found
 
 
 @pytest.mark.parametrize("tile_bytes", [1, 5 * 2 * 200 * 8])
-def test_tiles_change_nothing_and_no_tensor_grows_with_the_square_of_the_pictures(tile_bytes, monkeypatch):
+def test_tiles_change_nothing_and_no_tensor_grows_with_the_square_of_the_pictures(
+    tile_bytes, monkeypatch
+):
     pairs = pairs_of([*range(100), *range(98), -1, 7], keys=[number // 2 for number in range(200)])
-    numbers = [unit(200, seed=1), unit(200, seed=2), torch.tensor([2.0], dtype=torch.float64, requires_grad=True)]
+    numbers = [
+        unit(200, seed=1),
+        unit(200, seed=2),
+        torch.tensor([2.0], dtype=torch.float64, requires_grad=True),
+    ]
     images, texts = (rows.detach() for rows in numbers[:2])
 
     def everything():
@@ -147,9 +159,17 @@ def test_above_its_limit_the_temperature_only_takes_a_gradient_that_leads_back()
 def test_bfloat16_rows_are_compared_in_float32():
     exact = [unit(6, seed=seed) for seed in (1, 2)]
     rounded = [rows.detach().bfloat16() for rows in exact]
-    value = contrast(*rounded, torch.tensor([1.0]), pairs_of(range(6)), gather=gather_detached, world_size=1)
+    value = contrast(
+        *rounded, torch.tensor([1.0]), pairs_of(range(6)), gather=gather_detached, world_size=1
+    )
     same = [rows.double() for rows in rounded]
-    expected = contrast(*same, torch.tensor([1.0]).double(), pairs_of(range(6)), gather=gather_detached, world_size=1)
+    expected = contrast(
+        *same,
+        torch.tensor([1.0]).double(),
+        pairs_of(range(6)),
+        gather=gather_detached,
+        world_size=1,
+    )
     assert value.dtype == torch.float32 and float(value) == pytest.approx(float(expected), abs=1e-6)
 
 
@@ -170,7 +190,10 @@ def test_text_keys_tell_texts_apart_and_do_not_see_padding():
         input_ids_BL=torch.nn.functional.pad(batch.input_ids_BL, (0, 5), value=1),
         attention_mask_BL=torch.nn.functional.pad(batch.attention_mask_BL, (0, 5)),
     )
-    assert torch.equal(text_keys(batch), text_keys(longer)) and len(set(text_keys(batch).tolist())) == 6
+    assert (
+        torch.equal(text_keys(batch), text_keys(longer))
+        and len(set(text_keys(batch).tolist())) == 6
+    )
     swapped = batch.input_ids_BL.clone()
     swapped[0, [1, 2]] = swapped[0, [2, 1]]
     changed = text_keys(replace(batch, input_ids_BL=swapped)) != text_keys(batch)
@@ -183,7 +206,9 @@ def test_draws_are_even_and_repeat():
     assert 0 < numbers.min() < 1e-3 and 0.999 < numbers.max() < 1
     counts = torch.histc(numbers.float(), bins=10, min=0, max=1)
     assert (counts - 2000).abs().max() < 200
-    assert abs(torch.corrcoef(torch.stack([numbers, drawn(1, 3, torch.arange(20000))]))[0, 1]) < 0.03
+    assert (
+        abs(torch.corrcoef(torch.stack([numbers, drawn(1, 3, torch.arange(20000))]))[0, 1]) < 0.03
+    )
 
 
 @pytest.mark.parametrize("hard", [False, True])
@@ -203,7 +228,9 @@ def test_no_pair_gets_its_own_text_or_one_that_says_the_same(hard):
 
 def test_a_picture_without_any_other_text_keeps_its_own():
     for posts, keys in (([5], [1]), ([5, 5], [1, 1]), ([5, 6], [1, 1]), ([5, -1], [1, 2])):
-        assert all((draw_texts(pairs_of(posts, keys), None, step=s, seed=1) == -1).all() for s in range(20))
+        assert all(
+            (draw_texts(pairs_of(posts, keys), None, step=s, seed=1) == -1).all() for s in range(20)
+        )
 
 
 def test_hard_negatives_are_drawn_in_proportion_to_the_exponential_of_their_similarity():
@@ -264,11 +291,15 @@ def test_every_parameter_gets_a_gradient_of_both_losses_however_many_pictures(fu
     model = seeing_model(fusion, image_text=BOTH, train_tower=True)
     batch = seeing_batch(pictures=pictures)
     output = model(batch)
-    total = sum(value.square().sum() for value in [*output.logits.values(), *output.embeddings.values()])
+    total = sum(
+        value.square().sum() for value in [*output.logits.values(), *output.embeddings.values()]
+    )
     total = total + itm_loss()(output, batch)[0]
     if output.image_text.text_embeddings_IP is not None:
         total = total + ITCLoss(BOTH, gather=gather_detached, world_size=1)(output, batch)[0]
     total.backward()
     assert total.isfinite()
-    assert [name for name, w in model.named_parameters() if w.requires_grad and w.grad is None] == []
+    assert [
+        name for name, w in model.named_parameters() if w.requires_grad and w.grad is None
+    ] == []
     assert bool(model.image_text.match.weight.grad.any()) == bool(pictures)

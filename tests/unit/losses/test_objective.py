@@ -14,20 +14,38 @@ from comoe.config.recipe import ContrastiveConfig, LossConfig, ModelConfig, Reci
 from comoe.losses.objective import LOSSES, build_objective, count_units, unit_scale
 from comoe.models.moe.gate import GATES
 from comoe.types import IGNORED, ModelOutput
-from tests.helpers_model import HF_CONFIGS, TASKS, labels_for, moe_config, random_batch, scaled, take, tiny_objective
+from tests.helpers_model import (
+    HF_CONFIGS,
+    TASKS,
+    labels_for,
+    moe_config,
+    random_batch,
+    scaled,
+    take,
+    tiny_objective,
+)
 
 NO_CONTRAST = LossConfig(contrastive=ContrastiveConfig(weight=0.0))
 
 
 def without(batch, *names):
-    blank = {task.name: labels_for(task, len(batch.row_ids_B), 9, None, labelled=False) for task in TASKS}
+    blank = {
+        task.name: labels_for(task, len(batch.row_ids_B), 9, None, labelled=False) for task in TASKS
+    }
     return replace(
-        batch, labels={name: blank[name] if name in names else value for name, value in batch.labels.items()}
+        batch,
+        labels={
+            name: blank[name] if name in names else value for name, value in batch.labels.items()
+        },
     )
 
 
 def gradients(objective):
-    return {name: parameter.grad for name, parameter in objective.named_parameters() if parameter.requires_grad}
+    return {
+        name: parameter.grad
+        for name, parameter in objective.named_parameters()
+        if parameter.requires_grad
+    }
 
 
 def some_missing(batch):
@@ -64,7 +82,9 @@ def test_micro_batches_under_one_unit_scale_equal_the_whole_batch(z_weight):
     objective.zero_grad(set_to_none=True)
 
     parts = [[0, 1, 2], [3], [4, 5]]
-    scale = unit_scale(sum(count_units(take(batch, rows), TASKS) for rows in parts), world_size=1, accumulation=3)
+    scale = unit_scale(
+        sum(count_units(take(batch, rows), TASKS) for rows in parts), world_size=1, accumulation=3
+    )
     steps = [objective(replace(take(batch, rows), unit_scale_T=scale)) for rows in parts]
     for step in steps:
         (step.loss / 3).backward()
@@ -74,7 +94,9 @@ def test_micro_batches_under_one_unit_scale_equal_the_whole_batch(z_weight):
     torch.testing.assert_close(gradients(objective), expected, atol=1e-6, rtol=1e-4)
 
 
-@pytest.mark.parametrize("absent", [[task.name] for task in TASKS] + [[task.name for task in TASKS]])
+@pytest.mark.parametrize(
+    "absent", [[task.name] for task in TASKS] + [[task.name for task in TASKS]]
+)
 @pytest.mark.parametrize("route_by", ["token", "task"])
 def test_an_absent_task_gets_zero_gradients_and_not_none(absent, route_by):
     objective = tiny_objective(moe_config(route_by=route_by))
@@ -142,14 +164,20 @@ def test_the_terms_on_the_gates_and_the_bias_add_up_in_any_combination():
     for balance in ("none", "bias"):
         step = tiny_objective(moe_config(balance=balance), loss=loss)(batch)
         plain = tiny_objective(moe_config(balance=balance), loss=NO_CONTRAST)(batch)
-        extra = 0.1 * step.terms["balance"] + 0.2 * step.terms["z"] + 0.3 * step.terms["task_separation"]
+        extra = (
+            0.1 * step.terms["balance"]
+            + 0.2 * step.terms["z"]
+            + 0.3 * step.terms["task_separation"]
+        )
         torch.testing.assert_close(step.loss, plain.loss + extra)
 
 
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize(("experts", "top_k"), [(1, 1), (4, 1), (4, 2)])
 def test_every_trained_parameter_gets_a_gradient_under_every_gate_and_term(gate, experts, top_k):
-    loss = LossConfig(z_weight=0.1, task_separation_weight=0.1, balance_weight=0.1 if experts > 1 else 0.0)
+    loss = LossConfig(
+        z_weight=0.1, task_separation_weight=0.1, balance_weight=0.1 if experts > 1 else 0.0
+    )
     objective = tiny_objective(moe_config(gate=gate, num_experts=experts, top_k=top_k), loss=loss)
     step = objective(scaled(random_batch()))
     step.loss.backward()
@@ -169,7 +197,11 @@ def test_static_weights_scale_the_task_losses_in_the_total_alone():
 
 def test_unit_scale_turns_a_rank_share_into_the_global_mean():
     units = torch.tensor([4.0, 0.0, 2.5], dtype=torch.float64)
-    assert unit_scale(units, world_size=2, accumulation=3).tolist() == [1.5, 0.0, pytest.approx(2.4)]
+    assert unit_scale(units, world_size=2, accumulation=3).tolist() == [
+        1.5,
+        0.0,
+        pytest.approx(2.4),
+    ]
 
 
 def test_evaluation_returns_the_answer_alone_and_needs_no_labels():
@@ -182,7 +214,8 @@ def test_evaluation_returns_the_answer_alone_and_needs_no_labels():
 
 def test_a_balance_loss_where_every_expert_runs_is_refused():
     with pytest.raises(
-        ValueError, match="loss.balance_weight .0.1. has nothing to balance.*set loss.balance_weight to 0"
+        ValueError,
+        match="loss.balance_weight .0.1. has nothing to balance.*set loss.balance_weight to 0",
     ):
         tiny_objective(moe_config(top_k=4, balance="none"), loss=LossConfig(balance_weight=0.1))
 

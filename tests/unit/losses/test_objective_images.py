@@ -16,22 +16,33 @@ CONTRASTED = tuple(replace(task, contrastive=True, contrastive_width=1.0) for ta
 
 
 def objective_of(
-    fusion: str, image_text: ImageTextConfig, *, contrastive: ContrastiveConfig | None = None, **options
+    fusion: str,
+    image_text: ImageTextConfig,
+    *,
+    contrastive: ContrastiveConfig | None = None,
+    **options,
 ) -> Objective:
-    loss = LossConfig(contrastive=contrastive or ContrastiveConfig(weight=0.0), image_text=image_text)
+    loss = LossConfig(
+        contrastive=contrastive or ContrastiveConfig(weight=0.0), image_text=image_text
+    )
     model = seeing_model(fusion, tasks=CONTRASTED, image_text=image_text, **options)
     return Objective(model, CONTRASTED, loss, moe_config(), seed=3).train()
 
 
 @pytest.mark.parametrize(
-    ("itc", "itm", "names"), [(0.1, 0.1, ["itc", "itm"]), (0.3, 0.0, ["itc"]), (0.0, 0.2, ["itm"]), (0.0, 0.0, [])]
+    ("itc", "itm", "names"),
+    [(0.1, 0.1, ["itc", "itm"]), (0.3, 0.0, ["itc"]), (0.0, 0.2, ["itm"]), (0.0, 0.0, [])],
 )
-def test_the_tasks_get_what_the_image_text_terms_leave_of_one(itc: float, itm: float, names: list[str]):
+def test_the_tasks_get_what_the_image_text_terms_leave_of_one(
+    itc: float, itm: float, names: list[str]
+):
     objective = objective_of("attention", ImageTextConfig(itc_weight=itc, itm_weight=itm))
     assert list(objective.terms) == names
     step = objective(scaled(seeing_batch(tasks=CONTRASTED)))
     tasks = sum(value for name, value in step.terms.items() if name.startswith("task/"))
-    expected = (1 - itc - itm) * tasks + itc * step.terms.get("itc", 0) + itm * step.terms.get("itm", 0)
+    expected = (
+        (1 - itc - itm) * tasks + itc * step.terms.get("itc", 0) + itm * step.terms.get("itm", 0)
+    )
     torch.testing.assert_close(step.loss.detach(), expected)
 
 
@@ -44,14 +55,20 @@ def test_a_model_of_one_stream_leaves_the_contrasts_share_to_the_tasks():
 def test_the_cache_repeats_both_sides_and_their_dropout(fusion: str):
     contrastive = ContrastiveConfig(weight=0.5, chunk_size=3)
     objective = objective_of(fusion, ImageTextConfig(), contrastive=contrastive, dropout=0.3)
-    batches = [scaled(replace(seeing_batch(seed=seed, tasks=CONTRASTED), step=2)) for seed in (0, 1)]
+    batches = [
+        scaled(replace(seeing_batch(seed=seed, tasks=CONTRASTED), step=2)) for seed in (0, 1)
+    ]
     with torch.random.fork_rng([]), torch.no_grad():
         passes = [objective(batch, embed=True) for batch in batches]
-    for first, batch, cached in zip(passes, batches, objective.contrast(batches, passes), strict=True):
+    for first, batch, cached in zip(
+        passes, batches, objective.contrast(batches, passes), strict=True
+    ):
         second = objective(batch, cached=cached)
         for name, embeddings in first[0].embeddings.items():
             torch.testing.assert_close(second.output.embeddings[name].detach(), embeddings)
         torch.testing.assert_close(second.output.views["words"].detach(), first[0].views["words"])
         (second.loss / 2).backward()
-    missing = [name for name, p in objective.named_parameters() if p.requires_grad and p.grad is None]
+    missing = [
+        name for name, p in objective.named_parameters() if p.requires_grad and p.grad is None
+    ]
     assert missing == []

@@ -23,7 +23,9 @@ GATE, NO_BIAS = SigmoidGate(2), torch.zeros(4)
 
 
 def routing_of(rows=30, seed=0):
-    z = torch.randn(rows, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).requires_grad_()
+    z = torch.randn(
+        rows, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    ).requires_grad_()
     return GATE(z, NO_BIAS)
 
 
@@ -43,7 +45,9 @@ def test_an_even_load_costs_one():
 @pytest.mark.parametrize(("k", "expected"), [(1, 4.0), (2, 2.0), (4, 1.0)])
 def test_a_full_collapse_costs_experts_over_k(k, expected):
     picked = torch.tensor([1.0] * k + [0.0] * (4 - k))
-    assert balance_loss(picked.repeat(10, 1), picked * 10, num_tokens=10).item() == pytest.approx(expected)
+    assert balance_loss(picked.repeat(10, 1), picked * 10, num_tokens=10).item() == pytest.approx(
+        expected
+    )
 
 
 def test_the_balance_loss_equals_its_formula():
@@ -69,7 +73,9 @@ def test_the_gradient_pushes_busy_experts_down():
 
 def scaled_by(tokens, *, shares=1):
     """What the trainer hands over: ranks * micro-steps / tokens of the whole step, behind the tasks' own."""
-    return SimpleNamespace(unit_scale_T=torch.tensor([0.0, shares / tokens, 0.0], dtype=torch.float64))
+    return SimpleNamespace(
+        unit_scale_T=torch.tensor([0.0, shares / tokens, 0.0], dtype=torch.float64)
+    )
 
 
 def z_loss(**_):
@@ -164,19 +170,26 @@ def by_hand(routings, labelled, rows_S):
             mine = [s for s, row in enumerate(rows_S.tolist()) if labelled[row, task]]
             gates = [[0.0] * 4 for _ in mine]
             for vector, s in zip(gates, mine, strict=True):
-                for expert, weight in zip(routing.indices_Sk[s].tolist(), routing.weights_Sk[s].tolist(), strict=True):
+                for expert, weight in zip(
+                    routing.indices_Sk[s].tolist(), routing.weights_Sk[s].tolist(), strict=True
+                ):
                     vector[expert] = weight
             if mine:
                 means.append([sum(column) / len(mine) for column in zip(*gates, strict=True)])
         pairs = [(a, b) for i, a in enumerate(means) for b in means[i + 1 :]]
-        cosines = [sum(x * y for x, y in zip(a, b, strict=True)) / math.hypot(*a) / math.hypot(*b) for a, b in pairs]
+        cosines = [
+            sum(x * y for x, y in zip(a, b, strict=True)) / math.hypot(*a) / math.hypot(*b)
+            for a, b in pairs
+        ]
         layers.append(sum(cosines) / len(cosines))
     return sum(layers) / len(layers)
 
 
 def gate_logits(tokens=30, layers=2, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return (3 * torch.randn(layers, tokens, 4, generator=generator, dtype=torch.float64)).requires_grad_()
+    return (
+        3 * torch.randn(layers, tokens, 4, generator=generator, dtype=torch.float64)
+    ).requires_grad_()
 
 
 @pytest.mark.parametrize("gate", [SigmoidGate(1), SigmoidGate(2), SigmoidGate(4), SoftmaxGate(2)])
@@ -188,9 +201,15 @@ def test_task_separation_equals_a_float64_reference(gate):
 
 
 def test_the_gradient_of_task_separation_is_exact():
-    (batch, _), rows_S, z = posts(rows=4, missing=0.2), torch.arange(4).repeat_interleave(2), gate_logits(8)
+    (batch, _), rows_S, z = (
+        posts(rows=4, missing=0.2),
+        torch.arange(4).repeat_interleave(2),
+        gate_logits(8),
+    )
     # Far from a tie, so that the small steps of the check change no pick.
-    assert torch.autograd.gradcheck(lambda z: separated(z, batch, rows_S)[0], z, eps=1e-7, atol=1e-6)
+    assert torch.autograd.gradcheck(
+        lambda z: separated(z, batch, rows_S)[0], z, eps=1e-7, atol=1e-6
+    )
 
 
 def test_tasks_with_one_gate_cost_one_and_tasks_without_a_shared_expert_nothing():
@@ -255,7 +274,10 @@ def test_equal_micro_steps_give_the_task_separation_and_gradient_of_one():
 
 
 def test_task_separation_counts_the_micro_steps_since_begin_step():
-    rows_S, term = torch.arange(10).repeat_interleave(3), TaskSeparationLoss(NAMES, sum_with_gradient=lambda x: x)
+    rows_S, term = (
+        torch.arange(10).repeat_interleave(3),
+        TaskSeparationLoss(NAMES, sum_with_gradient=lambda x: x),
+    )
     (first, _), (second, _) = posts(seed=1), posts(seed=2)
     separated(gate_logits(seed=1), first, rows_S, term=term)
     running = separated(gate_logits(seed=2), second, rows_S, term=term)[0]
@@ -264,7 +286,9 @@ def test_task_separation_counts_the_micro_steps_since_begin_step():
     ids = torch.zeros(20, 3, dtype=torch.int64)
     both = Batch(ids, ids + 1, None, ids > 0, ids[:, 0] - 1, ids[:, 0], labels)
     together = torch.cat([gate_logits(seed=1), gate_logits(seed=2)], dim=1)
-    torch.testing.assert_close(running, separated(together, both, torch.cat([rows_S, rows_S + 10]))[0])
+    torch.testing.assert_close(
+        running, separated(together, both, torch.cat([rows_S, rows_S + 10]))[0]
+    )
     term.begin_step()
     fresh = separated(gate_logits(seed=2), second, rows_S, term=term)[0]
     assert abs(fresh - running) > 1e-4

@@ -5,12 +5,22 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.helpers_model import HF_CONFIGS, VARIANTS, moe_config, random_batch, scaled, tiny_model, tiny_objective
+from tests.helpers_model import (
+    HF_CONFIGS,
+    VARIANTS,
+    moe_config,
+    random_batch,
+    scaled,
+    tiny_model,
+    tiny_objective,
+)
 
 
 def gradients_and_routings(family, *, recompute, batches, dropout=0.0, **options):
     """Gradients of one backward pass over several encodes, the losses, and each encode's loads."""
-    objective = tiny_objective(moe_config(**options), family=family, dropout=dropout, recompute=recompute)
+    objective = tiny_objective(
+        moe_config(**options), family=family, dropout=dropout, recompute=recompute
+    )
     torch.manual_seed(5)
     steps = [objective(scaled(batch)) for batch in batches]
     sum(step.loss for step in steps).backward()
@@ -21,13 +31,17 @@ def gradients_and_routings(family, *, recompute, batches, dropout=0.0, **options
 
 @pytest.mark.parametrize(
     ("family", "options"),
-    [(family, dict(dropout=0.3, route_by="both", shared_width=8)) for family in HF_CONFIGS | VARIANTS]
+    [
+        (family, dict(dropout=0.3, route_by="both", shared_width=8))
+        for family in HF_CONFIGS | VARIANTS
+    ]
     + [("bert", dict(dropout=0.0)), ("bert", dict(route_by="task", top_k=4, balance="none"))],
 )
 def test_two_encodes_then_one_backward_are_the_same_with_recomputed_layers(family, options):
     batches = random_batch(seed=1), random_batch(rows=3, length=7, seed=2)
     plain, again = (
-        gradients_and_routings(family, recompute=recompute, batches=batches, **options) for recompute in (False, True)
+        gradients_and_routings(family, recompute=recompute, batches=batches, **options)
+        for recompute in (False, True)
     )
     torch.testing.assert_close(again, plain, atol=0, rtol=0)
 
@@ -72,7 +86,10 @@ def test_recomputed_tokens_go_to_the_same_experts_even_where_the_scores_have_tur
             block.mixture.gate.e_score_correction_bias.copy_(-10.0 * routing.counts_E)
         output.logits["mood"].square().sum().backward()
         turned = model(random_batch()).routings
-        assert not any(torch.equal(a.indices_Sk, b.indices_Sk) for a, b in zip(turned, output.routings, strict=True))
+        assert not any(
+            torch.equal(a.indices_Sk, b.indices_Sk)
+            for a, b in zip(turned, output.routings, strict=True)
+        )
         return [parameter.grad for parameter in model.encoder.parameters()]
 
     torch.testing.assert_close(gradients(True), gradients(False), atol=0, rtol=0)

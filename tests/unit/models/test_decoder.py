@@ -52,7 +52,9 @@ def test_without_experts_the_loss_of_a_text_is_the_librarys_own(family):
     assert logits.dtype == torch.float64 and logits.shape == (5, 1)
     units = batch.labels["opinion"][:, 0].sum()
     torch.testing.assert_close(-logits.sum() / units, expected, atol=1e-12, rtol=1e-12)
-    torch.testing.assert_close(objective(batch).terms["task/opinion"].double(), expected.detach(), atol=0, rtol=1e-6)
+    torch.testing.assert_close(
+        objective(batch).terms["task/opinion"].double(), expected.detach(), atol=0, rtol=1e-6
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -67,7 +69,10 @@ def test_without_experts_the_log_probabilities_of_choices_are_the_librarys_own_o
             one = replace(batch, answers_BD=ids.expand(4, -1))
             likely = library_loss(plain, one, torch.tensor([row])).logits.log_softmax(-1)
             torch.testing.assert_close(
-                found[row, label], likely[0, torch.arange(ids.shape[1]), ids[0]].sum(), atol=1e-11, rtol=1e-11
+                found[row, label],
+                likely[0, torch.arange(ids.shape[1]), ids[0]].sum(),
+                atol=1e-11,
+                rtol=1e-11,
             )
 
 
@@ -80,7 +85,10 @@ def test_without_experts_texts_are_written_as_the_library_writes_them(family, be
     logits = model(batch).logits["opinion"]
     plain = whole_model(family)
     expected = plain.generate(
-        input_ids=batch.input_ids_BL, attention_mask=batch.attention_mask_BL, num_beams=beams, max_new_tokens=7
+        input_ids=batch.input_ids_BL,
+        attention_mask=batch.attention_mask_BL,
+        num_beams=beams,
+        max_new_tokens=7,
     )[:, 1:]
     for row, ids in enumerate(expected.tolist()):
         ids = ids[: ids.index(END[family])] if END[family] in ids else ids
@@ -98,7 +106,9 @@ def test_step_zero_with_new_experts_equals_the_pre_trained_model(family):
     bare, batch = decoder_model(family, NONE).eval(), decoder_batch(family=family)
     assert len(new.moe_layers()) == 5
     bare.load_state_dict(new.state_dict(), strict=False)
-    plain = {name: value for name, value in bare.state_dict().items() if name.startswith("encoder.")}
+    plain = {
+        name: value for name, value in bare.state_dict().items() if name.startswith("encoder.")
+    }
     moved = {name.replace(".inner.", "."): value for name, value in new.state_dict().items()}
     bare.load_state_dict({name: moved[name] for name in plain}, strict=False)
     expected, found = bare(batch).logits, new(batch).logits
@@ -122,10 +132,18 @@ def test_one_expert_equals_the_dense_block_in_the_decoder_too(family):
                     block.shared.gate_up.weight.copy_(up.T), block.shared.down.weight.copy_(down.T)
         return model.eval()
 
-    one = awake(decoder_model(family, moe_config(num_experts=1, top_k=1, expert_width=16, balance="none")))
+    one = awake(
+        decoder_model(family, moe_config(num_experts=1, top_k=1, expert_width=16, balance="none"))
+    )
     dense = awake(decoder_model(family, moe_config(output_init=0.0, shared_width=16)))
-    names = {name for name, _ in one.named_parameters()} & {name for name, _ in dense.named_parameters()}
-    same = {name: value for name, value in one.state_dict().items() if name in names and "mixture" not in name}
+    names = {name for name, _ in one.named_parameters()} & {
+        name for name, _ in dense.named_parameters()
+    }
+    same = {
+        name: value
+        for name, value in one.state_dict().items()
+        if name in names and "mixture" not in name
+    }
     dense.load_state_dict(same, strict=False)
     batch = decoder_batch(family=family)
     expected = dense(batch).logits
@@ -138,7 +156,9 @@ def test_one_expert_equals_the_dense_block_in_the_decoder_too(family):
 )
 def test_greedy_words_with_a_cache_are_those_of_teacher_forcing_with_experts(family, route_by):
     """Each step's context is its own: were a token routed by another row's task, the paths would part."""
-    model = decoder_model(family, moe_config(route_by=route_by, shared_width=8), tasks=(OPINION, POLARITY)).eval()
+    model = decoder_model(
+        family, moe_config(route_by=route_by, shared_width=8), tasks=(OPINION, POLARITY)
+    ).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "task_projection" in name or "gate_up" in name or "gate.weight" in name:
@@ -153,7 +173,9 @@ def test_greedy_words_with_a_cache_are_those_of_teacher_forcing_with_experts(fam
             texts = torch.tensor([[*forced, token] for token in range(60)])
             forced.append(int(taught(model, batch, row, texts).argmax()))
         assert [token for token in forced if token != END[family]] == ids
-        torch.testing.assert_close(score, taught(model, batch, row, torch.tensor([forced]))[0], atol=1e-4, rtol=0)
+        torch.testing.assert_close(
+            score, taught(model, batch, row, torch.tensor([forced]))[0], atol=1e-4, rtol=0
+        )
 
 
 def taught(model, batch, row, texts):
@@ -168,11 +190,17 @@ def taught(model, batch, row, texts):
 @pytest.mark.parametrize("family", ["t5", "umt5", "bart"])
 @pytest.mark.parametrize("served", [None, [-1, -1], [1, 3, 3, 4]])
 def test_every_parameter_gets_a_gradient_whatever_rows_a_rank_has(family, served):
-    objective = decoder_objective(family, moe_config(route_by="both", shared_width=8), private_width=8)
+    objective = decoder_objective(
+        family, moe_config(route_by="both", shared_width=8), private_width=8
+    )
     batch = decoder_batch(family=family, served=served)
     objective(scaled(batch, MIXED)).loss.backward()
     assert [name for name, weight in objective.named_parameters() if weight.grad is None] == []
-    reached = any(weight.grad.any() for name, weight in objective.model.named_parameters() if ".decoder." in name)
+    reached = any(
+        weight.grad.any()
+        for name, weight in objective.model.named_parameters()
+        if ".decoder." in name
+    )
     assert reached is (served != [-1, -1])
 
 
@@ -192,8 +220,14 @@ def test_a_filler_row_runs_the_decoder_and_counts_nowhere():
     objective, batch = decoder_objective(), decoder_batch()
     step = objective(replace(filler(batch), unit_scale_T=torch.full((len(MIXED) + 3,), 0.5)))
     step.loss.backward()
-    assert float(step.loss.detach()) == 0.0 and all(not p.grad.any() for p in objective.parameters())
-    assert len(step.output.routings) == 5 and step.output.num_answer_layers == 2 and step.output.picks == ()
+    assert float(step.loss.detach()) == 0.0 and all(
+        not p.grad.any() for p in objective.parameters()
+    )
+    assert (
+        len(step.output.routings) == 5
+        and step.output.num_answer_layers == 2
+        and step.output.picks == ()
+    )
     assert all(len(rows) == 0 for rows in step.output.layer_rows)
     assert not count_units(filler(batch), MIXED).any()
     empty = replace(filler(batch), row_ids_B=torch.tensor([5]))
@@ -205,12 +239,22 @@ def test_a_filler_row_runs_the_decoder_and_counts_nowhere():
 def test_layer_rows_name_the_row_of_every_routed_token(served):
     model, batch = decoder_model(), decoder_batch(served=served)
     output = model(batch)
-    assert [block.layer for block in model.moe_layers()] == [0, 1, 2, 3, 4] and output.num_answer_layers == 2
+    assert [block.layer for block in model.moe_layers()] == [
+        0,
+        1,
+        2,
+        3,
+        4,
+    ] and output.num_answer_layers == 2
     wanted = (batch.answers_BD != IGNORED).sum(dim=1)
-    for number, (routing, rows_S) in enumerate(zip(output.routings, output.layer_rows, strict=True)):
+    for number, (routing, rows_S) in enumerate(
+        zip(output.routings, output.layer_rows, strict=True)
+    ):
         expected = batch.attention_mask_BL.sum(dim=1) if number < 3 else wanted
         assert torch.bincount(rows_S, minlength=len(wanted)).tolist() == expected.tolist()
-        assert len(routing.logits_SE) == len(rows_S) and int(routing.counts_E.sum()) == 2 * len(rows_S)
+        assert len(routing.logits_SE) == len(rows_S) and int(routing.counts_E.sum()) == 2 * len(
+            rows_S
+        )
 
 
 def test_a_batch_counts_alike_however_it_is_cut():
@@ -260,7 +304,9 @@ def test_many_labels_are_scored_in_several_passes_and_alike(labels):
     found = model(batch).logits["polarity"]
     for label in (0, 7, labels - 1):
         one = {"polarity": batch.choices["polarity"][[label]]}
-        few = decoder_model(tasks=(replace(task, labels=names[:1], label_words=names[:1]), OPINION)).eval()
+        few = decoder_model(
+            tasks=(replace(task, labels=names[:1], label_words=names[:1]), OPINION)
+        ).eval()
         few.load_state_dict(model.state_dict())
         alone = few(replace(batch, choices=one)).logits["polarity"]
         torch.testing.assert_close(alone[:, 0], found[:, label], atol=1e-5, rtol=1e-5)
@@ -283,10 +329,17 @@ def test_two_encodes_then_one_backward_are_the_same_with_recomputed_layers_of_bo
 def test_a_layers_feed_forward_keeps_nothing_after_the_layer():
     objective = decoder_objective("bart", recompute=True)
     step = objective(scaled(decoder_batch(family="bart"), MIXED))
-    halves = [module for module in objective.modules() if type(module).__name__ in ("FirstHalf", "SecondHalf")]
+    halves = [
+        module
+        for module in objective.modules()
+        if type(module).__name__ in ("FirstHalf", "SecondHalf")
+    ]
     assert len(halves) == 10 and all(half._passed.value is None for half in halves)
     step.loss.backward()
-    assert all(half._passed.value is None for half in halves) and objective.model.holder.context is None
+    assert (
+        all(half._passed.value is None for half in halves)
+        and objective.model.holder.context is None
+    )
 
 
 def test_a_second_pass_repeats_the_choices_of_the_first_in_both_stacks():
@@ -296,7 +349,9 @@ def test_a_second_pass_repeats_the_choices_of_the_first_in_both_stacks():
     for block in model.moe_layers():
         block.mixture.gate.e_score_correction_bias.normal_(std=10)
     turned, repeated = model(batch), model(batch, first.picks)
-    assert not all(map(torch.equal, turned.picks, first.picks)) and all(map(torch.equal, repeated.picks, first.picks))
+    assert not all(map(torch.equal, turned.picks, first.picks)) and all(
+        map(torch.equal, repeated.picks, first.picks)
+    )
     torch.testing.assert_close(repeated.logits, first.logits, atol=1e-6, rtol=0)
 
 
@@ -326,21 +381,31 @@ def test_the_last_layers_of_both_stacks_train_and_the_table_of_words_does_not(fa
     stacks = ("encoder", "decoder") if "t5" in family else ("model.encoder", "model.decoder")
     last = tuple(f"{stack}.{path}.{number}." for stack, number in zip(stacks, (2, 1), strict=True))
     norms = tuple(f"{stack}.{after}." for stack in stacks) if family != "bart" else ()
-    assert trained == {name for name, _ in model.encoder.named_parameters() if name.startswith((*last, *norms))}
+    assert trained == {
+        name for name, _ in model.encoder.named_parameters() if name.startswith((*last, *norms))
+    }
 
 
 def test_layers_chosen_by_a_word_are_chosen_in_each_stack_and_by_number_through_both():
     layers = {"alternate": [0, 2, 4], "last_half": [1, 2, 4], "all": [0, 1, 2, 3, 4]}
     for word, expected in layers.items():
-        assert [block.layer for block in decoder_model(moe=moe_config(layers=word)).moe_layers()] == expected
-    assert [block.layer for block in decoder_model(moe=moe_config(layers=[1, 4])).moe_layers()] == [1, 4]
+        assert [
+            block.layer for block in decoder_model(moe=moe_config(layers=word)).moe_layers()
+        ] == expected
+    assert [block.layer for block in decoder_model(moe=moe_config(layers=[1, 4])).moe_layers()] == [
+        1,
+        4,
+    ]
     with pytest.raises(ValueError, match="from 0 to 4"):
         decoder_model(moe=moe_config(layers=[5]))
 
 
 @pytest.mark.parametrize("weighting", ["gradnorm", "pcgrad", "cagrad"])
 def test_weightings_that_read_gradients_are_refused(weighting):
-    with pytest.raises(ValueError, match=f"loss.weighting .{weighting}. .*polarity, opinion, reason; choose another"):
+    with pytest.raises(
+        ValueError,
+        match=f"loss.weighting .{weighting}. .*polarity, opinion, reason; choose another",
+    ):
         decoder_objective(loss=replace(OFF, weighting=weighting))
 
 
@@ -351,12 +416,16 @@ def test_answers_longer_than_the_decoder_can_number_are_refused():
 
 
 def test_models_without_heads_have_no_projection_and_no_text_task_no_decoder():
-    assert decoder_model(tasks=DECODED).projection is None and len(decoder_model(tasks=DECODED).heads) == 0
+    assert (
+        decoder_model(tasks=DECODED).projection is None
+        and len(decoder_model(tasks=DECODED).heads) == 0
+    )
     assert decoder_model().projection is not None and len(decoder_model().heads) == 2
 
 
 @pytest.mark.parametrize(
-    ("fusion", "family"), [("attention", "t5"), ("tokens", "t5"), ("tokens", "bart"), ("gated", "mbart")]
+    ("fusion", "family"),
+    [("attention", "t5"), ("tokens", "t5"), ("tokens", "bart"), ("gated", "mbart")],
 )
 def test_the_decoder_reads_states_that_have_seen_the_picture(fusion, family):
     model = seeing_model(fusion, tasks=MIXED, family=family, moe=moe_config(route_by="both")).eval()
@@ -369,9 +438,22 @@ def test_the_decoder_reads_states_that_have_seen_the_picture(fusion, family):
     moved = (after["polarity"] - before["polarity"]).abs().amax(dim=1) > 1e-7
     moved |= (after["opinion"] - before["opinion"])[:, :2].abs().amax(dim=1) > 1e-7
     moved |= (after["reason"] - before["reason"])[:, :2].abs().amax(dim=1) > 1e-7
-    assert batch.task_ids_B.tolist() == [-1, 1, 3, 4, -1, 1, 3, 4] and moved.tolist() == [0, 1, 0, 1, 0, 0, 0, 0]
+    assert batch.task_ids_B.tolist() == [-1, 1, 3, 4, -1, 1, 3, 4] and moved.tolist() == [
+        0,
+        1,
+        0,
+        1,
+        0,
+        0,
+        0,
+        0,
+    ]
 
 
 def test_a_second_view_of_posts_does_without_the_decoder():
     output = decoder_model()(decoder_batch(), decode=False)
-    assert list(output.logits) == ["mood", "heat"] and output.answer_rows_S is None and len(output.layer_rows) == 3
+    assert (
+        list(output.logits) == ["mood", "heat"]
+        and output.answer_rows_S is None
+        and len(output.layer_rows) == 3
+    )

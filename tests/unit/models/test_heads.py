@@ -33,7 +33,9 @@ def test_pooling_equals_a_reference_row_by_row():
     for row, count in enumerate((5, 2)):
         weights = torch.softmax(HIDDEN[row, :count].double() @ layer.query.double(), dim=0)
         torch.testing.assert_close(attention[row, :count].double(), weights, atol=1e-6, rtol=1e-5)
-        torch.testing.assert_close(pooled[row].double(), weights @ HIDDEN[row, :count].double(), atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(
+            pooled[row].double(), weights @ HIDDEN[row, :count].double(), atol=1e-6, rtol=1e-5
+        )
 
 
 def test_the_kind_of_the_task_decides_the_shape():

@@ -21,7 +21,10 @@ ROUTES = ("token", "task", "both")
 
 
 def padded(batch, extra):
-    grown = [nn.functional.pad(tensor, (0, extra)) for tensor in (batch.input_ids_BL, batch.attention_mask_BL)]
+    grown = [
+        nn.functional.pad(tensor, (0, extra))
+        for tensor in (batch.input_ids_BL, batch.attention_mask_BL)
+    ]
     return replace(batch, input_ids_BL=grown[0] + (1 - grown[1]) * 1, attention_mask_BL=grown[1])
 
 
@@ -49,7 +52,9 @@ def test_a_post_has_the_same_logits_alone_and_in_a_longer_batch(family, route_by
         length = int(batch.attention_mask_BL[row].sum())
         single = take(batch, [row])
         single = replace(
-            single, input_ids_BL=single.input_ids_BL[:, :length], attention_mask_BL=single.attention_mask_BL[:, :length]
+            single,
+            input_ids_BL=single.input_ids_BL[:, :length],
+            attention_mask_BL=single.attention_mask_BL[:, :length],
         )
         for name, logits in model(single).logits.items():
             expected = together[name][[row]]
@@ -63,20 +68,27 @@ def test_route_by_token_answers_alike_for_every_task_id_and_route_by_task_does_n
     for route_by, same in (("token", True), ("task", False), ("both", False)):
         model = tiny_model(moe_config(route_by=route_by)).eval()
         with torch.no_grad():
-            for parameter in [p for n, p in model.named_parameters() if "task_projection" in n or "gate_up" in n]:
+            for parameter in [
+                p for n, p in model.named_parameters() if "task_projection" in n or "gate_up" in n
+            ]:
                 parameter.mul_(20)
         assert torch.equal(model(batch).logits["mood"], model(other).logits["mood"]) is same
 
 
 @pytest.mark.parametrize("route_by", ROUTES)
 def test_a_filler_row_without_a_task_is_answered(route_by):
-    batch = replace(random_batch(rows=1), task_ids_B=torch.tensor([-1]), row_ids_B=torch.tensor([-1]))
+    batch = replace(
+        random_batch(rows=1), task_ids_B=torch.tensor([-1]), row_ids_B=torch.tensor([-1])
+    )
     output = tiny_model(moe_config(route_by=route_by))(batch)
     assert all(logits.isfinite().all() for logits in output.logits.values())
     # Its tokens ran, but no loss, no load and no statistic may count them.
     assert len(output.routings) == 3 and not output.token_rows_S.numel()
     for routing in output.routings:
-        assert not routing.counts_E.any() and routing.logits_SE.shape == routing.scores_SE.shape == (0, 4)
+        assert (
+            not routing.counts_E.any()
+            and routing.logits_SE.shape == routing.scores_SE.shape == (0, 4)
+        )
 
 
 @pytest.mark.parametrize("route_by", ROUTES)
@@ -118,7 +130,9 @@ def test_two_encodes_before_one_backward_equal_two_separate_ones():
     batches = random_batch(seed=1), random_batch(rows=3, seed=2)
     losses = [model(batch).logits["mood"].square().sum() for batch in batches]
     sum(losses).backward()
-    together = [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+    together = [
+        parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None
+    ]
     model.zero_grad()
     for batch in batches:
         model(batch).logits["mood"].square().sum().backward()
@@ -132,20 +146,33 @@ def test_parameters_belong_to_encoder_experts_or_heads():
     assert Counter(groups.values())["experts"] == 9
     for name, group in groups.items():
         new = bool(re.search(r"\.block\.|task_embedding", name))
-        assert group == ("experts" if new else "heads" if re.match("heads|projection", name) else "encoder")
+        assert group == (
+            "experts" if new else "heads" if re.match("heads|projection", name) else "encoder"
+        )
 
 
 def test_a_task_may_have_any_name():
     awkward = [
-        Task(name, "single_label", ("a", "b"), "macro_f1") for name in ("type", "expert", "a.b", "block", "forward")
+        Task(name, "single_label", ("a", "b"), "macro_f1")
+        for name in ("type", "expert", "a.b", "block", "forward")
     ]
     model = tiny_model(tasks=awkward)
-    assert list(model(random_batch(tasks=awkward)).logits) == ["type", "expert", "a.b", "block", "forward"]
+    assert list(model(random_batch(tasks=awkward)).logits) == [
+        "type",
+        "expert",
+        "a.b",
+        "block",
+        "forward",
+    ]
 
 
 def test_the_config_has_what_autoep_reads():
     config = tiny_model().config
-    assert (config.num_local_experts, config.num_experts_per_tok, config.model_type) == (4, 2, "comoe")
+    assert (config.num_local_experts, config.num_experts_per_tok, config.model_type) == (
+        4,
+        2,
+        "comoe",
+    )
 
 
 def test_bfloat16_keeps_answers_float32_and_close():

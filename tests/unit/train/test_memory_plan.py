@@ -8,7 +8,13 @@ DENSE, EXPERTS = 1000, 800
 
 
 def plan(**changes: object) -> MemoryPlan:
-    settings = {"expert_parameters": EXPERTS, "world_size": 4, "ep_size": 2, "stage": 2, "bf16": False}
+    settings = {
+        "expert_parameters": EXPERTS,
+        "world_size": 4,
+        "ep_size": 2,
+        "stage": 2,
+        "bf16": False,
+    }
     return plan_memory(DENSE, **{**settings, "optimizer": "adamw", **changes})
 
 
@@ -73,9 +79,12 @@ SHAPE = {"tokens": 10, "layers": 3, "width": 8, "moe_layers": 2, "top_k": 2, "ex
 
 
 def test_activations_count_every_layer_and_every_route_of_a_token():
-    # bf16: 34 bytes per unit and layer; 6 for the embeddings. Block: 2 x 2 + 4 + 1 per unit, 2 M + 4 F per route.
+    # bf16: 34 bytes per unit and layer; 6 for the embeddings. Block: 2 x 2 + 4 + 1 per unit, 2 M +
+    # 4 F per route.
     block = 10 * (8 * 9 + 2 * (16 + 20) * 2)
-    assert device(plan(bf16=True, **SHAPE))["activations"] == 3 * 10 * 8 * 34 + 10 * 8 * 6 + 2 * block
+    assert (
+        device(plan(bf16=True, **SHAPE))["activations"] == 3 * 10 * 8 * 34 + 10 * 8 * 6 + 2 * block
+    )
     block = 10 * (8 * 13 + 2 * (16 + 20) * 4)
     assert device(plan(**SHAPE))["activations"] == 3 * 10 * 8 * 66 + 10 * 8 * 12 + 2 * block
     assert device(plan())["activations"] == 0
@@ -84,7 +93,10 @@ def test_activations_count_every_layer_and_every_route_of_a_token():
 def test_a_narrow_feed_forward_and_heads_change_the_activations_by_hand_computed_sums():
     plain, narrow = device(plan(**SHAPE)), device(plan(**SHAPE, ffn_width=16))
     assert plain["activations"] - narrow["activations"] == 3 * 10 * 2 * (32 - 16) * 4
-    heads = device(plan(bf16=True, **SHAPE, tasks=3))["activations"] - device(plan(bf16=True, **SHAPE))["activations"]
+    heads = (
+        device(plan(bf16=True, **SHAPE, tasks=3))["activations"]
+        - device(plan(bf16=True, **SHAPE))["activations"]
+    )
     assert heads == 10 * 8 * 3 * 4
     assert device(plan(**SHAPE, tasks=3)) == plain  # float32 states need no copy
 
@@ -98,7 +110,10 @@ def test_private_parts_add_their_own_activations():
 
 def test_recomputation_keeps_the_inputs_of_all_layers_and_one_layer_whole():
     layer, block, outside = 10 * 8 * 66, 10 * (8 * 13 + 2 * (16 + 20) * 4), 10 * 8 * 12
-    assert device(plan(**SHAPE, recompute=True))["activations"] == 3 * 10 * 8 * 4 + layer + block + outside
+    assert (
+        device(plan(**SHAPE, recompute=True))["activations"]
+        == 3 * 10 * 8 * 4 + layer + block + outside
+    )
 
 
 def test_dispatch_holds_four_copies_of_one_layers_routes():
@@ -145,9 +160,19 @@ def test_the_printed_plan_names_the_layout_and_adds_up():
 
 
 def test_the_printed_plan_speaks_of_gibibytes_from_ten_on():
-    shape = {"expert_parameters": 0, "world_size": 1, "ep_size": 1, "stage": 2, "bf16": False, "optimizer": "adamw"}
+    shape = {
+        "expert_parameters": 0,
+        "world_size": 1,
+        "ep_size": 1,
+        "stage": 2,
+        "bf16": False,
+        "optimizer": "adamw",
+    }
     lines = plan_memory(640 * 2**20, **shape).lines()
-    assert [line.split()[-2:] for line in (lines[1], lines[-1])] == [["2,560.0", "MiB"], ["12.5", "GiB"]]
+    assert [line.split()[-2:] for line in (lines[1], lines[-1])] == [
+        ["2,560.0", "MiB"],
+        ["12.5", "GiB"],
+    ]
 
 
 def test_the_printed_plan_has_a_host_column_with_an_offload():

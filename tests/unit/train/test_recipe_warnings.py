@@ -29,12 +29,27 @@ def test_the_defaults_raise_no_doubt():
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"model": {"moe": {"gate": "uniform"}}}, "model.moe.gate is uniform, which ignores the tokens"),
+        (
+            {"model": {"moe": {"gate": "uniform"}}},
+            "model.moe.gate is uniform, which ignores the tokens",
+        ),
         ({"model": {"moe": {"temperature": 2.0}}}, "model.moe.temperature is 2.0; .*2602.01466"),
-        ({"model": {"moe": {"task_embedding_width": 8}}}, "task_embedding_width is 8, without effect: route_by token"),
-        ({"model": {"moe": {"balance": "none", "balance_rate": 0.1}}}, "balance_rate is 0.1, without effect: balance"),
-        ({"model": {"moe": {"top_k": 1, "cooperation_threshold": 0.5}}}, "cooperation_threshold is 0.5, .*top_k is 1"),
-        ({"model": {"moe": {"num_experts": 0, "shared_width": 8}}}, "model.moe.shared_width is 8, without effect"),
+        (
+            {"model": {"moe": {"task_embedding_width": 8}}},
+            "task_embedding_width is 8, without effect: route_by token",
+        ),
+        (
+            {"model": {"moe": {"balance": "none", "balance_rate": 0.1}}},
+            "balance_rate is 0.1, without effect: balance",
+        ),
+        (
+            {"model": {"moe": {"top_k": 1, "cooperation_threshold": 0.5}}},
+            "cooperation_threshold is 0.5, .*top_k is 1",
+        ),
+        (
+            {"model": {"moe": {"num_experts": 0, "shared_width": 8}}},
+            "model.moe.shared_width is 8, without effect",
+        ),
         (
             {"loss": {"adversarial": {"predict": "platform"}}},
             "loss.adversarial.predict is platform, without effect: loss.adversarial.weight is 0",
@@ -43,9 +58,15 @@ def test_the_defaults_raise_no_doubt():
             {"model": {"moe": {"num_experts": 0}}, "loss": {"balance_weight": 0.1}},
             "loss.balance_weight is 0.1, ",
         ),
-        ({"model": {"moe": {"num_experts": 0}}, "loss": {"z_weight": 0.1}}, "loss.z_weight is 0.1, without effect"),
         (
-            {"model": {"moe": {"num_experts": 1, "top_k": 1}}, "loss": {"task_separation_weight": 0.4}},
+            {"model": {"moe": {"num_experts": 0}}, "loss": {"z_weight": 0.1}},
+            "loss.z_weight is 0.1, without effect",
+        ),
+        (
+            {
+                "model": {"moe": {"num_experts": 1, "top_k": 1}},
+                "loss": {"task_separation_weight": 0.4},
+            },
             "loss.task_separation_weight is 0.4, without effect: with 1 experts",
         ),
         (
@@ -55,9 +76,18 @@ def test_the_defaults_raise_no_doubt():
             },
             "tasks.plain.kind is unlabelled, without effect: only that loss reads its posts",
         ),
-        ({"data": {"noise": ["no_emoji"], "noise_rate": 0.3}}, "data.noise_rate is 0.3, without effect: typos are not"),
-        ({"loss": {"contrastive": {"queue_warmup": 9}}}, "queue_warmup is 9, without effect: queue_size is 0"),
-        ({"loss": {"contrastive": {"weight": 0.0, "queue_size": 9}}}, "queue_size is 9, without effect: .*weight is 0"),
+        (
+            {"data": {"noise": ["no_emoji"], "noise_rate": 0.3}},
+            "data.noise_rate is 0.3, without effect: typos are not",
+        ),
+        (
+            {"loss": {"contrastive": {"queue_warmup": 9}}},
+            "queue_warmup is 9, without effect: queue_size is 0",
+        ),
+        (
+            {"loss": {"contrastive": {"weight": 0.0, "queue_size": 9}}},
+            "queue_size is 9, without effect: .*weight is 0",
+        ),
         (
             {"tasks": {"mood": {"path": "x"}}, "loss": {"task_separation_weight": 0.4}},
             r"loss.task_separation_weight is 0.4, without effect: .* 1 task\(s\)",
@@ -66,7 +96,10 @@ def test_the_defaults_raise_no_doubt():
             {"tasks": {"mood": {"path": "x", "weight": 2.0}}},
             "tasks.mood.weight is 2.0, without effect: loss.weighting is equal; static would read it",
         ),
-        ({"train": {"momentum": 0.9}}, "train.momentum is 0.9, without effect: train.optimizer is adamw"),
+        (
+            {"train": {"momentum": 0.9}},
+            "train.momentum is 0.9, without effect: train.optimizer is adamw",
+        ),
     ],
 )
 def test_an_option_in_vain_is_named_with_its_value_and_the_reason(sections, message):
@@ -107,29 +140,52 @@ def test_an_option_that_the_weighting_does_not_read_is_named(loss, said):
 
 def test_one_task_alone_has_nothing_to_be_weighed_by():
     (said,) = doubts_of(loss={"weighting": "pcgrad"}, tasks={"mood": {"path": "x"}})
-    assert said.startswith("loss.weighting is pcgrad, without effect: there is one task with labels")
+    assert said.startswith(
+        "loss.weighting is pcgrad, without effect: there is one task with labels"
+    )
 
 
 @pytest.mark.parametrize(
     ("vision", "losses", "said"),
     [
         ({"tower": "a/b"}, {}, []),
-        ({}, {"itc_weight": 0.2}, ["loss.image_text.itc_weight is 0.2, without effect: no picture is read"]),
-        ({"fusion": "gated"}, {}, ["model.vision.fusion is gated, without effect: no picture is read"]),
-        ({"tower": "a/b", "route_image_tokens": True}, {}, ["route_image_tokens is True, without effect: under"]),
-        ({"tower": "a/b"}, {"itc_weight": 0.0}, ["negatives is hard, without effect: .*random ones are taken"]),
+        (
+            {},
+            {"itc_weight": 0.2},
+            ["loss.image_text.itc_weight is 0.2, without effect: no picture is read"],
+        ),
+        (
+            {"fusion": "gated"},
+            {},
+            ["model.vision.fusion is gated, without effect: no picture is read"],
+        ),
+        (
+            {"tower": "a/b", "route_image_tokens": True},
+            {},
+            ["route_image_tokens is True, without effect: under"],
+        ),
+        (
+            {"tower": "a/b"},
+            {"itc_weight": 0.0},
+            ["negatives is hard, without effect: .*random ones are taken"],
+        ),
         ({"tower": "a/b"}, {"itc_weight": 0.0, "itm_weight": 0.0}, []),
         (
             {"tower": "a/b", "fusion": "tokens", "route_image_tokens": True},
             {},
-            ["each text with a picture takes a second pass", "half of the posts with pictures take one more pass"],
+            [
+                "each text with a picture takes a second pass",
+                "half of the posts with pictures take one more pass",
+            ],
         ),
     ],
 )
 def test_what_is_asked_of_pictures_in_vain_or_at_a_price(vision, losses, said):
     photo = {"image": "photo"} if "tower" in vision else {}
     found = doubts_of(
-        model={"vision": vision}, loss={"image_text": losses}, tasks={"mood": {"path": "mood.csv", **photo}}
+        model={"vision": vision},
+        loss={"image_text": losses},
+        tasks={"mood": {"path": "mood.csv", **photo}},
     )
     assert len(found) == len(said) and all(map(re.search, said, found))
 
@@ -144,17 +200,31 @@ def test_a_column_of_pictures_that_nobody_reads():
 
 def test_a_tower_without_pictures_and_sides_hidden_from_nobody():
     (doubt,) = doubts_of(model={"vision": {"tower": "a/b"}})
-    assert doubt.startswith("model.vision.tower is a/b, without effect: no task names a picture column")
+    assert doubt.startswith(
+        "model.vision.tower is a/b, without effect: no task names a picture column"
+    )
     assert doubts_of(data={"hide": "image"}) == [
         "data.hide is image, without effect: no picture is read anyway: model.vision.tower is null."
     ]
     assert "every post is empty" in doubts_of(data={"hide": "text"})[0]
-    photo = {"tasks": {"mood": {"path": "mood.csv", "image": "photo"}}, "model": {"vision": {"tower": "a/b"}}}
-    assert doubts_of(data={"hide": "text"}, **photo) == doubts_of(data={"hide": "image"}, **photo) == []
+    photo = {
+        "tasks": {"mood": {"path": "mood.csv", "image": "photo"}},
+        "model": {"vision": {"tower": "a/b"}},
+    }
+    assert (
+        doubts_of(data={"hide": "text"}, **photo)
+        == doubts_of(data={"hide": "image"}, **photo)
+        == []
+    )
 
 
 def test_one_stream_has_no_two_sides_to_compare(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "vilt"}')
     found = doubts_of(model={"encoder": str(tmp_path), "vision": {"fusion": "gated"}})
-    patterns = ["vision.fusion is gated, without", "itc_weight is 0.1, .*it is off", "random ones", "one more pass"]
+    patterns = [
+        "vision.fusion is gated, without",
+        "itc_weight is 0.1, .*it is off",
+        "random ones",
+        "one more pass",
+    ]
     assert len(found) == 4 and all(map(re.search, patterns, found))

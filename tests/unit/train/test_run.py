@@ -24,7 +24,9 @@ def end_by(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     def leave(code: int) -> None:
         raise Left(code)
 
-    def end(error: BaseException, *, training: bool, request: Request | None = None) -> tuple[int, str]:
+    def end(
+        error: BaseException, *, training: bool, request: Request | None = None
+    ) -> tuple[int, str]:
         """Exit code and words of a run in which something is raised, while it trains or before."""
 
         def run(_stop: object) -> None:
@@ -34,7 +36,9 @@ def end_by(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
             if not training:
                 raise error
             trainer = SimpleNamespace(watch=watch, run=run)
-            run_ = SimpleNamespace(folder=Path("runs/x"), trainer=SimpleNamespace(**vars(trainer), state=None))
+            run_ = SimpleNamespace(
+                folder=Path("runs/x"), trainer=SimpleNamespace(**vars(trainer), state=None)
+            )
             module._train_and_finish(run_, stop, finished_before=False)
 
         monkeypatch.delenv("RANK", raising=False)
@@ -52,7 +56,9 @@ INSIDE = ValueError("optimizer got an empty parameter list")
 
 
 @pytest.mark.parametrize("error", [STALE, INSIDE, BrokenPipeError(errno.EPIPE, "Broken pipe")])
-def test_an_error_while_training_is_no_mistake_of_the_users_and_can_be_restarted(end_by, error: Exception) -> None:
+def test_an_error_while_training_is_no_mistake_of_the_users_and_can_be_restarted(
+    end_by, error: Exception
+) -> None:
     code, said = end_by(error, training=True)
     assert code == 1 and code not in FINAL
     assert said.startswith("Traceback (most recent call last):") and "in run\n" in said
@@ -75,4 +81,8 @@ def test_the_traceback_of_a_users_mistake_is_shown_when_the_recipe_says_so(
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"{yaml}\ntasks: {{mood: {{kind: single_label, path: posts.jsonl}}}}\n")
     code, said = end_by(INSIDE, training=False, request=Request(config=recipe, overrides=words))
-    assert code == 2 and said.startswith("Traceback") == shown and said.endswith(f"comoe: rank 0: {INSIDE}\n")
+    assert (
+        code == 2
+        and said.startswith("Traceback") == shown
+        and said.endswith(f"comoe: rank 0: {INSIDE}\n")
+    )

@@ -25,7 +25,11 @@ def old(tmp_path: Path) -> Path:
 
 
 def files(folder: Path) -> dict[str, str]:
-    return {path.relative_to(folder).as_posix(): path.read_text() for path in folder.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix(): path.read_text()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 def test_an_earlier_run_stays_whole_where_a_machine_does_not_see_the_folder(
@@ -34,7 +38,9 @@ def test_an_earlier_run_stays_whole_where_a_machine_does_not_see_the_folder(
     before = files(old)
     monkeypatch.setenv("CROSS_SIZE", "2")
     monkeypatch.setattr(module, "all_gather_objects", lambda own: [own, "b (node 1)"])
-    with pytest.raises(ValueError, match="is not the same folder on all machines: b .node 1. cannot see"):
+    with pytest.raises(
+        ValueError, match="is not the same folder on all machines: b .node 1. cannot see"
+    ):
         take(old, fresh=True)
     assert files(old) == before
 
@@ -47,7 +53,9 @@ def test_an_earlier_run_goes_once_all_machines_have_seen_the_folder(
     monkeypatch.setenv(module.RUN_WORD, "ours")
     seen = os.open(old, os.O_RDONLY)
     take(old, fresh=True)
-    assert files(old) == {MARK: "ours"} and os.path.samestat(os.fstat(seen), old.stat()), "what they saw is that folder"
+    assert files(old) == {MARK: "ours"} and os.path.samestat(os.fstat(seen), old.stat()), (
+        "what they saw is that folder"
+    )
     os.close(seen)
 
 
@@ -78,7 +86,10 @@ OPINION = Task("opinion", "text", (), "token_f1", prompt="opinion: {text}")
     [
         ((MOOD,), "begun with the tasks mood, opinion, not mood; .* begin a new run"),
         ((OPINION, MOOD), "begun with the tasks mood, opinion, not opinion, mood"),
-        ((replace(MOOD, labels=("good", "bad")), OPINION), r"tasks.mood.labels is \['good', 'bad'\], but .* learned"),
+        (
+            (replace(MOOD, labels=("good", "bad")), OPINION),
+            r"tasks.mood.labels is \['good', 'bad'\], but .* learned",
+        ),
         ((replace(MOOD, kind="multi_label"), OPINION), "tasks.mood.kind is 'multi_label'"),
         ((MOOD, replace(OPINION, prompt="{text}")), "tasks.opinion.prompt is '{text}'"),
     ],
@@ -92,7 +103,9 @@ def test_a_run_does_not_go_on_with_other_tasks_than_it_learned(
         check_same_tasks(tmp_path, now)
 
 
-def test_a_run_goes_on_with_its_tasks_also_where_an_older_version_wrote_them_down(tmp_path: Path) -> None:
+def test_a_run_goes_on_with_its_tasks_also_where_an_older_version_wrote_them_down(
+    tmp_path: Path,
+) -> None:
     check_same_tasks(tmp_path, (MOOD,))
     began = [MOOD.to_dict() | {"metric": "accuracy"}]
     del began[0]["prompt"]

@@ -33,7 +33,10 @@ def test_a_constant_schedule_without_warm_up_is_one_everywhere() -> None:
 def test_no_step_has_a_rate_of_zero() -> None:
     for schedule in ("linear", "cosine", "constant"):
         for total in (1, 2, 3, 50):
-            assert min(factors(total, schedule=schedule, warmup_fraction=0.06)) > 0, (schedule, total)
+            assert min(factors(total, schedule=schedule, warmup_fraction=0.06)) > 0, (
+                schedule,
+                total,
+            )
 
 
 def test_a_run_that_is_all_warm_up_ends_at_the_peak() -> None:
@@ -41,7 +44,9 @@ def test_a_run_that_is_all_warm_up_ends_at_the_peak() -> None:
 
 
 def test_an_unknown_schedule_names_the_right_ones() -> None:
-    with pytest.raises(ValueError, match="train.schedule is 'liner', which does not exist; did you mean linear"):
+    with pytest.raises(
+        ValueError, match="train.schedule is 'liner', which does not exist; did you mean linear"
+    ):
         rate_factor(5, total=10, config=TrainConfig(schedule="liner", warmup_fraction=0.0))
 
 

@@ -68,7 +68,9 @@ class FakeEngine:
         loss = torch.tensor(float("nan") if skipped else 1.0 / self.steps)
         terms = {"task/heat": loss, "weight/heat": torch.tensor(1.0)}
         outputs = [
-            StepOutput(loss, terms, ModelOutput({"heat": torch.zeros(len(rows_B), 1)}, {}, {}, (), rows_B))
+            StepOutput(
+                loss, terms, ModelOutput({"heat": torch.zeros(len(rows_B), 1)}, {}, {}, (), rows_B)
+            )
             for rows_B in (batch.row_ids_B for batch in batches)
         ]
         return StepReport(loss, terms, outputs, grad_norm=0.5, skipped=skipped)
@@ -124,11 +126,23 @@ class SavingTrainer(Trainer):
 
 
 def trainer_in(
-    folder: Path, *, on_step: Callable[[int], Any] = lambda step: None, values: list[float] | None = None, **train: Any
+    folder: Path,
+    *,
+    on_step: Callable[[int], Any] = lambda step: None,
+    values: list[float] | None = None,
+    **train: Any,
 ) -> SavingTrainer:
-    raw = {"batch_size": 5, "max_steps": 6, "eval_every": 2, "save_every": 100, "warmup_fraction": 0.0} | train
+    raw = {
+        "batch_size": 5,
+        "max_steps": 6,
+        "eval_every": 2,
+        "save_every": 100,
+        "warmup_fraction": 0.0,
+    } | train
     recipe = recipe_from_dict({"tasks": {"heat": {"path": "x"}}, "train": raw})
-    sampler = TrainSampler(np.full(POSTS, 3), np.zeros(POSTS, dtype=int), batch_size=recipe.train.batch_size)
+    sampler = TrainSampler(
+        np.full(POSTS, 3), np.zeros(POSTS, dtype=int), batch_size=recipe.train.batch_size
+    )
     return SavingTrainer(
         recipe=recipe,
         layout=Layout(1, 1, 2, micro_batch_size=5, accumulation=1, bf16=False),
@@ -162,7 +176,10 @@ def test_a_run_logs_checks_and_saves_when_it_should(tmp_path: Path) -> None:
     # The two best so far, the one that is due, and the last.
     assert sorted(saved(trainer)) == [2, 4, 5, 6]
     assert best(trainer) == 4
-    assert trainer.state.finished == "all steps done" and saved(trainer)[6]["finished"] == "all steps done"
+    assert (
+        trainer.state.finished == "all steps done"
+        and saved(trainer)[6]["finished"] == "all steps done"
+    )
     assert saved(trainer)[5]["finished"] == ""
 
 
@@ -203,7 +220,9 @@ def test_posts_per_second_leave_out_evaluation_and_saving_and_count_all_steps_be
         now[0] += seconds
 
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
-    trainer = trainer_in(tmp_path, values=[0.1] * 6, on_step=lambda step: spend(0.1), log_every=3, eval_every=1)
+    trainer = trainer_in(
+        tmp_path, values=[0.1] * 6, on_step=lambda step: spend(0.1), log_every=3, eval_every=1
+    )
     run_validation = trainer.evaluator.run
     trainer.evaluator.run = lambda name, **more: (spend(0.4), run_validation(name, **more))[1]
     trainer.run()
@@ -229,13 +248,17 @@ def test_n_steps_in_a_row_that_are_not_finite_stop_the_run_with_the_posts(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # Steps 2, 4, 5, 6 are bad: only the last three come in a row.
-    trainer = trainer_in(tmp_path, on_step=lambda step: "skipped" if step in (2, 4, 5, 6) else None, max_nonfinite=3)
+    trainer = trainer_in(
+        tmp_path, on_step=lambda step: "skipped" if step in (2, 4, 5, 6) else None, max_nonfinite=3
+    )
     with pytest.raises(TrainingStopped) as caught:
         trainer.run()
     rows = sorted(trainer.sampler.global_batch(5).tolist())
     posts = ", ".join(f"posts.jsonl:{row + 1}" for row in rows)
     said = str(caught.value)
-    assert said.startswith("3 steps in a row (up to step 6) had a loss or gradient that is not finite; the last posts")
+    assert said.startswith(
+        "3 steps in a row (up to step 6) had a loss or gradient that is not finite; the last posts"
+    )
     assert posts in said and f"--resume {tmp_path}" in said
     assert (trainer.state.nonfinite_in_a_row, trainer.state.nonfinite_total) == (3, 4)
     assert [event["step"] for event in trainer.monitor.events] == [2, 4, 5, 6]
@@ -244,7 +267,9 @@ def test_n_steps_in_a_row_that_are_not_finite_stop_the_run_with_the_posts(
 
 
 def test_a_step_that_is_not_finite_now_and_then_does_not_stop_the_run(tmp_path: Path) -> None:
-    trainer = trainer_in(tmp_path, on_step=lambda step: "skipped" if step % 2 else None, max_nonfinite=2)
+    trainer = trainer_in(
+        tmp_path, on_step=lambda step: "skipped" if step % 2 else None, max_nonfinite=2
+    )
     trainer.run()
     assert (trainer.state.finished, trainer.state.nonfinite_total) == ("all steps done", 3)
 
@@ -282,7 +307,9 @@ def test_any_other_error_of_a_step_is_passed_on_as_it_is(tmp_path: Path) -> None
 def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(
     tmp_path: Path, number: signal.Signals, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    trainer = trainer_in(tmp_path, on_step=lambda step: os.kill(os.getpid(), number) if step == 3 else None)
+    trainer = trainer_in(
+        tmp_path, on_step=lambda step: os.kill(os.getpid(), number) if step == 3 else None
+    )
     before = signal.getsignal(number)
     trainer.run()
     assert (trainer.state.step, trainer.state.finished) == (3, "")
@@ -301,7 +328,9 @@ def test_a_signal_object_made_before_the_run_is_asked(tmp_path: Path) -> None:
 
 def test_epochs_and_auto_become_steps(tmp_path: Path) -> None:
     # 20 posts in batches of 5: four steps per epoch.
-    schedule = trainer_in(tmp_path, max_steps=None, epochs=2.5, eval_every="auto", save_every="auto").schedule
+    schedule = trainer_in(
+        tmp_path, max_steps=None, epochs=2.5, eval_every="auto", save_every="auto"
+    ).schedule
     assert (schedule.total, schedule.eval_every, schedule.save_every) == (10, 2, 2)
     schedule = trainer_in(tmp_path, max_steps=7, eval_every=3, save_every="auto").schedule
     assert (schedule.total, schedule.eval_every, schedule.save_every) == (7, 3, 3)
@@ -320,7 +349,10 @@ def test_an_evaluation_that_a_signal_cut_short_is_made_up_for_by_the_resume(tmp_
     resumed.state = TrainState(**saved(cut)[2])
     resumed.run()
     assert resumed.monitor.checks == uncut.monitor.checks == [2, 4, 6]
-    assert resumed.state.best_step == uncut.state.best_step and resumed.state.best_value == uncut.state.best_value
+    assert (
+        resumed.state.best_step == uncut.state.best_step
+        and resumed.state.best_value == uncut.state.best_value
+    )
 
 
 class TwoSets(Posts):
@@ -331,11 +363,15 @@ class TwoSets(Posts):
     posts = replace(unlabelled_posts([], tasks=[]), group_names=("old", "new"))
 
 
-def following_trainer(folder: Path, losses: list[float], *, stop_after: int | None = None) -> SavingTrainer:
+def following_trainer(
+    folder: Path, losses: list[float], *, stop_after: int | None = None
+) -> SavingTrainer:
     """Draws follow the progress; what each step was trained on is kept in ``trainer.drawn``."""
     drawn: dict[int, list[int]] = {}
     trainer = trainer_in(folder, max_steps=7, save_every=1)
-    trainer.sampler = TrainSampler(np.full(POSTS, 3), TwoSets.groups, batch_size=5, mixing="progress")
+    trainer.sampler = TrainSampler(
+        np.full(POSTS, 3), TwoSets.groups, batch_size=5, mixing="progress"
+    )
     trainer.train_split, trainer.drawn = TwoSets(), drawn
     made = trainer.engine.train_step
 
@@ -382,7 +418,9 @@ def test_a_resumed_run_draws_the_posts_of_the_uninterrupted_one_at_rates_that_fo
     assert sum(TwoSets.groups[row] == 0 for step in (4, 5) for row in uncut.drawn[step]) == 9
 
 
-def test_rates_that_follow_the_progress_are_those_of_rank_0(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rates_that_follow_the_progress_are_those_of_rank_0(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(following, "broadcast_object", lambda own: [0.75, 0.25])
     trainer = following_trainer(tmp_path, [1.0, 0.5, 0.4, 0.3])
     trainer.run()
@@ -442,15 +480,22 @@ def test_the_posts_of_a_bad_step_are_those_of_the_forward_passes_that_were_bad_o
     report = StepReport(torch.tensor(float("nan")), {}, outputs, grad_norm=None, skipped=True)
     theirs = [(True, [5, 6]), (False, [12, 7])]
     monkeypatch.setattr("comoe.distributed.all_gather_objects", lambda ours: [ours, theirs])
-    assert trainer._posts_to_blame(report, batches) == ([2, 7, 12], "posts.jsonl:3, posts.jsonl:8, posts.jsonl:13")
+    assert trainer._posts_to_blame(report, batches) == (
+        [2, 7, 12],
+        "posts.jsonl:3, posts.jsonl:8, posts.jsonl:13",
+    )
     # A gradient alone: nobody knows whose.
     fine = StepReport(report.loss, {}, [outputs[0]] * 2, grad_norm=None, skipped=True)
-    monkeypatch.setattr("comoe.distributed.all_gather_objects", lambda ours: [ours, [(True, list(range(10, 20)))]])
+    monkeypatch.setattr(
+        "comoe.distributed.all_gather_objects", lambda ours: [ours, [(True, list(range(10, 20)))]]
+    )
     rows, said = trainer._posts_to_blame(fine, batches)
     assert rows == [0, 1, 2, *range(10, 20)] and said.endswith("posts.jsonl:15 and 5 more")
 
 
-def test_the_watchdog_counts_steps_and_the_batches_of_an_evaluation_and_nothing_else(tmp_path: Path) -> None:
+def test_the_watchdog_counts_steps_and_the_batches_of_an_evaluation_and_nothing_else(
+    tmp_path: Path,
+) -> None:
     seen: list[tuple[str, bool]] = []
     trainer = trainer_in(tmp_path, values=[0.1] * 3, on_step=lambda step: note())
     run_validation = trainer.evaluator.run
@@ -470,5 +515,17 @@ def test_the_watchdog_counts_steps_and_the_batches_of_an_evaluation_and_nothing_
     trainer.run()
     evaluation = [("evaluation", False), ("evaluation", True), ("evaluation", False)]
     steps = [("training", True)]
-    assert seen == [("first step", False), *steps, *evaluation, *2 * steps, *evaluation, *2 * steps, *evaluation]
-    assert (trainer.watch.phase, trainer.watch.counted, trainer.watch.step) == ("finishing", False, 6)
+    assert seen == [
+        ("first step", False),
+        *steps,
+        *evaluation,
+        *2 * steps,
+        *evaluation,
+        *2 * steps,
+        *evaluation,
+    ]
+    assert (trainer.watch.phase, trainer.watch.counted, trainer.watch.step) == (
+        "finishing",
+        False,
+        6,
+    )

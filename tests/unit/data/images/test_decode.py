@@ -53,7 +53,10 @@ def test_every_way_of_naming_no_usable_file_is_refused(tmp_path: Path) -> None:
             source = locate_image(cell, root=(tmp_path / "pictures").resolve())
             assert source is not None
             read_image(source, LIMITS)
-        assert (caught.value.reason, words in caught.value.rule) == (reason, True), (cell, caught.value.rule)
+        assert (caught.value.reason, words in caught.value.rule) == (reason, True), (
+            cell,
+            caught.value.rule,
+        )
 
 
 def test_the_pixels_of_a_bomb_are_never_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,7 +102,11 @@ def test_the_pixels_of_unusual_pictures_are_what_they_look_like() -> None:
     first = read_image(files["film.gif"], LIMITS)
     single = read_image(encoded(noise(0), "GIF"), LIMITS)
     assert np.array_equal(np.asarray(first), np.asarray(single))
-    assert is_animated(files["film.gif"]) and is_animated(files["film.webp"]) and not is_animated(files["one.png"])
+    assert (
+        is_animated(files["film.gif"])
+        and is_animated(files["film.webp"])
+        and not is_animated(files["one.png"])
+    )
 
 
 def test_a_cell_may_hold_a_path_bytes_a_dict_of_both_or_a_pillow_image(tmp_path: Path) -> None:
@@ -138,15 +145,27 @@ def test_a_deep_grey_pillow_image_is_what_its_file_would_be(mode: str) -> None:
 
 
 def test_where_fractions_are_white_follows_from_the_largest() -> None:
-    for values, greys in (([0.2, 0.6], [51, 153]), ([51.0, 153.0], [51, 153]), ([0.0, 1e9], [0, 255])):
+    for values, greys in (
+        ([0.2, 0.6], [51, 153]),
+        ([51.0, 153.0], [51, 153]),
+        ([0.0, 1e9], [0, 255]),
+    ):
         cell = Image.fromarray(np.array([values], dtype=np.float32))
-        assert np.asarray(read_image(locate_image(cell, root=None), LIMITS))[0, :, 0].tolist() == greys
+        assert (
+            np.asarray(read_image(locate_image(cell, root=None), LIMITS))[0, :, 0].tolist() == greys
+        )
 
 
 def test_a_colon_alone_makes_no_address(tmp_path: Path) -> None:
     for name in ("cat:1.png", "2024-01-01T10:20.png", "C:cat.png", "database:1.png"):
         assert locate_image(name, root=tmp_path) == str(tmp_path / name)
-    for cell in ("https://a.b/c.png", "S3://bucket/c.png", "data:image/png;base64,AA", "FILE:/c.png", "javascript:0"):
+    for cell in (
+        "https://a.b/c.png",
+        "S3://bucket/c.png",
+        "data:image/png;base64,AA",
+        "FILE:/c.png",
+        "javascript:0",
+    ):
         with pytest.raises(BadImage, match="is an address, and nothing is fetched"):
             locate_image(cell, root=tmp_path)
 
@@ -155,11 +174,19 @@ def test_a_jpeg_is_decoded_no_smaller_than_twice_what_is_wanted() -> None:
     limits = replace(LIMITS, max_bytes=10**7)
     photo = Image.effect_noise((400, 240), 60).convert("RGB").resize((400, 240))
     file = encoded(photo, "JPEG")
-    for wanted, size in ((None, (400, 240)), (61, (400, 240)), (60, (200, 120)), (30, (100, 60)), (1, (50, 30))):
+    for wanted, size in (
+        (None, (400, 240)),
+        (61, (400, 240)),
+        (60, (200, 120)),
+        (30, (100, 60)),
+        (1, (50, 30)),
+    ):
         assert read_image(file, limits, at_least=wanted).size == size
     assert read_image(encoded(photo, "PNG"), limits, at_least=30).size == (400, 240)
     turned = encoded(photo, "JPEG", exif=read_exif(6))
-    assert read_image(turned, limits, at_least=60).size == (120, 200), "the short side, however it is turned"
+    assert read_image(turned, limits, at_least=60).size == (120, 200), (
+        "the short side, however it is turned"
+    )
 
 
 def read_exif(orientation: int) -> Image.Exif:
@@ -178,7 +205,9 @@ def test_a_folder_reached_through_a_link_is_inside_of_itself(tmp_path: Path) -> 
 
 def check(cells: list, *, root: Path, **options):
     lines = list(range(1, len(cells) + 1))
-    return check_images(cells, file="posts.jsonl", lines=lines, column="photo", root=root, limits=LIMITS, **options)
+    return check_images(
+        cells, file="posts.jsonl", lines=lines, column="photo", root=root, limits=LIMITS, **options
+    )
 
 
 def test_a_picture_is_looked_at_once_and_again_only_when_it_changes(
@@ -208,10 +237,14 @@ def test_a_picture_is_looked_at_once_and_again_only_when_it_changes(
     assert looked == [str(tmp_path / "1.png")] and sorted(second.bad) == [1, 3]
     for file in (tmp_path / "cache").iterdir():
         file.write_text("{")
-    assert check(cells, root=tmp_path, cache_dir=tmp_path / "cache") == second, "a damaged cache is no cache"
+    assert check(cells, root=tmp_path, cache_dir=tmp_path / "cache") == second, (
+        "a damaged cache is no cache"
+    )
 
 
-def test_two_picture_columns_of_one_file_are_both_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_picture_columns_of_one_file_are_both_remembered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
         for name in ("front.png", "back.png"):
@@ -219,9 +252,16 @@ def test_two_picture_columns_of_one_file_are_both_remembered(tmp_path: Path, mon
     looked: list = []
     whole = image_checks.read_image
     monkeypatch.setattr(
-        image_checks, "read_image", lambda source, limits: looked.append(source) or whole(source, limits)
+        image_checks,
+        "read_image",
+        lambda source, limits: looked.append(source) or whole(source, limits),
     )
-    settings = {"file": "posts.jsonl", "lines": [1], "limits": LIMITS, "cache_dir": tmp_path / "cache"}
+    settings = {
+        "file": "posts.jsonl",
+        "lines": [1],
+        "limits": LIMITS,
+        "cache_dir": tmp_path / "cache",
+    }
     for _ in range(2):
         for column in ("front", "back"):
             for folder in ("a", "b"):
@@ -229,15 +269,21 @@ def test_two_picture_columns_of_one_file_are_both_remembered(tmp_path: Path, mon
     assert len(looked) == 4
 
 
-def test_all_ranks_share_the_work_and_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_ranks_share_the_work_and_agree(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for number in range(5):
-        (tmp_path / f"{number}.png").write_bytes(encoded(noise(number), "PNG") if number != 3 else b"?")
+        (tmp_path / f"{number}.png").write_bytes(
+            encoded(noise(number), "PNG") if number != 3 else b"?"
+        )
     cells = [f"{number}.png" for number in range(5)]
     shares = []
     monkeypatch.setattr(image_checks, "world_size", lambda: 2)
     for number in range(2):
         monkeypatch.setattr(image_checks, "rank", lambda number=number: number)
-        monkeypatch.setattr(image_checks, "all_gather_objects", lambda share: shares.append(share) or [share])
+        monkeypatch.setattr(
+            image_checks, "all_gather_objects", lambda share: shares.append(share) or [share]
+        )
         with pytest.raises(KeyError):
             check(cells, root=tmp_path)  # one share alone does not know all pictures
     assert sorted(entry[0] for share in shares for entry in share) == [0, 1, 2, 3, 4]
@@ -249,7 +295,12 @@ def corpus_of(folder: Path, rows: list[dict], **options):
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     task = TaskConfig(path=".", image="photo")
     with_images = options.pop("with_images", True)
-    data = DataConfig(root=str(folder), max_image_bytes=LIMITS.max_bytes, max_image_pixels=LIMITS.max_pixels, **options)
+    data = DataConfig(
+        root=str(folder),
+        max_image_bytes=LIMITS.max_bytes,
+        max_image_pixels=LIMITS.max_pixels,
+        **options,
+    )
     return load_corpus(Recipe(tasks={"mood": task}, data=data), with_images=with_images)
 
 
@@ -259,7 +310,10 @@ def rows(tmp_path: Path) -> list[dict]:
     (tmp_path / "film.gif").write_bytes(unusual()["film.gif"])
     (tmp_path / "broken.png").write_bytes(b"<html>")
     photos = ["good.png", None, "broken.png", "film.gif", "missing.png", ""] * 5
-    return [{"text": f"post {n}", "label": "ab"[n % 2], "photo": photo} for n, photo in enumerate(photos)]
+    return [
+        {"text": f"post {n}", "label": "ab"[n % 2], "photo": photo}
+        for n, photo in enumerate(photos)
+    ]
 
 
 def test_a_post_with_a_bad_picture_is_set_aside_and_named(tmp_path: Path, rows: list[dict]) -> None:
@@ -290,7 +344,9 @@ def test_a_post_with_a_bad_picture_may_be_kept_without_it(tmp_path: Path, rows: 
     assert all(row["kept"] for row in corpus.report.rows())
 
 
-def test_without_a_model_that_sees_no_picture_is_looked_at(tmp_path: Path, rows: list[dict]) -> None:
+def test_without_a_model_that_sees_no_picture_is_looked_at(
+    tmp_path: Path, rows: list[dict]
+) -> None:
     corpus = corpus_of(tmp_path, rows, with_images=False)
     assert set(corpus.splits["train"].images) == {None} and corpus.report.rows() == []
     for row in rows:
@@ -310,27 +366,41 @@ def test_paths_start_from_image_root(tmp_path: Path, rows: list[dict]) -> None:
 
 
 def test_a_folder_of_pictures_that_is_not_there_is_named(tmp_path: Path, rows: list[dict]) -> None:
-    with pytest.raises(ValueError, match=r"^data.image_root \(.*/nowhere\): there is no such folder; .* Correct"):
+    with pytest.raises(
+        ValueError, match=r"^data.image_root \(.*/nowhere\): there is no such folder; .* Correct"
+    ):
         corpus_of(tmp_path, rows, image_root=str(tmp_path / "nowhere"))
 
 
 def test_more_bad_pictures_than_good_ones_are_a_warning(tmp_path: Path, rows: list[dict]) -> None:
     assert corpus_of(tmp_path, rows, on_bad_image="text").report.warnings == []
-    moved = [row | {"photo": "img\\\\a.png" if row["photo"] == "good.png" else row["photo"]} for row in rows]
+    moved = [
+        row | {"photo": "img\\\\a.png" if row["photo"] == "good.png" else row["photo"]}
+        for row in rows
+    ]
     report = corpus_of(tmp_path, moved, on_bad_image="text").report
     (warning,) = [line for line in report.lines() if line.startswith("warning: ")]
-    assert "train.jsonl: 15 of 20 pictures are bad, most often (10) because of: missing. The first: " in warning
+    assert (
+        "train.jsonl: 15 of 20 pictures are bad, most often (10) because of: missing. The first: "
+        in warning
+    )
     assert "the path has backslashes" in warning and "set data.image_root" in warning
 
 
-def test_a_long_list_of_bad_rows_says_where_all_of_them_are(tmp_path: Path, rows: list[dict]) -> None:
+def test_a_long_list_of_bad_rows_says_where_all_of_them_are(
+    tmp_path: Path, rows: list[dict]
+) -> None:
     report = corpus_of(tmp_path, rows + rows[:6]).report
     assert "  and 2 more" in report.lines()
     assert "  and 2 more, all in set_aside.jsonl" in report.lines(all_in="set_aside.jsonl")
 
 
-def test_all_pictures_bad_is_an_error_that_shows_the_first(tmp_path: Path, rows: list[dict]) -> None:
-    with pytest.raises(ValueError, match="no usable post: all 30 rows are bad. The first: .*jsonl:1.*is not there"):
+def test_all_pictures_bad_is_an_error_that_shows_the_first(
+    tmp_path: Path, rows: list[dict]
+) -> None:
+    with pytest.raises(
+        ValueError, match="no usable post: all 30 rows are bad. The first: .*jsonl:1.*is not there"
+    ):
         corpus_of(tmp_path, [row | {"photo": "nowhere.png"} for row in rows])
 
 
@@ -342,18 +412,27 @@ def test_pictures_stored_in_parquet_are_read(tmp_path: Path) -> None:
     photos[4] = {"bytes": b"broken", "path": "4.png"}
     columns = {"text": [f"post {n}" for n in range(10)], "label": ["a", "b"] * 5, "photo": photos}
     pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "train.parquet")
-    recipe = Recipe(tasks={"mood": TaskConfig(path=".", image="photo")}, data=DataConfig(root=str(tmp_path)))
+    recipe = Recipe(
+        tasks={"mood": TaskConfig(path=".", image="photo")}, data=DataConfig(root=str(tmp_path))
+    )
     corpus = load_corpus(recipe, with_images=True)
     images = [image for split in corpus.splits.values() for image in split.images]
-    assert len(images) == 9 and all(Image.open(io.BytesIO(image)).size == (40, 30) for image in images)
+    assert len(images) == 9 and all(
+        Image.open(io.BytesIO(image)).size == (40, 30) for image in images
+    )
     assert [(row.line, row.value) for row in corpus.report.set_aside] == [(5, "4.png")]
 
 
-def test_tasks_with_another_picture_column_do_not_share_posts(tmp_path: Path, rows: list[dict]) -> None:
+def test_tasks_with_another_picture_column_do_not_share_posts(
+    tmp_path: Path, rows: list[dict]
+) -> None:
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     shared = TaskConfig(path=".", image="photo")
     recipe = Recipe(tasks={"a": shared, "b": shared, "c": replace(shared, image=None)})
     recipe.data.root = str(tmp_path)
     corpus = load_corpus(recipe, with_images=True)
     sizes = [sum(splits.values()) for splits in corpus.report.posts.values()]
-    assert sizes == [20, 30] and list(corpus.report.pictures.values())[1] == {"train": 0, "validation": 0}
+    assert sizes == [20, 30] and list(corpus.report.pictures.values())[1] == {
+        "train": 0,
+        "validation": 0,
+    }

@@ -30,7 +30,10 @@ from comoe.tasks.task import Task
 from tests.helpers_data import wordpiece_tokenizer
 from tests.helpers_images import LIMITS, encoded, noise
 
-TASKS = tuple(Task(name, "single_label", ("x", "y"), "macro_f1", 1.0, None, 0.0, True) for name in ("first", "second"))
+TASKS = tuple(
+    Task(name, "single_label", ("x", "y"), "macro_f1", 1.0, None, 0.0, True)
+    for name in ("first", "second")
+)
 
 
 @pytest.fixture
@@ -50,7 +53,13 @@ def split_of(made: Collator, images: list, **options):
 
 
 @pytest.mark.parametrize(
-    "kind", [ViTImageProcessorPil, CLIPImageProcessorPil, SiglipImageProcessorPil, ConvNextImageProcessorPil]
+    "kind",
+    [
+        ViTImageProcessorPil,
+        CLIPImageProcessorPil,
+        SiglipImageProcessorPil,
+        ConvNextImageProcessorPil,
+    ],
 )
 def test_pixels_are_those_of_the_towers_own_processor(kind: type, tmp_path: Path) -> None:
     kind().save_pretrained(tmp_path)
@@ -61,7 +70,9 @@ def test_pixels_are_those_of_the_towers_own_processor(kind: type, tmp_path: Path
     assert np.array_equal(processor(image), expected) and processor(image).dtype == np.float32
 
 
-@pytest.mark.parametrize("kind", [CLIPImageProcessorPil, ViltImageProcessorPil, ViTImageProcessorPil])
+@pytest.mark.parametrize(
+    "kind", [CLIPImageProcessorPil, ViltImageProcessorPil, ViTImageProcessorPil]
+)
 def test_every_picture_has_the_same_height_and_width(kind: type) -> None:
     processor = ImageProcessor(kind(), side=224)
     for size in ((1, 1), (640, 480), (480, 640), (50_000, 1), (3, 9000)):
@@ -69,7 +80,9 @@ def test_every_picture_has_the_same_height_and_width(kind: type) -> None:
 
 
 def test_a_processor_goes_through_its_file(tmp_path: Path) -> None:
-    first = ImageProcessor(ViTImageProcessorPil(size={"height": 24, "width": 32}, image_mean=[0.1, 0.2, 0.3]), side=24)
+    first = ImageProcessor(
+        ViTImageProcessorPil(size={"height": 24, "width": 32}, image_mean=[0.1, 0.2, 0.3]), side=24
+    )
     first.save(tmp_path)
     again = load_image_processor(str(tmp_path))
     assert np.array_equal(first(noise(2)), again(noise(2))) and again.shape == (3, 24, 32)
@@ -80,13 +93,19 @@ def test_a_tower_without_a_processor_gets_pictures_of_its_own_size(tmp_path: Pat
     processor = load_image_processor(str(tmp_path))
     assert processor.shape == (3, 40, 40)
     assert processor(Image.new("RGB", (9, 9), "white")).max() == 1.0
-    config = {"image_processor_type": "NoSuchProcessor", "image_mean": [0.0] * 3, "image_std": [1.0] * 3}
+    config = {
+        "image_processor_type": "NoSuchProcessor",
+        "image_mean": [0.0] * 3,
+        "image_std": [1.0] * 3,
+    }
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(config))
     assert load_image_processor(str(tmp_path))(Image.new("RGB", (9, 9), "black")).max() == 0.0
 
 
 def test_a_folder_with_neither_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="model.vision.tower .*no image processor could be loaded. Give a folder"):
+    with pytest.raises(
+        ValueError, match="model.vision.tower .*no image processor could be loaded. Give a folder"
+    ):
         load_image_processor(str(tmp_path))
 
 
@@ -127,7 +146,9 @@ def test_a_row_per_task_lists_a_picture_that_is_prepared_once(reader: PixelReade
     assert batch.image_numbers_I.tolist() == [0, 0] and len(batch.pixels_I3HW) == len(prepared) == 1
 
 
-def test_rows_know_their_pictures_where_some_are_shared_and_some_went_bad(reader: PixelReader) -> None:
+def test_rows_know_their_pictures_where_some_are_shared_and_some_went_bad(
+    reader: PixelReader,
+) -> None:
     a, b, bad = encoded(noise(0), "PNG"), encoded(noise(1), "PNG"), b"text"
     pixels, rows, numbers = reader.collate([bad, b, None, a, b, bad, a])
     assert (rows.tolist(), numbers.tolist(), len(pixels)) == ([1, 3, 4, 6], [0, 1, 0, 1], 2)
@@ -142,13 +163,20 @@ def test_some_rows_of_a_batch_keep_their_own_pictures_each_once(reader: PixelRea
     made = collator(reader, route_by="task")
     images = [encoded(noise(0), "PNG"), None, encoded(noise(1), "PNG")]
     batch = made(split_of(made, images), np.array([0, 1, 2]))
-    assert batch.image_rows_I.tolist() == [0, 1, 4, 5] and batch.image_numbers_I.tolist() == [0, 0, 1, 1]
+    assert batch.image_rows_I.tolist() == [0, 1, 4, 5] and batch.image_numbers_I.tolist() == [
+        0,
+        0,
+        1,
+        1,
+    ]
     expected = {0: 0, 1: 0, 4: 1, 5: 1}
     for rows in ([1, 4, 5], [5, 2], [5, 0, 1, 4], [4], [2, 3], [3, 1, 5]):
         part = batch.take(torch.tensor(rows))
         again = part.take(torch.arange(len(rows)))
         for found in (part, again):
-            seen = dict(zip(found.image_rows_I.tolist(), found.image_numbers_I.tolist(), strict=True))
+            seen = dict(
+                zip(found.image_rows_I.tolist(), found.image_numbers_I.tolist(), strict=True)
+            )
             posts = {place: expected[row] for place, row in enumerate(rows) if row in expected}
             assert len(found.pixels_I3HW) == max(1, len(set(posts.values())))
             assert set(seen) == (set(posts) or {-1})
@@ -157,7 +185,9 @@ def test_some_rows_of_a_batch_keep_their_own_pictures_each_once(reader: PixelRea
 
 
 def test_a_tower_that_reads_patches_is_refused_with_what_to_do() -> None:
-    with pytest.raises(ValueError, match=r"model.vision.tower: .*Siglip2.* shape \(256, 768\), not .* fixed reso"):
+    with pytest.raises(
+        ValueError, match=r"model.vision.tower: .*Siglip2.* shape \(256, 768\), not .* fixed reso"
+    ):
         ImageProcessor(Siglip2ImageProcessorPil(), side=224)
 
 
@@ -166,7 +196,12 @@ def test_a_tower_that_reads_patches_is_refused_with_what_to_do() -> None:
     [
         (ViTImageProcessorPil(size={"height": 24, "width": 32}), 32),
         (CLIPImageProcessorPil(do_resize=False, crop_size={"height": 32, "width": 32}), None),
-        (CLIPImageProcessorPil(size={"shortest_edge": 40}, crop_size={"height": 32, "width": 32}), 40),
+        (
+            CLIPImageProcessorPil(
+                size={"shortest_edge": 40}, crop_size={"height": 32, "width": 32}
+            ),
+            40,
+        ),
         (ConvNextImageProcessorPil(size={"shortest_edge": 224}, crop_pct=0.875), 256),
         (ViltImageProcessorPil(), 384),
     ],
@@ -175,7 +210,9 @@ def test_a_processor_knows_how_much_of_a_picture_it_wants(inner, wanted: int | N
     assert ImageProcessor(inner, side=384).short_side == wanted
 
 
-def test_a_large_jpeg_is_decoded_smaller_and_looks_the_same(reader: PixelReader, monkeypatch) -> None:
+def test_a_large_jpeg_is_decoded_smaller_and_looks_the_same(
+    reader: PixelReader, monkeypatch
+) -> None:
     photo = noise(0, size=(8, 6)).resize((300, 225), Image.Resampling.BICUBIC)
     sizes = []
     whole = reader.processor
@@ -190,7 +227,9 @@ def spied(sizes: list, call):
     return lambda self, image: sizes.append(image.size) or call(self, image)
 
 
-def test_threads_start_with_the_first_batch_and_end_with_the_reader(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_start_with_the_first_batch_and_end_with_the_reader(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     log = []
 
     class Noted(ThreadPoolExecutor):
@@ -203,7 +242,9 @@ def test_threads_start_with_the_first_batch_and_end_with_the_reader(monkeypatch:
             super().shutdown(wait)
 
     monkeypatch.setattr(module, "ThreadPoolExecutor", Noted)
-    reader = PixelReader(ImageProcessor(ViTImageProcessorPil(size={"height": 24, "width": 32}), side=24), LIMITS)
+    reader = PixelReader(
+        ImageProcessor(ViTImageProcessorPil(size={"height": 24, "width": 32}), side=24), LIMITS
+    )
     reader.read([encoded(noise(0), "PNG")])
     assert log == []
     for _ in range(2):
@@ -214,7 +255,9 @@ def test_threads_start_with_the_first_batch_and_end_with_the_reader(monkeypatch:
     assert log == ["started", "ended"]
 
 
-def test_a_picture_that_went_bad_is_left_out_and_told_once(reader: PixelReader, tmp_path: Path) -> None:
+def test_a_picture_that_went_bad_is_left_out_and_told_once(
+    reader: PixelReader, tmp_path: Path
+) -> None:
     paths = [tmp_path / f"{number}.png" for number in range(3)]
     for number, path in enumerate(paths):
         path.write_bytes(encoded(noise(number), "PNG"))
@@ -233,10 +276,16 @@ def test_hidden_texts_are_empty_posts_and_hidden_pictures_none(reader: PixelRead
     made, image = collator(reader), encoded(noise(0), "PNG")
     seen, blind, mute = (split_of(made, [image], hide=what) for what in ("none", "image", "text"))
     assert seen.lengths.tolist() == blind.lengths.tolist() == [4] and mute.lengths.tolist() == [2]
-    assert [made(split, np.array([0])).image_rows_I.tolist() for split in (seen, blind, mute)] == [[0], [-1], [0]]
+    assert [made(split, np.array([0])).image_rows_I.tolist() for split in (seen, blind, mute)] == [
+        [0],
+        [-1],
+        [0],
+    ]
     assert mute.texts == ["one two"], "predictions still show the text"
     posts = unlabelled_posts(["one two", "two"], tasks=["first", "second"], images=[image, None])
-    tokens = tokenize_split(posts, made.tokenizer, tasks=TASKS, config=DataConfig(hide="text", max_length=16))
+    tokens = tokenize_split(
+        posts, made.tokenizer, tasks=TASKS, config=DataConfig(hide="text", max_length=16)
+    )
     assert tokens.lengths.tolist() == [2, 2] and tokens.posts.images == [image, None]
 
 
@@ -246,7 +295,9 @@ def test_what_can_be_hidden_is_what_the_rules_allow() -> None:
     posts = unlabelled_posts(["a"], tasks=[], words=[["a"]])
     with pytest.raises(ValueError, match="data.hide is text, but there are posts given as words"):
         hidden(posts, "text")
-    with pytest.raises(ValueError, match="data.hide is 'txt', which does not exist; did you mean text"):
+    with pytest.raises(
+        ValueError, match="data.hide is 'txt', which does not exist; did you mean text"
+    ):
         hidden(posts, "txt")
 
 

@@ -21,7 +21,9 @@ ROWS = [
 def read(
     place: Path, split: str = "train", *, format: str = "auto", splits: dict[str, str] | None = None
 ) -> RawSplit | None:
-    source = open_source("tasks.t", root=None, path=str(place), format=format, subset=None, splits=splits or {})
+    source = open_source(
+        "tasks.t", root=None, path=str(place), format=format, subset=None, splits=splits or {}
+    )
     return read_split(source, split)
 
 
@@ -32,7 +34,9 @@ def write_csv(path: Path) -> Path:
 
 
 def write_tsv(path: Path) -> Path:
-    path.write_bytes('text\tlabel\ngood, really\tyes\nshe said "no"\tno\ntab\u2028less\tyes\n'.encode())
+    path.write_bytes(
+        'text\tlabel\ngood, really\tyes\nshe said "no"\tno\ntab\u2028less\tyes\n'.encode()
+    )
     return path
 
 
@@ -44,7 +48,9 @@ def write_parquet(path: Path) -> Path:
 def write_tweeteval(folder: Path, *, split: str = "train") -> Path:
     folder.mkdir(exist_ok=True)
     (folder / f"{split}_text.txt").write_bytes("".join(f"{row['text']}\n" for row in ROWS).encode())
-    (folder / f"{split}_labels.txt").write_bytes("".join(f"{int(row['label'] == 'yes')}\n" for row in ROWS).encode())
+    (folder / f"{split}_labels.txt").write_bytes(
+        "".join(f"{int(row['label'] == 'yes')}\n" for row in ROWS).encode()
+    )
     (folder / "mapping.txt").write_text("0\tno\n1\tyes")
     return folder
 
@@ -60,7 +66,9 @@ def write_tweeteval(folder: Path, *, split: str = "train") -> Path:
         ("folder", write_tweeteval, [1, 2, 3]),
     ],
 )
-def test_every_format_reads_the_same_posts(tmp_path: Path, name: str, write, lines: list[int]) -> None:
+def test_every_format_reads_the_same_posts(
+    tmp_path: Path, name: str, write, lines: list[int]
+) -> None:
     raw = read(write(tmp_path / name))
     assert raw is not None and raw.rows == ROWS
     assert raw.lines == lines
@@ -84,7 +92,9 @@ def test_tweeteval_test_labels_are_optional_and_others_are_not(tmp_path: Path) -
     assert raw.columns == ("text",)
     assert [row["label"] for row in raw.rows] == [None, None, None]
     (folder / "train_labels.txt").unlink()
-    with pytest.raises(ValueError, match=r"train_text.txt has no labels; train_labels.txt is missing"):
+    with pytest.raises(
+        ValueError, match=r"train_text.txt has no labels; train_labels.txt is missing"
+    ):
         read(folder)
 
 
@@ -113,7 +123,9 @@ def test_a_byte_order_mark_and_blank_lines_are_no_content(tmp_path: Path) -> Non
     assert raw.lines == [1, 3]
 
 
-def test_a_quoted_csv_text_may_span_lines_and_the_next_row_has_its_own_number(tmp_path: Path) -> None:
+def test_a_quoted_csv_text_may_span_lines_and_the_next_row_has_its_own_number(
+    tmp_path: Path,
+) -> None:
     path = tmp_path / "a.csv"
     path.write_text('text,label\n"one\ntwo",x\nthree,y\n')
     raw = read(path)
@@ -137,7 +149,9 @@ def test_parquet_label_classes_become_names_and_minus_one_is_missing(tmp_path: P
     assert raw.label_names == {"label": ("z", "a"), "tags": ("O", "B")}
 
 
-def test_the_hub_reader_reads_what_load_dataset_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_hub_reader_reads_what_load_dataset_gives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     write_jsonl(tmp_path / "posts" / "train.jsonl", ROWS)
     write_jsonl(tmp_path / "posts" / "test.jsonl", ROWS[:1])
@@ -155,8 +169,15 @@ def test_a_hub_name_that_cannot_be_loaded_says_what_to_do(monkeypatch: pytest.Mo
         raise ConnectionError("Couldn't reach the Hub")
 
     monkeypatch.setattr(datasets, "load_dataset", no_network)
-    with pytest.raises(ValueError, match="Without a network, save it as JSON lines.*Couldn't reach the Hub"):
-        read_split(open_source("tasks.t", root=None, path="some/set", format="hub", subset=None, splits={}), "train")
+    with pytest.raises(
+        ValueError, match="Without a network, save it as JSON lines.*Couldn't reach the Hub"
+    ):
+        read_split(
+            open_source(
+                "tasks.t", root=None, path="some/set", format="hub", subset=None, splits={}
+            ),
+            "train",
+        )
 
 
 def test_an_unknown_format_names_the_right_ones(tmp_path: Path) -> None:
@@ -174,7 +195,10 @@ def test_two_files_for_one_split_are_not_guessed_between(tmp_path: Path) -> None
     write_jsonl(tmp_path / "train.jsonl", ROWS)
     write_jsonl(tmp_path / "val.jsonl", ROWS)
     write_jsonl(tmp_path / "dev.jsonl", ROWS)
-    with pytest.raises(ValueError, match=r"several validation files .*val.jsonl, dev.jsonl.*tasks.t.splits.validation"):
+    with pytest.raises(
+        ValueError,
+        match=r"several validation files .*val.jsonl, dev.jsonl.*tasks.t.splits.validation",
+    ):
         read(tmp_path, "validation")
 
 

@@ -17,17 +17,26 @@ MEMBERS = ONE_TASK + [np.flatnonzero(SECOND == label) for label in range(3)]
 
 def sampler(posts_per_label: int, **options) -> TrainSampler:
     lengths = np.random.default_rng(0).integers(4, 60, POSTS)
-    settings = {"batch_size": BATCH, "seed": 3, "label_members": MEMBERS, "posts_per_label": posts_per_label} | options
+    settings = {
+        "batch_size": BATCH,
+        "seed": 3,
+        "label_members": MEMBERS,
+        "posts_per_label": posts_per_label,
+    } | options
     return TrainSampler(lengths, np.zeros(POSTS, dtype=int), **settings)
 
 
 @pytest.mark.parametrize(("wanted", "members"), [(2, MEMBERS), (4, ONE_TASK)])
-def test_every_label_with_two_posts_has_its_quota_in_every_batch(wanted: int, members: list[np.ndarray]):
+def test_every_label_with_two_posts_has_its_quota_in_every_batch(
+    wanted: int, members: list[np.ndarray]
+):
     plain, filled = sampler(0), sampler(wanted, label_members=members)
     without = 0
     for step in range(2 * plain.steps_per_epoch):
         batch = filled.global_batch(step)
-        assert len(batch) == len(plain.global_batch(step)) and len(set(batch.tolist())) == len(batch)
+        assert len(batch) == len(plain.global_batch(step)) and len(set(batch.tolist())) == len(
+            batch
+        )
         counts = np.bincount(LABELS[batch], minlength=5)
         assert (counts[:4] >= min(wanted, 4)).all()
         without += (np.bincount(LABELS[plain.global_batch(step)], minlength=5)[:4] < wanted).any()
@@ -37,13 +46,17 @@ def test_every_label_with_two_posts_has_its_quota_in_every_batch(wanted: int, me
 def test_a_quota_of_zero_and_a_filled_batch_change_nothing():
     plain = sampler(0)
     for step in range(plain.steps_per_epoch):
-        np.testing.assert_array_equal(plain.global_batch(step), sampler(0, label_members=()).global_batch(step))
+        np.testing.assert_array_equal(
+            plain.global_batch(step), sampler(0, label_members=()).global_batch(step)
+        )
     # Two labels, half of the posts each: every batch has both anyway.
     halves = [np.arange(0, POSTS, 2), np.arange(1, POSTS, 2)]
     for step in range(5):
         expected = plain.global_batch(step)
         if min(np.isin(expected, half).sum() for half in halves) >= 2:
-            np.testing.assert_array_equal(sampler(2, label_members=halves).global_batch(step), expected)
+            np.testing.assert_array_equal(
+                sampler(2, label_members=halves).global_batch(step), expected
+            )
 
 
 def test_labels_take_turns_where_the_batch_has_no_room():
@@ -51,7 +64,8 @@ def test_labels_take_turns_where_the_batch_has_no_room():
     members = [np.flatnonzero(labels == label) for label in range(40)]
     small = sampler(2, label_members=members)
     served = [
-        {label for label in range(40) if (labels[small.global_batch(step)] == label).sum() >= 2} for step in range(8)
+        {label for label in range(40) if (labels[small.global_batch(step)] == label).sum() >= 2}
+        for step in range(8)
     ]
     assert all(len(labels_) >= BATCH // 2 for labels_ in served)
     assert set.union(*served) == set(range(40))
@@ -84,7 +98,9 @@ def test_a_pair_is_in_one_micro_step_and_ranks_share_the_same_batch(world_size: 
     for step in range(15):
         ranks = [cut.share(step, rank) for rank in range(world_size)]
         micro_steps = [np.concatenate([share[part] for share in ranks]) for part in range(2)]
-        np.testing.assert_array_equal(np.sort(np.concatenate(micro_steps)), np.sort(cut.global_batch(step)))
+        np.testing.assert_array_equal(
+            np.sort(np.concatenate(micro_steps)), np.sort(cut.global_batch(step))
+        )
         assert [len(part) for part in micro_steps] == [10, 10]
         for label in (1, 2, 3):
             assert max((LABELS[part] == label).sum() for part in micro_steps) >= 2
@@ -97,4 +113,6 @@ def test_a_post_that_a_batch_holds_twice_stays_twice():
     posts = np.array([5, 5, 6, 7, 8, 8])
     parts = cut_in_parts(posts, [np.array([5, 8])], parts=2)
     np.testing.assert_array_equal(np.sort(np.concatenate(parts)), posts)
-    assert any({5, 8} <= set(part.tolist()) for part in parts) and [len(part) for part in parts] == [3, 3]
+    assert any({5, 8} <= set(part.tolist()) for part in parts) and [
+        len(part) for part in parts
+    ] == [3, 3]

@@ -23,7 +23,9 @@ def test_progress_rates_equal_the_hand_computed_ones() -> None:
     assert rates == pytest.approx(np.array([0.5, 0.1875, 0.05]) / 0.7375)
 
 
-@pytest.mark.parametrize("gains", [[0.0, 0.0], [-1.0, -0.5], [math.nan, math.nan], [math.nan, -1.0]])
+@pytest.mark.parametrize(
+    "gains", [[0.0, 0.0], [-1.0, -0.5], [math.nan, math.nan], [math.nan, -1.0]]
+)
 def test_where_nothing_improves_the_rates_are_those_by_size(gains: list[float]) -> None:
     assert progress_rates(np.array([0.9, 0.1]), np.array(gains)) == pytest.approx([0.9, 0.1])
 
@@ -43,7 +45,9 @@ def test_an_unknown_gain_counts_as_the_mean_of_the_others() -> None:
     )
 
 
-def test_a_gain_is_the_relative_fall_of_the_loss_and_the_mean_over_the_tasks_of_a_data_set() -> None:
+def test_a_gain_is_the_relative_fall_of_the_loss_and_the_mean_over_the_tasks_of_a_data_set() -> (
+    None
+):
     has = np.array([[True, True, True], [False, True, False], [False, False, True]])
     before, now = {"a": 2.0, "b": 1.0, "helper": 1.0}, {"a": 1.0, "b": 0.9, "helper": 0.1}
     gains = loss_gains(before, now, tasks=(A, B, HELPER), has_GT=has)
@@ -54,7 +58,9 @@ def test_a_gain_is_the_relative_fall_of_the_loss_and_the_mean_over_the_tasks_of_
 
 def test_draws_of_stretches_add_up_and_rare_data_sets_get_their_share_over_many() -> None:
     rates = np.array([0.9, 0.097, 0.003])
-    drawn = np.array([draws_in_stretch(rates, total=16, seed=[1, number]) for number in range(4000)])
+    drawn = np.array(
+        [draws_in_stretch(rates, total=16, seed=[1, number]) for number in range(4000)]
+    )
     assert (drawn.sum(axis=1) == 16).all() and drawn.min() >= 0
     # 0.048 draws per stretch: largest remainders would never draw it.
     assert drawn.mean(axis=0) == pytest.approx(16 * rates, rel=0.15)

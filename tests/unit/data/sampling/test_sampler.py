@@ -21,7 +21,9 @@ def make_sampler(*, sizes: tuple[int, ...] = (70, 20, 7), **options: object) -> 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 5, "auto"])
-def test_the_shares_of_all_ranks_are_the_global_batch(world_size: int, micro_batch_size: int | str) -> None:
+def test_the_shares_of_all_ranks_are_the_global_batch(
+    world_size: int, micro_batch_size: int | str
+) -> None:
     sampler = make_sampler(world_size=world_size, micro_batch_size=micro_batch_size)
     alone = make_sampler()
     for step in range(2 * sampler.steps_per_epoch):
@@ -67,7 +69,9 @@ def test_a_step_is_the_same_in_any_order_of_asking() -> None:
 
 def test_epochs_and_seeds_shuffle_differently() -> None:
     sampler, other = make_sampler(), make_sampler(seed=4)
-    assert not np.array_equal(sampler.global_batch(0), sampler.global_batch(sampler.steps_per_epoch))
+    assert not np.array_equal(
+        sampler.global_batch(0), sampler.global_batch(sampler.steps_per_epoch)
+    )
     assert not np.array_equal(sampler.global_batch(0), other.global_batch(0))
 
 
@@ -102,7 +106,9 @@ def test_every_batch_holds_every_data_set_of_a_fair_size() -> None:
     lengths = np.full(640, 10)
     groups = np.repeat([0, 1], [480, 160])
     sampler = TrainSampler(lengths, groups, batch_size=32, seed=0)
-    shares = [np.mean(groups[sampler.global_batch(step)] == 1) for step in range(sampler.steps_per_epoch)]
+    shares = [
+        np.mean(groups[sampler.global_batch(step)] == 1) for step in range(sampler.steps_per_epoch)
+    ]
     assert np.mean(shares) == pytest.approx(0.25)
     assert min(shares) > 0
 
@@ -110,7 +116,9 @@ def test_every_batch_holds_every_data_set_of_a_fair_size() -> None:
 def test_posts_of_a_batch_are_of_similar_length() -> None:
     lengths = np.random.default_rng(0).integers(3, 120, 4096)
     sampler = TrainSampler(lengths, np.zeros(4096, dtype=int), batch_size=32, seed=0)
-    padded = sum(len(b) * lengths[b].max() for b in map(sampler.global_batch, range(sampler.steps_per_epoch)))
+    padded = sum(
+        len(b) * lengths[b].max() for b in map(sampler.global_batch, range(sampler.steps_per_epoch))
+    )
     shuffled = np.random.default_rng(1).permutation(lengths).reshape(-1, 32)
     assert padded < 1.2 * lengths.sum()
     assert (32 * shuffled.max(axis=1)).sum() > 1.7 * lengths.sum()
@@ -119,7 +127,9 @@ def test_posts_of_a_batch_are_of_similar_length() -> None:
 def test_ranks_get_nearly_the_same_number_of_tokens() -> None:
     lengths = np.random.default_rng(0).integers(3, 120, 4096)
     sampler = TrainSampler(lengths, np.zeros(4096, dtype=int), batch_size=64, world_size=4, seed=0)
-    tokens = np.array([[lengths[sampler.share(s, r)[0]].sum() for r in range(4)] for s in range(64)])
+    tokens = np.array(
+        [[lengths[sampler.share(s, r)[0]].sum() for r in range(4)] for s in range(64)]
+    )
     assert (tokens.max(axis=1) / tokens.mean(axis=1)).mean() < 1.02
 
 
@@ -140,7 +150,10 @@ def test_auto_micro_batch_is_the_share_of_a_rank_up_to_128() -> None:
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5])
 def test_evaluation_reads_every_row_once_with_as_many_batches_on_each_rank(world_size: int) -> None:
     lengths = np.random.default_rng(0).integers(3, 60, 41)
-    ranks = [eval_batches(lengths, batch_size=4, rank=rank, world_size=world_size) for rank in range(world_size)]
+    ranks = [
+        eval_batches(lengths, batch_size=4, rank=rank, world_size=world_size)
+        for rank in range(world_size)
+    ]
     assert len({len(batches) for batches in ranks}) == 1
     rows = np.concatenate([batch for batches in ranks for batch in batches])
     assert sorted(rows) == list(range(41))
@@ -172,7 +185,8 @@ def test_every_batch_holds_every_data_set_in_its_share_though_their_lengths_diff
     batches = [sampler.global_batch(step) for step in range(sampler.steps_per_epoch)]
     long_posts = [int(groups[batch].sum()) for batch in batches]
     assert min(long_posts) >= 6 and max(long_posts) <= 10
-    # Similar in length within a data set: the spread inside a batch is a fraction of the spread of all posts.
+    # Similar in length within a data set: the spread inside a batch is a fraction of the spread of
+    # all posts.
     spreads = [lengths[batch][groups[batch] == 0].std() for batch in batches]
     assert np.mean(spreads) < 0.25 * lengths[groups == 0].std()
 
@@ -181,7 +195,9 @@ def progress_sampler(**options: object) -> TrainSampler:
     return make_sampler(mixing="progress", **options)
 
 
-def with_history(sampler: TrainSampler, changes: dict[int, list[float]], *, every: int = 4) -> list[dict]:
+def with_history(
+    sampler: TrainSampler, changes: dict[int, list[float]], *, every: int = 4
+) -> list[dict]:
     """A run's history: each change is made when its step is reached."""
     history: list[dict] = []
     sampler.follow(history, every=every)
@@ -204,7 +220,9 @@ def test_a_sampler_restarted_at_a_step_goes_on_to_the_index_with_the_history_of_
         drawn.append(running.global_batch(step))
     for start in (0, 3, 4, 9, 13, 14, 21):
         fresh = progress_sampler()
-        fresh.follow([entry for entry in json.loads(json.dumps(history)) if entry["step"] <= start], every=4)
+        fresh.follow(
+            [entry for entry in json.loads(json.dumps(history)) if entry["step"] <= start], every=4
+        )
         for step in range(start, min((at for at in CHANGES if at > start), default=24)):
             assert np.array_equal(fresh.global_batch(step), drawn[step]), (start, step)
     # With the whole history any step can be asked for, in any order.
@@ -213,12 +231,16 @@ def test_a_sampler_restarted_at_a_step_goes_on_to_the_index_with_the_history_of_
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_the_draws_that_follow_progress_are_the_same_on_any_number_of_ranks(world_size: int) -> None:
+def test_the_draws_that_follow_progress_are_the_same_on_any_number_of_ranks(
+    world_size: int,
+) -> None:
     one, many = progress_sampler(), progress_sampler(world_size=world_size)
     history = with_history(one, CHANGES)
     assert with_history(many, CHANGES) == history
     for step in range(16):
-        dealt = np.concatenate([micro for rank in range(world_size) for micro in many.share(step, rank)])
+        dealt = np.concatenate(
+            [micro for rank in range(world_size) for micro in many.share(step, rank)]
+        )
         assert sorted(dealt) == sorted(one.global_batch(step))
 
 
@@ -228,7 +250,9 @@ def test_changed_rates_hold_from_their_step_on_and_streams_go_on_where_they_were
     with_history(sampler, {5: [0.25, 0.75]}, every=5)
     before = np.concatenate([sampler.global_batch(step) for step in range(5)])
     after = np.concatenate([sampler.global_batch(step) for step in range(5, 10)])
-    assert np.bincount(groups[before]).tolist() == [30, 30] and np.bincount(groups[after]).tolist() == [15, 45]
+    assert np.bincount(groups[before]).tolist() == [30, 30] and np.bincount(
+        groups[after]
+    ).tolist() == [15, 45]
     # The second data set's 60 posts come once each before any comes again: 30, then 30 of the 45.
     counts = np.bincount(np.concatenate([before, after]), minlength=120)[60:]
     assert counts.sum() == 75 and counts.min() == 1 and counts.max() == 2
@@ -240,8 +264,11 @@ def test_an_entry_that_cuts_a_stretch_short_rules_from_its_step() -> None:
     assert (sampler.global_batch(2) < 60).all() and (sampler.global_batch(1) >= 60).any()
 
 
-def test_labels_of_a_balanced_data_set_come_equally_often_and_posts_without_label_keep_their_share() -> None:
-    # One data set with 40, 16, 4 posts of three labels and 20 without; another one that is not balanced.
+def test_labels_of_a_balanced_data_set_come_equally_often_and_posts_without_label_keep_their_share() -> (
+    None
+):
+    # One data set with 40, 16, 4 posts of three labels and 20 without; another one that is not
+    # balanced.
     classes = np.concatenate([np.repeat([0, 1, 2, -1], [40, 16, 4, 20]), np.full(40, -1)])
     groups = np.repeat([0, 1], [80, 40])
     sampler = TrainSampler(np.full(120, 5), groups, batch_size=12, classes=classes, seed=1)

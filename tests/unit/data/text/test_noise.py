@@ -18,7 +18,9 @@ TEXTS = [
 ]
 
 
-def changed(name: str, posts: PostSplit | None = None, *, rate: float = 0.3, seed: int = 0) -> PostSplit:
+def changed(
+    name: str, posts: PostSplit | None = None, *, rate: float = 0.3, seed: int = 0
+) -> PostSplit:
     return noisy(posts or unlabelled_posts(TEXTS, tasks=[]), name, rate=rate, seed=seed)
 
 
@@ -33,7 +35,9 @@ def test_typos_depend_on_the_post_and_the_seed_alone() -> None:
 @pytest.mark.parametrize("rate", [0.1, 0.5, 1.0])
 def test_the_rate_is_the_share_of_the_words_with_one_slip(rate: float) -> None:
     words = ["weather", "people", "nothing", "yesterday"]
-    posts = unlabelled_posts([" ".join(np.random.default_rng(i).choice(words, 20)) for i in range(50)], tasks=[])
+    posts = unlabelled_posts(
+        [" ".join(np.random.default_rng(i).choice(words, 20)) for i in range(50)], tasks=[]
+    )
     before = [word for text in posts.texts for word in text.split()]
     after = [word for text in changed("typos", posts, rate=rate).texts for word in text.split()]
     slips = [(a, b) for a, b in zip(before, after, strict=True) if a != b]
@@ -47,7 +51,9 @@ def test_the_rate_is_the_share_of_the_words_with_one_slip(rate: float) -> None:
 
 
 def test_links_users_hashtags_and_short_words_have_no_typos() -> None:
-    posts = unlabelled_posts(["@someone #sunny https://example.org/abc an of I 42 :) 天气很好"], tasks=[])
+    posts = unlabelled_posts(
+        ["@someone #sunny https://example.org/abc an of I 42 :) 天气很好"], tasks=[]
+    )
     assert changed("typos", posts, rate=1.0).texts == posts.texts
 
 
@@ -78,11 +84,21 @@ def test_a_post_as_words_keeps_its_words_and_everything_else(name: str) -> None:
     posts = dataclasses.replace(posts, labels={"t": [[0, 1, 2, 0, 0], None]})
     made = changed(name, posts, rate=1.0)
     assert len(made.words[0]) == 5 and made.words[1] is None
-    assert (made.labels, list(made.pairs), made.origins) == (posts.labels, ["a", None], posts.origins)
-    expected = {"no_hashtags": ["sunny", "😀"], "no_emoji": ["#sunny", ""], "typos": ["#sunny", "😀"]}
+    assert (made.labels, list(made.pairs), made.origins) == (
+        posts.labels,
+        ["a", None],
+        posts.origins,
+    )
+    expected = {
+        "no_hashtags": ["sunny", "😀"],
+        "no_emoji": ["#sunny", ""],
+        "typos": ["#sunny", "😀"],
+    }
     assert [made.words[0][2], made.words[0][4]] == expected[name]
 
 
 def test_an_unknown_noise_names_the_right_ones() -> None:
-    with pytest.raises(ValueError, match="data.noise is 'typo', which does not exist; did you mean typos?"):
+    with pytest.raises(
+        ValueError, match="data.noise is 'typo', which does not exist; did you mean typos?"
+    ):
         changed("typo")

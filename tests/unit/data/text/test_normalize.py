@@ -51,7 +51,13 @@ def test_strict_follows_stein_and_keller(raw: str, cleaned: str) -> None:
 
 @pytest.mark.parametrize(
     ("raw", "left"),
-    [("@Bob", "user"), ("https://t.co/x", "http"), ("#love", "love"), ("😀", "grinning face"), ("!!!", "!!!")],
+    [
+        ("@Bob", "user"),
+        ("https://t.co/x", "http"),
+        ("#love", "love"),
+        ("😀", "grinning face"),
+        ("!!!", "!!!"),
+    ],
 )
 def test_strict_leaves_something_of_every_post(raw: str, left: str) -> None:
     assert normalize_post(raw, STRICT) == left
@@ -83,7 +89,10 @@ def test_strict_leaves_something_of_every_post(raw: str, left: str) -> None:
         ("转给＠韩-梅梅：你看", "转给 @user：你看"),
         ("写信到 me@example.com 吧", "写信到 me@example.com 吧"),
         # Chains of reposts.
-        ("转发微博//@老王:哈哈[笑cry]//@小张：真的吗", "转发微博 //@user:哈哈 :笑cry: //@user：真的吗"),
+        (
+            "转发微博//@老王:哈哈[笑cry]//@小张：真的吗",
+            "转发微博 //@user:哈哈 :笑cry: //@user：真的吗",
+        ),
         ("看 https://example.com/a//@老王:哈哈", "看 http //@user:哈哈"),
         # Links that Chinese words, topics, codes touch.
         ("视频在这http://t.cn/A6abcXY大家看", "视频在这 http 大家看"),
@@ -97,7 +106,10 @@ def test_weibo_reads_chinese_posts_as_their_authors_do(raw: str, cleaned: str) -
 
 
 def test_emoji_are_named_in_chinese_and_codes_read_like_them() -> None:
-    assert normalize_post("好😂[笑cry]", WEIBO).split()[1:] == [normalize_post("😂", WEIBO), ":笑cry:"]
+    assert normalize_post("好😂[笑cry]", WEIBO).split()[1:] == [
+        normalize_post("😂", WEIBO),
+        ":笑cry:",
+    ]
     assert normalize_post("😂", WEIBO) == normalize_post("😂", NormalizeConfig(language="zh"))
 
 

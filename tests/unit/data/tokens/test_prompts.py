@@ -26,7 +26,20 @@ from comoe.train.build import check_names
 from tests.helpers_data import recipe_of, wordpiece_tokenizer, write_jsonl
 from tests.helpers_decoder import ASPECT, POLARITY, TASKS, decoder_tokenizer, posts_of
 
-KNOWN = ("aspect", "of:", "polarity", "of", "in:", "?", "great", "terrible", "battery", "😀", "电池", "@user")
+KNOWN = (
+    "aspect",
+    "of:",
+    "polarity",
+    "of",
+    "in:",
+    "?",
+    "great",
+    "terrible",
+    "battery",
+    "😀",
+    "电池",
+    "@user",
+)
 TOKENIZER = decoder_tokenizer(KNOWN)
 
 
@@ -39,9 +52,15 @@ def metaspace_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.Unigram(scores, unk_id=2))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 1)]
+    )
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        model_max_length=512,
     )
 
 
@@ -55,10 +74,14 @@ class Slow:
         return {"input_ids": self.inner(*texts, **options)["input_ids"]}
 
 
-def prompts_of(tokenizer: Any, texts: list[str], *, prompt: str, max_length: int, pairs: Any = None) -> list[list[int]]:
+def prompts_of(
+    tokenizer: Any, texts: list[str], *, prompt: str, max_length: int, pairs: Any = None
+) -> list[list[int]]:
     wording = Wording(tokenizer, max_length=max_length, normalize=None)
     posts = posts_of(texts, {}, pairs=pairs)
-    found = wording.prompts(posts, replace(ASPECT, prompt=prompt), asked=np.ones(len(texts), dtype=bool))
+    found = wording.prompts(
+        posts, replace(ASPECT, prompt=prompt), asked=np.ones(len(texts), dtype=bool)
+    )
     return [found[row].tolist() for row in range(len(texts))]
 
 
@@ -70,9 +93,13 @@ def test_a_prompt_is_the_template_around_the_cleaned_post_with_an_end_sign() -> 
     wording = Wording(TOKENIZER, max_length=64, normalize=NormalizeConfig())
     found = wording.prompts(posts, POLARITY, asked=np.array([True, False]))
     social = TOKENIZER.decode(found[0])
-    assert social.startswith("polarity of the @user in: thanks @user ") and social.endswith(" ? </s>")
+    assert social.startswith("polarity of the @user in: thanks @user ") and social.endswith(
+        " ? </s>"
+    )
     assert "ann" not in social and len(found[1]) == 0 and not found.truncated.any()
-    plain = Wording(TOKENIZER, max_length=64, normalize=None).prompts(posts, POLARITY, asked=np.array([True, False]))
+    plain = Wording(TOKENIZER, max_length=64, normalize=None).prompts(
+        posts, POLARITY, asked=np.array([True, False])
+    )
     assert TOKENIZER.decode(plain[0]) == "polarity of the @bob in: thanks @ann 😀 ? </s>"
 
 
@@ -82,7 +109,9 @@ def test_braces_that_are_doubled_are_meant_as_such() -> None:
 
 
 @pytest.mark.parametrize("slow", [False, True])
-@pytest.mark.parametrize("make", [lambda: TOKENIZER, metaspace_tokenizer, lambda: decoder_tokenizer(KNOWN, start=True)])
+@pytest.mark.parametrize(
+    "make", [lambda: TOKENIZER, metaspace_tokenizer, lambda: decoder_tokenizer(KNOWN, start=True)]
+)
 def test_a_long_post_loses_its_end_and_the_template_nothing(make: Any, slow: bool) -> None:
     tokenizer, draw = make(), random.Random(3)
     words = ["battery", "love", "the", "I", "screen", "ing", "of", "x"]
@@ -90,7 +119,12 @@ def test_a_long_post_loses_its_end_and_the_template_nothing(make: Any, slow: boo
     whole = prompts_of(tokenizer, texts, prompt="aspect of: {text} ?", max_length=10**6)
     before = len(tokenizer("aspect of: ")["input_ids"]) - 1
     for limit in (16, 17, 23, 40):
-        made = prompts_of(Slow(tokenizer) if slow else tokenizer, texts, prompt="aspect of: {text} ?", max_length=limit)
+        made = prompts_of(
+            Slow(tokenizer) if slow else tokenizer,
+            texts,
+            prompt="aspect of: {text} ?",
+            max_length=limit,
+        )
         for text, ids, full in zip(texts, made, whole, strict=True):
             if len(full) <= limit:
                 assert ids == full
@@ -98,9 +132,13 @@ def test_a_long_post_loses_its_end_and_the_template_nothing(make: Any, slow: boo
             # Cut within a word, its rest may be other tokens than before: a few fewer fit.
             assert limit - (8 if slow else 3) <= len(ids) <= limit, (limit, text)
             shown = tokenizer.decode(ids, skip_special_tokens=True)
-            assert shown.startswith("aspect of: ") and shown.endswith("?") and ids[-1] == tokenizer.eos_token_id
+            assert (
+                shown.startswith("aspect of: ")
+                and shown.endswith("?")
+                and ids[-1] == tokenizer.eos_token_id
+            )
             kept = shown.removeprefix("aspect of: ").removesuffix("?").strip()
-            assert text.startswith(kept) and ids[: before] == full[: before]
+            assert text.startswith(kept) and ids[:before] == full[:before]
 
 
 def test_where_the_post_stands_twice_both_are_shortened_alike() -> None:
@@ -117,13 +155,19 @@ def test_a_post_without_places_of_its_own_still_gets_shorter() -> None:
 
 
 def test_a_second_text_that_leaves_no_room_is_cut_last() -> None:
-    asked = {"prompt": "polarity of {pair} in: {text} ?", "max_length": 12, "pairs": ["battery " * 30]}
+    asked = {
+        "prompt": "polarity of {pair} in: {text} ?",
+        "max_length": 12,
+        "pairs": ["battery " * 30],
+    }
     (ids,) = prompts_of(TOKENIZER, ["great " * 30], **asked)
     assert TOKENIZER.decode(ids) == f"polarity of {'battery ' * 7}in: ? </s>"
 
 
 def test_a_template_that_is_too_long_by_itself_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"tasks.aspect.prompt takes 4 tokens by itself, of data.max_length \(4\)"):
+    with pytest.raises(
+        ValueError, match=r"tasks.aspect.prompt takes 4 tokens by itself, of data.max_length \(4\)"
+    ):
         prompts_of(TOKENIZER, ["x"], prompt="aspect of {text} ?", max_length=4)
 
 
@@ -137,9 +181,13 @@ def test_a_post_given_as_words_is_read_with_blanks_between() -> None:
 
 
 @pytest.mark.parametrize(("start", "before"), [(False, []), (True, ["<s>"])])
-def test_answers_are_tokenised_with_their_end_sign_and_long_ones_keep_it(start: bool, before: list[str]) -> None:
+def test_answers_are_tokenised_with_their_end_sign_and_long_ones_keep_it(
+    start: bool, before: list[str]
+) -> None:
     tokenizer = decoder_tokenizer(KNOWN, start=start)
-    found = Wording(tokenizer, max_length=9, normalize=None).answers(["battery 😀", None, "great " * 9], ASPECT)
+    found = Wording(tokenizer, max_length=9, normalize=None).answers(
+        ["battery 😀", None, "great " * 9], ASPECT
+    )
     shown = [tokenizer.convert_ids_to_tokens(found[row].tolist()) for row in range(3)]
     assert shown[0] == [*before, "battery", "😀", "</s>"] and shown[1] == []
     assert shown[2] == [*before, *["great"] * (5 - len(before)), "</s>"]
@@ -150,15 +198,25 @@ def test_cut_answers_and_posts_are_counted_in_the_report(tmp_path: Path) -> None
     rows = [{"text": "great " * 40, "label": "battery " * 9}, {"text": "of", "label": "in: ?"}]
     write_jsonl(tmp_path / "train.jsonl", rows * 2)
     write_jsonl(tmp_path / "validation.jsonl", rows)
-    corpus = load_corpus(recipe_of(tmp_path, aspect=TaskConfig(path=".", kind="text", prompt="of: {text}")))
-    assert corpus.tasks[0].metric == "token_f1" and corpus.report.labels["aspect"]["train"] == {"labelled": 4}
+    corpus = load_corpus(
+        recipe_of(tmp_path, aspect=TaskConfig(path=".", kind="text", prompt="of: {text}"))
+    )
+    assert corpus.tasks[0].metric == "token_f1" and corpus.report.labels["aspect"]["train"] == {
+        "labelled": 4
+    }
     task = replace(corpus.tasks[0], max_answer_length=6)
     config = DataConfig(max_length=20, cache=False)
-    splits = {name: tokenize_split(s, TOKENIZER, tasks=(task,), config=config) for name, s in corpus.splits.items()}
+    splits = {
+        name: tokenize_split(s, TOKENIZER, tasks=(task,), config=config)
+        for name, s in corpus.splits.items()
+    }
     report_cuts(splits, corpus.report)
     assert {"train: 2 posts cut to data.max_length", "train: 2 answers cut to tasks.aspect.max_answer_length",
             "validation: 1 answers cut to tasks.aspect.max_answer_length"} <= set(corpus.report.lines())  # fmt: skip
-    assert "train: 2 of 4 prompts of task aspect lost part of {text} (data.max_length)" in corpus.report.lines()
+    assert (
+        "train: 2 of 4 prompts of task aspect lost part of {text} (data.max_length)"
+        in corpus.report.lines()
+    )
     assert not any("almost fills" in warning for warning in corpus.report.warnings)
     # "of:" and the end sign.
     for length, warned in ((10, False), (9, True)):
@@ -187,7 +245,10 @@ def test_ids_become_the_characters_that_they_spell() -> None:
 
 
 def test_words_of_labels_are_scored_with_their_end_sign() -> None:
-    assert TOKENIZER.convert_ids_to_tokens(label_tokens(TOKENIZER, POLARITY)[0]) == ["terrible", "</s>"]
+    assert TOKENIZER.convert_ids_to_tokens(label_tokens(TOKENIZER, POLARITY)[0]) == [
+        "terrible",
+        "</s>",
+    ]
     start = decoder_tokenizer(KNOWN, start=True)
     assert start.convert_ids_to_tokens(label_tokens(start, POLARITY)[1]) == ["<s>", "great", "</s>"]
 
@@ -195,26 +256,37 @@ def test_words_of_labels_are_scored_with_their_end_sign() -> None:
 @pytest.mark.parametrize(
     ("words", "match"),
     [
-        (("great", "坏"), r"tasks.polarity.label_words: the tokenizer of .* knows nothing of '坏' \(label good\)"),
+        (
+            ("great", "坏"),
+            r"tasks.polarity.label_words: the tokenizer of .* knows nothing of '坏' \(label good\)",
+        ),
         (("great 坏", "great 好"), "'great 坏' and 'great 好' are the same tokens"),
     ],
 )
-def test_words_that_the_tokenizer_cannot_tell_apart_are_refused(words: tuple[str, str], match: str) -> None:
+def test_words_that_the_tokenizer_cannot_tell_apart_are_refused(
+    words: tuple[str, str], match: str
+) -> None:
     with pytest.raises(ValueError, match=match):
         label_tokens(TOKENIZER, replace(POLARITY, label_words=words))
 
 
 @pytest.mark.parametrize("tokenizer", [wordpiece_tokenizer(), decoder_tokenizer(KNOWN, end=False)])
 def test_a_tokenizer_without_end_sign_is_refused(tokenizer: Any) -> None:
-    with pytest.raises(ValueError, match="tasks.aspect is of kind text, whose answers need an end sign.*T5 or BART"):
+    with pytest.raises(
+        ValueError, match="tasks.aspect is of kind text, whose answers need an end sign.*T5 or BART"
+    ):
         check_end_sign(tokenizer, ASPECT)
 
 
 # The cache
 
 
-def test_prompts_and_answers_are_read_back_from_the_cache_and_made_anew_when_anything_changes(tmp_path: Path) -> None:
-    posts = posts_of(["great battery", "of"], {"aspect": ["battery", None], "polarity": [1, 0]}, pairs=["a", "b"])
+def test_prompts_and_answers_are_read_back_from_the_cache_and_made_anew_when_anything_changes(
+    tmp_path: Path,
+) -> None:
+    posts = posts_of(
+        ["great battery", "of"], {"aspect": ["battery", None], "polarity": [1, 0]}, pairs=["a", "b"]
+    )
     config = DataConfig(max_length=32)
 
     def made(**changes: Any) -> Any:
@@ -227,7 +299,9 @@ def test_prompts_and_answers_are_read_back_from_the_cache_and_made_anew_when_any
     for name in ("input_ids", "offsets", "truncated"):
         for kind in ("prompts", "answers"):
             for task, lists in getattr(first, kind).items():
-                assert np.array_equal(getattr(lists, name), getattr(getattr(again, kind)[task], name))
+                assert np.array_equal(
+                    getattr(lists, name), getattr(getattr(again, kind)[task], name)
+                )
     made(prompt="of: {text}")
     assert len(list(tmp_path.iterdir())) == count + 1
     made(max_answer_length=5)
@@ -246,27 +320,66 @@ def task_of(**options: Any) -> Task:
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"prompt": None}, r"tasks.t is of kind text and needs a prompt.*tasks.t.prompt='sentiment of: \{text\}'"),
+        (
+            {"prompt": None},
+            r"tasks.t is of kind text and needs a prompt.*tasks.t.prompt='sentiment of: \{text\}'",
+        ),
         ({"prompt": "of"}, r"tasks.t.prompt is 'of'; it must hold \{text\}"),
-        ({"prompt": "{txt}"}, r"tasks.t.prompt is '\{txt\}': \{txt\} is not a field of a prompt; did you mean text\?"),
+        (
+            {"prompt": "{txt}"},
+            r"tasks.t.prompt is '\{txt\}': \{txt\} is not a field of a prompt; did you mean text\?",
+        ),
         ({"prompt": "{text.upper}"}, r"\{text.upper\} is not a field of a prompt; \(one of"),
         ({"prompt": "{text!r} {text:>9}"}, r"\{text!r\} is not a field of a prompt"),
         ({"prompt": "{} {text}"}, r"\{\} is not a field of a prompt; \(one of: text, pair\)"),
-        ({"prompt": "{text"}, r"tasks.t.prompt is '\{text': expected '\}' before end of string; write \{\{ and \}\}"),
-        ({"prompt": "{text} of {pair}"}, r"tasks.t.prompt has \{pair\}; name the column.*tasks.t.pair"),
-        ({"contrastive": True}, "tasks.t.contrastive is true, but a decoder answers the task; make it auto"),
+        (
+            {"prompt": "{text"},
+            r"tasks.t.prompt is '\{text': expected '\}' before end of string; write \{\{ and \}\}",
+        ),
+        (
+            {"prompt": "{text} of {pair}"},
+            r"tasks.t.prompt has \{pair\}; name the column.*tasks.t.pair",
+        ),
+        (
+            {"contrastive": True},
+            "tasks.t.contrastive is true, but a decoder answers the task; make it auto",
+        ),
         ({"label_smoothing": 0.1}, "tasks.t.label_smoothing has no meaning for a text task"),
-        ({"kind": "label_words", "label_smoothing": 0.1}, "tasks.t.label_smoothing has no meaning for a label_words"),
+        (
+            {"kind": "label_words", "label_smoothing": 0.1},
+            "tasks.t.label_smoothing has no meaning for a label_words",
+        ),
         ({"label_words": ["a"]}, "tasks.t.label_words needs tasks.t.labels"),
         ({"class_weights": "balanced"}, "tasks.t.class_weights .balanced. has no meaning"),
-        ({"metric": "accuracy"}, "tasks.t.metric is 'accuracy'.*one of: auto, token_f1, exact_match, rouge_l"),
+        (
+            {"metric": "accuracy"},
+            "tasks.t.metric is 'accuracy'.*one of: auto, token_f1, exact_match, rouge_l",
+        ),
         ({"kind": "label_words", "metric": "rouge_l"}, "tasks.t.metric is 'rouge_l'"),
-        ({"kind": "label_words", "label_words": ["a"]}, r"has 1 entries \(a\) for 2 labels.*in their order: bad, good"),
-        ({"kind": "label_words", "label_words": ["a", "a "]}, r"tasks.t.label_words \(a, a\) must all be different"),
-        ({"kind": "label_words", "num_beams": 3}, "tasks.t.num_beams has no meaning for kind label_words"),
-        ({"kind": "label_words", "max_answer_length": 9}, "tasks.t.max_answer_length has no meaning for kind label_w"),
-        ({"kind": "single_label"}, "tasks.t.prompt has no meaning for a single_label task.*kind text or label_words"),
-        ({"kind": "single_label", "prompt": None, "num_beams": 2}, "tasks.t.num_beams has no meaning for a single_la"),
+        (
+            {"kind": "label_words", "label_words": ["a"]},
+            r"has 1 entries \(a\) for 2 labels.*in their order: bad, good",
+        ),
+        (
+            {"kind": "label_words", "label_words": ["a", "a "]},
+            r"tasks.t.label_words \(a, a\) must all be different",
+        ),
+        (
+            {"kind": "label_words", "num_beams": 3},
+            "tasks.t.num_beams has no meaning for kind label_words",
+        ),
+        (
+            {"kind": "label_words", "max_answer_length": 9},
+            "tasks.t.max_answer_length has no meaning for kind label_w",
+        ),
+        (
+            {"kind": "single_label"},
+            "tasks.t.prompt has no meaning for a single_label task.*kind text or label_words",
+        ),
+        (
+            {"kind": "single_label", "prompt": None, "num_beams": 2},
+            "tasks.t.num_beams has no meaning for a single_la",
+        ),
     ],
 )
 def test_options_that_do_not_fit_are_refused(options: dict[str, Any], match: str) -> None:
@@ -275,10 +388,22 @@ def test_options_that_do_not_fit_are_refused(options: dict[str, Any], match: str
 
 
 def test_a_task_has_what_the_decoder_needs_and_survives_json() -> None:
-    written = task_of(prompt="{text} of {pair}", pair="target", num_beams=4, max_answer_length=9, class_weights="none")
-    assert (written.prompt, written.num_beams, written.max_answer_length) == ("{text} of {pair}", 4, 9)
+    written = task_of(
+        prompt="{text} of {pair}",
+        pair="target",
+        num_beams=4,
+        max_answer_length=9,
+        class_weights="none",
+    )
+    assert (written.prompt, written.num_beams, written.max_answer_length) == (
+        "{text} of {pair}",
+        4,
+        9,
+    )
     assert written.label_words == () and not written.contrastive
-    scored = task_of(kind="label_words", label_words=[" terrible", "great"], class_weights=[1.0, 2.0])
+    scored = task_of(
+        kind="label_words", label_words=[" terrible", "great"], class_weights=[1.0, 2.0]
+    )
     assert scored.label_words == ("terrible", "great") and scored.class_weights == (1.0, 2.0)
     assert task_of(kind="label_words").label_words == ("bad", "good")
     for task in (written, scored):
@@ -286,11 +411,15 @@ def test_a_task_has_what_the_decoder_needs_and_survives_json() -> None:
 
 
 def test_text_with_labels_is_label_words_from_the_first_moment_on() -> None:
-    raw = {"tasks": {"t": {"path": "x", "kind": "text", "labels": ["bad", "good"], "prompt": "{text}"}}}
+    raw = {
+        "tasks": {"t": {"path": "x", "kind": "text", "labels": ["bad", "good"], "prompt": "{text}"}}
+    }
     recipe = recipe_from_dict(raw)
     assert recipe.tasks["t"].kind == "label_words"
     raw["tasks"]["t"]["max_answer_length"] = 9
-    with pytest.raises(ValueError, match=r"max_answer_length .* \(Kind text with labels is label_words; without"):
+    with pytest.raises(
+        ValueError, match=r"max_answer_length .* \(Kind text with labels is label_words; without"
+    ):
         check_names(recipe_from_dict(raw))
     assert recipe_from_dict(recipe_to_dict(recipe)) == recipe
     assert TaskConfig(kind="text").kind == "text"
@@ -307,18 +436,25 @@ def test_text_with_labels_is_label_words_from_the_first_moment_on() -> None:
     ],
 )
 def test_values_against_a_rule_are_refused(option: str, value: object, rule: str) -> None:
-    recipe = recipe_from_dict({"tasks": {"t": {"path": "x", "kind": "text", "prompt": "{text}", option: value}}})
+    recipe = recipe_from_dict(
+        {"tasks": {"t": {"path": "x", "kind": "text", "prompt": "{text}", option: value}}}
+    )
     with pytest.raises(ValueError) as caught:
         validate(recipe)
     assert str(caught.value).startswith(f"tasks.t.{option} is") and rule in str(caught.value)
 
 
 def test_a_post_without_the_second_text_that_its_prompt_wants_is_a_bad_row(tmp_path: Path) -> None:
-    rows = [{"text": f"post {i}", "label": ["bad", "good"][i % 2], "target": "" if i == 2 else "t"} for i in range(6)]
+    rows = [
+        {"text": f"post {i}", "label": ["bad", "good"][i % 2], "target": "" if i == 2 else "t"}
+        for i in range(6)
+    ]
     write_jsonl(tmp_path / "train.jsonl", rows)
     task = {"path": ".", "labels": ["bad", "good"], "pair": "target"}
     asked = TaskConfig(**task, kind="label_words", prompt="{pair}: {text}")
-    with pytest.raises(ValueError, match=r"train.jsonl:3: column target is empty, but tasks.t.prompt has \{") as caught:
+    with pytest.raises(
+        ValueError, match=r"train.jsonl:3: column target is empty, but tasks.t.prompt has \{"
+    ) as caught:
         load_corpus(recipe_of(tmp_path, t=asked))
     assert "Found: ''" in str(caught.value) and "data.on_error=skip" in str(caught.value)
     recipe = recipe_of(tmp_path, t=asked, head=TaskConfig(**task))
@@ -355,5 +491,7 @@ def test_a_column_of_label_ids_is_no_text(tmp_path: Path) -> None:
         (tmp_path / f"mood/{split}_text.txt").write_text("one\ntwo\n")
         (tmp_path / f"mood/{split}_labels.txt").write_text("0\n1\n")
     (tmp_path / "mood/mapping.txt").write_text("0\tbad\n1\tgood\n")
-    with pytest.raises(ValueError, match="holds ids of the labels bad, good; list them as tasks.t.labels"):
+    with pytest.raises(
+        ValueError, match="holds ids of the labels bad, good; list them as tasks.t.labels"
+    ):
         load_corpus(recipe_of(tmp_path, t=TaskConfig(path="mood", kind="text", prompt="{text}")))

@@ -41,7 +41,17 @@ GPU = Cluster(memory=80e9, per_node=8, intra=450e9, inter=50e9, flops=990e12, re
 
 
 def layout(**changes: object) -> Layout:
-    return Layout(**{"ranks": 4, "ep_size": 2, "stage": 2, "tokens": 30, "length": 10, "bf16": False, **changes})
+    return Layout(
+        **{
+            "ranks": 4,
+            "ep_size": 2,
+            "stage": 2,
+            "tokens": 30,
+            "length": 10,
+            "bf16": False,
+            **changes,
+        }
+    )
 
 
 def test_parameters_are_counted_by_hand():
@@ -70,7 +80,9 @@ def test_encoder_parameters_are_those_of_the_librarys_models(config: BertConfig 
 def test_operations_of_a_token_are_counted_by_hand():
     experts = 6 * 2 * 10 * 6
     assert expert_operations(TINY) == experts
-    assert forward_operations(TINY, 7) == 2 * (8 * 100 + 4 * 400 + 4 * 7 * 10) + 2 * 10 * 4 + experts
+    assert (
+        forward_operations(TINY, 7) == 2 * (8 * 100 + 4 * 400 + 4 * 7 * 10) + 2 * 10 * 4 + experts
+    )
 
 
 def test_private_parts_are_counted_by_hand():
@@ -101,7 +113,9 @@ def test_accumulation_repeats_the_gradients_of_stage_2_and_not_of_stage_1():
     once = traffic(TINY, layout()).dense_reduce
     assert traffic(TINY, layout(accumulation=3)).dense_reduce == pytest.approx(3 * once)
     assert traffic(TINY, layout(accumulation=3, stage=1)).dense_reduce == pytest.approx(once)
-    assert traffic(TINY, layout(accumulation=3)).dense_gather == traffic(TINY, layout()).dense_gather
+    assert (
+        traffic(TINY, layout(accumulation=3)).dense_gather == traffic(TINY, layout()).dense_gather
+    )
 
 
 def test_stage_3_gathers_again_what_it_let_go():
@@ -109,18 +123,23 @@ def test_stage_3_gathers_again_what_it_let_go():
     assert traffic(TINY, layout(stage=3)).dense_reduce == dense
     assert traffic(TINY, layout(stage=3)).dense_gather == dense
     whole = TINY.dense_parameters + 360
-    assert traffic(TINY, layout(stage=3, keep=whole // 2)).dense_gather == pytest.approx(1.5 * dense, rel=1e-3)
+    assert traffic(TINY, layout(stage=3, keep=whole // 2)).dense_gather == pytest.approx(
+        1.5 * dense, rel=1e-3
+    )
     assert traffic(TINY, layout(stage=3, keep=0)).dense_gather == 2 * dense
 
 
 def test_a_step_takes_the_sum_of_its_hand_computed_parts():
-    slow = Cluster(memory=1e9, per_node=2, intra=100.0, inter=10.0, flops=1000.0, read=50.0, efficiency=0.5)
+    slow = Cluster(
+        memory=1e9, per_node=2, intra=100.0, inter=10.0, flops=1000.0, read=50.0, efficiency=0.5
+    )
     here = layout(stage=2)
     time = step_time(TINY, here, slow)
     experts = max(3 * 30 * expert_operations(TINY) / 500, 3 * 4 * 360 / 50)
     rest = 3 * 30 * (forward_operations(TINY, 10) - expert_operations(TINY)) / 500
     assert time.compute == pytest.approx(experts + rest)
-    # Both ranks of an expert group share a machine; the ring over four ranks leaves each machine by two links.
+    # Both ranks of an expert group share a machine; the ring over four ranks leaves each machine by
+    # two links.
     assert time.all_to_all == pytest.approx(all_to_all_bytes(TINY, here) / 100)
     moved = traffic(TINY, here)
     dense = (moved.dense_reduce + moved.dense_gather) / 20
@@ -140,14 +159,19 @@ def test_an_expert_group_over_two_machines_pays_for_the_slow_link():
 
 
 def test_few_tokens_per_expert_make_the_reading_of_weights_rule():
-    few, many = (step_time(LARGE, Layout(1, 1, 1, tokens, 50), GPU).compute for tokens in (64, 64_000))
+    few, many = (
+        step_time(LARGE, Layout(1, 1, 1, tokens, 50), GPU).compute for tokens in (64, 64_000)
+    )
     weights = 3 * 2 * LARGE.expert_parameters / GPU.read
     assert few == pytest.approx(weights, rel=0.2)
     assert many == pytest.approx(3 * 64_000 * forward_operations(LARGE, 50) / (0.4 * GPU.flops))
 
 
 def test_the_memory_of_a_candidate_counts_the_large_table_as_its_bucket():
-    parts = {part.name: part.device_bytes for part in weigh(LARGE, Layout(8, 8, 3, 640, 64), GPU).memory.parts}
+    parts = {
+        part.name: part.device_bytes
+        for part in weigh(LARGE, Layout(8, 8, 3, 640, 64), GPU).memory.parts
+    }
     assert parts["reduction bucket"] == 2 * 50265 * 1024
     whole = LARGE.dense_parameters + LARGE.expert_parameters // 8
     # As ds_configs/zero3.json bounds it.
@@ -156,9 +180,16 @@ def test_the_memory_of_a_candidate_counts_the_large_table_as_its_bucket():
 
 def test_every_valid_ep_size_and_stage_is_an_alternative():
     found = alternatives(LARGE, GPU, ranks=8, length=64)
-    assert {(c.layout.ep_size, c.layout.stage) for c in found} == {(ep, s) for ep in (1, 2, 4, 8) for s in (1, 2, 3)}
-    assert {c.layout.ep_size for c in alternatives(replace(LARGE, num_experts=6), GPU, ranks=8, length=64)} == {1, 2}
-    assert {c.layout.ep_size for c in alternatives(ModelShape(2, 8, 8, 9), GPU, ranks=8, length=64)} == {1}
+    assert {(c.layout.ep_size, c.layout.stage) for c in found} == {
+        (ep, s) for ep in (1, 2, 4, 8) for s in (1, 2, 3)
+    }
+    assert {
+        c.layout.ep_size
+        for c in alternatives(replace(LARGE, num_experts=6), GPU, ranks=8, length=64)
+    } == {1, 2}
+    assert {
+        c.layout.ep_size for c in alternatives(ModelShape(2, 8, 8, 9), GPU, ranks=8, length=64)
+    } == {1}
 
 
 def test_the_recommendation_fits_and_is_nearly_the_fastest():
@@ -184,18 +215,32 @@ def test_less_memory_forces_more_sharding_and_too_little_is_said():
 
 def test_the_printed_plan_has_a_row_per_number_of_gpus_and_the_details_of_the_last():
     text = "\n".join(plan_lines(LARGE, GPU, gpus=[8, 4096], length=64))
-    assert "4096 GPUs, recommended" in text and "4096 GPUs, alternatives" in text and "2,415.9 M in experts" in text
+    assert (
+        "4096 GPUs, recommended" in text
+        and "4096 GPUs, alternatives" in text
+        and "2,415.9 M in experts" in text
+    )
     assert text.index("\n   8 ") < text.index("\n4096 ")
 
 
 def recipe(**model: object) -> Recipe:
-    return recipe_from_dict({"model": model, "tasks": {"mood": {"path": "x", "labels": ["a", "b", "c"]}}})
+    return recipe_from_dict(
+        {"model": model, "tasks": {"mood": {"path": "x", "labels": ["a", "b", "c"]}}}
+    )
 
 
 def test_a_shape_is_read_from_the_encoders_config_and_the_recipe(tmp_path: Path):
-    config = {"n_layers": 6, "dim": 32, "hidden_dim": 64, "vocab_size": 99, "max_position_embeddings": 40}
+    config = {
+        "n_layers": 6,
+        "dim": 32,
+        "hidden_dim": 64,
+        "vocab_size": 99,
+        "max_position_embeddings": 40,
+    }
     (tmp_path / "config.json").write_text(json.dumps(config))
-    shape = shape_of_recipe(recipe(encoder=str(tmp_path), moe={"num_experts": 4, "top_k": 2, "layers": "alternate"}))
+    shape = shape_of_recipe(
+        recipe(encoder=str(tmp_path), moe={"num_experts": 4, "top_k": 2, "layers": "alternate"})
+    )
     assert shape == ModelShape(6, 32, 64, 99, 40, tasks=1, outputs=3, moe_layers=3, num_experts=4, top_k=2,
                                expert_width=16)  # fmt: skip
     dense = shape_of_recipe(recipe(encoder=str(tmp_path), moe={"num_experts": 0}))
@@ -204,10 +249,14 @@ def test_a_shape_is_read_from_the_encoders_config_and_the_recipe(tmp_path: Path)
 
 @pytest.mark.parametrize("text", ["24,1024,4096", "24,1024,4096,many", "0,1024,4096,50265"])
 def test_a_wrong_encoder_shape_is_refused(text: str):
-    with pytest.raises(ValueError, match="must be layers,width,feed-forward width,vocabulary, such as"):
+    with pytest.raises(
+        ValueError, match="must be layers,width,feed-forward width,vocabulary, such as"
+    ):
         shape_of_recipe(recipe(), text)
 
 
 def test_an_encoder_that_is_not_here_says_what_to_give_instead():
-    with pytest.raises(ValueError, match=r"roberta-large\) is no folder with a config.json; give its numbers by"):
+    with pytest.raises(
+        ValueError, match=r"roberta-large\) is no folder with a config.json; give its numbers by"
+    ):
         shape_of_recipe(recipe(encoder="roberta-large"))

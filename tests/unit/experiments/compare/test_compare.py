@@ -42,11 +42,17 @@ def experiment(tmp_path: Path) -> Experiment:
     recipe.write_text(RECIPE)
     encoder = resolve(load_recipe(recipe), progress=False).model.encoder
     recipe.write_text(RECIPE.replace("smoke:encoder", encoder))
-    return Experiment(recipe, ROOT / "ds_configs/zero2.json", tmp_path / "out", ROOT / "launch/train.py", ranks=2)
+    return Experiment(
+        recipe, ROOT / "ds_configs/zero2.json", tmp_path / "out", ROOT / "launch/train.py", ranks=2
+    )
 
 
-def mood(kind: str = "single_label", metric: str = "accuracy", name: str = "mood", labels=("bad", "good")):
-    return build_task(name, TaskConfig(path="x", kind=kind, metric=metric), labels=list(labels), label_counts={})
+def mood(
+    kind: str = "single_label", metric: str = "accuracy", name: str = "mood", labels=("bad", "good")
+):
+    return build_task(
+        name, TaskConfig(path="x", kind=kind, metric=metric), labels=list(labels), label_counts={}
+    )
 
 
 def plan_trials(experiment: Experiment, **asked):
@@ -63,7 +69,9 @@ def test_every_arm_with_experts_has_the_same_active_width(experiment: Experiment
     assert widths.pop("no_experts") == 0
     assert widths.pop("dense_total") == layers * 4 * 24
     assert set(widths.values()) == {layers * 48}
-    made = load_recipe(experiment.config, next(trial for trial in trials if trial.part == "paper").overrides).model.moe
+    made = load_recipe(
+        experiment.config, next(trial for trial in trials if trial.part == "paper").overrides
+    ).model.moe
     assert (made.route_by, made.top_k, made.num_experts, made.balance) == ("task", 4, 4, "none")
 
 
@@ -91,9 +99,15 @@ def test_a_confidence_arm_is_about_the_tasks_that_have_confidences(experiment: E
     config.write_text(config.read_text().replace("{mood:", "{plain: {path: y}, mood:"))
     (trial,) = plan_trials(experiment, arms=["confidence_input_output"], custom={}, seeds=[0])
     tasks = load_recipe(config, trial.overrides).tasks
-    assert {name: task.confidence_strategy for name, task in tasks.items()} == {"plain": "none", "mood": "input_output"}
+    assert {name: task.confidence_strategy for name, task in tasks.items()} == {
+        "plain": "none",
+        "mood": "input_output",
+    }
     config.write_text(config.read_text().replace(", confidence: sure", ""))
-    with pytest.raises(ValueError, match="confidence_output is about tasks with confidences, and the recipe has none"):
+    with pytest.raises(
+        ValueError,
+        match="confidence_output is about tasks with confidences, and the recipe has none",
+    ):
         plan_trials(experiment, arms=["confidence_output"], custom={}, seeds=[0])
 
 
@@ -105,9 +119,13 @@ def test_an_earlier_run_of_another_arm_of_the_same_name_is_refused(experiment: E
     folder = experiment.runs / "wide-s0"
     folder.mkdir(parents=True)
     names = ["run.name=wide-s0", f"run.output_dir={experiment.runs}"]
-    save_recipe(load_recipe(experiment.config, [*wide(48).overrides, *names]), folder / "config.yaml")
+    save_recipe(
+        load_recipe(experiment.config, [*wide(48).overrides, *names]), folder / "config.yaml"
+    )
     check_earlier(experiment, wide(48))
-    with pytest.raises(ValueError, match="was trained with model.moe.expert_width 48 instead of 96"):
+    with pytest.raises(
+        ValueError, match="was trained with model.moe.expert_width 48 instead of 96"
+    ):
         check_earlier(experiment, wide(96))
 
 
@@ -122,7 +140,10 @@ def test_an_arm_that_cannot_keep_the_active_width_is_refused(experiment: Experim
 def test_the_interval_over_seeds_is_students():
     item = seed_interval([1.0, 2.0, 3.0])
     assert item.mean == 2.0
-    assert item.high - 2.0 == pytest.approx(4.302652730 / math.sqrt(3)) and 2.0 - item.low == item.high - 2.0
+    assert (
+        item.high - 2.0 == pytest.approx(4.302652730 / math.sqrt(3))
+        and 2.0 - item.low == item.high - 2.0
+    )
     assert seed_interval([0.5]).to_dict() == {"mean": 0.5, "low": None, "high": None}
 
 
@@ -149,7 +170,9 @@ def test_the_bootstrap_has_the_textbook_width_and_is_zero_between_equal_arms():
 
 def test_seeds_that_disagree_widen_the_interval_as_student_says():
     item = paired_difference([0.0, 0.1, 0.2], np.zeros((3, 100)))
-    assert item.mean == pytest.approx(0.1) and item.high - 0.1 == pytest.approx(4.302652730 * 0.1 / math.sqrt(3))
+    assert item.mean == pytest.approx(0.1) and item.high - 0.1 == pytest.approx(
+        4.302652730 * 0.1 / math.sqrt(3)
+    )
 
 
 @pytest.mark.parametrize("seeds", [1, 3])
@@ -164,13 +187,18 @@ def test_p_is_a_twentieth_where_the_interval_ends_at_zero(seeds: int):
     assert paired_difference([0.0], np.zeros((1, 9))).p == 1.0
 
 
-@pytest.mark.parametrize(("seeds", "between", "posts"), [(3, 1.0, 0.0), (3, 1.0, 1.0), (3, 0.2, 1.0), (5, 1.0, 0.5)])
+@pytest.mark.parametrize(
+    ("seeds", "between", "posts"), [(3, 1.0, 0.0), (3, 1.0, 1.0), (3, 0.2, 1.0), (5, 1.0, 0.5)]
+)
 def test_ninety_five_of_hundred_intervals_hold_the_truth(seeds: int, between: float, posts: float):
     generator = np.random.default_rng(seeds)
     trials, held = 600, 0
     for _ in range(trials):
-        # Seeds differ among themselves; the posts are the same for all of them, and another draw each time.
-        differences = between * generator.standard_normal(seeds) + posts * generator.standard_normal()
+        # Seeds differ among themselves; the posts are the same for all of them, and another draw
+        # each time.
+        differences = (
+            between * generator.standard_normal(seeds) + posts * generator.standard_normal()
+        )
         resampled_differences = differences[:, None] + posts * generator.standard_normal(200)
         item = paired_difference(list(differences), resampled_differences)
         held += item.low <= 0 <= item.high
@@ -201,7 +229,9 @@ def test_a_post_is_drawn_for_all_of_its_tasks_at_once():
          [{"gold": ["B-PER", "I-PER"], "tags": ["B-PER", "I-PER"]}, {"gold": ["O"], "tags": ["B-PER"]}], 2 / 3),
     ],
 )  # fmt: skip
-def test_written_predictions_are_scored_as_they_were(kind: str, metric: str, labels, rows, value: float):
+def test_written_predictions_are_scored_as_they_were(
+    kind: str, metric: str, labels, rows, value: float
+):
     task = mood(kind, metric, labels=labels)
     read = read_answers([{"row": 10 + number} | row for number, row in enumerate(rows)], task)
     assert task.rules.measure(read.gold, read.predicted, task) == pytest.approx(value)
@@ -214,7 +244,13 @@ def write_run(folder: Path, *, right: list[bool], experts: bool, removal: bool =
     folder.mkdir(parents=True)
     (folder / "tasks.json").write_text(json.dumps([task.to_dict()]))
     share = sum(right) / len(right)
-    results = {"finished": True, "step": 4, "seconds": 2.0, "posts": 96, "peak_memory_bytes_per_rank": 2**20}
+    results = {
+        "finished": True,
+        "step": 4,
+        "seconds": 2.0,
+        "posts": 96,
+        "peak_memory_bytes_per_rank": 2**20,
+    }
     results |= {"data": {"posts": {"x": {"train": 48, "test": 40}}}}
     results |= {"parameters": {"experts": 5, "active": 6, "total": 7}}
     results |= {"metrics": {"test": {"mood": {"accuracy": share}}}}
@@ -229,8 +265,13 @@ def write_run(folder: Path, *, right: list[bool], experts: bool, removal: bool =
              {"split": "test", "step": 4} | ({"routing": routing} if experts else {})]  # fmt: skip
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "predictions/test").mkdir(parents=True)
-    rows = [{"row": row, "gold": "good", "label": "good" if hit else "bad"} for row, hit in enumerate(right)]
-    (folder / "predictions/test/mood.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows = [
+        {"row": row, "gold": "good", "label": "good" if hit else "bad"}
+        for row, hit in enumerate(right)
+    ]
+    (folder / "predictions/test/mood.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in rows)
+    )
     if removal:
         found = {"layers": [1], "posts": 40, "whole": {"mean": share, "loss": 1.0}, "drop": [[0.1, 0.3]],
                  "loss_rise": [[0.0, 0.2]], "limit": None}  # fmt: skip
@@ -240,7 +281,11 @@ def write_run(folder: Path, *, right: list[bool], experts: bool, removal: bool =
 def test_the_report_says_what_the_run_folders_say(experiment: Experiment, tmp_path: Path):
     plan = plan_arms(experiment, arms=["dense", "sigmoid", "paper"], custom={}, seeds=[0, 1])
     for seed, wrong in ((0, 20), (1, 18)):
-        write_run(tmp_path / "runs" / f"dense-s{seed}", right=[post >= wrong for post in range(40)], experts=False)
+        write_run(
+            tmp_path / "runs" / f"dense-s{seed}",
+            right=[post >= wrong for post in range(40)],
+            experts=False,
+        )
         better = [post >= wrong - 8 for post in range(40)]
         write_run(tmp_path / "runs" / f"sigmoid-s{seed}", right=better, experts=True, removal=True)
     comparison = compare(
@@ -264,10 +309,16 @@ def test_the_report_says_what_the_run_folders_say(experiment: Experiment, tmp_pa
     table = "\n".join(markdown_lines(comparison))
     assert "| sigmoid | 2 | 0.725 [" in table and "| +0.200 [" in table and "0.725 ± 0.035" in table
     assert "| sigmoid | 1 | 4 | 96 | 2.0 | x 48 |" in table
-    assert "0.200 [0.200, 0.200] | 0.300 [0.300, 0.300] | 0.100 [0.100, 0.100] | 0.200 [0.200, 0.200]" in table
+    assert (
+        "0.200 [0.200, 0.200] | 0.300 [0.300, 0.300] | 0.100 [0.100, 0.100] | 0.200 [0.200, 0.200]"
+        in table
+    )
     assert "* paper-s0: killed" in table
     assert "| arm | mood/accuracy |\n| --- | --- |\n| dense | 0.525 [" in table
-    assert "* mood/acuracy is not a metric of these runs (--metrics); did you mean mood/accuracy?" in table
+    assert (
+        "* mood/acuracy is not a metric of these runs (--metrics); did you mean mood/accuracy?"
+        in table
+    )
     assert len((tmp_path / "table.csv").read_text().splitlines()) == 5
     write_plots(comparison, tmp_path)
     for name in ("quality.png", "metrics.png", "gates.png", "removal.png"):
@@ -279,12 +330,20 @@ def test_removal_is_drawn_for_every_arm_that_has_it_in_the_panel_of_its_own_laye
 ):
     plan = plan_arms(experiment, arms=["dense", "sigmoid"], custom={}, seeds=[0])
     for trial in plan.trials:
-        write_run(tmp_path / trial.name, right=[True] * 40, experts=trial.part == "sigmoid", removal=True)
+        write_run(
+            tmp_path / trial.name, right=[True] * 40, experts=trial.part == "sigmoid", removal=True
+        )
     file = tmp_path / "dense-s0" / REMOVAL_FILE
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"layers": [3], "drop": [[0.4]], "loss_rise": [[0.5]]}))
+    file.write_text(
+        json.dumps(
+            json.loads(file.read_text()) | {"layers": [3], "drop": [[0.4]], "loss_rise": [[0.5]]}
+        )
+    )
     comparison = compare(plan, tmp_path, baseline="dense", resamples=0)
     panels = removal_figure(comparison, ["dense", "sigmoid"]).axes
     assert [panel.get_title() for panel in panels] == ["layer 1", "layer 3"]
     drawn = [{line.get_label(): list(line.get_ydata()) for line in panel.lines} for panel in panels]
     assert drawn == [{"sigmoid": [0.2, 0.0]}, {"dense": [0.5]}]
-    assert "| dense |  |  |  |  |  |  |  | 0.400 | 0.400 | 0.500 | 0.500 |" in "\n".join(markdown_lines(comparison))
+    assert "| dense |  |  |  |  |  |  |  | 0.400 | 0.400 | 0.500 | 0.500 |" in "\n".join(
+        markdown_lines(comparison)
+    )

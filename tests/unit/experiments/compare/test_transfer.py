@@ -41,7 +41,9 @@ def encoder() -> str:
     return resolve(load_recipe(ROOT / "launch/configs/smoke.yaml"), progress=False).model.encoder
 
 
-def experiment_of(tmp_path: Path, encoder: str, text: str = RECIPE, overrides: Sequence[str] = ()) -> Experiment:
+def experiment_of(
+    tmp_path: Path, encoder: str, text: str = RECIPE, overrides: Sequence[str] = ()
+) -> Experiment:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(text.replace("smoke:encoder", encoder))
     return Experiment(recipe, ROOT / "ds_configs/zero2.json", tmp_path / "out", ROOT / "launch/train.py", ranks=1,
@@ -68,21 +70,38 @@ def test_single_is_a_run_for_each_task_that_is_not_auxiliary(experiment: Experim
     plan = planned(experiment, "single", "multi", seeds=(2, 0))
     assert [arm.name for arm in plan.arms] == ["single", "multi"] and plan.joint == "multi"
     names = ["single.mood", "single.topic", "single.stance", "recipe"]
-    assert [trial.name for trial in plan.trials] == [f"{name}-s{seed}" for seed in (2, 0) for name in names]
-    whole, alone = recipe_of(experiment, plan, "recipe-s0"), recipe_of(experiment, plan, "single.topic-s0")
-    assert list(whole.tasks) == ["mood", "topic", "stance", "hint"] and list(alone.tasks) == ["topic"]
+    assert [trial.name for trial in plan.trials] == [
+        f"{name}-s{seed}" for seed in (2, 0) for name in names
+    ]
+    whole, alone = (
+        recipe_of(experiment, plan, "recipe-s0"),
+        recipe_of(experiment, plan, "single.topic-s0"),
+    )
+    assert list(whole.tasks) == ["mood", "topic", "stance", "hint"] and list(alone.tasks) == [
+        "topic"
+    ]
     # As many passes: the sampler makes the steps of the posts that are left.
-    assert (alone.train.epochs, alone.train.batch_size) == (whole.train.epochs, whole.train.batch_size)
+    assert (alone.train.epochs, alone.train.batch_size) == (
+        whole.train.epochs,
+        whole.train.batch_size,
+    )
     assert alone.data == whole.data and alone.model == whole.model
 
 
 def test_without_auxiliary_tasks_the_others_stay_in_one_run(experiment: Experiment):
     plan = planned(experiment, "recipe", "no_auxiliary", "single.mood")
-    assert [trial.name for trial in plan.trials] == ["recipe-s0", "no_auxiliary-s0", "single.mood-s0"]
+    assert [trial.name for trial in plan.trials] == [
+        "recipe-s0",
+        "no_auxiliary-s0",
+        "single.mood-s0",
+    ]
     assert list(recipe_of(experiment, plan, "no_auxiliary-s0").tasks) == ["mood", "topic", "stance"]
     config = experiment.config
     config.write_text(config.read_text().replace("auxiliary: true", "auxiliary: false"))
-    with pytest.raises(ValueError, match="no_auxiliary drops the tasks marked auxiliary.*the recipe has no such tasks"):
+    with pytest.raises(
+        ValueError,
+        match="no_auxiliary drops the tasks marked auxiliary.*the recipe has no such tasks",
+    ):
         planned(experiment, "no_auxiliary")
     # Another arm that is asked for by task knows nothing of it.
     assert planned(experiment, "single.mood").arms[0].name == "single.mood"
@@ -98,12 +117,18 @@ def test_leaving_one_out_drops_auxiliary_tasks_too_and_wants_the_run_of_all(expe
 
 def test_one_part_can_be_asked_for_by_its_name(experiment: Experiment):
     plan = planned(experiment, "multi", "single.mood", "without.stance")
-    assert [trial.name for trial in plan.trials] == ["recipe-s0", "single.mood-s0", "without.stance-s0"]
+    assert [trial.name for trial in plan.trials] == [
+        "recipe-s0",
+        "single.mood-s0",
+        "without.stance-s0",
+    ]
     with pytest.raises(ValueError, match="single.moood is not an? arm; did you mean single.mood"):
         planned(experiment, "single.moood")
 
 
-def test_runs_of_ones_own_arms_of_the_same_name_are_shared_when_they_are_the_same_run(experiment: Experiment):
+def test_runs_of_ones_own_arms_of_the_same_name_are_shared_when_they_are_the_same_run(
+    experiment: Experiment,
+):
     words = ["tasks.hint=null", "tasks.stance=null", "tasks.topic=null"]
     plan = planned(experiment, "single", "single.mood", custom={"single.mood": words})
     assert [trial.name for trial in plan.trials].count("single.mood-s0") == 1
@@ -114,24 +139,52 @@ def test_runs_of_ones_own_arms_of_the_same_name_are_shared_when_they_are_the_sam
     save_recipe(saved, folder / "config.yaml")
     for trial in planned(experiment, "single").trials:
         check_earlier(experiment, trial)
-    with pytest.raises(ValueError, match=r"would share the run folders single.mood-s0.*tasks.stance"):
-        planned(experiment, "single", "single.mood", custom={"single.mood": ["tasks.hint=null", "tasks.topic=null"]})
+    with pytest.raises(
+        ValueError, match=r"would share the run folders single.mood-s0.*tasks.stance"
+    ):
+        planned(
+            experiment,
+            "single",
+            "single.mood",
+            custom={"single.mood": ["tasks.hint=null", "tasks.topic=null"]},
+        )
 
 
 def test_steps_instead_of_passes_are_refused_where_tasks_are_dropped(tmp_path: Path, encoder: str):
-    stepping = experiment_of(tmp_path, encoder, overrides=["train.max_steps=40", "train.epochs=2.5"])
+    stepping = experiment_of(
+        tmp_path, encoder, overrides=["train.max_steps=40", "train.epochs=2.5"]
+    )
     for arm in ("single", "leave_one_out", "without.mood"):
-        with pytest.raises(ValueError, match=r"train.max_steps is 40.*train.max_steps=null train.epochs=2.5"):
+        with pytest.raises(
+            ValueError, match=r"train.max_steps is 40.*train.max_steps=null train.epochs=2.5"
+        ):
             planned(stepping, "multi", arm)
     assert planned(stepping, "multi", "adversarial").joint == "multi"
 
 
-def test_options_that_speak_of_other_tasks_are_put_right_for_a_task_alone(tmp_path: Path, encoder: str):
-    words = ["train.early_stop_metric=mood/accuracy", "loss.weighting=uncertainty", "loss.adversarial.weight=0.2"]
-    plan = planned(setting := experiment_of(tmp_path, encoder, overrides=words), "single", "multi", "leave_one_out")
+def test_options_that_speak_of_other_tasks_are_put_right_for_a_task_alone(
+    tmp_path: Path, encoder: str
+):
+    words = [
+        "train.early_stop_metric=mood/accuracy",
+        "loss.weighting=uncertainty",
+        "loss.adversarial.weight=0.2",
+    ]
+    plan = planned(
+        setting := experiment_of(tmp_path, encoder, overrides=words),
+        "single",
+        "multi",
+        "leave_one_out",
+    )
     metrics = {run: recipe_of(setting, plan, f"{run}-s0").train.early_stop_metric
                for run in ("recipe", "single.mood", "single.topic", "without.mood", "without.topic")}  # fmt: skip
-    assert list(metrics.values()) == ["mood/accuracy", "mood/accuracy", "mean", "mean", "mood/accuracy"]
+    assert list(metrics.values()) == [
+        "mood/accuracy",
+        "mood/accuracy",
+        "mean",
+        "mean",
+        "mood/accuracy",
+    ]
     alone = recipe_of(setting, plan, "single.topic-s0").loss
     assert (alone.weighting, alone.adversarial.weight) == ("equal", 0)
     assert recipe_of(setting, plan, "without.topic-s0").loss.weighting == "uncertainty"
@@ -140,7 +193,11 @@ def test_options_that_speak_of_other_tasks_are_put_right_for_a_task_alone(tmp_pa
 def test_what_is_not_equal_is_said(tmp_path: Path, encoder: str):
     words = ["data.mixing=uniform", "train.eval_every=50"]
     plan = planned(setting := experiment_of(tmp_path, encoder, overrides=words), "single", "multi")
-    assert len(plan.notes) == 2 and "data.mixing is uniform" in plan.notes[0] and "50 steps" in plan.notes[1]
+    assert (
+        len(plan.notes) == 2
+        and "data.mixing is uniform" in plan.notes[0]
+        and "50 steps" in plan.notes[1]
+    )
     assert planned(setting, "multi", "no_contrastive").notes == ()
 
 
@@ -153,11 +210,17 @@ def test_a_recipe_of_one_task_is_alone_already(tmp_path: Path, encoder: str):
         planned(one, "multi", "leave_one_out")
 
 
-def test_each_weighting_is_an_arm_and_experts_are_wanted_only_by_arms_with_experts(tmp_path: Path, encoder: str):
+def test_each_weighting_is_an_arm_and_experts_are_wanted_only_by_arms_with_experts(
+    tmp_path: Path, encoder: str
+):
     bare = experiment_of(tmp_path, encoder, overrides=["model.moe.num_experts=0"])
     plan = planned(bare, "single", "multi", "private", "adversarial", "no_contrastive", *WEIGHTINGS)
-    losses = {name: recipe_of(bare, plan, f"{name}-s0").loss for name in (*WEIGHTINGS, "adversarial")}
-    assert {name: losses[name].weighting for name in WEIGHTINGS} == {name: name for name in WEIGHTINGS}
+    losses = {
+        name: recipe_of(bare, plan, f"{name}-s0").loss for name in (*WEIGHTINGS, "adversarial")
+    }
+    assert {name: losses[name].weighting for name in WEIGHTINGS} == {
+        name: name for name in WEIGHTINGS
+    }
     assert losses["adversarial"].adversarial.weight > 0
     assert recipe_of(bare, plan, "private-s0").model.private_width > 0
     with pytest.raises(ValueError, match="num_experts is 0: arms with experts"):
@@ -195,7 +258,9 @@ def test_a_comparison_begun_before_an_option_was_there_goes_on(experiment: Exper
         ("single,multi", {"overrides": ["train.max_steps=9"]}, "train.max_steps=null train.epochs=3"),
     ],
 )  # fmt: skip
-def test_a_wrong_command_is_refused_before_anything_is_written(experiment: Experiment, arms, changed, message):
+def test_a_wrong_command_is_refused_before_anything_is_written(
+    experiment: Experiment, arms, changed, message
+):
     given = {"config": experiment.config, "deepspeed": experiment.deepspeed, "output": experiment.output, "ranks": 1,
              "arms": arms, "arm": [], "seeds": "0", "against": None, "affinity": None, "affinity_posts": 8,
              "remove_experts": None, "removal_posts": 8, "metrics": None, "resamples": 9, "keep_checkpoints": False,
@@ -213,7 +278,9 @@ def task_of(name: str) -> Task:
 POSTS = 60
 
 
-def write_run(folder: Path, right: Mapping[str, int], *, seconds: float = 2.0, posts: int = POSTS) -> None:
+def write_run(
+    folder: Path, right: Mapping[str, int], *, seconds: float = 2.0, posts: int = POSTS
+) -> None:
     """A finished run that answers the first so many of each task's posts right; rows count through its data sets."""
     folder.mkdir(parents=True)
     tasks = [task_of(name) for name in right]
@@ -225,12 +292,16 @@ def write_run(folder: Path, right: Mapping[str, int], *, seconds: float = 2.0, p
                "metrics": {"test": {name: {"n": posts, "accuracy": hits / posts} for name, hits in right.items()}},
                }  # fmt: skip
     (folder / "results.json").write_text(json.dumps(results))
-    (folder / "metrics.jsonl").write_text('{"split": "train", "step": 2, "seconds": 1.0, "tokens_per_second": 10.0}\n')
+    (folder / "metrics.jsonl").write_text(
+        '{"split": "train", "step": 2, "seconds": 1.0, "tokens_per_second": 10.0}\n'
+    )
     (folder / "predictions/test").mkdir(parents=True)
     for number, (name, hits) in enumerate(right.items()):
         rows = [{"row": number * posts + row, "text": f"{name} {row % (posts - 3)}", "gold": "good",
                  "label": "good" if row < hits else "bad"} for row in range(posts)]  # fmt: skip
-        (folder / f"predictions/test/{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (folder / f"predictions/test/{name}.jsonl").write_text(
+            "".join(json.dumps(row) + "\n" for row in rows)
+        )
 
 
 def write_affinity(folder: Path, mood_stance: float) -> None:
@@ -254,7 +325,10 @@ def comparison(tmp_path_factory: pytest.TempPathFactory, encoder: str) -> Compar
         write_affinity(runs / f"recipe-s{seed}", -0.3 - 0.1 * seed)
         for dropped in together:
             left = together | ({"stance": 50} if dropped == "mood" else {})
-            write_run(runs / f"without.{dropped}-s{seed}", {name: left[name] for name in left if name != dropped})
+            write_run(
+                runs / f"without.{dropped}-s{seed}",
+                {name: left[name] for name in left if name != dropped},
+            )
     return compare(plan, runs, baseline="single", resamples=40)
 
 
@@ -263,7 +337,9 @@ def test_the_arm_single_is_the_sum_of_its_runs(comparison: Comparison):
     assert single.quality == {"mean": pytest.approx(2 / 3), "mood/accuracy": 0.5, "topic/accuracy": 40 / 60,
                               "stance/accuracy": 50 / 60}  # fmt: skip
     # The auxiliary task is told, but is in no mean.
-    assert multi.quality["hint/accuracy"] == 0.5 and multi.quality["mean"] == pytest.approx(123 / 180)
+    assert multi.quality["hint/accuracy"] == 0.5 and multi.quality["mean"] == pytest.approx(
+        123 / 180
+    )
     assert {name: single.costs[name] for name in ("seconds", "steps", "posts", "parameters_total", "peak_mib")} == {
         "seconds": 6.0, "steps": 15, "posts": 60, "parameters_total": 21, "peak_mib": 1.0}  # fmt: skip
     assert single.costs["posts_per_second"] == multi.costs["posts_per_second"] == 10.0
@@ -283,11 +359,17 @@ def test_posts_are_the_same_though_rows_count_from_elsewhere(comparison: Compari
 
 def test_harm_is_named_with_what_speaks_for_its_reason(comparison: Comparison, tmp_path: Path):
     reasons = comparison.reasons("stance")
-    assert reasons.opposed_by == (("mood", pytest.approx(-0.4)),) and reasons.nearest == ("topic", pytest.approx(0.2))
+    assert reasons.opposed_by == (("mood", pytest.approx(-0.4)),) and reasons.nearest == (
+        "topic",
+        pytest.approx(0.2),
+    )
     (dropped, change), *others = reasons.better_without
     assert dropped == "mood" and change.verdict == "gained" and others == []
     text = "\n".join(markdown_lines(comparison))
-    assert "helped 1 of 3 tasks for sure (mood); hurt 1 (stance)" in text and "Negative transfer: stance." in text
+    assert (
+        "helped 1 of 3 tasks for sure (mood); hurt 1 (stance)" in text
+        and "Negative transfer: stance." in text
+    )
     assert "better in 1 of 3, for sure in 1; worse for sure in 1" in text
     why = next(line for line in text.split("\n") if line.startswith("| stance | **-0.2"))
     assert "| mood -0.400 | topic +0.200 | mood **+0.217 [" in why
@@ -298,7 +380,9 @@ def test_harm_is_named_with_what_speaks_for_its_reason(comparison: Comparison, t
         "mean": pytest.approx(31 / 60), "spread": pytest.approx(1 / 60), "low": 0, "high": 0,
         "values": [30 / 60, 31 / 60, 32 / 60]}  # fmt: skip
     rest = json.loads((tmp_path / "comparison.json").read_text())
-    assert rest["arms"]["multi"]["lost"] == ["stance"] and rest["reasons"]["stance"]["opposed_by"].keys() == {"mood"}
+    assert rest["arms"]["multi"]["lost"] == ["stance"] and rest["reasons"]["stance"][
+        "opposed_by"
+    ].keys() == {"mood"}
     assert rest["without"]["mood"]["stance"]["mean"] == pytest.approx(13 / 60)
     assert "multi,single,stance,-0.21" in (tmp_path / "gains.csv").read_text()
     assert "stance,mood,-0.4" in (tmp_path / "affinity.csv").read_text()
@@ -312,8 +396,16 @@ def test_an_unfinished_arm_is_told_as_far_as_it_is(experiment: Experiment):
     write_run(experiment.runs / "single.mood-s0", {"mood": 30})
     write_run(experiment.runs / "single.topic-s0", {"topic": 30})
     write_run(experiment.runs / "recipe-s0", {"mood": 40, "topic": 30, "stance": 20, "hint": 20})
-    found = compare(plan, experiment.runs, baseline="single", resamples=20, problems={"single.stance-s0": "killed"})
-    assert "mean" not in found.results["single"][0].quality and found.results["single"][0].costs == {}
+    found = compare(
+        plan,
+        experiment.runs,
+        baseline="single",
+        resamples=20,
+        problems={"single.stance-s0": "killed"},
+    )
+    assert (
+        "mean" not in found.results["single"][0].quality and found.results["single"][0].costs == {}
+    )
     assert found.against["multi"].keys() == {"mood", "topic"}
     text = "\n".join(markdown_lines(found))
     assert "| single | 1 |  |" in text and "* single.stance-s0: killed" in text
@@ -322,7 +414,9 @@ def test_an_unfinished_arm_is_told_as_far_as_it_is(experiment: Experiment):
 def test_other_posts_are_not_compared_and_this_is_said(experiment: Experiment):
     plan = planned(experiment, "single", "multi")
     for name in TASKS:
-        write_run(experiment.runs / f"single.{name}-s0", {name: 30}, posts=POSTS - (name == "topic"))
+        write_run(
+            experiment.runs / f"single.{name}-s0", {name: 30}, posts=POSTS - (name == "topic")
+        )
     write_run(experiment.runs / "recipe-s0", {"mood": 40, "topic": 30, "stance": 20, "hint": 20})
     found = compare(plan, experiment.runs, baseline="single", resamples=20)
     assert found.against["multi"].keys() == {"mood", "stance"}
@@ -334,7 +428,10 @@ def test_a_task_opposes_another_only_where_every_seed_says_so():
         cosine = np.array([[1.0, value, np.nan], [value, 1.0, np.nan], [np.nan] * 3])
         return Affinity(("a", "b", "c"), cosine, np.ones(3), (2, 2, 1), 2, 1)
 
-    sure, unsure = mean_cosines([affinity(-0.1), affinity(-0.2)]), mean_cosines([affinity(-0.5), affinity(0.1)])
+    sure, unsure = (
+        mean_cosines([affinity(-0.1), affinity(-0.2)]),
+        mean_cosines([affinity(-0.5), affinity(0.1)]),
+    )
     assert reasons_of("a", sure, {}).opposed_by == (("b", pytest.approx(-0.15)),)
     assert reasons_of("a", unsure, {}).opposed_by == ()
     assert reasons_of("c", sure, {}).nearest is None

@@ -13,7 +13,9 @@ from comoe.losses.contrastive.closed_form import ClosedForm, Comparison, TaskRow
 
 
 def unit_rows(count, width=6, *, seed=0, dtype=torch.float64):
-    rows = torch.randn(count, width, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    rows = torch.randn(
+        count, width, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+    )
     return F.normalize(rows, dim=1).to(dtype)
 
 
@@ -31,7 +33,9 @@ def difference(width, a, b):
     return torch.exp(-(a - b.T).abs() / width)
 
 
-def ranks(z, keys, cuts, *, scale, affinity=None, past=None, past_keys=None, pairs=((), ()), moments=True):
+def ranks(
+    z, keys, cuts, *, scale, affinity=None, past=None, past_keys=None, pairs=((), ()), moments=True
+):
     """Value and gradients of every rank's share, each rank seeing all rows: what ContrastiveLoss does with gathers."""
     past = z.new_zeros(0, z.shape[1]) if past is None else past
     all_keys = keys if past_keys is None else torch.cat([keys, past_keys])
@@ -39,9 +43,13 @@ def ranks(z, keys, cuts, *, scale, affinity=None, past=None, past_keys=None, pai
     bounds = [0, *cuts, len(z)]
     comparisons = []
     for start, stop in zip(bounds, bounds[1:], strict=False):
-        mine = [(row - start, column) for row, column in zip(*pairs, strict=True) if start <= row < stop]
+        mine = [
+            (row - start, column) for row, column in zip(*pairs, strict=True) if start <= row < stop
+        ]
         hidden = torch.tensor(mine, dtype=torch.int64).reshape(-1, 2).T
-        rows = TaskRows(torch.cat([z, past]), len(z), start, stop - start, groups, different, affinity, *hidden)
+        rows = TaskRows(
+            torch.cat([z, past]), len(z), start, stop - start, groups, different, affinity, *hidden
+        )
         comparisons.append(Comparison(rows, scale=scale, moments=moments))
     reciprocals = torch.cat([comparison.reciprocals() for comparison in comparisons])
     factor = 1 / (reciprocals[:, 1] > 0).sum().clamp_min(1).double()
@@ -73,7 +81,9 @@ def same(a, b):
 
 
 LABELS = torch.tensor([0, 1, 0, 1, 2, 0, 0, 1, 1, 0, 3, 0.0], dtype=torch.float64)[:, None]
-NUMBERS = torch.tensor([0.1, 2, -1, 0.1, 5, 0.3, 0, -4, 1, 1, 30, 0.2], dtype=torch.float64)[:, None]
+NUMBERS = torch.tensor([0.1, 2, -1, 0.1, 5, 0.3, 0, -4, 1, 1, 30, 0.2], dtype=torch.float64)[
+    :, None
+]
 PAST = dict(past=unit_rows(5, seed=7), pairs=((0, 3, 3, 11), (12, 14, 16, 13)))
 COPIES = ((0, 5, 0, 9, 5, 9, 3, 7), (5, 0, 9, 0, 9, 5, 7, 3))
 COPIES_OF_NUMBERS = ((4, 10, 8, 9), (10, 4, 9, 8))
@@ -87,13 +97,18 @@ CASES = {
     ),
     "labels and copies": dict(keys=LABELS, pairs=COPIES),
     # 30 is far from all others: rows 4 and 10 have positives of next to no weight alone, and no other of their key.
-    "numbers and copies": dict(keys=TWICE_FAR, affinity=partial(difference, 0.5), pairs=COPIES_OF_NUMBERS),
+    "numbers and copies": dict(
+        keys=TWICE_FAR, affinity=partial(difference, 0.5), pairs=COPIES_OF_NUMBERS
+    ),
     "numbers, copies and a queue": dict(
         keys=TWICE_FAR,
         affinity=partial(difference, 0.5),
         past=unit_rows(4, seed=7),
         past_keys=TWICE_FAR[[4, 0, 8, 4]],
-        pairs=tuple(a + b for a, b in zip(COPIES_OF_NUMBERS, ((4, 10, 4, 10), (12, 12, 15, 15)), strict=True)),
+        pairs=tuple(
+            a + b
+            for a, b in zip(COPIES_OF_NUMBERS, ((4, 10, 4, 10), (12, 12, 15, 15)), strict=True)
+        ),
     ),
 }
 
@@ -101,7 +116,10 @@ CASES = {
 def both(case, cuts, *, scale=10.0, dtype=torch.float64):
     options = dict(CASES[case])
     z, affinity = unit_rows(12, dtype=dtype), options.pop("affinity", None)
-    cast = {name: value.to(dtype) if isinstance(value, torch.Tensor) else value for name, value in options.items()}
+    cast = {
+        name: value.to(dtype) if isinstance(value, torch.Tensor) else value
+        for name, value in options.items()
+    }
     return ranks(z, cuts=cuts, scale=scale, affinity=affinity, **cast), reference(
         z, scale=scale, affinity=affinity or same, **options
     )
@@ -128,7 +146,9 @@ def test_neither_tiles_nor_keeping_them_changes_anything(case, keep, monkeypatch
     monkeypatch.setitem(closed_form.TILE_BYTES, "cpu", 9 * 8)
     if not keep:
         original = Comparison.__init__
-        monkeypatch.setattr(Comparison, "__init__", lambda *a, **k: original(*a, **(k | {"keep_bytes": 0})))
+        monkeypatch.setattr(
+            Comparison, "__init__", lambda *a, **k: original(*a, **(k | {"keep_bytes": 0}))
+        )
     for got, expected in zip(both(case, (5,))[0], whole, strict=True):
         torch.testing.assert_close(got, expected, atol=1e-13, rtol=1e-12)
 
@@ -150,7 +170,8 @@ def test_a_hand_computed_case():
     z = torch.tensor([[1.0, 0.0], [1.0, 0.0], [-1.0, 0.0]], dtype=torch.float64)
     value, gradient, _ = ranks(z, LABELS[[0, 0, 1]], (), scale=1.0)
     assert value.item() == pytest.approx(0.12692801104)
-    # With p = 1/(1 + e^-2): both anchors pull by p - 1, the first one pushes the third away by 1 - p; two anchors.
+    # With p = 1/(1 + e^-2): both anchors pull by p - 1, the first one pushes the third away by 1 -
+    # p; two anchors.
     assert gradient[0, 0].item() == pytest.approx(3 * (0.88079707798 - 1) / 2)
 
 
@@ -167,11 +188,16 @@ def test_rows_without_any_positive_give_zero_and_a_gradient_of_zero(keys):
 
 
 def test_a_second_backward_pass_gives_the_same():
-    none, (keys, groups) = torch.zeros(0, dtype=torch.int64), torch.unique(LABELS, dim=0, return_inverse=True)
+    none, (keys, groups) = (
+        torch.zeros(0, dtype=torch.int64),
+        torch.unique(LABELS, dim=0, return_inverse=True),
+    )
     rows = TaskRows(unit_rows(12), 12, 0, 12, groups, keys, None, none, none)
     comparison = Comparison(rows, scale=10.0, moments=False)
     own = unit_rows(12).requires_grad_()
-    value = ClosedForm.apply(own, torch.tensor(10.0), comparison, comparison.reciprocals(), torch.tensor(0.1))
+    value = ClosedForm.apply(
+        own, torch.tensor(10.0), comparison, comparison.reciprocals(), torch.tensor(0.1)
+    )
     value.backward(retain_graph=True)
     first = own.grad.clone()
     value.backward()
@@ -181,5 +207,11 @@ def test_a_second_backward_pass_gives_the_same():
 def test_hidden_pairs_are_all_meetings_of_one_post():
     own, past = torch.tensor([5, 7, 5, 9]), torch.tensor([7, 5, 1, 5])
     rows, columns = hidden_pairs(own, past)
-    assert list(zip(rows.tolist(), columns.tolist(), strict=True)) == [(0, 1), (0, 3), (1, 0), (2, 1), (2, 3)]
+    assert list(zip(rows.tolist(), columns.tolist(), strict=True)) == [
+        (0, 1),
+        (0, 3),
+        (1, 0),
+        (2, 1),
+        (2, 3),
+    ]
     assert [len(found) for found in hidden_pairs(own[:0], past)] == [0, 0]

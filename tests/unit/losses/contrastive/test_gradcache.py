@@ -14,7 +14,17 @@ from comoe.config.recipe import ContrastiveConfig, LossConfig
 from comoe.losses.contrastive.gradcache import joined_batch
 from comoe.losses.objective import Objective, count_units, unit_scale
 from comoe.types import IGNORED, Batch
-from tests.helpers_model import HEAT, MOOD, SIGNS, TOPIC, WORDS, moe_config, random_batch, take, tiny_objective
+from tests.helpers_model import (
+    HEAT,
+    MOOD,
+    SIGNS,
+    TOPIC,
+    WORDS,
+    moe_config,
+    random_batch,
+    take,
+    tiny_objective,
+)
 
 TASKS = tuple(replace(task, contrastive=True) for task in (MOOD, TOPIC, HEAT, WORDS, SIGNS))
 LOSS = LossConfig(contrastive=ContrastiveConfig(weight=0.7, learn_temperature=True, chunk_size=3))
@@ -34,7 +44,9 @@ def chunks_of(batch: Batch, size: int) -> list[Batch]:
     return [replace(part, unit_scale_T=scale) for part in parts]
 
 
-def cached_step(objective: Objective, batches: Sequence[Batch]) -> tuple[float, dict[str, torch.Tensor], list]:
+def cached_step(
+    objective: Objective, batches: Sequence[Batch]
+) -> tuple[float, dict[str, torch.Tensor], list]:
     """What the engine does, by PyTorch alone: (loss, gradients, outputs of the second pass)."""
     objective.zero_grad()
     objective.begin_step()
@@ -63,14 +75,19 @@ def test_chunks_give_the_loss_and_the_gradient_of_the_large_batch(size: int, rou
     for output in outputs:
         torch.testing.assert_close(output.terms["contrastive"], whole.terms["contrastive"])
     for name, value in expected.items():
-        torch.testing.assert_close(grads[name], value, rtol=1e-4, atol=1e-5 * float(value.norm()) + 1e-9, msg=name)
+        torch.testing.assert_close(
+            grads[name], value, rtol=1e-4, atol=1e-5 * float(value.norm()) + 1e-9, msg=name
+        )
 
 
 def test_without_the_cache_small_batches_have_another_gradient():
     """The test above can fail."""
     batch = some_missing(random_batch(rows=ROWS, tasks=TASKS))
     objective = tiny_objective(tasks=TASKS, loss=LOSS).train()
-    losses = [[float(objective(part).terms["contrastive"]) for part in chunks_of(batch, size)] for size in (3, ROWS)]
+    losses = [
+        [float(objective(part).terms["contrastive"]) for part in chunks_of(batch, size)]
+        for size in (3, ROWS)
+    ]
     assert abs(sum(losses[0]) / 4 - losses[1][0]) > 0.1
 
 
@@ -87,11 +104,16 @@ def test_the_second_pass_repeats_dropout_and_routing_of_the_first_and_counts_loa
     # The engine takes the loads from these outputs: each real token once per layer, k routes each.
     tokens = int(batch.attention_mask_BL.sum())
     for layer in range(3):
-        assert sum(int(output.output.routings[layer].counts_E.sum()) for output in outputs) == 2 * tokens
+        assert (
+            sum(int(output.output.routings[layer].counts_E.sum()) for output in outputs)
+            == 2 * tokens
+        )
     # Two views of one post differ under dropout.
     first = passes[-1][0]
     labelled = first.views["words"].norm(dim=1) > 0
-    assert labelled.any() and not torch.allclose(first.views["words"][labelled], first.embeddings["words"][labelled])
+    assert labelled.any() and not torch.allclose(
+        first.views["words"][labelled], first.embeddings["words"][labelled]
+    )
 
 
 def test_the_first_pass_keeps_embeddings_and_picks_alone():
@@ -102,10 +124,23 @@ def test_the_first_pass_keeps_embeddings_and_picks_alone():
         answers = objective(batch, embed=True)
     tokens = int(batch.attention_mask_BL.sum())
     for answer in answers:
-        held = [*answer.embeddings.values(), *answer.views.values(), *answer.picks, answer.token_rows_S]
+        held = [
+            *answer.embeddings.values(),
+            *answer.views.values(),
+            *answer.picks,
+            answer.token_rows_S,
+        ]
         assert sum(tensor.numel() for tensor in answer.picks) == 3 * 2 * tokens
-        assert sum(tensor.numel() for tensor in held[: -len(answer.picks) - 1]) <= (len(TASKS) + 1) * ROWS * 8
-        assert not answer.logits and not answer.routings and answer.image_text is None and not answer.attentions
+        assert (
+            sum(tensor.numel() for tensor in held[: -len(answer.picks) - 1])
+            <= (len(TASKS) + 1) * ROWS * 8
+        )
+        assert (
+            not answer.logits
+            and not answer.routings
+            and answer.image_text is None
+            and not answer.attentions
+        )
 
 
 def test_a_near_tie_between_experts_is_not_decided_another_way():
@@ -128,9 +163,14 @@ def test_a_micro_batch_without_posts_takes_part():
     filler = random_batch(rows=1, tasks=TASKS, labelled=False)
     filler = replace(filler, row_ids_B=torch.tensor([-1]), task_ids_B=torch.tensor([-1]))
     units = count_units(batch, TASKS)
-    pair = [replace(part, unit_scale_T=unit_scale(units, world_size=1, accumulation=2)) for part in (batch, filler)]
+    pair = [
+        replace(part, unit_scale_T=unit_scale(units, world_size=1, accumulation=2))
+        for part in (batch, filler)
+    ]
     loss, grads, _ = cached_step(objective, pair)
-    alone, expected, _ = cached_step(objective, [replace(batch, unit_scale_T=pair[0].unit_scale_T / 2)])
+    alone, expected, _ = cached_step(
+        objective, [replace(batch, unit_scale_T=pair[0].unit_scale_T / 2)]
+    )
     assert loss == pytest.approx(alone, rel=1e-6)
     for name, value in expected.items():
         torch.testing.assert_close(grads[name], value, rtol=1e-4, atol=1e-6)
@@ -139,7 +179,9 @@ def test_a_micro_batch_without_posts_takes_part():
 def test_tags_of_different_lengths_are_joined():
     parts = [random_batch(rows=2, length=length, tasks=TASKS) for length in (5, 9)]
     joined = joined_batch(parts)
-    assert joined.labels["words"].shape == (4, 9) and (joined.labels["words"][:2, 5:] == IGNORED).all()
+    assert (
+        joined.labels["words"].shape == (4, 9) and (joined.labels["words"][:2, 5:] == IGNORED).all()
+    )
     assert joined.row_ids_B.tolist() == [0, 1, 0, 1]
 
 

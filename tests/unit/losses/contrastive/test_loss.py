@@ -36,16 +36,24 @@ def check(loss, rows, tasks=TASKS, *, atol=1e-12, **options):
     torch.testing.assert_close(share.double(), expected, atol=atol, rtol=atol)
     for task in tasks:
         torch.testing.assert_close(
-            terms[f"contrastive/{task.name}"].double(), each[task.name].detach(), atol=atol, rtol=atol
+            terms[f"contrastive/{task.name}"].double(),
+            each[task.name].detach(),
+            atol=atol,
+            rtol=atol,
         )
     for name, leaf in leaves.items():
-        got, wanted = (torch.zeros_like(leaf) if g is None else g.to(leaf) for g in (leaf.grad, references[name].grad))
+        got, wanted = (
+            torch.zeros_like(leaf) if g is None else g.to(leaf)
+            for g in (leaf.grad, references[name].grad)
+        )
         torch.testing.assert_close(got, wanted, atol=atol, rtol=atol)
     return terms
 
 
 @pytest.mark.parametrize(
-    "tasks", [*[(task,) for task in TASKS], TASKS], ids=lambda tasks: "+".join(t.name for t in tasks)
+    "tasks",
+    [*[(task,) for task in TASKS], TASKS],
+    ids=lambda tasks: "+".join(t.name for t in tasks),
 )
 def test_every_kind_equals_float64_autograd_of_the_dense_formula(tasks):
     check(loss_of(tasks), random_rows(14, tasks=tasks), tasks)
@@ -58,12 +66,20 @@ def test_few_rows_equal_it_too(rows):
 
 def test_float32_is_right_to_five_digits_and_half_precision_is_compared_in_float32():
     rows = random_rows(14)
-    single = {name: value.float() if value.dtype == torch.float64 else value for name, value in rows.items()}
+    single = {
+        name: value.float() if value.dtype == torch.float64 else value
+        for name, value in rows.items()
+    }
     check(loss_of(), single, atol=1e-5)
-    half = {name: value.bfloat16() if value.dtype == torch.float64 else value for name, value in rows.items()}
+    half = {
+        name: value.bfloat16() if value.dtype == torch.float64 else value
+        for name, value in rows.items()
+    }
     share, _, leaves = call(loss_of(), half)
     assert share.dtype == torch.float32
-    torch.testing.assert_close(share.double(), reference(TASKS, half)[0].detach(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        share.double(), reference(TASKS, half)[0].detach(), atol=1e-5, rtol=1e-5
+    )
 
 
 def test_a_learned_temperature_gets_the_exact_gradient_for_every_task():
@@ -74,8 +90,12 @@ def test_a_learned_temperature_gets_the_exact_gradient_for_every_task():
     expected = reference(TASKS, rows, scales=log_scales.exp())[0]
     expected.backward()
     torch.testing.assert_close(share, expected, atol=1e-12, rtol=1e-12)
-    torch.testing.assert_close(loss.scales.log_scales_T.grad, log_scales.grad, atol=1e-12, rtol=1e-12)
-    assert terms["temperature/mood"] == pytest.approx(0.2) and terms["temperature/heat"] == pytest.approx(0.3)
+    torch.testing.assert_close(
+        loss.scales.log_scales_T.grad, log_scales.grad, atol=1e-12, rtol=1e-12
+    )
+    assert terms["temperature/mood"] == pytest.approx(0.2) and terms[
+        "temperature/heat"
+    ] == pytest.approx(0.3)
 
 
 def test_a_task_without_rows_still_gives_its_temperature_a_gradient():
@@ -89,7 +109,9 @@ def test_a_temperature_at_its_floor_can_only_rise():
     with torch.no_grad():
         loss.scales.log_scales_T.fill_(9.0)
     assert loss.scales().item() == 100.0
-    rows["z/mood"] = F.normalize(torch.eye(2, WIDTH, dtype=torch.float64)[[0, 0, 1, 1]] + 3.0, dim=1)
+    rows["z/mood"] = F.normalize(
+        torch.eye(2, WIDTH, dtype=torch.float64)[[0, 0, 1, 1]] + 3.0, dim=1
+    )
     for labels, passed in (([0, 0, 1, 1], False), ([0, 1, 0, 1], True)):
         loss.zero_grad()
         rows["label/mood"] = torch.tensor(labels)
@@ -106,7 +128,9 @@ def test_copies_of_a_post_are_neither_positives_nor_rivals_of_each_other():
     twice = random_rows(4, tasks=(MOOD,))
     twice["label/mood"] = torch.tensor([0, 0, 0, 1])
     twice["posts"][1] = twice["posts"][0]
-    assert check(loss_of((MOOD,)), twice, (MOOD,))["positives_per_anchor/mood"] == pytest.approx((1 + 1 + 2) / 3)
+    assert check(loss_of((MOOD,)), twice, (MOOD,))["positives_per_anchor/mood"] == pytest.approx(
+        (1 + 1 + 2) / 3
+    )
 
 
 def test_learned_temperatures_of_a_model_in_bf16_are_computed_in_float32_from_the_rounded_parameter():
@@ -119,7 +143,9 @@ def test_learned_temperatures_of_a_model_in_bf16_are_computed_in_float32_from_th
 @pytest.mark.parametrize("where", ["config", "task"])
 def test_a_temperature_of_zero_is_refused(where):
     task = replace(MOOD, contrastive_temperature=0.001) if where == "task" else MOOD
-    with pytest.raises(ValueError, match="loss.contrastive.temperature of task mood .* at least 0.01"):
+    with pytest.raises(
+        ValueError, match="loss.contrastive.temperature of task mood .* at least 0.01"
+    ):
         loss_of((task,), temperature=0.1 if where == "task" else 0.0)
 
 
@@ -174,10 +200,16 @@ def test_two_views_of_a_post_are_both_anchors():
 def test_a_batch_without_labels_still_gives_the_projection_a_gradient():
     task = replace(MOOD, labels=("bad", "so-so", "good"))
     model, batch = tiny_model(tasks=(task,)), random_batch(labelled=False, tasks=(task,))
-    loss = ContrastiveLoss((task,), ContrastiveConfig(), width=8, gather=contrastive.alone, world_size=1)
+    loss = ContrastiveLoss(
+        (task,), ContrastiveConfig(), width=8, gather=contrastive.alone, world_size=1
+    )
     total, _ = loss(model(batch), batch)
     total.backward()
-    assert total == 0 and model.projection.weight.grad is not None and not model.projection.weight.grad.any()
+    assert (
+        total == 0
+        and model.projection.weight.grad is not None
+        and not model.projection.weight.grad.any()
+    )
 
 
 def test_the_gathers_are_reached_without_rows_and_the_backward_pass_has_none():

@@ -57,8 +57,13 @@ def past_of(loss):
     """Task -> (rows, label tensor, posts) as ``reference`` wants them, of what is in the queue."""
     found = {}
     for index, task in enumerate(loss.tasks):
-        rows, keys, posts = (part.clone() for part in loss.queue.read(index, added=int(loss.queue.added_T[index])))
-        labels = {"single_label": lambda keys=keys: keys[:, 0].long(), "regression": lambda keys=keys: keys[:, 0]}
+        rows, keys, posts = (
+            part.clone() for part in loss.queue.read(index, added=int(loss.queue.added_T[index]))
+        )
+        labels = {
+            "single_label": lambda keys=keys: keys[:, 0].long(),
+            "regression": lambda keys=keys: keys[:, 0],
+        }
         bits = keys.long()[..., None] >> torch.arange(20) & 1
         labels |= {"multi_label": lambda bits=bits: bits.flatten(1)[:, :23].float()}
         labels |= dict.fromkeys(("tags", "unlabelled"), lambda posts=posts: posts)
@@ -110,7 +115,9 @@ def test_rows_of_the_anchors_own_post_are_left_out():
     assert first == call(fresh, rows)[0] and share > 0
     # Post 0 has post 1 as its positive, post 2 has post 3; neither sees itself of the step before.
     expected = reference(
-        (MOOD,), pair, past={"mood": (rows["z/mood"].float().double(), rows["label/mood"], rows["posts"])}
+        (MOOD,),
+        pair,
+        past={"mood": (rows["z/mood"].float().double(), rows["label/mood"], rows["posts"])},
     )
     torch.testing.assert_close(share.detach(), expected[0].detach(), atol=1e-12, rtol=1e-12)
 

@@ -22,7 +22,12 @@ def pcgrad_of_vectors(gradients_KX: np.ndarray, step: int) -> np.ndarray:
         left = gradient.copy()
         for other in rng.permutation(len(gradients_KX)):
             if other != own and left @ gradients_KX[other] < 0:
-                left -= left @ gradients_KX[other] / (gradients_KX[other] @ gradients_KX[other]) * gradients_KX[other]
+                left -= (
+                    left
+                    @ gradients_KX[other]
+                    / (gradients_KX[other] @ gradients_KX[other])
+                    * gradients_KX[other]
+                )
         total = total + left
     return total
 
@@ -31,7 +36,9 @@ def pcgrad_of_vectors(gradients_KX: np.ndarray, step: int) -> np.ndarray:
 def test_pcgrad_by_inner_products_equals_pcgrad_by_vectors(seed):
     gradients = random_gradients(seed, 2 + seed % 5)
     factors = pcgrad(gradients @ gradients.T, step=seed)
-    np.testing.assert_allclose(factors @ gradients, pcgrad_of_vectors(gradients, seed), rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(
+        factors @ gradients, pcgrad_of_vectors(gradients, seed), rtol=1e-12, atol=1e-12
+    )
 
 
 def test_pcgrad_of_two_gradients_by_hand():
@@ -42,7 +49,9 @@ def test_pcgrad_of_two_gradients_by_hand():
 
 
 def test_pcgrad_leaves_gradients_that_agree_and_gradients_of_nothing_alone():
-    assert pcgrad(np.array([[1.0, 0.2, 0.0], [0.2, 3.0, 0.0], [0.0, 0.0, 0.0]]), step=0).tolist() == [1.0, 1.0, 1.0]
+    assert pcgrad(
+        np.array([[1.0, 0.2, 0.0], [0.2, 3.0, 0.0], [0.0, 0.0, 0.0]]), step=0
+    ).tolist() == [1.0, 1.0, 1.0]
 
 
 def test_the_order_of_pcgrad_is_drawn_by_the_step():
@@ -63,15 +72,22 @@ def test_cagrad_solves_the_problem_that_the_paper_begins_with(seed):
     away = np.random.default_rng(seed).normal(size=(20000, gradients.shape[1]))
     near = np.concatenate([away, direction - mean + 0.05 * radius * away])
     tried = mean + radius * near / np.linalg.norm(near, axis=1, keepdims=True)
-    assert reached >= (tried @ gradients.T).min(axis=1).max() - 1e-9 and reached > (gradients @ mean).min()
+    assert (
+        reached >= (tried @ gradients.T).min(axis=1).max() - 1e-9
+        and reached > (gradients @ mean).min()
+    )
 
 
 def test_cagrad_of_two_gradients_by_hand():
-    # Equally long and at right angles, both are worst off alike: d = g0 (1 + c), for the sum twice that.
+    # Equally long and at right angles, both are worst off alike: d = g0 (1 + c), for the sum twice
+    # that.
     np.testing.assert_allclose(cagrad(np.eye(2), strength=0.5), [1.5, 1.5], rtol=1e-6)
-    # One far longer: the short one is worst off, the whole step goes its way. |g0| = sqrt(100 + 1)/2, divided by |g2|.
+    # One far longer: the short one is worst off, the whole step goes its way. |g0| = sqrt(100 +
+    # 1)/2, divided by |g2|.
     np.testing.assert_allclose(
-        cagrad(np.diag([100.0, 1.0]), strength=0.2), [1.0, 1.0 + 2 * 0.2 * np.sqrt(101) / 2], rtol=1e-4
+        cagrad(np.diag([100.0, 1.0]), strength=0.2),
+        [1.0, 1.0 + 2 * 0.2 * np.sqrt(101) / 2],
+        rtol=1e-4,
     )
 
 
@@ -82,7 +98,10 @@ def test_cagrad_without_strength_or_gradients_is_the_plain_sum():
 
 def test_gradients_that_cancel_out_give_finite_factors():
     for gram, strength in itertools.product([np.array([[1.0, -1.0], [-1.0, 1.0]])], (0.1, 0.9)):
-        assert np.isfinite(cagrad(gram, strength=strength)).all() and np.isfinite(pcgrad(gram, step=0)).all()
+        assert (
+            np.isfinite(cagrad(gram, strength=strength)).all()
+            and np.isfinite(pcgrad(gram, step=0)).all()
+        )
 
 
 def test_cagrad_does_not_jump_with_the_last_digits():

@@ -56,7 +56,9 @@ def test_weights_do_not_lose_precision_with_the_model(name):
             end(weighting, losses)
     expected = weights_of(weighting)
     assert weights_of(weighting.bfloat16()) == expected
-    assert weighting(torch.ones(3), torch.tensor([True] * 3), gram_TT=GRAM)[1].dtype == torch.float32
+    assert (
+        weighting(torch.ones(3), torch.tensor([True] * 3), gram_TT=GRAM)[1].dtype == torch.float32
+    )
 
 
 @pytest.mark.parametrize("name", WEIGHTINGS)
@@ -104,7 +106,11 @@ def test_a_step_without_any_task_is_harmless(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "price"), [("uncertainty", lambda v: 0.5 * v), ("uncertainty_positive", lambda v: math.log1p(math.exp(v)))]
+    ("name", "price"),
+    [
+        ("uncertainty", lambda v: 0.5 * v),
+        ("uncertainty_positive", lambda v: math.log1p(math.exp(v))),
+    ],
 )
 def test_uncertainty_by_hand_and_its_gradient_in_float64(name, price):
     weighting = make(name).double()
@@ -112,7 +118,9 @@ def test_uncertainty_by_hand_and_its_gradient_in_float64(name, price):
         weighting.log_variances_T.copy_(torch.tensor([0.0, -1.0, 0.7], dtype=torch.float64))
     losses, v = [0.4, 2.0, 1.1], [0.0, -1.0, 0.7]
     total, logged = weighting(torch.tensor(losses, dtype=torch.float64), torch.tensor([True] * 3))
-    expected = sum(0.5 * loss * math.exp(-own) + price(own) for loss, own in zip(losses, v, strict=True))
+    expected = sum(
+        0.5 * loss * math.exp(-own) + price(own) for loss, own in zip(losses, v, strict=True)
+    )
     assert total.item() == pytest.approx(expected, rel=1e-12)
     assert logged.tolist() == pytest.approx([0.5 * math.exp(-own) for own in v], rel=1e-12)
     total.backward()
@@ -138,7 +146,9 @@ def test_the_learned_variance_reaches_the_known_optimum(name, optimum):
         weighting(losses, torch.tensor([True] * 3))[0].backward()
         optimizer.step()
     variances = weighting.log_variances_T.detach().exp()
-    torch.testing.assert_close(variances, torch.tensor([optimum(loss) for loss in losses.tolist()]), rtol=2e-3, atol=0)
+    torch.testing.assert_close(
+        variances, torch.tensor([optimum(loss) for loss in losses.tolist()]), rtol=2e-3, atol=0
+    )
 
 
 def test_the_price_of_a_variance_counts_once_whatever_the_micro_steps():
@@ -159,7 +169,9 @@ def test_dynamic_average_by_hand():
     shares = np.exp(np.array([1 / 2, 4 / 4, 1.5 / 2]) / 0.5)
     assert weights_of(weighting) == pytest.approx((3 * shares / shares.sum()).tolist(), rel=1e-6)
     shares[1] = 0
-    assert weights_of(weighting, WITHOUT_HEAT) == pytest.approx((2 * shares / shares.sum()).tolist(), rel=1e-6)
+    assert weights_of(weighting, WITHOUT_HEAT) == pytest.approx(
+        (2 * shares / shares.sum()).tolist(), rel=1e-6
+    )
 
 
 def test_dynamic_average_means_over_the_steps_that_have_a_task():
@@ -178,7 +190,8 @@ def test_dynamic_average_means_over_the_steps_that_have_a_task():
 def test_gradnorm_by_hand():
     weighting = make("gradnorm", weighting_rate=0.1, gradnorm_alpha=2.0)
     end(weighting, [2.0, 4.0, 1.0])
-    # Sizes 2, 1, 3; nothing has fallen yet, so all targets are 2: the first is there, the others are not.
+    # Sizes 2, 1, 3; nothing has fallen yet, so all targets are 2: the first is there, the others
+    # are not.
     moved = np.array([1.0, np.exp(0.1 * 1 / 2), np.exp(-0.1 * 3 / 2)])
     first = 3 * moved / moved.sum()
     assert weights_of(weighting) == pytest.approx(first.tolist(), rel=1e-6)
@@ -198,7 +211,9 @@ def test_gradnorm_reaches_the_weights_that_make_gradients_as_long_as_they_are_to
         for _ in range(1500):
             end(weighting, ratios.tolist())
         wanted = ratios**alpha / lengths
-        assert weights_of(weighting) == pytest.approx((3 * wanted / wanted.sum()).tolist(), rel=0.02)
+        assert weights_of(weighting) == pytest.approx(
+            (3 * wanted / wanted.sum()).tolist(), rel=0.02
+        )
 
 
 @pytest.mark.parametrize(
@@ -214,7 +229,9 @@ def test_gradients_that_are_not_finite_leave_the_plain_sum_which_is_not_finite_e
     gram = GRAM.clone()
     gram[1] = torch.nan
     for name in ("pcgrad", "cagrad"):
-        total, weights = make(name)(torch.tensor([1.0, torch.nan, 1.0]), torch.tensor([True] * 3), gram_TT=gram)
+        total, weights = make(name)(
+            torch.tensor([1.0, torch.nan, 1.0]), torch.tensor([True] * 3), gram_TT=gram
+        )
         assert weights.tolist() == [1.0] * 3 and not total.isfinite()
 
 

@@ -43,12 +43,14 @@ def chunks_of(batch: Batch, count: int) -> list[Batch]:
 def gram_of(objective: Objective, batches: list[Batch]) -> torch.Tensor:
     """What the engine does before a step of several micro-batches."""
     with torch.random.fork_rng([]), torch.no_grad():
-        return gram_over_ranks(sum(objective(batch, gradients=True) for batch in batches) / len(batches))
+        return gram_over_ranks(
+            sum(objective(batch, gradients=True) for batch in batches) / len(batches)
+        )
 
 
 def gradients_of_a_layer(objective: Objective, batch: Batch) -> np.ndarray:
-    """Each task's gradient by a linear layer that really stands there, at the identity, from a backward pass of its
-    own through the whole model: (T, M * M), float64."""
+    """Each task's gradient by a linear layer that really stands there, at the identity, from a
+    backward pass of its own through the whole model: (T, M * M), float64."""
     layer = torch.nn.Linear(WIDTH, WIDTH, bias=False)
     torch.nn.init.eye_(layer.weight)
     read = objective.model.read
@@ -79,19 +81,26 @@ def test_weights_and_gradients_are_those_of_full_gradients_by_a_real_layer(weigh
     losses_T = objective.task_losses(objective.model(batch), batch)
     for name, weight in objective.named_parameters():
         if weight.requires_grad:
-            apart = [torch.autograd.grad(loss, weight, retain_graph=True, allow_unused=True)[0] for loss in losses_T]
+            apart = [
+                torch.autograd.grad(loss, weight, retain_graph=True, allow_unused=True)[0]
+                for loss in losses_T
+            ]
             parts = [f * g.double() for f, g in zip(expected, apart, strict=True) if g is not None]
             wanted = sum(parts, torch.zeros_like(weight, dtype=torch.float64))
             torch.testing.assert_close(weight.grad.double(), wanted, rtol=1e-3, atol=1e-5, msg=name)
 
 
 @pytest.mark.parametrize("private_width", [0, 4])
-def test_any_micro_batches_give_the_inner_products_and_the_gradient_of_the_whole_batch(private_width):
+def test_any_micro_batches_give_the_inner_products_and_the_gradient_of_the_whole_batch(
+    private_width,
+):
     objective = objective_with("pcgrad", private_width=private_width)
     (whole,) = chunks_of(a_batch(), 1)
     expected = objective(whole)
     expected.loss.backward()
-    wanted = {name: p.grad.clone() for name, p in objective.named_parameters() if p.grad is not None}
+    wanted = {
+        name: p.grad.clone() for name, p in objective.named_parameters() if p.grad is not None
+    }
     for count in (2, 5):
         objective.zero_grad()
         parts = chunks_of(a_batch(), count)
@@ -101,7 +110,9 @@ def test_any_micro_batches_give_the_inner_products_and_the_gradient_of_the_whole
             (objective(part, gram_TT=gram_TT).loss / count).backward()
         for name, value in wanted.items():
             found = dict(objective.named_parameters())[name].grad
-            torch.testing.assert_close(found, value, rtol=1e-3, atol=1e-6 + 1e-4 * float(value.abs().max()), msg=name)
+            torch.testing.assert_close(
+                found, value, rtol=1e-3, atol=1e-6 + 1e-4 * float(value.abs().max()), msg=name
+            )
 
 
 def test_one_micro_batch_alone_has_other_inner_products():
@@ -112,7 +123,10 @@ def test_one_micro_batch_alone_has_other_inner_products():
 
 
 def test_the_second_answers_draw_the_dropout_of_the_first_and_no_random_number_more():
-    objective, (batch,) = objective_with("pcgrad", dropout=0.4, private_width=4), chunks_of(a_batch(), 1)
+    objective, (batch,) = (
+        objective_with("pcgrad", dropout=0.4, private_width=4),
+        chunks_of(a_batch(), 1),
+    )
     torch.manual_seed(3)
     output = objective.model(batch, probed=True)
     after = torch.rand(1)
@@ -192,6 +206,10 @@ def test_what_a_weighting_learns_has_its_own_rate_and_no_decay():
 
     recipe = Recipe(loss=replace(PLAIN, weighting="uncertainty", weighting_rate=0.3))
     objective = objective_with("uncertainty")
-    (group,) = [group for group in parameter_groups(objective, recipe) if group["role"] == "weighting"]
+    (group,) = [
+        group for group in parameter_groups(objective, recipe) if group["role"] == "weighting"
+    ]
     assert group["lr"] == 0.3 and group["weight_decay"] == 0.0 and recipe.train.weight_decay > 0
-    assert [id(parameter) for parameter in group["params"]] == [id(objective.weighting.log_variances_T)]
+    assert [id(parameter) for parameter in group["params"]] == [
+        id(objective.weighting.log_variances_T)
+    ]

@@ -7,7 +7,12 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForPreTraining, AutoModelForSeq2SeqLM
+from transformers import (
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoModelForPreTraining,
+    AutoModelForSeq2SeqLM,
+)
 
 from comoe.config.recipe import ModelConfig
 from comoe.models.encoders.build import build_encoder, build_encoder_from_config
@@ -33,7 +38,9 @@ def test_a_saved_encoder_loads_without_pooler_and_with_its_weights(saved_bert):
 
 
 # What the hub holds: weights that were saved with the head they were pre-trained with.
-PRETRAINED = dict.fromkeys(HF_CONFIGS | VARIANTS, AutoModelForMaskedLM) | {"electra": AutoModelForPreTraining}
+PRETRAINED = dict.fromkeys(HF_CONFIGS | VARIANTS, AutoModelForMaskedLM) | {
+    "electra": AutoModelForPreTraining
+}
 PRETRAINED |= dict.fromkeys(SEQ2SEQ, AutoModelForSeq2SeqLM)
 
 
@@ -44,7 +51,9 @@ def test_an_encoder_saved_with_its_pre_training_head_loads_all_its_weights(tmp_p
     whole.save_pretrained(tmp_path)
     encoder = build_encoder(ModelConfig(encoder=str(tmp_path)))
     base = whole.get_encoder() if family in SEQ2SEQ else whole.base_model
-    torch.testing.assert_close(dict(encoder.named_parameters()), dict(base.named_parameters()), atol=0, rtol=0)
+    torch.testing.assert_close(
+        dict(encoder.named_parameters()), dict(base.named_parameters()), atol=0, rtol=0
+    )
     assert not any(name.startswith("pooler") for name, _ in encoder.named_parameters())
 
 
@@ -52,7 +61,11 @@ def test_an_encoder_saved_with_its_pre_training_head_loads_all_its_weights(tmp_p
 def test_dropout_reaches_every_family(family):
     encoder = build_encoder_from_config(HF_CONFIGS[family].to_dict(), dropout=0.25)
     drops = {module.p for module in encoder.modules() if isinstance(module, torch.nn.Dropout)}
-    drops |= {layer.dropout for layer in layers_of(encoder) if isinstance(getattr(layer, "dropout", None), float)}
+    drops |= {
+        layer.dropout
+        for layer in layers_of(encoder)
+        if isinstance(getattr(layer, "dropout", None), float)
+    }
     assert drops == {0.25}
     (block,) = attach_blocks(encoder, moe_config(layers=[1]), ContextHolder())
     # Layers that drop out the sum of feed-forward and block would do it twice.
@@ -69,7 +82,9 @@ def test_dropout_sets_every_dropout_of_encoder_blocks_and_heads(saved_bert):
 
 @pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "some/folder/inside"])
 def test_a_missing_folder_is_refused_with_what_to_do(name):
-    with pytest.raises(ValueError, match="model.encoder .* is not a folder with an encoder.*smoke:encoder"):
+    with pytest.raises(
+        ValueError, match="model.encoder .* is not a folder with an encoder.*smoke:encoder"
+    ):
         build_encoder(ModelConfig(encoder=name))
 
 
@@ -81,20 +96,28 @@ def test_a_folder_without_a_config_is_refused(tmp_path):
 def test_an_unreachable_hub_name_is_refused_with_what_to_do(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(
-        ValueError, match="model.encoder .no-such-owner/no-such-encoder. could not be loaded.*kit:minilm"
+        ValueError,
+        match="model.encoder .no-such-owner/no-such-encoder. could not be loaded.*kit:minilm",
     ):
         build_encoder(ModelConfig(encoder="no-such-owner/no-such-encoder"))
 
 
 def broken(folder, saved, *, config=None, weights=None):
     folder.joinpath("config.json").write_text(config or saved.joinpath("config.json").read_text())
-    folder.joinpath("model.safetensors").write_bytes(weights or saved.joinpath("model.safetensors").read_bytes())
+    folder.joinpath("model.safetensors").write_bytes(
+        weights or saved.joinpath("model.safetensors").read_bytes()
+    )
     return ModelConfig(encoder=str(folder))
 
 
 def test_broken_encoder_files_are_refused(tmp_path, saved_bert):
     whole = saved_bert.joinpath("model.safetensors").read_bytes()
-    for damage in ({"config": "{"}, {"config": "{}"}, {"weights": whole[:500]}, {"weights": b"<html>404</html>"}):
+    for damage in (
+        {"config": "{"},
+        {"config": "{}"},
+        {"weights": whole[:500]},
+        {"weights": b"<html>404</html>"},
+    ):
         with pytest.raises(ValueError, match="model.encoder .* could not be loaded"):
             build_encoder(broken(tmp_path, saved_bert, **damage))
 

@@ -40,7 +40,9 @@ def folders(tmp_path_factory):
         if name == "flan":
             model.lm_head.weight = torch.nn.Parameter(torch.randn(60, 16))
         model.save_pretrained(place / name)
-    (place / "flan/config.json").write_text(json.dumps(FLAN.to_dict() | {"tie_word_embeddings": False}))
+    (place / "flan/config.json").write_text(
+        json.dumps(FLAN.to_dict() | {"tie_word_embeddings": False})
+    )
     return place
 
 
@@ -60,7 +62,9 @@ def test_a_whole_model_loads_with_its_weights_and_ties_what_was_tied(folders, na
 
 
 @pytest.mark.parametrize("name", ["t5", "flan", "bart"])
-def test_an_export_of_an_encoder_decoder_answers_alike_and_holds_each_tensor_once(tmp_path, folders, name):
+def test_an_export_of_an_encoder_decoder_answers_alike_and_holds_each_tensor_once(
+    tmp_path, folders, name
+):
     recipe = tiny_recipe(tasks=MIXED)
     recipe.model = replace(recipe.model, encoder=str(folders / name), private_width=8)
     torch.manual_seed(1)
@@ -71,7 +75,9 @@ def test_an_export_of_an_encoder_decoder_answers_alike_and_holds_each_tensor_onc
         tokenizer=tiny_tokenizer(tmp_path / "v"),
     )  # fmt: skip
     weights = load_file(tmp_path / "e/model.safetensors")
-    assert sum(value.shape == (60, 16) for value in weights.values()) == (2 if name == "flan" else 1)
+    assert sum(value.shape == (60, 16) for value in weights.values()) == (
+        2 if name == "flan" else 1
+    )
     loaded, batch = load_exported(tmp_path / "e").model, decoder_batch(family=family_of(name))
     expected = model(batch).logits
     for task, logits in loaded(batch).logits.items():
@@ -90,7 +96,9 @@ def test_an_export_of_an_encoder_alone_holds_no_decoder_and_answers_alike(tmp_pa
         encoder_config=json.loads(json.dumps(model.encoder.config.to_dict(), default=str)),
         tokenizer=tiny_tokenizer(tmp_path / "v"),
     )  # fmt: skip
-    assert not any("decoder" in key or "lm_head" in key for key in load_file(tmp_path / "e/model.safetensors"))
+    assert not any(
+        "decoder" in key or "lm_head" in key for key in load_file(tmp_path / "e/model.safetensors")
+    )
     loaded, batch = load_exported(tmp_path / "e").model, random_batch()
     assert loaded.decoder is None and len(loaded.moe_layers()) == 3
     expected = model(batch).logits
@@ -103,19 +111,30 @@ def test_a_run_in_which_nothing_would_train_is_refused(folders):
     frozen = {"encoder": str(folders / "t5"), "train_layers": "none"}
     recipe.model = replace(recipe.model, **frozen, moe=moe_config(num_experts=0))
     for shape in (False, True):
-        with pytest.raises(ValueError, match=r"^model.train_layers \(none\) leaves nothing to train: .*private_width"):
+        with pytest.raises(
+            ValueError,
+            match=r"^model.train_layers \(none\) leaves nothing to train: .*private_width",
+        ):
             build_objective(recipe, DECODED, shape=shape)
     assert build_objective(recipe, MIXED, shape=True).model.heads
     recipe.model = replace(recipe.model, private_width=4)
     build_objective(recipe, DECODED, shape=True)
 
 
-def test_only_the_signs_that_begin_and_end_an_answer_are_kept_of_how_a_folder_generates(tmp_path, folders):
+def test_only_the_signs_that_begin_and_end_an_answer_are_kept_of_how_a_folder_generates(
+    tmp_path, folders
+):
     config = ModelConfig(encoder=str(folders / "bart"))
     plain = build_encoder(config, generates=True).generation_config.to_dict()
     settings = folders / "bart/generation_config.json"
     before = settings.read_text()
-    odd = {"num_beams": 7, "no_repeat_ngram_size": 1, "min_length": 9, "temperature": 3.0, "do_sample": True}
+    odd = {
+        "num_beams": 7,
+        "no_repeat_ngram_size": 1,
+        "min_length": 9,
+        "temperature": 3.0,
+        "do_sample": True,
+    }
     settings.write_text(json.dumps(json.loads(before) | odd))
     assert build_encoder(config, generates=True).generation_config.to_dict() == plain
     settings.write_text(json.dumps(json.loads(before) | {"forced_bos_token_id": 9}))
@@ -128,25 +147,36 @@ def test_a_t5_begins_with_padding_and_an_mbart_must_say_how_it_begins(tmp_path, 
         place = tmp_path / name
         place.mkdir()
         config = json.loads((folders / name / "config.json").read_text())
-        place.joinpath("config.json").write_text(json.dumps(config | {"decoder_start_token_id": None}))
-        (place / "model.safetensors").write_bytes((folders / name / "model.safetensors").read_bytes())
+        place.joinpath("config.json").write_text(
+            json.dumps(config | {"decoder_start_token_id": None})
+        )
+        (place / "model.safetensors").write_bytes(
+            (folders / name / "model.safetensors").read_bytes()
+        )
         return build_encoder(ModelConfig(encoder=str(place)), generates=True)
 
     assert without_start("t5").generation_config.decoder_start_token_id == 0
-    with pytest.raises(ValueError, match=r"model.encoder .*mbart. does not say its decoder_start_token_id.*config"):
+    with pytest.raises(
+        ValueError, match=r"model.encoder .*mbart. does not say its decoder_start_token_id.*config"
+    ):
         without_start("mbart")
 
 
 def test_an_encoder_without_a_decoder_is_refused_for_tasks_that_want_one(tmp_path):
     BertModel(HF_CONFIGS["bert"]).save_pretrained(tmp_path)
     for build in (build_encoder, build_encoder_shape):
-        with pytest.raises(ValueError, match=r"^model.encoder .* is a bert, which has no decoder.*t5, .*single_label"):
+        with pytest.raises(
+            ValueError,
+            match=r"^model.encoder .* is a bert, which has no decoder.*t5, .*single_label",
+        ):
             build(ModelConfig(encoder=str(tmp_path)), generates=True)
 
 
 def test_layers_are_never_dropped_at_random(tmp_path, folders):
     config = json.loads((folders / "bart/config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"encoder_layerdrop": 0.9, "decoder_layerdrop": 0.9}))
+    (tmp_path / "config.json").write_text(
+        json.dumps(config | {"encoder_layerdrop": 0.9, "decoder_layerdrop": 0.9})
+    )
     (tmp_path / "model.safetensors").write_bytes((folders / "bart/model.safetensors").read_bytes())
     found = build_encoder(ModelConfig(encoder=str(tmp_path)), generates=True)
     assert found.model.encoder.layerdrop == found.model.decoder.layerdrop == 0.0
@@ -172,7 +202,13 @@ def split_of(tasks):
 def plan_of(model):
     recipe = recipe_from_dict({"tasks": {"mood": {"path": "x"}}})
     split = split_of(model.tasks)
-    zero = {"zero_optimization": {"stage": 3, "stage3_max_live_parameters": 10, "stage3_max_reuse_distance": 10}}
+    zero = {
+        "zero_optimization": {
+            "stage": 3,
+            "stage3_max_live_parameters": 10,
+            "stage3_max_reuse_distance": 10,
+        }
+    }
     return plan_run(recipe, Layout(2, 2, 3, 6, 1, True), model, split, zero)
 
 
@@ -234,12 +270,21 @@ def test_a_flan_t5_of_any_size_is_planned_from_its_configuration(tmp_path, name,
 def test_the_plan_counts_a_row_per_task_that_a_decoder_answers_and_what_it_reads_and_writes():
     model = decoder_model(moe=moe_config(layers=[0, 4]))
     row = _row_tokens(model, split_of(MIXED), by_task=False)
-    # Heads' row: 5.5 tokens; three prompts of 7.5. Words of labels: at most two, so five tokens; two texts of three.
+    # Heads' row: 5.5 tokens; three prompts of 7.5. Words of labels: at most two, so five tokens;
+    # two texts of three.
     assert row == (5.5 + 3 * 7.5, 3 * 7.5, 5 + 3 + 3, 4.0)
-    assert _row_tokens(model, split_of(MIXED), by_task=True) == (2 * 5.5 + 3 * 7.5, 3 * 7.5, 11, 5.0)
+    assert _row_tokens(model, split_of(MIXED), by_task=True) == (
+        2 * 5.5 + 3 * 7.5,
+        3 * 7.5,
+        11,
+        5.0,
+    )
     parts = {part.name: part.device_bytes for part in plan_of(model).parts}
     tokens, written, read, width, expert = 6 * 28, 6 * 11, int(6 * 22.5), 16, 16
-    layer, block = (8 * width + 2 * 24) * 2 + 2 * width, width * (2 * 2 + 4 + 1) + 2 * (2 * width + 4 * expert) * 2
+    layer, block = (
+        (8 * width + 2 * 24) * 2 + 2 * width,
+        width * (2 * 2 + 4 + 1) + 2 * (2 * width + 4 * expert) * 2,
+    )
     encoder = tokens * (3 * layer + block + width * (3 * 2 + 4 * 2))
     look = written * (4 * width * 2 + width) + 2 * read * width * 2
     decoder = written * (2 * layer + block + width * 3 * 2) + 2 * look + read * width * 2

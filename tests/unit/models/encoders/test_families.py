@@ -68,19 +68,26 @@ def test_trained_experts_change_the_answer_and_every_parameter_gets_a_gradient(f
 def test_the_block_sits_beside_the_feed_forward_before_the_residual_sum(family):
     encoder, (block,), batch = attached(family, moe_config(layers=[2]))
     seen = {}
-    block.register_forward_hook(lambda module, inputs, output: seen.update(x=inputs[0], update=output))
+    block.register_forward_hook(
+        lambda module, inputs, output: seen.update(x=inputs[0], update=output)
+    )
     layer = layers_of(encoder)[2]
     layer.register_forward_pre_hook(lambda module, inputs: seen.update(before=inputs[0]))
     hidden = run(encoder, batch)
     if family in ("bert", "deberta-v2"):
-        feed_forward, norm = layer.output.inner.dense(layer.intermediate(seen["x"])), layer.output.inner.LayerNorm
+        feed_forward, norm = (
+            layer.output.inner.dense(layer.intermediate(seen["x"])),
+            layer.output.inner.LayerNorm,
+        )
         expected = norm(seen["x"] + feed_forward + seen["update"])
     elif family == "distilbert":
         expected = layer.output_layer_norm(seen["x"] + layer.ffn.inner(seen["x"]) + seen["update"])
     else:
         # Pre-norm: the residual is the state before the norm, and a last norm follows the layers.
         bare = tiny_encoder(family).eval()
-        layers_of(bare)[2].register_forward_hook(lambda module, inputs, output: seen.update(plain=output))
+        layers_of(bare)[2].register_forward_hook(
+            lambda module, inputs, output: seen.update(plain=output)
+        )
         run(bare, batch)
         expected = encoder.final_norm(seen["plain"] + seen["update"])
     torch.testing.assert_close(hidden, expected)
@@ -127,10 +134,14 @@ def test_no_experts_leaves_the_encoder_as_it_is():
 def test_every_family_builds_with_and_without_its_pooler():
     assert all(tiny_encoder(family).config.hidden_size == WIDTH for family in HF_CONFIGS)
     # One of both sides needs pictures: tests/unit/models/vision/test_fusion.py.
-    assert set(HF_CONFIGS) == {name for name, family in FAMILIES.items() if not family.single_stream}
+    assert set(HF_CONFIGS) == {
+        name for name, family in FAMILIES.items() if not family.single_stream
+    }
 
 
-@pytest.mark.parametrize("family", ["bert", "roberta", "xlm-roberta", "camembert", "electra", "mpnet", "distilbert"])
+@pytest.mark.parametrize(
+    "family", ["bert", "roberta", "xlm-roberta", "camembert", "electra", "mpnet", "distilbert"]
+)
 def test_the_longest_input_is_the_longest_that_runs(family):
     config = HF_CONFIGS[family].to_dict() | {"max_position_embeddings": 12}
     encoder = build_encoder_from_config(config, dropout=0.0)
@@ -157,7 +168,10 @@ def test_segments_are_passed_only_to_encoders_that_tell_them_apart():
     for family in ALL_CONFIGS:
         model = tiny_model(family=family).eval()
         # A tokenizer numbers the second text of a pair 1 also where the encoder has one segment.
-        same = torch.equal(model(batch).logits["mood"], model(replace(batch, token_type_ids_BL=None)).logits["mood"])
+        same = torch.equal(
+            model(batch).logits["mood"],
+            model(replace(batch, token_type_ids_BL=None)).logits["mood"],
+        )
         assert same is (family not in reading)
 
 
@@ -176,7 +190,10 @@ def test_a_frozen_encoder_keeps_its_experts_and_heads_in_training(family):
 @pytest.mark.parametrize("family", ALL_CONFIGS)
 @pytest.mark.parametrize("count", [1, 3])
 def test_the_last_layers_train_and_what_lies_below_does_not(family, count):
-    model, none = tiny_model(family=family, train_layers=count), tiny_model(family=family, train_layers="none")
+    model, none = (
+        tiny_model(family=family, train_layers=count),
+        tiny_model(family=family, train_layers="none"),
+    )
     path = FAMILIES[family.split()[0]].layers
     last = tuple(f"encoder.{path}.{number}." for number in range(3 - count, 3))
     after = tuple(f"encoder.{name}." for name in FAMILIES[family.split()[0]].after_layers)

@@ -31,7 +31,9 @@ def build_block(*, real_rows=((0, 5), (1, 3)), length=5, embeddings=None, **opti
     torch.manual_seed(0)
     holder = ContextHolder()
     block = CooperativeBlock(M, WIDE, moe_config(**options), layer=0, holder=holder).double()
-    index = torch.tensor([row * length + column for row, count in real_rows for column in range(count)])
+    index = torch.tensor(
+        [row * length + column for row, count in real_rows for column in range(count)]
+    )
     holder.context = RoutingContext(index, index // length, embeddings)
     return block, holder.context
 
@@ -54,14 +56,19 @@ def test_the_grouped_kernel_equals_the_loop():
     x = torch.randn(10, M)
     answers = [run_grouped(x, counts, experts.gate_up_proj, experts.down_proj), experts(x, counts)]
     torch.testing.assert_close(*answers)
-    gradients = [torch.autograd.grad(answer.square().sum(), experts.parameters()) for answer in answers]
+    gradients = [
+        torch.autograd.grad(answer.square().sum(), experts.parameters()) for answer in answers
+    ]
     torch.testing.assert_close(*gradients)
 
 
 def test_experts_without_tokens_get_a_zero_gradient_and_not_none():
     experts = Experts(4, M, WIDE)
     experts(torch.randn(0, M), torch.zeros(4, dtype=torch.int64)).sum().backward()
-    assert all(parameter.grad is not None and not parameter.grad.any() for parameter in experts.parameters())
+    assert all(
+        parameter.grad is not None and not parameter.grad.any()
+        for parameter in experts.parameters()
+    )
 
 
 def test_a_mixture_equals_the_weighted_sum_of_its_experts():
@@ -71,8 +78,13 @@ def test_a_mixture_equals_the_weighted_sum_of_its_experts():
     answer, routing = mixture(x), mixture.router.collect()
     scores = torch.sigmoid(x[0] @ mixture.gate.weight.T)
     best, picks = scores.topk(2)
-    weights = torch.zeros(20, 4, dtype=torch.float64).scatter(1, picks, best / best.sum(1, keepdim=True))
-    each = [dense_expert(x[0], mixture.experts.gate_up_proj[e], mixture.experts.down_proj[e]) for e in range(4)]
+    weights = torch.zeros(20, 4, dtype=torch.float64).scatter(
+        1, picks, best / best.sum(1, keepdim=True)
+    )
+    each = [
+        dense_expert(x[0], mixture.experts.gate_up_proj[e], mixture.experts.down_proj[e])
+        for e in range(4)
+    ]
     torch.testing.assert_close(answer[0], sum(weights[:, [e]] * each[e] for e in range(4)))
     assert routing.counts_E.sum() == 40
 
@@ -85,7 +97,11 @@ def test_permuting_the_experts_changes_nothing(gate):
     x, order = torch.randn(1, 20, M, dtype=torch.float64), torch.tensor([2, 0, 3, 1])
     before = mixture(x)
     with torch.no_grad():
-        for tensor in (*mixture.experts.parameters(), mixture.gate.weight, mixture.gate.e_score_correction_bias):
+        for tensor in (
+            *mixture.experts.parameters(),
+            mixture.gate.weight,
+            mixture.gate.e_score_correction_bias,
+        ):
             tensor.copy_(tensor[order])
     torch.testing.assert_close(mixture(x), before)
 
@@ -115,7 +131,9 @@ def test_one_expert_equals_the_dense_block():
         dense.down.weight.copy_(block.mixture.experts.down_proj[0])
     x = torch.randn(2, 5, M, dtype=torch.float64)
     picked = x.reshape(10, M)[context.real_index_S]
-    torch.testing.assert_close(block(x).reshape(10, M)[context.real_index_S], dense(block.norm(picked)))
+    torch.testing.assert_close(
+        block(x).reshape(10, M)[context.real_index_S], dense(block.norm(picked))
+    )
 
 
 def test_padding_gets_no_update_and_counts_as_no_load():
@@ -151,28 +169,48 @@ def test_route_by_both_reads_token_and_task():
     x = torch.randn(2, 5, M, dtype=torch.float64)
     block(x)
     h = block.norm(x.reshape(10, M)[context.real_index_S])
-    expected = h @ block.mixture.gate.weight.T + (embeddings @ block.task_projection.weight.T)[context.token_rows_S]
+    expected = (
+        h @ block.mixture.gate.weight.T
+        + (embeddings @ block.task_projection.weight.T)[context.token_rows_S]
+    )
     torch.testing.assert_close(context.routings[0].logits_SE, expected)
 
 
 def test_a_mixture_is_what_autoep_looks_for():
     model = tiny_model(moe_config(layers=[1], expert_width=12))
-    found = {name: module for name, module in model.named_modules() if re.fullmatch(MIXTURE_PATTERN, name)}
+    found = {
+        name: module
+        for name, module in model.named_modules()
+        if re.fullmatch(MIXTURE_PATTERN, name)
+    }
     assert list(found) == ["encoder.encoder.layer.1.output.block.mixture"]
     (mixture,) = found.values()
     assert mixture.gate.weight.shape == (4, WIDTH)
     assert mixture.gate.e_score_correction_bias.dtype == torch.float32
-    assert mixture.experts.gate_up_proj.shape == (4, 24, WIDTH) and mixture.experts.down_proj.shape == (4, WIDTH, 12)
-    owners = [name for name, module in mixture.named_modules() if "e_score_correction_bias" in module._buffers]
+    assert mixture.experts.gate_up_proj.shape == (
+        4,
+        24,
+        WIDTH,
+    ) and mixture.experts.down_proj.shape == (4, WIDTH, 12)
+    owners = [
+        name
+        for name, module in mixture.named_modules()
+        if "e_score_correction_bias" in module._buffers
+    ]
     assert owners == ["gate"]
     # "expert" in any other parameter path of a block is dropped from DeepSpeed's checkpoints.
-    assert all("mixture.experts." in name for name, _ in model.named_parameters() if "expert" in name)
+    assert all(
+        "mixture.experts." in name for name, _ in model.named_parameters() if "expert" in name
+    )
 
 
 @pytest.mark.parametrize("spread", [0.0, 0.3])
 def test_output_init_is_the_spread_of_the_output_projection(spread):
     torch.manual_seed(0)
-    experts, dense = Experts(8, 32, 64, output_init=spread), GatedFeedForward(32, 64, output_init=spread)
+    experts, dense = (
+        Experts(8, 32, 64, output_init=spread),
+        GatedFeedForward(32, 64, output_init=spread),
+    )
     assert experts.down_proj.std().item() == pytest.approx(spread, rel=0.05)
     assert dense.down.weight.std().item() == pytest.approx(spread, rel=0.1)
     assert experts.gate_up_proj.std().item() == pytest.approx(0.02, rel=0.05)

@@ -33,8 +33,12 @@ def by_hand(x, weights, picks, projections):
     gate, up, down = projections
     rows = []
     for token in range(len(x)):
-        answers = [down[e] @ (F.silu(gate[e] @ x[token]) * (up[e] @ x[token])) for e in picks[token]]
-        rows.append(sum(weight * answer for weight, answer in zip(weights[token], answers, strict=True)))
+        answers = [
+            down[e] @ (F.silu(gate[e] @ x[token]) * (up[e] @ x[token])) for e in picks[token]
+        ]
+        rows.append(
+            sum(weight * answer for weight, answer in zip(weights[token], answers, strict=True))
+        )
     return torch.stack(rows)
 
 

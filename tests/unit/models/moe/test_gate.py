@@ -23,7 +23,9 @@ NO_BIAS = torch.zeros(4)
 
 
 def logits(rows=50, experts=4, seed=0):
-    return torch.randn(rows, experts, generator=torch.Generator().manual_seed(seed)).requires_grad_()
+    return torch.randn(
+        rows, experts, generator=torch.Generator().manual_seed(seed)
+    ).requires_grad_()
 
 
 @pytest.mark.parametrize("name", GATES)
@@ -45,7 +47,9 @@ def test_weights_equal_a_hand_computed_case():
 def test_softmax_scores_compete_and_sigmoid_scores_do_not():
     z = torch.tensor([[3.0, 3.0, 3.0, 3.0]])
     torch.testing.assert_close(SoftmaxGate(2)(z, NO_BIAS).scores_SE, torch.full((1, 4), 0.25))
-    torch.testing.assert_close(SigmoidGate(2)(z, NO_BIAS).scores_SE, torch.full((1, 4), 0.9525741268))
+    torch.testing.assert_close(
+        SigmoidGate(2)(z, NO_BIAS).scores_SE, torch.full((1, 4), 0.9525741268)
+    )
 
 
 LEARNED = [name for name, gate in GATES.items() if not gate.for_measuring]
@@ -56,7 +60,10 @@ def test_a_single_expert_of_several_gives_the_router_a_gradient(name):
     z = logits()
     routing = GATES[name](1, 1.0, 0.0)(z, NO_BIAS)
     torch.testing.assert_close(
-        routing.weights_Sk[:, 0], routing.scores_SE.amax(1) / routing.scores_SE.sum(1), rtol=1e-6, atol=0
+        routing.weights_Sk[:, 0],
+        routing.scores_SE.amax(1) / routing.scores_SE.sum(1),
+        rtol=1e-6,
+        atol=0,
     )
     routing.weights_Sk.sum().backward()
     assert (z.grad.abs().sum(1) > 1e-4).all()
@@ -83,7 +90,9 @@ def test_the_cooperation_threshold_silences_weak_experts_but_never_the_best():
 
 
 def test_extreme_logits_give_finite_weights_and_gradients():
-    z = torch.tensor([[-200.0, -300.0, -200.0, -250.0], [200.0, 300.0, 0.0, -200.0]], requires_grad=True)
+    z = torch.tensor(
+        [[-200.0, -300.0, -200.0, -250.0], [200.0, 300.0, 0.0, -200.0]], requires_grad=True
+    )
     weights = SigmoidGate(2)(z, NO_BIAS).weights_Sk
     weights.sum().backward()
     assert weights.isfinite().all() and z.grad.isfinite().all()
@@ -143,7 +152,9 @@ def test_picks_are_handed_over_for_one_call():
     route.prepare(None, picks)
     assert torch.equal(route.route(project, hidden, NO_BIAS).indices_Sk, picks)
     route.prepare(None)
-    torch.testing.assert_close(route.route(project, hidden, NO_BIAS).indices_Sk, project(hidden).topk(2, dim=1).indices)
+    torch.testing.assert_close(
+        route.route(project, hidden, NO_BIAS).indices_Sk, project(hidden).topk(2, dim=1).indices
+    )
 
 
 @pytest.mark.parametrize(
@@ -152,8 +163,14 @@ def test_picks_are_handed_over_for_one_call():
         (dict(gate="sigmiod"), "model.moe.gate is 'sigmiod'.*did you mean sigmoid"),
         (dict(route_by="tokens"), "model.moe.route_by is 'tokens'.*did you mean token"),
         (dict(balance="biass"), "model.moe.balance is 'biass'.*did you mean bias"),
-        (dict(top_k=9), r"model.moe.top_k \(9\) must lie between 1 and model.moe.num_experts \(8\)"),
-        (dict(top_k=8), "model.moe.balance .bias. has nothing to balance.*set model.moe.balance to none"),
+        (
+            dict(top_k=9),
+            r"model.moe.top_k \(9\) must lie between 1 and model.moe.num_experts \(8\)",
+        ),
+        (
+            dict(top_k=8),
+            "model.moe.balance .bias. has nothing to balance.*set model.moe.balance to none",
+        ),
         (dict(temperature=0.0), "model.moe.temperature"),
         (dict(cooperation_threshold=1.5), "model.moe.cooperation_threshold"),
     ],
@@ -165,13 +182,17 @@ def test_a_wrong_gate_option_is_refused_with_its_key(options, message):
 
 @pytest.mark.parametrize("balance", ["none", "bias"])
 def test_a_single_expert_may_keep_the_default_balance_whose_bias_stays_zero(balance):
-    routing = build_gate(MoeConfig(num_experts=1, top_k=1, balance=balance))(logits(experts=1), torch.zeros(1))
+    routing = build_gate(MoeConfig(num_experts=1, top_k=1, balance=balance))(
+        logits(experts=1), torch.zeros(1)
+    )
     bias = torch.zeros(1)
     nudge_bias(bias, routing.counts_E, 0.001)
     assert bias.tolist() == [0.0] and routing.counts_E.tolist() == [50]
 
 
-@pytest.mark.parametrize(("top_k", "experts", "rows"), [(1, 4, 12), (2, 4, 10), (3, 8, 16), (4, 4, 5)])
+@pytest.mark.parametrize(
+    ("top_k", "experts", "rows"), [(1, 4, 12), (2, 4, 10), (3, 8, 16), (4, 4, 5)]
+)
 def test_the_uniform_gate_gives_every_expert_the_same_load_and_weight(top_k, experts, rows):
     z = logits(rows, experts)
     routing = UniformGate(top_k)(z, torch.full((experts,), 3.0))

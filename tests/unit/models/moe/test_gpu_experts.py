@@ -23,7 +23,8 @@ def test_tiles_equal_one_expert_after_another(counts: list[int]):
     ])  # fmt: skip
     torch.testing.assert_close(found, expected)
     gradients = [
-        torch.autograd.grad(answer, (x_NM, *weights), upstream_NM, retain_graph=True) for answer in (found, expected)
+        torch.autograd.grad(answer, (x_NM, *weights), upstream_NM, retain_graph=True)
+        for answer in (found, expected)
     ]
     for got, wanted in zip(*gradients, strict=True):
         torch.testing.assert_close(got, wanted)
@@ -42,7 +43,10 @@ def test_a_float32_model_on_a_gpu_answers_as_on_the_cpu_and_never_waits_for_the_
     torch.manual_seed(0)
     experts = Experts(8, 32, 16, output_init=0.3)
     x_SM, picks_Sk = torch.randn(200, 32), torch.rand(200, 8).topk(2).indices
-    order_N, counts_E = picks_Sk.reshape(-1).argsort(stable=True), picks_Sk.reshape(-1).bincount(minlength=8)
+    order_N, counts_E = (
+        picks_Sk.reshape(-1).argsort(stable=True),
+        picks_Sk.reshape(-1).bincount(minlength=8),
+    )
     weights_Sk = torch.rand(200, 2)
     expected = experts(x_SM, counts_E, order_N, weights_Sk)
     moved = [tensor.cuda() for tensor in (x_SM, counts_E, order_N, weights_Sk)]

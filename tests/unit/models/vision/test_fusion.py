@@ -19,7 +19,15 @@ from comoe.models.vision.fusion import FUSIONS
 from comoe.train.parallel.setup import parameter_group
 from tests.helpers_export import tiny_recipe, tiny_tokenizer
 from tests.helpers_model import HF_CONFIGS, MOOD, TASKS, moe_config, random_batch, take, tiny_model
-from tests.helpers_vision import FUSED, SIDE, VILT, save_tower, seeing_batch, seeing_model, with_pictures
+from tests.helpers_vision import (
+    FUSED,
+    SIDE,
+    VILT,
+    save_tower,
+    seeing_batch,
+    seeing_model,
+    with_pictures,
+)
 
 BOTH = ImageTextConfig()
 EXACT = dict(atol=2e-6, rtol=1e-5)
@@ -27,7 +35,9 @@ EXACT = dict(atol=2e-6, rtol=1e-5)
 
 def every_number(output):
     """A scalar that depends on all that the model answers."""
-    total = sum(value.square().sum() for value in [*output.logits.values(), *output.embeddings.values()])
+    total = sum(
+        value.square().sum() for value in [*output.logits.values(), *output.embeddings.values()]
+    )
     if output.image_text is not None:
         sides = output.image_text
         parts = (sides.text_embeddings_IP, sides.image_embeddings_IP, sides.match_logits_I2)
@@ -45,7 +55,9 @@ def test_a_post_without_picture_gets_the_answer_of_its_text_alone(fusion):
         assert (logits[[0, 2, 3, 5]] - blank[name][[0, 2, 3, 5]]).abs().amax(dim=-1).gt(1e-5).any()
     if fusion != "vilt":
         blind = tiny_model()
-        blind.load_state_dict({name: v for name, v in model.state_dict().items() if name in blind.state_dict()})
+        blind.load_state_dict(
+            {name: v for name, v in model.state_dict().items() if name in blind.state_dict()}
+        )
         expected = blind.eval()(batch).logits
         # Behind a text stand image tokens, whose tags nobody reads.
         blank["words"][~batch.word_starts_BL] = expected["words"][~batch.word_starts_BL]
@@ -55,7 +67,9 @@ def test_a_post_without_picture_gets_the_answer_of_its_text_alone(fusion):
 @pytest.mark.parametrize("fusion", FUSED)
 def test_a_picture_of_several_rows_goes_through_the_tower_once_and_counts_for_each(fusion):
     """The rows of a post under ``route_by: both``: the same answers and gradients as with a copy for each row."""
-    model = seeing_model(fusion, train_tower=True, moe=moe_config(route_by="both"), image_text=BOTH).eval()
+    model = seeing_model(
+        fusion, train_tower=True, moe=moe_config(route_by="both"), image_text=BOTH
+    ).eval()
     batch = seeing_batch()
     distinct, numbers = batch.pixels_I3HW[:2], torch.tensor([1, 1, 0, 1])
     seen = []
@@ -66,7 +80,9 @@ def test_a_picture_of_several_rows_goes_through_the_tower_once_and_counts_for_ea
         model.zero_grad()
         output = model(replace(batch, pixels_I3HW=pixels, image_numbers_I=places))
         every_number(output).backward()
-        results.append((output.logits, {name: weight.grad for name, weight in model.named_parameters()}))
+        results.append(
+            (output.logits, {name: weight.grad for name, weight in model.named_parameters()})
+        )
     torch.testing.assert_close(results[1], results[0], atol=1e-4, rtol=1e-4)
     assert seen == ([] if fusion == "vilt" else [4, 2])
 
@@ -81,12 +97,16 @@ def test_an_answer_does_not_depend_on_the_other_posts_of_the_batch(fusion, route
         length = int(batch.attention_mask_BL[row].sum())
         alone = take(batch, [row])
         alone = replace(
-            alone, input_ids_BL=alone.input_ids_BL[:, :length], attention_mask_BL=alone.attention_mask_BL[:, :length]
+            alone,
+            input_ids_BL=alone.input_ids_BL[:, :length],
+            attention_mask_BL=alone.attention_mask_BL[:, :length],
         )
         alone = with_pictures(alone, [0] if row in pictures else [])
         for name, logits in model(alone).logits.items():
             expected = together[name][[row]]
-            torch.testing.assert_close(logits, expected[:, :length] if logits.dim() == 3 else expected, **EXACT)
+            torch.testing.assert_close(
+                logits, expected[:, :length] if logits.dim() == 3 else expected, **EXACT
+            )
 
 
 @pytest.mark.parametrize("family", HF_CONFIGS)
@@ -94,7 +114,9 @@ def test_image_tokens_can_be_read_by_every_family_of_text_encoders(family):
     model = seeing_model("tokens", family=family).eval()
     batch = seeing_batch()
     together = model(batch).logits["mood"]
-    torch.testing.assert_close(together[[1, 4]], model(with_pictures(batch, [])).logits["mood"][[1, 4]], **EXACT)
+    torch.testing.assert_close(
+        together[[1, 4]], model(with_pictures(batch, [])).logits["mood"][[1, 4]], **EXACT
+    )
     moved = replace(batch, pixels_I3HW=batch.pixels_I3HW.flip(0))
     changed = (model(moved).logits["mood"] - together).abs().amax(dim=1) > 1e-6
     assert changed.tolist() == [True, False, True, True, False, True]
@@ -106,11 +128,19 @@ def test_every_parameter_gets_a_gradient_with_and_without_pictures_on_the_rank(f
     model = seeing_model(fusion, train_tower=True)
     every_number(model(seeing_batch(pictures=pictures))).backward()
     assert [name for name, weight in model.named_parameters() if weight.grad is None] == []
-    seeing = [name for name, _ in model.named_parameters() if name.startswith(("fusion.", "tower."))]
+    seeing = [
+        name for name, _ in model.named_parameters() if name.startswith(("fusion.", "tower."))
+    ]
     moved = [name for name in seeing if model.get_parameter(name).grad.any()]
     # A blank picture counts nothing; a real one reaches every part, and the tower's first layer.
-    assert not moved if not pictures else {n for n in seeing if n.startswith("fusion.")} <= set(moved)
-    assert not pictures or fusion == "vilt" or "tower.inner.embeddings.patch_embeddings.projection.weight" in moved
+    assert (
+        not moved if not pictures else {n for n in seeing if n.startswith("fusion.")} <= set(moved)
+    )
+    assert (
+        not pictures
+        or fusion == "vilt"
+        or "tower.inner.embeddings.patch_embeddings.projection.weight" in moved
+    )
 
 
 @pytest.mark.parametrize("fusion", FUSIONS)
@@ -119,7 +149,9 @@ def test_a_frozen_tower_is_unchanged_by_a_step_and_the_fusion_is_not(fusion):
     before = {name: value.clone() for name, value in model.state_dict().items()}
     every_number(model(seeing_batch())).backward()
     torch.optim.SGD([w for w in model.parameters() if w.requires_grad], lr=0.1).step()
-    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    changed = {
+        name for name, value in model.state_dict().items() if not torch.equal(value, before[name])
+    }
     assert not any(name.startswith("tower.") for name in changed)
     assert any(name.startswith("fusion.image.") for name in changed)
 
@@ -127,7 +159,13 @@ def test_a_frozen_tower_is_unchanged_by_a_step_and_the_fusion_is_not(fusion):
 def test_parameters_of_the_tower_follow_the_encoders_rate_and_the_rest_that_of_heads():
     model = seeing_model(image_text=BOTH)
     groups = {name: parameter_group(f"module.model.{name}") for name, _ in model.named_parameters()}
-    of = {"tower": "encoder", "fusion": "heads", "image_text": "heads", "projection": "heads", "heads": "heads"}
+    of = {
+        "tower": "encoder",
+        "fusion": "heads",
+        "image_text": "heads",
+        "projection": "heads",
+        "heads": "heads",
+    }
     for name, group in groups.items():
         top = name.partition(".")[0]
         assert group == ("experts" if ".block." in name else of.get(top, "encoder")), name
@@ -167,10 +205,18 @@ def test_image_tokens_go_through_the_experts_only_when_asked_and_count_as_load_o
         for routed in (False, True):
             output = seeing_model(fusion, route_image_tokens=routed)(batch)
             expected = text + 2 * tokens * routed
-            assert [int(routing.counts_E.sum()) for routing in output.routings] == [2 * expected] * 3
+            assert [int(routing.counts_E.sum()) for routing in output.routings] == [
+                2 * expected
+            ] * 3
             assert [picks.shape for picks in output.picks] == [(expected, 2)] * 3
-            assert all(len(routing.logits_SE) == len(routing.weights_Sk) == text for routing in output.routings)
-            assert torch.bincount(output.token_rows_S).tolist() == batch.attention_mask_BL.sum(1).tolist()
+            assert all(
+                len(routing.logits_SE) == len(routing.weights_Sk) == text
+                for routing in output.routings
+            )
+            assert (
+                torch.bincount(output.token_rows_S).tolist()
+                == batch.attention_mask_BL.sum(1).tolist()
+            )
 
 
 def test_a_second_pass_repeats_the_picks_of_image_tokens_too():
@@ -196,10 +242,17 @@ def test_a_filler_row_is_answered_and_counts_nothing(fusion):
 
 @pytest.mark.parametrize("fusion", ["attention", "tokens", "vilt"])
 @pytest.mark.parametrize("route_by", ["token", "both"])
-def test_recomputed_layers_give_the_same_gradients_with_the_further_passes_of_pictures(fusion, route_by):
+def test_recomputed_layers_give_the_same_gradients_with_the_further_passes_of_pictures(
+    fusion, route_by
+):
     def gradients(recompute):
         model = seeing_model(
-            fusion, image_text=BOTH, dropout=0.3, recompute=recompute, moe=moe_config(route_by=route_by), seed=2
+            fusion,
+            image_text=BOTH,
+            dropout=0.3,
+            recompute=recompute,
+            moe=moe_config(route_by=route_by),
+            seed=2,
         )
         torch.manual_seed(5)
         output = model(seeing_batch())
@@ -207,7 +260,11 @@ def test_recomputed_layers_give_the_same_gradients_with_the_further_passes_of_pi
         texts = tuple(text.roll(1, dims=0) for text in sides.texts)
         matched = sides.match(texts, torch.arange(4))
         (every_number(output) + matched.square().sum()).backward()
-        return {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+        return {
+            name: weight.grad
+            for name, weight in model.named_parameters()
+            if weight.grad is not None
+        }
 
     torch.testing.assert_close(gradients(True), gradients(False), atol=0, rtol=0)
 
@@ -218,8 +275,12 @@ def test_texts_alone_are_compared_and_pictures_never_change_them():
         batch = seeing_batch()
         first = model(batch).image_text
         other = model(replace(batch, pixels_I3HW=batch.pixels_I3HW.flip(0))).image_text
-        torch.testing.assert_close(first.text_embeddings_IP, other.text_embeddings_IP, atol=1e-6, rtol=0)
-        torch.testing.assert_close(first.image_embeddings_IP, other.image_embeddings_IP.flip(0), atol=1e-6, rtol=0)
+        torch.testing.assert_close(
+            first.text_embeddings_IP, other.text_embeddings_IP, atol=1e-6, rtol=0
+        )
+        torch.testing.assert_close(
+            first.image_embeddings_IP, other.image_embeddings_IP.flip(0), atol=1e-6, rtol=0
+        )
         torch.testing.assert_close(first.image_embeddings_IP.norm(dim=1), torch.ones(4))
         torch.testing.assert_close(first.text_embeddings_IP.norm(dim=1), torch.ones(4))
 
@@ -229,7 +290,9 @@ def test_matching_a_picture_with_its_own_text_again_gives_the_same_logits(fusion
     sides = seeing_model(fusion, image_text=BOTH).eval()(seeing_batch()).image_text
     again = sides.match(sides.texts, torch.arange(4))
     torch.testing.assert_close(again, sides.match_logits_I2, **EXACT)
-    longer = tuple(torch.nn.functional.pad(text, (*[0, 0] * (text.ndim - 2), 0, 4)) for text in sides.texts)
+    longer = tuple(
+        torch.nn.functional.pad(text, (*[0, 0] * (text.ndim - 2), 0, 4)) for text in sides.texts
+    )
     torch.testing.assert_close(sides.match(longer, torch.arange(4)), again, **EXACT)
 
 
@@ -256,7 +319,9 @@ def test_too_many_image_tokens_for_the_position_table_are_refused():
         tower_config=seeing_model().tower.inner.config.to_dict(),
     )
     model(seeing_batch(length=7))
-    with pytest.raises(ValueError, match="5 image tokens behind a text of 8, but model.encoder numbers at most 12"):
+    with pytest.raises(
+        ValueError, match="5 image tokens behind a text of 8, but model.encoder numbers at most 12"
+    ):
         model(seeing_batch(length=8))
 
 
@@ -284,7 +349,9 @@ def test_the_same_folders_build_the_same_model(tmp_path):
         tower_config=trained.tower.inner.config.to_dict(),
     ).eval()
     rebuilt.load_state_dict(trained.state_dict(), strict=True)
-    torch.testing.assert_close(rebuilt(seeing_batch()).logits, trained(seeing_batch()).logits, atol=0, rtol=0)
+    torch.testing.assert_close(
+        rebuilt(seeing_batch()).logits, trained(seeing_batch()).logits, atol=0, rtol=0
+    )
 
 
 def test_one_stream_reads_pictures_as_the_library_does(tmp_path):
@@ -292,7 +359,9 @@ def test_one_stream_reads_pictures_as_the_library_does(tmp_path):
     whole = AutoModel.from_config(VILT).eval()
     whole.save_pretrained(tmp_path)
     ViltImageProcessorPil(size={"shortest_edge": SIDE}).save_pretrained(tmp_path)
-    model = build_model(ModelConfig(encoder=str(tmp_path), moe=moe_config(output_init=0.0)), TASKS).eval()
+    model = build_model(
+        ModelConfig(encoder=str(tmp_path), moe=moe_config(output_init=0.0)), TASKS
+    ).eval()
     batch = seeing_batch(pictures=range(6))
     seen = []
     model.heads[0].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
@@ -320,12 +389,16 @@ def test_an_export_carries_the_tower_and_its_processor_and_answers_alike(tmp_pat
         tasks=TASKS,
         # As a run leaves them.
         encoder_config=json.loads(json.dumps(model.encoder.config.to_dict(), default=str)),
-        tower_config=None if model.tower is None else json.loads(json.dumps(model.tower.inner.config.to_dict())),
+        tower_config=None
+        if model.tower is None
+        else json.loads(json.dumps(model.tower.inner.config.to_dict())),
         tokenizer=tiny_tokenizer(tmp_path / "v"),
         image_processor=ImageProcessor(inner, side=SIDE),
     )
     loaded = load_exported(tmp_path / "export")
-    torch.testing.assert_close(loaded.model(seeing_batch()).logits, model(seeing_batch()).logits, atol=0, rtol=0)
+    torch.testing.assert_close(
+        loaded.model(seeing_batch()).logits, model(seeing_batch()).logits, atol=0, rtol=0
+    )
     assert loaded.model.image_text is None and loaded.image_processor.shape == (3, SIDE, SIDE)
     assert "home/me" not in (tmp_path / "export/config.json").read_text()
     picture = Image.new("RGB", (20, 30), "red")

@@ -30,13 +30,19 @@ def test_a_saved_tower_loads_reads_pictures_and_is_rebuilt_from_its_config(tmp_p
     tower = build_tower(VisionConfig(tower=str(save_tower(tmp_path, kind))))
     assert tower.inner.config.model_type == tower_config(kind)["model_type"]
     tokens = tower(pictures())
-    assert tokens.shape[0] == 3 and tokens.shape[2] == tower.width == 12 and tokens.dtype == torch.float32
+    assert (
+        tokens.shape[0] == 3
+        and tokens.shape[2] == tower.width == 12
+        and tokens.dtype == torch.float32
+    )
     torch.manual_seed(3)
     whole = AutoModel.from_config(TOWERS[kind]).eval()
     expected = getattr(whole, "vision_model", whole)(pixel_values=pictures()).last_hidden_state
     expected = expected.flatten(2).transpose(1, 2) if expected.ndim == 4 else expected
     torch.testing.assert_close(tokens, expected, atol=1e-6, rtol=1e-5)
-    again = build_tower_from_config(json.loads(json.dumps(tower.inner.config.to_dict(), default=str)))
+    again = build_tower_from_config(
+        json.loads(json.dumps(tower.inner.config.to_dict(), default=str))
+    )
     again.load_state_dict(tower.state_dict(), strict=True)
     assert torch.equal(again(pictures()), tokens)
 
@@ -46,15 +52,23 @@ def test_image_tokens_are_known_before_a_run_for_models_of_patches(kind):
     tower = build_tower_from_config(tower_config(kind))
     tokens, expected = tower(pictures(1)).shape[1], expected_tokens(tower.inner.config)
     # One class token, or none, or one more for distillation.
-    assert abs(expected - tokens) <= 1 if kind not in ("resnet", "convnext", "swin") else expected == 0
+    assert (
+        abs(expected - tokens) <= 1 if kind not in ("resnet", "convnext", "swin") else expected == 0
+    )
 
 
 @pytest.mark.parametrize("kind", TOWERS)
 def test_every_parameter_of_a_trained_tower_gets_a_gradient(kind):
     tower = build_tower_from_config(tower_config(kind), train=True)
     tower(pictures()).square().sum().backward()
-    assert [name for name, weight in tower.named_parameters() if weight.requires_grad and weight.grad is None] == []
-    assert not any(weight.requires_grad for name, weight in tower.named_parameters() if "mask_token" in name)
+    assert [
+        name
+        for name, weight in tower.named_parameters()
+        if weight.requires_grad and weight.grad is None
+    ] == []
+    assert not any(
+        weight.requires_grad for name, weight in tower.named_parameters() if "mask_token" in name
+    )
 
 
 @pytest.mark.parametrize("kind", ["vit", "resnet"])
@@ -88,18 +102,24 @@ def test_a_tower_saved_as_a_classifier_loads_its_weights(tmp_path):
 
 
 def test_bfloat16_weights_take_float32_pixels():
-    assert build_tower_from_config(tower_config("vit")).bfloat16()(pictures()).dtype == torch.bfloat16
+    assert (
+        build_tower_from_config(tower_config("vit")).bfloat16()(pictures()).dtype == torch.bfloat16
+    )
 
 
 def test_what_is_no_vision_model_is_refused(tmp_path):
     AutoModel.from_config(HF_CONFIGS["bert"]).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="model.vision.tower is a model of type bert, which reads no pictures"):
+    with pytest.raises(
+        ValueError, match="model.vision.tower is a model of type bert, which reads no pictures"
+    ):
         build_tower(VisionConfig(tower=str(tmp_path)))
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "~/no/tower"])
 def test_a_folder_that_is_not_there_is_named_with_its_option(name):
-    with pytest.raises(ValueError, match=r"model.vision.tower \(.*\) is not a folder with a vision model"):
+    with pytest.raises(
+        ValueError, match=r"model.vision.tower \(.*\) is not a folder with a vision model"
+    ):
         build_tower(VisionConfig(tower=name))
 
 
@@ -125,4 +145,6 @@ def test_the_processor_is_that_of_the_tower_or_of_the_one_stream(tmp_path):
 def test_a_tower_is_a_module_whose_mode_follows_only_where_it_is_trained():
     inner = nn.Module()
     inner.config, inner.dropout = TOWERS["vit"], nn.Dropout(0.5)
-    assert not Tower(inner).train().inner.training and Tower(inner, train=True).train().inner.training
+    assert (
+        not Tower(inner).train().inner.training and Tower(inner, train=True).train().inner.training
+    )

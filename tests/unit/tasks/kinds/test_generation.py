@@ -16,7 +16,14 @@ from tests.helpers_decoder import batch_of_labels
 
 TEXT, WORDS = KINDS["text"], KINDS["label_words"]
 ASPECT = Task("aspect", "text", (), "token_f1", prompt="{text}")
-MOOD = Task("mood", "label_words", ("bad", "good"), "macro_f1", prompt="{text}", label_words=("terrible", "great"))
+MOOD = Task(
+    "mood",
+    "label_words",
+    ("bad", "good"),
+    "macro_f1",
+    prompt="{text}",
+    label_words=("terrible", "great"),
+)
 
 
 @pytest.mark.parametrize(
@@ -33,22 +40,32 @@ MOOD = Task("mood", "label_words", ("bad", "good"), "macro_f1", prompt="{text}",
         ("half \ud800 pair", "half \ufffd pair"),
     ],
 )
-def test_a_text_is_a_cell_as_it_is_written_and_a_list_is_joined(cell: object, text: str | None) -> None:
+def test_a_text_is_a_cell_as_it_is_written_and_a_list_is_joined(
+    cell: object, text: str | None
+) -> None:
     assert TEXT.parse(cell, ()) == text
 
 
-@pytest.mark.parametrize(("cell", "match"), [({"a": 1}, "is no text"), ("a\x00b", "NUL character"), ([["a"]], "text")])
+@pytest.mark.parametrize(
+    ("cell", "match"), [({"a": 1}, "is no text"), ("a\x00b", "NUL character"), ([["a"]], "text")]
+)
 def test_a_cell_that_is_no_text_is_refused(cell: object, match: str) -> None:
     with pytest.raises(ValueError, match=match):
         TEXT.parse(cell, ())
 
 
-def test_targets_are_the_number_of_tokens_and_the_code_points_and_rows_without_one_are_ignored() -> None:
+def test_targets_are_the_number_of_tokens_and_the_code_points_and_rows_without_one_are_ignored() -> (
+    None
+):
     targets = TEXT.collate([(3, "hé\U0001f600"), None, (1, "电")], labels=(), length=9)
     assert targets.tolist() == [[3, 104, 233, 0x1F600], [IGNORED] * 4, [1, 0x7535, 0, 0]]
     assert TEXT.gold(targets, ASPECT) == ["hé\U0001f600", None, "电"]
     assert TEXT.labelled(targets).tolist() == [True, False, True]
-    assert labelled_rows(batch_of_labels({"aspect": targets}), ["aspect"])[:, 0].tolist() == [True, False, True]
+    assert labelled_rows(batch_of_labels({"aspect": targets}), ["aspect"])[:, 0].tolist() == [
+        True,
+        False,
+        True,
+    ]
     assert TEXT.collate([None], labels=(), length=0).tolist() == [[IGNORED]]
 
 
@@ -79,7 +96,10 @@ def test_a_row_weighs_by_its_confidence_and_only_the_gold_label_is_read() -> Non
 def test_scored_words_become_shares_that_sum_to_1() -> None:
     logits = torch.tensor([[math.log(0.02), math.log(0.06)]])
     (answer,) = WORDS.decode(logits, MOOD)
-    assert answer == {"label": "good", "scores": {"bad": pytest.approx(0.25), "good": pytest.approx(0.75)}}
+    assert answer == {
+        "label": "good",
+        "scores": {"bad": pytest.approx(0.25), "good": pytest.approx(0.75)},
+    }
     gold, scores = WORDS.answers(logits, torch.tensor([1]))
     assert scores.tolist() == [[pytest.approx(0.25), pytest.approx(0.75)]]
     assert WORDS.confusion(gold, scores, MOOD).tolist() == [[0, 0], [0, 1]]
@@ -109,7 +129,9 @@ def test_written_predictions_are_compared_by_their_texts() -> None:
 def test_runs_are_compared_over_resampled_posts() -> None:
     predictions = [
         {"row": row, "gold": gold, "answer": answer}
-        for row, (gold, answer) in enumerate([("a b", "a b"), ("c", "d"), (None, "x"), ("e f", "f")])
+        for row, (gold, answer) in enumerate(
+            [("a b", "a b"), ("c", "d"), (None, "x"), ("e f", "f")]
+        )
     ]
     found = read_answers(predictions, ASPECT)
     assert measured({"aspect": found}, [ASPECT])["aspect"] == pytest.approx((1 + 0 + 2 / 3) / 3)
@@ -126,7 +148,11 @@ def test_a_decoder_that_is_told_the_answer_has_no_training_metric() -> None:
         "heat": torch.tensor([0.0, 1.0, 2.0]), "mood": torch.tensor([0, 1, 1]),
         "aspect": TEXT.collate([(1, "a"), (1, "b"), None], labels=(), length=0),
     })  # fmt: skip
-    logits = {"heat": torch.tensor([[0.0], [2.0], [4.0]]), "aspect": torch.zeros(3, 1), "mood": torch.zeros(3, 2)}
+    logits = {
+        "heat": torch.tensor([[0.0], [2.0], [4.0]]),
+        "aspect": torch.zeros(3, 1),
+        "mood": torch.zeros(3, 2),
+    }
     output = StepOutput(torch.tensor(0.0), {}, ModelOutput(logits, {}, {}, (), torch.arange(3)))
     report = StepReport(torch.tensor(0.0), {}, [output], grad_norm=None, skipped=False)
     assert Interval(tasks)._metrics(report, [batch]) == {"heat": {"pearson": pytest.approx(1.0)}}

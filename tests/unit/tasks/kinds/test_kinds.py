@@ -25,14 +25,22 @@ TASKS = {
     "regression": Task("intensity", "regression", (), "pearson"),
     "tags": Task("names", "tags", TAGS, "span_f1"),
     "phrases": Task("opinion", "phrases", PHRASE_TAGS, "span_f1"),
-    "label_words": Task("polarity", "label_words", LABELS, "macro_f1", prompt="{text}", label_words=LABELS),
+    "label_words": Task(
+        "polarity", "label_words", LABELS, "macro_f1", prompt="{text}", label_words=LABELS
+    ),
     "text": Task("aspect", "text", (), "token_f1", prompt="{text}"),
 }
 CELLS = {
     "single_label": [0, None, 2, 1, 2],
     "multi_label": [(0, 2), (), None, (1,), (0, 1, 2)],
     "regression": [0.5, -3.0, None, 4.0, 0.0],
-    "tags": [[IGNORED, 1, 2, IGNORED], None, [IGNORED, 0], [IGNORED, 0, IGNORED, 1], [IGNORED, IGNORED]],
+    "tags": [
+        [IGNORED, 1, 2, IGNORED],
+        None,
+        [IGNORED, 0],
+        [IGNORED, 0, IGNORED, 1],
+        [IGNORED, IGNORED],
+    ],
 }
 CELLS["phrases"] = CELLS["tags"]
 CELLS["label_words"] = CELLS["single_label"]
@@ -44,7 +52,11 @@ SCORED = sorted(name for name, kind in KINDS.items() if kind.scored)
 def task_of(kind: str, *, weighted: bool = False) -> Task:
     """A task, on wish with uneven class weights and smoothing."""
     smoothing = 0.0 if KINDS[kind].generates else 0.2
-    return replace(TASKS[kind], class_weights=(0.5, 1.0, 3.0), label_smoothing=smoothing) if weighted else TASKS[kind]
+    return (
+        replace(TASKS[kind], class_weights=(0.5, 1.0, 3.0), label_smoothing=smoothing)
+        if weighted
+        else TASKS[kind]
+    )
 
 
 def targets_of(kind: str) -> Tensor:
@@ -55,7 +67,13 @@ def logits_of(kind: str, *, seed: int = 0) -> Tensor:
     """Random logits, (5, Y), for tags (5, 4, Y); for text (5, 2 + 3): each row has written "abc" or a part of it."""
     if kind == "text":
         own = torch.randn(5, 2, generator=torch.Generator().manual_seed(seed))
-        return torch.cat([own, torch.tensor([[97.0, 98.0, 99.0]]) * (torch.arange(5)[:, None] >= torch.arange(3))], 1)
+        return torch.cat(
+            [
+                own,
+                torch.tensor([[97.0, 98.0, 99.0]]) * (torch.arange(5)[:, None] >= torch.arange(3)),
+            ],
+            1,
+        )
     shape = (5, 4) if KINDS[kind].per_token else (5,)
     width = KINDS[kind].num_outputs(TASKS[kind].labels)
     return 3 * torch.randn(*shape, width, generator=torch.Generator().manual_seed(seed))
@@ -64,7 +82,9 @@ def logits_of(kind: str, *, seed: int = 0) -> Tensor:
 # Reading cells
 
 
-@pytest.mark.parametrize("value", ["positive", " positive ", "2", 2, 2.0, "2.0", np.int64(2), np.float64(2.0)])
+@pytest.mark.parametrize(
+    "value", ["positive", " positive ", "2", 2, 2.0, "2.0", np.int64(2), np.float64(2.0)]
+)
 def test_a_label_is_found_by_name_or_id_however_it_is_spelt(value: object) -> None:
     assert KINDS["single_label"].parse(value, LABELS) == 2
 
@@ -91,9 +111,13 @@ def test_an_id_that_no_label_has_is_refused(value: object) -> None:
         KINDS["single_label"].parse(value, LABELS)
 
 
-@pytest.mark.parametrize(("kind", "value"), [("single_label", "Positive"), ("multi_label", ["positve"])])
+@pytest.mark.parametrize(
+    ("kind", "value"), [("single_label", "Positive"), ("multi_label", ["positve"])]
+)
 def test_an_unknown_label_is_refused_with_the_nearest_one(kind: str, value: object) -> None:
-    with pytest.raises(ValueError, match=r"'Positive' is not a label|'positve' is not a label") as caught:
+    with pytest.raises(
+        ValueError, match=r"'Positive' is not a label|'positve' is not a label"
+    ) as caught:
         KINDS[kind].parse(value, LABELS)
     assert "did you mean positive?" in str(caught.value)
 
@@ -113,7 +137,14 @@ def test_truth_values_are_labels() -> None:
 
 
 @pytest.mark.parametrize(
-    "value", ["negative,positive", "positive; negative", "0|2", ["positive", 0], np.array(["negative", "positive"])]
+    "value",
+    [
+        "negative,positive",
+        "positive; negative",
+        "0|2",
+        ["positive", 0],
+        np.array(["negative", "positive"]),
+    ],
 )
 def test_a_set_of_labels_may_be_a_list_or_a_text(value: object) -> None:
     assert KINDS["multi_label"].parse(value, LABELS) == (0, 2)
@@ -132,7 +163,9 @@ def test_zeros_and_ones_per_label_are_not_mistaken_for_ids() -> None:
         KINDS["multi_label"].parse([0, 1, 0], LABELS)
 
 
-@pytest.mark.parametrize(("value", "number"), [("-1.5", -1.5), (3, 3.0), (" 2e-1 ", 0.2), (np.float32(0.5), 0.5)])
+@pytest.mark.parametrize(
+    ("value", "number"), [("-1.5", -1.5), (3, 3.0), (" 2e-1 ", 0.2), (np.float32(0.5), 0.5)]
+)
 def test_a_number_is_read(value: object, number: float) -> None:
     assert KINDS["regression"].parse(value, ()) == number
 
@@ -152,9 +185,22 @@ def test_tags_are_read_from_a_list_or_a_text_and_may_have_gaps() -> None:
 
 def test_labels_are_found_in_natural_order() -> None:
     assert KINDS["single_label"].discover(["10", 2, None, 1.0, "2", ""]) == ("1", "2", "10")
-    assert KINDS["single_label"].discover(["topic 11", "topic 9", "art"]) == ("art", "topic 9", "topic 11")
-    assert KINDS["multi_label"].discover(["joy, anger", ["fear"], [], None]) == ("anger", "fear", "joy")
-    assert KINDS["tags"].discover([["B-PER", "O"], None, "I-PER B-LOC"]) == ("O", "B-LOC", "B-PER", "I-PER")
+    assert KINDS["single_label"].discover(["topic 11", "topic 9", "art"]) == (
+        "art",
+        "topic 9",
+        "topic 11",
+    )
+    assert KINDS["multi_label"].discover(["joy, anger", ["fear"], [], None]) == (
+        "anger",
+        "fear",
+        "joy",
+    )
+    assert KINDS["tags"].discover([["B-PER", "O"], None, "I-PER B-LOC"]) == (
+        "O",
+        "B-LOC",
+        "B-PER",
+        "I-PER",
+    )
     assert KINDS["regression"].discover([1.0, "2"]) == ()
 
 
@@ -164,7 +210,11 @@ def test_labels_are_found_in_natural_order() -> None:
 def test_targets_have_the_documented_shape_and_mark_what_is_missing() -> None:
     assert targets_of("single_label").tolist() == [0, IGNORED, 2, 1, 2]
     multi = targets_of("multi_label")
-    assert multi.dtype == torch.float32 and multi[0].tolist() == [1, 0, 1] and multi[1].tolist() == [0, 0, 0]
+    assert (
+        multi.dtype == torch.float32
+        and multi[0].tolist() == [1, 0, 1]
+        and multi[1].tolist() == [0, 0, 0]
+    )
     assert multi[2].isnan().all()
     numbers = targets_of("regression")
     assert numbers.dtype == torch.float32 and numbers.shape == (5,) and numbers[2].isnan()
@@ -200,7 +250,9 @@ def class_reference(row: list[float], target: int, task: Task) -> tuple[float, f
     weights, smoothing = task.class_weights or [1.0] * len(row), task.label_smoothing
     negative = [-value for value in log_softmax(row)]
     smooth = sum(weight * value for weight, value in zip(weights, negative, strict=True)) / len(row)
-    return (1 - smoothing) * weights[target] * negative[target] + smoothing * smooth, weights[target]
+    return (1 - smoothing) * weights[target] * negative[target] + smoothing * smooth, weights[
+        target
+    ]
 
 
 def single_reference(logits: Tensor, task: Task) -> tuple[float, float]:
@@ -239,7 +291,9 @@ def multi_reference(logits: Tensor, task: Task) -> tuple[float, float]:
 def regression_reference(logits: Tensor, task: Task) -> tuple[float, float]:
     cells = CELLS["regression"]
     errors = [
-        (value - cell) ** 2 for (value,), cell in zip(logits.double().tolist(), cells, strict=True) if cell is not None
+        (value - cell) ** 2
+        for (value,), cell in zip(logits.double().tolist(), cells, strict=True)
+        if cell is not None
     ]
     return sum(errors), len(errors)
 
@@ -268,7 +322,8 @@ REFERENCES: dict[str, Callable[[Tensor, Task], tuple[float, float]]] = {
 
 
 @pytest.mark.parametrize(
-    ("kind", "weighted"), [*((kind, False) for kind in SCORED), *((kind, True) for kind in WEIGHTED)]
+    ("kind", "weighted"),
+    [*((kind, False) for kind in SCORED), *((kind, True) for kind in WEIGHTED)],
 )
 def test_loss_and_units_equal_a_float64_reference(kind: str, weighted: bool) -> None:
     task, logits, targets = task_of(kind, weighted=weighted), logits_of(kind), targets_of(kind)
@@ -278,7 +333,8 @@ def test_loss_and_units_equal_a_float64_reference(kind: str, weighted: bool) -> 
 
 
 @pytest.mark.parametrize(
-    ("kind", "weighted"), [*((kind, False) for kind in SCORED), *((kind, True) for kind in WEIGHTED)]
+    ("kind", "weighted"),
+    [*((kind, False) for kind in SCORED), *((kind, True) for kind in WEIGHTED)],
 )
 def test_gradient_equals_differences_of_the_float64_reference(kind: str, weighted: bool) -> None:
     task, logits = task_of(kind, weighted=weighted), logits_of(kind).requires_grad_()
@@ -287,12 +343,16 @@ def test_gradient_equals_differences_of_the_float64_reference(kind: str, weighte
     for place in np.ndindex(*logits.shape):
         step = torch.zeros_like(logits, dtype=torch.float64)
         step[place] = 1e-5
-        above, below = (REFERENCES[kind](logits.detach().double() + sign * step, task)[0] for sign in (1, -1))
+        above, below = (
+            REFERENCES[kind](logits.detach().double() + sign * step, task)[0] for sign in (1, -1)
+        )
         numeric[place] = (above - below) / 2e-5
     torch.testing.assert_close(gradient.double(), numeric, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(("kind", "best"), [("single_label", 0.8), ("tags", 0.8), ("multi_label", 0.85)])
+@pytest.mark.parametrize(
+    ("kind", "best"), [("single_label", 0.8), ("tags", 0.8), ("multi_label", 0.85)]
+)
 def test_the_best_answer_under_smoothing_is_the_smoothed_target(kind: str, best: float) -> None:
     """Of three labels the right one is to get 1 - s + s/3; where labels do not exclude each other, 1 - s/2 of a yes."""
     task, targets = replace(TASKS[kind], label_smoothing=0.3), targets_of(kind)
@@ -312,21 +372,32 @@ def test_the_best_answer_under_smoothing_is_the_smoothed_target(kind: str, best:
 
 @pytest.mark.parametrize("cut", [[1, 2, 3, 4], [2], [0, 5], [3, 3]])
 @pytest.mark.parametrize(
-    ("kind", "weighted"), [*((kind, False) for kind in SCORED), *((kind, True) for kind in WEIGHTED)]
+    ("kind", "weighted"),
+    [*((kind, False) for kind in SCORED), *((kind, True) for kind in WEIGHTED)],
 )
 def test_parts_of_the_rows_add_up_to_the_whole(kind: str, weighted: bool, cut: list[int]) -> None:
-    rules, task, logits, targets = KINDS[kind], task_of(kind, weighted=weighted), logits_of(kind), targets_of(kind)
+    rules, task, logits, targets = (
+        KINDS[kind],
+        task_of(kind, weighted=weighted),
+        logits_of(kind),
+        targets_of(kind),
+    )
     parts = list(zip(logits.tensor_split(cut), targets.tensor_split(cut), strict=True))
     assert sum(rules.loss(*part, task).item() for part in parts) == pytest.approx(
         rules.loss(logits, targets, task).item(), rel=1e-6
     )
-    assert sum(rules.units(part, task).item() for _, part in parts) == rules.units(targets, task).item()
+    assert (
+        sum(rules.units(part, task).item() for _, part in parts)
+        == rules.units(targets, task).item()
+    )
 
 
 @pytest.mark.parametrize("rows", [0, 2])
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("kind", SCORED)
-def test_rows_without_a_label_lose_nothing_and_still_give_a_gradient(kind: str, rows: int, weighted: bool) -> None:
+def test_rows_without_a_label_lose_nothing_and_still_give_a_gradient(
+    kind: str, rows: int, weighted: bool
+) -> None:
     rules, task = KINDS[kind], task_of(kind, weighted=weighted and KINDS[kind].weighted)
     logits = logits_of(kind)[:rows].requires_grad_()
     targets = rules.collate([None] * rows, labels=task.labels, length=4)
@@ -334,7 +405,10 @@ def test_rows_without_a_label_lose_nothing_and_still_give_a_gradient(kind: str, 
     (gradient,) = torch.autograd.grad(loss, logits)
     assert loss.item() == 0.0 and loss.dtype == torch.float32
     assert gradient.shape == logits.shape and not gradient.any() and gradient.isfinite().all()
-    assert rules.units(targets, task).item() == 0.0 and rules.units(targets, task).dtype == torch.float64
+    assert (
+        rules.units(targets, task).item() == 0.0
+        and rules.units(targets, task).dtype == torch.float64
+    )
     assert not rules.labelled(targets).any()
 
 
@@ -353,13 +427,17 @@ def test_one_label_is_decoded_with_the_probability_of_each() -> None:
     logits = torch.tensor([[0.0, math.log(2.0), math.log(5.0)]])
     (answer,) = KINDS["single_label"].decode(logits, TASKS["single_label"])
     assert answer["label"] == "positive"
-    assert answer["scores"] == pytest.approx({"negative": 1 / 8, "neutral": 2 / 8, "positive": 5 / 8})
+    assert answer["scores"] == pytest.approx(
+        {"negative": 1 / 8, "neutral": 2 / 8, "positive": 5 / 8}
+    )
 
 
 def test_label_sets_are_decoded_at_one_half() -> None:
     logits = torch.tensor([[0.0, -0.1, math.log(3.0)], [-1.0, -1.0, -1.0]])
     first, second = KINDS["multi_label"].decode(logits, TASKS["multi_label"])
-    assert first["labels"] == ["negative", "positive"] and first["scores"]["positive"] == pytest.approx(0.75)
+    assert first["labels"] == ["negative", "positive"] and first["scores"][
+        "positive"
+    ] == pytest.approx(0.75)
     assert second["labels"] == []
 
 
@@ -373,7 +451,9 @@ def test_a_number_is_decoded_as_it_is() -> None:
 def test_words_are_decoded_as_tags_and_spans() -> None:
     words = [torch.tensor([[0.0, 9.0, 0.0], [0.0, 0.0, 9.0], [9.0, 0.0, 0.0]]), torch.zeros(0, 3)]
     first, second = KINDS["tags"].decode(words, TASKS["tags"])
-    assert first["tags"] == ["B-PER", "I-PER", "O"] and first["scores"] == pytest.approx([1, 1, 1], abs=1e-3)
+    assert first["tags"] == ["B-PER", "I-PER", "O"] and first["scores"] == pytest.approx(
+        [1, 1, 1], abs=1e-3
+    )
     assert second == {"tags": [], "scores": []}
     assert tag_spans(first["tags"], ["Ada", "Lovelace", "wrote"]) == [
         {"type": "PER", "start": 0, "end": 2, "text": "Ada Lovelace"}
@@ -384,7 +464,10 @@ def test_words_are_decoded_as_tags_and_spans() -> None:
 def test_answers_of_parts_merge_into_the_answers_of_the_whole(kind: str) -> None:
     rules, logits, targets = KINDS[kind], logits_of(kind), targets_of(kind)
     gold, scores = rules.answers(logits, targets)
-    parts = [rules.answers(logits[part], targets[part]) for part in (slice(0, 2), slice(2, 2), slice(2, 5))]
+    parts = [
+        rules.answers(logits[part], targets[part])
+        for part in (slice(0, 2), slice(2, 2), slice(2, 5))
+    ]
     merged = merge_answers(parts)
     assert len(gold) == len(scores) == int(rules.labelled(targets).sum())
     for whole, part in zip((gold, scores), merged, strict=True):
@@ -404,7 +487,11 @@ def test_scores_of_one_label_hold_the_official_metric_and_its_baseline() -> None
     assert values["majority/macro_recall"] == pytest.approx((1 + 0) / 2)
     assert values["precision/negative"] == 0.5 and values["recall/positive"] == pytest.approx(2 / 3)
     assert values["f1/neutral"] == 0.0
-    assert KINDS["single_label"].confusion(gold, scores, task).tolist() == [[1, 0, 0], [0, 0, 0], [1, 0, 2]]
+    assert KINDS["single_label"].confusion(gold, scores, task).tolist() == [
+        [1, 0, 0],
+        [0, 0, 0],
+        [1, 0, 2],
+    ]
 
 
 def test_scores_of_numbers_have_the_error_of_the_mean_beside_them() -> None:
@@ -433,7 +520,11 @@ def test_scores_of_tags_hold_spans_and_words_and_a_baseline_that_finds_nothing()
     assert values["span_precision"] == 1.0 and values["span_recall"] == 0.5
     assert values["span_f1"] == pytest.approx(2 / 3) and values["majority/span_f1"] == 0.0
     assert values["accuracy"] == 0.75 and values["f1/B-PER"] == pytest.approx(2 / 3)
-    assert KINDS["tags"].confusion(gold, scores, TASKS["tags"]).tolist() == [[1, 0, 0], [1, 1, 0], [0, 0, 1]]
+    assert KINDS["tags"].confusion(gold, scores, TASKS["tags"]).tolist() == [
+        [1, 0, 0],
+        [1, 1, 0],
+        [0, 0, 1],
+    ]
 
 
 @pytest.mark.parametrize("kind", SCORED)
@@ -450,7 +541,11 @@ def test_no_rows_give_the_same_keys_and_no_nan(kind: str) -> None:
 def test_every_metric_of_a_kind_can_be_the_main_one(kind: str) -> None:
     rules, logits, targets = KINDS[kind], logits_of(kind), targets_of(kind)
     for metric in rules.metrics:
-        labels = ("none", "against", "favor") if metric == "mean_f1_against_favor" else TASKS[kind].labels
+        labels = (
+            ("none", "against", "favor")
+            if metric == "mean_f1_against_favor"
+            else TASKS[kind].labels
+        )
         task = replace(TASKS[kind], labels=labels, metric=metric)
         values = rules.score(*rules.answers(logits, targets), task)
         assert metric in values and f"majority/{metric}" in values

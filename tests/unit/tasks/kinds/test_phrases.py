@@ -52,7 +52,9 @@ def test_a_phrase_that_is_not_in_the_post_is_refused(phrase: str) -> None:
 def test_an_empty_text_is_a_missing_label_and_an_empty_list_says_that_there_is_none() -> None:
     assert PHRASES.parse("", PHRASE_TAGS) is None and PHRASES.parse([], PHRASE_TAGS) == []
     assert PHRASES.fitted([], ["a", "b"]) == [0, 0]
-    assert PHRASES.discover(["", None, "good"]) == PHRASE_TAGS and PHRASES.discover(["", None]) == ()
+    assert (
+        PHRASES.discover(["", None, "good"]) == PHRASE_TAGS and PHRASES.discover(["", None]) == ()
+    )
 
 
 @pytest.mark.parametrize("value", [3, [1], {"a": 1}])
@@ -69,10 +71,34 @@ def test_own_labels_have_no_meaning_for_phrases() -> None:
 @pytest.fixture
 def aspects(tmp_path: Path) -> Path:
     rows = [
-        {"text": "Great food, slow staff", "aspect": "food", "polarity": "good", "implicit": False, "opinion": "great"},
-        {"text": "Great food, slow staff", "aspect": "staff", "polarity": "bad", "implicit": False, "opinion": "slow"},
-        {"text": "I waited an hour", "aspect": "staff", "polarity": "bad", "implicit": True, "opinion": ""},
-        {"text": "a decent wine", "aspect": "wine", "polarity": "good", "implicit": False, "opinion": "descent"},
+        {
+            "text": "Great food, slow staff",
+            "aspect": "food",
+            "polarity": "good",
+            "implicit": False,
+            "opinion": "great",
+        },
+        {
+            "text": "Great food, slow staff",
+            "aspect": "staff",
+            "polarity": "bad",
+            "implicit": False,
+            "opinion": "slow",
+        },
+        {
+            "text": "I waited an hour",
+            "aspect": "staff",
+            "polarity": "bad",
+            "implicit": True,
+            "opinion": "",
+        },
+        {
+            "text": "a decent wine",
+            "aspect": "wine",
+            "polarity": "good",
+            "implicit": False,
+            "opinion": "descent",
+        },
     ]
     write_jsonl(tmp_path / "meals" / "train.jsonl", rows)
     write_jsonl(tmp_path / "meals" / "validation.jsonl", rows[:2])
@@ -91,15 +117,21 @@ def recipe_for(root: Path, on_error: str):
     return recipe
 
 
-def test_a_phrase_that_does_not_fit_stops_the_run_or_is_counted_as_a_missing_label(aspects: Path) -> None:
-    with pytest.raises(ValueError, match=r"train.jsonl:4: task opinion, column opinion: 'descent' is not in the post"):
+def test_a_phrase_that_does_not_fit_stops_the_run_or_is_counted_as_a_missing_label(
+    aspects: Path,
+) -> None:
+    with pytest.raises(
+        ValueError,
+        match=r"train.jsonl:4: task opinion, column opinion: 'descent' is not in the post",
+    ):
         load_corpus(recipe_for(aspects, "stop"))
     corpus = load_corpus(recipe_for(aspects, "skip"))
     train = corpus.splits["train"]
     assert len(train) == 4, "the post stays for the other tasks"
     assert train.labels["opinion"] == [[1, 0, 0, 0, 0], [0, 0, 0, 1, 0], None, None]
-    assert "task opinion: 1 posts of meals have no such label, because it does not fit their words" in (
-        corpus.report.warnings
+    assert (
+        "task opinion: 1 posts of meals have no such label, because it does not fit their words"
+        in (corpus.report.warnings)
     )
 
 
@@ -116,12 +148,27 @@ def test_words_and_the_aspect_as_second_text_make_one_row_for_all_tasks(aspects:
     recipe = recipe_for(aspects, "skip")
     corpus = load_corpus(recipe)
     tokenizer = wordpiece_tokenizer(["great", "food", "slow", "staff", "i", "waited", "an", "hour"])
-    split = tokenize_split(corpus.splits["train"], tokenizer, tasks=corpus.tasks, config=recipe.data)
+    split = tokenize_split(
+        corpus.splits["train"], tokenizer, tasks=corpus.tasks, config=recipe.data
+    )
     batch = Collator(tokenizer, corpus.tasks)(split, np.array([1, 2]))
     tokens = tokenizer.convert_ids_to_tokens(batch.input_ids_BL[0].tolist())
     assert tokens[:8] == ["[CLS]", "great", "food", ",", "slow", "staff", "[SEP]", "staff"]
     assert batch.token_type_ids_BL[0, :9].tolist() == [0, 0, 0, 0, 0, 0, 0, 1, 1]
     # The aspect is no word of the post: it has no tag.
-    assert batch.labels["opinion"][0].tolist()[:9] == [IGNORED, 0, 0, 0, 1, 0, IGNORED, IGNORED, IGNORED]
+    assert batch.labels["opinion"][0].tolist()[:9] == [
+        IGNORED,
+        0,
+        0,
+        0,
+        1,
+        0,
+        IGNORED,
+        IGNORED,
+        IGNORED,
+    ]
     assert (batch.labels["opinion"][1] == IGNORED).all()
-    assert batch.labels["polarity"].tolist() == [0, 0] and batch.labels["implicit"].tolist() == [0, 1]
+    assert batch.labels["polarity"].tolist() == [0, 0] and batch.labels["implicit"].tolist() == [
+        0,
+        1,
+    ]

@@ -44,12 +44,18 @@ def test_plain_posts_are_read_for_training_alone_and_need_no_label_column(tmp_pa
     corpus = corpus_of(tmp_path, mood=mood, plain=plain)
     train = corpus.splits["train"]
     assert corpus.report.posts["plain"] == {"train": 7} and "test" not in corpus.splits
-    assert train.labels["plain"].count(0) == 7 and train.labels["plain"].count(None) == len(train) - 7
-    assert corpus.tasks[1] == replace(PLAIN, name="plain") and not corpus.splits["validation"].labels["plain"].count(0)
+    assert (
+        train.labels["plain"].count(0) == 7 and train.labels["plain"].count(None) == len(train) - 7
+    )
+    assert corpus.tasks[1] == replace(PLAIN, name="plain") and not corpus.splits[
+        "validation"
+    ].labels["plain"].count(0)
 
 
 def test_plain_posts_may_be_a_text_file(tmp_path: Path) -> None:
-    (tmp_path / "plain.txt").write_bytes("\ufefffirst post\r\n\n  \nwith\u2028a separator\nlast".encode())
+    (tmp_path / "plain.txt").write_bytes(
+        "\ufefffirst post\r\n\n  \nwith\u2028a separator\nlast".encode()
+    )
     plain = TaskConfig(path="plain.txt", kind="unlabelled")
     corpus = corpus_of(tmp_path, mood=TaskConfig(path="moods"), plain=plain)
     train = corpus.splits["train"]
@@ -61,17 +67,27 @@ def test_plain_posts_may_be_a_text_file(tmp_path: Path) -> None:
 
 def test_a_text_file_of_a_kind_with_labels_is_refused(tmp_path: Path) -> None:
     (tmp_path / "plain.txt").write_text("a post\n")
-    with pytest.raises(ValueError, match="tasks.mood.label is 'label'.*plain text has no labels: use it for kind"):
+    with pytest.raises(
+        ValueError, match="tasks.mood.label is 'label'.*plain text has no labels: use it for kind"
+    ):
         corpus_of(tmp_path, mood=TaskConfig(path="plain.txt"))
 
 
 def test_a_labelled_data_set_may_be_the_plain_posts_too(tmp_path: Path) -> None:
-    corpus = corpus_of(tmp_path, mood=TaskConfig(path="moods"), plain=TaskConfig(path="moods", kind="unlabelled"))
-    assert set(corpus.splits["train"].labels["plain"]) == {0} == set(corpus.splits["validation"].labels["plain"])
+    corpus = corpus_of(
+        tmp_path, mood=TaskConfig(path="moods"), plain=TaskConfig(path="moods", kind="unlabelled")
+    )
+    assert (
+        set(corpus.splits["train"].labels["plain"])
+        == {0}
+        == set(corpus.splits["validation"].labels["plain"])
+    )
 
 
 def test_a_recipe_of_plain_posts_alone_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="none of plain has labels; give the recipe a task that has"):
+    with pytest.raises(
+        ValueError, match="none of plain has labels; give the recipe a task that has"
+    ):
         corpus_of(tmp_path, plain=TaskConfig(path="plain", text="post", kind="unlabelled"))
 
 
@@ -79,7 +95,9 @@ def test_the_width_of_a_regression_is_the_spread_of_its_training_labels(tmp_path
     rows = [{"text": f"post {i}", "label": value} for i, value in enumerate([1.0, 3.0, 1.0, 3.0])]
     write_jsonl(tmp_path / "heat" / "train.jsonl", rows)
     write_jsonl(tmp_path / "heat" / "validation.jsonl", rows[:2])
-    (task,) = load_corpus(recipe_of(tmp_path, heat=TaskConfig(path="heat", kind="regression"))).tasks
+    (task,) = load_corpus(
+        recipe_of(tmp_path, heat=TaskConfig(path="heat", kind="regression"))
+    ).tasks
     assert task.contrastive_width == 1.0
 
 
@@ -97,7 +115,10 @@ def test_a_step_without_plain_posts_gives_the_head_a_gradient_of_zero() -> None:
     objective = tiny_objective(tasks=TASKS).train()
     step = objective(batch_of(plain=0))
     step.loss.backward()
-    assert step.terms["contrastive/plain"] == 0 and not objective.model.heads[1].pooling.query.grad.any()
+    assert (
+        step.terms["contrastive/plain"] == 0
+        and not objective.model.heads[1].pooling.query.grad.any()
+    )
 
 
 @pytest.mark.parametrize("contrastive", [True, False])
@@ -131,16 +152,26 @@ def test_an_export_answers_the_other_tasks(tmp_path: Path, route_by: str) -> Non
     with pytest.raises(ValueError, match="plain"):
         predictor(["a sunny day"], tasks=["plain"])
     (tmp_path / "posts.txt").write_text("good day\n", encoding="utf-8")
-    predict_file(predictor, tmp_path / "posts.txt", tmp_path / "answers.csv", format="csv", progress=False)
+    predict_file(
+        predictor, tmp_path / "posts.txt", tmp_path / "answers.csv", format="csv", progress=False
+    )
     assert "plain" not in (tmp_path / "answers.csv").read_text(encoding="utf-8")
     rows = [{"text": "good day", "label": "bad"}, {"text": "bad rain", "label": "good"}]
     write_jsonl(tmp_path / "rows.jsonl", rows)
-    scores = score_data(predictor, DataChoice(path=str(tmp_path / "rows.jsonl")), tasks=["mood"], progress=False)
-    assert scores.evaluation.metrics["mood"]["n"] == 2 and list(scores.evaluation.metrics) == ["mood"]
+    scores = score_data(
+        predictor, DataChoice(path=str(tmp_path / "rows.jsonl")), tasks=["mood"], progress=False
+    )
+    assert scores.evaluation.metrics["mood"]["n"] == 2 and list(scores.evaluation.metrics) == [
+        "mood"
+    ]
     assert isinstance(predictor.collator, Collator)
 
 
 def test_a_card_does_not_mention_it(tmp_path: Path) -> None:
     export_tiny(tmp_path, tasks=TASKS)
     card = (tmp_path / "export" / "README.md").read_text(encoding="utf-8")
-    assert "| mood | single_label |" in card and "unlabelled" not in card and "2 tasks: mood, topic" in card
+    assert (
+        "| mood | single_label |" in card
+        and "unlabelled" not in card
+        and "2 tasks: mood, topic" in card
+    )

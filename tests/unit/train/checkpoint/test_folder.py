@@ -24,7 +24,10 @@ def make_checkpoint(folder: Path, step: int) -> Path:
     contents = {"state.json": b"{}", "weights/model.safetensors": b"x" * 100}
     for name, content in contents.items():
         (path / name).write_bytes(content)
-    write_json(path / "manifest.json", {"step": step, "files": {name: len(text) for name, text in contents.items()}})
+    write_json(
+        path / "manifest.json",
+        {"step": step, "files": {name: len(text) for name, text in contents.items()}},
+    )
     return path
 
 
@@ -80,8 +83,12 @@ def test_when_all_are_broken_the_reasons_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError) as caught:
         find_checkpoint(tmp_path)
     said = str(caught.value)
-    assert said.startswith(f"{tmp_path}: no whole checkpoint is left (step-00000010: it has no manifest")
-    assert "step-00000005: weights/model.safetensors has 40 bytes" in said and said.endswith("start the run anew.")
+    assert said.startswith(
+        f"{tmp_path}: no whole checkpoint is left (step-00000010: it has no manifest"
+    )
+    assert "step-00000005: weights/model.safetensors has 40 bytes" in said and said.endswith(
+        "start the run anew."
+    )
 
 
 def test_a_checkpoint_that_is_still_being_written_is_not_found(tmp_path: Path) -> None:
@@ -97,7 +104,9 @@ def test_pruning_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
     assert steps(tmp_path) == [2, 5, 6]
 
 
-def test_pruning_never_keeps_a_broken_checkpoint_in_the_place_of_a_whole_one(tmp_path: Path) -> None:
+def test_pruning_never_keeps_a_broken_checkpoint_in_the_place_of_a_whole_one(
+    tmp_path: Path,
+) -> None:
     make_checkpoint(tmp_path, 5)
     truncate(make_checkpoint(tmp_path, 10))
     prune(tmp_path, keep=1)

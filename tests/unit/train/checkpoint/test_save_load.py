@@ -23,20 +23,34 @@ def save(folder: Path, step: int, layout: Layout, *, best_step: int) -> Path:
     path.mkdir()
     saved = {name: getattr(layout, name) for name in ("world_size", "ep_size", "stage", "bf16")}
     (path / "state.json").write_text(json.dumps({"layout": saved, "best_step": best_step}))
-    write_json(path / "manifest.json", {"step": step, "files": {"state.json": (path / "state.json").stat().st_size}})
+    write_json(
+        path / "manifest.json",
+        {"step": step, "files": {"state.json": (path / "state.json").stat().st_size}},
+    )
     return path
 
 
 @pytest.mark.parametrize(
-    "change", [{"world_size": 2}, {"world_size": 2, "ep_size": 2}, {"stage": 1}, {"stage": 3}, {"bf16": True}]
+    "change",
+    [
+        {"world_size": 2},
+        {"world_size": 2, "ep_size": 2},
+        {"stage": 1},
+        {"stage": 3},
+        {"bf16": True},
+    ],
 )
-def test_a_checkpoint_of_another_layout_is_converted(tmp_path: Path, change: dict[str, int]) -> None:
+def test_a_checkpoint_of_another_layout_is_converted(
+    tmp_path: Path, change: dict[str, int]
+) -> None:
     path = save(tmp_path, 8, replace(HERE, **change), best_step=8)
     assert "this start has 1 ranks, ep_size 1, ZeRO 2, float32" in saved_elsewhere(path, HERE)
     assert needs_conversion(path, HERE)
 
 
-def test_so_it_is_for_the_sake_of_the_best_one_which_the_end_of_the_run_loads(tmp_path: Path) -> None:
+def test_so_it_is_for_the_sake_of_the_best_one_which_the_end_of_the_run_loads(
+    tmp_path: Path,
+) -> None:
     best = save(tmp_path, 4, replace(HERE, world_size=2, ep_size=2), best_step=4)
     path = save(tmp_path, 8, HERE, best_step=4)
     assert saved_elsewhere(path, HERE) == "" and needs_conversion(path, HERE)
@@ -57,5 +71,8 @@ def test_a_run_with_sgd_does_not_move_and_says_where_it_resumes(tmp_path: Path) 
         recipe=recipe_from_dict({"train": {"optimizer": "sgd"}}),
         deepspeed=SimpleNamespace(load_universal_checkpoint=lambda: True),
     )
-    with pytest.raises(ValueError, match=r"saved with 2 ranks, .*\. SGD's moments do not move; resume on the layout"):
+    with pytest.raises(
+        ValueError,
+        match=r"saved with 2 ranks, .*\. SGD's moments do not move; resume on the layout",
+    ):
         load_checkpoint(path, engine, HERE)

@@ -68,7 +68,9 @@ def test_the_loss_of_the_middle_is_told_too(middle: tuple[Star, int]) -> None:
     "said", [b'{"rank": 1, "word": "theirs"}\n{"gone": 1}\n', b"GET / HTTP/1.1\r\n\r\n", b"5\n", b"x" * (3 * LONGEST),
              b"[" * (LONGEST - 1) + b"\n", b'{"rank": Infinity, "word": "ours"}\n']
 )  # fmt: skip
-def test_a_stranger_is_hung_up_on_and_changes_nothing(middle: tuple[Star, int], said: bytes) -> None:
+def test_a_stranger_is_hung_up_on_and_changes_nothing(
+    middle: tuple[Star, int], said: bytes
+) -> None:
     star, port = middle
     friend = spoke(1, port)
     with socket.create_connection(("127.0.0.1", port)) as stranger:
@@ -96,7 +98,10 @@ def test_a_middle_that_never_comes_is_an_error_with_its_address() -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    with pytest.raises(OSError, match=f"rank 1 cannot reach rank 0 at 127.0.0.1, port {port} .*must reach one another"):
+    with pytest.raises(
+        OSError,
+        match=f"rank 1 cannot reach rank 0 at 127.0.0.1, port {port} .*must reach one another",
+    ):
         Star(1).connect("127.0.0.1", port, seconds=0.1)
 
 
@@ -129,14 +134,18 @@ def test_nothing_blocks_the_middle_when_an_end_reads_nothing(middle: tuple[Star,
 
 @pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="the system has no such option")
 @pytest.mark.parametrize("patience", [5.0, 1800.0, 7200.0, 1e8])
-def test_the_system_waits_for_an_answer_longer_than_the_patience_on_both_ends(patience: float) -> None:
+def test_the_system_waits_for_an_answer_longer_than_the_patience_on_both_ends(
+    patience: float,
+) -> None:
     server = listen()
     star = Star(0, patience=patience).serve(server)
     end = Star(1, patience=patience).connect("127.0.0.1", server.getsockname()[1], seconds=5)
     until(star, lambda _: star.connected() == {1})
     for line in [*star._ranks, *end._ranks]:
         waits = line.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) / 1000
-        assert patience < waits <= patience + 60 or waits > 24 * 86400, "more than that the system does not take"
+        assert patience < waits <= patience + 60 or waits > 24 * 86400, (
+            "more than that the system does not take"
+        )
     star.close()
     end.close()
 
@@ -176,7 +185,9 @@ class NoDescriptors(socket.socket):
         raise OSError(errno.EMFILE, "Too many open files")
 
 
-def test_a_connection_that_cannot_be_taken_disturbs_nobody_who_is_there(middle: tuple[Star, int]) -> None:
+def test_a_connection_that_cannot_be_taken_disturbs_nobody_who_is_there(
+    middle: tuple[Star, int],
+) -> None:
     star, port = middle
     friend = spoke(1, port)
     until(star, lambda _: star.connected() == {1})

@@ -68,7 +68,8 @@ def test_the_first_process_of_a_container_has_no_launcher(monkeypatch: pytest.Mo
     assert not StopSignal().asked()
 
 
-# A command that starts a launcher that starts a rank, as ``deepspeed`` does; the rank writes to a file.
+# A command that starts a launcher that starts a rank, as ``deepspeed`` does; the rank writes to a
+# file.
 LAUNCHER = """
     import subprocess, sys, time
     rank = subprocess.Popen([sys.executable, "-c", sys.argv[1], sys.argv[3]], stdout=open(sys.argv[2], "w"))
@@ -84,7 +85,9 @@ COMMAND = """
 
 @pytest.mark.parametrize("when", ["loading", "ready"])
 @pytest.mark.parametrize("lost", ["command", "launcher"])
-def test_the_loss_of_the_launcher_or_of_the_command_above_it_is_a_signal(lost: str, when: str, tmp_path: Path) -> None:
+def test_the_loss_of_the_launcher_or_of_the_command_above_it_is_a_signal(
+    lost: str, when: str, tmp_path: Path
+) -> None:
     log = tmp_path / "log"
     seconds = "1.5" if when == "loading" else "0"
     arguments = [textwrap.dedent(LAUNCHER), textwrap.dedent(RANK), str(log), seconds]
@@ -93,7 +96,8 @@ def test_the_loss_of_the_launcher_or_of_the_command_above_it_is_a_signal(lost: s
         launcher = psutil.Process(int(command.stdout.readline()))
         try:
             wait_for(lambda: log.exists() and when in log.read_text())
-            # Killed, not asked: nobody passes anything on. The command stays a zombie until it is waited for.
+            # Killed, not asked: nobody passes anything on. The command stays a zombie until it is
+            # waited for.
             (launcher if lost == "launcher" else command).kill()
             wait_for(lambda: "went on" in log.read_text())
         finally:

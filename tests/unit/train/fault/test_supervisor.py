@@ -43,7 +43,14 @@ class Supervised:
     """Supervisors of several ranks, as a launcher starts them."""
 
     def __init__(
-        self, folder: Path, child: str, *, restarts: int, ranks: int = 2, late: float = 0.0, last_words: str = ""
+        self,
+        folder: Path,
+        child: str,
+        *,
+        restarts: int,
+        ranks: int = 2,
+        late: float = 0.0,
+        last_words: str = "",
     ) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -53,18 +60,34 @@ class Supervised:
         for rank in reversed(range(ranks)):
             if rank == 0:
                 time.sleep(late)
-            places = {"RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": self.port}
-            command = [sys.executable, "-c", SUPERVISOR, str(restarts), CHILD + child, str(self.log)]
+            places = {
+                "RANK": str(rank),
+                "WORLD_SIZE": str(ranks),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": self.port,
+            }
+            command = [
+                sys.executable,
+                "-c",
+                SUPERVISOR,
+                str(restarts),
+                CHILD + child,
+                str(self.log),
+            ]
             # The launcher's own word, and one of the user's that is another one for the last rank.
             command += [f"--local_rank={rank}", last_words if rank == ranks - 1 else ""]
             environment = os.environ | places | {"PYTHONPATH": str(ROOT)}
-            self.processes.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
+            self.processes.append(
+                subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+            )
         self.processes.reverse()
 
     def wait_for(self, word: str, times: int = 1) -> None:
         end = time.monotonic() + 20
         while not self.log.exists() or self.log.read_text().count(word) < times:
-            assert time.monotonic() < end, self.log.read_text() if self.log.exists() else "nothing was logged"
+            assert time.monotonic() < end, (
+                self.log.read_text() if self.log.exists() else "nothing was logged"
+            )
             time.sleep(0.02)
 
     def end(self) -> tuple[list[int], str]:
@@ -78,7 +101,9 @@ class Supervised:
 
     def began(self) -> list[tuple[str, ...]]:
         lines = [line.split(maxsplit=5) for line in self.log.read_text().splitlines()]
-        return sorted((rank, attempt, *rest) for rank, attempt, word, *rest in lines if word == "began")
+        return sorted(
+            (rank, attempt, *rest) for rank, attempt, word, *rest in lines if word == "began"
+        )
 
 
 def attempts(supervised: Supervised) -> list[tuple[int, int]]:
@@ -98,17 +123,23 @@ def test_a_killed_rank_is_started_again_with_all_others_until_the_run_ends(tmp_p
 
 
 def test_the_ranks_of_an_attempt_share_a_port_and_all_attempts_a_word(tmp_path: Path) -> None:
-    supervised = Supervised(tmp_path, "sys.exit(7 if attempt == 0 and rank == 0 else 0)", restarts=1)
+    supervised = Supervised(
+        tmp_path, "sys.exit(7 if attempt == 0 and rank == 0 else 0)", restarts=1
+    )
     codes, said = supervised.end()
     assert codes == [0, 0], said
     began = supervised.began()
-    by_attempt = {attempt: {port for _, number, port, *_ in began if number == attempt} for attempt in "01"}
-    assert len(by_attempt["0"]) == len(by_attempt["1"]) == 1 and by_attempt["0"] != by_attempt["1"]
-    assert supervised.port not in by_attempt["0"] | by_attempt["1"], "the supervisors themselves have that one"
-    assert len({word for _, _, _, word, *_ in began}) == 1
-    assert {why for _, attempt, _, _, *why in map(list, began) if attempt == "1" for why in why} == {
-        "rank 0 ended with exit code 7"
+    by_attempt = {
+        attempt: {port for _, number, port, *_ in began if number == attempt} for attempt in "01"
     }
+    assert len(by_attempt["0"]) == len(by_attempt["1"]) == 1 and by_attempt["0"] != by_attempt["1"]
+    assert supervised.port not in by_attempt["0"] | by_attempt["1"], (
+        "the supervisors themselves have that one"
+    )
+    assert len({word for _, _, _, word, *_ in began}) == 1
+    assert {
+        why for _, attempt, _, _, *why in map(list, began) if attempt == "1" for why in why
+    } == {"rank 0 ended with exit code 7"}
 
 
 def test_when_no_restart_is_left_the_code_of_the_crash_is_the_runs(tmp_path: Path) -> None:
@@ -120,7 +151,9 @@ def test_when_no_restart_is_left_the_code_of_the_crash_is_the_runs(tmp_path: Pat
 
 @pytest.mark.parametrize("code", [2, 3, 130])
 def test_an_error_that_would_come_again_is_never_restarted(tmp_path: Path, code: int) -> None:
-    supervised = Supervised(tmp_path, f"sys.exit({code}) if rank == 0 else time.sleep(60)", restarts=5)
+    supervised = Supervised(
+        tmp_path, f"sys.exit({code}) if rank == 0 else time.sleep(60)", restarts=5
+    )
     codes, said = supervised.end()
     assert codes == [code, code] and said == "" and len(attempts(supervised)) == 2
 
@@ -140,7 +173,9 @@ def test_a_child_that_hangs_after_another_crashed_is_ended_and_not_blamed(tmp_pa
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_stop_signal_is_passed_on_and_what_follows_is_not_restarted(tmp_path: Path, number: signal.Signals) -> None:
+def test_a_stop_signal_is_passed_on_and_what_follows_is_not_restarted(
+    tmp_path: Path, number: signal.Signals
+) -> None:
     child = """
 def save(*_):
     log("saved")
@@ -169,7 +204,11 @@ def test_a_child_that_dies_of_the_signal_is_not_restarted_either(tmp_path: Path)
 def test_the_loss_of_a_supervisor_ends_the_run_and_its_children(tmp_path: Path) -> None:
     supervised = Supervised(tmp_path, "log('ready', os.getpid()); time.sleep(60)", restarts=5)
     supervised.wait_for("ready", times=2)
-    orphans = [int(line.split()[3]) for line in supervised.log.read_text().splitlines() if line.startswith("1 0 ready")]
+    orphans = [
+        int(line.split()[3])
+        for line in supervised.log.read_text().splitlines()
+        if line.startswith("1 0 ready")
+    ]
     supervised.processes[1].kill()
     supervised.processes[0].wait(30)
     for orphan in orphans:
@@ -182,7 +221,11 @@ def test_the_loss_of_a_supervisor_ends_the_run_and_its_children(tmp_path: Path) 
 def test_the_others_say_why_they_leave_when_rank_0s_supervisor_is_gone(tmp_path: Path) -> None:
     supervised = Supervised(tmp_path, "log('ready', os.getpid()); time.sleep(60)", restarts=5)
     supervised.wait_for("ready", times=2)
-    orphans = [int(line.split()[3]) for line in supervised.log.read_text().splitlines() if line.startswith("0 0 ready")]
+    orphans = [
+        int(line.split()[3])
+        for line in supervised.log.read_text().splitlines()
+        if line.startswith("0 0 ready")
+    ]
     supervised.processes[0].kill()
     supervised.processes[1].wait(30)
     for orphan in orphans:
@@ -192,11 +235,15 @@ def test_the_others_say_why_they_leave_when_rank_0s_supervisor_is_gone(tmp_path:
     assert said == "comoe: rank 1: rank 0's supervisor is gone, so nothing can be started again.\n"
 
 
-def test_a_supervisor_of_another_command_is_turned_away_and_says_what_must_be_the_same(tmp_path: Path) -> None:
+def test_a_supervisor_of_another_command_is_turned_away_and_says_what_must_be_the_same(
+    tmp_path: Path,
+) -> None:
     supervised = Supervised(tmp_path, "pass", restarts=1, last_words="run.name=other")
     try:
         assert supervised.processes[1].wait(30) == 1
-        assert supervised.processes[0].poll() is None and not supervised.log.exists(), "it waits for its own ranks"
+        assert supervised.processes[0].poll() is None and not supervised.log.exists(), (
+            "it waits for its own ranks"
+        )
     finally:
         supervised.processes[0].terminate()
         codes, said = supervised.end()
@@ -229,7 +276,9 @@ def test_a_port_that_is_taken_is_named_with_what_to_do(
             monkeypatch.setenv(key, value)
         assert supervise(restarts=1, stop=StopSignal(), command=["false"]) == 2
     said = capsys.readouterr().err
-    assert said.startswith(f"comoe: rank 0: --restarts: port {port} of this machine cannot be used ([Errno ")
+    assert said.startswith(
+        f"comoe: rank 0: --restarts: port {port} of this machine cannot be used ([Errno "
+    )
     assert f"such as --master_port {port + 1} " in said
 
 
@@ -239,19 +288,29 @@ def test_a_supervisor_that_comes_late_is_waited_for(tmp_path: Path) -> None:
     assert codes == [0, 0] and said == "" and attempts(supervised) == [(0, 0), (1, 0)]
 
 
-def test_one_process_without_a_launcher_is_supervised_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_process_without_a_launcher_is_supervised_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     marks: Sequence[str] = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    environment = {key: value for key, value in os.environ.items() if key not in marks} | {"PYTHONPATH": str(ROOT)}
+    environment = {key: value for key, value in os.environ.items() if key not in marks} | {
+        "PYTHONPATH": str(ROOT)
+    }
     child = "import os, sys; sys.exit(0 if os.environ['COMOE_ATTEMPT'] == '1' else 9)"
     done = subprocess.run(
-        [sys.executable, "-c", SUPERVISOR, "2", child], env=environment, capture_output=True, text=True, timeout=30
+        [sys.executable, "-c", SUPERVISOR, "2", child],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=30,
     )
     assert (done.returncode, done.stderr) == (
         0, "comoe: rank 0 ended with exit code 9. Starting again, restart 1 of 2.\n"
     )  # fmt: skip
 
 
-def test_the_log_of_a_restarted_run_says_which_attempt_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_log_of_a_restarted_run_says_which_attempt_and_why(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.delenv("COMOE_ATTEMPT", raising=False)
     assert restart_in_words() == {}
     monkeypatch.setenv("COMOE_ATTEMPT", "0")

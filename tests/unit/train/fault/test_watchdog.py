@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import socket
 import threading
@@ -53,7 +54,9 @@ def test_a_rank_that_stands_still_in_training_ends_and_says_where(
     assert said.endswith("What to do.") and len(ended) == 1
 
 
-def test_steps_and_batches_that_come_in_time_keep_a_run_alive(watch: Watchdog, ended: Ended) -> None:
+def test_steps_and_batches_that_come_in_time_keep_a_run_alive(
+    watch: Watchdog, ended: Ended
+) -> None:
     watch.start(timeout_seconds=0.6)
     for step in range(8):
         watch.reached(step)
@@ -66,7 +69,9 @@ def test_steps_and_batches_that_come_in_time_keep_a_run_alive(watch: Watchdog, e
 
 
 @pytest.mark.parametrize("phase", ["preparing", "first step", "saving", "scoring", "finishing"])
-def test_a_phase_that_may_take_long_does_not_count(watch: Watchdog, ended: Ended, phase: str) -> None:
+def test_a_phase_that_may_take_long_does_not_count(
+    watch: Watchdog, ended: Ended, phase: str
+) -> None:
     watch.start(timeout_seconds=0.3)
     if phase == "first step":
         watch.enter(phase)
@@ -85,7 +90,9 @@ def test_a_phase_that_may_take_long_does_not_count(watch: Watchdog, ended: Ended
     assert not ended
 
 
-def test_after_a_pause_training_counts_again_also_when_the_pause_was_cut_short(watch: Watchdog, ended: Ended) -> None:
+def test_after_a_pause_training_counts_again_also_when_the_pause_was_cut_short(
+    watch: Watchdog, ended: Ended
+) -> None:
     watch.start(timeout_seconds=0.4)
     watch.reached(3)
     with pytest.raises(ValueError), watch.paused("evaluation"):
@@ -103,17 +110,25 @@ def test_a_rank_that_has_left_is_not_watched_any_more(watch: Watchdog, ended: En
     assert not ended
 
 
-def test_without_a_start_nothing_is_watched_and_nothing_fails(watch: Watchdog, ended: Ended) -> None:
+def test_without_a_start_nothing_is_watched_and_nothing_fails(
+    watch: Watchdog, ended: Ended
+) -> None:
     watch.reached(1)
     watch.explain(RuntimeError("a collective"))
     watch.leave(2, "why")
     assert not ended
 
 
-def test_where_names_our_line_and_the_innermost_and_is_empty_in_a_collective(tmp_path: Path) -> None:
-    assert where_main_thread_is().startswith("whereabouts.py:")
+def test_where_names_our_line_and_the_innermost_and_is_empty_in_a_collective(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert where_main_thread_is().startswith("watchdog.py:")
+    # A checkout in a folder called comoe, with an environment of its own.
+    package, installed = "comoe/comoe/train", "comoe/.venv/site-packages"
+    monkeypatch.setattr(module, "PACKAGE", f"{tmp_path / 'comoe/comoe'}{os.sep}")
     places = {}
-    for folder in ("comoe/train", "torch/distributed"):
+    for folder in (package, installed, "torch/distributed"):
         file = tmp_path / folder / "inner.py"
         file.parent.mkdir(parents=True)
         file.write_text("def wait(look):\n    return look()\n")
@@ -128,7 +143,8 @@ def test_where_names_our_line_and_the_innermost_and_is_empty_in_a_collective(tmp
 
         scope["wait"](look)
         places[folder] = found[0]
-    assert places["comoe/train"].startswith("inner.py:2 wait > threading.py:")
+    assert places[package].startswith("inner.py:2 wait > threading.py:")
+    assert places[installed].startswith("threading.py:") and ">" not in places[installed]
     assert places["torch/distributed"] == ""
 
 
@@ -151,13 +167,20 @@ def test_a_rank_that_cannot_reach_rank_0_tells_the_others_and_fails_in_time(
     with pytest.raises(OSError, match=f"rank 1 cannot reach rank 0 at 127.0.0.1, port {port} "):
         watch.start(timeout_seconds=1.0)
     assert time.monotonic() - began < 5 and threads() == before
-    assert told[1].startswith(f"rank 1 cannot reach rank 0 at 127.0.0.1, port {port} "), "the others end by that"
+    assert told[1].startswith(f"rank 1 cannot reach rank 0 at 127.0.0.1, port {port} "), (
+        "the others end by that"
+    )
 
 
 def test_the_others_end_with_the_reason_of_a_rank_that_cannot_reach_rank_0(
     watch: Watchdog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    answers = iter([[own_place()], ["", "rank 1 cannot reach rank 0 at a.", "rank 2 cannot reach rank 0 at a."]])
+    answers = iter(
+        [
+            [own_place()],
+            ["", "rank 1 cannot reach rank 0 at a.", "rank 2 cannot reach rank 0 at a."],
+        ]
+    )
     monkeypatch.setattr(module, "all_gather_objects", lambda _: next(answers))
     before = threads()
     with pytest.raises(OSError, match="^rank 1 cannot reach rank 0 at a. So it is with 1 more.$"):
@@ -168,7 +191,9 @@ def test_the_others_end_with_the_reason_of_a_rank_that_cannot_reach_rank_0(
 class Ranks:
     """Three ranks as rank 0 sees them: the others are ends of a star that speak when they are told to."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, ended: Ended, *, timeout_seconds: float) -> None:
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, ended: Ended, *, timeout_seconds: float
+    ) -> None:
         self.watch = Watchdog(end=ended.append, timeout_seconds=timeout_seconds, beat=0.1)
         here = own_place()
         self.places = [here, Place("b", "1", here.pid, 0.0), Place("c", "2", here.pid, 0.0)]
@@ -178,13 +203,22 @@ class Ranks:
         self.watch._heard = {1: Heard(now, now), 2: Heard(now, now)}
         self.watch._own, self.watch._judged = Heard(now, now), now
         self.watch._star = Star(0).serve(server)
-        self.others = {r: Star(r).connect("127.0.0.1", server.getsockname()[1], seconds=5) for r in (1, 2)}
+        self.others = {
+            r: Star(r).connect("127.0.0.1", server.getsockname()[1], seconds=5) for r in (1, 2)
+        }
         self.silent: set[int] = set()
         self.told: dict[int, list] = {1: [], 2: []}
         monkeypatch.setattr(module, "world_size", lambda: 3)
         threading.Thread(target=self.watch._watch, daemon=True).start()
 
-    def live(self, seconds: float, ended: Ended, *, where: dict[int, str] | None = None, ticking: bool = False) -> None:
+    def live(
+        self,
+        seconds: float,
+        ended: Ended,
+        *,
+        where: dict[int, str] | None = None,
+        ticking: bool = False,
+    ) -> None:
         """Let time pass; the ranks that are not silent send their beats."""
         end, ticks = time.monotonic() + seconds, 0
         while time.monotonic() < end and not ended:
@@ -222,7 +256,9 @@ def test_a_rank_that_dies_is_named_to_all_with_machine_and_step_at_once(
     ranks.live(0.5, ended)
     assert ended == [LOST]
     (said,) = ranks.verdicts(1)
-    assert said.startswith(f"rank 2 on machine c (node 2) died at step {ranks.watch.step} (training): its process")
+    assert said.startswith(
+        f"rank 2 on machine c (node 2) died at step {ranks.watch.step} (training): its process"
+    )
     assert capfd.readouterr().err.strip().startswith(f"comoe: rank 0: {said}")
 
 
@@ -238,13 +274,18 @@ def test_a_connection_that_the_network_broke_is_no_death(ranks: Ranks, ended: En
     )
 
 
-def test_a_silent_rank_is_named_after_the_timeout_and_not_before(ranks: Ranks, ended: Ended) -> None:
+def test_a_silent_rank_is_named_after_the_timeout_and_not_before(
+    ranks: Ranks, ended: Ended
+) -> None:
     ranks.silent.add(1)
     began = time.monotonic()
     ranks.live(4, ended, ticking=True)
     assert ended == [LOST] and time.monotonic() - began > 1.4
     (said,) = ranks.verdicts(2)
-    assert re.match(r"rank 1 on machine b \(node 1\) at step \d+ \(training\) is silent since \d s: its process", said)
+    assert re.match(
+        r"rank 1 on machine b \(node 1\) at step \d+ \(training\) is silent since \d s: its process",
+        said,
+    )
 
 
 def test_the_rank_that_is_in_no_collective_is_blamed_for_a_standstill(
@@ -255,7 +296,10 @@ def test_the_rank_that_is_in_no_collective_is_blamed_for_a_standstill(
     assert ended == [LOST]
     (said,) = ranks.verdicts(1)
     assert said.startswith("no rank got any further for 2 s")
-    assert "rank 1 on machine b (node 1) is in batching.py" in said and "the others wait for it" in said
+    assert (
+        "rank 1 on machine b (node 1) is in batching.py" in said
+        and "the others wait for it" in said
+    )
 
 
 def test_after_a_failed_collective_whoever_misses_some_beats_is_blamed_long_before_the_timeout(
@@ -266,7 +310,9 @@ def test_after_a_failed_collective_whoever_misses_some_beats_is_blamed_long_befo
     ranks.others[1].send({"trouble": "Connection closed by peer"})
     ranks.live(4, ended)
     assert ended == [LOST]
-    assert ranks.verdicts(1)[0].startswith("rank 2 on machine c (node 2) at step 5 (training) is silent")
+    assert ranks.verdicts(1)[0].startswith(
+        "rank 2 on machine c (node 2) at step 5 (training) is silent"
+    )
 
 
 def test_a_rank_that_ended_with_an_error_of_its_own_ends_the_others_with_its_words_and_code(

@@ -19,7 +19,12 @@ def task(name, metric="macro_f1"):
 
 def test_resume_drops_later_lines_and_a_torn_one_and_leaves_a_mark(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    lines = [{"step": 1, "split": "train", "loss": 0.1}, {"split": "event", "what": "start"}, {"step": 2}, {"step": 3}]
+    lines = [
+        {"step": 1, "split": "train", "loss": 0.1},
+        {"split": "event", "what": "start"},
+        {"step": 2},
+        {"step": 3},
+    ]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 4, "lo')
     truncate_metrics(path, after_step=2)
     assert read_metrics(path) == [*lines[:3], {"split": "resume", "step": 2}]
@@ -42,18 +47,27 @@ def test_a_line_keeps_every_digit_of_its_numbers(tmp_path):
 
 def test_results_hold_null_where_a_number_is_not_finite(tmp_path):
     write_results(tmp_path, {"loss": math.nan, "f1": np.float32(0.5), "count": torch.tensor(3)})
-    assert json.loads((tmp_path / "results.json").read_text()) == {"loss": None, "f1": 0.5, "count": 3}
+    assert json.loads((tmp_path / "results.json").read_text()) == {
+        "loss": None,
+        "f1": 0.5,
+        "count": 3,
+    }
     assert plain({"a": (1, np.array([1.0, np.inf]))}) == {"a": [1, [1.0, None]]}
 
 
 def test_the_table_has_a_line_per_task_and_a_dash_where_nothing_was_measured():
     metrics = {
-        "validation": {"mood": {"macro_f1": 0.71234, "majority/macro_f1": 0.2, "n": 10}, "irony": {"macro_f1": 0.5}},
+        "validation": {
+            "mood": {"macro_f1": 0.71234, "majority/macro_f1": 0.2, "n": 10},
+            "irony": {"macro_f1": 0.5},
+        },
         "test": {"mood": {"macro_f1": 0.6, "majority/macro_f1": 0.25, "n": 20}},
     }
     table = format_results_table(metrics, [task("mood"), task("irony")])
     head, rule, mood, irony = table.splitlines()
-    assert head.split() == ["task", "metric", "validation", "test", "majority", "n"] and set(rule) == {"-"}
+    assert head.split() == ["task", "metric", "validation", "test", "majority", "n"] and set(
+        rule
+    ) == {"-"}
     assert mood.split() == ["mood", "macro_f1", "0.712", "0.600", "0.250", "20"]
     assert irony.split() == ["irony", "macro_f1", "0.500", "-", "-", "-"]
     assert len({len(line) for line in (head, rule, mood, irony)}) == 1
@@ -61,7 +75,9 @@ def test_the_table_has_a_line_per_task_and_a_dash_where_nothing_was_measured():
 
 def test_held_out_posts_have_a_column_and_auxiliary_tasks_a_mark():
     metrics = {split: {"mood": {"macro_f1": 0.5, "n": 4}} for split in ("validation", "unseen")}
-    head, _, mood = format_results_table(metrics, [replace(task("mood"), auxiliary=True)]).splitlines()
+    head, _, mood = format_results_table(
+        metrics, [replace(task("mood"), auxiliary=True)]
+    ).splitlines()
     assert head.split() == ["task", "metric", "validation", "test", "unseen", "majority", "n"]
     assert mood.split() == ["mood", "(auxiliary)", "macro_f1", "0.500", "-", "0.500", "-", "4"]
 

@@ -28,7 +28,12 @@ def train_line(monitor, step, *, loss=1.5):
     monitor.log_train(
         step,
         loss=loss,
-        terms={"task/mood": torch.tensor(0.5), "task/heat": 0.25, "contrastive": 0.1, "contrastive/mood": 0.1},
+        terms={
+            "task/mood": torch.tensor(0.5),
+            "task/heat": 0.25,
+            "contrastive": 0.1,
+            "contrastive/mood": 0.1,
+        },
         metrics={"mood": {"accuracy": 0.75}},
         rates={"encoder": 5e-5, "experts": 5e-4},
         task_weights={"mood": 1.0, "heat": 1.0},
@@ -39,8 +44,13 @@ def train_line(monitor, step, *, loss=1.5):
 
 
 def evaluation():
-    metrics = {"mood": {"macro_f1": 0.6, "majority/macro_f1": 0.3, "f1/good": 0.7}, "heat": {"pearson": 0.4}}
-    return Evaluation(metrics=metrics, confusions={"mood": np.array([[3, 1], [2, 4]])}, predictions={})
+    metrics = {
+        "mood": {"macro_f1": 0.6, "majority/macro_f1": 0.3, "f1/good": 0.7},
+        "heat": {"pearson": 0.4},
+    }
+    return Evaluation(
+        metrics=metrics, confusions={"mood": np.array([[3, 1], [2, 4]])}, predictions={}
+    )
 
 
 def summary():
@@ -54,7 +64,9 @@ def summary():
 
 
 def events(folder):
-    loaded = EventAccumulator(str(folder / "tensorboard"), size_guidance={"images": 0, "scalars": 0, "histograms": 0})
+    loaded = EventAccumulator(
+        str(folder / "tensorboard"), size_guidance={"images": 0, "scalars": 0, "histograms": 0}
+    )
     loaded.Reload()
     return loaded
 
@@ -65,7 +77,10 @@ def test_a_training_line_carries_the_global_loss_then_tasks_rates_and_weights(tm
     line = json.loads((tmp_path / "metrics.jsonl").read_text())
     assert list(line)[:4] == ["step", "split", "loss", "tasks"]
     assert (line["step"], line["split"], line["loss"]) == (10, "train", 1 / 3)
-    assert line["tasks"] == {"mood": {"loss": 0.5, "contrastive": 0.1, "accuracy": 0.75}, "heat": {"loss": 0.25}}
+    assert line["tasks"] == {
+        "mood": {"loss": 0.5, "contrastive": 0.1, "accuracy": 0.75},
+        "heat": {"loss": 0.25},
+    }
     assert line["contrastive"] == 0.1 and line["rates"] == {"encoder": 5e-5, "experts": 5e-4}
     assert line["weights"] == {"mood": 1.0, "heat": 1.0} and line["grad_norm"] == 2.0
     monitor.close()
@@ -82,7 +97,9 @@ def test_a_line_is_on_disk_before_the_next_step(tmp_path):
 def test_an_evaluation_reaches_the_log_tensorboard_and_the_plots(tmp_path):
     monitor = start(tmp_path)
     train_line(monitor, 10)
-    monitor.log_evaluation(10, split="validation", evaluation=evaluation(), routing=summary(), mean=0.5)
+    monitor.log_evaluation(
+        10, split="validation", evaluation=evaluation(), routing=summary(), mean=0.5
+    )
     monitor.log_evaluation(10, split="test", evaluation=evaluation(), mean=0.45)
     monitor.close()
     lines = read_metrics(tmp_path / "metrics.jsonl")
@@ -92,13 +109,31 @@ def test_an_evaluation_reaches_the_log_tensorboard_and_the_plots(tmp_path):
     loaded = events(tmp_path)
     tags = loaded.Tags()
     scalars = set(tags["scalars"])
-    assert {"train/loss", "train/mood/loss", "rate/encoder", "weight/mood", "measured/grad_norm"} <= scalars
+    assert {
+        "train/loss",
+        "train/mood/loss",
+        "rate/encoder",
+        "weight/mood",
+        "measured/grad_norm",
+    } <= scalars
     assert {"validation/mood/macro_f1", "test/heat/pearson", "validation/mean"} <= scalars
-    measures = ("max_violation", "effective_experts", "entropy", "task_information", "cooperation", "share/expert_1")
+    measures = (
+        "max_violation",
+        "effective_experts",
+        "entropy",
+        "task_information",
+        "cooperation",
+        "share/expert_1",
+    )
     assert {f"routing/layer_3/{name}" for name in measures} <= scalars
     assert tags["histograms"] == ["routing/layer_3/scores"]
     assert loaded.Histograms("routing/layer_3/scores")[0].histogram_value.num == 6
-    pictures = {"confusion/validation/mood", "confusion/test/mood", "routing/layer_expert", "routing/task_expert"}
+    pictures = {
+        "confusion/validation/mood",
+        "confusion/test/mood",
+        "routing/layer_expert",
+        "routing/task_expert",
+    }
     assert set(tags["images"]) == pictures
     assert "recipe/text_summary" in tags["tensors"]
     assert {path.name for path in (tmp_path / "plots").iterdir()} == {
@@ -165,12 +200,19 @@ def test_an_event_is_a_line_of_its_own(tmp_path):
 
 def test_embeddings_reach_the_log_tensorboard_its_projector_and_the_plots(tmp_path):
     points = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
-    measures = {"alignment": 1.5, "uniformity": -2.0, "retrieval_at_1": 0.5, "retrieval_at_1/chance": 0.4}
+    measures = {
+        "alignment": 1.5,
+        "uniformity": -2.0,
+        "retrieval_at_1": 0.5,
+        "retrieval_at_1/chance": 0.4,
+    }
     views = {
         "mood": TaskEmbeddings(measures, points, ["bad", "good\nor so", "bad"] * 2),
         "heat": TaskEmbeddings(measures, points, [0.1, 0.2, 0.3] * 2),
     }
-    found = EmbeddingSummary(views, {"image_to_text_at_1": 0.7, "text_to_image_at_1": 0.6, "chance": 0.01})
+    found = EmbeddingSummary(
+        views, {"image_to_text_at_1": 0.7, "text_to_image_at_1": 0.6, "chance": 0.01}
+    )
     monitor = start(tmp_path)
     monitor.log_evaluation(10, split="validation", evaluation=evaluation(), embeddings=found)
     monitor.log_projector(10, split="validation", embeddings=found)
@@ -178,9 +220,11 @@ def test_embeddings_reach_the_log_tensorboard_its_projector_and_the_plots(tmp_pa
     line = read_metrics(tmp_path / "metrics.jsonl")[0]
     assert line["embeddings"]["mood"] == measures and line["retrieval"]["image_to_text_at_1"] == 0.7
     tags = events(tmp_path).Tags()
-    assert {"embedding/mood/alignment", "embedding/heat/retrieval_at_1", "embedding/image_to_text_at_1"} <= set(
-        tags["scalars"]
-    )
+    assert {
+        "embedding/mood/alignment",
+        "embedding/heat/retrieval_at_1",
+        "embedding/image_to_text_at_1",
+    } <= set(tags["scalars"])
     assert {"embedding/mood", "embedding/heat"} <= set(tags["images"])
     assert (tmp_path / "plots" / "embedding_mood.png").is_file()
     projected = tmp_path / "tensorboard" / "00010" / "validation_mood"

@@ -27,16 +27,23 @@ def test_a_loss_figure_has_a_panel_per_term_and_starts_with_the_whole():
     figure = loss_figure(curves, {"mood": [(2, 1.5)]})
     assert [panel.get_title() for panel in panels(figure)] == ["all terms", "mood"]
     assert figure.axes[0].lines[0].get_ydata().tolist() == [3.0, 2.0]
-    assert figure.axes[1].lines[-1].get_ydata().tolist() == [1.5] and figure.axes[1].get_legend() is not None
+    assert (
+        figure.axes[1].lines[-1].get_ydata().tolist() == [1.5]
+        and figure.axes[1].get_legend() is not None
+    )
 
 
 def test_a_metric_figure_draws_the_majority_baseline_where_there_is_one():
-    figure = metric_figure({"a: macro_f1": [(5, 0.4), (10, 0.6)], "b: pearson": [(5, 0.1)]}, {"a: macro_f1": 0.2})
+    figure = metric_figure(
+        {"a: macro_f1": [(5, 0.4), (10, 0.6)], "b: pearson": [(5, 0.1)]}, {"a: macro_f1": 0.2}
+    )
     assert texts(figure.axes[0]) == ["majority"] and texts(figure.axes[1]) == []
 
 
 def test_a_share_figure_writes_percent_and_leaves_rows_without_tokens_empty():
-    figure = share_figure(np.array([[0.75, 0.25], [np.nan, np.nan]]), rows=["1", "3"], title="share", row_axis="layer")
+    figure = share_figure(
+        np.array([[0.75, 0.25], [np.nan, np.nan]]), rows=["1", "3"], title="share", row_axis="layer"
+    )
     assert texts(figure.axes[0]) == ["75", "25"]
     assert figure_pixels(figure).dtype == np.uint8
 
@@ -48,7 +55,9 @@ def test_task_shares_have_one_panel_per_layer():
 
 @pytest.mark.parametrize(("size", "numbers"), [(2, 4), (12, 144), (13, 0), (40, 0)])
 def test_a_confusion_figure_drops_the_numbers_when_they_no_longer_fit(size, numbers):
-    figure = confusion_figure(np.eye(size, dtype=int), labels=[f"label number {i}" for i in range(size)], title="t")
+    figure = confusion_figure(
+        np.eye(size, dtype=int), labels=[f"label number {i}" for i in range(size)], title="t"
+    )
     assert len(texts(figure.axes[0])) == numbers
 
 
@@ -58,7 +67,9 @@ def test_labels_of_a_confusion_figure_do_not_overlap():
     figure_pixels(figure)
     panel = figure.axes[0]
     assert len({label.get_text() for label in panel.get_yticklabels()}) == 4
-    boxes = sorted((label.get_window_extent() for label in panel.get_yticklabels()), key=lambda box: box.y0)
+    boxes = sorted(
+        (label.get_window_extent() for label in panel.get_yticklabels()), key=lambda box: box.y0
+    )
     assert all(low.y1 <= high.y0 for low, high in zip(boxes, boxes[1:], strict=False))
 
 

@@ -25,7 +25,13 @@ def recipe_of(*, experts: int = 8, ep_size: int | str = "auto", **train: Any) ->
     })  # fmt: skip
 
 
-def filled(settings: dict[str, Any], recipe: Recipe | None = None, *, world_size: int = 2, gpu: bool = False) -> Any:
+def filled(
+    settings: dict[str, Any],
+    recipe: Recipe | None = None,
+    *,
+    world_size: int = 2,
+    gpu: bool = False,
+) -> Any:
     recipe = recipe or recipe_of()
     layout = plan_layout(recipe, settings, world_size=world_size, gpu=gpu)
     return fill_settings(settings, recipe, layout, gpu=gpu)
@@ -53,23 +59,41 @@ def test_no_auto_is_left_in_any_of_the_four_files(name: str, gpu: bool) -> None:
 
 
 def test_the_numbers_of_the_recipe_fill_the_file() -> None:
-    recipe = recipe_of(batch_size=40, micro_batch_size=5, max_grad_norm=0.25, learning_rate=0.5, weight_decay=0.0)
+    recipe = recipe_of(
+        batch_size=40, micro_batch_size=5, max_grad_norm=0.25, learning_rate=0.5, weight_decay=0.0
+    )
     answer = filled(load_settings(DS_CONFIGS / "zero2.json"), recipe, world_size=2)
-    sizes = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    sizes = (
+        "train_batch_size",
+        "train_micro_batch_size_per_gpu",
+        "gradient_accumulation_steps",
+        "gradient_clipping",
+    )
     assert [answer[key] for key in sizes] == [40, 5, 4, 0.25]
-    assert answer["expert_parallel"] | {"autoep_size": 2, "top_k": 2, "enabled": True} == answer["expert_parallel"]
+    assert (
+        answer["expert_parallel"] | {"autoep_size": 2, "top_k": 2, "enabled": True}
+        == answer["expert_parallel"]
+    )
     assert answer["optimizer"]["type"] == "AdamW" and answer["optimizer"]["params"]["lr"] == 0.5
 
 
 def test_sgd_gets_its_own_parameters() -> None:
-    answer = filled(STAGE_2, recipe_of(optimizer="sgd", momentum=0.5, learning_rate=0.1, weight_decay=0.2))
-    assert answer["optimizer"] == {"type": "SGD", "params": {"lr": 0.1, "momentum": 0.5, "weight_decay": 0.2}}
+    answer = filled(
+        STAGE_2, recipe_of(optimizer="sgd", momentum=0.5, learning_rate=0.1, weight_decay=0.2)
+    )
+    assert answer["optimizer"] == {
+        "type": "SGD",
+        "params": {"lr": 0.1, "momentum": 0.5, "weight_decay": 0.2},
+    }
 
 
 def test_an_uneven_batch_is_rounded_up_for_deepspeed() -> None:
     # 10 posts on 4 ranks are 3 posts for the busiest rank.
     answer = filled(STAGE_2, recipe_of(batch_size=10), world_size=4)
-    assert (answer["train_micro_batch_size_per_gpu"], answer["gradient_accumulation_steps"]) == (3, 1)
+    assert (answer["train_micro_batch_size_per_gpu"], answer["gradient_accumulation_steps"]) == (
+        3,
+        1,
+    )
     assert answer["train_batch_size"] == 12
 
 
@@ -87,10 +111,16 @@ def test_posts_per_forward_pass_and_accumulation(
 
 
 @pytest.mark.parametrize(
-    ("experts", "world_size", "ep_size"), [(8, 1, 1), (8, 2, 2), (8, 4, 4), (8, 6, 2), (3, 4, 1), (6, 4, 2), (0, 4, 1)]
+    ("experts", "world_size", "ep_size"),
+    [(8, 1, 1), (8, 2, 2), (8, 4, 4), (8, 6, 2), (3, 4, 1), (6, 4, 2), (0, 4, 1)],
 )
-def test_auto_shares_the_experts_over_as_many_ranks_as_divide_both(experts: int, world_size: int, ep_size: int) -> None:
-    assert plan_layout(recipe_of(experts=experts), STAGE_2, world_size=world_size, gpu=False).ep_size == ep_size
+def test_auto_shares_the_experts_over_as_many_ranks_as_divide_both(
+    experts: int, world_size: int, ep_size: int
+) -> None:
+    assert (
+        plan_layout(recipe_of(experts=experts), STAGE_2, world_size=world_size, gpu=False).ep_size
+        == ep_size
+    )
 
 
 def test_an_ep_size_that_does_not_divide_is_refused_with_the_valid_ones() -> None:
@@ -105,7 +135,9 @@ def test_the_ep_size_may_be_written_in_the_file_and_is_checked_there_too() -> No
     settings = STAGE_2 | {"expert_parallel": {"autoep_size": 3}}
     assert "(3) must divide both the ranks (2)" in refusal(settings)
     settings = STAGE_2 | {"expert_parallel": {"autoep_size": 1}}
-    assert refusal(settings, recipe_of(ep_size=2)).startswith("expert_parallel.autoep_size is 1 in the DeepSpeed JSON")
+    assert refusal(settings, recipe_of(ep_size=2)).startswith(
+        "expert_parallel.autoep_size is 1 in the DeepSpeed JSON"
+    )
 
 
 def test_without_experts_there_is_no_expert_parallelism() -> None:
@@ -119,7 +151,9 @@ def test_a_number_that_clashes_with_the_recipe_is_refused() -> None:
         "or make the two agree."
     )
     assert filled(STAGE_2 | {"train_batch_size": 32})["train_batch_size"] == 32
-    assert "gradient_clipping is 0.5 in the DeepSpeed JSON and 1.0" in refusal(STAGE_2 | {"gradient_clipping": 0.5})
+    assert "gradient_clipping is 0.5 in the DeepSpeed JSON and 1.0" in refusal(
+        STAGE_2 | {"gradient_clipping": 0.5}
+    )
     assert "expert_parallel.top_k is 3" in refusal(STAGE_2 | {"expert_parallel": {"top_k": 3}})
 
 
@@ -132,7 +166,12 @@ def test_an_auto_that_nothing_fills_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("section", "instead"),
-    [("optimizer", "train.optimizer"), ("scheduler", "train.schedule"), ("fp16", "bf16"), ("elasticity", "--resume")],
+    [
+        ("optimizer", "train.optimizer"),
+        ("scheduler", "train.schedule"),
+        ("fp16", "bf16"),
+        ("elasticity", "--resume"),
+    ],
 )
 def test_a_section_that_the_recipe_owns_is_refused(section: str, instead: str) -> None:
     said = refusal(STAGE_2 | {section: {}})
@@ -142,7 +181,10 @@ def test_a_section_that_the_recipe_owns_is_refused(section: str, instead: str) -
 @pytest.mark.parametrize("stage", [0, 4, "auto", None])
 def test_a_stage_that_is_not_1_to_3_is_refused(stage: Any) -> None:
     said = refusal({"zero_optimization": {"stage": stage}})
-    assert said == f"zero_optimization.stage ({stage}) must be 1, 2 or 3: stage 0 clips wrongly with experts."
+    assert (
+        said
+        == f"zero_optimization.stage ({stage}) must be 1, 2 or 3: stage 0 clips wrongly with experts."
+    )
 
 
 def test_a_file_without_a_stage_is_refused() -> None:
@@ -150,18 +192,28 @@ def test_a_file_without_a_stage_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("enabled", False), ("moe_layer_pattern", "mine"), ("score_apply", "pre"), ("expert_w3", "up")]
+    ("key", "value"),
+    [
+        ("enabled", False),
+        ("moe_layer_pattern", "mine"),
+        ("score_apply", "pre"),
+        ("expert_w3", "up"),
+    ],
 )
 def test_an_autoep_option_that_our_experts_cannot_follow_is_refused(key: str, value: Any) -> None:
     said = refusal(STAGE_2 | {"expert_parallel": {key: value}})
-    assert said.startswith(f"expert_parallel.{key} is {json.dumps(value)} in the DeepSpeed JSON, but comoe's experts")
+    assert said.startswith(
+        f"expert_parallel.{key} is {json.dumps(value)} in the DeepSpeed JSON, but comoe's experts"
+    )
 
 
 def test_precision_can_be_forced_from_the_file() -> None:
     settings = STAGE_2 | {"bf16": {"enabled": True}}
     assert plan_layout(recipe_of(), settings, world_size=1, gpu=False).bf16
     answer = filled(settings, world_size=1)
-    assert answer["bf16"] == {"enabled": True} and answer["data_types"] == {"grad_accum_dtype": "fp32"}
+    assert answer["bf16"] == {"enabled": True} and answer["data_types"] == {
+        "grad_accum_dtype": "fp32"
+    }
     settings = STAGE_2 | {"bf16": {"enabled": False}}
     assert not plan_layout(recipe_of(), settings, world_size=1, gpu=True).bf16
 
@@ -174,7 +226,10 @@ def test_the_file_as_read_is_left_as_it_is() -> None:
 
 
 def test_a_missing_file_names_the_ready_ones(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"--deepspeed .*none.json: no such file; the ready ones are in ds_configs/"):
+    with pytest.raises(
+        ValueError,
+        match=r"--deepspeed .*none.json: no such file; the ready ones are in ds_configs/",
+    ):
         load_settings(tmp_path / "none.json")
 
 
@@ -185,7 +240,9 @@ def test_a_missing_file_names_the_ready_ones(tmp_path: Path) -> None:
      ('{"bf16": true}', "bad.json: bf16 is True; it must be an object"),
      ('{"zero_optimization": 2}', "bad.json: zero_optimization is 2; it must be an object")],
 )  # fmt: skip
-def test_a_file_that_is_no_object_is_refused_with_its_place(tmp_path: Path, content: str, said: str) -> None:
+def test_a_file_that_is_no_object_is_refused_with_its_place(
+    tmp_path: Path, content: str, said: str
+) -> None:
     (tmp_path / "bad.json").write_text(content, encoding="utf-8")
     with pytest.raises(ValueError) as caught:
         load_settings(tmp_path / "bad.json")
@@ -194,4 +251,6 @@ def test_a_file_that_is_no_object_is_refused_with_its_place(tmp_path: Path, cont
 
 def test_a_layout_is_a_plain_record() -> None:
     layout = plan_layout(recipe_of(batch_size=8), STAGE_2, world_size=2, gpu=False)
-    assert layout == Layout(world_size=2, ep_size=2, stage=2, micro_batch_size=4, accumulation=1, bf16=False)
+    assert layout == Layout(
+        world_size=2, ep_size=2, stage=2, micro_batch_size=4, accumulation=1, bf16=False
+    )

@@ -43,11 +43,15 @@ print(json.dumps([inside, mapped()]))
 """
 
 
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="asks a glibc of 2.33 or newer")
+@pytest.mark.skipif(
+    not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="asks a glibc of 2.33 or newer"
+)
 @pytest.mark.parametrize("process", ["prepared", "plain"])
 def test_after_a_zero_3_encoder_was_built_freed_memory_is_kept_as_before(process: str) -> None:
     command = [sys.executable, "-c", ASKED, process]
-    answer = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    answer = subprocess.run(
+        command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
     assert answer.returncode == 0, answer.stderr
     inside, after = json.loads(answer.stdout.splitlines()[-1])
     assert inside == [1, 24, 48], "each large block is the system's own again when it is freed"
