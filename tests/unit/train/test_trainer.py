@@ -479,7 +479,7 @@ def test_the_posts_of_a_bad_step_are_those_of_the_forward_passes_that_were_bad_o
                for loss in (1.0, float("nan"))]  # fmt: skip
     report = StepReport(torch.tensor(float("nan")), {}, outputs, grad_norm=None, skipped=True)
     theirs = [(True, [5, 6]), (False, [12, 7])]
-    monkeypatch.setattr("comoe.distributed.all_gather_objects", lambda ours: [ours, theirs])
+    monkeypatch.setattr("comoe.train.trainer.all_gather_objects", lambda ours: [ours, theirs])
     assert trainer._posts_to_blame(report, batches) == (
         [2, 7, 12],
         "posts.jsonl:3, posts.jsonl:8, posts.jsonl:13",
@@ -487,7 +487,7 @@ def test_the_posts_of_a_bad_step_are_those_of_the_forward_passes_that_were_bad_o
     # A gradient alone: nobody knows whose.
     fine = StepReport(report.loss, {}, [outputs[0]] * 2, grad_norm=None, skipped=True)
     monkeypatch.setattr(
-        "comoe.distributed.all_gather_objects", lambda ours: [ours, [(True, list(range(10, 20)))]]
+        "comoe.train.trainer.all_gather_objects", lambda ours: [ours, [(True, list(range(10, 20)))]]
     )
     rows, said = trainer._posts_to_blame(fine, batches)
     assert rows == [0, 1, 2, *range(10, 20)] and said.endswith("posts.jsonl:15 and 5 more")

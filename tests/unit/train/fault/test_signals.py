@@ -18,7 +18,7 @@ from comoe.train.fault.signals import StopSignal
 ROOT = Path(__file__).parents[4]
 RANK = """
     import sys, time
-    from comoe.train.signals import StopSignal
+    from comoe.train.fault.signals import StopSignal
     stop = StopSignal()
     print("loading", flush=True)
     time.sleep(float(sys.argv[1]) if sys.argv[1:] else 0)

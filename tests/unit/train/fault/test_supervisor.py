@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[4]
 SUPERVISOR = """
 import sys
 from comoe.train import restarts
-from comoe.train.signals import StopSignal
+from comoe.train.fault.signals import StopSignal
 restarts.GRACE = 1.0
 assert "torch" not in sys.modules
 command = [sys.executable, "-c", *sys.argv[2:]]

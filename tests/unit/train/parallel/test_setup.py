@@ -18,7 +18,7 @@ import ctypes, json, sys
 from comoe.train.environment import prepare_process
 if sys.argv[1] == "prepared":
     prepare_process(verbose=False)
-from comoe.train.parallel import building
+from comoe.train.parallel.setup import building
 
 class Info(ctypes.Structure):
     names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
