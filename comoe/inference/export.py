@@ -29,6 +29,12 @@ from comoe.data.datasets import read_as_words
 from comoe.data.images.pixels import ImageProcessor, load_image_processor
 from comoe.data.reading.inputs import column_in_training, columns_in_training
 from comoe.evaluation.calibration import with_calibration
+from comoe.inference.checkpoint_folder import (
+    checkpoint_of,
+    named_best,
+    sorted_checkpoints,
+    whats_wrong,
+)
 from comoe.inference.model_card import model_card
 from comoe.models.model import MultiTaskModel, build_model
 from comoe.tasks.task import Task
@@ -44,30 +50,26 @@ def choose_checkpoint(run: Path, which: str) -> Path:
     """The best or last whole checkpoint of a run folder.
 
     Raises:
-        ValueError: another word, or no such checkpoint.
+        ValueError: another word, or no such checkpoint; with what is wrong with a broken one.
     """
     if which not in CHOICES:
         raise unknown_name("choice of --which", which, CHOICES)
-    whole = sorted(
-        manifest.parent for manifest in (run / "checkpoints").glob("step-*/manifest.json")
-    )
+    folder = run / "checkpoints"
+    whole, broken = sorted_checkpoints(folder)
+    problems = "; ".join(f"{path.name}: {problem}" for path, problem in broken.items())
     if not whole:
         raise ValueError(
-            f"{run} holds no whole checkpoint; give a run folder (with checkpoints/) or a checkpoint."
+            f"{run} holds no whole checkpoint{f' ({problems})' if problems else ''}; give a run folder (with "
+            "checkpoints/) or a checkpoint."
         )
-    chosen = CHOICES[which](run / "checkpoints", whole)
+    chosen = CHOICES[which](folder, whole)
     if chosen not in whole:
         names = ", ".join(path.name for path in whole)
         raise ValueError(
-            f"{run} has no whole {which} checkpoint; give one of {names} in {run / 'checkpoints'}."
+            f"{run} has no whole {which} checkpoint ({problems or f'{chosen.name} is gone'}); give one of {names} in "
+            f"{folder}."
         )
     return chosen
-
-
-def _best(checkpoints: Path, whole: Sequence[Path]) -> Path:
-    """The checkpoint that an evaluation named; the newest one where none was."""
-    named = checkpoints / "best.json"
-    return checkpoints / f"step-{read_json(named)['step']:08d}" if named.is_file() else whole[-1]
 
 
 def read_export_config(folder: Path) -> dict[str, Any]:
@@ -151,7 +153,11 @@ def installed_version() -> str:
         return "not installed"
 
 
-CHOICES = {"best": _best, "last": lambda checkpoints, whole: whole[-1]}
+CHOICES = {
+    # The newest one where no evaluation named the best.
+    "best": lambda folder, whole: named_best(folder) or whole[-1],
+    "last": lambda folder, whole: whole[-1],
+}
 """``--which`` -> (checkpoints folder, whole checkpoints) -> checkpoint."""
 
 
@@ -297,7 +303,10 @@ def export_checkpoint(path: Path, out: Path, *, which: str = "best") -> Path:
         ValueError: no whole checkpoint there, or a file of the run is missing.
     """
     path = Path(path).resolve()
-    checkpoint = path if (path / "weights").is_dir() else choose_checkpoint(path, which)
+    is_checkpoint = path.name.startswith("step-") and not (path / "checkpoints").is_dir()
+    checkpoint = path if is_checkpoint else choose_checkpoint(path, which)
+    if problem := whats_wrong(checkpoint):
+        raise ValueError(f"{checkpoint}: {problem}; use another one in {checkpoint.parent}.")
     run = checkpoint.parent.parent
     for name in ("config.yaml", "tasks.json", "encoder_config.json", "tokenizer"):
         if not (run / name).exists():
@@ -308,11 +317,13 @@ def export_checkpoint(path: Path, out: Path, *, which: str = "best") -> Path:
         weights = load_file(checkpoint / "weights" / WEIGHTS)
     except (OSError, SafetensorError) as error:
         raise ValueError(
-            f"{checkpoint} was cut short ({error}); use another one in {checkpoint.parent}."
+            f"{checkpoint} cannot be read ({error}); use another one in {checkpoint.parent}."
         ) from error
     results = read_json(run / "results.json") if (run / "results.json").is_file() else None
     # What was measured and fitted on these weights says nothing of those of another step.
-    if results is not None and checkpoint.name != f"step-{results.get('best_step', -1):08d}":
+    if results is not None and checkpoint != checkpoint_of(
+        checkpoint.parent, results.get("best_step", -1)
+    ):
         results = None
     export_model(
         Path(out),

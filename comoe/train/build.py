@@ -29,6 +29,7 @@ from comoe.data.text.noise import NOISES
 from comoe.data.tokens.split import TokenizedSplit, report_cuts, tokenize_split
 from comoe.distributed import barrier, broadcast_object, is_main, rank, world_size
 from comoe.evaluation.evaluate import check_chosen_metric
+from comoe.inference.checkpoint_folder import checkpoint_of, whats_wrong
 from comoe.losses.objective import Objective, build_objective, refuse_decoded
 from comoe.losses.weighting.strategies import WEIGHTINGS
 from comoe.models.moe.gate import build_gate
@@ -38,7 +39,7 @@ from comoe.tasks.kinds.registry import KINDS
 from comoe.tasks.metrics import METRICS
 from comoe.tasks.prompts import check_answering
 from comoe.tasks.task import Task
-from comoe.train.checkpoint.folder import Found, find_checkpoint, mark_best, whats_wrong
+from comoe.train.checkpoint.folder import Found, find_checkpoint, mark_best
 from comoe.train.checkpoint.save_load import load_checkpoint, needs_conversion, saved_elsewhere
 from comoe.train.dry_run import print_dry_run, seen_by_the_decoder
 from comoe.train.evaluator import Evaluator
@@ -316,7 +317,7 @@ def _checkpoint_to_use(folder: Path, tasks: Sequence[Task], *, resume: bool) -> 
 
 def _restored(found: Found, engine: Engine, layout: Layout) -> TrainState:
     state = load_checkpoint(found.path, engine, layout)
-    best = found.path.parent / f"step-{state.best_step:08d}"
+    best = checkpoint_of(found.path.parent, state.best_step)
     # Rank 0 decides: whether an evaluation is the best one so far decides whether all ranks save.
     whole = broadcast_object(not whats_wrong(best) if is_main() else None)
     if state.best_value is not None and whole:

@@ -24,6 +24,7 @@ from comoe.evaluation.tables import (
     noise_lines,
     slice_lines,
 )
+from comoe.inference.checkpoint_folder import step_of
 from comoe.inference.export import CONFIG, export_checkpoint
 from comoe.tasks.prompts import wants_pair
 from comoe.tasks.task import Task
@@ -106,15 +107,15 @@ def finish(run: Run) -> None:
         if split != "validation":
             # The validation split of this step was logged when it was reached.
             trainer.monitor.log_evaluation(
-                _step_of(chosen),
+                step_of(chosen),
                 split=split,
                 evaluation=evaluations[split],
                 routing=found.routing,
                 embeddings=found.embeddings,
             )
-        trainer.monitor.log_projector(_step_of(chosen), split=split, embeddings=found.embeddings)
-    _log_calibration(trainer.monitor, _step_of(chosen), calibrator)
-    noisy = _under_noise(run, calibrator.tasks, step=_step_of(chosen))
+        trainer.monitor.log_projector(step_of(chosen), split=split, embeddings=found.embeddings)
+    _log_calibration(trainer.monitor, step_of(chosen), calibrator)
+    noisy = _under_noise(run, calibrator.tasks, step=step_of(chosen))
     log_lost_pictures(trainer.pixels, trainer.monitor, trainer.state.step)
     peak = max_over_ranks(peak_memory_bytes())
     if is_main():
@@ -209,7 +210,7 @@ def _results(
         "run": run.recipe.run.name,
         "finished": state.finished,
         "step": state.step,
-        "best_step": _step_of(chosen),
+        "best_step": step_of(chosen),
         "best_value": state.best_value,
         "early_stop_metric": run.recipe.train.early_stop_metric,
         "metrics": {split: evaluation.metrics for split, evaluation in evaluations.items()},
@@ -225,10 +226,6 @@ def _results(
         "parameters": dict(run.parameters),
         "data": _about_data(run),
     }
-
-
-def _step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("step-"))
 
 
 def _about_data(run: Run) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from comoe.train.checkpoint.folder import whats_wrong
+from comoe.inference.checkpoint_folder import whats_wrong
 from tests.end_to_end.commands import (
     EVENTFUL,
     SMOKE,

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from comoe.train.checkpoint.folder import whats_wrong
+from comoe.inference.checkpoint_folder import whats_wrong
 from tests.end_to_end.commands import (
     EVENTFUL,
     ROOT,

@@ -21,7 +21,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from comoe.distributed import barrier, is_main, rank, world_size
-from comoe.train.checkpoint.folder import ASIDE, MANIFEST, prune, whats_wrong, write_json
+from comoe.inference.checkpoint_folder import MANIFEST, checkpoint_of, whats_wrong
+from comoe.train.checkpoint.folder import ASIDE, prune, write_json
 from comoe.train.checkpoint.reshard import convert, load_universal
 from comoe.train.parallel.ds_config import Layout
 from comoe.train.parallel.engine import Engine
@@ -40,7 +41,7 @@ def save_checkpoint(
     Raises:
         OSError: the disk is full or not writable; what was there before stays good.
     """
-    final = folder / f"step-{state.step:08d}"
+    final = checkpoint_of(folder, state.step)
     aside = folder / f"{ASIDE}{final.name}"
     if is_main():
         shutil.rmtree(aside, ignore_errors=True)
@@ -96,7 +97,7 @@ def needs_conversion(path: Path, layout: Layout) -> bool:
     ends.
     """
     best = json.loads((path / "state.json").read_text(encoding="utf-8"))["best_step"]
-    both = (path, path.parent / f"step-{best:08d}")
+    both = (path, checkpoint_of(path.parent, best))
     return any(saved_elsewhere(each, layout) for each in both if not whats_wrong(each))
 
 

@@ -1,6 +1,7 @@
 """An export gives back the model that went in, and says what is wrong with a folder that cannot."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,9 @@ from helpers_model import HF_CONFIGS, VARIANTS, random_batch, tiny_model
 from safetensors.torch import load_file, save_file
 
 from comoe.config.load import save_recipe
+from comoe.inference.checkpoint_folder import whats_wrong
 from comoe.inference.export import export_checkpoint, export_model, load_exported
+from comoe.train.checkpoint.folder import find_checkpoint
 
 ROOT = Path(__file__).parents[3]
 
@@ -33,8 +36,10 @@ def make_run(folder, *, steps=(3, 6), best=None, results=None):
     for step in steps:
         checkpoint = folder / f"checkpoints/step-{step:08d}"
         models[step] = tiny_model(tiny_recipe().model.moe, seed=step).eval()
-        save_file(models[step].state_dict(), make(checkpoint / "weights") / "model.safetensors")
-        (checkpoint / "manifest.json").write_text("{}")
+        weights = make(checkpoint / "weights") / "model.safetensors"
+        save_file(models[step].state_dict(), weights)
+        files = {"weights/model.safetensors": weights.stat().st_size}
+        (checkpoint / "manifest.json").write_text(json.dumps({"step": step, "files": files}))
     if best is not None:
         (folder / "checkpoints/best.json").write_text(json.dumps({"step": best}))
     if results is not None:
@@ -261,15 +266,42 @@ def test_a_folder_without_whole_checkpoints_is_refused(tmp_path):
     make_run(tmp_path / "run")
     with pytest.raises(ValueError, match=r"bset is not a choice of --which; did you mean best\?"):
         export_checkpoint(tmp_path / "run", tmp_path / "out", which="bset")
-    weights = tmp_path / "run/checkpoints/step-00000006/weights/model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:100])
-    with pytest.raises(ValueError, match=r"step-00000006 was cut short"):
-        export_checkpoint(tmp_path / "run", tmp_path / "out")
     (tmp_path / "run/tasks.json").unlink()
     with pytest.raises(ValueError, match=r"tasks.json is missing; --checkpoint wants a run folder"):
         export_checkpoint(tmp_path / "run", tmp_path / "out")
     with pytest.raises(ValueError, match=r"holds no whole checkpoint; give a run folder"):
         export_checkpoint(tmp_path, tmp_path / "out")
+
+
+def test_a_torn_checkpoint_is_no_more_exported_than_resumed(tmp_path):
+    make_run(tmp_path / "run", best=6)
+    checkpoints = tmp_path / "run/checkpoints"
+    torn = checkpoints / "step-00000006"
+    weights = torn / "weights/model.safetensors"
+    whole = weights.read_bytes()
+    manifest = (torn / "manifest.json").read_text()
+    spoiled = {
+        "has 100 bytes instead of": lambda: weights.write_bytes(whole[:100]),
+        "its manifest is damaged": lambda: (torn / "manifest.json").write_text("{}"),
+        "it has no manifest": (torn / "manifest.json").unlink,
+    }
+    for problem, spoil in spoiled.items():
+        spoil()
+        said = whats_wrong(torn)
+        assert problem in said
+        with pytest.raises(ValueError, match=re.escape(f"{torn}: {said}; use another one in")):
+            export_checkpoint(torn, tmp_path / "out")
+        with pytest.raises(ValueError, match=re.escape(f"{torn.name}: {said}); give one of")):
+            export_checkpoint(tmp_path / "run", tmp_path / "out")
+        found = find_checkpoint(checkpoints)
+        assert found.broken == (f"{torn.name}: {said}",)
+        used = export_checkpoint(tmp_path / "run", tmp_path / "out", which="last")
+        assert used == found.path
+        weights.write_bytes(whole)
+        (torn / "manifest.json").write_text(manifest)
+    weights.write_bytes(bytes(len(whole)))
+    with pytest.raises(ValueError, match="step-00000006 cannot be read"):
+        export_checkpoint(torn, tmp_path / "out")
 
 
 def test_exporting_and_predicting_never_import_deepspeed():

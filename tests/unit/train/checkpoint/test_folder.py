@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from comoe.inference.checkpoint_folder import whats_wrong
 from comoe.train.checkpoint.folder import (
     best_checkpoint,
     find_checkpoint,
     mark_best,
     prune,
-    whats_wrong,
     write_json,
 )
 
