@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from comoe.train.environment import free_port, prepare_process
 
 ROOT = Path(__file__).resolve().parents[2]
 """Folder that holds the package."""
@@ -39,7 +40,7 @@ def run_on_ranks(
     with tempfile.TemporaryDirectory(prefix="comoe-bench-") as name:
         folder = Path(name)
         (folder / "in.json").write_text(json.dumps([function, arguments]), encoding="utf-8")
-        port = _free_port()
+        port = free_port()
         ranks = [_start(folder, rank, world_size, port) for rank in range(world_size)]
         try:
             _wait(ranks, timeout)
@@ -83,15 +84,7 @@ def _wait(ranks: list[subprocess.Popen[bytes]], timeout: float) -> None:
         time.sleep(0.05)
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def _main(folder: Path) -> None:
-    from comoe.train.environment import prepare_process
-
     prepare_process(verbose=False)
     # DeepSpeed reads the environment when it is imported, so it comes after that.
     from comoe.distributed import barrier, is_main

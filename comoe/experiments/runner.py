@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ import psutil
 import torch
 
 from comoe.config.load import load_recipe, recipe_from_dict, recipe_to_dict
+from comoe.train.environment import free_port
 from comoe.train.parallel.ds_config import load_settings
 
 OWN = ("run.name", "run.output_dir", "run.overwrite")
@@ -110,6 +110,10 @@ def difference_of(before: Any, now: Any, path: str = "") -> str:
 
 TAIL = 20
 """Lines of the log that are kept of a run that failed."""
+
+
+PORTS_TRIED = 3
+"""Starts of a run whose port another process takes each time."""
 
 
 GRACE = 180.0
@@ -213,10 +217,15 @@ def run_point(experiment: Experiment, point: Planned) -> str:
     failure = failure_file(experiment, point)
     for folder in (log.parent, failure.parent):
         folder.mkdir(parents=True, exist_ok=True)
-    command = command_of(experiment, point)
-    with log.open("a", encoding="utf-8") as file:
-        print(f"$ {' '.join(command)}", file=file, flush=True)
-        code = _run(command, file)
+    for _ in range(PORTS_TRIED):
+        command = command_of(experiment, point)
+        with log.open("a", encoding="utf-8") as file:
+            print(f"$ {' '.join(command)}", file=file, flush=True)
+            begins = file.tell()
+            code = _run(command, file)
+        # Another process may have taken the port between its choice and the start.
+        if b"EADDRINUSE" not in log.read_bytes()[begins:]:
+            break
     # The launcher's exit code can be 0 when a rank was killed: only the results prove a run.
     if is_done(experiment, point):
         failure.unlink(missing_ok=True)
@@ -246,7 +255,7 @@ def command_of(experiment: Experiment, point: Planned) -> list[str]:
         "deepspeed.launcher.runner",
         "--quiet",
         "--master_port",
-        str(_free_port()),
+        str(free_port()),
     ]
     launcher += ["--num_accelerators", str(experiment.ranks)]
     train = [str(experiment.train_script), "--deepspeed", str(experiment.deepspeed)]
@@ -329,9 +338,3 @@ def _in_words(seconds: float) -> str:
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

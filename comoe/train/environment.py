@@ -51,7 +51,7 @@ def prepare_process(*, verbose: bool) -> None:
         _keep_freed_memory()
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_SIZE="1")
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     if int(os.environ.get("CROSS_SIZE", "1")) > 1 and (
         interface := interface_towards(os.environ["MASTER_ADDR"])
     ):
@@ -130,7 +130,8 @@ def set_thresholds(libc: Any) -> None:
             libc.mallopt(which, 32 << 20)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A TCP port of this machine that nobody listens on now; another process may take it before it is used."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

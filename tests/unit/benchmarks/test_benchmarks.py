@@ -7,6 +7,8 @@ import time
 
 import pytest
 import torch
+from setuptools import find_packages
+from setuptools.config.pyprojecttoml import read_configuration
 from torch import nn
 
 from comoe.benchmarks import contrastive
@@ -30,6 +32,13 @@ from comoe.models.moe.gate import SigmoidGate, SoftmaxGate
 from tests.helpers_model import tiny_model
 
 SMOKE = str(ROOT / "launch/configs/smoke.yaml")
+
+
+def test_the_wheel_has_every_package_but_the_benchmarks():
+    asked = read_configuration(ROOT / "pyproject.toml", expand=False)["tool"]["setuptools"]
+    found = find_packages(str(ROOT), **asked["packages"]["find"])
+    folders = {path.parent.relative_to(ROOT) for path in ROOT.glob("comoe/**/__init__.py")}
+    assert {*found, "comoe.benchmarks"} == {".".join(folder.parts) for folder in folders}
 
 
 def test_contestants_take_turns_and_each_round_begins_with_the_next():

@@ -174,6 +174,10 @@ folder, how = pathlib.Path(sys.argv[1]), sys.argv[2]
 print("line one", flush=True)
 if how == "refused":
     sys.exit("comoe: rank 0: the encoder is missing")
+if how == "taken" and not (folder.parent / "taken").exists():
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    (folder.parent / "taken").touch()
+    sys.exit("comoe: rank 0: no connection to the other ranks: code: -98, name: EADDRINUSE")
 folder.mkdir(parents=True)
 if how == "lost":
     print("a rank was killed", flush=True)
@@ -224,6 +228,16 @@ def test_a_failing_run_is_recorded_and_the_others_run(experiment: Experiment, fa
     point = Point(4, 2, "sigmoid", "auto", "kit:minilm", 0)
     text = failure_file(experiment, point).read_text()
     assert "exit code 1" in text and "line one" in text and "the encoder is missing" in text
+
+
+def test_a_port_that_another_process_took_is_chosen_again(
+    experiment: Experiment, fake: dict[int, str]
+):
+    fake[0] = "taken"
+    failed, said, _ = run(experiment, 1)
+    assert failed == [] and "validation 0.5000" in said[1]
+    log = next((experiment.output / "logs").iterdir()).read_text()
+    assert log.count("\n$ ") == 1 and log.count("comoe: rank 0: no connection") == 3
 
 
 def test_a_second_call_makes_only_what_is_not_done(experiment: Experiment, fake: dict[int, str]):
