@@ -1,8 +1,9 @@
-"""Tables that end a run: metrics per task and split, per slice, under noise, and calibration before and after."""
+"""Tables in one format, as text and as Markdown: metrics per split and slice, under noise, and calibration."""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -38,7 +39,7 @@ def slice_lines(metrics: Metrics, tasks: Sequence[Task]) -> list[str]:
             for name in [
                 name for name in names if name.endswith(f"@{where}") and name != _COUNT + where
             ]:
-                shown = [_decimal(values.get(name)) for values in found]
+                shown = [decimal(values.get(name)) for values in found]
                 rows.append(
                     (marked(task), where, name.removesuffix(f"@{where}"), *shown, f"{count:.0f}")
                 )
@@ -70,12 +71,13 @@ def noise_lines(metrics: Metrics, tasks: Sequence[Task]) -> list[str]:
             shown = [
                 "-" if value is None else f"{value:.3f} ({value - clean:+.3f})" for value in noisy
             ]
-            rows.append((marked(task), task.metric, _decimal(clean), *shown))
+            rows.append((marked(task), task.metric, decimal(clean), *shown))
         lines += ["", *in_columns(("task", "metric", split, *noises), rows, left=2)]
     return lines
 
 
-def _decimal(value: float | None) -> str:
+def decimal(value: float | None) -> str:
+    """A metric as every table shows it; a dash for None."""
     return "-" if value is None else f"{value:.3f}"
 
 
@@ -102,17 +104,8 @@ def calibration_lines(report: Report) -> list[str]:
     if not report:
         return []
     rows = calibration_table(report)
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
-    told = [
-        "calibration (expected calibration error, 0 is best)",
-        lines[0],
-        "-" * len(lines[0]),
-        *lines[1:],
-    ]
+    title = "calibration (expected calibration error, 0 is best)"
+    told = [title, *in_columns(rows[0], rows[1:], left=len(rows[0]))]
     if any(entry["thresholds"] is not None for entry in report.values()):
         told.append(
             "Thresholds were chosen on validation: its results are with 0.5, other splits are decided by them."
@@ -162,14 +155,14 @@ def format_results_table(
             continue
         found = {split: metrics.get(split, {}).get(task.name, {}) for split in splits}
         last = found["test"] or found["validation"]
-        scores = [_decimal(values.get(task.metric)) for values in found.values()]
+        scores = [decimal(values.get(task.metric)) for values in found.values()]
         count = f"{int(last['n'])}" if "n" in last else "-"
         rows.append(
             (
                 marked(task),
                 task.metric,
                 *scores,
-                _decimal(last.get(f"majority/{task.metric}")),
+                decimal(last.get(f"majority/{task.metric}")),
                 count,
             )
         )
@@ -187,10 +180,27 @@ def in_columns(head: Sequence[str], rows: Sequence[Sequence[str]], *, left: int)
     widths = [max(len(row[column]) for row in table) for column in range(len(head))]
     form = "  ".join(["{:<{}}"] * left + ["{:>{}}"] * (len(head) - left))
     lines = [
-        form.format(*(part for pair in zip(row, widths, strict=True) for part in pair))
+        form.format(*(part for pair in zip(row, widths, strict=True) for part in pair)).rstrip()
         for row in table
     ]
     return [lines[0], "-" * len(lines[0]), *lines[1:]]
+
+
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a Markdown table; a bar or a line break inside of a cell would end it, and is escaped."""
+    table = [
+        [re.sub(r"\s+", " ", str(cell)).replace("|", "\\|") for cell in row]
+        for row in (head, *rows)
+    ]
+    lines = [f"| {' | '.join(row)} |" for row in table]
+    return [lines[0], f"| {' | '.join(['---'] * len(head))} |", *lines[1:]]
+
+
+def duration(seconds: float) -> str:
+    """Seconds, minutes or hours, in about two digits."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def plain(value: Any) -> Any:

@@ -9,7 +9,12 @@ from typing import Any
 
 from comoe.config.recipe import Recipe
 from comoe.data.reading.inputs import pair_in_training
-from comoe.evaluation.tables import calibration_sentences, calibration_table
+from comoe.evaluation.tables import (
+    calibration_sentences,
+    calibration_table,
+    decimal,
+    markdown_table,
+)
 from comoe.tasks.prompts import wants_pair
 from comoe.tasks.task import Task
 
@@ -190,10 +195,10 @@ def _results(tasks: Sequence[Task], results: Mapping[str, Any] | None) -> str:
         baseline = None
         scores = []
         for split, values in metrics.items():
-            scores.append(_number(values.get(task.name, {}).get(task.metric)))
+            scores.append(decimal(values.get(task.name, {}).get(task.metric)))
             if split in ("validation", "test"):
                 baseline = values.get(task.name, {}).get(f"majority/{task.metric}", baseline)
-        rows.append((task.name, task.metric, *scores, _number(baseline)))
+        rows.append((task.name, task.metric, *scores, decimal(baseline)))
     if not metrics:
         return "Nothing was measured on these weights; `launch/eval.py` scores them on a data set."
     note = "The baseline always gives the commonest answer (the mean, for numbers), on test, else on validation posts."
@@ -262,10 +267,7 @@ def _certainty(tasks: Sequence[Task]) -> str:
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
-    # A bar or a line break inside of a label would end the cell.
-    clean = [[re.sub(r"\s+", " ", str(cell)).replace("|", "\\|") for cell in row] for row in rows]
-    head, *body = [f"| {' | '.join(row)} |" for row in clean]
-    return "\n".join([head, "|" + "---|" * len(rows[0]), *body])
+    return "\n".join(markdown_table(rows[0], rows[1:]))
 
 
 def _source(path: str) -> str:
@@ -275,7 +277,3 @@ def _source(path: str) -> str:
 
 def _listed(layers: str | list[int]) -> str:
     return layers if isinstance(layers, str) else ", ".join(map(str, layers))
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"

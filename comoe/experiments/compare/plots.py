@@ -13,8 +13,7 @@ from matplotlib.ticker import MaxNLocator
 
 from comoe.experiments.compare.report import Comparison
 from comoe.experiments.compare.statistics import MEAN, Difference, Interval
-from comoe.experiments.scale.plots import COLOURS
-from comoe.train.monitor.plots import save_figure
+from comoe.train.monitor.plots import COLORS, save_figure
 
 GATES = {
     "weight_monopoly": "largest share of one expert (weights)",
@@ -205,7 +204,7 @@ def _mean_of(comparison: Comparison, values: str, name: str) -> Interval | None:
 
 def _colour(comparison: Comparison, arm: str) -> str:
     """An arm keeps its colour from picture to picture."""
-    return COLOURS[list(comparison.results).index(arm) % len(COLOURS)]
+    return COLORS[list(comparison.results).index(arm) % len(COLORS)]
 
 
 def _style(panel: Axes) -> None:

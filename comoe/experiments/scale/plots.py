@@ -14,11 +14,7 @@ from matplotlib.figure import Figure
 
 from comoe.experiments.scale.table import Row, last_routing, tasks_of
 from comoe.train.monitor.metrics_file import METRICS_FILE, read_metrics
-from comoe.train.monitor.plots import save_figure, share_figure
-
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#333333")
-"""Okabe and Ito's; one per k, so that a line keeps its colour from picture to picture."""
-
+from comoe.train.monitor.plots import COLORS, save_figure, share_figure
 
 STYLES = ("-", "--", ":", "-.")
 """One per gate, encoder and EP size."""
@@ -188,7 +184,7 @@ def _style(number: int, runs: Sequence[Row], series: Series) -> dict[str, Any]:
     same = [label for label, rows in series.items() if rows[0]["top_k"] == runs[0]["top_k"]]
     variant = same.index(list(series)[number])
     return {
-        "color": COLOURS[ks.index(runs[0]["top_k"]) % len(COLOURS)],
+        "color": COLORS[ks.index(runs[0]["top_k"]) % len(COLORS)],
         "linestyle": STYLES[variant % len(STYLES)],
     }
 

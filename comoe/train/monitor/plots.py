@@ -1,4 +1,4 @@
-"""The figures of a run: curves, routing heatmaps, confusion matrices, embeddings and reliability diagrams.
+"""The one style of all figures, and those of a run: curves, heatmaps, confusion, embeddings, reliability.
 
 Colors are Okabe and Ito's, which readers with any color vision tell apart; so are both ends of the
 heatmaps.
@@ -17,9 +17,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-BLUE, SKY, RED = "#0072B2", "#56B4E9", "#D55E00"
-
-
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999", "#000000")
+BLUE, RED, GREEN, _, _, SKY, GREY, _ = COLORS
 INK, GRID, EMPTY = "#333333", "#dddddd", "#eeeeee"
 
 
@@ -38,7 +37,7 @@ def loss_figure(curves: Mapping[str, Curve], validation: Mapping[str, Curve]) ->
         validation: the same names -> loss at the evaluations, where there is one.
     """
     names = sorted(curves, key=lambda name: name != "loss")
-    figure, axes = _grid(len(names), title="Loss over optimizer steps")
+    figure, axes = _over_steps(len(names), title="Loss over optimizer steps")
     for panel, name in zip(axes, names, strict=False):
         points = _finite(curves[name])
         panel.plot(*_columns(points), color=SKY, linewidth=0.8, alpha=0.7)
@@ -65,7 +64,7 @@ def metric_figure(curves: Mapping[str, Curve], baselines: Mapping[str, float]) -
         curves: ``task: metric`` -> values at the evaluations.
         baselines: the same names -> score of always giving the majority answer, where there is one.
     """
-    figure, axes = _grid(len(curves), title="Validation metric over optimizer steps")
+    figure, axes = _over_steps(len(curves), title="Validation metric over optimizer steps")
     for panel, (name, curve) in zip(axes, curves.items(), strict=False):
         points = _finite(curve)
         panel.plot(*_columns(points), color=BLUE, marker="o", markersize=3, linewidth=1.6)
@@ -98,7 +97,7 @@ def share_figure(share: np.ndarray, *, rows: Sequence[str], title: str, row_axis
     # A few experts make a narrow picture, and a title of two lines a high one.
     longest = max(len(line) for line in title.splitlines())
     width = max(1.9 + 0.52 * min(experts, 24), 0.08 * longest)
-    figure = _figure(width, 1.05 + 0.2 * len(title.splitlines()) + 0.34 * len(rows))
+    figure = new_figure(width, 1.05 + 0.2 * len(title.splitlines()) + 0.34 * len(rows))
     panel = figure.add_subplot()
     _share_panel(panel, share, rows=rows)
     panel.set_ylabel(row_axis, fontsize=8)
@@ -119,7 +118,7 @@ def task_share_figure(
     columns = min(len(layers), 2 if experts <= 16 else 1)
     rows = math.ceil(len(layers) / columns)
     wide, high = 1.2 + 0.42 * min(experts, 24), 0.75 + 0.28 * len(tasks)
-    figure = _figure(columns * wide + 0.6, rows * high + 0.6)
+    figure = new_figure(columns * wide + 0.6, rows * high + 0.6)
     panels = figure.subplots(rows, columns, squeeze=False, sharey=True).flatten()
     for panel, layer, share in zip(panels, layers, share_LTE, strict=False):
         _share_panel(panel, share, rows=tasks)
@@ -131,7 +130,7 @@ def task_share_figure(
 
 
 def confusion_figure(counts_YY: np.ndarray, *, labels: Sequence[str], title: str) -> Figure:
-    """Confusion matrix: the colour is the share of the gold label's posts, the number in a cell counts them.
+    """Confusion matrix: the color is the share of the gold label's posts, the number in a cell counts them.
 
     Args:
         counts_YY: posts by gold label (rows) and predicted label (columns).
@@ -141,16 +140,16 @@ def confusion_figure(counts_YY: np.ndarray, *, labels: Sequence[str], title: str
     """
     size = len(labels)
     edge = 1.6 + (0.5 * size if size <= MAX_COUNTED_CLASSES else min(0.3 * size, 7.0))
-    figure = _figure(max(edge + 0.6, 3.4), max(edge, 2.8))
+    figure = new_figure(max(edge + 0.6, 3.4), max(edge, 2.8))
     panel = figure.add_subplot()
     counts = counts_YY.astype(np.float64)
     share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1.0)
     image = panel.imshow(share, cmap="Blues", vmin=0.0, vmax=1.0)
     if size <= MAX_COUNTED_CLASSES:
         for row, column in np.ndindex(*counts.shape):
-            colour = "white" if share[row, column] > 0.55 else INK
+            color = "white" if share[row, column] > 0.55 else INK
             text = _count(int(counts[row, column]))
-            panel.text(column, row, text, ha="center", va="center", fontsize=7, color=colour)
+            panel.text(column, row, text, ha="center", va="center", fontsize=7, color=color)
     if size <= MAX_NAMED_CLASSES:
         names = [_short(label) for label in labels]
         upright = max(map(len, names)) <= 5 and size <= MAX_COUNTED_CLASSES
@@ -185,17 +184,27 @@ def save_figure(figure: Figure, path: Path) -> None:
     aside.replace(path)
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
     """An empty figure of that many inches, laid out so that labels do not overlap."""
     return Figure(figsize=(width, height), dpi=110, layout="constrained")
 
 
-def _grid(count: int, *, title: str) -> tuple[Figure, list[Axes]]:
-    """A figure of small panels over a step axis."""
-    columns = min(max(count, 1), 3)
+def panel_grid(
+    count: int, *, size: tuple[float, float], title: str, most: int = 3, **shared: Any
+) -> tuple[Figure, list[Axes]]:
+    """A figure of ``count`` panels in the style of the house.
+
+    Args:
+        count: panels, from the left, then down.
+        size: inches of one panel, width and height.
+        title: of the figure.
+        most: panels side by side.
+        shared: what ``Figure.subplots`` takes, such as ``sharey``.
+    """
+    columns = min(max(count, 1), most)
     rows = math.ceil(max(count, 1) / columns)
-    figure = _figure(2.7 * columns + 0.3, 1.9 * rows + 0.5)
-    panels = list(figure.subplots(rows, columns, squeeze=False).flatten())
+    figure = new_figure(size[0] * columns + 0.3, size[1] * rows + 0.5)
+    panels = list(figure.subplots(rows, columns, squeeze=False, **shared).flatten())
     for panel in panels[count:]:
         panel.set_visible(False)
     for panel in panels[:count]:
@@ -203,8 +212,25 @@ def _grid(count: int, *, title: str) -> tuple[Figure, list[Axes]]:
         panel.set_axisbelow(True)
         panel.spines[["top", "right"]].set_visible(False)
         panel.tick_params(labelsize=7)
-        panel.xaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
     figure.suptitle(title, fontsize=10)
+    return figure, panels[:count]
+
+
+def legend_below(figure: Figure, panels: Sequence[Axes]) -> None:
+    """One legend for all panels, each label once."""
+    shown: dict[str, Any] = {}
+    for panel in panels:
+        handles, labels = panel.get_legend_handles_labels()
+        shown |= dict(zip(labels, handles, strict=True))
+    if shown:
+        place = {"loc": "outside lower center", "ncols": min(len(shown), 5)}
+        figure.legend(list(shown.values()), list(shown), fontsize=7, frameon=False, **place)
+
+
+def _over_steps(count: int, *, title: str) -> tuple[Figure, list[Axes]]:
+    figure, panels = panel_grid(count, size=(2.7, 1.9), title=title)
+    for panel in panels:
+        panel.xaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
     return figure, panels
 
 
@@ -220,8 +246,8 @@ def _share_panel(panel: Axes, share: np.ndarray, *, rows: Sequence[str]) -> None
         for row, column in np.ndindex(*share.shape):
             if math.isfinite(share[row, column]):
                 strong = abs(min(share[row, column] * experts - 1.0, 1.0)) > 0.65
-                text, colour = f"{100 * share[row, column]:.0f}", "white" if strong else INK
-                panel.text(column, row, text, ha="center", va="center", fontsize=7, color=colour)
+                text, color = f"{100 * share[row, column]:.0f}", "white" if strong else INK
+                panel.text(column, row, text, ha="center", va="center", fontsize=7, color=color)
     panel.set_xticks(range(0, experts, max(1, experts // 16)))
     panel.set_yticks(range(len(rows)), [_short(row) for row in rows])
     panel.tick_params(labelsize=7, length=0)
@@ -254,24 +280,17 @@ def _count(number: int) -> str:
     return str(number) if number < 10_000 else f"{number / 1000:.0f}k"
 
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999", "#000000")
-"""Okabe and Ito's, readers with any colour vision tell them apart."""
-
-
-MAX_COLOURED = len(COLOURS)
-
-
 def embedding_figure(points_NP: np.ndarray, labels: Sequence[Any], *, title: str) -> Figure:
     """Scatter plot of the two directions in which the embeddings differ most.
 
     Args:
         points_NP: embeddings.
-        labels: per post a number (coloured along a scale), a name, or a list of names. Of many
-            names the commonest keep a colour of their own and the rest shares one.
+        labels: per post a number (colored along a scale), a name, or a list of names. Of many
+            names the commonest keep a color of their own and the rest shares one.
         title: what is shown.
     """
     plane_N2, kept = principal_plane(points_NP)
-    figure = Figure(figsize=(5.2, 4.0), dpi=110, layout="constrained")
+    figure = new_figure(5.2, 4.0)
     panel = figure.add_subplot()
     dots = dict(s=9, alpha=0.75, linewidths=0)
     if all(isinstance(label, float | int) for label in labels):
@@ -285,14 +304,14 @@ def embedding_figure(points_NP: np.ndarray, labels: Sequence[Any], *, title: str
         )
         found, counts = np.unique(names, return_counts=True)
         common = found[np.argsort(-counts, kind="stable")]
-        own = common if len(common) <= MAX_COLOURED else common[: MAX_COLOURED - 1]
-        for name, colour in zip(own, COLOURS, strict=False):
-            panel.scatter(*plane_N2[names == name].T, color=colour, label=name, **dots)
+        own = common if len(common) <= len(COLORS) else common[: len(COLORS) - 1]
+        for name, color in zip(own, COLORS, strict=False):
+            panel.scatter(*plane_N2[names == name].T, color=color, label=name, **dots)
         if len(own) < len(common):
             rest = ~np.isin(names, own)
             panel.scatter(
                 *plane_N2[rest].T,
-                color=COLOURS[-1],
+                color=COLORS[-1],
                 label=f"{len(common) - len(own)} others",
                 **dots,
             )
@@ -334,20 +353,19 @@ def reliability_figure(curves: Mapping[str, Bins], *, title: str) -> Figure:
         curves: legend -> bins, two at most; the first in orange, the second in blue.
         title: of the figure.
     """
-    figure = Figure(figsize=(4.6, 4.4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(4.6, 4.4)
     panel = figure.add_subplot()
     panel.plot([0, 1], [0, 1], color=INK, linewidth=0.8, linestyle=":")
-    for colour, (name, (counts, sums, hits)) in zip(BEFORE_AND_AFTER, curves.items(), strict=False):
+    for color, (name, (counts, sums, hits)) in zip(BEFORE_AND_AFTER, curves.items(), strict=False):
         used = counts > 0
         sure, true, share = (
             sums[used] / counts[used],
             hits[used] / counts[used],
             counts[used] / counts.sum(),
         )
-        panel.plot(sure, true, color=colour, linewidth=1.2, label=name, clip_on=False)
+        panel.plot(sure, true, color=color, linewidth=1.2, label=name, clip_on=False)
         panel.scatter(
-            sure, true, s=8 + 240 * share, color=colour, alpha=0.55, linewidths=0, clip_on=False
+            sure, true, s=8 + 240 * share, color=color, alpha=0.55, linewidths=0, clip_on=False
         )
     panel.set(xlim=(0, 1), ylim=(0, 1), xlabel="probability given", ylabel="share that came true")
     panel.set_title(title, fontsize=9)

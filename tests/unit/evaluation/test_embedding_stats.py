@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from comoe.evaluation.embedding_stats import EmbeddingStats, measure_embeddings, measure_retrieval
-from comoe.train.monitor.plots import MAX_COLOURED, embedding_figure, principal_plane
+from comoe.train.monitor.plots import COLORS, embedding_figure, principal_plane
 from comoe.types import ImageText, ModelOutput
 from tests.helpers_model import HEAT, MOOD, SIGNS, TASKS, TOPIC, WORDS, random_batch
 
@@ -162,4 +162,4 @@ def test_every_kind_of_label_is_drawn(labels: list):
         assert named is None and len(figure.axes) == 2
     else:
         kinds = len({str(label) for label in labels})
-        assert len(named.get_texts()) == min(kinds, MAX_COLOURED)
+        assert len(named.get_texts()) == min(kinds, len(COLORS))
