@@ -1,17 +1,27 @@
-"""Run a function on several real ranks (gloo, one process each) and get their answers back."""
+"""Run a function on several real ranks (gloo, one process each) and get their results back.
+
+The ranks fork from one server process that has imported the libraries already: imports take longer
+than most of what the ranks do.
+"""
 
 from __future__ import annotations
 
+import importlib
+import multiprocessing
 import os
 import pickle
 import socket
-import subprocess
 import sys
 import tempfile
+import traceback
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+PRELOADED = ["torch", "transformers", "deepspeed", "datasets", "comoe.train.build"]
+SHARED = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+"""Environment of every rank, which the libraries read when they are imported."""
 
 
 def run_ranks(
@@ -20,7 +30,7 @@ def run_ranks(
     """Call ``module:function(**arguments)`` on every rank; a list of what the ranks returned, in rank order.
 
     Args:
-        function: "tests.module:name". The module is imported afresh in each process.
+        function: "tests.module:name".
         world_size: number of ranks.
         timeout: seconds after which all ranks are ended and the test fails.
         arguments: anything that pickles.
@@ -30,27 +40,11 @@ def run_ranks(
         port = probe.getsockname()[1]
         probe.close()
         (Path(folder) / "in").write_bytes(pickle.dumps((function, arguments)))
-        processes = []
-        for rank in range(world_size):
-            places = {
-                "RANK": rank,
-                "LOCAL_RANK": rank,
-                "WORLD_SIZE": world_size,
-                "LOCAL_SIZE": world_size,
-            }
-            environment = os.environ | {key: str(value) for key, value in places.items()} | {
-                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu",
-                "PYTHONPATH": str(ROOT),
-            }  # fmt: skip
-            # As a module: as a script the folder of this file would hide the package multiprocess
-            # behind ours.
-            command = [sys.executable, "-m", "tests.helpers_ranks", folder]
-            log = (Path(folder) / f"log{rank}").open("wb")
-            processes.append(
-                subprocess.Popen(command, env=environment, cwd=ROOT, stdout=log, stderr=log)
-            )
+        processes = [_start(folder, rank, world_size, port) for rank in range(world_size)]
         try:
-            codes = [process.wait(timeout) for process in processes]
+            for process in processes:
+                process.join(timeout)
+            codes = [process.exitcode for process in processes]
         finally:
             for process in processes:
                 process.kill()
@@ -64,22 +58,54 @@ def run_ranks(
         ]
 
 
-def _main(folder: Path) -> None:
-    import importlib
+def _start(folder: str, rank: int, world_size: int, port: int) -> BaseProcess:
+    before = dict(os.environ)
+    # The server inherits this environment when the first rank starts it.
+    os.environ.update(SHARED)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    environment = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": world_size,
+        "LOCAL_SIZE": world_size,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        **SHARED,
+    }
+    process = context.Process(
+        target=_run, args=(folder, before | {key: str(value) for key, value in environment.items()})
+    )
+    try:
+        process.start()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+    return process
 
+
+def _run(folder: str, environment: dict[str, str]) -> None:
+    rank = environment["RANK"]
+    log = os.open(Path(folder) / f"log{rank}", os.O_WRONLY | os.O_CREAT)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.environ.clear()
+    os.environ.update(environment)
     import torch
 
     torch.set_num_threads(1)
-    function, arguments = pickle.loads((folder / "in").read_bytes())
-    module, name = function.split(":")
-    answer = getattr(importlib.import_module(module), name)(**arguments)
-    (folder / f"out{os.environ['RANK']}").write_bytes(pickle.dumps(answer))
+    code = 1
+    try:
+        function, arguments = pickle.loads((Path(folder) / "in").read_bytes())
+        module, name = function.split(":")
+        result = getattr(importlib.import_module(module), name)(**arguments)
+        (Path(folder) / f"out{rank}").write_bytes(pickle.dumps(result))
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()
+        code = 0
+    except BaseException:
+        traceback.print_exc()
     sys.stdout.flush()
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
+    sys.stderr.flush()
     # gloo's threads sometimes abort an ordinary exit after correct results.
-    os._exit(0)
-
-
-if __name__ == "__main__":
-    _main(Path(sys.argv[1]))
+    os._exit(code)
