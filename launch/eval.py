@@ -51,13 +51,20 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="write all metrics there as JSON")
     options = parser.parse_args()
 
+    from comoe.data.reading.inputs import DataChoice
     from comoe.inference.predictor import Predictor
-    from comoe.inference.score import DataChoice, format_scores, score_data
+    from comoe.inference.score import format_scores, score_data
 
     choice = DataChoice(
-        options.data, options.format, options.split, options.text_column, options.pair_column, options.label_column,
-        options.skip_bad, options.image_column,
-    )  # fmt: skip
+        options.data,
+        format=options.format,
+        split=options.split,
+        text=options.text_column,
+        pair=options.pair_column,
+        label=options.label_column,
+        image=options.image_column,
+        skip_bad=options.skip_bad,
+    )
     try:
         predictor = Predictor.from_pretrained(options.model, device=options.device)
         scores = score_data(predictor, choice, tasks=options.task, batch_size=options.batch_size)

@@ -4,7 +4,7 @@
     python launch/predict.py --model F --input test_text.txt --output irony.txt --format tweeteval
     --task irony
 
---input is .txt (one post per line), .csv, .tsv or .jsonl; --format is jsonl, csv or tweeteval (one
+--input is .txt (one post per line), .csv, .tsv, .jsonl or .parquet; --format is jsonl, csv or tweeteval (one
     label id per line).
 """
 

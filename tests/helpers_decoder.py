@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from comoe.data.posts import PostSplit
+from comoe.data.posts import PostSplit, unlabelled_posts
 from comoe.tasks.task import Task
 from comoe.types import Batch
 
@@ -62,13 +62,8 @@ def posts_of(
     **more: Any,
 ) -> PostSplit:
     """Posts of one data set; tasks without labels here have none."""
-    nothing = [None] * len(texts)
-    fields = {"words": nothing, "confidences": {}, "images": nothing} | more
-    return PostSplit(
-        texts=list(texts), pairs=list(pairs or nothing), labels={task.name: nothing for task in tasks} | dict(labels),
-        groups=np.zeros(len(texts), dtype=np.int64), group_names=("posts",),
-        origins=[f"posts.jsonl:{line + 1}" for line in range(len(texts))], **fields,
-    )  # fmt: skip
+    posts = unlabelled_posts(texts, tasks=[task.name for task in tasks], pairs=pairs)
+    return replace(posts, labels={**posts.labels, **labels}, **more)
 
 
 def batch_of_labels(labels: Mapping[str, Tensor]) -> Batch:

@@ -13,7 +13,7 @@ from torch import Tensor
 from comoe.config.errors import nearest, unknown_name
 from comoe.config.recipe import AdversarialConfig, Recipe
 from comoe.data.datasets import Group
-from comoe.data.posts import UNSEEN, PostSplit, join_splits
+from comoe.data.posts import UNSEEN, PostSplit
 from comoe.data.reading.rows import cell_text
 from comoe.data.report import DataReport
 from comoe.tasks.labels import natural_order
@@ -98,7 +98,7 @@ def part_off(
         )
     if "validation" in parts and not len(parts["validation"]):
         del parts["validation"]
-    parts[UNSEEN] = join_splits(gone)
+    parts[UNSEEN] = PostSplit.join(gone)
     what = "; ".join(f"{column} {', '.join(values)}" for column, values in held_out.items())
     counts = " and ".join(
         f"{len(posts):,} {split}" for split, posts in zip(LEARNED_FROM, gone, strict=False)

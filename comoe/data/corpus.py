@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +14,9 @@ from comoe.data.columns import check_extra_columns, extra_columns, part_off
 from comoe.data.datasets import Group, groups_of, read_group
 from comoe.data.images.check import ImageReader
 from comoe.data.labels import resolved_task
-from comoe.data.posts import PART_NAMES, PostSplit, join_splits
-from comoe.data.reading.rows import BadCell, RowReader
-from comoe.data.report import BadRow, DataReport, settle
+from comoe.data.posts import PART_NAMES, PostSplit
+from comoe.data.reading.rows import RowReader, read_rows, settle
+from comoe.data.report import DataReport
 from comoe.tasks.task import Task, kind_of
 
 
@@ -154,7 +154,7 @@ def load_corpus(
             }
         for split, posts in splits.items():
             parts[split].append(posts)
-    joined = {split: join_splits(found) for split, found in parts.items() if found}
+    joined = {split: PostSplit.join(found) for split, found in parts.items() if found}
     labels = {task: found for group in groups for task, found in group.labels.items()}
     tasks = tuple(
         resolved_task(name, recipe.tasks[name], labels=labels[name], splits=joined, report=report)
@@ -180,39 +180,29 @@ def _parse(
         columns=extra_columns(recipe),
         strict=recipe.data.on_error == "stop",
     )
+    column = next(iter(group.tasks.values())).image
     splits = {}
     for split, raw in group.raw.items():
-        posts, lines, bad = [], [], list(raw.bad)
-        for line, row in zip(raw.lines, raw.rows, strict=True):
-            try:
-                posts.append(reader.read(row))
-                lines.append(line)
-            except BadCell as error:
-                bad.append(BadRow(raw.file, line, error.value, error.rule))
-        settle(bad, usable=len(posts), of=raw.file, on_error=recipe.data.on_error, report=report)
-        images: list[bytes | str | None] = [None] * len(posts)
-        column = next(iter(group.tasks.values())).image
+        posts = settle(
+            read_rows(raw, reader.read),
+            file=raw.file,
+            skip=recipe.data.on_error == "skip",
+            option="data.on_error=skip",
+            report=report,
+        )
         if pictures is not None and column is not None:
-            cells = [post.image for post in posts]
-            usable, images = pictures.read(cells, file=raw.file, lines=lines, column=column)
-            posts, lines = [posts[row] for row in usable], [lines[row] for row in usable]
-        splits[split] = PostSplit(
-            texts=[post.text for post in posts],
-            pairs=[post.pair for post in posts],
-            words=[post.words for post in posts],
-            labels={task: [post.labels.get(task) for post in posts] for task in recipe.tasks},
-            confidences={
-                name: [post.confidences.get(name) for post in posts]
-                for name, task in recipe.tasks.items()
-                if task.confidence is not None
-            },
-            groups=np.full(len(posts), number, dtype=np.int64),
+            posts = pictures.read(posts, column=column)
+        else:
+            posts = [replace(post, image=None) for post in posts]
+        splits[split] = PostSplit.from_posts(
+            posts,
+            tasks=recipe.tasks,
+            confidences=[
+                name for name, task in recipe.tasks.items() if task.confidence is not None
+            ],
+            columns=extra_columns(recipe),
+            group=number,
             group_names=names,
-            origins=[f"{raw.file}:{line}" for line in lines],
-            images=images,
-            columns={
-                name: [post.columns[name] for post in posts] for name in extra_columns(recipe)
-            },
         )
     report.warnings += [
         f"task {task}: {count:,} posts of {group.name} have no such label, because it does not fit their words"

@@ -6,21 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from comoe.config.errors import nearest, unknown_name
+from comoe.config.errors import unknown_name
 from comoe.config.recipe import Recipe, TaskConfig
 from comoe.data.labels import discovered
 from comoe.data.reading.files import RawSplit
+from comoe.data.reading.inputs import check_columns
 from comoe.data.reading.sources import NAMES, Source, open_source, read_split
 from comoe.tasks.kinds.registry import KINDS
 from comoe.tasks.task import kind_of
-
-NO_LABELS = {
-    (
-        "txt",
-        "label",
-    ): "; plain text has no labels: use it for kind unlabelled, or a .jsonl with labels"
-}
-"""(format, option of a task) -> more about a column that is not there."""
 
 
 @dataclass(slots=True)
@@ -142,22 +135,16 @@ def _check_columns(group: Group, raw: RawSplit, split: str, *, with_images: bool
     labelled = split == "test" or (
         split == "validation" and any(t.label in raw.columns for t in group.tasks.values())
     )
+    plain = " Plain text has no labels: use it for kind unlabelled, or write .jsonl with labels."
     for name, task in group.tasks.items():
         wanted = {"text": task.text, "pair": task.pair} | (
             {"image": task.image} if with_images else {}
         )
-        if not labelled:
-            wanted |= (
-                {"label": task.label, "confidence": task.confidence}
-                if kind_of(task.kind).scored
-                else {}
+        check_columns(raw, {f"tasks.{name}.{key}": column for key, column in wanted.items()})
+        if not labelled and kind_of(task.kind).scored:
+            wanted = {"label": task.label, "confidence": task.confidence}
+            check_columns(
+                raw,
+                {f"tasks.{name}.{key}": column for key, column in wanted.items()},
+                hint=plain if group.source.format == "txt" else "",
             )
-        for key, column in wanted.items():
-            if column is not None and column not in raw.columns:
-                guess = nearest(column, raw.columns)
-                hint = f"; did you mean {guess}?" if guess else ""
-                hint += NO_LABELS.get((group.source.format, key), "")
-                raise ValueError(
-                    f"tasks.{name}.{key} is {column!r}, but {raw.file} has no such column{hint} "
-                    f"(columns: {', '.join(raw.columns)}). Set tasks.{name}.{key} to the right one."
-                )

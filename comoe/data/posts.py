@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
 
 from comoe.config.errors import unknown_name
+from comoe.data.report import BadRow
 
 UNSEEN = "unseen"
 """Split of the posts that ``tasks.<name>.hold_out`` keeps from training."""
@@ -16,6 +18,32 @@ UNSEEN = "unseen"
 
 PART_NAMES = ("train", "validation", "test", UNSEEN)
 """Splits of a corpus, in this order."""
+
+
+@dataclass(frozen=True, slots=True)
+class Post:
+    """One post, out of a file or given by a program."""
+
+    text: Any = ""
+    """The post; of words, the words joined by blanks. Raw: cleaning belongs to tokenization."""
+    words: Sequence[str] | None = None
+    """The post as words, None where it is plain text."""
+    pair: Any = None
+    """Second text (stance target, aspect), None where there is none."""
+    labels: Mapping[str, Any] = field(default_factory=dict)
+    """Task -> the label as its kind parsed it, None where missing."""
+    confidences: Mapping[str, float | None] = field(default_factory=dict)
+    """Task with a confidence column -> number in [0, 1], None where missing."""
+    image: Any = None
+    """What the image column holds; once located, the bytes of a file or its path."""
+    columns: Mapping[str, str | None] = field(default_factory=dict)
+    """Further column -> its cell as text, None where empty."""
+    file: str = ""
+    """Where the post was read, for messages."""
+    line: int = 0
+    """Line in the file from 1; its number where a format has no lines."""
+    error: BadRow | None = None
+    """Why the post cannot be used."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,24 +75,64 @@ class PostSplit:
     def __len__(self) -> int:
         return len(self.texts)
 
+    @classmethod
+    def from_posts(
+        cls,
+        posts: Sequence[Post],
+        *,
+        tasks: Iterable[str] = (),
+        confidences: Iterable[str] = (),
+        columns: Iterable[str] = (),
+        group: int = 0,
+        group_names: tuple[str, ...] = ("posts",),
+    ) -> PostSplit:
+        """The posts of one data set, with None for what one of them lacks.
+
+        Args:
+            posts: without errors.
+            tasks: that get a column of labels.
+            confidences: tasks that get a column of confidences.
+            columns: further columns.
+            group: index of the data set.
+            group_names: of all data sets.
+        """
+        return cls(
+            texts=[post.text for post in posts],
+            pairs=[post.pair for post in posts],
+            words=[post.words for post in posts],
+            labels={task: [post.labels.get(task) for post in posts] for task in tasks},
+            confidences={
+                task: [post.confidences.get(task) for post in posts] for task in confidences
+            },
+            groups=np.full(len(posts), group, dtype=np.int64),
+            group_names=group_names,
+            origins=[f"{post.file}:{post.line}" for post in posts],
+            images=[post.image for post in posts],
+            columns={name: [post.columns.get(name) for post in posts] for name in columns},
+        )
+
     def take(self, rows: np.ndarray) -> PostSplit:
         """The posts of the given indices, in that order."""
+        taken = _columnwise([self], lambda columns: [columns[0][row] for row in rows])
+        return replace(taken, groups=self.groups[rows])
 
-        def pick(column: Sequence[Any]) -> list[Any]:
-            return [column[row] for row in rows]
+    @classmethod
+    def join(cls, parts: Sequence[PostSplit]) -> PostSplit:
+        """All posts of several splits with the same tasks and group names, in the given order."""
+        joined = _columnwise(parts, lambda columns: list(chain.from_iterable(columns)))
+        return replace(joined, groups=np.concatenate([part.groups for part in parts]))
 
-        return PostSplit(
-            texts=pick(self.texts),
-            pairs=pick(self.pairs),
-            words=pick(self.words),
-            labels={task: pick(column) for task, column in self.labels.items()},
-            confidences={task: pick(column) for task, column in self.confidences.items()},
-            groups=self.groups[rows],
-            group_names=self.group_names,
-            origins=pick(self.origins),
-            images=pick(self.images),
-            columns={name: pick(column) for name, column in self.columns.items()},
-        )
+
+def _columnwise(
+    splits: Sequence[PostSplit], make: Callable[[list[Sequence[Any]]], list[Any]]
+) -> PostSplit:
+    """A split with each column made of the same column of some splits; ``groups`` is the caller's."""
+    plain = ("texts", "pairs", "words", "origins", "images")
+    made = {name: make([getattr(split, name) for split in splits]) for name in plain}
+    for name in ("labels", "confidences", "columns"):
+        keys = getattr(splits[0], name)
+        made[name] = {key: make([getattr(split, name)[key] for split in splits]) for key in keys}
+    return replace(splits[0], **made)
 
 
 def unlabelled_posts(
@@ -75,7 +143,7 @@ def unlabelled_posts(
     words: Sequence[Sequence[str] | None] | None = None,
     images: Sequence[bytes | str | None] | None = None,
 ) -> PostSplit:
-    """Posts to be answered: no labels, one data set.
+    """Posts to predict: no labels, one data set.
 
     Raises:
         ValueError: texts, pairs, words and images of different number.
@@ -86,17 +154,13 @@ def unlabelled_posts(
             raise ValueError(
                 f"There are {count} texts and {len(column)} {what}; give one for each text, None where there is none."
             )
-    return PostSplit(
-        texts=list(texts),
-        pairs=[None] * count if pairs is None else list(pairs),
-        words=[None] * count if words is None else list(words),
-        labels={task: [None] * count for task in tasks},
-        confidences={},
-        groups=np.zeros(count, dtype=np.int64),
-        group_names=("posts",),
-        origins=[f"post {number}" for number in range(1, count + 1)],
-        images=[None] * count if images is None else list(images),
-    )
+    none = [None] * count
+    rows = zip(texts, words or none, pairs or none, images or none, strict=True)
+    posts = [
+        Post(text, words=some, pair=pair, image=image, file="post", line=number)
+        for number, (text, some, pair, image) in enumerate(rows, start=1)
+    ]
+    return PostSplit.from_posts(posts, tasks=tasks)
 
 
 def hidden(posts: PostSplit, what: str) -> PostSplit:
@@ -121,29 +185,6 @@ def _without_texts(posts: PostSplit) -> PostSplit:
 
 def _without_images(posts: PostSplit) -> PostSplit:
     return replace(posts, images=[None] * len(posts))
-
-
-def join_splits(parts: Sequence[PostSplit]) -> PostSplit:
-    """All posts of several splits in one, in the given order. They must have the same tasks and group names."""
-
-    def joined(columns: Sequence[Sequence[Any]]) -> list[Any]:
-        return [value for column in columns for value in column]
-
-    return PostSplit(
-        texts=joined([part.texts for part in parts]),
-        pairs=joined([part.pairs for part in parts]),
-        words=joined([part.words for part in parts]),
-        labels={task: joined([part.labels[task] for part in parts]) for task in parts[0].labels},
-        confidences={
-            task: joined([part.confidences[task] for part in parts])
-            for task in parts[0].confidences
-        },
-        groups=np.concatenate([part.groups for part in parts]),
-        group_names=parts[0].group_names,
-        origins=joined([part.origins for part in parts]),
-        images=joined([part.images for part in parts]),
-        columns={name: joined([part.columns[name] for part in parts]) for name in parts[0].columns},
-    )
 
 
 HIDINGS: dict[str, Callable[[PostSplit], PostSplit]] = {

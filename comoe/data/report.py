@@ -138,34 +138,6 @@ def _listed(what: str, rows: list[BadRow], all_in: str) -> list[str]:
     )
 
 
-def settle(bad: list[BadRow], *, usable: int, of: str, on_error: str, report: DataReport) -> None:
-    """Stop at the bad rows of a file, or note them.
-
-    Args:
-        bad: of one file; sorted here.
-        usable: rows that are left.
-        of: the file, for messages.
-        on_error: ``data.on_error``.
-        report: gets them.
-
-    Raises:
-        ValueError: there is one under ``stop``, or no usable row is left.
-    """
-    if not bad:
-        return
-    bad.sort(key=lambda row: row.line)
-    if on_error == "stop":
-        more = f" ({len(bad) - 1:,} more bad rows in this file.)" if len(bad) > 1 else ""
-        raise ValueError(
-            f"{bad[0]} Correct it, or set data.on_error=skip to leave such rows out.{more}"
-        )
-    if not usable:
-        raise ValueError(
-            f"{of} has no usable post: all {len(bad):,} rows are bad. The first: {bad[0]}"
-        )
-    report.set_aside.extend(bad)
-
-
 def shorten(value: Any) -> str:
     """A value as a message shows it: quoted, on one line, cut."""
     if isinstance(value, (str, bytes)) and len(value) > SHOWN_CHARACTERS:

@@ -5,34 +5,21 @@ from __future__ import annotations
 import csv
 import json
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from comoe.config.errors import nearest, unknown_name
-from comoe.data.reading.files import RawSplit, read_csv, read_jsonl, read_tsv, text_lines
-from comoe.data.reading.inputs import choose_column, choose_pair
-from comoe.data.text.normalize import is_blank
-from comoe.inference.predictor import Predictor, second_text
+from comoe.config.errors import unknown_name
+from comoe.data.posts import Post
+from comoe.data.reading.files import read_text
+from comoe.data.reading.inputs import check_columns, choose_column, choose_pair
+from comoe.data.reading.rows import read_rows
+from comoe.data.reading.sources import ENDINGS, read_input
+from comoe.inference.predictor import Predictor, pair_problem, second_text, text_problem
 from comoe.tasks.prompts import wants_pair
 from comoe.tasks.task import Task
-
-
-@dataclass(frozen=True, slots=True)
-class Post:
-    """One line of the input."""
-
-    text: Any
-    """The post; a list of words is a post given as words."""
-    pair: str | None = None
-    """Second text."""
-    image: Any = None
-    """What the picture column holds."""
-    error: str = ""
-    """Why the line could not be read."""
 
 
 def read_posts(
@@ -46,63 +33,52 @@ def read_posts(
 ) -> list[Post]:
     """The posts of a file; a line that cannot be read becomes a post with an error, and keeps its place.
 
-    The picture column of ``model`` is read unless ``image_column`` names another, and the column of
-    second texts that ``tasks`` had in training unless ``pair_column`` names another. Lines end at a
-    line feed only. In a .txt file every line is a post; bytes that are not UTF-8 become U+FFFD
-    there.
+    The image column of ``model`` is read unless ``image_column`` names another, and the column of
+    second texts that ``tasks`` had in training unless ``pair_column`` names another. In a .txt file
+    every line is a post. Cells stay as they are: the predictor says what is wrong with one.
 
     Raises:
-        ValueError: no such file or column, an ending that is not .txt, .csv, .tsv or .jsonl, or a
-            picture column for a model of texts.
+        ValueError: no such file or column, an ending that cannot be read, or an image column for a
+            model of texts.
     """
     if not path.is_file():
         raise ValueError(f"--input {path}: there is no such file.")
     ending = path.suffix.lower()
-    trained = None if model is None else model.image_column
-    if ending == ".txt":
-        choose_column(trained, asked=image_column, columns=None)
-        return [Post(line) for line in text_lines(path)[0]]
-    if ending not in TABLES:
+    if ending not in ENDINGS:
         raise ValueError(
-            f"--input {path}: {unknown_name('ending that can be read', ending, ('.txt', *TABLES))}"
+            f"--input {path}: {unknown_name('ending that can be read', ending, ENDINGS)}"
         )
-    raw = TABLES[ending](path)
-    if raw.rows:
-        image_column = choose_column(trained, asked=image_column, columns=raw.columns)
+    plain = ENDINGS[ending] == "txt"
+    raw = read_text(path, every_line=True) if plain else read_input("--input", str(path))
+    if plain or raw.rows:
+        image_column = choose_column(
+            None if model is None else model.image_column,
+            asked=image_column,
+            columns=None if plain else raw.columns,
+        )
+    if plain:
+        text_column, pair_column = "text", None
+    elif raw.rows:
         known = {} if model is None else model.exported.config
         pair_column = choose_pair(known, tasks, asked=pair_column, columns=raw.columns)
-    columns = {
+    wanted = {
         "--text-column": text_column,
         "--pair-column": pair_column,
         "--image-column": image_column,
     }
-    for option, column in columns.items():
-        if column is not None and raw.rows and column not in raw.columns:
-            guess = nearest(column, raw.columns)
-            hint = f" Did you mean {guess}?" if guess else ""
-            raise ValueError(
-                f"{option} {column}: {path} has no such column; it has {', '.join(raw.columns)}.{hint} Set {option}."
-            )
-    found = [
-        (line, Post(row.get(text_column), _cell_of(row, pair_column), _cell_of(row, image_column)))
-        for line, row in zip(raw.lines, raw.rows, strict=True)
-    ]
-    broken = [(row.line, Post("", error=f"line {row.line} {row.rule}")) for row in raw.bad]
-    return [post for _, post in sorted(found + broken, key=lambda item: item[0])]
+    check_columns(raw, wanted)
 
+    def read(row: Mapping[str, Any]) -> Post:
+        cell = row.get(text_column)
+        words = cell if isinstance(cell, list) else None
+        return Post(
+            text=cell if words is None else " ".join(map(str, words)),
+            words=words,
+            pair=row.get(pair_column),
+            image=row.get(image_column),
+        )
 
-def _cell_of(row: dict[str, Any], column: str | None) -> Any:
-    return None if column is None else row.get(column)
-
-
-TABLES: dict[str, Callable[[Path], RawSplit]] = {
-    ".csv": read_csv,
-    ".tsv": read_tsv,
-    ".jsonl": read_jsonl,
-    ".ndjson": read_jsonl,
-    ".json": read_jsonl,
-}
-"""Ending of the input -> reader."""
+    return list(read_rows(raw, read))
 
 
 CHUNK = 1024
@@ -285,17 +261,15 @@ class TweetEval(JsonLines):
         self.filled = 0
 
     def prepare(self, post: Post) -> Post:
-        readable = not post.error and isinstance(post.text, str) and not is_blank(post.text)
-        pair = second_text(post.pair)
-        lacks_pair = not isinstance(pair, str) and (
-            pair is not None or wants_pair(self.task.prompt)
-        )
+        readable = not (post.error or text_problem(post.text, post.words))
+        lacks_pair = bool(pair_problem(second_text(post.pair), [self.task]))
         if readable and not lacks_pair:
             return post
         self.filled += 1
         return Post(
-            post.text if readable else self.filler,
-            self.filler if lacks_pair else post.pair,
+            text=post.text if readable else self.filler,
+            words=post.words if readable else None,
+            pair=self.filler if lacks_pair else post.pair,
             image=post.image,
         )
 
@@ -325,13 +299,10 @@ def _answer(
     batch_size: int,
     root: Path,
 ) -> list[dict[str, Any]]:
-    words = [post.text if isinstance(post.text, list) else None for post in posts]
-    texts = [_shown(post.text) for post in posts]
-    pairs = [post.pair or None for post in posts]
     answers = predictor(
-        texts,
-        pairs=pairs,
-        words=words,
+        [post.text for post in posts],
+        pairs=[post.pair for post in posts],
+        words=[post.words for post in posts],
         images=[post.image for post in posts],
         image_root=root,
         tasks=tasks,
@@ -339,14 +310,10 @@ def _answer(
         explain=explain,
         progress=False,
     )
-    return [
-        {"text": answer["text"], "error": post.error} if post.error else answer
-        for post, answer in zip(posts, answers, strict=True)
-    ]
-
-
-def _shown(text: Any) -> Any:
-    return " ".join(map(str, text)) if isinstance(text, list) else text
+    for post, answer in zip(posts, answers, strict=True):
+        if post.error:
+            answer["error"] = f"line {post.line} {post.error.rule}"
+    return answers
 
 
 def _cell(task: Task, answer: dict[str, Any]) -> Any:

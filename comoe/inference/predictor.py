@@ -141,7 +141,7 @@ class Predictor:
         answers: list[dict[str, Any]] = [{"text": text} for text in texts]
         usable = []
         for number, answer in enumerate(answers):
-            if problem := _problem(texts[number], words[number]) or _pair_problem(
+            if problem := text_problem(texts[number], words[number]) or pair_problem(
                 pairs[number], chosen
             ):
                 answer["error"] = problem
@@ -329,7 +329,7 @@ def _listed(what: str, values: Any) -> list[Any]:
     return list(values)
 
 
-def _problem(text: Any, words: Any) -> str:
+def text_problem(text: Any, words: Any) -> str:
     """Why a post cannot be answered; empty when it can."""
     if words is not None:
         good = (
@@ -356,7 +356,7 @@ def second_text(cell: Any) -> Any:
     return None if isinstance(text, str) and is_blank(text) else text
 
 
-def _pair_problem(pair: Any, tasks: Sequence[Task]) -> str:
+def pair_problem(pair: Any, tasks: Sequence[Task]) -> str:
     """Why a post with this second text, as ``second_text`` gives it, cannot be answered; empty where it can."""
     if pair is not None and not isinstance(pair, str):
         return f"the second text must be text, not {type(pair).__name__}"

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
-import numpy as np
 from tqdm import tqdm
 
-from comoe.config.errors import nearest, unknown_name
+from comoe.config.errors import unknown_name
 from comoe.config.recipe import TaskConfig
 from comoe.data.images.check import ImageReader
 from comoe.data.posts import PostSplit
 from comoe.data.reading.files import RawSplit
-from comoe.data.reading.inputs import choose_column, choose_labels, choose_pair
-from comoe.data.reading.rows import BadCell, RowReader
-from comoe.data.reading.rows import Post as LabelledPost
-from comoe.data.reading.sources import NAMES, open_source, read_split
+from comoe.data.reading.inputs import (
+    DataChoice,
+    check_columns,
+    choose_column,
+    choose_labels,
+    choose_pair,
+)
+from comoe.data.reading.rows import RowReader, read_rows, settle
+from comoe.data.reading.sources import read_input
 from comoe.data.report import BadRow, DataReport
 from comoe.data.sampling.sampler import eval_batches
 from comoe.data.tokens.split import TokenizedSplit, tokenize_split
@@ -27,31 +30,6 @@ from comoe.inference.predictor import Predictor
 from comoe.tasks.labels import split_words
 from comoe.tasks.prompts import wants_pair
 from comoe.tasks.task import Task
-
-
-@dataclass(frozen=True, slots=True)
-class DataChoice:
-    """Which posts to score on."""
-
-    path: str
-    """File, folder or hub name."""
-    format: str = "auto"
-    """Key of ``comoe.data.reading.sources.READERS``."""
-    split: str = "test"
-    """Split of a folder or hub data set; a file is read whole."""
-    text: str = "text"
-    """Column with the post."""
-    pair: str | None = None
-    """Column with the second text; None is the one of the training posts, where the data set has
-    it."""
-    label: str | None = None
-    """Column with the label; None is the one of the training posts, where the data set has it and
-    no two tasks share it, else ``label`` for one task, and the name of each task for several."""
-    skip_bad: bool = False
-    """Leave bad rows out, and count them, instead of stopping at the first."""
-    image: str | None = None
-    """Column with the picture; None is the one of the training posts, or ``image``, if the model
-    reads pictures."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,103 +166,54 @@ def _read(
     choice: DataChoice, tasks: Sequence[Task], *, predictor: Predictor, report: DataReport
 ) -> tuple[PostSplit, dict[str, int]]:
     """The posts, and per task how many labels do not fit their words."""
-    source = open_source(
-        "--data", root=None, path=choice.path, format=choice.format, subset=None, splits={}
+    raw = read_input("--data", choice.path, format=choice.format, split=choice.split)
+    configs = _columns(choice, tasks, raw=raw, predictor=predictor)
+    slices = dict.fromkeys(column for task in tasks for column in task.slices)
+    slices = [column for column in slices if column in raw.columns]
+    reader = RowReader(
+        configs,
+        {task.name: task.labels for task in tasks},
+        max_characters=10**6,
+        columns=slices,
+        strict=not choice.skip_bad,
     )
-    if choice.split not in NAMES:
-        raise unknown_name("--split", choice.split, NAMES)
-    # A path that is a file is its data set's training split to the reader.
-    raw = read_split(source, "train" if Path(source.path).is_file() else choice.split)
-    if raw is None:
-        raise ValueError(
-            f"{choice.path}: it has no {choice.split} split; choose another --split or give a file."
-        )
-    image = choose_column(predictor.image_column, asked=choice.image, columns=raw.columns)
+    posts = settle(
+        read_rows(raw, reader.read),
+        file=raw.file,
+        skip=choice.skip_bad,
+        option="--skip-bad",
+        report=report,
+    )
+    image = next(iter(configs.values())).image
+    if image is not None:
+        config = replace(predictor.exported.data_config, on_bad_image="text")
+        posts = ImageReader(config, report, advice={}).read(posts, column=image)
+    if any(task.name in predictor.as_words for task in tasks):
+        # Plain texts are cut into words, as the posts were in training.
+        posts = [replace(post, words=post.words or split_words(post.text)) for post in posts]
+    names = [task.name for task in predictor.exported.tasks]
+    return PostSplit.from_posts(posts, tasks=names, columns=slices), dict(reader.unfit)
+
+
+def _columns(
+    choice: DataChoice, tasks: Sequence[Task], *, raw: RawSplit, predictor: Predictor
+) -> dict[str, TaskConfig]:
+    """Task -> where its posts and labels stand: the columns that were asked for, else those of training."""
     config = predictor.exported.config
-    columns = choose_labels(config, tasks, asked=choice.label, columns=raw.columns)
+    image = choose_column(predictor.image_column, asked=choice.image, columns=raw.columns)
+    labels = choose_labels(config, tasks, asked=choice.label, columns=raw.columns)
     pair = choose_pair(config, tasks, asked=choice.pair, columns=raw.columns)
-    wanted = {
-        "--text-column": [choice.text],
-        "--pair-column": [pair],
-        "--label-column": [*columns.values()],
-    }
-    _check_columns(raw, wanted | {"--image-column": [image]})
+    wanted = {"--text-column": choice.text, "--pair-column": pair, "--image-column": image}
+    check_columns(raw, wanted)
+    for label in labels.values():
+        check_columns(raw, {"--label-column": label})
     asking = [task.name for task in tasks if wants_pair(task.prompt)]
     if asking and pair is None:
         raise ValueError(
             f"The prompt of {', '.join(asking)} has {{pair}}; name its column with --pair-column."
         )
     shared = TaskConfig(text=choice.text, pair=pair, image=image)
-    configs = {
-        task.name: replace(shared, kind=task.kind, label=columns[task.name], prompt=task.prompt)
+    return {
+        task.name: replace(shared, kind=task.kind, label=labels[task.name], prompt=task.prompt)
         for task in tasks
     }
-    slices = tuple(
-        dict.fromkeys(column for task in tasks for column in task.slices if column in raw.columns)
-    )
-    labels = {task.name: task.labels for task in tasks}
-    reader = RowReader(
-        configs, labels, max_characters=10**6, columns=slices, strict=not choice.skip_bad
-    )
-    bad, found = list(raw.bad), []
-    for line, row in zip(raw.lines, raw.rows, strict=True):
-        try:
-            found.append((line, reader.read(row)))
-        except BadCell as error:
-            bad.append(BadRow(raw.file, line, error.value, error.rule))
-    bad.sort(key=lambda row: row.line)
-    if bad and not choice.skip_bad:
-        raise ValueError(
-            f"{bad[0]} Correct the row, or leave out bad rows with --skip-bad ({len(bad)} in all)."
-        )
-    if not found:
-        raise ValueError(f"{raw.file} holds no post that can be read.")
-    report.set_aside.extend(bad)
-    images: Sequence[bytes | str | None] = [None] * len(found)
-    if image is not None:
-        pictures = ImageReader(
-            replace(predictor.exported.data_config, on_bad_image="text"), report, advice={}
-        )
-        cells, lines = [post.image for _, post in found], [line for line, _ in found]
-        _, images = pictures.read(cells, file=raw.file, lines=lines, column=image)
-    cut = any(task.name in predictor.as_words for task in tasks)
-    return _posts(raw.file, found, images, tasks=predictor.exported.tasks, cut=cut), dict(
-        reader.unfit
-    )
-
-
-def _posts(
-    file: str,
-    found: Sequence[tuple[int, LabelledPost]],
-    images: Sequence[bytes | str | None],
-    *,
-    tasks: Sequence[Task],
-    cut: bool,
-) -> PostSplit:
-    """One split; ``cut`` cuts plain texts into words, as the posts were in training."""
-    posts = [post for _, post in found]
-    return PostSplit(
-        texts=[post.text for post in posts],
-        pairs=[post.pair for post in posts],
-        words=[
-            split_words(post.text) if cut and post.words is None else post.words for post in posts
-        ],
-        labels={task.name: [post.labels.get(task.name) for post in posts] for task in tasks},
-        confidences={},
-        groups=np.zeros(len(posts), dtype=np.int64),
-        group_names=("posts",),
-        origins=[f"{file}:{line}" for line, _ in found],
-        images=images,
-        columns={name: [post.columns[name] for post in posts] for name in posts[0].columns},
-    )
-
-
-def _check_columns(raw: RawSplit, wanted: Mapping[str, Sequence[str | None]]) -> None:
-    for option, names in wanted.items():
-        for name in names:
-            if name is not None and raw.rows and name not in raw.columns:
-                guess = nearest(name, raw.columns)
-                hint = f"; did you mean {guess}?" if guess else ""
-                raise ValueError(
-                    f"{raw.file} has no column {name!r}{hint} (columns: {', '.join(raw.columns)}) Set {option}."
-                )

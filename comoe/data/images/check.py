@@ -8,7 +8,7 @@ import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,9 @@ from comoe.data.images.decode import (
     locate_image,
     read_image,
 )
-from comoe.data.report import BadRow, DataReport, settle
+from comoe.data.posts import Post
+from comoe.data.reading.rows import settle
+from comoe.data.report import BadRow, DataReport
 from comoe.distributed import all_gather_objects, is_main, rank, world_size
 
 PICTURE = "picture: "
@@ -163,18 +165,22 @@ class ImageReader:
         }
         self._settings: dict[str, Any] = settings
 
-    def read(
-        self, cells: Sequence[Any], *, file: str, lines: Sequence[int], column: str
-    ) -> tuple[Sequence[int], list[Source | None]]:
-        """Which posts stay under ``data.on_bad_image``, and the pictures of these; as in ``check_images``.
+    def read(self, posts: Sequence[Post], *, column: str) -> list[Post]:
+        """The posts of a file that stay under ``data.on_bad_image``, with their images located.
 
         Raises:
             ValueError: no post stays.
         """
-        root = self.config.image_root
-        root = Path(file).parent if root is None else Path(root).expanduser()
+        if not posts:
+            return []
+        root, file = self.config.image_root, posts[0].file
         found = check_images(
-            cells, file=file, lines=lines, column=column, root=root, **self._settings
+            [post.image for post in posts],
+            file=file,
+            lines=[post.line for post in posts],
+            column=column,
+            root=Path(file).parent if root is None else Path(root).expanduser(),
+            **self._settings,
         )
         if found.animated:
             self.report.notes.append(
@@ -182,12 +188,14 @@ class ImageReader:
             )
         bad = [found.bad[row] for row in sorted(found.bad)]
         self._warn(bad, good=sum(source is not None for source in found.sources), file=file)
-        if KEEPS_POST[self.config.on_bad_image]:
+        keeps = KEEPS_POST[self.config.on_bad_image]
+        if keeps:
             self.report.without_picture.extend(bad)
-            return range(len(cells)), found.sources
-        usable = [row for row in range(len(cells)) if row not in found.bad]
-        settle(bad, usable=len(usable), of=file, on_error="skip", report=self.report)
-        return usable, [found.sources[row] for row in usable]
+        located = (
+            replace(post, image=source, error=None if keeps else found.bad.get(row))
+            for row, (post, source) in enumerate(zip(posts, found.sources, strict=True))
+        )
+        return settle(located, file=file, skip=True, option="", report=self.report)
 
     def _warn(self, bad: Sequence[BadRow], *, good: int, file: str) -> None:
         """Where most pictures are bad, something is wrong with all of them: a folder, a download."""

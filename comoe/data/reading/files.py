@@ -88,18 +88,24 @@ def read_jsonl(path: Path) -> RawSplit:
     return RawSplit(str(path), rows, numbers, tuple(columns), sorted(bad, key=lambda row: row.line))
 
 
-def read_posts(path: Path) -> RawSplit:
-    """Plain text: one post per line in a column ``text``, no labels; blank lines are passed over."""
+def read_text(path: Path, *, every_line: bool = False) -> RawSplit:
+    """Plain text: one post per line in a column ``text``, no labels.
+
+    Args:
+        path: the file.
+        every_line: also blank lines, and those that are not UTF-8, with U+FFFD; else the former are
+            passed over and the latter are bad rows.
+    """
     lines, bad = text_lines(path)
+    bad = [] if every_line else bad
     damaged = {row.line for row in bad}
-    kept = [
-        number
+    kept = {
+        number: line
         for number, line in enumerate(lines, start=1)
-        if number not in damaged and line.strip()
-    ]
-    return RawSplit(
-        str(path), [{"text": lines[number - 1]} for number in kept], kept, ("text",), bad
-    )
+        if every_line or (number not in damaged and line.strip())
+    }
+    rows = [{"text": line} for line in kept.values()]
+    return RawSplit(str(path), rows, list(kept), ("text",), bad)
 
 
 def read_csv(path: Path, *, delimiter: str = ",", quoting: int = csv.QUOTE_MINIMAL) -> RawSplit:

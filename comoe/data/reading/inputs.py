@@ -5,14 +5,62 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from comoe.config.errors import nearest
 from comoe.config.recipe import TaskConfig
+from comoe.data.reading.files import RawSplit
 from comoe.tasks.prompts import wants_pair
 from comoe.tasks.task import Task
 
 USUAL = "image"
 """The column where nothing else is known."""
+
+
+@dataclass(frozen=True, slots=True)
+class DataChoice:
+    """Which posts a command reads, and out of which columns."""
+
+    path: str
+    """File, folder or hub name."""
+    format: str = "auto"
+    """Key of ``comoe.data.reading.sources.READERS``."""
+    split: str = "test"
+    """Split of a folder or hub data set; a file is read whole."""
+    text: str = "text"
+    """Column with the post."""
+    pair: str | None = None
+    """Column with the second text; None leaves the choice to the command, as below."""
+    label: str | None = None
+    """Column with the label."""
+    image: str | None = None
+    """Column with the image."""
+    limit: int | None = None
+    """The first so many posts only."""
+    skip_bad: bool = False
+    """Leave bad rows out, and count them, instead of stopping at the first."""
+
+
+def check_columns(raw: RawSplit, wanted: Mapping[str, str | None], *, hint: str = "") -> None:
+    """Every column that was asked for is there.
+
+    Args:
+        raw: the rows.
+        wanted: option or key of the recipe -> column, None where none is asked for.
+        hint: what to say besides, at the end.
+
+    Raises:
+        ValueError: option, column, nearest column.
+    """
+    for option, name in wanted.items():
+        if name is not None and raw.rows and name not in raw.columns:
+            guess = nearest(name, raw.columns)
+            meant = f"; did you mean {guess}?" if guess else ""
+            raise ValueError(
+                f"{option} is {name!r}, but {raw.file} has no such column{meant} "
+                f"(columns: {', '.join(raw.columns)}). Set {option} to the right one.{hint}"
+            )
 
 
 def choose_column(

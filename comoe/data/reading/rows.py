@@ -1,17 +1,20 @@
-"""One row of a data file to one post: text, words, second text, parsed labels; or what is wrong with it."""
+"""From the rows of a file to posts: text, words, second text, parsed labels; or what is wrong with a row."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from comoe.config.recipe import TaskConfig
+from comoe.data.posts import Post
+from comoe.data.reading.files import RawSplit
+from comoe.data.report import BadRow, DataReport
 from comoe.data.text.normalize import is_blank
 from comoe.tasks.labels import is_missing, label_name
 from comoe.tasks.prompts import wants_pair
@@ -29,24 +32,52 @@ class BadCell(ValueError):
         self.rule = rule
 
 
-@dataclass(frozen=True, slots=True)
-class Post:
-    """One row, read."""
+def read_rows(raw: RawSplit, read: Callable[[Mapping[str, Any]], Post]) -> Iterator[Post]:
+    """The posts of a file in the order of its lines; a row that cannot be used becomes a post with an error.
 
-    text: str
-    """The post; of words, the words joined by blanks."""
-    words: list[str] | None
-    """The post as words where the cell is a list, or where a task of the data set tags words."""
-    pair: str | None
-    """Second text."""
-    labels: dict[str, Any]
-    """Task -> parsed label, None where missing."""
-    confidences: dict[str, float | None]
-    """Task with a confidence column -> number in [0, 1], None where missing."""
-    image: Any = None
-    """What the picture column holds, not looked at yet."""
-    columns: dict[str, str | None] = field(default_factory=dict)
-    """Further column -> its cell as text, None where empty."""
+    Args:
+        raw: the rows, whatever the format.
+        read: makes a post of a row, as ``RowReader.read``; raises BadCell.
+    """
+    found = [*zip(raw.lines, raw.rows, strict=True), *((bad.line, bad) for bad in raw.bad)]
+    for line, row in sorted(found, key=lambda item: item[0]):
+        post, error = Post(), row
+        if not isinstance(row, BadRow):
+            try:
+                post, error = read(row), None
+            except BadCell as bad:
+                error = BadRow(raw.file, line, bad.value, bad.rule)
+        yield replace(post, file=raw.file, line=line, error=error)
+
+
+def settle(
+    posts: Iterable[Post], *, file: str, skip: bool, option: str, report: DataReport
+) -> list[Post]:
+    """The posts without an error; the others stop the command, or go into the report.
+
+    Args:
+        posts: of one file.
+        file: for messages.
+        skip: leave bad ones out.
+        option: that would set ``skip``, for the message.
+        report: gets the bad ones.
+
+    Raises:
+        ValueError: a bad post that is not skipped, or no usable one.
+    """
+    usable, bad = [], []
+    for post in posts:
+        (usable if post.error is None else bad).append(post)
+    if bad and not skip:
+        more = f" ({len(bad) - 1:,} more bad rows in this file.)" if len(bad) > 1 else ""
+        raise ValueError(
+            f"{bad[0].error} Correct it, or set {option} to leave such rows out.{more}"
+        )
+    if not usable:
+        rows = f": all {len(bad):,} rows are bad. The first: {bad[0].error}" if bad else "."
+        raise ValueError(f"{file} has no usable post{rows}")
+    report.set_aside.extend(post.error for post in bad)
+    return usable
 
 
 class RowReader:

@@ -17,7 +17,7 @@ from comoe.data.reading.files import (
     read_csv,
     read_jsonl,
     read_mapping,
-    read_posts,
+    read_text,
     read_tsv,
     read_tweeteval,
 )
@@ -103,6 +103,22 @@ def read_split(source: Source, split: str) -> RawSplit | None:
         ValueError: a file named in the recipe is missing, or a file cannot be read at all.
     """
     return READERS[source.format](source, split)
+
+
+def read_input(option: str, path: str, *, format: str = "auto", split: str = "train") -> RawSplit:
+    """What an option of a command names: a file is read whole, of a folder or hub data set one split.
+
+    Raises:
+        ValueError: nothing there, no format fits, no such split; or it cannot be read at all.
+    """
+    source = open_source(option, root=None, path=path, format=format, subset=None, splits={})
+    if split not in NAMES:
+        raise unknown_name("--split", split, NAMES)
+    # A path that is a file is its data set's training split to the reader.
+    raw = read_split(source, "train" if Path(source.path).is_file() else split)
+    if raw is None:
+        raise ValueError(f"{option} {path}: it has no {split} split; choose another --split.")
+    return raw
 
 
 def _guess(key: str, place: Path, splits: Mapping[str, str]) -> str:
@@ -289,7 +305,7 @@ READERS: dict[str, Callable[[Source, str], RawSplit | None]] = {
     "csv": _file_reader((".csv",), read_csv),
     "tsv": _file_reader((".tsv", ".tab"), read_tsv),
     "parquet": _file_reader((".parquet",), _read_parquet),
-    "txt": _file_reader((".txt",), read_posts),
+    "txt": _file_reader((".txt",), read_text),
     "hub": _read_hub,
 }
 """Format -> reader of one split, None where the data set lacks it."""

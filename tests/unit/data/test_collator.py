@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers import ByT5Tokenizer
 
 from comoe.config.recipe import DataConfig, NormalizeConfig
 from comoe.data.collator import Collator, load_tokenizer
-from comoe.data.posts import PostSplit
+from comoe.data.posts import PostSplit, unlabelled_posts
 from comoe.data.tokens.split import TokenizedSplit, tokenize_split
 from comoe.tasks.task import Task
 from comoe.types import IGNORED
@@ -32,18 +33,10 @@ def posts_of(
     words: list[list[str] | None] | None = None,
     **labels: list[Any],
 ) -> PostSplit:
-    count = len(texts)
-    return PostSplit(
-        texts=texts,
-        pairs=pairs or [None] * count,
-        words=words or [None] * count,
-        labels={task.name: labels.get(task.name, [None] * count) for task in TASKS},
-        confidences={},
-        groups=np.arange(count) % 2,
-        group_names=("x", "y"),
-        origins=[f"file:{i}" for i in range(count)],
-        images=[None] * count,
-    )
+    names = [task.name for task in TASKS]
+    made = unlabelled_posts(texts, tasks=names, pairs=pairs, words=words)
+    groups = np.arange(len(texts)) % 2
+    return replace(made, labels={**made.labels, **labels}, groups=groups, group_names=("x", "y"))
 
 
 def tokenized(
@@ -298,7 +291,7 @@ def test_the_table_of_labels_says_which_posts_have_which(mixed: TokenizedSplit) 
     assert len(mixed) == 4
     assert mixed.lengths.dtype == np.int32
     assert list(mixed.groups) == [0, 1, 0, 1]
-    assert mixed.origins[2] == "file:2"
+    assert mixed.origins[2] == "post:3"
     assert mixed.texts[2] == "x"
 
 

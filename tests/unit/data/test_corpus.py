@@ -10,7 +10,7 @@ from helpers_data import labelled_rows, recipe_of, write_jsonl
 
 from comoe.config.recipe import TaskConfig
 from comoe.data.corpus import Corpus, load_corpus
-from comoe.data.posts import PostSplit, join_splits, unlabelled_posts
+from comoe.data.posts import PostSplit, unlabelled_posts
 from comoe.types import IGNORED
 
 
@@ -275,7 +275,7 @@ def test_half_a_surrogate_pair_is_replaced_and_a_whole_one_is_a_character(tmp_pa
 
 def test_splits_are_joined_and_taken_column_by_column(shared: Path) -> None:
     train = three_tasks(shared).splits["train"]
-    both = join_splits([train, train.take(np.array([2, 0]))])
+    both = PostSplit.join([train, train.take(np.array([2, 0]))])
     assert len(both) == 6
     assert list(both.texts[4:]) == ["three", "one"]
     assert both.labels["topic"] == [0, None, 1, 1, 1, 0]

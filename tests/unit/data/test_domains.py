@@ -12,7 +12,7 @@ from helpers_data import wordpiece_tokenizer
 from comoe.config.recipe import AdversarialConfig, DataConfig
 from comoe.data.collator import Collator
 from comoe.data.columns import find_domains
-from comoe.data.posts import PostSplit
+from comoe.data.posts import Post, PostSplit
 from comoe.data.tokens.split import tokenize_split
 from comoe.tasks.task import Task
 from comoe.types import IGNORED
@@ -23,20 +23,20 @@ TASKS = (MOOD, STARS)
 
 
 def posts(platforms, **changes):
-    count = len(platforms)
-    made = PostSplit(
-        texts=["one"] * count,
-        pairs=[None] * count,
-        words=[None] * count,
-        labels={"mood": [0] * count, "stars": [1.5 if i % 2 else None for i in range(count)]},
-        confidences={"mood": [0.5 if i % 2 else None for i in range(count)]},
-        groups=np.arange(count) % 2,
-        group_names=("tweets", "reviews"),
-        origins=[f"file:{i}" for i in range(count)],
-        images=[None] * count,
-        columns={"platform": platforms},
+    made = [
+        Post(
+            "one",
+            labels={"mood": 0, "stars": 1.5 if number % 2 else None},
+            confidences={"mood": 0.5 if number % 2 else None},
+            columns={"platform": platform},
+        )
+        for number, platform in enumerate(platforms)
+    ]
+    split = PostSplit.from_posts(
+        made, tasks=["mood", "stars"], confidences=["mood"], columns=["platform"]
     )
-    return replace(made, **changes)
+    groups = np.arange(len(made)) % 2
+    return replace(split, groups=groups, group_names=("tweets", "reviews"), **changes)
 
 
 def found(platforms, *, train=None, **options):

@@ -129,9 +129,7 @@ def test_a_file_of_posts_names_pictures_beside_it(predictor: Predictor, tmp_path
         rows[2]["error"]
         and rows[1]["mood/good"][:6] == rows[3]["mood/good"][:6] != rows[0]["mood/good"][:6]
     )
-    with pytest.raises(
-        ValueError, match="--image-column photo: .* has no such column; it has text, image"
-    ):
+    with pytest.raises(ValueError, match="--image-column is 'photo', but .* has no such column"):
         predict_file(
             predictor,
             tmp_path / "posts.csv",

@@ -11,7 +11,8 @@ import pytest
 from helpers_export import MOOD, TOPIC, tiny_predictor
 from sklearn.metrics import accuracy_score, f1_score
 
-from comoe.inference.score import DataChoice, format_scores, score_data
+from comoe.data.reading.inputs import DataChoice
+from comoe.inference.score import format_scores, score_data
 from comoe.tasks.kinds.tagging import PHRASE_TAGS
 from comoe.tasks.task import Task
 
@@ -119,7 +120,7 @@ def test_bad_rows_stop_with_file_and_line_or_are_counted(predictor, tmp_path):
     ]
     path = write(tmp_path / "d.jsonl", rows)
     with pytest.raises(
-        ValueError, match=r"d.jsonl:2: .*did you mean good\?.*--skip-bad \(2 in all\)"
+        ValueError, match=r"d.jsonl:2: .*did you mean good\?.*--skip-bad .*\(1 more bad row"
     ):
         score_data(predictor, DataChoice(path), tasks=["mood"], progress=False)
     scores = score_data(predictor, DataChoice(path, skip_bad=True), tasks=["mood"], progress=False)
@@ -130,7 +131,8 @@ def test_bad_rows_stop_with_file_and_line_or_are_counted(predictor, tmp_path):
 def test_wrong_names_are_refused(predictor, tmp_path):
     path = write(tmp_path / "d.jsonl", [{"text": "good", "lable": "good"}])
     with pytest.raises(
-        ValueError, match=r"has no column 'label'; did you mean lable\?.*Set --label-column"
+        ValueError,
+        match=r"--label-column is 'label', but .* has no such column; did you mean lable\?",
     ):
         score_data(predictor, DataChoice(path), tasks=["mood"], progress=False)
     with pytest.raises(ValueError, match=r"modo is not a task of this model; did you mean mood\?"):

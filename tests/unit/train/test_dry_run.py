@@ -1,12 +1,11 @@
 """What --dry-run prints, on a handful of posts of every kind of task."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-import numpy as np
 import yaml
 
 from comoe.config.recipe import NormalizeConfig, Recipe, TaskConfig
-from comoe.data.posts import PostSplit
+from comoe.data.posts import PostSplit, unlabelled_posts
 from comoe.data.report import BadRow, DataReport
 from comoe.tasks.task import Task
 from comoe.train.dry_run import (
@@ -33,12 +32,7 @@ class FakeCorpus:
 def posts(
     texts: list[str], *, labels: dict, words: list | None = None, pairs: list | None = None
 ) -> PostSplit:
-    nothing = [None] * len(texts)
-    return PostSplit(
-        texts=texts, pairs=pairs or nothing, words=words or nothing, labels=labels, confidences={},
-        groups=np.zeros(len(texts), dtype=np.int64), group_names=("posts",), origins=[""] * len(texts),
-        images=[None] * len(texts),
-    )  # fmt: skip
+    return replace(unlabelled_posts(texts, tasks=[], words=words, pairs=pairs), labels=labels)
 
 
 def test_samples_are_the_first_labelled_posts_cleaned_as_the_encoder_sees_them():

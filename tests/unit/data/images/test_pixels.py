@@ -24,7 +24,7 @@ from comoe.config.validate import RULES
 from comoe.data.collator import Collator
 from comoe.data.images import pixels as module
 from comoe.data.images.pixels import ImageProcessor, PixelReader, load_image_processor
-from comoe.data.posts import HIDINGS, hidden, join_splits, unlabelled_posts
+from comoe.data.posts import HIDINGS, PostSplit, hidden, unlabelled_posts
 from comoe.data.tokens.split import tokenize_split
 from comoe.tasks.task import Task
 from tests.helpers_data import wordpiece_tokenizer
@@ -304,6 +304,11 @@ def test_what_can_be_hidden_is_what_the_rules_allow() -> None:
 def test_pictures_stay_with_their_posts() -> None:
     posts = unlabelled_posts(["a", "b", "c"], tasks=[], images=["1.png", None, "3.png"])
     assert posts.take(np.array([2, 0])).images == ["3.png", "1.png"]
-    assert join_splits([posts, posts.take(np.array([1]))]).images == ["1.png", None, "3.png", None]
+    assert PostSplit.join([posts, posts.take(np.array([1]))]).images == [
+        "1.png",
+        None,
+        "3.png",
+        None,
+    ]
     with pytest.raises(ValueError, match="3 texts and 1 images"):
         unlabelled_posts(["a", "b", "c"], tasks=[], images=["1.png"])

@@ -68,7 +68,7 @@ def test_plain_posts_may_be_a_text_file(tmp_path: Path) -> None:
 def test_a_text_file_of_a_kind_with_labels_is_refused(tmp_path: Path) -> None:
     (tmp_path / "plain.txt").write_text("a post\n")
     with pytest.raises(
-        ValueError, match="tasks.mood.label is 'label'.*plain text has no labels: use it for kind"
+        ValueError, match="tasks.mood.label is 'label'.*Plain text has no labels: use it for kind"
     ):
         corpus_of(tmp_path, mood=TaskConfig(path="plain.txt"))
 
