@@ -145,9 +145,9 @@ class Routing:
     scores_SE: Tensor
     """Sigmoid (or softmax) of the logits, float32, differentiable."""
     indices_Sk: Tensor
-    """Experts picked per token, int64."""
+    """Selected experts per token, int64."""
     weights_Sk: Tensor
-    """Weight of each picked expert, float32, differentiable; sums to 1 per token for k > 1."""
+    """Weight of each selected expert, float32, differentiable; sums to 1 per token for k > 1."""
     counts_E: Tensor
     """Tokens per expert on this rank, int64, image tokens included."""
 
@@ -172,8 +172,8 @@ class ModelOutput:
     """One per layer with experts, in layer order."""
     token_rows_S: Tensor
     """Row of each real token of text that the encoder reads, int64, the order of ``Routing``."""
-    picks: tuple[Tensor, ...] = ()
-    """Per layer with experts the experts picked, int64, one row per routed token, image tokens
+    selected: tuple[Tensor, ...] = ()
+    """Per layer with experts the selected experts, int64, one row per routed token, image tokens
     last; none for a filler row. A second pass over the same batch repeats them."""
     views: Mapping[str, Tensor] = field(default_factory=dict)
     """Task -> projections (B, P) as in ``embeddings``, under another draw of dropout; for tasks
@@ -259,18 +259,6 @@ class StepOutput:
     gram_TT: Tensor | None = None
     """Inner products of the tasks' gradients over the whole optimizer step, float64, the same on
     all ranks; None where the weighting does not read them."""
-
-
-class Gate(Protocol):
-    """Logits to routing; ``balance_bias_E`` picks and never weighs, ``picks_Sk`` repeats an earlier choice."""
-
-    def __call__(
-        self, logits_SE: Tensor, balance_bias_E: Tensor, picks_Sk: Tensor | None = None
-    ) -> Routing: ...
-
-    def z_penalty(self, logits_SE: Tensor) -> Tensor:
-        """Penalty on the size of each token's logits, shape (S,)."""
-        ...
 
 
 class Loss(Protocol):

@@ -34,14 +34,10 @@ PLAIN = Task("plain", "unlabelled", (), "none", contrastive=True, contrastive_we
 TASKS = (MOOD, SIGNS, HEAT, WORDS, PLAIN)
 
 
-def loss_of(
-    tasks: Sequence[Task] = TASKS, *, gather=alone, world_size=1, **options
-) -> ContrastiveLoss:
+def loss_of(tasks: Sequence[Task] = TASKS, *, gather=alone, ranks=1, **options) -> ContrastiveLoss:
     """A loss in float64, to be tried at full precision."""
     config = ContrastiveConfig(**options)
-    return ContrastiveLoss(
-        tasks, config, width=WIDTH, gather=gather, world_size=world_size
-    ).double()
+    return ContrastiveLoss(tasks, config, width=WIDTH, gather=gather, ranks=ranks).double()
 
 
 def random_rows(

@@ -27,7 +27,6 @@ from comoe.benchmarks.timing import (
     take_turns,
 )
 from comoe.config.recipe import ContrastiveConfig
-from comoe.distributed import gather_detached
 from comoe.losses.contrastive.loss import ContrastiveLoss
 from comoe.tasks.task import Task
 from comoe.train.environment import M_MMAP_THRESHOLD, set_thresholds
@@ -81,7 +80,7 @@ def ours(posts: Posts) -> Callable[[], Tensor]:
         ContrastiveConfig(temperature=TEMPERATURE),
         width=posts.own_BP.shape[1],
         gather=PlayedRanks(posts, ranks),
-        world_size=ranks,
+        ranks=ranks,
     )
     blank, ids = torch.ones(own, 1, dtype=torch.int64), torch.arange(own)
     batch = Batch(blank, blank, None, blank.bool(), ids, ids, {"posts": posts.labels_G[:own]})
@@ -240,9 +239,7 @@ def wire(count: int, *, width: int) -> dict[str, float]:
     posts = make_posts(count, ranks, width=width)
     own = len(posts.own_BP)
     task = Task("posts", "single_label", ("0", "1", "2"), "accuracy", contrastive=True)
-    loss = ContrastiveLoss(
-        (task,), ContrastiveConfig(), width=width, gather=gather_detached, world_size=ranks
-    )
+    loss = ContrastiveLoss((task,), ContrastiveConfig(), width=width, ranks=ranks)
     blank, ids = torch.ones(own, 1, dtype=torch.int64), torch.arange(own)
     labels = posts.labels_G[:own]
     batch = Batch(blank, blank, None, blank.bool(), ids, ids, {"posts": labels})

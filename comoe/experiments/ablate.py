@@ -25,7 +25,7 @@ from comoe.experiments.finished_run import load_trained
 from comoe.inference.predictor import Predictor
 from comoe.inference.score import score_split
 from comoe.models.moe.block import CooperativeBlock
-from comoe.models.moe.gate import TopKGate, pick_experts
+from comoe.models.moe.gate import TopKGate, select_experts
 from comoe.types import Routing
 
 NOWHERE = -1e30
@@ -42,7 +42,7 @@ class GateWithout:
     """Who is missing."""
 
     def __call__(
-        self, logits_SE: Tensor, balance_bias_E: Tensor, picks_Sk: Tensor | None = None
+        self, logits_SE: Tensor, balance_bias_E: Tensor, selected_Sk: Tensor | None = None
     ) -> Routing:
         """Route S tokens over the others; where all experts run, the missing one runs with the weight 0."""
         gate = self.gate
@@ -52,8 +52,8 @@ class GateWithout:
         left_SE = logits_SE.float().masked_fill(gone_E, NOWHERE)
         scores_SE = gate.score(left_SE / gate.temperature).masked_fill(gone_E, 0.0)
         bias_E = balance_bias_E.masked_fill(gone_E, -torch.inf)
-        return pick_experts(
-            logits_SE, scores_SE, bias_E, gate.top_k, gate.cooperation_threshold, picks_Sk
+        return select_experts(
+            logits_SE, scores_SE, bias_E, gate.top_k, gate.cooperation_threshold, selected_Sk
         )
 
     def z_penalty(self, logits_SE: Tensor) -> Tensor:

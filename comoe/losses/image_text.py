@@ -8,24 +8,17 @@ every rank draws the same.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from comoe.config.recipe import ImageTextConfig
+from comoe.distributed import gather_detached, gather_rows, world_size
 from comoe.losses.contrastive.closed_form import TILE_BYTES, TILE_BYTES_ELSEWHERE
 from comoe.types import Batch, ImageText, ModelOutput
-
-
-class Gather(Protocol):
-    """Rows of all ranks in rank order, without gradient, and where this rank's begin."""
-
-    def __call__(self, rows: Tensor, *, sizes: Sequence[int] | None = None) -> tuple[Tensor, int]:
-        """``sizes``: rows of each rank; None says that all bring as many."""
-        ...
 
 
 class Pairs(NamedTuple):
@@ -43,7 +36,7 @@ class Pairs(NamedTuple):
         """Some of them."""
         return Pairs(*[numbers_N[rows] for numbers_N in self])
 
-    def rivals(self, others: Pairs) -> Tensor:
+    def negatives(self, others: Pairs) -> Tensor:
         """Whether the two are real, of different posts, and of different texts: bool (N, O)."""
         differ = (self.posts_N[:, None] != others.posts_N) & (self.keys_N[:, None] != others.keys_N)
         return differ & (self.posts_N[:, None] >= 0) & (others.posts_N >= 0)
@@ -74,14 +67,14 @@ class AllPairs(NamedTuple):
         return (self.everyone.posts_N >= 0).sum().clamp_min(1)
 
 
-def gather_pairs(sides: ImageText, batch: Batch, gather: Gather) -> AllPairs:
+def gather_pairs(sides: ImageText, batch: Batch) -> AllPairs:
     """The pairs of all ranks; two collectives."""
     rows_I = sides.rows_I.clamp_min(0)
     posts_I = torch.where(sides.rows_I >= 0, batch.row_ids_B[rows_I], -1)
     own = Pairs(posts_I, batch.task_ids_B[rows_I], text_keys(batch)[rows_I])
     shape_12 = torch.tensor([[len(rows_I), batch.input_ids_BL.shape[1]]], device=rows_I.device)
-    sizes, lengths = gather(shape_12)[0].T.tolist()
-    everyone_G3, offset = gather(torch.stack(own, dim=1), sizes=sizes)
+    sizes, lengths = gather_detached(shape_12)[0].T.tolist()
+    everyone_G3, offset = gather_detached(torch.stack(own, dim=1), sizes=sizes)
     return AllPairs(own, Pairs(*everyone_G3.unbind(dim=1)), offset, sizes, max(lengths))
 
 
@@ -141,9 +134,9 @@ def draw_texts(
         scores = -(-drawn(*numbers).log()).log()
         if similarity is not None:
             scores += similarity(rows)
-        rivals = some.rivals(everyone)
-        chosen = scores.masked_fill_(~rivals, -torch.inf).argmax(dim=1)
-        replaced = (drawn(seed, step, some.posts_N, some.tasks_N) < share) & rivals.any(dim=1)
+        negatives = some.negatives(everyone)
+        chosen = scores.masked_fill_(~negatives, -torch.inf).argmax(dim=1)
+        replaced = (drawn(seed, step, some.posts_N, some.tasks_N) < share) & negatives.any(dim=1)
         chosen_I[rows] = torch.where(replaced, chosen, -1)
     return chosen_I
 
@@ -171,31 +164,22 @@ OTHER, OWN = 0, 1
 """Answers of the matching question: another post's text, the picture's own."""
 
 
-GatherWithGradient = Callable[[Tensor], tuple[Tensor, int]]
-"""Rows of this rank, any number of them -> (rows of all ranks with gradient, index of this rank's
-first row)."""
-
-
 class ITCLoss(nn.Module):
     """Image-text contrast: every picture and its own text, among the pictures and texts of all ranks.
 
     L = 1/2N sum over pairs i of [lse over texts j of s_ij - s_ii + lse over pictures j of s_ji -
     s_ii], where s is the cosine divided by a learned temperature. Rows of one post, and posts of
-    the same text, are no rivals.
+    the same text, are no negatives.
 
     Four gathers per call, none in the backward pass; every rank must reach them, with pictures or
     without. Memory grows with the pictures of all ranks, not with their square.
 
     Args:
         config: ``loss.image_text``.
-        gather: the collective (``comoe.distributed.gather_detached``).
-        world_size: ranks W that the gradient is averaged over.
     """
 
-    def __init__(self, config: ImageTextConfig, *, gather: Gather, world_size: int) -> None:
+    def __init__(self, config: ImageTextConfig) -> None:
         super().__init__()
-        self.gather = gather
-        self.world_size = world_size
         # Read in forward only: outside of its own module's forward ZeRO-3 leaves a parameter empty.
         self.log_scale = nn.Parameter(torch.tensor([-math.log(config.temperature)]))
 
@@ -205,30 +189,15 @@ class ITCLoss(nn.Module):
     def forward(self, output: ModelOutput, batch: Batch) -> tuple[Tensor, Mapping[str, Tensor]]:
         """This rank's share, whose mean over ranks is the global value; terms ``itc``, ``itc_temperature``."""
         sides = output.image_text
-        pairs = gather_pairs(sides, batch, self.gather)
-        share = contrast(
-            sides.image_embeddings_IP,
-            sides.text_embeddings_IP,
-            self.log_scale,
-            pairs,
-            gather=self.gather,
-            world_size=self.world_size,
-        )
+        pairs = gather_pairs(sides, batch)
+        share = contrast(sides.image_embeddings_IP, sides.text_embeddings_IP, self.log_scale, pairs)
         temperature = (
             self.log_scale.detach().float().exp().clamp_max(MAX_SCALE).reciprocal().squeeze()
         )
         return share, {"itc": share.detach(), "itc_temperature": temperature}
 
 
-def contrast(
-    image_IP: Tensor,
-    text_IP: Tensor,
-    log_scale: Tensor,
-    pairs: AllPairs,
-    *,
-    gather: Gather,
-    world_size: int,
-) -> Tensor:
+def contrast(image_IP: Tensor, text_IP: Tensor, log_scale: Tensor, pairs: AllPairs) -> Tensor:
     """This rank's share of the contrast (``ITCLoss``): scalar, differentiable by the first three arguments.
 
     The gradient is known as soon as the value is. That of picture i is W scale / 2N times the sum
@@ -242,8 +211,6 @@ def contrast(
         log_scale: logarithm of the inverse temperature, shape (1,); above ``MAX_SCALE`` its
             gradient counts only where it leads back.
         pairs: whose they are.
-        gather: the collective; reached twice.
-        world_size: W.
     """
     with torch.no_grad():
         numbers = [image_IP, text_IP, log_scale]
@@ -251,7 +218,7 @@ def contrast(
         exact = torch.float64 if image_IP.dtype == torch.float64 else torch.float32
         image, text, logarithm = (number.to(exact) for number in numbers)
         scale = logarithm.exp().clamp_max(MAX_SCALE)
-        both_G2P, _ = gather(torch.stack([image, text], dim=1), sizes=pairs.sizes)
+        both_G2P, _ = gather_detached(torch.stack([image, text], dim=1), sizes=pairs.sizes)
         image_GP, text_GP = both_G2P.unbind(dim=1)
         block = _Block(image, text, image_GP, text_GP, scale, pairs)
         lse, own = image.new_zeros(2, len(image)), image.new_zeros(2, len(image))
@@ -264,8 +231,10 @@ def contrast(
                 (shares * similar.nan_to_num(neginf=0.0)).sum(dim=2) - own[:, rows]
             ).sum(dim=0)
         slope_I *= pairs.real_I
-        packed_G3, _ = gather(torch.cat([lse.T, slope_I[:, None]], dim=1), sizes=pairs.sizes)
-        factor = (world_size / (2 * pairs.number.double())).to(image.dtype)
+        packed_G3, _ = gather_detached(
+            torch.cat([lse.T, slope_I[:, None]], dim=1), sizes=pairs.sizes
+        )
+        factor = (world_size() / (2 * pairs.number.double())).to(image.dtype)
         image_gradient, text_gradient = torch.zeros_like(image), torch.zeros_like(text)
         for rows, similar, diagonal in block.tiles():
             # How column j of the other side's sums pulls at row i.
@@ -295,14 +264,14 @@ class _Block(NamedTuple):
     def tiles(self) -> Iterator[tuple[slice, Tensor, tuple[slice, Tensor, Tensor]]]:
         """(own rows, their similarities, where each row's own pair is in these). Similarities are
         (2, rows, G), of pictures to all texts and of texts to all pictures; -inf where the two are
-        no rivals."""
+        no negatives."""
         size = 2 * len(self.image_GP) * self.image_GP.itemsize
         for rows in row_tiles(len(self.image_IP), size, self.image_GP.device):
             images, texts = (
                 self.image_IP[rows] @ self.text_GP.T,
                 self.text_IP[rows] @ self.image_GP.T,
             )
-            counts = self.pairs.own.part(rows).rivals(self.pairs.everyone)
+            counts = self.pairs.own.part(rows).negatives(self.pairs.everyone)
             here = torch.arange(len(counts), device=counts.device)
             places = here + rows.start + self.pairs.offset
             counts[here, places] = True
@@ -346,26 +315,12 @@ class ITMLoss:
     Args:
         config: ``loss.image_text``.
         seed: of the run.
-        gather: the collective (``comoe.distributed.gather_detached``).
-        gather_with_gradient: for states of texts (``comoe.distributed.gather_rows``).
-        world_size: ranks W that the gradient is averaged over.
     """
 
-    def __init__(
-        self,
-        config: ImageTextConfig,
-        *,
-        seed: int,
-        gather: Gather,
-        gather_with_gradient: GatherWithGradient,
-        world_size: int,
-    ) -> None:
+    def __init__(self, config: ImageTextConfig, *, seed: int) -> None:
         self.hard = HARD[config.negatives]
         self.temperature = config.temperature
         self.seed = seed
-        self.gather = gather
-        self.gather_with_gradient = gather_with_gradient
-        self.world_size = world_size
 
     def begin_step(self) -> None:
         """Nothing is carried between micro-steps."""
@@ -373,7 +328,7 @@ class ITMLoss:
     def __call__(self, output: ModelOutput, batch: Batch) -> tuple[Tensor, Mapping[str, Tensor]]:
         """This rank's share, whose mean over ranks is the global value; terms ``itm``, ``itm_accuracy``, detached."""
         sides = output.image_text
-        pairs = gather_pairs(sides, batch, self.gather)
+        pairs = gather_pairs(sides, batch)
         chosen_I = draw_texts(
             pairs, self._similarity(output, pairs), step=batch.step, seed=self.seed
         )
@@ -387,7 +342,7 @@ class ITMLoss:
         with torch.random.fork_rng([chosen_I.device] if chosen_I.is_cuda else []):
             others_J2 = sides.match(tuple(text[places_I[numbers_J]] for text in texts), numbers_J)
         kept_I = pairs.real_I & (chosen_I < 0)
-        factor = self.world_size / pairs.number
+        factor = world_size() / pairs.number
         own_I = F.cross_entropy(
             sides.match_logits_I2, torch.full_like(chosen_I, OWN), reduction="none"
         )
@@ -403,7 +358,7 @@ class ITMLoss:
         sides = output.image_text
         if not self.hard or sides.text_embeddings_IP is None:
             return None
-        texts_GP, _ = self.gather(sides.text_embeddings_IP, sizes=pairs.sizes)
+        texts_GP, _ = gather_detached(sides.text_embeddings_IP, sizes=pairs.sizes)
         images_IP = sides.image_embeddings_IP.detach()
         return lambda rows: images_IP[rows] @ texts_GP.T / self.temperature
 
@@ -411,7 +366,7 @@ class ITMLoss:
         self, texts: tuple[Tensor, ...], chosen_I: Tensor, pairs: AllPairs
     ) -> tuple[tuple[Tensor, ...], Tensor]:
         """The texts that some rank asks for, and behind them this rank's first; and where each picture's is."""
-        chosen_G, _ = self.gather(chosen_I, sizes=pairs.sizes)
+        chosen_G, _ = gather_detached(chosen_I, sizes=pairs.sizes)
         wanted_K = torch.unique(chosen_G[chosen_G >= 0])
         ends = torch.tensor(pairs.sizes, device=wanted_K.device).cumsum(0)
         sizes = torch.bincount(
@@ -423,9 +378,9 @@ class ITMLoss:
             longer = F.pad(text, (*[0, 0] * (text.ndim - 2), 0, pairs.longest - text.shape[1]))
             mine = longer[wanted_K[here] - pairs.offset]
             if text.is_floating_point():
-                everyone, _ = self.gather_with_gradient(mine)
+                everyone, _ = gather_rows(mine)
             else:
-                everyone, _ = self.gather(mine, sizes=sizes)
+                everyone, _ = gather_detached(mine, sizes=sizes)
             found.append(torch.cat([everyone, longer[:1]]))
         places_I = torch.where(chosen_I >= 0, torch.searchsorted(wanted_K, chosen_I), len(wanted_K))
         return tuple(found), places_I

@@ -1,30 +1,19 @@
-"""Model, task losses, auxiliary terms and their weighting as one module: a batch in, one scalar out."""
+"""Model, task losses, auxiliary terms and their weighting as one module with four modes of a forward."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from comoe.config.recipe import LossConfig, MoeConfig, Recipe
-from comoe.distributed import (
-    gather_detached,
-    gather_rows,
-    sum_over_ranks,
-    sum_with_gradient,
-    world_size,
-)
+from comoe.distributed import sum_over_ranks, world_size
 from comoe.losses.adversarial import AdversarialLoss, count_domains
-from comoe.losses.contrastive.gradcache import (
-    Cached,
-    Passes,
-    cache_gradients,
-    embeddings_alone,
-    replayed,
-)
+from comoe.losses.contrastive.gradcache import Cached, Passes, cache_gradients, replayed
 from comoe.losses.contrastive.loss import ContrastiveLoss
 from comoe.losses.image_text import ITCLoss, ITMLoss
 from comoe.losses.orthogonal import OrthogonalLoss
@@ -44,7 +33,6 @@ class Term:
     weight: float
     """Factor in the total."""
     loss: Loss
-    """The term."""
     over_embeddings: bool = False
     """True for the contrastive term: GradCache takes it over the whole optimizer step."""
     takes_share: bool = False
@@ -56,48 +44,30 @@ class Parts:
     """What a term is built from."""
 
     loss: LossConfig
-    """``loss`` of the recipe."""
     moe: MoeConfig
-    """``model.moe`` of the recipe."""
     model: MultiTaskModel
-    """The model."""
     seed: int
     """``train.seed``."""
     num_domains: int
     """Values of ``Batch.domains_B``; 0 where nothing is predicted."""
 
 
-def build_terms(parts: Parts) -> dict[str, Term]:
-    """The terms that the recipe switches on, in the order of ``LOSSES``."""
-    built = {name: build(parts) for name, build in LOSSES.items()}
-    return {name: term for name, term in built.items() if term is not None}
-
-
 def _contrastive(parts: Parts) -> Term | None:
-    config = parts.loss.contrastive
-    taking_part = [task for task in parts.model.tasks if task.contrastive]
-    if not config.weight or not taking_part:
+    config, projection = parts.loss.contrastive, parts.model.projection
+    tasks = [task for task in parts.model.tasks if task.contrastive]
+    if not config.weight or not tasks:
         return None
-    assert parts.model.projection is not None, (
-        "a task of the contrastive loss has a head that pools"
-    )
-    width = parts.model.projection.out_features
-    term = ContrastiveLoss(
-        taking_part, config, width=width, gather=gather_detached, world_size=world_size()
-    )
-    return Term(config.weight, term, over_embeddings=True)
+    assert projection is not None, "a task of the contrastive loss has a head that pools"
+    loss = ContrastiveLoss(tasks, config, width=projection.out_features)
+    return Term(config.weight, loss, over_embeddings=True)
 
 
 def _balance(parts: Parts) -> Term | None:
     weight, moe = parts.loss.balance_weight, parts.moe
     if not weight or not moe.num_experts:
         return None
-    if moe.top_k == moe.num_experts:
-        raise ValueError(
-            f"loss.balance_weight ({weight}) has nothing to balance: model.moe.top_k = model.moe.num_experts = "
-            f"{moe.top_k}, so every expert runs for every token; set loss.balance_weight to 0."
-        )
-    return Term(weight, BalanceLoss(sum_over_ranks=sum_over_ranks))
+    assert moe.top_k < moe.num_experts, "nothing to balance: every expert runs for every token"
+    return Term(weight, BalanceLoss())
 
 
 def _z(parts: Parts) -> Term | None:
@@ -107,59 +77,41 @@ def _z(parts: Parts) -> Term | None:
 
 
 def _task_separation(parts: Parts) -> Term | None:
-    weight, tasks = parts.loss.task_separation_weight, parts.model.tasks
+    weight, names = parts.loss.task_separation_weight, [task.name for task in parts.model.tasks]
     # One expert, or one task: there is nothing to separate.
-    if not weight or parts.moe.num_experts < 2 or len(tasks) < 2:
+    if not weight or parts.moe.num_experts < 2 or len(names) < 2:
         return None
-    return Term(
-        weight,
-        TaskSeparationLoss([task.name for task in tasks], sum_with_gradient=sum_with_gradient),
-    )
+    return Term(weight, TaskSeparationLoss(names))
 
 
 def _itc(parts: Parts) -> Term | None:
-    config, sides = parts.loss.image_text, parts.model.image_text
-    if sides is None or not sides.compares:
+    config, head = parts.loss.image_text, parts.model.image_text
+    if head is None or not head.contrasts:
         return None
-    return Term(
-        config.itc_weight,
-        ITCLoss(config, gather=gather_detached, world_size=world_size()),
-        takes_share=True,
-    )
+    return Term(config.itc_weight, ITCLoss(config), takes_share=True)
 
 
 def _itm(parts: Parts) -> Term | None:
-    config, sides = parts.loss.image_text, parts.model.image_text
-    if sides is None or sides.match is None:
+    config, head = parts.loss.image_text, parts.model.image_text
+    if head is None or head.match is None:
         return None
-    gathers = {"gather": gather_detached, "gather_with_gradient": gather_rows}
-    return Term(
-        config.itm_weight,
-        ITMLoss(config, seed=parts.seed, world_size=world_size(), **gathers),
-        takes_share=True,
-    )
+    return Term(config.itm_weight, ITMLoss(config, seed=parts.seed), takes_share=True)
 
 
 def _orthogonal(parts: Parts) -> Term | None:
-    if not parts.loss.orthogonal_weight or parts.model.private is None:
+    weight = parts.loss.orthogonal_weight
+    if not weight or parts.model.private is None:
         return None
-    names = [task.name for task in parts.model.tasks]
-    return Term(
-        parts.loss.orthogonal_weight, OrthogonalLoss(names, sum_with_gradient=sum_with_gradient)
-    )
+    return Term(weight, OrthogonalLoss([task.name for task in parts.model.tasks]))
 
 
 def _adversarial(parts: Parts) -> Term | None:
-    config = parts.loss.adversarial
+    config, domains = parts.loss.adversarial, parts.num_domains
     if not config.weight:
         return None
-    assert parts.num_domains > 1, (
-        "loss.adversarial needs the number of values that find_domains found"
-    )
+    assert domains > 1, "loss.adversarial needs the number of values that find_domains found"
     width = parts.model.config.hidden_size
-    return Term(
-        config.weight, AdversarialLoss(config, model_width=width, num_domains=parts.num_domains)
-    )
+    return Term(config.weight, AdversarialLoss(config, model_width=width, num_domains=domains))
 
 
 LOSSES: dict[str, Callable[[Parts], Term | None]] = {
@@ -175,8 +127,11 @@ LOSSES: dict[str, Callable[[Parts], Term | None]] = {
 """Auxiliary term -> parts -> term, None where it is switched off."""
 
 
+Mode = Literal["train", "evaluate", "embed", "task_gradients"]
+
+
 class Objective(nn.Module):
-    """What the engine trains: forward gives the number to call backward on.
+    """What the engine wraps: model, losses and weighting.
 
     Every number of a ``StepOutput`` is this rank's share, scaled so that the mean over ranks and
     micro-steps is the global value: that mean is what ZeRO and gradient accumulation take of the
@@ -187,12 +142,8 @@ class Objective(nn.Module):
         tasks: the same tasks in the same order.
         loss: ``loss`` of the recipe; a term whose weight is 0 is neither computed nor communicated.
         moe: ``model.moe`` of the recipe.
-        seed: ``train.seed``; decides which texts the matching question is asked of.
+        seed: ``train.seed``; decides which texts the matching loss draws.
         num_domains: values that ``loss.adversarial`` predicts; 0 without it.
-
-    Raises:
-        ValueError: an unknown weighting, one that reads gradients where a decoder answers some
-            task, or a balance term where every expert always runs.
     """
 
     def __init__(
@@ -207,24 +158,30 @@ class Objective(nn.Module):
     ) -> None:
         super().__init__()
         self.model = model
+        # DeepSpeed looks for it on the module that it wraps.
         self.config = model.config
         self.tasks = tuple(tasks)
+        self.names = [task.name for task in tasks]
         self.weighting = build_weighting(loss.weighting, self.tasks, loss)
-        refuse_decoded(loss.weighting, [task.name for task in self.tasks if task.rules.generates])
-        self.terms = build_terms(Parts(loss, moe, model, seed, num_domains))
+        decoded = any(task.rules.generates for task in tasks)
+        assert not (decoded and self.weighting.reads_gradients), "refuse_decoded comes first"
+        parts = Parts(loss, moe, model, seed, num_domains)
+        built = {name: build(parts) for name, build in LOSSES.items()}
+        self.terms = {name: term for name, term in built.items() if term is not None}
         # Temperatures and a discriminator to learn, queues to save.
         self.losses = nn.ModuleDict(
             {n: t.loss for n, t in self.terms.items() if isinstance(t.loss, nn.Module)}
         )
         # Terms that are given a share of 1 leave the rest of it to the tasks.
         self.task_share = 1.0 - sum(term.weight for term in self.terms.values() if term.takes_share)
-        self._contrast = next(
-            (term.loss for term in self.terms.values() if term.over_embeddings), None
-        )
-        contrasted = (
-            [] if self._contrast is None else [task for task in self.tasks if task.contrastive]
-        )
-        self.viewed = [task.name for task in contrasted if task.rules.views]
+        over_embeddings = (term.loss for term in self.terms.values() if term.over_embeddings)
+        # Under this name, too, a module: checkpoints have its queues and temperatures twice.
+        self._contrast = next(over_embeddings, None)
+        self.viewed = [
+            task.name
+            for task in self.tasks
+            if self.caches and task.contrastive and task.rules.views
+        ]
 
     @property
     def caches(self) -> bool:
@@ -237,7 +194,7 @@ class Objective(nn.Module):
             term.loss.begin_step()
 
     def end_step(self, outputs: Sequence[StepOutput], batches: Sequence[Batch]) -> None:
-        """Tell the weighting what an optimizer step had, on all ranks, once it has changed the weights.
+        """Tell the weighting, on all ranks, about an optimizer step that has changed the weights.
 
         Args:
             outputs: of this rank's micro-steps.
@@ -245,66 +202,52 @@ class Objective(nn.Module):
         """
         if not self.weighting.remembers:
             return
-        names = [f"task/{task.name}" for task in self.tasks]
         losses_T = torch.stack(
-            [torch.stack([output.terms[name] for name in names]) for output in outputs]
+            [
+                torch.stack([output.terms[f"task/{name}"] for name in self.names])
+                for output in outputs
+            ]
         ).double()
         losses_T = sum_over_ranks(losses_T.mean(dim=0)) / world_size()
         present_T = self._present(batches[0]).to(losses_T.device)
         self.weighting.end_step(losses_T, present_T, gram_TT=outputs[0].gram_TT)
 
     def forward(
-        self,
-        batch: Batch,
-        evaluate: bool = False,
-        embed: bool = False,
-        cached: Cached | None = None,
-        gradients: bool = False,
-        gram_TT: Tensor | None = None,
+        self, batch: Batch, mode: Mode = "train", **options: Any
     ) -> StepOutput | ModelOutput | Passes | Tensor:
-        """Run one micro-batch.
+        """One micro-batch through the method of ``_MODES`` that ``mode`` names, with its options.
+
+        DeepSpeed's engine, and so the hooks of ZeRO-3, know ``forward`` alone.
+        """
+        return _MODES[mode](self, batch, **options)
+
+    def train_step(
+        self, batch: Batch, *, cached: Cached | None = None, gram_TT: Tensor | None = None
+    ) -> StepOutput:
+        """The loss of one micro-batch, its terms, and what the model predicts.
 
         Args:
-            batch: with ``unit_scale_T`` and the labels of every task, unless ``evaluate``.
-            evaluate: return the model's answer alone; no loss, no collective of ours.
-            embed: the first pass of ``comoe.losses.contrastive.gradcache``: return the embeddings
-                of the forward passes alone.
-            cached: what ``contrast`` made of this micro-batch; the second pass repeats the routing
-                of the first.
-            gradients: return this rank's share of the tasks' gradients by the last shared layer
-                alone, (T, M, M).
-            gram_TT: their inner products over all micro-batches and ranks; None takes this one for
-                the whole step.
+            batch: with ``unit_scale_T`` and the labels of every task.
+            cached: what ``contrast`` made of this micro-batch; its routing is repeated.
+            gram_TT: inner products of the tasks' gradients over all micro-batches and ranks; None
+                takes this micro-batch for the whole step.
         """
-        if evaluate:
-            return self.model(batch)
         repeats = cached is not None or gram_TT is not None
-        probed = gradients or (self.weighting.reads_gradients and gram_TT is None and not embed)
-        passes = self._passes(
-            batch, cached.picks if cached is not None else ((), ()), probed=probed
-        )
-        if embed:
-            return embeddings_alone(passes)
-        output = passes[0]
+        probed = self.weighting.reads_gradients and gram_TT is None
+        selected = ((), ()) if cached is None else cached.selected
+        output = self._passes(batch, selected, probed=probed)[0]
         if probed:
-            with torch.enable_grad():
-                again_T = self.task_losses(replace(output, logits=output.probe.logits), batch)
-            found_TMM = shared_gradients(again_T, output.probe, [task.name for task in self.tasks])
-            if gradients:
-                return found_TMM
-            output, gram_TT = replace(output, probe=None), gram_over_ranks(found_TMM)
+            gram_TT = gram_over_ranks(self._shared_gradients(output, batch))
+            output = replace(output, probe=None)
         losses_T = self.task_losses(output, batch)
         total, weights_T = self.weighting(
             losses_T, self._present(batch), gram_TT=gram_TT, step=batch.step
         )
         total, weights_T = self.task_share * total, self.task_share * weights_T
-        names = [task.name for task in self.tasks]
-        terms = {
-            f"task/{name}": value for name, value in zip(names, losses_T.detach(), strict=True)
-        }
-        terms |= {
-            f"weight/{name}": value for name, value in zip(names, weights_T.detach(), strict=True)
-        }
+        terms = {}
+        for kind, values_T in (("task", losses_T), ("weight", weights_T)):
+            for name, value in zip(self.names, values_T.detach(), strict=True):
+                terms[f"{kind}/{name}"] = value
         # The first passes ran no term, and the next micro-batch must find the random numbers where
         # they left them.
         with torch.random.fork_rng([total.device] if total.is_cuda else [], enabled=repeats):
@@ -322,57 +265,90 @@ class Objective(nn.Module):
             total = total + 0.0 * embeddings_BP.sum()
         return StepOutput(total, terms, output, gram_TT)
 
+    def evaluate(self, batch: Batch) -> ModelOutput:
+        """What the model predicts: no loss, no label, no collective of ours."""
+        return self.model(batch)
+
+    def embed(self, batch: Batch) -> Passes:
+        """The first pass of GradCache: embeddings and routing without all that is not to be kept
+        for a whole optimizer step."""
+        return tuple(
+            ModelOutput(
+                {},
+                output.embeddings,
+                {},
+                (),
+                output.token_rows_S[:0],
+                views=output.views,
+                selected=output.selected,
+            )
+            for output in self._passes(batch)
+        )
+
+    def task_gradients(self, batch: Batch) -> Tensor:
+        """This rank's share of the tasks' gradients by the last shared layer, (T, M, M)."""
+        return self._shared_gradients(self._passes(batch, probed=True)[0], batch)
+
     def contrast(self, batches: Sequence[Batch], passes: Sequence[Passes]) -> list[Cached]:
         """The contrastive term over all micro-batches of a step, on all ranks, for their second passes."""
         assert self._contrast is not None, "loss.contrastive.chunk_size needs a contrastive term"
         return cache_gradients(self._contrast, self._contrast.scales(), batches, passes)
+
+    def task_losses(self, output: ModelOutput, batch: Batch) -> Tensor:
+        """This micro-batch's share of each task's mean loss, (T,), float32; 0 with a gradient for an absent task."""
+        assert batch.unit_scale_T is not None, "training needs batch.unit_scale_T (see unit_scale)"
+        losses = []
+        for task, scale in zip(self.tasks, batch.unit_scale_T[: len(self.tasks)], strict=True):
+            confidences = batch.confidences.get(task.name) if task.weighs("output") else None
+            logits, targets = output.logits[task.name], batch.labels[task.name]
+            losses.append(task.rules.loss(logits, targets, task, confidences) * scale.float())
+        return torch.stack(losses)
 
     def _present(self, batch: Batch) -> Tensor:
         """Tasks that some post of the optimizer step has: bool (T,)."""
         assert batch.unit_scale_T is not None, "training needs batch.unit_scale_T (see unit_scale)"
         return batch.unit_scale_T[: len(self.tasks)] > 0
 
-    def _passes(self, batch: Batch, picks: Sequence[Sequence[Tensor]], *, probed: bool) -> Passes:
-        """The model's answer, with the second views of the tasks that want them; and their own forward pass."""
-        output = self.model(batch, picks[0], probed=probed)
+    def _shared_gradients(self, output: ModelOutput, batch: Batch) -> Tensor:
+        with torch.enable_grad():
+            losses_T = self.task_losses(replace(output, logits=output.probe.logits), batch)
+        return shared_gradients(losses_T, output.probe, self.names)
+
+    def _passes(
+        self, batch: Batch, selected: Sequence[Sequence[Tensor]] = ((), ()), *, probed: bool = False
+    ) -> Passes:
+        """The model's output, with the second views of the tasks that want them; and their own forward pass."""
+        output = self.model(batch, selected[0], probed=probed)
         if not self.viewed:
             return (output,)
         rows_R = labelled_rows(batch, self.viewed).any(dim=1).nonzero().squeeze(1)
         # Every rank runs this pass too: one without such rows runs its first one, times zero.
         scale = float(len(rows_R) > 0)
-        again = batch.take(rows_R) if len(rows_R) else batch.take(rows_R.new_zeros(1))
-        filler = replace(again, row_ids_B=again.row_ids_B.new_full((1,), -1))
-        second = self.model(again if scale else filler, picks[1], compare=False, decode=False)
         rows_R = rows_R if scale else rows_R.new_zeros(1)
+        again = batch.take(rows_R)
+        if not scale:
+            again = replace(again, row_ids_B=again.row_ids_B.new_full((1,), -1))
+        viewed = self.model(again, selected[1], compare=False, decode=False)
         views = {
             name: torch.zeros_like(output.embeddings[name]).index_copy(
-                0, rows_R, scale * second.embeddings[name]
+                0, rows_R, scale * viewed.embeddings[name]
             )
             for name in self.viewed
         }
-        return replace(output, views=views), second
+        return replace(output, views=views), viewed
 
-    def task_losses(self, output: ModelOutput, batch: Batch) -> Tensor:
-        """This micro-batch's share of each task's mean loss, (T,), float32; 0 with a gradient for an absent task."""
-        assert batch.unit_scale_T is not None, "training needs batch.unit_scale_T (see unit_scale)"
-        losses = [
-            task.rules.loss(
-                output.logits[task.name],
-                batch.labels[task.name],
-                task,
-                batch.confidences.get(task.name) if task.weighs("output") else None,
-            )
-            * scale
-            for task, scale in zip(
-                self.tasks, batch.unit_scale_T[: len(self.tasks)].float(), strict=True
-            )
-        ]
-        return torch.stack(losses)
+
+_MODES: dict[Mode, Callable[..., Any]] = {
+    "train": Objective.train_step,
+    "evaluate": Objective.evaluate,
+    "embed": Objective.embed,
+    "task_gradients": Objective.task_gradients,
+}
 
 
 def refuse_decoded(weighting: str, decoded: Sequence[str]) -> None:
-    """Refuse a weighting that reads the tasks' gradients where a decoder answers tasks: what it
-    shares with the heads ends at the encoder, and the decoder itself would be left out.
+    """Refuse a weighting that reads the tasks' gradients where a decoder answers tasks: these
+    gradients end at the encoder, and would leave the decoder out.
 
     Raises:
         ValueError: there are such tasks.

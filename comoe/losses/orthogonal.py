@@ -1,8 +1,8 @@
-"""Shared and private kept apart: a task's own part shall not say again what the shared states say already."""
+"""A penalty on what a task's private part repeats of the shared states (the difference loss)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -64,18 +64,14 @@ class OrthogonalLoss:
 
     Args:
         tasks: names of all tasks.
-        sum_with_gradient: sum over ranks whose gradient is the sum of the ranks' gradients; reached
-            by every rank in every call, and in every backward pass.
 
     Source: the difference loss ``||S^T P||_F^2`` of Bousmalis et al. 2016, arXiv:1608.06019, and
     Liu et al. 2017, arXiv:1704.05742; centred as in the former.
     """
 
-    def __init__(
-        self, tasks: Sequence[str], *, sum_with_gradient: Callable[[Tensor], Tensor]
-    ) -> None:
+    def __init__(self, tasks: Sequence[str]) -> None:
         self.tasks = tuple(tasks)
-        self._sums = RunningSums(sum_with_gradient)
+        self._sums = RunningSums()
 
     def begin_step(self) -> None:
         """Forget the sums: a new optimizer step begins."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from comoe.distributed import sum_over_ranks, sum_with_gradient
 from comoe.types import ANSWER_TOKENS, TOKENS, Batch, ModelOutput, Routing, labelled_rows
 
 
@@ -14,14 +15,10 @@ class RunningSums:
     """What all ranks have summed since the step began, with the gradient of the present micro-step.
 
     For terms that are no mean over rows: such a term is taken of all that the step has seen so far.
-
-    Args:
-        sum_with_gradient: sum over ranks whose gradient is the sum of the ranks' gradients; reached
-            by every rank in every call, and in every backward pass.
+    ``add`` is a collective of all ranks, in the backward pass too.
     """
 
-    def __init__(self, sum_with_gradient: Callable[[Tensor], Tensor]) -> None:
-        self._sum_with_gradient = sum_with_gradient
+    def __init__(self) -> None:
         self.begin_step()
 
     def begin_step(self) -> None:
@@ -31,7 +28,7 @@ class RunningSums:
 
     def add(self, own: Tensor) -> Tensor:
         """The sums with this rank's share of one more micro-step."""
-        sums = self._sum_with_gradient(own)
+        sums = sum_with_gradient(own)
         self._calls += 1
         if self._earlier is not None:
             # The step's mean over micro-steps divides this gradient by their number, while a sum
@@ -40,10 +37,6 @@ class RunningSums:
             sums = self._earlier + sums.detach() + self._calls * (sums - sums.detach())
         self._earlier = sums.detach()
         return sums
-
-
-SumOverRanks = Callable[[Tensor], Tensor]
-"""Sum of a tensor over ranks, with or without gradient."""
 
 
 def balance_loss(scores_SE: Tensor, counts_E: Tensor, *, num_tokens: Tensor | float) -> Tensor:
@@ -77,24 +70,21 @@ class BalanceLoss:
     One micro-batch may well be of one topic; to ask an even load of it kills specialisation. So the
     shares f_i are counted over all ranks and over the micro-steps since ``begin_step``, and p_i is
     the mean over the tokens of the whole optimizer step (``Batch.unit_scale_T``), however they are
-    cut into micro-steps; in a decoder's layers over the tokens of the answers.
-
-    Args:
-        sum_over_ranks: reached by every rank in every call.
+    cut into micro-steps; in a decoder's layers over the tokens of the answers. Every call is a
+    collective of all ranks.
     """
 
-    def __init__(self, *, sum_over_ranks: SumOverRanks) -> None:
-        self.sum_over_ranks = sum_over_ranks
-        self._earlier: Tensor | None = None
+    def __init__(self) -> None:
+        self.begin_step()
 
     def begin_step(self) -> None:
         """Forget the counts: a new optimizer step begins."""
-        self._earlier = None
+        self._earlier: Tensor | None = None
 
     def __call__(self, output: ModelOutput, batch: Batch) -> tuple[Tensor, Mapping[str, Tensor]]:
         """This rank's share of the term; term ``balance``, detached."""
         routings = output.routings
-        counts = self.sum_over_ranks(torch.stack([routing.counts_E for routing in routings]))
+        counts = sum_over_ranks(torch.stack([routing.counts_E for routing in routings]))
         if self._earlier is not None:
             counts = counts + self._earlier
         self._earlier = counts
@@ -165,7 +155,7 @@ def task_separation(gates_LTE: Tensor) -> Tensor:
 
 
 def gate_vectors(routing: Routing) -> Tensor:
-    """Each token's weights of all experts, 0 for those not picked: (S, E), float32, differentiable."""
+    """Each token's weights of all experts, 0 for those not selected: (S, E), float32, differentiable."""
     return torch.zeros_like(routing.scores_SE).scatter(1, routing.indices_Sk, routing.weights_Sk)
 
 
@@ -176,13 +166,11 @@ class TaskSeparationLoss:
 
     Args:
         tasks: names of all tasks.
-        sum_with_gradient: sum over ranks whose gradient is the sum of the ranks' gradients; reached
-            by every rank in every call, and in every backward pass.
     """
 
-    def __init__(self, tasks: Sequence[str], *, sum_with_gradient: SumOverRanks) -> None:
+    def __init__(self, tasks: Sequence[str]) -> None:
         self.tasks = tuple(tasks)
-        self._gates = RunningSums(sum_with_gradient)
+        self._gates = RunningSums()
 
     def begin_step(self) -> None:
         """Forget the gates: a new optimizer step begins."""

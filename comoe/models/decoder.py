@@ -41,8 +41,8 @@ class Answers:
     were written."""
     rows_S: Tensor
     """Row of each token of these texts."""
-    picks: tuple[Tensor, ...]
-    """Experts picked per such layer."""
+    selected: tuple[Tensor, ...]
+    """Selected experts per such layer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ class _Scored:
     log_probabilities_N: Tensor
     routings: tuple[Routing, ...]
     rows_S: Tensor
-    picks: tuple[Tensor, ...]
+    selected: tuple[Tensor, ...]
 
 
 class AnswerDecoder:
@@ -95,19 +95,19 @@ class AnswerDecoder:
             else [settings.eos_token_id]
         )
 
-    def teach(self, states_BLM: Tensor, batch: Batch, picks: Mapping[int, Tensor]) -> Answers:
+    def teach(self, states_BLM: Tensor, batch: Batch, selected: Mapping[int, Tensor]) -> Answers:
         """Log-probability of the text that each row wants, in one pass.
 
         Args:
             states_BLM: the encoder's last states, as the decoder is to read them.
             batch: its rows.
-            picks: decoder layer -> experts that an earlier pass over the same batch picked.
+            selected: decoder layer -> experts that an earlier pass over the same batch selected.
         """
         tasks_B = batch.task_ids_B
         wanted_BD = self._of(tasks_B, batch.answers_BD, [*self.choosing, *self.writing])
         rows_R = _with_tokens(wanted_BD)
         scored = self._score(
-            states_BLM, batch.attention_mask_BL, tasks_B, rows_R, wanted_BD[rows_R], picks
+            states_BLM, batch.attention_mask_BL, tasks_B, rows_R, wanted_BD[rows_R], selected
         )
         own_B = _spread(scored.log_probabilities_N, rows_R, len(tasks_B))
         logits = {}
@@ -117,7 +117,7 @@ class AnswerDecoder:
             logits[task.name] = own_B[:, None] * mine_BY
         for number, task in self.writing:
             logits[task.name] = (own_B * (tasks_B == number))[:, None]
-        return Answers(logits, scored.routings, scored.rows_S, scored.picks)
+        return Answers(logits, scored.routings, scored.rows_S, scored.selected)
 
     def answer(self, states_BLM: Tensor, batch: Batch) -> Answers:
         """All labels scored, own texts scored, and texts written and scored; arguments of ``teach``."""
@@ -193,7 +193,7 @@ class AnswerDecoder:
         tasks_B: Tensor,
         rows_N: Tensor,
         texts_ND: Tensor,
-        picks: Mapping[int, Tensor] | None = None,
+        selected: Mapping[int, Tensor] | None = None,
     ) -> _Scored:
         """Log-probability of each text under its row, summed over its tokens; a row may come several times."""
         none = len(rows_N) == 0
@@ -206,7 +206,7 @@ class AnswerDecoder:
         index_S = places_S * texts_ND.shape[1] + columns_S
         before_ND = F.pad(texts_ND[:, :-1], (1, 0), value=self.start)
         context = RoutingContext(
-            index_S, places_S, self._embeddings(tasks_B[rows_N]), picks=picks or {}
+            index_S, places_S, self._embeddings(tasks_B[rows_N]), selected=selected or {}
         )
         self.holder.context = context
         try:

@@ -59,5 +59,5 @@ class Reading:
     """Per layer with experts; rows are text tokens."""
     token_rows_S: Tensor
     """Row of each of these."""
-    picks: tuple[Tensor, ...]
-    """Experts picked per layer, for all tokens that were routed."""
+    selected: tuple[Tensor, ...]
+    """Experts selected per layer, for all tokens that were routed."""

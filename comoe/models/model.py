@@ -202,7 +202,7 @@ class MultiTaskModel(nn.Module):
                 contrast=image_text.itc_weight > 0,
                 match=image_text.itm_weight > 0,
             )
-            self.image_text = head if head.compares or head.match is not None else None
+            self.image_text = head if head.contrasts or head.match is not None else None
         # Last, so that all else begins as it does without them.
         width_of_parts = config.private_width
         parts = [
@@ -232,7 +232,7 @@ class MultiTaskModel(nn.Module):
     def forward(
         self,
         batch: Batch,
-        picks: Sequence[Tensor] = (),
+        selected: Sequence[Tensor] = (),
         *,
         compare: bool = True,
         decode: bool = True,
@@ -242,7 +242,7 @@ class MultiTaskModel(nn.Module):
 
         Args:
             batch: the rows.
-            picks: ``ModelOutput.picks`` of an earlier pass over the same batch; this one routes
+            selected: ``ModelOutput.selected`` of an earlier pass over the same batch; this one routes
                 every token as that one did.
             compare, decode, probed: give ``ModelOutput.image_text``, where the model is trained for
                 it; run the decoder, where there is one; give ``probe``.
@@ -252,8 +252,8 @@ class MultiTaskModel(nn.Module):
         weights_B = input_weights(batch, self.tasks) if self.training else None
         texts = Texts(ids_BL, mask_BL, batch.token_type_ids_BL, batch.task_ids_B, weights_B)
         pictures = self.look(batch)
-        reading = self.read(texts, pictures, picks)
-        routings, picked, token_rows_S = reading.routings, reading.picks, reading.token_rows_S
+        reading = self.read(texts, pictures, selected)
+        routings, picked, token_rows_S = reading.routings, reading.selected, reading.token_rows_S
         second = (
             probe(reading.fused_BLM, self.tasks, partial(self._answer, mask_BL=mask_BL))
             if probed
@@ -271,10 +271,10 @@ class MultiTaskModel(nn.Module):
                 attentions[name] = answer.attention_BL
         answers = None
         if self.decoder is not None and decode:
-            answers, update = self._decoded(batch, reading.fused_BLM, picks)
+            answers, update = self._decoded(batch, reading.fused_BLM, selected)
             private |= update
             logits |= answers.logits
-            routings, picked = routings + answers.routings, picked + answers.picks
+            routings, picked = routings + answers.routings, picked + answers.selected
         answer_rows_S, num_answer_layers = (
             (None, 0) if answers is None else (answers.rows_S, len(answers.routings))
         )
@@ -297,7 +297,7 @@ class MultiTaskModel(nn.Module):
             "probe": second,
             "answer_rows_S": answer_rows_S,
         }
-        more |= {"num_answer_layers": num_answer_layers, "picks": picked}
+        more |= {"num_answer_layers": num_answer_layers, "selected": picked}
         logits = {task.name: logits[task.name] for task in self.tasks if task.name in logits}
         return ModelOutput(logits, embeddings, attentions, routings, token_rows_S, **more)
 
@@ -316,7 +316,7 @@ class MultiTaskModel(nn.Module):
         )
 
     def _decoded(
-        self, batch: Batch, shared_BLM: Tensor, picks: Sequence[Tensor]
+        self, batch: Batch, shared_BLM: Tensor, selected: Sequence[Tensor]
     ) -> tuple[Answers, dict[str, Tensor]]:
         """What the decoder answers, and what the private parts of its tasks add to the states of their rows."""
         updates: dict[str, Tensor] = {}
@@ -328,10 +328,10 @@ class MultiTaskModel(nn.Module):
                 states_BLM = states_BLM + updates[task.name] * own_B11
         if not self.training:
             return self.decoder.answer(states_BLM, batch), updates
-        return self.decoder.teach(states_BLM, batch, self._by_layer(picks)), updates
+        return self.decoder.teach(states_BLM, batch, self._by_layer(selected)), updates
 
-    def _by_layer(self, picks: Sequence[Tensor]) -> dict[int, Tensor]:
-        return dict(zip((block.layer for block in self._blocks), picks, strict=False))
+    def _by_layer(self, selected: Sequence[Tensor]) -> dict[int, Tensor]:
+        return dict(zip((block.layer for block in self._blocks), selected, strict=False))
 
     def look(self, batch: Batch) -> Pictures | None:
         """The pictures as the fusion wants them, one per row; the tower runs once per batch, on each picture once."""
@@ -346,7 +346,7 @@ class MultiTaskModel(nn.Module):
         return Pictures(self.fusion.project(tokens), batch.image_rows_I)
 
     def read(
-        self, texts: Texts, pictures: Pictures | None, picks: Sequence[Tensor] = ()
+        self, texts: Texts, pictures: Pictures | None, selected: Sequence[Tensor] = ()
     ) -> Reading:
         """One pass of encoder and fusion; without pictures the texts alone."""
         mask_BL, arguments = (
@@ -365,7 +365,7 @@ class MultiTaskModel(nn.Module):
             index_S = torch.cat([index_S, inputs.image_index_Z])
             token_rows_S = torch.cat([rows_S, inputs.image_index_Z // inputs.columns])
         context = RoutingContext(index_S, token_rows_S, input_weights_B=texts.weights_B)
-        context.picks = self._by_layer(picks)
+        context.selected = self._by_layer(selected)
         if self.task_embedding is not None:
             # A filler row has no task; its answer is never used, so any embedding will do.
             context.task_embeddings_BD = self.task_embedding(texts.tasks_B.clamp_min(0))

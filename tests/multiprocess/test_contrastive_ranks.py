@@ -49,7 +49,7 @@ def steps(cuts, case, *, dtype=torch.float64):
     """Two steps on this rank's part; the means over ranks, the gradient of its rows, the queue, and its own slopes."""
     rank = dist.get_rank() if dist.is_initialized() else 0
     bounds = [0, *cuts, ROWS]
-    loss = loss_of(gather=gather_detached, world_size=world_size(), **CASES[case])
+    loss = loss_of(gather=gather_detached, ranks=None, **CASES[case])
     slope = loss.scales.log_scales_T
     if case in LOG_SCALES:
         torch.nn.init.constant_(slope, LOG_SCALES[case])
@@ -133,6 +133,6 @@ def test_a_task_of_one_rank_alone_is_not_diluted():
     """Weight W and the mean over W ranks cancel: the term is the mean over that rank's anchors."""
     rows = random_rows(ROWS, tasks=(MOOD,))
     single, double = (
-        float(call(loss_of((MOOD,), world_size=ranks), rows)[0].detach()) for ranks in (1, 2)
+        float(call(loss_of((MOOD,), ranks=ranks), rows)[0].detach()) for ranks in (1, 2)
     )
     assert double == pytest.approx(2 * single)

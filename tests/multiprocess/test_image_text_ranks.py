@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from comoe.config.recipe import ImageTextConfig
-from comoe.distributed import gather_detached, gather_rows, sum_over_ranks, world_size
+from comoe.distributed import sum_over_ranks, world_size
 from comoe.losses.image_text import ITCLoss, ITMLoss, contrast, draw_texts, gather_pairs
 from tests.helpers_ranks import run_ranks
 
@@ -53,9 +53,8 @@ def losses_and_gradients(rows, fusion, options):
     model = seeing_model(
         fusion, image_text=config, train_tower=True, moe=moe_config(**options)
     ).double()
-    collectives = dict(gather=gather_detached, world_size=world_size())
-    itm = ITMLoss(config, seed=7, gather_with_gradient=gather_rows, **collectives)
-    itc = ITCLoss(config, **collectives).double() if model.image_text.compares else None
+    itm = ITMLoss(config, seed=7)
+    itc = ITCLoss(config).double() if model.image_text.contrasts else None
     batch = share_of(rows)
     output = model(replace(batch, pixels_I3HW=batch.pixels_I3HW.double()))
     total, terms = itm(output, batch)
@@ -75,7 +74,7 @@ def losses_and_gradients(rows, fusion, options):
         name: (sum_over_ranks(value) / world_size()).numpy() for name, value in numbers.items()
     }
     sides = output.image_text
-    pairs = gather_pairs(sides, batch, gather_detached)
+    pairs = gather_pairs(sides, batch)
     chosen_I = draw_texts(pairs, None, step=5, seed=7)
     posts_G = pairs.everyone.posts_N
     mine = [
@@ -104,7 +103,7 @@ def contrast_and_gradients(rows):
     sizes = [len(share) for share in shares]
     everyone = pairs_of(posts[[row for share in shares for row in share]].tolist()).own
     pairs = pairs._replace(everyone=everyone, sizes=sizes, offset=sum(sizes[:rank]))
-    value = contrast(*own, pairs, gather=gather_detached, world_size=world_size())
+    value = contrast(*own, pairs)
     found = torch.autograd.grad(value, own)
     # ZeRO averages over ranks; a row's gradient is on its rank alone.
     wrong = [abs(float(sum_over_ranks(value)) / world_size() - float(expected_value.detach()))]

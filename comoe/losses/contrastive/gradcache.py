@@ -21,32 +21,16 @@ from torch import Tensor
 from comoe.types import IGNORED, Batch, ModelOutput
 
 Passes = tuple[ModelOutput, ...]
-"""What the model answered in the forward passes of one micro-batch: the posts, then their second
-views where asked."""
-
-
-def embeddings_alone(passes: Passes) -> Passes:
-    """The answers without all that the contrastive term does not read: they are kept for a whole optimizer step."""
-    return tuple(
-        ModelOutput(
-            {},
-            output.embeddings,
-            {},
-            (),
-            output.token_rows_S[:0],
-            views=output.views,
-            picks=output.picks,
-        )
-        for output in passes
-    )
+"""The forward passes of one micro-batch: the posts, then their second views where asked."""
 
 
 @dataclass(frozen=True, slots=True)
 class Cached:
     """What the first pass leaves to the second pass of one micro-batch."""
 
-    picks: tuple[tuple[Tensor, ...], ...]
-    """Forward pass -> layer with experts -> experts picked (S, k), int64; none for a filler row."""
+    selected: tuple[tuple[Tensor, ...], ...]
+    """Forward pass -> layer with experts -> selected experts (S, k), int64; none for a filler
+    row."""
     gradients: Mapping[str, Tensor]
     """Task -> gradient of this rank's share of the term by each embedding (B, P), float32."""
     view_gradients: Mapping[str, Tensor]
@@ -63,12 +47,12 @@ class Cached:
 
 
 def targets_of(batch: Batch) -> Batch:
-    """The batch without its pictures: the contrastive term reads labels, row and task ids."""
+    """The batch without its images: the contrastive term reads labels, row and task ids."""
     return replace(batch, pixels_I3HW=None, image_rows_I=None, image_numbers_I=None)
 
 
-def joined_batch(batches: Sequence[Batch]) -> Batch:
-    """Labels, row and task ids of several micro-batches in one record, tags padded to the longest;
+def concatenated(batches: Sequence[Batch]) -> Batch:
+    """Labels, row and task ids of several micro-batches as one batch, tags padded to the longest;
     its tokens are those of the first one and mean nothing."""
     labels = {}
     for task in batches[0].labels:
@@ -96,19 +80,23 @@ def cache_gradients(
     """The term over all micro-batches of this rank (it gathers over the ranks itself), and its gradients.
 
     Args:
-        term: (model answer, batch, inverse temperatures) -> this rank's share and what to log.
+        term: (model output, batch, inverse temperatures) -> this rank's share and what to log.
         scales: the tasks' inverse temperatures.
         batches: this rank's micro-batches, on the device.
-        passes: what the model answered, the embeddings with ``views``.
+        passes: of mode ``embed``, the embeddings with ``views``.
     """
     first = [outputs[0] for outputs in passes]
-    embeddings = _leaves([output.embeddings for output in first])
-    views = _leaves([output.views for output in first])
+    embeddings, views = (
+        {
+            task: torch.cat([part[task] for part in parts]).detach().requires_grad_()
+            for task in parts[0]
+        }
+        for parts in ([output.embeddings for output in first], [output.views for output in first])
+    )
     scales = scales.detach().requires_grad_()
-    nothing = first[0].token_rows_S[:0]
-    joined = ModelOutput({}, embeddings, {}, (), nothing, views=views)
+    output = ModelOutput({}, embeddings, {}, (), first[0].token_rows_S[:0], views=views)
     with torch.enable_grad():
-        value, terms = term(joined, joined_batch(batches), scales)
+        value, terms = term(output, concatenated(batches), scales)
     leaves = [*embeddings.values(), *views.values(), scales]
     found = torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True)
     sizes = [len(batch.row_ids_B) for batch in batches]
@@ -118,7 +106,7 @@ def cache_gradients(
         mine = [part[number] for part in parts]
         cached.append(
             Cached(
-                picks=tuple(output.picks for output in outputs),
+                selected=tuple(output.selected for output in outputs),
                 gradients=dict(zip(embeddings, mine, strict=False)),
                 view_gradients=dict(zip(views, mine[len(embeddings) :], strict=True)),
                 scales=found[-1] if number == 0 else torch.zeros_like(found[-1]),
@@ -146,10 +134,3 @@ def replayed(cached: Cached, output: ModelOutput, scales: Tensor) -> Tensor:
     ]
     surrogate = cached.accumulation * (torch.stack(products).sum() + (scales * cached.scales).sum())
     return surrogate + (cached.value - surrogate.detach())
-
-
-def _leaves(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    return {
-        task: torch.cat([part[task] for part in parts]).detach().requires_grad_()
-        for task in parts[0]
-    }

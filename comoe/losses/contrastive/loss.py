@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from comoe.config.recipe import ContrastiveConfig
+from comoe.distributed import gather_detached, world_size
 from comoe.losses.contrastive.closed_form import (
     KEEP_BYTES,
     MIN_TEMPERATURE,
@@ -114,8 +115,8 @@ class ContrastiveLoss(nn.Module):
         tasks: those that take part, in the same order on all ranks.
         config: ``loss.contrastive``; its ``weight`` and ``chunk_size`` are the objective's.
         width: P of the embeddings.
-        gather: the collective (``comoe.distributed.gather_detached``).
-        world_size: ranks W that the gradient is averaged over.
+        gather: the collective.
+        ranks: number W that the gradient is averaged over; None: all of the run.
 
     Raises:
         ValueError: a temperature below 0.01.
@@ -130,14 +131,14 @@ class ContrastiveLoss(nn.Module):
         config: ContrastiveConfig,
         *,
         width: int,
-        gather: Gather,
-        world_size: int,
+        gather: Gather = gather_detached,
+        ranks: int | None = None,
     ) -> None:
         super().__init__()
         self.tasks = tuple(tasks)
         local = config.over == "local"
         self.gather: Gather = alone if local else gather
-        self.factor = 1 if local else world_size
+        self.factor = 1 if local else ranks or world_size()
         self.queue_warmup = config.queue_warmup
         given = [task.contrastive_temperature or config.temperature for task in self.tasks]
         for task, temperature in zip(self.tasks, given, strict=True):

@@ -63,8 +63,8 @@ class RoutingContext:
     routings: dict[int, Routing] = field(default_factory=dict)
     """Layer -> what its gate decided, filled during the encode; a decoder's layers follow the
     encoder's."""
-    picks: Mapping[int, Tensor] = field(default_factory=dict)
-    """Layer -> experts that an earlier pass over the same tokens picked (S, k): this one routes
+    selected: Mapping[int, Tensor] = field(default_factory=dict)
+    """Layer -> experts that an earlier pass over the same tokens selected (S, k): this one routes
     alike."""
     input_weights_B: Tensor | None = None
     """Weight of each row's embeddings, None for all 1; only in training."""
@@ -153,8 +153,8 @@ class CooperativeBlock(nn.Module):
         # A routing that is there already means that this layer is being recomputed for its backward
         # pass: it must route as it did before, and not count its tokens a second time.
         earlier = context.routings.get(self.layer)
-        picks_Sk = context.picks.get(self.layer) if earlier is None else earlier.indices_Sk
-        self.mixture.router.prepare(task_logits_SE, picks_Sk)
+        selected_Sk = context.selected.get(self.layer) if earlier is None else earlier.indices_Sk
+        self.mixture.router.prepare(task_logits_SE, selected_Sk)
         update_SM = self.mixture(x_SM.unsqueeze(0)).squeeze(0)
         routing = self.mixture.router.collect()
         if earlier is None:

@@ -237,7 +237,7 @@ class Experts(nn.Module):
         Args:
             x_SM: rows.
             counts_E: routes per expert, int64, sum N = S * k.
-            order_N: ``sort_routes`` of the picks; None: one route per row, rows sorted by expert.
+            order_N: ``sort_routes`` of the selected experts; None: one route per row, rows sorted by expert.
             weights_Sk: weight of each route; None: 1.
 
         Returns:

@@ -12,29 +12,34 @@ from torch import Tensor, nn
 
 from comoe.config.errors import unknown_name
 from comoe.config.recipe import MoeConfig
-from comoe.types import Gate, Routing
+from comoe.types import Routing
 
 
 @dataclass(frozen=True, slots=True)
 class TopKGate:
-    """What the gates share: float32 scores, then ``pick_experts``."""
+    """What the gates share: float32 scores, then ``select_experts``."""
 
     top_k: int
     """Experts per token."""
     temperature: float = 1.0
     """Divides the logits."""
     cooperation_threshold: float = 0.0
-    """A picked expert with a lower score gets the weight 0, never the best one."""
+    """A selected expert with a lower score gets the weight 0, never the best one."""
     for_measuring: ClassVar[bool] = False
     """True where the gate ignores the tokens: good for speed figures, useless for training."""
 
     def __call__(
-        self, logits_SE: Tensor, balance_bias_E: Tensor, picks_Sk: Tensor | None = None
+        self, logits_SE: Tensor, balance_bias_E: Tensor, selected_Sk: Tensor | None = None
     ) -> Routing:
-        """Route S tokens; deterministic. ``picks_Sk`` settles the experts, and only their weights are computed."""
+        """Route S tokens; deterministic. ``selected_Sk`` settles the experts, and only their weights are computed."""
         scores_SE = self.score(_wide(logits_SE) / self.temperature)
-        return pick_experts(
-            logits_SE, scores_SE, balance_bias_E, self.top_k, self.cooperation_threshold, picks_Sk
+        return select_experts(
+            logits_SE,
+            scores_SE,
+            balance_bias_E,
+            self.top_k,
+            self.cooperation_threshold,
+            selected_Sk,
         )
 
     def score(self, logits_SE: Tensor) -> Tensor:
@@ -88,7 +93,7 @@ class UniformGate(SigmoidGate):
     for_measuring = True
 
     def __call__(
-        self, logits_SE: Tensor, balance_bias_E: Tensor, picks_Sk: Tensor | None = None
+        self, logits_SE: Tensor, balance_bias_E: Tensor, selected_Sk: Tensor | None = None
     ) -> Routing:
         """Token s goes to the k experts from number s * k on, counted round."""
         (S, E), k = logits_SE.shape, self.top_k
@@ -98,7 +103,7 @@ class UniformGate(SigmoidGate):
         )
         # Above any score, so that the top-k finds exactly these.
         turn_SE = 2.0 * (places_SE % E < k)
-        routing = super().__call__(logits_SE, turn_SE, picks_Sk)
+        routing = super().__call__(logits_SE, turn_SE, selected_Sk)
         return replace(routing, weights_Sk=0.0 * routing.weights_Sk + 1.0 / k)
 
 
@@ -120,46 +125,46 @@ def best_experts(scores_SE: Tensor, top_k: int) -> Tensor:
     return torch.cat([first_S1, second_S1], dim=1)
 
 
-def pick_experts(
+def select_experts(
     logits_SE: Tensor,
     scores_SE: Tensor,
     balance_bias_E: Tensor,
     top_k: int,
     threshold: float,
-    picks_Sk: Tensor | None = None,
+    selected_Sk: Tensor | None = None,
 ) -> Routing:
-    """Pick the top-k experts of each token by score plus bias and weigh them by score alone.
+    """Select the top-k experts of each token by score plus bias and weigh them by score alone.
 
     Args:
         logits_SE: what the scores were made of, kept for the z-loss.
         scores_SE: non-negative scores, float32.
-        balance_bias_E: added for the pick only, so that it moves load without changing a weight.
+        balance_bias_E: added for the selection only, so that it moves load without changing a weight.
         top_k: experts per token.
-        threshold: picked experts with a lower score weigh 0, except for each token's best one.
-        picks_Sk: experts picked before, int64: a recomputation must not decide near-ties another
+        threshold: selected experts with a lower score weigh 0, except for each token's best one.
+        selected_Sk: experts selected before, int64: a recomputation must not decide near-ties another
             way.
 
     Returns:
         The routing; weights are differentiable through the scores. With one expert out of several
             the weight is its
-        share of the scores of all experts: normalised over the picked one alone it would be 1 and
+        share of the scores of all experts: normalized over the selected one alone it would be 1 and
             the router would
         learn nothing.
 
     Source: sigmoid gate of TaCL-CoMoE; bias of Loss-Free Balancing, arXiv:2408.15664.
     """
-    indices_Sk = picks_Sk
+    indices_Sk = selected_Sk
     if indices_Sk is None:
         indices_Sk = best_experts(scores_SE.detach() + balance_bias_E, top_k)
-    picked_Sk = scores_SE.gather(1, indices_Sk)
+    chosen_Sk = scores_SE.gather(1, indices_Sk)
     if threshold > 0:
-        weak_Sk = (picked_Sk < threshold) & (picked_Sk < picked_Sk.amax(dim=1, keepdim=True))
-        picked_Sk = picked_Sk.masked_fill(weak_Sk, 0.0)
-    rivals = scores_SE if top_k == 1 else picked_Sk
+        weak_Sk = (chosen_Sk < threshold) & (chosen_Sk < chosen_Sk.amax(dim=1, keepdim=True))
+        chosen_Sk = chosen_Sk.masked_fill(weak_Sk, 0.0)
+    others = scores_SE if top_k == 1 else chosen_Sk
     # Scores of logits below -100 are 0 in float32; the floor keeps 0/0 away and changes no other
     # sum.
-    weights_Sk = picked_Sk / rivals.sum(dim=1, keepdim=True).clamp_min(
-        torch.finfo(picked_Sk.dtype).tiny
+    weights_Sk = chosen_Sk / others.sum(dim=1, keepdim=True).clamp_min(
+        torch.finfo(chosen_Sk.dtype).tiny
     )
     counts_E = torch.bincount(indices_Sk.reshape(-1), minlength=scores_SE.shape[1])
     return Routing(logits_SE, scores_SE, indices_Sk, weights_Sk, counts_E)
@@ -228,23 +233,23 @@ class PendingRoute:
         inputs: whether the router's own token logits count.
     """
 
-    def __init__(self, gate: Gate, inputs: RouteInputs) -> None:
+    def __init__(self, gate: TopKGate, inputs: RouteInputs) -> None:
         self.gate = gate
         self.inputs = inputs
         self._task_logits_SE: Tensor | None = None
-        self._picks_Sk: Tensor | None = None
+        self._selected_Sk: Tensor | None = None
         self._routing: Routing | None = None
 
-    def prepare(self, task_logits_SE: Tensor | None, picks_Sk: Tensor | None = None) -> None:
+    def prepare(self, task_logits_SE: Tensor | None, selected_Sk: Tensor | None = None) -> None:
         """Hand over what the next ``route`` needs.
 
         Args:
             task_logits_SE: the task's part of the logits, float32, where the gate reads tasks.
-            picks_Sk: experts that an earlier pass over the same tokens picked, None on a first
-                pass.
+            selected_Sk: experts that an earlier pass over the same tokens selected, None on a
+                first pass.
         """
         self._task_logits_SE = task_logits_SE
-        self._picks_Sk = picks_Sk
+        self._selected_Sk = selected_Sk
 
     def route(self, project: nn.Module, hidden_SM: Tensor, balance_bias_E: Tensor) -> Routing:
         """Add up the logits and decide.
@@ -254,7 +259,7 @@ class PendingRoute:
                 A module, not its weight: under ZeRO-3 a weight is whole only inside its own
                 module's forward.
             hidden_SM: the tokens.
-            balance_bias_E: picks, never weighs.
+            balance_bias_E: moves the selection, never a weight.
         """
         parts = [project(hidden_SM)] if self.inputs.token else []
         if self.inputs.task:
@@ -262,8 +267,8 @@ class PendingRoute:
                 "prepare() must hand over task logits before each call"
             )
             parts.append(self._task_logits_SE)
-        self._routing = self.gate(sum(parts[1:], parts[0]), balance_bias_E, self._picks_Sk)
-        self._task_logits_SE = self._picks_Sk = None
+        self._routing = self.gate(sum(parts[1:], parts[0]), balance_bias_E, self._selected_Sk)
+        self._task_logits_SE = self._selected_Sk = None
         return self._routing
 
     def collect(self) -> Routing:
@@ -273,7 +278,7 @@ class PendingRoute:
         return routing
 
 
-def build_gate(config: MoeConfig) -> Gate:
+def build_gate(config: MoeConfig) -> TopKGate:
     """The gate that ``model.moe`` asks for.
 
     Raises:
@@ -326,7 +331,7 @@ def keep_bias(balance_bias_E: Tensor, counts_E: Tensor, rate: float) -> None:
 
 
 def nudge_bias(balance_bias_E: Tensor, counts_E: Tensor, rate: float) -> None:
-    """One step, in place: busy experts become harder to pick, idle ones easier.
+    """One step, in place: busy experts become harder to select, idle ones easier.
 
     Args:
         balance_bias_E: float32 buffer of one gate.

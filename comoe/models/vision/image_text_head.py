@@ -41,7 +41,7 @@ class ImageTextHead(nn.Module):
         self.match = nn.Linear(text_width, 2) if match else None
 
     @property
-    def compares(self) -> bool:
+    def contrasts(self) -> bool:
         """Whether there is a space of both sides."""
         return self.text is not None
 
@@ -78,7 +78,7 @@ def both_sides(
     rows_I, in_encoder = pictures.places_I, fusion.in_encoder
     own = texts.take(rows_I)
     text_IP = image_IP = logits_I2 = None
-    if head.compares:
+    if head.contrasts:
         # Where the encoder reads the picture too, the text alone takes a pass of its own.
         alone_ILM = read(own, None).states_BLM if in_encoder else reading.states_BLM[rows_I]
         text_IP, image_IP = head.embed(alone_ILM, own.mask_BL, pictures.tokens)

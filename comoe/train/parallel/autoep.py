@@ -31,9 +31,9 @@ class CooperativeRouter(TokenChoiceTopKRouter):
         self.gate = Float32Linear(settings["dim"], settings["num_experts"])
         self.pending = PendingRoute(build_gate(moe), ROUTES[moe.route_by])
 
-    def prepare(self, task_logits_SE: Tensor | None, picks_Sk: Tensor | None = None) -> None:
+    def prepare(self, task_logits_SE: Tensor | None, selected_Sk: Tensor | None = None) -> None:
         """See ``PendingRoute.prepare``."""
-        self.pending.prepare(task_logits_SE, picks_Sk)
+        self.pending.prepare(task_logits_SE, selected_Sk)
 
     def collect(self) -> Routing:
         """See ``PendingRoute.collect``."""

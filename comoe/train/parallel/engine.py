@@ -81,7 +81,7 @@ class Engine:
         outputs: list[StepOutput] = []
         skipped_before = self.deepspeed.skipped_steps
         # ZeRO 1 in bf16 adds the gradients of each backward pass to float32 sums, and would clear
-        # them by a hook on what the model answers; on a record it finds no place for one, and a
+        # them by a hook on what the model returns; on a record it finds no place for one, and a
         # step's first gradients would count once for each of its micro-steps.
         clear = getattr(self.deepspeed.optimizer, "clear_lp_grads", lambda: None)
         gram_TT = self._gram(batches)
@@ -96,7 +96,7 @@ class Engine:
             poison = torch.where(torch.isfinite(output.loss.detach()), 1.0, torch.nan)
             self.deepspeed.backward(output.loss * poison)
             self.deepspeed.step()
-            # Texts, pictures and states wait for nothing any more, and the step may have many
+            # Texts, images and states wait for nothing any more, and the step may have many
             # micro-batches.
             outputs.append(
                 replace(output, output=replace(output.output, image_text=None, sharing=None))
@@ -121,7 +121,7 @@ class Engine:
         # The second pass draws the same dropout: nothing else may draw between its micro-batches.
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices), torch.no_grad():
-            passes = [self.deepspeed(batch.to(self.device), embed=True) for batch in batches]
+            passes = [self.deepspeed(batch.to(self.device), mode="embed") for batch in batches]
         return self.objective.contrast(
             [targets_of(batch).to(self.device) for batch in batches], passes
         )
@@ -138,7 +138,7 @@ class Engine:
         total = torch.zeros(())
         with torch.random.fork_rng(devices), torch.no_grad():
             for batch in batches:
-                found_TMM = self.deepspeed(batch.to(self.device), gradients=True)
+                found_TMM = self.deepspeed(batch.to(self.device), mode="task_gradients")
                 total = total.to(found_TMM) + found_TMM / len(batches)
         return gram_over_ranks(total)
 
@@ -146,7 +146,7 @@ class Engine:
     def forward(self, batch: Batch) -> ModelOutput:
         """The model's answer in evaluation mode. Every rank must call it equally often: a forward is an all-to-all."""
         self.deepspeed.eval()
-        return self.deepspeed(batch.to(self.device), evaluate=True)
+        return self.deepspeed(batch.to(self.device), mode="evaluate")
 
     def _update_balance(self, outputs: Sequence[ModelOutput]) -> None:
         layers = self.objective.model.moe_layers()

@@ -197,7 +197,7 @@ def test_evaluation_runs_nothing_of_it_and_exports_hold_nothing_of_it():
     calls = []
     objective.losses["adversarial"].register_forward_hook(lambda *_: calls.append(0))
     objective.eval()
-    assert objective(random_batch(), evaluate=True).sharing is None and calls == []
+    assert objective(random_batch(), mode="evaluate").sharing is None and calls == []
     assert not any("discriminator" in name for name in objective.model.state_dict())
     roles = {group["name"]: group for group in parameter_groups(objective, Recipe())}
     discriminator = list(objective.losses["adversarial"].parameters())

@@ -11,7 +11,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from comoe.config.recipe import ImageTextConfig
-from comoe.distributed import gather_detached, gather_rows
 from comoe.losses.contrastive import closed_form
 from comoe.losses.image_text import (
     AllPairs,
@@ -42,7 +41,7 @@ def dense(image, text, log_scale, pairs):
     scale = log_scale.exp().clamp_max(100.0)
     similar = scale * image @ text.T
     real = pairs.own.posts_N >= 0
-    counts = pairs.own.rivals(pairs.own) | torch.eye(len(image), dtype=torch.bool)
+    counts = pairs.own.negatives(pairs.own) | torch.eye(len(image), dtype=torch.bool)
     own = similar.diagonal()
     rows = similar.masked_fill(~counts, -torch.inf).logsumexp(1)
     columns = similar.masked_fill(~counts, -torch.inf).logsumexp(0)
@@ -57,17 +56,13 @@ def unit(rows, width=8, seed=0, dtype=torch.float64):
 
 def itm_loss(**options):
     config = replace(BOTH, **options)
-    return ITMLoss(
-        config, seed=7, gather=gather_detached, gather_with_gradient=gather_rows, world_size=1
-    )
+    return ITMLoss(config, seed=7)
 
 
 def test_the_contrast_of_two_pairs_by_hand():
     image = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     text = torch.tensor([[1.0, 0.0], [0.6, 0.8]])
-    value = contrast(
-        image, text, torch.tensor([0.0]), pairs_of([3, 4]), gather=gather_detached, world_size=1
-    )
+    value = contrast(image, text, torch.tensor([0.0]), pairs_of([3, 4]))
     # Similarities 1 0.6 / 0 0.8.
     rows = math.log(math.e + math.exp(0.6)) - 1 + math.log(1 + math.exp(0.8)) - 0.8
     columns = math.log(math.e + 1) - 1 + math.log(math.exp(0.6) + math.exp(0.8)) - 0.8
@@ -94,7 +89,7 @@ def test_the_contrasts_gradient_is_that_of_the_written_formula(case, log_scale, 
     expected_value = dense(*numbers, pairs)
     expected = torch.autograd.grad(3 * expected_value, numbers)
     same = [number.detach().to(dtype).requires_grad_() for number in numbers]
-    value = contrast(*same, pairs, gather=gather_detached, world_size=1)
+    value = contrast(*same, pairs)
     found = torch.autograd.grad(3 * value, same)
     scale = max(1.0, math.exp(min(log_scale, math.log(100))))
     assert float(value.detach()) == pytest.approx(float(expected_value.detach()), abs=close * scale)
@@ -132,7 +127,7 @@ def test_tiles_change_nothing_and_no_tensor_grows_with_the_square_of_the_picture
     images, texts = (rows.detach() for rows in numbers[:2])
 
     def everything():
-        value = contrast(*numbers, pairs, gather=gather_detached, world_size=1)
+        value = contrast(*numbers, pairs)
         chosen = draw_texts(pairs, lambda rows: images[rows] @ texts.T, step=1, seed=1)
         return value, torch.autograd.grad(value, numbers), chosen
 
@@ -150,32 +145,23 @@ def test_above_its_limit_the_temperature_only_takes_a_gradient_that_leads_back()
     pairs = pairs_of(range(4))
     perfect = torch.eye(4, dtype=torch.float64)
     wrong = perfect.roll(1, dims=0)
-    options = dict(gather=gather_detached, world_size=1)
-    (closer,) = torch.autograd.grad(contrast(perfect, perfect * 0.9, high, pairs, **options), high)
-    (back,) = torch.autograd.grad(contrast(perfect, wrong, high, pairs, **options), high)
+    (closer,) = torch.autograd.grad(contrast(perfect, perfect * 0.9, high, pairs), high)
+    (back,) = torch.autograd.grad(contrast(perfect, wrong, high, pairs), high)
     assert closer == 0 and back > 1
 
 
 def test_bfloat16_rows_are_compared_in_float32():
     exact = [unit(6, seed=seed) for seed in (1, 2)]
     rounded = [rows.detach().bfloat16() for rows in exact]
-    value = contrast(
-        *rounded, torch.tensor([1.0]), pairs_of(range(6)), gather=gather_detached, world_size=1
-    )
+    value = contrast(*rounded, torch.tensor([1.0]), pairs_of(range(6)))
     same = [rows.double() for rows in rounded]
-    expected = contrast(
-        *same,
-        torch.tensor([1.0]).double(),
-        pairs_of(range(6)),
-        gather=gather_detached,
-        world_size=1,
-    )
+    expected = contrast(*same, torch.tensor([1.0]).double(), pairs_of(range(6)))
     assert value.dtype == torch.float32 and float(value) == pytest.approx(float(expected), abs=1e-6)
 
 
 def test_the_contrast_learns_its_temperature_and_both_projections():
     model = seeing_model(image_text=BOTH)
-    loss = ITCLoss(BOTH, gather=gather_detached, world_size=1)
+    loss = ITCLoss(BOTH)
     value, terms = loss(model(seeing_batch()), seeing_batch())
     value.backward()
     assert terms["itc_temperature"] == pytest.approx(0.07) and terms["itc"] == value
@@ -221,7 +207,7 @@ def test_no_pair_gets_its_own_text_or_one_that_says_the_same(hard):
         chosen = draw_texts(pairs, similarity, step=step, seed=1)
         assert torch.equal(chosen, draw_texts(pairs, similarity, step=step, seed=1))
         taken = (chosen >= 0).nonzero()[:, 0]
-        assert pairs.own.rivals(pairs.own)[taken, chosen[taken]].all() and chosen[4] == -1
+        assert pairs.own.negatives(pairs.own)[taken, chosen[taken]].all() and chosen[4] == -1
         replaced += len(taken)
     assert 0.45 < replaced / (200 * 7) < 0.55
 
@@ -252,7 +238,7 @@ def test_matching_is_the_mean_over_pictures_of_the_question_asked_once_each(fusi
     output = model(batch)
     sides = output.image_text
     value, terms = itm_loss(negatives="random")(output, batch)
-    chosen = draw_texts(gather_pairs(sides, batch, gather_detached), None, step=3, seed=7)
+    chosen = draw_texts(gather_pairs(sides, batch), None, step=3, seed=7)
     assert 0 < int((chosen >= 0).sum()) < 4
     logits = []
     for picture, text in enumerate(chosen.tolist()):
@@ -296,7 +282,7 @@ def test_every_parameter_gets_a_gradient_of_both_losses_however_many_pictures(fu
     )
     total = total + itm_loss()(output, batch)[0]
     if output.image_text.text_embeddings_IP is not None:
-        total = total + ITCLoss(BOTH, gather=gather_detached, world_size=1)(output, batch)[0]
+        total = total + ITCLoss(BOTH)(output, batch)[0]
     total.backward()
     assert total.isfinite()
     assert [

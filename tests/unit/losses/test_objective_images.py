@@ -59,7 +59,7 @@ def test_the_cache_repeats_both_sides_and_their_dropout(fusion: str):
         scaled(replace(seeing_batch(seed=seed, tasks=CONTRASTED), step=2)) for seed in (0, 1)
     ]
     with torch.random.fork_rng([]), torch.no_grad():
-        passes = [objective(batch, embed=True) for batch in batches]
+        passes = [objective(batch, mode="embed") for batch in batches]
     for first, batch, cached in zip(
         passes, batches, objective.contrast(batches, passes), strict=True
     ):

@@ -78,16 +78,18 @@ def scaled_by(tokens, *, shares=1):
     )
 
 
-def z_loss(**_):
+def z_loss():
     return ZLoss(GATE.z_penalty)
 
 
 @pytest.mark.parametrize("build", [BalanceLoss, z_loss])
-def test_shares_of_uneven_ranks_average_to_the_whole(build):
+def test_shares_of_uneven_ranks_average_to_the_whole(build, monkeypatch):
     z = torch.randn(30, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    whole = build(sum_over_ranks=alone)(output_of(GATE(z, NO_BIAS)), scaled_by(30))[0]
+    whole = build()(output_of(GATE(z, NO_BIAS)), scaled_by(30))[0]
     parts = [output_of(GATE(part, NO_BIAS)) for part in z.split([7, 23])]
-    term = build(sum_over_ranks=lambda counts: GATE(z, NO_BIAS).counts_E[None].clone())
+    counts_1E = GATE(z, NO_BIAS).counts_E[None]
+    monkeypatch.setattr("comoe.losses.routing.sum_over_ranks", lambda own: counts_1E.clone())
+    term = build()
     values = []
     for part in parts:
         term.begin_step()
@@ -107,7 +109,7 @@ def test_the_z_loss_does_not_depend_on_how_a_step_is_cut_into_micro_steps(sizes)
 
 def test_under_accumulation_load_and_tokens_are_those_of_the_whole_step():
     first, second = routing_of(rows=10, seed=1), routing_of(rows=30, seed=2)
-    term = BalanceLoss(sum_over_ranks=alone)
+    term = BalanceLoss()
     batch = scaled_by(40, shares=2)
     term(output_of(first), batch)
     value = term(output_of(second), batch)[0]
@@ -123,7 +125,7 @@ def test_layers_are_averaged():
     first, second = routing_of(seed=1), routing_of(seed=2)
     for build in (BalanceLoss, z_loss):
         one, two, both = (
-            build(sum_over_ranks=alone)(output_of(*routings), scaled_by(30))[0]
+            build()(output_of(*routings), scaled_by(30))[0]
             for routings in ((first,), (second,), (first, second))
         )
         torch.testing.assert_close(both, (one + two) / 2)
@@ -156,7 +158,7 @@ def posts(rows=10, *, missing=0.4, seed=0):
 
 
 def separated(z, batch, rows_S, gate=GATE, term=None):
-    term = term or TaskSeparationLoss(NAMES, sum_with_gradient=lambda tensor: tensor)
+    term = term or TaskSeparationLoss(NAMES)
     routings = tuple(gate(layer, NO_BIAS) for layer in z)
     return term(ModelOutput({}, {}, {}, routings, rows_S), batch)[0], routings
 
@@ -248,7 +250,7 @@ def test_gate_vectors_hold_the_weight_of_each_expert():
 def test_lowering_task_separation_pulls_the_tasks_to_different_experts():
     batch, _ = posts(rows=6, missing=0.0)
     batch.labels["heat"][:3], batch.labels["mood"][3:] = math.nan, IGNORED
-    term = TaskSeparationLoss(["mood", "heat"], sum_with_gradient=lambda tensor: tensor)
+    term = TaskSeparationLoss(["mood", "heat"])
     z = gate_logits(18, 1).detach().mul(0.1).requires_grad_()
     optimizer = torch.optim.Adam([z], lr=0.1)
     values = []
@@ -266,7 +268,7 @@ def test_equal_micro_steps_give_the_task_separation_and_gradient_of_one():
     (batch, _), rows_S = posts(), torch.arange(10).repeat_interleave(3)
     z = gate_logits()
     (once,) = torch.autograd.grad(separated(z, batch, rows_S)[0], z)
-    term = TaskSeparationLoss(NAMES, sum_with_gradient=lambda tensor: tensor)
+    term = TaskSeparationLoss(NAMES)
     values = [separated(z, batch, rows_S, term=term)[0] for _ in range(3)]
     (thrice,) = torch.autograd.grad(sum(values) / 3, z)
     torch.testing.assert_close(values, [values[0]] * 3)
@@ -276,7 +278,7 @@ def test_equal_micro_steps_give_the_task_separation_and_gradient_of_one():
 def test_task_separation_counts_the_micro_steps_since_begin_step():
     rows_S, term = (
         torch.arange(10).repeat_interleave(3),
-        TaskSeparationLoss(NAMES, sum_with_gradient=lambda x: x),
+        TaskSeparationLoss(NAMES),
     )
     (first, _), (second, _) = posts(seed=1), posts(seed=2)
     separated(gate_logits(seed=1), first, rows_S, term=term)

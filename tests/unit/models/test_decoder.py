@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from comoe.losses.objective import count_units, unit_scale
+from comoe.losses.objective import count_units, refuse_decoded, unit_scale
 from comoe.types import IGNORED
 from tests.helpers_model import SEQ2SEQ, moe_config, scaled
 from tests.helpers_seq2seq import (
@@ -226,7 +226,7 @@ def test_a_filler_row_runs_the_decoder_and_counts_nowhere():
     assert (
         len(step.output.routings) == 5
         and step.output.num_answer_layers == 2
-        and step.output.picks == ()
+        and step.output.selected == ()
     )
     assert all(len(rows) == 0 for rows in step.output.layer_rows)
     assert not count_units(filler(batch), MIXED).any()
@@ -345,12 +345,12 @@ def test_a_layers_feed_forward_keeps_nothing_after_the_layer():
 def test_a_second_pass_repeats_the_choices_of_the_first_in_both_stacks():
     model, batch = decoder_model().train(), decoder_batch()
     first = model(batch)
-    assert len(first.picks) == 5
+    assert len(first.selected) == 5
     for block in model.moe_layers():
         block.mixture.gate.e_score_correction_bias.normal_(std=10)
-    turned, repeated = model(batch), model(batch, first.picks)
-    assert not all(map(torch.equal, turned.picks, first.picks)) and all(
-        map(torch.equal, repeated.picks, first.picks)
+    turned, repeated = model(batch), model(batch, first.selected)
+    assert not all(map(torch.equal, turned.selected, first.selected)) and all(
+        map(torch.equal, repeated.selected, first.selected)
     )
     torch.testing.assert_close(repeated.logits, first.logits, atol=1e-6, rtol=0)
 
@@ -406,7 +406,7 @@ def test_weightings_that_read_gradients_are_refused(weighting):
         ValueError,
         match=f"loss.weighting .{weighting}. .*polarity, opinion, reason; choose another",
     ):
-        decoder_objective(loss=replace(OFF, weighting=weighting))
+        refuse_decoded(weighting, ["polarity", "opinion", "reason"])
 
 
 def test_answers_longer_than_the_decoder_can_number_are_refused():

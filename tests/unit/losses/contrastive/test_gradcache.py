@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from comoe.config.recipe import ContrastiveConfig, LossConfig
-from comoe.losses.contrastive.gradcache import joined_batch
+from comoe.losses.contrastive.gradcache import concatenated
 from comoe.losses.objective import Objective, count_units, unit_scale
 from comoe.types import IGNORED, Batch
 from tests.helpers_model import (
@@ -51,7 +51,7 @@ def cached_step(
     objective.zero_grad()
     objective.begin_step()
     with torch.random.fork_rng([]), torch.no_grad():
-        passes = [objective(batch, embed=True) for batch in batches]
+        passes = [objective(batch, mode="embed") for batch in batches]
     outputs = []
     for batch, cached in zip(batches, objective.contrast(batches, passes), strict=True):
         outputs.append(objective(batch, cached=cached))
@@ -99,7 +99,7 @@ def test_the_second_pass_repeats_dropout_and_routing_of_the_first_and_counts_loa
         for name, embeddings in first[0].embeddings.items():
             torch.testing.assert_close(output.output.embeddings[name].detach(), embeddings)
         torch.testing.assert_close(output.output.views["words"].detach(), first[0].views["words"])
-        for before_Sk, after in zip(first[0].picks, output.output.routings, strict=True):
+        for before_Sk, after in zip(first[0].selected, output.output.routings, strict=True):
             assert torch.equal(before_Sk, after.indices_Sk)
     # The engine takes the loads from these outputs: each real token once per layer, k routes each.
     tokens = int(batch.attention_mask_BL.sum())
@@ -121,18 +121,18 @@ def test_the_first_pass_keeps_embeddings_and_picks_alone():
     objective = tiny_objective(tasks=TASKS, loss=LOSS).train()
     batch = chunks_of(random_batch(rows=ROWS, tasks=TASKS), ROWS)[0]
     with torch.no_grad():
-        answers = objective(batch, embed=True)
+        answers = objective(batch, mode="embed")
     tokens = int(batch.attention_mask_BL.sum())
     for answer in answers:
         held = [
             *answer.embeddings.values(),
             *answer.views.values(),
-            *answer.picks,
+            *answer.selected,
             answer.token_rows_S,
         ]
-        assert sum(tensor.numel() for tensor in answer.picks) == 3 * 2 * tokens
+        assert sum(tensor.numel() for tensor in answer.selected) == 3 * 2 * tokens
         assert (
-            sum(tensor.numel() for tensor in held[: -len(answer.picks) - 1])
+            sum(tensor.numel() for tensor in held[: -len(answer.selected) - 1])
             <= (len(TASKS) + 1) * ROWS * 8
         )
         assert (
@@ -148,13 +148,13 @@ def test_a_near_tie_between_experts_is_not_decided_another_way():
     objective = tiny_objective(tasks=TASKS, loss=LOSS).train()
     batches = chunks_of(batch, 6)
     with torch.no_grad():
-        passes = [objective(part, embed=True) for part in batches]
+        passes = [objective(part, mode="embed") for part in batches]
     cached = objective.contrast(batches, passes)
     for layer in objective.model.moe_layers():
         layer.mixture.gate.e_score_correction_bias += torch.tensor([9.0, -9.0, 9.0, -9.0])
     moved = objective(batches[0]).output.routings[0].indices_Sk
     replayed = objective(batches[0], cached=cached[0]).output.routings[0].indices_Sk
-    assert torch.equal(replayed, passes[0][0].picks[0]) and not torch.equal(replayed, moved)
+    assert torch.equal(replayed, passes[0][0].selected[0]) and not torch.equal(replayed, moved)
 
 
 def test_a_micro_batch_without_posts_takes_part():
@@ -178,7 +178,7 @@ def test_a_micro_batch_without_posts_takes_part():
 
 def test_tags_of_different_lengths_are_joined():
     parts = [random_batch(rows=2, length=length, tasks=TASKS) for length in (5, 9)]
-    joined = joined_batch(parts)
+    joined = concatenated(parts)
     assert (
         joined.labels["words"].shape == (4, 9) and (joined.labels["words"][:2, 5:] == IGNORED).all()
     )
@@ -222,7 +222,7 @@ def test_a_batch_four_times_as_large_fits_in_the_same_memory():
     with cached.watching():
         cached_step(objective, parts)
     joined = replace(
-        joined_batch(parts),
+        concatenated(parts),
         **{
             name: torch.cat([getattr(part, name) for part in parts])
             for name in ("input_ids_BL", "attention_mask_BL", "word_starts_BL")

@@ -200,9 +200,7 @@ def test_two_views_of_a_post_are_both_anchors():
 def test_a_batch_without_labels_still_gives_the_projection_a_gradient():
     task = replace(MOOD, labels=("bad", "so-so", "good"))
     model, batch = tiny_model(tasks=(task,)), random_batch(labelled=False, tasks=(task,))
-    loss = ContrastiveLoss(
-        (task,), ContrastiveConfig(), width=8, gather=contrastive.alone, world_size=1
-    )
+    loss = ContrastiveLoss((task,), ContrastiveConfig(), width=8, gather=contrastive.alone)
     total, _ = loss(model(batch), batch)
     total.backward()
     assert (
@@ -230,7 +228,7 @@ def test_local_reaches_no_gather_and_is_not_scaled_by_the_ranks():
         raise AssertionError("no gather")
 
     rows = random_rows(9)
-    share = call(loss_of(gather=never, world_size=4, over="local"), rows)[0]
+    share = call(loss_of(gather=never, ranks=4, over="local"), rows)[0]
     torch.testing.assert_close(share, reference(TASKS, rows)[0].detach())
 
 

@@ -44,7 +44,7 @@ def gram_of(objective: Objective, batches: list[Batch]) -> torch.Tensor:
     """What the engine does before a step of several micro-batches."""
     with torch.random.fork_rng([]), torch.no_grad():
         return gram_over_ranks(
-            sum(objective(batch, gradients=True) for batch in batches) / len(batches)
+            sum(objective(batch, mode="task_gradients") for batch in batches) / len(batches)
         )
 
 
@@ -156,7 +156,7 @@ def test_the_pass_for_gradients_draws_the_dropout_of_the_pass_that_trains():
     found = []
     for part in parts:
         state = torch.get_rng_state()
-        found.append(objective(part, gradients=True))
+        found.append(objective(part, mode="task_gradients"))
         torch.set_rng_state(state)
         objective(part, gram_TT=first)
     torch.testing.assert_close(gram_over_ranks(sum(found) / 3), first)

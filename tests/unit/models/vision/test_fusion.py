@@ -208,7 +208,7 @@ def test_image_tokens_go_through_the_experts_only_when_asked_and_count_as_load_o
             assert [int(routing.counts_E.sum()) for routing in output.routings] == [
                 2 * expected
             ] * 3
-            assert [picks.shape for picks in output.picks] == [(expected, 2)] * 3
+            assert [picks.shape for picks in output.selected] == [(expected, 2)] * 3
             assert all(
                 len(routing.logits_SE) == len(routing.weights_Sk) == text
                 for routing in output.routings
@@ -225,8 +225,8 @@ def test_a_second_pass_repeats_the_picks_of_image_tokens_too():
     first = model(batch)
     for routing, block in zip(first.routings, model.moe_layers(), strict=True):
         block.mixture.gate.e_score_correction_bias.copy_(-10.0 * routing.counts_E)
-    turned, repeated = model(batch), model(batch, first.picks)
-    assert not torch.equal(turned.picks[0], first.picks[0])
+    turned, repeated = model(batch), model(batch, first.selected)
+    assert not torch.equal(turned.selected[0], first.selected[0])
     torch.testing.assert_close(repeated.logits, first.logits, atol=0, rtol=0)
 
 
@@ -236,7 +236,7 @@ def test_a_filler_row_is_answered_and_counts_nothing(fusion):
     batch = replace(batch, task_ids_B=torch.tensor([-1]), row_ids_B=torch.tensor([-1]))
     output = seeing_model(fusion, image_text=BOTH, route_image_tokens=True)(batch)
     assert all(logits.isfinite().all() for logits in output.logits.values())
-    assert output.picks == () and not any(routing.counts_E.any() for routing in output.routings)
+    assert output.selected == () and not any(routing.counts_E.any() for routing in output.routings)
     assert output.image_text.rows_I.tolist() == [-1]
 
 
