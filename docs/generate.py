@@ -1,0 +1,162 @@
+"""Writes the pages that repeat the code: docs/options.md and docs/commands.md.
+
+python docs/generate.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import runpy
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
+
+DOCS = Path(__file__).resolve().parent
+ROOT = DOCS.parent
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+
+class _Parsed(Exception):
+    """Carries a parser out of the script that made it."""
+
+
+def parser_of(script: Path) -> argparse.ArgumentParser:
+    """The argument parser of a script, taken at the moment when it is about to read the arguments."""
+
+    def stop(parser: argparse.ArgumentParser, *_: object, **__: object) -> None:
+        raise _Parsed(parser)
+
+    methods = ("parse_args", "parse_known_args", "parse_intermixed_args")
+    with (
+        mock.patch.multiple(argparse.ArgumentParser, **dict.fromkeys(methods, stop)),
+        mock.patch.object(sys, "argv", [str(script)]),
+        mock.patch.object(sys, "path", list(sys.path)),
+    ):
+        try:
+            runpy.run_path(str(script), run_name="__main__")
+        except _Parsed as found:
+            return found.args[0]
+    raise AssertionError(f"{script} reads no arguments")
+
+
+def scripts() -> list[Path]:
+    """The command lines, in the order of the page."""
+    order = "train predict eval export compare ablate scale augment bench".split()
+    found = sorted(ROOT.glob("launch/*.py"), key=lambda path: order.index(path.stem))
+    return [*found, ROOT / "comoe/starter/__main__.py"]
+
+
+def cell(text: object) -> str:
+    return " ".join(str(text).split()).replace("|", r"\|")
+
+
+def rows(parser: argparse.ArgumentParser) -> Iterator[str]:
+    formatter = parser._get_formatter()
+    for action in parser._actions:
+        if action.help == argparse.SUPPRESS or isinstance(action, argparse._HelpAction):
+            continue
+        name = ", ".join(action.option_strings) or str(action.metavar or action.dest)
+        value = action.metavar or ("|".join(map(str, action.choices)) if action.choices else "")
+        shown = f"{name} {value}" if action.option_strings and value else name
+        default = action.default
+        if isinstance(default, Path):
+            default = default.relative_to(ROOT) if default.is_absolute() else default
+        given = "" if default in (None, False, []) else f"`{default}`"
+        meaning = "" if action.help is None else formatter._expand_help(action)
+        meaning = meaning.replace(f"{ROOT}/", "")
+        needed = "**required.** " if action.option_strings and action.required else ""
+        yield f"| `{cell(shown)}` | {cell(given)} | {needed}{cell(meaning)} |"
+
+
+def commands_page() -> str:
+    lines = [
+        "# Commands",
+        "",
+        "<!-- Written by docs/generate.py from the argument parsers; change the parsers instead. -->",
+        "",
+        "Every command has `--help`. `key=value` changes an option of the recipe for this call: see"
+        " [Options](options.md).",
+    ]
+    for script in scripts():
+        parser = parser_of(script)
+        name = script.relative_to(ROOT).as_posix()
+        title = name if name.startswith("launch") else "python -m comoe.starter"
+        summary = " ".join((parser.description or "").split("\n\n")[0].split())
+        lines += ["", f"## {title}", "", summary, ""]
+        lines += ["| option | default | meaning |", "|---|---|---|", *rows(parser)]
+    return "\n".join(lines) + "\n"
+
+
+SECTIONS = {
+    "run": "Name and place of the run.",
+    "model": "Encoder, experts and heads.",
+    "parallel": "How the run is laid over ranks; ZeRO, precision and clipping are in the DeepSpeed JSON.",
+    "data": "Where posts come from, and what is done with bad ones.",
+    "tasks": "One task. Tasks with the same path, format, subset, splits, text and image columns share"
+    " their posts.",
+    "loss": "The terms of the objective; a weight of 0 switches a term off.",
+    "train": "The optimization.",
+}
+
+
+def option_rows(schema: str, prefix: str, classes: dict[str, ast.ClassDef]) -> Iterator[str]:
+    body = classes[schema].body
+    for field, after in zip(body, [*body[1:], None], strict=True):
+        if not isinstance(field, ast.AnnAssign):
+            continue
+        kind = ast.unparse(field.annotation)
+        if kind in classes:
+            yield from option_rows(kind, f"{prefix}{field.target.id}.", classes)
+            continue
+        value = ast.unparse(field.value).removeprefix("field(default_factory=")
+        default = {"None": "null", "True": "true", "False": "false", "list)": "[]", "dict)": "{}"}
+        value = default.get(value, value)
+        if value.startswith("lambda: "):
+            value = value.removeprefix("lambda: ").removesuffix(")")
+        value = value.strip("'").replace("e-0", "e-") or '""'
+        meaning = cell(after.value.value.replace("``", "`"))
+        yield f"| `{prefix}{field.target.id}` | `{value}` | {meaning} |"
+
+
+def options_page() -> str:
+    tree = ast.parse((ROOT / "comoe/config/recipe.py").read_text(encoding="utf-8"))
+    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+    lines = [
+        "# Options",
+        "",
+        "<!-- Written by docs/generate.py from comoe/config/recipe.py; change the docstrings there. -->",
+        "",
+        "Every option of a recipe, with its default. In a recipe an option stands under its section; on"
+        " a command line it is typed with its full name: `train.max_steps=200`. `null` and `auto` are"
+        " typed as such. Options of a task carry the task's name: `tasks.mood.weight=2`;"
+        " `tasks.mood=null` drops the task `mood`. Steps are optimizer steps, tokens are sub-word"
+        " tokens. A wrong name or value is an error that shows the nearest right one, before anything"
+        " is loaded.",
+    ]
+    of = {field.target.id: ast.unparse(field.annotation) for field in classes["Recipe"].body
+          if isinstance(field, ast.AnnAssign)}  # fmt: skip
+    for section, title in SECTIONS.items():
+        schema, prefix = of[section], f"{section}."
+        if section == "tasks":
+            schema, prefix = "TaskConfig", "tasks.<name>."
+        lines += [
+            "",
+            f"## {section}",
+            "",
+            title,
+            "",
+            "| option | default | meaning |",
+            "|---|---|---|",
+        ]
+        lines += option_rows(schema, prefix, classes)
+    return "\n".join(lines) + "\n"
+
+
+PAGES = {"options.md": options_page, "commands.md": commands_page}
+
+if __name__ == "__main__":
+    for name, page in PAGES.items():
+        (DOCS / name).write_text(page(), encoding="utf-8")

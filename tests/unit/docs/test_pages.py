@@ -1,0 +1,285 @@
+"""README and docs/ say what is: options, files, links, commands and tables that they name are those of the code."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from comoe.augment.command import COLUMNS
+from comoe.config.load import load_recipe
+from comoe.data.corpus import load_corpus
+from comoe.data.reading.sources import READERS
+from comoe.data.text.normalize import PRESETS
+from comoe.tasks.kinds.registry import KINDS
+from docs import generate
+
+ROOT = Path(__file__).parents[3]
+DOCS = ROOT / "docs"
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+    for path in [
+        *sorted(ROOT.glob("*.md")),
+        *sorted(DOCS.glob("*.md")),
+        *sorted(DOCS.glob("results/*.md")),
+    ]
+}
+"""Path of a page -> its text."""
+MOST_BYTES = 60_000
+"""Of one figure."""
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
+
+
+def blocks(language: str) -> list[tuple[str, str]]:
+    """Page and text of every code block in a language."""
+    return [
+        (page, text)
+        for page, whole in PAGES.items()
+        for name, text in BLOCK.findall(whole)
+        if name == language
+    ]
+
+
+def prose(*pages: str) -> str:
+    return "".join(BLOCK.sub("", PAGES[page]) for page in pages or PAGES)
+
+
+def spans() -> list[str]:
+    """Words in backticks outside of code blocks."""
+    return [span.replace(r"\|", "|") for span in re.findall(r"`([^`\n]+)`", prose())]
+
+
+def commands() -> list[list[str]]:
+    lines = [
+        line for _, block in blocks("bash") for line in block.replace("\\\n", " ").splitlines()
+    ]
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+def table(first_cell: str) -> dict[str, list[str]]:
+    """First cell without backticks -> the other cells, of the tables whose head begins with ``first_cell``."""
+    tables = re.findall(r"(?:^\|.*\n)+", prose(), flags=re.MULTILINE)
+    found = [text for text in tables if text.startswith(f"| {first_cell} |")]
+    assert found, f"no table begins with | {first_cell} |"
+    rows = [re.split(r"(?<!\\)\|", line)[1:-1] for text in found for line in text.splitlines()[2:]]
+    return {row[0].strip().split("`")[1]: [cell.strip() for cell in row[1:]] for row in rows}
+
+
+OPTIONS = {
+    name: cells for name, cells in table("option").items() if name[0].isalpha() and "." in name
+}
+"""Option of a recipe -> its default and meaning, as docs/options.md shows them."""
+SECTIONS = "|".join({option.partition(".")[0] for option in OPTIONS})
+OVERRIDE = re.compile(rf"(?:{SECTIONS})\.[\w.-]+=\S+")
+
+
+@pytest.mark.parametrize("page", generate.PAGES)
+def test_a_generated_page_is_what_the_code_says_now(page: str):
+    assert (DOCS / page).read_text(encoding="utf-8") == generate.PAGES[page](), (
+        f"docs/{page} is out of date: python docs/generate.py"
+    )
+
+
+def test_a_default_can_be_typed_as_it_is_shown(tmp_path: Path):
+    recipe = tmp_path / "my.yaml"
+    recipe.write_text("tasks: {mood: {path: mood.csv}}", encoding="utf-8")
+    typed = [
+        f"{option.replace('<name>', 'mood')}={shown.strip('`')}"
+        for option, (shown, _) in OPTIONS.items()
+        if option != "tasks.<name>.path"
+    ]
+    default = load_recipe(recipe)
+    assert len(typed) > 100
+    assert [word for word in typed if load_recipe(recipe, [word]) != default] == []
+
+
+def anchors(page: str) -> set[str]:
+    """What a link to a heading may say: the heading in lower case, blanks as hyphens."""
+    titles = re.findall(r"^#+ (.+)$", prose(page), flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_of_a_page_lead_to_files_and_headings(page: str):
+    for link in re.findall(r"\]\(([^)\s]+)\)", BLOCK.sub("", PAGES[page])):
+        file, _, anchor = link.partition("#")
+        if link.startswith("http"):
+            continue
+        there = (ROOT / page).parent / file if file else ROOT / page
+        assert there.exists(), f"{page}: {link}"
+        assert not anchor or anchor in anchors(there.resolve().relative_to(ROOT).as_posix()), link
+
+
+def test_figures_are_small_and_all_shown():
+    figures = {path.name: path.stat().st_size for path in (DOCS / "figures").iterdir()}
+    shown = re.findall(r"figures/([\w.]+)\)", prose())
+    assert figures and set(figures) == set(shown)
+    assert {name: size for name, size in figures.items() if size >= MOST_BYTES} == {}
+
+
+def test_the_readme_is_short_and_names_every_folder():
+    assert len(PAGES["README.md"].splitlines()) <= 200
+    folders = {path.parent.name for path in ROOT.glob("comoe/*/__init__.py")}
+    assert {name for name in folders if f"{name}/" not in PAGES["README.md"]} == set()
+
+
+def test_files_named_in_commands_and_in_the_text_exist():
+    words = [word for command in commands() for word in command] + spans()
+    files = [
+        re.sub(r"::.*|\s.*", "", word)
+        for word in words
+        if re.match(r"(comoe|launch|ds_configs|tests|docs)/", word)
+    ]
+    missing = [
+        file for file in files if not file.startswith("docs/_build") and not (ROOT / file).exists()
+    ]
+    assert len(files) > 20 and missing == []
+    modules = [command[command.index("-m") + 1] for command in commands() if "-m" in command]
+    modules += re.findall(r"python -m ([\w.]+)", prose())
+    ours = [
+        ROOT / name.replace(".", "/") for name in modules if name.startswith(("comoe", "tests"))
+    ]
+    assert ours
+    assert [
+        path
+        for path in ours
+        if not path.with_suffix(".py").is_file() and not (path / "__main__.py").is_file()
+    ] == []
+
+
+def test_options_of_scripts_named_in_commands_exist():
+    checked = 0
+    for command in commands():
+        script = next((word for word in command if re.fullmatch(r"launch/\w+\.py", word)), None)
+        if script is None:
+            continue
+        known = {
+            flag
+            for action in generate.parser_of(ROOT / script)._actions
+            for flag in action.option_strings
+        }
+        flags = [word for word in command[command.index(script) :] if word.startswith("--")]
+        assert set(flags) <= known, f"{script}: {command}"
+        checked += len(flags)
+    assert checked > 20
+
+
+def test_overrides_in_commands_are_valid_for_their_recipe():
+    checked = 0
+    for command in commands():
+        words = [word for word in command if OVERRIDE.fullmatch(word)]
+        config = (
+            command[command.index("--config") + 1]
+            if "--config" in command
+            else "launch/configs/starter.yaml"
+        )
+        place = ROOT / config
+        load_recipe(place if place.is_file() else ROOT / "launch/configs/starter.yaml", words)
+        checked += len(words)
+    assert checked > 10
+
+
+def test_overrides_and_options_in_the_text_are_valid():
+    smoke = ROOT / "launch/configs/smoke.yaml"
+    overrides = [span for span in spans() if OVERRIDE.fullmatch(span) and "<" not in span]
+    for override in overrides:
+        load_recipe(smoke, [override.replace("tasks.mood=null", "tasks.topic=null")])
+    named = {span for span in spans() if re.fullmatch(rf"(?:{SECTIONS})\.[a-z_.]+", span)}
+    sections = {option.rpartition(".")[0] for option in OPTIONS}
+    assert len(overrides) > 5 and len(named) > 10 and named - set(OPTIONS) - sections == set()
+
+
+@pytest.mark.parametrize("page, text", blocks("yaml"))
+def test_a_recipe_of_a_page_is_valid(page: str, text: str, tmp_path: Path):
+    recipe = tmp_path / "my.yaml"
+    recipe.write_text(text, encoding="utf-8")
+    assert load_recipe(recipe).tasks
+
+
+def test_the_recipe_for_auxiliary_data_reads_what_augment_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    given = [
+        ("They smiled.", "positive"),
+        ("An hour passed.", "negative"),
+        ("We sat.", "neutral"),
+    ] * 4
+    values = ["service", "opinion", "positive", 0.5, 0.25, 0.75, 1, True]
+    rows = [
+        {"text": f"{text} {number}", "aspect": "service", "polarity": label, **dict(zip(COLUMNS, values, strict=True)),
+         "aux_opinion": f"opinion {number}"}
+        for number, (text, label) in enumerate(given)
+    ]  # fmt: skip
+    (tmp_path / "augmented").mkdir()
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "augmented" / "train.jsonl").write_text(lines, encoding="utf-8")
+    (text,) = (block for _, block in blocks("yaml") if "aux_opinion" in block)
+    (tmp_path / "my.yaml").write_text(text, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    splits = load_corpus(load_recipe(Path("my.yaml"))).splits.values()
+    labels = [label for split in splits for label in split.labels["polarity"]]
+    assert sorted(labels) == [0] * 4 + [1] * 4 + [2] * 4
+    assert {answer for split in splits for answer in split.labels["opinion"]} == {
+        row["aux_opinion"] for row in rows
+    }
+    assert {value for split in splits for value in split.confidences["opinion"]} == {0.25}
+
+
+def test_python_of_a_page_imports_names_that_exist():
+    imported = [
+        (node.module, alias.name)
+        for _, block in blocks("python")
+        for node in ast.walk(ast.parse(block))
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    ]
+    assert imported
+    for module, name in imported:
+        assert hasattr(importlib.import_module(module), name), f"{module} has no {name}"
+
+
+def test_formats_kinds_and_presets_are_those_of_the_code():
+    assert list(table("format")) == list(READERS)
+    assert list(table("`data.normalize.preset`")) == list(PRESETS)
+    shown = {
+        kind: tuple(re.findall(r"`(\w+)`", cells[-1])) for kind, cells in table("`kind`").items()
+    }
+    assert shown == {name: kind.metrics for name, kind in KINDS.items()}
+
+
+def test_tables_to_register_in_exist_in_the_named_file():
+    checked = 0
+    for line in prose("docs/extending.md").splitlines():
+        cells = re.split(r"(?<!\\)\|", line)[1:-1]
+        if len(cells) != 4:
+            continue
+        _, opened, _, registered = cells
+        files = [DOCS / link for link in re.findall(r"\]\(([^)]+)\)", opened)]
+        source = "".join(file.read_text(encoding="utf-8") for file in files if file.is_file())
+        for name in re.findall(r"`([A-Z_]+)`", registered):
+            assert re.search(rf"^{name}\b.*=", source, flags=re.MULTILINE), (
+                f"{opened.strip()} has no table {name}"
+            )
+            checked += 1
+    assert checked > 10
+
+
+def test_every_paper_that_the_code_cites_stands_in_the_references():
+    cited = {
+        paper
+        for folder in ("comoe", "launch", "docs")
+        for path in (ROOT / folder).rglob("*.*")
+        if path.suffix in (".py", ".yaml", ".md")
+        for paper in re.findall(r"arXiv:\d{4}\.\d{5}", path.read_text(encoding="utf-8"))
+    }
+    index = set(re.findall(r"arXiv:\d{4}\.\d{5}", PAGES["docs/references.md"]))
+    assert cited and cited - index == set()
+
+
+def test_no_number_is_left_to_be_measured():
+    assert [page for page, text in PAGES.items() if re.search("MEASURE|@@|TODO", text)] == []
