@@ -11,18 +11,18 @@ LOG="$VENV/setup.log"
 
 stop() { echo "setup: $1" >&2; exit 1; }
 
-recent_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; }
+recent_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
 
 find_python() {
     local candidate
-    for candidate in ${PYTHON:-python3 python3.13 python3.12 python3.11 python3.10}; do
+    for candidate in ${PYTHON:-python3 python3.13 python3.12 python3.11}; do
         if recent_enough "$candidate"; then
             # Seen from inside a virtual environment (maybe our own, about to be made anew), the one beneath it.
             "$candidate" -c 'import sys; print(getattr(sys, "_base_executable", sys.executable))'
             return
         fi
     done
-    stop "comoe needs Python 3.10 or later; ${PYTHON:-python3} is $("${PYTHON:-python3}" --version 2>/dev/null || echo missing). Install one, or name it: PYTHON=/path/to/python3 bash launch/setup.sh"
+    stop "comoe needs Python 3.11 or later; ${PYTHON:-python3} is $("${PYTHON:-python3}" --version 2>/dev/null || echo missing). Install one, or name it: PYTHON=/path/to/python3 bash launch/setup.sh"
 }
 
 checksum() { "$1" -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())'; }

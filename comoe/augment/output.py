@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -10,8 +11,9 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+from comoe.config.files import atomic_file, write_atomic
 from comoe.data.reading.sources import ENDINGS, NAMES
 
 Record = dict[str, Any]
@@ -161,7 +163,6 @@ class Output:
             self.malformed,
             self.begun,
             self._note,
-            *map(_aside, (self.posts, self.malformed)),
         ]
         for path in written:
             for source in spared:
@@ -198,20 +199,19 @@ class Output:
             ValueError: see ``check``.
         """
         rows = {self.malformed: malformed, self.posts: posts}
-        new = {
-            path: _write(_aside(path), some)
-            for path, some in rows.items()
-            if path == self.posts or some
-        }
-        # Once more: the run may have taken days.
-        self.check()
-        for path in rows:
-            path.unlink(missing_ok=True)
-        note = {"head": dict(head), "sha256": {path.name: digest for path, digest in new.items()}}
-        self._note.unlink(missing_ok=True)
-        self._note.write_text(json.dumps({**note, "report": list(report)}) + "\n", encoding="utf-8")
-        for path in new:
-            _aside(path).replace(path)
+        # The files get their names when the block ends, after the note that knows their digests.
+        with contextlib.ExitStack() as stack:
+            digests = {
+                path.name: _write(stack.enter_context(atomic_file(path)), some)
+                for path, some in rows.items()
+                if path == self.posts or some
+            }
+            # Once more: the run may have taken days.
+            self.check()
+            for path in rows:
+                path.unlink(missing_ok=True)
+            note = {"head": dict(head), "sha256": digests, "report": list(report)}
+            write_atomic(self._note, json.dumps(note) + "\n")
 
     def _read(self) -> Note | None:
         try:
@@ -242,23 +242,14 @@ def line_of(row: Row, *, number: int) -> str:
     )
 
 
-def _write(path: Path, rows: Iterable[Row]) -> str:
+def _write(file: IO[bytes], rows: Iterable[Row]) -> str:
     """JSON lines; returns their digest."""
     sha256 = hashlib.sha256()
-    # Anew: never through a link.
-    path.unlink(missing_ok=True)
-    with path.open("xb") as file:
-        for number, row in enumerate(rows, start=1):
-            line = line_of(row, number=number).encode()
-            sha256.update(line)
-            file.write(line)
-        file.flush()
-        os.fsync(file.fileno())
+    for number, row in enumerate(rows, start=1):
+        line = line_of(row, number=number).encode()
+        sha256.update(line)
+        file.write(line)
     return sha256.hexdigest()
-
-
-def _aside(path: Path) -> Path:
-    return path.with_name(f".{path.name}.new")
 
 
 def _is_known(path: Path, note: Note | None) -> bool:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from comoe.config.files import write_atomic
 from comoe.distributed import all_gather_objects, barrier
 
 
@@ -106,7 +107,7 @@ class Report:
             "rows": self.rows, "seconds": self.seconds,
         }  # fmt: skip
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        write_atomic(path, json.dumps(content, indent=1) + "\n")
 
 
 def machine_note(device: str, threads: int) -> str:

@@ -16,6 +16,7 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from comoe.config.errors import nearest, place_of, unknown_name
+from comoe.config.files import write_atomic
 from comoe.config.recipe import Recipe
 from comoe.config.validate import validate
 
@@ -89,7 +90,7 @@ def load_settings(path: str | Path, schema: type[Settings]) -> tuple[Settings, d
 
 def save_recipe(recipe: Recipe, path: str | Path) -> None:
     """Write the whole recipe as YAML; ``load_recipe`` gives back an equal one."""
-    Path(path).write_text(recipe_to_yaml(recipe), encoding="utf-8")
+    write_atomic(Path(path), recipe_to_yaml(recipe))
 
 
 class _StrictLoader(yaml.SafeLoader):

@@ -17,6 +17,7 @@ from typing import Any, NoReturn, Protocol, TypeVar
 import psutil
 import torch
 
+from comoe.config.files import write_atomic
 from comoe.config.load import load_recipe, recipe_from_dict, recipe_to_dict
 from comoe.train.environment import free_port
 from comoe.train.parallel.ds_config import load_settings
@@ -83,7 +84,7 @@ def remember(experiment: Experiment, *, file_name: str = "scale.json") -> None:
     file = experiment.output / file_name
     if not file.is_file():
         experiment.runs.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(shared, indent=1) + "\n", encoding="utf-8")
+        write_atomic(file, json.dumps(shared, indent=1) + "\n")
         return
     before = json.loads(file.read_text(encoding="utf-8"))
     # A recipe of before an option was there has its default.
@@ -235,9 +236,8 @@ def run_point(experiment: Experiment, point: Planned) -> str:
         for line in log.read_text(encoding="utf-8", errors="replace").splitlines()
         if line.strip()
     ]
-    failure.write_text(
-        "\n".join([f"exit code {code}; the last lines of {log}:", *lines[-TAIL:], ""]),
-        encoding="utf-8",
+    write_atomic(
+        failure, "\n".join([f"exit code {code}; the last lines of {log}:", *lines[-TAIL:], ""])
     )
     return next((line for line in reversed(lines) if line.startswith("comoe:")), lines[-1])
 

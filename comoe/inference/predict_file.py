@@ -12,6 +12,7 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 from comoe.config.errors import unknown_name
+from comoe.config.files import atomic_file
 from comoe.data.posts import Post
 from comoe.data.reading.files import read_text
 from comoe.data.reading.inputs import check_columns, choose_column, choose_pair
@@ -104,7 +105,7 @@ def predict_file(
     Args:
         predictor: the model.
         source: .txt (one post per line), .csv, .tsv, .jsonl.
-        target: the answers; missing folders are made. Written aside and renamed.
+        target: the answers; missing folders are made. Replaced whole.
         format: key of ``WRITERS``.
         tasks: names of the tasks; None is all.
         text_column: column with the post, unless the file is .txt.
@@ -130,8 +131,7 @@ def predict_file(
     posts = read_posts(source, **columns, model=predictor, tasks=chosen)
     errors, blind = [], 0
     target.parent.mkdir(parents=True, exist_ok=True)
-    aside = target.with_name(f".{target.name}.part")
-    with aside.open("w", encoding="utf-8", newline="") as file, _bar(len(posts), progress) as bar:
+    with atomic_file(target, "w") as file, _bar(len(posts), progress) as bar:
         writer.begin(file)
         for start in range(0, len(posts), CHUNK):
             chunk = [writer.prepare(post) for post in posts[start : start + CHUNK]]
@@ -148,7 +148,6 @@ def predict_file(
             errors += [answer["error"] for answer in answers if "error" in answer]
             blind += sum("image_error" in answer for answer in answers)
             bar.update(len(chunk))
-    aside.replace(target)
     if posts and len(errors) == len(posts):
         raise ValueError(
             f"none of the {len(posts)} posts could be answered, see {target}; the first: {errors[0]}."

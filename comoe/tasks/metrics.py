@@ -13,12 +13,9 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 from scipy import stats
-from seqeval.metrics.sequence_labeling import get_entities
-from seqeval.metrics.sequence_labeling import precision_recall_fscore_support as span_scores
 from sklearn import metrics as sklearn_metrics
 
 from comoe.config.errors import nearest
@@ -26,6 +23,9 @@ from comoe.tasks.labels import OUTSIDE
 
 ARTICLES = frozenset({"a", "an", "the"})
 """Words that do not count, as in SQuAD."""
+
+
+_PREFIXES = ("B-", "I-", "E-", "S-")
 
 
 CACHED = 2**16
@@ -76,20 +76,12 @@ def token_f1(gold: Sequence[str], predicted: Sequence[str], labels: Sequence[str
 def rouge_l(gold: Sequence[str], predicted: Sequence[str], labels: Sequence[str] = ()) -> float:
     """Mean over posts of ROUGE-L, 0 to 1: the F1 by the longest common subsequence of words; two empty ones have 0.
 
-    Computed by the package rouge-score, whose own tokenizer keeps ASCII letters alone; here words
-    are those of ``answer_words``, so that other languages count, and nothing is stemmed.
+    As the package rouge-score computes it, whose own tokenizer keeps ASCII letters alone; here
+    words are those of ``answer_words``, so that other languages count, and nothing is stemmed.
 
     Source: Lin 2004, ROUGE.
     """
     return _mean([_common_sequence(a, b) for a, b in zip(gold, predicted, strict=True)])
-
-
-class _Words:
-    """A tokenizer as rouge-score calls it."""
-
-    def tokenize(self, text: str) -> list[str]:
-        """The words of a text."""
-        return answer_words(text)
 
 
 # Intervals of a comparison measure the same answers a thousand times over.
@@ -107,15 +99,22 @@ def _overlap(gold: str, predicted: str) -> float:
 
 @functools.lru_cache(maxsize=CACHED)
 def _common_sequence(gold: str, predicted: str) -> float:
-    return _scorer().score(gold, predicted)["rougeL"].fmeasure
+    wanted, written = answer_words(gold), answer_words(predicted)
+    # One row of the table of dynamic programming: longest[j] is for the words so far and written[:j].
+    longest = [0] * (len(written) + 1)
+    for word in wanted:
+        diagonal = 0
+        for j, other in enumerate(written, start=1):
+            longer = diagonal + 1 if word == other else max(longest[j], longest[j - 1])
+            diagonal, longest[j] = longest[j], longer
+    return _precision_recall_f1(longest[-1], len(written), len(wanted))[2]
 
 
-@functools.cache
-def _scorer() -> Any:
-    # Here and not above: it loads for a second or two, which every command would wait for.
-    from rouge_score.rouge_scorer import RougeScorer
-
-    return RougeScorer(["rougeL"], tokenizer=_Words())
+def _precision_recall_f1(right: int, predicted: int, gold: int) -> tuple[float, float, float]:
+    """From counts; 0 where there is nothing to divide by."""
+    precision, recall = right / max(predicted, 1), right / max(gold, 1)
+    # In this order the last digit is that of seqeval and rouge-score.
+    return precision, recall, 2 * precision * recall / ((precision + recall) or 1.0)
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -275,8 +274,25 @@ def confusion(gold: np.ndarray, predicted: np.ndarray, labels: Sequence[str]) ->
 
 
 def entities(tags: Sequence[str]) -> list[tuple[str, int, int]]:
-    """Spans of one post's tags as (type, first word, last word + 1)."""
-    return [(kind, first, last + 1) for kind, first, last in get_entities(_prefixed(tags))]
+    """Spans of one post's tags as (type, first word, last word + 1), malformed sequences as conlleval reads them.
+
+    B- and S- begin a span, E- and S- end one. I- and E- of another type than the span before them,
+    or without one, begin a span too. A tag without prefix counts as I-.
+
+    Source: Tjong Kim Sang and Buchholz 2000, conlleval; seqeval's default mode.
+    """
+    spans: list[tuple[str, int, int]] = []
+    open_type = None
+    for position, tag in enumerate(tags):
+        if tag == OUTSIDE:
+            open_type = None
+            continue
+        prefix, kind = (tag[0], tag[2:]) if tag[:2] in _PREFIXES else ("I", tag)
+        kind = kind or "_"
+        first = spans.pop()[1] if prefix in "IE" and kind == open_type else position
+        spans.append((kind, first, position + 1))
+        open_type = kind if prefix in "BI" else None
+    return spans
 
 
 def _averaged(
@@ -293,20 +309,12 @@ def _averaged(
 
 def _spans(gold: Sequence[list[str]], predicted: Sequence[list[str]]) -> tuple[float, float, float]:
     """Micro-averaged precision, recall, F1 of spans."""
-    if not len(gold):
-        return 0.0, 0.0, 0.0
-    gold_tags, predicted_tags = ([_prefixed(tags) for tags in posts] for posts in (gold, predicted))
-    precision, recall, f1, _ = span_scores(
-        gold_tags, predicted_tags, average="micro", zero_division=0
+    pairs = [(set(entities(a)), set(entities(b))) for a, b in zip(gold, predicted, strict=True)]
+    return _precision_recall_f1(
+        sum(len(a & b) for a, b in pairs),
+        sum(len(b) for _, b in pairs),
+        sum(len(a) for a, _ in pairs),
     )
-    return float(precision), float(recall), float(f1)
-
-
-def _prefixed(tags: Sequence[str]) -> list[str]:
-    """Tags as seqeval reads them; it would take the first letter of a bare tag as the prefix."""
-    return [
-        tag if tag == OUTSIDE or tag[:2] in ("B-", "I-", "E-", "S-") else f"I-{tag}" for tag in tags
-    ]
 
 
 def _varies(numbers: np.ndarray) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from comoe.config.files import atomic_file
 from comoe.data.posts import PART_NAMES, PostSplit
 from comoe.data.reading.inputs import pair_in_training
 from comoe.data.text.noise import SEPARATOR, noisy
@@ -251,7 +252,7 @@ def write_predictions(
     for split, evaluation in evaluations.items():
         (folder / split).mkdir(parents=True)
         for task, rows in evaluation.predictions.items():
-            with (folder / split / f"{task}.jsonl").open("w", encoding="utf-8") as file:
+            with atomic_file(folder / split / f"{task}.jsonl", "w") as file:
                 for row in rows:
                     place = posts[split].groups[row["row"]]
                     told = {"row": row["row"], "data_set": posts[split].group_names[place]} | row

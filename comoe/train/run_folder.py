@@ -11,12 +11,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from comoe.config.files import write_atomic
 from comoe.config.load import recipe_to_yaml
 from comoe.distributed import all_gather_objects, barrier, broadcast_object, is_main, world_size
 from comoe.tasks.task import Task
 from comoe.train.environment import describe_environment
 from comoe.train.fault.supervisor import RUN_WORD
-from comoe.train.monitor.metrics_file import write_aside
 
 MARK = ".begun"
 """Holds a word of the start that made or resumed the run."""
@@ -113,7 +113,7 @@ def take(folder: Path, *, fresh: bool) -> None:
     if is_main():
         if fresh and (folder / "config.yaml").exists():
             _clear(folder)
-        write_aside(folder / MARK, word)
+        write_atomic(folder / MARK, word)
     barrier()
 
 
@@ -132,7 +132,7 @@ def write_beginning(run: Any, *, own_settings: Mapping[str, Any]) -> None:
     if run.trainer.pixels is not None:
         # Beside the tokenizer: together they are how a post becomes numbers.
         run.trainer.pixels.processor.save(folder / "tokenizer")
-    write_aside(
+    write_atomic(
         folder / SET_ASIDE,
         "".join(json.dumps(row, default=str) + "\n" for row in run.corpus.report.rows()),
     )
@@ -147,16 +147,16 @@ def write_beginning(run: Any, *, own_settings: Mapping[str, Any]) -> None:
     if model.tower is not None:
         contents["tower_config.json"] = model.tower.inner.config.to_dict()
     for name, content in contents.items():
-        write_aside(folder / name, json.dumps(content, indent=1, default=str) + "\n")
+        write_atomic(folder / name, json.dumps(content, indent=1, default=str) + "\n")
     # The file that makes a folder a run.
-    write_aside(folder / "config.yaml", recipe_to_yaml(run.recipe))
+    write_atomic(folder / "config.yaml", recipe_to_yaml(run.recipe))
 
 
 def _refuse_unseen(folder: Path, word: str) -> None:
     # By a file of its own: the mark of an earlier run stays what it is as long as that run is
     # there.
     if is_main():
-        write_aside(folder / PROBE, word)
+        write_atomic(folder / PROBE, word)
     barrier()
     blind = [
         machine

@@ -8,6 +8,7 @@ import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 import PIL
 from tqdm import tqdm
 
+from comoe.config.files import write_atomic
 from comoe.config.recipe import DataConfig
 from comoe.data.images.decode import (
     VERSION,
@@ -294,14 +296,10 @@ def _load(path: Path | None) -> dict[str, Verdict]:
 
 
 def _save(path: Path, verdicts: Mapping[str, Verdict]) -> None:
-    aside = path.with_name(f".{path.stem}.{os.getpid()}.json")
-    try:
+    # Without it only the next start is slower.
+    with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_text(json.dumps(verdicts), encoding="utf-8")
-        aside.replace(path)
-    except OSError:
-        # Only the next start would have been faster.
-        aside.unlink(missing_ok=True)
+        write_atomic(path, json.dumps(verdicts))
 
 
 def _shown(cell: Any) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -13,6 +12,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from comoe.config.files import atomic_file
 from comoe.config.recipe import NormalizeConfig
 from comoe.data.posts import PostSplit
 from comoe.data.text.normalize import VERSION, normalize_post, normalize_words
@@ -149,11 +149,9 @@ def cached(
         return tokens
     tokens = make()
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Ranks may write the same file at the same time: each its own, and the rename is atomic.
-    aside = path.with_name(f".{path.stem}.{os.getpid()}.npz")
-    with aside.open("wb") as file:
+    # Ranks may write the same file at the same time.
+    with atomic_file(path) as file:
         np.savez(file, **{field.name: getattr(tokens, field.name) for field in fields(record)})
-    aside.replace(path)
     return tokens
 
 

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
+from comoe.config.files import write_atomic
 from comoe.config.load import load_recipe
 from comoe.experiments.ablate import measure_removal, read_removal
 from comoe.experiments.affinity import measure_affinity, read_affinity
@@ -28,7 +29,6 @@ from comoe.experiments.runner import (
     remember,
     run_points,
 )
-from comoe.train.monitor.metrics_file import write_aside
 
 
 def compare_and_exit(given: argparse.Namespace, *, train_script: Path) -> NoReturn:
@@ -98,7 +98,7 @@ def _report(
         problems={name: text for name, text in problems.items() if text}, metrics=metrics,
     )  # fmt: skip
     write_comparison(comparison, experiment.output)
-    write_aside(experiment.output / "table.md", "\n".join(markdown_lines(comparison)) + "\n")
+    write_atomic(experiment.output / "table.md", "\n".join(markdown_lines(comparison)) + "\n")
     write_plots(comparison, experiment.output)
     return comparison
 
@@ -187,7 +187,7 @@ def _measure(
             # The runs took hours; the rest of the report does not need this one.
             say(f"comoe: {error}")
             continue
-        write_aside(file, json.dumps(found.to_dict()) + "\n")
+        write_atomic(file, json.dumps(found.to_dict()) + "\n")
 
 
 def _split(folder: Path) -> str:

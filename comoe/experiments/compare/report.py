@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from comoe.config.errors import unknown_name
+from comoe.config.files import write_atomic
 from comoe.experiments.affinity import read_affinity
 from comoe.experiments.compare.differences import Differences, Differing
 from comoe.experiments.compare.plan import Plan
@@ -29,7 +30,6 @@ from comoe.experiments.compare.transfer import (
     reasons_of,
 )
 from comoe.tasks.task import Task
-from comoe.train.monitor.metrics_file import write_aside
 
 AFFINITY_FILE = "affinity.json"
 """In a run folder: how the tasks' gradients lie to one another."""
@@ -163,14 +163,14 @@ def write_comparison(comparison: Comparison, output: Path) -> None:
                    if comparison.plan.joint else {},
     }  # fmt: skip
     summary = {arm: _quality_tree(comparison, arm) for arm in comparison.arms}
-    write_aside(output / "summary.json", json.dumps(summary, indent=1) + "\n")
-    write_aside(output / "comparison.json", json.dumps(rest, indent=1) + "\n")
+    write_atomic(output / "summary.json", json.dumps(summary, indent=1) + "\n")
+    write_atomic(output / "comparison.json", json.dumps(rest, indent=1) + "\n")
     for name, rows in (
         ("table", _runs(comparison)),
         ("gains", _gains(comparison)),
         ("affinity", _pairs(comparison)),
     ):
-        write_aside(output / f"{name}.csv", _csv(rows))
+        write_atomic(output / f"{name}.csv", _csv(rows))
 
 
 def _about(comparison: Comparison, arm: str) -> dict[str, Any]:

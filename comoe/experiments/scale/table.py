@@ -13,10 +13,11 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
+from comoe.config.files import write_atomic
 from comoe.evaluation.evaluate import mean_metric
 from comoe.experiments.scale.grid import Point
 from comoe.tasks.task import Task
-from comoe.train.monitor.metrics_file import METRICS_FILE, read_metrics, write_aside
+from comoe.train.monitor.metrics_file import METRICS_FILE, read_metrics
 
 SETTINGS = ("encoder", "experts", "top_k", "gate", "ep_size", "ranks", "zero_stage")
 """Columns that say what a run is, but for its seed."""
@@ -127,8 +128,8 @@ def write_tables(rows: Sequence[Row], output: Path) -> None:
     writer = csv.DictWriter(text, fieldnames=columns_of(rows), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    write_aside(output / "table.csv", text.getvalue())
-    write_aside(output / "table.md", markdown(rows))
+    write_atomic(output / "table.csv", text.getvalue())
+    write_atomic(output / "table.md", markdown(rows))
 
 
 def columns_of(rows: Sequence[Row]) -> list[str]:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from comoe.config.files import write_atomic
 from comoe.distributed import broadcast_object, is_main
 from comoe.inference.checkpoint_folder import (
     BEST,
@@ -37,7 +36,7 @@ class Found:
 def mark_best(folder: Path, step: int) -> None:
     """Name the best checkpoint; it is never pruned."""
     if is_main():
-        write_json(folder / BEST, {"step": step})
+        write_atomic(folder / BEST, json.dumps({"step": step}))
 
 
 def best_checkpoint(folder: Path) -> Path | None:
@@ -70,13 +69,3 @@ def prune(folder: Path, *, keep: int) -> None:
     for path in [*folder.glob("step-*"), *folder.glob(f"{ASIDE}*")]:
         if path not in spared:
             shutil.rmtree(path)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file whole or not at all."""
-    aside = path.with_suffix(".aside")
-    with aside.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)

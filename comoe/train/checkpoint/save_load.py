@@ -20,9 +20,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from comoe.config.files import write_atomic
 from comoe.distributed import barrier, is_main, rank, world_size
 from comoe.inference.checkpoint_folder import MANIFEST, checkpoint_of, whats_wrong
-from comoe.train.checkpoint.folder import ASIDE, prune, write_json
+from comoe.train.checkpoint.folder import ASIDE, prune
 from comoe.train.checkpoint.reshard import convert, load_universal
 from comoe.train.parallel.ds_config import Layout
 from comoe.train.parallel.engine import Engine
@@ -61,7 +62,7 @@ def save_checkpoint(
             "threads": torch.get_num_threads(),
             **state.to_dict(),
         }
-        write_json(aside / "state.json", about)
+        write_atomic(aside / "state.json", json.dumps(about, indent=1))
     barrier()
     if is_main():
         sizes = {
@@ -69,7 +70,8 @@ def save_checkpoint(
             for path in sorted(aside.rglob("*"))
             if path.is_file()
         }
-        write_json(aside / MANIFEST, {"step": state.step, "files": sizes})
+        manifest = {"step": state.step, "files": sizes}
+        write_atomic(aside / MANIFEST, json.dumps(manifest, indent=1))
         if final.exists():
             # The same step again, at the end of a run: deleting takes long, and may be the last
             # whole one's end.

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from comoe.config.files import write_atomic
 from comoe.evaluation.tables import plain
 
 METRICS_FILE = "metrics.jsonl"
@@ -30,26 +30,15 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def truncate_metrics(path: Path, *, after_step: int) -> None:
     """Drop what a run logged after the step that it goes on from, then add ``{"split": "resume", "step": after_step}``.
 
-    Lines without a step stay; a line cut short by a crash goes. The file is written aside and
-    renamed.
+    Lines without a step stay; a line cut short by a crash goes. The file is replaced whole.
     """
     kept = [record for record in read_metrics(path) if record.get("step", after_step) <= after_step]
     kept.append({"split": "resume", "step": after_step})
-    write_aside(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept))
+    write_atomic(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept))
 
 
 def write_results(run_dir: Path, results: Mapping[str, Any]) -> None:
     """Write ``results.json``, whole or not at all; numbers that are not finite become null."""
-    write_aside(
+    write_atomic(
         run_dir / "results.json", json.dumps(plain(results), ensure_ascii=False, indent=2) + "\n"
     )
-
-
-def write_aside(path: Path, text: str) -> None:
-    """Write a file such that a reader, or a crash, never sees half of it."""
-    aside = path.with_name(f".{path.name}.part")
-    with aside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)

@@ -17,6 +17,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from comoe.config.files import atomic_file
+
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999", "#000000")
 BLUE, RED, GREEN, _, _, SKY, GREY, _ = COLORS
 INK, GRID, EMPTY = "#333333", "#dddddd", "#eeeeee"
@@ -179,9 +181,8 @@ def figure_pixels(figure: Figure) -> np.ndarray:
 def save_figure(figure: Figure, path: Path) -> None:
     """Write a PNG; a reader of the folder never sees half of one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.part")
-    figure.savefig(aside, format="png")
-    aside.replace(path)
+    with atomic_file(path) as file:
+        figure.savefig(file, format="png")
 
 
 def new_figure(width: float, height: float) -> Figure:

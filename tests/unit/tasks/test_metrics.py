@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import random
+
 import numpy as np
 import pytest
+from seqeval.metrics.sequence_labeling import get_entities, precision_recall_fscore_support
 
 from comoe.tasks.metrics import LOWER_IS_BETTER, METRICS, class_scores, confusion, entities
 
@@ -137,6 +140,23 @@ def test_tags_without_prefix_are_types_and_runs_of_them_are_spans() -> None:
         ("NOUN", 4, 5),
     ]
     assert METRICS["span_f1"]([["SOUND", "IDLE"]], [["SOUND", "IDLE"]], ()) == 1.0
+
+
+def test_spans_and_their_scores_are_to_the_last_digit_those_of_seqeval() -> None:
+    draw = random.Random(0)
+    # Malformed sequences too: types that change inside of a span, spans that begin with I- or E-.
+    tags = ["O", *(f"{prefix}-{kind}" for prefix in "BIES" for kind in ("A", "B", "A-B", ""))]
+    for _ in range(300):
+        gold = [draw.choices(tags[:9], k=draw.randint(0, 9)) for _ in range(draw.randint(1, 4))]
+        predicted = [
+            draw.choices(tags, k=len(post)) if draw.random() < 0.5 else list(post) for post in gold
+        ]
+        for post in gold + predicted:
+            theirs = [(kind, first, last + 1) for kind, first, last in get_entities(post)]
+            assert entities(post) == theirs, post
+        theirs = precision_recall_fscore_support(gold, predicted, average="micro", zero_division=0)
+        names = ("span_precision", "span_recall", "span_f1")
+        assert [METRICS[name](gold, predicted, ()) for name in names] == list(theirs[:3])
 
 
 def test_confusion_has_gold_in_its_rows() -> None:
