@@ -72,6 +72,8 @@ def rows(parser: argparse.ArgumentParser) -> Iterator[str]:
 
 
 def commands_page() -> str:
+    from comoe.starter.registry import home
+
     lines = [
         "# Commands",
         "",
@@ -85,6 +87,7 @@ def commands_page() -> str:
         name = script.relative_to(ROOT).as_posix()
         title = name if name.startswith("launch") else "python -m comoe.starter"
         summary = " ".join((parser.description or "").split("\n\n")[0].split())
+        summary = summary.replace(str(home()), "the cache folder")
         lines += ["", f"## {title}", "", summary, ""]
         lines += ["| option | default | meaning |", "|---|---|---|", *rows(parser)]
     return "\n".join(lines) + "\n"

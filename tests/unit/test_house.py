@@ -288,7 +288,9 @@ TEXTS = sorted(
         "tests/**/*.py",
         "ds_configs/*",
         "*.toml",
-        "README.md",
+        "*.md",
+        "docs/**/*.md",
+        "docs/*.py",
         ".ci/run",
     )
     for path in ROOT.glob(pattern)
