@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from comoe.config.load import recipe_from_dict
-from comoe.train.checkpoint.folder import write_json
 from comoe.train.checkpoint.save_load import load_checkpoint, needs_conversion, saved_elsewhere
 from comoe.train.parallel.ds_config import Layout
 
@@ -23,10 +22,8 @@ def save(folder: Path, step: int, layout: Layout, *, best_step: int) -> Path:
     path.mkdir()
     saved = {name: getattr(layout, name) for name in ("world_size", "ep_size", "stage", "bf16")}
     (path / "state.json").write_text(json.dumps({"layout": saved, "best_step": best_step}))
-    write_json(
-        path / "manifest.json",
-        {"step": step, "files": {"state.json": (path / "state.json").stat().st_size}},
-    )
+    manifest = {"step": step, "files": {"state.json": (path / "state.json").stat().st_size}}
+    (path / "manifest.json").write_text(json.dumps(manifest))
     return path
 
 
