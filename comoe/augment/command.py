@@ -4,106 +4,33 @@ from __future__ import annotations
 
 import math
 import sys
-import time
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
+from statistics import fmean
 from typing import Any
 
 from tqdm import tqdm
 
 from comoe.augment.generator import Generator
 from comoe.augment.output import BEGIN_ANEW, Journal, Note, Output, differences, line_of
-from comoe.augment.posts import Post, PostChoice, Posts, read_posts
+from comoe.augment.posts import Posts, read_posts
 from comoe.augment.prompts import Prompts, load_prompts
-from comoe.augment.refine import Outcome, Reading, Refiner, Settings
-
-LINES = 10
-"""Lines of a whole run, in a log."""
-
-
-SILENCE = 60.0
-"""Seconds without a line after which the begin of a round is told too."""
-
-
-class Progress:
-    """A context in which posts are counted.
-
-    Args:
-        total: posts.
-        done: of them, by an earlier run.
-        bar: draw a bar instead of printing lines.
-        say: prints a line.
-        clock: seconds.
-    """
-
-    def __init__(
-        self,
-        total: int,
-        *,
-        done: int,
-        bar: bool,
-        say: Callable[[str], None],
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._total, self._first, self._done = total, done, done
-        self._say = (lambda line: None) if bar else say
-        self._clock = clock
-        self._began = self._said = clock()
-        self._bar = tqdm(
-            total=total, initial=done, unit="post", disable=not bar, dynamic_ncols=True
-        )
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
-        self._bar.close()
-
-    def watch(self, number: int, posts: int) -> None:
-        """A round begins.
-
-        Args:
-            number: of the round, from 1.
-            posts: that take part.
-        """
-        self._bar.set_postfix(round=number, posts=posts)
-        if self._clock() - self._said >= SILENCE:
-            self._tell(f"; round {number} of {posts:,} more")
-
-    def advance(self, posts: int) -> None:
-        """So many posts more are done."""
-        before, self._done = self._done, self._done + posts
-        self._bar.update(posts)
-        if before * LINES // self._total != self._done * LINES // self._total:
-            self._tell("")
-
-    def _tell(self, more: str) -> None:
-        now, new = self._clock(), self._done - self._first
-        self._said = now
-        seconds = (now - self._began) / new * (self._total - self._done) if new else 0.0
-        left = f", about {duration(seconds)} left" if seconds else ""
-        self._say(
-            f"augment: {self._done:,} of {self._total:,} posts ({self._done / self._total:.0%}){left}{more}"
-        )
-
-
-def duration(seconds: float) -> str:
-    """Seconds in the unit that suits them."""
-    size, unit = next(item for item in ((3600, "h"), (60, "min"), (0, "s")) if seconds >= item[0])
-    return f"{seconds / (size or 1):.{int(unit == 'h')}f} {unit}"
-
+from comoe.augment.refine import Outcome, Refiner, Settings
+from comoe.data.posts import Post
+from comoe.data.reading.inputs import DataChoice
 
 BATCHES = 4
 """Batches of posts that go through all their rounds together, and are then safe on the disk."""
+
+
+LOG_SECONDS = 60.0
+"""Between two lines of a log, at least."""
+
+
+LOG_LINE = "{desc}: {n_fmt} of {total_fmt} posts, {elapsed} gone, {remaining} left{postfix}\n"
 
 
 ENDINGS = (".jsonl", ".ndjson", ".json")
@@ -118,10 +45,8 @@ class Report:
     """What it read."""
     outcomes: tuple[Outcome, ...]
     """One per post, in the order of the file."""
-    output: Path
-    """Where the posts are."""
-    aside: Path
-    """Where the malformed answers are, if there are any."""
+    files: Output
+    """Where the posts are, and the malformed answers, if there are any."""
     resumed: int
     """Posts that an earlier run had done."""
     earlier: tuple[str, ...] = ()
@@ -129,83 +54,81 @@ class Report:
 
     def lines(self) -> list[str]:
         """The report as a person reads it."""
+        output, outcomes = self.files.posts, self.outcomes
         if self.earlier:
-            return [
-                f"done already by the same command: {self.output} is as it was. It said:",
-                *self.earlier,
-            ]
-        readings = [outcome.reading for outcome in self.outcomes if outcome.reading is not None]
-        labelled = [outcome for outcome in self.outcomes if outcome.converged is not None]
-        by_round = Counter(outcome.rounds for outcome in labelled if outcome.converged)
-        malformed = [item for outcome in self.outcomes for item in outcome.malformed]
-        lines = list(self.posts.notes)
-        lines.append(
-            f"{len(self.outcomes):,} posts in {self.output}, {len(readings):,} of them answered"
-        )
-        lines += (
-            [f"  {self.resumed:,} of them by the run that this one went on with"]
-            if self.resumed
-            else []
-        )
-        lines += [
-            f"  {len(self.posts.bad):,} bad rows left out, such as {row}"
-            for row in self.posts.bad[:1]
+            done = f"done already by the same command: {output} is as it was. It said:"
+            return [done, *self.earlier]
+        readings = [outcome.reading for outcome in outcomes if outcome.reading is not None]
+        lines = [
+            *self.posts.notes,
+            f"{len(outcomes):,} posts in {output}, {len(readings):,} of them answered",
         ]
+        if self.resumed:
+            lines.append(f"  {self.resumed:,} of them by the run that this one went on with")
+        if bad := self.posts.bad:
+            lines.append(f"  {len(bad):,} bad rows left out, such as {bad[0]}")
+        labelled = [outcome for outcome in outcomes if outcome.converged is not None]
         if labelled:
-            lines.append(
-                f"converged: {by_round.total():,} of {len(labelled):,} posts with a gold label"
-            )
+            by_round = Counter(outcome.rounds for outcome in labelled if outcome.converged)
             lines += [
-                f"  in round {number}: {count:,}" for number, count in sorted(by_round.items())
+                f"converged: {by_round.total():,} of {len(labelled):,} posts with a gold label",
+                *(f"  in round {number}: {n:,}" for number, n in sorted(by_round.items())),
+                f"  not converged: {len(labelled) - by_round.total():,}",
             ]
-            lines.append(f"  not converged: {len(labelled) - by_round.total():,}")
-        shortened = sum(outcome.shortened for outcome in self.outcomes)
-        lines += [f"shortened, too long for the model: {shortened:,} posts"] if shortened else []
-        lines.append(
-            f"malformed answers kept out: {len(malformed):,}"
-            + (f", see {self.aside}" if malformed else "")
-        )
+        if shortened := sum(outcome.shortened for outcome in outcomes):
+            lines.append(f"shortened, too long for the model: {shortened:,} posts")
+        malformed = [item for outcome in outcomes for item in outcome.malformed]
+        where = f", see {self.files.malformed}" if malformed else ""
+        lines.append(f"malformed answers kept out: {len(malformed):,}{where}")
         counts = Counter(f"{item.part}, {item.reason}" for item in malformed)
         lines += [f"  {what}: {count:,}" for what, count in counts.most_common()]
-        lines += [
-            f"mean confidence of the {part}: {_mean(readings, part):.3f}"
-            for part in PARTS
-            if readings
-        ]
+        for part in PARTS if readings else ():
+            mean = fmean(getattr(reading, f"{part}_confidence") for reading in readings)
+            lines.append(f"mean confidence of the {part}: {mean:.3f}")
         return lines
 
 
 def run_command(options: Namespace, *, progress: bool) -> Report:
     """``augment`` with the options of ``launch/augment.py``; raises what ``augment`` does."""
-    # Here, not above: a mistake in the prompts or the posts is told before the libraries of models
-    # are imported.
-    prompts = load_prompts(options.prompts)
-
-    def say(line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
 
     def load() -> Generator:
-        say(f"augment: loading {options.model}")
+        print(f"augment: loading {options.model}", file=sys.stderr, flush=True)
+        # Here, not above: a mistake in the prompts or the posts is told before the libraries of
+        # models are imported.
         from comoe.augment.hugging_face import load_generator
 
         return load_generator(
-            options.model, device=options.device, max_new_tokens=options.max_new_tokens,
-            temperature=options.temperature, trust_remote_code=options.trust_remote_code,
-        )  # fmt: skip
+            options.model,
+            device=options.device,
+            max_new_tokens=options.max_new_tokens,
+            temperature=options.temperature,
+            trust_remote_code=options.trust_remote_code,
+        )
 
-    choice = PostChoice(
-        options.input, options.format, options.split, options.text_column, options.pair_column, options.label_column,
-        options.limit, options.skip_bad,
-    )  # fmt: skip
-    settings = Settings(options.rounds, options.batch_size, options.temperature, options.seed)
+    choice = DataChoice(
+        options.input,
+        format=options.format,
+        split=options.split,
+        text=options.text_column,
+        pair=options.pair_column,
+        label=options.label_column,
+        limit=options.limit,
+        skip_bad=options.skip_bad,
+    )
     return augment(
-        choice, options.output, prompts=prompts, load=load, settings=settings, overwrite=options.overwrite,
-        progress=progress, say=say, spared=(options.prompts,),
-    )  # fmt: skip
+        choice,
+        options.output,
+        prompts=load_prompts(options.prompts),
+        load=load,
+        settings=Settings(options.rounds, options.batch_size, options.temperature, options.seed),
+        overwrite=options.overwrite,
+        progress=progress,
+        spared=(options.prompts,),
+    )
 
 
 def augment(
-    choice: PostChoice,
+    choice: DataChoice,
     output: Path,
     *,
     prompts: Prompts,
@@ -213,7 +136,6 @@ def augment(
     settings: Settings,
     overwrite: bool = False,
     progress: bool = True,
-    say: Callable[[str], None] = lambda line: None,
     spared: Sequence[Path] = (),
 ) -> Report:
     """Write the posts with their auxiliary columns. A run that was killed goes on when it is
@@ -227,8 +149,7 @@ def augment(
         load: gives the model; called once the posts are found to be good.
         settings: how answers are refined.
         overwrite: replace an output of augment's that is there, and forget a run that stopped.
-        progress: show a progress bar; else lines are said now and then.
-        say: prints a line.
+        progress: draw a progress bar; else a line now and then, as a log wants it.
         spared: files that are read, beside the posts.
 
     Raises:
@@ -239,11 +160,12 @@ def augment(
     if output.suffix.lower() not in ENDINGS:
         raise ValueError(f"--output {output}: the output is JSON lines; give it the ending .jsonl.")
     files = Output(output)
-    files.check(spared=[*_places(choice), *spared])
+    place = Path(choice.path).expanduser()
+    files.check(spared=[*([place] if place.exists() else ()), *spared])
     posts = read_posts(choice, labels=prompts.labels, added=COLUMNS)
-    for post in posts.posts:
+    for number, row in enumerate(posts.rows, start=1):
         # Now, not when all the work is done.
-        line_of(post.row, number=post.index + 1)
+        line_of(row, number=number)
     earlier = None if overwrite or files.begun.exists() else files.finished()
     head = _head(posts, prompts, settings)
     if earlier is not None:
@@ -252,60 +174,35 @@ def augment(
     head |= generator.identity
     if earlier is not None:
         _compare(earlier, head, output)
-        return Report(posts, (), output, files.malformed, len(posts.posts), earlier.report)
+        return Report(posts, (), files, len(posts.posts), earlier.report)
     output.parent.mkdir(parents=True, exist_ok=True)
-    journal = Journal(files.begun, head, anew=overwrite)
-    resumed = len(journal.records)
-    try:
-        with Progress(len(posts.posts), done=resumed, bar=progress, say=say) as shown:
-            _work(
-                posts.posts,
-                journal,
-                Refiner(generator, prompts, settings),
-                settings=settings,
-                shown=shown,
-            )
-        report = _write(files, posts, journal, head=head, resumed=resumed)
-    except BaseException:
-        journal.close()
-        raise
-    journal.remove()
+    with Journal(files.begun, head, anew=overwrite) as journal:
+        resumed = len(journal.records)
+        refine = Refiner(generator, prompts, settings)
+        _work(posts.posts, journal, refine, batch_size=settings.batch_size, progress=progress)
+        outcomes = sorted(
+            map(Outcome.from_dict, journal.records), key=lambda outcome: outcome.index
+        )
+        report = Report(posts, tuple(outcomes), files, resumed)
+        made = list(zip(posts.posts, posts.rows, outcomes, strict=True))
+        files.write(
+            ({**row, **_columns_of(outcome)} for _, row, outcome in made),
+            [row for post, _, outcome in made for row in _kept_out(post, outcome)],
+            head=head,
+            report=report.lines(),
+        )
+        journal.remove()
     return report
-
-
-def _write(
-    files: Output, posts: Posts, journal: Journal, *, head: Mapping[str, str], resumed: int
-) -> Report:
-    """The files of a run that has answered every post."""
-    outcomes = sorted(
-        (Outcome.from_dict(record) for record in journal.records), key=lambda outcome: outcome.index
-    )
-    report = Report(posts, tuple(outcomes), files.posts, files.malformed, resumed)
-    pairs = list(zip(posts.posts, outcomes, strict=True))
-    kept_out = [row for post, outcome in pairs for row in _kept_out(post, outcome)]
-    files.write(
-        (columns_of(post, outcome) for post, outcome in pairs),
-        kept_out,
-        head=head,
-        report=report.lines(),
-    )
-    return report
-
-
-def _places(choice: PostChoice) -> list[Path]:
-    """Where the posts are read, as far as that is on this machine."""
-    place = Path(choice.path).expanduser()
-    return [place] if place.exists() else []
 
 
 def _compare(earlier: Note, head: Mapping[str, str], output: Path) -> None:
-    if told := differences(earlier.head, head):
+    if changed := differences(earlier.head, head):
         raise ValueError(
-            f"--output {output} is there already, made otherwise: {told}. Name another file, or {BEGIN_ANEW}."
+            f"--output {output} is there already, made otherwise: {changed}. Name another file, or {BEGIN_ANEW}."
         )
 
 
-def _check(choice: PostChoice, settings: Settings) -> None:
+def _check(choice: DataChoice, settings: Settings) -> None:
     least = {
         "--rounds": (settings.rounds, 1), "--batch-size": (settings.batch_size, 1), "--limit": (choice.limit, 1),
         "--temperature": (settings.temperature, 0),
@@ -316,44 +213,52 @@ def _check(choice: PostChoice, settings: Settings) -> None:
 
 
 def _work(
-    posts: Sequence[Post], journal: Journal, refine: Refiner, *, settings: Settings, shown: Progress
+    posts: Sequence[Post], journal: Journal, refine: Refiner, *, batch_size: int, progress: bool
 ) -> None:
     """Answer what is left, piece by piece; the pieces are the same however often the run stops."""
     # Longest first: what does not fit into memory fails at once.
-    order = sorted(posts, key=lambda post: (-len(post.text), post.index))
-    size = settings.batch_size * BATCHES
+    order = sorted(range(len(posts)), key=lambda index: (-len(posts[index].text), index))
+    size = batch_size * BATCHES
     done = {record["index"] for record in journal.records}
-    for start in range(0, len(order), size):
-        piece = [post for post in order[start : start + size] if post.index not in done]
-        if piece:
-            journal.add([outcome.to_dict() for outcome in refine(piece, watch=shown.watch)])
-            shown.advance(len(piece))
+    with tqdm(
+        total=len(posts),
+        initial=len(done),
+        desc="augment",
+        unit="post",
+        mininterval=0.1 if progress else LOG_SECONDS,
+        bar_format=None if progress else LOG_LINE,
+        dynamic_ncols=progress,
+    ) as bar:
+        for start in range(0, len(order), size):
+            piece = [index for index in order[start : start + size] if index not in done]
+            if piece:
+                outcomes = refine(
+                    {index: posts[index] for index in piece},
+                    watch=lambda number, left: bar.set_postfix(
+                        round=number, posts=left, refresh=progress
+                    ),
+                )
+                journal.add([asdict(outcome) for outcome in outcomes])
+                bar.update(len(piece))
 
 
-def columns_of(post: Post, outcome: Outcome) -> dict[str, Any]:
-    """One line of the output: the columns of the post, then ``COLUMNS``."""
-    reading = outcome.reading
-    values = [None if reading is None else getattr(reading, name) for name in PARTS]
-    confidences = [
-        None if reading is None else getattr(reading, f"{name}_confidence") for name in PARTS
-    ]
-    added = dict(
-        zip(COLUMNS, [*values, *confidences, outcome.rounds, outcome.converged], strict=True)
-    )
-    return {**post.row, **added}
+def _columns_of(outcome: Outcome) -> dict[str, Any]:
+    """What the output has beside the columns of a post."""
+    names = (*PARTS, *(f"{part}_confidence" for part in PARTS))
+    values = [None if outcome.reading is None else getattr(outcome.reading, n) for n in names]
+    return dict(zip(COLUMNS, [*values, outcome.rounds, outcome.converged], strict=True))
 
 
-def _kept_out(post: Post, outcome: Outcome) -> list[dict[str, Any]]:
-    return [
-        {
+def _kept_out(post: Post, outcome: Outcome) -> Iterator[dict[str, Any]]:
+    """Lines of the file of malformed answers."""
+    for item in outcome.malformed:
+        yield {
             "line": post.line,
             "round": item.round,
             "part": item.part,
             "reason": item.reason,
             "answer": item.text,
         }
-        for item in outcome.malformed
-    ]
 
 
 def _head(posts: Posts, prompts: Prompts, settings: Settings) -> dict[str, str]:
@@ -364,10 +269,6 @@ def _head(posts: Posts, prompts: Prompts, settings: Settings) -> dict[str, str]:
         "--batch-size": str(settings.batch_size), "--temperature": str(settings.temperature),
         "--seed": str(settings.seed),
     }  # fmt: skip
-
-
-def _mean(readings: Sequence[Reading], part: str) -> float:
-    return sum(getattr(reading, f"{part}_confidence") for reading in readings) / len(readings)
 
 
 PARTS = ("aspect", "opinion", "polarity")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 Result = TypeVar("Result")
 
@@ -67,46 +67,28 @@ class Generator(Protocol):
         ...
 
 
-class Batched:
-    """A generator that gets its prompts in batches of similar length, the longest first.
+def in_batches(
+    rows: Sequence[int],
+    ask: Callable[[list[int]], list[Result]],
+    *,
+    prompts: Sequence[Prompt],
+    size: int,
+) -> dict[int, Result]:
+    """Row -> result, asked in batches of prompts of similar length.
 
     Args:
-        generator: gets at most ``batch_size`` prompts at once.
-        batch_size: prompts.
+        rows: of ``prompts`` to ask.
+        ask: gives the results of at most ``size`` rows.
+        prompts: all of them.
+        size: rows per batch.
     """
-
-    def __init__(self, generator: Generator, *, batch_size: int) -> None:
-        self._generator = generator
-        self._batch_size = batch_size
-
-    def answer(self, prompts: Sequence[Prompt], *, draws: Sequence[int | None]) -> list[Answer]:
-        """As ``Generator.answer``, for any number of prompts; results are in the order of the prompts."""
-        return self._in_batches(
-            prompts,
-            lambda rows: self._generator.answer(
-                [prompts[row] for row in rows], draws=[draws[row] for row in rows]
-            ),
-        )
-
-    def score(
-        self, prompts: Sequence[Prompt], *, choices: Sequence[str]
-    ) -> list[tuple[float, ...]]:
-        """As ``Generator.score``, for any number of prompts; results are in the order of the prompts."""
-        return self._in_batches(
-            prompts,
-            lambda rows: self._generator.score([prompts[row] for row in rows], choices=choices),
-        )
-
-    def _in_batches(
-        self, prompts: Sequence[Prompt], ask: Callable[[list[int]], list[Result]]
-    ) -> list[Result]:
-        # Longest first: a batch that does not fit into memory fails at once.
-        order = sorted(range(len(prompts)), key=lambda row: (-len(prompts[row].question), row))
-        found: dict[int, Any] = {}
-        for start in range(0, len(order), self._batch_size):
-            rows = order[start : start + self._batch_size]
-            found |= zip(rows, ask(rows), strict=True)
-        return [found[row] for row in range(len(prompts))]
+    # Longest first: a batch that does not fit into memory fails at once.
+    order = sorted(rows, key=lambda row: (-len(prompts[row].question), row))
+    found: dict[int, Result] = {}
+    for start in range(0, len(order), size):
+        batch = order[start : start + size]
+        found |= zip(batch, ask(batch), strict=True)
+    return found
 
 
 def seed_of(*parts: int | str) -> int:

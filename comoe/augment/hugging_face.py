@@ -254,25 +254,20 @@ class HuggingFaceGenerator(Generator):
         self, prompts: Sequence[Prompt], *, choices: Sequence[str]
     ) -> list[tuple[float, ...]]:
         answers = [self._choices(prompt, choices) for prompt in prompts]
-        # One pass over an answer without its last token tells the probability of all of it, and of
-        # every answer that begins like it: label words of one token each cost one pass together.
-        rows = [(at, begin) for at, ids in enumerate(answers) for begin in _needed(ids)]
-        asked = [self._ids(prompts[at]) for at, _ in rows]
-        logs_RKV = self._log_probabilities(asked, [list(begin) for _, begin in rows])
-        found = []
-        for at, ids in enumerate(answers):
-            sums = []
-            for choice in ids:
-                row = next(
-                    n
-                    for n, (where, begin) in enumerate(rows)
-                    if where == at and _begins(begin, choice[:-1])
-                )
-                sums.append(
-                    sum(logs_RKV[row][place, token].item() for place, token in enumerate(choice))
-                )
-            found.append(tuple(torch.tensor(sums, dtype=torch.float64).softmax(dim=0).tolist()))
-        return found
+        # One pass over an answer without its last token gives the probability of all of it: label
+        # words of one token each share one.
+        rows = dict.fromkeys((at, ids[:-1]) for at, found in enumerate(answers) for ids in found)
+        logs = self._log_probabilities(
+            [self._ids(prompts[at]) for at, _ in rows], [list(begin) for _, begin in rows]
+        )
+        logs_KV = dict(zip(rows, logs, strict=True))
+        shares = []
+        for at, found in enumerate(answers):
+            sums = [
+                logs_KV[at, ids[:-1]][range(len(ids)), ids].double().sum().item() for ids in found
+            ]
+            shares.append(tuple(torch.tensor(sums, dtype=torch.float64).softmax(dim=0).tolist()))
+        return shares
 
     def _log_probabilities(self, prompts: list[list[int]], begins: list[list[int]]) -> list[Tensor]:
         """Log probabilities of the token behind the prompt and behind each token of ``begins``, per row (K, V)."""
@@ -452,17 +447,3 @@ class _Chooser(LogitsProcessor):
         self.log_probabilities.append(logs_BV.gather(1, chosen_B[:, None]).squeeze(1))
         # The library takes the largest: nothing else is left.
         return torch.full_like(scores, -torch.inf).scatter(1, chosen_B[:, None], 0.0)
-
-
-def _begins(row: tuple[int, ...], begin: tuple[int, ...]) -> bool:
-    return row[: len(begin)] == begin
-
-
-def _needed(choices: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
-    """The answers without their last token, less those that another one begins with."""
-    begins = list(dict.fromkeys(choice[:-1] for choice in choices))
-    return [
-        begin
-        for begin in begins
-        if not any(other != begin and _begins(other, begin) for other in begins)
-    ]

@@ -51,14 +51,15 @@ class Journal:
         self._write(list(records))
         self.records.extend(records)
 
-    def close(self) -> None:
-        """Leave the file for a later run."""
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *error: object) -> None:
         self._file.close()
 
     def remove(self) -> None:
         """The work is done, and its result written."""
         self.path.unlink()
-        self._file.close()
 
     def _lock(self) -> None:
         try:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
-from comoe.augment.generator import Answer, Batched, Generator, Prompt, seed_of
-from comoe.augment.posts import Post
+from comoe.augment.generator import Answer, Generator, Prompt, in_batches, seed_of
+from comoe.augment.posts import GOLD
 from comoe.augment.prompts import Prompts, words_of
+from comoe.data.posts import Post
 
 _QUOTES = "\"'`*“”‘’«»「」"
 
@@ -31,7 +32,7 @@ class Malformed:
     part: str
     """aspect or opinion."""
     reason: str
-    """Key of ``REASONS``."""
+    """What is wrong with it; see ``fault_of``."""
     text: str
     """What the model wrote."""
 
@@ -42,64 +43,27 @@ def tidy(text: str) -> str:
 
 
 def fault_of(answer: Answer, part: str, *, prompts: Prompts) -> str | None:
-    """Key of the first reason that applies to an answer, None for a good one.
+    """The first reason to keep an answer out, as it is counted and written; None for a good one.
 
     Args:
         answer: as the model wrote it.
         part: aspect or opinion.
         prompts: what was asked.
     """
-    return next(
-        (reason for reason, applies in REASONS.items() if applies(answer, part, prompts)), None
-    )
-
-
-def _is_empty(answer: Answer, part: str, prompts: Prompts) -> bool:
-    return not words_of(answer.text)
-
-
-def _has_several_lines(answer: Answer, part: str, prompts: Prompts) -> bool:
-    return len(answer.text.strip().splitlines()) > 1
-
-
-def _is_cut(answer: Answer, part: str, prompts: Prompts) -> bool:
-    return not answer.ended
-
-
-def _says_nothing(answer: Answer, part: str, prompts: Prompts) -> bool:
-    return words_of(answer.text) in {words_of(phrase) for phrase in prompts.file.no_answer}
-
-
-def _is_only_a_label(answer: Answer, part: str, prompts: Prompts) -> bool:
-    # Told the gold label, a model that merely repeats it would always converge.
-    known = {word for label in (*prompts.words, *prompts.labels) for word in words_of(label)}
-    return set(words_of(answer.text)) <= known
-
-
-def _echoes(answer: Answer, part: str, prompts: Prompts) -> bool:
-    return prompts.echoes(answer.text)
-
-
-def _repeats_itself(answer: Answer, part: str, prompts: Prompts) -> bool:
-    return _LOOP.search(answer.text) is not None
-
-
-def _is_too_long(answer: Answer, part: str, prompts: Prompts) -> bool:
-    return len(tidy(answer.text).split()) > getattr(prompts.file.most_words, part)
-
-
-REASONS: dict[str, Callable[[Answer, str, Prompts], bool]] = {
-    "empty": _is_empty,
-    "several lines": _has_several_lines,
-    "echoes the prompt": _echoes,
-    "repeats itself": _repeats_itself,
-    "cut off": _is_cut,
-    "too many words": _is_too_long,
-    "says nothing": _says_nothing,
-    "only a label": _is_only_a_label,
-}
-"""Reason, as it is counted and written -> whether it applies to (answer, part, prompts); the first
-one counts."""
+    text, words, file = answer.text, words_of(answer.text), prompts.file
+    # Given the gold label, a model that merely repeats it would always converge.
+    labels = {word for label in (*prompts.words, *prompts.labels) for word in words_of(label)}
+    faults = {
+        "empty": not words,
+        "several lines": len(text.strip().splitlines()) > 1,
+        "echoes the prompt": prompts.echoes(text),
+        "repeats itself": _LOOP.search(text) is not None,
+        "cut off": not answer.ended,
+        "too many words": len(tidy(text).split()) > getattr(file.most_words, part),
+        "says nothing": words in map(words_of, file.no_answer),
+        "only a label": labels.issuperset(words),
+    }
+    return next((reason for reason, applies in faults.items() if applies), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,32 +98,28 @@ class Reading:
     """Share of the polarity's label word among all label words."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Outcome:
-    """What became of one post."""
+    """What became of one post so far; its fields are what a journal holds."""
 
     index: int
-    """Number of the post."""
-    reading: Reading | None
+    """Number of the post from 0, in the order of the file."""
+    reading: Reading | None = None
     """The last well-formed answer, None where there was none."""
-    rounds: int
+    rounds: int = 0
     """Rounds that were asked."""
-    converged: bool | None
+    converged: bool | None = None
     """Whether the polarity is the gold label; None without a gold label."""
-    shortened: bool
+    shortened: bool = False
     """Whether the post did not fit the model's length and lost its end."""
-    malformed: tuple[Malformed, ...]
+    malformed: list[Malformed] = field(default_factory=list)
     """Answers that were kept out."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values."""
-        return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Outcome:
-        """What ``to_dict`` gave."""
+        """The inverse of ``dataclasses.asdict``."""
         reading = None if values["reading"] is None else Reading(**values["reading"])
-        malformed = tuple(Malformed(**item) for item in values["malformed"])
+        malformed = [Malformed(**item) for item in values["malformed"]]
         return cls(**{**values, "reading": reading, "malformed": malformed})
 
 
@@ -168,27 +128,9 @@ class _Case:
     """A post on its way."""
 
     post: Post
+    outcome: Outcome
     greedy: dict[Prompt, Answer] = field(default_factory=dict)
     """Questions that had their most probable answer already."""
-    kept: Reading | None = None
-    rounds: int = 0
-    shortened: bool = False
-    malformed: list[Malformed] = field(default_factory=list)
-
-    @property
-    def converged(self) -> bool | None:
-        if self.post.gold is None:
-            return None
-        return self.kept is not None and self.kept.polarity == self.post.gold
-
-    @property
-    def is_open(self) -> bool:
-        return self.rounds == 0 or self.converged is False
-
-    def outcome(self) -> Outcome:
-        return Outcome(
-            self.post.index, self.kept, self.rounds, self.converged, self.shortened, tuple(self.malformed)
-        )  # fmt: skip
 
 
 class Refiner:
@@ -206,34 +148,32 @@ class Refiner:
 
     def __init__(self, generator: Generator, prompts: Prompts, settings: Settings) -> None:
         self._generator = generator
-        self._batched = Batched(generator, batch_size=settings.batch_size)
         self._prompts = prompts
         self._settings = settings
 
     def __call__(
         self,
-        posts: Sequence[Post],
+        posts: Mapping[int, Post],
         *,
         watch: Callable[[int, int], object] = lambda number, left: None,
     ) -> list[Outcome]:
         """Answer some posts.
 
         Args:
-            posts: in any order.
+            posts: by their number.
             watch: called before each round with its number and how many posts take part.
         """
-        cases = [_Case(post) for post in posts]
+        cases = [_Case(post, Outcome(index)) for index, post in posts.items()]
+        open_cases = cases
         for number in range(1, self._settings.rounds + 1):
-            taking_part = [case for case in cases if case.is_open]
-            if not taking_part:
+            if not open_cases:
                 break
-            watch(number, len(taking_part))
-            self._round(taking_part, number)
-        return [case.outcome() for case in cases]
+            watch(number, len(open_cases))
+            self._round(open_cases, number)
+            open_cases = [case for case in open_cases if case.outcome.converged is False]
+        return [case.outcome for case in cases]
 
     def _round(self, cases: Sequence[_Case], number: int) -> None:
-        for case in cases:
-            case.rounds = number
         aspects = self._ask(cases, "aspect", number, known=[{} for _ in cases])
         having = [row for row, answer in enumerate(aspects) if answer is not None]
         known = [{"aspect": tidy(aspects[row].text)} for row in having]
@@ -244,59 +184,75 @@ class Refiner:
             if opinion is not None
         ]
         prompts = [self._prompt(case, "polarity", given) for case, given, _ in whole]
-        scores = self._batched.score(prompts, choices=self._prompts.words)
-        for (case, given, (aspect, opinion)), shares in zip(whole, scores, strict=True):
+        scores = in_batches(
+            range(len(prompts)),
+            lambda rows: self._generator.score(
+                [prompts[row] for row in rows], choices=self._prompts.words
+            ),
+            prompts=prompts,
+            size=self._settings.batch_size,
+        )
+        for row, (case, given, answers) in enumerate(whole):
+            shares = scores[row]
             best = max(range(len(shares)), key=shares.__getitem__)
-            case.kept = Reading(
-                given["aspect"], given["opinion"], self._prompts.labels[best],
-                *(round(value, 6) for value in (aspect.probability, opinion.probability, shares[best])),
-            )  # fmt: skip
+            confidences = (*(answer.probability for answer in answers), shares[best])
+            case.outcome.reading = Reading(
+                given["aspect"],
+                given["opinion"],
+                self._prompts.labels[best],
+                *(round(value, 6) for value in confidences),
+            )
+        for case in cases:
+            outcome, gold = case.outcome, case.post.labels[GOLD]
+            outcome.rounds = number
+            if gold is not None:
+                outcome.converged = outcome.reading is not None and outcome.reading.polarity == gold
 
     def _ask(
         self, cases: Sequence[_Case], part: str, number: int, *, known: Sequence[Mapping[str, str]]
     ) -> list[Answer | None]:
         """The answers to one of the two free questions, None where it was malformed."""
         prompts = [
-            self._prompt(case, part if case.kept is None else f"refine_{part}", given)
+            self._prompt(case, part if case.outcome.reading is None else f"refine_{part}", given)
             for case, given in zip(cases, known, strict=True)
         ]
         draws = self._settings.temperature > 0
-        fresh = [
-            row for row, (case, prompt) in enumerate(zip(cases, prompts, strict=True))
+        # Row -> seed of a question that is asked again; None for one that is new.
+        asked = {
+            row: seed_of(self._settings.seed, case.outcome.index, number, part)
+            if prompt in case.greedy
+            else None
+            for row, (case, prompt) in enumerate(zip(cases, prompts, strict=True))
             if draws or prompt not in case.greedy
-        ]  # fmt: skip
-        seeds = [
-            seed_of(self._settings.seed, cases[row].post.index, number, part)
-            if prompts[row] in cases[row].greedy else None
-            for row in fresh
-        ]  # fmt: skip
-        said = dict(
-            zip(
-                fresh,
-                self._batched.answer([prompts[row] for row in fresh], draws=seeds),
-                strict=True,
-            )
+        }
+        found = in_batches(
+            list(asked),
+            lambda rows: self._generator.answer(
+                [prompts[row] for row in rows], draws=[asked[row] for row in rows]
+            ),
+            prompts=prompts,
+            size=self._settings.batch_size,
         )
         answers: list[Answer | None] = []
         for row, (case, prompt) in enumerate(zip(cases, prompts, strict=True)):
-            answer = said.get(row) or case.greedy[prompt]
+            answer = found.get(row) or case.greedy[prompt]
             case.greedy.setdefault(prompt, answer)
             fault = fault_of(answer, part, prompts=self._prompts)
-            if fault is not None and row in said:
-                case.malformed.append(Malformed(number, part, fault, answer.text))
+            if fault is not None and row in found:
+                case.outcome.malformed.append(Malformed(number, part, fault, answer.text))
             answers.append(answer if fault is None else None)
         return answers
 
     def _prompt(self, case: _Case, part: str, known: Mapping[str, str]) -> Prompt:
         """The filled question; the end of a post that makes it too long for the model is left out."""
         values = {
-            "target": case.post.target or self._prompts.file.no_target,
-            "gold": case.post.gold or "",
+            "target": case.post.pair or self._prompts.file.no_target,
+            "gold": case.post.labels[GOLD] or "",
             **known,
         }
-        if case.kept is not None:
+        if case.outcome.reading is not None:
             values |= {
-                f"previous_{name}": getattr(case.kept, name)
+                f"previous_{name}": getattr(case.outcome.reading, name)
                 for name in ("aspect", "opinion", "polarity")
             }
         words = case.post.text.split()
@@ -314,4 +270,4 @@ class Refiner:
                 )
             # A word has at least one token, so this may cut a little more than it must.
             words = words[: max(len(words) - excess, 0)]
-            case.shortened = True
+            case.outcome.shortened = True

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from comoe.augment.command import COLUMNS, Progress, Report, augment
-from comoe.augment.generator import Answer, Batched, Prompt
-from comoe.augment.posts import PostChoice
+from comoe.augment.command import COLUMNS, Report, augment
+from comoe.augment.generator import Answer, Prompt, in_batches
 from comoe.augment.prompts import Prompts, load_prompts
-from comoe.augment.refine import REASONS, Settings, fault_of, tidy
+from comoe.augment.refine import Settings, fault_of, tidy
 from comoe.config.recipe import DataConfig, Recipe, TaskConfig
 from comoe.data.corpus import load_corpus
+from comoe.data.reading.inputs import DataChoice
 
 DEFAULT = Path(__file__).parents[3] / "launch" / "configs" / "augment_prompts.yaml"
 PROMPTS = """
@@ -117,12 +117,12 @@ def run(
     """Output and report; ``changes`` are settings, fields of the choice, or arguments of ``augment``."""
     path = write(folder / "posts.jsonl", rows)
     settings = {name: changes.pop(name) for name in list(changes) if name in Settings.__slots__}
-    choice = {name: changes.pop(name) for name in list(changes) if name in PostChoice.__slots__}
+    choice = {name: changes.pop(name) for name in list(changes) if name in DataChoice.__slots__}
     report = augment(
-        PostChoice(str(path), **choice), folder / "out" / "aux.jsonl", prompts=prompts, load=lambda: model,
+        DataChoice(str(path), **choice), folder / "out" / "aux.jsonl", prompts=prompts, load=lambda: model,
         settings=Settings(**settings), progress=False, **changes,
     )  # fmt: skip
-    return rows_of(report.output), report
+    return rows_of(report.files.posts), report
 
 
 def test_an_answer_that_implies_the_gold_label_converges_at_once(
@@ -254,7 +254,7 @@ BAD_ANSWERS = {
 }
 
 
-@pytest.mark.parametrize("reason", REASONS)
+@pytest.mark.parametrize("reason", BAD_ANSWERS)
 def test_a_malformed_answer_has_a_reason(reason: str, tmp_path: Path) -> None:
     prompts = prompts_of(
         tmp_path, PROMPTS.replace("| aspect?", "| Which of all these things is it?", 1)
@@ -302,7 +302,7 @@ def test_a_malformed_answer_is_kept_out_counted_and_asked_anew(
     # The first question comes back, so the second time it is drawn.
     assert [row["aux_rounds"] for row in found] == [3, 2, 1, 1]
     assert [row["text"] for row in found] == [row["text"] for row in rows]
-    aside = rows_of(report.aside)
+    aside = rows_of(report.files.malformed)
     assert [(row["line"], row["round"], row["part"], row["reason"]) for row in aside] == [
         (1, 1, "aspect", "empty"), (1, 2, "aspect", "empty"), (1, 3, "aspect", "empty"),
         (2, 1, "opinion", "empty"), (3, 1, "aspect", "empty"),
@@ -403,7 +403,7 @@ def kept(folder: Path) -> dict[str, bytes]:
 
 def give(folder: Path, path: str, output: str, prompts: Prompts, **changes: object) -> Report:
     return augment(
-        PostChoice(str(folder / path)), folder / output, prompts=prompts, load=lambda: Scripted(honest),
+        DataChoice(str(folder / path)), folder / output, prompts=prompts, load=lambda: Scripted(honest),
         settings=Settings(), progress=False, overwrite=True, spared=(folder / "prompts.yaml",), **changes,
     )  # fmt: skip
 
@@ -509,9 +509,9 @@ def test_a_file_of_malformed_answers_goes_when_there_are_none_any_more(
     tmp_path: Path, prompts: Prompts
 ) -> None:
     _, report = run(tmp_path, [post("One.", None)], Scripted(lambda question, draw: ""), prompts)
-    assert rows_of(report.aside)
+    assert rows_of(report.files.malformed)
     run(tmp_path, [post("One.", None)], Scripted(honest), prompts, overwrite=True)
-    assert not report.aside.exists()
+    assert not report.files.malformed.exists()
 
 
 def test_a_run_that_failed_before_any_post_was_done_may_be_given_otherwise(
@@ -525,26 +525,19 @@ def test_a_run_that_failed_before_any_post_was_done_may_be_given_otherwise(
     assert row["aux_converged"] is True
 
 
-def test_a_log_has_a_line_for_every_tenth_of_the_posts(tmp_path: Path, prompts: Prompts) -> None:
-    lines: list[str] = []
-    run(tmp_path, [post(f"Post {number}", None) for number in range(80)], Scripted(honest), prompts, batch_size=1,
-        say=lines.append)  # fmt: skip
-    assert len(lines) == 10 and lines[4].startswith("augment: 40 of 80 posts (50%), about ")
-    assert lines[-1] == "augment: 80 of 80 posts (100%)"
-
-
-def test_a_log_is_not_silent_for_long_and_tells_the_time_left() -> None:
-    lines: list[str] = []
-    seconds = iter([0.0, 30.0, 70.0, 70.0, 80.0, 100.0, 100.0])
-    shown = Progress(40, done=20, bar=False, say=lines.append, clock=lambda: next(seconds))
-    shown.watch(1, 10)
-    shown.watch(2, 5)
-    shown.watch(3, 4)
-    shown.advance(10)
-    assert lines == [
-        "augment: 20 of 40 posts (50%); round 2 of 5 more",
-        "augment: 30 of 40 posts (75%), about 2 min left",
-    ]
+def test_a_log_has_lines_with_the_posts_done_the_time_left_and_the_round(
+    tmp_path: Path,
+    prompts: Prompts,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("comoe.augment.command.LOG_SECONDS", 0.0)
+    rows = [post(f"Post {number}", None) for number in range(8)]
+    run(tmp_path, rows, Scripted(honest), prompts, batch_size=1)
+    lines = [line.strip() for line in capsys.readouterr().err.splitlines() if line.strip()]
+    done = dict.fromkeys(line.partition(" posts")[0] for line in lines)
+    assert list(done) == [f"augment: {count} of 8" for count in (0, 4, 8)]
+    assert all(line.endswith("left, posts=4, round=1") for line in lines[1:])
 
 
 def test_a_cell_that_json_cannot_hold_is_told_before_any_work(
@@ -557,7 +550,7 @@ def test_a_cell_that_json_cannot_hold_is_told_before_any_work(
     with pytest.raises(
         ValueError, match="post 1 has a cell that JSON lines cannot hold.*drop its column"
     ):
-        augment(PostChoice(str(path)), tmp_path / "aux.jsonl", prompts=prompts, load=lambda: model,
+        augment(DataChoice(str(path)), tmp_path / "aux.jsonl", prompts=prompts, load=lambda: model,
                 settings=Settings(), progress=False)  # fmt: skip
     assert not model.asked
 
@@ -602,9 +595,9 @@ MISTAKES: dict[str, tuple[list[dict[str, object]], dict[str, object], str]] = {
     "column": (
         [post("a", "positive")],
         {"label": "polarty"},
-        "no column 'polarty'; did you mean polarity.*--label",
+        "--label-column is 'polarty'.*no such column; did you mean polarity",
     ),
-    "empty": ([], {}, "holds no post that can be read"),
+    "empty": ([], {}, "posts.jsonl has no usable post"),
     "rounds": ([post("a", None)], {"rounds": 0}, "--rounds is 0; it must be 1 or more"),
     "limit": ([post("a", None)], {"limit": 0}, "--limit is 0; it must be 1 or more"),
     "temperature": (
@@ -641,10 +634,10 @@ def test_bad_rows_can_be_left_out_and_a_file_needs_no_target_and_no_label(
 def test_csv_posts_with_other_columns_keep_every_column(tmp_path: Path, prompts: Prompts) -> None:
     path = tmp_path / "posts.csv"
     path.write_text("tweet,about,mood,id\nThey smiled.,staff,positive,007\n", encoding="utf-8")
-    choice = PostChoice(str(path), text="tweet", pair="about", label="mood")
+    choice = DataChoice(str(path), text="tweet", pair="about", label="mood")
     report = augment(choice, tmp_path / "aux.jsonl", prompts=prompts, load=lambda: Scripted(honest),
                      settings=Settings(), progress=False)  # fmt: skip
-    (row,) = rows_of(report.output)
+    (row,) = rows_of(report.files.posts)
     assert (row["id"], row["mood"], row["aux_converged"]) == ("007", "positive", True)
 
 
@@ -654,7 +647,7 @@ def test_line_separators_and_half_characters_do_no_harm(tmp_path: Path, prompts:
     (row,), report = run(tmp_path, rows, model, prompts)
     assert (
         row["text"] == rows[0]["text"]
-        and len(report.output.read_text(encoding="utf-8").splitlines()) == 1
+        and len(report.files.posts.read_text(encoding="utf-8").splitlines()) == 1
     )
     # Asked on one line.
     assert model.asked[0][0].startswith("a b c \ufffd \U0001f600 |")
@@ -685,22 +678,16 @@ def test_a_post_that_is_too_long_loses_its_end_and_a_prompt_that_is_too_long_is_
 
 
 def test_batches_hold_prompts_of_similar_length_and_keep_their_places() -> None:
-    sizes: list[list[str]] = []
+    batches: list[list[int]] = []
 
-    class Echo(Scripted):
-        def answer(self, prompts: Sequence[Prompt], *, draws: Sequence[int | None]) -> list[Answer]:
-            sizes.append([prompt.question for prompt in prompts])
-            return [
-                Answer(f"{prompt.question}{draw}", 1.0, True)
-                for prompt, draw in zip(prompts, draws, strict=True)
-            ]
+    def ask(rows: list[int]) -> list[str]:
+        batches.append(rows)
+        return [f"answer {row}" for row in rows]
 
-    batched = Batched(Echo(honest), batch_size=2)
-    found = batched.answer(
-        [Prompt(text) for text in ("a", "ccc", "bb", "dddd", "e")], draws=[1, 2, 3, 4, 5]
-    )
-    assert [answer.text for answer in found] == ["a1", "ccc2", "bb3", "dddd4", "e5"]
-    assert sizes == [["dddd", "ccc"], ["bb", "a"], ["e"]]
+    prompts = [Prompt(text) for text in ("a", "ccc", "bb", "dddd", "e")]
+    found = in_batches([0, 1, 3, 4], ask, prompts=prompts, size=3)
+    assert found == {row: f"answer {row}" for row in (0, 1, 3, 4)}
+    assert batches == [[3, 1, 0], [4]]
 
 
 BAD_PROMPTS = {
@@ -782,7 +769,7 @@ def test_a_recipe_reads_the_output_as_it_is(tmp_path: Path, prompts: Prompts) ->
     }
     auxiliary = {**shared, "auxiliary": True, "confidence_strategy": "output"}
     recipe = Recipe(
-        data=DataConfig(root=str(report.output.parent)),
+        data=DataConfig(root=str(report.files.posts.parent)),
         tasks={
             "polarity": TaskConfig(label="polarity", **shared),
             "opinion": TaskConfig(

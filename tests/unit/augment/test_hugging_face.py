@@ -25,7 +25,6 @@ from comoe.augment.generator import Prompt, seed_of
 from comoe.augment.hugging_face import (
     HuggingFaceGenerator,
     _Chooser,
-    _needed,
     _no_retry_lines,
     load_generator,
 )
@@ -191,12 +190,6 @@ def test_drawn_tokens_follow_the_softmax_at_the_temperature() -> None:
     assert torch.allclose(chooser.log_probabilities[0], plain[chooser.chosen[0]])
 
 
-def test_answers_that_begin_alike_share_one_pass() -> None:
-    assert _needed([(4,), (5,), (6,)]) == [()]
-    assert _needed([(4,), (7, 8), (7, 9), (7, 8, 1)]) == [(7, 8)]
-    assert _needed([(4, 1), (5, 1)]) == [(4,), (5,)]
-
-
 def test_penalties_of_the_models_own_settings_do_not_count(
     folders: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -355,7 +348,7 @@ def test_the_command_writes_a_file_with_a_tiny_model(
         device="cpu", trust_remote_code=False,
     )  # fmt: skip
     report = run_command(options, progress=False)
-    rows = rows_of(report.output)
+    rows = rows_of(report.files.posts)
     assert DEFAULT.is_file() and [set(COLUMNS) <= row.keys() for row in rows] == [True, True]
     assert [row["aux_converged"] is None for row in rows] == [False, True] and rows[1][
         "aux_rounds"
