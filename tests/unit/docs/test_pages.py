@@ -191,6 +191,7 @@ def test_overrides_and_options_in_the_text_are_valid():
         load_recipe(smoke, [override.replace("tasks.mood=null", "tasks.topic=null")])
     named = {span for span in spans() if re.fullmatch(rf"(?:{SECTIONS})\.[a-z_.]+", span)}
     sections = {option.rpartition(".")[0] for option in OPTIONS}
+    named -= {"model.safetensors"}
     assert len(overrides) > 5 and len(named) > 10 and named - set(OPTIONS) - sections == set()
 
 
@@ -279,6 +280,27 @@ def test_every_paper_that_the_code_cites_stands_in_the_references():
     }
     index = set(re.findall(r"arXiv:\d{4}\.\d{5}", PAGES["docs/references.md"]))
     assert cited and cited - index == set()
+
+
+def test_messages_of_the_troubleshooting_page_are_those_of_the_code():
+    files = [*ROOT.glob("comoe/**/*.py"), *ROOT.glob("launch/*.py")]
+    trees = [ast.parse(file.read_text(encoding="utf-8")) for file in files]
+    said = [
+        node.value
+        for tree in trees
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ] + [file.read_text(encoding="utf-8") for file in ROOT.glob("launch/*.sh")]
+    code = "\n".join(said)
+    quoted = [
+        span
+        for line in prose("docs/troubleshooting.md").splitlines()
+        if line.startswith("| `") and not line.startswith(("| `launch", "| `bash"))
+        for span in re.findall(r"`([^`]+)`", line.split(" | ")[0])
+    ]
+    pieces = [piece.strip() for span in quoted for piece in span.split("...")]
+    assert len(pieces) > 30
+    assert [piece for piece in pieces if piece not in code] == []
 
 
 def test_no_number_is_left_to_be_measured():
