@@ -54,10 +54,10 @@ class Batch:
     by the trainer, None outside training."""
 
     pixels_I3HW: Tensor | None = None
-    """Prepared pictures, float32, each once; at least one (blank, of row -1) where the run reads
-    pictures, so that every rank runs its tower. None where the run reads none."""
+    """Prepared images, float32, each once; at least one (blank, of row -1) where the run reads
+    images, so that every rank runs its tower. None where the run reads none."""
     image_rows_I: Tensor | None = None
-    """Rows that have a picture, int64, ascending; -1 for the blank one."""
+    """Rows that have an image, int64, ascending; -1 for the blank one."""
     image_numbers_I: Tensor | None = None
     """Which of the pixels each of these rows has, int64: a post may have a row per task. None where
     each has its own, in this order; else there may be fewer pixels than rows."""
@@ -96,7 +96,7 @@ class Batch:
         return replace(self, **moved)
 
     def take(self, rows_R: Tensor) -> Batch:
-        """The batch of some rows, int64, padding kept; a blank picture where none of them has one."""
+        """The batch of some rows, int64, padding kept; a blank image where none of them has one."""
         kept = {
             item.name: value[rows_R]
             for item in fields(self)
@@ -179,7 +179,7 @@ class ModelOutput:
     """Task -> projections (B, P) as in ``embeddings``, under another draw of dropout; for tasks
     whose positives are two views of one post. Only in training."""
     image_text: ImageText | None = None
-    """Both sides of the posts with pictures; None where the run reads none."""
+    """Both sides of the posts with images; None where the run reads none."""
     sharing: Sharing | None = None
     """What the tasks share and what each has for itself; only in training."""
     probe: Probe | None = None
@@ -222,23 +222,23 @@ class Probe:
 
 @dataclass(frozen=True)  # no slots: ZeRO-3 looks into a module's answer with vars()
 class ImageText:
-    """The two sides of the posts with pictures, as the image-text losses and retrieval read them."""
+    """The two sides of the posts with images, as the image-text losses and retrieval read them."""
 
     rows_I: Tensor
-    """Row of each picture, int64; -1 is a blank one that no loss counts."""
+    """Row of each image, int64; -1 is a blank one that no loss counts."""
     text_embeddings_IP: Tensor | None
     """Unit-length projections of the texts alone, float32; None where one stream reads both sides,
     and where the contrast is off."""
     image_embeddings_IP: Tensor | None
-    """The same of the pictures."""
+    """The same of the images."""
     match_logits_I2: Tensor | None
-    """Logits of [another post's text, its own text] for each picture with its own text, float32;
+    """Logits of [another post's text, its own text] for each image with its own text, float32;
     None where matching is off."""
     texts: tuple[Tensor, ...]
-    """What ``match`` wants of the text of each picture's row, each (I, L, ...), longer with zeros
+    """What ``match`` wants of the text of each image's row, each (I, L, ...), longer with zeros
     at the end; texts of other ranks may stand in."""
     match: Callable[[tuple[Tensor, ...], Tensor], Tensor]
-    """(texts of J pairs, index of the picture of each (J,)) -> logits (J, 2). To be called on every
+    """(texts of J pairs, index of the image of each (J,)) -> logits (J, 2). To be called on every
     rank or on none: it may run the whole encoder."""
 
 

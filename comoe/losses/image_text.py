@@ -22,10 +22,10 @@ from comoe.types import Batch, ImageText, ModelOutput
 
 
 class Pairs(NamedTuple):
-    """A picture and the text of its post, by post."""
+    """An image and the text of its post, by post."""
 
     posts_N: Tensor
-    """Index of the post in its split, int64; -1 is a blank picture, which nothing counts."""
+    """Index of the post in its split, int64; -1 is a blank image, which nothing counts."""
     tasks_N: Tensor
     """Task of its row, int64, -1 for all; a post may have a row per task."""
     keys_N: Tensor
@@ -58,7 +58,7 @@ class AllPairs(NamedTuple):
 
     @property
     def real_I(self) -> Tensor:
-        """Which of this rank's are no blank pictures, bool."""
+        """Which of this rank's are no blank images, bool."""
         return self.own.posts_N >= 0
 
     @property
@@ -101,23 +101,23 @@ def draw_texts(
     seed: int,
     share: float = 0.5,
 ) -> Tensor:
-    """Which text takes the place of each picture's own one, for the matching loss.
+    """Which text takes the place of each image's own one, for the matching loss.
 
     By numbers that are drawn from seed, step, post and task, so the choice depends neither on the
     number of ranks nor on the order of the posts.
 
     Args:
         pairs: of all ranks.
-        similarity: some of this rank's pictures -> their similarity to all texts, (pictures, G); a
+        similarity: some of this rank's images -> their similarity to all texts, (images, G); a
             text is drawn with probability in proportion to its exponential. None draws all alike.
         step: optimizer step.
         seed: of the run.
-        share: of the pictures that get another text.
+        share: of the images that get another text.
 
     Returns:
-        Index of the text among those of all ranks, int64 (I,); -1 where the picture keeps its own,
+        Index of the text among those of all ranks, int64 (I,); -1 where the image keeps its own,
             where there is no
-        other post with another text, and for blank pictures.
+        other post with another text, and for blank images.
     """
     own, everyone = pairs.own, pairs.everyone
     chosen_I = torch.full_like(own.posts_N, -1)
@@ -161,18 +161,18 @@ MAX_SCALE = 100.0
 
 
 OTHER, OWN = 0, 1
-"""Answers of the matching question: another post's text, the picture's own."""
+"""Classes of the matching loss: another post's text, the image's own."""
 
 
 class ITCLoss(nn.Module):
-    """Image-text contrast: every picture and its own text, among the pictures and texts of all ranks.
+    """Image-text contrast: every image and its own text, among the images and texts of all ranks.
 
-    L = 1/2N sum over pairs i of [lse over texts j of s_ij - s_ii + lse over pictures j of s_ji -
+    L = 1/2N sum over pairs i of [lse over texts j of s_ij - s_ii + lse over images j of s_ji -
     s_ii], where s is the cosine divided by a learned temperature. Rows of one post, and posts of
-    the same text, are no negatives.
+    the same text, are no negatives of each other.
 
-    Four gathers per call, none in the backward pass; every rank must reach them, with pictures or
-    without. Memory grows with the pictures of all ranks, not with their square.
+    Four gathers per call, none in the backward pass; every rank must reach them, with images or
+    without. Memory grows with the images of all ranks, not with their square.
 
     Args:
         config: ``loss.image_text``.
@@ -200,7 +200,7 @@ class ITCLoss(nn.Module):
 def contrast(image_IP: Tensor, text_IP: Tensor, log_scale: Tensor, pairs: AllPairs) -> Tensor:
     """This rank's share of the contrast (``ITCLoss``): scalar, differentiable by the first three arguments.
 
-    The gradient is known as soon as the value is. That of picture i is W scale / 2N times the sum
+    The gradient is known as soon as the value is. That of image i is W scale / 2N times the sum
     over texts j of (e^(s_ij - row_i) + e^(s_ij - column_j)) text_j, minus 2 text_i; that of a text
     has the sides exchanged. So the logarithms of the sums travel, and no gradient does. Tiles are
     made twice: before the sums of the others, and after.
@@ -220,10 +220,10 @@ def contrast(image_IP: Tensor, text_IP: Tensor, log_scale: Tensor, pairs: AllPai
         scale = logarithm.exp().clamp_max(MAX_SCALE)
         both_G2P, _ = gather_detached(torch.stack([image, text], dim=1), sizes=pairs.sizes)
         image_GP, text_GP = both_G2P.unbind(dim=1)
-        block = _Block(image, text, image_GP, text_GP, scale, pairs)
+        block = (image, text, both_G2P, scale, pairs)
         lse, own = image.new_zeros(2, len(image)), image.new_zeros(2, len(image))
         slope_I = image.new_zeros(len(image))
-        for rows, similar, diagonal in block.tiles():
+        for rows, similar, diagonal in _similarity_tiles(*block):
             lse[:, rows], own[:, rows] = similar.logsumexp(dim=2), similar[diagonal]
             shares = (similar - lse[:, rows, None]).exp()
             # Derivative by the logarithm of the scale, per pair.
@@ -236,7 +236,7 @@ def contrast(image_IP: Tensor, text_IP: Tensor, log_scale: Tensor, pairs: AllPai
         )
         factor = (world_size() / (2 * pairs.number.double())).to(image.dtype)
         image_gradient, text_gradient = torch.zeros_like(image), torch.zeros_like(text)
-        for rows, similar, diagonal in block.tiles():
+        for rows, similar, diagonal in _similarity_tiles(*block):
             # How column j of the other side's sums pulls at row i.
             pull = (similar - lse[:, rows, None]).exp() + (
                 similar - packed_G3[:, [1, 0]].T.unsqueeze(1)
@@ -244,39 +244,38 @@ def contrast(image_IP: Tensor, text_IP: Tensor, log_scale: Tensor, pairs: AllPai
             pull[diagonal] -= 2
             pull *= (factor * scale * pairs.real_I[rows])[:, None]
             image_gradient[rows], text_gradient[rows] = pull[0] @ text_GP, pull[1] @ image_GP
-        # All ranks judge by the sum over all: the share of one may lead the other way.
+        # All ranks decide by the sum over all: the share of one may lead the other way.
         stuck = (scale >= MAX_SCALE) & (packed_G3[:, 2].sum() < 0)
         slope = torch.where(stuck, 0.0, factor * slope_I.sum())
         value = factor * ((lse - own) * pairs.real_I).sum()
     return _Known.apply(value, *numbers, image_gradient, text_gradient, slope)
 
 
-class _Block(NamedTuple):
-    """The similarities of this rank's pairs to those of all ranks, made tile by tile."""
+def _similarity_tiles(
+    image_IP: Tensor,
+    text_IP: Tensor,
+    both_G2P: Tensor,
+    scale: Tensor,
+    pairs: AllPairs,
+) -> Iterator[tuple[slice, Tensor, tuple[slice, Tensor, Tensor]]]:
+    """Similarities of this rank's pairs to those of all ranks, made tile by tile.
 
-    image_IP: Tensor
-    text_IP: Tensor
-    image_GP: Tensor
-    text_GP: Tensor
-    scale: Tensor
-    pairs: AllPairs
-
-    def tiles(self) -> Iterator[tuple[slice, Tensor, tuple[slice, Tensor, Tensor]]]:
-        """(own rows, their similarities, where each row's own pair is in these). Similarities are
-        (2, rows, G), of pictures to all texts and of texts to all pictures; -inf where the two are
-        no negatives."""
-        size = 2 * len(self.image_GP) * self.image_GP.itemsize
-        for rows in row_tiles(len(self.image_IP), size, self.image_GP.device):
-            images, texts = (
-                self.image_IP[rows] @ self.text_GP.T,
-                self.text_IP[rows] @ self.image_GP.T,
-            )
-            counts = self.pairs.own.part(rows).negatives(self.pairs.everyone)
-            here = torch.arange(len(counts), device=counts.device)
-            places = here + rows.start + self.pairs.offset
-            counts[here, places] = True
-            similar = (self.scale * torch.stack([images, texts])).masked_fill_(~counts, -torch.inf)
-            yield rows, similar, (slice(None), here, places)
+    Yields (own rows, their similarities, where each row's own pair is in these). Similarities are
+    (2, rows, G), of images to all texts and of texts to all images; -inf where the two are no
+    negatives.
+    """
+    image_GP, text_GP = both_G2P.unbind(dim=1)
+    for rows in row_tiles(len(image_IP), both_G2P[:, :, 0].nbytes, both_G2P.device):
+        counts = pairs.own.part(rows).negatives(pairs.everyone)
+        here = torch.arange(len(counts), device=counts.device)
+        places = here + rows.start + pairs.offset
+        counts[here, places] = True
+        similar = torch.stack([image_IP[rows] @ text_GP.T, text_IP[rows] @ image_GP.T])
+        yield (
+            rows,
+            (scale * similar).masked_fill_(~counts, -torch.inf),
+            (slice(None), here, places),
+        )
 
 
 class _Known(torch.autograd.Function):
@@ -302,13 +301,14 @@ class _Known(torch.autograd.Function):
 
 
 class ITMLoss:
-    """Image-text matching: is this the picture's own text? About half of the pictures get another post's.
+    """Image-text matching: is this the image's own text? About half of the images get another
+    post's text.
 
     Whose text depends on seed, step and post alone (``draw_texts``): hard ones are drawn by
     similarity. Texts of all ranks take part: what the fusion reads of those that replace another
     (the states of all their tokens) travels to every rank, with gradient, so memory grows with the
-    pictures of all ranks. Own texts are judged as the tasks saw them; the others take one more pass
-    of the fusion, or of the encoder where that reads the picture too.
+    images of all ranks. Own texts are as the tasks saw them; the others take one more pass
+    of the fusion, or of the encoder where that reads the image too.
 
     Every rank runs that pass, with a pair of weight 0 if need be.
 
@@ -329,9 +329,15 @@ class ITMLoss:
         """This rank's share, whose mean over ranks is the global value; terms ``itm``, ``itm_accuracy``, detached."""
         sides = output.image_text
         pairs = gather_pairs(sides, batch)
-        chosen_I = draw_texts(
-            pairs, self._similarity(output, pairs), step=batch.step, seed=self.seed
-        )
+        similarity = None
+        if self.hard and sides.text_embeddings_IP is not None:
+            texts_GP, _ = gather_detached(sides.text_embeddings_IP, sizes=pairs.sizes)
+            images_IP = sides.image_embeddings_IP.detach()
+
+            def similarity(rows: slice) -> Tensor:
+                return images_IP[rows] @ texts_GP.T / self.temperature
+
+        chosen_I = draw_texts(pairs, similarity, step=batch.step, seed=self.seed)
         texts, places_I = self._exchange(sides.texts, chosen_I, pairs)
         # One of no replaced pair stands in where there is none.
         numbers_J = (chosen_I >= 0).nonzero()[:, 0]
@@ -354,18 +360,10 @@ class ITMLoss:
         right = right + weight * (others_J2.argmax(dim=1) == OTHER).sum()
         return share, {"itm": share.detach(), "itm_accuracy": (factor * right).to(share.dtype)}
 
-    def _similarity(self, output: ModelOutput, pairs: AllPairs) -> Callable[[slice], Tensor] | None:
-        sides = output.image_text
-        if not self.hard or sides.text_embeddings_IP is None:
-            return None
-        texts_GP, _ = gather_detached(sides.text_embeddings_IP, sizes=pairs.sizes)
-        images_IP = sides.image_embeddings_IP.detach()
-        return lambda rows: images_IP[rows] @ texts_GP.T / self.temperature
-
     def _exchange(
         self, texts: tuple[Tensor, ...], chosen_I: Tensor, pairs: AllPairs
     ) -> tuple[tuple[Tensor, ...], Tensor]:
-        """The texts that some rank asks for, and behind them this rank's first; and where each picture's is."""
+        """The texts that some rank asks for, and behind them this rank's first; and where each image's is."""
         chosen_G, _ = gather_detached(chosen_I, sizes=pairs.sizes)
         wanted_K = torch.unique(chosen_G[chosen_G >= 0])
         ends = torch.tensor(pairs.sizes, device=wanted_K.device).cumsum(0)

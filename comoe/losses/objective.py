@@ -20,7 +20,7 @@ from comoe.losses.orthogonal import OrthogonalLoss
 from comoe.losses.routing import BalanceLoss, TaskSeparationLoss, ZLoss
 from comoe.losses.weighting.gradient_surgery import gram_over_ranks, shared_gradients
 from comoe.losses.weighting.strategies import WEIGHTINGS, build_weighting
-from comoe.models.model import MultiTaskModel, build_model, build_model_shape
+from comoe.models.model import MultiTaskModel, build_model
 from comoe.models.moe.gate import build_gate
 from comoe.tasks.task import Task
 from comoe.types import IGNORED, Batch, Loss, ModelOutput, StepOutput, labelled_rows
@@ -397,9 +397,13 @@ def build_objective(
     Raises:
         ValueError: an encoder that cannot be loaded, or nothing in the model trains.
     """
-    build = build_model_shape if shape else build_model
-    recompute = recipe.train.activation_checkpointing
-    model = build(recipe.model, tasks, image_text=recipe.loss.image_text, recompute=recompute)
+    model = build_model(
+        recipe.model,
+        tasks,
+        image_text=recipe.loss.image_text,
+        recompute=recipe.train.activation_checkpointing,
+        shape=shape,
+    )
     if not any(weight.requires_grad for weight in model.parameters()):
         raise ValueError(
             f"model.train_layers ({recipe.model.train_layers}) leaves nothing to train: a decoder answers every task, "

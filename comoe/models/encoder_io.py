@@ -1,4 +1,4 @@
-"""Texts and pictures of posts on their way through the encoder, and the base of all fusions."""
+"""Texts and images of posts on their way through the encoder, and the base of all fusions."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ class EncoderInputs:
     """Tokens per row that the encoder sees, N; text has the first L of them as far as it is
     real."""
     image_index_Z: Tensor | None = None
-    """Positions of the image tokens of real pictures in the flattened (B * N), int64."""
+    """Positions of the image tokens of real images in the flattened (B * N), int64."""
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
-    """What one pass of the encoder made of texts and pictures."""
+class Encoding:
+    """What one pass of the encoder made of texts and images."""
 
     states_BLM: Tensor
     """The encoder's last states of the text."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -48,22 +48,22 @@ class AttentionPooling(nn.Module):
 
 
 class HeadOutput(NamedTuple):
-    """What one head answers."""
+    """Of one head."""
 
     logits: Tensor
     """Float32, (B, Y), or (B, L, Y) per token."""
     pooled_BM: Tensor | None
     """Pooled states; None for a head on tokens that takes no part in the contrastive loss."""
     attention_BL: Tensor | None
-    """Pooling weights that explain the answer; None for a head on tokens, whose answer does not
-    come from them."""
+    """Pooling weights that explain the prediction; None for a head on tokens, whose prediction does
+    not come from them."""
 
 
 class TaskHead(nn.Module):
     """Pooling (where a task labels tokens only for the contrastive loss), dropout, linear layer (where it has outputs).
 
     Args:
-        task: decides the number of outputs and whether the answer is per token.
+        task: decides the number of outputs and whether they are per token.
         model_width: M.
         dropout: probability before the linear layer.
     """
@@ -82,10 +82,10 @@ class TaskHead(nn.Module):
             nn.init.zeros_(self.output.bias)
 
     def forward(self, hidden_BLM: Tensor, mask_BL: Tensor) -> HeadOutput:
-        """Answer every row; rows of other tasks too, so that every parameter gets a gradient on every rank."""
-        pooled_BM, attention_BL = (
-            (None, None) if self.pooling is None else self.pooling(hidden_BLM, mask_BL)
-        )
+        """Logits of every row; rows of other tasks too, so that every parameter gets a gradient on every rank."""
+        pooled_BM = attention_BL = None
+        if self.pooling is not None:
+            pooled_BM, attention_BL = self.pooling(hidden_BLM, mask_BL)
         if self.per_token:
             return HeadOutput(self.output(self.dropout(hidden_BLM)).float(), pooled_BM, None)
         # Without outputs: no columns, yet part of the graph.
@@ -96,7 +96,7 @@ class TaskHead(nn.Module):
 def probe(
     shared_BLM: Tensor,
     tasks: Sequence[Task],
-    answer: Callable[[int, Tensor], tuple[HeadOutput, Any]],
+    predict: Callable[[int, Tensor], Tensor],
 ) -> Probe:
     """Run what each task has for itself on a copy of its own of the shared states, gradients on, whatever is around.
 
@@ -107,7 +107,7 @@ def probe(
     Args:
         shared_BLM: the last states that all tasks read.
         tasks: the tasks.
-        answer: (number of the task, shared states) -> what its head answers, and something else.
+        predict: (number of the task, shared states) -> its head's logits.
     """
     states, logits = {}, {}
     with (
@@ -116,12 +116,12 @@ def probe(
     ):
         for number, task in enumerate(tasks):
             states[task.name] = shared_BLM.detach().requires_grad_()
-            logits[task.name] = answer(number, states[task.name])[0].logits
+            logits[task.name] = predict(number, states[task.name])
     return Probe(states, logits)
 
 
 class PrivatePart(nn.Module):
-    """A task's own gated feed-forward on the last shared states: norm, feed-forward, dropout; its answer is added.
+    """A task's own gated feed-forward on the last shared states: norm, feed-forward, dropout; its output is added.
 
     Its output projection begins at 0, so at the start every task reads the shared states as they
     are.

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from comoe.config.recipe import ImageTextConfig, ModelConfig
 from comoe.models.activation_checkpointing import recompute_layers
 from comoe.models.decoder import AnswerDecoder, Answers
-from comoe.models.encoder_io import EncoderInputs, Reading, Texts
+from comoe.models.encoder_io import EncoderInputs, Encoding, Texts
 from comoe.models.encoders.build import (
     build_encoder,
     build_encoder_from_config,
@@ -38,8 +38,8 @@ from comoe.models.moe.block import (
     without_tokens,
 )
 from comoe.models.moe.gate import ROUTES
-from comoe.models.vision.fusion import Pictures, build_fusion
-from comoe.models.vision.image_text_head import ImageTextHead, both_sides
+from comoe.models.vision.fusion import Images, build_fusion
+from comoe.models.vision.image_text_head import ImageTextHead, image_text_output
 from comoe.models.vision.tower import (
     Tower,
     build_tower,
@@ -59,6 +59,7 @@ def build_model(
     tower_config: dict[str, Any] | None = None,
     image_text: ImageTextConfig | None = None,
     recompute: bool = False,
+    shape: bool = False,
 ) -> MultiTaskModel:
     """Build the model; deterministic in torch's seed, so every rank that seeds alike gets the same weights.
 
@@ -67,12 +68,16 @@ def build_model(
         tasks: the tasks in the order of their ids.
         encoder_config: ``encoder.config.to_dict()`` of an export: no pre-trained weights are read
             then.
-        tower_config: ``tower.inner.config.to_dict()`` likewise, where the export reads pictures.
+        tower_config: ``tower.inner.config.to_dict()`` likewise, where the export reads images.
         image_text: ``loss.image_text``, see ``MultiTaskModel``.
         recompute: activation checkpointing, see ``MultiTaskModel``.
+        shape: build it on the meta device, every size and no number, so that a plan of the largest
+            model takes no memory; of encoder and tower only config.json is read.
     """
-    generates = any(task.rules.generates for task in tasks)
-    if encoder_config is None:
+    generates, vision = any(task.rules.generates for task in tasks), config.vision
+    if shape:
+        encoder = build_encoder_shape(config, generates=generates)
+    elif encoder_config is None:
         encoder = build_encoder(config, generates=generates)
     else:
         encoder = build_encoder_from_config(
@@ -80,33 +85,15 @@ def build_model(
         )
     tower = None
     if tower_config is not None:
-        tower = build_tower_from_config(tower_config, train=config.vision.train_tower)
-    elif config.vision.tower is not None:
-        # Reading draws numbers in vain, how many depends on the layout; what is new must begin
+        tower = build_tower_from_config(tower_config, train=vision.train_tower)
+    elif vision.tower is not None and shape:
+        tower = build_tower_shape(vision, trust_remote_code=config.trust_remote_code)
+    elif vision.tower is not None:
+        # Reading it draws numbers in vain, how many depends on the layout; what is new must begin
         # alike on all.
         with torch.random.fork_rng([]):
-            tower = build_tower(config.vision, trust_remote_code=config.trust_remote_code)
-    return MultiTaskModel(
-        encoder, tasks, config, tower=tower, image_text=image_text, recompute=recompute
-    )
-
-
-def build_model_shape(
-    config: ModelConfig,
-    tasks: Sequence[Task],
-    *,
-    image_text: ImageTextConfig | None = None,
-    recompute: bool = False,
-) -> MultiTaskModel:
-    """The model of ``build_model`` on the meta device: every size and no number, so that a plan of
-    the largest one takes no memory. Of encoder and tower only config.json is read; arguments of
-    ``build_model``."""
-    generates = any(task.rules.generates for task in tasks)
-    encoder = build_encoder_shape(config, generates=generates)
-    tower = None
-    if config.vision.tower is not None:
-        tower = build_tower_shape(config.vision, trust_remote_code=config.trust_remote_code)
-    with torch.device("meta"):
+            tower = build_tower(vision, trust_remote_code=config.trust_remote_code)
+    with torch.device("meta") if shape else nullcontext():
         return MultiTaskModel(
             encoder, tasks, config, tower=tower, image_text=image_text, recompute=recompute
         )
@@ -117,7 +104,7 @@ HEAD_DROPOUT = 0.1
 
 
 @dataclass(frozen=True, slots=True)
-class ModelShape:
+class AutoEPConfig:
     """The numbers that DeepSpeed reads from ``model.config``; the names are its own."""
 
     hidden_size: int
@@ -131,16 +118,16 @@ class ModelShape:
 
 
 class MultiTaskModel(nn.Module):
-    """Posts in, every task's answer out; knows no loss.
+    """Posts in, every task's prediction out; knows no loss.
 
     Args:
         encoder: a model of ``build_encoder``, the whole of an encoder-decoder where some task is
             answered by a decoder; blocks are attached to it here.
         tasks: in the order of the task ids.
         config: ``model``.
-        tower: reads pictures; None where the model reads none, or where its encoder does.
-        image_text: ``loss.image_text``, to be trained for it too; None where it only answers, as in
-            an export.
+        tower: reads images; None where the model reads none, or where its encoder does.
+        image_text: ``loss.image_text``, to be trained for it too; None where it only predicts, as
+            in an export.
         recompute: keep only each layer's input for the backward pass (activation checkpointing).
     """
 
@@ -156,7 +143,7 @@ class MultiTaskModel(nn.Module):
     ) -> None:
         super().__init__()
         width = encoder.config.hidden_size
-        self.config = ModelShape(width, config.moe.num_experts, config.moe.top_k)
+        self.config = AutoEPConfig(width, config.moe.num_experts, config.moe.top_k)
         self.tasks = tuple(tasks)
         self.holder = ContextHolder()
         self.encoder = encoder
@@ -181,15 +168,12 @@ class MultiTaskModel(nn.Module):
         )
         # Nothing to project, and no gradient, without a head that pools (models of tags alone have
         # always had one).
-        projects = any(head.pooling is not None for head in self.heads) or len(self.heads) == len(
-            self.tasks
-        )
-        self.projection = (
-            nn.Linear(width, config.projection_width, bias=False) if projects else None
-        )
-        if self.projection is not None:
+        self.projection = None
+        has_decoder = len(self.heads) < len(self.tasks)
+        if not has_decoder or any(head.pooling is not None for head in self.heads):
+            self.projection = nn.Linear(width, config.projection_width, bias=False)
             nn.init.normal_(self.projection.weight, std=0.02)
-        self.decoder = self._build_decoder()
+        self.decoder = self._build_decoder() if has_decoder else None
         self.tower = tower
         self.fusion = build_fusion(encoder, tower, config.vision, dropout=dropout)
         self.route_image_tokens = config.vision.route_image_tokens
@@ -204,23 +188,17 @@ class MultiTaskModel(nn.Module):
             )
             self.image_text = head if head.contrasts or head.match is not None else None
         # Last, so that all else begins as it does without them.
-        width_of_parts = config.private_width
-        parts = [
-            PrivatePart(width, width_of_parts, dropout=dropout)
-            for _ in self.tasks
-            if width_of_parts
-        ]
-        self.private = nn.ModuleList(parts) if parts else None
+        self.private = None
+        if config.private_width:
+            self.private = nn.ModuleList(
+                PrivatePart(width, config.private_width, dropout=dropout) for _ in tasks
+            )
         if any(task.weighs("input") for task in self.tasks):
             scale_inputs(encoder, self.holder)
 
-    def _build_decoder(self) -> AnswerDecoder | None:
-        if len(self.heads) == len(self.tasks):
-            return None
-        longest, limit = (
-            max(self.tasks, key=lambda task: task.max_answer_length),
-            longest_input(self.encoder.config),
-        )
+    def _build_decoder(self) -> AnswerDecoder:
+        longest = max(self.tasks, key=lambda task: task.max_answer_length)
+        limit = longest_input(self.encoder.config)
         if longest.max_answer_length > limit:
             raise ValueError(
                 f"tasks.{longest.name}.max_answer_length ({longest.max_answer_length}) must be at most {limit}, the "
@@ -248,30 +226,30 @@ class MultiTaskModel(nn.Module):
                 it; run the decoder, where there is one; give ``probe``.
         """
         ids_BL, mask_BL = batch.input_ids_BL, batch.attention_mask_BL
-        # A confidence says how much to learn from a post, not how to answer it.
+        # A confidence says how much to learn from a post, not what to predict.
         weights_B = input_weights(batch, self.tasks) if self.training else None
         texts = Texts(ids_BL, mask_BL, batch.token_type_ids_BL, batch.task_ids_B, weights_B)
-        pictures = self.look(batch)
-        reading = self.read(texts, pictures, selected)
-        routings, picked, token_rows_S = reading.routings, reading.selected, reading.token_rows_S
-        second = (
-            probe(reading.fused_BLM, self.tasks, partial(self._answer, mask_BL=mask_BL))
-            if probed
-            else None
-        )
+        images = self.embed_images(batch)
+        encoding = self.encode(texts, images, selected)
+        shared_BLM, routings, picked = encoding.fused_BLM, encoding.routings, encoding.selected
+        token_rows_S, more = encoding.token_rows_S, {}
+        if probed:
+            more["probe"] = probe(
+                shared_BLM, self.tasks, lambda place, x: self._head(place, x, mask_BL)[0].logits
+            )
         logits, embeddings, attentions, private = {}, {}, {}, {}
         for place, number in enumerate(self._headed):
             name = self.tasks[number].name
-            answer, update = self._answer(place, reading.fused_BLM, mask_BL=mask_BL)
+            output, update = self._head(place, shared_BLM, mask_BL)
             private |= update
-            logits[name] = answer.logits
-            if answer.pooled_BM is not None:
-                embeddings[name] = F.normalize(self.projection(answer.pooled_BM).float(), dim=1)
-            if answer.attention_BL is not None:
-                attentions[name] = answer.attention_BL
+            logits[name] = output.logits
+            if output.pooled_BM is not None:
+                embeddings[name] = F.normalize(self.projection(output.pooled_BM).float(), dim=1)
+            if output.attention_BL is not None:
+                attentions[name] = output.attention_BL
         answers = None
         if self.decoder is not None and decode:
-            answers, update = self._decoded(batch, reading.fused_BLM, selected)
+            answers, update = self._decoded(batch, shared_BLM, selected)
             private |= update
             logits |= answers.logits
             routings, picked = routings + answers.routings, picked + answers.selected
@@ -281,39 +259,31 @@ class MultiTaskModel(nn.Module):
         # A filler row stands alone. Its tokens had to run, but no loss and no statistic may count
         # them.
         if len(batch.row_ids_B) == 1 and int(batch.row_ids_B) < 0:
-            routings, picked, token_rows_S = (
-                tuple(map(without_tokens, routings)),
-                (),
-                token_rows_S[:0],
-            )
+            routings, picked = tuple(map(without_tokens, routings)), ()
+            token_rows_S = token_rows_S[:0]
             answer_rows_S = None if answers is None else answer_rows_S[:0]
-        both = None
         if compare and self.image_text is not None:
-            both = both_sides(self.image_text, self.fusion, self.read, texts, pictures, reading)
-        sharing = Sharing(reading.fused_BLM, mask_BL, private) if self.training else None
-        more = {
-            "image_text": both,
-            "sharing": sharing,
-            "probe": second,
-            "answer_rows_S": answer_rows_S,
-        }
-        more |= {"num_answer_layers": num_answer_layers, "selected": picked}
+            more["image_text"] = image_text_output(
+                self.image_text, self.fusion, self.encode, texts, images, encoding
+            )
+        if self.training:
+            more["sharing"] = Sharing(shared_BLM, mask_BL, private)
+        more |= {"answer_rows_S": answer_rows_S, "num_answer_layers": num_answer_layers}
+        more["selected"] = picked
         logits = {task.name: logits[task.name] for task in self.tasks if task.name in logits}
         return ModelOutput(logits, embeddings, attentions, routings, token_rows_S, **more)
 
-    def _answer(
-        self, place: int, shared_BLM: Tensor, *, mask_BL: Tensor
+    def _head(
+        self, place: int, shared_BLM: Tensor, mask_BL: Tensor
     ) -> tuple[HeadOutput, dict[str, Tensor]]:
-        """What a head answers from the shared states, and, by its task's name, what a private part adds to them."""
+        """A head's output from the shared states, and, by its task's name, what a private part adds to them."""
         update = self._private(self._headed[place], shared_BLM)
         return self.heads[place](sum(update.values(), shared_BLM), mask_BL), update
 
     def _private(self, number: int, shared_BLM: Tensor) -> dict[str, Tensor]:
-        return (
-            {}
-            if self.private is None
-            else {self.tasks[number].name: self.private[number](shared_BLM)}
-        )
+        if self.private is None:
+            return {}
+        return {self.tasks[number].name: self.private[number](shared_BLM)}
 
     def _decoded(
         self, batch: Batch, shared_BLM: Tensor, selected: Sequence[Tensor]
@@ -333,31 +303,29 @@ class MultiTaskModel(nn.Module):
     def _by_layer(self, selected: Sequence[Tensor]) -> dict[int, Tensor]:
         return dict(zip((block.layer for block in self._blocks), selected, strict=False))
 
-    def look(self, batch: Batch) -> Pictures | None:
-        """The pictures as the fusion wants them, one per row; the tower runs once per batch, on each picture once."""
+    def embed_images(self, batch: Batch) -> Images | None:
+        """The images as the fusion wants them, one per row; the tower runs once per batch, on each image once."""
         if self.fusion is None:
             return None
         assert batch.pixels_I3HW is not None, (
-            "the model reads pictures: every batch has one, if only a blank one"
+            "the model reads images: every batch has one, if only a blank one"
         )
         tokens = batch.pixels_I3HW if self.tower is None else self.tower(batch.pixels_I3HW)
         if batch.image_numbers_I is not None:
             tokens = tokens[batch.image_numbers_I]
-        return Pictures(self.fusion.project(tokens), batch.image_rows_I)
+        return Images(self.fusion.project(tokens), batch.image_rows_I)
 
-    def read(
-        self, texts: Texts, pictures: Pictures | None, selected: Sequence[Tensor] = ()
-    ) -> Reading:
-        """One pass of encoder and fusion; without pictures the texts alone."""
-        mask_BL, arguments = (
-            texts.mask_BL,
-            {"input_ids": texts.ids_BL, "attention_mask": texts.mask_BL},
-        )
+    def encode(
+        self, texts: Texts, images: Images | None, selected: Sequence[Tensor] = ()
+    ) -> Encoding:
+        """One pass of encoder and fusion; without images the texts alone."""
+        mask_BL = texts.mask_BL
+        arguments = {"input_ids": texts.ids_BL, "attention_mask": mask_BL}
         if self.has_segments:
             arguments["token_type_ids"] = texts.segments_BL
         inputs = EncoderInputs(arguments, mask_BL, columns=mask_BL.shape[1])
-        if pictures is not None:
-            inputs = self.fusion.before(inputs, pictures)
+        if images is not None:
+            inputs = self.fusion.before(inputs, images)
         # One device-to-host wait per forward: the number of real tokens decides shapes.
         rows_S, columns_S = mask_BL.nonzero(as_tuple=True)
         index_S, token_rows_S = rows_S * inputs.columns + columns_S, rows_S
@@ -367,18 +335,18 @@ class MultiTaskModel(nn.Module):
         context = RoutingContext(index_S, token_rows_S, input_weights_B=texts.weights_B)
         context.selected = self._by_layer(selected)
         if self.task_embedding is not None:
-            # A filler row has no task; its answer is never used, so any embedding will do.
+            # A filler row has no task; its output is never used, so any embedding will do.
             context.task_embeddings_BD = self.task_embedding(texts.tasks_B.clamp_min(0))
-        states_BLM = self.encode(inputs.arguments, context)[:, : mask_BL.shape[1]]
-        fused_BLM = (
-            states_BLM if pictures is None else self.fusion.after(states_BLM, mask_BL, pictures)
-        )
+        states_BLM = self.run_encoder(inputs.arguments, context)[:, : mask_BL.shape[1]]
+        fused_BLM = states_BLM
+        if images is not None:
+            fused_BLM = self.fusion.after(states_BLM, mask_BL, images)
         routings = tuple(routing for _, routing in sorted(context.routings.items()))
         picked = tuple(routing.indices_Sk for routing in routings)
         of_text = tuple(of_first(routing, len(rows_S)) for routing in routings)
-        return Reading(states_BLM, fused_BLM, of_text, rows_S, picked)
+        return Encoding(states_BLM, fused_BLM, of_text, rows_S, picked)
 
-    def encode(self, arguments: Mapping[str, Any], context: RoutingContext) -> Tensor:
+    def run_encoder(self, arguments: Mapping[str, Any], context: RoutingContext) -> Tensor:
         """The encoder's last states (B, N, M); ``context`` collects the routings."""
         self.holder.context = context
         try:
@@ -388,24 +356,22 @@ class MultiTaskModel(nn.Module):
 
     @property
     def image_tokens(self) -> int:
-        """Image tokens of a picture that the text encoder reads, as far as known before it runs."""
+        """Image tokens of an image that the text encoder reads, as far as known before it runs."""
         if self.fusion is None or not self.fusion.in_encoder:
             return 0
         return expected_tokens((self.encoder if self.tower is None else self.tower.inner).config)
 
     @property
     def longest_text(self) -> int:
-        """Most tokens of a post that the encoder can number, beside its picture where it reads that."""
+        """Most tokens of a post that the encoder can number, beside its image where it reads that."""
         return longest_input(self.encoder.config) - (0 if self.tower is None else self.image_tokens)
 
     @property
     def first_decoder_layer(self) -> int | None:
         """Number of the decoder's first layer, as blocks count them; None without a decoder."""
-        return (
-            None
-            if self.decoder is None
-            else len(layers_of(self.encoder)) - len(layers_of(self.decoder.stack))
-        )
+        if self.decoder is None:
+            return None
+        return len(layers_of(self.encoder)) - len(layers_of(self.decoder.stack))
 
     def moe_layers(self) -> list[CooperativeBlock]:
         """The cooperative blocks in layer order."""

@@ -1,13 +1,13 @@
 """The contrastive loss of one task in closed form: tiles forward, tiles backward, no collective in either.
 
 With s_ij = scale z_i z_j (scale = 1 / temperature), w_ij the affinity of two rows, a_i = 1 where an
-anchor has a positive, A anchors on all ranks, E_i = sum over rivals of exp(s_ij) and S_i = sum over
-rivals of w_ij:
+anchor has a positive, A anchors on all ranks, E_i = sum over candidates of exp(s_ij) and S_i = sum over
+candidates of w_ij:
 
     L       = 1/A sum_i a_i (log E_i - sum_j w_ij s_ij / S_i)
     dL/dz_i = scale/A sum_j (exp(s_ij) (a_i/E_i + a_j/E_j) - w_ij (a_i/S_i + a_j/S_j)) z_j
 
-Past rows of the queue are rivals and positives, and never anchors: a_j = 0 there. Derivation:
+Past rows of the queue are candidates and positives, and never anchors: a_j = 0 there. Derivation:
 methods.md section 2.
 """
 
@@ -63,7 +63,7 @@ class TaskRows:
     affinity: Callable[[Tensor, Tensor], Tensor] | None
     """Keys (N, K) and (U, K) -> w (N, U), symmetric, in [0, 1]; None: 1 for equal keys, else 0."""
     hidden_rows_X: Tensor
-    """Own row of each (own row, other column) pair of one post: neither a rival nor a positive. A
+    """Own row of each (own row, other column) pair of one post: neither a candidate nor a positive. A
     pair of rows of this step is hidden from both. Both have the same key: a post does not change
     its label."""
     hidden_columns_X: Tensor
@@ -80,8 +80,8 @@ class TaskRows:
         return self.groups_C[self.start : self.start + self.num_own]
 
 
-class Comparison:
-    """Sums over the rivals of this rank's anchors; made once per task and step, in the forward pass.
+class AnchorSums:
+    """Sums over the candidates of this rank's anchors; made once per task and step, in the forward pass.
 
     Args:
         rows: what is compared.
@@ -166,7 +166,7 @@ class Comparison:
         return gradient_NP * self.scale
 
     def _pulled(self, columns_CP: Tensor, factors_C: Tensor) -> tuple[Tensor, Tensor]:
-        """Sums over an own row's rivals of w_ij f_j z_j, (N, P), and of w_ij f_j, (N,).
+        """Sums over an own row's candidates of w_ij f_j z_j, (N, P), and of w_ij f_j, (N,).
 
         Rows of one key are summed first, so the affinity is asked for different keys only. A row's
         own key is taken apart: there the row itself is left out by subtraction, which is exact
@@ -247,14 +247,14 @@ class Comparison:
 
 
 class ClosedForm(torch.autograd.Function):
-    """A finished ``Comparison`` as a node of the graph: its value, and the gradient of the loss over all ranks."""
+    """A finished ``AnchorSums`` as a node of the graph: its value, and the gradient of the loss over all ranks."""
 
     @staticmethod
     def forward(
         ctx: Any,
         own_NP: Tensor,
         scale: Tensor,
-        comparison: Comparison,
+        sums: AnchorSums,
         reciprocals_R2: Tensor,
         factor: Tensor,
     ) -> Tensor:
@@ -262,25 +262,25 @@ class ClosedForm(torch.autograd.Function):
 
         Args:
             ctx: of autograd.
-            own_NP: this rank's rows, of which ``comparison`` has the values.
+            own_NP: this rank's rows, of which ``sums`` has the values.
             scale: the same of the scale, scalar.
-            comparison: of these rows.
-            reciprocals_R2: ``Comparison.reciprocals`` of the rows of all ranks.
+            sums: of these rows.
+            reciprocals_R2: ``AnchorSums.reciprocals`` of the rows of all ranks.
             factor: multiplies value and gradient; so the gradient of this rank's rows is that of
                 ``factor`` times the sum over the anchors of ALL ranks, the gradient of the scale
                 that of this rank's anchors.
         """
-        ctx.comparison, ctx.reciprocals_R2, ctx.factor = comparison, reciprocals_R2, factor
-        return (factor * comparison.loss()).to(own_NP.dtype)
+        ctx.sums, ctx.reciprocals_R2, ctx.factor = sums, reciprocals_R2, factor
+        return (factor * sums.loss()).to(own_NP.dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """No collective: what other ranks know came with the forward pass."""
-        comparison, factor = ctx.comparison, gradient * ctx.factor
-        own = comparison.gradient(ctx.reciprocals_R2) * factor if ctx.needs_input_grad[0] else None
-        if comparison.moments_N is None or not ctx.needs_input_grad[1]:
+        sums, factor = ctx.sums, gradient * ctx.factor
+        own = sums.gradient(ctx.reciprocals_R2) * factor if ctx.needs_input_grad[0] else None
+        if sums.moments_N is None or not ctx.needs_input_grad[1]:
             return own, None, None, None, None
-        return own, factor * comparison.slopes().sum() / comparison.scale, None, None, None
+        return own, factor * sums.slopes().sum() / sums.scale, None, None, None
 
 
 def hidden_pairs(own_N: Tensor, others_Q: Tensor) -> tuple[Tensor, Tensor]:

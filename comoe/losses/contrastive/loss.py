@@ -16,8 +16,8 @@ from comoe.distributed import gather_detached, world_size
 from comoe.losses.contrastive.closed_form import (
     KEEP_BYTES,
     MIN_TEMPERATURE,
+    AnchorSums,
     ClosedForm,
-    Comparison,
     TaskRows,
     hidden_pairs,
 )
@@ -99,14 +99,14 @@ class _Rows:
 class ContrastiveLoss(nn.Module):
     """Weighted sum over tasks of their contrastive losses; the mean over ranks of its gradient is the global one.
 
-    L_i = logsumexp over rivals j of s_ij - weighted mean over positives p of s_ip, s = cosine /
+    L_i = logsumexp over candidates j of s_ij - weighted mean over positives p of s_ip, s = cosine /
     temperature; a task's loss is the mean over its anchors with a positive, on all ranks. What a
-    positive is, and what it weighs, is the affinity of the task's kind. Rivals are all other rows
+    positive is, and what it weighs, is the affinity of the task's kind. Candidates are all other rows
     of the task, of all ranks and of the queue, but for copies of the anchor's own post; where there
     are views, these are its positives.
 
     A learned temperature at its floor falls no further: where the sum over ranks of its gradient
-    would lead there, it is 0 on all of them. Under ``over: local`` each rank judges by its own.
+    would lead there, it is 0 on all of them. Under ``over: local`` each rank decides by its own.
 
     Two gathers per call, none in the backward pass; every rank must reach them, with rows or
     without. Memory grows with the rows of all ranks, not with their square.
@@ -179,12 +179,16 @@ class ContrastiveLoss(nn.Module):
             weights of their positives) and, where it is learned, ``temperature/<task>``.
         """
         own = [self._own_rows(task, output, batch) for task in self.tasks]
-        counts_WT, rank = self._gather_counts(own)
+        # Rows per rank and task, and this rank's index.
+        counts_WT, rank = self.gather(
+            torch.tensor([[len(rows.rows_NP) for rows in own]], device=own[0].rows_NP.device)
+        )
+        counts_WT = counts_WT.tolist()
         sizes = [sum(counts) for counts in counts_WT]
         everyone = self._gather_rows(own, counts_WT, sizes)
         scales_T = self.scales() if scales_T is None else scales_T
         added, waits, repeats = self._host_numbers(everyone)
-        comparisons = []
+        all_sums = []
         for index, (rows, scale) in enumerate(zip(everyone, scales_T.tolist(), strict=True)):
             past = (
                 None
@@ -195,26 +199,31 @@ class ContrastiveLoss(nn.Module):
             span = {"start": start, "num_own": counts_WT[rank][index]}
             compared = _task_rows(self.tasks[index], rows, past, **span, repeats=repeats[index])
             keep = KEEP_BYTES // len(self.tasks)
-            comparisons.append(
-                Comparison(compared, scale=scale, keep_bytes=keep, moments=self.learned)
+            all_sums.append(
+                AnchorSums(compared, scale=scale, keep_bytes=keep, moments=self.learned)
             )
             if self.queue is not None and self.training:
                 self.queue.put(index, rows.rows_NP, rows.keys_NK, rows.posts_N, added=added[index])
         # The second gather: what the gradient of this rank's rows takes from the anchors of the
         # others.
-        told_NX = torch.cat([self._told(comparison) for comparison in comparisons])
-        told_GX, _ = self.gather(told_NX, sizes=sizes)
+        numbers = [sums.reciprocals() for sums in all_sums]
+        if self.learned:
+            numbers = [
+                torch.cat([reciprocals_N2, sums.slopes()[:, None].double()], dim=1)
+                for reciprocals_N2, sums in zip(numbers, all_sums, strict=True)
+            ]
+        numbers_GX, _ = self.gather(torch.cat(numbers), sizes=sizes)
         total, terms = 0.0, {}
-        for index, (task, comparison) in enumerate(zip(self.tasks, comparisons, strict=True)):
-            of_all_RX = _of_task(told_GX, counts_WT, index)
+        for index, (task, sums) in enumerate(zip(self.tasks, all_sums, strict=True)):
+            of_all_RX = _of_task(numbers_GX, counts_WT, index)
             of_all_R2, scale = of_all_RX[:, :2], scales_T[index]
             if self.learned:
-                # All ranks judge by the sum over all: the share of one may lead the other way.
+                # All ranks decide by the sum over all: the share of one may lead the other way.
                 stuck = (scale >= 1 / MIN_TEMPERATURE) & (of_all_RX[:, 2].sum() < 0)
                 scale = torch.where(stuck, scale.detach(), scale)
             anchors = (of_all_R2[:, 1] > 0).sum().clamp_min(1).double()
             value = ClosedForm.apply(
-                own[index].rows_NP, scale, comparison, of_all_R2, self.factor / anchors
+                own[index].rows_NP, scale, sums, of_all_R2, self.factor / anchors
             )
             total = total + task.contrastive_weight * value
             terms[f"contrastive/{task.name}"] = value.detach()
@@ -240,14 +249,6 @@ class ContrastiveLoss(nn.Module):
             F.pad(keys_BK, (0, self.num_keys - keys_BK.shape[1])).repeat(len(posts), 1),
             torch.cat(posts),
         )
-
-    def _gather_counts(self, own: Sequence[_Rows]) -> tuple[list[list[int]], int]:
-        """Rows per rank and task, and this rank's index."""
-        counts_1T = torch.tensor(
-            [[len(rows.rows_NP) for rows in own]], device=own[0].rows_NP.device
-        )
-        counts_WT, rank = self.gather(counts_1T)
-        return counts_WT.tolist(), rank
 
     def _gather_rows(
         self, own: Sequence[_Rows], counts_WT: list[list[int]], sizes: list[int]
@@ -283,13 +284,6 @@ class ContrastiveLoss(nn.Module):
         count = len(self.tasks)
         return numbers[:count], max(steps - 1, 0) < self.queue_warmup, numbers[count:]
 
-    def _told(self, comparison: Comparison) -> Tensor:
-        """What all ranks must know of this rank's rows of one task."""
-        reciprocals_N2 = comparison.reciprocals()
-        if not self.learned:
-            return reciprocals_N2
-        return torch.cat([reciprocals_N2, comparison.slopes()[:, None].double()], dim=1)
-
 
 def _repeats(posts_R: Tensor, task: Task) -> Tensor:
     """1 where a post is there more than once, else 0, int64; with views it always is, and nothing is to be hidden."""
@@ -302,7 +296,7 @@ def _repeats(posts_R: Tensor, task: Task) -> Tensor:
 def _task_rows(
     task: Task, rows: _Rows, past: _Rows | None, *, start: int, num_own: int, repeats: int
 ) -> TaskRows:
-    """Rows of all ranks, and past ones, as the columns of one comparison."""
+    """Rows of all ranks, and past ones, as the columns that the anchors are compared with."""
     columns_CP, keys_CK, posts_C = rows.rows_NP, rows.keys_NK, rows.posts_N
     own_posts_N, hidden_rows_X, hidden_columns_X = (
         posts_C[start : start + num_own],

@@ -18,8 +18,8 @@ from comoe.models.vision.tower import Tower
 
 
 @dataclass(frozen=True, slots=True)
-class Pictures:
-    """Pictures of some rows of text, at most one per row."""
+class Images:
+    """Images of some rows of text, at most one per row."""
 
     tokens: Tensor
     """Image tokens (I, R, M) as ``Fusion.project`` gave them; pixels (I, 3, H, W) where the encoder
@@ -33,12 +33,12 @@ class Pictures:
         return self.rows_I.clamp_min(0)
 
     def real(self, like: Tensor) -> Tensor:
-        """1 for a picture and 0 for a blank one, in the type of ``like`` and as many dimensions: (I, 1, ...)."""
+        """1 for an image and 0 for a blank one, in the type of ``like`` and as many dimensions: (I, 1, ...)."""
         return (self.rows_I >= 0).to(like.dtype).view(-1, *[1] * (like.ndim - 1))
 
-    def take(self, numbers_J: Tensor) -> Pictures:
+    def take(self, numbers_J: Tensor) -> Images:
         """Some of them, each as that of a row of its own."""
-        return Pictures(
+        return Images(
             self.tokens[numbers_J], torch.arange(len(numbers_J), device=self.rows_I.device)
         )
 
@@ -57,10 +57,10 @@ class ImageProjection(nn.Module):
 
 
 class Fusion(nn.Module):
-    """How text and picture come together. The base does nothing with a picture.
+    """How text and image come together. The base does nothing with an image.
 
     Every fusion leaves the shape of the text alone: task heads pool, or label, text tokens that
-    have seen the picture. A post without one comes out as its text alone would. ``before`` may
+    have seen the image. A post without one comes out as its text alone would. ``before`` may
     change what the encoder reads, ``after`` what it answered; each fusion uses one of the two.
 
     Attributes:
@@ -73,20 +73,20 @@ class Fusion(nn.Module):
     image_width: int | None = None
 
     def project(self, tokens: Tensor) -> Tensor:
-        """What ``Pictures.tokens`` holds, from the tower's tokens or from pixels."""
+        """What ``Images.tokens`` holds, from the tower's tokens or from pixels."""
         return tokens
 
-    def before(self, inputs: EncoderInputs, pictures: Pictures) -> EncoderInputs:
+    def before(self, inputs: EncoderInputs, images: Images) -> EncoderInputs:
         """What the encoder is to read."""
         return inputs
 
-    def after(self, hidden_BLM: Tensor, mask_BL: Tensor, pictures: Pictures) -> Tensor:
+    def after(self, hidden_BLM: Tensor, mask_BL: Tensor, images: Images) -> Tensor:
         """The states that all task heads read, from the encoder's."""
         return hidden_BLM
 
 
 class SingleStream(Fusion):
-    """ViLT: the encoder reads pixels beside the text. A row without picture masks all of its image tokens.
+    """ViLT: the encoder reads pixels beside the text. A row without image masks all of its image tokens.
 
     Args:
         encoder: a ViLT.
@@ -99,22 +99,22 @@ class SingleStream(Fusion):
         self.patch = encoder.config.patch_size
         embeddings = encoder.embeddings
         # The library's own draws patches at random, and wants a mask of pixels.
-        embeddings.visual_embed = partial(_embed_pictures, embeddings)
+        embeddings.visual_embed = partial(_embed_images, embeddings)
 
-    def before(self, inputs: EncoderInputs, pictures: Pictures) -> EncoderInputs:
-        """Pixels of every row, blank where it has none, and which rows have a picture."""
+    def before(self, inputs: EncoderInputs, images: Images) -> EncoderInputs:
+        """Pixels of every row, blank where it has none, and which rows have an image."""
         B, L = inputs.mask_BL.shape
-        count_I, channels, height, width = pictures.tokens.shape
-        pixels = pictures.tokens * pictures.real(pictures.tokens)
+        count_I, channels, height, width = images.tokens.shape
+        pixels = images.tokens * images.real(images.tokens)
         pixels_B3HW = pixels.new_zeros(B, channels, height, width).index_add(
-            0, pictures.places_I, pixels
+            0, images.places_I, pixels
         )
         seen_B = inputs.mask_BL.new_zeros(B).index_add(
-            0, pictures.places_I, (pictures.rows_I >= 0).long()
+            0, images.places_I, (images.rows_I >= 0).long()
         )
         added = 1 + (height // self.patch) * (width // self.patch)
         columns = L + added
-        rows_X = pictures.rows_I[pictures.rows_I >= 0]
+        rows_X = images.rows_I[images.rows_I >= 0]
         index_Z = (
             rows_X[:, None] * columns + L + torch.arange(added, device=rows_X.device)
         ).flatten()
@@ -122,10 +122,10 @@ class SingleStream(Fusion):
         return replace(inputs, arguments=arguments, columns=columns, image_index_Z=index_Z)
 
 
-def _embed_pictures(
+def _embed_images(
     embeddings: nn.Module, pixel_values: Tensor, pixel_mask: Tensor, max_image_length: int
 ) -> tuple[Tensor, Tensor, None]:
-    """``ViltEmbeddings.visual_embed`` for square pictures: all patches in order; ``pixel_mask`` (B,): has a picture."""
+    """``ViltEmbeddings.visual_embed`` for square images: all patches in order; ``pixel_mask`` (B,): has an image."""
     patches = embeddings.patch_embeddings(pixel_values)
     (B, width, *size), side = (
         patches.shape,
@@ -149,7 +149,7 @@ ATTENTION_HEADS = 8
 
 
 class LateFusion(Fusion):
-    """Adds what the picture tells to each text token's state, after the encoder.
+    """Adds what the image tells to each text token's state, after the encoder.
 
     Args:
         encoder: of the text; its width M counts.
@@ -168,13 +168,13 @@ class LateFusion(Fusion):
         """Tower tokens (I, R, V) to (I, R, M)."""
         return self.image(tokens)
 
-    def after(self, hidden_BLM: Tensor, mask_BL: Tensor, pictures: Pictures) -> Tensor:
-        """Text states plus the update of the rows with a picture; exactly the text states elsewhere."""
-        update_ILM = self.update(hidden_BLM[pictures.places_I], pictures.tokens)
-        update_ILM = self.dropout(update_ILM).to(hidden_BLM.dtype) * pictures.real(update_ILM).to(
+    def after(self, hidden_BLM: Tensor, mask_BL: Tensor, images: Images) -> Tensor:
+        """Text states plus the update of the rows with an image; exactly the text states elsewhere."""
+        update_ILM = self.update(hidden_BLM[images.places_I], images.tokens)
+        update_ILM = self.dropout(update_ILM).to(hidden_BLM.dtype) * images.real(update_ILM).to(
             hidden_BLM.dtype
         )
-        return hidden_BLM.index_add(0, pictures.places_I, update_ILM)
+        return hidden_BLM.index_add(0, images.places_I, update_ILM)
 
     def update(self, hidden_ILM: Tensor, image_IRM: Tensor) -> Tensor:
         """What is added to each text token, (I, L, M)."""
@@ -226,7 +226,7 @@ class CrossAttention(LateFusion):
 
 
 class Gated(LateFusion):
-    """The picture's state times a gate that each text token sets by looking at both sides.
+    """The image's state times a gate that each text token sets by looking at both sides.
 
     Source: gated multimodal units, arXiv:1702.01992, as a residual.
     """
@@ -247,7 +247,7 @@ class ImageTokens(Fusion):
     """The text encoder reads the image tokens right behind each post's text, as if they were words (MMBT).
 
     They take the positions that follow the text, segment 1 where the encoder knows segments, and a
-    learned vector that tells them from a second text. A row without picture masks their places.
+    learned vector that tells them from a second text. A row without image masks their places.
 
     Args:
         encoder: of the text; its word embeddings are looked up here.
@@ -277,13 +277,13 @@ class ImageTokens(Fusion):
         mark = self.mark(torch.zeros(1, dtype=torch.long, device=tokens.device))
         return self.dropout(tokens_IRE + mark)
 
-    def before(self, inputs: EncoderInputs, pictures: Pictures) -> EncoderInputs:
+    def before(self, inputs: EncoderInputs, images: Images) -> EncoderInputs:
         """Word embeddings with the image tokens written behind each text.
 
         Raises:
             ValueError: more tokens than the encoder can number.
         """
-        mask_BL, (count_I, R) = inputs.mask_BL, pictures.tokens.shape[:2]
+        mask_BL, (count_I, R) = inputs.mask_BL, images.tokens.shape[:2]
         B, L = mask_BL.shape
         columns = L + R
         if columns > self.limit:
@@ -292,16 +292,14 @@ class ImageTokens(Fusion):
                 f"most {self.limit}; set data.max_length to {max(self.limit - R, 1)} or less, take a tower with fewer "
                 "image tokens, or another fusion."
             )
-        starts_I = pictures.places_I * columns + mask_BL.sum(dim=1)[pictures.places_I]
+        starts_I = images.places_I * columns + mask_BL.sum(dim=1)[images.places_I]
         index_Z = (starts_I[:, None] + torch.arange(R, device=mask_BL.device)).flatten()
-        real_Z = (pictures.rows_I >= 0).repeat_interleave(R, output_size=count_I * R)
+        real_Z = (images.rows_I >= 0).repeat_interleave(R, output_size=count_I * R)
         words_BLE = self._words()(inputs.arguments["input_ids"])
-        # Padding becomes 0, so that adding writes; a blank picture adds 0, which still ties its
+        # Padding becomes 0, so that adding writes; a blank image adds 0, which still ties its
         # modules to the loss.
         words_BLE = words_BLE * mask_BL.unsqueeze(2).to(words_BLE.dtype)
-        added_ZE = (
-            (pictures.tokens * pictures.real(pictures.tokens)).flatten(0, 1).to(words_BLE.dtype)
-        )
+        added_ZE = (images.tokens * images.real(images.tokens)).flatten(0, 1).to(words_BLE.dtype)
         joined = F.pad(words_BLE, (0, 0, 0, R)).flatten(0, 1).index_add(0, index_Z, added_ZE)
         arguments = dict(inputs.arguments)
         del arguments["input_ids"]
@@ -325,10 +323,10 @@ def _written(ids_BL: Tensor, added: int, index_Z: Tensor, real_Z: Tensor) -> Ten
 def build_fusion(
     encoder: nn.Module, tower: Tower | None, config: VisionConfig, *, dropout: float
 ) -> Fusion | None:
-    """How the model reads pictures; None where it reads none.
+    """How the model reads images; None where it reads none.
 
     Raises:
-        ValueError: an unknown fusion, or a tower beside an encoder that reads pictures by itself.
+        ValueError: an unknown fusion, or a tower beside an encoder that reads images by itself.
     """
     alone = family_of(encoder.config.model_type).single_stream
     if tower is None:
@@ -336,7 +334,7 @@ def build_fusion(
     if alone:
         raise ValueError(
             f"model.vision.tower ({config.tower}) has nothing to do: the encoder, {encoder.config.model_type}, reads "
-            "pictures by itself; set model.vision.tower to null, or choose an encoder of text."
+            "images by itself; set model.vision.tower to null, or choose an encoder of text."
         )
     if config.fusion not in FUSIONS:
         raise unknown_name("model.vision.fusion", config.fusion, FUSIONS)

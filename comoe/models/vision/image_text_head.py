@@ -1,4 +1,4 @@
-"""What is trained to bring text and picture of a post together, beside the tasks; prediction does without it."""
+"""What is trained to bring text and image of a post together, beside the tasks; prediction does without it."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from comoe.models.encoder_io import Reading, Texts
-from comoe.models.vision.fusion import Fusion, Pictures
+from comoe.models.encoder_io import Encoding, Texts
+from comoe.models.vision.fusion import Fusion, Images
 from comoe.types import ImageText
 
 
@@ -54,48 +54,48 @@ class ImageTextHead(nn.Module):
             self.image(image_IRM.mean(dim=1)).float(), dim=1
         )
 
-    def judge(self, hidden_JLM: Tensor, mask_JL: Tensor) -> Tensor:
-        """Logits of [another post's text, the picture's own text] from fused states: (J, 2), float32."""
+    def match_logits(self, hidden_JLM: Tensor, mask_JL: Tensor) -> Tensor:
+        """Logits of [another post's text, the image's own text] from fused states: (J, 2), float32."""
         return self.match(mean_state(hidden_JLM, mask_JL)).float()
 
 
-def both_sides(
+def image_text_output(
     head: ImageTextHead,
     fusion: Fusion,
-    read: Callable[[Texts, Pictures | None], Reading],
+    encode: Callable[[Texts, Images | None], Encoding],
     texts: Texts,
-    pictures: Pictures,
-    reading: Reading,
+    images: Images,
+    encoding: Encoding,
 ) -> ImageText:
-    """Both sides of the posts with pictures. Loads of the passes that are run for it are not counted.
+    """Both sides of the posts with images. Loads of the passes that are run for it are not counted.
 
     Args:
         head: projections and the question.
         fusion: of the model.
-        read: one pass of encoder and fusion.
-        texts, pictures, reading: of the micro-batch.
+        encode: one pass of encoder and fusion.
+        texts, images, encoding: of the micro-batch.
     """
-    rows_I, in_encoder = pictures.places_I, fusion.in_encoder
+    rows_I, in_encoder = images.places_I, fusion.in_encoder
     own = texts.take(rows_I)
     text_IP = image_IP = logits_I2 = None
     if head.contrasts:
-        # Where the encoder reads the picture too, the text alone takes a pass of its own.
-        alone_ILM = read(own, None).states_BLM if in_encoder else reading.states_BLM[rows_I]
-        text_IP, image_IP = head.embed(alone_ILM, own.mask_BL, pictures.tokens)
+        # Where the encoder reads the image too, the text alone takes a pass of its own.
+        alone_ILM = encode(own, None).states_BLM if in_encoder else encoding.states_BLM[rows_I]
+        text_IP, image_IP = head.embed(alone_ILM, own.mask_BL, images.tokens)
     if head.match is not None:
-        logits_I2 = head.judge(reading.fused_BLM[rows_I], own.mask_BL)
+        logits_I2 = head.match_logits(encoding.fused_BLM[rows_I], own.mask_BL)
     if in_encoder:
         segments = () if own.segments_BL is None else (own.segments_BL,)
         given: tuple[Tensor, ...] = (own.mask_BL, own.ids_BL, *segments)
     else:
-        given = (own.mask_BL, reading.states_BLM[rows_I])
+        given = (own.mask_BL, encoding.states_BLM[rows_I])
 
     def match(others: tuple[Tensor, ...], numbers_J: Tensor) -> Tensor:
         mask_JL, *what = others
-        chosen = pictures.take(numbers_J)
+        chosen = images.take(numbers_J)
         if in_encoder:
             ids_JL, *segments = what
-            # Weighed as the picture's own text is: else the weight would tell which text is the own
+            # Weighed as the image's own text is: else the weight would tell which text is the own
             # one.
             weights_J = None if own.weights_B is None else own.weights_B[numbers_J]
             paired = Texts(
@@ -105,12 +105,12 @@ def both_sides(
                 own.tasks_B[numbers_J],
                 weights_J,
             )
-            fused_JLM = read(paired, chosen).fused_BLM
+            fused_JLM = encode(paired, chosen).fused_BLM
         else:
             fused_JLM = fusion.after(what[0], mask_JL, chosen)
-        return head.judge(fused_JLM, mask_JL)
+        return head.match_logits(fused_JLM, mask_JL)
 
-    return ImageText(pictures.rows_I, text_IP, image_IP, logits_I2, given, match)
+    return ImageText(images.rows_I, text_IP, image_IP, logits_I2, given, match)
 
 
 def mean_state(hidden_NLM: Tensor, mask_NL: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Vision towers: any Hugging Face vision model as a reader of pictures into tokens."""
+"""Vision towers: any Hugging Face vision model as a reader of images into tokens."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TOWER = Role("model.vision.tower", "a vision model", "smoke:vision")
 
 
 class Tower(nn.Module):
-    """Pictures in, image tokens out.
+    """Images in, image tokens out.
 
     Args:
         inner: a vision model.
@@ -80,7 +80,7 @@ def tower_width(hf_config: Any) -> int:
 
 
 def expected_tokens(hf_config: Any) -> int:
-    """Image tokens per picture as far as the configuration tells: the patches and a class token; 0
+    """Image tokens per image as far as the configuration tells: the patches and a class token; 0
     where it does not, as with models that narrow their maps from stage to stage."""
     side, patch = getattr(hf_config, "image_size", None), getattr(hf_config, "patch_size", None)
     if side is None or patch is None or hasattr(hf_config, "depths"):
@@ -127,26 +127,26 @@ def build_tower_shape(config: VisionConfig, *, trust_remote_code: bool = False) 
 
 
 def image_side(config: ModelConfig) -> str | None:
-    """Folder or hub name whose image processor prepares the pictures; None where the model reads none.
+    """Folder or hub name whose image processor prepares the images; None where the model reads none.
 
     Args:
         config: ``model``, ready-made names resolved.
 
     Raises:
-        ValueError: a tower beside an encoder that reads pictures by itself, or an encoder that
+        ValueError: a tower beside an encoder that reads images by itself, or an encoder that
             cannot be read.
     """
-    if config.vision.tower is None and not reads_pictures(config):
+    if config.vision.tower is None and not reads_images(config):
         return None
-    if config.vision.tower is not None and reads_pictures(config):
+    if config.vision.tower is not None and reads_images(config):
         raise ValueError(
             f"model.vision.tower ({config.vision.tower}) has nothing to do: model.encoder ({config.encoder}) reads "
-            "pictures by itself; set model.vision.tower to null, or choose an encoder of text."
+            "images by itself; set model.vision.tower to null, or choose an encoder of text."
         )
     return config.vision.tower or config.encoder
 
 
-def reads_pictures(config: ModelConfig) -> bool:
+def reads_images(config: ModelConfig) -> bool:
     """Whether ``model.encoder`` is a model of both sides (ViLT); its configuration is read for it."""
     _, hf_config = read_config(config.encoder, ENCODER, trust_remote_code=config.trust_remote_code)
     return hf_config.model_type in FAMILIES and FAMILIES[hf_config.model_type].single_stream
@@ -157,7 +157,7 @@ def _prepared(hf_config: Any) -> tuple[Any, dict[str, Any]]:
     hf_config = hf_config if half is None else half
     if not (hasattr(hf_config, "num_channels") or hasattr(hf_config, "image_size")):
         raise ValueError(
-            f"{TOWER.option} is a model of type {hf_config.model_type}, which reads no pictures; take a vision model "
+            f"{TOWER.option} is a model of type {hf_config.model_type}, which reads no images; take a vision model "
             "such as ViT, CLIP, SigLIP, DeiT, BEiT, ResNet or ConvNeXt."
         )
     kind = MODEL_MAPPING.get(type(hf_config), None)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from comoe.losses.contrastive import closed_form
-from comoe.losses.contrastive.closed_form import ClosedForm, Comparison, TaskRows, hidden_pairs
+from comoe.losses.contrastive.closed_form import AnchorSums, ClosedForm, TaskRows, hidden_pairs
 
 
 def unit_rows(count, width=6, *, seed=0, dtype=torch.float64):
@@ -50,7 +50,7 @@ def ranks(
         rows = TaskRows(
             torch.cat([z, past]), len(z), start, stop - start, groups, different, affinity, *hidden
         )
-        comparisons.append(Comparison(rows, scale=scale, moments=moments))
+        comparisons.append(AnchorSums(rows, scale=scale, moments=moments))
     reciprocals = torch.cat([comparison.reciprocals() for comparison in comparisons])
     factor = 1 / (reciprocals[:, 1] > 0).sum().clamp_min(1).double()
     value, gradient, slope = 0.0, [], 0.0
@@ -145,9 +145,9 @@ def test_neither_tiles_nor_keeping_them_changes_anything(case, keep, monkeypatch
     whole = both(case, (5,))[0]
     monkeypatch.setitem(closed_form.TILE_BYTES, "cpu", 9 * 8)
     if not keep:
-        original = Comparison.__init__
+        original = AnchorSums.__init__
         monkeypatch.setattr(
-            Comparison, "__init__", lambda *a, **k: original(*a, **(k | {"keep_bytes": 0}))
+            AnchorSums, "__init__", lambda *a, **k: original(*a, **(k | {"keep_bytes": 0}))
         )
     for got, expected in zip(both(case, (5,))[0], whole, strict=True):
         torch.testing.assert_close(got, expected, atol=1e-13, rtol=1e-12)
@@ -193,7 +193,7 @@ def test_a_second_backward_pass_gives_the_same():
         torch.unique(LABELS, dim=0, return_inverse=True),
     )
     rows = TaskRows(unit_rows(12), 12, 0, 12, groups, keys, None, none, none)
-    comparison = Comparison(rows, scale=10.0, moments=False)
+    comparison = AnchorSums(rows, scale=10.0, moments=False)
     own = unit_rows(12).requires_grad_()
     value = ClosedForm.apply(
         own, torch.tensor(10.0), comparison, comparison.reciprocals(), torch.tensor(0.1)

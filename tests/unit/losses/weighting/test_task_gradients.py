@@ -53,16 +53,16 @@ def gradients_of_a_layer(objective: Objective, batch: Batch) -> np.ndarray:
     backward pass of its own through the whole model: (T, M * M), float64."""
     layer = torch.nn.Linear(WIDTH, WIDTH, bias=False)
     torch.nn.init.eye_(layer.weight)
-    read = objective.model.read
+    encode = objective.model.encode
 
     def with_layer(*arguments):
-        reading = read(*arguments)
-        return replace(reading, fused_BLM=layer(reading.fused_BLM))
+        encoding = encode(*arguments)
+        return replace(encoding, fused_BLM=layer(encoding.fused_BLM))
 
-    objective.model.read = with_layer
+    objective.model.encode = with_layer
     losses_T = objective.task_losses(objective.model(batch), batch)
     rows = [torch.autograd.grad(loss, layer.weight, retain_graph=True)[0] for loss in losses_T]
-    del objective.model.read
+    del objective.model.encode
     return torch.stack(rows).flatten(1).double().numpy()
 
 

@@ -19,7 +19,7 @@ from comoe.inference.export import export_model, load_exported
 from comoe.losses.objective import build_objective
 from comoe.models.encoders.build import build_encoder, build_encoder_shape
 from comoe.models.encoders.families import layers_of
-from comoe.models.model import build_model, build_model_shape
+from comoe.models.model import build_model
 from comoe.train.memory_plan import _row_tokens, count_parameters, plan_run
 from comoe.train.parallel.ds_config import Layout
 from tests.helpers_model import HF_CONFIGS, SEQ2SEQ, T5_LIKE, TASKS, moe_config, random_batch
@@ -230,7 +230,7 @@ def test_the_plan_from_a_configuration_alone_is_that_of_the_built_model(tmp_path
     config = json.loads((source / "config.json").read_text())
     tasks = TASKS if family == "bert" else MIXED
     shape = replace(built, encoder=only_config(tmp_path / "shape", config))
-    model, hollow = build_model(built, tasks), build_model_shape(shape, tasks)
+    model, hollow = build_model(built, tasks), build_model(shape, tasks, shape=True)
     assert {value.device.type for value in hollow.parameters()} == {"meta"}
     assert [(n, v.shape, v.requires_grad) for n, v in hollow.named_parameters()] == [
         (n, v.shape, v.requires_grad) for n, v in model.named_parameters()
@@ -257,7 +257,9 @@ def test_a_flan_t5_of_any_size_is_planned_from_its_configuration(tmp_path, name,
     place = only_config(tmp_path / name, config)
     bare = build_encoder_shape(ModelConfig(encoder=place), generates=True)
     assert sum(weight.numel() for weight in bare.parameters()) == parameters
-    model = build_model_shape(ModelConfig(encoder=place, moe=MoeConfig(layers="all")), [POLARITY])
+    model = build_model(
+        ModelConfig(encoder=place, moe=MoeConfig(layers="all")), [POLARITY], shape=True
+    )
     counts = count_parameters(model, top_k=2)
     assert counts["experts"] == 2 * layers * 8 * 3 * width * (width // 4)
     parts = {part.name: part.device_bytes for part in plan_of(model).parts}

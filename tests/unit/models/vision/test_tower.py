@@ -110,7 +110,7 @@ def test_bfloat16_weights_take_float32_pixels():
 def test_what_is_no_vision_model_is_refused(tmp_path):
     AutoModel.from_config(HF_CONFIGS["bert"]).save_pretrained(tmp_path)
     with pytest.raises(
-        ValueError, match="model.vision.tower is a model of type bert, which reads no pictures"
+        ValueError, match="model.vision.tower is a model of type bert, which reads no images"
     ):
         build_tower(VisionConfig(tower=str(tmp_path)))
 
