@@ -124,8 +124,7 @@ def gather_rows(rows: Tensor) -> tuple[Tensor, int]:
         rows: shape (N, ...), the same trailing shape and dtype on all ranks.
 
     Returns:
-        All rows in rank order, shape (sum of N, ...), and the index at which this rank's rows
-            begin.
+        All rows in rank order, shape (sum of N, ...), and the index of this rank's first row.
     """
     if world_size() == 1:
         return rows, 0

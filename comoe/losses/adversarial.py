@@ -1,4 +1,4 @@
-"""Adversarial sharing: what keeps the shared representation free of what it need not tell."""
+"""Adversarial sharing: shared states from which a discriminator cannot tell a post's domain."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from comoe.config.recipe import AdversarialConfig
+from comoe.models.heads import mean_state
 from comoe.types import DOMAINS, Batch, ModelOutput
 
 ON_DOMAINS = ("adversarial", "adversarial_accuracy", "adversarial_commonest")
@@ -26,7 +27,7 @@ def reversal_strength(progress: float, gamma: float) -> float:
 
 
 def reversed_gradient(states: Tensor, strength: float) -> Tensor:
-    """The states as they are; their gradient is the answer's times ``-strength``."""
+    """The states as they are; their gradient is multiplied by ``-strength``."""
     return _Reversal.apply(states, strength)
 
 
@@ -42,7 +43,7 @@ class _Reversal(torch.autograd.Function):
 
 
 class Discriminator(nn.Module):
-    """Two layers that tell what a pooled representation is of; no dropout: it would draw between two passes.
+    """Two layers that classify a pooled representation; no dropout: it would draw between two passes.
 
     Args:
         model_width: M.
@@ -59,11 +60,11 @@ class Discriminator(nn.Module):
         """Logits (B, values), float32 or wider."""
         # A model stored in bf16 has its discriminator in bf16 too.
         logits = self.output(F.gelu(self.hidden(pooled_BM.to(self.hidden.weight.dtype))))
-        return logits.to(_wide(logits))
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 class AdversarialLoss(nn.Module):
-    """How well a discriminator tells the domain of a post from its mean shared state; the encoder learns to stop it.
+    """How well a discriminator finds the domain of a post in its mean shared state; the encoder learns against it.
 
     The value is the discriminator's mean cross-entropy over the posts of the whole optimizer step
     that have a domain (``Batch.domains_B``), on all ranks. Gradients of the discriminator are those
@@ -88,12 +89,14 @@ class AdversarialLoss(nn.Module):
         """Nothing is carried between micro-steps."""
 
     def forward(self, output: ModelOutput, batch: Batch) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """This rank's share of the term; ``adversarial``, and of the same posts the share that the
-        discriminator tells right, the share with the commonest value of the training split, 1 /
-        values, and the strength of the reversal.
+        """This rank's share of the term; ``adversarial``, and of the same posts the discriminator's
+        accuracy, the share with the commonest value of the training split, 1 / values, and the
+        strength of the reversal.
         """
         strength = reversal_strength(batch.progress, self.gamma)
-        pooled_BM = mean_state(output.sharing.shared_BLM, output.sharing.mask_BL)
+        states_BLM = output.sharing.shared_BLM
+        wide_BLM = states_BLM.to(torch.promote_types(states_BLM.dtype, torch.float32))
+        pooled_BM = mean_state(wide_BLM, output.sharing.mask_BL)
         # A rank without any post with a domain comes here too: every parameter needs a gradient on
         # every rank.
         logits_BD = self.discriminator(reversed_gradient(pooled_BM, strength))
@@ -111,18 +114,6 @@ class AdversarialLoss(nn.Module):
             "adversarial_lambda": torch.full_like(total.detach(), strength),
         }
         return total, terms
-
-
-def mean_state(states_BLM: Tensor, mask_BL: Tensor) -> Tensor:
-    """Mean over the real tokens of each post, (B, M), float32 or wider."""
-    weights_BL = mask_BL.to(_wide(states_BLM))
-    return torch.einsum("blm,bl->bm", states_BLM.to(weights_BL.dtype), weights_BL) / weights_BL.sum(
-        1, keepdim=True
-    )
-
-
-def _wide(tensor: Tensor) -> torch.dtype:
-    return tensor.dtype if tensor.dtype == torch.float64 else torch.float32
 
 
 def count_domains(batch: Batch) -> Tensor:

@@ -116,8 +116,7 @@ def draw_texts(
 
     Returns:
         Index of the text among those of all ranks, int64 (I,); -1 where the image keeps its own,
-            where there is no
-        other post with another text, and for blank images.
+        where no other post has another text, and for blank images.
     """
     own, everyone = pairs.own, pairs.everyone
     chosen_I = torch.full_like(own.posts_N, -1)
@@ -252,11 +251,7 @@ def contrast(image_IP: Tensor, text_IP: Tensor, log_scale: Tensor, pairs: AllPai
 
 
 def _similarity_tiles(
-    image_IP: Tensor,
-    text_IP: Tensor,
-    both_G2P: Tensor,
-    scale: Tensor,
-    pairs: AllPairs,
+    image_IP: Tensor, text_IP: Tensor, both_G2P: Tensor, scale: Tensor, pairs: AllPairs
 ) -> Iterator[tuple[slice, Tensor, tuple[slice, Tensor, Tensor]]]:
     """Similarities of this rank's pairs to those of all ranks, made tile by tile.
 
@@ -265,17 +260,14 @@ def _similarity_tiles(
     negatives.
     """
     image_GP, text_GP = both_G2P.unbind(dim=1)
-    for rows in row_tiles(len(image_IP), both_G2P[:, :, 0].nbytes, both_G2P.device):
+    for rows in row_tiles(len(image_IP), 2 * len(both_G2P) * both_G2P.itemsize, both_G2P.device):
         counts = pairs.own.part(rows).negatives(pairs.everyone)
         here = torch.arange(len(counts), device=counts.device)
         places = here + rows.start + pairs.offset
         counts[here, places] = True
         similar = torch.stack([image_IP[rows] @ text_GP.T, text_IP[rows] @ image_GP.T])
-        yield (
-            rows,
-            (scale * similar).masked_fill_(~counts, -torch.inf),
-            (slice(None), here, places),
-        )
+        similar.mul_(scale).masked_fill_(~counts, -torch.inf)
+        yield rows, similar, (slice(None), here, places)
 
 
 class _Known(torch.autograd.Function):
@@ -291,13 +283,8 @@ class _Known(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return (
-            None,
-            *[(gradient * known).to(known.dtype) for known in ctx.saved_tensors],
-            None,
-            None,
-            None,
-        )
+        gradients = [(gradient * known).to(known.dtype) for known in ctx.saved_tensors]
+        return None, *gradients, None, None, None
 
 
 class ITMLoss:

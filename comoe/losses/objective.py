@@ -347,7 +347,7 @@ _MODES: dict[Mode, Callable[..., Any]] = {
 
 
 def refuse_decoded(weighting: str, decoded: Sequence[str]) -> None:
-    """Refuse a weighting that reads the tasks' gradients where a decoder answers tasks: these
+    """Refuse a weighting that reads the tasks' gradients where tasks have a decoder: these
     gradients end at the encoder, and would leave the decoder out.
 
     Raises:
@@ -371,10 +371,10 @@ def count_units(batch: Batch, tasks: Sequence[Task]) -> Tensor:
     units = [task.rules.units(batch.labels[task.name], task).double() for task in tasks]
     real_B = batch.row_ids_B >= 0
     tokens = batch.attention_mask_BL[real_B].sum(dtype=torch.float64)
-    answers = torch.zeros_like(tokens)
+    targets = torch.zeros_like(tokens)
     if batch.answers_BD is not None:
-        answers = (batch.answers_BD[real_B] != IGNORED).sum(dtype=torch.float64)
-    return torch.stack([*units, count_domains(batch), tokens, answers])
+        targets = (batch.answers_BD[real_B] != IGNORED).sum(dtype=torch.float64)
+    return torch.stack([*units, count_domains(batch), tokens, targets])
 
 
 def unit_scale(units_T: Tensor, *, world_size: int, accumulation: int) -> Tensor:

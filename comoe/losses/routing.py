@@ -58,9 +58,8 @@ def balance_loss(scores_SE: Tensor, counts_E: Tensor, *, num_tokens: Tensor | fl
     """
     share_E = counts_E.to(scores_SE.dtype) / counts_E.sum().clamp_min(1)
     tiny = torch.finfo(scores_SE.dtype).tiny
-    likely_E = (scores_SE / scores_SE.sum(dim=1, keepdim=True).clamp_min(tiny)).sum(
-        dim=0
-    ) / num_tokens
+    normalized_SE = scores_SE / scores_SE.sum(dim=1, keepdim=True).clamp_min(tiny)
+    likely_E = normalized_SE.sum(dim=0) / num_tokens
     return scores_SE.shape[1] * (share_E * likely_E).sum()
 
 
@@ -70,7 +69,7 @@ class BalanceLoss:
     One micro-batch may well be of one topic; to ask an even load of it kills specialisation. So the
     shares f_i are counted over all ranks and over the micro-steps since ``begin_step``, and p_i is
     the mean over the tokens of the whole optimizer step (``Batch.unit_scale_T``), however they are
-    cut into micro-steps; in a decoder's layers over the tokens of the answers. Every call is a
+    cut into micro-steps; in a decoder's layers over its target tokens. Every call is a
     collective of all ranks.
     """
 
@@ -141,8 +140,7 @@ def task_separation(gates_LTE: Tensor) -> Tensor:
 
     Returns:
         Scalar, the dtype of ``gates_LTE``, in [0, 1]: the mean over layers of the mean cosine over
-            pairs of tasks. 0
-        with a gradient of 0 where fewer than two tasks have tokens.
+        pairs of tasks. 0 with a gradient of 0 where fewer than two tasks have tokens.
 
     Source: TRMoE-ISA, arXiv:2605.20916.
     """

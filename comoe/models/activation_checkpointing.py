@@ -46,13 +46,13 @@ def _recomputed(
     def run(*inputs: Any, **options: Any) -> Any:
         current, holder.context = holder.context, context
         try:
-            answer = forward(*inputs, **options)
+            output = forward(*inputs, **options)
         finally:
             holder.context = current
-        # Some families answer a tuple with the states first.
-        if isinstance(answer, tuple):
-            return _FirstInBackward.apply(answer[0]), *answer[1:]
-        return _FirstInBackward.apply(answer)
+        # Some families return a tuple with the states first.
+        if isinstance(output, tuple):
+            return _FirstInBackward.apply(output[0]), *output[1:]
+        return _FirstInBackward.apply(output)
 
     # The second pass must not stop early in the middle of a module: ZeRO-3 would not put its
     # weights away.

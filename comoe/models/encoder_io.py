@@ -1,4 +1,4 @@
-"""Texts and images of posts on their way through the encoder, and the base of all fusions."""
+"""What one pass of the encoder reads and returns."""
 
 from __future__ import annotations
 

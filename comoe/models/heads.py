@@ -1,4 +1,4 @@
-"""What a task has of its own: pooling, head, private part; logits for gradients at the states."""
+"""Pooling, task heads, private parts, and second logits for gradients at the shared states."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ class AttentionPooling(nn.Module):
             mask_BL: 1 on real tokens, at least one per row.
 
         Returns:
-            Pooled states (B, M) in the states' dtype and weights (B, L), float32, zero on padding,
-                rows sum to 1.
+            Pooled states (B, M) in the states' dtype and weights (B, L), float32, zero on padding;
+            rows sum to 1.
         """
         # One float32 copy in bf16, none in float32.
         wide_BLM = hidden_BLM.float()
@@ -45,6 +45,12 @@ class AttentionPooling(nn.Module):
         attention_BL = torch.softmax(scores_BL.masked_fill(mask_BL == 0, float("-inf")), dim=1)
         pooled_BM = torch.einsum("bl,blm->bm", attention_BL, wide_BLM)
         return pooled_BM.to(hidden_BLM.dtype), attention_BL
+
+
+def mean_state(hidden_NLM: Tensor, mask_NL: Tensor) -> Tensor:
+    """Mean over real tokens, (N, M)."""
+    weights_NL = mask_NL.to(hidden_NLM.dtype)
+    return torch.einsum("nlm,nl->nm", hidden_NLM, weights_NL) / weights_NL.sum(dim=1, keepdim=True)
 
 
 class HeadOutput(NamedTuple):

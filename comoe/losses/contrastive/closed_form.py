@@ -96,10 +96,8 @@ class AnchorSums:
         self.rows, self.scale = rows, scale
         columns_CP = rows.columns_CP
         self.work = columns_CP.dtype if scale <= SAFE_SCALE else torch.float64
-        elements = rows.num_own * (
-            len(columns_CP) + (0 if rows.affinity is None else len(rows.keys_UK))
-        )
-        self._keeps = elements * self.work.itemsize <= keep_bytes
+        width = len(columns_CP) + (0 if rows.affinity is None else len(rows.keys_UK))
+        self._keeps = rows.num_own * width * self.work.itemsize <= keep_bytes
         self._kept: dict[str, list[tuple[slice, slice, Tensor]]] = {}
         self.sums_N = columns_CP.new_zeros(rows.num_own, dtype=self.work)
         """E_i."""
@@ -214,13 +212,10 @@ class AnchorSums:
         if self._keeps:
             self._kept[what] = kept
 
-    def _similarities(self, part: slice, columns: slice) -> Tensor:
-        own = self.rows.own_NP[part] * self.scale
-        return (own @ self.rows.columns_CP[columns].T).to(self.work)
-
     def _exponentials(self, part: slice, columns: slice) -> Tensor:
         """exp(s), 0 for the row itself and for other rows of its post."""
-        tile = self._similarities(part, columns).exp_()
+        own = self.rows.own_NP[part] * self.scale
+        tile = (own @ self.rows.columns_CP[columns].T).to(self.work).exp_()
         offset = self.rows.start + part.start - columns.start
         if -tile.shape[0] < offset < tile.shape[1]:
             tile.diagonal(offset).zero_()

@@ -173,10 +173,9 @@ class ContrastiveLoss(nn.Module):
 
         Returns:
             Scalar, differentiable; and detached terms, whose mean over ranks is the global value:
-                ``contrastive``, and
-            per task, unweighted, ``contrastive/<task>``, ``positives_per_anchor/<task>`` (the mean
-                over anchors of the
-            weights of their positives) and, where it is learned, ``temperature/<task>``.
+            ``contrastive``, and per task, unweighted, ``contrastive/<task>``,
+            ``positives_per_anchor/<task>`` (the mean over anchors of the weights of their
+            positives) and, where it is learned, ``temperature/<task>``.
         """
         own = [self._own_rows(task, output, batch) for task in self.tasks]
         # Rows per rank and task, and this rank's index.
@@ -190,11 +189,9 @@ class ContrastiveLoss(nn.Module):
         added, waits, repeats = self._host_numbers(everyone)
         all_sums = []
         for index, (rows, scale) in enumerate(zip(everyone, scales_T.tolist(), strict=True)):
-            past = (
-                None
-                if waits or not added[index]
-                else _Rows(*self.queue.read(index, added=added[index]))
-            )
+            past = None
+            if added[index] and not waits:
+                past = _Rows(*self.queue.read(index, added=added[index]))
             start = sum(counts[index] for counts in counts_WT[:rank])
             span = {"start": start, "num_own": counts_WT[rank][index]}
             compared = _task_rows(self.tasks[index], rows, past, **span, repeats=repeats[index])
@@ -273,9 +270,14 @@ class ContrastiveLoss(nn.Module):
     def _host_numbers(self, everyone: Sequence[_Rows]) -> tuple[list[int], bool, list[int]]:
         """Rows ever put into the queue, per task; whether it is not to be read yet; whether some
         post of a task without views is there more than once. One wait for the device."""
-        flags = [
-            _repeats(rows.posts_N, task) for task, rows in zip(self.tasks, everyone, strict=True)
-        ]
+        flags = []
+        for task, rows in zip(self.tasks, everyone, strict=True):
+            flag = rows.posts_N.new_zeros(())
+            # With views every post is there more than once, and nothing is to be hidden.
+            if not task.rules.views:
+                sorted_R = rows.posts_N.sort().values
+                flag = (sorted_R[1:] == sorted_R[:-1]).any().to(flag)
+            flags.append(flag)
         if self.queue is None:
             return [0] * len(self.tasks), True, torch.stack(flags).tolist()
         steps, *numbers = torch.cat(
@@ -285,23 +287,13 @@ class ContrastiveLoss(nn.Module):
         return numbers[:count], max(steps - 1, 0) < self.queue_warmup, numbers[count:]
 
 
-def _repeats(posts_R: Tensor, task: Task) -> Tensor:
-    """1 where a post is there more than once, else 0, int64; with views it always is, and nothing is to be hidden."""
-    if task.rules.views:
-        return posts_R.new_zeros(())
-    sorted_R = posts_R.sort().values
-    return (sorted_R[1:] == sorted_R[:-1]).any().to(posts_R.dtype)
-
-
 def _task_rows(
     task: Task, rows: _Rows, past: _Rows | None, *, start: int, num_own: int, repeats: int
 ) -> TaskRows:
     """Rows of all ranks, and past ones, as the columns that the anchors are compared with."""
     columns_CP, keys_CK, posts_C = rows.rows_NP, rows.keys_NK, rows.posts_N
-    own_posts_N, hidden_rows_X, hidden_columns_X = (
-        posts_C[start : start + num_own],
-        *[posts_C.new_zeros(0)] * 2,
-    )
+    own_posts_N = posts_C[start : start + num_own]
+    hidden_rows_X = hidden_columns_X = posts_C.new_zeros(0)
     if repeats:
         found_X, columns_X = hidden_pairs(own_posts_N, posts_C)
         others = found_X + start != columns_X
@@ -336,9 +328,8 @@ def _different(keys_CK: Tensor) -> tuple[Tensor, Tensor]:
         values, codes_C = torch.unique(keys_C, return_inverse=True)
         found_U, groups_C = torch.unique(groups_C * len(values) + codes_C, return_inverse=True)
     # All rows that write to one place write the same.
-    return keys_CK.new_empty(len(found_U), keys_CK.shape[1]).index_copy_(
-        0, groups_C, keys_CK
-    ), groups_C
+    keys_UK = keys_CK.new_empty(len(found_U), keys_CK.shape[1]).index_copy_(0, groups_C, keys_CK)
+    return keys_UK, groups_C
 
 
 def _of_task(everyone_GX: Tensor, counts_WT: Sequence[Sequence[int]], task: int) -> Tensor:

@@ -99,7 +99,7 @@ def shared_gradients(losses_T: Tensor, probe: Probe, tasks: Sequence[str]) -> Te
 
     Args:
         losses_T: the tasks' losses, from ``probe.logits``.
-        probe: the tasks' second answers; its graph is used up.
+        probe: the tasks' second logits; its graph is used up.
         tasks: names, in the order of T.
     """
     copies = [probe.states[name] for name in tasks]

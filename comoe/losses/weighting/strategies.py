@@ -1,7 +1,7 @@
 """How the losses of the tasks become one number: fixed, learned, or from how the tasks' gradients agree.
 
 A weighting gets this micro-step's shares of the tasks' mean losses (their mean over ranks and
-micro-steps is the global value) and answers the scalar to call backward on. What it carries from
+micro-steps is the global value) and returns the scalar to call backward on. What it carries from
 step to step is the same on all ranks. A task that no post of the optimizer step has is left out of
 everything.
 

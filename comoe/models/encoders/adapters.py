@@ -45,7 +45,7 @@ class _Passed:
 
 
 class FirstHalf(nn.Module):
-    """Wraps the first linear layer of a feed-forward that is no module of its own; answers as it does."""
+    """Wraps the first linear layer of a feed-forward that is no module of its own; returns what it does."""
 
     def __init__(self, inner: nn.Module, passed: _Passed) -> None:
         super().__init__()

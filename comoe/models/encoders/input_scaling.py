@@ -20,7 +20,7 @@ is not finite."""
 
 
 def scale_inputs(encoder: nn.Module, holder: ContextHolder) -> None:
-    """Let the encoder multiply what its embeddings answer, after their norm, by the weight of each row; in place.
+    """Let the encoder multiply the output of its embeddings, after their norm, by the weight of each row; in place.
 
     Args:
         encoder: a model of ``build_encoder``. Encoder-decoders have no module of all that their
@@ -33,9 +33,9 @@ def scale_inputs(encoder: nn.Module, holder: ContextHolder) -> None:
         weights_B = holder.context.input_weights_B
         return states if weights_B is None else states * weights_B.to(states.dtype)[:, None, None]
 
-    def scale(module: nn.Module, inputs: Any, answer: Any) -> Any:
-        # An encoder of text and pixels answers its mask too.
-        return (scaled(answer[0]), *answer[1:]) if isinstance(answer, tuple) else scaled(answer)
+    def scale(module: nn.Module, inputs: Any, output: Any) -> Any:
+        # An encoder of text and pixels returns its mask too.
+        return (scaled(output[0]), *output[1:]) if isinstance(output, tuple) else scaled(output)
 
     def scale_first(layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         return scaled(inputs[0]), *inputs[1:]

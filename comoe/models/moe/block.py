@@ -18,10 +18,10 @@ MIXTURE_PATTERN = r".*\.block\.mixture"
 
 
 class ExpertMixture(nn.Module):
-    """Routes tokens to experts and adds their answers up, in one process; DeepSpeed AutoEP replaces it as a whole.
+    """Routes tokens to experts and adds their outputs up, in one process; DeepSpeed AutoEP replaces it as a whole.
 
     Its owner calls ``router.prepare(task_logits_SE)``, then the mixture, then ``router.collect()``;
-    the replacement's ``router`` answers the same two calls.
+    the replacement's ``router`` has the same two methods.
 
     Args:
         model_width: M.
@@ -77,11 +77,8 @@ def without_tokens(routing: Routing) -> Routing:
 
 def of_first(routing: Routing, number: int) -> Routing:
     """The rows of the first tokens; loads stay those of all."""
-    rows = {
-        name: getattr(routing, name)[:number]
-        for name in ("logits_SE", "scores_SE", "indices_Sk", "weights_Sk")
-    }
-    return replace(routing, **rows)
+    names = ("logits_SE", "scores_SE", "indices_Sk", "weights_Sk")
+    return replace(routing, **{name: getattr(routing, name)[:number] for name in names})
 
 
 @dataclass(slots=True)
@@ -125,17 +122,14 @@ class CooperativeBlock(nn.Module):
         self.layer = layer
         self.holder = holder
         self.norm = nn.LayerNorm(model_width)
-        self.task_projection = (
-            Float32Linear(config.task_embedding_width, config.num_experts)
-            if ROUTES[config.route_by].task
-            else None
-        )
+        self.task_projection = self.shared = None
+        if ROUTES[config.route_by].task:
+            self.task_projection = Float32Linear(config.task_embedding_width, config.num_experts)
         self.mixture = ExpertMixture(model_width, expert_width, config)
-        self.shared = (
-            GatedFeedForward(model_width, config.shared_width, output_init=config.output_init)
-            if config.shared_width
-            else None
-        )
+        if config.shared_width:
+            self.shared = GatedFeedForward(
+                model_width, config.shared_width, output_init=config.output_init
+            )
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x_BLM: Tensor) -> Tensor:
@@ -162,6 +156,5 @@ class CooperativeBlock(nn.Module):
         if self.shared is not None:
             update_SM = update_SM + self.shared(x_SM)
         update_SM = self.dropout(update_SM).to(flat_NM.dtype)
-        return (
-            torch.zeros_like(flat_NM).index_copy(0, context.real_index_S, update_SM).view_as(x_BLM)
-        )
+        update_NM = torch.zeros_like(flat_NM).index_copy(0, context.real_index_S, update_SM)
+        return update_NM.view_as(x_BLM)

@@ -39,7 +39,7 @@ def mix_experts(
     up_EFM: Tensor,
     down_EMF: Tensor,
 ) -> Tensor:
-    """Weighted sum of what each row's experts answer: sum over j of weight_sj * down (silu(gate x_s) * (up x_s)).
+    """Weighted sum of the outputs of each row's experts: sum over j of weight_sj * down (silu(gate x_s) * (up x_s)).
 
     Args:
         x_SM: rows.
@@ -52,8 +52,7 @@ def mix_experts(
 
     Returns:
         Shape (S, M), the dtype of ``x_SM``. Differentiable once through rows, weights and the three
-            projections;
-        experts without rows get a gradient of zero.
+        projections; experts without rows get a gradient of zero.
     """
     return _MixExperts.apply(
         x_SM, weights_Sk.to(x_SM.dtype), order_N, list(counts), gate_EFM, up_EFM, down_EMF
@@ -76,19 +75,21 @@ class _MixExperts(torch.autograd.Function):
         rows_N = order_N // k
         weights_N1 = weights_Sk.reshape(-1, 1).index_select(0, order_N)
         gated_NF, linear_NF = x_SM.new_empty((2, order_N.shape[0], gate_EFM.shape[1]))
-        answers_NM = x_SM.new_empty(order_N.shape[0], x_SM.shape[1])
+        outputs_NM = x_SM.new_empty(order_N.shape[0], x_SM.shape[1])
         for expert, part in enumerate(_parts(counts)):
             x = x_SM.index_select(0, rows_N[part])
             torch.mm(x, gate_EFM[expert].t(), out=gated_NF[part])
             torch.mm(x, up_EFM[expert].t(), out=linear_NF[part])
             hidden = F.silu(gated_NF[part]).mul_(linear_NF[part]).mul_(weights_N1[part])
-            torch.mm(hidden, down_EMF[expert].t(), out=answers_NM[part])
-        places_Sk = _inverse(order_N).view(-1, k)
+            torch.mm(hidden, down_EMF[expert].t(), out=outputs_NM[part])
+        places_N = torch.empty_like(order_N)
+        places_N[order_N] = torch.arange(len(order_N), device=order_N.device)
+        places_Sk = places_N.view(-1, k)
         ctx.counts = counts
         ctx.save_for_backward(
             x_SM, rows_N, weights_N1, places_Sk, gated_NF, linear_NF, gate_EFM, up_EFM, down_EMF
         )  # fmt: skip
-        return _sum_rows(answers_NM, places_Sk)
+        return _sum_rows(outputs_NM, places_Sk)
 
     @staticmethod
     @once_differentiable
@@ -133,14 +134,8 @@ def _parts(counts: Sequence[int]) -> list[slice]:
     return parts
 
 
-def _inverse(order_N: Tensor) -> Tensor:
-    places_N = torch.empty_like(order_N)
-    places_N[order_N] = torch.arange(order_N.shape[0], device=order_N.device)
-    return places_N
-
-
 def _sum_rows(rows_NM: Tensor, places_Sk: Tensor) -> Tensor:
-    """Row s of the answer is the sum of the rows at ``places_Sk[s]``: one pass, in the order of the routes."""
+    """Row s is the sum of the rows at ``places_Sk[s]``: one pass, in the order of the routes."""
     if places_Sk.shape[1] == 1:
         return rows_NM.index_select(0, places_Sk[:, 0])
     return F.embedding_bag(places_Sk, rows_NM, mode="sum")
@@ -165,7 +160,7 @@ def run_grouped(x_NM: Tensor, counts_E: Tensor, gate_up_proj: Tensor, down_proj:
         down_proj: (E, M, F).
 
     Returns:
-        What each row's expert answers, shape (N, M).
+        The output of each row's expert, shape (N, M).
     """
     ends_E = counts_E.cumsum(0).to(torch.int32)
     hidden_NF = gated(F.grouped_mm(x_NM, gate_up_proj.transpose(1, 2), offs=ends_E))
@@ -213,7 +208,7 @@ class Experts(nn.Module):
         num_experts: E.
         model_width: M.
         expert_width: F.
-        output_init: standard deviation of ``down_proj``; 0 makes every expert answer 0.
+        output_init: standard deviation of ``down_proj``; 0 makes every output 0.
     """
 
     def __init__(
@@ -254,10 +249,10 @@ class Experts(nn.Module):
         # The grouped kernel wants bfloat16 rows of a multiple of 16 bytes.
         aligned = all(width % 8 == 0 for width in down.shape[1:])
         run = run_grouped if x_SM.dtype == torch.bfloat16 and aligned else run_tiled
-        answers_NM = run(
+        outputs_NM = run(
             x_SM.index_select(0, order_N // weights_Sk.shape[1]), counts_E, gate_up, down
         )
-        routed_NM = torch.zeros_like(answers_NM).index_copy(0, order_N, answers_NM)
+        routed_NM = torch.zeros_like(outputs_NM).index_copy(0, order_N, outputs_NM)
         routed_SkM = routed_NM.view(*weights_Sk.shape, -1)
         return (routed_SkM * weights_Sk.unsqueeze(-1)).sum(dim=1).to(x_SM.dtype)
 

@@ -95,7 +95,7 @@ class UniformGate(SigmoidGate):
     def __call__(
         self, logits_SE: Tensor, balance_bias_E: Tensor, selected_Sk: Tensor | None = None
     ) -> Routing:
-        """Token s goes to the k experts from number s * k on, counted round."""
+        """Token s goes to the k experts from number s * k on, modulo E."""
         (S, E), k = logits_SE.shape, self.top_k
         places_SE = (
             torch.arange(E, device=logits_SE.device)
@@ -146,10 +146,8 @@ def select_experts(
 
     Returns:
         The routing; weights are differentiable through the scores. With one expert out of several
-            the weight is its
-        share of the scores of all experts: normalized over the selected one alone it would be 1 and
-            the router would
-        learn nothing.
+        the weight is its share of the scores of all experts: normalized over the selected one alone
+        it would be 1 and the router would learn nothing.
 
     Source: sigmoid gate of TaCL-CoMoE; bias of Loss-Free Balancing, arXiv:2408.15664.
     """

@@ -1,4 +1,4 @@
-"""Fusions: how the text of a post comes to know its image, from a tower or in a single-stream encoder (ViLT)."""
+"""Fusions of text and image states, from a vision tower or in a single-stream encoder (ViLT)."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Fusion(nn.Module):
 
     Every fusion leaves the shape of the text alone: task heads pool, or label, text tokens that
     have seen the image. A post without one comes out as its text alone would. ``before`` may
-    change what the encoder reads, ``after`` what it answered; each fusion uses one of the two.
+    change the encoder's inputs, ``after`` its output; each fusion uses one of the two.
 
     Attributes:
         in_encoder: the encoder itself reads the image tokens; another text then takes another pass
@@ -127,10 +127,8 @@ def _embed_images(
 ) -> tuple[Tensor, Tensor, None]:
     """``ViltEmbeddings.visual_embed`` for square images: all patches in order; ``pixel_mask`` (B,): has an image."""
     patches = embeddings.patch_embeddings(pixel_values)
-    (B, width, *size), side = (
-        patches.shape,
-        embeddings.config.image_size // embeddings.config.patch_size,
-    )
+    B, width, *size = patches.shape
+    side = embeddings.config.image_size // embeddings.config.patch_size
     table = embeddings.position_embeddings[:, 1:].transpose(1, 2).reshape(1, width, side, side)
     if size != [side, side]:
         table = F.interpolate(table, size=size, mode="bilinear", align_corners=True)
@@ -145,11 +143,11 @@ def _embed_images(
 
 
 ATTENTION_HEADS = 8
-"""Heads of the text-to-image attention, or the most up to that number which divide the width."""
+"""Heads of the text-to-image attention, or the largest smaller number that divides the width."""
 
 
 class LateFusion(Fusion):
-    """Adds what the image tells to each text token's state, after the encoder.
+    """Adds an update from the image to each text token's state, after the encoder.
 
     Args:
         encoder: of the text; its width M counts.
@@ -171,10 +169,8 @@ class LateFusion(Fusion):
     def after(self, hidden_BLM: Tensor, mask_BL: Tensor, images: Images) -> Tensor:
         """Text states plus the update of the rows with an image; exactly the text states elsewhere."""
         update_ILM = self.update(hidden_BLM[images.places_I], images.tokens)
-        update_ILM = self.dropout(update_ILM).to(hidden_BLM.dtype) * images.real(update_ILM).to(
-            hidden_BLM.dtype
-        )
-        return hidden_BLM.index_add(0, images.places_I, update_ILM)
+        update_ILM = self.dropout(update_ILM).to(hidden_BLM.dtype)
+        return hidden_BLM.index_add(0, images.places_I, update_ILM * images.real(update_ILM))
 
     def update(self, hidden_ILM: Tensor, image_IRM: Tensor) -> Tensor:
         """What is added to each text token, (I, L, M)."""
@@ -190,14 +186,14 @@ class Concat(LateFusion):
         self.output = nn.Linear(2 * self.image_width, self.image_width)
 
     def update(self, hidden_ILM: Tensor, image_IRM: Tensor) -> Tensor:
-        """The feed-forward's answer; nonlinear, so that neither side alone decides its sign."""
+        """The feed-forward's output; nonlinear, so that neither side alone decides its sign."""
         text_ILM = self.text_norm(hidden_ILM)
         image_ILM = image_IRM.mean(dim=1, keepdim=True).expand_as(text_ILM)
         return self.output(F.gelu(self.hidden(torch.cat([text_ILM, image_ILM], dim=2))))
 
 
 class CrossAttention(LateFusion):
-    """Text tokens look at image tokens, then a feed-forward: one decoder layer without self-attention.
+    """Text tokens attend to image tokens, then a feed-forward: one decoder layer without self-attention.
 
     Source: the attention fusion of arXiv:2309.07794.
     """
@@ -214,7 +210,7 @@ class CrossAttention(LateFusion):
         self.output = nn.Linear(2 * width, width)
 
     def update(self, hidden_ILM: Tensor, image_IRM: Tensor) -> Tensor:
-        """What each text token saw, and what follows from both."""
+        """The attention's output and a feed-forward on top of it."""
         query = self._split(self.query(self.text_norm(hidden_ILM)))
         key, value = (self._split(part) for part in self.key_value(image_IRM).chunk(2, dim=2))
         seen = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
@@ -226,7 +222,7 @@ class CrossAttention(LateFusion):
 
 
 class Gated(LateFusion):
-    """The image's state times a gate that each text token sets by looking at both sides.
+    """The image's state times a gate that each text token sets from both sides.
 
     Source: gated multimodal units, arXiv:1702.01992, as a residual.
     """
@@ -299,17 +295,16 @@ class ImageTokens(Fusion):
         # Padding becomes 0, so that adding writes; a blank image adds 0, which still ties its
         # modules to the loss.
         words_BLE = words_BLE * mask_BL.unsqueeze(2).to(words_BLE.dtype)
-        added_ZE = (images.tokens * images.real(images.tokens)).flatten(0, 1).to(words_BLE.dtype)
-        joined = F.pad(words_BLE, (0, 0, 0, R)).flatten(0, 1).index_add(0, index_Z, added_ZE)
+        added_IRE = (images.tokens * images.real(images.tokens)).to(words_BLE.dtype)
+        longer_NE = F.pad(words_BLE, (0, 0, 0, R)).flatten(0, 1)
+        longer_NE = longer_NE.index_add(0, index_Z, added_IRE.flatten(0, 1))
         arguments = dict(inputs.arguments)
         del arguments["input_ids"]
-        arguments["inputs_embeds"] = joined.view(B, columns, -1)
+        arguments["inputs_embeds"] = longer_NE.view(B, columns, -1)
         arguments["attention_mask"] = _written(mask_BL, R, index_Z, real_Z)
         if self.has_segments:
             segments_BL = arguments.get("token_type_ids")
-            segments_BL = (
-                torch.zeros_like(mask_BL) if segments_BL is None else segments_BL * mask_BL
-            )
+            segments_BL = 0 * mask_BL if segments_BL is None else segments_BL * mask_BL
             arguments["token_type_ids"] = _written(segments_BL, R, index_Z, real_Z)
         return replace(inputs, arguments=arguments, columns=columns, image_index_Z=index_Z[real_Z])
 
@@ -326,16 +321,12 @@ def build_fusion(
     """How the model reads images; None where it reads none.
 
     Raises:
-        ValueError: an unknown fusion, or a tower beside an encoder that reads images by itself.
+        ValueError: an unknown fusion.
     """
-    alone = family_of(encoder.config.model_type).single_stream
+    single_stream = family_of(encoder.config.model_type).single_stream
     if tower is None:
-        return SingleStream(encoder) if alone else None
-    if alone:
-        raise ValueError(
-            f"model.vision.tower ({config.tower}) has nothing to do: the encoder, {encoder.config.model_type}, reads "
-            "images by itself; set model.vision.tower to null, or choose an encoder of text."
-        )
+        return SingleStream(encoder) if single_stream else None
+    assert not single_stream, "image_side refuses a tower beside an encoder that reads images"
     if config.fusion not in FUSIONS:
         raise unknown_name("model.vision.fusion", config.fusion, FUSIONS)
     return FUSIONS[config.fusion](encoder, tower.width, dropout=dropout)

@@ -1,20 +1,20 @@
-"""What is trained to bring text and image of a post together, beside the tasks; prediction does without it."""
+"""Heads of the image-text losses; prediction does without them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from comoe.models.encoder_io import Encoding, Texts
+from comoe.models.heads import mean_state
 from comoe.models.vision.fusion import Fusion, Images
 from comoe.types import ImageText
 
 
 class ImageTextHead(nn.Module):
-    """Projections of both sides into one space, and the question whether they belong together.
+    """Projections of both sides into one space, and a classifier of whether they belong together.
 
     Args:
         text_width: M of the text encoder.
@@ -22,7 +22,7 @@ class ImageTextHead(nn.Module):
             has no space of two.
         projection_width: P.
         contrast: build the projections.
-        match: build the question.
+        match: build the classifier.
     """
 
     def __init__(
@@ -50,9 +50,8 @@ class ImageTextHead(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Unit-length projections, float32, of the mean states of texts alone and of the mean image tokens."""
         text_IP = self.text(mean_state(hidden_ILM, mask_IL))
-        return F.normalize(text_IP.float(), dim=1), F.normalize(
-            self.image(image_IRM.mean(dim=1)).float(), dim=1
-        )
+        image_IP = self.image(image_IRM.mean(dim=1))
+        return F.normalize(text_IP.float(), dim=1), F.normalize(image_IP.float(), dim=1)
 
     def match_logits(self, hidden_JLM: Tensor, mask_JL: Tensor) -> Tensor:
         """Logits of [another post's text, the image's own text] from fused states: (J, 2), float32."""
@@ -70,7 +69,7 @@ def image_text_output(
     """Both sides of the posts with images. Loads of the passes that are run for it are not counted.
 
     Args:
-        head: projections and the question.
+        head: of the model.
         fusion: of the model.
         encode: one pass of encoder and fusion.
         texts, images, encoding: of the micro-batch.
@@ -98,25 +97,14 @@ def image_text_output(
             # Weighed as the image's own text is: else the weight would tell which text is the own
             # one.
             weights_J = None if own.weights_B is None else own.weights_B[numbers_J]
-            paired = Texts(
-                ids_JL,
-                mask_JL,
-                segments[0] if segments else None,
-                own.tasks_B[numbers_J],
-                weights_J,
-            )
+            segments_JL = segments[0] if segments else None
+            paired = Texts(ids_JL, mask_JL, segments_JL, own.tasks_B[numbers_J], weights_J)
             fused_JLM = encode(paired, chosen).fused_BLM
         else:
             fused_JLM = fusion.after(what[0], mask_JL, chosen)
         return head.match_logits(fused_JLM, mask_JL)
 
     return ImageText(images.rows_I, text_IP, image_IP, logits_I2, given, match)
-
-
-def mean_state(hidden_NLM: Tensor, mask_NL: Tensor) -> Tensor:
-    """Mean over real tokens, (N, M)."""
-    weights_NL = mask_NL.to(hidden_NLM.dtype)
-    return torch.einsum("nlm,nl->nm", hidden_NLM, weights_NL) / weights_NL.sum(dim=1, keepdim=True)
 
 
 def _projection(width: int, projection_width: int) -> nn.Linear:

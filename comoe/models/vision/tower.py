@@ -42,7 +42,7 @@ class Tower(nn.Module):
         self.inner.train(mode and self.trained)
         for module in self.inner.modules():
             # The statistics of a batch would differ between ranks, and let posts change one
-            # another's answers.
+            # another's predictions.
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.eval()
         return self
@@ -50,12 +50,12 @@ class Tower(nn.Module):
     def forward(self, pixels_I3HW: Tensor) -> Tensor:
         """Image tokens (I, R, V): patches in reading order, after a class token where the model has one."""
         with torch.set_grad_enabled(self.trained and torch.is_grad_enabled()):
-            answer = self.inner(pixels_I3HW.to(self.inner.dtype))
-            tokens = answer.last_hidden_state
+            output = self.inner(pixels_I3HW.to(self.inner.dtype))
+            tokens = output.last_hidden_state
             if tokens.ndim == 4:
                 # A convolutional model's map: a token is what it sees at one place.
                 tokens = tokens.flatten(2).transpose(1, 2)
-            pooled = getattr(answer, "pooler_output", None)
+            pooled = getattr(output, "pooler_output", None)
             if self.trained and pooled is not None:
                 # Nobody reads it, but what makes it must get a gradient on every rank.
                 tokens = tokens + 0.0 * pooled.sum()

@@ -13,11 +13,11 @@ from torch import nn
 from comoe.config.recipe import AdversarialConfig, ContrastiveConfig, LossConfig, Recipe
 from comoe.losses.adversarial import (
     AdversarialLoss,
-    mean_state,
     reversal_strength,
     reversed_gradient,
 )
 from comoe.losses.objective import Objective, count_units, unit_scale
+from comoe.models.heads import mean_state
 from comoe.train.monitor.log_window import Interval
 from comoe.train.parallel.engine import StepReport
 from comoe.train.parallel.setup import parameter_groups
