@@ -62,6 +62,9 @@ pip=("$VENV/bin/python" -m pip install --disable-pip-version-check --progress-ba
 step "installing $TORCH" "${pip[@]}" "$TORCH"
 "$VENV/bin/python" -c 'from importlib.metadata import version; print("torch==" + version("torch"))' >"$VENV/constraints.txt"
 step "installing comoe and its dependencies" "${pip[@]}" --constraint "$VENV/constraints.txt" --editable ".[dev]"
+# Below a path with a space the first line of DeepSpeed's scripts names no interpreter (pip mends only those that it makes
+# itself); the environment that is activated has one.
+sed -i '1s|^#!.* .*|#!/usr/bin/env python|' "$VENV"/bin/deepspeed* "$VENV"/bin/ds*
 step "checking that it imports" "$VENV/bin/python" -c "import torch, transformers, datasets, comoe.config.load"
 echo "$stamp" >"$VENV/.stamp"
 echo "setup: done; activate it with: source $VENV/bin/activate"
