@@ -51,27 +51,19 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="write all metrics there as JSON")
     options = parser.parse_args()
 
-    from comoe.data.reading.inputs import DataChoice
+    from comoe.config.files import write_atomic
     from comoe.inference.predictor import Predictor
-    from comoe.inference.score import format_scores, score_data
+    from comoe.inference.score import format_scores, score
 
-    choice = DataChoice(
-        options.data,
-        format=options.format,
-        split=options.split,
-        text=options.text_column,
-        pair=options.pair_column,
-        label=options.label_column,
-        image=options.image_column,
-        skip_bad=options.skip_bad,
-    )
     try:
         predictor = Predictor.from_pretrained(options.model, device=options.device)
-        scores = score_data(predictor, choice, tasks=options.task, batch_size=options.batch_size)
+        scores = score(
+            predictor, options.data, tasks=options.task, batch_size=options.batch_size, progress=True,
+            format=options.format, split=options.split, text=options.text_column, pair=options.pair_column,
+            label=options.label_column, image=options.image_column, skip_bad=options.skip_bad,
+        )  # fmt: skip
         if options.output:
-            options.output.write_text(
-                json.dumps(scores.evaluation.metrics, indent=2) + "\n", encoding="utf-8"
-            )
+            write_atomic(options.output, json.dumps(scores.evaluation.metrics, indent=2) + "\n")
     except (ValueError, OSError) as error:
         sys.exit(f"eval: {error}")
     print(format_scores(scores))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import string
 from pathlib import Path
 
 from helpers_model import HF_CONFIGS, MOOD, SIGNS, TASKS, TOPIC, WORDS, moe_config, tiny_model
+from safetensors.torch import save_file
 from transformers import BertTokenizerFast, PreTrainedTokenizerFast
 
+from comoe.config.load import save_recipe
 from comoe.config.recipe import (
     DataConfig,
     ModelConfig,
@@ -26,6 +29,8 @@ __all__ = [
     "TOPIC",
     "WORDS",
     "export_tiny",
+    "make",
+    "make_run",
     "tiny_predictor",
     "tiny_recipe",
     "tiny_tokenizer",
@@ -94,3 +99,29 @@ def export_tiny(
 def tiny_predictor(folder: Path, **options) -> Predictor:
     export_tiny(folder, **options)
     return Predictor.from_pretrained(folder / "export", device="cpu")
+
+
+def make_run(folder, *, steps=(3, 6), best=None, results=None):
+    """A run folder with checkpoints as the trainer leaves them."""
+    save_recipe(tiny_recipe(), make(folder) / "config.yaml")
+    (folder / "tasks.json").write_text(json.dumps([task.to_dict() for task in TASKS]))
+    (folder / "encoder_config.json").write_text(json.dumps(HF_CONFIGS["bert"].to_dict()))
+    tiny_tokenizer(folder / "vocabulary").save_pretrained(folder / "tokenizer")
+    models = {}
+    for step in steps:
+        checkpoint = folder / f"checkpoints/step-{step:08d}"
+        models[step] = tiny_model(tiny_recipe().model.moe, seed=step).eval()
+        weights = make(checkpoint / "weights") / "model.safetensors"
+        save_file(models[step].state_dict(), weights)
+        files = {"weights/model.safetensors": weights.stat().st_size}
+        (checkpoint / "manifest.json").write_text(json.dumps({"step": step, "files": files}))
+    if best is not None:
+        (folder / "checkpoints/best.json").write_text(json.dumps({"step": best}))
+    if results is not None:
+        (folder / "results.json").write_text(json.dumps(results))
+    return models
+
+
+def make(folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder

@@ -47,6 +47,11 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         ValueError: unknown key (with the nearest right one), wrong type, value against a rule,
             broken YAML, no file.
+
+    Example:
+        >>> recipe = comoe.load_recipe("launch/configs/smoke.yaml", ["train.epochs=2"])
+        >>> recipe.train.epochs
+        2.0
     """
     path = Path(path)
     raw, origins = _read_yaml(path)

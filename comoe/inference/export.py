@@ -8,7 +8,6 @@ the model; tasks as a list because Hugging Face sorts the keys of dicts), the to
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -21,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer
 
+from comoe import __version__
 from comoe.config.errors import unknown_name
 from comoe.config.load import load_recipe, recipe_from_dict
 from comoe.config.recipe import DataConfig, ModelConfig, Recipe
@@ -93,7 +93,7 @@ def read_export_config(folder: Path) -> dict[str, Any]:
     if version != FORMAT_VERSION:
         raise ValueError(
             f"{folder / CONFIG} has format_version {version}, made by comoe {config.get('comoe_version')}; this comoe "
-            f"({installed_version()}) reads {FORMAT_VERSION}: install that version, or export the run again with "
+            f"({__version__}) reads {FORMAT_VERSION}: install that version, or export the run again with "
             f"this one."
         )
     return config
@@ -143,14 +143,6 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error}); the file is damaged.") from error
-
-
-def installed_version() -> str:
-    """The version of comoe."""
-    try:
-        return importlib.metadata.version("comoe")
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 CHOICES = {
@@ -287,7 +279,7 @@ def load_exported(folder: str | Path) -> Exported:
     )
 
 
-def export_checkpoint(path: Path, out: Path, *, which: str = "best") -> Path:
+def export_checkpoint(path: str | Path, out: str | Path, *, which: str = "best") -> Path:
     """Make an export from a checkpoint, whatever its ranks, EP and ZeRO stage: its full weights lie in the checkpoint.
 
     Args:
@@ -301,6 +293,10 @@ def export_checkpoint(path: Path, out: Path, *, which: str = "best") -> Path:
 
     Raises:
         ValueError: no whole checkpoint there, or a file of the run is missing.
+
+    Example:
+        >>> comoe.export_checkpoint("runs/smoke", "exported", which="last").name
+        'step-00000120'
     """
     path = Path(path).resolve()
     is_checkpoint = path.name.startswith("step-") and not (path / "checkpoints").is_dir()
@@ -356,7 +352,7 @@ def _config(
         "architectures": [MultiTaskModel.__name__],
         "model_type": "comoe",
         "format_version": FORMAT_VERSION,
-        "comoe_version": installed_version(),
+        "comoe_version": __version__,
         "dtype": "float32",
         "num_local_experts": recipe.model.moe.num_experts,
         "num_experts_per_tok": recipe.model.moe.top_k,

@@ -158,7 +158,7 @@ def _usage(tasks: Sequence[Task], config: Mapping[str, Any]) -> str:
         ("posts.jsonl", f"echo '{row}' > posts.jsonl\n") if sees or asked else ("posts.txt", "")
     )
     return f"""```python
-from comoe.predict import Predictor
+from comoe import Predictor
 
 predictor = Predictor.from_pretrained("path/to/this/folder")
 answer = predictor(["what a lovely day :)"]{pairs}{images}{explain})[0]

@@ -63,6 +63,11 @@ class Predictor:
 
         Raises:
             ValueError: no export there, or one that cannot be read.
+
+        Example:
+            >>> predictor = comoe.Predictor.from_pretrained("runs/smoke/export")
+            >>> predictor(["what a lovely day"])[0]["mood"]["label"]
+            'positive'
         """
         exported = load_exported(folder)
         place = torch.device(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -50,27 +52,37 @@ class Scores:
     """Task -> posts without its label, because it does not fit their words (``skip_bad``)."""
 
 
-def score_data(
+def score(
     predictor: Predictor,
-    choice: DataChoice,
+    data: str | Path | DataChoice,
     *,
     tasks: Sequence[str] | None = None,
     batch_size: int = 64,
-    progress: bool = True,
+    progress: bool = False,
+    **options: Any,
 ) -> Scores:
-    """Score the model on labelled posts, by the path of training: same reader, tokenizer, collator and metrics.
+    """Score a model on labeled posts, by the path of training: same reader, tokenizer, collator and metrics.
 
     Args:
         predictor: the model.
-        choice: the posts.
+        data: file, folder or hub name.
         tasks: names of the tasks to score; None is all of the model's.
         batch_size: posts per forward pass.
         progress: show a progress bar.
+        options: further fields of ``DataChoice``: format, split, columns, limit, skip_bad.
 
     Raises:
         ValueError: no such task, file or column; a row that cannot be read, with file and line; no
-            labelled post.
+            labeled post.
+
+    Example:
+        >>> predictor = comoe.Predictor.from_pretrained("runs/smoke/export")
+        >>> scores = comoe.score(predictor, "posts.jsonl", tasks=["mood"], label="feeling")
+        >>> scores.evaluation.metrics["mood"]["macro_f1"]
+        1.0
     """
+    choice = data if isinstance(data, DataChoice) else DataChoice(str(data))
+    choice = replace(choice, **options)
     known = {task.name: task for task in predictor.tasks}
     for name in tasks or ():
         if name not in known:

@@ -24,7 +24,7 @@ from comoe.evaluation.evaluate import check_chosen_metric, evaluate, mean_metric
 from comoe.inference.model_card import model_card
 from comoe.inference.predict_file import predict_file
 from comoe.inference.predictor import Predictor
-from comoe.inference.score import DataChoice, score_data
+from comoe.inference.score import DataChoice, score
 from comoe.tasks.task import Task
 from comoe.train.dry_run import sample_lines, seen_by_the_decoder
 from comoe.types import IGNORED, Batch, ModelOutput
@@ -477,7 +477,7 @@ def test_labelled_posts_are_scored_as_in_training(tmp_path: Path) -> None:
     ]
     path = str(write_jsonl(tmp_path / "posts.jsonl", rows))
     predictor = predictor_of((ASPECT, POLARITY))
-    scores = score_data(predictor, DataChoice(path, pair="target"), progress=False)
+    scores = score(predictor, DataChoice(path, pair="target"), progress=False)
     assert (
         scores.evaluation.metrics["aspect"]["n"] == 2
         and scores.evaluation.metrics["aspect"]["exact_match"] == 0.5
@@ -489,18 +489,16 @@ def test_labelled_posts_are_scored_as_in_training(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"The prompt of polarity has \{pair\}; name its column with --pair-column"
     ):
-        score_data(predictor, DataChoice(path), progress=False)
+        score(predictor, DataChoice(path), progress=False)
     assert (
-        score_data(
-            predictor, DataChoice(path, label="aspect"), tasks=["aspect"], progress=False
-        ).posts
+        score(predictor, DataChoice(path, label="aspect"), tasks=["aspect"], progress=False).posts
         == 3
     )
     write_jsonl(tmp_path / "posts.jsonl", [rows[0], rows[1] | {"target": " "}])
     with pytest.raises(
         ValueError, match=r"posts.jsonl:2: column target is empty, but tasks.polarity.prompt has"
     ):
-        score_data(predictor, DataChoice(path, pair="target"), progress=False)
+        score(predictor, DataChoice(path, pair="target"), progress=False)
 
 
 def test_files_of_answers_hold_texts_and_scored_words(
@@ -554,7 +552,7 @@ def test_second_texts_and_labels_are_read_from_the_columns_of_training(
     said = predict_file(predictor, source, tmp_path / "out.jsonl", progress=False)
     assert "2 posts answered" in said and "1 of them could not" in said
     assert "second texts are read from column target, as in training" in capsys.readouterr().err
-    scores = score_data(
+    scores = score(
         predictor, DataChoice(str(source), skip_bad=True), tasks=["polarity"], progress=False
     )
     assert (

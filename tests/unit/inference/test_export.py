@@ -9,11 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers_export import TASKS, WORDS, export_tiny, tiny_recipe, tiny_tokenizer
+from helpers_export import TASKS, WORDS, export_tiny, make, make_run, tiny_recipe, tiny_tokenizer
 from helpers_model import HF_CONFIGS, VARIANTS, random_batch, tiny_model
 from safetensors.torch import load_file, save_file
 
-from comoe.config.load import save_recipe
 from comoe.inference.checkpoint_folder import whats_wrong
 from comoe.inference.export import export_checkpoint, export_model, load_exported
 from comoe.train.checkpoint.folder import find_checkpoint
@@ -24,32 +23,6 @@ ROOT = Path(__file__).parents[3]
 def rewrite_config(folder, **changes):
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-def make_run(folder, *, steps=(3, 6), best=None, results=None):
-    """A run folder with checkpoints as the trainer leaves them."""
-    save_recipe(tiny_recipe(), make(folder) / "config.yaml")
-    (folder / "tasks.json").write_text(json.dumps([task.to_dict() for task in TASKS]))
-    (folder / "encoder_config.json").write_text(json.dumps(HF_CONFIGS["bert"].to_dict()))
-    tiny_tokenizer(folder / "vocabulary").save_pretrained(folder / "tokenizer")
-    models = {}
-    for step in steps:
-        checkpoint = folder / f"checkpoints/step-{step:08d}"
-        models[step] = tiny_model(tiny_recipe().model.moe, seed=step).eval()
-        weights = make(checkpoint / "weights") / "model.safetensors"
-        save_file(models[step].state_dict(), weights)
-        files = {"weights/model.safetensors": weights.stat().st_size}
-        (checkpoint / "manifest.json").write_text(json.dumps({"step": step, "files": files}))
-    if best is not None:
-        (folder / "checkpoints/best.json").write_text(json.dumps({"step": best}))
-    if results is not None:
-        (folder / "results.json").write_text(json.dumps(results))
-    return models
-
-
-def make(folder):
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 @pytest.mark.parametrize("route_by", ["token", "task", "both"])

@@ -25,7 +25,7 @@ from comoe.inference.export import export_model
 from comoe.inference.model_card import model_card
 from comoe.inference.predict_file import predict_file
 from comoe.inference.predictor import Predictor
-from comoe.inference.score import DataChoice, format_scores, score_data
+from comoe.inference.score import DataChoice, format_scores, score
 from comoe.models.model import build_model
 from comoe.starter.tiny_models import build_smoke_encoder, build_smoke_vision
 from comoe.tasks.task import Task
@@ -152,20 +152,20 @@ def test_the_column_of_training_is_read_and_its_absence_is_said(
 
     assert predictor.image_column == "photo"
     for column in ("photo", "image"):
-        score, said = answered("posts.csv", f"text,{column}\nnice day,a.png\n")
-        assert score == pytest.approx(score_of(seen), abs=1e-6) and said == ""
+        found, said = answered("posts.csv", f"text,{column}\nnice day,a.png\n")
+        assert found == pytest.approx(score_of(seen), abs=1e-6) and said == ""
     for name, text, there in (
         ("posts.jsonl", '{"text": "nice day", "picture": "a.png"}\n', "it has text, picture"),
         ("posts.txt", "nice day\n", "it is a .txt"),
     ):
-        score, said = answered(name, text)
-        assert score == pytest.approx(score_of(alone), abs=1e-6)
+        found, said = answered(name, text)
+        assert found == pytest.approx(score_of(alone), abs=1e-6)
         line = f"this model reads pictures; the input has no column photo; {there}: answering by the text alone"
         assert said.startswith(line) and said.count("\n") == 1
     (tmp_path / "test.jsonl").write_text(
         '{"text": "nice", "label": "good"}\n{"text": "ill", "label": "bad"}\n'
     )
-    score_data(predictor, DataChoice(str(tmp_path / "test.jsonl")), progress=False)
+    score(predictor, DataChoice(str(tmp_path / "test.jsonl")), progress=False)
     assert (
         "the input has no column photo; it has text, label: answering by the text"
         in capsys.readouterr().err
@@ -226,7 +226,7 @@ def test_scores_say_how_many_pictures_were_bad(predictor: Predictor, tmp_path: P
     rows = [{"text": f"nice {n}", "label": "good", "photo": photos[n % 3]} for n in range(6)]
     (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     choice = DataChoice(str(tmp_path / "test.jsonl"), image="photo")
-    scores = score_data(predictor, choice, progress=False)
+    scores = score(predictor, choice, progress=False)
     assert scores.posts == 6 and [row.line for row in scores.without_picture] == [2, 5]
     assert "2 posts scored without their bad picture; the first:" in format_scores(scores)
     found = predictor([row["text"] for row in rows], images=photos * 2, image_root=tmp_path)
@@ -256,9 +256,7 @@ def test_pictures_for_a_model_of_texts_are_refused(predictor: Predictor, tmp_pat
         ValueError,
         match="^--image-column photo: this model reads no pictures; leave the option out",
     ):
-        score_data(
-            texts_only, DataChoice(str(tmp_path / "posts.csv"), image="photo"), progress=False
-        )
+        score(texts_only, DataChoice(str(tmp_path / "posts.csv"), image="photo"), progress=False)
 
 
 def test_one_picture_for_many_texts_is_refused_as_no_list(predictor: Predictor) -> None:

@@ -12,7 +12,7 @@ from helpers_export import MOOD, TOPIC, tiny_predictor
 from sklearn.metrics import accuracy_score, f1_score
 
 from comoe.data.reading.inputs import DataChoice
-from comoe.inference.score import format_scores, score_data
+from comoe.inference.score import format_scores, score
 from comoe.tasks.kinds.tagging import PHRASE_TAGS
 from comoe.tasks.task import Task
 
@@ -37,7 +37,7 @@ def test_scores_are_those_of_the_predictions(tmp_path, route_by):
     path = write(
         tmp_path / "d.jsonl", [{"text": t, "label": g} for t, g in zip(TEXTS, GOLD, strict=True)]
     )
-    scores = score_data(predictor, DataChoice(path), tasks=["mood"], progress=False)
+    scores = score(predictor, DataChoice(path), tasks=["mood"], progress=False)
     found = [answer["mood"]["label"] for answer in predictor(TEXTS)]
     values = scores.evaluation.metrics["mood"]
     assert values["accuracy"] == pytest.approx(accuracy_score(GOLD, found))
@@ -55,7 +55,7 @@ def test_several_tasks_are_found_in_columns_of_their_names(predictor, tmp_path):
     ]
     rows[0]["topic"], rows[1]["topic"] = None, TOPIC.labels[1]
     path = write(tmp_path / "d.jsonl", rows)
-    scores = score_data(predictor, DataChoice(path), tasks=["mood", "topic"], progress=False)
+    scores = score(predictor, DataChoice(path), tasks=["mood", "topic"], progress=False)
     assert set(scores.evaluation.metrics) == {"mood", "topic"}
     assert scores.evaluation.confusions["topic"].sum() == 5
 
@@ -72,10 +72,10 @@ def test_posts_that_training_cut_into_words_are_cut_here_and_phrases_that_are_no
     ]
     rows[0]["opinion"] = "moon"
     choice = DataChoice(write(tmp_path / "d.jsonl", rows), skip_bad=True)
-    scores = score_data(predictor, choice, progress=False)
+    scores = score(predictor, choice, progress=False)
     assert scores.posts == 6 and scores.bad == () and scores.unfit == {"opinion": 1}
     assert "opinion: 1 labels left out" in format_scores(scores)
-    alone = score_data(
+    alone = score(
         predictor, dataclasses.replace(choice, label="mood"), tasks=["mood"], progress=False
     )
     logits = [
@@ -91,7 +91,7 @@ def test_slices_of_the_model_are_scored_where_the_file_has_their_column(tmp_path
         for text, gold in zip(TEXTS, GOLD, strict=True)
     ]
     path = write(tmp_path / "d.jsonl", rows)
-    values = score_data(sliced, DataChoice(path), progress=False).evaluation.metrics["mood"]
+    values = score(sliced, DataChoice(path), progress=False).evaluation.metrics["mood"]
     assert (values["n@kind=true"], values["n@kind=false"]) == (2, 4)
     whole = 2 * values["accuracy@kind=true"] + 4 * values["accuracy@kind=false"]
     assert whole == pytest.approx(6 * values["accuracy"]) and not any(
@@ -104,10 +104,10 @@ def test_a_tweeteval_folder_is_scored_on_its_test_split(predictor, tmp_path):
         (tmp_path / f"{split}_text.txt").write_text("\n".join(texts) + "\n")
         labels = [str(MOOD.labels.index(gold)) for gold in GOLD][: len(texts)]
         (tmp_path / f"{split}_labels.txt").write_text("\n".join(labels) + "\n")
-    scores = score_data(predictor, DataChoice(str(tmp_path)), tasks=["mood"], progress=False)
+    scores = score(predictor, DataChoice(str(tmp_path)), tasks=["mood"], progress=False)
     assert scores.posts == 6
     with pytest.raises(ValueError, match="it has no validation split; choose another --split"):
-        score_data(
+        score(
             predictor, DataChoice(str(tmp_path), split="validation"), tasks=["mood"], progress=False
         )
 
@@ -122,8 +122,8 @@ def test_bad_rows_stop_with_file_and_line_or_are_counted(predictor, tmp_path):
     with pytest.raises(
         ValueError, match=r"d.jsonl:2: .*did you mean good\?.*--skip-bad .*\(1 more bad row"
     ):
-        score_data(predictor, DataChoice(path), tasks=["mood"], progress=False)
-    scores = score_data(predictor, DataChoice(path, skip_bad=True), tasks=["mood"], progress=False)
+        score(predictor, DataChoice(path), tasks=["mood"], progress=False)
+    scores = score(predictor, DataChoice(path, skip_bad=True), tasks=["mood"], progress=False)
     assert scores.posts == 1 and [row.line for row in scores.bad] == [2, 3]
     assert "2 bad rows left out" in format_scores(scores)
 
@@ -134,12 +134,12 @@ def test_wrong_names_are_refused(predictor, tmp_path):
         ValueError,
         match=r"--label-column is 'label', but .* has no such column; did you mean lable\?",
     ):
-        score_data(predictor, DataChoice(path), tasks=["mood"], progress=False)
+        score(predictor, DataChoice(path), tasks=["mood"], progress=False)
     with pytest.raises(ValueError, match=r"modo is not a task of this model; did you mean mood\?"):
-        score_data(predictor, DataChoice(path), tasks=["modo"], progress=False)
+        score(predictor, DataChoice(path), tasks=["modo"], progress=False)
     path = write(tmp_path / "e.jsonl", [{"text": "good", "label": None}])
     with pytest.raises(ValueError, match="no post has a label of mood"):
-        score_data(predictor, DataChoice(path), tasks=["mood"], progress=False)
+        score(predictor, DataChoice(path), tasks=["mood"], progress=False)
 
 
 def test_the_command_prints_the_scores_and_writes_them(tmp_path, monkeypatch, capsys):

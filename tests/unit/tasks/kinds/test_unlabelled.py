@@ -18,7 +18,7 @@ from comoe.data.corpus import Corpus, load_corpus
 from comoe.evaluation.evaluate import check_chosen_metric, evaluate, mean_metric
 from comoe.evaluation.tables import format_results_table
 from comoe.inference.predict_file import predict_file
-from comoe.inference.score import DataChoice, score_data
+from comoe.inference.score import DataChoice, score
 from comoe.tasks.task import Task, build_task
 from comoe.types import IGNORED, Batch
 
@@ -158,7 +158,7 @@ def test_an_export_answers_the_other_tasks(tmp_path: Path, route_by: str) -> Non
     assert "plain" not in (tmp_path / "answers.csv").read_text(encoding="utf-8")
     rows = [{"text": "good day", "label": "bad"}, {"text": "bad rain", "label": "good"}]
     write_jsonl(tmp_path / "rows.jsonl", rows)
-    scores = score_data(
+    scores = score(
         predictor, DataChoice(path=str(tmp_path / "rows.jsonl")), tasks=["mood"], progress=False
     )
     assert scores.evaluation.metrics["mood"]["n"] == 2 and list(scores.evaluation.metrics) == [
