@@ -2,15 +2,12 @@
 
     python launch/ablate.py --run runs/starter --limit 300 --output runs/starter/removal.json
 
-The tokens of a removed expert go to their next best one. A run folder has its recipe and its
-export.
+The tokens of a removed expert go to their next best one. A run folder has its recipe and its export.
 """
 
-from __future__ import annotations
-
-import argparse
 import json
 import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
@@ -18,26 +15,18 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 def main() -> None:
     """Read the command line, measure, print the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--run", type=Path, required=True, metavar="RUN", help="folder of a finished run"
-    )
-    parser.add_argument(
-        "--split", default="test", choices=("validation", "test"), help="posts to score on (test)"
-    )
-    parser.add_argument(
-        "--limit", type=int, metavar="N", help="at most this many posts per data set"
-    )
-    parser.add_argument(
-        "--device", default="auto", help="cpu, cuda, ...; auto is a GPU where there is one"
-    )
-    parser.add_argument(
-        "--output", type=Path, metavar="FILE", help="write the numbers there as JSON"
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    # fmt: off
+    add = parser.add_argument
+    add("--run", type=Path, required=True, metavar="RUN", help="folder of a finished run")
+    add("--split", default="test", choices=("validation", "test"), help="posts to score on (test)")
+    add("--limit", type=int, metavar="N", help="at most this many posts per data set")
+    add("--device", default="auto", help="cpu, cuda, ...; auto is a GPU where there is one")
+    add("--output", type=Path, metavar="FILE", help="write the numbers there as JSON")
+    # fmt: on
     given = parser.parse_args()
 
+    from comoe.config.files import write_atomic
     from comoe.experiments.ablate import measure_removal, removal_lines
 
     try:
@@ -45,9 +34,7 @@ def main() -> None:
             given.run, split=given.split, limit=given.limit, device=given.device
         )
         if given.output:
-            given.output.write_text(
-                json.dumps(removal.to_dict(), indent=1) + "\n", encoding="utf-8"
-            )
+            write_atomic(given.output, json.dumps(removal.to_dict(), indent=1) + "\n")
     except (ValueError, OSError) as error:
         print(f"comoe: {error}", file=sys.stderr)
         sys.exit(2)

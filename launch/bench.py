@@ -5,12 +5,10 @@ python launch/bench.py train --json train.json         whole training steps: Hug
 python launch/bench.py contrastive --json c.json       the loss: full matrix, open_clip's local one, reference code
 """
 
-from __future__ import annotations
-
-import argparse
 import importlib
 import signal
 import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -25,9 +23,7 @@ BENCHMARKS = {
 
 def main() -> None:
     """Read the command line, measure, print the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("benchmark", choices=BENCHMARKS, help="what to measure")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
     parser.add_argument(

@@ -1,20 +1,15 @@
 """Compare variants ("arms") of one recipe over seeds: tasks alone and together, task weightings, gates, experts.
 
-python launch/compare.py --config launch/configs/tweeteval.yaml --arms single,multi,leave_one_out
-    --seeds 0,1,2 \\ --output runs/together data.root=<folder> data.limit_per_task=1000
-    data.mixing=proportional
-python launch/compare.py --config launch/configs/starter.yaml --arms
-    no_experts,dense,softmax,sigmoid,paper \\ --against dense --seeds 0,1,2 --remove-experts
-    softmax,sigmoid,paper --output runs/compare data.limit_per_task=1000
-python launch/compare.py --arms recipe --arm "wide:model.moe.expert_width=192" --seeds 0,1 --output
-    runs/wide
+python launch/compare.py --config launch/configs/tweeteval.yaml --arms single,multi,leave_one_out --seeds 0,1,2 \\
+    --output runs/together data.root=<folder> data.limit_per_task=1000 data.mixing=proportional
+python launch/compare.py --config launch/configs/starter.yaml --arms no_experts,dense,softmax,sigmoid,paper \\
+    --against dense --seeds 0,1,2 --remove-experts softmax,sigmoid,paper --output runs/compare data.limit_per_task=1000
+python launch/compare.py --arms recipe --arm "wide:model.moe.expert_width=192" --seeds 0,1 --output runs/wide
 An interrupted comparison goes on with the same command; arms and seeds may be added later.
 """
 
-from __future__ import annotations
-
-import argparse
 import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -23,78 +18,36 @@ ARMS = "no_experts,dense,softmax,sigmoid"
 
 def main() -> None:
     """Read the command line and run."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--config", type=Path, default=HERE / "configs/starter.yaml", metavar="YAML", help="recipe"
-    )
-    parser.add_argument(
-        "--deepspeed", type=Path, default=HERE.parent / "ds_configs/zero2.json", metavar="JSON"
-    )
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=Path("runs/compare"),
-        metavar="DIR",
-        help="runs, tables, plots",
-    )
-    parser.add_argument(
-        "--ranks", type=int, metavar="N", help="ranks of each run (all GPUs; without a GPU 1)"
-    )
-    parser.add_argument(
-        "--arms",
-        default=ARMS,
-        metavar="LIST",
-        help=f"names with commas ({ARMS}); the README has all",
-    )
-    parser.add_argument(
-        "--arm",
-        action="append",
-        default=[],
-        metavar="NAME:KEY=VALUE,...",
-        help="an arm of your own",
-    )
-    parser.add_argument(
-        "--seeds", default="0,1,2", metavar="LIST", help="one run of each arm per seed (0,1,2)"
-    )
-    parser.add_argument(
-        "--against", metavar="ARM", help="arm that the others are held against (the first one)"
-    )
-    parser.add_argument(
-        "--metrics",
-        metavar="LIST",
-        help="task/metric with commas: a table and picture of these alone",
-    )
-    parser.add_argument(
-        "--affinity", metavar="ARMS", help="measure task gradients of these arms (multi, if there)"
-    )
-    parser.add_argument(
-        "--affinity-posts",
-        type=int,
-        default=256,
-        metavar="N",
-        help="posts a task there (256); 0: no",
-    )
-    parser.add_argument(
-        "--remove-experts", metavar="ARMS", help="measure what each expert of these arms is worth"
-    )
-    parser.add_argument(
-        "--removal-posts", type=int, default=250, metavar="N", help="test posts per set there (250)"
-    )
-    parser.add_argument(
-        "--resamples",
-        type=int,
-        default=300,
-        metavar="N",
-        help="of the bootstrap (300); 0: no differences",
-    )
-    parser.add_argument(
-        "--keep-checkpoints", action="store_true", help="else a finished run keeps its export only"
-    )
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="options of the recipe, for all arms"
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    # fmt: off
+    add = parser.add_argument
+    add("--config", type=Path, default=HERE / "configs/starter.yaml", metavar="YAML",
+        help="recipe")
+    add("--deepspeed", type=Path, default=HERE.parent / "ds_configs/zero2.json", metavar="JSON")
+    add("--output", type=Path, default=Path("runs/compare"), metavar="DIR",
+        help="runs, tables, plots")
+    add("--ranks", type=int, metavar="N", help="ranks of each run (all GPUs; without a GPU 1)")
+    add("--arms", default=ARMS, metavar="LIST",
+        help=f"names with commas ({ARMS}); docs/experiments.md has all")
+    add("--arm", action="append", default=[], metavar="NAME:KEY=VALUE,...",
+        help="an arm of your own")
+    add("--seeds", default="0,1,2", metavar="LIST", help="one run of each arm per seed (0,1,2)")
+    add("--against", metavar="ARM", help="arm that the others are held against (the first one)")
+    add("--metrics", metavar="LIST",
+        help="task/metric with commas: a table and plot of these alone")
+    add("--affinity", metavar="ARMS",
+        help="measure task gradients of these arms (multi, if there)")
+    add("--affinity-posts", type=int, default=256, metavar="N",
+        help="posts a task there (256); 0: no")
+    add("--remove-experts", metavar="ARMS", help="measure what each expert of these arms is worth")
+    add("--removal-posts", type=int, default=250, metavar="N",
+        help="test posts per set there (250)")
+    add("--resamples", type=int, default=300, metavar="N",
+        help="of the bootstrap (300); 0: no differences")
+    add("--keep-checkpoints", action="store_true",
+        help="else a finished run keeps its export only")
+    add("overrides", nargs="*", metavar="key=value", help="options of the recipe, for all arms")
+    # fmt: on
     given = parser.parse_intermixed_args()
 
     sys.path.append(str(HERE.parent))

@@ -6,9 +6,9 @@
 --data is a file (jsonl, csv, tsv, parquet), a folder with splits, or a hub name (--format hub).
 """
 
-import argparse
 import json
 import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 # An installed comoe comes first; without one, the package beside this folder.
@@ -17,38 +17,24 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 def main() -> None:
     """Read the command line, score, print the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", required=True, help="folder of an export")
-    parser.add_argument("--data", required=True, help="file, folder or hub name")
-    parser.add_argument(
-        "--format", default="auto", help="tweeteval, jsonl, csv, tsv, parquet, txt, hub or auto"
-    )
-    parser.add_argument(
-        "--split", default="test", help="train, validation or test of a folder or hub data set"
-    )
-    parser.add_argument("--task", action="append", help="score this task only; may be repeated")
-    parser.add_argument("--text-column", default="text", help="column with the post")
-    parser.add_argument(
-        "--pair-column", help="column with the second text (default: that of training)"
-    )
-    parser.add_argument(
-        "--image-column", help="column with the picture (default: that of training, else image)"
-    )
-    parser.add_argument(
-        "--label-column", help="column with the label (default: that of training, else label)"
-    )
-    parser.add_argument(
-        "--skip-bad",
-        action="store_true",
-        help="leave out bad rows instead of stopping at the first",
-    )
-    parser.add_argument("--batch-size", type=int, default=64, help="posts per forward pass")
-    parser.add_argument(
-        "--device", default="auto", help="cpu, cuda, ...; auto is a GPU where there is one"
-    )
-    parser.add_argument("--output", type=Path, help="write all metrics there as JSON")
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    # fmt: off
+    add = parser.add_argument
+    add("--model", required=True, help="folder of an export")
+    add("--data", required=True, help="file, folder or hub name")
+    add("--format", default="auto", help="tweeteval, jsonl, csv, tsv, parquet, txt, hub or auto")
+    add("--split", default="test", help="train, validation or test of a folder or hub data set")
+    add("--task", action="append", help="score this task only; may be repeated")
+    add("--text-column", default="text", help="column with the post")
+    add("--pair-column", help="column with the second text (default: that of training)")
+    add("--image-column", help="column with the picture (default: that of training, else image)")
+    add("--label-column", help="column with the label (default: that of training, else label)")
+    add("--skip-bad", action="store_true",
+        help="leave out bad rows instead of stopping at the first")
+    add("--batch-size", type=int, default=64, help="posts per forward pass")
+    add("--device", default="auto", help="cpu, cuda, ...; auto is a GPU where there is one")
+    add("--output", type=Path, help="write all metrics there as JSON")
+    # fmt: on
     options = parser.parse_args()
 
     from comoe.config.files import write_atomic

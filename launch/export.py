@@ -6,8 +6,8 @@
 It needs one process and no DeepSpeed, whatever the ranks, EP and ZeRO stage of the run were.
 """
 
-import argparse
 import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 # An installed comoe comes first; without one, the package beside this folder.
@@ -16,19 +16,14 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 def main() -> None:
     """Read the command line and export."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--checkpoint", required=True, type=Path, help="run folder, or one checkpoint of it"
-    )
-    parser.add_argument("--which", default="best", help="best or last checkpoint of a run folder")
-    parser.add_argument(
-        "--output",
-        required=True,
-        type=Path,
-        help="folder to write; an older export there is replaced",
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    # fmt: off
+    add = parser.add_argument
+    add("--checkpoint", required=True, type=Path, help="run folder, or one checkpoint of it")
+    add("--which", default="best", help="best or last checkpoint of a run folder")
+    add("--output", required=True, type=Path,
+        help="folder to write; an older export there is replaced")
+    # fmt: on
     options = parser.parse_args()
 
     from comoe.inference.export import export_checkpoint

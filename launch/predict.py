@@ -1,15 +1,14 @@
 """Answer the posts of a file with an exported model, in one process.
 
-    python launch/predict.py --model runs/starter/export --input posts.txt --output answers.jsonl
-    python launch/predict.py --model F --input test_text.txt --output irony.txt --format tweeteval
-    --task irony
+    python launch/predict.py --model runs/starter/export --input posts.txt --output predictions.jsonl
+    python launch/predict.py --model F --input test_text.txt --output irony.txt --format tweeteval --task irony
 
---input is .txt (one post per line), .csv, .tsv, .jsonl or .parquet; --format is jsonl, csv or tweeteval (one
-    label id per line).
+--input is .txt (one post per line), .csv, .tsv, .jsonl or .parquet; --format is jsonl, csv or
+tweeteval (one label id per line).
 """
 
-import argparse
 import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 # An installed comoe comes first; without one, the package beside this folder.
@@ -18,34 +17,23 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 def main() -> None:
     """Read the command line and answer."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", required=True, help="folder of an export")
-    parser.add_argument("--input", required=True, type=Path, help="file of posts")
-    parser.add_argument(
-        "--output", required=True, type=Path, help="file of answers; missing folders are made"
-    )
-    parser.add_argument("--format", default="jsonl", help="jsonl, csv or tweeteval")
-    parser.add_argument("--task", action="append", help="answer this task only; may be repeated")
-    parser.add_argument(
-        "--text-column", default="text", help="column with the post, unless --input is .txt"
-    )
-    parser.add_argument(
-        "--pair-column", help="column with the second text (default: that of training)"
-    )
-    parser.add_argument(
-        "--image-column", help="column with the picture (default: that of training, else image)"
-    )
-    parser.add_argument(
-        "--explain",
-        action="store_true",
-        help="add each word's attention (jsonl, tasks with a head)",
-    )
-    parser.add_argument("--batch-size", type=int, default=64, help="posts per forward pass")
-    parser.add_argument(
-        "--device", default="auto", help="cpu, cuda, cuda:1, ...; auto is a GPU where there is one"
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    # fmt: off
+    add = parser.add_argument
+    add("--model", required=True, help="folder of an export")
+    add("--input", required=True, type=Path, help="file of posts")
+    add("--output", required=True, type=Path, help="file of answers; missing folders are made")
+    add("--format", default="jsonl", help="jsonl, csv or tweeteval")
+    add("--task", action="append", help="answer this task only; may be repeated")
+    add("--text-column", default="text", help="column with the post, unless --input is .txt")
+    add("--pair-column", help="column with the second text (default: that of training)")
+    add("--image-column", help="column with the picture (default: that of training, else image)")
+    add("--explain", action="store_true",
+        help="add each word's attention (jsonl, tasks with a head)")
+    add("--batch-size", type=int, default=64, help="posts per forward pass")
+    add("--device", default="auto",
+        help="cpu, cuda, cuda:1, ...; auto is a GPU where there is one")
+    # fmt: on
     options = parser.parse_args()
 
     from comoe.inference.predict_file import predict_file

@@ -1,28 +1,20 @@
 """Run one recipe over a grid of experts, k, gates, encoders, EP sizes and seeds; or plan a model on a cluster.
 
-python launch/scale.py --config launch/configs/smoke.yaml --experts 2,4,8 --top-k 1,2 --seeds 0,1
-    --output runs/scale
-python launch/scale.py --plan --encoder-shape 24,1024,4096,50265 --gpus 1..4096
-    model.moe.num_experts=64
-The first goes on where an earlier call with the same --output stopped; an --experts of 0 is the
-    encoder alone, and a
+python launch/scale.py --config launch/configs/smoke.yaml --experts 2,4,8 --top-k 1,2 --seeds 0,1 --output runs/scale
+python launch/scale.py --plan --encoder-shape 24,1024,4096,50265 --gpus 1..4096 model.moe.num_experts=64
+The first goes on where an earlier call with the same --output stopped; an --experts of 0 is the encoder alone, and a
 --top-k of all is as many as there are experts.
 """
 
-from __future__ import annotations
-
-import argparse
 import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 GRID = {"experts": "experts", "top-k": "top_k", "ep": "ep_sizes", "encoder": "encoders", "gate": "gates",
         "seeds": "seeds"}  # fmt: skip
 PLAN = {
-    "encoder-shape": (
-        None,
-        "layers,width,feed-forward width,vocabulary instead of the recipe's encoder",
-    ),
+    "encoder-shape": (None, "layers,width,feed-forward width,vocabulary, not the recipe's encoder"),
     "gpus": ("1..4096", "numbers of GPUs: 8,64 or 1..4096 (by doubling)"),
     "gpu-memory": ("80", "GB of one GPU"),
     "gpus-per-node": ("8", "GPUs of one machine"),
@@ -37,43 +29,28 @@ PLAN = {
 
 def main() -> None:
     """Read the command line and run."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--config", type=Path, default=HERE / "configs/starter.yaml", metavar="YAML", help="recipe"
-    )
-    parser.add_argument(
-        "--deepspeed", type=Path, default=HERE.parent / "ds_configs/zero2.json", metavar="JSON"
-    )
-    parser.add_argument(
-        "--output", type=Path, default=Path("runs/scale"), metavar="DIR", help="runs, table, plots"
-    )
-    parser.add_argument(
-        "--ranks", type=int, metavar="N", help="ranks of each run (all GPUs; without a GPU 1)"
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    # fmt: off
+    add = parser.add_argument
+    add("--config", type=Path, default=HERE / "configs/starter.yaml", metavar="YAML", help="recipe")
+    add("--deepspeed", type=Path, default=HERE.parent / "ds_configs/zero2.json", metavar="JSON")
+    add("--output", type=Path, default=Path("runs/scale"), metavar="DIR", help="runs, table, plots")
+    add("--ranks", type=int, metavar="N", help="ranks of each run (all GPUs; without a GPU 1)")
     for flag, field in GRID.items():
-        parser.add_argument(
-            f"--{flag}", dest=field, metavar="LIST", help="with commas; the recipe's own without it"
-        )
-    parser.add_argument(
-        "--plan", action="store_true", help="print memory, bytes and step time on a cluster; end"
-    )
+        add(f"--{flag}", dest=field, metavar="LIST", help="with commas; the recipe's own without it")
+    add("--plan", action="store_true", help="print memory, bytes and step time on a cluster; end")
     for flag, (default, text) in PLAN.items():
-        parser.add_argument(f"--{flag}", help=text + (f" ({default})" if default else ""))
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="options of the recipe")
+        add(f"--{flag}", help=text + (f" ({default})" if default else ""))
+    add("overrides", nargs="*", metavar="key=value", help="options of the recipe")
+    # fmt: on
     given = parser.parse_intermixed_args()
 
     sys.path.append(str(HERE.parent))
     from comoe.experiments.scale.command import scale_and_exit
 
     plan_flags = {flag: default for flag, (default, _) in PLAN.items()}
-    scale_and_exit(
-        given,
-        grid_fields=tuple(GRID.values()),
-        plan_flags=plan_flags,
-        train_script=HERE / "train.py",
-    )
+    grid = tuple(GRID.values())
+    scale_and_exit(given, grid_fields=grid, plan_flags=plan_flags, train_script=HERE / "train.py")
 
 
 if __name__ == "__main__":

@@ -1,15 +1,14 @@
 """Train a cooperative mixture-of-experts encoder on all tasks of a recipe.
 
-deepspeed launch/train.py --deepspeed ds_configs/zero2.json deepspeed --num_accelerators 2
-launch/train.py --deepspeed ds_configs/zero2.json --config my.yaml train.epochs=2 python
-launch/train.py --dry-run deepspeed launch/train.py --resume runs/starter deepspeed launch/train.py
---deepspeed ds_configs/zero2.json --restarts 3
+deepspeed launch/train.py --deepspeed ds_configs/zero2.json
+deepspeed --num_accelerators 2 launch/train.py --deepspeed ds_configs/zero2.json --config my.yaml train.epochs=2
+python launch/train.py --dry-run
+deepspeed launch/train.py --resume runs/starter
+deepspeed launch/train.py --deepspeed ds_configs/zero2.json --restarts 3
 """
 
-from __future__ import annotations
-
-import argparse
 import sys
+from argparse import SUPPRESS, ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -17,34 +16,21 @@ HERE = Path(__file__).resolve().parent
 
 def main() -> None:
     """Read the command line and run."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--deepspeed", type=Path, metavar="JSON",
-                        help="ZeRO, precision, clipping, expert parallelism (ds_configs/zero2.json; with --resume the "
-                        "run's own)")  # fmt: skip
-    parser.add_argument(
-        "--config", type=Path, metavar="YAML", help="recipe (launch/configs/starter.yaml)"
-    )
-    parser.add_argument(
-        "--resume", type=Path, metavar="RUN", help="go on with this run folder, by its own recipe"
-    )
-    parser.add_argument("--restarts", type=int, default=0, metavar="N",
-                        help="start a crashed run again from its last checkpoint, at most N times")  # fmt: skip
-    parser.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="print recipe, labels, sample posts, memory plan; end",
-    )
-    parser.add_argument(
-        "--gpus",
-        type=int,
-        metavar="N",
-        help="with --dry-run: plan for N GPUs, not for this machine",
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    # fmt: off
+    add = parser.add_argument
+    add("--deepspeed", type=Path, metavar="JSON",
+        help="ZeRO, precision, clipping, expert parallelism (ds_configs/zero2.json; with --resume the run's own)")
+    add("--config", type=Path, metavar="YAML", help="recipe (launch/configs/starter.yaml)")
+    add("--resume", type=Path, metavar="RUN", help="go on with this run folder, by its own recipe")
+    add("--restarts", type=int, default=0, metavar="N",
+        help="start a crashed run again from its last checkpoint, at most N times")
+    add("--dry-run", action="store_true", help="print recipe, labels, sample posts, memory plan; end")
+    add("--gpus", type=int, metavar="N", help="with --dry-run: plan for N GPUs, not for this machine")
     # The deepspeed launcher adds this one; the rank itself is read from the environment.
-    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="options of the recipe")
+    add("--local_rank", type=int, default=0, help=SUPPRESS)
+    add("overrides", nargs="*", metavar="key=value", help="options of the recipe")
+    # fmt: on
     given = parser.parse_intermixed_args()
     if given.restarts < 0:
         parser.error(f"--restarts is {given.restarts}; it must be 0 or more.")
@@ -55,8 +41,7 @@ def main() -> None:
         config = config or HERE / "configs/starter.yaml"
         settings = settings or HERE.parent / "ds_configs/zero2.json"
 
-    # A run from a checkout that is not installed must find comoe, also where the working folder is
-    # another one.
+    # Without an installed comoe, the package beside this folder, whatever the working folder is.
     sys.path.append(str(HERE.parent))
     from comoe.train.fault.signals import StopSignal
     from comoe.train.fault.supervisor import is_child, supervise
@@ -66,10 +51,8 @@ def main() -> None:
         sys.exit(supervise(restarts=given.restarts, stop=stop))
     from comoe.train.run import Request, run_and_exit
 
-    run_and_exit(
-        Request(config, settings, given.overrides, given.resume, given.dry_run, given.gpus or 0),
-        stop,
-    )
+    words = (config, settings, given.overrides, given.resume, given.dry_run, given.gpus or 0)
+    run_and_exit(Request(*words), stop)
 
 
 if __name__ == "__main__":

@@ -39,6 +39,25 @@ def test_importing_it_imports_nothing_heavy_and_train_is_a_package_and_a_functio
     subprocess.run([sys.executable, "-c", LIGHT], check=True, cwd=ROOT)
 
 
+HELP = """
+import runpy, sys
+sys.argv = [sys.argv[1], "--help"]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+    heavy = {"torch", "numpy", "transformers", "yaml", "pydantic", "comoe.config"} & set(sys.modules)
+    assert not heavy, heavy
+"""
+
+
+@pytest.mark.parametrize("script", sorted(ROOT.glob("launch/*.py")), ids=lambda path: path.stem)
+def test_help_is_printed_before_anything_heavy_is_imported(script: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", HELP, script], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 0 and done.stdout.startswith("usage: "), done.stderr
+
+
 def test_every_public_name_leads_somewhere() -> None:
     assert all(getattr(comoe, name) for name in comoe.__all__)
     assert comoe.__version__ == version("comoe")
