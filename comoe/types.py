@@ -46,8 +46,8 @@ class Batch:
     to run."""
     labels: Mapping[str, Tensor] = field(default_factory=dict)
     """Task -> targets: single_label and label_words (B,) int64, multi_label (B, Y) float,
-    regression (B,) float, tags (B, L) int64, text (B, 1 + C) int64: its number of tokens, then its
-    characters as code points. Missing: IGNORED or NaN."""
+    regression (B,) float, tags (B, L) int64, text (B,) int64: the number of its tokens. Missing:
+    IGNORED or NaN."""
     unit_scale_T: Tensor | None = None
     """W * accumulation steps / units of the task in the whole optimizer step, 0 for an absent task;
     and behind the T tasks the same at ``DOMAINS``, ``TOKENS`` and ``ANSWER_TOKENS``: (T + 3,). Set
@@ -81,6 +81,8 @@ class Batch:
     domain_weights_B: Tensor | None = None
     """Weight of the row in that prediction, float32: 0 without a value, and the rows of a post
     share its weight."""
+    texts: Mapping[str, Sequence[str | None]] = field(default_factory=dict)
+    """Task of free text -> the text that each of the B rows wants, None where it wants none."""
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
@@ -89,7 +91,7 @@ class Batch:
             value = getattr(self, item.name)
             if isinstance(value, Tensor):
                 moved[item.name] = value.to(device, non_blocking=True)
-            elif isinstance(value, Mapping):
+            elif isinstance(value, Mapping) and item.name != "texts":
                 moved[item.name] = {
                     key: tensor.to(device, non_blocking=True) for key, tensor in value.items()
                 }
@@ -105,6 +107,8 @@ class Batch:
         }
         for name in ("labels", "confidences"):
             kept[name] = {task: values[rows_R] for task, values in getattr(self, name).items()}
+        rows = rows_R.tolist() if self.texts else []
+        kept["texts"] = {task: [texts[row] for row in rows] for task, texts in self.texts.items()}
         if self.pixels_I3HW is None or self.image_rows_I is None:
             return replace(self, **kept)
         is_row_IR = self.image_rows_I[:, None] == rows_R
@@ -160,9 +164,8 @@ class ModelOutput:
     """Task -> float32 logits, (B, Y); regression (B, 1); tags (B, L, Y).
 
     label_words (B, Y): log-probability of each label's words; in training only of the row's own
-    label, 0 elsewhere. text: log-probability of the row's own text, 0 where it has none; outside
-    training behind it that of the text that was generated, then the generated token ids, -1 behind
-    their end: (B, 1) in training, else (B, 2 + D)."""
+    label, 0 elsewhere. text: log-probability of the row's own text, 0 where it has none, (B, 1);
+    outside training behind it that of the generated text, (B, 2)."""
     embeddings: Mapping[str, Tensor]
     """Task -> unit-length projections (B, P), float32; only tasks with a pooled head."""
     attentions: Mapping[str, Tensor]
@@ -189,6 +192,9 @@ class ModelOutput:
     ``Routing`` in the decoder's layers; None without a decoder."""
     num_answer_layers: int = 0
     """How many of the routings, the last ones, are the decoder's."""
+    generated: Mapping[str, Tensor] = field(default_factory=dict)
+    """Task of free text -> token ids of the generated texts, (B, D), int64, -1 from the end sign
+    on; empty in training."""
 
     @property
     def layer_rows(self) -> tuple[Tensor, ...]:

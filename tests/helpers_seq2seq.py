@@ -109,14 +109,14 @@ def decoder_batch(
             for row in mine if task.label_words else ():
                 answers[row] = words(int(drawn[row]), family)
         elif task.rules.generates:
-            labels[task.name] = torch.full((rows, 3), IGNORED)
+            labels[task.name] = torch.full((rows,), IGNORED)
             for row in mine:
                 count = int(torch.randint(1, 6, (), generator=generator))
                 answers[row] = [
                     *torch.randint(5, VOCABULARY, (count,), generator=generator).tolist(),
                     END[family],
                 ]
-                labels[task.name][row] = torch.tensor([count + 1, 97, 98])
+                labels[task.name][row] = count + 1
         else:
             values = torch.randn(rows, generator=generator)
             labels[task.name] = torch.full((rows,), torch.nan).index_copy(

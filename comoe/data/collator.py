@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from comoe.config.recipe import NormalizeConfig
 from comoe.data.columns import Domains, confidences_of, domain_columns
 from comoe.data.images.pixels import PixelReader
 from comoe.data.posts import hidden, unlabelled_posts
-from comoe.data.tokens.prompts import Wording, check_end_sign, code_points, label_tokens
+from comoe.data.tokens.prompts import Wording, check_end_sign, detokenize, label_tokens
 from comoe.data.tokens.split import TokenizedSplit, TokenRow, assemble_split, no_tokens, target_of
 from comoe.data.tokens.tokenize import tokenize
 from comoe.tasks.task import Task
@@ -125,6 +125,11 @@ class Collator:
         pixels, image_rows, image_numbers = (
             (None,) * 3 if self.pixels is None else self.pixels.collate(images)
         )
+        # Per task the post of each row that is for it, -1 for other rows.
+        wanted = [
+            [post if self.serves(asked, number) else -1 for post, asked in pairs]
+            for number in range(len(self.tasks))
+        ]
         shares = [len(served.get(post, "-")) for post in posts]
         return Batch(
             pixels_I3HW=pixels,
@@ -145,15 +150,21 @@ class Collator:
             labels={
                 task.name: task.rules.collate(
                     [
-                        target_of(split, task, post, row)
-                        if post >= 0 and self.serves(asked, number)
-                        else None
-                        for (post, asked), row in zip(pairs, rows, strict=True)
+                        None if post < 0 else target_of(split, task, post, row)
+                        for post, row in zip(wanted[number], rows, strict=True)
                     ],
                     labels=task.labels,
                     length=length,
                 )
                 for number, task in enumerate(self.tasks)
+            },
+            texts={
+                task.name: [
+                    None if post < 0 else split.posts.labels[task.name][post]
+                    for post in wanted[number]
+                ]
+                for number, task in enumerate(self.tasks)
+                if number in self._answered and not task.label_words
             },
             confidences=confidences_of(split.posts, posts, self.tasks),
             answers_BD=_ragged([self._answer(split, post, task) for post, task in pairs])
@@ -163,22 +174,9 @@ class Collator:
             **domain_columns(self.domains, split.posts, posts, shares),
         )
 
-    def spell(self, logits: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Logits with the token ids of texts that the decoder wrote turned into code points: the model has no words.
-
-        Args:
-            logits: of ``ModelOutput``; any task's may be missing.
-
-        Returns:
-            The same, on their devices; of tasks of free text (B, 2 + C) float32, 0 behind shorter
-                texts.
-        """
-        written = [task.name for task in self.tasks if task.rules.generates and task.rules.ragged]
-        spelled = dict(logits)
-        for name in spelled.keys() & written:
-            codes_BC = code_points(logits[name][:, 2:], self.tokenizer).to(logits[name].device)
-            spelled[name] = torch.cat([logits[name][:, :2].float(), codes_BC], dim=1)
-        return spelled
+    def detokenize(self, ids_BD: Tensor) -> list[str]:
+        """Generated token ids (``ModelOutput.generated``) as texts: the model has no words."""
+        return detokenize(ids_BD, self.tokenizer)
 
     def serves(self, asked: int, number: int) -> bool:
         """Whether a row of this task id (``Batch.task_ids_B``) is for the task with this number."""

@@ -16,8 +16,9 @@ import numpy as np
 from scipy.optimize import minimize_scalar
 from scipy.special import expit, logsumexp, softmax
 
-from comoe.evaluation.evaluate import Answer, Evaluation, joined, judge
+from comoe.evaluation.evaluate import Evaluation, compute_metrics
 from comoe.evaluation.thresholds import FOLDS, Chosen, choose_for_labels, choose_for_two_classes
+from comoe.tasks.kinds.base import PostOutput
 from comoe.tasks.task import Task
 from comoe.types import IGNORED
 
@@ -106,21 +107,22 @@ class Calibrator:
             split: name of the split; ``validation`` is fitted on.
             evaluation: of that split, by the tasks as trained.
             texts: text per row of the split.
-            columns: column -> its cell per row of the split, as for ``judge``.
+            columns: column -> its cell per row of the split, as for ``compute_metrics``.
         """
         found = {
-            task.name: evidence(evaluation.answers.get(task.name, ()), task) for task in self.tasks
+            task.name: evidence(evaluation.outputs.get(task.name, ()), task) for task in self.tasks
         }
         if split == VALIDATION:
             self.tasks = tuple(self._fitted(task, found[task.name]) for task in self.tasks)
         for task in self.tasks:
             if found[task.name] is not None:
                 self._look(split, task, found[task.name])
-        judges = self.tasks
+        tasks, shown = self.tasks, bool(evaluation.predictions)
         if split == VALIDATION:
-            judges = tuple(replace(task, thresholds=None) for task in judges)
-        shown = bool(evaluation.predictions)
-        return judge(evaluation.answers, judges, texts=texts, columns=columns, predictions=shown)
+            tasks = tuple(replace(task, thresholds=None) for task in tasks)
+        return compute_metrics(
+            evaluation.outputs, tasks, texts=texts, columns=columns, predictions=shown
+        )
 
     def report(self) -> dict[str, dict[str, Any]]:
         """Task -> ``temperature``, ``thresholds``, ``decision`` (metric, at_half, held_out) or
@@ -241,13 +243,13 @@ def reliability_bins(
     return tuple(np.bincount(places, weights=weight, minlength=bins) for weight in weights)
 
 
-def evidence(answers: Sequence[Answer], task: Task) -> Evidence | None:
+def evidence(outputs: Sequence[PostOutput], task: Task) -> Evidence | None:
     """The labelled rows of a split; None for kinds without probabilities, without labels, or with broken logits."""
-    if task.kind not in RULES or not answers:
+    if task.kind not in RULES or not outputs:
         return None
-    logits, targets = joined(answers, task)
+    logits, targets = task.rules.stack(outputs, task)
     present = targets != IGNORED if task.rules.per_token else task.rules.labelled(targets)
-    posts = np.array([answer.row for answer in answers])
+    posts = np.array([output.row for output in outputs])
     rows = np.nonzero(present.numpy())[0]
     logits_NY = logits[present].double().numpy()
     if not len(rows) or not np.isfinite(logits_NY).all():
@@ -255,11 +257,11 @@ def evidence(answers: Sequence[Answer], task: Task) -> Evidence | None:
     return Evidence(logits_NY, targets[present].long().numpy(), posts[rows])
 
 
-def ece_of(answers: Mapping[str, Sequence[Answer]], tasks: Sequence[Task]) -> dict[str, float]:
-    """Task -> expected calibration error of the answers as these tasks read them; tasks without one are left out."""
+def ece_of(outputs: Mapping[str, Sequence[PostOutput]], tasks: Sequence[Task]) -> dict[str, float]:
+    """Task -> expected calibration error of the outputs as these tasks read them; tasks without one are left out."""
     errors = {}
     for task in tasks:
-        found = evidence(answers.get(task.name, ()), task)
+        found = evidence(outputs.get(task.name, ()), task)
         if found is not None:
             rule = RULES[task.kind]
             probabilities = rule.probabilities(found.logits_NY / (task.temperature or 1.0))

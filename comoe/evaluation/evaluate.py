@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from comoe.config.errors import unknown_name
-from comoe.tasks.kinds.base import tempered
+from comoe.tasks.kinds.base import Detokenize, PostOutput
 from comoe.tasks.labels import natural_order
 from comoe.tasks.metrics import LOWER_IS_BETTER
 from comoe.tasks.task import Task
-from comoe.types import IGNORED, Batch, ModelOutput
+from comoe.types import Batch, ModelOutput
 
 SLICED_METRICS = ("accuracy", "macro_f1")
 """Metrics that a slice has beside the task's main one, where its kind has them."""
@@ -30,7 +28,7 @@ def slice_scores(
     A post whose cell is empty is in no slice.
 
     Args:
-        gold: of ``Kind.answers``: an array, or for tags a list, with one entry per labelled post.
+        gold: of ``Kind.gold_and_scores``: an array, or for tags a list, with one entry per labelled post.
         scores: as ``gold``.
         task: names the columns.
         columns: column -> its cell for each of these posts; a column that is not there has no
@@ -58,18 +56,6 @@ MEAN = "mean"
 """Name of the mean of all tasks' main metrics, as ``train.early_stop_metric`` spells it."""
 
 
-class Answer(NamedTuple):
-    """One post's answer for one task; plain NumPy, so that it can travel between ranks."""
-
-    row: int
-    """Index of the post in its split."""
-    logits: np.ndarray
-    """(Y,), or (words, Y) for a kind that answers each word; of a free text as ``Collator.spell``
-    gives it."""
-    targets: np.ndarray
-    """The label as in ``Batch.labels``, of this row: (), (Y,), (words,) or (1 + characters,)."""
-
-
 @dataclass(frozen=True, slots=True)
 class Evaluation:
     """What a split says about the model; the same on every rank. Tasks of a kind without answers are in none of it."""
@@ -82,8 +68,8 @@ class Evaluation:
     predictions: dict[str, list[dict[str, Any]]]
     """Task -> per post, in the order of the split: ``row``, ``text`` where given, ``gold`` or None,
     and the answer."""
-    answers: dict[str, list[Answer]] = field(default_factory=dict)
-    """Task -> what all of this was made of, in the order of the split; see ``judge``."""
+    outputs: dict[str, list[PostOutput]] = field(default_factory=dict)
+    """Task -> what all of this was made of, in the order of the split; see ``compute_metrics``."""
 
 
 class Collate(Protocol):
@@ -105,7 +91,7 @@ def evaluate(
     texts: Sequence[str] | None = None,
     columns: Mapping[str, Sequence[str | None]] | None = None,
     predictions: bool = True,
-    spell: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] | None = None,
+    detokenize: Detokenize | None = None,
 ) -> Evaluation:
     """Run the model over a split and score it.
 
@@ -127,45 +113,45 @@ def evaluate(
         texts: text per row of the split, shown beside the predictions.
         columns: column -> its cell per row of the split; the tasks' slices are found by them.
         predictions: False leaves them out, which spares time in the middle of a training run.
-        spell: ``Collator.spell``; needed where the decoder writes texts.
+        detokenize: ``Collator.detokenize``; needed where the decoder generates texts.
     """
     scored = [task for task in tasks if task.rules.scored]
-    answers: dict[str, list[Answer]] = {task.name: [] for task in scored}
+    outputs: dict[str, list[PostOutput]] = {task.name: [] for task in scored}
     with torch.no_grad():
         for indices in batches:
             batch = collator(split, indices)
-            logits = forward(batch.to(device)).logits
-            logits = logits if spell is None else spell(logits)
+            output = forward(batch.to(device))
             kept = _rows_to_keep(batch, tasks)
             for task in scored:
-                answers[task.name] += _answers(
-                    batch, logits[task.name], rows=kept[task.name], task=task
-                )
+                if rows := kept[task.name]:
+                    outputs[task.name] += task.rules.outputs(
+                        output, batch, rows, task=task, detokenize=detokenize
+                    )
             if progress is not None:
                 progress(len(indices))
-    shares = gather(answers)
+    shares = gather(outputs)
     ordered = {}
     for task in scored:
-        by_row = {answer.row: answer for share in shares for answer in share[task.name]}
+        by_row = {output.row: output for share in shares for output in share[task.name]}
         ordered[task.name] = [by_row[row] for row in sorted(by_row)]
-    return judge(ordered, tasks, texts=texts, columns=columns, predictions=predictions)
+    return compute_metrics(ordered, tasks, texts=texts, columns=columns, predictions=predictions)
 
 
-def judge(
-    answers: Mapping[str, Sequence[Answer]],
+def compute_metrics(
+    outputs: Mapping[str, Sequence[PostOutput]],
     tasks: Sequence[Task],
     *,
     texts: Sequence[str] | None = None,
     columns: Mapping[str, Sequence[str | None]] | None = None,
     predictions: bool = True,
 ) -> Evaluation:
-    """Score answers as these tasks read them: with their temperatures and thresholds.
+    """Score outputs as these tasks read them: with their temperatures and thresholds.
 
     ``loss`` is that of the logits as they are, so it can be compared with the losses of training.
 
     Args:
-        answers: ``Evaluation.answers``.
-        tasks: those of the answers; temperatures and thresholds may have been fitted since.
+        outputs: ``Evaluation.outputs``.
+        tasks: those of the outputs; temperatures and thresholds may have been fitted since.
         texts: text per row of the split, shown beside the predictions.
         columns: column -> its cell per row of the split, for the tasks' slices.
         predictions: False leaves them out.
@@ -174,17 +160,15 @@ def judge(
     for task in tasks:
         if not task.rules.scored:
             continue
-        logits, targets = joined(answers[task.name], task)
-        gold, scores = task.rules.answers(tempered(logits, task), targets)
+        logits, targets = task.rules.stack(outputs[task.name], task)
+        gold, scores = task.rules.gold_and_scores(outputs[task.name], task)
         if len(gold):
             loss = task.rules.loss(logits, targets, task) / task.rules.units(targets, task)
             metrics[task.name] = {"n": float(len(gold)), "loss": float(loss)} | task.rules.score(
                 gold, scores, task
             )
-            rows = [
-                answers[task.name][place].row
-                for place in np.flatnonzero(task.rules.labelled(targets))
-            ]
+            labelled = np.flatnonzero(task.rules.labelled(targets))
+            rows = [outputs[task.name][place].row for place in labelled]
             cells = {
                 name: [column[row] for row in rows] for name, column in (columns or {}).items()
             }
@@ -193,8 +177,8 @@ def judge(
             if confusion is not None:
                 confusions[task.name] = confusion
         if predictions:
-            shown[task.name] = _predictions(answers[task.name], targets, task=task, texts=texts)
-    return Evaluation(metrics, confusions, shown, dict(answers))
+            shown[task.name] = _predictions(outputs[task.name], task=task, texts=texts)
+    return Evaluation(metrics, confusions, shown, dict(outputs))
 
 
 def mean_metric(metrics: Mapping[str, Mapping[str, float]], tasks: Sequence[Task]) -> float:
@@ -282,8 +266,7 @@ def check_chosen_metric(
 
 def metric_names(task: Task) -> tuple[str, ...]:
     """What ``Evaluation.metrics`` has of a task besides the count ``n``, known before any evaluation."""
-    gold, scores = task.rules.answers(*joined([], task))
-    return ("loss", *task.rules.score(gold, scores, task))
+    return ("loss", *task.rules.score(*task.rules.gold_and_scores([], task), task))
 
 
 def rising(metric: str, value: float) -> float:
@@ -312,54 +295,17 @@ def _rows_to_keep(batch: Batch, tasks: Sequence[Task]) -> dict[str, list[int]]:
     return kept
 
 
-def _answers(batch: Batch, logits: Tensor, *, rows: list[int], task: Task) -> list[Answer]:
-    """Some rows of a batch, words only for a kind that answers each word."""
-    if not rows:
-        return []
-    logits, targets = logits[rows].float().cpu(), batch.labels[task.name][rows]
-    ids = batch.row_ids_B[rows].tolist()
-    if not task.rules.per_token:
-        return [
-            Answer(*answer) for answer in zip(ids, logits.numpy(), targets.numpy(), strict=True)
-        ]
-    words = batch.word_starts_BL[rows]
-    return [
-        Answer(row, logits_LY[starts].numpy(), targets_L[starts].numpy())
-        for row, logits_LY, targets_L, starts in zip(ids, logits, targets, words, strict=True)
-    ]
-
-
-def joined(answers: Sequence[Answer], task: Task) -> tuple[Tensor, Tensor]:
-    """Answers as one batch of logits and targets, padded to the most words, or characters."""
-    if not answers:
-        shape = (0, 0) if task.rules.per_token else (0,)
-        empty = task.rules.collate([], labels=task.labels, length=0)
-        return torch.zeros(*shape, task.rules.num_outputs(task.labels)), empty
-    logits = [torch.from_numpy(answer.logits) for answer in answers]
-    targets = [torch.as_tensor(answer.targets) for answer in answers]
-    if not task.rules.ragged:
-        return torch.stack(logits), torch.stack(targets)
-    return pad_sequence(logits, batch_first=True), pad_sequence(
-        targets, batch_first=True, padding_value=IGNORED
-    )
-
-
 def _predictions(
-    answers: Sequence[Answer], targets: Tensor, *, task: Task, texts: Sequence[str] | None
+    outputs: Sequence[PostOutput], *, task: Task, texts: Sequence[str] | None
 ) -> list[dict[str, Any]]:
-    """One dict per answer, in order."""
-    if not answers:
-        return []
-    per_word = [torch.from_numpy(answer.logits) for answer in answers]
-    decoded = task.rules.decode(
-        per_word if task.rules.per_token else joined(answers, task)[0], task
-    )
+    """One dict per output, in order."""
+    golds = task.rules.gold([output.target for output in outputs], task)
     return [
-        {"row": answer.row}
-        | ({} if texts is None else {"text": texts[answer.row]})
+        {"row": output.row}
+        | ({} if texts is None else {"text": texts[output.row]})
         | {"gold": gold}
         | shown
-        for answer, gold, shown in zip(
-            answers, task.rules.gold(targets, task), decoded, strict=True
+        for output, gold, shown in zip(
+            outputs, golds, task.rules.decode(outputs, task), strict=True
         )
     ]

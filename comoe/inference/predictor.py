@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from comoe.config.errors import unknown_name
@@ -32,7 +31,6 @@ from comoe.tasks.kinds.tagging import tag_spans
 from comoe.tasks.labels import split_words
 from comoe.tasks.prompts import wants_pair
 from comoe.tasks.task import Task
-from comoe.types import Batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +197,6 @@ class Predictor:
         output = self.exported.model(batch.to(self.device))
         posts_B = batch.row_ids_B.tolist()
         tokens = dict(zip(posts_B, split.rows(batch.row_ids_B.numpy()), strict=True))
-        logits = self.collator.spell(output.logits)
         for number, task in enumerate(self.exported.tasks):
             if task not in tasks:
                 continue
@@ -208,9 +205,10 @@ class Predictor:
                 for row, asked in enumerate(batch.task_ids_B.tolist())
                 if self.collator.serves(asked, number)
             ]
-            for row, answer in zip(
-                rows, _decode(logits[task.name], batch, rows, task=task), strict=True
-            ):
+            outputs = task.rules.outputs(
+                output, batch, rows, task=task, detokenize=self.collator.detokenize
+            )
+            for row, answer in zip(rows, task.rules.decode(outputs, task), strict=True):
                 post = posts_B[row]
                 if task.rules.per_token:
                     kept = [
@@ -292,17 +290,6 @@ def _passes(
     if whole and any(words[number] is None for number in usable):
         return [(words, whole), (made, cut)]
     return [(made, tasks)]
-
-
-def _decode(
-    logits: Tensor | list[Tensor], batch: Batch, rows: Sequence[int], *, task: Task
-) -> list[dict[str, Any]]:
-    logits = logits[list(rows)].cpu()
-    if task.rules.per_token:
-        logits = [
-            words_LY[batch.word_starts_BL[row]] for row, words_LY in zip(rows, logits, strict=True)
-        ]
-    return task.rules.decode(logits, task)
 
 
 def _attention(weights_L: np.ndarray, word_ids_L: np.ndarray, *, words: Any) -> dict[str, Any]:

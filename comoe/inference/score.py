@@ -96,7 +96,7 @@ def score(
     )
     with tqdm(total=len(split), unit="post", disable=not progress, dynamic_ncols=True) as bar:
         evaluation = score_split(predictor, split, batch_size=batch_size, progress=bar.update)
-    for name, error in ece_of(evaluation.answers, chosen).items():
+    for name, error in ece_of(evaluation.outputs, chosen).items():
         evaluation.metrics[name]["ece"] = error
     if not evaluation.metrics:
         raise ValueError(
@@ -133,12 +133,12 @@ def score_split(
         collator=predictor.collator,
         tasks=predictor.exported.tasks,
         batches=eval_batches(split.lengths, batch_size=batch_size),
-        gather=lambda answers: [answers],
+        gather=lambda outputs: [outputs],
         device=predictor.device,
         progress=progress,
         columns=split.posts.columns,
         predictions=False,
-        spell=predictor.collator.spell,
+        detokenize=predictor.collator.detokenize,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -43,6 +43,8 @@ class Answers:
     """Row of each token of these texts."""
     selected: tuple[Tensor, ...]
     """Selected experts per such layer."""
+    generated: Mapping[str, Tensor] = field(default_factory=dict)
+    """Task -> as in ``ModelOutput.generated``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,13 +147,12 @@ class AnswerDecoder:
             again = self._score(states_BLM, mask_BL, tasks_B, rows_R, texts_BD[rows_R])
             written_B = _spread(again.log_probabilities_N, rows_R, len(tasks_B))
         for number, task in self.writing:
-            ids_BD = self._without_end(written[number]).to(own_B.dtype)
             mine_B = tasks_B == number
-            logits[task.name] = torch.cat(
-                [torch.stack([own_B * mine_B, written_B * mine_B], dim=1), ids_BD], dim=1
-            )
+            logits[task.name] = torch.stack([own_B * mine_B, written_B * mine_B], dim=1)
+        generated = {task.name: self._without_end(written[number]) for number, task in self.writing}
         routings = tuple(map(_joined, zip(*(one.routings for one in passes), strict=True)))
-        return Answers(logits, routings, torch.cat([one.rows_S for one in passes]), ())
+        rows_S = torch.cat([one.rows_S for one in passes])
+        return Answers(logits, routings, rows_S, (), generated)
 
     def _of(self, tasks_B: Tensor, answers_BD: Tensor, tasks: Sequence[tuple[int, Task]]) -> Tensor:
         """The texts of the rows of some tasks; IGNORED elsewhere."""

@@ -270,6 +270,7 @@ class MultiTaskModel(nn.Module):
             more["sharing"] = Sharing(shared_BLM, mask_BL, private)
         more |= {"answer_rows_S": answer_rows_S, "num_answer_layers": num_answer_layers}
         more["selected"] = picked
+        more["generated"] = {} if answers is None else answers.generated
         logits = {task.name: logits[task.name] for task in self.tasks if task.name in logits}
         return ModelOutput(logits, embeddings, attentions, routings, token_rows_S, **more)
 

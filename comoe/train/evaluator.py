@@ -130,7 +130,7 @@ class Evaluator:
                 texts=split.texts,
                 columns=split.posts.columns,
                 predictions=predictions,
-                spell=self.collator.spell,
+                detokenize=self.collator.detokenize,
             )
         stats.load(sum_over_ranks(stats.as_tensor()))
         return Checked(

@@ -163,9 +163,9 @@ def _answered(engine: Any, state: dict[str, torch.Tensor], family: str) -> dict[
     from comoe.distributed import all_gather_objects, rank, world_size
 
     mine = share(50, rank=rank(), world_size=world_size(), family=family)
-    logits = {name: value.float().numpy() for name, value in engine.forward(mine).logits.items()}
-    shares = all_gather_objects(logits if int(mine.row_ids_B[0]) >= 0 else None)
-    by_engine = {name: _stacked([part[name] for part in shares if part]) for name in logits}
+    found = _arrays(engine.forward(mine))
+    shares = all_gather_objects(found if int(mine.row_ids_B[0]) >= 0 else None)
+    by_engine = {name: _stacked([part[name] for part in shares if part]) for name in found}
     return {"engine": by_engine, "state": state} if state else {}
 
 
@@ -183,8 +183,13 @@ def by_one_process(
     model = build_model(recipe(models[family], ep=1).model, tasks(), encoder_config=config)
     fill_in(model.eval(), state, place=Path("gathered"))
     with torch.no_grad():
-        logits = model(share(50, rank=0, world_size=1, family=family)).logits
-    return {name: value.numpy() for name, value in logits.items()}
+        return _arrays(model(share(50, rank=0, world_size=1, family=family)))
+
+
+def _arrays(output: Any) -> dict[str, np.ndarray]:
+    """Logits, and generated token ids as ``<task>/ids``."""
+    found = {name: value.float().numpy() for name, value in output.logits.items()}
+    return found | {f"{name}/ids": value.numpy() for name, value in output.generated.items()}
 
 
 def _stacked(parts: list[np.ndarray]) -> np.ndarray:

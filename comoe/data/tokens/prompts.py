@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from comoe.config.recipe import NormalizeConfig
@@ -206,24 +205,23 @@ def check_end_sign(tokenizer: Any, task: Task) -> None:
         )
 
 
-def code_points(ids_BD: Tensor, tokenizer: Any) -> Tensor:
-    """Written token ids as the characters that they spell, (B, C), float32; 0 behind shorter texts.
+def detokenize(ids_BD: Tensor, tokenizer: Any) -> list[str]:
+    """Generated token ids as texts.
 
     Args:
-        ids_BD: whole numbers; below 0 behind the end.
+        ids_BD: as ``ModelOutput.generated`` has them, below 0 behind the end.
         tokenizer: which knows their words.
     """
-    rows = [[int(token) for token in row if token >= 0] for row in ids_BD.tolist()]
-    texts = [
-        tokenizer.decode(row, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        for row in rows
-    ]
-    # U+0000 is the padding.
-    texts = [text.strip().replace("\x00", "\ufffd") for text in texts]
-    codes_BC = torch.zeros(len(texts), max(map(len, texts), default=0))
-    for row, text in enumerate(texts):
-        codes_BC[row, : len(text)] = torch.tensor([*map(ord, text)], dtype=torch.float32)
-    return codes_BC
+    texts = (
+        tokenizer.decode(
+            [token for token in row if token >= 0],
+            skip_special_tokens=True,
+            clean_up_tokenization_spaces=False,
+        )
+        for row in ids_BD.tolist()
+    )
+    # No cell may hold U+0000, so no prediction may.
+    return [text.strip().replace("\x00", "\ufffd") for text in texts]
 
 
 def _fitting(

@@ -239,14 +239,13 @@ def report_cuts(splits: Mapping[str, TokenizedSplit], report: DataReport) -> Non
 def target_of(split: TokenizedSplit, task: Task, post: int, row: TokenRow) -> Any:
     """The label of one post as ``Kind.collate`` takes it, None without.
 
-    For tags one id per token, IGNORED off first pieces; for a free text the number of its tokens,
-    and the text.
+    For tags one id per token, IGNORED off first pieces; for a free text the number of its tokens.
     """
     value = split.posts.labels[task.name][post]
     if value is None or not task.rules.ragged:
         return value
     if task.rules.generates:
-        return len(split.answers[task.name][post]), value
+        return len(split.answers[task.name][post])
     ids = np.full(len(row.input_ids), IGNORED, dtype=np.int64)
     starts = row.word_starts
     ids[starts] = np.asarray(value, dtype=np.int64)[row.word_ids[starts]]

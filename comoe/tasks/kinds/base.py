@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar, Protocol
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -12,12 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from comoe.tasks.metrics import METRICS
-from comoe.types import IGNORED
+from comoe.types import IGNORED, Batch, ModelOutput
 
 
 class TaskLike(Protocol):
     """What a kind reads of a task; ``comoe.tasks.task.Task`` is one."""
 
+    @property
+    def name(self) -> str: ...
     @property
     def labels(self) -> tuple[str, ...]: ...
     @property
@@ -32,6 +34,23 @@ class TaskLike(Protocol):
     def temperature(self) -> float | None: ...
     @property
     def thresholds(self) -> tuple[float, ...] | None: ...
+
+
+class PostOutput(NamedTuple):
+    """What the model gives one post for one task: plain NumPy and text, so that it can travel between ranks."""
+
+    row: int
+    """Index of the post in its split."""
+    logits: Any
+    """(Y,), (1,) for a number, (words, Y) for a kind that labels words, float32; ``GeneratedText``
+    for a free text."""
+    target: Any
+    """The label as in ``Batch.labels``: (), (Y,) or (words,); of a free text (its tokens, the
+    text), or None."""
+
+
+Detokenize = Callable[[Tensor], list[str]]
+"""Token ids as in ``ModelOutput.generated`` -> texts."""
 
 
 class Kind(ABC):
@@ -121,17 +140,19 @@ class Kind(ABC):
         """
         return parsed
 
-    @abstractmethod
     def collate(self, values: Sequence[Any], *, labels: Sequence[str], length: int) -> Tensor:
         """Parsed cells as the target tensor that ``Batch.labels`` documents; ``length`` is L, for tags."""
+        return torch.tensor(
+            [IGNORED if value is None else value for value in values], dtype=torch.int64
+        )
 
-    @abstractmethod
     def labelled(self, targets: Tensor) -> Tensor:
         """True for each row that has a label, bool, shape (B,)."""
+        return targets != IGNORED
 
-    @abstractmethod
     def units(self, targets: Tensor, task: TaskLike) -> Tensor:
         """What ``loss`` is divided by to be a mean, float64 scalar: labelled rows (words, for tags), weighted alike."""
+        return self.labelled(targets).sum(dtype=torch.float64)
 
     @abstractmethod
     def loss(
@@ -146,17 +167,57 @@ class Kind(ABC):
         head a gradient.
         """
 
-    @abstractmethod
-    def decode(self, logits: Tensor, task: TaskLike) -> list[dict[str, Any]]:
-        """One plain dict per row, as users see it."""
+    def outputs(
+        self,
+        output: ModelOutput,
+        batch: Batch,
+        rows: Sequence[int],
+        *,
+        task: TaskLike,
+        detokenize: Detokenize | None = None,
+    ) -> list[PostOutput]:
+        """Some rows of a batch, in their order; ``detokenize`` is needed for free texts alone."""
+        logits, targets = self._of_rows(output, batch, rows, task)
+        return [
+            PostOutput(*each)
+            for each in zip(
+                batch.row_ids_B[rows].tolist(), logits.numpy(), targets.numpy(), strict=True
+            )
+        ]
+
+    def _of_rows(
+        self, output: ModelOutput, batch: Batch, rows: Sequence[int], task: TaskLike
+    ) -> tuple[Tensor, Tensor]:
+        """Logits, float32, and targets of some rows, on the CPU."""
+        logits = output.logits[task.name].detach()[rows].float().cpu()
+        return logits, batch.labels[task.name][rows].cpu()
+
+    def stack(self, outputs: Sequence[PostOutput], task: TaskLike) -> tuple[Tensor, Tensor]:
+        """Logits and targets as ``loss`` and ``units`` take them."""
+        if not outputs:
+            empty = torch.zeros(0, self.num_outputs(task.labels))
+            return empty, self.collate([], labels=task.labels, length=0)
+        logits = torch.stack([torch.as_tensor(output.logits) for output in outputs])
+        return logits, torch.stack([torch.as_tensor(output.target) for output in outputs])
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """What the metrics read of tempered logits: probabilities, or numbers as they are."""
+        return logits.softmax(-1)
 
     @abstractmethod
-    def gold(self, targets: Tensor, task: TaskLike) -> list[Any]:
-        """Targets in the words of ``decode``, None per row without a label."""
+    def decode(self, outputs: Sequence[PostOutput], task: TaskLike) -> list[dict[str, Any]]:
+        """One plain dict per post, as users see it."""
 
     @abstractmethod
-    def answers(self, logits: Tensor, targets: Tensor) -> tuple[Any, Any]:
-        """(gold, scores) of the labelled rows, in row order: NumPy arrays or, for tags, lists of one array per row."""
+    def gold(self, targets: Iterable[Any], task: TaskLike) -> list[Any]:
+        """Targets (of ``Batch.labels``, or of ``PostOutput``) in the words of ``decode``, None without a label."""
+
+    def gold_and_scores(self, outputs: Sequence[PostOutput], task: TaskLike) -> tuple[Any, Any]:
+        """Of the labelled posts, in order: gold and ``probabilities``; for tags lists of an array per post."""
+        logits, targets = self.stack(outputs, task)
+        present = self.labelled(targets)
+        scores = self.probabilities(tempered(logits[present], task))
+        return targets[present].numpy(), scores.numpy()
 
     @abstractmethod
     def compared(self, rows: Sequence[Mapping[str, Any]], task: TaskLike) -> tuple[Any, Any]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from comoe.tasks.kinds.base import (
     Kind,
+    PostOutput,
     TaskLike,
     class_loss,
     class_units,
@@ -58,16 +59,6 @@ class SingleLabel(Kind):
             )
         return None if is_missing(value) else label_id(value, labels)
 
-    def collate(
-        self, values: Sequence[int | None], *, labels: Sequence[str], length: int
-    ) -> Tensor:
-        return torch.tensor(
-            [IGNORED if value is None else value for value in values], dtype=torch.int64
-        )
-
-    def labelled(self, targets: Tensor) -> Tensor:
-        return targets != IGNORED
-
     def units(self, targets: Tensor, task: TaskLike) -> Tensor:
         return class_units(targets, task)
 
@@ -76,29 +67,22 @@ class SingleLabel(Kind):
     ) -> Tensor:
         return class_loss(logits, targets, task, weights_B)
 
-    def decode(self, logits: Tensor, task: TaskLike) -> list[dict[str, Any]]:
+    def decode(self, outputs: Sequence[PostOutput], task: TaskLike) -> list[dict[str, Any]]:
         """``{"label": name, "scores": {name: probability}}``; the probabilities sum to 1.
 
         The label is the likeliest one; with a threshold the label with id 1 from that probability
         on, else id 0.
         """
-        scores_BY = tempered(logits, task).softmax(-1)
+        scores_BY = self.probabilities(tempered(self.stack(outputs, task)[0], task))
         return [
             {"label": task.labels[label], "scores": dict(zip(task.labels, scores, strict=True))}
             for label, scores in zip(
-                _decided(scores_BY.cpu().numpy(), task), scores_BY.tolist(), strict=True
+                _decided(scores_BY.numpy(), task), scores_BY.tolist(), strict=True
             )
         ]
 
-    def gold(self, targets: Tensor, task: TaskLike) -> list[str | None]:
-        return [None if target == IGNORED else task.labels[target] for target in targets.tolist()]
-
-    def answers(self, logits: Tensor, targets: Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """Label ids, int64, (N,), and probabilities, float32, (N, Y)."""
-        present = self.labelled(targets)
-        return targets[present].cpu().numpy(), logits.detach()[present].float().softmax(
-            -1
-        ).cpu().numpy()
+    def gold(self, targets: Iterable[Any], task: TaskLike) -> list[str | None]:
+        return [None if target == IGNORED else task.labels[int(target)] for target in targets]
 
     def compared(
         self, rows: Sequence[Mapping[str, Any]], task: TaskLike
@@ -212,9 +196,6 @@ class MultiLabel(Kind):
     def labelled(self, targets: Tensor) -> Tensor:
         return ~targets.isnan().any(dim=-1)
 
-    def units(self, targets: Tensor, task: TaskLike) -> Tensor:
-        return self.labelled(targets).sum(dtype=torch.float64)
-
     def loss(
         self, logits: Tensor, targets: Tensor, task: TaskLike, weights_B: Tensor | None = None
     ) -> Tensor:
@@ -230,35 +211,40 @@ class MultiLabel(Kind):
         )
         return weighted_sum(losses_B * present[:, 0], weights_B)
 
-    def decode(self, logits: Tensor, task: TaskLike) -> list[dict[str, Any]]:
+    def probabilities(self, logits: Tensor) -> Tensor:
+        return logits.sigmoid()
+
+    def decode(self, outputs: Sequence[PostOutput], task: TaskLike) -> list[dict[str, Any]]:
         """``{"labels": [names], "scores": {name: probability}}``; the probabilities are independent.
 
         A label is named at or above its threshold, 0.5 where the task has none.
         """
-        scores_BY = tempered(logits, task).sigmoid()
+        scores_BY = self.probabilities(tempered(self.stack(outputs, task)[0], task))
         return [
             {
                 "labels": [name for name, taken in zip(task.labels, row, strict=True) if taken],
                 "scores": dict(zip(task.labels, scores, strict=True)),
             }
             for row, scores in zip(
-                _taken(scores_BY.cpu().numpy(), task).tolist(), scores_BY.tolist(), strict=True
+                _taken(scores_BY.numpy(), task).tolist(), scores_BY.tolist(), strict=True
             )
         ]
 
-    def gold(self, targets: Tensor, task: TaskLike) -> list[list[str] | None]:
-        present = self.labelled(targets).tolist()
+    def gold(self, targets: Iterable[Any], task: TaskLike) -> list[list[str] | None]:
+        rows = (target.tolist() for target in targets)
         return [
-            [task.labels[i] for i, value in enumerate(row) if value > 0] if here else None
-            for here, row in zip(present, targets.tolist(), strict=True)
+            None
+            if any(map(math.isnan, row))
+            else [name for name, value in zip(task.labels, row, strict=True) if value > 0]
+            for row in rows
         ]
 
-    def answers(self, logits: Tensor, targets: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    def gold_and_scores(
+        self, outputs: Sequence[PostOutput], task: TaskLike
+    ) -> tuple[np.ndarray, np.ndarray]:
         """0/1, int64, and probabilities, float32, both (N, Y)."""
-        present = self.labelled(targets)
-        return targets[present].long().cpu().numpy(), logits.detach()[
-            present
-        ].float().sigmoid().cpu().numpy()
+        gold, scores = super().gold_and_scores(outputs, task)
+        return gold.astype(np.int64), scores
 
     def compared(
         self, rows: Sequence[Mapping[str, Any]], task: TaskLike

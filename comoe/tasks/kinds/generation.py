@@ -5,17 +5,17 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from comoe.tasks.kinds.base import Kind, TaskLike, weighted_sum, weights_of
+from comoe.tasks.kinds.base import Detokenize, Kind, PostOutput, TaskLike, weighted_sum, weights_of
 from comoe.tasks.kinds.classification import SingleLabel, is_list
 from comoe.tasks.labels import is_missing, label_name
 from comoe.tasks.metrics import METRICS
-from comoe.types import IGNORED
+from comoe.types import Batch, ModelOutput
 
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -42,12 +42,23 @@ class LabelWords(SingleLabel):
         return weighted_sum(-torch.where(present, gold_B, gold_B * 0.0), weights_B)
 
 
+class GeneratedText(NamedTuple):
+    """What the decoder gives one post."""
+
+    own_log_probability: float
+    """Of the text that the post wants, nats, summed over its tokens; 0 where it wants none."""
+    log_probability: float
+    """Of the generated text, its end sign included."""
+    text: str
+    """The generated text."""
+
+
 class Text(Kind):
     """Any text, written by the decoder: cross-entropy of each of its tokens.
 
     A cell is a text, a number, or a list of those, which is joined by commas. An empty one is
-    missing. Parsed: str, as it is to be written. Targets travel as code points, see
-    ``Batch.labels``.
+    missing. Parsed: str, as it is to be generated. ``Batch.labels`` counts its tokens, ``Batch.texts``
+    has the text.
     """
 
     generates = True
@@ -66,56 +77,69 @@ class Text(Kind):
         items = [_item(item) for item in (value if is_list(value) else [value])]
         return ", ".join(item for item in items if item) or None
 
-    def collate(
-        self, values: Sequence[tuple[int, str] | None], *, labels: Sequence[str], length: int
-    ) -> Tensor:
-        """``values`` hold (tokens that are taught, text) here; 0 behind the code points of shorter texts."""
-        width = 1 + max((len(value[1]) for value in values if value is not None), default=0)
-        targets = torch.full((len(values), width), IGNORED, dtype=torch.int64)
-        for row, value in enumerate(values):
-            if value is not None:
-                count, text = value
-                targets[row] = torch.tensor(
-                    [count, *map(ord, text), *[0] * (width - 1 - len(text))]
-                )
-        return targets
-
-    def labelled(self, targets: Tensor) -> Tensor:
-        return targets[:, 0] != IGNORED
-
     def units(self, targets: Tensor, task: TaskLike) -> Tensor:
         """Tokens of the labelled rows' texts, end signs included."""
-        return torch.where(self.labelled(targets), targets[:, 0], 0).sum(dtype=torch.float64)
+        return torch.where(self.labelled(targets), targets, 0).sum(dtype=torch.float64)
 
     def loss(
         self, logits: Tensor, targets: Tensor, task: TaskLike, weights_B: Tensor | None = None
     ) -> Tensor:
         """-log P(own text | post), summed over tokens and labelled rows."""
-        own_B = logits.float()[:, 0]
+        own_B = logits.float()[:, 0]  # ModelOutput.logits has the generated text's behind it
         return weighted_sum(-torch.where(self.labelled(targets), own_B, own_B * 0.0), weights_B)
 
-    def decode(self, logits: Tensor, task: TaskLike) -> list[dict[str, Any]]:
-        """``{"answer": what was written, "probability": of the whole of it, its end included, in [0, 1]}``.
-
-        Long texts have small probabilities: it is the product over tokens, so that answers to one
-        post compare.
-        """
-        logits = logits.detach().double()
-        probabilities = logits[:, 1].exp().tolist()
-        texts = [_spelled(row) for row in logits[:, 2:].tolist()]
+    def outputs(
+        self,
+        output: ModelOutput,
+        batch: Batch,
+        rows: Sequence[int],
+        *,
+        task: TaskLike,
+        detokenize: Detokenize | None = None,
+    ) -> list[PostOutput]:
+        """Of texts: what the decoder generated, and the text that each row wants."""
+        logits, counts = self._of_rows(output, batch, rows, task)
+        texts = detokenize(output.generated[task.name][rows])
+        posts, wanted = batch.row_ids_B[rows].tolist(), batch.texts[task.name]
         return [
-            {"answer": text, "probability": value}
-            for text, value in zip(texts, probabilities, strict=True)
+            PostOutput(
+                post,
+                GeneratedText(*scores, text),
+                None if wanted[row] is None else (count, wanted[row]),
+            )
+            for row, post, scores, text, count in zip(
+                rows, posts, logits.tolist(), texts, counts.tolist(), strict=True
+            )
         ]
 
-    def gold(self, targets: Tensor, task: TaskLike) -> list[str | None]:
-        return [None if row[0] == IGNORED else _spelled(row[1:]) for row in targets.tolist()]
+    def stack(self, outputs: Sequence[PostOutput], task: TaskLike) -> tuple[Tensor, Tensor]:
+        own = [[output.logits.own_log_probability] for output in outputs]
+        counts = [None if output.target is None else output.target[0] for output in outputs]
+        targets = self.collate(counts, labels=(), length=0)
+        return torch.tensor(own, dtype=torch.float32).reshape(-1, 1), targets
 
-    def answers(self, logits: Tensor, targets: Tensor) -> tuple[list[str], list[str]]:
-        """Gold and written texts."""
-        present = self.labelled(targets)
-        gold = [_spelled(row[1:]) for row in targets[present].tolist()]
-        return gold, [_spelled(row[2:]) for row in logits.detach()[present].tolist()]
+    def decode(self, outputs: Sequence[PostOutput], task: TaskLike) -> list[dict[str, Any]]:
+        """``{"answer": the generated text, "probability": of the whole of it, its end included, in [0, 1]}``.
+
+        Long texts have small probabilities: it is the product over tokens, so that those of one
+        post compare.
+        """
+        texts = [output.logits for output in outputs]
+        logs = torch.tensor([text.log_probability for text in texts], dtype=torch.float64)
+        return [
+            {"answer": text.text, "probability": value}
+            for text, value in zip(texts, logs.exp().tolist(), strict=True)
+        ]
+
+    def gold(self, targets: Iterable[Any], task: TaskLike) -> list[str | None]:
+        return [None if target is None else target[1] for target in targets]
+
+    def gold_and_scores(
+        self, outputs: Sequence[PostOutput], task: TaskLike
+    ) -> tuple[list[str], list[str]]:
+        """Gold and generated texts."""
+        present = [output for output in outputs if output.target is not None]
+        return [output.target[1] for output in present], [one.logits.text for one in present]
 
     def compared(
         self, rows: Sequence[Mapping[str, Any]], task: TaskLike
@@ -141,13 +165,3 @@ def _item(value: object) -> str:
     if "\x00" in text:
         raise ValueError(f"{value!r} holds a NUL character; remove it.")
     return _LONE_SURROGATE.sub("\ufffd", text.strip())
-
-
-def _spelled(codes: Sequence[float]) -> str:
-    """Code points as text, up to the first that is none: 0 pads, and so does IGNORED."""
-    letters = []
-    for code in codes:
-        if code <= 0:
-            break
-        letters.append(chr(int(code)))
-    return "".join(letters)

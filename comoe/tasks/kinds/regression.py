@@ -1,4 +1,4 @@
-"""The kind of task whose head gives a post a number, and the table of all kinds."""
+"""The kind of task whose head gives a post a number."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from comoe.tasks.kinds.base import Kind, TaskLike, weighted_sum
+from comoe.tasks.kinds.base import Kind, PostOutput, TaskLike, weighted_sum
 from comoe.tasks.labels import is_missing
 from comoe.tasks.metrics import METRICS
 
@@ -64,9 +64,6 @@ class Regression(Kind):
     def labelled(self, targets: Tensor) -> Tensor:
         return ~targets.isnan()
 
-    def units(self, targets: Tensor, task: TaskLike) -> Tensor:
-        return self.labelled(targets).sum(dtype=torch.float64)
-
     def loss(
         self, logits: Tensor, targets: Tensor, task: TaskLike, weights_B: Tensor | None = None
     ) -> Tensor:
@@ -74,17 +71,15 @@ class Regression(Kind):
         errors_B = logits.float()[:, 0] - torch.where(present, targets, 0.0).float()
         return weighted_sum(errors_B.square() * present, weights_B)
 
-    def decode(self, logits: Tensor, task: TaskLike) -> list[dict[str, Any]]:
+    def probabilities(self, logits: Tensor) -> Tensor:
+        return logits[:, 0]
+
+    def decode(self, outputs: Sequence[PostOutput], task: TaskLike) -> list[dict[str, Any]]:
         """``{"value": number}``, in the unit of the labels."""
-        return [{"value": value} for value in logits.detach().float()[:, 0].tolist()]
+        return [{"value": value} for value in self.stack(outputs, task)[0][:, 0].tolist()]
 
-    def gold(self, targets: Tensor, task: TaskLike) -> list[float | None]:
-        return [None if math.isnan(target) else target for target in targets.tolist()]
-
-    def answers(self, logits: Tensor, targets: Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """Gold and predicted numbers, float32, (N,)."""
-        present = self.labelled(targets)
-        return targets[present].cpu().numpy(), logits.detach()[present, 0].float().cpu().numpy()
+    def gold(self, targets: Iterable[Any], task: TaskLike) -> list[float | None]:
+        return [None if math.isnan(target) else float(target) for target in targets]
 
     def compared(
         self, rows: Sequence[Mapping[str, Any]], task: TaskLike

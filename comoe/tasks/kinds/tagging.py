@@ -9,11 +9,21 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from comoe.tasks.kinds.base import Kind, TaskLike, class_loss, class_units, per_class, tempered
+from comoe.tasks.kinds.base import (
+    Detokenize,
+    Kind,
+    PostOutput,
+    TaskLike,
+    class_loss,
+    class_units,
+    per_class,
+    tempered,
+)
 from comoe.tasks.labels import OUTSIDE, is_missing, label_id, label_name, natural_order, split_words
 from comoe.tasks.metrics import METRICS, class_scores, confusion, entities
-from comoe.types import IGNORED
+from comoe.types import IGNORED, Batch, ModelOutput
 
 SPAN_METRICS = ("span_f1", "span_precision", "span_recall")
 
@@ -71,34 +81,62 @@ class Tags(Kind):
     ) -> Tensor:
         return class_loss(logits, targets, task, weights_B)
 
-    def decode(self, logits: Tensor | Sequence[Tensor], task: TaskLike) -> list[dict[str, Any]]:
-        """``{"tags": [name per word], "scores": [probability of that tag per word]}``; ``tag_spans`` finds the spans.
+    def outputs(
+        self,
+        output: ModelOutput,
+        batch: Batch,
+        rows: Sequence[int],
+        *,
+        task: TaskLike,
+        detokenize: Detokenize | None = None,
+    ) -> list[PostOutput]:
+        """Of words alone: their first pieces."""
+        posts, starts = batch.row_ids_B[rows].tolist(), batch.word_starts_BL[rows].cpu()
+        each = zip(posts, *self._of_rows(output, batch, rows, task), starts, strict=True)
+        return [
+            PostOutput(post, logits_LY[words].numpy(), targets_L[words].numpy())
+            for post, logits_LY, targets_L, words in each
+        ]
 
-        Args:
-            logits: per post, the logits of its words only (their first pieces), shape (words, Y).
-            task: the task.
-        """
-        answers = []
-        for words in logits:
-            scores, ids = tempered(words, task).softmax(-1).max(dim=-1)
-            answers.append(
+    def stack(self, outputs: Sequence[PostOutput], task: TaskLike) -> tuple[Tensor, Tensor]:
+        """Padded to the most words."""
+        if not outputs:
+            empty = torch.zeros(0, 0, len(task.labels))
+            return empty, self.collate([], labels=task.labels, length=0)
+        logits = [torch.as_tensor(output.logits) for output in outputs]
+        targets = [torch.as_tensor(output.target) for output in outputs]
+        return pad_sequence(logits, batch_first=True), pad_sequence(
+            targets, batch_first=True, padding_value=IGNORED
+        )
+
+    def decode(self, outputs: Sequence[PostOutput], task: TaskLike) -> list[dict[str, Any]]:
+        """``{"tags": [name per word], "scores": [probability of that tag per word]}``, see ``tag_spans``."""
+        shown = []
+        for output in outputs:
+            logits = tempered(torch.as_tensor(output.logits), task)
+            scores, ids = self.probabilities(logits).max(dim=-1)
+            shown.append(
                 {"tags": [task.labels[i] for i in ids.tolist()], "scores": scores.tolist()}
             )
-        return answers
+        return shown
 
-    def gold(self, targets: Tensor, task: TaskLike) -> list[list[str] | None]:
-        """The tags of the labelled words of each row."""
-        return [[task.labels[i] for i in row if i != IGNORED] or None for row in targets.tolist()]
+    def gold(self, targets: Iterable[Any], task: TaskLike) -> list[list[str] | None]:
+        """The tags of the labelled words of each post."""
+        rows = (target.tolist() for target in targets)
+        return [[task.labels[i] for i in row if i != IGNORED] or None for row in rows]
 
-    def answers(self, logits: Tensor, targets: Tensor) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """Per row with a labelled word: its tag ids, int64, (words,), and the probabilities, float32, (words, Y)."""
-        rows = [
-            (ids, row, ids != IGNORED) for ids, row in zip(targets, logits.detach(), strict=True)
-        ]
-        rows = [(ids[words], row[words]) for ids, row, words in rows if words.any()]
-        return [ids.cpu().numpy() for ids, _ in rows], [
-            row.float().softmax(-1).cpu().numpy() for _, row in rows
-        ]
+    def gold_and_scores(
+        self, outputs: Sequence[PostOutput], task: TaskLike
+    ) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """Per post with a labelled word: its tag ids, int64, (words,), and the probabilities, float32, (words, Y)."""
+        gold, scores = [], []
+        for output in outputs:
+            words = np.asarray(output.target) != IGNORED
+            if words.any():
+                logits = tempered(torch.as_tensor(output.logits), task)[torch.from_numpy(words)]
+                gold.append(np.asarray(output.target)[words])
+                scores.append(self.probabilities(logits).numpy())
+        return gold, scores
 
     def compared(
         self, rows: Sequence[Mapping[str, Any]], task: TaskLike

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from comoe.tasks.kinds.base import Kind, TaskLike
+from comoe.tasks.kinds.base import Kind, PostOutput, TaskLike
 from comoe.types import IGNORED
 
 
@@ -30,17 +30,6 @@ class Unlabelled(Kind):
     def parse(self, value: object, labels: Sequence[str]) -> int:
         return 0
 
-    def collate(
-        self, values: Sequence[int | None], *, labels: Sequence[str], length: int
-    ) -> Tensor:
-        """0 on the posts of this task, IGNORED on others, (B,), int64."""
-        return torch.tensor(
-            [IGNORED if value is None else value for value in values], dtype=torch.int64
-        )
-
-    def labelled(self, targets: Tensor) -> Tensor:
-        return targets != IGNORED
-
     def units(self, targets: Tensor, task: TaskLike) -> Tensor:
         """Nothing: the task counts as absent from every batch."""
         return torch.zeros((), dtype=torch.float64, device=targets.device)
@@ -50,14 +39,11 @@ class Unlabelled(Kind):
     ) -> Tensor:
         return logits.float().sum()
 
-    def decode(self, logits: Tensor, task: TaskLike) -> list[dict[str, Any]]:
-        return [{} for _ in range(len(logits))]
+    def decode(self, outputs: Sequence[PostOutput], task: TaskLike) -> list[dict[str, Any]]:
+        return [{} for _ in outputs]
 
-    def gold(self, targets: Tensor, task: TaskLike) -> list[str | None]:
-        return [None if target == IGNORED else "no label" for target in targets.tolist()]
-
-    def answers(self, logits: Tensor, targets: Tensor) -> tuple[list[Any], list[Any]]:
-        return [], []
+    def gold(self, targets: Iterable[Any], task: TaskLike) -> list[str | None]:
+        return [None if target == IGNORED else "no label" for target in targets]
 
     def compared(
         self, rows: Sequence[Mapping[str, Any]], task: TaskLike

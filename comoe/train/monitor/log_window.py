@@ -12,7 +12,7 @@ from comoe.data.images.pixels import PixelReader
 from comoe.data.report import shorten
 from comoe.distributed import all_gather_objects, sum_over_ranks, world_size
 from comoe.losses.adversarial import ON_DOMAINS
-from comoe.tasks.kinds.registry import merge_answers
+from comoe.tasks.kinds.base import PostOutput
 from comoe.tasks.task import Task
 from comoe.train.monitor.monitor import Monitor
 from comoe.train.parallel.engine import Engine, StepReport
@@ -119,19 +119,16 @@ class Interval:
     def _metrics(self, report: StepReport, batches: Sequence[Batch]) -> dict[str, dict[str, float]]:
         # A decoder is told the right answer in training, so there is none of its own to measure.
         measured = [task for task in self.tasks if task.rules.scored and not task.rules.generates]
-        own = [
-            {
-                task.name: task.rules.answers(
-                    output.output.logits[task.name].detach().cpu(), batch.labels[task.name]
-                )
-                for task in measured
-            }
-            for output, batch in zip(report.outputs, batches, strict=True)
-        ]
-        everyone = [step for steps in all_gather_objects(own) for step in steps]
+        own: dict[str, list[PostOutput]] = {task.name: [] for task in measured}
+        for output, batch in zip(report.outputs, batches, strict=True):
+            for task in measured:
+                rows = task.rules.labelled(batch.labels[task.name]).nonzero()[:, 0].tolist()
+                own[task.name] += task.rules.outputs(output.output, batch, rows, task=task)
+        shares = all_gather_objects(own)
         metrics = {}
         for task in measured:
-            gold, scores = merge_answers([step[task.name] for step in everyone])
+            everyone = [output for share in shares for output in share[task.name]]
+            gold, scores = task.rules.gold_and_scores(everyone, task)
             if len(gold):
                 metrics[task.name] = {
                     task.metric: task.rules.score(gold, scores, task)[task.metric]

@@ -96,9 +96,8 @@ def test_by_token_a_post_has_one_row_for_the_heads_and_one_for_each_task_of_the_
         0,
         *[IGNORED] * 3,
     ]
-    aspects = ASPECT.rules.gold(batch.labels["aspect"], ASPECT)
-    assert aspects == [None, "battery 😀", None, None, "电池", *[None] * 5]
-    assert batch.labels["aspect"][[1, 4], 0].tolist() == [
+    assert batch.texts["aspect"] == [None, "battery 😀", None, None, "电池", *[None] * 5]
+    assert batch.labels["aspect"][[1, 4]].tolist() == [
         3,
         2,
     ]  # tokens that are taught, the end sign one of them
@@ -241,12 +240,12 @@ def written_by(
     """What a model says that writes ``WRITTEN``, scores "great" at 3/4 of both words, and is of mood 1 for all."""
     rows = batch.row_ids_B.tolist()
     ids = [tokenizer(WRITTEN.get(row, "post"))["input_ids"] for row in rows]
-    wide = torch.full((len(rows), 2 + max(map(len, ids))), -1.0)
+    generated = torch.full((len(rows), max(map(len, ids))), -1)
     for number, row in enumerate(ids):
-        wide[number, : 2 + len(row)] = torch.tensor([-6.0, float(np.log(0.5)), *row])
+        generated[number, : len(row)] = torch.tensor(row)
     logits = {
         "mood": torch.tensor([[0.0, 2.0]]).repeat(len(rows), 1),
-        "aspect": wide,
+        "aspect": torch.tensor([[-6.0, float(np.log(0.5))]]).repeat(len(rows), 1),
         "polarity": torch.tensor([[0.01, 0.03]]).log().repeat(len(rows), 1),
     }
     return ModelOutput(
@@ -255,6 +254,7 @@ def written_by(
         {},
         (),
         torch.zeros(0, dtype=torch.int64),
+        generated={"aspect": generated},
     )
 
 
@@ -266,7 +266,7 @@ def evaluated(*, shares: list[list[list[int]]], route_by: str = "token", **optio
         return evaluate(
             written_by, split, collator=lambda s, i: collator(s, i, all_tasks=True), tasks=TASKS,
             batches=[np.array(batch, dtype=np.int64) for batch in batches], gather=gather, device="cpu",
-            spell=collator.spell, texts=split.texts, **options,
+            detokenize=collator.detokenize, texts=split.texts, **options,
         )  # fmt: skip
 
     for batches in shares[1:]:
@@ -275,7 +275,7 @@ def evaluated(*, shares: list[list[list[int]]], route_by: str = "token", **optio
 
 
 @pytest.mark.parametrize("route_by", ["token", "task"])
-def test_answers_go_through_code_points_to_scores_and_predictions(route_by: str) -> None:
+def test_generated_texts_are_scored_and_shown(route_by: str) -> None:
     found = evaluated(shares=[[[0, 1], [2, 3, 4]]], route_by=route_by)
     aspect = found.metrics["aspect"]
     assert aspect["n"] == 2 and aspect["exact_match"] == 0.5 and aspect["token_f1"] == 0.5
@@ -309,7 +309,7 @@ def test_scores_of_texts_can_be_sliced_and_chosen_by() -> None:
     split, collator = split_of(), Collator(TOKENIZER, tasks)
     found = evaluate(
         written_by, split, collator=collator, tasks=tasks, batches=[np.arange(5)], gather=lambda a: [a], device="cpu",
-        spell=collator.spell, columns={"place": ["x", None, "y", "y", "x"]}, predictions=False,
+        detokenize=collator.detokenize, columns={"place": ["x", None, "y", "y", "x"]}, predictions=False,
     )  # fmt: skip
     assert (
         found.metrics["aspect"]["token_f1@place=x"] == 1.0
@@ -350,9 +350,9 @@ def test_scored_words_are_calibrated_and_texts_left_alone() -> None:
 
     found = evaluate(
         forward, split, collator=collator, tasks=tasks, batches=[np.arange(60)], gather=lambda a: [a], device="cpu",
-        spell=collator.spell,
+        detokenize=collator.detokenize,
     )  # fmt: skip
-    assert set(ece_of(found.answers, tasks)) == {"polarity"}
+    assert set(ece_of(found.outputs, tasks)) == {"polarity"}
     calibrator = Calibrator(tasks, temperatures=True, thresholds=False)
     after = calibrator.take("validation", found)
     assert calibrator.tasks[0] == ASPECT and calibrator.tasks[1].temperature > 1.5

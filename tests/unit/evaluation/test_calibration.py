@@ -24,7 +24,7 @@ from comoe.evaluation.calibration import (
     reliability_bins,
     with_calibration,
 )
-from comoe.evaluation.evaluate import Answer, Evaluation, judge
+from comoe.evaluation.evaluate import Evaluation, compute_metrics
 from comoe.evaluation.tables import calibration_lines, calibration_sentences
 from comoe.evaluation.thresholds import (
     FEWEST,
@@ -35,6 +35,7 @@ from comoe.evaluation.thresholds import (
 )
 from comoe.inference.export import load_exported
 from comoe.inference.model_card import model_card
+from comoe.tasks.kinds.base import PostOutput
 from comoe.tasks.kinds.registry import KINDS
 from comoe.tasks.task import Task
 from comoe.types import IGNORED
@@ -46,9 +47,9 @@ HEAT = Task("heat", "regression", (), "pearson")
 TAGS = Task("tags", "tags", ("O", "B-p"), "span_f1")
 
 
-def answers_of(logits: np.ndarray, gold: np.ndarray) -> list[Answer]:
+def outputs_of(logits: np.ndarray, gold: np.ndarray) -> list[PostOutput]:
     return [
-        Answer(row, z, g)
+        PostOutput(row, z, g)
         for row, (z, g) in enumerate(zip(logits.astype(np.float32), gold, strict=True))
     ]
 
@@ -192,7 +193,7 @@ def overconfident(count: int = 120, labels: int = 3) -> tuple[np.ndarray, np.nda
 
 
 def as_evaluation(task: Task, logits: np.ndarray, gold: np.ndarray) -> Evaluation:
-    return judge({task.name: answers_of(logits, gold)}, [task])
+    return compute_metrics({task.name: outputs_of(logits, gold)}, [task])
 
 
 def test_a_run_is_calibrated_on_validation_and_judged_on_test() -> None:
@@ -202,7 +203,7 @@ def test_a_run_is_calibrated_on_validation_and_judged_on_test() -> None:
         as_evaluation(TOPIC, logits[part], gold[part]) for part in (slice(0, 120), slice(120, 240))
     ]
     for evaluation in halves:
-        evaluation.answers["heat"] = []
+        evaluation.outputs["heat"] = []
     taken = [
         calibrator.take(split, found)
         for split, found in zip(("validation", "test"), halves, strict=True)
@@ -225,7 +226,7 @@ def test_a_run_is_calibrated_on_validation_and_judged_on_test() -> None:
         assert shown == said
         assert max(scores[0].values()) < max(before.predictions["topic"][0]["scores"].values())
     assert (
-        ece_of(halves[1].answers, calibrator.tasks)["topic"]
+        ece_of(halves[1].outputs, calibrator.tasks)["topic"]
         == report["topic"]["ece"]["test"]["after"]
     )
     assert json.loads(json.dumps(report)) == report
@@ -233,7 +234,7 @@ def test_a_run_is_calibrated_on_validation_and_judged_on_test() -> None:
 
 def test_the_validation_error_comes_from_the_temperature_of_the_other_half() -> None:
     logits, gold = overconfident(60)
-    found = evidence(answers_of(logits, gold), TOPIC)
+    found = evidence(outputs_of(logits, gold), TOPIC)
     rule, logits = RULES["single_label"], logits.astype(np.float32).astype(np.float64)
     first = parts_of(found.posts_N, 2) == 0
     assert first.sum() == 30
@@ -247,7 +248,7 @@ def test_neither_temperature_nor_error_depends_on_the_order_of_the_posts() -> No
     nll = RULES["single_label"].nll
     found = [fit_temperature(logits[rows], gold[rows], nll) for rows in (np.arange(200), order)]
     assert found[0] == pytest.approx(found[1], rel=1e-6)
-    shuffled = [answers_of(logits[rows], gold[rows]) for rows in (np.arange(200), order)]
+    shuffled = [outputs_of(logits[rows], gold[rows]) for rows in (np.arange(200), order)]
     errors = [ece_of({"topic": answers}, [TOPIC])["topic"] for answers in shuffled]
     assert errors[0] == pytest.approx(errors[1], rel=1e-9)
 
@@ -281,7 +282,7 @@ def test_too_few_posts_or_none_leave_a_task_as_it_is() -> None:
     logits, gold = overconfident(19)
     calibrator = Calibrator([TOPIC, MOOD], temperatures=True, thresholds=True)
     evaluation = as_evaluation(TOPIC, logits, gold)
-    evaluation.answers["mood"] = []
+    evaluation.outputs["mood"] = []
     calibrator.take("validation", evaluation)
     assert calibrator.tasks == (TOPIC, MOOD)
     entry = calibrator.report()["topic"]
@@ -301,7 +302,7 @@ def test_a_temperature_that_does_not_pay_on_other_posts_is_not_kept() -> None:
     draw = np.random.default_rng(11)
     logits = 2.0 * draw.normal(size=(40, 3))
     gold = (logits + draw.gumbel(size=logits.shape)).argmax(axis=1)
-    found = evidence(answers_of(logits, gold), TOPIC)
+    found = evidence(outputs_of(logits, gold), TOPIC)
     rule = RULES["single_label"]
     assert rule.nll(crossed(found, rule), gold) > rule.nll(found.logits_NY, gold)
     calibrator = Calibrator([TOPIC], temperatures=True, thresholds=True)
@@ -312,13 +313,15 @@ def test_a_temperature_that_does_not_pay_on_other_posts_is_not_kept() -> None:
 def test_broken_logits_are_not_fitted() -> None:
     logits, gold = overconfident(30)
     logits[3, 1] = math.nan
-    assert evidence(answers_of(logits, gold), TOPIC) is None
+    assert evidence(outputs_of(logits, gold), TOPIC) is None
 
 
 def test_only_words_with_a_tag_count_and_the_words_of_a_post_stay_together() -> None:
     answers = [
-        Answer(4, np.array([[2.0, 0.0], [0.0, 9.0]], np.float32), np.array([0, IGNORED])),
-        Answer(9, np.array([[1.0, 0.0], [0.0, 3.0], [5.0, 0.0]], np.float32), np.array([0, 1, 0])),
+        PostOutput(4, np.array([[2.0, 0.0], [0.0, 9.0]], np.float32), np.array([0, IGNORED])),
+        PostOutput(
+            9, np.array([[1.0, 0.0], [0.0, 3.0], [5.0, 0.0]], np.float32), np.array([0, 1, 0])
+        ),
     ]
     found = evidence(answers, TAGS)
     assert found.logits_NY.tolist() == [[2, 0], [1, 0], [0, 3], [5, 0]]
@@ -337,14 +340,18 @@ def test_answers_are_tempered_and_thresholds_decide(kind: str) -> None:
     task = Task("t", kind, labels, rules.metrics[0], temperature=2.0)
     logits = torch.tensor([[0.0, 2.0], [3.0, 0.0]])
     expected = torch.sigmoid(logits / 2) if kind == "multi_label" else torch.softmax(logits / 2, -1)
-    rows = rules.decode([logits] if rules.per_token else logits, task)
+    if rules.per_token:
+        outputs = [PostOutput(0, logits.numpy(), np.zeros(2))]
+    else:
+        outputs = outputs_of(logits.numpy(), np.zeros(2))
+    rows = rules.decode(outputs, task)
     if rules.per_token:
         assert rows[0]["scores"] == pytest.approx(expected.max(-1).values.tolist())
         return
     found = [[row["scores"][label] for label in labels] for row in rows]
     torch.testing.assert_close(torch.tensor(found), expected)
     edges = (0.8,) if kind == "single_label" else (0.4, 0.8)
-    shown = rules.decode(logits, replace(task, thresholds=edges))
+    shown = rules.decode(outputs, replace(task, thresholds=edges))
     # The sigmoid and the softmax of (0, 1) are 0.73 and 0.5; of (1.5, 0) 0.82 and 0.5.
     wanted = (
         [{"label": "a"}, {"label": "a"}]

@@ -17,11 +17,12 @@ from comoe.evaluation.evaluate import (
     Evaluation,
     check_chosen_metric,
     chosen_metric,
+    compute_metrics,
     evaluate,
-    judge,
     mean_metric,
     metric_names,
 )
+from comoe.tasks.kinds.base import PostOutput
 from comoe.tasks.task import Task
 from comoe.types import IGNORED, Batch, ModelOutput
 
@@ -153,9 +154,11 @@ def test_metrics_equal_those_of_all_rows_at_once() -> None:
             targets = task.rules.collate(
                 [CELLS[task.name][row] for row in rows], labels=task.labels, length=0
             )
-            gold, scores = task.rules.answers(
-                torch.stack([LOGITS[task.name][row] for row in rows]), targets
-            )
+            outputs = [
+                PostOutput(row, LOGITS[task.name][row].numpy(), target)
+                for row, target in zip(rows, targets.numpy(), strict=True)
+            ]
+            gold, scores = task.rules.gold_and_scores(outputs, task)
         values = dict(found.metrics[task.name])
         assert values.pop("n") == len(rows)
         assert values.pop("loss") > 0
@@ -352,8 +355,8 @@ def test_slices_have_the_metrics_of_their_rows_alone() -> None:
     tasks = (replace(MOOD, slices=("kind",)), HEAT, replace(NAMES, slices=("kind", "true")))
 
     def values_of(shares: Sequence[Sequence[Sequence[int]]]) -> dict[str, dict[str, float]]:
-        answers = run(shares)[0].answers
-        return judge(answers, tasks, columns=SLICES, predictions=False).metrics
+        outputs = run(shares)[0].outputs
+        return compute_metrics(outputs, tasks, columns=SLICES, predictions=False).metrics
 
     found = values_of([[[0, 1, 2], [3, 4, 5]]])
     # Labelled for mood are posts 0, 1, 2, 4; of kind a: 0; of kind b: 1, 4; post 2 is of no kind.

@@ -79,7 +79,7 @@ def test_posts_that_training_cut_into_words_are_cut_here_and_phrases_that_are_no
         predictor, dataclasses.replace(choice, label="mood"), tasks=["mood"], progress=False
     )
     logits = [
-        [answer.logits for answer in found.evaluation.answers["mood"]] for found in (scores, alone)
+        [answer.logits for answer in found.evaluation.outputs["mood"]] for found in (scores, alone)
     ]
     np.testing.assert_allclose(logits[0], logits[1], atol=1e-6)
 

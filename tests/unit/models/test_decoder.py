@@ -50,7 +50,7 @@ def test_without_experts_the_loss_of_a_text_is_the_librarys_own(family):
     expected = library_loss(whole_model(family).double(), batch, torch.arange(5)).loss
     logits = objective.model(batch).logits["opinion"]
     assert logits.dtype == torch.float64 and logits.shape == (5, 1)
-    units = batch.labels["opinion"][:, 0].sum()
+    units = batch.labels["opinion"].sum()
     torch.testing.assert_close(-logits.sum() / units, expected, atol=1e-12, rtol=1e-12)
     torch.testing.assert_close(
         objective(batch).terms["task/opinion"].double(), expected.detach(), atol=0, rtol=1e-6
@@ -82,7 +82,8 @@ def test_without_experts_texts_are_written_as_the_library_writes_them(family, be
     task = replace(OPINION, num_beams=beams)
     model = decoder_model(family, NONE, tasks=(task,)).eval()
     batch = decoder_batch(5, tasks=(task,), family=family)
-    logits = model(batch).logits["opinion"]
+    generated = model(batch).generated["opinion"]
+    assert generated.dtype == torch.int64
     plain = whole_model(family)
     expected = plain.generate(
         input_ids=batch.input_ids_BL,
@@ -92,7 +93,7 @@ def test_without_experts_texts_are_written_as_the_library_writes_them(family, be
     )[:, 1:]
     for row, ids in enumerate(expected.tolist()):
         ids = ids[: ids.index(END[family])] if END[family] in ids else ids
-        found = logits[row, 2:]
+        found = generated[row]
         assert found[: len(ids)].tolist() == ids and (found[len(ids) :] == -1).all()
 
 
@@ -165,8 +166,9 @@ def test_greedy_words_with_a_cache_are_those_of_teacher_forcing_with_experts(fam
                 parameter.mul_(10)
     batch = decoder_batch(6, tasks=(OPINION, POLARITY), family=family)
     rows = (batch.task_ids_B == 0).nonzero().squeeze(1)
-    found = model(batch).logits["opinion"][rows]
-    written, scores = [own_words(row[2:]) for row in found], found[:, 1]
+    found = model(batch)
+    written = [own_words(row) for row in found.generated["opinion"][rows]]
+    scores = found.logits["opinion"][rows, 1]
     for row, ids, score in zip(rows.tolist(), written, scores, strict=True):
         forced = []
         while len(forced) < 7 and END[family] not in forced:
@@ -208,10 +210,11 @@ def test_a_whole_model_in_one_process_writes_nothing_that_no_row_asks_for():
     model, batch = decoder_model().eval(), decoder_batch(served=[1, -1, 1])
     calls = []
     model.decoder.stack.register_forward_hook(lambda *_: calls.append(1))
-    logits = model(batch).logits
+    found = model(batch)
     # Own texts, labels, written texts: the first and the last of no row.
-    assert len(calls) == 3 and logits["opinion"].shape == (3, 3)
-    assert not logits["opinion"][:, :2].any() and (logits["opinion"][:, 2:] == -1).all()
+    assert len(calls) == 3 and not found.logits["opinion"].any()
+    assert found.logits["opinion"].shape == (3, 2)
+    assert found.generated["opinion"].tolist() == [[-1]] * 3
     model(decoder_batch(served=[1, 3, 4]))
     assert len(calls) > 6
 
@@ -275,24 +278,28 @@ def test_a_row_is_answered_alone_as_in_a_batch_of_other_tasks():
     model = decoder_model("bart", moe_config(route_by="both"), private_width=8).eval()
     torch.nn.init.normal_(model.private[1].feed_forward.down.weight, std=0.5)
     batch = decoder_batch(family="bart")
-    together = model(batch).logits
+    together = model(batch)
     for row in range(8):
         number = int(batch.task_ids_B[row])
-        alone = model(batch.take(torch.tensor([row]))).logits
+        alone = model(batch.take(torch.tensor([row])))
         for task in MIXED if number < 0 else [MIXED[number]]:
             if task.rules.generates is (number >= 0):
-                found, expected = alone[task.name][0], together[task.name][row]
-                torch.testing.assert_close(found, expected[: len(found)], atol=1e-5, rtol=1e-5)
+                found, expected = alone.logits[task.name][0], together.logits[task.name][row]
+                torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+            if task.name in alone.generated:
+                ids = together.generated[task.name][row]
+                assert own_words(alone.generated[task.name][0]) == own_words(ids)
 
 
 def test_a_row_of_another_task_has_zeros_and_no_words():
-    logits = decoder_model().eval()(batch := decoder_batch()).logits
+    found = decoder_model().eval()(batch := decoder_batch())
+    logits = found.logits
     assert list(logits) == [task.name for task in MIXED]
     for number, task in enumerate(MIXED):
         if task.rules.generates:
-            others = logits[task.name][batch.task_ids_B != number]
-            assert not others[:, : len(task.labels) or 2].any()
-            assert task.label_words or (others[:, 2:] == -1).all()
+            others = batch.task_ids_B != number
+            assert not logits[task.name][others].any()
+            assert task.label_words or (found.generated[task.name][others] == -1).all()
 
 
 @pytest.mark.parametrize("labels", [8, 9, 17])

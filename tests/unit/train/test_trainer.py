@@ -463,7 +463,7 @@ def test_a_long_evaluation_stops_after_a_few_batches_when_asked_to() -> None:
     def collate_rows(split: Split, indices: np.ndarray, *, all_tasks: bool) -> Batch:
         return collate(Posts(), indices)
 
-    collate_rows.spell = dict
+    collate_rows.detokenize = None
     evaluator = Evaluator(engine, {"validation": Split()}, collate_rows, (HEAT,))
     with pytest.raises(EvaluationStopped):
         evaluator.run("validation", asked_to_stop=lambda: engine.forwards > 10)

@@ -19,7 +19,7 @@ from comoe.config.validate import validate
 from comoe.data.corpus import load_corpus
 from comoe.data.report import DataReport
 from comoe.data.sampling.mixing import balanced_classes
-from comoe.data.tokens.prompts import Wording, check_end_sign, code_points, label_tokens
+from comoe.data.tokens.prompts import Wording, check_end_sign, detokenize, label_tokens
 from comoe.data.tokens.split import report_cuts, tokenize_split
 from comoe.tasks.task import Task, build_task
 from comoe.train.build import check_names
@@ -229,16 +229,14 @@ def test_cut_answers_and_posts_are_counted_in_the_report(tmp_path: Path) -> None
     assert splits["validation"].posts.labels["aspect"][0] == ("battery " * 9).strip()
 
 
-def test_ids_become_the_characters_that_they_spell() -> None:
+def test_generated_ids_become_texts() -> None:
     texts = ["battery 😀", "", "电池"]
     rows = [TOKENIZER(text)["input_ids"] for text in texts]
-    ids = torch.full((3, 6), -1.0)
+    ids = torch.full((3, 6), -1)
     for row, tokens in enumerate(rows):
-        ids[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.float32)
-    codes = code_points(ids, TOKENIZER)
-    assert codes.dtype == torch.float32
-    assert ["".join(chr(int(code)) for code in row if code) for row in codes.tolist()] == texts
-    assert code_points(torch.zeros(2, 0), TOKENIZER).shape == (2, 0)
+        ids[row, : len(tokens)] = torch.tensor(tokens)
+    assert detokenize(ids, TOKENIZER) == texts
+    assert detokenize(torch.zeros(2, 0, dtype=torch.int64), TOKENIZER) == ["", ""]
 
 
 # Words of labels

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from comoe.experiments.compare.statistics import measured, read_answers, resampled, same_posts
+from comoe.tasks.kinds.base import PostOutput
+from comoe.tasks.kinds.generation import GeneratedText
 from comoe.tasks.kinds.registry import KINDS
 from comoe.tasks.task import Task
 from comoe.train.monitor.log_window import Interval
@@ -54,30 +56,19 @@ def test_a_cell_that_is_no_text_is_refused(cell: object, match: str) -> None:
         TEXT.parse(cell, ())
 
 
-def test_targets_are_the_number_of_tokens_and_the_code_points_and_rows_without_one_are_ignored() -> (
-    None
-):
-    targets = TEXT.collate([(3, "hé\U0001f600"), None, (1, "电")], labels=(), length=9)
-    assert targets.tolist() == [[3, 104, 233, 0x1F600], [IGNORED] * 4, [1, 0x7535, 0, 0]]
-    assert TEXT.gold(targets, ASPECT) == ["hé\U0001f600", None, "电"]
+def test_targets_are_numbers_of_tokens_and_rows_without_a_text_are_ignored() -> None:
+    targets = TEXT.collate([3, None, 1], labels=(), length=9)
+    assert targets.tolist() == [3, IGNORED, 1]
     assert TEXT.labelled(targets).tolist() == [True, False, True]
-    assert labelled_rows(batch_of_labels({"aspect": targets}), ["aspect"])[:, 0].tolist() == [
-        True,
-        False,
-        True,
-    ]
-    assert TEXT.collate([None], labels=(), length=0).tolist() == [[IGNORED]]
+    labelled = labelled_rows(batch_of_labels({"aspect": targets}), ["aspect"])
+    assert labelled[:, 0].tolist() == [True, False, True]
+    assert TEXT.collate([None], labels=(), length=0).tolist() == [IGNORED]
 
 
-def test_code_points_survive_float32_logits() -> None:
-    text = "\U0010ffff电池\U0001f468‍\U0001f469 ñ"
-    logits = torch.tensor([[-1.0, math.log(0.25), *map(ord, text), 0.0]], dtype=torch.float32)
-    assert TEXT.decode(logits, ASPECT) == [{"answer": text, "probability": pytest.approx(0.25)}]
-
-
-def test_nothing_written_is_an_empty_answer() -> None:
-    (answer,) = TEXT.decode(torch.tensor([[0.0, -0.5]]), ASPECT)
-    assert answer == {"answer": "", "probability": pytest.approx(0.60653066)}
+@pytest.mark.parametrize("text", ["\U0010ffff电池\U0001f468‍\U0001f469 ñ", ""])
+def test_a_generated_text_is_shown_with_its_probability(text: str) -> None:
+    output = PostOutput(0, GeneratedText(-1.0, math.log(0.25), text), None)
+    assert TEXT.decode([output], ASPECT) == [{"answer": text, "probability": pytest.approx(0.25)}]
 
 
 def test_a_row_weighs_by_its_confidence_and_only_the_gold_label_is_read() -> None:
@@ -88,19 +79,20 @@ def test_a_row_weighs_by_its_confidence_and_only_the_gold_label_is_read() -> Non
     (gradient,) = torch.autograd.grad(loss, logits)
     assert gradient.tolist() == [[-0.5, 0.0], [0.0, -1.0], [0.0, 0.0]]
     own = torch.tensor([[-4.0], [-6.0]])
-    texts = TEXT.collate([(2, "a"), (3, "b")], labels=(), length=0)
+    texts = TEXT.collate([2, 3], labels=(), length=0)
     assert TEXT.loss(own, texts, ASPECT, torch.tensor([0.25, 1.0])).item() == pytest.approx(7.0)
     assert TEXT.units(texts, ASPECT).item() == 5.0
 
 
 def test_scored_words_become_shares_that_sum_to_1() -> None:
     logits = torch.tensor([[math.log(0.02), math.log(0.06)]])
-    (answer,) = WORDS.decode(logits, MOOD)
+    outputs = [PostOutput(0, logits[0].numpy(), np.int64(1))]
+    (answer,) = WORDS.decode(outputs, MOOD)
     assert answer == {
         "label": "good",
         "scores": {"bad": pytest.approx(0.25), "good": pytest.approx(0.75)},
     }
-    gold, scores = WORDS.answers(logits, torch.tensor([1]))
+    gold, scores = WORDS.gold_and_scores(outputs, MOOD)
     assert scores.tolist() == [[pytest.approx(0.25), pytest.approx(0.75)]]
     assert WORDS.confusion(gold, scores, MOOD).tolist() == [[0, 0], [0, 1]]
 
@@ -146,7 +138,7 @@ def test_a_decoder_that_is_told_the_answer_has_no_training_metric() -> None:
     tasks = (Task("heat", "regression", (), "pearson"), ASPECT, MOOD)
     batch = batch_of_labels({
         "heat": torch.tensor([0.0, 1.0, 2.0]), "mood": torch.tensor([0, 1, 1]),
-        "aspect": TEXT.collate([(1, "a"), (1, "b"), None], labels=(), length=0),
+        "aspect": TEXT.collate([1, 1, None], labels=(), length=0),
     })  # fmt: skip
     logits = {
         "heat": torch.tensor([[0.0], [2.0], [4.0]]),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -11,10 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from comoe.tasks.kinds.registry import KINDS, merge_answers
+from comoe.tasks.kinds.base import PostOutput
+from comoe.tasks.kinds.generation import GeneratedText
+from comoe.tasks.kinds.registry import KINDS
 from comoe.tasks.kinds.tagging import PHRASE_TAGS, tag_spans
 from comoe.tasks.task import Task
-from comoe.types import IGNORED
+from comoe.types import IGNORED, ModelOutput
+from tests.helpers_decoder import batch_of_labels
 
 LABELS = ("negative", "neutral", "positive")
 TAGS = ("O", "B-PER", "I-PER")
@@ -60,23 +63,36 @@ def task_of(kind: str, *, weighted: bool = False) -> Task:
 
 
 def targets_of(kind: str) -> Tensor:
-    return KINDS[kind].collate(CELLS[kind], labels=TASKS[kind].labels, length=4)
+    cells = CELLS[kind]
+    if kind == "text":
+        cells = [None if cell is None else cell[0] for cell in cells]
+    return KINDS[kind].collate(cells, labels=TASKS[kind].labels, length=4)
 
 
 def logits_of(kind: str, *, seed: int = 0) -> Tensor:
-    """Random logits, (5, Y), for tags (5, 4, Y); for text (5, 2 + 3): each row has written "abc" or a part of it."""
-    if kind == "text":
-        own = torch.randn(5, 2, generator=torch.Generator().manual_seed(seed))
-        return torch.cat(
-            [
-                own,
-                torch.tensor([[97.0, 98.0, 99.0]]) * (torch.arange(5)[:, None] >= torch.arange(3)),
-            ],
-            1,
-        )
+    """Random logits, (5, Y), for tags (5, 4, Y), for text (5, 2)."""
     shape = (5, 4) if KINDS[kind].per_token else (5,)
-    width = KINDS[kind].num_outputs(TASKS[kind].labels)
+    width = 2 if kind == "text" else KINDS[kind].num_outputs(TASKS[kind].labels)
     return 3 * torch.randn(*shape, width, generator=torch.Generator().manual_seed(seed))
+
+
+def shown(logits: Sequence[Tensor]) -> list[PostOutput]:
+    """Rows without a label."""
+    return [PostOutput(row, z.numpy(), None) for row, z in enumerate(logits)]
+
+
+def outputs_of(kind: str) -> list[PostOutput]:
+    """The five rows; of texts each post has generated "abc" or a part of it."""
+    logits, targets = logits_of(kind), targets_of(kind)
+    if kind == "text":
+        return [
+            PostOutput(row, GeneratedText(*z.tolist(), "abc"[:row]), cell)
+            for row, (z, cell) in enumerate(zip(logits, CELLS[kind], strict=True))
+        ]
+    return [
+        PostOutput(row, z.numpy(), target.numpy())
+        for row, (z, target) in enumerate(zip(logits, targets, strict=True))
+    ]
 
 
 # Reading cells
@@ -234,7 +250,8 @@ def test_gold_gives_the_labels_back_in_words(kind: str) -> None:
         "label_words": ["negative", None, "positive", "neutral", "positive"],
         "text": ["battery life", None, "\U0001f50b 电池", "x", "battery life"],
     }
-    assert KINDS[kind].gold(targets_of(kind), TASKS[kind]) == expected[kind]
+    targets = [output.target for output in outputs_of(kind)]
+    assert KINDS[kind].gold(targets, TASKS[kind]) == expected[kind]
 
 
 # Losses
@@ -425,7 +442,7 @@ def test_half_precision_logits_are_summed_in_float32(kind: str) -> None:
 
 def test_one_label_is_decoded_with_the_probability_of_each() -> None:
     logits = torch.tensor([[0.0, math.log(2.0), math.log(5.0)]])
-    (answer,) = KINDS["single_label"].decode(logits, TASKS["single_label"])
+    (answer,) = KINDS["single_label"].decode(shown(logits), TASKS["single_label"])
     assert answer["label"] == "positive"
     assert answer["scores"] == pytest.approx(
         {"negative": 1 / 8, "neutral": 2 / 8, "positive": 5 / 8}
@@ -434,7 +451,7 @@ def test_one_label_is_decoded_with_the_probability_of_each() -> None:
 
 def test_label_sets_are_decoded_at_one_half() -> None:
     logits = torch.tensor([[0.0, -0.1, math.log(3.0)], [-1.0, -1.0, -1.0]])
-    first, second = KINDS["multi_label"].decode(logits, TASKS["multi_label"])
+    first, second = KINDS["multi_label"].decode(shown(logits), TASKS["multi_label"])
     assert first["labels"] == ["negative", "positive"] and first["scores"][
         "positive"
     ] == pytest.approx(0.75)
@@ -442,7 +459,9 @@ def test_label_sets_are_decoded_at_one_half() -> None:
 
 
 def test_a_number_is_decoded_as_it_is() -> None:
-    assert KINDS["regression"].decode(torch.tensor([[-1.5], [2.0]]), TASKS["regression"]) == [
+    assert KINDS["regression"].decode(
+        shown(torch.tensor([[-1.5], [2.0]])), TASKS["regression"]
+    ) == [
         {"value": -1.5},
         {"value": 2.0},
     ]
@@ -450,7 +469,7 @@ def test_a_number_is_decoded_as_it_is() -> None:
 
 def test_words_are_decoded_as_tags_and_spans() -> None:
     words = [torch.tensor([[0.0, 9.0, 0.0], [0.0, 0.0, 9.0], [9.0, 0.0, 0.0]]), torch.zeros(0, 3)]
-    first, second = KINDS["tags"].decode(words, TASKS["tags"])
+    first, second = KINDS["tags"].decode(shown(words), TASKS["tags"])
     assert first["tags"] == ["B-PER", "I-PER", "O"] and first["scores"] == pytest.approx(
         [1, 1, 1], abs=1e-3
     )
@@ -461,18 +480,26 @@ def test_words_are_decoded_as_tags_and_spans() -> None:
 
 
 @pytest.mark.parametrize("kind", SCORED)
-def test_answers_of_parts_merge_into_the_answers_of_the_whole(kind: str) -> None:
-    rules, logits, targets = KINDS[kind], logits_of(kind), targets_of(kind)
-    gold, scores = rules.answers(logits, targets)
-    parts = [
-        rules.answers(logits[part], targets[part])
-        for part in (slice(0, 2), slice(2, 2), slice(2, 5))
-    ]
-    merged = merge_answers(parts)
-    assert len(gold) == len(scores) == int(rules.labelled(targets).sum())
-    for whole, part in zip((gold, scores), merged, strict=True):
-        assert len(whole) == len(part)
-        assert all(np.array_equal(a, b) for a, b in zip(whole, part, strict=True))
+def test_the_labelled_rows_of_a_batch_are_gold_and_scores_and_stack_as_they_were(
+    kind: str,
+) -> None:
+    rules, task = KINDS[kind], TASKS[kind]
+    logits, targets = logits_of(kind), targets_of(kind)
+    starts = torch.ones(5, 4, dtype=torch.bool)
+    batch = replace(batch_of_labels({task.name: targets}), word_starts_BL=starts)
+    generated = {task.name: torch.arange(5)[:, None]} if kind == "text" else {}
+    if kind == "text":
+        texts = [None if cell is None else cell[1] for cell in CELLS["text"]]
+        batch = replace(batch, texts={task.name: texts})
+    output = ModelOutput({task.name: logits}, {}, {}, (), torch.arange(5), generated=generated)
+    rows = [4, 1, 0]
+    found = rules.outputs(output, batch, rows, task=task, detokenize=str)
+    assert [one.row for one in found] == rows
+    stacked = rules.stack(found, task)
+    assert torch.equal(stacked[0], logits[rows][..., :1] if kind == "text" else logits[rows])
+    assert torch.equal(stacked[1].nan_to_num(-1.0), targets[rows].nan_to_num(-1.0))
+    gold, scores = rules.gold_and_scores(found, task)
+    assert len(gold) == len(scores) == int(rules.labelled(targets[rows]).sum())
 
 
 # Scores
@@ -529,9 +556,9 @@ def test_scores_of_tags_hold_spans_and_words_and_a_baseline_that_finds_nothing()
 
 @pytest.mark.parametrize("kind", SCORED)
 def test_no_rows_give_the_same_keys_and_no_nan(kind: str) -> None:
-    rules, task, logits, targets = KINDS[kind], TASKS[kind], logits_of(kind), targets_of(kind)
-    full = rules.score(*rules.answers(logits, targets), task)
-    empty = rules.score(*rules.answers(logits[:0], targets[:0]), task)
+    rules, task = KINDS[kind], TASKS[kind]
+    full = rules.score(*rules.gold_and_scores(outputs_of(kind), task), task)
+    empty = rules.score(*rules.gold_and_scores([], task), task)
     assert list(full) == list(empty)
     assert all(math.isfinite(value) for values in (full, empty) for value in values.values())
     assert all(type(value) is float for value in full.values())
@@ -539,7 +566,7 @@ def test_no_rows_give_the_same_keys_and_no_nan(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", SCORED)
 def test_every_metric_of_a_kind_can_be_the_main_one(kind: str) -> None:
-    rules, logits, targets = KINDS[kind], logits_of(kind), targets_of(kind)
+    rules = KINDS[kind]
     for metric in rules.metrics:
         labels = (
             ("none", "against", "favor")
@@ -547,5 +574,5 @@ def test_every_metric_of_a_kind_can_be_the_main_one(kind: str) -> None:
             else TASKS[kind].labels
         )
         task = replace(TASKS[kind], labels=labels, metric=metric)
-        values = rules.score(*rules.answers(logits, targets), task)
+        values = rules.score(*rules.gold_and_scores(outputs_of(kind), task), task)
         assert metric in values and f"majority/{metric}" in values
