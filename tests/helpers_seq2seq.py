@@ -80,7 +80,7 @@ def decoder_batch(
 ) -> Batch:
     """Rows for all tasks with heads (-1) and for one that the decoder answers, in turn unless ``served`` says which."""
     generator = torch.Generator().manual_seed(seed)
-    numbers = [number for number, task in enumerate(tasks) if task.rules.generates]
+    numbers = [number for number, task in enumerate(tasks) if task.mode == "decoder"]
     turns = ([-1] if len(numbers) < len(tasks) else []) + numbers
     served = [turns[row % len(turns)] for row in range(rows)] if served is None else served
     rows = len(served)
@@ -99,7 +99,7 @@ def decoder_batch(
         mine = [
             row
             for row, one in enumerate(served)
-            if labelled and one in (number, -1 * (not task.rules.generates))
+            if labelled and one in (number, -1 * (task.mode != "decoder"))
         ]
         if task.label_words or task.rules.exclusive:
             drawn = torch.randint(0, len(task.labels), (rows,), generator=generator)
@@ -108,7 +108,7 @@ def decoder_batch(
             )
             for row in mine if task.label_words else ():
                 answers[row] = words(int(drawn[row]), family)
-        elif task.rules.generates:
+        elif task.mode == "decoder":
             labels[task.name] = torch.full((rows,), IGNORED)
             for row in mine:
                 count = int(torch.randint(1, 6, (), generator=generator))

@@ -18,7 +18,7 @@ from comoe.data.posts import hidden, unlabelled_posts
 from comoe.data.tokens.prompts import Wording, check_end_sign, detokenize, label_tokens
 from comoe.data.tokens.split import TokenizedSplit, TokenRow, assemble_split, no_tokens, target_of
 from comoe.data.tokens.tokenize import tokenize
-from comoe.tasks.task import Task
+from comoe.tasks.task import Task, decoder_tasks
 from comoe.types import IGNORED, Batch
 
 
@@ -86,12 +86,10 @@ class Collator:
         self._row_per_task = ROW_PER_TASK[route_by]
         self._multiple = pad_to_multiple_of
         self._segments = "token_type_ids" in tokenizer.model_input_names
-        self._answered = frozenset(
-            number for number, task in enumerate(self.tasks) if task.rules.generates
-        )
+        self._answered = decoder_tasks(self.tasks)
         self._heads = [number for number in range(len(self.tasks)) if number not in self._answered]
-        for number in sorted(self._answered):
-            check_end_sign(tokenizer, self.tasks[number])
+        for task in self._answered.values():
+            check_end_sign(tokenizer, task)
         self._words = {
             task.name: label_tokens(tokenizer, task) for task in self.tasks if task.label_words
         }
@@ -127,8 +125,8 @@ class Collator:
         )
         # Per task the post of each row that is for it, -1 for other rows.
         wanted = [
-            [post if self.serves(asked, number) else -1 for post, asked in pairs]
-            for number in range(len(self.tasks))
+            [post if task.rules.serves(asked, number) else -1 for post, asked in pairs]
+            for number, task in enumerate(self.tasks)
         ]
         shares = [len(served.get(post, "-")) for post in posts]
         return Batch(
@@ -163,8 +161,8 @@ class Collator:
                     None if post < 0 else split.posts.labels[task.name][post]
                     for post in wanted[number]
                 ]
-                for number, task in enumerate(self.tasks)
-                if number in self._answered and not task.label_words
+                for number, task in self._answered.items()
+                if not task.label_words
             },
             confidences=confidences_of(split.posts, posts, self.tasks),
             answers_BD=_ragged([self._answer(split, post, task) for post, task in pairs])
@@ -177,10 +175,6 @@ class Collator:
     def detokenize(self, ids_BD: Tensor) -> list[str]:
         """Generated token ids (``ModelOutput.generated``) as texts: the model has no words."""
         return detokenize(ids_BD, self.tokenizer)
-
-    def serves(self, asked: int, number: int) -> bool:
-        """Whether a row of this task id (``Batch.task_ids_B``) is for the task with this number."""
-        return asked == number or (asked == -1 and number not in self._answered)
 
     def encode_texts(
         self,
@@ -213,7 +207,8 @@ class Collator:
         names = [task.name for task in self.tasks]
         posts = unlabelled_posts(texts, tasks=names, pairs=pairs, words=words, images=images)
         seen = hidden(posts, hide)
-        if all(task.rules.generates for task in (self.tasks if asked is None else asked)):
+        heading = self.tasks if asked is None else asked
+        if all(task.mode == "decoder" for task in heading):
             tokens = no_tokens(len(posts))
         else:
             tokens = tokenize(seen, self.tokenizer, max_length=max_length, normalize=normalize)
@@ -226,7 +221,7 @@ class Collator:
         bare = not labelled.any()
         answered = [
             task
-            for task in sorted(self._answered)
+            for task in self._answered
             if labelled[task] or (all_tasks and bare)
             if (lists := split.prompts.get(self.tasks[task].name)) is not None
             and lists.lengths[post]

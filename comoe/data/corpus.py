@@ -262,7 +262,7 @@ def _with_validation(
 def _strata(group: Group, posts: PostSplit) -> np.ndarray:
     """A number per post, equal for posts with the same label of the first task that labels whole posts."""
     for name, task in group.tasks.items():
-        if group.labels[name] and not kind_of(task.kind).per_token:
+        if group.labels[name] and kind_of(task.kind).mode != "tokens":
             return np.unique([str(value) for value in posts.labels[name]], return_inverse=True)[1]
     return np.zeros(len(posts), dtype=np.int64)
 

@@ -12,6 +12,7 @@ from comoe.data.labels import discovered
 from comoe.data.reading.files import RawSplit
 from comoe.data.reading.inputs import check_columns
 from comoe.data.reading.sources import NAMES, Source, open_source, read_split
+from comoe.tasks.kinds.generation import Text
 from comoe.tasks.kinds.registry import KINDS
 from comoe.tasks.task import kind_of
 
@@ -68,7 +69,7 @@ def groups_of(recipe: Recipe) -> list[Group]:
 
 def read_as_words(tasks: Mapping[str, TaskConfig]) -> tuple[str, ...]:
     """Tasks that learn from posts cut into words: one on the same posts answers each word."""
-    cut = {_posts_of(task) for task in tasks.values() if kind_of(task.kind).per_token}
+    cut = {_posts_of(task) for task in tasks.values() if kind_of(task.kind).mode == "tokens"}
     return tuple(name for name, task in tasks.items() if _posts_of(task) in cut)
 
 
@@ -116,7 +117,7 @@ def read_group(group: Group, *, with_images: bool) -> None:
     for name, task in group.tasks.items():
         known = train.label_names.get(task.label, ()) if kind_of(task.kind).scored else ()
         values = (row.get(task.label) for row in train.rows)
-        if known and kind_of(task.kind).generates and kind_of(task.kind).ragged:
+        if known and isinstance(kind_of(task.kind), Text):
             raise ValueError(
                 f"tasks.{name} is of kind {task.kind}, but column {task.label!r} of {train.file} holds ids of the "
                 f"labels {', '.join(known)}; list them as tasks.{name}.labels, and the decoder scores their words."

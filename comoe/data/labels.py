@@ -65,7 +65,7 @@ def resolved_task(
         return task
     distinct = (
         {item for value in present for item in value} - {IGNORED}
-        if task.rules.per_token
+        if task.mode == "tokens"
         else set(present)
     )
     if len(distinct) < 2:

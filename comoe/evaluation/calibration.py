@@ -1,8 +1,8 @@
-"""Calibration: probabilities that mean what they say, fitted on the validation posts when a run ends.
+"""Calibrated probabilities, fitted on the validation posts when a run ends.
 
 Temperature scaling (Guo et al. 2017, arXiv:1706.04599): one number per task, which its logits are
-divided by. It changes no order of labels, so no answer. Thresholds are a second, separate thing:
-see ``comoe.evaluation.thresholds``.
+divided by. It changes no order of labels, so no prediction. Thresholds are a separate thing, see
+``comoe.evaluation.thresholds``.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ FEWEST_POSTS = 20
 
 
 COLDEST, HOTTEST = 0.1, 10.0
-"""Range of temperatures; where every answer is right the likelihood alone would go to 0."""
+"""Range of temperatures; where every prediction is right the likelihood alone would go to 0."""
 
 
 VALIDATION = "validation"
@@ -48,7 +48,7 @@ class Evidence:
     """What the labelled posts of a split say about one task."""
 
     logits_NY: np.ndarray
-    """float64; a row is a post, or a word for kinds that answer words."""
+    """float64; a row is a post, or a word for kinds that label words."""
     gold: np.ndarray
     """Label ids (N,), or 0/1 (N, Y)."""
     posts_N: np.ndarray
@@ -74,7 +74,7 @@ class Calibrator:
     """Fits on the validation posts, then reads every split as the export will.
 
     ``tasks`` are those given, with ``temperature`` and ``thresholds`` from the moment that
-    validation was taken on. Deterministic in the answers, so it is the same on every rank that has
+    validation was taken on. Deterministic in the outputs, so it is the same on every rank that has
     them.
 
     Args:
@@ -186,7 +186,7 @@ class Calibrator:
 def fit_temperature(
     logits_NY: np.ndarray, gold: np.ndarray, nll: Callable[[np.ndarray, np.ndarray], float]
 ) -> float:
-    """The temperature with the smallest negative log likelihood, in [0.1, 10]; never a worse one than 1.
+    """The temperature with the smallest mean NLL, in [0.1, 10]; never a worse one than 1.
 
     The likelihood is concave in 1 / temperature, so there is one optimum.
 
@@ -244,11 +244,11 @@ def reliability_bins(
 
 
 def evidence(outputs: Sequence[PostOutput], task: Task) -> Evidence | None:
-    """The labelled rows of a split; None for kinds without probabilities, without labels, or with broken logits."""
+    """The labelled rows of a split; None without probabilities or labels, or with broken logits."""
     if task.kind not in RULES or not outputs:
         return None
     logits, targets = task.rules.stack(outputs, task)
-    present = targets != IGNORED if task.rules.per_token else task.rules.labelled(targets)
+    present = targets != IGNORED if task.mode == "tokens" else task.rules.labelled(targets)
     posts = np.array([output.row for output in outputs])
     rows = np.nonzero(present.numpy())[0]
     logits_NY = logits[present].double().numpy()
@@ -258,7 +258,7 @@ def evidence(outputs: Sequence[PostOutput], task: Task) -> Evidence | None:
 
 
 def ece_of(outputs: Mapping[str, Sequence[PostOutput]], tasks: Sequence[Task]) -> dict[str, float]:
-    """Task -> expected calibration error of the outputs as these tasks read them; tasks without one are left out."""
+    """Task -> expected calibration error of the outputs as these tasks read them, where there is one."""
     errors = {}
     for task in tasks:
         found = evidence(outputs.get(task.name, ()), task)

@@ -109,7 +109,7 @@ class EmbeddingStats:
     """
 
     def __init__(self, tasks: Sequence[Task], *, labelled_NT: np.ndarray) -> None:
-        self._tasks = [task for task in tasks if task.rules.pooled and not task.rules.views]
+        self._tasks = [task for task in tasks if task.mode == "pooled" and not task.views]
         self._kept = {
             task.name: set(_every_nth(np.flatnonzero(labelled_NT[:, number])).tolist())
             for number, task in enumerate(tasks)

@@ -1,4 +1,4 @@
-"""Predictions of the model on one split, on all ranks, and their metrics: whole, and per value of a column."""
+"""Predictions on one split, on all ranks, and their metrics: whole, and per value of a column."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def slice_scores(
     A post whose cell is empty is in no slice.
 
     Args:
-        gold: of ``Kind.gold_and_scores``: an array, or for tags a list, with one entry per labelled post.
+        gold: of ``Kind.gold_and_scores``: an array or a list, one entry per labelled post.
         scores: as ``gold``.
         task: names the columns.
         columns: column -> its cell for each of these posts; a column that is not there has no
@@ -58,7 +58,7 @@ MEAN = "mean"
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """What a split says about the model; the same on every rank. Tasks of a kind without answers are in none of it."""
+    """What a split says about the model, the same on every rank; only of scored kinds."""
 
     metrics: dict[str, dict[str, float]]
     """Task -> metric -> value; ``n`` counts labelled rows, ``loss`` is their mean. A task without
@@ -67,7 +67,7 @@ class Evaluation:
     """Task -> counts of (gold, predicted), int64, (Y, Y), where its kind has such a thing."""
     predictions: dict[str, list[dict[str, Any]]]
     """Task -> per post, in the order of the split: ``row``, ``text`` where given, ``gold`` or None,
-    and the answer."""
+    and the prediction."""
     outputs: dict[str, list[PostOutput]] = field(default_factory=dict)
     """Task -> what all of this was made of, in the order of the split; see ``compute_metrics``."""
 
@@ -95,7 +95,7 @@ def evaluate(
 ) -> Evaluation:
     """Run the model over a split and score it.
 
-    The answers of all ranks are gathered, ordered by post and freed of duplicates before they are
+    The outputs of all ranks are gathered, ordered by post and freed of duplicates before they are
     scored, so the metrics depend neither on the number of ranks nor on the batches. A post counts
     for the tasks whose label it has. A post without any label is scored nowhere and predicted for
     all tasks that it has rows for.
@@ -182,7 +182,7 @@ def compute_metrics(
 
 
 def mean_metric(metrics: Mapping[str, Mapping[str, float]], tasks: Sequence[Task]) -> float:
-    """Mean of the tasks' main metrics, larger is better: those that are better when lower enter negated.
+    """Mean of the tasks' main metrics, larger is better: where lower is better, negated.
 
     Auxiliary tasks are in no mean: they are there for the others.
 
@@ -206,7 +206,7 @@ def mean_metric(metrics: Mapping[str, Mapping[str, float]], tasks: Sequence[Task
 def chosen_metric(
     metrics: Mapping[str, Mapping[str, float]], tasks: Sequence[Task], name: str
 ) -> float:
-    """The number that early stopping and the best checkpoint go by; larger is better, as in ``mean_metric``.
+    """The number that early stopping and the best checkpoint go by; larger is better.
 
     Args:
         metrics: ``Evaluation.metrics``.
@@ -231,7 +231,7 @@ def chosen_metric(
 def check_chosen_metric(
     name: str, tasks: Sequence[Task], *, measured: Container[str] | None = None
 ) -> None:
-    """Refuse an ``early_stop_metric`` that no evaluation will ever have; to be called before training.
+    """Refuse an ``early_stop_metric`` that no evaluation will have; called before training.
 
     Args:
         name: ``train.early_stop_metric``.
@@ -265,7 +265,7 @@ def check_chosen_metric(
 
 
 def metric_names(task: Task) -> tuple[str, ...]:
-    """What ``Evaluation.metrics`` has of a task besides the count ``n``, known before any evaluation."""
+    """What ``Evaluation.metrics`` will have of a task besides the count ``n``."""
     return ("loss", *task.rules.score(*task.rules.gold_and_scores([], task), task))
 
 
@@ -275,7 +275,7 @@ def rising(metric: str, value: float) -> float:
 
 
 def _rows_to_keep(batch: Batch, tasks: Sequence[Task]) -> dict[str, list[int]]:
-    """Scored task -> the rows of the batch that are scored or shown for it; filler rows are for none."""
+    """Scored task -> rows of the batch that are scored or shown for it; no filler rows."""
     labelled = {
         task.name: task.rules.labelled(batch.labels[task.name])
         for task in tasks
@@ -286,9 +286,7 @@ def _rows_to_keep(batch: Batch, tasks: Sequence[Task]) -> dict[str, list[int]]:
     kept = {}
     for index, task in enumerate(tasks):
         if task.name in labelled:
-            meant = batch.task_ids_B == index
-            if not task.rules.generates:
-                meant |= batch.task_ids_B == -1
+            meant = task.rules.serves(batch.task_ids_B, index)
             kept[task.name] = torch.nonzero(real & (labelled[task.name] | (bare & meant)))[
                 :, 0
             ].tolist()

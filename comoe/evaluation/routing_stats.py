@@ -131,7 +131,7 @@ class RoutingStats:
         """Add one micro-step.
 
         Args:
-            output: the model's answer with one routing per layer and, of each layer, the rows of
+            output: the model's output with one routing per layer and, of each layer, the rows of
                 its tokens.
             labelled_BT: bool, True where the row has a label of the task (with ``route_by: task``
                 one per row).

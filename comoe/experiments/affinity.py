@@ -250,7 +250,7 @@ def _of_posts(
 
     def share(batch: Batch) -> tuple[Tensor, Tensor]:
         targets = batch.labels[task.name]
-        logits = model(batch, decode=task.rules.generates).logits[task.name]
+        logits = model(batch, decode=task.mode == "decoder").logits[task.name]
         return task.rules.loss(logits, targets, task), task.rules.units(targets, task)
 
     return summed_gradient(share, batches(), weights)

@@ -16,7 +16,7 @@ from comoe.evaluation.tables import (
     markdown_table,
 )
 from comoe.tasks.prompts import wants_pair
-from comoe.tasks.task import Task
+from comoe.tasks.task import Task, decoder_tasks
 
 MAX_LABELS_SHOWN = 12
 
@@ -99,9 +99,14 @@ def _front_matter(
 
 
 def _hub_kind(task: Task) -> str:
-    if task.rules.per_token:
+    if task.mode == "tokens":
         return WORDS
-    return WRITING if task.rules.generates and task.rules.ragged else CLASSES
+    return WRITING if _writes(task) else CLASSES
+
+
+def _writes(task: Task) -> bool:
+    """Whether its output is a generated text."""
+    return task.mode == "decoder" and not task.label_words
 
 
 def _summary(recipe: Recipe, tasks: Sequence[Task], config: Mapping[str, Any]) -> str:
@@ -115,7 +120,7 @@ def _summary(recipe: Recipe, tasks: Sequence[Task], config: Mapping[str, Any]) -
     encoder = f"`{config['model']['encoder']}`, {config['encoder'].get('model_type')}"
     answers = f"{len(tasks)} task{'s' if len(tasks) != 1 else ''}: {', '.join(task.name for task in tasks)}"
     post = "social-media post, its text and its picture," if _sees(config) else "social-media post"
-    stacks = "encoder-decoder" if any(task.rules.generates for task in tasks) else "encoder"
+    stacks = "encoder-decoder" if decoder_tasks(tasks) else "encoder"
     return f"One {stacks} ({encoder}) with {experts}. On a {post} it answers {answers}."
 
 
@@ -151,7 +156,7 @@ def _usage(tasks: Sequence[Task], config: Mapping[str, Any]) -> str:
     asked = any(wants_pair(task.prompt) for task in tasks)
     pairs, column = (', pairs=["the weather"]', f" --pair-column {pair}") if asked else ("", "")
     images = ', images=["img/01.png"]' if sees else ""
-    explain = ", explain=True" if any(task.rules.pooled for task in tasks) else ""
+    explain = ", explain=True" if any(task.mode == "pooled" for task in tasks) else ""
     fields = {"text": "what a lovely day :)"} | ({pair: "the weather"} if asked else {})
     row = json.dumps(fields | ({config["image_column"]: "img/01.png"} if sees else {}))
     posts, write = (
@@ -174,7 +179,7 @@ def _task_table(tasks: Sequence[Task]) -> str:
     rows = [("task", "kind", "labels", "main metric")]
     for task in tasks:
         labels = ", ".join(task.labels[:MAX_LABELS_SHOWN]) or (
-            "a text" if task.rules.generates else "a number"
+            "a text" if _writes(task) else "a number"
         )
         more = len(task.labels) - MAX_LABELS_SHOWN
         name = f"{task.name} (auxiliary)" if task.auxiliary else task.name
@@ -246,7 +251,7 @@ def _limits(recipe: Recipe, tasks: Sequence[Task]) -> str:
 def _limits_of_answers(tasks: Sequence[Task]) -> list[str]:
     """What holds for heads that pool, for words that are scored, and for texts that are written."""
     lines = []
-    if any(task.rules.pooled for task in tasks):
+    if any(task.mode == "pooled" for task in tasks):
         lines.append(
             "- Attention weights show what a head looked at; they are no proof of why it answered so."
         )
@@ -254,7 +259,7 @@ def _limits_of_answers(tasks: Sequence[Task]) -> list[str]:
         lines.append(
             "- Scored words are whole: a longer one is a product of more tokens, and likely scores lower."
         )
-    if any(task.rules.generates and task.rules.ragged for task in tasks):
+    if any(map(_writes, tasks)):
         lines.append("- Written answers need not be true, nor words of the post.")
     return lines
 

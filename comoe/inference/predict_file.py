@@ -164,7 +164,7 @@ def _writer(
         raise ValueError(
             "--explain wants --format jsonl; the others have no place for the weights of words."
         )
-    if explain and not any(task.rules.pooled for task in tasks):
+    if explain and not any(task.mode == "pooled" for task in tasks):
         print(
             "--explain: none of these tasks has attention; only tasks with a pooled head have it",
             file=sys.stderr,
@@ -216,7 +216,7 @@ class Table(JsonLines):
         self.columns = ["text"]
         for task in self.tasks:
             self.columns += [task.name] + [
-                f"{task.name}/{label}" for label in task.labels if not task.rules.per_token
+                f"{task.name}/{label}" for label in task.labels if task.mode != "tokens"
             ]
         self.columns += ["error", "image_error"] if self.sees else ["error"]
         csv.writer(file, lineterminator="\n").writerow(self.columns)
@@ -230,7 +230,7 @@ class Table(JsonLines):
         for task in self.tasks:
             if task.name in answer:
                 row[task.name] = _cell(task, answer[task.name])
-                scores = {} if task.rules.per_token else answer[task.name].get("scores", {})
+                scores = {} if task.mode == "tokens" else answer[task.name].get("scores", {})
                 row |= {f"{task.name}/{label}": score for label, score in scores.items()}
         csv.writer(file, lineterminator="\n").writerow(
             [row.get(column, "") for column in self.columns]
@@ -317,7 +317,7 @@ def _answer(
 
 def _cell(task: Task, answer: dict[str, Any]) -> Any:
     """The answer itself: a label, a number, or names with blanks (tags, one per word) or ; (labels) between them."""
-    if task.rules.per_token:
+    if task.mode == "tokens":
         return " ".join(answer["tags"])
     value = next(iter(answer.values()))
     return ";".join(value) if isinstance(value, list) else value

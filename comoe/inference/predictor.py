@@ -97,7 +97,7 @@ class Predictor:
     @property
     def as_words(self) -> frozenset[str]:
         """Tasks that are asked about posts cut into words, as in training."""
-        per_token = (task.name for task in self.exported.tasks if task.rules.per_token)
+        per_token = (task.name for task in self.exported.tasks if task.mode == "tokens")
         return frozenset([*per_token, *self.exported.config.get("as_words", ())])
 
     def __call__(
@@ -200,23 +200,19 @@ class Predictor:
         for number, task in enumerate(self.exported.tasks):
             if task not in tasks:
                 continue
-            rows = [
-                row
-                for row, asked in enumerate(batch.task_ids_B.tolist())
-                if self.collator.serves(asked, number)
-            ]
+            rows = task.rules.serves(batch.task_ids_B, number).nonzero()[:, 0].tolist()
             outputs = task.rules.outputs(
                 output, batch, rows, task=task, detokenize=self.collator.detokenize
             )
             for row, answer in zip(rows, task.rules.decode(outputs, task), strict=True):
                 post = posts_B[row]
-                if task.rules.per_token:
+                if task.mode == "tokens":
                     kept = [
                         split.posts.words[post][word]
                         for word in tokens[post].word_ids[tokens[post].word_starts]
                     ]
                     answer = {"words": kept, **answer, "spans": tag_spans(answer["tags"], kept)}
-                elif explain and task.rules.pooled:
+                elif explain and task.mode == "pooled":
                     weights_L = output.attentions[task.name][row].float().cpu().numpy()
                     words = split.posts.words[post] or self._words_of(
                         split.posts.texts[post], tokens[post]

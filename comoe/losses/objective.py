@@ -22,7 +22,7 @@ from comoe.losses.weighting.gradient_surgery import gram_over_ranks, shared_grad
 from comoe.losses.weighting.strategies import WEIGHTINGS, build_weighting
 from comoe.models.model import MultiTaskModel, build_model
 from comoe.models.moe.gate import build_gate
-from comoe.tasks.task import Task
+from comoe.tasks.task import Task, decoder_tasks
 from comoe.types import IGNORED, Batch, Loss, ModelOutput, StepOutput, labelled_rows
 
 
@@ -163,7 +163,7 @@ class Objective(nn.Module):
         self.tasks = tuple(tasks)
         self.names = [task.name for task in tasks]
         self.weighting = build_weighting(loss.weighting, self.tasks, loss)
-        decoded = any(task.rules.generates for task in tasks)
+        decoded = bool(decoder_tasks(tasks))
         assert not (decoded and self.weighting.reads_gradients), "refuse_decoded comes first"
         parts = Parts(loss, moe, model, seed, num_domains)
         built = {name: build(parts) for name, build in LOSSES.items()}
@@ -178,9 +178,7 @@ class Objective(nn.Module):
         # Under this name, too, a module: checkpoints have its queues and temperatures twice.
         self._contrast = next(over_embeddings, None)
         self.viewed = [
-            task.name
-            for task in self.tasks
-            if self.caches and task.contrastive and task.rules.views
+            task.name for task in self.tasks if self.caches and task.contrastive and task.views
         ]
 
     @property

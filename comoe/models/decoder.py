@@ -1,4 +1,4 @@
-"""What a decoder answers: log-probabilities of texts, those of label words among them, and texts that it writes."""
+"""What a decoder gives: log-probabilities of texts and of label words, and generated texts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from comoe.models.moe.block import (
     RoutingContext,
     without_tokens,
 )
-from comoe.tasks.task import Task
+from comoe.tasks.task import Task, decoder_tasks
 from comoe.types import IGNORED, Batch, Routing
 
 LABELS_PER_PASS = 8
@@ -31,14 +31,14 @@ whatever its rows, because every rank runs every pass."""
 
 
 @dataclass(frozen=True, slots=True)
-class Answers:
-    """What the decoder answered for a micro-batch."""
+class DecoderOutput:
+    """What the decoder gives for a micro-batch."""
 
     logits: Mapping[str, Tensor]
     """Task -> as in ``ModelOutput.logits``."""
     routings: tuple[Routing, ...]
-    """Per decoder layer with experts: of the texts that were taught or scored, not of those that
-    were written."""
+    """Per decoder layer with experts: of the texts that were scored, not of those that are
+    generated."""
     rows_S: Tensor
     """Row of each token of these texts."""
     selected: tuple[Tensor, ...]
@@ -57,12 +57,12 @@ class _Scored:
     selected: tuple[Tensor, ...]
 
 
-class AnswerDecoder:
-    """The decoder of an encoder-decoder and the tasks that it answers. Holds no weights of its own.
+class TaskDecoder:
+    """The decoder of an encoder-decoder, for the tasks in decoder mode. Holds no weights of its own.
 
     Every rank runs every pass, whatever its rows: a rank without a row of the kind runs row 0 with
     one token, and nothing of that counts. A model that is whole in its process waits for no other,
-    and writes only what is asked for. Each pass has a context of its own, and nothing outlives a
+    and generates only what is asked for. Each pass has a context of its own, and nothing outlives a
     call.
 
     Args:
@@ -84,10 +84,10 @@ class AnswerDecoder:
         self.vocabulary = family_of(encoder.config.model_type).vocabulary
         self.holder = holder
         self.embed = embed
-        answered = [(number, task) for number, task in enumerate(tasks) if task.rules.generates]
-        self.choosing = [(number, task) for number, task in answered if task.label_words]
-        self.writing = [(number, task) for number, task in answered if not task.label_words]
-        most = max((len(task.labels) for _, task in self.choosing), default=0)
+        decoded = decoder_tasks(tasks).items()
+        self.label_tasks = [(number, task) for number, task in decoded if task.label_words]
+        self.text_tasks = [(number, task) for number, task in decoded if not task.label_words]
+        most = max((len(task.labels) for _, task in self.label_tasks), default=0)
         self.num_groups = math.ceil(most / LABELS_PER_PASS)
         settings = encoder.generation_config
         self.start, self.padding = settings.decoder_start_token_id, settings.pad_token_id
@@ -97,7 +97,9 @@ class AnswerDecoder:
             else [settings.eos_token_id]
         )
 
-    def teach(self, states_BLM: Tensor, batch: Batch, selected: Mapping[int, Tensor]) -> Answers:
+    def teacher_force(
+        self, states_BLM: Tensor, batch: Batch, selected: Mapping[int, Tensor]
+    ) -> DecoderOutput:
         """Log-probability of the text that each row wants, in one pass.
 
         Args:
@@ -106,65 +108,67 @@ class AnswerDecoder:
             selected: decoder layer -> experts that an earlier pass over the same batch selected.
         """
         tasks_B = batch.task_ids_B
-        wanted_BD = self._of(tasks_B, batch.answers_BD, [*self.choosing, *self.writing])
+        wanted_BD = self._of(tasks_B, batch.answers_BD, [*self.label_tasks, *self.text_tasks])
         rows_R = _with_tokens(wanted_BD)
         scored = self._score(
             states_BLM, batch.attention_mask_BL, tasks_B, rows_R, wanted_BD[rows_R], selected
         )
         own_B = _spread(scored.log_probabilities_N, rows_R, len(tasks_B))
         logits = {}
-        for number, task in self.choosing:
+        for number, task in self.label_tasks:
             gold_B = batch.labels[task.name].clamp_min(0)
             mine_BY = F.one_hot(gold_B, len(task.labels)) * (tasks_B == number)[:, None]
             logits[task.name] = own_B[:, None] * mine_BY
-        for number, task in self.writing:
+        for number, task in self.text_tasks:
             logits[task.name] = (own_B * (tasks_B == number))[:, None]
-        return Answers(logits, scored.routings, scored.rows_S, scored.selected)
+        return DecoderOutput(logits, scored.routings, scored.rows_S, scored.selected)
 
-    def answer(self, states_BLM: Tensor, batch: Batch) -> Answers:
-        """All labels scored, own texts scored, and texts written and scored; arguments of ``teach``."""
+    def predict(self, states_BLM: Tensor, batch: Batch) -> DecoderOutput:
+        """Labels scored, own texts scored, texts generated and scored; see ``teacher_force``."""
         mask_BL, tasks_B = batch.attention_mask_BL, batch.task_ids_B
         logits: dict[str, Tensor] = {}
         passes = []
-        if self.writing:
-            wanted_BD = self._of(tasks_B, batch.answers_BD, self.writing)
+        if self.text_tasks:
+            wanted_BD = self._of(tasks_B, batch.answers_BD, self.text_tasks)
             rows_R = _with_tokens(wanted_BD)
             passes.append(self._score(states_BLM, mask_BL, tasks_B, rows_R, wanted_BD[rows_R]))
             own_B = _spread(passes[0].log_probabilities_N, rows_R, len(tasks_B))
-        for _, task in self.choosing:
+        for _, task in self.label_tasks:
             logits[task.name] = states_BLM.new_zeros(
                 (len(tasks_B), len(task.labels)), dtype=_wide(states_BLM)
             )
         for group in range(self.num_groups):
-            passes.append(self._choose(states_BLM, batch, group, logits))
-        written = {
-            number: self._write(states_BLM, mask_BL, tasks_B, number, task)
-            for number, task in self.writing
+            passes.append(self._score_labels(states_BLM, batch, group, logits))
+        texts = {
+            number: self._generate(states_BLM, mask_BL, tasks_B, number, task)
+            for number, task in self.text_tasks
         }
-        if self.writing:
-            texts_BD = _side_by_side(list(written.values()))
+        if self.text_tasks:
+            texts_BD = _side_by_side(list(texts.values()))
             rows_R = _with_tokens(texts_BD)
             again = self._score(states_BLM, mask_BL, tasks_B, rows_R, texts_BD[rows_R])
-            written_B = _spread(again.log_probabilities_N, rows_R, len(tasks_B))
-        for number, task in self.writing:
+            generated_B = _spread(again.log_probabilities_N, rows_R, len(tasks_B))
+        for number, task in self.text_tasks:
             mine_B = tasks_B == number
-            logits[task.name] = torch.stack([own_B * mine_B, written_B * mine_B], dim=1)
-        generated = {task.name: self._without_end(written[number]) for number, task in self.writing}
+            logits[task.name] = torch.stack([own_B * mine_B, generated_B * mine_B], dim=1)
+        generated = {
+            task.name: self._without_end(texts[number]) for number, task in self.text_tasks
+        }
         routings = tuple(map(_joined, zip(*(one.routings for one in passes), strict=True)))
         rows_S = torch.cat([one.rows_S for one in passes])
-        return Answers(logits, routings, rows_S, (), generated)
+        return DecoderOutput(logits, routings, rows_S, (), generated)
 
     def _of(self, tasks_B: Tensor, answers_BD: Tensor, tasks: Sequence[tuple[int, Task]]) -> Tensor:
         """The texts of the rows of some tasks; IGNORED elsewhere."""
         numbers = torch.tensor([number for number, _ in tasks], device=tasks_B.device)
         return torch.where(torch.isin(tasks_B, numbers)[:, None], answers_BD, IGNORED)
 
-    def _choose(
+    def _score_labels(
         self, states_BLM: Tensor, batch: Batch, group: int, logits: dict[str, Tensor]
     ) -> _Scored:
         """Score one group of labels of every row that wants one; fills ``logits`` in."""
         pairs = []
-        for number, task in self.choosing:
+        for number, task in self.label_tasks:
             words_YD = batch.choices[task.name]
             rows_R = (batch.task_ids_B == number).nonzero().squeeze(1)
             labels_Y = torch.arange(len(words_YD), device=rows_R.device)
@@ -196,7 +200,7 @@ class AnswerDecoder:
         texts_ND: Tensor,
         selected: Mapping[int, Tensor] | None = None,
     ) -> _Scored:
-        """Log-probability of each text under its row, summed over its tokens; a row may come several times."""
+        """Log-probability of each text under its row; a row may come several times."""
         none = len(rows_N) == 0
         if none:
             rows_N = rows_N.new_zeros(1)
@@ -228,7 +232,7 @@ class AnswerDecoder:
         )
         found_N = lost_S.new_zeros(len(rows_N)).index_add(0, places_S, -lost_S)
         routings = tuple(routing for _, routing in sorted(context.routings.items()))
-        picked = tuple(routing.indices_Sk for routing in routings)
+        chosen = tuple(routing.indices_Sk for routing in routings)
         rows_S = rows_N[places_S]
         if none:
             found_N, routings, rows_S = (
@@ -236,13 +240,13 @@ class AnswerDecoder:
                 tuple(map(without_tokens, routings)),
                 rows_S[:0],
             )
-        return _Scored(found_N, routings, rows_S, picked)
+        return _Scored(found_N, routings, rows_S, chosen)
 
     @torch.no_grad()
-    def _write(
+    def _generate(
         self, states_BLM: Tensor, mask_BL: Tensor, tasks_B: Tensor, number: int, task: Task
     ) -> Tensor:
-        """Texts of the rows of one task, end sign included, IGNORED behind it and in other rows: (B, D)."""
+        """Token ids (B, D) of the rows of one task, end sign included, IGNORED behind it and elsewhere."""
         mine_R = (tasks_B == number).nonzero().squeeze(1)
         together = self._lies_on_ranks()
         if not len(mine_R) and not together:

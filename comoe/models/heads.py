@@ -76,9 +76,9 @@ class TaskHead(nn.Module):
 
     def __init__(self, task: Task, model_width: int, *, dropout: float) -> None:
         super().__init__()
-        self.per_token = task.rules.per_token
+        self.mode = task.mode
         self.pooling = (
-            AttentionPooling(model_width) if task.rules.pooled or task.contrastive else None
+            AttentionPooling(model_width) if self.mode == "pooled" or task.contrastive else None
         )
         self.dropout = nn.Dropout(dropout)
         num_outputs = task.rules.num_outputs(task.labels)
@@ -92,7 +92,7 @@ class TaskHead(nn.Module):
         pooled_BM = attention_BL = None
         if self.pooling is not None:
             pooled_BM, attention_BL = self.pooling(hidden_BLM, mask_BL)
-        if self.per_token:
+        if self.mode == "tokens":
             return HeadOutput(self.output(self.dropout(hidden_BLM)).float(), pooled_BM, None)
         # Without outputs: no columns, yet part of the graph.
         logits = pooled_BM[:, :0] if self.output is None else self.output(self.dropout(pooled_BM))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from comoe.config.recipe import ImageTextConfig, ModelConfig
 from comoe.models.activation_checkpointing import recompute_layers
-from comoe.models.decoder import AnswerDecoder, Answers
+from comoe.models.decoder import DecoderOutput, TaskDecoder
 from comoe.models.encoder_io import EncoderInputs, Encoding, Texts
 from comoe.models.encoders.build import (
     build_encoder,
@@ -47,7 +47,7 @@ from comoe.models.vision.tower import (
     build_tower_shape,
     expected_tokens,
 )
-from comoe.tasks.task import Task
+from comoe.tasks.task import Task, decoder_tasks
 from comoe.types import Batch, ModelOutput, Sharing
 
 
@@ -74,7 +74,7 @@ def build_model(
         shape: build it on the meta device, every size and no number, so that a plan of the largest
             model takes no memory; of encoder and tower only config.json is read.
     """
-    generates, vision = any(task.rules.generates for task in tasks), config.vision
+    generates, vision = bool(decoder_tasks(tasks)), config.vision
     if shape:
         encoder = build_encoder_shape(config, generates=generates)
     elif encoder_config is None:
@@ -122,7 +122,7 @@ class MultiTaskModel(nn.Module):
 
     Args:
         encoder: a model of ``build_encoder``, the whole of an encoder-decoder where some task is
-            answered by a decoder; blocks are attached to it here.
+            in decoder mode; blocks are attached to it here.
         tasks: in the order of the task ids.
         config: ``model``.
         tower: reads images; None where the model reads none, or where its encoder does.
@@ -161,7 +161,7 @@ class MultiTaskModel(nn.Module):
         # A list, not a dict by name: a task may be called "type" or "expert", which torch and
         # DeepSpeed keep for themselves.
         self._headed = tuple(
-            number for number, task in enumerate(self.tasks) if not task.rules.generates
+            number for number, task in enumerate(self.tasks) if task.mode != "decoder"
         )
         self.heads = nn.ModuleList(
             TaskHead(self.tasks[number], width, dropout=dropout) for number in self._headed
@@ -196,7 +196,7 @@ class MultiTaskModel(nn.Module):
         if any(task.weighs("input") for task in self.tasks):
             scale_inputs(encoder, self.holder)
 
-    def _build_decoder(self) -> AnswerDecoder:
+    def _build_decoder(self) -> TaskDecoder:
         longest = max(self.tasks, key=lambda task: task.max_answer_length)
         limit = longest_input(self.encoder.config)
         if longest.max_answer_length > limit:
@@ -205,7 +205,7 @@ class MultiTaskModel(nn.Module):
                 f"positions that the decoder of model.encoder numbers."
             )
         embed = None if self.task_embedding is None else self.task_embedding.__call__
-        return AnswerDecoder(self.encoder, self.tasks, self.holder, embed)
+        return TaskDecoder(self.encoder, self.tasks, self.holder, embed)
 
     def forward(
         self,
@@ -216,7 +216,7 @@ class MultiTaskModel(nn.Module):
         decode: bool = True,
         probed: bool = False,
     ) -> ModelOutput:
-        """Answer every task on every row, and tasks that a decoder answers on the rows that are theirs.
+        """Logits of each task: of those with a head on every row, of others on their own rows.
 
         Args:
             batch: the rows.
@@ -247,21 +247,21 @@ class MultiTaskModel(nn.Module):
                 embeddings[name] = F.normalize(self.projection(output.pooled_BM).float(), dim=1)
             if output.attention_BL is not None:
                 attentions[name] = output.attention_BL
-        answers = None
+        decoded = None
         if self.decoder is not None and decode:
-            answers, update = self._decoded(batch, shared_BLM, selected)
+            decoded, update = self._decoded(batch, shared_BLM, selected)
             private |= update
-            logits |= answers.logits
-            routings, picked = routings + answers.routings, picked + answers.selected
+            logits |= decoded.logits
+            routings, picked = routings + decoded.routings, picked + decoded.selected
         answer_rows_S, num_answer_layers = (
-            (None, 0) if answers is None else (answers.rows_S, len(answers.routings))
+            (None, 0) if decoded is None else (decoded.rows_S, len(decoded.routings))
         )
         # A filler row stands alone. Its tokens had to run, but no loss and no statistic may count
         # them.
         if len(batch.row_ids_B) == 1 and int(batch.row_ids_B) < 0:
             routings, picked = tuple(map(without_tokens, routings)), ()
             token_rows_S = token_rows_S[:0]
-            answer_rows_S = None if answers is None else answer_rows_S[:0]
+            answer_rows_S = None if decoded is None else answer_rows_S[:0]
         if compare and self.image_text is not None:
             more["image_text"] = image_text_output(
                 self.image_text, self.fusion, self.encode, texts, images, encoding
@@ -270,7 +270,7 @@ class MultiTaskModel(nn.Module):
             more["sharing"] = Sharing(shared_BLM, mask_BL, private)
         more |= {"answer_rows_S": answer_rows_S, "num_answer_layers": num_answer_layers}
         more["selected"] = picked
-        more["generated"] = {} if answers is None else answers.generated
+        more["generated"] = {} if decoded is None else decoded.generated
         logits = {task.name: logits[task.name] for task in self.tasks if task.name in logits}
         return ModelOutput(logits, embeddings, attentions, routings, token_rows_S, **more)
 
@@ -288,18 +288,18 @@ class MultiTaskModel(nn.Module):
 
     def _decoded(
         self, batch: Batch, shared_BLM: Tensor, selected: Sequence[Tensor]
-    ) -> tuple[Answers, dict[str, Tensor]]:
-        """What the decoder answers, and what the private parts of its tasks add to the states of their rows."""
+    ) -> tuple[DecoderOutput, dict[str, Tensor]]:
+        """What the decoder gives, and what the private parts of its tasks add to their rows."""
         updates: dict[str, Tensor] = {}
         states_BLM = shared_BLM
-        for number, task in enumerate(self.tasks):
-            if task.rules.generates and self.private is not None:
+        for number, task in decoder_tasks(self.tasks).items():
+            if self.private is not None:
                 updates |= self._private(number, shared_BLM)
                 own_B11 = (batch.task_ids_B == number).to(shared_BLM.dtype)[:, None, None]
                 states_BLM = states_BLM + updates[task.name] * own_B11
         if not self.training:
-            return self.decoder.answer(states_BLM, batch), updates
-        return self.decoder.teach(states_BLM, batch, self._by_layer(selected)), updates
+            return self.decoder.predict(states_BLM, batch), updates
+        return self.decoder.teacher_force(states_BLM, batch, self._by_layer(selected)), updates
 
     def _by_layer(self, selected: Sequence[Tensor]) -> dict[int, Tensor]:
         return dict(zip((block.layer for block in self._blocks), selected, strict=False))

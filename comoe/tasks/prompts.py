@@ -55,7 +55,7 @@ def check_answering(name: str, config: TaskConfig, *, kind: Kind) -> None:
         ValueError: key, value, rule.
     """
     key = f"tasks.{name}"
-    if not kind.generates:
+    if kind.mode != "decoder":
         _refuse_others(key, config)
         return
     if config.prompt is None:
@@ -104,7 +104,7 @@ def resolve_label_words(
     Raises:
         ValueError: another number of them than of labels, or the same words twice.
     """
-    if not (kind.generates and kind.exclusive):
+    if not (kind.mode == "decoder" and kind.exclusive):
         return ()
     words = tuple(word.strip() for word in given) or tuple(labels)
     listed = ", ".join(words)

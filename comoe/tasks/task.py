@@ -10,7 +10,7 @@ from typing import Any
 
 from comoe.config.errors import unknown_name
 from comoe.config.recipe import TaskConfig
-from comoe.tasks.kinds.base import Kind
+from comoe.tasks.kinds.base import Kind, Mode
 from comoe.tasks.kinds.registry import KINDS
 from comoe.tasks.metrics import METRICS
 from comoe.tasks.prompts import check_answering, resolve_label_words
@@ -74,6 +74,16 @@ class Task:
         """
         return kind_of(self.kind)
 
+    @property
+    def mode(self) -> Mode:
+        """What gives its output: ``pooled``, ``tokens`` or ``decoder``."""
+        return self.rules.mode
+
+    @property
+    def views(self) -> bool:
+        """True when its positives in the contrastive loss are two dropout views of one post."""
+        return not self.rules.num_keys(self.labels)
+
     def weighs(self, place: str) -> bool:
         """Whether the confidence of a post counts at this place in training: "input" or "output"."""
         return place in CONFIDENCE_STRATEGIES[self.confidence_strategy]
@@ -106,9 +116,9 @@ class Task:
         return task
 
 
-def num_outputs(task: Task) -> int:
-    """Width of the task's head."""
-    return task.rules.num_outputs(task.labels)
+def decoder_tasks(tasks: Sequence[Task]) -> dict[int, Task]:
+    """Number -> task, of those whose output the decoder gives."""
+    return {number: task for number, task in enumerate(tasks) if task.mode == "decoder"}
 
 
 def kind_of(name: str) -> Kind:
@@ -161,7 +171,9 @@ def build_task(
             name, config.class_weights, kind=kind, labels=labels, counts=label_counts
         ),
         label_smoothing=config.label_smoothing,
-        contrastive=kind.contrastive if config.contrastive == "auto" else bool(config.contrastive),
+        contrastive=(
+            kind.mode == "pooled" if config.contrastive == "auto" else bool(config.contrastive)
+        ),
         contrastive_weight=config.contrastive_weight,
         contrastive_temperature=config.contrastive_temperature,
         contrastive_width=label_spread
@@ -199,7 +211,7 @@ def _check_labels(name: str, config: TaskConfig, labels: tuple[str, ...]) -> Non
             f"tasks.{name} ({config.kind}) is there for the contrastive loss alone; set "
             f"tasks.{name}.contrastive to auto, or drop the task with tasks.{name}=null."
         )
-    if config.label_smoothing and not kind.weighted:
+    if config.label_smoothing and not kind.min_labels:
         raise ValueError(
             f"tasks.{name}.label_smoothing has no meaning for a {config.kind} task; leave it out."
         )
@@ -253,7 +265,7 @@ def _class_weights(
         raise unknown_name(key, weights, CLASS_WEIGHTS)
     if weights == "none":
         return None
-    if not kind.weighted:
+    if not kind.min_labels:
         raise ValueError(
             f"{key} ({weights}) has no meaning for a task without labels; leave it out."
         )

@@ -171,7 +171,7 @@ def check_names(recipe: Recipe) -> None:
         check_answering(name, task, kind=KINDS[task.kind])
     refuse_decoded(
         recipe.loss.weighting,
-        [name for name, task in recipe.tasks.items() if KINDS[task.kind].generates],
+        [name for name, task in recipe.tasks.items() if KINDS[task.kind].mode == "decoder"],
     )
     MIXINGS[recipe.data.mixing](np.ones(1), recipe.data.mixing_temperature)
 

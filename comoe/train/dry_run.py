@@ -92,11 +92,11 @@ def sample_lines(
         lines.append(
             "  words of the labels: " + ", ".join(f"{label} = {word!r}" for label, word in words)
         )
-    if task.rules.generates:
+    if task.mode == "decoder":
         lines.append("  answer | what the encoder reads")
     count = len(lines)
     for row in _first_labelled(task, split):
-        if task.rules.generates:
+        if task.mode == "decoder":
             assert seen is not None
             lines.append("  " + " | ".join(map(_cut, seen(task, row))))
             continue

@@ -46,6 +46,7 @@ from comoe.models.encoders.families import family_of, has_decoder
 from comoe.models.model import MultiTaskModel
 from comoe.models.moe.gate import ROUTES
 from comoe.models.vision.tower import expected_tokens
+from comoe.tasks.task import decoder_tasks
 from comoe.train.parallel.ds_config import Layout
 
 FULL = 4
@@ -487,15 +488,15 @@ class RowTokens(NamedTuple):
 
 
 def _row_tokens(model: MultiTaskModel, train: TokenizedSplit, *, by_task: bool) -> RowTokens:
-    heads = [number for number, task in enumerate(model.tasks) if not task.rules.generates]
-    decoded = [(number, task) for number, task in enumerate(model.tasks) if task.rules.generates]
+    decoded = decoder_tasks(model.tasks)
+    heads = [number for number in range(len(model.tasks)) if number not in decoded]
     if not decoded and not by_task:
         return RowTokens(float(train.lengths.mean()), 0.0, 0.0, 1.0)
     labelled = train.labelled[:, heads]
     own = labelled.sum(axis=1) if by_task else labelled.any(axis=1)
     read = float((own * np.diff(train.tokens.offsets)).mean())
     prompts = answers = asked = 0.0
-    for number, task in decoded:
+    for number, task in decoded.items():
         mine = train.labelled[:, number]
         asked += float(mine.mean())
         prompts += float((mine * train.prompts[task.name].lengths).mean())

@@ -65,8 +65,9 @@ appear anywhere."""
 
 TABLES = ("KINDS", "FUSIONS", "GATES", "LOSSES", "WEIGHTINGS", "MIXINGS", "METRICS")
 """Tables whose keys no file may branch on."""
-COMMON_WORDS = {"text"}
-"""Keys that are also the name of a column, of a field of a prompt and of what a model reads."""
+COMMON_WORDS = {"text", "tokens"}
+"""Keys that are also the name of a column, of a field of a prompt and of what a model reads; and of
+a mode of kinds."""
 
 
 @functools.cache

@@ -16,6 +16,7 @@ from comoe.data.posts import Post
 from comoe.data.reading.files import RawSplit
 from comoe.data.report import BadRow, DataReport
 from comoe.data.text.normalize import is_blank
+from comoe.tasks.kinds.tagging import NotInPost, word_splitter
 from comoe.tasks.labels import is_missing, label_name
 from comoe.tasks.prompts import wants_pair
 from comoe.tasks.task import kind_of
@@ -108,10 +109,7 @@ class RowReader:
         self._text, self._pair, self._image = first.text, first.pair, first.image
         self._max_characters = max_characters
         self._columns, self._strict = tuple(columns), strict
-        # Tags are given for the words between blanks, so they have the last say about what a word
-        # is.
-        per_token = [kind for kind in self._kinds.values() if kind.per_token]
-        self._split = min(per_token, key=lambda kind: kind.free_words).split if per_token else None
+        self._split = word_splitter(self._kinds.values())
         self._asked_with_pair = [name for name, task in tasks.items() if wants_pair(task.prompt)]
         self.unfit: Counter[str] = Counter()
 
@@ -206,7 +204,7 @@ class RowReader:
         try:
             return kind.fitted(parsed, words or ())
         except ValueError as error:
-            if self._strict or not kind.free_words:
+            if self._strict or not isinstance(error, NotInPost):
                 raise BadCell(
                     value, f"task {name}, column {self._tasks[name].label}: {error}"
                 ) from error

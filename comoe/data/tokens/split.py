@@ -15,7 +15,7 @@ from comoe.data.report import DataReport
 from comoe.data.tokens.prompts import Wording
 from comoe.data.tokens.tokenize import TokenLists, Tokens, cached_tokens
 from comoe.tasks.prompts import wants_pair
-from comoe.tasks.task import Task
+from comoe.tasks.task import Task, decoder_tasks
 from comoe.types import IGNORED
 
 TIGHT = 8
@@ -152,7 +152,7 @@ def tokenize_split(
         )
     where = cache_dir if config.cache else None
     seen = hidden(split, config.hide)
-    if all(task.rules.generates for task in tasks):
+    if len(decoder_tasks(tasks)) == len(tasks):
         tokens = no_tokens(len(split))
     else:
         tokens = cached_tokens(
@@ -196,8 +196,9 @@ def assemble_split(
     words_cut = sum(_mark_labelled(split, task, number) for number, task in enumerate(tasks))
     bare = ~labelled.any(axis=1)
     prompts, answers, room = {}, {}, {}
-    for number, task in enumerate(tasks):
-        if not task.rules.generates or (asked is not None and task not in asked):
+    decoded = decoder_tasks(tasks)
+    for number, task in decoded.items():
+        if asked is not None and task not in asked:
             continue
         # A post of another data set may have no second text to ask with.
         askable = (
@@ -209,9 +210,9 @@ def assemble_split(
             seen, task, asked=labelled[:, number] | (bare & askable)
         )
         room[task.name] = wording.room(task)
-        if task.rules.ragged:
+        if not task.label_words:
             answers[task.name] = wording.answers(posts.labels[task.name], task)
-    heads = [number for number, task in enumerate(tasks) if not task.rules.generates]
+    heads = [number for number in range(len(tasks)) if number not in decoded]
     read = labelled[:, heads].any(axis=1) | bare if heads else np.zeros(len(posts), dtype=bool)
     rows = [np.where(read, split.lengths, 0), *(lists.lengths for lists in prompts.values())]
     lengths = np.maximum(np.max(rows, axis=0), 1).astype(np.int32)
@@ -242,14 +243,11 @@ def target_of(split: TokenizedSplit, task: Task, post: int, row: TokenRow) -> An
     For tags one id per token, IGNORED off first pieces; for a free text the number of its tokens.
     """
     value = split.posts.labels[task.name][post]
-    if value is None or not task.rules.ragged:
-        return value
-    if task.rules.generates:
+    if value is None:
+        return None
+    if task.name in split.answers:
         return len(split.answers[task.name][post])
-    ids = np.full(len(row.input_ids), IGNORED, dtype=np.int64)
-    starts = row.word_starts
-    ids[starts] = np.asarray(value, dtype=np.int64)[row.word_ids[starts]]
-    return ids
+    return task.rules.at_tokens(value, row.word_ids, row.word_starts)
 
 
 def _mark_labelled(split: TokenizedSplit, task: Task, number: int) -> int:
@@ -257,7 +255,7 @@ def _mark_labelled(split: TokenizedSplit, task: Task, number: int) -> int:
     column = split.posts.labels[task.name]
     present = np.flatnonzero([value is not None for value in column])
     split.labelled[present, number] = True
-    if not task.rules.per_token:
+    if task.mode != "tokens":
         return 0
     words_cut = 0
     for post, row in zip(present, split.rows(present), strict=True):

@@ -234,7 +234,7 @@ class ContrastiveLoss(nn.Module):
         labels, embeddings_BP = batch.labels[task.name], output.embeddings[task.name]
         labelled = task.rules.labelled(labels).nonzero()[:, 0]
         rows, posts = [embeddings_BP[labelled]], [batch.row_ids_B[labelled]]
-        if task.rules.views:
+        if task.views:
             rows.append(output.views[task.name][labelled])
             posts *= 2
         rows_NP = torch.cat(rows)
@@ -274,7 +274,7 @@ class ContrastiveLoss(nn.Module):
         for task, rows in zip(self.tasks, everyone, strict=True):
             flag = rows.posts_N.new_zeros(())
             # With views every post is there more than once, and nothing is to be hidden.
-            if not task.rules.views:
+            if not task.views:
                 sorted_R = rows.posts_N.sort().values
                 flag = (sorted_R[1:] == sorted_R[:-1]).any().to(flag)
             flags.append(flag)
@@ -306,7 +306,7 @@ def _task_rows(
         keys_CK = torch.cat([keys_CK, past.keys_NK.to(keys_CK.dtype)])
         posts_C = torch.cat([posts_C, past.posts_N])
     # Rows of one post are alike where a kind has no labels to compare.
-    keys = posts_C[:, None] if task.rules.views else keys_CK[:, : task.rules.num_keys(task.labels)]
+    keys = posts_C[:, None] if task.views else keys_CK[:, : task.rules.num_keys(task.labels)]
     keys_UK, groups_C = _different(keys)
     return TaskRows(
         columns_CP=columns_CP,

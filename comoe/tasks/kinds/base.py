@@ -1,18 +1,21 @@
-"""What a kind of task must know: how to read a cell, how to lose, how to answer, how to be scored."""
+"""What a kind of task knows: its cells, targets, loss, rows of a batch, predictions and metrics."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from comoe.tasks.metrics import METRICS
 from comoe.types import IGNORED, Batch, ModelOutput
+
+Mode = Literal["pooled", "tokens", "decoder"]
 
 
 class TaskLike(Protocol):
@@ -37,7 +40,7 @@ class TaskLike(Protocol):
 
 
 class PostOutput(NamedTuple):
-    """What the model gives one post for one task: plain NumPy and text, so that it can travel between ranks."""
+    """What the model gives one post for one task; plain NumPy and text, to travel between ranks."""
 
     row: int
     """Index of the post in its split."""
@@ -61,48 +64,33 @@ class Kind(ABC):
     depend on how posts fall on ranks.
     """
 
-    per_token: ClassVar[bool] = False
-    """True when the head answers each word instead of the post."""
+    mode: ClassVar[Mode] = "pooled"
+    """What gives the output. ``pooled``: a head on one vector per post, whose weights explain it;
+    ``tokens``: a head on each word; ``decoder``: no head, but the decoder of an encoder-decoder,
+    with a row of its own per post and task, which has the task's prompt."""
     scored: ClassVar[bool] = True
-    """False when there is no answer: nothing to evaluate, to predict or to choose a checkpoint
+    """False when there is no output: nothing to evaluate, to predict or to choose a checkpoint
     by."""
-    contrastive: ClassVar[bool] = True
-    """What ``tasks.<name>.contrastive: auto`` means."""
-    views: ClassVar[bool] = False
-    """True when the contrastive loss has two dropout views of one post as positives; then there are
-    no keys."""
-    graded: ClassVar[bool] = False
-    """True when posts with different keys can be alike; else ``affinity`` is 1 for equal keys and 0
-    for others."""
     exclusive: ClassVar[bool] = False
     """True when a post has one label of several, so that posts can be drawn by it."""
-    generates: ClassVar[bool] = False
-    """True when the decoder of an encoder-decoder answers: no head, and a row of its own per post,
-    with its prompt."""
-    ragged: ClassVar[bool] = False
-    """True when answers and targets of two posts differ in length."""
-    free_words: ClassVar[bool] = False
-    """True when labels name words of the post and not its places, so that it can be split into
-    words anyhow."""
-    weighted: ClassVar[bool] = True
-    """True when class weights have a meaning, and label smoothing too unless a decoder answers."""
     min_labels: ClassVar[int] = 0
-    """Fewest labels that leave something to learn."""
+    """Fewest labels that leave something to learn; 0 for kinds without labels, whose class weights
+    and label smoothing would mean nothing."""
     metrics: ClassVar[tuple[str, ...]] = ()
     """Metrics that this kind can be measured by, keys of ``METRICS``; the first one is what
     ``metric: auto`` means."""
-
-    @property
-    def pooled(self) -> bool:
-        """True when the head reads one vector per post."""
-        return not (self.per_token or self.generates)
 
     def num_outputs(self, labels: Sequence[str]) -> int:
         """Width of the head; 0 without one, but for labels that a decoder scores."""
         return len(labels)
 
+    def serves(self, task_ids: Any, number: int) -> Any:
+        """Whether rows of these ids (of ``Batch.task_ids_B``) are for the task with this number."""
+        return (task_ids == number) | ((task_ids == -1) & (self.mode != "decoder"))
+
     def num_keys(self, labels: Sequence[str]) -> int:
-        """Numbers in a key K, see ``keys``."""
+        """Numbers in a key K, see ``keys``. Without any, the contrastive loss has two dropout views
+        of one post as positives."""
         return 0
 
     def keys(self, targets: Tensor) -> Tensor:
@@ -113,12 +101,17 @@ class Kind(ABC):
         return targets.new_zeros((len(targets), 0), dtype=torch.float32)
 
     def affinity(self, keys_NK: Tensor, keys_UK: Tensor, task: TaskLike) -> Tensor:
-        """How alike posts with these keys are: (N, U), in [0, 1], symmetric; the weight of a positive."""
+        """How alike posts with these keys are, (N, U), in [0, 1]: the weight of a positive."""
         return (keys_NK[:, None] == keys_UK).all(dim=-1).to(keys_NK.dtype)
 
-    @abstractmethod
+    @property
+    def graded(self) -> bool:
+        """True when posts with different keys can be alike."""
+        return type(self).affinity is not Kind.affinity
+
     def discover(self, values: Iterable[object]) -> tuple[str, ...]:
-        """Label names in the raw cells of the training split, in natural order; none for numbers."""
+        """Label names in the raw cells of the training split, in natural order."""
+        return ()
 
     @abstractmethod
     def parse(self, value: object, labels: Sequence[str]) -> Any:
@@ -128,20 +121,26 @@ class Kind(ABC):
             ValueError: no such label (with the nearest name), or not a value of this kind.
         """
 
-    def split(self, text: str) -> list[str]:
-        """A text as the words that this kind answers."""
-        return text.split()
-
     def fitted(self, parsed: Any, words: Sequence[str]) -> Any:
-        """What ``parse`` gave, as it is learned for a post of these words (none for a post as plain text).
+        """What ``parse`` gave, for a post of these words (none for a post as plain text).
 
         Raises:
             ValueError: it does not fit these words.
         """
         return parsed
 
+    def at_tokens(self, value: Any, word_ids_L: np.ndarray, word_starts_L: np.ndarray) -> Any:
+        """What ``fitted`` gave, as ``collate`` takes it for a row of these tokens.
+
+        Args:
+            value: of one post, not missing.
+            word_ids_L: number of the word that each token belongs to, -1 for none.
+            word_starts_L: True on the first piece of each word.
+        """
+        return value
+
     def collate(self, values: Sequence[Any], *, labels: Sequence[str], length: int) -> Tensor:
-        """Parsed cells as the target tensor that ``Batch.labels`` documents; ``length`` is L, for tags."""
+        """Parsed cells as the target tensor of ``Batch.labels``; ``length`` is L, for tags."""
         return torch.tensor(
             [IGNORED if value is None else value for value in values], dtype=torch.int64
         )
@@ -151,14 +150,14 @@ class Kind(ABC):
         return targets != IGNORED
 
     def units(self, targets: Tensor, task: TaskLike) -> Tensor:
-        """What ``loss`` is divided by to be a mean, float64 scalar: labelled rows (words, for tags), weighted alike."""
+        """What ``loss`` is divided by to be a mean, float64 scalar: labelled rows (words, for tags)."""
         return self.labelled(targets).sum(dtype=torch.float64)
 
     @abstractmethod
     def loss(
         self, logits: Tensor, targets: Tensor, task: TaskLike, weights_B: Tensor | None = None
     ) -> Tensor:
-        """Sum of the losses of the labelled rows (words, for tags), scalar, float32, in nats or squared label units.
+        """Sum over the labelled rows (words, for tags), scalar, float32, nats or squared label units.
 
         ``weights_B`` multiplies each row's part of the sum, float32; ones give the same bits as
         None.
@@ -176,13 +175,16 @@ class Kind(ABC):
         task: TaskLike,
         detokenize: Detokenize | None = None,
     ) -> list[PostOutput]:
-        """Some rows of a batch, in their order; ``detokenize`` is needed for free texts alone."""
+        """Some rows of a batch, in their order; of tags the first piece of each word. Free texts
+        need ``detokenize``."""
         logits, targets = self._of_rows(output, batch, rows, task)
+        each = zip(batch.row_ids_B[rows].tolist(), logits.numpy(), targets.numpy(), strict=True)
+        if self.mode != "tokens":
+            return [PostOutput(*row) for row in each]
+        starts = batch.word_starts_BL[rows].cpu().numpy()
         return [
-            PostOutput(*each)
-            for each in zip(
-                batch.row_ids_B[rows].tolist(), logits.numpy(), targets.numpy(), strict=True
-            )
+            PostOutput(post, logits_LY[words], targets_L[words])
+            for (post, logits_LY, targets_L), words in zip(each, starts, strict=True)
         ]
 
     def _of_rows(
@@ -193,12 +195,18 @@ class Kind(ABC):
         return logits, batch.labels[task.name][rows].cpu()
 
     def stack(self, outputs: Sequence[PostOutput], task: TaskLike) -> tuple[Tensor, Tensor]:
-        """Logits and targets as ``loss`` and ``units`` take them."""
+        """Logits and targets as ``loss`` and ``units`` take them; tags padded to the most words."""
         if not outputs:
-            empty = torch.zeros(0, self.num_outputs(task.labels))
+            shape = (0, 0) if self.mode == "tokens" else (0,)
+            empty = torch.zeros(*shape, self.num_outputs(task.labels))
             return empty, self.collate([], labels=task.labels, length=0)
-        logits = torch.stack([torch.as_tensor(output.logits) for output in outputs])
-        return logits, torch.stack([torch.as_tensor(output.target) for output in outputs])
+        logits = [torch.as_tensor(output.logits) for output in outputs]
+        targets = [torch.as_tensor(output.target) for output in outputs]
+        if self.mode != "tokens":
+            return torch.stack(logits), torch.stack(targets)
+        return pad_sequence(logits, batch_first=True), pad_sequence(
+            targets, batch_first=True, padding_value=IGNORED
+        )
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """What the metrics read of tempered logits: probabilities, or numbers as they are."""
@@ -210,10 +218,10 @@ class Kind(ABC):
 
     @abstractmethod
     def gold(self, targets: Iterable[Any], task: TaskLike) -> list[Any]:
-        """Targets (of ``Batch.labels``, or of ``PostOutput``) in the words of ``decode``, None without a label."""
+        """Targets (of ``Batch.labels`` or ``PostOutput``) in the words of ``decode``, or None."""
 
     def gold_and_scores(self, outputs: Sequence[PostOutput], task: TaskLike) -> tuple[Any, Any]:
-        """Of the labelled posts, in order: gold and ``probabilities``; for tags lists of an array per post."""
+        """Gold and ``probabilities`` of the labelled posts; for tags lists of one array per post."""
         logits, targets = self.stack(outputs, task)
         present = self.labelled(targets)
         scores = self.probabilities(tempered(logits[present], task))
@@ -221,7 +229,7 @@ class Kind(ABC):
 
     @abstractmethod
     def compared(self, rows: Sequence[Mapping[str, Any]], task: TaskLike) -> tuple[Any, Any]:
-        """(gold, predicted), decided, of written predictions: ids, 0/1 rows, or numbers; for tags one id array per row.
+        """(gold, predicted) of written predictions: ids, 0/1 rows, numbers or texts, or id arrays.
 
         Args:
             rows: of ``predictions/<split>/<task>.jsonl``: the dicts of ``decode``, and ``gold``,
@@ -235,35 +243,35 @@ class Kind(ABC):
 
     @abstractmethod
     def score(self, gold: Any, scores: Any, task: TaskLike) -> dict[str, float]:
-        """Every metric of this kind, those per class, and ``majority/<metric>``: its value for one answer to all posts.
+        """Every metric of this kind, those per class, and ``majority/<metric>``, of a constant prediction.
 
         The same keys for any rows, also for none; no value is NaN on finite scores.
         """
 
     def label_ids(self, value: Any) -> tuple[int, ...]:
-        """Labels of one parsed cell that other posts may share, for batches in which every label has a pair."""
+        """Labels of one parsed cell, for batches in which every label has a pair."""
         return ()
 
     def confusion(self, gold: Any, scores: Any, task: TaskLike) -> np.ndarray | None:
-        """Counts of (gold, predicted), int64, shape (Y, Y); None where labels do not exclude one another."""
+        """Counts of (gold, predicted), int64, (Y, Y); None where a post may have several labels."""
         return None
 
 
 def weights_of(task: TaskLike, like: Tensor) -> Tensor | None:
-    """The task's class weights, shape (Y,), on the device and in the dtype of ``like``; None when it has none."""
+    """The task's class weights, (Y,), on the device and in the dtype of ``like``; or None."""
     if task.class_weights is None:
         return None
     return torch.tensor(task.class_weights, dtype=like.dtype, device=like.device)
 
 
 def tempered(logits: Tensor, task: TaskLike) -> Tensor:
-    """Logits whose probabilities users see: over the task's temperature, where one was fitted; float32, detached."""
+    """Logits over the task's temperature, where one was fitted; float32, detached."""
     logits = logits.detach().float()
     return logits if task.temperature is None else logits / task.temperature
 
 
 def class_units(targets: Tensor, task: TaskLike) -> Tensor:
-    """Sum of the class weights of the labelled targets, their number where there are none. Scalar, float64."""
+    """Sum of the class weights of the labelled targets, or their number. Scalar, float64."""
     present = targets != IGNORED
     weights_Y = weights_of(task, torch.empty(0, dtype=torch.float64, device=targets.device))
     if weights_Y is None:
@@ -274,7 +282,7 @@ def class_units(targets: Tensor, task: TaskLike) -> Tensor:
 def class_loss(
     logits: Tensor, targets: Tensor, task: TaskLike, weights_B: Tensor | None = None
 ) -> Tensor:
-    """Sum of the cross-entropies of the labelled targets, with class weights and smoothing, float32 scalar, in nats.
+    """Sum of the weighted and smoothed cross-entropies of the labelled targets, float32, nats.
 
     Args:
         logits: shape (..., Y), any float type.

@@ -29,7 +29,10 @@ from comoe.types import IGNORED
 
 
 class SingleLabel(Kind):
-    """One label of several: cross-entropy. A cell is a label name or id; parsed: int. Alike: the same label."""
+    """One label of several: cross-entropy. A cell is a label name or id; parsed: int.
+
+    Alike: the same label.
+    """
 
     exclusive = True
     min_labels = 2
@@ -96,7 +99,7 @@ class SingleLabel(Kind):
         return (value,)
 
     def score(self, gold: np.ndarray, scores: np.ndarray, task: TaskLike) -> dict[str, float]:
-        """The majority baseline answers the commonest label of ``gold``."""
+        """The majority baseline predicts the commonest label of ``gold``."""
         predicted, labels = _decided(scores, task), task.labels
         names = dict.fromkeys(
             (task.metric, "accuracy", "macro_precision", "macro_recall", "macro_f1")
@@ -113,7 +116,7 @@ class SingleLabel(Kind):
 
 
 def _decided(scores_NY: np.ndarray, task: TaskLike) -> np.ndarray:
-    """Label ids that probabilities are answered with, int64, (N,)."""
+    """Predicted label ids, int64, (N,)."""
     if task.thresholds is None:
         return scores_NY.argmax(axis=1)
     # In float64: a threshold must mean the same for a probability that was read back from JSON.
@@ -131,7 +134,6 @@ class MultiLabel(Kind):
     Jaccard overlap of the sets, 0 of empty ones.
     """
 
-    graded = True
     min_labels = 1
     metrics = (
         "macro_f1",
@@ -199,7 +201,7 @@ class MultiLabel(Kind):
     def loss(
         self, logits: Tensor, targets: Tensor, task: TaskLike, weights_B: Tensor | None = None
     ) -> Tensor:
-        """Class weights make the mean over labels a weighted one; smoothing moves both targets towards 1/2."""
+        """Class weights weigh the mean over labels; smoothing moves both targets towards 1/2."""
         present = self.labelled(targets)[:, None]
         # Masked before the loss as well as after it: the gradient of a masked NaN is NaN, not 0.
         targets = torch.where(present, targets, 0.0).float()
@@ -261,7 +263,7 @@ class MultiLabel(Kind):
         return value
 
     def score(self, gold: np.ndarray, scores: np.ndarray, task: TaskLike) -> dict[str, float]:
-        """The majority baseline gives every post the labels that more than half of the posts have."""
+        """The majority baseline predicts the labels that more than half of the posts have."""
         predicted, labels = _taken(scores, task), task.labels
         common_Y = (gold.sum(axis=0) * 2 > len(gold)).astype(np.int64)
         return (

@@ -1,4 +1,4 @@
-"""The kinds of tasks that the decoder of an encoder-decoder answers: free text, and labels scored by their words."""
+"""Kinds in decoder mode: free text, and labels scored by their words."""
 
 from __future__ import annotations
 
@@ -21,20 +21,19 @@ _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class LabelWords(SingleLabel):
-    """One label of several, each a few words whose probability the decoder gives; nothing is sampled. Parsed: int.
+    """One label of several, each a few words that the decoder scores; nothing is sampled. Parsed: int.
 
     Logits are log-probabilities of the labels' words, log P(words | post), so their softmax is the
     share of each label in the probability of all of them. The loss is that of a language model
-    taught the words of the gold label.
+    on the words of the gold label.
     """
 
-    generates = True
-    contrastive = False
+    mode = "decoder"
 
     def loss(
         self, logits: Tensor, targets: Tensor, task: TaskLike, weights_B: Tensor | None = None
     ) -> Tensor:
-        """-log P(words of the gold label | post), summed over words and labelled rows; other labels are not read."""
+        """-log P(words of the gold label | post), summed over tokens and labelled rows."""
         present = self.labelled(targets)
         gold_B = logits.float().gather(1, targets.clamp(min=0)[:, None])[:, 0]
         if (weights_Y := weights_of(task, gold_B)) is not None:
@@ -57,21 +56,15 @@ class Text(Kind):
     """Any text, written by the decoder: cross-entropy of each of its tokens.
 
     A cell is a text, a number, or a list of those, which is joined by commas. An empty one is
-    missing. Parsed: str, as it is to be generated. ``Batch.labels`` counts its tokens, ``Batch.texts``
-    has the text.
+    missing. Parsed: str, as it is to be generated; ``Batch.labels`` has its number of
+    tokens, ``Batch.texts`` the text.
     """
 
-    generates = True
-    ragged = True
-    contrastive = False
-    weighted = False
+    mode = "decoder"
     metrics = ("token_f1", "exact_match", "rouge_l")
 
     def num_outputs(self, labels: Sequence[str]) -> int:
         return 0
-
-    def discover(self, values: Iterable[object]) -> tuple[str, ...]:
-        return ()
 
     def parse(self, value: object, labels: Sequence[str]) -> str | None:
         items = [_item(item) for item in (value if is_list(value) else [value])]
@@ -119,7 +112,7 @@ class Text(Kind):
         return torch.tensor(own, dtype=torch.float32).reshape(-1, 1), targets
 
     def decode(self, outputs: Sequence[PostOutput], task: TaskLike) -> list[dict[str, Any]]:
-        """``{"answer": the generated text, "probability": of the whole of it, its end included, in [0, 1]}``.
+        """``{"answer": the generated text, "probability": of it and its end, in [0, 1]}``.
 
         Long texts have small probabilities: it is the product over tokens, so that those of one
         post compare.
@@ -147,7 +140,7 @@ class Text(Kind):
         return [row["gold"] for row in rows], [row["answer"] for row in rows]
 
     def score(self, gold: list[str], scores: list[str], task: TaskLike) -> dict[str, float]:
-        """The majority baseline writes the commonest text of ``gold``, the first of equally common ones."""
+        """The majority baseline predicts the commonest text of ``gold``."""
         (commonest, _), *_ = Counter(gold).most_common(1) or [("", 0)]
         baseline = METRICS[task.metric](gold, [commonest] * len(gold), ())
         return {name: METRICS[name](gold, scores, ()) for name in self.metrics} | {

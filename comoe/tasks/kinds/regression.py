@@ -21,8 +21,6 @@ _NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*")
 class Regression(Kind):
     """One number: squared error. Parsed: float. Alike: exp(-|difference| / width)."""
 
-    graded = True
-    weighted = False
     metrics = ("pearson", "spearman", "mae")
 
     def num_outputs(self, labels: Sequence[str]) -> int:
@@ -37,9 +35,6 @@ class Regression(Kind):
     def affinity(self, keys_NK: Tensor, keys_UK: Tensor, task: TaskLike) -> Tensor:
         distances_NU = (keys_NK - keys_UK[:, 0]).abs_()
         return distances_NU.mul_(-1.0 / (task.contrastive_width or 1.0)).exp_()
-
-    def discover(self, values: Iterable[object]) -> tuple[str, ...]:
-        return ()
 
     def parse(self, value: object, labels: Sequence[str]) -> float | None:
         if is_missing(value):
@@ -89,7 +84,7 @@ class Regression(Kind):
         )
 
     def score(self, gold: np.ndarray, scores: np.ndarray, task: TaskLike) -> dict[str, float]:
-        """The baseline answers the mean of ``gold``; it correlates with nothing, so its ``mae`` is always given too."""
+        """The baseline predicts the mean, which correlates with nothing, so ``mae`` is given too."""
         mean = np.full_like(gold, gold.mean() if len(gold) else 0.0)
         baselines = {
             f"majority/{name}": METRICS[name](gold, mean, ())

@@ -1,18 +1,16 @@
-"""Kinds whose head labels each word: tags, the spans they form, and phrases that are found in the post."""
+"""Kinds whose head labels each word: tags, and phrases that are found in the post."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from comoe.tasks.kinds.base import (
-    Detokenize,
     Kind,
     PostOutput,
     TaskLike,
@@ -23,7 +21,7 @@ from comoe.tasks.kinds.base import (
 )
 from comoe.tasks.labels import OUTSIDE, is_missing, label_id, label_name, natural_order, split_words
 from comoe.tasks.metrics import METRICS, class_scores, confusion, entities
-from comoe.types import IGNORED, Batch, ModelOutput
+from comoe.types import IGNORED
 
 SPAN_METRICS = ("span_f1", "span_precision", "span_recall")
 
@@ -36,10 +34,7 @@ class Tags(Kind):
     views of one post, if the recipe asks.
     """
 
-    per_token = True
-    ragged = True
-    contrastive = False
-    views = True
+    mode = "tokens"
     min_labels = 2
     metrics = (*SPAN_METRICS, "accuracy", "macro_precision", "macro_recall", "macro_f1", "micro_f1")
 
@@ -59,6 +54,13 @@ class Tags(Kind):
         if len(parsed) != len(words):
             raise ValueError(f"{len(parsed)} tags for {len(words)} words; give one tag per word.")
         return parsed
+
+    def at_tokens(
+        self, value: Sequence[int], word_ids_L: np.ndarray, word_starts_L: np.ndarray
+    ) -> np.ndarray:
+        ids_L = np.full(len(word_ids_L), IGNORED, dtype=np.int64)
+        ids_L[word_starts_L] = np.asarray(value, dtype=np.int64)[word_ids_L[word_starts_L]]
+        return ids_L
 
     def collate(
         self, values: Sequence[Sequence[int] | None], *, labels: Sequence[str], length: int
@@ -81,36 +83,8 @@ class Tags(Kind):
     ) -> Tensor:
         return class_loss(logits, targets, task, weights_B)
 
-    def outputs(
-        self,
-        output: ModelOutput,
-        batch: Batch,
-        rows: Sequence[int],
-        *,
-        task: TaskLike,
-        detokenize: Detokenize | None = None,
-    ) -> list[PostOutput]:
-        """Of words alone: their first pieces."""
-        posts, starts = batch.row_ids_B[rows].tolist(), batch.word_starts_BL[rows].cpu()
-        each = zip(posts, *self._of_rows(output, batch, rows, task), starts, strict=True)
-        return [
-            PostOutput(post, logits_LY[words].numpy(), targets_L[words].numpy())
-            for post, logits_LY, targets_L, words in each
-        ]
-
-    def stack(self, outputs: Sequence[PostOutput], task: TaskLike) -> tuple[Tensor, Tensor]:
-        """Padded to the most words."""
-        if not outputs:
-            empty = torch.zeros(0, 0, len(task.labels))
-            return empty, self.collate([], labels=task.labels, length=0)
-        logits = [torch.as_tensor(output.logits) for output in outputs]
-        targets = [torch.as_tensor(output.target) for output in outputs]
-        return pad_sequence(logits, batch_first=True), pad_sequence(
-            targets, batch_first=True, padding_value=IGNORED
-        )
-
     def decode(self, outputs: Sequence[PostOutput], task: TaskLike) -> list[dict[str, Any]]:
-        """``{"tags": [name per word], "scores": [probability of that tag per word]}``, see ``tag_spans``."""
+        """``{"tags": [name per word], "scores": [its probability]}``; ``tag_spans`` finds the spans."""
         shown = []
         for output in outputs:
             logits = tempered(torch.as_tensor(output.logits), task)
@@ -128,7 +102,7 @@ class Tags(Kind):
     def gold_and_scores(
         self, outputs: Sequence[PostOutput], task: TaskLike
     ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """Per post with a labelled word: its tag ids, int64, (words,), and the probabilities, float32, (words, Y)."""
+        """Per post with a labelled word: tag ids, (words,), and probabilities, (words, Y)."""
         gold, scores = [], []
         for output in outputs:
             words = np.asarray(output.target) != IGNORED
@@ -152,7 +126,7 @@ class Tags(Kind):
     def score(
         self, gold: list[np.ndarray], scores: list[np.ndarray], task: TaskLike
     ) -> dict[str, float]:
-        """Span metrics over posts, the others over words. The majority baseline answers "O", else the commonest tag."""
+        """Spans over posts, the rest over words; the baseline predicts "O", else the commonest tag."""
         predicted, labels = [row.argmax(axis=-1) for row in scores], task.labels
         flat_gold, flat_predicted = _joined(gold), _joined(predicted)
         commonest = int(np.bincount(flat_gold, minlength=len(labels)).argmax())
@@ -177,7 +151,7 @@ class Tags(Kind):
 
 
 def tag_spans(tags: Sequence[str], words: Sequence[str]) -> list[dict[str, Any]]:
-    """Spans of one post: ``{"type": "PER", "start": first word, "end": last word + 1, "text": words with blanks}``.
+    """Spans of one post: ``{"type": "PER", "start": word, "end": last word + 1, "text": words}``.
 
     Read as seqeval reads them, so what is shown is what is scored. Tags without a B-, I-, E- or S-
     prefix are types.
@@ -228,6 +202,10 @@ PHRASE_TAGS = (OUTSIDE, "B-phrase", "I-phrase")
 _EDGES = re.compile(r"^\W+|\W+$")
 
 
+class NotInPost(ValueError):
+    """A phrase that does not occur in its post."""
+
+
 class Phrases(Tags):
     """Tags that are made of phrases: begin and inside of each phrase, outside elsewhere.
 
@@ -237,12 +215,6 @@ class Phrases(Tags):
     their order, the longest pieces first. An empty text is a missing label, an empty list says that
     the post has no such phrase. Parsed: the phrases; fitted: one id per word.
     """
-
-    free_words = True
-
-    def split(self, text: str) -> list[str]:
-        """Signs apart from words, as prediction splits a plain text."""
-        return split_words(text)
 
     def discover(self, values: Iterable[object]) -> tuple[str, ...]:
         return PHRASE_TAGS if any(_phrases_of(value) is not None for value in values) else ()
@@ -264,7 +236,7 @@ class Phrases(Tags):
             wanted = [folded for word in split_words(plain) if (folded := _folded(word))]
             spans = _found(wanted, [folded for _, folded in places])
             if not spans:
-                raise ValueError(
+                raise NotInPost(
                     f"{phrase!r} is not in the post; give words of it as they are written there."
                 )
             for first, last in spans:
@@ -273,8 +245,20 @@ class Phrases(Tags):
         return ids
 
 
+def word_splitter(kinds: Iterable[Kind]) -> Callable[[str], list[str]] | None:
+    """What cuts posts into words for tasks of these kinds; None where none of them labels words.
+
+    Tags are given for the words between blanks, so they have the last say. For phrases alone signs
+    stand apart from words, as prediction splits a plain text.
+    """
+    cutting = [kind for kind in kinds if kind.mode == "tokens"]
+    if not cutting:
+        return None
+    return split_words if all(isinstance(kind, Phrases) for kind in cutting) else str.split
+
+
 def _found(wanted: Sequence[str], words: Sequence[str]) -> list[tuple[int, int]]:
-    """(first, last) word of every occurrence, or of the pieces that stand apart; none where a word is missing."""
+    """(first, last) word of every occurrence, or of its pieces; none where a word is missing."""
     if whole := list(_runs(wanted, words)):
         return whole
     spans: list[tuple[int, int]] = []

@@ -13,19 +13,14 @@ from comoe.types import IGNORED
 
 
 class Unlabelled(Kind):
-    """Posts without label: no loss of its own, no answer, no score. Parsed: 0, whatever the cell.
+    """Posts without label: no loss of its own, no prediction, no score. Parsed: 0, whatever the cell.
     Alike: two dropout views of one post (SimCLR, arXiv:2002.05709)."""
 
     scored = False
-    views = True
-    weighted = False
     metrics = ("none",)
 
     def num_outputs(self, labels: Sequence[str]) -> int:
         return 0
-
-    def discover(self, values: Iterable[object]) -> tuple[str, ...]:
-        return ()
 
     def parse(self, value: object, labels: Sequence[str]) -> int:
         return 0

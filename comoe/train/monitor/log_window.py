@@ -1,4 +1,4 @@
-"""What is gathered between two lines of ``metrics.jsonl``: one reduction over ranks per line, none per step."""
+"""What is gathered between two lines of ``metrics.jsonl``: one reduction over ranks per line."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ class Interval:
 
     def _metrics(self, report: StepReport, batches: Sequence[Batch]) -> dict[str, dict[str, float]]:
         # A decoder is told the right answer in training, so there is none of its own to measure.
-        measured = [task for task in self.tasks if task.rules.scored and not task.rules.generates]
+        measured = [task for task in self.tasks if task.rules.scored and task.mode != "decoder"]
         own: dict[str, list[PostOutput]] = {task.name: [] for task in measured}
         for output, batch in zip(report.outputs, batches, strict=True):
             for task in measured:

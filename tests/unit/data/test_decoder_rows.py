@@ -158,9 +158,8 @@ def test_without_a_task_with_a_head_there_are_no_rows_for_heads() -> None:
 def test_a_rank_without_posts_has_one_row_that_wants_no_answer(route_by: str, task: int) -> None:
     batch = Collator(TOKENIZER, TASKS, route_by=route_by)(split_of(), np.zeros(0, dtype=np.int64))
     assert rows_of(batch) == [(-1, task)] and batch.answers_BD.tolist() == [[IGNORED]]
-    assert batch.labels["aspect"].tolist() == [[IGNORED]] and batch.labels["polarity"].tolist() == [
-        IGNORED
-    ]
+    assert batch.labels["aspect"].tolist() == batch.labels["polarity"].tolist() == [IGNORED]
+    assert batch.texts["aspect"] == [None]
 
 
 def test_heads_alone_have_neither_answers_nor_choices() -> None:
@@ -174,6 +173,7 @@ def test_rows_are_taken_with_their_answers() -> None:
     part = batch.take(torch.tensor([2, 1]))
     assert torch.equal(part.answers_BD, batch.answers_BD[[2, 1]])
     assert torch.equal(part.labels["aspect"], batch.labels["aspect"][[2, 1]])
+    assert part.texts["aspect"] == [None, "battery 😀"] and part.to("cpu").texts == part.texts
     assert torch.equal(part.choices["polarity"], batch.choices["polarity"])
 
 

@@ -340,12 +340,12 @@ def test_answers_are_tempered_and_thresholds_decide(kind: str) -> None:
     task = Task("t", kind, labels, rules.metrics[0], temperature=2.0)
     logits = torch.tensor([[0.0, 2.0], [3.0, 0.0]])
     expected = torch.sigmoid(logits / 2) if kind == "multi_label" else torch.softmax(logits / 2, -1)
-    if rules.per_token:
+    if rules.mode == "tokens":
         outputs = [PostOutput(0, logits.numpy(), np.zeros(2))]
     else:
         outputs = outputs_of(logits.numpy(), np.zeros(2))
     rows = rules.decode(outputs, task)
-    if rules.per_token:
+    if rules.mode == "tokens":
         assert rows[0]["scores"] == pytest.approx(expected.max(-1).values.tolist())
         return
     found = [[row["scores"][label] for label in labels] for row in rows]

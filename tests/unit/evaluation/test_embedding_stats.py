@@ -63,7 +63,7 @@ def answer(batch, *, seed: int = 0, sides: ImageText | None = None) -> ModelOutp
     made = {
         task.name: torch.nn.functional.normalize(torch.randn(rows, 4, generator=generator), dim=1)
         for task in TASKS
-        if task.rules.pooled
+        if task.mode == "pooled"
     }
     return ModelOutput({}, made, {}, (), batch.row_ids_B, image_text=sides)
 

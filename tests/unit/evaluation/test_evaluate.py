@@ -94,7 +94,7 @@ class FakeCollator:
 def cell_of(task: Task, row: int) -> Any:
     """The parsed label; for tags one id per token, as the collator lays it out."""
     cell = None if row < 0 else CELLS[task.name][row]
-    if cell is None or not task.rules.per_token:
+    if cell is None or task.mode != "tokens":
         return cell
     return [IGNORED] + [value for tag in cell for value in (tag, IGNORED)]
 
@@ -147,7 +147,7 @@ def test_metrics_equal_those_of_all_rows_at_once() -> None:
     (found,) = run([[[0, 1, 2], [3, 4, 5]]])
     for task in TASKS:
         rows = [row for row in range(ROWS) if CELLS[task.name][row] is not None]
-        if task.rules.per_token:
+        if task.mode == "tokens":
             gold = [np.array(CELLS[task.name][row]) for row in rows]
             scores = [LOGITS[task.name][row].softmax(-1).numpy() for row in rows]
         else:

@@ -283,7 +283,7 @@ def test_a_row_is_answered_alone_as_in_a_batch_of_other_tasks():
         number = int(batch.task_ids_B[row])
         alone = model(batch.take(torch.tensor([row])))
         for task in MIXED if number < 0 else [MIXED[number]]:
-            if task.rules.generates is (number >= 0):
+            if (task.mode == "decoder") is (number >= 0):
                 found, expected = alone.logits[task.name][0], together.logits[task.name][row]
                 torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
             if task.name in alone.generated:
@@ -296,7 +296,7 @@ def test_a_row_of_another_task_has_zeros_and_no_words():
     logits = found.logits
     assert list(logits) == [task.name for task in MIXED]
     for number, task in enumerate(MIXED):
-        if task.rules.generates:
+        if task.mode == "decoder":
             others = batch.task_ids_B != number
             assert not logits[task.name][others].any()
             assert task.label_words or (found.generated[task.name][others] == -1).all()

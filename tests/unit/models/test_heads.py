@@ -43,7 +43,9 @@ def test_the_kind_of_the_task_decides_the_shape():
     for task, shape in shapes.items():
         answer = TaskHead(task, 16, dropout=0.0)(HIDDEN, MASK)
         assert answer.logits.shape == shape
-        assert (answer.pooled_BM is None) == (answer.attention_BL is None) == task.rules.per_token
+        assert (
+            (answer.pooled_BM is None) == (answer.attention_BL is None) == (task.mode == "tokens")
+        )
 
 
 def test_logits_and_attention_are_float32_under_bfloat16():

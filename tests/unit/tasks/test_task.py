@@ -8,7 +8,7 @@ import pytest
 
 from comoe.config.recipe import TaskConfig
 from comoe.tasks.kinds.registry import KINDS
-from comoe.tasks.task import Task, build_task, num_outputs
+from comoe.tasks.task import Task, build_task
 
 
 def build(config: TaskConfig, *labels: str, **counts: int) -> Task:
@@ -28,7 +28,11 @@ def test_auto_metric_and_head_width_follow_the_kind(
     kind: str, labels: tuple, metric: str, outputs: int
 ) -> None:
     task = build(TaskConfig(kind=kind), *labels)
-    assert (task.metric, num_outputs(task), task.rules) == (metric, outputs, KINDS[kind])
+    assert (task.metric, task.rules.num_outputs(task.labels), task.rules) == (
+        metric,
+        outputs,
+        KINDS[kind],
+    )
 
 
 def test_balanced_weights_are_posts_over_labels_times_count() -> None:
@@ -53,6 +57,8 @@ def test_auto_leaves_out_of_the_contrastive_loss_what_costs_a_second_pass_and_ha
         and build(TaskConfig(kind="unlabelled")).contrastive
     )
     assert not build(TaskConfig(kind="tags"), "O", "B-PER").contrastive
+    assert not build(TaskConfig(kind="text", prompt="{text}")).contrastive
+    assert not build(TaskConfig(kind="label_words", prompt="{text}"), "a", "b").contrastive
     assert build(TaskConfig(kind="tags", contrastive=True), "O", "B-PER").contrastive
 
 

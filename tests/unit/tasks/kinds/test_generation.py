@@ -148,9 +148,3 @@ def test_a_decoder_that_is_told_the_answer_has_no_training_metric() -> None:
     output = StepOutput(torch.tensor(0.0), {}, ModelOutput(logits, {}, {}, (), torch.arange(3)))
     report = StepReport(torch.tensor(0.0), {}, [output], grad_norm=None, skipped=False)
     assert Interval(tasks)._metrics(report, [batch]) == {"heat": {"pearson": pytest.approx(1.0)}}
-
-
-def test_neither_kind_has_a_head_or_a_part_in_the_contrastive_loss() -> None:
-    for kind in (TEXT, WORDS):
-        assert kind.generates and not kind.pooled and not kind.per_token and not kind.contrastive
-    assert TEXT.ragged and not WORDS.ragged and WORDS.exclusive

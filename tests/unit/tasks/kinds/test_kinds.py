@@ -48,13 +48,13 @@ CELLS = {
 CELLS["phrases"] = CELLS["tags"]
 CELLS["label_words"] = CELLS["single_label"]
 CELLS["text"] = [(4, "battery life"), None, (2, "\U0001f50b 电池"), (1, "x"), (3, "battery life")]
-WEIGHTED = [name for name, kind in KINDS.items() if kind.weighted]
+WEIGHTED = [name for name, kind in KINDS.items() if kind.min_labels]
 SCORED = sorted(name for name, kind in KINDS.items() if kind.scored)
 
 
 def task_of(kind: str, *, weighted: bool = False) -> Task:
     """A task, on wish with uneven class weights and smoothing."""
-    smoothing = 0.0 if KINDS[kind].generates else 0.2
+    smoothing = 0.0 if KINDS[kind].mode == "decoder" else 0.2
     return (
         replace(TASKS[kind], class_weights=(0.5, 1.0, 3.0), label_smoothing=smoothing)
         if weighted
@@ -71,14 +71,14 @@ def targets_of(kind: str) -> Tensor:
 
 def logits_of(kind: str, *, seed: int = 0) -> Tensor:
     """Random logits, (5, Y), for tags (5, 4, Y), for text (5, 2)."""
-    shape = (5, 4) if KINDS[kind].per_token else (5,)
+    shape = (5, 4) if KINDS[kind].mode == "tokens" else (5,)
     width = 2 if kind == "text" else KINDS[kind].num_outputs(TASKS[kind].labels)
     return 3 * torch.randn(*shape, width, generator=torch.Generator().manual_seed(seed))
 
 
 def shown(logits: Sequence[Tensor]) -> list[PostOutput]:
-    """Rows without a label."""
-    return [PostOutput(row, z.numpy(), None) for row, z in enumerate(logits)]
+    """Rows of whatever label."""
+    return [PostOutput(row, z.numpy(), np.zeros(len(z))) for row, z in enumerate(logits)]
 
 
 def outputs_of(kind: str) -> list[PostOutput]:
@@ -415,7 +415,7 @@ def test_parts_of_the_rows_add_up_to_the_whole(kind: str, weighted: bool, cut: l
 def test_rows_without_a_label_lose_nothing_and_still_give_a_gradient(
     kind: str, rows: int, weighted: bool
 ) -> None:
-    rules, task = KINDS[kind], task_of(kind, weighted=weighted and KINDS[kind].weighted)
+    rules, task = KINDS[kind], task_of(kind, weighted=weighted and kind in WEIGHTED)
     logits = logits_of(kind)[:rows].requires_grad_()
     targets = rules.collate([None] * rows, labels=task.labels, length=4)
     loss = rules.loss(logits, targets, task)
@@ -493,8 +493,17 @@ def test_the_labelled_rows_of_a_batch_are_gold_and_scores_and_stack_as_they_were
         batch = replace(batch, texts={task.name: texts})
     output = ModelOutput({task.name: logits}, {}, {}, (), torch.arange(5), generated=generated)
     rows = [4, 1, 0]
-    found = rules.outputs(output, batch, rows, task=task, detokenize=str)
+    found = rules.outputs(
+        output, batch, rows, task=task, detokenize=lambda ids: list(map(str, ids.tolist()))
+    )
     assert [one.row for one in found] == rows
+    if kind == "text":
+        assert [one.logits.text for one in found] == ["[4]", "[1]", "[0]"]
+        assert rules.gold([one.target for one in found], task) == [
+            "battery life",
+            None,
+            "battery life",
+        ]
     stacked = rules.stack(found, task)
     assert torch.equal(stacked[0], logits[rows][..., :1] if kind == "text" else logits[rows])
     assert torch.equal(stacked[1].nan_to_num(-1.0), targets[rows].nan_to_num(-1.0))

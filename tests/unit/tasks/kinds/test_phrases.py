@@ -13,15 +13,16 @@ from comoe.data.collator import Collator
 from comoe.data.corpus import load_corpus
 from comoe.data.tokens.split import tokenize_split
 from comoe.tasks.kinds.registry import KINDS
-from comoe.tasks.kinds.tagging import PHRASE_TAGS
+from comoe.tasks.kinds.tagging import PHRASE_TAGS, word_splitter
+from comoe.tasks.labels import split_words
 from comoe.types import IGNORED
 
 PHRASES = KINDS["phrases"]
 
 
 def tags_of(text: str, *phrases: str) -> list[str]:
-    ids = PHRASES.fitted(PHRASES.parse(list(phrases), PHRASE_TAGS), PHRASES.split(text))
-    return [f"{word}/{PHRASE_TAGS[i][0]}" for word, i in zip(PHRASES.split(text), ids, strict=True)]
+    ids = PHRASES.fitted(PHRASES.parse(list(phrases), PHRASE_TAGS), split_words(text))
+    return [f"{word}/{PHRASE_TAGS[i][0]}" for word, i in zip(split_words(text), ids, strict=True)]
 
 
 @pytest.mark.parametrize(
@@ -66,6 +67,13 @@ def test_a_cell_that_is_no_phrase_is_refused(value: object) -> None:
 def test_own_labels_have_no_meaning_for_phrases() -> None:
     with pytest.raises(ValueError, match="leave its labels out"):
         PHRASES.parse("good", ("O", "B-good"))
+
+
+def test_tags_have_the_last_say_about_what_a_word_is() -> None:
+    tags, mood = KINDS["tags"], KINDS["single_label"]
+    assert word_splitter([mood]) is None
+    assert word_splitter([mood, PHRASES])("so good.") == ["so", "good", "."]
+    assert word_splitter([PHRASES, tags])("so good.") == ["so", "good."]
 
 
 @pytest.fixture
