@@ -281,8 +281,8 @@ class Monitor:
         plots.save_figure(plots.metric_figure(main, floor), self._plots / "metrics.png")
 
     def _picture(self, tag: str, name: str, figure: plots.Figure, step: int) -> None:
-        self._writer.add_image(tag, plots.figure_pixels(figure), step, dataformats="HWC")
-        plots.save_figure(figure, self._plots / (re.sub(r"[^\w.-]", "_", name) + ".png"))
+        file = self._plots / (re.sub(r"[^\w.-]", "_", name) + ".png")
+        self._writer.add_image(tag, plots.save_figure(figure, file), step, dataformats="HWC")
 
     def _scalars(self, scalars: Mapping[str, float | torch.Tensor], step: int) -> None:
         for name, value in scalars.items():

@@ -15,6 +15,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.image import imsave
 from matplotlib.ticker import MaxNLocator
 
 from comoe.config.files import atomic_file
@@ -178,11 +179,17 @@ def figure_pixels(figure: Figure) -> np.ndarray:
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
-def save_figure(figure: Figure, path: Path) -> None:
-    """Write a PNG; a reader of the folder never sees half of one."""
+def save_figure(figure: Figure, path: Path) -> np.ndarray:
+    """Write a PNG; a reader of the folder never sees half of one.
+
+    Returns:
+        the image, uint8, (height, width, 3): drawing takes long, so nobody draws a figure twice.
+    """
+    pixels = figure_pixels(figure)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as file:
-        figure.savefig(file, format="png")
+        imsave(file, pixels, format="png", dpi=figure.dpi)
+    return pixels
 
 
 def new_figure(width: float, height: float) -> Figure:
