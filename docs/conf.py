@@ -8,6 +8,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 project = "comoe"
 html_title = "comoe"
 html_theme = "furo"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+highlight_language = "text"
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["_build"]
 myst_heading_anchors = 3
