@@ -10,6 +10,7 @@ html_title = "comoe"
 html_theme = "furo"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
+smartquotes = False  # "--resume" stays as it is typed
 highlight_language = "text"
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["_build"]

@@ -25,9 +25,7 @@ def test_the_site_builds_without_a_warning(tmp_path: Path):
     assert built.returncode == 0, built.stderr
     options = (tmp_path / "options.html").read_text(encoding="utf-8")
     assert 'href="#train"' in options and "train.learning_rate" in options
-    assert 'id="comoe.Predictor"' in (tmp_path / "api.html").read_text(
-        encoding="utf-8"
-    )
+    assert 'id="comoe.Predictor"' in (tmp_path / "api.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
