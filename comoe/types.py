@@ -156,7 +156,7 @@ class Routing:
     """Tokens per expert on this rank, int64, image tokens included."""
 
 
-@dataclass(frozen=True)  # no slots: ZeRO-3 looks into a module's answer with vars()
+@dataclass(frozen=True)  # no slots: ZeRO-3 reads a module's output with vars()
 class ModelOutput:
     """Everything the model knows about a batch."""
 
@@ -186,7 +186,7 @@ class ModelOutput:
     sharing: Sharing | None = None
     """What the tasks share and what each has for itself; only in training."""
     probe: Probe | None = None
-    """The tasks' answers once more; only where it was asked for."""
+    """The tasks' logits once more; only on request."""
     answer_rows_S: Tensor | None = None
     """Row of each token of the answers that the decoder was taught or scored, int64, the order of
     ``Routing`` in the decoder's layers; None without a decoder."""
@@ -204,7 +204,7 @@ class ModelOutput:
         return (self.token_rows_S,) * own + (self.answer_rows_S,) * self.num_answer_layers
 
 
-@dataclass(frozen=True)  # no slots: ZeRO-3 looks into a module's answer with vars()
+@dataclass(frozen=True)  # no slots: ZeRO-3 reads a module's output with vars()
 class Sharing:
     """The last states that all tasks read, and what each task's private part adds to them."""
 
@@ -218,7 +218,7 @@ class Sharing:
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """The tasks' answers from copies of the last states that they share, for the tasks' gradients there."""
+    """The tasks' logits from copies of the last states that they share, for the tasks' gradients there."""
 
     states: Mapping[str, Tensor]
     """Task -> its copy (B, L, M), where its gradient ends."""
@@ -226,7 +226,7 @@ class Probe:
     """Task -> as in ``ModelOutput``, the same numbers."""
 
 
-@dataclass(frozen=True)  # no slots: ZeRO-3 looks into a module's answer with vars()
+@dataclass(frozen=True)  # no slots: ZeRO-3 reads a module's output with vars()
 class ImageText:
     """The two sides of the posts with images, as the image-text losses and retrieval read them."""
 
@@ -248,7 +248,7 @@ class ImageText:
     rank or on none: it may run the whole encoder."""
 
 
-@dataclass(frozen=True)  # no slots: ZeRO-3 looks into a module's answer with vars()
+@dataclass(frozen=True)  # no slots: ZeRO-3 reads a module's output with vars()
 class StepOutput:
     """One micro-step of the objective. The mean over ranks and micro-steps of each number here is its global value."""
 
@@ -261,7 +261,7 @@ class StepOutput:
     ``orthogonal``, ``adversarial``, ``adversarial_accuracy``, ``adversarial_commonest``,
     ``adversarial_even``, ``adversarial_lambda``."""
     output: ModelOutput
-    """The model's answer, for training metrics and statistics."""
+    """The model's output, for training metrics and statistics."""
     gram_TT: Tensor | None = None
     """Inner products of the tasks' gradients over the whole optimizer step, float64, the same on
     all ranks; None where the weighting does not read them."""

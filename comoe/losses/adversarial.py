@@ -48,7 +48,7 @@ class Discriminator(nn.Module):
     Args:
         model_width: M.
         hidden_width: of the layer between.
-        num_domains: values to tell apart.
+        num_domains: number of classes.
     """
 
     def __init__(self, model_width: int, hidden_width: int, num_domains: int) -> None:

@@ -29,7 +29,7 @@ class Pairs(NamedTuple):
     tasks_N: Tensor
     """Task of its row, int64, -1 for all; a post may have a row per task."""
     keys_N: Tensor
-    """The same number for the same tokens, int64: where two posts say the same, either text is
+    """The same number for the same tokens, int64: where two posts have the same text, either is
     right."""
 
     def part(self, rows: slice) -> Pairs:
@@ -350,7 +350,7 @@ class ITMLoss:
     def _exchange(
         self, texts: tuple[Tensor, ...], chosen_I: Tensor, pairs: AllPairs
     ) -> tuple[tuple[Tensor, ...], Tensor]:
-        """The texts that some rank asks for, and behind them this rank's first; and where each image's is."""
+        """The texts that some rank draws, behind them this rank's first, and the index of each image's."""
         chosen_G, _ = gather_detached(chosen_I, sizes=pairs.sizes)
         wanted_K = torch.unique(chosen_G[chosen_G >= 0])
         ends = torch.tensor(pairs.sizes, device=wanted_K.device).cumsum(0)

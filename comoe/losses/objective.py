@@ -158,7 +158,7 @@ class Objective(nn.Module):
     ) -> None:
         super().__init__()
         self.model = model
-        # DeepSpeed looks for it on the module that it wraps.
+        # DeepSpeed reads it from the module that it wraps.
         self.config = model.config
         self.tasks = tuple(tasks)
         self.names = [task.name for task in tasks]

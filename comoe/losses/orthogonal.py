@@ -37,7 +37,7 @@ def cross_sums(shared_BLM: Tensor, private_BLM: Tensor, counted_BL: Tensor) -> T
 def overlap(sums_TNN: Tensor) -> Tensor:
     """Squared Frobenius norm of the covariance of shared and private features, the mean over tasks with tokens.
 
-    0 where no feature of a private part can be told from the shared features by a straight line. A
+    0 where no linear map of the shared features predicts a feature of a private part. A
     mean over tokens, so it does not depend on their number.
 
     Args:

@@ -166,7 +166,7 @@ class AnchorSums:
     def _pulled(self, columns_CP: Tensor, factors_C: Tensor) -> tuple[Tensor, Tensor]:
         """Sums over an own row's candidates of w_ij f_j z_j, (N, P), and of w_ij f_j, (N,).
 
-        Rows of one key are summed first, so the affinity is asked for different keys only. A row's
+        Rows of one key are summed first, so the affinity is computed between different keys only. A row's
         own key is taken apart: there the row itself is left out by subtraction, which is exact
         where it stands alone.
         """

@@ -78,12 +78,12 @@ class Gather(Protocol):
     """Rows of all ranks in rank order, without gradient, and where this rank's begin."""
 
     def __call__(self, rows: Tensor, *, sizes: Sequence[int] | None = None) -> tuple[Tensor, int]:
-        """``sizes``: rows of each rank; None says that all bring as many."""
+        """``sizes``: rows of each rank; None: the same number on all."""
         ...
 
 
 def alone(rows: Tensor, *, sizes: Sequence[int] | None = None) -> tuple[Tensor, int]:
-    """The gather of a rank that looks at nobody else's rows."""
+    """The gather of a rank that compares its own rows alone."""
     return rows.detach(), 0
 
 
@@ -169,7 +169,7 @@ class ContrastiveLoss(nn.Module):
             output: ``embeddings`` and ``views`` are read, of one micro-batch or of a whole
                 optimizer step.
             batch: ``labels`` and ``row_ids_B`` are read.
-            scales_T: the tasks' inverse temperatures; None asks ``scales``.
+            scales_T: the tasks' inverse temperatures; None runs ``scales``.
 
         Returns:
             Scalar, differentiable; and detached terms, whose mean over ranks is the global value:

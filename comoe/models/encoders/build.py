@@ -52,8 +52,7 @@ def build_encoder(config: ModelConfig, *, generates: bool = False) -> nn.Module:
 
     def prepare(hf_config: Any) -> tuple[Any, dict[str, Any]]:
         arguments = _prepared(hf_config, config.dropout)
-        if generates and not family_of(hf_config.model_type).stacks:
-            raise Unfit(refused_without_decoder(config.encoder, hf_config.model_type))
+        _check_decoder(config.encoder, hf_config.model_type, generates=generates)
         return hf_config, arguments
 
     def auto_class(hf_config: Any) -> Any:
@@ -69,15 +68,22 @@ def build_encoder(config: ModelConfig, *, generates: bool = False) -> nn.Module:
     if not generates:
         return _alone(encoder)
     answering = _found_answering(encoder)
-    _check_answering(answering, config.encoder)
+    for field in ("decoder_start_token_id", "eos_token_id", "pad_token_id"):
+        if answering[field] is None:
+            raise ValueError(
+                f"model.encoder ({config.encoder}) does not say its {field}, without which its decoder cannot be "
+                "taught; write it into the folder's config.json (the start of an mBART is the id of the answers' "
+                "language)."
+            )
     _set_answering(encoder, answering)
     return encoder
 
 
-def refused_without_decoder(name: str, model_type: str) -> str:
-    """What is wrong with an encoder where a task wants a decoder."""
+def _check_decoder(name: str, model_type: str, *, generates: bool) -> None:
+    if not generates or family_of(model_type).stacks:
+        return
     able = ", ".join(name for name, family in FAMILIES.items() if family.stacks)
-    return (
+    raise Unfit(
         f"model.encoder ({name}) is a {model_type}, which has no decoder, but a task is of kind text or label_words, "
         f"which a decoder answers; choose an encoder-decoder ({able}), such as smoke:t5 or a Flan-T5, or give the "
         "task a kind that a head answers, such as single_label."
@@ -107,15 +113,6 @@ def _found_answering(model: nn.Module) -> dict[str, Any]:
     # Under ZeRO-3 too the two are one tensor if and only if the file said so, see
     # ``split_as_it_loads``.
     return found | {"own_output": model.lm_head.weight is not model.get_input_embeddings().weight}
-
-
-def _check_answering(found: Mapping[str, Any], name: str) -> None:
-    for field in ("decoder_start_token_id", "eos_token_id", "pad_token_id"):
-        if found[field] is None:
-            raise ValueError(
-                f"model.encoder ({name}) does not say its {field}, without which its decoder cannot be taught; write "
-                f"it into the folder's config.json (the start of an mBART is the id of the answers' language)."
-            )
 
 
 def _set_answering(model: nn.Module, answering: Mapping[str, Any]) -> None:
@@ -155,8 +152,7 @@ def build_encoder_shape(config: ModelConfig, *, generates: bool = False) -> nn.M
     source, hf_config = read_config(
         config.encoder, ENCODER, trust_remote_code=config.trust_remote_code
     )
-    if generates and not family_of(hf_config.model_type).stacks:
-        raise Unfit(refused_without_decoder(config.encoder, hf_config.model_type))
+    _check_decoder(config.encoder, hf_config.model_type, generates=generates)
     # The T5 configurations forget the word; without it the file of weights would have to tell.
     own_output = (
         PreTrainedConfig.get_config_dict(source)[0].get("tie_word_embeddings", True) is False

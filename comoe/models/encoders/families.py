@@ -53,7 +53,7 @@ class Family:
     encoder_alone: bool = False
     """True where the library has a class of its encoder alone, so that no decoder need be read."""
     starts_with_padding: bool = False
-    """True where answers begin with the padding sign unless the configuration says otherwise."""
+    """True where generated texts begin with the padding sign unless the configuration says otherwise."""
     vocabulary: Callable[[nn.Module, Tensor], Tensor] | None = None
     """(whole encoder-decoder, last states of its decoder (..., M)) -> logits of the next token
     (..., V)."""

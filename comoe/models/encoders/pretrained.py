@@ -32,7 +32,7 @@ ENCODER = Role("model.encoder", "an encoder", "kit:minilm, smoke:encoder or smok
 
 
 class Unfit(ValueError):
-    """A model that cannot do what it is for; says already what to do."""
+    """A model that cannot do what it is for; its message has the remedy already."""
 
 
 def load_pretrained(
@@ -43,7 +43,7 @@ def load_pretrained(
     prepare: Callable[[Any], tuple[Any, dict[str, Any]]],
     auto_class: Callable[[Any], Any] = lambda hf_config: AutoModel,
 ) -> nn.Module:
-    """Load a model in float32, or say what is wrong with it.
+    """Load a model in float32, or raise what is wrong with it.
 
     Args:
         name: folder or hub name.
@@ -106,7 +106,7 @@ def split_as_it_loads(settings: Mapping[str, Any]) -> Iterator[None]:
     # Needs accelerate, which prediction does not.
     from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
-    # The library keeps a weak reference and asks it in each from_pretrained: the object must live
+    # The library keeps a weak reference and reads it in each from_pretrained: the object must live
     # as long as it counts.
     alive = HfDeepSpeedConfig(dict(settings))
     # It ties weights that are equal, and finds split ones equal whatever they hold: a Flan-T5's
@@ -144,7 +144,7 @@ def _readable_errors(name: str, role: Role) -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Inside, the library says nothing that is no error."""
+    """Inside, the library logs errors alone."""
     # The library prints a bar and a table of unused weights on every rank; missing ones are an
     # error above.
     verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()

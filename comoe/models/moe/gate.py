@@ -190,7 +190,7 @@ class RouterProjection(Float32Linear):
     """The token part of a gate's logits, and the balance bias.
 
     DeepSpeed AutoEP copies ``weight`` [E, M] and the buffer ``e_score_correction_bias`` [E] into
-    its own router and looks for exactly these names. The buffer steps by 0.001 and so must stay
+    its own router by exactly these names. The buffer steps by 0.001 and so must stay
     float32 through ``.bfloat16()``.
     """
 
@@ -277,7 +277,7 @@ class PendingRoute:
 
 
 def build_gate(config: MoeConfig) -> TopKGate:
-    """The gate that ``model.moe`` asks for.
+    """The gate of ``model.moe``.
 
     Raises:
         ValueError: an unknown name, ``top_k`` outside 1..E, or a balance bias where every expert

@@ -243,7 +243,7 @@ class ImageTokens(Fusion):
     """The text encoder reads the image tokens right behind each post's text, as if they were words (MMBT).
 
     They take the positions that follow the text, segment 1 where the encoder knows segments, and a
-    learned vector that tells them from a second text. A row without image masks their places.
+    learned vector that distinguishes them from a second text. A row without image masks their places.
 
     Args:
         encoder: of the text; its word embeddings are looked up here.

@@ -94,7 +94,7 @@ def image_text_output(
         chosen = images.take(numbers_J)
         if in_encoder:
             ids_JL, *segments = what
-            # Weighed as the image's own text is: else the weight would tell which text is the own
+            # Weighed as the image's own text is: else the weight would reveal which text is the own
             # one.
             weights_J = None if own.weights_B is None else own.weights_B[numbers_J]
             segments_JL = segments[0] if segments else None

@@ -66,7 +66,7 @@ def tower_width(hf_config: Any) -> int:
     """Width V of a vision model's tokens.
 
     Raises:
-        ValueError: the configuration does not tell.
+        ValueError: the configuration has none.
     """
     width = getattr(hf_config, "hidden_size", None) or next(
         reversed(getattr(hf_config, "hidden_sizes", ())), None
@@ -80,7 +80,7 @@ def tower_width(hf_config: Any) -> int:
 
 
 def expected_tokens(hf_config: Any) -> int:
-    """Image tokens per image as far as the configuration tells: the patches and a class token; 0
+    """Image tokens per image as far as the configuration has them: the patches and a class token; 0
     where it does not, as with models that narrow their maps from stage to stage."""
     side, patch = getattr(hf_config, "image_size", None), getattr(hf_config, "patch_size", None)
     if side is None or patch is None or hasattr(hf_config, "depths"):

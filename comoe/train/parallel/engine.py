@@ -144,7 +144,7 @@ class Engine:
 
     @torch.no_grad()
     def forward(self, batch: Batch) -> ModelOutput:
-        """The model's answer in evaluation mode. Every rank must call it equally often: a forward is an all-to-all."""
+        """The model's output in evaluation mode. Every rank must call it equally often: a forward is an all-to-all."""
         self.deepspeed.eval()
         return self.deepspeed(batch.to(self.device), mode="evaluate")
 
