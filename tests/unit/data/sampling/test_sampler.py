@@ -19,21 +19,6 @@ def make_sampler(*, sizes: tuple[int, ...] = (70, 20, 7), **options: object) -> 
     return TrainSampler(lengths, groups, **settings)
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 8])
-@pytest.mark.parametrize("micro_batch_size", [1, 2, 5, "auto"])
-def test_the_shares_of_all_ranks_are_the_global_batch(
-    world_size: int, micro_batch_size: int | str
-) -> None:
-    sampler = make_sampler(world_size=world_size, micro_batch_size=micro_batch_size)
-    alone = make_sampler()
-    for step in range(2 * sampler.steps_per_epoch):
-        shares = [sampler.share(step, rank) for rank in range(world_size)]
-        assert {len(share) for share in shares} == {sampler.accumulation}
-        assert max(len(micro) for share in shares for micro in share) <= sampler.micro_batch_size
-        dealt = np.concatenate([micro for share in shares for micro in share])
-        assert sorted(dealt) == sorted(alone.global_batch(step))
-
-
 def test_micro_steps_hold_the_same_posts_on_any_number_of_ranks() -> None:
     one, two = make_sampler(micro_batch_size=6), make_sampler(micro_batch_size=3, world_size=2)
     assert one.accumulation == two.accumulation == 2
@@ -145,19 +130,6 @@ def test_auto_micro_batch_is_the_share_of_a_rank_up_to_128() -> None:
     assert make_sampler(batch_size=32, world_size=4).micro_batch_size == 8
     big = make_sampler(batch_size=1024, world_size=2)
     assert (big.micro_batch_size, big.accumulation) == (128, 4)
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
-def test_evaluation_reads_every_row_once_with_as_many_batches_on_each_rank(world_size: int) -> None:
-    lengths = np.random.default_rng(0).integers(3, 60, 41)
-    ranks = [
-        eval_batches(lengths, batch_size=4, rank=rank, world_size=world_size)
-        for rank in range(world_size)
-    ]
-    assert len({len(batches) for batches in ranks}) == 1
-    rows = np.concatenate([batch for batches in ranks for batch in batches])
-    assert sorted(rows) == list(range(41))
-    assert rows.dtype == np.int64
 
 
 def test_evaluation_of_no_rows_is_no_batches() -> None:
