@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from comoe.config.files import atomic_file, write_atomic
+from comoe.data.reading.files import json_line
 from comoe.data.reading.sources import ENDINGS, NAMES
 
 Record = dict[str, Any]
@@ -230,17 +231,11 @@ def line_of(row: Row, *, number: int) -> str:
         ValueError: a cell that JSON cannot hold.
     """
     try:
-        text = json.dumps(_plain(row), ensure_ascii=False, allow_nan=False)
+        return json_line(_plain(row), allow_nan=False)
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"post {number} has a cell that JSON lines cannot hold ({error}); drop its column."
         ) from error
-    # U+2028 and its kin end a line for some readers, and half a surrogate pair is no character: as
-    # escapes they do no harm.
-    return (
-        "".join(_ESCAPED.get(sign, sign) if sign < "\ud800" else _safe(sign) for sign in text)
-        + "\n"
-    )
 
 
 def _write(file: IO[bytes], rows: Iterable[Row]) -> str:
@@ -293,10 +288,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list):
         return [_plain(item) for item in value]
     return None if isinstance(value, float) and math.isnan(value) else value
-
-
-def _safe(sign: str) -> str:
-    return f"\\u{ord(sign):04x}" if sign <= "\udfff" else sign
-
-
-_ESCAPED = {"\u2028": "\\u2028", "\u2029": "\\u2029", "\x85": "\\u0085"}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from tqdm import tqdm
 from comoe.config.errors import unknown_name
 from comoe.config.files import atomic_file
 from comoe.data.posts import Post
-from comoe.data.reading.files import read_text
+from comoe.data.reading.files import json_line, read_text
 from comoe.data.reading.inputs import check_columns, choose_column, choose_pair
 from comoe.data.reading.rows import read_rows
 from comoe.data.reading.sources import ENDINGS, read_input
@@ -196,13 +195,7 @@ class JsonLines:
 
     def write(self, file: TextIO, answer: dict[str, Any]) -> None:
         """Write one answer."""
-        # U+2028 and its kin end a line for some readers; as escapes they cannot.
-        text = (
-            json.dumps(answer, ensure_ascii=False)
-            .replace("\u2028", "\\u2028")
-            .replace("\u2029", "\\u2029")
-        )
-        file.write(text.replace("\x85", "\\u0085") + "\n")
+        file.write(json_line(answer))
 
     def remark(self, bad: int) -> str:
         """What the user should know at the end."""

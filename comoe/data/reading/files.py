@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -32,6 +33,21 @@ class RawSplit:
     """Rows that could not be read."""
     label_names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Column -> names of its labels in the order of their ids, where the data set tells."""
+
+
+_HARMFUL = re.compile("[\x85\u2028\u2029\ud800-\udfff]")
+
+
+def json_line(row: Mapping[str, Any], *, allow_nan: bool = True) -> str:
+    """A row as one line of JSON, with its line feed.
+
+    U+2028 and its kin, which end a line for some readers, and half a surrogate pair are escaped.
+
+    Raises:
+        ValueError, TypeError: a cell that JSON cannot hold.
+    """
+    text = json.dumps(row, ensure_ascii=False, allow_nan=allow_nan)
+    return _HARMFUL.sub(lambda found: f"\\u{ord(found[0]):04x}", text) + "\n"
 
 
 def text_lines(path: Path) -> tuple[list[str], list[BadRow]]:
