@@ -7,10 +7,12 @@ import importlib
 import json
 import re
 import shlex
+import tomllib
 from pathlib import Path
 
 import pytest
 
+import comoe
 from comoe.augment.command import COLUMNS
 from comoe.config.load import load_recipe
 from comoe.data.corpus import load_corpus
@@ -301,6 +303,17 @@ def test_messages_of_the_troubleshooting_page_are_those_of_the_code():
     pieces = [piece.strip() for span in quoted for piece in span.split("...")]
     assert len(pieces) > 30
     assert [piece for piece in pieces if piece not in code] == []
+
+
+def test_versions_in_the_pages_are_those_of_the_package():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"version: {comoe.__version__}\n" in citation
+    assert (
+        re.findall(r"^## (.+)$", PAGES["CHANGELOG.md"], flags=re.MULTILINE)[0] == comoe.__version__
+    )
+    python = project["requires-python"].removeprefix(">=")
+    assert set(re.findall(r"Python (3\.\d+)", prose("README.md", "docs/start.md"))) == {python}
 
 
 def test_no_number_is_left_to_be_measured():
