@@ -19,3 +19,4 @@ autodoc_typehints_format = "short"
 autodoc_member_order = "bysource"
 html_show_sourcelink = False
 html_copy_source = False
+html_show_copyright = False
