@@ -8,11 +8,12 @@ import json
 import re
 import string
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 
 from comoe.augment.generator import Prompt
 from comoe.config.errors import place_of, unknown_name
+from comoe.config.fields import Count, Text, section
 from comoe.config.load import load_settings
 
 RUN = 5
@@ -22,68 +23,68 @@ RUN = 5
 _WORD = re.compile(r"\w+")
 
 
-@dataclass(frozen=True, slots=True)
+@section
 class Example:
     """An answered post that goes before the question; one without a field that a template needs is left out there."""
 
-    text: str | None = None
+    text: Text | None = None
     """The post."""
-    target: str | None = None
+    target: Text | None = None
     """What the sentiment is about."""
-    aspect: str | None = None
+    aspect: Text | None = None
     """The right aspect."""
-    opinion: str | None = None
+    opinion: Text | None = None
     """The right opinion."""
-    gold: str | None = None
+    gold: Text | None = None
     """The label, a key of ``labels``."""
-    previous_aspect: str | None = None
+    previous_aspect: Text | None = None
     """A wrong aspect, for the templates that refine."""
-    previous_opinion: str | None = None
+    previous_opinion: Text | None = None
     """A wrong opinion."""
-    previous_polarity: str | None = None
+    previous_polarity: Text | None = None
     """The label that they implied."""
 
 
-@dataclass(frozen=True, slots=True)
+@section
 class Templates:
     """Templates with fields in braces; see ``FIELDS``."""
 
-    aspect: str = ""
+    aspect: Text = ""
     """First question: the aspect of the target that the post speaks of."""
-    opinion: str = ""
+    opinion: Text = ""
     """Second question: the opinion on that aspect."""
-    polarity: str = ""
+    polarity: Text = ""
     """Third question: the sentiment that the opinion implies; its answers are the label words,
     scored."""
-    refine_aspect: str = ""
+    refine_aspect: Text = ""
     """Instead of ``aspect``, once an answer implied another label than the gold one."""
-    refine_opinion: str = ""
+    refine_opinion: Text = ""
     """Instead of ``opinion``, likewise."""
 
 
-@dataclass(frozen=True, slots=True)
+@section
 class MostWords:
     """A longer answer is malformed."""
 
-    aspect: int = 8
+    aspect: Count = 8
     """Words of an aspect."""
-    opinion: int = 16
+    opinion: Count = 16
     """Words of an opinion."""
 
 
-@dataclass(frozen=True, slots=True)
+@section
 class PromptFile:
     """The content of the file."""
 
-    templates: Templates = Templates()
+    templates: Templates = field(default_factory=Templates)
     """What is asked."""
-    labels: dict[str, str] = field(default_factory=dict)
+    labels: dict[Text, Text] = field(default_factory=dict)
     """Label as the posts have it -> the word that the model is asked for."""
-    no_target: str = "it"
+    no_target: Text = "it"
     """{target} of a post without one."""
-    most_words: MostWords = MostWords()
+    most_words: MostWords = field(default_factory=MostWords)
     """When an answer is too long."""
-    no_answer: list[str] = field(default_factory=list)
+    no_answer: list[Text] = field(default_factory=list)
     """Answers that say nothing ("none", "not mentioned"); upper and lower case count as equal."""
     examples: list[Example] = field(default_factory=list)
     """Answered posts that go before the question."""
@@ -177,11 +178,6 @@ def load_prompts(path: Path) -> Prompts:
             f"{where} is {file.labels!r}; it must give each of at least two labels of the posts a word of its own, "
             "such as positive: positive."
         )
-    for name, most in dataclasses.asdict(file.most_words).items():
-        if most < 1:
-            raise ValueError(
-                f"{place_of('most_words', origins)}most_words.{name} is {most}; it must be at least 1."
-            )
     for number, example in enumerate(file.examples, start=1):
         for label in (example.gold, example.previous_polarity):
             if label is not None and label not in file.labels:

@@ -1,9 +1,16 @@
-"""What the values of a recipe must obey, and the errors that say so."""
+"""Messages for what a user got wrong: key path, value, rule, and the nearest right name."""
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
+import functools
 from collections.abc import Iterable, Mapping
+from typing import Any, get_args
+
+from pydantic import ValidationError
+
+from comoe.config.fields import base_of, describe, member, members, words_of
 
 
 def nearest(name: str, valid: Iterable[str]) -> str | None:
@@ -41,3 +48,85 @@ def place_of(path: str, origins: Mapping[str, str]) -> str:
     while path and path not in origins:
         path = path.rpartition(".")[0]
     return f"{origins[path]}: " if path else ""
+
+
+def message_of(
+    error: ValidationError, schema: type, *, raw: Any, origins: Mapping[str, str]
+) -> str:
+    """One sentence for the first mistake; a wrong key goes first, as it may be the cause of others.
+
+    Args:
+        error: of pydantic.
+        schema: the section that was to be made.
+        raw: what it was to be made of.
+        origins: key path -> "file:line".
+    """
+    mistakes = error.errors(include_url=False, include_context=False)
+    mistakes.sort(
+        key=lambda mistake: mistake["type"] not in ("unexpected_keyword_argument", "invalid_key")
+    )
+    loc, value = mistakes[0]["loc"], raw
+    expected: Any = schema
+    keys: list[str] = []
+    for key in loc:
+        inner = member(expected, key)
+        if dataclasses.is_dataclass(expected) and inner is None:
+            return _unknown_key(".".join([*keys, str(key)]), schema, expected, origins)
+        if inner is None:
+            break  # behind the value come the members of a union that pydantic tried
+        if loc[-1] == "[key]" and key == loc[-2]:
+            path = ".".join(keys)
+            rule = (
+                "put it in quotes"
+                if not isinstance(key, str)
+                else _must_be(get_args(base_of(expected))[0], key)
+            )
+            return f"{place_of(path, origins)}{path} has the name {key!r}; {rule}."
+        keys.append(str(key))
+        value, expected = value[key], inner
+    path = ".".join(keys)
+    return (
+        f"{place_of(path, origins)}{path or 'a recipe'} is {value!r}; {_must_be(expected, value)}."
+    )
+
+
+def _must_be(expected: Any, value: Any) -> str:
+    """The rule for a value, and what to do about a frequent slip."""
+    kinds = {base_of(part) for part in members(base_of(expected))}
+    words = words_of(expected)
+    rule = f"it must be {describe(expected)}"
+    if isinstance(value, str) and (guess := nearest(value, words)):
+        return f"{rule}; did you mean {guess}?"
+    if isinstance(value, bool) and (words or str in kinds):
+        return f"{rule}; YAML reads a bare yes, no, on, off as true or false: put it in quotes"
+    if isinstance(value, (int, float)) and kinds <= {str, type(None)}:
+        return f"{rule}; put it in quotes"
+    return rule
+
+
+@functools.cache
+def _all_paths(schema: type, prefix: str = "") -> tuple[str, ...]:
+    """Every dotted key outside the mappings."""
+    found: list[str] = []
+    for name in schema.__pydantic_fields__:
+        found.append(f"{prefix}{name}")
+        if dataclasses.is_dataclass(inner := member(schema, name)):
+            found.extend(_all_paths(inner, f"{prefix}{name}."))
+    return tuple(found)
+
+
+def _unknown_key(path: str, schema: type, section: type, origins: Mapping[str, str]) -> str:
+    """A key that the section does not have: the nearest here, else the same word in another section."""
+    parent, _, name = path.rpartition(".")
+    siblings, everywhere = list(section.__pydantic_fields__), _all_paths(schema)
+    guess = nearest(name, siblings)
+    elsewhere = [known for known in everywhere if known.rpartition(".")[2] == name]
+    guess = (
+        f"{parent}.{guess}".lstrip(".")
+        if guess
+        else next(iter(elsewhere), nearest(path, everywhere))
+    )
+    hint = f" did you mean {guess}?" if guess else ""
+    return (
+        f"{place_of(path, origins)}{path} is not an option;{hint} (one of: {', '.join(siblings)})"
+    )

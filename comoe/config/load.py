@@ -7,15 +7,15 @@ to do.
 from __future__ import annotations
 
 import dataclasses
-import functools
-import types
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_origin
 
 import yaml
+from pydantic import TypeAdapter, ValidationError
 
-from comoe.config.errors import nearest, place_of, unknown_name
+from comoe.config.errors import message_of, nearest, unknown_name
+from comoe.config.fields import base_of, member, members
 from comoe.config.files import write_atomic
 from comoe.config.recipe import Recipe
 from comoe.config.validate import validate
@@ -29,6 +29,7 @@ __all__ = [
 Settings = TypeVar("Settings")
 
 
+TEXT_OR_NULL = {str, Literal, type(None)}
 COMMAND_LINE = "command line"
 """Where an override comes from, in messages."""
 
@@ -72,9 +73,10 @@ def recipe_from_dict(raw: Mapping[str, Any], *, origins: Mapping[str, str] | Non
         origins: key path -> "file:line", put in front of messages.
 
     Raises:
-        ValueError: unknown key or wrong type. Values are checked by ``validate``.
+        ValueError: unknown key, wrong type, value out of its range. Rules between options are those
+            of ``validate``.
     """
-    return _convert(raw, Recipe, path="", origins=origins or {})
+    return _checked(raw, Recipe, origins=origins or {})
 
 
 def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
@@ -88,9 +90,9 @@ def recipe_to_yaml(recipe: Recipe) -> str:
 
 
 def load_settings(path: str | Path, schema: type[Settings]) -> tuple[Settings, dict[str, str]]:
-    """Another YAML file than a recipe, read as strictly, as a dataclass; and "file:line" of each dotted key."""
+    """Another YAML file than a recipe, read as strictly, as a ``section``; and "file:line" of each dotted key."""
     raw, origins = _read_yaml(Path(path))
-    return _convert(raw, schema, path="", origins=origins), origins
+    return _checked(raw, schema, origins=origins), origins
 
 
 def save_recipe(recipe: Recipe, path: str | Path) -> None:
@@ -164,10 +166,8 @@ def _apply_override(raw: dict[str, Any], override: str, *, origins: dict[str, st
         value = yaml.load(text, _StrictLoader)  # noqa: S506  (a SafeLoader)
     except (yaml.YAMLError, ValueError):
         value = text
-    wants_text = expected is str or (
-        value is not None and set(_options(expected)) == {str, type(None)}
-    )
-    if wants_text and not isinstance(value, str):
+    kinds = {get_origin(base) or base for base in map(base_of, members(base_of(expected)))}
+    if not isinstance(value, str) and kinds <= ({str, Literal} if value is None else TEXT_OR_NULL):
         value = text  # run.name=2024 and data.root=1e3 mean the text, not the number
     *sections, last = path.split(".")
     place = raw
@@ -189,142 +189,26 @@ def _apply_override(raw: dict[str, Any], override: str, *, origins: dict[str, st
         place[last] = value
 
 
-@functools.cache
-def _fields(schema: type) -> dict[str, Any]:
-    """Field name -> type of a dataclass."""
-    return get_type_hints(schema)
+def _checked(raw: Any, schema: type[Settings], *, origins: Mapping[str, str]) -> Settings:
+    """Plain dicts as a section, or a ValueError with the key path."""
+    try:
+        return TypeAdapter(schema).validate_python(_with_empty_sections(raw, schema))
+    except ValidationError as error:
+        raise ValueError(message_of(error, schema, raw=raw, origins=origins)) from None
 
 
-def _options(expected: Any) -> tuple[Any, ...]:
-    """The members of a union; a plain type is its own only member."""
-    return get_args(expected) if get_origin(expected) in (Union, types.UnionType) else (expected,)
+def _with_empty_sections(raw: Any, expected: Any) -> Any:
+    """A section or mapping without content (``train:`` alone) is an empty one."""
+    if not (dataclasses.is_dataclass(expected) or get_origin(expected) is dict):
+        return raw
+    if not isinstance(raw, Mapping):
+        return {} if raw is None else raw
+    return {key: _with_empty_sections(item, member(expected, key)) for key, item in raw.items()}
 
 
 def _type_at(path: str) -> Any:
     """The declared type of a dotted key, None when there is no such key."""
     expected: Any = Recipe
     for part in path.split("."):
-        if dataclasses.is_dataclass(expected):
-            expected = _fields(expected).get(part)
-        elif get_origin(expected) is dict:
-            expected = get_args(expected)[1]
-        else:
-            return None
+        expected = member(expected, part)
     return expected
-
-
-@functools.cache
-def _all_paths(schema: type = Recipe, prefix: str = "") -> tuple[str, ...]:
-    """Every dotted key outside the tasks."""
-    found: list[str] = []
-    for name, expected in _fields(schema).items():
-        found.append(f"{prefix}{name}")
-        if dataclasses.is_dataclass(expected):
-            found.extend(_all_paths(expected, f"{prefix}{name}."))
-    return tuple(found)
-
-
-def _unknown_key(path: str, siblings: Sequence[str], origins: Mapping[str, str]) -> ValueError:
-    """The error for a key that the section does not have: the nearest here, else the same word in another section."""
-    section, _, name = path.rpartition(".")
-    guess = nearest(name, siblings)
-    elsewhere = [known for known in _all_paths() if known.rpartition(".")[2] == name] or [
-        nearest(path, _all_paths())
-    ]
-    guess = (f"{section}.{guess}" if section else guess) if guess else elsewhere[0]
-    hint = f" did you mean {guess}?" if guess else ""
-    return ValueError(
-        f"{place_of(path, origins)}{path} is not an option;{hint} (one of: {', '.join(siblings)})"
-    )
-
-
-def _convert(value: Any, expected: Any, *, path: str, origins: Mapping[str, str]) -> Any:
-    """``value`` as the declared type, or a ValueError with the key path."""
-    if dataclasses.is_dataclass(expected) and (value is None or isinstance(value, Mapping)):
-        known, built = _fields(expected), {}
-        for key, item in (value or {}).items():
-            inner = f"{path}.{key}" if path else str(key)
-            if key not in known:
-                raise _unknown_key(inner, list(known), origins)
-            built[key] = _convert(item, known[key], path=inner, origins=origins)
-        return expected(**built)
-    if get_origin(expected) is dict and (value is None or isinstance(value, Mapping)):
-        item_type, built = get_args(expected)[1], {}
-        for key, item in (value or {}).items():
-            if not isinstance(key, str):
-                raise ValueError(
-                    f"{place_of(path, origins)}{path} has the name {key!r}; put it in quotes."
-                )
-            built[key] = _convert(item, item_type, path=f"{path}.{key}", origins=origins)
-        return built
-    for option in _options(expected):
-        if get_origin(option) is list and isinstance(value, (list, tuple)):
-            (item_type,) = get_args(option)
-            numbered = enumerate(value)
-            return [
-                _convert(item, item_type, path=f"{path}.{place}", origins=origins)
-                for place, item in numbered
-            ]
-        if option in _SCALARS and (converted := _SCALARS[option](value)) is not _WRONG:
-            return converted
-    rule = f"it must be {_in_words(expected)}{_advice(value, expected)}"
-    raise ValueError(f"{place_of(path, origins)}{path or 'a recipe'} is {value!r}; {rule}.")
-
-
-def _advice(value: Any, expected: Any) -> str:
-    """What to do about a frequent slip."""
-    if isinstance(value, bool) and str in _options(expected):
-        return "; YAML reads a bare yes, no, on, off as true or false: put it in quotes"
-    if isinstance(value, (int, float)) and set(_options(expected)) <= {str, type(None)}:
-        return "; put it in quotes"
-    return ""
-
-
-def _in_words(expected: Any) -> str:
-    """A declared type as the user says it; beside a number ``str`` is the word auto."""
-    options = _options(expected)
-    numeric = int in options or float in options
-    words = ["auto" if option is str and numeric else _WORDS.get(option) for option in options]
-    return " or ".join(
-        word or _compound_in_words(option) for word, option in zip(words, options, strict=True)
-    )
-
-
-def _compound_in_words(option: Any) -> str:
-    """A section, list or mapping type in words."""
-    if get_origin(option) is list:
-        return f"a list (each item {_in_words(get_args(option)[0])})"
-    if get_origin(option) is dict:
-        return f"a mapping of names, each to {_in_words(get_args(option)[1])}"
-    return "a section (key: value lines)"
-
-
-_WRONG = object()
-
-
-def _float(value: Any) -> Any:
-    """A number; ``1e-4`` is text to YAML 1.1 (it wants ``1.0e-4``), so text that is a number counts too."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        return _WRONG
-    try:
-        return float(value)
-    except ValueError:
-        return _WRONG
-
-
-_SCALARS: dict[Any, Callable[[Any], Any]] = {
-    bool: lambda value: value if isinstance(value, bool) else _WRONG,
-    int: lambda value: value if isinstance(value, int) and not isinstance(value, bool) else _WRONG,
-    float: _float,
-    str: lambda value: value if isinstance(value, str) else _WRONG,
-    type(None): lambda value: value if value is None else _WRONG,
-}
-
-
-_WORDS: dict[Any, str] = {
-    bool: "true or false",
-    int: "a whole number",
-    float: "a number",
-    str: "text",
-    type(None): "null",
-}

@@ -1,321 +1,164 @@
-"""What the values of a recipe must obey, and the errors that say so."""
+"""Rules that bind several options; types and ranges of single ones are in ``comoe.config.recipe``."""
 
 from __future__ import annotations
 
-import dataclasses
-import math
 import re
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
 
 from comoe.config.errors import nearest, place_of, unknown_name
-from comoe.config.recipe import Recipe
+from comoe.config.fields import template_fields
+from comoe.config.recipe import Recipe, TaskConfig
+
+BY_DECODER = ("text", "label_words")
+"""Kinds of task that a decoder predicts; the first one free, the other one's words are scored."""
+UNLABELLED = "unlabelled"
+"""The kind of task without labels."""
+BY_GRADIENTS = ("gradnorm", "pcgrad", "cagrad")
+"""Weightings that read each task's gradient by the last shared states."""
+BY_TEMPERATURE = ("temperature", "progress")
+"""Mixings that read ``data.mixing_temperature``."""
+Broken = Iterator[tuple[str, str]]
+"""Of the rules that a recipe breaks: key path, and the rest of a sentence."""
 
 
 def validate(recipe: Recipe, *, origins: Mapping[str, str] | None = None) -> None:
-    """Check all values that need no data, no encoder and no table of another module.
+    """Check what needs no data, no encoder and no table of another module.
 
     Args:
         recipe: the recipe.
         origins: key path -> "file:line", put in front of messages.
 
     Raises:
-        ValueError: the first value against its rule: key path, value, rule.
+        ValueError: the first broken rule: key path, value, rule.
     """
-    origins = origins or {}
-    for path, value in _walk(dataclasses.asdict(recipe)):
-        holds, rule = RULES.get(re.sub(r"^tasks\.[^.]+\.", "tasks.*.", path), (None, ""))
-        if holds is not None and not holds(value):
-            hint = _misspelt(path, recipe)
-            raise ValueError(
-                f"{place_of(path, origins)}{path} is {value!r}; it must be {rule}.{hint}"
-            )
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(
-                f"{place_of(path, origins)}{path} is {value!r}; it must be a finite number."
-            )
-    _validate_together(recipe, origins)
+    for rules in RULES:
+        for path, message in rules(recipe):
+            raise ValueError(f"{place_of(path, origins or {})}{path} {message}")
 
 
-def _misspelt(path: str, recipe: Recipe) -> str:
-    """A task without a path, of nearly the name of another one, was made by an option that was meant for that one."""
-    name = path.removeprefix("tasks.").removesuffix(".path")
-    others = [other for other in recipe.tasks if other != name]
-    guess = nearest(name, others) if path == f"tasks.{name}.path" else None
-    return f" Did you mean task {guess}?" if guess else ""
-
-
-def _validate_together(recipe: Recipe, origins: Mapping[str, str]) -> None:
-    """Rules that bind several keys."""
-    moe, tasks = recipe.model.moe, recipe.tasks
-
-    def refuse(path: str, message: str) -> None:
-        raise ValueError(f"{place_of(path, origins)}{path} {message}")
-
+def _tasks(recipe: Recipe) -> Broken:
+    tasks = recipe.tasks
     if not tasks:
-        refuse(
-            "tasks",
-            "is empty; give the recipe at least one task, as in `tasks: {mood: {path: mood.csv}}`.",
-        )
-    for name in tasks:
+        example = "`tasks: {mood: {path: mood.csv}}`"
+        yield "tasks", f"is empty; give the recipe at least one task, as in {example}."
+    for name, task in tasks.items():
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]*", name):
-            refuse(
-                f"tasks.{name}",
-                "is not a task name; use letters, digits, dash, underscore; no dash first.",
-            )
-        if tasks[name].confidence_strategy != "none" and tasks[name].confidence is None:
-            strategy = tasks[name].confidence_strategy
-            refuse(
-                f"tasks.{name}.confidence_strategy",
-                f"is {strategy}; name the column: tasks.{name}.confidence.",
-            )
-    if recipe.loss.orthogonal_weight and not recipe.model.private_width:
-        refuse(
-            "loss.orthogonal_weight",
-            "needs private parts to keep apart; set model.private_width, or make it 0.",
+            rule = "use letters, digits, dash, underscore; no dash first"
+            yield f"tasks.{name}", f"is not a task name; {rule}."
+        if not task.path:
+            # A misspelt task in an override makes a new one, which has nothing but that option.
+            guess = nearest(name, [other for other in tasks if other != name])
+            hint = f" Did you mean task {guess}?" if guess else ""
+            rule = "it must be the folder, file or hub name of the task's posts"
+            yield f"tasks.{name}.path", f"is ''; {rule}; it is empty.{hint}"
+        if task.confidence_strategy != "none" and task.confidence is None:
+            column = f"name the column: tasks.{name}.confidence"
+            yield f"tasks.{name}.confidence_strategy", f"is {task.confidence_strategy}; {column}."
+        yield from (_decoded if task.kind in BY_DECODER else _not_decoded)(f"tasks.{name}", task)
+    labelled = {name: task for name, task in tasks.items() if task.kind != UNLABELLED}
+    if not labelled:
+        yield "tasks", f"has no task with labels ({', '.join(tasks)} are unlabelled); add one."
+    if all(task.auxiliary for task in labelled.values()):
+        rule = "is true for it and all others; set it to false for one task"
+        yield f"tasks.{next(iter(labelled))}.auxiliary", f"{rule} with labels."
+
+
+def _decoded(key: str, task: TaskConfig) -> Broken:
+    """Options of a task that a decoder predicts."""
+    scored, usual = task.kind != BY_DECODER[0], TaskConfig()
+    also = " (Kind text with labels is label_words; without labels it writes.)" if scored else ""
+    if task.prompt is None:
+        example = f"{key}.prompt='sentiment of: {{text}}' ({{pair}} stands for the second text)"
+        yield f"{key}.prompt", f"is what the encoder reads for kind {task.kind}: {example}."
+    elif "pair" in template_fields(task.prompt) and task.pair is None:
+        yield f"{key}.prompt", f"has {{pair}}; name the column of the second text: {key}.pair."
+    if task.contrastive is True:
+        yield f"{key}.contrastive", "is true, but a decoder predicts the task; make it auto."
+    if task.label_smoothing:
+        rule = f"has no meaning for kind {task.kind}; leave it out"
+        yield f"{key}.label_smoothing", f"{rule}.{also}"
+    for option in ("num_beams", "max_answer_length"):
+        if scored and getattr(task, option) != getattr(usual, option):
+            rule = f"has no meaning for kind {task.kind}, whose words are scored; leave it out"
+            yield f"{key}.{option}", f"{rule}.{also}"
+    if not scored and task.label_words:
+        rule = f"needs {key}.labels, whose words they are; without them the text is free"
+        yield f"{key}.label_words", f"{rule}."
+
+
+def _not_decoded(key: str, task: TaskConfig) -> Broken:
+    """Options that only a decoder reads."""
+    usual = TaskConfig()
+    for option in ("prompt", "label_words", "max_answer_length", "num_beams"):
+        if getattr(task, option) != getattr(usual, option):
+            rule = "leave it out, or let a decoder predict the task: kind text or label_words"
+            yield f"{key}.{option}", f"has no meaning for kind {task.kind}; {rule}."
+
+
+def _experts(recipe: Recipe) -> Broken:
+    moe, loss, ep_size = recipe.model.moe, recipe.loss, recipe.parallel.ep_size
+    E, k = moe.num_experts, moe.top_k
+    if E and k > E:
+        yield "model.moe.top_k", f"({k}) must be at most model.moe.num_experts ({E}); lower it."
+    if E and k == E and loss.balance_weight:
+        every = (
+            f"with model.moe.top_k = num_experts ({k}) every expert runs and the loss is constant"
         )
-    if moe.num_experts and moe.top_k > moe.num_experts:
-        refuse(
-            "model.moe.top_k",
-            f"({moe.top_k}) must be at most model.moe.num_experts ({moe.num_experts}); lower it.",
-        )
-    if recipe.loss.balance_weight and moe.num_experts and moe.top_k == moe.num_experts:
-        every = f"with model.moe.top_k = num_experts ({moe.top_k}) every expert runs and the balance loss is constant"
-        refuse(
-            "loss.balance_weight",
-            f"is {recipe.loss.balance_weight}, but {every}; set it to 0, or lower top_k.",
-        )
-    if isinstance(recipe.parallel.ep_size, int) and moe.num_experts % recipe.parallel.ep_size:
-        sizes = [size for size in range(1, moe.num_experts + 1) if moe.num_experts % size == 0]
-        rule = f"must divide model.moe.num_experts ({moe.num_experts}); set it to auto or one of {sizes}."
-        refuse("parallel.ep_size", f"({recipe.parallel.ep_size}) {rule}")
-    image_text = recipe.loss.image_text
-    if image_text.itc_weight + image_text.itm_weight >= 1:
-        share = f"{image_text.itc_weight} + loss.image_text.itm_weight {image_text.itm_weight}"
-        refuse(
-            "loss.image_text.itc_weight",
-            f"{share} leaves nothing of 1 to the tasks; lower one of them.",
-        )
-    if recipe.loss.contrastive.queue_size and recipe.loss.contrastive.over == "local":
-        refuse(
-            "loss.contrastive.queue_size",
-            "needs loss.contrastive.over: global, so that all ranks hold one queue.",
-        )
-    if recipe.loss.contrastive.chunk_size is not None and recipe.train.micro_batch_size != "auto":
-        size = recipe.train.micro_batch_size
-        refuse(
-            "train.micro_batch_size",
-            f"is {size}, but loss.contrastive.chunk_size already sets it; make it auto.",
-        )
-    if all(task.auxiliary for task in tasks.values()):
-        refuse(
-            f"tasks.{next(iter(tasks))}.auxiliary",
-            "is true for it and all others; set it to false for one task.",
-        )
-    metric = recipe.train.early_stop_metric
+        rule = "set it to 0, or lower top_k"
+        yield "loss.balance_weight", f"is {loss.balance_weight}, but {every}; {rule}."
+    # The bias of a single expert stays 0, so the default balance may stay on.
+    if k == E > 1 and moe.balance != "none":
+        every = f"top_k = num_experts = {E}, so every expert runs for every token"
+        rule = "set model.moe.balance to none"
+        yield "model.moe.balance", f"({moe.balance}) has nothing to balance: {every}; {rule}."
+    if isinstance(ep_size, int) and E % ep_size:
+        sizes = [size for size in range(1, E + 1) if E % size == 0]
+        rule = f"must divide model.moe.num_experts ({E}); set it to auto or one of {sizes}"
+        yield "parallel.ep_size", f"({ep_size}) {rule}."
+
+
+def _losses(recipe: Recipe) -> Broken:
+    loss, sides = recipe.loss, recipe.loss.image_text
+    if loss.orthogonal_weight and not recipe.model.private_width:
+        rule = "set model.private_width, or make it 0"
+        yield "loss.orthogonal_weight", f"needs private parts to keep apart; {rule}."
+    if sides.itc_weight + sides.itm_weight >= 1:
+        share = f"{sides.itc_weight} + loss.image_text.itm_weight {sides.itm_weight}"
+        rule = "leaves nothing of 1 to the tasks; lower one of them"
+        yield "loss.image_text.itc_weight", f"{share} {rule}."
+    if loss.contrastive.queue_size and loss.contrastive.over == "local":
+        rule = "needs loss.contrastive.over: global, so that all ranks hold one queue"
+        yield "loss.contrastive.queue_size", f"{rule}."
+    if loss.contrastive.chunk_size is not None and recipe.train.micro_batch_size != "auto":
+        rule = "but loss.contrastive.chunk_size already sets it; make it auto"
+        yield "train.micro_batch_size", f"is {recipe.train.micro_batch_size}, {rule}."
+    decoded = [name for name, task in recipe.tasks.items() if task.kind in BY_DECODER]
+    if decoded and loss.weighting in BY_GRADIENTS:
+        reads = "reads the gradient of each task by the last states that all tasks share"
+        rule = f"which leaves a decoder out, but a decoder predicts {', '.join(decoded)}"
+        others = "choose another weighting, such as uncertainty_positive or dynamic_average"
+        remedy = f"{others}, or give these tasks a kind that a head predicts"
+        yield "loss.weighting", f"({loss.weighting}) {reads}, {rule}; {remedy}."
+
+
+def _mixing(recipe: Recipe) -> Broken:
+    temperature = recipe.data.mixing_temperature
+    if recipe.data.mixing in BY_TEMPERATURE and temperature < 1:
+        why = "below, small data sets would vanish. 1 is proportional, 2 is usual, more is closer"
+        yield "data.mixing_temperature", f"({temperature}) must be at least 1: {why} to uniform."
+
+
+def _early_stop(recipe: Recipe) -> Broken:
+    key, metric, tasks = "train.early_stop_metric", recipe.train.early_stop_metric, recipe.tasks
+    if metric == "mean":
+        return
     task, slash, _ = metric.partition("/")
-    if metric != "mean" and not slash:
-        refuse(
-            "train.early_stop_metric",
-            f"is {metric!r}; give mean or task/metric: {next(iter(tasks))}/macro_f1.",
-        )
-    if slash and task not in tasks:
-        refuse("train.early_stop_metric", f"is {metric!r}: {unknown_name('task', task, tasks)}")
-    if slash and tasks[task].auxiliary:
-        refuse(
-            "train.early_stop_metric",
-            f"is {metric!r}, but tasks.{task} is auxiliary; name another task, or mean.",
-        )
+    if not slash:
+        yield key, f"is {metric!r}; give mean or task/metric: {next(iter(tasks))}/macro_f1."
+    if task not in tasks:
+        yield key, f"is {metric!r}: {unknown_name('task', task, tasks)}"
+    if tasks[task].auxiliary:
+        yield key, f"is {metric!r}, but tasks.{task} is auxiliary; name another task, or mean."
 
 
-def _walk(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of every leaf of nested dicts."""
-    for key, value in node.items():
-        if isinstance(value, dict) and value:
-            yield from _walk(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def _choice(*words: str) -> tuple[Callable[[Any], bool], str]:
-    return lambda value: value in words, f"one of {', '.join(words)}"
-
-
-def _number(
-    low: float,
-    high: float | None = None,
-    *,
-    open_low: bool = False,
-    open_high: bool = False,
-    word: str | None = None,
-) -> tuple[Callable[[Any], bool], str]:
-    """Rule for a number in a range, a list of such numbers, null, or the word that the field also takes."""
-    rule = f"{'above' if open_low else 'at least'} {low}"
-    if high is not None:
-        rule += f" and {'below' if open_high else 'at most'} {high}"
-
-    def holds(value: Any) -> bool:
-        if value is None or (word is not None and value == word):
-            return True
-        if isinstance(value, (str, list)):
-            return False
-        above = value > low if open_low else value >= low
-        return above and (high is None or (value < high if open_high else value <= high))
-
-    return holds, rule if word is None else f"{rule}, or {word}"
-
-
-def _safe_name(value: Any) -> bool:
-    return re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", value) is not None
-
-
-def _layers(value: Any) -> bool:
-    if isinstance(value, str):
-        return value in ("all", "alternate", "last_half")
-    return bool(value) and min(value) >= 0 and len(set(value)) == len(value)
-
-
-def _train_layers(value: Any) -> bool:
-    return value in ("all", "none") if isinstance(value, str) else value >= 1
-
-
-def _class_weights(value: Any) -> bool:
-    if isinstance(value, str):
-        return value in ("none", "balanced")
-    return len(value) > 1 and all(0 < number < math.inf for number in value)
-
-
-def _betas(value: Any) -> bool:
-    return len(value) == 2 and all(0 <= beta < 1 for beta in value)
-
-
-_COUNT, _COUNT_OR_AUTO, _COUNT_FROM_0 = _number(1), _number(1, word="auto"), _number(0)
-
-
-_POSITIVE, _NOT_NEGATIVE, _SHARE = (
-    _number(0, open_low=True),
-    _number(0),
-    _number(0, 1, open_high=True),
-)
-
-
-_TEXT = (bool, "given; it is empty")
-
-
-_DIFFERENT = (lambda value: len(set(value)) == len(value), "a list of different names")
-
-
-RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "run.name": (
-        _safe_name,
-        "a plain folder name: letters, digits, dot, dash, underscore, no dot or dash first",
-    ),
-    "run.output_dir": _TEXT,
-    "model.encoder": _TEXT,
-    "model.dropout": _SHARE,
-    "model.train_layers": (_train_layers, "all, none, or the number of last layers, at least 1"),
-    "model.projection_width": _COUNT,
-    "model.private_width": _COUNT_FROM_0,
-    "model.moe.num_experts": _COUNT_FROM_0,
-    "model.moe.top_k": _COUNT,
-    "model.moe.route_by": _choice("token", "task", "both"),
-    "model.moe.layers": (
-        _layers,
-        "all, alternate, last_half, or a list of different layer numbers from 0",
-    ),
-    "model.moe.expert_width": _COUNT_OR_AUTO,
-    "model.moe.shared_width": _COUNT_FROM_0,
-    "model.moe.output_init": _NOT_NEGATIVE,
-    "model.moe.temperature": _POSITIVE,
-    "model.moe.cooperation_threshold": _SHARE,
-    "model.moe.task_embedding_width": _COUNT,
-    "model.moe.balance": _choice("none", "bias"),
-    "model.moe.balance_rate": _NOT_NEGATIVE,
-    "parallel.ep_size": _COUNT_OR_AUTO,
-    "parallel.timeout_seconds": _POSITIVE,
-    "data.max_length": _number(4),
-    "data.limit_per_task": _COUNT,
-    "data.limit_eval": _COUNT,
-    "data.validation_fraction": _SHARE,
-    "data.on_error": _choice("stop", "skip"),
-    "data.posts_per_label": _COUNT_FROM_0,
-    # Twice what Pillow warns of; beyond that it refuses by itself.
-    "data.max_image_pixels": _number(1, 178_956_970),
-    "data.max_image_bytes": _COUNT,
-    "data.on_bad_image": _choice("skip", "text"),
-    "data.hide": _choice("none", "text", "image"),
-    "data.max_characters": _COUNT,
-    "data.noise": _DIFFERENT,
-    "data.noise_rate": _number(0, 1),
-    "data.mixing_temperature": _POSITIVE,
-    "data.normalize.preset": _choice("none", "social", "strict", "weibo"),
-    "data.normalize.language": _TEXT,
-    "tasks.*.path": (bool, "the folder, file or hub name of the task's posts; it is empty"),
-    "tasks.*.text": _TEXT,
-    "tasks.*.label": _TEXT,
-    "tasks.*.weight": _NOT_NEGATIVE,
-    "tasks.*.class_weights": (
-        _class_weights,
-        "none, balanced, or a list with one number above 0 per label",
-    ),
-    "tasks.*.label_smoothing": _SHARE,
-    "tasks.*.contrastive": (lambda value: value in (True, False, "auto"), "true, false, or auto"),
-    "tasks.*.contrastive_weight": _NOT_NEGATIVE,
-    "tasks.*.contrastive_temperature": _number(0.01),
-    "tasks.*.contrastive_width": _number(0, open_low=True, word="auto"),
-    "tasks.*.confidence_strategy": _choice("none", "input", "output", "input_output"),
-    "tasks.*.labels": _DIFFERENT,
-    "tasks.*.slices": _DIFFERENT,
-    "tasks.*.prompt": (
-        lambda value: value is None or value.strip(),
-        "given, with {text} in it; it is empty",
-    ),
-    "tasks.*.label_words": _DIFFERENT,
-    "tasks.*.max_answer_length": _number(3),
-    "tasks.*.num_beams": _COUNT,
-    "loss.contrastive.weight": _NOT_NEGATIVE,
-    "loss.contrastive.temperature": _number(0.01),
-    "loss.contrastive.over": _choice("global", "local"),
-    "loss.contrastive.queue_size": _COUNT_FROM_0,
-    "loss.contrastive.queue_warmup": _COUNT_FROM_0,
-    "loss.contrastive.chunk_size": _COUNT,
-    "loss.image_text.itc_weight": _SHARE,
-    "loss.image_text.itm_weight": _SHARE,
-    "loss.image_text.temperature": _number(0.01),
-    "loss.image_text.negatives": _choice("hard", "random"),
-    "loss.weighting_rate": _POSITIVE,
-    "loss.weighting_temperature": _POSITIVE,
-    "loss.weighting_window": _COUNT,
-    "loss.gradnorm_alpha": _NOT_NEGATIVE,
-    "loss.cagrad_c": _SHARE,
-    "loss.adversarial.weight": _NOT_NEGATIVE,
-    "loss.adversarial.predict": _TEXT,
-    "loss.adversarial.hidden_width": _COUNT,
-    "loss.adversarial.gamma": _NOT_NEGATIVE,
-    "loss.balance_weight": _NOT_NEGATIVE,
-    "loss.orthogonal_weight": _NOT_NEGATIVE,
-    "loss.z_weight": _NOT_NEGATIVE,
-    "loss.task_separation_weight": _NOT_NEGATIVE,
-    "train.epochs": _POSITIVE,
-    "train.max_steps": _COUNT,
-    "train.batch_size": _COUNT,
-    "train.micro_batch_size": _COUNT_OR_AUTO,
-    "train.optimizer": _choice("adamw", "sgd"),
-    "train.learning_rate": _NOT_NEGATIVE,
-    "train.expert_learning_rate": _NOT_NEGATIVE,
-    "train.head_learning_rate": _NOT_NEGATIVE,
-    "train.weight_decay": _NOT_NEGATIVE,
-    "train.betas": (_betas, "two numbers, at least 0 and below 1"),
-    "train.epsilon": _POSITIVE,
-    "train.momentum": _SHARE,
-    "train.schedule": _choice("linear", "cosine", "constant"),
-    "train.warmup_fraction": _SHARE,
-    "train.max_grad_norm": _NOT_NEGATIVE,
-    "train.log_every": _COUNT,
-    "train.eval_every": _COUNT_OR_AUTO,
-    "train.save_every": _COUNT_OR_AUTO,
-    "train.keep_checkpoints": _COUNT,
-    "train.patience": _COUNT_FROM_0,
-    "train.max_nonfinite": _COUNT,
-    "train.seed": _COUNT_FROM_0,
-}
+RULES: tuple[Callable[[Recipe], Broken], ...] = (_tasks, _experts, _losses, _mixing, _early_stop)

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from comoe.config.errors import unknown_name
 from comoe.config.recipe import NormalizeConfig
 from comoe.data.columns import Domains, confidences_of, domain_columns
 from comoe.data.images.pixels import PixelReader
@@ -63,7 +62,7 @@ class Collator:
         domains: what the adversarial loss predicts of posts; None predicts nothing.
 
     Raises:
-        ValueError: no such ``route_by``; or label words that the tokenizer does not know or cannot
+        ValueError: label words that the tokenizer does not know or cannot
             tell apart.
     """
 
@@ -77,8 +76,6 @@ class Collator:
         pixels: PixelReader | None = None,
         domains: Domains | None = None,
     ) -> None:
-        if route_by not in ROW_PER_TASK:
-            raise unknown_name("model.moe.route_by", route_by, ROW_PER_TASK)
         self.tokenizer = tokenizer
         self.tasks = tuple(tasks)
         self.pixels = pixels

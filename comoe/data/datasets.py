@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from comoe.config.errors import unknown_name
 from comoe.config.recipe import Recipe, TaskConfig
 from comoe.data.labels import discovered
 from comoe.data.reading.files import RawSplit
@@ -35,19 +34,9 @@ class Group:
 
 def groups_of(recipe: Recipe) -> list[Group]:
     """Data sets in the order of their first task, with names that tell them apart."""
-    if not recipe.tasks:
-        raise ValueError(
-            "tasks is empty; give the recipe at least one task, as in `tasks: {mood: {path: mood.csv}}`."
-        )
     shared: dict[tuple, dict[str, TaskConfig]] = {}
     for name, task in recipe.tasks.items():
-        if task.kind not in KINDS:
-            raise unknown_name(f"tasks.{name}.kind", task.kind, KINDS)
         shared.setdefault(_posts_of(task), {})[name] = task
-    if not any(KINDS[task.kind].scored for task in recipe.tasks.values()):
-        raise ValueError(
-            f"tasks: none of {', '.join(recipe.tasks)} has labels; give the recipe a task that has."
-        )
     groups: list[Group] = []
     for members in shared.values():
         _check_together(members)

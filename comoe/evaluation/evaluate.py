@@ -240,19 +240,9 @@ def check_chosen_metric(
             any.
 
     Raises:
-        ValueError: no such task or metric, with the nearest one; an auxiliary task; or nothing to
-            measure it on.
+        ValueError: no such metric, with the nearest one; or nothing to measure it on.
     """
-    if not (scored := [task for task in tasks if task.rules.scored and not task.auxiliary]):
-        raise ValueError(
-            f"tasks: all that have answers are auxiliary ({', '.join(task.name for task in tasks)}), so there is "
-            "nothing to choose a checkpoint by; set auxiliary to false for one."
-        )
-    if any(task.auxiliary and name.startswith(f"{task.name}/") for task in tasks):
-        raise ValueError(
-            f"train.early_stop_metric is {name!r}, but tasks.{name.partition('/')[0]} is auxiliary: no checkpoint is "
-            "chosen by it. Name another task, or mean."
-        )
+    scored = [task for task in tasks if task.rules.scored and not task.auxiliary]
     valid = [MEAN, *(f"{task.name}/{metric}" for task in scored for metric in metric_names(task))]
     if name not in valid:
         raise unknown_name("train.early_stop_metric", name, valid)

@@ -19,7 +19,7 @@ from comoe.losses.image_text import ITCLoss, ITMLoss
 from comoe.losses.orthogonal import OrthogonalLoss
 from comoe.losses.routing import BalanceLoss, TaskSeparationLoss, ZLoss
 from comoe.losses.weighting.gradient_surgery import gram_over_ranks, shared_gradients
-from comoe.losses.weighting.strategies import WEIGHTINGS, build_weighting
+from comoe.losses.weighting.strategies import WEIGHTINGS
 from comoe.models.model import MultiTaskModel, build_model
 from comoe.models.moe.gate import build_gate
 from comoe.tasks.task import Task, decoder_tasks
@@ -162,9 +162,9 @@ class Objective(nn.Module):
         self.config = model.config
         self.tasks = tuple(tasks)
         self.names = [task.name for task in tasks]
-        self.weighting = build_weighting(loss.weighting, self.tasks, loss)
+        self.weighting = WEIGHTINGS[loss.weighting](self.tasks, loss)
         decoded = bool(decoder_tasks(tasks))
-        assert not (decoded and self.weighting.reads_gradients), "refuse_decoded comes first"
+        assert not (decoded and self.weighting.reads_gradients), "the recipe's rules refuse it"
         parts = Parts(loss, moe, model, seed, num_domains)
         built = {name: build(parts) for name, build in LOSSES.items()}
         self.terms = {name: term for name, term in built.items() if term is not None}
@@ -342,21 +342,6 @@ _MODES: dict[Mode, Callable[..., Any]] = {
     "embed": Objective.embed,
     "task_gradients": Objective.task_gradients,
 }
-
-
-def refuse_decoded(weighting: str, decoded: Sequence[str]) -> None:
-    """Refuse a weighting that reads the tasks' gradients where tasks have a decoder: these
-    gradients end at the encoder, and would leave the decoder out.
-
-    Raises:
-        ValueError: there are such tasks.
-    """
-    if decoded and WEIGHTINGS[weighting].reads_gradients:
-        raise ValueError(
-            f"loss.weighting ({weighting}) reads the gradient of each task by the last states that all tasks share, "
-            f"which leaves a decoder out, but a decoder answers {', '.join(decoded)}; choose another weighting, such "
-            "as uncertainty_positive or dynamic_average, or give these tasks a kind that a head answers."
-        )
 
 
 def count_units(batch: Batch, tasks: Sequence[Task]) -> Tensor:

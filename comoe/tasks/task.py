@@ -13,7 +13,7 @@ from comoe.config.recipe import TaskConfig
 from comoe.tasks.kinds.base import Kind, Mode
 from comoe.tasks.kinds.registry import KINDS
 from comoe.tasks.metrics import METRICS
-from comoe.tasks.prompts import check_answering, resolve_label_words
+from comoe.tasks.prompts import resolve_label_words
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,10 +156,7 @@ def build_task(
         ValueError: kind, metric, labels or class weights that do not exist or do not fit one
             another.
     """
-    if config.kind not in KINDS:
-        raise unknown_name(f"tasks.{name}.kind", config.kind, KINDS)
     kind, labels = KINDS[config.kind], tuple(labels)
-    check_answering(name, config, kind=kind)
     _check_labels(name, config, labels)
     return Task(
         name=name,
@@ -218,17 +215,11 @@ def _check_labels(name: str, config: TaskConfig, labels: tuple[str, ...]) -> Non
 
 
 def _confidence_strategy(name: str, config: TaskConfig, *, kind: Kind) -> str:
-    """What the confidence does, checked against the kind and against there being one."""
-    key, strategy = f"tasks.{name}.confidence_strategy", config.confidence_strategy
-    if strategy not in CONFIDENCE_STRATEGIES:
-        raise unknown_name(key, strategy, CONFIDENCE_STRATEGIES)
-    if CONFIDENCE_STRATEGIES[strategy] and config.confidence is None:
-        raise ValueError(
-            f"{key} is {strategy}, but there is no confidence; name its column: tasks.{name}.confidence."
-        )
+    """What the confidence does, checked against the kind."""
+    strategy = config.confidence_strategy
     if CONFIDENCE_STRATEGIES[strategy] and not kind.scored:
         raise ValueError(
-            f"{key} ({strategy}) has no meaning for a task without labels; leave it out."
+            f"tasks.{name}.confidence_strategy ({strategy}) has no meaning for a task without labels; leave it out."
         )
     return strategy
 
@@ -261,8 +252,6 @@ def _class_weights(
 ) -> tuple[float, ...] | None:
     """One number per label: as given, or N / (Y * count); a label without training posts has 1."""
     key = f"tasks.{name}.class_weights"
-    if isinstance(weights, str) and weights not in CLASS_WEIGHTS:
-        raise unknown_name(key, weights, CLASS_WEIGHTS)
     if weights == "none":
         return None
     if not kind.min_labels:
@@ -280,10 +269,6 @@ def _class_weights(
     if not all(math.isfinite(weight) and weight > 0 for weight in weights):
         raise ValueError(f"{key} ({list(weights)}) must be numbers above 0.")
     return tuple(float(weight) for weight in weights)
-
-
-CLASS_WEIGHTS = ("none", "balanced")
-"""What ``class_weights`` may be besides a list of numbers."""
 
 
 CONFIDENCE_STRATEGIES: dict[str, tuple[str, ...]] = {

@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from comoe.config.errors import unknown_name
 from comoe.config.load import recipe_to_yaml
 from comoe.config.recipe import Recipe
 from comoe.data.collator import Collator, load_tokenizer
@@ -21,23 +20,16 @@ from comoe.data.columns import Domains, find_domains
 from comoe.data.corpus import Corpus, load_corpus
 from comoe.data.images.check import limits_of
 from comoe.data.images.pixels import PixelReader, load_image_processor
-from comoe.data.reading.sources import READERS
 from comoe.data.sampling.label_quota import label_members
-from comoe.data.sampling.mixing import MIXINGS, balanced_classes
+from comoe.data.sampling.mixing import balanced_classes
 from comoe.data.sampling.sampler import TrainSampler
-from comoe.data.text.noise import NOISES
 from comoe.data.tokens.split import TokenizedSplit, report_cuts, tokenize_split
 from comoe.distributed import barrier, broadcast_object, is_main, rank, world_size
 from comoe.evaluation.evaluate import check_chosen_metric
 from comoe.inference.checkpoint_folder import checkpoint_of, whats_wrong
-from comoe.losses.objective import Objective, build_objective, refuse_decoded
-from comoe.losses.weighting.strategies import WEIGHTINGS
-from comoe.models.moe.gate import build_gate
+from comoe.losses.objective import Objective, build_objective
 from comoe.models.vision.tower import image_side
 from comoe.starter.registry import as_typed, home, resolve
-from comoe.tasks.kinds.registry import KINDS
-from comoe.tasks.metrics import METRICS
-from comoe.tasks.prompts import check_answering
 from comoe.tasks.task import Task
 from comoe.train.checkpoint.folder import Found, find_checkpoint, mark_best
 from comoe.train.checkpoint.save_load import load_checkpoint, needs_conversion, saved_elsewhere
@@ -105,7 +97,6 @@ def assemble(
             trained then.
     """
     gpu = planned_gpus > 0 or device.type == "cuda"
-    check_names(recipe)
     settings = load_settings(deepspeed_json)
     layout = plan_layout(recipe, settings, world_size=planned_gpus or world_size(), gpu=gpu)
     filled = fill_settings(settings, recipe, layout, gpu=gpu)
@@ -144,36 +135,6 @@ def assemble(
         recipe, layout, engine, corpus.tasks, splits, tokenizer, monitor, folder, state
     )
     return Run(named, filled, folder, corpus, corpus.tasks, splits, tokenizer, trainer, parameters)
-
-
-def check_names(recipe: Recipe) -> None:
-    """Refuse what the tables of other modules do not hold, before anything is fetched, read, or cleared away.
-
-    Raises:
-        ValueError: key, wrong name, right ones; or gate and sampling options that do not go
-            together.
-    """
-    if recipe.model.moe.num_experts:
-        build_gate(recipe.model.moe)
-    named = [
-        ("data.mixing", recipe.data.mixing, MIXINGS),
-        ("loss.weighting", recipe.loss.weighting, WEIGHTINGS),
-    ]
-    named += [(f"data.noise.{place}", name, NOISES) for place, name in enumerate(recipe.data.noise)]
-    for name, task in recipe.tasks.items():
-        named.append((f"tasks.{name}.kind", task.kind, KINDS))
-        named.append((f"tasks.{name}.format", task.format, {"auto": None, **READERS}))
-        named.append((f"tasks.{name}.metric", task.metric, {"auto": None, **METRICS}))
-    for key, name, table in named:
-        if name not in table:
-            raise unknown_name(key, name, table)
-    for name, task in recipe.tasks.items():
-        check_answering(name, task, kind=KINDS[task.kind])
-    refuse_decoded(
-        recipe.loss.weighting,
-        [name for name, task in recipe.tasks.items() if KINDS[task.kind].mode == "decoder"],
-    )
-    MIXINGS[recipe.data.mixing](np.ones(1), recipe.data.mixing_temperature)
 
 
 def _load_posts(recipe: Recipe) -> tuple[Corpus, Any, dict[str, TokenizedSplit]]:

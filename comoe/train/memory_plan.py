@@ -39,7 +39,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import nn
 
-from comoe.config.errors import unknown_name
 from comoe.config.recipe import Recipe
 from comoe.data.tokens.split import TokenizedSplit
 from comoe.models.encoders.families import family_of, has_decoder
@@ -341,8 +340,6 @@ def _gradients(
 
 
 def _check(*, optimizer: str, stage: int, world_size: int, ep_size: int) -> None:
-    if optimizer not in MOMENTS:
-        raise unknown_name("train.optimizer", optimizer, MOMENTS)
     if stage not in (1, 2, 3):
         raise ValueError(f"zero_optimization.stage is {stage}; it must be 1, 2 or 3.")
     if world_size % ep_size:

@@ -138,7 +138,7 @@ def train(request: Request, stop: StopSignal | None = None, watch: Watchdog | No
         recipe = _load(request)
     watch.advice = "The last whole checkpoint is good"
     watch.advice += "." if is_child() else f": go on with --resume {folder}."
-    _say_doubts(recipe)
+    _print_warnings(recipe)
     fresh = not request.dry_run and request.resume is None
     if fresh:
         refuse_taken(folder, overwrite=recipe.run.overwrite)
@@ -216,13 +216,13 @@ def _written_out(folder: Path, step: int) -> bool:
     )
 
 
-def _say_doubts(recipe: Recipe) -> None:
-    from comoe.train.recipe_warnings import doubts
+def _print_warnings(recipe: Recipe) -> None:
+    from comoe.train.recipe_warnings import recipe_warnings
 
     if is_main():
         # Not on standard output: what a dry run prints there is YAML.
-        for doubt in doubts(recipe):
-            print(f"warning: {doubt}", file=sys.stderr)
+        for sentence in recipe_warnings(recipe):
+            print(f"warning: {sentence}", file=sys.stderr)
 
 
 def _load(request: Request) -> Recipe:

@@ -6,7 +6,6 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from comoe.config.errors import unknown_name
 from comoe.config.recipe import TrainConfig
 
 ALL_STEPS = "all steps done"
@@ -66,8 +65,6 @@ def rate_factor(step: int, *, total: int, config: TrainConfig) -> float:
     warmup = math.ceil(config.warmup_fraction * total)
     if step < warmup:
         return (step + 1) / warmup
-    if config.schedule not in SCHEDULES:
-        raise unknown_name("train.schedule", config.schedule, SCHEDULES)
     progress = (step - warmup) / max(1, total - warmup)
     return SCHEDULES[config.schedule](min(1.0, progress))
 

@@ -11,7 +11,6 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 
-from comoe.config.errors import unknown_name
 from comoe.data.reading.files import (
     RawSplit,
     read_csv,
@@ -45,11 +44,6 @@ class Source:
     splits: Mapping[str, str] = field(default_factory=dict)
     """Split -> file (or hub split) where it has not a usual name."""
 
-    def __post_init__(self) -> None:
-        for split in self.splits:
-            if split not in NAMES:
-                raise unknown_name(f"{self.key}.splits", split, NAMES)
-
 
 def open_source(
     key: str,
@@ -73,8 +67,6 @@ def open_source(
     Raises:
         ValueError: nothing there, or no format fits.
     """
-    if format != "auto" and format not in READERS:
-        raise unknown_name(f"{key}.format", format, ("auto", *READERS))
     if format == "hub":
         return Source(key=key, path=path, format=format, subset=subset, splits=splits)
     place = Path(root or ".").expanduser() / Path(path).expanduser()

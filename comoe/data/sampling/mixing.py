@@ -45,11 +45,7 @@ def by_temperature(sizes_G: np.ndarray, temperature: float) -> np.ndarray:
 
     Source: Aharoni et al. 2019, arXiv:1903.00089.
     """
-    if not temperature >= 1:
-        raise ValueError(
-            f"data.mixing_temperature ({temperature}) must be at least 1: below, small data sets would vanish. "
-            "1 is proportional, 2 is usual, more is closer to uniform."
-        )
+    assert temperature >= 1, "below 1 small data sets would vanish"
     scaled_G = sizes_G.astype(np.float64) ** (1 / temperature)
     return scaled_G / scaled_G.sum()
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from comoe.config.errors import unknown_name
 from comoe.data.sampling.label_quota import LabelQuota, cut_in_parts
 from comoe.data.sampling.mixing import MIXINGS, draws_in_stretch, draws_per_epoch, label_shares
 
@@ -62,7 +61,7 @@ class TrainSampler:
             none; None balances nothing.
 
     Raises:
-        ValueError: no posts, a size below 1, an unknown mixing, a temperature below 1.
+        ValueError: no posts.
     """
 
     def __init__(
@@ -82,10 +81,6 @@ class TrainSampler:
     ) -> None:
         if len(lengths) == 0:
             raise ValueError("There are no training posts to draw from.")
-        if batch_size < 1:
-            raise ValueError(f"train.batch_size ({batch_size}) must be at least 1.")
-        if mixing not in MIXINGS:
-            raise unknown_name("data.mixing", mixing, MIXINGS)
         self.world_size = world_size
         self.micro_batch_size = posts_per_forward(
             micro_batch_size, batch_size=batch_size, world_size=world_size

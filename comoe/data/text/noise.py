@@ -15,7 +15,6 @@ from dataclasses import replace
 import emoji
 import numpy as np
 
-from comoe.config.errors import unknown_name
 from comoe.data.posts import PostSplit
 from comoe.data.text.chinese import without_codes, without_topics
 from comoe.data.text.normalize import is_blank
@@ -60,12 +59,7 @@ def noisy(posts: PostSplit, name: str, *, rate: float, seed: int) -> PostSplit:
         name: key of ``NOISES``.
         rate: share of the words that get a typo, 0 to 1.
         seed: any non-negative int.
-
-    Raises:
-        ValueError: no such noise.
     """
-    if name not in NOISES:
-        raise unknown_name("data.noise", name, NOISES)
     in_text, in_word = NOISES[name]
 
     def rng_of(text: str) -> np.random.Generator:

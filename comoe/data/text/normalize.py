@@ -68,10 +68,8 @@ def normalize_post(text: str, config: NormalizeConfig) -> str:
         nested more than eight deep and placeholders that are themselves blanks, tags or emoji.
 
     Raises:
-        ValueError: no such preset or language.
+        ValueError: the package emoji does not know the language.
     """
-    if config.preset not in PRESETS:
-        raise unknown_name("data.normalize.preset", config.preset, PRESETS)
     return PRESETS[config.preset](text, config)
 
 

@@ -17,7 +17,7 @@ from comoe.config.errors import unknown_name
 from comoe.config.load import load_recipe
 from comoe.config.recipe import Recipe
 from comoe.experiments.runner import OWN, Experiment
-from comoe.models.moe.gate import GATES, build_gate
+from comoe.models.moe.gate import GATES
 from comoe.train.parallel.ds_config import load_settings, plan_layout
 
 EVERY = "all"
@@ -155,8 +155,6 @@ def plan_points(grid: Grid, experiment: Experiment) -> tuple[list[Point], list[s
         try:
             recipe = load_recipe(experiment.config, [*experiment.overrides, *point.overrides])
             plan_layout(recipe, settings, world_size=experiment.ranks, gpu=False)
-            if experts:
-                build_gate(recipe.model.moe)
             points[point.name] = point
         except ValueError as error:
             left_out.append(f"{point.name}: {error}")

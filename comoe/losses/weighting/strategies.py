@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from comoe.config.errors import unknown_name
 from comoe.config.recipe import LossConfig
 from comoe.losses.weighting.gradient_surgery import cagrad, pcgrad
 from comoe.tasks.task import Task
@@ -32,16 +31,11 @@ class Weighting(nn.Module):
         config: ``loss`` of the recipe.
 
     Attributes:
-        reads: options of ``loss`` that count under this weighting; else a recipe that sets one is
-            warned.
-        reads_task_weights: ``tasks.<name>.weight`` counts.
         adapts: the weights follow the training, and so need two tasks.
         reads_gradients: ``forward`` wants ``gram_TT``.
         remembers: it wants ``end_step``.
     """
 
-    reads: tuple[str, ...] = ()
-    reads_task_weights = False
     adapts = True
     reads_gradients = False
     remembers = False
@@ -97,7 +91,6 @@ class Equal(Weighting):
 class Static(Weighting):
     """The sum under the user's numbers, ``tasks.<name>.weight``."""
 
-    reads_task_weights = True
     adapts = False
 
     def __init__(self, tasks: Sequence[Task], config: LossConfig) -> None:
@@ -120,8 +113,6 @@ class Uncertainty(Weighting):
 
     Source: Kendall et al. 2018, arXiv:1705.07115.
     """
-
-    reads = ("weighting_rate",)
 
     def __init__(self, tasks: Sequence[Task], config: LossConfig) -> None:
         super().__init__(tasks, config)
@@ -164,7 +155,6 @@ class DynamicAverage(Weighting):
     Source: dynamic weight average, arXiv:1803.10704, where a window is an epoch.
     """
 
-    reads = ("weighting_temperature", "weighting_window")
     remembers = True
 
     def __init__(self, tasks: Sequence[Task], config: LossConfig) -> None:
@@ -219,7 +209,6 @@ class GradNorm(Weighting):
     Source: arXiv:1711.02257.
     """
 
-    reads = ("weighting_rate", "gradnorm_alpha")
     reads_gradients = True
     remembers = True
 
@@ -282,21 +271,12 @@ class PCGrad(FromGradients):
 class CAGrad(FromGradients):
     """The direction near the mean that helps the worst-off task most (``cagrad``)."""
 
-    reads = ("cagrad_c",)
-
     def __init__(self, tasks: Sequence[Task], config: LossConfig) -> None:
         super().__init__(tasks, config)
         self.strength = config.cagrad_c
 
     def combine(self, gram_KK: np.ndarray, step: int) -> np.ndarray:
         return cagrad(gram_KK, strength=self.strength)
-
-
-def build_weighting(name: str, tasks: Sequence[Task], config: LossConfig) -> Weighting:
-    """The weighting that ``loss.weighting`` names, for these tasks; ValueError for an unknown name."""
-    if name not in WEIGHTINGS:
-        raise unknown_name("loss.weighting", name, WEIGHTINGS)
-    return WEIGHTINGS[name](tasks, config)
 
 
 def _mean(values_T: Tensor, active_T: Tensor) -> Tensor:

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from comoe.config.errors import unknown_name
 from comoe.config.recipe import VisionConfig
 from comoe.models.encoder_io import EncoderInputs
 from comoe.models.encoders.families import family_of, longest_input, reads_segments
@@ -318,17 +317,11 @@ def _written(ids_BL: Tensor, added: int, index_Z: Tensor, real_Z: Tensor) -> Ten
 def build_fusion(
     encoder: nn.Module, tower: Tower | None, config: VisionConfig, *, dropout: float
 ) -> Fusion | None:
-    """How the model reads images; None where it reads none.
-
-    Raises:
-        ValueError: an unknown fusion.
-    """
+    """How the model reads images; None where it reads none."""
     single_stream = family_of(encoder.config.model_type).single_stream
     if tower is None:
         return SingleStream(encoder) if single_stream else None
     assert not single_stream, "image_side refuses a tower beside an encoder that reads images"
-    if config.fusion not in FUSIONS:
-        raise unknown_name("model.vision.fusion", config.fusion, FUSIONS)
     return FUSIONS[config.fusion](encoder, tower.width, dropout=dropout)
 
 

@@ -10,20 +10,20 @@ from comoe.config.load import recipe_from_dict
 from comoe.config.validate import validate
 from comoe.losses.weighting.strategies import WEIGHTINGS
 from comoe.models.moe.gate import GATES
-from comoe.train.recipe_warnings import doubts
+from comoe.train.recipe_warnings import recipe_warnings
 
 
-def doubts_of(**sections):
+def warnings_of(**sections):
     raw = {"tasks": {"mood": {"path": "mood.csv"}, "heat": {"path": "heat.csv"}}} | sections
     recipe = recipe_from_dict(raw)
     validate(recipe)
-    return doubts(recipe)
+    return recipe_warnings(recipe)
 
 
 def test_the_defaults_raise_no_doubt():
-    assert doubts_of() == []
-    assert doubts_of(model={"moe": {"num_experts": 0}}) == []
-    assert doubts_of(model={"moe": {"num_experts": 1, "top_k": 1}}) == []
+    assert warnings_of() == []
+    assert warnings_of(model={"moe": {"num_experts": 0}}) == []
+    assert warnings_of(model={"moe": {"num_experts": 1, "top_k": 1}}) == []
 
 
 @pytest.mark.parametrize(
@@ -103,12 +103,12 @@ def test_the_defaults_raise_no_doubt():
     ],
 )
 def test_an_option_in_vain_is_named_with_its_value_and_the_reason(sections, message):
-    (said,) = doubts_of(**sections)
+    (said,) = warnings_of(**sections)
     assert re.search(message, said)
 
 
 def test_options_that_work_are_left_alone():
-    assert doubts_of(
+    assert warnings_of(
         model={"moe": {"route_by": "both", "task_embedding_width": 8, "cooperation_threshold": 0.5}},
         loss={"weighting": "static", "balance_weight": 0.1, "z_weight": 0.1, "task_separation_weight": 0.1},
         tasks={"mood": {"path": "x", "weight": 2.0}, "heat": {"path": "y"}},
@@ -135,11 +135,11 @@ def test_every_gate_and_weighting_says_whether_it_is_in_doubt():
     ],
 )  # fmt: skip
 def test_an_option_that_the_weighting_does_not_read_is_named(loss, said):
-    assert doubts_of(loss=loss, tasks={"mood": {"path": "x"}, "heat": {"path": "y"}}) == said
+    assert warnings_of(loss=loss, tasks={"mood": {"path": "x"}, "heat": {"path": "y"}}) == said
 
 
 def test_one_task_alone_has_nothing_to_be_weighed_by():
-    (said,) = doubts_of(loss={"weighting": "pcgrad"}, tasks={"mood": {"path": "x"}})
+    (said,) = warnings_of(loss={"weighting": "pcgrad"}, tasks={"mood": {"path": "x"}})
     assert said.startswith(
         "loss.weighting is pcgrad, without effect: there is one task with labels"
     )
@@ -182,7 +182,7 @@ def test_one_task_alone_has_nothing_to_be_weighed_by():
 )
 def test_what_is_asked_of_pictures_in_vain_or_at_a_price(vision, losses, said):
     photo = {"image": "photo"} if "tower" in vision else {}
-    found = doubts_of(
+    found = warnings_of(
         model={"vision": vision},
         loss={"image_text": losses},
         tasks={"mood": {"path": "mood.csv", **photo}},
@@ -191,36 +191,36 @@ def test_what_is_asked_of_pictures_in_vain_or_at_a_price(vision, losses, said):
 
 
 def test_a_column_of_pictures_that_nobody_reads():
-    (doubt,) = doubts_of(tasks={"mood": {"path": "mood.csv", "image": "photo"}})
+    (doubt,) = warnings_of(tasks={"mood": {"path": "mood.csv", "image": "photo"}})
     assert doubt.startswith("tasks.mood.image is photo, without effect: no picture is read")
     columns = {name: {"path": "mood.csv", "image": "photo"} for name in ("mood", "heat", "topic")}
-    (doubt,) = doubts_of(tasks=columns)
+    (doubt,) = warnings_of(tasks=columns)
     assert doubt.startswith("tasks.mood.image (and of 2 more) is photo, without effect")
 
 
 def test_a_tower_without_pictures_and_sides_hidden_from_nobody():
-    (doubt,) = doubts_of(model={"vision": {"tower": "a/b"}})
+    (doubt,) = warnings_of(model={"vision": {"tower": "a/b"}})
     assert doubt.startswith(
         "model.vision.tower is a/b, without effect: no task names a picture column"
     )
-    assert doubts_of(data={"hide": "image"}) == [
+    assert warnings_of(data={"hide": "image"}) == [
         "data.hide is image, without effect: no picture is read anyway: model.vision.tower is null."
     ]
-    assert "every post is empty" in doubts_of(data={"hide": "text"})[0]
+    assert "every post is empty" in warnings_of(data={"hide": "text"})[0]
     photo = {
         "tasks": {"mood": {"path": "mood.csv", "image": "photo"}},
         "model": {"vision": {"tower": "a/b"}},
     }
     assert (
-        doubts_of(data={"hide": "text"}, **photo)
-        == doubts_of(data={"hide": "image"}, **photo)
+        warnings_of(data={"hide": "text"}, **photo)
+        == warnings_of(data={"hide": "image"}, **photo)
         == []
     )
 
 
 def test_one_stream_has_no_two_sides_to_compare(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "vilt"}')
-    found = doubts_of(model={"encoder": str(tmp_path), "vision": {"fusion": "gated"}})
+    found = warnings_of(model={"encoder": str(tmp_path), "vision": {"fusion": "gated"}})
     patterns = [
         "vision.fusion is gated, without",
         "itc_weight is 0.1, .*it is off",

@@ -1,0 +1,69 @@
+"""The reference of all options, made from the models of ``comoe.config.recipe``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from pydantic import TypeAdapter
+
+from comoe.config.fields import describe, member
+from comoe.config.recipe import Recipe, TaskConfig
+
+
+class Option(NamedTuple):
+    """One option of a recipe."""
+
+    path: str
+    """Dotted key; tasks are called ``<name>``."""
+    default: Any
+    allowed: str
+    """Type, range and words."""
+    meaning: str
+    read_when: str | None
+    """Condition under which it counts, of ``comoe.config.fields.option``; None: always."""
+
+
+def options(schema: type = Recipe, prefix: str = "") -> Iterator[Option]:
+    """Every option, in the order of a recipe."""
+    for name, field in schema.__pydantic_fields__.items():
+        expected, path = member(schema, name), f"{prefix}{name}"
+        if dataclasses.is_dataclass(expected):
+            yield from options(expected, f"{path}.")
+        elif path == "tasks":
+            yield from options(TaskConfig, "tasks.<name>.")
+        else:
+            default = field.get_default(call_default_factory=True)
+            when = (field.json_schema_extra or {}).get("read_when")
+            meaning = " ".join((field.description or "").split()).replace("``", "`")
+            yield Option(path, default, describe(expected), meaning, when)
+
+
+def options_markdown() -> str:
+    """A Markdown table of all options: name, default, allowed values, meaning."""
+    lines = ["| option | default | allowed | meaning |", "|---|---|---|---|"]
+    for found in options():
+        default = found.default if isinstance(found.default, str) else json.dumps(found.default)
+        when = f" Read when {_code(found.read_when)}." if found.read_when else ""
+        cells = [
+            f"`{found.path}`",
+            f"`{default or chr(34) * 2}`",
+            found.allowed,
+            found.meaning + when,
+        ]
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _code(condition: str) -> str:
+    return " and ".join(
+        part if part == "images are read" else f"`{part}`" for part in condition.split(" and ")
+    )
+
+
+def recipe_json_schema() -> dict[str, Any]:
+    """JSON Schema (draft 2020-12) of a recipe, with which editors complete and check its YAML."""
+    schema = TypeAdapter(Recipe).json_schema()
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
