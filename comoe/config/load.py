@@ -161,7 +161,7 @@ def _apply_override(raw: dict[str, Any], override: str, *, origins: dict[str, st
         raise ValueError(
             f"{COMMAND_LINE}: {override!r} is not an override; write key=value: train.max_steps=100."
         )
-    expected = _type_at(path)
+    expected = type_at(path)
     try:
         value = yaml.load(text, _StrictLoader)  # noqa: S506  (a SafeLoader)
     except (yaml.YAMLError, ValueError):
@@ -206,7 +206,7 @@ def _with_empty_sections(raw: Any, expected: Any) -> Any:
     return {key: _with_empty_sections(item, member(expected, key)) for key, item in raw.items()}
 
 
-def _type_at(path: str) -> Any:
+def type_at(path: str) -> Any:
     """The declared type of a dotted key, None when there is no such key."""
     expected: Any = Recipe
     for part in path.split("."):

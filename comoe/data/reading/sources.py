@@ -11,6 +11,7 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 
+from comoe.config.errors import unknown_name
 from comoe.data.reading.files import (
     RawSplit,
     read_csv,
@@ -67,6 +68,8 @@ def open_source(
     Raises:
         ValueError: nothing there, or no format fits.
     """
+    if format != "auto" and format not in READERS:
+        raise unknown_name(f"{key}.format", format, ("auto", *READERS))
     if format == "hub":
         return Source(key=key, path=path, format=format, subset=subset, splits=splits)
     place = Path(root or ".").expanduser() / Path(path).expanduser()

@@ -15,14 +15,12 @@ from transformers import PreTrainedTokenizerFast
 
 from comoe.config.load import recipe_from_dict, recipe_to_dict
 from comoe.config.recipe import DataConfig, NormalizeConfig, TaskConfig
-from comoe.config.validate import validate
 from comoe.data.corpus import load_corpus
 from comoe.data.report import DataReport
 from comoe.data.sampling.mixing import balanced_classes
 from comoe.data.tokens.prompts import Wording, check_end_sign, detokenize, label_tokens
 from comoe.data.tokens.split import report_cuts, tokenize_split
 from comoe.tasks.task import Task, build_task
-from comoe.train.build import check_names
 from tests.helpers_data import recipe_of, wordpiece_tokenizer, write_jsonl
 from tests.helpers_decoder import ASPECT, POLARITY, TASKS, decoder_tokenizer, posts_of
 
@@ -414,32 +412,9 @@ def test_text_with_labels_is_label_words_from_the_first_moment_on() -> None:
     }
     recipe = recipe_from_dict(raw)
     assert recipe.tasks["t"].kind == "label_words"
-    raw["tasks"]["t"]["max_answer_length"] = 9
-    with pytest.raises(
-        ValueError, match=r"max_answer_length .* \(Kind text with labels is label_words; without"
-    ):
-        check_names(recipe_from_dict(raw))
     assert recipe_from_dict(recipe_to_dict(recipe)) == recipe
     assert TaskConfig(kind="text").kind == "text"
     assert TaskConfig(kind="single_label", labels=["a"]).kind == "single_label"
-
-
-@pytest.mark.parametrize(
-    ("option", "value", "rule"),
-    [
-        ("prompt", " ", "given, with {text} in it"),
-        ("max_answer_length", 2, "at least 3"),
-        ("num_beams", 0, "at least 1"),
-        ("label_words", ["a", "a"], "a list of different names"),
-    ],
-)
-def test_values_against_a_rule_are_refused(option: str, value: object, rule: str) -> None:
-    recipe = recipe_from_dict(
-        {"tasks": {"t": {"path": "x", "kind": "text", "prompt": "{text}", option: value}}}
-    )
-    with pytest.raises(ValueError) as caught:
-        validate(recipe)
-    assert str(caught.value).startswith(f"tasks.t.{option} is") and rule in str(caught.value)
 
 
 def test_a_post_without_the_second_text_that_its_prompt_wants_is_a_bad_row(tmp_path: Path) -> None:
@@ -475,12 +450,6 @@ def test_posts_can_be_drawn_by_labels_that_are_words_but_not_by_texts(tmp_path: 
     assert corpus.tasks[0].label_words == corpus.tasks[0].labels == ("bad", "good")
     with pytest.raises(ValueError, match=r"kind: single_label or label_words\), not text"):
         load_corpus(recipe_of(tmp_path, t=TaskConfig(**asked, kind="text")))
-
-
-def test_a_wrong_prompt_is_refused_before_anything_is_fetched() -> None:
-    raw = {"tasks": {"t": {"path": "not there", "kind": "text", "prompt": "{post}"}}}
-    with pytest.raises(ValueError, match=r"tasks.t.prompt is '\{post\}'"):
-        check_names(recipe_from_dict(raw))
 
 
 def test_a_column_of_label_ids_is_no_text(tmp_path: Path) -> None:

@@ -1,0 +1,180 @@
+"""A bad recipe is refused in one sentence that names the place, the key, the value, the rule and the remedy."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from comoe.config.load import load_recipe
+
+MOOD = "tasks: {mood: {path: mood.csv}}\n"
+
+OVERRIDES = [
+    # Keys that do not exist.
+    ("train.eval_evry=5", "train.eval_evry", "did you mean train.eval_every? (one of: epochs, "),
+    ("train.ep_size=2", "train.ep_size", "did you mean parallel.ep_size?"),
+    ("trian.seed=1", "trian", "did you mean train?"),
+    ("tasks.mood.kinnd=tags", "tasks.mood.kinnd", "did you mean tasks.mood.kind?"),
+    ("tasks.mood.kinnd=tags train.seed=x", "tasks.mood.kinnd", "did you mean tasks.mood.kind?"),
+    ("nonsense", "'nonsense'", "write key=value"),
+    # Types.
+    ("train.seed=true", "train.seed", "is True; it must be a whole number, at least 0."),
+    ("train.seed=1.5", "train.seed", "a whole number"),
+    ("train.seed.x=1", "train.seed", "is {'x': 1}; it must be a whole number"),
+    ("train.seed=null", "train.seed", "is None"),
+    ("run.verbose=1", "run.verbose", "true or false"),
+    ("train.learning_rate=fast", "train.learning_rate", "is 'fast'; it must be a number"),
+    ("train.learning_rate=true", "train.learning_rate", "is True; it must be a number"),
+    ("train.learning_rate=nan", "train.learning_rate", "a finite number"),
+    ("train.learning_rate=.inf", "train.learning_rate", "a finite number"),
+    ("train.betas=[0.9, x]", "train.betas.1", "is 'x'; it must be a number"),
+    ("train.betas=[0.9]", "train.betas", "of 2 items"),
+    ("model.moe=4", "model.moe", "a section (key: value lines)"),
+    ("tasks.mood.labels=[yes, x]", "tasks.mood.labels.0", "YAML reads a bare yes"),
+    ("tasks.mood.labels=[1]", "tasks.mood.labels.0", "put it in quotes"),
+    # Ranges.
+    ("train.batch_size=0", "train.batch_size", "at least 1"),
+    ("train.epochs=0", "train.epochs", "above 0"),
+    ("data.limit_per_task=0", "data.limit_per_task", "at least 1, or null"),
+    ("data.validation_fraction=1", "data.validation_fraction", "below 1"),
+    ("data.noise_rate=1.5", "data.noise_rate", "at most 1"),
+    ("data.max_image_pixels=1000000000", "data.max_image_pixels", "at most 178956970"),
+    ("data.max_length=3", "data.max_length", "at least 4"),
+    ("model.private_width=-1", "model.private_width", "at least 0"),
+    ("model.moe.expert_width=wide", "model.moe.expert_width", "at least 1, or auto"),
+    ("model.moe.temperature=0", "model.moe.temperature", "above 0"),
+    ("model.moe.cooperation_threshold=1", "model.moe.cooperation_threshold", "below 1"),
+    ("model.train_layers=0", "model.train_layers", "at least 1, or all or none"),
+    ("loss.image_text.temperature=0.005", "loss.image_text.temperature", "at least 0.01"),
+    ("loss.contrastive.temperature=0.001", "loss.contrastive.temperature", "at least 0.01"),
+    ("tasks.mood.contrastive_temperature=0", "tasks.mood.contrastive_temperature", "at least 0.01"),
+    ("loss.adversarial.weight=-1", "loss.adversarial.weight", "at least 0"),
+    ("loss.cagrad_c=1", "loss.cagrad_c", "below 1"),
+    ("tasks.mood.max_answer_length=2", "tasks.mood.max_answer_length", "at least 3"),
+    ("tasks.mood.num_beams=0", "tasks.mood.num_beams", "at least 1"),
+    ("tasks.mood.class_weights=[1, 0]", "tasks.mood.class_weights", "above 0"),
+    ("tasks.mood.class_weights=[1]", "tasks.mood.class_weights", "one per label"),
+    # Words.
+    ("model.moe.gate=sigmod", "model.moe.gate", "did you mean sigmoid?"),
+    ("model.moe.route_by=post", "model.moe.route_by", "one of token, task, both"),
+    ("model.moe.layers=first", "model.moe.layers", "all or alternate or last_half"),
+    ("model.train_layers=last", "model.train_layers", "all or none"),
+    ("model.vision.fusion=gatd", "model.vision.fusion", "did you mean gated?"),
+    ("loss.weighting=equals", "loss.weighting", "did you mean equal?"),
+    ("data.mixing=uniforn", "data.mixing", "did you mean uniform?"),
+    ("data.hide=txt", "data.hide", "did you mean text?"),
+    ("data.noise=[typo]", "data.noise.0", "did you mean typos?"),
+    ("data.on_error=off", "data.on_error", "one of stop, skip"),
+    ("data.normalize.preset=socal", "data.normalize.preset", "did you mean social?"),
+    ("train.schedule=liner", "train.schedule", "did you mean linear?"),
+    ("train.optimizer=adam", "train.optimizer", "did you mean adamw?"),
+    ("tasks.mood.kind=singel_label", "tasks.mood.kind", "did you mean single_label?"),
+    ("tasks.mood.format=jsnl", "tasks.mood.format", "did you mean jsonl?"),
+    ("tasks.mood.metric=macro_f2", "tasks.mood.metric", "did you mean macro_f1?"),
+    ("tasks.mood.confidence_strategy=both", "tasks.mood.confidence_strategy", "one of none, input"),
+    ("tasks.mood.splits={tain: a.csv}", "tasks.mood.splits", "'tain'; it must be one of train"),
+    ("tasks.mood.contrastive=maybe", "tasks.mood.contrastive", "true or false, or auto"),
+    # Lists and texts.
+    ("model.moe.layers=[1,1]", "model.moe.layers", "all different"),
+    ("model.moe.layers=[]", "model.moe.layers", "not empty"),
+    ("model.moe.layers=[-1]", "model.moe.layers", "at least 0"),
+    ("data.noise=[typos, typos]", "data.noise", "all different"),
+    ("tasks.mood.labels=[a, a]", "tasks.mood.labels", "all different"),
+    ("tasks.mood.label_words=[a, a]", "tasks.mood.label_words", "all different"),
+    ("run.name=../x", "run.name", "a plain folder name"),
+    ("loss.adversarial.predict=", "loss.adversarial.predict", "is ''; it must be text, not empty"),
+    ("tasks.mood.prompt= ", "tasks.mood.prompt", "with {text} in it"),
+    ("tasks.mood.prompt='{post}'", "tasks.mood.prompt", "with {text} in it"),
+    ("tasks.mood.prompt='{text} {pear}'", "tasks.mood.prompt", "no other field"),
+    ("tasks.mood.prompt='{text!r}'", "tasks.mood.prompt", "no other field"),
+    ("tasks.mood.prompt='{text'", "tasks.mood.prompt", "a brace itself is doubled"),
+    # Tasks.
+    ("tasks.topic.kind=tags", "tasks.topic.path", "the folder, file or hub name"),
+    ("tasks.mod.weight=2", "tasks.mod.path", "it is empty. Did you mean task mood?"),
+    ("tasks.a b.path=x", "tasks.a b", "is not a task name; use letters"),
+    ("tasks.modo=null", "'tasks.modo=null'", "did you mean mood? (one of: mood)"),
+    ("tasks={}", "tasks", "is empty; give the recipe at least one task"),
+    ("tasks.mood.kind=unlabelled", "tasks", "has no task with labels"),
+    ("tasks.mood.auxiliary=true", "tasks.mood.auxiliary", "set it to false"),
+    ("tasks.mood.auxiliary=true tasks.more={path: x, kind: unlabelled}", "tasks.mood.auxiliary", "to false"),
+    ("tasks.mood.confidence_strategy=input", "tasks.mood.confidence_strategy", "name the column"),
+    # Tasks that a decoder predicts.
+    ("tasks.mood.prompt={text}", "tasks.mood.prompt", "has no meaning for kind single_label"),
+    ("tasks.mood.num_beams=2", "tasks.mood.num_beams", "let a decoder predict the task"),
+    ("tasks.mood.max_answer_length=9", "tasks.mood.max_answer_length", "leave it out"),
+    ("tasks.mood.label_words=[a, b]", "tasks.mood.label_words", "leave it out"),
+    ("tasks.mood.kind=text", "tasks.mood.prompt", "'sentiment of: {text}'"),
+    ("WRITTEN tasks.mood.prompt='{pair}: {text}'", "tasks.mood.prompt", "name the column"),
+    ("WRITTEN tasks.mood.contrastive=true", "tasks.mood.contrastive", "make it auto"),
+    ("WRITTEN tasks.mood.label_smoothing=0.1", "tasks.mood.label_smoothing", "no meaning for kind text"),
+    ("WRITTEN tasks.mood.label_words=[a, b]", "tasks.mood.label_words", "needs tasks.mood.labels"),
+    ("SCORED tasks.mood.num_beams=2", "tasks.mood.num_beams", "whose words are scored"),
+    ("SCORED tasks.mood.max_answer_length=9", "tasks.mood.max_answer_length", "(Kind text with labels is"),
+    ("SCORED tasks.mood.label_smoothing=0.1", "tasks.mood.label_smoothing", "(Kind text with labels is"),
+    ("WRITTEN loss.weighting=pcgrad", "loss.weighting", "a decoder predicts mood; choose another"),
+    ("SCORED loss.weighting=cagrad", "loss.weighting", "leaves a decoder out"),
+    ("WRITTEN loss.weighting=gradnorm", "loss.weighting", "uncertainty_positive"),
+    # Options that bind one another.
+    ("model.moe.top_k=9", "model.moe.top_k", "(9) must be at most model.moe.num_experts (8)"),
+    ("model.moe.top_k=8", "model.moe.balance", "set model.moe.balance to none"),
+    ("model.moe.top_k=8 loss.balance_weight=0.01", "loss.balance_weight", "every expert runs"),
+    ("parallel.ep_size=3", "parallel.ep_size", "set it to auto or one of [1, 2, 4, 8]"),
+    ("loss.orthogonal_weight=0.1", "loss.orthogonal_weight", "set model.private_width"),
+    ("loss.image_text={itc_weight: 0.5, itm_weight: 0.5}", "loss.image_text.itc_weight", "nothing of 1"),
+    ("loss.contrastive={over: local, queue_size: 8}", "loss.contrastive.queue_size", "over: global"),
+    ("loss.contrastive.chunk_size=4 train.micro_batch_size=4", "train.micro_batch_size", "make it auto"),
+    ("data.mixing=temperature data.mixing_temperature=0.5", "data.mixing_temperature", "at least 1"),
+    ("data.mixing=progress data.mixing_temperature=0.5", "data.mixing_temperature", "at least 1"),
+    ("train.early_stop_metric=f1", "train.early_stop_metric", "mean or task/metric: mood/macro_f1"),
+    ("train.early_stop_metric=modo/f1", "train.early_stop_metric", "modo is not a task; did you mean"),
+    ("train.early_stop_metric=heat/f1 tasks.heat={path: x, auxiliary: true}", "train.early_stop_metric", "mean"),
+]  # fmt: skip
+"""Overrides separated by " <section>.", the key path that the message names, a part of the rule."""
+
+WRITTEN = ["tasks.mood.kind=text", "tasks.mood.prompt={text}"]
+BASES = {"WRITTEN": WRITTEN, "SCORED": [*WRITTEN, "tasks.mood.labels=[a, b]"]}
+
+
+@pytest.mark.parametrize(("overrides", "key", "rule"), OVERRIDES)
+def test_a_bad_override_is_refused(tmp_path: Path, overrides: str, key: str, rule: str):
+    (tmp_path / "recipe.yaml").write_text(MOOD)
+    words = re.split(r" (?=(?:tasks|train|loss|data)\.[\w.]+=)", overrides)
+    words = [*BASES.get(words[0], words[:1]), *words[1:]]
+    with pytest.raises(ValueError) as error:
+        load_recipe(tmp_path / "recipe.yaml", words)
+    said = str(error.value)
+    assert re.match(rf"(command line|.*recipe.yaml:1): {re.escape(key)}[ :]", said), said
+    assert rule in said and "\n" not in said, said
+
+
+FILES = [
+    ("train:\n  seed: 1\n  eval_evry: 2\n" + MOOD, 3, "train.eval_evry is not an option; did you mean"),
+    ("train:\n  seed: 1\n  seed: 2\n" + MOOD, 3, "seed is given twice, first in line 2; keep one."),
+    ("train: {seed: 1, seed: 1}\n", 1, "seed is given twice, first in line 1; keep one."),
+    ("train:\n  batch_size: many\n" + MOOD, 2, "train.batch_size is 'many'; it must be a whole"),
+    ("run:\n  name: 2024\n" + MOOD, 2, "run.name is 2024; it must be text"),
+    ("run:\n  name: 2024\n" + MOOD, 2, "put it in quotes."),
+    ("train:\n  epochs: 0\n" + MOOD, 2, "train.epochs is 0; it must be a number, above 0."),
+    ("train:\n  schedule: off\n" + MOOD, 2, "train.schedule is False; it must be one of linear"),
+    ("train:\n  7: 2\n" + MOOD, 1, "train.7 is not an option"),
+    ("train: {seed: 1\n", 2, "this is not valid YAML"),
+    ("- a\n", 1, "a recipe is a mapping with sections"),
+    ("", None, "tasks is empty"),
+    ("tasks:\n  1: {path: a.csv}\n", 1, "tasks has the name 1; put it in quotes."),
+    ("tasks:\n  m:\n    path: a.csv\n    kind: !!python/name:os.system ''\n", 4, "this is not valid YAML"),
+    ("run:\n  name: a\x00b\n", None, "recipe.yaml: this is not valid YAML"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "line", "rule"), FILES)
+def test_a_bad_file_is_refused_with_its_line(
+    tmp_path: Path, text: str, line: int | None, rule: str
+):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError) as error:
+        load_recipe(path)
+    assert rule in str(error.value)
+    assert line is None or str(error.value).startswith(f"{path}:{line}: ")
