@@ -6,7 +6,6 @@ python docs/generate.py
 from __future__ import annotations
 
 import argparse
-import ast
 import runpy
 import sys
 from collections.abc import Iterator
@@ -93,44 +92,13 @@ def commands_page() -> str:
     return "\n".join(lines) + "\n"
 
 
-SECTIONS = {
-    "run": "Name and place of the run.",
-    "model": "Encoder, experts and heads.",
-    "parallel": "How the run is laid over ranks; ZeRO, precision and clipping are in the DeepSpeed JSON.",
-    "data": "Where posts come from, and what is done with bad ones.",
-    "tasks": "One task. Tasks with the same path, format, subset, splits, text and image columns share"
-    " their posts.",
-    "loss": "The terms of the objective; a weight of 0 switches a term off.",
-    "train": "The optimization.",
-}
-
-
-def option_rows(schema: str, prefix: str, classes: dict[str, ast.ClassDef]) -> Iterator[str]:
-    body = classes[schema].body
-    for field, after in zip(body, [*body[1:], None], strict=True):
-        if not isinstance(field, ast.AnnAssign):
-            continue
-        kind = ast.unparse(field.annotation)
-        if kind in classes:
-            yield from option_rows(kind, f"{prefix}{field.target.id}.", classes)
-            continue
-        value = ast.unparse(field.value).removeprefix("field(default_factory=")
-        default = {"None": "null", "True": "true", "False": "false", "list)": "[]", "dict)": "{}"}
-        value = default.get(value, value)
-        if value.startswith("lambda: "):
-            value = value.removeprefix("lambda: ").removesuffix(")")
-        value = value.strip("'").replace("e-0", "e-") or '""'
-        meaning = cell(after.value.value.replace("``", "`"))
-        yield f"| `{prefix}{field.target.id}` | `{value}` | {meaning} |"
-
-
 def options_page() -> str:
-    tree = ast.parse((ROOT / "comoe/config/recipe.py").read_text(encoding="utf-8"))
-    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+    from comoe.config.reference import options_markdown
+
     lines = [
         "# Options",
         "",
-        "<!-- Written by docs/generate.py from comoe/config/recipe.py; change the docstrings there. -->",
+        "<!-- Written by docs/generate.py from comoe/config/recipe.py; change the fields and docstrings there. -->",
         "",
         "Every option of a recipe, with its default. In a recipe an option stands under its section; on"
         " a command line it is typed with its full name: `train.max_steps=200`. `null` and `auto` are"
@@ -139,23 +107,7 @@ def options_page() -> str:
         " tokens. A wrong name or value is an error that shows the nearest right one, before anything"
         " is loaded.",
     ]
-    of = {field.target.id: ast.unparse(field.annotation) for field in classes["Recipe"].body
-          if isinstance(field, ast.AnnAssign)}  # fmt: skip
-    for section, title in SECTIONS.items():
-        schema, prefix = of[section], f"{section}."
-        if section == "tasks":
-            schema, prefix = "TaskConfig", "tasks.<name>."
-        lines += [
-            "",
-            f"## {section}",
-            "",
-            title,
-            "",
-            "| option | default | meaning |",
-            "|---|---|---|",
-        ]
-        lines += option_rows(schema, prefix, classes)
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n\n" + options_markdown()
 
 
 PAGES = {"options.md": options_page, "commands.md": commands_page}

@@ -65,7 +65,7 @@ def message_of(
     mistakes.sort(
         key=lambda mistake: mistake["type"] not in ("unexpected_keyword_argument", "invalid_key")
     )
-    loc, value = mistakes[0]["loc"], raw
+    kind, loc, value = mistakes[0]["type"], mistakes[0]["loc"], raw
     expected: Any = schema
     keys: list[str] = []
     for key in loc:
@@ -74,20 +74,17 @@ def message_of(
             return _unknown_key(".".join([*keys, str(key)]), schema, expected, origins)
         if inner is None:
             break  # behind the value come the members of a union that pydantic tried
-        if loc[-1] == "[key]" and key == loc[-2]:
+        if loc[-2:] == (key, "[key]"):
+            rule = "put it in quotes"
+            if isinstance(key, str):
+                rule = _must_be(get_args(base_of(expected))[0], key)
             path = ".".join(keys)
-            rule = (
-                "put it in quotes"
-                if not isinstance(key, str)
-                else _must_be(get_args(base_of(expected))[0], key)
-            )
             return f"{place_of(path, origins)}{path} has the name {key!r}; {rule}."
         keys.append(str(key))
         value, expected = value[key], inner
-    path = ".".join(keys)
-    return (
-        f"{place_of(path, origins)}{path or 'a recipe'} is {value!r}; {_must_be(expected, value)}."
-    )
+    path = ".".join(keys) or "a recipe"
+    rule = "it must be a finite number" if kind == "finite_number" else _must_be(expected, value)
+    return f"{place_of(path, origins)}{path} is {value!r}; {rule}."
 
 
 def _must_be(expected: Any, value: Any) -> str:

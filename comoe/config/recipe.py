@@ -340,7 +340,8 @@ class DataConfig:
 
 @section
 class TaskConfig:
-    """One task. Tasks with the same path, format, subset, splits and text columns share their posts."""
+    """One task. Tasks with the same path, format, subset, splits, text and image columns share their
+    posts."""
 
     path: Text = ""
     """Folder, file, or hub name; relative to ``data.root``. A folder holds train, validation (val,

@@ -37,30 +37,36 @@ def options(schema: type = Recipe, prefix: str = "") -> Iterator[Option]:
         else:
             default = field.get_default(call_default_factory=True)
             when = (field.json_schema_extra or {}).get("read_when")
-            meaning = " ".join((field.description or "").split()).replace("``", "`")
-            yield Option(path, default, describe(expected), meaning, when)
+            yield Option(path, default, describe(expected), _one_line(field.description), when)
 
 
 def options_markdown() -> str:
-    """A Markdown table of all options: name, default, allowed values, meaning."""
-    lines = ["| option | default | allowed | meaning |", "|---|---|---|---|"]
-    for found in options():
-        default = found.default if isinstance(found.default, str) else json.dumps(found.default)
-        when = f" Read when {_code(found.read_when)}." if found.read_when else ""
-        cells = [
-            f"`{found.path}`",
-            f"`{default or chr(34) * 2}`",
-            found.allowed,
-            found.meaning + when,
-        ]
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    return "\n".join(lines) + "\n"
+    """Per section a heading, its meaning and a table of its options: default, allowed values, meaning."""
+    lines: list[str] = []
+    for section in Recipe.__pydantic_fields__:
+        schema = TaskConfig if section == "tasks" else member(Recipe, section)
+        lines += ["", f"## {section}", "", _one_line(schema.__doc__), ""]
+        lines += ["| option | default | allowed | meaning |", "|---|---|---|---|"]
+        lines += [_row(found) for found in options() if found.path.split(".")[0] == section]
+    return "\n".join(lines[1:]) + "\n"
+
+
+def _row(found: Option) -> str:
+    default = found.default if isinstance(found.default, str) else json.dumps(found.default)
+    when = f" Read when {_code(found.read_when)}." if found.read_when else ""
+    shown = default.replace("e-0", "e-") or '""'
+    cells = [f"`{found.path}`", f"`{shown}`", found.allowed, found.meaning + when]
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 def _code(condition: str) -> str:
     return " and ".join(
         part if part == "images are read" else f"`{part}`" for part in condition.split(" and ")
     )
+
+
+def _one_line(docstring: str | None) -> str:
+    return " ".join((docstring or "").split()).replace("``", "`")
 
 
 def recipe_json_schema() -> dict[str, Any]:

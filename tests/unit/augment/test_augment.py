@@ -708,7 +708,7 @@ BAD_PROMPTS = {
     "positive: good, negative: bad": ("positive: good", "at least two labels"),
     "negative: bad}": ("negative: Good}", "a word of its own"),
     "no_target": ("no_taget", "no_taget is not an option; did you mean no_target"),
-    "aspect: 3": ("aspect: 0", "most_words.aspect is 0; it must be at least 1"),
+    "aspect: 3": ("aspect: 0", "most_words.aspect is 0; it must be a whole number, at least 1"),
     "no_answer: [none, not mentioned]": (
         "examples: [{gold: mixed}]",
         "examples, number 1: label.*mixed",

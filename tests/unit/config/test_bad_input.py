@@ -313,9 +313,3 @@ def test_another_number_of_tags_than_of_words_is_a_bad_row(tmp_path: Path) -> No
     assert ":2: task mood, column label: 2 tags for 3 words; give one tag per word." in message(
         tmp_path, kind="tags", text="tokens"
     )
-
-
-def test_no_tasks_and_a_wrong_kind_are_told(posts: Path) -> None:
-    with pytest.raises(ValueError, match="tasks is empty"):
-        load_corpus(recipe_of(posts))
-    assert "tasks.mood.kind is 'singel_label'" in message(posts, kind="singel_label")

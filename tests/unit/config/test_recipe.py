@@ -79,7 +79,7 @@ def test_the_defaults_obey_the_rules():
         TaskConfig(path="mood.csv", weight=-1.0)
 
 
-@pytest.mark.parametrize("option", options(), ids=lambda option: option.path)
+@pytest.mark.parametrize("option", list(options()), ids=lambda option: option.path)
 def test_an_option_takes_its_default_and_refuses_what_is_of_another_type(option: Any):
     assert len(option.meaning) > 10 and option.allowed
     *sections, name = option.path.replace("<name>", "t").split(".")
@@ -110,7 +110,7 @@ def test_the_condition_of_an_option_speaks_of_options_and_their_words():
 
 
 def test_the_reference_has_a_row_per_option():
-    rows = options_markdown().splitlines()[2:]
+    rows = [row for row in options_markdown().splitlines() if row.startswith("| `")]
     assert len(rows) == len(list(options())) > 100
     assert {row.replace("\\|", "").count("|") for row in rows} == {5}
     (row,) = [row for row in rows if row.startswith("| `train.momentum` |")]

@@ -75,7 +75,7 @@ def table(first_cell: str) -> dict[str, list[str]]:
 OPTIONS = {
     name: cells for name, cells in table("option").items() if name[0].isalpha() and "." in name
 }
-"""Option of a recipe -> its default and meaning, as docs/options.md shows them."""
+"""Option of a recipe -> its default, allowed values and meaning, as docs/options.md shows them."""
 SECTIONS = "|".join({option.partition(".")[0] for option in OPTIONS})
 OVERRIDE = re.compile(rf"(?:{SECTIONS})\.[\w.-]+=\S+")
 
@@ -92,7 +92,7 @@ def test_a_default_can_be_typed_as_it_is_shown(tmp_path: Path):
     recipe.write_text("tasks: {mood: {path: mood.csv}}", encoding="utf-8")
     typed = [
         f"{option.replace('<name>', 'mood')}={shown.strip('`')}"
-        for option, (shown, _) in OPTIONS.items()
+        for option, (shown, *_) in OPTIONS.items()
         if option != "tasks.<name>.path"
     ]
     default = load_recipe(recipe)

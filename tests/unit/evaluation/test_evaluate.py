@@ -335,17 +335,10 @@ def test_auxiliary_tasks_are_in_no_mean_and_choose_no_checkpoint() -> None:
         == chosen_metric(METRICS, tasks, "mean")
         == pytest.approx((0.8 + 0.6) / 2)
     )
-    with pytest.raises(ValueError, match="'heat/mae', but tasks.heat is auxiliary"):
-        chosen_metric(METRICS, tasks, "heat/mae")
     with pytest.raises(ValueError, match="no validation post has a label of mood, names"):
         check_chosen_metric("mean", tasks, measured={"heat"})
     with pytest.raises(ValueError, match=r"no labelled post of any task \(mood, names\)"):
         mean_metric({"heat": METRICS["heat"]}, tasks)
-
-
-def test_all_tasks_auxiliary_leave_nothing_to_choose_by() -> None:
-    with pytest.raises(ValueError, match="all that have answers are auxiliary"):
-        check_chosen_metric("mean", [replace(task, auxiliary=True) for task in TASKS])
 
 
 SLICES = {"kind": ["a", "b", None, "a", "b", "b"], "true": ["true"] * 6}

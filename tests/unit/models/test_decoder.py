@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from comoe.losses.objective import count_units, refuse_decoded, unit_scale
+from comoe.losses.objective import count_units, unit_scale
 from comoe.types import IGNORED
 from tests.helpers_model import SEQ2SEQ, moe_config, scaled
 from tests.helpers_seq2seq import (
@@ -405,15 +405,6 @@ def test_layers_chosen_by_a_word_are_chosen_in_each_stack_and_by_number_through_
     ]
     with pytest.raises(ValueError, match="from 0 to 4"):
         decoder_model(moe=moe_config(layers=[5]))
-
-
-@pytest.mark.parametrize("weighting", ["gradnorm", "pcgrad", "cagrad"])
-def test_weightings_that_read_gradients_are_refused(weighting):
-    with pytest.raises(
-        ValueError,
-        match=f"loss.weighting .{weighting}. .*polarity, opinion, reason; choose another",
-    ):
-        refuse_decoded(weighting, ["polarity", "opinion", "reason"])
 
 
 def test_answers_longer_than_the_decoder_can_number_are_refused():

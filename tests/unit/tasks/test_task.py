@@ -132,16 +132,6 @@ def test_tweeteval_metrics_are_selectable_by_name() -> None:
     ("config", "labels", "message"),
     [
         (
-            TaskConfig(kind="singel_label"),
-            ("a", "b"),
-            r"tasks\.mood\.kind is 'singel_label'.*did you mean single_label\?",
-        ),
-        (
-            TaskConfig(metric="macro_f2"),
-            ("a", "b"),
-            r"tasks\.mood\.metric is 'macro_f2'.*did you mean macro_f1\?",
-        ),
-        (
             TaskConfig(metric="span_f1"),
             ("a", "b"),
             r"tasks\.mood\.metric is 'span_f1', which does not exist",

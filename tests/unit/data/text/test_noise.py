@@ -95,10 +95,3 @@ def test_a_post_as_words_keeps_its_words_and_everything_else(name: str) -> None:
         "typos": ["#sunny", "😀"],
     }
     assert [made.words[0][2], made.words[0][4]] == expected[name]
-
-
-def test_an_unknown_noise_names_the_right_ones() -> None:
-    with pytest.raises(
-        ValueError, match="data.noise is 'typo', which does not exist; did you mean typos?"
-    ):
-        changed("typo")

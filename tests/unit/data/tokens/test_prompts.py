@@ -316,36 +316,7 @@ def task_of(**options: Any) -> Task:
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        (
-            {"prompt": None},
-            r"tasks.t is of kind text and needs a prompt.*tasks.t.prompt='sentiment of: \{text\}'",
-        ),
-        ({"prompt": "of"}, r"tasks.t.prompt is 'of'; it must hold \{text\}"),
-        (
-            {"prompt": "{txt}"},
-            r"tasks.t.prompt is '\{txt\}': \{txt\} is not a field of a prompt; did you mean text\?",
-        ),
-        ({"prompt": "{text.upper}"}, r"\{text.upper\} is not a field of a prompt; \(one of"),
-        ({"prompt": "{text!r} {text:>9}"}, r"\{text!r\} is not a field of a prompt"),
-        ({"prompt": "{} {text}"}, r"\{\} is not a field of a prompt; \(one of: text, pair\)"),
-        (
-            {"prompt": "{text"},
-            r"tasks.t.prompt is '\{text': expected '\}' before end of string; write \{\{ and \}\}",
-        ),
-        (
-            {"prompt": "{text} of {pair}"},
-            r"tasks.t.prompt has \{pair\}; name the column.*tasks.t.pair",
-        ),
-        (
-            {"contrastive": True},
-            "tasks.t.contrastive is true, but a decoder answers the task; make it auto",
-        ),
         ({"label_smoothing": 0.1}, "tasks.t.label_smoothing has no meaning for a text task"),
-        (
-            {"kind": "label_words", "label_smoothing": 0.1},
-            "tasks.t.label_smoothing has no meaning for a label_words",
-        ),
-        ({"label_words": ["a"]}, "tasks.t.label_words needs tasks.t.labels"),
         ({"class_weights": "balanced"}, "tasks.t.class_weights .balanced. has no meaning"),
         (
             {"metric": "accuracy"},
@@ -359,22 +330,6 @@ def task_of(**options: Any) -> Task:
         (
             {"kind": "label_words", "label_words": ["a", "a "]},
             r"tasks.t.label_words \(a, a\) must all be different",
-        ),
-        (
-            {"kind": "label_words", "num_beams": 3},
-            "tasks.t.num_beams has no meaning for kind label_words",
-        ),
-        (
-            {"kind": "label_words", "max_answer_length": 9},
-            "tasks.t.max_answer_length has no meaning for kind label_w",
-        ),
-        (
-            {"kind": "single_label"},
-            "tasks.t.prompt has no meaning for a single_label task.*kind text or label_words",
-        ),
-        (
-            {"kind": "single_label", "prompt": None, "num_beams": 2},
-            "tasks.t.num_beams has no meaning for a single_la",
         ),
     ],
 )

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from comoe.config.recipe import LossConfig
-from comoe.losses.weighting.strategies import WEIGHTINGS, build_weighting
+from comoe.losses.weighting.strategies import WEIGHTINGS
 from tests.helpers_model import HEAT, MOOD, TOPIC
 
 TASKS = (replace(MOOD, weight=0.5), replace(HEAT, weight=3.0))
@@ -21,7 +21,7 @@ GRAM = torch.tensor([[4.0, -1.0, 0.5], [-1.0, 1.0, 0.2], [0.5, 0.2, 9.0]], dtype
 
 
 def make(name, tasks=THREE, **options):
-    return build_weighting(name, tasks, LossConfig(weighting=name, **options))
+    return WEIGHTINGS[name](tasks, LossConfig(weighting=name, **options))
 
 
 def end(weighting, losses, present=None, gram=GRAM):
@@ -247,8 +247,3 @@ def test_what_is_carried_resumes_exactly_in_the_middle_of_a_window(name):
             assert saved and not any(value.is_floating_point() for value in saved.values())
             second.bfloat16().load_state_dict(saved)
     assert weights_of(second) == weights_of(whole) and len(set(weights_of(whole))) == 3
-
-
-def test_an_unknown_weighting_names_the_nearest():
-    with pytest.raises(ValueError, match="loss.weighting is 'statik'.*did you mean static"):
-        build_weighting("statik", TASKS, LossConfig())

@@ -157,29 +157,6 @@ def test_picks_are_handed_over_for_one_call():
     )
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (dict(gate="sigmiod"), "model.moe.gate is 'sigmiod'.*did you mean sigmoid"),
-        (dict(route_by="tokens"), "model.moe.route_by is 'tokens'.*did you mean token"),
-        (dict(balance="biass"), "model.moe.balance is 'biass'.*did you mean bias"),
-        (
-            dict(top_k=9),
-            r"model.moe.top_k \(9\) must lie between 1 and model.moe.num_experts \(8\)",
-        ),
-        (
-            dict(top_k=8),
-            "model.moe.balance .bias. has nothing to balance.*set model.moe.balance to none",
-        ),
-        (dict(temperature=0.0), "model.moe.temperature"),
-        (dict(cooperation_threshold=1.5), "model.moe.cooperation_threshold"),
-    ],
-)
-def test_a_wrong_gate_option_is_refused_with_its_key(options, message):
-    with pytest.raises(ValueError, match=message):
-        build_gate(MoeConfig(**options))
-
-
 @pytest.mark.parametrize("balance", ["none", "bias"])
 def test_a_single_expert_may_keep_the_default_balance_whose_bias_stays_zero(balance):
     routing = build_gate(MoeConfig(num_experts=1, top_k=1, balance=balance))(
