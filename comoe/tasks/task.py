@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -190,10 +189,6 @@ def _check_labels(name: str, config: TaskConfig, labels: tuple[str, ...]) -> Non
     """Labels against the kind."""
     kind = KINDS[config.kind]
     listed = ", ".join(labels) or "none"
-    if len(set(labels)) < len(labels):
-        raise ValueError(
-            f"tasks.{name}.labels ({listed}) holds a name twice; every label needs its own name."
-        )
     if len(labels) < kind.min_labels:
         raise ValueError(
             f"tasks.{name} is a {config.kind} task with {len(labels)} label(s): {listed}; it needs {kind.min_labels} "
@@ -266,8 +261,6 @@ def _class_weights(
         raise ValueError(
             f"{key} has {len(weights)} numbers for {len(labels)} labels; give one each, in order: {listed}."
         )
-    if not all(math.isfinite(weight) and weight > 0 for weight in weights):
-        raise ValueError(f"{key} ({list(weights)}) must be numbers above 0.")
     return tuple(float(weight) for weight in weights)
 
 

@@ -286,10 +286,6 @@ def posts_per_forward(wanted: int | str, *, batch_size: int, world_size: int) ->
     share = -(-batch_size // world_size)
     if wanted == "auto":
         return min(share, MAX_AUTO_MICRO_BATCH)
-    if isinstance(wanted, str) or wanted < 1:
-        raise ValueError(
-            f"train.micro_batch_size ({wanted!r}) must be a number of at least 1, or auto."
-        )
     return min(int(wanted), share)
 
 

@@ -141,12 +141,7 @@ class ContrastiveLoss(nn.Module):
         self.factor = 1 if local else ranks or world_size()
         self.queue_warmup = config.queue_warmup
         given = [task.contrastive_temperature or config.temperature for task in self.tasks]
-        for task, temperature in zip(self.tasks, given, strict=True):
-            if not temperature >= MIN_TEMPERATURE:
-                raise ValueError(
-                    f"loss.contrastive.temperature of task {task.name} ({temperature}) must be at least "
-                    f"{MIN_TEMPERATURE}; 0.1 is the default."
-                )
+        assert min(given) >= MIN_TEMPERATURE
         self.learned = config.learn_temperature
         self.scales = Scales(given, learned=self.learned)
         self.num_keys = max(task.rules.num_keys(task.labels) for task in self.tasks)

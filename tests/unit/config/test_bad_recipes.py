@@ -76,6 +76,7 @@ OVERRIDES = [
     ("tasks.mood.confidence_strategy=both", "tasks.mood.confidence_strategy", "one of none, input"),
     ("tasks.mood.splits={tain: a.csv}", "tasks.mood.splits", "'tain'; it must be one of train"),
     ("tasks.mood.contrastive=maybe", "tasks.mood.contrastive", "true or false, or auto"),
+    ("tasks.mood.class_weights=balance", "tasks.mood.class_weights", "did you mean balanced?"),
     # Lists and texts.
     ("model.moe.layers=[1,1]", "model.moe.layers", "all different"),
     ("model.moe.layers=[]", "model.moe.layers", "not empty"),

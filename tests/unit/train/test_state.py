@@ -43,13 +43,6 @@ def test_a_run_that_is_all_warm_up_ends_at_the_peak() -> None:
     assert factors(3, schedule="linear", warmup_fraction=0.99) == pytest.approx([1 / 3, 2 / 3, 1.0])
 
 
-def test_an_unknown_schedule_names_the_right_ones() -> None:
-    with pytest.raises(
-        ValueError, match="train.schedule is 'liner', which does not exist; did you mean linear"
-    ):
-        rate_factor(5, total=10, config=TrainConfig(schedule="liner", warmup_fraction=0.0))
-
-
 def test_the_best_evaluation_is_remembered_with_its_step() -> None:
     state = TrainState(step=10)
     assert state.record(-0.5, patience=0)

@@ -140,15 +140,6 @@ def test_learned_temperatures_of_a_model_in_bf16_are_computed_in_float32_from_th
     assert scales().item() == pytest.approx(math.exp(2.65625), rel=1e-6)
 
 
-@pytest.mark.parametrize("where", ["config", "task"])
-def test_a_temperature_of_zero_is_refused(where):
-    task = replace(MOOD, contrastive_temperature=0.001) if where == "task" else MOOD
-    with pytest.raises(
-        ValueError, match="loss.contrastive.temperature of task mood .* at least 0.01"
-    ):
-        loss_of((task,), temperature=0.1 if where == "task" else 0.0)
-
-
 def test_the_weight_of_a_task_counts_in_the_sum_and_not_in_its_term():
     rows = random_rows(14)
     terms = check(loss_of(), rows)

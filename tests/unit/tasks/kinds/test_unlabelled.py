@@ -84,13 +84,6 @@ def test_a_labelled_data_set_may_be_the_plain_posts_too(tmp_path: Path) -> None:
     )
 
 
-def test_a_recipe_of_plain_posts_alone_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(
-        ValueError, match="none of plain has labels; give the recipe a task that has"
-    ):
-        corpus_of(tmp_path, plain=TaskConfig(path="plain", text="post", kind="unlabelled"))
-
-
 def test_the_width_of_a_regression_is_the_spread_of_its_training_labels(tmp_path: Path) -> None:
     rows = [{"text": f"post {i}", "label": value} for i, value in enumerate([1.0, 3.0, 1.0, 3.0])]
     write_jsonl(tmp_path / "heat" / "train.jsonl", rows)
