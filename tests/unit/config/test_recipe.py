@@ -63,7 +63,7 @@ def test_words_within_lists_and_rules_are_those_of_the_tables_too():
     assert words_of(type_at("data.noise").__args__[0].__args__[0]) == tuple(NOISES)
     assert words_of(type_at("tasks.t.splits").__args__[0]) == tuple(NAMES)
     assert tuple(ROW_PER_TASK) == tuple(ROUTES)
-    assert BY_DECODER == tuple(name for name, kind in KINDS.items() if kind.generates)
+    assert BY_DECODER == tuple(name for name, kind in KINDS.items() if kind.mode == "decoder")
     assert (UNLABELLED,) == tuple(name for name, kind in KINDS.items() if not kind.scored)
     assert BY_GRADIENTS == tuple(n for n, kind in WEIGHTINGS.items() if kind.reads_gradients)
     assert BY_TEMPERATURE == tuple(
