@@ -2,8 +2,8 @@
 
 Shape letters, as suffixes of tensor names: B rows on this rank, G rows of all ranks, L tokens per
 row, S real (not padding) tokens of all rows, M model width, F expert width, E experts, k experts
-per token, T tasks, Y labels, D tokens of an answer, P projected width, W ranks. A row is a post; or
-a (post, task) pair when the gate routes by task, and always where a decoder answers the task, whose
+per token, T tasks, Y labels, D tokens of a target, P projected width, W ranks. A row is a post; or
+a (post, task) pair when the gate routes by task, and always for a task in decoder mode, whose
 prompt is its own.
 """
 
@@ -22,8 +22,7 @@ IGNORED = -100
 
 DOMAINS, TOKENS, ANSWER_TOKENS = -3, -2, -1
 """Places in ``Batch.unit_scale_T`` of the mean over posts with a value that the adversarial loss
-predicts, over the encoder's real tokens, and over the tokens of the answers that a decoder is
-taught."""
+predicts, over the encoder's real tokens, and over the target tokens of a decoder."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +72,8 @@ class Batch:
     has no value. None where nothing is predicted."""
     answers_BD: Tensor | None = None
     """Token ids of the text that a row's task wants of the decoder, its end sign included, int64;
-    IGNORED behind it and in rows that want none. At least one column; None where no task is
-    answered by a decoder."""
+    IGNORED behind it and in rows that want none. At least one column; None where no task is in
+    decoder mode."""
     choices: Mapping[str, Tensor] = field(default_factory=dict)
     """Task whose labels are words that the decoder scores -> token ids of each label's words, (Y,
     D), int64, IGNORED behind their end sign; the same in every batch."""
@@ -188,7 +187,7 @@ class ModelOutput:
     probe: Probe | None = None
     """The tasks' logits once more; only on request."""
     answer_rows_S: Tensor | None = None
-    """Row of each token of the answers that the decoder was taught or scored, int64, the order of
+    """Row of each token of the texts that the decoder scored, int64, in the order of
     ``Routing`` in the decoder's layers; None without a decoder."""
     num_answer_layers: int = 0
     """How many of the routings, the last ones, are the decoder's."""
