@@ -11,7 +11,7 @@ from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-GRID = {"experts": "experts", "top-k": "top_k", "ep": "ep_sizes", "encoder": "encoders", "gate": "gates",
+GRID = {"experts": "experts", "top-k": "top_k", "ep": "ep_size", "encoder": "encoder", "gate": "gate",
         "seeds": "seeds"}  # fmt: skip
 PLAN = {
     "encoder-shape": (None, "layers,width,feed-forward width,vocabulary, not the recipe's encoder"),
@@ -49,8 +49,7 @@ def main() -> None:
     from comoe.experiments.scale.command import scale_and_exit
 
     plan_flags = {flag: default for flag, (default, _) in PLAN.items()}
-    grid = tuple(GRID.values())
-    scale_and_exit(given, grid_fields=grid, plan_flags=plan_flags, train_script=HERE / "train.py")
+    scale_and_exit(given, plan_flags=plan_flags, train_script=HERE / "train.py")
 
 
 if __name__ == "__main__":

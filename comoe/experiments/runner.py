@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import signal
@@ -11,86 +12,130 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn, Protocol, TypeVar
+from typing import Any, NoReturn
 
 import psutil
 import torch
 
 from comoe.config.files import write_atomic
 from comoe.config.load import load_recipe, recipe_from_dict, recipe_to_dict
+from comoe.evaluation.tables import duration
 from comoe.train.environment import free_port
 from comoe.train.parallel.ds_config import load_settings
 
-OWN = ("run.name", "run.output_dir", "run.overwrite")
+OWN_KEYS = ("run.name", "run.output_dir", "run.overwrite", "train.seed")
 """Keys that the experiment sets for each run."""
+
+TAIL = 20
+"""Lines of the log that are kept of a run that failed."""
+
+PORTS_TRIED = 3
+"""Starts of a run whose port another process takes each time."""
+
+GRACE = 180.0
+"""Seconds that ranks get to save and leave once their launcher is gone."""
+
+say = partial(print, flush=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One run: a part of an arm with a seed."""
+
+    part: str
+    """Beginning of its name."""
+    seed: int
+    words: tuple[str, ...]
+    """``key=value`` overrides that make the recipe this run, but for the seed."""
+    experts: int
+    """Experts per layer."""
+
+    @property
+    def name(self) -> str:
+        """Name of its run folder."""
+        return f"{self.part}-s{self.seed}"
+
+    @property
+    def overrides(self) -> list[str]:
+        """The part's words and the seed."""
+        return [*self.words, f"train.seed={self.seed}"]
 
 
 @dataclass(frozen=True, slots=True)
 class Experiment:
-    """One call of ``launch/scale.py`` or ``launch/compare.py``."""
+    """What all runs of one call of ``launch/scale.py`` or ``launch/compare.py`` share."""
 
     config: Path
-    """Recipe that all runs share."""
     deepspeed: Path
-    """DeepSpeed JSON that all runs share."""
     output: Path
-    """Folder for everything."""
+    """Folder of everything that the experiment writes."""
     train_script: Path
     """launch/train.py."""
     ranks: int
     """Ranks of each run."""
     overrides: tuple[str, ...] = ()
-    """``key=value`` words for all runs."""
+
+    @staticmethod
+    def from_command(given: argparse.Namespace, *, train_script: Path) -> Experiment:
+        """As the command line asks for it; ranks are one per GPU, or one, where it names no number.
+
+        Raises:
+            ValueError: fewer than one rank.
+        """
+        if given.ranks is not None and given.ranks < 1:
+            raise ValueError(f"--ranks is {given.ranks}; it must be at least 1.")
+        ranks = given.ranks or max(1, torch.cuda.device_count())
+        files = (given.config.resolve(), given.deepspeed.resolve(), given.output.resolve())
+        return Experiment(*files, train_script, ranks, tuple(given.overrides))
 
     @property
     def runs(self) -> Path:
         """Folder of the run folders."""
         return self.output / "runs"
 
+    def failure_file(self, trial: Trial) -> Path:
+        """The last lines of a run that failed."""
+        return self.output / "failed" / f"{trial.name}.txt"
 
-class Planned(Protocol):
-    """What is needed of a run that has not been made yet."""
+    def problem(self, trial: Trial) -> str:
+        """Why a run failed, in a line; empty where it did not."""
+        file = self.failure_file(trial)
+        return last_words(file.read_text(encoding="utf-8")) if file.is_file() else ""
 
-    @property
-    def name(self) -> str:
-        """Name of its run folder."""
-        ...
+    def refuse(self, keys: Sequence[str], flags: str) -> None:
+        """Refuse overrides that the experiment sets itself.
 
-    @property
-    def overrides(self) -> list[str]:
-        """``key=value`` words that make the recipe this run."""
-        ...
+        Raises:
+            ValueError: there is one.
+        """
+        given = {word.partition("=")[0].strip().lstrip("-") for word in self.overrides}
+        if taken := sorted(given & {*keys, *OWN_KEYS}):
+            raise ValueError(f"{taken[0]} cannot be an override here: {flags} set it.")
 
 
-def remember(experiment: Experiment, *, file_name: str = "scale.json") -> None:
+def remember(experiment: Experiment, *, file_name: str) -> None:
     """Write down what all runs share, or make sure that it is what the earlier runs in this folder shared.
-
-    Args:
-        experiment: what they share.
-        file_name: where, in the output folder.
 
     Raises:
         ValueError: the folder holds an experiment with another recipe, DeepSpeed JSON or number of
             ranks.
     """
     recipe = recipe_to_dict(load_recipe(experiment.config, experiment.overrides))
-    shared = {
-        "ranks": experiment.ranks,
-        "deepspeed": load_settings(experiment.deepspeed),
-        "recipe": recipe,
-    }
-    shared = json.loads(json.dumps(shared))
+    settings = load_settings(experiment.deepspeed)
+    text = json.dumps(
+        {"ranks": experiment.ranks, "deepspeed": settings, "recipe": recipe}, indent=1
+    )
     file = experiment.output / file_name
     if not file.is_file():
         experiment.runs.mkdir(parents=True, exist_ok=True)
-        write_atomic(file, json.dumps(shared, indent=1) + "\n")
+        write_atomic(file, text + "\n")
         return
     before = json.loads(file.read_text(encoding="utf-8"))
     # A recipe of before an option was there has its default.
     before["recipe"] = json.loads(json.dumps(recipe_to_dict(recipe_from_dict(before["recipe"]))))
-    difference = difference_of(before, shared)
-    if difference:
+    if difference := difference_of(before, json.loads(text)):
         raise ValueError(
             f"{experiment.output} holds an experiment with {difference}; its runs cannot be compared. Choose another "
             f"--output, or make the two agree."
@@ -99,86 +144,51 @@ def remember(experiment: Experiment, *, file_name: str = "scale.json") -> None:
 
 def difference_of(before: Any, now: Any, path: str = "") -> str:
     """The first place where two nested dicts differ, in words; empty where they are equal."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        for key in [*before, *(key for key in now if key not in before)]:
-            if found := difference_of(
-                before.get(key), now.get(key), f"{path}.{key}" if path else str(key)
-            ):
-                return found
-        return ""
-    return "" if before == now else f"{path} {before!r} instead of {now!r}"
+    if not isinstance(before, dict) or not isinstance(now, dict):
+        return "" if before == now else f"{path} {before!r} instead of {now!r}"
+    for key in dict.fromkeys([*before, *now]):
+        place = f"{path}.{key}" if path else str(key)
+        if found := difference_of(before.get(key), now.get(key), place):
+            return found
+    return ""
 
 
-TAIL = 20
-"""Lines of the log that are kept of a run that failed."""
-
-
-PORTS_TRIED = 3
-"""Starts of a run whose port another process takes each time."""
-
-
-GRACE = 180.0
-"""Seconds that ranks get to save and leave once their launcher is gone."""
-
-
-Run = TypeVar("Run", bound=Planned)
-
-
-Report = Callable[[Sequence[Run]], None]
-"""Writes tables and plots of the points so far."""
-
-
-def run_points(
-    experiment: Experiment,
-    points: Sequence[Run],
-    *,
-    report: Report[Run],
-    say: Callable[[str], None] = print,
-) -> list[Run]:
+def run_trials(
+    experiment: Experiment, trials: Sequence[Trial], *, report: Callable[[], object]
+) -> list[Trial]:
     """Run what is not done yet; a run that was cut short goes on from its checkpoint.
 
     Args:
         experiment: what they share.
-        points: the runs.
-        report: called after each run.
-        say: prints one line.
+        trials: the runs.
+        report: writes tables and plots of the runs so far, after each run.
 
     Returns:
-        The points that failed; their logs' last lines are in ``failed/``.
+        The runs that failed; their logs' last lines are in ``failed/``.
 
     Raises:
         KeyboardInterrupt: Ctrl-C or SIGTERM, once the run under way has saved itself.
     """
-    todo = [point for point in points if not is_done(experiment, point)]
-    say(
-        f"{len(points)} runs, {len(points) - len(todo)} of them done; {experiment.ranks} rank(s) each"
-    )
-    failed: list[Run] = []
+    todo = [trial for trial in trials if not is_done(experiment, trial)]
+    done = len(trials) - len(todo)
+    say(f"{len(trials)} runs, {done} of them done; {experiment.ranks} rank(s) each")
+    failed: list[Trial] = []
     seconds: list[float] = []
-    for number, point in enumerate(todo, start=len(points) - len(todo) + 1):
+    for number, trial in enumerate(todo, start=done + 1):
         began = time.monotonic()
-        problem = run_point(experiment, point)
+        problem = run_trial(experiment, trial)
         seconds.append(time.monotonic() - began)
         if problem:
-            failed.append(point)
-        report(points)
-        left = (len(points) - number) * sum(seconds) / len(seconds)
-        outcome = f"FAILED ({problem})" if problem else _outcome(experiment.runs / point.name)
-        say(
-            f"[{number}/{len(points)}] {point.name}: {outcome}, {_in_words(seconds[-1])}; {_in_words(left)} left"
-        )
+            failed.append(trial)
+        report()
+        left = duration((len(trials) - number) * sum(seconds) / len(seconds))
+        outcome = f"FAILED ({problem})" if problem else "done"
+        if not problem:
+            best = _results(experiment, trial).get("best_value")
+            outcome = "done" if best is None else f"validation {best:.4f}"
+        head = f"[{number}/{len(trials)}] {trial.name}: {outcome}"
+        say(f"{head}, {duration(seconds[-1])}; {left} left")
     return failed
-
-
-def chosen_ranks(asked: int | None) -> int:
-    """Ranks of each run: as asked for, else one per GPU, else one.
-
-    Raises:
-        ValueError: fewer than one.
-    """
-    if asked is not None and asked < 1:
-        raise ValueError(f"--ranks is {asked}; it must be at least 1.")
-    return asked or max(1, torch.cuda.device_count())
 
 
 def leave_after(work: Callable[[], bool]) -> NoReturn:
@@ -199,27 +209,25 @@ def leave_after(work: Callable[[], bool]) -> NoReturn:
         sys.exit(130)
 
 
-def is_done(experiment: Experiment, point: Planned) -> bool:
+def is_done(experiment: Experiment, trial: Trial) -> bool:
     """True when the run left its results and its export, which comes last."""
-    file = experiment.runs / point.name / "results.json"
-    if not file.is_file() or not (file.parent / "export").is_dir():
-        return False
-    return bool(json.loads(file.read_text(encoding="utf-8")).get("finished"))
+    export = experiment.runs / trial.name / "export"
+    return export.is_dir() and bool(_results(experiment, trial).get("finished"))
 
 
-def run_point(experiment: Experiment, point: Planned) -> str:
-    """Run one point to its end.
+def _results(experiment: Experiment, trial: Trial) -> dict[str, Any]:
+    file = experiment.runs / trial.name / "results.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
-    Returns:
-        Empty when it left its results; else what its log says at last, which ``failed/<point>.txt``
-            tells at length.
-    """
-    log = experiment.output / "logs" / f"{point.name}.log"
-    failure = failure_file(experiment, point)
+
+def run_trial(experiment: Experiment, trial: Trial) -> str:
+    """Run one trial to its end; empty when it left its results, else the last words of its log."""
+    log = experiment.output / "logs" / f"{trial.name}.log"
+    failure = experiment.failure_file(trial)
     for folder in (log.parent, failure.parent):
         folder.mkdir(parents=True, exist_ok=True)
     for _ in range(PORTS_TRIED):
-        command = command_of(experiment, point)
+        command = command_of(experiment, trial)
         with log.open("a", encoding="utf-8") as file:
             print(f"$ {' '.join(command)}", file=file, flush=True)
             begins = file.tell()
@@ -228,50 +236,34 @@ def run_point(experiment: Experiment, point: Planned) -> str:
         if b"EADDRINUSE" not in log.read_bytes()[begins:]:
             break
     # The launcher's exit code can be 0 when a rank was killed: only the results prove a run.
-    if is_done(experiment, point):
+    if is_done(experiment, trial):
         failure.unlink(missing_ok=True)
         return ""
-    lines = [
-        line.rstrip()
-        for line in log.read_text(encoding="utf-8", errors="replace").splitlines()
-        if line.strip()
-    ]
-    write_atomic(
-        failure, "\n".join([f"exit code {code}; the last lines of {log}:", *lines[-TAIL:], ""])
-    )
-    return next((line for line in reversed(lines) if line.startswith("comoe:")), lines[-1])
+    text = log.read_text(encoding="utf-8", errors="replace")
+    lines = [line.rstrip() for line in text.splitlines() if line.strip()]
+    said = [f"exit code {code}; the last lines of {log}:", *lines[-TAIL:], ""]
+    write_atomic(failure, "\n".join(said))
+    return last_words("\n".join(lines))
 
 
-def failure_file(experiment: Experiment, point: Planned) -> Path:
-    """Where the last lines of a run that failed are."""
-    return experiment.output / "failed" / f"{point.name}.txt"
+def last_words(log: str) -> str:
+    """The last message of comoe in a log, else its last line."""
+    lines = log.splitlines()
+    ours = [line for line in lines if line.startswith("comoe:")]
+    return (ours or lines or [""])[-1]
 
 
-def command_of(experiment: Experiment, point: Planned) -> list[str]:
+def command_of(experiment: Experiment, trial: Trial) -> list[str]:
     """The command of one run: a new one, or ``--resume`` where one was cut short."""
-    launcher = [
-        sys.executable,
-        "-m",
-        "deepspeed.launcher.runner",
-        "--quiet",
-        "--master_port",
-        str(free_port()),
-    ]
-    launcher += ["--num_accelerators", str(experiment.ranks)]
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet"]
+    launcher += ["--master_port", str(free_port()), "--num_accelerators", str(experiment.ranks)]
     train = [str(experiment.train_script), "--deepspeed", str(experiment.deepspeed)]
-    folder = experiment.runs / point.name
+    folder = experiment.runs / trial.name
     if (folder / "config.yaml").is_file():
         return [*launcher, *train, "--resume", str(folder)]
-    names = [f"run.output_dir={experiment.runs}", f"run.name={point.name}"]
-    return [
-        *launcher,
-        *train,
-        "--config",
-        str(experiment.config),
-        *experiment.overrides,
-        *point.overrides,
-        *names,
-    ]
+    names = [f"run.output_dir={experiment.runs}", f"run.name={trial.name}"]
+    words = [*experiment.overrides, *trial.overrides, *names]
+    return [*launcher, *train, "--config", str(experiment.config), *words]
 
 
 def _run(command: Sequence[str], log: object) -> int:
@@ -326,15 +318,3 @@ def _terminations_interrupt() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _outcome(folder: Path) -> str:
-    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    best = results.get("best_value")
-    return f"validation {best:.4f}" if best is not None else "done"
-
-
-def _in_words(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

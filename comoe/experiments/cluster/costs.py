@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from comoe.experiments.cluster.shape import PlannedModel
 from comoe.train.memory_plan import FULL, HALF
 
 ADAM_BYTES = 4 + 2 * 4 + 4 * 4
@@ -19,78 +20,6 @@ copy, both moments."""
 USEFUL_ROWS = 300
 """Tokens per expert below which a Hopper GPU's grouped product is bound by reading the expert's
 weights."""
-
-
-@dataclass(frozen=True, slots=True)
-class ModelShape:
-    """An encoder with cooperative blocks."""
-
-    layers: int
-    """L."""
-    width: int
-    """M."""
-    ffn_width: int
-    """F'."""
-    vocabulary: int
-    """V."""
-    positions: int = 512
-    """Rows of the table of positions."""
-    tasks: int = 1
-    """Heads that pool."""
-    outputs: int = 2
-    """Labels of all tasks together."""
-    projection: int = 128
-    """Width of the embeddings that the contrastive loss compares."""
-    moe_layers: int = 0
-    """L'."""
-    num_experts: int = 0
-    """E."""
-    top_k: int = 0
-    """k."""
-    expert_width: int = 0
-    """F."""
-    shared_width: int = 0
-    """Width of the expert that every token visits; 0 is none."""
-    private_width: int = 0
-    """Width of each task's private part; 0 is none."""
-
-    @property
-    def encoder_parameters(self) -> int:
-        """Embeddings (V + positions + 2 segments) M with their norm, and per layer 4 M (M + 1) of
-        attention, 2 M F' + F' + M of the feed-forward and two norms: BERT's and RoBERTa's form,
-        without the pooler."""
-        layer = (
-            4 * self.width * (self.width + 1)
-            + 2 * self.width * self.ffn_width
-            + self.ffn_width
-            + 5 * self.width
-        )
-        return (self.vocabulary + self.positions + 2 + 2) * self.width + self.layers * layer
-
-    @property
-    def dense_parameters(self) -> int:
-        """D: encoder; norm, gate and shared expert of each block; heads (query and linear layer);
-        projection; private parts."""
-        block = self.width * (2 + self.num_experts + 3 * self.shared_width)
-        heads = (
-            self.tasks * self.width + self.outputs * (self.width + 1) + self.projection * self.width
-        )
-        private = (
-            self.tasks * self.width * (2 + 3 * self.private_width) if self.private_width else 0
-        )
-        return self.encoder_parameters + self.moe_layers * block + heads + private
-
-    @property
-    def expert_parameters(self) -> int:
-        """X: gate, up and down matrix of every expert, L' E 3 M F."""
-        return self.moe_layers * self.num_experts * 3 * self.width * self.expert_width
-
-    @property
-    def active_parameters(self) -> int:
-        """Parameters that one token meets: D + X k / E."""
-        return self.dense_parameters + self.expert_parameters * self.top_k // max(
-            1, self.num_experts
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +44,7 @@ class Cluster:
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class PlannedLayout:
     """How a run lies over the ranks."""
 
     ranks: int
@@ -162,7 +91,7 @@ class Traffic:
     """Weights of experts, between the same ranks."""
 
 
-def forward_operations(shape: ModelShape, length: int) -> float:
+def forward_operations(shape: PlannedModel, length: int) -> float:
     """Floating-point operations of one token's forward pass; a multiplication with its addition counts two.
 
     L (8 M^2 + 4 M F' + 4 length M) for the encoder, of which the last is the attention matrix, L'
@@ -171,22 +100,19 @@ def forward_operations(shape: ModelShape, length: int) -> float:
 
     Source: Narayanan et al. 2021, arXiv:2104.04473, appendix; three matrices per gated expert.
     """
-    dense = 8 * shape.width**2 + 4 * shape.width * shape.ffn_width + 4 * length * shape.width
-    return (
-        shape.layers * dense
-        + shape.moe_layers
-        * (2 * shape.width * shape.num_experts + 6 * shape.width * shape.shared_width)
-        + shape.tasks * 6 * shape.width * shape.private_width
-        + expert_operations(shape)
-    )
+    width = shape.width
+    dense = shape.layers * (8 * width + 4 * shape.ffn_width + 4 * length)
+    blocks = shape.moe_layers * (2 * shape.num_experts + 6 * shape.shared_width)
+    private = shape.tasks * 6 * shape.private_width
+    return width * (dense + blocks + private) + expert_operations(shape)
 
 
-def expert_operations(shape: ModelShape) -> float:
+def expert_operations(shape: PlannedModel) -> float:
     """The routed experts' share of ``forward_operations``: L' 6 k M F."""
     return shape.moe_layers * 6 * shape.top_k * shape.width * shape.expert_width
 
 
-def all_to_all_bytes(shape: ModelShape, layout: Layout) -> float:
+def all_to_all_bytes(shape: PlannedModel, layout: PlannedLayout) -> float:
     """Bytes that one rank sends to other ranks' experts per optimizer step, under even routing.
 
     Each token travels to its k experts and back, and its gradients do the same: 4 p S k M (EP - 1)
@@ -202,7 +128,7 @@ def all_to_all_bytes(shape: ModelShape, layout: Layout) -> float:
     return exchanges * layout.number * layout.tokens * shape.top_k * shape.width * passes * away
 
 
-def traffic(shape: ModelShape, layout: Layout) -> Traffic:
+def traffic(shape: PlannedModel, layout: PlannedLayout) -> Traffic:
     """Bytes that one rank sends per optimizer step, each collective in its ring form over n ranks.
 
     Over n ranks an all-reduce of b bytes sends 2 b (n - 1) / n, an all-gather or a reduce-scatter
@@ -225,16 +151,12 @@ def traffic(shape: ModelShape, layout: Layout) -> Traffic:
     rounds = 2 if layout.stage < 3 else 1
 
     def sent(parameters: float, ranks: int) -> tuple[float, float]:
-        away = (ranks - 1) / ranks
-        return (
-            rounds * times * layout.number * parameters * away,
-            gathers * layout.number * parameters * away,
-        )
+        once = layout.number * parameters * (ranks - 1) / ranks
+        return rounds * times * once, gathers * once
 
     dense = sent(shape.dense_parameters, layout.ranks)
-    return Traffic(
-        all_to_all_bytes(shape, layout), *dense, *sent(experts, layout.ranks // layout.ep_size)
-    )
+    routed = sent(experts, layout.ranks // layout.ep_size)
+    return Traffic(all_to_all_bytes(shape, layout), *dense, *routed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,7 +178,7 @@ class StepTime:
         return self.compute + self.all_to_all + self.collectives + self.optimizer
 
 
-def step_time(shape: ModelShape, layout: Layout, cluster: Cluster) -> StepTime:
+def step_time(shape: PlannedModel, layout: PlannedLayout, cluster: Cluster) -> StepTime:
     """The roofline of one optimizer step; launches, the host, skewed routing and latency are not in it.
 
         compute       3 x forward operations x tokens / (flops x efficiency), 4 x under recomputation; the experts' part
@@ -267,31 +189,24 @@ def step_time(shape: ModelShape, layout: Layout, cluster: Cluster) -> StepTime:
 
     Source: Williams et al. 2009 (roofline); backward is twice the forward pass (arXiv:2104.04473).
     """
-    per_pass = layout.tokens * layout.accumulation
-    rate = cluster.flops * cluster.efficiency
-    passes = 4 if layout.recompute else 3
-    routed = passes * per_pass * expert_operations(shape) / rate
+    passes = (4 if layout.recompute else 3) * layout.accumulation
+    rate = cluster.flops * cluster.efficiency / (passes * layout.tokens)
+    routed = expert_operations(shape)
     weights = layout.number * shape.expert_parameters / layout.ep_size
-    routed = max(routed, passes * layout.accumulation * weights / cluster.read)
-    rest = (
-        passes
-        * per_pass
-        * (forward_operations(shape, layout.length) - expert_operations(shape))
-        / rate
-    )
+    compute = max(routed / rate, passes * weights / cluster.read)
+    compute += (forward_operations(shape, layout.length) - routed) / rate
     moved = traffic(shape, layout)
-    groups = layout.ranks // layout.ep_size
-    beside = max(1, cluster.per_node // layout.ep_size)
-    collectives = _ring_seconds(
-        moved.dense_reduce + moved.dense_gather, layout.ranks, cluster.per_node, cluster
+    groups, beside = layout.ranks // layout.ep_size, max(1, cluster.per_node // layout.ep_size)
+    dense, experts = (
+        moved.dense_reduce + moved.dense_gather,
+        moved.expert_reduce + moved.expert_gather,
     )
-    collectives += _ring_seconds(moved.expert_reduce + moved.expert_gather, groups, beside, cluster)
-    compute = routed + rest
     share = (shape.dense_parameters + shape.expert_parameters) / layout.ranks
     return StepTime(
         compute=compute,
         all_to_all=_exchange_seconds(moved.all_to_all, layout.ep_size, cluster),
-        collectives=collectives,
+        collectives=_ring_seconds(dense, layout.ranks, cluster.per_node, cluster)
+        + _ring_seconds(experts, groups, beside, cluster),
         optimizer=share * (ADAM_BYTES + layout.number) / cluster.read,
     )
 

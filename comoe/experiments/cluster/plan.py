@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, replace
 
 from comoe.config.load import load_recipe
-from comoe.config.recipe import Recipe
 from comoe.experiments.cluster.costs import (
     USEFUL_ROWS,
     Cluster,
-    Layout,
-    ModelShape,
+    PlannedLayout,
     StepTime,
     Traffic,
     step_time,
     traffic,
 )
-from comoe.models.encoders.families import chosen_layers, expert_width
-from comoe.starter.registry import PREFIXES, prepare
+from comoe.experiments.cluster.shape import PlannedModel, shape_of_recipe
 from comoe.train.memory_plan import MemoryPlan, plan_memory, reduction_elements
 
 BUCKET = 50_000_000
@@ -46,7 +40,7 @@ MICRO_BATCHES = tuple(2**power for power in range(11))
 class Candidate:
     """One layout with all that the formulas say about it."""
 
-    layout: Layout
+    layout: PlannedLayout
     """Over ranks."""
     memory: MemoryPlan
     """Of one rank."""
@@ -72,7 +66,7 @@ class Candidate:
 
 
 def weigh(
-    shape: ModelShape, layout: Layout, cluster: Cluster, *, optimizer: str = "adamw"
+    shape: PlannedModel, layout: PlannedLayout, cluster: Cluster, *, optimizer: str = "adamw"
 ) -> Candidate:
     """All that the formulas say about one layout.
 
@@ -104,7 +98,7 @@ def weigh(
 
 
 def alternatives(
-    shape: ModelShape,
+    shape: PlannedModel,
     cluster: Cluster,
     *,
     ranks: int,
@@ -130,14 +124,9 @@ def alternatives(
     found = []
     for ep_size in sizes:
         for stage in (1, 2, 3):
+            layout = PlannedLayout(ranks, ep_size, stage, length, length, recompute=recompute)
             tried = [
-                weigh(
-                    shape,
-                    Layout(
-                        ranks, ep_size, stage, posts * length, length, times, recompute=recompute
-                    ),
-                    cluster,
-                )
+                weigh(shape, replace(layout, tokens=posts * length, accumulation=times), cluster)
                 for posts, times in _micro_batches(ranks, batch)
             ]
             able = [candidate for candidate in tried if fits(candidate, cluster)]
@@ -173,42 +162,8 @@ def _micro_batches(ranks: int, batch: int | None) -> list[tuple[int, int]]:
     return [(posts, -(-share // posts)) for posts in MICRO_BATCHES if posts <= share]
 
 
-def shape_of_recipe(recipe: Recipe, encoder_shape: str | None = None) -> ModelShape:
-    """The numbers of a recipe's model, without building it.
-
-    Args:
-        recipe: its experts, tasks and, without ``encoder_shape``, its encoder.
-        encoder_shape: "layers,width,feed-forward width,vocabulary" instead of the recipe's encoder.
-
-    Raises:
-        ValueError: a shape that is not four whole numbers, or an encoder that is not on this
-            machine.
-    """
-    layers, width, ffn_width, vocabulary, positions = (
-        _parsed(encoder_shape) if encoder_shape else _read(recipe.model.encoder)
-    )
-    moe = recipe.model.moe
-    labels = sum(max(1, len(task.labels)) for task in recipe.tasks.values())
-    return ModelShape(
-        layers=layers,
-        width=width,
-        ffn_width=ffn_width,
-        vocabulary=vocabulary,
-        positions=positions,
-        tasks=len(recipe.tasks),
-        outputs=labels,
-        projection=recipe.model.projection_width,
-        moe_layers=len(chosen_layers(moe.layers, layers)) if moe.num_experts else 0,
-        num_experts=moe.num_experts,
-        top_k=moe.top_k if moe.num_experts else 0,
-        expert_width=expert_width(moe, width),
-        shared_width=moe.shared_width,
-        private_width=recipe.model.private_width,
-    )
-
-
 def plan_lines(
-    shape: ModelShape,
+    shape: PlannedModel,
     cluster: Cluster,
     *,
     gpus: Sequence[int],
@@ -236,29 +191,18 @@ def plan_lines(
     ]
     rows, details = [HEAD], []
     for ranks in gpus:
-        found = alternatives(
-            shape, cluster, ranks=ranks, length=length, batch=batch, recompute=recompute
-        )
+        asked = {"ranks": ranks, "length": length, "batch": batch, "recompute": recompute}
+        found = alternatives(shape, cluster, **asked)
         best = recommend(found, cluster)
         if best is None:
             least = min(found, key=lambda c: c.memory.device_bytes)
             needed = least.memory.device_bytes / USABLE / 2**30
-            rows.append(
-                (
-                    str(ranks),
-                    f"does not fit: one post needs GPUs of {needed:,.1f} GiB",
-                    *[""] * (len(HEAD) - 2),
-                )
-            )
+            said = f"does not fit: one post needs GPUs of {needed:,.1f} GiB"
+            rows.append((str(ranks), said, *[""] * (len(HEAD) - 2)))
             continue
         rows.append(_row(best, cluster, shape))
-        details = [
-            "",
-            f"{ranks} GPUs, recommended:",
-            *best.memory.lines(),
-            "",
-            f"{ranks} GPUs, alternatives:",
-        ]
+        details = ["", f"{ranks} GPUs, recommended:", *best.memory.lines()]
+        details += ["", f"{ranks} GPUs, alternatives:"]
         details += _table([HEAD, *(_row(candidate, cluster, shape) for candidate in found)])
     return lines + _table(rows) + details
 
@@ -271,29 +215,18 @@ HEAD = (
 forward pass."""
 
 
-def _row(candidate: Candidate, cluster: Cluster, shape: ModelShape) -> tuple[str, ...]:
+def _row(candidate: Candidate, cluster: Cluster, shape: PlannedModel) -> tuple[str, ...]:
     layout, time, moved = candidate.layout, candidate.time, candidate.traffic
-    reduced, gathered = (
-        moved.dense_reduce + moved.expert_reduce,
-        moved.dense_gather + moved.expert_gather,
-    )
+    reduced = moved.dense_reduce + moved.expert_reduce
+    gathered = moved.dense_gather + moved.expert_gather
     rows = layout.tokens * shape.top_k * layout.ep_size / max(1, shape.num_experts)
     remark = "" if fits(candidate, cluster) else "does not fit"
     if not remark and 0 < rows < USEFUL_ROWS:
         remark = "few rows per expert"
     seconds = (time.compute, time.all_to_all, time.collectives, time.optimizer, time.total)
+    counts = (layout.ranks, layout.ep_size, layout.stage, candidate.posts, layout.accumulation)
     return (
-        *map(
-            str,
-            (
-                layout.ranks,
-                layout.ep_size,
-                layout.stage,
-                candidate.posts,
-                layout.accumulation,
-                candidate.batch,
-            ),
-        ),
+        *map(str, (*counts, candidate.batch)),
         f"{candidate.memory.device_bytes / 2**30:.2f}",
         *(f"{size / 1e6:,.1f}" for size in (moved.all_to_all, reduced, gathered)),
         *(f"{1000 * part:,.2f}" for part in seconds),
@@ -313,48 +246,6 @@ def _table(rows: Sequence[Sequence[str]]) -> list[str]:
         else f"{row[0].rjust(widths[0])}  {row[1]}"
         for row in rows
     ]
-
-
-def _parsed(text: str) -> tuple[int, int, int, int, int]:
-    parts = text.split(",")
-    if len(parts) != 4 or not all(part.strip().isdigit() and int(part) for part in parts):
-        rule = "it must be layers,width,feed-forward width,vocabulary, such as 24,1024,4096,50265"
-        raise ValueError(f"--encoder-shape is {text!r}; {rule}.")
-    layers, width, ffn_width, vocabulary = map(int, parts)
-    return layers, width, ffn_width, vocabulary, 512
-
-
-def _read(encoder: str) -> tuple[int, int, int, int, int]:
-    folder = (
-        prepare([encoder])[encoder] if encoder.startswith(PREFIXES) else Path(encoder).expanduser()
-    )
-    file = folder / "config.json"
-    if not file.is_file():
-        raise ValueError(
-            f"model.encoder ({encoder}) is no folder with a config.json; give its numbers by --encoder-shape "
-            f"layers,width,feed-forward width,vocabulary."
-        )
-    config: Mapping[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    found = []
-    for names in _NAMES:
-        known = [config[name] for name in names if name in config]
-        if not known:
-            raise ValueError(
-                f"{file} has no {names[0]}; give the encoder's numbers by --encoder-shape."
-            )
-        found.append(int(known[0]))
-    layers, width, ffn_width, vocabulary, positions = found
-    return layers, width, ffn_width, vocabulary, positions
-
-
-_NAMES = (
-    ("num_hidden_layers", "n_layers"),
-    ("hidden_size", "dim"),
-    ("intermediate_size", "hidden_dim"),
-    ("vocab_size",),
-    ("max_position_embeddings",),
-)
-"""What families call the five numbers in config.json."""
 
 
 def settle_plan_flags(given: argparse.Namespace, plan_flags: Mapping[str, str | None]) -> None:
@@ -397,20 +288,20 @@ def print_plan(given: argparse.Namespace) -> None:
     recipe = load_recipe(given.config, overrides)
     inside, _, outside = given.bandwidth.partition(",")
     cluster = Cluster(
-        memory=_number("--gpu-memory", given.gpu_memory) * 1e9,
-        per_node=int(_number("--gpus-per-node", given.gpus_per_node)),
-        intra=_number("--bandwidth", inside) * 1e9,
-        inter=_number("--bandwidth", outside) * 1e9,
-        flops=_number("--flops", given.flops) * 1e12,
-        read=_number("--memory-bandwidth", given.memory_bandwidth) * 1e9,
-        efficiency=_number("--efficiency", given.efficiency),
+        memory=_above_zero("--gpu-memory", given.gpu_memory) * 1e9,
+        per_node=int(_above_zero("--gpus-per-node", given.gpus_per_node)),
+        intra=_above_zero("--bandwidth", inside) * 1e9,
+        inter=_above_zero("--bandwidth", outside) * 1e9,
+        flops=_above_zero("--flops", given.flops) * 1e12,
+        read=_above_zero("--memory-bandwidth", given.memory_bandwidth) * 1e9,
+        efficiency=_above_zero("--efficiency", given.efficiency),
     )
     lines = plan_lines(
         shape_of_recipe(recipe, given.encoder_shape),
         cluster,
         gpus=gpu_numbers(given.gpus),
-        length=int(_number("--length", given.length)),
-        batch=None if given.batch is None else int(_number("--batch", given.batch)),
+        length=int(_above_zero("--length", given.length)),
+        batch=None if given.batch is None else int(_above_zero("--batch", given.batch)),
         recompute=recipe.train.activation_checkpointing,
     )
     print("\n".join(lines))
@@ -423,9 +314,8 @@ def gpu_numbers(text: str) -> list[int]:
         ValueError: anything else.
     """
     first, dots, last = text.partition("..")
-    numbers = [
-        int(_number("--gpus", part)) for part in ((first, last) if dots else text.split(","))
-    ]
+    parts = (first, last) if dots else text.split(",")
+    numbers = [int(_above_zero("--gpus", part)) for part in parts]
     if not dots:
         return numbers
     low, high = numbers
@@ -434,7 +324,7 @@ def gpu_numbers(text: str) -> list[int]:
     return [low * 2**power for power in range((high // low).bit_length())]
 
 
-def _number(flag: str, text: str) -> float:
+def _above_zero(flag: str, text: str) -> float:
     try:
         value = float(text)
     except ValueError:
@@ -447,9 +337,9 @@ def _number(flag: str, text: str) -> float:
 _PLANNED = {
     "experts": "model.moe.num_experts",
     "top_k": "model.moe.top_k",
-    "encoders": "model.encoder",
-    "gates": "",
-    "ep_sizes": "",
+    "encoder": "model.encoder",
+    "gate": "",
+    "ep_size": "",
     "seeds": "",
 }
 """Field of the grid -> the recipe's key that ``--plan`` reads it as."""

@@ -12,22 +12,22 @@ from typing import Any, NoReturn
 
 from comoe.config.files import write_atomic
 from comoe.config.load import load_recipe
-from comoe.experiments.ablate import measure_removal, read_removal
+from comoe.experiments.ablate import Removal, measure_removal, read_removal
 from comoe.experiments.affinity import measure_affinity, read_affinity
 from comoe.experiments.compare.arms import ARMS, TASK_ARMS, custom_arms
-from comoe.experiments.compare.plan import Arm, Plan, Trial, check_earlier, plan_arms
+from comoe.experiments.compare.plan import Arm, Plan, check_earlier, plan_arms
 from comoe.experiments.compare.plots import write_plots
-from comoe.experiments.compare.report import AFFINITY_FILE, Comparison, compare, write_comparison
-from comoe.experiments.compare.results import REMOVAL_FILE
+from comoe.experiments.compare.report import AFFINITY_FILE, compare, write_comparison
+from comoe.experiments.compare.results import REMOVAL_FILE, read_json
 from comoe.experiments.compare.tables import markdown_lines
 from comoe.experiments.runner import (
     Experiment,
-    chosen_ranks,
-    failure_file,
+    Trial,
     is_done,
     leave_after,
     remember,
-    run_points,
+    run_trials,
+    say,
 )
 
 
@@ -42,35 +42,41 @@ def run_comparison(given: argparse.Namespace, *, train_script: Path) -> list[Tri
     Raises:
         ValueError: a wrong recipe, arm, or output folder; nothing has been run then.
     """
-    experiment = Experiment(
-        given.config.resolve(), given.deepspeed.resolve(), given.output.resolve(), train_script,
-        chosen_ranks(given.ranks), tuple(given.overrides),
-    )  # fmt: skip
+    experiment = Experiment.from_command(given, train_script=train_script)
     custom = custom_arms(given.arm)
     # Arms of one's own come behind, unless the list names them.
     arms = list(dict.fromkeys([*_words("--arms", given.arms), *custom]))
     plan = plan_arms(experiment, arms=arms, custom=custom, seeds=_seeds(given.seeds))
-    baseline = (
-        plan.arms[0].name
-        if given.against is None
-        else plan.arm(given.against, flag="--against").name
-    )
+    against = plan.arms[0] if given.against is None else plan.arm(given.against, flag="--against")
     metrics = _metrics(experiment, given)
     later = [_affinities(plan, given), _removals(plan, given)]
     remember(experiment, file_name="compare.json")
     for trial in plan.trials:
         check_earlier(experiment, trial)
-    say = partial(print, flush=True)
     for note in plan.notes:
         say(f"note: {note}")
-    report = partial(
-        _report, experiment, plan, baseline=baseline, keep=given.keep_checkpoints, metrics=metrics
-    )
-    failed = run_points(experiment, plan.trials, report=lambda trials: report(resamples=0), say=say)
+
+    def report(resamples: int = 0) -> list[str]:
+        for trial in plan.trials:
+            if not given.keep_checkpoints and is_done(experiment, trial):
+                # The export has the best weights; the optimizer's state of dozens of runs would
+                # fill a disk.
+                shutil.rmtree(experiment.runs / trial.name / "checkpoints", ignore_errors=True)
+        problems = {trial.name: experiment.problem(trial) for trial in plan.trials}
+        comparison = compare(
+            plan, experiment.runs, baseline=against.name, resamples=resamples,
+            problems={name: text for name, text in problems.items() if text}, metrics=metrics,
+        )  # fmt: skip
+        write_comparison(comparison, experiment.output)
+        lines = markdown_lines(comparison)
+        write_atomic(experiment.output / "table.md", "\n".join(lines) + "\n")
+        write_plots(comparison, experiment.output)
+        return lines
+
+    failed = run_trials(experiment, plan.trials, report=report)
     for measure in later:
-        measure(experiment, say)
-    comparison = report(resamples=given.resamples)
-    print("\n".join(markdown_lines(comparison)))
+        measure(experiment)
+    print("\n".join(report(given.resamples)))
     print(
         f"\ntable   {given.output / 'table.md'}, table.csv, gains.csv, affinity.csv, summary.json, comparison.json"
     )
@@ -78,33 +84,8 @@ def run_comparison(given: argparse.Namespace, *, train_script: Path) -> list[Tri
     return failed
 
 
-def _report(
-    experiment: Experiment,
-    plan: Plan,
-    *,
-    baseline: str,
-    keep: bool,
-    metrics: Sequence[str],
-    resamples: int,
-) -> Comparison:
-    for trial in plan.trials:
-        if not keep and is_done(experiment, trial):
-            # The export has the best weights; the optimizer's state of dozens of runs would fill a
-            # disk.
-            shutil.rmtree(experiment.runs / trial.name / "checkpoints", ignore_errors=True)
-    problems = {trial.name: _problem(failure_file(experiment, trial)) for trial in plan.trials}
-    comparison = compare(
-        plan, experiment.runs, baseline=baseline, resamples=resamples,
-        problems={name: text for name, text in problems.items() if text}, metrics=metrics,
-    )  # fmt: skip
-    write_comparison(comparison, experiment.output)
-    write_atomic(experiment.output / "table.md", "\n".join(markdown_lines(comparison)) + "\n")
-    write_plots(comparison, experiment.output)
-    return comparison
-
-
-Measuring = Callable[[Experiment, Callable[[str], None]], None]
-"""Measures finished runs after all is trained, and says what it does."""
+Measuring = Callable[[Experiment], None]
+"""Measures finished runs after all is trained."""
 
 
 def _metrics(experiment: Experiment, given: argparse.Namespace) -> list[str]:
@@ -136,8 +117,8 @@ def _affinities(plan: Plan, given: argparse.Namespace) -> Measuring:
         raise ValueError(
             "--affinity holds the gradients of tasks against one another; it needs an arm with several."
         )
-    return partial(_measure, arms if limit else [], AFFINITY_FILE, limit, read_affinity, "gradients of the tasks",
-                   lambda folder: measure_affinity(folder, limit=limit))  # fmt: skip
+    measure = partial(measure_affinity, limit=limit)
+    return _measuring(arms if limit else [], AFFINITY_FILE, limit, read_affinity, measure)
 
 
 def _removals(plan: Plan, given: argparse.Namespace) -> Measuring:
@@ -149,57 +130,50 @@ def _removals(plan: Plan, given: argparse.Namespace) -> Measuring:
     for arm in arms:
         if not arm.trials[0].experts:
             raise ValueError(f"--remove-experts {arm.name}: this arm has no experts.")
-    return partial(_measure, arms, REMOVAL_FILE, limit, read_removal, "removing experts",
-                   lambda folder: measure_removal(folder, split=_split(folder), limit=limit))  # fmt: skip
+
+    def measure(folder: Path) -> Removal:
+        return measure_removal(folder, split=_split(folder), limit=limit)
+
+    return _measuring(arms, REMOVAL_FILE, limit, read_removal, measure)
 
 
 def _of_one_run(plan: Plan, name: str, *, flag: str) -> Arm:
     arm = plan.arm(name, flag=flag)
-    if len({trial.part for trial in arm.trials}) > 1:
-        parts = ", ".join(dict.fromkeys(trial.part for trial in arm.trials))
+    if len(arm.parts) > 1:
         raise ValueError(
-            f"{flag} {name}: this arm has a run for each task; give an arm of one run ({parts})."
+            f"{flag} {name}: this arm has a run for each task; give an arm of one run ({', '.join(arm.parts)})."
         )
     return arm
 
 
-def _measure(
+def _measuring(
     arms: Sequence[Arm],
     file_name: str,
     limit: int,
     read: Callable[[Path], Any],
-    what: str,
     measure: Callable[[Path], Any],
-    experiment: Experiment,
-    say: Callable[[str], None],
-) -> None:
-    """Measure the finished runs of some arms and keep it in their folders; what is there already stays."""
-    trials = [trial for arm in arms for trial in arm.trials if is_done(experiment, trial)]
-    for number, trial in enumerate(trials, start=1):
-        folder = experiment.runs / trial.name
-        file = folder / file_name
-        if file.is_file() and read(file).limit == limit:
-            continue
-        say(f"[{number}/{len(trials)}] {trial.name}: {what}")
-        try:
-            found = measure(folder)
-        except ValueError as error:
-            # The runs took hours; the rest of the report does not need this one.
-            say(f"comoe: {error}")
-            continue
-        write_atomic(file, json.dumps(found.to_dict()) + "\n")
+) -> Measuring:
+    """Measures the finished runs of some arms and keeps it in their folders; what is there already stays."""
+
+    def work(experiment: Experiment) -> None:
+        trials = [trial for arm in arms for trial in arm.trials if is_done(experiment, trial)]
+        for number, trial in enumerate(trials, start=1):
+            folder = experiment.runs / trial.name
+            file = folder / file_name
+            if file.is_file() and read(file).limit == limit:
+                continue
+            say(f"[{number}/{len(trials)}] {trial.name}: {file.stem}")
+            try:
+                write_atomic(file, json.dumps(measure(folder).to_dict()) + "\n")
+            except ValueError as error:
+                # The runs took hours; the rest of the report does not need this one.
+                say(f"comoe: {error}")
+
+    return work
 
 
 def _split(folder: Path) -> str:
-    metrics = json.loads((folder / "results.json").read_text(encoding="utf-8"))["metrics"]
-    return "test" if metrics.get("test") else "validation"
-
-
-def _problem(file: Path) -> str:
-    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-    return next(
-        (line for line in reversed(lines) if line.startswith("comoe:")), lines[-1] if lines else ""
-    )
+    return "test" if read_json(folder / "results.json")["metrics"].get("test") else "validation"
 
 
 def _words(flag: str, text: str) -> list[str]:

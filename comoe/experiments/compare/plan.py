@@ -1,53 +1,26 @@
-"""What a comparison will run: arms, each of one run per seed or of one run per task and seed."""
+"""What an experiment will run: arms, each of one run per seed or of one run per task and seed."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from comoe.config.errors import unknown_name
 from comoe.config.load import load_recipe, recipe_to_dict
 from comoe.config.recipe import DataConfig, Recipe, RunConfig
 from comoe.experiments.compare.arms import (
     ARMS,
-    ONE_BY_ONE,
     TASK_ARMS,
     WHOLE,
     WITHOUT,
-    Basis,
     Part,
-    is_joint,
+    measured_tasks,
+    one_by_one,
 )
-from comoe.experiments.runner import Experiment, difference_of
+from comoe.experiments.runner import Experiment, Trial, difference_of
 from comoe.train.parallel.ds_config import load_settings, plan_layout
-
-OWN_KEYS = ("run.name", "run.output_dir", "run.overwrite", "train.seed")
-"""Keys that the comparison sets for each run."""
-
-
-@dataclass(frozen=True, slots=True)
-class Trial:
-    """One run: a part of an arm with a seed."""
-
-    part: str
-    """Beginning of its name."""
-    seed: int
-    """The seed."""
-    words: tuple[str, ...]
-    """``key=value`` words that make the recipe this run, but for the seed."""
-    experts: int
-    """Experts per layer."""
-
-    @property
-    def name(self) -> str:
-        """Name of its run folder."""
-        return f"{self.part}-s{self.seed}"
-
-    @property
-    def overrides(self) -> list[str]:
-        """The part's words and the seed."""
-        return [*self.words, f"train.seed={self.seed}"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,16 +28,17 @@ class Arm:
     """One line of the tables."""
 
     name: str
-    """As the tables name it."""
     trials: tuple[Trial, ...]
-    """All of its runs; several of one seed answer a task each."""
+    """All of its runs; several of one seed predict for a task each."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Column -> value that makes it a point of a grid."""
 
     def of_seed(self, seed: int) -> list[Trial]:
         """Its runs with this seed."""
         return [trial for trial in self.trials if trial.seed == seed]
 
     @property
-    def words(self) -> dict[str, list[str]]:
+    def parts(self) -> dict[str, list[str]]:
         """Part -> its words."""
         return {trial.part: list(trial.words) for trial in self.trials}
 
@@ -76,7 +50,6 @@ class Plan:
     arms: tuple[Arm, ...]
     """In the order of the tables."""
     seeds: tuple[int, ...]
-    """In the order of the command line."""
     joint: str | None
     """The arm that is the recipe as it is, where it has several tasks; what single tasks lose or
     gain by."""
@@ -86,13 +59,8 @@ class Plan:
     @property
     def trials(self) -> list[Trial]:
         """All runs, each once, the seeds in the outer loop: what is done at any time can be compared."""
-        found = {
-            trial.name: trial
-            for seed in self.seeds
-            for arm in self.arms
-            for trial in arm.of_seed(seed)
-        }
-        return list(found.values())
+        ordered = (trial for seed in self.seeds for arm in self.arms for trial in arm.of_seed(seed))
+        return list({trial.name: trial for trial in ordered}.values())
 
     def arm(self, name: str, *, flag: str) -> Arm:
         """The arm of this name.
@@ -126,15 +94,10 @@ def plan_arms(
         ValueError: an unknown arm, an impossible one, two that would share a folder, or a shared
             word that belongs to the comparison.
     """
-    taken = [key for key in map(_key, experiment.overrides) if key in OWN_KEYS]
-    if taken:
-        raise ValueError(f"{taken[0]} cannot be an override here: --seeds and --output set it.")
+    experiment.refuse((), "--seeds and --output")
     for name in custom:
-        if (
-            name in ARMS
-            or name in TASK_ARMS
-            or not re.fullmatch(r"[A-Za-z0-9][\w.]*", name, re.ASCII)
-        ):
+        taken = name in ARMS or name in TASK_ARMS
+        if taken or not re.fullmatch(r"[A-Za-z0-9][\w.]*", name, re.ASCII):
             raise ValueError(
                 f"--arm {name}: choose a name of letters, digits, dots, underscores that is not taken."
             )
@@ -142,14 +105,14 @@ def plan_arms(
     named: dict[str, list[Part]] = {}
     for arm in dict.fromkeys(arms):
         named |= _parts(arm, recipe, custom)
-    planned = _with_seeds(experiment, named, seeds)
-    joint = next(
-        (arm.name for arm in planned if not any(trial.words for trial in arm.trials)), None
-    )
-    joint = joint if is_joint(recipe) else None
-    if joint is None and any(
-        name.startswith(f"{WITHOUT}.") and name not in custom for name in named
-    ):
+    planned = tuple(_with_seeds(experiment, named, seeds))
+    joint = None
+    # One task can gain or lose by another only where there are several.
+    if len(recipe.tasks) > 1 and measured_tasks(recipe):
+        whole = (arm.name for arm in planned if not any(trial.words for trial in arm.trials))
+        joint = next(whole, None)
+    left_out = [name for name in named if name.startswith(f"{WITHOUT}.") and name not in custom]
+    if joint is None and left_out:
         raise ValueError(
             "leaving a task out is held against the run of all tasks: add the arm multi to --arms."
         )
@@ -165,8 +128,8 @@ def check_earlier(experiment: Experiment, trial: Trial) -> None:
     file = experiment.runs / trial.name / "config.yaml"
     if not file.is_file():
         return
-    earlier, now = _bare(load_recipe(file)), _bare(_recipe_of(experiment, trial.overrides))
-    if difference := difference_of(earlier, now):
+    now = _recipe_of(experiment, trial.overrides)
+    if difference := difference_of(_bare(load_recipe(file)), _bare(now)):
         raise ValueError(
             f"{file.parent} was trained with {difference}; give the arm another name, or choose another --output."
         )
@@ -179,30 +142,22 @@ def _parts(arm: str, recipe: Recipe, custom: Mapping[str, Sequence[str]]) -> dic
     if arm in TASK_ARMS:
         return TASK_ARMS[arm](recipe)
     if arm in ARMS:
-        words = tuple(ARMS[arm](Basis(recipe)))
+        words = tuple(ARMS[arm](recipe))
         # Two names of one thing share its runs.
         return {arm: [Part(arm if words else WHOLE, words)]}
-    several = [
-        part
-        for plan in ONE_BY_ONE
-        if "." in arm
-        for parts in plan(recipe).values()
-        for part in parts
-    ]
-    for part in several:
-        if part.name == arm:
-            return {arm: [part]}
-    raise unknown_name("arm", arm, [*ARMS, *TASK_ARMS, *custom, *(part.name for part in several)])
+    several = {part.name: part for part in one_by_one(recipe)} if "." in arm else {}
+    if arm not in several:
+        raise unknown_name("arm", arm, [*ARMS, *TASK_ARMS, *custom, *several])
+    return {arm: [several[arm]]}
 
 
 def _with_seeds(
     experiment: Experiment, named: Mapping[str, Sequence[Part]], seeds: Sequence[int]
-) -> tuple[Arm, ...]:
+) -> Iterator[Arm]:
     settings = load_settings(experiment.deepspeed)
     recipes: dict[str, Recipe] = {}
-    arms = []
     for name, parts in named.items():
-        trials = []
+        trials: list[Trial] = []
         for part in parts:
             recipe = _recipe_of(experiment, part.words)
             other = recipes.setdefault(part.name, recipe)
@@ -212,38 +167,29 @@ def _with_seeds(
                     "yours another name."
                 )
             plan_layout(recipe, settings, world_size=experiment.ranks, gpu=False)
-            trials += [
-                Trial(part.name, seed, part.words, recipe.model.moe.num_experts) for seed in seeds
-            ]
-        arms.append(Arm(name, tuple(trials)))
-    return tuple(arms)
+            experts = recipe.model.moe.num_experts
+            trials += [Trial(part.name, seed, part.words, experts) for seed in seeds]
+        yield Arm(name, tuple(trials))
 
 
-def _notes(recipe: Recipe, named: Mapping[str, Sequence[Part]]) -> list[str]:
-    notes = []
-    dropping = [
-        part
-        for parts in named.values()
-        for part in parts
-        if any("=null" in word for word in part.words)
-    ]
-    alone = [
-        name
-        for name, parts in named.items()
-        if name in TASK_ARMS and all(not part.words for part in parts)
-    ]
-    notes += [f"{name} is the recipe itself: it has one task." for name in alone]
-    if dropping and recipe.data.mixing != DataConfig().mixing:
-        notes.append(
+def _notes(recipe: Recipe, named: Mapping[str, Sequence[Part]]) -> Iterator[str]:
+    for name, parts in named.items():
+        if name in TASK_ARMS and not any(part.words for part in parts):
+            yield f"{name} is the recipe itself: it has one task."
+    words = [word for parts in named.values() for part in parts for word in part.words]
+    if not any("=null" in word for word in words):
+        return
+    usual = DataConfig().mixing
+    if recipe.data.mixing != usual:
+        yield (
             f"data.mixing is {recipe.data.mixing}: together, small data sets are passed over more often than alone and "
-            f"large ones less often; the sum of all posts is equal. data.mixing={DataConfig().mixing} makes each equal."
+            f"large ones less often; the sum of all posts is equal. data.mixing={usual} makes each equal."
         )
-    if dropping and recipe.train.eval_every != "auto":
-        notes.append(
+    if recipe.train.eval_every != "auto":
+        yield (
             f"train.eval_every is {recipe.train.eval_every} steps: where runs are longer than that, shorter ones "
             "choose their best weights among fewer checkpoints; auto is twice an epoch everywhere."
         )
-    return notes
 
 
 def _recipe_of(experiment: Experiment, words: Sequence[str]) -> Recipe:
@@ -252,7 +198,3 @@ def _recipe_of(experiment: Experiment, words: Sequence[str]) -> Recipe:
 
 def _bare(recipe: Recipe) -> dict[str, object]:
     return recipe_to_dict(replace(recipe, run=RunConfig()))
-
-
-def _key(word: str) -> str:
-    return word.partition("=")[0].strip().lstrip("-")

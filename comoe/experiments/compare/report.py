@@ -18,16 +18,16 @@ from comoe.experiments.affinity import read_affinity
 from comoe.experiments.compare.differences import Differences, Differing
 from comoe.experiments.compare.plan import Plan
 from comoe.experiments.compare.results import COSTS, ROUTING, Result, read_arm, with_means
-from comoe.experiments.compare.statistics import MEAN, Difference, Interval, seed_interval
+from comoe.experiments.compare.statistics import MEAN, Difference, Estimate, seed_interval
 from comoe.experiments.compare.transfer import (
     Cosines,
-    Outcome,
     Reasons,
+    Verdicts,
     changes_without,
     left_out_task,
     mean_cosines,
-    outcome_of,
     reasons_of,
+    verdicts_of,
 )
 from comoe.tasks.task import Task
 
@@ -79,7 +79,7 @@ class Comparison:
         """Those that are trained for their own sake."""
         return [name for name, task in self.tasks.items() if not task.auxiliary]
 
-    def interval(self, arm: str, values: str, name: str) -> Interval | None:
+    def interval(self, arm: str, values: str, name: str) -> Estimate | None:
         """Mean over seeds of one number of an arm: ``values`` is quality, figures, routing or costs."""
         known = self.seeds_of(arm, values, name)
         return seed_interval(known) if known else None
@@ -89,9 +89,9 @@ class Comparison:
         found = [getattr(result, values).get(name) for result in self.results[arm]]
         return [value for value in found if value is not None]
 
-    def outcome(self, arm: str) -> Outcome:
+    def verdicts(self, arm: str) -> Verdicts:
         """Which tasks gained and lost against the baseline."""
-        return outcome_of(self.against.get(arm, {}), self.measured)
+        return verdicts_of(self.against.get(arm, {}), self.measured)
 
     def reasons(self, task: str) -> Reasons:
         """What bears on a task's gain or loss in the joint arm."""
@@ -117,10 +117,7 @@ def compare(
         problems: run -> why it failed.
         metrics: ``task/metric`` that are shown on their own; those that no run has are noted.
     """
-    read = {arm.name: [read_arm(arm, runs, seed=seed) for seed in plan.seeds] for arm in plan.arms}
-    results = with_means(
-        {arm: [item for item in found if item is not None] for arm, found in read.items()}
-    )
+    results = read_arms(plan, runs)
     differing = Differing(results, runs, resamples=resamples)
     against = differing.against(baseline)
     dropping = [arm for arm in results if left_out_task(arm)]
@@ -129,8 +126,8 @@ def compare(
     )
     notes = list(plan.notes)
     notes += [
-        f"{arm} answered other posts of {', '.join(sorted(tasks))} than it is held against (a validation split held "
-        "out, or cut, in another way): no difference is given there."
+        f"{arm} predicts for other posts of {', '.join(sorted(tasks))} than it is held against (a validation split "
+        "held out, or cut, in another way): no difference is given there."
         for arm, tasks in differing.incomparable.items()
     ]
     known = {name for found in results.values() for result in found for name in result.figures}
@@ -150,40 +147,60 @@ def compare(
     )
 
 
+def read_arms(plan: Plan, runs: Path) -> dict[str, list[Result]]:
+    """Arm -> what its finished runs say, one result per seed."""
+    read = {arm.name: [read_arm(arm, runs, seed=seed) for seed in plan.seeds] for arm in plan.arms}
+    return with_means({arm: [one for one in found if one] for arm, found in read.items()})
+
+
 def write_comparison(comparison: Comparison, output: Path) -> None:
     """Write both JSON files and the CSV tables."""
+    changes, joint = comparison.changes, comparison.plan.joint
     rest: dict[str, Any] = {
-        "baseline": comparison.baseline, "joint": comparison.plan.joint, "notes": list(comparison.notes),
+        "baseline": comparison.baseline, "joint": joint, "notes": list(comparison.notes),
         "failed": dict(comparison.problems),
         "arms": {arm: _about(comparison, arm) for arm in comparison.arms},
         "without": {dropped: {task: change.to_dict() for task, change in of_task.items()}
-                    for dropped, of_task in comparison.changes.items()},
+                    for dropped, of_task in changes.items()},
         "gradient_cosine": {arm: found.to_dict() for arm, found in comparison.cosines.items()},
-        "reasons": {task: comparison.reasons(task).to_dict() for task in comparison.measured}
-                   if comparison.plan.joint else {},
+        "reasons": {task: comparison.reasons(task).to_dict() for task in comparison.measured if joint},
     }  # fmt: skip
     summary = {arm: _quality_tree(comparison, arm) for arm in comparison.arms}
     write_atomic(output / "summary.json", json.dumps(summary, indent=1) + "\n")
     write_atomic(output / "comparison.json", json.dumps(rest, indent=1) + "\n")
-    for name, rows in (
-        ("table", _runs(comparison)),
-        ("gains", _gains(comparison)),
-        ("affinity", _pairs(comparison)),
-    ):
-        write_atomic(output / f"{name}.csv", _csv(rows))
+    runs = [
+        {
+            "arm": arm,
+            "seed": one.seed,
+            "split": one.split,
+            **one.quality,
+            **one.routing,
+            **one.costs,
+        }
+        for arm, results in comparison.results.items()
+        for one in results
+    ]
+    gains = [
+        {"arm": arm, "against": comparison.baseline, "task": name}
+        | {**item.to_dict(), "verdict": item.verdict}
+        for arm, of_arm in comparison.against.items()
+        for name, item in of_arm.items()
+    ]
+    for name, rows in {"table": runs, "gains": gains, "affinity": _pairs(comparison)}.items():
+        write_atomic(output / f"{name}.csv", csv_text(rows))
 
 
 def _about(comparison: Comparison, arm: str) -> dict[str, Any]:
     results = comparison.results[arm]
-    outcome = comparison.outcome(arm)
+    verdicts = comparison.verdicts(arm)
     return {
-        "runs": next(item.words for item in comparison.plan.arms if item.name == arm),
+        "runs": next(item.parts for item in comparison.plan.arms if item.name == arm),
         "seeds": [result.seed for result in results],
         "split": results[0].split,
         "mean": _entry(comparison.seeds_of(arm, "quality", MEAN)),
         "against_baseline": {name: item.to_dict() | {"verdict": item.verdict}
                              for name, item in comparison.against.get(arm, {}).items()},
-        "gained": list(outcome.gained), "lost": list(outcome.lost), "open": list(outcome.open),
+        **{name: list(getattr(verdicts, name)) for name in ("gained", "lost", "open")},
         "train_posts": dict(results[0].train_posts),
         "routing": {name: _entry(comparison.seeds_of(arm, "routing", name)) for name in ROUTING if results[0].routing},
         "costs": {name: _entry(comparison.seeds_of(arm, "costs", name)) for name in COSTS},
@@ -196,14 +213,10 @@ def _quality_tree(comparison: Comparison, arm: str) -> dict[str, dict[str, Any]]
     tree: dict[str, dict[str, Any]] = {}
     results = comparison.results[arm]
     for name, task in comparison.tasks.items():
-        metrics = [result.metrics[name] for result in results if name in result.metrics]
-        for metric in dict.fromkeys(
-            [task.metric, *(key for found in metrics for key in found)] if metrics else ()
-        ):
-            values = [
-                value for found in metrics if isinstance(value := found.get(metric), (int, float))
-            ]
-            if values:
+        found = [result.metrics[name] for result in results if name in result.metrics]
+        for metric in dict.fromkeys([task.metric, *(key for one in found for key in one)]):
+            values = [one.get(metric) for one in found]
+            if values := [value for value in values if isinstance(value, (int, float))]:
                 tree.setdefault(name, {})[metric] = _entry(values)
     return tree
 
@@ -225,35 +238,6 @@ def _cosines(results: Sequence[Result], runs: Path) -> Cosines | None:
     return mean_cosines([read_affinity(file) for file in files if file.is_file()])
 
 
-def _runs(comparison: Comparison) -> list[dict[str, Any]]:
-    return [
-        {
-            "arm": arm,
-            "seed": result.seed,
-            "split": result.split,
-            **result.quality,
-            **result.routing,
-            **result.costs,
-        }
-        for arm, results in comparison.results.items()
-        for result in results
-    ]
-
-
-def _gains(comparison: Comparison) -> list[dict[str, Any]]:
-    return [
-        {
-            "arm": arm,
-            "against": comparison.baseline,
-            "task": name,
-            **item.to_dict(),
-            "verdict": item.verdict,
-        }
-        for arm, of_arm in comparison.against.items()
-        for name, item in of_arm.items()
-    ]
-
-
 def _pairs(comparison: Comparison) -> list[dict[str, Any]]:
     """Task and other task: cosine of their gradients, and how much better the first is without the second."""
     cosines = comparison.cosines.get(comparison.plan.joint or "")
@@ -267,19 +251,17 @@ def _pairs(comparison: Comparison) -> list[dict[str, Any]]:
             change = comparison.changes.get(other, {}).get(task)
             if cosine is None and change is None:
                 continue
-            without = (
-                {f"without_{key}": value for key, value in change.to_dict().items()}
-                if change
-                else {}
-            )
+            numbers = change.to_dict() if change else {}
+            without = {f"without_{key}": value for key, value in numbers.items()}
             rows.append({"task": task, "other": other, "cosine": cosine, **without})
     return rows
 
 
-def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
+def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A CSV file of all keys of any row, in the order in which they appear."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(dict.fromkeys(key for row in rows for key in row)),
-                            lineterminator="\n")  # fmt: skip
+    names = list(dict.fromkeys(key for row in rows for key in row))
+    writer = csv.DictWriter(text, fieldnames=names, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,10 +14,9 @@ import numpy as np
 
 from comoe.evaluation.evaluate import rising
 from comoe.experiments.ablate import Removal, read_removal
-from comoe.experiments.compare.plan import Arm, Trial
+from comoe.experiments.compare.plan import Arm
 from comoe.experiments.compare.statistics import MEAN
-from comoe.experiments.scale.table import COSTS as RUN_COSTS
-from comoe.experiments.scale.table import costs_of
+from comoe.experiments.runner import Trial
 from comoe.tasks.task import Task
 from comoe.train.monitor.metrics_file import METRICS_FILE, read_metrics
 
@@ -24,15 +25,15 @@ ROUTING = ("weight_monopoly", "weight_effective_experts", "monopoly", "max_viola
 """Measures of the gates on the held-out posts, means over layers; those of the weights are fair to
 every k."""
 
+RUN_COSTS = ("step_ms", "tokens_per_second", "peak_mib", "parameters_experts", "parameters_active",
+             "parameters_total")  # fmt: skip
+"""Milliseconds per optimizer step, tokens of all ranks, most memory of one rank, parameters."""
 
 COSTS = ("seconds", "steps", "posts", "posts_per_second", *RUN_COSTS)
-"""Time of training, optimizer steps, posts gone over; then as in a scaling table."""
-
+"""Time of training, optimizer steps, posts gone over; then ``RUN_COSTS``."""
 
 LARGEST = "peak_mib"
-"""The cost that several runs do not add up to: the machine is free again when the next one
-begins."""
-
+"""The cost that several runs do not add up to: the machine is free again when the next begins."""
 
 REMOVAL_FILE = "removal.json"
 """In a run folder: what each expert is worth."""
@@ -43,7 +44,6 @@ class Result:
     """An arm with one seed."""
 
     seed: int
-    """The seed."""
     trials: tuple[Trial, ...]
     """Its finished runs."""
     split: str
@@ -51,11 +51,11 @@ class Result:
     tasks: Mapping[str, Task]
     """Tasks that were scored, by name."""
     folders: Mapping[str, str]
-    """Task -> run folder that answered it."""
+    """Task -> run folder with its predictions."""
     metrics: Mapping[str, Mapping[str, float]]
     """Task -> every metric of the split."""
     quality: Mapping[str, float]
-    """``mean`` of the main metrics (larger is better), where the arm answers all that is compared;
+    """``mean`` of the main metrics (larger is better), where the arm predicts all that is compared;
     ``task/metric``."""
     routing: Mapping[str, float]
     """Measures of the gates, means over layers; empty without experts, and for several runs."""
@@ -69,10 +69,10 @@ class Result:
     @property
     def figures(self) -> dict[str, float]:
         """Every metric of the split, by ``task/metric``."""
+        items = ((task, item) for task, found in self.metrics.items() for item in found.items())
         return {
             f"{task}/{name}": value
-            for task, of_task in self.metrics.items()
-            for name, value in of_task.items()
+            for task, (name, value) in items
             if isinstance(value, (int, float))
         }
 
@@ -84,23 +84,21 @@ def read_arm(arm: Arm, runs: Path, *, seed: int) -> Result | None:
     if len(found) < 2:
         return found[0] if found else None
     # As one run of all tasks would: test posts where any task has labels there.
-    split = next(
-        (name for name in ("test", "validation") if any(result.split == name for result in found)),
-        "",
-    )
+    splits = [result.split for result in found]
+    split = next((name for name in ("test", "validation") if name in splits), "")
     scored = [result for result in found if result.split == split]
-    whole = len(found) == len(read)
+    merged = {
+        name: _merged([getattr(result, name) for result in scored])
+        for name in ("tasks", "folders", "metrics", "quality")
+    }
     return Result(
         seed=seed,
         trials=tuple(trial for result in found for trial in result.trials),
         split=split,
-        tasks=_merged([result.tasks for result in scored]),
-        folders=_merged([result.folders for result in scored]),
-        metrics=_merged([result.metrics for result in scored]),
-        quality=_merged([result.quality for result in scored]),
+        **merged,
         routing={},
         # The cost of a part would look like that of the whole.
-        costs=_summed([result.costs for result in found]) if whole else {},
+        costs=_summed([result.costs for result in found]) if len(found) == len(read) else {},
         train_posts=_merged([result.train_posts for result in found]),
         removal=None,
     )
@@ -110,17 +108,20 @@ def read_run(trial: Trial, folder: Path) -> Result | None:
     """What a run left; None while it is not finished."""
     if not (folder / "results.json").is_file():
         return None
-    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    results = read_json(folder / "results.json")
     records = read_metrics(folder / METRICS_FILE)
     split = "test" if results["metrics"].get("test") else "validation"
     metrics = results["metrics"][split]
-    plain = json.loads((folder / "tasks.json").read_text(encoding="utf-8"))
-    tasks = {task.name: task for task in map(Task.from_dict, plain)}
+    tasks = {task.name: task for task in map(Task.from_dict, read_json(folder / "tasks.json"))}
     scored = {
         name: task
         for name, task in tasks.items()
         if metrics.get(name, {}).get(task.metric) is not None
     }
+    routing = last_routing(records, split)
+    # One block that every token visits has no gate to speak of.
+    gated = bool(routing) and len(routing["share"][0]) > 1
+    posts = results.get("data", {}).get("posts", {})
     removal = folder / REMOVAL_FILE
     return Result(
         seed=trial.seed,
@@ -132,13 +133,16 @@ def read_run(trial: Trial, folder: Path) -> Result | None:
         quality={
             f"{name}/{task.metric}": metrics[name][task.metric] for name, task in scored.items()
         },
-        routing=_routing(records, split),
+        routing=layer_means(routing, ROUTING) if gated else {},
         costs=_costs(results, records),
-        train_posts={
-            name: found.get("train", 0) for name, found in results["data"]["posts"].items()
-        },
+        train_posts={name: found.get("train", 0) for name, found in posts.items()},
         removal=read_removal(removal) if removal.is_file() else None,
     )
+
+
+def read_json(file: Path) -> Any:
+    """The content of a JSON file."""
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def with_means(results: Mapping[str, Sequence[Result]]) -> dict[str, list[Result]]:
@@ -146,66 +150,72 @@ def with_means(results: Mapping[str, Sequence[Result]]) -> dict[str, list[Result
 
     An arm that lacks one of them has no mean: that of fewer tasks is another number.
     """
-    tasks = {
-        task.name: task
-        for found in results.values()
-        for result in found
-        for task in result.tasks.values()
-    }
+    tasks = _merged([result.tasks for found in results.values() for result in found])
     wanted = [task for task in tasks.values() if not task.auxiliary]
-    return {arm: [_with_mean(result, wanted) for result in found] for arm, found in results.items()}
+
+    def completed(result: Result) -> Result:
+        values = [
+            rising(task.metric, result.metrics[task.name][task.metric])
+            for task in wanted
+            if task.name in result.metrics
+        ]
+        if not values or len(values) < len(wanted):
+            return result
+        return replace(result, quality={MEAN: float(np.mean(values)), **result.quality})
+
+    return {arm: [completed(result) for result in found] for arm, found in results.items()}
 
 
-def _with_mean(result: Result, wanted: Sequence[Task]) -> Result:
-    values = [rising(task.metric, result.metrics[task.name][task.metric]) for task in wanted
-              if task.name in result.metrics]  # fmt: skip
-    if not values or len(values) < len(wanted):
-        return result
-    return replace(result, quality={MEAN: float(np.mean(values)), **result.quality})
+def last_routing(records: Sequence[Mapping[str, Any]], split: str) -> Mapping[str, Any]:
+    """The routing block of the last evaluation of a split; empty without experts."""
+    blocks = [record["routing"] for record in records
+              if record.get("split") == split and "routing" in record]  # fmt: skip
+    return blocks[-1] if blocks else {}
+
+
+def layer_means(routing: Mapping[str, Any], names: Sequence[str]) -> dict[str, float]:
+    """Means over layers of some measures of a routing block."""
+    known = {
+        name: [value for value in routing.get(name, ()) if value is not None] for name in names
+    }
+    return {name: float(np.mean(values)) for name, values in known.items() if values}
 
 
 def _costs(
     results: Mapping[str, Any], records: Sequence[Mapping[str, Any]]
 ) -> dict[str, float | None]:
+    """Time, memory and parameters of a run; times are medians over the log, without what is before its first line."""
     seconds, steps, posts = (results.get(name) for name in ("seconds", "step", "posts"))
-    return {"seconds": seconds, "steps": steps, "posts": posts,
-            "posts_per_second": posts / seconds if posts and seconds else None,
-            **costs_of(results, records)}  # fmt: skip
+    lines = [record for record in records if record.get("split") == "train"]
+    intervals = [
+        (after["seconds"] - before["seconds"]) / (after["step"] - before["step"])
+        for before, after in itertools.pairwise(lines)
+        if after["step"] > before["step"]
+    ]
+    # Medians: another program on the machine, or a checkpoint, slows some intervals, not the run.
+    step_seconds = statistics.median(intervals or [results["seconds"] / max(1, results["step"])])
+    speeds = [line["tokens_per_second"] for line in (lines[1:] or lines)]
+    return {
+        "seconds": seconds, "steps": steps, "posts": posts,
+        "posts_per_second": posts / seconds if posts and seconds else None,
+        "step_ms": 1000 * step_seconds, "tokens_per_second": statistics.median(speeds) if speeds else None,
+        "peak_mib": results["peak_memory_bytes_per_rank"] / 2**20,
+        **{f"parameters_{kind}": results["parameters"][kind] for kind in ("experts", "active", "total")},
+    }  # fmt: skip
 
 
 def _summed(costs: Sequence[Mapping[str, float | None]]) -> dict[str, float | None]:
-    def column(name: str) -> list[float]:
-        return [value for cost in costs if (value := cost[name]) is not None]
-
-    found = {
-        name: sum(column(name)) if len(column(name)) == len(costs) else None for name in costs[0]
-    }
-    found[LARGEST] = max(column(LARGEST), default=None)
+    columns = {name: [cost[name] for cost in costs] for name in costs[0]}
+    whole = {name: values for name, values in columns.items() if None not in values}
+    found = {name: sum(whole[name]) if name in whole else None for name in columns}
+    found[LARGEST] = max((value for value in columns[LARGEST] if value is not None), default=None)
     # Speeds are those of the whole time, not of any one run.
-    seconds, steps = column("seconds"), column("steps")
-    if len(seconds) == len(steps) == len(costs):
-        speeds = {"posts_per_second": seconds, "tokens_per_second": seconds, "step_ms": steps}
-        for name, weights in speeds.items():
-            known = column(name)
-            found[name] = (
-                float(np.average(known, weights=weights)) if len(known) == len(costs) else None
-            )
+    speeds = {"posts_per_second": "seconds", "tokens_per_second": "seconds", "step_ms": "steps"}
+    for name, weights in speeds.items():
+        if weights in whole:
+            known = name in whole
+            found[name] = float(np.average(whole[name], weights=whole[weights])) if known else None
     return found
-
-
-def _routing(records: Sequence[Mapping[str, Any]], split: str) -> dict[str, float]:
-    blocks = [
-        record["routing"]
-        for record in records
-        if record.get("split") == split and "routing" in record
-    ]
-    # One block that every token visits has no gate to speak of.
-    if not blocks or len(blocks[-1]["share"][0]) == 1:
-        return {}
-    means = {
-        name: [value for value in blocks[-1].get(name, ()) if value is not None] for name in ROUTING
-    }
-    return {name: float(np.mean(values)) for name, values in means.items() if values}
 
 
 def _merged(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

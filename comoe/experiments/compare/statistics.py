@@ -22,15 +22,13 @@ MEAN = "mean"
 
 
 @dataclass(frozen=True, slots=True)
-class Interval:
+class Estimate:
     """A number and how far it may be off; the ends are NaN where one value cannot tell."""
 
     mean: float
-    """The estimate."""
     low: float
     """Lower end of the 95 % interval."""
     high: float
-    """Upper end."""
 
     def to_dict(self) -> dict[str, float | None]:
         """Plain numbers; None where there is no interval."""
@@ -40,7 +38,7 @@ class Interval:
 
 
 @dataclass(frozen=True, slots=True)
-class Difference(Interval):
+class Difference(Estimate):
     """How much better than another arm; larger is better."""
 
     p: float
@@ -53,8 +51,8 @@ class Difference(Interval):
 
 
 @dataclass(frozen=True, slots=True)
-class Answers:
-    """What one run answered to one task's posts, decided."""
+class Predictions:
+    """One run's decided predictions for one task's posts, beside the gold labels."""
 
     rows: np.ndarray
     """Number of each post, int64, rising; a post has one number for all of its tasks and in all
@@ -62,10 +60,9 @@ class Answers:
     gold: Any
     """As ``Kind.compared`` gives it."""
     predicted: Any
-    """The same."""
 
 
-def seed_interval(values: Sequence[float]) -> Interval:
+def seed_interval(values: Sequence[float]) -> Estimate:
     """Mean over seeds with Student's t interval.
 
     Args:
@@ -73,25 +70,25 @@ def seed_interval(values: Sequence[float]) -> Interval:
     """
     mean = float(np.mean(values))
     if len(values) < 2:
-        return Interval(mean, math.nan, math.nan)
-    half = (
-        stats.t.ppf(0.5 + CONFIDENCE / 2, len(values) - 1)
-        * np.std(values, ddof=1)
-        / math.sqrt(len(values))
-    )
-    return Interval(mean, mean - float(half), mean + float(half))
+        return Estimate(mean, math.nan, math.nan)
+    deviation = float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    half = float(stats.t.ppf(0.5 + CONFIDENCE / 2, len(values) - 1)) * deviation
+    return Estimate(mean, mean - half, mean + half)
 
 
-def read_answers(rows: Sequence[Mapping[str, Any]], task: Task) -> Answers:
+def read_predictions(rows: Sequence[Mapping[str, Any]], task: Task) -> Predictions:
     """The labelled rows of a predictions file."""
     known = [row for row in rows if row["gold"] is not None]
-    return Answers(
-        np.array([row["row"] for row in known], dtype=np.int64), *task.rules.compared(known, task)
-    )
+    rows = np.array([row["row"] for row in known], dtype=np.int64)
+    return Predictions(rows, *task.rules.compared(known, task))
 
 
 def resampled(
-    runs: Sequence[Mapping[str, Answers]], tasks: Sequence[Task], *, resamples: int, seed: int = 0
+    runs: Sequence[Mapping[str, Predictions]],
+    tasks: Sequence[Task],
+    *,
+    resamples: int,
+    seed: int = 0,
 ) -> dict[str, np.ndarray]:
     """Main metric of each task in bootstrap resamples of the posts, for every run on the same resamples.
 
@@ -100,16 +97,12 @@ def resampled(
     enters negated.
 
     Args:
-        runs: per run, task -> answers. The first one has all tasks; the others have answers to the
-            same posts for some of them (``same_posts``).
-        tasks: the tasks.
-        resamples: how many.
-        seed: of the draws.
+        runs: per run, task -> predictions. The first one has all tasks; the others have predictions
+            for the same posts for some of them (``same_posts``).
 
     Returns:
-        Task, and ``mean`` -> (runs, resamples); NaN where a run has no answers. The mean is of the
-            tasks that are not
-        auxiliary.
+        Task, and ``mean`` -> (runs, resamples); NaN where a run has no predictions. The mean is of
+        the tasks that are not auxiliary.
     """
     generator = np.random.default_rng(seed)
     strata = _strata(runs[0], tasks)
@@ -124,22 +117,20 @@ def resampled(
     return found | {MEAN: _mean(found, tasks)}
 
 
-def measured(run: Mapping[str, Answers], tasks: Sequence[Task]) -> dict[str, float]:
+def measured(run: Mapping[str, Predictions], tasks: Sequence[Task]) -> dict[str, float]:
     """Main metric of each task on the posts as they are, and ``mean``, as in ``resampled``."""
     values = {
-        task.name: _value(run[task.name], task, None) if task.name in run else math.nan
-        for task in tasks
+        task.name: _value(run[task.name], task) if task.name in run else math.nan for task in tasks
     }
     return values | {MEAN: float(_mean(values, tasks))}
 
 
-def same_posts(mine: Answers, theirs: Answers) -> bool:
-    """Whether two runs answered the same posts, with the same right answers."""
+def same_posts(mine: Predictions, theirs: Predictions) -> bool:
+    """Whether two runs predict for the same posts, with the same gold labels."""
     if not np.array_equal(mine.rows, theirs.rows) or len(mine.gold) != len(theirs.gold):
         return False
-    return all(
-        np.array_equal(one, other) for one, other in zip(mine.gold, theirs.gold, strict=True)
-    )
+    pairs = zip(mine.gold, theirs.gold, strict=True)
+    return all(np.array_equal(one, other) for one, other in pairs)
 
 
 def paired_difference(
@@ -189,14 +180,14 @@ def _mean(values: Mapping[str, Any], tasks: Sequence[Task]) -> Any:
     return np.mean([values[task.name] for task in counted], axis=0)
 
 
-def _value(answers: Answers, task: Task, places: np.ndarray | None) -> float:
-    gold, predicted = answers.gold, answers.predicted
+def _value(found: Predictions, task: Task, places: np.ndarray | None = None) -> float:
+    gold, predicted = found.gold, found.predicted
     if places is not None:
         gold, predicted = _take(gold, places), _take(predicted, places)
     return rising(task.metric, task.rules.measure(gold, predicted, task))
 
 
-def _strata(run: Mapping[str, Answers], tasks: Sequence[Task]) -> list[np.ndarray]:
+def _strata(run: Mapping[str, Predictions], tasks: Sequence[Task]) -> list[np.ndarray]:
     """Rows by which tasks have a label there."""
     rows = np.unique(np.concatenate([run[task.name].rows for task in tasks]))
     present = np.stack([np.isin(rows, run[task.name].rows) for task in tasks], axis=1)

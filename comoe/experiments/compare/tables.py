@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
+from comoe.evaluation.tables import markdown_table as table
 from comoe.experiments.compare.report import Comparison
 from comoe.experiments.compare.results import COSTS, ROUTING, Result
-from comoe.experiments.compare.statistics import MEAN, Difference, Interval, seed_interval
-from comoe.experiments.compare.transfer import Cosines, Reasons
+from comoe.experiments.compare.statistics import MEAN, Difference, Estimate, seed_interval
+from comoe.experiments.compare.transfer import Reasons
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """The lines of a Markdown table."""
-    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
-
-
-def cell(item: Interval | None, *, signed: bool = False) -> str:
+def cell(item: Estimate | None, *, signed: bool = False) -> str:
     """A number with its interval, where it has one; empty for None."""
     if item is None:
         return ""
@@ -27,7 +24,23 @@ def cell(item: Interval | None, *, signed: bool = False) -> str:
     return f"{mean} [{item.low:{form}}, {item.high:{form}}]" if math.isfinite(item.low) else mean
 
 
-def figure(item: Interval | None) -> str:
+def number(value: Any) -> str:
+    """A number of any size in a few digits, another value as it is; empty for None."""
+    if isinstance(value, float):
+        size = abs(value)
+        return f"{value:,.0f}" if size >= 1000 else f"{value:.1f}" if size >= 20 else f"{value:.3f}"
+    return "" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean over seeds and their sample deviation; empty without any."""
+    if not values:
+        return ""
+    deviation = f" ± {number(float(np.std(values, ddof=1)))}" if len(values) > 1 else ""
+    return number(math.fsum(values) / len(values)) + deviation
+
+
+def figure(item: Estimate | None) -> str:
     """A large number without its interval."""
     return "" if item is None else f"{item.mean:,.0f}"
 
@@ -37,19 +50,14 @@ def markdown_lines(comparison: Comparison) -> list[str]:
     arms = comparison.arms
     if not arms:
         return ["# Comparison", "", "No run is finished yet.", *_failed(comparison)]
-    lines = [
-        "# Comparison",
-        "",
-        _scope(comparison),
-        *(f"* {note}" for note in comparison.notes),
-        "",
-    ]
+    notes = (f"* {note}" for note in comparison.notes)
+    lines = ["# Comparison", "", _scope(comparison), *notes, ""]
     columns = {name: f"{name}/{task.metric}" for name, task in comparison.tasks.items()}
     head = ["arm", "seeds", "mean", f"against {comparison.baseline}", "helped", *columns.values()]
     lines += table(head, [
         [arm, str(len(comparison.results[arm])), cell(comparison.interval(arm, "quality", MEAN)),
          cell(comparison.against.get(arm, {}).get(MEAN), signed=True), _helped(comparison, arm),
-         *(_spread(comparison.seeds_of(arm, "quality", name)) for name in columns.values())]
+         *(spread(comparison.seeds_of(arm, "quality", name)) for name in columns.values())]
         for arm in arms
     ])  # fmt: skip
     if comparison.metrics:
@@ -58,11 +66,8 @@ def markdown_lines(comparison: Comparison) -> list[str]:
             [arm, *(cell(comparison.interval(arm, "figures", name)) for name in comparison.metrics)] for arm in arms
         ])  # fmt: skip
     lines += transfer_lines(comparison)
-    gated = [
-        arm
-        for arm in arms
-        if any(result.routing or result.removal for result in comparison.results[arm])
-    ]
+    results = comparison.results
+    gated = [arm for arm in arms if any(one.routing or one.removal for one in results[arm])]
     if gated:
         lines += ["", "## Gates", ""]
         lines += table(["arm", *ROUTING, *_REMOVAL], [
@@ -85,7 +90,7 @@ def markdown_lines(comparison: Comparison) -> list[str]:
     return lines + _failed(comparison)
 
 
-def removal_intervals(results: Sequence[Result]) -> list[Interval | None]:
+def removal_intervals(results: Sequence[Result]) -> list[Estimate | None]:
     """Over seeds: fall of the mean metric without an expert, mean over experts and for the most
     needed one; the same for the rise of the loss. None where it was not measured."""
     measured = [result.removal for result in results if result.removal is not None]
@@ -99,12 +104,8 @@ def removal_intervals(results: Sequence[Result]) -> list[Interval | None]:
 
 
 def _scope(comparison: Comparison) -> str:
-    runs = {
-        trial.name
-        for results in comparison.results.values()
-        for result in results
-        for trial in result.trials
-    }
+    results = [result for found in comparison.results.values() for result in found]
+    runs = {trial.name for result in results for trial in result.trials}
     split = comparison.results[comparison.arms[0]][0].split
     fewest = min(len(comparison.results[arm]) for arm in comparison.arms)
     advice = "Two seeds give intervals far wider than the scale itself: take three or more."
@@ -121,29 +122,19 @@ def _scope(comparison: Comparison) -> str:
 
 
 def _helped(comparison: Comparison, arm: str) -> str:
-    outcome = comparison.outcome(arm)
-    if not outcome.told:
+    verdicts = comparison.verdicts(arm)
+    if not verdicts.count:
         return ""
-    better = sum(
-        item.mean > 0
-        for name, item in comparison.against[arm].items()
-        if name in comparison.measured
-    )
-    told = f"better in {better} of {outcome.told}, for sure in {len(outcome.gained)}"
-    return told + (f"; worse for sure in {len(outcome.lost)}" if outcome.lost else "")
+    gains = comparison.against[arm]
+    better = sum(gains[name].mean > 0 for name in comparison.measured if name in gains)
+    text = f"better in {better} of {verdicts.count}, for sure in {len(verdicts.gained)}"
+    return text + (f"; worse for sure in {len(verdicts.lost)}" if verdicts.lost else "")
 
 
 def _passes(result: Result) -> str:
     """How often the training posts were gone over, on average."""
     posts, there = result.costs.get("posts"), sum(result.train_posts.values())
     return f"{posts / there:.1f}" if posts and there else ""
-
-
-def _spread(values: Sequence[float]) -> str:
-    if not values:
-        return ""
-    deviation = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
-    return f"{math.fsum(values) / len(values):.3f}{deviation}"
 
 
 def _failed(comparison: Comparison) -> list[str]:
@@ -179,21 +170,16 @@ def transfer_lines(comparison: Comparison) -> list[str]:
 
 
 def _verdicts(comparison: Comparison, arm: str) -> list[str]:
-    outcome, base = comparison.outcome(arm), comparison.baseline
-    if not outcome.told:
+    verdicts, base = comparison.verdicts(arm), comparison.baseline
+    gained, lost, unsure = verdicts.gained, verdicts.lost, verdicts.open
+    if not verdicts.count:
         return []
-    parts = [
-        f"helped {len(outcome.gained)} of {outcome.told} tasks for sure{_named(outcome.gained)}"
-    ]
-    parts.append(f"hurt {len(outcome.lost)}{_named(outcome.lost)}")
-    if outcome.open:
-        parts.append(
-            f"the other {len(outcome.open)} cannot be told apart from {base}{_named(outcome.open)}"
-        )
-    lines = [f"* **{arm}** against {base}: {'; '.join(parts)}."]
-    if outcome.lost:
-        lines.append(f"  Negative transfer: {', '.join(outcome.lost)}.")
-    return lines
+    text = f"helped {len(gained)} of {verdicts.count} tasks for sure{_named(gained)}"
+    text += f"; hurt {len(lost)}{_named(lost)}"
+    if unsure:
+        text += f"; the other {len(unsure)} cannot be told apart from {base}{_named(unsure)}"
+    negative = [f"  Negative transfer: {', '.join(lost)}."] if lost else []
+    return [f"* **{arm}** against {base}: {text}.", *negative]
 
 
 def _affinity_lines(comparison: Comparison) -> list[str]:
@@ -206,14 +192,12 @@ def _affinity_lines(comparison: Comparison) -> list[str]:
             [dropped, *(_gain(of_task.get(name)) for name in names)] for dropped, of_task in comparison.changes.items()
         ])  # fmt: skip
     for arm, found in comparison.cosines.items():
-        lines += [
-            "",
-            f"## Gradients of {arm}",
-            "",
-            _COSINES.format(limit=found.limit, seeds=found.seeds),
-            "",
-        ]
-        lines += _matrix(found)
+        text = _COSINES.format(limit=found.limit, seeds=found.seeds)
+        lines += ["", f"## Gradients of {arm}", "", text, ""]
+        lines += table(["task", *found.tasks], [
+            [task, *(f"{value:+.3f}" if np.isfinite(value) else "" for value in row)]
+            for task, row in zip(found.tasks, found.mean_TT, strict=True)
+        ])  # fmt: skip
     if joint is not None and (comparison.changes or cosines is not None):
         lines += ["", "## Why", "", _WHY, ""]
         against = comparison.against.get(joint, {})
@@ -225,22 +209,14 @@ def _affinity_lines(comparison: Comparison) -> list[str]:
     return lines
 
 
-def _matrix(cosines: Cosines) -> list[str]:
-    return table(["task", *cosines.tasks], [
-        [task, *(f"{value:+.3f}" if np.isfinite(value) else "" for value in row)]
-        for task, row in zip(cosines.tasks, cosines.mean_TT, strict=True)
-    ])  # fmt: skip
-
-
 def _reason_cells(reasons: Reasons, *, told: bool) -> list[str]:
     opposed = ", ".join(f"{task} {value:+.3f}" for task, value in reasons.opposed_by[:SHOWN])
     nearest = f"{reasons.nearest[0]} {reasons.nearest[1]:+.3f}" if reasons.nearest else ""
-    return [opposed or ("none" if told else ""), nearest, _changes(reasons.better_without),
-            _changes(reasons.worse_without)]  # fmt: skip
-
-
-def _changes(changes: Sequence[tuple[str, Difference]]) -> str:
-    return ", ".join(f"{task} {_gain(change)}" for task, change in changes[:SHOWN])
+    changes = (
+        ", ".join(f"{task} {_gain(change)}" for task, change in found[:SHOWN])
+        for found in (reasons.better_without, reasons.worse_without)
+    )
+    return [opposed or ("none" if told else ""), nearest, *changes]
 
 
 def _gain(item: Difference | None) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from comoe.evaluation.tables import plain
 from comoe.experiments.affinity import Affinity
 from comoe.experiments.compare.arms import WITHOUT
 from comoe.experiments.compare.differences import Differences
@@ -19,7 +20,6 @@ class Cosines:
     """Gradient cosines of one arm over its seeds, see ``comoe.experiments.affinity``."""
 
     tasks: tuple[str, ...]
-    """Tasks."""
     mean_TT: np.ndarray
     """Mean over seeds; the diagonal is the ceiling that noise leaves."""
     highest_TT: np.ndarray
@@ -31,11 +31,8 @@ class Cosines:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists; None where there is no gradient."""
-        return {
-            "tasks": list(self.tasks), "seeds": self.seeds, "posts_per_task": self.limit,
-            **{name: [[float(value) if np.isfinite(value) else None for value in row] for row in values]
-               for name, values in (("mean", self.mean_TT), ("highest", self.highest_TT))},
-        }  # fmt: skip
+        shared = {"tasks": list(self.tasks), "seeds": self.seeds, "posts_per_task": self.limit}
+        return shared | plain({"mean": self.mean_TT, "highest": self.highest_TT})
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +60,7 @@ class Reasons:
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class Verdicts:
     """An arm in words: which tasks gained, lost, or cannot be told apart."""
 
     gained: tuple[str, ...]
@@ -74,12 +71,12 @@ class Outcome:
     """It holds 0."""
 
     @property
-    def told(self) -> int:
+    def count(self) -> int:
         """Tasks that were held against the baseline."""
         return len(self.gained) + len(self.lost) + len(self.open)
 
 
-def outcome_of(differences: Mapping[str, Difference], tasks: Sequence[str]) -> Outcome:
+def verdicts_of(differences: Mapping[str, Difference], tasks: Sequence[str]) -> Verdicts:
     """Sort an arm's differences to the baseline.
 
     Args:
@@ -87,21 +84,23 @@ def outcome_of(differences: Mapping[str, Difference], tasks: Sequence[str]) -> O
         tasks: those that count; the mean and auxiliary tasks do not.
     """
     verdicts = {task: differences[task].verdict for task in tasks if task in differences}
-    return Outcome(*(tuple(task for task, said in verdicts.items() if said == wanted)
+    return Verdicts(*(tuple(task for task, said in verdicts.items() if said == wanted)
                      for wanted in ("gained", "lost", "")))  # fmt: skip
 
 
 def left_out_task(arm: str) -> str:
     """The task that an arm ``without.<task>`` drops; empty for other arms."""
-    start = f"{WITHOUT}."
-    return arm.removeprefix(start) if arm.startswith(start) else ""
+    start, dot, task = arm.partition(".")
+    return task if dot and start == WITHOUT else ""
 
 
 def changes_without(differences: Differences) -> dict[str, dict[str, Difference]]:
     """Dropped task -> task -> how much better it is without that one, from arms held against the joint one."""
-    found = {left_out_task(arm): dict(of_arm) for arm, of_arm in differences.items()}
-    return {dropped: {task: change for task, change in of_arm.items() if task != dropped}
-            for dropped, of_arm in found.items() if dropped}  # fmt: skip
+    return {
+        dropped: {task: change for task, change in of_arm.items() if task != dropped}
+        for arm, of_arm in differences.items()
+        if (dropped := left_out_task(arm))
+    }
 
 
 def mean_cosines(affinities: Sequence[Affinity]) -> Cosines | None:

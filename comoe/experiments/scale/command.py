@@ -1,40 +1,31 @@
-"""The command line of ``launch/scale.py``: a scaling experiment, or the plan of a cluster."""
+"""The command line of ``launch/scale.py``: a scaling experiment, or the plan of a cluster.
+
+Below the output folder: ``runs/<point>/`` as training leaves them, ``logs/<point>.log``,
+``failed/<point>.txt``, ``scale.json`` (what all runs share), tables, plots and TensorBoard hparams.
+"""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NoReturn
 
 from comoe.config.load import load_recipe
 from comoe.experiments.cluster.plan import print_plan, settle_plan_flags
-from comoe.experiments.runner import (
-    Experiment,
-    chosen_ranks,
-    failure_file,
-    leave_after,
-    remember,
-    run_points,
-)
-from comoe.experiments.scale.grid import Point, build_grid, plan_points
+from comoe.experiments.runner import Experiment, Trial, leave_after, remember, run_trials, say
+from comoe.experiments.scale.grid import AXES, plan_grid, read_grid
 from comoe.experiments.scale.plots import write_plots
-from comoe.experiments.scale.table import row_of, write_hparams, write_tables
+from comoe.experiments.scale.table import read_rows, write_hparams, write_tables
 
 
 def scale_and_exit(
-    given: argparse.Namespace,
-    *,
-    grid_fields: Sequence[str],
-    plan_flags: Mapping[str, str | None],
-    train_script: Path,
+    given: argparse.Namespace, *, plan_flags: Mapping[str, str | None], train_script: Path
 ) -> NoReturn:
     """Do what was asked and leave, with the exit codes of ``leave_after``.
 
     Args:
-        given: the command line.
-        grid_fields: names of its lists.
+        given: the command line; its lists have the names of ``AXES``.
         plan_flags: flags that only ``--plan`` reads -> value where they are not given.
         train_script: what runs one point.
     """
@@ -44,62 +35,33 @@ def scale_and_exit(
         if given.plan:
             print_plan(given)
             return False
-        return bool(scale(given, grid_fields=grid_fields, train_script=train_script))
+        return bool(scale(given, train_script=train_script))
 
     leave_after(work)
 
 
-def scale(
-    given: argparse.Namespace, *, grid_fields: Sequence[str], train_script: Path
-) -> list[Point]:
-    """Run the experiment and write its report; the points that failed.
+def scale(given: argparse.Namespace, *, train_script: Path) -> list[Trial]:
+    """Run the experiment and write its report; the runs that failed.
 
     Raises:
         ValueError: a wrong recipe, list, or output folder; nothing has been run then.
     """
-    ranks = chosen_ranks(given.ranks)
-    overrides = tuple(given.overrides)
-    experiment = Experiment(
-        given.config.resolve(),
-        given.deepspeed.resolve(),
-        given.output.resolve(),
-        train_script,
-        ranks,
-        overrides,
-    )
+    experiment = Experiment.from_command(given, train_script=train_script)
     recipe = load_recipe(experiment.config, experiment.overrides)
-    grid = build_grid(recipe, **{field: getattr(given, field) for field in grid_fields})
-    points, left_out = plan_points(grid, experiment)
-    for line in left_out:
-        print(f"left out {line}")
-    if any(point.runs_all for point in points):
-        print(
-            "note: where k is the number of experts, model.moe.balance=none and loss.balance_weight=0: all experts run"
-        )
-    if not points:
-        raise ValueError("no combination of the grid is possible; the lines above say why.")
-    remember(experiment)
-    failed = run_points(
-        experiment, points, report=partial(write_report, experiment), say=partial(print, flush=True)
-    )
-    write_report(experiment, points)
+    grid = read_grid(recipe, {name: getattr(given, name) for name in AXES})
+    plan = plan_grid(grid, experiment)
+    for note in plan.notes:
+        say(f"note: {note}")
+    remember(experiment, file_name="scale.json")
+
+    def report() -> None:
+        rows = read_rows(plan, experiment)
+        for write in (write_tables, write_plots, write_hparams):
+            write(rows, experiment.output)
+
+    failed = run_trials(experiment, plan.trials, report=report)
+    report()
     print(f"table   {given.output / 'table.md'}, table.csv")
     print(f"plots   {given.output / 'plots'}")
     print(f"watch   tensorboard --logdir {given.output}")
     return failed
-
-
-def write_report(experiment: Experiment, points: Sequence[Point]) -> None:
-    """Tables, plots and TensorBoard hparams of what is done so far."""
-    rows = []
-    for point in points:
-        failure = failure_file(experiment, point)
-        lines = failure.read_text(encoding="utf-8").splitlines() if failure.is_file() else []
-        said = next(
-            (line for line in reversed(lines) if line.startswith("comoe:")),
-            lines[-1] if lines else "",
-        )
-        rows.append(row_of(point, experiment.runs / point.name, problem=said))
-    write_tables(rows, experiment.output)
-    write_plots(rows, experiment.output)
-    write_hparams(rows, experiment.output)

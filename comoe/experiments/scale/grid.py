@@ -1,23 +1,20 @@
-"""A scaling experiment: one recipe over a grid of experts, k, gates, encoders, EP sizes and seeds, a process each.
-
-``launch/scale.py`` calls it. Below the output folder: ``runs/<point>/`` as training leaves them,
-``logs/<point>.log``, ``failed/<point>.txt``, ``scale.json`` (what all runs share), and what
-``comoe.experiments.scale.table`` and ``comoe.experiments.scale.plots`` write.
-"""
+"""A grid of experts, k, gates, encoders, EP sizes and seeds over one recipe; each point is an arm."""
 
 from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from comoe.config.errors import unknown_name
 from comoe.config.load import load_recipe
 from comoe.config.recipe import Recipe
-from comoe.experiments.runner import OWN, Experiment
-from comoe.models.moe.gate import GATES
+from comoe.experiments.compare.arms import UNBALANCED
+from comoe.experiments.compare.plan import Arm, Plan
+from comoe.experiments.runner import Experiment, Trial
+from comoe.models.moe.gate import GATES, build_gate
 from comoe.train.parallel.ds_config import load_settings, plan_layout
 
 EVERY = "all"
@@ -25,191 +22,131 @@ EVERY = "all"
 
 
 @dataclass(frozen=True, slots=True)
-class Grid:
-    """What is varied; every combination is a point."""
+class Axis:
+    """One list of the grid."""
 
-    experts: tuple[int, ...]
-    """Experts per layer; 0 is the encoder alone."""
-    top_k: tuple[int | str, ...]
-    """Experts per token; ``all`` is as many as there are."""
-    gates: tuple[str, ...]
-    """Keys of ``GATES``."""
-    ep_sizes: tuple[int | str, ...]
-    """Ranks that share one set of experts, or auto."""
-    encoders: tuple[str, ...]
-    """As ``model.encoder`` takes them."""
-    seeds: tuple[int, ...]
-    """One run per seed."""
+    flag: str
+    key: str
+    """The recipe's key that it sets."""
+    own: Callable[[Recipe], Any]
+    """The recipe's own value, where no list is given."""
+    least: int | None = None
+    """The smallest whole number; None for names."""
+    words: tuple[str, ...] = ()
+    """Words that stand for a number."""
 
+    def values(self, text: str) -> tuple[Any, ...]:
+        """What a list with commas holds, each value once.
 
-@dataclass(frozen=True, slots=True)
-class Point:
-    """One run of the grid."""
+        Raises:
+            ValueError: a value that is not of its kind.
+        """
+        return tuple(dict.fromkeys(self._value(part.strip(), text) for part in text.split(",")))
 
-    experts: int
-    """Experts per layer."""
-    top_k: int
-    """Experts per token; 0 without experts."""
-    gate: str
-    """The gate; empty without experts."""
-    ep_size: int | str
-    """As asked for; 1 without experts."""
-    encoder: str
-    """The encoder."""
-    seed: int
-    """The seed."""
-
-    @property
-    def name(self) -> str:
-        """Name of its run folder."""
-        encoder = re.sub(
-            r"[^A-Za-z0-9._]+", "-", self.encoder.rstrip("/").rpartition("/")[2]
-        ).strip("-.")
-        middle = f"-k{self.top_k}-{self.gate}-ep{self.ep_size}" if self.experts else ""
-        return f"E{self.experts}{middle}-{encoder}-s{self.seed}"
-
-    @property
-    def runs_all(self) -> bool:
-        """True where every expert runs for every token."""
-        return self.experts > 0 and self.top_k == self.experts
-
-    @property
-    def overrides(self) -> list[str]:
-        """``key=value`` words that make the recipe this point."""
-        words = [
-            f"model.encoder={self.encoder}",
-            f"train.seed={self.seed}",
-            f"model.moe.num_experts={self.experts}",
-        ]
-        if self.experts:
-            words += [
-                f"model.moe.top_k={self.top_k}",
-                f"model.moe.gate={self.gate}",
-                f"parallel.ep_size={self.ep_size}",
-            ]
-        if self.runs_all:
-            # Balancing what cannot be unbalanced is refused, and would make k = E impossible beside
-            # other k.
-            words += ["model.moe.balance=none", "loss.balance_weight=0"]
-        return words
+    def _value(self, part: str, text: str) -> Any:
+        if part in self.words or (part and self.least is None):
+            return part
+        if self.least is None or not re.fullmatch(r"-?\d+", part):
+            kind = "a name" if self.least is None else "a whole number"
+            valid = " or ".join([kind, *self.words])
+            raise ValueError(
+                f"{self.flag} is {text!r}; {part!r} must be {valid}, in a list with commas."
+            )
+        if int(part) < self.least:
+            raise ValueError(f"{self.flag} is {text!r}; {part} must be at least {self.least}.")
+        return int(part)
 
 
-def build_grid(recipe: Recipe, **lists: str | None) -> Grid:
-    """The grid from comma-separated lists; a list that is None holds the recipe's own value.
+MOE = "model.moe"
+AXES = {
+    "encoder": Axis("--encoder", "model.encoder", lambda recipe: recipe.model.encoder),
+    "gate": Axis("--gate", f"{MOE}.gate", lambda recipe: recipe.model.moe.gate),
+    "ep_size": Axis(
+        "--ep", "parallel.ep_size", lambda recipe: recipe.parallel.ep_size, 1, ("auto",)
+    ),
+    "experts": Axis(
+        "--experts", f"{MOE}.num_experts", lambda recipe: recipe.model.moe.num_experts, 0
+    ),
+    "top_k": Axis("--top-k", f"{MOE}.top_k", lambda recipe: recipe.model.moe.top_k, 1, (EVERY,)),
+    "seeds": Axis("--seeds", "train.seed", lambda recipe: recipe.train.seed, 0),
+}
+"""Lists of the grid, the outermost loop first."""
 
-    Args:
-        recipe: the recipe that the lists vary.
-        lists: field of ``Grid`` -> text such as "2,4,8".
+
+def read_grid(recipe: Recipe, lists: Mapping[str, str | None]) -> dict[str, tuple[Any, ...]]:
+    """Name of an axis -> its values, from comma-separated lists; a missing list holds the recipe's own value.
 
     Raises:
         ValueError: an empty list, a value that is not of its kind, or a gate that does not exist.
     """
-    moe = recipe.model.moe
-    own = {
-        "experts": moe.num_experts, "top_k": moe.top_k, "gates": moe.gate, "ep_sizes": recipe.parallel.ep_size,
-        "encoders": recipe.model.encoder, "seeds": recipe.train.seed,
-    }  # fmt: skip
-    values = {
-        name: _values(name, lists[name]) if lists.get(name) is not None else (value,)
-        for name, value in own.items()
-    }
-    for gate in values["gates"]:
+    grid = {}
+    for name, axis in AXES.items():
+        text = lists.get(name)
+        grid[name] = (axis.own(recipe),) if text is None else axis.values(text)
+    for gate in grid["gate"]:
         if gate not in GATES:
-            raise unknown_name("gate", str(gate), GATES)
-    return Grid(**values)
+            raise unknown_name("gate", gate, GATES)
+    return grid
 
 
-def plan_points(grid: Grid, experiment: Experiment) -> tuple[list[Point], list[str]]:
-    """The runs to make, and a line for every combination that cannot be.
+def plan_grid(grid: Mapping[str, tuple[Any, ...]], experiment: Experiment) -> Plan:
+    """An arm for every combination that can be; the notes name those that cannot.
 
     A combination is impossible when the recipe's own rules refuse it, or when its EP size does not
     divide the ranks and experts. Without experts k, gate and EP mean nothing, so those combinations
-    are one run.
+    are one arm.
 
     Raises:
-        ValueError: the recipe is wrong without the grid too, an override belongs to the grid, or
-            two encoders end in the same name.
+        ValueError: the recipe is wrong without the grid too, an override belongs to the grid, two
+            encoders end in the same name, or no combination is possible.
     """
-    keys = {override.partition("=")[0].strip().lstrip("-") for override in experiment.overrides}
-    taken = sorted(keys & {*OWN, *(word.partition("=")[0] for word in _SAMPLE.overrides)})
-    if taken:
-        raise ValueError(
-            f"{taken[0]} cannot be an override here: the grid's options or --output set it."
-        )
+    experiment.refuse([axis.key for axis in AXES.values()], "the grid's options or --output")
     load_recipe(experiment.config, experiment.overrides)
     settings = load_settings(experiment.deepspeed)
-    points: dict[str, Point] = {}
-    left_out: list[str] = []
-    lists = (grid.encoders, grid.gates, grid.ep_sizes, grid.experts, grid.top_k, grid.seeds)
-    for encoder, gate, ep_size, experts, top_k, seed in itertools.product(*lists):
-        if experts:
-            point = Point(
-                experts, experts if top_k == EVERY else int(top_k), gate, ep_size, encoder, seed
-            )
-        else:
-            point = Point(0, 0, "", 1, encoder, seed)
-        if points.get(point.name, point) != point:
+    arms: dict[str, Arm] = {}
+    notes: list[str] = []
+    *axes, seeds = AXES
+    for values in itertools.product(*(grid[name] for name in axes)):
+        point = dict(zip(axes, values, strict=True))
+        if not point["experts"]:
+            point |= {"gate": "", "ep_size": 1, "top_k": 0}
+        elif point["top_k"] == EVERY:
+            point["top_k"] = point["experts"]
+        name, words = name_of(point), words_of(point)
+        trials = [Trial(name, seed, tuple(words), point["experts"]) for seed in grid[seeds]]
+        arm = Arm(name, tuple(trials), point)
+        if arms.get(name, arm) != arm:
             raise ValueError(
-                f"two encoders would share the run folder {point.name}: {encoder} and another; rename one."
+                f"two encoders would share the run folder {name}: {point['encoder']} and another; rename one."
             )
         try:
-            recipe = load_recipe(experiment.config, [*experiment.overrides, *point.overrides])
+            recipe = load_recipe(experiment.config, [*experiment.overrides, *words])
             plan_layout(recipe, settings, world_size=experiment.ranks, gpu=False)
-            points[point.name] = point
+            if point["experts"]:
+                build_gate(recipe.model.moe)
+            arms[name] = arm
         except ValueError as error:
-            left_out.append(f"{point.name}: {error}")
-    return list(points.values()), list(dict.fromkeys(left_out))
+            notes.append(f"left out {name}: {error}")
+    if any(arm.settings["experts"] == arm.settings["top_k"] > 0 for arm in arms.values()):
+        notes.append(
+            f"where k is the number of experts, {' and '.join(UNBALANCED)}: all experts run"
+        )
+    if not arms:
+        raise ValueError("\n".join([*notes, "no combination of the grid is possible."]))
+    return Plan(tuple(arms.values()), grid[seeds], None, tuple(dict.fromkeys(notes)))
 
 
-def _values(name: str, text: str) -> tuple[Any, ...]:
-    kind, words = _KINDS[name]
-    values = []
-    for part in (part.strip() for part in text.split(",")):
-        if part in words:
-            values.append(part)
-            continue
-        try:
-            values.append(kind(part))
-        except ValueError:
-            valid = " or ".join([_WORDS[kind], *words])
-            raise ValueError(
-                f"{_FLAGS[name]} is {text!r}; {part!r} must be {valid}, in a list with commas."
-            ) from None
-        if kind is int and values[-1] < _LEAST[name]:
-            raise ValueError(f"{_FLAGS[name]} is {text!r}; {part} must be at least {_LEAST[name]}.")
-    return tuple(dict.fromkeys(values))
+def name_of(point: Mapping[str, Any]) -> str:
+    """Beginning of a run folder's name."""
+    last = point["encoder"].rstrip("/").rpartition("/")[2]
+    encoder = re.sub(r"[^A-Za-z0-9._]+", "-", last).strip("-.")
+    middle = "-k{top_k}-{gate}-ep{ep_size}".format(**point) if point["experts"] else ""
+    return f"E{point['experts']}{middle}-{encoder}"
 
 
-def _word(text: str) -> str:
-    if not text:
-        raise ValueError
-    return text
-
-
-_SAMPLE = Point(2, 1, "", 1, "", 0)
-
-
-_KINDS: dict[str, tuple[Callable[[str], Any], Sequence[str]]] = {
-    "experts": (int, ()),
-    "top_k": (int, (EVERY,)),
-    "gates": (_word, ()),
-    "ep_sizes": (int, ("auto",)),
-    "encoders": (_word, ()),
-    "seeds": (int, ()),
-}
-
-
-_WORDS: dict[Callable[[str], Any], str] = {int: "a whole number", _word: "a name"}
-
-
-_LEAST = {"experts": 0, "top_k": 1, "ep_sizes": 1, "seeds": 0}
-
-
-_FLAGS = {
-    "experts": "--experts",
-    "top_k": "--top-k",
-    "gates": "--gate",
-    "ep_sizes": "--ep",
-    "encoders": "--encoder",
-    "seeds": "--seeds",
-}
+def words_of(point: Mapping[str, Any]) -> list[str]:
+    """``key=value`` overrides that make the recipe this point."""
+    names = point if point["experts"] else ("encoder", "experts")
+    words = [f"{AXES[name].key}={point[name]}" for name in names]
+    # Balancing what cannot be unbalanced is refused, and would make k = E impossible beside other k.
+    return [*words, *(UNBALANCED if point["experts"] == point["top_k"] > 0 else ())]

@@ -14,8 +14,7 @@ from comoe.config.load import recipe_from_dict
 from comoe.config.recipe import Recipe
 from comoe.experiments.cluster.costs import (
     Cluster,
-    Layout,
-    ModelShape,
+    PlannedLayout,
     all_to_all_bytes,
     expert_operations,
     forward_operations,
@@ -27,21 +26,21 @@ from comoe.experiments.cluster.plan import (
     fits,
     plan_lines,
     recommend,
-    shape_of_recipe,
     weigh,
 )
+from comoe.experiments.cluster.shape import PlannedModel, shape_of_recipe
 
-TINY = ModelShape(
+TINY = PlannedModel(
     layers=2, width=10, ffn_width=40, vocabulary=100, positions=20, tasks=2, outputs=5, projection=8,
     moe_layers=1, num_experts=4, top_k=2, expert_width=6,
 )  # fmt: skip
-LARGE = ModelShape(layers=24, width=1024, ffn_width=4096, vocabulary=50265, positions=514, moe_layers=12,
+LARGE = PlannedModel(layers=24, width=1024, ffn_width=4096, vocabulary=50265, positions=514, moe_layers=12,
                    num_experts=64, top_k=2, expert_width=1024)  # fmt: skip
 GPU = Cluster(memory=80e9, per_node=8, intra=450e9, inter=50e9, flops=990e12, read=3.35e12)
 
 
-def layout(**changes: object) -> Layout:
-    return Layout(
+def layout(**changes: object) -> PlannedLayout:
+    return PlannedLayout(
         **{
             "ranks": 4,
             "ep_size": 2,
@@ -72,7 +71,7 @@ ROBERTA = RobertaConfig(vocab_size=50265, hidden_size=1024, num_hidden_layers=24
 def test_encoder_parameters_are_those_of_the_librarys_models(config: BertConfig | RobertaConfig):
     with torch.device("meta"):
         model = AutoModel.from_config(config, add_pooling_layer=False)
-    shape = ModelShape(config.num_hidden_layers, config.hidden_size, config.intermediate_size, config.vocab_size,
+    shape = PlannedModel(config.num_hidden_layers, config.hidden_size, config.intermediate_size, config.vocab_size,
                        config.max_position_embeddings)  # fmt: skip
     assert shape.encoder_parameters == sum(parameter.numel() for parameter in model.parameters())
 
@@ -151,16 +150,16 @@ def test_a_step_takes_the_sum_of_its_hand_computed_parts():
 
 
 def test_an_expert_group_over_two_machines_pays_for_the_slow_link():
-    inside = step_time(LARGE, Layout(16, 8, 1, 1000, 50), GPU).all_to_all
-    across = step_time(LARGE, Layout(16, 16, 1, 1000, 50), GPU).all_to_all
-    sent = all_to_all_bytes(LARGE, Layout(16, 16, 1, 1000, 50))
+    inside = step_time(LARGE, PlannedLayout(16, 8, 1, 1000, 50), GPU).all_to_all
+    across = step_time(LARGE, PlannedLayout(16, 16, 1, 1000, 50), GPU).all_to_all
+    sent = all_to_all_bytes(LARGE, PlannedLayout(16, 16, 1, 1000, 50))
     assert across == pytest.approx(sent * (7 / 15 / 450e9 + 8 / 15 / 50e9))
     assert across > 4 * inside
 
 
 def test_few_tokens_per_expert_make_the_reading_of_weights_rule():
     few, many = (
-        step_time(LARGE, Layout(1, 1, 1, tokens, 50), GPU).compute for tokens in (64, 64_000)
+        step_time(LARGE, PlannedLayout(1, 1, 1, tokens, 50), GPU).compute for tokens in (64, 64_000)
     )
     weights = 3 * 2 * LARGE.expert_parameters / GPU.read
     assert few == pytest.approx(weights, rel=0.2)
@@ -170,7 +169,7 @@ def test_few_tokens_per_expert_make_the_reading_of_weights_rule():
 def test_the_memory_of_a_candidate_counts_the_large_table_as_its_bucket():
     parts = {
         part.name: part.device_bytes
-        for part in weigh(LARGE, Layout(8, 8, 3, 640, 64), GPU).memory.parts
+        for part in weigh(LARGE, PlannedLayout(8, 8, 3, 640, 64), GPU).memory.parts
     }
     assert parts["reduction bucket"] == 2 * 50265 * 1024
     whole = LARGE.dense_parameters + LARGE.expert_parameters // 8
@@ -188,7 +187,7 @@ def test_every_valid_ep_size_and_stage_is_an_alternative():
         for c in alternatives(replace(LARGE, num_experts=6), GPU, ranks=8, length=64)
     } == {1, 2}
     assert {
-        c.layout.ep_size for c in alternatives(ModelShape(2, 8, 8, 9), GPU, ranks=8, length=64)
+        c.layout.ep_size for c in alternatives(PlannedModel(2, 8, 8, 9), GPU, ranks=8, length=64)
     } == {1}
 
 
@@ -241,7 +240,7 @@ def test_a_shape_is_read_from_the_encoders_config_and_the_recipe(tmp_path: Path)
     shape = shape_of_recipe(
         recipe(encoder=str(tmp_path), moe={"num_experts": 4, "top_k": 2, "layers": "alternate"})
     )
-    assert shape == ModelShape(6, 32, 64, 99, 40, tasks=1, outputs=3, moe_layers=3, num_experts=4, top_k=2,
+    assert shape == PlannedModel(6, 32, 64, 99, 40, tasks=1, outputs=3, moe_layers=3, num_experts=4, top_k=2,
                                expert_width=16)  # fmt: skip
     dense = shape_of_recipe(recipe(encoder=str(tmp_path), moe={"num_experts": 0}))
     assert (dense.moe_layers, dense.top_k, dense.expert_parameters) == (0, 0, 0)

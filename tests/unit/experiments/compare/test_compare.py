@@ -11,16 +11,16 @@ import pytest
 
 from comoe.config.load import load_recipe, save_recipe
 from comoe.config.recipe import TaskConfig
-from comoe.experiments.cluster.plan import shape_of_recipe
+from comoe.experiments.cluster.shape import shape_of_recipe
 from comoe.experiments.compare.arms import ARMS, custom_arms
 from comoe.experiments.compare.plan import check_earlier, plan_arms
 from comoe.experiments.compare.plots import removal_figure, write_plots
 from comoe.experiments.compare.report import compare, write_comparison
 from comoe.experiments.compare.results import REMOVAL_FILE
 from comoe.experiments.compare.statistics import (
-    Answers,
+    Predictions,
     paired_difference,
-    read_answers,
+    read_predictions,
     resampled,
     seed_interval,
 )
@@ -152,11 +152,11 @@ def test_the_bootstrap_has_the_textbook_width_and_is_zero_between_equal_arms():
     gold = generator.integers(0, 2, 500)
     task = mood()
 
-    def answers(right: float) -> dict[str, Answers]:
+    def predictions(right: float) -> dict[str, Predictions]:
         hit = generator.random(500) < right
-        return {"mood": Answers(np.arange(500), gold, np.where(hit, gold, 1 - gold))}
+        return {"mood": Predictions(np.arange(500), gold, np.where(hit, gold, 1 - gold))}
 
-    good, bad = answers(0.85), answers(0.7)
+    good, bad = predictions(0.85), predictions(0.7)
     drawn = resampled([good, bad, good], [task], resamples=800)["mood"]
     hits = [(run["mood"].predicted == gold).astype(float) for run in (good, bad)]
     plain = float(np.mean(hits[0] - hits[1]))
@@ -210,7 +210,7 @@ def test_a_post_is_drawn_for_all_of_its_tasks_at_once():
     first, second = mood(), mood(name="anger")
     hit = np.random.default_rng(1).random(40) < 0.5
     gold = np.zeros(40, dtype=np.int64)
-    run = {name: Answers(both, gold, np.where(hit, 0, 1)) for name in ("mood", "anger")}
+    run = {name: Predictions(both, gold, np.where(hit, 0, 1)) for name in ("mood", "anger")}
     drawn = resampled([run], [first, second], resamples=50)
     np.testing.assert_array_equal(drawn["mood"], drawn["anger"])
     assert drawn["mood"].std() > 0.01
@@ -233,7 +233,7 @@ def test_written_predictions_are_scored_as_they_were(
     kind: str, metric: str, labels, rows, value: float
 ):
     task = mood(kind, metric, labels=labels)
-    read = read_answers([{"row": 10 + number} | row for number, row in enumerate(rows)], task)
+    read = read_predictions([{"row": 10 + number} | row for number, row in enumerate(rows)], task)
     assert task.rules.measure(read.gold, read.predicted, task) == pytest.approx(value)
     assert read.rows.tolist() == [10, 11]
 

@@ -19,7 +19,7 @@ from comoe.experiments.compare.plots import write_plots
 from comoe.experiments.compare.report import AFFINITY_FILE, Comparison, compare, write_comparison
 from comoe.experiments.compare.statistics import Difference
 from comoe.experiments.compare.tables import markdown_lines
-from comoe.experiments.compare.transfer import mean_cosines, outcome_of, reasons_of
+from comoe.experiments.compare.transfer import mean_cosines, reasons_of, verdicts_of
 from comoe.experiments.runner import Experiment, remember
 from comoe.losses.weighting.strategies import WEIGHTINGS
 from comoe.starter.registry import resolve
@@ -420,7 +420,7 @@ def test_other_posts_are_not_compared_and_this_is_said(experiment: Experiment):
     write_run(experiment.runs / "recipe-s0", {"mood": 40, "topic": 30, "stance": 20, "hint": 20})
     found = compare(plan, experiment.runs, baseline="single", resamples=20)
     assert found.against["multi"].keys() == {"mood", "stance"}
-    assert any("multi answered other posts of topic" in note for note in found.notes)
+    assert any("multi predicts for other posts of topic" in note for note in found.notes)
 
 
 def test_a_task_opposes_another_only_where_every_seed_says_so():
@@ -440,5 +440,10 @@ def test_a_task_opposes_another_only_where_every_seed_says_so():
 def test_a_task_gains_or_loses_only_where_the_interval_leaves_zero_out():
     found = {"a": Difference(0.1, 0.02, 0.18, 0.01), "b": Difference(-0.1, -0.2, -0.01, 0.04),
              "c": Difference(0.2, -0.1, 0.5, 0.3), "mean": Difference(0.1, 0.05, 0.15, 0.0)}  # fmt: skip
-    outcome = outcome_of(found, ["a", "b", "c", "d"])
-    assert (outcome.gained, outcome.lost, outcome.open, outcome.told) == (("a",), ("b",), ("c",), 3)
+    verdicts = verdicts_of(found, ["a", "b", "c", "d"])
+    assert (verdicts.gained, verdicts.lost, verdicts.open, verdicts.count) == (
+        ("a",),
+        ("b",),
+        ("c",),
+        3,
+    )

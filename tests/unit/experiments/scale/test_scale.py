@@ -1,4 +1,4 @@
-"""The grid of a scaling experiment, its runs (with a script in place of the training), its table and its pictures."""
+"""The grid of a scaling experiment, its runs (with a script in place of the training), its table and its figures."""
 
 from __future__ import annotations
 
@@ -13,31 +13,19 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from comoe.config.load import load_recipe
-from comoe.experiments import runner as scaling_runs
+from comoe.experiments import runner
 from comoe.experiments.cluster.plan import gpu_numbers
-from comoe.experiments.runner import Experiment, command_of, failure_file, remember, run_points
-from comoe.experiments.scale.grid import Grid, Point, build_grid, plan_points
+from comoe.experiments.compare.plan import Arm, Plan
+from comoe.experiments.runner import Experiment, Trial, command_of, remember, run_trials
+from comoe.experiments.scale.grid import name_of, plan_grid, read_grid
 from comoe.experiments.scale.plots import lines_figure, series_of, write_plots
-from comoe.experiments.scale.table import (
-    grouped,
-    markdown,
-    quality_of,
-    row_of,
-    write_hparams,
-    write_tables,
-)
-from comoe.tasks.task import Task
+from comoe.experiments.scale.table import grouped, markdown, read_rows, write_hparams, write_tables
 
 ROOT = Path(__file__).parents[4]
 RECIPE = "tasks: {mood: {path: x}}\nmodel: {moe: {num_experts: 4, top_k: 2}}\nparallel: {ep_size: auto}\n"
-ONE = Grid(
-    experts=(4,),
-    top_k=(2,),
-    gates=("sigmoid",),
-    ep_sizes=("auto",),
-    encoders=("kit:minilm",),
-    seeds=(0,),
-)
+ONE = {"encoder": ("kit:minilm",), "gate": ("sigmoid",), "ep_size": ("auto",), "experts": (4,),
+       "top_k": (2,), "seeds": (0,)}  # fmt: skip
+POINT = "E4-k2-sigmoid-epauto-kit-minilm"
 
 
 @pytest.fixture
@@ -49,123 +37,115 @@ def experiment(tmp_path: Path) -> Experiment:
     )
 
 
-def names(points: list[Point]) -> list[str]:
-    return [point.name for point in points]
+def points(plan: Plan) -> list[tuple[int, int]]:
+    return [(arm.settings["experts"], arm.settings["top_k"]) for arm in plan.arms]
 
 
 def test_lists_are_read_and_a_missing_list_is_the_recipes_own_value(experiment: Experiment):
     recipe = load_recipe(experiment.config)
-    grid = build_grid(
-        recipe,
-        experts="0, 2,4,2",
-        top_k="1,all",
-        gates="sigmoid,softmax",
-        ep_sizes="auto,2",
-        seeds=None,
-    )
-    assert grid == Grid(
-        (0, 2, 4), (1, "all"), ("sigmoid", "softmax"), ("auto", 2), ("kit:minilm",), (0,)
-    )
-    assert build_grid(recipe) == ONE
+    lists = {
+        "experts": "0, 2,4,2",
+        "top_k": "1,all",
+        "gate": "sigmoid,softmax",
+        "ep_size": "auto,2",
+    }
+    assert read_grid(recipe, lists | {"seeds": None}) == ONE | {
+        "experts": (0, 2, 4), "top_k": (1, "all"), "gate": ("sigmoid", "softmax"), "ep_size": ("auto", 2),
+    }  # fmt: skip
+    assert read_grid(recipe, {}) == ONE
 
 
 @pytest.mark.parametrize(
     ("lists", "message"),
     [
-        (
-            {"experts": "2,many"},
-            "--experts is '2,many'; 'many' must be a whole number, in a list with commas",
-        ),
+        ({"experts": "2,many"}, "--experts is '2,many'; 'many' must be a whole number, in a list with commas"),
         ({"top_k": "1,,2"}, "--top-k is '1,,2'; '' must be a whole number or all"),
-        ({"ep_sizes": "0"}, "--ep is '0'; 0 must be at least 1"),
-        ({"gates": "sigmoid,sofmax"}, "sofmax is not a gate; did you mean softmax"),
-        ({"encoders": ""}, "--encoder is ''; '' must be a name"),
+        ({"ep_size": "0"}, "--ep is '0'; 0 must be at least 1"),
+        ({"seeds": "-1"}, "--seeds is '-1'; -1 must be at least 0"),
+        ({"gate": "sigmoid,sofmax"}, "sofmax is not a gate; did you mean softmax"),
+        ({"encoder": ""}, "--encoder is ''; '' must be a name"),
     ],
-)
+)  # fmt: skip
 def test_a_wrong_list_is_refused_with_the_valid_values(
     experiment: Experiment, lists: dict, message: str
 ):
     with pytest.raises(ValueError, match=message):
-        build_grid(load_recipe(experiment.config), **lists)
+        read_grid(load_recipe(experiment.config), lists)
 
 
 def test_impossible_combinations_are_left_out_and_said(experiment: Experiment):
-    points, left_out = plan_points(
-        replace(ONE, experts=(1, 2, 4), top_k=(1, 2), ep_sizes=(2,)), experiment
-    )
-    assert [(point.experts, point.top_k) for point in points] == [(2, 1), (2, 2), (4, 1), (4, 2)]
-    assert len(left_out) == 2
-    assert "model.moe.top_k (2) must be at most model.moe.num_experts (1)" in left_out[1]
-    assert "parallel.ep_size" in left_out[0] and "[1]" in left_out[0]
+    grid = ONE | {"experts": (1, 2, 4), "top_k": (1, 2), "ep_size": (2,)}
+    plan = plan_grid(grid, experiment)
+    assert points(plan) == [(2, 1), (2, 2), (4, 1), (4, 2)]
+    assert len(plan.notes) == 3 and "all experts run" in plan.notes[2]
+    assert "model.moe.top_k (2) must be at most model.moe.num_experts (1)" in plan.notes[1]
+    assert "parallel.ep_size" in plan.notes[0] and "[1]" in plan.notes[0]
+    with pytest.raises(
+        ValueError, match="left out E1-.*\n.*no combination of the grid is possible"
+    ):
+        plan_grid(grid | {"experts": (1,), "top_k": (2,)}, experiment)
 
 
 def test_an_ep_size_that_does_not_divide_the_ranks_is_left_out_with_the_valid_ones(
     experiment: Experiment,
 ):
-    points, left_out = plan_points(replace(ONE, ep_sizes=(1, 4)), experiment)
-    assert [point.ep_size for point in points] == [1]
-    assert "must divide both the ranks (2)" in left_out[0] and "[1, 2]" in left_out[0]
+    plan = plan_grid(ONE | {"ep_size": (1, 4)}, experiment)
+    assert [arm.settings["ep_size"] for arm in plan.arms] == [1]
+    assert "must divide both the ranks (2)" in plan.notes[0] and "[1, 2]" in plan.notes[0]
 
 
-def test_without_experts_k_gate_and_ep_are_one_run(experiment: Experiment):
-    grid = replace(
-        ONE,
-        experts=(0,),
-        top_k=(1, 2, "all"),
-        gates=("sigmoid", "softmax"),
-        ep_sizes=(1, 2),
-        seeds=(0, 1),
-    )
-    points, left_out = plan_points(grid, experiment)
-    assert names(points) == ["E0-kit-minilm-s0", "E0-kit-minilm-s1"] and left_out == []
-    assert points[0].overrides == [
-        "model.encoder=kit:minilm",
-        "train.seed=0",
-        "model.moe.num_experts=0",
-    ]
+def test_without_experts_k_gate_and_ep_are_one_arm(experiment: Experiment):
+    grid = ONE | {"experts": (0,), "top_k": (1, 2, "all"), "gate": ("sigmoid", "softmax"),
+                  "ep_size": (1, 2), "seeds": (0, 1)}  # fmt: skip
+    plan = plan_grid(grid, experiment)
+    assert [trial.name for trial in plan.trials] == ["E0-kit-minilm-s0", "E0-kit-minilm-s1"]
+    words = ["model.encoder=kit:minilm", "model.moe.num_experts=0", "train.seed=0"]
+    assert plan.notes == () and plan.trials[0].overrides == words
 
 
 def test_all_is_as_many_as_there_are_and_no_run_is_made_twice(experiment: Experiment):
-    points, _ = plan_points(replace(ONE, experts=(2, 4), top_k=(2, "all")), experiment)
-    assert [(point.experts, point.top_k) for point in points] == [(2, 2), (4, 2), (4, 4)]
+    plan = plan_grid(ONE | {"experts": (2, 4), "top_k": (2, "all")}, experiment)
+    assert points(plan) == [(2, 2), (4, 2), (4, 4)]
     # Bias balancing is the recipe's default, and refused where all experts run.
-    assert [load_recipe(experiment.config, point.overrides).model.moe.balance for point in points] == [
-        "none", "bias", "none"]  # fmt: skip
+    moes = [load_recipe(experiment.config, trial.overrides).model.moe for trial in plan.trials]
+    assert [moe.balance for moe in moes] == ["none", "bias", "none"]
 
 
 def test_a_points_words_make_its_recipe(experiment: Experiment):
-    (point,), _ = plan_points(
-        replace(ONE, experts=(8,), gates=("softmax",), ep_sizes=(2,), seeds=(3,)), experiment
-    )
-    recipe = load_recipe(experiment.config, [*point.overrides, f"run.name={point.name}"])
+    grid = ONE | {"experts": (8,), "gate": ("softmax",), "ep_size": (2,), "seeds": (3,)}
+    (trial,) = plan_grid(grid, experiment).trials
+    recipe = load_recipe(experiment.config, [*trial.overrides, f"run.name={trial.name}"])
     moe = recipe.model.moe
     assert (moe.num_experts, moe.top_k, moe.gate, recipe.train.seed) == (8, 2, "softmax", 3)
     assert recipe.parallel.ep_size == 2 and recipe.run.name == "E8-k2-softmax-ep2-kit-minilm-s3"
 
 
-@pytest.mark.parametrize("word", ["model.moe.top_k=3", "run.name=mine", "train.seed=4"])
-def test_an_override_that_the_grid_sets_is_refused(experiment: Experiment, word: str):
-    with pytest.raises(ValueError, match="cannot be an override here"):
-        plan_points(ONE, replace(experiment, overrides=(word,)))
-
-
-def test_a_wrong_recipe_is_the_users_error_and_not_a_combination_left_out(experiment: Experiment):
-    with pytest.raises(ValueError, match="did you mean train.max_steps"):
-        plan_points(ONE, replace(experiment, overrides=("train.max_step=3",)))
-
-
-def test_two_encoders_must_not_share_a_run_folder(experiment: Experiment):
-    with pytest.raises(ValueError, match="two encoders would share the run folder"):
-        plan_points(replace(ONE, encoders=("a/mine", "b/mine")), experiment)
+@pytest.mark.parametrize(
+    ("changed", "overrides", "message"),
+    [
+        ({}, ["model.moe.top_k=3"], "model.moe.top_k cannot be an override here"),
+        ({}, ["run.name=mine"], "run.name cannot be an override here"),
+        ({}, ["train.seed=4"], "train.seed cannot be an override here"),
+        ({}, ["train.max_step=3"], "did you mean train.max_steps"),
+        ({"encoder": ("a/mine", "b/mine")}, [], "two encoders would share the run folder"),
+    ],
+)
+def test_an_impossible_experiment_is_refused(
+    experiment: Experiment, changed: dict, overrides: list[str], message: str
+):
+    with pytest.raises(ValueError, match=message):
+        plan_grid(ONE | changed, replace(experiment, overrides=tuple(overrides)))
 
 
 def test_a_folder_takes_one_experiment_only(experiment: Experiment):
-    remember(experiment)
-    remember(experiment)
-    with pytest.raises(ValueError, match="recipe.train.batch_size 32 instead of 8"):
-        remember(replace(experiment, overrides=("train.batch_size=8",)))
-    with pytest.raises(ValueError, match="ranks 2 instead of 4"):
-        remember(replace(experiment, ranks=4))
+    remember(experiment, file_name="scale.json")
+    remember(experiment, file_name="scale.json")
+    for changed, message in (
+        ({"overrides": ("train.batch_size=8",)}, "recipe.train.batch_size 32 instead of 8"),
+        ({"ranks": 4}, "ranks 2 instead of 4"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            remember(replace(experiment, **changed), file_name="scale.json")
 
 
 FAKE = """
@@ -193,66 +173,67 @@ def fake(experiment: Experiment, monkeypatch: pytest.MonkeyPatch) -> dict[int, s
     """Seed -> how the run of that seed ends: well where it is not named."""
     fates: dict[int, str] = {}
 
-    def command(given: Experiment, point: Point) -> list[str]:
-        return [
-            sys.executable,
-            "-c",
-            FAKE,
-            str(given.runs / point.name),
-            fates.get(point.seed, "well"),
-        ]
+    def command(given: Experiment, trial: Trial) -> list[str]:
+        fate = fates.get(trial.seed, "well")
+        return [sys.executable, "-c", FAKE, str(given.runs / trial.name), fate]
 
-    monkeypatch.setattr(scaling_runs, "command_of", command)
+    monkeypatch.setattr(runner, "command_of", command)
     return fates
 
 
-def run(experiment: Experiment, seeds: int) -> tuple[list[str], list[str], int]:
-    """(failed, lines printed, reports written)."""
-    points, _ = plan_points(replace(ONE, seeds=tuple(range(seeds))), experiment)
-    said: list[str] = []
-    reports: list[object] = []
-    failed = run_points(experiment, points, report=reports.append, say=said.append)
-    return names(failed), said, len(reports)
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Lines that the runner prints."""
+    lines: list[str] = []
+    monkeypatch.setattr(runner, "say", lines.append)
+    return lines
 
 
-def test_a_failing_run_is_recorded_and_the_others_run(experiment: Experiment, fake: dict[int, str]):
+def run(experiment: Experiment, seeds: int) -> tuple[list[str], int]:
+    """(failed, reports written)."""
+    plan = plan_grid(ONE | {"seeds": tuple(range(seeds))}, experiment)
+    reports: list[int] = []
+    failed = run_trials(experiment, plan.trials, report=lambda: reports.append(1))
+    return [trial.name for trial in failed], len(reports)
+
+
+def test_a_failing_run_is_recorded_and_the_others_run(
+    experiment: Experiment, fake: dict[int, str], said: list[str]
+):
     fake |= {0: "refused", 1: "lost"}
-    failed, said, reports = run(experiment, 3)
-    assert [name[-2:] for name in failed] == ["s0", "s1"] and reports == 3
-    assert "FAILED (comoe: rank 0: the encoder is missing)" in said[1] and said[1].startswith(
-        "[1/3]"
-    )
+    failed, reports = run(experiment, 3)
+    assert failed == [f"{POINT}-s0", f"{POINT}-s1"] and reports == 3
+    assert "FAILED (comoe: rank 0: the encoder is missing)" in said[1]
     # The launcher's exit code was 0, and that of the good run 3: only the results count.
     assert "FAILED (a rank was killed)" in said[2] and "validation 0.5000" in said[3]
-    assert "left" in said[3]
-    point = Point(4, 2, "sigmoid", "auto", "kit:minilm", 0)
-    text = failure_file(experiment, point).read_text()
+    assert said[1].startswith("[1/3]") and "left" in said[3]
+    trial = Trial(POINT, 0, (), 4)
+    text = experiment.failure_file(trial).read_text()
     assert "exit code 1" in text and "line one" in text and "the encoder is missing" in text
+    assert experiment.problem(trial) == "comoe: rank 0: the encoder is missing"
 
 
 def test_a_port_that_another_process_took_is_chosen_again(
-    experiment: Experiment, fake: dict[int, str]
+    experiment: Experiment, fake: dict[int, str], said: list[str]
 ):
     fake[0] = "taken"
-    failed, said, _ = run(experiment, 1)
+    failed, _ = run(experiment, 1)
     assert failed == [] and "validation 0.5000" in said[1]
     log = next((experiment.output / "logs").iterdir()).read_text()
     assert log.count("\n$ ") == 1 and log.count("comoe: rank 0: no connection") == 3
 
 
-def test_a_second_call_makes_only_what_is_not_done(experiment: Experiment, fake: dict[int, str]):
+def test_a_second_call_makes_only_what_is_not_done(
+    experiment: Experiment, fake: dict[int, str], said: list[str]
+):
     fake[1] = "refused"
     run(experiment, 3)
-    before = (
-        (experiment.runs / "E4-k2-sigmoid-epauto-kit-minilm-s0/results.json").stat().st_mtime_ns
-    )
+    results = experiment.runs / f"{POINT}-s0/results.json"
+    before = results.stat().st_mtime_ns
     fake.clear()
-    failed, said, reports = run(experiment, 3)
-    assert failed == [] and reports == 1 and said[0] == "3 runs, 2 of them done; 2 rank(s) each"
-    assert said[1].startswith("[3/3] E4-k2-sigmoid-epauto-kit-minilm-s1")
-    assert (
-        experiment.runs / "E4-k2-sigmoid-epauto-kit-minilm-s0/results.json"
-    ).stat().st_mtime_ns == before
+    said.clear()
+    assert run(experiment, 3) == ([], 1) and said[0] == "3 runs, 2 of them done; 2 rank(s) each"
+    assert said[1].startswith(f"[3/3] {POINT}-s1") and results.stat().st_mtime_ns == before
     assert list((experiment.output / "failed").iterdir()) == []
 
 
@@ -260,19 +241,15 @@ def test_a_run_that_was_cut_short_is_resumed_and_a_new_one_is_told_everything(
     experiment: Experiment,
 ):
     experiment = replace(experiment, overrides=("train.epochs=1",))
-    (point,), _ = plan_points(ONE, experiment)
-    command = command_of(experiment, point)
-    assert {
-        "train.epochs=1",
-        "model.moe.num_experts=4",
-        f"run.name={point.name}",
-        "--config",
-    } <= set(command)
-    assert command[command.index("--num_accelerators") + 1] == "2" and "--resume" not in command
-    folder = experiment.runs / point.name
+    (trial,) = plan_grid(ONE, experiment).trials
+    command = command_of(experiment, trial)
+    told = {"train.epochs=1", "model.moe.num_experts=4", f"run.name={trial.name}", "--config"}
+    assert told <= set(command) and "--resume" not in command
+    assert command[command.index("--num_accelerators") + 1] == "2"
+    folder = experiment.runs / trial.name
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text("")
-    resumed = command_of(experiment, point)
+    resumed = command_of(experiment, trial)
     assert resumed[-2:] == ["--resume", str(folder)] and "--config" not in resumed
     ports = {words[words.index("--master_port") + 1] for words in (command, resumed)}
     assert all(1024 < int(port) < 65536 for port in ports)
@@ -305,59 +282,61 @@ def leave_run(folder: Path, *, score: float, experts: int = 4, test: bool = True
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
+def plan_of(*points: tuple[int, tuple[int, ...]]) -> Plan:
+    """Arms of these numbers of experts and seeds, k = 2."""
+    arms = []
+    for experts, seeds in points:
+        with_experts = {"gate": "sigmoid", "ep_size": "auto", "experts": experts, "top_k": 2}
+        without = {"gate": "", "ep_size": 1, "experts": 0, "top_k": 0}
+        point = {"encoder": "enc"} | (with_experts if experts else without)
+        trials = tuple(Trial(name_of(point), seed, (), experts) for seed in seeds)
+        arms.append(Arm(name_of(point), trials, point))
+    return Plan(tuple(arms), (0, 1), None, ())
+
+
 @pytest.fixture
-def rows(tmp_path: Path) -> list[dict[str, Any]]:
+def rows(experiment: Experiment) -> list[dict[str, Any]]:
     """Two seeds of k = 2 at two sizes, the encoder alone, one failed, one open."""
-    points = [
-        Point(experts, 2, "sigmoid", "auto", "enc", seed) for experts in (4, 8) for seed in (0, 1)
-    ]
-    points.append(Point(0, 0, "", 1, "enc", 0))
-    for point in points:
-        score = 0.7 + 0.1 * point.seed + 0.01 * point.experts
-        leave_run(tmp_path / "runs" / point.name, score=score, experts=point.experts)
-    made = [row_of(point, tmp_path / "runs" / point.name) for point in points]
-    made.append(
-        row_of(
-            Point(16, 2, "sigmoid", "auto", "enc", 0), tmp_path / "none", problem="comoe: no room"
-        )
-    )
-    made.append(row_of(Point(16, 2, "sigmoid", "auto", "enc", 1), tmp_path / "none"))
-    return made
+    plan = plan_of((4, (0, 1)), (8, (0, 1)), (0, (0,)), (16, (0, 1)))
+    for arm in plan.arms[:3]:
+        for trial in arm.trials:
+            score = 0.7 + 0.1 * trial.seed + 0.01 * trial.experts
+            leave_run(experiment.runs / trial.name, score=score, experts=trial.experts)
+    failure = experiment.failure_file(plan.arms[3].trials[0])
+    failure.parent.mkdir()
+    failure.write_text("exit code 1\ncomoe: no room\nlast line\n")
+    return read_rows(plan, experiment)
 
 
 def test_a_row_holds_what_the_run_left(rows: list[dict[str, Any]]):
-    row = rows[0]
-    assert (row["status"], row["ep_size"], row["split"]) == ("done", 2, "test")
-    assert row["mood/macro_f1"] == pytest.approx(0.74) and row["heat/mae"] == 0.5
-    assert row["mean"] == pytest.approx((0.74 - 0.5) / 2)  # an error counts against
-    assert row["step_ms"] == pytest.approx(
-        1000 * 2.0 / 10
-    )  # the first steps, 500 ms each, are left out
-    assert row["tokens_per_second"] == 200.0 and row["peak_mib"] == 3
-    assert (row["max_violation"], row["effective_experts"]) == (1.0, 3.0)
-    assert row["task_information"] == pytest.approx(0.2)
-    assert (row["parameters_experts"], row["parameters_active"], row["parameters_total"]) == (
-        40,
-        80,
-        100,
-    )
+    # The mean: an error counts against. The step: the first ones, 500 ms each, are left out.
+    expected = {
+        "status": "done", "ep_size": 2, "split": "test", "mood/macro_f1": 0.74, "heat/mae": 0.5, "mean": 0.12,
+        "step_ms": 200.0, "tokens_per_second": 200.0, "peak_mib": 3.0, "max_violation": 1.0, "effective_experts": 3.0,
+        "task_information": 0.2, "parameters_experts": 40, "parameters_active": 80, "parameters_total": 100,
+    }  # fmt: skip
+    assert {name: rows[0][name] for name in expected} == pytest.approx(expected)
+    assert [row["status"] for row in rows[4:]] == ["done", "failed", "open"]
 
 
-def test_a_run_without_test_labels_or_experts_has_a_row_too(tmp_path: Path):
-    point = Point(0, 0, "", 1, "enc", 0)
-    leave_run(tmp_path / "run", score=0.9, experts=0, test=False)
-    row = row_of(point, tmp_path / "run")
+def test_a_run_without_test_labels_or_experts_has_a_row_too(experiment: Experiment):
+    plan = plan_of((0, (0,)))
+    leave_run(experiment.runs / plan.trials[0].name, score=0.9, experts=0, test=False)
+    (row,) = read_rows(plan, experiment)
     assert row["split"] == "validation" and row["mean"] == 0.1 and "max_violation" not in row
 
 
-def test_the_mean_leaves_auxiliary_tasks_out_and_the_row_shows_them():
-    labels = ("a", "b")
-    tasks = [Task("mood", "single_label", labels, "macro_f1")]
-    tasks += [Task("helper", "single_label", labels, "macro_f1", auxiliary=True)]
-    metrics = {"validation": {"mood": {"macro_f1": 0.8}, "helper": {"macro_f1": 0.2}}}
-    row = quality_of(metrics, tasks)
-    assert row == {"split": "validation", "mean": 0.8, "mood/macro_f1": 0.8, "helper/macro_f1": 0.2}
-    assert quality_of({"validation": {"helper": {"macro_f1": 0.2}}}, tasks)["mean"] is None
+def test_the_mean_leaves_auxiliary_tasks_out_and_the_row_shows_them(experiment: Experiment):
+    plan = plan_of((0, (0, 1)))
+    for seed, tasks in enumerate(
+        ([TASK, ERROR | {"auxiliary": True}], [TASK | {"auxiliary": True}])
+    ):
+        folder = experiment.runs / f"E0-enc-s{seed}"
+        leave_run(folder, score=0.8, experts=0)
+        (folder / "tasks.json").write_text(json.dumps(tasks))
+    both, none = read_rows(plan, experiment)
+    assert (both["mean"], both["mood/macro_f1"], both["heat/mae"]) == (0.8, 0.8, 0.5)
+    assert none["mean"] is None and none["mood/macro_f1"] == 0.8
 
 
 def test_the_csv_has_every_run_and_the_markdown_means_over_seeds(
