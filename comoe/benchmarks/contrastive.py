@@ -18,7 +18,7 @@ from torch import Tensor
 from comoe.benchmarks.ranks import run_on_ranks
 from comoe.benchmarks.timing import (
     Contestant,
-    Report,
+    Measurements,
     Target,
     machine_note,
     median,
@@ -348,7 +348,7 @@ def run(
     config: Path | None = None,
     rounds: int | None = None,
     size: Size | None = None,
-) -> Report:
+) -> Measurements:
     """Measure, print the table, write the JSON.
 
     Args:
@@ -359,7 +359,9 @@ def run(
     """
     size = size or Size()
     size = size if rounds is None else replace(size, rounds=rounds)
-    report = Report("contrastive: forward and backward of the loss on one rank of several", TARGETS)
+    report = Measurements(
+        "contrastive: forward and backward of the loss on one rank of several", TARGETS
+    )
     shape = {
         "batches": list(size.batches),
         "width": size.width,
@@ -381,13 +383,11 @@ def run(
     report.add(
         "wire_over_gather_grad", asdict(spread_of([sent["ours"] / sent["gather with gradient"]]))
     )
-    print("\n".join(report.lines()))
-    if json_path is not None:
-        report.write(json_path)
+    report.publish(json_path)
     return report
 
 
-def add_memory(report: Report, size: Size) -> None:
+def add_memory(report: Measurements, size: Size) -> None:
     """Peak extra memory of ours, measured in fresh processes, over that of the full form."""
     shape = {"ranks": size.ranks, "width": size.width}
     for count in size.batches:
@@ -411,7 +411,7 @@ def add_memory(report: Report, size: Size) -> None:
     ]
 
 
-def add_times(report: Report, times: Mapping[str, Any], *, suffix: str) -> None:
+def add_times(report: Measurements, times: Mapping[str, Any], *, suffix: str) -> None:
     """Time of ours over that of each other form that ran, per batch, and the medians behind."""
     for name in times:
         form, _, count = name.partition("/")

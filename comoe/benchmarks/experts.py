@@ -27,8 +27,8 @@ from comoe.benchmarks.layers import (
 from comoe.benchmarks.ranks import run_on_ranks
 from comoe.benchmarks.timing import (
     Contestant,
+    Measurements,
     Ratio,
-    Report,
     Target,
     Times,
     clocked,
@@ -306,7 +306,7 @@ TARGETS = {
 
 def run(
     json_path: Path | None = None, *, config: Path | None = None, rounds: int | None = None
-) -> Report:
+) -> Measurements:
     """Measure everything, print the table, write the JSON.
 
     Args:
@@ -317,7 +317,7 @@ def run(
     recipe = None if config is None else str(config.resolve())
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     size = SIZES[kind] if rounds is None else replace(SIZES[kind], rounds=rounds)
-    report = Report(
+    report = Measurements(
         "experts: forward and backward of one layer; ratios of times taken in turns", TARGETS[kind]
     )
     measured = run_on_ranks("comoe.benchmarks.experts:measure", 1, config=recipe, **asdict(size))
@@ -339,13 +339,13 @@ def run(
     report.add("monitoring_share", monitoring["share"])
     report.add("evaluation_monitoring_share", monitoring["evaluation_share"])
     add_times(report, measured["times"])
-    print("\n".join(report.lines()))
-    if json_path is not None:
-        report.write(json_path)
+    report.publish(json_path)
     return report
 
 
-def add_ratios(report: Report, times: Times, experts: tuple[int, ...], *, suffix: str = "") -> None:
+def add_ratios(
+    report: Measurements, times: Times, experts: tuple[int, ...], *, suffix: str = ""
+) -> None:
     """Ratios of every number of experts; a key's figure is that of the first, the default recipe's E = 8."""
     for key, (above, below) in RATIOS.items():
         for num_experts in experts:
@@ -357,7 +357,7 @@ def add_ratios(report: Report, times: Times, experts: tuple[int, ...], *, suffix
     report.add(f"e{experts[-1]}_over_e{experts[0]}{suffix}", asdict(ratio(times, many, few)))
 
 
-def add_shares(report: Report, measured: Mapping[str, Any]) -> None:
+def add_shares(report: Measurements, measured: Mapping[str, Any]) -> None:
     """Share of routing; a key's figure is the default's, the rest are rows. JSON made the keys strings."""
     for number, (num_experts, share) in enumerate(measured["shares"].items()):
         report.add("routing_share", share, case="" if number == 0 else f"E={num_experts}")
@@ -369,7 +369,7 @@ def add_shares(report: Report, measured: Mapping[str, Any]) -> None:
     )
 
 
-def add_times(report: Report, times: Times) -> None:
+def add_times(report: Measurements, times: Times) -> None:
     """The medians behind the ratios of the first part, AdamW's step apart from forward and backward."""
     for name in times:
         what, _, case = name.partition("/")

@@ -16,6 +16,7 @@ import torch
 
 from comoe.config.files import write_atomic
 from comoe.distributed import all_gather_objects, barrier
+from comoe.evaluation.tables import in_columns
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +37,7 @@ class Target:
 
 
 @dataclass(slots=True)
-class Report:
+class Measurements:
     """Figures of one benchmark."""
 
     title: str
@@ -67,28 +68,17 @@ class Report:
         """The table."""
         lines = [self.title, *(f"  {note}" for note in self.notes), ""]
         head = ("ratio", "case", "median", "quartiles", "rounds", "target", "")
-        cells = [self._cells(row) for row in self.rows]
-        lines += _aligned([head, *cells])
-        lines += ["", *_aligned([("milliseconds", "case", ""), *self._times()])]
-        return lines
+        lines += in_columns(head, [self._cells(row) for row in self.rows], left=len(head))
+        times = [(one["what"], one["case"], f"{1000 * one['seconds']:.1f}") for one in self.seconds]
+        return [*lines, "", *in_columns(("milliseconds", "case", ""), times, left=3)]
 
     def _cells(self, row: Mapping[str, Any]) -> tuple[str, ...]:
         target = None if row["case"] else self.targets.get(row["key"])
         verdict = "" if target is None else "met" if target.met_by(row["value"]) else "MISSED"
         quartiles = f"{row['low']:.3f} to {row['high']:.3f}"
         shown = "" if target is None else str(target)
-        return (
-            row["key"],
-            row["case"],
-            f"{row['value']:.3f}",
-            quartiles,
-            str(row["rounds"]),
-            shown,
-            verdict,
-        )
-
-    def _times(self) -> list[tuple[str, ...]]:
-        return [(row["what"], row["case"], f"{1000 * row['seconds']:.1f}") for row in self.seconds]
+        value, rounds = f"{row['value']:.3f}", str(row["rounds"])
+        return (row["key"], row["case"], value, quartiles, rounds, shown, verdict)
 
     def missed(self) -> list[str]:
         """Keys whose figure is not within its target."""
@@ -98,6 +88,12 @@ class Report:
             for key, target in self.targets.items()
             if key in figures and not target.met_by(figures[key])
         ]
+
+    def publish(self, path: Path | None) -> None:
+        """Print the table, and write the JSON where a file is named."""
+        print("\n".join(self.lines()))
+        if path is not None:
+            self.write(path)
 
     def write(self, path: Path) -> None:
         """The figures by key, and all rows, as JSON."""
@@ -117,14 +113,6 @@ def machine_note(device: str, threads: int) -> str:
         f", load average {os.getloadavg()[0]:.1f} at the start" if hasattr(os, "getloadavg") else ""
     )
     return f"{device}, {cores} cores, {threads} thread(s) per rank{load}"
-
-
-def _aligned(table: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in table
-    ]
 
 
 @dataclass(frozen=True, slots=True)

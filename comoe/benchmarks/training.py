@@ -24,7 +24,7 @@ from comoe.benchmarks.hugging_face import STRATEGIES, Rival, save_base_encoder
 from comoe.benchmarks.ranks import run_on_ranks
 from comoe.benchmarks.timing import (
     Contestant,
-    Report,
+    Measurements,
     Target,
     machine_note,
     median,
@@ -33,6 +33,7 @@ from comoe.benchmarks.timing import (
     take_turns,
 )
 from comoe.benchmarks.workload import deepspeed_json, find_posts
+from comoe.config.recipe import Recipe
 from comoe.distributed import rank, sum_over_ranks, world_size
 from comoe.evaluation.routing_stats import RoutingStats
 from comoe.losses.objective import count_units, unit_scale
@@ -88,6 +89,13 @@ def _clocked(method: Callable[..., Any], seconds: list[float]) -> Callable[..., 
     return call
 
 
+def _built(recipe: Recipe, folder: Path, device: torch.device) -> Run:
+    run = assemble(recipe, deepspeed_json(), folder=folder, on_ready=lambda: None, device=device,
+                   dry_run=False, resume=False)  # fmt: skip
+    assert run is not None
+    return run
+
+
 def measure_monitoring(config: str | None) -> dict[str, Any]:
     """Train for a while, with two evaluations.
 
@@ -114,11 +122,7 @@ def measure_monitoring(config: str | None) -> dict[str, Any]:
         open(os.devnull, "w", encoding="utf-8") as null,
     ):
         with contextlib.redirect_stdout(null), contextlib.redirect_stderr(null):
-            run = assemble(
-                source.recipe, deepspeed_json(), folder=Path(name), on_ready=lambda: None, device=device, dry_run=False,
-                resume=False,
-            )  # fmt: skip
-            assert run is not None
+            run = _built(source.recipe, Path(name), device)
             with clocked_methods(WATCHED) as seconds:
                 run.trainer.run()
         run.trainer.monitor.close()
@@ -191,12 +195,9 @@ def measure_steps(config: str | None, overrides: list[str], rounds: int) -> dict
 
     Returns:
         times: contestant -> seconds per round; contestants are comoe, hf (the Trainer's defaults:
-            random order, padded
-        to the longest of the batch) and hf grouped (group_by_length). tokens: contestant -> real
-            tokens of all ranks
-        per round. optimizer: contestant -> median seconds of the optimizer's step within. mfu: of
-            comoe, None without
-        a GPU of known peak. notes: lines.
+        random order, padded to the longest of the batch) and hf grouped (group_by_length). tokens:
+        contestant -> real tokens of all ranks per round. optimizer: contestant -> median seconds of
+        the optimizer's step within. mfu: of comoe, None without a GPU of known peak. notes: lines.
     """
     device = start_ranks(timeout_seconds=600)
     with tempfile.TemporaryDirectory(prefix="comoe-bench-") as name, silence():
@@ -206,16 +207,7 @@ def measure_steps(config: str | None, overrides: list[str], rounds: int) -> dict
         if device.type == "cuda":
             encoder = save_base_encoder(folder / "encoder", recipe.model.encoder)
             recipe = replace(recipe, model=replace(recipe.model, encoder=encoder))
-        run = assemble(
-            recipe,
-            deepspeed_json(),
-            folder=folder,
-            on_ready=lambda: None,
-            device=device,
-            dry_run=False,
-            resume=False,
-        )
-        assert run is not None
+        run = _built(recipe, folder, device)
         ours = Steps(run)
         rivals = {
             label: Rival(
@@ -368,7 +360,7 @@ OVERRIDES = {
 
 def run(
     json_path: Path | None = None, *, config: Path | None = None, rounds: int | None = None
-) -> Report:
+) -> Measurements:
     """Measure, print the table, write the JSON.
 
     Args:
@@ -378,7 +370,7 @@ def run(
     """
     recipe = None if config is None else str(config.resolve())
     kind = "cuda" if torch.cuda.is_available() else "cpu"
-    report = Report("train: whole training steps; ratios of times taken in turns", TARGETS)
+    report = Measurements("train: whole training steps; ratios of times taken in turns", TARGETS)
     cores = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )
@@ -419,7 +411,5 @@ def run(
             report.add_time(
                 name, measured["optimizer"][name], case=f"{ranks} rank(s), step() within"
             )
-    print("\n".join(report.lines()))
-    if json_path is not None:
-        report.write(json_path)
+    report.publish(json_path)
     return report

@@ -18,7 +18,7 @@ from comoe.benchmarks.experts import Clock, Size, add_ratios, clocked_routing
 from comoe.benchmarks.ranks import ROOT, run_on_ranks
 from comoe.benchmarks.timing import (
     Contestant,
-    Report,
+    Measurements,
     Target,
     median,
     ratio,
@@ -149,7 +149,7 @@ def test_the_clock_counts_routing_forward_and_backward_and_nothing_else():
 
 
 def test_targets_judge_the_headline_only(tmp_path):
-    report = Report("title", {"fast": Target(at_most=1.3), "far": Target(at_least=2.0)})
+    report = Measurements("title", {"fast": Target(at_most=1.3), "far": Target(at_least=2.0)})
     report.add("fast", {"value": 1.2, "low": 1.1, "high": 1.4, "rounds": 5})
     report.add("fast", {"value": 9.0, "low": 8.0, "high": 10.0, "rounds": 5}, case="E=64")
     report.add("far", {"value": 1.5, "low": 1.0, "high": 2.5, "rounds": 5})
@@ -170,7 +170,7 @@ def test_a_key_without_an_expert_count_is_that_of_the_smallest():
         for e in (4, 8)
     ]
     times = {name: [1.0, 2.0] for name in [*names, "dense"]} | {"block/balanced/8": [2.0, 4.0]}
-    report = Report("title", {})
+    report = Measurements("title", {})
     add_ratios(report, times, (4, 8), suffix="_x")
     figures = report.headline()
     assert figures == {
