@@ -402,11 +402,10 @@ def test_gates_get_lines_of_their_own(rows: list[dict[str, Any]]):
     assert list(series_of(both)) == ["k = 2, sigmoid", "k = 2, softmax"]
 
 
-def test_pictures_of_quality_cost_and_shares_are_written(
-    rows: list[dict[str, Any]], tmp_path: Path
-):
-    write_plots(rows, tmp_path)
-    written = {path.name for path in (tmp_path / "plots").iterdir()}
+def test_figures_of_quality_cost_and_shares_are_written(rows: list[dict[str, Any]], tmp_path: Path):
+    output = tmp_path / "out"
+    write_plots(rows, output)
+    written = {path.name for path in (output / "plots").iterdir()}
     heatmaps = {f"share_E{e}-k2-sigmoid-epauto-enc-s{seed}.png" for e in (4, 8) for seed in (0, 1)}
     assert written == {"quality.png", "cost.png", *heatmaps}
     write_plots(rows[-2:], tmp_path / "nothing")
