@@ -14,7 +14,7 @@ from comoe.config.recipe import Recipe
 from comoe.experiments.compare.arms import UNBALANCED
 from comoe.experiments.compare.plan import Arm, Plan
 from comoe.experiments.runner import Experiment, Trial
-from comoe.models.moe.gate import GATES, build_gate
+from comoe.models.moe.gate import GATES
 from comoe.train.parallel.ds_config import load_settings, plan_layout
 
 EVERY = "all"
@@ -122,8 +122,6 @@ def plan_grid(grid: Mapping[str, tuple[Any, ...]], experiment: Experiment) -> Pl
         try:
             recipe = load_recipe(experiment.config, [*experiment.overrides, *words])
             plan_layout(recipe, settings, world_size=experiment.ranks, gpu=False)
-            if point["experts"]:
-                build_gate(recipe.model.moe)
             arms[name] = arm
         except ValueError as error:
             notes.append(f"left out {name}: {error}")
