@@ -1,4 +1,4 @@
-"""Writes the pages that repeat the code: docs/options.md and docs/commands.md.
+"""Writes what repeats the code: docs/options.md, docs/recipe.schema.json and docs/commands.md.
 
 python docs/generate.py
 """
@@ -6,6 +6,7 @@ python docs/generate.py
 from __future__ import annotations
 
 import argparse
+import json
 import runpy
 import sys
 from collections.abc import Iterator
@@ -106,11 +107,25 @@ def options_page() -> str:
         " `tasks.mood=null` drops the task `mood`. Steps are optimizer steps, tokens are sub-word"
         " tokens. A wrong name or value is an error that shows the nearest right one, before anything"
         " is loaded.",
+        "",
+        "Editors complete and check a recipe by [recipe.schema.json](recipe.schema.json): in VS Code with"
+        " the YAML extension, write `# yaml-language-server: $schema=docs/recipe.schema.json` (the path from the"
+        " recipe's folder) in its first line.",
     ]
     return "\n".join(lines) + "\n\n" + options_markdown()
 
 
-PAGES = {"options.md": options_page, "commands.md": commands_page}
+def schema_file() -> str:
+    from comoe.config.reference import recipe_json_schema
+
+    return json.dumps(recipe_json_schema(), indent=1) + "\n"
+
+
+PAGES = {
+    "options.md": options_page,
+    "recipe.schema.json": schema_file,
+    "commands.md": commands_page,
+}
 
 if __name__ == "__main__":
     for name, page in PAGES.items():

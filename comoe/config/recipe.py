@@ -101,8 +101,9 @@ class ModelConfig:
     """Encoder, experts and heads."""
 
     encoder: Given = "kit:minilm"
-    """Folder, hub name, ``kit:minilm`` (the starter kit), ``smoke:encoder``, or with a decoder
-    ``smoke:t5`` and ``smoke:bart`` (tiny, random)."""
+    """Folder, hub name, ``kit:minilm`` (the starter kit), ``kit:chinese_encoder`` (m3e-small, not
+    for commercial use) or ``smoke:encoder`` (tiny, random); with a decoder ``smoke:t5`` and
+    ``smoke:bart`` (tiny, random)."""
     trust_remote_code: Flag = False
     """Let the encoder's repository run its own Python code."""
     dropout: Share | None = None
@@ -286,8 +287,8 @@ class DataConfig:
 
     root: Text | None = None
     """Folder that relative task paths start from; null is the recipe's own. ``kit:posts`` is the
-    starter kit, ``smoke:posts``, ``smoke:drawn_posts`` and ``smoke:implied_posts`` are
-    generated."""
+    starter kit, ``kit:chinese_posts`` its Chinese part; ``smoke:posts``, ``smoke:tacl_posts``,
+    ``smoke:drawn_posts`` and ``smoke:implied_posts`` are generated."""
     max_length: Annotated[Whole, Ge(4)] = 128
     """Longest post in tokens; the rest is cut and counted."""
     limit_per_task: Count | None = None
