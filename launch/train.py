@@ -36,10 +36,7 @@ def main() -> None:
         parser.error(f"--restarts is {given.restarts}; it must be 0 or more.")
     if given.gpus is not None and not (given.dry_run and given.gpus > 0):
         parser.error(f"--gpus is {given.gpus}; it must be 1 or more, and goes with --dry-run.")
-    config, settings = given.config, given.deepspeed
-    if given.resume is None:
-        config = config or HERE / "configs/starter.yaml"
-        settings = settings or HERE.parent / "ds_configs/zero2.json"
+    config = given.config or (None if given.resume else HERE / "configs/starter.yaml")
 
     # Without an installed comoe, the package beside this folder, whatever the working folder is.
     sys.path.append(str(HERE.parent))
@@ -51,7 +48,7 @@ def main() -> None:
         sys.exit(supervise(restarts=given.restarts, stop=stop))
     from comoe.train.run import Request, run_and_exit
 
-    words = (config, settings, given.overrides, given.resume, given.dry_run, given.gpus or 0)
+    words = (config, given.deepspeed, given.overrides, given.resume, given.dry_run, given.gpus or 0)
     run_and_exit(Request(*words), stop)
 
 

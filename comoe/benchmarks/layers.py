@@ -11,7 +11,6 @@ import torch
 from deepspeed.moe.layer import MoE
 from torch import Tensor, nn
 
-from comoe.benchmarks.workload import deepspeed_json
 from comoe.config.recipe import ModelConfig, MoeConfig, Recipe
 from comoe.distributed import world_size
 from comoe.losses.objective import Objective
@@ -19,7 +18,7 @@ from comoe.models.encoders.build import build_encoder_from_config
 from comoe.models.model import MultiTaskModel
 from comoe.models.moe.experts import GatedFeedForward
 from comoe.tasks.task import Task
-from comoe.train.parallel.ds_config import fill_settings, load_settings, plan_layout
+from comoe.train.parallel.ds_config import ZERO_2, fill_settings, plan_layout
 from comoe.train.parallel.setup import build_deepspeed_engine
 
 OUTPUT_INIT = 0.02
@@ -190,9 +189,9 @@ def _built_by_the_engine(moe: MoeConfig, model_width: int, device: torch.device)
     }  # fmt: skip
     recipe = Recipe(model=ModelConfig(moe=moe))
     model = MultiTaskModel(build_encoder_from_config(fields), [TASK], recipe.model)
-    settings, gpu = load_settings(deepspeed_json()), device.type == "cuda"
-    layout = plan_layout(recipe, settings, world_size=world_size(), gpu=gpu)
-    filled = fill_settings(settings, recipe, replace(layout, accumulation=1), gpu=gpu)
+    gpu = device.type == "cuda"
+    layout = plan_layout(recipe, ZERO_2, world_size=world_size(), gpu=gpu)
+    filled = fill_settings(ZERO_2, recipe, replace(layout, accumulation=1), gpu=gpu)
     objective = Objective(model, [TASK], recipe.loss, moe)
     with contextlib.redirect_stdout(io.StringIO()):
         build_deepspeed_engine(objective, recipe, filled)

@@ -32,37 +32,38 @@ from comoe.benchmarks.timing import (
     spread_of,
     take_turns,
 )
-from comoe.benchmarks.workload import deepspeed_json, find_posts
-from comoe.config.recipe import Recipe
+from comoe.benchmarks.workload import find_posts
 from comoe.distributed import rank, sum_over_ranks, world_size
 from comoe.evaluation.routing_stats import RoutingStats
 from comoe.losses.objective import count_units, unit_scale
-from comoe.train.build import Run, assemble
-from comoe.train.evaluator import Evaluator
-from comoe.train.monitor.log_window import Interval
+from comoe.train import trainer
+from comoe.train.build import build_run
+from comoe.train.monitor.log_window import LogWindow
 from comoe.train.monitor.monitor import Monitor
+from comoe.train.parallel.ds_config import ZERO_2
 from comoe.train.parallel.setup import start_ranks
 from comoe.train.trainer import Trainer
+from comoe.train.training_run import TrainingRun
 
 STEPS, EVAL_EVERY = 40, 20
 """Training steps of the run, and between two evaluations; the default recipe logs every tenth."""
 
 
-WATCHED: dict[str, list[tuple[type, str]]] = {
+WATCHED: dict[str, list[tuple[Any, str]]] = {
     "step": [(Trainer, "_step")],
-    "evaluation": [(Evaluator, "run"), (Monitor, "log_evaluation")],
-    "log": [(Interval, "add"), (Interval, "reduce"), (Monitor, "log_train")],
+    "evaluation": [(trainer, "evaluate_split"), (Monitor, "log_evaluation")],
+    "log": [(LogWindow, "add"), (LogWindow, "reduce"), (Monitor, "log_train")],
     "statistics": [
         (RoutingStats, "update"),
         (RoutingStats, "summary"),
         (Monitor, "log_evaluation"),
     ],
 }
-"""Part -> methods whose time is added up."""
+"""Part -> methods, of a class or a module, whose time is added up."""
 
 
 @contextmanager
-def clocked_methods(parts: dict[str, list[tuple[type, str]]]) -> Iterator[dict[str, list[float]]]:
+def clocked_methods(parts: dict[str, list[tuple[Any, str]]]) -> Iterator[dict[str, list[float]]]:
     """While open, each call of the methods adds its seconds to its part's list."""
     found: dict[str, list[float]] = {part: [] for part in parts}
     originals = [
@@ -87,13 +88,6 @@ def _clocked(method: Callable[..., Any], seconds: list[float]) -> Callable[..., 
             seconds.append(time.perf_counter() - began)
 
     return call
-
-
-def _built(recipe: Recipe, folder: Path, device: torch.device) -> Run:
-    run = assemble(recipe, deepspeed_json(), folder=folder, on_ready=lambda: None, device=device,
-                   dry_run=False, resume=False)  # fmt: skip
-    assert run is not None
-    return run
 
 
 def measure_monitoring(config: str | None) -> dict[str, Any]:
@@ -122,10 +116,10 @@ def measure_monitoring(config: str | None) -> dict[str, Any]:
         open(os.devnull, "w", encoding="utf-8") as null,
     ):
         with contextlib.redirect_stdout(null), contextlib.redirect_stderr(null):
-            run = _built(source.recipe, Path(name), device)
+            run = build_run(source.recipe, ZERO_2, Path(name), device=device)
             with clocked_methods(WATCHED) as seconds:
-                run.trainer.run()
-        run.trainer.monitor.close()
+                Trainer(run).train()
+        run.monitor.close()
     share = sum(seconds["log"]) / sum(seconds["step"])
     evaluation = sum(seconds["statistics"]) / sum(seconds["evaluation"])
     rounds = len(seconds["step"])
@@ -156,31 +150,31 @@ class Steps:
     step, as the Trainer's is by default.
     """
 
-    def __init__(self, run: Run) -> None:
-        self.trainer = run.trainer
+    def __init__(self, run: TrainingRun) -> None:
+        self.run = run
         self.number = 0
         self.counts: list[tuple[int, int]] = []
-        self.interval = Interval(run.tasks)
+        self.window = LogWindow(run.tasks)
 
     def step(self) -> None:
         """One optimizer step."""
-        trainer = self.trainer
+        run = self.run
         batches = [
-            trainer.collator(trainer.train_split, share)
-            for share in trainer.sampler.share(self.number, rank())
+            run.collator(run.splits["train"], share)
+            for share in run.sampler.share(self.number, rank())
         ]
         units_T = sum_over_ranks(
-            torch.stack([count_units(batch, trainer.tasks) for batch in batches]).sum(0)
+            torch.stack([count_units(batch, run.tasks) for batch in batches]).sum(0)
         )
         scale_T = unit_scale(units_T, world_size=world_size(), accumulation=len(batches))
         batches = [replace(batch, unit_scale_T=scale_T) for batch in batches]
-        rates = trainer.engine.set_rate_factor(1.0)
-        report = trainer.engine.train_step(batches)
-        self.interval.add(batches, report)
+        run.engine.set_rate_factor(1.0)
+        report = run.engine.train_step(batches)
+        self.window.add(batches, report)
         self.number += 1
-        if self.number % trainer.recipe.train.log_every == 0:
-            self.interval.reduce(engine=trainer.engine, report=report, batches=batches, rates=rates)
-            self.interval.reset()
+        if self.number % run.recipe.train.log_every == 0:
+            self.window.reduce(run.engine, report, batches)
+            self.window.reset()
         real = sum(int(batch.attention_mask_BL.sum()) for batch in batches)
         self.counts.append((real, sum(batch.attention_mask_BL.numel() for batch in batches)))
 
@@ -207,7 +201,7 @@ def measure_steps(config: str | None, overrides: list[str], rounds: int) -> dict
         if device.type == "cuda":
             encoder = save_base_encoder(folder / "encoder", recipe.model.encoder)
             recipe = replace(recipe, model=replace(recipe.model, encoder=encoder))
-        run = _built(recipe, folder, device)
+        run = build_run(recipe, ZERO_2, folder, device=device)
         ours = Steps(run)
         rivals = {
             label: Rival(
@@ -219,12 +213,12 @@ def measure_steps(config: str | None, overrides: list[str], rounds: int) -> dict
         contestants |= {label: Contestant(rival.held.step) for label, rival in rivals.items()}
         with clocked_optimizers() as seconds:
             times = take_turns(contestants, rounds=rounds, warmup=WARMUP, device=device)
-        engines = {"comoe": ours.trainer.engine.deepspeed} | {
+        engines = {"comoe": run.engine.deepspeed} | {
             label: rival.engine for label, rival in rivals.items()
         }
         for rival in rivals.values():
             rival.held.stop()
-        run.trainer.monitor.close()
+        run.monitor.close()
     counts = {"comoe": ours.counts} | {
         label: rival.collator.counts for label, rival in rivals.items()
     }
@@ -245,7 +239,10 @@ def measure_steps(config: str | None, overrides: list[str], rounds: int) -> dict
 
 
 def _notes(
-    run: Run, posts: str, tokens: Mapping[str, Sequence[Sequence[int]]], device: torch.device
+    run: TrainingRun,
+    posts: str,
+    tokens: Mapping[str, Sequence[Sequence[int]]],
+    device: torch.device,
 ) -> list[str]:
     recipe, millions = (
         run.recipe,
@@ -269,7 +266,10 @@ def _notes(
 
 
 def utilisation(
-    run: Run, tokens: Sequence[Sequence[int]], times: Sequence[float | None], device: torch.device
+    run: TrainingRun,
+    tokens: Sequence[Sequence[int]],
+    times: Sequence[float | None],
+    device: torch.device,
 ) -> float | None:
     """Model FLOPs utilisation: arithmetic that the real tokens need, over what the GPU could do in the time.
 
@@ -286,7 +286,7 @@ def utilisation(
     """
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     peak = next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
-    model = run.trainer.engine.objective.model
+    model = run.model
     if peak is None or model.decoder is not None:
         return None
     config = model.encoder.config

@@ -151,8 +151,3 @@ def load_skew(picks_Sk: Tensor, num_experts: int) -> float:
     """Largest load over mean load."""
     counts = torch.bincount(picks_Sk.reshape(-1), minlength=num_experts).double()
     return float(counts.max() / counts.mean())
-
-
-def deepspeed_json() -> Path:
-    """The ZeRO-2 configuration of the repository."""
-    return ROOT / "ds_configs/zero2.json"

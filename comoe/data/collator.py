@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from comoe.config.recipe import NormalizeConfig
+from comoe.config.recipe import DataConfig
 from comoe.data.columns import Domains, confidences_of, domain_columns
 from comoe.data.images.pixels import PixelReader
 from comoe.data.posts import hidden, unlabelled_posts
@@ -180,9 +180,7 @@ class Collator:
         words: Sequence[Sequence[str] | None] | None = None,
         *,
         images: Sequence[bytes | str | None] | None = None,
-        max_length: int = 128,
-        normalize: NormalizeConfig | None = None,
-        hide: str = "none",
+        config: DataConfig | None = None,
         asked: Sequence[Task] | None = None,
     ) -> TokenizedSplit:
         """Raw texts as a split without labels, by the same path as training posts.
@@ -193,9 +191,8 @@ class Collator:
             words: posts as words, for tags; a text is only used where its words are None.
             images: pictures as ``comoe.data.images.decode.locate_image`` gives them, None where
                 there is none.
-            max_length: longest post in tokens.
-            normalize: how to clean; None takes the texts as they are.
-            hide: ``data.hide`` of the recipe.
+            config: longest post, cleaning and what is hidden; None takes the texts as they are, up
+                to 128 tokens.
             asked: tasks to make prompts for; None is all.
 
         Raises:
@@ -203,7 +200,10 @@ class Collator:
         """
         names = [task.name for task in self.tasks]
         posts = unlabelled_posts(texts, tasks=names, pairs=pairs, words=words, images=images)
-        seen = hidden(posts, hide)
+        seen = posts if config is None else hidden(posts, config.hide)
+        max_length, normalize = (
+            (128, None) if config is None else (config.max_length, config.normalize)
+        )
         heading = self.tasks if asked is None else asked
         if all(task.mode == "decoder" for task in heading):
             tokens = no_tokens(len(posts))

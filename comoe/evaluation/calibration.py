@@ -120,9 +120,10 @@ class Calibrator:
         tasks, shown = self.tasks, bool(evaluation.predictions)
         if split == VALIDATION:
             tasks = tuple(replace(task, thresholds=None) for task in tasks)
-        return compute_metrics(
+        found = compute_metrics(
             evaluation.outputs, tasks, texts=texts, columns=columns, predictions=shown
         )
+        return replace(found, routing=evaluation.routing, embeddings=evaluation.embeddings)
 
     def report(self) -> dict[str, dict[str, Any]]:
         """Task -> ``temperature``, ``thresholds``, ``decision`` (metric, at_half, held_out) or
@@ -158,7 +159,10 @@ class Calibrator:
 
     def _look(self, split: str, task: Task, found: Evidence) -> None:
         rule, entry = RULES[task.kind], self._entry(task)
-        entry |= {"temperature": task.temperature, "thresholds": _listed(task.thresholds)}
+        entry |= {
+            "temperature": task.temperature,
+            "thresholds": task.thresholds and list(task.thresholds),
+        }
         after_NY = None
         if task.temperature is not None:
             # Each half of the fitted posts by the temperature of the other half: the rest would
@@ -288,10 +292,6 @@ def parts_of(posts_N: np.ndarray, count: int) -> np.ndarray:
     return (np.random.default_rng(0).permutation(len(posts)) % count)[of_row_N]
 
 
-def _listed(edges: tuple[float, ...] | None) -> list[float] | None:
-    return None if edges is None else list(edges)
-
-
 def _class_nll(logits_NY: np.ndarray, gold_N: np.ndarray) -> float:
     return float(
         (
@@ -299,10 +299,6 @@ def _class_nll(logits_NY: np.ndarray, gold_N: np.ndarray) -> float:
             - np.take_along_axis(logits_NY, gold_N[:, None], axis=1)[:, 0]
         ).mean()
     )
-
-
-def _label_nll(logits_NY: np.ndarray, gold_NY: np.ndarray) -> float:
-    return float((np.logaddexp(0.0, logits_NY) - logits_NY * gold_NY).mean())
 
 
 def _two_classes(
@@ -322,7 +318,9 @@ _CLASSES = Rule(
 
 
 _LABELS = Rule(
-    nll=_label_nll,
+    nll=lambda logits_NY, gold_NY: float(
+        (np.logaddexp(0.0, logits_NY) - logits_NY * gold_NY).mean()
+    ),
     probabilities=expit,
     pairs=lambda scores_NY, gold_NY: list(zip(scores_NY.T, gold_NY.T, strict=True)),
     thresholds=lambda scores, gold, folds, task: choose_for_labels(

@@ -158,7 +158,13 @@ class EmbeddingStats:
         for task in self._tasks:
             rows = {post: value for share, _ in shares for post, value in share[task.name].items()}
             if len(rows) > 1:
-                found[task.name] = _of_task(task, [rows[post] for post in sorted(rows)])
+                points, targets = zip(*(rows[post] for post in sorted(rows)), strict=True)
+                points, targets = np.stack(points), torch.stack(targets)
+                keys = task.rules.keys(targets)
+                affinity = task.rules.affinity(keys, keys, task)
+                measures = measure_embeddings(torch.from_numpy(points), affinity)
+                labels = task.rules.gold(targets, task)
+                found[task.name] = TaskEmbeddings(measures, points, labels)
         pairs = {post: value for _, share in shares for post, value in share.items()}
         sides = [
             np.stack(side) for side in zip(*(pairs[post] for post in sorted(pairs)), strict=True)
@@ -168,11 +174,3 @@ class EmbeddingStats:
 
 def _every_nth(posts: np.ndarray) -> np.ndarray:
     return posts[:: max(1, -(-len(posts) // MOST_POSTS))]
-
-
-def _of_task(task: Task, rows: Sequence[tuple[np.ndarray, Tensor]]) -> TaskEmbeddings:
-    points = np.stack([point for point, _ in rows])
-    targets = torch.stack([target for _, target in rows])
-    keys = task.rules.keys(targets)
-    measures = measure_embeddings(torch.from_numpy(points), task.rules.affinity(keys, keys, task))
-    return TaskEmbeddings(measures, points, task.rules.gold(targets, task))

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 
 from comoe.config.errors import unknown_name
+from comoe.evaluation.embedding_stats import EmbeddingSummary
+from comoe.evaluation.routing_stats import RoutingSummary
 from comoe.tasks.kinds.base import Detokenize, PostOutput
 from comoe.tasks.labels import natural_order
 from comoe.tasks.metrics import LOWER_IS_BETTER
@@ -70,6 +72,10 @@ class Evaluation:
     and the prediction."""
     outputs: dict[str, list[PostOutput]] = field(default_factory=dict)
     """Task -> what all of this was made of, in the order of the split; see ``compute_metrics``."""
+    routing: RoutingSummary | None = None
+    """The gates' measures, where they were taken and there are experts."""
+    embeddings: EmbeddingSummary | None = None
+    """The embeddings and their measures, where they were taken."""
 
 
 class Collate(Protocol):

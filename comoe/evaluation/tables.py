@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -130,11 +130,8 @@ def calibration_sentences(report: Report) -> list[str]:
 
 
 def _change(both: Mapping[str, float | None] | None) -> str:
-    return " -> ".join(_numbers(both)) or "-"
-
-
-def _numbers(both: Mapping[str, float | None] | None) -> Iterator[str]:
-    return (f"{value:.3f}" for value in (both or {}).values() if value is not None)
+    values = [f"{value:.3f}" for value in (both or {}).values() if value is not None]
+    return " -> ".join(values) or "-"
 
 
 def format_results_table(

@@ -66,7 +66,11 @@ def choose_for_two_classes(
         return task.rules.measure(gold, decided, task)
 
     return _choose(
-        scores_N[:, None], gold_N[:, None], folds_N, by_label=measure, whole=_first_column(measure)
+        scores_N[:, None],
+        gold_N[:, None],
+        folds_N,
+        by_label=measure,
+        whole=lambda gold, decided: measure(gold[:, 0], decided[:, 0]),
     )
 
 
@@ -162,10 +166,6 @@ def _gains(gold_N: np.ndarray, held_N: np.ndarray, plain_N: np.ndarray, measure:
         posts = draw.integers(len(gold_N), size=len(gold_N))
         gains.append(measure(gold_N[posts], held_N[posts]) - measure(gold_N[posts], plain_N[posts]))
     return gain > 2 * float(np.std(gains))
-
-
-def _first_column(measure: Measure) -> Measure:
-    return lambda gold, decided: measure(gold[:, 0], decided[:, 0])
 
 
 def _spread(values: Sequence[int] | np.ndarray, count: int) -> np.ndarray:

@@ -170,12 +170,9 @@ class Predictor:
     def _encode(
         self, texts: list, pairs: list, words: list, images: list, tasks: Sequence[Task]
     ) -> TokenizedSplit:
-        settings = {
-            name: getattr(self.exported.data_config, name)
-            for name in ("max_length", "normalize", "hide")
-        }
+        config = self.exported.data_config
         split = self.collator.encode_texts(
-            texts, pairs, words, images=images, asked=tasks, **settings
+            texts, pairs, words, images=images, config=config, asked=tasks
         )
         # Where a row serves one task, the collator makes rows for labelled ones only.
         split.labelled[

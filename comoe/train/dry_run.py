@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from typing import Any
+
+import torch
 
 from comoe.config.load import recipe_to_yaml
 from comoe.config.recipe import NormalizeConfig, Recipe
@@ -12,8 +14,12 @@ from comoe.data.posts import PostSplit
 from comoe.data.text.normalize import normalize_post, normalize_words
 from comoe.data.tokens.prompts import label_tokens
 from comoe.data.tokens.split import TokenizedSplit
+from comoe.distributed import is_main, world_size
+from comoe.starter.registry import as_typed
 from comoe.tasks.task import Task
-from comoe.train.memory_plan import MemoryPlan
+from comoe.train.build import build_model, read_posts, tokenize_posts
+from comoe.train.memory_plan import MemoryPlan, plan_run
+from comoe.train.parallel.ds_config import fill_settings, plan_layout
 
 Seen = Callable[[Task, int], tuple[str, str]]
 
@@ -27,9 +33,36 @@ SHOWN_CHARACTERS = 160
 
 
 def print_dry_run(
-    recipe: Recipe, corpus: Corpus, memory_plan: MemoryPlan, *, seen: Seen | None = None
+    typed: Recipe, settings: Mapping[str, Any], *, device: torch.device, gpus: int = 0
 ) -> None:
-    """Print the resolved recipe, labels and set-aside rows per split, sample posts, and the memory of one rank.
+    """Print what a run would do: the resolved recipe, the data, sample posts, and the memory of one rank.
+
+    Args:
+        typed: as the user wrote it.
+        settings: the DeepSpeed JSON.
+        device: of this rank.
+        gpus: plan the memory for so many GPUs; 0 is for the ranks and the device that are here.
+
+    Raises:
+        ValueError: as ``build_run``.
+    """
+    gpu = gpus > 0 or device.type == "cuda"
+    layout = plan_layout(typed, settings, world_size=gpus or world_size(), gpu=gpu)
+    settings = fill_settings(settings, typed, layout, gpu=gpu)
+    recipe, corpus = read_posts(typed)
+    splits, collator = tokenize_posts(recipe, corpus)
+    with as_typed(typed, recipe):
+        objective = build_model(recipe, splits, collator, shape=True)
+    if is_main():
+        plan = plan_run(recipe, layout, objective.model, splits["train"], settings)
+        seen = seen_by_the_decoder(splits["train"], collator.tokenizer)
+        print("\n".join(dry_run_lines(typed, corpus, plan, seen=seen)), flush=True)
+
+
+def dry_run_lines(
+    recipe: Recipe, corpus: Corpus, memory_plan: MemoryPlan, *, seen: Seen | None = None
+) -> list[str]:
+    """The lines that ``print_dry_run`` prints; every section begins with ``# ``, so the recipe stays valid YAML.
 
     Args:
         recipe: with everything filled in.
@@ -37,13 +70,6 @@ def print_dry_run(
         memory_plan: of the layout that the run would have.
         seen: of ``seen_by_the_decoder``; needed where a decoder answers a task.
     """
-    print("\n".join(dry_run_lines(recipe, corpus, memory_plan, seen=seen)), flush=True)
-
-
-def dry_run_lines(
-    recipe: Recipe, corpus: Corpus, memory_plan: MemoryPlan, *, seen: Seen | None = None
-) -> list[str]:
-    """The lines that ``print_dry_run`` prints; every section begins with ``# ``, so the recipe stays valid YAML."""
     lines = ["# recipe", *recipe_to_yaml(recipe).splitlines(), "", "# data", *corpus.report.lines()]
     lines += ["", "# sample posts"]
     for task in corpus.tasks:
@@ -95,32 +121,20 @@ def sample_lines(
     if task.mode == "decoder":
         lines.append("  answer | what the encoder reads")
     count = len(lines)
-    for row in _first_labelled(task, split):
+    labelled = [row for row, value in enumerate(split.labels[task.name]) if value is not None]
+    for row in labelled[:SAMPLES]:
         if task.mode == "decoder":
             assert seen is not None
             lines.append("  " + " | ".join(map(_cut, seen(task, row))))
             continue
-        pair = split.pairs[row]
-        texts = [
-            _cleaned(split, row, config),
-            *([normalize_post(pair, config)] if pair is not None else []),
-        ]
+        text, pair, words = split.texts[row], split.pairs[row], split.words[row]
+        texts = [normalize_post(text, config)]
+        if words is not None:
+            texts = [" ".join(normalize_words(words, config))]
+        if pair is not None:
+            texts.append(normalize_post(pair, config))
         lines.append(f"  {_label_in_words(task, split, row)} | {' || '.join(map(_cut, texts))}")
     return lines if len(lines) > count else [*lines, "  no post has a label of this task"]
-
-
-def _first_labelled(task: Task, split: PostSplit) -> Iterator[int]:
-    labelled = (row for row, value in enumerate(split.labels[task.name]) if value is not None)
-    return (row for row, _ in zip(labelled, range(SAMPLES), strict=False))
-
-
-def _cleaned(split: PostSplit, row: int, config: NormalizeConfig) -> str:
-    words = split.words[row]
-    return (
-        normalize_post(split.texts[row], config)
-        if words is None
-        else " ".join(normalize_words(words, config))
-    )
 
 
 def _label_in_words(task: Task, split: PostSplit, row: int) -> str:

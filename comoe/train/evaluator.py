@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
-from itertools import count
+from typing import Any
 
 from tqdm import tqdm
 
-from comoe.data.collator import Collator
 from comoe.data.sampling.sampler import eval_batches
 from comoe.data.tokens.split import TokenizedSplit
 from comoe.distributed import (
@@ -21,15 +20,14 @@ from comoe.distributed import (
     sum_over_ranks,
     world_size,
 )
-from comoe.evaluation.embedding_stats import EmbeddingStats, EmbeddingSummary
+from comoe.evaluation.embedding_stats import EmbeddingStats
 from comoe.evaluation.evaluate import Evaluation, evaluate
-from comoe.evaluation.routing_stats import RoutingStats, RoutingSummary
+from comoe.evaluation.routing_stats import RoutingStats
 from comoe.tasks.task import Task
-from comoe.train.parallel.engine import Engine
+from comoe.train.training_run import TrainingRun
 from comoe.types import Batch, ModelOutput, labelled_rows
 
 EVAL_BATCH = 64
-
 
 STOP_CHECK_EVERY = 8
 """Batches between two looks at the stop signal: each is a reduction over ranks."""
@@ -39,100 +37,104 @@ class EvaluationStopped(Exception):
     """An evaluation that a signal cut short."""
 
 
-@dataclass(frozen=True, slots=True)
-class Checked:
-    """What one look at a split found; the same on every rank."""
+def evaluate_split(
+    run: TrainingRun,
+    name: str,
+    *,
+    split: TokenizedSplit | None = None,
+    tasks: Sequence[Task] | None = None,
+    predictions: bool = False,
+    asked_to_stop: Callable[[], bool] | None = None,
+) -> Evaluation | None:
+    """Metrics, predictions and measures of one split, the same on every rank; None where it has no posts.
 
-    evaluation: Evaluation
-    """Metrics and predictions."""
-    routing: RoutingSummary | None
-    """The gates' measures; None without experts."""
-    embeddings: EmbeddingSummary
-    """The embeddings' measures."""
+    Args:
+        run: every rank must call it.
+        name: of the split.
+        split: posts that are none of the run's own splits.
+        tasks: the run's, with temperatures and thresholds of their own.
+        predictions: make them, for every post and task.
+        asked_to_stop: asked every few batches.
+
+    Raises:
+        EvaluationStopped: ``asked_to_stop`` said so on some rank; raised on all of them after the
+            same batch.
+    """
+    split = run.splits.get(name) if split is None else split
+    tasks = run.tasks if tasks is None else tasks
+    if split is None or len(split) == 0:
+        return None
+    batches = eval_batches(
+        split.lengths, batch_size=EVAL_BATCH, rank=rank(), world_size=world_size()
+    )
+    bar = tqdm(
+        total=len(batches),
+        desc=name,
+        unit="batch",
+        leave=False,
+        disable=not (is_main() and sys.stderr.isatty()),
+    )
+    observed = _Observed(run, tasks, split, bar, asked_to_stop)
+    with bar:
+        evaluation = evaluate(
+            observed.forward,
+            split,
+            # A post without labels is a row for every task where the gate reads tasks, so that all
+            # are predicted.
+            collator=partial(run.collator, all_tasks=predictions),
+            tasks=tasks,
+            batches=batches,
+            gather=all_gather_objects,
+            device=run.engine.device,
+            texts=split.texts,
+            columns=split.posts.columns,
+            predictions=predictions,
+            detokenize=run.collator.detokenize,
+        )
+    return replace(evaluation, **observed.measures())
 
 
-@dataclass(slots=True)
-class Evaluator:
-    """Runs the engine over a split."""
+class _Observed:
+    """Forward passes of a run that are measured on their way, and may be stopped between two of them."""
 
-    engine: Engine
-    splits: Mapping[str, TokenizedSplit]
-    collator: Collator
-    tasks: Sequence[Task]
-    on_batch: Callable[[bool], None] = lambda more: None
-    """Told after each batch whether there are more."""
-
-    def run(
+    def __init__(
         self,
-        name: str,
-        *,
-        predictions: bool = False,
-        asked_to_stop: Callable[[], bool] | None = None,
-    ) -> Checked | None:
-        """Metrics, predictions and measures of one split; None where it has no posts.
-
-        Raises:
-            EvaluationStopped: ``asked_to_stop`` said so on some rank; raised on all of them after
-                the same batch.
-        """
-        split = self.splits.get(name)
-        if split is None or len(split) == 0:
-            return None
-        batches = eval_batches(
-            split.lengths, batch_size=EVAL_BATCH, rank=rank(), world_size=world_size()
-        )
-        model = self.engine.objective.model
-        layers = [layer.layer for layer in model.moe_layers()]
-        names = [task.name for task in self.tasks]
-        stats = RoutingStats(
-            names, num_layers=len(layers), num_experts=model.config.num_local_experts, layers=layers,
-            first_decoder_layer=model.first_decoder_layer, device=self.engine.device,
+        run: TrainingRun,
+        tasks: Sequence[Task],
+        split: TokenizedSplit,
+        bar: tqdm,
+        asked_to_stop: Callable[[], bool] | None,
+    ) -> None:
+        self._run, self._bar, self._asked_to_stop = run, bar, asked_to_stop
+        self._names = [task.name for task in tasks]
+        self._layers = [layer.layer for layer in run.model.moe_layers()]
+        self._routing = RoutingStats(
+            self._names, num_layers=len(self._layers), num_experts=run.model.config.num_local_experts,
+            layers=self._layers, first_decoder_layer=run.model.first_decoder_layer, device=run.engine.device,
         )  # fmt: skip
-        embeddings = EmbeddingStats(self.tasks, labelled_NT=split.labelled)
-        turn = count()
-        with tqdm(
-            total=len(batches),
-            desc=name,
-            unit="batch",
-            leave=False,
-            disable=not (is_main() and sys.stderr.isatty()),
-        ) as bar:
+        self._embeddings = EmbeddingStats(tasks, labelled_NT=split.labelled)
+        self._done = 0
 
-            def forward(batch: Batch) -> ModelOutput:
-                output = self.engine.forward(batch)
-                done = next(turn) + 1
-                self.on_batch(done < len(batches))
-                # A launcher waits half a minute for a rank that it told to stop, and an evaluation
-                # may take longer.
-                if (
-                    asked_to_stop is not None
-                    and done % STOP_CHECK_EVERY == 1
-                    and max_over_ranks(asked_to_stop())
-                ):
-                    raise EvaluationStopped
-                # A filler row exists only so that this rank has something to run; it has no label
-                # and is not counted.
-                stats.update(output, labelled_rows(batch, names))
-                embeddings.update(output, batch)
-                bar.update()
-                return output
+    def forward(self, batch: Batch) -> ModelOutput:
+        output = self._run.engine.forward(batch)
+        self._done += 1
+        self._run.watch.batch(self._done < self._bar.total)
+        # A launcher waits half a minute for a rank that it told to stop, and an evaluation may take
+        # longer.
+        looks = self._asked_to_stop is not None and self._done % STOP_CHECK_EVERY == 1
+        if looks and max_over_ranks(self._asked_to_stop()):
+            raise EvaluationStopped
+        # A filler row exists only so that this rank has something to run; it has no label and is
+        # not counted.
+        self._routing.update(output, labelled_rows(batch, self._names))
+        self._embeddings.update(output, batch)
+        self._bar.update()
+        return output
 
-            evaluation = evaluate(
-                forward,
-                split,
-                # A post without labels is a row for every task where the gate reads tasks, so that
-                # all are answered.
-                collator=partial(self.collator, all_tasks=predictions),
-                tasks=self.tasks,
-                batches=batches,
-                gather=all_gather_objects,
-                device=self.engine.device,
-                texts=split.texts,
-                columns=split.posts.columns,
-                predictions=predictions,
-                detokenize=self.collator.detokenize,
-            )
-        stats.load(sum_over_ranks(stats.as_tensor()))
-        return Checked(
-            evaluation, stats.summary() if layers else None, embeddings.summary(all_gather_objects)
-        )
+    def measures(self) -> dict[str, Any]:
+        """Over all ranks, as ``Evaluation`` has them."""
+        self._routing.load(sum_over_ranks(self._routing.as_tensor()))
+        return {
+            "routing": self._routing.summary() if self._layers else None,
+            "embeddings": self._embeddings.summary(all_gather_objects),
+        }

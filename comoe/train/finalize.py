@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from comoe.config.files import atomic_file
 from comoe.data.posts import PART_NAMES, PostSplit
 from comoe.data.reading.inputs import pair_in_training
 from comoe.data.text.noise import SEPARATOR, noisy
-from comoe.data.tokens.split import TokenizedSplit, tokenize_split
+from comoe.data.tokens.split import tokenize_split
 from comoe.distributed import barrier, broadcast_object, is_main, max_over_ranks, world_size
 from comoe.evaluation.calibration import Calibrator, reliability_bins
 from comoe.evaluation.evaluate import Evaluation
@@ -29,117 +29,100 @@ from comoe.inference.checkpoint_folder import step_of
 from comoe.inference.export import CONFIG, export_checkpoint
 from comoe.tasks.prompts import wants_pair
 from comoe.tasks.task import Task
-from comoe.train.build import Run
 from comoe.train.checkpoint.folder import best_checkpoint, find_checkpoint
 from comoe.train.checkpoint.save_load import load_checkpoint
+from comoe.train.evaluator import evaluate_split
 from comoe.train.monitor.log_window import log_lost_pictures
 from comoe.train.monitor.metrics_file import write_results
 from comoe.train.monitor.monitor import Monitor
 from comoe.train.monitor.plots import reliability_figure
+from comoe.train.training_run import TrainingRun
 
 
-def noisy_splits(run: Run, split: str) -> Iterator[tuple[str, TokenizedSplit]]:
-    """The posts of a split under each of ``data.noise``, by name (``validation+typos``), tokenised as the others.
+def evaluate_noisy(
+    run: TrainingRun, split: str, *, tasks: Sequence[Task], step: int
+) -> dict[str, Evaluation]:
+    """Evaluations of a split under each of ``data.noise``, logged, by name (``validation+typos``).
 
-    The same on every rank, and for any number of them.
-    """
-    data = run.recipe.data
-    # More tokens than the encoder numbers may come of a slip; the run's own posts have been
-    # checked.
-    config = replace(
-        data, max_length=min(data.max_length, run.trainer.engine.objective.model.longest_text)
-    )
-    for name in data.noise:
-        posts = noisy(
-            run.splits[split].posts, name, rate=data.noise_rate, seed=run.recipe.train.seed
-        )
-        yield (
-            f"{split}{SEPARATOR}{name}",
-            tokenize_split(posts, run.tokenizer, tasks=run.tasks, config=config),
-        )
-
-
-def score_noisy(run: Run, split: str, *, tasks: Sequence[Task], step: int) -> dict[str, Evaluation]:
-    """Evaluations of the split under each noise, logged; every rank must call it. None where it has no labels.
+    The noise is the same on every rank, and for any number of them. None where the split has no
+    labels. Every rank must call it.
 
     Args:
-        run: with the weights to judge.
+        run: with the weights to evaluate.
         split: validation or test.
-        tasks: as the clean split was judged, with temperatures and thresholds where these were
+        tasks: as the clean split was evaluated, with temperatures and thresholds where these were
             fitted.
         step: of the weights.
     """
-    found = {}
+    found: dict[str, Evaluation] = {}
     if split not in run.splits or not run.splits[split].labelled.any():
         return found
-    for name, tokenized in noisy_splits(run, split):
-        checked = replace(run.trainer.evaluator, splits={name: tokenized}, tasks=tasks).run(name)
-        assert checked is not None
-        # Pictures of each noise would bury those of the run.
-        found[name] = replace(checked.evaluation, confusions={})
-        run.trainer.monitor.log_evaluation(step, split=name, evaluation=found[name])
+    data = run.recipe.data
+    # More tokens than the encoder numbers may come of a slip; the run's own posts have been
+    # checked.
+    config = replace(data, max_length=min(data.max_length, run.model.longest_text))
+    for noise in data.noise:
+        name = f"{split}{SEPARATOR}{noise}"
+        posts = noisy(
+            run.splits[split].posts, noise, rate=data.noise_rate, seed=run.recipe.train.seed
+        )
+        tokens = tokenize_split(posts, run.collator.tokenizer, tasks=run.tasks, config=config)
+        evaluation = evaluate_split(run, name, split=tokens, tasks=tasks)
+        assert evaluation is not None
+        # Plots of each noise would bury those of the run.
+        found[name] = replace(evaluation, confusions={}, routing=None, embeddings=None)
+        run.monitor.log_evaluation(step, split=name, evaluation=found[name])
     return found
 
 
-def finish(run: Run) -> None:
+def finalize(run: TrainingRun) -> None:
     """Score the best checkpoint, write ``results.json``, ``predictions/`` and ``export/``, print the table."""
-    trainer = run.trainer
     # Rank 0 decides: loading is a collective.
-    best = broadcast_object(best_checkpoint(trainer.checkpoints) if is_main() else None)
-    newest = find_checkpoint(trainer.checkpoints)
+    best = broadcast_object(best_checkpoint(run.checkpoints) if is_main() else None)
+    newest = find_checkpoint(run.checkpoints)
     assert newest is not None
     chosen = best or newest.path
     if chosen != newest.path:
         # The same loader as a resume: the one path that is proven to restore every layout.
-        load_checkpoint(chosen, trainer.engine, trainer.layout)
-    evaluations = {}
+        load_checkpoint(chosen, run.engine, run.layout)
+    step = step_of(chosen)
     options = run.recipe.train
     calibrator = Calibrator(
         run.tasks, temperatures=options.calibrate, thresholds=options.fit_thresholds
     )
+    evaluations = {}
     for split in PART_NAMES[1:]:
-        found = trainer.evaluator.run(split, predictions=True)
+        found = evaluate_split(run, split, predictions=True)
         if found is None:
             continue
-        posts = trainer.evaluator.splits[split].posts
-        evaluations[split] = calibrator.take(
-            split, found.evaluation, texts=posts.texts, columns=posts.columns
-        )
+        posts = run.splits[split].posts
+        found = calibrator.take(split, found, texts=posts.texts, columns=posts.columns)
+        evaluations[split] = found
         if split != "validation":
             # The validation split of this step was logged when it was reached.
-            trainer.monitor.log_evaluation(
-                step_of(chosen),
-                split=split,
-                evaluation=evaluations[split],
-                routing=found.routing,
-                embeddings=found.embeddings,
-            )
-        trainer.monitor.log_projector(step_of(chosen), split=split, embeddings=found.embeddings)
-    _log_calibration(trainer.monitor, step_of(chosen), calibrator)
-    noisy = _under_noise(run, calibrator.tasks, step=step_of(chosen))
-    log_lost_pictures(trainer.pixels, trainer.monitor, trainer.state.step)
+            run.monitor.log_evaluation(step, split=split, evaluation=found)
+        run.monitor.log_projector(step, split=split, embeddings=found.embeddings)
+    _log_calibration(run.monitor, step, calibrator)
+    # The thresholds were chosen on the validation posts and would flatter them.
+    plain = [replace(task, thresholds=None) for task in calibrator.tasks]
+    under_noise = evaluate_noisy(run, "validation", tasks=plain, step=step)
+    under_noise |= evaluate_noisy(run, "test", tasks=calibrator.tasks, step=step)
+    log_lost_pictures(run.collator.pixels, run.monitor, run.state.step)
     peak = max_over_ranks(peak_memory_bytes())
     if is_main():
-        results = _results(run, evaluations | noisy, chosen=chosen, peak=peak) | {
-            "calibration": calibrator.report()
+        results = _results(run, evaluations | under_noise, step=step) | {
+            "peak_memory_bytes_per_rank": peak,
+            "calibration": calibrator.report(),
         }
         # The export comes last and tells that all is written; not one that an earlier end of the
         # run left.
         shutil.rmtree(run.folder / "export", ignore_errors=True)
         write_results(run.folder, results)
-        posts = {split: trainer.evaluator.splits[split].posts for split in evaluations}
+        posts = {split: run.splits[split].posts for split in evaluations}
         write_predictions(run.folder / "predictions", evaluations, posts)
         export_checkpoint(chosen, run.folder / "export")
         print_results(run.folder, run.tasks)
     barrier()
-
-
-def _under_noise(run: Run, tasks: Sequence[Task], *, step: int) -> dict[str, Evaluation]:
-    """Scores of noisy posts, judged as the clean ones were: on the validation posts without thresholds."""
-    plain = [replace(task, thresholds=None) for task in tasks]
-    return score_noisy(run, "validation", tasks=plain, step=step) | score_noisy(
-        run, "test", tasks=tasks, step=step
-    )
 
 
 def _log_calibration(monitor: Monitor, step: int, calibrator: Calibrator) -> None:
@@ -203,15 +186,14 @@ def peak_memory_bytes() -> float:
 
 
 def _results(
-    run: Run, evaluations: Mapping[str, Evaluation], *, chosen: Path, peak: float
+    run: TrainingRun, evaluations: Mapping[str, Evaluation], *, step: int
 ) -> dict[str, Any]:
-    trainer = run.trainer
-    state = trainer.state
+    state, report = run.state, run.report
     return {
         "run": run.recipe.run.name,
         "finished": state.finished,
         "step": state.step,
-        "best_step": step_of(chosen),
+        "best_step": step,
         "best_value": state.best_value,
         "early_stop_metric": run.recipe.train.early_stop_metric,
         "metrics": {split: evaluation.metrics for split, evaluation in evaluations.items()},
@@ -219,28 +201,22 @@ def _results(
         "posts": state.posts_seen,
         "posts_per_second": state.posts_seen / state.seconds if state.seconds else None,
         "skipped_steps": state.nonfinite_total,
-        "peak_memory_bytes_per_rank": peak,
         "world_size": world_size(),
-        "ep_size": trainer.layout.ep_size,
-        "zero_stage": trainer.layout.stage,
-        "bf16": trainer.layout.bf16,
+        "ep_size": run.layout.ep_size,
+        "zero_stage": run.layout.stage,
+        "bf16": run.layout.bf16,
         "parameters": dict(run.parameters),
-        "data": _about_data(run),
-    }
-
-
-def _about_data(run: Run) -> dict[str, Any]:
-    report = run.corpus.report
-    return {
-        "posts": report.posts,
-        "labels": report.labels,
-        "set_aside": [str(row) for row in report.set_aside],
-        "without_picture": [str(row) for row in report.without_picture],
-        "truncated": report.truncated,
-        "prompts_cut": report.prompts_cut,
-        "answers_cut": report.answers_cut,
-        "notes": report.notes,
-        "warnings": report.warnings,
+        "data": {
+            "posts": report.posts,
+            "labels": report.labels,
+            "set_aside": [str(row) for row in report.set_aside],
+            "without_picture": [str(row) for row in report.without_picture],
+            "truncated": report.truncated,
+            "prompts_cut": report.prompts_cut,
+            "answers_cut": report.answers_cut,
+            "notes": report.notes,
+            "warnings": report.warnings,
+        },
     }
 
 

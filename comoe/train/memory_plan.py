@@ -218,76 +218,104 @@ def reduction_elements(bucket: int, *, largest: int) -> int:
     return max(bucket, largest)
 
 
+@dataclass(frozen=True, slots=True)
+class RunSize:
+    """What a plan is made for: parameters, ranks, precision, optimizer.
+
+    Raises:
+        ValueError: a stage other than 1, 2, 3, or ranks that ``ep_size`` does
+            not divide.
+    """
+
+    dense: int
+    """D: parameters of everything but experts."""
+    experts: int
+    """X: parameters of all experts of all layers together."""
+    frozen: int = 0
+    """Of D those that do not train: weights alone, no gradient, master copy or moment."""
+    world_size: int = 1
+    """Ranks W."""
+    ep_size: int = 1
+    """Ranks that share one set of experts."""
+    stage: int = 2
+    """ZeRO stage."""
+    bf16: bool = False
+    """Bfloat16 weights and activations with float32 masters; else float32."""
+    optimizer: str = "adamw"
+    """Key of ``MOMENTS``."""
+    momentum: float = 0.0
+    """Of sgd; 0 needs no buffer."""
+    offload: bool = False
+    """Master copy, moments and, from stage 2 on, gradients live in main memory."""
+    bucket_elements: int = 0
+    """R: ``reduce_bucket_size`` of the DeepSpeed JSON."""
+    gathered_elements: int = 0
+    """Weights that stage 3 holds whole at a time, such as two encoder layers; 0 leaves them out."""
+    tensor_groups: Sequence[tuple[Sequence[int], int]] = ()
+    """Per optimizer group the sizes of its tensors in order and the ranks that share it; makes the
+    gradients of stage 2 in float32 exact. Empty takes the even share."""
+
+    def __post_init__(self) -> None:
+        if self.stage not in (1, 2, 3):
+            raise ValueError(f"zero_optimization.stage is {self.stage}; it must be 1, 2 or 3.")
+        if self.world_size % self.ep_size:
+            raise ValueError(
+                f"ep_size ({self.ep_size}) must divide the number of ranks ({self.world_size})."
+            )
+
+    def gradient_bytes(self) -> int:
+        """Of the gradients when the backward pass ends."""
+        if self.stage == 1:
+            whole = self.dense - self.frozen + math.ceil(self.experts / self.ep_size)
+            return (FULL + HALF * self.bf16) * whole
+        if self.stage == 2 and not self.bf16 and self.tensor_groups:
+            return FULL * sum(whole_tensors(group, ranks=n) for group, n in self.tensor_groups)
+        return FULL * self.trained_share
+
+    @property
+    def trained_share(self) -> int:
+        """Parameters whose master copy and moments one rank holds."""
+        return math.ceil((self.dense - self.frozen + self.experts) / self.world_size)
+
+    def __str__(self) -> str:
+        ranks = "1 rank" if self.world_size == 1 else f"{self.world_size} ranks"
+        precision = "bf16" if self.bf16 else "float32"
+        offload = ", optimizer offload" if self.offload else ""
+        return f"{ranks}, EP {self.ep_size}, ZeRO {self.stage}, {precision}{offload}"
+
+
 def plan_memory(
-    dense_parameters: int,
+    size: RunSize,
+    work: Work | None = None,
     *,
-    expert_parameters: int,
-    frozen_parameters: int = 0,
-    world_size: int,
-    ep_size: int,
-    stage: int,
-    bf16: bool,
-    optimizer: str,
-    momentum: float = 0.0,
-    offload: bool = False,
-    bucket_elements: int = 0,
-    gathered_elements: int = 0,
-    tensor_groups: Sequence[tuple[Sequence[int], int]] = (),
     tower: Work | None = None,
     decoder: DecoderWork | None = None,
-    **work: int | bool | None,
 ) -> MemoryPlan:
     """Estimate the memory of one rank by the formulas of this module.
 
     Args:
-        dense_parameters: D, everything but experts.
-        expert_parameters: X, all experts of all layers together.
-        frozen_parameters: of D those that do not train: weights alone, no gradient, master copy or
-            moment.
-        world_size: ranks W.
-        ep_size: ranks that share one set of experts; divides ``world_size``.
-        stage: ZeRO stage 1, 2 or 3.
-        bf16: bfloat16 weights and activations with float32 masters; else float32.
-        optimizer: key of ``MOMENTS``.
-        momentum: of sgd; 0 needs no buffer.
-        offload: master copy, moments and, from stage 2 on, gradients live in main memory.
-        bucket_elements: R, ``reduce_bucket_size`` of the DeepSpeed JSON.
-        gathered_elements: weights that stage 3 holds whole at a time, such as two encoder layers; 0
-            leaves them out.
-        tensor_groups: for each optimizer group the sizes of its tensors in order and the ranks that
-            share it; makes the gradients of stage 2 in float32 exact. Empty takes the even share.
+        size: of model and layout.
+        work: what a forward pass goes through; None leaves activations and dispatch out.
         tower: what a vision tower that trains goes through; a frozen one keeps nothing for a
             backward pass.
         decoder: what a decoder goes through; None without one.
-        work: fields of ``Work``; without them activations and dispatch are 0.
-
-    Raises:
-        ValueError: an unknown optimizer, a stage other than 1, 2, 3, or ranks that ``ep_size`` does
-            not divide.
     """
-    _check(optimizer=optimizer, stage=stage, world_size=world_size, ep_size=ep_size)
-    number = HALF if bf16 else FULL
-    whole = dense_parameters + math.ceil(expert_parameters / ep_size)
-    share = math.ceil((dense_parameters + expert_parameters) / world_size)
-    trained = math.ceil((dense_parameters - frozen_parameters + expert_parameters) / world_size)
-    passed = Work(**work)
-    gradients = _gradients(
-        whole - frozen_parameters, trained, stage=stage, bf16=bf16, tensor_groups=tensor_groups
-    )
+    number = HALF if size.bf16 else FULL
+    whole = size.dense + math.ceil(size.experts / size.ep_size)
+    share = math.ceil((size.dense + size.experts) / size.world_size)
+    trained, offload = size.trained_share, size.offload
+    moments = FULL * MOMENTS[size.optimizer](size.momentum) * trained
+    gathered = number * size.gathered_elements if size.stage == 3 else 0
     parts = (
-        MemoryPart("weights", number * (share if stage == 3 else whole)),
-        _part("gradients", gradients, on_host=offload and stage > 1),
+        MemoryPart("weights", number * (share if size.stage == 3 else whole)),
+        _part("gradients", size.gradient_bytes(), on_host=offload and size.stage > 1),
         _part("master copy (float32)", FULL * trained, on_host=offload),
-        _part(
-            f"moments of {optimizer}",
-            FULL * MOMENTS[optimizer](momentum) * trained,
-            on_host=offload,
-        ),
-        MemoryPart("reduction bucket", number * bucket_elements),
-        MemoryPart("gathered weights", number * gathered_elements if stage == 3 else 0),
-        *_passing(passed, tower or Work(), decoder, number),
+        _part(f"moments of {size.optimizer}", moments, on_host=offload),
+        MemoryPart("reduction bucket", number * size.bucket_elements),
+        MemoryPart("gathered weights", gathered),
+        *_passing(work or Work(), tower or Work(), decoder, number),
     )
-    return MemoryPlan(parts, _in_words(world_size, ep_size, stage, bf16=bf16, offload=offload))
+    return MemoryPlan(parts, str(size))
 
 
 def _passing(
@@ -323,37 +351,8 @@ def whole_tensors(sizes: Sequence[int], *, ranks: int) -> int:
     return most
 
 
-def _gradients(
-    whole: int,
-    share: int,
-    *,
-    stage: int,
-    bf16: bool,
-    tensor_groups: Sequence[tuple[Sequence[int], int]],
-) -> int:
-    """Bytes of gradients when the backward pass ends."""
-    if stage == 1:
-        return (FULL + HALF * bf16) * whole
-    if stage == 2 and not bf16 and tensor_groups:
-        return FULL * sum(whole_tensors(sizes, ranks=ranks) for sizes, ranks in tensor_groups)
-    return FULL * share
-
-
-def _check(*, optimizer: str, stage: int, world_size: int, ep_size: int) -> None:
-    if stage not in (1, 2, 3):
-        raise ValueError(f"zero_optimization.stage is {stage}; it must be 1, 2 or 3.")
-    if world_size % ep_size:
-        raise ValueError(f"ep_size ({ep_size}) must divide the number of ranks ({world_size}).")
-
-
 def _part(name: str, size: int, *, on_host: bool) -> MemoryPart:
     return MemoryPart(name, 0, size) if on_host else MemoryPart(name, size)
-
-
-def _in_words(world_size: int, ep_size: int, stage: int, *, bf16: bool, offload: bool) -> str:
-    ranks = "1 rank" if world_size == 1 else f"{world_size} ranks"
-    precision = "bf16" if bf16 else "float32"
-    return f"{ranks}, EP {ep_size}, ZeRO {stage}, {precision}{', optimizer offload' if offload else ''}"
 
 
 def _readable(size: int) -> str:
@@ -416,34 +415,10 @@ def plan_run(
     """
     parameters = count_parameters(model, top_k=recipe.model.moe.top_k)
     zero = settings["zero_optimization"]
-    encoder, blocks = model.encoder.config, model.moe_layers()
-    posts = layout.micro_batch_size
-    rows = _row_tokens(model, train, by_task=ROUTES[recipe.model.moe.route_by].task)
-    num_layers, ffn_widths = _stack_shapes(encoder)
-    common = {
-        "width": model.config.hidden_size,
-        "top_k": recipe.model.moe.top_k,
-        "recompute": recipe.train.activation_checkpointing,
-        "expert_width": blocks[0].mixture.experts.down_proj.shape[-1] if blocks else 0,
-    }
-    decoder = None
-    if has_decoder(model.encoder):
-        of_decoder = sum(block.layer >= num_layers[0] for block in blocks)
-        decoder = DecoderWork(
-            Work(
-                int(posts * rows.answers),
-                num_layers[1],
-                ffn_width=ffn_widths[1],
-                moe_layers=of_decoder,
-                **common,
-            ),
-            read_tokens=int(posts * rows.prompts),
-            vocabulary=encoder.vocab_size,
-        )
-    return plan_memory(
+    size = RunSize(
         parameters["dense"],
-        expert_parameters=parameters["experts"],
-        frozen_parameters=parameters["frozen"],
+        parameters["experts"],
+        frozen=parameters["frozen"],
         world_size=layout.world_size,
         ep_size=layout.ep_size,
         stage=layout.stage,
@@ -458,17 +433,47 @@ def plan_run(
         gathered_elements=min(
             kept_whole(zero), parameters["dense"] + parameters["experts"] // layout.ep_size
         ),
-        tower=_tower_work(model, posts),
-        decoder=decoder,
+    )
+    posts = layout.micro_batch_size
+    work, decoder = _text_work(recipe, model, train, posts=posts)
+    return plan_memory(size, work, tower=_tower_work(model, posts), decoder=decoder)
+
+
+def _text_work(
+    recipe: Recipe, model: MultiTaskModel, train: TokenizedSplit, *, posts: int
+) -> tuple[Work, DecoderWork | None]:
+    """What the encoder, and a decoder, go through for a number of posts."""
+    encoder, blocks = model.encoder.config, model.moe_layers()
+    rows = _row_tokens(model, train, by_task=ROUTES[recipe.model.moe.route_by].task)
+    num_layers, ffn_widths = _stack_shapes(encoder)
+    common = {
+        "width": model.config.hidden_size,
+        "top_k": recipe.model.moe.top_k,
+        "recompute": recipe.train.activation_checkpointing,
+        "expert_width": blocks[0].mixture.experts.down_proj.shape[-1] if blocks else 0,
+    }
+    of_encoder = sum(block.layer < num_layers[0] for block in blocks)
+    work = Work(
         tokens=int(posts * (rows.encoder + rows.pictures * model.image_tokens)),
         layers=num_layers[0],
         ffn_width=ffn_widths[0],
         tasks=sum(head.pooling is not None for head in model.heads),
         private_parts=len(model.tasks) if recipe.model.private_width else 0,
         private_width=recipe.model.private_width,
-        moe_layers=sum(block.layer < num_layers[0] for block in blocks),
+        moe_layers=of_encoder,
         **common,
     )
+    if not has_decoder(model.encoder):
+        return work, None
+    own = Work(
+        tokens=int(posts * rows.answers),
+        layers=num_layers[1],
+        ffn_width=ffn_widths[1],
+        moe_layers=len(blocks) - of_encoder,
+        **common,
+    )
+    prompts = int(posts * rows.prompts)
+    return work, DecoderWork(own, read_tokens=prompts, vocabulary=encoder.vocab_size)
 
 
 class RowTokens(NamedTuple):

@@ -1,4 +1,4 @@
-"""One training run, from the recipe to the export: what ``launch/train.py`` calls."""
+"""One training run, from the recipe to the export: ``train`` for a program, ``run_and_exit`` for the command line."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from comoe.config.load import load_recipe
+from comoe.config.load import load_recipe, recipe_from_dict, recipe_to_dict
 from comoe.config.recipe import Recipe
+from comoe.config.validate import validate
 from comoe.distributed import (
     barrier,
     broadcast_object,
@@ -30,9 +31,12 @@ from comoe.train.run_folder import (
     begun_by_this_start,
     refuse_taken,
     take,
-    write_beginning,
+    write_run_folder,
 )
 from comoe.train.state import ALL_STEPS
+
+if TYPE_CHECKING:
+    from comoe.train.training_run import TrainingRun
 
 A_DAY = 86400.0
 
@@ -41,10 +45,10 @@ A_DAY = 86400.0
 class Request:
     """The command line of one run."""
 
-    config: Path | None = None
+    config: Path | Recipe | None = None
     """Recipe; None with ``resume``."""
     deepspeed: Path | None = None
-    """DeepSpeed JSON; None with ``resume`` takes the run's own."""
+    """DeepSpeed JSON; None is the run's own with ``resume``, else ZeRO 2."""
     overrides: Sequence[str] = ()
     """``key=value`` words."""
     resume: Path | None = None
@@ -53,6 +57,46 @@ class Request:
     """Print what would happen, and end."""
     gpus: int = 0
     """Plan the dry run for so many GPUs; 0 for this machine."""
+
+
+def train(
+    recipe: Recipe | Path | str | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    deepspeed: Path | str | None = None,
+    resume: Path | str | None = None,
+) -> Path:
+    """Train one recipe to its end: every rank of a launcher calls it, or a plain process alone.
+
+    It sets up the process for DeepSpeed (environment, threads, signals while it trains), so call it
+    before anything else imports DeepSpeed. SIGINT and SIGTERM end it after the current step with a
+    checkpoint.
+
+    Args:
+        recipe: a recipe, or the path of its YAML file; None with ``resume``.
+        overrides: options that replace those of the file, each ``key=value``; with a recipe in
+            memory none.
+        deepspeed: DeepSpeed JSON; None is the run's own with ``resume``, else ZeRO 2.
+        resume: run folder to continue from its newest whole checkpoint, by its own recipe.
+
+    Returns:
+        The run folder: ``results.json``, ``predictions/`` and ``export/`` are in it unless a signal
+        ended the run early.
+
+    Raises:
+        ValueError: something in recipe, data or options that the user can correct.
+        TrainingStopped: training cannot continue (``comoe.train.trainer``).
+    """
+    config = Path(recipe) if isinstance(recipe, str) else recipe
+    given = [None if path is None else Path(path) for path in (deepspeed, resume)]
+    watch = Watchdog()
+    try:
+        folder = run_request(Request(config, given[0], overrides, given[1]), watch=watch)
+    except BaseException as error:
+        watch.leave(1, str(error))
+        raise
+    watch.leave(0)
+    return folder
 
 
 def run_and_exit(request: Request, stop: StopSignal | None = None) -> None:
@@ -65,7 +109,7 @@ def run_and_exit(request: Request, stop: StopSignal | None = None) -> None:
     watch = Watchdog()
     code, said, shown = 0, "", ""
     try:
-        train(request, stop, watch)
+        run_request(request, stop, watch)
     except KeyboardInterrupt:
         # Outside of the training loop, which notes the signal and saves.
         code, said = 130, "interrupted; what was saved before is whole."
@@ -112,13 +156,10 @@ def _say_error(said: str, shown: str) -> None:
     print(f"{shown}comoe: rank {os.environ.get('RANK', '0')}: {said}", file=sys.stderr)
 
 
-def train(request: Request, stop: StopSignal | None = None, watch: Watchdog | None = None) -> None:
-    """Run one recipe to its end; see the module for the order of things.
-
-    Args:
-        request: the command line.
-        stop: one that was made when the process began.
-        watch: not started yet.
+def run_request(
+    request: Request, stop: StopSignal | None = None, watch: Watchdog | None = None
+) -> Path:
+    """Run one recipe to its end and return the run folder; ``stop`` was made when the process began.
 
     Raises:
         ValueError: something that the user can mend; the message says what.
@@ -128,8 +169,10 @@ def train(request: Request, stop: StopSignal | None = None, watch: Watchdog | No
     prepare_process(verbose=recipe.run.verbose)
     # DeepSpeed reads the environment when it is imported, so nothing that imports it may come
     # earlier.
-    from comoe.train.build import assemble
-    from comoe.train.parallel.ds_config import load_settings
+    from comoe.train.build import build_run
+    from comoe.train.dry_run import print_dry_run
+    from comoe.train.parallel.ds_config import ZERO_2, load_settings
+    from comoe.train.recipe_warnings import recipe_warnings
 
     device = _join_ranks(recipe, watch)
     folder = request.resume or Path(recipe.run.output_dir) / recipe.run.name
@@ -138,59 +181,56 @@ def train(request: Request, stop: StopSignal | None = None, watch: Watchdog | No
         recipe = _load(request)
     watch.advice = "The last whole checkpoint is good"
     watch.advice += "." if is_child() else f": go on with --resume {folder}."
-    _print_warnings(recipe)
+    if is_main():
+        # Not on standard output: what a dry run prints there is YAML.
+        for sentence in recipe_warnings(recipe):
+            print(f"warning: {sentence}", file=sys.stderr)
     fresh = not request.dry_run and request.resume is None
     if fresh:
         refuse_taken(folder, overwrite=recipe.run.overwrite)
-    deepspeed_json = request.deepspeed or _own_settings(folder)
-    run = assemble(
-        recipe,
-        deepspeed_json,
-        folder=folder,
-        on_ready=lambda: take(folder, fresh=fresh),
-        device=device,
-        dry_run=request.dry_run,
-        resume=request.resume is not None,
-        planned_gpus=request.gpus,
-    )
-    if run is None:
-        return
+    own = request.deepspeed or (_own_settings(folder) if request.resume else None)
+    settings = ZERO_2 if own is None else load_settings(own)
+    if request.dry_run:
+        print_dry_run(recipe, settings, device=device, gpus=request.gpus)
+        return folder
+    run = build_run(
+        recipe, settings, folder, device=device, resume=not fresh, on_ready=lambda: take(folder, fresh=fresh),
+    )  # fmt: skip
+    run.watch = watch
     # The groups that DeepSpeed made too.
     wait_for_ranks_up_to(max(A_DAY, recipe.parallel.timeout_seconds))
-    run.trainer.watch = watch
-    state = run.trainer.state
-    if state.finished == ALL_STEPS and state.step < run.trainer.schedule.total:
+    state = run.state
+    if state.finished == ALL_STEPS and state.step < run.total_steps:
         state.finished = ""
-    finished_before = bool(state.finished)
-    if is_main() and not finished_before:
+    if is_main() and not state.finished:
         # Not over a finished run: its recipe is the one that its results came from, whatever was
         # typed now.
-        write_beginning(run, own_settings=load_settings(deepspeed_json))
+        write_run_folder(run, own_settings=settings)
         if restarted := restart_in_words():
-            run.trainer.monitor.log_event({"event": "restart", "step": state.step, **restarted})
-    _train_and_finish(run, stop, finished_before=finished_before)
-    run.trainer.monitor.close()
+            run.monitor.log_event({"event": "restart", "step": state.step, **restarted})
+    _train_and_finalize(run, stop)
+    run.monitor.close()
     barrier()
+    return folder
 
 
-def _train_and_finish(run: Any, stop: StopSignal | None, *, finished_before: bool) -> None:
-    folder, state = run.folder, run.trainer.state
+def _train_and_finalize(run: TrainingRun, stop: StopSignal | None = None) -> None:
+    from comoe.train.finalize import finalize, print_results
+    from comoe.train.trainer import Trainer
+
+    folder, state, finished_before = run.folder, run.state, bool(run.state.finished)
     if finished_before and is_main():
         print(
             f"{folder} is finished ({state.finished}, step {state.step}); nothing to do. Train it anew with "
             f"run.overwrite=true, further with a larger train.max_steps or train.epochs."
         )
     # From here on an error is no mistake of the user's: all that the user brings has been read.
-    run.trainer.watch.enter("finishing" if finished_before else "first step")
+    run.watch.enter("finishing" if finished_before else "first step")
     if not finished_before:
-        run.trainer.run(stop)
+        Trainer(run, stop or StopSignal()).train()
     if state.finished and not (finished_before and _written_out(folder, state.step)):
-        from comoe.train.finalize import finish
-
-        finish(run)
+        finalize(run)
     elif finished_before and is_main():
-        from comoe.train.finalize import print_results
-
         print_results(folder, run.tasks)
     elif is_main():
         print(f"stopped; go on with: --resume {folder}")
@@ -216,21 +256,14 @@ def _written_out(folder: Path, step: int) -> bool:
     )
 
 
-def _print_warnings(recipe: Recipe) -> None:
-    from comoe.train.recipe_warnings import recipe_warnings
-
-    if is_main():
-        # Not on standard output: what a dry run prints there is YAML.
-        for sentence in recipe_warnings(recipe):
-            print(f"warning: {sentence}", file=sys.stderr)
-
-
 def _load(request: Request) -> Recipe:
     if request.resume is None:
         if request.config is None:
             raise ValueError(
                 "there is nothing to train: give a recipe, or --resume with a run folder."
             )
+        if isinstance(request.config, Recipe):
+            return _checked(request.config, request.overrides)
         return load_recipe(request.config, request.overrides)
     if request.config is not None:
         raise ValueError(
@@ -243,6 +276,17 @@ def _load(request: Request) -> Recipe:
             f"--resume {request.resume}: no config.yaml there; give the folder of a run, such as runs/starter."
         )
     return load_recipe(saved, request.overrides)
+
+
+def _checked(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
+    if overrides:
+        raise ValueError(f"{overrides[0]}: give it to load_recipe, which made the recipe.")
+    raw = recipe_to_dict(recipe)
+    # What a path is relative to must outlive this process: a resume may come from another folder.
+    raw["data"]["root"] = raw["data"]["root"] or str(Path.cwd())
+    recipe = recipe_from_dict(raw)
+    validate(recipe)
+    return recipe
 
 
 def _own_settings(folder: Path) -> Path:

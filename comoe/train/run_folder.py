@@ -9,7 +9,7 @@ import time
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from comoe.config.files import write_atomic
 from comoe.config.load import recipe_to_yaml
@@ -17,6 +17,10 @@ from comoe.distributed import all_gather_objects, barrier, broadcast_object, is_
 from comoe.tasks.task import Task
 from comoe.train.environment import describe_environment
 from comoe.train.fault.supervisor import RUN_WORD
+
+if TYPE_CHECKING:
+    # Brings in DeepSpeed's and transformers' settings, which wait for ``prepare_process``.
+    from comoe.train.training_run import TrainingRun
 
 MARK = ".begun"
 """Holds a word of the start that made or resumed the run."""
@@ -117,35 +121,34 @@ def take(folder: Path, *, fresh: bool) -> None:
     barrier()
 
 
-def write_beginning(run: Any, *, own_settings: Mapping[str, Any]) -> None:
+def write_run_folder(run: TrainingRun, *, own_settings: Mapping[str, Any]) -> None:
     """What an export and a resume need beside the weights; every file whole or not at all, ``config.yaml`` last.
 
     Args:
-        run: what ``comoe.train.build`` built.
+        run: ready to train.
         own_settings: the DeepSpeed JSON as it was read.
     """
     folder = run.folder
     if not (folder / "tokenizer").is_dir():
         aside = folder / ".tokenizer.part"
-        run.tokenizer.save_pretrained(aside)
+        run.collator.tokenizer.save_pretrained(aside)
         aside.replace(folder / "tokenizer")
-    if run.trainer.pixels is not None:
+    if run.collator.pixels is not None:
         # Beside the tokenizer: together they are how a post becomes numbers.
-        run.trainer.pixels.processor.save(folder / "tokenizer")
+        run.collator.pixels.processor.save(folder / "tokenizer")
     write_atomic(
         folder / SET_ASIDE,
-        "".join(json.dumps(row, default=str) + "\n" for row in run.corpus.report.rows()),
+        "".join(json.dumps(row, default=str) + "\n" for row in run.report.rows()),
     )
-    model = run.trainer.engine.objective.model
     contents = {
         "ds_config.json": run.settings,
         OWN_SETTINGS: own_settings,
         "environment.json": describe_environment(world_size=world_size()),
-        "encoder_config.json": model.encoder.config.to_dict(),
+        "encoder_config.json": run.model.encoder.config.to_dict(),
         "tasks.json": [task.to_dict() for task in run.tasks],
     }
-    if model.tower is not None:
-        contents["tower_config.json"] = model.tower.inner.config.to_dict()
+    if run.model.tower is not None:
+        contents["tower_config.json"] = run.model.tower.inner.config.to_dict()
     for name, content in contents.items():
         write_atomic(folder / name, json.dumps(content, indent=1, default=str) + "\n")
     # The file that makes a folder a run.

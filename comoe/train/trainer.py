@@ -4,21 +4,15 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from comoe.config.recipe import Recipe
-from comoe.data.collator import Collator
-from comoe.data.images.pixels import PixelReader
 from comoe.data.sampling.mixing import loss_gains, progress_rates
-from comoe.data.sampling.sampler import TrainSampler
-from comoe.data.tokens.split import TokenizedSplit
 from comoe.distributed import (
     all_gather_objects,
     broadcast_object,
@@ -29,62 +23,15 @@ from comoe.distributed import (
 )
 from comoe.evaluation.evaluate import Evaluation, chosen_metric
 from comoe.losses.objective import count_units, unit_scale
-from comoe.tasks.task import Task
 from comoe.train.checkpoint.folder import mark_best
 from comoe.train.checkpoint.save_load import save_checkpoint
-from comoe.train.evaluator import EvaluationStopped, Evaluator
+from comoe.train.evaluator import EvaluationStopped, evaluate_split
 from comoe.train.fault.signals import StopSignal
-from comoe.train.fault.watchdog import Watchdog
-from comoe.train.monitor.log_window import Interval, count_posts, log_lost_pictures
-from comoe.train.monitor.monitor import Monitor
-from comoe.train.parallel.ds_config import Layout
-from comoe.train.parallel.engine import Engine, StepReport
-from comoe.train.state import ALL_STEPS, TrainState, rate_factor
+from comoe.train.monitor.log_window import LogWindow, count_posts, log_lost_pictures
+from comoe.train.parallel.engine import StepReport
+from comoe.train.state import ALL_STEPS, rate_factor
+from comoe.train.training_run import TrainingRun
 from comoe.types import Batch
-
-
-def follow_progress(
-    sampler: TrainSampler,
-    state: TrainState,
-    evaluation: Evaluation,
-    *,
-    tasks: Sequence[Task],
-    split: TokenizedSplit,
-    every: int,
-) -> Mapping[str, float]:
-    """Change the rates by what the training since the last evaluation brought; nothing where they do not follow it.
-
-    The change is noted in ``state``, which a resume hands back to the sampler, and holds from the
-    next step on. Every rank must call it.
-
-    Args:
-        sampler: gets the new rates.
-        state: ``mixing`` and ``validation_losses`` are read and filled.
-        evaluation: of the validation split, the same on every rank.
-        tasks: all tasks.
-        split: the training posts.
-        every: steps between evaluations.
-
-    Returns:
-        ``draws/<data set>`` -> its share of the draws from now on.
-    """
-    if not sampler.follows_progress:
-        return {}
-    now = {name: values["loss"] for name, values in evaluation.metrics.items()}
-    names = np.unique(split.groups)
-    has_GT = np.stack([split.labelled[split.groups == group].any(axis=0) for group in names])
-    gains_G = loss_gains(state.validation_losses, now, tasks=tasks, has_GT=has_GT)
-    # Rank 0 decides: a loss that another machine rounds differently must not make it draw other
-    # posts.
-    rates_G = np.array(broadcast_object(progress_rates(sampler.rates_G, gains_G).tolist()))
-    state.validation_losses = now
-    state.mixing.append(sampler.change(state.step, rates_G))
-    sampler.follow(state.mixing, every=every)
-    return {
-        f"draws/{split.posts.group_names[group]}": float(rate)
-        for group, rate in zip(names, rates_G, strict=True)
-    }
-
 
 SHOWN = 8
 """Posts that are named when a step is skipped; all of them are in metrics.jsonl."""
@@ -94,213 +41,193 @@ class TrainingStopped(RuntimeError):
     """The run cannot go on; the message says why and what to do."""
 
 
-@dataclass(frozen=True, slots=True)
-class Schedule:
-    """Steps of one run, settled before it starts."""
+def follow_progress(run: TrainingRun, evaluation: Evaluation) -> Mapping[str, float]:
+    """Change the rates by what the training since the last evaluation brought; nothing where they do not follow it.
 
-    total: int
-    """Optimizer steps."""
-    eval_every: int
-    """Steps between evaluations."""
-    save_every: int
-    """Steps between checkpoints."""
+    The change is noted in the run's state (``mixing``, ``validation_losses``), which a resume hands
+    back to the sampler, and holds from the next step on. Every rank must call it.
+
+    Args:
+        run: whose sampler gets the new rates.
+        evaluation: of the validation split, the same on every rank.
+
+    Returns:
+        ``draws/<data set>`` -> its share of the draws from now on.
+    """
+    sampler, state, split = run.sampler, run.state, run.splits["train"]
+    if not sampler.follows_progress:
+        return {}
+    now = {name: values["loss"] for name, values in evaluation.metrics.items()}
+    names = np.unique(split.groups)
+    has_GT = np.stack([split.labelled[split.groups == group].any(axis=0) for group in names])
+    gains_G = loss_gains(state.validation_losses, now, tasks=run.tasks, has_GT=has_GT)
+    # Rank 0 decides: a loss that another machine rounds differently must not make it draw other
+    # posts.
+    rates_G = np.array(broadcast_object(progress_rates(sampler.rates_G, gains_G).tolist()))
+    state.validation_losses = now
+    state.mixing.append(sampler.change(state.step, rates_G))
+    sampler.follow(state.mixing, every=run.eval_every)
+    return {
+        f"draws/{split.posts.group_names[group]}": float(rate)
+        for group, rate in zip(names, rates_G, strict=True)
+    }
 
 
-def plan_schedule(recipe: Recipe, sampler: TrainSampler) -> Schedule:
-    """Turn epochs and ``auto`` into steps."""
-    per_epoch = sampler.steps_per_epoch
-    total = recipe.train.max_steps or max(1, round(recipe.train.epochs * per_epoch))
-    eval_every = recipe.train.eval_every
-    eval_every = max(1, per_epoch // 2) if eval_every == "auto" else int(eval_every)
-    save_every = recipe.train.save_every
-    return Schedule(total, eval_every, eval_every if save_every == "auto" else int(save_every))
-
-
-@dataclass(slots=True)
+@dataclass
 class Trainer:
-    """Everything one run needs; ``run`` trains until the end, a stop signal, or the patience is used up."""
+    """Trains a run until its end, a stop signal, or the patience is used up."""
 
-    recipe: Recipe
-    layout: Layout
-    engine: Engine
-    tasks: Sequence[Task]
-    train_split: TokenizedSplit
-    collator: Collator
-    sampler: TrainSampler
-    evaluator: Evaluator
-    monitor: Monitor
-    folder: Path
-    state: TrainState
-    schedule: Schedule
-    last_validation: Evaluation | None = None
-    watch: Watchdog = field(default_factory=Watchdog)
-    """Told how far this rank is."""
-    pixels: PixelReader | None = None
-    """What the collator reads pictures with; asked which ones went bad."""
+    run: TrainingRun
+    stop: StopSignal = field(default_factory=StopSignal)
+    """One that was made when the process began notices a launcher that was lost since then."""
 
-    def run(self, stop: StopSignal | None = None) -> None:
+    def __post_init__(self) -> None:
+        self._window = LogWindow(self.run.tasks)
+        self._bar = tqdm(disable=True)
+
+    def train(self) -> None:
         """Train from ``state.step`` on. ``state.finished`` tells the end; it stays empty after a stop signal.
-
-        Args:
-            stop: one that was made when the process began, so that a launcher lost since then is
-                noticed.
 
         Raises:
             TrainingStopped: too many steps in a row were not finite, or a device ran out of memory.
         """
+        run, state = self.run, self.run.state
+        run.watch.step = state.step
+        run.watch.enter("first step")
         # A second signal, as launchers send it, must not end this rank while it writes the last
         # checkpoint.
-        self.watch.step = self.state.step
-        self.watch.enter("first step")
-        self.evaluator.on_batch = self.watch.batch
-        with stop or StopSignal() as noted:
-            saved_at = self._train_until(noted)
-            if saved_at != self.state.step or self.state.finished:
+        with self.stop:
+            saved_at = self._train_until_end()
+            if saved_at != state.step or state.finished:
                 # Also after a signal: all ranks agreed on it in the last reduction, so all of them
                 # are here.
                 self._save()
-        self.watch.enter("finishing")
+        run.watch.enter("finishing")
 
-    @property
-    def checkpoints(self) -> Path:
-        """Where checkpoints go."""
-        return self.folder / "checkpoints"
-
-    def _train_until(self, stop: StopSignal) -> int:
+    def _train_until_end(self) -> int:
         """Train to the end or the signal; the step of the last checkpoint that holds the state as it is now."""
-        bar = tqdm(
-            total=self.schedule.total,
-            initial=self.state.step,
+        run, state, sampler = self.run, self.run.state, self.run.sampler
+        total, eval_every = run.total_steps, run.eval_every
+        self._bar = tqdm(
+            total=total,
+            initial=state.step,
             unit="step",
             disable=not is_main(),
             dynamic_ncols=True,
             # A log file wants a line now and then, a terminal a bar that moves.
             mininterval=0.3 if sys.stderr.isatty() else 20,
         )
-        interval = Interval(self.tasks)
+        self._window.reset()
         saved_at = -1
-        if self.sampler.follows_progress:
-            self.sampler.follow(self.state.mixing, every=self.schedule.eval_every)
-        with ThreadPoolExecutor(1) as pool, bar:
-            due = self.state.step > 0 and self._due(self.schedule.eval_every)
-            owed = due and self.state.evaluated_at != self.state.step
-            if owed and self._evaluate_and_mark(bar, stop):
-                saved_at = self._save()
-                mark_best(self.checkpoints, self.state.step)
-            upcoming = pool.submit(self._collate, self.state.step)
-            while self.state.step < self.schedule.total and not self.state.finished:
+        if sampler.follows_progress:
+            sampler.follow(state.mixing, every=eval_every)
+        with ThreadPoolExecutor(1) as pool, self._bar:
+            owed = state.step > 0 and self._due(eval_every) and state.evaluated_at != state.step
+            if owed and self._evaluate_and_mark():
+                saved_at = self._save_best()
+            upcoming = pool.submit(self._collate, state.step)
+            while state.step < total and not state.finished:
                 began = time.perf_counter()
-                batches, stopping = self._with_totals(upcoming.result(), stop)
+                batches, stopping = self._with_totals(upcoming.result())
                 if stopping:
-                    self._say(
-                        bar,
-                        f"stopping at step {self.state.step} ({stop.reason or 'asked by another rank'})",
-                    )
+                    reason = self.stop.reason or "asked by another rank"
+                    self._say(f"stopping at step {state.step} ({reason})")
                     break
                 # The next batch is made beside this step, unless an evaluation is to say what it is
                 # drawn from.
-                waits = self.sampler.follows_progress and self._due(
-                    self.schedule.eval_every, steps=self.state.step + 1
-                )
+                waits = sampler.follows_progress and self._due(eval_every, steps=state.step + 1)
                 if not waits:
-                    upcoming = pool.submit(self._collate, self.state.step + 1)
-                self._step(batches, interval, bar, began=began)
+                    upcoming = pool.submit(self._collate, state.step + 1)
+                self._step(batches, began=began)
                 paused = time.perf_counter()
-                if self._due(self.schedule.eval_every) and self._evaluate_and_mark(bar, stop):
-                    saved_at = self._save()
-                    mark_best(self.checkpoints, self.state.step)
+                if self._due(eval_every) and self._evaluate_and_mark():
+                    saved_at = self._save_best()
                 if waits:
-                    upcoming = pool.submit(self._collate, self.state.step)
-                if saved_at != self.state.step and self._due(self.schedule.save_every):
+                    upcoming = pool.submit(self._collate, state.step)
+                if saved_at != state.step and self._due(run.save_every):
                     saved_at = self._save()
                 # Posts per second are of training alone.
-                interval.began += time.perf_counter() - paused
+                self._window.began += time.perf_counter() - paused
             upcoming.cancel()
-            if self.state.step >= self.schedule.total and not self.state.finished:
-                self.state.finished = ALL_STEPS
+            if state.step >= total and not state.finished:
+                state.finished = ALL_STEPS
         return saved_at
 
     def _collate(self, step: int) -> list[Batch]:
+        run = self.run
         return [
-            self.collator(self.train_split, indices) for indices in self.sampler.share(step, rank())
+            run.collator(run.splits["train"], posts) for posts in run.sampler.share(step, rank())
         ]
 
-    def _with_totals(self, batches: list[Batch], stop: StopSignal) -> tuple[list[Batch], bool]:
+    def _with_totals(self, batches: list[Batch]) -> tuple[list[Batch], bool]:
         """The step's batches with the scale of each task's loss: one packed all-reduce carries the stop flag too."""
-        units_T = torch.stack([count_units(batch, self.tasks) for batch in batches]).sum(0)
-        more = torch.tensor(
-            [sum(count_posts(batch) for batch in batches), float(stop.asked())], dtype=torch.float64
-        )
-        total = sum_over_ranks(torch.cat([units_T, more]).to(self.engine.device)).cpu()
+        run, state = self.run, self.run.state
+        units_T = torch.stack([count_units(batch, run.tasks) for batch in batches]).sum(0)
+        posts = float(sum(count_posts(batch) for batch in batches))
+        more = torch.tensor([posts, float(self.stop.asked())], dtype=torch.float64)
+        total = sum_over_ranks(torch.cat([units_T, more]).to(run.engine.device)).cpu()
         stopping = bool(total[-1] > 0)
         if not stopping:
-            self.state.posts_seen += int(total[-2])
-        scale_T = unit_scale(total[:-2], world_size=world_size(), accumulation=len(batches))
+            state.posts_seen += int(total[-2])
         now = {
-            "unit_scale_T": scale_T,
-            "step": self.state.step,
-            "progress": self.state.step / self.schedule.total,
+            "unit_scale_T": unit_scale(
+                total[:-2], world_size=world_size(), accumulation=len(batches)
+            ),
+            "step": state.step,
+            "progress": state.step / run.total_steps,
         }
         return [replace(batch, **now) for batch in batches], stopping
 
-    def _step(self, batches: list[Batch], interval: Interval, bar: tqdm, *, began: float) -> None:
-        rates = self.engine.set_rate_factor(
-            rate_factor(self.state.step, total=self.schedule.total, config=self.recipe.train)
+    def _step(self, batches: list[Batch], *, began: float) -> None:
+        run, state = self.run, self.run.state
+        rates = run.engine.set_rate_factor(
+            rate_factor(state.step, total=run.total_steps, config=run.recipe.train)
         )
         try:
-            report = self.engine.train_step(batches)
+            report = run.engine.train_step(batches)
         except RuntimeError as error:
-            if not _is_short_of_memory(error):
+            # On a CPU torch raises a plain RuntimeError.
+            out_of_memory = isinstance(error, torch.OutOfMemoryError)
+            if not out_of_memory and "can't allocate memory" not in str(error):
                 raise
-            raise TrainingStopped(self._memory_advice()) from error
-        self.state.step += 1
-        # Waiting for posts and for slower ranks is training too.
-        self.state.seconds += time.perf_counter() - began
-        # Numbers of the log stay on the device until a line is due.
-        interval.add(batches, report)
-        self.watch.reached(self.state.step)
-        self._watch_nonfinite(report, batches, bar)
-        if (
-            self.state.step % self.recipe.train.log_every == 0
-            or self.state.step == self.schedule.total
-        ):
-            line = interval.reduce(engine=self.engine, report=report, batches=batches, rates=rates)
-            self.monitor.log_train(
-                self.state.step,
-                loss=line.loss,
-                terms=line.terms,
-                metrics=line.metrics,
-                rates=line.rates,
-                task_weights=line.task_weights,
-                grad_norm=line.grad_norm,
-                posts_per_second=line.posts_per_second,
-                tokens_per_second=line.tokens_per_second,
-                seconds=self.state.seconds,
-                skipped=line.skipped,
-            )
-            bar.set_postfix_str(
-                f"loss {line.loss:.4f}, {line.posts_per_second:.0f} posts/s", refresh=False
-            )
-            interval.reset()
-            log_lost_pictures(self.pixels, self.monitor, self.state.step)
-        bar.update()
-
-    def _watch_nonfinite(self, report: StepReport, batches: list[Batch], bar: tqdm) -> None:
-        if not report.skipped:
-            self.state.nonfinite_in_a_row = 0
-            return
-        self.state.nonfinite_in_a_row += 1
-        self.state.nonfinite_total += 1
-        rows, posts = self._posts_to_blame(report, batches)
-        self.monitor.log_event({"event": "skipped", "step": self.state.step, "posts": rows})
-        self._say(
-            bar, f"step {self.state.step} skipped: a loss or gradient is not finite ({posts})"
-        )
-        if self.state.nonfinite_in_a_row >= self.recipe.train.max_nonfinite:
+            posts = run.layout.micro_batch_size
             raise TrainingStopped(
-                f"{self.state.nonfinite_in_a_row} steps in a row (up to step {self.state.step}) had a loss or gradient "
-                f"that is not finite; the last posts: {posts}. Lower train.learning_rate, or look at these posts. The "
-                f"newest checkpoint is good: go on with --resume {self.folder}."
+                f"out of memory with {posts} posts per forward pass on rank {rank()}: set "
+                f"train.micro_batch_size={max(1, posts // 2)} (the batch of {run.recipe.train.batch_size} stays the "
+                f"same), or a smaller data.max_length."
+            ) from error
+        state.step += 1
+        # Waiting for posts and for slower ranks is training too.
+        state.seconds += time.perf_counter() - began
+        # Numbers of the log stay on the device until a line is due.
+        self._window.add(batches, report)
+        run.watch.reached(state.step)
+        self._watch_nonfinite(report, batches)
+        if self._due(run.recipe.train.log_every):
+            line = self._window.reduce(run.engine, report, batches)
+            run.monitor.log_train(state.step, **line, rates=rates, seconds=state.seconds)
+            self._bar.set_postfix_str(
+                f"loss {line['loss']:.4f}, {line['posts_per_second']:.0f} posts/s", refresh=False
+            )
+            self._window.reset()
+            log_lost_pictures(run.collator.pixels, run.monitor, state.step)
+        self._bar.update()
+
+    def _watch_nonfinite(self, report: StepReport, batches: list[Batch]) -> None:
+        run, state = self.run, self.run.state
+        if not report.skipped:
+            state.nonfinite_in_a_row = 0
+            return
+        state.nonfinite_in_a_row += 1
+        state.nonfinite_total += 1
+        rows, posts = self._posts_to_blame(report, batches)
+        run.monitor.log_event({"event": "skipped", "step": state.step, "posts": rows})
+        self._say(f"step {state.step} skipped: a loss or gradient is not finite ({posts})")
+        if state.nonfinite_in_a_row >= run.recipe.train.max_nonfinite:
+            raise TrainingStopped(
+                f"{state.nonfinite_in_a_row} steps in a row (up to step {state.step}) had a loss or gradient that is "
+                f"not finite; the last posts: {posts}. Lower train.learning_rate, or look at these posts. The newest "
+                f"checkpoint is good: go on with --resume {run.folder}."
             )
 
     def _posts_to_blame(self, report: StepReport, batches: list[Batch]) -> tuple[list[int], str]:
@@ -318,65 +245,51 @@ class Trainer:
         ]
         bad = [rows for finite, rows in everyone if not finite] or [rows for _, rows in everyone]
         found = sorted({row for rows in bad for row in rows})
-        named = ", ".join(self.train_split.origins[row] for row in found[:SHOWN])
+        named = ", ".join(self.run.splits["train"].origins[row] for row in found[:SHOWN])
         return found, f"{named}{f' and {len(found) - SHOWN} more' if len(found) > SHOWN else ''}"
 
-    def _memory_advice(self) -> str:
-        smaller = max(1, self.layout.micro_batch_size // 2)
-        return (
-            f"out of memory with {self.layout.micro_batch_size} posts per forward pass on rank {rank()}: set "
-            f"train.micro_batch_size={smaller} (the batch of {self.recipe.train.batch_size} stays the same), or a "
-            f"smaller data.max_length."
-        )
-
     def _due(self, every: int, *, steps: int | None = None) -> bool:
-        steps = self.state.step if steps is None else steps
-        return steps % every == 0 or steps == self.schedule.total
+        steps = self.run.state.step if steps is None else steps
+        return steps % every == 0 or steps == self.run.total_steps
 
-    def _evaluate_and_mark(self, bar: tqdm, stop: StopSignal) -> bool:
+    def _evaluate_and_mark(self) -> bool:
         """Evaluate; True when this is the best step so far."""
+        run, state = self.run, self.run.state
         try:
-            with self.watch.paused("evaluation"):
-                found = self.evaluator.run("validation", asked_to_stop=stop.asked)
+            with run.watch.paused("evaluation"):
+                evaluation = self._evaluate()
         except EvaluationStopped:
             # The next look at the signal ends the run; the resume begins with this evaluation.
             return False
-        self.state.evaluated_at = self.state.step
-        if found is None:
+        state.evaluated_at = state.step
+        if evaluation is None:
             return False
-        evaluation = self.last_validation = found.evaluation
-        value = chosen_metric(evaluation.metrics, self.tasks, self.recipe.train.early_stop_metric)
-        improved = self.state.record(value, patience=self.recipe.train.patience)
-        draws = follow_progress(
-            self.sampler, self.state, evaluation,
-            tasks=self.tasks, split=self.train_split, every=self.schedule.eval_every,
-        )  # fmt: skip
-        with self.watch.paused("drawing"):
-            self.monitor.log_evaluation(
-                self.state.step,
-                split="validation",
-                evaluation=evaluation,
-                routing=found.routing,
-                embeddings=found.embeddings,
-                mean=value,
-                **draws,
+        options = run.recipe.train
+        value = chosen_metric(evaluation.metrics, run.tasks, options.early_stop_metric)
+        improved = state.record(value, patience=options.patience)
+        draws = follow_progress(run, evaluation)
+        with run.watch.paused("drawing"):
+            run.monitor.log_evaluation(
+                state.step, split="validation", evaluation=evaluation, mean=value, **draws
             )
-        self._say(
-            bar, f"step {self.state.step}: validation {value:.4f}{' (best)' if improved else ''}"
-        )
+        self._say(f"step {state.step}: validation {value:.4f}{' (best)' if improved else ''}")
         return improved
 
+    def _evaluate(self) -> Evaluation | None:
+        return evaluate_split(self.run, "validation", asked_to_stop=self.stop.asked)
+
     def _save(self) -> int:
-        with self.watch.paused("saving"):
-            keep = self.recipe.train.keep_checkpoints
-            save_checkpoint(self.checkpoints, self.engine, self.state, self.layout, keep=keep)
-        return self.state.step
+        run = self.run
+        with run.watch.paused("saving"):
+            keep = run.recipe.train.keep_checkpoints
+            save_checkpoint(run.checkpoints, run.engine, run.state, run.layout, keep=keep)
+        return run.state.step
 
-    def _say(self, bar: tqdm, text: str) -> None:
+    def _save_best(self) -> int:
+        saved_at = self._save()
+        mark_best(self.run.checkpoints, saved_at)
+        return saved_at
+
+    def _say(self, text: str) -> None:
         if is_main():
-            bar.write(text)
-
-
-def _is_short_of_memory(error: RuntimeError) -> bool:
-    # On a CPU torch raises a plain RuntimeError.
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+            self._bar.write(text)

@@ -70,13 +70,13 @@ def test_a_run_that_is_there_is_refused_and_left_as_it_is(
 
 def refusals(requests: list[dict[str, Any]], home: str) -> list[str]:
     """The messages of several starts in one process, which loads its libraries once."""
-    from comoe.train.run import Request, train
+    from comoe.train.run import Request, run_request
 
     os.environ["COMOE_HOME"] = home
     said = []
     for request in requests:
         try:
-            train(Request(**request))
+            run_request(Request(**request))
             said.append("it started")
         except ValueError as error:
             said.append(str(error))

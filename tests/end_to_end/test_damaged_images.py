@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from comoe.data.images.check import check_images
+from comoe.data.images.check import HowToCheck, check_images
 from tests.end_to_end.commands import Terminal, read_lines
 from tests.helpers_images import LIMITS, encoded, noise, place_damaged, unusual
 
@@ -75,8 +75,7 @@ def test_a_run_with_many_damaged_images_ends_well_and_names_each(
         lines=lines,
         column="photo",
         root=folder,
-        limits=LIMITS,
-        cache_dir=home / "pictures",
+        how=HowToCheck(LIMITS, home / "pictures"),
     )
     late = [folder / f"good{number}.png" for number in range(4)]
     for path in late:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,15 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from comoe.config.load import load_recipe
 from comoe.train.checkpoint.folder import find_checkpoint
-from tests.end_to_end.commands import TASKS, is_launchers, losses, read_lines, train_lines
+from tests.end_to_end.commands import (
+    SMOKE,
+    TASKS,
+    Terminal,
+    is_launchers,
+    losses,
+    read_lines,
+    train_lines,
+)
 from tests.end_to_end.conftest import Finished
 
 pytestmark = pytest.mark.end_to_end
@@ -215,3 +224,24 @@ def test_the_libraries_are_quiet(smoke_run: Finished) -> None:
         r"^\[20\d\d-|deepspeed_shm|\b(INFO|WARNING|Warning|DEBUG)\b", said, re.MULTILINE
     ), said
     assert "Traceback" not in said
+
+
+PROGRAM = """
+import sys
+from comoe.config.load import load_recipe
+from comoe.train.run import train
+
+recipe = load_recipe(sys.argv[1], [f"run.output_dir={sys.argv[2]}", "train.max_steps=1"])
+folder = train(recipe)
+assert train(resume=folder, overrides=["train.max_steps=2"]) == folder
+print("folder", folder)
+"""
+
+
+def test_a_program_trains_a_recipe_and_resumes_it(terminal: Terminal, tmp_path: Path) -> None:
+    done = terminal.run(sys.executable, "-c", PROGRAM, SMOKE, tmp_path)
+    assert done.code == 0, done.said
+    folder = Path(done.out.splitlines()[-1].removeprefix("folder "))
+    assert read_json(folder / "results.json")["step"] == 2
+    assert (folder / "export" / "model.safetensors").is_file()
+    assert read_json(folder / "deepspeed.json")["zero_optimization"]["stage"] == 2

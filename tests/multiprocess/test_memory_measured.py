@@ -27,7 +27,7 @@ import pytest
 import torch
 
 from comoe.experiments.cluster.costs import Layout, ModelShape, all_to_all_bytes, traffic
-from comoe.train.memory_plan import MemoryPlan, plan_memory
+from comoe.train.memory_plan import MemoryPlan, RunSize, plan_memory
 from tests.helpers_ranks import run_ranks
 from tests.multiprocess import workers
 
@@ -249,10 +249,10 @@ def describe(engine: Any, layout: Any, stage: int) -> dict[str, Any]:
 
 
 def formula(answer: dict[str, Any]) -> MemoryPlan:
-    return plan_memory(
-        answer["dense"], expert_parameters=answer["experts"], world_size=answer["world"], ep_size=answer["ep"],
-        stage=answer["stage"], bf16=answer["bf16"], optimizer="adamw", tensor_groups=answer["groups"],
-    )  # fmt: skip
+    return plan_memory(RunSize(
+        answer["dense"], answer["experts"], world_size=answer["world"], ep_size=answer["ep"],
+        stage=answer["stage"], bf16=answer["bf16"], tensor_groups=answer["groups"],
+    ))  # fmt: skip
 
 
 def parts(plan: MemoryPlan) -> dict[str, int]:

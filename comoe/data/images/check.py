@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,20 @@ class CheckedImages:
     """Pictures of which only the first frame is read."""
 
 
+@dataclass(frozen=True, slots=True)
+class HowToCheck:
+    """What holds for every file with pictures."""
+
+    limits: ImageLimits
+    """Of file and picture."""
+    cache_dir: Path | None = None
+    """Where verdicts are kept; None keeps none."""
+    progress: bool = False
+    """Show a bar on rank 0."""
+    advice: Mapping[str, str] = field(default_factory=lambda: ADVICE)
+    """Reason -> what to do besides, at the end of the rule."""
+
+
 def check_images(
     cells: Sequence[Any],
     *,
@@ -73,10 +87,7 @@ def check_images(
     lines: Sequence[int],
     column: str,
     root: Path | None,
-    limits: ImageLimits,
-    cache_dir: Path | None = None,
-    progress: bool = False,
-    advice: Mapping[str, str] = ADVICE,
+    how: HowToCheck,
 ) -> CheckedImages:
     """Find and decode the picture of every post; every rank must call it with the same cells, and all get the same.
 
@@ -89,10 +100,7 @@ def check_images(
         lines: line of each cell there.
         column: name of the column.
         root: folder that paths start from and must not leave; None takes any path.
-        limits: of file and picture.
-        cache_dir: where verdicts are kept; None keeps none.
-        progress: show a bar on rank 0.
-        advice: reason -> what to do besides, at the end of the rule.
+        how: limits, cache, and what is said.
     """
     verdicts: dict[Source, Verdict] = {}
     sources: list[Source | None] = []
@@ -101,7 +109,7 @@ def check_images(
 
     def refuse(post: int, reason: str, rule: str) -> None:
         shown = _shown(cells[post])
-        told = f"column {column}: the picture {rule} {advice.get(reason, '')}".rstrip()
+        told = f"column {column}: the picture {rule} {how.advice.get(reason, '')}".rstrip()
         bad[post] = BadRow(file, lines[post], shown, told, f"{PICTURE}{reason}")
 
     for post, cell in enumerate(cells):
@@ -114,8 +122,8 @@ def check_images(
     if different:
         # Other columns and folders name other pictures: sharing a file they would forget each
         # other's.
-        cache = _cache_file(cache_dir, os.path.abspath(file), column, str(inside), limits)
-        verdicts = _judged(different, limits, cache=cache, progress=progress)
+        cache = _cache_file(how.cache_dir, os.path.abspath(file), column, str(inside), how.limits)
+        verdicts = _judged(different, how.limits, cache=cache, progress=how.progress)
     for post, source in enumerate(sources):
         reason, rule, _ = (
             verdicts.get(source, ("", "", False)) if source is not None else ("", "", False)
@@ -159,13 +167,7 @@ class ImageReader:
             )
         self.config = config
         self.report = report
-        settings = {
-            "limits": limits_of(config),
-            "cache_dir": cache_dir,
-            "progress": progress,
-            "advice": advice,
-        }
-        self._settings: dict[str, Any] = settings
+        self._how = HowToCheck(limits_of(config), cache_dir, progress, advice)
 
     def read(self, posts: Sequence[Post], *, column: str) -> list[Post]:
         """The posts of a file that stay under ``data.on_bad_image``, with their images located.
@@ -182,7 +184,7 @@ class ImageReader:
             lines=[post.line for post in posts],
             column=column,
             root=Path(file).parent if root is None else Path(root).expanduser(),
-            **self._settings,
+            how=self._how,
         )
         if found.animated:
             self.report.notes.append(

@@ -30,6 +30,26 @@ MAX_AUTO_MICRO_BATCH = 128
 """Most posts per forward pass on one rank under ``train.micro_batch_size: auto``."""
 
 
+@dataclass(frozen=True, slots=True)
+class SamplerConfig:
+    """How training posts are drawn, and cut for the ranks."""
+
+    batch_size: int
+    """Posts per optimizer step on all ranks together."""
+    world_size: int = 1
+    """Number of ranks; changes the shares, never the global batch."""
+    micro_batch_size: int | str = "auto"
+    """Posts per forward pass on one rank, or auto: the whole share of the rank, at most 128."""
+    mixing: str = "proportional"
+    """Key of ``MIXINGS``."""
+    temperature: float = 2.0
+    """Exponent of ``mixing: temperature``, at least 1."""
+    seed: int = 0
+    """Any non-negative int."""
+    posts_per_label: int = 0
+    """Fewest posts of a label in each batch, where the data and the batch allow it."""
+
+
 class TrainSampler:
     """Deals the training posts: one global batch per optimizer step, cut into micro-steps and ranks.
 
@@ -46,17 +66,9 @@ class TrainSampler:
     Args:
         lengths: tokens per post, int, shape (N,).
         groups: data set of each post, int, shape (N,).
-        batch_size: posts per optimizer step on all ranks together.
-        world_size: number of ranks; changes the shares, never the global batch.
-        micro_batch_size: posts per forward pass on one rank, or auto: the whole share of the rank,
-            at most 128.
-        mixing: key of ``MIXINGS``.
-        temperature: exponent of ``mixing: temperature``, at least 1.
-        seed: any non-negative int.
+        config: how to draw and to cut.
         label_members: posts of each label of each contrastive task, int arrays; read where
             ``posts_per_label`` is set.
-        posts_per_label: fewest posts of a label in each batch, where the data and the batch allow
-            it.
         classes: label of each post by which its data set is drawn evenly, int, shape (N,), -1 for
             none; None balances nothing.
 
@@ -68,31 +80,26 @@ class TrainSampler:
         self,
         lengths: np.ndarray,
         groups: np.ndarray,
+        config: SamplerConfig,
         *,
-        batch_size: int,
-        world_size: int = 1,
-        micro_batch_size: int | str = "auto",
-        mixing: str = "proportional",
-        temperature: float = 2.0,
-        seed: int = 0,
         label_members: Sequence[np.ndarray] = (),
-        posts_per_label: int = 0,
         classes: np.ndarray | None = None,
     ) -> None:
+        batch_size, world_size, mixing = config.batch_size, config.world_size, config.mixing
         if len(lengths) == 0:
             raise ValueError("There are no training posts to draw from.")
         self.world_size = world_size
         self.micro_batch_size = posts_per_forward(
-            micro_batch_size, batch_size=batch_size, world_size=world_size
+            config.micro_batch_size, batch_size=batch_size, world_size=world_size
         )
         self.accumulation = -(-batch_size // (world_size * self.micro_batch_size))
         self.steps_per_epoch = -(-len(lengths) // batch_size)
         self._lengths = np.asarray(lengths)
-        self._seed = seed
+        self._seed = config.seed
         self._members = [np.flatnonzero(groups == group) for group in np.unique(groups)]
         sizes_G = np.array([len(members) for members in self._members], dtype=np.int64)
         self.follows_progress = MIXINGS[mixing].follows_progress
-        self.rates_G = MIXINGS[mixing](sizes_G, temperature)
+        self.rates_G = MIXINGS[mixing](sizes_G, config.temperature)
         """Share of the draws per data set, before any change."""
         streams = [_streams(group, members, classes) for group, members in enumerate(self._members)]
         self._streams = [stream for found in streams for stream in found]
@@ -100,7 +107,7 @@ class TrainSampler:
         self._stretch_steps = self.steps_per_epoch
         self._history: list[Mapping[str, Any]] = []
         self._laid_out: tuple[range, list[np.ndarray]] | None = None
-        self._quota = LabelQuota(label_members, posts_per_label, seed=seed)
+        self._quota = LabelQuota(label_members, config.posts_per_label, seed=config.seed)
 
     def global_batch(self, step: int) -> np.ndarray:
         """Posts of optimizer step ``step`` (from 0) on all ranks together: int64 indices, sorted by length."""

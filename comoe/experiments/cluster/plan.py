@@ -17,7 +17,13 @@ from comoe.experiments.cluster.costs import (
     traffic,
 )
 from comoe.experiments.cluster.shape import PlannedModel, shape_of_recipe
-from comoe.train.memory_plan import MemoryPlan, plan_memory, reduction_elements
+from comoe.train.memory_plan import (
+    MemoryPlan,
+    RunSize,
+    Work,
+    plan_memory,
+    reduction_elements,
+)
 
 BUCKET = 50_000_000
 """``reduce_bucket_size`` of the files in ds_configs/."""
@@ -74,9 +80,9 @@ def weigh(
     ``step_time``.
     """
     whole = shape.dense_parameters + shape.expert_parameters // layout.ep_size
-    memory = plan_memory(
+    size = RunSize(
         shape.dense_parameters,
-        expert_parameters=shape.expert_parameters,
+        shape.expert_parameters,
         world_size=layout.ranks,
         ep_size=layout.ep_size,
         stage=layout.stage,
@@ -84,6 +90,8 @@ def weigh(
         optimizer=optimizer,
         bucket_elements=reduction_elements(BUCKET, largest=shape.vocabulary * shape.width),
         gathered_elements=min(whole, layout.keep),
+    )
+    work = Work(
         tokens=layout.tokens,
         layers=shape.layers,
         width=shape.width,
@@ -94,6 +102,7 @@ def weigh(
         expert_width=shape.expert_width,
         recompute=layout.recompute,
     )
+    memory = plan_memory(size, work)
     return Candidate(layout, memory, traffic(shape, layout), step_time(shape, layout, cluster))
 
 

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from comoe.config.files import write_atomic
 from comoe.distributed import barrier, is_main, rank, world_size
@@ -56,7 +55,13 @@ def save_checkpoint(
             {name: tensor.contiguous() for name, tensor in weights.items()},
             aside / "weights/model.safetensors",
         )
-        save_file(_carried(engine), aside / CARRIED)
+        # What the losses carry from step to step beside parameters (queues): the same on all ranks.
+        carried = {
+            name: buffer.cpu().clone()
+            for name, buffer in engine.objective.named_buffers()
+            if not name.startswith("model.")
+        }
+        save_file(carried, aside / CARRIED)
         about = {
             "layout": _layout_dict(layout),
             "threads": torch.get_num_threads(),
@@ -154,12 +159,6 @@ def load_checkpoint(path: Path, engine: Engine, layout: Layout) -> TrainState:
     else:
         _restore_random_state(torch.load(own, weights_only=True), engine)
     return TrainState(**about)
-
-
-def _carried(engine: Engine) -> dict[str, Tensor]:
-    """What the losses carry from step to step beside parameters (queues): the same on all ranks."""
-    inside = engine.objective.named_buffers()
-    return {name: buffer.cpu().clone() for name, buffer in inside if not name.startswith("model.")}
 
 
 def _layout_dict(layout: Layout) -> dict[str, int | bool]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -22,38 +23,13 @@ SHOWN_PICTURES = 100
 """Lost pictures that one event names; all are counted."""
 
 
-@dataclass(frozen=True, slots=True)
-class TrainLine:
-    """Numbers of one logged interval, the same on all ranks."""
-
-    loss: float
-    """Global loss of the last step, as weighted in the objective."""
-    terms: Mapping[str, float]
-    """Each term of the last step, unweighted."""
-    metrics: Mapping[str, Mapping[str, float]]
-    """Task -> its main metric on the posts of the last step; none where the decoder is told its
-    answer."""
-    task_weights: Mapping[str, float]
-    """Task -> weight of its loss in the last step."""
-    rates: Mapping[str, float]
-    """Role -> learning rate of the last step."""
-    grad_norm: float | None
-    """Global gradient norm before clipping, of the last step."""
-    posts_per_second: float
-    """Posts of the interval over its wall-clock seconds."""
-    tokens_per_second: float
-    """Real tokens of the interval over its wall-clock seconds."""
-    skipped: int
-    """Steps of the interval that changed no weight."""
-
-
 def count_posts(batch: Batch) -> int:
     """Posts of a batch: where the gate reads tasks a post is several rows, and a filler row is none."""
     return int(torch.unique(batch.row_ids_B[batch.row_ids_B >= 0]).numel())
 
 
 @dataclass(slots=True)
-class Interval:
+class LogWindow:
     """Collects between two log lines; a host sync happens only in ``reduce``."""
 
     tasks: Sequence[Task]
@@ -63,7 +39,7 @@ class Interval:
     skipped: int = 0
 
     def reset(self) -> None:
-        """Begin the next interval."""
+        """Begin the next line."""
         self.began, self.posts, self.tokens, self.skipped = time.perf_counter(), 0, 0, 0
 
     def add(self, batches: Sequence[Batch], report: StepReport) -> None:
@@ -74,14 +50,13 @@ class Interval:
         self.skipped += report.skipped
 
     def reduce(
-        self,
-        *,
-        engine: Engine,
-        report: StepReport,
-        batches: Sequence[Batch],
-        rates: Mapping[str, float],
-    ) -> TrainLine:
-        """The line of this interval; every rank must call it."""
+        self, engine: Engine, report: StepReport, batches: Sequence[Batch]
+    ) -> dict[str, Any]:
+        """What ``Monitor.log_train`` is given of this window; loss, terms, metrics and weights are of its last step.
+
+        Terms are means over ranks, unweighted. Metrics are of tasks with a head: a decoder is told
+        the right text in training. Every rank must call it; all get the same numbers.
+        """
         seconds = max(1e-9, time.perf_counter() - self.began)
         terms = {"loss": report.loss, **report.terms}
         counts = [torch.tensor(float(self.posts)), torch.tensor(float(self.tokens))]
@@ -104,20 +79,18 @@ class Interval:
                 # is none.
                 means.pop(name, None)
         weights = {task.name: means.pop(f"weight/{task.name}") for task in self.tasks}
-        return TrainLine(
-            loss=means.pop("loss"),
-            terms=means,
-            task_weights=weights,
-            metrics=self._metrics(report, batches),
-            rates=rates,
-            grad_norm=report.grad_norm,
-            posts_per_second=posts / seconds,
-            tokens_per_second=tokens / seconds,
-            skipped=self.skipped,
-        )
+        return {
+            "loss": means.pop("loss"),
+            "terms": means,
+            "metrics": self._metrics(report, batches),
+            "task_weights": weights,
+            "grad_norm": report.grad_norm,
+            "posts_per_second": posts / seconds,
+            "tokens_per_second": tokens / seconds,
+            "skipped": self.skipped,
+        }
 
     def _metrics(self, report: StepReport, batches: Sequence[Batch]) -> dict[str, dict[str, float]]:
-        # A decoder is told the right answer in training, so there is none of its own to measure.
         measured = [task for task in self.tasks if task.rules.scored and task.mode != "decoder"]
         own: dict[str, list[PostOutput]] = {task.name: [] for task in measured}
         for output, batch in zip(report.outputs, batches, strict=True):

@@ -125,8 +125,6 @@ class Monitor:
         *,
         split: str,
         evaluation: Evaluation,
-        routing: RoutingSummary | None = None,
-        embeddings: EmbeddingSummary | None = None,
         **measured: float | None,
     ) -> None:
         """Log an evaluation, its confusion matrices, what the gates did and how embeddings lie; draw all again.
@@ -134,13 +132,12 @@ class Monitor:
         Args:
             step: optimizer steps done.
             split: validation or test.
-            evaluation: metrics and confusion matrices per task.
-            routing: the gates' measures; None without experts.
-            embeddings: the embeddings and their measures; None shows none.
+            evaluation: metrics, confusion matrices and measures.
             measured: mean (of the main metrics), seconds, and whatever else the caller measures.
         """
         if not self.enabled:
             return
+        routing, embeddings = evaluation.routing, evaluation.embeddings
         line: dict[str, Any] = {
             "step": step,
             "split": split,

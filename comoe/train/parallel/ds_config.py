@@ -20,6 +20,30 @@ SECTIONS = ("zero_optimization", "bf16", "expert_parallel", "data_types")
 """Keys of the DeepSpeed JSON that hold an object."""
 
 
+ZERO_2: Mapping[str, Any] = {
+    "train_batch_size": AUTO,
+    "train_micro_batch_size_per_gpu": AUTO,
+    "gradient_accumulation_steps": AUTO,
+    "gradient_clipping": AUTO,
+    "bf16": {"enabled": AUTO},
+    "data_types": {"grad_accum_dtype": "fp32"},
+    "zero_optimization": {
+        "stage": 2,
+        "contiguous_gradients": True,
+        "reduce_bucket_size": 50_000_000,
+    },
+    "expert_parallel": {
+        "enabled": True,
+        "autoep_size": AUTO,
+        "top_k": AUTO,
+        "use_grouped_mm": AUTO,
+        "score_func": "sigmoid",
+        "route_norm": True,
+    },
+}
+"""What a run without a DeepSpeed JSON takes: ``ds_configs/zero2.json``."""
+
+
 @dataclass(frozen=True, slots=True)
 class Layout:
     """How one run lies over its ranks."""
@@ -139,7 +163,8 @@ def fill_settings(
         filled.setdefault("data_types", {"grad_accum_dtype": "fp32"})
     else:
         filled.pop("data_types", None)
-    filled["optimizer"] = _optimizer(recipe)
+    kind, parameters = _OPTIMIZERS[recipe.train.optimizer]
+    filled["optimizer"] = {"type": kind, "params": parameters(recipe.train)}
     # Our optimizers are torch's own; DeepSpeed asks for this word before it shards them.
     filled["zero_allow_untested_optimizer"] = True
     filled["zero_optimization"] = {**filled["zero_optimization"]}
@@ -195,14 +220,6 @@ def _fill(section: Mapping[str, Any], values: Mapping[str, Any], *, prefix: str)
                 )
             filled[key] = value
     return filled
-
-
-def _optimizer(recipe: Recipe) -> dict[str, Any]:
-    train = recipe.train
-    return {
-        "type": _OPTIMIZERS[train.optimizer][0],
-        "params": _OPTIMIZERS[train.optimizer][1](train),
-    }
 
 
 def _expert_parallel(

@@ -303,8 +303,7 @@ def test_prediction_sees_the_tokens_that_training_saw() -> None:
         ["@Bob 😀 one", "two"],
         ["three", None],
         [None, ["two", "four"]],
-        max_length=config.max_length,
-        normalize=config.normalize,
+        config=config,
     )
     assert np.array_equal(trained.tokens.input_ids, asked.tokens.input_ids)
     assert np.array_equal(trained.tokens.word_ids, asked.tokens.word_ids)

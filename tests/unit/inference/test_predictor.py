@@ -59,9 +59,7 @@ def test_the_answer_is_that_of_the_model_on_the_same_tokens(tmp_path, route_by):
     predictor = tiny_predictor(tmp_path, route_by=route_by)
     answers = predictor(TEXTS, tasks=["mood"])
     data = predictor.exported.data_config
-    split = predictor.collator.encode_texts(
-        TEXTS, max_length=data.max_length, normalize=data.normalize
-    )
+    split = predictor.collator.encode_texts(TEXTS, config=data)
     batch = predictor.collator(split, np.arange(len(TEXTS)), all_tasks=True)
     logits = predictor.exported.model(batch).logits["mood"]
     rows = [row for row, task in enumerate(batch.task_ids_B.tolist()) if task in (-1, 0)]

@@ -18,7 +18,7 @@ from comoe.losses.adversarial import (
 )
 from comoe.losses.objective import Objective, count_units, unit_scale
 from comoe.models.heads import mean_state
-from comoe.train.monitor.log_window import Interval
+from comoe.train.monitor.log_window import LogWindow
 from comoe.train.parallel.engine import StepReport
 from comoe.train.parallel.setup import parameter_groups
 from comoe.types import DOMAINS, IGNORED
@@ -187,9 +187,9 @@ def test_a_step_without_any_domain_logs_no_accuracy(posts):
     batch = replace(domain_batch(), unit_scale_T=torch.tensor([posts, 1.0, 0.0]))
     report = StepReport(torch.tensor(1.0), terms, [step], grad_norm=None, skipped=False)
     engine = SimpleNamespace(device=torch.device("cpu"))
-    line = Interval(()).reduce(engine=engine, report=report, batches=[batch], rates={})
+    line = LogWindow(()).reduce(engine, report, [batch])
     always = {"adversarial_even", "adversarial_lambda"}
-    assert set(line.terms) == (set(terms) if posts else always)
+    assert set(line["terms"]) == (set(terms) if posts else always)
 
 
 def test_evaluation_runs_nothing_of_it_and_exports_hold_nothing_of_it():

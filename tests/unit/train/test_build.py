@@ -9,7 +9,7 @@ import pytest
 from transformers import AutoModel, BertConfig
 
 from comoe.config.recipe import ModelConfig, Recipe
-from comoe.train.build import _build_objective
+from comoe.train.build import build_model
 from tests.helpers_model import BERT_LIKE, TASKS
 
 
@@ -28,8 +28,9 @@ def test_posts_longer_than_the_position_table_are_refused_before_training(tmp_pa
         "test": Tokens(lengths=np.array([], dtype=np.int32)),
     }
     # The option may be larger than the table as long as no post is.
-    assert _build_objective(recipe, TASKS, splits, None, shape=False).model.moe_layers()
+    collator = SimpleNamespace(tasks=TASKS, domains=None)
+    assert build_model(recipe, splits, collator).model.moe_layers()
     splits["validation"] = Tokens(lengths=np.array([21]))
     refusal = r"data.max_length \(128\) lets posts of 21 tokens .* set data.max_length to 20"
     with pytest.raises(ValueError, match=refusal):
-        _build_objective(recipe, TASKS, splits, None, shape=False)
+        build_model(recipe, splits, collator)

@@ -7,7 +7,15 @@ import pytest
 
 from comoe.config.load import recipe_from_dict
 from comoe.models.model import MultiTaskModel
-from comoe.train.memory_plan import MemoryPlan, count_parameters, kept_whole, plan_memory, plan_run
+from comoe.train.memory_plan import (
+    MemoryPlan,
+    RunSize,
+    Work,
+    count_parameters,
+    kept_whole,
+    plan_memory,
+    plan_run,
+)
 from comoe.train.parallel.ds_config import Layout
 from tests.helpers_model import TASKS, WIDTH, moe_config, tiny_model
 from tests.helpers_vision import seeing_model
@@ -52,12 +60,15 @@ def test_the_plan_of_a_run_knows_its_feed_forward_heads_recomputation_and_frozen
 ):
     model = tiny_model(moe_config(), family=family, train_layers="none")
     found = count_parameters(model, top_k=2)
-    expected = plan_memory(
-        found["dense"], expert_parameters=EXPERTS, frozen_parameters=found["frozen"], world_size=2, ep_size=2, stage=2,
-        bf16=True, optimizer="adamw", bucket_elements=90_000, tokens=30, layers=3, width=WIDTH, ffn_width=24,
+    size = RunSize(
+        found["dense"], EXPERTS, frozen=found["frozen"], world_size=2, ep_size=2, bf16=True, bucket_elements=90_000,
+    )  # fmt: skip
+    work = Work(
+        tokens=30, layers=3, width=WIDTH, ffn_width=24,
         # One of the five tasks labels words: its head pools nothing.
         tasks=len(TASKS) - 1, moe_layers=3, top_k=2, expert_width=16, recompute=True,
     )  # fmt: skip
+    expected = plan_memory(size, work)
     assert plan(model, reduce_bucket_size=90_000) == expected
 
 

@@ -13,6 +13,8 @@ import comoe.train.run as module
 from comoe.train.fault.supervisor import FINAL
 from comoe.train.fault.watchdog import Watchdog
 from comoe.train.run import Request, run_and_exit
+from comoe.train.state import TrainState
+from comoe.train.trainer import Trainer
 
 
 class Left(BaseException):
@@ -29,20 +31,19 @@ def end_by(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     ) -> tuple[int, str]:
         """Exit code and words of a run in which something is raised, while it trains or before."""
 
-        def run(_stop: object) -> None:
+        def train(_trainer: Trainer) -> None:
             raise error
 
-        def train(_request: Request, stop: object, watch: Watchdog) -> None:
+        def run_request(_request: Request, stop: object, watch: Watchdog) -> None:
             if not training:
                 raise error
-            trainer = SimpleNamespace(watch=watch, run=run)
-            run_ = SimpleNamespace(
-                folder=Path("runs/x"), trainer=SimpleNamespace(**vars(trainer), state=None)
-            )
-            module._train_and_finish(run_, stop, finished_before=False)
+            state = TrainState()
+            run = SimpleNamespace(folder=Path("runs/x"), watch=watch, state=state, tasks=())
+            module._train_and_finalize(run, stop)
 
         monkeypatch.delenv("RANK", raising=False)
-        monkeypatch.setattr(module, "train", train)
+        monkeypatch.setattr(Trainer, "train", train)
+        monkeypatch.setattr(module, "run_request", run_request)
         monkeypatch.setattr(module.os, "_exit", leave)
         with pytest.raises(Left) as left:
             run_and_exit(request or Request())
@@ -61,7 +62,7 @@ def test_an_error_while_training_is_no_mistake_of_the_users_and_can_be_restarted
 ) -> None:
     code, said = end_by(error, training=True)
     assert code == 1 and code not in FINAL
-    assert said.startswith("Traceback (most recent call last):") and "in run\n" in said
+    assert said.startswith("Traceback (most recent call last):") and "in train\n" in said
     assert said.endswith(f"comoe: rank 0: {type(error).__name__}: {error}\n")
 
 

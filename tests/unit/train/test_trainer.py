@@ -17,17 +17,18 @@ import torch
 
 from comoe.config.load import recipe_from_dict
 from comoe.data.posts import unlabelled_posts
-from comoe.data.sampling.sampler import TrainSampler
-from comoe.evaluation.embedding_stats import EmbeddingSummary
+from comoe.data.report import DataReport
+from comoe.data.sampling.sampler import SamplerConfig, TrainSampler
 from comoe.evaluation.evaluate import Evaluation
 from comoe.tasks.task import Task
 from comoe.train import trainer as following
-from comoe.train.evaluator import Checked, EvaluationStopped, Evaluator
+from comoe.train.evaluator import EvaluationStopped, evaluate_split
 from comoe.train.fault.signals import StopSignal
 from comoe.train.parallel.ds_config import Layout
 from comoe.train.parallel.engine import StepReport
 from comoe.train.state import TrainState
-from comoe.train.trainer import Trainer, TrainingStopped, plan_schedule
+from comoe.train.trainer import Trainer, TrainingStopped
+from comoe.train.training_run import TrainingRun
 from comoe.types import Batch, ModelOutput, StepOutput
 
 HEAT = Task("heat", "regression", (), "mae", 1.0, None, 0.0, False)
@@ -83,7 +84,7 @@ class FakeEvaluator:
     values: list[float]
     cut_short: int = 0
 
-    def run(self, name: str, *, asked_to_stop: Callable[[], bool]) -> Checked | None:
+    def run(self, name: str, *, asked_to_stop: Callable[[], bool]) -> Evaluation | None:
         if self.cut_short:
             self.cut_short -= 1
             os.kill(os.getpid(), signal.SIGTERM)
@@ -91,8 +92,7 @@ class FakeEvaluator:
             raise EvaluationStopped
         if not self.values:
             return None
-        evaluation = Evaluation({"heat": {"mae": -self.values.pop(0), "n": 1.0}}, {}, {})
-        return Checked(evaluation, None, EmbeddingSummary({}, {}))
+        return Evaluation({"heat": {"mae": -self.values.pop(0), "n": 1.0}}, {}, {})
 
 
 @dataclass
@@ -115,14 +115,23 @@ class Log:
         self.events.append(event)
 
 
+@dataclass
 class SavingTrainer(Trainer):
     """Writes the state alone: DeepSpeed's part of a checkpoint is tested with real ranks."""
 
+    evaluator: FakeEvaluator = field(default_factory=lambda: FakeEvaluator([]))
+
+    def _evaluate(self) -> Evaluation | None:
+        return self.evaluator.run("validation", asked_to_stop=self.stop.asked)
+
     def _save(self) -> int:
-        self.checkpoints.mkdir(exist_ok=True)
-        text = json.dumps(self.state.to_dict())
-        (self.checkpoints / f"state-{self.state.step}.json").write_text(text)
-        return self.state.step
+        self.run.checkpoints.mkdir(exist_ok=True)
+        text = json.dumps(self.run.state.to_dict())
+        (self.run.checkpoints / f"state-{self.run.state.step}.json").write_text(text)
+        return self.run.state.step
+
+
+collate.pixels = None
 
 
 def trainer_in(
@@ -141,43 +150,45 @@ def trainer_in(
     } | train
     recipe = recipe_from_dict({"tasks": {"heat": {"path": "x"}}, "train": raw})
     sampler = TrainSampler(
-        np.full(POSTS, 3), np.zeros(POSTS, dtype=int), batch_size=recipe.train.batch_size
+        np.full(POSTS, 3), np.zeros(POSTS, dtype=int), SamplerConfig(recipe.train.batch_size)
     )
-    return SavingTrainer(
+    run = TrainingRun(
         recipe=recipe,
-        layout=Layout(1, 1, 2, micro_batch_size=5, accumulation=1, bf16=False),
-        engine=FakeEngine(on_step),
+        folder=folder,
         tasks=(HEAT,),
-        train_split=Posts(),
+        splits={"train": Posts()},
+        report=DataReport(),
         collator=collate,
         sampler=sampler,
-        evaluator=FakeEvaluator(list(values or [])),
-        monitor=Log(),
-        folder=folder,
+        parameters={},
+        layout=Layout(1, 1, 2, micro_batch_size=5, accumulation=1, bf16=False),
+        settings={},
+        engine=FakeEngine(on_step),
         state=TrainState(),
-        schedule=plan_schedule(recipe, sampler),
+        monitor=Log(),
     )
+    return SavingTrainer(run, evaluator=FakeEvaluator(list(values or [])))
 
 
 def saved(trainer: Trainer) -> dict[int, dict[str, Any]]:
-    paths = trainer.checkpoints.glob("state-*.json")
+    paths = trainer.run.checkpoints.glob("state-*.json")
     return {int(path.stem.removeprefix("state-")): json.loads(path.read_text()) for path in paths}
 
 
 def best(trainer: Trainer) -> int:
-    return json.loads((trainer.checkpoints / "best.json").read_text())["step"]
+    return json.loads((trainer.run.checkpoints / "best.json").read_text())["step"]
 
 
 def test_a_run_logs_checks_and_saves_when_it_should(tmp_path: Path) -> None:
     trainer = trainer_in(tmp_path, values=[0.1, 0.3, 0.2], log_every=4, save_every=5)
-    trainer.run()
-    assert trainer.monitor.train == [4, 6]
-    assert trainer.monitor.checks == [2, 4, 6]
+    trainer.train()
+    assert trainer.run.monitor.train == [4, 6]
+    assert trainer.run.monitor.checks == [2, 4, 6]
     # The two best so far, the one that is due, and the last.
     assert sorted(saved(trainer)) == [2, 4, 5, 6]
     assert best(trainer) == 4
     assert (
-        trainer.state.finished == "all steps done"
+        trainer.run.state.finished == "all steps done"
         and saved(trainer)[6]["finished"] == "all steps done"
     )
     assert saved(trainer)[5]["finished"] == ""
@@ -185,30 +196,30 @@ def test_a_run_logs_checks_and_saves_when_it_should(tmp_path: Path) -> None:
 
 def test_the_rate_of_each_step_follows_the_schedule(tmp_path: Path) -> None:
     trainer = trainer_in(tmp_path, schedule="linear")
-    trainer.run()
-    assert trainer.engine.rates == pytest.approx([1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
+    trainer.train()
+    assert trainer.run.engine.rates == pytest.approx([1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
 
 
 def test_every_batch_knows_how_much_of_the_run_is_done_also_after_a_restart(tmp_path: Path) -> None:
     trainer = trainer_in(tmp_path)
-    trainer.state = TrainState(step=2)
-    trainer.run()
-    assert trainer.engine.progress == pytest.approx([2 / 6, 3 / 6, 4 / 6, 5 / 6])
+    trainer.run.state = TrainState(step=2)
+    trainer.train()
+    assert trainer.run.engine.progress == pytest.approx([2 / 6, 3 / 6, 4 / 6, 5 / 6])
 
 
 def test_a_restored_run_does_the_remaining_steps_only(tmp_path: Path) -> None:
     trainer = trainer_in(tmp_path, schedule="linear", log_every=1)
-    trainer.state = TrainState(step=4)
-    trainer.run()
-    assert trainer.engine.rates == pytest.approx([2 / 6, 1 / 6])
-    assert trainer.monitor.train == [5, 6]
+    trainer.run.state = TrainState(step=4)
+    trainer.train()
+    assert trainer.run.engine.rates == pytest.approx([2 / 6, 1 / 6])
+    assert trainer.run.monitor.train == [5, 6]
 
 
 def test_every_post_is_counted_however_seldom_a_line_is_logged(tmp_path: Path) -> None:
     trainer = trainer_in(tmp_path, values=[0.1] * 3, log_every=100, save_every=3)
-    trainer.run()
+    trainer.train()
     assert saved(trainer)[3]["posts_seen"] == 15
-    assert trainer.state.posts_seen == 30
+    assert trainer.run.state.posts_seen == 30
 
 
 def test_posts_per_second_leave_out_evaluation_and_saving_and_count_all_steps_between_two_lines(
@@ -225,23 +236,26 @@ def test_posts_per_second_leave_out_evaluation_and_saving_and_count_all_steps_be
     )
     run_validation = trainer.evaluator.run
     trainer.evaluator.run = lambda name, **more: (spend(0.4), run_validation(name, **more))[1]
-    trainer.run()
+    trainer.train()
     # Three steps of five posts in 0.3 seconds; with the evaluations it would be 1.5 seconds.
-    assert trainer.monitor.speeds == pytest.approx([50.0, 50.0])
+    assert trainer.run.monitor.speeds == pytest.approx([50.0, 50.0])
 
 
 def test_patience_ends_the_run_at_the_evaluation_that_uses_it_up(tmp_path: Path) -> None:
     trainer = trainer_in(tmp_path, values=[0.3, 0.2, 0.1, 0.9], patience=2, max_steps=20)
-    trainer.run()
-    assert trainer.state.step == 6 and trainer.state.finished == "no better value in 2 evaluations"
+    trainer.train()
+    assert (
+        trainer.run.state.step == 6
+        and trainer.run.state.finished == "no better value in 2 evaluations"
+    )
     assert best(trainer) == 2
-    assert saved(trainer)[6]["finished"] == trainer.state.finished
+    assert saved(trainer)[6]["finished"] == trainer.run.state.finished
 
 
 def test_without_a_validation_split_a_run_still_ends_with_a_checkpoint(tmp_path: Path) -> None:
     trainer = trainer_in(tmp_path)
-    trainer.run()
-    assert sorted(saved(trainer)) == [6] and not (trainer.checkpoints / "best.json").exists()
+    trainer.train()
+    assert sorted(saved(trainer)) == [6] and not (trainer.run.checkpoints / "best.json").exists()
 
 
 def test_n_steps_in_a_row_that_are_not_finite_stop_the_run_with_the_posts(
@@ -252,17 +266,17 @@ def test_n_steps_in_a_row_that_are_not_finite_stop_the_run_with_the_posts(
         tmp_path, on_step=lambda step: "skipped" if step in (2, 4, 5, 6) else None, max_nonfinite=3
     )
     with pytest.raises(TrainingStopped) as caught:
-        trainer.run()
-    rows = sorted(trainer.sampler.global_batch(5).tolist())
+        trainer.train()
+    rows = sorted(trainer.run.sampler.global_batch(5).tolist())
     posts = ", ".join(f"posts.jsonl:{row + 1}" for row in rows)
     said = str(caught.value)
     assert said.startswith(
         "3 steps in a row (up to step 6) had a loss or gradient that is not finite; the last posts"
     )
     assert posts in said and f"--resume {tmp_path}" in said
-    assert (trainer.state.nonfinite_in_a_row, trainer.state.nonfinite_total) == (3, 4)
-    assert [event["step"] for event in trainer.monitor.events] == [2, 4, 5, 6]
-    assert trainer.monitor.events[-1]["posts"] == rows
+    assert (trainer.run.state.nonfinite_in_a_row, trainer.run.state.nonfinite_total) == (3, 4)
+    assert [event["step"] for event in trainer.run.monitor.events] == [2, 4, 5, 6]
+    assert trainer.run.monitor.events[-1]["posts"] == rows
     assert "step 2 skipped" in capsys.readouterr().out
 
 
@@ -270,8 +284,8 @@ def test_a_step_that_is_not_finite_now_and_then_does_not_stop_the_run(tmp_path: 
     trainer = trainer_in(
         tmp_path, on_step=lambda step: "skipped" if step % 2 else None, max_nonfinite=2
     )
-    trainer.run()
-    assert (trainer.state.finished, trainer.state.nonfinite_total) == ("all steps done", 3)
+    trainer.train()
+    assert (trainer.run.state.finished, trainer.run.state.nonfinite_total) == ("all steps done", 3)
 
 
 def fail(error: Exception) -> Callable[[int], Any]:
@@ -289,7 +303,7 @@ def fail(error: Exception) -> Callable[[int], Any]:
 def test_out_of_memory_names_the_micro_batch_to_try(tmp_path: Path, error: Exception) -> None:
     trainer = trainer_in(tmp_path, on_step=fail(error), batch_size=20)
     with pytest.raises(TrainingStopped) as caught:
-        trainer.run()
+        trainer.train()
     assert str(caught.value) == (
         "out of memory with 5 posts per forward pass on rank 0: set train.micro_batch_size=2 (the batch of 20 stays "
         "the same), or a smaller data.max_length."
@@ -299,7 +313,7 @@ def test_out_of_memory_names_the_micro_batch_to_try(tmp_path: Path, error: Excep
 def test_any_other_error_of_a_step_is_passed_on_as_it_is(tmp_path: Path) -> None:
     error = RuntimeError("Connection closed by peer")
     with pytest.raises(RuntimeError) as caught:
-        trainer_in(tmp_path, on_step=fail(error)).run()
+        trainer_in(tmp_path, on_step=fail(error)).train()
     assert caught.value is error
 
 
@@ -311,8 +325,8 @@ def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(
         tmp_path, on_step=lambda step: os.kill(os.getpid(), number) if step == 3 else None
     )
     before = signal.getsignal(number)
-    trainer.run()
-    assert (trainer.state.step, trainer.state.finished) == (3, "")
+    trainer.train()
+    assert (trainer.run.state.step, trainer.run.state.finished) == (3, "")
     assert saved(trainer)[3]["posts_seen"] == 15
     assert f"stopping at step 3 ({number.name})" in capsys.readouterr().out
     assert signal.getsignal(number) == before
@@ -322,36 +336,39 @@ def test_a_signal_object_made_before_the_run_is_asked(tmp_path: Path) -> None:
     stop = StopSignal()
     stop.reason = "the launcher is gone"
     trainer = trainer_in(tmp_path)
-    trainer.run(stop)
-    assert (trainer.state.step, trainer.state.finished) == (0, "") and sorted(saved(trainer)) == [0]
+    trainer.stop = stop
+    trainer.train()
+    assert (trainer.run.state.step, trainer.run.state.finished) == (0, "") and sorted(
+        saved(trainer)
+    ) == [0]
 
 
 def test_epochs_and_auto_become_steps(tmp_path: Path) -> None:
     # 20 posts in batches of 5: four steps per epoch.
-    schedule = trainer_in(
-        tmp_path, max_steps=None, epochs=2.5, eval_every="auto", save_every="auto"
-    ).schedule
-    assert (schedule.total, schedule.eval_every, schedule.save_every) == (10, 2, 2)
-    schedule = trainer_in(tmp_path, max_steps=7, eval_every=3, save_every="auto").schedule
-    assert (schedule.total, schedule.eval_every, schedule.save_every) == (7, 3, 3)
+    run = trainer_in(tmp_path, max_steps=None, epochs=2.5, eval_every="auto", save_every="auto").run
+    assert (run.total_steps, run.eval_every, run.save_every) == (10, 2, 2)
+    run = trainer_in(tmp_path, max_steps=7, eval_every=3, save_every="auto").run
+    assert (run.total_steps, run.eval_every, run.save_every) == (7, 3, 3)
 
 
 def test_an_evaluation_that_a_signal_cut_short_is_made_up_for_by_the_resume(tmp_path: Path) -> None:
     uncut = trainer_in(tmp_path / "a", values=[0.3, 0.2, 0.1])
     (tmp_path / "a").mkdir()
-    uncut.run()
+    uncut.train()
     (tmp_path / "b").mkdir()
     cut = trainer_in(tmp_path / "b", values=[0.3])
     cut.evaluator.cut_short = 1
-    cut.run()
-    assert cut.state.step == 2 and cut.state.evaluated_at == 0 and not cut.state.finished
-    resumed = trainer_in(tmp_path / "b", values=[0.3, 0.2, 0.1])
-    resumed.state = TrainState(**saved(cut)[2])
-    resumed.run()
-    assert resumed.monitor.checks == uncut.monitor.checks == [2, 4, 6]
+    cut.train()
     assert (
-        resumed.state.best_step == uncut.state.best_step
-        and resumed.state.best_value == uncut.state.best_value
+        cut.run.state.step == 2 and cut.run.state.evaluated_at == 0 and not cut.run.state.finished
+    )
+    resumed = trainer_in(tmp_path / "b", values=[0.3, 0.2, 0.1])
+    resumed.run.state = TrainState(**saved(cut)[2])
+    resumed.train()
+    assert resumed.run.monitor.checks == uncut.run.monitor.checks == [2, 4, 6]
+    assert (
+        resumed.run.state.best_step == uncut.run.state.best_step
+        and resumed.run.state.best_value == uncut.run.state.best_value
     )
 
 
@@ -369,24 +386,25 @@ def following_trainer(
     """Draws follow the progress; what each step was trained on is kept in ``trainer.drawn``."""
     drawn: dict[int, list[int]] = {}
     trainer = trainer_in(folder, max_steps=7, save_every=1)
-    trainer.sampler = TrainSampler(
-        np.full(POSTS, 3), TwoSets.groups, batch_size=5, mixing="progress"
+    trainer.run.sampler = TrainSampler(
+        np.full(POSTS, 3), TwoSets.groups, SamplerConfig(5, mixing="progress")
     )
-    trainer.train_split, trainer.drawn = TwoSets(), drawn
-    made = trainer.engine.train_step
+    trainer.run.splits, trainer.drawn = {"train": TwoSets()}, drawn
+    made = trainer.run.engine.train_step
 
     def train_step(batches: list[Batch]) -> StepReport:
-        drawn[trainer.state.step] = [row for batch in batches for row in batch.row_ids_B.tolist()]
-        if trainer.state.step + 1 == stop_after:
+        drawn[trainer.run.state.step] = [
+            row for batch in batches for row in batch.row_ids_B.tolist()
+        ]
+        if trainer.run.state.step + 1 == stop_after:
             os.kill(os.getpid(), signal.SIGTERM)
         return made(batches)
 
-    def run_evaluation(name: str, **_: Any) -> Checked:
-        loss = losses[trainer.state.step // 2 - 1]
-        evaluation = Evaluation({"heat": {"mae": loss, "loss": loss, "n": 1.0}}, {}, {})
-        return Checked(evaluation, None, EmbeddingSummary({}, {}))
+    def run_evaluation(name: str, **_: Any) -> Evaluation:
+        loss = losses[trainer.run.state.step // 2 - 1]
+        return Evaluation({"heat": {"mae": loss, "loss": loss, "n": 1.0}}, {}, {})
 
-    trainer.engine.train_step, trainer.evaluator.run = train_step, run_evaluation
+    trainer.run.engine.train_step, trainer.evaluator.run = train_step, run_evaluation
     return trainer
 
 
@@ -403,18 +421,18 @@ def test_a_resumed_run_draws_the_posts_of_the_uninterrupted_one_at_rates_that_fo
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
     uncut = following_trainer(tmp_path / "a", losses)
-    uncut.run()
+    uncut.train()
     cut = following_trainer(tmp_path / "b", losses, stop_after=stop_after)
-    cut.run()
-    assert cut.state.step == stop_after
+    cut.train()
+    assert cut.run.state.step == stop_after
     resumed = following_trainer(tmp_path / "b", losses)
-    resumed.state = TrainState(**saved(cut)[stop_after])
-    resumed.run()
+    resumed.run.state = TrainState(**saved(cut)[stop_after])
+    resumed.train()
     assert cut.drawn | resumed.drawn == uncut.drawn and not cut.drawn.keys() & resumed.drawn.keys()
-    assert resumed.state.mixing == uncut.state.mixing
-    assert [entry["step"] for entry in uncut.state.mixing] == [2, 4, 6, 7]
+    assert resumed.run.state.mixing == uncut.run.state.mixing
+    assert [entry["step"] for entry in uncut.run.state.mixing] == [2, 4, 6, 7]
     # From 1.0 to 0.1: nine tenths of the draws from step 4 on are of the first data set.
-    assert uncut.state.mixing[1]["rates"] == pytest.approx([0.9, 0.1])
+    assert uncut.run.state.mixing[1]["rates"] == pytest.approx([0.9, 0.1])
     assert sum(TwoSets.groups[row] == 0 for step in (4, 5) for row in uncut.drawn[step]) == 9
 
 
@@ -423,11 +441,11 @@ def test_rates_that_follow_the_progress_are_those_of_rank_0(
 ) -> None:
     monkeypatch.setattr(following, "broadcast_object", lambda own: [0.75, 0.25])
     trainer = following_trainer(tmp_path, [1.0, 0.5, 0.4, 0.3])
-    trainer.run()
-    assert [entry["rates"] for entry in trainer.state.mixing] == [[0.75, 0.25]] * 4
+    trainer.train()
+    assert [entry["rates"] for entry in trainer.run.state.mixing] == [[0.75, 0.25]] * 4
 
 
-def test_a_long_evaluation_stops_after_a_few_batches_when_asked_to() -> None:
+def test_a_long_evaluation_stops_after_a_few_batches_when_asked_to(tmp_path: Path) -> None:
     class Split:
         lengths = np.full(64 * 40, 3)
         labelled = np.ones((64 * 40, 1), dtype=bool)
@@ -464,9 +482,10 @@ def test_a_long_evaluation_stops_after_a_few_batches_when_asked_to() -> None:
         return collate(Posts(), indices)
 
     collate_rows.detokenize = None
-    evaluator = Evaluator(engine, {"validation": Split()}, collate_rows, (HEAT,))
+    run = trainer_in(tmp_path).run
+    run.engine, run.splits, run.collator = engine, {"validation": Split()}, collate_rows
     with pytest.raises(EvaluationStopped):
-        evaluator.run("validation", asked_to_stop=lambda: engine.forwards > 10)
+        evaluate_split(run, "validation", asked_to_stop=lambda: engine.forwards > 10)
     assert 10 < engine.forwards < 20
 
 
@@ -501,18 +520,18 @@ def test_the_watchdog_counts_steps_and_the_batches_of_an_evaluation_and_nothing_
     run_validation = trainer.evaluator.run
 
     def note() -> None:
-        seen.append((trainer.watch.phase, trainer.watch.counted))
+        seen.append((trainer.run.watch.phase, trainer.run.watch.counted))
 
     def run_noted(name: str, **more: Any) -> Any:
         note()
-        trainer.evaluator.on_batch(True)
+        trainer.run.watch.batch(True)
         note()
-        trainer.evaluator.on_batch(False)
+        trainer.run.watch.batch(False)
         note()
         return run_validation(name, **more)
 
     trainer.evaluator.run = run_noted
-    trainer.run()
+    trainer.train()
     evaluation = [("evaluation", False), ("evaluation", True), ("evaluation", False)]
     steps = [("training", True)]
     assert seen == [
@@ -524,7 +543,7 @@ def test_the_watchdog_counts_steps_and_the_batches_of_an_evaluation_and_nothing_
         *2 * steps,
         *evaluation,
     ]
-    assert (trainer.watch.phase, trainer.watch.counted, trainer.watch.step) == (
+    assert (trainer.run.watch.phase, trainer.run.watch.counted, trainer.run.watch.step) == (
         "finishing",
         False,
         6,

@@ -14,7 +14,7 @@ from PIL import Image, ImageFile
 from comoe.config.recipe import DataConfig, Recipe, TaskConfig
 from comoe.data.corpus import load_corpus
 from comoe.data.images import check as image_checks
-from comoe.data.images.check import check_images
+from comoe.data.images.check import HowToCheck, check_images
 from comoe.data.images.decode import (
     BadImage,
     ImageLimits,
@@ -198,7 +198,12 @@ def test_a_folder_reached_through_a_link_is_inside_of_itself(tmp_path: Path) -> 
 def check(cells: list, *, root: Path, **options):
     lines = list(range(1, len(cells) + 1))
     return check_images(
-        cells, file="posts.jsonl", lines=lines, column="photo", root=root, limits=LIMITS, **options
+        cells,
+        file="posts.jsonl",
+        lines=lines,
+        column="photo",
+        root=root,
+        how=HowToCheck(LIMITS, **options),
     )
 
 
@@ -251,8 +256,7 @@ def test_two_picture_columns_of_one_file_are_both_remembered(
     settings = {
         "file": "posts.jsonl",
         "lines": [1],
-        "limits": LIMITS,
-        "cache_dir": tmp_path / "cache",
+        "how": HowToCheck(LIMITS, tmp_path / "cache"),
     }
     for _ in range(2):
         for column in ("front", "back"):

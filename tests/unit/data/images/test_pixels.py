@@ -273,7 +273,9 @@ def test_a_picture_that_went_bad_is_left_out_and_told_once(
 
 def test_hidden_texts_are_empty_posts_and_hidden_pictures_none(reader: PixelReader) -> None:
     made, image = collator(reader), encoded(noise(0), "PNG")
-    seen, blind, mute = (split_of(made, [image], hide=what) for what in ("none", "image", "text"))
+    seen, blind, mute = (
+        split_of(made, [image], config=DataConfig(hide=what)) for what in ("none", "image", "text")
+    )
     assert seen.lengths.tolist() == blind.lengths.tolist() == [4] and mute.lengths.tolist() == [2]
     assert [made(split, np.array([0])).image_rows_I.tolist() for split in (seen, blind, mute)] == [
         [0],

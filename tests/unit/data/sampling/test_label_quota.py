@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 import pytest
 
 from comoe.data.sampling.label_quota import cut_in_parts
-from comoe.data.sampling.sampler import TrainSampler
+from comoe.data.sampling.sampler import SamplerConfig, TrainSampler
 
 POSTS, BATCH = 400, 20
 LABELS = np.array([0] * 340 + [1] * 40 + [2] * 12 + [3] * 7 + [4])
@@ -15,15 +19,14 @@ ONE_TASK = [np.flatnonzero(LABELS == label) for label in range(5)]
 MEMBERS = ONE_TASK + [np.flatnonzero(SECOND == label) for label in range(3)]
 
 
-def sampler(posts_per_label: int, **options) -> TrainSampler:
+def sampler(
+    posts_per_label: int, *, label_members: Sequence[np.ndarray] = MEMBERS, **options: Any
+) -> TrainSampler:
     lengths = np.random.default_rng(0).integers(4, 60, POSTS)
-    settings = {
-        "batch_size": BATCH,
-        "seed": 3,
-        "label_members": MEMBERS,
-        "posts_per_label": posts_per_label,
-    } | options
-    return TrainSampler(lengths, np.zeros(POSTS, dtype=int), **settings)
+    config = SamplerConfig(BATCH, seed=3, posts_per_label=posts_per_label)
+    groups = np.zeros(POSTS, dtype=int)
+    config = replace(config, **options)
+    return TrainSampler(lengths, groups, config, label_members=label_members)
 
 
 @pytest.mark.parametrize(("wanted", "members"), [(2, MEMBERS), (4, ONE_TASK)])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from comoe.data.sampling.mixing import MIXINGS, draws_per_epoch
-from comoe.data.sampling.sampler import TrainSampler, eval_batches
+from comoe.data.sampling.sampler import SamplerConfig, TrainSampler, eval_batches
 
 
 def make_sampler(*, sizes: tuple[int, ...] = (70, 20, 7), **options: object) -> TrainSampler:
@@ -16,7 +16,7 @@ def make_sampler(*, sizes: tuple[int, ...] = (70, 20, 7), **options: object) -> 
     lengths = np.random.default_rng(5).integers(3, 60, total)
     groups = np.repeat(np.arange(len(sizes)), sizes)
     settings = {"batch_size": 12, "world_size": 1, "micro_batch_size": "auto", "seed": 3} | options
-    return TrainSampler(lengths, groups, **settings)
+    return TrainSampler(lengths, groups, SamplerConfig(**settings))
 
 
 def test_micro_steps_hold_the_same_posts_on_any_number_of_ranks() -> None:
@@ -90,7 +90,7 @@ def test_uniform_mixing_repeats_the_small_set_and_passes_over_all_of_the_large_o
 def test_every_batch_holds_every_data_set_of_a_fair_size() -> None:
     lengths = np.full(640, 10)
     groups = np.repeat([0, 1], [480, 160])
-    sampler = TrainSampler(lengths, groups, batch_size=32, seed=0)
+    sampler = TrainSampler(lengths, groups, SamplerConfig(batch_size=32, seed=0))
     shares = [
         np.mean(groups[sampler.global_batch(step)] == 1) for step in range(sampler.steps_per_epoch)
     ]
@@ -100,7 +100,7 @@ def test_every_batch_holds_every_data_set_of_a_fair_size() -> None:
 
 def test_posts_of_a_batch_are_of_similar_length() -> None:
     lengths = np.random.default_rng(0).integers(3, 120, 4096)
-    sampler = TrainSampler(lengths, np.zeros(4096, dtype=int), batch_size=32, seed=0)
+    sampler = TrainSampler(lengths, np.zeros(4096, dtype=int), SamplerConfig(batch_size=32, seed=0))
     padded = sum(
         len(b) * lengths[b].max() for b in map(sampler.global_batch, range(sampler.steps_per_epoch))
     )
@@ -111,7 +111,9 @@ def test_posts_of_a_batch_are_of_similar_length() -> None:
 
 def test_ranks_get_nearly_the_same_number_of_tokens() -> None:
     lengths = np.random.default_rng(0).integers(3, 120, 4096)
-    sampler = TrainSampler(lengths, np.zeros(4096, dtype=int), batch_size=64, world_size=4, seed=0)
+    sampler = TrainSampler(
+        lengths, np.zeros(4096, dtype=int), SamplerConfig(batch_size=64, world_size=4, seed=0)
+    )
     tokens = np.array(
         [[lengths[sampler.share(s, r)[0]].sum() for r in range(4)] for s in range(64)]
     )
@@ -119,7 +121,9 @@ def test_ranks_get_nearly_the_same_number_of_tokens() -> None:
 
 
 def test_fewer_posts_than_ranks_leave_empty_shares_and_no_rank_out() -> None:
-    sampler = TrainSampler(np.array([5, 6]), np.array([0, 0]), batch_size=8, world_size=4, seed=0)
+    sampler = TrainSampler(
+        np.array([5, 6]), np.array([0, 0]), SamplerConfig(batch_size=8, world_size=4, seed=0)
+    )
     shares = [sampler.share(0, rank) for rank in range(4)]
     assert [len(share) for share in shares] == [1, 1, 1, 1]
     assert sum(len(share[0]) for share in shares) == 2
@@ -138,14 +142,14 @@ def test_evaluation_of_no_rows_is_no_batches() -> None:
 
 def test_no_posts_to_draw_from_are_refused() -> None:
     with pytest.raises(ValueError, match="no training posts"):
-        TrainSampler(np.zeros(0), np.zeros(0), batch_size=4)
+        TrainSampler(np.zeros(0), np.zeros(0), SamplerConfig(batch_size=4))
 
 
 def test_every_batch_holds_every_data_set_in_its_share_though_their_lengths_differ() -> None:
     rng = np.random.default_rng(0)
     lengths = np.concatenate([rng.integers(5, 20, 3000), rng.integers(30, 60, 1000)])
     groups = np.repeat([0, 1], [3000, 1000])
-    sampler = TrainSampler(lengths, groups, batch_size=32)
+    sampler = TrainSampler(lengths, groups, SamplerConfig(batch_size=32))
     batches = [sampler.global_batch(step) for step in range(sampler.steps_per_epoch)]
     long_posts = [int(groups[batch].sum()) for batch in batches]
     assert min(long_posts) >= 6 and max(long_posts) <= 10
@@ -235,7 +239,7 @@ def test_labels_of_a_balanced_data_set_come_equally_often_and_posts_without_labe
     # balanced.
     classes = np.concatenate([np.repeat([0, 1, 2, -1], [40, 16, 4, 20]), np.full(40, -1)])
     groups = np.repeat([0, 1], [80, 40])
-    sampler = TrainSampler(np.full(120, 5), groups, batch_size=12, classes=classes, seed=1)
+    sampler = TrainSampler(np.full(120, 5), groups, SamplerConfig(12, seed=1), classes=classes)
     assert sampler.steps_per_epoch == 10
     for epoch in range(2):
         drawn = np.concatenate([sampler.global_batch(10 * epoch + step) for step in range(10)])

@@ -11,7 +11,7 @@ from comoe.tasks.kinds.base import PostOutput
 from comoe.tasks.kinds.generation import GeneratedText
 from comoe.tasks.kinds.registry import KINDS
 from comoe.tasks.task import Task
-from comoe.train.monitor.log_window import Interval
+from comoe.train.monitor.log_window import LogWindow
 from comoe.train.parallel.engine import StepReport
 from comoe.types import IGNORED, ModelOutput, StepOutput, labelled_rows
 from tests.helpers_decoder import batch_of_labels
@@ -147,4 +147,4 @@ def test_a_decoder_that_is_told_the_answer_has_no_training_metric() -> None:
     }
     output = StepOutput(torch.tensor(0.0), {}, ModelOutput(logits, {}, {}, (), torch.arange(3)))
     report = StepReport(torch.tensor(0.0), {}, [output], grad_norm=None, skipped=False)
-    assert Interval(tasks)._metrics(report, [batch]) == {"heat": {"pearson": pytest.approx(1.0)}}
+    assert LogWindow(tasks)._metrics(report, [batch]) == {"heat": {"pearson": pytest.approx(1.0)}}

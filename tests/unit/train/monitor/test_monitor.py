@@ -43,13 +43,13 @@ def train_line(monitor, step, *, loss=1.5):
     )
 
 
-def evaluation():
+def evaluation(**measures):
     metrics = {
         "mood": {"macro_f1": 0.6, "majority/macro_f1": 0.3, "f1/good": 0.7},
         "heat": {"pearson": 0.4},
     }
     return Evaluation(
-        metrics=metrics, confusions={"mood": np.array([[3, 1], [2, 4]])}, predictions={}
+        metrics=metrics, confusions={"mood": np.array([[3, 1], [2, 4]])}, predictions={}, **measures
     )
 
 
@@ -98,7 +98,7 @@ def test_an_evaluation_reaches_the_log_tensorboard_and_the_plots(tmp_path):
     monitor = start(tmp_path)
     train_line(monitor, 10)
     monitor.log_evaluation(
-        10, split="validation", evaluation=evaluation(), routing=summary(), mean=0.5
+        10, split="validation", evaluation=evaluation(routing=summary()), mean=0.5
     )
     monitor.log_evaluation(10, split="test", evaluation=evaluation(), mean=0.45)
     monitor.close()
@@ -183,7 +183,7 @@ def test_a_new_run_of_the_same_name_forgets_the_old_one(tmp_path):
 def test_only_the_enabled_monitor_writes(tmp_path):
     monitor = Monitor(tmp_path / "run", enabled=False, tasks=TASKS, recipe_text="")
     train_line(monitor, 1)
-    monitor.log_evaluation(1, split="validation", evaluation=evaluation(), routing=summary())
+    monitor.log_evaluation(1, split="validation", evaluation=evaluation(routing=summary()))
     monitor.log_event({"what": "nothing"})
     monitor.close()
     assert not (tmp_path / "run").exists()
@@ -214,7 +214,7 @@ def test_embeddings_reach_the_log_tensorboard_its_projector_and_the_plots(tmp_pa
         views, {"image_to_text_at_1": 0.7, "text_to_image_at_1": 0.6, "chance": 0.01}
     )
     monitor = start(tmp_path)
-    monitor.log_evaluation(10, split="validation", evaluation=evaluation(), embeddings=found)
+    monitor.log_evaluation(10, split="validation", evaluation=evaluation(embeddings=found))
     monitor.log_projector(10, split="validation", embeddings=found)
     monitor.close()
     line = read_metrics(tmp_path / "metrics.jsonl")[0]

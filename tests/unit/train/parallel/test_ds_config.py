@@ -10,7 +10,13 @@ import pytest
 
 from comoe.config.load import recipe_from_dict
 from comoe.config.recipe import Recipe
-from comoe.train.parallel.ds_config import Layout, fill_settings, load_settings, plan_layout
+from comoe.train.parallel.ds_config import (
+    ZERO_2,
+    Layout,
+    fill_settings,
+    load_settings,
+    plan_layout,
+)
 
 DS_CONFIGS = Path(__file__).parents[4] / "ds_configs"
 STAGE_2 = {"zero_optimization": {"stage": 2}}
@@ -47,6 +53,10 @@ def autos(node: Any) -> list[Any]:
     if isinstance(node, dict):
         return [found for value in node.values() for found in autos(value)]
     return [node] if node == "auto" else []
+
+
+def test_the_settings_of_a_run_without_a_file_are_those_of_the_file_for_zero_2() -> None:
+    assert ZERO_2 == load_settings(DS_CONFIGS / "zero2.json")
 
 
 @pytest.mark.parametrize("gpu", [False, True])

@@ -1,0 +1,83 @@
+"""One training run with all its parts: what the trainer, an evaluation and the end of a run are given."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from comoe.config.recipe import Recipe
+from comoe.data.collator import Collator
+from comoe.data.report import DataReport
+from comoe.data.sampling.sampler import TrainSampler
+from comoe.data.tokens.split import TokenizedSplit
+from comoe.models.model import MultiTaskModel
+from comoe.tasks.task import Task
+from comoe.train.fault.watchdog import Watchdog
+from comoe.train.monitor.monitor import Monitor
+from comoe.train.parallel.ds_config import Layout
+from comoe.train.parallel.engine import Engine
+from comoe.train.state import TrainState
+
+
+@dataclass(slots=True)
+class TrainingRun:
+    """A run that is ready to train; ``comoe.train.build.build_run`` makes it."""
+
+    recipe: Recipe
+    """As the user wrote it: ready-made encoders and posts under their names."""
+    folder: Path
+    """Run folder."""
+    tasks: tuple[Task, ...]
+    """In the order of the task ids."""
+    splits: Mapping[str, TokenizedSplit]
+    """Split name -> tokens."""
+    report: DataReport
+    """What was found in the data."""
+    collator: Collator
+    """Makes every batch; has the tokenizer, the reader of images and what an adversary predicts."""
+    sampler: TrainSampler
+    """Draws the posts of each training step."""
+    parameters: Mapping[str, int]
+    """Of ``count_parameters``."""
+    layout: Layout
+    """How the run lies over its ranks."""
+    settings: Mapping[str, Any]
+    """Complete DeepSpeed configuration."""
+    engine: Engine
+    """Model, objective and optimizer."""
+    state: TrainState
+    """How far training is; what a checkpoint remembers beside weights and moments."""
+    monitor: Monitor
+    """Writes metrics, plots and events."""
+    watch: Watchdog = field(default_factory=Watchdog)
+    """Is notified how far this rank is."""
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where checkpoints go."""
+        return self.folder / "checkpoints"
+
+    @property
+    def model(self) -> MultiTaskModel:
+        """The model, as DeepSpeed left it."""
+        return self.engine.objective.model
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        train = self.recipe.train
+        return train.max_steps or max(1, round(train.epochs * self.sampler.steps_per_epoch))
+
+    @property
+    def eval_every(self) -> int:
+        """Steps between evaluations."""
+        every = self.recipe.train.eval_every
+        return max(1, self.sampler.steps_per_epoch // 2) if every == "auto" else int(every)
+
+    @property
+    def save_every(self) -> int:
+        """Steps between checkpoints."""
+        every = self.recipe.train.save_every
+        return self.eval_every if every == "auto" else int(every)
