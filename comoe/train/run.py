@@ -86,6 +86,10 @@ def train(
     Raises:
         ValueError: something in recipe, data or options that the user can correct.
         TrainingStopped: training cannot continue (``comoe.train.trainer``).
+
+    Example:
+        >>> folder = comoe.train("launch/configs/smoke.yaml", ["train.max_steps=6"])
+        >>> predictor = comoe.Predictor.from_pretrained(folder / "export")
     """
     config = Path(recipe) if isinstance(recipe, str) else recipe
     given = [None if path is None else Path(path) for path in (deepspeed, resume)]

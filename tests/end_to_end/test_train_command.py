@@ -228,12 +228,11 @@ def test_the_libraries_are_quiet(smoke_run: Finished) -> None:
 
 PROGRAM = """
 import sys
-from comoe.config.load import load_recipe
-from comoe.train.run import train
+import comoe
 
-recipe = load_recipe(sys.argv[1], [f"run.output_dir={sys.argv[2]}", "train.max_steps=1"])
-folder = train(recipe)
-assert train(resume=folder, overrides=["train.max_steps=2"]) == folder
+recipe = comoe.load_recipe(sys.argv[1], [f"run.output_dir={sys.argv[2]}", "train.max_steps=1"])
+folder = comoe.train(recipe)
+assert comoe.train(resume=folder, overrides=["train.max_steps=2"]) == folder
 print("folder", folder)
 """
 
