@@ -54,11 +54,7 @@ def model_card(
         f"## Use\n\n{_usage(tasks, config)}",
         f"## Tasks\n\n{_task_table(tasks)}",
         f"## Measured results\n\n{_results(tasks, results)}",
-        *(
-            [f"## Calibration\n\n{_calibration(results)}"]
-            if (results or {}).get("calibration")
-            else []
-        ),
+        *_calibration((results or {}).get("calibration")),
         f"## Training\n\n{_training(recipe, config, results)}",
         f"## Limits\n\n{_limits(recipe, tasks)}",
     ]
@@ -111,9 +107,10 @@ def _writes(task: Task) -> bool:
 
 def _summary(recipe: Recipe, tasks: Sequence[Task], config: Mapping[str, Any]) -> str:
     moe = recipe.model.moe
+    layers = moe.layers if isinstance(moe.layers, str) else ", ".join(map(str, moe.layers))
     experts = (
         f"a cooperative mixture of {moe.num_experts} experts ({moe.top_k} per token, {moe.gate} gate, routed by "
-        f"{moe.route_by}) beside the feed-forward of its layers ({_listed(moe.layers)})"
+        f"{moe.route_by}) beside the feed-forward of its layers ({layers})"
         if moe.num_experts
         else "no experts"
     )
@@ -210,9 +207,10 @@ def _results(tasks: Sequence[Task], results: Mapping[str, Any] | None) -> str:
     return f"{_table(rows)}\n\n{note}"
 
 
-def _calibration(results: Mapping[str, Any]) -> str:
-    report = results["calibration"]
-    return "\n\n".join([_table(calibration_table(report)), *calibration_sentences(report)])
+def _calibration(report: Mapping[str, Any] | None) -> list[str]:
+    if not report:
+        return []
+    return ["## Calibration", _table(calibration_table(report)), *calibration_sentences(report)]
 
 
 def _training(recipe: Recipe, config: Mapping[str, Any], results: Mapping[str, Any] | None) -> str:
@@ -278,7 +276,3 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
 def _source(path: str) -> str:
     """Relative paths and hub names as they are; of an absolute path the last part: the rest concerns nobody."""
     return path.rsplit("/", 1)[-1] if path.startswith(("/", "~")) else path or "-"
-
-
-def _listed(layers: str | list[int]) -> str:
-    return layers if isinstance(layers, str) else ", ".join(map(str, layers))

@@ -130,18 +130,15 @@ def predict_file(
     posts = read_posts(source, **columns, model=predictor, tasks=chosen)
     errors, blind = [], 0
     target.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(target, "w") as file, _bar(len(posts), progress) as bar:
+    with (
+        atomic_file(target, "w") as file,
+        tqdm(total=len(posts), unit="post", disable=not progress, dynamic_ncols=True) as bar,
+    ):
         writer.begin(file)
         for start in range(0, len(posts), CHUNK):
             chunk = [writer.prepare(post) for post in posts[start : start + CHUNK]]
-            answers = _answer(
-                predictor,
-                chunk,
-                tasks=tasks,
-                explain=explain,
-                batch_size=batch_size,
-                root=source.parent,
-            )
+            options = {"tasks": tasks, "explain": explain, "batch_size": batch_size}
+            answers = _answer(predictor, chunk, **options, root=source.parent)
             for answer in answers:
                 writer.write(file, answer)
             errors += [answer["error"] for answer in answers if "error" in answer]
@@ -151,7 +148,12 @@ def predict_file(
         raise ValueError(
             f"none of the {len(posts)} posts could be answered, see {target}; the first: {errors[0]}."
         )
-    return f"{len(posts)} posts answered in {target}{writer.remark(len(errors))}{_blind(blind)}"
+    done = f"{len(posts)} posts answered in {target}{writer.remark(len(errors))}"
+    if not blind:
+        return done
+    return (
+        f"{done}; {blind} of them were answered without their bad picture and have an image_error"
+    )
 
 
 def _writer(
@@ -169,14 +171,6 @@ def _writer(
             file=sys.stderr,
         )
     return WRITERS[format](predictor, tasks)
-
-
-def _blind(count: int) -> str:
-    return (
-        f"; {count} of them were answered without their bad picture and have an image_error"
-        if count
-        else ""
-    )
 
 
 class JsonLines:
@@ -314,10 +308,6 @@ def _cell(task: Task, answer: dict[str, Any]) -> Any:
         return " ".join(answer["tags"])
     value = next(iter(answer.values()))
     return ";".join(value) if isinstance(value, list) else value
-
-
-def _bar(total: int, progress: bool) -> tqdm:
-    return tqdm(total=total, unit="post", disable=not progress, dynamic_ncols=True)
 
 
 WRITERS: dict[str, type[JsonLines]] = {"jsonl": JsonLines, "csv": Table, "tweeteval": TweetEval}

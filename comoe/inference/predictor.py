@@ -100,6 +100,14 @@ class Predictor:
         per_token = (task.name for task in self.exported.tasks if task.mode == "tokens")
         return frozenset([*per_token, *self.exported.config.get("as_words", ())])
 
+    def choose_tasks(self, names: Sequence[str] | None) -> list[Task]:
+        """The tasks of these names, in this order; all with None. ValueError for a name that no task has."""
+        known = {task.name: task for task in self.tasks}
+        for name in names or ():
+            if name not in known:
+                raise unknown_name("task of this model", name, known)
+        return list(self.tasks) if names is None else [known[name] for name in names]
+
     def __call__(
         self,
         texts: Sequence[str],
@@ -136,7 +144,7 @@ class Predictor:
             ValueError: no such task; columns of different number, or that are no lists; images for
                 a model of texts.
         """
-        chosen = self._chosen(tasks)
+        chosen = self.choose_tasks(tasks)
         texts = _listed("texts", texts)
         pairs = list(map(second_text, _column("pairs", pairs, count=len(texts))))
         words = _column("words", words, count=len(texts))
@@ -250,13 +258,6 @@ class Predictor:
         encoded = tokenizer(cleaned, truncation=False, verbose=False)
         spans = {number: encoded.word_to_chars(number) for number in numbers}
         return {number: cleaned[span.start : span.end].strip() for number, span in spans.items()}
-
-    def _chosen(self, names: Sequence[str] | None) -> list[Task]:
-        known = {task.name: task for task in self.tasks}
-        for name in names or ():
-            if name not in known:
-                raise unknown_name("task of this model", name, known)
-        return list(self.tasks) if names is None else [known[name] for name in names]
 
 
 def _passes(

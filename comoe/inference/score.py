@@ -9,7 +9,6 @@ from typing import Any
 
 from tqdm import tqdm
 
-from comoe.config.errors import unknown_name
 from comoe.config.recipe import TaskConfig
 from comoe.data.images.check import ImageReader
 from comoe.data.posts import PostSplit
@@ -83,11 +82,7 @@ def score(
     """
     choice = data if isinstance(data, DataChoice) else DataChoice(str(data))
     choice = replace(choice, **options)
-    known = {task.name: task for task in predictor.tasks}
-    for name in tasks or ():
-        if name not in known:
-            raise unknown_name("task of this model", name, known)
-    chosen = tuple(known.values()) if tasks is None else tuple(known[name] for name in tasks)
+    chosen = tuple(predictor.choose_tasks(tasks))
     report = DataReport()
     posts, unfit = _read(choice, chosen, predictor=predictor, report=report)
     exported = predictor.exported

@@ -248,7 +248,10 @@ def _judged(
             key: verdict for _, key, verdict in everything if key and verdict[0] != "unreadable"
         }
         if lasting != known:
-            _save(cache, lasting)
+            # Without a cache only the next start is slower.
+            with suppress(OSError):
+                cache.parent.mkdir(parents=True, exist_ok=True)
+                write_atomic(cache, json.dumps(lasting))
     return {sources[number]: verdict for number, _, verdict in everything}
 
 
@@ -295,13 +298,6 @@ def _load(path: Path | None) -> dict[str, Verdict]:
         }
     except (OSError, ValueError, TypeError, AttributeError):
         return {}
-
-
-def _save(path: Path, verdicts: Mapping[str, Verdict]) -> None:
-    # Without it only the next start is slower.
-    with suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, json.dumps(verdicts))
 
 
 def _shown(cell: Any) -> Any:
