@@ -21,12 +21,12 @@ ROOT = Path(__file__).parents[4]
 
 SUPERVISOR = """
 import sys
-from comoe.train import restarts
+from comoe.train.fault import supervisor
 from comoe.train.fault.signals import StopSignal
-restarts.GRACE = 1.0
+supervisor.GRACE = 1.0
 assert "torch" not in sys.modules
 command = [sys.executable, "-c", *sys.argv[2:]]
-sys.exit(restarts.supervise(restarts=int(sys.argv[1]), stop=StopSignal(), command=command))
+sys.exit(supervisor.supervise(restarts=int(sys.argv[1]), stop=StopSignal(), command=command))
 """
 
 CHILD = """
