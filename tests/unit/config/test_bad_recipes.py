@@ -59,6 +59,7 @@ OVERRIDES = [
     # Words.
     ("model.moe.gate=sigmod", "model.moe.gate", "did you mean sigmoid?"),
     ("model.moe.route_by=post", "model.moe.route_by", "one of token, task, both"),
+    ("model.moe.route_by=tokens", "model.moe.route_by", "did you mean token?"),
     ("model.moe.layers=first", "model.moe.layers", "all or alternate or last_half"),
     ("model.train_layers=last", "model.train_layers", "all or none"),
     ("model.vision.fusion=gatd", "model.vision.fusion", "did you mean gated?"),

@@ -399,8 +399,3 @@ def test_a_length_that_the_encoder_does_not_take_is_told() -> None:
         ValueError, match=r"data.max_length \(128\) is more than the encoder takes \(64 tokens\)"
     ):
         tokenized(posts_of(["a"]), tokenizer=wordpiece_tokenizer(model_max_length=64))
-
-
-def test_an_unknown_route_names_the_right_ones() -> None:
-    with pytest.raises(ValueError, match="'tokens'.*did you mean token"):
-        collator(route_by="tokens")

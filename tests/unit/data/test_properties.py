@@ -11,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from comoe.config.recipe import NormalizeConfig
 from comoe.data.posts import Post, PostSplit
@@ -19,11 +21,6 @@ from comoe.data.reading.sources import read_input
 from comoe.data.sampling.mixing import MIXINGS
 from comoe.data.sampling.sampler import TrainSampler, eval_batches
 from comoe.data.text.normalize import is_blank, normalize_post
-
-pytest.importorskip("hypothesis")
-
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 few = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 Rows = list[dict[str, str]]

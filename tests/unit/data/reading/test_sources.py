@@ -200,9 +200,3 @@ def test_two_files_for_one_split_are_not_guessed_between(tmp_path: Path) -> None
         match=r"several validation files .*val.jsonl, dev.jsonl.*tasks.t.splits.validation",
     ):
         read(tmp_path, "validation")
-
-
-def test_a_wrong_split_name_names_the_right_ones(tmp_path: Path) -> None:
-    write_jsonl(tmp_path / "train.jsonl", ROWS)
-    with pytest.raises(ValueError, match="'valdation'.*did you mean validation"):
-        read(tmp_path, splits={"valdation": "dev.jsonl"})

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from comoe.experiments.compare.statistics import measured, read_answers, resampled, same_posts
+from comoe.experiments.compare.statistics import measured, read_predictions, resampled, same_posts
 from comoe.tasks.kinds.base import PostOutput
 from comoe.tasks.kinds.generation import GeneratedText
 from comoe.tasks.kinds.registry import KINDS
@@ -125,13 +125,15 @@ def test_runs_are_compared_over_resampled_posts() -> None:
             [("a b", "a b"), ("c", "d"), (None, "x"), ("e f", "f")]
         )
     ]
-    found = read_answers(predictions, ASPECT)
+    found = read_predictions(predictions, ASPECT)
     assert measured({"aspect": found}, [ASPECT])["aspect"] == pytest.approx((1 + 0 + 2 / 3) / 3)
     (drawn,) = resampled([{"aspect": found}], [ASPECT], resamples=200)["aspect"]
     assert drawn.min() == 0 and drawn.max() == 1 and drawn.mean() == pytest.approx(5 / 9, abs=0.1)
-    other = read_answers([row | {"answer": "z"} for row in predictions], ASPECT)
+    other = read_predictions([row | {"answer": "z"} for row in predictions], ASPECT)
     assert same_posts(found, other)
-    assert not same_posts(found, read_answers([row | {"gold": "z"} for row in predictions], ASPECT))
+    assert not same_posts(
+        found, read_predictions([row | {"gold": "z"} for row in predictions], ASPECT)
+    )
 
 
 def test_a_decoder_that_is_told_the_answer_has_no_training_metric() -> None:
