@@ -19,7 +19,7 @@ from comoe.data.posts import Post, PostSplit
 from comoe.data.reading.rows import read_rows
 from comoe.data.reading.sources import read_input
 from comoe.data.sampling.mixing import MIXINGS
-from comoe.data.sampling.sampler import TrainSampler, eval_batches
+from comoe.data.sampling.sampler import SamplerConfig, TrainSampler, eval_batches
 from comoe.data.text.normalize import is_blank, normalize_post
 
 few = settings(max_examples=40, deadline=None, derandomize=True, database=None)
@@ -169,8 +169,9 @@ def test_global_batches_do_not_depend_on_the_number_of_ranks(
     lengths = np.random.default_rng(seed).integers(3, 60, sum(sizes))
     groups = np.repeat(np.arange(len(sizes)), sizes)
     shared = {"batch_size": batch_size, "mixing": mixing, "seed": seed}
-    alone = TrainSampler(lengths, groups, **shared)
-    ranks = TrainSampler(lengths, groups, world_size=world_size, micro_batch_size=micro, **shared)
+    alone = TrainSampler(lengths, groups, SamplerConfig(**shared))
+    laid_out = SamplerConfig(world_size=world_size, micro_batch_size=micro, **shared)
+    ranks = TrainSampler(lengths, groups, laid_out)
     assert ranks.steps_per_epoch == alone.steps_per_epoch
     for step in range(min(alone.steps_per_epoch, 4) + 1):
         shares = [ranks.share(step, rank) for rank in range(world_size)]
