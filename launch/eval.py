@@ -1,4 +1,4 @@
-"""Score an exported model on a labelled data set, in one process.
+"""Score an exported model on a labeled data set, in one process.
 
     python launch/eval.py --model runs/starter/export --data tweeteval/irony --task irony
     python launch/eval.py --model F --data test.jsonl --task mood --label-column sentiment
@@ -27,7 +27,7 @@ def main() -> None:
     add("--task", action="append", help="score this task only; may be repeated")
     add("--text-column", default="text", help="column with the post")
     add("--pair-column", help="column with the second text (default: that of training)")
-    add("--image-column", help="column with the picture (default: that of training, else image)")
+    add("--image-column", help="column with the image (default: that of training, else image)")
     add("--label-column", help="column with the label (default: that of training, else label)")
     add("--skip-bad", action="store_true",
         help="leave out bad rows instead of stopping at the first")
@@ -37,10 +37,12 @@ def main() -> None:
     # fmt: on
     options = parser.parse_args()
 
-    from comoe.config.files import write_atomic
+    from comoe.config.files import same_file, write_atomic
     from comoe.inference.predictor import Predictor
     from comoe.inference.score import format_scores, score
 
+    if options.output and same_file(options.output, Path(options.data)):
+        sys.exit(f"eval: --output {options.output} is the --data itself; name another file.")
     try:
         predictor = Predictor.from_pretrained(options.model, device=options.device)
         scores = score(

@@ -1,4 +1,4 @@
-"""Answer the posts of a file with an exported model, in one process.
+"""Predict the posts of a file with an exported model, in one process.
 
     python launch/predict.py --model runs/starter/export --input posts.txt --output predictions.jsonl
     python launch/predict.py --model F --input test_text.txt --output irony.txt --format tweeteval --task irony
@@ -16,18 +16,18 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 
 def main() -> None:
-    """Read the command line and answer."""
+    """Read the command line and predict."""
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     # fmt: off
     add = parser.add_argument
     add("--model", required=True, help="folder of an export")
     add("--input", required=True, type=Path, help="file of posts")
-    add("--output", required=True, type=Path, help="file of answers; missing folders are made")
+    add("--output", required=True, type=Path, help="file of predictions; missing folders are made")
     add("--format", default="jsonl", help="jsonl, csv or tweeteval")
-    add("--task", action="append", help="answer this task only; may be repeated")
+    add("--task", action="append", help="predict this task only; may be repeated")
     add("--text-column", default="text", help="column with the post, unless --input is .txt")
     add("--pair-column", help="column with the second text (default: that of training)")
-    add("--image-column", help="column with the picture (default: that of training, else image)")
+    add("--image-column", help="column with the image (default: that of training, else image)")
     add("--explain", action="store_true",
         help="add each word's attention (jsonl, tasks with a head)")
     add("--batch-size", type=int, default=64, help="posts per forward pass")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from comoe.config.files import atomic_file, write_atomic
+from comoe.config.files import atomic_file, same_file, write_atomic
 from comoe.data.reading.files import json_line
 from comoe.data.reading.sources import ENDINGS, NAMES
 
@@ -168,7 +168,7 @@ class Output:
         ]
         for path in written:
             for source in spared:
-                if _same(path, source) or _is_read_from(path, source):
+                if same_file(path, source) or _is_read_from(path, source):
                     raise ValueError(
                         f"--output {self.posts} would write {path}, which is read ({source}); name another file, or "
                         "another folder."
@@ -255,14 +255,6 @@ def _is_known(path: Path, note: Note | None) -> bool:
         return hashlib.file_digest(file, "sha256").hexdigest() == note.sha256[path.name]
 
 
-def _same(path: Path, other: Path) -> bool:
-    """One file under two names, links and hard links included."""
-    both = path.exists() and other.exists()
-    return os.path.realpath(path) == os.path.realpath(other) or (
-        both and os.path.samefile(path, other)
-    )
-
-
 def _is_read_from(path: Path, folder: Path) -> bool:
     """Whether a path is, or would be taken for, one of the files of a data set that is a folder."""
     if not folder.is_dir():
@@ -270,7 +262,7 @@ def _is_read_from(path: Path, folder: Path) -> bool:
     place = Path(os.path.realpath(path))
     if place.parent == Path(os.path.realpath(folder)) and _is_split(place.name):
         return True
-    return any(_is_split(file.name) and _same(path, file) for file in folder.iterdir())
+    return any(_is_split(file.name) and same_file(path, file) for file in folder.iterdir())
 
 
 def _is_split(name: str) -> bool:

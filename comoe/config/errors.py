@@ -39,8 +39,8 @@ def unknown_name(what: str, name: str, valid: Iterable[str]) -> ValueError:
     else:
         message = f"{name} is not {'an' if what[:1] in 'aeiou' else 'a'} {what}"
     guess = nearest(name, valid)
-    hint = f"did you mean {guess}? " if guess else ""
-    return ValueError(f"{message}; {hint}(one of: {', '.join(valid) or 'nothing'})")
+    hint = f"; did you mean {guess}?" if guess else ""
+    return ValueError(f"{message}{hint} (one of: {', '.join(valid) or 'nothing'})")
 
 
 def place_of(path: str, origins: Mapping[str, str]) -> str:

@@ -52,3 +52,11 @@ def write_atomic(path: Path, data: str | bytes) -> None:
     """Write a file whole or not at all; see ``atomic_file``."""
     with atomic_file(path) as file:
         file.write(data.encode() if isinstance(data, str) else data)
+
+
+def same_file(path: Path, other: Path) -> bool:
+    """One file under two names, links and hard links included."""
+    both = path.exists() and other.exists()
+    return os.path.realpath(path) == os.path.realpath(other) or (
+        both and os.path.samefile(path, other)
+    )

@@ -30,7 +30,7 @@ class BadRow:
     """What to count it by: row, or ``picture:`` and a word or two."""
 
     def __str__(self) -> str:
-        return f"{self.file}:{self.line}: {self.rule} Found: {shorten(self.value)}"
+        return f"{self.file}:{self.line}: {self.rule} Found: {shorten(self.value)}."
 
 
 @dataclass(slots=True)

@@ -168,7 +168,7 @@ print(answer[{json.dumps(tasks[0].name)}])
 ```
 
 ```
-{write}python launch/predict.py --model path/to/this/folder --input {posts}{column} --output answers.jsonl
+{write}python launch/predict.py --model path/to/this/folder --input {posts}{column} --output predictions.jsonl
 ```"""
 
 

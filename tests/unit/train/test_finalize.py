@@ -31,7 +31,7 @@ def test_the_last_line_names_an_input_that_fits_the_model(
     (tmp_path / "export" / "config.json").write_text(json.dumps(config))
     print_results(tmp_path, [])
     last = capsys.readouterr().out.splitlines()[-1]
-    assert last.startswith("predict ") and f"--input {posts} --output answers.jsonl" in last
+    assert last.startswith("predict ") and f"--input {posts} --output predictions.jsonl" in last
 
 
 def test_the_last_line_names_the_second_text_where_a_prompt_wants_it(
@@ -40,7 +40,7 @@ def test_the_last_line_names_the_second_text_where_a_prompt_wants_it(
     (tmp_path / "results.json").write_text('{"metrics": {}}')
     print_results(tmp_path, [Task("aspect", "text", (), "token_f1", prompt="{pair} in {text}")])
     assert (
-        "--input posts.jsonl --pair-column pair --output answers.jsonl"
+        "--input posts.jsonl --pair-column pair --output predictions.jsonl"
         in capsys.readouterr().out.splitlines()[-1]
     )
     (tmp_path / "export").mkdir()
@@ -48,7 +48,8 @@ def test_the_last_line_names_the_second_text_where_a_prompt_wants_it(
     (tmp_path / "export" / "config.json").write_text(json.dumps(kept))
     print_results(tmp_path, [Task("aspect", "text", (), "token_f1", prompt="{pair} in {text}")])
     assert (
-        "--input posts.jsonl --pair-column about --output answers.jsonl" in capsys.readouterr().out
+        "--input posts.jsonl --pair-column about --output predictions.jsonl"
+        in capsys.readouterr().out
     )
 
 
