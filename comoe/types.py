@@ -20,7 +20,7 @@ IGNORED = -100
 """Label id of a position without a label; what torch's cross-entropy skips."""
 
 
-DOMAINS, TOKENS, ANSWER_TOKENS = -3, -2, -1
+DOMAINS, TOKENS, TARGET_TOKENS = -3, -2, -1
 """Places in ``Batch.unit_scale_T`` of the mean over posts with a value that the adversarial loss
 predicts, over the encoder's real tokens, and over the target tokens of a decoder."""
 
@@ -49,7 +49,7 @@ class Batch:
     IGNORED or NaN."""
     unit_scale_T: Tensor | None = None
     """W * accumulation steps / units of the task in the whole optimizer step, 0 for an absent task;
-    and behind the T tasks the same at ``DOMAINS``, ``TOKENS`` and ``ANSWER_TOKENS``: (T + 3,). Set
+    and behind the T tasks the same at ``DOMAINS``, ``TOKENS`` and ``TARGET_TOKENS``: (T + 3,). Set
     by the trainer, None outside training."""
 
     pixels_I3HW: Tensor | None = None
@@ -70,13 +70,13 @@ class Batch:
     domains_B: Tensor | None = None
     """What ``loss.adversarial`` predicts of each row, a class from 0, int64; IGNORED where a row
     has no value. None where nothing is predicted."""
-    answers_BD: Tensor | None = None
-    """Token ids of the text that a row's task wants of the decoder, its end sign included, int64;
+    target_ids_BD: Tensor | None = None
+    """Token ids of the text that a row's task wants of the decoder, its end token included, int64;
     IGNORED behind it and in rows that want none. At least one column; None where no task is in
     decoder mode."""
     choices: Mapping[str, Tensor] = field(default_factory=dict)
     """Task whose labels are words that the decoder scores -> token ids of each label's words, (Y,
-    D), int64, IGNORED behind their end sign; the same in every batch."""
+    D), int64, IGNORED behind their end token; the same in every batch."""
     domain_weights_B: Tensor | None = None
     """Weight of the row in that prediction, float32: 0 without a value, and the rows of a post
     share its weight."""
@@ -192,7 +192,7 @@ class ModelOutput:
     num_answer_layers: int = 0
     """How many of the routings, the last ones, are the decoder's."""
     generated: Mapping[str, Tensor] = field(default_factory=dict)
-    """Task of free text -> token ids of the generated texts, (B, D), int64, -1 from the end sign
+    """Task of free text -> token ids of the generated texts, (B, D), int64, -1 from the end token
     on; empty in training."""
 
     @property

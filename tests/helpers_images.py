@@ -1,4 +1,4 @@
-"""Pictures as strangers send them: damaged ones with the reason that must be given, and good but unusual ones."""
+"""Images as strangers send them: damaged ones with the reason that must be given, and good but unusual ones."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from PIL import Image
 from comoe.data.images.decode import ImageLimits
 
 LIMITS = ImageLimits(max_bytes=60_000, max_pixels=100_000)
-"""Of the pictures made here."""
+"""Of the images made here."""
 
 
 def noise(seed: int, *, size: tuple[int, int] = (40, 30)) -> Image.Image:
-    """A picture that no format makes small."""
+    """An image that no format makes small."""
     values = np.random.default_rng(seed).integers(
         0, 256, size=(size[1], size[0], 3), dtype=np.uint8
     )
@@ -123,7 +123,7 @@ FILES: dict[str, tuple[str, str, Callable[[int], bytes]]] = {
 
 
 def place_damaged(folder: Path, turn: int) -> list[tuple[str, str, str]]:
-    """Write every kind of damaged picture once into ``folder``; (path in the cell, reason, words of the rule) of each.
+    """Write every kind of damaged image once into ``folder``; (path in the cell, reason, words of the rule) of each.
 
     Cells that name no file below the folder are among them.
     """
@@ -157,8 +157,8 @@ def place_damaged(folder: Path, turn: int) -> list[tuple[str, str, str]]:
 
 
 def unusual() -> dict[str, bytes]:
-    """Name -> bytes of good pictures that a careless reader stumbles over."""
-    picture = noise(1)
+    """Name -> bytes of good images that a careless reader stumbles over."""
+    image = noise(1)
     deep = Image.fromarray(np.arange(0, 60_000, 50, dtype=np.uint16).reshape(30, 40))
     turned = Image.Exif()
     turned[0x0112] = 6
@@ -167,14 +167,14 @@ def unusual() -> dict[str, bytes]:
         "one.png": encoded(Image.new("RGB", (1, 1), "red"), "PNG"),
         "line.png": encoded(noise(2, size=(3000, 2)), "PNG"),
         "deep.png": encoded(deep, "PNG"),
-        "print.jpg": encoded(picture.convert("CMYK"), "JPEG"),
-        "grey.jpg": encoded(picture.convert("L"), "JPEG"),
-        "palette.png": encoded(picture.quantize(16), "PNG"),
-        "bits.bmp": encoded(picture.convert("1"), "BMP"),
-        "glass.png": encoded(picture.convert("RGBA"), "PNG"),
+        "print.jpg": encoded(image.convert("CMYK"), "JPEG"),
+        "grey.jpg": encoded(image.convert("L"), "JPEG"),
+        "palette.png": encoded(image.quantize(16), "PNG"),
+        "bits.bmp": encoded(image.convert("1"), "BMP"),
+        "glass.png": encoded(image.convert("RGBA"), "PNG"),
         "film.gif": encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]),
         "film.webp": encoded(frames[0], "WEBP", save_all=True, append_images=frames[1:]),
-        "turned.jpg": encoded(picture, "JPEG", exif=turned),
-        "jpeg_inside.png": encoded(picture, "JPEG"),
-        "no_ending": encoded(picture, "WEBP"),
+        "turned.jpg": encoded(image, "JPEG", exif=turned),
+        "jpeg_inside.png": encoded(image, "JPEG"),
+        "no_ending": encoded(image, "WEBP"),
     }

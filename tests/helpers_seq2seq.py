@@ -71,7 +71,7 @@ def decoder_objective(
 
 
 def words(number: int, family: str) -> list[int]:
-    """Tokens of a label, end sign included."""
+    """Tokens of a label, end token included."""
     return [*range(10 + 3 * number, 11 + 3 * number + number % 2), END[family]]
 
 
@@ -124,7 +124,7 @@ def decoder_batch(
             )
     return Batch(
         ids, mask, None, mask.bool(), torch.tensor(served), torch.arange(rows), labels,
-        answers_BD=ragged(answers), choices=choices,
+        target_ids_BD=ragged(answers), choices=choices,
     )  # fmt: skip
 
 
@@ -141,6 +141,6 @@ def filler(batch: Batch) -> Batch:
         for name, value in one.labels.items()
     }
     return replace(
-        one, labels=labels, answers_BD=torch.full_like(one.answers_BD, IGNORED), row_ids_B=torch.tensor([-1]),
+        one, labels=labels, target_ids_BD=torch.full_like(one.target_ids_BD, IGNORED), row_ids_B=torch.tensor([-1]),
         task_ids_B=torch.tensor([-1]),
     )  # fmt: skip

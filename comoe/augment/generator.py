@@ -27,7 +27,7 @@ class Answer:
     text: str
     """As it was written, without the sign that ends it."""
     probability: float
-    """Geometric mean of the probabilities of the written tokens, the end sign among them, in [0,
+    """Geometric mean of the probabilities of the written tokens, the end token among them, in [0,
     1]: of each under the model itself (temperature 1), given the prompt and the tokens before
     it."""
     ended: bool

@@ -399,7 +399,7 @@ class TaskConfig:
     """Words that the decoder scores for each label, in the order of ``labels``; empty are the
     labels themselves."""
     max_answer_length: Annotated[Whole, Ge(3)] = 32
-    """Longest prediction of kind text in tokens, its end sign included; longer ones in the data are cut
+    """Longest prediction of kind text in tokens, its end token included; longer ones in the data are cut
     and counted."""
     num_beams: Count = 1
     """Beams of the search for a prediction of kind text; 1 is greedy."""

@@ -1,7 +1,8 @@
-"""Tokenised posts to padded batches; the same class in training, evaluation and prediction."""
+"""Tokenized posts to padded batches; the same class in training, evaluation and prediction."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from comoe.config.recipe import DataConfig
 from comoe.data.columns import Domains, confidences_of, domain_columns
 from comoe.data.images.pixels import PixelReader
 from comoe.data.posts import hidden, unlabelled_posts
-from comoe.data.tokens.prompts import Wording, check_end_sign, detokenize, label_tokens
+from comoe.data.tokens.prompts import Wording, check_end_token, detokenize, label_tokens
 from comoe.data.tokens.split import TokenizedSplit, TokenRow, assemble_split, no_tokens, target_of
 from comoe.data.tokens.tokenize import tokenize
 from comoe.tasks.task import Task, decoder_tasks
@@ -49,8 +50,8 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
 class Collator:
     """Pads posts to a batch and lays out rows and labels as the gate's routing and the decoder want them.
 
-    ``route_by: token`` has one row per post for all tasks with a head, and one per (post, task that
-    the decoder answers), with the task's prompt. ``task`` and ``both`` have one row per (post,
+    ``route_by: token`` has one row per post for all tasks with a head, and one per (post, task in
+    decoder mode), with the task's prompt. ``task`` and ``both`` have one row per (post,
     labelled task). The labels of tasks that a row does not serve are missing in it.
 
     Args:
@@ -58,7 +59,7 @@ class Collator:
         tasks: all tasks.
         route_by: ``model.moe.route_by``.
         pad_to_multiple_of: rows are padded to a multiple of this many tokens.
-        pixels: reads the posts' pictures; None leaves them alone.
+        pixels: reads the posts' images; None leaves them alone.
         domains: what the adversarial loss predicts of posts; None predicts nothing.
 
     Raises:
@@ -83,10 +84,10 @@ class Collator:
         self._row_per_task = ROW_PER_TASK[route_by]
         self._multiple = pad_to_multiple_of
         self._segments = "token_type_ids" in tokenizer.model_input_names
-        self._answered = decoder_tasks(self.tasks)
-        self._heads = [number for number in range(len(self.tasks)) if number not in self._answered]
-        for task in self._answered.values():
-            check_end_sign(tokenizer, task)
+        self._decoded = decoder_tasks(self.tasks)
+        self._heads = [number for number in range(len(self.tasks)) if number not in self._decoded]
+        for task in self._decoded.values():
+            check_end_token(tokenizer, task)
         self._words = {
             task.name: label_tokens(tokenizer, task) for task in self.tasks if task.label_words
         }
@@ -100,13 +101,12 @@ class Collator:
         """One batch on the CPU.
 
         Args:
-            split: tokenised posts.
+            split: tokenized posts.
             indices: posts, int, may be empty: the batch is then one short filler row without
                 labels, of row id -1.
             all_tasks: prediction: a row that serves one task is made for every task, labelled or
-                not; but the decoder is asked about posts with its task's label, and about those
-                without any. Else such a post has no row for the decoder: there is nothing to score,
-                and writing takes long.
+                not; a task in decoder mode has rows for posts with its label and for posts without
+                any label. Else there would be nothing to score, and generating takes long.
         """
         served = {
             int(post): self._served(split, int(post), all_tasks=all_tasks) for post in indices
@@ -120,57 +120,45 @@ class Collator:
         pixels, image_rows, image_numbers = (
             (None,) * 3 if self.pixels is None else self.pixels.collate(images)
         )
-        # Per task the post of each row that is for it, -1 for other rows.
-        wanted = [
-            [post if task.rules.serves(asked, number) else -1 for post, asked in pairs]
-            for number, task in enumerate(self.tasks)
-        ]
+        labels, texts = {}, {}
+        for number, task in enumerate(self.tasks):
+            # The post of each row that the task is for, -1 for other rows.
+            posts_of_task = [
+                post if task.rules.serves(served_task, number) else -1
+                for post, served_task in pairs
+            ]
+            targets = [
+                None if post < 0 else target_of(split, task, post, row)
+                for post, row in zip(posts_of_task, rows, strict=True)
+            ]
+            labels[task.name] = task.rules.collate(targets, labels=task.labels, length=length)
+            if task.mode == "decoder" and not task.label_words:
+                column = split.posts.labels[task.name]
+                texts[task.name] = [None if post < 0 else column[post] for post in posts_of_task]
         shares = [len(served.get(post, "-")) for post in posts]
+        pad = functools.partial(_padded, length=length)
         return Batch(
             pixels_I3HW=pixels,
             image_rows_I=image_rows,
             image_numbers_I=image_numbers,
-            input_ids_BL=_padded(
-                [row.input_ids for row in rows], length=length, fill=self.tokenizer.pad_token_id
-            ),
-            attention_mask_BL=_padded(
-                [np.ones(len(row.input_ids)) for row in rows], length=length, fill=0
-            ),
-            token_type_ids_BL=_padded([row.token_types for row in rows], length=length, fill=0)
-            if self._segments
-            else None,
-            word_starts_BL=_padded([row.word_starts for row in rows], length=length, fill=0).bool(),
+            input_ids_BL=pad([row.input_ids for row in rows], fill=self.tokenizer.pad_token_id),
+            attention_mask_BL=pad([np.ones(len(row.input_ids)) for row in rows]),
+            token_type_ids_BL=pad([row.token_types for row in rows]) if self._segments else None,
+            word_starts_BL=pad([row.word_starts for row in rows]).bool(),
             task_ids_B=torch.tensor([task for _, task in pairs], dtype=torch.int64),
             row_ids_B=torch.tensor(posts, dtype=torch.int64),
-            labels={
-                task.name: task.rules.collate(
-                    [
-                        None if post < 0 else target_of(split, task, post, row)
-                        for post, row in zip(wanted[number], rows, strict=True)
-                    ],
-                    labels=task.labels,
-                    length=length,
-                )
-                for number, task in enumerate(self.tasks)
-            },
-            texts={
-                task.name: [
-                    None if post < 0 else split.posts.labels[task.name][post]
-                    for post in wanted[number]
-                ]
-                for number, task in self._answered.items()
-                if not task.label_words
-            },
+            labels=labels,
+            texts=texts,
             confidences=confidences_of(split.posts, posts, self.tasks),
-            answers_BD=_ragged([self._answer(split, post, task) for post, task in pairs])
-            if self._answered
+            target_ids_BD=_ragged([self._target_ids(split, post, task) for post, task in pairs])
+            if self._decoded
             else None,
             choices={name: _ragged(words) for name, words in self._words.items()},
             **domain_columns(self.domains, split.posts, posts, shares),
         )
 
     def detokenize(self, ids_BD: Tensor) -> list[str]:
-        """Generated token ids (``ModelOutput.generated``) as texts: the model has no words."""
+        """Generated token ids (``ModelOutput.generated``) as texts: the model has no tokenizer."""
         return detokenize(ids_BD, self.tokenizer)
 
     def encode_texts(
@@ -189,7 +177,7 @@ class Collator:
             texts: posts.
             pairs: second texts, None where there is none.
             words: posts as words, for tags; a text is only used where its words are None.
-            images: pictures as ``comoe.data.images.decode.locate_image`` gives them, None where
+            images: images as ``comoe.data.images.decode.locate_image`` gives them, None where
                 there is none.
             config: longest post, cleaning and what is hidden; None takes the texts as they are, up
                 to 128 tokens.
@@ -216,41 +204,43 @@ class Collator:
         """Tasks of a post's rows; -1 is all that have heads."""
         labelled = split.labelled[post]
         bare = not labelled.any()
-        answered = [
+        decoded = [
             task
-            for task in self._answered
+            for task in self._decoded
             if labelled[task] or (all_tasks and bare)
             if (lists := split.prompts.get(self.tasks[task].name)) is not None
             and lists.lengths[post]
         ]
         if self._row_per_task:
             return sorted(
-                [*answered, *(task for task in self._heads if all_tasks or labelled[task])]
+                [*decoded, *(task for task in self._heads if all_tasks or labelled[task])]
             )
-        return [-1] * bool(self._heads and (bare or labelled[self._heads].any())) + answered
+        return [-1] * bool(self._heads and (bare or labelled[self._heads].any())) + decoded
 
     def _row(self, split: TokenizedSplit, post: int, task: int) -> TokenRow:
         if post < 0:
             return self._filler
         return (
             split.prompt(post, self.tasks[task].name)
-            if task in self._answered
+            if task in self._decoded
             else split.rows(np.array([post]))[0]
         )
 
-    def _answer(self, split: TokenizedSplit, post: int, number: int) -> Sequence[int] | np.ndarray:
-        """Tokens that the decoder is taught in one row, none where nothing is."""
+    def _target_ids(
+        self, split: TokenizedSplit, post: int, number: int
+    ) -> Sequence[int] | np.ndarray:
+        """Target tokens of the decoder in one row; none where the row has no target."""
         task = self.tasks[number]
         if (
             post < 0
-            or number not in self._answered
+            or number not in self._decoded
             or (value := split.posts.labels[task.name][post]) is None
         ):
             return ()
-        return self._words[task.name][value] if task.label_words else split.answers[task.name][post]
+        return self._words[task.name][value] if task.label_words else split.targets[task.name][post]
 
 
-def _padded(rows: Sequence[Sequence[int] | np.ndarray], *, length: int, fill: int) -> Tensor:
+def _padded(rows: Sequence[Sequence[int] | np.ndarray], *, length: int, fill: int = 0) -> Tensor:
     """Rows of any length as one int64 tensor (B, L)."""
     padded = np.full((len(rows), length), fill, dtype=np.int64)
     for number, row in enumerate(rows):

@@ -65,7 +65,7 @@ def limited(posts: PostSplit, *, count: int | None, seed: int) -> PostSplit:
 
 
 def shared_posts(posts: PostSplit, *, known: PostSplit) -> int:
-    """How many posts are in ``known`` too, by text, second text and picture; case and white space count as equal."""
+    """How many posts are in ``known`` too, by text, second text and image; case and white space count as equal."""
 
     def keys(split: PostSplit) -> list[tuple[str, str | None, bytes | str | None]]:
         columns = zip(split.texts, split.pairs, split.images, strict=True)
@@ -103,9 +103,9 @@ def load_corpus(
     cache_dir: Path | None = None,
     progress: bool = False,
 ) -> Corpus:
-    """Read every data set of a recipe; with pictures, every rank must call it.
+    """Read every data set of a recipe; with images, every rank must call it.
 
-    Tasks with equal path, format, subset, splits, text and picture columns share their posts. A
+    Tasks with equal path, format, subset, splits, text and image columns share their posts. A
     data set without a validation split gives up a part of its training posts, stratified by label.
     Training posts without any label are left out. The same recipe gives the same corpus on every
     machine.
@@ -113,10 +113,9 @@ def load_corpus(
     Args:
         recipe: the recipe, with local paths (``comoe.starter.registry.resolve``).
         report: is filled and returned within the corpus; a new one by default.
-        with_images: look at all pictures and keep where they are; else no post has one, and no
-            picture is looked at.
-        cache_dir: where is remembered which pictures are good; None remembers nothing.
-        progress: show a bar while pictures are looked at.
+        with_images: check all images and keep their sources; else no post has an image.
+        cache_dir: folder of the results of image checks; None keeps none.
+        progress: show a bar while images are checked.
 
     Raises:
         ValueError: a data set, file, column or label that is missing or wrong; a bad row under
@@ -126,32 +125,20 @@ def load_corpus(
     groups = groups_of(recipe)
     names = tuple(group.name for group in groups)
     parts: dict[str, list[PostSplit]] = {split: [] for split in PART_NAMES}
-    pictures = (
-        ImageReader(recipe.data, report, cache_dir=cache_dir, progress=progress)
-        if with_images
-        else None
-    )
+    reader = None
+    if with_images:
+        reader = ImageReader(recipe.data, report, cache_dir=cache_dir, progress=progress)
     for group in groups:
         read_group(group, with_images=with_images)
     check_extra_columns(groups, recipe)
     for number, group in enumerate(groups):
-        splits = _parse(group, number, recipe=recipe, names=names, report=report, pictures=pictures)
+        splits = _parse(group, number, recipe=recipe, names=names, report=report, reader=reader)
         splits = part_off(group, splits, report)
         splits = _with_labels_only(group, splits, report)
         splits = _with_validation(group, splits, recipe=recipe, report=report)
         splits = _limited(group, splits, recipe=recipe)
-        _warn_of_repeats(group, splits, report)
-        report.posts[group.name] = {
-            split: len(splits[split]) for split in PART_NAMES if split in splits
-        }
-        if with_images:
-            counts = {
-                split: sum(image is not None for image in posts.images)
-                for split, posts in splits.items()
-            }
-            report.pictures[group.name] = {
-                split: counts[split] for split in PART_NAMES if split in counts
-            }
+        splits = {split: splits[split] for split in PART_NAMES if split in splits}
+        _count_posts(group, splits, report, with_images=with_images)
         for split, posts in splits.items():
             parts[split].append(posts)
     joined = {split: PostSplit.join(found) for split, found in parts.items() if found}
@@ -170,10 +157,10 @@ def _parse(
     recipe: Recipe,
     names: tuple[str, ...],
     report: DataReport,
-    pictures: ImageReader | None,
+    reader: ImageReader | None,
 ) -> _Splits:
     """Rows to posts with parsed labels; bad rows stop the run or are set aside."""
-    reader = RowReader(
+    rows = RowReader(
         group.tasks,
         group.labels,
         max_characters=recipe.data.max_characters,
@@ -184,14 +171,14 @@ def _parse(
     splits = {}
     for split, raw in group.raw.items():
         posts = settle(
-            read_rows(raw, reader.read),
+            read_rows(raw, rows.read),
             file=raw.file,
             skip=recipe.data.on_error == "skip",
             option="data.on_error=skip",
             report=report,
         )
-        if pictures is not None and column is not None:
-            posts = pictures.read(posts, column=column)
+        if reader is not None and column is not None:
+            posts = reader.read(posts, column=column)
         else:
             posts = [replace(post, image=None) for post in posts]
         splits[split] = PostSplit.from_posts(
@@ -206,13 +193,13 @@ def _parse(
         )
     report.warnings += [
         f"task {task}: {count:,} posts of {group.name} have no such label, because it does not fit their words"
-        for task, count in reader.unfit.items()
+        for task, count in rows.unfit.items()
     ]
     return splits
 
 
 def _with_labels_only(group: Group, splits: _Splits, report: DataReport) -> _Splits:
-    """Training posts that no task has a label for teach nothing and are left out."""
+    """Training posts that no task has a label for are left out."""
     columns = [splits["train"].labels[task] for task in group.tasks]
     useful = np.flatnonzero(
         [any(value is not None for value in values) for values in zip(*columns, strict=True)]
@@ -280,12 +267,18 @@ def _limited(group: Group, splits: _Splits, *, recipe: Recipe) -> _Splits:
     }
 
 
-def _warn_of_repeats(group: Group, splits: _Splits, report: DataReport) -> None:
-    """Posts to be scored on that are training posts as well."""
+def _count_posts(group: Group, splits: _Splits, report: DataReport, *, with_images: bool) -> None:
+    """Note posts and images of each split; warn of evaluation posts that are training posts too."""
+    report.posts[group.name] = {split: len(posts) for split, posts in splits.items()}
+    if with_images:
+        report.images[group.name] = {
+            split: sum(image is not None for image in posts.images)
+            for split, posts in splits.items()
+        }
     for split in PART_NAMES[1:]:
         repeated = shared_posts(splits[split], known=splits["train"]) if split in splits else 0
         if repeated:
             report.warnings.append(
                 f"data set {group.name}: {repeated:,} of {len(splits[split]):,} {split} posts have the text of a "
-                "training post; their scores flatter the model"
+                "training post; their scores are too high"
             )

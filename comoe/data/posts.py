@@ -47,7 +47,7 @@ class Post:
 
 @dataclass(frozen=True, slots=True)
 class PostSplit:
-    """One split of all data sets, one entry per post. Texts are raw: cleaning belongs to tokenisation."""
+    """One split of all data sets, one entry per post. Texts are raw: cleaning belongs to tokenization."""
 
     texts: Sequence[str]
     """The post; for a post given as words, the words joined by blanks."""
@@ -66,7 +66,7 @@ class PostSplit:
     origins: Sequence[str]
     """"file:line" of each post, for messages."""
     images: Sequence[bytes | str | None]
-    """The picture: the bytes of its file, or the file's path; None where a post has none."""
+    """The image: the bytes of its file, or the file's path; None where a post has none."""
     columns: Mapping[str, Sequence[str | None]] = field(default_factory=dict)
     """Further columns that the recipe asks for, as text (true, 3, a name); None where a post has no
     such cell."""
@@ -163,7 +163,7 @@ def unlabelled_posts(
 
 
 def hidden(posts: PostSplit, what: str) -> PostSplit:
-    """The posts as the model is to see them: ``data.hide`` takes all texts, or all pictures, away.
+    """The posts as the model is to see them: ``data.hide`` takes all texts, or all images, away.
 
     Raises:
         ValueError: hidden texts of posts given as words, whose tags would

@@ -27,7 +27,7 @@ class BadRow:
     rule: str
     """What is wrong, in words."""
     reason: str = "row"
-    """What to count it by: row, or ``picture:`` and a word or two."""
+    """What to count it by: row, or ``image:`` and a word or two."""
 
     def __str__(self) -> str:
         return f"{self.file}:{self.line}: {self.rule} Found: {shorten(self.value)}."
@@ -39,8 +39,8 @@ class DataReport:
 
     posts: dict[str, dict[str, int]] = field(default_factory=dict)
     """Data set -> split -> usable posts."""
-    pictures: dict[str, dict[str, int]] = field(default_factory=dict)
-    """Data set -> split -> usable posts with a picture; empty where none are read."""
+    images: dict[str, dict[str, int]] = field(default_factory=dict)
+    """Data set -> split -> usable posts with an image; empty where none are read."""
     labels: dict[str, dict[str, dict[str, int]]] = field(default_factory=dict)
     """Task -> split -> label -> posts (words, for tags) that have it; a task of numbers has one
     entry, ``labelled``."""
@@ -50,15 +50,15 @@ class DataReport:
     """Those of them whose ``confidence_strategy`` is none."""
     set_aside: list[BadRow] = field(default_factory=list)
     """Rows left out under ``data.on_error: skip`` or ``data.on_bad_image: skip``."""
-    without_picture: list[BadRow] = field(default_factory=list)
-    """Rows kept without their bad picture under ``data.on_bad_image: text``."""
+    without_image: list[BadRow] = field(default_factory=list)
+    """Rows kept without their bad image under ``data.on_bad_image: text``."""
     truncated: dict[str, tuple[int, int]] = field(default_factory=dict)
     """Split -> (posts cut to ``data.max_length``, labelled words lost by that)."""
     prompts_cut: dict[str, dict[str, tuple[int, int]]] = field(default_factory=dict)
-    """Split -> task that a decoder answers -> (prompts that lost part of their post, all of its
+    """Split -> task in decoder mode -> (prompts that lost part of their post, all of its
     prompts)."""
-    answers_cut: dict[str, dict[str, int]] = field(default_factory=dict)
-    """Split -> task of free text -> answers cut to its ``max_answer_length``."""
+    targets_cut: dict[str, dict[str, int]] = field(default_factory=dict)
+    """Split -> task of free text -> targets cut to its ``max_answer_length``."""
     notes: list[str] = field(default_factory=list)
     """What was decided on the user's behalf."""
     warnings: list[str] = field(default_factory=list)
@@ -72,9 +72,9 @@ class DataReport:
             for name, splits in self.posts.items()
         ]
         lines += [
-            f"pictures of {name}: "
+            f"images of {name}: "
             + ", ".join(f"{count:,} {split}" for split, count in splits.items())
-            for name, splits in self.pictures.items()
+            for name, splits in self.images.items()
         ]
         for task, splits in self.labels.items():
             for split, counts in splits.items():
@@ -99,12 +99,12 @@ class DataReport:
             for task, (cut, count) in counts.items()
         ]
         lines += [
-            f"{split}: {count:,} answers cut to tasks.{task}.max_answer_length"
-            for split, counts in self.answers_cut.items()
+            f"{split}: {count:,} targets cut to tasks.{task}.max_answer_length"
+            for split, counts in self.targets_cut.items()
             for task, count in counts.items()
         ]
         lines += _listed("set aside", self.set_aside, all_in)
-        lines += _listed("kept without their picture", self.without_picture, all_in)
+        lines += _listed("kept without their image", self.without_image, all_in)
         return lines + self.notes + [f"warning: {warning}" for warning in self.warnings]
 
     def rows(self) -> list[dict[str, Any]]:
@@ -118,7 +118,7 @@ class DataReport:
                 "value": shorten(row.value),
                 "kept": kept,
             }
-            for kept, rows in ((False, self.set_aside), (True, self.without_picture))
+            for kept, rows in ((False, self.set_aside), (True, self.without_image))
             for row in rows
         ]
 

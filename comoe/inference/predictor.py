@@ -232,17 +232,17 @@ class Predictor:
             if cut[post]:
                 answers[post]["truncated"] = True
             if split.posts.images[post] in lost:
-                answers[post]["image_error"] = f"the picture {lost[split.posts.images[post]]}"
+                answers[post]["image_error"] = f"the image {lost[split.posts.images[post]]}"
 
     def _located(self, cell: Any, root: Path | None, answer: dict[str, Any]) -> bytes | str | None:
         """Where a picture is; what is wrong with it goes into the answer."""
         try:
             found = locate_image(cell, root=None if root is None else root.resolve())
         except BadImage as error:
-            answer["image_error"] = f"the picture {error.rule}"
+            answer["image_error"] = f"the image {error.rule}"
             return None
         if found is not None and self.collator.pixels is None:
-            raise ValueError("this model reads no pictures; leave images out.")
+            raise ValueError("this model reads no images; leave images out.")
         return found
 
     def _words_of(self, text: str, row: TokenRow) -> dict[int, str]:

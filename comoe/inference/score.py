@@ -102,7 +102,7 @@ def score(
         chosen,
         len(split),
         tuple(report.set_aside),
-        tuple(report.without_picture),
+        tuple(report.without_image),
         unfit,
     )
 

@@ -346,7 +346,7 @@ _MODES: dict[Mode, Callable[..., Any]] = {
 
 def count_units(batch: Batch, tasks: Sequence[Task]) -> Tensor:
     """What each task's mean is divided by, then what the means at ``DOMAINS``, ``TOKENS`` and
-    ``ANSWER_TOKENS`` are, in one micro-batch: (T + 3,), float64.
+    ``TARGET_TOKENS`` are, in one micro-batch: (T + 3,), float64.
 
     Sum it over the micro-steps of a rank, then over ranks, then pass it to ``unit_scale``. The
     tokens of a filler row do not count. A post counts whole, whatever its confidence.
@@ -355,8 +355,8 @@ def count_units(batch: Batch, tasks: Sequence[Task]) -> Tensor:
     real_B = batch.row_ids_B >= 0
     tokens = batch.attention_mask_BL[real_B].sum(dtype=torch.float64)
     targets = torch.zeros_like(tokens)
-    if batch.answers_BD is not None:
-        targets = (batch.answers_BD[real_B] != IGNORED).sum(dtype=torch.float64)
+    if batch.target_ids_BD is not None:
+        targets = (batch.target_ids_BD[real_B] != IGNORED).sum(dtype=torch.float64)
     return torch.stack([*units, count_domains(batch), tokens, targets])
 
 

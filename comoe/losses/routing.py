@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from comoe.distributed import sum_over_ranks, sum_with_gradient
-from comoe.types import ANSWER_TOKENS, TOKENS, Batch, ModelOutput, Routing, labelled_rows
+from comoe.types import TARGET_TOKENS, TOKENS, Batch, ModelOutput, Routing, labelled_rows
 
 
 class RunningSums:
@@ -101,7 +101,7 @@ def scales_of(output: ModelOutput, batch: Batch) -> list[Tensor]:
     """Per routing the factor that makes a sum over its tokens this micro-step's share of a mean over the step's."""
     own = len(output.routings) - output.num_answer_layers
     scales = batch.unit_scale_T
-    return [scales[TOKENS]] * own + [scales[ANSWER_TOKENS]] * output.num_answer_layers
+    return [scales[TOKENS]] * own + [scales[TARGET_TOKENS]] * output.num_answer_layers
 
 
 class ZLoss:

@@ -108,7 +108,7 @@ class TaskDecoder:
             selected: decoder layer -> experts that an earlier pass over the same batch selected.
         """
         tasks_B = batch.task_ids_B
-        wanted_BD = self._of(tasks_B, batch.answers_BD, [*self.label_tasks, *self.text_tasks])
+        wanted_BD = self._of(tasks_B, batch.target_ids_BD, [*self.label_tasks, *self.text_tasks])
         rows_R = _with_tokens(wanted_BD)
         scored = self._score(
             states_BLM, batch.attention_mask_BL, tasks_B, rows_R, wanted_BD[rows_R], selected
@@ -129,7 +129,7 @@ class TaskDecoder:
         logits: dict[str, Tensor] = {}
         passes = []
         if self.text_tasks:
-            wanted_BD = self._of(tasks_B, batch.answers_BD, self.text_tasks)
+            wanted_BD = self._of(tasks_B, batch.target_ids_BD, self.text_tasks)
             rows_R = _with_tokens(wanted_BD)
             passes.append(self._score(states_BLM, mask_BL, tasks_B, rows_R, wanted_BD[rows_R]))
             own_B = _spread(passes[0].log_probabilities_N, rows_R, len(tasks_B))
@@ -158,10 +158,12 @@ class TaskDecoder:
         rows_S = torch.cat([one.rows_S for one in passes])
         return DecoderOutput(logits, routings, rows_S, (), generated)
 
-    def _of(self, tasks_B: Tensor, answers_BD: Tensor, tasks: Sequence[tuple[int, Task]]) -> Tensor:
+    def _of(
+        self, tasks_B: Tensor, target_ids_BD: Tensor, tasks: Sequence[tuple[int, Task]]
+    ) -> Tensor:
         """The texts of the rows of some tasks; IGNORED elsewhere."""
         numbers = torch.tensor([number for number, _ in tasks], device=tasks_B.device)
-        return torch.where(torch.isin(tasks_B, numbers)[:, None], answers_BD, IGNORED)
+        return torch.where(torch.isin(tasks_B, numbers)[:, None], target_ids_BD, IGNORED)
 
     def _score_labels(
         self, states_BLM: Tensor, batch: Batch, group: int, logits: dict[str, Tensor]
@@ -246,7 +248,7 @@ class TaskDecoder:
     def _generate(
         self, states_BLM: Tensor, mask_BL: Tensor, tasks_B: Tensor, number: int, task: Task
     ) -> Tensor:
-        """Token ids (B, D) of the rows of one task, end sign included, IGNORED behind it and elsewhere."""
+        """Token ids (B, D) of the rows of one task, end token included, IGNORED behind it and elsewhere."""
         mine_R = (tasks_B == number).nonzero().squeeze(1)
         together = self._lies_on_ranks()
         if not len(mine_R) and not together:
@@ -302,7 +304,7 @@ class TaskDecoder:
         return None if self.embed is None else self.embed(tasks_N.clamp_min(0))
 
     def _without_end(self, texts_BD: Tensor) -> Tensor:
-        """Token ids as ``ModelOutput`` has them: -1 from the end sign on."""
+        """Token ids as ``ModelOutput`` has them: -1 from the end token on."""
         ends_BD = torch.isin(texts_BD, torch.tensor(self.ends, device=texts_BD.device))
         return torch.where(ends_BD | (texts_BD == IGNORED), -1, texts_BD)
 

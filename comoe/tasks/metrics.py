@@ -42,7 +42,7 @@ _UNSPACED = re.compile(
 )
 
 
-def answer_words(text: str) -> list[str]:
+def text_words(text: str) -> list[str]:
     """The words of an answer that count when two answers are compared.
 
     Without upper case, punctuation, articles and white space, as SQuAD's scorer has it (Rajpurkar
@@ -61,14 +61,14 @@ def answer_words(text: str) -> list[str]:
 
 
 def exact_match(gold: Sequence[str], predicted: Sequence[str], labels: Sequence[str] = ()) -> float:
-    """Share of answers whose words are those wanted, in their order, 0 to 1; words as in ``answer_words``."""
+    """Share of answers whose words are those wanted, in their order, 0 to 1; words as in ``text_words``."""
     return _mean([_equal(a, b) for a, b in zip(gold, predicted, strict=True)])
 
 
 def token_f1(gold: Sequence[str], predicted: Sequence[str], labels: Sequence[str] = ()) -> float:
     """Mean over posts of the F1 between the wanted and the written bag of words, 0 to 1; two empty ones agree: 1.
 
-    Source: SQuAD's scorer, arXiv:1606.05250; words as in ``answer_words``.
+    Source: SQuAD's scorer, arXiv:1606.05250; words as in ``text_words``.
     """
     return _mean([_overlap(a, b) for a, b in zip(gold, predicted, strict=True)])
 
@@ -77,7 +77,7 @@ def rouge_l(gold: Sequence[str], predicted: Sequence[str], labels: Sequence[str]
     """Mean over posts of ROUGE-L, 0 to 1: the F1 by the longest common subsequence of words; two empty ones have 0.
 
     As the package rouge-score computes it, whose own tokenizer keeps ASCII letters alone; here
-    words are those of ``answer_words``, so that other languages count, and nothing is stemmed.
+    words are those of ``text_words``, so that other languages count, and nothing is stemmed.
 
     Source: Lin 2004, ROUGE.
     """
@@ -87,19 +87,19 @@ def rouge_l(gold: Sequence[str], predicted: Sequence[str], labels: Sequence[str]
 # Intervals of a comparison measure the same answers a thousand times over.
 @functools.lru_cache(maxsize=CACHED)
 def _equal(gold: str, predicted: str) -> float:
-    return float(answer_words(gold) == answer_words(predicted))
+    return float(text_words(gold) == text_words(predicted))
 
 
 @functools.lru_cache(maxsize=CACHED)
 def _overlap(gold: str, predicted: str) -> float:
-    wanted, written = answer_words(gold), answer_words(predicted)
+    wanted, written = text_words(gold), text_words(predicted)
     common = (Counter(wanted) & Counter(written)).total()
     return 2 * common / (len(wanted) + len(written)) if wanted or written else 1.0
 
 
 @functools.lru_cache(maxsize=CACHED)
 def _common_sequence(gold: str, predicted: str) -> float:
-    wanted, written = answer_words(gold), answer_words(predicted)
+    wanted, written = text_words(gold), text_words(predicted)
     # One row of the table of dynamic programming: longest[j] is for the words so far and written[:j].
     longest = [0] * (len(written) + 1)
     for word in wanted:

@@ -60,7 +60,7 @@ class Task:
     label_words: tuple[str, ...] = ()
     """Words that the decoder scores, one text per label; empty for other kinds."""
     max_answer_length: int = 32
-    """Most tokens of a text that the decoder writes, its end sign included."""
+    """Most tokens of a text that the decoder writes, its end token included."""
     num_beams: int = 1
     """Beams of its search; 1 is greedy."""
 

@@ -90,7 +90,7 @@ def seen_by_the_decoder(train: TokenizedSplit, tokenizer: Any) -> Seen:
         answer = (
             label_tokens(tokenizer, task)[value]
             if task.label_words
-            else train.answers[task.name][row].tolist()
+            else train.targets[task.name][row].tolist()
         )
         return tokenizer.decode(answer), tokenizer.decode(train.prompts[task.name][row].tolist())
 
@@ -102,7 +102,7 @@ def sample_lines(
 ) -> list[str]:
     """The first labelled posts of a task, cleaned as the encoder will see them, each after its label.
 
-    Where a decoder answers, its own words, end sign included, and the prompt with the post in it.
+    Where a decoder answers, its own words, end token included, and the prompt with the post in it.
 
     Args:
         task: whose labels are shown.

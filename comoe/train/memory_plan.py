@@ -503,11 +503,11 @@ def _row_tokens(model: MultiTaskModel, train: TokenizedSplit, *, by_task: bool) 
         asked += float(mine.mean())
         prompts += float((mine * train.prompts[task.name].lengths).mean())
         if task.label_words:
-            # About two tokens a word, and an end sign; the collator knows them exactly.
+            # About two tokens a word, and an end token; the collator knows them exactly.
             words = max(len(words.split()) for words in task.label_words)
             answers += float(mine.mean()) * (2 * words + 1)
         else:
-            answers += float((mine * train.answers[task.name].lengths).mean())
+            answers += float((mine * train.targets[task.name].lengths).mean())
     return RowTokens(read + prompts, prompts, answers, float(own.mean()) + asked)
 
 

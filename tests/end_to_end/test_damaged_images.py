@@ -89,12 +89,12 @@ def test_a_run_with_many_damaged_images_ends_well_and_names_each(
     )
 
     assert done.code == 0, done.said
-    assert f"set aside: {count} rows" in done.out and "  picture: too many pixels: 20" in done.out
+    assert f"set aside: {count} rows" in done.out and "  image: too many pixels: 20" in done.out
     listed = {row["line"]: row for row in read_lines(runs / "damaged" / "set_aside.jsonl")}
     assert sorted(listed) == list(range(1, count + 1))
     for line, (cell, reason, words) in enumerate(damaged, start=1):
         row = listed[line]
-        assert (row["reason"], words in row["rule"]) == (f"picture: {reason}", True), (cell, row)
+        assert (row["reason"], words in row["rule"]) == (f"image: {reason}", True), (cell, row)
         assert row["file"] == str(posts) and not row["kept"]
     results = json.loads((runs / "damaged" / "results.json").read_text(encoding="utf-8"))
     assert sum(results["data"]["posts"]["posts"].values()) == GOOD + len(unusual()) + 20

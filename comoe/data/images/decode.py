@@ -1,4 +1,4 @@
-"""Pictures of posts, as strangers send them: found, read and decoded within limits, or refused with one sentence.
+"""Images of posts, as strangers send them: found, read and decoded within limits, or refused with one sentence.
 
 Only the readers of ``FORMATS`` ever see a byte of a file. Size in bytes and, from the header, in
 pixels are looked at before anything is decoded.
@@ -29,11 +29,11 @@ VERSION = 2
 
 
 ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://|(?:about|blob|data|file|javascript):", re.IGNORECASE)
-"""How the address of a picture begins; any other colon may stand in the name of a file."""
+"""How the address of an image begins; any other colon may stand in the name of a file."""
 
 
 Source = bytes | str
-"""A picture: the bytes of its file, or the file's path."""
+"""An image: the bytes of its file, or the file's path."""
 
 
 # Our own limit, from the header, is lower or raised on purpose, and has a sentence of its own.
@@ -41,7 +41,7 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 class BadImage(ValueError):
-    """A picture that cannot be used."""
+    """An image that cannot be used."""
 
     def __init__(self, reason: str, rule: str) -> None:
         super().__init__(rule)
@@ -53,7 +53,7 @@ class BadImage(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class ImageLimits:
-    """What a picture may take."""
+    """What an image may take."""
 
     max_bytes: int
     """Of its file."""
@@ -62,10 +62,10 @@ class ImageLimits:
 
 
 def locate_image(cell: Any, *, root: Path | None) -> Source | None:
-    """The picture that a cell of a data set means.
+    """The image that a cell of a data set means.
 
     Args:
-        cell: a path, the bytes of a file, a dict of both (``datasets`` stores pictures so), a
+        cell: a path, the bytes of a file, a dict of both (``datasets`` stores images so), a
             Pillow image, or nothing.
         root: resolved folder that paths start from and must not leave, not even by a link; None
             takes any path.
@@ -83,7 +83,7 @@ def locate_image(cell: Any, *, root: Path | None) -> Source | None:
     if cell is None or (isinstance(cell, float) and math.isnan(cell)):
         return None
     if isinstance(cell, (bytes, bytearray, memoryview)):
-        # No bytes at all are an empty file rather than no picture.
+        # No bytes at all are an empty file rather than no image.
         return bytes(cell)
     if isinstance(cell, Image.Image):
         return _as_png(cell)
@@ -91,7 +91,7 @@ def locate_image(cell: Any, *, root: Path | None) -> Source | None:
         name = type(cell).__name__
         article = "an" if name[0] in "aeiou" else "a"
         raise BadImage(
-            "wrong cell", f"holds {article} {name}; a picture is a path, or the bytes of its file."
+            "wrong cell", f"holds {article} {name}; an image is a path, or the bytes of its file."
         )
     text = os.fspath(cell)
     if not text.strip():
@@ -99,7 +99,7 @@ def locate_image(cell: Any, *, root: Path | None) -> Source | None:
     if ADDRESS.match(text):
         raise BadImage(
             "address",
-            "is an address, and nothing is fetched; download the picture and give its path.",
+            "is an address, and nothing is fetched; download the image and give its path.",
         )
     if "\x00" in text:
         raise BadImage("wrong cell", "has a NUL character in the path; correct it.")
@@ -111,24 +111,22 @@ def locate_image(cell: Any, *, root: Path | None) -> Source | None:
             "wrong cell", f"has a path that no file can have ({_in_words(error)}); correct it."
         ) from error
     if root is not None and not Path(path).is_relative_to(root):
-        raise BadImage(
-            "outside", f"leads out of the folder of the pictures, {root}; move it there."
-        )
+        raise BadImage("outside", f"leads out of the folder of the images, {root}; move it there.")
     return path
 
 
 def read_image(source: Source, limits: ImageLimits, *, at_least: int | None = None) -> Image.Image:
-    """Decode a picture: its first frame, upright as its camera says, RGB of 8 bits.
+    """Decode an image: its first frame, upright as its camera says, RGB of 8 bits.
 
-    Transparent parts become white; 16-bit greys are scaled to 8 bits.
+    Transparent parts become white; 16-bit grays are scaled to 8 bits.
 
     Args:
         source: what ``locate_image`` gave.
-        limits: of file and picture.
+        limits: of file and image.
         at_least: pixels of the short side that are wanted in the end. A JPEG may then come out 2, 4
             or 8 times smaller than it is, which takes a fraction of the time, as long as its short
             side keeps twice as many. Scaled to its last size it differs slightly from the whole
-            picture scaled to it. None decodes the whole.
+            image scaled to it. None decodes the whole.
 
     Raises:
         BadImage: it cannot be used, and why.
@@ -160,12 +158,12 @@ def read_image(source: Source, limits: ImageLimits, *, at_least: int | None = No
 
 
 def is_animated(source: Source) -> bool:
-    """Whether a picture that ``read_image`` takes has more frames than the one that is read."""
+    """Whether an image that ``read_image`` takes has more frames than the one that is read."""
     try:
         with Image.open(
             io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS
         ) as image:
-            # A JPEG of several pictures is a photograph with its previews.
+            # A JPEG of several images is a photograph with its previews.
             return image.format in ("GIF", "WEBP", "PNG") and bool(
                 getattr(image, "is_animated", False)
             )
@@ -177,8 +175,8 @@ def _as_png(image: Image.Image) -> bytes:
     """A Pillow image as the bytes of a file; it may only now be decoded."""
     try:
         buffer = io.BytesIO()
-        # Pillow's way from deep greys to RGBA would cut them off.
-        (_from_deep_grey(image) if _is_deep_grey(image) else image.convert("RGBA")).save(
+        # Pillow's way from deep grays to RGBA would cut them off.
+        (_from_deep_gray(image) if _is_deep_gray(image) else image.convert("RGBA")).save(
             buffer, "PNG"
         )
         return buffer.getvalue()
@@ -212,7 +210,7 @@ def _read_bytes(source: Source, limit: int) -> bytes:
     else:
         data = source
     if not data:
-        raise BadImage("empty", "is an empty file; give the picture, or leave the cell empty.")
+        raise BadImage("empty", "is an empty file; give the image, or leave the cell empty.")
     if len(data) > limit:
         raise BadImage("too many bytes", _too_large(len(data), limit))
     return data
@@ -234,7 +232,7 @@ def _too_large(size: int, limit: int) -> str:
 
 
 def _webp_size(data: bytes) -> tuple[int, int] | None:
-    """Width and height of a WebP file: its reader asks for the memory of the whole picture while it is opened."""
+    """Width and height of a WebP file: its reader asks for the memory of the whole image while it is opened."""
     if data[:4] != b"RIFF" or data[8:12] != b"WEBP" or len(data) < 30:
         return None
     if data[12:16] == b"VP8X":
@@ -247,16 +245,16 @@ def _webp_size(data: bytes) -> tuple[int, int] | None:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """The picture turned as its EXIF orientation says; broken EXIF turns nothing."""
+    """The image turned as its EXIF orientation says; broken EXIF turns nothing."""
     try:
         return ImageOps.exif_transpose(image)
-    except Exception:  # whatever the notes of a camera hold, the picture itself was decoded
+    except Exception:  # whatever the notes of a camera hold, the image itself was decoded
         return image
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:
-    if _is_deep_grey(image):
-        return _from_deep_grey(image)
+    if _is_deep_gray(image):
+        return _from_deep_gray(image)
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
@@ -264,11 +262,11 @@ def _as_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _is_deep_grey(image: Image.Image) -> bool:
+def _is_deep_gray(image: Image.Image) -> bool:
     return image.mode.startswith(("I", "F"))
 
 
-def _from_deep_grey(image: Image.Image) -> Image.Image:
+def _from_deep_gray(image: Image.Image) -> Image.Image:
     """Greys of 16 bits (or more, or fractions) as RGB; Pillow itself would cut them off at 255.
 
     Whole numbers go up to 65,535. Fractions do not say where white is: the first of 1, 255 and

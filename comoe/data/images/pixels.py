@@ -1,4 +1,4 @@
-"""Pictures to the numbers that a vision tower reads, all of one height and width."""
+"""Images to the numbers that a vision tower reads, all of one height and width."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from transformers import AutoConfig, AutoImageProcessor, ViTImageProcessorPil
 from comoe.data.images.decode import BadImage, ImageLimits, Source, read_image
 
 THREADS = min(4, os.cpu_count() or 1)
-"""Pictures prepared at the same time."""
+"""Images prepared at the same time."""
 
 
 NARROWEST = 16
-"""Of a picture that is longer than this many times its width, only the middle is read: processors
+"""Of an image that is longer than this many times its width, only the middle is read: processors
 that scale the short side would blow it up to any size."""
 
 
@@ -36,14 +36,14 @@ DEFAULT_SIZE = 224
 class ImageProcessor:
     """A Hugging Face image processor without torchvision, whose answers all have one shape.
 
-    One that keeps the proportions of pictures (ViLT) gets them as squares.
+    One that keeps the proportions of images (ViLT) gets them as squares.
 
     Args:
         inner: the processor.
         side: height and width of those squares.
 
     Raises:
-        ValueError: its answer to a picture is not (3, H, W).
+        ValueError: its answer to an image is not (3, H, W).
     """
 
     def __init__(self, inner: Any, *, side: int) -> None:
@@ -55,18 +55,18 @@ class ImageProcessor:
         shape = self(_blank(side, side)).shape
         if len(shape) != 3 or shape[0] != 3:
             raise ValueError(
-                f"model.vision.tower: its image processor, {type(inner).__name__}, turns a picture into numbers of "
-                f"shape {shape}, not (3, height, width). Take a tower that reads whole pictures of one fixed "
+                f"model.vision.tower: its image processor, {type(inner).__name__}, turns an image into numbers of "
+                f"shape {shape}, not (3, height, width). Take a tower that reads whole images of one fixed "
                 "resolution; those that want patches or crops (NaFlex and the like) cannot be used."
             )
         self.shape: tuple[int, int, int] = shape
         """(3, H, W) of every answer."""
         self.short_side = side if self._squared else _short_side(inner, shape)
-        """Most pixels of a picture's short side that count: larger ones are scaled down to it. None
+        """Most pixels of an image's short side that count: larger ones are scaled down to it. None
         if not known."""
 
     def __call__(self, image: Image.Image) -> np.ndarray:
-        """Scale, crop and normalise an RGB picture: float32, shape (3, H, W)."""
+        """Scale, crop and normalize an RGB image: float32, shape (3, H, W)."""
         if self._squared:
             image = image.resize((self._side, self._side), Image.Resampling.BICUBIC)
         return self._run(_without_ends(image))
@@ -81,28 +81,28 @@ class ImageProcessor:
 
 
 class PixelReader:
-    """Reads pictures of a batch; a picture that cannot be read any more is left out and remembered.
+    """Reads images of a batch; an image that cannot be read any more is left out and remembered.
 
     Args:
         processor: from ``load_image_processor``.
-        limits: of file and picture.
+        limits: of file and image.
     """
 
     def __init__(self, processor: ImageProcessor, limits: ImageLimits) -> None:
         self.processor = processor
         self.limits = limits
         self.blank = np.zeros(processor.shape, dtype=np.float32)
-        """What stands for a picture where a batch has none."""
+        """What stands for an image where a batch has none."""
         self._pool: ThreadPoolExecutor | None = None
         self._at_least = processor.short_side
         self._lost: dict[Source, str] = {}
         self._lock = threading.Lock()
 
     def read(self, sources: Sequence[Source]) -> list[np.ndarray | None]:
-        """The numbers of each picture, float32, shape (3, H, W); None for one that went bad since it was checked.
+        """The numbers of each image, float32, shape (3, H, W); None for one that went bad since it was checked.
 
         Large JPEGs are decoded smaller, see ``read_image``: the numbers may differ slightly from
-        what the processor makes of the whole picture.
+        what the processor makes of the whole image.
         """
         if len(sources) < 2:
             return [self._read(source) for source in sources]
@@ -111,11 +111,11 @@ class PixelReader:
     def collate(self, images_B: Sequence[Source | None]) -> tuple[Tensor, Tensor, Tensor | None]:
         """``pixels_I3HW``, ``image_rows_I`` and ``image_numbers_I`` of a ``Batch``.
 
-        A picture that several rows have (a row per task) is there once. Where there is none a blank
+        An image that several rows have (a row per task) is there once. Where there is none a blank
         one of row -1 is.
 
         Args:
-            images_B: picture of each row.
+            images_B: image of each row.
         """
         different = list(dict.fromkeys(source for source in images_B if source is not None))
         made = {
@@ -132,7 +132,7 @@ class PixelReader:
         return pixels, torch.tensor(rows or [-1], dtype=torch.int64), numbers
 
     def take_lost(self) -> dict[Source, str]:
-        """Pictures that went bad since the last call, and why; called from any thread."""
+        """Images that went bad since the last call, and why; called from any thread."""
         with self._lock:
             lost, self._lost = self._lost, {}
         return lost
@@ -157,7 +157,7 @@ class PixelReader:
 def load_image_processor(name: str, *, trust_remote_code: bool = False) -> ImageProcessor:
     """The image processor of a vision tower, or of a model of both sides; Pillow does the work, never torchvision.
 
-    A folder without ``preprocessor_config.json`` gets pictures of its model's size, normalised to
+    A folder without ``preprocessor_config.json`` gets images of its model's size, normalized to
     -1 to 1.
 
     Args:
@@ -177,7 +177,7 @@ def load_image_processor(name: str, *, trust_remote_code: bool = False) -> Image
 
 
 def _plain_processor(name: str, *, trust_remote_code: bool, reason: Exception) -> Any:
-    """Scale and normalise, by what the model's configuration says of its pictures."""
+    """Scale and normalize, by what the model's configuration says of its images."""
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:

@@ -1,4 +1,4 @@
-"""Columns of second texts, labels and pictures: which ones a model was trained on, and which of an input to read."""
+"""Columns of second texts, labels and images: which ones a model was trained on, and which of an input to read."""
 
 from __future__ import annotations
 
@@ -66,10 +66,10 @@ def check_columns(raw: RawSplit, wanted: Mapping[str, str | None], *, hint: str 
 def choose_column(
     trained: str | None, *, asked: str | None, columns: Sequence[str] | None
 ) -> str | None:
-    """The picture column to read; says so on stderr where a model that reads pictures gets none.
+    """The image column to read; says so on stderr where a model that reads images gets none.
 
     Args:
-        trained: column of the training posts; None for a model that reads no pictures.
+        trained: column of the training posts; None for a model that reads no images.
         asked: the user's ``--image-column``; whether there is such a column is not looked at.
         columns: of the input; None for a file of texts alone.
 
@@ -78,12 +78,12 @@ def choose_column(
             model, has none.
 
     Raises:
-        ValueError: a column was asked for, and the model reads no pictures, or the input has no
+        ValueError: a column was asked for, and the model reads no images, or the input has no
             columns.
     """
     if asked is not None and trained is None:
         raise ValueError(
-            f"--image-column {asked}: this model reads no pictures; leave the option out."
+            f"--image-column {asked}: this model reads no images; leave the option out."
         )
     if asked is not None and columns is None:
         raise ValueError(
@@ -95,7 +95,7 @@ def choose_column(
     if found is None:
         there = "is a .txt" if columns is None else f"has {', '.join(columns)}"
         print(
-            f"this model reads pictures; the input has no column {trained}; it {there}: answering by the text alone "
+            f"this model reads images; the input has no column {trained}; it {there}: answering by the text alone "
             "(--image-column names another column)",
             file=sys.stderr,
         )

@@ -23,7 +23,7 @@ to stay random."""
 
 LENGTH_NOISE = 0.1
 """Lengths are scaled by up to this much before sorting, so that posts do not meet the same
-neighbours every epoch."""
+neighbors every epoch."""
 
 
 MAX_AUTO_MICRO_BATCH = 128

@@ -2,7 +2,7 @@
 
 What becomes of a post depends on its text, the kind of noise and the seed alone, so that two runs,
 whatever their other data sets and ranks, are scored on the same noisy posts. Second texts (targets,
-aspects) and pictures stay as they are.
+aspects) and images stay as they are.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _HASH_SIGN = re.compile(r"(?<!\w)[#\uff03](?=\w)|(?<=\w)[#\uff03](?!\w)")
 _ROWS = ("qwertyuiop", "asdfghjkl", "zxcvbnm")
 
 
-_NEIGHBOURS = {
+_KEYS_BESIDE = {
     letter: "".join(row[place + step] for step in (-1, 1) if 0 <= place + step < len(row))
     for row in _ROWS
     for place, letter in enumerate(row)
@@ -137,7 +137,7 @@ def _doubled(word: str, at: int, side: float) -> str:
 
 def _beside(word: str, at: int, side: float) -> str:
     letter = word[at]
-    keys = _NEIGHBOURS.get(letter.lower())
+    keys = _KEYS_BESIDE.get(letter.lower())
     if keys is None:
         return _doubled(word, at, side)
     key = keys[int(side * len(keys))]

@@ -1,4 +1,4 @@
-"""Cleaning of the text of a post before it is tokenised.
+"""Cleaning of the text of a post before it is tokenized.
 
 All presets are idempotent, so a model answers cleaned text as it answers raw text. A post that has
 any visible character never becomes empty.

@@ -1,4 +1,4 @@
-"""What an encoder-decoder reads and is taught: prompts filled with posts, answers, words of labels, as token ids."""
+"""Inputs and targets of an encoder-decoder as token ids: filled prompts, free texts, label words."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Values = dict[str, str]
 
 
 class Wording:
-    """Turns posts and answers into tokens for the tasks that a decoder answers.
+    """Turns posts and targets into tokens for the tasks in decoder mode.
 
     Args:
         tokenizer: a Hugging Face tokenizer.
@@ -47,11 +47,11 @@ class Wording:
         self._max_length = max_length
         self._normalize = normalize
         self._cache_dir = cache_dir
-        # Of a large vocabulary it takes a second.
+        # Takes a second for a large vocabulary.
         self._fingerprint = functools.cache(lambda: fingerprint(tokenizer))
 
     def prompts(self, posts: PostSplit, task: Task, *, asked: np.ndarray) -> TokenLists:
-        """The task's prompt, filled with each post that is asked for.
+        """The task's prompt, filled with each requested post.
 
         A prompt that is too long loses the end of {text}, and where nothing of it is left the end
         of {pair}; never a word of its own.
@@ -85,7 +85,7 @@ class Wording:
         return self._kept(lambda: self._fill(posts, parts, asked), settings, read, count=len(posts))
 
     def room(self, task: Task) -> int:
-        """Tokens of a row that the task's prompt, signs at its ends included, leaves for the post and its second text.
+        """Tokens of a row that the prompt, special tokens included, leaves for the post and its second text.
 
         Args:
             task: which has a prompt.
@@ -94,12 +94,12 @@ class Wording:
         empty, _ = _filled(prompt_parts(task.prompt), dict.fromkeys(FIELDS, ""))
         return self._max_length - len(_ids(self._tokenizer, [empty])[0])
 
-    def answers(self, texts: Sequence[str | None], task: Task) -> TokenLists:
-        """What the decoder is taught of a task of free text, end sign included; cut where it is too long.
+    def targets(self, texts: Sequence[str | None], task: Task) -> TokenLists:
+        """Target tokens of a task of free text, end token included; cut where they are too long.
 
         Args:
             texts: one per post, None without.
-            task: which says how long it may be.
+            task: has the limit, ``max_answer_length``.
         """
 
         def make() -> TokenLists:
@@ -108,7 +108,11 @@ class Wording:
             for start in range(0, len(present), CHUNK):
                 rows = present[start : start + CHUNK]
                 made.update(
-                    zip(rows, self._taught([str(texts[row]) for row in rows], task), strict=True)
+                    zip(
+                        rows,
+                        self._target_rows([str(texts[row]) for row in rows], task),
+                        strict=True,
+                    )
                 )
             return _lists([made.get(row) for row in range(len(texts))])
 
@@ -149,12 +153,12 @@ class Wording:
             else normalize_post(text, self._normalize)
         )
 
-    def _taught(self, texts: list[str], task: Task) -> Iterator[tuple[list[int], bool]]:
-        """(tokens of an answer, whether it was cut) of each text."""
+    def _target_rows(self, texts: list[str], task: Task) -> Iterator[tuple[list[int], bool]]:
+        """(target tokens, whether they were cut) of each text."""
         whole = _target_ids(self._tokenizer, texts)
         long = [row for row, ids in enumerate(whole) if len(ids) > task.max_answer_length]
         limits = {"truncation": True, "max_length": task.max_answer_length}
-        # The tokenizer cuts before it puts the end sign there.
+        # The tokenizer cuts before it adds the end token.
         cut = dict(
             zip(
                 long,
@@ -166,7 +170,7 @@ class Wording:
 
 
 def label_tokens(tokenizer: Any, task: Task) -> list[list[int]]:
-    """Token ids of each label's words, end sign included.
+    """Token ids of each label's words, end token included.
 
     Raises:
         ValueError: words that the tokenizer does not know, or two labels whose words are the same
@@ -178,7 +182,7 @@ def label_tokens(tokenizer: Any, task: Task) -> list[list[int]]:
     ):
         if all(token in tokenizer.all_special_ids for token in ids):
             raise ValueError(
-                f"tasks.{task.name}.label_words: the tokenizer of model.encoder knows nothing of {words!r} (label "
+                f"tasks.{task.name}.label_words: the tokenizer of model.encoder has no token for {words!r} (label "
                 f"{label}); give words that it knows."
             )
         if (other := found.setdefault(tuple(ids), words)) != words:
@@ -189,19 +193,19 @@ def label_tokens(tokenizer: Any, task: Task) -> list[list[int]]:
     return [list(ids) for ids in found]
 
 
-def check_end_sign(tokenizer: Any, task: Task) -> None:
+def check_end_token(tokenizer: Any, task: Task) -> None:
     """Refuse a tokenizer that does not end texts as a decoder must.
 
     Raises:
-        ValueError: it has no end sign, or does not write it.
+        ValueError: it has no end token, or does not add it.
     """
     if (
         tokenizer.eos_token_id is None
         or tokenizer.eos_token_id not in _target_ids(tokenizer, ["a"])[0]
     ):
         raise ValueError(
-            f"tasks.{task.name} is of kind {task.kind}, whose answers need an end sign, but the tokenizer of "
-            f"model.encoder ({type(tokenizer).__name__}) writes none; choose an encoder-decoder such as T5 or BART."
+            f"tasks.{task.name} is of kind {task.kind}, whose targets need an end token, but the tokenizer of "
+            f"model.encoder ({type(tokenizer).__name__}) adds none; choose an encoder-decoder such as T5 or BART."
         )
 
 
@@ -210,7 +214,7 @@ def detokenize(ids_BD: Tensor, tokenizer: Any) -> list[str]:
 
     Args:
         ids_BD: as ``ModelOutput.generated`` has them, below 0 behind the end.
-        tokenizer: which knows their words.
+        tokenizer: of the model.
     """
     texts = (
         tokenizer.decode(
@@ -253,7 +257,7 @@ def _shortened(
     excess: int,
     total: int,
 ) -> Values:
-    """The values with one field shorter, by as many tokens as are too many; it may take another turn or two."""
+    """The values with one field shorter, by as many tokens as are too many; repeated until they fit."""
     field = next(name for name in FIELDS if values[name] and name in spans)
     text, begins = values[field], spans[field]
     drop = math.ceil(excess / len(begins))
@@ -285,7 +289,7 @@ def _encoded(
     made = tokenizer(texts, verbose=False)
     if not tokenizer.is_fast:
         return [(ids, None) for ids in made["input_ids"]]
-    # Added signs stand nowhere.
+    # Special tokens have no place in the text.
     return [(encoding.ids, encoding.offsets) for encoding in made.encodings]
 
 

@@ -1,4 +1,4 @@
-"""A split as tokens: what its posts give the heads to read, and the decoder to be asked and taught."""
+"""A split as tokens: rows of the heads, and prompts and targets of the decoder."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class TokenizedSplit:
     posts: PostSplit
     """The posts with their labels."""
     tokens: Tokens
-    """What the heads read of them; of no post any where no task has a head."""
+    """Rows of the heads; empty where no task has a head."""
     lengths: np.ndarray
     """Tokens of the longest row that a post has in a batch, int32, shape (N,)."""
     labelled: np.ndarray
@@ -38,14 +38,13 @@ class TokenizedSplit:
     words_cut: int
     """Labelled words that were cut off with the end of too long posts."""
     prompts: Mapping[str, TokenLists] = field(default_factory=dict)
-    """Task that a decoder answers -> what the encoder reads of the posts that it is asked about:
-    those with a label of it, and those without any label (which have the second text that the
-    prompt wants)."""
+    """Task in decoder mode -> filled prompts of the posts with a label of it, and of those
+    without any label (that have the second text the prompt needs)."""
     room: Mapping[str, int] = field(default_factory=dict)
-    """Task that a decoder answers -> tokens that its prompt leaves for the post and its second
+    """Task in decoder mode -> tokens that its prompt leaves for the post and its second
     text."""
-    answers: Mapping[str, TokenLists] = field(default_factory=dict)
-    """Task of free text -> what the decoder is taught of the posts that have one."""
+    targets: Mapping[str, TokenLists] = field(default_factory=dict)
+    """Task of free text -> target tokens of the posts that have a text."""
 
     def __len__(self) -> int:
         return len(self.posts)
@@ -79,7 +78,7 @@ class TokenizedSplit:
 
     @property
     def prompts_cut(self) -> dict[str, tuple[int, int]]:
-        """Task that a decoder answers -> (prompts that lost part of {text}, all); tasks without any are left out."""
+        """Task in decoder mode -> (prompts that lost part of {text}, all); tasks without any are left out."""
         cut = {name: int(lists.truncated.sum()) for name, lists in self.prompts.items()}
         return {
             name: (count, int((self.prompts[name].lengths > 0).sum()))
@@ -88,9 +87,9 @@ class TokenizedSplit:
         }
 
     @property
-    def answers_cut(self) -> dict[str, int]:
-        """Task of free text -> answers that were cut to ``max_answer_length``; tasks without any are left out."""
-        counts = {name: int(lists.truncated.sum()) for name, lists in self.answers.items()}
+    def targets_cut(self) -> dict[str, int]:
+        """Task of free text -> targets that were cut to ``max_answer_length``; tasks without any are left out."""
+        counts = {name: int(lists.truncated.sum()) for name, lists in self.targets.items()}
         return {name: count for name, count in counts.items() if count}
 
     def rows(self, indices: np.ndarray) -> list[TokenRow]:
@@ -104,7 +103,7 @@ class TokenizedSplit:
         ]
 
     def prompt(self, post: int, task: str) -> TokenRow:
-        """Tokens of one post as a decoder's task wants them; its words are not told apart."""
+        """Prompt tokens of one post for a task in decoder mode, without word ids."""
         ids = self.prompts[task][post]
         return TokenRow(
             ids, np.zeros(len(ids), dtype=np.int8), np.full(len(ids), -1, dtype=np.int32)
@@ -133,7 +132,7 @@ def tokenize_split(
     config: DataConfig,
     cache_dir: Path | None = None,
 ) -> TokenizedSplit:
-    """Clean and tokenise a split, once: later calls with the same posts and settings read the cache.
+    """Clean and tokenize a split, once: later calls with the same posts and settings read the cache.
 
     Args:
         split: raw posts.
@@ -184,10 +183,10 @@ def assemble_split(
         seen: as the model is to see them.
         tokens: of ``seen``, for the heads.
         tasks: all tasks.
-        wording: makes the prompts and answers.
+        wording: makes the prompts and targets.
         asked: tasks that the posts are for; None is all.
     """
-    # A hidden text is still shown beside predictions; a hidden picture must not be read.
+    # A hidden text is still shown beside predictions; a hidden image must not be read.
     posts = replace(posts, images=seen.images)
     labelled = np.zeros((len(posts), len(tasks)), dtype=bool)
     split = TokenizedSplit(
@@ -195,12 +194,12 @@ def assemble_split(
     )
     words_cut = sum(_mark_labelled(split, task, number) for number, task in enumerate(tasks))
     bare = ~labelled.any(axis=1)
-    prompts, answers, room = {}, {}, {}
+    prompts, targets, room = {}, {}, {}
     decoded = decoder_tasks(tasks)
     for number, task in decoded.items():
         if asked is not None and task not in asked:
             continue
-        # A post of another data set may have no second text to ask with.
+        # A post of another data set may lack the second text that the prompt needs.
         askable = (
             np.array([pair is not None for pair in posts.pairs])
             if wants_pair(task.prompt)
@@ -211,23 +210,23 @@ def assemble_split(
         )
         room[task.name] = wording.room(task)
         if not task.label_words:
-            answers[task.name] = wording.answers(posts.labels[task.name], task)
+            targets[task.name] = wording.targets(posts.labels[task.name], task)
     heads = [number for number in range(len(tasks)) if number not in decoded]
     read = labelled[:, heads].any(axis=1) | bare if heads else np.zeros(len(posts), dtype=bool)
     rows = [np.where(read, split.lengths, 0), *(lists.lengths for lists in prompts.values())]
     lengths = np.maximum(np.max(rows, axis=0), 1).astype(np.int32)
     return replace(
-        split, lengths=lengths, words_cut=words_cut, prompts=prompts, answers=answers, room=room
+        split, lengths=lengths, words_cut=words_cut, prompts=prompts, targets=targets, room=room
     )
 
 
 def report_cuts(splits: Mapping[str, TokenizedSplit], report: DataReport) -> None:
-    """Note what was cut off with the ends of posts, prompts and answers, and warn of prompts that leave no room."""
+    """Note cut posts, prompts and targets, and warn of prompts that leave little room."""
     report.truncated.update(
         {name: (split.truncated, split.words_cut) for name, split in splits.items()}
     )
     report.prompts_cut.update({name: split.prompts_cut for name, split in splits.items()})
-    report.answers_cut.update({name: split.answers_cut for name, split in splits.items()})
+    report.targets_cut.update({name: split.targets_cut for name, split in splits.items()})
     rooms = {task: room for split in splits.values() for task, room in split.room.items()}
     report.warnings.extend(
         f"tasks.{task}.prompt almost fills data.max_length (tokens left for the post: {room}); shorten it, or raise "
@@ -245,8 +244,8 @@ def target_of(split: TokenizedSplit, task: Task, post: int, row: TokenRow) -> An
     value = split.posts.labels[task.name][post]
     if value is None:
         return None
-    if task.name in split.answers:
-        return len(split.answers[task.name][post])
+    if task.name in split.targets:
+        return len(split.targets[task.name][post])
     return task.rules.at_tokens(value, row.word_ids, row.word_starts)
 
 

@@ -1,4 +1,4 @@
-"""Posts to tokens: tokenised once, kept flat in arrays, cached on disk."""
+"""Posts to tokens: tokenized once, kept flat in arrays, cached on disk."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Tokens:
 
 @dataclass(frozen=True, slots=True)
 class TokenLists:
-    """Token ids of N texts that need no more than that (prompts, answers), as in ``Tokens``; a text may be absent."""
+    """Token ids of N texts that need no more than that (prompts, targets), as in ``Tokens``; a text may be absent."""
 
     input_ids: np.ndarray
     """Token ids, int32."""
@@ -68,7 +68,7 @@ Stored = TypeVar("Stored", Tokens, TokenLists)
 def tokenize(
     posts: PostSplit, tokenizer: Any, *, max_length: int, normalize: NormalizeConfig | None
 ) -> Tokens:
-    """Clean and tokenise posts.
+    """Clean and tokenize posts.
 
     A text pair is the tokenizer's second segment; of too long a post the longer text is cut first.
     Posts given as words stay word by word: a word of which nothing is left becomes the unknown
@@ -104,7 +104,7 @@ def cached_tokens(
     normalize: NormalizeConfig | None,
     cache_dir: Path | None,
 ) -> Tokens:
-    """``tokenize``, read from ``cache_dir`` where the same posts were tokenised the same way before."""
+    """``tokenize``, read from ``cache_dir`` where the same posts were tokenized the same way before."""
 
     def make() -> Tokens:
         return tokenize(posts, tokenizer, max_length=max_length, normalize=normalize)
@@ -307,7 +307,7 @@ def fingerprint(tokenizer: Any) -> str:
     """Hash of the tokenizer's vocabulary and rules, whatever it was called with before."""
     if tokenizer.is_fast:
         rules = json.loads(tokenizer.backend_tokenizer.to_str())
-        # Every call leaves its settings in there.
+        # Every call stores its settings there.
         rules = {key: value for key, value in rules.items() if key not in ("truncation", "padding")}
     else:
         rules = {

@@ -26,7 +26,7 @@ ANSWERING = "comoe_answering"
 weights, so that an export, which has no other files of the model, answers alike."""
 
 
-ANSWER_TOKENS = (
+TARGET_TOKENS = (
     "decoder_start_token_id",
     "bos_token_id",
     "eos_token_id",
@@ -103,7 +103,7 @@ def _alone(model: nn.Module) -> nn.Module:
 
 def _found_answering(model: nn.Module) -> dict[str, Any]:
     settings, config = model.generation_config, model.config
-    found = {field: getattr(settings, field, None) for field in ANSWER_TOKENS}
+    found = {field: getattr(settings, field, None) for field in TARGET_TOKENS}
     found = {
         field: getattr(config, field, None) if value is None else value
         for field, value in found.items()
@@ -118,7 +118,7 @@ def _found_answering(model: nn.Module) -> dict[str, Any]:
 def _set_answering(model: nn.Module, answering: Mapping[str, Any]) -> None:
     setattr(model.config, ANSWERING, dict(answering))
     model.generation_config = GenerationConfig(
-        **{field: answering[field] for field in ANSWER_TOKENS}
+        **{field: answering[field] for field in TARGET_TOKENS}
     )
 
 

@@ -47,7 +47,7 @@ class GeneratedText(NamedTuple):
     own_log_probability: float
     """Of the text that the post wants, nats, summed over its tokens; 0 where it wants none."""
     log_probability: float
-    """Of the generated text, its end sign included."""
+    """Of the generated text, its end token included."""
     text: str
     """The generated text."""
 
@@ -71,7 +71,7 @@ class Text(Kind):
         return ", ".join(item for item in items if item) or None
 
     def units(self, targets: Tensor, task: TaskLike) -> Tensor:
-        """Tokens of the labelled rows' texts, end signs included."""
+        """Tokens of the labelled rows' texts, end tokens included."""
         return torch.where(self.labelled(targets), targets, 0).sum(dtype=torch.float64)
 
     def loss(

@@ -265,7 +265,7 @@ def test_a_tokenizer_in_pure_python_works_without_words() -> None:
         tokenized(posts_of(["a"], words=[["a"]]), tokenizer=tokenizer)
 
 
-def test_posts_are_cleaned_before_they_are_tokenised() -> None:
+def test_posts_are_cleaned_before_they_are_tokenized() -> None:
     tokenizer = wordpiece_tokenizer(["one"])
     split = tokenized(posts_of(["@Bob &amp; one"]), tokenizer=tokenizer)
     assert tokens_of(split, 0, tokenizer) == [
@@ -312,7 +312,7 @@ def test_prediction_sees_the_tokens_that_training_saw() -> None:
 
 
 class CountingTokenizer:
-    """Counts the posts that are tokenised."""
+    """Counts the posts that are tokenized."""
 
     def __init__(self, inner: Any) -> None:
         self._inner = inner

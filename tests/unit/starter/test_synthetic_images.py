@@ -16,7 +16,7 @@ from comoe.data.corpus import load_corpus
 from comoe.data.images.pixels import load_image_processor
 from comoe.starter.synthetic_images import (
     BLOCK,
-    COLOURS,
+    COLORS,
     LIGHTS,
     MOODS,
     NUMBERS,
@@ -25,7 +25,7 @@ from comoe.starter.synthetic_images import (
     Plan,
     build_drawn_posts,
     caption_words,
-    draw_picture,
+    draw_image,
     plan_posts,
 )
 from comoe.starter.synthetic_text import vocabulary
@@ -33,12 +33,12 @@ from comoe.starter.tiny_models import build_smoke_vision
 
 BOTH = ("contradiction", "sarcasm")
 SPARE = 2 * BLOCK
-"""Enough posts for one whole block of those with a picture."""
+"""Enough posts for one whole block of those with an image."""
 
 
 @pytest.fixture(scope="module")
 def block() -> list[Plan]:
-    """The first whole block of posts with pictures."""
+    """The first whole block of posts with images."""
     return [plan for plan in plan_posts(count=SPARE, seed=3) if plan.shape is not None][:BLOCK]
 
 
@@ -54,7 +54,7 @@ def caption(plan: Plan) -> object:
     return plan.mood, plan.topic, plan.claim
 
 
-def picture(plan: Plan) -> object:
+def image(plan: Plan) -> object:
     return plan.shape, plan.colour, plan.number, plan.light
 
 
@@ -63,16 +63,16 @@ def test_either_side_alone_is_exactly_at_chance_where_both_are_needed(
     block: list[Plan], task: str
 ) -> None:
     assert majority(block, task, caption) == 0.5
-    assert majority(block, task, picture) == 0.5
-    assert majority(block, task, lambda plan: (caption(plan), picture(plan))) == 1.0
+    assert majority(block, task, image) == 0.5
+    assert majority(block, task, lambda plan: (caption(plan), image(plan))) == 1.0
 
 
 @pytest.mark.parametrize("task", ["colour", "number", "light"])
-def test_the_picture_alone_tells_its_own_tasks_and_the_caption_does_not(
+def test_the_image_alone_tells_its_own_tasks_and_the_caption_does_not(
     block: list[Plan], task: str
 ) -> None:
-    assert majority(block, task, picture) == 1.0
-    about = {"colour": COLOURS, "number": NUMBERS, "light": LIGHTS}[task]
+    assert majority(block, task, image) == 1.0
+    about = {"colour": COLORS, "number": NUMBERS, "light": LIGHTS}[task]
     # A claim is true half of the time, which is more often than chance: so much the caption may
     # tell.
     ceiling = {"colour": (0.5 + 0.25) / 2, "number": (0.5 + 1 / 3) / 2, "light": 0.5}[task]
@@ -80,11 +80,11 @@ def test_the_picture_alone_tells_its_own_tasks_and_the_caption_does_not(
 
 
 @pytest.mark.parametrize("task", ["sentiment", "claim"])
-def test_the_caption_alone_tells_its_own_tasks_and_the_picture_does_not(
+def test_the_caption_alone_tells_its_own_tasks_and_the_image_does_not(
     block: list[Plan], task: str
 ) -> None:
     assert majority(block, task, caption) == 1.0
-    assert majority(block, task, picture) <= 0.5
+    assert majority(block, task, image) <= 0.5
 
 
 def test_words_say_what_the_plan_says(block: list[Plan]) -> None:
@@ -92,11 +92,11 @@ def test_words_say_what_the_plan_says(block: list[Plan]) -> None:
     for plan in block[:300]:
         words = set(plan.text.split())
         assert words & set(MOODS[plan.mood]) and not words & set(MOODS[opposite[plan.mood]])
-        assert words & set(COLOURS) == ({plan.claim} if plan.topic == "colour" else set())
+        assert words & set(COLORS) == ({plan.claim} if plan.topic == "colour" else set())
     assert len({plan.text for plan in block}) > BLOCK // 2, "captions vary"
 
 
-def test_posts_without_picture_have_labels_of_the_caption_only() -> None:
+def test_posts_without_image_have_labels_of_the_caption_only() -> None:
     plans = plan_posts(count=4000, seed=0)
     bare = [plan for plan in plans if plan.shape is None]
     assert 0.07 < len(bare) / len(plans) < 0.12
@@ -114,14 +114,14 @@ def test_the_same_seed_gives_the_same_posts_and_another_one_others() -> None:
     assert plan_posts(count=50, seed=1, name="test") != plan_posts(count=50, seed=1)
 
 
-def test_pictures_show_their_plan() -> None:
+def test_images_show_their_plan() -> None:
     base = next(plan for plan in plan_posts(count=50, seed=0) if plan.shape is not None)
     for light in LIGHTS:
         for number in NUMBERS:
             plan = Plan(
                 base.text, base.mood, base.topic, base.claim, "square", "blue", number, light
             )
-            values = np.asarray(draw_picture(plan, seed=4), dtype=int)
+            values = np.asarray(draw_image(plan, seed=4), dtype=int)
             blue = (values[:, :, 2] > values[:, :, 0] + 90) & (
                 values[:, :, 2] > values[:, :, 1] + 60
             )
@@ -130,7 +130,7 @@ def test_pictures_show_their_plan() -> None:
             quarters = [blue[y : y + 24, x : x + 24].sum() > 20 for y in (0, 24) for x in (0, 24)]
             assert sum(quarters) == number
     shapes = [
-        np.asarray(draw_picture(Plan("", "", "", "", shape, "red", 1, "bright"), seed=4))
+        np.asarray(draw_image(Plan("", "", "", "", shape, "red", 1, "bright"), seed=4))
         for shape in SHAPES
     ]
     assert not np.array_equal(shapes[0], shapes[1]) and not np.array_equal(shapes[1], shapes[2])

@@ -81,7 +81,7 @@ def test_a_tiny_decoders_tokenizer_reads_every_generated_post_and_gives_readable
 
 
 @pytest.mark.parametrize("name", BUILDS)
-def test_a_second_text_stands_behind_an_end_sign(name: str, folders: dict[str, Path]) -> None:
+def test_a_second_text_stands_behind_an_end_token(name: str, folders: dict[str, Path]) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folders[name])
     tokens = tokenizer.convert_ids_to_tokens(tokenizer("soup", "bread")["input_ids"])
     expected = {"t5": "soup </s> bread </s>", "bart": "<s> soup </s> </s> bread </s>"}

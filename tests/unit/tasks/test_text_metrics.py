@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 from rouge_score.rouge_scorer import RougeScorer
 
-from comoe.tasks.metrics import answer_words, exact_match, rouge_l, token_f1
+from comoe.tasks.metrics import exact_match, rouge_l, text_words, token_f1
 
 WORDS = [
     "the",
@@ -45,7 +45,7 @@ class Words:
     """Our words as a tokenizer of rouge-score."""
 
     def tokenize(self, text: str) -> list[str]:
-        return answer_words(text)
+        return text_words(text)
 
 
 def pairs(seed: int) -> list[tuple[str, str]]:

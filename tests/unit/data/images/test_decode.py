@@ -40,9 +40,9 @@ def test_a_damaged_file_is_refused_with_a_sentence_that_says_why(name: str) -> N
 
 
 def test_every_way_of_naming_no_usable_file_is_refused(tmp_path: Path) -> None:
-    for cell, reason, words in place_damaged(tmp_path / "pictures", 0):
+    for cell, reason, words in place_damaged(tmp_path / "images", 0):
         with pytest.raises(BadImage) as caught:
-            source = locate_image(cell, root=(tmp_path / "pictures").resolve())
+            source = locate_image(cell, root=(tmp_path / "images").resolve())
             assert source is not None
             read_image(source, LIMITS)
         assert (caught.value.reason, words in caught.value.rule) == (reason, True), (
@@ -75,12 +75,12 @@ def test_readers_of_other_formats_never_run(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize("name", unusual())
-def test_an_unusual_picture_becomes_rgb(name: str) -> None:
+def test_an_unusual_image_becomes_rgb(name: str) -> None:
     image = read_image(unusual()[name], LIMITS)
     assert image.mode == "RGB" and np.asarray(image).dtype == np.uint8
 
 
-def test_the_pixels_of_unusual_pictures_are_what_they_look_like() -> None:
+def test_the_pixels_of_unusual_images_are_what_they_look_like() -> None:
     files = unusual()
     deep = np.asarray(read_image(files["deep.png"], LIMITS))[:, :, 0].ravel()
     assert abs(int(deep[600]) - 600 * 50 / 257) <= 1 and deep[-1] > 200
@@ -113,11 +113,11 @@ def test_a_cell_may_hold_a_path_bytes_a_dict_of_both_or_a_pillow_image(tmp_path:
     assert np.array_equal(np.asarray(read_image(pillow, LIMITS)), np.asarray(noise(0)))
     for cell in (None, "", "  ", float("nan"), {"bytes": None, "path": None}):
         assert locate_image(cell, root=tmp_path) is None
-    with pytest.raises(BadImage, match="holds a list; a picture is a path"):
+    with pytest.raises(BadImage, match="holds a list; an image is a path"):
         locate_image(["a.png"], root=tmp_path)
 
 
-def test_a_pillow_image_that_cannot_be_decoded_is_a_bad_picture() -> None:
+def test_a_pillow_image_that_cannot_be_decoded_is_a_bad_image() -> None:
     data = encoded(noise(0, size=(200, 100)), "JPEG")
     cut, nothing = Image.open(io.BytesIO(data[: len(data) // 2])), Image.new("RGB", (0, 0))
     for cell in (cut, nothing, Image.new("I;16", (0, 0))):
@@ -127,7 +127,7 @@ def test_a_pillow_image_that_cannot_be_decoded_is_a_bad_picture() -> None:
 
 
 @pytest.mark.parametrize("mode", ["I;16", "I", "F"])
-def test_a_deep_grey_pillow_image_is_what_its_file_would_be(mode: str) -> None:
+def test_a_deep_gray_pillow_image_is_what_its_file_would_be(mode: str) -> None:
     values = np.array([[0, 600, 40_000, 65_535]], dtype=np.uint16)
     file = np.asarray(read_image(encoded(Image.fromarray(values), "PNG"), LIMITS))
     cell = Image.fromarray(values.astype({"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode]))
@@ -137,14 +137,14 @@ def test_a_deep_grey_pillow_image_is_what_its_file_would_be(mode: str) -> None:
 
 
 def test_where_fractions_are_white_follows_from_the_largest() -> None:
-    for values, greys in (
+    for values, grays in (
         ([0.2, 0.6], [51, 153]),
         ([51.0, 153.0], [51, 153]),
         ([0.0, 1e9], [0, 255]),
     ):
         cell = Image.fromarray(np.array([values], dtype=np.float32))
         assert (
-            np.asarray(read_image(locate_image(cell, root=None), LIMITS))[0, :, 0].tolist() == greys
+            np.asarray(read_image(locate_image(cell, root=None), LIMITS))[0, :, 0].tolist() == grays
         )
 
 
@@ -207,7 +207,7 @@ def check(cells: list, *, root: Path, **options):
     )
 
 
-def test_a_picture_is_looked_at_once_and_again_only_when_it_changes(
+def test_an_image_is_looked_at_once_and_again_only_when_it_changes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for number in range(3):
@@ -223,9 +223,9 @@ def test_a_picture_is_looked_at_once_and_again_only_when_it_changes(
 
     monkeypatch.setattr(image_checks, "read_image", counted)
     first = check(cells, root=tmp_path, cache_dir=tmp_path / "cache")
-    assert len(looked) == 5, "the picture of two posts is one"
+    assert len(looked) == 5, "the image of two posts is one"
     assert {post: row.line for post, row in first.bad.items()} == {3: 4}
-    assert "posts.jsonl:4: column photo: the picture is no image that can" in str(first.bad[3])
+    assert "posts.jsonl:4: column photo: the image is no image that can" in str(first.bad[3])
     looked.clear()
     assert check(cells, root=tmp_path, cache_dir=tmp_path / "cache") == first and looked == []
     (tmp_path / "1.png").write_bytes(b"changed")
@@ -239,7 +239,7 @@ def test_a_picture_is_looked_at_once_and_again_only_when_it_changes(
     )
 
 
-def test_two_picture_columns_of_one_file_are_both_remembered(
+def test_two_image_columns_of_one_file_are_both_remembered(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for folder in ("a", "b"):
@@ -281,7 +281,7 @@ def test_all_ranks_share_the_work_and_agree(
             image_checks, "all_gather_objects", lambda share: shares.append(share) or [share]
         )
         with pytest.raises(KeyError):
-            check(cells, root=tmp_path)  # one share alone does not know all pictures
+            check(cells, root=tmp_path)  # one share alone does not know all images
     assert sorted(entry[0] for share in shares for entry in share) == [0, 1, 2, 3, 4]
     monkeypatch.setattr(image_checks, "all_gather_objects", lambda share: shares)
     assert list(check(cells, root=tmp_path).bad) == [3]
@@ -312,7 +312,7 @@ def rows(tmp_path: Path) -> list[dict]:
     ]
 
 
-def test_a_post_with_a_bad_picture_is_set_aside_and_named(tmp_path: Path, rows: list[dict]) -> None:
+def test_a_post_with_a_bad_image_is_set_aside_and_named(tmp_path: Path, rows: list[dict]) -> None:
     corpus = corpus_of(tmp_path, rows)
     posts = corpus.splits["train"], corpus.splits["validation"]
     images = [image for split in posts for image in split.images]
@@ -320,32 +320,30 @@ def test_a_post_with_a_bad_picture_is_set_aside_and_named(tmp_path: Path, rows: 
     assert {Path(image).name for image in images if image} == {"good.png", "film.gif"}
     report = corpus.report
     assert [(row.line, row.reason) for row in report.set_aside[:2]] == [
-        (3, "picture: no image"),
-        (5, "picture: missing"),
+        (3, "image: no image"),
+        (5, "image: missing"),
     ]
     text = "\n".join(report.lines())
-    assert "set aside: 10 rows" in text and "  picture: missing: 5" in text
+    assert "set aside: 10 rows" in text and "  image: missing: 5" in text
     assert (
-        "train.jsonl:3: column photo: the picture is no image that can be recognized (PNG, JPEG"
+        "train.jsonl:3: column photo: the image is no image that can be recognized (PNG, JPEG"
         in text
     )
-    assert "of 5 animated pictures the first frame is read" in text
+    assert "of 5 animated images the first frame is read" in text
     listed = report.rows()
     assert len(listed) == 10 and not any(row["kept"] for row in listed)
     assert listed[0]["value"] == "'broken.png'" and listed[0]["file"].endswith("train.jsonl")
 
 
-def test_a_post_with_a_bad_picture_may_be_kept_without_it(tmp_path: Path, rows: list[dict]) -> None:
+def test_a_post_with_a_bad_image_may_be_kept_without_it(tmp_path: Path, rows: list[dict]) -> None:
     corpus = corpus_of(tmp_path, rows, on_bad_image="text")
     assert sum(len(split) for split in corpus.splits.values()) == 30
-    assert corpus.report.set_aside == [] and len(corpus.report.without_picture) == 10
-    assert "kept without their picture: 10 rows" in "\n".join(corpus.report.lines())
+    assert corpus.report.set_aside == [] and len(corpus.report.without_image) == 10
+    assert "kept without their image: 10 rows" in "\n".join(corpus.report.lines())
     assert all(row["kept"] for row in corpus.report.rows())
 
 
-def test_without_a_model_that_sees_no_picture_is_looked_at(
-    tmp_path: Path, rows: list[dict]
-) -> None:
+def test_without_a_model_that_sees_no_image_is_looked_at(tmp_path: Path, rows: list[dict]) -> None:
     corpus = corpus_of(tmp_path, rows, with_images=False)
     assert set(corpus.splits["train"].images) == {None} and corpus.report.rows() == []
     for row in rows:
@@ -359,19 +357,19 @@ def test_paths_start_from_image_root(tmp_path: Path, rows: list[dict]) -> None:
     (tmp_path / "elsewhere").mkdir()
     for name in ("good.png", "film.gif", "broken.png"):
         (tmp_path / name).rename(tmp_path / "elsewhere" / name)
-    assert corpus_of(tmp_path, rows, on_bad_image="text").report.pictures["."]["train"] == 0
+    assert corpus_of(tmp_path, rows, on_bad_image="text").report.images["."]["train"] == 0
     corpus = corpus_of(tmp_path, rows, on_bad_image="text", image_root=str(tmp_path / "elsewhere"))
-    assert sum(corpus.report.pictures["."].values()) == 10
+    assert sum(corpus.report.images["."].values()) == 10
 
 
-def test_a_folder_of_pictures_that_is_not_there_is_named(tmp_path: Path, rows: list[dict]) -> None:
+def test_a_folder_of_images_that_is_not_there_is_named(tmp_path: Path, rows: list[dict]) -> None:
     with pytest.raises(
         ValueError, match=r"^data.image_root \(.*/nowhere\): there is no such folder; .* Correct"
     ):
         corpus_of(tmp_path, rows, image_root=str(tmp_path / "nowhere"))
 
 
-def test_more_bad_pictures_than_good_ones_are_a_warning(tmp_path: Path, rows: list[dict]) -> None:
+def test_more_bad_images_than_good_ones_are_a_warning(tmp_path: Path, rows: list[dict]) -> None:
     assert corpus_of(tmp_path, rows, on_bad_image="text").report.warnings == []
     moved = [
         row | {"photo": "img\\\\a.png" if row["photo"] == "good.png" else row["photo"]}
@@ -380,7 +378,7 @@ def test_more_bad_pictures_than_good_ones_are_a_warning(tmp_path: Path, rows: li
     report = corpus_of(tmp_path, moved, on_bad_image="text").report
     (warning,) = [line for line in report.lines() if line.startswith("warning: ")]
     assert (
-        "train.jsonl: 15 of 20 pictures are bad, most often (10) because of: missing. The first: "
+        "train.jsonl: 15 of 20 images are bad, most often (10) because of: missing. The first: "
         in warning
     )
     assert "the path has backslashes" in warning and "set data.image_root" in warning
@@ -394,16 +392,14 @@ def test_a_long_list_of_bad_rows_says_where_all_of_them_are(
     assert "  and 2 more, all in set_aside.jsonl" in report.lines(all_in="set_aside.jsonl")
 
 
-def test_all_pictures_bad_is_an_error_that_shows_the_first(
-    tmp_path: Path, rows: list[dict]
-) -> None:
+def test_all_images_bad_is_an_error_that_shows_the_first(tmp_path: Path, rows: list[dict]) -> None:
     with pytest.raises(
         ValueError, match="no usable post: all 30 rows are bad. The first: .*jsonl:1.*is not there"
     ):
         corpus_of(tmp_path, [row | {"photo": "nowhere.png"} for row in rows])
 
 
-def test_pictures_stored_in_parquet_are_read(tmp_path: Path) -> None:
+def test_images_stored_in_parquet_are_read(tmp_path: Path) -> None:
     import pyarrow
     import pyarrow.parquet
 
@@ -422,7 +418,7 @@ def test_pictures_stored_in_parquet_are_read(tmp_path: Path) -> None:
     assert [(row.line, row.value) for row in corpus.report.set_aside] == [(5, "4.png")]
 
 
-def test_tasks_with_another_picture_column_do_not_share_posts(
+def test_tasks_with_another_image_column_do_not_share_posts(
     tmp_path: Path, rows: list[dict]
 ) -> None:
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -431,7 +427,7 @@ def test_tasks_with_another_picture_column_do_not_share_posts(
     recipe.data.root = str(tmp_path)
     corpus = load_corpus(recipe, with_images=True)
     sizes = [sum(splits.values()) for splits in corpus.report.posts.values()]
-    assert sizes == [20, 30] and list(corpus.report.pictures.values())[1] == {
+    assert sizes == [20, 30] and list(corpus.report.images.values())[1] == {
         "train": 0,
         "validation": 0,
     }

@@ -72,7 +72,7 @@ def test_pixels_are_those_of_the_towers_own_processor(kind: type, tmp_path: Path
 @pytest.mark.parametrize(
     "kind", [CLIPImageProcessorPil, ViltImageProcessorPil, ViTImageProcessorPil]
 )
-def test_every_picture_has_the_same_height_and_width(kind: type) -> None:
+def test_every_image_has_the_same_height_and_width(kind: type) -> None:
     processor = ImageProcessor(kind(), side=224)
     for size in ((1, 1), (640, 480), (480, 640), (50_000, 1), (3, 9000)):
         assert processor(Image.new("RGB", size)).shape == processor.shape
@@ -87,7 +87,7 @@ def test_a_processor_goes_through_its_file(tmp_path: Path) -> None:
     assert np.array_equal(first(noise(2)), again(noise(2))) and again.shape == (3, 24, 32)
 
 
-def test_a_tower_without_a_processor_gets_pictures_of_its_own_size(tmp_path: Path) -> None:
+def test_a_tower_without_a_processor_gets_images_of_its_own_size(tmp_path: Path) -> None:
     ViTConfig(image_size=40).save_pretrained(tmp_path)
     processor = load_image_processor(str(tmp_path))
     assert processor.shape == (3, 40, 40)
@@ -108,7 +108,7 @@ def test_a_folder_with_neither_is_refused(tmp_path: Path) -> None:
         load_image_processor(str(tmp_path))
 
 
-def test_a_batch_lists_the_pictures_of_its_rows(reader: PixelReader, tmp_path: Path) -> None:
+def test_a_batch_lists_the_images_of_its_rows(reader: PixelReader, tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(encoded(noise(0), "PNG"))
     made = collator(reader)
     split = split_of(made, [None, str(tmp_path / "a.png"), encoded(noise(1), "PNG"), None])
@@ -121,7 +121,7 @@ def test_a_batch_lists_the_pictures_of_its_rows(reader: PixelReader, tmp_path: P
     assert torch.equal(moved.pixels_I3HW, batch.pixels_I3HW)
 
 
-def test_a_batch_without_pictures_has_a_blank_one(reader: PixelReader) -> None:
+def test_a_batch_without_images_has_a_blank_one(reader: PixelReader) -> None:
     made = collator(reader)
     split = split_of(made, [None, None])
     for indices in (np.array([0, 1]), np.array([], dtype=int)):
@@ -129,13 +129,13 @@ def test_a_batch_without_pictures_has_a_blank_one(reader: PixelReader) -> None:
         assert batch.image_rows_I.tolist() == [-1] and not batch.pixels_I3HW.any()
 
 
-def test_a_run_without_pictures_has_no_pixels_at_all() -> None:
+def test_a_run_without_images_has_no_pixels_at_all() -> None:
     made = collator(None)
     batch = made(split_of(made, [encoded(noise(0), "PNG")]), np.array([0]))
     assert batch.pixels_I3HW is None and batch.image_rows_I is None
 
 
-def test_a_row_per_task_lists_a_picture_that_is_prepared_once(reader: PixelReader) -> None:
+def test_a_row_per_task_lists_an_image_that_is_prepared_once(reader: PixelReader) -> None:
     prepared = []
     processor = reader.processor
     reader.processor = lambda image: prepared.append(image) or processor(image)
@@ -145,7 +145,7 @@ def test_a_row_per_task_lists_a_picture_that_is_prepared_once(reader: PixelReade
     assert batch.image_numbers_I.tolist() == [0, 0] and len(batch.pixels_I3HW) == len(prepared) == 1
 
 
-def test_rows_know_their_pictures_where_some_are_shared_and_some_went_bad(
+def test_rows_know_their_images_where_some_are_shared_and_some_went_bad(
     reader: PixelReader,
 ) -> None:
     a, b, bad = encoded(noise(0), "PNG"), encoded(noise(1), "PNG"), b"text"
@@ -158,7 +158,7 @@ def test_rows_know_their_pictures_where_some_are_shared_and_some_went_bad(
     assert (rows.tolist(), numbers, len(pixels)) == ([-1], None, 1)
 
 
-def test_some_rows_of_a_batch_keep_their_own_pictures_each_once(reader: PixelReader) -> None:
+def test_some_rows_of_a_batch_keep_their_own_images_each_once(reader: PixelReader) -> None:
     made = collator(reader, route_by="task")
     images = [encoded(noise(0), "PNG"), None, encoded(noise(1), "PNG")]
     batch = made(split_of(made, images), np.array([0, 1, 2]))
@@ -205,7 +205,7 @@ def test_a_tower_that_reads_patches_is_refused_with_what_to_do() -> None:
         (ViltImageProcessorPil(), 384),
     ],
 )
-def test_a_processor_knows_how_much_of_a_picture_it_wants(inner, wanted: int | None) -> None:
+def test_a_processor_knows_how_much_of_an_image_it_wants(inner, wanted: int | None) -> None:
     assert ImageProcessor(inner, side=384).short_side == wanted
 
 
@@ -254,7 +254,7 @@ def test_threads_start_with_the_first_batch_and_end_with_the_reader(
     assert log == ["started", "ended"]
 
 
-def test_a_picture_that_went_bad_is_left_out_and_told_once(
+def test_an_image_that_went_bad_is_left_out_and_told_once(
     reader: PixelReader, tmp_path: Path
 ) -> None:
     paths = [tmp_path / f"{number}.png" for number in range(3)]
@@ -271,7 +271,7 @@ def test_a_picture_that_went_bad_is_left_out_and_told_once(
     assert reader.take_lost() == {}
 
 
-def test_hidden_texts_are_empty_posts_and_hidden_pictures_none(reader: PixelReader) -> None:
+def test_hidden_texts_are_empty_posts_and_hidden_images_none(reader: PixelReader) -> None:
     made, image = collator(reader), encoded(noise(0), "PNG")
     seen, blind, mute = (
         split_of(made, [image], config=DataConfig(hide=what)) for what in ("none", "image", "text")
@@ -296,7 +296,7 @@ def test_texts_whose_words_have_tags_cannot_be_hidden() -> None:
         hidden(posts, "text")
 
 
-def test_pictures_stay_with_their_posts() -> None:
+def test_images_stay_with_their_posts() -> None:
     posts = unlabelled_posts(["a", "b", "c"], tasks=[], images=["1.png", None, "3.png"])
     assert posts.take(np.array([2, 0])).images == ["3.png", "1.png"]
     assert PostSplit.join([posts, posts.take(np.array([1]))]).images == [

@@ -18,7 +18,7 @@ from comoe.config.recipe import DataConfig, NormalizeConfig, TaskConfig
 from comoe.data.corpus import load_corpus
 from comoe.data.report import DataReport
 from comoe.data.sampling.mixing import balanced_classes
-from comoe.data.tokens.prompts import Wording, check_end_sign, detokenize, label_tokens
+from comoe.data.tokens.prompts import Wording, check_end_token, detokenize, label_tokens
 from comoe.data.tokens.split import report_cuts, tokenize_split
 from comoe.tasks.task import Task, build_task
 from tests.helpers_data import recipe_of, wordpiece_tokenizer, write_jsonl
@@ -86,7 +86,7 @@ def prompts_of(
 # Prompts
 
 
-def test_a_prompt_is_the_template_around_the_cleaned_post_with_an_end_sign() -> None:
+def test_a_prompt_is_the_template_around_the_cleaned_post_with_an_end_token() -> None:
     posts = posts_of(["thanks @ann 😀", "电池"], {"aspect": ["a", "b"]}, pairs=["the @bob", None])
     wording = Wording(TOKENIZER, max_length=64, normalize=NormalizeConfig())
     found = wording.prompts(posts, POLARITY, asked=np.array([True, False]))
@@ -179,11 +179,11 @@ def test_a_post_given_as_words_is_read_with_blanks_between() -> None:
 
 
 @pytest.mark.parametrize(("start", "before"), [(False, []), (True, ["<s>"])])
-def test_answers_are_tokenised_with_their_end_sign_and_long_ones_keep_it(
+def test_answers_are_tokenised_with_their_end_token_and_long_ones_keep_it(
     start: bool, before: list[str]
 ) -> None:
     tokenizer = decoder_tokenizer(KNOWN, start=start)
-    found = Wording(tokenizer, max_length=9, normalize=None).answers(
+    found = Wording(tokenizer, max_length=9, normalize=None).targets(
         ["battery 😀", None, "great " * 9], ASPECT
     )
     shown = [tokenizer.convert_ids_to_tokens(found[row].tolist()) for row in range(3)]
@@ -209,14 +209,14 @@ def test_cut_answers_and_posts_are_counted_in_the_report(tmp_path: Path) -> None
         for name, s in corpus.splits.items()
     }
     report_cuts(splits, corpus.report)
-    assert {"train: 2 posts cut to data.max_length", "train: 2 answers cut to tasks.aspect.max_answer_length",
-            "validation: 1 answers cut to tasks.aspect.max_answer_length"} <= set(corpus.report.lines())  # fmt: skip
+    assert {"train: 2 posts cut to data.max_length", "train: 2 targets cut to tasks.aspect.max_answer_length",
+            "validation: 1 targets cut to tasks.aspect.max_answer_length"} <= set(corpus.report.lines())  # fmt: skip
     assert (
         "train: 2 of 4 prompts of task aspect lost part of {text} (data.max_length)"
         in corpus.report.lines()
     )
     assert not any("almost fills" in warning for warning in corpus.report.warnings)
-    # "of:" and the end sign.
+    # "of:" and the end token.
     for length, warned in ((10, False), (9, True)):
         config = replace(config, max_length=length)
         short = tokenize_split(corpus.splits["train"], TOKENIZER, tasks=(task,), config=config)
@@ -240,7 +240,7 @@ def test_generated_ids_become_texts() -> None:
 # Words of labels
 
 
-def test_words_of_labels_are_scored_with_their_end_sign() -> None:
+def test_words_of_labels_are_scored_with_their_end_token() -> None:
     assert TOKENIZER.convert_ids_to_tokens(label_tokens(TOKENIZER, POLARITY)[0]) == [
         "terrible",
         "</s>",
@@ -254,7 +254,7 @@ def test_words_of_labels_are_scored_with_their_end_sign() -> None:
     [
         (
             ("great", "坏"),
-            r"tasks.polarity.label_words: the tokenizer of .* knows nothing of '坏' \(label good\)",
+            r"tasks.polarity.label_words: the tokenizer of .* has no token for '坏' \(label good\)",
         ),
         (("great 坏", "great 好"), "'great 坏' and 'great 好' are the same tokens"),
     ],
@@ -267,11 +267,12 @@ def test_words_that_the_tokenizer_cannot_tell_apart_are_refused(
 
 
 @pytest.mark.parametrize("tokenizer", [wordpiece_tokenizer(), decoder_tokenizer(KNOWN, end=False)])
-def test_a_tokenizer_without_end_sign_is_refused(tokenizer: Any) -> None:
+def test_a_tokenizer_without_end_token_is_refused(tokenizer: Any) -> None:
     with pytest.raises(
-        ValueError, match="tasks.aspect is of kind text, whose answers need an end sign.*T5 or BART"
+        ValueError,
+        match="tasks.aspect is of kind text, whose targets need an end token.*T5 or BART",
     ):
-        check_end_sign(tokenizer, ASPECT)
+        check_end_token(tokenizer, ASPECT)
 
 
 # The cache

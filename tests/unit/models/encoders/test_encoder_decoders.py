@@ -265,7 +265,7 @@ def test_a_flan_t5_of_any_size_is_planned_from_its_configuration(tmp_path, name,
     parts = {part.name: part.device_bytes for part in plan_of(model).parts}
     # Twenty bytes a parameter, less the half-precision weights, over two ranks.
     assert parts["master copy (float32)"] == pytest.approx(2 * counts["total"], rel=1e-3)
-    # Six posts; the longest label has two words, so about four tokens, and an end sign.
+    # Six posts; the longest label has two words, so about four tokens, and an end token.
     assert parts["logits of the vocabulary"] == 10 * 32128 * 6 * 5
 
 
