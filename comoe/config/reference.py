@@ -53,16 +53,12 @@ def options_markdown() -> str:
 
 def _row(found: Option) -> str:
     default = found.default if isinstance(found.default, str) else json.dumps(found.default)
-    when = f" Read when {_code(found.read_when)}." if found.read_when else ""
+    parts = found.read_when.split(" and ") if found.read_when else []
+    code = " and ".join(part if part == "images are read" else f"`{part}`" for part in parts)
+    when = f" Read when {code}." if code else ""
     shown = default.replace("e-0", "e-") or '""'
     cells = [f"`{found.path}`", f"`{shown}`", found.allowed, found.meaning + when]
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-
-def _code(condition: str) -> str:
-    return " and ".join(
-        part if part == "images are read" else f"`{part}`" for part in condition.split(" and ")
-    )
 
 
 def _one_line(docstring: str | None) -> str:

@@ -123,18 +123,15 @@ class Collator:
         labels, texts = {}, {}
         for number, task in enumerate(self.tasks):
             # The post of each row that the task is for, -1 for other rows.
-            posts_of_task = [
-                post if task.rules.serves(served_task, number) else -1
-                for post, served_task in pairs
-            ]
+            of_task = [post if task.rules.serves(only, number) else -1 for post, only in pairs]
             targets = [
                 None if post < 0 else target_of(split, task, post, row)
-                for post, row in zip(posts_of_task, rows, strict=True)
+                for post, row in zip(of_task, rows, strict=True)
             ]
             labels[task.name] = task.rules.collate(targets, labels=task.labels, length=length)
             if task.mode == "decoder" and not task.label_words:
                 column = split.posts.labels[task.name]
-                texts[task.name] = [None if post < 0 else column[post] for post in posts_of_task]
+                texts[task.name] = [None if post < 0 else column[post] for post in of_task]
         shares = [len(served.get(post, "-")) for post in posts]
         pad = functools.partial(_padded, length=length)
         return Batch(

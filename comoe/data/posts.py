@@ -180,13 +180,9 @@ def _without_texts(posts: PostSplit) -> PostSplit:
     return replace(posts, texts=[""] * len(posts), pairs=[None] * len(posts))
 
 
-def _without_images(posts: PostSplit) -> PostSplit:
-    return replace(posts, images=[None] * len(posts))
-
-
 HIDINGS: dict[str, Callable[[PostSplit], PostSplit]] = {
     "none": lambda posts: posts,
     "text": _without_texts,
-    "image": _without_images,
+    "image": lambda posts: replace(posts, images=[None] * len(posts)),
 }
 """``data.hide`` -> posts as the model sees them."""

@@ -1,16 +1,16 @@
 """Generated posts whose polarity follows from aspect and opinion together, most of them without naming either.
 
-A long battery life is good and a long wait is bad: neither the aspect nor the opinion alone tells
-anything, exactly. Most posts paraphrase both (a charger, hours), so that few polarities hardly
-teach it, while the auxiliary answers (which aspect, which opinion) tell what the words stand for. A
-second set of answers is partly wrong, with a confidence that knows.
+A long battery life is good and a long wait is bad: neither the aspect nor the opinion alone
+determines the polarity. Most posts paraphrase both (a charger, hours), so that few polarity labels
+are not enough to learn it, while the auxiliary labels (aspect, opinion) give the meaning of the
+words. A second set of auxiliary labels is partly wrong, with a confidence column that shows it.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 
 from comoe.starter.kit_posts import write_json_lines
@@ -20,11 +20,11 @@ COUNTS = {"train": 1200, "validation": 300, "test": 1000}
 
 
 WRONG_SHARE = 0.6
-"""Share of the second set's answers that are wrong."""
+"""Share of wrong labels in the second set."""
 
 
 WRONG_CONFIDENCE, RIGHT_CONFIDENCE = (0.05, 0.2), (0.8, 1.0)
-"""Lowest and highest confidence of a wrong and of a right answer of the second set."""
+"""Lowest and highest confidence of a wrong and of a right label of the second set."""
 
 
 IMPLICIT_SHARE = 0.7
@@ -53,7 +53,7 @@ ASPECTS = {
     "music": ("song", "bass", "melody"),
     "street": ("traffic", "cars", "trucks"),
 }
-"""Aspect -> what an implicit post says instead."""
+"""Aspect -> words of an implicit post for it."""
 
 
 OPINIONS = {
@@ -72,7 +72,7 @@ OPINIONS = {
 
 
 TARGETS = ("acme", "zenith", "orion", "lumen")
-"""Whom a post is about; tells nothing."""
+"""Target of a post; independent of all labels."""
 
 
 OPENINGS = (
@@ -128,12 +128,16 @@ def build_implied_posts(
     sizes = COUNTS if counts is None else counts
     posts = iter(plan_implied_posts(count=sum(sizes.values()), seed=seed))
     for split, count in sizes.items():
-        rows = [post if split == "train" else _told(post) for post in islice(posts, count)]
+        rows = list(islice(posts, count))
+        if split != "train":
+            # Predictions learned from guesses are evaluated against the right labels.
+            for post, column in product(rows, ("aspect", "opinion")):
+                post |= {f"guessed_{column}": post[column], f"guessed_{column}_confidence": 1.0}
         write_json_lines(folder / "implied" / f"{split}.jsonl", rows)
 
 
 def implied_words() -> list[str]:
-    """Every word and sign of the posts and their answers, for a vocabulary."""
+    """Every word and sign of the posts and their labels, for a vocabulary."""
     phrases = [
         *OPENINGS,
         *FORMS,
@@ -169,19 +173,12 @@ def _endless(draw: random.Random) -> Iterator[dict[str, object]]:
             yield post
 
 
-def _told(post: Mapping[str, object]) -> dict[str, object]:
-    """A post for measuring: what was learned of guesses is held against what is right."""
-    columns = ("aspect", "opinion")
-    right = {f"guessed_{column}": post[column] for column in columns}
-    return {**post, **right, **{f"guessed_{column}_confidence": 1.0 for column in columns}}
-
-
 def _post(draw: random.Random, aspect: str, opinion: str, is_positive: bool) -> dict[str, object]:
     implicit = draw.random() < IMPLICIT_SHARE
-    said = {"aspect": draw.choice(ASPECTS[aspect]), "opinion": draw.choice(OPINIONS[opinion])}
-    said = said if implicit else {"aspect": aspect, "opinion": opinion}
+    cues = {"aspect": draw.choice(ASPECTS[aspect]), "opinion": draw.choice(OPINIONS[opinion])}
+    cues = cues if implicit else {"aspect": aspect, "opinion": opinion}
     target = draw.choice(TARGETS)
-    parts = [draw.choice(OPENINGS), target, draw.choice(FORMS).format(**said), draw.choice(ENDINGS)]
+    parts = [draw.choice(OPENINGS), target, draw.choice(FORMS).format(**cues), draw.choice(ENDINGS)]
     guesses: dict[str, object] = {}
     for column, right, known in (("aspect", aspect, ASPECTS), ("opinion", opinion, OPINIONS)):
         wrong = draw.random() < WRONG_SHARE

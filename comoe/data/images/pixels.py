@@ -34,7 +34,7 @@ DEFAULT_SIZE = 224
 
 
 class ImageProcessor:
-    """A Hugging Face image processor without torchvision, whose answers all have one shape.
+    """A Hugging Face image processor without torchvision, whose outputs all have one shape.
 
     One that keeps the proportions of images (ViLT) gets them as squares.
 
@@ -43,7 +43,7 @@ class ImageProcessor:
         side: height and width of those squares.
 
     Raises:
-        ValueError: its answer to an image is not (3, H, W).
+        ValueError: its output for an image is not (3, H, W).
     """
 
     def __init__(self, inner: Any, *, side: int) -> None:
@@ -60,7 +60,7 @@ class ImageProcessor:
                 "resolution; those that want patches or crops (NaFlex and the like) cannot be used."
             )
         self.shape: tuple[int, int, int] = shape
-        """(3, H, W) of every answer."""
+        """(3, H, W) of every output."""
         self.short_side = side if self._squared else _short_side(inner, shape)
         """Most pixels of an image's short side that count: larger ones are scaled down to it. None
         if not known."""
@@ -69,7 +69,12 @@ class ImageProcessor:
         """Scale, crop and normalize an RGB image: float32, shape (3, H, W)."""
         if self._squared:
             image = image.resize((self._side, self._side), Image.Resampling.BICUBIC)
-        return self._run(_without_ends(image))
+        width, height = image.size
+        wide, high = min(width, NARROWEST * height), min(height, NARROWEST * width)
+        if (wide, high) != image.size:
+            left, top = (width - wide) // 2, (height - high) // 2
+            image = image.crop((left, top, left + wide, top + high))
+        return self._run(image)
 
     def save(self, folder: Path) -> None:
         """Write ``preprocessor_config.json``, which ``load_image_processor`` reads."""
@@ -106,7 +111,11 @@ class PixelReader:
         """
         if len(sources) < 2:
             return [self._read(source) for source in sources]
-        return list(self._threads().map(self._read, sources))
+        with self._lock:
+            if self._pool is None:
+                self._pool = ThreadPoolExecutor(THREADS)
+                weakref.finalize(self, self._pool.shutdown, wait=False)
+        return list(self._pool.map(self._read, sources))
 
     def collate(self, images_B: Sequence[Source | None]) -> tuple[Tensor, Tensor, Tensor | None]:
         """``pixels_I3HW``, ``image_rows_I`` and ``image_numbers_I`` of a ``Batch``.
@@ -136,14 +145,6 @@ class PixelReader:
         with self._lock:
             lost, self._lost = self._lost, {}
         return lost
-
-    def _threads(self) -> ThreadPoolExecutor:
-        """Started with the first batch that wants them, ended with the reader."""
-        with self._lock:
-            if self._pool is None:
-                self._pool = ThreadPoolExecutor(THREADS)
-                weakref.finalize(self, self._pool.shutdown, wait=False)
-            return self._pool
 
     def _read(self, source: Source) -> np.ndarray | None:
         try:
@@ -181,20 +182,20 @@ def _plain_processor(name: str, *, trust_remote_code: bool, reason: Exception) -
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        told = (str(reason).strip().splitlines() or ["no message"])[0]
+        message = (str(reason).strip().splitlines() or ["no message"])[0]
         raise ValueError(
             f"model.vision.tower ({name}): no image processor could be loaded. Give a folder that holds "
             f"preprocessor_config.json or config.json, or a hub name with a network at hand. "
-            f"({type(reason).__name__}: {told})"
+            f"({type(reason).__name__}: {message})"
         ) from error
     own = Path(name) / "preprocessor_config.json"
-    said = json.loads(own.read_text(encoding="utf-8")) if own.is_file() else {}
+    stored = json.loads(own.read_text(encoding="utf-8")) if own.is_file() else {}
     size = getattr(getattr(config, "vision_config", config), "image_size", None) or DEFAULT_SIZE
     height, width = (size, size) if isinstance(size, int) else tuple(size)[-2:]
     kept = {
-        key: said[key]
+        key: stored[key]
         for key in ("image_mean", "image_std", "resample", "rescale_factor")
-        if key in said
+        if key in stored
     }
     return ViTImageProcessorPil(size={"height": height, "width": width}, **kept)
 
@@ -227,10 +228,3 @@ def _short_side(inner: Any, shape: tuple[int, ...]) -> int | None:
 
 def _blank(width: int, height: int) -> Image.Image:
     return Image.new("RGB", (width, height))
-
-
-def _without_ends(image: Image.Image) -> Image.Image:
-    width, height = image.size
-    wide, high = min(width, NARROWEST * height), min(height, NARROWEST * width)
-    left, top = (width - wide) // 2, (height - high) // 2
-    return image if (wide, high) == image.size else image.crop((left, top, left + wide, top + high))

@@ -145,7 +145,12 @@ def read_csv(path: Path, *, delimiter: str = ",", quoting: int = csv.QUOTE_MINIM
                 )
             )
         elif header is None:
-            header = _header(path, first, cells)
+            header = [name.strip() for name in cells]
+            if len(set(header)) < len(header):
+                names = ", ".join(header)
+                raise ValueError(
+                    f"{path}:{first}: two columns have the same name ({names}); rename one."
+                )
         elif len(cells) != len(header):
             rule = f"has {len(cells)} cells for {len(header)} columns; quote a text that holds the separator."
             bad.append(BadRow(str(path), first, lines[first - 1], rule))
@@ -155,16 +160,6 @@ def read_csv(path: Path, *, delimiter: str = ",", quoting: int = csv.QUOTE_MINIM
     return RawSplit(
         str(path), rows, numbers, tuple(header or ()), sorted(bad, key=lambda row: row.line)
     )
-
-
-def _header(path: Path, line: int, cells: list[str]) -> list[str]:
-    """Names of the columns."""
-    names = [name.strip() for name in cells]
-    if len(set(names)) < len(names):
-        raise ValueError(
-            f"{path}:{line}: two columns have the same name ({', '.join(names)}); rename one."
-        )
-    return names
 
 
 def _csv_rows(

@@ -52,7 +52,10 @@ class LabelQuota:
         count = len(self._members)
         for turn in range(count):
             label = (step * max(1, len(batch) // max(self._posts_per_label, 1)) + turn) % count
-            here = batch[_is_in(batch, self._members[label])]
+            members = self._members[label]
+            # A binary search per post: members are sorted, and may be most of the data.
+            places = np.searchsorted(members, batch).clip(max=len(members) - 1)
+            here = batch[members[places] == batch]
             # Posts that are kept for another label serve this one too.
             chosen = sorted(dict.fromkeys(here.tolist()), key=lambda post: post not in kept)[
                 : self._posts_per_label
@@ -132,12 +135,6 @@ def cut_in_parts(
     return [
         np.concatenate([np.array(a, dtype=np.int64), b]) for a, b in zip(bound, rest, strict=True)
     ]
-
-
-def _is_in(posts: np.ndarray, members: np.ndarray) -> np.ndarray:
-    """Which posts are among the sorted members, without a look at all of those."""
-    places = np.searchsorted(members, posts).clip(max=len(members) - 1)
-    return members[places] == posts
 
 
 def _without(posts: np.ndarray, taken: Iterable[int]) -> np.ndarray:

@@ -103,7 +103,10 @@ class TrainSampler:
         """Share of the draws per data set, before any change."""
         streams = [_streams(group, members, classes) for group, members in enumerate(self._members)]
         self._streams = [stream for found in streams for stream in found]
-        self._sizes = _even_sizes(len(lengths), self.steps_per_epoch)
+        parts = self.steps_per_epoch
+        self._sizes = np.full(parts, len(lengths) // parts) + (
+            np.arange(parts) < len(lengths) % parts
+        )
         self._stretch_steps = self.steps_per_epoch
         self._history: list[Mapping[str, Any]] = []
         self._laid_out: tuple[range, list[np.ndarray]] | None = None
@@ -123,10 +126,13 @@ class TrainSampler:
         """
         batch, together = self._drawn(step)
         micro_steps = cut_in_parts(self._by_length(batch), together, parts=self.accumulation)
-        return [
-            micro[_deal(len(micro), self.world_size) == rank]
-            for micro in map(self._by_length, micro_steps)
-        ]
+        mine = []
+        for micro in map(self._by_length, micro_steps):
+            # Ranks of the sorted posts: 0 1 2 2 1 0 0 1 2 ...
+            turns, seats = np.divmod(np.arange(len(micro)), self.world_size)
+            ranks = np.where(turns % 2 == 0, seats, self.world_size - 1 - seats)
+            mine.append(micro[ranks == rank])
+        return mine
 
     def follow(self, history: Sequence[Mapping[str, Any]], *, every: int) -> None:
         """Take over a history of rates.
@@ -294,14 +300,3 @@ def posts_per_forward(wanted: int | str, *, batch_size: int, world_size: int) ->
     if wanted == "auto":
         return min(share, MAX_AUTO_MICRO_BATCH)
     return min(int(wanted), share)
-
-
-def _even_sizes(total: int, parts: int) -> np.ndarray:
-    """``parts`` sizes that differ by at most one and add up to ``total``."""
-    return np.full(parts, total // parts, dtype=np.int64) + (np.arange(parts) < total % parts)
-
-
-def _deal(count: int, world_size: int) -> np.ndarray:
-    """Rank of each of ``count`` sorted posts: 0 1 2 2 1 0 0 1 2 ..."""
-    turns, seat = np.divmod(np.arange(count), world_size)
-    return np.where(turns % 2 == 0, seat, world_size - 1 - seat)

@@ -86,8 +86,14 @@ def tokenize(
     parts: list[tuple[np.ndarray, ...]] = []
     for start in range(0, len(posts), CHUNK):
         chunk = range(start, min(start + CHUNK, len(posts)))
-        firsts = [_first(posts, i, normalize) for i in chunk]
-        pairs = [_second(posts, i, normalize) for i in chunk]
+        firsts: list[Any] = [list(posts.words[i] or ()) or posts.texts[i] for i in chunk]
+        pairs = [posts.pairs[i] for i in chunk]
+        if normalize is not None:
+            firsts = [
+                (normalize_post if isinstance(first, str) else normalize_words)(first, normalize)
+                for first in firsts
+            ]
+            pairs = [pair and normalize_post(pair, normalize) for pair in pairs]
         parts.append(_flat(_rows(tokenizer, firsts, pairs, max_length=max_length)))
     ids, types, words, lengths, cut = (
         np.concatenate(column) for column in zip(_flat([]), *parts, strict=True)
@@ -165,20 +171,6 @@ class _Row:
     cut: bool
 
 
-def _first(posts: PostSplit, index: int, normalize: NormalizeConfig | None) -> str | list[str]:
-    """The cleaned first text of a post: words where the post is given as words."""
-    words = posts.words[index]
-    if words:
-        return normalize_words(words, normalize) if normalize else list(words)
-    return normalize_post(posts.texts[index], normalize) if normalize else posts.texts[index]
-
-
-def _second(posts: PostSplit, index: int, normalize: NormalizeConfig | None) -> str | None:
-    """The cleaned second text of a post, None where it has none."""
-    pair = posts.pairs[index]
-    return normalize_post(pair, normalize) if pair and normalize else pair
-
-
 def _flat(rows: list[_Row]) -> tuple[np.ndarray, ...]:
     """Ids, segments, words of all tokens; length and cut of all rows. Early: lists of numbers are large."""
     return (
@@ -211,7 +203,8 @@ def _rows(
         rows.update(zip(members, made, strict=True))
     # A tokenizer without special tokens makes nothing of a blank text; a row of no tokens has no
     # mean.
-    nothing = _Row([_unknown_id(tokenizer)], [0], [-1], False)
+    unknown = tokenizer.unk_token_id
+    nothing = _Row([tokenizer.pad_token_id if unknown is None else unknown], [0], [-1], False)
     return [rows[i] if rows[i].ids else nothing for i in range(len(firsts))]
 
 
@@ -287,10 +280,6 @@ def _word_ids(encoding: Any) -> list[int]:
         -1 if word is None or sequence != 0 else word
         for word, sequence in zip(encoding.word_ids, encoding.sequence_ids, strict=True)
     ]
-
-
-def _unknown_id(tokenizer: Any) -> int:
-    return tokenizer.pad_token_id if tokenizer.unk_token_id is None else tokenizer.unk_token_id
 
 
 def _load(record: type[Stored], path: Path, *, count: int) -> Stored | None:

@@ -294,7 +294,7 @@ def test_prompts_and_answers_are_read_back_from_the_cache_and_made_anew_when_any
     again = made()
     assert len(list(tmp_path.iterdir())) == count == 4  # heads, two prompts, one answer
     for name in ("input_ids", "offsets", "truncated"):
-        for kind in ("prompts", "answers"):
+        for kind in ("prompts", "targets"):
             for task, lists in getattr(first, kind).items():
                 assert np.array_equal(
                     getattr(lists, name), getattr(getattr(again, kind)[task], name)
