@@ -12,8 +12,9 @@ ruff check .
 if [ $# -gt 0 ]; then
     exec python -m pytest -q "$@"
 fi
-# Two at a time where a test keeps one core busy; the others start ranks of their own and watch the clock.
+# First what keeps one core busy, then what starts ranks of its own: these often wait for one another.
 failed=0
 python -m pytest -q -n 2 --dist worksteal -m "one_core or not end_to_end" tests/end_to_end tests/unit || failed=1
-python -m pytest -q -m "not one_core" tests/multiprocess tests/end_to_end || failed=1
+python -m pytest -q -n 2 --dist loadgroup --no-loadscope-reorder -m "not one_core" \
+    tests/end_to_end tests/multiprocess || failed=1
 exit "$failed"

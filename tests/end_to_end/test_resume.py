@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -31,8 +30,8 @@ from tests.end_to_end.commands import (
 
 pytestmark = pytest.mark.end_to_end
 
-KILLED_AT = random.Random(2).randint(6, 10)
-STOPPED_AT = random.Random(3).randint(3, 10)
+KILLED_AT = 6
+STOPPED_AT = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +154,7 @@ def test_rates_norms_and_evaluations_are_the_same_too(
         }
         for run in (resumed.folder, uninterrupted)
     ]
-    assert list(checks[0]) == [4, 8, 12, 14] and checks[0] == pytest.approx(checks[1], rel=1e-6)
+    assert list(checks[0]) == [4, 8, 10] and checks[0] == pytest.approx(checks[1], rel=1e-6)
 
 
 def test_the_data_sets_are_drawn_from_at_the_same_changing_rates(
@@ -169,7 +168,7 @@ def test_the_data_sets_are_drawn_from_at_the_same_changing_rates(
         ]
         for run in (resumed.folder, uninterrupted)
     ]
-    assert len(draws[0]) == 4 and draws[0][0] == [1 / 3] * 3 and draws[0][1] != draws[0][0]
+    assert len(draws[0]) == 3 and draws[0][0] == [1 / 3] * 3 and draws[0][1] != draws[0][0]
     np.testing.assert_allclose(draws[0], draws[1], rtol=1e-4)
 
 

@@ -30,7 +30,6 @@ from tests.end_to_end.commands import (
     train_lines,
     wait_for,
 )
-from tests.end_to_end.conftest import Finished
 
 pytestmark = pytest.mark.end_to_end
 
@@ -124,23 +123,7 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
             ip("netns", "del", name)
 
 
-def test_two_hosts_give_the_losses_of_one(
-    hosts: Hosts, terminal: Terminal, tmp_path: Path, smoke_run: Finished
-) -> None:
-    typed = hosts.type_on_each(
-        terminal, "--config", SMOKE, f"run.output_dir={tmp_path}", "train.max_steps=6"
-    )
-    done = [each.wait() for each in typed]
-    assert [each.code for each in done] == [0, 0], done[0].said + done[1].said
-    assert len(losses(smoke_run.folder)) == 6
-    np.testing.assert_allclose(losses(tmp_path / "smoke"), losses(smoke_run.folder), rtol=1e-6)
-    for number in (0, 1):
-        assert (hosts.folder / f"home-{number}" / "smoke-1").is_dir(), (
-            "each host keeps its own cache"
-        )
-
-
-def test_a_crash_on_one_host_restarts_both(
+def test_two_hosts_give_the_losses_of_one_and_a_crash_on_one_restarts_both(
     hosts: Hosts, terminal: Terminal, tmp_path: Path, uninterrupted: Path
 ) -> None:
     folder = tmp_path / "smoke"
@@ -153,6 +136,8 @@ def test_a_crash_on_one_host_restarts_both(
     np.testing.assert_allclose(losses(folder), losses(uninterrupted), rtol=1e-6)
     assert "comoe: rank 1 was ended by SIGKILL. Starting again, restart 1 of 1." in done[0].said
     assert re.search(r"rank 1 on machine \S+ \(node 1\) died at step \d+", done[0].said)
+    caches = [(hosts.folder / f"home-{number}" / "smoke-1").is_dir() for number in (0, 1)]
+    assert caches == [True, True], "each host keeps its own cache"
 
 
 def test_a_network_that_breaks_ends_the_run_on_both_hosts(

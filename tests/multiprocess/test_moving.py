@@ -23,7 +23,7 @@ RUNS = {
 
 @pytest.fixture(scope="module")
 def losses(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, list[float]]]:
-    """Ranks -> run -> six losses. Each world starts at the checkpoint that the one before left after its third."""
+    """Ranks -> run -> losses. Each world starts at the checkpoint that the one before left after its third."""
     encoder = make_encoder(tmp_path_factory.mktemp("encoder"))
     folder = str(tmp_path_factory.mktemp("checkpoints"))
 
@@ -32,18 +32,18 @@ def losses(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, list
         work = "tests.multiprocess.workers:save_and_go_on"
         return run_ranks(work, ranks, encoder=encoder, layouts=layouts, folder=folder, **more)[0]
 
-    return {2: go(2), 1: go(1, first=3), 4: go(4, first=6)}
+    return {2: go(2), 1: go(1, first=3), 4: go(4, first=6, steps=3)}
 
 
 @pytest.mark.parametrize("run", RUNS)
 def test_a_run_moves_from_two_ranks_to_one_and_on_to_four(losses: Any, run: str) -> None:
     np.testing.assert_allclose(losses[1][run][:3], losses[2][run][3:], rtol=1e-5)
-    np.testing.assert_allclose(losses[4][run][:3], losses[1][run][3:], rtol=1e-5)
+    np.testing.assert_allclose(losses[4][run], losses[1][run][3:], rtol=1e-5)
 
 
 def test_the_losses_do_fall_so_that_equal_ones_mean_something(losses: Any) -> None:
     assert all(
-        len(set(np.round(series, 3))) == 6
+        len(set(np.round(series, 3))) == len(series)
         for by_run in losses.values()
         for series in by_run.values()
     )

@@ -469,15 +469,22 @@ def contract(encoder: str) -> dict[str, Any]:
 
 
 def save_and_go_on(
-    encoder: str, *, layouts: dict[str, tuple[int, int]], folder: str, first: int = 0
+    encoder: str,
+    *,
+    layouts: dict[str, tuple[int, int]],
+    folder: str,
+    first: int = 0,
+    steps: int = 6,
 ) -> dict[str, list[float]]:
-    """From step ``first`` (a fresh model, or the newest checkpoint, converted): three steps, a checkpoint, three more.
+    """From step ``first`` (a fresh model, or the newest checkpoint, converted): ``steps`` steps.
+
+    A checkpoint is saved after the third unless that is the last.
 
     Args:
         layouts: name of a run -> its (ZeRO stage, EP size) in this world; its checkpoints lie in
             ``folder``/<name>.
 
-    Returns the global losses of all six for each run.
+    Returns the global losses of each run.
     """
     from comoe.distributed import sum_over_ranks, world_size
     from comoe.train.checkpoint.folder import find_checkpoint
@@ -499,10 +506,10 @@ def save_and_go_on(
             assert found is not None and found.step == first
             state = load_checkpoint(found.path, engine, layout)
         losses[name] = []
-        for step in range(first, first + 6):
+        for step in range(first, first + steps):
             engine.set_rate_factor(1 - step / 30)
             losses[name].append(float(sum_over_ranks(one_step(engine, step).loss)) / world_size())
-            if step == first + 2:
+            if step == first + 2 < first + steps - 1:
                 state.step = step + 1
                 save_checkpoint(place, engine, state, layout, keep=9)
     return losses

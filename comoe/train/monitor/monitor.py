@@ -67,6 +67,7 @@ class Monitor:
         else:
             truncate_metrics(path, after_step=resumed_at)
         self._records = read_metrics(path)
+        self._drawn = (0, 0)
         self._file = path.open("a", encoding="utf-8")
         # TensorBoard hides older events from the purge step on; without it a resumed run draws two
         # curves.
@@ -262,6 +263,9 @@ class Monitor:
     def _draw_curves(self) -> None:
         train = [record for record in self._records if record.get("split") == "train"]
         checks = [record for record in self._records if record.get("split") == "validation"]
+        if self._drawn == (len(train), len(checks)):
+            return  # A figure takes longer than a step of a small model.
+        self._drawn = len(train), len(checks)
         losses = {task.name: _curve(train, task.name, "loss") for task in self._tasks}
         losses["loss"] = [(record["step"], record["loss"]) for record in train]
         validation = {task.name: _curve(checks, task.name, "loss") for task in self._tasks}
