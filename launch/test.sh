@@ -15,6 +15,6 @@ fi
 # First what keeps one core busy, then what starts ranks of its own: these often wait for one another.
 failed=0
 python -m pytest -q -n 2 --dist worksteal -m "one_core or not end_to_end" tests/end_to_end tests/unit || failed=1
-python -m pytest -q -n 2 --dist loadgroup --no-loadscope-reorder -m "not one_core" \
+python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not one_core" \
     tests/end_to_end tests/multiprocess || failed=1
 exit "$failed"

@@ -181,7 +181,8 @@ def run_request(
     device = _join_ranks(recipe, watch)
     folder = request.resume or Path(recipe.run.output_dir) / recipe.run.name
     if not request.dry_run and request.resume is None and begun_by_this_start(folder):
-        request = replace(request, config=None, resume=folder)
+        # Its config.yaml holds what the command line changed; some changes cannot be made twice.
+        request = replace(request, config=None, resume=folder, overrides=())
         recipe = _load(request)
     watch.advice = "The last whole checkpoint is good"
     watch.advice += "." if is_child() else f": go on with --resume {folder}."

@@ -140,15 +140,8 @@ def deepspeed(ranks: int, *, settings: str | Path = "zero2") -> list[str | Path]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    words = [
-        command,
-        "--master_port",
-        str(port),
-        "--num_accelerators",
-        str(ranks),
-        "launch/train.py",
-    ]
-    return [*words, "--deepspeed", path]
+    words = f"--master_port {port} --num_accelerators {ranks} launch/train.py --deepspeed"
+    return [command, *words.split(), path]
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

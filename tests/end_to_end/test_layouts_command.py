@@ -14,7 +14,7 @@ from tests.end_to_end.commands import SMOKE, TASKS, Terminal, deepspeed, losses,
 
 pytestmark = pytest.mark.end_to_end
 
-STEPS = 10
+STEPS = 6
 COMMON = (f"train.max_steps={STEPS}", "model.dropout=0", "train.log_every=1")
 # A small batch: with this gate each post is a row per task.
 PAPER = (

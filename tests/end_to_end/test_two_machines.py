@@ -52,32 +52,13 @@ class Hosts:
         hosts.write_text("machine-a slots=1\nmachine-b slots=1\n", encoding="utf-8")
         typed = []
         for number, name in enumerate(self.names):
-            there = [
-                "ip",
-                "netns",
-                "exec",
-                name,
-                "env",
-                f"COMOE_HOME={self.folder / f'home-{number}'}",
-                deepspeed(1)[0],
-            ]
-            launch = [
-                "--hostfile",
-                hosts,
-                "--no_ssh",
-                "--node_rank",
-                str(number),
-                "--master_addr",
-                self.address,
-            ]
-            script = [
-                "--master_port",
-                PORT,
-                "launch/train.py",
-                "--deepspeed",
-                "ds_configs/zero2.json",
-            ]
-            typed.append(terminal.start(*there, *launch, *script, *words))
+            there = f"ip netns exec {name} env COMOE_HOME={self.folder / f'home-{number}'}"
+            launch = (
+                f"--hostfile {hosts} --no_ssh --node_rank {number} --master_addr {self.address}"
+            )
+            script = f"--master_port {PORT} launch/train.py --deepspeed ds_configs/zero2.json"
+            line = [*there.split(), deepspeed(1)[0], *launch.split(), *script.split(), *words]
+            typed.append(terminal.start(*line))
         return typed
 
 
@@ -94,29 +75,16 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
     names, cards = (f"comoe-{mark}-a", f"comoe-{mark}-b"), (f"c{mark}a", f"c{mark}b")
     subnet = f"10.213.{mark % 250 + 1}"
     try:
-        steps = [("netns", "add", names[0]), ("netns", "add", names[1])]
+        steps = [f"netns add {name}" for name in names]
         steps.append(
-            (
-                "link",
-                "add",
-                cards[0],
-                "netns",
-                names[0],
-                "type",
-                "veth",
-                "peer",
-                "name",
-                cards[1],
-                "netns",
-                names[1],
-            )
+            f"link add {cards[0]} netns {names[0]} type veth peer name {cards[1]} netns {names[1]}"
         )
         for number, (name, card) in enumerate(zip(names, cards, strict=True), start=1):
-            steps.append(("-n", name, "addr", "add", f"{subnet}.{number}/24", "dev", card))
-            steps += [("-n", name, "link", "set", device, "up") for device in ("lo", card)]
+            steps.append(f"-n {name} addr add {subnet}.{number}/24 dev {card}")
+            steps += [f"-n {name} link set {device} up" for device in ("lo", card)]
         for step in steps:
-            if problem := ip(*step):
-                pytest.skip(f"this system makes no two hosts: ip {' '.join(step)}: {problem}")
+            if problem := ip(*step.split()):
+                pytest.skip(f"this system makes no two hosts: ip {step}: {problem}")
         yield Hosts(names, cards, f"{subnet}.1", tmp_path_factory.mktemp("hosts"))
     finally:
         for name in names:

@@ -12,7 +12,7 @@ import torch
 
 from comoe.types import Batch
 from tests.helpers_seq2seq import MIXED, decoder_batch, filler
-from tests.multiprocess.workers import recipe_of
+from tests.multiprocess.workers import recipe_of, train_plainly
 
 STEPS, SAVED_AFTER = 4, 1
 """Steps of a run, and after how many of them it is saved: two more read the optimizer's state that
@@ -215,8 +215,6 @@ def plain(models: dict[str, str], *, steps: int) -> dict[str, dict[str, Any]]:
     """The same steps by PyTorch alone: no DeepSpeed."""
     from comoe.losses.objective import Objective
     from comoe.models.model import build_model
-    from comoe.models.moe.gate import BALANCES
-    from comoe.train.parallel.setup import parameter_groups
 
     answers = {}
     for family, encoder in models.items():
@@ -224,25 +222,8 @@ def plain(models: dict[str, str], *, steps: int) -> dict[str, dict[str, Any]]:
         torch.manual_seed(0)
         model = build_model(chosen.model, tasks())
         objective = Objective(model, tasks(), chosen.loss, chosen.model.moe).train()
-        groups = parameter_groups(objective, chosen)
-        groups = [{key: group[key] for key in ("params", "lr", "weight_decay")} for group in groups]
-        optimizer = torch.optim.AdamW(
-            groups, betas=tuple(chosen.train.betas), eps=chosen.train.epsilon
-        )
-        losses = []
-        for step in range(steps):
-            objective.begin_step()
-            output = objective(own_batch(step, family))
-            output.loss.backward()
-            torch.nn.utils.clip_grad_norm_(objective.parameters(), chosen.train.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad()
-            for layer, routing in zip(model.moe_layers(), output.output.routings, strict=True):
-                bias_E = layer.mixture.gate.e_score_correction_bias
-                BALANCES[chosen.model.moe.balance](
-                    bias_E, routing.counts_E.double(), chosen.model.moe.balance_rate
-                )
-            losses.append(float(output.loss.detach()))
+        batches = ([own_batch(step, family)] for step in range(steps))
+        losses = [loss for loss, *_ in train_plainly(objective, chosen, batches)]
         state = {name: value.detach().numpy().copy() for name, value in model.named_parameters()}
         answers[family] = {"losses": losses, "state": state}
     return answers

@@ -58,13 +58,8 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_our_dispatch_equals_autoeps_own(
     encoder: str, ranks: int, ep_size: int, top_k: int
 ) -> None:
-    answers = run_ranks(
-        "tests.multiprocess.test_dispatch:both_ways",
-        ranks,
-        encoder=encoder,
-        ep_size=ep_size,
-        top_k=top_k,
-    )
+    here = "tests.multiprocess.test_dispatch:both_ways"
+    answers = run_ranks(here, ranks, encoder=encoder, ep_size=ep_size, top_k=top_k)
     for answer in answers:
         assert answer["type"] == "CooperativeLayer"
         assert len(answer["sizes"]) == 7 and min(answer["sizes"]) > 1e-3

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -76,15 +76,14 @@ def batch_of(rows: list[dict[str, Any]], *, step: int = 0) -> Batch:
     longest = max(len(row["ids"]) for row in rows)
 
     def padded(key: str, value: int) -> torch.Tensor:
-        return torch.tensor(
-            np.stack(
-                [
-                    np.pad(row[key], (0, longest - len(row[key])), constant_values=value)
-                    for row in rows
-                ]
-            )
-        )
+        fill = [(0, longest - len(row[key])) for row in rows]
+        cells = [
+            np.pad(row[key], pad, constant_values=value)
+            for row, pad in zip(rows, fill, strict=True)
+        ]
+        return torch.tensor(np.stack(cells))
 
+    blank = np.zeros((3, 16, 16), dtype=np.float32)
     ids_BL = padded("ids", 0)
     labels = {name: torch.tensor([row[name] for row in rows]) for name in ("mood", "heat", "topic")}
     labels["spans"] = padded("spans", IGNORED)
@@ -100,12 +99,7 @@ def batch_of(rows: list[dict[str, Any]], *, step: int = 0) -> Batch:
         task_ids_B=torch.tensor([row["row"] % len(TASKS) for row in rows]),
         row_ids_B=torch.tensor([row["row"] for row in rows]),
         labels=labels,
-        pixels_I3HW=torch.from_numpy(
-            np.stack(
-                [rows[number]["picture"] for number in seen]
-                or [np.zeros((3, 16, 16), dtype=np.float32)]
-            )
-        ),
+        pixels_I3HW=torch.from_numpy(np.stack([rows[n]["picture"] for n in seen] or [blank])),
         image_rows_I=torch.tensor(seen or [-1]),
         step=step,
         progress=0.1 * (step + 1),
@@ -173,13 +167,8 @@ def tasks_of(recipe: Any) -> tuple[Task, ...]:
 
 
 def build(
-    recipe: Any,
-    *,
-    stage: int,
-    accumulation: int = 1,
-    settings: dict[str, Any] | None = None,
-    seed: int = 0,
-) -> Any:
+    recipe: Any, *, stage: int, accumulation: int = 1, settings: dict[str, Any] | None = None, seed: int = 0
+) -> Any:  # fmt: skip
     """(engine, layout) of this rank."""
     from comoe.distributed import world_size
     from comoe.losses.objective import build_objective
@@ -264,9 +253,9 @@ def many(encoder: str, cases: list[dict[str, Any]], work: str = "case") -> list[
 
 def case(
     encoder: str, *, stage: int, steps: int, accumulation: int = 1, count: int = 12, seed: int = 0,
-    settings: dict[str, Any] | None = None, **changes: Any,
+    settings: dict[str, Any] | None = None, plainly: bool = True, **changes: Any,
 ) -> dict[str, Any]:  # fmt: skip
-    """Train a few steps: global losses, norms, picks, weights, logits by the engine and by the plain model."""
+    """Train a few steps: global losses, norms, picks, weights, logits by the engine and, ``plainly``, by the model."""
     from comoe.distributed import sum_over_ranks, world_size
     from comoe.losses.objective import build_objective
     from comoe.train.parallel.setup import gather_full_state
@@ -299,12 +288,13 @@ def case(
     }
     answer["sums"] = [str(engine.deepspeed.get_data_types()[1])]
     if after:
+        answer |= _outcome(before, after)
+        answer["engine_logits"] = {key: value.float().numpy() for key, value in by_engine.items()}
+    if after and plainly:
         plain = build_objective(recipe, tasks_of(recipe), num_domains=NUM_DOMAINS).model.eval()
         plain.load_state_dict(after)
         with torch.no_grad():
             by_plain = plain(batch).logits
-        answer |= _outcome(before, after)
-        answer["engine_logits"] = {key: value.float().numpy() for key, value in by_engine.items()}
         answer["plain_logits"] = {key: value.numpy() for key, value in by_plain.items()}
     return answer
 
@@ -317,65 +307,57 @@ def _outcome(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) ->
 
 
 def plain_case(
-    encoder: str,
-    *,
-    steps: int,
-    accumulation: int = 1,
-    count: int = 12,
-    seed: int = 0,
-    **changes: Any,
-) -> dict[str, Any]:
+    encoder: str, *, steps: int, accumulation: int = 1, count: int = 12, seed: int = 0, **changes: Any,
+) -> dict[str, Any]:  # fmt: skip
     """What ``case`` does, by PyTorch alone: one process, its own optimizer, its own clipping. No DeepSpeed runs."""
     from comoe.losses.objective import build_objective
-    from comoe.models.moe.gate import BALANCES
-    from comoe.train.parallel.setup import parameter_groups
 
     recipe = recipe_of(encoder, **changes)
     torch.manual_seed(seed)
     objective = build_objective(recipe, TASKS).train()
-    train, layers = recipe.train, objective.model.moe_layers()
-    more = {
-        "adamw": {"betas": tuple(train.betas), "eps": train.epsilon}, "sgd": {"momentum": train.momentum},
-    }[train.optimizer]  # fmt: skip
-    optimizer = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[train.optimizer](
-        [
-            {key: group[key] for key in ("params", "lr", "weight_decay")}
-            for group in parameter_groups(objective, recipe)
-        ],
-        **more,
-    )
     before = {key: value.clone() for key, value in objective.model.state_dict().items()}
-    values, norms, picks = [], [], []
-    for step in range(steps):
-        batches = own_batches(step, accumulation=accumulation, count=count)
-        biases_LE = torch.stack(
-            [layer.mixture.gate.e_score_correction_bias.clone() for layer in layers]
-        )
-        objective.begin_step()
-        outputs = []
-        for batch in batches:
-            outputs.append(objective(batch))
-            (outputs[-1].loss / accumulation).backward()
-        trained = [parameter for parameter in objective.parameters() if parameter.requires_grad]
-        norms.append(
-            float(torch.nn.utils.clip_grad_norm_(trained, train.max_grad_norm or torch.inf))
-        )
-        optimizer.step()
-        optimizer.zero_grad()
-        loads = [
-            sum(o.output.routings[number].counts_E for o in outputs)
-            for number in range(len(layers))
-        ]
-        for layer, load_E in zip(layers, loads, strict=True):
-            BALANCES[recipe.model.moe.balance](
-                layer.mixture.gate.e_score_correction_bias,
-                load_E.double(),
-                recipe.model.moe.balance_rate,
-            )
-        picks.append(picks_of([output.output for output in outputs], batches, biases_LE))
-        values.append(float(torch.stack([output.loss.detach() for output in outputs]).mean()))
+    batches = [own_batches(step, accumulation=accumulation, count=count) for step in range(steps)]
+    values, norms, picks = zip(*train_plainly(objective, recipe, batches), strict=True)
     outcome = _outcome(before, objective.model.state_dict())
     return {"losses": values, "norms": norms, "picks": picks, **outcome}
+
+
+def train_plainly(
+    objective: Any, recipe: Any, batches: Iterable[list[Batch]]
+) -> Iterator[tuple[float, float, Picks]]:
+    """Loss, gradient norm and picks of each step; ``batches`` are the micro-batches of the steps."""
+    from comoe.models.moe.gate import BALANCES
+    from comoe.train.parallel.setup import parameter_groups
+
+    train, gates = recipe.train, [layer.mixture.gate for layer in objective.model.moe_layers()]
+    make, options = {
+        "adamw": (torch.optim.AdamW, {"betas": tuple(train.betas), "eps": train.epsilon}),
+        "sgd": (torch.optim.SGD, {"momentum": train.momentum}),
+    }[train.optimizer]
+    groups = [
+        {key: group[key] for key in ("params", "lr", "weight_decay")}
+        for group in parameter_groups(objective, recipe)
+    ]
+    optimizer = make(groups, **options)
+    trained = [parameter for parameter in objective.parameters() if parameter.requires_grad]
+    for of_step in batches:
+        biases_LE = torch.stack([gate.e_score_correction_bias.clone() for gate in gates])
+        objective.begin_step()
+        outputs = []
+        for batch in of_step:
+            outputs.append(objective(batch))
+            (outputs[-1].loss / len(of_step)).backward()
+        norm = torch.nn.utils.clip_grad_norm_(trained, train.max_grad_norm or torch.inf)
+        optimizer.step()
+        optimizer.zero_grad()
+        answers = [output.output for output in outputs]
+        for number, gate in enumerate(gates):
+            load_E = sum(answer.routings[number].counts_E for answer in answers)
+            BALANCES[recipe.model.moe.balance](
+                gate.e_score_correction_bias, load_E.double(), recipe.model.moe.balance_rate
+            )
+        loss = torch.stack([output.loss.detach() for output in outputs]).mean()
+        yield float(loss), float(norm), picks_of(answers, of_step, biases_LE)
 
 
 def resumed(
@@ -390,6 +372,10 @@ def resumed(
         encoder, train__schedule="linear", model__dropout=0.1, parallel__ep_size=2, **REMEMBERED
     )
 
+    def groups_of(engine: Any) -> list[tuple[Any, ...]]:
+        groups = engine.deepspeed.optimizer.param_groups
+        return [(group["lr"], group["weight_decay"], group["name"]) for group in groups]
+
     def train(engine: Any, first: int) -> list[float]:
         out = []
         for step in range(first, first + 3):
@@ -401,10 +387,7 @@ def resumed(
     train(engine, 0)
     state = TrainState(step=3, best_value=0.25, evaluations_without_gain=2)
     save_checkpoint(Path(folder), engine, state, layout, keep=1)
-    groups = [
-        (group["lr"], group["weight_decay"], group["name"])
-        for group in engine.deepspeed.optimizer.param_groups
-    ]
+    groups = groups_of(engine)
     uninterrupted = train(engine, 3)
     fresh, layout = build(recipe, stage=stage, settings=settings)
     torch.manual_seed(999)
@@ -412,10 +395,7 @@ def resumed(
     assert found is not None and not found.broken
     restored = load_checkpoint(found.path, fresh, layout)
     fresh.set_rate_factor(1 - 2 / 10)
-    after = [
-        (group["lr"], group["weight_decay"], group["name"])
-        for group in fresh.deepspeed.optimizer.param_groups
-    ]
+    after = groups_of(fresh)
     return {
         "uninterrupted": uninterrupted, "resumed": train(fresh, 3), "groups_before": groups, "groups_after": after,
         "state": {key: getattr(restored, key) for key in ("step", "best_value", "evaluations_without_gain")},
