@@ -31,7 +31,8 @@ EVENTFUL = (
 )  # fmt: skip
 """Everything that a resume must restore has an effect: dropout, two micro-steps, a rate that
 changes, momenta, a balance bias that moves fast, an evaluation between, rates of the data sets that
-follow it. One task per data set: each more would only draw figures."""
+follow it, a task that a restart must not drop a second time. One task per data set: each more would
+only draw figures."""
 TIMEOUT = 300.0
 """Seconds after which a command is ended and its test fails: many times what it takes alone on two
 cores."""

@@ -41,13 +41,8 @@ def test_an_unknown_key_on_two_ranks_is_named_with_the_nearest_before_anything_i
 def test_a_clash_between_the_ranks_and_the_recipe_is_one_sentence_too(
     terminal: Terminal, tmp_path: Path
 ) -> None:
-    done = terminal.run(
-        *deepspeed(2),
-        "--config",
-        SMOKE,
-        f"run.output_dir={tmp_path / 'runs'}",
-        "parallel.ep_size=4",
-    )
+    words = ("--config", SMOKE, f"run.output_dir={tmp_path / 'runs'}", "parallel.ep_size=4")
+    done = terminal.run(*deepspeed(2), *words)
     assert sentence(done) == (
         "parallel.ep_size (4) must divide both the ranks (2) and model.moe.num_experts (4); set it to one of [1, 2]."
     )
@@ -107,28 +102,22 @@ def refused(
         (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
     common = {"config": ROOT / SMOKE, "deepspeed": ROOT / "ds_configs/zero2.json"}
     overrides = [f"run.output_dir={folder / 'runs'}", "run.overwrite=true"]
-    requests = {
+    requests: dict[str, dict[str, Any]] = {
         name: common | {"deepspeed": folder / f"{name}.json", "overrides": overrides}
-        for name in settings
+        for name in (*settings, "no JSON")
     }
-    requests["no JSON"] = common | {"deepspeed": folder / "none.json", "overrides": overrides}
-    requests["no encoder"] = common | {
-        "overrides": [*overrides, f"model.encoder={folder / 'none'}"]
-    }
-    requests["no data"] = common | {"overrides": [*overrides, "tasks.mood.path=revews"]}
-    requests["no such metric"] = common | {
-        "overrides": [*overrides, "train.early_stop_metric=mood/macrof1"]
-    }
+    for name, word in {
+        "no encoder": f"model.encoder={folder / 'none'}",
+        "no data": "tasks.mood.path=revews",
+        "no such metric": "train.early_stop_metric=mood/macrof1",
+    }.items():
+        requests[name] = common | {"overrides": [*overrides, word]}
     requests["no recipe"] = common | {"config": folder / "none.yaml"}
     requests["nothing to resume"] = {"resume": folder / "empty"}
     requests["a recipe beside a resume"] = common | {"resume": smoke_run.folder}
     requests["a run without its file"] = {"resume": folder / "older"}
-    answers = run_ranks(
-        "tests.end_to_end.test_bad_commands:refusals",
-        1,
-        requests=list(requests.values()),
-        home=str(home),
-    )[0]
+    work = "tests.end_to_end.test_bad_commands:refusals"
+    answers = run_ranks(work, 1, requests=list(requests.values()), home=str(home))[0]
     assert (old / "config.yaml").read_text(encoding="utf-8") == "an older run", (
         "nothing is deleted for a bad start"
     )
@@ -140,7 +129,7 @@ EXPECTED = {
     "an auto without filling": 'zero_optimization.reduce_bucket_size is "auto" in the DeepSpeed JSON, but nothing',
     "an optimizer": "optimizer must not be in the DeepSpeed JSON: train.optimizer, train.learning_rate and",
     "stage 0": "zero_optimization.stage (0) must be 1, 2 or 3",
-    "no JSON": "none.json: no such file; the ready ones are in ds_configs/.",
+    "no JSON": "no JSON.json: no such file; the ready ones are in ds_configs/.",
     "no encoder": "model.encoder",
     "no data": "revews",
     "no such metric": "train.early_stop_metric",

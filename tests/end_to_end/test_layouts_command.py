@@ -18,10 +18,7 @@ STEPS = 6
 COMMON = (f"train.max_steps={STEPS}", "model.dropout=0", "train.log_every=1")
 # A small batch: with this gate each post is a row per task.
 PAPER = (
-    "model.moe.route_by=task",
-    "model.moe.top_k=4",
-    "model.moe.balance=none",
-    "train.batch_size=24",
+    "model.moe.route_by=task model.moe.top_k=4 model.moe.balance=none train.batch_size=24".split()
 )
 
 
@@ -109,20 +106,14 @@ def test_the_export_answers_as_the_training_engine_did(
 ) -> None:
     told = read_lines(two_ranks / "predictions" / "test" / f"{task}.jsonl")
     source = {"mentions": "mentions", "stance": "stance"}.get(task, "reviews")
-    posts = [
-        post
-        for post in read_lines(home / "smoke-1" / "posts" / source / "test.jsonl")
-        if is_labelled(post, task)
-    ]
+    posts = read_lines(home / "smoke-1" / "posts" / source / "test.jsonl")
+    # A tenth of the posts has no topic.
+    posts = [post for post in posts if task != "topic" or post.get("topic") is not None]
     texts = [post.get("text") or " ".join(post["words"]) for post in posts]
     assert texts == [row["text"] for row in told]
     predictor = Predictor.from_pretrained(exported, device="cpu")
-    answers = predictor(
-        texts,
-        pairs=[post.get("target") for post in posts],
-        words=[post.get("words") for post in posts],
-        tasks=[task],
-    )
+    pairs, words = ([post.get(name) for post in posts] for name in ("target", "words"))
+    answers = predictor(texts, pairs=pairs, words=words, tasks=[task])
     numbers = []
     for row, answer in zip(told, answers, strict=True):
         ours = answer[task]
@@ -134,16 +125,9 @@ def test_the_export_answers_as_the_training_engine_did(
         np.testing.assert_allclose(ours, theirs, atol=1e-5, rtol=0)
 
 
-def is_labelled(post: dict, task: str) -> bool:
-    """A tenth of the posts has no topic."""
-    return task != "topic" or post.get("topic") is not None
-
-
 def values_of(answer: dict) -> list[float]:
     """Every number of an answer: the value, or the score of each label or word."""
     scores = answer.get("scores", [])
-    return (
-        [answer["value"]]
-        if "value" in answer
-        else list(scores.values() if isinstance(scores, dict) else scores)
-    )
+    if "value" in answer:
+        return [answer["value"]]
+    return list(scores.values() if isinstance(scores, dict) else scores)

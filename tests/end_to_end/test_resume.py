@@ -8,6 +8,7 @@ import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -54,6 +55,10 @@ def resume(terminal: Terminal, folder: Path) -> str:
     done = terminal.run(*deepspeed(2), "--resume", folder, "run.verbose=false")
     assert done.code == 0, done.out + done.err
     return done.out
+
+
+def validations(run: Path) -> list[dict[str, Any]]:
+    return [line for line in read_lines(run / "metrics.jsonl") if line["split"] == "validation"]
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -147,11 +152,7 @@ def test_rates_norms_and_evaluations_are_the_same_too(
         assert ours[step]["rates"] == theirs[step]["rates"], step
         assert ours[step]["grad_norm"] == pytest.approx(theirs[step]["grad_norm"], rel=1e-5), step
     checks = [
-        {
-            line["step"]: line["mean"]
-            for line in read_lines(run / "metrics.jsonl")
-            if line["split"] == "validation"
-        }
+        {line["step"]: line["mean"] for line in validations(run)}
         for run in (resumed.folder, uninterrupted)
     ]
     assert list(checks[0]) == [4, 8, 10] and checks[0] == pytest.approx(checks[1], rel=1e-6)
@@ -163,8 +164,7 @@ def test_the_data_sets_are_drawn_from_at_the_same_changing_rates(
     draws = [
         [
             [line[f"draws/{name}"] for name in ("reviews", "mentions", "stance")]
-            for line in read_lines(run / "metrics.jsonl")
-            if line["split"] == "validation"
+            for line in validations(run)
         ]
         for run in (resumed.folder, uninterrupted)
     ]
@@ -217,18 +217,15 @@ def test_a_checkpoint_that_was_cut_short_is_passed_over_and_said(killed: Resumed
 def test_resuming_a_finished_run_succeeds_and_does_nothing(
     uninterrupted: Path, shared_terminal: Terminal
 ) -> None:
-    kept = ("results.json", "export/model.safetensors", "predictions/test/mood.jsonl")
-    before = {
-        name: ((uninterrupted / name).stat().st_mtime_ns, (uninterrupted / name).read_bytes())
-        for name in kept
-    }
+    def kept() -> list[tuple[int, bytes]]:
+        names = ("results.json", "export/model.safetensors", "predictions/test/mood.jsonl")
+        paths = [uninterrupted / name for name in names]
+        return [(path.stat().st_mtime_ns, path.read_bytes()) for path in paths]
+
+    before = kept()
     lines = train_lines(uninterrupted)
     out = resume(shared_terminal, uninterrupted)
     assert f"{uninterrupted} is finished (all steps done, step {STEPS}); nothing to do." in out
     assert "task      metric" in out, "the table is shown again"
     assert train_lines(uninterrupted) == lines
-    after = {
-        name: ((uninterrupted / name).stat().st_mtime_ns, (uninterrupted / name).read_bytes())
-        for name in kept
-    }
-    assert after == before
+    assert kept() == before

@@ -49,11 +49,7 @@ def test_a_training_line_has_step_loss_tasks_rates_and_weights(smoke_run: Finish
         assert tuple(line["tasks"]) == TASKS == tuple(line["weights"])
         for task, values in line["tasks"].items():
             # Tags take no part in the contrastive loss unless they are asked to.
-            contrasted = (
-                {"contrastive", "positives_per_anchor"}
-                if MAIN_METRICS[task] != "span_f1"
-                else set()
-            )
+            contrasted = {"contrastive", "positives_per_anchor"} if task != "mentions" else set()
             assert set(values) == {"loss", MAIN_METRICS[task], *contrasted}
         assert set(line["rates"]) == {"encoder", "experts", "heads"}
         assert (
@@ -84,16 +80,12 @@ def test_config_settings_and_environment_are_written_down(smoke_run: Finished) -
     assert (recipe.train.max_steps, recipe.run.name, tuple(recipe.tasks)) == (6, "smoke", TASKS)
     settings = read_json(smoke_run.folder / "ds_config.json")
     assert '"auto"' not in json.dumps(settings)
-    assert (
-        settings["zero_optimization"]["stage"] == 2
-        and settings["expert_parallel"]["autoep_size"] == 2
-    )
+    assert settings["zero_optimization"]["stage"] == 2
+    assert settings["expert_parallel"]["autoep_size"] == 2
     environment = read_json(smoke_run.folder / "environment.json")
     assert environment["packages"]["deepspeed"] == "0.19.8" and environment["world_size"] == 2
-    assert (
-        environment["command"][0] == "launch/train.py"
-        and "train.max_steps=6" in environment["command"]
-    )
+    command = environment["command"]
+    assert command[0] == "launch/train.py" and "train.max_steps=6" in command
 
 
 def test_results_hold_both_splits_and_how_the_run_went(smoke_run: Finished) -> None:
@@ -101,12 +93,8 @@ def test_results_hold_both_splits_and_how_the_run_went(smoke_run: Finished) -> N
     assert (results["finished"], results["step"]) == ("all steps done", 6)
     # An epoch's 1200 posts are 13 batches of nearly the same size, at most 96.
     assert 6 * 92 <= results["posts"] <= 6 * 93
-    assert (results["world_size"], results["ep_size"], results["zero_stage"], results["bf16"]) == (
-        2,
-        2,
-        2,
-        False,
-    )
+    layout = [results[key] for key in ("world_size", "ep_size", "zero_stage", "bf16")]
+    assert layout == [2, 2, 2, False]
     assert results["posts_per_second"] > 0 and results["peak_memory_bytes_per_rank"] > 10e6
     for split in ("validation", "test"):
         assert tuple(results["metrics"][split]) == TASKS
@@ -147,36 +135,19 @@ def test_tensorboard_shows_losses_metrics_rates_weights_gates_and_images(
     for task, metric in MAIN_METRICS.items():
         assert {f"{split}/{task}/{metric}" for split in ("train", "validation", "test")} <= scalars
         assert {f"train/{task}/loss", f"weight/{task}"} <= scalars
+    expected = "train/loss rate/encoder rate/experts rate/heads validation/mean measured/grad_norm"
     assert {
-        "train/loss",
-        "rate/encoder",
-        "rate/experts",
-        "rate/heads",
-        "validation/mean",
+        *expected.split(),
+        *(f"measured/{unit}_per_second" for unit in ("posts", "tokens")),
     } <= scalars
-    assert {
-        "measured/grad_norm",
-        "measured/posts_per_second",
-        "measured/tokens_per_second",
-    } <= scalars
-    measures = (
-        "max_violation",
-        "effective_experts",
-        "entropy",
-        "task_information",
-        "cooperation",
-        "share/expert_3",
-    )
+    measures = "max_violation effective_experts entropy task_information cooperation share/expert_3"
+    measures = measures.split()
     assert {f"routing/layer_{layer}/{name}" for layer in LAYERS for name in measures} <= scalars
     logged = [event.value for event in events.Scalars("train/loss")]
     assert logged == pytest.approx(losses(smoke_run.folder), rel=1e-6)
     images = set(events.Tags()["images"])
-    assert {
-        "routing/layer_expert",
-        "routing/task_expert",
-        "confusion/validation/mood",
-        "confusion/test/mood",
-    } <= images
+    shown = {f"confusion/{split}/mood" for split in ("validation", "test")}
+    assert shown | {"routing/layer_expert", "routing/task_expert"} <= images
     assert all(events.Images(tag)[-1].encoded_image_string.startswith(b"\x89PNG") for tag in images)
     (text,) = events.Tensors("recipe/text_summary")
     assert b"max_steps: 6" in text.tensor_proto.string_val[0]
@@ -202,15 +173,13 @@ def test_checkpoints_and_export_are_whole(smoke_run: Finished) -> None:
 
 def test_the_command_ends_with_the_table_and_what_to_type_next(smoke_run: Finished) -> None:
     lines = [line for line in smoke_run.done.out.splitlines() if not is_launchers(line)]
-    heads = [
-        number
-        for number, line in enumerate(lines)
-        if re.match(r"task +metric +validation +test", line)
+    head = re.compile(r"task +metric +validation +test")
+    (begin,) = [number for number, line in enumerate(lines, start=2) if head.match(line)]
+    end = begin + len(TASKS)
+    assert [row.split()[:2] for row in lines[begin:end]] == [
+        list(pair) for pair in MAIN_METRICS.items()
     ]
-    assert len(heads) == 1
-    table = lines[heads[0] + 2 : heads[0] + 2 + len(TASKS)]
-    assert [row.split()[:2] for row in table] == [list(pair) for pair in MAIN_METRICS.items()]
-    after = [line.split()[0] for line in lines[heads[0] + 2 + len(TASKS) :] if line.strip()]
+    after = [line.split()[0] for line in lines[end:] if line.strip()]
     assert after[:2] == ["calibration", "task"] and set(after[3:-3]) - {"Thresholds"} == set(
         TASKS
     ) - {"strength"}

@@ -59,29 +59,22 @@ def steps(cuts, case, *, dtype=torch.float64):
         # The unlabelled posts live at the end only: one rank has them all.
         rows["label/plain"][: ROWS - 3] = -100
         rows = near_rows(rows) if case in NEAR else rows
-        rows = {
-            name: value.to(dtype) if value.dtype == torch.float64 else value
-            for name, value in rows.items()
-        }
+        double = [name for name, value in rows.items() if value.dtype == torch.float64]
+        rows |= {name: rows[name].to(dtype) for name in double}
         part = slice(*bounds[rank : rank + 2])
         loss.begin_step()
         share, terms, leaves = call(loss, {name: value[part] for name, value in rows.items()})
         share.backward()
-        numbers = {
-            name: float(sum_over_ranks(value)) / world_size() for name, value in terms.items()
-        }
-        found.append({"value": float(sum_over_ranks(share)) / world_size(), **numbers})
+        numbers = {"value": share, **terms}
+        found.append({name: float(sum_over_ranks(n)) / world_size() for name, n in numbers.items()})
         gradients = {
             name: leaf.grad / world_size() for name, leaf in leaves.items() if leaf.grad is not None
         }
         found[-1] |= {name: value.numpy() for name, value in gradients.items()}
     if slope is not None:
         found.append({"slope": (sum_over_ranks(slope.grad) / world_size()).numpy()})
-    state = (
-        {}
-        if loss.queue is None
-        else {name: v.numpy() for name, v in loss.queue.state_dict().items()}
-    )
+    queue = {} if loss.queue is None else loss.queue.state_dict()
+    state = {name: value.numpy() for name, value in queue.items()}
     return found, state, None if slope is None else slope.grad.tolist()
 
 
@@ -111,9 +104,8 @@ def test_any_split_over_ranks_equals_one_process(ranks):
                     assert list(got) == list(want)
                     for key, value in want.items():
                         value = value[part] if key.startswith(("z/", "view/")) else value
-                        wrong = np.abs(got[key] - value).max(initial=0) / max(
-                            1.0, np.abs(value).max(initial=0)
-                        )
+                        scale = max(1.0, np.abs(value).max(initial=0))
+                        wrong = np.abs(got[key] - value).max(initial=0) / scale
                         assert wrong < CLOSE.get(name, 1e-12), (name, cuts, rank, key, wrong)
                 assert state.keys() == queue.keys()
                 for key, value in state.items():

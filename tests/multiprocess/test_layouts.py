@@ -26,6 +26,7 @@ from tests.helpers_ranks import run_ranks
 from tests.multiprocess.workers import Picks, make_encoder
 
 pytestmark = pytest.mark.multiprocess
+MANY = "tests.multiprocess.workers:many"
 
 # Seed 5: of the first two dozen the one whose closest pick is farthest from a tie, so that another
 # processor's rounding flips no token either.
@@ -34,13 +35,8 @@ ADAMW = {"seed": 5, "train__max_grad_norm": 0.5, "train__epsilon": 1e-5}
 
 def sgd(rate: float) -> dict[str, Any]:
     rates = {f"train__{name}learning_rate": rate for name in ("", "expert_", "head_")}
-    return {
-        "seed": 5,
-        "train__optimizer": "sgd",
-        "train__max_grad_norm": 0.0,
-        "train__weight_decay": 0.0,
-        **rates,
-    }
+    zero = {"train__max_grad_norm": 0.0, "train__weight_decay": 0.0}
+    return {"seed": 5, "train__optimizer": "sgd", **zero, **rates}
 
 
 SGD = sgd(0.01)
@@ -50,11 +46,11 @@ RATE = 1e3
 BF16 = {"bf16": {"enabled": True}}
 OFFLOAD = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
 PAPER = {
-    "model__moe__route_by": "task",
-    "model__moe__top_k": 4,
-    "model__moe__balance": "none",
+    "model__moe__route_by": "task", "model__moe__top_k": 4, "model__moe__balance": "none",
     "loss__balance_weight": 0.0,
-}
+}  # fmt: skip
+LONG = {"steps": 4, "accumulation": 3}
+RECOMPUTED = {"train__activation_checkpointing": True}
 
 CASES: dict[str, dict[str, Any]] = {
     "adamw": {"steps": 20, **ADAMW},
@@ -63,20 +59,14 @@ CASES: dict[str, dict[str, Any]] = {
     "adamw short": {"steps": 6, **ADAMW},
     "sgd short": {"steps": 6, **SGD},
     "gradient": {"steps": 1, **sgd(RATE)},
-    "accumulation": {"steps": 4, "accumulation": 3, **SGD},
+    "accumulation": {**LONG, **SGD},
     "paper": {"steps": 4, **ADAMW, **PAPER},
     # Fewer posts than ranks, with four of these: some ranks run on filler rows alone.
     "tiny": {"steps": 4, "count": 2, **SGD},
     "offloaded": {"steps": 4, **ADAMW, "settings": OFFLOAD},
-    "recomputed": {"steps": 4, "accumulation": 3, **ADAMW, "train__activation_checkpointing": True},
-    "bf16": {"steps": 4, "accumulation": 3, **SGD, "settings": BF16},
-    "bf16 recomputed": {
-        "steps": 4,
-        "accumulation": 3,
-        **SGD,
-        "settings": BF16,
-        "train__activation_checkpointing": True,
-    },
+    "recomputed": {**LONG, **ADAMW, **RECOMPUTED},
+    "bf16": {**LONG, **SGD, "settings": BF16},
+    "bf16 recomputed": {**LONG, **SGD, "settings": BF16, **RECOMPUTED},
 }
 STAGES = (1, 2, 3)
 Cell = tuple[str, int, int]
@@ -112,9 +102,7 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
 def run_cells(encoder: str, world_size: int, cells: list[Cell]) -> dict[Cell, Any]:
     """What rank 0 answered in each cell; ``picks`` of all ranks, [rank][step]."""
     cases = [dict(CASES[name], stage=stage, parallel__ep_size=ep) for name, ep, stage in cells]
-    ranks = run_ranks(
-        "tests.multiprocess.workers:many", world_size, timeout=400, encoder=encoder, cases=cases
-    )
+    ranks = run_ranks(MANY, world_size, timeout=400, encoder=encoder, cases=cases)
     return {
         cell: answers[0] | {"picks": [answer["picks"] for answer in answers]}
         for cell, answers in zip(cells, zip(*ranks, strict=True), strict=True)
@@ -125,9 +113,7 @@ def run_plain(encoder: str) -> dict[str, Any]:
     cases = [
         {key: value for key, value in case.items() if key != "settings"} for case in CASES.values()
     ]
-    answers = run_ranks(
-        "tests.multiprocess.workers:many", 1, encoder=encoder, cases=cases, work="plain_case"
-    )
+    answers = run_ranks(MANY, 1, encoder=encoder, cases=cases, work="plain_case")
     return dict(zip(CASES, answers[0], strict=True))
 
 
@@ -150,9 +136,8 @@ def flips(expected: list[Picks], by_rank: list[list[Picks]]) -> list[float]:
     margins: list[float] = []
     for step, one in enumerate(expected):
         tokens = np.concatenate([ranks[step].tokens_S for ranks in by_rank])
-        picks = np.concatenate([ranks[step].picks_LSk for ranks in by_rank], axis=1)[
-            :, tokens.argsort()
-        ]
+        picks = np.concatenate([ranks[step].picks_LSk for ranks in by_rank], axis=1)
+        picks = picks[:, tokens.argsort()]
         np.testing.assert_array_equal(np.sort(tokens), one.tokens_S)
         margins += one.margins_LS[(picks != one.picks_LSk).any(axis=2)].tolist()
     return margins
@@ -164,13 +149,12 @@ def off_in_losses(found: Any, expected: Any) -> float:
 
 def off_in_gradients(found: Any, expected: Any) -> dict[str, float]:
     """Tensor -> difference of the gradient by its norm; of a gradient below 1e-6, which is rounding, by 1e-6."""
+    # A key's bias has none in exact arithmetic; the final weights of the other cells hold it.
+    moves = {key: moved for key, moved in expected["moves"].items() if not key.endswith("key.bias")}
+    norm = np.linalg.norm
     return {
-        key: float(
-            np.linalg.norm(found["moves"][key] - moved) / max(np.linalg.norm(moved), 1e-6 * RATE)
-        )
-        for key, moved in expected["moves"].items()
-        # Zero in exact arithmetic; the final weights of the other cells hold it.
-        if not key.endswith("key.bias")
+        key: float(norm(found["moves"][key] - moved) / max(norm(moved), 1e-6 * RATE))
+        for key, moved in moves.items()
     }
 
 
@@ -225,11 +209,8 @@ def test_tokens_change_experts_at_near_ties_only(one_process: Any, several: Any)
 
 
 def test_a_token_that_went_elsewhere_is_counted_with_its_margin() -> None:
-    one = Picks(
-        np.array([100, 101, 300]),
-        np.array([[[0, 1], [0, 2], [1, 3]]]),
-        np.array([[0.5, 0.25, 0.125]]),
-    )
+    picks, margins = np.array([[[0, 1], [0, 2], [1, 3]]]), np.array([[0.5, 0.25, 0.125]])
+    one = Picks(np.array([100, 101, 300]), picks, margins)
     first = Picks(np.array([300]), np.array([[[1, 2]]]), np.array([[0.0]]))
     second = Picks(np.array([100, 101]), np.array([[[0, 1], [0, 3]]]), np.array([[0.0, 0.0]]))
     assert flips([one], [[first], [second]]) == [0.25, 0.125]
@@ -237,14 +218,10 @@ def test_a_token_that_went_elsewhere_is_counted_with_its_margin() -> None:
 
 
 def test_a_gradient_reaches_every_trained_tensor(one_process: Any) -> None:
-    still = [
-        key
-        for key, moved in one_process["gradient"]["moves"].items()
-        if not np.abs(moved).max() > 0
-    ]
-    assert all(
-        key.endswith(("key.bias", "e_score_correction_bias")) or "position" in key for key in still
-    ), still
+    moves = one_process["gradient"]["moves"]
+    still = [key for key, moved in moves.items() if not np.abs(moved).max() > 0]
+    fixed = ("key.bias", "e_score_correction_bias")
+    assert all(key.endswith(fixed) or "position" in key for key in still), still
 
 
 def test_gradient_norms_of_every_layout_agree_with_one_process(
@@ -258,16 +235,11 @@ def test_gradient_norms_of_every_layout_agree_with_one_process(
 
 
 def test_the_balance_bias_follows_the_load_of_all_ranks(one_process: Any, several: Any) -> None:
+    biases = [key for key in one_process["adamw"]["state"] if "e_score_correction_bias" in key]
     for (name, _, _), answer in in_float32(several).items():
-        for key, value in answer["state"].items():
-            if key.endswith("e_score_correction_bias"):
-                np.testing.assert_array_equal(value, one_process[name]["state"][key])
-    biases = [
-        value
-        for key, value in one_process["adamw"]["state"].items()
-        if key.endswith("e_score_correction_bias")
-    ]
-    assert max(np.abs(bias).max() for bias in biases) > 0.0015
+        for key in biases:
+            np.testing.assert_array_equal(answer["state"][key], one_process[name]["state"][key])
+    assert max(np.abs(one_process["adamw"]["state"][key]).max() for key in biases) > 0.0015
 
 
 def test_the_plain_model_with_the_gathered_weights_answers_like_the_engine(
@@ -275,13 +247,8 @@ def test_the_plain_model_with_the_gathered_weights_answers_like_the_engine(
 ) -> None:
     for (name, ep, stage), answer in in_float32(several).items():
         for task, logits in answer["engine_logits"].items():
-            np.testing.assert_allclose(
-                answer["plain_logits"][task],
-                logits,
-                atol=1e-5,
-                rtol=1e-6,
-                err_msg=f"{name} {ep} {stage} {task}",
-            )
+            plain, where = answer["plain_logits"][task], f"{name} {ep} {stage} {task}"
+            np.testing.assert_allclose(plain, logits, atol=1e-5, rtol=1e-6, err_msg=where)
 
 
 def test_bfloat16_with_float32_sums_of_gradients_stays_close_to_one_float32_process(
@@ -291,12 +258,8 @@ def test_bfloat16_with_float32_sums_of_gradients_stays_close_to_one_float32_proc
         if "bf16" in name:
             # Bfloat16 has 8 bits: the forward pass is off by up to 0.4 % per rounding, whatever the
             # layout.
-            np.testing.assert_allclose(
-                answer["losses"],
-                one_process[name]["losses"],
-                rtol=5e-3,
-                err_msg=f"{name} {ep} {stage}",
-            )
+            expected, where = one_process[name]["losses"], f"{name} {ep} {stage}"
+            np.testing.assert_allclose(answer["losses"], expected, rtol=5e-3, err_msg=where)
             assert set(answer["sums"]) == {"torch.float32"}, (name, ep, stage)
 
 
@@ -314,9 +277,7 @@ def run_engines(work: str, encoder: str, folder: Path | None = None) -> dict[str
         {"folder": str(folder / str(number))} if folder else {} for number in range(len(ENGINES))
     ]
     cases = [options | place for options, place in zip(ENGINES.values(), more, strict=True)]
-    answers = run_ranks(
-        "tests.multiprocess.workers:many", 2, encoder=encoder, cases=cases, work=work
-    )
+    answers = run_ranks(MANY, 2, encoder=encoder, cases=cases, work=work)
     return {name: [by_rank[number] for by_rank in answers] for number, name in enumerate(ENGINES)}
 
 

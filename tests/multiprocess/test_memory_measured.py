@@ -41,14 +41,11 @@ LARGE = {"vocab_size": 50265, "hidden_size": 1024, "num_hidden_layers": 24, "num
 BUCKET, KEEP = 20_000, 500_000_000
 STEPS = 3
 FULL, HALF = False, True
+NAMES = ("weights", "gradients", "masters", "moments")
 LAYOUTS = {
     1: [(1, stage, bf16) for stage in (1, 2, 3) for bf16 in (FULL, HALF)],
-    2: [
-        (1, 1, FULL),
-        (1, 2, FULL),
-        (1, 3, HALF),
-        *((2, stage, bf16) for stage in (1, 2, 3) for bf16 in (FULL, HALF)),
-    ],
+    2: [(1, 1, FULL), (1, 2, FULL), (1, 3, HALF)]
+    + [(2, stage, bf16) for stage in (1, 2, 3) for bf16 in (FULL, HALF)],
     4: [(2, 1, FULL), (2, 2, FULL), (4, 2, HALF), (4, 3, FULL)],
 }
 """World size -> (EP, ZeRO stage, bf16)."""
@@ -194,12 +191,8 @@ def measure_one(
             step, rank=answer["rank"], world_size=layout.world_size, accumulation=1
         )
         tokens += sum(int(batch.attention_mask_BL.sum()) for batch in rows)
-    answer |= {
-        "sent": dict(sent),
-        "tokens": tokens,
-        "weights": sum(weights.values()),
-        "gradients": most,
-    }
+    answer |= {"sent": dict(sent), "tokens": tokens, "gradients": most}
+    answer["weights"] = sum(weights.values())
     answer["masters"] = sum(size for place, size in masters.items() if place not in weights)
     states = (value for state in optimizer.optimizer.state.values() for value in state.values())
     answer["moments"] = sum(
@@ -256,18 +249,9 @@ def formula(answer: dict[str, Any]) -> MemoryPlan:
 
 
 def parts(plan: MemoryPlan) -> dict[str, int]:
-    names = {
-        "weights": "weights",
-        "gradients": "gradients",
-        "master": "masters",
-        "moments": "moments",
-    }
-    found = {
-        names.get(part.name.split()[0]): part.device_bytes
-        for part in plan.parts
-        if part.device_bytes
-    }
-    return {name: size for name, size in found.items() if name}
+    named = [(part.name.split()[0], part.device_bytes) for part in plan.parts if part.device_bytes]
+    found = {"masters" if name == "master" else name: size for name, size in named}
+    return {name: found[name] for name in NAMES if name in found}
 
 
 def make_encoder(folder: Path, **shape: Any) -> str:
@@ -292,17 +276,12 @@ def measured(
     if request.param == 2:
         # The last one again, with most weights let go after their use.
         cases.append(cases[-1] | {"keep": 100_000})
-    ranks = run_ranks(
-        "tests.multiprocess.test_memory_measured:measure",
-        request.param,
-        timeout=900,
-        encoder=encoder,
-        cases=cases,
-    )
+    work = "tests.multiprocess.test_memory_measured:measure"
+    ranks = run_ranks(work, request.param, timeout=900, encoder=encoder, cases=cases)
     return [answer for answers in ranks for answer in answers]
 
 
-@pytest.mark.parametrize("name", ["weights", "gradients", "masters", "moments"])
+@pytest.mark.parametrize("name", NAMES)
 def test_each_kind_of_memory_is_within_a_tenth_of_its_formula(
     measured: list[dict[str, Any]], name: str
 ) -> None:
@@ -329,13 +308,9 @@ def test_nothing_that_stays_between_steps_is_missing_from_the_formulas(
         # Stage 3 keeps its gradient buffer and its bucket, and stage 1 in bf16 its float32 sums;
         # the others let go.
         number = 2 if answer["bf16"] else 4
-        stay = {
-            3: plan["gradients"] + number * BUCKET,
-            1: plan["gradients"] * 4 // 6 * answer["bf16"],
-        }
-        expected = (
-            plan["weights"] + plan["masters"] + plan["moments"] + stay.get(answer["stage"], 0)
-        )
+        gradients = plan.pop("gradients")
+        stay = {3: gradients + number * BUCKET, 1: gradients * 4 // 6 * answer["bf16"]}
+        expected = sum(plan.values()) + stay.get(answer["stage"], 0)
         assert answer["total"] == pytest.approx(expected, rel=0.1), where(answer)
 
 
@@ -359,12 +334,12 @@ def test_the_bytes_of_gradients_and_weights_are_within_15_percent_of_the_formula
         sent, steps = Counter(answer["sent"]), answer["steps"]
         reduced = sent["all_reduce"] + sent["reduce_scatter_tensor"] + sent["reduce_scatter"]
         gathered = sent["all_gather_into_tensor"] + sent["all_gather"]
-        assert reduced / steps == pytest.approx(
-            moved.dense_reduce + moved.expert_reduce, rel=0.15
-        ), where(answer)
-        assert gathered / steps == pytest.approx(
-            moved.dense_gather + moved.expert_gather, rel=0.15
-        ), where(answer)
+        found = (reduced / steps, gathered / steps)
+        expected = (
+            moved.dense_reduce + moved.expert_reduce,
+            moved.dense_gather + moved.expert_gather,
+        )
+        assert found == pytest.approx(expected, rel=0.15), where(answer)
 
 
 def test_the_closed_form_counts_the_parameters_of_the_model_that_was_built(
@@ -379,9 +354,8 @@ def by_run(measured: list[dict[str, Any]]) -> dict[tuple[Any, ...], list[dict[st
     """The ranks of one run together."""
     runs: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for answer in measured:
-        runs.setdefault(
-            (answer["world"], answer["ep"], answer["stage"], answer["bf16"], answer["keep"]), []
-        ).append(answer)
+        key = tuple(answer[name] for name in ("world", "ep", "stage", "bf16", "keep"))
+        runs.setdefault(key, []).append(answer)
     return runs
 
 
@@ -394,24 +368,13 @@ def shape_of(answer: dict[str, Any]) -> ModelShape:
 
 
 def layout_of(answer: dict[str, Any], *, tokens: int) -> Layout:
-    return Layout(
-        answer["world"],
-        answer["ep"],
-        answer["stage"],
-        tokens,
-        16,
-        bf16=answer["bf16"],
-        keep=answer["keep"],
-    )
+    layout = [answer[key] for key in ("world", "ep", "stage")]
+    return Layout(*layout, tokens, 16, bf16=answer["bf16"], keep=answer["keep"])
 
 
 def where(answer: dict[str, Any]) -> str:
-    return (
-        ", ".join(
-            f"{key} {answer[key]}" for key in ("world", "rank", "ep", "stage", "bf16", "keep")
-        )
-        + f": {answer}"
-    )
+    keys = ("world", "rank", "ep", "stage", "bf16", "keep")
+    return ", ".join(f"{key} {answer[key]}" for key in keys) + f": {answer}"
 
 
 def one_rank(world: int, **arguments: Any) -> list[dict[str, Any]]:

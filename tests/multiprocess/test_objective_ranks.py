@@ -49,9 +49,8 @@ def test_two_uneven_ranks_equal_one_process_on_the_joined_batch(cut, route_by):
     rows = list(range(12))
     joined = loss_and_gradients([rows], route_by)
     arguments = dict(shares=[rows[:cut], rows[cut:]], route_by=route_by)
-    for answer in run_ranks(
-        "tests.multiprocess.test_objective_ranks:loss_and_gradients", 2, **arguments
-    ):
+    work = "tests.multiprocess.test_objective_ranks:loss_and_gradients"
+    for answer in run_ranks(work, 2, **arguments):
         assert list(answer) == list(joined)
         for name, expected in joined.items():
             scale = max(abs(expected).max(), 1e-3)
