@@ -317,15 +317,17 @@ def plain_case(
     objective = build_objective(recipe, TASKS).train()
     before = {key: value.clone() for key, value in objective.model.state_dict().items()}
     batches = [own_batches(step, accumulation=accumulation, count=count) for step in range(steps)]
-    values, norms, picks = zip(*train_plainly(objective, recipe, batches), strict=True)
+    steps_done = train_plainly(objective, recipe, batches)
+    values, norms, answers, biases = zip(*steps_done, strict=True)
+    picks = [picks_of(*of_step) for of_step in zip(answers, batches, biases, strict=True)]
     outcome = _outcome(before, objective.model.state_dict())
     return {"losses": values, "norms": norms, "picks": picks, **outcome}
 
 
 def train_plainly(
     objective: Any, recipe: Any, batches: Iterable[list[Batch]]
-) -> Iterator[tuple[float, float, Picks]]:
-    """Loss, gradient norm and picks of each step; ``batches`` are the micro-batches of the steps."""
+) -> Iterator[tuple[float, float, list[Any], torch.Tensor]]:
+    """Loss, gradient norm, outputs, and balance biases before it, of each step; ``batches``: its micro-batches."""
     from comoe.models.moe.gate import BALANCES
     from comoe.train.parallel.setup import parameter_groups
 
@@ -357,7 +359,7 @@ def train_plainly(
                 gate.e_score_correction_bias, load_E.double(), recipe.model.moe.balance_rate
             )
         loss = torch.stack([output.loss.detach() for output in outputs]).mean()
-        yield float(loss), float(norm), picks_of(answers, of_step, biases_LE)
+        yield float(loss), float(norm), answers, biases_LE
 
 
 def resumed(
