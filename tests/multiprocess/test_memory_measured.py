@@ -26,7 +26,8 @@ from typing import Any
 import pytest
 import torch
 
-from comoe.experiments.cluster.costs import Layout, ModelShape, all_to_all_bytes, traffic
+from comoe.experiments.cluster.costs import PlannedLayout, all_to_all_bytes, traffic
+from comoe.experiments.cluster.shape import PlannedModel
 from comoe.train.memory_plan import MemoryPlan, RunSize, plan_memory
 from tests.helpers_ranks import run_ranks
 from tests.multiprocess import workers
@@ -359,17 +360,17 @@ def by_run(measured: list[dict[str, Any]]) -> dict[tuple[Any, ...], list[dict[st
     return runs
 
 
-def shape_of(answer: dict[str, Any]) -> ModelShape:
-    return ModelShape(
+def shape_of(answer: dict[str, Any]) -> PlannedModel:
+    return PlannedModel(
         layers=SMALL["num_hidden_layers"], width=SMALL["hidden_size"], ffn_width=SMALL["intermediate_size"],
         vocabulary=SMALL["vocab_size"], positions=SMALL["max_position_embeddings"], tasks=3, outputs=9,
         moe_layers=SMALL["num_hidden_layers"], num_experts=4, top_k=2, expert_width=48,
     )  # fmt: skip
 
 
-def layout_of(answer: dict[str, Any], *, tokens: int) -> Layout:
+def layout_of(answer: dict[str, Any], *, tokens: int) -> PlannedLayout:
     layout = [answer[key] for key in ("world", "ep", "stage")]
-    return Layout(*layout, tokens, 16, bf16=answer["bf16"], keep=answer["keep"])
+    return PlannedLayout(*layout, tokens, 16, bf16=answer["bf16"], keep=answer["keep"])
 
 
 def where(answer: dict[str, Any]) -> str:
