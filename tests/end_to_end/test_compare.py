@@ -19,8 +19,17 @@ SMALL = ("tasks.topic=null", "tasks.strength=null", "tasks.aspects=null", "tasks
 
 
 def words(output: Path, arms: str, *more: str) -> list[str]:
-    given = f"--config {SMOKE} --arms {arms} --seeds 0 --resamples 20".split()
-    return [sys.executable, "launch/compare.py", *given, "--output", str(output), *SMALL, *more]
+    command = [
+        sys.executable,
+        "launch/compare.py",
+        "--config",
+        SMOKE,
+        "--arms",
+        arms,
+        "--output",
+        str(output),
+    ]
+    return [*command, "--seeds", "0", "--resamples", "20", *SMALL, *more]
 
 
 def test_arms_are_run_compared_and_added_to(terminal: Terminal, tmp_path: Path) -> None:
@@ -35,31 +44,45 @@ def test_arms_are_run_compared_and_added_to(terminal: Terminal, tmp_path: Path) 
                for run in ("recipe", "single.mood", "single.stance")}  # fmt: skip
     # As many passes over each task's posts, so as many posts in all.
     assert [results[run]["posts"] for run in results] == [192, 96, 96]
-    tasks = [list(results[run]["metrics"]["test"]) for run in results]
-    assert tasks == [["mood", "stance"], ["mood"], ["stance"]]
+    assert [list(results[run]["metrics"]["test"]) for run in results] == [
+        ["mood", "stance"],
+        ["mood"],
+        ["stance"],
+    ]
     summary = json.loads((output / "summary.json").read_text())
     for task in ("mood", "stance"):
         for arm, run in (("multi", "recipe"), ("single", f"single.{task}")):
-            expected = results[run]["metrics"]["test"][task]["macro_f1"]
-            assert summary[arm][task]["macro_f1"]["mean"] == expected
+            assert (
+                summary[arm][task]["macro_f1"]["mean"]
+                == results[run]["metrics"]["test"][task]["macro_f1"]
+            )
     assert not any((runs / f"{run}-s0/checkpoints").exists() for run in results)
     rest = json.loads((output / "comparison.json").read_text())
-    sizes = [results[f"single.{task}"]["parameters"]["total"] for task in ("mood", "stance")]
-    assert rest["arms"]["single"]["costs"]["parameters_total"]["mean"] == sum(sizes)
+    costs = {
+        arm: rest["arms"][arm]["costs"]["parameters_total"]["mean"] for arm in ("single", "multi")
+    }
+    assert costs["single"] == sum(
+        results[f"single.{task}"]["parameters"]["total"] for task in ("mood", "stance")
+    )
     gain = rest["arms"]["multi"]["against_baseline"]
     means = [rest["arms"][arm]["mean"]["mean"] for arm in ("single", "multi")]
-    assert gain["mean"]["mean"] == pytest.approx(means[1] - means[0], abs=1e-6)
-    assert gain["mood"]["p"] <= 1
-    cosine = rest["gradient_cosine"]["multi"]
-    assert cosine["tasks"] == ["mood", "stance"]
-    assert -1 <= cosine["mean"][0][1] == cosine["mean"][1][0] <= 1
-    removal = rest["arms"]["multi"]["removal"]["recipe-s0"]
-    moe = json.loads((runs / "recipe-s0/export/config.json").read_text())["model"]["moe"]
-    assert [len(row) for row in removal["loss_rise"]] == [moe["num_experts"]] * len(
-        removal["layers"]
+    assert (
+        gain["mean"]["mean"] == pytest.approx(means[1] - means[0], abs=1e-6)
+        and gain["mood"]["p"] <= 1
     )
-    assert "| multi | 1 |" in done.out
-    assert "## Gains over single" in (output / "table.md").read_text()
+    cosine = rest["gradient_cosine"]["multi"]
+    assert (
+        cosine["tasks"] == ["mood", "stance"]
+        and -1 <= cosine["mean"][0][1] == cosine["mean"][1][0] <= 1
+    )
+    removal = rest["arms"]["multi"]["removal"]["recipe-s0"]
+    experts = json.loads((runs / "recipe-s0/export/config.json").read_text())["model"]["moe"][
+        "num_experts"
+    ]
+    assert [len(row) for row in removal["loss_rise"]] == [experts] * len(removal["layers"])
+    assert (
+        "| multi | 1 |" in done.out and "## Gains over single" in (output / "table.md").read_text()
+    )
     for name in ("gains", "gradients", "removal", "quality"):
         assert (output / f"plots/{name}.png").stat().st_size > 4000
 

@@ -33,11 +33,17 @@ def test_heads_label_words_and_text_train_evaluate_resume_export_and_predict_tog
     )  # fmt: skip
     assert done.code == 0, done.said
     run = tmp_path / "implicit_smoke"
-    metrics = dict(zip(TASKS, ("accuracy", "exact_match", "exact_match", "macro_f1"), strict=True))
+    metrics = {
+        "polarity": "accuracy",
+        "aspect": "exact_match",
+        "opinion": "exact_match",
+        "target": "macro_f1",
+    }
     results = json.loads((run / "results.json").read_text(encoding="utf-8"))["metrics"]
     for split in ("validation", "test"):
-        scored = {name: metrics[name] in found for name, found in results[split].items()}
-        assert scored == dict.fromkeys(TASKS, True)
+        assert {
+            name: metrics[name] in found for name, found in results[split].items()
+        } == dict.fromkeys(TASKS, True)
         assert "accuracy@implicit=true" in results[split]["polarity"]
         assert {"token_f1", "rouge_l", "loss"} <= set(results[split]["opinion"])
     assert all(set(line["tasks"]) == set(TASKS) for line in train_lines(run).values())
@@ -50,8 +56,11 @@ def test_heads_label_words_and_text_train_evaluate_resume_export_and_predict_tog
         os.remove(run / left)
     shutil.rmtree(run / "export")
     refused = terminal.run(*typed[:2], "--resume", run, "tasks.polarity.labels=[positive,negative]")
-    assert refused.code == 2 and "begin a new run" in refused.said
-    assert "tasks.polarity.labels is" in refused.said
+    assert (
+        refused.code == 2
+        and "tasks.polarity.labels is" in refused.said
+        and "begin a new run" in refused.said
+    )
     again = terminal.run(*typed[:2], "--resume", run)
     assert again.code == 0 and f"resuming {run} at step 2" in again.out, again.said
     assert losses(run) == whole

@@ -136,12 +136,19 @@ def test_a_run_with_restarts_survives_a_killed_rank_with_the_numbers_of_an_undis
     assert lost.done.code == 0, lost.done.said
     assert sorted(train_lines(lost.folder)) == list(range(1, STEPS + 1))
     np.testing.assert_allclose(losses(lost.folder), losses(uninterrupted), rtol=1e-6)
-    runs = (lost.folder, uninterrupted)
-    ours, theirs = (json.loads((run / "results.json").read_text()) for run in runs)
+    ours, theirs = (
+        json.loads((run / "results.json").read_text()) for run in (lost.folder, uninterrupted)
+    )
     assert ours["posts"] == theirs["posts"] and ours["best_step"] == theirs["best_step"]
     assert "comoe: rank 1 was ended by SIGKILL. Starting again, restart 1 of 2." in lost.done.said
     lines = read_lines(lost.folder / "metrics.jsonl")
     (resume,) = [line["step"] for line in lines if line["split"] == "resume"]
-    (event,) = [line for line in lines if line["split"] == "event"]
-    why = {"attempt": 1, "why": "rank 1 was ended by SIGKILL"}
-    assert resume >= 4 and event == {"split": "event", "event": "restart", "step": resume, **why}
+    assert resume >= 4 and [line for line in lines if line["split"] == "event"] == [
+        {
+            "split": "event",
+            "event": "restart",
+            "step": resume,
+            "attempt": 1,
+            "why": "rank 1 was ended by SIGKILL",
+        }
+    ]
