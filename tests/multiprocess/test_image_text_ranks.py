@@ -90,8 +90,11 @@ def contrast_and_gradients(rows):
 
     shares, rank = rows, dist.get_rank() if dist.is_initialized() else 0
     posts = torch.tensor([5, 5, -1, 8, 9, 11, -1, 12, 3, 4])
-    scale = torch.tensor([1.5], dtype=torch.float64, requires_grad=True)
-    whole = [unit(ROWS, seed=1), unit(ROWS, seed=2), scale]
+    whole = [
+        unit(ROWS, seed=1),
+        unit(ROWS, seed=2),
+        torch.tensor([1.5], dtype=torch.float64, requires_grad=True),
+    ]
     expected_value = dense(*whole, pairs_of(posts.tolist()))
     expected = torch.autograd.grad(expected_value, whole)
     own = [whole[0][shares[rank]].detach(), whole[1][shares[rank]].detach(), whole[2].detach()]
@@ -106,7 +109,7 @@ def contrast_and_gradients(rows):
     wrong = [abs(float(sum_over_ranks(value)) / world_size() - float(expected_value.detach()))]
     for one, other in zip(found[:2], expected[:2], strict=True):
         wrong.append(
-            float((one / world_size() - other[shares[rank]]).abs().amax()) if len(one) else 0.0
+            float((one / world_size() - other[shares[rank]]).abs().max()) if len(one) else 0.0
         )
     wrong.append(float((sum_over_ranks(found[2]) / world_size() - expected[2]).abs().max()))
     return max(wrong)
@@ -150,9 +153,14 @@ def test_ranks_with_unequal_few_and_no_pictures_equal_one_process(ranks, in_one_
                 assert list(found) == list(numbers)
                 for name, value in numbers.items():
                     scale = max(abs(value).max(), 1e-3)
-                    where = (ranks, layout, fusion, name)
-                    assert abs(found[name] - value).max() < 1e-5 * scale, where
+                    assert abs(found[name] - value).max() < 1e-5 * scale, (
+                        ranks,
+                        layout,
+                        fusion,
+                        name,
+                    )
             # The same text takes the place of the same post's, wherever both are.
             assert sorted(replaced) == sorted(choices)
-            assert {post for post, _ in choices} == set(PICTURED)
-            assert any(text >= 0 for _, text in choices)
+            assert {post for post, _ in choices} == set(PICTURED) and any(
+                text >= 0 for _, text in choices
+            )
