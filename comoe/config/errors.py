@@ -68,13 +68,13 @@ def message_of(
     kind, loc, value = mistakes[0]["type"], mistakes[0]["loc"], raw
     expected: Any = schema
     keys: list[str] = []
-    for key in loc:
+    for depth, key in enumerate(loc):
         inner = member(expected, key)
         if dataclasses.is_dataclass(expected) and inner is None:
             return _unknown_key(".".join([*keys, str(key)]), schema, expected, origins)
         if inner is None:
             break  # behind the value come the members of a union that pydantic tried
-        if loc[-2:] == (key, "[key]"):
+        if loc[depth + 1 :] == ("[key]",):
             rule = "put it in quotes"
             if isinstance(key, str):
                 rule = _must_be(get_args(base_of(expected))[0], key)

@@ -299,7 +299,8 @@ def export_checkpoint(path: str | Path, out: str | Path, *, which: str = "best")
         'step-00000120'
     """
     path = Path(path).resolve()
-    is_checkpoint = path.name.startswith("step-") and not (path / "checkpoints").is_dir()
+    named = path.name.startswith("step-") and not (path / "checkpoints").is_dir()
+    is_checkpoint = named or (path / "weights").is_dir()
     checkpoint = path if is_checkpoint else choose_checkpoint(path, which)
     if problem := whats_wrong(checkpoint):
         raise ValueError(f"{checkpoint}: {problem}; use another one in {checkpoint.parent}.")

@@ -190,7 +190,7 @@ def _read(
         skip=choice.skip_bad,
         option="--skip-bad",
         report=report,
-    )
+    )[: choice.limit]
     image = next(iter(configs.values())).image
     if image is not None:
         config = replace(predictor.exported.data_config, on_bad_image="text")

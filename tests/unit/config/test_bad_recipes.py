@@ -76,6 +76,7 @@ OVERRIDES = [
     ("tasks.mood.metric=macro_f2", "tasks.mood.metric", "did you mean macro_f1?"),
     ("tasks.mood.confidence_strategy=both", "tasks.mood.confidence_strategy", "one of none, input"),
     ("tasks.mood.splits={tain: a.csv}", "tasks.mood.splits", "'tain'; it must be one of train"),
+    ("tasks.mood.splits={mood: a.csv}", "tasks.mood.splits", "'mood'; it must be one of train"),
     ("tasks.mood.contrastive=maybe", "tasks.mood.contrastive", "true or false, or auto"),
     ("tasks.mood.class_weights=balance", "tasks.mood.class_weights", "did you mean balanced?"),
     # Lists and texts.

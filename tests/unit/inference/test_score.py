@@ -46,6 +46,7 @@ def test_scores_are_those_of_the_predictions(tmp_path, route_by):
     )
     assert scores.posts == 6 and scores.evaluation.confusions["mood"].sum() == 6
     assert "mood: macro_f1" in format_scores(scores) and "majority" in format_scores(scores)
+    assert score(predictor, path, tasks=["mood"], limit=4).posts == 4
 
 
 def test_several_tasks_are_found_in_columns_of_their_names(predictor, tmp_path):
