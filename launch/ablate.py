@@ -1,8 +1,8 @@
-"""What is each expert of a trained model worth? Held-out quality with one expert of one layer removed, for all of them.
+"""Ablate the experts of a trained model: held-out quality with one expert of one layer removed, for all of them.
 
     python launch/ablate.py --run runs/starter --limit 300 --output runs/starter/removal.json
 
-The tokens of a removed expert go to their next best one. A run folder has its recipe and its export.
+The tokens of a removed expert go to their next best one. The run folder holds its recipe and its export.
 """
 
 import json

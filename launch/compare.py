@@ -32,14 +32,14 @@ def main() -> None:
     add("--arm", action="append", default=[], metavar="NAME:KEY=VALUE,...",
         help="an arm of your own")
     add("--seeds", default="0,1,2", metavar="LIST", help="one run of each arm per seed (0,1,2)")
-    add("--against", metavar="ARM", help="arm that the others are held against (the first one)")
+    add("--against", metavar="ARM", help="arm that the others are compared with (the first one)")
     add("--metrics", metavar="LIST",
         help="task/metric with commas: a table and plot of these alone")
     add("--affinity", metavar="ARMS",
         help="measure task gradients of these arms (multi, if there)")
     add("--affinity-posts", type=int, default=256, metavar="N",
         help="posts a task there (256); 0: no")
-    add("--remove-experts", metavar="ARMS", help="measure what each expert of these arms is worth")
+    add("--remove-experts", metavar="ARMS", help="ablate each expert of these arms")
     add("--removal-posts", type=int, default=250, metavar="N",
         help="test posts per set there (250)")
     add("--resamples", type=int, default=300, metavar="N",

@@ -34,10 +34,7 @@ from comoe.types import Batch, ModelOutput
 
 TEMPERATURE = 0.1
 
-
 LABELS = 3
-"""Labels of the posts, as many as a sentiment task has."""
-
 
 REFERENCE_POSTS = 4
 """Posts of one rank in the reference code's own settings."""
@@ -45,17 +42,16 @@ REFERENCE_POSTS = 4
 
 @dataclass(frozen=True, slots=True)
 class Posts:
-    """The posts of all ranks as the first rank has them before the loss begins."""
+    """The posts of all ranks on the first rank before the loss."""
 
     own_BP: Tensor
-    """Its embeddings."""
     others_GP: Tensor
-    """Those of the other ranks: what their sends will bring."""
+    """Embeddings that the other ranks send."""
     labels_G: Tensor
     """Labels of all posts, its own first."""
 
-    def everyone(self) -> Tensor:
-        """What a gather makes: a new tensor with the rows of all ranks."""
+    def gathered(self) -> Tensor:
+        """Result of a gather: a new tensor with the rows of all ranks."""
         return torch.cat([self.own_BP, self.others_GP])
 
 
@@ -79,7 +75,7 @@ def ours(posts: Posts) -> Callable[[], Tensor]:
         (task,),
         ContrastiveConfig(temperature=TEMPERATURE),
         width=posts.own_BP.shape[1],
-        gather=PlayedRanks(posts, ranks),
+        gather=SimulatedRanks(posts, ranks),
         ranks=ranks,
     )
     blank, ids = torch.ones(own, 1, dtype=torch.int64), torch.arange(own)
@@ -93,11 +89,10 @@ def ours(posts: Posts) -> Callable[[], Tensor]:
     return step
 
 
-class PlayedRanks:
-    """The gather of the first rank: its rows, then those that the others would send, into a new tensor.
+class SimulatedRanks:
+    """The gather of the first rank: its rows and those of the other ranks in a new tensor.
 
-    Only the numbers that the others compute from their own rows are made up: they are those of the
-    first rank again.
+    Numbers that the others would compute from their own rows are replaced by the first rank's.
     """
 
     def __init__(self, posts: Posts, ranks: int) -> None:
@@ -113,17 +108,17 @@ class PlayedRanks:
 
 
 def full(posts: Posts) -> Callable[[], Tensor]:
-    """Gather with gradient, and the matrix of all anchors with all rows, through autograd; as SupCon is published."""
-    return lambda: _dense(posts.everyone().requires_grad_(), posts.labels_G, len(posts.labels_G))
+    """Gather with gradient, and the matrix of all anchors with all rows, by autograd; as in the SupCon paper."""
+    return lambda: _dense(posts.gathered().requires_grad_(), posts.labels_G, len(posts.labels_G))
 
 
 def local(posts: Posts) -> Callable[[], Tensor]:
-    """open_clip's ``local_loss``: this rank's anchors with all rows, gathered with gradient, through autograd."""
-    return lambda: _dense(posts.everyone().requires_grad_(), posts.labels_G, len(posts.own_BP))
+    """open_clip's ``local_loss``: this rank's anchors with all rows, gathered with gradient, by autograd."""
+    return lambda: _dense(posts.gathered().requires_grad_(), posts.labels_G, len(posts.own_BP))
 
 
 def reference(posts: Posts) -> Callable[[], Tensor]:
-    """The loss of the code beside the TaCL-CoMoE paper: the few posts of one rank, normalised over the anchors."""
+    """The loss in the code of the TaCL-CoMoE paper: the few posts of one rank, normalized over the anchors."""
 
     def step() -> Tensor:
         rows_NP = posts.own_BP[:REFERENCE_POSTS].detach().requires_grad_()
@@ -156,22 +151,13 @@ FORMS: dict[str, Callable[[Posts], Callable[[], Tensor]]] = {
     "local": local,
     "reference": reference,
 }
-"""Contestant -> (posts) -> one forward and backward pass, which gives the gradient of the rows it
-began with."""
+"""Contestant -> (posts) -> one forward and backward pass, which returns the gradient of its rows."""
 
 
 def times(
     batches: Sequence[int], *, ranks: int, width: int, rounds: int, limit: int
 ) -> dict[str, Any]:
-    """Seconds of one forward and backward pass on the first of ``ranks`` ranks, all contestants in turns.
-
-    Args:
-        batches: posts G on all ranks.
-        ranks: W.
-        width: P.
-        rounds: timed rounds.
-        limit: bytes that a contestant's matrices may take; who needs more is left out.
-    """
+    """Seconds of one forward and backward pass on the first of ``ranks`` ranks, interleaved; see ``Size``."""
     found = {}
     for count in batches:
         posts = make_posts(count, ranks, width=width)
@@ -187,21 +173,19 @@ def times(
 
 
 def needs(name: str, count: int, ranks: int, width: int) -> float:
-    """Bytes that a contestant holds at its peak, from the tensors that its form needs at one time."""
+    """Peak bytes of a contestant, from the tensors that its form needs at one time."""
     anchors = {"full": count, "local": count // ranks}.get(name, 0)
     return BYTES_PER_PAIR * anchors * count + 4 * 2 * count * width
 
 
 BYTES_PER_PAIR = 2 * 4 + 2 * 1 + 4 * 4
-"""Of a dense form, per anchor and row, at its peak, in the backward pass of logsumexp: the
-similarities and the masked ones, saved, two masks, saved, and four matrices on the way to the
-gradient of the similarities."""
+"""Peak of a dense form per anchor and row, in the backward pass of logsumexp: saved are similarities,
+masked similarities and two masks; four matrices are intermediate."""
 
 
 def peak(form: str, *, count: int, ranks: int, width: int) -> float:
-    """Most bytes that a forward and backward pass adds to this process, which should be a fresh one."""
-    # Every large block mapped on its own, and unmapped when freed: what the allocator keeps is no
-    # need of the form.
+    """Peak bytes that a forward and backward pass adds to this process, which should be fresh."""
+    # Large blocks are mapped one by one and unmapped when freed, so that none is cached.
     libc = ctypes.CDLL(None)
     libc.mallopt(M_MMAP_THRESHOLD, 1 << 17)
     try:
@@ -212,10 +196,10 @@ def peak(form: str, *, count: int, ranks: int, width: int) -> float:
 
 
 def peak_bytes(step: Callable[[], None]) -> float:
-    """Most resident memory during a call, above that before it; Linux only, for it resets the kernel's high-water mark.
+    """Peak resident memory of a call, above that before it; Linux only, as it resets the kernel's high-water mark.
 
     Raises:
-        RuntimeError: the kernel keeps no such mark.
+        RuntimeError: the kernel has no such mark.
     """
     if not sys.platform.startswith("linux"):
         raise RuntimeError("peak memory is measured on Linux only: it reads /proc/self/status.")
@@ -233,7 +217,7 @@ def _status(key: str) -> float:
 
 
 def wire(count: int, *, width: int) -> dict[str, float]:
-    """Bytes that rank 0 hands to collectives, by contestant, on real ranks; of what it sends to each other rank."""
+    """Bytes that rank 0 sends to each other rank in collectives, by contestant, on real ranks."""
     dist.init_process_group("gloo")
     ranks = dist.get_world_size()
     posts = make_posts(count, ranks, width=width)
@@ -246,19 +230,19 @@ def wire(count: int, *, width: int) -> dict[str, float]:
     with counted_bytes() as ours_sent:
         own_BP = posts.own_BP.detach().requires_grad_()
         loss(ModelOutput({}, {"posts": own_BP}, {}, (), ids[:0]), batch)[0].backward()
-    with counted_bytes() as theirs_sent:
+    with counted_bytes() as reference_sent:
         own_BP = posts.own_BP.detach().requires_grad_()
         rows_GP = _GatherWithGradient.apply(own_BP)
         labels_G = [torch.empty_like(labels) for _ in range(ranks)]
         dist.all_gather(labels_G, labels.contiguous())
         similarity = rows_GP @ rows_GP.T
         (similarity * (torch.cat(labels_G) == torch.cat(labels_G)[:, None])).sum().backward()
-    return {"ours": ours_sent[0], "gather with gradient": theirs_sent[0]}
+    return {"ours": ours_sent[0], "gather with gradient": reference_sent[0]}
 
 
 @contextmanager
 def counted_bytes() -> Iterator[list[float]]:
-    """While open, the first item grows by what this rank hands to a collective for one other rank."""
+    """Within the context the first item counts the bytes of collectives for one other rank."""
     sent = [0.0]
     originals = {name: getattr(dist, name) for name in SHARES}
 
@@ -283,18 +267,18 @@ def _bytes(tensor: Tensor) -> float:
 
 
 SHARES: Mapping[str, Callable[[Sequence[Any]], float]] = {
-    # All of the rows go to each other rank.
+    # All rows go to each other rank.
     "all_gather": lambda arguments: _bytes(arguments[1]),
     # One part of W goes to each.
     "all_to_all_single": lambda arguments: _bytes(arguments[1]) / dist.get_world_size(),
-    # The best there is: scatter the sums, then gather them.
+    # The minimum: a reduce-scatter, then an all-gather.
     "all_reduce": lambda arguments: 2 * _bytes(arguments[0]) / dist.get_world_size(),
 }
 """Collective -> (its arguments) -> bytes for one other rank."""
 
 
 class _GatherWithGradient(torch.autograd.Function):
-    """As torch.distributed.nn does it: the gradient of the gathered rows goes back to their ranks, summed."""
+    """As in torch.distributed.nn: the gradients of the gathered rows are summed on their ranks."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor) -> Tensor:
@@ -304,8 +288,7 @@ class _GatherWithGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        # A reduce-scatter, which gloo lacks: each rank sends every other rank its part, and sums
-        # what it gets.
+        # A reduce-scatter, which gloo lacks, by an all-to-all and a sum.
         received = torch.empty_like(gradient)
         dist.all_to_all_single(received, gradient.contiguous())
         return received.view(dist.get_world_size(), -1, gradient.shape[1]).sum(0)
@@ -316,21 +299,20 @@ COSTS = "comoe.benchmarks.contrastive"
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """What is measured."""
+    """Sizes of the benchmark."""
 
     batches: tuple[int, ...] = (256, 1024, 4096, 8192, 16384, 65536)
     """Posts G on all ranks."""
     ranks: int = 8
-    """Ranks W that one process plays, itself the first."""
+    """Ranks W that one process simulates, itself the first."""
     width: int = 128
     """P."""
     rounds: int = 15
     """Timed rounds of the small batches; the large ones have fewer."""
     limit: int = 3 << 30
-    """Bytes that a contestant's matrices may take; larger ones are not run, and their memory is
-    computed."""
+    """Maximum bytes of a contestant's matrices; larger ones do not run, and their memory is computed."""
     checked: int = 8192
-    """Posts at which the computed memory of the full form is held against the measured one."""
+    """Posts at which the computed memory of the full form is compared with the measured one."""
 
 
 TARGETS = {
@@ -339,7 +321,7 @@ TARGETS = {
     "time_over_full_8192": Target(at_most=1.0),
     "wire_over_gather_grad": Target(at_most=0.55),
 }
-"""Rows without a target are for information."""
+"""Rows without a target are informative."""
 
 
 def run(
@@ -353,36 +335,30 @@ def run(
 
     Args:
         json_path: file to write, if any.
-        config: not read: the loss does not depend on a recipe.
-        rounds: timed rounds instead of the usual number.
-        size: other sizes than the usual ones.
+        config: ignored, because the loss does not depend on a recipe.
+        rounds: timed rounds instead of the default.
+        size: sizes instead of the default.
     """
     size = size or Size()
     size = size if rounds is None else replace(size, rounds=rounds)
-    report = Measurements(
-        "contrastive: forward and backward of the loss on one rank of several", TARGETS
-    )
-    shape = {
-        "batches": list(size.batches),
-        "width": size.width,
-        "rounds": size.rounds,
-        "limit": size.limit,
-    }
+    title = "contrastive: forward and backward of the loss on one rank of several"
+    report = Measurements(title, TARGETS)
+    shape = {"width": size.width, "rounds": size.rounds, "limit": size.limit}
+    shape |= {"batches": list(size.batches)}
     spread = run_on_ranks(f"{COSTS}:times", 1, ranks=size.ranks, **shape)
     few = [count for count in size.batches if count in (1024, 8192)]
     single = run_on_ranks(f"{COSTS}:times", 1, ranks=1, **(shape | {"batches": few}))
     report.notes += [
         spread["note"],
-        f"width {size.width}, {size.ranks} ranks, one process plays the first of them; full: every rank computes G x G",
+        f"width {size.width}, {size.ranks} ranks, one process simulates the first; full: every rank computes G x G",
         "one rank: the same with all posts on a single rank, so all anchors are its own",
     ]
     add_memory(report, size)
     add_times(report, spread["times"], suffix="")
     add_times(report, single["times"], suffix="_one_rank")
     sent = run_on_ranks(f"{COSTS}:wire", 2, count=1024, width=size.width)
-    report.add(
-        "wire_over_gather_grad", asdict(spread_of([sent["ours"] / sent["gather with gradient"]]))
-    )
+    sent_ratio = spread_of([sent["ours"] / sent["gather with gradient"]])
+    report.add("wire_over_gather_grad", asdict(sent_ratio))
     report.publish(json_path)
     return report
 
@@ -394,9 +370,8 @@ def add_memory(report: Measurements, size: Size) -> None:
         measured = run_on_ranks(f"{COSTS}:peak", 1, form="ours", count=count, **shape)
         whole = needs("full", count, size.ranks, size.width)
         report.add(f"memory_over_full_{count}", asdict(spread_of([measured / whole])))
-        report.notes.append(
-            f"peak extra memory of ours at {count:,} posts: {measured / 2**20:,.0f} MiB"
-        )
+        mib = measured / 2**20
+        report.notes.append(f"peak extra memory of ours at {count:,} posts: {mib:,.0f} MiB")
     peaks = {
         name: run_on_ranks(f"{COSTS}:peak", 1, form=name, count=size.checked, **shape)
         for name in FORMS
@@ -412,14 +387,12 @@ def add_memory(report: Measurements, size: Size) -> None:
 
 
 def add_times(report: Measurements, times: Mapping[str, Any], *, suffix: str) -> None:
-    """Time of ours over that of each other form that ran, per batch, and the medians behind."""
+    """Time of ours over that of each other form that ran, per batch, and the medians."""
     for name in times:
         form, _, count = name.partition("/")
-        # The reference code's few posts are the same work at every size: a time, no ratio.
+        # The reference code's few posts are the same work at every size: no ratio.
         if form in ("full", "local"):
-            report.add(
-                f"time_over_{form}_{count}{suffix}", asdict(ratio(times, f"ours/{count}", name))
-            )
-        report.add_time(
-            form, median(times, name), case=f"{int(count):,} posts{suffix.replace('_', ' ')}"
-        )
+            figure = asdict(ratio(times, f"ours/{count}", name))
+            report.add(f"time_over_{form}_{count}{suffix}", figure)
+        case = f"{int(count):,} posts{suffix.replace('_', ' ')}"
+        report.add_time(form, median(times, name), case=case)

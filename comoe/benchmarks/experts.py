@@ -40,12 +40,12 @@ from comoe.benchmarks.timing import (
     wait_for,
 )
 from comoe.benchmarks.workload import (
-    even_picks,
+    balanced_selection,
     find_posts,
     force,
     hidden_states,
     load_skew,
-    skewed_picks,
+    skewed_selection,
     steering_weight,
 )
 from comoe.distributed import rank
@@ -103,7 +103,7 @@ def clocked_routing(layer: nn.Module, clock: Clock) -> Any:
             lambda module, arguments: (_Mark.apply(arguments[0], clock.stop), *arguments[1:])
         ),
         layer.router.register_forward_hook(
-            lambda module, arguments, answer: (_Mark.apply(answer[0], clock.start), *answer[1:])
+            lambda module, arguments, output: (_Mark.apply(output[0], clock.start), *output[1:])
         ),
     ]
     try:
@@ -139,7 +139,7 @@ SKEW = 3.0
 
 
 MOST_REFERENCE_EXPERTS = 16
-"""The loop over all experts keeps E answers per token for its backward pass: with 64 that is
+"""The loop over all experts keeps E outputs per token for its backward pass: with 64 that is
 gigabytes here."""
 
 
@@ -225,12 +225,12 @@ def _steered(
     upstream_SM: Tensor,
     size: Size,
 ) -> None:
-    """Forced loads: every layer runs its own router, and the tokens make all of them pick the same experts."""
+    """Forced loads: every layer runs its own router, and all of them select the same experts."""
     loads = {
-        "balanced": even_picks(size.tokens, num_experts, size.top_k),
-        "skew3": skewed_picks(size.tokens, num_experts, size.top_k, skew=SKEW),
+        "balanced": balanced_selection(size.tokens, num_experts, size.top_k),
+        "skew3": skewed_selection(size.tokens, num_experts, size.top_k, skew=SKEW),
     }
-    forced = {load: force(x_SM, picks_Sk, num_experts) for load, picks_Sk in loads.items()}
+    forced = {load: force(x_SM, selected_Sk, num_experts) for load, selected_Sk in loads.items()}
     for name, kind in (("block", Block), ("native", Native)):
         layer = kind(
             num_experts, size.model_width, size.expert_width, top_k=size.top_k, device=x_SM.device

@@ -1,6 +1,6 @@
-"""The other side of ``launch/bench.py train``: a dense encoder under Hugging Face's Trainer with DeepSpeed ZeRO-2.
+"""The reference of ``launch/bench.py train``: a dense encoder under Hugging Face's Trainer with DeepSpeed ZeRO-2.
 
-The trainer does one step at a time: it is held at the end of each until its turn comes again.
+The trainer runs one step at a time: it blocks at the end of each step until its next turn.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ class _Hold(TrainerCallback):
 class HeldTrainer:
     """Runs the trainer's own loop, with its loader, collator and callbacks, in a thread.
 
-    Only one of main thread and trainer runs at any time, so two of them can take turns within one
+    Only one of main thread and trainer runs at any time, so two of them can alternate in one
     process.
 
     Args:
-        trainer: ready to train, with more steps than will be asked for.
+        trainer: ready to train, with more steps than are timed.
     """
 
     def __init__(self, trainer: Trainer) -> None:
@@ -98,23 +98,16 @@ class HeldTrainer:
 STRATEGIES = {"hf": "random", "hf grouped": "group_by_length"}
 """Contestant -> ``train_sampling_strategy``; random is the Trainer's default."""
 
-
-BASE = dict(
-    vocab_size=50265,
-    hidden_size=768,
-    num_hidden_layers=12,
-    num_attention_heads=12,
-    intermediate_size=3072,
-)
+BASE = {"vocab_size": 50265, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
+        "intermediate_size": 3072}  # fmt: skip
 """A BERT of 125 million parameters, the size of roberta-base."""
 
-
 STEPS = 100_000
-"""More than any benchmark takes: the loop is ended from outside."""
+"""More than any benchmark runs: the loop is stopped from outside."""
 
 
 class Posts(Dataset):
-    """The same tokenised posts that comoe trains on; the one task is which data set a post is from."""
+    """The tokenized posts that comoe trains on; the task is the data set of a post."""
 
     def __init__(self, split: TokenizedSplit) -> None:
         self.split = split
@@ -130,7 +123,7 @@ class Posts(Dataset):
 
 
 class CountingCollator:
-    """The Trainer's default collator, pad to the longest post of the batch; counts tokens."""
+    """The Trainer's default collator, which pads to the longest post of the batch; counts tokens."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.collate = DataCollatorWithPadding(tokenizer)
@@ -142,14 +135,14 @@ class CountingCollator:
         return batch
 
 
-class Rival:
-    """One trainer that takes turns, and what it saw.
+class ReferenceTrainer:
+    """One trainer that runs step by step, with its token counts.
 
     Args:
-        recipe: its encoder is a folder, with the tokenizer that made ``split``; batch size, rate
-            and clipping are taken over.
+        recipe: its encoder is a folder with the tokenizer of ``split``; batch size, learning rate
+            and clipping are the same.
         split: training posts.
-        folder: for what the Trainer wants to write.
+        folder: output of the Trainer.
         device: of this rank.
         strategy: ``train_sampling_strategy``.
     """
@@ -195,24 +188,14 @@ class Rival:
 
 
 def zero2_settings() -> dict[str, Any]:
-    """ZeRO-2 as users write it for the Trainer; the optimizer is torch's, DeepSpeed's own would be compiled first."""
-    auto = {key: "auto" for key in ("lr", "betas", "eps", "weight_decay")}
-    sizes = (
-        "train_batch_size",
-        "train_micro_batch_size_per_gpu",
-        "gradient_accumulation_steps",
-        "gradient_clipping",
-    )
-    return {
-        "zero_optimization": {
-            "stage": 2,
-            "contiguous_gradients": True,
-            "reduce_bucket_size": 50_000_000,
-        },
-        "optimizer": {"type": "AdamW", "params": {**auto, "torch_adam": True}},
-        "bf16": {"enabled": "auto"},
-        **{key: "auto" for key in sizes},
-    }
+    """ZeRO-2 as users write it for the Trainer; torch's AdamW, because DeepSpeed's needs compiling."""
+    zero = {"stage": 2, "contiguous_gradients": True, "reduce_bucket_size": 50_000_000}
+    adamw = dict.fromkeys(("lr", "betas", "eps", "weight_decay"), "auto") | {"torch_adam": True}
+    sizes = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
+             "gradient_clipping")  # fmt: skip
+    optimizer = {"type": "AdamW", "params": adamw}
+    return {"zero_optimization": zero, "optimizer": optimizer, "bf16": {"enabled": "auto"},
+            **dict.fromkeys(sizes, "auto")}  # fmt: skip
 
 
 def save_base_encoder(folder: Path, tokenizer_folder: str) -> str:

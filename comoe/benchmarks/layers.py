@@ -68,9 +68,9 @@ class Block(nn.Module):
     def forward(self, x_SM: Tensor) -> Tensor:
         """Router, dispatch, experts, weighted sum; (S, M)."""
         self.mixture.router.prepare(None)
-        answer = self.mixture(x_SM.unsqueeze(0)).squeeze(0)
+        output = self.mixture(x_SM.unsqueeze(0)).squeeze(0)
         self.mixture.router.collect()
-        return answer
+        return output
 
 
 class Native(nn.Module):
@@ -163,7 +163,7 @@ def forward_backward(layer: nn.Module, x_SM: Tensor, upstream_SM: Tensor) -> Cal
     Args:
         layer: what is run.
         x_SM: its input.
-        upstream_SM: gradient of its answer; the same tensor serves every layer.
+        upstream_SM: gradient of its output; the same tensor serves every layer.
     """
     x_SM = x_SM.detach().requires_grad_()
 

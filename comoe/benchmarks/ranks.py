@@ -1,4 +1,4 @@
-"""Starts the ranks of a benchmark on this machine and collects what the first one answers."""
+"""Starts the ranks of a benchmark on this machine and collects the result of the first one."""
 
 from __future__ import annotations
 
@@ -21,20 +21,19 @@ ROOT = Path(__file__).resolve().parents[2]
 def run_on_ranks(
     function: str, world_size: int, *, timeout: float = 900.0, **arguments: Any
 ) -> Any:
-    """Call ``module:function(**arguments)`` in ``world_size`` fresh processes; what it returned on rank 0.
+    """Call ``module:function(**arguments)`` in ``world_size`` fresh processes; the result of rank 0.
 
-    Each rank computes with one thread on a CPU, unless ``OMP_NUM_THREADS`` says otherwise: ratios
-    are of the arithmetic then, whatever the number of cores.
+    Each rank has one thread on a CPU, unless ``OMP_NUM_THREADS`` is set, so that ratios do not
+    depend on the number of cores.
 
     Args:
         function: "package.module:name".
         world_size: number of ranks.
-        timeout: seconds until all ranks are ended.
-        arguments: anything that JSON holds.
+        timeout: seconds until all ranks are killed.
+        arguments: JSON values.
 
     Raises:
-        RuntimeError: a rank failed or the time is up; the message has the end of what the ranks
-            wrote.
+        RuntimeError: a rank failed or timed out; the message has the end of the ranks' logs.
     """
     print(f"{function} on {world_size} rank(s) ...", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory(prefix="comoe-bench-") as name:
@@ -62,13 +61,13 @@ def _start(folder: Path, rank: int, world_size: int, port: int) -> subprocess.Po
     environment = (
         {"OMP_NUM_THREADS": "1"} | os.environ | {key: str(value) for key, value in places.items()}
     )
-    # The working folder may hold another checkout, and ``-m`` would look there first.
+    # The working folder may hold another checkout, which ``-m`` would import first.
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PYTHONSAFEPATH": "1"}
     environment["PYTHONPATH"] = os.pathsep.join(
         filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])
     )
     with (folder / f"log{rank}").open("wb") as log:
-        # In a session of its own: nothing that a rank does to a terminal can stop the benchmark.
+        # A session of its own: a rank cannot stop the benchmark through the terminal.
         return subprocess.Popen(
             [sys.executable, "-m", "comoe.benchmarks.ranks", str(folder)], env=environment, stdin=subprocess.DEVNULL,
             stdout=log, stderr=log, start_new_session=True,
@@ -77,7 +76,7 @@ def _start(folder: Path, rank: int, world_size: int, port: int) -> subprocess.Po
 
 def _wait(ranks: list[subprocess.Popen[bytes]], timeout: float) -> None:
     end = time.monotonic() + timeout
-    # Until all are done, one has failed (the others would wait for it for ever), or the time is up.
+    # Until all are done, one has failed (the others would wait forever), or the time is up.
     while time.monotonic() < end and not any(process.poll() for process in ranks):
         if all(process.poll() == 0 for process in ranks):
             return
@@ -91,13 +90,13 @@ def _main(folder: Path) -> None:
 
     function, arguments = json.loads((folder / "in.json").read_text(encoding="utf-8"))
     module, name = function.split(":")
-    answer = getattr(importlib.import_module(module), name)(**arguments)
+    result = getattr(importlib.import_module(module), name)(**arguments)
     if is_main():
-        (folder / "out.json").write_text(json.dumps(answer), encoding="utf-8")
+        (folder / "out.json").write_text(json.dumps(result), encoding="utf-8")
     barrier()
     sys.stdout.flush()
     sys.stderr.flush()
-    # gloo's threads sometimes abort an ordinary exit after all is done.
+    # gloo's threads sometimes abort a normal exit.
     os._exit(0)
 
 

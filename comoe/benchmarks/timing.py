@@ -1,4 +1,4 @@
-"""Times of several contestants, taken in turns, their ratios with spread, and the table and JSON of a benchmark."""
+"""Interleaved timing of several contestants, their ratios with quartiles, and the table and JSON of a benchmark."""
 
 from __future__ import annotations
 
@@ -21,15 +21,13 @@ from comoe.evaluation.tables import in_columns
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What a figure should be."""
+    """Limits of a figure."""
 
     at_most: float = math.inf
-    """Upper limit."""
     at_least: float = 0.0
-    """Lower limit."""
 
     def met_by(self, value: float) -> bool:
-        """Whether a figure keeps both limits."""
+        """Whether a figure is within both limits."""
         return self.at_least <= value <= self.at_most
 
     def __str__(self) -> str:
@@ -41,16 +39,15 @@ class Measurements:
     """Figures of one benchmark."""
 
     title: str
-    """First line."""
     targets: Mapping[str, Target]
-    """Key -> target; keys without one are shown for information."""
+    """Key -> target; keys without one are informative."""
     notes: list[str] = field(default_factory=list)
-    """Lines beneath the title: machine, posts, sizes."""
+    """Lines below the title: machine, posts, sizes."""
     rows: list[dict[str, Any]] = field(default_factory=list)
     """key, case, value, low, high, rounds; the first row of a key with a case of "" is the key's
     figure."""
     seconds: list[dict[str, Any]] = field(default_factory=list)
-    """case, what, seconds: the times behind the ratios."""
+    """case, what, seconds: the times of the ratios."""
 
     def add(self, key: str, ratio: Mapping[str, Any], *, case: str = "") -> None:
         """One ratio: ``value``, ``low``, ``high``, ``rounds``."""
@@ -90,13 +87,10 @@ class Measurements:
         ]
 
     def publish(self, path: Path | None) -> None:
-        """Print the table, and write the JSON where a file is named."""
+        """Print the table, and write the figures by key, and all rows, to a JSON file."""
         print("\n".join(self.lines()))
-        if path is not None:
-            self.write(path)
-
-    def write(self, path: Path) -> None:
-        """The figures by key, and all rows, as JSON."""
+        if path is None:
+            return
         targets = {key: str(target) for key, target in self.targets.items()}
         content = {
             **self.headline(), "title": self.title, "notes": self.notes, "targets": targets, "missed": self.missed(),
@@ -107,40 +101,36 @@ class Measurements:
 
 
 def machine_note(device: str, threads: int) -> str:
-    """What the figures were taken on; a load well above the ranks means that others used the machine too."""
+    """Description of the machine; a load well above the number of ranks means that it was busy."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    load = (
-        f", load average {os.getloadavg()[0]:.1f} at the start" if hasattr(os, "getloadavg") else ""
-    )
-    return f"{device}, {cores} cores, {threads} thread(s) per rank{load}"
+    note = f"{device}, {cores} cores, {threads} thread(s) per rank"
+    if hasattr(os, "getloadavg"):
+        note += f", load average {os.getloadavg()[0]:.1f} at the start"
+    return note
 
 
 @dataclass(frozen=True, slots=True)
 class Contestant:
-    """Something to be timed."""
+    """A timed function."""
 
     run: Callable[[], None]
-    """One repetition, the same work each time."""
+    """One repetition, always the same work."""
     every: int = 1
-    """Takes part in every n-th round only: the slow ones would eat the time of the others."""
+    """Takes part in every n-th round only, for slow contestants."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ratio:
-    """How often one time holds another, over the rounds in which both were taken."""
+    """Ratio of two times over the rounds with both: median, first and third quartile."""
 
     value: float
-    """Median over rounds of (time above) / (time below)."""
     low: float
-    """First quartile."""
     high: float
-    """Third quartile."""
     rounds: int
-    """Rounds that it rests on."""
 
 
 Times = Mapping[str, Sequence[float | None]]
-"""Contestant -> seconds per round; None where it did not take part."""
+"""Contestant -> seconds per round; None for rounds without it."""
 
 
 def take_turns(
@@ -150,20 +140,19 @@ def take_turns(
     warmup: int = 2,
     device: torch.device | None = None,
 ) -> dict[str, list[float | None]]:
-    """Time all contestants round by round, so that whatever slows the machine down for a while slows all of them.
+    """Time all contestants round by round, so that a slow phase of the machine affects all of them.
 
-    Each round begins with the next contestant in turn. Every rank must call it with the same names;
-    the time of a round is that of the slowest rank, which the others wait for.
+    The first contestant rotates. Every rank must call it with the same names; the time of a round
+    is that of the slowest rank.
 
     Args:
         contestants: name -> what to time.
-        rounds: timed rounds; a contestant with ``every`` above 1 takes part in the first one and
-            each n-th after it.
+        rounds: timed rounds.
         warmup: runs of each contestant before the first round.
-        device: a GPU is waited for before the clock is read.
+        device: a GPU is synchronized before reading the clock.
 
     Returns:
-        Name -> seconds per round, None where it did not take part; the same on all ranks.
+        Name -> seconds per round, None for rounds without it; the same on all ranks.
     """
     names = list(contestants)
     for name in names:
@@ -180,16 +169,16 @@ def take_turns(
 
 
 def clocked(run: Callable[[], None], device: torch.device | None = None) -> float:
-    """Wall-clock seconds of one call, the GPU's work included."""
+    """Wall-clock seconds of one call, including the GPU's work."""
     wait_for(device)
-    began = time.perf_counter()
+    start = time.perf_counter()
     run()
     wait_for(device)
-    return time.perf_counter() - began
+    return time.perf_counter() - start
 
 
 def wait_for(device: torch.device | None) -> None:
-    """Wait until a GPU has done what it was given; nothing to do on a CPU."""
+    """Synchronize a GPU; does nothing on a CPU."""
     if device is not None and device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -206,7 +195,7 @@ def slowest(ranks: Sequence[Times]) -> dict[str, list[float | None]]:
 
 
 def ratio(times: Times, above: str, below: str) -> Ratio:
-    """Time of ``above`` over time of ``below``: each round gives one ratio, so a slow minute of the machine cancels."""
+    """Time of ``above`` over time of ``below``, per round, so that slow phases of the machine cancel."""
     pairs = zip(times[above], times[below], strict=True)
     return spread_of([a / b for a, b in pairs if a is not None and b is not None])
 

@@ -20,7 +20,7 @@ import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import nn
 
-from comoe.benchmarks.hugging_face import STRATEGIES, Rival, save_base_encoder
+from comoe.benchmarks.hugging_face import STRATEGIES, ReferenceTrainer, save_base_encoder
 from comoe.benchmarks.ranks import run_on_ranks
 from comoe.benchmarks.timing import (
     Contestant,
@@ -48,7 +48,6 @@ from comoe.train.training_run import TrainingRun
 STEPS, EVAL_EVERY = 40, 20
 """Training steps of the run, and between two evaluations; the default recipe logs every tenth."""
 
-
 WATCHED: dict[str, list[tuple[Any, str]]] = {
     "step": [(Trainer, "_step")],
     "evaluation": [(trainer, "evaluate_split"), (Monitor, "log_evaluation")],
@@ -59,12 +58,12 @@ WATCHED: dict[str, list[tuple[Any, str]]] = {
         (Monitor, "log_evaluation"),
     ],
 }
-"""Part -> methods, of a class or a module, whose time is added up."""
+"""Part -> methods of a class or a module, whose times are summed."""
 
 
 @contextmanager
 def clocked_methods(parts: dict[str, list[tuple[Any, str]]]) -> Iterator[dict[str, list[float]]]:
-    """While open, each call of the methods adds its seconds to its part's list."""
+    """Within the context each call of the methods adds its seconds to its part's list."""
     found: dict[str, list[float]] = {part: [] for part in parts}
     originals = [
         (owner, name, getattr(owner, name)) for methods in parts.values() for owner, name in methods
@@ -81,11 +80,11 @@ def clocked_methods(parts: dict[str, list[tuple[Any, str]]]) -> Iterator[dict[st
 
 def _clocked(method: Callable[..., Any], seconds: list[float]) -> Callable[..., Any]:
     def call(*arguments: Any, **named: Any) -> Any:
-        began = time.perf_counter()
+        start = time.perf_counter()
         try:
             return method(*arguments, **named)
         finally:
-            seconds.append(time.perf_counter() - began)
+            seconds.append(time.perf_counter() - start)
 
     return call
 
@@ -97,20 +96,13 @@ def measure_monitoring(config: str | None) -> dict[str, Any]:
         config: recipe file; None is the default recipe.
 
     Returns:
-        share: of the training steps' time, what gathers and writes the log. evaluation_share: of an
-            evaluation's time,
-        what counts routes, writes and draws. note: a line on what ran.
+        share: share of the training time for collecting and writing the log. evaluation_share: share
+            of an evaluation's time for routing statistics, files and plots. note: what ran.
     """
     device = start_ranks(timeout_seconds=600)
-    source = find_posts(
-        config,
-        [
-            f"train.max_steps={STEPS}",
-            "data.limit_eval=400",
-            f"train.eval_every={EVAL_EVERY}",
-            "train.save_every=100000",
-        ],
-    )
+    steps = {"max_steps": STEPS, "eval_every": EVAL_EVERY, "save_every": 100000}
+    overrides = [f"train.{key}={value}" for key, value in steps.items()]
+    source = find_posts(config, ["data.limit_eval=400", *overrides])
     with (
         tempfile.TemporaryDirectory(prefix="comoe-bench-") as name,
         open(os.devnull, "w", encoding="utf-8") as null,
@@ -203,24 +195,26 @@ def measure_steps(config: str | None, overrides: list[str], rounds: int) -> dict
             recipe = replace(recipe, model=replace(recipe.model, encoder=encoder))
         run = build_run(recipe, ZERO_2, folder, device=device)
         ours = Steps(run)
-        rivals = {
-            label: Rival(
+        references = {
+            label: ReferenceTrainer(
                 recipe, run.splits["train"], folder=folder, device=device, strategy=strategy
             )
             for label, strategy in STRATEGIES.items()
         }
         contestants = {"comoe": Contestant(ours.step)}
-        contestants |= {label: Contestant(rival.held.step) for label, rival in rivals.items()}
+        contestants |= {
+            label: Contestant(reference.held.step) for label, reference in references.items()
+        }
         with clocked_optimizers() as seconds:
             times = take_turns(contestants, rounds=rounds, warmup=WARMUP, device=device)
         engines = {"comoe": run.engine.deepspeed} | {
-            label: rival.engine for label, rival in rivals.items()
+            label: reference.engine for label, reference in references.items()
         }
-        for rival in rivals.values():
-            rival.held.stop()
+        for reference in references.values():
+            reference.held.stop()
         run.monitor.close()
     counts = {"comoe": ours.counts} | {
-        label: rival.collator.counts for label, rival in rivals.items()
+        label: reference.collator.counts for label, reference in references.items()
     }
     timed = {
         label: torch.tensor(values[WARMUP : WARMUP + rounds]) for label, values in counts.items()
@@ -233,7 +227,7 @@ def measure_steps(config: str | None, overrides: list[str], rounds: int) -> dict
             label: statistics.median(seconds[id(engine)][-rounds:])
             for label, engine in engines.items()
         },
-        "mfu": utilisation(run, tokens["comoe"], times["comoe"], device),
+        "mfu": utilization(run, tokens["comoe"], times["comoe"], device),
         "notes": _notes(run, source.name, tokens, device),
     }
 
@@ -265,13 +259,13 @@ def _notes(
     ]
 
 
-def utilisation(
+def utilization(
     run: TrainingRun,
     tokens: Sequence[Sequence[int]],
     times: Sequence[float | None],
     device: torch.device,
 ) -> float | None:
-    """Model FLOPs utilisation: arithmetic that the real tokens need, over what the GPU could do in the time.
+    """Model FLOPs utilization: arithmetic that the real tokens need, over what the GPU could do in the time.
 
     6 FLOPs per active parameter and token (forward 2, backward 4) without the embeddings, which are
     looked up, plus 12 L M n per token for attention over n tokens; padding and recomputation count
@@ -291,22 +285,17 @@ def utilisation(
         return None
     config = model.encoder.config
     per_token = 6 * (run.parameters["active"] - looked_up(model.encoder))
-    per_token += (
-        12
-        * config.num_hidden_layers
-        * config.hidden_size
-        * float(run.splits["train"].lengths.mean())
-    )
+    length = float(run.splits["train"].lengths.mean())
+    per_token += 12 * config.num_hidden_layers * config.hidden_size * length
     seconds = statistics.median(value for value in times if value is not None)
     real = statistics.mean(real for real, _ in tokens)
     return per_token * real / seconds / (peak * world_size())
 
 
 def looked_up(encoder: nn.Module) -> int:
-    """Numbers in an encoder's tables, of words, positions and the like: rows are picked, nothing is multiplied."""
+    """Numbers in an encoder's tables, of words, positions and the like: rows are selected, not multiplied."""
     tables = [module.weight for module in encoder.modules() if isinstance(module, nn.Embedding)]
-    # Under ZeRO-3 a weight that is split says by itself how large it is; a table may have several
-    # places.
+    # Under ZeRO-3 a partitioned weight knows its full size; a table may have several places.
     return sum(
         getattr(weight, "ds_numel", weight.numel())
         for weight in {id(one): one for one in tables}.values()
@@ -320,10 +309,10 @@ def clocked_optimizers() -> Iterator[Mapping[int, list[float]]]:
     original = DeepSpeedEngine.step
 
     def step(engine: DeepSpeedEngine, *arguments: Any, **named: Any) -> Any:
-        began = time.perf_counter()
-        answer = original(engine, *arguments, **named)
-        seconds.setdefault(id(engine), []).append(time.perf_counter() - began)
-        return answer
+        start = time.perf_counter()
+        output = original(engine, *arguments, **named)
+        seconds.setdefault(id(engine), []).append(time.perf_counter() - start)
+        return output
 
     DeepSpeedEngine.step = step
     try:
@@ -334,27 +323,21 @@ def clocked_optimizers() -> Iterator[Mapping[int, list[float]]]:
 
 @contextmanager
 def silence() -> Iterator[None]:
-    """What the libraries print is not the benchmark's; errors still raise."""
+    """Discard the output of the libraries; errors still raise."""
     with open(os.devnull, "w", encoding="utf-8") as null:
         with contextlib.redirect_stdout(null), contextlib.redirect_stderr(null):
             yield
 
 
 TARGETS = {"hf_over_comoe": Target(at_least=1.0)}
-"""Rows without a target are for information; the one of equal length grouping shows what grouping
-alone is worth."""
-
+"""Rows without a target are informative; the row of equal length grouping shows the effect of
+grouping."""
 
 OVERRIDES = {
     "cpu": ["data.limit_eval=50"],
-    # A GPU is idle at the recipe's 32 short posts per step.
-    "cuda": [
-        "data.limit_eval=50",
-        "data.max_length=128",
-        "train.batch_size=512",
-        "train.micro_batch_size=512",
-    ],
-}
+    # 32 short posts per step, as in the recipe, leave a GPU idle.
+    "cuda": ["data.limit_eval=50", "data.max_length=128", "train.batch_size=512", "train.micro_batch_size=512"],
+}  # fmt: skip
 """Kind of device -> changes of the default recipe."""
 
 
@@ -366,11 +349,11 @@ def run(
     Args:
         json_path: file to write, if any.
         config: recipe file; None is the default recipe.
-        rounds: timed steps of each contestant instead of the usual 40.
+        rounds: timed steps of each contestant instead of 40.
     """
     recipe = None if config is None else str(config.resolve())
     kind = "cuda" if torch.cuda.is_available() else "cpu"
-    report = Measurements("train: whole training steps; ratios of times taken in turns", TARGETS)
+    report = Measurements("train: training steps; ratios of interleaved times", TARGETS)
     cores = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )
@@ -395,21 +378,15 @@ def run(
             for name, tokens in measured["tokens"].items()
         }
         report.add(f"hf_over_comoe_per_token{suffix}", asdict(ratio(per_token, "hf", "comoe")))
-        # Length grouping hands out the longest posts first, so only per token are a few steps
-        # comparable.
-        report.add(
-            f"hf_grouped_over_comoe_per_token{suffix}",
-            asdict(ratio(per_token, "hf grouped", "comoe")),
-        )
-        if measured["mfu"] is not None:
-            mfu = measured["mfu"]
-            report.add(
-                f"mfu{suffix}", {"value": mfu, "low": mfu, "high": mfu, "rounds": rounds or 40}
-            )
-        for name in times:
-            report.add_time(name, median(times, name), case=f"{ranks} rank(s), whole step")
-            report.add_time(
-                name, measured["optimizer"][name], case=f"{ranks} rank(s), step() within"
-            )
+        # Length grouping starts with the longest posts, so a few steps compare per token only.
+        grouped = asdict(ratio(per_token, "hf grouped", "comoe"))
+        report.add(f"hf_grouped_over_comoe_per_token{suffix}", grouped)
+        if (mfu := measured["mfu"]) is not None:
+            figure = dict.fromkeys(("value", "low", "high"), mfu) | {"rounds": rounds or 40}
+            report.add(f"mfu{suffix}", figure)
+        for name, seconds in measured["optimizer"].items():
+            case = f"{ranks} rank(s)"
+            report.add_time(name, median(times, name), case=f"{case}, whole step")
+            report.add_time(name, seconds, case=f"{case}, step() within")
     report.publish(json_path)
     return report

@@ -1,4 +1,4 @@
-"""What the benchmarks run on: real posts where the starter kit is there, and forced loads of the experts."""
+"""Inputs of the benchmarks: real posts if the starter kit is available, and forced expert loads."""
 
 from __future__ import annotations
 
@@ -21,33 +21,31 @@ from comoe.models.encoders.build import build_encoder, build_encoder_from_config
 from comoe.starter.registry import resolve
 
 RECIPE, SMOKE = ROOT / "launch/configs/starter.yaml", ROOT / "launch/configs/smoke.yaml"
-"""The default recipe, and the one that stands in where the starter kit cannot be had."""
+"""The default recipe, and its replacement where the starter kit is not available."""
 
-
-PICKED_LOGITS, OTHER_LOGIT = (2.0, 1.5), -2.0
-"""Logits of a forced first and second pick, and of every other expert."""
+SELECTED_LOGITS, OTHER_LOGIT = (2.0, 1.5), -2.0
+"""Logits of the forced first and second expert, and of every other expert."""
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A recipe whose encoder and posts are folders on this machine."""
+    """A recipe whose encoder and posts are local folders."""
 
     recipe: Recipe
-    """The recipe asked for, or the smoke recipe where the starter kit cannot be had."""
+    """The given recipe, or the smoke recipe where the starter kit is not available."""
     name: str
-    """Which posts these are, for the report: figures on generated ones say little about real
-    lengths and routing."""
+    """Description of the posts, for the report: generated ones have other lengths and routing."""
 
 
 def find_posts(config: str | None = None, overrides: Sequence[str] = ()) -> Source:
-    """A recipe with its posts; where the starter kit cannot be had, generated posts, and the report says so.
+    """A recipe with its posts, or with generated posts where the starter kit is not available.
 
     Args:
         config: recipe file; None is the default recipe.
         overrides: ``key=value`` changes.
     """
     path = Path(config) if config else RECIPE
-    # Every rank may call it: the starter lets one of them prepare and the others wait.
+    # Every rank may call it: one of them prepares, and the others wait.
     with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stderr(nowhere):
         recipe = load_recipe(path, overrides)
         generated = (recipe.data.root or "").startswith("smoke:")
@@ -55,18 +53,12 @@ def find_posts(config: str | None = None, overrides: Sequence[str] = ()) -> Sour
             recipe = resolve(recipe, progress=False)
         except ValueError:
             recipe, generated = resolve(load_recipe(SMOKE, overrides), progress=False), True
-    name = (
-        "generated posts"
-        if generated
-        else "posts of the starter kit"
-        if path == RECIPE
-        else f"posts of {path.name}"
-    )
-    return Source(recipe, name)
+    name = "posts of the starter kit" if path == RECIPE else f"posts of {path.name}"
+    return Source(recipe, "generated posts" if generated else name)
 
 
 def tokenized_posts(recipe: Recipe, limit: int) -> tuple[TokenizedSplit, Collator]:
-    """About ``limit`` training posts of each data set, and what makes batches of them."""
+    """About ``limit`` training posts of each data set, and their collator."""
     corpus = load_corpus(replace(recipe, data=replace(recipe.data, limit_per_task=limit)))
     tokenizer = load_tokenizer(recipe.model.encoder)
     split = tokenize_split(
@@ -77,44 +69,40 @@ def tokenized_posts(recipe: Recipe, limit: int) -> tuple[TokenizedSplit, Collato
 
 @torch.no_grad()
 def hidden_states(source: Source, *, tokens: int, width: int, seed: int) -> Tensor:
-    """States of real tokens of real posts as a block meets them: the encoder's output, float32, (tokens, width).
+    """Hidden states of real tokens as input of a block: the encoder's output, float32, (tokens, width).
 
-    With a ``width`` other than the encoder's, an encoder of two layers of that width with random
-    weights reads the posts; its states still differ from token to token and repeat with the words.
+    With another ``width`` than the encoder's, a random encoder of two layers of that width reads
+    the posts; its states still differ between tokens and repeat with the words.
     """
     split, collator = tokenized_posts(source.recipe, limit=max(64, tokens // 20))
     torch.manual_seed(seed)
     encoder = build_encoder(source.recipe.model)
     if encoder.config.hidden_size != width:
-        fields = encoder.config.to_dict() | {
-            "hidden_size": width,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-        }
-        encoder = build_encoder_from_config(fields)
+        sizes = {"hidden_size": width, "num_hidden_layers": 2, "num_attention_heads": 4}
+        encoder = build_encoder_from_config(encoder.config.to_dict() | sizes)
     encoder.eval()
     order = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed)).numpy()
     found: list[Tensor] = []
     start = 0
     while sum(len(part) for part in found) < tokens:
-        # Small splits are read again.
+        # Small splits repeat.
         batch = collator(split, order[[i % len(split) for i in range(start, start + 32)]])
-        answer = encoder(batch.input_ids_BL, attention_mask=batch.attention_mask_BL)
-        found.append(answer.last_hidden_state[batch.attention_mask_BL.bool()])
+        output = encoder(batch.input_ids_BL, attention_mask=batch.attention_mask_BL)
+        found.append(output.last_hidden_state[batch.attention_mask_BL.bool()])
         start += 32
     return torch.cat(found)[:tokens].contiguous()
 
 
-def even_picks(tokens: int, num_experts: int, top_k: int) -> Tensor:
-    """All experts in turn: the same load for each; int64, (tokens, k)."""
+def balanced_selection(tokens: int, num_experts: int, top_k: int) -> Tensor:
+    """Round-robin over all experts: equal loads; int64, (tokens, k)."""
     return (torch.arange(tokens * top_k) % num_experts).view(tokens, top_k)
 
 
-def skewed_picks(tokens: int, num_experts: int, top_k: int, *, skew: float) -> Tensor:
+def skewed_selection(tokens: int, num_experts: int, top_k: int, *, skew: float) -> Tensor:
     """One expert has ``skew`` times the mean load, the others share the rest evenly; int64, (tokens, k).
 
     Raises:
-        ValueError: a skew that no token could carry: each token picks an expert once.
+        ValueError: an impossible skew: each token selects an expert at most once.
     """
     hot = skew * top_k / num_experts
     if not 0 < hot <= 1:
@@ -123,31 +111,31 @@ def skewed_picks(tokens: int, num_experts: int, top_k: int, *, skew: float) -> T
         )
     steps = torch.arange(tokens + 1, dtype=torch.float64) * hot
     is_hot_S = steps[1:].floor() > steps[:-1].floor()
-    picks_Sk = torch.empty((tokens, top_k), dtype=torch.int64)
+    selected_Sk = torch.empty((tokens, top_k), dtype=torch.int64)
     free_Sk = torch.ones((tokens, top_k), dtype=torch.bool)
     free_Sk[:, 0] = ~is_hot_S
-    picks_Sk[~free_Sk] = 0
-    picks_Sk[free_Sk] = 1 + torch.arange(int(free_Sk.sum())) % (num_experts - 1)
-    return picks_Sk
+    selected_Sk[~free_Sk] = 0
+    selected_Sk[free_Sk] = 1 + torch.arange(int(free_Sk.sum())) % (num_experts - 1)
+    return selected_Sk
 
 
-def force(x_SM: Tensor, picks_Sk: Tensor, num_experts: int) -> Tensor:
-    """A copy whose first E features make a gate with ``steering_weight`` pick exactly ``picks_Sk`` (k at most 2)."""
+def force(x_SM: Tensor, selected_Sk: Tensor, num_experts: int) -> Tensor:
+    """A copy whose first E features make a gate with ``steering_weight`` select ``selected_Sk`` (k at most 2)."""
     forced_SM = x_SM.clone()
     forced_SM[:, :num_experts] = OTHER_LOGIT
     logits_k = torch.tensor(
-        PICKED_LOGITS[: picks_Sk.shape[1]], dtype=x_SM.dtype, device=x_SM.device
+        SELECTED_LOGITS[: selected_Sk.shape[1]], dtype=x_SM.dtype, device=x_SM.device
     )
-    return forced_SM.scatter_(1, picks_Sk.to(x_SM.device), logits_k.expand(picks_Sk.shape))
+    return forced_SM.scatter_(1, selected_Sk.to(x_SM.device), logits_k.expand(selected_Sk.shape))
 
 
 def steering_weight(num_experts: int, width: int) -> Tensor:
-    """Gate weight that reads logit e from feature e: every contestant then runs its own router,
-    unchanged, and yet all of them route alike. float32, (E, width)."""
+    """Gate weight that reads logit e from feature e, so that every contestant runs its own router and
+    all of them select the same experts. float32, (E, width)."""
     return torch.eye(num_experts, width)
 
 
-def load_skew(picks_Sk: Tensor, num_experts: int) -> float:
+def load_skew(selected_Sk: Tensor, num_experts: int) -> float:
     """Largest load over mean load."""
-    counts = torch.bincount(picks_Sk.reshape(-1), minlength=num_experts).double()
+    counts = torch.bincount(selected_Sk.reshape(-1), minlength=num_experts).double()
     return float(counts.max() / counts.mean())

@@ -1,14 +1,14 @@
-"""What each expert is worth: the held-out quality of a trained model with one expert of one layer taken away.
+"""Ablation of experts: the held-out quality of a trained model with one expert of one layer removed.
 
-An expert that was taken away is not picked; its tokens go to the next best one and the weights are
-normalised over those that are left. So the loss of quality is what the other experts cannot make
-good, not what a hole of zeros does.
+A removed expert is never selected: its tokens go to the next best expert, and the weights are
+normalized over the remaining ones. The drop in quality is therefore what the other experts cannot
+compensate for, not the effect of zeros in the output.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,39 +19,34 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from comoe.data.tokens.split import TokenizedSplit
-from comoe.evaluation.evaluate import Evaluation, mean_metric
+from comoe.evaluation.evaluate import mean_metric
 from comoe.experiments.finished_run import load_trained
-from comoe.inference.predictor import Predictor
 from comoe.inference.score import score_split
 from comoe.models.moe.block import CooperativeBlock
 from comoe.models.moe.gate import TopKGate, select_experts
 from comoe.types import Routing
 
-NOWHERE = -1e30
-"""Logit of an expert that is not there; finite, so that a softmax over it alone is a number."""
+REMOVED_LOGIT = -1e30
+"""Finite, so that a softmax over a single removed expert is not NaN."""
 
 
 @dataclass(frozen=True, slots=True)
 class GateWithout:
-    """A gate that does as if one expert did not exist."""
+    """The trained gate, as if one expert did not exist."""
 
     gate: TopKGate
-    """The trained one's rule."""
     expert: int
-    """Who is missing."""
 
     def __call__(
         self, logits_SE: Tensor, balance_bias_E: Tensor, selected_Sk: Tensor | None = None
     ) -> Routing:
-        """Route S tokens over the others; where all experts run, the missing one runs with the weight 0."""
+        """Route S tokens to the other experts; where all experts run, the removed one has weight 0."""
         gate = self.gate
-        gone_E = torch.arange(logits_SE.shape[1], device=logits_SE.device) == self.expert
-        # Out of the scores of the others too, which under softmax share what it had; then out of
-        # its own.
-        left_SE = logits_SE.float().masked_fill(gone_E, NOWHERE)
-        scores_SE = gate.score(left_SE / gate.temperature).masked_fill(gone_E, 0.0)
-        bias_E = balance_bias_E.masked_fill(gone_E, -torch.inf)
+        removed_E = torch.arange(logits_SE.shape[1], device=logits_SE.device) == self.expert
+        # Masked before the softmax, which then gives its share to the others; then its own score.
+        logits_left_SE = logits_SE.float().masked_fill(removed_E, REMOVED_LOGIT)
+        scores_SE = gate.score(logits_left_SE / gate.temperature).masked_fill(removed_E, 0.0)
+        bias_E = balance_bias_E.masked_fill(removed_E, -torch.inf)
         return select_experts(
             logits_SE, scores_SE, bias_E, gate.top_k, gate.cooperation_threshold, selected_Sk
         )
@@ -66,26 +61,24 @@ class Removal:
     """Quality with all experts, and without each one."""
 
     layers: tuple[int, ...]
-    """Layers with experts, a decoder's behind the encoder's."""
+    """Layers with experts: the encoder's, then the decoder's."""
     posts: int
-    """Posts scored."""
     whole: Mapping[str, float]
     """With all experts: ``mean`` (of the main metrics, larger is better) and ``loss`` (mean over
     tasks)."""
     drop_LE: np.ndarray
-    """Fall of the mean metric without expert e of layer l; positive: the expert is needed."""
+    """Drop of the mean metric without expert e of layer l; positive: the expert is needed."""
     loss_rise_LE: np.ndarray
-    """Rise of the mean loss, which tells small effects apart that a metric of decided labels
-    cannot."""
+    """Rise of the mean loss, which resolves smaller effects than a metric of predicted labels."""
     limit: int | None
-    """At most so many posts per data set were taken."""
+    """Maximum of posts per data set."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists and numbers."""
+        arrays = {"drop": self.drop_LE, "loss_rise": self.loss_rise_LE}
         return {
             "layers": list(self.layers), "posts": self.posts, "whole": dict(self.whole),
-            "drop": np.round(self.drop_LE, 6).tolist(), "loss_rise": np.round(self.loss_rise_LE, 6).tolist(),
-            "limit": self.limit,
+            **{name: np.round(array_LE, 6).tolist() for name, array_LE in arrays.items()}, "limit": self.limit,
         }  # fmt: skip
 
 
@@ -100,9 +93,9 @@ def measure_removal(
     """Score the export of a finished run on its own posts, with all experts and without each one.
 
     Args:
-        run_folder: as training left it: ``config.yaml`` and ``export/``.
+        run_folder: holds ``config.yaml`` and ``export/``.
         split: validation or test.
-        limit: at most this many posts per data set; None is all that the recipe has.
+        limit: maximum of posts per data set; None uses all posts of the recipe.
         device: a torch device; auto is the first GPU, or the CPU.
         progress: show a progress bar.
 
@@ -118,11 +111,17 @@ def measure_removal(
         raise ValueError(
             f"{run_folder} was trained without experts (model.moe.num_experts is 0): nothing to remove."
         )
-    experts = predictor.exported.model_config.moe.num_experts
-    with tqdm(
-        total=1 + len(blocks) * experts, unit="pass", disable=not progress, dynamic_ncols=True
-    ) as bar:
-        score = _scorer(predictor, tokens, bar.update)
+    experts, tasks = predictor.exported.model_config.moe.num_experts, predictor.tasks
+    passes = 1 + len(blocks) * experts
+    with tqdm(total=passes, unit="pass", disable=not progress, dynamic_ncols=True) as bar:
+
+        def score() -> tuple[float, float]:
+            """Mean metric and mean loss of the model as it is now."""
+            metrics = score_split(predictor, tokens).metrics
+            bar.update(1)
+            losses = [metrics[task.name]["loss"] for task in tasks if task.name in metrics]
+            return mean_metric(metrics, tasks), float(np.mean(losses))
+
         whole = score()
         without = np.empty((len(blocks), experts, 2))
         for layer, block in enumerate(blocks):
@@ -141,7 +140,7 @@ def measure_removal(
 
 @contextmanager
 def removed(block: CooperativeBlock, expert: int) -> Iterator[None]:
-    """Inside, the block routes as if it had no such expert."""
+    """Within the context the block routes as if it had no such expert."""
     router = block.mixture.router
     before = router.gate
     router.gate = GateWithout(before, expert)
@@ -152,20 +151,15 @@ def removed(block: CooperativeBlock, expert: int) -> Iterator[None]:
 
 
 def removal_lines(removal: Removal) -> list[str]:
-    """The table for people: fall of the mean metric, and rise of the loss in brackets, per layer and expert."""
+    """The printed table: drop of the mean metric, and rise of the loss in brackets, per layer and expert."""
     whole = removal.whole
     lines = [
-        f"{removal.posts} posts; with all experts: mean metric {whole['mean']:.4f}, loss {whole['loss']:.4f}"
+        f"{removal.posts} posts; with all experts: mean metric {whole['mean']:.4f}, loss {whole['loss']:.4f}",
+        "drop of the mean metric without one expert (rise of the loss); below 0 the expert does harm.",
+        "A few changed predictions are noise: the loss is more sensitive; more seeds are decisive.",
     ]
-    lines.append(
-        "without one expert, the mean metric falls by (and the loss rises by); below 0 it did harm."
-    )
-    lines.append(
-        "A few posts decided otherwise are noise: the loss tells more, and other seeds tell most."
-    )
-    for layer, drops, rises in zip(
-        removal.layers, removal.drop_LE, removal.loss_rise_LE, strict=True
-    ):
+    layers = zip(removal.layers, removal.drop_LE, removal.loss_rise_LE, strict=True)
+    for layer, drops, rises in layers:
         pairs = enumerate(zip(drops, rises, strict=True))
         cells = [f"{expert:3d}: {drop:+.4f} ({rise:+.4f})" for expert, (drop, rise) in pairs]
         lines += [
@@ -174,36 +168,10 @@ def removal_lines(removal: Removal) -> list[str]:
     return lines
 
 
-def _scorer(
-    predictor: Predictor, tokens: TokenizedSplit, done: Callable[[int], object]
-) -> Callable[[], tuple[float, float]]:
-    """Scores the model as it is now: (mean metric, mean loss)."""
-    tasks = predictor.tasks
-
-    def score() -> tuple[float, float]:
-        evaluation = score_split(predictor, tokens)
-        done(1)
-        return mean_metric(evaluation.metrics, tasks), _mean_loss(
-            evaluation, [task.name for task in tasks]
-        )
-
-    return score
-
-
-def _mean_loss(evaluation: Evaluation, names: Sequence[str]) -> float:
-    return float(
-        np.mean([evaluation.metrics[name]["loss"] for name in names if name in evaluation.metrics])
-    )
-
-
 def read_removal(file: Path) -> Removal:
-    """What ``Removal.to_dict`` was written as."""
-    found = json.loads(file.read_text(encoding="utf-8"))
+    """Read what ``Removal.to_dict`` gives."""
+    read = json.loads(file.read_text(encoding="utf-8"))
+    drop_LE, loss_rise_LE = np.array(read["drop"]), np.array(read["loss_rise"])
     return Removal(
-        tuple(found["layers"]),
-        found["posts"],
-        found["whole"],
-        np.array(found["drop"]),
-        np.array(found["loss_rise"]),
-        found["limit"],
+        tuple(read["layers"]), read["posts"], read["whole"], drop_LE, loss_rise_LE, read["limit"]
     )

@@ -1,4 +1,4 @@
-"""A finished run in memory again: its export, and its own posts as it read them."""
+"""Loads a finished run: its export, and its own posts as it read them."""
 
 from __future__ import annotations
 
@@ -18,10 +18,9 @@ def load_trained(
     """The export of a run, and one split of the posts of its recipe.
 
     Args:
-        run_folder: as training left it: ``config.yaml`` and ``export/``.
+        run_folder: holds ``config.yaml`` and ``export/``.
         split: train, validation or test.
-        limit: at most this many validation or test posts per data set; None is all that the recipe
-            has.
+        limit: maximum of validation or test posts per data set; None uses all posts of the recipe.
         device: a torch device; auto is the first GPU, or the CPU.
 
     Raises:
@@ -29,7 +28,7 @@ def load_trained(
     """
     config = run_folder / "config.yaml"
     if not config.is_file():
-        raise ValueError(f"{run_folder} is no run folder: it has no config.yaml.")
+        raise ValueError(f"{run_folder} is not a run folder: it has no config.yaml.")
     recipe = resolve(load_recipe(config), progress=False)
     if limit is not None:
         recipe = replace(recipe, data=replace(recipe.data, limit_eval=limit))

@@ -9,8 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,15 +28,15 @@ OWN_KEYS = ("run.name", "run.output_dir", "run.overwrite", "train.seed")
 """Keys that the experiment sets for each run."""
 
 TAIL = 20
-"""Lines of the log that are kept of a run that failed."""
+"""Lines of a failed run's log that are kept."""
 
 PORTS_TRIED = 3
-"""Starts of a run whose port another process takes each time."""
+"""Attempts to start a run whose port another process takes."""
 
 GRACE = 180.0
-"""Seconds that ranks get to save and leave once their launcher is gone."""
+"""Seconds that ranks have to save and exit after their launcher ends."""
 
-say = partial(print, flush=True)
+print_now = partial(print, flush=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +44,10 @@ class Trial:
     """One run: a part of an arm with a seed."""
 
     part: str
-    """Beginning of its name."""
+    """Prefix of its name."""
     seed: int
-    words: tuple[str, ...]
-    """``key=value`` overrides that make the recipe this run, but for the seed."""
+    part_overrides: tuple[str, ...]
+    """``key=value`` changes of the recipe, except the seed."""
     experts: int
     """Experts per layer."""
 
@@ -59,27 +58,24 @@ class Trial:
 
     @property
     def overrides(self) -> list[str]:
-        """The part's words and the seed."""
-        return [*self.words, f"train.seed={self.seed}"]
+        """The part's overrides and the seed."""
+        return [*self.part_overrides, f"train.seed={self.seed}"]
 
 
 @dataclass(frozen=True, slots=True)
 class Experiment:
-    """What all runs of one call of ``launch/scale.py`` or ``launch/compare.py`` share."""
+    """The settings that all runs of one call of ``launch/scale.py`` or ``launch/compare.py`` share."""
 
     config: Path
     deepspeed: Path
     output: Path
-    """Folder of everything that the experiment writes."""
     train_script: Path
-    """launch/train.py."""
     ranks: int
-    """Ranks of each run."""
     overrides: tuple[str, ...] = ()
 
     @staticmethod
     def from_command(given: argparse.Namespace, *, train_script: Path) -> Experiment:
-        """As the command line asks for it; ranks are one per GPU, or one, where it names no number.
+        """From the command line; the default is one rank per GPU, or one on a CPU.
 
         Raises:
             ValueError: fewer than one rank.
@@ -96,27 +92,23 @@ class Experiment:
         return self.output / "runs"
 
     def failure_file(self, trial: Trial) -> Path:
-        """The last lines of a run that failed."""
+        """File with the last lines of a failed run."""
         return self.output / "failed" / f"{trial.name}.txt"
 
     def problem(self, trial: Trial) -> str:
-        """Why a run failed, in a line; empty where it did not."""
+        """Why a run failed, in a line; empty if it did not."""
         file = self.failure_file(trial)
-        return last_words(file.read_text(encoding="utf-8")) if file.is_file() else ""
+        return last_message(file.read_text(encoding="utf-8")) if file.is_file() else ""
 
     def refuse(self, keys: Sequence[str], flags: str) -> None:
-        """Refuse overrides that the experiment sets itself.
-
-        Raises:
-            ValueError: there is one.
-        """
-        given = {word.partition("=")[0].strip().lstrip("-") for word in self.overrides}
+        """Raise a ``ValueError`` for an override that the experiment sets itself."""
+        given = {text.partition("=")[0].strip().lstrip("-") for text in self.overrides}
         if taken := sorted(given & {*keys, *OWN_KEYS}):
             raise ValueError(f"{taken[0]} cannot be an override here: {flags} set it.")
 
 
-def remember(experiment: Experiment, *, file_name: str) -> None:
-    """Write down what all runs share, or make sure that it is what the earlier runs in this folder shared.
+def record_settings(experiment: Experiment, *, file_name: str) -> None:
+    """Write the shared settings, or check that they equal those of the earlier runs in this folder.
 
     Raises:
         ValueError: the folder holds an experiment with another recipe, DeepSpeed JSON or number of
@@ -133,7 +125,7 @@ def remember(experiment: Experiment, *, file_name: str) -> None:
         write_atomic(file, text + "\n")
         return
     before = json.loads(file.read_text(encoding="utf-8"))
-    # A recipe of before an option was there has its default.
+    # An option that is newer than the recorded recipe has its default.
     before["recipe"] = json.loads(json.dumps(recipe_to_dict(recipe_from_dict(before["recipe"]))))
     if difference := difference_of(before, json.loads(text)):
         raise ValueError(
@@ -143,7 +135,7 @@ def remember(experiment: Experiment, *, file_name: str) -> None:
 
 
 def difference_of(before: Any, now: Any, path: str = "") -> str:
-    """The first place where two nested dicts differ, in words; empty where they are equal."""
+    """The first difference of two nested dicts, as text; empty if they are equal."""
     if not isinstance(before, dict) or not isinstance(now, dict):
         return "" if before == now else f"{path} {before!r} instead of {now!r}"
     for key in dict.fromkeys([*before, *now]):
@@ -156,48 +148,47 @@ def difference_of(before: Any, now: Any, path: str = "") -> str:
 def run_trials(
     experiment: Experiment, trials: Sequence[Trial], *, report: Callable[[], object]
 ) -> list[Trial]:
-    """Run what is not done yet; a run that was cut short goes on from its checkpoint.
+    """Run what is not finished; an interrupted run resumes from its checkpoint.
 
     Args:
-        experiment: what they share.
+        experiment: the shared settings.
         trials: the runs.
-        report: writes tables and plots of the runs so far, after each run.
+        report: writes tables and plots, after each run.
 
     Returns:
-        The runs that failed; their logs' last lines are in ``failed/``.
+        The failed runs; the last lines of their logs are in ``failed/``.
 
     Raises:
-        KeyboardInterrupt: Ctrl-C or SIGTERM, once the run under way has saved itself.
+        KeyboardInterrupt: Ctrl-C or SIGTERM, after the current run has saved a checkpoint.
     """
     todo = [trial for trial in trials if not is_done(experiment, trial)]
     done = len(trials) - len(todo)
-    say(f"{len(trials)} runs, {done} of them done; {experiment.ranks} rank(s) each")
+    print_now(f"{len(trials)} runs, {done} of them done; {experiment.ranks} rank(s) each")
     failed: list[Trial] = []
     seconds: list[float] = []
     for number, trial in enumerate(todo, start=done + 1):
-        began = time.monotonic()
+        start = time.monotonic()
         problem = run_trial(experiment, trial)
-        seconds.append(time.monotonic() - began)
+        seconds.append(time.monotonic() - start)
         if problem:
             failed.append(trial)
         report()
         left = duration((len(trials) - number) * sum(seconds) / len(seconds))
-        outcome = f"FAILED ({problem})" if problem else "done"
-        if not problem:
-            best = _results(experiment, trial).get("best_value")
-            outcome = "done" if best is None else f"validation {best:.4f}"
+        best = _results(experiment, trial).get("best_value")
+        outcome = "done" if best is None else f"validation {best:.4f}"
+        outcome = f"FAILED ({problem})" if problem else outcome
         head = f"[{number}/{len(trials)}] {trial.name}: {outcome}"
-        say(f"{head}, {duration(seconds[-1])}; {left} left")
+        print_now(f"{head}, {duration(seconds[-1])}; {left} left")
     return failed
 
 
-def leave_after(work: Callable[[], bool]) -> NoReturn:
-    """Do the work of a command that can be typed again, and end the process.
+def exit_after(work: Callable[[], bool]) -> NoReturn:
+    """Do the work of a repeatable command, and end the process.
 
     Args:
-        work: true when some run failed.
+        work: true if a run failed.
 
-    Exit codes: 0 all is done, 1 a run failed, 2 the user can mend it, 130 after Ctrl-C.
+    Exit codes: 0 all is done, 1 a run failed, 2 the user can fix it, 130 after Ctrl-C.
     """
     try:
         sys.exit(1 if work() else 0)
@@ -210,7 +201,7 @@ def leave_after(work: Callable[[], bool]) -> NoReturn:
 
 
 def is_done(experiment: Experiment, trial: Trial) -> bool:
-    """True when the run left its results and its export, which comes last."""
+    """True if the run has its results and its export, which is written last."""
     export = experiment.runs / trial.name / "export"
     return export.is_dir() and bool(_results(experiment, trial).get("finished"))
 
@@ -221,7 +212,7 @@ def _results(experiment: Experiment, trial: Trial) -> dict[str, Any]:
 
 
 def run_trial(experiment: Experiment, trial: Trial) -> str:
-    """Run one trial to its end; empty when it left its results, else the last words of its log."""
+    """Run one trial to its end; empty if it has results, else the last message of its log."""
     log = experiment.output / "logs" / f"{trial.name}.log"
     failure = experiment.failure_file(trial)
     for folder in (log.parent, failure.parent):
@@ -230,23 +221,23 @@ def run_trial(experiment: Experiment, trial: Trial) -> str:
         command = command_of(experiment, trial)
         with log.open("a", encoding="utf-8") as file:
             print(f"$ {' '.join(command)}", file=file, flush=True)
-            begins = file.tell()
+            start = file.tell()
             code = _run(command, file)
         # Another process may have taken the port between its choice and the start.
-        if b"EADDRINUSE" not in log.read_bytes()[begins:]:
+        if b"EADDRINUSE" not in log.read_bytes()[start:]:
             break
-    # The launcher's exit code can be 0 when a rank was killed: only the results prove a run.
+    # The launcher's exit code can be 0 although a rank was killed: only the results count.
     if is_done(experiment, trial):
         failure.unlink(missing_ok=True)
         return ""
     text = log.read_text(encoding="utf-8", errors="replace")
     lines = [line.rstrip() for line in text.splitlines() if line.strip()]
-    said = [f"exit code {code}; the last lines of {log}:", *lines[-TAIL:], ""]
-    write_atomic(failure, "\n".join(said))
-    return last_words("\n".join(lines))
+    head = f"exit code {code}; the last lines of {log}:"
+    write_atomic(failure, "\n".join([head, *lines[-TAIL:], ""]))
+    return last_message("\n".join(lines))
 
 
-def last_words(log: str) -> str:
+def last_message(log: str) -> str:
     """The last message of comoe in a log, else its last line."""
     lines = log.splitlines()
     ours = [line for line in lines if line.startswith("comoe:")]
@@ -254,7 +245,7 @@ def last_words(log: str) -> str:
 
 
 def command_of(experiment: Experiment, trial: Trial) -> list[str]:
-    """The command of one run: a new one, or ``--resume`` where one was cut short."""
+    """The command of one run: a new run, or ``--resume`` for an interrupted one."""
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet"]
     launcher += ["--master_port", str(free_port()), "--num_accelerators", str(experiment.ranks)]
     train = [str(experiment.train_script), "--deepspeed", str(experiment.deepspeed)]
@@ -262,8 +253,8 @@ def command_of(experiment: Experiment, trial: Trial) -> list[str]:
     if (folder / "config.yaml").is_file():
         return [*launcher, *train, "--resume", str(folder)]
     names = [f"run.output_dir={experiment.runs}", f"run.name={trial.name}"]
-    words = [*experiment.overrides, *trial.overrides, *names]
-    return [*launcher, *train, "--config", str(experiment.config), *words]
+    overrides = [*experiment.overrides, *trial.overrides, *names]
+    return [*launcher, *train, "--config", str(experiment.config), *overrides]
 
 
 def _run(command: Sequence[str], log: object) -> int:
@@ -274,25 +265,26 @@ def _run(command: Sequence[str], log: object) -> int:
     child = subprocess.Popen(
         command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
     )
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
     try:
-        with _terminations_interrupt():
-            return child.wait()
+        return child.wait()
     except KeyboardInterrupt:
-        # The ranks see that their launcher's parent is gone, agree on it, save, and leave.
+        # The ranks notice that their launcher has ended, agree on it, save, and exit.
         child.terminate()
         child.wait()
         raise
     finally:
-        _wait_for_group(child.pid)
-
-
-def _wait_for_group(group: int) -> None:
-    """Wait until no process of a run is left, so that the next one has the machine; end those that stay."""
-    until = time.monotonic() + GRACE
-    while _members(group):
-        if time.monotonic() > until:
-            os.killpg(group, signal.SIGKILL)
-        time.sleep(0.5)
+        signal.signal(signal.SIGTERM, before)
+        # The next run needs the whole machine; processes that stay too long are killed.
+        deadline = time.monotonic() + GRACE
+        while _members(child.pid):
+            if time.monotonic() > deadline:
+                os.killpg(child.pid, signal.SIGKILL)
+            time.sleep(0.5)
 
 
 def _members(group: int) -> list[int]:
@@ -304,17 +296,3 @@ def _members(group: int) -> list[int]:
         except ProcessLookupError:
             continue
     return found
-
-
-@contextmanager
-def _terminations_interrupt() -> Iterator[None]:
-    """Inside, SIGTERM does what Ctrl-C does."""
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

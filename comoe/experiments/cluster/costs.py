@@ -1,42 +1,45 @@
-"""A model on a cluster in numbers: parameters, operations, bytes sent, seconds. Pure formulas, nothing is built.
+"""Costs of a model on a cluster, by formulas: parameters, operations, bytes sent, seconds.
 
-Letters: L encoder layers, M width, F' feed-forward width, E experts in each of L' layers, k per
+Symbols: L encoder layers, M width, F' feed-forward width, E experts in each of L' layers, k per
 token, F expert width, V vocabulary, W ranks, EP ranks per set of experts, D dense and X expert
-parameters, p bytes per weight (2 in bf16, 4).
+parameters, p bytes per weight (2 in bf16, else 4).
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-from comoe.experiments.cluster.shape import PlannedModel
+from comoe.config.recipe import Recipe
+from comoe.models.encoders.families import chosen_layers, expert_width
+from comoe.starter.registry import PREFIXES, prepare
 from comoe.train.memory_plan import FULL, HALF
 
 ADAM_BYTES = 4 + 2 * 4 + 4 * 4
-"""Bytes that one AdamW step reads and writes per parameter beside the weight: gradient, master
+"""Bytes that one AdamW step reads and writes per parameter, without the weight: gradient, master
 copy, both moments."""
 
-
 USEFUL_ROWS = 300
-"""Tokens per expert below which a Hopper GPU's grouped product is bound by reading the expert's
-weights."""
+"""Tokens per expert below which a Hopper GPU's grouped matrix product is memory-bound."""
 
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """What a rank has to work with."""
+    """The hardware of a rank."""
 
     memory: float
     """Bytes of one GPU."""
     per_node: int
     """GPUs of one machine."""
     intra: float
-    """Bytes per second that one GPU sends to another of its machine."""
+    """Bytes per second from one GPU to another of its machine."""
     inter: float
-    """Bytes per second that one GPU sends to other machines; all of a machine's GPUs send at
-    once."""
+    """Bytes per second from one GPU to other machines, with all GPUs of a machine sending."""
     flops: float
-    """Operations per second of one GPU's matrix products, at its best."""
+    """Peak operations per second of one GPU's matrix products."""
     read: float
     """Bytes per second from the GPU's memory."""
     efficiency: float = 0.4
@@ -45,12 +48,10 @@ class Cluster:
 
 @dataclass(frozen=True, slots=True)
 class PlannedLayout:
-    """How a run lies over the ranks."""
+    """The parallel layout and batch of a run."""
 
-    ranks: int
-    """W."""
-    ep_size: int
-    """EP."""
+    ranks: int  # W
+    ep_size: int  # EP
     stage: int
     """ZeRO stage."""
     tokens: int
@@ -60,14 +61,12 @@ class PlannedLayout:
     accumulation: int = 1
     """Forward passes per optimizer step."""
     bf16: bool = True
-    """bfloat16, else float32."""
     recompute: bool = False
-    """Activation checkpointing: each layer's forward pass runs, and exchanges its routes, once
-    more."""
+    """Activation checkpointing: each layer's forward pass and its all-to-alls run twice."""
     keep: int = 100_000_000
-    """Weights that stage 3 may keep whole from the forward to the backward pass: the larger of
+    """Weights that stage 3 may keep gathered from the forward to the backward pass: the maximum of
     ``stage3_max_live_parameters`` and half of ``stage3_max_reuse_distance`` (the passes meet in the
-    last layer); both as in ds_configs/zero3.json."""
+    last layer); as in ds_configs/zero3.json."""
 
     @property
     def number(self) -> int:
@@ -80,23 +79,19 @@ class Traffic:
     """Bytes that one rank sends per optimizer step."""
 
     all_to_all: float
-    """Routes to the experts of other ranks and back, forward and backward."""
+    """Tokens to the experts of other ranks and back, forward and backward."""
     dense_reduce: float
-    """Gradients of dense parameters."""
     dense_gather: float
-    """Dense weights."""
     expert_reduce: float
-    """Gradients of experts, between the W / EP ranks that hold the same ones."""
+    """Gradients of experts, between the W / EP ranks with the same experts."""
     expert_gather: float
-    """Weights of experts, between the same ranks."""
 
 
 def forward_operations(shape: PlannedModel, length: int) -> float:
-    """Floating-point operations of one token's forward pass; a multiplication with its addition counts two.
+    """Floating-point operations of one token's forward pass; a multiply-add counts as two.
 
-    L (8 M^2 + 4 M F' + 4 length M) for the encoder, of which the last is the attention matrix, L'
-    (2 M E + 6 k M F + 6 M F_shared) for the blocks, 6 M F_private per task. Embeddings and heads
-    are left out.
+    Encoder: L (8 M^2 + 4 M F' + 4 length M), where the last term is the attention matrix; blocks:
+    L' (2 M E + 6 k M F + 6 M F_shared); tasks: 6 M F_private each. Without embeddings and heads.
 
     Source: Narayanan et al. 2021, arXiv:2104.04473, appendix; three matrices per gated expert.
     """
@@ -115,25 +110,24 @@ def expert_operations(shape: PlannedModel) -> float:
 def all_to_all_bytes(shape: PlannedModel, layout: PlannedLayout) -> float:
     """Bytes that one rank sends to other ranks' experts per optimizer step, under even routing.
 
-    Each token travels to its k experts and back, and its gradients do the same: 4 p S k M (EP - 1)
-    / EP per block and forward pass, 6 under recomputation. The counts that go ahead (4 E bytes) are
-    left out.
+    Each token goes to its k experts and back, and so do its gradients: 4 p S k M (EP - 1) / EP per
+    block and forward pass, 6 with recomputation. Without the token counts (4 E bytes).
 
-    Source: Lepikhin et al. 2020, GShard, arXiv:2006.16668; the four exchanges were read in
-    DeepSpeed's AutoEP layer.
+    Source: Lepikhin et al. 2020, GShard, arXiv:2006.16668; the four exchanges as in DeepSpeed's
+    AutoEP layer.
     """
-    away = (layout.ep_size - 1) / layout.ep_size
+    remote = (layout.ep_size - 1) / layout.ep_size
     passes = shape.moe_layers * layout.accumulation
     exchanges = 6 if layout.recompute else 4
-    return exchanges * layout.number * layout.tokens * shape.top_k * shape.width * passes * away
+    return exchanges * layout.number * layout.tokens * shape.top_k * shape.width * passes * remote
 
 
 def traffic(shape: PlannedModel, layout: PlannedLayout) -> Traffic:
-    """Bytes that one rank sends per optimizer step, each collective in its ring form over n ranks.
+    """Bytes that one rank sends per optimizer step, with ring collectives.
 
     Over n ranks an all-reduce of b bytes sends 2 b (n - 1) / n, an all-gather or a reduce-scatter
-    of b bytes in all b (n - 1) / n. n is W for dense parameters and W / EP for the X / EP
-    parameters of a rank's experts.
+    b (n - 1) / n. n is W for dense parameters and W / EP for the X / EP parameters of a rank's
+    experts.
 
         stage 1     gradients all-reduced once, weights gathered once
         stage 2     gradients all-reduced in every forward pass, weights gathered once
@@ -166,25 +160,24 @@ class StepTime:
     compute: float
     """Forward and backward passes."""
     all_to_all: float
-    """Waiting for routes."""
     collectives: float
-    """Waiting for gradients and weights."""
+    """Reduction of gradients and gathering of weights."""
     optimizer: float
-    """AdamW on this rank's share."""
+    """AdamW on this rank's partition."""
 
     @property
     def total(self) -> float:
-        """The step."""
+        """Sum of the parts: nothing overlaps."""
         return self.compute + self.all_to_all + self.collectives + self.optimizer
 
 
 def step_time(shape: PlannedModel, layout: PlannedLayout, cluster: Cluster) -> StepTime:
-    """The roofline of one optimizer step; launches, the host, skewed routing and latency are not in it.
+    """The roofline of one optimizer step, without kernel launches, the host, skewed routing and latency.
 
-        compute       3 x forward operations x tokens / (flops x efficiency), 4 x under recomputation; the experts' part
-                      at least as many times the reading of their weights, which rules where an expert sees few tokens
-        all-to-all    the part that leaves the machine by ``inter``, the rest by ``intra``, one after the other
-        collectives   see ``_ring_seconds``; none hides behind computation, as ``overlap_comm`` would let some
+        compute       3 x forward operations x tokens / (flops x efficiency), 4 x with recomputation; the experts' part
+                      at least as many reads of their weights, which dominate with few tokens per expert
+        all-to-all    the part to other machines by ``inter``, then the rest by ``intra``
+        collectives   see ``_ring_seconds``; no overlap with computation (``overlap_comm``)
         optimizer     (28 + p) (D + X) / W bytes / read
 
     Source: Williams et al. 2009 (roofline); backward is twice the forward pass (arXiv:2104.04473).
@@ -195,36 +188,156 @@ def step_time(shape: PlannedModel, layout: PlannedLayout, cluster: Cluster) -> S
     weights = layout.number * shape.expert_parameters / layout.ep_size
     compute = max(routed / rate, passes * weights / cluster.read)
     compute += (forward_operations(shape, layout.length) - routed) / rate
-    moved = traffic(shape, layout)
-    groups, beside = layout.ranks // layout.ep_size, max(1, cluster.per_node // layout.ep_size)
-    dense, experts = (
-        moved.dense_reduce + moved.dense_gather,
-        moved.expert_reduce + moved.expert_gather,
-    )
+    sent = traffic(shape, layout)
+    # Ranks of one expert group are neighbors, so they fill machines first.
+    near, exchange = min(layout.ep_size, cluster.per_node), 0.0
+    if layout.ep_size > 1:
+        remote = (layout.ep_size - near) / (layout.ep_size - 1)
+        exchange = sent.all_to_all * ((1 - remote) / cluster.intra + remote / cluster.inter)
+    groups, local = layout.ranks // layout.ep_size, max(1, cluster.per_node // layout.ep_size)
+    dense = sent.dense_reduce + sent.dense_gather
+    experts = sent.expert_reduce + sent.expert_gather
     share = (shape.dense_parameters + shape.expert_parameters) / layout.ranks
     return StepTime(
         compute=compute,
-        all_to_all=_exchange_seconds(moved.all_to_all, layout.ep_size, cluster),
+        all_to_all=exchange,
         collectives=_ring_seconds(dense, layout.ranks, cluster.per_node, cluster)
-        + _ring_seconds(experts, groups, beside, cluster),
+        + _ring_seconds(experts, groups, local, cluster),
         optimizer=share * (ADAM_BYTES + layout.number) / cluster.read,
     )
 
 
-def _ring_seconds(sent: float, ranks: int, beside: int, cluster: Cluster) -> float:
-    """Seconds of a ring over ``ranks``, of which ``beside`` sit in one machine and share its way out."""
+def _ring_seconds(sent: float, ranks: int, local: int, cluster: Cluster) -> float:
+    """Seconds of a ring over ``ranks``, of which ``local`` are on one machine and share its network links."""
     if ranks == 1:
         return 0.0
-    if ranks <= beside:
+    if ranks <= local:
         return sent / cluster.intra
-    inside = sent / cluster.intra if beside > 1 else 0.0
-    return max(inside, sent / (beside * cluster.inter))
+    inside = sent / cluster.intra if local > 1 else 0.0
+    return max(inside, sent / (local * cluster.inter))
 
 
-def _exchange_seconds(sent: float, ep_size: int, cluster: Cluster) -> float:
-    """Seconds of the all-to-alls; ranks of one expert group are neighbours, so they fill machines first."""
-    if ep_size == 1:
-        return 0.0
-    near = min(ep_size, cluster.per_node)
-    outside = (ep_size - near) / (ep_size - 1)
-    return sent * ((1 - outside) / cluster.intra + outside / cluster.inter)
+@dataclass(frozen=True, slots=True)
+class PlannedModel:
+    """An encoder with cooperative blocks."""
+
+    layers: int  # L
+    width: int  # M
+    ffn_width: int  # F'
+    vocabulary: int  # V
+    positions: int = 512
+    tasks: int = 1
+    outputs: int = 2
+    """Labels of all tasks together."""
+    projection: int = 128
+    """Width of the contrastive embeddings."""
+    moe_layers: int = 0  # L'
+    num_experts: int = 0  # E
+    top_k: int = 0  # k
+    expert_width: int = 0  # F
+    shared_width: int = 0
+    """Width of the shared expert; 0 is none."""
+    private_width: int = 0
+    """Width of each task's private part; 0 is none."""
+
+    @property
+    def encoder_parameters(self) -> int:
+        """Embeddings (V + positions + 2 segments) M with their norm; per layer 4 M (M + 1) of
+        attention, 2 M F' + F' + M of the feed-forward network and two norms: BERT and RoBERTa
+        without the pooler."""
+        attention, norms = 4 * self.width * (self.width + 1), 4 * self.width
+        feed_forward = 2 * self.width * self.ffn_width + self.ffn_width + self.width
+        table = (self.vocabulary + self.positions + 2 + 2) * self.width
+        return table + self.layers * (attention + feed_forward + norms)
+
+    @property
+    def dense_parameters(self) -> int:
+        """D: encoder; norm, gate and shared expert of each block; heads (query and linear layer);
+        projection; private parts."""
+        block = self.width * (2 + self.num_experts + 3 * self.shared_width)
+        heads = (self.tasks + self.projection) * self.width + self.outputs * (self.width + 1)
+        private = self.width * (2 + 3 * self.private_width) if self.private_width else 0
+        return self.encoder_parameters + self.moe_layers * block + heads + self.tasks * private
+
+    @property
+    def expert_parameters(self) -> int:
+        """X: gate, up and down matrix of every expert, L' E 3 M F."""
+        return self.moe_layers * self.num_experts * 3 * self.width * self.expert_width
+
+    @property
+    def active_parameters(self) -> int:
+        """Active parameters per token: D + X k / E."""
+        routed = self.expert_parameters * self.top_k // max(1, self.num_experts)
+        return self.dense_parameters + routed
+
+
+def shape_of_recipe(recipe: Recipe, encoder_shape: str | None = None) -> PlannedModel:
+    """The sizes of a recipe's model, from the encoder's config.json, without building it.
+
+    Args:
+        recipe: its experts, tasks and, without ``encoder_shape``, its encoder.
+        encoder_shape: "layers,width,feed-forward width,vocabulary" instead of the recipe's encoder.
+
+    Raises:
+        ValueError: a shape that is not four positive integers, or a missing encoder.
+    """
+    if encoder_shape:
+        parts = encoder_shape.split(",")
+        if len(parts) != 4 or not all(part.strip().isdigit() and int(part) for part in parts):
+            raise ValueError(
+                f"--encoder-shape is {encoder_shape!r}; it must be layers,width,feed-forward width,vocabulary, such "
+                "as 24,1024,4096,50265."
+            )
+        layers, width, ffn_width, vocabulary, positions = [*map(int, parts), 512]
+    else:
+        layers, width, ffn_width, vocabulary, positions = _read_encoder(recipe.model.encoder)
+    moe = recipe.model.moe
+    labels = sum(max(1, len(task.labels)) for task in recipe.tasks.values())
+    return PlannedModel(
+        layers=layers,
+        width=width,
+        ffn_width=ffn_width,
+        vocabulary=vocabulary,
+        positions=positions,
+        tasks=len(recipe.tasks),
+        outputs=labels,
+        projection=recipe.model.projection_width,
+        moe_layers=len(chosen_layers(moe.layers, layers)) if moe.num_experts else 0,
+        num_experts=moe.num_experts,
+        top_k=moe.top_k if moe.num_experts else 0,
+        expert_width=expert_width(moe, width),
+        shared_width=moe.shared_width,
+        private_width=recipe.model.private_width,
+    )
+
+
+def _read_encoder(encoder: str) -> list[int]:
+    folder = (
+        prepare([encoder])[encoder] if encoder.startswith(PREFIXES) else Path(encoder).expanduser()
+    )
+    file = folder / "config.json"
+    if not file.is_file():
+        raise ValueError(
+            f"model.encoder ({encoder}) is not a folder with a config.json; set its sizes with --encoder-shape "
+            f"layers,width,feed-forward width,vocabulary."
+        )
+    config: Mapping[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    sizes = []
+    for names in _SIZE_NAMES:
+        known = [config[name] for name in names if name in config]
+        if not known:
+            raise ValueError(
+                f"{file} has no {names[0]}; set the encoder's sizes with --encoder-shape."
+            )
+        sizes.append(int(known[0]))
+    return sizes
+
+
+_SIZE_NAMES = (
+    ("num_hidden_layers", "n_layers"),
+    ("hidden_size", "dim"),
+    ("intermediate_size", "hidden_dim"),
+    ("vocab_size",),
+    ("max_position_embeddings",),
+)
+"""Names of the five sizes in config.json, by model family."""

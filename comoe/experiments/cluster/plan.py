@@ -1,4 +1,4 @@
-"""What a model needs on 1 to 4096 GPUs, and which layout to take: ``launch/scale.py --plan``."""
+"""Memory, traffic and time of a model on 1 to 4096 GPUs, and the best layout: ``launch/scale.py --plan``."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from comoe.experiments.cluster.costs import (
     USEFUL_ROWS,
     Cluster,
     PlannedLayout,
+    PlannedModel,
     StepTime,
     Traffic,
+    shape_of_recipe,
     step_time,
     traffic,
 )
-from comoe.experiments.cluster.shape import PlannedModel, shape_of_recipe
 from comoe.train.memory_plan import (
     MemoryPlan,
     RunSize,
@@ -28,15 +29,11 @@ from comoe.train.memory_plan import (
 BUCKET = 50_000_000
 """``reduce_bucket_size`` of the files in ds_configs/."""
 
-
 USABLE = 0.9
-"""Share of a GPU's memory that may be planned for: the rest is the driver's and the allocator's."""
-
+"""Usable share of a GPU's memory: the rest is for the driver and the allocator."""
 
 NEAR = 0.95
-"""Layouts at least this fast beside the fastest count as equally fast; the simplest of them is
-recommended."""
-
+"""Share of the best speed above which layouts count as equally fast; the simplest is recommended."""
 
 MICRO_BATCHES = tuple(2**power for power in range(11))
 """Posts per forward pass on one rank that are tried."""
@@ -44,16 +41,12 @@ MICRO_BATCHES = tuple(2**power for power in range(11))
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One layout with all that the formulas say about it."""
+    """One layout with its memory, traffic and step time, per rank."""
 
     layout: PlannedLayout
-    """Over ranks."""
     memory: MemoryPlan
-    """Of one rank."""
     traffic: Traffic
-    """Of one rank and step."""
     time: StepTime
-    """Of one step."""
 
     @property
     def posts(self) -> int:
@@ -67,18 +60,12 @@ class Candidate:
 
     @property
     def tokens_per_second(self) -> float:
-        """Of all ranks together."""
+        """Total of all ranks."""
         return self.batch * self.layout.length / self.time.total
 
 
-def weigh(
-    shape: PlannedModel, layout: PlannedLayout, cluster: Cluster, *, optimizer: str = "adamw"
-) -> Candidate:
-    """All that the formulas say about one layout.
-
-    Source: ``comoe.train.memory_plan.plan_memory``, ``comoe.experiments.cluster.costs.traffic`` and
-    ``step_time``.
-    """
+def estimate(shape: PlannedModel, layout: PlannedLayout, cluster: Cluster) -> Candidate:
+    """Memory, traffic and step time of one layout with AdamW."""
     whole = shape.dense_parameters + shape.expert_parameters // layout.ep_size
     size = RunSize(
         shape.dense_parameters,
@@ -87,7 +74,7 @@ def weigh(
         ep_size=layout.ep_size,
         stage=layout.stage,
         bf16=layout.bf16,
-        optimizer=optimizer,
+        optimizer="adamw",
         bucket_elements=reduction_elements(BUCKET, largest=shape.vocabulary * shape.width),
         gathered_elements=min(whole, layout.keep),
     )
@@ -117,17 +104,21 @@ def alternatives(
 ) -> list[Candidate]:
     """For every EP that divides ranks and experts, and every ZeRO stage, the fastest micro-batch that fits.
 
-    Where none fits, the micro-batch of one post stands for the layout; see ``fits``.
+    If none fits, the layout has a micro-batch of one post; see ``fits``.
 
     Args:
         shape: the model.
         cluster: one GPU and its links.
         ranks: GPUs.
         length: tokens per post.
-        batch: posts per optimizer step on all ranks; None lets every rank do one forward pass, so
-            the batch grows.
+        batch: posts per optimizer step on all ranks; None is one forward pass per rank, so that the
+            batch grows with the ranks.
         recompute: activation checkpointing.
     """
+    micro_batches = [(posts, 1) for posts in MICRO_BATCHES]
+    if batch is not None:
+        share = max(1, -(-batch // ranks))
+        micro_batches = [(n, -(-share // n)) for n in MICRO_BATCHES if n <= share]
     experts = shape.num_experts or 1
     sizes = [size for size in range(1, experts + 1) if ranks % size == 0 and experts % size == 0]
     found = []
@@ -135,40 +126,31 @@ def alternatives(
         for stage in (1, 2, 3):
             layout = PlannedLayout(ranks, ep_size, stage, length, length, recompute=recompute)
             tried = [
-                weigh(shape, replace(layout, tokens=posts * length, accumulation=times), cluster)
-                for posts, times in _micro_batches(ranks, batch)
+                estimate(shape, replace(layout, tokens=posts * length, accumulation=times), cluster)
+                for posts, times in micro_batches
             ]
             able = [candidate for candidate in tried if fits(candidate, cluster)]
             found.append(max(able, key=lambda c: c.tokens_per_second) if able else tried[0])
             if able:
                 best = found[-1].tokens_per_second
-                # The formulas know no cost of a pass itself: of a given batch the fewest passes are
-                # the better ones.
+                # The formulas have no fixed cost per pass: prefer fewer passes for a given batch.
                 order = able if batch is None else reversed(able)
                 found[-1] = next(c for c in order if c.tokens_per_second >= NEAR * best)
     return found
 
 
 def fits(candidate: Candidate, cluster: Cluster) -> bool:
-    """True when the layout leaves a tenth of the GPU free."""
+    """True if the layout uses at most ``USABLE`` of the GPU's memory."""
     return candidate.memory.device_bytes <= USABLE * cluster.memory
 
 
 def recommend(found: Sequence[Candidate], cluster: Cluster) -> Candidate | None:
-    """The layout to take: of those within a twentieth of the fastest the one with the lowest ZeRO
-    stage, then the smallest EP, then the smallest batch; None where nothing fits."""
+    """Of the layouts within a twentieth of the fastest the one with the lowest ZeRO stage, then the
+    smallest EP, then the smallest batch; None if nothing fits."""
     able = [candidate for candidate in found if fits(candidate, cluster)]
     best = max((candidate.tokens_per_second for candidate in able), default=0.0)
     near = [candidate for candidate in able if candidate.tokens_per_second >= NEAR * best]
     return min(near, key=lambda c: (c.layout.stage, c.layout.ep_size, c.batch), default=None)
-
-
-def _micro_batches(ranks: int, batch: int | None) -> list[tuple[int, int]]:
-    """(posts per forward pass, forward passes per step) to try, the smallest first."""
-    if batch is None:
-        return [(posts, 1) for posts in MICRO_BATCHES]
-    share = max(1, -(-batch // ranks))
-    return [(posts, -(-share // posts)) for posts in MICRO_BATCHES if posts <= share]
 
 
 def plan_lines(
@@ -180,15 +162,9 @@ def plan_lines(
     batch: int | None = None,
     recompute: bool = False,
 ) -> list[str]:
-    """The plan for people: one row per number of GPUs, then memory and alternatives of the largest that fits.
+    """The printed plan: one row per number of GPUs, then memory and alternatives of the largest that fits.
 
-    Args:
-        shape: the model.
-        cluster: one GPU and its links.
-        gpus: numbers of GPUs.
-        length: tokens per post.
-        batch: posts per optimizer step on all GPUs; None lets it grow with them.
-        recompute: activation checkpointing.
+    Arguments as in ``alternatives``; ``gpus`` are numbers of ranks.
     """
     lines = [
         f"parameters: {shape.dense_parameters / 1e6:,.1f} M dense, {shape.expert_parameters / 1e6:,.1f} M in experts, "
@@ -200,14 +176,15 @@ def plan_lines(
     ]
     rows, details = [HEAD], []
     for ranks in gpus:
-        asked = {"ranks": ranks, "length": length, "batch": batch, "recompute": recompute}
-        found = alternatives(shape, cluster, **asked)
+        found = alternatives(
+            shape, cluster, ranks=ranks, length=length, batch=batch, recompute=recompute
+        )
         best = recommend(found, cluster)
         if best is None:
             least = min(found, key=lambda c: c.memory.device_bytes)
             needed = least.memory.device_bytes / USABLE / 2**30
-            said = f"does not fit: one post needs GPUs of {needed:,.1f} GiB"
-            rows.append((str(ranks), said, *[""] * (len(HEAD) - 2)))
+            text = f"does not fit: one post needs GPUs of {needed:,.1f} GiB"
+            rows.append((str(ranks), text, *[""] * (len(HEAD) - 2)))
             continue
         rows.append(_row(best, cluster, shape))
         details = ["", f"{ranks} GPUs, recommended:", *best.memory.lines()]
@@ -220,14 +197,13 @@ HEAD = (
     "GPUs", "EP", "ZeRO", "posts/GPU", "accumulate", "batch", "GiB/GPU", "all-to-all MB", "reduce MB", "gather MB",
     "compute ms", "all-to-all ms", "collective ms", "optimizer ms", "step ms", "tokens/s", "rows/expert", "",
 )  # fmt: skip
-"""Columns of the plan: bytes are what one GPU sends per step, rows what one expert gets in one
-forward pass."""
+"""Columns of the plan: MB that one GPU sends per step, rows of one expert in one forward pass."""
 
 
 def _row(candidate: Candidate, cluster: Cluster, shape: PlannedModel) -> tuple[str, ...]:
-    layout, time, moved = candidate.layout, candidate.time, candidate.traffic
-    reduced = moved.dense_reduce + moved.expert_reduce
-    gathered = moved.dense_gather + moved.expert_gather
+    layout, time, sent = candidate.layout, candidate.time, candidate.traffic
+    reduced = sent.dense_reduce + sent.expert_reduce
+    gathered = sent.dense_gather + sent.expert_gather
     rows = layout.tokens * shape.top_k * layout.ep_size / max(1, shape.num_experts)
     remark = "" if fits(candidate, cluster) else "does not fit"
     if not remark and 0 < rows < USEFUL_ROWS:
@@ -237,7 +213,7 @@ def _row(candidate: Candidate, cluster: Cluster, shape: PlannedModel) -> tuple[s
     return (
         *map(str, (*counts, candidate.batch)),
         f"{candidate.memory.device_bytes / 2**30:.2f}",
-        *(f"{size / 1e6:,.1f}" for size in (moved.all_to_all, reduced, gathered)),
+        *(f"{size / 1e6:,.1f}" for size in (sent.all_to_all, reduced, gathered)),
         *(f"{1000 * part:,.2f}" for part in seconds),
         f"{candidate.tokens_per_second:,.0f}",
         f"{rows:,.0f}",
@@ -246,7 +222,7 @@ def _row(candidate: Candidate, cluster: Cluster, shape: PlannedModel) -> tuple[s
 
 
 def _table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Columns flush right; a row whose second cell is a sentence keeps it out of the widths."""
+    """Right-aligned columns; a sentence in the second cell does not count for the widths."""
     full = [row for row in rows if any(row[2:])]
     widths = [max(len(row[column]) for row in full) for column in range(len(rows[0]))]
     return [
@@ -258,22 +234,21 @@ def _table(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def settle_plan_flags(given: argparse.Namespace, plan_flags: Mapping[str, str | None]) -> None:
-    """Fill in the flags of ``--plan``, in place.
+    """Set the defaults of ``--plan``'s flags, in place.
 
     Raises:
-        ValueError: one was given without ``--plan``, or ``--ranks`` with it: it would change
-            nothing.
+        ValueError: a flag without effect: one of these without ``--plan``, or ``--ranks`` with it.
     """
     if given.plan and given.ranks is not None:
         raise ValueError(
-            f"--ranks {given.ranks} changes nothing under --plan, which plans for --gpus; leave it out."
+            f"--ranks {given.ranks} has no effect with --plan, which plans for --gpus; leave it out."
         )
     for flag, default in plan_flags.items():
         field = flag.replace("-", "_")
         value = getattr(given, field)
         if value is not None and not given.plan:
             raise ValueError(
-                f"--{flag} {value} changes nothing without --plan; add --plan, or leave it out."
+                f"--{flag} {value} has no effect without --plan; add --plan, or leave it out."
             )
         if value is None:
             setattr(given, field, default)
@@ -283,14 +258,14 @@ def print_plan(given: argparse.Namespace) -> None:
     """Print the plan of the recipe's model on a cluster.
 
     Raises:
-        ValueError: a wrong recipe, or a number that is none.
+        ValueError: a wrong recipe or number.
     """
     overrides = list(given.overrides)
     for field, key in _PLANNED.items():
         value = getattr(given, field)
         if value is not None and not key:
             raise ValueError(
-                f"--plan takes no list of {field}: it does not change with them, or it recommends them."
+                f"--plan takes no list of {field}: it recommends them, or does not depend on them."
             )
         if value is not None:
             overrides.append(f"{key}={value}")
@@ -351,4 +326,4 @@ _PLANNED = {
     "ep_size": "",
     "seeds": "",
 }
-"""Field of the grid -> the recipe's key that ``--plan`` reads it as."""
+"""Field of the grid -> recipe key in ``--plan``; empty: not allowed."""

@@ -1,12 +1,12 @@
 """The arms of a comparison: named variants of one recipe with an equal budget of posts.
 
-What stands beside an encoder layer's feed-forward has the same active width A = ``top_k *
+The block beside an encoder layer's feed-forward network has the same active width A = ``top_k *
 expert_width`` in every arm with experts: k experts of width A / k, or one dense block of width A.
-Posts, passes, seeds and rates are the recipe's.
+Posts, passes, seeds and learning rates are the recipe's.
 
-Arms that train on fewer tasks have budgets equal in passes: every run goes over each of its tasks'
-posts as often as the run of all tasks does, so a task alone has its share of the steps. A number of
-steps instead of passes is refused here, because as many steps on fewer posts would be more passes.
+Arms that train on fewer tasks have budgets equal in passes: every run passes over each of its
+tasks' posts as often as the run of all tasks, so a single task has its share of the steps.
+``train.max_steps`` is refused here, because as many steps on fewer posts would be more passes.
 """
 
 from __future__ import annotations
@@ -17,39 +17,39 @@ from dataclasses import dataclass
 from functools import partial
 
 from comoe.config.recipe import AdversarialConfig, LossConfig, Recipe
-from comoe.experiments.cluster.shape import shape_of_recipe
+from comoe.experiments.cluster.costs import shape_of_recipe
 from comoe.losses.weighting.strategies import WEIGHTINGS
 from comoe.tasks.task import CONFIDENCE_STRATEGIES, kind_of
 
 ALONE, WITHOUT, NO_AUXILIARY = "single", "without", "no_auxiliary"
-"""Beginnings of the run folders ``single.<task>-s<seed>``, ``without.<task>-s<seed>``,
+"""Prefixes of the run folders ``single.<task>-s<seed>``, ``without.<task>-s<seed>``,
 ``no_auxiliary-s<seed>``."""
 
 WHOLE = "recipe"
-"""Beginning of the run folders of the recipe as it is."""
+"""Prefix of the run folders of the unchanged recipe."""
 
 UNBALANCED = ("model.moe.balance=none", "loss.balance_weight=0")
-"""Where every expert runs there is nothing to balance, and a balance term is refused."""
+"""Where all experts run there is nothing to balance, and a balance term is refused."""
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One run of an arm, but for its seed."""
+    """One run of an arm, without its seed."""
 
     name: str
-    """Beginning of the name of its run folder."""
-    words: tuple[str, ...]
-    """``key=value`` overrides that make the recipe this run."""
+    """Prefix of its run folder's name."""
+    overrides: tuple[str, ...]
+    """``key=value`` changes of the recipe."""
 
 
 def measured_tasks(recipe: Recipe) -> list[str]:
-    """Tasks that are trained for their own sake: they have predictions and are not auxiliary."""
+    """Tasks that are scored and not auxiliary."""
     tasks = recipe.tasks.items()
     return [name for name, task in tasks if kind_of(task.kind).scored and not task.auxiliary]
 
 
-def alone(recipe: Recipe) -> dict[str, list[Part]]:
-    """The arm ``single``: a run for every measured task with all others dropped.
+def single_tasks(recipe: Recipe) -> dict[str, list[Part]]:
+    """The arm ``single``: a run for every measured task, without all other tasks.
 
     Raises:
         ValueError: no measured task, or ``train.max_steps`` is set.
@@ -59,14 +59,14 @@ def alone(recipe: Recipe) -> dict[str, list[Part]]:
         raise ValueError(
             "the arm single needs a task that has labels and is not auxiliary; the recipe has none."
         )
-    return {ALONE: [_alone(recipe, task) for task in tasks]}
+    return {ALONE: [_single_task(recipe, task) for task in tasks]}
 
 
-def all_but_one(recipe: Recipe) -> dict[str, list[Part]]:
-    """The arms ``without.<task>``, one per task, auxiliary ones too: the recipe with this task dropped.
+def leave_one_out(recipe: Recipe) -> dict[str, list[Part]]:
+    """The arms ``without.<task>``, one per task, also for auxiliary ones: the recipe without this task.
 
     Raises:
-        ValueError: nothing would be left to measure, or ``train.max_steps`` is set.
+        ValueError: no measured task would be left, or ``train.max_steps`` is set.
     """
     measured = measured_tasks(recipe)
     droppable = [task for task in recipe.tasks if set(measured) - {task}]
@@ -82,8 +82,7 @@ def without_auxiliary(recipe: Recipe) -> dict[str, list[Part]]:
     """The arm ``no_auxiliary``: the recipe without the tasks that are marked auxiliary.
 
     Raises:
-        ValueError: there are none, or nothing would be left to measure, or ``train.max_steps`` is
-            set.
+        ValueError: there are none, no measured task would be left, or ``train.max_steps`` is set.
     """
     dropped = [name for name, task in recipe.tasks.items() if task.auxiliary]
     if not dropped or not measured_tasks(recipe):
@@ -94,43 +93,37 @@ def without_auxiliary(recipe: Recipe) -> dict[str, list[Part]]:
     return {NO_AUXILIARY: [Part(NO_AUXILIARY, _dropping(recipe, dropped, arm=NO_AUXILIARY))]}
 
 
-def _alone(recipe: Recipe, task: str) -> Part:
+def _single_task(recipe: Recipe, task: str) -> Part:
     dropped = [other for other in recipe.tasks if other != task]
     if not dropped:
-        # The recipe itself: its run serves both arms.
+        # The recipe itself: both arms share its run.
         return Part(WHOLE, ())
-    words = [*_dropping(recipe, dropped, arm=ALONE)]
-    loss, usual = recipe.loss, LossConfig()
-    if loss.weighting != usual.weighting:
-        # A weighting has nothing to weigh one task against; what is left would scale its loss.
-        words.append(f"loss.weighting={usual.weighting}")
+    overrides = [*_dropping(recipe, dropped, arm=ALONE)]
+    loss, default = recipe.loss, LossConfig()
+    if loss.weighting != default.weighting:
+        # With one task a weighting would only scale its loss.
+        overrides.append(f"loss.weighting={default.weighting}")
     if loss.adversarial.weight and loss.adversarial.predict == AdversarialConfig().predict:
-        words.append("loss.adversarial.weight=0")
-    return Part(f"{ALONE}.{task}", tuple(words))
+        overrides.append("loss.adversarial.weight=0")
+    return Part(f"{ALONE}.{task}", tuple(overrides))
 
 
 def _dropping(recipe: Recipe, dropped: Sequence[str], *, arm: str) -> tuple[str, ...]:
     if recipe.train.max_steps is not None:
         raise ValueError(
             f"train.max_steps is {recipe.train.max_steps}, and the arm {arm} drops tasks: as many steps on fewer posts "
-            f"are more passes over each, so nothing could be compared. Say passes instead: train.max_steps=null "
+            f"are more passes over each, so the arms cannot be compared. Set passes instead: train.max_steps=null "
             f"train.epochs={recipe.train.epochs:g}."
         )
     stop = recipe.train.early_stop_metric.partition("/")[0] in dropped
-    words = (f"tasks.{task}=null" for task in dropped)
-    return (*words, *(["train.early_stop_metric=mean"] if stop else []))
+    overrides = (f"tasks.{task}=null" for task in dropped)
+    return (*overrides, *(["train.early_stop_metric=mean"] if stop else []))
 
 
 TASK_ARMS: dict[str, Callable[[Recipe], dict[str, list[Part]]]] = {
-    "single": alone, "leave_one_out": all_but_one, NO_AUXILIARY: without_auxiliary,
+    "single": single_tasks, "leave_one_out": leave_one_out, NO_AUXILIARY: without_auxiliary,
 }  # fmt: skip
-"""Arm as it is asked for -> recipe -> arms of the tables with their runs."""
-
-
-def one_by_one(recipe: Recipe) -> list[Part]:
-    """The runs that can be asked for by themselves, ``single.<task>`` and ``without.<task>``."""
-    found = [*alone(recipe).values(), *all_but_one(recipe).values()]
-    return [part for parts in found for part in parts]
+"""Arm of ``--arms`` -> recipe -> arms of the tables with their runs."""
 
 
 def custom_arms(texts: Iterable[str]) -> dict[str, list[str]]:
@@ -141,9 +134,9 @@ def custom_arms(texts: Iterable[str]) -> dict[str, list[str]]:
     """
     found = {}
     for text in texts:
-        name, colon, words = text.partition(":")
-        # A comma separates words only where a new key follows: a list such as [1,3] has commas.
-        parts = [part.strip() for part in re.split(r",(?=[\w.-]+=)", words)]
+        name, colon, overrides = text.partition(":")
+        # A comma is a separator only before a new key: a list such as [1,3] has commas.
+        parts = [part.strip() for part in re.split(r",(?=[\w.-]+=)", overrides)]
         if not colon or not all("=" in part for part in parts):
             raise ValueError(f"--arm {text!r} must read name:key=value,key=value.")
         found[name.strip()] = parts
@@ -155,8 +148,8 @@ def _active(recipe: Recipe) -> tuple[int, int, int]:
     shape = shape_of_recipe(recipe)
     if not shape.num_experts:
         raise ValueError(
-            "model.moe.num_experts is 0: arms with experts keep the recipe's active width, and it has none. Give "
-            "it experts, or choose other arms."
+            "model.moe.num_experts is 0: arms with experts keep the recipe's active width, and it has none. Set "
+            "model.moe.num_experts, or choose other arms."
         )
     return shape.num_experts, shape.top_k, shape.top_k * shape.expert_width
 
@@ -169,30 +162,25 @@ def _experts(
     top_k = experts if every else top_k or own
     if not 1 <= top_k <= experts:
         raise ValueError(
-            f"an arm wants k = {top_k}, but the recipe has model.moe.num_experts = {experts}."
+            f"an arm needs k = {top_k}, but the recipe has model.moe.num_experts = {experts}."
         )
     if width % top_k:
         raise ValueError(
-            f"the active width {width} (top_k * expert_width of the recipe) does not divide into k = {top_k} "
+            f"the active width {width} (top_k * expert_width of the recipe) is not a multiple of k = {top_k} "
             f"experts; set model.moe.expert_width to a multiple of {top_k}."
         )
     moe = {"num_experts": experts, "gate": gate, "top_k": top_k, "expert_width": width // top_k}
     moe |= {"route_by": route_by} if route_by else {}
-    words = [f"model.moe.{key}={value}" for key, value in moe.items()]
-    return [*words, *(UNBALANCED if top_k == experts else ())]
+    overrides = [f"model.moe.{key}={value}" for key, value in moe.items()]
+    return [*overrides, *(UNBALANCED if top_k == experts else ())]
 
 
 def _dense(recipe: Recipe, *, total: bool = False) -> list[str]:
-    """One block that every token visits, as wide as the active experts, or as all of them."""
+    """One block for every token, as wide as the active experts, or as all of them."""
     experts, top_k, width = _active(recipe)
     width = width // top_k * experts if total else width
-    moe = {
-        "num_experts": 1,
-        "top_k": 1,
-        "gate": "sigmoid",
-        "route_by": "token",
-        "expert_width": width,
-    }
+    moe = {"num_experts": 1, "top_k": 1, "gate": "sigmoid", "route_by": "token"}
+    moe |= {"expert_width": width}
     return [*(f"model.moe.{key}={value}" for key, value in moe.items()), *UNBALANCED]
 
 
@@ -200,7 +188,7 @@ def _confidence(recipe: Recipe, strategy: str) -> list[str]:
     known = [name for name, task in recipe.tasks.items() if task.confidence is not None]
     if not known:
         raise ValueError(
-            f"the arm confidence_{strategy} is about tasks with confidences, and the recipe has none; name their "
+            f"the arm confidence_{strategy} needs tasks with confidences, and the recipe has none; set their "
             "column: tasks.<name>.confidence."
         )
     return [f"tasks.{name}.confidence_strategy={strategy}" for name in known]
@@ -211,8 +199,8 @@ def _private(recipe: Recipe) -> list[str]:
     return [f"model.private_width={max(16, shape_of_recipe(recipe).width // 4)}"]
 
 
-def _fixed(*words: str) -> Callable[[Recipe], list[str]]:
-    return lambda recipe: list(words)
+def _fixed(*overrides: str) -> Callable[[Recipe], list[str]]:
+    return lambda recipe: list(overrides)
 
 
 ARMS: dict[str, Callable[[Recipe], list[str]]] = {
@@ -237,6 +225,6 @@ ARMS: dict[str, Callable[[Recipe], list[str]]] = {
     **{name: _fixed(f"loss.weighting={name}") for name in WEIGHTINGS},
     **{f"confidence_{name}": partial(_confidence, strategy=name) for name in CONFIDENCE_STRATEGIES},
 }
-"""Arm of one run per seed -> the words that make it; ``dense_total`` has the parameters of all
-experts in one block, so it costs more. Each weighting of the tasks is an arm of its own name; a
-confidence strategy is that of all tasks which name a column of confidences."""
+"""Arm of one run per seed -> its overrides. ``dense_total`` has the parameters of all experts in one
+block, so it costs more. Each task weighting is an arm; a confidence strategy applies to all tasks
+with a column of confidences."""

@@ -12,55 +12,58 @@ from typing import Any, NoReturn
 
 from comoe.config.files import write_atomic
 from comoe.config.load import load_recipe
-from comoe.experiments.ablate import Removal, measure_removal, read_removal
+from comoe.experiments.ablate import measure_removal, read_removal
 from comoe.experiments.affinity import measure_affinity, read_affinity
 from comoe.experiments.compare.arms import ARMS, TASK_ARMS, custom_arms
 from comoe.experiments.compare.plan import Arm, Plan, check_earlier, plan_arms
 from comoe.experiments.compare.plots import write_plots
 from comoe.experiments.compare.report import AFFINITY_FILE, compare, write_comparison
-from comoe.experiments.compare.results import REMOVAL_FILE, read_json
+from comoe.experiments.compare.results import REMOVAL_FILE, read_json, split_of
 from comoe.experiments.compare.tables import markdown_lines
 from comoe.experiments.runner import (
     Experiment,
     Trial,
+    exit_after,
     is_done,
-    leave_after,
-    remember,
+    print_now,
+    record_settings,
     run_trials,
-    say,
 )
 
 
 def compare_and_exit(given: argparse.Namespace, *, train_script: Path) -> NoReturn:
-    """Run the comparison and leave, with the exit codes of ``leave_after``."""
-    leave_after(lambda: bool(run_comparison(given, train_script=train_script)))
+    """Run the comparison and end the process with the exit codes of ``exit_after``."""
+    exit_after(lambda: bool(run_comparison(given, train_script=train_script)))
 
 
 def run_comparison(given: argparse.Namespace, *, train_script: Path) -> list[Trial]:
-    """Run what is missing, measure gradients and experts where that is wanted, write the report; the runs that failed.
+    """Run what is missing, measure gradients and experts on request, write the report; returns the failed runs.
 
     Raises:
-        ValueError: a wrong recipe, arm, or output folder; nothing has been run then.
+        ValueError: a wrong recipe, arm, or output folder; nothing has run then.
     """
     experiment = Experiment.from_command(given, train_script=train_script)
     custom = custom_arms(given.arm)
-    # Arms of one's own come behind, unless the list names them.
-    arms = list(dict.fromkeys([*_words("--arms", given.arms), *custom]))
-    plan = plan_arms(experiment, arms=arms, custom=custom, seeds=_seeds(given.seeds))
+    # Custom arms come last, unless the list names them.
+    arms = list(dict.fromkeys([*_arm_names("--arms", given.arms), *custom]))
+    seeds = [seed.strip() for seed in given.seeds.split(",")]
+    if not all(seed.isdecimal() for seed in seeds):
+        raise ValueError(f"--seeds is {given.seeds!r}; it must be numbers from 0 up, with commas.")
+    seeds = list(dict.fromkeys(map(int, seeds)))
+    plan = plan_arms(experiment, arms=arms, custom=custom, seeds=seeds)
     against = plan.arms[0] if given.against is None else plan.arm(given.against, flag="--against")
     metrics = _metrics(experiment, given)
-    later = [_affinities(plan, given), _removals(plan, given)]
-    remember(experiment, file_name="compare.json")
+    measurements = [_affinities(plan, given), _removals(plan, given)]
+    record_settings(experiment, file_name="compare.json")
     for trial in plan.trials:
         check_earlier(experiment, trial)
     for note in plan.notes:
-        say(f"note: {note}")
+        print_now(f"note: {note}")
 
     def report(resamples: int = 0) -> list[str]:
         for trial in plan.trials:
             if not given.keep_checkpoints and is_done(experiment, trial):
-                # The export has the best weights; the optimizer's state of dozens of runs would
-                # fill a disk.
+                # The export has the best weights; optimizer states of many runs would fill a disk.
                 shutil.rmtree(experiment.runs / trial.name / "checkpoints", ignore_errors=True)
         problems = {trial.name: experiment.problem(trial) for trial in plan.trials}
         comparison = compare(
@@ -74,7 +77,7 @@ def run_comparison(given: argparse.Namespace, *, train_script: Path) -> list[Tri
         return lines
 
     failed = run_trials(experiment, plan.trials, report=report)
-    for measure in later:
+    for measure in measurements:
         measure(experiment)
     print("\n".join(report(given.resamples)))
     print(
@@ -84,12 +87,12 @@ def run_comparison(given: argparse.Namespace, *, train_script: Path) -> list[Tri
     return failed
 
 
-Measuring = Callable[[Experiment], None]
-"""Measures finished runs after all is trained."""
+Measurement = Callable[[Experiment], None]
+"""Measures finished runs after the training of all runs."""
 
 
 def _metrics(experiment: Experiment, given: argparse.Namespace) -> list[str]:
-    """``task/metric`` words; which metrics there are is known when runs are finished."""
+    """``task/metric`` names; whether a metric exists is known when runs are finished."""
     names = [name.strip() for name in given.metrics.split(",")] if given.metrics else []
     tasks = load_recipe(experiment.config, experiment.overrides).tasks
     for name in names:
@@ -103,57 +106,57 @@ def _metrics(experiment: Experiment, given: argparse.Namespace) -> list[str]:
     return names
 
 
-def _affinities(plan: Plan, given: argparse.Namespace) -> Measuring:
+def _affinities(plan: Plan, given: argparse.Namespace) -> Measurement:
     limit = given.affinity_posts
     if limit < 2 and limit != 0:
         raise ValueError(
             f"--affinity-posts is {limit}; it must be at least 2, or 0 for no gradients."
         )
-    asked = _words("--affinity", given.affinity) if given.affinity else []
-    arms = [_of_one_run(plan, name, flag="--affinity") for name in asked]
-    if plan.joint and not asked:
+    arms = _arms_of_one_run(plan, "--affinity", given.affinity)
+    if plan.joint and not arms:
         arms = [plan.arm(plan.joint, flag="--arms")]
     if plan.joint is None and arms:
         raise ValueError(
-            "--affinity holds the gradients of tasks against one another; it needs an arm with several."
+            "--affinity compares the gradients of tasks; it needs an arm with several tasks."
         )
     measure = partial(measure_affinity, limit=limit)
-    return _measuring(arms if limit else [], AFFINITY_FILE, limit, read_affinity, measure)
+    return _measurement(arms if limit else [], AFFINITY_FILE, limit, read_affinity, measure)
 
 
-def _removals(plan: Plan, given: argparse.Namespace) -> Measuring:
+def _removals(plan: Plan, given: argparse.Namespace) -> Measurement:
     limit = given.removal_posts
     if limit < 1:
         raise ValueError(f"--removal-posts is {limit}; it must be at least 1.")
-    asked = _words("--remove-experts", given.remove_experts) if given.remove_experts else []
-    arms = [_of_one_run(plan, name, flag="--remove-experts") for name in asked]
+    arms = _arms_of_one_run(plan, "--remove-experts", given.remove_experts)
     for arm in arms:
         if not arm.trials[0].experts:
             raise ValueError(f"--remove-experts {arm.name}: this arm has no experts.")
 
-    def measure(folder: Path) -> Removal:
-        return measure_removal(folder, split=_split(folder), limit=limit)
+    def measure(folder: Path) -> Any:
+        split = split_of(read_json(folder / "results.json"))
+        return measure_removal(folder, split=split, limit=limit)
 
-    return _measuring(arms, REMOVAL_FILE, limit, read_removal, measure)
-
-
-def _of_one_run(plan: Plan, name: str, *, flag: str) -> Arm:
-    arm = plan.arm(name, flag=flag)
-    if len(arm.parts) > 1:
-        raise ValueError(
-            f"{flag} {name}: this arm has a run for each task; give an arm of one run ({', '.join(arm.parts)})."
-        )
-    return arm
+    return _measurement(arms, REMOVAL_FILE, limit, read_removal, measure)
 
 
-def _measuring(
+def _arms_of_one_run(plan: Plan, flag: str, text: str | None) -> list[Arm]:
+    arms = [plan.arm(name, flag=flag) for name in (_arm_names(flag, text) if text else [])]
+    for arm in arms:
+        if len(arm.parts) > 1:
+            raise ValueError(
+                f"{flag} {arm.name}: this arm has a run for each task; give an arm of one run ({', '.join(arm.parts)})."
+            )
+    return arms
+
+
+def _measurement(
     arms: Sequence[Arm],
     file_name: str,
     limit: int,
     read: Callable[[Path], Any],
     measure: Callable[[Path], Any],
-) -> Measuring:
-    """Measures the finished runs of some arms and keeps it in their folders; what is there already stays."""
+) -> Measurement:
+    """Measures the finished runs of some arms and writes a file to their folders, unless it is there."""
 
     def work(experiment: Experiment) -> None:
         trials = [trial for arm in arms for trial in arm.trials if is_done(experiment, trial)]
@@ -162,32 +165,19 @@ def _measuring(
             file = folder / file_name
             if file.is_file() and read(file).limit == limit:
                 continue
-            say(f"[{number}/{len(trials)}] {trial.name}: {file.stem}")
+            print_now(f"[{number}/{len(trials)}] {trial.name}: {file.stem}")
             try:
                 write_atomic(file, json.dumps(measure(folder).to_dict()) + "\n")
             except ValueError as error:
-                # The runs took hours; the rest of the report does not need this one.
-                say(f"comoe: {error}")
+                # The runs took hours, and the rest of the report does not need this file.
+                print_now(f"comoe: {error}")
 
     return work
 
 
-def _split(folder: Path) -> str:
-    return "test" if read_json(folder / "results.json")["metrics"].get("test") else "validation"
-
-
-def _words(flag: str, text: str) -> list[str]:
-    words = [word.strip() for word in text.split(",")]
-    if not all(words):
+def _arm_names(flag: str, text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",")]
+    if not all(names):
         valid = ", ".join([*TASK_ARMS, *ARMS])
         raise ValueError(f"{flag} is {text!r}; it must be names with commas between, of {valid}.")
-    return words
-
-
-def _seeds(text: str) -> list[int]:
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() for part in parts):
-        raise ValueError(
-            f"--seeds is {text!r}; it must be whole numbers from 0 on with commas between."
-        )
-    return list(dict.fromkeys(map(int, parts)))
+    return names

@@ -1,4 +1,4 @@
-"""How much better one arm is than another, task by task, on the posts that both predict for."""
+"""Paired differences between arms, task by task, on the posts that both predict for."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from comoe.experiments.compare.statistics import (
 from comoe.tasks.task import Task
 
 Differences = Mapping[str, Mapping[str, Difference]]
-"""Arm -> task, or ``mean`` -> how much better than another arm."""
+"""Arm -> task, or ``mean`` -> improvement over another arm."""
 
 
-class Differing:
-    """Reads the predictions of finished runs, once, and holds arms against one another.
+class PairedDifferences:
+    """Reads the predictions of finished runs, each once, and compares arms.
 
     Args:
         results: arm -> its results.
@@ -42,33 +42,32 @@ class Differing:
         self._read: dict[tuple[str, int], dict[str, Predictions]] = {}
         self._numbers: dict[tuple[int, str, int], int] = {}
         self.incomparable: dict[str, set[str]] = {}
-        """Arm -> tasks of which it has other posts than what it was held against, or posts with
-        other labels."""
+        """Arm -> tasks whose posts or labels differ from those of the compared arm."""
 
     def against(self, baseline: str, arms: Sequence[str] | None = None) -> Differences:
         """Arms minus baseline, over the seeds that both have finished; larger is better.
 
-        ``mean`` is there where both predict every measured task of the comparison.
+        ``mean`` is present where both predict every measured task of the comparison.
 
         Args:
             baseline: an arm.
-            arms: which ones; None is all others.
+            arms: None is all others.
         """
         found: dict[str, dict[str, list[tuple[float, np.ndarray]]]] = {}
         others = [arm for arm in (self._results if arms is None else arms) if arm != baseline]
         for base in self._results.get(baseline, ()) if self._resamples > 1 else ():
             tasks = list(base.tasks.values())
-            theirs = self._predictions(baseline, base)
-            mine = {arm: self._comparable(arm, base, theirs) for arm in others}
-            mine = {arm: own for arm, own in mine.items() if own}
-            if not mine or not tasks:
+            of_base = self._predictions(baseline, base)
+            of_arms = {arm: self._comparable(arm, base, of_base) for arm in others}
+            of_arms = {arm: own for arm, own in of_arms.items() if own}
+            if not of_arms or not tasks:
                 continue
-            runs = [theirs, *mine.values()]
+            runs = [of_base, *of_arms.values()]
             drawn = resampled(runs, tasks, resamples=self._resamples)
             whole = [measured(run, tasks) for run in runs]
-            for number, arm in enumerate(mine, start=1):
+            for number, arm in enumerate(of_arms, start=1):
                 for name, value in whole[number].items():
-                    # The mean of a baseline that is not finished would be one of fewer tasks.
+                    # An unfinished baseline has no mean of all tasks.
                     if not math.isnan(value) and (name in base.tasks or name in base.quality):
                         change = (value - whole[0][name], drawn[name][number] - drawn[name][0])
                         found.setdefault(arm, {}).setdefault(name, []).append(change)
@@ -83,7 +82,7 @@ class Differing:
         }
 
     def _comparable(
-        self, arm: str, base: Result, theirs: Mapping[str, Predictions]
+        self, arm: str, base: Result, of_base: Mapping[str, Predictions]
     ) -> dict[str, Predictions]:
         result = next((item for item in self._results[arm] if item.seed == base.seed), None)
         if result is None:
@@ -91,7 +90,7 @@ class Differing:
         both = set(result.tasks) & set(base.tasks)
         own = self._predictions(arm, result) if result.split == base.split else {}
         good = {task: own[task] for task in own
-                if task in both and same_posts(own[task], theirs[task])}  # fmt: skip
+                if task in both and same_posts(own[task], of_base[task])}  # fmt: skip
         if bad := both - set(good):
             self.incomparable.setdefault(arm, set()).update(bad)
         return good
@@ -106,9 +105,11 @@ class Differing:
         return self._read[arm, result.seed]
 
     def _of_task(self, folder: Path, task: Task, seed: int) -> Predictions:
-        """Predictions under numbers that mean the same post in every run: rows count from another start
-        where other tasks are read too, so a post is known by its text, and by how many of the same
-        text came before."""
+        """Predictions with post numbers that agree between runs.
+
+        Rows depend on the tasks of a run, so a post is identified by its text and by its place
+        among posts of the same text.
+        """
         lines = (folder / f"{task.name}.jsonl").read_text(encoding="utf-8").split("\n")
         rows, seen = [], Counter[str]()
         for row in (json.loads(line) for line in lines if line):

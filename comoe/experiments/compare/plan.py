@@ -1,4 +1,4 @@
-"""What an experiment will run: arms, each of one run per seed or of one run per task and seed."""
+"""The runs of an experiment: arms, each with one run per seed, or with one run per task and seed."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from comoe.experiments.compare.arms import (
     WHOLE,
     WITHOUT,
     Part,
+    leave_one_out,
     measured_tasks,
-    one_by_one,
+    single_tasks,
 )
 from comoe.experiments.runner import Experiment, Trial, difference_of
 from comoe.train.parallel.ds_config import load_settings, plan_layout
@@ -25,13 +26,13 @@ from comoe.train.parallel.ds_config import load_settings, plan_layout
 
 @dataclass(frozen=True, slots=True)
 class Arm:
-    """One line of the tables."""
+    """One row of the tables."""
 
     name: str
     trials: tuple[Trial, ...]
-    """All of its runs; several of one seed predict for a task each."""
+    """All of its runs; several runs of one seed predict one task each."""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """Column -> value that makes it a point of a grid."""
+    """Column -> value, for a point of a grid."""
 
     def of_seed(self, seed: int) -> list[Trial]:
         """Its runs with this seed."""
@@ -39,26 +40,24 @@ class Arm:
 
     @property
     def parts(self) -> dict[str, list[str]]:
-        """Part -> its words."""
-        return {trial.part: list(trial.words) for trial in self.trials}
+        """Part -> its overrides."""
+        return {trial.part: list(trial.part_overrides) for trial in self.trials}
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Arms, seeds and what a reader must know about them."""
+    """Arms in the order of the tables, seeds, and notes for the reader."""
 
     arms: tuple[Arm, ...]
-    """In the order of the tables."""
     seeds: tuple[int, ...]
     joint: str | None
-    """The arm that is the recipe as it is, where it has several tasks; what single tasks lose or
-    gain by."""
+    """The arm of the unchanged recipe, if it has several tasks: the reference for transfer."""
     notes: tuple[str, ...]
-    """What is not quite equal, or is not what its name says."""
+    """What differs between the arms, or from their names."""
 
     @property
     def trials(self) -> list[Trial]:
-        """All runs, each once, the seeds in the outer loop: what is done at any time can be compared."""
+        """All runs, each once, with seeds in the outer loop: finished runs can always be compared."""
         ordered = (trial for seed in self.seeds for arm in self.arms for trial in arm.of_seed(seed))
         return list({trial.name: trial for trial in ordered}.values())
 
@@ -84,22 +83,22 @@ def plan_arms(
     """Every arm with every seed.
 
     Args:
-        experiment: recipe, DeepSpeed JSON and words that all runs share.
+        experiment: recipe, DeepSpeed JSON and overrides of all runs.
         arms: keys of ``ARMS``, ``TASK_ARMS`` or ``custom``, or ``single.<task>`` and
             ``without.<task>``.
-        custom: name of an arm of the user's -> its ``key=value`` words.
+        custom: name of a custom arm -> its ``key=value`` overrides.
         seeds: one run of each part per seed.
 
     Raises:
-        ValueError: an unknown arm, an impossible one, two that would share a folder, or a shared
-            word that belongs to the comparison.
+        ValueError: an unknown or impossible arm, two arms that would share a folder, or an override
+            that the comparison sets itself.
     """
     experiment.refuse((), "--seeds and --output")
     for name in custom:
         taken = name in ARMS or name in TASK_ARMS
         if taken or not re.fullmatch(r"[A-Za-z0-9][\w.]*", name, re.ASCII):
             raise ValueError(
-                f"--arm {name}: choose a name of letters, digits, dots, underscores that is not taken."
+                f"--arm {name}: choose an unused name of letters, digits, dots and underscores."
             )
     recipe = load_recipe(experiment.config, experiment.overrides)
     named: dict[str, list[Part]] = {}
@@ -107,48 +106,45 @@ def plan_arms(
         named |= _parts(arm, recipe, custom)
     planned = tuple(_with_seeds(experiment, named, seeds))
     joint = None
-    # One task can gain or lose by another only where there are several.
+    # Transfer needs several tasks.
     if len(recipe.tasks) > 1 and measured_tasks(recipe):
-        whole = (arm.name for arm in planned if not any(trial.words for trial in arm.trials))
-        joint = next(whole, None)
+        unchanged = (arm.name for arm in planned if not any(map(list, arm.parts.values())))
+        joint = next(unchanged, None)
     left_out = [name for name in named if name.startswith(f"{WITHOUT}.") and name not in custom]
     if joint is None and left_out:
         raise ValueError(
-            "leaving a task out is held against the run of all tasks: add the arm multi to --arms."
+            "leave_one_out is compared with the run of all tasks: add the arm multi to --arms."
         )
     return Plan(planned, tuple(seeds), joint, tuple(_notes(recipe, named)))
 
 
 def check_earlier(experiment: Experiment, trial: Trial) -> None:
-    """Make sure that a run of this name, where there is one, is of this part.
-
-    Raises:
-        ValueError: it was trained by another recipe.
-    """
+    """Raise a ``ValueError`` if the run folder of this name was trained with another recipe."""
     file = experiment.runs / trial.name / "config.yaml"
     if not file.is_file():
         return
-    now = _recipe_of(experiment, trial.overrides)
-    if difference := difference_of(_bare(load_recipe(file)), _bare(now)):
+    now = load_recipe(experiment.config, [*experiment.overrides, *trial.overrides])
+    if difference := difference_of(_content(load_recipe(file)), _content(now)):
         raise ValueError(
             f"{file.parent} was trained with {difference}; give the arm another name, or choose another --output."
         )
 
 
 def _parts(arm: str, recipe: Recipe, custom: Mapping[str, Sequence[str]]) -> dict[str, list[Part]]:
-    """The arms of the tables that a name of the command line means, each with its runs."""
+    """The arms of the tables for a name on the command line, each with its runs."""
     if arm in custom:
         return {arm: [Part(arm, tuple(custom[arm]))]}
     if arm in TASK_ARMS:
         return TASK_ARMS[arm](recipe)
     if arm in ARMS:
-        words = tuple(ARMS[arm](recipe))
-        # Two names of one thing share its runs.
-        return {arm: [Part(arm if words else WHOLE, words)]}
-    several = {part.name: part for part in one_by_one(recipe)} if "." in arm else {}
-    if arm not in several:
-        raise unknown_name("arm", arm, [*ARMS, *TASK_ARMS, *custom, *several])
-    return {arm: [several[arm]]}
+        overrides = tuple(ARMS[arm](recipe))
+        # Arms that are the unchanged recipe share its runs.
+        return {arm: [Part(arm if overrides else WHOLE, overrides)]}
+    groups = [single_tasks(recipe), leave_one_out(recipe)] if "." in arm else []
+    parts = {part.name: part for group in groups for parts in group.values() for part in parts}
+    if arm not in parts:
+        raise unknown_name("arm", arm, [*ARMS, *TASK_ARMS, *custom, *parts])
+    return {arm: [parts[arm]]}
 
 
 def _with_seeds(
@@ -159,42 +155,38 @@ def _with_seeds(
     for name, parts in named.items():
         trials: list[Trial] = []
         for part in parts:
-            recipe = _recipe_of(experiment, part.words)
+            recipe = load_recipe(experiment.config, [*experiment.overrides, *part.overrides])
             other = recipes.setdefault(part.name, recipe)
-            if difference := difference_of(_bare(other), _bare(recipe)):
+            if difference := difference_of(_content(other), _content(recipe)):
                 raise ValueError(
-                    f"two arms would share the run folders {part.name}-s{seeds[0]}, ...: one has {difference}. Give "
-                    "yours another name."
+                    f"two arms would share the run folders {part.name}-s{seeds[0]}, ...: one has {difference}. Rename "
+                    "the custom arm."
                 )
             plan_layout(recipe, settings, world_size=experiment.ranks, gpu=False)
             experts = recipe.model.moe.num_experts
-            trials += [Trial(part.name, seed, part.words, experts) for seed in seeds]
+            trials += [Trial(part.name, seed, part.overrides, experts) for seed in seeds]
         yield Arm(name, tuple(trials))
 
 
 def _notes(recipe: Recipe, named: Mapping[str, Sequence[Part]]) -> Iterator[str]:
     for name, parts in named.items():
-        if name in TASK_ARMS and not any(part.words for part in parts):
+        if name in TASK_ARMS and not any(part.overrides for part in parts):
             yield f"{name} is the recipe itself: it has one task."
-    words = [word for parts in named.values() for part in parts for word in part.words]
-    if not any("=null" in word for word in words):
+    parts = [part for parts in named.values() for part in parts]
+    if not any("=null" in override for part in parts for override in part.overrides):
         return
-    usual = DataConfig().mixing
-    if recipe.data.mixing != usual:
+    default = DataConfig().mixing
+    if recipe.data.mixing != default:
         yield (
-            f"data.mixing is {recipe.data.mixing}: together, small data sets are passed over more often than alone and "
-            f"large ones less often; the sum of all posts is equal. data.mixing={usual} makes each equal."
+            f"data.mixing is {recipe.data.mixing}: together, small data sets get more passes than alone and large "
+            f"ones fewer; the sum of all posts is equal. data.mixing={default} makes each equal."
         )
     if recipe.train.eval_every != "auto":
         yield (
-            f"train.eval_every is {recipe.train.eval_every} steps: where runs are longer than that, shorter ones "
-            "choose their best weights among fewer checkpoints; auto is twice an epoch everywhere."
+            f"train.eval_every is {recipe.train.eval_every} steps: short runs choose their best weights among fewer "
+            "checkpoints than long ones; auto is twice an epoch in every run."
         )
 
 
-def _recipe_of(experiment: Experiment, words: Sequence[str]) -> Recipe:
-    return load_recipe(experiment.config, [*experiment.overrides, *words])
-
-
-def _bare(recipe: Recipe) -> dict[str, object]:
+def _content(recipe: Recipe) -> dict[str, object]:
     return recipe_to_dict(replace(recipe, run=RunConfig()))

@@ -1,4 +1,4 @@
-"""The figures of a comparison: quality per arm, gates, what each expert is worth, gains and transfer per task."""
+"""The figures of a comparison: quality per arm, gates, ablated experts, gains and transfer per task."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from comoe.experiments.compare.report import Comparison
-from comoe.experiments.compare.statistics import MEAN, Difference
+from comoe.experiments.compare.statistics import MEAN
 from comoe.train.monitor.plots import (
     COLORS,
     GREEN,
@@ -30,7 +30,7 @@ GATES = {
     "weight_effective_experts": "effective experts (weights)",
     "weight_task_information": "task information [nats]",
 }
-"""Measure -> title of its panel."""
+"""Routing statistic -> title of its panel."""
 
 VERDICTS = {"gained": GREEN, "lost": RED, "": GREY}
 """Verdict -> color of its bar."""
@@ -38,23 +38,20 @@ VERDICTS = {"gained": GREEN, "lost": RED, "": GREY}
 
 def write_plots(comparison: Comparison, output: Path) -> None:
     """``plots/quality.png``, ``metrics.png``, ``gates.png``, ``removal.png``, ``gains.png``,
-    ``gradients.png`` and ``without.png``, where there is something to show."""
+    ``gradients.png`` and ``without.png``, if there are values."""
     arms = comparison.arms
     if not arms:
         return
     split = comparison.results[arms[0]][0].split
-    reading = f"on the {split} posts: seeds, mean, 95 % interval (cut at the edge); dotted: {comparison.baseline}"
+    legend = f"on the {split} posts: seeds, mean, 95 % interval (cut at the edge); dotted: {comparison.baseline}"
     names = [f"{name}/{task.metric}" for name, task in comparison.tasks.items()]
     panels = {MEAN: "mean of the main metrics"} | {name: name for name in names}
-    figures = {
-        "quality": dots_figure(
-            comparison, arms, panels, values="quality", title=f"Quality {reading}"
-        )
-    }
+    title = f"Quality {legend}"
+    figures = {"quality": dots_figure(comparison, arms, panels, values="quality", title=title)}
     if comparison.metrics:
         panels = {name: name for name in comparison.metrics}
         figures["metrics"] = dots_figure(
-            comparison, arms, panels, values="figures", title=f"Metrics {reading}", numbers=True
+            comparison, arms, panels, values="figures", title=f"Metrics {legend}", numbers=True
         )
     if gated := [arm for arm in arms if comparison.results[arm][0].routing]:
         title = f"Gates on the {split} posts, means over layers"
@@ -64,9 +61,9 @@ def write_plots(comparison: Comparison, output: Path) -> None:
     if comparison.against:
         figures["gains"] = gains_figure(comparison)
     for arm, cosines in comparison.cosines.items():
-        # The joint arm's figure has the plain name; others are asked for one by one.
+        # The joint arm's figure has the plain name.
         name = "gradients" if arm == comparison.plan.joint else f"gradients.{arm}"
-        title = f"Gradient cosine of {arm}\n(diagonal: the most that noise allows)"
+        title = f"Gradient cosine of {arm}\n(diagonal: the highest that noise permits)"
         apart = np.abs(cosines.mean_TT[~np.eye(len(cosines.tasks), dtype=bool)])
         most = float(np.nanmax(apart)) if np.isfinite(apart).any() else None
         tasks = cosines.tasks
@@ -86,15 +83,15 @@ def dots_figure(
     title: str,
     numbers: bool = False,
 ) -> Figure:
-    """One panel per number, one line per arm: a dot per seed, the mean and its interval; the baseline's mean dotted.
+    """One panel per number, one row per arm: a dot per seed, the mean and its interval; the baseline's mean dotted.
 
     Args:
         comparison: all runs.
-        arms: from the top down.
+        arms: from top to bottom.
         panels: name of a number -> title.
         values: quality, figures or routing.
         title: of the figure.
-        numbers: write the means as numbers too.
+        numbers: label the means.
     """
     width, height = (3.4, 0.36) if numbers else (2.6, 0.24)
     size = (width + 0.3, height * len(arms) + 0.65)
@@ -134,12 +131,12 @@ def _dots(
 def _limits(
     panel: Axes, comparison: Comparison, arms: Sequence[str], values: str, name: str
 ) -> None:
-    """By the dots: the interval of a few seeds can be wider than all that is known, and is cut at the edge then."""
+    """Limits by the dots: the interval of a few seeds can be much wider, and is then cut at the edge."""
     is_metric = values in ("quality", "figures")
     if dots := [value for arm in arms for value in comparison.seeds_of(arm, values, name)]:
         margin = 0.6 * (max(dots) - min(dots)) or 0.1 * abs(dots[0]) or 0.1
         right = max(dots) + margin
-        # No metric goes beyond 1, errors and costs apart, whose values do.
+        # Metrics end at 1; errors and costs do not.
         right = min(right, 1.005) if is_metric and max(dots) <= 1 else right
         panel.set_xlim(min(dots) - margin, right)
         panel.xaxis.set_major_locator(MaxNLocator(4))
@@ -151,14 +148,14 @@ def _limits(
 def removal_figure(comparison: Comparison, arms: Sequence[str]) -> Figure:
     """Rise of the held-out loss without one expert, experts of each layer from the most to the least needed.
 
-    A line is the mean over seeds, the band their range. Experts are ordered in each run by
-    themselves: expert 3 of one seed has nothing to do with expert 3 of another.
+    A line is the mean over seeds, the band their range. The order is that of each run, because
+    expert 3 of one seed is unrelated to expert 3 of another.
     """
     removals = {
         arm: [one.removal for one in comparison.results[arm] if one.removal] for arm in arms
     }
     layers = sorted({layer for found in removals.values() for layer in found[0].layers})
-    title = "Rise of the loss without one expert: mean and range of the seeds; below 0 it did harm"
+    title = "Rise of the loss without one expert: mean and range of the seeds; below 0: harm"
     figure, axes = panel_grid(
         len(layers), size=(2.7, 2.4), title=title, most=len(layers), sharey=True
     )
@@ -180,7 +177,7 @@ def removal_figure(comparison: Comparison, arms: Sequence[str]) -> Figure:
 def draw_line(
     panel: Axes, places: Sequence[float], seeds: Sequence[Sequence[float]], **style: str
 ) -> None:
-    """A line through the means over seeds, and a band over their range; ``seeds`` has a list per place."""
+    """A line through the means over seeds, and a band over their range; ``seeds`` has a list per x."""
     means = [float(np.mean(values)) for values in seeds]
     panel.plot(places, means, marker="o", markersize=3, linewidth=1.5, **style)
     low, high = [min(values) for values in seeds], [max(values) for values in seeds]
@@ -188,38 +185,34 @@ def draw_line(
 
 
 def _color(comparison: Comparison, arm: str) -> str:
-    """An arm keeps its color from figure to figure."""
+    """An arm has the same color in all figures."""
     return COLORS[list(comparison.results).index(arm) % len(COLORS)]
 
 
 def gains_figure(comparison: Comparison) -> Figure:
     """One panel per arm, one bar per task and for the mean: gain over the baseline with its 95 % interval."""
     names = [*comparison.tasks, MEAN]
-    title = f"Gain over {comparison.baseline}, 95 % interval\n(colored: 0 is outside)"
+    title = f"Gain over {comparison.baseline}, 95 % interval\n(colored: significant)"
     size = (3.1, 0.26 * len(names) + 0.75)
     gains = comparison.against
     figure, axes = panel_grid(len(gains), size=size, title=title, sharex=True, sharey=True)
     for panel, (arm, differences) in zip(axes, gains.items(), strict=True):
-        _bars(panel, differences, names)
+        panel.set_yticks(range(len(names)), names)
+        panel.axvline(0, color=INK, linewidth=0.8)
+        for place, name in enumerate(names):
+            if (item := differences.get(name)) is not None:
+                panel.barh(place, item.mean, color=VERDICTS[item.verdict], height=0.62, alpha=0.85)
+                panel.plot([item.low, item.high], [place, place], color=INK, linewidth=1.1)
         panel.set_title(arm, fontsize=9)
     axes[0].set_ylim(len(names) - 0.4, -0.6)
-    # By the bars: the intervals of two seeds are wider than all that is known, cut at the edge.
+    # Limits by the bars: the intervals of two seeds can be much wider.
     edge = 2.2 * max(abs(item.mean) for found in gains.values() for item in found.values()) or 0.01
     axes[0].set_xlim(-edge, edge)
     return figure
 
 
-def _bars(panel: Axes, differences: Mapping[str, Difference], names: Sequence[str]) -> None:
-    panel.set_yticks(range(len(names)), names)
-    panel.axvline(0, color=INK, linewidth=0.8)
-    for place, name in enumerate(names):
-        if (item := differences.get(name)) is not None:
-            panel.barh(place, item.mean, color=VERDICTS[item.verdict], height=0.62, alpha=0.85)
-            panel.plot([item.low, item.high], [place, place], color=INK, linewidth=1.1)
-
-
 def without_figure(comparison: Comparison) -> Figure:
-    """Heatmap of what dropping a task changes for the others."""
+    """Heatmap of the change of each task without each other one."""
     tasks, dropped = list(comparison.tasks), list(comparison.changes)
     values, bold = np.full((len(dropped), len(tasks)), math.nan), set()
     for row, column in np.ndindex(*values.shape):
@@ -227,7 +220,7 @@ def without_figure(comparison: Comparison) -> Figure:
         if change is not None:
             values[row, column] = change.mean
             bold |= {(row, column)} if change.verdict else set()
-    title = f"Change of a task (column) without another one (row)\nagainst {comparison.plan.joint}; bold: 0 is outside"
+    title = f"Change of a task (column) without another one (row)\nagainst {comparison.plan.joint}; bold: significant"
     return heatmap_figure(values, dropped, tasks, title=title, bold=bold)
 
 
@@ -240,15 +233,15 @@ def heatmap_figure(
     bold: Collection[tuple[int, int]] = (),
     most: float | None = None,
 ) -> Figure:
-    """Numbers on colors, red below 0 and blue above; cells that are NaN stay empty.
+    """Numbers on colors, red below 0 and blue above; NaN cells stay empty.
 
     Args:
         values: (rows, columns).
-        rows: names from the top down.
-        columns: names from the left.
+        rows: names from top to bottom.
+        columns: names from left to right.
         title: of the figure.
         bold: cells in bold.
-        most: value from which on the color is the strongest; None is the largest there is.
+        most: value of the strongest color; None is the largest of ``values``.
     """
     figure = new_figure(0.62 * len(columns) + 2.0, 0.42 * len(rows) + 1.6)
     panel = figure.subplots()

@@ -1,4 +1,4 @@
-"""What a comparison found, from its run folders: ``summary.json``, ``comparison.json`` and the CSV tables."""
+"""The results of a comparison, from its run folders: ``summary.json``, ``comparison.json`` and the CSV tables."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import numpy as np
 from comoe.config.errors import unknown_name
 from comoe.config.files import write_atomic
 from comoe.experiments.affinity import read_affinity
-from comoe.experiments.compare.differences import Differences, Differing
+from comoe.experiments.compare.differences import Differences, PairedDifferences
 from comoe.experiments.compare.plan import Plan
 from comoe.experiments.compare.results import COSTS, ROUTING, Result, read_arm, with_means
 from comoe.experiments.compare.statistics import MEAN, Difference, Estimate, seed_interval
@@ -32,51 +32,44 @@ from comoe.experiments.compare.transfer import (
 from comoe.tasks.task import Task
 
 AFFINITY_FILE = "affinity.json"
-"""In a run folder: how the tasks' gradients lie to one another."""
+"""In a run folder: the cosines of the tasks' gradients."""
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """All finished runs, and what they say together."""
+    """All finished runs, and the differences between their arms."""
 
     plan: Plan
-    """What was to be run."""
     results: Mapping[str, Sequence[Result]]
     """Arm -> one result per seed, in the order of the seeds."""
     baseline: str
-    """The arm that the others are held against."""
     against: Differences
-    """Arm -> ``mean`` or task -> difference to the baseline, larger is better; without arms that
-    are not finished."""
+    """Arm -> ``mean`` or task -> difference to the baseline, larger is better; finished arms only."""
     changes: Mapping[str, Mapping[str, Difference]]
-    """Dropped task -> task -> how much better without that one than with all."""
+    """Dropped task -> task -> its improvement without that one."""
     cosines: Mapping[str, Cosines]
-    """Arm -> gradient cosines of its tasks, where they were measured."""
+    """Arm -> measured gradient cosines of its tasks."""
     notes: Sequence[str]
-    """What is not equal between the arms."""
+    """What differs between the arms."""
     problems: Mapping[str, str]
     """Run -> why it failed."""
     metrics: Sequence[str] = ()
-    """``task/metric`` that a table and a picture of their own were asked for."""
+    """``task/metric`` names with their own table and figure."""
 
     @property
     def arms(self) -> list[str]:
-        """Arms with something finished."""
+        """Arms with a finished run."""
         return [arm for arm, found in self.results.items() if found]
 
     @property
     def tasks(self) -> dict[str, Task]:
-        """Tasks of any finished run, in the order of the first arm that has them."""
-        return {
-            name: task
-            for arm in self.arms
-            for found in self.results[arm]
-            for name, task in found.tasks.items()
-        }
+        """Tasks of all finished runs, in the order of the first arm that has them."""
+        results = (result for found in self.results.values() for result in found)
+        return {name: task for result in results for name, task in result.tasks.items()}
 
     @property
     def measured(self) -> list[str]:
-        """Those that are trained for their own sake."""
+        """Tasks that are not auxiliary."""
         return [name for name, task in self.tasks.items() if not task.auxiliary]
 
     def interval(self, arm: str, values: str, name: str) -> Estimate | None:
@@ -90,11 +83,11 @@ class Comparison:
         return [value for value in found if value is not None]
 
     def verdicts(self, arm: str) -> Verdicts:
-        """Which tasks gained and lost against the baseline."""
+        """The tasks that gained and lost against the baseline."""
         return verdicts_of(self.against.get(arm, {}), self.measured)
 
     def reasons(self, task: str) -> Reasons:
-        """What bears on a task's gain or loss in the joint arm."""
+        """Evidence for a task's gain or loss in the joint arm."""
         return reasons_of(task, self.cosines.get(self.plan.joint or ""), self.changes)
 
 
@@ -107,48 +100,45 @@ def compare(
     problems: Mapping[str, str] | None = None,
     metrics: Sequence[str] = (),
 ) -> Comparison:
-    """Read every finished run and hold the arms against the baseline, on the seeds that both have finished.
+    """Read every finished run and compare the arms with the baseline, on the seeds that both have finished.
 
     Args:
         plan: all runs.
         runs: folder of the run folders.
         baseline: an arm.
-        resamples: of the bootstrap; below 2 the differences are left out.
+        resamples: of the bootstrap; below 2 there are no differences.
         problems: run -> why it failed.
-        metrics: ``task/metric`` that are shown on their own; those that no run has are noted.
+        metrics: ``task/metric`` names with their own table; a note lists those that no run has.
     """
     results = read_arms(plan, runs)
-    differing = Differing(results, runs, resamples=resamples)
-    against = differing.against(baseline)
+    differences = PairedDifferences(results, runs, resamples=resamples)
+    against = differences.against(baseline)
     dropping = [arm for arm in results if left_out_task(arm)]
-    changes = (
-        changes_without(differing.against(plan.joint, dropping)) if plan.joint and dropping else {}
-    )
+    joint = differences.against(plan.joint, dropping) if plan.joint and dropping else {}
     notes = list(plan.notes)
     notes += [
-        f"{arm} predicts for other posts of {', '.join(sorted(tasks))} than it is held against (a validation split "
-        "held out, or cut, in another way): no difference is given there."
-        for arm, tasks in differing.incomparable.items()
+        f"{arm} predicts for other posts of {', '.join(sorted(tasks))} than the arm that it is compared with (another "
+        "validation split or limit): there is no difference for them."
+        for arm, tasks in differences.incomparable.items()
     ]
     known = {name for found in results.values() for result in found for name in result.figures}
     missing = [name for name in metrics if known and name not in known]
-    notes += [
-        str(unknown_name("metric of these runs (--metrics)", name, sorted(known)))
-        for name in missing
-    ]
-    cosines = {
-        arm.name: found
-        for arm in plan.arms
-        if (found := _cosines(results[arm.name], runs)) is not None
-    }
-    shown = [name for name in metrics if name in known]
+    what = "metric of these runs (--metrics)"
+    notes += [str(unknown_name(what, name, sorted(known))) for name in missing]
+    cosines = {}
+    for arm, found in results.items():
+        folders = [runs / one.trials[0].name for one in found if len(one.trials) == 1]
+        files = [folder / AFFINITY_FILE for folder in folders]
+        if mean := mean_cosines([read_affinity(file) for file in files if file.is_file()]):
+            cosines[arm] = mean
     return Comparison(
-        plan, results, baseline, against, changes, cosines, notes, problems or {}, shown
-    )
+        plan, results, baseline, against, changes_without(joint), cosines, notes, problems or {},
+        [name for name in metrics if name in known],
+    )  # fmt: skip
 
 
 def read_arms(plan: Plan, runs: Path) -> dict[str, list[Result]]:
-    """Arm -> what its finished runs say, one result per seed."""
+    """Arm -> the results of its finished runs, one per seed."""
     read = {arm.name: [read_arm(arm, runs, seed=seed) for seed in plan.seeds] for arm in plan.arms}
     return with_means({arm: [one for one in found if one] for arm, found in read.items()})
 
@@ -209,7 +199,7 @@ def _about(comparison: Comparison, arm: str) -> dict[str, Any]:
 
 
 def _quality_tree(comparison: Comparison, arm: str) -> dict[str, dict[str, Any]]:
-    """Task -> metric -> mean and spread; every metric, the main one first."""
+    """Task -> metric -> mean and spread; the main metric first."""
     tree: dict[str, dict[str, Any]] = {}
     results = comparison.results[arm]
     for name, task in comparison.tasks.items():
@@ -229,17 +219,8 @@ def _entry(values: Sequence[float]) -> dict[str, Any] | None:
     return {"mean": interval["mean"], "spread": spread, **interval, "values": list(values)}
 
 
-def _cosines(results: Sequence[Result], runs: Path) -> Cosines | None:
-    files = [
-        runs / result.trials[0].name / AFFINITY_FILE
-        for result in results
-        if len(result.trials) == 1
-    ]
-    return mean_cosines([read_affinity(file) for file in files if file.is_file()])
-
-
 def _pairs(comparison: Comparison) -> list[dict[str, Any]]:
-    """Task and other task: cosine of their gradients, and how much better the first is without the second."""
+    """Task and other task: cosine of their gradients, and improvement of the first without the second."""
     cosines = comparison.cosines.get(comparison.plan.joint or "")
     tasks = list(dict.fromkeys([*(cosines.tasks if cosines else ()), *comparison.tasks]))
     rows = []
@@ -258,7 +239,7 @@ def _pairs(comparison: Comparison) -> list[dict[str, Any]]:
 
 
 def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A CSV file of all keys of any row, in the order in which they appear."""
+    """A CSV file with the keys of all rows, in the order of their first appearance."""
     text = io.StringIO()
     names = list(dict.fromkeys(key for row in rows for key in row))
     writer = csv.DictWriter(text, fieldnames=names, lineterminator="\n")

@@ -1,4 +1,4 @@
-"""What one arm with one seed says: read from a run folder, or put together from one run per task."""
+"""The result of one arm with one seed: read from a run folder, or merged from one run per task."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from comoe.train.monitor.metrics_file import METRICS_FILE, read_metrics
 
 ROUTING = ("weight_monopoly", "weight_effective_experts", "monopoly", "max_violation", "dead_share", "cooperation",
            "weight_task_information")  # fmt: skip
-"""Measures of the gates on the held-out posts, means over layers; those of the weights are fair to
-every k."""
+"""Gate statistics on the held-out posts, means over layers; those of the weights are comparable
+across k."""
 
 RUN_COSTS = ("step_ms", "tokens_per_second", "peak_mib", "parameters_experts", "parameters_active",
              "parameters_total")  # fmt: skip
-"""Milliseconds per optimizer step, tokens of all ranks, most memory of one rank, parameters."""
+"""Milliseconds per optimizer step, tokens of all ranks, peak memory of one rank, parameters."""
 
 COSTS = ("seconds", "steps", "posts", "posts_per_second", *RUN_COSTS)
-"""Time of training, optimizer steps, posts gone over; then ``RUN_COSTS``."""
+"""Training time, optimizer steps, posts processed; then ``RUN_COSTS``."""
 
 LARGEST = "peak_mib"
-"""The cost that several runs do not add up to: the machine is free again when the next begins."""
+"""The cost of several runs that is a maximum and not a sum: they run one after another."""
 
 REMOVAL_FILE = "removal.json"
-"""In a run folder: what each expert is worth."""
+"""In a run folder: the ablation of its experts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,22 +49,21 @@ class Result:
     split: str
     """Split of the quality."""
     tasks: Mapping[str, Task]
-    """Tasks that were scored, by name."""
+    """Scored tasks by name."""
     folders: Mapping[str, str]
     """Task -> run folder with its predictions."""
     metrics: Mapping[str, Mapping[str, float]]
     """Task -> every metric of the split."""
     quality: Mapping[str, float]
-    """``mean`` of the main metrics (larger is better), where the arm predicts all that is compared;
-    ``task/metric``."""
+    """``task/metric``, and ``mean`` of the main metrics (larger is better) if the arm predicts all
+    measured tasks."""
     routing: Mapping[str, float]
-    """Measures of the gates, means over layers; empty without experts, and for several runs."""
+    """Gate statistics, means over layers; empty without experts, and for several runs."""
     costs: Mapping[str, float | None]
-    """Keys of ``COSTS``; of several runs the sums, because one would train and deploy them all."""
+    """Keys of ``COSTS``; sums over several runs, because all of them are trained and deployed."""
     train_posts: Mapping[str, int]
     """Data set -> training posts."""
     removal: Removal | None
-    """Where it was measured."""
 
     @property
     def figures(self) -> dict[str, float]:
@@ -78,12 +77,12 @@ class Result:
 
 
 def read_arm(arm: Arm, runs: Path, *, seed: int) -> Result | None:
-    """What the finished runs of an arm with one seed say together; None while none is finished."""
+    """The merged result of an arm's finished runs with one seed; None if none is finished."""
     read = [read_run(trial, runs / trial.name) for trial in arm.of_seed(seed)]
     found = [result for result in read if result is not None]
     if len(found) < 2:
         return found[0] if found else None
-    # As one run of all tasks would: test posts where any task has labels there.
+    # As for one run of all tasks: the test posts if any task has labels there.
     splits = [result.split for result in found]
     split = next((name for name in ("test", "validation") if name in splits), "")
     scored = [result for result in found if result.split == split]
@@ -97,7 +96,7 @@ def read_arm(arm: Arm, runs: Path, *, seed: int) -> Result | None:
         split=split,
         **merged,
         routing={},
-        # The cost of a part would look like that of the whole.
+        # The cost of some of the runs would look like that of all.
         costs=_summed([result.costs for result in found]) if len(found) == len(read) else {},
         train_posts=_merged([result.train_posts for result in found]),
         removal=None,
@@ -105,12 +104,12 @@ def read_arm(arm: Arm, runs: Path, *, seed: int) -> Result | None:
 
 
 def read_run(trial: Trial, folder: Path) -> Result | None:
-    """What a run left; None while it is not finished."""
+    """The result of one run; None if it is not finished."""
     if not (folder / "results.json").is_file():
         return None
     results = read_json(folder / "results.json")
     records = read_metrics(folder / METRICS_FILE)
-    split = "test" if results["metrics"].get("test") else "validation"
+    split = split_of(results)
     metrics = results["metrics"][split]
     tasks = {task.name: task for task in map(Task.from_dict, read_json(folder / "tasks.json"))}
     scored = {
@@ -119,7 +118,7 @@ def read_run(trial: Trial, folder: Path) -> Result | None:
         if metrics.get(name, {}).get(task.metric) is not None
     }
     routing = last_routing(records, split)
-    # One block that every token visits has no gate to speak of.
+    # A single block for every token has no gate.
     gated = bool(routing) and len(routing["share"][0]) > 1
     posts = results.get("data", {}).get("posts", {})
     removal = folder / REMOVAL_FILE
@@ -140,15 +139,20 @@ def read_run(trial: Trial, folder: Path) -> Result | None:
     )
 
 
+def split_of(results: Mapping[str, Any]) -> str:
+    """The split that a run is scored on: test if it has labels, else validation."""
+    return "test" if results["metrics"].get("test") else "validation"
+
+
 def read_json(file: Path) -> Any:
     """The content of a JSON file."""
     return json.loads(file.read_text(encoding="utf-8"))
 
 
 def with_means(results: Mapping[str, Sequence[Result]]) -> dict[str, list[Result]]:
-    """Arm -> results with ``mean`` in their quality: of all tasks that any arm measures for its own sake.
+    """Arm -> results with ``mean`` in their quality: of all tasks that are not auxiliary in some arm.
 
-    An arm that lacks one of them has no mean: that of fewer tasks is another number.
+    An arm without one of them has no mean, because means of different tasks are not comparable.
     """
     tasks = _merged([result.tasks for found in results.values() for result in found])
     wanted = [task for task in tasks.values() if not task.auxiliary]
@@ -167,14 +171,14 @@ def with_means(results: Mapping[str, Sequence[Result]]) -> dict[str, list[Result
 
 
 def last_routing(records: Sequence[Mapping[str, Any]], split: str) -> Mapping[str, Any]:
-    """The routing block of the last evaluation of a split; empty without experts."""
+    """The routing statistics of the last evaluation of a split; empty without experts."""
     blocks = [record["routing"] for record in records
               if record.get("split") == split and "routing" in record]  # fmt: skip
     return blocks[-1] if blocks else {}
 
 
 def layer_means(routing: Mapping[str, Any], names: Sequence[str]) -> dict[str, float]:
-    """Means over layers of some measures of a routing block."""
+    """Means over layers of some routing statistics."""
     known = {
         name: [value for value in routing.get(name, ()) if value is not None] for name in names
     }
@@ -184,7 +188,7 @@ def layer_means(routing: Mapping[str, Any], names: Sequence[str]) -> dict[str, f
 def _costs(
     results: Mapping[str, Any], records: Sequence[Mapping[str, Any]]
 ) -> dict[str, float | None]:
-    """Time, memory and parameters of a run; times are medians over the log, without what is before its first line."""
+    """Time, memory and parameters of a run; times are medians over the log lines after the first one."""
     seconds, steps, posts = (results.get(name) for name in ("seconds", "step", "posts"))
     lines = [record for record in records if record.get("split") == "train"]
     intervals = [
@@ -192,7 +196,7 @@ def _costs(
         for before, after in itertools.pairwise(lines)
         if after["step"] > before["step"]
     ]
-    # Medians: another program on the machine, or a checkpoint, slows some intervals, not the run.
+    # Medians: another program on the machine, or a checkpoint, slows down some intervals only.
     step_seconds = statistics.median(intervals or [results["seconds"] / max(1, results["step"])])
     speeds = [line["tokens_per_second"] for line in (lines[1:] or lines)]
     return {
@@ -209,7 +213,7 @@ def _summed(costs: Sequence[Mapping[str, float | None]]) -> dict[str, float | No
     whole = {name: values for name, values in columns.items() if None not in values}
     found = {name: sum(whole[name]) if name in whole else None for name in columns}
     found[LARGEST] = max((value for value in columns[LARGEST] if value is not None), default=None)
-    # Speeds are those of the whole time, not of any one run.
+    # Speeds are averages over the total time.
     speeds = {"posts_per_second": "seconds", "tokens_per_second": "seconds", "step_ms": "steps"}
     for name, weights in speeds.items():
         if weights in whole:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,8 +14,7 @@ from comoe.evaluation.evaluate import rising
 from comoe.tasks.task import Task
 
 CONFIDENCE = 0.95
-"""Share of intervals that hold the true value, were the experiment repeated."""
-
+"""Share of intervals that contain the true value under repetition."""
 
 MEAN = "mean"
 """Key of the mean over tasks, beside the tasks' names."""
@@ -23,15 +22,14 @@ MEAN = "mean"
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A number and how far it may be off; the ends are NaN where one value cannot tell."""
+    """A mean with its 95 % interval; the ends are NaN for a single value."""
 
     mean: float
     low: float
-    """Lower end of the 95 % interval."""
     high: float
 
     def to_dict(self) -> dict[str, float | None]:
-        """Plain numbers; None where there is no interval."""
+        """Plain numbers; None for NaN."""
         return {
             name: value if math.isfinite(value) else None for name, value in asdict(self).items()
         }
@@ -39,24 +37,23 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class Difference(Estimate):
-    """How much better than another arm; larger is better."""
+    """Improvement over another arm; larger is better."""
 
     p: float
-    """Probability of a difference at least this far from 0, either way, if there were none."""
+    """Two-sided p-value of no difference."""
 
     @property
     def verdict(self) -> str:
-        """``gained`` or ``lost`` where the 95 % interval leaves 0 out, else empty: these cannot be told apart."""
+        """``gained`` or ``lost`` where the 95 % interval excludes 0, else empty: not significant."""
         return "gained" if self.low > 0 else "lost" if self.high < 0 else ""
 
 
 @dataclass(frozen=True, slots=True)
 class Predictions:
-    """One run's decided predictions for one task's posts, beside the gold labels."""
+    """One run's predicted labels for one task's posts, with the gold labels."""
 
     rows: np.ndarray
-    """Number of each post, int64, rising; a post has one number for all of its tasks and in all
-    runs."""
+    """Number of each post, int64, ascending; a post has the same number in all tasks and runs."""
     gold: Any
     """As ``Kind.compared`` gives it."""
     predicted: Any
@@ -92,9 +89,8 @@ def resampled(
 ) -> dict[str, np.ndarray]:
     """Main metric of each task in bootstrap resamples of the posts, for every run on the same resamples.
 
-    Posts are drawn with replacement among those that carry the same tasks' labels, and a post is
-    drawn for all of its tasks at once. Larger is better: a metric that falls as a model gets better
-    enters negated.
+    Posts are drawn with replacement among those with labels of the same tasks, and a post is drawn
+    for all of its tasks at once. Larger is better: errors and costs are negated.
 
     Args:
         runs: per run, task -> predictions. The first one has all tasks; the others have predictions
@@ -125,29 +121,29 @@ def measured(run: Mapping[str, Predictions], tasks: Sequence[Task]) -> dict[str,
     return values | {MEAN: float(_mean(values, tasks))}
 
 
-def same_posts(mine: Predictions, theirs: Predictions) -> bool:
+def same_posts(first: Predictions, second: Predictions) -> bool:
     """Whether two runs predict for the same posts, with the same gold labels."""
-    if not np.array_equal(mine.rows, theirs.rows) or len(mine.gold) != len(theirs.gold):
+    if not np.array_equal(first.rows, second.rows) or len(first.gold) != len(second.gold):
         return False
-    pairs = zip(mine.gold, theirs.gold, strict=True)
+    pairs = zip(first.gold, second.gold, strict=True)
     return all(np.array_equal(one, other) for one, other in pairs)
 
 
 def paired_difference(
     differences: Sequence[float], resampled_differences: np.ndarray
 ) -> Difference:
-    """Mean difference of two arms with an interval that holds for other posts and other seeds.
+    """Mean difference of two arms with an interval that covers other posts and other seeds.
 
-    Half its width is q * sqrt(s^2 / n + v): s^2 is the variance of the seeds' differences, v that
-    of their mean over bootstrap resamples of the posts, and q the mean of t(n - 1) and the normal
-    quantile, weighted by these two parts (Cochran's rule): a few seeds know little of s^2, but the
-    posts are many. In simulations with 2, 3 and 5 seeds it held 95 to 98 times of 100, whichever
-    part was the larger. A percentile bootstrap over a handful of seeds would be little wider than
-    their range, and so far too sure. Where seeds test on posts of their own, s^2 holds some of v as
-    well, and the interval is a little too wide. With one seed it speaks of the posts alone.
+    The half width is q * sqrt(s^2 / n + v): s^2 is the variance of the seeds' differences, v that of
+    their mean over bootstrap resamples of the posts, and q the mean of t(n - 1) and the normal
+    quantile, weighted by these two parts (Cochran's rule), because s^2 is estimated from few seeds
+    and v from many posts. In simulations with 2, 3 and 5 seeds its coverage was 95 to 98 %,
+    whichever part was larger. A percentile bootstrap over a few seeds is hardly wider than their
+    range, and so far too narrow. Where seeds test on different posts, s^2 contains a part of v, and
+    the interval is slightly too wide. With one seed it covers the posts only.
 
     Args:
-        differences: arm minus baseline on the posts as they are, one number per seed.
+        differences: arm minus baseline on the original posts, one number per seed.
         resampled_differences: the same in each resample, (seeds, resamples).
     """
     seeds, mean = len(differences), float(np.mean(differences))
@@ -157,22 +153,19 @@ def paired_difference(
     if not deviation:
         return Difference(mean, mean, mean, float(mean == 0))
 
-    def reach(p: float) -> float:
-        """What a difference exceeds with probability p, in deviations."""
+    def quantile(p: float) -> float:
+        """Distance that a difference exceeds with probability p, in standard deviations."""
         over_seeds = of_seeds * -float(special.stdtrit(seeds - 1, p / 2)) if of_seeds else 0.0
         return (over_seeds - of_posts * float(special.ndtri(p / 2))) / deviation**2
 
-    half = reach(1 - CONFIDENCE) * deviation
-    return Difference(mean, mean - half, mean + half, _probability(reach, abs(mean) / deviation))
-
-
-def _probability(reach: Callable[[float], float], distance: float) -> float:
-    """The p with ``reach(p) == distance``; at least a millionth."""
+    half = quantile(1 - CONFIDENCE) * deviation
+    # The p whose quantile is the mean, by bisection; at least 1e-6.
     low, high = math.log(1e-6), 0.0
     for _ in range(50):
         middle = (low + high) / 2
-        low, high = (middle, high) if reach(math.exp(middle)) > distance else (low, middle)
-    return math.exp(high)
+        above = quantile(math.exp(middle)) > abs(mean) / deviation
+        low, high = (middle, high) if above else (low, middle)
+    return Difference(mean, mean - half, mean + half, math.exp(high))
 
 
 def _mean(values: Mapping[str, Any], tasks: Sequence[Task]) -> Any:
@@ -188,7 +181,7 @@ def _value(found: Predictions, task: Task, places: np.ndarray | None = None) -> 
 
 
 def _strata(run: Mapping[str, Predictions], tasks: Sequence[Task]) -> list[np.ndarray]:
-    """Rows by which tasks have a label there."""
+    """Rows grouped by the tasks that have a label there."""
     rows = np.unique(np.concatenate([run[task.name].rows for task in tasks]))
     present = np.stack([np.isin(rows, run[task.name].rows) for task in tasks], axis=1)
     _, kind = np.unique(present, axis=0, return_inverse=True)
@@ -196,7 +189,7 @@ def _strata(run: Mapping[str, Predictions], tasks: Sequence[Task]) -> list[np.nd
 
 
 def _places(rows: np.ndarray, drawn: np.ndarray) -> np.ndarray:
-    """Where the drawn rows stand among ``rows``; those that are not there are left out."""
+    """Positions of the drawn rows in ``rows``, without those that are missing."""
     places = np.searchsorted(rows, drawn).clip(max=len(rows) - 1)
     return places[rows[places] == drawn]
 

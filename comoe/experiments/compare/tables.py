@@ -1,4 +1,4 @@
-"""The Markdown table of a comparison: quality, gains, which task helps which, gates, budget, cost."""
+"""The Markdown tables of a comparison: quality, gains, transfer between tasks, gates, budget, cost."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ from comoe.evaluation.tables import markdown_table as table
 from comoe.experiments.compare.report import Comparison
 from comoe.experiments.compare.results import COSTS, ROUTING, Result
 from comoe.experiments.compare.statistics import MEAN, Difference, Estimate, seed_interval
-from comoe.experiments.compare.transfer import Reasons
 
 
 def cell(item: Estimate | None, *, signed: bool = False) -> str:
-    """A number with its interval, where it has one; empty for None."""
+    """A number with its interval, if it has one; empty for None."""
     if item is None:
         return ""
     form = "+.3f" if signed else ".3f"
@@ -25,7 +24,7 @@ def cell(item: Estimate | None, *, signed: bool = False) -> str:
 
 
 def number(value: Any) -> str:
-    """A number of any size in a few digits, another value as it is; empty for None."""
+    """A number in a few digits, any other value as text; empty for None."""
     if isinstance(value, float):
         size = abs(value)
         return f"{value:,.0f}" if size >= 1000 else f"{value:.1f}" if size >= 20 else f"{value:.3f}"
@@ -33,20 +32,15 @@ def number(value: Any) -> str:
 
 
 def spread(values: Sequence[float]) -> str:
-    """Mean over seeds and their sample deviation; empty without any."""
+    """Mean over seeds and their sample standard deviation; empty without values."""
     if not values:
         return ""
     deviation = f" ± {number(float(np.std(values, ddof=1)))}" if len(values) > 1 else ""
     return number(math.fsum(values) / len(values)) + deviation
 
 
-def figure(item: Estimate | None) -> str:
-    """A large number without its interval."""
-    return "" if item is None else f"{item.mean:,.0f}"
-
-
 def markdown_lines(comparison: Comparison) -> list[str]:
-    """Quality, gains and their reasons, then the gates, then what it costs; arms in the order they were asked for."""
+    """Quality, gains and their reasons, gates, budget and cost; arms in the order of ``--arms``."""
     arms = comparison.arms
     if not arms:
         return ["# Comparison", "", "No run is finished yet.", *_failed(comparison)]
@@ -75,24 +69,23 @@ def markdown_lines(comparison: Comparison) -> list[str]:
              *(cell(item) for item in removal_intervals(comparison.results[arm]))]
             for arm in gated
         ])  # fmt: skip
+    costs = {arm: {name: comparison.interval(arm, "costs", name) for name in COSTS} for arm in arms}
+    means = {arm: {name: f"{item.mean:,.0f}" if item else "" for name, item in found.items()}
+             for arm, found in costs.items()}  # fmt: skip
     lines += ["", "## Budget", "", _BUDGET, ""]
     lines += table(["arm", "runs per seed", "steps", "posts", "passes", "training posts"], [
-        [arm, str(len(comparison.results[arm][0].trials)),
-         *(figure(comparison.interval(arm, "costs", name)) for name in ("steps", "posts")),
-         _passes(comparison.results[arm][0]),
-         ", ".join(f"{name} {count:,}" for name, count in comparison.results[arm][0].train_posts.items())]
+        [arm, str(len(results[arm][0].trials)), means[arm]["steps"], means[arm]["posts"], _passes(results[arm][0]),
+         ", ".join(f"{name} {count:,}" for name, count in results[arm][0].train_posts.items())]
         for arm in arms
     ])  # fmt: skip
     lines += ["", "## Cost", ""]
-    lines += table(["arm", *COSTS], [
-        [arm, *(figure(comparison.interval(arm, "costs", name)) for name in COSTS)] for arm in arms
-    ])  # fmt: skip
+    lines += table(["arm", *COSTS], [[arm, *means[arm].values()] for arm in arms])
     return lines + _failed(comparison)
 
 
 def removal_intervals(results: Sequence[Result]) -> list[Estimate | None]:
-    """Over seeds: fall of the mean metric without an expert, mean over experts and for the most
-    needed one; the same for the rise of the loss. None where it was not measured."""
+    """Drop of the mean metric without an expert, mean and maximum over experts; the same for the rise
+    of the loss. Over seeds; None if not measured."""
     measured = [result.removal for result in results if result.removal is not None]
     if not measured:
         return [None] * len(_REMOVAL)
@@ -108,16 +101,16 @@ def _scope(comparison: Comparison) -> str:
     runs = {trial.name for result in results for trial in result.trials}
     split = comparison.results[comparison.arms[0]][0].split
     fewest = min(len(comparison.results[arm]) for arm in comparison.arms)
-    advice = "Two seeds give intervals far wider than the scale itself: take three or more."
+    advice = "Intervals of two seeds are wider than the scale: use three or more."
     if fewest == 1:
         advice = (
-            "With one seed they tell what other posts would change, and nothing of another training run: what is sure "
-            "here may be luck of the seed. Take three or more."
+            "With one seed they cover other posts, but not other training runs: a significant difference may be an "
+            "effect of the seed. Use three or more."
         )
     return (
-        f"{len(runs)} runs, quality on the {split} posts, tasks with the deviation over seeds. Brackets are 95 % "
-        f"intervals: Student's t over seeds; for the difference to {comparison.baseline} over the paired seeds and a "
-        f"paired bootstrap of the posts together. {advice}"
+        f"{len(runs)} runs, quality on the {split} posts, tasks with the standard deviation over seeds. Brackets are "
+        f"95 % intervals: Student's t over seeds; for the difference to {comparison.baseline} paired seeds together "
+        f"with a paired bootstrap of the posts. {advice}"
     )
 
 
@@ -127,14 +120,13 @@ def _helped(comparison: Comparison, arm: str) -> str:
         return ""
     gains = comparison.against[arm]
     better = sum(gains[name].mean > 0 for name in comparison.measured if name in gains)
-    text = f"better in {better} of {verdicts.count}, for sure in {len(verdicts.gained)}"
-    return text + (f"; worse for sure in {len(verdicts.lost)}" if verdicts.lost else "")
+    text = f"better in {better} of {verdicts.count}, significantly in {len(verdicts.gained)}"
+    return text + (f"; significantly worse in {len(verdicts.lost)}" if verdicts.lost else "")
 
 
 def _passes(result: Result) -> str:
-    """How often the training posts were gone over, on average."""
-    posts, there = result.costs.get("posts"), sum(result.train_posts.values())
-    return f"{posts / there:.1f}" if posts and there else ""
+    posts, train_posts = result.costs.get("posts"), sum(result.train_posts.values())
+    return f"{posts / train_posts:.1f}" if posts and train_posts else ""
 
 
 def _failed(comparison: Comparison) -> list[str]:
@@ -144,20 +136,18 @@ def _failed(comparison: Comparison) -> list[str]:
 
 _REMOVAL = ("mean drop without an expert", "largest drop", "mean loss rise", "largest loss rise")
 
-
 _BUDGET = (
-    "What the arms had to learn from. Posts are those gone over, counted each time, in all runs of an arm with one "
-    "seed together; passes are these over the training posts. Tasks alone go over posts that they share once per task, "
-    "so their passes are more in all."
+    "Training data of the arms. Posts are processed posts, with repetition, in all runs of an arm with one seed; "
+    "passes are processed posts over training posts. Single tasks process the posts that they share once per task, so "
+    "their passes are more in total."
 )
 
-
 SHOWN = 2
-"""Tasks that a reason names."""
+"""Maximum of tasks in a reason."""
 
 
 def transfer_lines(comparison: Comparison) -> list[str]:
-    """Gains per task, what was lost, which task helps which; empty where nothing was held against the baseline."""
+    """Gains and losses per task, and transfer between tasks; empty without differences to the baseline."""
     lines: list[str] = []
     if comparison.against:
         names = [*comparison.tasks, MEAN]
@@ -171,13 +161,13 @@ def transfer_lines(comparison: Comparison) -> list[str]:
 
 def _verdicts(comparison: Comparison, arm: str) -> list[str]:
     verdicts, base = comparison.verdicts(arm), comparison.baseline
-    gained, lost, unsure = verdicts.gained, verdicts.lost, verdicts.open
+    gained, lost, other = verdicts.gained, verdicts.lost, verdicts.open
     if not verdicts.count:
         return []
-    text = f"helped {len(gained)} of {verdicts.count} tasks for sure{_named(gained)}"
+    text = f"helped {len(gained)} of {verdicts.count} tasks significantly{_named(gained)}"
     text += f"; hurt {len(lost)}{_named(lost)}"
-    if unsure:
-        text += f"; the other {len(unsure)} cannot be told apart from {base}{_named(unsure)}"
+    if other:
+        text += f"; no significant difference to {base} for {len(other)}{_named(other)}"
     negative = [f"  Negative transfer: {', '.join(lost)}."] if lost else []
     return [f"* **{arm}** against {base}: {text}.", *negative]
 
@@ -201,22 +191,18 @@ def _affinity_lines(comparison: Comparison) -> list[str]:
     if joint is not None and (comparison.changes or cosines is not None):
         lines += ["", "## Why", "", _WHY, ""]
         against = comparison.against.get(joint, {})
-        lines += table(["task", f"gain over {comparison.baseline}", "gradients against it", "nearest gradients",
-                        "better without", "worse without"], [
-            [name, _gain(against.get(name)), *_reason_cells(comparison.reasons(name), told=cosines is not None)]
-            for name in comparison.measured
-        ])  # fmt: skip
+        rows = []
+        for name in comparison.measured:
+            found = comparison.reasons(name)
+            opposed = ", ".join(f"{task} {value:+.3f}" for task, value in found.opposed_by[:SHOWN])
+            nearest = f"{found.nearest[0]} {found.nearest[1]:+.3f}" if found.nearest else ""
+            changes = (", ".join(f"{task} {_gain(change)}" for task, change in pairs[:SHOWN])
+                       for pairs in (found.better_without, found.worse_without))  # fmt: skip
+            empty = "" if cosines is None else "none"
+            rows.append([name, _gain(against.get(name)), opposed or empty, nearest, *changes])
+        lines += table(["task", f"gain over {comparison.baseline}", "opposed gradients", "nearest gradients",
+                        "better without", "worse without"], rows)  # fmt: skip
     return lines
-
-
-def _reason_cells(reasons: Reasons, *, told: bool) -> list[str]:
-    opposed = ", ".join(f"{task} {value:+.3f}" for task, value in reasons.opposed_by[:SHOWN])
-    nearest = f"{reasons.nearest[0]} {reasons.nearest[1]:+.3f}" if reasons.nearest else ""
-    changes = (
-        ", ".join(f"{task} {_gain(change)}" for task, change in found[:SHOWN])
-        for found in (reasons.better_without, reasons.worse_without)
-    )
-    return [opposed or ("none" if told else ""), nearest, *changes]
 
 
 def _gain(item: Difference | None) -> str:
@@ -231,25 +217,22 @@ def _named(tasks: Sequence[str]) -> str:
 
 
 _SIGNS = (
-    "Larger is better, also for metrics that fall. Bold: the 95 % interval leaves 0 out, told for each task by itself, "
-    "not for all at once: one of twenty would by chance. p-values are in gains.csv."
+    "Larger is better; errors are negated. Bold: the 95 % interval excludes 0, for each task on its own: one of twenty "
+    "does by chance. p-values are in gains.csv."
 )
-
 
 _CHANGES = (
-    "How much better a task (column) is when another one (row) is dropped from {joint}: above 0 the dropped task did "
-    "it harm, below 0 it helped."
+    "Improvement of a task (column) without another one (row), against {joint}: above 0 the dropped task did harm, "
+    "below 0 it helped."
 )
-
 
 _COSINES = (
-    "Cosine of the gradients of two tasks' mean losses with respect to the weights that they share, at the end of "
-    "training, on up to {limit} validation posts per task, mean over {seeds} run(s): below 0 they undo each other's "
-    "steps. The diagonal says how high a cosine can get with so few posts: 1 without noise, 0 where all is noise."
+    "Cosine of the gradients of two tasks' mean losses with respect to the shared weights, at the end of training, on "
+    "up to {limit} validation posts per task, mean over {seeds} run(s): below 0 they undo each other's steps. The "
+    "diagonal is the highest cosine that the noise of so few posts permits: 1 without noise, 0 for pure noise."
 )
 
-
 _WHY = (
-    "Gradients against a task: below 0 in every seed. Better without: any rise, bold where it is sure; worse without: "
-    "sure falls alone."
+    "Opposed gradients: below 0 in every seed. Better without: any improvement, bold if significant; worse without: "
+    "significant ones only."
 )

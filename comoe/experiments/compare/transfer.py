@@ -1,4 +1,4 @@
-"""Whether training together helped each task, by how much, and what speaks for the reason where it did not."""
+"""Transfer: the gain or loss of each task by joint training, and evidence for its reason."""
 
 from __future__ import annotations
 
@@ -17,38 +17,36 @@ from comoe.experiments.compare.statistics import Difference
 
 @dataclass(frozen=True, slots=True)
 class Cosines:
-    """Gradient cosines of one arm over its seeds, see ``comoe.experiments.affinity``."""
+    """Gradient cosines of one arm over its seeds; see ``comoe.experiments.affinity``."""
 
     tasks: tuple[str, ...]
     mean_TT: np.ndarray
-    """Mean over seeds; the diagonal is the ceiling that noise leaves."""
+    """Mean over seeds; the diagonal is the highest cosine that the noise permits."""
     highest_TT: np.ndarray
-    """The highest of any seed: below 0 means that the two pull apart in every one."""
+    """Maximum over seeds: below 0 the two are opposed in every seed."""
     seeds: int
-    """Runs."""
     limit: int
     """Posts per task."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain lists; None where there is no gradient."""
+        """Plain lists; None without a gradient."""
         shared = {"tasks": list(self.tasks), "seeds": self.seeds, "posts_per_task": self.limit}
         return shared | plain({"mean": self.mean_TT, "highest": self.highest_TT})
 
 
 @dataclass(frozen=True, slots=True)
 class Reasons:
-    """What bears on one task's gain or loss."""
+    """Evidence for one task's gain or loss."""
 
     opposed_by: tuple[tuple[str, float], ...]
-    """Tasks whose gradients point against this one's in every seed, with the mean cosine; most
-    opposed first."""
+    """Tasks with opposed gradients in every seed, with the mean cosine; most opposed first."""
     nearest: tuple[str, float] | None
     """The task with the highest cosine."""
     better_without: tuple[tuple[str, Difference], ...]
-    """Tasks without which this one was better, by how much; best first. One that can be told apart
-    from 0 is proof of harm, any other a hint."""
+    """Tasks without which this one is better, best first. A significant difference proves harm, any
+    other is a hint."""
     worse_without: tuple[tuple[str, Difference], ...]
-    """Tasks without which this one was worse for sure, by how much (below 0)."""
+    """Tasks without which this one is significantly worse."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers."""
@@ -61,18 +59,18 @@ class Reasons:
 
 @dataclass(frozen=True, slots=True)
 class Verdicts:
-    """An arm in words: which tasks gained, lost, or cannot be told apart."""
+    """The tasks of an arm by the 95 % interval of their difference to the baseline."""
 
     gained: tuple[str, ...]
-    """The 95 % interval lies above 0."""
+    """The interval is above 0."""
     lost: tuple[str, ...]
-    """It lies below 0: negative transfer, where the baseline is the tasks alone."""
+    """It is below 0: negative transfer, if the baseline is the tasks alone."""
     open: tuple[str, ...]
-    """It holds 0."""
+    """It contains 0."""
 
     @property
     def count(self) -> int:
-        """Tasks that were held against the baseline."""
+        """Number of compared tasks."""
         return len(self.gained) + len(self.lost) + len(self.open)
 
 
@@ -81,11 +79,13 @@ def verdicts_of(differences: Mapping[str, Difference], tasks: Sequence[str]) -> 
 
     Args:
         differences: name -> difference.
-        tasks: those that count; the mean and auxiliary tasks do not.
+        tasks: the measured ones.
     """
-    verdicts = {task: differences[task].verdict for task in tasks if task in differences}
-    return Verdicts(*(tuple(task for task, said in verdicts.items() if said == wanted)
-                     for wanted in ("gained", "lost", "")))  # fmt: skip
+    groups: dict[str, list[str]] = {"gained": [], "lost": [], "": []}
+    for task in tasks:
+        if task in differences:
+            groups[differences[task].verdict].append(task)
+    return Verdicts(*map(tuple, groups.values()))
 
 
 def left_out_task(arm: str) -> str:
@@ -95,7 +95,7 @@ def left_out_task(arm: str) -> str:
 
 
 def changes_without(differences: Differences) -> dict[str, dict[str, Difference]]:
-    """Dropped task -> task -> how much better it is without that one, from arms held against the joint one."""
+    """Dropped task -> task -> its improvement without that one, from differences to the joint arm."""
     return {
         dropped: {task: change for task, change in of_arm.items() if task != dropped}
         for arm, of_arm in differences.items()
@@ -117,13 +117,7 @@ def mean_cosines(affinities: Sequence[Affinity]) -> Cosines | None:
 def reasons_of(
     task: str, cosines: Cosines | None, changes: Mapping[str, Mapping[str, Difference]]
 ) -> Reasons:
-    """What the gradients, and leaving others out, say about one task.
-
-    Args:
-        task: the task.
-        cosines: of the joint arm.
-        changes: what ``changes_without`` gives.
-    """
+    """Evidence about one task, from the joint arm's ``cosines`` and from ``changes_without``."""
     pairs: list[tuple[str, float, float]] = []
     if cosines is not None and task in cosines.tasks:
         row = cosines.tasks.index(task)

@@ -27,7 +27,13 @@ from comoe.benchmarks.timing import (
     take_turns,
 )
 from comoe.benchmarks.training import looked_up
-from comoe.benchmarks.workload import even_picks, force, load_skew, skewed_picks, steering_weight
+from comoe.benchmarks.workload import (
+    balanced_selection,
+    force,
+    load_skew,
+    skewed_selection,
+    steering_weight,
+)
 from comoe.models.moe.gate import SigmoidGate, SoftmaxGate
 from tests.helpers_model import tiny_model
 
@@ -78,13 +84,13 @@ def test_the_slowest_rank_counts():
 
 @pytest.mark.parametrize("experts", [4, 8, 64])
 def test_even_picks_load_every_expert_alike(experts):
-    picks = even_picks(640, experts, 2)
+    picks = balanced_selection(640, experts, 2)
     assert load_skew(picks, experts) == 1.0 and (picks[:, 0] != picks[:, 1]).all()
 
 
 @pytest.mark.parametrize("experts", [8, 16, 64])
 def test_skewed_picks_load_one_expert_three_times_the_mean_and_the_others_alike(experts):
-    picks = skewed_picks(960, experts, 2, skew=3.0)
+    picks = skewed_selection(960, experts, 2, skew=3.0)
     counts = torch.bincount(picks.reshape(-1), minlength=experts)
     assert counts[0] == 3 * picks.numel() / experts and counts[1:].max() - counts[1:].min() <= 1
     assert (picks[:, 0] != picks[:, 1]).all()
@@ -92,12 +98,12 @@ def test_skewed_picks_load_one_expert_three_times_the_mean_and_the_others_alike(
 
 def test_a_skew_that_no_token_could_carry_is_refused():
     with pytest.raises(ValueError, match="a skew of 5 with 2 of 8 experts"):
-        skewed_picks(10, 8, 2, skew=5)
+        skewed_selection(10, 8, 2, skew=5)
 
 
 @pytest.mark.parametrize("gate", [SigmoidGate, SoftmaxGate])
 def test_forced_tokens_make_every_gate_pick_as_told(gate):
-    picks = skewed_picks(100, 8, 2, skew=3.0)
+    picks = skewed_selection(100, 8, 2, skew=3.0)
     logits = force(torch.randn(100, 12), picks, 8) @ steering_weight(8, 12).T
     assert torch.equal(gate(2)(logits, torch.zeros(8)).indices_Sk, picks)
 
@@ -157,7 +163,7 @@ def test_targets_judge_the_headline_only(tmp_path):
     assert report.missed() == ["far"]
     table = "\n".join(report.lines())
     assert "<= 1.3" in table and "MISSED" in table and "250.0" in table
-    report.write(tmp_path / "new" / "figures.json")
+    report.publish(tmp_path / "new" / "figures.json")
     written = json.loads((tmp_path / "new" / "figures.json").read_text())
     assert written["fast"] == 1.2 and written["far"] == 1.5 and len(written["rows"]) == 3
 

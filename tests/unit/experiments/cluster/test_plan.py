@@ -15,20 +15,21 @@ from comoe.config.recipe import Recipe
 from comoe.experiments.cluster.costs import (
     Cluster,
     PlannedLayout,
+    PlannedModel,
     all_to_all_bytes,
     expert_operations,
     forward_operations,
+    shape_of_recipe,
     step_time,
     traffic,
 )
 from comoe.experiments.cluster.plan import (
     alternatives,
+    estimate,
     fits,
     plan_lines,
     recommend,
-    weigh,
 )
-from comoe.experiments.cluster.shape import PlannedModel, shape_of_recipe
 
 TINY = PlannedModel(
     layers=2, width=10, ffn_width=40, vocabulary=100, positions=20, tasks=2, outputs=5, projection=8,
@@ -169,7 +170,7 @@ def test_few_tokens_per_expert_make_the_reading_of_weights_rule():
 def test_the_memory_of_a_candidate_counts_the_large_table_as_its_bucket():
     parts = {
         part.name: part.device_bytes
-        for part in weigh(LARGE, PlannedLayout(8, 8, 3, 640, 64), GPU).memory.parts
+        for part in estimate(LARGE, PlannedLayout(8, 8, 3, 640, 64), GPU).memory.parts
     }
     assert parts["reduction bucket"] == 2 * 50265 * 1024
     whole = LARGE.dense_parameters + LARGE.expert_parameters // 8
@@ -256,6 +257,6 @@ def test_a_wrong_encoder_shape_is_refused(text: str):
 
 def test_an_encoder_that_is_not_here_says_what_to_give_instead():
     with pytest.raises(
-        ValueError, match=r"roberta-large\) is no folder with a config.json; give its numbers by"
+        ValueError, match=r"roberta-large\) is not a folder with a config.json; set its sizes with"
     ):
         shape_of_recipe(recipe(encoder="roberta-large"))

@@ -11,7 +11,7 @@ import pytest
 
 from comoe.config.load import load_recipe, save_recipe
 from comoe.config.recipe import TaskConfig
-from comoe.experiments.cluster.shape import shape_of_recipe
+from comoe.experiments.cluster.costs import shape_of_recipe
 from comoe.experiments.compare.arms import ARMS, custom_arms
 from comoe.experiments.compare.plan import check_earlier, plan_arms
 from comoe.experiments.compare.plots import removal_figure, write_plots
@@ -86,7 +86,7 @@ def test_arms_of_ones_own_are_read_with_lists_and_refused_when_wrong(experiment:
     assert own == {"last": ["model.moe.layers=[1,3]", "loss.contrastive.weight=0"]}
     with pytest.raises(ValueError, match="must read name:key=value"):
         custom_arms(["last"])
-    with pytest.raises(ValueError, match="--arm dense: choose a name"):
+    with pytest.raises(ValueError, match="--arm dense: choose an unused name"):
         plan_trials(experiment, arms=["dense"], custom={"dense": []}, seeds=[0])
     with pytest.raises(ValueError, match="sigmiod is not an? arm; did you mean sigmoid"):
         plan_trials(experiment, arms=["sigmiod"], custom={}, seeds=[0])
@@ -106,7 +106,7 @@ def test_a_confidence_arm_is_about_the_tasks_that_have_confidences(experiment: E
     config.write_text(config.read_text().replace(", confidence: sure", ""))
     with pytest.raises(
         ValueError,
-        match="confidence_output is about tasks with confidences, and the recipe has none",
+        match="confidence_output needs tasks with confidences, and the recipe has none",
     ):
         plan_trials(experiment, arms=["confidence_output"], custom={}, seeds=[0])
 
@@ -133,7 +133,7 @@ def test_an_arm_that_cannot_keep_the_active_width_is_refused(experiment: Experim
     shared = Experiment(**{name: getattr(experiment, name) for name in ("config", "deepspeed", "output", "train_script",
                                                                         "ranks")},
                         overrides=("model.moe.expert_width=23",))  # fmt: skip
-    with pytest.raises(ValueError, match="active width 46 .* does not divide into k = 4"):
+    with pytest.raises(ValueError, match="active width 46 .* is not a multiple of k = 4"):
         plan_trials(shared, arms=["sigmoid_k4"], custom={}, seeds=[0])
 
 

@@ -20,7 +20,7 @@ from comoe.experiments.compare.report import AFFINITY_FILE, Comparison, compare,
 from comoe.experiments.compare.statistics import Difference
 from comoe.experiments.compare.tables import markdown_lines
 from comoe.experiments.compare.transfer import mean_cosines, reasons_of, verdicts_of
-from comoe.experiments.runner import Experiment, remember
+from comoe.experiments.runner import Experiment, record_settings
 from comoe.losses.weighting.strategies import WEIGHTINGS
 from comoe.starter.registry import resolve
 from comoe.tasks.task import Task, build_task
@@ -228,16 +228,16 @@ def test_each_weighting_is_an_arm_and_experts_are_wanted_only_by_arms_with_exper
 
 
 def test_a_comparison_begun_before_an_option_was_there_goes_on(experiment: Experiment):
-    remember(experiment, file_name="compare.json")
+    record_settings(experiment, file_name="compare.json")
     file = experiment.output / "compare.json"
     before = json.loads(file.read_text())
     del before["recipe"]["loss"]["adversarial"], before["recipe"]["tasks"]["mood"]["auxiliary"]
     file.write_text(json.dumps(before))
-    remember(experiment, file_name="compare.json")
+    record_settings(experiment, file_name="compare.json")
     before["recipe"]["train"]["epochs"] = 9.0
     file.write_text(json.dumps(before))
     with pytest.raises(ValueError, match="train.epochs 9.0 instead of 3.0"):
-        remember(experiment, file_name="compare.json")
+        record_settings(experiment, file_name="compare.json")
 
 
 @pytest.mark.parametrize(
@@ -367,10 +367,10 @@ def test_harm_is_named_with_what_speaks_for_its_reason(comparison: Comparison, t
     assert dropped == "mood" and change.verdict == "gained" and others == []
     text = "\n".join(markdown_lines(comparison))
     assert (
-        "helped 1 of 3 tasks for sure (mood); hurt 1 (stance)" in text
+        "helped 1 of 3 tasks significantly (mood); hurt 1 (stance)" in text
         and "Negative transfer: stance." in text
     )
-    assert "better in 1 of 3, for sure in 1; worse for sure in 1" in text
+    assert "better in 1 of 3, significantly in 1; significantly worse in 1" in text
     why = next(line for line in text.split("\n") if line.startswith("| stance | **-0.2"))
     assert "| mood -0.400 | topic +0.200 | mood **+0.217 [" in why
     assert "| single | 3 | 15 | 60 | 2.0 | mood 10, topic 10, stance 10 |" in text

@@ -16,10 +16,18 @@ from comoe.config.load import load_recipe
 from comoe.experiments import runner
 from comoe.experiments.cluster.plan import gpu_numbers
 from comoe.experiments.compare.plan import Arm, Plan
-from comoe.experiments.runner import Experiment, Trial, command_of, remember, run_trials
-from comoe.experiments.scale.grid import name_of, plan_grid, read_grid
-from comoe.experiments.scale.plots import lines_figure, series_of, write_plots
-from comoe.experiments.scale.table import grouped, markdown, read_rows, write_hparams, write_tables
+from comoe.experiments.runner import Experiment, Trial, command_of, record_settings, run_trials
+from comoe.experiments.scale.command import name_of, plan_grid, read_grid
+from comoe.experiments.scale.report import (
+    grouped,
+    lines_figure,
+    markdown,
+    read_rows,
+    series_of,
+    write_hparams,
+    write_plots,
+    write_tables,
+)
 
 ROOT = Path(__file__).parents[4]
 RECIPE = "tasks: {mood: {path: x}}\nmodel: {moe: {num_experts: 4, top_k: 2}}\nparallel: {ep_size: auto}\n"
@@ -58,8 +66,8 @@ def test_lists_are_read_and_a_missing_list_is_the_recipes_own_value(experiment: 
 @pytest.mark.parametrize(
     ("lists", "message"),
     [
-        ({"experts": "2,many"}, "--experts is '2,many'; 'many' must be a whole number, in a list with commas"),
-        ({"top_k": "1,,2"}, "--top-k is '1,,2'; '' must be a whole number or all"),
+        ({"experts": "2,many"}, "--experts is '2,many'; 'many' must be an integer, in a list with commas"),
+        ({"top_k": "1,,2"}, "--top-k is '1,,2'; '' must be an integer or all"),
         ({"ep_size": "0"}, "--ep is '0'; 0 must be at least 1"),
         ({"seeds": "-1"}, "--seeds is '-1'; -1 must be at least 0"),
         ({"gate": "sigmoid,sofmax"}, "sofmax is not a gate; did you mean softmax"),
@@ -138,14 +146,14 @@ def test_an_impossible_experiment_is_refused(
 
 
 def test_a_folder_takes_one_experiment_only(experiment: Experiment):
-    remember(experiment, file_name="scale.json")
-    remember(experiment, file_name="scale.json")
+    record_settings(experiment, file_name="scale.json")
+    record_settings(experiment, file_name="scale.json")
     for changed, message in (
         ({"overrides": ("train.batch_size=8",)}, "recipe.train.batch_size 32 instead of 8"),
         ({"ranks": 4}, "ranks 2 instead of 4"),
     ):
         with pytest.raises(ValueError, match=message):
-            remember(replace(experiment, **changed), file_name="scale.json")
+            record_settings(replace(experiment, **changed), file_name="scale.json")
 
 
 FAKE = """
@@ -185,7 +193,7 @@ def fake(experiment: Experiment, monkeypatch: pytest.MonkeyPatch) -> dict[int, s
 def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Lines that the runner prints."""
     lines: list[str] = []
-    monkeypatch.setattr(runner, "say", lines.append)
+    monkeypatch.setattr(runner, "print_now", lines.append)
     return lines
 
 
