@@ -81,17 +81,11 @@ def test_trials_run_seed_by_seed_and_carry_their_seed(experiment: Experiment):
     assert load_recipe(experiment.config, trials[0].overrides).train.seed == 3
 
 
-def test_arms_of_ones_own_are_read_with_lists_and_refused_when_wrong(experiment: Experiment):
+def test_custom_arms_are_read_with_lists():
     own = custom_arms(["last:model.moe.layers=[1,3],loss.contrastive.weight=0"])
     assert own == {"last": ["model.moe.layers=[1,3]", "loss.contrastive.weight=0"]}
     with pytest.raises(ValueError, match="must read name:key=value"):
         custom_arms(["last"])
-    with pytest.raises(ValueError, match="--arm dense: choose an unused name"):
-        plan_trials(experiment, arms=["dense"], custom={"dense": []}, seeds=[0])
-    with pytest.raises(ValueError, match="sigmiod is not an? arm; did you mean sigmoid"):
-        plan_trials(experiment, arms=["sigmiod"], custom={}, seeds=[0])
-    with pytest.raises(ValueError, match="did you mean loss.contrastive.weight"):
-        plan_trials(experiment, arms=["x"], custom={"x": ["loss.contrastive.wieght=0"]}, seeds=[0])
 
 
 def test_a_confidence_arm_is_about_the_tasks_that_have_confidences(experiment: Experiment):
@@ -103,12 +97,6 @@ def test_a_confidence_arm_is_about_the_tasks_that_have_confidences(experiment: E
         "plain": "none",
         "mood": "input_output",
     }
-    config.write_text(config.read_text().replace(", confidence: sure", ""))
-    with pytest.raises(
-        ValueError,
-        match="confidence_output needs tasks with confidences, and the recipe has none",
-    ):
-        plan_trials(experiment, arms=["confidence_output"], custom={}, seeds=[0])
 
 
 def test_an_earlier_run_of_another_arm_of_the_same_name_is_refused(experiment: Experiment):
@@ -127,14 +115,6 @@ def test_an_earlier_run_of_another_arm_of_the_same_name_is_refused(experiment: E
         ValueError, match="was trained with model.moe.expert_width 48 instead of 96"
     ):
         check_earlier(experiment, wide(96))
-
-
-def test_an_arm_that_cannot_keep_the_active_width_is_refused(experiment: Experiment):
-    shared = Experiment(**{name: getattr(experiment, name) for name in ("config", "deepspeed", "output", "train_script",
-                                                                        "ranks")},
-                        overrides=("model.moe.expert_width=23",))  # fmt: skip
-    with pytest.raises(ValueError, match="active width 46 .* is not a multiple of k = 4"):
-        plan_trials(shared, arms=["sigmoid_k4"], custom={}, seeds=[0])
 
 
 def test_the_interval_over_seeds_is_students():
