@@ -81,7 +81,7 @@ def test_a_wrong_list_is_refused_with_the_valid_values(
         read_grid(load_recipe(experiment.config), lists)
 
 
-def test_impossible_combinations_are_left_out_and_said(experiment: Experiment):
+def test_impossible_combinations_are_left_out_with_a_note(experiment: Experiment):
     grid = ONE | {"experts": (1, 2, 4), "top_k": (1, 2), "ep_size": (2,)}
     plan = plan_grid(grid, experiment)
     assert points(plan) == [(2, 1), (2, 2), (4, 1), (4, 2)]
@@ -93,10 +93,7 @@ def test_impossible_combinations_are_left_out_and_said(experiment: Experiment):
     ):
         plan_grid(grid | {"experts": (1,), "top_k": (2,)}, experiment)
 
-
-def test_an_ep_size_that_does_not_divide_the_ranks_is_left_out_with_the_valid_ones(
-    experiment: Experiment,
-):
+    # An EP size that does not divide the ranks is left out with the valid ones.
     plan = plan_grid(ONE | {"ep_size": (1, 4)}, experiment)
     assert [arm.settings["ep_size"] for arm in plan.arms] == [1]
     assert "must divide both the ranks (2)" in plan.notes[0] and "[1, 2]" in plan.notes[0]
@@ -107,8 +104,8 @@ def test_without_experts_k_gate_and_ep_are_one_arm(experiment: Experiment):
                   "ep_size": (1, 2), "seeds": (0, 1)}  # fmt: skip
     plan = plan_grid(grid, experiment)
     assert [trial.name for trial in plan.trials] == ["E0-kit-minilm-s0", "E0-kit-minilm-s1"]
-    words = ["model.encoder=kit:minilm", "model.moe.num_experts=0", "train.seed=0"]
-    assert plan.notes == () and plan.trials[0].overrides == words
+    arguments = ["model.encoder=kit:minilm", "model.moe.num_experts=0", "train.seed=0"]
+    assert plan.notes == () and plan.trials[0].overrides == arguments
 
 
 def test_all_is_as_many_as_there_are_and_no_run_is_made_twice(experiment: Experiment):
@@ -119,7 +116,7 @@ def test_all_is_as_many_as_there_are_and_no_run_is_made_twice(experiment: Experi
     assert [moe.balance for moe in moes] == ["none", "bias", "none"]
 
 
-def test_a_points_words_make_its_recipe(experiment: Experiment):
+def test_the_overrides_of_a_point_make_its_recipe(experiment: Experiment):
     grid = ONE | {"experts": (8,), "gate": ("softmax",), "ep_size": (2,), "seeds": (3,)}
     (trial,) = plan_grid(grid, experiment).trials
     recipe = load_recipe(experiment.config, [*trial.overrides, f"run.name={trial.name}"])
@@ -190,7 +187,7 @@ def fake(experiment: Experiment, monkeypatch: pytest.MonkeyPatch) -> dict[int, s
 
 
 @pytest.fixture
-def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def printed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Lines that the runner prints."""
     lines: list[str] = []
     monkeypatch.setattr(runner, "print_now", lines.append)
@@ -206,15 +203,15 @@ def run(experiment: Experiment, seeds: int) -> tuple[list[str], int]:
 
 
 def test_a_failing_run_is_recorded_and_the_others_run(
-    experiment: Experiment, fake: dict[int, str], said: list[str]
+    experiment: Experiment, fake: dict[int, str], printed: list[str]
 ):
     fake |= {0: "refused", 1: "lost"}
     failed, reports = run(experiment, 3)
     assert failed == [f"{POINT}-s0", f"{POINT}-s1"] and reports == 3
-    assert "FAILED (comoe: rank 0: the encoder is missing)" in said[1]
+    assert "FAILED (comoe: rank 0: the encoder is missing)" in printed[1]
     # The launcher's exit code was 0, and that of the good run 3: only the results count.
-    assert "FAILED (a rank was killed)" in said[2] and "validation 0.5000" in said[3]
-    assert said[1].startswith("[1/3]") and "left" in said[3]
+    assert "FAILED (a rank was killed)" in printed[2] and "validation 0.5000" in printed[3]
+    assert printed[1].startswith("[1/3]") and "left" in printed[3]
     trial = Trial(POINT, 0, (), 4)
     text = experiment.failure_file(trial).read_text()
     assert "exit code 1" in text and "line one" in text and "the encoder is missing" in text
@@ -222,44 +219,44 @@ def test_a_failing_run_is_recorded_and_the_others_run(
 
 
 def test_a_port_that_another_process_took_is_chosen_again(
-    experiment: Experiment, fake: dict[int, str], said: list[str]
+    experiment: Experiment, fake: dict[int, str], printed: list[str]
 ):
     fake[0] = "taken"
     failed, _ = run(experiment, 1)
-    assert failed == [] and "validation 0.5000" in said[1]
+    assert failed == [] and "validation 0.5000" in printed[1]
     log = next((experiment.output / "logs").iterdir()).read_text()
     assert log.count("\n$ ") == 1 and log.count("comoe: rank 0: no connection") == 3
 
 
 def test_a_second_call_makes_only_what_is_not_done(
-    experiment: Experiment, fake: dict[int, str], said: list[str]
+    experiment: Experiment, fake: dict[int, str], printed: list[str]
 ):
     fake[1] = "refused"
     run(experiment, 3)
     results = experiment.runs / f"{POINT}-s0/results.json"
     before = results.stat().st_mtime_ns
     fake.clear()
-    said.clear()
-    assert run(experiment, 3) == ([], 1) and said[0] == "3 runs, 2 of them done; 2 rank(s) each"
-    assert said[1].startswith(f"[3/3] {POINT}-s1") and results.stat().st_mtime_ns == before
+    printed.clear()
+    assert run(experiment, 3) == ([], 1) and printed[0] == "3 runs, 2 of them done; 2 rank(s) each"
+    assert printed[1].startswith(f"[3/3] {POINT}-s1") and results.stat().st_mtime_ns == before
     assert list((experiment.output / "failed").iterdir()) == []
 
 
-def test_a_run_that_was_cut_short_is_resumed_and_a_new_one_is_told_everything(
+def test_an_interrupted_run_is_resumed_and_a_new_one_gets_all_overrides(
     experiment: Experiment,
 ):
     experiment = replace(experiment, overrides=("train.epochs=1",))
     (trial,) = plan_grid(ONE, experiment).trials
     command = command_of(experiment, trial)
-    told = {"train.epochs=1", "model.moe.num_experts=4", f"run.name={trial.name}", "--config"}
-    assert told <= set(command) and "--resume" not in command
+    expected = {"train.epochs=1", "model.moe.num_experts=4", f"run.name={trial.name}", "--config"}
+    assert expected <= set(command) and "--resume" not in command
     assert command[command.index("--num_accelerators") + 1] == "2"
     folder = experiment.runs / trial.name
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text("")
     resumed = command_of(experiment, trial)
     assert resumed[-2:] == ["--resume", str(folder)] and "--config" not in resumed
-    ports = {words[words.index("--master_port") + 1] for words in (command, resumed)}
+    ports = {arguments[arguments.index("--master_port") + 1] for arguments in (command, resumed)}
     assert all(1024 < int(port) < 65536 for port in ports)
 
 
@@ -354,35 +351,18 @@ def test_the_csv_has_every_run_and_the_markdown_means_over_seeds(
     with (tmp_path / "table.csv").open() as file:
         read = list(csv.DictReader(file))
     assert [row["run"] for row in read] == [row["run"] for row in rows]
-    assert (
-        float(read[0]["mood/macro_f1"]) == rows[0]["mood/macro_f1"]
-        and read[5]["problem"] == "comoe: no room"
-    )
+    assert float(read[0]["mood/macro_f1"]) == rows[0]["mood/macro_f1"]
+    assert read[5]["problem"] == "comoe: no room"
     text = (tmp_path / "table.md").read_text()
     assert "5 of 7 runs done, 1 open, 1 failed. Quality on test" in text
     # The mean of 0.74 and 0.84, and their deviation.
     assert "0.790 ± 0.071" in text and "* E16-k2-sigmoid-epauto-enc-s0: comoe: no room" in text
-    assert (
-        len(
-            {
-                line.count("|")
-                for line in text.splitlines()
-                if line.startswith("| 2 |") or "seeds |" in line
-            }
-        )
-        == 1
-    )
-
-
-def test_runs_that_differ_in_the_seed_alone_are_one_group(rows: list[dict[str, Any]]):
-    assert [(group[0]["experts"], len(group)) for group in grouped(rows)] == [
-        (0, 1),
-        (4, 2),
-        (8, 2),
-    ]
-
-
-def test_a_table_without_any_finished_run_says_so(rows: list[dict[str, Any]]):
+    lines = [line for line in text.splitlines() if line.startswith(("| 2 |", "| seeds |"))]
+    assert len(lines) > 1 and len({line.count("|") for line in lines}) == 1
+    # Runs that differ in the seed only are one group.
+    groups = [(group[0]["experts"], len(group)) for group in grouped(rows)]
+    assert groups == [(0, 1), (4, 2), (8, 2)]
+    # Without a finished run.
     assert "0 of 2 runs done, 1 open, 1 failed" in markdown(rows[-2:])
 
 
@@ -394,18 +374,13 @@ def test_a_figure_has_a_line_per_k_the_seeds_and_the_level_without_experts(
     assert list(series_of([*other, *done[:4]])) == ["k = 1", "k = 2"]
     figure = lines_figure([*done, *other], {"mean": "mean", "absent": "nothing"}, title="t")
     (panel,) = figure.axes
-    lines = {
-        line.get_label(): line for line in panel.get_lines() if not line.get_label().startswith("_")
-    }
-    assert set(lines) == {"k = 1", "k = 2", "no experts"}
-    assert list(lines["k = 2"].get_xdata()) == [4, 8]
-    assert lines["k = 2"].get_ydata() == pytest.approx(
-        [(0.74 + 0.84 - 1) / 4, (0.78 + 0.88 - 1) / 4]
-    )
-    assert list(panel.get_xticks()) == [4, 8]
-
-
-def test_gates_get_lines_of_their_own(rows: list[dict[str, Any]]):
+    lines = {line.get_label(): line for line in panel.get_lines()}
+    labels = {label for label in lines if not label.startswith("_")}
+    assert labels == {"k = 1", "k = 2", "no experts"}
+    assert list(lines["k = 2"].get_xdata()) == [4, 8] == list(panel.get_xticks())
+    means = [(0.74 + 0.84 - 1) / 4, (0.78 + 0.88 - 1) / 4]
+    assert lines["k = 2"].get_ydata() == pytest.approx(means)
+    # Gates have separate lines.
     both = [*rows[:2], *(row | {"gate": "softmax"} for row in rows[:2])]
     assert list(series_of(both)) == ["k = 2, sigmoid", "k = 2, softmax"]
 
@@ -427,9 +402,8 @@ def test_tensorboard_gets_one_entry_per_finished_run_and_keeps_it(
     folder = tmp_path / "tensorboard" / rows[0]["run"]
     files = sorted(folder.iterdir())
     write_hparams(rows, tmp_path)
-    assert (
-        sorted(folder.iterdir()) == files and len(list((tmp_path / "tensorboard").iterdir())) == 5
-    )
+    assert sorted(folder.iterdir()) == files
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 5
     events = EventAccumulator(str(folder)).Reload()
     assert events.Scalars("scale/mean")[0].value == pytest.approx(rows[0]["mean"])
 
