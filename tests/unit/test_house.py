@@ -18,7 +18,7 @@ FILES = sorted(
 )
 PACKAGE = [file for file in FILES if file.startswith("comoe/")]
 
-MAX_LAUNCH_LINES, MAX_FUNCTION_LINES = 110, 60
+MAX_LAUNCH_LINES, MAX_FUNCTION_LINES = 60, 60
 
 LEVELS = {
     "launch": 8,

@@ -175,19 +175,12 @@ def test_an_export_is_measured_on_its_own_held_out_posts_always_alike(run: Path)
 
 
 def test_a_task_without_posts_has_no_cosine_and_its_file_can_be_read(tmp_path: Path):
-    found = Affinity(
-        ("a", "b"),
-        np.array([[0.5, np.nan], [np.nan, np.nan]]),
-        np.array([1.0, np.nan]),
-        (4, 1),
-        4,
-        9,
-    )
+    cosine_TT, norm_T = np.array([[0.5, np.nan], [np.nan, np.nan]]), np.array([1.0, np.nan])
+    found = Affinity(("a", "b"), cosine_TT, norm_T, (4, 1), 4, 9)
     (tmp_path / "affinity.json").write_text(json.dumps(found.to_dict()))
     read = read_affinity(tmp_path / "affinity.json")
-    assert (
-        read.cosine_TT[0, 0] == 0.5 and np.isnan(read.cosine_TT[1, 1]) and np.isnan(read.norm_T[1])
-    )
+    np.testing.assert_array_equal(read.cosine_TT, cosine_TT)
+    np.testing.assert_array_equal(read.norm_T, norm_T)
 
 
 def test_what_cannot_be_measured_is_said(tmp_path: Path):

@@ -69,9 +69,8 @@ def test_every_arm_with_experts_has_the_same_active_width(experiment: Experiment
     assert widths.pop("no_experts") == 0
     assert widths.pop("dense_total") == layers * 4 * 24
     assert set(widths.values()) == {layers * 48}
-    made = load_recipe(
-        experiment.config, next(trial for trial in trials if trial.part == "paper").overrides
-    ).model.moe
+    (paper,) = (trial for trial in trials if trial.part == "paper")
+    made = load_recipe(experiment.config, paper.overrides).model.moe
     assert (made.route_by, made.top_k, made.num_experts, made.balance) == ("task", 4, 4, "none")
 
 
@@ -93,10 +92,8 @@ def test_a_confidence_arm_is_about_the_tasks_that_have_confidences(experiment: E
     config.write_text(config.read_text().replace("{mood:", "{plain: {path: y}, mood:"))
     (trial,) = plan_trials(experiment, arms=["confidence_input_output"], custom={}, seeds=[0])
     tasks = load_recipe(config, trial.overrides).tasks
-    assert {name: task.confidence_strategy for name, task in tasks.items()} == {
-        "plain": "none",
-        "mood": "input_output",
-    }
+    strategies = {name: task.confidence_strategy for name, task in tasks.items()}
+    assert strategies == {"plain": "none", "mood": "input_output"}
 
 
 def test_an_earlier_run_of_another_arm_of_the_same_name_is_refused(experiment: Experiment):
@@ -120,10 +117,7 @@ def test_an_earlier_run_of_another_arm_of_the_same_name_is_refused(experiment: E
 def test_the_interval_over_seeds_is_students():
     item = seed_interval([1.0, 2.0, 3.0])
     assert item.mean == 2.0
-    assert (
-        item.high - 2.0 == pytest.approx(4.302652730 / math.sqrt(3))
-        and 2.0 - item.low == item.high - 2.0
-    )
+    assert item.high - 2.0 == pytest.approx(4.302652730 / math.sqrt(3)) == 2.0 - item.low
     assert seed_interval([0.5]).to_dict() == {"mean": 0.5, "low": None, "high": None}
 
 
@@ -150,9 +144,8 @@ def test_the_bootstrap_has_the_textbook_width_and_is_zero_between_equal_arms():
 
 def test_seeds_that_disagree_widen_the_interval_as_student_says():
     item = paired_difference([0.0, 0.1, 0.2], np.zeros((3, 100)))
-    assert item.mean == pytest.approx(0.1) and item.high - 0.1 == pytest.approx(
-        4.302652730 * 0.1 / math.sqrt(3)
-    )
+    assert item.mean == pytest.approx(0.1)
+    assert item.high - 0.1 == pytest.approx(4.302652730 * 0.1 / math.sqrt(3))
 
 
 @pytest.mark.parametrize("seeds", [1, 3])
@@ -224,13 +217,8 @@ def write_run(folder: Path, *, right: list[bool], experts: bool, removal: bool =
     folder.mkdir(parents=True)
     (folder / "tasks.json").write_text(json.dumps([task.to_dict()]))
     share = sum(right) / len(right)
-    results = {
-        "finished": True,
-        "step": 4,
-        "seconds": 2.0,
-        "posts": 96,
-        "peak_memory_bytes_per_rank": 2**20,
-    }
+    results = {"finished": True, "step": 4, "seconds": 2.0, "posts": 96}
+    results |= {"peak_memory_bytes_per_rank": 2**20}
     results |= {"data": {"posts": {"x": {"train": 48, "test": 40}}}}
     results |= {"parameters": {"experts": 5, "active": 6, "total": 7}}
     results |= {"metrics": {"test": {"mood": {"accuracy": share}}}}
@@ -289,10 +277,7 @@ def test_the_report_says_what_the_run_folders_say(experiment: Experiment, tmp_pa
     table = "\n".join(markdown_lines(comparison))
     assert "| sigmoid | 2 | 0.725 [" in table and "| +0.200 [" in table and "0.725 ± 0.035" in table
     assert "| sigmoid | 1 | 4 | 96 | 2.0 | x 48 |" in table
-    assert (
-        "0.200 [0.200, 0.200] | 0.300 [0.300, 0.300] | 0.100 [0.100, 0.100] | 0.200 [0.200, 0.200]"
-        in table
-    )
+    assert " | ".join(f"{x} [{x}, {x}]" for x in ("0.200", "0.300", "0.100", "0.200")) in table
     assert "* paper-s0: killed" in table
     assert "| arm | mood/accuracy |\n| --- | --- |\n| dense | 0.525 [" in table
     assert (
