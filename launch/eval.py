@@ -29,8 +29,7 @@ def main() -> None:
     add("--pair-column", help="column with the second text (default: that of training)")
     add("--image-column", help="column with the image (default: that of training, else image)")
     add("--label-column", help="column with the label (default: that of training, else label)")
-    add("--skip-bad", action="store_true",
-        help="leave out bad rows instead of stopping at the first")
+    add("--skip-bad", action="store_true", help="skip bad rows instead of stopping at the first")
     add("--batch-size", type=int, default=64, help="posts per forward pass")
     add("--device", default="auto", help="cpu, cuda, ...; auto is a GPU where there is one")
     add("--output", type=Path, help="write all metrics there as JSON")

@@ -100,7 +100,7 @@ def measure_removal(
         progress: show a progress bar.
 
     Raises:
-        ValueError: no finished run there, no experts in it, no labelled post in the split, or a
+        ValueError: no finished run there, no experts in it, no labeled post in the split, or a
             limit below 1.
     """
     if limit is not None and limit < 1:

@@ -74,7 +74,7 @@ def seed_interval(values: Sequence[float]) -> Estimate:
 
 
 def read_predictions(rows: Sequence[Mapping[str, Any]], task: Task) -> Predictions:
-    """The labelled rows of a predictions file."""
+    """The labeled rows of a predictions file."""
     known = [row for row in rows if row["gold"] is not None]
     rows = np.array([row["row"] for row in known], dtype=np.int64)
     return Predictions(rows, *task.rules.compared(known, task))
