@@ -137,11 +137,9 @@ def routing_share(
 SKEW = 3.0
 """Load of the busiest expert over the mean load, under forced skew."""
 
-
 MOST_REFERENCE_EXPERTS = 16
 """The loop over all experts keeps E outputs per token for its backward pass: with 64 that is
 gigabytes here."""
-
 
 Run = Callable[[], None]
 
@@ -280,14 +278,12 @@ SIZES = {
 }
 """Kind of device -> what is measured."""
 
-
 _ANYWHERE = {
     "native_over_block_skew3": Target(at_least=2.0),
     "native_over_block_balanced": Target(at_least=1.0),
     "e64_over_e8": Target(at_most=1.2),
     "monitoring_share": Target(at_most=0.01),
 }
-
 
 TARGETS = {
     "cpu": {

@@ -25,7 +25,6 @@ OUTPUT_INIT = 0.02
 """Spread of the output projections: with zeros the backward pass would multiply by zero all the
 way."""
 
-
 TASK = Task("label", "single_label", ("no", "yes"), "macro_f1")
 
 

@@ -128,7 +128,6 @@ def measure_monitoring(config: str | None) -> dict[str, Any]:
 WARMUP = 4
 """Untimed steps of each contestant."""
 
-
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "A10G": 70e12}
 """Part of a GPU's name -> dense bfloat16 FLOP per second by its data sheet."""
 

@@ -23,10 +23,8 @@ from comoe.train.parallel.ds_config import fill_settings, plan_layout
 
 Seen = Callable[[Task, int], tuple[str, str]]
 
-
 SAMPLES = 3
 """Posts shown per task."""
-
 
 SHOWN_CHARACTERS = 160
 """Characters of a post that are shown."""

@@ -21,11 +21,9 @@ M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1
 """mallopt numbers of glibc: blocks above the first are mapped and unmapped, free space above the
 second is returned."""
 
-
 THRESHOLDS = {M_MMAP_THRESHOLD: 32 << 20, M_TRIM_THRESHOLD: 64 << 20}
 """Bytes: what glibc comes to by itself, unless ``prepare_process`` asked this process for more. It
 cannot be read back; whoever changes them for a while puts these back."""
-
 
 PACKAGES = (
     "comoe",

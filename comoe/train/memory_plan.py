@@ -51,7 +51,6 @@ from comoe.train.parallel.ds_config import Layout
 FULL = 4
 """Bytes of a float32."""
 
-
 HALF = 2
 """Bytes of a bfloat16."""
 
@@ -367,11 +366,9 @@ MOMENTS: dict[str, Callable[[float], int]] = {
 }
 """Optimizer -> float32 numbers it keeps per parameter, given its momentum."""
 
-
 UNBOUNDED = 1_000_000_000
 """What DeepSpeed takes where the JSON says nothing of ``stage3_max_live_parameters`` and its
 like."""
-
 
 DEFAULT_BUCKET = 500_000_000
 """What DeepSpeed takes where the JSON says nothing of ``reduce_bucket_size``."""

@@ -25,23 +25,18 @@ if TYPE_CHECKING:
 MARK = ".begun"
 """Holds a word of the start that made or resumed the run."""
 
-
 PROBE = ".seen"
 """Lies in the folder while the machines look whether they see it."""
-
 
 OWN_SETTINGS = "deepspeed.json"
 """The DeepSpeed JSON as the user wrote it, "auto" included; ``ds_config.json`` is what it
 became."""
 
-
 SET_ASIDE = "set_aside.jsonl"
 """Every row that was left out, or kept without its picture, with file, line and reason."""
 
-
 LEARNED = ("kind", "labels", "label_words", "prompt")
 """What of a task the weights of a run depend on."""
-
 
 PATIENCE = 30.0
 """Seconds that a network folder has to show on one machine what another one wrote."""

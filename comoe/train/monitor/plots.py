@@ -24,9 +24,7 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#99
 BLUE, RED, GREEN, _, _, SKY, GREY, _ = COLORS
 INK, GRID, EMPTY = "#333333", "#dddddd", "#eeeeee"
 
-
 MAX_NAMED_CLASSES, MAX_COUNTED_CLASSES, MAX_LABEL = 30, 12, 18
-
 
 Curve = Sequence[tuple[int, float]]
 """(step, value) pairs in the order of steps."""
@@ -349,7 +347,6 @@ def principal_plane(points_NP: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 Bins = tuple[np.ndarray, np.ndarray, np.ndarray]
 """Rows, sum of their probabilities, and rows that came true, per bin."""
-
 
 BEFORE_AND_AFTER = (RED, BLUE)
 

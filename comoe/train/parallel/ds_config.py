@@ -15,10 +15,8 @@ from comoe.models.moe.block import MIXTURE_PATTERN
 
 AUTO = "auto"
 
-
 SECTIONS = ("zero_optimization", "bf16", "expert_parallel", "data_types")
 """Keys of the DeepSpeed JSON that hold an object."""
-
 
 ZERO_2: Mapping[str, Any] = {
     "train_batch_size": AUTO,
@@ -254,7 +252,6 @@ _AUTOEP = {
     "score_apply": "post",
 }
 """What AutoEP must be told of the blocks in ``comoe.models.moe.block``."""
-
 
 _OPTIMIZERS = {
     "adamw": (
