@@ -8,6 +8,7 @@ from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from operator import attrgetter
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -138,19 +139,17 @@ def augment(
     progress: bool = True,
     spared: Sequence[Path] = (),
 ) -> Report:
-    """Write the posts with their auxiliary columns. A run that was killed goes on when it is
-    started again, and one that has finished changes nothing.
+    """Write the posts with their auxiliary columns. A killed run goes on, a finished one changes nothing.
 
     Args:
         choice: the posts.
-        output: JSON lines; missing folders are made. Written aside and renamed when all posts are
-            done.
-        prompts: what is asked.
+        output: JSON lines, written aside and renamed when all posts are done.
+        prompts: the questions.
         load: gives the model; called once the posts are found to be good.
-        settings: how answers are refined.
+        settings: how generated texts are refined.
         overwrite: replace an output of augment's that is there, and forget a run that stopped.
         progress: draw a progress bar; else a line now and then, as a log wants it.
-        spared: files that are read, beside the posts.
+        spared: further files that are read.
 
     Raises:
         ValueError: posts that cannot be read; an output that is there and was made otherwise, or
@@ -164,8 +163,7 @@ def augment(
     files.check(spared=[*([place] if place.exists() else ()), *spared])
     posts = read_posts(choice, labels=prompts.labels, added=COLUMNS)
     for number, row in enumerate(posts.rows, start=1):
-        # Now, not when all the work is done.
-        line_of(row, number=number)
+        line_of(row, number=number)  # now, not when all the work is done
     earlier = None if overwrite or files.begun.exists() else files.finished()
     head = _head(posts, prompts, settings)
     if earlier is not None:
@@ -180,14 +178,11 @@ def augment(
         resumed = len(journal.records)
         refine = Refiner(generator, prompts, settings)
         _work(posts.posts, journal, refine, batch_size=settings.batch_size, progress=progress)
-        outcomes = sorted(
-            map(Outcome.from_dict, journal.records), key=lambda outcome: outcome.index
-        )
+        outcomes = sorted(map(Outcome.from_dict, journal.records), key=attrgetter("index"))
         report = Report(posts, tuple(outcomes), files, resumed)
-        made = list(zip(posts.posts, posts.rows, outcomes, strict=True))
         files.write(
-            ({**row, **_columns_of(outcome)} for _, row, outcome in made),
-            [row for post, _, outcome in made for row in _kept_out(post, outcome)],
+            ({**row, **_columns_of(one)} for row, one in zip(posts.rows, outcomes, strict=True)),
+            [row for pair in zip(posts.posts, outcomes, strict=True) for row in _kept_out(*pair)],
             head=head,
             report=report.lines(),
         )

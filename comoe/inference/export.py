@@ -198,16 +198,14 @@ def export_model(
 
     Args:
         folder: the export; an older export there is replaced.
-        state_dict: every weight and buffer of ``MultiTaskModel`` under its plain name, whole,
-            float32.
+        state_dict: weights and buffers of ``MultiTaskModel`` by their plain names, whole, float32.
         recipe: the resolved recipe of the run.
         tasks: in the order of the model's heads.
         encoder_config: ``encoder.config.to_dict()``.
         tokenizer: the encoder's tokenizer.
         tower_config: ``tower.inner.config.to_dict()``; None where the model has no vision tower.
         image_processor: the vision tower's; None where the model reads no pictures.
-        results: content of the run's ``results.json``, measured on these very weights, for the
-            model card.
+        results: the run's ``results.json``, measured on these very weights, for the model card.
 
     Raises:
         ValueError: the folder holds something that is no export, or weights and recipe do not fit.
@@ -218,20 +216,17 @@ def export_model(
             f"{folder} exists and is not an export of comoe; choose another folder, or remove it first."
         )
     config = _config(recipe, tasks, encoder_config, tower_config)
-    config["image_column"] = (
-        None if image_processor is None else column_in_training(recipe.tasks.values())
-    )
+    config["image_column"] = image_processor and column_in_training(recipe.tasks.values())
     aside = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
-        kept = {
-            name: tensor for name, tensor in state_dict.items() if not name.startswith(FOR_TRAINING)
+        weights = {
+            name: tensor.detach().cpu().contiguous()
+            for name, tensor in state_dict.items()
+            if not name.startswith(FOR_TRAINING)
         }
-        weights = _each_once(
-            {name: tensor.detach().cpu().contiguous() for name, tensor in kept.items()}
-        )
-        save_file(weights, aside / WEIGHTS, metadata={"format": "pt"})
+        save_file(_each_once(weights), aside / WEIGHTS, metadata={"format": "pt"})
         (aside / CONFIG).write_text(
             json.dumps(config, ensure_ascii=False, indent=2) + "\n", encoding="utf-8"
         )

@@ -99,31 +99,28 @@ def predict_file(
     batch_size: int = 64,
     progress: bool = True,
 ) -> str:
-    """Answer every post of a file, in order, one line per post.
+    """Predict every post of a file, in order, one line per post.
 
     Args:
         predictor: the model.
         source: .txt (one post per line), .csv, .tsv, .jsonl.
-        target: the answers; missing folders are made. Replaced whole.
+        target: the predictions; missing folders are made. Replaced whole.
         format: key of ``WRITERS``.
         tasks: names of the tasks; None is all.
         text_column: column with the post, unless the file is .txt.
-        pair_column: column with the second text; None takes the one of the training posts, where
-            the file has it.
-        image_column: column with the picture, a path from the folder of the file; None takes the
-            one of the training posts, or ``image``, if the model reads pictures; a line on stderr
-            tells where the file has neither.
+        pair_column: column with the second text; None takes that of training, if it is there.
+        image_column: column with the image, a path from the folder of the file; None takes that of
+            training, or ``image``, if the model reads images.
         explain: add the attention weight of each word (jsonl; tasks with a pooled head).
         batch_size: posts per forward pass.
         progress: show a progress bar.
 
     Returns:
-        One sentence on what was done, with the number of posts that could not be answered.
+        One sentence on what was done, with the number of posts without a prediction.
 
     Raises:
         ValueError: a file, column, task or format that does not exist or does not fit, a target
-            that is the source, or no post
-            could be answered.
+            that is the source, or no post has a prediction.
     """
     chosen = [task for task in predictor.tasks if tasks is None or task.name in tasks]
     writer = _writer(format, predictor, chosen, explain=explain)
@@ -133,30 +130,23 @@ def predict_file(
     posts = read_posts(source, **columns, model=predictor, tasks=chosen)
     errors, blind = [], 0
     target.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        atomic_file(target, "w") as file,
-        tqdm(total=len(posts), unit="post", disable=not progress, dynamic_ncols=True) as bar,
-    ):
+    bar = tqdm(total=len(posts), unit="post", disable=not progress, dynamic_ncols=True)
+    with atomic_file(target, "w") as file, bar:
         writer.begin(file)
         for start in range(0, len(posts), CHUNK):
             chunk = [writer.prepare(post) for post in posts[start : start + CHUNK]]
             options = {"tasks": tasks, "explain": explain, "batch_size": batch_size}
-            answers = _answer(predictor, chunk, **options, root=source.parent)
-            for answer in answers:
-                writer.write(file, answer)
-            errors += [answer["error"] for answer in answers if "error" in answer]
-            blind += sum("image_error" in answer for answer in answers)
+            for found in _answer(predictor, chunk, **options, root=source.parent):
+                writer.write(file, found)
+                errors += [found["error"]] if "error" in found else []
+                blind += "image_error" in found
             bar.update(len(chunk))
     if posts and len(errors) == len(posts):
         raise ValueError(
-            f"none of the {len(posts)} posts could be answered, see {target}; the first: {errors[0]}."
+            f"none of the {len(posts)} posts could be predicted, see {target}; the first: {errors[0]}."
         )
-    done = f"{len(posts)} posts answered in {target}{writer.remark(len(errors))}"
-    if not blind:
-        return done
-    return (
-        f"{done}; {blind} of them were answered without their bad picture and have an image_error"
-    )
+    done = f"{len(posts)} posts predicted in {target}{writer.remark(len(errors))}"
+    return f"{done}; {blind} of them without their bad image (image_error)" if blind else done
 
 
 def _writer(

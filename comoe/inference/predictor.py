@@ -41,7 +41,7 @@ class Predictor:
     ...}]``. What stands under a task depends on its kind: ``label`` and ``scores`` of every label;
     ``labels`` and ``scores``; ``value``; or ``words``, ``tags``, ``scores`` and ``spans``; or
     ``answer``, a text, and its ``probability``. A post that was cut to the model's length has
-    ``truncated`` as well, one that was answered without its bad picture ``image_error``.
+    ``truncated`` as well, one that was predicted without its bad image ``image_error``.
     """
 
     exported: Exported
@@ -121,23 +121,20 @@ class Predictor:
         explain: bool = False,
         progress: bool = False,
     ) -> list[dict[str, Any]]:
-        """Answer every text; a text that cannot be answered has ``error`` instead of answers, and no text is lost.
+        """Predict every text; one that cannot be has ``error`` instead of predictions, and no text is lost.
 
         Args:
             texts: raw posts.
-            pairs: second texts (stance target, aspect), None where there is none; as in training a
-                list of words or a number will do.
-            words: posts as words, for tags; a post without them is split into words. A text beside
-                words is not read.
+            pairs: second texts (stance target, aspect; a list of words or a number too) or None.
+            words: posts as words, for tags, instead of their texts; else texts are split.
             images: paths, bytes of files, or Pillow images, None where there is none. A post with a
-                bad one is answered by its text alone and has ``image_error``.
-            image_root: folder that paths of pictures start from and must not leave; None takes any
-                path.
-            tasks: names of the tasks to answer; None is all.
+                bad one is predicted by its text alone and has ``image_error``.
+            image_root: folder that paths of images start from and must not leave; None: any path.
+            tasks: names of the tasks; None is all.
             batch_size: posts per forward pass.
             explain: add ``attention`` to each task with a pooled head: [word, weight] in the order
-                of the cleaned post, weights summing to 1; and ``attention_elsewhere``, the share of
-                the whole attention that was on special tokens and on the second text.
+                of the cleaned post, weights summing to 1; and ``attention_elsewhere``, the share on
+                special tokens and on the second text.
             progress: show a progress bar.
 
         Raises:
@@ -152,23 +149,20 @@ class Predictor:
         answers: list[dict[str, Any]] = [{"text": text} for text in texts]
         usable = []
         for number, answer in enumerate(answers):
-            if problem := text_problem(texts[number], words[number]) or pair_problem(
-                pairs[number], chosen
-            ):
+            problem = text_problem(texts[number], words[number])
+            if problem := problem or pair_problem(pairs[number], chosen):
                 answer["error"] = problem
             else:
                 usable.append(number)
                 images[number] = self._located(images[number], image_root, answer)
         passes = _passes(texts, words, usable, chosen, as_words=self.as_words)
-        with tqdm(
-            total=len(usable) * len(passes), unit="post", disable=not progress, dynamic_ncols=True
-        ) as bar:
+        total = len(usable) * len(passes)
+        with tqdm(total=total, unit="post", disable=not progress, dynamic_ncols=True) as bar:
             for column, some in passes if usable else ():
                 # A prompt reads the words that were given, as it did in training.
                 read = [texts[i] if words[i] is None else " ".join(words[i]) for i in usable]
-                split = self._encode(
-                    read, *([values[i] for i in usable] for values in (pairs, column, images)), some
-                )
+                columns = ([values[i] for i in usable] for values in (pairs, column, images))
+                split = self._encode(read, *columns, some)
                 mine = [answers[i] for i in usable]
                 for indices in eval_batches(split.lengths, batch_size=batch_size):
                     self._answer(split, indices, tasks=some, answers=mine, explain=explain)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -160,9 +161,7 @@ class MultiTaskModel(nn.Module):
         dropout = HEAD_DROPOUT if config.dropout is None else config.dropout
         # A list, not a dict by name: a task may be called "type" or "expert", which torch and
         # DeepSpeed keep for themselves.
-        self._headed = tuple(
-            number for number, task in enumerate(self.tasks) if task.mode != "decoder"
-        )
+        self._headed = tuple(i for i, task in enumerate(self.tasks) if task.mode != "decoder")
         self.heads = nn.ModuleList(
             TaskHead(self.tasks[number], width, dropout=dropout) for number in self._headed
         )
@@ -179,13 +178,9 @@ class MultiTaskModel(nn.Module):
         self.route_image_tokens = config.vision.route_image_tokens
         self.image_text = None
         if self.fusion is not None and image_text is not None:
-            head = ImageTextHead(
-                width,
-                self.fusion.image_width,
-                config.projection_width,
-                contrast=image_text.itc_weight > 0,
-                match=image_text.itm_weight > 0,
-            )
+            wanted = {"contrast": image_text.itc_weight > 0, "match": image_text.itm_weight > 0}
+            widths = (width, self.fusion.image_width, config.projection_width)
+            head = ImageTextHead(*widths, **wanted)
             self.image_text = head if head.contrasts or head.match is not None else None
         # Last, so that all else begins as it does without them.
         self.private = None
@@ -219,11 +214,10 @@ class MultiTaskModel(nn.Module):
         """Logits of each task: of those with a head on every row, of others on their own rows.
 
         Args:
-            batch: the rows.
             selected: ``ModelOutput.selected`` of an earlier pass over the same batch; this one routes
                 every token as that one did.
-            compare, decode, probed: give ``ModelOutput.image_text``, where the model is trained for
-                it; run the decoder, where there is one; give ``probe``.
+            compare, decode, probed: give ``image_text``, run the decoder (where there is one), give
+                ``probe``.
         """
         ids_BL, mask_BL = batch.input_ids_BL, batch.attention_mask_BL
         # A confidence says how much to learn from a post, not what to predict.
@@ -234,9 +228,7 @@ class MultiTaskModel(nn.Module):
         shared_BLM, routings, picked = encoding.fused_BLM, encoding.routings, encoding.selected
         token_rows_S, more = encoding.token_rows_S, {}
         if probed:
-            more["probe"] = probe(
-                shared_BLM, self.tasks, lambda place, x: self._head(place, x, mask_BL)[0].logits
-            )
+            more["probe"] = probe(shared_BLM, self.tasks, partial(self._logits, mask_BL=mask_BL))
         logits, embeddings, attentions, private = {}, {}, {}, {}
         for place, number in enumerate(self._headed):
             name = self.tasks[number].name
@@ -253,26 +245,26 @@ class MultiTaskModel(nn.Module):
             private |= update
             logits |= decoded.logits
             routings, picked = routings + decoded.routings, picked + decoded.selected
-        answer_rows_S, num_answer_layers = (
-            (None, 0) if decoded is None else (decoded.rows_S, len(decoded.routings))
-        )
-        # A filler row stands alone. Its tokens had to run, but no loss and no statistic may count
-        # them.
+        answer_rows_S, num_answer_layers = None, 0
+        if decoded is not None:
+            answer_rows_S, num_answer_layers = decoded.rows_S, len(decoded.routings)
+        # A filler row stands alone. Its tokens had to run, but no loss and no statistic counts them.
         if len(batch.row_ids_B) == 1 and int(batch.row_ids_B) < 0:
             routings, picked = tuple(map(without_tokens, routings)), ()
             token_rows_S = token_rows_S[:0]
             answer_rows_S = None if decoded is None else answer_rows_S[:0]
         if compare and self.image_text is not None:
-            more["image_text"] = image_text_output(
-                self.image_text, self.fusion, self.encode, texts, images, encoding
-            )
+            sides = (self.image_text, self.fusion, self.encode, texts, images, encoding)
+            more["image_text"] = image_text_output(*sides)
         if self.training:
             more["sharing"] = Sharing(shared_BLM, mask_BL, private)
         more |= {"answer_rows_S": answer_rows_S, "num_answer_layers": num_answer_layers}
-        more["selected"] = picked
-        more["generated"] = {} if decoded is None else decoded.generated
+        more |= {"selected": picked, "generated": {} if decoded is None else decoded.generated}
         logits = {task.name: logits[task.name] for task in self.tasks if task.name in logits}
         return ModelOutput(logits, embeddings, attentions, routings, token_rows_S, **more)
+
+    def _logits(self, place: int, shared_BLM: Tensor, *, mask_BL: Tensor) -> Tensor:
+        return self._head(place, shared_BLM, mask_BL)[0].logits
 
     def _head(
         self, place: int, shared_BLM: Tensor, mask_BL: Tensor

@@ -121,9 +121,7 @@ def _predict(terminal: Terminal, folder: Path, export: Path) -> None:
     ]
     done = terminal.python("launch/predict.py", *asked, "--image-column", "photo")
     assert done.code == 0, done.said
-    assert re.search(
-        "5 posts answered .*; 3 of them were answered without their bad picture", done.err
-    )
+    assert re.search("5 posts predicted .*; 3 of them without their bad image", done.err)
     answers = read_lines(folder / "answers.jsonl")
     errors = [answer.get("image_error") for answer in answers]
     assert errors[0] is None and errors[2] is None

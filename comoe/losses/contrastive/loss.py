@@ -181,21 +181,11 @@ class ContrastiveLoss(nn.Module):
         sizes = [sum(counts) for counts in counts_WT]
         everyone = self._gather_rows(own, counts_WT, sizes)
         scales_T = self.scales() if scales_T is None else scales_T
-        added, waits, repeats = self._host_numbers(everyone)
-        all_sums = []
-        for index, (rows, scale) in enumerate(zip(everyone, scales_T.tolist(), strict=True)):
-            past = None
-            if added[index] and not waits:
-                past = _Rows(*self.queue.read(index, added=added[index]))
-            start = sum(counts[index] for counts in counts_WT[:rank])
-            span = {"start": start, "num_own": counts_WT[rank][index]}
-            compared = _task_rows(self.tasks[index], rows, past, **span, repeats=repeats[index])
-            keep = KEEP_BYTES // len(self.tasks)
-            all_sums.append(
-                AnchorSums(compared, scale=scale, keep_bytes=keep, moments=self.learned)
-            )
-            if self.queue is not None and self.training:
-                self.queue.put(index, rows.rows_NP, rows.keys_NK, rows.posts_N, added=added[index])
+        spans = [
+            {"start": sum(counts[i] for counts in counts_WT[:rank]), "num_own": counts_WT[rank][i]}
+            for i in range(len(own))
+        ]
+        all_sums = self._anchor_sums(everyone, spans, scales_T.tolist())
         # The second gather: what the gradient of this rank's rows takes from the anchors of the
         # others.
         numbers = [sums.reciprocals() for sums in all_sums]
@@ -224,6 +214,26 @@ class ContrastiveLoss(nn.Module):
             if self.learned:
                 terms[f"temperature/{task.name}"] = 1 / scale.detach()
         return total, {"contrastive": total.detach(), **terms}
+
+    def _anchor_sums(
+        self, everyone: Sequence[_Rows], spans: Sequence[Mapping[str, int]], scales: Sequence[float]
+    ) -> list[AnchorSums]:
+        """Per task the sums of this rank's anchors over the rows of all ranks and of the queue."""
+        added, waits, repeats = self._host_numbers(everyone)
+        keep, all_sums = KEEP_BYTES // len(self.tasks), []
+        for index, (rows, scale) in enumerate(zip(everyone, scales, strict=True)):
+            past = None
+            if added[index] and not waits:
+                past = _Rows(*self.queue.read(index, added=added[index]))
+            compared = _task_rows(
+                self.tasks[index], rows, past, **spans[index], repeats=repeats[index]
+            )
+            all_sums.append(
+                AnchorSums(compared, scale=scale, keep_bytes=keep, moments=self.learned)
+            )
+            if self.queue is not None and self.training:
+                self.queue.put(index, rows.rows_NP, rows.keys_NK, rows.posts_N, added=added[index])
+        return all_sums
 
     def _own_rows(self, task: Task, output: ModelOutput, batch: Batch) -> _Rows:
         labels, embeddings_BP = batch.labels[task.name], output.embeddings[task.name]

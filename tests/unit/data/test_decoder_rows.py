@@ -552,7 +552,7 @@ def test_second_texts_and_labels_are_read_from_the_columns_of_training(
     ]
     source, predictor = write_jsonl(tmp_path / "in.jsonl", rows), predictor_of(columns=ASKED_ABOUT)
     said = predict_file(predictor, source, tmp_path / "out.jsonl", progress=False)
-    assert "2 posts answered" in said and "1 of them could not" in said
+    assert "2 posts predicted" in said and "1 of them could not" in said
     assert "second texts are read from column target, as in training" in capsys.readouterr().err
     scores = score(
         predictor, DataChoice(str(source), skip_bad=True), tasks=["polarity"], progress=False
@@ -563,7 +563,7 @@ def test_second_texts_and_labels_are_read_from_the_columns_of_training(
     )
     # A head that had no second text would read another post than in training.
     alone = predictor_of(columns=ASKED_ABOUT | {"mood": {"pair": None, "label": "mood"}})
-    message = rf"none of the 2 posts could be answered, see {tmp_path}/out.jsonl; the first: .*--pair-column"
+    message = rf"none of the 2 posts could be predicted, see {tmp_path}/out.jsonl; the first: .*--pair-column"
     with pytest.raises(ValueError, match=message):
         predict_file(alone, source, tmp_path / "out.jsonl", progress=False)
     assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 2

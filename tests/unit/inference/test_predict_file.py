@@ -95,7 +95,7 @@ def test_json_lines_keep_every_line_and_say_what_was_wrong(predictor, tmp_path):
         "in",
         "paris",
     ]
-    done = f"6 posts answered in {tmp_path / 'out.jsonl'}"
+    done = f"6 posts predicted in {tmp_path / 'out.jsonl'}"
     assert said == f"{done}; 4 of them could not be answered and have an error instead"
 
 
