@@ -113,7 +113,7 @@ def predict_file(
             training, or ``image``, if the model reads images.
         explain: add the attention weight of each word (jsonl; tasks with a pooled head).
         batch_size: posts per forward pass.
-        progress: show a progress bar.
+        progress: show a bar.
 
     Returns:
         One sentence on what was done, with the number of posts without a prediction.
