@@ -142,9 +142,8 @@ def predict_file(
                 blind += "image_error" in found
             bar.update(len(chunk))
     if posts and len(errors) == len(posts):
-        raise ValueError(
-            f"none of the {len(posts)} posts could be predicted, see {target}; the first: {errors[0]}."
-        )
+        why = f"see {target}; the first: {errors[0]}"
+        raise ValueError(f"none of the {len(posts)} posts could be predicted, {why}.")
     done = f"{len(posts)} posts predicted in {target}{writer.remark(len(errors))}"
     return f"{done}; {blind} of them without their bad image (image_error)" if blind else done
 
