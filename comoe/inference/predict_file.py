@@ -109,8 +109,7 @@ def predict_file(
         tasks: names of the tasks; None is all.
         text_column: column with the post, unless the file is .txt.
         pair_column: column with the second text; None takes that of training, if it is there.
-        image_column: column with the image, a path from the folder of the file; None takes that of
-            training, or ``image``, if the model reads images.
+        image_column: column with the image, a path; None takes that of training, or ``image``.
         explain: add the attention weight of each word (jsonl; tasks with a pooled head).
         batch_size: posts per forward pass.
         progress: show a bar.

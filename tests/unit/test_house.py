@@ -40,6 +40,10 @@ ALIASES = ("comoe/__init__.py", "comoe/predict.py")
 LONG_FILES = {
     "comoe/config/recipe.py": "every option of a recipe, in the order of the YAML file",
     "comoe/train/memory_plan.py": "one formula per line of the plan, then what they are fed with",
+    "comoe/augment/hugging_face.py": "everything that is asked of a generative model: load, generate, score",
+    "comoe/inference/export.py": "what an export holds: written, read back, and made of a checkpoint",
+    "comoe/losses/objective.py": "the four modes of the objective, and the table of its terms",
+    "comoe/starter/kit.py": "mostly the table of package archives with their checksums and licenses",
 }
 """File over 400 lines -> why it is one piece."""
 
