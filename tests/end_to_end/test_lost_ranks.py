@@ -58,7 +58,7 @@ def lose(typed: Typed, runs: Path, *, rank: int, number: signal.Signals, step: i
     wait_for(lambda: max(train_lines(folder), default=0) >= step, what=f"step {step}")
     process = rank_process(runs, rank)
     began = time.monotonic()
-    process.send_tokenal(number)
+    process.send_signal(number)
     try:
         done = typed.wait(90)
         seconds = time.monotonic() - began

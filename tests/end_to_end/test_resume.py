@@ -92,7 +92,7 @@ def stopped(
     folder = runs / "smoke"
     typed = start(shared_terminal, runs)
     wait_for(lambda: max(train_lines(folder), default=0) >= STOPPED_AT, what=f"step {STOPPED_AT}")
-    typed.process.send_tokenal(signal.SIGTERM)
+    typed.process.send_signal(signal.SIGTERM)
     typed.process.wait(60)
     wait_for(lambda: not processes_of(runs), what="the end of all processes of the run", seconds=60)
     assert not (folder / "results.json").exists(), "the signal came too late"

@@ -98,7 +98,7 @@ def test_two_hosts_give_the_losses_of_one_and_a_crash_on_one_restarts_both(
     words = ("--restarts", "1", "--config", SMOKE, f"run.output_dir={tmp_path}", *EVENTFUL)
     typed = hosts.type_on_each(terminal, *words)
     wait_for(lambda: max(train_lines(folder), default=0) >= 5, what="step 5")
-    rank_process(tmp_path, 1).send_tokenal(signal.SIGKILL)
+    rank_process(tmp_path, 1).send_signal(signal.SIGKILL)
     done = [each.wait() for each in typed]
     assert [each.code for each in done] == [0, 0], done[0].said + done[1].said
     np.testing.assert_allclose(losses(folder), losses(uninterrupted), rtol=1e-6)

@@ -155,7 +155,7 @@ class _Child:
             self.stopped = True
             reports.append({"stopped": True})
             if self.process is not None:
-                self.process.send_tokenal(signal.SIGTERM)
+                self.process.send_signal(signal.SIGTERM)
         if self.process is None:
             return reports
         late = self.kill_at is not None and time.monotonic() > self.kill_at
@@ -183,7 +183,7 @@ class _Child:
             self.process = subprocess.Popen(self.command, env={**os.environ, **ours})
             if self.stopped:
                 # The signal came while this order was under way.
-                self.process.send_tokenal(signal.SIGTERM)
+                self.process.send_signal(signal.SIGTERM)
         elif order["do"] == "end" and self.process is not None:
             self.kill_at = time.monotonic() + order["grace"]
         elif order["do"] == "leave":

@@ -195,7 +195,7 @@ def split_of(tasks):
     tokens = SimpleNamespace(offsets=np.array([0, 4, 9, 15, 22]))
     labelled = np.ones((4, len(tasks)), dtype=bool)
     return SimpleNamespace(
-        lengths=np.arange(6, 10), labelled=labelled, tokens=tokens, prompts=prompts, answers=lists
+        lengths=np.arange(6, 10), labelled=labelled, tokens=tokens, prompts=prompts, targets=lists
     )
 
 

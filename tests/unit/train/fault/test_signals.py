@@ -43,7 +43,7 @@ def test_a_signal_is_noted_and_the_process_goes_on(number: signal.Signals) -> No
     with start(RANK) as rank:
         assert rank.stdout is not None
         assert [rank.stdout.readline() for _ in range(2)] == ["loading\n", "ready\n"]
-        rank.send_tokenal(number)
+        rank.send_signal(number)
         assert rank.communicate(timeout=40)[0] == f"{number.name}\nwent on\n"
     assert rank.returncode == 0
 

@@ -187,7 +187,7 @@ time.sleep(60)
     supervised = Supervised(tmp_path, child, restarts=5)
     supervised.wait_for("ready", times=2)
     for process in supervised.processes:
-        process.send_tokenal(number)
+        process.send_signal(number)
     codes, said = supervised.end()
     assert codes == [0, 0] and said == ""
     assert supervised.log.read_text().count("saved") == 2 and len(attempts(supervised)) == 2
