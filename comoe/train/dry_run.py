@@ -131,11 +131,11 @@ def sample_lines(
             texts = [" ".join(normalize_words(words, config))]
         if pair is not None:
             texts.append(normalize_post(pair, config))
-        lines.append(f"  {_label_in_words(task, split, row)} | {' || '.join(map(_cut, texts))}")
+        lines.append(f"  {_label_text(task, split, row)} | {' || '.join(map(_cut, texts))}")
     return lines if len(lines) > count else [*lines, "  no post has a label of this task"]
 
 
-def _label_in_words(task: Task, split: PostSplit, row: int) -> str:
+def _label_text(task: Task, split: PostSplit, row: int) -> str:
     """The label as prediction would write it: through the target tensor and back, which is what training sees."""
     value, words = split.labels[task.name][row], split.words[row]
     targets = task.rules.collate(

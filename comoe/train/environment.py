@@ -40,7 +40,7 @@ PACKAGES = (
 def prepare_process(*, verbose: bool) -> None:
     """Set the environment that DeepSpeed reads on import. Call it before ``comoe.train.parallel.setup`` is imported.
 
-    A user need not set any variable: a machine without a GPU is told to DeepSpeed as such, a plain
+    A user need not set any variable: DeepSpeed gets the CPU accelerator without a GPU, a plain
     ``python`` start becomes a world of one rank, each rank takes its share of the cores, and on
     several machines it talks over the network that rank 0 is in.
     """

@@ -57,7 +57,7 @@ def evaluate_split(
         asked_to_stop: asked every few batches.
 
     Raises:
-        EvaluationStopped: ``asked_to_stop`` said so on some rank; raised on all of them after the
+        EvaluationStopped: ``asked_to_stop`` returned true on some rank; raised on all of them after the
             same batch.
     """
     split = run.splits.get(name) if split is None else split

@@ -231,5 +231,5 @@ def write_predictions(
             with atomic_file(folder / split / f"{task}.jsonl", "w") as file:
                 for row in rows:
                     place = posts[split].groups[row["row"]]
-                    told = {"row": row["row"], "data_set": posts[split].group_names[place]} | row
-                    file.write(json.dumps(told, ensure_ascii=False) + "\n")
+                    line = {"row": row["row"], "data_set": posts[split].group_names[place]} | row
+                    file.write(json.dumps(line, ensure_ascii=False) + "\n")

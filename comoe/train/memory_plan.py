@@ -143,7 +143,7 @@ class DecoderWork:
     read_tokens: int = 0
     """Tokens of the encoder that its rows look at."""
     vocabulary: int = 0
-    """Words V that every token of an answer is told from."""
+    """Vocabulary V of the decoder's outputs."""
 
     def activation_bytes(self, number: int) -> int:
         """All layers with what they look at, the gathered states of their rows, and the embeddings."""
@@ -483,7 +483,7 @@ class RowTokens(NamedTuple):
     answers: float
     """That a decoder is taught."""
     pictures: float
-    """Rows per post, each with its picture."""
+    """Rows per post, each with its image."""
 
 
 def _row_tokens(model: MultiTaskModel, train: TokenizedSplit, *, by_task: bool) -> RowTokens:

@@ -24,7 +24,7 @@ from comoe.distributed import (
 )
 from comoe.train.environment import prepare_process
 from comoe.train.fault.signals import StopSignal
-from comoe.train.fault.supervisor import is_child, restart_in_words
+from comoe.train.fault.supervisor import is_child, restart_record
 from comoe.train.fault.watchdog import LOST, PREPARING, Watchdog
 from comoe.train.run_folder import (
     OWN_SETTINGS,
@@ -111,17 +111,17 @@ def run_and_exit(request: Request, stop: StopSignal | None = None) -> None:
     training, 1 anything else, with its traceback.
     """
     watch = Watchdog()
-    code, said, shown = 0, "", ""
+    code, message, shown = 0, "", ""
     try:
         run_request(request, stop, watch)
     except KeyboardInterrupt:
         # Outside of the training loop, which notes the signal and saves.
-        code, said = 130, "interrupted; what was saved before is whole."
+        code, message = 130, "interrupted; what was saved before is whole."
     except Exception as error:
-        code, said, shown = _judge(error, request, watch)
-    watch.leave(code, said)
+        code, message, shown = _judge(error, request, watch)
+    watch.leave(code, message)
     if code:
-        _say_error(said, shown)
+        _print_error(message, shown)
     sys.stdout.flush()
     sys.stderr.flush()
     # gloo's threads sometimes abort an ordinary exit after all is done; see deepspeed_notes.
@@ -152,12 +152,12 @@ def _is_verbose(request: Request) -> bool:
         return False
 
 
-def _say_error(said: str, shown: str) -> None:
+def _print_error(message: str, shown: str) -> None:
     # Usually every rank fails alike and one message is enough. The others wait for the launcher to
     # end them and speak only if it does not, because then the error is theirs alone.
     if not is_main() or int(os.environ.get("RANK", "0")):
         time.sleep(3)
-    print(f"{shown}comoe: rank {os.environ.get('RANK', '0')}: {said}", file=sys.stderr)
+    print(f"{shown}comoe: rank {os.environ.get('RANK', '0')}: {message}", file=sys.stderr)
 
 
 def run_request(
@@ -211,7 +211,7 @@ def run_request(
         # Not over a finished run: its recipe is the one that its results came from, whatever was
         # typed now.
         write_run_folder(run, own_settings=settings)
-        if restarted := restart_in_words():
+        if restarted := restart_record():
             run.monitor.log_event({"event": "restart", "step": state.step, **restarted})
     _train_and_finalize(run, stop)
     run.monitor.close()

@@ -33,7 +33,7 @@ OWN_SETTINGS = "deepspeed.json"
 became."""
 
 SET_ASIDE = "set_aside.jsonl"
-"""Every row that was left out, or kept without its picture, with file, line and reason."""
+"""Every row that was left out, or kept without its image, with file, line and reason."""
 
 LEARNED = ("kind", "labels", "label_words", "prompt")
 """What of a task the weights of a run depend on."""
@@ -43,7 +43,7 @@ PATIENCE = 30.0
 
 
 def refuse_taken(folder: Path, *, overwrite: bool) -> None:
-    """Refuse a folder that holds a run already, unless told to delete it; every rank must call it.
+    """Refuse a folder that already holds a run, or delete it on request; every rank must call it.
 
     Raises:
         ValueError: it does; go on with it, rename, or overwrite.

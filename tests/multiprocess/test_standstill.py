@@ -41,7 +41,7 @@ def test_the_message_of_a_standstill_names_the_rank_that_is_in_no_collective() -
     assert [codes for codes, _ in answers] == [[4], [4]] and answers[0][1] == answers[1][1]
     said = answers[0][1]
     assert said.startswith(
-        "no rank got any further for 2 s (parallel.timeout_seconds) at step 9 (training): rank 1 on"
+        "no rank made progress for 2 s (parallel.timeout_seconds) at step 9 (training): rank 1 on"
     )
     assert "is in test_standstill.py:" in said and said.endswith(
         "the others wait for it in a collective."

@@ -94,7 +94,7 @@ def saved_elsewhere(path: Path, layout: Layout) -> str:
     now = _layout_dict(layout)
     if saved == now:
         return ""
-    return f"{path.name} was saved with {_in_words(saved)}, this start has {_in_words(now)}"
+    return f"{path.name} was saved with {_layout_text(saved)}, this start has {_layout_text(now)}"
 
 
 def needs_conversion(path: Path, layout: Layout) -> bool:
@@ -170,7 +170,7 @@ def _layout_dict(layout: Layout) -> dict[str, int | bool]:
     }
 
 
-def _in_words(layout: dict[str, Any]) -> str:
+def _layout_text(layout: dict[str, Any]) -> str:
     precision = "bf16" if layout["bf16"] else "float32"
     return f"{layout['world_size']} ranks, ep_size {layout['ep_size']}, ZeRO {layout['stage']}, {precision}"
 

@@ -1,8 +1,8 @@
-"""Short messages between the processes of one run, apart from its collectives: rank 0 in the
-middle, one TCP connection to every other rank.
+"""Short messages between the processes of one run, outside its collectives: one TCP connection from
+rank 0 to every other rank.
 
-A collective says nothing about a rank that does not take part in it. A connection does: the system
-closes it in the moment in which a process ends, in whatever way. A message is one line of JSON.
+A collective does not show which rank is missing. A connection does: the operating system closes it
+when a process ends, for any reason. A message is one line of JSON.
 """
 
 from __future__ import annotations
@@ -15,29 +15,24 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-LONGEST = 1 << 16
-"""Bytes of the longest line; who sends more is none of ours."""
-
+MAX_LINE = 1 << 16
+"""Bytes of the longest line; longer input closes the connection."""
 
 RETRY = 0.5
-"""Seconds between two attempts to reach the middle."""
-
+"""Seconds between two attempts to reach rank 0."""
 
 PROBES = 4
-"""Probes of a connection on which nothing is under way, within the patience with it."""
-
+"""Keepalive probes of an idle connection within ``patience``."""
 
 MARGIN = 60.0
-"""Seconds that the system waits for an answer beyond the patience, so that whoever counts messages
-speaks first."""
-
+"""Seconds added to ``patience`` for TCP timeouts, so that the watchdog reports a silent rank first."""
 
 LONGEST_PAUSE, LONGEST_WAIT = 32767, 2**31 - 1
-"""Linux takes no longer pause between probes (seconds), nor wait for an answer (milliseconds)."""
+"""Limits of Linux: pause between probes in seconds, wait for an acknowledgment in milliseconds."""
 
 
 def listen(port: int = 0) -> socket.socket:
-    """A server on all addresses of this machine; port 0 takes a free one."""
+    """A server on all addresses of this machine; port 0 selects a free one."""
     if socket.has_dualstack_ipv6():
         return socket.create_server(
             ("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=4096
@@ -45,21 +40,20 @@ def listen(port: int = 0) -> socket.socket:
     return socket.create_server(("", port), backlog=4096)
 
 
-class Star:
-    """One end of the star.
+class SideChannel:
+    """One end of the side channel.
 
     Args:
         rank: of this process.
-        word: strangers do not know it; the same on all ranks.
-        patience: seconds after which, and a margin, the system gives up a machine that answers
-            nothing.
+        word: shared secret, the same on all ranks.
+        patience: seconds after which, plus a margin, the system closes the connection to a machine
+            that does not respond.
     """
 
     def __init__(self, rank: int, *, word: str = "", patience: float = 300.0) -> None:
         self.rank = rank
         self.broken: dict[int, str] = {}
-        """Ranks whose connection was lost in another way than by the end of their process, and
-        how."""
+        """Rank -> reason, if its connection was lost although its process may be alive."""
         self._word = word
         self._patience = patience
         self._selector = selectors.DefaultSelector()
@@ -68,8 +62,8 @@ class Star:
         self._unread: dict[socket.socket, bytes] = {}
         self._sending = threading.Lock()
 
-    def serve(self, server: socket.socket) -> Star:
-        """Be the middle; the others connect when they come."""
+    def serve(self, server: socket.socket) -> SideChannel:
+        """Act as rank 0, which accepts the connections of the others."""
         server.setblocking(False)
         self._server = server
         self._selector.register(server, selectors.EVENT_READ)
@@ -82,11 +76,11 @@ class Star:
         *,
         seconds: float,
         give_up: Callable[[], object] = lambda: False,
-    ) -> Star:
-        """Reach the middle, which may come later than this rank.
+    ) -> SideChannel:
+        """Connect to rank 0, which may start later than this rank.
 
         Raises:
-            OSError: it did not answer in time, or ``give_up`` said so.
+            OSError: no connection in time, or ``give_up`` returned true.
         """
         end = time.monotonic() + seconds
         while True:
@@ -105,17 +99,16 @@ class Star:
         return self
 
     def connected(self) -> set[int]:
-        """Ranks at the other ends."""
+        """Connected ranks."""
         return {rank for rank in self._ranks.values() if rank is not None}
 
     def send(self, message: dict[str, Any]) -> None:
-        """To the middle; from the middle to all. A connection that is lost is noticed by ``receive``, not here."""
+        """Send to rank 0, or from rank 0 to all. ``receive`` reports a lost connection, not this method."""
         line = json.dumps(message).encode() + b"\n"
         with self._sending:
             for peer, rank in list(self._ranks.items()):
                 try:
-                    # A frozen process reads nothing, and once its buffer is full nothing more is
-                    # sent to it.
+                    # A frozen process reads nothing, and its buffer fills up.
                     if rank is not None and peer.send(line) < len(line):
                         self.broken[rank] = "it reads nothing any more"
                         peer.shutdown(socket.SHUT_RDWR)
@@ -123,8 +116,8 @@ class Star:
                     continue
 
     def receive(self, seconds: float) -> list[tuple[int, dict[str, Any] | None]]:
-        """What came in, after at most ``seconds``: (rank, message), and (rank, None) for a lost
-        connection; ``broken`` tells whether it was lost by the network."""
+        """Messages of at most ``seconds``: (rank, message), and (rank, None) for a lost connection;
+        ``broken`` has the reason if the network lost it."""
         if not self._selector.get_map():
             time.sleep(seconds)
             return []
@@ -137,7 +130,7 @@ class Star:
         return came
 
     def close(self) -> None:
-        """Hang up."""
+        """Close all connections."""
         for line in [*self._ranks, *([self._server] if self._server else [])]:
             line.close()
         self._ranks.clear()
@@ -149,8 +142,7 @@ class Star:
             line, _ = self._server.accept()
             self._take(line, rank=None)
         except OSError:
-            # It hung up already; or there are no descriptors left, and then the next look should
-            # not come at once.
+            # It has closed already; or there are no descriptors left, and a retry must wait.
             if line is not None:
                 line.close()
             time.sleep(0.01)
@@ -160,9 +152,8 @@ class Star:
         line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         line.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         pause = min(max(1, round(self._patience / (PROBES + 1))), LONGEST_PAUSE)
-        # No probe goes out while anything waits for an answer, as beats do: Linux then gives up by
-        # the number of its attempts (about 15 min), unless told a time. That time also ends the
-        # probes.
+        # There are no probes while data is unacknowledged, as beats are: Linux then retries for
+        # about 15 min unless TCP_USER_TIMEOUT is set, which also limits the probes.
         wait = min(round(1000 * (self._patience + MARGIN)), LONGEST_WAIT)
         for option, value in (("TCP_KEEPIDLE", pause), ("TCP_KEEPINTVL", pause), ("TCP_KEEPCNT", PROBES),
                               ("TCP_USER_TIMEOUT", wait)):  # fmt: skip
@@ -174,12 +165,12 @@ class Star:
 
     def _read(self, line: socket.socket) -> list[tuple[int, dict[str, Any] | None]]:
         try:
-            data = line.recv(LONGEST)
+            data = line.recv(MAX_LINE)
         except BlockingIOError:
             return []
         except OSError as error:
             data = b""
-            # A process that ends while something to it is under way resets its connection.
+            # A process that ends while data to it is in flight resets its connection.
             if self._ranks[line] is not None and not isinstance(error, ConnectionError):
                 self.broken[self._ranks[line]] = error.strerror or str(error)
         *whole, rest = (self._unread[line] + data).split(b"\n")
@@ -192,11 +183,11 @@ class Star:
                     came.append((self._ranks[line], dict(message)))
                 else:
                     if message["word"] != self._word:
-                        raise ValueError("not one of ours")
+                        raise ValueError("wrong secret")
                     self._ranks[line] = int(message["rank"])
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             data = b""
-        if not data or len(rest) > LONGEST:
+        if not data or len(rest) > MAX_LINE:
             self._selector.unregister(line)
             rank = self._ranks.pop(line)
             del self._unread[line]

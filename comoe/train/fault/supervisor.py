@@ -1,10 +1,10 @@
-"""``--restarts n``: a crashed run starts again from its last checkpoint, under the command that it was started by.
+"""``--restarts n``: a crashed run restarts from its last checkpoint, with the same command.
 
 Each rank's process is then a small supervisor that runs the real rank as a child and never imports
-torch. The supervisors agree over ``comoe.train.fault.channel``, on the port that the launcher
-chose; the children of each attempt get another port to meet on. Rank 0's supervisor decides: when
-one child crashed, all end theirs, and all start the next attempt together. An ordinary end, a
-user's error and a stop signal are passed on and never restarted.
+torch. The supervisors communicate over ``comoe.train.fault.channel``, on the launcher's port; the
+children of each attempt use another port. Rank 0's supervisor decides: if one child crashes, all
+end their children and start the next attempt together. A normal end, a user's error and a stop
+signal are passed on and never restarted.
 """
 
 from __future__ import annotations
@@ -21,79 +21,74 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from comoe.train.fault.channel import Star, listen
+from comoe.train.fault.channel import SideChannel, listen
 from comoe.train.fault.signals import SUPERVISED, StopSignal
 
 RUN_WORD, BECAUSE = "COMOE_RUN_WORD", "COMOE_RESTARTED_BECAUSE"
-"""Variables of a child, beside the number of the attempt: a word of this start, and why the last
-attempt ended."""
-
+"""Environment variables of a child, besides the number of the attempt: an identifier of this start,
+and why the last attempt ended."""
 
 FINAL = (2, 3, 130)
-"""Exit codes that would come again: the user's error, training that cannot go on, an
+"""Exit codes that are not restarted: the user's error, training that cannot continue, an
 interruption."""
 
-
 GRACE = 10.0
-"""Seconds that the other children have to say why they end, after one crashed."""
-
+"""Seconds for the other children to report why they end, after one crashed."""
 
 MEETING = 1800.0
-"""Seconds that supervisors of other machines have to come."""
-
+"""Seconds for supervisors of other machines to connect."""
 
 LOOK_EVERY = 0.2
-"""Seconds between two looks at the child."""
+"""Seconds between two checks of the child."""
 
 
 def is_child() -> bool:
-    """True in the process that really trains."""
+    """True in the process that trains."""
     return SUPERVISED in os.environ
 
 
-def restart_in_words() -> Mapping[str, Any]:
+def restart_record() -> Mapping[str, Any]:
     """For the log of a run: ``attempt`` and ``why``; empty in a first attempt and without ``--restarts``."""
     attempt = int(os.environ.get(SUPERVISED, "0"))
     return {"attempt": attempt, "why": os.environ.get(BECAUSE, "")} if attempt else {}
 
 
 def supervise(*, restarts: int, stop: StopSignal, command: Sequence[str] | None = None) -> int:
-    """Run this very command as a child until its run ends, and again at most ``restarts`` times when it crashed.
+    """Run this command as a child until its run ends, and again at most ``restarts`` times after a crash.
 
     Args:
         restarts: for the whole run, not for each rank.
-        stop: notes signals to this process; they are passed on.
-        command: other than this process's own.
+        stop: records signals to this process; they are passed on.
+        command: instead of this process's own.
 
     Returns:
         The exit code of the run.
     """
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    star = Star(rank, word=_word_of_the_launch(world))
+    channel = SideChannel(rank, word=_word_of_the_launch(world))
     try:
         if rank == 0 and world > 1:
-            star.serve(_listen_at(int(os.environ["MASTER_PORT"])))
+            channel.serve(_listen_at(int(os.environ["MASTER_PORT"])))
         elif world > 1:
             place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-            star.connect(*place, seconds=MEETING, give_up=stop.asked)
+            channel.connect(*place, seconds=MEETING, give_up=stop.asked)
     except OSError as error:
         print(f"comoe: rank {rank}: --restarts: {error}", file=sys.stderr)
         return 2
     child = _Child(command or [sys.executable, "-u", *sys.argv], rank)
     judge = _Judge(world, restarts) if rank == 0 else None
     with stop:
-        return _until_the_end(star, child, judge, stop)
+        return _until_the_end(channel, child, judge, stop)
 
 
 def _word_of_the_launch(world: int) -> str:
-    """A word that all supervisors of one launch have before they met: a digest of command line and number of ranks.
+    """An identifier that all supervisors of one launch share: a digest of command line and number of ranks.
 
-    It keeps apart two runs that chose one port, and turns away whoever talks to any open port. It
-    is no secret: who sees the command line, as every user of these machines may, or guesses it, can
-    speak as a supervisor, and so end the run or have it started again. Nobody can have another
-    command run by it: each supervisor starts its own.
+    It separates two runs on one port, and rejects port scanners. It is not a secret: whoever sees
+    or guesses the command line, as every user of these machines may, can act as a supervisor, and
+    end or restart the run. No one can make it run another command: each supervisor starts its own.
     """
-    # The launcher numbers the ranks of a machine by an argument.
+    # The launcher passes the rank within a machine as an argument.
     words = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]
     return hashlib.sha256(repr((world, words)).encode()).hexdigest()
 
@@ -108,32 +103,34 @@ def _listen_at(port: int) -> socket.socket:
         ) from error
 
 
-def _until_the_end(star: Star, child: _Child, judge: _Judge | None, stop: StopSignal) -> int:
-    """What every supervisor does: hear, look at the child, report, obey."""
+def _until_the_end(
+    channel: SideChannel, child: _Child, judge: _Judge | None, stop: StopSignal
+) -> int:
+    """The loop of every supervisor: receive, check the child, report, obey."""
     while True:
-        came = star.receive(LOOK_EVERY)
+        came = channel.receive(LOOK_EVERY)
         reports = child.look(asked_to_stop=stop.asked())
         if judge is None:
             for report in reports:
-                star.send(report)
+                channel.send(report)
             orders = [
                 message or {"do": "leave", "code": 1, "why": child.alone()} for _, message in came
             ]
         else:
             for rank, report in [*came, *((0, report) for report in reports)]:
-                judge.hear(rank, report)
-            judge.decide(star.connected())
+                judge.receive(rank, report)
+            judge.decide(channel.connected())
             orders, judge.orders = judge.orders, []
             for order in orders:
-                star.send(order)
+                channel.send(order)
         for order in orders:
             code = child.obey(order)
             if code is not None:
-                hang_up_by = time.monotonic() + GRACE
-                # Rank 0 hangs up last, so that its order arrives.
-                while judge is not None and star.connected() and time.monotonic() < hang_up_by:
-                    star.receive(LOOK_EVERY)
-                star.close()
+                deadline = time.monotonic() + GRACE
+                # Rank 0 closes last, so that its order arrives.
+                while judge is not None and channel.connected() and time.monotonic() < deadline:
+                    channel.receive(LOOK_EVERY)
+                channel.close()
                 return code
 
 
@@ -149,7 +146,7 @@ class _Child:
     kill_at: float | None = None
 
     def look(self, *, asked_to_stop: bool) -> list[dict[str, Any]]:
-        """Pass a signal on; reports for rank 0: that there was one, that the child has ended."""
+        """Pass a signal on; returns reports for rank 0: a signal, the end of the child."""
         reports: list[dict[str, Any]] = []
         if asked_to_stop and not self.stopped:
             self.stopped = True
@@ -163,26 +160,25 @@ class _Child:
             self.process.kill()
             self.process.wait()
         if self.process.poll() is not None:
-            reports.append(
-                {"attempt": self.attempt, "code": self.process.returncode, "killed": late}
-            )
+            code = self.process.returncode
+            reports.append({"attempt": self.attempt, "code": code, "killed": late})
             self.process = None
         return reports
 
     def obey(self, order: Mapping[str, Any]) -> int | None:
-        """Start, end, or leave; the exit code in the last case."""
+        """Start the child, end it, or leave; returns the exit code in the last case."""
         if order["do"] == "start":
             self.attempt, self.kill_at = order["attempt"], None
-            ours = {
+            own = {
                 SUPERVISED: str(order["attempt"]),
                 RUN_WORD: order["word"],
                 BECAUSE: order["why"],
             }
             if "MASTER_PORT" in os.environ:
-                ours["MASTER_PORT"] = str(order["port"])
-            self.process = subprocess.Popen(self.command, env={**os.environ, **ours})
+                own["MASTER_PORT"] = str(order["port"])
+            self.process = subprocess.Popen(self.command, env={**os.environ, **own})
             if self.stopped:
-                # The signal came while this order was under way.
+                # The signal came before this order.
                 self.process.send_signal(signal.SIGTERM)
         elif order["do"] == "end" and self.process is not None:
             self.kill_at = time.monotonic() + order["grace"]
@@ -196,18 +192,18 @@ class _Child:
         return None
 
     def alone(self) -> str:
-        """Why this supervisor leaves when it lost rank 0's."""
+        """Why this supervisor leaves after losing rank 0's."""
         if self.attempt < 0:
             return (
-                "rank 0's supervisor is gone, or belongs to another launch: the command after the launcher's own words "
-                "must be the same on all machines, word by word"
+                "rank 0's supervisor is gone, or belongs to another launch: the command after the launcher's "
+                "arguments must be identical on all machines"
             )
-        return "rank 0's supervisor is gone, so nothing can be started again"
+        return "rank 0's supervisor is gone, so no restart is possible"
 
 
 @dataclass(slots=True)
 class _Judge:
-    """Rank 0's part: what all supervisors do next."""
+    """Rank 0's decisions for all supervisors."""
 
     world: int
     restarts: int
@@ -222,8 +218,8 @@ class _Judge:
     begun: bool = False
     meet_by: float = field(default_factory=lambda: time.monotonic() + MEETING)
 
-    def hear(self, rank: int, report: Mapping[str, Any] | None) -> None:
-        """Note what a supervisor said, or that it is gone."""
+    def receive(self, rank: int, report: Mapping[str, Any] | None) -> None:
+        """Record a supervisor's report, or its loss (None)."""
         if report is None:
             self.lost.add(rank)
         elif "stopped" in report:
@@ -234,16 +230,15 @@ class _Judge:
                 self.killed.add(rank)
             if report["code"] and self.first is None:
                 self.first = rank
-                # Where all fail alike rank 0 has said why, and the others need not.
+                # If all fail alike, rank 0's message is enough.
                 alike = rank == 0 and report["code"] in FINAL
                 self.orders.append({"do": "end", "grace": 0.0 if alike else GRACE})
 
     def decide(self, connected: set[int]) -> None:
-        """Start once all are there; once all children of an attempt have ended leave, or start them again."""
+        """Start when all are connected; when all children of an attempt have ended, leave or restart."""
         if self.lost:
-            self._leave(
-                1, f"rank {min(self.lost)}'s supervisor is gone, so nothing can be started again"
-            )
+            lost = f"rank {min(self.lost)}'s supervisor is gone"
+            self._leave(1, f"{lost}, so no restart is possible")
         elif not self.begun:
             missing = set(range(1, self.world)) - connected
             if self.stopped:
@@ -252,7 +247,7 @@ class _Judge:
                 self.begun = True
                 self.orders.append(self._start(""))
             elif time.monotonic() > self.meet_by:
-                self._leave(1, f"rank {min(missing)} did not come within {MEETING:.0f} s")
+                self._leave(1, f"rank {min(missing)} did not connect within {MEETING:.0f} s")
         elif len(self.ended) == self.world:
             self._next()
 
@@ -265,9 +260,8 @@ class _Judge:
         elif final is not None or self.stopped:
             self._leave(final or self._crash_code(), "")
         elif self.attempt >= self.restarts:
-            self._leave(
-                self._crash_code(), f"{why}. No restart is left (--restarts {self.restarts})"
-            )
+            no_more = f"No restart is left (--restarts {self.restarts})"
+            self._leave(self._crash_code(), f"{why}. {no_more}")
         else:
             self.attempt += 1
             self._say(f"{why}. Starting again, restart {self.attempt} of {self.restarts}")
@@ -281,21 +275,16 @@ class _Judge:
         return {"do": "start", "attempt": self.attempt, "word": self.word, "port": port, "why": why}
 
     def _why(self) -> str:
-        """Who crashed; rather by a signal of its own than by noticing that another rank did."""
+        """Which rank crashed: first one that a signal ended, because the others only notice its loss."""
         if self.first is None:
             return ""
-        signalled = [
-            rank
-            for rank, code in sorted(self.ended.items())
-            if code < 0 and rank not in self.killed
-        ]
-        rank = self.first if self.ended[self.first] < 0 or not signalled else signalled[0]
+        ended = sorted(self.ended.items())
+        signaled = [rank for rank, code in ended if code < 0 and rank not in self.killed]
+        rank = self.first if self.ended[self.first] < 0 or not signaled else signaled[0]
         code = self.ended[rank]
-        return f"rank {rank} " + (
-            f"was ended by {signal.Signals(-code).name}"
-            if code < 0
-            else f"ended with exit code {code}"
-        )
+        if code < 0:
+            return f"rank {rank} was ended by {signal.Signals(-code).name}"
+        return f"rank {rank} ended with exit code {code}"
 
     def _crash_code(self) -> int:
         code = self.ended.get(self.first, 1)

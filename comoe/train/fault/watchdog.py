@@ -1,18 +1,16 @@
-"""A dead or silent rank ends the whole run, in time and with one message: who, on which machine, at which step.
+"""A dead or silent rank ends the run in time, with one message: which rank, on which machine, at which step.
 
-Each rank has a thread that tells rank 0 about once a second where its training is, over connections
-of its own (``comoe.train.fault.channel``): collectives cannot tell, because they wait for the very
-rank that is missing.
+A thread of each rank reports its training state to rank 0 about once a second, over a side channel
+(``comoe.train.fault.channel``): collectives wait for the missing rank, and cannot name it.
 
-* A rank that died closes its connection: noticed at once, in every phase of a run.
-* A rank whose process is frozen, or whose machine is gone, says nothing for ``timeout_seconds``: in
-    every phase too.
-* All processes live, but no rank gets any further for ``timeout_seconds``: counted while steps are
-  trained, and over the batches of an evaluation. Not counted are preparation, the first step
-  (compilation), saving, scoring and the end, which may take as long as they need; one rank in such
-  a phase is enough, because the others wait for it.
-* Rank 0 is the middle: when it is lost, all others notice by themselves.
-* A collective that fails on some rank waits for this thread to find out who is missing.
+* A rank that dies closes its connection: detected at once, in every phase of a run.
+* A rank whose process is frozen, or whose machine is gone, is silent for ``timeout_seconds``: in
+  every phase.
+* All processes live, but no rank makes progress for ``timeout_seconds``: during training steps and
+  the batches of an evaluation. Preparation, the first step (compilation), saving, scoring and the
+  end have no time limit; one rank in such a phase is enough, because the others wait for it.
+* Every other rank detects the loss of rank 0 on its own.
+* A collective that fails on a rank waits for this thread to find the missing rank.
 """
 
 from __future__ import annotations
@@ -32,24 +30,22 @@ from typing import Any
 import psutil
 
 from comoe.distributed import all_gather_objects, broadcast_object, rank, world_size
-from comoe.train.fault.channel import Star, listen
+from comoe.train.fault.channel import SideChannel, listen
 
 PACKAGE = f"{Path(__file__).resolve().parents[2]}{os.sep}"
-"""Folder of our own code; a checkout below a folder called comoe holds site-packages too."""
+"""Folder of the package; a checkout below a folder called comoe may contain site-packages."""
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where one rank runs."""
+    """Machine and process of one rank."""
 
     machine: str
-    """Name of the machine."""
     node: str
-    """Its number in the run; two of the same name differ in it."""
+    """Number of the machine in the run, which distinguishes machines of the same name."""
     pid: int
-    """Number of the process there."""
-    born: float
-    """When the process began: the number may be somebody else's later."""
+    created: float
+    """Creation time of the process, because process ids are reused."""
 
 
 def own_place() -> Place:
@@ -59,104 +55,94 @@ def own_place() -> Place:
 
 
 def kill(place: Place) -> None:
-    """End a process of this machine that is frozen: it cannot end by itself, and a launcher waits half a minute."""
+    """Kill a frozen process of this machine: it cannot end by itself, and a launcher waits half a minute."""
     try:
         process = psutil.Process(place.pid)
-        if process.create_time() == place.born:
+        if process.create_time() == place.created:
             process.kill()
     except psutil.Error:
         return
 
 
 def where_main_thread_is() -> str:
-    """File, line and function of ours that the main thread is in, and the innermost; empty in a collective."""
+    """The main thread's frame in the package, and its innermost frame; empty in a collective."""
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
     innermost, ours = "", ""
     while frame is not None and not ours:
         name = frame.f_code.co_filename
         if "/torch/distributed/" in name:
             return ""
-        said = f"{name.rpartition('/')[2]}:{frame.f_lineno} {frame.f_code.co_name}"
-        innermost = innermost or said
-        ours = said if name.startswith(PACKAGE) else ""
+        text = f"{name.rpartition('/')[2]}:{frame.f_lineno} {frame.f_code.co_name}"
+        innermost = innermost or text
+        ours = text if name.startswith(PACKAGE) else ""
         frame = frame.f_back
     return innermost if ours in ("", innermost) else f"{ours} > {innermost}"
 
 
 PREPARING = "preparing"
-"""The phase before training, in which an error is most likely one of the recipe."""
-
+"""The phase before training, in which most errors are those of the recipe."""
 
 LOST = 4
 """Exit code of a rank that ends because another one is lost."""
 
-
 BEATS_PER_SECOND = 500
-"""Messages that rank 0 gets per second at most: with more ranks than these each one speaks less
-often."""
-
+"""Maximum of messages to rank 0 per second: with more ranks the beats are slower."""
 
 GRACE = 6.0
-"""Seconds that the other ranks have to end by themselves after one ended with an error: mostly all
-fail alike."""
-
+"""Seconds for the other ranks to end after one ended with an error: usually all fail alike."""
 
 MISSED = 4
-"""Beats in a row that a rank may miss once a collective has failed: whoever missed more is the one
-to blame."""
+"""Consecutive beats that a rank may miss after a failed collective; more identify the lost rank."""
 
 
 @dataclass(slots=True)
-class Heard:
-    """What is known of one rank."""
+class RankStatus:
+    """The last known state of one rank."""
 
     at: float
-    """When it spoke last; seconds of this process's clock, as all here."""
+    """Time of its last message, by this process's clock."""
     moved: float
-    """When it was seen to get further last."""
+    """Time of its last progress."""
     ticks: int = -1
-    """Grows with its progress."""
+    """Progress counter."""
     step: int = 0
-    """Optimizer steps it has done."""
     phase: str = PREPARING
-    """What it does."""
     counted: bool = False
-    """Whether ``timeout_seconds`` counts in this phase."""
+    """Whether ``timeout_seconds`` applies to this phase."""
     where: str = ""
-    """Where its main thread is, once it stands still; empty while it waits for other ranks in a
-    collective."""
+    """Frame of its main thread if it makes no progress; empty in a collective."""
 
 
 @dataclass(slots=True)
 class Watchdog:
-    """Watches the other ranks from ``start`` to ``leave``, and until then just notes where this one is.
+    """Watches the other ranks from ``start`` to ``leave``.
 
     Args:
-        end: called with the exit code when the run cannot go on; it must not return.
+        end: called with the exit code if the run cannot continue; it must not return.
     """
 
     timeout_seconds: float = 1800.0
     advice: str = ""
-    """What to do after the end; the last sentence of the message."""
+    """Last sentence of the message: what the user can do."""
     end: Callable[[int], Any] = os._exit
     step: int = 0
     phase: str = PREPARING
     counted: bool = False
     ticks: int = 0
     beat: float = 1.0
-    _star: Star | None = None
+    _channel: SideChannel | None = None
     _places: list[Place] = field(default_factory=list)
-    _heard: dict[int, Heard] = field(default_factory=dict)
+    _ranks: dict[int, RankStatus] = field(default_factory=dict)
     _gone: dict[int, tuple[int, str, float]] = field(default_factory=dict)
     _trouble: tuple[float, int, str] | None = None
     _judged: float = 0.0
-    _own: Heard = field(default_factory=lambda: Heard(0.0, 0.0))
+    _own: RankStatus = field(default_factory=lambda: RankStatus(0.0, 0.0))
 
     def start(self, *, timeout_seconds: float) -> None:
-        """Begin to watch; every rank must call it, right after the process group exists.
+        """Start watching; every rank must call it, right after the process group exists.
 
         Raises:
-            OSError: on every rank, when one of them cannot reach rank 0; naming it and the address.
+            OSError: on every rank, if one of them cannot reach rank 0.
         """
         self.timeout_seconds = timeout_seconds
         self.beat = max(min(1.0, timeout_seconds / 10), world_size() / BEATS_PER_SECOND)
@@ -165,47 +151,49 @@ class Watchdog:
         port, word = broadcast_object(
             (server.getsockname()[1], uuid.uuid4().hex) if server else None
         )
-        star = Star(rank(), word=word, patience=timeout_seconds)
+        channel = SideChannel(rank(), word=word, patience=timeout_seconds)
         failed = ""
         try:
             if server:
-                star.serve(server)
+                channel.serve(server)
             else:
-                # Well before the collective below gives up waiting for this rank.
-                star.connect(
+                # Well before the collective below times out.
+                channel.connect(
                     os.environ["MASTER_ADDR"], port, seconds=min(60.0, timeout_seconds / 3)
                 )
         except OSError as error:
             failed = str(error)
-        if lonely := [said for said in all_gather_objects(failed) if said]:
-            star.close()
-            more = f" So it is with {len(lonely) - 1} more." if len(lonely) > 1 else ""
-            raise OSError(f"{lonely[0]}{more}")
+        if errors := [text for text in all_gather_objects(failed) if text]:
+            channel.close()
+            more = f" {len(errors) - 1} more ranks have this error." if len(errors) > 1 else ""
+            raise OSError(f"{errors[0]}{more}")
         now = time.monotonic()
-        self._heard = {other: Heard(now, now) for other in range(world_size()) if other != rank()}
-        self._own = Heard(now, now)
+        self._ranks = {
+            other: RankStatus(now, now) for other in range(world_size()) if other != rank()
+        }
+        self._own = RankStatus(now, now)
         self._judged = now
-        self._star = star
+        self._channel = channel
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def reached(self, step: int) -> None:
-        """This rank did a training step: from now on the time to the next one counts."""
+        """Note a training step of this rank; the time to the next one counts."""
         self.step, self.phase, self.counted = step, "training", True
         self.ticks += 1
 
     def batch(self, more: bool) -> None:
-        """This rank did a batch of an evaluation; the time to the next one counts if there are ``more``."""
+        """Note a batch of an evaluation; the time to the next one counts if there are ``more``."""
         self.counted = more
         self.ticks += 1
 
     def enter(self, phase: str) -> None:
-        """What comes next may take as long as it needs."""
+        """Enter a phase without a time limit."""
         self.phase, self.counted = phase, False
         self.ticks += 1
 
     @contextmanager
     def paused(self, phase: str) -> Iterator[None]:
-        """A phase that may take as long as it needs, between two steps."""
+        """A phase without a time limit, between two steps."""
         before = self.phase, self.counted
         self.enter(phase)
         try:
@@ -215,31 +203,30 @@ class Watchdog:
             self.ticks += 1
 
     def leave(self, code: int, why: str = "") -> None:
-        """This rank ends with ``code``, and says so to the others: what follows is no loss."""
-        if self._star is not None:
+        """Tell the others that this rank ends with ``code``: it is not lost."""
+        if self._channel is not None:
             self._gone[rank()] = (code, why, time.monotonic())
-            self._star.send({"gone": rank(), "code": code, "why": why, "step": self.step})
+            self._channel.send({"gone": rank(), "code": code, "why": why, "step": self.step})
 
     def explain(self, error: BaseException) -> None:
-        """Wait until it is known why a collective failed here, and end this process with that message."""
-        if self._star is None:
+        """Wait for the reason why a collective failed here, and end this process with that message."""
+        if self._channel is None:
             return
-        said = str(error).splitlines()[0][:300]
-        self._trouble = self._trouble or (time.monotonic(), rank(), said)
-        self._star.send({"trouble": said})
+        text = str(error).splitlines()[0][:300]
+        self._trouble = self._trouble or (time.monotonic(), rank(), text)
+        self._channel.send({"trouble": text})
         time.sleep(MISSED * self.beat + 2 * GRACE)
-        self._conclude(
-            f"a collective failed on {self._name(rank())} at step {self.step}: {said}.", []
-        )
+        where = f"on {self._name(rank())} at step {self.step}"
+        self._conclude(f"a collective failed {where}: {text}.", [])
 
     def _watch(self) -> None:
         due = 0.0
         while not self._left():
             if time.monotonic() >= due:
                 due = time.monotonic() + self.beat
-                self._star.send(self._beat_message())
-            for other, message in self._star.receive(self.beat / 4):
-                self._hear(other, message)
+                self._channel.send(self._beat_message())
+            for other, message in self._channel.receive(self.beat / 4):
+                self._receive(other, message)
             self._judge(time.monotonic())
 
     def _beat_message(self) -> dict[str, Any]:
@@ -247,110 +234,97 @@ class Watchdog:
         if self._own.ticks != self.ticks:
             self._own.ticks, self._own.moved = self.ticks, now
         self._own.step, self._own.phase, self._own.counted = self.step, self.phase, self.counted
-        # Looking costs nothing then: this rank stands still.
-        standing = now - self._own.moved > self.timeout_seconds / 2
-        self._own.where = where_main_thread_is() if standing and self.counted else ""
-        own = self._own
+        # Only a rank without progress inspects its frames, so this costs nothing.
+        stuck = now - self._own.moved > self.timeout_seconds / 2
+        self._own.where = where_main_thread_is() if stuck and self.counted else ""
         return {
-            "step": own.step,
-            "phase": own.phase,
-            "counted": own.counted,
-            "ticks": own.ticks,
-            "where": own.where,
+            name: getattr(self._own, name)
+            for name in ("step", "phase", "counted", "ticks", "where")
         }
 
-    def _hear(self, other: int, message: dict[str, Any] | None) -> None:
+    def _receive(self, other: int, message: dict[str, Any] | None) -> None:
         if message is None:
             if other not in self._gone:
-                broken = self._star.broken.get(other, "")
-                what = (
-                    f"cannot be reached at {{}}: {broken}; {_UNREACHED}"
-                    if broken
-                    else f"died at {{}}: {_DIED}"
-                )
-                self._conclude(
-                    f"{self._name(other)} {what.format(self._at(self._heard[other]))}", [other]
-                )
+                broken = self._channel.broken.get(other, "")
+                at = self._at(self._ranks[other])
+                died, unreached = f"died at {at}: {_DIED}", f"cannot be reached at {at}: {broken}; "
+                text = unreached + _UNREACHED if broken else died
+                self._conclude(f"{self._name(other)} {text}", [other])
             return
         now = time.monotonic()
         if "say" in message:
             self._finish(message["say"], message["blamed"])
         elif "gone" in message:
             self._gone[message["gone"]] = (message["code"], message["why"], now)
-            self._heard[other].step = message["step"]
+            self._ranks[other].step = message["step"]
             if rank() == 0:
-                self._star.send(message)
+                self._channel.send(message)
         elif "trouble" in message:
             self._trouble = self._trouble or (now, other, message["trouble"])
         else:
-            heard = self._heard[other]
-            heard.at = now
-            if message["ticks"] != heard.ticks:
-                heard.ticks, heard.moved = message["ticks"], now
-            heard.step, heard.phase = message["step"], message["phase"]
-            heard.counted, heard.where = message["counted"], message["where"]
+            status = self._ranks[other]
+            status.at = now
+            if message["ticks"] != status.ticks:
+                status.ticks, status.moved = message["ticks"], now
+            status.step, status.phase = message["step"], message["phase"]
+            status.counted, status.where = message["counted"], message["where"]
 
     def _judge(self, now: float) -> None:
         if now - self._judged > max(3 * self.beat, 3.0):
-            # This process itself was frozen: what it missed meanwhile is nobody's fault.
-            for heard in [*self._heard.values(), self._own]:
-                heard.at = heard.moved = now
+            # This process itself was frozen, and missed the messages of the others.
+            for status in [*self._ranks.values(), self._own]:
+                status.at = status.moved = now
         self._judged = now
         for other, (code, why, at) in list(self._gone.items()):
             if code and now - at > GRACE and other != rank():
                 self._finish(
-                    f"{self._name(other)} ended at {self._at(self._heard[other])}: {why}",
+                    f"{self._name(other)} ended at {self._at(self._ranks[other])}: {why}",
                     [],
                     code=code,
                 )
         middle = rank() == 0
         seen = {
-            r: heard
-            for r, heard in self._heard.items()
+            r: status
+            for r, status in self._ranks.items()
             if r not in self._gone and (middle or r == 0)
         }
         limit = MISSED * self.beat if self._trouble else self.timeout_seconds
-        silent = [r for r, heard in seen.items() if now - heard.at > limit]
+        silent = [r for r, status in seen.items() if now - status.at > limit]
         if silent:
             names = " and ".join(f"{self._name(r)} at {self._at(seen[r])}" for r in silent[:8])
             plural = "are" if len(silent) > 1 else "is"
             seconds = now - min(seen[r].at for r in silent)
             self._conclude(f"{names} {plural} silent since {seconds:.0f} s: {_SILENT}", silent)
         elif middle and self._trouble and now - self._trouble[0] > MISSED * self.beat + GRACE:
-            _, first, said = self._trouble
-            self._conclude(
-                f"a connection broke, noticed by {self._name(first)} at step {self.step}: {said}.",
-                [],
-            )
+            _, first, text = self._trouble
+            where = f"noticed by {self._name(first)} at step {self.step}"
+            self._conclude(f"a connection broke, {where}: {text}.", [])
         elif middle:
             self._judge_progress(now, seen)
 
-    def _judge_progress(self, now: float, seen: dict[int, Heard]) -> None:
+    def _judge_progress(self, now: float, seen: dict[int, RankStatus]) -> None:
         ranks = {0: self._own, **seen}
-        if not all(heard.counted for heard in ranks.values()):
+        if not all(status.counted for status in ranks.values()):
             return
-        if now - max(heard.moved for heard in ranks.values()) <= self.timeout_seconds:
+        if now - max(status.moved for status in ranks.values()) <= self.timeout_seconds:
             return
-        # Whoever is in no collective keeps the others waiting; on a GPU nobody may be seen in one.
-        outside = [r for r, heard in ranks.items() if heard.where]
+        # A rank outside a collective delays the others; on a GPU no rank may be seen in one.
+        outside = [r for r, status in ranks.items() if status.where]
         names = ", ".join(f"{self._name(r)} is in {ranks[r].where}" for r in outside[:8])
-        rest = (
-            "the others wait for it in a collective"
-            if len(outside) < len(ranks)
-            else "none is in a collective"
-        )
-        said = f"{names}; {rest}" if outside else "all of them wait in a collective"
-        slowest = min(ranks.values(), key=lambda heard: heard.step)
+        some = len(outside) < len(ranks)
+        rest = "the others wait for it in a collective" if some else "none is in a collective"
+        text = f"{names}; {rest}" if outside else "all of them wait in a collective"
+        slowest = min(ranks.values(), key=lambda status: status.step)
         self._conclude(
-            f"no rank got any further for {self.timeout_seconds:.0f} s (parallel.timeout_seconds) at "
-            f"{self._at(slowest)}: {said}.",
+            f"no rank made progress for {self.timeout_seconds:.0f} s (parallel.timeout_seconds) at "
+            f"{self._at(slowest)}: {text}.",
             [],
         )
 
     def _conclude(self, text: str, blamed: list[int]) -> None:
-        """End the run: on rank 0 tell all others first, elsewhere for this rank alone."""
+        """End the run: rank 0 notifies all others first, another rank ends on its own."""
         if rank() == 0 and not self._left():
-            self._star.send({"say": text, "blamed": blamed})
+            self._channel.send({"say": text, "blamed": blamed})
         self._finish(text, blamed)
 
     def _finish(self, text: str, blamed: list[int], *, code: int = LOST) -> None:
@@ -363,7 +337,7 @@ class Watchdog:
             if place.node == here and r not in {*blamed, *self._gone}
         ]
         if left[:1] == [rank()]:
-            # Past Python's buffers: the main thread may hold their locks for ever.
+            # Not through Python's buffers, whose locks the main thread may hold forever.
             os.write(
                 sys.stderr.fileno(), f"\ncomoe: rank {rank()}: {text} {self.advice}\n".encode()
             )
@@ -383,16 +357,16 @@ class Watchdog:
             f"rank {other} on machine {place.machine}{f' (node {place.node})' if several else ''}"
         )
 
-    def _at(self, heard: Heard) -> str:
-        # Ranks go in step, and what was heard last is up to a beat old.
-        late = self.step >= heard.step
-        return f"step {self.step} ({self.phase})" if late else f"step {heard.step} ({heard.phase})"
+    def _at(self, status: RankStatus) -> str:
+        # Ranks are in the same step, and a status is up to one beat old.
+        late = self.step >= status.step
+        return (
+            f"step {self.step} ({self.phase})" if late else f"step {status.step} ({status.phase})"
+        )
 
 
-_DIED = "its process ended without a word, as after kill -9 or when memory runs out."
-
+_DIED = "its process ended without a message, as after kill -9 or when memory runs out."
 
 _UNREACHED = "its machine or the network is gone, or its process is frozen."
-
 
 _SILENT = "its process is frozen, or its machine cannot be reached."

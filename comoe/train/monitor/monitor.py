@@ -32,7 +32,7 @@ TASK_TERM = "task"
 
 
 class Monitor:
-    """Writes what it is told, on rank 0; on the other ranks every method does nothing.
+    """Writes metrics on rank 0; on the other ranks every method does nothing.
 
     Args:
         run_dir: folder of the run.

@@ -95,7 +95,7 @@ def share_figure(share: np.ndarray, *, rows: Sequence[str], title: str, row_axis
         row_axis: what the rows are.
     """
     experts = share.shape[1]
-    # A few experts make a narrow picture, and a title of two lines a high one.
+    # A few experts make a narrow figure, and a title of two lines a high one.
     longest = max(len(line) for line in title.splitlines())
     width = max(1.9 + 0.52 * min(experts, 24), 0.08 * longest)
     figure = new_figure(width, 1.05 + 0.2 * len(title.splitlines()) + 0.34 * len(rows))

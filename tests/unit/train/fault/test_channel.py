@@ -1,4 +1,4 @@
-"""Real sockets between the ends of a star, all in one process."""
+"""Real sockets between the ends of a channel, all in one process."""
 
 from __future__ import annotations
 
@@ -10,77 +10,79 @@ from collections.abc import Callable, Iterator
 import pytest
 
 import comoe.train.fault.channel as module
-from comoe.train.fault.channel import LONGEST, Star, listen
+from comoe.train.fault.channel import MAX_LINE, SideChannel, listen
 
 
 @pytest.fixture
-def middle() -> Iterator[tuple[Star, int]]:
+def middle() -> Iterator[tuple[SideChannel, int]]:
     server = listen()
-    star = Star(0, word="ours").serve(server)
-    yield star, server.getsockname()[1]
-    star.close()
+    channel = SideChannel(0, word="ours").serve(server)
+    yield channel, server.getsockname()[1]
+    channel.close()
 
 
-def spoke(rank: int, port: int, *, word: str = "ours") -> Star:
-    return Star(rank, word=word).connect("127.0.0.1", port, seconds=5)
+def spoke(rank: int, port: int, *, word: str = "ours") -> SideChannel:
+    return SideChannel(rank, word=word).connect("127.0.0.1", port, seconds=5)
 
 
-def until(star: Star, enough: Callable[[list], bool], seconds: float = 5.0) -> list:
+def until(channel: SideChannel, enough: Callable[[list], bool], seconds: float = 5.0) -> list:
     """Everything that comes in until it is enough."""
     came, end = [], time.monotonic() + seconds
     while not enough(came):
         assert time.monotonic() < end, came
-        came += star.receive(0.05)
+        came += channel.receive(0.05)
     return came
 
 
-def test_messages_go_to_the_middle_and_from_it_to_all(middle: tuple[Star, int]) -> None:
-    star, port = middle
+def test_messages_go_to_the_middle_and_from_it_to_all(middle: tuple[SideChannel, int]) -> None:
+    channel, port = middle
     ends = [spoke(rank, port) for rank in (1, 2)]
     for end in ends:
         end.send({"from": end.rank})
         end.send({"again": end.rank})
-    came = until(star, lambda came: len(came) == 4)
+    came = until(channel, lambda came: len(came) == 4)
     assert [message for rank, message in came if rank == 2] == [{"from": 2}, {"again": 2}]
-    assert star.connected() == {1, 2}
-    star.send({"to": "all"})
+    assert channel.connected() == {1, 2}
+    channel.send({"to": "all"})
     assert [until(end, len) for end in ends] == [[(0, {"to": "all"})]] * 2
 
 
-def test_a_connection_that_closes_is_told_after_the_last_words(middle: tuple[Star, int]) -> None:
-    star, port = middle
+def test_a_connection_that_closes_is_told_after_the_last_words(
+    middle: tuple[SideChannel, int],
+) -> None:
+    channel, port = middle
     end = spoke(1, port)
     end.send({"last": "words"})
     end.close()
-    assert until(star, lambda came: len(came) == 2) == [(1, {"last": "words"}), (1, None)]
-    assert star.connected() == set()
+    assert until(channel, lambda came: len(came) == 2) == [(1, {"last": "words"}), (1, None)]
+    assert channel.connected() == set()
 
 
-def test_the_loss_of_the_middle_is_told_too(middle: tuple[Star, int]) -> None:
-    star, port = middle
+def test_the_loss_of_the_middle_is_told_too(middle: tuple[SideChannel, int]) -> None:
+    channel, port = middle
     end = spoke(3, port)
-    until(star, lambda _: star.connected() == {3})
-    star.close()
+    until(channel, lambda _: channel.connected() == {3})
+    channel.close()
     assert until(end, len) == [(0, None)]
 
 
 @pytest.mark.parametrize(
-    "said", [b'{"rank": 1, "word": "theirs"}\n{"gone": 1}\n', b"GET / HTTP/1.1\r\n\r\n", b"5\n", b"x" * (3 * LONGEST),
-             b"[" * (LONGEST - 1) + b"\n", b'{"rank": Infinity, "word": "ours"}\n']
+    "said", [b'{"rank": 1, "word": "theirs"}\n{"gone": 1}\n', b"GET / HTTP/1.1\r\n\r\n", b"5\n", b"x" * (3 * MAX_LINE),
+             b"[" * (MAX_LINE - 1) + b"\n", b'{"rank": Infinity, "word": "ours"}\n']
 )  # fmt: skip
 def test_a_stranger_is_hung_up_on_and_changes_nothing(
-    middle: tuple[Star, int], said: bytes
+    middle: tuple[SideChannel, int], said: bytes
 ) -> None:
-    star, port = middle
+    channel, port = middle
     friend = spoke(1, port)
     with socket.create_connection(("127.0.0.1", port)) as stranger:
         stranger.settimeout(5)
         stranger.sendall(said)
         friend.send({"still": "here"})
-        assert until(star, len) == [(1, {"still": "here"})]
+        assert until(channel, len) == [(1, {"still": "here"})]
         end = time.monotonic() + 5
         while time.monotonic() < end:
-            assert star.receive(0.02) == []
+            assert channel.receive(0.02) == []
             stranger.setblocking(False)
             try:
                 if stranger.recv(1) == b"":
@@ -91,7 +93,7 @@ def test_a_stranger_is_hung_up_on_and_changes_nothing(
                 break
         else:
             pytest.fail("the stranger was not hung up on")
-    assert star.connected() == {1}
+    assert channel.connected() == {1}
 
 
 def test_a_middle_that_never_comes_is_an_error_with_its_address() -> None:
@@ -102,7 +104,7 @@ def test_a_middle_that_never_comes_is_an_error_with_its_address() -> None:
         OSError,
         match=f"rank 1 cannot reach rank 0 at 127.0.0.1, port {port} .*must reach one another",
     ):
-        Star(1).connect("127.0.0.1", port, seconds=0.1)
+        SideChannel(1).connect("127.0.0.1", port, seconds=0.1)
 
 
 def test_a_middle_that_comes_later_is_waited_for_until_told_to_stop() -> None:
@@ -116,19 +118,21 @@ def test_a_middle_that_comes_later_is_waited_for_until_told_to_stop() -> None:
         return len(asked) > 1
 
     with pytest.raises(OSError):
-        Star(1).connect("127.0.0.1", port, seconds=60, give_up=give_up)
+        SideChannel(1).connect("127.0.0.1", port, seconds=60, give_up=give_up)
     assert len(asked) == 2
 
 
-def test_nothing_blocks_the_middle_when_an_end_reads_nothing(middle: tuple[Star, int]) -> None:
-    star, port = middle
+def test_nothing_blocks_the_middle_when_an_end_reads_nothing(
+    middle: tuple[SideChannel, int],
+) -> None:
+    channel, port = middle
     frozen = spoke(1, port)
-    until(star, lambda _: star.connected() == {1})
+    until(channel, lambda _: channel.connected() == {1})
     began = time.monotonic()
     for _ in range(2000):
-        star.send({"beat": "x" * 5000})
+        channel.send({"beat": "x" * 5000})
     assert time.monotonic() - began < 20
-    assert until(star, len) == [(1, None)] and star.broken == {1: "it reads nothing any more"}
+    assert until(channel, len) == [(1, None)] and channel.broken == {1: "it reads nothing any more"}
     frozen.close()
 
 
@@ -138,15 +142,15 @@ def test_the_system_waits_for_an_answer_longer_than_the_patience_on_both_ends(
     patience: float,
 ) -> None:
     server = listen()
-    star = Star(0, patience=patience).serve(server)
-    end = Star(1, patience=patience).connect("127.0.0.1", server.getsockname()[1], seconds=5)
-    until(star, lambda _: star.connected() == {1})
-    for line in [*star._ranks, *end._ranks]:
+    channel = SideChannel(0, patience=patience).serve(server)
+    end = SideChannel(1, patience=patience).connect("127.0.0.1", server.getsockname()[1], seconds=5)
+    until(channel, lambda _: channel.connected() == {1})
+    for line in [*channel._ranks, *end._ranks]:
         waits = line.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) / 1000
         assert patience < waits <= patience + 60 or waits > 24 * 86400, (
             "more than that the system does not take"
         )
-    star.close()
+    channel.close()
     end.close()
 
 
@@ -168,14 +172,14 @@ def test_a_connection_that_the_network_broke_is_told_apart_from_the_end_of_a_pro
 ) -> None:
     monkeypatch.setattr(Unreachable, "number", number)
     ours, theirs = socket.socketpair(socket.AF_UNIX)
-    star = Star(0)
+    channel = SideChannel(0)
     with theirs:
         line = Unreachable(fileno=ours.detach())
-        star._selector.register(line, module.selectors.EVENT_READ)
-        star._unread[line], star._ranks[line] = b"", 1
+        channel._selector.register(line, module.selectors.EVENT_READ)
+        channel._unread[line], channel._ranks[line] = b"", 1
         theirs.send(b"anything")
-        assert star.receive(1.0) == [(1, None)] and star.broken == broken
-    star.close()
+        assert channel.receive(1.0) == [(1, None)] and channel.broken == broken
+    channel.close()
 
 
 class NoDescriptors(socket.socket):
@@ -186,13 +190,13 @@ class NoDescriptors(socket.socket):
 
 
 def test_a_connection_that_cannot_be_taken_disturbs_nobody_who_is_there(
-    middle: tuple[Star, int],
+    middle: tuple[SideChannel, int],
 ) -> None:
-    star, port = middle
+    channel, port = middle
     friend = spoke(1, port)
-    until(star, lambda _: star.connected() == {1})
-    star._selector.unregister(star._server)
-    star.serve(NoDescriptors(fileno=star._server.detach()))
+    until(channel, lambda _: channel.connected() == {1})
+    channel._selector.unregister(channel._server)
+    channel.serve(NoDescriptors(fileno=channel._server.detach()))
     with socket.create_connection(("127.0.0.1", port)):
         friend.send({"still": "here"})
-        assert until(star, len) == [(1, {"still": "here"})]
+        assert until(channel, len) == [(1, {"still": "here"})]

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from comoe.train.fault.channel import Star, listen
+from comoe.train.fault.channel import SideChannel, listen
 from comoe.train.fault.signals import StopSignal
-from comoe.train.fault.supervisor import _Child, restart_in_words, supervise
+from comoe.train.fault.supervisor import _Child, restart_record, supervise
 
 ROOT = Path(__file__).parents[4]
 
@@ -214,7 +214,7 @@ def test_the_loss_of_a_supervisor_ends_the_run_and_its_children(tmp_path: Path) 
     for orphan in orphans:
         os.kill(orphan, signal.SIGKILL)  # a real rank notices by itself that its supervisor is gone
     codes, said = supervised.end()
-    assert codes[0] == 1 and "rank 1's supervisor is gone, so nothing can be started again" in said
+    assert codes[0] == 1 and "rank 1's supervisor is gone, so no restart is possible" in said
     assert len(orphans) == 1
 
 
@@ -232,7 +232,7 @@ def test_the_others_say_why_they_leave_when_rank_0s_supervisor_is_gone(tmp_path:
         os.kill(orphan, signal.SIGKILL)
     codes, said = supervised.end()
     assert codes[1] == 1 and len(orphans) == 1
-    assert said == "comoe: rank 1: rank 0's supervisor is gone, so nothing can be started again.\n"
+    assert said == "comoe: rank 1: rank 0's supervisor is gone, so no restart is possible.\n"
 
 
 def test_a_supervisor_of_another_command_is_turned_away_and_says_what_must_be_the_same(
@@ -253,7 +253,7 @@ def test_a_supervisor_of_another_command_is_turned_away_and_says_what_must_be_th
 def test_a_stranger_on_the_port_is_no_supervisor(tmp_path: Path) -> None:
     supervised = Supervised(tmp_path, "log('ready'); time.sleep(1)", restarts=0)
     supervised.wait_for("ready", times=2)
-    stranger = Star(1).connect("127.0.0.1", int(supervised.port), seconds=5)
+    stranger = SideChannel(1).connect("127.0.0.1", int(supervised.port), seconds=5)
     stranger.send({"attempt": 0, "code": 9, "killed": False})
     codes, said = supervised.end()
     stranger.close()
@@ -312,9 +312,9 @@ def test_the_log_of_a_restarted_run_says_which_attempt_and_why(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.delenv("COMOE_ATTEMPT", raising=False)
-    assert restart_in_words() == {}
+    assert restart_record() == {}
     monkeypatch.setenv("COMOE_ATTEMPT", "0")
-    assert restart_in_words() == {}
+    assert restart_record() == {}
     monkeypatch.setenv("COMOE_ATTEMPT", "2")
     monkeypatch.setenv("COMOE_RESTARTED_BECAUSE", "rank 1 was ended by SIGKILL")
-    assert restart_in_words() == {"attempt": 2, "why": "rank 1 was ended by SIGKILL"}
+    assert restart_record() == {"attempt": 2, "why": "rank 1 was ended by SIGKILL"}

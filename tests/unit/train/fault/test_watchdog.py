@@ -12,8 +12,15 @@ from pathlib import Path
 import pytest
 
 import comoe.train.fault.watchdog as module
-from comoe.train.fault.channel import Star, listen
-from comoe.train.fault.watchdog import LOST, Heard, Place, Watchdog, own_place, where_main_thread_is
+from comoe.train.fault.channel import SideChannel, listen
+from comoe.train.fault.watchdog import (
+    LOST,
+    Place,
+    RankStatus,
+    Watchdog,
+    own_place,
+    where_main_thread_is,
+)
 
 
 class Ended(list):
@@ -48,7 +55,7 @@ def test_a_rank_that_stands_still_in_training_ends_and_says_where(
     assert 0.5 < time.monotonic() - began < 3
     said = capfd.readouterr().err.strip()
     assert said.startswith(
-        "comoe: rank 0: no rank got any further for 1 s (parallel.timeout_seconds) at step 7 (training): rank 0 on"
+        "comoe: rank 0: no rank made progress for 1 s (parallel.timeout_seconds) at step 7 (training): rank 0 on"
     )
     assert "is in test_watchdog.py:" in said
     assert said.endswith("What to do.") and len(ended) == 1
@@ -183,13 +190,15 @@ def test_the_others_end_with_the_reason_of_a_rank_that_cannot_reach_rank_0(
     )
     monkeypatch.setattr(module, "all_gather_objects", lambda _: next(answers))
     before = threads()
-    with pytest.raises(OSError, match="^rank 1 cannot reach rank 0 at a. So it is with 1 more.$"):
+    with pytest.raises(
+        OSError, match="^rank 1 cannot reach rank 0 at a. 1 more ranks have this error.$"
+    ):
         watch.start(timeout_seconds=1.0)
     assert threads() == before
 
 
 class Ranks:
-    """Three ranks as rank 0 sees them: the others are ends of a star that speak when they are told to."""
+    """Three ranks as rank 0 sees them: the others are ends of a channel that speak when they are told to."""
 
     def __init__(
         self, monkeypatch: pytest.MonkeyPatch, ended: Ended, *, timeout_seconds: float
@@ -200,11 +209,12 @@ class Ranks:
         server = listen()
         now = time.monotonic()
         self.watch._places = self.places
-        self.watch._heard = {1: Heard(now, now), 2: Heard(now, now)}
-        self.watch._own, self.watch._judged = Heard(now, now), now
-        self.watch._star = Star(0).serve(server)
+        self.watch._ranks = {1: RankStatus(now, now), 2: RankStatus(now, now)}
+        self.watch._own, self.watch._judged = RankStatus(now, now), now
+        self.watch._channel = SideChannel(0).serve(server)
         self.others = {
-            r: Star(r).connect("127.0.0.1", server.getsockname()[1], seconds=5) for r in (1, 2)
+            r: SideChannel(r).connect("127.0.0.1", server.getsockname()[1], seconds=5)
+            for r in (1, 2)
         }
         self.silent: set[int] = set()
         self.told: dict[int, list] = {1: [], 2: []}
@@ -264,7 +274,7 @@ def test_a_rank_that_dies_is_named_to_all_with_machine_and_step_at_once(
 
 def test_a_connection_that_the_network_broke_is_no_death(ranks: Ranks, ended: Ended) -> None:
     ranks.live(0.3, ended, ticking=True)
-    ranks.watch._star.broken[2] = "Connection timed out"
+    ranks.watch._channel.broken[2] = "Connection timed out"
     ranks.others.pop(2).close()
     ranks.live(0.5, ended)
     (said,) = ranks.verdicts(1)
@@ -295,7 +305,7 @@ def test_the_rank_that_is_in_no_collective_is_blamed_for_a_standstill(
     ranks.live(4, ended, where={1: "batching.py:9 encode", 2: ""})
     assert ended == [LOST]
     (said,) = ranks.verdicts(1)
-    assert said.startswith("no rank got any further for 2 s")
+    assert said.startswith("no rank made progress for 2 s")
     assert (
         "rank 1 on machine b (node 1) is in batching.py" in said
         and "the others wait for it" in said
