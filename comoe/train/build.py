@@ -165,7 +165,7 @@ def build_model(
     objective = build_objective(
         recipe, collator.tasks, num_domains=len(domains.names) if domains else 0, shape=shape
     )
-    # Many tokenizers do not know how many positions their encoder has.
+    # Many tokenizers do not know the number of positions of their encoder.
     limit = objective.model.longest_text
     longest = max(int(split.lengths.max()) for split in splits.values() if len(split))
     if longest > limit:
@@ -234,7 +234,7 @@ def _start_engine(
         if is_main() and (moved := saved_elsewhere(found.path, layout)):
             print(f"{moved}: converting it.")
     engine = Engine(build_deepspeed_engine(objective, recipe, settings), recipe)
-    # Weights were the same draw on all ranks; dropout must not be.
+    # Weights are equal on all ranks; dropout must not be.
     _seed(recipe.train.seed + 1000 * (rank() + 1))
     return engine
 

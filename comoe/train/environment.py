@@ -1,4 +1,4 @@
-"""What must be true of a process before DeepSpeed is imported: accelerator, threads, rendezvous, quiet libraries."""
+"""Setup of a process before the import of DeepSpeed: accelerator, threads, rendezvous, quiet libraries."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def available_cores() -> int:
 
 
 def interface_towards(address: str) -> str:
-    """Name of the network interface of this machine over which an address is reached; empty when there is none."""
+    """Name of this machine's network interface toward an address; empty if there is none."""
     try:
         family, kind, _, _, place = socket.getaddrinfo(address, 9, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind) as probe:
@@ -129,7 +129,7 @@ def set_thresholds(libc: Any) -> None:
 
 
 def free_port() -> int:
-    """A TCP port of this machine that nobody listens on now; another process may take it before it is used."""
+    """A free TCP port of this machine; another process may take it before it is used."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -30,11 +30,11 @@ from comoe.types import Batch, ModelOutput, labelled_rows
 EVAL_BATCH = 64
 
 STOP_CHECK_EVERY = 8
-"""Batches between two looks at the stop signal: each is a reduction over ranks."""
+"""Batches between two checks of the stop signal: each is a reduction over ranks."""
 
 
 class EvaluationStopped(Exception):
-    """An evaluation that a signal cut short."""
+    """A signal interrupted the evaluation."""
 
 
 def evaluate_split(

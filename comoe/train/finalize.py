@@ -69,7 +69,7 @@ def evaluate_noisy(
         tokens = tokenize_split(posts, run.collator.tokenizer, tasks=run.tasks, config=config)
         evaluation = evaluate_split(run, name, split=tokens, tasks=tasks)
         assert evaluation is not None
-        # Plots of each noise would bury those of the run.
+        # Plots of each noise would hide those of the run.
         found[name] = replace(evaluation, confusions={}, routing=None, embeddings=None)
         run.monitor.log_evaluation(step, split=name, evaluation=found[name])
     return found
@@ -103,7 +103,7 @@ def finalize(run: TrainingRun) -> None:
             run.monitor.log_evaluation(step, split=split, evaluation=found)
         run.monitor.log_projector(step, split=split, embeddings=found.embeddings)
     _log_calibration(run.monitor, step, calibrator)
-    # The thresholds were chosen on the validation posts and would flatter them.
+    # The thresholds were chosen on the validation posts, where results would be too good.
     plain = [replace(task, thresholds=None) for task in calibrator.tasks]
     under_noise = evaluate_noisy(run, "validation", tasks=plain, step=step)
     under_noise |= evaluate_noisy(run, "test", tasks=calibrator.tasks, step=step)
@@ -142,7 +142,7 @@ def _log_calibration(monitor: Monitor, step: int, calibrator: Calibrator) -> Non
 
 
 def print_results(folder: Path, tasks: Sequence[Task]) -> None:
-    """The table of a finished run, from its ``results.json``, and what to type next."""
+    """The table of a finished run, from its ``results.json``, and the next commands."""
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     print()
     metrics = results["metrics"]
@@ -164,7 +164,7 @@ def print_results(folder: Path, tasks: Sequence[Task]) -> None:
 
 
 def _fitting_input(export: Path, tasks: Sequence[Task]) -> str:
-    """Name of a file that can hold what the model reads: plain text has no place for pictures and second texts."""
+    """Name of a file that can hold what the model reads: plain text has no columns for images and second texts."""
     place = export / CONFIG
     config = json.loads(place.read_text(encoding="utf-8")) if place.is_file() else {}
     column = pair_in_training(config, tasks)
@@ -177,7 +177,7 @@ def _fitting_input(export: Path, tasks: Sequence[Task]) -> str:
 
 
 def peak_memory_bytes() -> float:
-    """Most memory this rank has held so far: of the GPU where there is one, else of the process."""
+    """Peak memory of this rank so far: of the GPU if there is one, else of the process."""
     if torch.cuda.is_available():
         return float(torch.cuda.max_memory_allocated())
     import resource

@@ -46,15 +46,15 @@ class Request:
     """The command line of one run."""
 
     config: Path | Recipe | None = None
-    """Recipe; None with ``resume``."""
+    """Recipe file; None with ``resume``."""
     deepspeed: Path | None = None
     """DeepSpeed JSON; None is the run's own with ``resume``, else ZeRO 2."""
     overrides: Sequence[str] = ()
-    """``key=value`` words."""
+    """``key=value`` changes of the recipe."""
     resume: Path | None = None
-    """Run folder to go on with; its own recipe is used then."""
+    """Run folder to resume, with its own recipe."""
     dry_run: bool = False
-    """Print what would happen, and end."""
+    """Check and print the plan without training."""
     gpus: int = 0
     """Plan the dry run for so many GPUs; 0 for this machine."""
 
@@ -104,7 +104,7 @@ def train(
 
 
 def run_and_exit(request: Request, stop: StopSignal | None = None) -> None:
-    """Train, and leave. Does not return.
+    """Train and end the process.
 
     Exit codes: 0 done or stopped by a signal, 2 with one clear sentence where the user can mend it
     before training begins, 3 training cannot go on, 4 another rank is lost, 130 interrupted before
@@ -115,7 +115,7 @@ def run_and_exit(request: Request, stop: StopSignal | None = None) -> None:
     try:
         run_request(request, stop, watch)
     except KeyboardInterrupt:
-        # Outside of the training loop, which notes the signal and saves.
+        # Outside the training loop, which handles the signal and saves.
         code, message = 130, "interrupted; what was saved before is whole."
     except Exception as error:
         code, message, shown = _judge(error, request, watch)
@@ -124,12 +124,12 @@ def run_and_exit(request: Request, stop: StopSignal | None = None) -> None:
         _print_error(message, shown)
     sys.stdout.flush()
     sys.stderr.flush()
-    # gloo's threads sometimes abort an ordinary exit after all is done; see deepspeed_notes.
+    # gloo's threads sometimes abort a normal exit; see deepspeed_notes.
     os._exit(code)
 
 
 def _judge(error: Exception, request: Request, watch: Watchdog) -> tuple[int, str, str]:
-    """Exit code, what to say, and the traceback where it is wanted."""
+    """Exit code, message, and the traceback if verbose."""
     plain = isinstance(error, (ValueError, OSError))
     if plain and watch.phase == PREPARING:
         return 2, str(error), traceback.format_exc() if _is_verbose(request) else ""
@@ -137,7 +137,7 @@ def _judge(error: Exception, request: Request, watch: Watchdog) -> tuple[int, st
 
     if isinstance(error, TrainingStopped):
         return 3, str(error), ""
-    # A pipe or a disk that breaks is no rank.
+    # A broken pipe or disk is not a lost rank.
     if not plain and lost_connection(error):
         watch.explain(error)
         return LOST, f"no connection to the other ranks: {error}", ""
@@ -148,13 +148,13 @@ def _is_verbose(request: Request) -> bool:
     try:
         return _load(request).run.verbose
     except (ValueError, OSError):
-        # The recipe itself is wrong, and the one sentence says where.
+        # The recipe itself is wrong, and the message says where.
         return False
 
 
 def _print_error(message: str, shown: str) -> None:
-    # Usually every rank fails alike and one message is enough. The others wait for the launcher to
-    # end them and speak only if it does not, because then the error is theirs alone.
+    # Usually every rank fails alike and one message is enough: the others wait for the launcher to
+    # end them, and print only if it does not, because then the error is their own.
     if not is_main() or int(os.environ.get("RANK", "0")):
         time.sleep(3)
     print(f"{shown}comoe: rank {os.environ.get('RANK', '0')}: {message}", file=sys.stderr)
@@ -202,7 +202,7 @@ def run_request(
         recipe, settings, folder, device=device, resume=not fresh, on_ready=lambda: take(folder, fresh=fresh),
     )  # fmt: skip
     run.watch = watch
-    # The groups that DeepSpeed made too.
+    # Also the groups of DeepSpeed.
     wait_for_ranks_up_to(max(A_DAY, recipe.parallel.timeout_seconds))
     state = run.state
     if state.finished == ALL_STEPS and state.step < run.total_steps:
@@ -229,7 +229,7 @@ def _train_and_finalize(run: TrainingRun, stop: StopSignal | None = None) -> Non
             f"{folder} is finished ({state.finished}, step {state.step}); nothing to do. Train it anew with "
             f"run.overwrite=true, further with a larger train.max_steps or train.epochs."
         )
-    # From here on an error is no mistake of the user's: all that the user brings has been read.
+    # From here on an error is not the user's: all input has been read.
     run.watch.enter("finishing" if finished_before else "first step")
     if not finished_before:
         Trainer(run, stop or StopSignal()).train()
@@ -247,13 +247,13 @@ def _join_ranks(recipe: Recipe, watch: Watchdog) -> Any:
     seconds = recipe.parallel.timeout_seconds
     device = start_ranks(timeout_seconds=seconds, verbose=recipe.run.verbose)
     watch.start(timeout_seconds=seconds)
-    # The watchdog knows which waits are too long; one rank may well prepare or save for hours.
+    # The watchdog limits waits; a rank may prepare or save for hours.
     wait_for_ranks_up_to(max(A_DAY, seconds))
     return device
 
 
 def _written_out(folder: Path, step: int) -> bool:
-    """Whether results and export are those of this end: a run that went on further still has those of its first end."""
+    """Whether results and export are of this step: a resumed run still has those of its first end."""
     results = folder / "results.json"
     done = is_main() and results.is_file() and (folder / "export").is_dir()
     return broadcast_object(

@@ -1,4 +1,4 @@
-"""The run folder before the first step: whose it is, what it begins with, and that all machines see it."""
+"""The run folder before the first step: its owner, its first files, and its visibility on all machines."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from comoe.train.training_run import TrainingRun
 
 MARK = ".begun"
-"""Holds a word of the start that made or resumed the run."""
+"""Holds an identifier of the start that created or resumed the run."""
 
 PROBE = ".seen"
-"""Lies in the folder while the machines look whether they see it."""
+"""In the folder while the machines check whether they see it."""
 
 OWN_SETTINGS = "deepspeed.json"
 """The DeepSpeed JSON as the user wrote it, "auto" included; ``ds_config.json`` is what it
@@ -36,10 +36,10 @@ SET_ASIDE = "set_aside.jsonl"
 """Every row that was left out, or kept without its image, with file, line and reason."""
 
 LEARNED = ("kind", "labels", "label_words", "prompt")
-"""What of a task the weights of a run depend on."""
+"""Fields of a task that the weights of a run depend on."""
 
 PATIENCE = 30.0
-"""Seconds that a network folder has to show on one machine what another one wrote."""
+"""Seconds until a network folder must show one machine's file on another one."""
 
 
 def refuse_taken(folder: Path, *, overwrite: bool) -> None:
@@ -78,7 +78,7 @@ def check_same_tasks(folder: Path, tasks: Sequence[Task]) -> None:
         )
     for name, plain in now.items():
         for key in LEARNED:
-            # Of an older comoe a key may lack.
+            # A key may be missing in runs of older versions.
             if plain[key] != began[name].get(key, plain[key]):
                 raise ValueError(
                     f"tasks.{name}.{key} is {plain[key]!r}, but {folder} learned {began[name][key]!r}; {advice}"
@@ -95,7 +95,7 @@ def begun_by_this_start(folder: Path) -> bool:
 
 
 def take(folder: Path, *, fresh: bool) -> None:
-    """Make the run folder this start's own; every rank must call it.
+    """Claim the run folder for this start; every rank must call it.
 
     Args:
         fresh: delete an earlier run in it, which goes only now that recipe, posts and encoder
@@ -129,7 +129,7 @@ def write_run_folder(run: TrainingRun, *, own_settings: Mapping[str, Any]) -> No
         run.collator.tokenizer.save_pretrained(aside)
         aside.replace(folder / "tokenizer")
     if run.collator.pixels is not None:
-        # Beside the tokenizer: together they are how a post becomes numbers.
+        # Next to the tokenizer, as a part of preprocessing.
         run.collator.pixels.processor.save(folder / "tokenizer")
     write_atomic(
         folder / SET_ASIDE,
@@ -146,7 +146,7 @@ def write_run_folder(run: TrainingRun, *, own_settings: Mapping[str, Any]) -> No
         contents["tower_config.json"] = run.model.tower.inner.config.to_dict()
     for name, content in contents.items():
         write_atomic(folder / name, json.dumps(content, indent=1, default=str) + "\n")
-    # The file that makes a folder a run.
+    # This file makes a folder a run.
     write_atomic(folder / "config.yaml", recipe_to_yaml(run.recipe))
 
 
@@ -185,7 +185,7 @@ def _sees(folder: Path, word: str) -> bool:
     end = time.monotonic() + PATIENCE
     while True:
         try:
-            # Listing makes a network file system look again.
+            # Listing refreshes a network file system.
             os.listdir(folder)
             if (folder / PROBE).read_text(encoding="utf-8") == word:
                 return True

@@ -1,4 +1,4 @@
-"""What a run must remember beside weights and moments, and the rate of each step."""
+"""The state of a run besides weights and moments, and the learning rate of each step."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ class TrainState:
     nonfinite_in_a_row: int = 0
     """Steps skipped since the last good one."""
     nonfinite_total: int = 0
-    """Steps skipped in all."""
+    """Total of skipped steps."""
     posts_seen: int = 0
-    """Posts trained on, repeats counted."""
+    """Posts trained on, with repetition."""
     seconds: float = 0.0
-    """Seconds of training, of all sittings."""
+    """Seconds of training over all starts."""
     evaluated_at: int = 0
     """Step of the last evaluation; one that a signal cut short is made up for by the resume."""
     mixing: list[dict[str, Any]] = field(default_factory=list)
@@ -41,11 +41,11 @@ class TrainState:
     validation_losses: dict[str, float] = field(default_factory=dict)
     """Task -> loss at the last evaluation that rates were made of."""
     finished: str = ""
-    """Why the run ended; empty while it may go on."""
+    """Why the run ended; empty before."""
 
     def record(self, value: float, *, patience: int) -> bool:
         """Note an evaluation; True when it is the best so far. Sets ``finished`` when the patience is used up."""
-        # A value that is no number would stay the best for ever.
+        # NaN would stay the best value forever.
         improved = not math.isnan(value) and (self.best_value is None or value > self.best_value)
         if improved:
             self.best_value, self.best_step, self.evaluations_without_gain = value, self.step, 0

@@ -1,4 +1,4 @@
-"""The loop: batches in, steps, logs, evaluations, checkpoints, an orderly end."""
+"""The training loop: batches, steps, logs, evaluations, checkpoints, a clean end."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ from comoe.train.training_run import TrainingRun
 from comoe.types import Batch
 
 SHOWN = 8
-"""Posts that are named when a step is skipped; all of them are in metrics.jsonl."""
+"""Posts that are printed for a skipped step; all of them are in metrics.jsonl."""
 
 
 class TrainingStopped(RuntimeError):
-    """The run cannot go on; the message says why and what to do."""
+    """The run cannot continue; the message has the reason and the remedy."""
 
 
 def follow_progress(run: TrainingRun, evaluation: Evaluation) -> Mapping[str, float]:
@@ -75,11 +75,11 @@ def follow_progress(run: TrainingRun, evaluation: Evaluation) -> Mapping[str, fl
 
 @dataclass
 class Trainer:
-    """Trains a run until its end, a stop signal, or the patience is used up."""
+    """Trains a run until its end, a stop signal, or early stopping."""
 
     run: TrainingRun
     stop: StopSignal = field(default_factory=StopSignal)
-    """One that was made when the process began notices a launcher that was lost since then."""
+    """If created at process start, it also detects a launcher that was lost since then."""
 
     def __post_init__(self) -> None:
         self._window = LogWindow(self.run.tasks)
@@ -114,7 +114,7 @@ class Trainer:
             unit="step",
             disable=not is_main(),
             dynamic_ncols=True,
-            # A log file wants a line now and then, a terminal a bar that moves.
+            # A log file gets a line now and then, a terminal a progress bar.
             mininterval=0.3 if sys.stderr.isatty() else 20,
         )
         self._window.reset()
@@ -146,7 +146,7 @@ class Trainer:
                     upcoming = pool.submit(self._collate, state.step)
                 if saved_at != state.step and self._due(run.save_every):
                     saved_at = self._save()
-                # Posts per second are of training alone.
+                # Posts per second count training only.
                 self._window.began += time.perf_counter() - paused
             upcoming.cancel()
             if state.step >= total and not state.finished:
@@ -197,7 +197,7 @@ class Trainer:
                 f"same), or a smaller data.max_length."
             ) from error
         state.step += 1
-        # Waiting for posts and for slower ranks is training too.
+        # Waiting for posts and for slower ranks counts as training.
         state.seconds += time.perf_counter() - began
         # Numbers of the log stay on the device until a line is due.
         self._window.add(batches, report)

@@ -1,4 +1,4 @@
-"""The folder of checkpoints, as a run keeps it: where to resume, what to prune. Needs no DeepSpeed."""
+"""The folder of checkpoints of a run: where to resume, what to prune. Does not need DeepSpeed."""
 
 from __future__ import annotations
 
@@ -18,19 +18,17 @@ from comoe.inference.checkpoint_folder import (
 )
 
 ASIDE = ".writing-"
-"""What the name of a checkpoint begins with while it is written."""
+"""Prefix of a checkpoint's name while it is written."""
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """The checkpoint to go on from."""
+    """The checkpoint to resume from."""
 
     path: Path
-    """Its folder."""
     step: int
-    """Its step."""
     broken: tuple[str, ...]
-    """What is wrong with newer ones that were passed over, one sentence each."""
+    """Defects of newer checkpoints that were skipped, one sentence each."""
 
 
 def mark_best(folder: Path, step: int) -> None:
