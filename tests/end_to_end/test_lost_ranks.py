@@ -87,7 +87,8 @@ def test_a_killed_rank_ends_the_run_with_one_message_that_names_rank_machine_and
     )
     said = re.fullmatch(
         r"comoe: rank 0: rank 1 on machine \S+ died at step (\d+) \((?:training|saving|evaluation|drawing)\): its "
-        r"process ended without a message, as after kill -9 or when memory runs out\. The last whole checkpoint is good: "
+        r"process ended without a message, as after kill -9 or when memory runs out\. "
+        r"The last whole checkpoint is good: "
         rf"go on with --resume {re.escape(str(killed.folder))}\.",
         killed.message,
     )
