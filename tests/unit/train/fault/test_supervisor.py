@@ -247,7 +247,7 @@ def test_a_supervisor_of_another_command_is_turned_away_and_says_what_must_be_th
     finally:
         supervised.processes[0].terminate()
         codes, said = supervised.end()
-    assert codes[0] == 130 and "must be the same on all machines, word by word." in said
+    assert codes[0] == 130 and "must be identical on all machines" in said
 
 
 def test_a_stranger_on_the_port_is_no_supervisor(tmp_path: Path) -> None:
