@@ -17,12 +17,13 @@ from pydantic import TypeAdapter, ValidationError
 from comoe.config.errors import message_of, nearest, unknown_name
 from comoe.config.fields import base_of, member, members
 from comoe.config.files import write_atomic
+from comoe.config.legacy import keep_old_meanings
 from comoe.config.recipe import Recipe
 from comoe.config.validate import validate
 
 __all__ = [
-    "load_recipe", "load_settings", "nearest", "recipe_from_dict", "recipe_to_dict", "recipe_to_yaml", "save_recipe",
-    "unknown_name", "validate",
+    "load_recipe", "load_saved_recipe", "load_settings", "nearest", "recipe_from_dict", "recipe_to_dict",
+    "recipe_to_yaml", "save_recipe", "unknown_name", "validate",
 ]  # fmt: skip
 
 
@@ -54,8 +55,26 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         >>> recipe.train.epochs
         2.0
     """
-    path = Path(path)
+    return _load(Path(path), overrides, saved=False)
+
+
+def load_saved_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The ``config.yaml`` of a run, with what its options meant when it was written.
+
+    Args:
+        path: the file.
+        overrides: as for ``load_recipe``.
+
+    Raises:
+        ValueError: as ``load_recipe``.
+    """
+    return _load(Path(path), overrides, saved=True)
+
+
+def _load(path: Path, overrides: Sequence[str], *, saved: bool) -> Recipe:
     raw, origins = _read_yaml(path)
+    if saved:
+        keep_old_meanings(raw)
     for override in overrides:
         _apply_override(raw, override, origins=origins)
     recipe = recipe_from_dict(raw, origins=origins)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from comoe.config.load import load_recipe
+from comoe.config.load import load_saved_recipe
 from comoe.data.corpus import load_corpus
 from comoe.data.tokens.split import TokenizedSplit, tokenize_split
 from comoe.inference.predictor import Predictor
@@ -29,7 +29,7 @@ def load_trained(
     config = run_folder / "config.yaml"
     if not config.is_file():
         raise ValueError(f"{run_folder} is not a run folder: it has no config.yaml.")
-    recipe = resolve(load_recipe(config), progress=False)
+    recipe = resolve(load_saved_recipe(config), progress=False)
     if limit is not None:
         recipe = replace(recipe, data=replace(recipe.data, limit_eval=limit))
     predictor = Predictor.from_pretrained(run_folder / "export", device=device)

@@ -19,6 +19,7 @@ import psutil
 import torch
 
 from comoe.config.files import write_atomic
+from comoe.config.legacy import keep_old_meanings
 from comoe.config.load import load_recipe, recipe_from_dict, recipe_to_dict
 from comoe.evaluation.tables import duration
 from comoe.train.environment import free_port
@@ -125,7 +126,8 @@ def record_settings(experiment: Experiment, *, file_name: str) -> None:
         write_atomic(file, text + "\n")
         return
     before = json.loads(file.read_text(encoding="utf-8"))
-    # An option that is newer than the recorded recipe has its default.
+    # An option may be newer than the recorded recipe.
+    keep_old_meanings(before["recipe"])
     before["recipe"] = json.loads(json.dumps(recipe_to_dict(recipe_from_dict(before["recipe"]))))
     if difference := difference_of(before, json.loads(text)):
         raise ValueError(

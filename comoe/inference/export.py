@@ -22,7 +22,8 @@ from transformers import AutoConfig, AutoTokenizer
 
 from comoe import __version__
 from comoe.config.errors import unknown_name
-from comoe.config.load import load_recipe, recipe_from_dict
+from comoe.config.legacy import keep_old_meanings
+from comoe.config.load import load_saved_recipe, recipe_from_dict
 from comoe.config.recipe import DataConfig, ModelConfig, Recipe
 from comoe.data.collator import load_tokenizer
 from comoe.data.datasets import read_as_words
@@ -253,7 +254,9 @@ def load_exported(folder: str | Path) -> Exported:
     folder = Path(folder)
     config = read_export_config(folder)
     tasks = tuple(Task.from_dict(plain) for plain in config["tasks"])
-    recipe = recipe_from_dict({"model": config["model"], "data": config["data"]})
+    saved = {"model": config["model"], "data": config["data"]}
+    keep_old_meanings(saved)
+    recipe = recipe_from_dict(saved)
     model = build_model(
         recipe.model,
         tasks,
@@ -320,7 +323,7 @@ def export_checkpoint(path: str | Path, out: str | Path, *, which: str = "best")
     export_model(
         Path(out),
         state_dict=weights,
-        recipe=load_recipe(run / "config.yaml"),
+        recipe=load_saved_recipe(run / "config.yaml"),
         tasks=with_calibration(
             map(Task.from_dict, read_json(run / "tasks.json")), (results or {}).get("calibration")
         ),

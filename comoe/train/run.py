@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from comoe.config.load import load_recipe, recipe_from_dict, recipe_to_dict
+from comoe.config.load import load_recipe, load_saved_recipe, recipe_from_dict, recipe_to_dict
 from comoe.config.recipe import Recipe
 from comoe.config.validate import validate
 from comoe.distributed import (
@@ -280,7 +280,7 @@ def _load(request: Request) -> Recipe:
         raise ValueError(
             f"--resume {request.resume}: no config.yaml there; give the folder of a run, such as runs/starter."
         )
-    return load_recipe(saved, request.overrides)
+    return load_saved_recipe(saved, request.overrides)
 
 
 def _checked(recipe: Recipe, overrides: Sequence[str]) -> Recipe:

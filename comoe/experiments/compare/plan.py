@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from comoe.config.errors import unknown_name
-from comoe.config.load import load_recipe, recipe_to_dict
+from comoe.config.load import load_recipe, load_saved_recipe, recipe_to_dict
 from comoe.config.recipe import DataConfig, Recipe, RunConfig
 from comoe.experiments.compare.arms import (
     ARMS,
@@ -124,7 +124,7 @@ def check_earlier(experiment: Experiment, trial: Trial) -> None:
     if not file.is_file():
         return
     now = load_recipe(experiment.config, [*experiment.overrides, *trial.overrides])
-    if difference := difference_of(_content(load_recipe(file)), _content(now)):
+    if difference := difference_of(_content(load_saved_recipe(file)), _content(now)):
         raise ValueError(
             f"{file.parent} was trained with {difference}; give the arm another name, or choose another --output."
         )
