@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-OLD_MEANINGS: dict[str, Any] = {}
+OLD_MEANINGS: dict[str, Any] = {
+    "tasks.*.standardize": False,
+}
 """Option (``*`` stands for every key of a mapping) -> its value in a saved recipe that does not have it.
 
 Only options whose default is another one stand here. A recipe that a user wrote takes the default.

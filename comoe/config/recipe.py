@@ -448,6 +448,10 @@ class TaskConfig:
     contrastive_width: Positive | Literal["auto"] = "auto"
     """Regression: positives weigh exp(-|difference of labels| / width); auto is the standard
     deviation of the training labels."""
+    standardize: Flag = True
+    """Regression: the head learns (label - mean) / standard deviation of the training labels, so
+    that its loss and gradient are as large as those of other tasks whatever the unit. Predictions
+    and metrics are in the unit of the labels."""
 
     @model_validator(mode="after")
     def _score_instead(self) -> TaskConfig:

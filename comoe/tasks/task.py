@@ -53,6 +53,10 @@ class Task:
     thresholds: tuple[float, ...] | None = None
     """Probabilities from which labels are given: one per label, or, where two labels exclude one
     another, that of the label with id 1. None is 0.5."""
+    label_mean: float = 0.0
+    """Regression: the head's output 0 is this label."""
+    label_std: float = 1.0
+    """Regression: a difference of 1 in the head's output is one of this in the label."""
 
     prompt: str | None = None
     """What the encoder reads of a post where a decoder answers, see ``comoe.tasks.prompts``; else
@@ -137,7 +141,7 @@ def build_task(
     *,
     labels: Sequence[str],
     label_counts: Mapping[str, int],
-    label_spread: float | None = None,
+    label_moments: tuple[float, float] | None = None,
 ) -> Task:
     """Resolve one task of the recipe against its data.
 
@@ -148,8 +152,8 @@ def build_task(
             split.
         label_counts: label name -> training posts (words, for tags) that have it; ``class_weights:
             balanced`` reads it.
-        label_spread: standard deviation of the training labels where they are numbers;
-            ``contrastive_width: auto`` reads it.
+        label_moments: mean and standard deviation of the training labels where they are numbers;
+            ``contrastive_width: auto`` and ``standardize`` read them.
 
     Raises:
         ValueError: kind, metric, labels or class weights that do not exist or do not fit one
@@ -157,6 +161,7 @@ def build_task(
     """
     kind, labels = KINDS[config.kind], tuple(labels)
     _check_labels(name, config, labels)
+    label_mean, label_std = (config.standardize and label_moments) or (0.0, 1.0)
     return Task(
         name=name,
         kind=config.kind,
@@ -172,12 +177,14 @@ def build_task(
         ),
         contrastive_weight=config.contrastive_weight,
         contrastive_temperature=config.contrastive_temperature,
-        contrastive_width=label_spread
+        contrastive_width=(label_moments and label_moments[1])
         if config.contrastive_width == "auto"
         else float(config.contrastive_width),
         auxiliary=config.auxiliary,
         slices=tuple(config.slices),
         confidence_strategy=_confidence_strategy(name, config, kind=kind),
+        label_mean=label_mean,
+        label_std=label_std,
         prompt=config.prompt,
         label_words=resolve_label_words(name, config.label_words, kind=kind, labels=labels),
         max_answer_length=config.max_answer_length,

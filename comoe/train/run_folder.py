@@ -35,7 +35,7 @@ became."""
 SET_ASIDE = "set_aside.jsonl"
 """Every row that was left out, or kept without its image, with file, line and reason."""
 
-LEARNED = ("kind", "labels", "label_words", "prompt")
+LEARNED = ("kind", "labels", "label_words", "prompt", "label_mean", "label_std")
 """Fields of a task that the weights of a run depend on."""
 
 PATIENCE = 30.0
@@ -69,7 +69,9 @@ def check_same_tasks(folder: Path, tasks: Sequence[Task]) -> None:
     place = folder / "tasks.json"
     if not place.is_file():
         return
-    began = {plain["name"]: plain for plain in json.loads(place.read_text(encoding="utf-8"))}
+    # A key may be missing in runs of older versions, which had what is its default now.
+    written = [Task.from_dict(plain) for plain in json.loads(place.read_text(encoding="utf-8"))]
+    began = {task.name: task.to_dict() for task in written}
     now = {task.name: task.to_dict() for task in tasks}
     advice = "give the resumed run no such words, or begin a new run with another run.name."
     if list(began) != list(now):
@@ -78,8 +80,7 @@ def check_same_tasks(folder: Path, tasks: Sequence[Task]) -> None:
         )
     for name, plain in now.items():
         for key in LEARNED:
-            # A key may be missing in runs of older versions.
-            if plain[key] != began[name].get(key, plain[key]):
+            if plain[key] != began[name][key]:
                 raise ValueError(
                     f"tasks.{name}.{key} is {plain[key]!r}, but {folder} learned {began[name][key]!r}; {advice}"
                 )

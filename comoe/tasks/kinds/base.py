@@ -34,6 +34,10 @@ class TaskLike(Protocol):
     @property
     def contrastive_width(self) -> float | None: ...
     @property
+    def label_mean(self) -> float: ...
+    @property
+    def label_std(self) -> float: ...
+    @property
     def temperature(self) -> float | None: ...
     @property
     def thresholds(self) -> tuple[float, ...] | None: ...
@@ -157,7 +161,7 @@ class Kind(ABC):
     def loss(
         self, logits: Tensor, targets: Tensor, task: TaskLike, weights_B: Tensor | None = None
     ) -> Tensor:
-        """Sum over the labelled rows (words, for tags), scalar, float32, nats or squared label units.
+        """Sum over the labelled rows (words, for tags), scalar, float32, nats or squared label_std.
 
         ``weights_B`` multiplies each row's part of the sum, float32; ones give the same bits as
         None.

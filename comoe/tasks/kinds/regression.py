@@ -19,7 +19,11 @@ _NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*")
 
 
 class Regression(Kind):
-    """One number: squared error. Parsed: float. Alike: exp(-|difference| / width)."""
+    """One number: squared error. Parsed: float. Alike: exp(-|difference| / width).
+
+    Logits and loss are of the standardized label, (label - label_mean) / label_std; all else is in
+    the unit of the labels.
+    """
 
     metrics = ("pearson", "spearman", "mae")
 
@@ -63,7 +67,8 @@ class Regression(Kind):
         self, logits: Tensor, targets: Tensor, task: TaskLike, weights_B: Tensor | None = None
     ) -> Tensor:
         present = self.labelled(targets)
-        errors_B = logits.float()[:, 0] - torch.where(present, targets, 0.0).float()
+        targets_B = (targets.float() - task.label_mean) / task.label_std
+        errors_B = logits.float()[:, 0] - torch.where(present, targets_B, 0.0)
         return weighted_sum(errors_B.square() * present, weights_B)
 
     def probabilities(self, logits: Tensor) -> Tensor:
@@ -71,7 +76,12 @@ class Regression(Kind):
 
     def decode(self, outputs: Sequence[PostOutput], task: TaskLike) -> list[dict[str, Any]]:
         """``{"value": number}``, in the unit of the labels."""
-        return [{"value": value} for value in self.stack(outputs, task)[0][:, 0].tolist()]
+        values_N = self.probabilities(self.stack(outputs, task)[0])
+        return [{"value": value} for value in unstandardized(values_N, task).tolist()]
+
+    def gold_and_scores(self, outputs: Sequence[PostOutput], task: TaskLike) -> tuple[Any, Any]:
+        gold, scores_N = super().gold_and_scores(outputs, task)
+        return gold, unstandardized(scores_N, task)
 
     def gold(self, targets: Iterable[Any], task: TaskLike) -> list[float | None]:
         return [None if math.isnan(target) else float(target) for target in targets]
@@ -91,3 +101,8 @@ class Regression(Kind):
             for name in dict.fromkeys((task.metric, "mae"))
         }
         return {name: METRICS[name](gold, scores, ()) for name in self.metrics} | baselines
+
+
+def unstandardized(values: Any, task: TaskLike) -> Any:
+    """Outputs of the head, an array or a tensor, in the unit of the task's labels."""
+    return values * task.label_std + task.label_mean

@@ -55,6 +55,8 @@ def test_tasks_on_one_data_set_share_its_posts(shared: Path) -> None:
     assert train.confidences == {"mood": [0.5, 1.0, None, None]}
     assert train.group_names == ("posts",)
     assert [task.labels for task in corpus.tasks] == [("bad", "good"), ("air", "sea"), ()]
+    stars = corpus.tasks[2]
+    assert (stars.label_mean, stars.label_std) == (2.75, 1.75)
 
 
 def test_a_training_post_without_any_label_is_left_out_and_said(shared: Path) -> None:

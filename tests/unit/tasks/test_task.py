@@ -79,19 +79,27 @@ def test_a_task_without_labels_has_neither_metric_nor_labels_nor_a_way_out_of_th
         build(TaskConfig(kind="unlabelled"), "a")
 
 
-def test_the_width_of_numbers_is_their_spread_unless_given() -> None:
-    config = TaskConfig(kind="regression")
-    built = [
-        build_task(
-            "task", config, labels=(), label_counts={}, label_spread=spread
-        ).contrastive_width
-        for spread in (1.5, None)
-    ]
-    assert built == [1.5, None]
+@pytest.mark.parametrize(
+    ("standardize", "moments", "expected"),
+    [
+        (True, (40.0, 1.5), (1.5, 40.0, 1.5)),
+        (False, (40.0, 1.5), (1.5, 0.0, 1.0)),
+        (True, None, (None, 0.0, 1.0)),
+    ],
+)
+def test_width_and_scale_of_numbers_are_those_of_the_labels(
+    standardize: bool, moments: tuple | None, expected: tuple
+) -> None:
+    config = TaskConfig(kind="regression", standardize=standardize)
+    task = build_task("task", config, labels=(), label_counts={}, label_moments=moments)
+    assert (task.contrastive_width, task.label_mean, task.label_std) == expected
+
+
+def test_options_of_numbers_are_kept() -> None:
     config = TaskConfig(
         kind="regression", contrastive_width=3, contrastive_temperature=0.2, contrastive_weight=0.5
     )
-    task = build_task("task", config, labels=(), label_counts={}, label_spread=1.5)
+    task = build_task("task", config, labels=(), label_counts={}, label_moments=(40.0, 1.5))
     assert (task.contrastive_width, task.contrastive_temperature, task.contrastive_weight) == (
         3.0,
         0.2,
@@ -108,6 +116,7 @@ def test_a_task_of_an_older_export_is_read() -> None:
         task.contrastive_weight == 1.0
         and task.contrastive_temperature is None
         and task.contrastive_width is None
+        and (task.label_mean, task.label_std) == (0.0, 1.0)
     )
 
 

@@ -92,6 +92,10 @@ OPINION = Task("opinion", "text", (), "token_f1", prompt="opinion: {text}")
         ),
         ((replace(MOOD, kind="multi_label"), OPINION), "tasks.mood.kind is 'multi_label'"),
         ((MOOD, replace(OPINION, prompt="{text}")), "tasks.opinion.prompt is '{text}'"),
+        (
+            (replace(MOOD, label_std=2.0), OPINION),
+            "tasks.mood.label_std is 2.0, but .* learned 1.0",
+        ),
     ],
 )
 def test_a_run_does_not_go_on_with_other_tasks_than_it_learned(
@@ -108,6 +112,7 @@ def test_a_run_goes_on_with_its_tasks_also_where_an_older_version_wrote_them_dow
 ) -> None:
     check_same_tasks(tmp_path, (MOOD,))
     began = [MOOD.to_dict() | {"metric": "accuracy"}]
-    del began[0]["prompt"]
+    for key in ("prompt", "label_mean", "label_std"):
+        del began[0][key]
     (tmp_path / "tasks.json").write_text(json.dumps(began), encoding="utf-8")
     check_same_tasks(tmp_path, (MOOD,))

@@ -25,7 +25,7 @@ TAGS = ("O", "B-PER", "I-PER")
 TASKS = {
     "single_label": Task("mood", "single_label", LABELS, "macro_f1"),
     "multi_label": Task("emotions", "multi_label", LABELS, "macro_f1"),
-    "regression": Task("intensity", "regression", (), "pearson"),
+    "regression": Task("intensity", "regression", (), "pearson", label_mean=40.0, label_std=2.5),
     "tags": Task("names", "tags", TAGS, "span_f1"),
     "phrases": Task("opinion", "phrases", PHRASE_TAGS, "span_f1"),
     "label_words": Task(
@@ -308,7 +308,7 @@ def multi_reference(logits: Tensor, task: Task) -> tuple[float, float]:
 def regression_reference(logits: Tensor, task: Task) -> tuple[float, float]:
     cells = CELLS["regression"]
     errors = [
-        (value - cell) ** 2
+        (value - (cell - task.label_mean) / task.label_std) ** 2
         for (value,), cell in zip(logits.double().tolist(), cells, strict=True)
         if cell is not None
     ]
@@ -458,13 +458,18 @@ def test_label_sets_are_decoded_at_one_half() -> None:
     assert second["labels"] == []
 
 
-def test_a_number_is_decoded_as_it_is() -> None:
-    assert KINDS["regression"].decode(
-        shown(torch.tensor([[-1.5], [2.0]])), TASKS["regression"]
-    ) == [
-        {"value": -1.5},
-        {"value": 2.0},
+@pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (40.0, 2.5), (-0.3, 0.01)])
+def test_a_number_is_decoded_and_scored_in_the_unit_of_the_labels(mean: float, std: float) -> None:
+    task = replace(TASKS["regression"], label_mean=mean, label_std=std)
+    outputs = [
+        PostOutput(row, np.float32([z]), np.float32(gold))
+        for row, (z, gold) in enumerate([(-1.5, 1.0), (2.0, math.nan), (0.5, 3.0)])
     ]
+    expected = [z * std + mean for z in (-1.5, 2.0, 0.5)]
+    found = [answer["value"] for answer in KINDS["regression"].decode(outputs, task)]
+    assert found == (expected if (mean, std) == (0.0, 1.0) else pytest.approx(expected, rel=1e-6))
+    gold, scores = KINDS["regression"].gold_and_scores(outputs, task)
+    assert gold.tolist() == [1.0, 3.0] and scores.tolist() == [found[0], found[2]]
 
 
 def test_words_are_decoded_as_tags_and_spans() -> None:
