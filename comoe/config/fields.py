@@ -97,6 +97,9 @@ FOLDER_NAME = Rule(
     lambda name: re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", name) is not None,
     "a plain folder name: letters, digits, dot, dash, underscore, no dot or dash first",
 )
+KEPT_LAYERS = Rule(
+    lambda word: re.fullmatch(r"(top|bottom)-[1-9][0-9]*", word) is not None, "as top-3 or bottom-3"
+)
 PROMPT = Rule(
     _is_prompt,
     "with {text} in it and no other field than {text} and {pair} (a brace itself is doubled)",

@@ -17,6 +17,7 @@ from comoe.config.fields import (
     AT_LEAST_TWO,
     DIFFERENT,
     FOLDER_NAME,
+    KEPT_LAYERS,
     PROMPT,
     Count,
     CountFrom0,
@@ -106,6 +107,14 @@ class ModelConfig:
     ``smoke:bart`` (tiny, random)."""
     trust_remote_code: Flag = False
     """Let the encoder's repository run its own Python code."""
+    keep_layers: Count | Annotated[Text, KEPT_LAYERS] | None = None
+    """Builds the encoder from some of its pre-trained layers: a number takes so many, evenly spaced
+    and the last one included, ``top-3`` the last three, ``bottom-3`` the first three; null keeps
+    all."""
+    random_width: Count | None = None
+    """Builds an encoder of this hidden width with random weights: tokenizer, family, number of
+    layers and width of an attention head are those of ``model.encoder``, the feed-forward is as many
+    times wider as there; null takes the pre-trained weights."""
     dropout: Share | None = None
     """Sets every dropout of encoder, experts and heads; null keeps the encoder's own and 0.1 in the
     heads."""

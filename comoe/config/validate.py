@@ -117,6 +117,13 @@ def _experts(recipe: Recipe) -> Broken:
         yield "parallel.ep_size", f"({ep_size}) {rule}."
 
 
+def _encoder(recipe: Recipe) -> Broken:
+    model = recipe.model
+    if model.random_width is not None and model.train_layers != "all":
+        why = f"but model.random_width ({model.random_width}) starts from random weights"
+        yield "model.train_layers", f"is {model.train_layers}, {why}; make it all."
+
+
 def _losses(recipe: Recipe) -> Broken:
     loss, sides = recipe.loss, recipe.loss.image_text
     if loss.orthogonal_weight and not recipe.model.private_width:
@@ -161,4 +168,11 @@ def _early_stop(recipe: Recipe) -> Broken:
         yield key, f"is {metric!r}, but tasks.{task} is auxiliary; name another task, or mean."
 
 
-RULES: tuple[Callable[[Recipe], Broken], ...] = (_tasks, _experts, _losses, _mixing, _early_stop)
+RULES: tuple[Callable[[Recipe], Broken], ...] = (
+    _tasks,
+    _encoder,
+    _experts,
+    _losses,
+    _mixing,
+    _early_stop,
+)

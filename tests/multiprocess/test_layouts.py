@@ -64,6 +64,8 @@ CASES: dict[str, dict[str, Any]] = {
     # Fewer posts than ranks, with four of these: some ranks run on filler rows alone.
     "tiny": {"steps": 4, "count": 2, **SGD},
     "offloaded": {"steps": 4, **ADAMW, "settings": OFFLOAD},
+    "kept": {"steps": 4, **ADAMW, "model__keep_layers": 1},
+    "narrow": {"steps": 4, **ADAMW, "model__random_width": 16},
     "recomputed": {**LONG, **ADAMW, **RECOMPUTED},
     "bf16": {**LONG, **SGD, "settings": BF16},
     "bf16 recomputed": {**LONG, **SGD, "settings": BF16, **RECOMPUTED},
@@ -76,7 +78,8 @@ LAYOUTS: dict[int, list[Cell]] = {
     for world, names, eps, more in (
         (1, ("adamw", "sgd", "gradient"), (1,), []),
         (2, ("adamw", "sgd", "gradient"), (1, 2), [
-            *(("accumulation", 2, stage) for stage in STAGES), ("paper", 2, 2),
+            *(("accumulation", 2, stage) for stage in STAGES), ("paper", 2, 2), ("kept", 2, 2),
+            ("kept", 2, 3), ("narrow", 2, 3),
         ]),
         (4, ("adamw short", "sgd short", "gradient"), (2, 4), [
             ("tiny", 2, 1), ("tiny", 2, 2), ("tiny", 4, 3), ("offloaded", 2, 2),
@@ -237,8 +240,9 @@ def test_gradient_norms_of_every_layout_agree_with_one_process(
 def test_the_balance_bias_follows_the_load_of_all_ranks(one_process: Any, several: Any) -> None:
     biases = [key for key in one_process["adamw"]["state"] if "e_score_correction_bias" in key]
     for (name, _, _), answer in in_float32(several).items():
-        for key in biases:
-            np.testing.assert_array_equal(answer["state"][key], one_process[name]["state"][key])
+        expected = one_process[name]["state"]
+        for key in filter(expected.__contains__, biases):  # a smaller encoder has fewer
+            np.testing.assert_array_equal(answer["state"][key], expected[key])
     assert max(np.abs(one_process["adamw"]["state"][key]).max() for key in biases) > 0.0015
 
 

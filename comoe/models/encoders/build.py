@@ -18,8 +18,21 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutput
 
 from comoe.config.recipe import ModelConfig
-from comoe.models.encoders.families import FAMILIES, Family, family_of
-from comoe.models.encoders.pretrained import ENCODER, Unfit, load_pretrained, quiet, read_config
+from comoe.models.encoders.families import (
+    FAMILIES,
+    Family,
+    check_alike,
+    family_of,
+    keep_layers,
+)
+from comoe.models.encoders.pretrained import (
+    ENCODER,
+    Unfit,
+    load_pretrained,
+    quiet,
+    read_config,
+    whole_on_each_rank,
+)
 
 ANSWERING = "comoe_answering"
 """Field of a whole encoder-decoder's configuration with what its answers depend on beside its
@@ -39,7 +52,8 @@ ends. How it is searched for is the recipe's (``num_beams``, ``max_answer_length
 
 def build_encoder(config: ModelConfig, *, generates: bool = False) -> nn.Module:
     """Load the pre-trained encoder of ``model.encoder`` in float32, without its pooler; of an
-    encoder-decoder the encoder alone.
+    encoder-decoder the encoder alone. ``model.keep_layers`` chooses layers, ``model.random_width``
+    begins with random weights.
 
     Args:
         config: ``model``.
@@ -47,8 +61,13 @@ def build_encoder(config: ModelConfig, *, generates: bool = False) -> nn.Module:
 
     Raises:
         ValueError: no such folder or hub name, no network, unreadable or incomplete weights, a
-            family without a row in ``FAMILIES``, or one without the decoder that a task wants.
+            family without a row in ``FAMILIES``, or one without the decoder that a task wants, or
+            one whose layers or width cannot be chosen.
     """
+    if config.random_width is not None:
+        # Whole on each rank at ZeRO-3 too: small by design, and alike whatever the layout.
+        with quiet(), whole_on_each_rank():
+            return _from_name(config, generates=generates)
 
     def prepare(hf_config: Any) -> tuple[Any, dict[str, Any]]:
         arguments = _prepared(hf_config, config.dropout)
@@ -65,6 +84,7 @@ def build_encoder(config: ModelConfig, *, generates: bool = False) -> nn.Module:
         prepare=prepare,
         auto_class=auto_class,
     )
+    encoder = _chosen(encoder, config)
     if not generates:
         return _alone(encoder)
     answering = _found_answering(encoder)
@@ -149,21 +169,49 @@ def build_encoder_shape(config: ModelConfig, *, generates: bool = False) -> nn.M
     Raises:
         ValueError: as ``build_encoder``, but for the weights, which are not looked at.
     """
+    with torch.device("meta"), quiet():
+        encoder = _from_name(config, generates=generates)
+    if generates:
+        _set_answering(encoder, _found_answering(encoder))
+    return encoder
+
+
+def _from_name(config: ModelConfig, *, generates: bool) -> nn.Module:
+    """The network of ``model.encoder`` from its config.json alone."""
     source, hf_config = read_config(
         config.encoder, ENCODER, trust_remote_code=config.trust_remote_code
     )
     _check_decoder(config.encoder, hf_config.model_type, generates=generates)
+    if config.random_width is not None:
+        _set_width(hf_config, config.random_width)
     # The T5 configurations forget the word; without it the file of weights would have to tell.
     own_output = (
         PreTrainedConfig.get_config_dict(source)[0].get("tie_word_embeddings", True) is False
     )
-    with torch.device("meta"), quiet():
-        encoder = _from_config(
-            hf_config, config.dropout, generates=generates, own_output=own_output
-        )
-    if generates:
-        _set_answering(encoder, _found_answering(encoder))
+    return _chosen(
+        _from_config(hf_config, config.dropout, generates=generates, own_output=own_output), config
+    )
+
+
+def _chosen(encoder: nn.Module, config: ModelConfig) -> nn.Module:
+    """The encoder with the layers of ``model.keep_layers``."""
+    if config.keep_layers is not None:
+        keep_layers(encoder, config.keep_layers)
     return encoder
+
+
+def _set_width(hf_config: Any, width: int) -> None:
+    """``model.random_width`` in a configuration, in place."""
+    check_alike("model.random_width", width, hf_config.model_type)
+    old, heads = hf_config.hidden_size, hf_config.num_attention_heads
+    if width % (old // heads):
+        raise ValueError(
+            f"model.random_width ({width}) must be a multiple of {old // heads}, the width of an attention head of "
+            "model.encoder."
+        )
+    for field in family_of(hf_config.model_type).feed_forward:
+        setattr(hf_config, field, getattr(hf_config, field) * width // old)
+    hf_config.hidden_size, hf_config.num_attention_heads = width, width // (old // heads)
 
 
 def as_encoder_output(states_BLM: Tensor) -> Any:

@@ -62,6 +62,8 @@ class Family:
     where they have their own."""
     num_layers: tuple[str, ...] = ("num_hidden_layers",)
     """Fields with the number of layers of each stack."""
+    alike: bool = True
+    """True where all layers of the only stack are of one form, so that any of them make an encoder."""
 
 
 def family_of(model_type: str) -> Family:
@@ -98,6 +100,47 @@ def _layers_by_stack(encoder: nn.Module) -> list[nn.ModuleList]:
 def reads_segments(hf_config: Any) -> bool:
     """True where the encoder tells segments apart: a table of one row would fail on the second segment's id."""
     return family_of(hf_config.model_type).has_segments and hf_config.type_vocab_size > 1
+
+
+def check_alike(option: str, value: Any, model_type: str) -> None:
+    """ValueError for a family whose layers and widths cannot be chosen by ``option``."""
+    if not family_of(model_type).alike:
+        able = ", ".join(name for name, family in FAMILIES.items() if family.alike)
+        raise ValueError(
+            f"{option} ({value}) is not possible for a {model_type}, whose layers differ in form or serve a decoder; "
+            f"leave it out, or choose an encoder of another family ({able})."
+        )
+
+
+def keep_layers(encoder: nn.Module, kept: int | str) -> None:
+    """Leave only some layers, in place; the configuration follows, so that an export builds the same.
+
+    Args:
+        encoder: a model of ``build_encoder``, before blocks are attached.
+        kept: ``model.keep_layers``.
+
+    Raises:
+        ValueError: more layers than there are, or a family whose layers are not alike.
+    """
+    config = encoder.config
+    check_alike("model.keep_layers", kept, config.model_type)
+    family = family_of(config.model_type)
+    (layers,) = _layers_by_stack(encoder)
+    numbers = kept_layers(kept, len(layers))
+    above, _, name = family.layers.rpartition(".")
+    stack = operator.attrgetter(above)(encoder)
+    setattr(stack, name, nn.ModuleList(layers[number] for number in numbers))
+    setattr(config, family.num_layers[0], len(numbers))
+
+
+def kept_layers(kept: int | str, num_layers: int) -> list[int]:
+    """Numbers of the layers of ``model.keep_layers``, ascending; ValueError for more than there are."""
+    place, count = ("even", kept) if isinstance(kept, int) else kept.split("-")
+    if int(count) > num_layers:
+        raise ValueError(
+            f"model.keep_layers ({kept}) must name at most {num_layers} layers, as many as model.encoder has."
+        )
+    return KEPT_LAYERS[place](int(count), num_layers)
 
 
 def freeze_encoder(encoder: nn.Module, train_layers: int | str) -> None:
@@ -229,6 +272,15 @@ LAYER_CHOICES: dict[str, Callable[[int], list[int]]] = {
 """Word in ``model.moe.layers`` -> number of layers -> chosen layers."""
 
 
+KEPT_LAYERS: dict[str, Callable[[int, int], list[int]]] = {
+    "even": lambda kept, count: [(place + 1) * count // kept - 1 for place in range(kept)],
+    "top": lambda kept, count: list(range(count - kept, count)),
+    "bottom": lambda kept, count: list(range(kept)),
+}
+"""Word in ``model.keep_layers`` (a number alone is even) -> layers to keep, layers -> their
+numbers."""
+
+
 TRAINED_LAYERS: dict[str, bool] = {"all": True, "none": False}
 """Word in ``model.train_layers`` -> whether the encoder trains; a number means so many last
 layers."""
@@ -248,6 +300,7 @@ _T5 = Family(
     vocabulary=partial(_t5_vocabulary, scales="scale_decoder_outputs"),
     feed_forward=("d_ff",),
     num_layers=("num_layers", "num_decoder_layers"),
+    alike=False,
 )
 
 
@@ -261,6 +314,7 @@ _BART = Family(
     vocabulary=_bart_vocabulary,
     feed_forward=("encoder_ffn_dim", "decoder_ffn_dim"),
     num_layers=("encoder_layers", "decoder_layers"),
+    alike=False,
 )
 
 
@@ -287,6 +341,8 @@ FAMILIES: dict[str, Family] = {
         has_pooler=False,
         has_segments=False,
         after_layers=("final_norm",),
+        # Its first layer has no norm, and every third one looks at all tokens.
+        alike=False,
     ),
     # A layer before its norm: the block brings a norm of its own.
     "vilt": Family(after_layers=("layernorm",), single_stream=True),

@@ -123,6 +123,13 @@ def split_as_it_loads(settings: Mapping[str, Any]) -> Iterator[None]:
         del alive
 
 
+@contextmanager
+def whole_on_each_rank() -> Iterator[None]:
+    """Inside, a model made from a configuration is whole, in ``split_as_it_loads`` too."""
+    with modeling_utils.set_zero3_state():
+        yield
+
+
 def _equal_shares(source: Tensor, target: Tensor) -> bool:
     differ = not torch.equal(source.ds_tensor, target.ds_tensor)
     return int(sum_over_ranks(torch.tensor(int(differ), device=source.ds_tensor.device))) == 0

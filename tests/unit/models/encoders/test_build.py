@@ -15,10 +15,14 @@ from transformers import (
 )
 
 from comoe.config.recipe import ModelConfig
-from comoe.models.encoders.build import build_encoder, build_encoder_from_config
-from comoe.models.encoders.families import attach_blocks, layers_of
+from comoe.models.encoders.build import (
+    build_encoder,
+    build_encoder_from_config,
+    build_encoder_shape,
+)
+from comoe.models.encoders.families import FAMILIES, attach_blocks, layers_of
 from comoe.models.moe.block import ContextHolder
-from tests.helpers_model import HF_CONFIGS, SEQ2SEQ, VARIANTS, moe_config, tiny_model
+from tests.helpers_model import HF_CONFIGS, SEQ2SEQ, VARIANTS, WIDTH, moe_config, tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -131,3 +135,70 @@ def test_weights_that_do_not_belong_to_the_config_are_refused(tmp_path, saved_be
 def test_an_encoder_of_another_family_is_refused_with_the_families(tmp_path, saved_bert):
     with pytest.raises(ValueError, match="model_type is 'gpt2'.*one of: bert, roberta"):
         build_encoder(broken(tmp_path, saved_bert, config='{"model_type": "gpt2"}'))
+
+
+def saved_in(folder, family):
+    torch.manual_seed(3)
+    AutoModel.from_config((HF_CONFIGS | VARIANTS)[family]).save_pretrained(folder)
+    return str(folder)
+
+
+ALIKE = [name for name in HF_CONFIGS | VARIANTS if FAMILIES[name.split()[0]].alike]
+BY_OPTION = {"keep_layers": 2, "random_width": WIDTH}
+
+
+@pytest.mark.parametrize("family", ALIKE)
+def test_kept_layers_are_those_of_the_whole_encoder_and_an_export_builds_them_again(
+    tmp_path, family
+):
+    name = saved_in(tmp_path, family)
+    whole, some = (build_encoder(ModelConfig(encoder=name, keep_layers=n)) for n in (None, 2))
+    states = [whole.state_dict(), some.state_dict()]
+    path = FAMILIES[family.split()[0]].layers
+    for key, value in states[1].items():
+        if key.startswith(path):
+            number, _, rest = key.removeprefix(f"{path}.").partition(".")
+            key = f"{path}.{[0, 2][int(number)]}.{rest}"
+        assert torch.equal(value, states[0][key]), key
+    # All that is not a layer stays, such as MPNet's shared table of relative positions.
+    assert {key for key in states[0] if not key.startswith(path)} <= set(states[1])
+    again = build_encoder_from_config(some.config.to_dict())
+    again.load_state_dict(states[1])
+    shape = build_encoder_shape(ModelConfig(encoder=name, keep_layers=2))
+    assert [p.shape for p in shape.parameters()] == [p.shape for p in some.parameters()]
+    ids = torch.arange(7, 16)[None]
+    with torch.no_grad():
+        outputs = [model.eval()(ids).last_hidden_state for model in (some, again)]
+    torch.testing.assert_close(*outputs, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("family", ALIKE)
+def test_a_random_width_keeps_depth_and_head_width_and_learns_everywhere(tmp_path, family):
+    config = ModelConfig(encoder=saved_in(tmp_path, family), random_width=8, keep_layers="top-1")
+    encoder, shape = build_encoder(config), build_encoder_shape(config)
+    found = encoder.config
+    assert (found.hidden_size, found.num_attention_heads, len(layers_of(encoder))) == (8, 1, 1)
+    assert getattr(found, FAMILIES[found.model_type].feed_forward[0]) == 12
+    assert [p.shape for p in shape.parameters()] == [p.shape for p in encoder.parameters()]
+    encoder(torch.arange(7, 16)[None]).last_hidden_state.square().sum().backward()
+    assert all(weight.grad is not None for weight in encoder.parameters())
+
+
+@pytest.mark.parametrize("option", BY_OPTION)
+@pytest.mark.parametrize("family", sorted({*HF_CONFIGS} - {*ALIKE}))
+def test_layers_and_width_of_families_whose_layers_differ_cannot_be_chosen(
+    tmp_path, family, option
+):
+    config = ModelConfig(encoder=saved_in(tmp_path, family), **{option: BY_OPTION[option]})
+    for build in (build_encoder, build_encoder_shape):
+        with pytest.raises(ValueError, match=f"model.{option} .*{family}"):
+            build(config)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "rule"),
+    [("keep_layers", 4, "at most 3"), ("keep_layers", "top-4", "at most 3"), ("random_width", 12, "multiple of 8")],
+)  # fmt: skip
+def test_layers_and_widths_that_do_not_fit_are_refused(saved_bert, option, value, rule):
+    with pytest.raises(ValueError, match=f"model.{option} .*{rule}"):
+        build_encoder(ModelConfig(encoder=str(saved_bert), **{option: value}))

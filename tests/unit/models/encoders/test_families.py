@@ -14,6 +14,7 @@ from comoe.models.encoders.families import (
     chosen_layers,
     expert_width,
     freeze_encoder,
+    kept_layers,
     layers_of,
     longest_input,
     reads_segments,
@@ -109,6 +110,22 @@ def test_layers_are_chosen_by_word_or_number(layers, count, expected):
 def test_layers_that_do_not_exist_are_refused():
     with pytest.raises(ValueError, match="model.moe.layers .* from 0 to 2"):
         chosen_layers([0, 3], 3)
+
+
+@pytest.mark.parametrize(
+    ("kept", "count", "expected"),
+    [
+        (3, 6, [1, 3, 5]),
+        (4, 12, [2, 5, 8, 11]),
+        (2, 3, [0, 2]),
+        (1, 6, [5]),
+        (6, 6, [0, 1, 2, 3, 4, 5]),
+        ("top-2", 6, [4, 5]),
+        ("bottom-2", 6, [0, 1]),
+    ],
+)
+def test_kept_layers_are_evenly_spaced_or_at_one_end(kept, count, expected):
+    assert kept_layers(kept, count) == expected
 
 
 def test_the_automatic_expert_width_is_a_quarter_and_at_least_sixteen():
