@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -126,6 +127,7 @@ def record_settings(experiment: Experiment, *, file_name: str) -> None:
         write_atomic(file, text + "\n")
         return
     before = json.loads(file.read_text(encoding="utf-8"))
+    before = {key: before.get(key) for key in ("ranks", "deepspeed", "recipe")}
     # An option may be newer than the recorded recipe.
     keep_old_meanings(before["recipe"])
     before["recipe"] = json.loads(json.dumps(recipe_to_dict(recipe_from_dict(before["recipe"]))))
@@ -217,8 +219,7 @@ def run_trial(experiment: Experiment, trial: Trial) -> str:
     """Run one trial to its end; empty if it has results, else the last message of its log."""
     log = experiment.output / "logs" / f"{trial.name}.log"
     failure = experiment.failure_file(trial)
-    for folder in (log.parent, failure.parent):
-        folder.mkdir(parents=True, exist_ok=True)
+    log.parent.mkdir(parents=True, exist_ok=True)
     for _ in range(PORTS_TRIED):
         command = command_of(experiment, trial)
         with log.open("a", encoding="utf-8") as file:
@@ -231,10 +232,14 @@ def run_trial(experiment: Experiment, trial: Trial) -> str:
     # The launcher's exit code can be 0 although a rank was killed: only the results count.
     if is_done(experiment, trial):
         failure.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            # Empty after the last failed run.
+            failure.parent.rmdir()
         return ""
     text = log.read_text(encoding="utf-8", errors="replace")
     lines = [line.rstrip() for line in text.splitlines() if line.strip()]
     head = f"exit code {code}; the last lines of {log}:"
+    failure.parent.mkdir(exist_ok=True)
     write_atomic(failure, "\n".join([head, *lines[-TAIL:], ""]))
     return last_message("\n".join(lines))
 

@@ -15,6 +15,7 @@ from comoe.config.load import load_recipe
 from comoe.experiments.ablate import measure_removal, read_removal
 from comoe.experiments.affinity import measure_affinity, read_affinity
 from comoe.experiments.compare.arms import ARMS, TASK_ARMS, custom_arms
+from comoe.experiments.compare.claim import parse_claim, record_claim
 from comoe.experiments.compare.plan import Arm, Plan, check_earlier, plan_arms
 from comoe.experiments.compare.plots import write_plots
 from comoe.experiments.compare.report import AFFINITY_FILE, compare, write_comparison
@@ -29,6 +30,9 @@ from comoe.experiments.runner import (
     record_settings,
     run_trials,
 )
+
+SETTINGS = "compare.json"
+"""In the output folder: what all of its runs share, and the claim."""
 
 
 def compare_and_exit(given: argparse.Namespace, *, train_script: Path) -> NoReturn:
@@ -54,7 +58,10 @@ def run_comparison(given: argparse.Namespace, *, train_script: Path) -> list[Tri
     against = plan.arms[0] if given.against is None else plan.arm(given.against, flag="--against")
     metrics = _metrics(experiment, given)
     measurements = [_affinities(plan, given), _removals(plan, given)]
-    record_settings(experiment, file_name="compare.json")
+    if given.claim:
+        parse_claim(given.claim, plan, load_recipe(experiment.config, experiment.overrides))
+    record_settings(experiment, file_name=SETTINGS)
+    claim = record_claim(experiment, plan, given.claim, file_name=SETTINGS)
     for trial in plan.trials:
         check_earlier(experiment, trial)
     for note in plan.notes:
@@ -69,6 +76,7 @@ def run_comparison(given: argparse.Namespace, *, train_script: Path) -> list[Tri
         comparison = compare(
             plan, experiment.runs, baseline=against.name, resamples=resamples,
             problems={name: text for name, text in problems.items() if text}, metrics=metrics,
+            measure=given.measure, claim=claim,
         )  # fmt: skip
         write_comparison(comparison, experiment.output)
         lines = markdown_lines(comparison)
@@ -80,9 +88,9 @@ def run_comparison(given: argparse.Namespace, *, train_script: Path) -> list[Tri
     for measure in measurements:
         measure(experiment)
     print("\n".join(report(given.resamples)))
-    print(
-        f"\ntable   {given.output / 'table.md'}, table.csv, gains.csv, affinity.csv, summary.json, comparison.json"
-    )
+    names = ("table.csv", "gains.csv", "affinity.csv", "summary.json", "comparison.json")
+    written = [name for name in names if (experiment.output / name).is_file()]
+    print(f"\ntable   {given.output / 'table.md'}, {', '.join(written)}")
     print(f"plots   {given.output / 'plots'}")
     return failed
 

@@ -26,6 +26,33 @@ Differences = Mapping[str, Mapping[str, Difference]]
 """Arm -> task, or ``mean`` -> improvement over another arm."""
 
 
+def seed_differences(
+    results: Mapping[str, Sequence[Result]], baseline: str, arms: Sequence[str] | None = None
+) -> Differences:
+    """By how much the validation losses of arms are below those of the baseline, over paired seeds.
+
+    Args:
+        results: arm -> its results.
+        baseline: an arm.
+        arms: None is all others.
+    """
+    found: dict[str, dict[str, list[float]]] = {}
+    of_base = {result.seed: result for result in results.get(baseline, ())}
+    for arm in results if arms is None else arms:
+        for result in results[arm] if arm != baseline else ():
+            base = of_base.get(result.seed)
+            counts = result.posts.get("validation", {})
+            for name, loss in result.losses.items() if base else ():
+                # Another limit or split has other posts, and another difficulty.
+                same = base.posts.get("validation", {}).get(name) == counts.get(name)
+                if name in base.losses and same:
+                    found.setdefault(arm, {}).setdefault(name, []).append(base.losses[name] - loss)
+    return {
+        arm: {name: paired_difference(values) for name, values in of_arm.items()}
+        for arm, of_arm in found.items()
+    }
+
+
 class PairedDifferences:
     """Reads the predictions of finished runs, each once, and compares arms.
 

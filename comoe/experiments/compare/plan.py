@@ -169,6 +169,11 @@ def _with_seeds(
 
 
 def _notes(recipe: Recipe, named: Mapping[str, Sequence[Part]]) -> Iterator[str]:
+    if recipe.data.limit_eval is not None:
+        yield (
+            f"data.limit_eval is {recipe.data.limit_eval}: not all validation and test posts count; with null, "
+            "differences are seen with fewer seeds."
+        )
     for name, parts in named.items():
         if name in TASK_ARMS and not any(part.overrides for part in parts):
             yield f"{name} is the recipe itself: it has one task."

@@ -37,7 +37,7 @@ VERDICTS = {"gained": GREEN, "lost": RED, "": GREY}
 
 
 def write_plots(comparison: Comparison, output: Path) -> None:
-    """``plots/quality.png``, ``metrics.png``, ``gates.png``, ``removal.png``, ``gains.png``,
+    """``plots/quality.png``, ``loss.png``, ``metrics.png``, ``gates.png``, ``removal.png``, ``gains.png``,
     ``gradients.png`` and ``without.png``, if there are values."""
     arms = comparison.arms
     if not arms:
@@ -48,6 +48,10 @@ def write_plots(comparison: Comparison, output: Path) -> None:
     panels = {MEAN: "mean of the main metrics"} | {name: name for name in names}
     title = f"Quality {legend}"
     figures = {"quality": dots_figure(comparison, arms, panels, values="quality", title=title)}
+    if any(comparison.seeds_of(arm, "losses", name) for arm in arms for name in comparison.tasks):
+        panels = {MEAN: "mean of the tasks"} | {name: f"{name}/loss" for name in comparison.tasks}
+        title = f"Loss {legend.replace(split, 'validation', 1)}"
+        figures["loss"] = dots_figure(comparison, arms, panels, values="losses", title=title)
     if comparison.metrics:
         panels = {name: name for name in comparison.metrics}
         figures["metrics"] = dots_figure(
@@ -89,7 +93,7 @@ def dots_figure(
         comparison: all runs.
         arms: from top to bottom.
         panels: name of a number -> title.
-        values: quality, figures or routing.
+        values: quality, losses, figures or routing.
         title: of the figure.
         numbers: label the means.
     """
@@ -133,6 +137,7 @@ def _limits(
 ) -> None:
     """Limits by the dots: the interval of a few seeds can be much wider, and is then cut at the edge."""
     is_metric = values in ("quality", "figures")
+    compared = is_metric or values == "losses"
     if dots := [value for arm in arms for value in comparison.seeds_of(arm, values, name)]:
         margin = 0.6 * (max(dots) - min(dots)) or 0.1 * abs(dots[0]) or 0.1
         right = max(dots) + margin
@@ -140,7 +145,7 @@ def _limits(
         right = min(right, 1.005) if is_metric and max(dots) <= 1 else right
         panel.set_xlim(min(dots) - margin, right)
         panel.xaxis.set_major_locator(MaxNLocator(4))
-    if is_metric and comparison.results.get(comparison.baseline):
+    if compared and comparison.results.get(comparison.baseline):
         if base := comparison.interval(comparison.baseline, values, name):
             panel.axvline(base.mean, color=GREY, linewidth=1, linestyle=":")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,17 @@ import numpy as np
 from comoe.config.errors import unknown_name
 from comoe.config.files import write_atomic
 from comoe.experiments.affinity import read_affinity
-from comoe.experiments.compare.differences import Differences, PairedDifferences
+from comoe.experiments.compare.claim import (
+    LOSS,
+    METRIC,
+    Claim,
+    ClaimResult,
+    claimed_cell,
+    measure_claim,
+)
+from comoe.experiments.compare.differences import Differences, PairedDifferences, seed_differences
 from comoe.experiments.compare.plan import Plan
+from comoe.experiments.compare.power import adjust, seeds_needed, smallest_difference
 from comoe.experiments.compare.results import COSTS, ROUTING, Result, read_arm, with_means
 from comoe.experiments.compare.statistics import MEAN, Difference, Estimate, seed_interval
 from comoe.experiments.compare.transfer import (
@@ -34,6 +44,8 @@ from comoe.tasks.task import Task
 AFFINITY_FILE = "affinity.json"
 """In a run folder: the cosines of the tasks' gradients."""
 
+_JOINT = "joint"
+
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
@@ -43,8 +55,9 @@ class Comparison:
     results: Mapping[str, Sequence[Result]]
     """Arm -> one result per seed, in the order of the seeds."""
     baseline: str
-    against: Differences
-    """Arm -> ``mean`` or task -> difference to the baseline, larger is better; finished arms only."""
+    differences: Mapping[str, Differences]
+    """Measure -> arm -> ``mean`` or task -> difference to the baseline, larger is better; finished
+    arms only."""
     changes: Mapping[str, Mapping[str, Difference]]
     """Dropped task -> task -> its improvement without that one."""
     cosines: Mapping[str, Cosines]
@@ -55,11 +68,30 @@ class Comparison:
     """Run -> why it failed."""
     metrics: Sequence[str] = ()
     """``task/metric`` names with their own table and figure."""
+    measure: str | None = None
+    """``metric`` or ``loss``: arms are ordered and compared by it; None: by the metric, in the
+    order of the plan."""
+    claim: ClaimResult | None = None
+
+    @property
+    def against(self) -> Differences:
+        """The differences in the measure of the report."""
+        return self.differences[self.measure or METRIC]
+
+    @property
+    def values(self) -> str:
+        """The numbers of a ``Result`` in the measure of the report."""
+        return "losses" if self.measure == LOSS else "quality"
 
     @property
     def arms(self) -> list[str]:
-        """Arms with a finished run."""
-        return [arm for arm, found in self.results.items() if found]
+        """Arms with a finished run; with a measure the best one first."""
+        arms = [arm for arm, found in self.results.items() if found]
+        if self.measure is None:
+            return arms
+        means = {arm: self.interval(arm, self.values, MEAN) for arm in arms}
+        sign = 1 if self.measure == LOSS else -1
+        return sorted(arms, key=lambda arm: sign * means[arm].mean if means[arm] else math.inf)
 
     @property
     def tasks(self) -> dict[str, Task]:
@@ -73,7 +105,7 @@ class Comparison:
         return [name for name, task in self.tasks.items() if not task.auxiliary]
 
     def interval(self, arm: str, values: str, name: str) -> Estimate | None:
-        """Mean over seeds of one number of an arm: ``values`` is quality, figures, routing or costs."""
+        """Mean over seeds of one number of an arm: ``values`` is quality, losses, figures, routing or costs."""
         known = self.seeds_of(arm, values, name)
         return seed_interval(known) if known else None
 
@@ -81,6 +113,19 @@ class Comparison:
         """One number of an arm, per seed that has it."""
         found = [getattr(result, values).get(name) for result in self.results[arm]]
         return [value for value in found if value is not None]
+
+    def smallest(self, measure: str) -> dict[str, dict[str, float | int | None]]:
+        """``mean`` or task -> the smallest difference to the baseline that can be seen, and the seeds
+        that one of 0.01 needs; empty with fewer than two seeds."""
+        found = {}
+        for name in [MEAN, *self.tasks]:
+            known = [
+                of_arm[name] for of_arm in self.differences[measure].values() if name in of_arm
+            ]
+            size = smallest_difference(known)
+            if math.isfinite(size):
+                found[name] = {"smallest": size, "seeds_for_0.01": seeds_needed(known)}
+        return found
 
     def verdicts(self, arm: str) -> Verdicts:
         """The tasks that gained and lost against the baseline."""
@@ -99,6 +144,8 @@ def compare(
     resamples: int,
     problems: Mapping[str, str] | None = None,
     metrics: Sequence[str] = (),
+    measure: str | None = None,
+    claim: Claim | None = None,
 ) -> Comparison:
     """Read every finished run and compare the arms with the baseline, on the seeds that both have finished.
 
@@ -109,17 +156,30 @@ def compare(
         resamples: of the bootstrap; below 2 there are no differences.
         problems: run -> why it failed.
         metrics: ``task/metric`` names with their own table; a note lists those that no run has.
+        measure: see ``Comparison.measure``.
+        claim: the comparison named beforehand; the p-values of all others are adjusted.
     """
     results = read_arms(plan, runs)
-    differences = PairedDifferences(results, runs, resamples=resamples)
-    against = differences.against(baseline)
+    pairs = PairedDifferences(results, runs, resamples=resamples)
     dropping = [arm for arm in results if left_out_task(arm)]
-    joint = differences.against(plan.joint, dropping) if plan.joint and dropping else {}
+    to_joint: Differences = {}
+    if plan.joint and dropping:
+        by_loss = measure == LOSS
+        to_joint = (
+            seed_differences(results, plan.joint, dropping)
+            if by_loss
+            else pairs.against(plan.joint, dropping)
+        )
+    differences = {METRIC: pairs.against(baseline), LOSS: seed_differences(results, baseline)}
+    claimed = measure_claim(claim, results, pairs) if claim else None
+    # The claim alone was named beforehand; all other comparisons are one family.
+    differences = adjust(differences | {_JOINT: to_joint}, exempt=claimed_cell(claim, baseline))
+    changes = changes_without(differences.pop(_JOINT))
     notes = list(plan.notes)
     notes += [
         f"{arm} predicts for other posts of {', '.join(sorted(tasks))} than the arm that it is compared with (another "
         "validation split or limit): there is no difference for them."
-        for arm, tasks in differences.incomparable.items()
+        for arm, tasks in pairs.incomparable.items()
     ]
     known = {name for found in results.values() for result in found for name in result.figures}
     missing = [name for name in metrics if known and name not in known]
@@ -132,8 +192,8 @@ def compare(
         if mean := mean_cosines([read_affinity(file) for file in files if file.is_file()]):
             cosines[arm] = mean
     return Comparison(
-        plan, results, baseline, against, changes_without(joint), cosines, notes, problems or {},
-        [name for name in metrics if name in known],
+        plan, results, baseline, differences, changes, cosines, notes, problems or {},
+        [name for name in metrics if name in known], measure, ClaimResult(claim, claimed) if claim else None,
     )  # fmt: skip
 
 
@@ -148,6 +208,8 @@ def write_comparison(comparison: Comparison, output: Path) -> None:
     changes, joint = comparison.changes, comparison.plan.joint
     rest: dict[str, Any] = {
         "baseline": comparison.baseline, "joint": joint, "notes": list(comparison.notes),
+        "claim": comparison.claim.to_dict() if comparison.claim else None,
+        "smallest_difference": {measure: comparison.smallest(measure) for measure in comparison.differences},
         "failed": dict(comparison.problems),
         "arms": {arm: _about(comparison, arm) for arm in comparison.arms},
         "without": {dropped: {task: change.to_dict() for task, change in of_task.items()}
@@ -164,6 +226,7 @@ def write_comparison(comparison: Comparison, output: Path) -> None:
             "seed": one.seed,
             "split": one.split,
             **one.quality,
+            **{_loss_column(name): value for name, value in one.losses.items()},
             **one.routing,
             **one.costs,
         }
@@ -172,12 +235,18 @@ def write_comparison(comparison: Comparison, output: Path) -> None:
     ]
     gains = [
         {"arm": arm, "against": comparison.baseline, "task": name}
-        | {**item.to_dict(), "verdict": item.verdict}
-        for arm, of_arm in comparison.against.items()
+        | {**item.to_dict(), "verdict": item.verdict, "measure": measure}
+        for measure, differences in comparison.differences.items()
+        for arm, of_arm in differences.items()
         for name, item in of_arm.items()
     ]
     for name, rows in {"table": runs, "gains": gains, "affinity": _pairs(comparison)}.items():
-        write_atomic(output / f"{name}.csv", csv_text(rows))
+        if rows:
+            write_atomic(output / f"{name}.csv", csv_text(rows))
+
+
+def _loss_column(name: str) -> str:
+    return "loss" if name == MEAN else f"{name}/loss"
 
 
 def _about(comparison: Comparison, arm: str) -> dict[str, Any]:
@@ -188,8 +257,10 @@ def _about(comparison: Comparison, arm: str) -> dict[str, Any]:
         "seeds": [result.seed for result in results],
         "split": results[0].split,
         "mean": _entry(comparison.seeds_of(arm, "quality", MEAN)),
-        "against_baseline": {name: item.to_dict() | {"verdict": item.verdict}
-                             for name, item in comparison.against.get(arm, {}).items()},
+        "loss": _entry(comparison.seeds_of(arm, "losses", MEAN)),
+        **{key: {name: item.to_dict() | {"verdict": item.verdict}
+                 for name, item in comparison.differences[measure].get(arm, {}).items()}
+           for key, measure in (("against_baseline", METRIC), ("loss_against_baseline", LOSS))},
         **{name: list(getattr(verdicts, name)) for name in ("gained", "lost", "open")},
         "train_posts": dict(results[0].train_posts),
         "routing": {name: _entry(comparison.seeds_of(arm, "routing", name)) for name in ROUTING if results[0].routing},

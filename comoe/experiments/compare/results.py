@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from comoe.data.posts import PART_NAMES
 from comoe.evaluation.evaluate import rising
 from comoe.experiments.ablate import Removal, read_removal
 from comoe.experiments.compare.plan import Arm
@@ -57,6 +58,10 @@ class Result:
     quality: Mapping[str, float]
     """``task/metric``, and ``mean`` of the main metrics (larger is better) if the arm predicts all
     measured tasks."""
+    losses: Mapping[str, float]
+    """Task -> loss of the validation posts, and ``mean`` where ``quality`` has it."""
+    posts: Mapping[str, Mapping[str, int]]
+    """Split -> task -> labeled posts."""
     routing: Mapping[str, float]
     """Gate statistics, means over layers; empty without experts, and for several runs."""
     costs: Mapping[str, float | None]
@@ -89,6 +94,11 @@ def read_arm(arm: Arm, runs: Path, *, seed: int) -> Result | None:
     merged = {
         name: _merged([getattr(result, name) for result in scored])
         for name in ("tasks", "folders", "metrics", "quality")
+    }
+    merged["losses"] = _merged([result.losses for result in found])
+    names = dict.fromkeys(name for result in found for name in result.posts)
+    merged["posts"] = {
+        name: _merged([result.posts.get(name, {}) for result in found]) for name in names
     }
     return Result(
         seed=seed,
@@ -132,6 +142,16 @@ def read_run(trial: Trial, folder: Path) -> Result | None:
         quality={
             f"{name}/{task.metric}": metrics[name][task.metric] for name, task in scored.items()
         },
+        losses={
+            name: found["loss"]
+            for name, found in results["metrics"].get("validation", {}).items()
+            if name in tasks and found.get("loss") is not None
+        },
+        posts={
+            part: {name: int(found["n"]) for name, found in of_part.items() if "n" in found}
+            for part, of_part in results["metrics"].items()
+            if part in PART_NAMES
+        },
         routing=layer_means(routing, ROUTING) if gated else {},
         costs=_costs(results, records),
         train_posts={name: found.get("train", 0) for name, found in posts.items()},
@@ -150,7 +170,7 @@ def read_json(file: Path) -> Any:
 
 
 def with_means(results: Mapping[str, Sequence[Result]]) -> dict[str, list[Result]]:
-    """Arm -> results with ``mean`` in their quality: of all tasks that are not auxiliary in some arm.
+    """Arm -> results with ``mean`` in their quality and losses: of all tasks that are not auxiliary in some arm.
 
     An arm without one of them has no mean, because means of different tasks are not comparable.
     """
@@ -163,9 +183,15 @@ def with_means(results: Mapping[str, Sequence[Result]]) -> dict[str, list[Result
             for task in wanted
             if task.name in result.metrics
         ]
-        if not values or len(values) < len(wanted):
-            return result
-        return replace(result, quality={MEAN: float(np.mean(values)), **result.quality})
+        losses = [result.losses[task.name] for task in wanted if task.name in result.losses]
+        means = [
+            {MEAN: float(np.mean(found))} if found and len(found) == len(wanted) else {}
+            for found in (values, losses)
+        ]
+        quality, mean_loss = means
+        return replace(
+            result, quality=quality | dict(result.quality), losses=mean_loss | dict(result.losses)
+        )
 
     return {arm: [completed(result) for result in found] for arm, found in results.items()}
 

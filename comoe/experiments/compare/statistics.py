@@ -40,12 +40,23 @@ class Difference(Estimate):
     """Improvement over another arm; larger is better."""
 
     p: float
-    """Two-sided p-value of no difference."""
+    """Two-sided p-value of no difference; NaN for one seed without resampled posts."""
+    seeds: int
+    """Pairs of runs."""
+    seed_spread: float
+    """Standard deviation of the differences over seeds; NaN for one seed."""
+    post_spread: float
+    """Standard deviation of their mean over resampled posts; 0 where posts are not resampled."""
+    adjusted: float = math.nan
+    """p-value adjusted for the other comparisons of the report; NaN: not adjusted."""
 
     @property
     def verdict(self) -> str:
-        """``gained`` or ``lost`` where the 95 % interval excludes 0, else empty: not significant."""
-        return "gained" if self.low > 0 else "lost" if self.high < 0 else ""
+        """``gained`` or ``lost`` where the p-value, adjusted if it is, is below 0.05; else empty."""
+        p = self.p if math.isnan(self.adjusted) else self.adjusted
+        if not p < 1 - CONFIDENCE:
+            return ""
+        return "gained" if self.mean > 0 else "lost"
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +141,7 @@ def same_posts(first: Predictions, second: Predictions) -> bool:
 
 
 def paired_difference(
-    differences: Sequence[float], resampled_differences: np.ndarray
+    differences: Sequence[float], resampled_differences: np.ndarray | None = None
 ) -> Difference:
     """Mean difference of two arms with an interval that covers other posts and other seeds.
 
@@ -144,14 +155,21 @@ def paired_difference(
 
     Args:
         differences: arm minus baseline on the original posts, one number per seed.
-        resampled_differences: the same in each resample, (seeds, resamples).
+        resampled_differences: the same in each resample, (seeds, resamples); None: the paired t-test
+            over seeds.
     """
     seeds, mean = len(differences), float(np.mean(differences))
-    of_posts = float(np.var(resampled_differences.mean(axis=0), ddof=1))
-    of_seeds = float(np.var(differences, ddof=1)) / seeds if seeds > 1 else 0.0
+    post_spread = 0.0
+    if resampled_differences is not None:
+        post_spread = float(np.std(resampled_differences.mean(axis=0), ddof=1))
+    seed_spread = float(np.std(differences, ddof=1)) if seeds > 1 else math.nan
+    known = {"seeds": seeds, "seed_spread": seed_spread, "post_spread": post_spread}
+    if seeds == 1 and resampled_differences is None:
+        return Difference(mean, math.nan, math.nan, math.nan, **known)
+    of_seeds, of_posts = seed_spread**2 / seeds if seeds > 1 else 0.0, post_spread**2
     deviation = math.sqrt(of_seeds + of_posts)
     if not deviation:
-        return Difference(mean, mean, mean, float(mean == 0))
+        return Difference(mean, mean, mean, float(mean == 0), **known)
 
     def quantile(p: float) -> float:
         """Distance that a difference exceeds with probability p, in standard deviations."""
@@ -165,7 +183,7 @@ def paired_difference(
         middle = (low + high) / 2
         above = quantile(math.exp(middle)) > abs(mean) / deviation
         low, high = (middle, high) if above else (low, middle)
-    return Difference(mean, mean - half, mean + half, math.exp(high))
+    return Difference(mean, mean - half, mean + half, math.exp(high), **known)
 
 
 def _mean(values: Mapping[str, Any], tasks: Sequence[Task]) -> Any:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from comoe.evaluation.tables import markdown_table as table
+from comoe.experiments.compare.claim import LOSS, METRIC
+from comoe.experiments.compare.power import seeds_needed, smallest_difference
 from comoe.experiments.compare.report import Comparison
 from comoe.experiments.compare.results import COSTS, ROUTING, Result
 from comoe.experiments.compare.statistics import MEAN, Difference, Estimate, seed_interval
@@ -45,15 +47,8 @@ def markdown_lines(comparison: Comparison) -> list[str]:
     if not arms:
         return ["# Comparison", "", "No run is finished yet.", *_failed(comparison)]
     notes = (f"* {note}" for note in comparison.notes)
-    lines = ["# Comparison", "", _scope(comparison), *notes, ""]
-    columns = {name: f"{name}/{task.metric}" for name, task in comparison.tasks.items()}
-    head = ["arm", "seeds", "mean", f"against {comparison.baseline}", "helped", *columns.values()]
-    lines += table(head, [
-        [arm, str(len(comparison.results[arm])), cell(comparison.interval(arm, "quality", MEAN)),
-         cell(comparison.against.get(arm, {}).get(MEAN), signed=True), _helped(comparison, arm),
-         *(spread(comparison.seeds_of(arm, "quality", name)) for name in columns.values())]
-        for arm in arms
-    ])  # fmt: skip
+    lines = ["# Comparison", *_claim(comparison), "", _scope(comparison), *notes, ""]
+    lines += _quality(comparison)
     if comparison.metrics:
         lines += ["", "## Metrics", ""]
         lines += table(["arm", *comparison.metrics], [
@@ -83,6 +78,94 @@ def markdown_lines(comparison: Comparison) -> list[str]:
     return lines + _failed(comparison)
 
 
+def _quality(comparison: Comparison) -> list[str]:
+    """The first table: means and losses of the arms, their differences to the baseline, and the tasks."""
+    base, by_loss = comparison.baseline, comparison.measure == LOSS
+    kinds = {
+        METRIC: ("mean", "quality", f"against {base}"),
+        LOSS: ("loss", "losses", f"lower than {base}"),
+    }
+    order = [LOSS, METRIC] if by_loss else [METRIC, LOSS]
+    tasks = {
+        name: f"{name}/{'loss' if by_loss else task.metric}"
+        for name, task in comparison.tasks.items()
+    }
+    # A metric is named with its task there, a loss is not.
+    keys = list(tasks) if by_loss else list(tasks.values())
+    rows = []
+    for arm in comparison.arms:
+        row = [arm, str(len(comparison.results[arm]))]
+        for measure in order:
+            found = comparison.differences[measure].get(arm, {}).get(MEAN)
+            row += [cell(comparison.interval(arm, kinds[measure][1], MEAN))]
+            row += [_gain(found), p_value(found)]
+        row += [_helped(comparison, arm)]
+        rows.append(
+            [*row, *(spread(comparison.seeds_of(arm, comparison.values, key)) for key in keys)]
+        )
+    heads = [head for measure in order for head in (kinds[measure][0], kinds[measure][2], "p")]
+    lines = table(["arm", "seeds", *heads, "helped", *tasks.values()], rows)
+    means = {
+        kinds[measure][0]: comparison.smallest(measure)[MEAN]
+        for measure in order
+        if MEAN in comparison.smallest(measure)
+    }
+    return lines + _visible(comparison, means)
+
+
+def p_value(item: Difference | None) -> str:
+    """The p-value, adjusted where it is; empty without one."""
+    if item is None or math.isnan(item.p):
+        return ""
+    p = item.p if math.isnan(item.adjusted) else item.adjusted
+    return f"{p:.3f}" if p >= 0.0005 else "<0.001"
+
+
+def _visible(comparison: Comparison, found: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The smallest difference that a table can see, under it."""
+    if not any(comparison.differences.values()):
+        return []
+    if not found:
+        return [
+            "",
+            "One seed shows no spread over training runs: nothing can be seen. Use two or more.",
+        ]
+    parts = []
+    for name, item in found.items():
+        seeds = item["seeds_for_0.01"]
+        needs = "no number of seeds, but more posts" if seeds is None else f"{seeds} seeds"
+        parts.append(f"{name} {number(item['smallest'])} (0.01 needs {needs})")
+    text = "Smallest true difference that this table finds in 80 of 100 cases at the 95 % level: "
+    return ["", text + "; ".join(parts) + "."]
+
+
+def _claim(comparison: Comparison) -> list[str]:
+    """The comparison that was named beforehand."""
+    found = comparison.claim
+    if found is None:
+        return []
+    claim, difference = found.claim, found.difference
+    seeds = ", ".join(map(str, claim.seeds))
+    named = f"named before the first run, for the seeds {seeds}"
+    if claim.runs_before:
+        named = f"**not** named beforehand: {claim.runs_before} runs were finished"
+    text = f"**{claim}** ({named}): "
+    if difference is None:
+        return ["", "## Claim", "", text + "not measured yet."]
+    text += f"difference {cell(difference, signed=True)}"
+    if not math.isnan(difference.p):
+        text += f", p = {p_value(difference)} (not adjusted)"
+    text += f", {difference.seeds} seeds: **{found.verdict}**."
+    size = smallest_difference([difference])
+    if math.isfinite(size):
+        needs = seeds_needed([difference])
+        text += f" Smallest true difference that it finds in 80 of 100 cases: {number(size)}; 0.01 needs "
+        text += "more posts." if needs is None else f"{needs} seeds."
+    if difference.seeds > len(claim.seeds):
+        text += " Seeds were added after the claim: adding them until it holds makes a false finding likely."
+    return ["", "## Claim", "", text]
+
+
 def removal_intervals(results: Sequence[Result]) -> list[Estimate | None]:
     """Drop of the mean metric without an expert, mean and maximum over experts; the same for the rise
     of the loss. Over seeds; None if not measured."""
@@ -110,8 +193,30 @@ def _scope(comparison: Comparison) -> str:
     return (
         f"{len(runs)} runs, quality on the {split} posts, tasks with the standard deviation over seeds. Brackets are "
         f"95 % intervals: Student's t over seeds; for the difference to {comparison.baseline} paired seeds together "
-        f"with a paired bootstrap of the posts. {advice}"
+        f"with a paired bootstrap of the posts; for losses paired seeds only. {_posts(comparison)} p-values are "
+        f"adjusted for all comparisons of this report but the claim (Holm); bold: p < 0.05. {advice}"
     )
+
+
+def _posts(comparison: Comparison) -> str:
+    """How many posts the metrics and the losses are of, over all runs."""
+    results = [result for found in comparison.results.values() for result in found]
+    parts = []
+    for what, split in (("Metrics", results[0].split), ("Losses", "validation")):
+        counts = {
+            name: sorted(
+                {one.posts[split][name] for one in results if name in one.posts.get(split, {})}
+            )
+            for name in comparison.tasks
+        }
+        shown = [
+            f"{name} {found[0]:,}" + (f" to {found[-1]:,}" if len(found) > 1 else "")
+            for name, found in counts.items()
+            if found
+        ]
+        if shown:
+            parts.append(f"{what}: {split} posts of {', '.join(shown)}.")
+    return " ".join(parts)
 
 
 def _helped(comparison: Comparison, arm: str) -> str:
@@ -151,10 +256,13 @@ def transfer_lines(comparison: Comparison) -> list[str]:
     lines: list[str] = []
     if comparison.against:
         names = [*comparison.tasks, MEAN]
-        lines += ["", f"## Gains over {comparison.baseline}", "", _SIGNS, ""]
+        unit = " in validation loss" if comparison.measure == LOSS else ""
+        lines += ["", f"## Gains{unit} over {comparison.baseline}", "", _SIGNS, ""]
         lines += table(["arm", *names], [
             [arm, *(_gain(differences.get(name)) for name in names)] for arm, differences in comparison.against.items()
         ])  # fmt: skip
+        sizes = comparison.smallest(comparison.measure or METRIC)
+        lines += _visible(comparison, {name: sizes[name] for name in names if name in sizes})
         lines += ["", *(line for arm in comparison.against for line in _verdicts(comparison, arm))]
     return lines + _affinity_lines(comparison)
 
@@ -217,8 +325,8 @@ def _named(tasks: Sequence[str]) -> str:
 
 
 _SIGNS = (
-    "Larger is better; errors are negated. Bold: the 95 % interval excludes 0, for each task on its own: one of twenty "
-    "does by chance. p-values are in gains.csv."
+    "Larger is better; errors and losses are negated. Bold: the adjusted p-value is below 0.05. Intervals are not "
+    "adjusted: one of twenty excludes 0 by chance. p-values are in gains.csv."
 )
 
 _CHANGES = (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from argparse import Namespace
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from comoe.config.load import load_recipe, save_recipe
-from comoe.config.recipe import TaskConfig
 from comoe.experiments.affinity import Affinity
 from comoe.experiments.compare.command import run_comparison
 from comoe.experiments.compare.plan import Plan, check_earlier, plan_arms
@@ -23,31 +22,20 @@ from comoe.experiments.compare.transfer import mean_cosines, reasons_of, verdict
 from comoe.experiments.runner import Experiment, record_settings
 from comoe.losses.weighting.strategies import WEIGHTINGS
 from comoe.starter.registry import resolve
-from comoe.tasks.task import Task, build_task
-
-ROOT = Path(__file__).parents[4]
-MODEL = "model: {encoder: smoke:encoder, moe: {num_experts: 4, top_k: 2, expert_width: 24}}\n"
-RECIPE = f"""{MODEL}tasks:
-  mood: {{path: reviews, label: mood}}
-  topic: {{path: reviews, label: topic}}
-  stance: {{path: stance}}
-  hint: {{path: hints, auxiliary: true}}
-"""
-TASKS = ("mood", "topic", "stance")
+from tests.helpers_compare import (
+    MODEL,
+    POSTS,
+    ROOT,
+    TASKS,
+    arguments,
+    experiment_of,
+    write_run,
+)
 
 
 @pytest.fixture(scope="module")
 def encoder() -> str:
     return resolve(load_recipe(ROOT / "launch/configs/smoke.yaml"), progress=False).model.encoder
-
-
-def experiment_of(
-    tmp_path: Path, encoder: str, text: str = RECIPE, overrides: Sequence[str] = ()
-) -> Experiment:
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(text.replace("smoke:encoder", encoder))
-    return Experiment(recipe, ROOT / "ds_configs/zero2.json", tmp_path / "out", ROOT / "launch/train.py", ranks=1,
-                      overrides=tuple(overrides))  # fmt: skip
 
 
 @pytest.fixture
@@ -227,6 +215,11 @@ def test_a_comparison_begun_before_an_option_was_there_goes_on(experiment: Exper
         ("single,multi", {"removal_posts": 0}, "--removal-posts is 0; it must be at least 1"),
         ("single,,multi", {}, "--arms is 'single,,multi'; it must be names with commas between, of single, leave_one"),
         ("single,multi", {"metrics": "moood/accuracy"}, "--metrics moood/accuracy: write task/metric .mood/accuracy,"),
+        ("single,multi", {"claim": "single > mutli"}, "mutli is not .*claim.*did you mean multi"),
+        ("single,multi", {"claim": "single and multi"}, "--claim 'single and multi' must read"),
+        ("single,multi", {"claim": "multi > multi"}, "compares an arm with itself"),
+        ("single,multi", {"claim": "multi > single on mood/acuracy"}, "did you mean accuracy"),
+        ("single,multi", {"claim": "multi > single on hint/accuracy"}, "measure of a claim"),
         ("single,multi", {"seeds": "0,-1"}, "--seeds is '0,-1'"),
         ("single,multi", {"ranks": 0}, "--ranks is 0; it must be at least 1"),
         ("single,multi", {"overrides": ["run.name=x"]}, "run.name cannot be an override here"),
@@ -236,47 +229,10 @@ def test_a_comparison_begun_before_an_option_was_there_goes_on(experiment: Exper
 def test_a_wrong_command_is_refused_before_anything_is_written(
     experiment: Experiment, arms, changed, message
 ):
-    given = {"config": experiment.config, "deepspeed": experiment.deepspeed, "output": experiment.output, "ranks": 1,
-             "arms": arms, "arm": [], "seeds": "0", "against": None, "affinity": None, "affinity_posts": 8,
-             "remove_experts": None, "removal_posts": 8, "metrics": None, "resamples": 9, "keep_checkpoints": False,
-             "overrides": []}  # fmt: skip
+    given = arguments(experiment, arms=arms, **changed)
     with pytest.raises(ValueError, match=message):
-        run_comparison(Namespace(**given | changed), train_script=experiment.train_script)
+        run_comparison(given, train_script=experiment.train_script)
     assert not experiment.output.exists()
-
-
-def task_of(name: str) -> Task:
-    config = TaskConfig(path="x", metric="accuracy", auxiliary=name == "hint")
-    return build_task(name, config, labels=["bad", "good"], label_counts={})
-
-
-POSTS = 60
-
-
-def write_run(
-    folder: Path, right: Mapping[str, int], *, seconds: float = 2.0, posts: int = POSTS
-) -> None:
-    """A finished run that answers the first so many of each task's posts right; rows count through its data sets."""
-    folder.mkdir(parents=True)
-    tasks = [task_of(name) for name in right]
-    (folder / "tasks.json").write_text(json.dumps([task.to_dict() for task in tasks]))
-    data = {"posts": {name: {"train": 10, "test": posts} for name in right}}
-    results = {"finished": True, "step": 5 * len(right), "seconds": seconds * len(right), "posts": 20 * len(right),
-               "peak_memory_bytes_per_rank": 2**20 * len(right), "data": data,
-               "parameters": {"experts": 5, "active": 6, "total": 7},
-               "metrics": {"test": {name: {"n": posts, "accuracy": hits / posts} for name, hits in right.items()}},
-               }  # fmt: skip
-    (folder / "results.json").write_text(json.dumps(results))
-    (folder / "metrics.jsonl").write_text(
-        '{"split": "train", "step": 2, "seconds": 1.0, "tokens_per_second": 10.0}\n'
-    )
-    (folder / "predictions/test").mkdir(parents=True)
-    for number, (name, hits) in enumerate(right.items()):
-        rows = [{"row": number * posts + row, "text": f"{name} {row % (posts - 3)}", "gold": "good",
-                 "label": "good" if row < hits else "bad"} for row in range(posts)]  # fmt: skip
-        (folder / f"predictions/test/{name}.jsonl").write_text(
-            "".join(json.dumps(row) + "\n" for row in rows)
-        )
 
 
 def write_affinity(folder: Path, mood_stance: float) -> None:
@@ -398,9 +354,12 @@ def test_a_task_opposes_another_only_where_every_seed_says_so():
     assert reasons_of("c", sure, {}).nearest is None
 
 
-def test_a_task_gains_or_loses_only_where_the_interval_leaves_zero_out():
-    found = {"a": Difference(0.1, 0.02, 0.18, 0.01), "b": Difference(-0.1, -0.2, -0.01, 0.04),
-             "c": Difference(0.2, -0.1, 0.5, 0.3), "mean": Difference(0.1, 0.05, 0.15, 0.0)}  # fmt: skip
-    verdicts = verdicts_of(found, ["a", "b", "c", "d"])
-    assert (verdicts.gained, verdicts.lost, verdicts.open) == (("a",), ("b",), ("c",))
-    assert verdicts.count == 3
+def test_a_task_gains_or_loses_only_where_the_adjusted_p_says_so():
+    def difference(mean: float, p: float, adjusted: float = math.nan) -> Difference:
+        return Difference(mean, 0, 0, p, 3, 0.1, 0.1, adjusted)
+
+    found = {"a": difference(0.1, 0.01), "b": difference(-0.1, 0.01, 0.04), "c": difference(0.2, 0.3),
+             "d": difference(0.1, 0.01, 0.06), "mean": difference(0.1, 0.0)}  # fmt: skip
+    verdicts = verdicts_of(found, ["a", "b", "c", "d", "e"])
+    assert (verdicts.gained, verdicts.lost, verdicts.open) == (("a",), ("b",), ("c", "d"))
+    assert verdicts.count == 4

@@ -1,0 +1,188 @@
+"""The one comparison that is named before any run (``--claim``), and whether it holds."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from comoe.config.errors import unknown_name
+from comoe.config.files import write_atomic
+from comoe.config.load import load_recipe
+from comoe.config.recipe import Recipe
+from comoe.experiments.compare.arms import measured_tasks
+from comoe.experiments.compare.differences import PairedDifferences
+from comoe.experiments.compare.plan import Plan
+from comoe.experiments.compare.results import Result
+from comoe.experiments.compare.statistics import MEAN, Difference, paired_difference
+from comoe.experiments.runner import Experiment, is_done
+from comoe.tasks.metrics import LOWER_IS_BETTER
+from comoe.tasks.task import kind_of
+
+METRIC, LOSS = "metric", "loss"
+"""Measures of a comparison: the main metrics, and the validation losses."""
+
+KEY = "claim"
+"""Of the experiment's settings file."""
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """One arm is above or below another one in one measure."""
+
+    arm: str
+    sign: str
+    """``>`` or ``<``: of the numbers as they are, so a lower loss is ``<``."""
+    other: str
+    measure: str
+    """``mean`` of the main metrics, ``loss``, ``task/metric`` or ``task/loss``."""
+    seeds: tuple[int, ...] = ()
+    """Seeds of the call that named it."""
+    runs_before: int = 0
+    """Runs that were finished then."""
+
+    def __str__(self) -> str:
+        return f"{self.arm} {self.sign} {self.other} on {self.measure}"
+
+
+@dataclass(frozen=True, slots=True)
+class ClaimResult:
+    """A claim with its measured difference."""
+
+    claim: Claim
+    difference: Difference | None
+    """``arm`` minus ``other`` in the unit of the measure; None before both have a run of one seed."""
+
+    @property
+    def verdict(self) -> str:
+        """``holds``, ``the opposite holds``, ``undecided``, or ``not measured``."""
+        found = self.difference
+        if found is None:
+            return "not measured"
+        if not found.verdict:
+            return "undecided"
+        return "holds" if (found.mean > 0) == (self.claim.sign == ">") else "the opposite holds"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers."""
+        numbers = self.difference.to_dict() if self.difference else {}
+        return asdict(self.claim) | {"text": str(self.claim), "verdict": self.verdict, **numbers}
+
+
+def parse_claim(text: str, plan: Plan, recipe: Recipe) -> Claim:
+    """The claim of a text ``A > B``, ``A > B on task/metric`` or ``A < B on loss``.
+
+    Raises:
+        ValueError: another form, an unknown arm, or a number that these runs will not have.
+    """
+    found = re.fullmatch(r"\s*([^\s<>]+)\s*([<>])\s*([^\s<>]+)(?:\s+on\s+(\S+))?\s*", text)
+    if found is None:
+        raise ValueError(
+            f'--claim {text!r} must read "A > B", "A > B on task/metric" or "A < B on loss", with two arms.'
+        )
+    arm, sign, other, measure = found.groups(default=MEAN)
+    for name in (arm, other):
+        plan.arm(name, flag="--claim")
+    if arm == other:
+        raise ValueError(f"--claim {text!r} compares an arm with itself; name two arms.")
+    task, slash, metric = measure.partition("/")
+    tasks = measured_tasks(recipe)
+    if slash and task in tasks:
+        # A slice or a label may follow the name of the metric.
+        known = (LOSS, *kind_of(recipe.tasks[task].kind).metrics)
+        if re.split("[@/]", metric)[0] not in known:
+            raise unknown_name(f"metric of {task} (--claim)", metric, known)
+    elif measure not in (MEAN, LOSS):
+        raise unknown_name(
+            "measure of a claim (mean, loss, task/metric)", measure, [MEAN, LOSS, *tasks]
+        )
+    return Claim(arm, sign, other, measure)
+
+
+def record_claim(
+    experiment: Experiment, plan: Plan, text: str | None, *, file_name: str
+) -> Claim | None:
+    """Write the claim to the settings file, or return the one that stands there.
+
+    Args:
+        experiment: its settings file exists.
+        plan: all runs.
+        text: of the command line; None keeps what is recorded.
+        file_name: of the settings.
+
+    Raises:
+        ValueError: a wrong claim, or another one than the recorded one.
+    """
+    file = experiment.output / file_name
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    recorded = settings.get(KEY)
+    before = None
+    if recorded is not None:
+        before = Claim(**{**recorded, "seeds": tuple(recorded["seeds"])})
+    if text is None:
+        return before
+    now = parse_claim(text, plan, load_recipe(experiment.config, experiment.overrides))
+    if before is not None:
+        if str(before) != str(now):
+            raise ValueError(
+                f'--claim is "{now}", but {file} recorded "{before}" before: a claim that follows '
+                "the results proves nothing. Leave --claim out, or choose another --output."
+            )
+        return before
+    done = sum(is_done(experiment, trial) for trial in plan.trials)
+    now = replace(now, seeds=plan.seeds, runs_before=done)
+    write_atomic(file, json.dumps({**settings, KEY: asdict(now)}, indent=1) + "\n")
+    return now
+
+
+def claimed_cell(claim: Claim | None, baseline: str) -> tuple[str, str, str] | None:
+    """Where the tables of differences to the baseline show the claimed comparison.
+
+    Returns:
+        Measure (``metric`` or ``loss``), arm, and name; None where they do not show it, or where
+        the claim was not named before the runs.
+    """
+    if claim is None or claim.runs_before or baseline not in (claim.arm, claim.other):
+        return None
+    arm = claim.other if claim.arm == baseline else claim.arm
+    task, _, metric = claim.measure.partition("/")
+    measure = LOSS if LOSS in (claim.measure, metric) else METRIC
+    return measure, arm, MEAN if claim.measure in (MEAN, LOSS) else task
+
+
+def measure_claim(
+    claim: Claim, results: Mapping[str, Sequence[Result]], differences: PairedDifferences
+) -> Difference | None:
+    """The difference of the two arms in the claimed measure, ``arm`` minus ``other``.
+
+    With the posts resampled for the mean and the main metrics, else over paired seeds only.
+    """
+    if not results.get(claim.arm) or not results.get(claim.other):
+        return None
+    task, _, metric = claim.measure.partition("/")
+    known = results[claim.other][0].tasks
+    if claim.measure == MEAN or (task in known and known[task].metric == metric):
+        found = differences.against(claim.other, [claim.arm]).get(claim.arm, {}).get(task)
+        if found is None or metric not in LOWER_IS_BETTER:
+            return found
+        # The improvement of an error is a fall.
+        return replace(found, mean=-found.mean, low=-found.high, high=-found.low)
+    of_arm, of_other = (
+        {
+            one.seed: value
+            for one in results[arm]
+            if (value := _value(one, claim.measure)) is not None
+        }
+        for arm in (claim.arm, claim.other)
+    )
+    pairs = [of_arm[seed] - of_other[seed] for seed in of_arm if seed in of_other]
+    return paired_difference(pairs) if pairs else None
+
+
+def _value(result: Result, measure: str) -> float | None:
+    task, _, metric = measure.partition("/")
+    if measure == LOSS:
+        return result.losses.get(MEAN)
+    return result.losses.get(task) if metric == LOSS else result.figures.get(measure)
