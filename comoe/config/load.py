@@ -140,8 +140,10 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
+        # str(error) of an OSError would name the path a second time.
+        reason = getattr(error, "strerror", None) or error
         raise ValueError(
-            f"{path}: the recipe cannot be read ({error}); give an existing UTF-8 YAML file."
+            f"{path}: the recipe cannot be read ({reason}); give an existing UTF-8 YAML file."
         ) from error
     try:
         loader = _StrictLoader(text)

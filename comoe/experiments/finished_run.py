@@ -28,7 +28,8 @@ def load_trained(
     """
     config = run_folder / "config.yaml"
     if not config.is_file():
-        raise ValueError(f"{run_folder} is not a run folder: it has no config.yaml.")
+        why = "it has no config.yaml" if run_folder.is_dir() else "there is no such folder"
+        raise ValueError(f"{run_folder}: {why}; give the folder of a finished run (runs/starter).")
     recipe = resolve(load_saved_recipe(config), progress=False)
     if limit is not None:
         recipe = replace(recipe, data=replace(recipe.data, limit_eval=limit))

@@ -157,7 +157,9 @@ def _print_error(message: str, shown: str) -> None:
     # end them, and print only if it does not, because then the error is their own.
     if not is_main() or int(os.environ.get("RANK", "0")):
         time.sleep(3)
-    print(f"{shown}comoe: rank {os.environ.get('RANK', '0')}: {message}", file=sys.stderr)
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    who = "" if alone else f"rank {os.environ.get('RANK', '0')}: "
+    print(f"{shown}comoe: {who}{message}", file=sys.stderr)
 
 
 def run_request(

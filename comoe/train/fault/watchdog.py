@@ -338,9 +338,8 @@ class Watchdog:
         ]
         if left[:1] == [rank()]:
             # Not through Python's buffers, whose locks the main thread may hold forever.
-            os.write(
-                sys.stderr.fileno(), f"\ncomoe: rank {rank()}: {text} {self.advice}\n".encode()
-            )
+            who = f"rank {rank()}: " if len(self._places) > 1 else ""
+            os.write(sys.stderr.fileno(), f"\ncomoe: {who}{text} {self.advice}\n".encode())
             for culprit in blamed:
                 if self._places[culprit].node == here:
                     kill(self._places[culprit])

@@ -90,7 +90,7 @@ def test_an_override_of_a_text_is_taken_word_for_word(written):
 def test_a_recipe_that_is_not_there_is_named(tmp_path):
     with pytest.raises(
         ValueError,
-        match="absent.yaml: the recipe cannot be read .*give an existing UTF-8 YAML file",
+        match=r"absent.yaml: the recipe cannot be read \(No such file or directory\); give an existing UTF-8 YAML file",
     ):
         load_recipe(tmp_path / "absent.yaml")
 

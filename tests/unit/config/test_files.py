@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -69,3 +70,18 @@ def test_what_cannot_be_written_raises_and_leaves_nothing(
     with pytest.raises(error):
         write_atomic(tmp_path / path, "x")
     assert os.listdir(tmp_path) == ["folder"]
+
+
+def test_only_old_parts_of_killed_writers_of_the_same_file_are_removed(tmp_path: Path) -> None:
+    path, old = tmp_path / "x.csv", time.time() - 61
+    with atomic_file(path, "w") as file:
+        alive = os.listdir(tmp_path)[0]
+        names = [f".x.csv.{letter * 16}.part" for letter in "ab"] + [f".y.csv.{'a' * 16}.part"]
+        for name in names:
+            (tmp_path / name).touch()
+        for name in (alive, names[0], names[2]):
+            os.utime(tmp_path / name, (old, old))
+        write_atomic(path, "second")
+        assert sorted(os.listdir(tmp_path)) == sorted([alive, *names[1:], "x.csv"])
+        file.write("first")
+    assert path.read_text() == "first"

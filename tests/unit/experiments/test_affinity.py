@@ -186,5 +186,5 @@ def test_a_task_without_posts_has_no_cosine_and_its_file_can_be_read(tmp_path: P
 def test_what_cannot_be_measured_is_said(tmp_path: Path):
     with pytest.raises(ValueError, match="limit of posts per task is 1; it must be at least 2"):
         measure_affinity(tmp_path, limit=1)
-    with pytest.raises(ValueError, match="is not a run folder"):
+    with pytest.raises(ValueError, match="no config.yaml"):
         measure_affinity(tmp_path)

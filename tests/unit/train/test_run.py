@@ -63,12 +63,12 @@ def test_an_error_while_training_is_no_mistake_of_the_users_and_can_be_restarted
     code, said = end_by(error, training=True)
     assert code == 1 and code not in FINAL
     assert said.startswith("Traceback (most recent call last):") and "in train\n" in said
-    assert said.endswith(f"comoe: rank 0: {type(error).__name__}: {error}\n")
+    assert said.endswith(f"comoe: {type(error).__name__}: {error}\n")
 
 
 @pytest.mark.parametrize("error", [STALE, INSIDE])
 def test_an_error_before_training_is_one_sentence(end_by, error: Exception) -> None:
-    assert end_by(error, training=False) == (2, f"comoe: rank 0: {error}\n")
+    assert end_by(error, training=False) == (2, f"comoe: {error}\n")
 
 
 @pytest.mark.parametrize(
@@ -85,5 +85,5 @@ def test_the_traceback_of_a_users_mistake_is_shown_when_the_recipe_says_so(
     assert (
         code == 2
         and said.startswith("Traceback") == shown
-        and said.endswith(f"comoe: rank 0: {INSIDE}\n")
+        and said.endswith(f"comoe: {INSIDE}\n")
     )

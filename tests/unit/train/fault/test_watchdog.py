@@ -55,7 +55,7 @@ def test_a_rank_that_stands_still_in_training_ends_and_says_where(
     assert 0.5 < time.monotonic() - began < 3
     said = capfd.readouterr().err.strip()
     assert said.startswith(
-        "comoe: rank 0: no rank made progress for 1 s (parallel.timeout_seconds) at step 7 (training): rank 0 on"
+        "comoe: no rank made progress for 1 s (parallel.timeout_seconds) at step 7 (training): rank 0 on"
     )
     assert "is in test_watchdog.py:" in said
     assert said.endswith("What to do.") and len(ended) == 1
