@@ -25,7 +25,7 @@ def main() -> None:
     add("--format", default="auto", help="tweeteval, jsonl, csv, tsv, parquet, txt, hub or auto")
     add("--split", default="test", help="train, validation or test of a folder or hub data set")
     add("--task", action="append", help="score this task only; may be repeated")
-    add("--text-column", default="text", help="column with the post")
+    add("--text-column", help="column with the post (default: that of training, else text)")
     add("--pair-column", help="column with the second text (default: that of training)")
     add("--image-column", help="column with the image (default: that of training, else image)")
     add("--label-column", help="column with the label (default: that of training, else label)")

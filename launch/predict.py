@@ -25,9 +25,11 @@ def main() -> None:
     add("--output", required=True, type=Path, help="file of predictions; missing folders are made")
     add("--format", default="jsonl", help="jsonl, csv or tweeteval")
     add("--task", action="append", help="predict this task only; may be repeated")
-    add("--text-column", default="text", help="column with the post, unless --input is .txt")
+    add("--text-column", help="column with the post (default: that of training, else text)")
     add("--pair-column", help="column with the second text (default: that of training)")
     add("--image-column", help="column with the image (default: that of training, else image)")
+    add("--keep", action="append", metavar="COLUMN",
+        help="copy this column of the input; may be repeated (default: id, if there is one)")
     add("--explain", action="store_true",
         help="add each word's attention (jsonl, tasks with a head)")
     add("--batch-size", type=int, default=64, help="posts per forward pass")
@@ -44,7 +46,7 @@ def main() -> None:
         done = predict_file(
             predictor, options.input, options.output, format=options.format, tasks=options.task,
             text_column=options.text_column, pair_column=options.pair_column, image_column=options.image_column,
-            explain=options.explain, batch_size=options.batch_size, progress=sys.stderr.isatty(),
+            keep=options.keep, explain=options.explain, batch_size=options.batch_size,
         )  # fmt: skip
     except (ValueError, OSError) as error:
         sys.exit(f"predict: {error}")

@@ -11,7 +11,7 @@ from typing import Any
 from comoe.config.recipe import TaskConfig
 from comoe.data.posts import Post
 from comoe.data.reading.files import RawSplit
-from comoe.data.reading.inputs import DataChoice, check_columns
+from comoe.data.reading.inputs import USUAL_TEXT, DataChoice, check_columns
 from comoe.data.reading.rows import BadCell, RowReader, read_rows, settle
 from comoe.data.reading.sources import read_input
 from comoe.data.report import BadRow, DataReport
@@ -67,6 +67,7 @@ def read_posts(choice: DataChoice, *, labels: Sequence[str], added: Sequence[str
             f"{raw.file} has the column {taken[0]} already, which would be overwritten; rename or drop it "
             f"(in the way: {', '.join(taken)})."
         )
+    choice = replace(choice, text=choice.text or USUAL_TEXT)
     options = ("--text-column", "--pair-column", "--label-column")
     check_columns(raw, dict(zip(options, (choice.text, choice.pair, choice.label), strict=True)))
     notes = []

@@ -84,7 +84,9 @@ def message_of(
         value, expected = value[key], inner
     path = ".".join(keys) or "a recipe"
     rule = "it must be a finite number" if kind == "finite_number" else _must_be(expected, value)
-    return f"{place_of(path, origins)}{path} is {value!r}; {rule}{'' if rule.endswith('?') else '.'}"
+    return (
+        f"{place_of(path, origins)}{path} is {value!r}; {rule}{'' if rule.endswith('?') else '.'}"
+    )
 
 
 def _must_be(expected: Any, value: Any) -> str:

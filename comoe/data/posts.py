@@ -35,8 +35,8 @@ class Post:
     """Task with a confidence column -> number in [0, 1], None where missing."""
     image: Any = None
     """What the image column holds; once located, the bytes of a file or its path."""
-    columns: Mapping[str, str | None] = field(default_factory=dict)
-    """Further column -> its cell as text, None where empty."""
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    """Further column -> its cell (in training and scoring as text), None where empty."""
     file: str = ""
     """Where the post was read, for messages."""
     line: int = 0

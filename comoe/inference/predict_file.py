@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -14,8 +14,14 @@ from comoe.config.errors import unknown_name
 from comoe.config.files import atomic_file, same_file
 from comoe.data.posts import Post
 from comoe.data.reading.files import json_line, read_text
-from comoe.data.reading.inputs import check_columns, choose_column, choose_pair
-from comoe.data.reading.rows import read_rows
+from comoe.data.reading.inputs import (
+    USUAL_TEXT,
+    check_columns,
+    choose_column,
+    choose_pair,
+    choose_text,
+)
+from comoe.data.reading.rows import cell_text, read_rows
 from comoe.data.reading.sources import ENDINGS, read_input
 from comoe.inference.predictor import Predictor, pair_problem, second_text, text_problem
 from comoe.tasks.prompts import wants_pair
@@ -25,21 +31,31 @@ from comoe.tasks.task import Task
 def read_posts(
     path: Path,
     *,
-    text_column: str = "text",
+    text_column: str | None = None,
     pair_column: str | None = None,
     image_column: str | None = None,
+    keep: Sequence[str] | None = None,
     model: Predictor | None = None,
     tasks: Sequence[Task] = (),
 ) -> list[Post]:
     """The posts of a file; a line that cannot be read becomes a post with an error, and keeps its place.
 
-    The image column of ``model`` is read unless ``image_column`` names another, and the column of
-    second texts that ``tasks`` had in training unless ``pair_column`` names another. In a .txt file
-    every line is a post. Cells stay as they are: the predictor says what is wrong with one.
+    Columns that are not given are those that ``tasks`` of ``model`` had in training, if the file has
+    them. In a .txt file every line is a post. Cells stay as they are: the predictor reports a wrong
+    one.
+
+    Args:
+        path: the file.
+        text_column: column with the post.
+        pair_column: column with the second text.
+        image_column: column with the image.
+        keep: columns to copy to the predictions; None is ``id``, if there is one.
+        model: that predicts.
+        tasks: to predict.
 
     Raises:
-        ValueError: no such file or column, an ending that cannot be read, or an image column for a
-            model of texts.
+        ValueError: no such file or column, an ending that cannot be read, an image column for a
+            model of texts, or a column to keep that the predictions have themselves.
     """
     if not path.is_file():
         raise ValueError(f"--input {path}: there is no such file.")
@@ -57,16 +73,19 @@ def read_posts(
             columns=None if plain else raw.columns,
         )
     if plain:
-        text_column, pair_column = "text", None
+        text_column, pair_column = USUAL_TEXT, None
     elif raw.rows:
         known = {} if model is None else model.exported.config
+        text_column = choose_text(known, tasks, asked=text_column, columns=raw.columns)
         pair_column = choose_pair(known, tasks, asked=pair_column, columns=raw.columns)
+    kept = _kept_columns(keep, raw.columns, tasks)
     wanted = {
         "--text-column": text_column,
         "--pair-column": pair_column,
         "--image-column": image_column,
     }
-    check_columns(raw, wanted)
+    for some in (wanted, *({"--keep": column} for column in kept)):
+        check_columns(raw, some)
 
     def read(row: Mapping[str, Any]) -> Post:
         cell = row.get(text_column)
@@ -76,13 +95,37 @@ def read_posts(
             words=words,
             pair=row.get(pair_column),
             image=row.get(image_column),
+            columns={column: _kept_cell(row.get(column)) for column in kept},
         )
 
     return list(read_rows(raw, read))
 
 
+def _kept_columns(
+    keep: Sequence[str] | None, columns: Sequence[str], tasks: Sequence[Task]
+) -> list[str]:
+    own = {*OWN_COLUMNS, *(task.name for task in tasks)}
+    if keep is None:
+        return [column for column in ("id",) if column in columns and column not in own]
+    for column in keep:
+        if column.partition("/")[0] in own:
+            raise ValueError(
+                f"--keep {column}: the predictions have this name themselves; rename the column."
+            )
+    return list(dict.fromkeys(keep))
+
+
+def _kept_cell(value: Any) -> Any:
+    """Text and whole numbers as they are, anything else as text; None for an empty cell."""
+    return value if isinstance(value, (str, int)) else cell_text(value)
+
+
+OWN_COLUMNS = ("text", "error", "truncated", "image_error")
+"""Columns and keys of the predictions beside the tasks."""
+
+
 CHUNK = 1024
-"""Posts answered before they are written; they are sorted by length within a chunk."""
+"""Posts predicted before they are written; they are sorted by length within a chunk."""
 
 
 def predict_file(
@@ -92,27 +135,21 @@ def predict_file(
     *,
     format: str = "jsonl",
     tasks: Sequence[str] | None = None,
-    text_column: str = "text",
-    pair_column: str | None = None,
-    image_column: str | None = None,
     explain: bool = False,
     batch_size: int = 64,
-    progress: bool = True,
+    **columns: Any,
 ) -> str:
-    """Predict every post of a file, in order, one line per post.
+    """Predict every post of a file, in order, one line per post; a terminal shows a progress bar.
 
     Args:
         predictor: the model.
-        source: .txt (one post per line), .csv, .tsv, .jsonl.
+        source: .txt (one post per line), .csv, .tsv, .jsonl, .parquet.
         target: the predictions; missing folders are made. Replaced whole.
         format: key of ``WRITERS``.
         tasks: names of the tasks; None is all.
-        text_column: column with the post, unless the file is .txt.
-        pair_column: column with the second text; None takes that of training, if it is there.
-        image_column: column with the image, a path; None takes that of training, or ``image``.
         explain: add the attention weight of each word (jsonl; tasks with a pooled head).
         batch_size: posts per forward pass.
-        progress: show a bar.
+        columns: ``text_column``, ``pair_column``, ``image_column`` and ``keep`` of ``read_posts``.
 
     Returns:
         One sentence on what was done, with the number of posts without a prediction.
@@ -122,36 +159,43 @@ def predict_file(
             that is the source, or no post has a prediction.
     """
     chosen = [task for task in predictor.tasks if tasks is None or task.name in tasks]
-    writer = _writer(format, predictor, chosen, explain=explain)
+    writer_class = _writer_class(format, chosen, explain=explain, keep=columns.get("keep"))
+    writer = writer_class(predictor, chosen)
     if same_file(target, source):
         raise ValueError(f"--output {target} is the --input itself; name another file.")
-    columns = {"text_column": text_column, "pair_column": pair_column, "image_column": image_column}
     posts = read_posts(source, **columns, model=predictor, tasks=chosen)
-    errors, blind = [], 0
+    errors, without_image = [], 0
     target.parent.mkdir(parents=True, exist_ok=True)
-    bar = tqdm(total=len(posts), unit="post", disable=not progress, dynamic_ncols=True)
+    # None: no bar where standard error is no terminal.
+    bar = tqdm(total=len(posts), unit="post", disable=None, dynamic_ncols=True)
     with atomic_file(target, "w") as file, bar:
-        writer.begin(file)
+        writer.begin(file, next((post.columns for post in posts if not post.error), ()))
         for start in range(0, len(posts), CHUNK):
             chunk = [writer.prepare(post) for post in posts[start : start + CHUNK]]
             options = {"tasks": tasks, "explain": explain, "batch_size": batch_size}
-            for found in _answer(predictor, chunk, **options, root=source.parent):
-                writer.write(file, found)
-                errors += [found["error"]] if "error" in found else []
-                blind += "image_error" in found
+            for prediction in _predict(predictor, chunk, root=source.parent, **options):
+                writer.write(file, prediction)
+                errors += [prediction["error"]] if "error" in prediction else []
+                without_image += "image_error" in prediction
             bar.update(len(chunk))
-    if posts and len(errors) == len(posts):
+    if not posts:
+        return f"{source} has no posts; {target} has no predictions"
+    if len(errors) == len(posts):
         why = f"see {target}; the first: {errors[0]}"
         raise ValueError(f"none of the {len(posts)} posts could be predicted, {why}.")
     done = f"{len(posts)} posts predicted in {target}{writer.remark(len(errors))}"
-    return f"{done}; {blind} of them without their bad image (image_error)" if blind else done
+    if without_image:
+        done += f"; {without_image} of them without their bad image (image_error)"
+    return done
 
 
-def _writer(
-    format: str, predictor: Predictor, tasks: Sequence[Task], *, explain: bool
-) -> JsonLines:
+def _writer_class(
+    format: str, tasks: Sequence[Task], *, explain: bool, keep: Sequence[str] | None
+) -> type[JsonLines]:
     if format not in WRITERS:
         raise unknown_name("--format", format, WRITERS)
+    if keep and WRITERS[format] is TweetEval:
+        raise ValueError("--keep wants --format jsonl or csv; tweeteval has label ids alone.")
     if explain and WRITERS[format] is not JsonLines:
         raise ValueError(
             "--explain wants --format jsonl; the others have no place for the weights of words."
@@ -161,54 +205,50 @@ def _writer(
             "--explain: none of these tasks has attention; only tasks with a pooled head have it",
             file=sys.stderr,
         )
-    return WRITERS[format](predictor, tasks)
+    return WRITERS[format]
 
 
 class JsonLines:
-    """One object per post: ``text``, the answer of each task, or ``error``."""
+    """One object per post: kept columns, ``text``, the prediction of each task, or ``error``."""
 
     def __init__(self, predictor: Predictor, tasks: Sequence[Task]) -> None:
         self.tasks = tasks
-        self.sees = predictor.collator.pixels is not None
+        self.reads_images = predictor.collator.pixels is not None
 
     def prepare(self, post: Post) -> Post:
-        """The post as it is to be answered."""
+        """The post as it is predicted."""
         return post
 
-    def begin(self, file: TextIO) -> None:
-        """Write what comes before the first answer."""
+    def begin(self, file: TextIO, kept: Iterable[str]) -> None:
+        """Write what comes before the first prediction, of posts with these kept columns."""
 
-    def write(self, file: TextIO, answer: dict[str, Any]) -> None:
-        """Write one answer."""
-        file.write(json_line(answer))
+    def write(self, file: TextIO, prediction: dict[str, Any]) -> None:
+        """Write one prediction."""
+        file.write(json_line(prediction))
 
     def remark(self, bad: int) -> str:
         """What the user should know at the end."""
-        return f"; {bad} of them could not be answered and have an error instead" if bad else ""
+        return f"; {bad} of them could not be predicted and have an error instead" if bad else ""
 
 
 class Table(JsonLines):
-    """CSV: text, then per task the answer and the score of every label, and the error."""
+    """CSV: kept columns, text, then per task the prediction and the score of every label, and the error."""
 
-    def begin(self, file: TextIO) -> None:
-        self.columns = ["text"]
+    def begin(self, file: TextIO, kept: Iterable[str]) -> None:
+        self.columns = [*kept, "text"]
         for task in self.tasks:
             self.columns += [task.name] + [
                 f"{task.name}/{label}" for label in task.labels if task.mode != "tokens"
             ]
-        self.columns += ["error", "image_error"] if self.sees else ["error"]
+        self.columns += ["error", "image_error"] if self.reads_images else ["error"]
         csv.writer(file, lineterminator="\n").writerow(self.columns)
 
-    def write(self, file: TextIO, answer: dict[str, Any]) -> None:
-        row = {
-            "text": answer["text"],
-            "error": answer.get("error", ""),
-            "image_error": answer.get("image_error", ""),
-        }
+    def write(self, file: TextIO, prediction: dict[str, Any]) -> None:
+        row = dict(prediction)
         for task in self.tasks:
-            if task.name in answer:
-                row[task.name] = _cell(task, answer[task.name])
-                scores = {} if task.mode == "tokens" else answer[task.name].get("scores", {})
+            if task.name in prediction:
+                row[task.name] = _cell(task, prediction[task.name])
+                scores = {} if task.mode == "tokens" else prediction[task.name].get("scores", {})
                 row |= {f"{task.name}/{label}": score for label, score in scores.items()}
         csv.writer(file, lineterminator="\n").writerow(
             [row.get(column, "") for column in self.columns]
@@ -218,7 +258,7 @@ class Table(JsonLines):
 class TweetEval(JsonLines):
     """One label id per line, one line per post, nothing else: the format of TweetEval's own scorer.
 
-    Every line needs an id, so a line that cannot be read or is empty is answered as if it were a
+    Every line needs an id, so a line that cannot be read or is empty is predicted as if it were a
     lone user name.
     """
 
@@ -250,8 +290,8 @@ class TweetEval(JsonLines):
             image=post.image,
         )
 
-    def write(self, file: TextIO, answer: dict[str, Any]) -> None:
-        file.write(f"{self.task.labels.index(answer[self.task.name]['label'])}\n")
+    def write(self, file: TextIO, prediction: dict[str, Any]) -> None:
+        file.write(f"{self.task.labels.index(prediction[self.task.name]['label'])}\n")
 
     def remark(self, bad: int) -> str:
         if self.filled:
@@ -261,43 +301,36 @@ class TweetEval(JsonLines):
                 else "a text"
             )
             print(
-                f"{self.filled} lines without {what} were answered as {self.filler!r}",
+                f"{self.filled} lines without {what} were predicted as {self.filler!r}",
                 file=sys.stderr,
             )
         return ""
 
 
-def _answer(
-    predictor: Predictor,
-    posts: Sequence[Post],
-    *,
-    tasks: Sequence[str] | None,
-    explain: bool,
-    batch_size: int,
-    root: Path,
+def _predict(
+    predictor: Predictor, posts: Sequence[Post], *, root: Path, **options: Any
 ) -> list[dict[str, Any]]:
-    answers = predictor(
+    predictions = predictor(
         [post.text for post in posts],
         pairs=[post.pair for post in posts],
         words=[post.words for post in posts],
         images=[post.image for post in posts],
         image_root=root,
-        tasks=tasks,
-        batch_size=batch_size,
-        explain=explain,
-        progress=False,
+        **options,
     )
-    for post, answer in zip(posts, answers, strict=True):
+    for post, prediction in zip(posts, predictions, strict=True):
         if post.error:
-            answer["error"] = f"line {post.line} {post.error.rule}"
-    return answers
+            prediction["error"] = f"line {post.line} {post.error.rule}"
+    return [
+        {**post.columns, **prediction} for post, prediction in zip(posts, predictions, strict=True)
+    ]
 
 
-def _cell(task: Task, answer: dict[str, Any]) -> Any:
-    """The answer itself: a label, a number, or names with blanks (tags, one per word) or ; (labels) between them."""
+def _cell(task: Task, prediction: dict[str, Any]) -> Any:
+    """The prediction itself: a label, a number, or names joined by blanks (tags, one per word) or ; (labels)."""
     if task.mode == "tokens":
-        return " ".join(answer["tags"])
-    value = next(iter(answer.values()))
+        return " ".join(prediction["tags"])
+    value = next(iter(prediction.values()))
     return ";".join(value) if isinstance(value, list) else value
 
 

@@ -19,6 +19,7 @@ from comoe.data.reading.inputs import (
     choose_column,
     choose_labels,
     choose_pair,
+    choose_text,
 )
 from comoe.data.reading.rows import RowReader, read_rows, settle
 from comoe.data.reading.sources import read_input
@@ -210,7 +211,8 @@ def _columns(
     image = choose_column(predictor.image_column, asked=choice.image, columns=raw.columns)
     labels = choose_labels(config, tasks, asked=choice.label, columns=raw.columns)
     pair = choose_pair(config, tasks, asked=choice.pair, columns=raw.columns)
-    wanted = {"--text-column": choice.text, "--pair-column": pair, "--image-column": image}
+    text = choose_text(config, tasks, asked=choice.text, columns=raw.columns)
+    wanted = {"--text-column": text, "--pair-column": pair, "--image-column": image}
     check_columns(raw, wanted)
     for label in labels.values():
         check_columns(raw, {"--label-column": label})
@@ -219,7 +221,7 @@ def _columns(
         raise ValueError(
             f"The prompt of {', '.join(asking)} has {{pair}}; name its column with --pair-column."
         )
-    shared = TaskConfig(text=choice.text, pair=pair, image=image)
+    shared = TaskConfig(text=text, pair=pair, image=image)
     return {
         task.name: replace(shared, kind=task.kind, label=labels[task.name], prompt=task.prompt)
         for task in tasks

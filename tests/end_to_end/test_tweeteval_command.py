@@ -111,7 +111,7 @@ def test_each_task_gets_a_file_with_one_label_id_per_line(
     predictor = Predictor.from_pretrained(run / "export", device="cpu")
     for name, labels in LABELS.items():
         source, target = data / name / "test_text.txt", tmp_path / f"{name}.txt"
-        options = {"format": "tweeteval", "tasks": [name], "progress": False}
+        options = {"format": "tweeteval", "tasks": [name]}
         predict_file(predictor, source, target, **options)
         *lines, end = target.read_bytes().decode("ascii").split("\n")
         assert end == "" and len(lines) == SIZES["test"]

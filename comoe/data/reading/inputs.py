@@ -14,8 +14,8 @@ from comoe.data.reading.files import RawSplit
 from comoe.tasks.prompts import wants_pair
 from comoe.tasks.task import Task
 
-USUAL = "image"
-"""The column where nothing else is known."""
+USUAL, USUAL_TEXT = "image", "text"
+"""The columns of images and posts where nothing else is known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,10 +28,10 @@ class DataChoice:
     """Key of ``comoe.data.reading.sources.READERS``."""
     split: str = "test"
     """Split of a folder or hub data set; a file is read whole."""
-    text: str = "text"
-    """Column with the post."""
+    text: str | None = None
+    """Column with the post; None leaves the choice to the command, as below."""
     pair: str | None = None
-    """Column with the second text; None leaves the choice to the command, as below."""
+    """Column with the second text."""
     label: str | None = None
     """Column with the label."""
     image: str | None = None
@@ -109,8 +109,40 @@ def column_in_training(tasks: Iterable[TaskConfig]) -> str:
 
 
 def columns_in_training(tasks: Mapping[str, TaskConfig]) -> dict[str, dict[str, str | None]]:
-    """Task -> columns of its training posts with the second text (``pair``) and the label, as an export keeps them."""
-    return {name: {"pair": task.pair, "label": task.label} for name, task in tasks.items()}
+    """Task -> columns of its training posts: text, second text (``pair``) and label, as an export keeps them."""
+    return {
+        name: {"text": task.text, "pair": task.pair, "label": task.label}
+        for name, task in tasks.items()
+    }
+
+
+def choose_text(
+    config: Mapping[str, Any], tasks: Iterable[Task], *, asked: str | None, columns: Sequence[str]
+) -> str:
+    """The column of posts to read.
+
+    Args:
+        config: ``config.json`` of the export.
+        tasks: that are predicted or scored.
+        asked: the user's ``--text-column``.
+        columns: of the input.
+
+    Returns:
+        ``asked``; else the one column of training that the tasks share, if the input has it (printed
+            on stderr); else ``text``.
+    """
+    if asked is not None:
+        return asked
+    known = config.get("columns", {})
+    named = {known.get(task.name, {}).get("text") for task in tasks if task.rules.scored}
+    trained = named.pop() if len(named) == 1 else None
+    if trained in (None, USUAL_TEXT) or trained not in columns:
+        return USUAL_TEXT
+    print(
+        f"posts are read from column {trained}, as in training (--text-column names another)",
+        file=sys.stderr,
+    )
+    return trained
 
 
 def pair_in_training(config: Mapping[str, Any], tasks: Iterable[Task]) -> str | None:

@@ -443,7 +443,6 @@ def test_a_second_text_that_is_none_is_said_and_a_line_of_ids_is_never_missing(
             pair_column="about",
             format="tweeteval",
             tasks=[task],
-            progress=False,
         )
         assert target.read_text() == "1\n1\n"
 
@@ -514,9 +513,7 @@ def test_files_of_answers_hold_texts_and_scored_words(
     source, predictor = write_jsonl(tmp_path / "in.jsonl", rows), predictor_of()
 
     def written(name: str, **options: Any) -> list[str]:
-        predict_file(
-            predictor, source, tmp_path / name, pair_column="about", progress=False, **options
-        )
+        predict_file(predictor, source, tmp_path / name, pair_column="about", **options)
         return (tmp_path / name).read_text(encoding="utf-8").splitlines()
 
     table = list(csv.DictReader(written("out.csv", format="csv")))
@@ -531,7 +528,7 @@ def test_files_of_answers_hold_texts_and_scored_words(
     assert written("out.txt", format="tweeteval", tasks=["polarity"]) == ["1", "1", "1"]
     said = capsys.readouterr().err
     assert (
-        "2 lines without a text, or the second text that the prompt wants, were answered as '@user'"
+        "2 lines without a text, or the second text that the prompt wants, were predicted as '@user'"
         in said
     )
     with pytest.raises(
@@ -551,7 +548,7 @@ def test_second_texts_and_labels_are_read_from_the_columns_of_training(
         {"text": "post two"},
     ]
     source, predictor = write_jsonl(tmp_path / "in.jsonl", rows), predictor_of(columns=ASKED_ABOUT)
-    said = predict_file(predictor, source, tmp_path / "out.jsonl", progress=False)
+    said = predict_file(predictor, source, tmp_path / "out.jsonl")
     assert "2 posts predicted" in said and "1 of them could not" in said
     assert "second texts are read from column target, as in training" in capsys.readouterr().err
     scores = score(
@@ -565,11 +562,9 @@ def test_second_texts_and_labels_are_read_from_the_columns_of_training(
     alone = predictor_of(columns=ASKED_ABOUT | {"mood": {"pair": None, "label": "mood"}})
     message = rf"none of the 2 posts could be predicted, see {tmp_path}/out.jsonl; the first: .*--pair-column"
     with pytest.raises(ValueError, match=message):
-        predict_file(alone, source, tmp_path / "out.jsonl", progress=False)
+        predict_file(alone, source, tmp_path / "out.jsonl")
     assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 2
-    predict_file(
-        alone, source, tmp_path / "out.jsonl", tasks=["aspect", "polarity"], progress=False
-    )
+    predict_file(alone, source, tmp_path / "out.jsonl", tasks=["aspect", "polarity"])
 
 
 def test_the_columns_of_training_are_not_taken_where_they_say_nothing() -> None:
@@ -600,7 +595,7 @@ def test_attention_is_not_promised_where_no_head_pools(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = write_jsonl(tmp_path / "in.jsonl", [{"text": "post one"}])
-    predict_file(predictor_of((ASPECT,)), source, tmp_path / "out", explain=True, progress=False)
+    predict_file(predictor_of((ASPECT,)), source, tmp_path / "out", explain=True)
     assert (
         "--explain: none of these tasks has attention; only tasks with a pooled head"
         in capsys.readouterr().err

@@ -92,7 +92,7 @@ def test_the_folder_is_in_hugging_face_style(tmp_path):
     assert (config["model_type"], config["architectures"]) == ("comoe", ["MultiTaskModel"])
     assert (config["num_local_experts"], config["num_experts_per_tok"]) == (4, 2)
     assert [task["name"] for task in config["tasks"]] == ["mood", "topic", "heat", "words", "signs"]
-    assert config["columns"]["heat"] == {"pair": None, "label": "label"}
+    assert config["columns"]["heat"] == {"text": "text", "pair": None, "label": "label"}
     assert {tensor.dtype for tensor in load_file(folder / "model.safetensors").values()} == {
         torch.float32
     }

@@ -4,6 +4,7 @@ import csv
 import json
 import runpy
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ def predictor(tmp_path_factory):
 
 
 def answer(predictor, source, target, **options):
-    return predict_file(predictor, source, target, progress=False, **options)
+    return predict_file(predictor, source, target, **options)
 
 
 def json_lines(path):
@@ -48,7 +49,7 @@ def test_tweeteval_writes_exactly_one_id_per_input_line(predictor, tmp_path, cap
         "bro\ufffdken",
     ]
     assert ids == [MOOD.labels.index(found["mood"]["label"]) for found in predictor(read)]
-    assert "3 lines without a text were answered as '@user'" in capsys.readouterr().err
+    assert "3 lines without a text were predicted as '@user'" in capsys.readouterr().err
     assert [path.name for path in target.parent.iterdir()] == ["mood.txt"]
 
 
@@ -59,10 +60,64 @@ def test_a_missing_last_line_feed_changes_nothing(predictor, tmp_path, last):
     assert (tmp_path / "out").read_text().count("\n") == 2
 
 
-def test_an_empty_file_gives_an_empty_file(predictor, tmp_path):
-    (tmp_path / "in.txt").write_text("")
-    answer(predictor, tmp_path / "in.txt", tmp_path / "out.txt", format="tweeteval", tasks=["mood"])
-    assert (tmp_path / "out.txt").read_text() == ""
+@pytest.mark.parametrize(
+    "name, content, format, written",
+    [("in.txt", "", "tweeteval", ""), ("in.csv", "id,text\n", "csv", "text,mood,mood/bad,mood/so-so,mood/good,error\n")],
+)  # fmt: skip
+def test_an_empty_file_gives_an_empty_file_and_says_so(
+    predictor, tmp_path, name, content, format, written
+):
+    source, target = tmp_path / name, tmp_path / "out"
+    source.write_text(content)
+    said = answer(predictor, source, target, format=format, tasks=["mood"])
+    assert target.read_text() == written
+    assert said == f"{source} has no posts; {target} has no predictions"
+
+
+def test_an_id_and_columns_on_demand_are_kept(predictor, tmp_path):
+    rows = [{"id": 7, "text": "good", "when": 1.5}, {"id": "b", "text": ""}, {"text": "bad"}]
+    source, target = tmp_path / "in.jsonl", tmp_path / "out"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows) + "{\n")
+
+    def kept(**options):
+        answer(predictor, source, target, tasks=["mood"], **options)
+        return json_lines(target)
+
+    first = kept()
+    assert [row.get("id", "-") for row in first] == [7, "b", None, "-"] and "when" not in first[0]
+    assert list(kept(keep=["when", "id"])[0]) == ["when", "id", "text", "mood"]
+    assert [row.get("when", "-") for row in kept(keep=["when"])] == ["1.5", None, None, "-"]
+    answer(predictor, source, target, tasks=["mood"], format="csv")
+    with target.open(newline="") as file:
+        assert [row["id"] for row in csv.DictReader(file)] == ["7", "b", "", ""]
+    for keep, format, message in (
+        ("mood", "jsonl", "--keep mood: the predictions have this name"),
+        ("text", "csv", "--keep text: the predictions have this name"),
+        ("idd", "jsonl", "--keep is 'idd', but .* has no such column; did you mean id"),
+        ("id", "tweeteval", "--keep wants --format jsonl or csv"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            kept(keep=[keep], format=format)
+
+
+def test_posts_are_read_from_the_column_of_training(predictor, tmp_path, capsys):
+    columns = {task.name: {"text": "body"} for task in predictor.tasks}
+    columns["heat"] = {"text": "text"}
+    config = predictor.exported.config | {"columns": columns}
+    trained = replace(predictor, exported=replace(predictor.exported, config=config))
+    (tmp_path / "in.csv").write_text("text,body\nbad,good\n")
+    (tmp_path / "other.csv").write_text("text\nbad\n")
+    for name, tasks, options, text in (
+        ("in.csv", ["mood", "topic"], {}, "good"),
+        ("in.csv", ["mood"], {"text_column": "text"}, "bad"),
+        ("in.csv", ["mood", "heat"], {}, "bad"),
+        ("other.csv", ["mood"], {}, "bad"),
+    ):
+        answer(trained, tmp_path / name, tmp_path / "out", tasks=tasks, **options)
+        assert json_lines(tmp_path / "out")[0]["text"] == text
+        assert ("read from column body, as in training" in capsys.readouterr().err) == (
+            text == "good"
+        )
 
 
 def test_tweeteval_wants_one_task_with_one_label(predictor, tmp_path):
@@ -96,7 +151,7 @@ def test_json_lines_keep_every_line_and_say_what_was_wrong(predictor, tmp_path):
         "paris",
     ]
     done = f"6 posts predicted in {tmp_path / 'out.jsonl'}"
-    assert said == f"{done}; 4 of them could not be answered and have an error instead"
+    assert said == f"{done}; 4 of them could not be predicted and have an error instead"
 
 
 def test_a_line_separator_inside_a_post_does_not_end_a_line_of_the_answers(predictor, tmp_path):

@@ -119,9 +119,7 @@ def test_a_file_of_posts_names_pictures_beside_it(predictor: Predictor, tmp_path
     (tmp_path / "posts.csv").write_text(
         "text,image\nnice day,a.png\nnice day,b.png\n,a.png\nnice day,\n"
     )
-    said = predict_file(
-        predictor, tmp_path / "posts.csv", tmp_path / "out.csv", format="csv", progress=False
-    )
+    said = predict_file(predictor, tmp_path / "posts.csv", tmp_path / "out.csv", format="csv")
     assert "1 of them without their bad image" in said
     rows = list(csv.DictReader((tmp_path / "out.csv").open()))
     assert ["is not there" in row["image_error"] for row in rows] == [False, True, False, False]
@@ -135,7 +133,6 @@ def test_a_file_of_posts_names_pictures_beside_it(predictor: Predictor, tmp_path
             tmp_path / "posts.csv",
             tmp_path / "out.csv",
             image_column="photo",
-            progress=False,
         )
 
 
@@ -147,7 +144,7 @@ def test_the_column_of_training_is_read_and_its_absence_is_said(
 
     def answered(name: str, text: str) -> tuple[float, str]:
         (tmp_path / name).write_text(text)
-        predict_file(predictor, tmp_path / name, tmp_path / "out.jsonl", progress=False)
+        predict_file(predictor, tmp_path / name, tmp_path / "out.jsonl")
         return score_of(json.loads((tmp_path / "out.jsonl").read_text())), capsys.readouterr().err
 
     assert predictor.image_column == "photo"
@@ -177,7 +174,6 @@ def test_the_column_of_training_is_read_and_its_absence_is_said(
             tmp_path / "posts.txt",
             tmp_path / "out",
             image_column="photo",
-            progress=False,
         )
 
 
@@ -250,7 +246,6 @@ def test_pictures_for_a_model_of_texts_are_refused(predictor: Predictor, tmp_pat
             tmp_path / "posts.csv",
             tmp_path / "out",
             image_column="photo",
-            progress=False,
         )
     with pytest.raises(
         ValueError,

@@ -83,7 +83,5 @@ def test_the_traceback_of_a_users_mistake_is_shown_when_the_recipe_says_so(
     recipe.write_text(f"{yaml}\ntasks: {{mood: {{kind: single_label, path: posts.jsonl}}}}\n")
     code, said = end_by(INSIDE, training=False, request=Request(config=recipe, overrides=words))
     assert (
-        code == 2
-        and said.startswith("Traceback") == shown
-        and said.endswith(f"comoe: {INSIDE}\n")
+        code == 2 and said.startswith("Traceback") == shown and said.endswith(f"comoe: {INSIDE}\n")
     )

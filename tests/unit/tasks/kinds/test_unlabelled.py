@@ -145,9 +145,7 @@ def test_an_export_answers_the_other_tasks(tmp_path: Path, route_by: str) -> Non
     with pytest.raises(ValueError, match="plain"):
         predictor(["a sunny day"], tasks=["plain"])
     (tmp_path / "posts.txt").write_text("good day\n", encoding="utf-8")
-    predict_file(
-        predictor, tmp_path / "posts.txt", tmp_path / "answers.csv", format="csv", progress=False
-    )
+    predict_file(predictor, tmp_path / "posts.txt", tmp_path / "answers.csv", format="csv")
     assert "plain" not in (tmp_path / "answers.csv").read_text(encoding="utf-8")
     rows = [{"text": "good day", "label": "bad"}, {"text": "bad rain", "label": "good"}]
     write_jsonl(tmp_path / "rows.jsonl", rows)
