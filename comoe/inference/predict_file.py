@@ -13,7 +13,7 @@ from tqdm import tqdm
 from comoe.config.errors import unknown_name
 from comoe.config.files import atomic_file, same_file
 from comoe.data.posts import Post
-from comoe.data.reading.files import json_line, read_text
+from comoe.data.reading.files import RawSplit, json_line, read_text
 from comoe.data.reading.inputs import (
     USUAL_TEXT,
     check_columns,
@@ -57,15 +57,7 @@ def read_posts(
         ValueError: no such file or column, an ending that cannot be read, an image column for a
             model of texts, or a column to keep that the predictions have themselves.
     """
-    if not path.is_file():
-        raise ValueError(f"--input {path}: there is no such file.")
-    ending = path.suffix.lower()
-    if ending not in ENDINGS:
-        raise ValueError(
-            f"--input {path}: {unknown_name('ending that can be read', ending, ENDINGS)}"
-        )
-    plain = ENDINGS[ending] == "txt"
-    raw = read_text(path, every_line=True) if plain else read_input("--input", str(path))
+    raw, plain = _read_file(path)
     if plain or raw.rows:
         image_column = choose_column(
             None if model is None else model.image_column,
@@ -99,6 +91,19 @@ def read_posts(
         )
 
     return list(read_rows(raw, read))
+
+
+def _read_file(path: Path) -> tuple[RawSplit, bool]:
+    """The rows, and whether they are lines of plain text."""
+    if not path.is_file():
+        raise ValueError(f"--input {path}: there is no such file.")
+    ending = path.suffix.lower()
+    if ending not in ENDINGS:
+        raise ValueError(
+            f"--input {path}: {unknown_name('ending that can be read', ending, ENDINGS)}"
+        )
+    plain = ENDINGS[ending] == "txt"
+    return read_text(path, every_line=True) if plain else read_input("--input", str(path)), plain
 
 
 def _kept_columns(
