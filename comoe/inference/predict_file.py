@@ -59,11 +59,8 @@ def read_posts(
     """
     raw, plain = _read_file(path)
     if plain or raw.rows:
-        image_column = choose_column(
-            None if model is None else model.image_column,
-            asked=image_column,
-            columns=None if plain else raw.columns,
-        )
+        trained, names = model and model.image_column, None if plain else raw.columns
+        image_column = choose_column(trained, asked=image_column, columns=names)
     if plain:
         text_column, pair_column = USUAL_TEXT, None
     elif raw.rows:
@@ -71,12 +68,8 @@ def read_posts(
         text_column = choose_text(known, tasks, asked=text_column, columns=raw.columns)
         pair_column = choose_pair(known, tasks, asked=pair_column, columns=raw.columns)
     kept = _kept_columns(keep, raw.columns, tasks)
-    wanted = {
-        "--text-column": text_column,
-        "--pair-column": pair_column,
-        "--image-column": image_column,
-    }
-    for some in (wanted, *({"--keep": column} for column in kept)):
+    wanted = {"--text-column": text_column, "--pair-column": pair_column}
+    for some in (wanted | {"--image-column": image_column}, *({"--keep": name} for name in kept)):
         check_columns(raw, some)
 
     def read(row: Mapping[str, Any]) -> Post:
