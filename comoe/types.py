@@ -49,8 +49,8 @@ class Batch:
     IGNORED or NaN."""
     unit_scale_T: Tensor | None = None
     """W * accumulation steps / units of the task in the whole optimizer step, 0 for an absent task;
-    and behind the T tasks the same at ``DOMAINS``, ``TOKENS`` and ``TARGET_TOKENS``: (T + 3,). Set
-    by the trainer, None outside training."""
+    then the same for the labelled posts of each task, and at ``DOMAINS``, ``TOKENS`` and
+    ``TARGET_TOKENS``: (2 T + 3,). Set by the trainer, None outside training."""
 
     pixels_I3HW: Tensor | None = None
     """Prepared images, float32, each once; at least one (blank, of row -1) where the run reads

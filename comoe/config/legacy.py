@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 OLD_MEANINGS: dict[str, Any] = {
+    "data.split_seed": "train",
     "tasks.*.standardize": False,
 }
 """Option (``*`` stands for every key of a mapping) -> its value in a saved recipe that does not have it.

@@ -199,6 +199,7 @@ class LossConfig:
 
     weighting: Literal[
         "equal",
+        "posts",
         "static",
         "uncertainty",
         "uncertainty_positive",
@@ -207,8 +208,9 @@ class LossConfig:
         "pcgrad",
         "cagrad",
     ] = "equal"
-    """How the tasks' losses become one number: equal (their sum), static, uncertainty,
-    uncertainty_positive, dynamic_average, gradnorm, pcgrad or cagrad."""
+    """How the tasks' losses become one number: equal (their sum, so a post of a rare task weighs
+    more), posts (every labelled post weighs the same), static, uncertainty, uncertainty_positive,
+    dynamic_average, gradnorm, pcgrad or cagrad."""
     weighting_rate: Positive = option(
         0.01, read_when="loss.weighting = uncertainty or uncertainty_positive or gradnorm"
     )
@@ -301,12 +303,17 @@ class DataConfig:
     max_length: Annotated[Whole, Ge(4)] = 128
     """Longest post in tokens; the rest is cut and counted."""
     limit_per_task: Count | None = None
-    """Keep at most this many training posts per data set (chosen by the seed); null keeps all."""
+    """Keep at most this many training posts per data set (chosen by ``train.seed``); null keeps
+    all."""
     limit_eval: Count | None = None
-    """Keep at most this many validation and test posts per data set; null keeps all."""
+    """Keep at most this many validation and test posts per data set (chosen by ``split_seed``); null
+    keeps all."""
     validation_fraction: Share = 0.1
     """Share of the training posts that becomes the validation split where a data set has none
-    (stratified by label)."""
+    (stratified by label, chosen by ``split_seed``)."""
+    split_seed: CountFrom0 | Literal["train"] = 0
+    """Seeds which posts are evaluated on, where there is a choice, so that runs of different
+    ``train.seed`` are scored on the same posts; train follows ``train.seed``."""
     on_error: Literal["stop", "skip"] = "stop"
     """stop at the first bad row, or skip: set it aside, count it and go on."""
     max_characters: Count = 100_000
@@ -417,6 +424,10 @@ class TaskConfig:
     (single_label and label_words only)."""
     labels: Names = field(default_factory=list)
     """Label names in the order of their ids; empty finds them in the training split."""
+    limit: Count | None = None
+    """Keep at most this many training labels of this task, chosen by ``train.seed`` among the posts
+    that ``data.limit_per_task`` leaves; a post without any label left is dropped. Tasks on the same
+    posts keep them in the same order. null keeps all."""
     metric: Literal[
         "auto",
         "accuracy",

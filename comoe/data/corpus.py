@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -62,6 +63,32 @@ def limited(posts: PostSplit, *, count: int | None, seed: int) -> PostSplit:
     if count is None or count >= len(posts):
         return posts
     return posts.take(np.sort(np.random.default_rng(seed).permutation(len(posts))[:count]))
+
+
+def limited_labels(posts: PostSplit, *, limits: Mapping[str, int | None], seed: int) -> PostSplit:
+    """At most ``limits[task]`` labels of each task; posts without a label of these tasks are dropped.
+
+    The posts are drawn as by ``limited``: one limit for all tasks, where all label every post, is
+    that many posts.
+
+    Args:
+        posts: training posts of one data set.
+        limits: each of its tasks -> labels to keep, None for all.
+        seed: any non-negative int.
+    """
+    if all(limit is None for limit in limits.values()):
+        return posts
+    order = np.random.default_rng(seed).permutation(len(posts))
+    labels, confidences = dict(posts.labels), dict(posts.confidences)
+    for task, limit in limits.items():
+        labelled = [row for row in order if labels[task][row] is not None]
+        kept = np.isin(np.arange(len(posts)), labelled[:limit])
+        for columns in (labels, confidences):
+            if task in columns:
+                cells = zip(columns[task], kept, strict=True)
+                columns[task] = [value if keep else None for value, keep in cells]
+    useful = [any(labels[task][row] is not None for task in limits) for row in range(len(posts))]
+    return replace(posts, labels=labels, confidences=confidences).take(np.flatnonzero(useful))
 
 
 def shared_posts(posts: PostSplit, *, known: PostSplit) -> int:
@@ -136,7 +163,7 @@ def load_corpus(
         splits = part_off(group, splits, report)
         splits = _with_labels_only(group, splits, report)
         splits = _with_validation(group, splits, recipe=recipe, report=report)
-        splits = _limited(group, splits, recipe=recipe)
+        splits = _limited(group, splits, recipe=recipe, report=report)
         splits = {split: splits[split] for split in PART_NAMES if split in splits}
         _count_posts(group, splits, report, with_images=with_images)
         for split, posts in splits.items():
@@ -223,11 +250,14 @@ def _with_validation(
     """Where there is no validation split, a part of the training posts."""
     if "validation" in splits or not group.scored:
         return splits
-    train, seed = splits["train"], seed_of(recipe.train.seed, group.name)
+    train, (option, seed) = splits["train"], _split_seed(recipe)
     try:
         strata = _strata(group, train)
         held, kept = hold_out(
-            train, fraction=recipe.data.validation_fraction, strata=strata, seed=seed
+            train,
+            fraction=recipe.data.validation_fraction,
+            strata=strata,
+            seed=seed_of(seed, group.name),
         )
     except ValueError as error:
         raise ValueError(
@@ -237,7 +267,7 @@ def _with_validation(
     how = "stratified by label" if kept else "at random"
     report.notes.append(
         f"data set {group.name}: no validation split; {held.sum():,} of {len(train):,} training posts held out, {how}, "
-        f"by train.seed {recipe.train.seed}"
+        f"by {option} {seed}"
     )
     parts = {
         "train": train.take(np.flatnonzero(~held)),
@@ -254,17 +284,30 @@ def _strata(group: Group, posts: PostSplit) -> np.ndarray:
     return np.zeros(len(posts), dtype=np.int64)
 
 
-def _limited(group: Group, splits: _Splits, *, recipe: Recipe) -> _Splits:
-    """At most the wanted number of posts in each split."""
-    limits = {split: recipe.data.limit_eval for split in splits} | {
-        "train": recipe.data.limit_per_task
-    }
-    return {
-        split: limited(
-            posts, count=limits[split], seed=seed_of(recipe.train.seed, f"{group.name}/{split}")
-        )
-        for split, posts in splits.items()
-    }
+def _split_seed(recipe: Recipe) -> tuple[str, int]:
+    """What chooses the posts of evaluation: the option that says so, and its value."""
+    if recipe.data.split_seed == "train":
+        return "train.seed", recipe.train.seed
+    return "data.split_seed", recipe.data.split_seed
+
+
+def _limited(group: Group, splits: _Splits, *, recipe: Recipe, report: DataReport) -> _Splits:
+    """At most the wanted number of posts in each split, and of training labels of each task."""
+    kept = {}
+    for split, posts in splits.items():
+        train = split == "train"
+        count = recipe.data.limit_per_task if train else recipe.data.limit_eval
+        seed = recipe.train.seed if train else _split_seed(recipe)[1]
+        seed = seed_of(seed, f"{group.name}/{split}")
+        kept[split] = limited(posts, count=count, seed=seed)
+    limits = {name: task.limit for name, task in group.tasks.items()}
+    train = limited_labels(
+        kept["train"], limits=limits, seed=seed_of(recipe.train.seed, f"{group.name}/train")
+    )
+    if left := len(kept["train"]) - len(train):
+        named = ", ".join(f"tasks.{name}.limit" for name, limit in limits.items() if limit)
+        report.notes.append(f"data set {group.name}: {left:,} training posts left out by {named}")
+    return kept | {"train": train}
 
 
 def _count_posts(group: Group, splits: _Splits, report: DataReport, *, with_images: bool) -> None:

@@ -73,7 +73,7 @@ def resolved_task(
         only = next(iter(counts["train"]), "none") if labels else next(iter(distinct))
         raise ValueError(
             f"tasks.{name}: all {len(present):,} training labels are the same ({only}), so there is nothing to learn; "
-            "add posts with other labels, raise data.limit_per_task, or drop the task."
+            f"add posts with other labels, raise data.limit_per_task or tasks.{name}.limit, or drop the task."
         )
     report.labels[name] = {split: dict(found) for split, found in counts.items() if found}
     if absent := [label for label in labels if not counts["train"][label]]:

@@ -238,8 +238,11 @@ class Objective(nn.Module):
             gram_TT = gram_over_ranks(self._shared_gradients(output, batch))
             output = replace(output, probe=None)
         losses_T = self.task_losses(output, batch)
+        T = len(self.tasks)
+        # Up to one factor: their shares are what counts.
+        posts_T = torch.nan_to_num(1 / batch.unit_scale_T[T : 2 * T], posinf=0.0)
         total, weights_T = self.weighting(
-            losses_T, self._present(batch), gram_TT=gram_TT, step=batch.step
+            losses_T, self._present(batch), posts_T=posts_T, gram_TT=gram_TT, step=batch.step
         )
         total, weights_T = self.task_share * total, self.task_share * weights_T
         terms = {}
@@ -345,8 +348,8 @@ _MODES: dict[Mode, Callable[..., Any]] = {
 
 
 def count_units(batch: Batch, tasks: Sequence[Task]) -> Tensor:
-    """What each task's mean is divided by, then what the means at ``DOMAINS``, ``TOKENS`` and
-    ``TARGET_TOKENS`` are, in one micro-batch: (T + 3,), float64.
+    """What each task's mean is divided by, its labelled posts, then what the means at ``DOMAINS``,
+    ``TOKENS`` and ``TARGET_TOKENS`` are divided by, in one micro-batch: (2 T + 3,), float64.
 
     Sum it over the micro-steps of a rank, then over ranks, then pass it to ``unit_scale``. The
     tokens of a filler row do not count. A post counts whole, whatever its confidence.
@@ -357,7 +360,13 @@ def count_units(batch: Batch, tasks: Sequence[Task]) -> Tensor:
     targets = torch.zeros_like(tokens)
     if batch.target_ids_BD is not None:
         targets = (batch.target_ids_BD[real_B] != IGNORED).sum(dtype=torch.float64)
-    return torch.stack([*units, count_domains(batch), tokens, targets])
+    posts = [
+        task.rules.labelled(batch.labels[task.name]).sum(dtype=torch.float64)
+        if task.rules.scored
+        else torch.zeros_like(tokens)
+        for task in tasks
+    ]
+    return torch.stack([*units, *posts, count_domains(batch), tokens, targets])
 
 
 def unit_scale(units_T: Tensor, *, world_size: int, accumulation: int) -> Tensor:

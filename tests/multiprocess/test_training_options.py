@@ -58,6 +58,7 @@ WEIGHED = {
 # Both start alike, and at a small rate three steps are too few to tell them apart.
 FAST = {"loss__weighting_rate": 1.0}
 WEIGHTED: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
+    "posts": ({}, [{"stage": 3, **SHARED, "accumulation": 3}]),
     "uncertainty": (FAST, [{"stage": 3, **SHARED}]),
     "uncertainty_positive": (FAST, [{"stage": 1, **ALONE}, {"stage": 2, **SHARED, "accumulation": 3}]),
     "dynamic_average": ({"loss__weighting_window": 1}, [{"stage": 3, **SHARED, "accumulation": 3}]),

@@ -44,7 +44,13 @@ class Weighting(nn.Module):
         super().__init__()
 
     def forward(
-        self, losses_T: Tensor, present_T: Tensor, *, gram_TT: Tensor | None = None, step: int = 0
+        self,
+        losses_T: Tensor,
+        present_T: Tensor,
+        *,
+        posts_T: Tensor | None = None,
+        gram_TT: Tensor | None = None,
+        step: int = 0,
     ) -> tuple[Tensor, Tensor]:
         """Scalar to call backward on, and what each loss is multiplied by (T,), detached, for the log.
 
@@ -52,6 +58,8 @@ class Weighting(nn.Module):
             losses_T: shares of the mean losses, float32 or wider; 0 with a gradient of 0 for an
                 absent task.
             present_T: bool, tasks that some post of the optimizer step has; the same on all ranks.
+            posts_T: numbers proportional to the labelled posts that each task has in the optimizer
+                step; the same on all ranks.
             gram_TT: inner products of the tasks' gradients by the last shared layer, of all ranks
                 and micro-steps, float64; 0 for an absent task.
             step: optimizer step, from 0.
@@ -82,10 +90,31 @@ class Equal(Weighting):
 
     adapts = False
 
-    def forward(
-        self, losses_T: Tensor, present_T: Tensor, *, gram_TT: Tensor | None = None, step: int = 0
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, losses_T: Tensor, present_T: Tensor, **_: object) -> tuple[Tensor, Tensor]:
         return losses_T.sum(), losses_T.new_ones(losses_T.shape)
+
+
+class Posts(Weighting):
+    """Every labelled post of the step counts the same: the mean loss over all of them, times the tasks.
+
+    A task's weight is T times its share of the step's labels (a post with two labels has two), so
+    that its mean loss times its weight is a sum over posts that all weigh T / labels. Where all
+    tasks have equally many posts it is ``equal``.
+    """
+
+    adapts = False
+
+    def __init__(self, tasks: Sequence[Task], config: LossConfig) -> None:
+        super().__init__(tasks, config)
+        self.count = sum(task.rules.scored for task in tasks)
+
+    def forward(
+        self, losses_T: Tensor, present_T: Tensor, *, posts_T: Tensor, **_: object
+    ) -> tuple[Tensor, Tensor]:
+        posts_T = posts_T.double()
+        weights_T = self.count * posts_T / posts_T.sum().clamp_min(1e-30)
+        weights_T = weights_T.to(losses_T)
+        return (losses_T * weights_T).sum(), weights_T
 
 
 class Static(Weighting):
@@ -118,9 +147,7 @@ class Uncertainty(Weighting):
         super().__init__(tasks, config)
         self.log_variances_T = nn.Parameter(torch.zeros(len(tasks)))
 
-    def forward(
-        self, losses_T: Tensor, present_T: Tensor, *, gram_TT: Tensor | None = None, step: int = 0
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, losses_T: Tensor, present_T: Tensor, **_: object) -> tuple[Tensor, Tensor]:
         log_variances_T = self.log_variances_T.to(
             torch.promote_types(losses_T.dtype, torch.float32)
         )
@@ -285,6 +312,7 @@ def _mean(values_T: Tensor, active_T: Tensor) -> Tensor:
 
 WEIGHTINGS: dict[str, Callable[[Sequence[Task], LossConfig], Weighting]] = {
     "equal": Equal,
+    "posts": Posts,
     "static": Static,
     "uncertainty": Uncertainty,
     "uncertainty_positive": UncertaintyPositive,

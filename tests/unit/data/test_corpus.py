@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,8 @@ import pytest
 from helpers_data import labelled_rows, recipe_of, write_jsonl
 
 from comoe.config.recipe import TaskConfig
-from comoe.data.corpus import Corpus, load_corpus
-from comoe.data.posts import PostSplit, unlabelled_posts
+from comoe.data.corpus import Corpus, limited, limited_labels, load_corpus
+from comoe.data.posts import Post, PostSplit, unlabelled_posts
 from comoe.types import IGNORED
 
 
@@ -126,11 +127,100 @@ def test_without_a_validation_split_a_stratified_part_is_held_out(tmp_path: Path
     assert list(np.bincount(validation.labels["t"])) == [14, 4, 2]
     assert sorted([*train.texts, *validation.texts]) == sorted(row["text"] for row in rows)
     assert corpus.report.notes == [
-        "data set posts: no validation split; 20 of 100 training posts held out, stratified by label, by train.seed 0"
+        "data set posts: no validation split; 20 of 100 training posts held out, "
+        "stratified by label, by data.split_seed 0"
     ]
     assert load_corpus(recipe).splits["validation"].texts == validation.texts
-    recipe.train.seed = 1
-    assert load_corpus(recipe).splits["validation"].texts != validation.texts
+
+
+def test_posts_of_evaluation_depend_on_the_split_seed_alone(tmp_path: Path) -> None:
+    for name, count in (("train", 40), ("validation", 30), ("test", 30)):
+        write_jsonl(tmp_path / "whole" / f"{name}.jsonl", labelled_rows(count, start=len(name) * 9))
+    write_jsonl(tmp_path / "alone.jsonl", labelled_rows(50))
+    recipe = recipe_of(
+        tmp_path, a=TaskConfig(path="whole"), b=TaskConfig(path="alone.jsonl", limit=20)
+    )
+    recipe.data.limit_eval, recipe.data.limit_per_task = 9, 25
+
+    def drawn(split_seed: int | str, seed: int) -> list[set[str]]:
+        recipe.data.split_seed, recipe.train.seed = split_seed, seed
+        splits = load_corpus(recipe).splits
+        return [set(splits[name].texts) for name in ("train", "validation", "test")]
+
+    first, second = drawn(0, 0), drawn(0, 1)
+    assert first[1:] == second[1:] and first[0] != second[0]
+    assert all(one != other for one, other in zip(drawn(1, 0)[1:], first[1:], strict=True))
+    # As before the option.
+    assert drawn("train", 0) == first
+    assert all(one != other for one, other in zip(drawn("train", 1)[1:], first[1:], strict=True))
+
+
+@pytest.mark.parametrize(
+    ("limits", "counts"),
+    [
+        ((None, None, None), (60, 30, 40)),
+        ((10, None, None), (10, 30, 40)),
+        ((10, 10, 10), (10, 10, 10)),
+        ((10, None, 0), (10, 30, 0)),
+        ((99, 99, 99), (60, 30, 40)),
+    ],
+)
+def test_a_task_keeps_at_most_its_limit_of_labels(limits: tuple, counts: tuple) -> None:
+    """Labels of a are in all 60 posts, of b in the first 30, of c in the last 40."""
+    posts = PostSplit.from_posts(
+        [
+            Post(
+                str(row),
+                labels={"a": row, "b": row if row < 30 else None, "c": row if row >= 20 else None},
+                confidences={"a": 0.5},
+            )
+            for row in range(60)
+        ],
+        tasks=("a", "b", "c", "other"),
+        confidences=("a",),
+    )
+    kept = limited_labels(posts, limits=dict(zip("abc", limits, strict=True)), seed=3)
+    present = {
+        task: {int(text) for text, value in zip(kept.texts, kept.labels[task], strict=True) if value is not None}
+        for task in "abc"
+    }  # fmt: skip
+    assert tuple(map(len, present.values())) == counts
+    assert {int(text) for text in kept.texts} == set().union(*present.values())
+    assert [value is None for value in kept.confidences["a"]] == [
+        value is None for value in kept.labels["a"]
+    ]
+    # One limit of tasks that label every post is so many posts.
+    alike = replace(posts, labels={task: posts.labels["a"] for task in "abc"})
+    for limit in (1, 7):
+        few = limited_labels(alike, limits=dict.fromkeys("abc", limit), seed=3)
+        assert list(few.texts) == list(limited(posts, count=limit, seed=3).texts)
+        more = limited_labels(alike, limits={"a": limit, "b": limit + 5, "c": None}, seed=3)
+        assert len(more) == 60 and more.labels["b"].count(None) == 60 - limit - 5
+
+
+def test_task_limits_drop_posts_and_say_so(shared: Path) -> None:
+    recipe = recipe_of(
+        shared,
+        mood=TaskConfig(path="posts", label="mood"),
+        stars=TaskConfig(path="posts", label="stars", kind="regression", limit=2),
+        topic=TaskConfig(path="posts", label="topic", limit=1),
+    )
+    recipe.tasks["mood"].limit = 2
+    with pytest.raises(ValueError, match="tasks.topic: all 1 training labels are the same.*limit"):
+        load_corpus(recipe)
+    recipe.tasks["topic"].limit = 2
+    found = set()
+    for recipe.train.seed in range(8):
+        try:
+            corpus = load_corpus(recipe)
+        except ValueError:
+            continue
+        train = corpus.splits["train"]
+        assert [len(train) - train.labels[task].count(None) for task in recipe.tasks] == [2, 2, 2]
+        said = "posts left out by tasks.mood.limit, tasks.stars.limit, tasks.topic.limit"
+        assert any(said in note for note in corpus.report.notes) == (len(train) < 4)
+        found.add(len(train))
+    assert 3 in found
 
 
 def test_a_class_of_one_post_does_not_hinder_holding_out(tmp_path: Path) -> None:

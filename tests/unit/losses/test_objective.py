@@ -72,6 +72,31 @@ def test_task_losses_are_means_over_labelled_rows():
     assert not any(value.requires_grad for value in step.terms.values())
 
 
+def test_posts_weigh_alike_however_the_step_is_cut():
+    """Labelled posts of the five tasks: 4, 6, 3, 6 and 6; the reference is a float64 sum over posts."""
+    batch = some_missing(random_batch())
+    objective = tiny_objective(loss=replace(NO_CONTRAST, weighting="posts")).eval()
+    terms = {
+        task.name: task.rules.loss(
+            objective(scaled(batch)).output.logits[task.name].detach(),
+            batch.labels[task.name],
+            task,
+        ).double()
+        / task.rules.units(batch.labels[task.name], task)
+        for task in TASKS
+    }
+    counts = {"mood": 4, "heat": 3}
+    counts = {name: counts.get(name, 6) for name in terms}
+    expected = 5 * sum(counts[name] * terms[name] for name in terms) / sum(counts.values())
+    parts = [take(batch, rows) for rows in ([0, 4], [1], [2, 3, 5])]
+    scale = unit_scale(
+        sum(count_units(part, TASKS) for part in parts), world_size=1, accumulation=3
+    )
+    cut = sum(objective(replace(part, unit_scale_T=scale)).loss for part in parts) / 3
+    for loss in (objective(scaled(batch)).loss, cut):
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
 @pytest.mark.parametrize("z_weight", [0.0, 0.5])
 def test_micro_batches_under_one_unit_scale_equal_the_whole_batch(z_weight):
     batch = some_missing(random_batch())

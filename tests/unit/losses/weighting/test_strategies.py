@@ -11,12 +11,14 @@ import torch
 
 from comoe.config.recipe import LossConfig
 from comoe.losses.weighting.strategies import WEIGHTINGS
+from comoe.tasks.task import Task
 from tests.helpers_model import HEAT, MOOD, TOPIC
 
 TASKS = (replace(MOOD, weight=0.5), replace(HEAT, weight=3.0))
 THREE = (MOOD, HEAT, TOPIC)
 BOTH = torch.tensor([True, True])
 WITHOUT_HEAT = torch.tensor([True, False, True])
+POSTS = torch.tensor([6.0, 1.0, 3.0])
 GRAM = torch.tensor([[4.0, -1.0, 0.5], [-1.0, 1.0, 0.2], [0.5, 0.2, 9.0]], dtype=torch.float64)
 
 
@@ -31,7 +33,7 @@ def end(weighting, losses, present=None, gram=GRAM):
 
 def weights_of(weighting, present=None):
     present = torch.tensor([True] * 3) if present is None else present
-    return weighting(torch.ones(len(present)), present, gram_TT=GRAM)[1].tolist()
+    return weighting(torch.ones(len(present)), present, gram_TT=GRAM, posts_T=POSTS)[1].tolist()
 
 
 @pytest.mark.parametrize(("name", "weights"), [("equal", [1.0, 1.0]), ("static", [0.5, 3.0])])
@@ -41,6 +43,25 @@ def test_the_total_is_the_weighted_sum_and_the_gradient_the_weights(name, weight
     assert total.item() == 2.0 * weights[0] + 10.0 * weights[1] and logged.tolist() == weights
     total.backward()
     assert losses.grad.tolist() == weights
+
+
+@pytest.mark.parametrize(
+    ("counts", "weights"),
+    [
+        ([6.0, 1.0, 3.0], [1.8, 0.3, 0.9]),
+        ([0.75, 0.125, 0.375], [1.8, 0.3, 0.9]),
+        ([2.0, 0.0, 2.0], [1.5, 0.0, 1.5]),
+        ([4.0, 4.0, 4.0], [1.0, 1.0, 1.0]),
+    ],
+)
+def test_posts_weigh_a_task_by_its_share_of_the_labels(counts, weights):
+    """Unlabelled posts have no loss to weigh."""
+    tasks = (*THREE, Task("plain", "unlabelled", (), "none"))
+    losses = torch.tensor([0.4, 2.0, 1.1, 0.0], dtype=torch.float64)
+    posts, present = torch.tensor([*counts, 0.0]), torch.tensor([*counts, 0.0]) > 0
+    total, logged = make("posts", tasks)(losses, present, posts_T=posts)
+    assert logged.tolist() == pytest.approx([*weights, 0.0], rel=1e-12)
+    assert total.item() == pytest.approx(float(np.dot(losses[:3], weights)), rel=1e-12)
 
 
 def test_equal_is_the_plain_sum_bit_for_bit():
@@ -57,19 +78,22 @@ def test_weights_do_not_lose_precision_with_the_model(name):
     expected = weights_of(weighting)
     assert weights_of(weighting.bfloat16()) == expected
     assert (
-        weighting(torch.ones(3), torch.tensor([True] * 3), gram_TT=GRAM)[1].dtype == torch.float32
+        weighting(torch.ones(3), torch.tensor([True] * 3), gram_TT=GRAM, posts_T=POSTS)[1].dtype
+        == torch.float32
     )
 
 
 @pytest.mark.parametrize("name", WEIGHTINGS)
 def test_the_logged_weight_is_what_the_loss_is_multiplied_by(name):
     losses = torch.tensor([0.4, 2.0, 1.1], requires_grad=True)
-    total, logged = make(name)(losses, torch.tensor([True] * 3), gram_TT=GRAM, step=4)
+    total, logged = make(name)(
+        losses, torch.tensor([True] * 3), gram_TT=GRAM, posts_T=POSTS, step=4
+    )
     total.backward()
     assert losses.grad.tolist() == logged.tolist() and not logged.requires_grad
 
 
-@pytest.mark.parametrize("name", WEIGHTINGS)
+@pytest.mark.parametrize("name", [name for name in WEIGHTINGS if name != "posts"])
 def test_an_absent_task_is_left_out_everywhere(name):
     """Two tasks and an absent one are, in number, gradient and what is carried, the two tasks."""
     pair, three = make(name, (MOOD, TOPIC), weighting_window=2), make(name, weighting_window=2)
@@ -100,7 +124,9 @@ def test_a_step_without_any_task_is_harmless(name):
     weighting, nothing = make(name), torch.zeros(3, dtype=torch.bool)
     end(weighting, [1.0, 2.0, 3.0])
     before = weights_of(weighting)
-    total, logged = weighting(torch.zeros(3), nothing, gram_TT=torch.zeros(3, 3).double())
+    total, logged = weighting(
+        torch.zeros(3), nothing, gram_TT=torch.zeros(3, 3).double(), posts_T=torch.zeros(3)
+    )
     end(weighting, [0.0, 0.0, 0.0], nothing, gram=torch.zeros(3, 3).double())
     assert total.item() == 0 and logged.isfinite().all() and weights_of(weighting) == before
 
