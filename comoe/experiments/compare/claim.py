@@ -17,7 +17,7 @@ from comoe.experiments.compare.differences import PairedDifferences
 from comoe.experiments.compare.plan import Plan
 from comoe.experiments.compare.results import Result
 from comoe.experiments.compare.statistics import MEAN, Difference, paired_difference
-from comoe.experiments.runner import Experiment, is_done
+from comoe.experiments.runner import Experiment
 from comoe.tasks.metrics import LOWER_IS_BETTER
 from comoe.tasks.task import kind_of
 
@@ -67,8 +67,9 @@ class ClaimResult:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers."""
-        numbers = self.difference.to_dict() if self.difference else {}
-        return asdict(self.claim) | {"text": str(self.claim), "verdict": self.verdict, **numbers}
+        difference = self.difference.to_dict() if self.difference else None
+        found = {"text": str(self.claim), "verdict": self.verdict, "difference": difference}
+        return asdict(self.claim) | found
 
 
 def parse_claim(text: str, plan: Plan, recipe: Recipe) -> Claim:
@@ -131,7 +132,8 @@ def record_claim(
                 "the results proves nothing. Leave --claim out, or choose another --output."
             )
         return before
-    done = sum(is_done(experiment, trial) for trial in plan.trials)
+    # Runs of other arms and of a tuning have shown something, too.
+    done = len([*experiment.runs.glob("*/results.json")])
     now = replace(now, seeds=plan.seeds, runs_before=done)
     write_atomic(file, json.dumps({**settings, KEY: asdict(now)}, indent=1) + "\n")
     return now

@@ -16,11 +16,19 @@ from comoe.experiments.ablate import measure_removal, read_removal
 from comoe.experiments.affinity import measure_affinity, read_affinity
 from comoe.experiments.compare.arms import ARMS, TASK_ARMS, custom_arms
 from comoe.experiments.compare.claim import parse_claim, record_claim
-from comoe.experiments.compare.plan import Arm, Plan, check_earlier, plan_arms
+from comoe.experiments.compare.plan import Arm, Plan, check_earlier, plan_arms, read_seeds
 from comoe.experiments.compare.plots import write_plots
 from comoe.experiments.compare.report import AFFINITY_FILE, compare, write_comparison
 from comoe.experiments.compare.results import REMOVAL_FILE, read_json, split_of
 from comoe.experiments.compare.tables import markdown_lines
+from comoe.experiments.compare.tune import (
+    Grid,
+    Tuning,
+    grid_trials,
+    read_grid,
+    read_tuning,
+    tuned_plan,
+)
 from comoe.experiments.runner import (
     Experiment,
     Trial,
@@ -31,8 +39,8 @@ from comoe.experiments.runner import (
     run_trials,
 )
 
-SETTINGS = "compare.json"
-"""In the output folder: what all of its runs share, and the claim."""
+SETTINGS, TUNING = "compare.json", "tuning.json"
+"""In the output folder: what all of its runs share, and the claim; the scores of ``--tune``."""
 
 
 def compare_and_exit(given: argparse.Namespace, *, train_script: Path) -> NoReturn:
@@ -50,33 +58,34 @@ def run_comparison(given: argparse.Namespace, *, train_script: Path) -> list[Tri
     custom = custom_arms(given.arm)
     # Custom arms come last, unless the list names them.
     arms = list(dict.fromkeys([*_arm_names("--arms", given.arms), *custom]))
-    seeds = [seed.strip() for seed in given.seeds.split(",")]
-    if not all(seed.isdecimal() for seed in seeds):
-        raise ValueError(f"--seeds is {given.seeds!r}; it must be numbers from 0 up, with commas.")
-    seeds = list(dict.fromkeys(map(int, seeds)))
+    seeds = read_seeds(given.seeds, flag="--seeds")
     plan = plan_arms(experiment, arms=arms, custom=custom, seeds=seeds)
+    grid = read_grid(given, plan, experiment)
     against = plan.arms[0] if given.against is None else plan.arm(given.against, flag="--against")
     metrics = _metrics(experiment, given)
-    measurements = [_affinities(plan, given), _removals(plan, given)]
+    for check in (_affinities, _removals):
+        check(plan, given)
     if given.claim:
         parse_claim(given.claim, plan, load_recipe(experiment.config, experiment.overrides))
     record_settings(experiment, file_name=SETTINGS)
     claim = record_claim(experiment, plan, given.claim, file_name=SETTINGS)
+    tuning, failed = None, []
+    if grid is not None:
+        tuning, failed = run_tuning(experiment, grid, plan, keep=given.keep_checkpoints)
+        plan = tuned_plan(plan, tuning)
+    measurements = [_affinities(plan, given), _removals(plan, given)]
     for trial in plan.trials:
         check_earlier(experiment, trial)
     for note in plan.notes:
         print_now(f"note: {note}")
 
     def report(resamples: int = 0) -> list[str]:
-        for trial in plan.trials:
-            if not given.keep_checkpoints and is_done(experiment, trial):
-                # The export has the best weights; optimizer states of many runs would fill a disk.
-                shutil.rmtree(experiment.runs / trial.name / "checkpoints", ignore_errors=True)
+        drop_checkpoints(experiment, plan.trials, keep=given.keep_checkpoints)
         problems = {trial.name: experiment.problem(trial) for trial in plan.trials}
         comparison = compare(
             plan, experiment.runs, baseline=against.name, resamples=resamples,
             problems={name: text for name, text in problems.items() if text}, metrics=metrics,
-            measure=given.measure, claim=claim,
+            measure=given.measure, claim=claim, tuning=tuning,
         )  # fmt: skip
         write_comparison(comparison, experiment.output)
         lines = markdown_lines(comparison)
@@ -84,15 +93,42 @@ def run_comparison(given: argparse.Namespace, *, train_script: Path) -> list[Tri
         write_plots(comparison, experiment.output)
         return lines
 
-    failed = run_trials(experiment, plan.trials, report=report)
+    failed += run_trials(experiment, plan.trials, report=report)
     for measure in measurements:
         measure(experiment)
     print("\n".join(report(given.resamples)))
-    names = ("table.csv", "gains.csv", "affinity.csv", "summary.json", "comparison.json")
+    names = ("table.csv", "gains.csv", "affinity.csv", "summary.json", "comparison.json", TUNING)
     written = [name for name in names if (experiment.output / name).is_file()]
     print(f"\ntable   {given.output / 'table.md'}, {', '.join(written)}")
     print(f"plots   {given.output / 'plots'}")
     return failed
+
+
+def run_tuning(
+    experiment: Experiment, grid: Grid, plan: Plan, *, keep: bool
+) -> tuple[Tuning, list[Trial]]:
+    """Run the grid of every arm, and write ``tuning.json``; returns the scores and the failed runs."""
+    trials = grid_trials(grid, plan)
+    for trial in trials:
+        check_earlier(experiment, trial)
+    print_now(f"tuning {', '.join(grid.options)} by the validation {grid.by}")
+
+    def report() -> None:
+        drop_checkpoints(experiment, trials, keep=keep)
+        found = read_tuning(grid, plan, experiment).to_dict()
+        write_atomic(experiment.output / TUNING, json.dumps(found, indent=1) + "\n")
+
+    failed = run_trials(experiment, trials, report=report)
+    report()
+    return read_tuning(grid, plan, experiment), failed
+
+
+def drop_checkpoints(experiment: Experiment, trials: Sequence[Trial], *, keep: bool) -> None:
+    """Remove the checkpoints of finished runs: their exports have the best weights."""
+    for trial in trials:
+        if not keep and is_done(experiment, trial):
+            # The optimizer states of many runs would fill a disk.
+            shutil.rmtree(experiment.runs / trial.name / "checkpoints", ignore_errors=True)
 
 
 Measurement = Callable[[Experiment], None]
@@ -137,7 +173,7 @@ def _removals(plan: Plan, given: argparse.Namespace) -> Measurement:
         raise ValueError(f"--removal-posts is {limit}; it must be at least 1.")
     arms = _arms_of_one_run(plan, "--remove-experts", given.remove_experts)
     for arm in arms:
-        if not arm.trials[0].experts:
+        if not all(trial.experts for trial in arm.trials):
             raise ValueError(f"--remove-experts {arm.name}: this arm has no experts.")
 
     def measure(folder: Path) -> Any:

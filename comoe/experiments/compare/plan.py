@@ -73,6 +73,18 @@ class Plan:
         return known[name]
 
 
+def read_seeds(text: str, *, flag: str) -> list[int]:
+    """Different numbers from a list with commas.
+
+    Raises:
+        ValueError: another text; names ``flag``.
+    """
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdecimal() for word in words):
+        raise ValueError(f"{flag} is {text!r}; it must be numbers from 0 up, with commas.")
+    return list(dict.fromkeys(map(int, words)))
+
+
 def plan_arms(
     experiment: Experiment,
     *,

@@ -115,6 +115,12 @@ def seeds_needed(differences: Sequence[Difference], target: float = TARGET) -> i
     return high
 
 
+def posts_needed(differences: Sequence[Difference], target: float = TARGET) -> float:
+    """How many times as many posts a difference of ``target`` needs at least, with any number of seeds."""
+    of_posts = float(np.mean([found.post_spread**2 for found in differences]))
+    return (_noncentrality(None) / target) ** 2 * of_posts
+
+
 @functools.cache
 def _noncentrality(freedom: int | None) -> float:
     """True difference in standard errors that a two-sided test finds with ``POWER``; None: normal.

@@ -26,7 +26,7 @@ from comoe.experiments.compare.claim import (
 )
 from comoe.experiments.compare.differences import Differences, PairedDifferences, seed_differences
 from comoe.experiments.compare.plan import Plan
-from comoe.experiments.compare.power import adjust, seeds_needed, smallest_difference
+from comoe.experiments.compare.power import adjust, posts_needed, seeds_needed, smallest_difference
 from comoe.experiments.compare.results import COSTS, ROUTING, Result, read_arm, with_means
 from comoe.experiments.compare.statistics import MEAN, Difference, Estimate, seed_interval
 from comoe.experiments.compare.transfer import (
@@ -39,6 +39,7 @@ from comoe.experiments.compare.transfer import (
     reasons_of,
     verdicts_of,
 )
+from comoe.experiments.compare.tune import Tuning
 from comoe.tasks.task import Task
 
 AFFINITY_FILE = "affinity.json"
@@ -72,6 +73,7 @@ class Comparison:
     """``metric`` or ``loss``: arms are ordered and compared by it; None: by the metric, in the
     order of the plan."""
     claim: ClaimResult | None = None
+    tuning: Tuning | None = None
 
     @property
     def against(self) -> Differences:
@@ -115,8 +117,9 @@ class Comparison:
         return [value for value in found if value is not None]
 
     def smallest(self, measure: str) -> dict[str, dict[str, float | int | None]]:
-        """``mean`` or task -> the smallest difference to the baseline that can be seen, and the seeds
-        that one of 0.01 needs; empty with fewer than two seeds."""
+        """``mean`` or task -> the smallest difference to the baseline that can be seen, the seeds that
+        one of 0.01 needs (None: more posts), and how many times the posts at least; empty with
+        fewer than two seeds."""
         found = {}
         for name in [MEAN, *self.tasks]:
             known = [
@@ -124,7 +127,11 @@ class Comparison:
             ]
             size = smallest_difference(known)
             if math.isfinite(size):
-                found[name] = {"smallest": size, "seeds_for_0.01": seeds_needed(known)}
+                found[name] = {
+                    "smallest": size,
+                    "seeds_for_0.01": seeds_needed(known),
+                    "posts_for_0.01": posts_needed(known),
+                }
         return found
 
     def verdicts(self, arm: str) -> Verdicts:
@@ -146,6 +153,7 @@ def compare(
     metrics: Sequence[str] = (),
     measure: str | None = None,
     claim: Claim | None = None,
+    tuning: Tuning | None = None,
 ) -> Comparison:
     """Read every finished run and compare the arms with the baseline, on the seeds that both have finished.
 
@@ -158,6 +166,7 @@ def compare(
         metrics: ``task/metric`` names with their own table; a note lists those that no run has.
         measure: see ``Comparison.measure``.
         claim: the comparison named beforehand; the p-values of all others are adjusted.
+        tuning: how the options of the arms were chosen.
     """
     results = read_arms(plan, runs)
     pairs = PairedDifferences(results, runs, resamples=resamples)
@@ -185,16 +194,20 @@ def compare(
     missing = [name for name in metrics if known and name not in known]
     what = "metric of these runs (--metrics)"
     notes += [str(unknown_name(what, name, sorted(known))) for name in missing]
+    return Comparison(
+        plan, results, baseline, differences, changes, _cosines(results, runs), notes, problems or {},
+        [name for name in metrics if name in known], measure, ClaimResult(claim, claimed) if claim else None, tuning,
+    )  # fmt: skip
+
+
+def _cosines(results: Mapping[str, Sequence[Result]], runs: Path) -> dict[str, Cosines]:
     cosines = {}
     for arm, found in results.items():
         folders = [runs / one.trials[0].name for one in found if len(one.trials) == 1]
         files = [folder / AFFINITY_FILE for folder in folders]
         if mean := mean_cosines([read_affinity(file) for file in files if file.is_file()]):
             cosines[arm] = mean
-    return Comparison(
-        plan, results, baseline, differences, changes, cosines, notes, problems or {},
-        [name for name in metrics if name in known], measure, ClaimResult(claim, claimed) if claim else None,
-    )  # fmt: skip
+    return cosines
 
 
 def read_arms(plan: Plan, runs: Path) -> dict[str, list[Result]]:
@@ -208,6 +221,7 @@ def write_comparison(comparison: Comparison, output: Path) -> None:
     changes, joint = comparison.changes, comparison.plan.joint
     rest: dict[str, Any] = {
         "baseline": comparison.baseline, "joint": joint, "notes": list(comparison.notes),
+        "tuning": comparison.tuning.to_dict() if comparison.tuning else None,
         "claim": comparison.claim.to_dict() if comparison.claim else None,
         "smallest_difference": {measure: comparison.smallest(measure) for measure in comparison.differences},
         "failed": dict(comparison.problems),
@@ -223,6 +237,7 @@ def write_comparison(comparison: Comparison, output: Path) -> None:
     runs = [
         {
             "arm": arm,
+            **next(item.settings for item in comparison.plan.arms if item.name == arm),
             "seed": one.seed,
             "split": one.split,
             **one.quality,

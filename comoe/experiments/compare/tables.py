@@ -10,17 +10,17 @@ import numpy as np
 
 from comoe.evaluation.tables import markdown_table as table
 from comoe.experiments.compare.claim import LOSS, METRIC
-from comoe.experiments.compare.power import seeds_needed, smallest_difference
+from comoe.experiments.compare.power import posts_needed, seeds_needed, smallest_difference
 from comoe.experiments.compare.report import Comparison
 from comoe.experiments.compare.results import COSTS, ROUTING, Result
 from comoe.experiments.compare.statistics import MEAN, Difference, Estimate, seed_interval
 
 
-def cell(item: Estimate | None, *, signed: bool = False) -> str:
+def cell(item: Estimate | None, *, signed: bool = False, digits: int = 3) -> str:
     """A number with its interval, if it has one; empty for None."""
     if item is None:
         return ""
-    form = "+.3f" if signed else ".3f"
+    form = f"{'+' if signed else ''}.{digits}f"
     mean = format(item.mean, form)
     return f"{mean} [{item.low:{form}}, {item.high:{form}}]" if math.isfinite(item.low) else mean
 
@@ -48,7 +48,7 @@ def markdown_lines(comparison: Comparison) -> list[str]:
         return ["# Comparison", "", "No run is finished yet.", *_failed(comparison)]
     notes = (f"* {note}" for note in comparison.notes)
     lines = ["# Comparison", *_claim(comparison), "", _scope(comparison), *notes, ""]
-    lines += _quality(comparison)
+    lines += [*_quality(comparison), *_tuning(comparison)]
     if comparison.metrics:
         lines += ["", "## Metrics", ""]
         lines += table(["arm", *comparison.metrics], [
@@ -92,25 +92,50 @@ def _quality(comparison: Comparison) -> list[str]:
     }
     # A metric is named with its task there, a loss is not.
     keys = list(tasks) if by_loss else list(tasks.values())
+    tuned = list(comparison.tuning.grid.options) if comparison.tuning else []
+    settings = {arm.name: arm.settings for arm in comparison.plan.arms}
     rows = []
     for arm in comparison.arms:
-        row = [arm, str(len(comparison.results[arm]))]
+        row = [
+            arm,
+            str(len(comparison.results[arm])),
+            *(settings[arm].get(key, "") for key in tuned),
+        ]
         for measure in order:
             found = comparison.differences[measure].get(arm, {}).get(MEAN)
-            row += [cell(comparison.interval(arm, kinds[measure][1], MEAN))]
-            row += [_gain(found), p_value(found)]
+            digits = _DIGITS[measure]
+            row += [cell(comparison.interval(arm, kinds[measure][1], MEAN), digits=digits)]
+            row += [_gain(found, digits=digits), p_value(found)]
         row += [_helped(comparison, arm)]
         rows.append(
             [*row, *(spread(comparison.seeds_of(arm, comparison.values, key)) for key in keys)]
         )
     heads = [head for measure in order for head in (kinds[measure][0], kinds[measure][2], "p")]
-    lines = table(["arm", "seeds", *heads, "helped", *tasks.values()], rows)
+    lines = table(["arm", "seeds", *tuned, *heads, "helped", *tasks.values()], rows)
     means = {
         kinds[measure][0]: comparison.smallest(measure)[MEAN]
         for measure in order
         if MEAN in comparison.smallest(measure)
     }
     return lines + _visible(comparison, means)
+
+
+def _tuning(comparison: Comparison) -> list[str]:
+    """The score of every point of every tuned run, the chosen ones in bold."""
+    tuning = comparison.tuning
+    if tuning is None or not tuning.scores:
+        return []
+    points = list(dict.fromkeys(point for found in tuning.scores.values() for point in found))
+    rows = []
+    for part, found in tuning.scores.items():
+        best = tuning.best(part)
+        shown = {point: number(tuning.mean(part, point)) for point in found}
+        shown |= {best: f"**{shown[best]}**"} if best else {}
+        rows.append([part, *(shown.get(point, "") for point in points)])
+    what = "validation loss" if tuning.grid.by == LOSS else "mean metric of the validation posts"
+    seeds = ", ".join(map(str, tuning.grid.seeds))
+    text = f"Chosen by the {what}, mean over the seeds {seeds}, which are not those of the other tables."
+    return ["", "## Tuning", "", text, "", *table(["runs", *map(" ".join, points)], rows)]
 
 
 def p_value(item: Difference | None) -> str:
@@ -130,13 +155,20 @@ def _visible(comparison: Comparison, found: Mapping[str, Mapping[str, Any]]) -> 
             "",
             "One seed shows no spread over training runs: nothing can be seen. Use two or more.",
         ]
-    parts = []
-    for name, item in found.items():
-        seeds = item["seeds_for_0.01"]
-        needs = "no number of seeds, but more posts" if seeds is None else f"{seeds} seeds"
-        parts.append(f"{name} {number(item['smallest'])} (0.01 needs {needs})")
-    text = "Smallest true difference that this table finds in 80 of 100 cases at the 95 % level: "
-    return ["", text + "; ".join(parts) + "."]
+    rows = [
+        [name, f"{item['smallest']:.4f}", _needs(item["seeds_for_0.01"], item["posts_for_0.01"])]
+        for name, item in found.items()
+    ]
+    return [
+        "",
+        *table(["", "smallest difference", "a difference of 0.01 needs"], rows),
+        "",
+        _SMALLEST,
+    ]
+
+
+def _needs(seeds: int | None, posts: float) -> str:
+    return f"{posts:.1f} times the posts, or more" if seeds is None else f"{seeds} seeds"
 
 
 def _claim(comparison: Comparison) -> list[str]:
@@ -152,15 +184,16 @@ def _claim(comparison: Comparison) -> list[str]:
     text = f"**{claim}** ({named}): "
     if difference is None:
         return ["", "## Claim", "", text + "not measured yet."]
-    text += f"difference {cell(difference, signed=True)}"
+    text += f"difference {cell(difference, signed=True, digits=4)}"
     if not math.isnan(difference.p):
         text += f", p = {p_value(difference)} (not adjusted)"
     text += f", {difference.seeds} seeds: **{found.verdict}**."
     size = smallest_difference([difference])
     if math.isfinite(size):
-        needs = seeds_needed([difference])
-        text += f" Smallest true difference that it finds in 80 of 100 cases: {number(size)}; 0.01 needs "
-        text += "more posts." if needs is None else f"{needs} seeds."
+        needs = _needs(seeds_needed([difference]), posts_needed([difference]))
+        text += (
+            f" The smallest difference that it can see is {size:.4f}; one of 0.01 needs {needs}."
+        )
     if difference.seeds > len(claim.seeds):
         text += " Seeds were added after the claim: adding them until it holds makes a false finding likely."
     return ["", "## Claim", "", text]
@@ -247,6 +280,9 @@ _BUDGET = (
     "their passes are more in total."
 )
 
+_DIGITS = {METRIC: 3, LOSS: 4}
+"""Decimals of the differences: losses are finer."""
+
 SHOWN = 2
 """Maximum of tasks in a reason."""
 
@@ -256,10 +292,12 @@ def transfer_lines(comparison: Comparison) -> list[str]:
     lines: list[str] = []
     if comparison.against:
         names = [*comparison.tasks, MEAN]
+        digits = _DIGITS[comparison.measure or METRIC]
         unit = " in validation loss" if comparison.measure == LOSS else ""
         lines += ["", f"## Gains{unit} over {comparison.baseline}", "", _SIGNS, ""]
         lines += table(["arm", *names], [
-            [arm, *(_gain(differences.get(name)) for name in names)] for arm, differences in comparison.against.items()
+            [arm, *(_gain(differences.get(name), digits=digits) for name in names)]
+            for arm, differences in comparison.against.items()
         ])  # fmt: skip
         sizes = comparison.smallest(comparison.measure or METRIC)
         lines += _visible(comparison, {name: sizes[name] for name in names if name in sizes})
@@ -313,10 +351,10 @@ def _affinity_lines(comparison: Comparison) -> list[str]:
     return lines
 
 
-def _gain(item: Difference | None) -> str:
+def _gain(item: Difference | None, *, digits: int = 3) -> str:
     if item is None:
         return ""
-    text = cell(item, signed=True)
+    text = cell(item, signed=True, digits=digits)
     return f"**{text}**" if item.verdict else text
 
 
@@ -327,6 +365,11 @@ def _named(tasks: Sequence[str]) -> str:
 _SIGNS = (
     "Larger is better; errors and losses are negated. Bold: the adjusted p-value is below 0.05. Intervals are not "
     "adjusted: one of twenty excludes 0 by chance. p-values are in gains.csv."
+)
+
+_SMALLEST = (
+    "Smallest difference: a true one of this size is found in 80 of 100 such comparisons at the 95 % level, by the "
+    "spread of the paired differences."
 )
 
 _CHANGES = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import itertools
 import json
 import re
 import shlex
@@ -174,7 +175,11 @@ def test_options_of_scripts_named_in_commands_exist():
 def test_overrides_in_commands_are_valid_for_their_recipe():
     checked = 0
     for command in commands():
-        words = [word for word in command if OVERRIDE.fullmatch(word)]
+        words = []
+        for before, word in itertools.pairwise(command):
+            key, _, values = word.partition("=")
+            each = values.split(",") if before == "--tune" else [values]
+            words += [f"{key}={value}" for value in each] if OVERRIDE.fullmatch(word) else []
         config = (
             command[command.index("--config") + 1]
             if "--config" in command

@@ -9,7 +9,13 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from comoe.experiments.compare.power import adjust, holm, seeds_needed, smallest_difference
+from comoe.experiments.compare.power import (
+    adjust,
+    holm,
+    posts_needed,
+    seeds_needed,
+    smallest_difference,
+)
 from comoe.experiments.compare.statistics import Difference, paired_difference
 
 
@@ -85,5 +91,6 @@ def test_spreads_are_pooled_over_arms_and_posts_do_not_become_more_with_seeds():
     noisy = paired_difference([0.0, 0.0], np.stack([drawn[0], drawn[0]]))
     floor = (stats.norm.ppf(0.975) + stats.norm.ppf(0.8)) * noisy.post_spread
     assert smallest_difference([noisy], seeds=50) == pytest.approx(floor)
+    assert posts_needed([noisy], floor) == pytest.approx(1)
     assert seeds_needed([noisy]) is None and seeds_needed([noisy], 2.9) == 2
     assert math.isnan(smallest_difference([paired_difference([0.1])])) and seeds_needed([]) is None
