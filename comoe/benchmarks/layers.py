@@ -189,8 +189,10 @@ def _built_by_the_engine(moe: MoeConfig, model_width: int, device: torch.device)
     recipe = Recipe(model=ModelConfig(moe=moe))
     model = MultiTaskModel(build_encoder_from_config(fields), [TASK], recipe.model)
     gpu = device.type == "cuda"
-    layout = plan_layout(recipe, ZERO_2, world_size=world_size(), gpu=gpu)
-    filled = fill_settings(ZERO_2, recipe, replace(layout, accumulation=1), gpu=gpu)
+    # The other layers are timed in float32 on a CPU.
+    settings = {**ZERO_2, "bf16": {"enabled": gpu}}
+    layout = plan_layout(recipe, settings, world_size=world_size(), gpu=gpu)
+    filled = fill_settings(settings, recipe, replace(layout, accumulation=1), gpu=gpu)
     objective = Objective(model, [TASK], recipe.loss, moe)
     with contextlib.redirect_stdout(io.StringIO()):
         build_deepspeed_engine(objective, recipe, filled)

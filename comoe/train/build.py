@@ -36,7 +36,7 @@ from comoe.train.monitor.monitor import Monitor
 from comoe.train.parallel.ds_config import Layout, fill_settings, plan_layout
 from comoe.train.parallel.engine import Engine
 from comoe.train.parallel.setup import build_deepspeed_engine, building
-from comoe.train.run_folder import SET_ASIDE, check_same_tasks
+from comoe.train.run_folder import SET_ASIDE, begun_in_bf16, check_same_tasks
 from comoe.train.state import TrainState
 from comoe.train.training_run import TrainingRun
 
@@ -66,7 +66,13 @@ def build_run(
         ValueError: bad recipe, data, encoder, DeepSpeed JSON or checkpoint.
     """
     gpu = device.type == "cuda"
-    layout = plan_layout(typed, settings, world_size=world_size(), gpu=gpu)
+    layout = plan_layout(
+        typed,
+        settings,
+        world_size=world_size(),
+        gpu=gpu,
+        begun_in_bf16=begun_in_bf16(folder) if resume else None,
+    )
     settings = fill_settings(settings, typed, layout, gpu=gpu)
     recipe, corpus = read_posts(typed)
     splits, collator = tokenize_posts(recipe, corpus)
@@ -75,6 +81,7 @@ def build_run(
     parameters = count_parameters(objective.model, top_k=recipe.model.moe.top_k)
     if is_main():
         print("\n".join(corpus.report.lines(all_in=SET_ASIDE)))
+        print(f"precision: {layout.precision}")
     on_ready()
     found = _checkpoint_to_use(folder, corpus.tasks) if resume else None
     engine = _start_engine(objective, recipe, settings, layout, found)

@@ -54,7 +54,8 @@ def print_dry_run(
     if is_main():
         plan = plan_run(recipe, layout, objective.model, splits["train"], settings)
         seen = seen_by_the_decoder(splits["train"], collator.tokenizer)
-        print("\n".join(dry_run_lines(typed, corpus, plan, seen=seen)), flush=True)
+        lines = dry_run_lines(typed, corpus, plan, seen=seen)
+        print("\n".join([*lines, "", "# precision", layout.precision]), flush=True)
 
 
 def dry_run_lines(

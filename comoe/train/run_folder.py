@@ -29,8 +29,10 @@ PROBE = ".seen"
 """In the folder while the machines check whether they see it."""
 
 OWN_SETTINGS = "deepspeed.json"
-"""The DeepSpeed JSON as the user wrote it, "auto" included; ``ds_config.json`` is what it
+"""The DeepSpeed JSON as the user wrote it, "auto" included; ``FILLED_SETTINGS`` is what it
 became."""
+
+FILLED_SETTINGS = "ds_config.json"
 
 SET_ASIDE = "set_aside.jsonl"
 """Every row that was left out, or kept without its image, with file, line and reason."""
@@ -86,6 +88,14 @@ def check_same_tasks(folder: Path, tasks: Sequence[Task]) -> None:
                 )
 
 
+def begun_in_bf16(folder: Path) -> bool | None:
+    """Precision of the run in the folder; None where it was not yet begun."""
+    filled = folder / FILLED_SETTINGS
+    if not filled.is_file():
+        return None
+    return bool(json.loads(filled.read_text(encoding="utf-8"))["bf16"]["enabled"])
+
+
 def begun_by_this_start(folder: Path) -> bool:
     """Whether the run in the folder is that of an earlier attempt of ``--restarts``; every rank must call it."""
     mark = folder / MARK
@@ -137,7 +147,7 @@ def write_run_folder(run: TrainingRun, *, own_settings: Mapping[str, Any]) -> No
         "".join(json.dumps(row, default=str) + "\n" for row in run.report.rows()),
     )
     contents = {
-        "ds_config.json": run.settings,
+        FILLED_SETTINGS: run.settings,
         OWN_SETTINGS: own_settings,
         "environment.json": describe_environment(world_size=world_size()),
         "encoder_config.json": run.model.encoder.config.to_dict(),

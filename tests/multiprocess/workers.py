@@ -363,9 +363,19 @@ def train_plainly(
 
 
 def resumed(
-    encoder: str, *, stage: int, folder: str, settings: dict[str, Any] | None = None
+    encoder: str,
+    *,
+    stage: int,
+    folder: str,
+    settings: dict[str, Any] | None = None,
+    fused: bool = True,
 ) -> dict[str, Any]:
-    """Three steps, a checkpoint, three more; then a fresh engine loads it and does the same three."""
+    """Three steps, a checkpoint, three more; then a fresh engine loads it and does the same three.
+
+    Args:
+        fused: whether the first engine has fused Adam, as the fresh one does; False is a run of an
+            earlier version.
+    """
     from comoe.train.checkpoint.folder import find_checkpoint
     from comoe.train.checkpoint.save_load import load_checkpoint, save_checkpoint
     from comoe.train.state import TrainState
@@ -376,7 +386,8 @@ def resumed(
 
     def groups_of(engine: Any) -> list[tuple[Any, ...]]:
         groups = engine.deepspeed.optimizer.param_groups
-        return [(group["lr"], group["weight_decay"], group["name"]) for group in groups]
+        keys = ("lr", "weight_decay", "name")
+        return [tuple(group[key] for key in keys) for group in groups]
 
     def train(engine: Any, first: int) -> list[float]:
         out = []
@@ -386,6 +397,9 @@ def resumed(
         return out
 
     engine, layout = build(recipe, stage=stage, settings=settings)
+    for group in engine.deepspeed.optimizer.optimizer.param_groups:
+        assert group["fused"]
+        group["fused"] = fused
     train(engine, 0)
     state = TrainState(step=3, best_value=0.25, evaluations_without_gain=2)
     save_checkpoint(Path(folder), engine, state, layout, keep=1)
@@ -400,6 +414,7 @@ def resumed(
     after = groups_of(fresh)
     return {
         "uninterrupted": uninterrupted, "resumed": train(fresh, 3), "groups_before": groups, "groups_after": after,
+        "fused": [group["fused"] for group in fresh.deepspeed.optimizer.optimizer.param_groups],
         "state": {key: getattr(restored, key) for key in ("step", "best_value", "evaluations_without_gain")},
     }  # fmt: skip
 

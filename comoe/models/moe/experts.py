@@ -72,10 +72,12 @@ class _MixExperts(torch.autograd.Function):
         down_EMF: Tensor,
     ) -> Tensor:
         k = weights_Sk.shape[1]
-        rows_N = order_N // k
-        weights_N1 = weights_Sk.reshape(-1, 1).index_select(0, order_N)
-        gated_NF, linear_NF = x_SM.new_empty((2, order_N.shape[0], gate_EFM.shape[1]))
-        outputs_NM = x_SM.new_empty(order_N.shape[0], x_SM.shape[1])
+        rows_N, weights_N1 = order_N // k, weights_Sk.reshape(-1, 1).index_select(0, order_N)
+        positions_N = torch.arange(len(order_N), device=order_N.device)
+        if x_SM.dtype == torch.bfloat16:
+            counts, positions_N, rows_N, weights_N1 = _whole_tiles(counts, rows_N, weights_N1)
+        gated_NF, linear_NF = x_SM.new_empty((2, rows_N.shape[0], gate_EFM.shape[1]))
+        outputs_NM = x_SM.new_empty(rows_N.shape[0], x_SM.shape[1])
         for expert, part in enumerate(_parts(counts)):
             x = x_SM.index_select(0, rows_N[part])
             torch.mm(x, gate_EFM[expert].t(), out=gated_NF[part])
@@ -83,7 +85,7 @@ class _MixExperts(torch.autograd.Function):
             hidden = F.silu(gated_NF[part]).mul_(linear_NF[part]).mul_(weights_N1[part])
             torch.mm(hidden, down_EMF[expert].t(), out=outputs_NM[part])
         places_N = torch.empty_like(order_N)
-        places_N[order_N] = torch.arange(len(order_N), device=order_N.device)
+        places_N[order_N] = positions_N
         places_Sk = places_N.view(-1, k)
         ctx.counts = counts
         ctx.save_for_backward(
@@ -124,6 +126,30 @@ class _MixExperts(torch.autograd.Function):
         d_weights_Sk = d_weights_N.index_select(0, places_Sk.reshape(-1)).view_as(places_Sk)
         d_x_SM = None if d_x_NM is None else _sum_rows(d_x_NM, places_Sk)
         return d_x_SM, d_weights_Sk, None, None, d_gate_EFM, d_up_EFM, d_down_EMF
+
+
+BF16_TILE = 64
+"""Rows that each expert's bfloat16 products are filled up to on a CPU."""
+
+
+def _whole_tiles(
+    counts: Sequence[int], rows_N: Tensor, weights_N1: Tensor
+) -> tuple[list[int], Tensor, Tensor, Tensor]:
+    """Fill each expert's routes up to whole tiles, with copies of row 0 that weigh 0.
+
+    oneDNN, which multiplies bfloat16, compiles a kernel for each new shape: 1 to 2 ms, ten times
+    the product itself, and the number of routes is new for every expert in every step.
+
+    Returns:
+        Filled counts, position of each route among the filled ones, filled rows, filled weights.
+    """
+    filled = [-(-count // BF16_TILE) * BF16_TILE for count in counts]
+    spare_E = torch.tensor(filled) - torch.tensor(counts)
+    shift_N = (spare_E.cumsum(0) - spare_E).repeat_interleave(torch.tensor(counts))
+    positions_N = torch.arange(len(rows_N)) + shift_N
+    rows = rows_N.new_zeros(sum(filled)).index_copy_(0, positions_N, rows_N)
+    weights = weights_N1.new_zeros(sum(filled), 1).index_copy_(0, positions_N, weights_N1)
+    return filled, positions_N, rows, weights
 
 
 def _parts(counts: Sequence[int]) -> list[slice]:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from comoe.config.recipe import Recipe
 from comoe.data.sampling.sampler import posts_per_forward
+from comoe.distributed import all_gather_objects
 from comoe.models.moe.block import MIXTURE_PATTERN
 
 AUTO = "auto"
@@ -58,12 +62,26 @@ class Layout:
     """Forward passes per optimizer step."""
     bf16: bool
     """Parameters in bfloat16, float32 masters and gradient sums."""
+    precision: str = field(default="", compare=False)
+    """The precision and what decided it, for the user."""
 
 
 def plan_layout(
-    recipe: Recipe, settings: Mapping[str, Any], *, world_size: int, gpu: bool
+    recipe: Recipe,
+    settings: Mapping[str, Any],
+    *,
+    world_size: int,
+    gpu: bool,
+    begun_in_bf16: bool | None = None,
 ) -> Layout:
-    """Settle the numbers that depend on the ranks.
+    """Settle the numbers that depend on the ranks. Every rank must call it.
+
+    Args:
+        recipe: of the run.
+        settings: the DeepSpeed JSON.
+        world_size: number of ranks.
+        gpu: whether they have GPUs.
+        begun_in_bf16: precision of the run that is resumed, which "auto" keeps; None for a new run.
 
     Raises:
         ValueError: naming the key, the value and the valid ones.
@@ -73,7 +91,7 @@ def plan_layout(
         raise ValueError(
             f"zero_optimization.stage ({stage}) must be 1, 2 or 3: stage 0 clips wrongly with experts."
         )
-    precision = settings.get("bf16", {}).get("enabled", AUTO)
+    bf16, reason = _precision(settings, gpu=gpu, begun_in_bf16=begun_in_bf16)
     batch = recipe.train.batch_size
     asked = recipe.loss.contrastive.chunk_size or recipe.train.micro_batch_size
     micro = posts_per_forward(asked, batch_size=batch, world_size=world_size)
@@ -83,8 +101,40 @@ def plan_layout(
         stage=stage,
         micro_batch_size=micro,
         accumulation=math.ceil(batch / (micro * world_size)),
-        bf16=gpu if precision == AUTO else bool(precision),
+        bf16=bf16,
+        precision=f"{'bf16 with float32 master weights' if bf16 else 'float32'}: {reason}",
     )
+
+
+BF16_WORD = "COMOE_BF16"
+"""Environment variable that settles ``"auto"`` for a new run on a CPU: 1 or 0."""
+
+
+def _precision(
+    settings: Mapping[str, Any], *, gpu: bool, begun_in_bf16: bool | None
+) -> tuple[bool, str]:
+    """Whether to train in bfloat16, and what decided that."""
+    asked = settings.get("bf16", {}).get("enabled", AUTO)
+    if asked != AUTO:
+        return bool(asked), "bf16.enabled in the DeepSpeed JSON"
+    if begun_in_bf16 is not None:
+        return begun_in_bf16, "as the run was begun"
+    if gpu:
+        return True, "GPU"
+    word = os.environ.get(BF16_WORD, "")
+    if word not in ("", "0", "1"):
+        raise ValueError(f"the environment variable {BF16_WORD} is {word!r}; set it to 0 or 1.")
+    if word:
+        return word == "1", f"{BF16_WORD}={word}"
+    # One answer for all ranks, which may run on different machines.
+    if all(all_gather_objects(multiplies_bf16())):
+        return True, "the CPU multiplies bfloat16 natively"
+    return False, "the CPU does not multiply bfloat16 natively"
+
+
+def multiplies_bf16() -> bool:
+    """Whether this machine's CPU has instructions for bfloat16 products (AVX512-BF16 or AMX)."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def _ep_size(recipe: Recipe, settings: Mapping[str, Any], world_size: int) -> int:
@@ -163,6 +213,10 @@ def fill_settings(
         filled.pop("data_types", None)
     kind, parameters = _OPTIMIZERS[recipe.train.optimizer]
     filled["optimizer"] = {"type": kind, "params": parameters(recipe.train)}
+    offload = filled["zero_optimization"].get("offload_optimizer", {}).get("device", "none")
+    if kind == "AdamW" and (not gpu or offload != "none"):
+        # One pass over weights, gradients and moments in the CPU's memory instead of a dozen.
+        filled["optimizer"]["params"]["fused"] = True
     # Our optimizers are torch's own; DeepSpeed asks for this word before it shards them.
     filled["zero_allow_untested_optimizer"] = True
     filled["zero_optimization"] = {**filled["zero_optimization"]}

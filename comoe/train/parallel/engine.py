@@ -41,9 +41,11 @@ class Engine:
         self.recipe = recipe
         self.device = deepspeed_engine.device
         groups = deepspeed_engine.optimizer.param_groups
-        # Stage 3 overwrites these with the first group's when it loads; see ``restore_groups``.
+        # Stage 3 overwrites these with the first group's when it loads, and a checkpoint of an
+        # earlier version has another implementation of Adam; see ``restore_groups``.
         self._group_settings = [
-            (group["lr"], group["weight_decay"], group["name"]) for group in groups
+            {key: group[key] for key in ("lr", "weight_decay", "name", "fused", "foreach")}
+            for group in groups
         ]
         self._roles = [group["role"] for group in groups]
 
@@ -55,20 +57,18 @@ class Engine:
     def set_rate_factor(self, factor: float) -> dict[str, float]:
         """Set every group's rate to its peak times ``factor``; returns role -> rate."""
         rates = {}
-        for group, (peak, _, _), role in zip(
+        for group, peak, role in zip(
             self.deepspeed.optimizer.param_groups, self._group_settings, self._roles, strict=True
         ):
-            group["lr"] = peak * factor
+            group["lr"] = peak["lr"] * factor
             rates[role] = group["lr"]
         return rates
 
     def restore_groups(self) -> None:
-        """Undo what loading a stage-3 checkpoint does to the parameter groups and to Adam's step counts."""
+        """Undo what loading a checkpoint does to the parameter groups and, at stage 3, to Adam's step counts."""
         inner = getattr(self.deepspeed.optimizer, "optimizer", self.deepspeed.optimizer)
-        for group, (peak, decay, name) in zip(
-            inner.param_groups, self._group_settings, strict=True
-        ):
-            group.update(lr=peak, weight_decay=decay, name=name)
+        for group, settings in zip(inner.param_groups, self._group_settings, strict=True):
+            group.update(settings)
         for state in inner.state.values():
             if isinstance(state.get("step"), Tensor):
                 # One tensor shared by all sub-groups would advance once per sub-group.

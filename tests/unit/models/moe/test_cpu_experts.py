@@ -59,6 +59,23 @@ def test_gradients_pass_the_numerical_check():
                                     (x, weights, *projections))  # fmt: skip
 
 
+def test_bfloat16_fills_its_rows_up_to_tiles_and_changes_nothing_else():
+    x, weights, picks, projections = inputs(tokens=150)
+    leaves = [leaf.detach().bfloat16().requires_grad_() for leaf in (x, weights, *projections)]
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    answers = [
+        mixed(leaves[0], leaves[1], picks, leaves[2:]),
+        by_hand(exact[0], exact[1], picks, exact[2:]),
+    ]
+    upstream = torch.randn_like(answers[0])
+    found = torch.autograd.grad((answers[0] * upstream).sum(), leaves)
+    expected = torch.autograd.grad((answers[1] * upstream.double()).sum(), exact)
+    for ours, theirs in zip((answers[0], *found), (answers[1], *expected), strict=True):
+        error = (ours.double() - theirs).norm() / theirs.norm()
+        # Four roundings to 8 bits in a row.
+        assert error < 0.015
+
+
 def test_an_expert_without_rows_gets_a_gradient_of_zero():
     x, weights, picks, projections = inputs()
     mixed(x, weights, picks, projections).sum().backward()

@@ -10,6 +10,7 @@ import pytest
 
 from comoe.config.load import recipe_from_dict
 from comoe.config.recipe import Recipe
+from comoe.train.parallel import ds_config
 from comoe.train.parallel.ds_config import (
     ZERO_2,
     Layout,
@@ -226,6 +227,59 @@ def test_precision_can_be_forced_from_the_file() -> None:
     }
     settings = STAGE_2 | {"bf16": {"enabled": False}}
     assert not plan_layout(recipe_of(), settings, world_size=1, gpu=True).bf16
+
+
+AUTO: dict[str, Any] = {"bf16": {"enabled": "auto"}}
+
+
+@pytest.mark.parametrize(
+    ("settings", "gpu", "begun", "word", "native", "bf16", "reason"),
+    [({}, False, None, "", [True, True], True, "the CPU multiplies bfloat16 natively"),
+     (AUTO, False, None, "", [True, True], True, "the CPU multiplies bfloat16 natively"),
+     # Ranks on two machines, one of which cannot.
+     (AUTO, False, None, "", [True, False], False, "the CPU does not multiply"),
+     (AUTO, False, None, "0", [True], False, "COMOE_BF16=0"), (AUTO, False, None, "1", [False], True, "COMOE_BF16=1"),
+     (AUTO, True, None, "0", [False], True, "GPU"),
+     # A run keeps its precision wherever it goes on.
+     (AUTO, False, False, "1", [True], False, "as the run was begun"),
+     (AUTO, True, False, "", [True], False, "as the run was begun"),
+     (AUTO, False, True, "0", [False], True, "as the run was begun"),
+     # Unless the file says otherwise.
+     ({"bf16": {"enabled": True}}, False, False, "0", [False], True, "bf16.enabled in the DeepSpeed JSON")],
+)  # fmt: skip
+def test_auto_precision_asks_the_run_then_the_device(
+    monkeypatch: pytest.MonkeyPatch,
+    settings: dict[str, Any],
+    gpu: bool,
+    begun: bool | None,
+    word: str,
+    native: list[bool],
+    bf16: bool,
+    reason: str,
+) -> None:
+    monkeypatch.setenv("COMOE_BF16", word)
+    monkeypatch.setattr(ds_config, "all_gather_objects", lambda value: native)
+    layout = plan_layout(
+        recipe_of(), STAGE_2 | settings, world_size=2, gpu=gpu, begun_in_bf16=begun
+    )
+    assert layout.bf16 is bf16 and reason in layout.precision
+    assert layout.precision.startswith("bf16 with float32 master weights" if bf16 else "float32")
+
+
+def test_an_unknown_word_for_the_precision_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COMOE_BF16", "yes")
+    assert refusal(STAGE_2).startswith("the environment variable COMOE_BF16 is 'yes'; set it to")
+
+
+@pytest.mark.parametrize(
+    ("name", "gpu", "fused"),
+    [("zero2", False, True), ("zero3", False, True), ("zero2", True, False), ("zero2_offload", True, True)],
+)  # fmt: skip
+def test_adam_is_fused_where_its_state_is_in_main_memory(name: str, gpu: bool, fused: bool) -> None:
+    answer = filled(load_settings(DS_CONFIGS / f"{name}.json"), gpu=gpu)
+    assert answer["optimizer"]["params"].get("fused", False) is fused
+    sgd = filled(load_settings(DS_CONFIGS / f"{name}.json"), recipe_of(optimizer="sgd"), gpu=gpu)
+    assert "fused" not in sgd["optimizer"]["params"]
 
 
 def test_the_file_as_read_is_left_as_it_is() -> None:
