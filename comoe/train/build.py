@@ -66,13 +66,8 @@ def build_run(
         ValueError: bad recipe, data, encoder, DeepSpeed JSON or checkpoint.
     """
     gpu = device.type == "cuda"
-    layout = plan_layout(
-        typed,
-        settings,
-        world_size=world_size(),
-        gpu=gpu,
-        begun_in_bf16=begun_in_bf16(folder) if resume else None,
-    )
+    begun = begun_in_bf16(folder) if resume else None
+    layout = plan_layout(typed, settings, world_size=world_size(), gpu=gpu, begun_in_bf16=begun)
     settings = fill_settings(settings, typed, layout, gpu=gpu)
     recipe, corpus = read_posts(typed)
     splits, collator = tokenize_posts(recipe, corpus)
@@ -80,8 +75,7 @@ def build_run(
         objective = build_model(recipe, splits, collator)
     parameters = count_parameters(objective.model, top_k=recipe.model.moe.top_k)
     if is_main():
-        print("\n".join(corpus.report.lines(all_in=SET_ASIDE)))
-        print(f"precision: {layout.precision}")
+        print("\n".join([*corpus.report.lines(all_in=SET_ASIDE), f"precision: {layout.precision}"]))
     on_ready()
     found = _checkpoint_to_use(folder, corpus.tasks) if resume else None
     engine = _start_engine(objective, recipe, settings, layout, found)
