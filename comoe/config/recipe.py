@@ -102,9 +102,9 @@ class ModelConfig:
     """Encoder, experts and heads."""
 
     encoder: Given = "kit:minilm"
-    """Folder, hub name, ``kit:minilm`` (the starter kit), ``kit:chinese_encoder`` (m3e-small, not
-    for commercial use) or ``smoke:encoder`` (tiny, random); with a decoder ``smoke:t5`` and
-    ``smoke:bart`` (tiny, random)."""
+    """Folder, hub name, ``kit:minilm`` (the starter kit), ``kit:mpnet`` (all-mpnet-base-v2, five
+    times larger), ``kit:chinese_encoder`` (m3e-small, not for commercial use) or ``smoke:encoder``
+    (tiny, random); with a decoder ``smoke:t5`` and ``smoke:bart`` (tiny, random)."""
     trust_remote_code: Flag = False
     """Let the encoder's repository run its own Python code."""
     keep_layers: Count | Annotated[Text, KEPT_LAYERS] | None = None

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -18,7 +19,7 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -76,11 +77,11 @@ class Archive:
 
 
 def fetch(archive: Archive, folder: Path, *, show: bool = True) -> Path:
-    """Download one archive into a folder and check its content.
+    """Download one archive into a folder and check its content, unless it lies there already.
 
     Args:
         archive: what to fetch.
-        folder: an existing folder.
+        folder: an existing folder; may hold the file of an earlier, interrupted preparation.
         show: draw a progress bar on a terminal.
 
     Returns:
@@ -90,7 +91,12 @@ def fetch(archive: Archive, folder: Path, *, show: bool = True) -> Path:
         ValueError: pip cannot fetch it (no network, withdrawn, no pip), or the content is not the
             pinned one.
     """
-    work = folder / "pip"
+    work, path = folder / "pip", folder / archive.filename
+    if path.is_file():
+        with suppress(ValueError):
+            verify(path, archive.sha256)
+            return path
+        path.unlink()  # torn
     with _pip_environment(work) as environment:
         requirement = work / "requirement.txt"
         requirement.write_text(
@@ -120,7 +126,6 @@ def fetch(archive: Archive, folder: Path, *, show: bool = True) -> Path:
         ]
         command += ["--dest", str(folder), "--requirement", str(requirement)]
         code, said = _run_with_progress(command, environment, work, archive=archive, show=show)
-    path = folder / archive.filename
     # pip checks the hash before it unpacks anything; its words are all there is to tell this from a
     # missing network.
     if "do not match the hash" in said.lower():
@@ -141,12 +146,15 @@ def _pip_environment(work: Path) -> Iterator[dict[str, str]]:
     temporary.mkdir(exist_ok=True)
     (backend / "__init__.py").write_text("")
     (backend / "build_meta.py").write_text(STAND_IN_BACKEND)
-    yield {
-        **os.environ,
-        "PYTHONPATH": str(backend.parent),
-        "TMPDIR": str(temporary),
-        "PIP_NO_INPUT": "1",
-    }
+    try:
+        yield {
+            **os.environ,
+            "PYTHONPATH": str(backend.parent),
+            "TMPDIR": str(temporary),
+            "PIP_NO_INPUT": "1",
+        }
+    finally:
+        shutil.rmtree(work)
 
 
 def _run_with_progress(

@@ -1,7 +1,8 @@
 """Ready-made encoders and posts: ``kit:`` names (real, fetched once) and ``smoke:`` names (generated, no download).
 
 ``python -m comoe.starter`` prepares the starter kit ahead of a run. A folder is made aside and
-renamed when whole, so one that exists is complete; a lock lets one process of a machine work while
+renamed when whole, so one that exists is complete; downloads of a preparation that failed are used
+again; a lock lets one process of a machine work while
 the others wait.
 """
 
@@ -23,6 +24,7 @@ from comoe.config.errors import unknown_name
 from comoe.config.recipe import Recipe
 from comoe.starter.implied_posts import build_implied_posts
 from comoe.starter.kit import CHINESE_POSTS, Say, build_chinese_encoder, build_encoder, build_posts
+from comoe.starter.mpnet import build_mpnet
 from comoe.starter.smollm2 import build_smollm2
 from comoe.starter.synthetic_images import build_drawn_posts
 from comoe.starter.synthetic_text import TACL_GENERATORS, build_generated_posts
@@ -158,18 +160,22 @@ def prepare_folder(folder: Path, build: Build, *, progress: bool = True) -> Path
     with _only_one(folder.parent / f"{folder.name}.lock", say=say):
         if folder.is_dir():
             return folder  # another process was faster
+        # Nobody else can be at work, we hold the lock. What a failed or killed preparation has
+        # downloaded is used again; the rest of it goes.
+        downloads = folder.parent / f".{folder.name}-downloads"
         for leftover in folder.parent.glob(f".{folder.name}-*"):
-            shutil.rmtree(
-                leftover
-            )  # of a process that was killed: nobody else can be at work, we hold the lock
+            if leftover != downloads:
+                shutil.rmtree(leftover)
+        downloads.mkdir(exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         try:
             (work / "content").mkdir()
-            (work / "downloads").mkdir()
-            build(work / "content", downloads=work / "downloads", say=say, show=progress)
+            build(work / "content", downloads=downloads, say=say, show=progress)
             (work / "content").rename(folder)
         finally:
             shutil.rmtree(work)
+            if folder.is_dir() or not any(downloads.iterdir()):
+                shutil.rmtree(downloads)
     say(f"ready: {folder}")
     return folder
 
@@ -217,6 +223,7 @@ FOLDERS: dict[str, tuple[str, Build]] = {
     "kit:posts": ("kit-1/posts", build_posts),
     "kit:chinese_posts": ("kit-1/chinese_posts", partial(build_posts, sources=CHINESE_POSTS)),
     "kit:chinese_encoder": ("kit-1/chinese_encoder", build_chinese_encoder),
+    "kit:mpnet": ("kit-1/mpnet", build_mpnet),
     "kit:smollm2": ("kit-1/smollm2", build_smollm2),
     "smoke:encoder": ("smoke-2/encoder", lambda folder, **_: build_smoke_encoder(folder)),
     "smoke:t5": ("smoke-3/t5", lambda folder, **_: build_smoke_t5(folder)),
@@ -239,7 +246,9 @@ it."""
 
 
 READY_MADE = {
-    "model.encoder": ("kit:minilm", "kit:chinese_encoder", "smoke:encoder", "smoke:t5", "smoke:bart"),
+    "model.encoder": (
+        "kit:minilm", "kit:mpnet", "kit:chinese_encoder", "smoke:encoder", "smoke:t5", "smoke:bart",
+    ),
     "model.vision.tower": ("smoke:vision",),
     "data.root": (
         "kit:posts", "kit:chinese_posts", "smoke:posts", "smoke:tacl_posts", "smoke:drawn_posts", "smoke:implied_posts",
