@@ -123,7 +123,12 @@ class Calibrator:
         found = compute_metrics(
             evaluation.outputs, tasks, texts=texts, columns=columns, predictions=shown
         )
-        return replace(found, routing=evaluation.routing, embeddings=evaluation.embeddings)
+        return replace(
+            found,
+            routing=evaluation.routing,
+            embeddings=evaluation.embeddings,
+            forward_seconds=evaluation.forward_seconds,
+        )
 
     def report(self) -> dict[str, dict[str, Any]]:
         """Task -> ``temperature``, ``thresholds``, ``decision`` (metric, at_half, held_out) or

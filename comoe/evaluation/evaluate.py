@@ -76,6 +76,8 @@ class Evaluation:
     """The gates' measures, where they were taken and there are experts."""
     embeddings: EmbeddingSummary | None = None
     """The embeddings and their measures, where they were taken."""
+    forward_seconds: float | None = None
+    """Seconds in forward passes, of the slowest rank, where they were taken."""
 
 
 class Collate(Protocol):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from comoe.data.sampling.sampler import eval_batches
@@ -113,10 +115,15 @@ class _Observed:
             layers=self._layers, first_decoder_layer=run.model.first_decoder_layer, device=run.engine.device,
         )  # fmt: skip
         self._embeddings = EmbeddingStats(tasks, labelled_NT=split.labelled)
-        self._done = 0
+        self._done, self._seconds = 0, 0.0
 
     def forward(self, batch: Batch) -> ModelOutput:
+        began = time.perf_counter()
         output = self._run.engine.forward(batch)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        # Without the measures below: they take longer with more experts.
+        self._seconds += time.perf_counter() - began
         self._done += 1
         self._run.watch.batch(self._done < self._bar.total)
         # A launcher waits half a minute for a rank that it told to stop, and an evaluation may take
@@ -137,4 +144,5 @@ class _Observed:
         return {
             "routing": self._routing.summary() if self._layers else None,
             "embeddings": self._embeddings.summary(all_gather_objects),
+            "forward_seconds": max_over_ranks(self._seconds),
         }

@@ -105,6 +105,8 @@ def finalize(run: TrainingRun) -> None:
     _log_calibration(run.monitor, step, calibrator)
     # The thresholds were chosen on the validation posts, where results would be too good.
     plain = [replace(task, thresholds=None) for task in calibrator.tasks]
+    seconds = sum(found.forward_seconds or 0.0 for found in evaluations.values())
+    predicted = sum(len(run.splits[split]) for split in evaluations)
     under_noise = evaluate_noisy(run, "validation", tasks=plain, step=step)
     under_noise |= evaluate_noisy(run, "test", tasks=calibrator.tasks, step=step)
     log_lost_pictures(run.collator.pixels, run.monitor, run.state.step)
@@ -112,6 +114,7 @@ def finalize(run: TrainingRun) -> None:
     if is_main():
         results = _results(run, evaluations | under_noise, step=step) | {
             "peak_memory_bytes_per_rank": peak,
+            "predicted_posts_per_second": predicted / seconds if seconds else None,
             "calibration": calibrator.report(),
         }
         # The export comes last and tells that all is written; not one that an earlier end of the

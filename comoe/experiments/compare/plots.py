@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from comoe.experiments.compare.report import Comparison
-from comoe.experiments.compare.statistics import MEAN
+from comoe.experiments.compare.statistics import MEAN, Estimate
 from comoe.train.monitor.plots import (
     COLORS,
     GREEN,
@@ -37,8 +37,8 @@ VERDICTS = {"gained": GREEN, "lost": RED, "": GREY}
 
 
 def write_plots(comparison: Comparison, output: Path) -> None:
-    """``plots/quality.png``, ``loss.png``, ``metrics.png``, ``gates.png``, ``removal.png``, ``gains.png``,
-    ``gradients.png`` and ``without.png``, if there are values."""
+    """``quality.png``, ``loss.png``, ``time.png``, ``metrics.png``, ``gates.png``, ``removal.png``,
+    ``gains.png``, ``gradients.png`` and ``without.png`` in ``plots/``, if there are values."""
     arms = comparison.arms
     if not arms:
         return
@@ -52,6 +52,8 @@ def write_plots(comparison: Comparison, output: Path) -> None:
         panels = {MEAN: "mean of the tasks"} | {name: f"{name}/loss" for name in comparison.tasks}
         title = f"Loss {legend.replace(split, 'validation', 1)}"
         figures["loss"] = dots_figure(comparison, arms, panels, values="losses", title=title)
+    if (figure := time_figure(comparison, split)) is not None:
+        figures["time"] = figure
     if comparison.metrics:
         panels = {name: name for name in comparison.metrics}
         figures["metrics"] = dots_figure(
@@ -107,6 +109,46 @@ def dots_figure(
             _dots(panel, comparison, arm, place, (values, name), numbers=numbers)
         _limits(panel, comparison, arms, values, name)
     axes[0].set_ylim(len(arms) - 0.5, -0.5)
+    return figure
+
+
+def time_figure(comparison: Comparison, split: str) -> Figure | None:
+    """Mean metric and mean loss over the milliseconds per post in training and in prediction, a point per arm.
+
+    An arm is worth its time where no other one is better and faster. None without times or means.
+    """
+    speeds = {"training": "posts_per_second", "prediction": "predicted_posts_per_second"}
+    kinds = {"quality": f"mean metric, {split}", "losses": "mean loss, validation"}
+    points: dict[tuple[str, str], list[tuple[str, float, Estimate]]] = {}
+    for arm in comparison.arms:
+        for values in kinds:
+            for what, cost in speeds.items():
+                speed, item = (
+                    comparison.interval(arm, *key) for key in (("costs", cost), (values, MEAN))
+                )
+                if speed is not None and item is not None:
+                    found = points.setdefault((values, what), [])
+                    found.append((arm, 1000 / speed.mean, item))
+    if not points:
+        return None
+    title = "Quality over time per post: mean and 95 % interval over seeds (cut at the edge)"
+    figure, axes = panel_grid(len(points), size=(3.6, 2.6), title=title, most=2)
+    for panel, ((values, what), found) in zip(axes, points.items(), strict=True):
+        for arm, time, item in found:
+            color = _color(comparison, arm)
+            panel.plot([time], [item.mean], "o", markersize=5, color=color)
+            if math.isfinite(item.low):
+                panel.plot(
+                    [time, time], [item.low, item.high], color=color, linewidth=1.1, alpha=0.6
+                )
+            near = {"xytext": (4, 3), "textcoords": "offset points", "fontsize": 7}
+            panel.annotate(arm, (time, item.mean), color=color, **near)
+        means = [item.mean for _, _, item in found]
+        margin = 0.6 * (max(means) - min(means)) or 0.02
+        panel.set_ylim(min(means) - margin, max(means) + margin)
+        panel.margins(x=0.25)
+        panel.set_xlabel(f"milliseconds per post, {what}", fontsize=8)
+        panel.set_ylabel(kinds[values], fontsize=8)
     return figure
 
 

@@ -30,8 +30,9 @@ RUN_COSTS = ("step_ms", "tokens_per_second", "peak_mib", "parameters_experts", "
              "parameters_total")  # fmt: skip
 """Milliseconds per optimizer step, tokens of all ranks, peak memory of one rank, parameters."""
 
-COSTS = ("seconds", "steps", "posts", "posts_per_second", *RUN_COSTS)
-"""Training time, optimizer steps, posts processed; then ``RUN_COSTS``."""
+COSTS = ("seconds", "steps", "posts", "posts_per_second", "predicted_posts_per_second", *RUN_COSTS)
+"""Training time, optimizer steps, posts processed, posts per second in training and in the forward
+passes of the final evaluation; then ``RUN_COSTS``."""
 
 LARGEST = "peak_mib"
 """The cost of several runs that is a maximum and not a sum: they run one after another."""
@@ -228,6 +229,7 @@ def _costs(
     return {
         "seconds": seconds, "steps": steps, "posts": posts,
         "posts_per_second": posts / seconds if posts and seconds else None,
+        "predicted_posts_per_second": results.get("predicted_posts_per_second"),
         "step_ms": 1000 * step_seconds, "tokens_per_second": statistics.median(speeds) if speeds else None,
         "peak_mib": results["peak_memory_bytes_per_rank"] / 2**20,
         **{f"parameters_{kind}": results["parameters"][kind] for kind in ("experts", "active", "total")},
@@ -245,6 +247,9 @@ def _summed(costs: Sequence[Mapping[str, float | None]]) -> dict[str, float | No
         if weights in whole:
             known = name in whole
             found[name] = float(np.average(whole[name], weights=whole[weights])) if known else None
+    name = "predicted_posts_per_second"
+    # A post goes through all of the models, one after another.
+    found[name] = 1 / sum(1 / speed for speed in whole[name]) if name in whole else None
     return found
 
 

@@ -12,7 +12,7 @@ from comoe.config.load import load_recipe
 from comoe.experiments.compare.claim import Claim, claimed_cell, parse_claim, record_claim
 from comoe.experiments.compare.command import SETTINGS
 from comoe.experiments.compare.plan import Plan, plan_arms
-from comoe.experiments.compare.plots import write_plots
+from comoe.experiments.compare.plots import time_figure, write_plots
 from comoe.experiments.compare.report import compare, write_comparison
 from comoe.experiments.compare.tables import markdown_lines
 from comoe.experiments.runner import Experiment, record_settings
@@ -125,6 +125,11 @@ def test_the_report_by_loss_orders_the_arms_and_begins_with_the_claim(
     assert not (tmp_path / "affinity.csv").exists()
     write_plots(comparison, tmp_path)
     assert (tmp_path / "plots/loss.png").stat().st_size > 4000
+    panels = time_figure(comparison, "test").axes
+    assert [panel.get_xlabel() for panel in panels] == [f"milliseconds per post, {what}" for what in
+                                                        ("training", "prediction") * 2]  # fmt: skip
+    # 20 posts in 2 seconds of training, 100 predicted posts per second.
+    assert [panel.lines[0].get_xdata()[0] for panel in panels] == [100.0, 10.0] * 2
     late = Claim("sigmoid", "<", "dense", "loss", (0, 1, 2), 9)
     late = compare(planned(experiment), experiment.runs, claim=late, **known)
     assert "(**not** named beforehand: 9 runs were finished)" in "\n".join(markdown_lines(late))

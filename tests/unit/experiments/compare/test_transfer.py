@@ -273,6 +273,9 @@ def test_the_arm_single_is_the_sum_of_its_runs(comparison: Comparison):
     assert {name: single.costs[name] for name in ("seconds", "steps", "posts", "parameters_total", "peak_mib")} == {
         "seconds": 6.0, "steps": 15, "posts": 60, "parameters_total": 21, "peak_mib": 1.0}  # fmt: skip
     assert single.costs["posts_per_second"] == multi.costs["posts_per_second"] == 10.0
+    # A post is predicted by three models.
+    speeds = [one.costs["predicted_posts_per_second"] for one in (single, multi)]
+    assert speeds == [pytest.approx(100 / 3), 100.0]
     assert "mean" not in comparison.results["without.mood"][0].quality
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from comoe.config.load import load_recipe, save_recipe
 from comoe.experiments import runner
+from comoe.experiments.compare import command
 from comoe.experiments.compare.command import SETTINGS, TUNING, run_comparison
 from comoe.experiments.runner import Experiment, Trial
 from comoe.starter.registry import resolve
@@ -47,6 +48,8 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return ""
 
     monkeypatch.setattr(runner, "run_trial", train)
+    # They are drawn after each run.
+    monkeypatch.setattr(command, "write_plots", lambda *_: None)
     return names
 
 
