@@ -150,7 +150,8 @@ class Routing:
     indices_Sk: Tensor
     """Selected experts per token, int64."""
     weights_Sk: Tensor
-    """Weight of each selected expert, float32, differentiable; sums to 1 per token for k > 1."""
+    """Weight of each selected expert, float32, differentiable; for k > 1 the sum per token
+    is the gate's scale (``model.moe.gate_scale``)."""
     counts_E: Tensor
     """Tokens per expert on this rank, int64, image tokens included."""
 

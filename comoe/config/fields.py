@@ -100,6 +100,10 @@ FOLDER_NAME = Rule(
 KEPT_LAYERS = Rule(
     lambda word: re.fullmatch(r"(top|bottom)-[1-9][0-9]*", word) is not None, "as top-3 or bottom-3"
 )
+TOP_LAYERS = Rule(
+    lambda text: re.fullmatch(r"top-[1-9][0-9]*", text) is not None,
+    "top-<n> for the last n layers",
+)
 PROMPT = Rule(
     _is_prompt,
     "with {text} in it and no other field than {text} and {pair} (a brace itself is doubled)",

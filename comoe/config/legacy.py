@@ -7,6 +7,8 @@ from typing import Any
 OLD_MEANINGS: dict[str, Any] = {
     "data.split_seed": "train",
     "tasks.*.standardize": False,
+    "model.moe.gate_scale": 1.0,
+    "model.moe.expert_init": 0.02,
 }
 """Option (``*`` stands for every key of a mapping) -> its value in a saved recipe that does not have it.
 

@@ -19,6 +19,7 @@ from comoe.config.fields import (
     FOLDER_NAME,
     KEPT_LAYERS,
     PROMPT,
+    TOP_LAYERS,
     Count,
     CountFrom0,
     Flag,
@@ -52,11 +53,13 @@ class MoeConfig:
     """What the gate sees: token, task, or both. With task and both a post becomes one row per
     labelled task."""
     layers: (
-        Literal["all", "alternate", "last_half"] | Annotated[list[CountFrom0], MinLen(1), DIFFERENT]
+        Literal["all", "alternate", "last_half"]
+        | Annotated[Text, TOP_LAYERS]
+        | Annotated[list[CountFrom0], MinLen(1), DIFFERENT]
     ) = "alternate"
-    """Layers that get experts: all, alternate (every second, the last one included), last_half, or
-    a list of layer numbers from 0. A word counts in encoder and decoder each; numbers go on from
-    the encoder into the decoder."""
+    """Layers that get experts: all, alternate (every second, the last one included), last_half,
+    top-<n> (the last n), or a list of layer numbers from 0. A word counts in encoder and decoder
+    each; numbers go on from the encoder into the decoder."""
     expert_width: Count | Literal["auto"] = "auto"
     """Hidden width F of one expert; auto is a quarter of the encoder's width, at least 16."""
     shared_width: CountFrom0 = option(0, read_when="model.moe.num_experts > 0")
@@ -70,6 +73,14 @@ class MoeConfig:
     """Selected experts whose score is below this add nothing (never the best one); 0 is off."""
     task_embedding_width: Count = option(64, read_when="model.moe.route_by = task or both")
     """Width of the task embedding that ``route_by: task | both`` reads."""
+    gate_scale: Positive | Literal["auto"] = "auto"
+    """Factor of the gate's weights, which sum to 1. auto: selected experts weigh 1 on average at
+    the start, so that the experts of a token learn as fast as one dense block of their total width:
+    it is ``top_k``; at ``top_k: 1``, whose weight is the expert's share of all scores, 1 over the
+    mean share of the best expert at the start. 1 is the weighted mean of the paper."""
+    expert_init: Positive | Literal["fan_in"] = "fan_in"
+    """Standard deviation of the experts' input projections at the start; fan_in is 1 / sqrt(width of
+    the encoder)."""
     balance: Literal["none", "bias"] = "bias"
     """none, or bias: after each step the bias of a busy expert falls and an idle one's rises
     (arXiv:2408.15664). Can be combined with ``loss.balance_weight``, ``loss.z_weight`` and

@@ -44,11 +44,17 @@ class GateWithout:
         gate = self.gate
         removed_E = torch.arange(logits_SE.shape[1], device=logits_SE.device) == self.expert
         # Masked before the softmax, which then gives its share to the others; then its own score.
-        logits_left_SE = logits_SE.float().masked_fill(removed_E, REMOVED_LOGIT)
+        logits_left_SE = logits_SE.masked_fill(removed_E, REMOVED_LOGIT)
         scores_SE = gate.score(logits_left_SE / gate.temperature).masked_fill(removed_E, 0.0)
         bias_E = balance_bias_E.masked_fill(removed_E, -torch.inf)
         return select_experts(
-            logits_SE, scores_SE, bias_E, gate.top_k, gate.cooperation_threshold, selected_Sk
+            logits_SE,
+            scores_SE,
+            bias_E,
+            gate.top_k,
+            gate.cooperation_threshold,
+            selected_Sk,
+            scale=gate.scale,
         )
 
     def z_penalty(self, logits_SE: Tensor) -> Tensor:

@@ -73,7 +73,9 @@ def _balance(parts: Parts) -> Term | None:
 def _z(parts: Parts) -> Term | None:
     if not parts.loss.z_weight or not parts.moe.num_experts:
         return None
-    return Term(parts.loss.z_weight, ZLoss(build_gate(parts.moe).z_penalty))
+    return Term(
+        parts.loss.z_weight, ZLoss(build_gate(parts.moe, parts.model.config.hidden_size).z_penalty)
+    )
 
 
 def _task_separation(parts: Parts) -> Term | None:

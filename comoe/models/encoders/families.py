@@ -217,8 +217,16 @@ def expert_width(config: MoeConfig, model_width: int) -> int:
 
 def chosen_layers(layers: str | list[int], num_layers: int) -> list[int]:
     """Numbers of the layers that get experts, ascending; ValueError for a number out of range."""
-    if isinstance(layers, str):
+    if isinstance(layers, str) and layers in LAYER_CHOICES:
         return LAYER_CHOICES[layers](num_layers)
+    if isinstance(layers, str):
+        last = int(layers.removeprefix("top-"))
+        if last > num_layers:
+            raise ValueError(
+                f"model.moe.layers ({layers}): there are {num_layers} layers; set it to "
+                f"top-{num_layers} at most."
+            )
+        return list(range(num_layers - last, num_layers))
     if max(layers) >= num_layers:
         raise ValueError(
             f"model.moe.layers ({layers}) must list different numbers from 0 to {num_layers - 1}, at least one; "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
@@ -10,7 +11,14 @@ from torch import Tensor, nn
 
 from comoe.config.recipe import MoeConfig
 from comoe.models.moe.experts import Experts, GatedFeedForward, sort_routes
-from comoe.models.moe.gate import ROUTES, Float32Linear, PendingRoute, RouterProjection, build_gate
+from comoe.models.moe.gate import (
+    ROUTER_STD,
+    ROUTES,
+    Float32Linear,
+    PendingRoute,
+    RouterProjection,
+    build_gate,
+)
 from comoe.types import Routing
 
 MIXTURE_PATTERN = r".*\.block\.mixture"
@@ -38,9 +46,13 @@ class ExpertMixture(nn.Module):
             nn.init.zeros_(self.gate.weight)
             self.gate.weight.requires_grad_(False)
         self.experts = Experts(
-            config.num_experts, model_width, expert_width, output_init=config.output_init
+            config.num_experts,
+            model_width,
+            expert_width,
+            expert_init=config.expert_init,
+            output_init=config.output_init,
         )
-        self.router = PendingRoute(build_gate(config), inputs)
+        self.router = PendingRoute(build_gate(config, model_width), inputs)
 
     def forward(self, hidden_1SM: Tensor) -> Tensor:
         """Weighted sum of each token's experts, shape (1, S, M)."""
@@ -124,11 +136,19 @@ class CooperativeBlock(nn.Module):
         self.norm = nn.LayerNorm(model_width)
         self.task_projection = self.shared = None
         if ROUTES[config.route_by].task:
-            self.task_projection = Float32Linear(config.task_embedding_width, config.num_experts)
+            # Entries of task embeddings have variance 1, as those of a normalized row: at the start
+            # the task's logits vary as much as the token's.
+            width = config.task_embedding_width
+            self.task_projection = Float32Linear(
+                width, config.num_experts, std=ROUTER_STD * math.sqrt(model_width / width)
+            )
         self.mixture = ExpertMixture(model_width, expert_width, config)
         if config.shared_width:
             self.shared = GatedFeedForward(
-                model_width, config.shared_width, output_init=config.output_init
+                model_width,
+                config.shared_width,
+                expert_init=config.expert_init,
+                output_init=config.output_init,
             )
         self.dropout = nn.Dropout(dropout)
 

@@ -224,6 +224,17 @@ def gated(gate_up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
+def input_std(expert_init: float | str, model_width: int) -> float:
+    """Standard deviation of a gated feed-forward's first projections at the start.
+
+    Args:
+        expert_init: ``model.moe.expert_init``: itself, or fan_in: 1 / sqrt(M), which gives a
+            normalized row pre-activations of variance 1, whatever the width.
+        model_width: M.
+    """
+    return model_width**-0.5 if expert_init == "fan_in" else float(expert_init)
+
+
 class Experts(nn.Module):
     """E gated feed-forwards in two tensors: ``down @ (silu(gate @ x) * (up @ x))``, no biases.
 
@@ -234,16 +245,23 @@ class Experts(nn.Module):
         num_experts: E.
         model_width: M.
         expert_width: F.
+        expert_init: as for ``input_std``.
         output_init: standard deviation of ``down_proj``; 0 makes every output 0.
     """
 
     def __init__(
-        self, num_experts: int, model_width: int, expert_width: int, *, output_init: float = 0.0
+        self,
+        num_experts: int,
+        model_width: int,
+        expert_width: int,
+        *,
+        expert_init: float | str = "fan_in",
+        output_init: float = 0.0,
     ) -> None:
         super().__init__()
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * expert_width, model_width))
         self.down_proj = nn.Parameter(torch.empty(num_experts, model_width, expert_width))
-        nn.init.normal_(self.gate_up_proj, std=0.02)
+        nn.init.normal_(self.gate_up_proj, std=input_std(expert_init, model_width))
         nn.init.normal_(self.down_proj, std=output_init)
 
     def forward(
@@ -289,14 +307,22 @@ class GatedFeedForward(nn.Module):
     Args:
         model_width: M.
         width: its hidden width.
+        expert_init: as for ``input_std``.
         output_init: standard deviation of the output projection.
     """
 
-    def __init__(self, model_width: int, width: int, *, output_init: float = 0.0) -> None:
+    def __init__(
+        self,
+        model_width: int,
+        width: int,
+        *,
+        expert_init: float | str = "fan_in",
+        output_init: float = 0.0,
+    ) -> None:
         super().__init__()
         self.gate_up = nn.Linear(model_width, 2 * width, bias=False)
         self.down = nn.Linear(width, model_width, bias=False)
-        nn.init.normal_(self.gate_up.weight, std=0.02)
+        nn.init.normal_(self.gate_up.weight, std=input_std(expert_init, model_width))
         nn.init.normal_(self.down.weight, std=output_init)
 
     def forward(self, x: Tensor) -> Tensor:

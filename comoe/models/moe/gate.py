@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from statistics import NormalDist
 from typing import ClassVar
 
 import torch
@@ -12,6 +14,10 @@ from torch import Tensor, nn
 
 from comoe.config.recipe import MoeConfig
 from comoe.types import Routing
+
+ROUTER_STD = 0.02
+"""Standard deviation of a router's weights at the start; a normalized row of width M has logits of
+0.02 sqrt(M)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +30,8 @@ class TopKGate:
     """Divides the logits."""
     cooperation_threshold: float = 0.0
     """A selected expert with a lower score gets the weight 0, never the best one."""
+    scale: float = 1.0
+    """Factor of the weights."""
     for_measuring: ClassVar[bool] = False
     """True where the gate ignores the tokens: good for speed figures, useless for training."""
 
@@ -39,7 +47,25 @@ class TopKGate:
             self.top_k,
             self.cooperation_threshold,
             selected_Sk,
+            scale=self.scale,
         )
+
+    def weight_at_start(self, num_experts: int, logit_std: float) -> float:
+        """Mean weight of a selected expert at scale 1, without bias and threshold: 1 / k.
+
+        With k = 1 it is the best expert's share of all scores, for logits at the expected order
+        statistics of a normal distribution (Blom 1958).
+
+        Args:
+            num_experts: E.
+            logit_std: standard deviation of the logits.
+        """
+        if self.top_k > 1:
+            return 1 / self.top_k
+        places = [(rank - 0.375) / (num_experts + 0.25) for rank in range(1, num_experts + 1)]
+        logits_E = torch.tensor([NormalDist(0, logit_std).inv_cdf(place) for place in places])
+        scores_E = self.score(logits_E.double()[None] / self.temperature)[0]
+        return float(scores_E[-1] / scores_E.sum())
 
     def score(self, logits_SE: Tensor) -> Tensor:
         """Scores in (0, 1), float32, shape (S, E)."""
@@ -103,7 +129,11 @@ class UniformGate(SigmoidGate):
         # Above any score, so that the top-k finds exactly these.
         turn_SE = 2.0 * (places_SE % E < k)
         routing = super().__call__(logits_SE, turn_SE, selected_Sk)
-        return replace(routing, weights_Sk=0.0 * routing.weights_Sk + 1.0 / k)
+        return replace(routing, weights_Sk=0.0 * routing.weights_Sk + self.scale / k)
+
+    def weight_at_start(self, num_experts: int, logit_std: float) -> float:
+        """1 / k for every k."""
+        return 1 / self.top_k
 
 
 def _wide(tensor: Tensor) -> Tensor:
@@ -131,6 +161,8 @@ def select_experts(
     top_k: int,
     threshold: float,
     selected_Sk: Tensor | None = None,
+    *,
+    scale: float = 1.0,
 ) -> Routing:
     """Select the top-k experts of each token by score plus bias and weigh them by score alone.
 
@@ -142,11 +174,12 @@ def select_experts(
         threshold: selected experts with a lower score weigh 0, except for each token's best one.
         selected_Sk: experts selected before, int64: a recomputation must not decide near-ties another
             way.
+        scale: factor of the normalized weights.
 
     Returns:
         The routing; weights are differentiable through the scores. With one expert out of several
-        the weight is its share of the scores of all experts: normalized over the selected one alone
-        it would be 1 and the router would learn nothing.
+        the weight is ``scale`` times its share of the scores of all experts: normalized over the
+        selected one alone it would be constant and the router would learn nothing.
 
     Source: sigmoid gate of TaCL-CoMoE; bias of Loss-Free Balancing, arXiv:2408.15664.
     """
@@ -160,9 +193,8 @@ def select_experts(
     others = scores_SE if top_k == 1 else chosen_Sk
     # Scores of logits below -100 are 0 in float32; the floor keeps 0/0 away and changes no other
     # sum.
-    weights_Sk = chosen_Sk / others.sum(dim=1, keepdim=True).clamp_min(
-        torch.finfo(chosen_Sk.dtype).tiny
-    )
+    tiny = torch.finfo(chosen_Sk.dtype).tiny
+    weights_Sk = scale * chosen_Sk / others.sum(dim=1, keepdim=True).clamp_min(tiny)
     counts_E = torch.bincount(indices_Sk.reshape(-1), minlength=scores_SE.shape[1])
     return Routing(logits_SE, scores_SE, indices_Sk, weights_Sk, counts_E)
 
@@ -173,12 +205,13 @@ class Float32Linear(nn.Module):
     Args:
         in_width: width of the input.
         out_width: width of the output.
+        std: standard deviation of the weights at the start.
     """
 
-    def __init__(self, in_width: int, out_width: int) -> None:
+    def __init__(self, in_width: int, out_width: int, *, std: float = ROUTER_STD) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_width, in_width))
-        nn.init.normal_(self.weight, std=0.02)
+        nn.init.normal_(self.weight, std=std)
 
     def forward(self, x: Tensor) -> Tensor:
         """Shape (..., in_width) to (..., out_width), float32."""
@@ -275,11 +308,20 @@ class PendingRoute:
         return routing
 
 
-def build_gate(config: MoeConfig) -> TopKGate:
-    """The gate that ``model.moe`` asks for."""
-    k = config.top_k
-    assert 1 <= k <= config.num_experts, "the recipe's rules bind top_k to num_experts"
-    return GATES[config.gate](k, config.temperature, config.cooperation_threshold)
+def build_gate(config: MoeConfig, model_width: int) -> TopKGate:
+    """The gate that ``model.moe`` asks for.
+
+    ``gate_scale: auto`` makes the mean weight of selected experts 1 at the start: k experts of
+    width A / k then add up like the hidden units of one dense feed-forward of width A.
+    """
+    k, E = config.top_k, config.num_experts
+    assert 1 <= k <= E, "the recipe's rules bind top_k to num_experts"
+    gate = GATES[config.gate](k, config.temperature, config.cooperation_threshold)
+    if config.gate_scale != "auto":
+        return replace(gate, scale=config.gate_scale)
+    inputs = ROUTES[config.route_by]
+    logit_std = math.sqrt((inputs.token + inputs.task) * model_width) * ROUTER_STD
+    return replace(gate, scale=1 / gate.weight_at_start(E, logit_std))
 
 
 GATES: dict[str, type[TopKGate]] = {
@@ -287,7 +329,8 @@ GATES: dict[str, type[TopKGate]] = {
     "softmax": SoftmaxGate,
     "uniform": UniformGate,
 }
-"""Name in ``model.moe.gate`` -> class; made from (top_k, temperature, cooperation_threshold)."""
+"""Name in ``model.moe.gate`` -> class; made from (top_k, temperature,
+cooperation_threshold, scale)."""
 
 
 ROUTES: dict[str, RouteInputs] = {

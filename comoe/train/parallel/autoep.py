@@ -29,7 +29,7 @@ class CooperativeRouter(TokenChoiceTopKRouter):
     def __init__(self, moe: MoeConfig, **settings: Any) -> None:
         super().__init__(**settings)
         self.gate = Float32Linear(settings["dim"], settings["num_experts"])
-        self.pending = PendingRoute(build_gate(moe), ROUTES[moe.route_by])
+        self.pending = PendingRoute(build_gate(moe, settings["dim"]), ROUTES[moe.route_by])
 
     def prepare(self, task_logits_SE: Tensor | None, selected_Sk: Tensor | None = None) -> None:
         """See ``PendingRoute.prepare``."""

@@ -17,13 +17,14 @@ def test_the_others_route_as_if_the_expert_had_never_been(gate: str, top_k: int)
     generator = torch.Generator().manual_seed(top_k)
     logits_SE = torch.randn(50, 5, generator=generator)
     bias_E = 0.1 * torch.randn(5, generator=generator)
-    whole = build_gate(MoeConfig(num_experts=5, top_k=top_k, gate=gate, balance="none"))
+    options = dict(gate=gate, gate_scale=3.0, balance="none")
+    whole = build_gate(MoeConfig(num_experts=5, top_k=top_k, **options), 8)
     gone = 2
     routing = GateWithout(whole, gone)(logits_SE, bias_E)
     weights_SE = torch.zeros(50, 5).scatter_add_(1, routing.indices_Sk, routing.weights_Sk)
 
     left = [0, 1, 3, 4]
-    fewer = build_gate(MoeConfig(num_experts=4, top_k=min(top_k, 4), gate=gate, balance="none"))
+    fewer = build_gate(MoeConfig(num_experts=4, top_k=min(top_k, 4), **options), 8)
     reference = fewer(logits_SE[:, left], bias_E[left])
     expected = torch.zeros(50, 4).scatter_add_(1, reference.indices_Sk, reference.weights_Sk)
     torch.testing.assert_close(weights_SE[:, left], expected)
@@ -32,7 +33,7 @@ def test_the_others_route_as_if_the_expert_had_never_been(gate: str, top_k: int)
 
 
 def test_the_only_expert_leaves_nothing_behind():
-    only = build_gate(MoeConfig(num_experts=1, top_k=1))
+    only = build_gate(MoeConfig(num_experts=1, top_k=1), 8)
     routing = GateWithout(only, 0)(torch.randn(6, 1), torch.zeros(1))
     assert routing.weights_Sk.abs().max() == 0
 

@@ -394,7 +394,12 @@ def test_the_last_layers_of_both_stacks_train_and_the_table_of_words_does_not(fa
 
 
 def test_layers_chosen_by_a_word_are_chosen_in_each_stack_and_by_number_through_both():
-    layers = {"alternate": [0, 2, 4], "last_half": [1, 2, 4], "all": [0, 1, 2, 3, 4]}
+    layers = {
+        "alternate": [0, 2, 4],
+        "last_half": [1, 2, 4],
+        "all": [0, 1, 2, 3, 4],
+        "top-1": [2, 4],
+    }
     for word, expected in layers.items():
         assert [
             block.layer for block in decoder_model(moe=moe_config(layers=word)).moe_layers()
@@ -428,7 +433,7 @@ def test_models_without_heads_have_no_projection_and_no_text_task_no_decoder():
 def test_the_decoder_reads_states_that_have_seen_the_picture(fusion, family):
     model = seeing_model(fusion, tasks=MIXED, family=family, moe=moe_config(route_by="both")).eval()
     for name, weight in model.named_parameters():
-        if name.startswith("fusion.") and weight.ndim > 1:
+        if (name.startswith("fusion.") or "encoder_attn" in name) and weight.ndim > 1:
             torch.nn.init.normal_(weight, std=0.5)
     batch = with_pictures(decoder_batch(family=family), [1, 3, 4])
     before = model(batch).logits

@@ -100,6 +100,8 @@ def test_the_block_sits_beside_the_feed_forward_before_the_residual_sum(family):
         ("alternate", 6, [1, 3, 5]),
         ("alternate", 3, [0, 2]),
         ("last_half", 6, [3, 4, 5]),
+        ("top-1", 3, [2]),
+        ("top-3", 3, [0, 1, 2]),
         ([2, 0], 3, [0, 2]),
     ],
 )
@@ -110,6 +112,8 @@ def test_layers_are_chosen_by_word_or_number(layers, count, expected):
 def test_layers_that_do_not_exist_are_refused():
     with pytest.raises(ValueError, match="model.moe.layers .* from 0 to 2"):
         chosen_layers([0, 3], 3)
+    with pytest.raises(ValueError, match="model.moe.layers .* top-3 at most"):
+        chosen_layers("top-4", 3)
 
 
 @pytest.mark.parametrize(

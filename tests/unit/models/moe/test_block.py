@@ -79,7 +79,7 @@ def test_a_mixture_equals_the_weighted_sum_of_its_experts():
     scores = torch.sigmoid(x[0] @ mixture.gate.weight.T)
     best, picks = scores.topk(2)
     weights = torch.zeros(20, 4, dtype=torch.float64).scatter(
-        1, picks, best / best.sum(1, keepdim=True)
+        1, picks, 2 * best / best.sum(1, keepdim=True)
     )
     each = [
         dense_expert(x[0], mixture.experts.gate_up_proj[e], mixture.experts.down_proj[e])
@@ -109,7 +109,7 @@ def test_permuting_the_experts_changes_nothing(gate):
 def test_the_paper_gate_equals_ten_lines_of_float64():
     """route_by task, k = E, no bias: s = sigmoid(W e_t), g = s / sum(s), out = W0 x + sum g_i expert_i(x)."""
     embeddings = torch.randn(2, 64, dtype=torch.float64)
-    options = dict(route_by="task", top_k=4, balance="none", shared_width=8)
+    options = dict(route_by="task", top_k=4, balance="none", shared_width=8, gate_scale=1.0)
     block, context = build_block(embeddings=embeddings, **options)
     x = torch.randn(2, 5, M, dtype=torch.float64)
     update = block(x).reshape(10, M)[context.real_index_S]
@@ -204,6 +204,43 @@ def test_a_mixture_is_what_autoep_looks_for():
     )
 
 
+def reference_update(x, y, width, rate, steps):
+    """A dense block of this width, written out: output zero at the start, Adam in float64."""
+    up = torch.randn(2 * width, x.shape[1], dtype=torch.float64) / x.shape[1] ** 0.5
+    up, down = up.requires_grad_(), torch.zeros(x.shape[1], width, dtype=torch.float64)
+    optimizer = torch.optim.Adam([up, down.requires_grad_()], lr=rate)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        (dense_expert(x, up, down) - y).square().sum().backward()
+        optimizer.step()
+    return dense_expert(x, up, down)
+
+
+@pytest.mark.parametrize("shared_width", [0, 32])
+@pytest.mark.parametrize("top_k", [1, 2, 4, 8])
+def test_experts_move_the_function_as_far_as_a_dense_block_of_their_active_width(
+    top_k, shared_width
+):
+    torch.manual_seed(0)
+    width, rate, steps = 32, 1e-3, 10
+    x = torch.randn(1024, width, dtype=torch.float64)
+    y = torch.randn(width, dtype=torch.float64)
+    expected = reference_update(x, y, 64, rate, steps).norm()
+    holder = ContextHolder(RoutingContext(torch.arange(1024), torch.zeros(1024, dtype=torch.long)))
+    options = dict(num_experts=8, top_k=top_k, balance="none", output_init=0.0)
+    config = moe_config(**options, shared_width=shared_width)
+    active = 64 - shared_width
+    block = CooperativeBlock(width, active // top_k, config, layer=0, holder=holder).double()
+    optimizer = torch.optim.Adam(block.parameters(), lr=rate)
+    for _ in range(steps + 1):
+        holder.context.routings.clear()
+        update = block(x.view(1, 1024, width))[0]
+        optimizer.zero_grad()
+        (update - y).square().sum().backward()
+        optimizer.step()
+    assert 0.8 < (update.norm() / expected).item() < 1.25
+
+
 @pytest.mark.parametrize("spread", [0.0, 0.3])
 def test_output_init_is_the_spread_of_the_output_projection(spread):
     torch.manual_seed(0)
@@ -213,4 +250,7 @@ def test_output_init_is_the_spread_of_the_output_projection(spread):
     )
     assert experts.down_proj.std().item() == pytest.approx(spread, rel=0.05)
     assert dense.down.weight.std().item() == pytest.approx(spread, rel=0.1)
-    assert experts.gate_up_proj.std().item() == pytest.approx(0.02, rel=0.05)
+    assert experts.gate_up_proj.std().item() == pytest.approx(32**-0.5, rel=0.05)
+    assert dense.gate_up.weight.std().item() == pytest.approx(32**-0.5, rel=0.05)
+    narrow = Experts(8, 32, 64, expert_init=0.02)
+    assert narrow.gate_up_proj.std().item() == pytest.approx(0.02, rel=0.05)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 from comoe.config.recipe import MoeConfig
+from comoe.models.moe.block import ContextHolder, CooperativeBlock, RoutingContext
 from comoe.models.moe.gate import (
     GATES,
     PendingRoute,
@@ -20,6 +22,7 @@ from comoe.models.moe.gate import (
 )
 
 NO_BIAS = torch.zeros(4)
+LEARNED = [name for name, gate in GATES.items() if not gate.for_measuring]
 
 
 def logits(rows=50, experts=4, seed=0):
@@ -36,6 +39,37 @@ def test_weights_of_several_experts_sum_to_one_and_counts_cover_every_route(name
     assert routing.weights_Sk.dtype == routing.scores_SE.dtype == torch.float32
 
 
+@pytest.mark.parametrize("name", GATES)
+@pytest.mark.parametrize("top_k", [1, 2, 4, 8])
+def test_under_the_automatic_scale_selected_experts_weigh_one_at_the_start(name, top_k):
+    moe = MoeConfig(num_experts=8, top_k=top_k, gate=name, temperature=0.8, balance="none")
+    z = 0.02 * 384**0.5 * logits(5000, 8).detach().double()
+    bias_E = torch.zeros(8, dtype=torch.float64)
+    weights_Sk = build_gate(moe, 384)(z, bias_E).weights_Sk
+    assert weights_Sk.mean().item() == pytest.approx(1, abs=0.02)
+    moe.gate_scale = 1.0
+    mean_Sk = build_gate(moe, 384)(z, bias_E).weights_Sk
+    if top_k > 1 or name not in LEARNED:
+        torch.testing.assert_close(mean_Sk, weights_Sk / top_k)
+    else:
+        scores_SE = {"sigmoid": torch.sigmoid, "softmax": lambda t: t.softmax(1)}[name](z / 0.8)
+        torch.testing.assert_close(mean_Sk[:, 0], scores_SE.amax(1) / scores_SE.sum(1))
+
+
+@pytest.mark.parametrize("route_by", ["token", "task", "both"])
+def test_logits_of_task_and_token_are_equally_wide_at_the_start(route_by):
+    torch.manual_seed(0)
+    moe = MoeConfig(num_experts=8, top_k=1, route_by=route_by, output_init=0.1)
+    holder = ContextHolder(RoutingContext(torch.arange(2000), torch.arange(2000)))
+    holder.context.task_embeddings_BD = nn.Embedding(2000, moe.task_embedding_width).weight
+    block = CooperativeBlock(384, 8, moe, layer=0, holder=holder)
+    block(3 * torch.randn(1, 2000, 384))
+    routing = holder.context.routings[0]
+    expected = 0.02 * 384**0.5 * (2**0.5 if route_by == "both" else 1)
+    assert routing.logits_SE.std().item() == pytest.approx(expected, rel=0.1)
+    assert routing.weights_Sk.mean().item() == pytest.approx(1, abs=0.05)
+
+
 def test_weights_equal_a_hand_computed_case():
     z = torch.tensor([[0.0, 2.0, -1.0, 1.0]])
     routing = SigmoidGate(2)(z, NO_BIAS)
@@ -50,9 +84,6 @@ def test_softmax_scores_compete_and_sigmoid_scores_do_not():
     torch.testing.assert_close(
         SigmoidGate(2)(z, NO_BIAS).scores_SE, torch.full((1, 4), 0.9525741268)
     )
-
-
-LEARNED = [name for name, gate in GATES.items() if not gate.for_measuring]
 
 
 @pytest.mark.parametrize("name", LEARNED)
@@ -159,7 +190,7 @@ def test_picks_are_handed_over_for_one_call():
 
 @pytest.mark.parametrize("balance", ["none", "bias"])
 def test_a_single_expert_may_keep_the_default_balance_whose_bias_stays_zero(balance):
-    routing = build_gate(MoeConfig(num_experts=1, top_k=1, balance=balance))(
+    routing = build_gate(MoeConfig(num_experts=1, top_k=1, balance=balance), 8)(
         logits(experts=1), torch.zeros(1)
     )
     bias = torch.zeros(1)
