@@ -550,6 +550,9 @@ class TrainConfig:
     """At the end of the run fit the probability from which a label is given (multi_label;
     single_label with two labels) on the validation posts; kept only where it also gains on posts
     that did not choose it."""
+    measure_experts: Flag = option(True, read_when="model.moe.num_experts > 0")
+    """At the end of the run score up to 1,000 validation posts per data set twice more, with all
+    experts off and with experts in turn, and say what experts and gate are worth."""
     max_nonfinite: Count = 5
     """Steps in a row with a loss that is not finite before the run stops."""
     seed: CountFrom0 = 0

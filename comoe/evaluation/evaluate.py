@@ -41,7 +41,7 @@ def slice_scores(
         cells = columns.get(column, ())
         for value in natural_order(cell for cell in cells if cell is not None):
             rows = np.flatnonzero([cell == value for cell in cells])
-            values = task.rules.score(_picked(gold, rows), _picked(scores, rows), task)
+            values = task.rules.score(picked(gold, rows), picked(scores, rows), task)
             names = dict.fromkeys(
                 (task.metric, *(name for name in SLICED_METRICS if name in values))
             )
@@ -50,7 +50,8 @@ def slice_scores(
     return found
 
 
-def _picked(values: Any, rows: np.ndarray) -> Any:
+def picked(values: Any, rows: np.ndarray) -> Any:
+    """Some posts of what ``Kind.gold_and_scores`` gave."""
     return [values[row] for row in rows] if isinstance(values, list) else values[rows]
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from comoe.evaluation.evaluate import mean_metric
+from comoe.evaluation.experts_off import CONDITIONS, IN_TURN, OFF, pending_route
 from comoe.experiments.finished_run import load_trained
 from comoe.inference.score import score_split
 from comoe.models.moe.block import CooperativeBlock
@@ -78,6 +79,9 @@ class Removal:
     """Rise of the mean loss, which resolves smaller effects than a metric of predicted labels."""
     limit: int | None
     """Maximum of posts per data set."""
+    conditions: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """Key of ``CONDITIONS`` -> ``drop`` of the mean metric and ``loss_rise``, of all layers at
+    once; empty in files of earlier versions."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists and numbers."""
@@ -85,6 +89,7 @@ class Removal:
         return {
             "layers": list(self.layers), "posts": self.posts, "whole": dict(self.whole),
             **{name: np.round(array_LE, 6).tolist() for name, array_LE in arrays.items()}, "limit": self.limit,
+            "conditions": {name: dict(values) for name, values in self.conditions.items()},
         }  # fmt: skip
 
 
@@ -118,7 +123,7 @@ def measure_removal(
             f"{run_folder} was trained without experts (model.moe.num_experts is 0): nothing to remove."
         )
     experts, tasks = predictor.exported.model_config.moe.num_experts, predictor.tasks
-    passes = 1 + len(blocks) * experts
+    passes = 1 + len(CONDITIONS) + len(blocks) * experts
     with tqdm(total=passes, unit="pass", disable=not progress, dynamic_ncols=True) as bar:
 
         def score() -> tuple[float, float]:
@@ -129,6 +134,11 @@ def measure_removal(
             return mean_metric(metrics, tasks), float(np.mean(losses))
 
         whole = score()
+        conditions = {}
+        for name, condition in CONDITIONS.items():
+            with condition(predictor.exported.model):
+                mean, loss = score()
+            conditions[name] = {"drop": whole[0] - mean, "loss_rise": loss - whole[1]}
         without = np.empty((len(blocks), experts, 2))
         for layer, block in enumerate(blocks):
             for expert in range(experts):
@@ -141,19 +151,20 @@ def measure_removal(
         drop_LE=whole[0] - without[..., 0],
         loss_rise_LE=without[..., 1] - whole[1],
         limit=limit,
+        conditions=conditions,
     )
 
 
 @contextmanager
 def removed(block: CooperativeBlock, expert: int) -> Iterator[None]:
     """Within the context the block routes as if it had no such expert."""
-    router = block.mixture.router
-    before = router.gate
-    router.gate = GateWithout(before, expert)
+    route = pending_route(block)
+    before = route.gate
+    route.gate = GateWithout(before, expert)
     try:
         yield
     finally:
-        router.gate = before
+        route.gate = before
 
 
 def removal_lines(removal: Removal) -> list[str]:
@@ -164,6 +175,10 @@ def removal_lines(removal: Removal) -> list[str]:
         "drop of the mean metric without one expert (rise of the loss); below 0 the expert does harm.",
         "A few changed predictions are noise: the loss is more sensitive; more seeds are decisive.",
     ]
+    for name, told in ((OFF, "all experts off"), (IN_TURN, "experts in turn instead of routed")):
+        if name in removal.conditions:
+            values = removal.conditions[name]
+            lines.append(f"{told}: {values['drop']:+.4f} ({values['loss_rise']:+.4f})")
     layers = zip(removal.layers, removal.drop_LE, removal.loss_rise_LE, strict=True)
     for layer, drops, rises in layers:
         pairs = enumerate(zip(drops, rises, strict=True))
@@ -179,5 +194,6 @@ def read_removal(file: Path) -> Removal:
     read = json.loads(file.read_text(encoding="utf-8"))
     drop_LE, loss_rise_LE = np.array(read["drop"]), np.array(read["loss_rise"])
     return Removal(
-        tuple(read["layers"]), read["posts"], read["whole"], drop_LE, loss_rise_LE, read["limit"]
-    )
+        tuple(read["layers"]), read["posts"], read["whole"], drop_LE, loss_rise_LE, read["limit"],
+        read.get("conditions", {}),
+    )  # fmt: skip

@@ -9,6 +9,7 @@ from typing import Any
 
 from comoe.config.recipe import Recipe
 from comoe.data.reading.inputs import pair_in_training
+from comoe.evaluation.experts_off import OFF, experts_table, verdicts
 from comoe.evaluation.tables import (
     calibration_sentences,
     calibration_table,
@@ -55,6 +56,7 @@ def model_card(
         f"## Tasks\n\n{_task_table(tasks)}",
         f"## Measured results\n\n{_results(tasks, results)}",
         *_calibration((results or {}).get("calibration")),
+        *_experts(tasks, results or {}),
         f"## Training\n\n{_training(recipe, config, results)}",
         f"## Limits\n\n{_limits(recipe, tasks)}",
     ]
@@ -211,6 +213,15 @@ def _calibration(report: Mapping[str, Any] | None) -> list[str]:
     if not report:
         return []
     return ["## Calibration", _table(calibration_table(report)), *calibration_sentences(report)]
+
+
+def _experts(tasks: Sequence[Task], results: Mapping[str, Any]) -> list[str]:
+    if OFF not in results:
+        return []
+    return [
+        f"## What the experts add\n\n{_table(experts_table(results, tasks))}",
+        *verdicts(results),
+    ]
 
 
 def _training(recipe: Recipe, config: Mapping[str, Any], results: Mapping[str, Any] | None) -> str:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -24,12 +25,16 @@ from comoe.distributed import (
 )
 from comoe.evaluation.embedding_stats import EmbeddingStats
 from comoe.evaluation.evaluate import Evaluation, evaluate
+from comoe.evaluation.experts_off import CONDITIONS, change
 from comoe.evaluation.routing_stats import RoutingStats
 from comoe.tasks.task import Task
 from comoe.train.training_run import TrainingRun
 from comoe.types import Batch, ModelOutput, labelled_rows
 
 EVAL_BATCH = 64
+
+MEASURED_POSTS = 1000
+"""Validation posts of each data set that ``measure_experts`` scores."""
 
 STOP_CHECK_EVERY = 8
 """Batches between two checks of the stop signal: each is a reduction over ranks."""
@@ -94,6 +99,59 @@ def evaluate_split(
             detokenize=run.collator.detokenize,
         )
     return replace(evaluation, **observed.measures())
+
+
+def measure_experts(run: TrainingRun, whole: Evaluation) -> dict[str, Any]:
+    """What experts and gate are worth on validation posts, by the keys of ``CONDITIONS``; see ``change``.
+
+    Args:
+        run: every rank must call it.
+        whole: the run's evaluation of the validation split, with its outputs.
+    """
+    split = run.splits["validation"]
+    counted = [task.rules.scored and not task.auxiliary for task in run.tasks]
+    rows = _sample(split, split.labelled[:, counted].any(axis=1))
+    if not len(rows):
+        return {}
+    chosen = set(rows.tolist())
+    before = {
+        name: [output for output in outputs if output.row in chosen]
+        for name, outputs in whole.outputs.items()
+    }
+    batches = eval_batches(
+        split.lengths[rows], batch_size=EVAL_BATCH, rank=rank(), world_size=world_size()
+    )
+
+    def forward(batch: Batch) -> ModelOutput:
+        run.watch.batch(False)
+        return run.engine.forward(batch)
+
+    found = {}
+    for name, condition in CONDITIONS.items():
+        with condition(run.model):
+            after = evaluate(
+                forward,
+                split,
+                collator=run.collator,
+                tasks=run.tasks,
+                batches=[rows[places] for places in batches],
+                gather=all_gather_objects,
+                device=run.engine.device,
+                predictions=False,
+                detokenize=run.collator.detokenize,
+            )
+        found[name] = change(before, after.outputs, run.tasks)
+    return found
+
+
+def _sample(split: TokenizedSplit, wanted_N: np.ndarray) -> np.ndarray:
+    """Some of the wanted posts, at most ``MEASURED_POSTS`` of each data set, evenly spaced."""
+    parts = [np.flatnonzero(wanted_N & (split.groups == group)) for group in set(split.groups)]
+    kept = [
+        part[np.linspace(0, len(part) - 1, min(len(part), MEASURED_POSTS)).astype(np.int64)]
+        for part in parts
+    ]
+    return np.sort(np.concatenate(kept))
 
 
 class _Observed:

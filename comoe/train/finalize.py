@@ -19,6 +19,7 @@ from comoe.data.tokens.split import tokenize_split
 from comoe.distributed import barrier, broadcast_object, is_main, max_over_ranks, world_size
 from comoe.evaluation.calibration import Calibrator, reliability_bins
 from comoe.evaluation.evaluate import Evaluation
+from comoe.evaluation.experts_off import experts_lines
 from comoe.evaluation.tables import (
     calibration_lines,
     format_results_table,
@@ -31,7 +32,7 @@ from comoe.tasks.prompts import wants_pair
 from comoe.tasks.task import Task
 from comoe.train.checkpoint.folder import best_checkpoint, find_checkpoint
 from comoe.train.checkpoint.save_load import load_checkpoint
-from comoe.train.evaluator import evaluate_split
+from comoe.train.evaluator import evaluate_split, measure_experts
 from comoe.train.monitor.log_window import log_lost_pictures
 from comoe.train.monitor.metrics_file import write_results
 from comoe.train.monitor.monitor import Monitor
@@ -103,6 +104,10 @@ def finalize(run: TrainingRun) -> None:
             run.monitor.log_evaluation(step, split=split, evaluation=found)
         run.monitor.log_projector(step, split=split, embeddings=found.embeddings)
     _log_calibration(run.monitor, step, calibrator)
+    experts = {}
+    if options.measure_experts and run.model.moe_layers() and "validation" in evaluations:
+        experts = measure_experts(run, evaluations["validation"])
+        run.monitor.log_experts(step, experts, lines=experts_lines(experts, run.tasks))
     # The thresholds were chosen on the validation posts, where results would be too good.
     plain = [replace(task, thresholds=None) for task in calibrator.tasks]
     seconds = sum(found.forward_seconds or 0.0 for found in evaluations.values())
@@ -116,6 +121,7 @@ def finalize(run: TrainingRun) -> None:
             "peak_memory_bytes_per_rank": peak,
             "predicted_posts_per_second": predicted / seconds if seconds else None,
             "calibration": calibrator.report(),
+            **experts,
         }
         # The export comes last and tells that all is written; not one that an earlier end of the
         # run left.
@@ -159,6 +165,8 @@ def print_results(folder: Path, tasks: Sequence[Task]) -> None:
         )
     )
     print("\n".join(["", *calibration_lines(results.get("calibration", {})), ""]))
+    if experts := experts_lines(results, tasks):
+        print("\n".join([*experts, ""]))
     print(f"run folder     {folder}")
     print(f"watch          tensorboard --logdir {folder.parent}")
     export = folder / "export"

@@ -102,6 +102,19 @@ def test_results_hold_both_splits_and_how_the_run_went(smoke_run: Finished) -> N
     assert results["data"]["posts"] == {name: sizes for name in ("reviews", "mentions", "stance")}
 
 
+def test_results_tell_what_experts_and_gate_are_worth(smoke_run: Finished) -> None:
+    results = read_json(smoke_run.folder / "results.json")
+    card = (smoke_run.folder / "export" / "README.md").read_text(encoding="utf-8")
+    for key in ("experts_off", "experts_in_turn"):
+        found = results[key]
+        assert found["posts"] == 240 and tuple(found["tasks"]) == TASKS
+        for task, metric in MAIN_METRICS.items():
+            assert {metric, "loss", "metric_error", "loss_error"} == set(found["tasks"][task])
+    # Six steps from outputs of zero: nothing yet.
+    assert results["experts_off"]["adds_nothing"] and "the experts add nothing" in card
+    assert "the experts add nothing" in smoke_run.done.out
+
+
 def test_every_labelled_post_of_both_splits_is_predicted(smoke_run: Finished) -> None:
     counted = read_json(smoke_run.folder / "results.json")["metrics"]
     for split in ("validation", "test"):
@@ -145,6 +158,8 @@ def test_tensorboard_shows_losses_metrics_rates_weights_gates_and_images(
     assert {f"routing/layer_{layer}/{name}" for layer in LAYERS for name in measures} <= scalars
     logged = [event.value for event in events.Scalars("train/loss")]
     assert logged == pytest.approx(losses(smoke_run.folder), rel=1e-6)
+    off = {f"experts_off/{task}/{name}" for task in TASKS for name in ("loss", MAIN_METRICS[task])}
+    assert off | {"experts_in_turn/mean/loss"} <= scalars
     images = set(events.Tags()["images"])
     shown = {f"confusion/{split}/mood" for split in ("validation", "test")}
     assert shown | {"routing/layer_expert", "routing/task_expert"} <= images
@@ -180,9 +195,11 @@ def test_the_command_ends_with_the_table_and_what_to_type_next(smoke_run: Finish
         list(pair) for pair in MAIN_METRICS.items()
     ]
     after = [line.split()[0] for line in lines[end:] if line.strip()]
-    assert after[:2] == ["calibration", "task"] and set(after[3:-3]) - {"Thresholds"} == set(
+    experts = after.index("experts")
+    assert after[:2] == ["calibration", "task"] and set(after[3:experts]) - {"Thresholds"} == set(
         TASKS
     ) - {"strength"}
+    assert after[experts + 3 : -3] == [*TASKS, "mean", "warning:"]
     assert after[-3:] == ["run", "watch", "predict"]
 
 

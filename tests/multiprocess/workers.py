@@ -279,7 +279,7 @@ def case(
         norms.append(report.grad_norm)
     after = gather_full_state(engine.deepspeed)
     batch = batch_of(posts(99, 4))
-    by_engine = engine.forward(batch).logits
+    by_engine = under_conditions(engine.objective.model, lambda: engine.forward(batch))
     answer: dict[str, Any] = {
         "losses": values,
         "norms": norms,
@@ -289,14 +289,25 @@ def case(
     answer["sums"] = [str(engine.deepspeed.get_data_types()[1])]
     if after:
         answer |= _outcome(before, after)
-        answer["engine_logits"] = {key: value.float().numpy() for key, value in by_engine.items()}
+        answer["engine_logits"] = by_engine
     if after and plainly:
         plain = build_objective(recipe, tasks_of(recipe), num_domains=NUM_DOMAINS).model.eval()
         plain.load_state_dict(after)
         with torch.no_grad():
-            by_plain = plain(batch).logits
-        answer["plain_logits"] = {key: value.numpy() for key, value in by_plain.items()}
+            answer["plain_logits"] = under_conditions(plain, lambda: plain(batch))
     return answer
+
+
+def under_conditions(model: Any, forward: Any) -> dict[str, np.ndarray]:
+    """Logits as trained, by task, and with experts off and in turn, by ``<condition>/<task>``."""
+    from comoe.evaluation.experts_off import CONDITIONS
+
+    found = {name: value.float().numpy() for name, value in forward().logits.items()}
+    for condition, within in CONDITIONS.items():
+        with within(model):
+            logits = forward().logits.items()
+        found |= {f"{condition}/{name}": value.float().numpy() for name, value in logits}
+    return found
 
 
 def _outcome(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> dict[str, Any]:

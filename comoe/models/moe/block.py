@@ -104,6 +104,8 @@ class ContextHolder:
 
     context: RoutingContext | None = None
     """Set by the owner before each encode and cleared after it."""
+    off: bool = False
+    """Every block runs and adds 0: to measure what blocks are worth, on all ranks alike."""
 
 
 class CooperativeBlock(nn.Module):
@@ -176,5 +178,7 @@ class CooperativeBlock(nn.Module):
         if self.shared is not None:
             update_SM = update_SM + self.shared(x_SM)
         update_SM = self.dropout(update_SM).to(flat_NM.dtype)
+        if self.holder.off:
+            update_SM = torch.zeros_like(update_SM)
         update_NM = torch.zeros_like(flat_NM).index_copy(0, context.real_index_S, update_SM)
         return update_NM.view_as(x_BLM)

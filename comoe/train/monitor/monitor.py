@@ -195,6 +195,25 @@ class Monitor:
                 f"reliability/{split}/{task}", f"reliability_{split}_{task}", figure, step
             )
 
+    def log_experts(
+        self, step: int, changes: Mapping[str, Mapping[str, Any]], *, lines: Sequence[str]
+    ) -> None:
+        """Show what experts and gate are worth: ``<condition>/<task>/<metric>``, and the table as text.
+
+        Args:
+            step: of the weights.
+            changes: condition -> of ``comoe.evaluation.experts_off.change``.
+            lines: the table.
+        """
+        if not self.enabled or not changes:
+            return
+        for condition, found in changes.items():
+            for task, values in {**found["tasks"], "mean": found["mean"]}.items():
+                scalars = {f"{condition}/{task}/{name}": value for name, value in values.items()}
+                self._scalars(scalars, step)
+        fenced = "\n".join(f"    {line}" for line in lines)
+        self._writer.add_text("experts", fenced, global_step=step)
+
     def log_event(self, event: Mapping[str, Any]) -> None:
         """Write something that happened (a skipped step, a stop, a checkpoint) as a line with ``split: event``."""
         if self.enabled:
