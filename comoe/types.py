@@ -49,8 +49,9 @@ class Batch:
     IGNORED or NaN."""
     unit_scale_T: Tensor | None = None
     """W * accumulation steps / units of the task in the whole optimizer step, 0 for an absent task;
-    then the same for the labelled posts of each task, and at ``DOMAINS``, ``TOKENS`` and
-    ``TARGET_TOKENS``: (2 T + 3,). Set by the trainer, None outside training."""
+    then the same for the labelled posts of each task, for its soft labels (``soft_scales``), and at
+    ``DOMAINS``, ``TOKENS`` and ``TARGET_TOKENS``: (3 T + 3,). Set by the trainer, None outside
+    training."""
 
     pixels_I3HW: Tensor | None = None
     """Prepared images, float32, each once; at least one (blank, of row -1) where the run reads
@@ -82,6 +83,10 @@ class Batch:
     share its weight."""
     texts: Mapping[str, Sequence[str | None]] = field(default_factory=dict)
     """Task of free text -> the text that each of the B rows wants, None where it wants none."""
+    soft_labels: Mapping[str, Tensor] = field(default_factory=dict)
+    """Task with soft labels -> probability of each label (B, Y), of tags (B, L, Y) at the first
+    piece of each word, of regression the teacher's number (B, 1), float32; NaN where there is
+    none."""
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
@@ -104,7 +109,7 @@ class Batch:
             if item.name.endswith(("_B", "_BL", "_BD"))
             and isinstance(value := getattr(self, item.name), Tensor)
         }
-        for name in ("labels", "confidences"):
+        for name in ("labels", "confidences", "soft_labels"):
             kept[name] = {task: values[rows_R] for task, values in getattr(self, name).items()}
         rows = rows_R.tolist() if self.texts else []
         kept["texts"] = {task: [texts[row] for row in rows] for task, texts in self.texts.items()}
@@ -120,6 +125,11 @@ class Batch:
         return replace(
             self, **kept, pixels_I3HW=pixels_I3HW, image_rows_I=places_I, image_numbers_I=numbers_I
         )
+
+
+def soft_scales(scale_T: Tensor, num_tasks: int) -> Tensor:
+    """The part of ``Batch.unit_scale_T`` that is of soft labels, (T,)."""
+    return scale_T[DOMAINS - num_tasks : DOMAINS]
 
 
 def labelled_rows(batch: Batch, tasks: Sequence[str]) -> Tensor:
@@ -255,8 +265,9 @@ class StepOutput:
     loss: Tensor
     """Scalar to call backward on."""
     terms: Mapping[str, Tensor]
-    """Detached scalars: ``task/<name>``, ``weight/<name>``, ``contrastive``,
-    ``contrastive/<name>``, ``positives_per_anchor/<name>``, ``temperature/<name>``, ``itc``,
+    """Detached scalars: ``task/<name>``, ``weight/<name>``, ``gold/<name>``, ``soft/<name>``,
+    ``contrastive``, ``contrastive/<name>``, ``positives_per_anchor/<name>``, ``temperature/<name>``,
+    ``itc``,
     ``itc_temperature``, ``itm``, ``itm_accuracy``, ``balance``, ``z``, ``task_separation``,
     ``orthogonal``, ``adversarial``, ``adversarial_accuracy``, ``adversarial_commonest``,
     ``adversarial_even``, ``adversarial_lambda``."""

@@ -49,7 +49,7 @@ def option(default: Any, *, read_when: str) -> Any:
     Args:
         default: its default.
         read_when: ``<option> = <word> or <word>`` (for a list: that one of its items is the word),
-            ``<option> > <number>`` (for a mapping: its length), or ``images are read``; several
+            ``<option> > <number>`` (for a mapping or list: its length), or ``images are read``; several
             joined by `` and ``.
     """
     return Field(default, json_schema_extra={"read_when": read_when})

@@ -260,6 +260,36 @@ class LossConfig:
 
 
 @section
+class DistillConfig:
+    """Soft labels: what finished models, the teachers, say of every post for every task that they know.
+    A post without a label of a task is learned from all the same."""
+
+    teachers: Annotated[list[Given], DIFFERENT] = field(default_factory=list)
+    """Exports of comoe (folders), of any encoder: joint ones, one per task, or several per task,
+    whose probabilities are averaged. Tasks and labels are matched by name. A task that no teacher
+    knows is learned from its gold labels alone. Empty is no distillation."""
+    tasks: Names = option([], read_when="distill.teachers > 0")
+    """Tasks that learn from the teachers; empty is all that a teacher knows."""
+    temperature: Positive = 1.0
+    """Both sides of the soft loss are softened by it, and the loss is multiplied by its square
+    (arXiv:1503.02531). Numbers of regression tasks have none."""
+    gold_weight: NotNegative = option(0.3, read_when="distill.annealing = none")
+    """Weight of the loss on gold labels beside the soft loss, in tasks that have soft labels."""
+    annealing: Literal["none", "linear"] = "none"
+    """none, or linear: from soft to gold labels over the run; the gold loss weighs p and the soft loss
+    of posts with a gold label 1 - p, p the share of the steps done (BAM, arXiv:1907.04829)."""
+    unlabelled: Annotated[list[Given], DIFFERENT] = option([], read_when="distill.teachers > 0")
+    """Files, folders or hub names of posts, with or without labels, that join training with the
+    teachers' soft labels alone; relative to ``data.root``. Each is a data set to
+    ``data.mixing`` and ``data.limit_per_task``."""
+    unlabelled_text: Given = option("text", read_when="distill.unlabelled > 0")
+    """Column with the post in files of ``unlabelled`` that have columns."""
+    cache: Flag = option(True, read_when="distill.teachers > 0")
+    """Keep the teachers' probabilities on disk, by the content of teacher and post, and use them
+    again; an interrupted computation goes on where it was."""
+
+
+@section
 class RunConfig:
     """Name and place of the run."""
 
@@ -575,6 +605,8 @@ class Recipe:
     """Task name -> task."""
     loss: LossConfig = field(default_factory=LossConfig)
     """Objective."""
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    """Soft labels of teachers."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """Optimization."""
 
@@ -583,6 +615,7 @@ __all__ = [
     "AdversarialConfig",
     "ContrastiveConfig",
     "DataConfig",
+    "DistillConfig",
     "ImageTextConfig",
     "LossConfig",
     "ModelConfig",

@@ -168,6 +168,22 @@ def _early_stop(recipe: Recipe) -> Broken:
         yield key, f"is {metric!r}, but tasks.{task} is auxiliary; name another task, or mean."
 
 
+def _distillation(recipe: Recipe) -> Broken:
+    config = recipe.distill
+    if config.unlabelled and not config.teachers:
+        rule = "is given, but there are no teachers to label these posts; name some in distill.teachers"
+        yield "distill.unlabelled", f"{rule}, or make the posts a task of kind unlabelled."
+    for name in config.tasks:
+        if name not in recipe.tasks:
+            yield "distill.tasks", f"names {name!r}: {unknown_name('task', name, recipe.tasks)}"
+    learning = config.tasks or recipe.tasks if config.teachers else ()
+    for name in learning:
+        if recipe.tasks[name].kind in BY_DECODER:
+            others = ", ".join(task for task in recipe.tasks if task != name) or "none"
+            rule = "a decoder predicts it, and learns from gold labels alone"
+            yield "distill.tasks", f"has {name}, but {rule}; list the other tasks ({others})."
+
+
 RULES: tuple[Callable[[Recipe], Broken], ...] = (
     _tasks,
     _encoder,
@@ -175,4 +191,5 @@ RULES: tuple[Callable[[Recipe], Broken], ...] = (
     _losses,
     _mixing,
     _early_stop,
+    _distillation,
 )

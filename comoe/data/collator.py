@@ -16,7 +16,14 @@ from comoe.data.columns import Domains, confidences_of, domain_columns
 from comoe.data.images.pixels import PixelReader
 from comoe.data.posts import hidden, unlabelled_posts
 from comoe.data.tokens.prompts import Wording, check_end_token, detokenize, label_tokens
-from comoe.data.tokens.split import TokenizedSplit, TokenRow, assemble_split, no_tokens, target_of
+from comoe.data.tokens.split import (
+    TokenizedSplit,
+    TokenRow,
+    assemble_split,
+    no_tokens,
+    soft_of,
+    target_of,
+)
 from comoe.data.tokens.tokenize import tokenize
 from comoe.tasks.task import Task, decoder_tasks
 from comoe.types import IGNORED, Batch
@@ -52,7 +59,8 @@ class Collator:
 
     ``route_by: token`` has one row per post for all tasks with a head, and one per (post, task in
     decoder mode), with the task's prompt. ``task`` and ``both`` have one row per (post,
-    labelled task). The labels of tasks that a row does not serve are missing in it.
+    labelled task), a soft label being one too. The labels of tasks that a row does not serve are
+    missing in it.
 
     Args:
         tokenizer: from ``load_tokenizer``.
@@ -120,18 +128,6 @@ class Collator:
         pixels, image_rows, image_numbers = (
             (None,) * 3 if self.pixels is None else self.pixels.collate(images)
         )
-        labels, texts = {}, {}
-        for number, task in enumerate(self.tasks):
-            # The post of each row that the task is for, -1 for other rows.
-            of_task = [post if task.rules.serves(only, number) else -1 for post, only in pairs]
-            targets = [
-                None if post < 0 else target_of(split, task, post, row)
-                for post, row in zip(of_task, rows, strict=True)
-            ]
-            labels[task.name] = task.rules.collate(targets, labels=task.labels, length=length)
-            if task.mode == "decoder" and not task.label_words:
-                column = split.posts.labels[task.name]
-                texts[task.name] = [None if post < 0 else column[post] for post in of_task]
         shares = [len(served.get(post, "-")) for post in posts]
         pad = functools.partial(_padded, length=length)
         return Batch(
@@ -144,8 +140,7 @@ class Collator:
             word_starts_BL=pad([row.word_starts for row in rows]).bool(),
             task_ids_B=torch.tensor([task for _, task in pairs], dtype=torch.int64),
             row_ids_B=torch.tensor(posts, dtype=torch.int64),
-            labels=labels,
-            texts=texts,
+            **self._targets(split, pairs, rows, length=length),
             confidences=confidences_of(split.posts, posts, self.tasks),
             target_ids_BD=_ragged([self._target_ids(split, post, task) for post, task in pairs])
             if self._decoded
@@ -197,10 +192,42 @@ class Collator:
         wording = Wording(self.tokenizer, max_length=max_length, normalize=normalize)
         return assemble_split(posts, seen, tokens, tasks=self.tasks, wording=wording, asked=asked)
 
+    def _targets(
+        self,
+        split: TokenizedSplit,
+        pairs: Sequence[tuple[int, int]],
+        rows: Sequence[TokenRow],
+        *,
+        length: int,
+    ) -> dict[str, Any]:
+        """``labels``, ``soft_labels`` and ``texts`` of a batch with these (post, task) rows."""
+        labels, soft, texts = {}, {}, {}
+        for number, task in enumerate(self.tasks):
+            # The post of each row that the task is for, -1 for other rows.
+            of_task = [post if task.rules.serves(only, number) else -1 for post, only in pairs]
+            targets = [
+                None if post < 0 else target_of(split, task, post, row)
+                for post, row in zip(of_task, rows, strict=True)
+            ]
+            labels[task.name] = task.rules.collate(targets, labels=task.labels, length=length)
+            if task.name in split.soft:
+                told = [
+                    None if post < 0 else soft_of(split, task, post, row)
+                    for post, row in zip(of_task, rows, strict=True)
+                ]
+                soft[task.name] = task.rules.collate_soft(told, labels=task.labels, length=length)
+            if task.mode == "decoder" and not task.label_words:
+                column = split.posts.labels[task.name]
+                texts[task.name] = [None if post < 0 else column[post] for post in of_task]
+        return {"labels": labels, "soft_labels": soft, "texts": texts}
+
     def _served(self, split: TokenizedSplit, post: int, *, all_tasks: bool) -> list[int]:
         """Tasks of a post's rows; -1 is all that have heads."""
-        labelled = split.labelled[post]
+        labelled = split.labelled[post].copy()
         bare = not labelled.any()
+        for number in self._heads:
+            soft = split.soft.get(self.tasks[number].name)
+            labelled[number] |= soft is not None and soft.has(post)
         decoded = [
             task
             for task in self._decoded

@@ -12,12 +12,13 @@ from sklearn.model_selection import train_test_split
 
 from comoe.config.recipe import Recipe
 from comoe.data.columns import check_extra_columns, extra_columns, part_off
-from comoe.data.datasets import Group, groups_of, read_group
+from comoe.data.datasets import Group, cuts_all_posts, groups_of, read_group
 from comoe.data.images.check import ImageReader
 from comoe.data.labels import resolved_task
 from comoe.data.posts import PART_NAMES, PostSplit
 from comoe.data.reading.rows import RowReader, read_rows, settle
 from comoe.data.report import DataReport
+from comoe.tasks.labels import split_words
 from comoe.tasks.task import Task, kind_of
 
 
@@ -134,8 +135,8 @@ def load_corpus(
 
     Tasks with equal path, format, subset, splits, text and image columns share their posts. A
     data set without a validation split gives up a part of its training posts, stratified by label.
-    Training posts without any label are left out. The same recipe gives the same corpus on every
-    machine.
+    Training posts without any label are left out, unless teachers give them soft ones. The same
+    recipe gives the same corpus on every machine.
 
     Args:
         recipe: the recipe, with local paths (``comoe.starter.registry.resolve``).
@@ -161,7 +162,9 @@ def load_corpus(
     for number, group in enumerate(groups):
         splits = _parse(group, number, recipe=recipe, names=names, report=report, reader=reader)
         splits = part_off(group, splits, report)
-        splits = _with_labels_only(group, splits, report)
+        if group.tasks.keys() <= recipe.tasks.keys():
+            kept = bool(recipe.distill.teachers)
+            splits = splits if kept else _with_labels_only(group, splits, report)
         splits = _with_validation(group, splits, recipe=recipe, report=report)
         splits = _limited(group, splits, recipe=recipe, report=report)
         splits = {split: splits[split] for split in PART_NAMES if split in splits}
@@ -208,6 +211,8 @@ def _parse(
             posts = reader.read(posts, column=column)
         else:
             posts = [replace(post, image=None) for post in posts]
+        if cuts_all_posts(recipe):
+            posts = [replace(post, words=post.words or split_words(post.text)) for post in posts]
         splits[split] = PostSplit.from_posts(
             posts,
             tasks=recipe.tasks,

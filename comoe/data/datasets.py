@@ -37,12 +37,16 @@ def groups_of(recipe: Recipe) -> list[Group]:
     shared: dict[tuple, dict[str, TaskConfig]] = {}
     for name, task in recipe.tasks.items():
         shared.setdefault(_posts_of(task), {})[name] = task
+    # Posts for soft labels alone are those of a task that the recipe does not have.
+    for number, path in enumerate(recipe.distill.unlabelled):
+        task = TaskConfig(path, kind="unlabelled", text=recipe.distill.unlabelled_text)
+        shared[path, number] = {f"distill.unlabelled.{number}": task}
     groups: list[Group] = []
     for members in shared.values():
         _check_together(members)
         first, task = next(iter(members.items()))
         source = open_source(
-            f"tasks.{first}",
+            f"tasks.{first}" if first in recipe.tasks else first,
             root=recipe.data.root,
             path=task.path,
             format=task.format,
@@ -56,8 +60,17 @@ def groups_of(recipe: Recipe) -> list[Group]:
     return groups
 
 
-def read_as_words(tasks: Mapping[str, TaskConfig]) -> tuple[str, ...]:
+def cuts_all_posts(recipe: Recipe) -> bool:
+    """Whether every post is cut into words: teachers say of each one what its words are."""
+    word_tasks = (task for task in recipe.tasks.values() if kind_of(task.kind).mode == "tokens")
+    return bool(recipe.distill.teachers) and any(word_tasks)
+
+
+def read_as_words(recipe: Recipe) -> tuple[str, ...]:
     """Tasks that learn from posts cut into words: one on the same posts answers each word."""
+    tasks = recipe.tasks
+    if cuts_all_posts(recipe):
+        return tuple(tasks)
     cut = {_posts_of(task) for task in tasks.values() if kind_of(task.kind).mode == "tokens"}
     return tuple(name for name, task in tasks.items() if _posts_of(task) in cut)
 
@@ -127,6 +140,9 @@ def _check_columns(group: Group, raw: RawSplit, split: str, *, with_images: bool
     )
     plain = " Plain text has no labels: use it for kind unlabelled, or write .jsonl with labels."
     for name, task in group.tasks.items():
+        if name == group.source.key:
+            check_columns(raw, {"distill.unlabelled_text": task.text})
+            continue
         wanted = {"text": task.text, "pair": task.pair} | (
             {"image": task.image} if with_images else {}
         )

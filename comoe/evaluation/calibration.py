@@ -121,7 +121,12 @@ class Calibrator:
         if split == VALIDATION:
             tasks = tuple(replace(task, thresholds=None) for task in tasks)
         found = compute_metrics(
-            evaluation.outputs, tasks, texts=texts, columns=columns, predictions=shown
+            evaluation.outputs,
+            tasks,
+            texts=texts,
+            columns=columns,
+            predictions=shown,
+            teacher_kl=evaluation.teacher_kl,
         )
         return replace(
             found,

@@ -55,6 +55,10 @@ def picked(values: Any, rows: np.ndarray) -> Any:
     return [values[row] for row in rows] if isinstance(values, list) else values[rows]
 
 
+TEACHER_KL = "teacher_kl"
+"""Metric: Kullback-Leibler divergence of the predictions from the soft labels, in nats per post
+(word, for tags; of multi_label the mean over labels). It moves long before the metrics do."""
+
 MEAN = "mean"
 """Name of the mean of all tasks' main metrics, as ``train.early_stop_metric`` spells it."""
 
@@ -79,6 +83,9 @@ class Evaluation:
     """The embeddings and their measures, where they were taken."""
     forward_seconds: float | None = None
     """Seconds in forward passes, of the slowest rank, where they were taken."""
+    teacher_kl: dict[str, float] = field(default_factory=dict)
+    """Task with soft labels -> ``TEACHER_KL``, over all posts that have one, labelled or not. The
+    metrics of a task have it too."""
 
 
 class Collate(Protocol):
@@ -126,6 +133,7 @@ def evaluate(
     """
     scored = [task for task in tasks if task.rules.scored]
     outputs: dict[str, list[PostOutput]] = {task.name: [] for task in scored}
+    divergences: dict[str, list[tuple[int, float, float]]] = {task.name: [] for task in scored}
     with torch.no_grad():
         for indices in batches:
             batch = collator(split, indices)
@@ -136,14 +144,32 @@ def evaluate(
                     outputs[task.name] += task.rules.outputs(
                         output, batch, rows, task=task, detokenize=detokenize
                     )
+                if task.name in batch.soft_labels:
+                    divergences[task.name] += _divergences(output, batch, task)
             if progress is not None:
                 progress(len(indices))
-    shares = gather(outputs)
-    ordered = {}
-    for task in scored:
-        by_row = {output.row: output for share in shares for output in share[task.name]}
+    ordered, teacher_kl = _of_all_ranks(gather((outputs, divergences)), scored)
+    kept = {"texts": texts, "columns": columns, "predictions": predictions}
+    return compute_metrics(ordered, tasks, teacher_kl=teacher_kl, **kept)
+
+
+_Shares = Sequence[tuple[Mapping[str, Sequence[PostOutput]], Mapping[str, Sequence[tuple]]]]
+
+
+def _of_all_ranks(
+    shares: _Shares, tasks: Sequence[Task]
+) -> tuple[dict[str, list[PostOutput]], dict[str, float]]:
+    """Outputs in the order of their posts, and the mean divergence of each task that has any."""
+    ordered, teacher_kl = {}, {}
+    for task in tasks:
+        by_row = {output.row: output for share, _ in shares for output in share[task.name]}
         ordered[task.name] = [by_row[row] for row in sorted(by_row)]
-    return compute_metrics(ordered, tasks, texts=texts, columns=columns, predictions=predictions)
+        # Sorted, so that the sum does not depend on which rank had which post.
+        found = sorted({post for _, share in shares for post in share[task.name]})
+        if found:
+            _, sums, counts = np.array(found).T
+            teacher_kl[task.name] = float(sums.sum() / counts.sum())
+    return ordered, teacher_kl
 
 
 def compute_metrics(
@@ -153,6 +179,7 @@ def compute_metrics(
     texts: Sequence[str] | None = None,
     columns: Mapping[str, Sequence[str | None]] | None = None,
     predictions: bool = True,
+    teacher_kl: Mapping[str, float] | None = None,
 ) -> Evaluation:
     """Score outputs as these tasks read them: with their temperatures and thresholds.
 
@@ -164,8 +191,10 @@ def compute_metrics(
         texts: text per row of the split, shown beside the predictions.
         columns: column -> its cell per row of the split, for the tasks' slices.
         predictions: False leaves them out.
+        teacher_kl: of the evaluation, to be among the metrics.
     """
     metrics, confusions, shown = {}, {}, {}
+    teacher_kl = teacher_kl or {}
     for task in tasks:
         if not task.rules.scored:
             continue
@@ -182,12 +211,14 @@ def compute_metrics(
                 name: [column[row] for row in rows] for name, column in (columns or {}).items()
             }
             metrics[task.name] |= slice_scores(gold, scores, task, cells)
+            if task.name in teacher_kl:
+                metrics[task.name][TEACHER_KL] = teacher_kl[task.name]
             confusion = task.rules.confusion(gold, scores, task)
             if confusion is not None:
                 confusions[task.name] = confusion
         if predictions:
             shown[task.name] = _predictions(outputs[task.name], task=task, texts=texts)
-    return Evaluation(metrics, confusions, shown, dict(outputs))
+    return Evaluation(metrics, confusions, shown, dict(outputs), teacher_kl=dict(teacher_kl))
 
 
 def mean_metric(metrics: Mapping[str, Mapping[str, float]], tasks: Sequence[Task]) -> float:
@@ -280,7 +311,9 @@ def _rows_to_keep(batch: Batch, tasks: Sequence[Task]) -> dict[str, list[int]]:
         for task in tasks
         if task.rules.scored
     }
-    bare = ~torch.stack(list(labelled.values())).any(dim=0)
+    known = batch.row_ids_B[torch.stack(list(labelled.values())).any(dim=0)]
+    # A row that is there for a soft label has none of its own, though its post may have one.
+    bare = ~torch.isin(batch.row_ids_B, known)
     real = batch.row_ids_B >= 0
     kept = {}
     for index, task in enumerate(tasks):
@@ -290,6 +323,17 @@ def _rows_to_keep(batch: Batch, tasks: Sequence[Task]) -> dict[str, list[int]]:
                 :, 0
             ].tolist()
     return kept
+
+
+def _divergences(output: ModelOutput, batch: Batch, task: Task) -> list[tuple[int, float, float]]:
+    """(post, sum of its divergences, how many) of the posts with a soft label of a task."""
+    soft = batch.soft_labels[task.name]
+    present = task.rules.soft_present(soft)
+    logits = output.logits[task.name].detach().float().cpu()
+    values = task.rules.soft_divergences(logits, soft, task).double()
+    sums_B, counts_B = (part.reshape(len(soft), -1).sum(dim=1) for part in (values, present))
+    found = zip(batch.row_ids_B.tolist(), sums_B.tolist(), counts_B.tolist(), strict=True)
+    return [(row, total, float(count)) for row, total, count in found if count]
 
 
 def _predictions(

@@ -357,7 +357,7 @@ def _config(
         "num_experts_per_tok": recipe.model.moe.top_k,
         "max_length": recipe.data.max_length,
         "tasks": [task.to_dict() for task in tasks],
-        "as_words": list(read_as_words(recipe.tasks)),
+        "as_words": list(read_as_words(recipe)),
         "columns": columns_in_training(recipe.tasks),
         "model": model,
         "data": {

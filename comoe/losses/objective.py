@@ -10,11 +10,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from comoe.config.recipe import LossConfig, MoeConfig, Recipe
+from comoe.config.recipe import DistillConfig, LossConfig, MoeConfig, Recipe
 from comoe.distributed import sum_over_ranks, world_size
 from comoe.losses.adversarial import AdversarialLoss, count_domains
 from comoe.losses.contrastive.gradcache import Cached, Passes, cache_gradients, replayed
 from comoe.losses.contrastive.loss import ContrastiveLoss
+from comoe.losses.distillation import SoftLoss
 from comoe.losses.image_text import ITCLoss, ITMLoss
 from comoe.losses.orthogonal import OrthogonalLoss
 from comoe.losses.routing import BalanceLoss, TaskSeparationLoss, ZLoss
@@ -23,7 +24,15 @@ from comoe.losses.weighting.strategies import WEIGHTINGS
 from comoe.models.model import MultiTaskModel, build_model
 from comoe.models.moe.gate import build_gate
 from comoe.tasks.task import Task, decoder_tasks
-from comoe.types import IGNORED, Batch, Loss, ModelOutput, StepOutput, labelled_rows
+from comoe.types import (
+    IGNORED,
+    Batch,
+    Loss,
+    ModelOutput,
+    StepOutput,
+    labelled_rows,
+    soft_scales,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +155,7 @@ class Objective(nn.Module):
         moe: ``model.moe`` of the recipe.
         seed: ``train.seed``; decides which texts the matching loss draws.
         num_domains: values that ``loss.adversarial`` predicts; 0 without it.
+        distill: ``distill`` of the recipe, read where batches have soft labels.
     """
 
     def __init__(
@@ -157,9 +167,11 @@ class Objective(nn.Module):
         *,
         seed: int = 0,
         num_domains: int = 0,
+        distill: DistillConfig | None = None,
     ) -> None:
         super().__init__()
         self.model = model
+        self.soft_loss = SoftLoss(distill or DistillConfig())
         # DeepSpeed reads it from the module that it wraps.
         self.config = model.config
         self.tasks = tuple(tasks)
@@ -239,7 +251,8 @@ class Objective(nn.Module):
         if probed:
             gram_TT = gram_over_ranks(self._shared_gradients(output, batch))
             output = replace(output, probe=None)
-        losses_T = self.task_losses(output, batch)
+        terms: dict[str, Tensor] = {}
+        losses_T = self.task_losses(output, batch, terms)
         T = len(self.tasks)
         # Up to one factor: their shares are what counts.
         posts_T = torch.nan_to_num(1 / batch.unit_scale_T[T : 2 * T], posinf=0.0)
@@ -247,7 +260,6 @@ class Objective(nn.Module):
             losses_T, self._present(batch), posts_T=posts_T, gram_TT=gram_TT, step=batch.step
         )
         total, weights_T = self.task_share * total, self.task_share * weights_T
-        terms = {}
         for kind, values_T in (("task", losses_T), ("weight", weights_T)):
             for name, value in zip(self.names, values_T.detach(), strict=True):
                 terms[f"{kind}/{name}"] = value
@@ -297,20 +309,35 @@ class Objective(nn.Module):
         assert self._contrast is not None, "loss.contrastive.chunk_size needs a contrastive term"
         return cache_gradients(self._contrast, self._contrast.scales(), batches, passes)
 
-    def task_losses(self, output: ModelOutput, batch: Batch) -> Tensor:
-        """This micro-batch's share of each task's mean loss, (T,), float32; 0 with a gradient for an absent task."""
+    def task_losses(
+        self, output: ModelOutput, batch: Batch, parts: dict[str, Tensor] | None = None
+    ) -> Tensor:
+        """This micro-batch's share of each task's mean loss, (T,), float32; 0 with a gradient for an absent task.
+
+        ``parts`` gets ``gold/<name>`` and ``soft/<name>`` of tasks with soft labels, unweighted.
+        """
         assert batch.unit_scale_T is not None, "training needs batch.unit_scale_T (see unit_scale)"
         losses = []
-        for task, scale in zip(self.tasks, batch.unit_scale_T[: len(self.tasks)], strict=True):
+        T = len(self.tasks)
+        scales = batch.unit_scale_T[:T].float(), soft_scales(batch.unit_scale_T, T).float()
+        for task, gold_scale, soft_scale in zip(self.tasks, *scales, strict=True):
             confidences = batch.confidences.get(task.name) if task.weighs("output") else None
             logits, targets = output.logits[task.name], batch.labels[task.name]
-            losses.append(task.rules.loss(logits, targets, task, confidences) * scale.float())
+            loss = task.rules.loss(logits, targets, task, confidences) * gold_scale
+            if task.name in batch.soft_labels:
+                gold, soft = loss, self.soft_loss(logits, batch, task) * soft_scale
+                loss = soft + self.soft_loss.gold_weight(batch) * gold
+                if parts is not None:
+                    parts |= {f"gold/{task.name}": gold.detach()}
+                    parts |= {f"soft/{task.name}": soft.detach()}
+            losses.append(loss)
         return torch.stack(losses)
 
     def _present(self, batch: Batch) -> Tensor:
         """Tasks that some post of the optimizer step has: bool (T,)."""
         assert batch.unit_scale_T is not None, "training needs batch.unit_scale_T (see unit_scale)"
-        return batch.unit_scale_T[: len(self.tasks)] > 0
+        T = len(self.tasks)
+        return (batch.unit_scale_T[:T] > 0) | (soft_scales(batch.unit_scale_T, T) > 0)
 
     def _shared_gradients(self, output: ModelOutput, batch: Batch) -> Tensor:
         with torch.enable_grad():
@@ -350,25 +377,40 @@ _MODES: dict[Mode, Callable[..., Any]] = {
 
 
 def count_units(batch: Batch, tasks: Sequence[Task]) -> Tensor:
-    """What each task's mean is divided by, its labelled posts, then what the means at ``DOMAINS``,
-    ``TOKENS`` and ``TARGET_TOKENS`` are divided by, in one micro-batch: (2 T + 3,), float64.
+    """What each task's mean is divided by, the posts that it learns from, what the mean over its soft
+    labels is divided by, then the means at ``DOMAINS``, ``TOKENS`` and ``TARGET_TOKENS``, in one
+    micro-batch: (3 T + 3,), float64.
 
     Sum it over the micro-steps of a rank, then over ranks, then pass it to ``unit_scale``. The
     tokens of a filler row do not count. A post counts whole, whatever its confidence.
     """
     units = [task.rules.units(batch.labels[task.name], task).double() for task in tasks]
+    soft_units = [
+        task.rules.soft_units(batch.soft_labels[task.name])
+        if task.name in batch.soft_labels
+        else torch.zeros_like(units[0])
+        for task in tasks
+    ]
     real_B = batch.row_ids_B >= 0
     tokens = batch.attention_mask_BL[real_B].sum(dtype=torch.float64)
     targets = torch.zeros_like(tokens)
     if batch.target_ids_BD is not None:
         targets = (batch.target_ids_BD[real_B] != IGNORED).sum(dtype=torch.float64)
     posts = [
-        task.rules.labelled(batch.labels[task.name]).sum(dtype=torch.float64)
+        _learned(batch, task).sum(dtype=torch.float64)
         if task.rules.scored
         else torch.zeros_like(tokens)
         for task in tasks
     ]
-    return torch.stack([*units, *posts, count_domains(batch), tokens, targets])
+    return torch.stack([*units, *posts, *soft_units, count_domains(batch), tokens, targets])
+
+
+def _learned(batch: Batch, task: Task) -> Tensor:
+    """Rows with a label of a task, gold or soft, bool (B,)."""
+    labelled_B = task.rules.labelled(batch.labels[task.name])
+    if (soft := batch.soft_labels.get(task.name)) is None:
+        return labelled_B
+    return labelled_B | task.rules.soft_present(soft).reshape(len(soft), -1).any(dim=1)
 
 
 def unit_scale(units_T: Tensor, *, world_size: int, accumulation: int) -> Tensor:
@@ -412,4 +454,5 @@ def build_objective(
             recipe.model.moe,
             seed=recipe.train.seed,
             num_domains=num_domains,
+            distill=recipe.distill,
         )

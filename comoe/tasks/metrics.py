@@ -343,5 +343,5 @@ METRICS: dict[str, Metric] = {
 }
 
 
-LOWER_IS_BETTER = frozenset({"mae", "loss"})
+LOWER_IS_BETTER = frozenset({"mae", "loss", "teacher_kl"})
 """Names of numbers that fall as a model gets better; every other one rises."""

@@ -18,13 +18,20 @@ from comoe.data.columns import find_domains
 from comoe.data.corpus import Corpus, load_corpus
 from comoe.data.images.check import limits_of
 from comoe.data.images.pixels import PixelReader, load_image_processor
+from comoe.data.posts import PostSplit
 from comoe.data.sampling.label_quota import label_members
 from comoe.data.sampling.mixing import balanced_classes
 from comoe.data.sampling.sampler import SamplerConfig, TrainSampler
-from comoe.data.tokens.split import TokenizedSplit, report_cuts, tokenize_split
+from comoe.data.tokens.split import (
+    TokenizedSplit,
+    report_cuts,
+    tokenize_split,
+    with_soft_labels,
+)
 from comoe.distributed import barrier, broadcast_object, is_main, rank, world_size
 from comoe.evaluation.evaluate import check_chosen_metric
 from comoe.inference.checkpoint_folder import checkpoint_of, whats_wrong
+from comoe.inference.teacher import find_teachers, teach
 from comoe.losses.objective import Objective, build_objective
 from comoe.models.vision.tower import image_side
 from comoe.starter.registry import as_typed, home, resolve
@@ -71,6 +78,7 @@ def build_run(
     settings = fill_settings(settings, typed, layout, gpu=gpu)
     recipe, corpus = read_posts(typed)
     splits, collator = tokenize_posts(recipe, corpus)
+    splits |= soft_labelled(recipe, splits, corpus.tasks, device=device, bf16=layout.bf16)
     with as_typed(typed, recipe), building(settings):
         objective = build_model(recipe, splits, collator)
     parameters = count_parameters(objective.model, top_k=recipe.model.moe.top_k)
@@ -114,6 +122,13 @@ def read_posts(typed: Recipe) -> tuple[Recipe, Corpus]:
     )
     measured = {task for task, found in corpus.report.labels.items() if "validation" in found}
     check_chosen_metric(recipe.train.early_stop_metric, corpus.tasks, measured=measured)
+    teachers = find_teachers(recipe.distill, corpus.tasks)
+    known = {name for teacher in teachers for name in teacher.columns}
+    corpus.report.notes += [
+        f"task {task.name}: no teacher; it is learned from its gold labels alone"
+        for task in corpus.tasks
+        if teachers and task.rules.scored and task.name not in known
+    ]
     return recipe, corpus
 
 
@@ -147,6 +162,45 @@ def tokenize_posts(recipe: Recipe, corpus: Corpus) -> tuple[dict[str, TokenizedS
     return splits, Collator(
         tokenizer, corpus.tasks, route_by=route_by, pixels=pixels, domains=domains
     )
+
+
+def soft_labelled(
+    recipe: Recipe,
+    splits: Mapping[str, TokenizedSplit],
+    tasks: Sequence[Task],
+    *,
+    device: torch.device,
+    bf16: bool,
+) -> dict[str, TokenizedSplit]:
+    """The splits that teachers have soft labels for: training to learn from, validation to be compared with.
+
+    Every rank must call it, before anything of DeepSpeed's construction.
+
+    Args:
+        recipe: resolved.
+        splits: of ``tokenize_posts``.
+        tasks: of the run.
+        device: of this rank, where the teachers run.
+        bf16: run them in bfloat16.
+    """
+    teachers = find_teachers(recipe.distill, tasks)
+    found = [name for name in ("train", "validation") if name in splits]
+    if not teachers:
+        return {}
+    soft = teach(
+        recipe.distill,
+        teachers,
+        PostSplit.join([splits[name].posts for name in found]),
+        device=device,
+        bf16=bf16,
+        cache_dir=home() / "teachers" if recipe.distill.cache else None,
+    )
+    made, start = {}, 0
+    for name in found:
+        numbers = np.arange(start, start + len(splits[name]))
+        parts = {task: labels.take(numbers) for task, labels in soft.items()}
+        made[name], start = with_soft_labels(splits[name], parts), start + len(numbers)
+    return made
 
 
 def build_model(

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from comoe.config.files import atomic_file
@@ -18,7 +19,7 @@ from comoe.data.text.noise import SEPARATOR, noisy
 from comoe.data.tokens.split import tokenize_split
 from comoe.distributed import barrier, broadcast_object, is_main, max_over_ranks, world_size
 from comoe.evaluation.calibration import Calibrator, reliability_bins
-from comoe.evaluation.evaluate import Evaluation
+from comoe.evaluation.evaluate import MEAN, TEACHER_KL, Evaluation
 from comoe.evaluation.experts_off import experts_lines
 from comoe.evaluation.tables import (
     calibration_lines,
@@ -208,6 +209,7 @@ def _results(
         "best_value": state.best_value,
         "early_stop_metric": run.recipe.train.early_stop_metric,
         "metrics": {split: evaluation.metrics for split, evaluation in evaluations.items()},
+        **_teacher_kl(evaluations),
         "seconds": state.seconds,
         "posts": state.posts_seen,
         "posts_per_second": state.posts_seen / state.seconds if state.seconds else None,
@@ -229,6 +231,16 @@ def _results(
             "warnings": report.warnings,
         },
     }
+
+
+def _teacher_kl(evaluations: Mapping[str, Evaluation]) -> dict[str, Any]:
+    """``teacher_kl``: split -> task -> divergence from the teachers, and their mean; nothing without teachers."""
+    found = {
+        split: evaluation.teacher_kl | {MEAN: float(np.mean([*evaluation.teacher_kl.values()]))}
+        for split, evaluation in evaluations.items()
+        if evaluation.teacher_kl
+    }
+    return {TEACHER_KL: found} if found else {}
 
 
 def write_predictions(

@@ -441,7 +441,8 @@ def _text_work(
 ) -> tuple[Work, DecoderWork | None]:
     """What the encoder, and a decoder, go through for a number of posts."""
     encoder, blocks = model.encoder.config, model.moe_layers()
-    rows = _row_tokens(model, train, by_task=ROUTES[recipe.model.moe.route_by].task)
+    by_task, taught = ROUTES[recipe.model.moe.route_by].task, bool(recipe.distill.teachers)
+    rows = _row_tokens(model, train, by_task=by_task, taught=taught)
     num_layers, ffn_widths = _stack_shapes(encoder)
     common = {
         "width": model.config.hidden_size,
@@ -486,12 +487,15 @@ class RowTokens(NamedTuple):
     """Rows per post, each with its image."""
 
 
-def _row_tokens(model: MultiTaskModel, train: TokenizedSplit, *, by_task: bool) -> RowTokens:
+def _row_tokens(
+    model: MultiTaskModel, train: TokenizedSplit, *, by_task: bool, taught: bool
+) -> RowTokens:
     decoded = decoder_tasks(model.tasks)
     heads = [number for number in range(len(model.tasks)) if number not in decoded]
     if not decoded and not by_task:
         return RowTokens(float(train.lengths.mean()), 0.0, 0.0, 1.0)
-    labelled = train.labelled[:, heads]
+    # Teachers know most tasks, and say something of every post.
+    labelled = train.labelled[:, heads] | taught
     own = labelled.sum(axis=1) if by_task else labelled.any(axis=1)
     read = float((own * np.diff(train.tokens.offsets)).mean())
     prompts = answers = asked = 0.0

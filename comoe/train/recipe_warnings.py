@@ -47,7 +47,7 @@ def _why_unread(condition: str, recipe: Recipe) -> str:
         value = _value_at(path, recipe)
         if sign == ">":
             name, size = path, value
-            if isinstance(value, Mapping):
+            if isinstance(value, (Mapping, list)):
                 name, size = f"the number of {path}", len(value)
             if size <= float(wanted):
                 return f"{name} is {size}"

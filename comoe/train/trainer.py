@@ -21,7 +21,7 @@ from comoe.distributed import (
     sum_over_ranks,
     world_size,
 )
-from comoe.evaluation.evaluate import Evaluation, chosen_metric
+from comoe.evaluation.evaluate import TEACHER_KL, Evaluation, chosen_metric
 from comoe.losses.objective import count_units, unit_scale
 from comoe.train.checkpoint.folder import mark_best
 from comoe.train.checkpoint.save_load import save_checkpoint
@@ -268,11 +268,22 @@ class Trainer:
         value = chosen_metric(evaluation.metrics, run.tasks, options.early_stop_metric)
         improved = state.record(value, patience=options.patience)
         draws = follow_progress(run, evaluation)
+        kl = list(evaluation.teacher_kl.values())
+        teacher_kl = {TEACHER_KL: float(np.mean(kl))} if kl else {}
         with run.watch.paused("drawing"):
             run.monitor.log_evaluation(
-                state.step, split="validation", evaluation=evaluation, mean=value, **draws
+                state.step,
+                split="validation",
+                evaluation=evaluation,
+                mean=value,
+                **teacher_kl,
+                **draws,
             )
-        self._say(f"step {state.step}: validation {value:.4f}{' (best)' if improved else ''}")
+        best, told = (
+            " (best)" if improved else "",
+            f", KL to the teacher {np.mean(kl):.4f}" if kl else "",
+        )
+        self._say(f"step {state.step}: validation {value:.4f}{best}{told}")
         return improved
 
     def _evaluate(self) -> Evaluation | None:

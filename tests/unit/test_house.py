@@ -43,6 +43,7 @@ LONG_FILES = {
     "comoe/augment/hugging_face.py": "everything that is asked of a generative model: load, generate, score",
     "comoe/inference/export.py": "what an export holds: written, read back, and made of a checkpoint",
     "comoe/losses/objective.py": "the four modes of the objective, and the table of its terms",
+    "comoe/tasks/kinds/base.py": "what every kind of task knows, and the losses that several kinds share",
     "comoe/starter/kit.py": "mostly the table of package archives with their checksums and licenses",
 }
 """File over 400 lines -> why it is one piece."""

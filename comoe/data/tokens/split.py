@@ -12,6 +12,7 @@ import numpy as np
 from comoe.config.recipe import DataConfig
 from comoe.data.posts import PostSplit, hidden
 from comoe.data.report import DataReport
+from comoe.data.soft_labels import SoftLabels
 from comoe.data.tokens.prompts import Wording
 from comoe.data.tokens.tokenize import TokenLists, Tokens, cached_tokens
 from comoe.tasks.prompts import wants_pair
@@ -45,6 +46,8 @@ class TokenizedSplit:
     text."""
     targets: Mapping[str, TokenLists] = field(default_factory=dict)
     """Task of free text -> target tokens of the posts that have a text."""
+    soft: Mapping[str, SoftLabels] = field(default_factory=dict)
+    """Task -> soft labels of the posts; see ``with_soft_labels``."""
 
     def __len__(self) -> int:
         return len(self.posts)
@@ -247,6 +250,27 @@ def target_of(split: TokenizedSplit, task: Task, post: int, row: TokenRow) -> An
     if task.name in split.targets:
         return len(split.targets[task.name][post])
     return task.rules.at_tokens(value, row.word_ids, row.word_starts)
+
+
+def with_soft_labels(split: TokenizedSplit, soft: Mapping[str, SoftLabels]) -> TokenizedSplit:
+    """The split with soft labels: a post with one is read by the heads, whatever labels it has."""
+    read = np.logical_or.reduce([labels.present for labels in soft.values()])
+    own = np.where(read, np.diff(split.tokens.offsets), 0)
+    lengths = np.maximum(split.lengths, own).astype(np.int32)
+    return replace(split, lengths=lengths, soft=dict(soft))
+
+
+def soft_of(split: TokenizedSplit, task: Task, post: int, row: TokenRow) -> np.ndarray | None:
+    """The soft label of one post as ``Kind.collate_soft`` takes it, None without."""
+    rows = split.soft[task.name].rows(post)
+    if rows is None or task.mode != "tokens":
+        return rows
+    soft_LY = np.full((len(row.word_ids), rows.shape[1]), np.nan, dtype=np.float32)
+    places = np.flatnonzero(row.word_starts)
+    # A teacher may have cut the post earlier.
+    places = places[row.word_ids[places] < len(rows)]
+    soft_LY[places] = rows[row.word_ids[places]]
+    return soft_LY
 
 
 def _mark_labelled(split: TokenizedSplit, task: Task, number: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
@@ -16,6 +17,9 @@ from comoe.tasks.metrics import METRICS
 from comoe.types import IGNORED, Batch, ModelOutput
 
 Mode = Literal["pooled", "tokens", "decoder"]
+
+SMALLEST = 1e-30
+"""Probability that a soft label of 0 counts as where its logarithm is needed."""
 
 
 class TaskLike(Protocol):
@@ -80,6 +84,9 @@ class Kind(ABC):
     min_labels: ClassVar[int] = 0
     """Fewest labels that leave something to learn; 0 for kinds without labels, whose class weights
     and label smoothing would mean nothing."""
+    soft: ClassVar[str] = ""
+    """What a soft label is: tasks whose kinds say the same can teach one another. Empty where there
+    is none."""
     metrics: ClassVar[tuple[str, ...]] = ()
     """Metrics that this kind can be measured by, keys of ``METRICS``; the first one is what
     ``metric: auto`` means."""
@@ -169,6 +176,76 @@ class Kind(ABC):
         Zero, finite and connected to ``logits`` when nothing is labelled: each rank must give each
         head a gradient.
         """
+
+    def soft_labels(self, logits: Tensor, task: TaskLike) -> Tensor:
+        """What a teacher with these logits, (..., Y), says: probabilities as it was trained to give
+        them, before calibration, or numbers in the unit of the labels; of the same shape, float32."""
+        return self.probabilities(logits.detach().float())
+
+    def collate_soft(
+        self, values: Sequence[np.ndarray | None], *, labels: Sequence[str], length: int
+    ) -> Tensor:
+        """Soft labels as in ``Batch.soft_labels``, NaN where there are none.
+
+        Args:
+            values: (1, Y) of each row; of a task that labels words (words, Y), at its first pieces.
+            labels: of the task.
+            length: L.
+        """
+        soft = torch.full((len(values), self.num_outputs(labels)), math.nan)
+        for row, value in enumerate(values):
+            if value is not None:
+                soft[row] = torch.from_numpy(value[0])
+        return soft
+
+    def soft_present(self, soft: Tensor) -> Tensor:
+        """Which rows (words, for tags) have a soft label, bool."""
+        return ~soft.isnan().any(dim=-1)
+
+    def soft_units(self, soft: Tensor) -> Tensor:
+        """Number of rows (words) with a soft label, float64 scalar."""
+        return self.soft_present(soft).sum(dtype=torch.float64)
+
+    def soft_losses(
+        self, logits: Tensor, soft: Tensor, task: TaskLike, *, temperature: float = 1.0
+    ) -> Tensor:
+        """Loss of each row (word) against its soft label, float32; 0, connected to ``logits``,
+        where there is none.
+
+        Cross-entropy with the soft label, both at a temperature T, times T^2, in nats: softmax(z/T)
+        against p^(1/T), scaled to sum to 1. Class weights and smoothing are for gold labels.
+
+        Source: Hinton et al. 2015, arXiv:1503.02531.
+        """
+        present = self.soft_present(soft)
+        soft = torch.where(present[..., None], soft, 1.0).float()
+        if temperature != 1.0:
+            soft = (soft.clamp_min(SMALLEST).log() / temperature).softmax(dim=-1)
+        losses = -(soft * F.log_softmax(logits.float() / temperature, dim=-1)).sum(dim=-1)
+        return torch.where(present, losses, 0.0 * losses) * temperature**2
+
+    def soft_logits(self, soft: Tensor, task: TaskLike) -> Tensor:
+        """Logits that have these soft labels."""
+        return soft.clamp_min(SMALLEST).log()
+
+    def soft_loss(
+        self,
+        logits: Tensor,
+        soft: Tensor,
+        task: TaskLike,
+        weights_B: Tensor | None = None,
+        *,
+        temperature: float = 1.0,
+    ) -> Tensor:
+        """Sum of ``soft_losses``, each times the weight of its row."""
+        losses = self.soft_losses(logits, soft, task, temperature=temperature)
+        return weighted_sum(losses.reshape(len(losses), -1).sum(dim=1), weights_B)
+
+    def soft_divergences(self, logits: Tensor, soft: Tensor, task: TaskLike) -> Tensor:
+        """Kullback-Leibler divergence of each row (word) from its soft label, nats, float32."""
+        # Where there is no soft label its NaN must not come back as a logit.
+        least = self.soft_losses(self.soft_logits(soft, task).nan_to_num(), soft, task)
+        return self.soft_losses(logits, soft, task) - least
 
     def outputs(
         self,

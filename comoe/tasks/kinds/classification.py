@@ -36,6 +36,7 @@ class SingleLabel(Kind):
 
     exclusive = True
     min_labels = 2
+    soft = "one label of several"
     metrics = (
         "macro_f1",
         "accuracy",
@@ -135,6 +136,7 @@ class MultiLabel(Kind):
     """
 
     min_labels = 1
+    soft = "any number of labels"
     metrics = (
         "macro_f1",
         "micro_f1",
@@ -212,6 +214,22 @@ class MultiLabel(Kind):
             losses.mean(dim=-1) if weights_Y is None else losses @ (weights_Y / weights_Y.sum())
         )
         return weighted_sum(losses_B * present[:, 0], weights_B)
+
+    def soft_losses(
+        self, logits: Tensor, soft: Tensor, task: TaskLike, *, temperature: float = 1.0
+    ) -> Tensor:
+        """The mean over labels of the binary cross-entropies."""
+        present = self.soft_present(soft)
+        soft = torch.where(present[..., None], soft, 0.5).float()
+        if temperature != 1.0:
+            soft = (self.soft_logits(soft, task) / temperature).sigmoid()
+        losses = F.binary_cross_entropy_with_logits(
+            logits.float() / temperature, soft, reduction="none"
+        ).mean(dim=-1)
+        return torch.where(present, losses, 0.0 * losses) * temperature**2
+
+    def soft_logits(self, soft: Tensor, task: TaskLike) -> Tensor:
+        return torch.logit(soft, eps=1e-7)
 
     def probabilities(self, logits: Tensor) -> Tensor:
         return logits.sigmoid()

@@ -25,6 +25,7 @@ class Regression(Kind):
     the unit of the labels.
     """
 
+    soft = "a number"
     metrics = ("pearson", "spearman", "mae")
 
     def num_outputs(self, labels: Sequence[str]) -> int:
@@ -70,6 +71,24 @@ class Regression(Kind):
         targets_B = (targets.float() - task.label_mean) / task.label_std
         errors_B = logits.float()[:, 0] - torch.where(present, targets_B, 0.0)
         return weighted_sum(errors_B.square() * present, weights_B)
+
+    def soft_labels(self, logits: Tensor, task: TaskLike) -> Tensor:
+        return unstandardized(logits.detach().float(), task)
+
+    def soft_losses(
+        self, logits: Tensor, soft: Tensor, task: TaskLike, *, temperature: float = 1.0
+    ) -> Tensor:
+        """The squared difference to the teacher's number, as to a gold one: no temperature."""
+        present = self.soft_present(soft)
+        targets_B = torch.where(present, self.soft_logits(soft, task)[:, 0], 0.0).float()
+        return (logits.float()[:, 0] - targets_B).square() * present
+
+    def soft_logits(self, soft: Tensor, task: TaskLike) -> Tensor:
+        return (soft - task.label_mean) / task.label_std
+
+    def soft_divergences(self, logits: Tensor, soft: Tensor, task: TaskLike) -> Tensor:
+        """Of two normal distributions of standard deviation ``label_std`` around the numbers."""
+        return 0.5 * self.soft_losses(logits, soft, task)
 
     def probabilities(self, logits: Tensor) -> Tensor:
         return logits[:, 0]

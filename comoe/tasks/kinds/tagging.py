@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -36,6 +37,7 @@ class Tags(Kind):
 
     mode = "tokens"
     min_labels = 2
+    soft = "a label of each word"
     metrics = (*SPAN_METRICS, "accuracy", "macro_precision", "macro_recall", "macro_f1", "micro_f1")
 
     def discover(self, values: Iterable[object]) -> tuple[str, ...]:
@@ -82,6 +84,16 @@ class Tags(Kind):
         self, logits: Tensor, targets: Tensor, task: TaskLike, weights_B: Tensor | None = None
     ) -> Tensor:
         return class_loss(logits, targets, task, weights_B)
+
+    def collate_soft(
+        self, values: Sequence[np.ndarray | None], *, labels: Sequence[str], length: int
+    ) -> Tensor:
+        """``values`` hold one row per token here, NaN off first pieces."""
+        soft = torch.full((len(values), length, len(labels)), math.nan)
+        for row, value in enumerate(values):
+            if value is not None:
+                soft[row, : len(value)] = torch.from_numpy(value)
+        return soft
 
     def decode(self, outputs: Sequence[PostOutput], task: TaskLike) -> list[dict[str, Any]]:
         """``{"tags": [name per word], "scores": [its probability]}``; ``tag_spans`` finds the spans."""

@@ -17,7 +17,7 @@ from comoe.tasks.kinds.base import PostOutput
 from comoe.tasks.task import Task
 from comoe.train.monitor.monitor import Monitor
 from comoe.train.parallel.engine import Engine, StepReport
-from comoe.types import DOMAINS, Batch
+from comoe.types import DOMAINS, Batch, soft_scales
 
 SHOWN_PICTURES = 100
 """Lost pictures that one event names; all are counted."""
@@ -69,9 +69,10 @@ class LogWindow:
         )
         posts, tokens = total[len(terms) :]
         scales = batches[0].unit_scale_T.tolist()
-        names = {
-            f"task/{task.name}": scale for task, scale in zip(self.tasks, scales, strict=False)
-        }
+        names, soft_T = {}, soft_scales(batches[0].unit_scale_T, len(self.tasks)).tolist()
+        for task, gold, soft in zip(self.tasks, scales, soft_T, strict=False):
+            names |= {f"task/{task.name}": gold or soft, f"gold/{task.name}": gold}
+            names[f"soft/{task.name}"] = soft
         names |= dict.fromkeys(ON_DOMAINS, scales[DOMAINS])
         for name, scale in names.items():
             if not scale:

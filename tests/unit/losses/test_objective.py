@@ -145,7 +145,7 @@ def test_the_projection_gets_a_zero_gradient_where_no_term_reads_it():
 def test_a_filler_row_adds_neither_loss_nor_gradients():
     objective = tiny_objective()
     filler = without(random_batch(rows=1), *[task.name for task in TASKS])
-    filler = replace(filler, unit_scale_T=torch.full((len(TASKS) + 3,), 0.5))
+    filler = replace(filler, unit_scale_T=torch.full((3 * len(TASKS) + 3,), 0.5))
     step = objective(replace(filler, task_ids_B=torch.tensor([-1]), row_ids_B=torch.tensor([-1])))
     step.loss.backward()
     assert step.loss == 0 and not any(grad.any() for grad in gradients(objective).values())
