@@ -11,7 +11,7 @@ import hashlib
 import json
 import time
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from comoe.data.posts import PostSplit
 from comoe.data.sampling.sampler import eval_batches
 from comoe.data.soft_labels import SoftLabels, mean_of
 from comoe.data.text.normalize import VERSION
+from comoe.data.tokens.split import TokenizedSplit
 from comoe.distributed import all_gather_objects, is_main, rank, world_size
 from comoe.inference.export import CARD, read_export_config
 from comoe.inference.predictor import Predictor
@@ -142,7 +143,7 @@ def teach(
         teachers: of ``find_teachers``.
         posts: raw.
         device: where the teachers run.
-        bf16: matrix products in bfloat16.
+        bf16: the teachers' weights in bfloat16.
         cache_dir: folder of all caches; None keeps nothing.
         progress: show a bar, and print what was done.
     """
@@ -221,6 +222,9 @@ class _Known:
     ) -> None:
         """Ask the teacher about posts, each rank about some chunks of them, and tell all ranks."""
         predictor = Predictor.from_pretrained(self.teacher.folder, device=str(device))
+        if self.bf16:
+            # As DeepSpeed trains it; what must stay float32 (the gates) does.
+            predictor.exported.model.bfloat16()
         # Alike in length, so that ranks take about as long, and little is padding.
         order = sorted(missing, key=lambda post: (len(posts.texts[post]), post))
         chunks = [order[start : start + CHUNK] for start in range(0, len(order), CHUNK)]
@@ -234,13 +238,8 @@ class _Known:
             disable=not (progress and is_main()),
         ) as bar:
             for chunk in mine:
-                said = ask(
-                    predictor,
-                    posts.take(np.array(chunk)),
-                    self.teacher,
-                    bf16=self.bf16,
-                    done=bar.update,
-                )
+                some = posts.take(np.array(chunk))
+                said = ask(predictor, some, self.teacher, done=bar.update)
                 made.append(([keys[post] for post in chunk], said))
                 self._save(*made[-1])
         for share in all_gather_objects(made):
@@ -312,8 +311,7 @@ def ask(
     posts: PostSplit,
     teacher: Teacher,
     *,
-    bf16: bool = False,
-    done: Any = None,
+    done: Callable[[int], object] = lambda count: None,
 ) -> dict[str, SoftLabels]:
     """What a teacher says of posts, per task of its own.
 
@@ -324,7 +322,6 @@ def ask(
         predictor: the teacher's.
         posts: raw.
         teacher: names the tasks.
-        bf16: matrix products in bfloat16.
         done: called after each batch with its number of posts.
     """
     cut = [task for name, task in teacher.tasks.items() if name in predictor.as_words]
@@ -336,19 +333,24 @@ def ask(
     rows: dict[str, list[np.ndarray | None]] = {name: [None] * len(posts) for name in teacher.tasks}
     passes = [(tasks, seen) for tasks, seen in ((whole, None), (cut, words)) if tasks]
     for turn, (tasks, seen) in enumerate(passes):
-        report = done if turn == 0 else None
-        for name, post, values in _forward(predictor, posts, tasks, seen, bf16=bf16, done=report):
-            rows[name][post] = values
+        split = _tokenized(predictor, posts, tasks, seen)
+        for indices in eval_batches(split.lengths, batch_size=BATCH):
+            for name, post, values in _of_batch(predictor, split, indices, tasks):
+                rows[name][post] = values
+            if turn == 0:
+                done(len(indices))
     return {
-        name: SoftLabels.from_rows(
-            found, width=teacher.tasks[name].rules.num_outputs(teacher.tasks[name].labels)
-        )
-        for name, found in rows.items()
+        name: SoftLabels.from_rows(rows[name], width=task.rules.num_outputs(task.labels))
+        for name, task in teacher.tasks.items()
     }
 
 
-def _forward(predictor, posts, tasks, words, *, bf16, done):
-    """(task, post, its rows) of one pass over some posts."""
+def _tokenized(
+    predictor: Predictor,
+    posts: PostSplit,
+    tasks: Sequence[Task],
+    words: Sequence[Sequence[str]] | None,
+) -> TokenizedSplit:
     collator, exported = predictor.collator, predictor.exported
     split = collator.encode_texts(
         posts.texts,
@@ -358,21 +360,22 @@ def _forward(predictor, posts, tasks, words, *, bf16, done):
         config=exported.data_config,
         asked=tasks,
     )
-    numbers = {task.name: number for number, task in enumerate(exported.tasks)}
     # Where a row serves one task, the collator makes rows for labelled ones only.
-    split.labelled[:, [numbers[task.name] for task in tasks]] = True
-    with torch.autocast(predictor.device.type, torch.bfloat16, enabled=bf16):
-        for indices in eval_batches(split.lengths, batch_size=BATCH):
-            batch = collator(split, indices)
-            output = exported.model(batch.to(predictor.device))
-            for task in tasks:
-                mine = task.rules.serves(batch.task_ids_B, numbers[task.name])
-                places = (mine & (batch.row_ids_B >= 0)).nonzero()[:, 0].tolist()
-                found = task.rules.outputs(output, batch, places, task=task)
-                logits, _ = task.rules.stack(found, task)
-                said = task.rules.soft_labels(logits, task).numpy()
-                for one, values in zip(found, said, strict=True):
-                    rows = values[: len(one.logits)] if task.mode == "tokens" else values[None]
-                    yield task.name, one.row, rows
-            if done is not None:
-                done(len(indices))
+    split.labelled[:, [exported.tasks.index(task) for task in tasks]] = True
+    return split
+
+
+def _of_batch(
+    predictor: Predictor, split: TokenizedSplit, indices: np.ndarray, tasks: Sequence[Task]
+) -> Iterator[tuple[str, int, np.ndarray]]:
+    """(task, post, its rows) of some posts."""
+    batch = predictor.collator(split, indices)
+    output = predictor.exported.model(batch.to(predictor.device))
+    for task in tasks:
+        mine_B = task.rules.serves(batch.task_ids_B, predictor.exported.tasks.index(task))
+        places = (mine_B & (batch.row_ids_B >= 0)).nonzero()[:, 0].tolist()
+        found = task.rules.outputs(output, batch, places, task=task)
+        said = task.rules.soft_labels(task.rules.stack(found, task)[0], task).numpy()
+        for one, values in zip(found, said, strict=True):
+            rows = values[: len(one.logits)] if task.mode == "tokens" else values[None]
+            yield task.name, one.row, rows

@@ -82,8 +82,7 @@ def build_run(
     with as_typed(typed, recipe), building(settings):
         objective = build_model(recipe, splits, collator)
     parameters = count_parameters(objective.model, top_k=recipe.model.moe.top_k)
-    if is_main():
-        print("\n".join([*corpus.report.lines(all_in=SET_ASIDE), f"precision: {layout.precision}"]))
+    _print([*corpus.report.lines(all_in=SET_ASIDE), f"precision: {layout.precision}"])
     on_ready()
     found = _checkpoint_to_use(folder, corpus.tasks) if resume else None
     engine = _start_engine(objective, recipe, settings, layout, found)
@@ -247,6 +246,11 @@ def _sampler(
     members = label_members(train.posts, tasks) if config.posts_per_label else ()
     classes = balanced_classes(train.posts, tasks, recipe.tasks)
     return TrainSampler(train.lengths, train.groups, config, label_members=members, classes=classes)
+
+
+def _print(lines: Sequence[str]) -> None:
+    if is_main():
+        print("\n".join(lines))
 
 
 def _one_per_node_first(work: Callable[[], Made]) -> Made:
