@@ -165,7 +165,8 @@ class ReferenceTrainer:
             per_device_train_batch_size=-(-recipe.train.batch_size // world_size()),
             max_steps=STEPS,
             learning_rate=recipe.train.learning_rate,
-            max_grad_norm=recipe.train.max_grad_norm,
+            # As ``fill_settings`` has it; nothing here is an outlier.
+            max_grad_norm=0.0 if (norm := recipe.train.max_grad_norm) == "auto" else norm,
             train_sampling_strategy=strategy,
             deepspeed=zero2_settings(),
             bf16=gpu,

@@ -9,6 +9,7 @@ OLD_MEANINGS: dict[str, Any] = {
     "tasks.*.standardize": False,
     "model.moe.gate_scale": 1.0,
     "model.moe.expert_init": 0.02,
+    "train.max_grad_norm": 1.0,
 }
 """Option (``*`` stands for every key of a mapping) -> its value in a saved recipe that does not have it.
 

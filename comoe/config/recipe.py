@@ -557,8 +557,10 @@ class TrainConfig:
     activation_checkpointing: Flag = False
     """Keep only each encoder layer's input and compute the rest again in the backward pass: less
     memory, about a third more time, the same numbers."""
-    max_grad_norm: NotNegative = 1.0
-    """Gradients are scaled down to this norm; 0 switches clipping off."""
+    max_grad_norm: NotNegative | Literal["auto"] = "auto"
+    """Gradients are scaled down to this norm, of all weights together; 0 switches clipping off. auto
+    is 3 times the median norm of the last 100 steps: only outliers are scaled down, however long
+    the gradients of the recipe are."""
     log_every: Count = 10
     """Steps between two lines of metrics.jsonl."""
     eval_every: Count | Literal["auto"] = "auto"

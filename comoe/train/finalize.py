@@ -168,6 +168,11 @@ def print_results(folder: Path, tasks: Sequence[Task]) -> None:
     print("\n".join(["", *calibration_lines(results.get("calibration", {})), ""]))
     if experts := experts_lines(results, tasks):
         print("\n".join([*experts, ""]))
+    if (clipped := results.get("clipped_steps", 0)) > results.get("step", 0) / 2:
+        print(
+            f"warning: the gradient was scaled down in {clipped:,} of {results['step']:,} steps, so that steps with "
+            "large gradients count less; train.max_grad_norm=auto does it to outliers alone.\n"
+        )
     print(f"run folder     {folder}")
     print(f"watch          tensorboard --logdir {folder.parent}")
     export = folder / "export"
@@ -214,6 +219,7 @@ def _results(
         "posts": state.posts_seen,
         "posts_per_second": state.posts_seen / state.seconds if state.seconds else None,
         "skipped_steps": state.nonfinite_total,
+        "clipped_steps": state.clipped_total,
         "world_size": world_size(),
         "ep_size": run.layout.ep_size,
         "zero_stage": run.layout.stage,

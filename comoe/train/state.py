@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from statistics import median
 from typing import Any
 
 from comoe.config.recipe import TrainConfig
@@ -11,6 +13,13 @@ from comoe.config.recipe import TrainConfig
 ALL_STEPS = "all steps done"
 """Why a run ended that was not cut short by its patience; more steps asked for by a resume go on
 from there."""
+
+
+NORMS_KEPT = 100
+"""Steps whose gradient norms ``train.max_grad_norm: auto`` looks back on."""
+
+OUTLIER = 3.0
+"""Times their median a norm is an outlier."""
 
 
 @dataclass(slots=True)
@@ -35,6 +44,10 @@ class TrainState:
     """Seconds of training over all starts."""
     evaluated_at: int = 0
     """Step of the last evaluation; one that a signal cut short is made up for by the resume."""
+    grad_norms: list[float] = field(default_factory=list)
+    """Gradient norms before clipping of the last ``NORMS_KEPT`` steps that changed the weights."""
+    clipped_total: int = 0
+    """Steps whose gradient was scaled down."""
     mixing: list[dict[str, Any]] = field(default_factory=list)
     """Every change of the data sets' rates, as ``TrainSampler.change`` gave it; the sampler is a
     function of it too."""
@@ -55,9 +68,34 @@ class TrainState:
                 self.finished = f"no better value in {patience} evaluations"
         return improved
 
+    def record_norm(self, norm: float | None, *, limit: float) -> bool:
+        """Note the gradient norm of a step that changed the weights; True when it was scaled down to the limit."""
+        if norm is None:
+            return False
+        self.grad_norms = [*self.grad_norms, norm][-NORMS_KEPT:]
+        clipped = 0 < limit < norm
+        self.clipped_total += clipped
+        return clipped
+
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers for JSON."""
         return asdict(self)
+
+
+def norm_limit(config: TrainConfig, norms: Sequence[float]) -> float:
+    """The gradient norm that the next step is scaled down to; 0 for none.
+
+    A fixed number fits no two recipes: norms grow with tasks and weights of losses, and along a
+    run. A limit relative to the norms of the run itself is in the spirit of AutoClip
+    (arXiv:2007.14469), which takes a low percentile and so clips nearly always.
+
+    Args:
+        config: ``train`` of the recipe.
+        norms: ``TrainState.grad_norms``.
+    """
+    if config.max_grad_norm == "auto":
+        return OUTLIER * median(norms) if norms else 0.0
+    return config.max_grad_norm
 
 
 def rate_factor(step: int, *, total: int, config: TrainConfig) -> float:

@@ -29,7 +29,7 @@ from comoe.train.evaluator import EvaluationStopped, evaluate_split
 from comoe.train.fault.signals import StopSignal
 from comoe.train.monitor.log_window import LogWindow, count_posts, log_lost_pictures
 from comoe.train.parallel.engine import StepReport
-from comoe.train.state import ALL_STEPS, rate_factor
+from comoe.train.state import ALL_STEPS, norm_limit, rate_factor
 from comoe.train.training_run import TrainingRun
 from comoe.types import Batch
 
@@ -183,8 +183,9 @@ class Trainer:
         rates = run.engine.set_rate_factor(
             rate_factor(state.step, total=run.total_steps, config=run.recipe.train)
         )
+        limit = norm_limit(run.recipe.train, state.grad_norms)
         try:
-            report = run.engine.train_step(batches)
+            report = run.engine.train_step(batches, max_grad_norm=limit)
         except RuntimeError as error:
             # On a CPU torch raises a plain RuntimeError.
             out_of_memory = isinstance(error, torch.OutOfMemoryError)
@@ -200,7 +201,8 @@ class Trainer:
         # Waiting for posts and for slower ranks counts as training.
         state.seconds += time.perf_counter() - began
         # Numbers of the log stay on the device until a line is due.
-        self._window.add(batches, report)
+        clipped = not report.skipped and state.record_norm(report.grad_norm, limit=limit)
+        self._window.add(batches, report, clipped=clipped)
         run.watch.reached(state.step)
         self._watch_nonfinite(report, batches)
         if self._due(run.recipe.train.log_every):

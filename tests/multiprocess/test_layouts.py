@@ -54,6 +54,7 @@ RECOMPUTED = {"train__activation_checkpointing": True}
 
 CASES: dict[str, dict[str, Any]] = {
     "adamw": {"steps": 20, **ADAMW},
+    "clipped by the norms so far": {"steps": 5, **SGD, "train__max_grad_norm": "auto"},
     "sgd": {"steps": 20, **SGD},
     # Four ranks on two cores are slow.
     "adamw short": {"steps": 6, **ADAMW},
@@ -80,6 +81,7 @@ LAYOUTS: dict[int, list[Cell]] = {
         (2, ("adamw", "sgd", "gradient"), (1, 2), [
             *(("accumulation", 2, stage) for stage in STAGES), ("paper", 2, 2), ("kept", 2, 2),
             ("kept", 2, 3), ("narrow", 2, 3),
+            *(("clipped by the norms so far", 2, stage) for stage in STAGES),
         ]),
         (4, ("adamw short", "sgd short", "gradient"), (2, 4), [
             ("tiny", 2, 1), ("tiny", 2, 2), ("tiny", 4, 3), ("offloaded", 2, 2),

@@ -146,7 +146,7 @@ def recipe_of(encoder: str, **changes: Any) -> Any:
         "tasks": {"mood": {"path": "x"}},
         "loss": {"contrastive": {"weight": 0.3}, "z_weight": 0.01, "balance_weight": 0.02},
         "train": {"batch_size": 12, "learning_rate": 1e-3, "expert_learning_rate": 3e-3, "head_learning_rate": 2e-3,
-                  "warmup_fraction": 0.0, "schedule": "constant"},
+                  "max_grad_norm": 1.0, "warmup_fraction": 0.0, "schedule": "constant"},
     }  # fmt: skip
     for key, value in changes.items():
         *path, last = key.split("__")
@@ -259,6 +259,7 @@ def case(
     from comoe.distributed import sum_over_ranks, world_size
     from comoe.losses.objective import build_objective
     from comoe.train.parallel.setup import gather_full_state
+    from comoe.train.state import norm_limit
 
     recipe = recipe_of(encoder, **changes)
     engine, layout = build(
@@ -272,7 +273,11 @@ def case(
         biases_LE = torch.stack(
             [layer.mixture.router.e_score_correction_bias.clone() for layer in layers]
         )
-        report = engine.train_step(batches)
+        # Half of the median, where it is 3 times that in a run: so it bites in every step.
+        limit = (
+            norm_limit(recipe.train, norms) / 6 if recipe.train.max_grad_norm == "auto" else None
+        )
+        report = engine.train_step(batches, max_grad_norm=limit)
         assert not report.skipped
         picks.append(picks_of([output.output for output in report.outputs], batches, biases_LE))
         values.append(float(sum_over_ranks(report.loss)) / world_size())
@@ -353,6 +358,7 @@ def train_plainly(
     ]
     optimizer = make(groups, **options)
     trained = [parameter for parameter in objective.parameters() if parameter.requires_grad]
+    norms: list[float] = []
     for of_step in batches:
         biases_LE = torch.stack([gate.e_score_correction_bias.clone() for gate in gates])
         objective.begin_step()
@@ -360,7 +366,11 @@ def train_plainly(
         for batch in of_step:
             outputs.append(objective(batch))
             (outputs[-1].loss / len(of_step)).backward()
-        norm = torch.nn.utils.clip_grad_norm_(trained, train.max_grad_norm or torch.inf)
+        limit = train.max_grad_norm or torch.inf
+        if limit == "auto":
+            limit = 0.5 * float(np.median(norms)) if norms else torch.inf
+        norm = torch.nn.utils.clip_grad_norm_(trained, limit)
+        norms.append(float(norm))
         optimizer.step()
         optimizer.zero_grad()
         answers = [output.output for output in outputs]

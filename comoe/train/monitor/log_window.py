@@ -37,17 +37,22 @@ class LogWindow:
     posts: int = 0
     tokens: int = 0
     skipped: int = 0
+    steps: int = 0
+    clipped: int = 0
 
     def reset(self) -> None:
         """Begin the next line."""
-        self.began, self.posts, self.tokens, self.skipped = time.perf_counter(), 0, 0, 0
+        self.began, self.posts, self.tokens = time.perf_counter(), 0, 0
+        self.skipped = self.steps = self.clipped = 0
 
-    def add(self, batches: Sequence[Batch], report: StepReport) -> None:
-        """Count one step."""
+    def add(self, batches: Sequence[Batch], report: StepReport, *, clipped: bool = False) -> None:
+        """Count one step; ``clipped`` where its gradient was scaled down."""
         for batch in batches:
             self.posts += count_posts(batch)
             self.tokens += int(batch.attention_mask_BL.sum())
         self.skipped += report.skipped
+        self.steps += 1
+        self.clipped += clipped
 
     def reduce(
         self, engine: Engine, report: StepReport, batches: Sequence[Batch]
@@ -89,6 +94,7 @@ class LogWindow:
             "posts_per_second": posts / seconds,
             "tokens_per_second": tokens / seconds,
             "skipped": self.skipped,
+            "clipped": self.clipped / max(1, self.steps),
         }
 
     def _metrics(self, report: StepReport, batches: Sequence[Batch]) -> dict[str, dict[str, float]]:

@@ -205,6 +205,9 @@ def fill_settings(
     ):
         filled[key] = values[key]
     filled.setdefault("gradient_clipping", values["gradient_clipping"])
+    if filled["gradient_clipping"] == AUTO:
+        # The trainer gives each step its own limit.
+        filled["gradient_clipping"] = 0.0
     filled.setdefault("bf16", {"enabled": layout.bf16})
     if layout.bf16:
         # bf16 sums of gradients lose small ones; accumulation would not equal the large batch.

@@ -74,9 +74,21 @@ class Engine:
                 # One tensor shared by all sub-groups would advance once per sub-group.
                 state["step"] = state["step"].clone()
 
-    def train_step(self, batches: Sequence[Batch]) -> StepReport:
-        """Forward and backward over the micro-batches, then one optimizer step. Every rank, equally many batches."""
+    def train_step(
+        self, batches: Sequence[Batch], *, max_grad_norm: float | None = None
+    ) -> StepReport:
+        """Forward and backward over the micro-batches, then one optimizer step. Every rank, equally many batches.
+
+        Args:
+            batches: this rank's micro-batches.
+            max_grad_norm: what the gradient's global norm is scaled down to, the same on every rank;
+                0 for none. None leaves the last one, at first ``gradient_clipping`` of the JSON.
+        """
         self.deepspeed.train()
+        if max_grad_norm is not None:
+            # All ZeRO optimizers read it in each step. Checkpoints hold it, so a resume with
+            # another limit would go on with the old one.
+            self.deepspeed.optimizer.clip_grad = max_grad_norm
         self.objective.begin_step()
         outputs: list[StepOutput] = []
         skipped_before = self.deepspeed.skipped_steps

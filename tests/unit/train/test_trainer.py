@@ -6,8 +6,9 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -56,14 +57,17 @@ class FakeEngine:
     device: torch.device = torch.device("cpu")
     rates: list[float] = field(default_factory=list)
     progress: list[float] = field(default_factory=list)
+    limits: list[float] = field(default_factory=list)
+    norms: Iterator[float] = field(default_factory=lambda: repeat(0.5))
     steps: int = 0
 
     def set_rate_factor(self, factor: float) -> dict[str, float]:
         self.rates.append(factor)
         return {"encoder": factor}
 
-    def train_step(self, batches: list[Batch]) -> StepReport:
+    def train_step(self, batches: list[Batch], *, max_grad_norm: float) -> StepReport:
         self.steps += 1
+        self.limits.append(max_grad_norm)
         self.progress.append(batches[0].progress)
         skipped = self.on_step(self.steps) == "skipped"
         loss = torch.tensor(float("nan") if skipped else 1.0 / self.steps)
@@ -74,7 +78,7 @@ class FakeEngine:
             )
             for rows_B in (batch.row_ids_B for batch in batches)
         ]
-        return StepReport(loss, terms, outputs, grad_norm=0.5, skipped=skipped)
+        return StepReport(loss, terms, outputs, grad_norm=next(self.norms), skipped=skipped)
 
 
 @dataclass
@@ -198,6 +202,49 @@ def test_the_rate_of_each_step_follows_the_schedule(tmp_path: Path) -> None:
     trainer = trainer_in(tmp_path, schedule="linear")
     trainer.train()
     assert trainer.run.engine.rates == pytest.approx([1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
+
+
+@pytest.mark.parametrize(
+    ("option", "limits", "clipped"),
+    [
+        ("auto", [0.0, 6.0, 9.0, 12.0, 12.0, 12.0], [3, 6]),
+        (5.0, [5.0] * 6, [3, 6]),
+        (0.0, [0.0] * 6, []),
+        (1.0, [1.0] * 6, [1, 2, 3, 4, 6]),
+    ],
+)
+def test_gradients_are_clipped_by_the_norms_before_them_also_after_a_restart(
+    tmp_path: Path, option: float | str, limits: list[float], clipped: list[int]
+) -> None:
+    """Step 5 is skipped. Medians of 2; 2 and 4; 2, 4 and 50; 2, 4, 4 and 50; by hand, times 3."""
+    norms = [2.0, 4.0, 50.0, 4.0, float("inf"), 99.0]
+
+    def skip(step: int) -> str:
+        return "skipped" if norms[step - 1] == float("inf") else ""
+
+    def started(folder: Path, at: int) -> SavingTrainer:
+        folder.mkdir()
+        trainer = trainer_in(folder, max_grad_norm=option, log_every=1, save_every=3)
+        engine = trainer.run.engine
+        engine.norms, engine.steps = iter(norms[at:]), at
+        engine.on_step = skip
+        return trainer
+
+    whole = started(tmp_path / "whole", 0)
+    whole.train()
+    assert whole.run.engine.limits == limits
+    state = whole.run.state
+    assert state.clipped_total == len(clipped)
+    assert state.grad_norms == [2.0, 4.0, 50.0, 4.0, 99.0]
+    resumed = started(tmp_path / "resumed", 3)
+    resumed.run.state = TrainState(**saved(whole)[3])
+    resumed.train()
+    assert resumed.run.engine.limits == limits[3:]
+    assert resumed.run.state.clipped_total == len(clipped)
+    # Only so many norms are kept.
+    state.grad_norms = [1.0] * 100
+    state.record_norm(7.0, limit=0.0)
+    assert state.grad_norms == [1.0] * 99 + [7.0]
 
 
 def test_every_batch_knows_how_much_of_the_run_is_done_also_after_a_restart(tmp_path: Path) -> None:
@@ -392,13 +439,13 @@ def following_trainer(
     trainer.run.splits, trainer.drawn = {"train": TwoSets()}, drawn
     made = trainer.run.engine.train_step
 
-    def train_step(batches: list[Batch]) -> StepReport:
+    def train_step(batches: list[Batch], **options: Any) -> StepReport:
         drawn[trainer.run.state.step] = [
             row for batch in batches for row in batch.row_ids_B.tolist()
         ]
         if trainer.run.state.step + 1 == stop_after:
             os.kill(os.getpid(), signal.SIGTERM)
-        return made(batches)
+        return made(batches, **options)
 
     def run_evaluation(name: str, **_: Any) -> Evaluation:
         loss = losses[trainer.run.state.step // 2 - 1]

@@ -162,9 +162,10 @@ def test_a_number_that_clashes_with_the_recipe_is_refused() -> None:
         "or make the two agree."
     )
     assert filled(STAGE_2 | {"train_batch_size": 32})["train_batch_size"] == 32
-    assert "gradient_clipping is 0.5 in the DeepSpeed JSON and 1.0" in refusal(
+    assert "gradient_clipping is 0.5 in the DeepSpeed JSON and auto by the recipe" in refusal(
         STAGE_2 | {"gradient_clipping": 0.5}
     )
+    assert filled(STAGE_2 | {"gradient_clipping": "auto"})["gradient_clipping"] == 0.0
     assert "expert_parallel.top_k is 3" in refusal(STAGE_2 | {"expert_parallel": {"top_k": 3}})
 
 
