@@ -113,6 +113,24 @@ def collective_device() -> torch.device:
     return torch.device("cpu")
 
 
+def choose_device(name: str) -> torch.device:
+    """A device of one process; ``auto`` is the first GPU, or the CPU where there is none.
+
+    Raises:
+        ValueError: it does not exist, or cannot be used on this machine.
+    """
+    gpu = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(gpu if name == "auto" else name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"device {name} cannot be used here ({reason}); name another one, or auto."
+        ) from error
+    return device
+
+
 def gather_rows(rows: Tensor) -> tuple[Tensor, int]:
     """Concatenate the first dimension over ranks, with gradient.
 

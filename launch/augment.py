@@ -30,12 +30,12 @@ def main() -> None:
     add("--text-column", default="text", help="column with the post (default: %(default)s)")
     add("--pair-column", help="column with the target (default: aspect, where there is one)")
     add("--label-column", help="column with the gold label (default: polarity, where there is one)")
-    add("--rounds", type=int, default=10, help="at most so many times is a post with a gold label asked, the label "
-        "given, until the polarity of the output is that label (default: %(default)s)")
-    add("--temperature", type=float, default=0.7, help="of repeated questions; 0: no draws (default: %(default)s)")
-    add("--seed", type=int, default=0, help="of the draws (default: %(default)s)")
+    add("--rounds", type=int, default=10, help="at most this many rounds for a post with a gold label, which is given "
+        "from round 2 on, until the polarity is that label (default: %(default)s)")
+    add("--temperature", type=float, default=0.7, help="of sampling; 0 never samples (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of sampling (default: %(default)s)")
     add("--max-new-tokens", type=int, default=32,
-        help="of one output; a longer one is malformed (default: %(default)s)")
+        help="of one text; a longer one is malformed (default: %(default)s)")
     add("--limit", type=int, help="the first so many posts only")
     add("--skip-bad", action="store_true", help="leave out bad rows instead of stopping at the first")
     add("--overwrite", action="store_true", help="replace what this command wrote, begin anew")
@@ -52,7 +52,7 @@ def main() -> None:
     except (ValueError, OSError) as error:
         sys.exit(f"augment: {error}")
     except KeyboardInterrupt:
-        sys.exit("augment: stopped; the same command goes on from here")
+        sys.exit("augment: stopped; the same command continues")
     print("\n".join(report.lines()))
 
 

@@ -6,7 +6,7 @@ import math
 import sys
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from operator import attrgetter
 from pathlib import Path
@@ -17,70 +17,68 @@ from tqdm import tqdm
 
 from comoe.augment.generator import Generator
 from comoe.augment.output import BEGIN_ANEW, Journal, Note, Output, differences, line_of
-from comoe.augment.posts import Posts, read_posts
+from comoe.augment.posts import InputPosts, read_input_posts
 from comoe.augment.prompts import Prompts, load_prompts
-from comoe.augment.refine import Outcome, Refiner, Settings
+from comoe.augment.refine import PARTS, Outcome, Refiner, Settings
 from comoe.data.posts import Post
 from comoe.data.reading.inputs import DataChoice
 
 BATCHES = 4
 """Batches of posts that go through all their rounds together, and are then safe on the disk."""
-
-
 LOG_SECONDS = 60.0
-"""Between two lines of a log, at least."""
-
-
+"""Minimum between two lines of a log."""
 LOG_LINE = "{desc}: {n_fmt} of {total_fmt} posts, {elapsed} gone, {remaining} left{postfix}\n"
-
-
 ENDINGS = (".jsonl", ".ndjson", ".json")
-"""Endings of the output, which a recipe then reads without being told a format."""
+"""Endings of the output, which a recipe then reads without a format."""
+COLUMNS = (
+    *(f"aux_{part}" for part in PARTS), *(f"aux_{part}_confidence" for part in PARTS), "aux_rounds", "aux_converged",
+)  # fmt: skip
+"""Columns of the output beside those of the posts."""
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
     """What a run did."""
 
-    posts: Posts
+    posts: InputPosts
     """What it read."""
     outcomes: tuple[Outcome, ...]
     """One per post, in the order of the file."""
     files: Output
-    """Where the posts are, and the malformed answers, if there are any."""
+    """Where the posts are, and the malformed texts, if there are any."""
     resumed: int
     """Posts that an earlier run had done."""
     earlier: tuple[str, ...] = ()
     """Lines of the run that had finished already, where there was nothing left to do."""
 
     def lines(self) -> list[str]:
-        """The report as a person reads it."""
+        """The report for the terminal."""
         output, outcomes = self.files.posts, self.outcomes
         if self.earlier:
-            done = f"done already by the same command: {output} is as it was. It said:"
+            done = f"done already by the same command: {output} is unchanged. Its report:"
             return [done, *self.earlier]
         readings = [outcome.reading for outcome in outcomes if outcome.reading is not None]
         lines = [
             *self.posts.notes,
-            f"{len(outcomes):,} posts in {output}, {len(readings):,} of them answered",
+            f"{len(outcomes):,} posts in {output}, {len(readings):,} of them with well-formed texts",
         ]
         if self.resumed:
-            lines.append(f"  {self.resumed:,} of them by the run that this one went on with")
+            lines.append(f"  {self.resumed:,} of them by the run that this one continued")
         if bad := self.posts.bad:
             lines.append(f"  {len(bad):,} bad rows left out, such as {bad[0]}")
-        labelled = [outcome for outcome in outcomes if outcome.converged is not None]
-        if labelled:
-            by_round = Counter(outcome.rounds for outcome in labelled if outcome.converged)
+        with_gold = [outcome for outcome in outcomes if outcome.converged is not None]
+        if with_gold:
+            by_round = Counter(outcome.rounds for outcome in with_gold if outcome.converged)
             lines += [
-                f"converged: {by_round.total():,} of {len(labelled):,} posts with a gold label",
+                f"converged: {by_round.total():,} of {len(with_gold):,} posts with a gold label",
                 *(f"  in round {number}: {n:,}" for number, n in sorted(by_round.items())),
-                f"  not converged: {len(labelled) - by_round.total():,}",
+                f"  not converged: {len(with_gold) - by_round.total():,}",
             ]
         if shortened := sum(outcome.shortened for outcome in outcomes):
             lines.append(f"shortened, too long for the model: {shortened:,} posts")
         malformed = [item for outcome in outcomes for item in outcome.malformed]
         where = f", see {self.files.malformed}" if malformed else ""
-        lines.append(f"malformed answers kept out: {len(malformed):,}{where}")
+        lines.append(f"malformed texts left out: {len(malformed):,}{where}")
         counts = Counter(f"{item.part}, {item.reason}" for item in malformed)
         lines += [f"  {what}: {count:,}" for what, count in counts.most_common()]
         for part in PARTS if readings else ():
@@ -94,17 +92,12 @@ def run_command(options: Namespace, *, progress: bool) -> Report:
 
     def load() -> Generator:
         print(f"augment: loading {options.model}", file=sys.stderr, flush=True)
-        # Here, not above: a mistake in the prompts or the posts is told before the libraries of
+        # Here, not above: a mistake in the prompts or the posts is reported before the libraries of
         # models are imported.
         from comoe.augment.hugging_face import load_generator
 
-        return load_generator(
-            options.model,
-            device=options.device,
-            max_new_tokens=options.max_new_tokens,
-            temperature=options.temperature,
-            trust_remote_code=options.trust_remote_code,
-        )
+        names = ("device", "max_new_tokens", "temperature", "trust_remote_code")
+        return load_generator(options.model, **{name: getattr(options, name) for name in names})
 
     choice = DataChoice(
         options.input,
@@ -124,7 +117,6 @@ def run_command(options: Namespace, *, progress: bool) -> Report:
         settings=Settings(options.rounds, options.batch_size, options.temperature, options.seed),
         overwrite=options.overwrite,
         progress=progress,
-        spared=(options.prompts,),
     )
 
 
@@ -137,19 +129,17 @@ def augment(
     settings: Settings,
     overwrite: bool = False,
     progress: bool = True,
-    spared: Sequence[Path] = (),
 ) -> Report:
-    """Write the posts with their auxiliary columns. A killed run goes on, a finished one changes nothing.
+    """Write the posts with their auxiliary columns. A killed run is continued, a finished one changes nothing.
 
     Args:
         choice: the posts.
         output: JSON lines, written aside and renamed when all posts are done.
-        prompts: the questions.
+        prompts: templates and examples.
         load: gives the model; called once the posts are found to be good.
         settings: how generated texts are refined.
-        overwrite: replace an output of augment's that is there, and forget a run that stopped.
+        overwrite: replace an earlier output of augment, and forget a run that stopped.
         progress: draw a progress bar; else a line now and then, as a log wants it.
-        spared: further files that are read.
 
     Raises:
         ValueError: posts that cannot be read; an output that is there and was made otherwise, or
@@ -160,12 +150,15 @@ def augment(
         raise ValueError(f"--output {output}: the output is JSON lines; give it the ending .jsonl.")
     files = Output(output)
     place = Path(choice.path).expanduser()
-    files.check(spared=[*([place] if place.exists() else ()), *spared])
-    posts = read_posts(choice, labels=prompts.labels, added=COLUMNS)
+    files.check(spared=[*([place] if place.exists() else ()), prompts.path])
+    posts = read_input_posts(choice, labels=prompts.labels, added=COLUMNS)
     for number, row in enumerate(posts.rows, start=1):
         line_of(row, number=number)  # now, not when all the work is done
     earlier = None if overwrite or files.begun.exists() else files.finished()
-    head = _head(posts, prompts, settings)
+    # What the texts depend on beside the model.
+    head = {"--input": f"{posts.file} ({posts.digest[:12]})", "--prompts": prompts.digest[:12]}
+    names = ("rounds", "batch_size", "temperature", "seed")
+    head |= {f"--{name.replace('_', '-')}": str(getattr(settings, name)) for name in names}
     if earlier is not None:
         _compare(earlier, {**earlier.head, **head}, output)
     generator = load()
@@ -182,7 +175,7 @@ def augment(
         report = Report(posts, tuple(outcomes), files, resumed)
         files.write(
             ({**row, **_columns_of(one)} for row, one in zip(posts.rows, outcomes, strict=True)),
-            [row for pair in zip(posts.posts, outcomes, strict=True) for row in _kept_out(*pair)],
+            _malformed_rows(posts.posts, outcomes),
             head=head,
             report=report.lines(),
         )
@@ -210,7 +203,7 @@ def _check(choice: DataChoice, settings: Settings) -> None:
 def _work(
     posts: Sequence[Post], journal: Journal, refine: Refiner, *, batch_size: int, progress: bool
 ) -> None:
-    """Answer what is left, piece by piece; the pieces are the same however often the run stops."""
+    """Process what is left, piece by piece; the pieces are the same however often the run stops."""
     # Longest first: what does not fit into memory fails at once.
     order = sorted(range(len(posts)), key=lambda index: (-len(posts[index].text), index))
     size = batch_size * BATCHES
@@ -237,40 +230,15 @@ def _work(
                 bar.update(len(piece))
 
 
+def _malformed_rows(posts: Sequence[Post], outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
+    return [
+        {"line": post.line, "round": item.round, "part": item.part, "reason": item.reason, "answer": item.text}
+        for post, outcome in zip(posts, outcomes, strict=True)
+        for item in outcome.malformed
+    ]  # fmt: skip
+
+
 def _columns_of(outcome: Outcome) -> dict[str, Any]:
-    """What the output has beside the columns of a post."""
     names = (*PARTS, *(f"{part}_confidence" for part in PARTS))
     values = [None if outcome.reading is None else getattr(outcome.reading, n) for n in names]
     return dict(zip(COLUMNS, [*values, outcome.rounds, outcome.converged], strict=True))
-
-
-def _kept_out(post: Post, outcome: Outcome) -> Iterator[dict[str, Any]]:
-    """Lines of the file of malformed answers."""
-    for item in outcome.malformed:
-        yield {
-            "line": post.line,
-            "round": item.round,
-            "part": item.part,
-            "reason": item.reason,
-            "answer": item.text,
-        }
-
-
-def _head(posts: Posts, prompts: Prompts, settings: Settings) -> dict[str, str]:
-    """What the answers depend on beside the model: option -> value."""
-    return {
-        "--input": f"{posts.file} ({posts.digest[:12]})", "--prompts": prompts.digest[:12],
-        "--rounds": str(settings.rounds),
-        "--batch-size": str(settings.batch_size), "--temperature": str(settings.temperature),
-        "--seed": str(settings.seed),
-    }  # fmt: skip
-
-
-PARTS = ("aspect", "opinion", "polarity")
-"""What is read out of a post."""
-
-
-COLUMNS = (
-    *(f"aux_{part}" for part in PARTS), *(f"aux_{part}_confidence" for part in PARTS), "aux_rounds", "aux_converged",
-)  # fmt: skip
-"""Columns of the output beside those of the posts."""

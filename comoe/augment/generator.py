@@ -1,4 +1,4 @@
-"""What asking a generative model means here: prompts in, answers and scores of words out, with their probabilities."""
+"""Interface of a generative model: prompts in, generated texts and scores of given texts out, with probabilities."""
 
 from __future__ import annotations
 
@@ -12,26 +12,25 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What a model is asked."""
+    """A filled template."""
 
     question: str
-    """Filled template; the answer goes right behind it."""
+    """The generated text follows right behind it."""
     examples: tuple[tuple[str, str], ...] = ()
-    """(question, answer) of examples that go before it."""
+    """(question, text) of examples that precede it."""
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
-    """What a model wrote."""
+class Generation:
+    """A generated text."""
 
     text: str
-    """As it was written, without the sign that ends it."""
+    """Without the sign that ends it."""
     probability: float
-    """Geometric mean of the probabilities of the written tokens, the end token among them, in [0,
-    1]: of each under the model itself (temperature 1), given the prompt and the tokens before
-    it."""
+    """Geometric mean of the probabilities of the generated tokens, the end token included, in [0, 1]:
+    of each under the model itself (temperature 1), given the prompt and the tokens before it."""
     ended: bool
-    """False: cut off at the largest number of tokens."""
+    """False: cut off at the maximum of tokens."""
 
 
 class Generator(Protocol):
@@ -44,54 +43,44 @@ class Generator(Protocol):
 
     @property
     def limit(self) -> str:
-        """How much the model reads, as a message says it."""
+        """How much the model reads, for messages."""
         ...
 
-    def answer(self, prompts: Sequence[Prompt], *, draws: Sequence[int | None]) -> list[Answer]:
-        """One answer per prompt: the most probable token each time where ``draws`` has None, else drawn with that seed.
-
-        Args:
-            prompts: one batch.
-            draws: seed per prompt, or None.
-        """
+    def generate(
+        self, prompts: Sequence[Prompt], *, seeds: Sequence[int | None]
+    ) -> list[Generation]:
+        """Generate one text per prompt: greedily where ``seeds`` has None, else sampled with that seed."""
         ...
 
     def score(
         self, prompts: Sequence[Prompt], *, choices: Sequence[str]
     ) -> list[tuple[float, ...]]:
-        """How probable each of the given answers is, per prompt, as shares that sum to one. Nothing is drawn."""
+        """Probability of each given text per prompt, as shares that sum to one. Nothing is sampled."""
         ...
 
     def excess(self, prompt: Prompt) -> int:
-        """Tokens by which prompt and answer together go beyond what the model can read; 0 where they fit."""
+        """Tokens by which prompt and generated text together exceed what the model can read; 0 if they fit."""
         ...
 
 
 def in_batches(
     rows: Sequence[int],
-    ask: Callable[[list[int]], list[Result]],
+    call: Callable[[list[int]], list[Result]],
     *,
     prompts: Sequence[Prompt],
     size: int,
 ) -> dict[int, Result]:
-    """Row -> result, asked in batches of prompts of similar length.
-
-    Args:
-        rows: of ``prompts`` to ask.
-        ask: gives the results of at most ``size`` rows.
-        prompts: all of them.
-        size: rows per batch.
-    """
+    """Row of ``prompts`` -> result of ``call``, which gets at most ``size`` rows of similar length."""
     # Longest first: a batch that does not fit into memory fails at once.
     order = sorted(rows, key=lambda row: (-len(prompts[row].question), row))
-    found: dict[int, Result] = {}
+    results: dict[int, Result] = {}
     for start in range(0, len(order), size):
         batch = order[start : start + size]
-        found |= zip(batch, ask(batch), strict=True)
-    return found
+        results |= zip(batch, call(batch), strict=True)
+    return results
 
 
 def seed_of(*parts: int | str) -> int:
-    """A seed in [0, 2^63) made of numbers and words: the same on every machine, another one for other parts."""
+    """A seed in [0, 2^63) from numbers and words: the same on every machine, different for other parts."""
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1

@@ -18,9 +18,10 @@ from comoe.data.reading.files import json_line
 from comoe.data.reading.sources import ENDINGS, NAMES
 
 Record = dict[str, Any]
-
-
+Row = Mapping[str, Any]
 BEGIN_ANEW = "begin anew with --overwrite"
+_BEGIN = b'{"--'
+"""Of a journal, whose head has options for keys."""
 
 
 class Journal:
@@ -28,27 +29,31 @@ class Journal:
 
     Args:
         path: the file; it is made where it is missing.
-        head: what the work depends on, option -> value. Work begun with another head is not gone on
-            with.
+        head: what the work depends on, option -> value.
         anew: forget what was done.
 
     Raises:
-        ValueError: the file is none of a journal, was begun with another head, is damaged, or
-            another process writes to it.
+        ValueError: the file is no journal, was begun with another head, is damaged, or another
+            process writes to it.
     """
 
     def __init__(self, path: Path, head: Mapping[str, str], *, anew: bool = False) -> None:
         self.path = path
         self._file = path.open("a+b")
         try:
-            self._lock()
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self.records = self._read(dict(head), anew=anew)
+        except BlockingIOError as error:
+            self._file.close()
+            raise ValueError(
+                f"{self.path}: another process is writing it; wait, or name another --output."
+            ) from error
         except BaseException:
             self._file.close()
             raise
 
     def add(self, records: Sequence[Record]) -> None:
-        """Write one finished piece; when this returns it lies on the disk."""
+        """Write one finished piece; when this returns it is on the disk."""
         self._write(list(records))
         self.records.extend(records)
 
@@ -61,14 +66,6 @@ class Journal:
     def remove(self) -> None:
         """The work is done, and its result written."""
         self.path.unlink()
-
-    def _lock(self) -> None:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(
-                f"{self.path}: another process is writing it; wait, or name another --output."
-            ) from error
 
     def _read(self, head: dict[str, str], *, anew: bool) -> list[Record]:
         self._file.seek(0)
@@ -88,21 +85,17 @@ class Journal:
             found = [json.loads(line) for line in lines[:-1]]
         except ValueError as error:
             raise ValueError(f"{self.path} is damaged ({error}); {BEGIN_ANEW}.") from error
-        if not found:
-            self._write(head)
-            return []
-        begun = found[0]
-        told = differences(begun, head)
-        if told and len(found) == 1:
+        changed = differences(found[0], head) if found else ""
+        if changed and len(found) > 1:
+            raise ValueError(
+                f"{self.path} holds a run that stopped after {sum(map(len, found[1:])):,} posts, begun otherwise: "
+                f"{changed}. Give the same again to continue, or {BEGIN_ANEW}."
+            )
+        if changed or not found:
             # Nothing was done yet: a prompt that the model cannot read is corrected and given
             # again.
             self._file.truncate(0)
             self._write(head)
-        elif told:
-            raise ValueError(
-                f"{self.path} holds a run that stopped after {sum(map(len, found[1:])):,} posts, begun otherwise: "
-                f"{told}. Give the same again to go on with it, or {BEGIN_ANEW}."
-            )
         return [record for piece in found[1:] for record in piece]
 
     def _write(self, content: object) -> None:
@@ -112,16 +105,9 @@ class Journal:
 
 
 def differences(begun: Mapping[str, str], now: Mapping[str, str]) -> str:
-    """What two runs do not have in common, as a message says it; empty where they are the same."""
+    """What two runs do not have in common, for a message; empty where they are the same."""
     changed = [name for name in {**begun, **now} if begun.get(name) != now.get(name)]
     return "; ".join(f"{name} was {begun.get(name)}, is now {now.get(name)}" for name in changed)
-
-
-_BEGIN = b'{"--'
-"""Of a journal, whose head has options for keys."""
-
-
-Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,22 +137,16 @@ class Output:
         self._note = path.with_name(f".{path.name}.done")
 
     def check(self, *, spared: Sequence[Path] = ()) -> None:
-        """Refuse to write where a file is that augment did not write.
+        """Refuse to replace a file that augment did not write.
 
         Args:
             spared: files and folders that are read.
 
         Raises:
             ValueError: a file to write is one that is read, also through a link, or would be found
-                in a folder that is read; a file of somebody else is in the way.
+                in a folder that is read; another file is in the way.
         """
-        written = [
-            self.posts,
-            self.malformed,
-            self.begun,
-            self._note,
-        ]
-        for path in written:
+        for path in (self.posts, self.malformed, self.begun, self._note):
             for source in spared:
                 if same_file(path, source) or _is_read_from(path, source):
                     raise ValueError(
@@ -175,7 +155,7 @@ class Output:
                     )
         note = self._read()
         for path in (self.posts, self.malformed):
-            if os.path.lexists(path) and not _is_known(path, note):
+            if os.path.lexists(path) and not _wrote(path, note):
                 raise ValueError(
                     f"{path} is there already, and is not as augment wrote it, so it is never replaced, not even with "
                     "--overwrite; move it away, or name another --output."
@@ -193,7 +173,7 @@ class Output:
         head: Mapping[str, str],
         report: Sequence[str],
     ) -> None:
-        """Write all that a run ends with; without malformed answers there is no file of them.
+        """Write all that a run ends with; without malformed texts there is no file of them.
 
         Until the caller removes its journal a run that is killed in here can be done again.
 
@@ -231,11 +211,20 @@ def line_of(row: Row, *, number: int) -> str:
         ValueError: a cell that JSON cannot hold.
     """
     try:
-        return json_line(_plain(row), allow_nan=False)
+        return json_line(_without_nan(row), allow_nan=False)
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"post {number} has a cell that JSON lines cannot hold ({error}); drop its column."
         ) from error
+
+
+def _without_nan(value: Any) -> Any:
+    """NaN, the empty cell of some formats, as null."""
+    if isinstance(value, Mapping):
+        return {name: _without_nan(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _write(file: IO[bytes], rows: Iterable[Row]) -> str:
@@ -248,7 +237,7 @@ def _write(file: IO[bytes], rows: Iterable[Row]) -> str:
     return sha256.hexdigest()
 
 
-def _is_known(path: Path, note: Note | None) -> bool:
+def _wrote(path: Path, note: Note | None) -> bool:
     if note is None or path.name not in note.sha256 or path.is_symlink() or not path.is_file():
         return False
     with path.open("rb") as file:
@@ -271,12 +260,3 @@ def _is_split(name: str) -> bool:
         word for words in NAMES.values() for word in words
     }
     return (usual and ending.lower() in ENDINGS) or name == "mapping.txt"
-
-
-def _plain(value: Any) -> Any:
-    """NaN, the empty cell of some formats, as null."""
-    if isinstance(value, Mapping):
-        return {name: _plain(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and math.isnan(value) else value

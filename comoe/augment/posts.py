@@ -25,8 +25,8 @@ GOLD = "gold"
 
 
 @dataclass(frozen=True, slots=True)
-class Posts:
-    """What was read."""
+class InputPosts:
+    """The posts of a file, and everything else that it holds about them."""
 
     file: str
     """What messages call it."""
@@ -49,8 +49,10 @@ class Posts:
         return sha256.hexdigest()
 
 
-def read_posts(choice: DataChoice, *, labels: Sequence[str], added: Sequence[str]) -> Posts:
-    """Read the posts.
+def read_input_posts(
+    choice: DataChoice, *, labels: Sequence[str], added: Sequence[str]
+) -> InputPosts:
+    """Read the posts of a file, folder or hub data set.
 
     Args:
         choice: which.
@@ -90,12 +92,12 @@ def read_posts(choice: DataChoice, *, labels: Sequence[str], added: Sequence[str
         report=report,
     )
     rows = dict(zip(raw.lines, raw.rows, strict=True))
-    return Posts(
+    return InputPosts(
         raw.file,
-        tuple(posts),
-        tuple(rows[post.line] for post in posts),
-        tuple(report.set_aside),
-        tuple(notes),
+        posts=tuple(posts),
+        rows=tuple(rows[post.line] for post in posts),
+        bad=tuple(report.set_aside),
+        notes=tuple(notes),
     )
 
 
@@ -103,7 +105,7 @@ def _posts(raw: RawSplit, choice: DataChoice, labels: Sequence[str]) -> Iterator
     """The posts, bad ones included, up to ``choice.limit`` good ones."""
     config = TaskConfig(kind="unlabelled", text=choice.text, pair=choice.pair)
     columns = [] if choice.label is None else [choice.label]
-    # Of any length: what a model cannot read is cut when it is asked.
+    # Of any length: what a model cannot read is cut when its prompt is made.
     reader = RowReader({"post": config}, {"post": ()}, max_characters=10**9, columns=columns)
 
     def read(row: Mapping[str, Any]) -> Post:

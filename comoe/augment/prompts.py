@@ -1,4 +1,4 @@
-"""The prompts of auxiliary data: one YAML file with templates, label words and examples, checked and filled."""
+"""The prompts of auxiliary data: one YAML file with templates, label words and examples."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 import string
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import field
 from pathlib import Path
 
@@ -16,16 +16,14 @@ from comoe.config.errors import place_of, unknown_name
 from comoe.config.fields import Count, Text, section
 from comoe.config.load import load_settings
 
-RUN = 5
-"""So many words in a row that an answer shares with the prompt's own words make it an echo."""
-
-
+ECHO_WORDS = 5
+"""A text that shares this many consecutive words with the prompts' own words echoes them."""
 _WORD = re.compile(r"\w+")
 
 
 @section
 class Example:
-    """An answered post that goes before the question; one without a field that a template needs is left out there."""
+    """A solved post before the question; one without a field that a template needs is left out there."""
 
     text: Text | None = None
     """The post."""
@@ -54,17 +52,16 @@ class Templates:
     opinion: Text = ""
     """Second question: the opinion on that aspect."""
     polarity: Text = ""
-    """Third question: the sentiment that the opinion implies; its answers are the label words,
-    scored."""
+    """Third question: the sentiment that the opinion implies; the label words are scored."""
     refine_aspect: Text = ""
-    """Instead of ``aspect``, once an answer implied another label than the gold one."""
+    """Instead of ``aspect``, once a result implied another label than the gold one."""
     refine_opinion: Text = ""
     """Instead of ``opinion``, likewise."""
 
 
 @section
 class MostWords:
-    """A longer answer is malformed."""
+    """A longer text is malformed."""
 
     aspect: Count = 8
     """Words of an aspect."""
@@ -77,17 +74,17 @@ class PromptFile:
     """The content of the file."""
 
     templates: Templates = field(default_factory=Templates)
-    """What is asked."""
+    """Templates."""
     labels: dict[Text, Text] = field(default_factory=dict)
-    """Label as the posts have it -> the word that the model is asked for."""
+    """Label as the posts have it -> the word that is scored."""
     no_target: Text = "it"
     """{target} of a post without one."""
     most_words: MostWords = field(default_factory=MostWords)
-    """When an answer is too long."""
+    """When a text is too long."""
     no_answer: list[Text] = field(default_factory=list)
-    """Answers that say nothing ("none", "not mentioned"); upper and lower case count as equal."""
+    """Texts that say nothing ("none", "not mentioned"); upper and lower case count as equal."""
     examples: list[Example] = field(default_factory=list)
-    """Answered posts that go before the question."""
+    """Solved posts before the question."""
 
 
 class Prompts:
@@ -95,17 +92,24 @@ class Prompts:
 
     Args:
         file: its content.
+        path: where it was read.
     """
 
-    def __init__(self, file: PromptFile) -> None:
-        self.file = file
-        self.labels = tuple(file.labels)
-        self.words = tuple(file.labels.values())
-        self._templates = {
-            name.name: getattr(file.templates, name.name) for name in dataclasses.fields(Templates)
-        }
-        self._examples = [self._values(example) for example in file.examples]
-        self._runs = frozenset(run for text in self._own_texts() for run in runs(words_of(text)))
+    def __init__(self, file: PromptFile, path: Path) -> None:
+        self.file, self.path = file, path
+        self.labels, self.words = tuple(file.labels), tuple(file.labels.values())
+        self._templates = dataclasses.asdict(file.templates)
+        examples = [
+            {name: text for name, text in dataclasses.asdict(example).items() if text is not None}
+            for example in file.examples
+        ]
+        self._examples = [{"target": file.no_target, "labels": "", **item} for item in examples]
+        own = [
+            " ".join(literal for literal, *_ in string.Formatter().parse(template))
+            for template in self._templates.values()
+        ]
+        own += [text for item in examples for text in item.values()]
+        self._own = frozenset(run for text in own for run in _runs(words_of(text)))
 
     @property
     def digest(self) -> str:
@@ -119,45 +123,27 @@ class Prompts:
             part: field of ``Templates``.
             values: field -> text; ``gold`` and ``previous_polarity`` are labels of the posts.
         """
-        template = self._templates[part]
-        needed = fields_of(template)
+        template, target = self._templates[part], TARGETS[part]
+        needed = fields_of(template) | {target}
         examples = tuple(
-            (self._fill(template, example), self._answer(part, example))
+            (self._fill(template, example), self._worded(target, example[target]))
             for example in self._examples
-            if (needed | {ANSWERS[part]}) <= example.keys()
+            if needed <= example.keys()
         )
         return Prompt(question=self._fill(template, values), examples=examples)
 
-    def echoes(self, answer: str) -> bool:
-        """True where an answer repeats a run of words of the prompts themselves, of templates or examples."""
-        return not self._runs.isdisjoint(runs(words_of(answer)))
+    def echoes(self, text: str) -> bool:
+        """True where a text repeats a run of words of the prompts themselves, of templates or examples."""
+        return not self._own.isdisjoint(_runs(words_of(text)))
 
     def _fill(self, template: str, values: Mapping[str, str]) -> str:
-        spoken = {
-            name: self.file.labels.get(text, text) if name in SPOKEN else text
-            for name, text in values.items()
-        }
+        worded = {name: self._worded(name, text) for name, text in values.items()}
         listed = ", ".join(self.words[:-1]) + f" or {self.words[-1]}"
-        return template.strip().format_map(spoken | {"labels": listed})
+        return template.strip().format_map(worded | {"labels": listed})
 
-    def _answer(self, part: str, example: Mapping[str, str]) -> str:
-        return (
-            self.file.labels.get(example["gold"], "")
-            if ANSWERS[part] == "gold"
-            else example[ANSWERS[part]]
-        )
-
-    def _values(self, example: Example) -> dict[str, str]:
-        given = {
-            name: text for name, text in dataclasses.asdict(example).items() if text is not None
-        }
-        return {"target": self.file.no_target, "labels": "", **given}
-
-    def _own_texts(self) -> Iterator[str]:
-        for template in self._templates.values():
-            yield " ".join(literal for literal, _, _, _ in string.Formatter().parse(template))
-        for example in self.file.examples:
-            yield from (text for text in dataclasses.asdict(example).values() if text)
+    def _worded(self, field_name: str, text: str) -> str:
+        """A label becomes its word."""
+        return self.file.labels.get(text, text) if field_name in LABEL_FIELDS else text
 
 
 def load_prompts(path: Path) -> Prompts:
@@ -172,8 +158,8 @@ def load_prompts(path: Path) -> Prompts:
         key = f"templates.{name}"
         _check_template(text, name, key=f"{place_of(key, origins)}{key}")
     where = f"{place_of('labels', origins)}labels"
-    spoken = [word.strip().lower() for word in file.labels.values()]
-    if len(spoken) < 2 or len(set(spoken)) < len(spoken) or not all(spoken):
+    words = [word.strip().lower() for word in file.labels.values()]
+    if len(words) < 2 or len(set(words)) < len(words) or not all(words):
         raise ValueError(
             f"{where} is {file.labels!r}; it must give each of at least two labels of the posts a word of its own, "
             "such as positive: positive."
@@ -182,8 +168,8 @@ def load_prompts(path: Path) -> Prompts:
         for label in (example.gold, example.previous_polarity):
             if label is not None and label not in file.labels:
                 where = f"{place_of('examples', origins)}examples, number {number}: label"
-                raise ValueError(str(unknown_name(where, label, file.labels)))
-    return Prompts(file)
+                raise unknown_name(where, label, file.labels)
+    return Prompts(file, path)
 
 
 def _check_template(template: str, part: str, *, key: str) -> None:
@@ -195,15 +181,13 @@ def _check_template(template: str, part: str, *, key: str) -> None:
         raise ValueError(f"{key}: {error}; {rule}") from error
     for name in sorted(found - set(allowed)):
         more = (
-            " It is told in the templates that refine only: else every answer would agree."
+            " Only the templates that refine may have it: else every prediction would agree."
             if name == "gold"
             else ""
         )
         raise ValueError(f"{key} has the field {{{name}}}; it may have {_braced(allowed)}.{more}")
     if missing := [name for name in required if name not in found]:
-        raise ValueError(
-            f"{key} lacks the field {_braced(missing)}; without it the model cannot answer. Add it."
-        )
+        raise ValueError(f"{key} lacks the field {_braced(missing)}; the model needs it. Add it.")
 
 
 def _braced(names: tuple[str, ...] | list[str]) -> str:
@@ -227,17 +211,16 @@ def fields_of(template: str) -> set[str]:
 
 
 def words_of(text: str) -> tuple[str, ...]:
-    """Words in lower case, without signs."""
+    """Words in lower case, without punctuation."""
     return tuple(_WORD.findall(text.lower()))
 
 
-def runs(words: tuple[str, ...]) -> set[tuple[str, ...]]:
-    """Every ``RUN`` words in a row."""
-    return {words[start : start + RUN] for start in range(len(words) - RUN + 1)}
+def _runs(words: tuple[str, ...]) -> set[tuple[str, ...]]:
+    return {words[at : at + ECHO_WORDS] for at in range(len(words) - ECHO_WORDS + 1)}
 
 
-SPOKEN = ("gold", "previous_polarity")
-"""Fields that hold a label, which the prompt says with its word."""
+LABEL_FIELDS = ("gold", "previous_polarity")
+"""Fields that hold a label, which the prompt names by its word."""
 
 
 FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -255,8 +238,8 @@ FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 """Template -> the fields that it may have, and those that it must have."""
 
 
-ANSWERS = {
+TARGETS = {
     "aspect": "aspect", "opinion": "opinion", "polarity": "gold",
     "refine_aspect": "aspect", "refine_opinion": "opinion",
 }  # fmt: skip
-"""Template -> field of an example that answers it."""
+"""Template -> field of an example that is its right text."""

@@ -1,7 +1,7 @@
 """Aspect, opinion and implied polarity of posts, refined against the gold label round by round.
 
 As in MT-ISA (arXiv:2412.09046), with the three questions of THOR (arXiv:2305.11255). Malformed
-outputs are kept out.
+texts are left out.
 """
 
 from __future__ import annotations
@@ -11,21 +11,21 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from comoe.augment.generator import Answer, Generator, Prompt, in_batches, seed_of
+from comoe.augment.generator import Generation, Generator, Prompt, in_batches, seed_of
 from comoe.augment.posts import GOLD
 from comoe.augment.prompts import Prompts, words_of
 from comoe.data.posts import Post
 
+PARTS = ("aspect", "opinion", "polarity")
+"""What is extracted from a post."""
 _QUOTES = "\"'`*“”‘’«»「」"
-
-
 _LOOP = re.compile(r"(\b\w+\b)(?:\W+\1\b){3}", flags=re.IGNORECASE)
 """One word four times in a row."""
 
 
 @dataclass(frozen=True, slots=True)
 class Malformed:
-    """An answer that was kept out."""
+    """A generated text that was left out."""
 
     round: int
     """Round, from 1."""
@@ -34,23 +34,23 @@ class Malformed:
     reason: str
     """What is wrong with it; see ``fault_of``."""
     text: str
-    """What the model wrote."""
+    """What the model generated."""
 
 
 def tidy(text: str) -> str:
-    """An answer without the blanks, quotes and full stop around it."""
+    """A text without the blanks, quotes and full stop around it."""
     return text.strip().strip(_QUOTES).strip().removesuffix(".").strip().strip(_QUOTES).strip()
 
 
-def fault_of(answer: Answer, part: str, *, prompts: Prompts) -> str | None:
-    """The first reason to keep an answer out, as it is counted and written; None for a good one.
+def fault_of(generation: Generation, part: str, *, prompts: Prompts) -> str | None:
+    """The first reason to leave a text out, as it is counted and written; None for a well-formed one.
 
     Args:
-        answer: as the model wrote it.
+        generation: as the model generated it.
         part: aspect or opinion.
-        prompts: what was asked.
+        prompts: the prompts that it comes from.
     """
-    text, words, file = answer.text, words_of(answer.text), prompts.file
+    text, words, file = generation.text, words_of(generation.text), prompts.file
     # Given the gold label, a model that merely repeats it would always converge.
     labels = {word for label in (*prompts.words, *prompts.labels) for word in words_of(label)}
     faults = {
@@ -58,7 +58,7 @@ def fault_of(answer: Answer, part: str, *, prompts: Prompts) -> str | None:
         "several lines": len(text.strip().splitlines()) > 1,
         "echoes the prompt": prompts.echoes(text),
         "repeats itself": _LOOP.search(text) is not None,
-        "cut off": not answer.ended,
+        "cut off": not generation.ended,
         "too many words": len(tidy(text).split()) > getattr(file.most_words, part),
         "says nothing": words in map(words_of, file.no_answer),
         "only a label": labels.issuperset(words),
@@ -68,28 +68,26 @@ def fault_of(answer: Answer, part: str, *, prompts: Prompts) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How answers are refined."""
+    """How texts are refined."""
 
     rounds: int = 10
-    """At most, for a post with a gold label; a post without one has one."""
+    """Maximum for a post with a gold label; a post without one has one."""
     batch_size: int = 16
-    """Prompts that the model reads at once."""
+    """Prompts per batch."""
     temperature: float = 0.7
-    """Of drawn answers; 0 never draws, so that a question that comes back has the same answer."""
+    """Of sampling; 0 never samples, so that a prompt that comes back has the same text."""
     seed: int = 0
-    """Of drawn answers."""
+    """Of sampling."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """One whole, well-formed answer: what the post says about its target."""
+    """The last complete, well-formed result: what the post expresses about its target."""
 
     aspect: str
-    """What of the target."""
     opinion: str
-    """What is thought of it."""
     polarity: str
-    """The label that the model finds the most probable, having read the other two."""
+    """The label that the model finds the most probable, given the other two."""
     aspect_confidence: float
     """Geometric mean of the probabilities of the aspect's tokens."""
     opinion_confidence: float
@@ -100,20 +98,20 @@ class Reading:
 
 @dataclass(slots=True)
 class Outcome:
-    """What became of one post so far; its fields are what a journal holds."""
+    """State of one post; the fields are what a journal holds."""
 
     index: int
     """Number of the post from 0, in the order of the file."""
     reading: Reading | None = None
-    """The last well-formed answer, None where there was none."""
+    """None until a round was well formed."""
     rounds: int = 0
-    """Rounds that were asked."""
+    """Rounds so far."""
     converged: bool | None = None
-    """Whether the polarity is the gold label; None without a gold label."""
+    """Whether the polarity is the gold label; None without one."""
     shortened: bool = False
-    """Whether the post did not fit the model's length and lost its end."""
+    """A prompt was too long for the model, so the end of the post was left out."""
     malformed: list[Malformed] = field(default_factory=list)
-    """Answers that were kept out."""
+    """Texts that were left out."""
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Outcome:
@@ -125,31 +123,29 @@ class Outcome:
 
 @dataclass(slots=True)
 class _Case:
-    """A post on its way."""
+    """A post in work."""
 
     post: Post
     outcome: Outcome
-    greedy: dict[Prompt, Answer] = field(default_factory=dict)
-    """Questions that had their most probable answer already."""
+    greedy: dict[Prompt, Generation] = field(default_factory=dict)
+    """Greedy texts of earlier prompts."""
 
 
 class Refiner:
-    """Asks, checks, and asks again.
+    """Generates, checks, and generates again.
 
-    A question is first answered by the most probable tokens. A question that comes back unchanged
-    would have the same answer for ever, so from then on it is drawn, with a seed made of
+    A prompt is first continued by the most probable tokens. A prompt that comes back unchanged would
+    have the same text forever, so from then on it is sampled, with a seed made of
     ``settings.seed``, post, round and part: neither the batch nor an interruption changes it.
 
     Args:
         generator: the model.
-        prompts: what it is asked.
-        settings: how often.
+        prompts: templates and examples.
+        settings: rounds and sampling.
     """
 
     def __init__(self, generator: Generator, prompts: Prompts, settings: Settings) -> None:
-        self._generator = generator
-        self._prompts = prompts
-        self._settings = settings
+        self._generator, self._prompts, self._settings = generator, prompts, settings
 
     def __call__(
         self,
@@ -157,7 +153,7 @@ class Refiner:
         *,
         watch: Callable[[int, int], object] = lambda number, left: None,
     ) -> list[Outcome]:
-        """Answer some posts.
+        """Process some posts.
 
         Args:
             posts: by their number.
@@ -174,16 +170,16 @@ class Refiner:
         return [case.outcome for case in cases]
 
     def _round(self, cases: Sequence[_Case], number: int) -> None:
-        aspects = self._ask(cases, "aspect", number, known=[{} for _ in cases])
-        having = [row for row, answer in enumerate(aspects) if answer is not None]
+        aspects = self._generate(cases, "aspect", number, known=[{} for _ in cases])
+        having = [row for row, aspect in enumerate(aspects) if aspect is not None]
         known = [{"aspect": tidy(aspects[row].text)} for row in having]
-        opinions = self._ask([cases[row] for row in having], "opinion", number, known=known)
-        whole = [
+        opinions = self._generate([cases[row] for row in having], "opinion", number, known=known)
+        complete = [
             (cases[row], given | {"opinion": tidy(opinion.text)}, (aspects[row], opinion))
             for row, given, opinion in zip(having, known, opinions, strict=True)
             if opinion is not None
         ]
-        prompts = [self._prompt(case, "polarity", given) for case, given, _ in whole]
+        prompts = [self._prompt(case, "polarity", given) for case, given, _ in complete]
         scores = in_batches(
             range(len(prompts)),
             lambda rows: self._generator.score(
@@ -192,10 +188,10 @@ class Refiner:
             prompts=prompts,
             size=self._settings.batch_size,
         )
-        for row, (case, given, answers) in enumerate(whole):
+        for row, (case, given, generations) in enumerate(complete):
             shares = scores[row]
             best = max(range(len(shares)), key=shares.__getitem__)
-            confidences = (*(answer.probability for answer in answers), shares[best])
+            confidences = (*(item.probability for item in generations), shares[best])
             case.outcome.reading = Reading(
                 given["aspect"],
                 given["opinion"],
@@ -208,53 +204,49 @@ class Refiner:
             if gold is not None:
                 outcome.converged = outcome.reading is not None and outcome.reading.polarity == gold
 
-    def _ask(
+    def _generate(
         self, cases: Sequence[_Case], part: str, number: int, *, known: Sequence[Mapping[str, str]]
-    ) -> list[Answer | None]:
-        """The answers to one of the two free questions, None where it was malformed."""
+    ) -> list[Generation | None]:
+        """The texts of one of the two generated parts, None for a malformed one."""
         prompts = [
             self._prompt(case, part if case.outcome.reading is None else f"refine_{part}", given)
             for case, given in zip(cases, known, strict=True)
         ]
-        draws = self._settings.temperature > 0
-        # Row -> seed of a question that is asked again; None for one that is new.
-        asked = {
+        # Row -> seed of a prompt that comes back; None for a new one.
+        seeds = {
             row: seed_of(self._settings.seed, case.outcome.index, number, part)
             if prompt in case.greedy
             else None
             for row, (case, prompt) in enumerate(zip(cases, prompts, strict=True))
-            if draws or prompt not in case.greedy
+            if self._settings.temperature > 0 or prompt not in case.greedy
         }
         found = in_batches(
-            list(asked),
-            lambda rows: self._generator.answer(
-                [prompts[row] for row in rows], draws=[asked[row] for row in rows]
+            list(seeds),
+            lambda rows: self._generator.generate(
+                [prompts[row] for row in rows], seeds=[seeds[row] for row in rows]
             ),
             prompts=prompts,
             size=self._settings.batch_size,
         )
-        answers: list[Answer | None] = []
+        kept: list[Generation | None] = []
         for row, (case, prompt) in enumerate(zip(cases, prompts, strict=True)):
-            answer = found.get(row) or case.greedy[prompt]
-            case.greedy.setdefault(prompt, answer)
-            fault = fault_of(answer, part, prompts=self._prompts)
+            generation = found.get(row) or case.greedy[prompt]
+            case.greedy.setdefault(prompt, generation)
+            fault = fault_of(generation, part, prompts=self._prompts)
             if fault is not None and row in found:
-                case.outcome.malformed.append(Malformed(number, part, fault, answer.text))
-            answers.append(answer if fault is None else None)
-        return answers
+                case.outcome.malformed.append(Malformed(number, part, fault, generation.text))
+            kept.append(generation if fault is None else None)
+        return kept
 
     def _prompt(self, case: _Case, part: str, known: Mapping[str, str]) -> Prompt:
-        """The filled question; the end of a post that makes it too long for the model is left out."""
+        """The filled template; the end of a post that makes it too long for the model is left out."""
         values = {
             "target": case.post.pair or self._prompts.file.no_target,
             "gold": case.post.labels[GOLD] or "",
             **known,
         }
         if case.outcome.reading is not None:
-            values |= {
-                f"previous_{name}": getattr(case.outcome.reading, name)
-                for name in ("aspect", "opinion", "polarity")
-            }
+            values |= {f"previous_{name}": getattr(case.outcome.reading, name) for name in PARTS}
         words = case.post.text.split()
         while True:
             prompt = self._prompts.build(part, values | {"text": " ".join(words)})

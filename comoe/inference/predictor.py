@@ -26,6 +26,7 @@ from comoe.data.reading.inputs import USUAL
 from comoe.data.sampling.sampler import eval_batches
 from comoe.data.text.normalize import is_blank, normalize_post
 from comoe.data.tokens.split import TokenizedSplit, TokenRow
+from comoe.distributed import choose_device
 from comoe.inference.export import Exported, load_exported
 from comoe.tasks.kinds.tagging import tag_spans
 from comoe.tasks.labels import split_words
@@ -60,7 +61,7 @@ class Predictor:
             device: a torch device; auto is the first GPU, or the CPU where there is none.
 
         Raises:
-            ValueError: no export there, or one that cannot be read.
+            ValueError: no export there, or one that cannot be read; no such device.
 
         Example:
             >>> predictor = comoe.Predictor.from_pretrained("runs/smoke/export")
@@ -68,9 +69,7 @@ class Predictor:
             'positive'
         """
         exported = load_exported(folder)
-        place = torch.device(
-            ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-        )
+        place = choose_device(device)
         exported.model.to(place)
         processor = exported.image_processor
         pixels = (

@@ -42,8 +42,9 @@ def load_pretrained(
     trust_remote_code: bool,
     prepare: Callable[[Any], tuple[Any, dict[str, Any]]],
     auto_class: Callable[[Any], Any] = lambda hf_config: AutoModel,
+    dtype: torch.dtype = torch.float32,
 ) -> nn.Module:
-    """Load a model in float32, or raise what is wrong with it.
+    """Load a model, or raise what is wrong with it.
 
     Args:
         name: folder or hub name.
@@ -52,17 +53,18 @@ def load_pretrained(
         prepare: Hugging Face configuration -> the one to build, and arguments of the model's
             constructor.
         auto_class: the one to build -> the library's loader.
+        dtype: of the weights.
 
     Raises:
         ValueError: no such folder or hub name, no network, unreadable or incomplete weights.
     """
     source, hf_config = read_config(name, role, trust_remote_code=trust_remote_code)
     hf_config, arguments = prepare(hf_config)
-    with _readable_errors(name, role), quiet():
+    with readable_errors(name, role), quiet():
         model, report = auto_class(hf_config).from_pretrained(
             source,
             config=hf_config,
-            dtype=torch.float32,
+            dtype=dtype,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
             **arguments,
@@ -88,7 +90,7 @@ def read_config(name: str, role: Role, *, trust_remote_code: bool) -> tuple[str,
             f"save_pretrained wrote, a hub name, {role.ready_made}."
         )
     source = str(folder) if folder.is_dir() else name
-    with _readable_errors(name, role):
+    with readable_errors(name, role):
         return source, AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
 
 
@@ -136,12 +138,13 @@ def _equal_shares(source: Tensor, target: Tensor) -> bool:
 
 
 @contextmanager
-def _readable_errors(name: str, role: Role) -> Iterator[None]:
+def readable_errors(name: str, role: Role) -> Iterator[None]:
+    """Inside, an error of the library becomes a ValueError with the name and what to give instead."""
     try:
         yield
     except Unfit:
         raise
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         reason = str(error).strip().partition("\n")[0][:300]
         raise ValueError(
             f"{role.option} ({name}) could not be loaded: {reason} Give the folder of {role.noun} that was downloaded, "

@@ -24,8 +24,8 @@ from transformers import (
 from comoe.augment.generator import Prompt, seed_of
 from comoe.augment.hugging_face import (
     HuggingFaceGenerator,
-    _Chooser,
     _no_retry_lines,
+    _TokenSelector,
     load_generator,
 )
 from comoe.starter.tiny_models import build_smoke_bart, build_smoke_encoder, build_smoke_t5
@@ -111,15 +111,15 @@ def slow_logits(generator: HuggingFaceGenerator, prompt: Prompt, written: Sequen
     with torch.no_grad():
         if model.config.is_encoder_decoder:
             start = [model.config.decoder_start_token_id]
-            answer = model(
+            output = model(
                 input_ids=torch.tensor([ids]), decoder_input_ids=torch.tensor([[*start, *written]])
             )
         else:
-            answer = model(input_ids=torch.tensor([[*ids, *written]]))
-    return answer.logits[0, -1].double()
+            output = model(input_ids=torch.tensor([[*ids, *written]]))
+    return output.logits[0, -1].double()
 
 
-def slow_answer(generator: HuggingFaceGenerator, prompt: Prompt) -> tuple[str, float, bool]:
+def slow_generation(generator: HuggingFaceGenerator, prompt: Prompt) -> tuple[str, float, bool]:
     written: list[int] = []
     logs: list[float] = []
     while len(written) < 6 and not set(written) & set(generator._ends):
@@ -134,14 +134,14 @@ def slow_answer(generator: HuggingFaceGenerator, prompt: Prompt) -> tuple[str, f
 
 
 @pytest.mark.parametrize("name", BUILDERS)
-def test_answers_and_their_probabilities_equal_a_loop_without_cache_batch_or_padding(
+def test_texts_and_their_probabilities_equal_a_loop_without_cache_batch_or_padding(
     name: str, generators: dict[str, HuggingFaceGenerator]
 ) -> None:
-    together = generators[name].answer(PROMPTS, draws=[None] * 3)
-    for prompt, answer in zip(PROMPTS, together, strict=True):
-        text, probability, ended = slow_answer(generators[name], prompt)
-        assert (answer.text, answer.ended) == (text, ended)
-        assert answer.probability == pytest.approx(probability, rel=1e-4)
+    together = generators[name].generate(PROMPTS, seeds=[None] * 3)
+    for prompt, generation in zip(PROMPTS, together, strict=True):
+        text, probability, ended = slow_generation(generators[name], prompt)
+        assert (generation.text, generation.ended) == (text, ended)
+        assert generation.probability == pytest.approx(probability, rel=1e-4)
 
 
 @pytest.mark.parametrize("name", BUILDERS)
@@ -151,7 +151,7 @@ def test_scores_of_words_equal_the_product_over_their_tokens(
     generator = generators[name]
     for prompt, shares in zip(PROMPTS, generator.score(PROMPTS, choices=CHOICES), strict=True):
         products = []
-        for choice in generator._choices(prompt, CHOICES):
+        for choice in generator._choice_tokens(prompt, CHOICES):
             logs = [
                 slow_logits(generator, prompt, choice[:n]).log_softmax(0)[token]
                 for n, token in enumerate(choice)
@@ -164,30 +164,30 @@ def test_scores_of_words_equal_the_product_over_their_tokens(
 
 
 @pytest.mark.parametrize("name", BUILDERS)
-def test_a_drawn_answer_depends_on_its_seed_and_not_on_its_batch(
+def test_a_sampled_text_depends_on_its_seed_and_not_on_its_batch(
     name: str, generators: dict[str, HuggingFaceGenerator]
 ) -> None:
     generator = generators[name]
-    together = generator.answer(PROMPTS, draws=[5, None, 6])
-    for prompt, draw, answer in zip(PROMPTS, [5, None, 6], together, strict=True):
-        (alone,) = generator.answer([prompt], draws=[draw])
-        assert alone.text == answer.text and alone.probability == pytest.approx(
-            answer.probability, rel=1e-4
+    together = generator.generate(PROMPTS, seeds=[5, None, 6])
+    for prompt, seed, generation in zip(PROMPTS, [5, None, 6], together, strict=True):
+        (alone,) = generator.generate([prompt], seeds=[seed])
+        assert alone.text == generation.text and alone.probability == pytest.approx(
+            generation.probability, rel=1e-4
         )
-    texts = {generator.answer([PROMPTS[0]], draws=[seed])[0].text for seed in range(5)}
+    texts = {generator.generate([PROMPTS[0]], seeds=[seed])[0].text for seed in range(5)}
     assert len(texts) > 1
 
 
-def test_drawn_tokens_follow_the_softmax_at_the_temperature() -> None:
+def test_sampled_tokens_follow_the_softmax_at_the_temperature() -> None:
     logits_BV = torch.tensor([[2.0, 1.0, 0.0]]).expand(3000, 3)
-    chooser = _Chooser([seed_of("a", row) for row in range(3000)], temperature=0.5)
-    chooser(torch.zeros(3000, 1, dtype=torch.long), logits_BV)
-    counts = Counter(chooser.chosen[0].tolist())
+    selector = _TokenSelector([seed_of("a", row) for row in range(3000)], temperature=0.5)
+    selector(torch.zeros(3000, 1, dtype=torch.long), logits_BV)
+    counts = Counter(selector.selected[0].tolist())
     expected = torch.tensor([4.0, 2.0, 0.0]).softmax(dim=0).tolist()
     assert [counts[token] / 3000 for token in range(3)] == pytest.approx(expected, abs=0.03)
     # What is kept is the probability under the model itself.
     plain = torch.tensor([2.0, 1.0, 0.0]).log_softmax(dim=0)
-    assert torch.allclose(chooser.log_probabilities[0], plain[chooser.chosen[0]])
+    assert torch.allclose(selector.log_probabilities[0], plain[selector.selected[0]])
 
 
 def test_penalties_of_the_models_own_settings_do_not_count(
@@ -201,8 +201,12 @@ def test_penalties_of_the_models_own_settings_do_not_count(
     )
     generator = load_generator(str(tmp_path / "llama"), device="cpu", max_new_tokens=6)
     assert generator._ends == [2, 5]
-    for prompt, answer in zip(PROMPTS, generator.answer(PROMPTS, draws=[None] * 3), strict=True):
-        assert answer.probability == pytest.approx(slow_answer(generator, prompt)[1], rel=1e-4)
+    for prompt, generation in zip(
+        PROMPTS, generator.generate(PROMPTS, seeds=[None] * 3), strict=True
+    ):
+        assert generation.probability == pytest.approx(
+            slow_generation(generator, prompt)[1], rel=1e-4
+        )
 
 
 def test_a_chat_template_is_used_and_a_post_cannot_write_its_signs(
@@ -219,7 +223,7 @@ def test_a_chat_template_is_used_and_a_post_cannot_write_its_signs(
     )
 
 
-def test_a_causal_answer_without_chat_template_ends_with_its_line(
+def test_a_causal_text_without_chat_template_ends_with_its_line(
     generators: dict[str, HuggingFaceGenerator],
 ) -> None:
     assert generators["gpt2"]._ends == [2, 3 + len(WORDS)] and generators["llama"]._ends == [2]
@@ -228,7 +232,7 @@ def test_a_causal_answer_without_chat_template_ends_with_its_line(
 def test_a_prompt_beyond_the_models_length_is_noticed(
     generators: dict[str, HuggingFaceGenerator],
 ) -> None:
-    # GPT-2 reads 48 tokens, 6 of which are for the answer; BART's tokenizer counts two signs.
+    # GPT-2 reads 48 tokens, 6 of which are for the output; BART's tokenizer adds two.
     assert [generators["gpt2"].excess(Prompt("the " * length)) for length in (42, 43, 50)] == [
         0,
         1,
@@ -237,7 +241,7 @@ def test_a_prompt_beyond_the_models_length_is_noticed(
     assert [generators["bart"].excess(Prompt("the " * length)) for length in (158, 159)] == [0, 1]
 
 
-def test_a_limit_is_told_in_words_and_the_library_does_not_warn(
+def test_a_limit_is_named_and_the_library_does_not_warn(
     folders: dict[str, Path],
     generators: dict[str, HuggingFaceGenerator],
     caplog: pytest.LogCaptureFixture,
@@ -248,11 +252,11 @@ def test_a_limit_is_told_in_words_and_the_library_does_not_warn(
     logging.getLogger("transformers").removeHandler(caplog.handler)
     assert fresh.limit.endswith(" reads 160 tokens")
     assert generators["gpt2"].limit.endswith(
-        " reads 48 tokens, 6 of them kept for the answer (--max-new-tokens)"
+        " reads 48 tokens, 6 of them reserved for the output (--max-new-tokens)"
     )
 
 
-def test_the_hub_is_not_complained_about_at_each_try() -> None:
+def test_retries_of_the_hub_are_not_logged() -> None:
     logger = logging.getLogger("huggingface_hub.utils._http")
     with _no_retry_lines():
         assert not logger.isEnabledFor(logging.WARNING)
@@ -272,7 +276,7 @@ def test_the_identity_tells_models_apart(
     )
 
 
-def test_half_precision_answers_and_scores_too(folders: dict[str, Path]) -> None:
+def test_half_precision_generates_and_scores_too(folders: dict[str, Path]) -> None:
     for name in ("t5", "llama"):
         generator = load_generator(str(folders[name]), device="cpu", max_new_tokens=6)
         whole = generator.score(PROMPTS, choices=CHOICES)
@@ -280,7 +284,8 @@ def test_half_precision_answers_and_scores_too(folders: dict[str, Path]) -> None
         half = generator.score(PROMPTS, choices=CHOICES)
         assert all(a == pytest.approx(b, abs=0.1) for a, b in zip(whole, half, strict=True))
         assert all(
-            0 <= answer.probability <= 1 for answer in generator.answer(PROMPTS, draws=[None, 1, 2])
+            0 <= generation.probability <= 1
+            for generation in generator.generate(PROMPTS, seeds=[None, 1, 2])
         )
 
 
@@ -317,12 +322,12 @@ def test_what_cannot_be_loaded_is_refused_with_what_to_do(
             {},
             r"--model .*is not a folder with a generative model.*kit:smollm2",
         ),
-        str(tmp_path / "bert"): ({}, "is a bert model, which reads text but does not write any"),
+        str(tmp_path / "bert"): ({}, "is a bert model, which reads text but generates none"),
         str(tmp_path / "half"): ({}, "has no weights for decoder"),
         str(tmp_path / "pickled"): ({}, "could not be loaded: .*safetensors"),
         "kit:smolm2": ({}, r"kit:smolm2 is not a ready-made --model; did you mean kit:smollm2"),
         "kit:minilm": ({}, r"kit:minilm.*: kit:smollm2, smoke:t5, smoke:bart\)"),
-        str(folders["t5"]): ({"device": "tpu9"}, "--device tpu9 cannot be used here"),
+        str(folders["t5"]): ({"device": "tpu9"}, "device tpu9 cannot be used here"),
         str(folders["gpt2"]): ({"max_new_tokens": 0}, "--max-new-tokens is 0"),
     }
     for name, (arguments, message) in cases.items():
