@@ -145,9 +145,7 @@ def augment(
         ValueError: posts that cannot be read; an output that is there and was made otherwise, or
             not by augment, or is a file that is read; a run that stopped and was begun otherwise.
     """
-    _check(choice, settings)
-    if output.suffix.lower() not in ENDINGS:
-        raise ValueError(f"--output {output}: the output is JSON lines; give it the ending .jsonl.")
+    _check(choice, output, settings)
     files = Output(output)
     place = Path(choice.path).expanduser()
     files.check(spared=[*([place] if place.exists() else ()), prompts.path])
@@ -190,7 +188,7 @@ def _compare(earlier: Note, head: Mapping[str, str], output: Path) -> None:
         )
 
 
-def _check(choice: DataChoice, settings: Settings) -> None:
+def _check(choice: DataChoice, output: Path, settings: Settings) -> None:
     least = {
         "--rounds": (settings.rounds, 1), "--batch-size": (settings.batch_size, 1), "--limit": (choice.limit, 1),
         "--temperature": (settings.temperature, 0),
@@ -198,6 +196,8 @@ def _check(choice: DataChoice, settings: Settings) -> None:
     for option, (value, at_least) in least.items():
         if value is not None and not at_least <= value < math.inf:
             raise ValueError(f"{option} is {value}; it must be {at_least} or more.")
+    if output.suffix.lower() not in ENDINGS:
+        raise ValueError(f"--output {output}: the output is JSON lines; give it the ending .jsonl.")
 
 
 def _work(
