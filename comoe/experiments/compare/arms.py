@@ -184,6 +184,11 @@ def _dense(recipe: Recipe, *, total: bool = False) -> list[str]:
     return [*(f"model.moe.{key}={value}" for key, value in moe.items()), *UNBALANCED]
 
 
+def _routed(recipe: Recipe, route_by: str) -> list[str]:
+    """The gate and the k of the recipe, routed by something else."""
+    return _experts(recipe, recipe.model.moe.gate, route_by=route_by)
+
+
 def _confidence(recipe: Recipe, strategy: str) -> list[str]:
     known = [name for name, task in recipe.tasks.items() if task.confidence is not None]
     if not known:
@@ -217,6 +222,7 @@ ARMS: dict[str, Callable[[Recipe], list[str]]] = {
     },
     **{f"{gate}_all": partial(_experts, gate=gate, every=True) for gate in ("softmax", "sigmoid")},
     "paper": partial(_experts, gate="sigmoid", every=True, route_by="task"),
+    **{f"by_{what}": partial(_routed, route_by=what) for what in ("token", "task", "both")},
     "task_and_token": partial(_experts, gate="sigmoid", route_by="both"),
     "no_balance": _fixed(*UNBALANCED),
     "no_contrastive": _fixed("loss.contrastive.weight=0"),

@@ -228,7 +228,7 @@ def _costs(
     speeds = [line["tokens_per_second"] for line in (lines[1:] or lines)]
     return {
         "seconds": seconds, "steps": steps, "posts": posts,
-        "posts_per_second": posts / seconds if posts and seconds else None,
+        "posts_per_second": posts / (steps * step_seconds) if posts and steps and step_seconds else None,
         "predicted_posts_per_second": results.get("predicted_posts_per_second"),
         "step_ms": 1000 * step_seconds, "tokens_per_second": statistics.median(speeds) if speeds else None,
         "peak_mib": results["peak_memory_bytes_per_rank"] / 2**20,
@@ -242,14 +242,18 @@ def _summed(costs: Sequence[Mapping[str, float | None]]) -> dict[str, float | No
     found = {name: sum(whole[name]) if name in whole else None for name in columns}
     found[LARGEST] = max((value for value in columns[LARGEST] if value is not None), default=None)
     # Speeds are averages over the total time.
-    speeds = {"posts_per_second": "seconds", "tokens_per_second": "seconds", "step_ms": "steps"}
+    speeds = {"tokens_per_second": "seconds", "step_ms": "steps"}
     for name, weights in speeds.items():
         if weights in whole:
             known = name in whole
             found[name] = float(np.average(whole[name], weights=whole[weights])) if known else None
-    name = "predicted_posts_per_second"
-    # A post goes through all of the models, one after another.
-    found[name] = 1 / sum(1 / speed for speed in whole[name]) if name in whole else None
+    posts, steps, step_ms = (found[name] for name in ("posts", "steps", "step_ms"))
+    found["posts_per_second"] = (
+        1000 * posts / (steps * step_ms) if posts and steps and step_ms else None
+    )
+    if (name := "predicted_posts_per_second") in whole:
+        # A post goes through all of the models, one after another.
+        found[name] = 1 / sum(1 / speed for speed in whole[name])
     return found
 
 
