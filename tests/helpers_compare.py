@@ -67,6 +67,7 @@ def write_run(
                "predicted_posts_per_second": 100.0, "peak_memory_bytes_per_rank": 2**20 * len(right), "data": data,
                "parameters": {"experts": 5, "active": 6, "total": 7},
                "metrics": {"test": {name: {"n": posts, "accuracy": hits / posts} for name, hits in right.items()}},
+               "experts_off": {"mean": {"loss": 0.2, "metric": -0.1}},
                }  # fmt: skip
     if losses:
         results["metrics"]["validation"] = {

@@ -180,7 +180,8 @@ def _dense(recipe: Recipe, *, total: bool = False) -> list[str]:
     experts, top_k, width = _active(recipe)
     width = width // top_k * experts if total else width
     moe = {"num_experts": 1, "top_k": 1, "gate": "sigmoid", "route_by": "token"}
-    moe |= {"expert_width": width}
+    # A factor that the recipe gives its k experts is not one of a single block.
+    moe |= {"expert_width": width, "gate_scale": "auto"}
     return [*(f"model.moe.{key}={value}" for key, value in moe.items()), *UNBALANCED]
 
 

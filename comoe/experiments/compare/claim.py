@@ -165,7 +165,8 @@ def measure_claim(
         return None
     task, _, metric = claim.measure.partition("/")
     known = results[claim.other][0].tasks
-    if claim.measure == MEAN or (task in known and known[task].metric == metric):
+    main = claim.measure == MEAN or (task in known and known[task].metric == metric)
+    if main and differences.resamples > 1:
         found = differences.against(claim.other, [claim.arm]).get(claim.arm, {}).get(task)
         if found is None or metric not in LOWER_IS_BETTER:
             return found
@@ -185,6 +186,6 @@ def measure_claim(
 
 def _value(result: Result, measure: str) -> float | None:
     task, _, metric = measure.partition("/")
-    if measure == LOSS:
-        return result.losses.get(MEAN)
+    if measure in (MEAN, LOSS):
+        return (result.quality if measure == MEAN else result.losses).get(MEAN)
     return result.losses.get(task) if metric == LOSS else result.figures.get(measure)

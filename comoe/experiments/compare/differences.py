@@ -65,7 +65,8 @@ class PairedDifferences:
     def __init__(
         self, results: Mapping[str, Sequence[Result]], runs: Path, *, resamples: int
     ) -> None:
-        self._results, self._runs, self._resamples = results, runs, resamples
+        self._results, self._runs = results, runs
+        self.resamples = resamples
         self._read: dict[tuple[str, int], dict[str, Predictions]] = {}
         self._numbers: dict[tuple[int, str, int], int] = {}
         self.incomparable: dict[str, set[str]] = {}
@@ -82,7 +83,7 @@ class PairedDifferences:
         """
         found: dict[str, dict[str, list[tuple[float, np.ndarray]]]] = {}
         others = [arm for arm in (self._results if arms is None else arms) if arm != baseline]
-        for base in self._results.get(baseline, ()) if self._resamples > 1 else ():
+        for base in self._results.get(baseline, ()) if self.resamples > 1 else ():
             tasks = list(base.tasks.values())
             of_base = self._predictions(baseline, base)
             of_arms = {arm: self._comparable(arm, base, of_base) for arm in others}
@@ -90,7 +91,7 @@ class PairedDifferences:
             if not of_arms or not tasks:
                 continue
             runs = [of_base, *of_arms.values()]
-            drawn = resampled(runs, tasks, resamples=self._resamples)
+            drawn = resampled(runs, tasks, resamples=self.resamples)
             whole = [measured(run, tasks) for run in runs]
             for number, arm in enumerate(of_arms, start=1):
                 for name, value in whole[number].items():

@@ -27,7 +27,7 @@ from comoe.experiments.compare.claim import (
 from comoe.experiments.compare.differences import Differences, PairedDifferences, seed_differences
 from comoe.experiments.compare.plan import Plan
 from comoe.experiments.compare.power import adjust, posts_needed, seeds_needed, smallest_difference
-from comoe.experiments.compare.results import COSTS, ROUTING, Result, read_arm, with_means
+from comoe.experiments.compare.results import COSTS, EXPERTS, ROUTING, Result, read_arm, with_means
 from comoe.experiments.compare.statistics import MEAN, Difference, Estimate, seed_interval
 from comoe.experiments.compare.transfer import (
     Cosines,
@@ -107,7 +107,8 @@ class Comparison:
         return [name for name, task in self.tasks.items() if not task.auxiliary]
 
     def interval(self, arm: str, values: str, name: str) -> Estimate | None:
-        """Mean over seeds of one number of an arm: ``values`` is quality, losses, figures, routing or costs."""
+        """Mean over seeds of one number of an arm: ``values`` is quality, losses, figures, routing,
+        experts or costs."""
         known = self.seeds_of(arm, values, name)
         return seed_interval(known) if known else None
 
@@ -243,6 +244,7 @@ def write_comparison(comparison: Comparison, output: Path) -> None:
             **one.quality,
             **{_loss_column(name): value for name, value in one.losses.items()},
             **one.routing,
+            **one.experts,
             **one.costs,
         }
         for arm, results in comparison.results.items()
@@ -279,6 +281,7 @@ def _about(comparison: Comparison, arm: str) -> dict[str, Any]:
         **{name: list(getattr(verdicts, name)) for name in ("gained", "lost", "open")},
         "train_posts": dict(results[0].train_posts),
         "routing": {name: _entry(comparison.seeds_of(arm, "routing", name)) for name in ROUTING if results[0].routing},
+        "experts": {name: _entry(comparison.seeds_of(arm, "experts", name)) for name in EXPERTS if results[0].experts},
         "costs": {name: _entry(comparison.seeds_of(arm, "costs", name)) for name in COSTS},
         "removal": {result.trials[0].name: result.removal.to_dict() for result in results if result.removal},
     }  # fmt: skip

@@ -14,6 +14,7 @@ import numpy as np
 
 from comoe.data.posts import PART_NAMES
 from comoe.evaluation.evaluate import rising
+from comoe.evaluation.experts_off import CONDITIONS
 from comoe.experiments.ablate import Removal, read_removal
 from comoe.experiments.compare.plan import Arm
 from comoe.experiments.compare.statistics import MEAN
@@ -25,6 +26,10 @@ ROUTING = ("weight_monopoly", "weight_effective_experts", "monopoly", "max_viola
            "weight_task_information")  # fmt: skip
 """Gate statistics on the held-out posts, means over layers; those of the weights are comparable
 across k."""
+
+EXPERTS = tuple(f"{key}_{measure}" for key in CONDITIONS for measure in ("loss", "metric"))
+"""Without the experts (or the one block), and with experts in turn, on validation posts: relative
+rise of the mean loss, change of the mean metric."""
 
 RUN_COSTS = ("step_ms", "tokens_per_second", "peak_mib", "parameters_experts", "parameters_active",
              "parameters_total")  # fmt: skip
@@ -65,6 +70,8 @@ class Result:
     """Split -> task -> labeled posts."""
     routing: Mapping[str, float]
     """Gate statistics, means over layers; empty without experts, and for several runs."""
+    experts: Mapping[str, float]
+    """Keys of ``EXPERTS``; empty without a block, and for several runs."""
     costs: Mapping[str, float | None]
     """Keys of ``COSTS``; sums over several runs, because all of them are trained and deployed."""
     train_posts: Mapping[str, int]
@@ -107,6 +114,7 @@ def read_arm(arm: Arm, runs: Path, *, seed: int) -> Result | None:
         split=split,
         **merged,
         routing={},
+        experts={},
         # The cost of some of the runs would look like that of all.
         costs=_summed([result.costs for result in found]) if len(found) == len(read) else {},
         train_posts=_merged([result.train_posts for result in found]),
@@ -154,6 +162,12 @@ def read_run(trial: Trial, folder: Path) -> Result | None:
             if part in PART_NAMES
         },
         routing=layer_means(routing, ROUTING) if gated else {},
+        experts={
+            f"{key}_{measure}": results[key]["mean"][measure]
+            for key in CONDITIONS
+            for measure in ("loss", "metric")
+            if key in results
+        },
         costs=_costs(results, records),
         train_posts={name: found.get("train", 0) for name, found in posts.items()},
         removal=read_removal(removal) if removal.is_file() else None,

@@ -130,6 +130,11 @@ def test_the_report_by_loss_orders_the_arms_and_begins_with_the_claim(
                                                         ("training", "prediction") * 2]  # fmt: skip
     # 20 posts in 2 seconds of training, 100 predicted posts per second.
     assert [panel.lines[0].get_xdata()[0] for panel in panels] == [100.0, 10.0] * 2
+    assert "| sigmoid | +0.200 [+0.200, +0.200] | -0.100 [-0.100, -0.100] |  |  |" in text
+    # Without resampled posts, as in the reports between the runs: over paired seeds.
+    plain = compare(planned(experiment), experiment.runs, baseline="dense", resamples=0,
+                    claim=Claim("dense", ">", "sigmoid", "mean", (0, 1, 2), 0))  # fmt: skip
+    assert plain.claim.difference.mean == 0 and plain.claim.difference.seeds == 3
     late = Claim("sigmoid", "<", "dense", "loss", (0, 1, 2), 9)
     late = compare(planned(experiment), experiment.runs, claim=late, **known)
     assert "(**not** named beforehand: 9 runs were finished)" in "\n".join(markdown_lines(late))
