@@ -6,7 +6,6 @@ import json
 import string
 from pathlib import Path
 
-from helpers_model import HF_CONFIGS, MOOD, SIGNS, TASKS, TOPIC, WORDS, moe_config, tiny_model
 from safetensors.torch import save_file
 from transformers import BertTokenizerFast, PreTrainedTokenizerFast
 
@@ -21,6 +20,7 @@ from comoe.config.recipe import (
 )
 from comoe.inference.export import export_model
 from comoe.inference.predictor import Predictor
+from tests.helpers_model import HF_CONFIGS, MOOD, SIGNS, TASKS, TOPIC, WORDS, moe_config, tiny_model
 
 __all__ = [
     "MOOD",

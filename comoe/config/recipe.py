@@ -274,7 +274,8 @@ class DistillConfig:
     """Both sides of the soft loss are softened by it, and the loss is multiplied by its square
     (arXiv:1503.02531). Numbers of regression tasks have none."""
     gold_weight: NotNegative = option(0.3, read_when="distill.annealing = none")
-    """Weight of the loss on gold labels beside the soft loss, in tasks that have soft labels."""
+    """Weight of the loss on gold labels beside the soft loss, in tasks with teachers or
+    ``soft_label``."""
     annealing: Literal["none", "linear"] = "none"
     """none, or linear: from soft to gold labels over the run; the gold loss weighs p and the soft loss
     of posts with a gold label 1 - p, p the share of the steps done (BAM, arXiv:1907.04829)."""
@@ -433,6 +434,12 @@ class TaskConfig:
     image."""
     label: Given = "label"
     """Column with the label; empty cells are posts without this label."""
+    soft_label: Given | None = None
+    """Column with a soft label, such as the shares or counts of the annotators that gave each
+    label: a list in the order of ``labels``, or a mapping of labels to numbers (0 where one is
+    left out); in CSV as JSON. Of multi_label each label has a probability of its own. Learned as a
+    teacher's, and in its place, under ``distill``; empty cells are posts without. single_label
+    and multi_label only."""
     confidence: Text | None = None
     """Column with a number in [0, 1] per label, an annotator's agreement or a model's certainty; an
     empty cell is 1. Its mean is shown by --dry-run."""
@@ -570,7 +577,8 @@ class TrainConfig:
     keep_checkpoints: Count = 2
     """Newest checkpoints that stay beside the best one."""
     early_stop_metric: Text = "mean"
-    """mean (of each task's main metric) or task/metric."""
+    """mean (of each task's main metric), task/metric, or with teachers teacher_kl (how far the
+    predictions are from theirs, on all validation posts, the mean over tasks)."""
     patience: CountFrom0 = 0
     """Evaluations without a better ``early_stop_metric`` before the run stops; 0 never stops
     early."""

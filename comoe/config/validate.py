@@ -11,6 +11,8 @@ from comoe.config.recipe import Recipe, TaskConfig
 
 BY_DECODER = ("text", "label_words")
 """Kinds of task that a decoder predicts; the first one free, the other one's words are scored."""
+SOFT_COLUMN = ("single_label", "multi_label")
+"""Kinds whose soft labels can stand in a column."""
 UNLABELLED = "unlabelled"
 """The kind of task without labels."""
 BY_GRADIENTS = ("gradnorm", "pcgrad", "cagrad")
@@ -157,7 +159,7 @@ def _mixing(recipe: Recipe) -> Broken:
 
 def _early_stop(recipe: Recipe) -> Broken:
     key, metric, tasks = "train.early_stop_metric", recipe.train.early_stop_metric, recipe.tasks
-    if metric == "mean":
+    if metric == "mean" or (metric == "teacher_kl" and recipe.distill.teachers):
         return
     task, slash, _ = metric.partition("/")
     if not slash:
@@ -170,6 +172,12 @@ def _early_stop(recipe: Recipe) -> Broken:
 
 def _distillation(recipe: Recipe) -> Broken:
     config = recipe.distill
+    for name, task in recipe.tasks.items():
+        if task.soft_label is not None and task.kind not in SOFT_COLUMN:
+            rule = (
+                f"has no meaning for kind {task.kind}; leave it out ({', '.join(SOFT_COLUMN)} have)"
+            )
+            yield f"tasks.{name}.soft_label", f"{rule}."
     if config.unlabelled and not config.teachers:
         rule = "is given, but there are no teachers to label these posts; name some in distill.teachers"
         yield "distill.unlabelled", f"{rule}, or make the posts a task of kind unlabelled."

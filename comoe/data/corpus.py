@@ -219,6 +219,9 @@ def _parse(
             confidences=[
                 name for name, task in recipe.tasks.items() if task.confidence is not None
             ],
+            soft_labels=[
+                name for name, task in recipe.tasks.items() if task.soft_label is not None
+            ],
             columns=extra_columns(recipe),
             group=number,
             group_names=names,
@@ -232,7 +235,13 @@ def _parse(
 
 def _with_labels_only(group: Group, splits: _Splits, report: DataReport) -> _Splits:
     """Training posts that no task has a label for are left out."""
-    columns = [splits["train"].labels[task] for task in group.tasks]
+    train = splits["train"]
+    columns = [
+        column[task]
+        for column in (train.labels, train.soft_labels)
+        for task in group.tasks
+        if task in column
+    ]
     useful = np.flatnonzero(
         [any(value is not None for value in values) for values in zip(*columns, strict=True)]
     )
@@ -242,11 +251,11 @@ def _with_labels_only(group: Group, splits: _Splits, report: DataReport) -> _Spl
         raise ValueError(
             f"No post in {file} has a label of any task; check the columns ({wanted})."
         )
-    if left := len(splits["train"]) - len(useful):
+    if left := len(train) - len(useful):
         report.notes.append(
             f"data set {group.name}: {left:,} training posts without any label left out"
         )
-    return splits | {"train": splits["train"].take(useful)}
+    return splits | {"train": train.take(useful)}
 
 
 def _with_validation(

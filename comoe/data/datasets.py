@@ -149,6 +149,7 @@ def _check_columns(group: Group, raw: RawSplit, split: str, *, with_images: bool
         check_columns(raw, {f"tasks.{name}.{key}": column for key, column in wanted.items()})
         if not labelled and kind_of(task.kind).scored:
             wanted = {"label": task.label, "confidence": task.confidence}
+            wanted |= {"soft_label": task.soft_label} if split == "train" else {}
             check_columns(
                 raw,
                 {f"tasks.{name}.{key}": column for key, column in wanted.items()},

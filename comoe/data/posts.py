@@ -33,6 +33,8 @@ class Post:
     """Task -> the label as its kind parsed it, None where missing."""
     confidences: Mapping[str, float | None] = field(default_factory=dict)
     """Task with a confidence column -> number in [0, 1], None where missing."""
+    soft_labels: Mapping[str, Any] = field(default_factory=dict)
+    """Task with a column of soft labels -> (1, Y), None where missing."""
     image: Any = None
     """What the image column holds; once located, the bytes of a file or its path."""
     columns: Mapping[str, Any] = field(default_factory=dict)
@@ -67,6 +69,8 @@ class PostSplit:
     """"file:line" of each post, for messages."""
     images: Sequence[bytes | str | None]
     """The image: the bytes of its file, or the file's path; None where a post has none."""
+    soft_labels: Mapping[str, Sequence[np.ndarray | None]] = field(default_factory=dict)
+    """Task with a column of soft labels -> (1, Y), float32, None where a post has none."""
     columns: Mapping[str, Sequence[str | None]] = field(default_factory=dict)
     """Further columns that the recipe asks for, as text (true, 3, a name); None where a post has no
     such cell."""
@@ -81,6 +85,7 @@ class PostSplit:
         *,
         tasks: Iterable[str] = (),
         confidences: Iterable[str] = (),
+        soft_labels: Iterable[str] = (),
         columns: Iterable[str] = (),
         group: int = 0,
         group_names: tuple[str, ...] = ("posts",),
@@ -91,6 +96,7 @@ class PostSplit:
             posts: without errors.
             tasks: that get a column of labels.
             confidences: tasks that get a column of confidences.
+            soft_labels: tasks that get one of soft labels.
             columns: further columns.
             group: index of the data set.
             group_names: of all data sets.
@@ -102,6 +108,9 @@ class PostSplit:
             labels={task: [post.labels.get(task) for post in posts] for task in tasks},
             confidences={
                 task: [post.confidences.get(task) for post in posts] for task in confidences
+            },
+            soft_labels={
+                task: [post.soft_labels.get(task) for post in posts] for task in soft_labels
             },
             groups=np.full(len(posts), group, dtype=np.int64),
             group_names=group_names,
@@ -128,7 +137,7 @@ def _columnwise(
     """A split with each column made of the same column of some splits; ``groups`` is the caller's."""
     plain = ("texts", "pairs", "words", "origins", "images")
     made = {name: make([getattr(split, name) for split in splits]) for name in plain}
-    for name in ("labels", "confidences", "columns"):
+    for name in ("labels", "confidences", "soft_labels", "columns"):
         keys = getattr(splits[0], name)
         made[name] = {key: make([getattr(split, name)[key] for split in splits]) for key in keys}
     return replace(splits[0], **made)

@@ -126,7 +126,7 @@ class Calibrator:
             texts=texts,
             columns=columns,
             predictions=shown,
-            teacher_kl=evaluation.teacher_kl,
+            divergences=evaluation.divergences,
         )
         return replace(
             found,

@@ -83,9 +83,19 @@ class Evaluation:
     """The embeddings and their measures, where they were taken."""
     forward_seconds: float | None = None
     """Seconds in forward passes, of the slowest rank, where they were taken."""
-    teacher_kl: dict[str, float] = field(default_factory=dict)
-    """Task with soft labels -> ``TEACHER_KL``, over all posts that have one, labelled or not. The
-    metrics of a task have it too."""
+    divergences: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """Task with soft labels -> (post, sum of its divergences from the teacher, how many), float64,
+    (N, 3), of all posts that have one, labelled or not."""
+
+    def teacher_kl(self, rows: Container[int] | None = None) -> dict[str, float]:
+        """Task with soft labels -> ``TEACHER_KL``, and their mean (``MEAN``); of some posts, or of all."""
+        found = {}
+        for task, posts in self.divergences.items():
+            kept = [row for row in posts if rows is None or int(row[0]) in rows]
+            if kept:
+                _, sums, counts = np.array(kept).T
+                found[task] = float(sums.sum() / counts.sum())
+        return found | ({MEAN: float(np.mean(list(found.values())))} if found else {})
 
 
 class Collate(Protocol):
@@ -148,9 +158,9 @@ def evaluate(
                     divergences[task.name] += _divergences(output, batch, task)
             if progress is not None:
                 progress(len(indices))
-    ordered, teacher_kl = _of_all_ranks(gather((outputs, divergences)), scored)
+    ordered, divergences = _of_all_ranks(gather((outputs, divergences)), scored)
     kept = {"texts": texts, "columns": columns, "predictions": predictions}
-    return compute_metrics(ordered, tasks, teacher_kl=teacher_kl, **kept)
+    return compute_metrics(ordered, tasks, divergences=divergences, **kept)
 
 
 _Shares = Sequence[tuple[Mapping[str, Sequence[PostOutput]], Mapping[str, Sequence[tuple]]]]
@@ -158,18 +168,16 @@ _Shares = Sequence[tuple[Mapping[str, Sequence[PostOutput]], Mapping[str, Sequen
 
 def _of_all_ranks(
     shares: _Shares, tasks: Sequence[Task]
-) -> tuple[dict[str, list[PostOutput]], dict[str, float]]:
-    """Outputs in the order of their posts, and the mean divergence of each task that has any."""
-    ordered, teacher_kl = {}, {}
+) -> tuple[dict[str, list[PostOutput]], dict[str, np.ndarray]]:
+    """Outputs and divergences in the order of their posts."""
+    ordered, divergences = {}, {}
     for task in tasks:
         by_row = {output.row: output for share, _ in shares for output in share[task.name]}
         ordered[task.name] = [by_row[row] for row in sorted(by_row)]
-        # Sorted, so that the sum does not depend on which rank had which post.
         found = sorted({post for _, share in shares for post in share[task.name]})
         if found:
-            _, sums, counts = np.array(found).T
-            teacher_kl[task.name] = float(sums.sum() / counts.sum())
-    return ordered, teacher_kl
+            divergences[task.name] = np.array(found)
+    return ordered, divergences
 
 
 def compute_metrics(
@@ -179,7 +187,7 @@ def compute_metrics(
     texts: Sequence[str] | None = None,
     columns: Mapping[str, Sequence[str | None]] | None = None,
     predictions: bool = True,
-    teacher_kl: Mapping[str, float] | None = None,
+    divergences: Mapping[str, np.ndarray] | None = None,
 ) -> Evaluation:
     """Score outputs as these tasks read them: with their temperatures and thresholds.
 
@@ -191,10 +199,9 @@ def compute_metrics(
         texts: text per row of the split, shown beside the predictions.
         columns: column -> its cell per row of the split, for the tasks' slices.
         predictions: False leaves them out.
-        teacher_kl: of the evaluation, to be among the metrics.
+        divergences: ``Evaluation.divergences``.
     """
     metrics, confusions, shown = {}, {}, {}
-    teacher_kl = teacher_kl or {}
     for task in tasks:
         if not task.rules.scored:
             continue
@@ -211,14 +218,16 @@ def compute_metrics(
                 name: [column[row] for row in rows] for name, column in (columns or {}).items()
             }
             metrics[task.name] |= slice_scores(gold, scores, task, cells)
-            if task.name in teacher_kl:
-                metrics[task.name][TEACHER_KL] = teacher_kl[task.name]
             confusion = task.rules.confusion(gold, scores, task)
             if confusion is not None:
                 confusions[task.name] = confusion
         if predictions:
             shown[task.name] = _predictions(outputs[task.name], task=task, texts=texts)
-    return Evaluation(metrics, confusions, shown, dict(outputs), teacher_kl=dict(teacher_kl))
+    found = Evaluation(metrics, confusions, shown, dict(outputs), divergences=divergences or {})
+    for name, value in found.teacher_kl().items():
+        if name in metrics:
+            metrics[name][TEACHER_KL] = value
+    return found
 
 
 def mean_metric(metrics: Mapping[str, Mapping[str, float]], tasks: Sequence[Task]) -> float:
@@ -251,15 +260,18 @@ def chosen_metric(
     Args:
         metrics: ``Evaluation.metrics``.
         tasks: all tasks.
-        name: ``mean``, or ``task/metric`` with any key of that task's metrics ("mood/f1/joy",
-            "mood/loss").
+        name: ``mean``, ``teacher_kl`` (the mean over tasks), or ``task/metric`` with any key of
+            that task's metrics ("mood/f1/joy", "mood/loss").
 
     Raises:
         ValueError: no such task or metric, or no labelled post of the task in the split.
     """
-    check_chosen_metric(name, tasks)
+    check_chosen_metric(name, tasks, taught=True)
     if name == MEAN:
         return mean_metric(metrics, tasks)
+    if name == TEACHER_KL:
+        found = [values[TEACHER_KL] for values in metrics.values() if TEACHER_KL in values]
+        return -float(np.mean(found))
     task, _, metric = name.partition("/")
     if task not in metrics:
         raise ValueError(
@@ -269,7 +281,11 @@ def chosen_metric(
 
 
 def check_chosen_metric(
-    name: str, tasks: Sequence[Task], *, measured: Container[str] | None = None
+    name: str,
+    tasks: Sequence[Task],
+    *,
+    measured: Container[str] | None = None,
+    taught: bool = False,
 ) -> None:
     """Refuse an ``early_stop_metric`` that no evaluation will have; called before training.
 
@@ -278,15 +294,19 @@ def check_chosen_metric(
         tasks: all tasks.
         measured: names of the tasks that validation posts have a label of; None does not ask for
             any.
+        taught: there are teachers, and so ``teacher_kl``.
 
     Raises:
         ValueError: no such metric, with the nearest one; or nothing to measure it on.
     """
     scored = [task for task in tasks if task.rules.scored and not task.auxiliary]
     valid = [MEAN, *(f"{task.name}/{metric}" for task in scored for metric in metric_names(task))]
+    if taught:
+        valid += [TEACHER_KL, *(f"{task.name}/{TEACHER_KL}" for task in scored)]
     if name not in valid:
         raise unknown_name("train.early_stop_metric", name, valid)
-    wanted = [task.name for task in scored] if name == MEAN else [name.partition("/")[0]]
+    task, slash, _ = name.partition("/")
+    wanted = [task] if slash else [task.name for task in scored]
     if measured is not None and not any(task in measured for task in wanted):
         raise ValueError(
             f"train.early_stop_metric is {name!r}, but no validation post has a label of {', '.join(wanted)}; add such "

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -76,6 +78,43 @@ def label_id(value: object, labels: Sequence[str]) -> int:
     ):
         return int(name)
     raise unknown_name("label", repr(name), labels)
+
+
+def soft_cell(value: object, labels: Sequence[str]) -> np.ndarray:
+    """Numbers of a cell, one per label, as given, float32, (Y,).
+
+    Args:
+        value: a list in the order of the labels, or a mapping of labels to numbers; or JSON of one.
+        labels: label names in the order of their ids.
+
+    Raises:
+        ValueError: neither of them, an unknown label, or a number that is not finite or below 0.
+    """
+    try:
+        found = json.loads(value) if isinstance(value, str) else value
+    except ValueError:
+        found = None
+    if isinstance(found, Mapping):
+        numbers = [0.0] * len(labels)
+        for name, number in found.items():
+            # A mapping of a columnar file has every key in every row.
+            numbers[label_id(name, labels)] = 0.0 if number is None else number
+    elif isinstance(found, (list, tuple, np.ndarray)):
+        numbers = list(found)
+    else:
+        raise ValueError(
+            f"{value!r} is neither a list of numbers nor a mapping of labels to numbers"
+        )
+    fine = all(
+        isinstance(number, (int, float, np.number))
+        and not isinstance(number, bool)
+        and 0 <= number < math.inf
+        for number in numbers
+    )
+    if len(numbers) != len(labels) or not fine:
+        named = ", ".join(labels)
+        raise ValueError(f"{value!r} is not one number of at least 0 for each label ({named})")
+    return np.array(numbers, dtype=np.float32)
 
 
 def natural_order(names: Iterable[str]) -> tuple[str, ...]:

@@ -22,6 +22,7 @@ from comoe.data.posts import PostSplit
 from comoe.data.sampling.label_quota import label_members
 from comoe.data.sampling.mixing import balanced_classes
 from comoe.data.sampling.sampler import SamplerConfig, TrainSampler
+from comoe.data.soft_labels import SoftLabels, preferred
 from comoe.data.tokens.split import (
     TokenizedSplit,
     report_cuts,
@@ -120,7 +121,8 @@ def read_posts(typed: Recipe) -> tuple[Recipe, Corpus]:
         recipe, with_images=image_side(recipe.model) is not None, cache_dir=kept, progress=True
     )
     measured = {task for task, found in corpus.report.labels.items() if "validation" in found}
-    check_chosen_metric(recipe.train.early_stop_metric, corpus.tasks, measured=measured)
+    metric, taught = recipe.train.early_stop_metric, bool(recipe.distill.teachers)
+    check_chosen_metric(metric, corpus.tasks, measured=measured, taught=taught)
     teachers = find_teachers(recipe.distill, corpus.tasks)
     known = {name for teacher in teachers for name in teacher.columns}
     corpus.report.notes += [
@@ -171,7 +173,7 @@ def soft_labelled(
     device: torch.device,
     bf16: bool,
 ) -> dict[str, TokenizedSplit]:
-    """The splits that teachers have soft labels for: training to learn from, validation to be compared with.
+    """The splits with soft labels, of teachers and their own: training to learn from, validation to be compared with.
 
     Every rank must call it, before anything of DeepSpeed's construction.
 
@@ -184,21 +186,28 @@ def soft_labelled(
     """
     teachers = find_teachers(recipe.distill, tasks)
     found = [name for name in ("train", "validation") if name in splits]
-    if not teachers:
-        return {}
-    soft = teach(
-        recipe.distill,
-        teachers,
-        PostSplit.join([splits[name].posts for name in found]),
-        device=device,
-        bf16=bf16,
-        cache_dir=home() / "teachers" if recipe.distill.cache else None,
-    )
+    taught = {}
+    if teachers:
+        taught = teach(
+            recipe.distill,
+            teachers,
+            PostSplit.join([splits[name].posts for name in found]),
+            device=device,
+            bf16=bf16,
+            cache_dir=home() / "teachers" if recipe.distill.cache else None,
+        )
     made, start = {}, 0
     for name in found:
-        numbers = np.arange(start, start + len(splits[name]))
-        parts = {task: labels.take(numbers) for task, labels in soft.items()}
-        made[name], start = with_soft_labels(splits[name], parts), start + len(numbers)
+        posts = splits[name].posts
+        numbers = np.arange(start, start + len(posts))
+        start += len(posts)
+        soft = {task: labels.take(numbers) for task, labels in taught.items()}
+        for task in tasks:
+            if (column := posts.soft_labels.get(task.name)) is not None:
+                own = SoftLabels.from_rows(column, width=len(task.labels))
+                soft[task.name] = preferred(own, soft[task.name]) if task.name in soft else own
+        if soft:
+            made[name] = with_soft_labels(splits[name], soft)
     return made
 
 

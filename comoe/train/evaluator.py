@@ -24,7 +24,7 @@ from comoe.distributed import (
     world_size,
 )
 from comoe.evaluation.embedding_stats import EmbeddingStats
-from comoe.evaluation.evaluate import Evaluation, evaluate
+from comoe.evaluation.evaluate import TEACHER_KL, Evaluation, evaluate
 from comoe.evaluation.experts_off import CONDITIONS, change
 from comoe.evaluation.routing_stats import RoutingStats
 from comoe.tasks.task import Task
@@ -104,6 +104,9 @@ def evaluate_split(
 def measure_experts(run: TrainingRun, whole: Evaluation) -> dict[str, Any]:
     """What experts and gate are worth on validation posts, by the keys of ``CONDITIONS``; see ``change``.
 
+    With soft labels also ``teacher_kl``: that of the model as trained, and of the changed one, on
+    the same posts.
+
     Args:
         run: every rank must call it.
         whole: the run's evaluation of the validation split, with its outputs.
@@ -141,6 +144,9 @@ def measure_experts(run: TrainingRun, whole: Evaluation) -> dict[str, Any]:
                 detokenize=run.collator.detokenize,
             )
         found[name] = change(before, after.outputs, run.tasks)
+        if after.divergences:
+            both = {"as_trained": whole.teacher_kl(chosen), "changed": after.teacher_kl()}
+            found[name][TEACHER_KL] = both
     return found
 
 

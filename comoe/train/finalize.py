@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from comoe.config.files import atomic_file
@@ -19,7 +18,7 @@ from comoe.data.text.noise import SEPARATOR, noisy
 from comoe.data.tokens.split import tokenize_split
 from comoe.distributed import barrier, broadcast_object, is_main, max_over_ranks, world_size
 from comoe.evaluation.calibration import Calibrator, reliability_bins
-from comoe.evaluation.evaluate import MEAN, TEACHER_KL, Evaluation
+from comoe.evaluation.evaluate import TEACHER_KL, Evaluation
 from comoe.evaluation.experts_off import experts_lines
 from comoe.evaluation.tables import (
     calibration_lines,
@@ -241,11 +240,7 @@ def _results(
 
 def _teacher_kl(evaluations: Mapping[str, Evaluation]) -> dict[str, Any]:
     """``teacher_kl``: split -> task -> divergence from the teachers, and their mean; nothing without teachers."""
-    found = {
-        split: evaluation.teacher_kl | {MEAN: float(np.mean([*evaluation.teacher_kl.values()]))}
-        for split, evaluation in evaluations.items()
-        if evaluation.teacher_kl
-    }
+    found = {split: kl for split, one in evaluations.items() if (kl := one.teacher_kl())}
     return {TEACHER_KL: found} if found else {}
 
 

@@ -21,7 +21,7 @@ from comoe.distributed import (
     sum_over_ranks,
     world_size,
 )
-from comoe.evaluation.evaluate import TEACHER_KL, Evaluation, chosen_metric
+from comoe.evaluation.evaluate import MEAN, TEACHER_KL, Evaluation, chosen_metric
 from comoe.losses.objective import count_units, unit_scale
 from comoe.train.checkpoint.folder import mark_best
 from comoe.train.checkpoint.save_load import save_checkpoint
@@ -270,8 +270,8 @@ class Trainer:
         value = chosen_metric(evaluation.metrics, run.tasks, options.early_stop_metric)
         improved = state.record(value, patience=options.patience)
         draws = follow_progress(run, evaluation)
-        kl = list(evaluation.teacher_kl.values())
-        teacher_kl = {TEACHER_KL: float(np.mean(kl))} if kl else {}
+        kl = evaluation.teacher_kl().get(MEAN)
+        teacher_kl = {} if kl is None else {TEACHER_KL: kl}
         with run.watch.paused("drawing"):
             run.monitor.log_evaluation(
                 state.step,
@@ -281,11 +281,8 @@ class Trainer:
                 **teacher_kl,
                 **draws,
             )
-        best, told = (
-            " (best)" if improved else "",
-            f", KL to the teacher {np.mean(kl):.4f}" if kl else "",
-        )
-        self._say(f"step {state.step}: validation {value:.4f}{best}{told}")
+        told = f"{' (best)' if improved else ''}{'' if kl is None else f', teacher_kl {kl:.4f}'}"
+        self._say(f"step {state.step}: validation {value:.4f}{told}")
         return improved
 
     def _evaluate(self) -> Evaluation | None:

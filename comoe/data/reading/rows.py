@@ -138,6 +138,11 @@ class RowReader:
             words=words,
             pair=pair,
             labels=labels,
+            soft_labels={
+                name: self._soft_label(name, row.get(task.soft_label))
+                for name, task in self._tasks.items()
+                if task.soft_label is not None
+            },
             confidences={
                 name: _confidence(name, row.get(task.confidence))
                 for name, task in self._tasks.items()
@@ -146,6 +151,13 @@ class RowReader:
             image=None if self._image is None else row.get(self._image),
             columns={name: cell_text(row.get(name)) for name in self._columns},
         )
+
+    def _soft_label(self, name: str, value: Any) -> np.ndarray | None:
+        try:
+            return self._kinds[name].parse_soft(value, self._labels[name])
+        except ValueError as error:
+            where = f"task {name}, column {self._tasks[name].soft_label}"
+            raise BadCell(value, f"{where}: {error}.") from error
 
     def _first_text(self, value: Any) -> tuple[str, list[str] | None]:
         if isinstance(value, (list, tuple)):

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from comoe.tasks.labels import is_missing, soft_cell
 from comoe.tasks.metrics import METRICS
 from comoe.types import IGNORED, Batch, ModelOutput
 
@@ -131,6 +132,14 @@ class Kind(ABC):
         Raises:
             ValueError: no such label (with the nearest name), or not a value of this kind.
         """
+
+    def parse_soft(self, value: object, labels: Sequence[str]) -> np.ndarray | None:
+        """One raw cell of soft labels, float32, (1, Y); None when it is missing.
+
+        Raises:
+            ValueError: not one number of at least 0 per label, or not what this kind takes.
+        """
+        return None if is_missing(value) else soft_cell(value, labels)[None]
 
     def fitted(self, parsed: Any, words: Sequence[str]) -> Any:
         """What ``parse`` gave, for a post of these words (none for a post as plain text).

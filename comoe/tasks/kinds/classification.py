@@ -63,6 +63,13 @@ class SingleLabel(Kind):
             )
         return None if is_missing(value) else label_id(value, labels)
 
+    def parse_soft(self, value: object, labels: Sequence[str]) -> np.ndarray | None:
+        """Counts become shares."""
+        soft = super().parse_soft(value, labels)
+        if soft is not None and not soft.sum():
+            raise ValueError(f"{value!r} gives no label a share; one number must be above 0")
+        return None if soft is None else soft / soft.sum()
+
     def units(self, targets: Tensor, task: TaskLike) -> Tensor:
         return class_units(targets, task)
 
@@ -185,6 +192,13 @@ class MultiLabel(Kind):
                 f"{value!r} names a label twice; give names or ids of the labels that apply, not a 0 or 1 per label."
             )
         return tuple(sorted(ids))
+
+    def parse_soft(self, value: object, labels: Sequence[str]) -> np.ndarray | None:
+        """A probability per label."""
+        soft = super().parse_soft(value, labels)
+        if soft is not None and soft.max() > 1:
+            raise ValueError(f"{value!r} is no probability from 0 to 1 for each label")
+        return soft
 
     def collate(
         self, values: Sequence[tuple[int, ...] | None], *, labels: Sequence[str], length: int
