@@ -34,6 +34,18 @@ OVERRIDES = [
     ("model.moe=4", "model.moe", "a section (key: value lines)"),
     ("tasks.mood.labels=[yes, x]", "tasks.mood.labels.0", "YAML reads a bare yes"),
     ("tasks.mood.labels=[1]", "tasks.mood.labels.0", "put it in quotes"),
+    # Soft labels.
+    ("distill.unlabelled=[a.txt]", "distill.unlabelled", "there are no teachers"),
+    ("distill.tasks=[moood]", "distill.tasks", "did you mean mood?"),
+    ("distill.teachers=[a, a]", "distill.teachers", "all different"),
+    ("distill.temperature=0", "distill.temperature", "above 0"),
+    ("distill.annealing=cosine", "distill.annealing", "none, linear"),
+    ("tasks.mood.kind=regression tasks.mood.soft_label=x", "tasks.mood.soft_label", "no meaning for kind regression"),
+    (
+        "distill.teachers=[a] tasks.free.path=x tasks.free.kind=text tasks.free.prompt={text}",
+        "distill.tasks", "has free, but a decoder predicts it",
+    ),
+    ("train.early_stop_metric=teacher_kl", "train.early_stop_metric", "give mean or task/metric"),
     # Ranges.
     ("train.batch_size=0", "train.batch_size", "at least 1"),
     ("train.epochs=0", "train.epochs", "above 0"),

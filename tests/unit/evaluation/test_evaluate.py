@@ -364,3 +364,74 @@ def test_slices_have_the_metrics_of_their_rows_alone() -> None:
     )
     assert not any("@" in name for name in found["heat"])
     assert values_of([[[4, 2], [0]], [[5, 3], [1]]]) == found
+
+
+@dataclass(frozen=True)
+class SoftCollator:
+    """``FakeCollator`` with soft labels of three tasks: each post's own, uniform or 1; post 4 has none."""
+
+    by_task: bool = False
+
+    def __call__(self, split: Any, indices: np.ndarray) -> Batch:
+        batch = FakeCollator(self.by_task)(split, indices)
+        soft = {}
+        for task in TASKS:
+            shape = batch.word_starts_BL.shape if task.mode == "tokens" else batch.row_ids_B.shape
+            soft[task.name] = torch.full(
+                (*shape, max(1, len(task.labels))), 1 / max(1, len(task.labels))
+            )
+            soft[task.name][(batch.row_ids_B < 0) | (batch.row_ids_B == 4)] = math.nan
+        soft["names"][~batch.word_starts_BL] = math.nan
+        return replace(batch, soft_labels=soft)
+
+
+@pytest.mark.parametrize("shares", [[[[0, 1, 2, 3, 4, 5]]], [[[4, 2, 0]], [[]], [[5, 3, 1]]]])
+def test_the_divergence_from_the_teacher_is_over_all_posts_with_a_soft_label(shares: list) -> None:
+    rows = [0, 1, 2, 3, 5]
+    z = [LOGITS["mood"][row].double() for row in rows]
+    mood = np.mean([-float(one.log_softmax(-1).mean()) - math.log(2) for one in z])
+    heat = np.mean([0.5 * (LOGITS["heat"][row].item() - 1) ** 2 for row in rows])
+    words = torch.cat([LOGITS["names"][row] for row in rows]).double()
+    names = float((-words.log_softmax(-1).mean(dim=-1) - math.log(3)).mean())
+    for found in run(shares, collator=SoftCollator()):
+        kl = found.teacher_kl()
+        assert kl == pytest.approx(
+            {"mood": mood, "heat": heat, "names": names, "mean": np.mean([mood, heat, names])},
+            rel=1e-4,
+        )
+        assert found.metrics["mood"]["teacher_kl"] == kl["mood"]
+        assert found.teacher_kl({0})["heat"] == pytest.approx(
+            0.5 * (LOGITS["heat"][0].item() - 1) ** 2
+        )
+        chosen = chosen_metric(found.metrics, TASKS, "teacher_kl")
+        assert chosen == pytest.approx(-kl["mean"])
+        assert chosen_metric(found.metrics, TASKS, "mood/teacher_kl") == -kl["mood"]
+    (plain,) = run([[[0, 1, 2, 3, 4, 5]]])
+    assert plain.teacher_kl() == {} and "teacher_kl" not in plain.metrics["mood"]
+
+
+def test_rows_that_are_there_for_a_soft_label_change_no_metric_and_no_prediction() -> None:
+    """Where a row serves one task, a post has rows for tasks that it has no label of."""
+
+    def everything(split: Any, indices: np.ndarray) -> Batch:
+        served = [(int(row), place) for row in indices for place in range(3)] or [(-1, -1)]
+        parts = [FakeCollator()(split, np.array([row] if row >= 0 else [])) for row, _ in served]
+        length = max(part.input_ids_BL.shape[1] for part in parts)
+        labels = {
+            task.name: task.rules.collate(
+                [cell_of(task, row) if place == number else None for row, place in served],
+                labels=task.labels,
+                length=length,
+            )
+            for number, task in enumerate(TASKS)
+        }
+        starts = torch.zeros(len(served), length, dtype=torch.bool)
+        for place, part in enumerate(parts):
+            starts[place, : part.word_starts_BL.shape[1]] = part.word_starts_BL[0]
+        ids = torch.zeros(len(served), length, dtype=torch.int64)
+        row_ids, task_ids = (torch.tensor(column) for column in zip(*served, strict=True))
+        return Batch(ids, ids + 1, None, starts, task_ids, row_ids, labels)
+
+    (whole,) = run([[[0, 1, 2, 3, 4, 5]]])
+    (found,) = run([[[0, 1, 2], [3, 4, 5]]], collator=everything)
+    assert found.metrics == whole.metrics and found.predictions == whole.predictions
