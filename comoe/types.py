@@ -49,7 +49,7 @@ class Batch:
     IGNORED or NaN."""
     unit_scale_T: Tensor | None = None
     """W * accumulation steps / units of the task in the whole optimizer step, 0 for an absent task;
-    then the same for the labelled posts of each task, for its soft labels (``soft_scales``), and at
+    then the same for the labeled posts of each task, for its soft labels (``soft_scales``), and at
     ``DOMAINS``, ``TOKENS`` and ``TARGET_TOKENS``: (3 T + 3,). Set by the trainer, None outside
     training."""
 

@@ -133,7 +133,7 @@ class EveryExpert(nn.Module):
         self.gate = nn.Linear(model_width, num_experts, bias=False).to(device)
 
     def forward(self, x_SM: Tensor) -> Tensor:
-        """Sum over all experts of g_i expert_i(x), g normalised sigmoid scores; (S, M)."""
+        """Sum over all experts of g_i expert_i(x), g normalized sigmoid scores; (S, M)."""
         scores_SE = torch.sigmoid(self.gate(x_SM.float()))
         weights_SE = (scores_SE / scores_SE.sum(dim=1, keepdim=True)).to(x_SM.dtype)
         total = torch.zeros_like(x_SM)

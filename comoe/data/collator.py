@@ -59,7 +59,7 @@ class Collator:
 
     ``route_by: token`` has one row per post for all tasks with a head, and one per (post, task in
     decoder mode), with the task's prompt. ``task`` and ``both`` have one row per (post,
-    labelled task), a soft label being one too. The labels of tasks that a row does not serve are
+    labeled task), a soft label being one too. The labels of tasks that a row does not serve are
     missing in it.
 
     Args:
@@ -112,7 +112,7 @@ class Collator:
             split: tokenized posts.
             indices: posts, int, may be empty: the batch is then one short filler row without
                 labels, of row id -1.
-            all_tasks: prediction: a row that serves one task is made for every task, labelled or
+            all_tasks: prediction: a row that serves one task is made for every task, labeled or
                 not; a task in decoder mode has rows for posts with its label and for posts without
                 any label. Else there would be nothing to score, and generating takes long.
         """

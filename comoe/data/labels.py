@@ -48,7 +48,7 @@ def resolved_task(
         report: gets label counts, mean confidence and warnings.
 
     Raises:
-        ValueError: no labelled training post, or all with the same label; or labels that do not fit
+        ValueError: no labeled training post, or all with the same label; or labels that do not fit
             the kind.
     """
     counts = {split: label_counts(posts.labels[name], labels) for split, posts in splits.items()}

@@ -53,7 +53,7 @@ class DataReport:
     without_image: list[BadRow] = field(default_factory=list)
     """Rows kept without their bad image under ``data.on_bad_image: text``."""
     truncated: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """Split -> (posts cut to ``data.max_length``, labelled words lost by that)."""
+    """Split -> (posts cut to ``data.max_length``, labeled words lost by that)."""
     prompts_cut: dict[str, dict[str, tuple[int, int]]] = field(default_factory=dict)
     """Split -> task in decoder mode -> (prompts that lost part of their post, all of its
     prompts)."""

@@ -45,7 +45,7 @@ its own."""
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """What the labelled posts of a split say about one task."""
+    """The labeled posts of a split for one task."""
 
     logits_NY: np.ndarray
     """float64; a row is a post, or a word for kinds that label words."""
@@ -147,7 +147,7 @@ class Calibrator:
         if found is None or len(np.unique(found.posts_N)) < FEWEST_POSTS:
             return task
         rule, (temperatures, thresholds) = RULES[task.kind], self._wanted
-        # A few posts can point anywhere: each half judges the temperature of the other.
+        # A few posts can point anywhere: each half tests the temperature of the other.
         if temperatures and rule.nll(crossed(found, rule), found.gold) < rule.nll(
             found.logits_NY, found.gold
         ):
@@ -258,7 +258,7 @@ def reliability_bins(
 
 
 def evidence(outputs: Sequence[PostOutput], task: Task) -> Evidence | None:
-    """The labelled rows of a split; None without probabilities or labels, or with broken logits."""
+    """The labeled rows of a split; None without probabilities or labels, or with broken logits."""
     if task.kind not in RULES or not outputs:
         return None
     logits, targets = task.rules.stack(outputs, task)
@@ -350,4 +350,4 @@ RULES: dict[str, Rule] = {
     "tags": _WORDS,
     "phrases": _WORDS,
 }
-"""Kind of task -> how its probabilities are made and judged; kinds without any are not here."""
+"""Kind of task -> how its probabilities are made and measured; kinds without any are not here."""

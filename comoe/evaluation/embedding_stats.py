@@ -19,7 +19,7 @@ from comoe.tasks.task import Task
 from comoe.types import Batch, ModelOutput
 
 MOST_POSTS = 1500
-"""Posts per task that are compared with one another: enough for two digits, and a picture."""
+"""Posts per task that are compared with one another: enough for two digits, and a plot."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ class EmbeddingSummary:
     tasks: Mapping[str, TaskEmbeddings]
     """Task -> its view; tasks without labels to compare are left out."""
     retrieval: Mapping[str, float]
-    """``image_to_text_at_1``, ``text_to_image_at_1`` and ``chance`` where posts have pictures, else
+    """``image_to_text_at_1``, ``text_to_image_at_1`` and ``chance`` where posts have images, else
     empty."""
 
 
@@ -58,7 +58,7 @@ def measure_embeddings(embeddings_NP: Tensor, affinity_NN: Tensor) -> dict[str, 
         alignment: mean squared distance of pairs that belong together, 0 to 4, lower is better;
             left out without such pairs. uniformity: log of the mean of exp(-2 squared distance)
             over all pairs, 0 when all are one point, lower is more spread. retrieval_at_1: mean
-            affinity of a post and its nearest other post (accuracy of the nearest neighbour where
+            affinity of a post and its nearest other post (accuracy of the nearest neighbor where
             labels exclude one another), and what a random other post would give.
 
     Source: Wang & Isola 2020, arXiv:2005.10242 (alignment, uniformity).
@@ -82,12 +82,12 @@ def measure_embeddings(embeddings_NP: Tensor, affinity_NN: Tensor) -> dict[str, 
 def measure_retrieval(
     text_NP: np.ndarray, image_NP: np.ndarray, keys_N: np.ndarray
 ) -> dict[str, float]:
-    """Share of texts whose nearest picture is their own, and of pictures whose nearest text is, among N pairs.
+    """Share of texts whose nearest image is their own, and of images whose nearest text is, among N pairs.
 
     Args:
         text_NP: unit-length rows.
         image_NP: row i belongs to text i.
-        keys_N: equal for posts that say the same, whose pictures and texts are then as good as the
+        keys_N: equal for posts of equal content, whose images and texts are then as good as the
             own ones.
     """
     similarity_NN = text_NP @ image_NP.T
@@ -103,7 +103,7 @@ class EmbeddingStats:
     """Collects embeddings during an evaluation and measures them at its end.
 
     Args:
-        tasks: all tasks; those whose labels say which posts belong together are looked at.
+        tasks: all tasks; those whose labels define which posts belong together are used.
         labelled_NT: which post of the split has a label of which task, bool. Of many every n-th one
             is kept.
     """

@@ -30,7 +30,7 @@ def slice_scores(
     A post whose cell is empty is in no slice.
 
     Args:
-        gold: of ``Kind.gold_and_scores``: an array or a list, one entry per labelled post.
+        gold: of ``Kind.gold_and_scores``: an array or a list, one entry per labeled post.
         scores: as ``gold``.
         task: names the columns.
         columns: column -> its cell for each of these posts; a column that is not there has no
@@ -41,7 +41,7 @@ def slice_scores(
         cells = columns.get(column, ())
         for value in natural_order(cell for cell in cells if cell is not None):
             rows = np.flatnonzero([cell == value for cell in cells])
-            values = task.rules.score(picked(gold, rows), picked(scores, rows), task)
+            values = task.rules.score(take_rows(gold, rows), take_rows(scores, rows), task)
             names = dict.fromkeys(
                 (task.metric, *(name for name in SLICED_METRICS if name in values))
             )
@@ -50,7 +50,7 @@ def slice_scores(
     return found
 
 
-def picked(values: Any, rows: np.ndarray) -> Any:
+def take_rows(values: Any, rows: np.ndarray) -> Any:
     """Some posts of what ``Kind.gold_and_scores`` gave."""
     return [values[row] for row in rows] if isinstance(values, list) else values[rows]
 
@@ -65,10 +65,10 @@ MEAN = "mean"
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """What a split says about the model, the same on every rank; only of scored kinds."""
+    """Metrics of a model on a split, the same on every rank; only of scored kinds."""
 
     metrics: dict[str, dict[str, float]]
-    """Task -> metric -> value; ``n`` counts labelled rows, ``loss`` is their mean. A task without
+    """Task -> metric -> value; ``n`` counts labeled rows, ``loss`` is their mean. A task without
     any is left out."""
     confusions: dict[str, np.ndarray]
     """Task -> counts of (gold, predicted), int64, (Y, Y), where its kind has such a thing."""
@@ -208,7 +208,7 @@ def compute_metrics(
         logits, targets = task.rules.stack(outputs[task.name], task)
         gold, scores = task.rules.gold_and_scores(outputs[task.name], task)
         if len(gold):
-            loss = task.rules.loss(logits, targets, task) / task.rules.units(targets, task)
+            loss = task.rules.loss(logits, targets, task) / task.rules.normalizer(targets, task)
             metrics[task.name] = {"n": float(len(gold)), "loss": float(loss)} | task.rules.score(
                 gold, scores, task
             )
@@ -236,11 +236,11 @@ def mean_metric(metrics: Mapping[str, Mapping[str, float]], tasks: Sequence[Task
     Auxiliary tasks are in no mean: they are there for the others.
 
     Raises:
-        ValueError: no task that counts has a labelled post in the split.
+        ValueError: no task that counts has a labeled post in the split.
     """
     counted = [task for task in tasks if not task.auxiliary]
     values = [
-        rising(task.metric, metrics[task.name][task.metric])
+        higher_is_better(task.metric, metrics[task.name][task.metric])
         for task in counted
         if task.name in metrics
     ]
@@ -264,7 +264,7 @@ def chosen_metric(
             that task's metrics ("mood/f1/joy", "mood/loss").
 
     Raises:
-        ValueError: no such task or metric, or no labelled post of the task in the split.
+        ValueError: no such task or metric, or no labeled post of the task in the split.
     """
     check_chosen_metric(name, tasks, taught=True)
     if name == MEAN:
@@ -277,7 +277,7 @@ def chosen_metric(
         raise ValueError(
             f"train.early_stop_metric is {name!r}, but the split has no labelled post of {task}; use mean."
         )
-    return rising(metric, metrics[task][metric])
+    return higher_is_better(metric, metrics[task][metric])
 
 
 def check_chosen_metric(
@@ -319,7 +319,7 @@ def metric_names(task: Task) -> tuple[str, ...]:
     return ("loss", *task.rules.score(*task.rules.gold_and_scores([], task), task))
 
 
-def rising(metric: str, value: float) -> float:
+def higher_is_better(metric: str, value: float) -> float:
     """The value where larger is better, else its negative."""
     return -value if metric in LOWER_IS_BETTER else value
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from comoe.evaluation.evaluate import picked, rising
+from comoe.evaluation.evaluate import higher_is_better, take_rows
 from comoe.evaluation.tables import in_columns, marked
 from comoe.models.model import MultiTaskModel
 from comoe.models.moe.block import CooperativeBlock
@@ -132,7 +132,7 @@ def change(
             "loss_error": _error(loss_J),
         }
         if not task.auxiliary:
-            metrics.append(rising(task.metric, metric_J))
+            metrics.append(higher_is_better(task.metric, metric_J))
             losses.append((old[1], new[1]))
     metric_J, (old_J, new_J) = np.mean(metrics, axis=0), np.mean(losses, axis=0)
     # A loss can be 0 to float32's last digit.
@@ -159,11 +159,11 @@ def _measures(
         parts[group_of[output.row]].append(output)
     stacked = [task.rules.stack(part, task) for part in parts]
     losses_G = np.array([float(task.rules.loss(*pair, task)) for pair in stacked])
-    units_G = np.array([float(task.rules.units(targets, task)) for _, targets in stacked])
+    units_G = np.array([float(task.rules.normalizer(targets, task)) for _, targets in stacked])
     metrics, losses = [], []
     for left_out in range(-1, groups):
         kept = np.flatnonzero(group_N != left_out)
-        values = task.rules.score(picked(gold, kept), picked(scores, kept), task)
+        values = task.rules.score(take_rows(gold, kept), take_rows(scores, kept), task)
         kept_G = np.arange(groups) != left_out
         metrics.append(values[task.metric])
         losses.append(losses_G[kept_G].sum() / max(units_G[kept_G].sum(), 1e-9))
@@ -203,7 +203,7 @@ def experts_lines(results: Mapping[str, Any], tasks: Sequence[Task]) -> list[str
 
 def verdicts(results: Mapping[str, Any]) -> list[str]:
     """One sentence on the experts and, where they add something, one on the gate."""
-    said = []
+    lines = []
     for key, what, done in (
         (OFF, "the experts", "switching them off"),
         (IN_TURN, "the gate", "sending tokens to experts in turn"),
@@ -215,12 +215,12 @@ def verdicts(results: Mapping[str, Any]) -> list[str]:
             f"{_percent(mean['loss_error']).lstrip('+')}), the mean metric by {mean['metric']:+.4f}."
         )
         nothing = f"warning: {what} add{'s' * (key == IN_TURN)} nothing: "
-        said.append(
+        lines.append(
             nothing + changes if found["adds_nothing"] else changes[0].upper() + changes[1:]
         )
         if found["adds_nothing"]:
             break
-    return said
+    return lines
 
 
 def _percent(share: float | None) -> str:

@@ -1,6 +1,6 @@
 """What the gates did since the last look: counts of real tokens per layer, task and expert, and the measures on them.
 
-Shares say where routes went; the measures say whether experts are used, specialise and work
+Shares say where routes went; the measures say whether experts are used, specialize and work
 together.
 """
 
@@ -21,7 +21,7 @@ HISTOGRAM_BINS = 20
 
 
 COOPERATING_SCORE = 0.5
-"""A picked expert above this score counts as working on the token (cooperation degree)."""
+"""A selected expert above this score counts as working on the token (cooperation degree)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +37,12 @@ class RoutingSummary:
     share_LTE: np.ndarray
     """The same among the tokens of one task."""
     weight_LE: np.ndarray
-    """Share of a layer's gate weight that each expert got; rows sum to 1. It tells of a monopoly
+    """Share of a layer's gate weight that each expert got; rows sum to 1. It shows a monopoly
     where ``share_LE`` cannot: at k = E every expert gets the same number of routes."""
     weight_LTE: np.ndarray
     """The same among the tokens of one task."""
     score_LE: np.ndarray
-    """Mean score of each expert over all real tokens, picked or not."""
+    """Mean score of each expert over all real tokens, selected or not."""
     by_layer: Mapping[str, np.ndarray]
     """Measure -> (layers,): those of ``share_measures``, cooperation, task_information = I(task;
     expert) of the routes, and of the gate weights weight_monopoly, weight_effective_experts and
@@ -58,7 +58,7 @@ class RoutingSummary:
 
     @property
     def layer_names(self) -> list[str]:
-        """The layers as titles say them: ``3``, ``0 of the decoder``."""
+        """The layers as in titles: ``3``, ``0 of the decoder``."""
         first = math.inf if self.first_decoder_layer is None else self.first_decoder_layer
         return [
             str(layer) if layer < first else f"{layer - first} of the decoder"
@@ -117,8 +117,8 @@ class RoutingStats:
         self.num_experts = max(
             num_experts, 1
         )  # A model without experts has no layers either: an empty table.
-        # Row T of the task axis holds every labelled token once: with several labels per post the
-        # tasks' rows overlap. Last axis: picks, sum of weights and sum of scores per expert; picked
+        # Row T of the task axis holds every labeled token once: with several labels per post the
+        # tasks' rows overlap. Last axis: selections, sum of weights and sum of scores per expert; selected
         # experts above 0.5, tokens.
         shape = (num_layers, len(self.tasks) + 1, 3 * self.num_experts + 2)
         self._sums = torch.zeros(shape, dtype=torch.float64, device=device)
@@ -145,13 +145,13 @@ class RoutingStats:
         ):
             counted_ST = counted_BT[rows_S]
             scores_SE = routing.scores_SE.to(torch.float64)
-            picked_SE = torch.zeros_like(scores_SE).scatter_(1, routing.indices_Sk, 1.0)
+            selected_SE = torch.zeros_like(scores_SE).scatter_(1, routing.indices_Sk, 1.0)
             weights_SE = torch.zeros_like(scores_SE).scatter_(
                 1, routing.indices_Sk, routing.weights_Sk.double()
             )
-            strong_S1 = (picked_SE * (scores_SE > COOPERATING_SCORE)).sum(dim=1, keepdim=True)
+            strong_S1 = (selected_SE * (scores_SE > COOPERATING_SCORE)).sum(dim=1, keepdim=True)
             facts = torch.cat(
-                [picked_SE, weights_SE, scores_SE, strong_S1, torch.ones_like(strong_S1)], dim=1
+                [selected_SE, weights_SE, scores_SE, strong_S1, torch.ones_like(strong_S1)], dim=1
             )
             self._sums[layer] += counted_ST.T @ facts
             # index_add_ instead of bincount: on a GPU bincount waits for the device to learn its
@@ -249,7 +249,7 @@ def share_measures(share: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def mutual_information(counts_LTE: np.ndarray) -> np.ndarray:
-    """I(task; expert) of the routes of each layer: how much the expert says about the task; 0 when
+    """I(task; expert) of the routes of each layer: how much the expert reveals about the task; 0 when
     every task uses the experts alike, at most min(ln T, ln E).
 
     Args:

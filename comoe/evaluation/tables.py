@@ -105,28 +105,28 @@ def calibration_lines(report: Report) -> list[str]:
         return []
     rows = calibration_table(report)
     title = "calibration (expected calibration error, 0 is best)"
-    told = [title, *in_columns(rows[0], rows[1:], left=len(rows[0]))]
+    lines = [title, *in_columns(rows[0], rows[1:], left=len(rows[0]))]
     if any(entry["thresholds"] is not None for entry in report.values()):
-        told.append(
+        lines.append(
             "Thresholds were chosen on validation: its results are with 0.5, other splits are decided by them."
         )
-    return told
+    return lines
 
 
 def calibration_sentences(report: Report) -> list[str]:
     """What a reader of the card must know of the table."""
-    told = [
+    lines = [
         "Expected calibration error in 15 bins, before and after the temperature. Temperatures are fitted on "
         "validation; its column shows each half of the posts under the temperature of the other half."
     ]
     for task, entry in report.items():
         if entry["thresholds"] is not None:
             chosen = entry["decision"]
-            told.append(
+            lines.append(
                 f"{task}: thresholds chosen on validation, {chosen['metric']} {chosen['at_half']:.3f} with 0.5, "
                 f"{chosen['held_out']:.3f} on posts that did not choose them. Validation results above are with 0.5."
             )
-    return told
+    return lines
 
 
 def _change(both: Mapping[str, float | None] | None) -> str:

@@ -97,18 +97,18 @@ def choose_for_labels(
 def best_threshold(scores_N: np.ndarray, gold_N: np.ndarray, measure: Measure) -> float:
     """The threshold with the largest measure; of equal ones that next to 0.5.
 
-    Tried are 0.5 and the middles between neighbouring scores: all of them, or ``MOST_CANDIDATES``,
+    Tried are 0.5 and the middles between neighboring scores: all of them, or ``MOST_CANDIDATES``,
     half of these right below posts that have the label.
     """
     values = np.unique(scores_N)
     middles = (values[1:] + values[:-1]) / 2
     if len(middles) > MOST_CANDIDATES:
         below = np.clip(np.searchsorted(values, np.unique(scores_N[gold_N == 1])) - 1, 0, None)
-        picked = [
+        kept = [
             _spread(below, MOST_CANDIDATES // 2),
             _spread(np.arange(len(middles)), MOST_CANDIDATES // 2),
         ]
-        middles = middles[np.unique(np.concatenate(picked))]
+        middles = middles[np.unique(np.concatenate(kept))]
     tried = sorted([HALF, *middles.tolist()], key=lambda edge: (abs(edge - HALF), edge))
     found = [measure(gold_N, (scores_N >= edge).astype(np.int64)) for edge in tried]
     return tried[int(np.argmax(found))]

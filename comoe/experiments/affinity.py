@@ -233,7 +233,7 @@ def _batches(
 def _loss(model: MultiTaskModel, task: Task, batch: Batch) -> tuple[Tensor, Tensor]:
     targets = batch.labels[task.name]
     logits = model(batch, decode=task.mode == "decoder").logits[task.name]
-    return task.rules.loss(logits, targets, task), task.rules.units(targets, task)
+    return task.rules.loss(logits, targets, task), task.rules.normalizer(targets, task)
 
 
 def _products(gradients: Sequence[Sequence[Tensor]]) -> np.ndarray:

@@ -119,14 +119,14 @@ def fill_in(model: nn.Module, weights: Mapping[str, Tensor], *, place: Path) -> 
         if expected[name].shape != weights[name].shape
     ]
     problems = {"missing": missing, "not in the model": extra, "of another shape": shapes}
-    told = [
+    problems = [
         f"{len(names)} {what} ({', '.join(sorted(names)[:3])})"
         for what, names in problems.items()
         if names
     ]
-    if told:
+    if problems:
         raise ValueError(
-            f"{place} does not fit {CONFIG}: weights {'; '.join(told)}. Export the run again."
+            f"{place} does not fit {CONFIG}: weights {'; '.join(problems)}. Export the run again."
         )
     model.load_state_dict(weights, strict=False)
 
@@ -173,11 +173,11 @@ class Exported:
     tokenizer: Any
     """The encoder's tokenizer."""
     image_processor: ImageProcessor | None
-    """The vision tower's; None where the model reads no pictures."""
+    """The vision tower's; None where the model reads no images."""
     model_config: ModelConfig
     """How the model is built; ``encoder`` names what it was trained from."""
     data_config: DataConfig
-    """How posts were read: ``max_length``, ``normalize``, ``hide`` and the limits of pictures count
+    """How posts were read: ``max_length``, ``normalize``, ``hide`` and the limits of images count
     here."""
     config: Mapping[str, Any]
     """``config.json`` as it is."""
@@ -205,7 +205,7 @@ def export_model(
         encoder_config: ``encoder.config.to_dict()``.
         tokenizer: the encoder's tokenizer.
         tower_config: ``tower.inner.config.to_dict()``; None where the model has no vision tower.
-        image_processor: the vision tower's; None where the model reads no pictures.
+        image_processor: the vision tower's; None where the model reads no images.
         results: the run's ``results.json``, measured on these very weights, for the model card.
 
     Raises:
@@ -315,7 +315,7 @@ def export_checkpoint(path: str | Path, out: str | Path, *, which: str = "best")
             f"{checkpoint} cannot be read ({error}); use another one in {checkpoint.parent}."
         ) from error
     results = read_json(run / "results.json") if (run / "results.json").is_file() else None
-    # What was measured and fitted on these weights says nothing of those of another step.
+    # What was measured and fitted on these weights does not hold for those of another step.
     if results is not None and checkpoint != checkpoint_of(
         checkpoint.parent, results.get("best_step", -1)
     ):

@@ -1,4 +1,4 @@
-"""The model card of an export: what the model answers, how well, what it was trained on, and its limits."""
+"""The model card of an export: what the model predicts, how well, what it was trained on, and its limits."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def model_card(
     Args:
         name: title of the card.
         recipe: the resolved recipe.
-        tasks: the model's tasks; those without answers are not mentioned.
+        tasks: the model's tasks; those without predictions are not mentioned.
         config: ``config.json`` of the export.
         results: content of ``results.json``: ``metrics`` (split -> task -> metric -> value) and
             ``seconds`` are read; None says in the card that nothing was measured.
@@ -51,7 +51,7 @@ def model_card(
     parts = [
         _front_matter(tasks, config=config, results=results),
         f"# {recipe.run.name}\n\n{_summary(recipe, tasks, config)}",
-        *([f"## Pictures\n\n{_pictures(config)}"] if _sees(config) else []),
+        *([f"## Images\n\n{_images(config)}"] if _reads_images(config) else []),
         f"## Use\n\n{_usage(tasks, config)}",
         f"## Tasks\n\n{_task_table(tasks)}",
         f"## Measured results\n\n{_results(tasks, results)}",
@@ -72,9 +72,9 @@ def _front_matter(
         "language": config["data"]["normalize"]["language"],
         "tags": ["comoe", "mixture-of-experts", "multi-task", "social-media"],
     }
-    if _sees(config):
+    if _reads_images(config):
         fields["tags"].append("multimodal")
-    # The hub has no class of its own for classifying text and picture together.
+    # The hub has no class of its own for classifying text and image together.
     kinds = [kind for kind in map(_hub_kind, tasks) if kind != WORDS]
     if kinds:
         fields["pipeline_tag"] = CLASSES if CLASSES in kinds else kinds[0]
@@ -117,32 +117,36 @@ def _summary(recipe: Recipe, tasks: Sequence[Task], config: Mapping[str, Any]) -
         else "no experts"
     )
     encoder = f"`{config['model']['encoder']}`, {config['encoder'].get('model_type')}"
-    answers = f"{len(tasks)} task{'s' if len(tasks) != 1 else ''}: {', '.join(task.name for task in tasks)}"
-    post = "social-media post, its text and its picture," if _sees(config) else "social-media post"
+    listed = f"{len(tasks)} task{'s' if len(tasks) != 1 else ''}: {', '.join(task.name for task in tasks)}"
+    post = (
+        "social-media post, its text and its image,"
+        if _reads_images(config)
+        else "social-media post"
+    )
     stacks = "encoder-decoder" if decoder_tasks(tasks) else "encoder"
-    return f"One {stacks} ({encoder}) with {experts}. On a {post} it answers {answers}."
+    return f"One {stacks} ({encoder}) with {experts}. On a {post} it predicts {listed}."
 
 
-def _sees(config: Mapping[str, Any]) -> bool:
+def _reads_images(config: Mapping[str, Any]) -> bool:
     return config.get("image_column") is not None
 
 
-def _pictures(config: Mapping[str, Any]) -> str:
-    """What reads the pictures, how they meet the text, and what the input must look like."""
+def _images(config: Mapping[str, Any]) -> str:
+    """What reads the images, how they meet the text, and what the input must look like."""
     vision, tower = config["model"]["vision"], config.get("tower")
     reader = (
-        "The encoder reads text and picture together"
+        "The encoder reads text and image together"
         if tower is None
-        else f"A vision tower (`{vision['tower']}`, {tower.get('model_type')}) reads the picture of a post; what it "
-        f"sees meets the text by fusion `{vision['fusion']}`"
+        else f"A vision tower (`{vision['tower']}`, {tower.get('model_type')}) reads the image of a post; its "
+        f"states meet the text by fusion `{vision['fusion']}`"
     )
     hidden = config["data"].get("hide", "none")
     return (
-        f"{reader}. In training the column `{config['image_column']}` named the pictures, and prediction reads that "
+        f"{reader}. In training the column `{config['image_column']}` named the images, and prediction reads that "
         "column too (`--image-column` names another one). A path starts from the folder of the input file. A post "
-        "without a picture, or with one that cannot be read, is answered by its text alone."
+        "without an image, or with one that cannot be read, is predicted by its text alone."
         + (
-            f" This model was trained and answers with the {hidden} of every post hidden."
+            f" This model was trained and predicts with the {hidden} of every post hidden."
             if hidden != "none"
             else ""
         )
@@ -150,23 +154,25 @@ def _pictures(config: Mapping[str, Any]) -> str:
 
 
 def _usage(tasks: Sequence[Task], config: Mapping[str, Any]) -> str:
-    sees = _sees(config)
+    with_images = _reads_images(config)
     pair = pair_in_training(config, tasks) or "pair"
-    asked = any(wants_pair(task.prompt) for task in tasks)
-    pairs, column = (', pairs=["the weather"]', f" --pair-column {pair}") if asked else ("", "")
-    images = ', images=["img/01.png"]' if sees else ""
+    with_pair = any(wants_pair(task.prompt) for task in tasks)
+    pairs, column = (', pairs=["the weather"]', f" --pair-column {pair}") if with_pair else ("", "")
+    images = ', images=["img/01.png"]' if with_images else ""
     explain = ", explain=True" if any(task.mode == "pooled" for task in tasks) else ""
-    fields = {"text": "what a lovely day :)"} | ({pair: "the weather"} if asked else {})
-    row = json.dumps(fields | ({config["image_column"]: "img/01.png"} if sees else {}))
+    fields = {"text": "what a lovely day :)"} | ({pair: "the weather"} if with_pair else {})
+    row = json.dumps(fields | ({config["image_column"]: "img/01.png"} if with_images else {}))
     posts, write = (
-        ("posts.jsonl", f"echo '{row}' > posts.jsonl\n") if sees or asked else ("posts.txt", "")
+        ("posts.jsonl", f"echo '{row}' > posts.jsonl\n")
+        if with_images or with_pair
+        else ("posts.txt", "")
     )
     return f"""```python
 from comoe import Predictor
 
 predictor = Predictor.from_pretrained("path/to/this/folder")
-answer = predictor(["what a lovely day :)"]{pairs}{images}{explain})[0]
-print(answer[{json.dumps(tasks[0].name)}])
+prediction = predictor(["what a lovely day :)"]{pairs}{images}{explain})[0]
+print(prediction[{json.dumps(tasks[0].name)}])
 ```
 
 ```
@@ -185,11 +191,11 @@ def _task_table(tasks: Sequence[Task]) -> str:
         rows.append(
             (name, task.kind, f"{labels}, and {more} more" if more > 0 else labels, task.metric)
         )
-    asked = [(task.name, task.prompt) for task in tasks if task.prompt is not None]
-    prompts = "\n\nThe decoder answers these, by what the encoder reads:\n\n" + _table(
-        [("task", "prompt"), *asked]
+    with_prompt = [(task.name, task.prompt) for task in tasks if task.prompt is not None]
+    prompts = "\n\nThe decoder predicts these, from what the encoder reads:\n\n" + _table(
+        [("task", "prompt"), *with_prompt]
     )
-    return _table(rows) + (prompts if asked else "")
+    return _table(rows) + (prompts if with_prompt else "")
 
 
 def _results(tasks: Sequence[Task], results: Mapping[str, Any] | None) -> str:
@@ -205,7 +211,10 @@ def _results(tasks: Sequence[Task], results: Mapping[str, Any] | None) -> str:
         rows.append((task.name, task.metric, *scores, decimal(baseline)))
     if not metrics:
         return "Nothing was measured on these weights; `launch/eval.py` scores them on a data set."
-    note = "The baseline always gives the commonest answer (the mean, for numbers), on test, else on validation posts."
+    note = (
+        "The baseline always predicts the most frequent label (the mean, for numbers), on test, else on validation "
+        "posts."
+    )
     return f"{_table(rows)}\n\n{note}"
 
 
@@ -244,32 +253,32 @@ def _training(recipe: Recipe, config: Mapping[str, Any], results: Mapping[str, A
 
 def _limits(recipe: Recipe, tasks: Sequence[Task]) -> str:
     lines = [
-        "- It answers for posts like those it was trained on; other platforms, languages and years were not measured.",
+        "- It predicts posts like those it was trained on; other platforms, languages and years were not measured.",
         f"- {_certainty(tasks)}",
-        *_limits_of_answers(tasks),
-        "- People are affected when their posts are judged: keep a person in any decision about a person.",
+        *_limits_of_predictions(tasks),
+        "- People are affected when their posts are classified: keep a person in any decision about a person.",
         "- The licences of the encoder and of the training data apply to these weights.",
     ]
     if recipe.model.moe.num_experts and recipe.model.moe.route_by != "token" and len(tasks) > 1:
         lines.append(
-            f"- The gate reads the task, so a post costs one pass per task asked for (up to {len(tasks)})."
+            f"- The gate reads the task, so a post costs one pass per task (up to {len(tasks)})."
         )
     return "\n".join(lines)
 
 
-def _limits_of_answers(tasks: Sequence[Task]) -> list[str]:
+def _limits_of_predictions(tasks: Sequence[Task]) -> list[str]:
     """What holds for heads that pool, for words that are scored, and for texts that are written."""
     lines = []
     if any(task.mode == "pooled" for task in tasks):
         lines.append(
-            "- Attention weights show what a head looked at; they are no proof of why it answered so."
+            "- Attention weights show what a head weighted; they do not prove why it predicted so."
         )
     if any(task.label_words for task in tasks):
         lines.append(
             "- Scored words are whole: a longer one is a product of more tokens, and likely scores lower."
         )
     if any(map(_writes, tasks)):
-        lines.append("- Written answers need not be true, nor words of the post.")
+        lines.append("- Generated texts need not be true, nor words of the post.")
     return lines
 
 

@@ -1,7 +1,7 @@
-"""Answers from an export, in one process, without DeepSpeed.
+"""Predictions of an export, in one process, without DeepSpeed.
 
-The way of a post is that of training: cleaned and tokenised by the same ``Collator``, through the
-same model, and put into words by its task's kind.
+A post takes the path of training: cleaned and tokenized by the same ``Collator``, through the
+same model, and decoded by its task's kind.
 """
 
 from __future__ import annotations
@@ -81,12 +81,12 @@ class Predictor:
 
     @property
     def tasks(self) -> tuple[Task, ...]:
-        """What the model answers."""
+        """Tasks that the model predicts."""
         return tuple(task for task in self.exported.tasks if task.rules.scored)
 
     @property
     def image_column(self) -> str | None:
-        """Column of the training posts that named the pictures; None where the model reads none."""
+        """Column of the training posts that named the images; None where the model reads none."""
         return (
             None
             if self.collator.pixels is None
@@ -95,7 +95,7 @@ class Predictor:
 
     @property
     def as_words(self) -> frozenset[str]:
-        """Tasks that are asked about posts cut into words, as in training."""
+        """Tasks that read posts as words, as in training."""
         per_token = (task.name for task in self.exported.tasks if task.mode == "tokens")
         return frozenset([*per_token, *self.exported.config.get("as_words", ())])
 
@@ -145,15 +145,15 @@ class Predictor:
         pairs = list(map(second_text, _column("pairs", pairs, count=len(texts))))
         words = _column("words", words, count=len(texts))
         images = _column("images", images, count=len(texts))
-        answers: list[dict[str, Any]] = [{"text": text} for text in texts]
+        predictions: list[dict[str, Any]] = [{"text": text} for text in texts]
         usable = []
-        for number, answer in enumerate(answers):
+        for number, prediction in enumerate(predictions):
             problem = text_problem(texts[number], words[number])
             if problem := problem or pair_problem(pairs[number], chosen):
-                answer["error"] = problem
+                prediction["error"] = problem
             else:
                 usable.append(number)
-                images[number] = self._located(images[number], image_root, answer)
+                images[number] = self._located(images[number], image_root, prediction)
         passes = _passes(texts, words, usable, chosen, as_words=self.as_words)
         total = len(usable) * len(passes)
         with tqdm(total=total, unit="post", disable=not progress, dynamic_ncols=True) as bar:
@@ -162,11 +162,11 @@ class Predictor:
                 read = [texts[i] if words[i] is None else " ".join(words[i]) for i in usable]
                 columns = ([values[i] for i in usable] for values in (pairs, column, images))
                 split = self._encode(read, *columns, some)
-                mine = [answers[i] for i in usable]
+                mine = [predictions[i] for i in usable]
                 for indices in eval_batches(split.lengths, batch_size=batch_size):
-                    self._answer(split, indices, tasks=some, answers=mine, explain=explain)
+                    self._predict(split, indices, tasks=some, predictions=mine, explain=explain)
                     bar.update(len(indices))
-        return answers
+        return predictions
 
     def _encode(
         self, texts: list, pairs: list, words: list, images: list, tasks: Sequence[Task]
@@ -175,20 +175,20 @@ class Predictor:
         split = self.collator.encode_texts(
             texts, pairs, words, images=images, config=config, asked=tasks
         )
-        # Where a row serves one task, the collator makes rows for labelled ones only.
+        # Where a row serves one task, the collator makes rows for labeled ones only.
         split.labelled[
             :, [number for number, task in enumerate(self.exported.tasks) if task in tasks]
         ] = True
         return split
 
     @torch.inference_mode()
-    def _answer(
+    def _predict(
         self,
         split: TokenizedSplit,
         indices: np.ndarray,
         *,
         tasks: Sequence[Task],
-        answers: list[dict],
+        predictions: list[dict],
         explain: bool,
     ) -> None:
         batch = self.collator(split, indices)
@@ -202,44 +202,50 @@ class Predictor:
             outputs = task.rules.outputs(
                 output, batch, rows, task=task, detokenize=self.collator.detokenize
             )
-            for row, answer in zip(rows, task.rules.decode(outputs, task), strict=True):
+            for row, prediction in zip(rows, task.rules.decode(outputs, task), strict=True):
                 post = posts_B[row]
                 if task.mode == "tokens":
                     kept = [
                         split.posts.words[post][word]
                         for word in tokens[post].word_ids[tokens[post].word_starts]
                     ]
-                    answer = {"words": kept, **answer, "spans": tag_spans(answer["tags"], kept)}
+                    prediction = {
+                        "words": kept,
+                        **prediction,
+                        "spans": tag_spans(prediction["tags"], kept),
+                    }
                 elif explain and task.mode == "pooled":
                     weights_L = output.attentions[task.name][row].float().cpu().numpy()
                     words = split.posts.words[post] or self._words_of(
                         split.posts.texts[post], tokens[post]
                     )
-                    answer |= _attention(weights_L, tokens[post].word_ids, words=words)
-                answers[post][task.name] = answer
+                    prediction |= _attention(weights_L, tokens[post].word_ids, words=words)
+                predictions[post][task.name] = prediction
         cut, lost = (
             split.cut,
             {} if self.collator.pixels is None else self.collator.pixels.take_lost(),
         )
         for post in posts_B:
             if cut[post]:
-                answers[post]["truncated"] = True
+                predictions[post]["truncated"] = True
             if split.posts.images[post] in lost:
-                answers[post]["image_error"] = f"the image {lost[split.posts.images[post]]}"
+                predictions[post]["image_error"] = f"the image {lost[split.posts.images[post]]}"
 
-    def _located(self, cell: Any, root: Path | None, answer: dict[str, Any]) -> bytes | str | None:
-        """Where a picture is; what is wrong with it goes into the answer."""
+    def _located(
+        self, cell: Any, root: Path | None, prediction: dict[str, Any]
+    ) -> bytes | str | None:
+        """Where an image is; what is wrong with it goes into the prediction."""
         try:
             found = locate_image(cell, root=None if root is None else root.resolve())
         except BadImage as error:
-            answer["image_error"] = f"the image {error.rule}"
+            prediction["image_error"] = f"the image {error.rule}"
             return None
         if found is not None and self.collator.pixels is None:
             raise ValueError("this model reads no images; leave images out.")
         return found
 
     def _words_of(self, text: str, row: TokenRow) -> dict[int, str]:
-        """Number of a word -> its letters in the cleaned text, which pieces would not tell ([UNK], lower case)."""
+        """Number of a word -> its letters in the cleaned text, which pieces do not hold ([UNK], lower case)."""
         numbers = set(row.word_ids[row.word_ids >= 0].tolist())
         tokenizer = self.exported.tokenizer
         if not tokenizer.is_fast:
@@ -264,7 +270,7 @@ def _passes(
     """(words per post, tasks) of each pass over the posts.
 
     A tokenizer may cut a post given as words differently, so each head reads plain text whole or
-    cut, as in training; only where both kinds of heads are asked about plain text are there two
+    cut, as in training; only where both kinds of heads read plain text are there two
     passes.
     """
     cut = [task for task in tasks if task.name in as_words]
@@ -309,7 +315,7 @@ def _listed(what: str, values: Any) -> list[Any]:
 
 
 def text_problem(text: Any, words: Any) -> str:
-    """Why a post cannot be answered; empty when it can."""
+    """Why a post cannot be predicted; empty when it can."""
     if words is not None:
         good = (
             len(words) > 0
@@ -336,7 +342,7 @@ def second_text(cell: Any) -> Any:
 
 
 def pair_problem(pair: Any, tasks: Sequence[Task]) -> str:
-    """Why a post with this second text, as ``second_text`` gives it, cannot be answered; empty where it can."""
+    """Why a post with this second text, as ``second_text`` gives it, cannot be predicted; empty where it can."""
     if pair is not None and not isinstance(pair, str):
         return f"the second text must be text, not {type(pair).__name__}"
     asking = [task.name for task in tasks if wants_pair(task.prompt)]

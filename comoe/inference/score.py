@@ -1,4 +1,4 @@
-"""Scores an export on a labelled data set, in one process: what ``launch/eval.py`` calls."""
+"""Scores an export on a labeled data set, in one process: what ``launch/eval.py`` calls."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from comoe.tasks.task import Task
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """What the data set says about the model."""
+    """Metrics of a model on a data set."""
 
     evaluation: Evaluation
     """Metrics and confusion matrices."""
@@ -46,8 +46,8 @@ class Scores:
     """Posts read."""
     bad: tuple[BadRow, ...]
     """Rows left out."""
-    without_picture: tuple[BadRow, ...] = ()
-    """Rows scored by their text alone, because their picture is bad."""
+    without_image: tuple[BadRow, ...] = ()
+    """Rows scored by their text alone, because their image is bad."""
     unfit: Mapping[str, int] = field(default_factory=dict)
     """Task -> posts without its label, because it does not fit their words (``skip_bad``)."""
 
@@ -115,7 +115,7 @@ def score_split(
     batch_size: int = 64,
     progress: Callable[[int], object] | None = None,
 ) -> Evaluation:
-    """Score the model, as it is now, on tokenised posts.
+    """Score the model, as it is now, on tokenized posts.
 
     Args:
         predictor: the model.
@@ -143,11 +143,11 @@ def format_scores(scores: Scores) -> str:
     lines = [
         f"{scores.posts} posts" + (f", {len(scores.bad)} bad rows left out" if scores.bad else "")
     ]
-    if scores.without_picture:
+    if scores.without_image:
         lines.append(
-            f"{len(scores.without_picture)} posts scored without their bad picture; the first:"
+            f"{len(scores.without_image)} posts scored without their bad image; the first:"
         )
-        lines.append(f"  {scores.without_picture[0]}")
+        lines.append(f"  {scores.without_image[0]}")
     lines += [
         f"{task}: {n} labels left out that do not fit their posts' words"
         for task, n in scores.unfit.items()
@@ -206,7 +206,7 @@ def _read(
 def _columns(
     choice: DataChoice, tasks: Sequence[Task], *, raw: RawSplit, predictor: Predictor
 ) -> dict[str, TaskConfig]:
-    """Task -> where its posts and labels stand: the columns that were asked for, else those of training."""
+    """Task -> where its posts and labels stand: the columns that were given, else those of training."""
     config = predictor.exported.config
     image = choose_column(predictor.image_column, asked=choice.image, columns=raw.columns)
     labels = choose_labels(config, tasks, asked=choice.label, columns=raw.columns)
@@ -216,10 +216,10 @@ def _columns(
     check_columns(raw, wanted)
     for label in labels.values():
         check_columns(raw, {"--label-column": label})
-    asking = [task.name for task in tasks if wants_pair(task.prompt)]
-    if asking and pair is None:
+    with_pair = [task.name for task in tasks if wants_pair(task.prompt)]
+    if with_pair and pair is None:
         raise ValueError(
-            f"The prompt of {', '.join(asking)} has {{pair}}; name its column with --pair-column."
+            f"The prompt of {', '.join(with_pair)} has {{pair}}; name its column with --pair-column."
         )
     shared = TaskConfig(text=text, pair=pair, image=image)
     return {

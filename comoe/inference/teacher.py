@@ -360,7 +360,7 @@ def _tokenized(
         config=exported.data_config,
         asked=tasks,
     )
-    # Where a row serves one task, the collator makes rows for labelled ones only.
+    # Where a row serves one task, the collator makes rows for labeled ones only.
     split.labelled[:, [exported.tasks.index(task) for task in tasks]] = True
     return split
 

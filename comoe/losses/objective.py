@@ -384,7 +384,7 @@ def count_units(batch: Batch, tasks: Sequence[Task]) -> Tensor:
     Sum it over the micro-steps of a rank, then over ranks, then pass it to ``unit_scale``. The
     tokens of a filler row do not count. A post counts whole, whatever its confidence.
     """
-    units = [task.rules.units(batch.labels[task.name], task).double() for task in tasks]
+    units = [task.rules.normalizer(batch.labels[task.name], task).double() for task in tasks]
     soft_units = [
         task.rules.soft_units(batch.soft_labels[task.name])
         if task.name in batch.soft_labels

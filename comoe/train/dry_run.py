@@ -77,7 +77,7 @@ def dry_run_lines(
 
 
 def seen_by_the_decoder(train: TokenizedSplit, tokenizer: Any) -> Seen:
-    """(task that a decoder answers, labelled post) -> (answer, prompt), out of the tokens that the model is given.
+    """(task that a decoder answers, labeled post) -> (answer, prompt), out of the tokens that the model is given.
 
     Args:
         train: tokens of the training posts.
@@ -99,7 +99,7 @@ def seen_by_the_decoder(train: TokenizedSplit, tokenizer: Any) -> Seen:
 def sample_lines(
     task: Task, split: PostSplit, config: NormalizeConfig, *, seen: Seen | None = None
 ) -> list[str]:
-    """The first labelled posts of a task, cleaned as the encoder will see them, each after its label.
+    """The first labeled posts of a task, cleaned as the encoder will see them, each after its label.
 
     Where a decoder answers, its own words, end token included, and the prompt with the post in it.
 

@@ -1,4 +1,4 @@
-"""Parsers of text files of labelled posts: plain rows with line numbers, and what could not be read.
+"""Parsers of text files of labeled posts: plain rows with line numbers, and what could not be read.
 
 Lines end at a line feed only: U+2028 and its kin inside a post are harmless.
 """

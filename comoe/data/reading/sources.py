@@ -1,4 +1,4 @@
-"""Readers of labelled posts: finds a data set's splits and reads them, whatever the format, as plain rows."""
+"""Readers of labeled posts: finds a data set's splits and reads them, whatever the format, as plain rows."""
 
 from __future__ import annotations
 

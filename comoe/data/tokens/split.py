@@ -274,7 +274,7 @@ def soft_of(split: TokenizedSplit, task: Task, post: int, row: TokenRow) -> np.n
 
 
 def _mark_labelled(split: TokenizedSplit, task: Task, number: int) -> int:
-    """Fill in a task's column of ``labelled``; the labelled words that were cut off with the ends of posts."""
+    """Fill in a task's column of ``labelled``; the labeled words that were cut off with the ends of posts."""
     column = split.posts.labels[task.name]
     present = np.flatnonzero([value is not None for value in column])
     split.labelled[present, number] = True

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from comoe.data.posts import PART_NAMES
-from comoe.evaluation.evaluate import rising
+from comoe.evaluation.evaluate import higher_is_better
 from comoe.evaluation.experts_off import CONDITIONS
 from comoe.experiments.ablate import Removal, read_removal
 from comoe.experiments.compare.plan import Arm
@@ -194,7 +194,7 @@ def with_means(results: Mapping[str, Sequence[Result]]) -> dict[str, list[Result
 
     def completed(result: Result) -> Result:
         values = [
-            rising(task.metric, result.metrics[task.name][task.metric])
+            higher_is_better(task.metric, result.metrics[task.name][task.metric])
             for task in wanted
             if task.name in result.metrics
         ]

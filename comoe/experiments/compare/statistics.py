@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from scipy import special, stats
 
-from comoe.evaluation.evaluate import rising
+from comoe.evaluation.evaluate import higher_is_better
 from comoe.tasks.task import Task
 
 CONFIDENCE = 0.95
@@ -195,7 +195,7 @@ def _value(found: Predictions, task: Task, places: np.ndarray | None = None) -> 
     gold, predicted = found.gold, found.predicted
     if places is not None:
         gold, predicted = _take(gold, places), _take(predicted, places)
-    return rising(task.metric, task.rules.measure(gold, predicted, task))
+    return higher_is_better(task.metric, task.rules.measure(gold, predicted, task))
 
 
 def _strata(run: Mapping[str, Predictions], tasks: Sequence[Task]) -> list[np.ndarray]:

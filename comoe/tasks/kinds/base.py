@@ -68,8 +68,8 @@ Detokenize = Callable[[Tensor], list[str]]
 class Kind(ABC):
     """Rules of one kind of task. All methods are pure; an instance holds nothing.
 
-    ``loss`` and ``units`` are sums over rows: over any partition of the rows they add up to those
-    of the whole. So a task's mean loss, ``sum of losses / sum of units`` over all ranks, does not
+    ``loss`` and ``normalizer`` are sums over rows: over any partition of the rows they add up to those
+    of the whole. So a task's mean loss, ``sum of losses / sum of normalizers`` over all ranks, does not
     depend on how posts fall on ranks.
     """
 
@@ -169,7 +169,7 @@ class Kind(ABC):
         """True for each row that has a label, bool, shape (B,)."""
         return targets != IGNORED
 
-    def units(self, targets: Tensor, task: TaskLike) -> Tensor:
+    def normalizer(self, targets: Tensor, task: TaskLike) -> Tensor:
         """What ``loss`` is divided by to be a mean, float64 scalar: labelled rows (words, for tags)."""
         return self.labelled(targets).sum(dtype=torch.float64)
 
@@ -285,7 +285,7 @@ class Kind(ABC):
         return logits, batch.labels[task.name][rows].cpu()
 
     def stack(self, outputs: Sequence[PostOutput], task: TaskLike) -> tuple[Tensor, Tensor]:
-        """Logits and targets as ``loss`` and ``units`` take them; tags padded to the most words."""
+        """Logits and targets as ``loss`` and ``normalizer`` take them; tags padded to the most words."""
         if not outputs:
             shape = (0, 0) if self.mode == "tokens" else (0,)
             empty = torch.zeros(*shape, self.num_outputs(task.labels))

@@ -70,7 +70,7 @@ class SingleLabel(Kind):
             raise ValueError(f"{value!r} gives no label a share; one number must be above 0")
         return None if soft is None else soft / soft.sum()
 
-    def units(self, targets: Tensor, task: TaskLike) -> Tensor:
+    def normalizer(self, targets: Tensor, task: TaskLike) -> Tensor:
         return class_units(targets, task)
 
     def loss(

@@ -70,7 +70,7 @@ class Text(Kind):
         items = [_item(item) for item in (value if is_list(value) else [value])]
         return ", ".join(item for item in items if item) or None
 
-    def units(self, targets: Tensor, task: TaskLike) -> Tensor:
+    def normalizer(self, targets: Tensor, task: TaskLike) -> Tensor:
         """Tokens of the labelled rows' texts, end tokens included."""
         return torch.where(self.labelled(targets), targets, 0).sum(dtype=torch.float64)
 

@@ -77,7 +77,7 @@ class Tags(Kind):
     def labelled(self, targets: Tensor) -> Tensor:
         return (targets != IGNORED).any(dim=-1)
 
-    def units(self, targets: Tensor, task: TaskLike) -> Tensor:
+    def normalizer(self, targets: Tensor, task: TaskLike) -> Tensor:
         return class_units(targets, task)
 
     def loss(

@@ -25,7 +25,7 @@ class Unlabelled(Kind):
     def parse(self, value: object, labels: Sequence[str]) -> int:
         return 0
 
-    def units(self, targets: Tensor, task: TaskLike) -> Tensor:
+    def normalizer(self, targets: Tensor, task: TaskLike) -> Tensor:
         """Nothing: the task counts as absent from every batch."""
         return torch.zeros((), dtype=torch.float64, device=targets.device)
 

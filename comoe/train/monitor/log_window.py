@@ -20,7 +20,7 @@ from comoe.train.parallel.engine import Engine, StepReport
 from comoe.types import DOMAINS, Batch, soft_scales
 
 SHOWN_PICTURES = 100
-"""Lost pictures that one event names; all are counted."""
+"""Lost images that one event names; all are counted."""
 
 
 def count_posts(batch: Batch) -> int:
@@ -117,12 +117,12 @@ class LogWindow:
 
 
 def log_lost_pictures(pixels: PixelReader | None, monitor: Monitor, step: int) -> None:
-    """Write which pictures went bad since the last call, on whatever rank: their posts went on without them.
+    """Write which images went bad since the last call, on whatever rank: their posts went on without them.
 
     Every rank must call it.
 
     Args:
-        pixels: None where the run reads no pictures.
+        pixels: None where the run reads no images.
         monitor: gets one event, ``pictures_lost``, if there is something to tell.
         step: optimizer steps done.
     """

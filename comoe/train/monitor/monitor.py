@@ -1,4 +1,4 @@
-"""What a run shows to people while it runs: ``metrics.jsonl``, TensorBoard and the pictures in ``plots/``.
+"""What a run shows to people while it runs: ``metrics.jsonl``, TensorBoard and the images in ``plots/``.
 
 The monitor reads and never computes, and only rank 0's writes: the caller reduces over ranks
 before, on all of them.

@@ -335,7 +335,7 @@ def embedding_figure(points_NP: np.ndarray, labels: Sequence[Any], *, title: str
 def principal_plane(points_NP: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Coordinates (N, 2) along the two principal axes, and the share of the variance along each.
 
-    An axis' sign is settled by its largest entry, so pictures of one run do not flip.
+    An axis' sign is settled by its largest entry, so images of one run do not flip.
     """
     centred = points_NP - points_NP.mean(axis=0)
     _, values, axes = np.linalg.svd(centred, full_matrices=False)

@@ -120,7 +120,7 @@ def test_by_task_a_post_becomes_one_row_per_label_and_no_label_is_lost(
     assert batch.labels["mood"].tolist() == [1, IGNORED, IGNORED, 0, IGNORED, IGNORED]
     by_token = collator()(mixed, np.array([0, 1, 2, 3]))
     for task in TASKS:
-        assert task.rules.units(batch.labels[task.name], task) == task.rules.units(
+        assert task.rules.normalizer(batch.labels[task.name], task) == task.rules.normalizer(
             by_token.labels[task.name], task
         )
         rows = task.rules.labelled(batch.labels[task.name])

@@ -90,7 +90,7 @@ def test_the_weighted_loss_equals_the_one_computed_by_hand():
     )
     # 0.5 ln(4/3) + 0.25 ln 4; the mean divides by two posts, not by 0.75.
     assert found.item() == pytest.approx(0.5 * math.log(4 / 3) + 0.25 * math.log(4))
-    assert task.rules.units(torch.tensor([1, 0, IGNORED]), task) == 2
+    assert task.rules.normalizer(torch.tensor([1, 0, IGNORED]), task) == 2
 
 
 @pytest.mark.parametrize("strategy", ["input", "output", "input_output"])

@@ -604,7 +604,7 @@ def test_attention_is_not_promised_where_no_head_pools(
     assert (
         "explain" not in written
         and "Attention" not in written
-        and "Written answers need not be true" in written
+        and "Generated texts need not be true" in written
     )
     assert "explain=True" in mixed and "Attention" in mixed and "Scored words are whole" in mixed
 

@@ -61,7 +61,7 @@ def test_the_gradient_of_a_model_is_autograds_and_heads_are_left_out():
 
     def share(batch):
         targets = batch.labels["mood"]
-        return MOOD.rules.loss(model(batch).logits["mood"], targets, MOOD), MOOD.rules.units(
+        return MOOD.rules.loss(model(batch).logits["mood"], targets, MOOD), MOOD.rules.normalizer(
             targets, MOOD
         )
 

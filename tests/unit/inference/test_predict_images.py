@@ -201,19 +201,19 @@ def test_the_card_tells_what_reads_the_pictures_and_how_to_give_them(predictor: 
     card = model_card("export", recipe=recipe, tasks=[MOOD], config=exported.config, results=None)
     kind = exported.config["tower"]["model_type"]
     for words in (
-        f"A vision tower (`{tower}`, {kind}) reads the picture",
+        f"A vision tower (`{tower}`, {kind}) reads the image",
         "by fusion `attention`",
-        "the column `photo` named the pictures",
+        "the column `photo` named the images",
         'images=["img/01.png"]',
         '"photo": "img/01.png"}\' > posts.jsonl',
         "--input posts.jsonl",
-        "its text and its picture, it answers 1 task: mood",
+        "its text and its image, it predicts 1 task: mood",
         '"multimodal"]',
     ):
         assert words in card
     both = {key: value for key, value in exported.config.items() if key != "tower"}
     single = model_card("export", recipe=recipe, tasks=[MOOD], config=both, results=None)
-    assert "The encoder reads text and picture together." in single
+    assert "The encoder reads text and image together." in single
 
 
 def test_scores_say_how_many_pictures_were_bad(predictor: Predictor, tmp_path: Path) -> None:
@@ -223,8 +223,8 @@ def test_scores_say_how_many_pictures_were_bad(predictor: Predictor, tmp_path: P
     (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     choice = DataChoice(str(tmp_path / "test.jsonl"), image="photo")
     scores = score(predictor, choice, progress=False)
-    assert scores.posts == 6 and [row.line for row in scores.without_picture] == [2, 5]
-    assert "2 posts scored without their bad picture; the first:" in format_scores(scores)
+    assert scores.posts == 6 and [row.line for row in scores.without_image] == [2, 5]
+    assert "2 posts scored without their bad image; the first:" in format_scores(scores)
     found = predictor([row["text"] for row in rows], images=photos * 2, image_root=tmp_path)
     right = sum(answer["mood"]["label"] == "good" for answer in found) / 6
     assert scores.evaluation.metrics["mood"]["accuracy"] == pytest.approx(right)

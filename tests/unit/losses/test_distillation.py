@@ -48,7 +48,7 @@ def test_a_tasks_loss_is_the_mean_soft_loss_and_a_share_of_the_mean_gold_loss(an
     logits = {name: value.detach() for name, value in step.output.logits.items()}
     for task in TASKS:
         gold, targets = task.rules.loss, batch.labels[task.name]
-        units = task.rules.units(targets, task)
+        units = task.rules.normalizer(targets, task)
         gold = gold(logits[task.name], targets, task).double() / units if units else 0.0
         if task not in KNOWN:
             assert float(step.terms[f"task/{task.name}"]) == pytest.approx(float(gold), rel=1e-5)

@@ -82,7 +82,7 @@ def test_posts_weigh_alike_however_the_step_is_cut():
             batch.labels[task.name],
             task,
         ).double()
-        / task.rules.units(batch.labels[task.name], task)
+        / task.rules.normalizer(batch.labels[task.name], task)
         for task in TASKS
     }
     counts = {"mood": 4, "heat": 3}

@@ -81,7 +81,7 @@ def test_a_row_weighs_by_its_confidence_and_only_the_gold_label_is_read() -> Non
     own = torch.tensor([[-4.0], [-6.0]])
     texts = TEXT.collate([2, 3], labels=(), length=0)
     assert TEXT.loss(own, texts, ASPECT, torch.tensor([0.25, 1.0])).item() == pytest.approx(7.0)
-    assert TEXT.units(texts, ASPECT).item() == 5.0
+    assert TEXT.normalizer(texts, ASPECT).item() == 5.0
 
 
 def test_scored_words_become_shares_that_sum_to_1() -> None:

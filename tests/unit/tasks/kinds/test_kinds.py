@@ -346,7 +346,7 @@ def test_loss_and_units_equal_a_float64_reference(kind: str, weighted: bool) -> 
     task, logits, targets = task_of(kind, weighted=weighted), logits_of(kind), targets_of(kind)
     loss, units = REFERENCES[kind](logits, task)
     assert KINDS[kind].loss(logits, targets, task).item() == pytest.approx(loss, rel=1e-6)
-    assert KINDS[kind].units(targets, task).item() == pytest.approx(units, rel=1e-12)
+    assert KINDS[kind].normalizer(targets, task).item() == pytest.approx(units, rel=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -404,8 +404,8 @@ def test_parts_of_the_rows_add_up_to_the_whole(kind: str, weighted: bool, cut: l
         rules.loss(logits, targets, task).item(), rel=1e-6
     )
     assert (
-        sum(rules.units(part, task).item() for _, part in parts)
-        == rules.units(targets, task).item()
+        sum(rules.normalizer(part, task).item() for _, part in parts)
+        == rules.normalizer(targets, task).item()
     )
 
 
@@ -423,8 +423,8 @@ def test_rows_without_a_label_lose_nothing_and_still_give_a_gradient(
     assert loss.item() == 0.0 and loss.dtype == torch.float32
     assert gradient.shape == logits.shape and not gradient.any() and gradient.isfinite().all()
     assert (
-        rules.units(targets, task).item() == 0.0
-        and rules.units(targets, task).dtype == torch.float64
+        rules.normalizer(targets, task).item() == 0.0
+        and rules.normalizer(targets, task).dtype == torch.float64
     )
     assert not rules.labelled(targets).any()
 
