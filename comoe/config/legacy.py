@@ -10,6 +10,8 @@ OLD_MEANINGS: dict[str, Any] = {
     "model.moe.gate_scale": 1.0,
     "model.moe.expert_init": 0.02,
     "train.max_grad_norm": 1.0,
+    "model.moe.balance_schedule": "constant",
+    "train.router_learning_rate": None,
 }
 """Option (``*`` stands for every key of a mapping) -> its value in a saved recipe that does not have it.
 

@@ -87,6 +87,11 @@ class MoeConfig:
     ``loss.task_separation_weight``."""
     balance_rate: NotNegative = option(0.001, read_when="model.moe.balance = bias")
     """Step u of the balance bias."""
+    balance_schedule: Literal["follow_rate", "constant"] = option(
+        "follow_rate", read_when="model.moe.balance = bias"
+    )
+    """follow_rate multiplies ``balance_rate`` by the schedule of the learning rates, so that late
+    selections are the gate's and not the bias's; constant does not."""
 
 
 @section
@@ -546,7 +551,10 @@ class TrainConfig:
     learning_rate: NotNegative = 5e-5
     """Peak rate of the encoder."""
     expert_learning_rate: NotNegative = 5e-4
-    """Peak rate of experts and gates."""
+    """Peak rate of experts and private parts."""
+    router_learning_rate: NotNegative | Literal["auto"] | None = "auto"
+    """Peak rate of the gates' projections and the task embeddings; auto is 10 times
+    ``expert_learning_rate``. null makes them a part of the experts."""
     head_learning_rate: NotNegative = 5e-4
     """Peak rate of heads and projections."""
     weight_decay: NotNegative = 0.01

@@ -34,7 +34,7 @@ ADAMW = {"seed": 5, "train__max_grad_norm": 0.5, "train__epsilon": 1e-5}
 
 
 def sgd(rate: float) -> dict[str, Any]:
-    rates = {f"train__{name}learning_rate": rate for name in ("", "expert_", "head_")}
+    rates = {f"train__{name}learning_rate": rate for name in ("", "expert_", "router_", "head_")}
     zero = {"train__max_grad_norm": 0.0, "train__weight_decay": 0.0}
     return {"seed": 5, "train__optimizer": "sgd", **zero, **rates}
 

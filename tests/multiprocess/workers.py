@@ -146,7 +146,7 @@ def recipe_of(encoder: str, **changes: Any) -> Any:
         "tasks": {"mood": {"path": "x"}},
         "loss": {"contrastive": {"weight": 0.3}, "z_weight": 0.01, "balance_weight": 0.02},
         "train": {"batch_size": 12, "learning_rate": 1e-3, "expert_learning_rate": 3e-3, "head_learning_rate": 2e-3,
-                  "max_grad_norm": 1.0, "warmup_fraction": 0.0, "schedule": "constant"},
+                  "router_learning_rate": 6e-3, "max_grad_norm": 1.0, "warmup_fraction": 0.0, "schedule": "constant"},
     }  # fmt: skip
     for key, value in changes.items():
         *path, last = key.split("__")

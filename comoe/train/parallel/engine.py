@@ -48,6 +48,7 @@ class Engine:
             for group in groups
         ]
         self._roles = [group["role"] for group in groups]
+        self._rate_factor = 1.0
 
     @property
     def objective(self) -> Any:
@@ -56,6 +57,7 @@ class Engine:
 
     def set_rate_factor(self, factor: float) -> dict[str, float]:
         """Set every group's rate to its peak times ``factor``; returns role -> rate."""
+        self._rate_factor = factor
         rates = {}
         for group, peak, role in zip(
             self.deepspeed.optimizer.param_groups, self._group_settings, self._roles, strict=True
@@ -170,9 +172,10 @@ class Engine:
         )
         loads_LE = sum_over_ranks(steps_ALE.sum(0).double())
         moe = self.recipe.model.moe
+        factor = self._rate_factor if moe.balance_schedule == "follow_rate" else 1.0
         for layer, load_E in zip(layers, loads_LE, strict=True):
             BALANCES[moe.balance](
-                layer.mixture.router.e_score_correction_bias, load_E, moe.balance_rate
+                layer.mixture.router.e_score_correction_bias, load_E, moe.balance_rate * factor
             )
 
 

@@ -36,11 +36,15 @@ BLOCK_CHILDREN = ("norm", "task_projection", "mixture", "shared")
 T5 does, goes on with another."""
 
 
-def parameter_group(name: str) -> str:
-    """Which learning rate a parameter follows: "encoder", "experts" or "heads", from its path.
+ROUTING_CHILDREN = ("mixture.gate", "task_projection")
+"""Modules of a ``CooperativeBlock`` that make the gate's logits."""
 
-    Blocks, the task embedding and private parts are "experts": all that is new beside or behind the
-    pre-trained layers.
+
+def parameter_group(name: str) -> str:
+    """Which learning rate a parameter follows: "encoder", "experts", "router" or "heads", from its path.
+
+    "router" is what makes a gate's logits, the task embedding included. The rest of the blocks and
+    private parts are "experts": all that is new beside or behind the pre-trained layers.
     """
     parts = name.split(".")
     child = next((part for part in parts if part in PARAMETER_GROUPS), None)
@@ -51,12 +55,15 @@ def parameter_group(name: str) -> str:
     in_block = any(
         part == "block" and following in BLOCK_CHILDREN for part, following in pairwise(parts)
     )
-    return "experts" if child == "encoder" and in_block else PARAMETER_GROUPS[child]
+    if child == "encoder" and in_block:
+        routes = any(f".block.{part}." in name for part in ROUTING_CHILDREN)
+        return "router" if routes else "experts"
+    return PARAMETER_GROUPS[child]
 
 
 PARAMETER_GROUPS: dict[str, str] = {
     "encoder": "encoder",
-    "task_embedding": "experts",
+    "task_embedding": "router",
     "heads": "heads",
     "projection": "heads",
     "tower": "encoder",
@@ -65,6 +72,9 @@ PARAMETER_GROUPS: dict[str, str] = {
     "private": "experts",
 }
 """Child of ``MultiTaskModel`` -> group of its parameters."""
+
+ROUTER_RATE = 10
+"""Rate of the router over that of the experts, under ``train.router_learning_rate: auto``."""
 
 
 def start_ranks(*, timeout_seconds: float, verbose: bool = False) -> torch.device:
@@ -159,11 +169,15 @@ def _match_split_weights(objective: nn.Module, *, bf16: bool) -> None:
 
 
 def parameter_groups(objective: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
-    """Optimizer groups: encoder, experts, heads, each with and without weight decay, and what a
-    weighting learns. Frozen parameters are left out."""
+    """Optimizer groups: encoder, experts, router, heads, each with and without weight decay, and what
+    a weighting learns. Frozen parameters are left out."""
+    router_rate = recipe.train.router_learning_rate
+    if router_rate == "auto":
+        router_rate = ROUTER_RATE * recipe.train.expert_learning_rate
     rates = {
         "encoder": recipe.train.learning_rate,
         "experts": recipe.train.expert_learning_rate,
+        "router": router_rate,
         "heads": recipe.train.head_learning_rate,
         "weighting": recipe.loss.weighting_rate,
     }
@@ -177,6 +191,8 @@ def parameter_groups(objective: nn.Module, recipe: Recipe) -> list[dict[str, Any
             role = {"losses": "heads", "weighting": "weighting"}.get(
                 name.split(".")[0]
             ) or parameter_group(name)
+            if role == "router" and router_rate is None:
+                role = "experts"
             groups.setdefault((role, matrix), []).append(parameter)
     return [
         {

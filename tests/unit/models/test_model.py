@@ -140,15 +140,15 @@ def test_two_encodes_before_one_backward_equal_two_separate_ones():
     torch.testing.assert_close(together, apart)
 
 
-def test_parameters_belong_to_encoder_experts_or_heads():
+def test_parameters_belong_to_encoder_experts_router_or_heads():
     model = tiny_model(moe_config(route_by="both", shared_width=8, layers=[1]))
     groups = {name: parameter_group(f"module.model.{name}") for name, _ in model.named_parameters()}
-    assert Counter(groups.values())["experts"] == 9
+    assert Counter(groups.values())["experts"] == 6
+    assert Counter(groups.values())["router"] == 3
     for name, group in groups.items():
-        new = bool(re.search(r"\.block\.|task_embedding", name))
-        assert group == (
-            "experts" if new else "heads" if re.match("heads|projection", name) else "encoder"
-        )
+        routes = re.search(r"\.block\.(mixture\.gate|task_projection)|task_embedding", name)
+        new = "router" if routes else "experts" if ".block." in name else None
+        assert group == (new or ("heads" if re.match("heads|projection", name) else "encoder"))
 
 
 def test_a_task_may_have_any_name():
