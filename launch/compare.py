@@ -31,9 +31,10 @@ def main() -> None:
         help='one comparison, recorded before any run: "A > B", "A > B on task/metric", "A < B on loss"')
     add("--tune", action="append", default=[], metavar="KEY=A,B,...",
         help="choose the value per arm by runs of their own; repeat it for a grid")
-    add("--tune-by", choices=("loss", "metric"), default="loss", help="of the validation posts (loss)")
+    add("--tune-by", choices=("loss", "metric", "teacher_kl"), default="loss", help="of the validation posts (loss)")
     add("--tune-seeds", metavar="LIST", help="not those of --seeds (1000,1001)")
-    add("--measure", choices=("metric", "loss"), help="order and compare the arms by it (metric, arms as given)")
+    add("--measure", choices=("metric", "loss", "teacher_kl"),
+        help="order and compare the arms by it (metric, arms as given)")
     add("--metrics", metavar="LIST", help="task/metric with commas: a table and plot of these alone")
     add("--affinity", metavar="ARMS", help="measure task gradients of these arms (multi, if there)")
     add("--affinity-posts", type=int, default=256, metavar="N", help="posts a task there (256); 0: no")

@@ -57,6 +57,7 @@ def write_run(
     seconds: float = 2.0,
     posts: int = POSTS,
     losses: Mapping[str, float] | None = None,
+    kl: Mapping[str, float] | None = None,
 ) -> None:
     """A finished run that answers the first so many of each task's posts right; rows count through its data sets."""
     folder.mkdir(parents=True)
@@ -72,6 +73,7 @@ def write_run(
     if losses:
         results["metrics"]["validation"] = {
             name: {"n": posts, "loss": losses[name], "accuracy": hits / posts}
+            | ({"teacher_kl": kl[name]} if kl and name in kl else {})
             for name, hits in right.items()
         }
     (folder / "export").mkdir()

@@ -12,17 +12,18 @@ from comoe.config.errors import unknown_name
 from comoe.config.files import write_atomic
 from comoe.config.load import load_recipe
 from comoe.config.recipe import Recipe
+from comoe.evaluation.evaluate import TEACHER_KL
 from comoe.experiments.compare.arms import measured_tasks
 from comoe.experiments.compare.differences import PairedDifferences
 from comoe.experiments.compare.plan import Plan
-from comoe.experiments.compare.results import Result
+from comoe.experiments.compare.results import MEASURES, METRIC, Result
 from comoe.experiments.compare.statistics import MEAN, Difference, paired_difference
 from comoe.experiments.runner import Experiment
 from comoe.tasks.metrics import LOWER_IS_BETTER
 from comoe.tasks.task import kind_of
 
-METRIC, LOSS = "metric", "loss"
-"""Measures of a comparison: the main metrics, and the validation losses."""
+FALLING = [measure for measure in MEASURES if measure != METRIC]
+"""Measures that are not metrics."""
 
 KEY = "claim"
 """Of the experiment's settings file."""
@@ -37,7 +38,7 @@ class Claim:
     """``>`` or ``<``: of the numbers as they are, so a lower loss is ``<``."""
     other: str
     measure: str
-    """``mean`` of the main metrics, ``loss``, ``task/metric`` or ``task/loss``."""
+    """``mean`` of the main metrics, ``loss``, ``teacher_kl``, or that of a task: ``task/metric``."""
     seeds: tuple[int, ...] = ()
     """Seeds of the call that named it."""
     runs_before: int = 0
@@ -92,12 +93,14 @@ def parse_claim(text: str, plan: Plan, recipe: Recipe) -> Claim:
     tasks = measured_tasks(recipe)
     if slash and task in tasks:
         # A slice or a label may follow the name of the metric.
-        known = (LOSS, *kind_of(recipe.tasks[task].kind).metrics)
+        known = (*FALLING, *kind_of(recipe.tasks[task].kind).metrics)
         if re.split("[@/]", metric)[0] not in known:
             raise unknown_name(f"metric of {task} (--claim)", metric, known)
-    elif measure not in (MEAN, LOSS):
-        raise unknown_name(
-            "measure of a claim (mean, loss, task/metric)", measure, [MEAN, LOSS, *tasks]
+    elif measure not in (MEAN, *FALLING):
+        raise unknown_name("measure of a claim (or task/metric)", measure, [MEAN, *FALLING, *tasks])
+    if TEACHER_KL in (measure, metric) and not recipe.distill.teachers:
+        raise ValueError(
+            f"--claim {text!r} is about teachers, and the recipe has none (distill.teachers)."
         )
     return Claim(arm, sign, other, measure)
 
@@ -143,15 +146,15 @@ def claimed_cell(claim: Claim | None, baseline: str) -> tuple[str, str, str] | N
     """Where the tables of differences to the baseline show the claimed comparison.
 
     Returns:
-        Measure (``metric`` or ``loss``), arm, and name; None where they do not show it, or where
+        Measure, arm, and name; None where they do not show it, or where
         the claim was not named before the runs.
     """
     if claim is None or claim.runs_before or baseline not in (claim.arm, claim.other):
         return None
     arm = claim.other if claim.arm == baseline else claim.arm
     task, _, metric = claim.measure.partition("/")
-    measure = LOSS if LOSS in (claim.measure, metric) else METRIC
-    return measure, arm, MEAN if claim.measure in (MEAN, LOSS) else task
+    measure = next((name for name in FALLING if name in (claim.measure, metric)), METRIC)
+    return measure, arm, task if metric else MEAN
 
 
 def measure_claim(
@@ -186,6 +189,9 @@ def measure_claim(
 
 def _value(result: Result, measure: str) -> float | None:
     task, _, metric = measure.partition("/")
-    if measure in (MEAN, LOSS):
-        return (result.quality if measure == MEAN else result.losses).get(MEAN)
-    return result.losses.get(task) if metric == LOSS else result.figures.get(measure)
+    if measure == MEAN:
+        return result.quality.get(MEAN)
+    for name in FALLING:
+        if name in (measure, metric):
+            return getattr(result, MEASURES[name]).get(task if metric else MEAN)
+    return result.figures.get(measure)

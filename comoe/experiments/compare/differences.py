@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from comoe.experiments.compare.results import Result
+from comoe.experiments.compare.results import MEASURES, Result
 from comoe.experiments.compare.statistics import (
     Difference,
     Predictions,
@@ -27,26 +27,33 @@ Differences = Mapping[str, Mapping[str, Difference]]
 
 
 def seed_differences(
-    results: Mapping[str, Sequence[Result]], baseline: str, arms: Sequence[str] | None = None
+    results: Mapping[str, Sequence[Result]],
+    baseline: str,
+    arms: Sequence[str] | None = None,
+    *,
+    measure: str,
 ) -> Differences:
-    """By how much the validation losses of arms are below those of the baseline, over paired seeds.
+    """By how much the losses of arms, or another falling measure, are below the baseline's, over paired seeds.
 
     Args:
         results: arm -> its results.
         baseline: an arm.
         arms: None is all others.
+        measure: a key of ``MEASURES``, but the metric.
     """
+    field = MEASURES[measure]
     found: dict[str, dict[str, list[float]]] = {}
     of_base = {result.seed: result for result in results.get(baseline, ())}
     for arm in results if arms is None else arms:
         for result in results[arm] if arm != baseline else ():
             base = of_base.get(result.seed)
             counts = result.posts.get("validation", {})
-            for name, loss in result.losses.items() if base else ():
+            for name, value in getattr(result, field).items() if base else ():
                 # Another limit or split has other posts, and another difficulty.
                 same = base.posts.get("validation", {}).get(name) == counts.get(name)
-                if name in base.losses and same:
-                    found.setdefault(arm, {}).setdefault(name, []).append(base.losses[name] - loss)
+                of_base_run = getattr(base, field)
+                if name in of_base_run and same:
+                    found.setdefault(arm, {}).setdefault(name, []).append(of_base_run[name] - value)
     return {
         arm: {name: paired_difference(values) for name, values in of_arm.items()}
         for arm, of_arm in found.items()

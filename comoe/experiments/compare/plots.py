@@ -11,7 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from comoe.experiments.compare.claim import FALLING
 from comoe.experiments.compare.report import Comparison
+from comoe.experiments.compare.results import MEASURES
 from comoe.experiments.compare.statistics import MEAN, Estimate
 from comoe.train.monitor.plots import (
     COLORS,
@@ -37,8 +39,8 @@ VERDICTS = {"gained": GREEN, "lost": RED, "": GREY}
 
 
 def write_plots(comparison: Comparison, output: Path) -> None:
-    """``quality.png``, ``loss.png``, ``time.png``, ``metrics.png``, ``gates.png``, ``removal.png``,
-    ``gains.png``, ``gradients.png`` and ``without.png`` in ``plots/``, if there are values."""
+    """``quality.png``, ``loss.png``, ``teacher_kl.png``, ``time.png``, ``metrics.png``, ``gates.png``,
+    ``removal.png``, ``gains.png``, ``gradients.png`` and ``without.png`` in ``plots/``, if there are values."""
     arms = comparison.arms
     if not arms:
         return
@@ -48,10 +50,17 @@ def write_plots(comparison: Comparison, output: Path) -> None:
     panels = {MEAN: "mean of the main metrics"} | {name: name for name in names}
     title = f"Quality {legend}"
     figures = {"quality": dots_figure(comparison, arms, panels, values="quality", title=title)}
-    if any(comparison.seeds_of(arm, "losses", name) for arm in arms for name in comparison.tasks):
-        panels = {MEAN: "mean of the tasks"} | {name: f"{name}/loss" for name in comparison.tasks}
-        title = f"Loss {legend.replace(split, 'validation', 1)}"
-        figures["loss"] = dots_figure(comparison, arms, panels, values="losses", title=title)
+    for measure in FALLING:
+        field = MEASURES[measure]
+        known = [
+            name
+            for name in comparison.tasks
+            if any(comparison.seeds_of(arm, field, name) for arm in arms)
+        ]
+        if known:
+            panels = {MEAN: "mean of the tasks"} | {name: f"{name}/{measure}" for name in known}
+            title = f"{measure} {legend.replace(split, 'validation', 1)}"
+            figures[measure] = dots_figure(comparison, arms, panels, values=field, title=title)
     if (figure := time_figure(comparison, split)) is not None:
         figures["time"] = figure
     if comparison.metrics:
@@ -95,7 +104,7 @@ def dots_figure(
         comparison: all runs.
         arms: from top to bottom.
         panels: name of a number -> title.
-        values: quality, losses, figures or routing.
+        values: quality, losses, divergences, figures or routing.
         title: of the figure.
         numbers: label the means.
     """
@@ -118,7 +127,8 @@ def time_figure(comparison: Comparison, split: str) -> Figure | None:
     An arm is worth its time where no other one is better and faster. None without times or means.
     """
     speeds = {"training": "posts_per_second", "prediction": "predicted_posts_per_second"}
-    kinds = {"quality": f"mean metric, {split}", "losses": "mean loss, validation"}
+    kinds = {"quality": f"mean metric, {split}"}
+    kinds |= {MEASURES[measure]: f"mean {measure}, validation" for measure in FALLING}
     points: dict[tuple[str, str], list[tuple[str, float, Estimate]]] = {}
     for arm in comparison.arms:
         for values in kinds:
@@ -179,7 +189,7 @@ def _limits(
 ) -> None:
     """Limits by the dots: the interval of a few seeds can be much wider, and is then cut at the edge."""
     is_metric = values in ("quality", "figures")
-    compared = is_metric or values == "losses"
+    compared = is_metric or values in MEASURES.values()
     if dots := [value for arm in arms for value in comparison.seeds_of(arm, values, name)]:
         margin = 0.6 * (max(dots) - min(dots)) or 0.1 * abs(dots[0]) or 0.1
         right = max(dots) + margin

@@ -17,8 +17,7 @@ from comoe.config.errors import unknown_name
 from comoe.config.files import write_atomic
 from comoe.experiments.affinity import read_affinity
 from comoe.experiments.compare.claim import (
-    LOSS,
-    METRIC,
+    FALLING,
     Claim,
     ClaimResult,
     claimed_cell,
@@ -27,7 +26,16 @@ from comoe.experiments.compare.claim import (
 from comoe.experiments.compare.differences import Differences, PairedDifferences, seed_differences
 from comoe.experiments.compare.plan import Plan
 from comoe.experiments.compare.power import adjust, posts_needed, seeds_needed, smallest_difference
-from comoe.experiments.compare.results import COSTS, EXPERTS, ROUTING, Result, read_arm, with_means
+from comoe.experiments.compare.results import (
+    COSTS,
+    EXPERTS,
+    MEASURES,
+    METRIC,
+    ROUTING,
+    Result,
+    read_arm,
+    with_means,
+)
 from comoe.experiments.compare.statistics import MEAN, Difference, Estimate, seed_interval
 from comoe.experiments.compare.transfer import (
     Cosines,
@@ -46,6 +54,9 @@ AFFINITY_FILE = "affinity.json"
 """In a run folder: the cosines of the tasks' gradients."""
 
 _JOINT = "joint"
+
+_AGAINST = {"against_baseline": METRIC} | {f"{name}_against_baseline": name for name in FALLING}
+"""Key of ``comparison.json`` -> measure."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +81,8 @@ class Comparison:
     metrics: Sequence[str] = ()
     """``task/metric`` names with their own table and figure."""
     measure: str | None = None
-    """``metric`` or ``loss``: arms are ordered and compared by it; None: by the metric, in the
-    order of the plan."""
+    """Key of ``MEASURES`` that arms are ordered and compared by; None: by the metric, in the order of
+    the plan."""
     claim: ClaimResult | None = None
     tuning: Tuning | None = None
 
@@ -83,7 +94,7 @@ class Comparison:
     @property
     def values(self) -> str:
         """The numbers of a ``Result`` in the measure of the report."""
-        return "losses" if self.measure == LOSS else "quality"
+        return MEASURES[self.measure or METRIC]
 
     @property
     def arms(self) -> list[str]:
@@ -92,7 +103,7 @@ class Comparison:
         if self.measure is None:
             return arms
         means = {arm: self.interval(arm, self.values, MEAN) for arm in arms}
-        sign = 1 if self.measure == LOSS else -1
+        sign = -1 if self.measure == METRIC else 1
         return sorted(arms, key=lambda arm: sign * means[arm].mean if means[arm] else math.inf)
 
     @property
@@ -174,13 +185,13 @@ def compare(
     dropping = [arm for arm in results if left_out_task(arm)]
     to_joint: Differences = {}
     if plan.joint and dropping:
-        by_loss = measure == LOSS
         to_joint = (
-            seed_differences(results, plan.joint, dropping)
-            if by_loss
-            else pairs.against(plan.joint, dropping)
+            pairs.against(plan.joint, dropping)
+            if measure in (None, METRIC)
+            else seed_differences(results, plan.joint, dropping, measure=measure)
         )
-    differences = {METRIC: pairs.against(baseline), LOSS: seed_differences(results, baseline)}
+    differences = {METRIC: pairs.against(baseline)}
+    differences |= {name: seed_differences(results, baseline, measure=name) for name in FALLING}
     claimed = measure_claim(claim, results, pairs) if claim else None
     # The claim alone was named beforehand; all other comparisons are one family.
     differences = adjust(differences | {_JOINT: to_joint}, exempt=claimed_cell(claim, baseline))
@@ -242,7 +253,11 @@ def write_comparison(comparison: Comparison, output: Path) -> None:
             "seed": one.seed,
             "split": one.split,
             **one.quality,
-            **{_loss_column(name): value for name, value in one.losses.items()},
+            **{
+                measure if name == MEAN else f"{name}/{measure}": value
+                for measure in FALLING
+                for name, value in getattr(one, MEASURES[measure]).items()
+            },
             **one.routing,
             **one.experts,
             **one.costs,
@@ -262,10 +277,6 @@ def write_comparison(comparison: Comparison, output: Path) -> None:
             write_atomic(output / f"{name}.csv", csv_text(rows))
 
 
-def _loss_column(name: str) -> str:
-    return "loss" if name == MEAN else f"{name}/loss"
-
-
 def _about(comparison: Comparison, arm: str) -> dict[str, Any]:
     results = comparison.results[arm]
     verdicts = comparison.verdicts(arm)
@@ -274,10 +285,10 @@ def _about(comparison: Comparison, arm: str) -> dict[str, Any]:
         "seeds": [result.seed for result in results],
         "split": results[0].split,
         "mean": _entry(comparison.seeds_of(arm, "quality", MEAN)),
-        "loss": _entry(comparison.seeds_of(arm, "losses", MEAN)),
+        **{measure: _entry(comparison.seeds_of(arm, MEASURES[measure], MEAN)) for measure in FALLING},
         **{key: {name: item.to_dict() | {"verdict": item.verdict}
                  for name, item in comparison.differences[measure].get(arm, {}).items()}
-           for key, measure in (("against_baseline", METRIC), ("loss_against_baseline", LOSS))},
+           for key, measure in _AGAINST.items()},
         **{name: list(getattr(verdicts, name)) for name in ("gained", "lost", "open")},
         "train_posts": dict(results[0].train_posts),
         "routing": {name: _entry(comparison.seeds_of(arm, "routing", name)) for name in ROUTING if results[0].routing},

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from comoe.data.posts import PART_NAMES
-from comoe.evaluation.evaluate import higher_is_better
+from comoe.evaluation.evaluate import TEACHER_KL, higher_is_better
 from comoe.evaluation.experts_off import CONDITIONS
 from comoe.experiments.ablate import Removal, read_removal
 from comoe.experiments.compare.plan import Arm
@@ -26,6 +26,12 @@ ROUTING = ("weight_monopoly", "weight_effective_experts", "monopoly", "max_viola
            "weight_task_information")  # fmt: skip
 """Gate statistics on the held-out posts, means over layers; those of the weights are comparable
 across k."""
+
+METRIC, LOSS = "metric", "loss"
+
+MEASURES = {METRIC: "quality", LOSS: "losses", TEACHER_KL: "divergences"}
+"""What arms are compared by -> the field of ``Result`` with its mean and its tasks. All but the metric
+are of the validation posts and fall as a model gets better."""
 
 EXPERTS = tuple(f"{key}_{measure}" for key in CONDITIONS for measure in ("loss", "metric"))
 """Without the experts (or the one block), and with experts in turn, on validation posts: relative
@@ -65,7 +71,9 @@ class Result:
     """``task/metric``, and ``mean`` of the main metrics (larger is better) if the arm predicts all
     measured tasks."""
     losses: Mapping[str, float]
-    """Task -> loss of the validation posts, and ``mean`` where ``quality`` has it."""
+    """Task -> loss of the validation posts, and ``mean`` if the arm has that of all measured tasks."""
+    divergences: Mapping[str, float]
+    """The same of the divergence from the teachers; empty without them."""
     posts: Mapping[str, Mapping[str, int]]
     """Split -> task -> labeled posts."""
     routing: Mapping[str, float]
@@ -103,7 +111,8 @@ def read_arm(arm: Arm, runs: Path, *, seed: int) -> Result | None:
         name: _merged([getattr(result, name) for result in scored])
         for name in ("tasks", "folders", "metrics", "quality")
     }
-    merged["losses"] = _merged([result.losses for result in found])
+    for name in ("losses", "divergences"):
+        merged[name] = _merged([getattr(result, name) for result in found])
     names = dict.fromkeys(name for result in found for name in result.posts)
     merged["posts"] = {
         name: _merged([result.posts.get(name, {}) for result in found]) for name in names
@@ -151,10 +160,13 @@ def read_run(trial: Trial, folder: Path) -> Result | None:
         quality={
             f"{name}/{task.metric}": metrics[name][task.metric] for name, task in scored.items()
         },
-        losses={
-            name: found["loss"]
-            for name, found in results["metrics"].get("validation", {}).items()
-            if name in tasks and found.get("loss") is not None
+        **{
+            MEASURES[key]: {
+                name: found[key]
+                for name, found in results["metrics"].get("validation", {}).items()
+                if name in tasks and found.get(key) is not None
+            }
+            for key in (LOSS, TEACHER_KL)
         },
         posts={
             part: {name: int(found["n"]) for name, found in of_part.items() if "n" in found}
@@ -185,12 +197,22 @@ def read_json(file: Path) -> Any:
 
 
 def with_means(results: Mapping[str, Sequence[Result]]) -> dict[str, list[Result]]:
-    """Arm -> results with ``mean`` in their quality and losses: of all tasks that are not auxiliary in some arm.
+    """Arm -> results with ``mean`` in their quality, losses and divergences: of all tasks that have them in some arm
+    and are not auxiliary.
 
     An arm without one of them has no mean, because means of different tasks are not comparable.
     """
     tasks = _merged([result.tasks for found in results.values() for result in found])
     wanted = [task for task in tasks.values() if not task.auxiliary]
+    everything = [result for found in results.values() for result in found]
+    falling = {
+        field: [
+            task.name
+            for task in wanted
+            if any(task.name in getattr(one, field) for one in everything)
+        ]
+        for field in ("losses", "divergences")
+    }
 
     def completed(result: Result) -> Result:
         values = [
@@ -198,17 +220,21 @@ def with_means(results: Mapping[str, Sequence[Result]]) -> dict[str, list[Result
             for task in wanted
             if task.name in result.metrics
         ]
-        losses = [result.losses[task.name] for task in wanted if task.name in result.losses]
-        means = [
-            {MEAN: float(np.mean(found))} if found and len(found) == len(wanted) else {}
-            for found in (values, losses)
-        ]
-        quality, mean_loss = means
-        return replace(
-            result, quality=quality | dict(result.quality), losses=mean_loss | dict(result.losses)
-        )
+        changed = {"quality": _with_mean(result.quality, values, len(wanted))}
+        for name, known in falling.items():
+            of_tasks = getattr(result, name)
+            values = [of_tasks[task] for task in known if task in of_tasks]
+            changed[name] = _with_mean(of_tasks, values, len(known))
+        return replace(result, **changed)
 
     return {arm: [completed(result) for result in found] for arm, found in results.items()}
+
+
+def _with_mean(
+    of_tasks: Mapping[str, float], values: Sequence[float], wanted: int
+) -> dict[str, float]:
+    mean = {MEAN: float(np.mean(values))} if values and len(values) == wanted else {}
+    return mean | dict(of_tasks)
 
 
 def last_routing(records: Sequence[Mapping[str, Any]], split: str) -> Mapping[str, Any]:

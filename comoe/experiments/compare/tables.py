@@ -2,43 +2,23 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 
 from comoe.evaluation.tables import markdown_table as table
-from comoe.experiments.compare.claim import LOSS, METRIC
-from comoe.experiments.compare.power import posts_needed, seeds_needed, smallest_difference
+from comoe.experiments.compare.cells import NAMES, cell, digits_of, gain, p_value, spread
+from comoe.experiments.compare.evidence import claim_lines, tuning_lines, visible_lines
 from comoe.experiments.compare.report import Comparison
-from comoe.experiments.compare.results import COSTS, EXPERTS, ROUTING, Result
-from comoe.experiments.compare.statistics import MEAN, Difference, Estimate, seed_interval
-
-
-def cell(item: Estimate | None, *, signed: bool = False, digits: int = 3) -> str:
-    """A number with its interval, if it has one; empty for None."""
-    if item is None:
-        return ""
-    form = f"{'+' if signed else ''}.{digits}f"
-    mean = format(item.mean, form)
-    return f"{mean} [{item.low:{form}}, {item.high:{form}}]" if math.isfinite(item.low) else mean
-
-
-def number(value: Any) -> str:
-    """A number in a few digits, any other value as text; empty for None."""
-    if isinstance(value, float):
-        size = abs(value)
-        return f"{value:,.0f}" if size >= 1000 else f"{value:.1f}" if size >= 20 else f"{value:.3f}"
-    return "" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
-
-
-def spread(values: Sequence[float]) -> str:
-    """Mean over seeds and their sample standard deviation; empty without values."""
-    if not values:
-        return ""
-    deviation = f" ± {number(float(np.std(values, ddof=1)))}" if len(values) > 1 else ""
-    return number(math.fsum(values) / len(values)) + deviation
+from comoe.experiments.compare.results import (
+    COSTS,
+    EXPERTS,
+    MEASURES,
+    METRIC,
+    ROUTING,
+    Result,
+)
+from comoe.experiments.compare.statistics import MEAN, Estimate, seed_interval
 
 
 def markdown_lines(comparison: Comparison) -> list[str]:
@@ -47,8 +27,8 @@ def markdown_lines(comparison: Comparison) -> list[str]:
     if not arms:
         return ["# Comparison", "", "No run is finished yet.", *_failed(comparison)]
     notes = (f"* {note}" for note in comparison.notes)
-    lines = ["# Comparison", *_claim(comparison), "", _scope(comparison), *notes, ""]
-    lines += [*_quality(comparison), *_tuning(comparison)]
+    lines = ["# Comparison", *claim_lines(comparison), "", _scope(comparison), *notes, ""]
+    lines += [*_quality(comparison), *tuning_lines(comparison)]
     if comparison.metrics:
         lines += ["", "## Metrics", ""]
         lines += table(["arm", *comparison.metrics], [
@@ -85,18 +65,14 @@ def markdown_lines(comparison: Comparison) -> list[str]:
 
 def _quality(comparison: Comparison) -> list[str]:
     """The first table: means and losses of the arms, their differences to the baseline, and the tasks."""
-    base, by_loss = comparison.baseline, comparison.measure == LOSS
-    kinds = {
-        METRIC: ("mean", "quality", f"against {base}"),
-        LOSS: ("loss", "losses", f"lower than {base}"),
-    }
-    order = [LOSS, METRIC] if by_loss else [METRIC, LOSS]
+    base, first = comparison.baseline, comparison.measure or METRIC
+    order = [first, *(name for name in MEASURES if name != first and _known(comparison, name))]
     tasks = {
-        name: f"{name}/{'loss' if by_loss else task.metric}"
+        name: f"{name}/{task.metric if first == METRIC else first}"
         for name, task in comparison.tasks.items()
     }
     # A metric is named with its task there, a loss is not.
-    keys = list(tasks) if by_loss else list(tasks.values())
+    keys = list(tasks.values()) if first == METRIC else list(tasks)
     tuned = list(comparison.tuning.grid.options) if comparison.tuning else []
     settings = {arm.name: arm.settings for arm in comparison.plan.arms}
     rows = []
@@ -108,100 +84,24 @@ def _quality(comparison: Comparison) -> list[str]:
         ]
         for measure in order:
             found = comparison.differences[measure].get(arm, {}).get(MEAN)
-            digits = _DIGITS[measure]
-            row += [cell(comparison.interval(arm, kinds[measure][1], MEAN), digits=digits)]
-            row += [_gain(found, digits=digits), p_value(found)]
+            digits = digits_of(measure)
+            row += [cell(comparison.interval(arm, MEASURES[measure], MEAN), digits=digits)]
+            row += [gain(found, digits=digits), p_value(found)]
         row += [_helped(comparison, arm)]
         rows.append(
             [*row, *(spread(comparison.seeds_of(arm, comparison.values, key)) for key in keys)]
         )
-    heads = [head for measure in order for head in (kinds[measure][0], kinds[measure][2], "p")]
+    heads = []
+    for measure in order:
+        metric = measure == METRIC
+        heads += [NAMES[measure], f"{'against' if metric else 'lower than'} {base}", "p"]
     lines = table(["arm", "seeds", *tuned, *heads, "helped", *tasks.values()], rows)
     means = {
-        kinds[measure][0]: comparison.smallest(measure)[MEAN]
+        NAMES[measure]: comparison.smallest(measure)[MEAN]
         for measure in order
         if MEAN in comparison.smallest(measure)
     }
-    return lines + _visible(comparison, means)
-
-
-def _tuning(comparison: Comparison) -> list[str]:
-    """The score of every point of every tuned run, the chosen ones in bold."""
-    tuning = comparison.tuning
-    if tuning is None or not tuning.scores:
-        return []
-    points = list(dict.fromkeys(point for found in tuning.scores.values() for point in found))
-    rows = []
-    for part, found in tuning.scores.items():
-        best = tuning.best(part)
-        shown = {point: number(tuning.mean(part, point)) for point in found}
-        shown |= {best: f"**{shown[best]}**"} if best else {}
-        rows.append([part, *(shown.get(point, "") for point in points)])
-    what = "validation loss" if tuning.grid.by == LOSS else "mean metric of the validation posts"
-    seeds = ", ".join(map(str, tuning.grid.seeds))
-    text = f"Chosen by the {what}, mean over the seeds {seeds}, which are not those of the other tables."
-    return ["", "## Tuning", "", text, "", *table(["runs", *map(" ".join, points)], rows)]
-
-
-def p_value(item: Difference | None) -> str:
-    """The p-value, adjusted where it is; empty without one."""
-    if item is None or math.isnan(item.p):
-        return ""
-    p = item.p if math.isnan(item.adjusted) else item.adjusted
-    return f"{p:.3f}" if p >= 0.0005 else "<0.001"
-
-
-def _visible(comparison: Comparison, found: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """The smallest difference that a table can see, under it."""
-    if not any(comparison.differences.values()):
-        return []
-    if not found:
-        return [
-            "",
-            "One seed shows no spread over training runs: nothing can be seen. Use two or more.",
-        ]
-    rows = [
-        [name, f"{item['smallest']:.4f}", _needs(item["seeds_for_0.01"], item["posts_for_0.01"])]
-        for name, item in found.items()
-    ]
-    return [
-        "",
-        *table(["", "smallest difference", "a difference of 0.01 needs"], rows),
-        "",
-        _SMALLEST,
-    ]
-
-
-def _needs(seeds: int | None, posts: float) -> str:
-    return f"{posts:.1f} times the posts, or more" if seeds is None else f"{seeds} seeds"
-
-
-def _claim(comparison: Comparison) -> list[str]:
-    """The comparison that was named beforehand."""
-    found = comparison.claim
-    if found is None:
-        return []
-    claim, difference = found.claim, found.difference
-    seeds = ", ".join(map(str, claim.seeds))
-    named = f"named before the first run, for the seeds {seeds}"
-    if claim.runs_before:
-        named = f"**not** named beforehand: {claim.runs_before} runs were finished"
-    text = f"**{claim}** ({named}): "
-    if difference is None:
-        return ["", "## Claim", "", text + "not measured yet."]
-    text += f"difference {cell(difference, signed=True, digits=4)}"
-    if not math.isnan(difference.p):
-        text += f", p = {p_value(difference)} (not adjusted)"
-    text += f", {difference.seeds} seeds: **{found.verdict}**."
-    size = smallest_difference([difference])
-    if math.isfinite(size):
-        needs = _needs(seeds_needed([difference]), posts_needed([difference]))
-        text += (
-            f" The smallest difference that it can see is {size:.4f}; one of 0.01 needs {needs}."
-        )
-    if difference.seeds > len(claim.seeds):
-        text += " Seeds were added after the claim: adding them until it holds makes a false finding likely."
-    return ["", "## Claim", "", text]
+    return lines + visible_lines(comparison, means)
 
 
 def removal_intervals(results: Sequence[Result]) -> list[Estimate | None]:
@@ -233,6 +133,13 @@ def _scope(comparison: Comparison) -> str:
         f"95 % intervals: Student's t over seeds; for the difference to {comparison.baseline} paired seeds together "
         f"with a paired bootstrap of the posts; for losses paired seeds only. {_posts(comparison)} p-values are "
         f"adjusted for all comparisons of this report but the claim (Holm); bold: p < 0.05. {advice}"
+    )
+
+
+def _known(comparison: Comparison, measure: str) -> bool:
+    """Whether some run has the measure."""
+    return any(
+        getattr(one, MEASURES[measure]) for found in comparison.results.values() for one in found
     )
 
 
@@ -290,8 +197,6 @@ _BUDGET = (
     "their passes are more in total."
 )
 
-_DIGITS = {METRIC: 3, LOSS: 4}
-"""Decimals of the differences: losses are finer."""
 
 SHOWN = 2
 """Maximum of tasks in a reason."""
@@ -302,15 +207,16 @@ def transfer_lines(comparison: Comparison) -> list[str]:
     lines: list[str] = []
     if comparison.against:
         names = [*comparison.tasks, MEAN]
-        digits = _DIGITS[comparison.measure or METRIC]
-        unit = " in validation loss" if comparison.measure == LOSS else ""
+        measure = comparison.measure or METRIC
+        digits = digits_of(measure)
+        unit = "" if measure == METRIC else f" in {NAMES[measure]}"
         lines += ["", f"## Gains{unit} over {comparison.baseline}", "", _SIGNS, ""]
         lines += table(["arm", *names], [
-            [arm, *(_gain(differences.get(name), digits=digits) for name in names)]
+            [arm, *(gain(differences.get(name), digits=digits) for name in names)]
             for arm, differences in comparison.against.items()
         ])  # fmt: skip
-        sizes = comparison.smallest(comparison.measure or METRIC)
-        lines += _visible(comparison, {name: sizes[name] for name in names if name in sizes})
+        sizes = comparison.smallest(measure)
+        lines += visible_lines(comparison, {name: sizes[name] for name in names if name in sizes})
         lines += ["", *(line for arm in comparison.against for line in _verdicts(comparison, arm))]
     return lines + _affinity_lines(comparison)
 
@@ -335,7 +241,7 @@ def _affinity_lines(comparison: Comparison) -> list[str]:
         lines += ["", "## Without one task", "", _CHANGES.format(joint=joint), ""]
         names = [*comparison.tasks]
         lines += table(["dropped", *names], [
-            [dropped, *(_gain(of_task.get(name)) for name in names)] for dropped, of_task in comparison.changes.items()
+            [dropped, *(gain(of_task.get(name)) for name in names)] for dropped, of_task in comparison.changes.items()
         ])  # fmt: skip
     for arm, found in comparison.cosines.items():
         text = _COSINES.format(limit=found.limit, seeds=found.seeds)
@@ -352,20 +258,13 @@ def _affinity_lines(comparison: Comparison) -> list[str]:
             found = comparison.reasons(name)
             opposed = ", ".join(f"{task} {value:+.3f}" for task, value in found.opposed_by[:SHOWN])
             nearest = f"{found.nearest[0]} {found.nearest[1]:+.3f}" if found.nearest else ""
-            changes = (", ".join(f"{task} {_gain(change)}" for task, change in pairs[:SHOWN])
+            changes = (", ".join(f"{task} {gain(change)}" for task, change in pairs[:SHOWN])
                        for pairs in (found.better_without, found.worse_without))  # fmt: skip
             empty = "" if cosines is None else "none"
-            rows.append([name, _gain(against.get(name)), opposed or empty, nearest, *changes])
+            rows.append([name, gain(against.get(name)), opposed or empty, nearest, *changes])
         lines += table(["task", f"gain over {comparison.baseline}", "opposed gradients", "nearest gradients",
                         "better without", "worse without"], rows)  # fmt: skip
     return lines
-
-
-def _gain(item: Difference | None, *, digits: int = 3) -> str:
-    if item is None:
-        return ""
-    text = cell(item, signed=True, digits=digits)
-    return f"**{text}**" if item.verdict else text
 
 
 def _named(tasks: Sequence[str]) -> str:
@@ -377,10 +276,6 @@ _SIGNS = (
     "adjusted: one of twenty excludes 0 by chance. p-values are in gains.csv."
 )
 
-_SMALLEST = (
-    "Smallest difference: a true one of this size is found in 80 of 100 such comparisons at the 95 % level, by the "
-    "spread of the paired differences."
-)
 
 _CHANGES = (
     "Improvement of a task (column) without another one (row), against {joint}: above 0 the dropped task did harm, "

@@ -16,9 +16,8 @@ import numpy as np
 from comoe.config.load import load_recipe
 from comoe.evaluation.evaluate import mean_metric
 from comoe.evaluation.tables import plain
-from comoe.experiments.compare.claim import LOSS, METRIC
 from comoe.experiments.compare.plan import Arm, Plan, read_seeds
-from comoe.experiments.compare.results import read_json
+from comoe.experiments.compare.results import METRIC, read_json
 from comoe.experiments.runner import Experiment, Trial, is_done
 from comoe.tasks.task import Task
 
@@ -40,7 +39,7 @@ class Grid:
     """Option -> values."""
     seeds: tuple[int, ...]
     by: str
-    """``loss`` or ``metric``, of the validation posts."""
+    """Key of ``MEASURES``, of the validation posts."""
 
     def points(self, trial: Trial) -> list[Point]:
         """All combinations of the options that this run reads and does not set itself; none: nothing to tune."""
@@ -60,7 +59,7 @@ class Tuning:
 
     grid: Grid
     scores: Mapping[str, Mapping[Point, Sequence[float]]]
-    """Part -> point -> validation loss or mean metric per finished seed; without parts that have
+    """Part -> point -> mean of the measure per finished seed; without parts that have
     nothing to tune."""
 
     def mean(self, part: str, point: Point) -> float:
@@ -74,7 +73,7 @@ class Tuning:
             return ()
         means = {point: self.mean(part, point) for point in self.scores[part]}
         known = [point for point, mean in means.items() if math.isfinite(mean)]
-        sign = 1 if self.grid.by == LOSS else -1
+        sign = -1 if self.grid.by == METRIC else 1
         return min(known, key=lambda point: sign * means[point], default=None)
 
     @property
@@ -203,13 +202,14 @@ def tuned_plan(plan: Plan, tuning: Tuning) -> Plan:
 
 
 def score(folder: Path, by: str) -> float:
-    """Mean loss or mean main metric of the validation posts of a finished run, without auxiliary tasks."""
+    """Mean of a key of ``MEASURES`` on the validation posts of a finished run, without auxiliary tasks."""
     metrics = read_json(folder / "results.json")["metrics"]["validation"]
     tasks = [Task.from_dict(task) for task in read_json(folder / "tasks.json")]
     if by == METRIC:
         return mean_metric(metrics, tasks)
-    counted = [task.name for task in tasks if task.name in metrics and not task.auxiliary]
-    return float(np.mean([metrics[name]["loss"] for name in counted]))
+    found = [metrics.get(task.name, {}).get(by) for task in tasks if not task.auxiliary]
+    known = [value for value in found if value is not None]
+    return float(np.mean(known)) if known else math.nan
 
 
 def _at(trial: Trial, point: Point) -> Trial:

@@ -14,6 +14,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from comoe.config.files import write_atomic
 from comoe.evaluation.tables import markdown_table
+from comoe.experiments.compare.cells import number, spread
 from comoe.experiments.compare.plan import Plan
 from comoe.experiments.compare.plots import draw_line
 from comoe.experiments.compare.report import csv_text
@@ -25,7 +26,6 @@ from comoe.experiments.compare.results import (
     read_run,
     with_means,
 )
-from comoe.experiments.compare.tables import number, spread
 from comoe.experiments.runner import Experiment
 from comoe.train.monitor.metrics_file import METRICS_FILE, read_metrics
 from comoe.train.monitor.plots import (

@@ -42,7 +42,9 @@ def write_runs(experiment: Experiment) -> None:
             right = dict.fromkeys((*TASKS, "hint"), 30 + seed)
             # The mean leaves the auxiliary task out.
             by_task = {"mood": loss - 0.1, "topic": loss, "stance": loss + 0.1, "hint": 9.0}
-            write_run(experiment.runs / f"{arm}-s{seed}", right, losses=by_task)
+            # The teachers know two of the tasks.
+            kl = {"mood": loss / 10, "topic": loss / 20}
+            write_run(experiment.runs / f"{arm}-s{seed}", right, losses=by_task, kl=kl)
 
 
 @pytest.mark.parametrize(
@@ -53,13 +55,16 @@ def write_runs(experiment: Experiment) -> None:
         ("sigmoid < dense on loss", ("sigmoid", "<", "dense", "loss"), ("loss", "sigmoid", "mean")),
         ("sigmoid < dense on mood/loss", ("sigmoid", "<", "dense", "mood/loss"), ("loss", "sigmoid", "mood")),
         ("sigmoid > no_experts on loss", ("sigmoid", ">", "no_experts", "loss"), None),
-        ("sigmoid > dense on mood/f1/good", None, None),
+        ("dense < sigmoid on teacher_kl", ("dense", "<", "sigmoid", "teacher_kl"), ("teacher_kl", "sigmoid", "mean")),
+        ("sigmoid > dense on mood/f1/good", None, "f1/good is not a metric of mood"),
+        ("sigmoid < dense on mood/teacher_kl", None, "distill.teachers"),
     ],
 )  # fmt: skip
 def test_a_claim_is_read_and_found_in_the_tables(experiment: Experiment, text: str, claim, cell):
-    read = (text, planned(experiment), load_recipe(experiment.config))
+    taught = ["distill.teachers=[teacher]"] if text.endswith("on teacher_kl") else []
+    read = (text, planned(experiment), load_recipe(experiment.config, taught))
     if claim is None:
-        with pytest.raises(ValueError, match="f1/good"):
+        with pytest.raises(ValueError, match=cell):
             parse_claim(*read)
         return
     assert parse_claim(*read) == Claim(*claim)
@@ -101,18 +106,18 @@ def test_the_report_by_loss_orders_the_arms_and_begins_with_the_claim(
     assert comparison.arms == ["sigmoid", "dense", "no_experts"]
     losses = comparison.against
     assert losses["sigmoid"]["mean"].verdict == "gained"
-    # Two arms, five numbers (the mean and four tasks), two measures.
+    # Two arms; the mean and four tasks by metric and loss, the mean and two tasks by divergence.
     others = [
         item
         for group in comparison.differences.values()
         for arm in group.values()
         for item in arm.values()
     ]
-    assert len(others) == 20 and losses["sigmoid"]["mood"].adjusted > losses["sigmoid"]["mood"].p
+    assert len(others) == 26 and losses["sigmoid"]["mood"].adjusted > losses["sigmoid"]["mood"].p
     text = "\n".join(markdown_lines(comparison))
     for part in ("difference -0.0567 [", f"p = {expected.pvalue:.3f} (not adjusted), 3 seeds: **holds**",
                  "Seeds were added after the claim", "| sigmoid | 3 | 0.5633 [", "| mood/loss |",
-                 "Losses: validation posts of mood 60", "| loss | 0.0", "in validation loss over"):  # fmt: skip
+                 "Losses: validation posts of mood 60", "| loss | 0.0", "## Gains in loss over"):  # fmt: skip
         assert part in text
     assert text.index("## Claim") < text.index("| sigmoid |")
     write_comparison(comparison, tmp_path)
@@ -127,14 +132,20 @@ def test_the_report_by_loss_orders_the_arms_and_begins_with_the_claim(
     assert (tmp_path / "plots/loss.png").stat().st_size > 4000
     panels = time_figure(comparison, "test").axes
     assert [panel.get_xlabel() for panel in panels] == [f"milliseconds per post, {what}" for what in
-                                                        ("training", "prediction") * 2]  # fmt: skip
+                                                        ("training", "prediction") * 3]  # fmt: skip
     # 20 posts in 2 seconds of training, 100 predicted posts per second.
-    assert [panel.lines[0].get_xdata()[0] for panel in panels] == [100.0, 10.0] * 2
+    assert [panel.lines[0].get_xdata()[0] for panel in panels] == [100.0, 10.0] * 3
     assert "| sigmoid | +0.200 [+0.200, +0.200] | -0.100 [-0.100, -0.100] |  |  |" in text
     # Without resampled posts, as in the reports between the runs: over paired seeds.
     plain = compare(planned(experiment), experiment.runs, baseline="dense", resamples=0,
                     claim=Claim("dense", ">", "sigmoid", "mean", (0, 1, 2), 0))  # fmt: skip
     assert plain.claim.difference.mean == 0 and plain.claim.difference.seeds == 3
+    taught = compare(planned(experiment), experiment.runs, baseline="dense", resamples=0,
+                     measure="teacher_kl")  # fmt: skip
+    assert taught.against["sigmoid"]["mean"].mean == pytest.approx(0.75 * 0.17 / 3 / 10)
+    assert "| arm | seeds | KL to the teachers | lower than dense |" in "\n".join(
+        markdown_lines(taught)
+    )
     late = Claim("sigmoid", "<", "dense", "loss", (0, 1, 2), 9)
     late = compare(planned(experiment), experiment.runs, claim=late, **known)
     assert "(**not** named beforehand: 9 runs were finished)" in "\n".join(markdown_lines(late))
