@@ -173,8 +173,8 @@ class ModelOutput:
     logits: Mapping[str, Tensor]
     """Task -> float32 logits, (B, Y); regression (B, 1); tags (B, L, Y).
 
-    label_words (B, Y): log-probability of each label's words; in training only of the row's own
-    label, 0 elsewhere. text: log-probability of the row's own text, 0 where it has none, (B, 1);
+    label_words (B, Y): log-probability of each label's words; in training without soft labels only
+    of the row's own label, 0 elsewhere. text: log-probability of the row's own text, 0 where it has none, (B, 1);
     outside training behind it that of the generated text, (B, 2)."""
     embeddings: Mapping[str, Tensor]
     """Task -> unit-length projections (B, P), float32; only tasks with a pooled head."""

@@ -186,9 +186,9 @@ def _distillation(recipe: Recipe) -> Broken:
             yield "distill.tasks", f"names {name!r}: {unknown_name('task', name, recipe.tasks)}"
     learning = config.tasks or recipe.tasks if config.teachers else ()
     for name in learning:
-        if recipe.tasks[name].kind in BY_DECODER:
+        if recipe.tasks[name].kind == BY_DECODER[0]:
             others = ", ".join(task for task in recipe.tasks if task != name) or "none"
-            rule = "a decoder predicts it, and learns from gold labels alone"
+            rule = "free text has no soft labels, and is learned from gold ones alone"
             yield "distill.tasks", f"has {name}, but {rule}; list the other tasks ({others})."
 
 

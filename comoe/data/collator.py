@@ -225,8 +225,8 @@ class Collator:
         """Tasks of a post's rows; -1 is all that have heads."""
         labelled = split.labelled[post].copy()
         bare = not labelled.any()
-        for number in self._heads:
-            soft = split.soft.get(self.tasks[number].name)
+        for number, task in enumerate(self.tasks):
+            soft = split.soft.get(task.name)
             labelled[number] |= soft is not None and soft.has(post)
         decoded = [
             task

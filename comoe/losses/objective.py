@@ -395,7 +395,7 @@ def count_units(batch: Batch, tasks: Sequence[Task]) -> Tensor:
     tokens = batch.attention_mask_BL[real_B].sum(dtype=torch.float64)
     targets = torch.zeros_like(tokens)
     if batch.target_ids_BD is not None:
-        targets = (batch.target_ids_BD[real_B] != IGNORED).sum(dtype=torch.float64)
+        targets = _target_tokens(batch, tasks)[real_B].sum(dtype=torch.float64)
     posts = [
         _learned(batch, task).sum(dtype=torch.float64)
         if task.rules.scored
@@ -403,6 +403,16 @@ def count_units(batch: Batch, tasks: Sequence[Task]) -> Tensor:
         for task in tasks
     ]
     return torch.stack([*units, *posts, *soft_units, count_domains(batch), tokens, targets])
+
+
+def _target_tokens(batch: Batch, tasks: Sequence[Task]) -> Tensor:
+    """Tokens that the decoder scores for each row, (B,): its own text's, with soft labels all labels'."""
+    tokens_B = (batch.target_ids_BD != IGNORED).sum(dim=1)
+    for number, task in decoder_tasks(tasks).items():
+        if task.name in batch.soft_labels:
+            words = (batch.choices[task.name] != IGNORED).sum()
+            tokens_B = torch.where(batch.task_ids_B == number, words, tokens_B)
+    return tokens_B
 
 
 def _learned(batch: Batch, task: Task) -> Tensor:

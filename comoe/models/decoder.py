@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -100,7 +100,8 @@ class TaskDecoder:
     def teacher_force(
         self, states_BLM: Tensor, batch: Batch, selected: Mapping[int, Tensor]
     ) -> DecoderOutput:
-        """Log-probability of the text that each row wants, in one pass.
+        """Log-probability of the text that each row wants, in one pass; of a task with soft labels, of
+        every label's words.
 
         Args:
             states_BLM: the encoder's last states, as the decoder is to read them.
@@ -108,17 +109,30 @@ class TaskDecoder:
             selected: decoder layer -> experts that an earlier pass over the same batch selected.
         """
         tasks_B = batch.task_ids_B
-        wanted_BD = self._of(tasks_B, batch.target_ids_BD, [*self.label_tasks, *self.text_tasks])
+        soft = [pair for pair in self.label_tasks if pair[1].name in batch.soft_labels]
+        alone = [pair for pair in self.label_tasks if pair not in soft]
+        wanted_BD = self._of(tasks_B, batch.target_ids_BD, [*alone, *self.text_tasks])
         rows_R = _with_tokens(wanted_BD)
+        choices = [_choices(batch, number, task) for number, task in soft]
+        rows_N = torch.cat([rows_R, *(choice.rows_N for choice in choices)])
+        texts_ND = _stacked([wanted_BD[rows_R], *(choice.texts_ND for choice in choices)])
         scored = self._score(
-            states_BLM, batch.attention_mask_BL, tasks_B, rows_R, wanted_BD[rows_R], selected
+            states_BLM, batch.attention_mask_BL, tasks_B, rows_N, texts_ND, selected
         )
-        own_B = _spread(scored.log_probabilities_N, rows_R, len(tasks_B))
+        values_N = scored.log_probabilities_N
+        own_B = _spread(values_N[: max(1, len(rows_R))], rows_R, len(tasks_B))
         logits = {}
-        for number, task in self.label_tasks:
+        for number, task in alone:
             gold_B = batch.labels[task.name].clamp_min(0)
             mine_BY = F.one_hot(gold_B, len(task.labels)) * (tasks_B == number)[:, None]
             logits[task.name] = own_B[:, None] * mine_BY
+        found = values_N[len(rows_R) : len(rows_N)].split(
+            [len(choice.rows_N) for choice in choices]
+        )
+        for (_, task), choice, values in zip(soft, choices, found, strict=True):
+            nothing_BY = values_N.sum() * values_N.new_zeros(len(tasks_B), len(task.labels))
+            places = (choice.rows_N, choice.labels_N)
+            logits[task.name] = nothing_BY.index_put(places, values)
         for number, task in self.text_tasks:
             logits[task.name] = (own_B * (tasks_B == number))[:, None]
         return DecoderOutput(logits, scored.routings, scored.rows_S, scored.selected)
@@ -169,28 +183,18 @@ class TaskDecoder:
         self, states_BLM: Tensor, batch: Batch, group: int, logits: dict[str, Tensor]
     ) -> _Scored:
         """Score one group of labels of every row that wants one; fills ``logits`` in."""
-        pairs = []
-        for number, task in self.label_tasks:
-            words_YD = batch.choices[task.name]
-            rows_R = (batch.task_ids_B == number).nonzero().squeeze(1)
-            labels_Y = torch.arange(len(words_YD), device=rows_R.device)
-            labels_Y = labels_Y[group * LABELS_PER_PASS : (group + 1) * LABELS_PER_PASS]
-            rows_N = rows_R.repeat_interleave(len(labels_Y))
-            labels_N = labels_Y.repeat(len(rows_R))
-            pairs.append((task.name, rows_N, labels_N, words_YD[labels_N]))
-        rows_N = torch.cat([rows for _, rows, _, _ in pairs])
-        width = max(words.shape[1] for *_, words in pairs)
-        texts_ND = torch.cat(
-            [F.pad(words, (0, width - words.shape[1]), value=IGNORED) for *_, words in pairs]
-        )
+        choices = [_choices(batch, *pair, group=group) for pair in self.label_tasks]
+        rows_N = torch.cat([choice.rows_N for choice in choices])
+        texts_ND = _stacked([choice.texts_ND for choice in choices])
         scored = self._score(
             states_BLM, batch.attention_mask_BL, batch.task_ids_B, rows_N, texts_ND
         )
         found = scored.log_probabilities_N[: len(rows_N)].split(
-            [len(rows) for _, rows, _, _ in pairs]
+            [len(choice.rows_N) for choice in choices]
         )
-        for (name, rows, labels, _), values in zip(pairs, found, strict=True):
-            logits[name] = logits[name].index_put((rows, labels), values)
+        for (_, task), choice, values in zip(self.label_tasks, choices, found, strict=True):
+            places = (choice.rows_N, choice.labels_N)
+            logits[task.name] = logits[task.name].index_put(places, values)
         return scored
 
     def _score(
@@ -307,6 +311,34 @@ class TaskDecoder:
         """Token ids as ``ModelOutput`` has them: -1 from the end token on."""
         ends_BD = torch.isin(texts_BD, torch.tensor(self.ends, device=texts_BD.device))
         return torch.where(ends_BD | (texts_BD == IGNORED), -1, texts_BD)
+
+
+class _Choices(NamedTuple):
+    """Labels that the decoder is to score."""
+
+    rows_N: Tensor
+    """Row of each."""
+    labels_N: Tensor
+    """Its label."""
+    texts_ND: Tensor
+    """The label's words."""
+
+
+def _choices(batch: Batch, number: int, task: Task, *, group: int | None = None) -> _Choices:
+    """The labels of a task, or one group of ``LABELS_PER_PASS``, for each of its rows."""
+    words_YD = batch.choices[task.name]
+    rows_R = (batch.task_ids_B == number).nonzero().squeeze(1)
+    labels_Y = torch.arange(len(words_YD), device=rows_R.device)
+    if group is not None:
+        labels_Y = labels_Y[group * LABELS_PER_PASS : (group + 1) * LABELS_PER_PASS]
+    labels_N = labels_Y.repeat(len(rows_R))
+    return _Choices(rows_R.repeat_interleave(len(labels_Y)), labels_N, words_YD[labels_N])
+
+
+def _stacked(texts: Sequence[Tensor]) -> Tensor:
+    """Texts one under the other, IGNORED behind shorter ones."""
+    width = max(part.shape[1] for part in texts)
+    return torch.cat([F.pad(part, (0, width - part.shape[1]), value=IGNORED) for part in texts])
 
 
 def _with_tokens(texts_BD: Tensor) -> Tensor:

@@ -50,6 +50,9 @@ from comoe.train.training_run import TrainingRun
 
 Made = TypeVar("Made")
 
+TAUGHT = ("train", "validation")
+"""Splits that teachers are asked about."""
+
 
 def build_run(
     typed: Recipe,
@@ -146,10 +149,17 @@ def tokenize_posts(recipe: Recipe, corpus: Corpus) -> tuple[dict[str, TokenizedS
         recipe.model.encoder, trust_remote_code=recipe.model.trust_remote_code
     )
     cache = home() / "tokens" if recipe.data.cache else None
+    teachers = find_teachers(recipe.distill, corpus.tasks)
+    taught = {name for teacher in teachers for name in teacher.columns}
     splits = _one_per_node_first(
         lambda: {
             name: tokenize_split(
-                posts, tokenizer, tasks=corpus.tasks, config=recipe.data, cache_dir=cache
+                posts,
+                tokenizer,
+                tasks=corpus.tasks,
+                config=recipe.data,
+                cache_dir=cache,
+                taught=taught if name in TAUGHT else (),
             )
             for name, posts in corpus.splits.items()
         }
@@ -185,7 +195,7 @@ def soft_labelled(
         bf16: run them in bfloat16.
     """
     teachers = find_teachers(recipe.distill, tasks)
-    found = [name for name in ("train", "validation") if name in splits]
+    found = [name for name in TAUGHT if name in splits]
     taught = {}
     if teachers:
         taught = teach(

@@ -500,13 +500,14 @@ def _row_tokens(
     read = float((own * np.diff(train.tokens.offsets)).mean())
     prompts = answers = asked = 0.0
     for number, task in decoded.items():
-        mine = train.labelled[:, number]
+        mine = train.labelled[:, number] | (taught and bool(task.label_words))
         asked += float(mine.mean())
         prompts += float((mine * train.prompts[task.name].lengths).mean())
         if task.label_words:
             # About two tokens a word, and an end token; the collator knows them exactly.
             words = max(len(words.split()) for words in task.label_words)
-            answers += float(mine.mean()) * (2 * words + 1)
+            scored = len(task.labels) if taught else 1
+            answers += float(mine.mean()) * (2 * words + 1) * scored
         else:
             answers += float((mine * train.targets[task.name].lengths).mean())
     return RowTokens(read + prompts, prompts, answers, float(own.mean()) + asked)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -134,6 +134,7 @@ def tokenize_split(
     tasks: Sequence[Task],
     config: DataConfig,
     cache_dir: Path | None = None,
+    taught: Container[str] = (),
 ) -> TokenizedSplit:
     """Clean and tokenize a split, once: later calls with the same posts and settings read the cache.
 
@@ -143,6 +144,7 @@ def tokenize_split(
         tasks: all tasks.
         config: ``data`` of the recipe.
         cache_dir: folder of the cache; None, or ``data.cache: false``, keeps nothing.
+        taught: names of the tasks that have soft labels of all posts.
 
     Raises:
         ValueError: ``data.max_length`` is more than the encoder takes, or a prompt more than that.
@@ -167,7 +169,7 @@ def tokenize_split(
     wording = Wording(
         tokenizer, max_length=config.max_length, normalize=config.normalize, cache_dir=where
     )
-    return assemble_split(split, seen, tokens, tasks=tasks, wording=wording)
+    return assemble_split(split, seen, tokens, tasks=tasks, wording=wording, taught=taught)
 
 
 def assemble_split(
@@ -178,6 +180,7 @@ def assemble_split(
     tasks: Sequence[Task],
     wording: Wording,
     asked: Sequence[Task] | None = None,
+    taught: Container[str] = (),
 ) -> TokenizedSplit:
     """Tokens and posts in one, with the table of labels that training can use.
 
@@ -188,6 +191,7 @@ def assemble_split(
         tasks: all tasks.
         wording: makes the prompts and targets.
         asked: tasks that the posts are for; None is all.
+        taught: as in ``tokenize_split``.
     """
     # A hidden text is still shown beside predictions; a hidden image must not be read.
     posts = replace(posts, images=seen.images)
@@ -208,8 +212,9 @@ def assemble_split(
             if wants_pair(task.prompt)
             else True
         )
+        unlabelled = bare | (task.name in taught)
         prompts[task.name] = wording.prompts(
-            seen, task, asked=labelled[:, number] | (bare & askable)
+            seen, task, asked=labelled[:, number] | (unlabelled & askable)
         )
         room[task.name] = wording.room(task)
         if not task.label_words:

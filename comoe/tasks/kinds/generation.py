@@ -25,7 +25,7 @@ class LabelWords(SingleLabel):
 
     Logits are log-probabilities of the labels' words, log P(words | post), so their softmax is the
     share of each label in the probability of all of them. The loss is that of a language model
-    on the words of the gold label.
+    on the words of the gold label; with soft labels beside it the cross-entropy of these shares.
     """
 
     mode = "decoder"

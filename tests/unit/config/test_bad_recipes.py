@@ -43,7 +43,7 @@ OVERRIDES = [
     ("tasks.mood.kind=regression tasks.mood.soft_label=x", "tasks.mood.soft_label", "no meaning for kind regression"),
     (
         "distill.teachers=[a] tasks.free.path=x tasks.free.kind=text tasks.free.prompt={text}",
-        "distill.tasks", "has free, but a decoder predicts it",
+        "distill.tasks", "has free, but free text has no soft labels",
     ),
     ("train.early_stop_metric=teacher_kl", "train.early_stop_metric", "give mean or task/metric"),
     # Ranges.

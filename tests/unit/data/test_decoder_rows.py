@@ -18,7 +18,8 @@ from comoe.data.collator import Collator
 from comoe.data.columns import Domains
 from comoe.data.reading.inputs import choose_labels, pair_in_training
 from comoe.data.reading.rows import RowReader
-from comoe.data.tokens.split import TokenizedSplit, tokenize_split
+from comoe.data.soft_labels import SoftLabels
+from comoe.data.tokens.split import TokenizedSplit, tokenize_split, with_soft_labels
 from comoe.evaluation.calibration import Calibrator, ece_of
 from comoe.evaluation.evaluate import check_chosen_metric, evaluate, mean_metric, metric_names
 from comoe.inference.model_card import model_card
@@ -224,6 +225,21 @@ def test_the_decoder_is_not_asked_about_posts_without_labels_where_nothing_is_pr
         if task >= 0
     ]
     assert len(asked) == 5 and all(asked)
+
+
+def test_soft_labels_of_a_decoders_task_make_a_row_with_its_prompt_where_it_can_be_asked() -> None:
+    """All posts but the last have a second text; the soft label of polarity is of posts 0 to 4."""
+    posts = posts_of(TEXTS, LABELS, pairs=["battery", "screen", "screen", "screen", None])
+    split = tokenize_split(posts, TOKENIZER, tasks=TASKS, config=CONFIG, taught={"polarity"})
+    soft = SoftLabels.from_rows([np.array([[0.25, 0.75]])] * 5, width=2)
+    split = with_soft_labels(split, {"polarity": soft})
+    batch = Collator(TOKENIZER, TASKS)(split, np.arange(5))
+    own = rows_of(Collator(TOKENIZER, TASKS)(split_of(), np.arange(5)))
+    askable = {post for post in range(5) if posts.pairs[post] is not None}
+    assert {post for post, task in rows_of(batch) if task == 2} == askable
+    assert [row for row in rows_of(batch) if row[1] != 2] == [row for row in own if row[1] != 2]
+    for (_, task), values in zip(rows_of(batch), batch.soft_labels["polarity"].tolist(), strict=True):
+        assert values == [0.25, 0.75] if task == 2 else np.isnan(values).all()
 
 
 def test_a_tokenizer_that_writes_no_end_token_is_refused() -> None:

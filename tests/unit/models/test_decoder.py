@@ -274,6 +274,28 @@ def test_a_batch_counts_alike_however_it_is_cut():
         torch.testing.assert_close(sum(step.terms[name] for step in steps) / 3, whole.terms[name])
 
 
+@pytest.mark.parametrize("served", [None, [-1, -1, -1], [3, 4, -1], [1, 1]])
+def test_with_soft_labels_every_label_is_scored_in_training(served):
+    objective, batch = decoder_objective(loss=replace(OFF, z_weight=0.1)), decoder_batch(served=served)
+    mine = batch.task_ids_B == 1
+    soft = torch.tensor([0.2, 0.3, 0.5]).repeat(len(mine), 1).masked_fill(~mine[:, None], torch.nan)
+    taught = scaled(replace(batch, soft_labels={"polarity": soft}), MIXED)
+    expected = objective.model.eval()(batch).logits["polarity"].detach()
+    plain = objective.model.train()(batch).logits
+    step = objective(taught)
+    logits = step.output.logits
+    torch.testing.assert_close(logits["polarity"].detach(), expected)
+    for task in MIXED:
+        if task.name != "polarity":
+            torch.testing.assert_close(logits[task.name], plain[task.name])
+    assert count_units(taught, MIXED)[-1] == len(step.output.answer_rows_S)
+    if mine.any():
+        losses = -(soft[mine] * expected[mine].log_softmax(-1)).sum(dim=1)
+        torch.testing.assert_close(step.terms["soft/polarity"], losses.mean())
+    step.loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in objective.parameters() if p.requires_grad)
+
+
 def test_a_row_is_answered_alone_as_in_a_batch_of_other_tasks():
     model = decoder_model("bart", moe_config(route_by="both"), private_width=8).eval()
     torch.nn.init.normal_(model.private[1].feed_forward.down.weight, std=0.5)
