@@ -238,7 +238,9 @@ def test_soft_labels_of_a_decoders_task_make_a_row_with_its_prompt_where_it_can_
     askable = {post for post in range(5) if posts.pairs[post] is not None}
     assert {post for post, task in rows_of(batch) if task == 2} == askable
     assert [row for row in rows_of(batch) if row[1] != 2] == [row for row in own if row[1] != 2]
-    for (_, task), values in zip(rows_of(batch), batch.soft_labels["polarity"].tolist(), strict=True):
+    for (_, task), values in zip(
+        rows_of(batch), batch.soft_labels["polarity"].tolist(), strict=True
+    ):
         assert values == [0.25, 0.75] if task == 2 else np.isnan(values).all()
 
 

@@ -276,7 +276,10 @@ def test_a_batch_counts_alike_however_it_is_cut():
 
 @pytest.mark.parametrize("served", [None, [-1, -1, -1], [3, 4, -1], [1, 1]])
 def test_with_soft_labels_every_label_is_scored_in_training(served):
-    objective, batch = decoder_objective(loss=replace(OFF, z_weight=0.1)), decoder_batch(served=served)
+    objective, batch = (
+        decoder_objective(loss=replace(OFF, z_weight=0.1)),
+        decoder_batch(served=served),
+    )
     mine = batch.task_ids_B == 1
     soft = torch.tensor([0.2, 0.3, 0.5]).repeat(len(mine), 1).masked_fill(~mine[:, None], torch.nan)
     taught = scaled(replace(batch, soft_labels={"polarity": soft}), MIXED)
@@ -293,7 +296,11 @@ def test_with_soft_labels_every_label_is_scored_in_training(served):
         losses = -(soft[mine] * expected[mine].log_softmax(-1)).sum(dim=1)
         torch.testing.assert_close(step.terms["soft/polarity"], losses.mean())
     step.loss.backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in objective.parameters() if p.requires_grad)
+    assert all(
+        p.grad is not None and p.grad.isfinite().all()
+        for p in objective.parameters()
+        if p.requires_grad
+    )
 
 
 def test_a_row_is_answered_alone_as_in_a_batch_of_other_tasks():
