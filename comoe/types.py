@@ -87,6 +87,9 @@ class Batch:
     """Task with soft labels -> probability of each label (B, Y), of tags (B, L, Y) at the first
     piece of each word, of regression the teacher's number (B, 1), float32; NaN where there is
     none."""
+    text_numbers_B: Tensor | None = None
+    """Rows with the same number read the same text, int64; the encoder may compute it once as far
+    as it does not depend on the task. None where each row has its own."""
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""

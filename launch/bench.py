@@ -3,6 +3,7 @@
 python launch/bench.py experts --json experts.json     one layer: dense, DeepSpeed's own, the plain loop, E = 8 to 64
 python launch/bench.py train --json train.json         whole training steps: Hugging Face Trainer with ZeRO-2
 python launch/bench.py contrastive --json c.json       the loss: full matrix, open_clip's local one, reference code
+python launch/bench.py routing --json routing.json     routing by task and by token: five tasks, blocks in some layers
 """
 
 import importlib
@@ -17,6 +18,7 @@ BENCHMARKS = {
     "experts": "comoe.benchmarks.experts",
     "train": "comoe.benchmarks.training",
     "contrastive": "comoe.benchmarks.contrastive",
+    "routing": "comoe.benchmarks.routing",
 }
 """Word of the command line -> module with ``run(json_path, config=..., rounds=...)``."""
 

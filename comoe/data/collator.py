@@ -139,6 +139,7 @@ class Collator:
             token_type_ids_BL=pad([row.token_types for row in rows]) if self._segments else None,
             word_starts_BL=pad([row.word_starts for row in rows]).bool(),
             task_ids_B=torch.tensor([task for _, task in pairs], dtype=torch.int64),
+            text_numbers_B=self._text_numbers(pairs) if self._row_per_task else None,
             row_ids_B=torch.tensor(posts, dtype=torch.int64),
             **self._targets(split, pairs, rows, length=length),
             confidences=confidences_of(split.posts, posts, self.tasks),
@@ -240,6 +241,12 @@ class Collator:
                 [*decoded, *(task for task in self._heads if all_tasks or labelled[task])]
             )
         return [-1] * bool(self._heads and (bare or labelled[self._heads].any())) + decoded
+
+    def _text_numbers(self, pairs: Sequence[tuple[int, int]]) -> Tensor:
+        """Rows of a post have its text, but those of tasks in decoder mode a prompt of their own."""
+        texts = [(post, task if task in self._decoded else -1) for post, task in pairs]
+        numbers = {text: number for number, text in enumerate(dict.fromkeys(texts))}
+        return torch.tensor([numbers[text] for text in texts], dtype=torch.int64)
 
     def _row(self, split: TokenizedSplit, post: int, task: int) -> TokenRow:
         if post < 0:

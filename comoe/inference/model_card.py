@@ -261,7 +261,8 @@ def _limits(recipe: Recipe, tasks: Sequence[Task]) -> str:
     ]
     if recipe.model.moe.num_experts and recipe.model.moe.route_by != "token" and len(tasks) > 1:
         lines.append(
-            f"- The gate reads the task, so a post costs one pass per task (up to {len(tasks)})."
+            f"- The gate reads the task: from the first layer with experts on a post costs one pass per task (up to "
+            f"{len(tasks)})."
         )
     return "\n".join(lines)
 

@@ -5,9 +5,34 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from comoe.types import Routing
+
+
+@dataclass(frozen=True, slots=True)
+class FanOut:
+    """Which of U distinct texts each of B rows reads.
+
+    A gate that reads the task wants a row per (post, task). What lies below the first such gate is
+    the same in all rows of a post, so it runs once per text.
+    """
+
+    texts_B: Tensor
+    """Number of the text, int64."""
+    num_texts: int
+    """U, less than B."""
+
+    def to_rows(self, value: Any) -> Any:
+        """What is per text, per row: states (U, N, M), masks (U, N) or (U, ., N, N), position biases
+        (U, heads, N, N). All else, such as what is per row already, as it is."""
+        if not isinstance(value, Tensor) or value.ndim < 2 or len(value) != self.num_texts:
+            return value
+        # Two dimensions of floating-point numbers are a table of the encoder.
+        if value.ndim == 2 and value.is_floating_point():
+            return value
+        return value.index_select(0, self.texts_B)
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,12 +49,33 @@ class Texts:
     """Task of each row, -1 for all."""
     weights_B: Tensor | None = None
     """Weight of what the encoder reads of each row, None for all 1."""
+    numbers_B: Tensor | None = None
+    """Rows with the same number have the same ids and segments; None where each has its own."""
 
     def take(self, rows: Tensor) -> Texts:
         """Some of them."""
         segments = None if self.segments_BL is None else self.segments_BL[rows]
         weights = None if self.weights_B is None else self.weights_B[rows]
-        return Texts(self.ids_BL[rows], self.mask_BL[rows], segments, self.tasks_B[rows], weights)
+        numbers = None if self.numbers_B is None else self.numbers_B[rows]
+        return Texts(
+            self.ids_BL[rows], self.mask_BL[rows], segments, self.tasks_B[rows], weights, numbers
+        )
+
+    def distinct(self) -> tuple[Texts, FanOut | None]:
+        """Each text once, and which of them each row has; themselves and None where each has its own.
+
+        So too where rows have weights, which their embeddings are multiplied by.
+        """
+        if self.numbers_B is None or self.weights_B is not None:
+            return self, None
+        numbers_U, texts_B = self.numbers_B.unique(return_inverse=True)
+        if len(numbers_U) == len(texts_B):
+            return self, None
+        rows_B = torch.arange(len(texts_B), device=texts_B.device)
+        first_U = rows_B.new_zeros(len(numbers_U)).scatter_reduce(
+            0, texts_B, rows_B, "amin", include_self=False
+        )
+        return self.take(first_U), FanOut(texts_B, len(numbers_U))
 
 
 @dataclass(frozen=True, slots=True)

@@ -222,7 +222,8 @@ class MultiTaskModel(nn.Module):
         ids_BL, mask_BL = batch.input_ids_BL, batch.attention_mask_BL
         # A confidence says how much to learn from a post, not what to predict.
         weights_B = input_weights(batch, self.tasks) if self.training else None
-        texts = Texts(ids_BL, mask_BL, batch.token_type_ids_BL, batch.task_ids_B, weights_B)
+        segments_BL, numbers_B = batch.token_type_ids_BL, batch.text_numbers_B
+        texts = Texts(ids_BL, mask_BL, segments_BL, batch.task_ids_B, weights_B, numbers_B)
         images = self.embed_images(batch)
         encoding = self.encode(texts, images, selected)
         shared_BLM, routings, picked = encoding.fused_BLM, encoding.routings, encoding.selected
@@ -313,24 +314,32 @@ class MultiTaskModel(nn.Module):
     ) -> Encoding:
         """One pass of encoder and fusion; without images the texts alone."""
         mask_BL = texts.mask_BL
-        arguments = {"input_ids": texts.ids_BL, "attention_mask": mask_BL}
+        # An encoder that reads the images too takes a row per task, as its images come.
+        whole = images is not None and self.fusion.in_encoder
+        read, fan_out = (texts, None) if whole else texts.distinct()
+        arguments = {"input_ids": read.ids_BL, "attention_mask": read.mask_BL}
         if self.has_segments:
-            arguments["token_type_ids"] = texts.segments_BL
+            arguments["token_type_ids"] = read.segments_BL
         inputs = EncoderInputs(arguments, mask_BL, columns=mask_BL.shape[1])
         if images is not None:
             inputs = self.fusion.before(inputs, images)
-        # One device-to-host wait per forward: the number of real tokens decides shapes.
+        # A device-to-host wait: the number of real tokens decides shapes.
         rows_S, columns_S = mask_BL.nonzero(as_tuple=True)
         index_S, token_rows_S = rows_S * inputs.columns + columns_S, rows_S
         if self.route_image_tokens and inputs.image_index_Z is not None:
             index_S = torch.cat([index_S, inputs.image_index_Z])
             token_rows_S = torch.cat([rows_S, inputs.image_index_Z // inputs.columns])
-        context = RoutingContext(index_S, token_rows_S, input_weights_B=texts.weights_B)
+        context = RoutingContext(
+            index_S, token_rows_S, input_weights_B=texts.weights_B, fan_out=fan_out
+        )
         context.selected = self._by_layer(selected)
         if self.task_embedding is not None:
             # A filler row has no task; its output is never used, so any embedding will do.
             context.task_embeddings_BD = self.task_embedding(texts.tasks_B.clamp_min(0))
-        states_BLM = self.run_encoder(inputs.arguments, context)[:, : mask_BL.shape[1]]
+        states_BNM = self.run_encoder(inputs.arguments, context)
+        if fan_out is not None:
+            states_BNM = fan_out.to_rows(states_BNM)  # no layer of this encoder has a block
+        states_BLM = states_BNM[:, : mask_BL.shape[1]]
         fused_BLM = states_BLM
         if images is not None:
             fused_BLM = self.fusion.after(states_BLM, mask_BL, images)

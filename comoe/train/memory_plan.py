@@ -63,6 +63,10 @@ class Work:
     """Tokens of the micro-batch; 0 leaves activations and dispatch out."""
     layers: int = 0
     """Encoder layers."""
+    shared_layers: int = 0
+    """Of them those below the first block where the gate reads the task: they read each text once."""
+    shared_tokens: int = 0
+    """Tokens of the micro-batch that these layers read."""
     width: int = 0
     """Encoder width M."""
     ffn_width: int | None = None
@@ -83,15 +87,20 @@ class Work:
     """Activation checkpointing per layer: the inputs of all layers are kept, and one layer
     whole."""
 
+    @property
+    def layer_tokens(self) -> int:
+        """Sum over the layers of the tokens that each reads."""
+        return (self.layers - self.shared_layers) * self.tokens + (
+            self.shared_layers * self.shared_tokens
+        )
+
     def activation_bytes(self, number: int) -> int:
         """All layers, blocks, embeddings and heads; ``number`` bytes per activation."""
         if not self.recompute:
-            layers, blocks = (
-                self.layers * self.layer_bytes(number),
-                self.moe_layers * self.block_bytes(number),
-            )
+            blocks = self.moe_layers * self.block_bytes(number)
+            layers = self.layer_tokens * self.layer_token_bytes(number)
             return layers + blocks + self.outer_bytes(number)
-        inputs = self.layers * self.tokens * self.width * number
+        inputs = self.layer_tokens * self.width * number
         return (
             inputs
             + self.layer_bytes(number)
@@ -100,7 +109,11 @@ class Work:
         )
 
     def layer_bytes(self, number: int) -> int:
-        """One encoder layer, without the attention matrix.
+        """One encoder layer that reads all tokens."""
+        return self.tokens * self.layer_token_bytes(number)
+
+    def layer_token_bytes(self, number: int) -> int:
+        """One token in one encoder layer, without the attention matrix.
 
         Per token 8 M + 2 F' numbers (input, query, key, value, attended, and around the
         feed-forward of width F') and two one-byte dropout masks of M. A GPU's fused attention keeps
@@ -109,7 +122,7 @@ class Work:
         Source: Korthikanti et al. 2022, arXiv:2205.05198: 34 M bytes in 16 bits at F' = 4 M.
         """
         ffn = 4 * self.width if self.ffn_width is None else self.ffn_width
-        return self.tokens * ((8 * self.width + 2 * ffn) * number + 2 * self.width)
+        return (8 * self.width + 2 * ffn) * number + 2 * self.width
 
     def block_bytes(self, number: int) -> int:
         """One cooperative block.
@@ -451,9 +464,14 @@ def _text_work(
         "expert_width": blocks[0].mixture.experts.down_proj.shape[-1] if blocks else 0,
     }
     of_encoder = sum(block.layer < num_layers[0] for block in blocks)
+    below = 0
+    if rows.texts < rows.encoder:
+        below = blocks[0].layer if of_encoder else num_layers[0]
     work = Work(
         tokens=int(posts * (rows.encoder + rows.pictures * model.image_tokens)),
         layers=num_layers[0],
+        shared_layers=below,
+        shared_tokens=int(posts * rows.texts),
         ffn_width=ffn_widths[0],
         tasks=sum(head.pooling is not None for head in model.heads),
         private_parts=len(model.tasks) if recipe.model.private_width else 0,
@@ -485,6 +503,8 @@ class RowTokens(NamedTuple):
     """That a decoder is taught."""
     pictures: float
     """Rows per post, each with its image."""
+    texts: float
+    """That the encoder's layers below the first block read, each text once."""
 
 
 def _row_tokens(
@@ -493,11 +513,16 @@ def _row_tokens(
     decoded = decoder_tasks(model.tasks)
     heads = [number for number in range(len(model.tasks)) if number not in decoded]
     if not decoded and not by_task:
-        return RowTokens(float(train.lengths.mean()), 0.0, 0.0, 1.0)
+        read = float(train.lengths.mean())
+        return RowTokens(read, 0.0, 0.0, 1.0, texts=read)
     # Teachers know most tasks, and say something of every post.
     labelled = train.labelled[:, heads] | taught
     own = labelled.sum(axis=1) if by_task else labelled.any(axis=1)
-    read = float((own * np.diff(train.tokens.offsets)).mean())
+    lengths = np.diff(train.tokens.offsets)
+    read = float((own * lengths).mean())
+    # As in the model: rows that differ below the blocks share nothing.
+    once = by_task and not model.image_tokens and not any(t.weighs("input") for t in model.tasks)
+    texts = float((labelled.any(axis=1) * lengths).mean()) if once else read
     prompts = answers = asked = 0.0
     for number, task in decoded.items():
         mine = train.labelled[:, number] | (taught and bool(task.label_words))
@@ -510,7 +535,8 @@ def _row_tokens(
             answers += float(mine.mean()) * (2 * words + 1) * scored
         else:
             answers += float((mine * train.targets[task.name].lengths).mean())
-    return RowTokens(read + prompts, prompts, answers, float(own.mean()) + asked)
+    pictures = float(own.mean()) + asked
+    return RowTokens(read + prompts, prompts, answers, pictures, texts=texts + prompts)
 
 
 def _stack_shapes(hf_config: Any) -> tuple[list[int], list[int]]:

@@ -67,6 +67,15 @@ CASES: dict[str, dict[str, Any]] = {
     "offloaded": {"steps": 4, **ADAMW, "settings": OFFLOAD},
     "kept": {"steps": 4, **ADAMW, "model__keep_layers": 1},
     "narrow": {"steps": 4, **ADAMW, "model__random_width": 16},
+    # Lower layers run once per text; in the one process once per row.
+    "paired": {
+        "steps": 4,
+        **ADAMW,
+        **RECOMPUTED,
+        "model__moe__route_by": "both",
+        "model__moe__layers": [1],
+        "paired": True,
+    },
     "recomputed": {**LONG, **ADAMW, **RECOMPUTED},
     "bf16": {**LONG, **SGD, "settings": BF16},
     "bf16 recomputed": {**LONG, **SGD, "settings": BF16, **RECOMPUTED},
@@ -80,7 +89,7 @@ LAYOUTS: dict[int, list[Cell]] = {
         (1, ("adamw", "sgd", "gradient"), (1,), []),
         (2, ("adamw", "sgd", "gradient"), (1, 2), [
             *(("accumulation", 2, stage) for stage in STAGES), ("paper", 2, 2), ("kept", 2, 2),
-            ("kept", 2, 3), ("narrow", 2, 3),
+            ("kept", 2, 3), ("narrow", 2, 3), *(("paired", 2, stage) for stage in STAGES),
             *(("clipped by the norms so far", 2, stage) for stage in STAGES),
         ]),
         (4, ("adamw short", "sgd short", "gradient"), (2, 4), [

@@ -51,14 +51,20 @@ def picture(step: int, row: int) -> np.ndarray:
     return np.random.default_rng([step, row]).normal(size=(3, 16, 16)).astype(np.float32)
 
 
-def posts(step: int, count: int = 12) -> list[dict[str, Any]]:
-    """The global batch of one step: uneven lengths, missing labels, a task that few posts have."""
+def posts(step: int, count: int = 12, *, paired: bool = False) -> list[dict[str, Any]]:
+    """The global batch of one step: uneven lengths, missing labels, a task that few posts have.
+
+    ``paired``: rows 2 n and 2 n + 1 read the same text, as the rows of a post for two tasks do.
+    """
     rng = np.random.default_rng(step)
     made = []
     for row in range(count):
         length = int(rng.integers(3, 14))
+        ids = rng.integers(3, 60, length)
+        if paired and row % 2:
+            ids, length = made[-1]["ids"], len(made[-1]["ids"])
         made.append({
-            "ids": rng.integers(3, 60, length), "row": row,
+            "ids": ids, "row": row,
             "mood": int(rng.integers(0, 3)) if row % 3 else IGNORED,
             "heat": float(rng.normal()) if row % 2 else float("nan"),
             "topic": int(rng.integers(0, 2)) if row < 5 else IGNORED,
@@ -112,11 +118,17 @@ def batch_of(rows: list[dict[str, Any]], *, step: int = 0) -> Batch:
 
 
 def shares(
-    step: int, *, rank: int, world_size: int, accumulation: int, count: int = 12
+    step: int,
+    *,
+    rank: int,
+    world_size: int,
+    accumulation: int,
+    count: int = 12,
+    paired: bool = False,
 ) -> list[Batch]:
     """This rank's micro-batches of ``count`` posts in all; the split over ranks is uneven on purpose."""
     chunks = np.array_split(np.arange(count), accumulation)
-    everything = posts(step, count)
+    everything = posts(step, count, paired=paired)
     out = []
     for chunk in chunks:
         cuts = np.linspace(0, 1, world_size + 1) ** 1.7 * len(chunk)
@@ -199,13 +211,20 @@ def one_step(engine: Any, step: int, *, accumulation: int = 1) -> Any:
     return engine.train_step(own_batches(step, accumulation=accumulation))
 
 
-def own_batches(step: int, *, accumulation: int = 1, count: int = 12) -> list[Batch]:
+def own_batches(
+    step: int, *, accumulation: int = 1, count: int = 12, paired: bool = False
+) -> list[Batch]:
     """This rank's micro-batches with the scale of the whole step."""
     from comoe.distributed import rank, sum_over_ranks, world_size
     from comoe.losses.objective import count_units, unit_scale
 
     batches = shares(
-        step, rank=rank(), world_size=world_size(), accumulation=accumulation, count=count
+        step,
+        rank=rank(),
+        world_size=world_size(),
+        accumulation=accumulation,
+        count=count,
+        paired=paired,
     )
     units_T = sum_over_ranks(torch.stack([count_units(batch, TASKS) for batch in batches]).sum(0))
     scale_T = unit_scale(units_T, world_size=world_size(), accumulation=accumulation)
@@ -253,9 +272,12 @@ def many(encoder: str, cases: list[dict[str, Any]], work: str = "case") -> list[
 
 def case(
     encoder: str, *, stage: int, steps: int, accumulation: int = 1, count: int = 12, seed: int = 0,
-    settings: dict[str, Any] | None = None, plainly: bool = True, **changes: Any,
+    settings: dict[str, Any] | None = None, plainly: bool = True, paired: bool = False, **changes: Any,
 ) -> dict[str, Any]:  # fmt: skip
-    """Train a few steps: global losses, norms, picks, weights, logits by the engine and, ``plainly``, by the model."""
+    """Train a few steps: global losses, norms, picks, weights, logits by the engine and, ``plainly``, by the model.
+
+    ``paired``: rows share texts, and the batch says so.
+    """
     from comoe.distributed import sum_over_ranks, world_size
     from comoe.losses.objective import build_objective
     from comoe.train.parallel.setup import gather_full_state
@@ -268,7 +290,13 @@ def case(
     before = gather_full_state(engine.deepspeed)
     values, norms, picks = [], [], []
     for step in range(steps):
-        batches = own_batches(step, accumulation=accumulation, count=count)
+        batches = own_batches(step, accumulation=accumulation, count=count, paired=paired)
+        if paired:
+            numbers = [batch.row_ids_B.div(2, rounding_mode="floor") for batch in batches]
+            batches = [
+                replace(batch, text_numbers_B=numbers_B)
+                for batch, numbers_B in zip(batches, numbers, strict=True)
+            ]
         layers = engine.objective.model.moe_layers()
         biases_LE = torch.stack(
             [layer.mixture.router.e_score_correction_bias.clone() for layer in layers]
@@ -323,7 +351,8 @@ def _outcome(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) ->
 
 
 def plain_case(
-    encoder: str, *, steps: int, accumulation: int = 1, count: int = 12, seed: int = 0, **changes: Any,
+    encoder: str, *, steps: int, accumulation: int = 1, count: int = 12, seed: int = 0, paired: bool = False,
+    **changes: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """What ``case`` does, by PyTorch alone: one process, its own optimizer, its own clipping. No DeepSpeed runs."""
     from comoe.losses.objective import build_objective
@@ -332,7 +361,10 @@ def plain_case(
     torch.manual_seed(seed)
     objective = build_objective(recipe, TASKS).train()
     before = {key: value.clone() for key, value in objective.model.state_dict().items()}
-    batches = [own_batches(step, accumulation=accumulation, count=count) for step in range(steps)]
+    batches = [
+        own_batches(step, accumulation=accumulation, count=count, paired=paired)
+        for step in range(steps)
+    ]
     steps_done = train_plainly(objective, recipe, batches)
     values, norms, answers, biases = zip(*steps_done, strict=True)
     picks = [picks_of(*of_step) for of_step in zip(answers, batches, biases, strict=True)]

@@ -1,12 +1,14 @@
-"""Ways to put a cooperative block beside a layer's feed-forward."""
+"""Ways to put a cooperative block beside a layer's feed-forward, and to run rows of one text together below it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
-from comoe.models.moe.block import CooperativeBlock
+from comoe.models.moe.block import ContextHolder, CooperativeBlock
 
 
 class BeforeResidualNorm(nn.Module):
@@ -91,3 +93,25 @@ def wrap_pair(layer: nn.Module, block: CooperativeBlock) -> None:
     """BART's layers call two linear layers, and the dropout behind them, themselves."""
     passed = _Passed()
     layer.fc1, layer.fc2 = FirstHalf(layer.fc1, passed), SecondHalf(layer.fc2, block, passed)
+
+
+def run_per_row(layers: Iterable[nn.Module], holder: ContextHolder) -> None:
+    """Let layers run once per row, in place, whether what they are given is per text or per row.
+
+    Args:
+        layers: the first one with a block, and all behind it.
+        holder: its context has the ``fan_out`` of the running encode.
+    """
+    for layer in layers:
+        # The forward is wrapped, not the module: the names of its weights stay as they are.
+        layer.forward = partial(_per_row, layer.forward, holder)
+
+
+def _per_row(
+    forward: Callable[..., Any], holder: ContextHolder, *inputs: Any, **options: Any
+) -> Any:
+    context = holder.context
+    if context is None or context.fan_out is None:
+        return forward(*inputs, **options)
+    to_rows = context.fan_out.to_rows
+    return forward(*map(to_rows, inputs), **{key: to_rows(value) for key, value in options.items()})

@@ -16,11 +16,13 @@ from comoe.config.recipe import MoeConfig
 from comoe.models.encoders.adapters import (
     BeforeResidualNorm,
     BesideFeedForward,
+    run_per_row,
     wrap,
     wrap_pair,
     wrap_t5,
 )
 from comoe.models.moe.block import ContextHolder, CooperativeBlock
+from comoe.models.moe.gate import ROUTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +47,8 @@ class Family:
     after_layers: tuple[str, ...] = ()
     """Paths of modules that run after the last layer, of an encoder-decoder in each stack: they
     train with it."""
+    after_first: str | None = None
+    """Path of a module, or of None, that runs behind the first layer and reads its input too."""
     single_stream: bool = False
     """True where one encoder reads text and pixels, and needs no vision tower."""
     stacks: tuple[str, ...] = ()
@@ -184,6 +188,8 @@ def attach_blocks(
 ) -> list[CooperativeBlock]:
     """Put a cooperative block beside the feed-forward of each chosen layer, in place.
 
+    Where the gate reads tasks, the layers below the first block run once per text.
+
     Args:
         encoder: a model of ``build_encoder``.
         config: ``model.moe``; ``num_experts`` 0 attaches nothing.
@@ -205,6 +211,12 @@ def attach_blocks(
         )
         family.attach(layers[number], block)
         blocks.append(block)
+    if blocks and ROUTES[config.route_by].task:
+        first, run = blocks[0].layer, list(_layers_by_stack(encoder)[0])[blocks[0].layer :]
+        if first == 0 and family.after_first is not None:
+            between = operator.attrgetter(family.after_first)(encoder)
+            run += [] if between is None else [between]
+        run_per_row(run, holder)
     return blocks
 
 
@@ -332,7 +344,7 @@ FAMILIES: dict[str, Family] = {
     "xlm-roberta": Family(first_position=2),
     "camembert": Family(first_position=2),
     "electra": Family(has_pooler=False),
-    "deberta-v2": Family(has_pooler=False),
+    "deberta-v2": Family(has_pooler=False, after_first="encoder.conv"),
     "mpnet": Family(has_segments=False, first_position=2),
     "distilbert": Family(
         layers="transformer.layer",

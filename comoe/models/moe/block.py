@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from comoe.config.recipe import MoeConfig
+from comoe.models.encoder_io import FanOut
 from comoe.models.moe.experts import Experts, GatedFeedForward, sort_routes
 from comoe.models.moe.gate import (
     ROUTER_STD,
@@ -80,6 +81,8 @@ class RoutingContext:
     alike."""
     input_weights_B: Tensor | None = None
     """Weight of each row's embeddings, None for all 1; only in training."""
+    fan_out: FanOut | None = None
+    """Which text each row reads, where lower layers run once per text."""
 
 
 def without_tokens(routing: Routing) -> Routing:

@@ -215,6 +215,14 @@ def test_the_layers_are_measured_on_real_ranks(ranks):
     assert Size(experts=(8, 16), **size).rounds == 2
 
 
+@pytest.mark.multiprocess
+def test_routing_by_task_is_measured_with_and_without_the_fan_out():
+    size = {"layers": ["top-1"], "posts": 4, "rounds": 1}
+    measured = run_on_ranks("comoe.benchmarks.routing:measure", 1, config=SMOKE, **size)
+    assert len(measured["times"]["top-1"]) == 6
+    assert all(seconds > 0 for times in measured["times"]["top-1"].values() for seconds in times)
+
+
 def test_every_form_of_the_contrastive_loss_is_timed_and_its_memory_measured(monkeypatch, tmp_path):
     def here(function, world_size, /, **arguments):
         name = function.rpartition(":")[2]

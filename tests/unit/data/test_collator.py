@@ -132,7 +132,9 @@ def test_prediction_by_task_asks_every_task_of_every_post(mixed: TokenizedSplit)
     assert batch.row_ids_B.tolist() == [3, 3, 3, 3, 0, 0, 0, 0]
     assert batch.task_ids_B.tolist() == [0, 1, 2, 3, 0, 1, 2, 3]
     assert batch.labels["mood"].tolist() == [IGNORED] * 4 + [1] + [IGNORED] * 3
-    assert len(collator()(mixed, np.array([3, 0]), all_tasks=True).row_ids_B) == 2
+    assert batch.text_numbers_B.tolist() == [0] * 4 + [1] * 4
+    by_token = collator()(mixed, np.array([3, 0]), all_tasks=True)
+    assert len(by_token.row_ids_B) == 2 and by_token.text_numbers_B is None
 
 
 @pytest.mark.parametrize(("route_by", "task_id"), [("token", -1), ("task", 0)])

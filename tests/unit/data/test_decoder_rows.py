@@ -142,6 +142,7 @@ def test_by_task_every_row_has_its_one_task(route_by: str) -> None:
     # without any.
     batch = collator(split, np.array([1, 3, 4]), all_tasks=True)
     assert rows_of(batch) == [(1, 0), (3, 0), (3, 2), (4, 0), (4, 1), (4, 2)]
+    assert batch.text_numbers_B.tolist() == [0, 1, 2, 3, 4, 5]  # a prompt is a text of its own
     assert shown(batch, 1) == "post four 😀 </s> screen </s>"
     assert shown(batch, 2) == "polarity of screen in: post four 😀 ? </s>"
 

@@ -30,6 +30,15 @@ def device(memory_plan: MemoryPlan) -> dict[str, int]:
     return {part.name.split(" (")[0]: part.device_bytes for part in memory_plan.parts}
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+def test_layers_below_the_first_block_keep_each_text_once_where_the_gate_reads_tasks(recompute):
+    size = {"layers": 4, "width": 8, "recompute": recompute}
+    whole, some = Work(tokens=50, **size), Work(tokens=10, **size | {"layers": 3})
+    shared = Work(tokens=50, shared_layers=3, shared_tokens=10, **size)
+    kept = 8 * 4 if recompute else some.layer_token_bytes(4)
+    assert whole.activation_bytes(4) - shared.activation_bytes(4) == 3 * 40 * kept
+
+
 def test_stage_1_keeps_weights_and_gradients_whole_but_for_the_experts_of_other_ranks():
     parts = device(plan(stage=1))
     assert parts["weights"] == 4 * (1000 + 400)

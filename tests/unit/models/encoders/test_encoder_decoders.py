@@ -274,12 +274,13 @@ def test_the_plan_counts_a_row_per_task_that_a_decoder_answers_and_what_it_reads
     row = _row_tokens(model, split_of(MIXED), by_task=False)
     # Heads' row: 5.5 tokens; three prompts of 7.5. Words of labels: at most two, so five tokens;
     # two texts of three.
-    assert row == (5.5 + 3 * 7.5, 3 * 7.5, 5 + 3 + 3, 4.0)
+    assert row == (5.5 + 3 * 7.5, 3 * 7.5, 5 + 3 + 3, 4.0, 5.5 + 3 * 7.5)
     assert _row_tokens(model, split_of(MIXED), by_task=True) == (
         2 * 5.5 + 3 * 7.5,
         3 * 7.5,
         11,
         5.0,
+        5.5 + 3 * 7.5,  # below the blocks the two heads' rows are one text
     )
     parts = {part.name: part.device_bytes for part in plan_of(model).parts}
     tokens, written, read, width, expert = 6 * 28, 6 * 11, int(6 * 22.5), 16, 16
