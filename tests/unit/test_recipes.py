@@ -30,7 +30,7 @@ def test_a_recipe_is_valid_and_named_after_its_file(path: Path) -> None:
     assert path.read_text(encoding="utf-8").startswith("# ")
 
 
-@pytest.mark.parametrize("stem", ["absa", "airline", "social", "tweeteval", "wnut17"])
+@pytest.mark.parametrize("stem", ["absa", "airline", "social", "social_all", "tweeteval", "wnut17"])
 def test_the_head_of_a_recipe_for_published_posts_names_them_on_the_hub(stem: str) -> None:
     path = next(path for path in CONFIGS if path.stem == stem)
     head = "".join(
