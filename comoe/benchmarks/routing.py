@@ -112,7 +112,7 @@ def run(
     *,
     config: Path | None = None,
     rounds: int | None = None,
-    posts: int = 16,
+    posts: int = 8,
     layers: Sequence[str] = LAYERS,
 ) -> Measurements:
     """Measure, print the table, write the JSON.
