@@ -219,11 +219,7 @@ class MultiTaskModel(nn.Module):
             compare, decode, probed: give ``image_text``, run the decoder (where there is one), give
                 ``probe``.
         """
-        ids_BL, mask_BL = batch.input_ids_BL, batch.attention_mask_BL
-        # A confidence says how much to learn from a post, not what to predict.
-        weights_B = input_weights(batch, self.tasks) if self.training else None
-        segments_BL, numbers_B = batch.token_type_ids_BL, batch.text_numbers_B
-        texts = Texts(ids_BL, mask_BL, segments_BL, batch.task_ids_B, weights_B, numbers_B)
+        texts, mask_BL = self._texts(batch), batch.attention_mask_BL
         images = self.embed_images(batch)
         encoding = self.encode(texts, images, selected)
         shared_BLM, routings, picked = encoding.fused_BLM, encoding.routings, encoding.selected
@@ -263,6 +259,12 @@ class MultiTaskModel(nn.Module):
         more |= {"selected": picked, "generated": {} if decoded is None else decoded.generated}
         logits = {task.name: logits[task.name] for task in self.tasks if task.name in logits}
         return ModelOutput(logits, embeddings, attentions, routings, token_rows_S, **more)
+
+    def _texts(self, batch: Batch) -> Texts:
+        # A confidence says how much to learn from a post, not what to predict.
+        weights_B = input_weights(batch, self.tasks) if self.training else None
+        rows = (batch.input_ids_BL, batch.attention_mask_BL, batch.token_type_ids_BL)
+        return Texts(*rows, batch.task_ids_B, weights_B, batch.text_numbers_B)
 
     def _logits(self, place: int, shared_BLM: Tensor, *, mask_BL: Tensor) -> Tensor:
         return self._head(place, shared_BLM, mask_BL)[0].logits
