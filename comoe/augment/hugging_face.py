@@ -150,7 +150,10 @@ class HuggingFaceGenerator(Generator):
         self._special = sorted(set(tokenizer.all_special_tokens), key=len, reverse=True)
         usual = model.generation_config
         ends = usual.eos_token_id if isinstance(usual.eos_token_id, list) else [usual.eos_token_id]
-        lines = () if self._has_decoder or self._chats else self._line_ends()
+        lines = []
+        if not (self._has_decoder or self._chats):
+            tokens = range(len(tokenizer))
+            lines = [token for token in tokens if "\n" in tokenizer.decode([token])]
         self._ends = sorted({*ends, tokenizer.eos_token_id, *lines} - {None})
         pads = (tokenizer.pad_token_id, usual.pad_token_id, *self._ends, 0)
         self._pad = next(token for token in pads if token is not None)
@@ -322,12 +325,6 @@ class HuggingFaceGenerator(Generator):
         ids = [padded(row, self._pad) for row in rows]
         mask = [padded([1] * len(row), 0) for row in rows]
         return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
-
-    def _line_ends(self) -> Iterator[int]:
-        """Tokens that end a line."""
-        for token in range(len(self._tokenizer)):
-            if "\n" in self._tokenizer.decode([token]):
-                yield token
 
     def _digest(self) -> str:
         """Changes with weights, architecture, vocabulary or chat template; some numbers represent each weight."""

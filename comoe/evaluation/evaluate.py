@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -112,12 +112,8 @@ def evaluate(
     tasks: Sequence[Task],
     batches: Iterable[np.ndarray],
     gather: Callable[[Any], list[Any]],
-    device: torch.device | str,
-    progress: Callable[[int], None] | None = None,
-    texts: Sequence[str] | None = None,
-    columns: Mapping[str, Sequence[str | None]] | None = None,
-    predictions: bool = True,
     detokenize: Detokenize | None = None,
+    **options: Any,
 ) -> Evaluation:
     """Run the model over a split and score it.
 
@@ -127,19 +123,16 @@ def evaluate(
     all tasks that it has rows for.
 
     Args:
-        forward: the model in evaluation mode; called under ``torch.no_grad``.
+        forward: the model in evaluation mode, which gets batches on the CPU; called under
+            ``torch.no_grad``.
         split: what ``collator`` makes batches of.
         collator: (split, row ids) -> batch on the CPU; a filler row for no ids.
         tasks: tasks in the order of the model's.
         batches: row ids of each batch of this rank. Every rank brings the same number of them,
             empty ones if need be: under expert parallelism each forward is a collective.
         gather: object of this rank -> objects of all ranks, on all ranks.
-        device: where ``forward`` wants its batch.
-        progress: called after each batch with its number of posts.
-        texts: text per row of the split, shown beside the predictions.
-        columns: column -> its cell per row of the split; the tasks' slices are found by them.
-        predictions: False leaves them out, which spares time in the middle of a training run.
         detokenize: ``Collator.detokenize``; needed where the decoder generates texts.
+        options: ``texts``, ``columns`` and ``predictions`` of ``compute_metrics``.
     """
     scored = [task for task in tasks if task.rules.scored]
     outputs: dict[str, list[PostOutput]] = {task.name: [] for task in scored}
@@ -147,7 +140,7 @@ def evaluate(
     with torch.no_grad():
         for indices in batches:
             batch = collator(split, indices)
-            output = forward(batch.to(device))
+            output = forward(batch)
             kept = _rows_to_keep(batch, tasks)
             for task in scored:
                 if rows := kept[task.name]:
@@ -156,11 +149,17 @@ def evaluate(
                     )
                 if task.name in batch.soft_labels:
                     divergences[task.name] += _divergences(output, batch, task)
-            if progress is not None:
-                progress(len(indices))
     ordered, divergences = _of_all_ranks(gather((outputs, divergences)), scored)
-    kept = {"texts": texts, "columns": columns, "predictions": predictions}
-    return compute_metrics(ordered, tasks, divergences=divergences, **kept)
+    return compute_metrics(ordered, tasks, divergences=divergences, **options)
+
+
+def reporting(
+    batches: Iterable[np.ndarray], progress: Callable[[int], object]
+) -> Iterator[np.ndarray]:
+    """The batches; ``progress`` is called with the number of posts of each when the next one is taken."""
+    for indices in batches:
+        yield indices
+        progress(len(indices))
 
 
 _Shares = Sequence[tuple[Mapping[str, Sequence[PostOutput]], Mapping[str, Sequence[tuple]]]]

@@ -93,9 +93,12 @@ def calibration_table(report: Report) -> list[tuple[str, ...]]:
         edges = " ".join(f"{edge:.2f}" for edge in entry["thresholds"] or ()) or "-"
         fitted = entry["temperature"]
         temperature = "-" if fitted is None else f"{fitted:.2f}"
-        rows.append(
-            (task, temperature, edges, *(_change(entry["ece"].get(split)) for split in splits))
-        )
+        changes = []
+        for split in splits:
+            both = (entry["ece"].get(split) or {}).values()
+            known = [f"{value:.3f}" for value in both if value is not None]
+            changes.append(" -> ".join(known) or "-")
+        rows.append((task, temperature, edges, *changes))
     return rows
 
 
@@ -127,11 +130,6 @@ def calibration_sentences(report: Report) -> list[str]:
                 f"{chosen['held_out']:.3f} on posts that did not choose them. Validation results above are with 0.5."
             )
     return lines
-
-
-def _change(both: Mapping[str, float | None] | None) -> str:
-    values = [f"{value:.3f}" for value in (both or {}).values() if value is not None]
-    return " -> ".join(values) or "-"
 
 
 def format_results_table(

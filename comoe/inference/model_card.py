@@ -48,6 +48,13 @@ def model_card(
             ``seconds`` are read; None says in the card that nothing was measured.
     """
     tasks = [task for task in tasks if task.rules.scored]
+    calibrated, experts, found = [], [], results or {}
+    if report := found.get("calibration"):
+        table = _table(calibration_table(report))
+        calibrated = ["## Calibration", table, *calibration_sentences(report)]
+    if OFF in found:
+        table = _table(experts_table(found, tasks))
+        experts = [f"## What the experts add\n\n{table}", *verdicts(found)]
     parts = [
         _front_matter(tasks, config=config, results=results),
         f"# {recipe.run.name}\n\n{_summary(recipe, tasks, config)}",
@@ -55,8 +62,8 @@ def model_card(
         f"## Use\n\n{_usage(tasks, config)}",
         f"## Tasks\n\n{_task_table(tasks)}",
         f"## Measured results\n\n{_results(tasks, results)}",
-        *_calibration((results or {}).get("calibration")),
-        *_experts(tasks, results or {}),
+        *calibrated,
+        *experts,
         f"## Training\n\n{_training(recipe, config, results)}",
         f"## Limits\n\n{_limits(recipe, tasks)}",
     ]
@@ -218,21 +225,6 @@ def _results(tasks: Sequence[Task], results: Mapping[str, Any] | None) -> str:
     return f"{_table(rows)}\n\n{note}"
 
 
-def _calibration(report: Mapping[str, Any] | None) -> list[str]:
-    if not report:
-        return []
-    return ["## Calibration", _table(calibration_table(report)), *calibration_sentences(report)]
-
-
-def _experts(tasks: Sequence[Task], results: Mapping[str, Any]) -> list[str]:
-    if OFF not in results:
-        return []
-    return [
-        f"## What the experts add\n\n{_table(experts_table(results, tasks))}",
-        *verdicts(results),
-    ]
-
-
 def _training(recipe: Recipe, config: Mapping[str, Any], results: Mapping[str, Any] | None) -> str:
     train, normalize = recipe.train, recipe.data.normalize
     lines = [
@@ -247,14 +239,20 @@ def _training(recipe: Recipe, config: Mapping[str, Any], results: Mapping[str, A
         )
     rows = [("task", "data set", "posts kept at most")]
     limit = "all" if recipe.data.limit_per_task is None else str(recipe.data.limit_per_task)
-    rows += [(name, _source(task.path), limit) for name, task in recipe.tasks.items()]
+    for name, task in recipe.tasks.items():
+        # Of an absolute path the last part: the rest concerns nobody.
+        path = task.path.rsplit("/", 1)[-1] if task.path.startswith(("/", "~")) else task.path
+        rows.append((name, path or "-", limit))
     return "\n".join(lines) + "\n\n" + _table(rows)
 
 
 def _limits(recipe: Recipe, tasks: Sequence[Task]) -> str:
+    certainty = "Scores are the model's own probabilities and are not calibrated."
+    if fitted := ", ".join(task.name for task in tasks if task.temperature is not None):
+        certainty = f"Scores of {fitted} are calibrated on posts like the training data; on others they may be off."
     lines = [
         "- It predicts posts like those it was trained on; other platforms, languages and years were not measured.",
-        f"- {_certainty(tasks)}",
+        f"- {certainty}",
         *_limits_of_predictions(tasks),
         "- People are affected when their posts are classified: keep a person in any decision about a person.",
         "- The licences of the encoder and of the training data apply to these weights.",
@@ -283,17 +281,5 @@ def _limits_of_predictions(tasks: Sequence[Task]) -> list[str]:
     return lines
 
 
-def _certainty(tasks: Sequence[Task]) -> str:
-    fitted = [task.name for task in tasks if task.temperature is not None]
-    if not fitted:
-        return "Scores are the model's own probabilities and are not calibrated."
-    return f"Scores of {', '.join(fitted)} are calibrated on posts like the training data; on others they may be off."
-
-
 def _table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(markdown_table(rows[0], rows[1:]))
-
-
-def _source(path: str) -> str:
-    """Relative paths and hub names as they are; of an absolute path the last part: the rest concerns nobody."""
-    return path.rsplit("/", 1)[-1] if path.startswith(("/", "~")) else path or "-"

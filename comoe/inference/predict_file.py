@@ -80,7 +80,11 @@ def read_posts(
             words=words,
             pair=row.get(pair_column),
             image=row.get(image_column),
-            columns={column: _kept_cell(row.get(column)) for column in kept},
+            # Text and whole numbers stay, anything else becomes text.
+            columns={
+                column: cell if isinstance(cell := row.get(column), (str, int)) else cell_text(cell)
+                for column in kept
+            },
         )
 
     return list(read_rows(raw, read))
@@ -111,11 +115,6 @@ def _kept_columns(
                 f"--keep {column}: the predictions have this name themselves; rename the column."
             )
     return list(dict.fromkeys(keep))
-
-
-def _kept_cell(value: Any) -> Any:
-    """Text and whole numbers as they are, anything else as text; None for an empty cell."""
-    return value if isinstance(value, (str, int)) else cell_text(value)
 
 
 OWN_COLUMNS = ("text", "error", "truncated", "image_error")

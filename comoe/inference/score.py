@@ -27,7 +27,7 @@ from comoe.data.report import BadRow, DataReport
 from comoe.data.sampling.sampler import eval_batches
 from comoe.data.tokens.split import TokenizedSplit, tokenize_split
 from comoe.evaluation.calibration import ece_of
-from comoe.evaluation.evaluate import Evaluation, evaluate
+from comoe.evaluation.evaluate import Evaluation, evaluate, reporting
 from comoe.inference.predictor import Predictor
 from comoe.tasks.labels import split_words
 from comoe.tasks.prompts import wants_pair
@@ -123,15 +123,14 @@ def score_split(
         batch_size: posts per forward pass.
         progress: called after each batch with its number of posts.
     """
+    batches = eval_batches(split.lengths, batch_size=batch_size)
     return evaluate(
-        predictor.exported.model,
+        lambda batch: predictor.exported.model(batch.to(predictor.device)),
         split,
         collator=predictor.collator,
         tasks=predictor.exported.tasks,
-        batches=eval_batches(split.lengths, batch_size=batch_size),
+        batches=batches if progress is None else reporting(batches, progress),
         gather=lambda outputs: [outputs],
-        device=predictor.device,
-        progress=progress,
         columns=split.posts.columns,
         predictions=False,
         detokenize=predictor.collator.detokenize,

@@ -92,7 +92,6 @@ def evaluate_split(
             tasks=tasks,
             batches=batches,
             gather=all_gather_objects,
-            device=run.engine.device,
             texts=split.texts,
             columns=split.posts.columns,
             predictions=predictions,
@@ -127,7 +126,7 @@ def measure_experts(run: TrainingRun, whole: Evaluation) -> dict[str, Any]:
 
     def forward(batch: Batch) -> ModelOutput:
         run.watch.batch(False)
-        return run.engine.forward(batch)
+        return run.engine.forward(batch.to(run.engine.device))
 
     found = {}
     for name, condition in CONDITIONS.items():
@@ -139,7 +138,6 @@ def measure_experts(run: TrainingRun, whole: Evaluation) -> dict[str, Any]:
                 tasks=run.tasks,
                 batches=[rows[places] for places in batches],
                 gather=all_gather_objects,
-                device=run.engine.device,
                 predictions=False,
                 detokenize=run.collator.detokenize,
             )
@@ -182,6 +180,7 @@ class _Observed:
         self._done, self._seconds = 0, 0.0
 
     def forward(self, batch: Batch) -> ModelOutput:
+        batch = batch.to(self._run.engine.device)
         began = time.perf_counter()
         output = self._run.engine.forward(batch)
         if torch.cuda.is_available():

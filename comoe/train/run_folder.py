@@ -167,10 +167,9 @@ def _refuse_unseen(folder: Path, word: str) -> None:
     if is_main():
         write_atomic(folder / PROBE, word)
     barrier()
+    here = f"{os.uname().nodename} (node {os.environ.get('CROSS_RANK', '0')})"
     blind = [
-        machine
-        for machine in all_gather_objects(None if _sees(folder, word) else _machine())
-        if machine
+        machine for machine in all_gather_objects(None if _sees(folder, word) else here) if machine
     ]
     if is_main():
         (folder / PROBE).unlink(missing_ok=True)
@@ -205,7 +204,3 @@ def _sees(folder: Path, word: str) -> bool:
         if time.monotonic() > end:
             return False
         time.sleep(0.5)
-
-
-def _machine() -> str:
-    return f"{os.uname().nodename} (node {os.environ.get('CROSS_RANK', '0')})"

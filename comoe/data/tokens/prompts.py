@@ -92,7 +92,7 @@ class Wording:
         """
         assert task.prompt is not None
         empty, _ = _filled(prompt_parts(task.prompt), dict.fromkeys(FIELDS, ""))
-        return self._max_length - len(_ids(self._tokenizer, [empty])[0])
+        return self._max_length - len(self._tokenizer(empty, verbose=False)["input_ids"])
 
     def targets(self, texts: Sequence[str | None], task: Task) -> TokenLists:
         """Target tokens of a task of free text, end token included; cut where they are too long.
@@ -291,10 +291,6 @@ def _encoded(
         return [(ids, None) for ids in made["input_ids"]]
     # Special tokens have no place in the text.
     return [(encoding.ids, encoding.offsets) for encoding in made.encodings]
-
-
-def _ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    return tokenizer(texts, verbose=False)["input_ids"]
 
 
 def _target_ids(tokenizer: Any, texts: Sequence[str], **limits: Any) -> list[list[int]]:

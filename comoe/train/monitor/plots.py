@@ -149,7 +149,8 @@ def confusion_figure(counts_YY: np.ndarray, *, labels: Sequence[str], title: str
     if size <= MAX_COUNTED_CLASSES:
         for row, column in np.ndindex(*counts.shape):
             color = "white" if share[row, column] > 0.55 else INK
-            text = _count(int(counts[row, column]))
+            number = int(counts[row, column])
+            text = str(number) if number < 10_000 else f"{number / 1000:.0f}k"
             panel.text(column, row, text, ha="center", va="center", fontsize=7, color=color)
     if size <= MAX_NAMED_CLASSES:
         names = [_short(label) for label in labels]
@@ -280,10 +281,6 @@ def _smooth(points: Curve) -> list[tuple[int, float]]:
 def _short(label: str) -> str:
     """Long labels often differ in their last letters only: the middle goes."""
     return label if len(label) <= MAX_LABEL else f"{label[: MAX_LABEL - 7]}…{label[-6:]}"
-
-
-def _count(number: int) -> str:
-    return str(number) if number < 10_000 else f"{number / 1000:.0f}k"
 
 
 def embedding_figure(points_NP: np.ndarray, labels: Sequence[Any], *, title: str) -> Figure:

@@ -286,7 +286,7 @@ def evaluated(*, shares: list[list[list[int]]], route_by: str = "token", **optio
     def of(batches: list[list[int]], gather: Any) -> Any:
         return evaluate(
             written_by, split, collator=lambda s, i: collator(s, i, all_tasks=True), tasks=TASKS,
-            batches=[np.array(batch, dtype=np.int64) for batch in batches], gather=gather, device="cpu",
+            batches=[np.array(batch, dtype=np.int64) for batch in batches], gather=gather,
             detokenize=collator.detokenize, texts=split.texts, **options,
         )  # fmt: skip
 
@@ -329,7 +329,7 @@ def test_scores_of_texts_can_be_sliced_and_chosen_by() -> None:
     tasks = (MOOD, replace(ASPECT, slices=("place",)), POLARITY)
     split, collator = split_of(), Collator(TOKENIZER, tasks)
     found = evaluate(
-        written_by, split, collator=collator, tasks=tasks, batches=[np.arange(5)], gather=lambda a: [a], device="cpu",
+        written_by, split, collator=collator, tasks=tasks, batches=[np.arange(5)], gather=lambda a: [a],
         detokenize=collator.detokenize, columns={"place": ["x", None, "y", "y", "x"]}, predictions=False,
     )  # fmt: skip
     assert (
@@ -370,7 +370,7 @@ def test_scored_words_are_calibrated_and_texts_left_alone() -> None:
         return replace(output, logits={**output.logits, "polarity": logits})
 
     found = evaluate(
-        forward, split, collator=collator, tasks=tasks, batches=[np.arange(60)], gather=lambda a: [a], device="cpu",
+        forward, split, collator=collator, tasks=tasks, batches=[np.arange(60)], gather=lambda a: [a],
         detokenize=collator.detokenize,
     )  # fmt: skip
     assert set(ece_of(found.outputs, tasks)) == {"polarity"}

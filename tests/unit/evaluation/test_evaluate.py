@@ -21,6 +21,7 @@ from comoe.evaluation.evaluate import (
     evaluate,
     mean_metric,
     metric_names,
+    reporting,
 )
 from comoe.tasks.kinds.base import PostOutput
 from comoe.tasks.task import Task
@@ -134,7 +135,6 @@ def run(
             tasks=TASKS,
             batches=batches,
             gather=gather,
-            device="cpu",
             **options,
         )
 
@@ -252,10 +252,8 @@ def test_progress_counts_posts() -> None:
         None,
         collator=FakeCollator(),
         tasks=TASKS,
-        batches=[np.array([0, 1, 2]), np.array([], dtype=np.int64)],
+        batches=reporting([np.array([0, 1, 2]), np.array([], dtype=np.int64)], seen.append),
         gather=lambda own: [own],
-        device="cpu",
-        progress=seen.append,
     )
     assert seen == [3, 0]
 

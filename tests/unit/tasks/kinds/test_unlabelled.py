@@ -126,7 +126,7 @@ def test_no_answer_no_score_and_no_metric_to_choose_by() -> None:
     model, batch = tiny_model(tasks=TASKS).eval(), batch_of()
     found = evaluate(
         model, None, collator=lambda split, rows: batch, tasks=TASKS, batches=[np.arange(6)],
-        gather=lambda answers: [answers], device="cpu",
+        gather=lambda answers: [answers],
     )  # fmt: skip
     assert set(found.metrics) == set(found.predictions) == {"mood", "topic"}
     assert np.isfinite(mean_metric(found.metrics, TASKS))
