@@ -259,7 +259,7 @@ class Trainer:
         run, state = self.run, self.run.state
         try:
             with run.watch.paused("evaluation"):
-                evaluation = evaluate_split(run, "validation", asked_to_stop=self.stop.asked)
+                evaluation = self._evaluate()
         except EvaluationStopped:
             # The next look at the signal ends the run; the resume begins with this evaluation.
             return False
@@ -284,6 +284,9 @@ class Trainer:
         told = f"{' (best)' if improved else ''}{'' if kl is None else f', teacher_kl {kl:.4f}'}"
         self._say(f"step {state.step}: validation {value:.4f}{told}")
         return improved
+
+    def _evaluate(self) -> Evaluation | None:
+        return evaluate_split(self.run, "validation", asked_to_stop=self.stop.asked)
 
     def _save(self) -> int:
         run = self.run

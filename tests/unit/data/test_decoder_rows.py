@@ -1,4 +1,4 @@
-"""Rows of a batch where a decoder answers some tasks, and the way of its answers to scores and predictions."""
+"""Rows of a batch where a decoder predicts some tasks, and the path of its texts to scores and predictions."""
 
 from __future__ import annotations
 
@@ -33,21 +33,7 @@ from tests.helpers_data import write_jsonl
 from tests.helpers_decoder import ASPECT, MOOD, POLARITY, TASKS, decoder_tokenizer, posts_of
 
 TOKENIZER = decoder_tokenizer(
-    [
-        "aspect",
-        "of:",
-        "polarity",
-        "of",
-        "in:",
-        "?",
-        "great",
-        "terrible",
-        "battery",
-        "screen",
-        "😀",
-        "电池",
-        "post",
-    ]
+    "aspect of: polarity of in: ? great terrible battery screen 😀 电池 post".split()
 )
 CONFIG = DataConfig(max_length=32, cache=False, normalize=NormalizeConfig(preset="none"))
 TEXTS = ["post one", "post two is great", "post three", "post four 😀", "post five"]
@@ -88,20 +74,11 @@ def test_by_token_a_post_has_one_row_for_the_heads_and_one_for_each_task_of_the_
     assert shown(batch, 1) == "aspect of: post one </s>"
     assert shown(batch, 2) == "polarity of battery in: post one ? </s>"
     assert batch.labels["mood"].tolist() == [0, *[IGNORED] * 2, 1, *[IGNORED] * 6]
-    assert batch.labels["polarity"].tolist() == [
-        IGNORED,
-        IGNORED,
-        1,
-        *[IGNORED] * 2,
-        0,
-        0,
-        *[IGNORED] * 3,
-    ]
+    no = IGNORED
+    assert batch.labels["polarity"].tolist() == [no, no, 1, no, no, 0, 0, no, no, no]
     assert batch.texts["aspect"] == [None, "battery 😀", None, None, "电池", *[None] * 5]
-    assert batch.labels["aspect"][[1, 4]].tolist() == [
-        3,
-        2,
-    ]  # tokens that are taught, the end token one of them
+    # Target tokens, the end token one of them.
+    assert batch.labels["aspect"][[1, 4]].tolist() == [3, 2]
     assert batch.token_type_ids_BL is None and not batch.word_starts_BL[batch.task_ids_B >= 0].any()
     assert batch.word_starts_BL[0].sum() == 2  # of the first text alone
 
@@ -129,16 +106,9 @@ def test_answers_and_choices_are_the_tokens_of_the_right_words(start: bool) -> N
 @pytest.mark.parametrize("route_by", ["task", "both"])
 def test_by_task_every_row_has_its_one_task(route_by: str) -> None:
     split, collator = split_of(), Collator(TOKENIZER, TASKS, route_by=route_by)
-    assert rows_of(collator(split, np.arange(5))) == [
-        (0, 0),
-        (0, 1),
-        (0, 2),
-        (1, 0),
-        (2, 1),
-        (2, 2),
-        (3, 2),
-    ]
-    # Prediction: heads answer for all posts, the decoder for those it has a label of and those
+    expected = [(0, 0), (0, 1), (0, 2), (1, 0), (2, 1), (2, 2), (3, 2)]
+    assert rows_of(collator(split, np.arange(5))) == expected
+    # Prediction: heads predict all posts, the decoder those it has a label of and those
     # without any.
     batch = collator(split, np.array([1, 3, 4]), all_tasks=True)
     assert rows_of(batch) == [(1, 0), (3, 0), (3, 2), (4, 0), (4, 1), (4, 2)]
@@ -258,7 +228,7 @@ WRITTEN = {0: "battery 😀", 2: "battery", 4: "screen 电池"}
 def written_by(
     batch: Batch, *, tokenizer: Any = TOKENIZER, tasks: tuple[Task, ...] = TASKS
 ) -> ModelOutput:
-    """What a model says that writes ``WRITTEN``, scores "great" at 3/4 of both words, and is of mood 1 for all."""
+    """Outputs of a model that generates ``WRITTEN``, scores "great" at 3/4 of both words, and is of mood 1 for all."""
     rows = batch.row_ids_B.tolist()
     ids = [tokenizer(WRITTEN.get(row, "post"))["input_ids"] for row in rows]
     generated = torch.full((len(rows), max(map(len, ids))), -1)
@@ -291,8 +261,8 @@ def evaluated(*, shares: list[list[list[int]]], route_by: str = "token", **optio
         )  # fmt: skip
 
     for batches in shares[1:]:
-        of(batches, lambda answers: (seen.append(answers), [answers])[1])
-    return of(shares[0], lambda answers: [answers, *seen])
+        of(batches, lambda predictions: (seen.append(predictions), [predictions])[1])
+    return of(shares[0], lambda predictions: [predictions, *seen])
 
 
 @pytest.mark.parametrize("route_by", ["token", "task"])
@@ -352,12 +322,8 @@ def test_scored_words_are_calibrated_and_texts_left_alone() -> None:
     right = generator.random(60) < 0.7
     said = np.where(right, gold, 1 - gold)
     tasks = (ASPECT, POLARITY)
-    posts = posts_of(
-        ["post"] * 60,
-        {"polarity": gold.tolist(), "aspect": ["x"] * 60},
-        pairs=["a"] * 60,
-        tasks=tasks,
-    )
+    labels = {"polarity": gold.tolist(), "aspect": ["x"] * 60}
+    posts = posts_of(["post"] * 60, labels, pairs=["a"] * 60, tasks=tasks)
     split = tokenize_split(posts, TOKENIZER, tasks=tasks, config=CONFIG)
     collator = Collator(TOKENIZER, tasks)
 
@@ -402,19 +368,21 @@ def predictor_of(
 
 @pytest.mark.parametrize("route_by", ["token", "task"])
 def test_every_task_answers_a_post_and_one_without_the_second_text_says_so(route_by: str) -> None:
-    answers = predictor_of(route_by=route_by)(
+    predictions = predictor_of(route_by=route_by)(
         ["post one", "post two", " ", "post three"], pairs=["battery", None, "x", "y"], explain=True
     )
-    assert answers[0]["aspect"] == {"answer": "battery 😀", "probability": pytest.approx(0.5)}
-    assert answers[0]["polarity"]["label"] == "good" and answers[0]["mood"]["label"] == "wild"
-    assert "attention" in answers[0]["mood"] and "attention" not in answers[0]["aspect"]
-    assert answers[1] == {
+    assert predictions[0]["aspect"] == {"answer": "battery 😀", "probability": pytest.approx(0.5)}
+    assert (
+        predictions[0]["polarity"]["label"] == "good" and predictions[0]["mood"]["label"] == "wild"
+    )
+    assert "attention" in predictions[0]["mood"] and "attention" not in predictions[0]["aspect"]
+    assert predictions[1] == {
         "text": "post two",
         "error": "the second text is missing, which the prompt of polarity wants; give it (--pair-column), or ask for "
         "other tasks",
     }
-    assert answers[2] == {"text": " ", "error": "the text is empty"}
-    assert answers[3]["polarity"]["label"] == "good"
+    assert predictions[2] == {"text": " ", "error": "the text is empty"}
+    assert predictions[3]["polarity"]["label"] == "good"
 
 
 @pytest.mark.parametrize(
@@ -433,10 +401,10 @@ def test_second_texts_are_read_as_in_training(cell: Any, read: str) -> None:
     predictor = predictor_of()
     exported = SimpleNamespace(**vars(predictor.exported))
     exported.model = lambda batch: (seen.append(batch), predictor.exported.model(batch))[1]
-    (answer,) = replace(predictor, exported=exported)(
+    (prediction,) = replace(predictor, exported=exported)(
         ["post"], pairs=[cell], tasks=["mood", "polarity"]
     )
-    assert "error" not in answer and post.pair == read
+    assert "error" not in prediction and post.pair == read
     assert [shown(seen[0], row) for row in range(2)] == [
         f"post </s> {read} </s>",
         f"polarity of {read} in: post ? </s>",
@@ -448,8 +416,8 @@ def test_a_second_text_that_is_none_is_said_and_a_line_of_ids_is_never_missing(
     cell: Any, tmp_path: Path
 ) -> None:
     predictor = predictor_of()
-    (answer,) = predictor(["post one"], pairs=[cell], tasks=["polarity"])
-    assert answer["error"].startswith("the second text ") and "polarity" not in answer
+    (prediction,) = predictor(["post one"], pairs=[cell], tasks=["polarity"])
+    assert prediction["error"].startswith("the second text ") and "polarity" not in prediction
     source = write_jsonl(
         tmp_path / "in.jsonl", [{"text": "post one", "about": cell}, {"text": "b", "about": "c"}]
     )

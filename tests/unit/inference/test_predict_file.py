@@ -1,4 +1,4 @@
-"""Files of posts in, files of answers out: one line for each line, whatever the line holds."""
+"""Files of posts in, files of predictions out: one line for each line, whatever the line holds."""
 
 import csv
 import json
@@ -20,10 +20,6 @@ def predictor(tmp_path_factory):
     return tiny_predictor(tmp_path_factory.mktemp("model"))
 
 
-def answer(predictor, source, target, **options):
-    return predict_file(predictor, source, target, **options)
-
-
 def json_lines(path):
     return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
 
@@ -33,7 +29,7 @@ def test_tweeteval_writes_exactly_one_id_per_input_line(predictor, tmp_path, cap
     source = tmp_path / "in.txt"
     source.write_bytes(("\n".join(lines) + "\n").encode() + b"bro\xffken\n")
     target = tmp_path / "new/folder/mood.txt"
-    answer(predictor, source, target, format="tweeteval", tasks=["mood"])
+    predict_file(predictor, source, target, format="tweeteval", tasks=["mood"])
     content = target.read_bytes()
     assert content.endswith(b"\n") and content.count(b"\n") == 9
     ids = [int(line) for line in content.splitlines()]
@@ -56,7 +52,9 @@ def test_tweeteval_writes_exactly_one_id_per_input_line(predictor, tmp_path, cap
 @pytest.mark.parametrize("last", ["", "\n"])
 def test_a_missing_last_line_feed_changes_nothing(predictor, tmp_path, last):
     (tmp_path / "in.txt").write_text("good\nbad" + last)
-    answer(predictor, tmp_path / "in.txt", tmp_path / "out", format="tweeteval", tasks=["mood"])
+    predict_file(
+        predictor, tmp_path / "in.txt", tmp_path / "out", format="tweeteval", tasks=["mood"]
+    )
     assert (tmp_path / "out").read_text().count("\n") == 2
 
 
@@ -72,7 +70,7 @@ def test_an_empty_file_gives_an_empty_file_and_says_so(
 ):
     source, target = tmp_path / name, tmp_path / "out"
     source.write_text(content)
-    said = answer(predictor, source, target, format=format, tasks=["mood"])
+    said = predict_file(predictor, source, target, format=format, tasks=["mood"])
     assert target.read_text() == written
     assert said == f"{source} has no posts; {target} has no predictions"
 
@@ -83,14 +81,14 @@ def test_an_id_and_columns_on_demand_are_kept(predictor, tmp_path):
     source.write_text("".join(json.dumps(row) + "\n" for row in rows) + "{\n")
 
     def kept(**options):
-        answer(predictor, source, target, tasks=["mood"], **options)
+        predict_file(predictor, source, target, tasks=["mood"], **options)
         return json_lines(target)
 
     first = kept()
     assert [row.get("id", "-") for row in first] == [7, "b", None, "-"] and "when" not in first[0]
     assert list(kept(keep=["when", "id"])[0]) == ["when", "id", "text", "mood"]
     assert [row.get("when", "-") for row in kept(keep=["when"])] == ["1.5", None, None, "-"]
-    answer(predictor, source, target, tasks=["mood"], format="csv")
+    predict_file(predictor, source, target, tasks=["mood"], format="csv")
     with target.open(newline="") as file:
         assert [row["id"] for row in csv.DictReader(file)] == ["7", "b", "", ""]
     for keep, format, message in (
@@ -116,7 +114,7 @@ def test_posts_are_read_from_the_column_of_training(predictor, tmp_path, capsys)
         ("in.csv", ["mood", "heat"], {}, "bad"),
         ("other.csv", ["mood"], {}, "bad"),
     ):
-        answer(trained, tmp_path / name, tmp_path / "out", tasks=tasks, **options)
+        predict_file(trained, tmp_path / name, tmp_path / "out", tasks=tasks, **options)
         assert json_lines(tmp_path / "out")[0]["text"] == text
         assert ("read from column body, as in training" in capsys.readouterr().err) == (
             text == "good"
@@ -126,14 +124,11 @@ def test_posts_are_read_from_the_column_of_training(predictor, tmp_path, capsys)
 def test_tweeteval_wants_one_task_with_one_label(predictor, tmp_path):
     (tmp_path / "in.txt").write_text("good\n")
     arguments = (predictor, tmp_path / "in.txt", tmp_path / "out.txt")
-    with pytest.raises(
-        ValueError,
-        match=r"writes one task: choose it with --task \(mood, topic, heat, words, signs\)",
-    ):
-        answer(*arguments, format="tweeteval")
+    with pytest.raises(ValueError, match=r"writes one task: choose it with --task \(mood, topic,"):
+        predict_file(*arguments, format="tweeteval")
     for task in ("heat", "words", "signs"):
         with pytest.raises(ValueError, match=f"wants a task with one label per post; {task} is a"):
-            answer(*arguments, format="tweeteval", tasks=[task])
+            predict_file(*arguments, format="tweeteval", tasks=[task])
     assert not (tmp_path / "out.txt").exists()
 
 
@@ -143,23 +138,20 @@ def test_json_lines_keep_every_line_and_say_what_was_wrong(predictor, tmp_path):
         b'{"text": "good"}\n{"text": "bro\n{"text": ""}\n{"other": 1}\n'
         b'{"text": ["ann", "in", "paris"]}\n{"text": "b\xff"}\n'
     )
-    said = answer(predictor, source, tmp_path / "out.jsonl")
+    said = predict_file(predictor, source, tmp_path / "out.jsonl")
     found = json_lines(tmp_path / "out.jsonl")
     assert ["error" in line for line in found] == [False, True, True, True, False, True]
     assert found[1]["error"].startswith("line 2 is not valid JSON")
     assert found[5]["error"].startswith("line 6 is not valid UTF-8")
-    assert found[4]["text"] == "ann in paris" and found[4]["words"]["words"] == [
-        "ann",
-        "in",
-        "paris",
-    ]
+    assert found[4]["text"] == "ann in paris"
+    assert found[4]["words"]["words"] == ["ann", "in", "paris"]
     done = f"6 posts predicted in {tmp_path / 'out.jsonl'}"
     assert said == f"{done}; 4 of them could not be predicted and have an error instead"
 
 
-def test_a_line_separator_inside_a_post_does_not_end_a_line_of_the_answers(predictor, tmp_path):
+def test_a_line_separator_inside_a_post_does_not_end_a_line_of_the_predictions(predictor, tmp_path):
     (tmp_path / "in.txt").write_text("good\u2028day\u2029x\x85y\n", encoding="utf-8")
-    answer(predictor, tmp_path / "in.txt", tmp_path / "out.jsonl")
+    predict_file(predictor, tmp_path / "in.txt", tmp_path / "out.jsonl")
     text = (tmp_path / "out.jsonl").read_text(encoding="utf-8")
     assert len(text.splitlines()) == 1 and json.loads(text)["text"] == "good\u2028day\u2029x\x85y"
 
@@ -169,7 +161,7 @@ def test_csv_in_and_out_with_other_columns_and_pairs(predictor, tmp_path):
     options = dict(
         text_column="body", pair_column="target", tasks=["mood", "heat", "words", "signs"]
     )
-    answer(predictor, tmp_path / "in.csv", tmp_path / "out.csv", format="csv", **options)
+    predict_file(predictor, tmp_path / "in.csv", tmp_path / "out.csv", format="csv", **options)
     with (tmp_path / "out.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     expected = predictor(["good, day", "", 'ann "b"'], pairs=["sun", "rain", None])
@@ -190,11 +182,13 @@ def test_tsv_is_read_too(tmp_path):
 
 def test_attention_is_written_on_demand_and_only_where_it_has_a_place(predictor, tmp_path):
     (tmp_path / "in.txt").write_text("good day\n")
-    answer(predictor, tmp_path / "in.txt", tmp_path / "out.jsonl", explain=True)
+    predict_file(predictor, tmp_path / "in.txt", tmp_path / "out.jsonl", explain=True)
     weights = json_lines(tmp_path / "out.jsonl")[0]["mood"]["attention"]
     assert [word for word, _ in weights] == ["good", "day"]
     with pytest.raises(ValueError, match="--explain wants --format jsonl"):
-        answer(predictor, tmp_path / "in.txt", tmp_path / "out.csv", format="csv", explain=True)
+        predict_file(
+            predictor, tmp_path / "in.txt", tmp_path / "out.csv", format="csv", explain=True
+        )
 
 
 def test_more_posts_than_a_chunk_stay_in_order(predictor, tmp_path):
@@ -202,7 +196,9 @@ def test_more_posts_than_a_chunk_stay_in_order(predictor, tmp_path):
     (tmp_path / "in.txt").write_text(
         "\n".join(words[n % 4] + " a" * (n % 7) for n in range(CHUNK + 5))
     )
-    answer(predictor, tmp_path / "in.txt", tmp_path / "out.jsonl", tasks=["mood"], batch_size=256)
+    predict_file(
+        predictor, tmp_path / "in.txt", tmp_path / "out.jsonl", tasks=["mood"], batch_size=256
+    )
     found = json_lines(tmp_path / "out.jsonl")
     assert [line["text"] for line in found] == [
         words[n % 4] + " a" * (n % 7) for n in range(CHUNK + 5)
@@ -211,41 +207,31 @@ def test_more_posts_than_a_chunk_stay_in_order(predictor, tmp_path):
 
 def test_wrong_input_is_named_with_what_to_do(predictor, tmp_path):
     (tmp_path / "in.csv").write_text("txet,label\ngood,1\n")
-    cases = {
-        "--text-column is 'text', but .* has no such column; did you mean txet": tmp_path
-        / "in.csv",
-        "none.txt: there is no such file": tmp_path / "none.txt",
-        r"\.pdf is not an ending that can be read.*\.csv.*\.txt": tmp_path / "in.pdf",
-    }
     (tmp_path / "in.pdf").write_text("x")
-    for message, path in cases.items():
-        with pytest.raises(ValueError, match=message):
-            answer(predictor, path, tmp_path / "out.jsonl")
     (tmp_path / "link.txt").symlink_to("in.txt")
     (tmp_path / "in.txt").write_text("good\n")
-    for target in ("in.txt", "link.txt"):
-        with pytest.raises(ValueError, match="is the --input itself"):
-            answer(predictor, tmp_path / "in.txt", tmp_path / target)
+    for source, target, format, message in (
+        ("in.csv", "out", "jsonl", "--text-column is 'text', but .* did you mean txet"),
+        ("none.txt", "out", "jsonl", "none.txt: there is no such file"),
+        ("in.pdf", "out", "jsonl", r"\.pdf is not an ending that can be read.*\.csv.*\.txt"),
+        ("in.txt", "in.txt", "jsonl", "is the --input itself"),
+        ("in.txt", "link.txt", "jsonl", "is the --input itself"),
+        ("in.csv", "out", "jsno", "jsno.*did you mean json"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            predict_file(predictor, tmp_path / source, tmp_path / target, format=format)
     assert (tmp_path / "in.txt").read_text() == "good\n"
-    with pytest.raises(ValueError, match=r"jsno.*did you mean json"):
-        answer(predictor, tmp_path / "in.csv", tmp_path / "out.jsonl", format="jsno")
 
 
-def test_the_command_answers_from_another_folder_and_fails_with_one_sentence(tmp_path, monkeypatch):
+def test_the_command_predicts_from_another_folder_and_fails_with_one_sentence(
+    tmp_path, monkeypatch
+):
     tiny_predictor(tmp_path)
     (tmp_path / "in.txt").write_text("good\nbad\n")
     monkeypatch.chdir(tmp_path)
-    command = [
-        "predict.py",
-        "--input",
-        "in.txt",
-        "--output",
-        "out/ids.txt",
-        "--format",
-        "tweeteval",
-        "--task",
-        "mood",
-    ]
+    command = (
+        "predict.py --input in.txt --output out/ids.txt --format tweeteval --task mood".split()
+    )
     monkeypatch.setattr(sys, "argv", [*command, "--model", "export"])
     runpy.run_path(str(ROOT / "launch/predict.py"), run_name="__main__")
     assert (tmp_path / "out/ids.txt").read_text().count("\n") == 2

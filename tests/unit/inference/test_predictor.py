@@ -9,13 +9,8 @@ from helpers_export import MOOD, SIGNS, TOPIC, WORDS, tiny_predictor
 
 from comoe.tasks.labels import split_words
 
-TEXTS = [
-    "good day",
-    "the sun is bad, bad, bad and the rain is good @bob",
-    "sunny",
-    "ann in paris!",
-    "a b c d e f",
-]
+LONG = "the sun is bad, bad, bad and the rain is good @bob"
+TEXTS = ["good day", LONG, "sunny", "ann in paris!", "a b c d e f"]
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +19,7 @@ def predictor(tmp_path_factory):
 
 
 def assert_same(found, expected):
-    """Equal answers up to rounding: batches of other shapes add in another order."""
+    """Equal predictions up to rounding: batches of other shapes add in another order."""
     assert type(found) is type(expected)
     if isinstance(found, dict):
         assert found.keys() == expected.keys()
@@ -40,91 +35,92 @@ def assert_same(found, expected):
         )
 
 
-def test_every_kind_of_task_is_answered_in_its_own_words(predictor):
-    answer = predictor(["ann in paris"])[0]
-    assert answer["text"] == "ann in paris"
-    assert answer["mood"]["label"] in MOOD.labels and list(answer["mood"]["scores"]) == list(
-        MOOD.labels
+def test_every_kind_of_task_is_predicted_in_its_own_words(predictor):
+    prediction = predictor(["ann in paris"])[0]
+    assert prediction["text"] == "ann in paris"
+    assert prediction["mood"]["label"] in MOOD.labels and list(
+        prediction["mood"]["scores"]
+    ) == list(MOOD.labels)
+    assert sum(prediction["mood"]["scores"].values()) == pytest.approx(1, abs=1e-6)
+    assert set(prediction["signs"]["labels"]) <= set(SIGNS.labels) and isinstance(
+        prediction["heat"]["value"], float
     )
-    assert sum(answer["mood"]["scores"].values()) == pytest.approx(1, abs=1e-6)
-    assert set(answer["signs"]["labels"]) <= set(SIGNS.labels) and isinstance(
-        answer["heat"]["value"], float
+    assert (
+        prediction["words"]["words"] == ["ann", "in", "paris"]
+        and len(prediction["words"]["tags"]) == 3
     )
-    assert answer["words"]["words"] == ["ann", "in", "paris"] and len(answer["words"]["tags"]) == 3
-    json.dumps(answer, allow_nan=False)
+    json.dumps(prediction, allow_nan=False)
 
 
 @pytest.mark.parametrize("route_by", ["token", "task", "both"])
-def test_the_answer_is_that_of_the_model_on_the_same_tokens(tmp_path, route_by):
+def test_the_prediction_is_that_of_the_model_on_the_same_tokens(tmp_path, route_by):
     predictor = tiny_predictor(tmp_path, route_by=route_by)
-    answers = predictor(TEXTS, tasks=["mood"])
+    predictions = predictor(TEXTS, tasks=["mood"])
     data = predictor.exported.data_config
     split = predictor.collator.encode_texts(TEXTS, config=data)
     batch = predictor.collator(split, np.arange(len(TEXTS)), all_tasks=True)
     logits = predictor.exported.model(batch).logits["mood"]
     rows = [row for row, task in enumerate(batch.task_ids_B.tolist()) if task in (-1, 0)]
-    for answer, scores in zip(answers, logits[rows].softmax(-1), strict=True):
+    for prediction, scores in zip(predictions, logits[rows].softmax(-1), strict=True):
         torch.testing.assert_close(
-            torch.tensor(list(answer["mood"]["scores"].values())), scores, atol=1e-6, rtol=0
+            torch.tensor(list(prediction["mood"]["scores"].values())), scores, atol=1e-6, rtol=0
         )
 
 
 @pytest.mark.parametrize("route_by", ["token", "task"])
 @pytest.mark.parametrize("batch_size", [1, 2, 64])
-def test_the_batch_size_changes_neither_answers_nor_their_order(tmp_path, route_by, batch_size):
+def test_the_batch_size_changes_neither_predictions_nor_their_order(tmp_path, route_by, batch_size):
     predictor = tiny_predictor(tmp_path, route_by=route_by)
     expected = [predictor([text], explain=True)[0] for text in TEXTS]
     assert_same(predictor(TEXTS, batch_size=batch_size, explain=True), expected)
 
 
 def test_bad_texts_keep_their_place_and_say_why(predictor):
-    answers = predictor(["good", "", " \t\n", None, 7, "\x00", "bad"])
-    assert ["mood" in answer for answer in answers] == [
-        True,
-        False,
-        False,
-        False,
-        False,
-        False,
-        True,
-    ]
-    assert answers[1]["error"] == answers[2]["error"] == answers[5]["error"] == "the text is empty"
-    assert answers[3]["error"] == "the text must be text, not NoneType"
-    assert answers[4] == {"text": 7, "error": "the text must be text, not int"}
+    predictions = predictor(["good", "", " \t\n", None, 7, "\x00", "bad"])
+    assert [found.get("error") or "mood" in found for found in predictions] == [
+        True, *["the text is empty"] * 2, "the text must be text, not NoneType", "the text must be text, not int",
+        "the text is empty", True,
+    ]  # fmt: skip
+    assert predictions[4] == {"text": 7, "error": "the text must be text, not int"}
     assert "words" in predictor([""], words=[[" ", ""]])[0]["error"]
 
 
-def test_no_texts_and_only_bad_texts_are_answered_without_a_model_pass(predictor):
+def test_no_texts_and_only_bad_texts_are_predicted_without_a_model_pass(predictor):
     assert predictor([]) == []
     assert predictor([""]) == [{"text": "", "error": "the text is empty"}]
 
 
 def test_attention_weights_are_merged_to_words_and_sum_to_one(predictor):
-    answer = predictor(["sunny  Paris, xyz"], explain=True)[0]  # xyz is unknown to the tokenizer
+    prediction = predictor(["sunny  Paris, xyz"], explain=True)[
+        0
+    ]  # xyz is unknown to the tokenizer
     for task in ("mood", "topic", "heat", "signs"):
-        weights = answer[task]["attention"]
+        weights = prediction[task]["attention"]
         assert [word for word, _ in weights] == ["sunny", "Paris", ",", "xyz"]
         assert sum(weight for _, weight in weights) == pytest.approx(1, abs=1e-9)
         assert (
-            all(weight > 0 for _, weight in weights) and 0 < answer[task]["attention_elsewhere"] < 1
+            all(weight > 0 for _, weight in weights)
+            and 0 < prediction[task]["attention_elsewhere"] < 1
         )
-    assert "attention" not in answer["words"]
+    assert "attention" not in prediction["words"]
     assert "attention" not in predictor(["sunny"])[0]["mood"]
 
 
 def test_a_word_of_several_pieces_has_the_sum_of_their_weights(predictor):
-    answer = predictor(["sunny day"], tasks=["mood"], explain=True)[0]["mood"]
+    prediction = predictor(["sunny day"], tasks=["mood"], explain=True)[0]["mood"]
     batch = predictor.collator(predictor.collator.encode_texts(["sunny day"]), np.array([0]))
     weights = (
         predictor.exported.model(batch).attentions["mood"][0].tolist()
     )  # [CLS] sun ##ny day [SEP]
     inside = sum(weights[1:4])
     expected = [(weights[1] + weights[2]) / inside, weights[3] / inside]
-    assert [weight for _, weight in answer["attention"]] == pytest.approx(expected, abs=1e-6)
-    assert answer["attention_elsewhere"] == pytest.approx(weights[0] + weights[4], abs=1e-6)
+    assert [weight for _, weight in prediction["attention"]] == pytest.approx(expected, abs=1e-6)
+    assert prediction["attention_elsewhere"] == pytest.approx(weights[0] + weights[4], abs=1e-6)
 
 
-def test_a_second_text_changes_the_answer_and_has_no_words_of_its_own_in_the_explanation(predictor):
+def test_a_second_text_changes_the_prediction_and_has_no_words_of_its_own_in_the_explanation(
+    predictor,
+):
     alone, paired = (
         predictor(["good day"], pairs=[pair], explain=True)[0]["mood"]
         for pair in (None, "bad rain")
@@ -138,12 +134,17 @@ def test_spans_are_made_of_the_given_words(tmp_path):
     predictor = tiny_predictor(tmp_path, tasks=(WORDS,))
     with torch.no_grad():
         predictor.exported.model.heads[0].output.bias.copy_(torch.tensor([-9.0, 9.0]))
-    answer = predictor(["unused"], words=[["Ann", "saw", "Paris."]])[0]
+    prediction = predictor(["unused"], words=[["Ann", "saw", "Paris."]])[0]
     assert (
-        answer["words"]["words"] == ["Ann", "saw", "Paris."]
-        and answer["words"]["tags"] == ["B-PER"] * 3
+        prediction["words"]["words"] == ["Ann", "saw", "Paris."]
+        and prediction["words"]["tags"] == ["B-PER"] * 3
     )
-    assert answer["words"]["spans"][2] == {"type": "PER", "start": 2, "end": 3, "text": "Paris."}
+    assert prediction["words"]["spans"][2] == {
+        "type": "PER",
+        "start": 2,
+        "end": 3,
+        "text": "Paris.",
+    }
 
 
 def test_plain_text_is_split_into_words_for_tags_only(predictor):
@@ -168,9 +169,12 @@ def test_a_task_that_shared_its_posts_with_one_of_words_reads_plain_text_cut_as_
 
 
 def test_words_and_texts_may_be_mixed(predictor):
-    answers = predictor(["good day", "ignored"], words=[None, ["bad", "rain"]])
-    assert_same(answers[0]["mood"], predictor(["good day"])[0]["mood"])
-    assert [answer["words"]["words"] for answer in answers] == [["good", "day"], ["bad", "rain"]]
+    predictions = predictor(["good day", "ignored"], words=[None, ["bad", "rain"]])
+    assert_same(predictions[0]["mood"], predictor(["good day"])[0]["mood"])
+    assert [prediction["words"]["words"] for prediction in predictions] == [
+        ["good", "day"],
+        ["bad", "rain"],
+    ]
 
 
 def test_split_words_keeps_links_users_hashtags_and_contractions():
@@ -187,7 +191,7 @@ def test_a_post_that_was_cut_says_so(predictor):
 
 
 @pytest.mark.parametrize("route_by", ["token", "both"])
-def test_only_the_asked_for_tasks_are_answered(tmp_path, route_by):
+def test_only_the_given_tasks_are_predicted(tmp_path, route_by):
     predictor = tiny_predictor(tmp_path, route_by=route_by, tasks=(MOOD, TOPIC))
     everything, some = predictor(["good"])[0], predictor(["good"], tasks=["topic"])[0]
     assert set(everything) == {"text", "mood", "topic"} and set(some) == {"text", "topic"}

@@ -38,7 +38,7 @@ def test_scores_are_those_of_the_predictions(tmp_path, route_by):
         tmp_path / "d.jsonl", [{"text": t, "label": g} for t, g in zip(TEXTS, GOLD, strict=True)]
     )
     scores = score(predictor, DataChoice(path), tasks=["mood"], progress=False)
-    found = [answer["mood"]["label"] for answer in predictor(TEXTS)]
+    found = [prediction["mood"]["label"] for prediction in predictor(TEXTS)]
     values = scores.evaluation.metrics["mood"]
     assert values["accuracy"] == pytest.approx(accuracy_score(GOLD, found))
     assert values["macro_f1"] == pytest.approx(
@@ -80,7 +80,8 @@ def test_posts_that_training_cut_into_words_are_cut_here_and_phrases_that_are_no
         predictor, dataclasses.replace(choice, label="mood"), tasks=["mood"], progress=False
     )
     logits = [
-        [answer.logits for answer in found.evaluation.outputs["mood"]] for found in (scores, alone)
+        [prediction.logits for prediction in found.evaluation.outputs["mood"]]
+        for found in (scores, alone)
     ]
     np.testing.assert_allclose(logits[0], logits[1], atol=1e-6)
 
@@ -131,33 +132,21 @@ def test_bad_rows_stop_with_file_and_line_or_are_counted(predictor, tmp_path):
 
 def test_wrong_names_are_refused(predictor, tmp_path):
     path = write(tmp_path / "d.jsonl", [{"text": "good", "lable": "good"}])
-    with pytest.raises(
-        ValueError,
-        match=r"--label-column is 'label', but .* has no such column; did you mean lable\?",
+    other = write(tmp_path / "e.jsonl", [{"text": "good", "label": None}])
+    for data, task, message in (
+        (path, "mood", r"--label-column is 'label', but .* did you mean lable\?"),
+        (path, "modo", r"modo is not a task of this model; did you mean mood\?"),
+        (other, "mood", "no post has a label of mood"),
     ):
-        score(predictor, DataChoice(path), tasks=["mood"], progress=False)
-    with pytest.raises(ValueError, match=r"modo is not a task of this model; did you mean mood\?"):
-        score(predictor, DataChoice(path), tasks=["modo"], progress=False)
-    path = write(tmp_path / "e.jsonl", [{"text": "good", "label": None}])
-    with pytest.raises(ValueError, match="no post has a label of mood"):
-        score(predictor, DataChoice(path), tasks=["mood"], progress=False)
+        with pytest.raises(ValueError, match=message):
+            score(predictor, DataChoice(data), tasks=[task], progress=False)
 
 
 def test_the_command_prints_the_scores_and_writes_them(tmp_path, monkeypatch, capsys):
     tiny_predictor(tmp_path)
     write(tmp_path / "d.jsonl", [{"text": t, "label": g} for t, g in zip(TEXTS, GOLD, strict=True)])
     monkeypatch.chdir(tmp_path)
-    command = [
-        "eval.py",
-        "--model",
-        "export",
-        "--data",
-        "d.jsonl",
-        "--task",
-        "mood",
-        "--output",
-        "scores.json",
-    ]
+    command = "eval.py --model export --data d.jsonl --task mood --output scores.json".split()
     monkeypatch.setattr(sys, "argv", command)
     runpy.run_path(str(ROOT / "launch/eval.py"), run_name="__main__")
     assert "mood: macro_f1" in capsys.readouterr().out

@@ -107,28 +107,20 @@ def test_bfloat16_weights_take_float32_pixels():
     )
 
 
-def test_what_is_no_vision_model_is_refused(tmp_path):
-    AutoModel.from_config(HF_CONFIGS["bert"]).save_pretrained(tmp_path)
-    with pytest.raises(
-        ValueError, match="model.vision.tower is a model of type bert, which reads no images"
+def test_what_is_no_whole_vision_model_is_refused(tmp_path):
+    AutoModel.from_config(HF_CONFIGS["bert"]).save_pretrained(tmp_path / "bert")
+    (tmp_path / "other").mkdir()
+    save_tower(tmp_path / "other")
+    config = json.loads((tmp_path / "other/config.json").read_text()) | {"num_hidden_layers": 3}
+    (tmp_path / "other/config.json").write_text(json.dumps(config))
+    for name, message in (
+        (str(tmp_path / "bert"), " is a model of type bert, which reads no images"),
+        (str(tmp_path / "other"), r" \(.*\) has no weights for"),
+        ("./nowhere", r" \(.*\) is not a folder with a vision model"),
+        ("~/no/tower", r" \(.*\) is not a folder with a vision model"),
     ):
-        build_tower(VisionConfig(tower=str(tmp_path)))
-
-
-@pytest.mark.parametrize("name", ["./nowhere", "~/no/tower"])
-def test_a_folder_that_is_not_there_is_named_with_its_option(name):
-    with pytest.raises(
-        ValueError, match=r"model.vision.tower \(.*\) is not a folder with a vision model"
-    ):
-        build_tower(VisionConfig(tower=name))
-
-
-def test_a_tower_whose_weights_are_of_another_model_is_refused(tmp_path):
-    save_tower(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text()) | {"num_hidden_layers": 3}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"model.vision.tower \(.*\) has no weights for"):
-        build_tower(VisionConfig(tower=str(tmp_path)))
+        with pytest.raises(ValueError, match=f"model.vision.tower{message}"):
+            build_tower(VisionConfig(tower=name))
 
 
 def test_the_processor_is_that_of_the_tower_or_of_the_one_stream(tmp_path):

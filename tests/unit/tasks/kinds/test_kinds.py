@@ -98,21 +98,67 @@ def outputs_of(kind: str) -> list[PostOutput]:
 # Reading cells
 
 
-@pytest.mark.parametrize(
-    "value", ["positive", " positive ", "2", 2, 2.0, "2.0", np.int64(2), np.float64(2.0)]
-)
-def test_a_label_is_found_by_name_or_id_however_it_is_spelt(value: object) -> None:
-    assert KINDS["single_label"].parse(value, LABELS) == 2
+NUMBERED, TRUTH, SEPARATED = ("1", "2", "5"), ("false", "true"), ("anger, rage", "joy")
+PAIR = [
+    "negative,positive", "positive; negative", "0|2", ["positive", 0], np.array(["negative", "positive"]),
+]  # fmt: skip
+PARSED = [
+    # A label is found by name or id, however it is spelt.
+    *(
+        ("single_label", value, LABELS, 2)
+        for value in ("positive", " positive ", "2", 2, 2.0, "2.0")
+    ),
+    *(("single_label", value, LABELS, 2) for value in (np.int64(2), np.float64(2.0))),
+    # A number is a name where labels are numbers.
+    *(("single_label", value, NUMBERED, 0) for value in ("1", 1, 1.0, "1.0", np.float32(1.0))),
+    ("single_label", "us", ("US", "us"), 1),
+    ("single_label", True, TRUTH, 1),
+    *(("multi_label", value, LABELS, (0, 2)) for value in PAIR),
+    ("multi_label", [], LABELS, ()),  # no label is a label too, and not missing
+    ("multi_label", "anger, rage", SEPARATED, (0,)),
+    ("regression", "-1.5", (), -1.5),
+    ("regression", 3, (), 3.0),
+    ("regression", " 2e-1 ", (), 0.2),
+    ("regression", np.float32(0.5), (), 0.5),
+    ("tags", "O B-PER I-PER", TAGS, [0, 1, 2]),
+    ("tags", ["B-PER", None, 0], TAGS, [1, IGNORED, 0]),
+]
+REFUSED = [
+    ("single_label", 0, NUMBERED, "'0' is not a label"),  # it is not taken for an id
+    *(
+        ("single_label", value, LABELS, "is not a label.*one of: negative, neutral, positive")
+        for value in (3, "-1", "3", 1.5)
+    ),
+    ("single_label", "Positive", LABELS, "'Positive' is not a label.*did you mean positive?"),
+    ("multi_label", ["positve"], LABELS, "'positve' is not a label.*did you mean positive?"),
+    ("single_label", ["positive"], LABELS, "kind: multi_label"),
+    (
+        "multi_label",
+        [0, 1, 0],
+        LABELS,
+        "names a label twice",
+    ),  # zeros and ones per label are no ids
+    *(
+        ("regression", value, (), "is not a finite number")
+        for value in ("nan", "inf", math.inf, "1_000", "1,5", "high", True, [1.0])
+    ),
+    ("tags", 7, TAGS, "is not a list of tags"),
+]
 
 
-@pytest.mark.parametrize("value", ["1", 1, 1.0, "1.0", np.float32(1.0)])
-def test_a_number_is_a_name_where_labels_are_numbers(value: object) -> None:
-    assert KINDS["single_label"].parse(value, ("1", "2", "5")) == 0
+@pytest.mark.parametrize(("kind", "value", "labels", "expected"), PARSED)
+def test_a_cell_is_parsed(
+    kind: str, value: object, labels: tuple[str, ...], expected: object
+) -> None:
+    assert KINDS[kind].parse(value, labels) == expected
 
 
-def test_a_number_outside_numeric_names_is_not_taken_as_an_id() -> None:
-    with pytest.raises(ValueError, match="'0' is not a label"):
-        KINDS["single_label"].parse(0, ("1", "2", "5"))
+@pytest.mark.parametrize(("kind", "value", "labels", "message"), REFUSED)
+def test_a_bad_cell_is_refused(
+    kind: str, value: object, labels: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        KINDS[kind].parse(value, labels)
 
 
 @pytest.mark.parametrize("kind", SCORED)
@@ -121,103 +167,16 @@ def test_an_empty_cell_is_missing(kind: str, value: object) -> None:
     assert KINDS[kind].parse(value, TASKS[kind].labels) is None
 
 
-@pytest.mark.parametrize("value", [3, "-1", "3", 1.5])
-def test_an_id_that_no_label_has_is_refused(value: object) -> None:
-    with pytest.raises(ValueError, match="is not a label.*one of: negative, neutral, positive"):
-        KINDS["single_label"].parse(value, LABELS)
-
-
-@pytest.mark.parametrize(
-    ("kind", "value"), [("single_label", "Positive"), ("multi_label", ["positve"])]
-)
-def test_an_unknown_label_is_refused_with_the_nearest_one(kind: str, value: object) -> None:
-    with pytest.raises(
-        ValueError, match=r"'Positive' is not a label|'positve' is not a label"
-    ) as caught:
-        KINDS[kind].parse(value, LABELS)
-    assert "did you mean positive?" in str(caught.value)
-
-
-def test_labels_that_differ_in_case_stay_apart() -> None:
-    assert KINDS["single_label"].parse("us", ("US", "us")) == 1
-
-
-def test_a_list_in_a_single_label_task_names_the_kind_to_use() -> None:
-    with pytest.raises(ValueError, match="kind: multi_label"):
-        KINDS["single_label"].parse(["positive"], LABELS)
-
-
-def test_truth_values_are_labels() -> None:
-    assert KINDS["single_label"].discover([True, False, None]) == ("false", "true")
-    assert KINDS["single_label"].parse(True, ("false", "true")) == 1
-
-
-@pytest.mark.parametrize(
-    "value",
-    [
-        "negative,positive",
-        "positive; negative",
-        "0|2",
-        ["positive", 0],
-        np.array(["negative", "positive"]),
-    ],
-)
-def test_a_set_of_labels_may_be_a_list_or_a_text(value: object) -> None:
-    assert KINDS["multi_label"].parse(value, LABELS) == (0, 2)
-
-
-def test_an_empty_list_of_labels_is_an_answer_and_not_missing() -> None:
-    assert KINDS["multi_label"].parse([], LABELS) == ()
-
-
-def test_a_label_with_a_separator_in_its_name_is_one_label() -> None:
-    assert KINDS["multi_label"].parse("anger, rage", ("anger, rage", "joy")) == (0,)
-
-
-def test_zeros_and_ones_per_label_are_not_mistaken_for_ids() -> None:
-    with pytest.raises(ValueError, match="names a label twice"):
-        KINDS["multi_label"].parse([0, 1, 0], LABELS)
-
-
-@pytest.mark.parametrize(
-    ("value", "number"), [("-1.5", -1.5), (3, 3.0), (" 2e-1 ", 0.2), (np.float32(0.5), 0.5)]
-)
-def test_a_number_is_read(value: object, number: float) -> None:
-    assert KINDS["regression"].parse(value, ()) == number
-
-
-@pytest.mark.parametrize("value", ["nan", "inf", math.inf, "1_000", "1,5", "high", True, [1.0]])
-def test_what_is_not_a_finite_number_is_refused(value: object) -> None:
-    with pytest.raises(ValueError, match="is not a finite number"):
-        KINDS["regression"].parse(value, ())
-
-
-def test_tags_are_read_from_a_list_or_a_text_and_may_have_gaps() -> None:
-    assert KINDS["tags"].parse("O B-PER I-PER", TAGS) == [0, 1, 2]
-    assert KINDS["tags"].parse(["B-PER", None, 0], TAGS) == [1, IGNORED, 0]
-    with pytest.raises(ValueError, match="is not a list of tags"):
-        KINDS["tags"].parse(7, TAGS)
-
-
 def test_labels_are_found_in_natural_order() -> None:
-    assert KINDS["single_label"].discover(["10", 2, None, 1.0, "2", ""]) == ("1", "2", "10")
-    assert KINDS["single_label"].discover(["topic 11", "topic 9", "art"]) == (
-        "art",
-        "topic 9",
-        "topic 11",
-    )
-    assert KINDS["multi_label"].discover(["joy, anger", ["fear"], [], None]) == (
-        "anger",
-        "fear",
-        "joy",
-    )
-    assert KINDS["tags"].discover([["B-PER", "O"], None, "I-PER B-LOC"]) == (
-        "O",
-        "B-LOC",
-        "B-PER",
-        "I-PER",
-    )
-    assert KINDS["regression"].discover([1.0, "2"]) == ()
+    for kind, cells, labels in (
+        ("single_label", ["10", 2, None, 1.0, "2", ""], ("1", "2", "10")),
+        ("single_label", ["topic 11", "topic 9", "art"], ("art", "topic 9", "topic 11")),
+        ("single_label", [True, False, None], TRUTH),
+        ("multi_label", ["joy, anger", ["fear"], [], None], ("anger", "fear", "joy")),
+        ("tags", [["B-PER", "O"], None, "I-PER B-LOC"], ("O", "B-LOC", "B-PER", "I-PER")),
+        ("regression", [1.0, "2"], ()),
+    ):
+        assert KINDS[kind].discover(cells) == labels
 
 
 # Targets
