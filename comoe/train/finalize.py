@@ -33,7 +33,7 @@ from comoe.tasks.task import Task
 from comoe.train.checkpoint.folder import best_checkpoint, find_checkpoint
 from comoe.train.checkpoint.save_load import load_checkpoint
 from comoe.train.evaluator import evaluate_split, measure_experts
-from comoe.train.monitor.log_window import log_lost_pictures
+from comoe.train.monitor.log_window import log_lost_images
 from comoe.train.monitor.metrics_file import write_results
 from comoe.train.monitor.monitor import Monitor
 from comoe.train.monitor.plots import reliability_figure
@@ -114,7 +114,7 @@ def finalize(run: TrainingRun) -> None:
     predicted = sum(len(run.splits[split]) for split in evaluations)
     under_noise = evaluate_noisy(run, "validation", tasks=plain, step=step)
     under_noise |= evaluate_noisy(run, "test", tasks=calibrator.tasks, step=step)
-    log_lost_pictures(run.collator.pixels, run.monitor, run.state.step)
+    log_lost_images(run.collator.pixels, run.monitor, run.state.step)
     peak = max_over_ranks(peak_memory_bytes())
     if is_main():
         results = _results(run, evaluations | under_noise, step=step) | {

@@ -468,7 +468,7 @@ def _text_work(
     if rows.texts < rows.encoder:
         below = blocks[0].layer if of_encoder else num_layers[0]
     work = Work(
-        tokens=int(posts * (rows.encoder + rows.pictures * model.image_tokens)),
+        tokens=int(posts * (rows.encoder + rows.images * model.image_tokens)),
         layers=num_layers[0],
         shared_layers=below,
         shared_tokens=int(posts * rows.texts),
@@ -501,7 +501,7 @@ class RowTokens(NamedTuple):
     """Of them in rows that a decoder answers."""
     answers: float
     """That a decoder is taught."""
-    pictures: float
+    images: float
     """Rows per post, each with its image."""
     texts: float
     """That the encoder's layers below the first block read, each text once."""
@@ -550,16 +550,14 @@ def _stack_shapes(hf_config: Any) -> tuple[list[int], list[int]]:
     return layers, widths if len(widths) == len(layers) else widths * len(layers)
 
 
-def _tower_work(model: MultiTaskModel, pictures: int) -> Work | None:
+def _tower_work(model: MultiTaskModel, images: int) -> Work | None:
     """What a vision tower of transformer layers that trains goes through; None for others."""
     if model.tower is None or not model.tower.trained:
         return None
     config = model.tower.inner.config
     layers, tokens = getattr(config, "num_hidden_layers", 0), expected_tokens(config)
     ffn_width = getattr(config, "intermediate_size", None)
-    return Work(
-        tokens=pictures * tokens, layers=layers, width=model.tower.width, ffn_width=ffn_width
-    )
+    return Work(tokens=images * tokens, layers=layers, width=model.tower.width, ffn_width=ffn_width)
 
 
 def kept_whole(zero: Mapping[str, Any]) -> int:

@@ -118,7 +118,7 @@ def run_and_exit(request: Request, stop: StopSignal | None = None) -> None:
         # Outside the training loop, which handles the signal and saves.
         code, message = 130, "interrupted; what was saved before is whole."
     except Exception as error:
-        code, message, shown = _judge(error, request, watch)
+        code, message, shown = _classify(error, request, watch)
     watch.leave(code, message)
     if code:
         _print_error(message, shown)
@@ -128,7 +128,7 @@ def run_and_exit(request: Request, stop: StopSignal | None = None) -> None:
     os._exit(code)
 
 
-def _judge(error: Exception, request: Request, watch: Watchdog) -> tuple[int, str, str]:
+def _classify(error: Exception, request: Request, watch: Watchdog) -> tuple[int, str, str]:
     """Exit code, message, and the traceback if verbose."""
     plain = isinstance(error, (ValueError, OSError))
     if plain and watch.phase == PREPARING:

@@ -27,7 +27,7 @@ from comoe.train.checkpoint.folder import mark_best
 from comoe.train.checkpoint.save_load import save_checkpoint
 from comoe.train.evaluator import EvaluationStopped, evaluate_split
 from comoe.train.fault.signals import StopSignal
-from comoe.train.monitor.log_window import LogWindow, count_posts, log_lost_pictures
+from comoe.train.monitor.log_window import LogWindow, count_posts, log_lost_images
 from comoe.train.parallel.engine import StepReport
 from comoe.train.state import ALL_STEPS, norm_limit, rate_factor
 from comoe.train.training_run import TrainingRun
@@ -212,7 +212,7 @@ class Trainer:
                 f"loss {line['loss']:.4f}, {line['posts_per_second']:.0f} posts/s", refresh=False
             )
             self._window.reset()
-            log_lost_pictures(run.collator.pixels, run.monitor, state.step)
+            log_lost_images(run.collator.pixels, run.monitor, state.step)
         self._bar.update()
 
     def _watch_nonfinite(self, report: StepReport, batches: list[Batch]) -> None:

@@ -76,9 +76,9 @@ def supervise(*, restarts: int, stop: StopSignal, command: Sequence[str] | None 
         print(f"comoe: rank {rank}: --restarts: {error}", file=sys.stderr)
         return 2
     child = _Child(command or [sys.executable, "-u", *sys.argv], rank)
-    judge = _Judge(world, restarts) if rank == 0 else None
+    coordinator = _Coordinator(world, restarts) if rank == 0 else None
     with stop:
-        return _until_the_end(channel, child, judge, stop)
+        return _until_the_end(channel, child, coordinator, stop)
 
 
 def _word_of_the_launch(world: int) -> str:
@@ -104,13 +104,13 @@ def _listen_at(port: int) -> socket.socket:
 
 
 def _until_the_end(
-    channel: SideChannel, child: _Child, judge: _Judge | None, stop: StopSignal
+    channel: SideChannel, child: _Child, coordinator: _Coordinator | None, stop: StopSignal
 ) -> int:
     """The loop of every supervisor: receive, check the child, report, obey."""
     while True:
         came = channel.receive(LOOK_EVERY)
         reports = child.look(asked_to_stop=stop.asked())
-        if judge is None:
+        if coordinator is None:
             for report in reports:
                 channel.send(report)
             orders = [
@@ -118,9 +118,9 @@ def _until_the_end(
             ]
         else:
             for rank, report in [*came, *((0, report) for report in reports)]:
-                judge.receive(rank, report)
-            judge.decide(channel.connected())
-            orders, judge.orders = judge.orders, []
+                coordinator.receive(rank, report)
+            coordinator.decide(channel.connected())
+            orders, coordinator.orders = coordinator.orders, []
             for order in orders:
                 channel.send(order)
         for order in orders:
@@ -128,7 +128,9 @@ def _until_the_end(
             if code is not None:
                 deadline = time.monotonic() + GRACE
                 # Rank 0 closes last, so that its order arrives.
-                while judge is not None and channel.connected() and time.monotonic() < deadline:
+                while (
+                    coordinator is not None and channel.connected() and time.monotonic() < deadline
+                ):
                     channel.receive(LOOK_EVERY)
                 channel.close()
                 return code
@@ -202,7 +204,7 @@ class _Child:
 
 
 @dataclass(slots=True)
-class _Judge:
+class _Coordinator:
     """Rank 0's decisions for all supervisors."""
 
     world: int

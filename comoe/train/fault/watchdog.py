@@ -135,7 +135,7 @@ class Watchdog:
     _ranks: dict[int, RankStatus] = field(default_factory=dict)
     _gone: dict[int, tuple[int, str, float]] = field(default_factory=dict)
     _trouble: tuple[float, int, str] | None = None
-    _judged: float = 0.0
+    _assessed: float = 0.0
     _own: RankStatus = field(default_factory=lambda: RankStatus(0.0, 0.0))
 
     def start(self, *, timeout_seconds: float) -> None:
@@ -172,7 +172,7 @@ class Watchdog:
             other: RankStatus(now, now) for other in range(world_size()) if other != rank()
         }
         self._own = RankStatus(now, now)
-        self._judged = now
+        self._assessed = now
         self._channel = channel
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
@@ -227,7 +227,7 @@ class Watchdog:
                 self._channel.send(self._beat_message())
             for other, message in self._channel.receive(self.beat / 4):
                 self._receive(other, message)
-            self._judge(time.monotonic())
+            self._assess(time.monotonic())
 
     def _beat_message(self) -> dict[str, Any]:
         now = time.monotonic()
@@ -269,12 +269,12 @@ class Watchdog:
             status.step, status.phase = message["step"], message["phase"]
             status.counted, status.where = message["counted"], message["where"]
 
-    def _judge(self, now: float) -> None:
-        if now - self._judged > max(3 * self.beat, 3.0):
+    def _assess(self, now: float) -> None:
+        if now - self._assessed > max(3 * self.beat, 3.0):
             # This process itself was frozen, and missed the messages of the others.
             for status in [*self._ranks.values(), self._own]:
                 status.at = status.moved = now
-        self._judged = now
+        self._assessed = now
         for other, (code, why, at) in list(self._gone.items()):
             if code and now - at > GRACE and other != rank():
                 self._finish(
@@ -300,9 +300,9 @@ class Watchdog:
             where = f"noticed by {self._name(first)} at step {self.step}"
             self._conclude(f"a connection broke, {where}: {text}.", [])
         elif middle:
-            self._judge_progress(now, seen)
+            self._assess_progress(now, seen)
 
-    def _judge_progress(self, now: float, seen: dict[int, RankStatus]) -> None:
+    def _assess_progress(self, now: float, seen: dict[int, RankStatus]) -> None:
         ranks = {0: self._own, **seen}
         if not all(status.counted for status in ranks.values()):
             return

@@ -19,7 +19,7 @@ from comoe.train.monitor.monitor import Monitor
 from comoe.train.parallel.engine import Engine, StepReport
 from comoe.types import DOMAINS, Batch, soft_scales
 
-SHOWN_PICTURES = 100
+SHOWN_IMAGES = 100
 """Lost images that one event names; all are counted."""
 
 
@@ -116,7 +116,7 @@ class LogWindow:
         return metrics
 
 
-def log_lost_pictures(pixels: PixelReader | None, monitor: Monitor, step: int) -> None:
+def log_lost_images(pixels: PixelReader | None, monitor: Monitor, step: int) -> None:
     """Write which images went bad since the last call, on whatever rank: their posts went on without them.
 
     Every rank must call it.
@@ -132,9 +132,9 @@ def log_lost_pictures(pixels: PixelReader | None, monitor: Monitor, step: int) -
         source if isinstance(source, str) else shorten(source): why
         for source, why in pixels.take_lost().items()
     }
-    lost = {picture: why for share in all_gather_objects(mine) for picture, why in share.items()}
+    lost = {image: why for share in all_gather_objects(mine) for image, why in share.items()}
     if lost:
-        shown = dict(list(lost.items())[:SHOWN_PICTURES])
+        shown = dict(list(lost.items())[:SHOWN_IMAGES])
         monitor.log_event(
             {"event": "pictures_lost", "step": step, "count": len(lost), "pictures": shown}
         )

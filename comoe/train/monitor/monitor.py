@@ -162,7 +162,7 @@ class Monitor:
                 figure = plots.confusion_figure(
                     evaluation.confusions[task.name], labels=task.labels, title=title
                 )
-                self._picture(
+                self._figure(
                     f"confusion/{split}/{task.name}", f"confusion_{split}_{task.name}", figure, step
                 )
         if "routing" in line:
@@ -191,9 +191,7 @@ class Monitor:
                 {f"calibration/{split}/{task}/{name}": value for name, value in errors.items()},
                 step,
             )
-            self._picture(
-                f"reliability/{split}/{task}", f"reliability_{split}_{task}", figure, step
-            )
+            self._figure(f"reliability/{split}/{task}", f"reliability_{split}_{task}", figure, step)
 
     def log_experts(
         self, step: int, changes: Mapping[str, Mapping[str, Any]], *, lines: Sequence[str]
@@ -248,8 +246,8 @@ class Monitor:
         names = routing.layer_names
         layers = plots.share_figure(routing.share_LE, rows=names, title=title, row_axis="layer")
         tasks = plots.task_share_figure(routing.share_LTE, layers=names, tasks=routing.tasks)
-        self._picture(f"{where}/layer_expert", f"{where}_layer_expert", layers, step)
-        self._picture(f"{where}/task_expert", f"{where}_task_expert", tasks, step)
+        self._figure(f"{where}/layer_expert", f"{where}_layer_expert", layers, step)
+        self._figure(f"{where}/task_expert", f"{where}_task_expert", tasks, step)
 
     def _log_embeddings(self, embeddings: EmbeddingSummary, *, split: str, step: int) -> None:
         where = "embedding" if split == "validation" else f"embedding_{split}"
@@ -260,7 +258,7 @@ class Monitor:
             figure = embedding_figure(
                 view.points, view.labels, title=f"Embeddings of {task} ({split}, step {step})"
             )
-            self._picture(f"{where}/{task}", f"{where}_{task}", figure, step)
+            self._figure(f"{where}/{task}", f"{where}_{task}", figure, step)
         self._scalars(
             {f"{where}/{name}": value for name, value in embeddings.retrieval.items()}, step
         )
@@ -300,7 +298,7 @@ class Monitor:
         }
         plots.save_figure(plots.metric_figure(main, floor), self._plots / "metrics.png")
 
-    def _picture(self, tag: str, name: str, figure: plots.Figure, step: int) -> None:
+    def _figure(self, tag: str, name: str, figure: plots.Figure, step: int) -> None:
         file = self._plots / (re.sub(r"[^\w.-]", "_", name) + ".png")
         self._writer.add_image(tag, plots.save_figure(figure, file), step, dataformats="HWC")
 

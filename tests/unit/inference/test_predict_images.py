@@ -29,7 +29,7 @@ from comoe.inference.score import DataChoice, format_scores, score
 from comoe.models.model import build_model
 from comoe.starter.tiny_models import build_smoke_encoder, build_smoke_vision
 from comoe.tasks.task import Task
-from comoe.train.monitor.log_window import SHOWN_PICTURES, log_lost_pictures
+from comoe.train.monitor.log_window import SHOWN_IMAGES, log_lost_images
 from tests.helpers_images import LIMITS, encoded, noise
 
 MOOD = Task("mood", "single_label", ("bad", "good"), "macro_f1", 1.0, None, 0.0, True)
@@ -277,20 +277,20 @@ def test_lost_pictures_become_one_event(predictor: Predictor) -> None:
             events.append(event)
 
     reader = PixelReader(predictor.exported.image_processor, LIMITS)
-    log_lost_pictures(None, Noting(), 3)
-    log_lost_pictures(reader, Noting(), 3)
+    log_lost_images(None, Noting(), 3)
+    log_lost_images(reader, Noting(), 3)
     assert events == []
-    missing = [f"nowhere/{number}.png" for number in range(SHOWN_PICTURES + 5)]
+    missing = [f"nowhere/{number}.png" for number in range(SHOWN_IMAGES + 5)]
     assert reader.read([*missing, b"text"]) == [None] * (len(missing) + 1)
-    log_lost_pictures(reader, Noting(), 4)
-    log_lost_pictures(reader, Noting(), 5)
+    log_lost_images(reader, Noting(), 4)
+    log_lost_images(reader, Noting(), 5)
     (event,) = events
     assert (
         event["event"] == "pictures_lost"
         and event["step"] == 4
-        and event["count"] == SHOWN_PICTURES + 6
+        and event["count"] == SHOWN_IMAGES + 6
     )
     assert (
-        len(event["pictures"]) == SHOWN_PICTURES
+        len(event["pictures"]) == SHOWN_IMAGES
         and "is not there" in event["pictures"]["nowhere/0.png"]
     )

@@ -210,7 +210,7 @@ class Ranks:
         now = time.monotonic()
         self.watch._places = self.places
         self.watch._ranks = {1: RankStatus(now, now), 2: RankStatus(now, now)}
-        self.watch._own, self.watch._judged = RankStatus(now, now), now
+        self.watch._own, self.watch._assessed = RankStatus(now, now), now
         self.watch._channel = SideChannel(0).serve(server)
         self.others = {
             r: SideChannel(r).connect("127.0.0.1", server.getsockname()[1], seconds=5)
