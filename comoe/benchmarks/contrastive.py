@@ -41,7 +41,7 @@ REFERENCE_POSTS = 4
 
 
 @dataclass(frozen=True, slots=True)
-class Posts:
+class EmbeddedPosts:
     """The posts of all ranks on the first rank before the loss."""
 
     own_BP: Tensor
@@ -55,17 +55,17 @@ class Posts:
         return torch.cat([self.own_BP, self.others_GP])
 
 
-def make_posts(count: int, ranks: int, *, width: int) -> Posts:
+def make_posts(count: int, ranks: int, *, width: int) -> EmbeddedPosts:
     """Random unit-length rows with random labels, the same on every call."""
     draw = torch.Generator().manual_seed(0)
     rows = F.normalize(torch.randn(count, width, generator=draw), dim=1)
     own = count // ranks
-    return Posts(
+    return EmbeddedPosts(
         rows[:own].clone(), rows[own:].clone(), torch.randint(0, LABELS, (count,), generator=draw)
     )
 
 
-def ours(posts: Posts) -> Callable[[], Tensor]:
+def ours(posts: EmbeddedPosts) -> Callable[[], Tensor]:
     """The closed form."""
     task = Task(
         "posts", "single_label", tuple(map(str, range(LABELS))), "accuracy", contrastive=True
@@ -95,7 +95,7 @@ class SimulatedRanks:
     Numbers that the others would compute from their own rows are replaced by the first rank's.
     """
 
-    def __init__(self, posts: Posts, ranks: int) -> None:
+    def __init__(self, posts: EmbeddedPosts, ranks: int) -> None:
         self.ranks = ranks
         others = posts.labels_G[len(posts.own_BP) :, None]
         self.packed_GQ = torch.cat(
@@ -107,17 +107,17 @@ class SimulatedRanks:
         return torch.cat([rows, self.packed_GQ]) if is_packed else rows.repeat(self.ranks, 1), 0
 
 
-def full(posts: Posts) -> Callable[[], Tensor]:
+def full(posts: EmbeddedPosts) -> Callable[[], Tensor]:
     """Gather with gradient, and the matrix of all anchors with all rows, by autograd; as in the SupCon paper."""
     return lambda: _dense(posts.gathered().requires_grad_(), posts.labels_G, len(posts.labels_G))
 
 
-def local(posts: Posts) -> Callable[[], Tensor]:
+def local(posts: EmbeddedPosts) -> Callable[[], Tensor]:
     """open_clip's ``local_loss``: this rank's anchors with all rows, gathered with gradient, by autograd."""
     return lambda: _dense(posts.gathered().requires_grad_(), posts.labels_G, len(posts.own_BP))
 
 
-def reference(posts: Posts) -> Callable[[], Tensor]:
+def reference(posts: EmbeddedPosts) -> Callable[[], Tensor]:
     """The loss in the code of the TaCL-CoMoE paper: the few posts of one rank, normalized over the anchors."""
 
     def step() -> Tensor:
@@ -145,7 +145,7 @@ def _dense(rows_GP: Tensor, labels_G: Tensor, anchors: int) -> Tensor:
     return rows_GP.grad
 
 
-FORMS: dict[str, Callable[[Posts], Callable[[], Tensor]]] = {
+FORMS: dict[str, Callable[[EmbeddedPosts], Callable[[], Tensor]]] = {
     "ours": ours,
     "full": full,
     "local": local,

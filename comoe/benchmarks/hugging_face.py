@@ -106,7 +106,7 @@ STEPS = 100_000
 """More than any benchmark runs: the loop is stopped from outside."""
 
 
-class Posts(Dataset):
+class PostDataset(Dataset):
     """The tokenized posts that comoe trains on; the task is the data set of a post."""
 
     def __init__(self, split: TokenizedSplit) -> None:
@@ -178,7 +178,7 @@ class ReferenceTrainer:
         )
         self.collator = CountingCollator(AutoTokenizer.from_pretrained(recipe.model.encoder))
         self.trainer = Trainer(
-            model, arguments, data_collator=self.collator, train_dataset=Posts(split)
+            model, arguments, data_collator=self.collator, train_dataset=PostDataset(split)
         )
         self.held = HeldTrainer(self.trainer)
 

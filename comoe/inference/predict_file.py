@@ -28,7 +28,7 @@ from comoe.tasks.prompts import wants_pair
 from comoe.tasks.task import Task
 
 
-def read_posts(
+def read_post_file(
     path: Path,
     *,
     text_column: str | None = None,
@@ -146,7 +146,7 @@ def predict_file(
         tasks: names of the tasks; None is all.
         explain: add the attention weight of each word (jsonl; tasks with a pooled head).
         batch_size: posts per forward pass.
-        columns: ``text_column``, ``pair_column``, ``image_column`` and ``keep`` of ``read_posts``.
+        columns: ``text_column``, ``pair_column``, ``image_column`` and ``keep`` of ``read_post_file``.
 
     Returns:
         One sentence on what was done, with the number of posts without a prediction.
@@ -160,7 +160,7 @@ def predict_file(
     writer = writer_class(predictor, chosen)
     if same_file(target, source):
         raise ValueError(f"--output {target} is the --input itself; name another file.")
-    posts = read_posts(source, **columns, model=predictor, tasks=chosen)
+    posts = read_post_file(source, **columns, model=predictor, tasks=chosen)
     errors, without_image = [], 0
     target.parent.mkdir(parents=True, exist_ok=True)
     # None: no bar where standard error is no terminal.

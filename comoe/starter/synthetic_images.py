@@ -91,7 +91,7 @@ WITHOUT_IMAGE = 0.1
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class PlannedPost:
     """One post."""
 
     text: str
@@ -130,7 +130,7 @@ class Plan:
         }
 
 
-def plan_posts(*, count: int, seed: int, name: str = "train") -> list[Plan]:
+def plan_posts(*, count: int, seed: int, name: str = "train") -> list[PlannedPost]:
     """Posts in random order; the same arguments give the same posts.
 
     Among any ``BLOCK`` posts with images from the beginning on, every image comes with every
@@ -154,13 +154,13 @@ def caption_words() -> list[str]:
     return list(dict.fromkeys(word for word in words if word))
 
 
-def _endless(draw: random.Random) -> Iterator[Plan]:
+def _endless(draw: random.Random) -> Iterator[PlannedPost]:
     while True:
         block = list(_block())
         draw.shuffle(block)
         for shape, colour, number, light, mood, topic, claim in block:
             if draw.random() < WITHOUT_IMAGE:
-                yield Plan(
+                yield PlannedPost(
                     _caption(draw, mood, topic, claim),
                     mood,
                     topic,
@@ -170,7 +170,7 @@ def _endless(draw: random.Random) -> Iterator[Plan]:
                     number,
                     light,
                 )
-            yield Plan(
+            yield PlannedPost(
                 _caption(draw, mood, topic, claim), mood, topic, claim, shape, colour, number, light
             )
 
@@ -224,7 +224,7 @@ LEVELS = {"bright": (185, 250), "gloomy": (15, 75)}
 """Light -> darkest and brightest value of the background."""
 
 
-def draw_image(plan: Plan, *, seed: int | Sequence[int]) -> Image.Image:
+def draw_image(plan: PlannedPost, *, seed: int | Sequence[int]) -> Image.Image:
     """The image of a post, RGB; the same arguments give the same image.
 
     Shapes differ in place, size and shade; the background is smooth noise.

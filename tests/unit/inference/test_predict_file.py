@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from helpers_export import MOOD, tiny_predictor
 
-from comoe.inference.predict_file import CHUNK, predict_file, read_posts
+from comoe.inference.predict_file import CHUNK, predict_file, read_post_file
 
 ROOT = Path(__file__).parents[3]
 
@@ -177,7 +177,7 @@ def test_csv_in_and_out_with_other_columns_and_pairs(predictor, tmp_path):
 
 def test_tsv_is_read_too(tmp_path):
     (tmp_path / "in.tsv").write_text('text\tlabel\nsay "hi\t1\n')
-    assert [post.text for post in read_posts(tmp_path / "in.tsv")] == ['say "hi']
+    assert [post.text for post in read_post_file(tmp_path / "in.tsv")] == ['say "hi']
 
 
 def test_attention_is_written_on_demand_and_only_where_it_has_a_place(predictor, tmp_path):

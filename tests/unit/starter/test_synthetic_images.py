@@ -22,7 +22,7 @@ from comoe.starter.synthetic_images import (
     NUMBERS,
     SHAPES,
     SIZE,
-    Plan,
+    PlannedPost,
     build_drawn_posts,
     caption_words,
     draw_image,
@@ -37,12 +37,12 @@ SPARE = 2 * BLOCK
 
 
 @pytest.fixture(scope="module")
-def block() -> list[Plan]:
+def block() -> list[PlannedPost]:
     """The first whole block of posts with images."""
     return [plan for plan in plan_posts(count=SPARE, seed=3) if plan.shape is not None][:BLOCK]
 
 
-def majority(plans: list[Plan], task: str, told: Callable[[Plan], object]) -> float:
+def majority(plans: list[PlannedPost], task: str, told: Callable[[PlannedPost], object]) -> float:
     """Accuracy of the best answer that knows only ``told`` of a post."""
     table: dict[object, Counter] = defaultdict(Counter)
     for plan in plans:
@@ -50,17 +50,17 @@ def majority(plans: list[Plan], task: str, told: Callable[[Plan], object]) -> fl
     return sum(max(counts.values()) for counts in table.values()) / len(plans)
 
 
-def caption(plan: Plan) -> object:
+def caption(plan: PlannedPost) -> object:
     return plan.mood, plan.topic, plan.claim
 
 
-def image(plan: Plan) -> object:
+def image(plan: PlannedPost) -> object:
     return plan.shape, plan.colour, plan.number, plan.light
 
 
 @pytest.mark.parametrize("task", BOTH)
 def test_either_side_alone_is_exactly_at_chance_where_both_are_needed(
-    block: list[Plan], task: str
+    block: list[PlannedPost], task: str
 ) -> None:
     assert majority(block, task, caption) == 0.5
     assert majority(block, task, image) == 0.5
@@ -69,7 +69,7 @@ def test_either_side_alone_is_exactly_at_chance_where_both_are_needed(
 
 @pytest.mark.parametrize("task", ["colour", "number", "light"])
 def test_the_image_alone_tells_its_own_tasks_and_the_caption_does_not(
-    block: list[Plan], task: str
+    block: list[PlannedPost], task: str
 ) -> None:
     assert majority(block, task, image) == 1.0
     about = {"colour": COLORS, "number": NUMBERS, "light": LIGHTS}[task]
@@ -81,13 +81,13 @@ def test_the_image_alone_tells_its_own_tasks_and_the_caption_does_not(
 
 @pytest.mark.parametrize("task", ["sentiment", "claim"])
 def test_the_caption_alone_tells_its_own_tasks_and_the_image_does_not(
-    block: list[Plan], task: str
+    block: list[PlannedPost], task: str
 ) -> None:
     assert majority(block, task, caption) == 1.0
     assert majority(block, task, image) <= 0.5
 
 
-def test_words_say_what_the_plan_says(block: list[Plan]) -> None:
+def test_words_say_what_the_plan_says(block: list[PlannedPost]) -> None:
     opposite = {"positive": "negative", "negative": "positive"}
     for plan in block[:300]:
         words = set(plan.text.split())
@@ -118,7 +118,7 @@ def test_images_show_their_plan() -> None:
     base = next(plan for plan in plan_posts(count=50, seed=0) if plan.shape is not None)
     for light in LIGHTS:
         for number in NUMBERS:
-            plan = Plan(
+            plan = PlannedPost(
                 base.text, base.mood, base.topic, base.claim, "square", "blue", number, light
             )
             values = np.asarray(draw_image(plan, seed=4), dtype=int)
@@ -130,7 +130,7 @@ def test_images_show_their_plan() -> None:
             quarters = [blue[y : y + 24, x : x + 24].sum() > 20 for y in (0, 24) for x in (0, 24)]
             assert sum(quarters) == number
     shapes = [
-        np.asarray(draw_image(Plan("", "", "", "", shape, "red", 1, "bright"), seed=4))
+        np.asarray(draw_image(PlannedPost("", "", "", "", shape, "red", 1, "bright"), seed=4))
         for shape in SHAPES
     ]
     assert not np.array_equal(shapes[0], shapes[1]) and not np.array_equal(shapes[1], shapes[2])
