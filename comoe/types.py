@@ -167,6 +167,14 @@ class Routing:
     is the gate's scale (``model.moe.gate_scale``)."""
     counts_E: Tensor
     """Tokens per expert on this rank, int64, image tokens included."""
+    energies_S2: Tensor | None = None
+    """Squared norms of each token's update by the block, and of the state that the block read,
+    float32; None in training."""
+
+    def per_token(self) -> dict[str, Tensor]:
+        """The tensors with a row per token, by name."""
+        names = ("logits_SE", "scores_SE", "indices_Sk", "weights_Sk", "energies_S2")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
 
 @dataclass(frozen=True)  # no slots: ZeRO-3 reads a module's output with vars()

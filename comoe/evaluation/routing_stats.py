@@ -46,7 +46,10 @@ class RoutingSummary:
     by_layer: Mapping[str, np.ndarray]
     """Measure -> (layers,): those of ``share_measures``, cooperation, task_information = I(task;
     expert) of the routes, and of the gate weights weight_monopoly, weight_effective_experts and
-    weight_task_information."""
+    weight_task_information; update_ratio (rms norm of the block's update over that of the state that
+    it read), gate_entropy (mean entropy of a token's normalized scores over ln E, 1 when the gate
+    prefers no expert) and weight_spread (standard deviation of the selected weights over their
+    mean)."""
     by_task: Mapping[str, np.ndarray]
     """Measure -> (layers, T): the same without the two informations."""
     histogram_LH: np.ndarray
@@ -118,9 +121,10 @@ class RoutingStats:
             num_experts, 1
         )  # A model without experts has no layers either: an empty table.
         # Row T of the task axis holds every labeled token once: with several labels per post the
-        # tasks' rows overlap. Last axis: selections, sum of weights and sum of scores per expert; selected
-        # experts above 0.5, tokens.
-        shape = (num_layers, len(self.tasks) + 1, 3 * self.num_experts + 2)
+        # tasks' rows overlap. Last axis: selections, sum of weights and sum of scores per expert;
+        # entropy of scores, squared weights, squared norms of update and state; selected experts
+        # above 0.5, tokens.
+        shape = (num_layers, len(self.tasks) + 1, 3 * self.num_experts + 6)
         self._sums = torch.zeros(shape, dtype=torch.float64, device=device)
         self._histogram_LH = torch.zeros(
             (num_layers, HISTOGRAM_BINS), dtype=torch.float64, device=device
@@ -150,9 +154,15 @@ class RoutingStats:
                 1, routing.indices_Sk, routing.weights_Sk.double()
             )
             strong_S1 = (selected_SE * (scores_SE > COOPERATING_SCORE)).sum(dim=1, keepdim=True)
-            facts = torch.cat(
-                [selected_SE, weights_SE, scores_SE, strong_S1, torch.ones_like(strong_S1)], dim=1
-            )
+            shares_SE = scores_SE / scores_SE.sum(dim=1, keepdim=True).clamp_min(1e-300)
+            parts = [
+                *(selected_SE, weights_SE, scores_SE),
+                torch.special.entr(shares_SE).sum(dim=1, keepdim=True),
+                weights_SE.square().sum(dim=1, keepdim=True),
+                routing.energies_S2.double(),
+                *(strong_S1, torch.ones_like(strong_S1)),
+            ]
+            facts = torch.cat(parts, dim=1)
             self._sums[layer] += counted_ST.T @ facts
             # index_add_ instead of bincount: on a GPU bincount waits for the device to learn its
             # own length.
@@ -192,13 +202,24 @@ class RoutingStats:
         counts, weights, scores = (
             sums[..., part * experts : (part + 1) * experts] for part in range(3)
         )
-        strong, tokens = sums[..., -2], sums[..., -1]
+        entropies, squares, updates, states, strong, tokens = np.moveaxis(
+            sums[..., 3 * experts :], -1, 0
+        )
         share = _ratio(counts, counts.sum(axis=-1, keepdims=True))
         weight_share = _ratio(weights, weights.sum(axis=-1, keepdims=True))
         by_weight = share_measures(weight_share)
         measures = share_measures(share) | {"cooperation": _ratio(strong, tokens)}
         measures |= {
             f"weight_{name}": by_weight[name] for name in ("monopoly", "effective_experts")
+        }
+        selections = counts.sum(axis=-1)
+        mean_weight = _ratio(weights.sum(axis=-1), selections)
+        mean_square = _ratio(squares, selections)
+        spread = np.sqrt(np.maximum(mean_square - mean_weight**2, 0.0))
+        measures |= {
+            "update_ratio": np.sqrt(_ratio(updates, states)),
+            "gate_entropy": _ratio(entropies, tokens * math.log(max(experts, 2))),
+            "weight_spread": _ratio(spread, mean_weight),
         }
         by_layer = {name: values[:, -1] for name, values in measures.items()}
         by_layer["task_information"] = mutual_information(counts[:, :-1])

@@ -362,10 +362,8 @@ def _side_by_side(texts: Sequence[Tensor]) -> Tensor:
 
 def _joined(routings: Sequence[Routing]) -> Routing:
     """The routings of one layer over several passes."""
-    parts = {
-        name: torch.cat([getattr(routing, name) for routing in routings])
-        for name in ("logits_SE", "scores_SE", "indices_Sk", "weights_Sk")
-    }
+    rows = [routing.per_token() for routing in routings]
+    parts = {name: torch.cat([one[name] for one in rows]) for name in rows[0]}
     return replace(
         routings[0], **parts, counts_E=torch.stack([one.counts_E for one in routings]).sum(dim=0)
     )

@@ -131,7 +131,11 @@ def test_pictures_are_drawn_and_not_blank(smoke_run: Finished) -> None:
     names = {path.stem for path in (smoke_run.folder / "plots").glob("*.png")}
     splits, classes = ("validation", "test"), ("mood", "topic", "stance")
     confusions = {f"confusion_{split}_{task}" for split in splits for task in classes}
-    assert names >= {"loss", "metrics", "routing_layer_expert", "routing_task_expert"} | confusions
+    assert (
+        names
+        >= {"loss", "metrics", "experts", "routing_layer_expert", "routing_task_expert"}
+        | confusions
+    )
     for path in (smoke_run.folder / "plots").iterdir():
         pixels = matplotlib.image.imread(path)
         assert min(pixels.shape[:2]) > 100 and pixels.std() > 0.01, path.name
@@ -153,7 +157,10 @@ def test_tensorboard_shows_losses_metrics_rates_weights_gates_and_images(
         *expected.split(),
         *(f"measured/{unit}_per_second" for unit in ("posts", "tokens")),
     } <= scalars
-    measures = "max_violation effective_experts entropy task_information cooperation share/expert_3"
+    measures = (
+        "max_violation effective_experts entropy task_information cooperation share/expert_3 "
+    )
+    measures += "update_ratio gate_entropy weight_spread update_ratio/mood"
     measures = measures.split()
     assert {f"routing/layer_{layer}/{name}" for layer in LAYERS for name in measures} <= scalars
     logged = [event.value for event in events.Scalars("train/loss")]

@@ -92,8 +92,8 @@ def without_tokens(routing: Routing) -> Routing:
 
 def of_first(routing: Routing, number: int) -> Routing:
     """The rows of the first tokens; loads stay those of all."""
-    names = ("logits_SE", "scores_SE", "indices_Sk", "weights_Sk")
-    return replace(routing, **{name: getattr(routing, name)[:number] for name in names})
+    rows = {name: tensor[:number] for name, tensor in routing.per_token().items()}
+    return replace(routing, **rows)
 
 
 @dataclass(slots=True)
@@ -163,7 +163,8 @@ class CooperativeBlock(nn.Module):
         assert context is not None, "set holder.context before running the encoder"
         flat_NM = x_BLM.reshape(-1, x_BLM.shape[-1])
         # Padding would cost expert time and count as load, so only real tokens enter.
-        x_SM = self.norm(flat_NM.index_select(0, context.real_index_S))
+        real_SM = flat_NM.index_select(0, context.real_index_S)
+        x_SM = self.norm(real_SM)
         task_logits_SE = None
         if self.task_projection is not None:
             task_logits_SE = self.task_projection(context.task_embeddings_BD).index_select(
@@ -176,12 +177,15 @@ class CooperativeBlock(nn.Module):
         self.mixture.router.prepare(task_logits_SE, selected_Sk)
         update_SM = self.mixture(x_SM.unsqueeze(0)).squeeze(0)
         routing = self.mixture.router.collect()
-        if earlier is None:
-            context.routings[self.layer] = routing
         if self.shared is not None:
             update_SM = update_SM + self.shared(x_SM)
         update_SM = self.dropout(update_SM).to(flat_NM.dtype)
         if self.holder.off:
             update_SM = torch.zeros_like(update_SM)
+        if not self.training:
+            energies = [part_SM.float().square().sum(dim=1) for part_SM in (update_SM, real_SM)]
+            routing = replace(routing, energies_S2=torch.stack(energies, dim=1))
+        if earlier is None:
+            context.routings[self.layer] = routing
         update_NM = torch.zeros_like(flat_NM).index_copy(0, context.real_index_S, update_SM)
         return update_NM.view_as(x_BLM)

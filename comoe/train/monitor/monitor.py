@@ -31,6 +31,10 @@ TASK_TERM = "task"
 """Terms named ``task/<name>`` are the losses of the tasks."""
 
 
+BLOCK_MEASURES = ("update_ratio", "gate_entropy", "weight_spread")
+"""Of ``RoutingSummary.by_layer``, drawn over the steps."""
+
+
 class Monitor:
     """Writes metrics on rank 0; on the other ranks every method does nothing.
 
@@ -297,6 +301,16 @@ class Monitor:
             if (curve := _curve(checks, task.name, f"majority/{task.metric}"))
         }
         plots.save_figure(plots.metric_figure(main, floor), self._plots / "metrics.png")
+        routed = [record for record in checks if BLOCK_MEASURES[0] in record.get("routing", {})]
+        if routed:
+            curves = {
+                name: {
+                    layer: [(one["step"], one["routing"][name][place]) for one in routed]
+                    for place, layer in enumerate(routed[0]["routing"]["layers"])
+                }
+                for name in BLOCK_MEASURES
+            }
+            plots.save_figure(plots.experts_figure(curves), self._plots / "experts.png")
 
     def _figure(self, tag: str, name: str, figure: plots.Figure, step: int) -> None:
         file = self._plots / (re.sub(r"[^\w.-]", "_", name) + ".png")

@@ -85,6 +85,22 @@ def metric_figure(curves: Mapping[str, Curve], baselines: Mapping[str, float]) -
     return figure
 
 
+def experts_figure(curves: Mapping[str, Mapping[str, Curve]]) -> Figure:
+    """Measures of the blocks over steps, a panel per measure and a line per layer.
+
+    Args:
+        curves: measure -> layer -> values at the evaluations.
+    """
+    figure, axes = _over_steps(len(curves), title="Blocks over optimizer steps (validation)")
+    for panel, (measure, by_layer) in zip(axes, curves.items(), strict=True):
+        for number, (layer, curve) in enumerate(by_layer.items()):
+            style = {"color": COLORS[number % len(COLORS)], "marker": "o", "markersize": 3}
+            panel.plot(*_columns(_finite(curve)), label=f"layer {layer}", linewidth=1.4, **style)
+        panel.set_title(measure, fontsize=9)
+    legend_below(figure, axes)
+    return figure
+
+
 def share_figure(share: np.ndarray, *, rows: Sequence[str], title: str, row_axis: str) -> Figure:
     """Heatmap rows x experts of shares in percent; white is an even share, purple more, orange less, grey no tokens.
 

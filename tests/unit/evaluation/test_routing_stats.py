@@ -20,6 +20,10 @@ def routing(scores, picks):
         indices_Sk=picks,
         weights_Sk=torch.ones(picks.shape) / picks.shape[1],
         counts_E=torch.bincount(picks.flatten(), minlength=scores.shape[1]),
+        # Norms of the updates 0, 1, 2, ..., of the states 10.
+        energies_S2=torch.stack(
+            [torch.arange(len(scores)) ** 2.0, torch.full((len(scores),), 100.0)], dim=1
+        ),
     )
 
 
@@ -67,9 +71,14 @@ def test_counts_and_measures_equal_the_hand_computed_ones():
         f"weight_{name}": expected[name]
         for name in ("monopoly", "effective_experts", "task_information")
     }
+    shares = [[score / sum(scores) for score in scores] for scores in SCORES[:3]]
+    entropies = [-sum(share * math.log(share) for share in of_token) for of_token in shares]
+    expected["gate_entropy"] = sum(entropies) / 3 / math.log(4)
+    expected |= {"weight_spread": 0.0, "update_ratio": math.sqrt((0 + 1 + 4) / 300)}
     assert set(summary.by_layer) == set(expected)
     for name, value in expected.items():
-        assert summary.by_layer[name][0] == pytest.approx(value, abs=1e-12), name
+        assert summary.by_layer[name][0] == pytest.approx(value, abs=1e-7), name
+    np.testing.assert_allclose(summary.by_task["update_ratio"], [[math.sqrt(1 / 200), 0.2]])
     np.testing.assert_allclose(summary.by_task["effective_experts"], [[2, 2]])
     np.testing.assert_allclose(summary.by_task["dead_share"], [[0.5, 0.5]])
     np.testing.assert_allclose(summary.by_task["cooperation"], [[1.5, 2.0]])
@@ -90,7 +99,12 @@ def test_where_every_expert_runs_only_the_weights_tell_of_a_monopoly():
     scores_SE = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.3, 0.7]])
     picks_Sk = torch.tensor([[0, 1], [0, 1], [1, 0]])
     every = Routing(
-        scores_SE, scores_SE, picks_Sk, scores_SE.gather(1, picks_Sk), torch.tensor([3, 3])
+        scores_SE,
+        scores_SE,
+        picks_Sk,
+        scores_SE.gather(1, picks_Sk),
+        torch.tensor([3, 3]),
+        torch.ones(3, 2),
     )
     stats = RoutingStats(["a", "b"], num_layers=1, num_experts=2)
     stats.update(output([every], [0, 0, 1]), torch.tensor([[True, False], [False, True]]))
@@ -105,6 +119,9 @@ def test_where_every_expert_runs_only_the_weights_tell_of_a_monopoly():
     assert summary.by_layer["weight_monopoly"][0] == pytest.approx(2 / 3)
     assert summary.by_layer["weight_effective_experts"][0] == pytest.approx(math.exp(entropy))
     assert summary.by_layer["weight_task_information"][0] > 0.1
+    assert summary.by_layer["weight_spread"][0] == pytest.approx(
+        2 * np.std([0.9, 0.1, 0.8, 0.2, 0.3, 0.7])
+    )
 
 
 def test_adding_the_ranks_tensors_equals_one_rank_with_all_tokens():
@@ -114,10 +131,12 @@ def test_adding_the_ranks_tensors_equals_one_rank_with_all_tokens():
     labelled = torch.tensor([[True, False], [True, True], [False, True]])
     rows = [0, 1, 2] * 4
     whole = RoutingStats(["a", "b"], num_layers=2, num_experts=4)
-    whole.update(output([routing(scores.tolist(), picks.tolist())] * 2, rows), labelled)
+    every = routing(scores.tolist(), picks.tolist())
+    whole.update(output([every] * 2, rows), labelled)
     parts = [RoutingStats(["a", "b"], num_layers=2, num_experts=4) for _ in range(2)]
     for part, tokens in zip(parts, (slice(0, 3), slice(3, 12)), strict=True):
         share = routing(scores[tokens].tolist(), picks[tokens].tolist())
+        share = replace(share, energies_S2=every.energies_S2[tokens])
         part.update(output([share] * 2, rows[tokens]), labelled)
     parts[0].load(parts[0].as_tensor() + parts[1].as_tensor())
     torch.testing.assert_close(parts[0].as_tensor(), whole.as_tensor())

@@ -254,3 +254,18 @@ def test_output_init_is_the_spread_of_the_output_projection(spread):
     assert dense.gate_up.weight.std().item() == pytest.approx(32**-0.5, rel=0.05)
     narrow = Experts(8, 32, 64, expert_init=0.02)
     assert narrow.gate_up_proj.std().item() == pytest.approx(0.02, rel=0.05)
+
+
+@pytest.mark.parametrize("off", [False, True])
+def test_a_block_measures_its_update_and_what_it_read_outside_training(off: bool):
+    block, context = build_block()
+    block.holder.off = off
+    x_BLM = torch.randn(2, 5, M, dtype=torch.float64)
+    update_SM = block.eval()(x_BLM)[[0] * 5 + [1] * 3, [*range(5), *range(3)]]
+    expected = [update_SM.norm(dim=1), x_BLM.flatten(0, 1)[context.real_index_S].norm(dim=1)]
+    energies_S2 = context.routings[0].energies_S2
+    torch.testing.assert_close(energies_S2, torch.stack(expected, dim=1).square().float())
+    assert bool((energies_S2[:, 0] == 0).all()) == off
+    context.routings.clear()
+    block.train()(x_BLM)
+    assert context.routings[0].energies_S2 is None

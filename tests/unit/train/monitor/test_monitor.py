@@ -57,7 +57,9 @@ def summary():
     stats = RoutingStats(["mood", "heat"], num_layers=1, num_experts=2, layers=[3])
     picks = torch.tensor([[0], [0], [1]])
     scores = torch.tensor([[0.9, 0.1], [0.8, 0.3], [0.2, 0.6]])
-    routing = Routing(scores, scores, picks, torch.ones(3, 1), torch.tensor([2, 1]))
+    routing = Routing(
+        scores, scores, picks, torch.ones(3, 1), torch.tensor([2, 1]), torch.ones(3, 2)
+    )
     output = ModelOutput({}, {}, {}, (routing,), torch.tensor([0, 0, 1]))
     stats.update(output, torch.tensor([[True, False], [False, True]]))
     return stats.summary()
@@ -139,6 +141,7 @@ def test_an_evaluation_reaches_the_log_tensorboard_and_the_plots(tmp_path):
     assert {path.name for path in (tmp_path / "plots").iterdir()} == {
         "loss.png",
         "metrics.png",
+        "experts.png",
         "confusion_validation_mood.png",
         "confusion_test_mood.png",
         "routing_layer_expert.png",
