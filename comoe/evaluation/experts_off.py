@@ -180,8 +180,8 @@ def _error(values_J: np.ndarray) -> float:
 
 def experts_table(results: Mapping[str, Any], tasks: Sequence[Task]) -> list[tuple[str, ...]]:
     """Head and rows: per task, and in the mean, what changes with experts off and in turn."""
-    found = [results[OFF], results[IN_TURN]]
-    rows = [("task", "metric", "off", "loss", "in turn", "loss")]
+    found = [results[key] for key in CONDITIONS if key in results]
+    rows = [("task", "metric", *("off", "loss", "in turn", "loss")[: 2 * len(found)])]
     for task in tasks:
         if task.name in found[0]["tasks"]:
             values = [one["tasks"][task.name] for one in found]
@@ -197,7 +197,8 @@ def experts_lines(results: Mapping[str, Any], tasks: Sequence[Task]) -> list[str
     if OFF not in results:
         return []
     rows = experts_table(results, tasks)
-    title = f"experts (change on {results[OFF]['posts']} validation posts: all off; in turn instead of routed)"
+    turn = "; in turn instead of routed" if IN_TURN in results else ""
+    title = f"experts (change on {results[OFF]['posts']} validation posts: all off{turn})"
     return [title, *in_columns(rows[0], rows[1:], left=2), *verdicts(results)]
 
 
@@ -208,6 +209,8 @@ def verdicts(results: Mapping[str, Any]) -> list[str]:
         (OFF, "the experts", "switching them off"),
         (IN_TURN, "the gate", "sending tokens to experts in turn"),
     ):
+        if key not in results:
+            continue
         found = results[key]
         mean = found["mean"]
         changes = (

@@ -25,7 +25,7 @@ from comoe.distributed import (
 )
 from comoe.evaluation.embedding_stats import EmbeddingStats
 from comoe.evaluation.evaluate import TEACHER_KL, Evaluation, evaluate
-from comoe.evaluation.experts_off import CONDITIONS, change
+from comoe.evaluation.experts_off import CONDITIONS, IN_TURN, change
 from comoe.evaluation.routing_stats import RoutingStats
 from comoe.tasks.task import Task
 from comoe.train.training_run import TrainingRun
@@ -130,6 +130,8 @@ def measure_experts(run: TrainingRun, whole: Evaluation) -> dict[str, Any]:
 
     found = {}
     for name, condition in CONDITIONS.items():
+        if name == IN_TURN and run.model.config.num_local_experts == 1:
+            continue
         with condition(run.model):
             after = evaluate(
                 forward,

@@ -115,6 +115,8 @@ def test_experts_add_something_if_the_loss_rises_without_them(factor: float, not
     results = {OFF: found, IN_TURN: found}
     warned = [line for line in experts_lines(results, [MOOD]) if line.startswith("warning: ")]
     assert len(warned) == nothing
+    # A single expert has no turns to take.
+    assert experts_lines({OFF: found}, [MOOD])[1].split() == ["task", "metric", "off", "loss"]
 
 
 def test_every_kind_is_measured_also_where_groups_stay_empty() -> None:
