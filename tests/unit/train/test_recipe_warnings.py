@@ -118,7 +118,11 @@ def test_options_that_work_are_left_alone():
 
 def test_every_gate_and_weighting_says_whether_it_is_warned_about():
     assert [name for name, gate in GATES.items() if gate.for_measuring] == ["uniform"]
-    assert [name for name, kind in WEIGHTINGS.items() if not kind.adapts] == ["equal", "static"]
+    assert [name for name, kind in WEIGHTINGS.items() if not kind.adapts] == [
+        "equal",
+        "posts",
+        "static",
+    ]
 
 
 @pytest.mark.parametrize(
