@@ -145,6 +145,7 @@ class ReferenceTrainer:
         folder: output of the Trainer.
         device: of this rank.
         strategy: ``train_sampling_strategy``.
+        bf16: bfloat16 as comoe's run has it.
     """
 
     def __init__(
@@ -155,6 +156,7 @@ class ReferenceTrainer:
         folder: Path,
         device: torch.device,
         strategy: str,
+        bf16: bool,
     ) -> None:
         gpu = device.type == "cuda"
         model = AutoModelForSequenceClassification.from_pretrained(
@@ -169,7 +171,7 @@ class ReferenceTrainer:
             max_grad_norm=0.0 if (norm := recipe.train.max_grad_norm) == "auto" else norm,
             train_sampling_strategy=strategy,
             deepspeed=zero2_settings(),
-            bf16=gpu,
+            bf16=bf16,
             use_cpu=not gpu,
             report_to="none",
             save_strategy="no",

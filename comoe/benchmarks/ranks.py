@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,12 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def run_on_ranks(
-    function: str, world_size: int, *, timeout: float = 900.0, **arguments: Any
+    function: str,
+    world_size: int,
+    *,
+    timeout: float = 900.0,
+    threads: int | None = None,
+    **arguments: Any,
 ) -> Any:
     """Call ``module:function(**arguments)`` in ``world_size`` fresh processes; the result of rank 0.
 
@@ -30,6 +36,7 @@ def run_on_ranks(
         function: "package.module:name".
         world_size: number of ranks.
         timeout: seconds until all ranks are killed.
+        threads: of each rank, whatever the environment says.
         arguments: JSON values.
 
     Raises:
@@ -40,7 +47,8 @@ def run_on_ranks(
         folder = Path(name)
         (folder / "in.json").write_text(json.dumps([function, arguments]), encoding="utf-8")
         port = free_port()
-        ranks = [_start(folder, rank, world_size, port) for rank in range(world_size)]
+        chosen = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
+        ranks = [_start(folder, rank, world_size, port, chosen) for rank in range(world_size)]
         try:
             _wait(ranks, timeout)
         finally:
@@ -56,13 +64,20 @@ def run_on_ranks(
         return json.loads((folder / "out.json").read_text(encoding="utf-8"))
 
 
-def _start(folder: Path, rank: int, world_size: int, port: int) -> subprocess.Popen[bytes]:
+def _start(
+    folder: Path, rank: int, world_size: int, port: int, chosen: Mapping[str, str]
+) -> subprocess.Popen[bytes]:
     places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_SIZE": world_size}
     environment = (
         {"OMP_NUM_THREADS": "1"} | os.environ | {key: str(value) for key, value in places.items()}
     )
     # The working folder may hold another checkout, which ``-m`` would import first.
-    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PYTHONSAFEPATH": "1"}
+    environment |= {
+        **chosen,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "PYTHONSAFEPATH": "1",
+    }
     environment["PYTHONPATH"] = os.pathsep.join(
         filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])
     )

@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import nn
 
 from comoe.benchmarks.hugging_face import STRATEGIES, ReferenceTrainer, save_base_encoder
+from comoe.benchmarks.precision import add_precision
 from comoe.benchmarks.ranks import run_on_ranks
+from comoe.benchmarks.steps import WARMUP, Steps, clocked_optimizers, silence
 from comoe.benchmarks.timing import (
     Contestant,
     Measurements,
@@ -33,9 +34,8 @@ from comoe.benchmarks.timing import (
     take_turns,
 )
 from comoe.benchmarks.workload import find_posts
-from comoe.distributed import rank, sum_over_ranks, world_size
+from comoe.distributed import sum_over_ranks, world_size
 from comoe.evaluation.routing_stats import RoutingStats
-from comoe.losses.objective import count_units, unit_scale
 from comoe.train import trainer
 from comoe.train.build import build_run
 from comoe.train.monitor.log_window import LogWindow
@@ -125,49 +125,8 @@ def measure_monitoring(config: str | None) -> dict[str, Any]:
     }
 
 
-WARMUP = 4
-"""Untimed steps of each contestant."""
-
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "A10G": 70e12}
 """Part of a GPU's name -> dense bfloat16 FLOP per second by its data sheet."""
-
-
-class Steps:
-    """comoe's training step, batch after batch: sampler, collator, totals over ranks, engine, and the log's numbers.
-
-    ``counts`` holds (real, padded) tokens of each step on this rank.
-
-    The run collates the next batch in another thread meanwhile; here it is collated within the
-    step, as the Trainer's is by default.
-    """
-
-    def __init__(self, run: TrainingRun) -> None:
-        self.run = run
-        self.number = 0
-        self.counts: list[tuple[int, int]] = []
-        self.window = LogWindow(run.tasks)
-
-    def step(self) -> None:
-        """One optimizer step."""
-        run = self.run
-        batches = [
-            run.collator(run.splits["train"], share)
-            for share in run.sampler.share(self.number, rank())
-        ]
-        units_T = sum_over_ranks(
-            torch.stack([count_units(batch, run.tasks) for batch in batches]).sum(0)
-        )
-        scale_T = unit_scale(units_T, world_size=world_size(), accumulation=len(batches))
-        batches = [replace(batch, unit_scale_T=scale_T) for batch in batches]
-        run.engine.set_rate_factor(1.0)
-        report = run.engine.train_step(batches)
-        self.window.add(batches, report)
-        self.number += 1
-        if self.number % run.recipe.train.log_every == 0:
-            self.window.reduce(run.engine, report, batches)
-            self.window.reset()
-        real = sum(int(batch.attention_mask_BL.sum()) for batch in batches)
-        self.counts.append((real, sum(batch.attention_mask_BL.numel() for batch in batches)))
 
 
 def measure_steps(config: str | None, overrides: list[str], rounds: int) -> dict[str, Any]:
@@ -196,7 +155,12 @@ def measure_steps(config: str | None, overrides: list[str], rounds: int) -> dict
         ours = Steps(run)
         references = {
             label: ReferenceTrainer(
-                recipe, run.splits["train"], folder=folder, device=device, strategy=strategy
+                recipe,
+                run.splits["train"],
+                folder=folder,
+                device=device,
+                strategy=strategy,
+                bf16=run.layout.bf16,
             )
             for label, strategy in STRATEGIES.items()
         }
@@ -247,7 +211,8 @@ def _notes(
         for label, values in tokens.items()
     }
     return [
-        f"{world_size()} rank(s), {machine_note(name, torch.get_num_threads())}",
+        f"{world_size()} rank(s), {machine_note(name, torch.get_num_threads())}, "
+        f"{'bf16' if run.layout.bf16 else 'float32'} in all contestants",
         f"recipe {recipe.run.name} on {posts}: {recipe.train.batch_size} posts per step, at most "
         f"{recipe.data.max_length} tokens each, {len(run.tasks)} tasks, {millions['total']} million parameters "
         f"({millions['active']} active); hf: the same encoder, dense, one task",
@@ -299,33 +264,6 @@ def looked_up(encoder: nn.Module) -> int:
         getattr(weight, "ds_numel", weight.numel())
         for weight in {id(one): one for one in tables}.values()
     )
-
-
-@contextmanager
-def clocked_optimizers() -> Iterator[Mapping[int, list[float]]]:
-    """While open, every ``DeepSpeedEngine.step`` adds its seconds to its engine's list; keys are ``id(engine)``."""
-    seconds: dict[int, list[float]] = {}
-    original = DeepSpeedEngine.step
-
-    def step(engine: DeepSpeedEngine, *arguments: Any, **named: Any) -> Any:
-        start = time.perf_counter()
-        output = original(engine, *arguments, **named)
-        seconds.setdefault(id(engine), []).append(time.perf_counter() - start)
-        return output
-
-    DeepSpeedEngine.step = step
-    try:
-        yield seconds
-    finally:
-        DeepSpeedEngine.step = original
-
-
-@contextmanager
-def silence() -> Iterator[None]:
-    """Discard the output of the libraries; errors still raise."""
-    with open(os.devnull, "w", encoding="utf-8") as null:
-        with contextlib.redirect_stdout(null), contextlib.redirect_stderr(null):
-            yield
 
 
 TARGETS = {"hf_over_comoe": Target(at_least=1.0)}
@@ -387,5 +325,7 @@ def run(
             case = f"{ranks} rank(s)"
             report.add_time(name, median(times, name), case=f"{case}, whole step")
             report.add_time(name, seconds, case=f"{case}, step() within")
+    if kind == "cpu":
+        add_precision(report, recipe, OVERRIDES[kind], rounds=rounds or 20, cores=cores)
     report.publish(json_path)
     return report

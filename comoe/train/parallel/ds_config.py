@@ -223,6 +223,9 @@ def fill_settings(
     # Our optimizers are torch's own; DeepSpeed asks for this word before it shards them.
     filled["zero_allow_untested_optimizer"] = True
     filled["zero_optimization"] = {**filled["zero_optimization"]}
+    if layout.world_size == 1 and layout.stage < 3:
+        # Else every gradient is divided by one, in a pass of its own.
+        filled.setdefault("gradient_allreduce_op", "sum")
     if "offload_optimizer" in filled["zero_optimization"]:
         filled["zero_force_ds_cpu_optimizer"] = False
     filled["steps_per_print"] = 2**31

@@ -11,7 +11,7 @@ from setuptools import find_packages
 from setuptools.config.pyprojecttoml import read_configuration
 from torch import nn
 
-from comoe.benchmarks import contrastive
+from comoe.benchmarks import contrastive, precision
 from comoe.benchmarks import contrastive as contrastive_costs
 from comoe.benchmarks.contrastive import FORMS, make_posts
 from comoe.benchmarks.experts import Clock, Size, add_ratios, clocked_routing
@@ -304,7 +304,8 @@ def test_monitoring_is_timed_inside_a_run():
 
 
 @pytest.mark.multiprocess
-def test_whole_steps_of_comoe_and_of_the_trainer_take_turns():
+def test_whole_steps_of_comoe_and_of_the_trainer_take_turns(monkeypatch):
+    monkeypatch.setenv("COMOE_BF16", "1")
     measured = run_on_ranks(
         "comoe.benchmarks.training:measure_steps",
         1,
@@ -318,4 +319,23 @@ def test_whole_steps_of_comoe_and_of_the_trainer_take_turns():
     assert all(
         measured["optimizer"][name] < sum(measured["times"][name]) for name in measured["times"]
     )
-    assert measured["mfu"] is None
+    assert measured["mfu"] is None and "bf16 in all contestants" in measured["notes"][0]
+
+
+@pytest.mark.multiprocess
+def test_precisions_take_turns_and_layouts_whole_starts(monkeypatch):
+    starts = []
+
+    def start(function, ranks, *, threads=1, **arguments):
+        starts.append((ranks, threads))
+        if function.endswith("measure_alone"):
+            return [float(ranks)] * 3
+        return run_on_ranks(function, ranks, **arguments)
+
+    monkeypatch.setattr(precision, "run_on_ranks", start)
+    report = Measurements("train", {})
+    precision.add_precision(report, SMOKE, ["data.limit_per_task=50"], rounds=1, cores=2)
+    assert set(report.headline()) == {*precision.RATIOS, "two_ranks_over_two_threads"}
+    assert report.headline()["two_ranks_over_two_threads"] == 2.0
+    assert starts == [(1, 1), (1, 2), (2, 1), (2, 1), (1, 2), (1, 2), (2, 1)]
+    assert all(row["seconds"] > 0 for row in report.seconds)
