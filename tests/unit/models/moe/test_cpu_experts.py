@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from comoe.models.moe.experts import mix_experts, sort_routes
+from comoe.models.moe.experts import GatedFeedForward, gated, mix_experts, sort_routes
 from comoe.models.moe.gate import best_experts
 
 M, WIDE, E = 6, 5, 4
@@ -74,6 +74,17 @@ def test_bfloat16_fills_its_rows_up_to_tiles_and_changes_nothing_else():
         error = (ours.double() - theirs).norm() / theirs.norm()
         # Four roundings to 8 bits in a row.
         assert error < 0.015
+
+
+@pytest.mark.parametrize("rows", [0, 1, 64, 70])
+def test_the_dense_block_fills_its_rows_up_too(rows):
+    torch.manual_seed(0)
+    block = GatedFeedForward(16, 24, output_init=0.1).bfloat16()
+    x = torch.randn(rows, 16).bfloat16()
+    gate_up, down = (layer.weight.double() for layer in (block.gate_up, block.down))
+    expected = gated(x.double() @ gate_up.T) @ down.T
+    assert block(x).shape == (rows, 16)
+    torch.testing.assert_close(block(x).double(), expected, rtol=0.03, atol=0.01)
 
 
 def test_an_expert_without_rows_gets_a_gradient_of_zero():
