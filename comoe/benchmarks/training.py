@@ -154,15 +154,9 @@ def measure_steps(config: str | None, overrides: list[str], rounds: int) -> dict
             recipe = replace(recipe, model=replace(recipe.model, encoder=encoder))
         run = build_run(recipe, ZERO_2, folder, device=device)
         ours = Steps(run)
+        same: dict[str, Any] = {"folder": folder, "device": device, "bf16": run.layout.bf16}
         references = {
-            label: ReferenceTrainer(
-                recipe,
-                run.splits["train"],
-                folder=folder,
-                device=device,
-                strategy=strategy,
-                bf16=run.layout.bf16,
-            )
+            label: ReferenceTrainer(recipe, run.splits["train"], strategy=strategy, **same)
             for label, strategy in STRATEGIES.items()
         }
         contestants = {"comoe": Contestant(ours.step)}
