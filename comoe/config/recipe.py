@@ -554,7 +554,7 @@ class TrainConfig:
     """Peak rate of experts and private parts."""
     router_learning_rate: NotNegative | Literal["auto"] | None = "auto"
     """Peak rate of the gates' projections and the task embeddings; auto is 10 times
-    ``expert_learning_rate``. null makes them a part of the experts."""
+    ``expert_learning_rate``, at most 0.01 (or that rate, where it is higher). null makes them a part of the experts."""
     head_learning_rate: NotNegative = 5e-4
     """Peak rate of heads and projections."""
     weight_decay: NotNegative = 0.01

@@ -282,7 +282,15 @@ def _load(request: Request) -> Recipe:
         raise ValueError(
             f"--resume {request.resume}: no config.yaml there; give the folder of a run, such as runs/starter."
         )
-    return load_saved_recipe(saved, request.overrides)
+    recipe = load_saved_recipe(saved, request.overrides)
+    router, key = recipe.train.router_learning_rate, "train.router_learning_rate"
+    before = load_saved_recipe(saved).train.router_learning_rate
+    if (router is None) != (before is None):
+        raise ValueError(
+            f"{key} is {router}, but {request.resume} was begun with {before}: null keeps the router in the optimizer "
+            f"group of the experts, and a resumed run keeps its groups. Leave {key} out, or begin a new run."
+        )
+    return recipe
 
 
 def _checked(recipe: Recipe, overrides: Sequence[str]) -> Recipe:

@@ -76,6 +76,10 @@ PARAMETER_GROUPS: dict[str, str] = {
 ROUTER_RATE = 10
 """Rate of the router over that of the experts, under ``train.router_learning_rate: auto``."""
 
+MOST_ROUTER_RATE = 0.01
+"""Largest rate of the router under auto. A step of Adam changes a logit by up to the rate times the
+model's width, and rates of encoders that start from nothing are high already."""
+
 
 def start_ranks(*, timeout_seconds: float, verbose: bool = False) -> torch.device:
     """Join the process group that the launcher described; returns this rank's device."""
@@ -173,7 +177,8 @@ def parameter_groups(objective: nn.Module, recipe: Recipe) -> list[dict[str, Any
     a weighting learns. Frozen parameters are left out."""
     router_rate = recipe.train.router_learning_rate
     if router_rate == "auto":
-        router_rate = ROUTER_RATE * recipe.train.expert_learning_rate
+        expert_rate = recipe.train.expert_learning_rate
+        router_rate = max(expert_rate, min(ROUTER_RATE * expert_rate, MOST_ROUTER_RATE))
     rates = {
         "encoder": recipe.train.learning_rate,
         "experts": recipe.train.expert_learning_rate,

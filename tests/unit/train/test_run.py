@@ -85,3 +85,15 @@ def test_the_traceback_of_a_users_mistake_is_shown_when_the_recipe_says_so(
     assert (
         code == 2 and said.startswith("Traceback") == shown and said.endswith(f"comoe: {INSIDE}\n")
     )
+
+
+def test_a_resumed_run_keeps_the_optimizer_group_of_its_router(tmp_path: Path) -> None:
+    written = "tasks: {mood: {path: mood.csv}}\ntrain: {seed: 1}\n"
+    (tmp_path / "config.yaml").write_text(written)
+    rate = "train.router_learning_rate"
+    assert module._load(Request(resume=tmp_path)).train.router_learning_rate is None
+    with pytest.raises(ValueError, match=f"{rate} is auto, but .* was begun with None"):
+        module._load(Request(resume=tmp_path, overrides=[f"{rate}=auto"]))
+    (tmp_path / "config.yaml").write_text(written.replace("seed: 1", "router_learning_rate: 0.1"))
+    now = module._load(Request(resume=tmp_path, overrides=[f"{rate}=0.2"]))
+    assert now.train.router_learning_rate == 0.2

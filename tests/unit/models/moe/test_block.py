@@ -123,6 +123,26 @@ def test_the_paper_gate_equals_ten_lines_of_float64():
     torch.testing.assert_close(update, w0 + sum(g[:, [e]] * each[e] for e in range(4)))
 
 
+def test_shared_and_routed_experts_by_token_and_task_equal_a_float64_reference():
+    embeddings = torch.randn(2, 64, dtype=torch.float64)
+    block, context = build_block(embeddings=embeddings, route_by="both", top_k=2, shared_width=8)
+    bias_E = torch.tensor([0.3, -0.3, 0.0, 0.1])
+    block.mixture.gate.e_score_correction_bias.copy_(bias_E)
+    x = torch.randn(2, 5, M, dtype=torch.float64)
+    update = block(x).reshape(10, M)[context.real_index_S]
+
+    h = F.layer_norm(x.reshape(10, M)[context.real_index_S], (M,))
+    task = (embeddings @ block.task_projection.weight.T)[context.token_rows_S]
+    s = torch.sigmoid(h @ block.mixture.gate.weight.T + task)
+    picks = (s + bias_E).topk(2).indices
+    g = torch.zeros_like(s).scatter(1, picks, s.gather(1, picks))
+    g = 2 * g / g.sum(1, keepdim=True)
+    experts = block.mixture.experts
+    each = [dense_expert(h, experts.gate_up_proj[e], experts.down_proj[e]) for e in range(4)]
+    shared = dense_expert(h, block.shared.gate_up.weight, block.shared.down.weight)
+    torch.testing.assert_close(update, shared + sum(g[:, [e]] * each[e] for e in range(4)))
+
+
 def test_one_expert_equals_the_dense_block():
     block, context = build_block(num_experts=1, top_k=1, balance="none")
     dense = GatedFeedForward(M, WIDE).double()

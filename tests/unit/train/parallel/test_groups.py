@@ -14,11 +14,22 @@ from tests.helpers_model import moe_config, tiny_objective
 
 
 @pytest.mark.parametrize(
-    ("router_rate", "expected"), [("auto", 5e-3), (0.25, 0.25), (0.0, 0.0), (None, None)]
+    ("router_rate", "expert_rate", "expected"),
+    [
+        ("auto", 5e-4, 5e-3),
+        ("auto", 4e-3, 0.01),
+        ("auto", 0.1, 0.1),
+        (0.25, 5e-4, 0.25),
+        (0.0, 5e-4, 0.0),
+        (None, 5e-4, None),
+    ],
 )
-def test_the_router_has_a_rate_of_its_own_or_is_a_part_of_the_experts(router_rate, expected):
+def test_the_router_has_a_rate_of_its_own_or_is_a_part_of_the_experts(
+    router_rate, expert_rate, expected
+):
     recipe = Recipe()
     recipe.train.router_learning_rate = router_rate
+    recipe.train.expert_learning_rate = expert_rate
     objective = tiny_objective(moe_config(route_by="both", shared_width=8))
     groups = {group["name"]: group for group in parameter_groups(objective, recipe)}
     names = {id(parameter): name for name, parameter in objective.named_parameters()}
@@ -34,7 +45,7 @@ def test_the_router_has_a_rate_of_its_own_or_is_a_part_of_the_experts(router_rat
     if expected is not None:
         assert groups["router/decay"]["lr"] == pytest.approx(expected)
         assert sum(group["role"] == "router" for group in groups.values()) == 1
-    assert groups["experts/decay"]["lr"] == 5e-4
+    assert groups["experts/decay"]["lr"] == expert_rate
 
 
 @pytest.mark.parametrize(("schedule", "expected"), [("follow_rate", 0.25), ("constant", 1.0)])
