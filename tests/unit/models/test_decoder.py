@@ -467,9 +467,10 @@ def test_the_decoder_reads_states_that_have_seen_the_picture(fusion, family):
     batch = with_pictures(decoder_batch(family=family), [1, 3, 4])
     before = model(batch).logits
     after = model(replace(batch, pixels_I3HW=batch.pixels_I3HW.flip(0) * 3)).logits
-    moved = (after["polarity"] - before["polarity"]).abs().amax(dim=1) > 1e-7
-    moved |= (after["opinion"] - before["opinion"])[:, :2].abs().amax(dim=1) > 1e-7
-    moved |= (after["reason"] - before["reason"])[:, :2].abs().amax(dim=1) > 1e-7
+    # Other rows may move by a rounding: their experts' products have other sizes.
+    moved = (after["polarity"] - before["polarity"]).abs().amax(dim=1) > 1e-5
+    moved |= (after["opinion"] - before["opinion"])[:, :2].abs().amax(dim=1) > 1e-5
+    moved |= (after["reason"] - before["reason"])[:, :2].abs().amax(dim=1) > 1e-5
     assert batch.task_ids_B.tolist() == [-1, 1, 3, 4, -1, 1, 3, 4] and moved.tolist() == [
         0,
         1,
