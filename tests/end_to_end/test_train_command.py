@@ -51,7 +51,7 @@ def test_a_training_line_has_step_loss_tasks_rates_and_weights(smoke_run: Finish
             # Tags take no part in the contrastive loss unless they are asked to.
             contrasted = {"contrastive", "positives_per_anchor"} if task != "mentions" else set()
             assert set(values) == {"loss", MAIN_METRICS[task], *contrasted}
-        assert set(line["rates"]) == {"encoder", "experts", "heads"}
+        assert set(line["rates"]) == {"encoder", "experts", "heads", "router"}
         assert (
             line["grad_norm"] > 0 and line["posts_per_second"] > 0 and line["tokens_per_second"] > 0
         )
