@@ -278,6 +278,15 @@ def test_bfloat16_with_float32_sums_of_gradients_stays_close_to_one_float32_proc
             assert set(answer["sums"]) == {"torch.float32"}, (name, ep, stage)
 
 
+def test_losses_in_bf16_follow_those_in_float32_over_many_steps_of_adam(encoder: str) -> None:
+    shared: dict[str, Any] = {"stage": 2, "steps": 25, "plainly": False}
+    cases = [shared | {"settings": settings} for settings in ({}, BF16)]
+    answers = run_ranks(MANY, 1, encoder=encoder, cases=cases)[0]
+    exact, rounded = (answer["losses"] for answer in answers)
+    # Measured: 0.41 %.
+    np.testing.assert_allclose(rounded, exact, rtol=0.02)
+
+
 ENGINES: dict[str, dict[str, Any]] = {
     "ZeRO 1": {"stage": 1}, "ZeRO 2": {"stage": 2}, "ZeRO 3": {"stage": 3},
     # In bf16 ZeRO 1 is another optimizer class of DeepSpeed.
