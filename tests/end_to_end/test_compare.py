@@ -34,8 +34,12 @@ def words(output: Path, arms: str, *more: str) -> list[str]:
 
 def test_arms_are_run_compared_and_added_to(terminal: Terminal, tmp_path: Path) -> None:
     output = tmp_path / "compare"
-    first = terminal.run(*words(output, "multi,single.mood", "--affinity-posts", "16"))
+    claim = ("--claim", "multi > single.mood on mood/macro_f1")
+    first = terminal.run(*words(output, "multi,single.mood", "--affinity-posts", "16", *claim))
     assert first.code == 0 and "2 runs, 0 of them done" in first.out, first.said
+    claimed = json.loads((output / "comparison.json").read_text())["claim"]
+    assert claimed["runs_before"] == 0 and claimed["difference"]["p"] <= 1
+    assert f"**{claim[1]}** (named before the first run" in first.out
     removing = ("--remove-experts", "multi", "--removal-posts", "20", "--affinity-posts", "16")
     done = terminal.run(*words(output, "single,multi", *removing))
     assert done.code == 0 and "3 runs, 2 of them done" in done.out, done.said
@@ -58,6 +62,7 @@ def test_arms_are_run_compared_and_added_to(terminal: Terminal, tmp_path: Path) 
             )
     assert not any((runs / f"{run}-s0/checkpoints").exists() for run in results)
     rest = json.loads((output / "comparison.json").read_text())
+    assert rest["claim"]["text"] == claim[1] and rest["claim"]["verdict"] == "not measured"
     costs = {
         arm: rest["arms"][arm]["costs"]["parameters_total"]["mean"] for arm in ("single", "multi")
     }

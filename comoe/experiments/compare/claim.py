@@ -142,8 +142,15 @@ def record_claim(
     return now
 
 
-def claimed_cell(claim: Claim | None, baseline: str) -> tuple[str, str, str] | None:
+def claimed_cell(
+    claim: Claim | None, baseline: str, mains: Mapping[str, str]
+) -> tuple[str, str, str] | None:
     """Where the tables of differences to the baseline show the claimed comparison.
+
+    Args:
+        claim: None: nowhere.
+        baseline: an arm.
+        mains: task -> its main metric.
 
     Returns:
         Measure, arm, and name; None where they do not show it, or where
@@ -154,6 +161,9 @@ def claimed_cell(claim: Claim | None, baseline: str) -> tuple[str, str, str] | N
     arm = claim.other if claim.arm == baseline else claim.arm
     task, _, metric = claim.measure.partition("/")
     measure = next((name for name in FALLING if name in (claim.measure, metric)), METRIC)
+    if measure == METRIC and metric and mains.get(task) != metric:
+        # A slice or another metric is in no table of differences.
+        return None
     return measure, arm, task if metric else MEAN
 
 

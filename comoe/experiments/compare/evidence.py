@@ -28,7 +28,8 @@ def claim_lines(comparison: Comparison) -> list[str]:
     text += f"difference {cell(difference, signed=True, digits=4)}"
     if not math.isnan(difference.p):
         text += f", p = {p_value(difference)} (not adjusted)"
-    text += f", {difference.seeds} seeds: **{found.verdict}**."
+    of_all = f" of {len(claim.seeds)}" if difference.seeds < len(claim.seeds) else ""
+    text += f", {difference.seeds}{of_all} seeds: **{found.verdict}**."
     size = smallest_difference([difference])
     if math.isfinite(size):
         needs = _needs(seeds_needed([difference]), posts_needed([difference]))

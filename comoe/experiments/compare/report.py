@@ -33,6 +33,7 @@ from comoe.experiments.compare.results import (
     METRIC,
     ROUTING,
     Result,
+    main_metrics,
     read_arm,
     with_means,
 )
@@ -194,7 +195,10 @@ def compare(
     differences |= {name: seed_differences(results, baseline, measure=name) for name in FALLING}
     claimed = measure_claim(claim, results, pairs) if claim else None
     # The claim alone was named beforehand; all other comparisons are one family.
-    differences = adjust(differences | {_JOINT: to_joint}, exempt=claimed_cell(claim, baseline))
+    differences = adjust(
+        differences | {_JOINT: to_joint},
+        exempt=claimed_cell(claim, baseline, main_metrics(results)),
+    )
     changes = changes_without(differences.pop(_JOINT))
     notes = list(plan.notes)
     notes += [

@@ -196,6 +196,12 @@ def read_json(file: Path) -> Any:
     return json.loads(file.read_text(encoding="utf-8"))
 
 
+def main_metrics(results: Mapping[str, Sequence[Result]]) -> dict[str, str]:
+    """Task -> its main metric, of all finished runs."""
+    tasks = _merged([result.tasks for found in results.values() for result in found])
+    return {name: task.metric for name, task in tasks.items()}
+
+
 def with_means(results: Mapping[str, Sequence[Result]]) -> dict[str, list[Result]]:
     """Arm -> results with ``mean`` in their quality, losses and divergences: of all tasks that have them in some arm
     and are not auxiliary.
