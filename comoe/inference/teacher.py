@@ -205,7 +205,7 @@ class _Known:
             self._add(_load(path, self.teacher.tasks))
 
     def missing(self, keys: Sequence[bytes]) -> list[int]:
-        """One post of each key that some rank does not know, shortest key first; the same on every rank."""
+        """The first post of each key that some rank does not know, ascending; the same on every rank."""
         first = {key: post for post, key in reversed([*enumerate(keys)])}
         mine = sorted(post for key, post in first.items() if key not in self.places)
         # Machines may have caches of their own.
