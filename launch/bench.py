@@ -4,6 +4,7 @@ python launch/bench.py experts --json experts.json     one layer: dense, DeepSpe
 python launch/bench.py train --json train.json         whole training steps: Hugging Face Trainer with ZeRO-2
 python launch/bench.py contrastive --json c.json       the loss: full matrix, open_clip's local one, reference code
 python launch/bench.py routing --json routing.json     routing by task and by token: five tasks, blocks in some layers
+python launch/bench.py updates --json u.json           what experts learn in ten steps, against a dense block
 """
 
 import importlib
@@ -19,6 +20,7 @@ BENCHMARKS = {
     "train": "comoe.benchmarks.training",
     "contrastive": "comoe.benchmarks.contrastive",
     "routing": "comoe.benchmarks.routing",
+    "updates": "comoe.benchmarks.updates",
 }
 """Word of the command line -> module with ``run(json_path, config=..., rounds=...)``."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from setuptools import find_packages
 from setuptools.config.pyprojecttoml import read_configuration
 from torch import nn
 
-from comoe.benchmarks import contrastive, precision
+from comoe.benchmarks import contrastive, precision, updates
 from comoe.benchmarks import contrastive as contrastive_costs
 from comoe.benchmarks.contrastive import FORMS, make_posts
 from comoe.benchmarks.experts import Clock, Size, add_ratios, clocked_routing
@@ -38,6 +39,14 @@ from comoe.models.moe.gate import SigmoidGate, SoftmaxGate
 from tests.helpers_model import tiny_model
 
 SMOKE = str(ROOT / "launch/configs/smoke.yaml")
+
+
+def test_the_update_of_experts_is_measured_against_a_dense_block(tmp_path, monkeypatch):
+    monkeypatch.setattr(updates, "FORMS", {"": ((4,), ()), "mean": ((4,), (updates.MEAN,))})
+    report = updates.run(tmp_path / "u.json", config=Path(SMOKE), rounds=3)
+    default, mean = (row["value"] for row in report.rows)
+    assert 0.6 < default < 1.6 and mean < 0.5 * default
+    assert report.headline() == {"k4": default}
 
 
 def test_the_wheel_has_every_package_but_the_benchmarks():
