@@ -478,9 +478,9 @@ class TaskConfig:
     labels: Names = field(default_factory=list)
     """Label names in the order of their ids; empty finds them in the training split."""
     limit: Count | None = None
-    """Keep at most this many training labels of this task, chosen by ``train.seed`` among the posts
-    that ``data.limit_per_task`` leaves; a post without any label left is dropped. Tasks on the same
-    posts keep them in the same order. null keeps all."""
+    """Keep at most this many training posts with a label of this task, gold or soft, chosen by
+    ``train.seed`` among those that ``data.limit_per_task`` leaves; a post without any label left is
+    dropped. Tasks on the same posts keep them in the same order. null keeps all."""
     metric: Literal[
         "auto",
         "accuracy",

@@ -67,29 +67,31 @@ def limited(posts: PostSplit, *, count: int | None, seed: int) -> PostSplit:
 
 
 def limited_labels(posts: PostSplit, *, limits: Mapping[str, int | None], seed: int) -> PostSplit:
-    """At most ``limits[task]`` labels of each task; posts without a label of these tasks are dropped.
+    """At most ``limits[task]`` posts with labels, gold or soft, of each task; posts without any are dropped.
 
     The posts are drawn as by ``limited``: one limit for all tasks, where all label every post, is
     that many posts.
 
     Args:
         posts: training posts of one data set.
-        limits: each of its tasks -> labels to keep, None for all.
+        limits: each of its tasks -> posts whose labels are kept, None for all.
         seed: any non-negative int.
     """
     if all(limit is None for limit in limits.values()):
         return posts
     order = np.random.default_rng(seed).permutation(len(posts))
-    labels, confidences = dict(posts.labels), dict(posts.confidences)
+    made = {name: dict(getattr(posts, name)) for name in ("labels", "soft_labels", "confidences")}
+    useful = np.zeros(len(posts), dtype=bool)
     for task, limit in limits.items():
-        labelled = [row for row in order if labels[task][row] is not None]
+        columns = [made[name][task] for name in ("labels", "soft_labels") if task in made[name]]
+        labelled = [row for row in order if any(column[row] is not None for column in columns)]
         kept = np.isin(np.arange(len(posts)), labelled[:limit])
-        for columns in (labels, confidences):
-            if task in columns:
-                cells = zip(columns[task], kept, strict=True)
-                columns[task] = [value if keep else None for value, keep in cells]
-    useful = [any(labels[task][row] is not None for task in limits) for row in range(len(posts))]
-    return replace(posts, labels=labels, confidences=confidences).take(np.flatnonzero(useful))
+        useful |= kept
+        for of_tasks in made.values():
+            if task in of_tasks:
+                cells = zip(of_tasks[task], kept, strict=True)
+                of_tasks[task] = [value if keep else None for value, keep in cells]
+    return replace(posts, **made).take(np.flatnonzero(useful))
 
 
 def shared_posts(posts: PostSplit, *, known: PostSplit) -> int:

@@ -265,7 +265,7 @@ def chosen_metric(
     Raises:
         ValueError: no such task or metric, or no labeled post of the task in the split.
     """
-    check_chosen_metric(name, tasks, taught=True)
+    check_chosen_metric(name, tasks, taught=[task.name for task in tasks])
     if name == MEAN:
         return mean_metric(metrics, tasks)
     if name == TEACHER_KL:
@@ -284,7 +284,7 @@ def check_chosen_metric(
     tasks: Sequence[Task],
     *,
     measured: Container[str] | None = None,
-    taught: bool = False,
+    taught: Container[str] = (),
 ) -> None:
     """Refuse an ``early_stop_metric`` that no evaluation will have; called before training.
 
@@ -293,19 +293,22 @@ def check_chosen_metric(
         tasks: all tasks.
         measured: names of the tasks that validation posts have a label of; None does not ask for
             any.
-        taught: there are teachers, and so ``teacher_kl``.
+        taught: names of the tasks that teachers know, which have ``teacher_kl``.
 
     Raises:
         ValueError: no such metric, with the nearest one; or nothing to measure it on.
     """
     scored = [task for task in tasks if task.rules.scored and not task.auxiliary]
     valid = [MEAN, *(f"{task.name}/{metric}" for task in scored for metric in metric_names(task))]
-    if taught:
-        valid += [TEACHER_KL, *(f"{task.name}/{TEACHER_KL}" for task in scored)]
+    known = [task.name for task in scored if task.name in taught]
+    if known:
+        valid += [TEACHER_KL, *(f"{task}/{TEACHER_KL}" for task in known)]
     if name not in valid:
         raise unknown_name("train.early_stop_metric", name, valid)
     task, slash, _ = name.partition("/")
-    wanted = [task] if slash else [task.name for task in scored]
+    wanted = [task.name for task in scored]
+    if slash or name == TEACHER_KL:
+        wanted = [task] if slash else known
     if measured is not None and not any(task in measured for task in wanted):
         raise ValueError(
             f"train.early_stop_metric is {name!r}, but no validation post has a label of {', '.join(wanted)}; add such "

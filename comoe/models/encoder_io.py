@@ -29,8 +29,10 @@ class FanOut:
         (U, heads, N, N). All else, such as what is per row already, as it is."""
         if not isinstance(value, Tensor) or value.ndim < 2 or len(value) != self.num_texts:
             return value
-        # Two dimensions of floating-point numbers are a table of the encoder.
-        if value.ndim == 2 and value.is_floating_point():
+        # Two dimensions of floating-point numbers are a table of the encoder. DeBERTa's relative
+        # positions (1, N, N) are of all texts; of a single one they only look like its own.
+        is_table = value.ndim == 2 and value.is_floating_point()
+        if is_table or (value.ndim == 3 and value.dtype == torch.int64):
             return value
         return value.index_select(0, self.texts_B)
 

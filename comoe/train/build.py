@@ -124,10 +124,10 @@ def read_posts(typed: Recipe) -> tuple[Recipe, Corpus]:
         recipe, with_images=image_side(recipe.model) is not None, cache_dir=kept, progress=True
     )
     measured = {task for task, found in corpus.report.labels.items() if "validation" in found}
-    metric, taught = recipe.train.early_stop_metric, bool(recipe.distill.teachers)
-    check_chosen_metric(metric, corpus.tasks, measured=measured, taught=taught)
     teachers = find_teachers(recipe.distill, corpus.tasks)
     known = {name for teacher in teachers for name in teacher.columns}
+    metric = recipe.train.early_stop_metric
+    check_chosen_metric(metric, corpus.tasks, measured=measured, taught=known)
     corpus.report.notes += [
         f"task {task.name}: no teacher; it is learned from its gold labels alone"
         for task in corpus.tasks

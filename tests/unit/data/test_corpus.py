@@ -173,11 +173,13 @@ def test_a_task_keeps_at_most_its_limit_of_labels(limits: tuple, counts: tuple) 
                 str(row),
                 labels={"a": row, "b": row if row < 30 else None, "c": row if row >= 20 else None},
                 confidences={"a": 0.5},
+                soft_labels={"a": np.ones((1, 2))},
             )
             for row in range(60)
         ],
         tasks=("a", "b", "c", "other"),
         confidences=("a",),
+        soft_labels=("a",),
     )
     kept = limited_labels(posts, limits=dict(zip("abc", limits, strict=True)), seed=3)
     present = {
@@ -186,9 +188,8 @@ def test_a_task_keeps_at_most_its_limit_of_labels(limits: tuple, counts: tuple) 
     }  # fmt: skip
     assert tuple(map(len, present.values())) == counts
     assert {int(text) for text in kept.texts} == set().union(*present.values())
-    assert [value is None for value in kept.confidences["a"]] == [
-        value is None for value in kept.labels["a"]
-    ]
+    for column in (kept.confidences["a"], kept.soft_labels["a"]):
+        assert [value is None for value in column] == [value is None for value in kept.labels["a"]]
     # One limit of tasks that label every post is so many posts.
     alike = replace(posts, labels={task: posts.labels["a"] for task in "abc"})
     for limit in (1, 7):

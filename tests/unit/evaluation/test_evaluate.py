@@ -318,6 +318,14 @@ def test_a_choice_that_no_validation_post_can_measure_is_refused_before_training
             ValueError, match=f"is '{name}', but no validation post has a label of mood"
         ):
             check_chosen_metric(name, TASKS, measured=measured)
+    check_chosen_metric("mood/teacher_kl", TASKS, measured={"mood"}, taught={"mood"})
+    # What no teacher knows, and what no validation post of a teacher's task measures.
+    for name, measured, message in (
+        ("heat/teacher_kl", {"heat"}, "which does not exist"),
+        ("teacher_kl", {"heat"}, "no validation post has a label of mood;"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check_chosen_metric(name, TASKS, measured=measured, taught={"mood"})
 
 
 def test_names_of_metrics_are_known_before_any_evaluation() -> None:

@@ -65,10 +65,12 @@ def test_losses_routings_and_gradients_are_those_of_a_pass_per_row(family, layer
 
 
 @pytest.mark.parametrize("texts", [[0, 0, 0], [0, 1, 2], [0]])
-@pytest.mark.parametrize("num_experts", [4, 0])
-def test_one_text_no_repeated_text_and_no_block_at_all(texts, num_experts):
+@pytest.mark.parametrize(
+    "family, num_experts", [*((family, 4) for family in HF_CONFIGS | VARIANTS), ("bert", 0)]
+)
+def test_one_text_no_repeated_text_and_no_block_at_all(texts, family, num_experts):
     options = {"route_by": "task", "layers": [1], "num_experts": num_experts}
-    model = tiny_model(moe_config(**options)).eval()
+    model = tiny_model(moe_config(**options), family=family).eval()
     outputs = [model(batch).logits for batch in batches(texts)]
     torch.testing.assert_close(outputs[1], outputs[0], atol=1e-6, rtol=0)
 
