@@ -11,13 +11,17 @@ tasks' posts as often as the run of all tasks, so a single task has its share of
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 from comoe.config.recipe import AdversarialConfig, LossConfig, Recipe
+from comoe.evaluation.evaluate import TEACHER_KL
 from comoe.experiments.cluster.costs import shape_of_recipe
+from comoe.inference.export import read_export_config
 from comoe.losses.weighting.strategies import WEIGHTINGS
 from comoe.tasks.task import CONFIDENCE_STRATEGIES, kind_of
 
@@ -116,8 +120,31 @@ def _dropping(recipe: Recipe, dropped: Sequence[str], *, arm: str) -> tuple[str,
             f"train.epochs={recipe.train.epochs:g}."
         )
     stop = recipe.train.early_stop_metric.partition("/")[0] in dropped
-    overrides = (f"tasks.{task}=null" for task in dropped)
+    overrides = [*(f"tasks.{task}=null" for task in dropped), *_teachers_left(recipe, dropped)]
+    stop = stop or (
+        recipe.train.early_stop_metric == TEACHER_KL and "distill.teachers=[]" in overrides
+    )
     return (*overrides, *(["train.early_stop_metric=mean"] if stop else []))
+
+
+def _teachers_left(recipe: Recipe, dropped: Sequence[str]) -> list[str]:
+    """What is left of a distillation: teachers that know none of the tasks that remain are refused in a run.
+
+    Raises:
+        ValueError: a teacher is no export.
+    """
+    config = recipe.distill
+    left = [task for task in config.tasks or recipe.tasks if task not in dropped]
+    teachers = []
+    for teacher in config.teachers:
+        known = read_export_config(Path(teacher).expanduser())["tasks"]
+        teachers += [teacher] if any(task["name"] in left for task in known) else []
+    if config.teachers and not teachers:
+        return ["distill.teachers=[]", "distill.tasks=[]", "distill.unlabelled=[]"]
+    # As YAML, whatever is in a path.
+    changed = {"teachers": teachers} if teachers != config.teachers else {}
+    changed |= {"tasks": left} if config.tasks else {}
+    return [f"distill.{key}={json.dumps(value)}" for key, value in changed.items()]
 
 
 TASK_ARMS: dict[str, Callable[[Recipe], dict[str, list[Part]]]] = {

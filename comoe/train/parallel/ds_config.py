@@ -121,13 +121,16 @@ def _precision(
         return begun_in_bf16, "as the run was begun"
     if gpu:
         return True, "GPU"
-    word = os.environ.get(BF16_WORD, "")
-    if word not in ("", "0", "1"):
-        raise ValueError(f"the environment variable {BF16_WORD} is {word!r}; set it to 0 or 1.")
-    if word:
-        return word == "1", f"{BF16_WORD}={word}"
-    # One answer for all ranks, which may run on different machines.
-    if all(all_gather_objects(multiplies_bf16())):
+    # One answer for all ranks, which may run on different machines, with other variables.
+    found = all_gather_objects((os.environ.get(BF16_WORD, ""), multiplies_bf16()))
+    words = sorted({word for word, _ in found} - {""})
+    if words not in ([], ["0"], ["1"]):
+        raise ValueError(
+            f"the environment variable {BF16_WORD} is {' and '.join(map(repr, words))}; set it to 0 or 1."
+        )
+    if words:
+        return words == ["1"], f"{BF16_WORD}={words[0]}"
+    if all(native for _, native in found):
         return True, "the CPU multiplies bfloat16 natively"
     return False, "the CPU does not multiply bfloat16 natively"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +69,28 @@ def test_single_is_a_run_for_each_task_that_is_not_auxiliary(experiment: Experim
     assert alone.train.epochs == whole.train.epochs
     assert alone.train.batch_size == whole.train.batch_size
     assert alone.data == whole.data and alone.model == whole.model
+
+
+def test_single_tasks_keep_the_teachers_that_know_them(
+    experiment: Experiment, monkeypatch: pytest.MonkeyPatch
+):
+    known = {"joint": ["mood", "topic"], "one": ["mood"]}
+    monkeypatch.setattr(
+        "comoe.experiments.compare.arms.read_export_config",
+        lambda folder: {"tasks": [{"name": name} for name in known[folder.name]]},
+    )
+    taught = {"distill.teachers": "[joint,one]", "train.early_stop_metric": "teacher_kl"}
+    for tasks, expected in (
+        ("[]", {"mood": ["joint", "one"], "topic": ["joint"], "stance": []}),
+        ("[mood]", {"mood": ["joint", "one"], "topic": [], "stance": []}),
+    ):
+        words = [f"{key}={value}" for key, value in (taught | {"distill.tasks": tasks}).items()]
+        distilled = replace(experiment, overrides=(*experiment.overrides, *words))
+        plan = planned(distilled, "single")
+        for task, teachers in expected.items():
+            recipe = recipe_of(distilled, plan, f"single.{task}-s0")
+            assert recipe.distill.teachers == teachers
+            assert recipe.train.early_stop_metric == ("teacher_kl" if teachers else "mean")
 
 
 def test_without_auxiliary_tasks_the_others_stay_in_one_run(experiment: Experiment):

@@ -239,7 +239,8 @@ AUTO: dict[str, Any] = {"bf16": {"enabled": "auto"}}
      (AUTO, False, None, "", [True, True], True, "the CPU multiplies bfloat16 natively"),
      # Ranks on two machines, one of which cannot.
      (AUTO, False, None, "", [True, False], False, "the CPU does not multiply"),
-     (AUTO, False, None, "0", [True], False, "COMOE_BF16=0"), (AUTO, False, None, "1", [False], True, "COMOE_BF16=1"),
+     (AUTO, False, None, "0", [True, True], False, "COMOE_BF16=0"),
+     (AUTO, False, None, "1", [False], True, "COMOE_BF16=1"),
      (AUTO, True, None, "0", [False], True, "GPU"),
      # A run keeps its precision wherever it goes on.
      (AUTO, False, False, "1", [True], False, "as the run was begun"),
@@ -259,7 +260,10 @@ def test_auto_precision_asks_the_run_then_the_device(
     reason: str,
 ) -> None:
     monkeypatch.setenv("COMOE_BF16", word)
-    monkeypatch.setattr(ds_config, "all_gather_objects", lambda value: native)
+    monkeypatch.setattr(ds_config, "multiplies_bf16", lambda: native[0])
+    # The variable of this rank alone decides for all.
+    others = [("", able) for able in native[1:]]
+    monkeypatch.setattr(ds_config, "all_gather_objects", lambda value: [value, *others])
     layout = plan_layout(
         recipe_of(), STAGE_2 | settings, world_size=2, gpu=gpu, begun_in_bf16=begun
     )
