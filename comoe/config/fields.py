@@ -89,6 +89,7 @@ NotNegative = Annotated[float, Strict(), Ge(0), _TEXT_TOO]
 Positive = Annotated[float, Strict(), Gt(0), _TEXT_TOO]
 Share = Annotated[float, Strict(), Ge(0), Lt(1), _TEXT_TOO]
 Fraction = Annotated[float, Strict(), Ge(0), Le(1), _TEXT_TOO]
+PositiveShare = Annotated[float, Strict(), Gt(0), Le(1), _TEXT_TOO]
 Temperature = Annotated[float, Strict(), Ge(0.01), _TEXT_TOO]
 AT_LEAST_TWO = Rule(lambda items: len(items) > 1, "one per label")
 DIFFERENT = Rule(lambda items: len(set(items)) == len(items), "all different")

@@ -28,6 +28,7 @@ from comoe.config.fields import (
     Names,
     NotNegative,
     Positive,
+    PositiveShare,
     Share,
     Temperature,
     Text,
@@ -557,6 +558,9 @@ class TrainConfig:
     ``expert_learning_rate``, at most 0.01 (or that rate, where it is higher). null makes them a part of the experts."""
     head_learning_rate: NotNegative = 5e-4
     """Peak rate of heads and projections."""
+    layer_decay: PositiveShare = 1.0
+    """Each layer of the encoder (and of the decoder) learns at this times the rate of the layer above
+    it: the last one at ``learning_rate``, the embeddings at the lowest. 1 is one rate for all."""
     weight_decay: NotNegative = 0.01
     """Decay of matrices; norms, biases and loss weights have none."""
     betas: Annotated[list[Share], Len(2, 2)] = field(default_factory=lambda: [0.9, 0.999])

@@ -44,7 +44,7 @@ from comoe.train.monitor.monitor import Monitor
 from comoe.train.parallel.ds_config import Layout, fill_settings, plan_layout
 from comoe.train.parallel.engine import Engine
 from comoe.train.parallel.setup import build_deepspeed_engine, building
-from comoe.train.run_folder import SET_ASIDE, begun_in_bf16, check_same_tasks
+from comoe.train.run_folder import SET_ASIDE, begun_in_bf16, check_same_groups, check_same_tasks
 from comoe.train.state import TrainState
 from comoe.train.training_run import TrainingRun
 
@@ -88,7 +88,7 @@ def build_run(
     parameters = count_parameters(objective.model, top_k=recipe.model.moe.top_k)
     _print([*corpus.report.lines(all_in=SET_ASIDE), f"precision: {layout.precision}"])
     on_ready()
-    found = _checkpoint_to_use(folder, corpus.tasks) if resume else None
+    found = _checkpoint_to_use(folder, typed, corpus.tasks) if resume else None
     engine = _start_engine(objective, recipe, settings, layout, found)
     state = TrainState() if found is None else _restored(found, engine, layout)
     monitor = Monitor(
@@ -286,13 +286,14 @@ def _seed(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def _checkpoint_to_use(folder: Path, tasks: Sequence[Task]) -> Found | None:
+def _checkpoint_to_use(folder: Path, recipe: Recipe, tasks: Sequence[Task]) -> Found | None:
     found = find_checkpoint(folder / "checkpoints")
     if found is None:
         if is_main():
             print(f"{folder} has no checkpoint yet: starting at step 0.")
         return None
     check_same_tasks(folder, tasks)
+    check_same_groups(folder, recipe)
     if is_main():
         for problem in found.broken:
             print(f"warning: {problem}; using {found.path.name} instead.")

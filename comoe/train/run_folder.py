@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from comoe.config.files import write_atomic
-from comoe.config.load import recipe_to_yaml
+from comoe.config.load import load_saved_recipe, recipe_to_yaml
+from comoe.config.recipe import Recipe
 from comoe.distributed import all_gather_objects, barrier, broadcast_object, is_main, world_size
 from comoe.tasks.task import Task
 from comoe.train.environment import describe_environment
@@ -94,6 +95,22 @@ def begun_in_bf16(folder: Path) -> bool | None:
     if not filled.is_file():
         return None
     return bool(json.loads(filled.read_text(encoding="utf-8"))["bf16"]["enabled"])
+
+
+def check_same_groups(folder: Path, recipe: Recipe) -> None:
+    """Refuse to go on with other parameter groups than the optimizer of a run was saved with.
+
+    Raises:
+        ValueError: ``train.layer_decay`` is 1 in one of both alone.
+    """
+    began, now = (
+        each.train.layer_decay for each in (load_saved_recipe(folder / "config.yaml"), recipe)
+    )
+    if (began == 1) != (now == 1):
+        raise ValueError(
+            f"train.layer_decay is {now}, but {folder} has {began}: its optimizer has other groups of weights. "
+            "Leave it as it was, or begin a new run with another run.name."
+        )
 
 
 def begun_by_this_start(folder: Path) -> bool:

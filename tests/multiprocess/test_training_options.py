@@ -114,6 +114,10 @@ CASES: dict[str, tuple[str, dict[str, Any], list[dict[str, Any]]]] = {
         "bert", {"model__train_layers": "none"},
         [{"stage": 1, **SHARED}, {"stage": 2, **SHARED}, {"stage": 3, **SHARED, **RECOMPUTED}],
     ),
+    "rates by layer": (
+        "bert", {"train__layer_decay": 0.5},
+        [{"stage": 1, **ALONE}, {"stage": 2, **SHARED}, {"stage": 3, **SHARED}],
+    ),
     "last layer": (
         "bert", {"model__train_layers": 1}, [
             {"stage": 2, **SHARED, **RECOMPUTED}, {"stage": 3, **ALONE}, {"stage": 3, **SHARED},

@@ -434,8 +434,9 @@ def resumed(
     from comoe.train.state import TrainState
 
     recipe = recipe_of(
-        encoder, train__schedule="linear", model__dropout=0.1, parallel__ep_size=2, **REMEMBERED
-    )
+        encoder, train__schedule="linear", train__layer_decay=0.5, model__dropout=0.1,
+        parallel__ep_size=2, **REMEMBERED,
+    )  # fmt: skip
 
     def groups_of(engine: Any) -> list[tuple[Any, ...]]:
         groups = engine.deepspeed.optimizer.param_groups

@@ -177,10 +177,36 @@ def freeze_encoder(encoder: nn.Module, train_layers: int | str) -> None:
         for stack in stacks_of(encoder)
         for path in family.after_layers
     ]
-    if has_decoder(encoder) and encoder.lm_head.weight is not encoder.get_input_embeddings().weight:
-        trained.append(encoder.lm_head)
+    if (output := _own_output(encoder)) is not None:
+        trained.append(output)
     for module in trained:
         module.requires_grad_(True)
+
+
+def layers_above(encoder: nn.Module) -> dict[int, int]:
+    """``id`` of each parameter -> layers of its stack that run behind it.
+
+    Embeddings and all else that runs before the layers count as one layer below the deepest stack's
+    first one; what runs behind the last layer counts as part of it.
+    """
+    by_stack = _layers_by_stack(encoder)
+    above = dict.fromkeys(map(id, encoder.parameters()), max(map(len, by_stack)))
+    family, places = family_of(encoder.config.model_type), []
+    for stack, layers in zip(stacks_of(encoder), by_stack, strict=True):
+        places += [(layer, len(layers) - number) for number, layer in enumerate(layers, start=1)]
+        places += [(operator.attrgetter(path)(stack), 0) for path in family.after_layers]
+    if (output := _own_output(encoder)) is not None:
+        places.append((output, 0))
+    for module, count in places:
+        above |= dict.fromkeys(map(id, module.parameters()), count)
+    return above
+
+
+def _own_output(encoder: nn.Module) -> nn.Module | None:
+    """The output layer of an encoder-decoder where it is not the embeddings once more."""
+    if not has_decoder(encoder) or encoder.lm_head.weight is encoder.get_input_embeddings().weight:
+        return None
+    return encoder.lm_head
 
 
 def attach_blocks(

@@ -56,14 +56,14 @@ class Engine:
         return self.deepspeed.module
 
     def set_rate_factor(self, factor: float) -> dict[str, float]:
-        """Set every group's rate to its peak times ``factor``; returns role -> rate."""
+        """Set every group's rate to its peak times ``factor``; returns role -> its highest rate."""
         self._rate_factor = factor
         rates = {}
         for group, peak, role in zip(
             self.deepspeed.optimizer.param_groups, self._group_settings, self._roles, strict=True
         ):
             group["lr"] = peak["lr"] * factor
-            rates[role] = group["lr"]
+            rates[role] = max(rates.get(role, 0.0), group["lr"])
         return rates
 
     def restore_groups(self) -> None:

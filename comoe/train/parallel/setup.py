@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from comoe.config.recipe import Recipe
 from comoe.distributed import all_gather_in_group
 from comoe.losses.objective import Objective
+from comoe.models.encoders.families import layers_above
 from comoe.models.encoders.pretrained import split_as_it_loads
 from comoe.train.environment import M_MMAP_THRESHOLD, set_thresholds
 from comoe.train.parallel.autoep import CooperativeRouter, our_classes
@@ -186,7 +187,9 @@ def parameter_groups(objective: nn.Module, recipe: Recipe) -> list[dict[str, Any
         "heads": recipe.train.head_learning_rate,
         "weighting": recipe.loss.weighting_rate,
     }
-    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[str, bool, int], list[nn.Parameter]] = {}
+    # One group per layer only where their rates differ: checkpoints know the groups.
+    above = layers_above(objective.model.encoder) if recipe.train.layer_decay < 1 else {}
     for name, parameter in objective.named_parameters():
         if parameter.requires_grad:
             # Norms, biases and single vectors have one dimension, a task's pooling query too.
@@ -198,16 +201,17 @@ def parameter_groups(objective: nn.Module, recipe: Recipe) -> list[dict[str, Any
             ) or parameter_group(name)
             if role == "router" and router_rate is None:
                 role = "experts"
-            groups.setdefault((role, matrix), []).append(parameter)
+            depth = above.get(id(parameter), 0) if role == "encoder" else 0
+            groups.setdefault((role, matrix, depth), []).append(parameter)
     return [
         {
             "params": parameters,
-            "name": f"{role}/{'decay' if decay else 'plain'}",
+            "name": f"{role}{f'-{depth}' if depth else ''}/{'decay' if decay else 'plain'}",
             "role": role,
-            "lr": rates[role],
+            "lr": rates[role] * recipe.train.layer_decay**depth,
             "weight_decay": recipe.train.weight_decay if decay else 0.0,
         }
-        for (role, decay), parameters in groups.items()
+        for (role, decay, depth), parameters in groups.items()
     ]
 
 

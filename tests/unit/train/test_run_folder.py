@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 import comoe.train.run_folder as module
+from comoe.config.recipe import Recipe
 from comoe.tasks.task import Task
-from comoe.train.run_folder import MARK, check_same_tasks, take
+from comoe.train.run_folder import MARK, check_same_groups, check_same_tasks, take
 
 
 @pytest.fixture
@@ -105,6 +106,17 @@ def test_a_run_does_not_go_on_with_other_tasks_than_it_learned(
     (tmp_path / "tasks.json").write_text(json.dumps(began), encoding="utf-8")
     with pytest.raises(ValueError, match=message):
         check_same_tasks(tmp_path, now)
+
+
+def test_a_run_does_not_go_on_with_rates_by_layer_that_it_began_without(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("tasks: {a: {path: a}}\n")
+    recipe = Recipe()
+    check_same_groups(tmp_path, recipe)
+    recipe.train.layer_decay = 0.9
+    with pytest.raises(ValueError, match="train.layer_decay is 0.9, but .* has 1.0"):
+        check_same_groups(tmp_path, recipe)
+    (tmp_path / "config.yaml").write_text("tasks: {a: {path: a}}\ntrain: {layer_decay: 0.8}\n")
+    check_same_groups(tmp_path, recipe)
 
 
 def test_a_run_goes_on_with_its_tasks_also_where_an_older_version_wrote_them_down(
