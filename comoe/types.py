@@ -280,7 +280,7 @@ class StepOutput:
     ``contrastive``, ``contrastive/<name>``, ``positives_per_anchor/<name>``, ``temperature/<name>``,
     ``itc``,
     ``itc_temperature``, ``itm``, ``itm_accuracy``, ``balance``, ``z``, ``task_separation``,
-    ``orthogonal``, ``adversarial``, ``adversarial_accuracy``, ``adversarial_commonest``,
+    ``orthogonal``, ``r_drop``, ``adversarial``, ``adversarial_accuracy``, ``adversarial_commonest``,
     ``adversarial_even``, ``adversarial_lambda``."""
     output: ModelOutput
     """The model's output, for training metrics and statistics."""

@@ -254,6 +254,10 @@ class LossConfig:
     """Weight of the load-balance loss of the gates."""
     z_weight: NotNegative = option(0.0, read_when="model.moe.num_experts > 0")
     """Weight of the z-loss of the gates."""
+    r_drop_weight: NotNegative = 0.0
+    """Weight of R-Drop: each post passes twice, under different dropout, its task losses are the
+    means of both passes, and the symmetric divergence of the two predictions is added (half of the
+    paper's alpha, arXiv:2106.14448). Twice the time and activations; 0 switches it off."""
     orthogonal_weight: NotNegative = 0.0
     """Weight of the squared covariance of shared states and private parts
     (``model.private_width``), which keeps a private part from saying what is shared already

@@ -128,6 +128,11 @@ def _encoder(recipe: Recipe) -> Broken:
 
 def _losses(recipe: Recipe) -> Broken:
     loss, sides = recipe.loss, recipe.loss.image_text
+    if loss.r_drop_weight and loss.weighting in BY_GRADIENTS:
+        rule = (
+            f"does not go with loss.weighting {loss.weighting}, which reads gradients of one pass"
+        )
+        yield "loss.r_drop_weight", f"{rule}; set one of them otherwise."
     if loss.orthogonal_weight and not recipe.model.private_width:
         rule = "set model.private_width, or make it 0"
         yield "loss.orthogonal_weight", f"needs private parts to keep apart; {rule}."

@@ -176,6 +176,7 @@ class Objective(nn.Module):
         self.config = model.config
         self.tasks = tuple(tasks)
         self.names = [task.name for task in tasks]
+        self.r_drop_weight = loss.r_drop_weight
         self.weighting = WEIGHTINGS[loss.weighting](self.tasks, loss)
         decoded = bool(decoder_tasks(tasks))
         assert not (decoded and self.weighting.reads_gradients), "the recipe's rules refuse it"
@@ -253,6 +254,9 @@ class Objective(nn.Module):
             output = replace(output, probe=None)
         terms: dict[str, Tensor] = {}
         losses_T = self.task_losses(output, batch, terms)
+        again = self._again(batch, repeats=repeats) if self.r_drop_weight else None
+        if again is not None:
+            losses_T = (losses_T + self.task_losses(again, batch)) / 2
         T = len(self.tasks)
         # Up to one factor: their shares are what counts.
         posts_T = torch.nan_to_num(1 / batch.unit_scale_T[T : 2 * T], posinf=0.0)
@@ -260,6 +264,12 @@ class Objective(nn.Module):
             losses_T, self._present(batch), posts_T=posts_T, gram_TT=gram_TT, step=batch.step
         )
         total, weights_T = self.task_share * total, self.task_share * weights_T
+        if again is not None:
+            divergences_T = self._divergences(output, again, batch)
+            total = total + self.r_drop_weight * (weights_T * divergences_T).sum()
+            # The same reason as below.
+            total = total + 0.0 * sum(z_BP.sum() for z_BP in again.embeddings.values())
+            terms["r_drop"] = divergences_T.detach().sum()
         for kind, values_T in (("task", losses_T), ("weight", weights_T)):
             for name, value in zip(self.names, values_T.detach(), strict=True):
                 terms[f"{kind}/{name}"] = value
@@ -332,6 +342,38 @@ class Objective(nn.Module):
                     parts |= {f"soft/{task.name}": soft.detach()}
             losses.append(loss)
         return torch.stack(losses)
+
+    def _again(self, batch: Batch, *, repeats: bool) -> ModelOutput:
+        """The second pass of R-Drop, under other dropout."""
+        # As for the terms below: the first passes of GradCache did not run it.
+        devices = [batch.input_ids_BL.device] if batch.input_ids_BL.is_cuda else []
+        with torch.random.fork_rng(devices, enabled=repeats):
+            return self.model(batch, compare=False)
+
+    def _divergences(self, one: ModelOutput, other: ModelOutput, batch: Batch) -> Tensor:
+        """This micro-batch's share of each task's mean (KL(p || q) + KL(q || p)) / 2, (T,), float32.
+
+        The mean is over the posts that the task learns from (of tags, of the mean over a post's
+        words); of a decoder's tasks it is 0.
+
+        Source: R-Drop, arXiv:2106.14448.
+        """
+        found = []
+        for number, task in enumerate(self.tasks, start=len(self.tasks)):
+            if task.mode == "decoder" or not task.rules.scored:
+                found.append(batch.unit_scale_T.new_zeros(()).float())
+                continue
+            targets, soft = batch.labels[task.name], batch.soft_labels.get(task.name)
+            words = task.mode == "tokens"
+            learned = targets != IGNORED if words else task.rules.labelled(targets)
+            if soft is not None:
+                learned = learned | task.rules.soft_present(soft)
+            values = task.rules.disagreements(one.logits[task.name], other.logits[task.name])
+            values = torch.where(learned, values, 0.0 * values).reshape(len(values), -1)
+            counts_B = learned.reshape(len(values), -1).sum(dim=1).clamp_min(1)
+            scale = batch.unit_scale_T[number].float()
+            found.append(0.5 * scale * (values.sum(dim=1) / counts_B).sum())
+        return torch.stack(found)
 
     def _present(self, batch: Batch) -> Tensor:
         """Tasks that some post of the optimizer step has: bool (T,)."""

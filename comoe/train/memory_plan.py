@@ -444,7 +444,8 @@ def plan_run(
             kept_whole(zero), parameters["dense"] + parameters["experts"] // layout.ep_size
         ),
     )
-    posts = layout.micro_batch_size
+    # Both passes of R-Drop wait for the backward pass.
+    posts = layout.micro_batch_size * (2 if recipe.loss.r_drop_weight else 1)
     work, decoder = _text_work(recipe, model, train, posts=posts)
     return plan_memory(size, work, tower=_tower_work(model, posts), decoder=decoder)
 

@@ -67,6 +67,9 @@ def _experts(recipe: Recipe) -> Iterator[str]:
 
 
 def _tasks(recipe: Recipe) -> Iterator[str]:
+    if recipe.loss.r_drop_weight and recipe.model.dropout == 0:
+        why = "model.dropout is 0, so both passes are alike"
+        yield _in_vain("loss.r_drop_weight", recipe.loss.r_drop_weight, why)
     scored = [name for name, task in recipe.tasks.items() if KINDS[task.kind].scored]
     if WEIGHTINGS[recipe.loss.weighting].adapts and len(scored) < 2:
         why = "there is one task with labels, and nothing to weigh it by"

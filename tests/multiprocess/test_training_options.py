@@ -90,6 +90,11 @@ CASES: dict[str, tuple[str, dict[str, Any], list[dict[str, Any]]]] = {
             {"stage": 3, **SHARED, **CHUNKS}, {"stage": 1, **CHUNKS}, {"stage": 2, **SHARED, **CHUNKS, **RECOMPUTED},
         ],
     ),
+    # Without dropout both passes are alike; with it they are held by the resumed runs.
+    "two passes": (
+        "bert", CONTRASTED | {"loss__r_drop_weight": 1.0},
+        [{"stage": 3, **SHARED, **CHUNKS}, {"stage": 2, **SHARED, **RECOMPUTED}, {"stage": 1, **ALONE}],
+    ),
     # Weights that are learned, remembered, and found from the gradients of a whole step, in one
     # pass and in three.
     **{

@@ -435,7 +435,7 @@ def resumed(
 
     recipe = recipe_of(
         encoder, train__schedule="linear", train__layer_decay=0.5, model__dropout=0.1,
-        parallel__ep_size=2, **REMEMBERED,
+        loss__r_drop_weight=0.5, parallel__ep_size=2, **REMEMBERED,
     )  # fmt: skip
 
     def groups_of(engine: Any) -> list[tuple[Any, ...]]:

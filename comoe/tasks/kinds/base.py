@@ -256,6 +256,18 @@ class Kind(ABC):
         least = self.soft_losses(self.soft_logits(soft, task).nan_to_num(), soft, task)
         return self.soft_losses(logits, soft, task) - least
 
+    def disagreements(self, one: Tensor, other: Tensor) -> Tensor:
+        """KL(p || q) + KL(q || p) of two predictions of each row (word), nats, float32, not negative.
+
+        Of logits a, b of one exponential family it is (mean(a) - mean(b)) (a - b): the normalizers
+        cancel. Both get a gradient.
+
+        Args:
+            one, other: logits, (..., Y).
+        """
+        one, other = one.float(), other.float()
+        return ((one.softmax(-1) - other.softmax(-1)) * (one - other)).sum(dim=-1)
+
     def outputs(
         self,
         output: ModelOutput,

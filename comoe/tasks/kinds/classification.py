@@ -242,6 +242,11 @@ class MultiLabel(Kind):
         ).mean(dim=-1)
         return torch.where(present, losses, 0.0 * losses) * temperature**2
 
+    def disagreements(self, one: Tensor, other: Tensor) -> Tensor:
+        """The mean over labels, as the loss."""
+        one, other = one.float(), other.float()
+        return ((one.sigmoid() - other.sigmoid()) * (one - other)).mean(dim=-1)
+
     def soft_logits(self, soft: Tensor, task: TaskLike) -> Tensor:
         return torch.logit(soft, eps=1e-7)
 

@@ -90,6 +90,10 @@ class Regression(Kind):
         """Of two normal distributions of standard deviation ``label_std`` around the numbers."""
         return 0.5 * self.soft_losses(logits, soft, task)
 
+    def disagreements(self, one: Tensor, other: Tensor) -> Tensor:
+        """Of two normal distributions as in ``soft_divergences``."""
+        return (one.float() - other.float())[..., 0].square()
+
     def probabilities(self, logits: Tensor) -> Tensor:
         return logits[:, 0]
 

@@ -175,7 +175,8 @@ def _match_split_weights(objective: nn.Module, *, bf16: bool) -> None:
 
 def parameter_groups(objective: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
     """Optimizer groups: encoder, experts, router, heads, each with and without weight decay, and what
-    a weighting learns. Frozen parameters are left out."""
+    a weighting learns. Frozen parameters are left out. With ``train.layer_decay`` below 1 the encoder
+    has a group for each layer (arXiv:1801.06146)."""
     router_rate = recipe.train.router_learning_rate
     if router_rate == "auto":
         expert_rate = recipe.train.expert_learning_rate

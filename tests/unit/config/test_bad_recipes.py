@@ -144,6 +144,7 @@ OVERRIDES = [
     ("model={random_width: 64, train_layers: 2}", "model.train_layers", "make it all"),
     ("parallel.ep_size=3", "parallel.ep_size", "set it to auto or one of [1, 2, 4, 8]"),
     ("loss.orthogonal_weight=0.1", "loss.orthogonal_weight", "set model.private_width"),
+    ("loss={r_drop_weight: 1, weighting: pcgrad}", "loss.r_drop_weight", "gradients of one pass"),
     ("loss.image_text={itc_weight: 0.5, itm_weight: 0.5}", "loss.image_text.itc_weight", "nothing of 1"),
     ("loss.contrastive={over: local, queue_size: 8}", "loss.contrastive.queue_size", "over: global"),
     ("loss.contrastive.chunk_size=4 train.micro_batch_size=4", "train.micro_batch_size", "make it auto"),

@@ -33,6 +33,10 @@ def test_the_defaults_need_no_warning():
             {"model": {"moe": {"gate": "uniform"}}},
             "model.moe.gate is uniform, which ignores the tokens",
         ),
+        (
+            {"model": {"dropout": 0.0}, "loss": {"r_drop_weight": 1.0}},
+            "loss.r_drop_weight is 1.0, without effect: model.dropout is 0",
+        ),
         ({"model": {"moe": {"temperature": 2.0}}}, "model.moe.temperature is 2.0; .*2602.01466"),
         (
             {"model": {"moe": {"task_embedding_width": 8}}},

@@ -26,28 +26,26 @@ def test_each_layer_learns_slower_than_the_one_above_it(family: str) -> None:
     objective = tiny_objective(moe_config(), family=family)
     recipe = Recipe()
     recipe.train.layer_decay, recipe.train.learning_rate = 0.5, 0.08
-    plain = {group["name"]: group for group in parameter_groups(objective, Recipe())}
-    groups = parameter_groups(objective, recipe)
     names = {id(parameter): name for name, parameter in objective.named_parameters()}
-    rates = {names[id(p)]: group["lr"] for group in groups for p in group["params"]}
-    assert rates.keys() == set(names.values())
+    groups, plain = parameter_groups(objective, recipe), parameter_groups(objective, Recipe())
+    rates, usual, decays, usual_decays = (
+        {names[id(p)]: group[key] for group in each for p in group["params"]}
+        for key in ("lr", "weight_decay")
+        for each in (groups, plain)
+    )
+    assert rates.keys() == set(names.values()) and decays == usual_decays
     assert len({group["name"] for group in groups}) == len(groups)
     seen = set()
     for name, rate in rates.items():
         path = name.removeprefix("model.encoder.")
         if path == name or ".block." in name:
-            role = "heads" if "head" in name or "projection" in name else "experts"
-            assert rate == plain[f"{role}/decay"]["lr"], name
+            assert rate == usual[name], name
         else:
             (above,) = [n for pattern, n in ABOVE[family].items() if re.match(pattern, path)]
             assert rate == pytest.approx(0.08 * 0.5**above, rel=1e-12), name
             seen.add(above)
     assert seen == {0, 1, 2, 3}
-    assert {group["role"] for group in groups} == {group["role"] for group in plain.values()}
-    decays = {names[id(p)]: group["weight_decay"] for group in groups for p in group["params"]}
-    assert decays == {
-        names[id(p)]: group["weight_decay"] for group in plain.values() for p in group["params"]
-    }
+    assert {group["role"] for group in groups} == {group["role"] for group in plain}
 
 
 def test_stacks_of_an_encoder_decoder_are_counted_apart() -> None:
