@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
+from torch import nn
 from transformers import AutoModelForSeq2SeqLM
 
 from comoe.config.recipe import Recipe
@@ -49,8 +50,10 @@ def test_each_layer_learns_slower_than_the_one_above_it(family: str) -> None:
 
 
 def test_stacks_of_an_encoder_decoder_are_counted_apart() -> None:
-    for family, output in (("t5", "shared"), ("mt5", "lm_head")):
-        encoder = AutoModelForSeq2SeqLM.from_config(HF_CONFIGS[family])
+    for output in ("shared", "lm_head"):
+        encoder = AutoModelForSeq2SeqLM.from_config(HF_CONFIGS["t5"])
+        if output == "lm_head":
+            encoder.lm_head.weight = nn.Parameter(encoder.lm_head.weight.detach().clone())
         found = layers_above(encoder)
         above = {name: found[id(parameter)] for name, parameter in encoder.named_parameters()}
         expected = {"shared.": 3, "encoder.block.0.": 2, "encoder.block.2.": 0, "encoder.final": 0,
