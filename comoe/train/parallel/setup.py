@@ -179,10 +179,6 @@ def parameter_groups(objective: nn.Module, recipe: Recipe) -> list[dict[str, Any
     has a group for each layer (arXiv:1801.06146)."""
     router_rate = recipe.train.router_learning_rate
     if router_rate == "auto":
-    a weighting learns. Frozen parameters are left out. With ``train.layer_decay`` below 1 the encoder
-    has a group for each layer (arXiv:1801.06146)."""
-    router_rate = recipe.train.router_learning_rate
-    if router_rate == "auto":
         expert_rate = recipe.train.expert_learning_rate
         router_rate = max(expert_rate, min(ROUTER_RATE * expert_rate, MOST_ROUTER_RATE))
     rates = {
