@@ -40,6 +40,7 @@ ALIASES = ("comoe/__init__.py", "comoe/predict.py")
 LONG_FILES = {
     "comoe/config/recipe.py": "every option of a recipe, in the order of the YAML file",
     "comoe/train/memory_plan.py": "one formula per line of the plan, then what they are fed with",
+    "comoe/models/encoders/families.py": "the table of encoder families, and what is read off it",
     "comoe/inference/export.py": "what an export holds: written, read back, and made of a checkpoint",
     "comoe/losses/objective.py": "the four modes of the objective, and the table of its terms",
     "comoe/tasks/kinds/base.py": "what every kind of task knows, and the losses that several kinds share",
