@@ -269,8 +269,8 @@ def chosen_metric(
     if name == MEAN:
         return mean_metric(metrics, tasks)
     if name == TEACHER_KL:
-        found = [values[TEACHER_KL] for values in metrics.values() if TEACHER_KL in values]
-        return -float(np.mean(found))
+        counted = [metrics.get(task.name, {}) for task in tasks if not task.auxiliary]
+        return -float(np.mean([found[TEACHER_KL] for found in counted if TEACHER_KL in found]))
     task, _, metric = name.partition("/")
     if task not in metrics:
         raise ValueError(

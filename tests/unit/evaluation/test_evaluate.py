@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from comoe.evaluation.evaluate import (
+    TEACHER_KL,
     Evaluation,
     check_chosen_metric,
     chosen_metric,
@@ -341,6 +342,8 @@ def test_auxiliary_tasks_are_in_no_mean_and_choose_no_checkpoint() -> None:
         == chosen_metric(METRICS, tasks, "mean")
         == pytest.approx((0.8 + 0.6) / 2)
     )
+    divergent = {name: {TEACHER_KL: value} for name, value in (("mood", 0.25), ("heat", 8.0))}
+    assert chosen_metric(divergent, tasks, TEACHER_KL) == -0.25
     with pytest.raises(ValueError, match="no validation post has a label of mood, names"):
         check_chosen_metric("mean", tasks, measured={"heat"})
     with pytest.raises(ValueError, match=r"no labelled post of any task \(mood, names\)"):
