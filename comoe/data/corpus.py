@@ -174,6 +174,8 @@ def load_corpus(
         for split, posts in splits.items():
             parts[split].append(posts)
     joined = {split: PostSplit.join(found) for split, found in parts.items() if found}
+    if recipe.distill.teachers:
+        _warn_of_taught_posts(joined, report)
     labels = {task: found for group in groups for task, found in group.labels.items()}
     tasks = tuple(
         resolved_task(name, recipe.tasks[name], labels=labels[name], splits=joined, report=report)
@@ -341,3 +343,17 @@ def _count_posts(group: Group, splits: _Splits, report: DataReport, *, with_imag
                 f"data set {group.name}: {repeated:,} of {len(splits[split]):,} {split} posts have the text of a "
                 "training post; their scores are too high"
             )
+
+
+def _warn_of_taught_posts(splits: _Splits, report: DataReport) -> None:
+    """With teachers a training post teaches every task: evaluation posts among those of another data set count too."""
+    train = splits["train"]
+    for split in PART_NAMES[1:]:
+        for group in np.unique(splits[split].groups) if split in splits else ():
+            posts = splits[split].take(np.flatnonzero(splits[split].groups == group))
+            others = train.take(np.flatnonzero(train.groups != group))
+            if repeated := shared_posts(posts, known=others):
+                report.warnings.append(
+                    f"data set {train.group_names[group]}: {repeated:,} of {len(posts):,} {split} posts have the text "
+                    "of a training post of another data set, which the teachers label for every task"
+                )

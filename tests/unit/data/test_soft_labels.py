@@ -118,6 +118,22 @@ def test_posts_without_labels_join_training_and_all_posts_become_words(tmp_path:
         load_corpus(recipe)
 
 
+@pytest.mark.parametrize("taught", [True, False])
+def test_evaluation_posts_that_teachers_label_in_another_data_set_are_told(
+    tmp_path: Path, taught: bool
+):
+    recipe = distilling(tmp_path)
+    write_jsonl(
+        tmp_path / "test.jsonl", [*labelled_rows(2), {"text": "One  more", "label": "good"}]
+    )
+    recipe.tasks["mood"].splits = {"test": "test.jsonl"}
+    if not taught:
+        recipe.distill = DistillConfig()
+    warnings = " ".join(load_corpus(recipe).report.warnings)
+    told = "data set mood: 1 of 3 test posts have the text of a training post of another data set"
+    assert (told in warnings) is taught
+
+
 CELLS = {
     "shares": ([0.25, 0.75], [0.25, 0.75], [0.25, 0.75]),
     "counts in a mapping": ({"good": 3, "bad": 1}, [0.25, 0.75], "no probability"),
