@@ -168,7 +168,8 @@ def _early_stop(recipe: Recipe) -> Broken:
         return
     task, slash, _ = metric.partition("/")
     if not slash:
-        yield key, f"is {metric!r}; give mean or task/metric: {next(iter(tasks))}/macro_f1."
+        some = f"mean, task/metric ({next(iter(tasks))}/macro_f1)"
+        yield key, f"is {metric!r}; give {some} or, with distill.teachers, teacher_kl."
     if task not in tasks:
         yield key, f"is {metric!r}: {unknown_name('task', task, tasks)}"
     if tasks[task].auxiliary:
