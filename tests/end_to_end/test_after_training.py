@@ -48,7 +48,7 @@ def test_tweeteval_answers_are_one_label_id_per_line(
     assert lines.pop() == "" and len(lines) == len(LINES)
     assert set(lines) <= {"0", "1", "2"}
     assert (
-        "2 lines without a text were answered as" in said
+        "2 lines without a text were predicted as" in said
         and f"{len(LINES)} posts predicted" in said
     )
 
