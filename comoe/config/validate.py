@@ -168,8 +168,8 @@ def _early_stop(recipe: Recipe) -> Broken:
         return
     task, slash, _ = metric.partition("/")
     if not slash:
-        some = f"mean, task/metric ({next(iter(tasks))}/macro_f1)"
-        yield key, f"is {metric!r}; give {some} or, with distill.teachers, teacher_kl."
+        some = f"mean or task/metric: {next(iter(tasks))}/macro_f1"
+        yield key, f"is {metric!r}; give {some}; with distill.teachers also teacher_kl."
     if task not in tasks:
         yield key, f"is {metric!r}: {unknown_name('task', task, tasks)}"
     if tasks[task].auxiliary:
