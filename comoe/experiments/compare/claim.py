@@ -97,12 +97,23 @@ def parse_claim(text: str, plan: Plan, recipe: Recipe) -> Claim:
         if re.split("[@/]", metric)[0] not in known:
             raise unknown_name(f"metric of {task} (--claim)", metric, known)
     elif measure not in (MEAN, *FALLING):
-        raise unknown_name("measure of a claim (or task/metric)", measure, [MEAN, *FALLING, *tasks])
-    if TEACHER_KL in (measure, metric) and not recipe.distill.teachers:
-        raise ValueError(
-            f"--claim {text!r} is about teachers, and the recipe has none (distill.teachers)."
+        raise unknown_name(
+            "measure of a claim (or task/metric)",
+            measure,
+            [MEAN, *FALLING, *(f"{task}/..." for task in tasks)],
         )
+    if TEACHER_KL in (measure, metric):
+        need_soft_labels(f"--claim {text!r}", recipe)
     return Claim(arm, sign, other, measure)
+
+
+def need_soft_labels(flag: str, recipe: Recipe) -> None:
+    """Refuse what reads ``teacher_kl`` where no task has soft labels; ``flag`` is named in the message."""
+    if not recipe.distill.teachers and not any(task.soft_label for task in recipe.tasks.values()):
+        raise ValueError(
+            f"{flag} is about {TEACHER_KL}, and the recipe has neither teachers (distill.teachers) nor "
+            "a column of soft labels (tasks.<name>.soft_label)."
+        )
 
 
 def record_claim(

@@ -12,10 +12,12 @@ from typing import Any, NoReturn
 
 from comoe.config.files import write_atomic
 from comoe.config.load import load_recipe
+from comoe.config.recipe import Recipe
+from comoe.evaluation.evaluate import TEACHER_KL
 from comoe.experiments.ablate import measure_removal, read_removal
 from comoe.experiments.affinity import measure_affinity, read_affinity
 from comoe.experiments.compare.arms import ARMS, TASK_ARMS, custom_arms
-from comoe.experiments.compare.claim import parse_claim, record_claim
+from comoe.experiments.compare.claim import need_soft_labels, parse_claim, record_claim
 from comoe.experiments.compare.plan import Arm, Plan, check_earlier, plan_arms, read_seeds
 from comoe.experiments.compare.plots import write_plots
 from comoe.experiments.compare.report import AFFINITY_FILE, compare, write_comparison
@@ -65,8 +67,7 @@ def run_comparison(given: argparse.Namespace, *, train_script: Path) -> list[Tri
     metrics = _metrics(experiment, given)
     for check in (_affinities, _removals):
         check(plan, given)
-    if given.claim:
-        parse_claim(given.claim, plan, load_recipe(experiment.config, experiment.overrides))
+    _check_measures(plan, given, load_recipe(experiment.config, experiment.overrides))
     record_settings(experiment, file_name=SETTINGS)
     claim = record_claim(experiment, plan, given.claim, file_name=SETTINGS)
     tuning, failed = None, []
@@ -148,6 +149,15 @@ def _metrics(experiment: Experiment, given: argparse.Namespace) -> list[str]:
                 f"{', '.join(tasks)}."
             )
     return names
+
+
+def _check_measures(plan: Plan, given: argparse.Namespace, recipe: Recipe) -> None:
+    """Refuse a claim, or a number to compare or tune by, that the runs will not have."""
+    if given.claim is not None:
+        parse_claim(given.claim, plan, recipe)
+    for flag, measure in (("--measure", given.measure), ("--tune-by", given.tune_by)):
+        if measure == TEACHER_KL:
+            need_soft_labels(f"{flag} {measure}", recipe)
 
 
 def _affinities(plan: Plan, given: argparse.Namespace) -> Measurement:

@@ -9,7 +9,13 @@ import pytest
 from scipy import stats
 
 from comoe.config.load import load_recipe
-from comoe.experiments.compare.claim import Claim, claimed_cell, parse_claim, record_claim
+from comoe.experiments.compare.claim import (
+    Claim,
+    claimed_cell,
+    need_soft_labels,
+    parse_claim,
+    record_claim,
+)
 from comoe.experiments.compare.command import SETTINGS
 from comoe.experiments.compare.plan import Plan, plan_arms
 from comoe.experiments.compare.plots import time_figure, write_plots
@@ -72,6 +78,15 @@ def test_a_claim_is_read_and_found_in_the_tables(experiment: Experiment, text: s
     mains = {"mood": "accuracy"}
     assert claimed_cell(Claim(*claim), "dense", mains) == cell
     assert claimed_cell(Claim(*claim, runs_before=1), "dense", mains) is None
+
+
+def test_the_divergence_from_soft_labels_wants_soft_labels(experiment: Experiment):
+    votes = load_recipe(experiment.config, ["tasks.mood.soft_label=votes"])
+    need_soft_labels("--measure teacher_kl", votes)
+    text = "sigmoid < dense on teacher_kl"
+    assert parse_claim(text, planned(experiment), votes).measure == "teacher_kl"
+    with pytest.raises(ValueError, match="--measure teacher_kl"):
+        need_soft_labels("--measure teacher_kl", load_recipe(experiment.config))
 
 
 def test_a_claim_is_recorded_before_the_runs_and_cannot_be_changed(experiment: Experiment):
