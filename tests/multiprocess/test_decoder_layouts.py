@@ -91,13 +91,19 @@ def test_scores_and_texts_of_the_ranks_are_those_of_the_exports_model(on_two: An
     for case, answer in zip(CASES, on_two, strict=True):
         expected = answer["alone"]
         for name, logits in expected.items():
-            np.testing.assert_allclose(
-                answer["engine"][name], logits, atol=TOLERANCE, rtol=0, err_msg=str(case)
-            )
-        # A T5 of random weights with one table of words says the same word for ever.
+            found = answer["engine"][name]
+            if name.endswith("/ids"):
+                # Ranks write as long as the longest of them; behind an end token all is -1.
+                width = max(found.shape[1], logits.shape[1])
+                found, logits = (
+                    np.pad(ids, ((0, 0), (0, width - ids.shape[1])), constant_values=-1)
+                    for ids in (found, logits)
+                )
+            np.testing.assert_allclose(found, logits, atol=TOLERANCE, rtol=0, err_msg=str(case))
+        # A T5 of random weights may say the same of every post.
         written = expected["reason/ids"][np.array(SERVED) == 4]
         assert (written[:, 0] >= 0).all() and (
-            case["family"] == "t5" or len({*map(tuple, written)}) == 2
+            case["family"] in ("t5", "flan") or len({*map(tuple, written)}) == 2
         )
 
 

@@ -318,7 +318,7 @@ def test_a_run_with_a_frozen_encoder_resumes_and_its_optimizer_knows_no_encoder(
 ) -> None:
     for answer in [stage for rank in world for stage in rank["resumed"]]:
         assert answer["resumed"] == pytest.approx(answer["uninterrupted"], rel=1e-6)
-        assert answer["roles"] == {"experts", "heads"}
+        assert answer["roles"] == {"experts", "heads", "router"}
 
 
 def uniform_loads(encoder: str) -> list[list[int]]:
