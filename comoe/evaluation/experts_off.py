@@ -217,7 +217,9 @@ def verdicts(results: Mapping[str, Any]) -> list[str]:
             f"{done} changes the mean loss by {_percent(mean['loss'])} (standard error "
             f"{_percent(mean['loss_error']).lstrip('+')}), the mean metric by {mean['metric']:+.4f}."
         )
-        nothing = f"warning: {what} add{'s' * (key == IN_TURN)} nothing: "
+        # A change that is large enough, but not for so few posts, is not the same as none.
+        sure = " that is sure" * (max(mean["loss"], -mean["metric"]) >= LEAST)
+        nothing = f"warning: {what} add{'s' * (key == IN_TURN)} nothing{sure}: "
         lines.append(
             nothing + changes if found["adds_nothing"] else changes[0].upper() + changes[1:]
         )

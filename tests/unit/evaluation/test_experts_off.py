@@ -19,6 +19,7 @@ from comoe.evaluation.experts_off import (
     experts_in_turn,
     experts_lines,
     experts_off,
+    verdicts,
 )
 from comoe.tasks.kinds.base import PostOutput
 from comoe.tasks.kinds.generation import GeneratedText
@@ -117,6 +118,18 @@ def test_experts_add_something_if_the_loss_rises_without_them(factor: float, not
     assert len(warned) == nothing
     # A single expert has no turns to take.
     assert experts_lines({OFF: found}, [MOOD])[1].split() == ["task", "metric", "off", "loss"]
+
+
+@pytest.mark.parametrize(
+    ("loss", "metric", "sure"),
+    [(0.06, 0.0, True), (0.0, -0.02, True), (0.005, -0.005, False), (-0.2, 0.1, False)],
+)
+def test_a_large_change_on_few_posts_is_not_called_none(
+    loss: float, metric: float, sure: bool
+) -> None:
+    mean = {"loss": loss, "loss_error": 0.05, "metric": metric, "metric_error": 0.05}
+    (line,) = verdicts({OFF: {"adds_nothing": True, "mean": mean}})
+    assert line.startswith("warning: the experts add nothing") and ("that is sure" in line) == sure
 
 
 def test_every_kind_is_measured_also_where_groups_stay_empty() -> None:
