@@ -86,16 +86,19 @@ class Evaluation:
     divergences: Mapping[str, np.ndarray] = field(default_factory=dict)
     """Task with soft labels -> (post, sum of its divergences from the teacher, how many), float64,
     (N, 3), of all posts that have one, labelled or not."""
+    auxiliary: Container[str] = ()
+    """Tasks that are in no mean."""
 
     def teacher_kl(self, rows: Container[int] | None = None) -> dict[str, float]:
-        """Task with soft labels -> ``TEACHER_KL``, and their mean (``MEAN``); of some posts, or of all."""
+        """Task with soft labels -> ``TEACHER_KL``, of some posts or all; ``MEAN`` leaves auxiliary tasks out."""
         found = {}
         for task, posts in self.divergences.items():
             kept = [row for row in posts if rows is None or int(row[0]) in rows]
             if kept:
                 _, sums, counts = np.array(kept).T
                 found[task] = float(sums.sum() / counts.sum())
-        return found | ({MEAN: float(np.mean(list(found.values())))} if found else {})
+        counted = [value for task, value in found.items() if task not in self.auxiliary]
+        return found | ({MEAN: float(np.mean(counted))} if counted else {})
 
 
 class Collate(Protocol):
@@ -222,7 +225,14 @@ def compute_metrics(
                 confusions[task.name] = confusion
         if predictions:
             shown[task.name] = _predictions(outputs[task.name], task=task, texts=texts)
-    found = Evaluation(metrics, confusions, shown, dict(outputs), divergences=divergences or {})
+    found = Evaluation(
+        metrics,
+        confusions,
+        shown,
+        dict(outputs),
+        divergences=divergences or {},
+        auxiliary=[task.name for task in tasks if task.auxiliary],
+    )
     for name, value in found.teacher_kl().items():
         if name in metrics:
             metrics[name][TEACHER_KL] = value

@@ -415,6 +415,8 @@ def test_the_divergence_from_the_teacher_is_over_all_posts_with_a_soft_label(sha
         chosen = chosen_metric(found.metrics, TASKS, "teacher_kl")
         assert chosen == pytest.approx(-kl["mean"])
         assert chosen_metric(found.metrics, TASKS, "mood/teacher_kl") == -kl["mood"]
+        helped = replace(found, auxiliary=["heat"]).teacher_kl()
+        assert helped == kl | {"mean": pytest.approx((kl["mood"] + kl["names"]) / 2)}
     (plain,) = run([[[0, 1, 2, 3, 4, 5]]])
     assert plain.teacher_kl() == {} and "teacher_kl" not in plain.metrics["mood"]
 
