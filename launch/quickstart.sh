@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # From a bare machine to a trained model: makes .venv, fetches the starter kit, trains launch/configs/starter.yaml.
 #   bash launch/quickstart.sh [--config FILE] [key=value ...]
-# On a CPU two ranks share the experts; with GPUs all of them are used. A second call goes on where the first one
-# stopped, and only shows the results when that is the end; run.overwrite=true begins anew.
+# On a CPU one rank uses all cores, which is faster than a rank per core; with GPUs there is a rank for each. A second
+# call goes on where the first one stopped, and only shows the results when that is the end; run.overwrite=true begins
+# anew.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash launch/setup.sh
@@ -43,7 +44,7 @@ port="$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.
 runner=(deepspeed --quiet --master_port "$port")
 if [ "$(python -c 'import torch; print(torch.cuda.device_count())')" -eq 0 ]; then
     export DS_ACCELERATOR=cpu # else DeepSpeed warns that it found no GPU
-    runner+=(--num_accelerators 2)
+    runner+=(--num_accelerators 1)
 fi
 arguments=(--deepspeed ds_configs/zero2.json)
 if [ "$how" = resume ]; then
