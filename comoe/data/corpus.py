@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from sklearn.model_selection import train_test_split
 
 from comoe.config.recipe import Recipe
 from comoe.data.columns import check_extra_columns, extra_columns, part_off
@@ -52,6 +51,9 @@ def hold_out(
     # The split needs two posts per stratum: rare ones go with the largest.
     strata = np.where(np.isin(strata, names[sizes < 2]), names[sizes.argmax()], strata)
     kept = 1 < len(np.unique(strata)) <= min(count, len(strata) - count)
+    # Loaded where it is needed: it takes half a second of every start.
+    from sklearn.model_selection import train_test_split
+
     everything = np.arange(len(strata))
     _, held = train_test_split(
         everything, test_size=count, stratify=strata if kept else None, random_state=seed

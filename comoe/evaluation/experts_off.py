@@ -153,6 +153,7 @@ def _measures(
     if not labelled:
         return None
     gold, scores = task.rules.gold_and_scores(labelled, task)
+    predicted = task.rules.decided(scores, task)
     group_N = np.array([group_of[output.row] for output in labelled])
     parts: list[list[PostOutput]] = [[] for _ in range(groups)]
     for output in labelled:
@@ -163,9 +164,8 @@ def _measures(
     metrics, losses = [], []
     for left_out in range(-1, groups):
         kept = np.flatnonzero(group_N != left_out)
-        values = task.rules.score(take_rows(gold, kept), take_rows(scores, kept), task)
         kept_G = np.arange(groups) != left_out
-        metrics.append(values[task.metric])
+        metrics.append(task.rules.measure(take_rows(gold, kept), take_rows(predicted, kept), task))
         losses.append(losses_G[kept_G].sum() / max(units_G[kept_G].sum(), 1e-9))
     return np.array([metrics, losses])
 

@@ -16,7 +16,6 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 from scipy import stats
-from sklearn import metrics as sklearn_metrics
 
 from comoe.config.errors import nearest
 from comoe.tasks.labels import OUTSIDE
@@ -126,7 +125,10 @@ Metric = Callable[[Sequence, Sequence, Sequence[str]], float]
 
 def accuracy(gold: np.ndarray, predicted: np.ndarray, labels: Sequence[str]) -> float:
     """Share of rows that are right, 0 to 1; for a matrix a row counts only when all of its labels are right."""
-    return float(sklearn_metrics.accuracy_score(gold, predicted)) if len(gold) else 0.0
+    if not len(gold):
+        return 0.0
+    right = np.asarray(gold) == predicted
+    return float((right.all(axis=1) if right.ndim == 2 else right).mean())
 
 
 def macro_f1(gold: np.ndarray, predicted: np.ndarray, labels: Sequence[str]) -> float:
@@ -256,13 +258,10 @@ def class_scores(
     gold: np.ndarray, predicted: np.ndarray, labels: Sequence[str]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Precision, recall and F1 of every label, each of shape (Y,), 0 to 1; 0 where there is nothing to divide by."""
-    if not len(gold) or not len(labels):
+    if not len(gold):
         zeros = np.zeros(len(labels))
         return zeros, zeros, zeros
-    precision_Y, recall_Y, f1_Y, _ = sklearn_metrics.precision_recall_fscore_support(
-        gold, predicted, labels=range(len(labels)), average=None, zero_division=0.0
-    )
-    return precision_Y, recall_Y, f1_Y
+    return _ratios(_counts(gold, predicted, classes=len(labels)))
 
 
 def confusion(gold: np.ndarray, predicted: np.ndarray, labels: Sequence[str]) -> np.ndarray:
@@ -298,13 +297,47 @@ def entities(tags: Sequence[str]) -> list[tuple[str, int, int]]:
 def _averaged(
     gold: np.ndarray, predicted: np.ndarray, *, average: str, undefined: float = 0.0
 ) -> tuple[float, float, float]:
-    """Averaged precision, recall, F1."""
+    """Averaged precision, recall, F1: "macro" over classes, "micro" over decisions, "samples" over rows of a matrix."""
     if not len(gold):
         return 0.0, 0.0, 0.0
-    precision, recall, f1, _ = sklearn_metrics.precision_recall_fscore_support(
-        gold, predicted, average=average, zero_division=undefined
+    if average == "samples":
+        counts_3Y = _counts(gold.T, predicted.T)
+    else:
+        counts_3Y = _counts(gold, predicted)
+    if average == "micro":
+        counts_3Y = counts_3Y.sum(axis=1, keepdims=True)
+    elif np.ndim(gold) == 1:
+        counts_3Y = counts_3Y[:, counts_3Y[1:].any(axis=0)]
+    precision, recall, f1 = (
+        float(values.mean()) for values in _ratios(counts_3Y, undefined=undefined)
     )
-    return float(precision), float(recall), float(f1)
+    return precision, recall, f1
+
+
+def _counts(gold: np.ndarray, predicted: np.ndarray, *, classes: int = 0) -> np.ndarray:
+    """Per class, or per column of a 0/1 matrix, how many rows are right, predicted and gold: int64, (3, Y)."""
+    gold, predicted = np.asarray(gold), np.asarray(predicted)
+    if gold.ndim == 2:
+        return np.stack([(gold & predicted).sum(axis=0), predicted.sum(axis=0), gold.sum(axis=0)])
+    classes = max(classes, int(gold.max()) + 1, int(predicted.max()) + 1)
+    ids = (gold[gold == predicted], predicted, gold)
+    return np.stack([np.bincount(rows, minlength=classes) for rows in ids])
+
+
+def _ratios(
+    counts_3Y: np.ndarray, *, undefined: float = 0.0
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Precision, recall and F1, each (Y,); ``undefined`` where there is nothing to divide by."""
+    right_Y, predicted_Y, gold_Y = counts_3Y
+    precision_Y, recall_Y, f1_Y = (
+        np.where(below_Y == 0, undefined, above_Y / np.maximum(below_Y, 1))
+        for above_Y, below_Y in (
+            (right_Y, predicted_Y),
+            (right_Y, gold_Y),
+            (2 * right_Y, gold_Y + predicted_Y),
+        )
+    )
+    return precision_Y, recall_Y, f1_Y
 
 
 def _spans(gold: Sequence[list[str]], predicted: Sequence[list[str]]) -> tuple[float, float, float]:

@@ -62,7 +62,7 @@ HOMES = {
     "yaml": ("comoe/config/",),
     "matplotlib": ("comoe/train/monitor/plots.py", "comoe/experiments/"),
     "emoji": ("comoe/data/text/",),
-    "sklearn": ("comoe/tasks/", "comoe/data/"),
+    "sklearn": ("comoe/data/",),
     "scipy": ("comoe/tasks/", "comoe/evaluation/", "comoe/losses/weighting/", "comoe/experiments/compare/"),
 }  # fmt: skip
 """Third-party library -> beginnings of the paths that may import it; libraries without a line may

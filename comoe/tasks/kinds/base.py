@@ -339,8 +339,12 @@ class Kind(ABC):
             task: the task.
         """
 
+    def decided(self, scores: Any, task: TaskLike) -> Any:
+        """Predictions of the scores of ``gold_and_scores``, as ``compared`` has them."""
+        return scores
+
     def measure(self, gold: Any, predicted: Any, task: TaskLike) -> float:
-        """The task's main metric of what ``compared`` gave, or of a part of it."""
+        """The task's main metric of what ``compared`` gave, or of gold and ``decided``, or of a part of these."""
         return METRICS[task.metric](gold, predicted, task.labels)
 
     @abstractmethod

@@ -88,7 +88,7 @@ class SingleLabel(Kind):
         return [
             {"label": task.labels[label], "scores": dict(zip(task.labels, scores, strict=True))}
             for label, scores in zip(
-                _decided(scores_BY.numpy(), task), scores_BY.tolist(), strict=True
+                self.decided(scores_BY.numpy(), task), scores_BY.tolist(), strict=True
             )
         ]
 
@@ -108,7 +108,7 @@ class SingleLabel(Kind):
 
     def score(self, gold: np.ndarray, scores: np.ndarray, task: TaskLike) -> dict[str, float]:
         """The majority baseline predicts the commonest label of ``gold``."""
-        predicted, labels = _decided(scores, task), task.labels
+        predicted, labels = self.decided(scores, task), task.labels
         names = dict.fromkeys(
             (task.metric, "accuracy", "macro_precision", "macro_recall", "macro_f1")
         )
@@ -120,15 +120,14 @@ class SingleLabel(Kind):
         )
 
     def confusion(self, gold: np.ndarray, scores: np.ndarray, task: TaskLike) -> np.ndarray:
-        return confusion(gold, _decided(scores, task), task.labels)
+        return confusion(gold, self.decided(scores, task), task.labels)
 
-
-def _decided(scores_NY: np.ndarray, task: TaskLike) -> np.ndarray:
-    """Predicted label ids, int64, (N,)."""
-    if task.thresholds is None:
-        return scores_NY.argmax(axis=1)
-    # In float64: a threshold must mean the same for a probability that was read back from JSON.
-    return (scores_NY[:, 1].astype(np.float64) >= task.thresholds[0]).astype(np.int64)
+    def decided(self, scores: np.ndarray, task: TaskLike) -> np.ndarray:
+        """Predicted label ids, int64, (N,)."""
+        if task.thresholds is None:
+            return scores.argmax(axis=1)
+        # In float64: a threshold must mean the same for a probability that was read back from JSON.
+        return (scores[:, 1].astype(np.float64) >= task.thresholds[0]).astype(np.int64)
 
 
 _LABELS_PER_KEY = 20
@@ -265,7 +264,7 @@ class MultiLabel(Kind):
                 "scores": dict(zip(task.labels, scores, strict=True)),
             }
             for row, scores in zip(
-                _taken(scores_BY.numpy(), task).tolist(), scores_BY.tolist(), strict=True
+                self.decided(scores_BY.numpy(), task).tolist(), scores_BY.tolist(), strict=True
             )
         ]
 
@@ -301,7 +300,7 @@ class MultiLabel(Kind):
 
     def score(self, gold: np.ndarray, scores: np.ndarray, task: TaskLike) -> dict[str, float]:
         """The majority baseline predicts the labels that more than half of the posts have."""
-        predicted, labels = _taken(scores, task), task.labels
+        predicted, labels = self.decided(scores, task), task.labels
         common_Y = (gold.sum(axis=0) * 2 > len(gold)).astype(np.int64)
         return (
             {name: METRICS[name](gold, predicted, labels) for name in self.metrics}
@@ -313,12 +312,11 @@ class MultiLabel(Kind):
             | per_class(labels, class_scores(gold, predicted, labels))
         )
 
-
-def _taken(scores_NY: np.ndarray, task: TaskLike) -> np.ndarray:
-    """0/1 decisions of probabilities, int64, (N, Y)."""
-    # In float64: a threshold must mean the same for a probability that was read back from JSON.
-    edges_Y = np.asarray(0.5 if task.thresholds is None else task.thresholds, dtype=np.float64)
-    return (scores_NY.astype(np.float64) >= edges_Y).astype(np.int64)
+    def decided(self, scores: np.ndarray, task: TaskLike) -> np.ndarray:
+        """0/1 decisions of probabilities, int64, (N, Y)."""
+        # In float64: a threshold must mean the same for a probability that was read back from JSON.
+        edges_Y = np.asarray(0.5 if task.thresholds is None else task.thresholds, dtype=np.float64)
+        return (scores.astype(np.float64) >= edges_Y).astype(np.int64)
 
 
 def is_list(value: object) -> bool:

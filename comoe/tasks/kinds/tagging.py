@@ -132,6 +132,9 @@ class Tags(Kind):
             [np.array([ids[tag] for tag in row[key]]) for row in rows] for key in ("gold", "tags")
         )
 
+    def decided(self, scores: list[np.ndarray], task: TaskLike) -> list[np.ndarray]:
+        return [row.argmax(axis=-1) for row in scores]
+
     def measure(self, gold: list[np.ndarray], predicted: list[np.ndarray], task: TaskLike) -> float:
         return _measures(gold, predicted, names=(task.metric,), labels=task.labels)[task.metric]
 
@@ -139,7 +142,7 @@ class Tags(Kind):
         self, gold: list[np.ndarray], scores: list[np.ndarray], task: TaskLike
     ) -> dict[str, float]:
         """Spans over posts, the rest over words; the baseline predicts "O", else the commonest tag."""
-        predicted, labels = [row.argmax(axis=-1) for row in scores], task.labels
+        predicted, labels = self.decided(scores, task), task.labels
         flat_gold, flat_predicted = _joined(gold), _joined(predicted)
         commonest = int(np.bincount(flat_gold, minlength=len(labels)).argmax())
         common = labels.index(OUTSIDE) if OUTSIDE in labels else commonest
@@ -157,9 +160,7 @@ class Tags(Kind):
         self, gold: list[np.ndarray], scores: list[np.ndarray], task: TaskLike
     ) -> np.ndarray:
         """Counted over words."""
-        return confusion(
-            _joined(gold), _joined([row.argmax(axis=-1) for row in scores]), task.labels
-        )
+        return confusion(_joined(gold), _joined(self.decided(scores, task)), task.labels)
 
 
 def tag_spans(tags: Sequence[str], words: Sequence[str]) -> list[dict[str, Any]]:

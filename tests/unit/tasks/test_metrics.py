@@ -6,9 +6,19 @@ import random
 
 import numpy as np
 import pytest
+import sklearn.metrics
+from hypothesis import given
+from hypothesis import strategies as st
 from seqeval.metrics.sequence_labeling import get_entities, precision_recall_fscore_support
 
-from comoe.tasks.metrics import LOWER_IS_BETTER, METRICS, class_scores, confusion, entities
+from comoe.tasks.metrics import (
+    LOWER_IS_BETTER,
+    METRICS,
+    _averaged,
+    class_scores,
+    confusion,
+    entities,
+)
 
 LABELS = ("none", "against", "favor")
 GOLD = np.array([0, 0, 1, 1, 2, 2])
@@ -95,6 +105,33 @@ PREDICTED_SETS = np.array([[1, 0, 0], [0, 0, 1], [0, 0, 0], [0, 1, 0]])
 )
 def test_label_sets_equal_the_values_worked_out_by_hand(name: str, value: float) -> None:
     assert METRICS[name](GOLD_SETS, PREDICTED_SETS, ("a", "b", "c")) == pytest.approx(value)
+
+
+@given(st.data(), st.integers(1, 12), st.integers(2, 5), st.booleans())
+def test_class_metrics_are_to_the_last_digit_those_of_scikit_learn(
+    data: st.DataObject, rows: int, classes: int, sets: bool
+) -> None:
+    values = st.lists(st.integers(0, 1 if sets else classes - 1),
+                      min_size=rows * (classes if sets else 1), max_size=rows * (classes if sets else 1))  # fmt: skip
+    pair = [np.array(data.draw(values)).reshape(rows, -1) for _ in range(2)]
+    gold, predicted = pair if sets else [ids[:, 0] for ids in pair]
+    theirs = sklearn.metrics.precision_recall_fscore_support
+    for average, undefined in (("macro", 0.0), ("micro", 0.0), *[("samples", 1.0)] * sets):
+        expected = theirs(gold, predicted, average=average, zero_division=undefined)[:3]
+        assert _averaged(gold, predicted, average=average, undefined=undefined) == expected
+    expected = theirs(gold, predicted, labels=range(classes), average=None, zero_division=0.0)[:3]
+    for ours, value in zip(class_scores(gold, predicted, "abcde"[:classes]), expected, strict=True):
+        np.testing.assert_array_equal(ours, value)
+    assert METRICS["accuracy"](gold, predicted, ()) == sklearn.metrics.accuracy_score(
+        gold, predicted
+    )
+
+
+def test_a_single_label_that_may_apply_is_scored_as_a_label() -> None:
+    # scikit-learn takes a matrix of one column for ids of two classes.
+    gold, predicted = np.array([[1], [0], [1], [1]]), np.array([[1], [0], [0], [1]])
+    assert METRICS["macro_f1"](gold, predicted, ("spam",)) == pytest.approx(2 * 2 / (2 * 2 + 1))
+    assert class_scores(gold, predicted, ("spam",))[1].tolist() == pytest.approx([2 / 3])
 
 
 def test_numbers_equal_the_values_worked_out_by_hand() -> None:
