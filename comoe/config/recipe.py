@@ -482,10 +482,19 @@ class TaskConfig:
     (single_label and label_words only)."""
     labels: Names = field(default_factory=list)
     """Label names in the order of their ids; empty finds them in the training split."""
+    descriptions: dict[Text, Given] = field(default_factory=dict)
+    """Label -> a text that says what it means, one for each label of a single_label or multi_label
+    task. The head starts at the texts' embeddings by the pre-trained encoder, and so predicts from
+    their likeness to a post before it has learned anything; empty starts at random."""
     limit: Count | None = None
     """Keep at most this many training posts with a label of this task, gold or soft, chosen by
     ``train.seed`` among those that ``data.limit_per_task`` leaves; a post without any label left is
     dropped. Tasks on the same posts keep them in the same order. null keeps all."""
+    limit_per_label: Count | None = None
+    """Few-shot: keep at most this many training posts of each label (single_label, multi_label and
+    label_words only), drawn as by ``limit`` and before it, so that each ``train.seed`` has posts of
+    its own and a smaller number a part of a larger one's; of multi_label a post stays while one of
+    its labels has fewer. null keeps all."""
     metric: Literal[
         "auto",
         "accuracy",

@@ -12,7 +12,9 @@ from comoe.config.recipe import Recipe, TaskConfig
 BY_DECODER = ("text", "label_words")
 """Kinds of task that a decoder predicts; the first one free, the other one's words are scored."""
 SOFT_COLUMN = ("single_label", "multi_label")
-"""Kinds whose soft labels can stand in a column."""
+"""Kinds whose soft labels can stand in a column, and whose head has a row of weights per label."""
+BY_LABEL = (*SOFT_COLUMN, BY_DECODER[1])
+"""Kinds that give a post labels of a list, by which posts can be counted."""
 UNLABELLED = "unlabelled"
 """The kind of task without labels."""
 BY_GRADIENTS = ("gradnorm", "pcgrad", "cagrad")
@@ -56,6 +58,15 @@ def _tasks(recipe: Recipe) -> Broken:
         if task.confidence_strategy != "none" and task.confidence is None:
             column = f"name the column: tasks.{name}.confidence"
             yield f"tasks.{name}.confidence_strategy", f"is {task.confidence_strategy}; {column}."
+        if task.descriptions and task.kind not in SOFT_COLUMN:
+            rule = f"has no meaning for kind {task.kind}, whose head has no weights of its own per label"
+            yield (
+                f"tasks.{name}.descriptions",
+                f"{rule} ({', '.join(SOFT_COLUMN)} have); leave it out.",
+            )
+        if task.limit_per_label is not None and task.kind not in BY_LABEL:
+            rule = f"has no meaning for kind {task.kind} ({', '.join(BY_LABEL)} have); use limit"
+            yield f"tasks.{name}.limit_per_label", f"{rule}."
         yield from (_decoded if task.kind in BY_DECODER else _not_decoded)(f"tasks.{name}", task)
     labelled = {name: task for name, task in tasks.items() if task.kind != UNLABELLED}
     if not labelled:
@@ -124,6 +135,13 @@ def _encoder(recipe: Recipe) -> Broken:
     if model.random_width is not None and model.train_layers != "all":
         why = f"but model.random_width ({model.random_width}) starts from random weights"
         yield "model.train_layers", f"is {model.train_layers}, {why}; make it all."
+    for name, task in recipe.tasks.items():
+        if model.random_width is not None and task.descriptions:
+            why = f"model.random_width ({model.random_width}) starts from random weights"
+            yield (
+                f"tasks.{name}.descriptions",
+                f"need a pre-trained encoder, but {why}; leave it out.",
+            )
 
 
 def _losses(recipe: Recipe) -> Broken:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from comoe.config.recipe import Recipe
+from comoe.config.recipe import Recipe, TaskConfig
 from comoe.data.columns import check_extra_columns, extra_columns, part_off
 from comoe.data.datasets import Group, cuts_all_posts, groups_of, read_group
 from comoe.data.images.check import ImageReader
@@ -68,32 +70,49 @@ def limited(posts: PostSplit, *, count: int | None, seed: int) -> PostSplit:
     return posts.take(np.sort(np.random.default_rng(seed).permutation(len(posts))[:count]))
 
 
-def limited_labels(posts: PostSplit, *, limits: Mapping[str, int | None], seed: int) -> PostSplit:
-    """At most ``limits[task]`` posts with labels, gold or soft, of each task; posts without any are dropped.
+def limited_labels(posts: PostSplit, *, tasks: Mapping[str, TaskConfig], seed: int) -> PostSplit:
+    """The labels, gold or soft, that ``limit`` and ``limit_per_label`` keep; posts without any are dropped.
 
     The posts are drawn as by ``limited``: one limit for all tasks, where all label every post, is
     that many posts.
 
     Args:
         posts: training posts of one data set.
-        limits: each of its tasks -> posts whose labels are kept, None for all.
+        tasks: all of its tasks.
         seed: any non-negative int.
     """
-    if all(limit is None for limit in limits.values()):
+    if not any(task.limit or task.limit_per_label for task in tasks.values()):
         return posts
     order = np.random.default_rng(seed).permutation(len(posts))
     made = {name: dict(getattr(posts, name)) for name in ("labels", "soft_labels", "confidences")}
     useful = np.zeros(len(posts), dtype=bool)
-    for task, limit in limits.items():
+    for task, config in tasks.items():
         columns = [made[name][task] for name in ("labels", "soft_labels") if task in made[name]]
         labelled = [row for row in order if any(column[row] is not None for column in columns)]
-        kept = np.isin(np.arange(len(posts)), labelled[:limit])
+        if config.limit_per_label:
+            labelled = _first_of_labels(labelled, posts.labels[task], config)
+        kept = np.isin(np.arange(len(posts)), labelled[: config.limit])
         useful |= kept
         for of_tasks in made.values():
             if task in of_tasks:
                 cells = zip(of_tasks[task], kept, strict=True)
                 of_tasks[task] = [value if keep else None for value, keep in cells]
     return replace(posts, **made).take(np.flatnonzero(useful))
+
+
+def _first_of_labels(rows: Sequence[int], values: Sequence[Any], config: TaskConfig) -> list[int]:
+    """The rows, in their order, that bring a label which has fewer than ``limit_per_label`` posts so far."""
+    kept: list[int] = []
+    counts: Counter[int | None] = Counter()
+    for row in rows:
+        if values[row] is None:
+            continue
+        # Of multi_label the empty set is a label of its own.
+        labels = kind_of(config.kind).label_ids(values[row]) or (None,)
+        if any(counts[label] < config.limit_per_label for label in labels):
+            kept.append(row)
+            counts.update(labels)
+    return kept
 
 
 def shared_posts(posts: PostSplit, *, known: PostSplit) -> int:
@@ -320,12 +339,14 @@ def _limited(group: Group, splits: _Splits, *, recipe: Recipe, report: DataRepor
         seed = recipe.train.seed if train else _split_seed(recipe)[1]
         seed = seed_of(seed, f"{group.name}/{split}")
         kept[split] = limited(posts, count=count, seed=seed)
-    limits = {name: task.limit for name, task in group.tasks.items()}
-    train = limited_labels(
-        kept["train"], limits=limits, seed=seed_of(recipe.train.seed, f"{group.name}/train")
-    )
+    seed = seed_of(recipe.train.seed, f"{group.name}/train")
+    train = limited_labels(kept["train"], tasks=group.tasks, seed=seed)
     if left := len(kept["train"]) - len(train):
-        named = ", ".join(f"tasks.{name}.limit" for name, limit in limits.items() if limit)
+        limits = ("limit", "limit_per_label")
+        tasks = group.tasks.items()
+        named = ", ".join(
+            f"tasks.{name}.{key}" for name, task in tasks for key in limits if getattr(task, key)
+        )
         report.notes.append(f"data set {group.name}: {left:,} training posts left out by {named}")
     return kept | {"train": train}
 

@@ -6,11 +6,19 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from comoe.models.moe.experts import GatedFeedForward
 from comoe.tasks.task import Task
 from comoe.types import Probe
+
+FIRST_LOGITS = 0.5
+"""Standard deviation of the logits of a head that starts at texts: a likely label has about twice the
+probability of an unlikely one, so that texts which mislead cost little."""
+
+LEAST_SPREAD = 1e-3
+"""Least standard deviation that is scaled to it, as a share of the states' length."""
 
 
 class AttentionPooling(nn.Module):
@@ -86,6 +94,28 @@ class TaskHead(nn.Module):
         if self.output is not None:
             nn.init.normal_(self.output.weight, std=0.02)
             nn.init.zeros_(self.output.bias)
+
+    @torch.no_grad()
+    def start_at(self, texts_YM: Tensor, posts_BM: Tensor) -> None:
+        """Let the logits start as the likeness of a post to the texts of the labels.
+
+        w_y = a d_y / |d_y| with d_y = t_y - mean t, and b_y = -w_y . mean p: the mean post is of no label,
+        and a gives the logits of the posts the standard deviation ``FIRST_LOGITS``. Centred on the
+        texts instead, logits of short plain sentences would favor one label for all posts.
+
+        Args:
+            texts_YM: pooled states of the labels' texts.
+            posts_BM: of some posts of the task.
+        """
+        texts_YM, posts_BM = texts_YM.double(), posts_BM.double()
+        directions_YM = F.normalize(texts_YM - texts_YM.mean(dim=0), dim=1)
+        mean_M = posts_BM.mean(dim=0)
+        spread = ((posts_BM - mean_M) @ directions_YM.T).square().mean().sqrt()
+        # Posts that are all alike say nothing of the scale.
+        least = LEAST_SPREAD * posts_BM.norm(dim=1).mean()
+        weight_YM = FIRST_LOGITS / spread.clamp_min(least) * directions_YM
+        self.output.weight.copy_(weight_YM)
+        self.output.bias.copy_(-weight_YM @ mean_M)
 
     def forward(self, hidden_BLM: Tensor, mask_BL: Tensor) -> HeadOutput:
         """Logits of every row; rows of other tasks too, so that every parameter gets a gradient on every rank."""

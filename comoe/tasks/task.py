@@ -205,6 +205,16 @@ def _check_labels(name: str, config: TaskConfig, labels: tuple[str, ...]) -> Non
         raise ValueError(
             f"tasks.{name}.labels ({listed}) has no meaning for a task of kind {config.kind}; leave it out."
         )
+    if config.descriptions and (set(config.descriptions) != set(labels) or len(labels) < 2):
+        for label in config.descriptions:
+            if label not in labels:
+                raise unknown_name(f"tasks.{name}.descriptions", label, labels)
+        missing = ", ".join(label for label in labels if label not in config.descriptions)
+        raise ValueError(
+            f"tasks.{name}.descriptions has no text for {missing}; describe every label ({listed})."
+            if missing
+            else f"tasks.{name}.descriptions needs two labels or more to tell apart, not {listed}; leave it out."
+        )
     if not kind.scored and config.contrastive is False:
         raise ValueError(
             f"tasks.{name} ({config.kind}) is there for the contrastive loss alone; set "

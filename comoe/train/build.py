@@ -39,6 +39,7 @@ from comoe.starter.registry import as_typed, home, resolve
 from comoe.tasks.task import Task
 from comoe.train.checkpoint.folder import Found, find_checkpoint, mark_best
 from comoe.train.checkpoint.save_load import load_checkpoint, needs_conversion, saved_elsewhere
+from comoe.train.label_texts import start_heads
 from comoe.train.memory_plan import count_parameters
 from comoe.train.monitor.monitor import Monitor
 from comoe.train.parallel.ds_config import Layout, fill_settings, plan_layout
@@ -85,6 +86,7 @@ def build_run(
     splits |= soft_labelled(recipe, splits, corpus.tasks, device=device, bf16=layout.bf16)
     with as_typed(typed, recipe), building(settings):
         objective = build_model(recipe, splits, collator)
+    start_heads(objective.model, recipe, collator, splits["train"], device=device)
     parameters = count_parameters(objective.model, top_k=recipe.model.moe.top_k)
     _print([*corpus.report.lines(all_in=SET_ASIDE), f"precision: {layout.precision}"])
     on_ready()
@@ -92,13 +94,9 @@ def build_run(
     engine = _start_engine(objective, recipe, settings, layout, found)
     state = TrainState() if found is None else _restored(found, engine, layout)
     monitor = Monitor(
-        folder,
-        enabled=is_main(),
-        tasks=corpus.tasks,
-        recipe_text=recipe_to_yaml(typed),
-        histograms=recipe.run.histograms,
-        resumed_at=state.step if resume else None,
-    )
+        folder, enabled=is_main(), tasks=corpus.tasks, recipe_text=recipe_to_yaml(typed),
+        histograms=recipe.run.histograms, resumed_at=state.step if resume else None,
+    )  # fmt: skip
     return TrainingRun(
         recipe=typed,
         folder=folder,
@@ -132,6 +130,11 @@ def read_posts(typed: Recipe) -> tuple[Recipe, Corpus]:
         f"task {task.name}: no teacher; it is learned from its gold labels alone"
         for task in corpus.tasks
         if teachers and task.rules.scored and task.name not in known
+    ]
+    corpus.report.notes += [
+        f"task {name}: its head starts at the texts of its labels"
+        for name, task in recipe.tasks.items()
+        if task.descriptions
     ]
     return recipe, corpus
 

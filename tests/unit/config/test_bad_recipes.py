@@ -121,6 +121,9 @@ OVERRIDES = [
     ("tasks.mood.auxiliary=true", "tasks.mood.auxiliary", "set it to false"),
     ("tasks.mood.auxiliary=true tasks.more={path: x, kind: unlabelled}", "tasks.mood.auxiliary", "to false"),
     ("tasks.mood.confidence_strategy=input", "tasks.mood.confidence_strategy", "name the column"),
+    ("tasks.mood.kind=regression tasks.mood.limit_per_label=8", "tasks.mood.limit_per_label", "use limit"),
+    ("tasks.mood.kind=regression tasks.mood.descriptions={a: b}", "tasks.mood.descriptions", "leave it out"),
+    ("model={random_width: 64} tasks.mood.descriptions={a: b, c: d}", "tasks.mood.descriptions", "random weights"),
     # Tasks that a decoder predicts.
     ("tasks.mood.prompt={text}", "tasks.mood.prompt", "has no meaning for kind single_label"),
     ("tasks.mood.num_beams=2", "tasks.mood.num_beams", "let a decoder predict the task"),

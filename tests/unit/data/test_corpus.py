@@ -161,7 +161,7 @@ def test_posts_of_evaluation_depend_on_the_split_seed_alone(tmp_path: Path) -> N
         ((None, None, None), (60, 30, 40)),
         ((10, None, None), (10, 30, 40)),
         ((10, 10, 10), (10, 10, 10)),
-        ((10, None, 0), (10, 30, 0)),
+        ((10, None, 1), (10, 30, 1)),
         ((99, 99, 99), (60, 30, 40)),
     ],
 )
@@ -181,7 +181,7 @@ def test_a_task_keeps_at_most_its_limit_of_labels(limits: tuple, counts: tuple) 
         confidences=("a",),
         soft_labels=("a",),
     )
-    kept = limited_labels(posts, limits=dict(zip("abc", limits, strict=True)), seed=3)
+    kept = limited_labels(posts, tasks=limiting(**dict(zip("abc", limits, strict=True))), seed=3)
     present = {
         task: {int(text) for text, value in zip(kept.texts, kept.labels[task], strict=True) if value is not None}
         for task in "abc"
@@ -193,10 +193,45 @@ def test_a_task_keeps_at_most_its_limit_of_labels(limits: tuple, counts: tuple) 
     # One limit of tasks that label every post is so many posts.
     alike = replace(posts, labels={task: posts.labels["a"] for task in "abc"})
     for limit in (1, 7):
-        few = limited_labels(alike, limits=dict.fromkeys("abc", limit), seed=3)
+        few = limited_labels(alike, tasks=limiting(a=limit, b=limit, c=limit), seed=3)
         assert list(few.texts) == list(limited(posts, count=limit, seed=3).texts)
-        more = limited_labels(alike, limits={"a": limit, "b": limit + 5, "c": None}, seed=3)
+        more = limited_labels(alike, tasks=limiting(a=limit, b=limit + 5, c=None), seed=3)
         assert len(more) == 60 and more.labels["b"].count(None) == 60 - limit - 5
+
+
+def limiting(**limits: int | None) -> dict[str, TaskConfig]:
+    return {name: TaskConfig(limit=limit) for name, limit in limits.items()}
+
+
+def test_posts_per_label_are_the_first_of_one_order() -> None:
+    """Of 8 a part of 16, other posts per seed, every post of a label that has too few."""
+    rng = np.random.default_rng(0)
+    one = [int(label) for label in rng.choice(3, 200, p=[0.7, 0.28, 0.02])]
+    sets = [tuple(np.flatnonzero(rng.random(3) < 0.4).tolist()) for _ in one]
+    rows = list(zip(one, sets, strict=True))
+    posts = PostSplit.from_posts(
+        [Post(str(row), labels={"one": a, "sets": b}) for row, (a, b) in enumerate(rows)],
+        tasks=("one", "sets"),
+    )
+
+    def kept(task: str, kind: str, *, count: int, seed: int, limit: int | None = None) -> PostSplit:
+        other = {"one": "sets", "sets": "one"}[task]
+        bare = replace(posts, labels=dict(posts.labels) | {other: [None] * len(posts)})
+        config = TaskConfig(kind=kind, limit_per_label=count, limit=limit)
+        return limited_labels(bare, tasks={task: config, other: TaskConfig()}, seed=seed)
+
+    few = kept("one", "single_label", count=8, seed=1)
+    assert np.bincount(few.labels["one"]).tolist() == [8, 8, min(8, one.count(2))]
+    more = kept("one", "single_label", count=16, seed=1)
+    assert np.bincount(more.labels["one"])[:2].tolist() == [16, 16]
+    assert set(few.texts) < set(more.texts)
+    assert set(few.texts) != set(kept("one", "single_label", count=8, seed=2).texts)
+    assert len(kept("one", "single_label", count=8, seed=1, limit=5)) == 5
+    # Of sets: each label and the empty set often enough, and no post that none of them needed.
+    found = kept("sets", "multi_label", count=8, seed=1).labels["sets"]
+    counts = [sum(label in labels for labels in found) for label in range(3)]
+    assert min(counts) >= 8 and found.count(()) == 8
+    assert len(found) <= 4 * 8
 
 
 def test_task_limits_drop_posts_and_say_so(shared: Path) -> None:

@@ -164,6 +164,21 @@ def test_tweeteval_metrics_are_selectable_by_name() -> None:
             r"class_weights \(balanced\) has no meaning",
         ),
         (
+            TaskConfig(descriptions={"a": "one", "bb": "two"}),
+            ("a", "b"),
+            r"tasks\.mood\.descriptions is 'bb', which does not exist",
+        ),
+        (
+            TaskConfig(descriptions={"a": "one"}),
+            ("a", "b", "c"),
+            r"descriptions has no text for b, c; describe every label \(a, b, c\)",
+        ),
+        (
+            TaskConfig(kind="multi_label", descriptions={"a": "one"}),
+            ("a",),
+            "descriptions needs two labels or more",
+        ),
+        (
             TaskConfig(class_weights=[1.0, 1.0, 1.0]),
             ("a", "b"),
             "3 numbers for 2 labels; give one each, in order: a, b",
