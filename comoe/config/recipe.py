@@ -154,14 +154,19 @@ class ContrastiveConfig:
     """Task-adaptive contrastive loss over the embeddings of all ranks."""
 
     weight: NotNegative = 0.1
-    """Weight of the term; 0 switches it off."""
+    """Weight of the term beside the tasks; 0 switches it off there."""
+    first_steps: CountFrom0 = 0
+    """Optimizer steps at the start of the run that learn from this term alone, before the heads, as
+    SetFit does for few labels (arXiv:2209.11055). They count in ``train.max_steps`` and
+    ``train.epochs``, are not evaluated, and have a warm-up and a schedule of their own; those of the
+    tasks begin after them. With ``weight: 0`` the term ends there. 0 is no such stage."""
     temperature: Temperature = 0.1
     """Divides the cosine similarities."""
-    learn_temperature: Flag = option(False, read_when="loss.contrastive.weight > 0")
+    learn_temperature: Flag = False
     """Let each task's temperature be learned from there, never below 0.01."""
     over: Literal["global", "local"] = "global"
     """global compares the posts of all ranks, local only those of one rank (the ablation)."""
-    queue_size: CountFrom0 = option(0, read_when="loss.contrastive.weight > 0")
+    queue_size: CountFrom0 = 0
     """Past embeddings per task that anchors are compared with too (XBM), for rare labels; 0 is
     none."""
     queue_warmup: CountFrom0 = option(0, read_when="loss.contrastive.queue_size > 0")

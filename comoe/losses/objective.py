@@ -64,7 +64,7 @@ class Parts:
 def _contrastive(parts: Parts) -> Term | None:
     config, projection = parts.loss.contrastive, parts.model.projection
     tasks = [task for task in parts.model.tasks if task.contrastive]
-    if not config.weight or not tasks:
+    if not (config.weight or config.first_steps) or not tasks:
         return None
     assert projection is not None, "a task of the contrastive loss has a head that pools"
     loss = ContrastiveLoss(tasks, config, width=projection.out_features)
@@ -177,6 +177,7 @@ class Objective(nn.Module):
         self.tasks = tuple(tasks)
         self.names = [task.name for task in tasks]
         self.r_drop_weight = loss.r_drop_weight
+        self.first_steps = range(loss.contrastive.first_steps)
         self.weighting = WEIGHTINGS[loss.weighting](self.tasks, loss)
         decoded = bool(decoder_tasks(tasks))
         assert not (decoded and self.weighting.reads_gradients), "the recipe's rules refuse it"
@@ -193,13 +194,24 @@ class Objective(nn.Module):
         # Under this name, too, a module: checkpoints have its queues and temperatures twice.
         self._contrast = next(over_embeddings, None)
         self.viewed = [
-            task.name for task in self.tasks if self.caches and task.contrastive and task.views
+            task.name
+            for task in self.tasks
+            if self._contrast is not None and task.contrastive and task.views
         ]
 
-    @property
-    def caches(self) -> bool:
-        """True where there is a term that ``contrast`` can take over a whole step."""
-        return self._contrast is not None
+    def weights_at(self, step: int) -> dict[str, float]:
+        """Term -> its weight in an optimizer step; of terms that do not run then nothing.
+
+        In the first steps of ``loss.contrastive.first_steps`` the contrastive term has 1, all others
+        and the tasks 0: they run all the same, so that every parameter has a gradient on every rank.
+        """
+        if step in self.first_steps:
+            return {name: float(term.over_embeddings) for name, term in self.terms.items()}
+        return {name: term.weight for name, term in self.terms.items() if term.weight}
+
+    def compares(self, step: int) -> bool:
+        """Whether the contrastive term, which ``contrast`` can take over a whole step, runs in a step."""
+        return any(self.terms[name].over_embeddings for name in self.weights_at(step))
 
     def begin_step(self) -> None:
         """Tell the terms that a new optimizer step begins; call it before the first micro-step."""
@@ -213,7 +225,7 @@ class Objective(nn.Module):
             outputs: of this rank's micro-steps.
             batches: of any device.
         """
-        if not self.weighting.remembers:
+        if not self.weighting.remembers or batches[0].step in self.first_steps:
             return
         losses_T = torch.stack(
             [
@@ -247,14 +259,14 @@ class Objective(nn.Module):
         """
         repeats = cached is not None or gram_TT is not None
         probed = self.weighting.reads_gradients and gram_TT is None
-        selected = ((), ()) if cached is None else cached.selected
-        output = self._passes(batch, selected, probed=probed)[0]
+        output = self._passes(batch, cached.selected if cached else ((), ()), probed=probed)[0]
         if probed:
             gram_TT = gram_over_ranks(self._shared_gradients(output, batch))
             output = replace(output, probe=None)
         terms: dict[str, Tensor] = {}
         losses_T = self.task_losses(output, batch, terms)
-        again = self._again(batch, repeats=repeats) if self.r_drop_weight else None
+        alone, weights = batch.step in self.first_steps, self.weights_at(batch.step)
+        again = self._again(batch, repeats=repeats) if self.r_drop_weight and not alone else None
         if again is not None:
             losses_T = (losses_T + self.task_losses(again, batch)) / 2
         T = len(self.tasks)
@@ -263,7 +275,8 @@ class Objective(nn.Module):
         total, weights_T = self.weighting(
             losses_T, self._present(batch), posts_T=posts_T, gram_TT=gram_TT, step=batch.step
         )
-        total, weights_T = self.task_share * total, self.task_share * weights_T
+        share = 0.0 if alone else self.task_share
+        total, weights_T = share * total, share * weights_T
         if again is not None:
             divergences_T = self._divergences(output, again, batch)
             total = total + self.r_drop_weight * (weights_T * divergences_T).sum()
@@ -276,12 +289,16 @@ class Objective(nn.Module):
         # The first passes ran no term, and the next micro-batch must find the random numbers where
         # they left them.
         with torch.random.fork_rng([total.device] if total.is_cuda else [], enabled=repeats):
-            for term in self.terms.values():
+            for name, term in self.terms.items():
+                if name not in weights:
+                    # A temperature that is learned no more has a gradient all the same.
+                    total = total + 0.0 * term.loss.scales().sum().to(total)
+                    continue
                 if cached is not None and term.over_embeddings:
                     value, logged = replayed(cached, output, term.loss.scales()), cached.terms
                 else:
                     value, logged = term.loss(output, batch)
-                total = total + term.weight * value
+                total = total + weights[name] * value
                 terms |= logged
         # The projection must get a gradient on every rank also where no term reads it, or ZeRO's
         # buckets differ; and every forward pass must be run backward on every rank: its experts may
@@ -391,7 +408,7 @@ class Objective(nn.Module):
     ) -> Passes:
         """The model's output, with the second views of the tasks that want them; and their own forward pass."""
         output = self.model(batch, selected[0], probed=probed)
-        if not self.viewed:
+        if not self.viewed or not self.compares(batch.step):
             return (output,)
         rows_R = labelled_rows(batch, self.viewed).any(dim=1).nonzero().squeeze(1)
         # Every rank runs this pass too: one without such rows runs its first one, times zero.

@@ -46,7 +46,7 @@ from comoe.train.parallel.ds_config import Layout, fill_settings, plan_layout
 from comoe.train.parallel.engine import Engine
 from comoe.train.parallel.setup import build_deepspeed_engine, building
 from comoe.train.run_folder import SET_ASIDE, begun_in_bf16, check_same_groups, check_same_tasks
-from comoe.train.state import TrainState
+from comoe.train.state import TrainState, total_steps
 from comoe.train.training_run import TrainingRun
 
 Made = TypeVar("Made")
@@ -131,12 +131,36 @@ def read_posts(typed: Recipe) -> tuple[Recipe, Corpus]:
         for task in corpus.tasks
         if teachers and task.rules.scored and task.name not in known
     ]
+    corpus.report.notes += _first_stage(recipe, corpus)
     corpus.report.notes += [
         f"task {name}: its head starts at the texts of its labels"
         for name, task in recipe.tasks.items()
         if task.descriptions
     ]
     return recipe, corpus
+
+
+def _first_stage(recipe: Recipe, corpus: Corpus) -> list[str]:
+    """What the data report says of ``loss.contrastive.first_steps``.
+
+    Raises:
+        ValueError: no step is left for the tasks, or nothing is compared.
+    """
+    key, first = "loss.contrastive.first_steps", recipe.loss.contrastive.first_steps
+    posts, batch_size = len(corpus.splits["train"]), recipe.train.batch_size
+    steps = total_steps(recipe.train, steps_per_epoch=-(-posts // batch_size))
+    if first >= steps:
+        raise ValueError(
+            f"{key} ({first}) must be less than the {steps} steps of the run; lower it, or raise train.max_steps or "
+            "train.epochs."
+        )
+    if first and not any(task.contrastive for task in corpus.tasks):
+        raise ValueError(
+            f"{key} is {first}, but no task takes part in the contrastive loss; set tasks.<name>.contrastive for one, "
+            "or make it 0."
+        )
+    note = f"{first:,} of {steps:,} steps come first that learn from the contrastive loss alone"
+    return [note] if first else []
 
 
 def tokenize_posts(recipe: Recipe, corpus: Corpus) -> tuple[dict[str, TokenizedSplit], Collator]:

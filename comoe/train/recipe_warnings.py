@@ -74,12 +74,19 @@ def _tasks(recipe: Recipe) -> Iterator[str]:
     if WEIGHTINGS[recipe.loss.weighting].adapts and len(scored) < 2:
         why = "there is one task with labels, and nothing to weigh it by"
         yield _in_vain("loss.weighting", recipe.loss.weighting, why)
-    if recipe.loss.contrastive.weight:
+    contrastive, usual = recipe.loss.contrastive, _USUAL.loss.contrastive
+    if contrastive.first_steps and recipe.data.posts_per_label < 2:
+        why = "2 gives every label of a batch a pair, and a post without one teaches nothing"
+        yield f"data.posts_per_label is {recipe.data.posts_per_label} with loss.contrastive.first_steps; {why}."
+    if contrastive.weight or contrastive.first_steps:
         return
     why = "loss.contrastive.weight is 0"
-    if (size := recipe.loss.contrastive.chunk_size) is not None:
+    for key in ("learn_temperature", "queue_size"):
+        if (value := getattr(contrastive, key)) != getattr(usual, key):
+            yield _in_vain(f"loss.contrastive.{key}", value, why)
+    if contrastive.chunk_size is not None:
         same = f"{why}, so it is train.micro_batch_size by another name"
-        yield _in_vain("loss.contrastive.chunk_size", size, same)
+        yield _in_vain("loss.contrastive.chunk_size", contrastive.chunk_size, same)
     for name, task in recipe.tasks.items():
         if name not in scored:
             only = f"only that loss reads its posts, and {why}"

@@ -122,7 +122,7 @@ class Trainer:
         if sampler.follows_progress:
             sampler.follow(state.mixing, every=eval_every)
         with ThreadPoolExecutor(1) as pool, self._bar:
-            owed = state.step > 0 and self._due(eval_every) and state.evaluated_at != state.step
+            owed = self._evaluates(state.step) and state.evaluated_at != state.step
             if owed and self._evaluate_and_mark():
                 saved_at = self._save_best()
             upcoming = pool.submit(self._collate, state.step)
@@ -135,12 +135,12 @@ class Trainer:
                     break
                 # The next batch is made beside this step, unless an evaluation is to say what it is
                 # drawn from.
-                waits = sampler.follows_progress and self._due(eval_every, steps=state.step + 1)
+                waits = sampler.follows_progress and self._evaluates(state.step + 1)
                 if not waits:
                     upcoming = pool.submit(self._collate, state.step + 1)
                 self._step(batches, began=began)
                 paused = time.perf_counter()
-                if self._due(eval_every) and self._evaluate_and_mark():
+                if self._evaluates(state.step) and self._evaluate_and_mark():
                     saved_at = self._save_best()
                 if waits:
                     upcoming = pool.submit(self._collate, state.step)
@@ -181,7 +181,9 @@ class Trainer:
     def _step(self, batches: list[Batch], *, began: float) -> None:
         run, state = self.run, self.run.state
         rates = run.engine.set_rate_factor(
-            rate_factor(state.step, total=run.total_steps, config=run.recipe.train)
+            rate_factor(
+                state.step, total=run.total_steps, config=run.recipe.train, first=run.first_steps
+            )
         )
         limit = norm_limit(run.recipe.train, state.grad_norms)
         try:
@@ -214,6 +216,11 @@ class Trainer:
             self._window.reset()
             log_lost_images(run.collator.pixels, run.monitor, state.step)
         self._bar.update()
+        if state.step == run.first_steps:
+            # Norms of the contrastive gradient say nothing of what is an outlier from here on.
+            state.grad_norms = []
+            run.monitor.log_event({"event": "tasks_begin", "step": state.step})
+            self._say(f"step {state.step}: the contrastive stage is over, the tasks are learned")
 
     def _watch_nonfinite(self, report: StepReport, batches: list[Batch]) -> None:
         run, state = self.run, self.run.state
@@ -253,6 +260,10 @@ class Trainer:
     def _due(self, every: int, *, steps: int | None = None) -> bool:
         steps = self.run.state.step if steps is None else steps
         return steps % every == 0 or steps == self.run.total_steps
+
+    def _evaluates(self, steps: int) -> bool:
+        """Whether an evaluation follows so many steps: not before the heads have begun to learn."""
+        return steps > self.run.first_steps and self._due(self.run.eval_every, steps=steps)
 
     def _evaluate_and_mark(self) -> bool:
         """Evaluate; True when this is the best step so far."""

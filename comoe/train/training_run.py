@@ -18,7 +18,7 @@ from comoe.train.fault.watchdog import Watchdog
 from comoe.train.monitor.monitor import Monitor
 from comoe.train.parallel.ds_config import Layout
 from comoe.train.parallel.engine import Engine
-from comoe.train.state import TrainState
+from comoe.train.state import TrainState, total_steps
 
 
 @dataclass(slots=True)
@@ -67,8 +67,13 @@ class TrainingRun:
     @property
     def total_steps(self) -> int:
         """Optimizer steps of the whole run."""
-        train = self.recipe.train
-        return train.max_steps or max(1, round(train.epochs * self.sampler.steps_per_epoch))
+        per_epoch = self.sampler.steps_per_epoch
+        return total_steps(self.recipe.train, steps_per_epoch=per_epoch)
+
+    @property
+    def first_steps(self) -> int:
+        """Steps at the start that learn from the contrastive loss alone."""
+        return self.recipe.loss.contrastive.first_steps
 
     @property
     def eval_every(self) -> int:

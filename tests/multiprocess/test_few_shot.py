@@ -1,4 +1,4 @@
-"""Few-shot training: heads that start at texts, under every ZeRO stage."""
+"""Few-shot training: heads that start at texts, under every ZeRO stage; a contrastive stage, cut short and resumed."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.end_to_end.commands import read_lines
 from tests.helpers_ranks import run_ranks
 
 pytestmark = pytest.mark.multiprocess
@@ -23,6 +24,12 @@ FEW = (
     "tasks.topic.limit_per_label=8", "tasks.strength.limit=20", "tasks.aspects.limit_per_label=8",
     "train.batch_size=16", "run.histograms=false",
 )  # fmt: skip
+STAGED = (
+    *FEW, "tasks.strength=null", "tasks.aspects=null", "data.posts_per_label=2", "train.max_steps=12",
+    "loss.contrastive.weight=0", "loss.contrastive.first_steps=6", "model.dropout=0.1", "train.eval_every=4",
+    "train.schedule=linear", "train.warmup_fraction=0.2", "train.measure_experts=false",
+)  # fmt: skip
+STOPPED_AT = 4
 DESCRIBED = (f"tasks.mood.descriptions={MOODS}", f"tasks.aspects.descriptions={ASPECTS}")
 
 
@@ -118,3 +125,70 @@ def test_heads_start_alike_under_every_stage_and_nothing_else_changes(
         for stage in ("1", "2", "3"):
             np.testing.assert_array_equal(two[stage][key], value, err_msg=f"{key}, ZeRO {stage}")
         assert np.array_equal(value, one["plain"][key]) is (key not in described), key
+
+
+def train(folder: str, *, stop_at: int | None = None, resume: bool = False) -> None:
+    """A run, or one that is asked to stop after some steps, or the rest of it."""
+    os.environ["COMOE_HOME"] = folder
+    from comoe.train.fault.signals import StopSignal
+    from comoe.train.run import Request, run_request
+
+    class StopAt(StopSignal):
+        steps = -1
+
+        def asked(self) -> bool:
+            # Once a step; a first stage has no evaluations, which ask too.
+            self.steps += 1
+            return self.steps == stop_at
+
+    if resume:
+        request = Request(resume=Path(folder) / "smoke")
+    else:
+        request = Request(config=Path(SMOKE), overrides=[*STAGED, f"run.output_dir={folder}"])
+    run_request(request, StopSignal() if stop_at is None else StopAt())
+
+
+@pytest.fixture(scope="module")
+def whole_and_resumed(tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, Any]]]:
+    """Lines of metrics.jsonl, of a run in one sitting and in two."""
+    whole, cut = (str(tmp_path_factory.mktemp(name)) for name in ("whole", "cut"))
+    run_ranks(f"{HERE}:train", 1, folder=whole)
+    run_ranks(f"{HERE}:train", 1, folder=cut, stop_at=STOPPED_AT)
+    stopped = read_lines(Path(cut) / "smoke" / "metrics.jsonl")
+    assert max(line["step"] for line in stopped) == STOPPED_AT
+    run_ranks(f"{HERE}:train", 1, folder=cut, resume=True)
+    return [read_lines(Path(folder) / "smoke" / "metrics.jsonl") for folder in (whole, cut)]
+
+
+def test_a_resume_inside_the_contrastive_stage_equals_the_run_in_one_sitting(
+    whole_and_resumed: list[list[dict[str, Any]]],
+) -> None:
+    def told(lines: list[dict[str, Any]]) -> list[Any]:
+        timed = {"seconds", "posts_per_second", "tokens_per_second"}
+        return [
+            {key: value for key, value in line.items() if key not in timed}
+            for line in lines
+            if line["split"] != "resume"
+        ]
+
+    whole, resumed = map(told, whole_and_resumed)
+    assert resumed == whole
+
+
+def test_the_stage_has_the_contrastive_loss_alone_and_the_rest_the_tasks(
+    whole_and_resumed: list[list[dict[str, Any]]],
+) -> None:
+    lines = whole_and_resumed[0]
+    steps = {line["step"]: line for line in lines if line["split"] == "train"}
+    assert sorted(steps) == list(range(1, 13))
+    for step, line in steps.items():
+        assert ("contrastive" in line) == (step <= 6)
+        assert set(line["weights"].values()) == {0.0 if step <= 6 else 1.0}
+        tasks = sum(values["loss"] for values in line["tasks"].values())
+        assert line["loss"] == pytest.approx(line["contrastive"] if step <= 6 else tasks, rel=1e-5)
+    rates = [line["rates"]["heads"] for line in steps.values()]
+    assert rates[:6] == rates[6:] and rates[1] == max(rates) > rates[5] > 0
+    (event,) = (line for line in lines if line["split"] == "event")
+    assert (event["event"], event["step"]) == ("tasks_begin", 6)
+    evaluated = [line["step"] for line in lines if line["split"] == "validation"]
+    assert evaluated == [8, 12]

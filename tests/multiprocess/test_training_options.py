@@ -39,6 +39,11 @@ CONTRASTED = {
     "tasks__mood__contrastive": True, "loss__balance_weight": 0.0, "loss__contrastive": QUEUE,
 }  # fmt: skip
 CHUNKS = {"accumulation": 4, "loss__contrastive": {**QUEUE, "chunk_size": 3}}
+BEFORE = {**QUEUE, "weight": 0.0, "first_steps": 2}
+FIRST = CONTRASTED | {
+    "loss__contrastive": BEFORE, "loss__weighting": "gradnorm", "loss__r_drop_weight": 0.0,
+    "loss__adversarial": {"weight": 0.3, "hidden_width": 8},
+}  # fmt: skip
 # Both losses between the sides: contrast over all ranks, and texts of one rank beside pictures of
 # another.
 SEEING = {"model__vision__train_tower": True, "loss__balance_weight": 0.0}
@@ -88,6 +93,13 @@ CASES: dict[str, tuple[str, dict[str, Any], list[dict[str, Any]]]] = {
     "grad cache": (
         "bert", CONTRASTED, [
             {"stage": 3, **SHARED, **CHUNKS}, {"stage": 1, **CHUNKS}, {"stage": 2, **SHARED, **CHUNKS, **RECOMPUTED},
+        ],
+    ),
+    # Two steps of the contrastive loss alone, and one of the tasks alone; with what must rest in each.
+    "contrast first": (
+        "bert", FIRST, [
+            {"stage": 3, **SHARED, "accumulation": 4, "loss__contrastive": {**BEFORE, "chunk_size": 3}},
+            {"stage": 2, **ALONE}, {"stage": 1, **SHARED},
         ],
     ),
     # Without dropout both passes are alike; with it they are held by the resumed runs.

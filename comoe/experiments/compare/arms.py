@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from comoe.config.recipe import AdversarialConfig, LossConfig, Recipe
+from comoe.config.recipe import AdversarialConfig, ContrastiveConfig, LossConfig, Recipe
 from comoe.evaluation.evaluate import TEACHER_KL
 from comoe.experiments.cluster.costs import shape_of_recipe
 from comoe.inference.export import read_export_config
@@ -227,6 +227,35 @@ def _confidence(recipe: Recipe, strategy: str) -> list[str]:
     return [f"tasks.{name}.confidence_strategy={strategy}" for name in known]
 
 
+def _contrast(recipe: Recipe, *, beside: bool, before: bool, bare: bool) -> list[str]:
+    """The contrastive loss beside the tasks, before them, or never; ``bare``: heads start at random."""
+    config = recipe.loss.contrastive
+    if before and not config.first_steps:
+        raise ValueError(
+            "the arm contrastive_before needs the number of steps of its contrastive stage; set "
+            "loss.contrastive.first_steps."
+        )
+    described = [name for name, task in recipe.tasks.items() if task.descriptions]
+    if bare and not described:
+        raise ValueError(
+            "an arm ..._bare is without tasks.<name>.descriptions, and the recipe has none; leave _bare out."
+        )
+    weight = (config.weight or ContrastiveConfig().weight) if beside else 0
+    return [
+        f"loss.contrastive.weight={weight}",
+        f"loss.contrastive.first_steps={config.first_steps if before else 0}",
+        *(f"tasks.{name}.descriptions={{}}" for name in described if bare),
+    ]
+
+
+CONTRASTS = {
+    "no_contrastive": {"beside": False, "before": False},
+    "contrastive_beside": {"beside": True, "before": False},
+    "contrastive_before": {"beside": False, "before": True},
+}
+"""Arm -> where it has the contrastive loss."""
+
+
 def _private(recipe: Recipe) -> list[str]:
     # As wide as the encoder's own experts are by default.
     return [f"model.private_width={max(16, shape_of_recipe(recipe).width // 4)}"]
@@ -253,7 +282,11 @@ ARMS: dict[str, Callable[[Recipe], list[str]]] = {
     **{f"by_{what}": partial(_routed, route_by=what) for what in ("token", "task", "both")},
     "task_and_token": partial(_experts, gate="sigmoid", route_by="both"),
     "no_balance": _fixed(*UNBALANCED),
-    "no_contrastive": _fixed("loss.contrastive.weight=0"),
+    **{
+        f"{name}{suffix}": partial(_contrast, **where, bare=bool(suffix))
+        for name, where in CONTRASTS.items()
+        for suffix in ("", "_bare")
+    },
     "adversarial": _fixed("loss.adversarial.weight=0.1"),
     "private": _private,
     **{name: _fixed(f"loss.weighting={name}") for name in WEIGHTINGS},

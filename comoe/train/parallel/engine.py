@@ -130,7 +130,8 @@ class Engine:
 
     def _first_pass(self, batches: Sequence[Batch]) -> Sequence[Cached | None]:
         """GradCache: the contrastive gradients of the whole step; None for each micro-batch where it is off."""
-        if self.recipe.loss.contrastive.chunk_size is None or not self.objective.caches:
+        chunked = self.recipe.loss.contrastive.chunk_size is not None
+        if not chunked or not self.objective.compares(batches[0].step):
             return [None] * len(batches)
         # The second pass draws the same dropout: nothing else may draw between its micro-batches.
         devices = [self.device] if self.device.type == "cuda" else []

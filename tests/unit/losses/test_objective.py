@@ -14,6 +14,7 @@ from comoe.config.recipe import ContrastiveConfig, LossConfig, ModelConfig, Reci
 from comoe.losses.objective import LOSSES, build_objective, count_units, unit_scale
 from comoe.models.moe.gate import GATES
 from comoe.types import IGNORED, ModelOutput
+from tests.helpers_contrastive import reference
 from tests.helpers_model import (
     HF_CONFIGS,
     TASKS,
@@ -293,3 +294,66 @@ def test_a_step_with_no_real_token_on_any_rank_costs_nothing():
     assert answer.loss == answer.terms["balance"] == answer.terms["z"] == 0
     trained = [parameter for parameter in objective.parameters() if parameter.requires_grad]
     assert all(parameter.grad is not None and not parameter.grad.any() for parameter in trained)
+
+
+def test_the_first_steps_learn_from_the_contrastive_loss_alone():
+    """Value against the dense float64 formula, gradients against that of the term alone; then the tasks alone."""
+    first = LossConfig(
+        contrastive=ContrastiveConfig(weight=0.0, first_steps=2),
+        weighting="uncertainty",
+        z_weight=0.3,
+        r_drop_weight=1.0,
+    )
+    objective, batch = tiny_objective(loss=first), scaled(some_missing(random_batch()))
+    for step in (0, 1):
+        found = objective(replace(batch, step=step))
+        tasks = [task for task in TASKS if task.contrastive]
+        rows = {"posts": batch.row_ids_B} | {
+            f"{what}/{task.name}": values[task.name].detach()
+            for what, values in (("z", found.output.embeddings), ("label", batch.labels))
+            for task in tasks
+        }
+        assert found.loss.item() == pytest.approx(reference(tasks, rows)[0].item(), rel=1e-5)
+        assert [found.terms[f"weight/{task.name}"].item() for task in TASKS] == [0.0] * 5
+        assert found.terms["task/mood"] > 0 and "r_drop" not in found.terms
+    found.loss.backward()
+    moved = gradients(objective)
+    (term,) = (term for term in objective.terms.values() if term.over_embeddings)
+    objective.zero_grad(set_to_none=True)
+    term.loss(objective.model(batch), batch)[0].backward()
+    for name, alone in gradients(objective).items():
+        assert moved[name] is not None, name
+        torch.testing.assert_close(
+            moved[name], torch.zeros_like(moved[name]) if alone is None else alone
+        )
+    assert not moved["weighting.log_variances_T"].any()
+    assert (
+        not moved["model.heads.0.output.weight"].any()
+        and moved["model.heads.0.pooling.query"].any()
+    )
+    # As if it had never been there, but for what the embeddings are and nobody reads.
+    after, plain = (
+        tiny_objective(loss=loss)(replace(batch, step=2))
+        for loss in (first, replace(first, contrastive=ContrastiveConfig(weight=0.0)))
+    )
+    assert after.loss == plain.loss and after.terms.keys() == plain.terms.keys()
+
+
+def test_a_weight_keeps_the_contrastive_loss_beside_the_tasks_after_the_first_steps():
+    batch = replace(scaled(random_batch()), step=2)
+    beside = LossConfig(contrastive=ContrastiveConfig(weight=0.2))
+    both = replace(beside, contrastive=ContrastiveConfig(weight=0.2, first_steps=2))
+    assert tiny_objective(loss=both)(batch).loss == tiny_objective(loss=beside)(batch).loss
+
+
+def test_weights_of_tasks_that_remember_do_not_count_the_first_steps():
+    config = LossConfig(
+        contrastive=ContrastiveConfig(first_steps=2),
+        weighting="dynamic_average",
+        weighting_window=1,
+    )
+    objective, batch = tiny_objective(loss=config), scaled(random_batch())
+    for step in range(4):
+        now = replace(batch, step=step)
+        objective.end_step([objective(now)], [now])
+    assert objective.weighting.steps == 2

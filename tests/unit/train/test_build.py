@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from transformers import AutoModel, BertConfig
 
+from comoe.config.load import load_recipe
 from comoe.config.recipe import ModelConfig, Recipe
-from comoe.train.build import build_model
+from comoe.train.build import build_model, read_posts
 from tests.helpers_model import BERT_LIKE, TASKS
 
 
@@ -34,3 +36,31 @@ def test_posts_longer_than_the_position_table_are_refused_before_training(tmp_pa
     refusal = r"data.max_length \(128\) lets posts of 21 tokens .* set data.max_length to 20"
     with pytest.raises(ValueError, match=refusal):
         build_model(recipe, splits, collator)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "refusal"),
+    [
+        (
+            ["train.max_steps=5"],
+            r"first_steps \(5\) must be less than the 5 steps of the run; lower it",
+        ),
+        (["tasks.mood.contrastive=false"], "first_steps is 5, but no task takes part"),
+    ],
+)
+def test_a_contrastive_stage_that_leaves_or_has_nothing_to_learn_is_refused(
+    tmp_path, overrides, refusal
+):
+    rows = [{"text": f"post {row}", "label": "ab"[row % 2]} for row in range(40)]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "posts.jsonl").write_text(lines)
+    (tmp_path / "recipe.yaml").write_text(
+        "{tasks: {mood: {path: posts.jsonl}}, model: {encoder: smoke:encoder},"
+        " loss: {contrastive: {first_steps: 5}}, train: {batch_size: 4}}"
+    )
+    recipe = load_recipe(tmp_path / "recipe.yaml")
+    _, corpus = read_posts(recipe)
+    note = "5 of 27 steps come first that learn from the contrastive loss alone"
+    assert note in corpus.report.notes
+    with pytest.raises(ValueError, match=refusal):
+        read_posts(load_recipe(tmp_path / "recipe.yaml", overrides))

@@ -93,6 +93,10 @@ def test_the_defaults_need_no_warning():
             "queue_size is 9, without effect: .*weight is 0",
         ),
         (
+            {"loss": {"contrastive": {"weight": 0.0, "first_steps": 9, "queue_size": 9}}},
+            "data.posts_per_label is 0 with loss.contrastive.first_steps; 2 gives every label",
+        ),
+        (
             {"tasks": {"mood": {"path": "x"}}, "loss": {"task_separation_weight": 0.4}},
             r"loss.task_separation_weight is 0.4, without effect: the number of tasks is 1",
         ),

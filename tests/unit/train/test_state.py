@@ -43,6 +43,14 @@ def test_a_run_that_is_all_warm_up_ends_at_the_peak() -> None:
     assert factors(3, schedule="linear", warmup_fraction=0.99) == pytest.approx([1 / 3, 2 / 3, 1.0])
 
 
+def test_the_contrastive_stage_and_the_tasks_have_each_a_schedule_of_their_own() -> None:
+    config = TrainConfig(schedule="linear", warmup_fraction=0.2)
+    found = [rate_factor(step, total=15, config=config, first=5) for step in range(15)]
+    assert found == factors(5, schedule="linear", warmup_fraction=0.2) + factors(
+        10, schedule="linear", warmup_fraction=0.2
+    )
+
+
 def test_the_best_evaluation_is_remembered_with_its_step() -> None:
     state = TrainState(step=10)
     assert state.record(-0.5, patience=0)

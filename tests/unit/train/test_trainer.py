@@ -595,3 +595,14 @@ def test_the_watchdog_counts_steps_and_the_batches_of_an_evaluation_and_nothing_
         False,
         6,
     )
+
+
+def test_a_contrastive_stage_is_not_evaluated_and_its_norms_are_forgotten(tmp_path: Path) -> None:
+    trainer = trainer_in(tmp_path, values=[-1.0, -2.0])
+    trainer.run.recipe.loss.contrastive.first_steps = 3
+    trainer.train()
+    run = trainer.run
+    assert run.monitor.checks == [4, 6]
+    assert run.monitor.events == [{"event": "tasks_begin", "step": 3}]
+    assert run.engine.limits == [0.0, 1.5, 1.5, 0.0, 1.5, 1.5]
+    assert run.engine.rates == pytest.approx([1, 2 / 3, 1 / 3] * 2)

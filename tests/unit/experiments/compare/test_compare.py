@@ -31,7 +31,8 @@ from comoe.tasks.task import build_task
 
 ROOT = Path(__file__).parents[4]
 RECIPE = (
-    "tasks: {mood: {path: x, confidence: sure}}\n"
+    "tasks: {mood: {path: x, confidence: sure, descriptions: {bad: no, good: yes}}}\n"
+    "loss: {contrastive: {first_steps: 3}}\n"
     "model: {encoder: smoke:encoder, moe: {num_experts: 4, top_k: 2, expert_width: 24}}\n"
 )
 
@@ -94,6 +95,30 @@ def test_a_confidence_arm_is_about_the_tasks_that_have_confidences(experiment: E
     tasks = load_recipe(config, trial.overrides).tasks
     strategies = {name: task.confidence_strategy for name, task in tasks.items()}
     assert strategies == {"plain": "none", "mood": "input_output"}
+
+
+def test_contrastive_arms_differ_in_where_the_loss_stands_and_where_heads_start(
+    experiment: Experiment,
+):
+    names = [
+        "no_contrastive",
+        "contrastive_beside",
+        "contrastive_before",
+        "contrastive_before_bare",
+    ]
+    found = []
+    for trial in plan_trials(experiment, arms=names, custom={}, seeds=[0]):
+        recipe = load_recipe(experiment.config, trial.overrides)
+        config = recipe.loss.contrastive
+        found.append((config.weight, config.first_steps, len(recipe.tasks["mood"].descriptions)))
+    assert found == [(0, 0, 2), (0.1, 0, 2), (0, 3, 2), (0, 3, 0)]
+    text = experiment.config.read_text()
+    experiment.config.write_text(text.replace("{first_steps: 3}", "{weight: 0.2}"))
+    with pytest.raises(ValueError, match="set loss.contrastive.first_steps"):
+        plan_trials(experiment, arms=["contrastive_before"], custom={}, seeds=[0])
+    experiment.config.write_text(text.replace(", descriptions: {bad: no, good: yes}", ""))
+    with pytest.raises(ValueError, match="leave _bare out"):
+        plan_trials(experiment, arms=["no_contrastive_bare"], custom={}, seeds=[0])
 
 
 def test_an_earlier_run_of_another_arm_of_the_same_name_is_refused(experiment: Experiment):
