@@ -6,12 +6,11 @@ python docs/generate.py
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
-import runpy
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from unittest import mock
 
 DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
@@ -19,34 +18,16 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 
-class _Parsed(Exception):
-    """Carries a parser out of the script that made it."""
+def parsers() -> dict[str, argparse.ArgumentParser]:
+    """Command -> its parser, in the order of the page."""
+    from comoe.commands.main import COMMANDS
+    from comoe.starter import registry
 
-
-def parser_of(script: Path) -> argparse.ArgumentParser:
-    """The argument parser of a script, taken at the moment when it is about to read the arguments."""
-
-    def stop(parser: argparse.ArgumentParser, *_: object, **__: object) -> None:
-        raise _Parsed(parser)
-
-    methods = ("parse_args", "parse_known_args", "parse_intermixed_args")
-    with (
-        mock.patch.multiple(argparse.ArgumentParser, **dict.fromkeys(methods, stop)),
-        mock.patch.object(sys, "argv", [str(script)]),
-        mock.patch.object(sys, "path", list(sys.path)),
-    ):
-        try:
-            runpy.run_path(str(script), run_name="__main__")
-        except _Parsed as found:
-            return found.args[0]
-    raise AssertionError(f"{script} reads no arguments")
-
-
-def scripts() -> list[Path]:
-    """The command lines, in the order of the page."""
-    order = "train predict eval export compare ablate scale augment bench".split()
-    found = sorted(ROOT.glob("launch/*.py"), key=lambda path: order.index(path.stem))
-    return [*found, ROOT / "comoe/starter/__main__.py"]
+    found = {
+        f"comoe {word}": importlib.import_module(f"comoe.commands.{word}").parser()
+        for word in COMMANDS
+    }
+    return found | {"python -m comoe.starter": registry.parser()}
 
 
 def cell(text: object) -> str:
@@ -80,12 +61,10 @@ def commands_page() -> str:
         "<!-- Written by docs/generate.py from the argument parsers; change the parsers instead. -->",
         "",
         "Every command has `--help`. `key=value` changes an option of the recipe for this call: see"
-        " [Options](options.md).",
+        " [Options](options.md). `python -m comoe` is `comoe` where the command is not on the `PATH`, and"
+        " `python launch/train.py` is `comoe train` of a checkout that is not installed.",
     ]
-    for script in scripts():
-        parser = parser_of(script)
-        name = script.relative_to(ROOT).as_posix()
-        title = name if name.startswith("launch") else "python -m comoe.starter"
+    for title, parser in parsers().items():
         summary = " ".join((parser.description or "").split("\n\n")[0].split())
         summary = summary.replace(str(home()), "the cache folder")
         lines += ["", f"## {title}", "", summary, ""]

@@ -1,45 +1,12 @@
-"""Ablate the experts of a trained model: held-out quality with one expert of one layer removed, for all of them.
+"""``comoe ablate`` of this checkout, installed or not."""
 
-    python launch/ablate.py --run runs/starter --limit 300 --output runs/starter/removal.json
-
-The tokens of a removed expert go to their next best one. The run folder holds its recipe and its export.
-"""
-
-import json
 import sys
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
+# An installed comoe comes first; without one, the package beside this folder.
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
-
-def main() -> None:
-    """Read the command line, measure, print the table."""
-    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    # fmt: off
-    add = parser.add_argument
-    add("--run", type=Path, required=True, metavar="RUN", help="folder of a finished run")
-    add("--split", default="test", choices=("validation", "test"), help="posts to score on (test)")
-    add("--limit", type=int, metavar="N", help="at most this many posts per data set")
-    add("--device", default="auto", help="cpu, cuda, ...; auto is a GPU where there is one")
-    add("--output", type=Path, metavar="FILE", help="write the numbers there as JSON")
-    # fmt: on
-    given = parser.parse_args()
-
-    from comoe.config.files import write_atomic
-    from comoe.experiments.ablate import measure_removal, removal_lines
-
-    try:
-        removal = measure_removal(
-            given.run, split=given.split, limit=given.limit, device=given.device
-        )
-        if given.output:
-            write_atomic(given.output, json.dumps(removal.to_dict(), indent=1) + "\n")
-    except (ValueError, OSError) as error:
-        print(f"comoe: {error}", file=sys.stderr)
-        sys.exit(2)
-    print("\n".join(removal_lines(removal)))
-
+from comoe.commands.ablate import main  # noqa: E402
 
 if __name__ == "__main__":
     main()

@@ -1,60 +1,12 @@
-"""Score an exported model on a labeled data set, in one process.
+"""``comoe eval`` of this checkout, installed or not."""
 
-    python launch/eval.py --model runs/starter/export --data tweeteval/irony --task irony
-    python launch/eval.py --model F --data test.jsonl --task mood --label-column sentiment
-
---data is a file (jsonl, csv, tsv, parquet), a folder with splits, or a hub name (--format hub).
-"""
-
-import json
 import sys
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 # An installed comoe comes first; without one, the package beside this folder.
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
-
-def main() -> None:
-    """Read the command line, score, print the table."""
-    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    # fmt: off
-    add = parser.add_argument
-    add("--model", required=True, help="folder of an export")
-    add("--data", required=True, help="file, folder or hub name")
-    add("--format", default="auto", help="tweeteval, jsonl, csv, tsv, parquet, txt, hub or auto")
-    add("--split", default="test", help="train, validation or test of a folder or hub data set")
-    add("--task", action="append", help="score this task only; may be repeated")
-    add("--text-column", help="column with the post (default: that of training, else text)")
-    add("--pair-column", help="column with the second text (default: that of training)")
-    add("--image-column", help="column with the image (default: that of training, else image)")
-    add("--label-column", help="column with the label (default: that of training, else label)")
-    add("--skip-bad", action="store_true", help="skip bad rows instead of stopping at the first")
-    add("--batch-size", type=int, default=64, help="posts per forward pass")
-    add("--device", default="auto", help="cpu, cuda, ...; auto is a GPU where there is one")
-    add("--output", type=Path, help="write all metrics there as JSON")
-    # fmt: on
-    options = parser.parse_args()
-
-    from comoe.config.files import same_file, write_atomic
-    from comoe.inference.predictor import Predictor
-    from comoe.inference.score import format_scores, score
-
-    if options.output and same_file(options.output, Path(options.data)):
-        sys.exit(f"eval: --output {options.output} is the --data itself; name another file.")
-    try:
-        predictor = Predictor.from_pretrained(options.model, device=options.device)
-        scores = score(
-            predictor, options.data, tasks=options.task, batch_size=options.batch_size, progress=True,
-            format=options.format, split=options.split, text=options.text_column, pair=options.pair_column,
-            label=options.label_column, image=options.image_column, skip_bad=options.skip_bad,
-        )  # fmt: skip
-        if options.output:
-            write_atomic(options.output, json.dumps(scores.evaluation.metrics, indent=2) + "\n")
-    except (ValueError, OSError) as error:
-        sys.exit(f"eval: {error}")
-    print(format_scores(scores))
-
+from comoe.commands.eval import main  # noqa: E402
 
 if __name__ == "__main__":
     main()

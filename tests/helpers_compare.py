@@ -28,7 +28,7 @@ def experiment_of(
 ) -> Experiment:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(text.replace("smoke:encoder", encoder))
-    return Experiment(recipe, ROOT / "ds_configs/zero2.json", tmp_path / "out", ROOT / "launch/train.py", ranks=1,
+    return Experiment(recipe, ROOT / "ds_configs/zero2.json", tmp_path / "out", ranks=1,
                       overrides=tuple(overrides))  # fmt: skip
 
 

@@ -15,10 +15,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 LEVELS = {
-    "launch": 8, "experiments": 7, "benchmarks": 7, "train": 6, "inference": 5, "augment": 5, "evaluation": 4,
-    "losses": 3, "data": 2, "models": 2, "tasks": 1, "starter": 1, "config": 0, "": 0,
+    "launch": 9, "commands": 8, "experiments": 7, "benchmarks": 7, "train": 6, "inference": 5, "augment": 5,
+    "evaluation": 4, "losses": 3, "data": 2, "models": 2, "tasks": 1, "starter": 1, "config": 0, "": 0,
 }  # fmt: skip
-ALIASES = ("comoe/__init__.py", "comoe/predict.py")
+ALIASES = ("comoe/__init__.py", "comoe/__main__.py", "comoe/predict.py")
 """Public names that lead to where things are: their imports are no architecture."""
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 

@@ -1,4 +1,4 @@
-"""Posts in, posts with auxiliary columns out, with progress: what ``launch/augment.py`` does."""
+"""Posts in, posts with auxiliary columns out, with progress: what ``comoe augment`` does."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from comoe.augment.output import BEGIN_ANEW, Journal, Note, Output, differences,
 from comoe.augment.posts import InputPosts, read_input_posts
 from comoe.augment.prompts import Prompts, load_prompts
 from comoe.augment.refine import PARTS, Outcome, Refiner, Settings
+from comoe.config.ready_made import prompts_path
 from comoe.data.posts import Post
 from comoe.data.reading.inputs import DataChoice
 
@@ -88,7 +89,7 @@ class Report:
 
 
 def run_command(options: Namespace, *, progress: bool) -> Report:
-    """``augment`` with the options of ``launch/augment.py``; raises what ``augment`` does."""
+    """``augment`` with the options of ``comoe augment``; raises what ``augment`` does."""
 
     def load() -> Generator:
         print(f"augment: loading {options.model}", file=sys.stderr, flush=True)
@@ -112,7 +113,7 @@ def run_command(options: Namespace, *, progress: bool) -> Report:
     return augment(
         choice,
         options.output,
-        prompts=load_prompts(options.prompts),
+        prompts=load_prompts(options.prompts or prompts_path()),
         load=load,
         settings=Settings(options.rounds, options.batch_size, options.temperature, options.seed),
         overwrite=options.overwrite,

@@ -14,6 +14,7 @@ from typing import Any
 from comoe.augment.generator import Generation, Generator, Prompt, in_batches, seed_of
 from comoe.augment.posts import GOLD
 from comoe.augment.prompts import Prompts, words_of
+from comoe.config.ready_made import prompts_path
 from comoe.data.posts import Post
 
 PARTS = ("aspect", "opinion", "polarity")
@@ -256,7 +257,7 @@ class Refiner:
             if not words:
                 raise ValueError(
                     f"the question {part} alone is {excess:,} tokens too long for the model, without any post: "
-                    f"{self._generator.limit}. Copy launch/configs/augment_prompts.yaml, shorten its templates or "
+                    f"{self._generator.limit}. Copy {prompts_path()}, shorten its templates or "
                     "take examples out, and give the copy with --prompts; or take a --model that reads more, such as "
                     "kit:smollm2."
                 )

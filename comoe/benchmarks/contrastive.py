@@ -1,4 +1,4 @@
-"""``launch/bench.py contrastive``: the closed form, the full matrix, open_clip's local form, the reference code."""
+"""``comoe bench contrastive``: the closed form, the full matrix, open_clip's local form, the reference code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``launch/bench.py experts``: the block against what else one would use, and what routing and monitoring cost.
+"""``comoe bench experts``: the block against what else one would use, and what routing and monitoring cost.
 
 ``measure`` runs on the ranks: it builds all layers and times them in turns.
 """

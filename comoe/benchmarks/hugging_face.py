@@ -1,4 +1,4 @@
-"""The reference of ``launch/bench.py train``: a dense encoder under Hugging Face's Trainer with DeepSpeed ZeRO-2.
+"""The reference of ``comoe bench train``: a dense encoder under Hugging Face's Trainer with DeepSpeed ZeRO-2.
 
 The trainer runs one step at a time: it blocks at the end of each step until its next turn.
 """

@@ -1,4 +1,4 @@
-"""``launch/bench.py train`` on a CPU: bfloat16 against float32, fused Adam against plain, ranks against threads.
+"""``comoe bench train`` on a CPU: bfloat16 against float32, fused Adam against plain, ranks against threads.
 
 ``measure_precision`` and ``measure_alone`` run on the ranks.
 """

@@ -1,4 +1,4 @@
-"""``launch/bench.py routing``: what routing by task costs, with the lower layers run once per post and once per task.
+"""``comoe bench routing``: what routing by task costs, with the lower layers run once per post and once per task.
 
 Every post is asked for all tasks of the recipe, as in prediction and under soft labels of all tasks.
 """

@@ -1,4 +1,4 @@
-"""``launch/bench.py train``: whole training steps of the default recipe against Hugging Face's Trainer with ZeRO-2,
+"""``comoe bench train``: whole training steps of the default recipe against Hugging Face's Trainer with ZeRO-2,
 and, on a CPU, bfloat16 against float32 (``comoe.benchmarks.precision``).
 
 ``measure_steps`` and ``measure_monitoring`` run on the ranks.

@@ -1,4 +1,4 @@
-"""``launch/bench.py updates``: how far experts have moved the states after ten steps, against one dense block.
+"""``comoe bench updates``: how far experts have moved the states after ten steps, against one dense block.
 
 Every arm starts from the same encoder, has the same active width in the same layers, and sees the
 same posts at the same constant rates. What is compared is the update that the block adds, over the

@@ -18,6 +18,7 @@ from comoe.config.errors import message_of, nearest, unknown_name
 from comoe.config.fields import base_of, member, members
 from comoe.config.files import write_atomic
 from comoe.config.legacy import keep_old_meanings
+from comoe.config.ready_made import recipe_path
 from comoe.config.recipe import Recipe
 from comoe.config.validate import validate
 
@@ -42,7 +43,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     folder.
 
     Args:
-        path: the YAML file.
+        path: the YAML file, or the name of a ready recipe.
         overrides: ``key=value`` with a dotted key; the value is YAML. ``tasks.<name>.<field>=`` may
             make a new task, ``tasks.<name>=null`` drops one.
 
@@ -51,11 +52,11 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             broken YAML, no file.
 
     Example:
-        >>> recipe = comoe.load_recipe("launch/configs/smoke.yaml", ["train.epochs=2"])
+        >>> recipe = comoe.load_recipe("smoke", ["train.epochs=2"])
         >>> recipe.train.epochs
         2.0
     """
-    return _load(Path(path), overrides, saved=False)
+    return _load(recipe_path(path), overrides, saved=False)
 
 
 def load_saved_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -22,8 +22,9 @@ import torch
 from comoe.config.files import write_atomic
 from comoe.config.legacy import keep_old_meanings
 from comoe.config.load import load_recipe, recipe_from_dict, recipe_to_dict
+from comoe.config.ready_made import recipe_path, settings_path
 from comoe.evaluation.tables import duration
-from comoe.train.environment import free_port
+from comoe.train.environment import environment_of_a_child, free_port
 from comoe.train.parallel.ds_config import load_settings
 
 OWN_KEYS = ("run.name", "run.output_dir", "run.overwrite", "train.seed")
@@ -31,6 +32,9 @@ OWN_KEYS = ("run.name", "run.output_dir", "run.overwrite", "train.seed")
 
 TAIL = 20
 """Lines of a failed run's log that are kept."""
+
+TRAIN = "comoe.commands.train"
+"""Module that a run's ranks execute."""
 
 PORTS_TRIED = 3
 """Attempts to start a run whose port another process takes."""
@@ -66,27 +70,26 @@ class Trial:
 
 @dataclass(frozen=True, slots=True)
 class Experiment:
-    """The settings that all runs of one call of ``launch/scale.py`` or ``launch/compare.py`` share."""
+    """The settings that all runs of one call of ``comoe scale`` or ``comoe compare`` share."""
 
     config: Path
     deepspeed: Path
     output: Path
-    train_script: Path
     ranks: int
     overrides: tuple[str, ...] = ()
 
     @staticmethod
-    def from_command(given: argparse.Namespace, *, train_script: Path) -> Experiment:
+    def from_command(given: argparse.Namespace) -> Experiment:
         """From the command line; the default is one rank per GPU, or one on a CPU.
 
         Raises:
-            ValueError: fewer than one rank.
+            ValueError: fewer than one rank, or a name that no ready file has.
         """
         if given.ranks is not None and given.ranks < 1:
             raise ValueError(f"--ranks is {given.ranks}; it must be at least 1.")
         ranks = given.ranks or max(1, torch.cuda.device_count())
-        files = (given.config.resolve(), given.deepspeed.resolve(), given.output.resolve())
-        return Experiment(*files, train_script, ranks, tuple(given.overrides))
+        files = (recipe_path(given.config), settings_path(given.deepspeed), given.output)
+        return Experiment(*(file.resolve() for file in files), ranks, tuple(given.overrides))
 
     @property
     def runs(self) -> Path:
@@ -255,7 +258,7 @@ def command_of(experiment: Experiment, trial: Trial) -> list[str]:
     """The command of one run: a new run, or ``--resume`` for an interrupted one."""
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet"]
     launcher += ["--master_port", str(free_port()), "--num_accelerators", str(experiment.ranks)]
-    train = [str(experiment.train_script), "--deepspeed", str(experiment.deepspeed)]
+    train = ["--module", TRAIN, "--deepspeed", str(experiment.deepspeed)]
     folder = experiment.runs / trial.name
     if (folder / "config.yaml").is_file():
         return [*launcher, *train, "--resume", str(folder)]
@@ -265,7 +268,7 @@ def command_of(experiment: Experiment, trial: Trial) -> list[str]:
 
 
 def _run(command: Sequence[str], log: object) -> int:
-    environment = dict(os.environ)
+    environment = environment_of_a_child()
     if not torch.cuda.is_available():
         environment.setdefault("DS_ACCELERATOR", "cpu")
     # A session of its own: Ctrl-C must reach the ranks in the order that lets them save.

@@ -82,13 +82,13 @@ def read_export_config(folder: Path) -> dict[str, Any]:
     missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
     if missing:
         raise ValueError(
-            f"{folder} is not an export: {' and '.join(missing)} missing; launch/export.py makes one from a run folder."
+            f"{folder} is not an export: {' and '.join(missing)} missing; `comoe export` makes one from a run folder."
         )
     config = read_json(folder / CONFIG)
     if config.get("model_type") != "comoe":
         raise ValueError(
             f"{folder / CONFIG} has model_type {config.get('model_type')!r} instead of 'comoe'; give the folder that "
-            f"launch/export.py (or a run, as export/) wrote."
+            f"`comoe export` (or a run, as export/) wrote."
         )
     version = config.get("format_version")
     if version != FORMAT_VERSION:

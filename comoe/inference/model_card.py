@@ -183,7 +183,7 @@ print(prediction[{json.dumps(tasks[0].name)}])
 ```
 
 ```
-{write}python launch/predict.py --model path/to/this/folder --input {posts}{column} --output predictions.jsonl
+{write}comoe predict --model path/to/this/folder --input {posts}{column} --output predictions.jsonl
 ```"""
 
 
@@ -217,7 +217,7 @@ def _results(tasks: Sequence[Task], results: Mapping[str, Any] | None) -> str:
                 baseline = values.get(task.name, {}).get(f"majority/{task.metric}", baseline)
         rows.append((task.name, task.metric, *scores, decimal(baseline)))
     if not metrics:
-        return "Nothing was measured on these weights; `launch/eval.py` scores them on a data set."
+        return "Nothing was measured on these weights; `comoe eval` scores them on a data set."
     note = (
         "The baseline always predicts the most frequent label (the mean, for numbers), on test, else on validation "
         "posts."

@@ -1,4 +1,4 @@
-"""Files of posts in, files of predictions out: what ``launch/predict.py`` does, in pieces of bounded size."""
+"""Files of posts in, files of predictions out: what ``comoe predict`` does, in pieces of bounded size."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ class Predictor:
         """Load an export.
 
         Args:
-            folder: written by a run (``export/``) or by ``launch/export.py``.
+            folder: written by a run (``export/``) or by ``comoe export``.
             device: a torch device; auto is the first GPU, or the CPU where there is none.
 
         Raises:

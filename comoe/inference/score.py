@@ -1,4 +1,4 @@
-"""Scores an export on a labeled data set, in one process: what ``launch/eval.py`` calls."""
+"""Scores an export on a labeled data set, in one process: what ``comoe eval`` calls."""
 
 from __future__ import annotations
 

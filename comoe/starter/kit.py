@@ -184,7 +184,7 @@ def fetch_or_explain(
             "  - put these files into a folder and set PIP_NO_INDEX=1 and PIP_FIND_LINKS=<folder>:\n"
             f"{files}\n"
             "  - use an encoder and posts of your own: model.encoder=<folder or hub name> data.root=<folder>;\n"
-            "  - train on generated posts, which needs no download: --config launch/configs/smoke.yaml"
+            "  - train on generated posts, which needs no download: comoe train smoke"
         ) from error
 
 

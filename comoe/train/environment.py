@@ -12,6 +12,7 @@ import socket
 import sys
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -126,6 +127,19 @@ def set_thresholds(libc: Any) -> None:
         # Older ones refuse to keep blocks above 32 MiB, and would stay at what was set before.
         if not libc.mallopt(which, size):
             libc.mallopt(which, 32 << 20)
+
+
+def environment_of_a_child() -> dict[str, str]:
+    """The variables with which ``python -m comoe...`` imports this comoe, whatever the working folder holds."""
+    found = dict(os.environ, PYTHONSAFEPATH="1")
+    root = Path(__file__).resolve().parents[2]
+    # A checkout may not be installed. An installed package is found anyway, and its neighbors must
+    # not come before the standard library.
+    if (root / "launch").is_dir():
+        found["PYTHONPATH"] = os.pathsep.join(
+            filter(None, [str(root), os.environ.get("PYTHONPATH")])
+        )
+    return found
 
 
 def free_port() -> int:

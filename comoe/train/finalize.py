@@ -176,7 +176,7 @@ def print_results(folder: Path, tasks: Sequence[Task]) -> None:
     print(f"watch          tensorboard --logdir {folder.parent}")
     export = folder / "export"
     posts = f"--input {_fitting_input(export, tasks)} --output predictions.jsonl"
-    print(f"predict        python launch/predict.py --model {export} {posts}")
+    print(f"predict        comoe predict --model {export} {posts}")
 
 
 def _fitting_input(export: Path, tasks: Sequence[Task]) -> str:

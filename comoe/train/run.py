@@ -45,9 +45,9 @@ A_DAY = 86400.0
 class Request:
     """The command line of one run."""
 
-    config: Path | Recipe | None = None
-    """Recipe file; None with ``resume``."""
-    deepspeed: Path | None = None
+    config: str | Path | Recipe | None = None
+    """Recipe file, or the name of a ready one; None with ``resume``."""
+    deepspeed: str | Path | None = None
     """DeepSpeed JSON; None is the run's own with ``resume``, else ZeRO 2."""
     overrides: Sequence[str] = ()
     """``key=value`` changes of the recipe."""
@@ -73,10 +73,10 @@ def train(
     checkpoint.
 
     Args:
-        recipe: a recipe, or the path of its YAML file; None with ``resume``.
+        recipe: a recipe, the path of its YAML file, or the name of a ready one; None with ``resume``.
         overrides: options that replace those of the file, each ``key=value``; with a recipe in
             memory none.
-        deepspeed: DeepSpeed JSON; None is the run's own with ``resume``, else ZeRO 2.
+        deepspeed: DeepSpeed JSON, or the name of a ready one; None is the run's own with ``resume``, else ZeRO 2.
         resume: run folder to continue from its newest whole checkpoint, by its own recipe.
 
     Returns:
@@ -88,14 +88,13 @@ def train(
         TrainingStopped: training cannot continue (``comoe.train.trainer``).
 
     Example:
-        >>> folder = comoe.train("launch/configs/smoke.yaml", ["train.max_steps=6"])
+        >>> folder = comoe.train("smoke", ["train.max_steps=6"])
         >>> predictor = comoe.Predictor.from_pretrained(folder / "export")
     """
-    config = Path(recipe) if isinstance(recipe, str) else recipe
-    given = [None if path is None else Path(path) for path in (deepspeed, resume)]
+    resumed = None if resume is None else Path(resume)
     watch = Watchdog()
     try:
-        folder = run_request(Request(config, given[0], overrides, given[1]), watch=watch)
+        folder = run_request(Request(recipe, deepspeed, overrides, resumed), watch=watch)
     except BaseException as error:
         watch.leave(1, str(error))
         raise
@@ -309,6 +308,6 @@ def _own_settings(folder: Path) -> Path:
     if not own.is_file():
         raise ValueError(
             f"--resume {folder}: no {OWN_SETTINGS} there, as runs of earlier versions have none; add --deepspeed with "
-            f"the file that the run was begun with, such as ds_configs/zero2.json."
+            f"the file that the run was begun with, such as zero2."
         )
     return own

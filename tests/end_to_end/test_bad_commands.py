@@ -129,7 +129,7 @@ EXPECTED = {
     "an auto without filling": 'zero_optimization.reduce_bucket_size is "auto" in the DeepSpeed JSON, but nothing',
     "an optimizer": "optimizer must not be in the DeepSpeed JSON: train.optimizer, train.learning_rate and",
     "stage 0": "zero_optimization.stage (0) must be 1, 2 or 3",
-    "no JSON": "no JSON.json: no such file; the ready ones are in ds_configs/.",
+    "no JSON": "no JSON.json: no such file; give a path, or the name of a ready one: zero2.",
     "no encoder": "model.encoder",
     "no data": "revews",
     "no such metric": "train.early_stop_metric",

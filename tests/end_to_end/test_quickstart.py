@@ -32,7 +32,7 @@ def test_quickstart_trains_prints_the_table_and_the_next_lines_and_can_be_typed_
     first = terminal.run(*words)
     assert first.code == 0, first.out + first.err
     assert (tmp_path / "smoke" / "results.json").is_file()
-    for shown in ("task", "macro_f1", "tensorboard --logdir", "launch/predict.py --model"):
+    for shown in ("task", "macro_f1", "tensorboard --logdir", "comoe predict --model"):
         assert shown in first.out
     again = terminal.run(*words)
     assert again.code == 0, again.out + again.err

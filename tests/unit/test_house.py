@@ -21,7 +21,8 @@ PACKAGE = [file for file in FILES if file.startswith("comoe/")]
 MAX_LAUNCH_LINES, MAX_FUNCTION_LINES = 60, 60
 
 LEVELS = {
-    "launch": 8,
+    "launch": 9,
+    "comoe/commands": 8,
     "comoe/experiments": 7, "comoe/benchmarks": 7,
     "comoe/train": 6,
     "comoe/inference": 5, "comoe/augment": 5,
@@ -34,7 +35,7 @@ LEVELS = {
 """Folder -> level. A file imports from its own folder and from lower levels; two folders of one
 level are strangers."""
 
-ALIASES = ("comoe/__init__.py", "comoe/predict.py")
+ALIASES = ("comoe/__init__.py", "comoe/__main__.py", "comoe/predict.py")
 """Public names that lead to where things are, from above and only when used: no home of code."""
 
 LONG_FILES = {

@@ -43,7 +43,7 @@ class Cluster:
     read: float
     """Bytes per second from the GPU's memory."""
     efficiency: float = 0.4
-    """Share of ``flops`` that training reaches; measure it with launch/bench.py."""
+    """Share of ``flops`` that training reaches; measure it with comoe bench."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Memory, traffic and time of a model on 1 to 4096 GPUs, and the best layout: ``launch/scale.py --plan``."""
+"""Memory, traffic and time of a model on 1 to 4096 GPUs, and the best layout: ``comoe scale --plan``."""
 
 from __future__ import annotations
 

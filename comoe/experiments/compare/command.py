@@ -1,4 +1,4 @@
-"""The command line of ``launch/compare.py``."""
+"""What ``comoe compare`` does."""
 
 from __future__ import annotations
 
@@ -45,18 +45,18 @@ SETTINGS, TUNING = "compare.json", "tuning.json"
 """In the output folder: what all of its runs share, and the claim; the scores of ``--tune``."""
 
 
-def compare_and_exit(given: argparse.Namespace, *, train_script: Path) -> NoReturn:
+def compare_and_exit(given: argparse.Namespace) -> NoReturn:
     """Run the comparison and end the process with the exit codes of ``exit_after``."""
-    exit_after(lambda: bool(run_comparison(given, train_script=train_script)))
+    exit_after(lambda: bool(run_comparison(given)))
 
 
-def run_comparison(given: argparse.Namespace, *, train_script: Path) -> list[Trial]:
+def run_comparison(given: argparse.Namespace) -> list[Trial]:
     """Run what is missing, measure gradients and experts on request, write the report; returns the failed runs.
 
     Raises:
         ValueError: a wrong recipe, arm, or output folder; nothing has run then.
     """
-    experiment = Experiment.from_command(given, train_script=train_script)
+    experiment = Experiment.from_command(given)
     custom = custom_arms(given.arm)
     # Custom arms come last, unless the list names them.
     arms = list(dict.fromkeys([*_arm_names("--arms", given.arms), *custom]))

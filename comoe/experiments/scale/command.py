@@ -1,4 +1,4 @@
-"""The command line of ``launch/scale.py``: a grid of experts, k, gates, encoders, EP sizes, seeds; or a cluster plan.
+"""What ``comoe scale`` does: a grid of experts, k, gates, encoders, EP sizes, seeds; or a cluster plan.
 
 Each point of the grid is an arm. Output folder: the run folders ``runs/<point>/``,
 ``logs/<point>.log``, ``failed/<point>.txt``, ``scale.json`` (shared settings), tables, plots and
@@ -12,7 +12,6 @@ import itertools
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NoReturn
 
 from comoe.config.errors import unknown_name
@@ -166,15 +165,12 @@ def overrides_of(point: Mapping[str, Any]) -> list[str]:
     return [*overrides, *(UNBALANCED if point["experts"] == point["top_k"] > 0 else ())]
 
 
-def scale_and_exit(
-    given: argparse.Namespace, *, plan_flags: Mapping[str, str | None], train_script: Path
-) -> NoReturn:
+def scale_and_exit(given: argparse.Namespace, *, plan_flags: Mapping[str, str | None]) -> NoReturn:
     """Run the command and end the process with the exit codes of ``exit_after``.
 
     Args:
         given: the command line; its lists have the names of ``AXES``.
         plan_flags: flags of ``--plan`` -> default.
-        train_script: launch/train.py.
     """
 
     def work() -> bool:
@@ -182,18 +178,18 @@ def scale_and_exit(
         if given.plan:
             print_plan(given)
             return False
-        return bool(scale(given, train_script=train_script))
+        return bool(scale(given))
 
     exit_after(work)
 
 
-def scale(given: argparse.Namespace, *, train_script: Path) -> list[Trial]:
+def scale(given: argparse.Namespace) -> list[Trial]:
     """Run the experiment and write its report; returns the failed runs.
 
     Raises:
         ValueError: a wrong recipe, list, or output folder; nothing has run then.
     """
-    experiment = Experiment.from_command(given, train_script=train_script)
+    experiment = Experiment.from_command(given)
     recipe = load_recipe(experiment.config, experiment.overrides)
     grid = read_grid(recipe, {name: getattr(given, name) for name in AXES})
     plan = plan_grid(grid, experiment)

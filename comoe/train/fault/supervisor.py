@@ -75,7 +75,7 @@ def supervise(*, restarts: int, stop: StopSignal, command: Sequence[str] | None 
     except OSError as error:
         print(f"comoe: rank {rank}: --restarts: {error}", file=sys.stderr)
         return 2
-    child = _Child(command or [sys.executable, "-u", *sys.argv], rank)
+    child = _Child(command or [sys.executable, "-u", *sys.orig_argv[1:]], rank)
     coordinator = _Coordinator(world, restarts) if rank == 0 else None
     with stop:
         return _until_the_end(channel, child, coordinator, stop)
@@ -99,7 +99,7 @@ def _listen_at(port: int) -> socket.socket:
     except OSError as error:
         raise OSError(
             f"port {port} of this machine cannot be used ({error}). If another run has it, give this one another port, "
-            f"such as --master_port {port + 1} (a word of the launcher: before launch/train.py)."
+            f"such as --master_port {port + 1} (a word of the launcher: before the script)."
         ) from error
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from comoe.config.ready_made import settings_path
 from comoe.config.recipe import Recipe
 from comoe.data.sampling.sampler import posts_per_forward
 from comoe.distributed import all_gather_objects
@@ -161,10 +162,13 @@ def _ep_size(recipe: Recipe, settings: Mapping[str, Any], world_size: int) -> in
     return int(asked)
 
 
-def load_settings(path: Path) -> dict[str, Any]:
-    """Read the DeepSpeed JSON; ValueError with file and line when it is not one."""
+def load_settings(given: str | Path) -> dict[str, Any]:
+    """Read the DeepSpeed JSON of a path or name; ValueError with file and line when it is not one."""
+    path = settings_path(given)
     if not path.is_file():
-        raise ValueError(f"--deepspeed {path}: no such file; the ready ones are in ds_configs/.")
+        raise ValueError(
+            f"--deepspeed {path}: no such file; give a path, or the name of a ready one: zero2."
+        )
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:

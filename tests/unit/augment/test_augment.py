@@ -359,7 +359,9 @@ def test_a_finished_run_started_again_changes_nothing_and_another_replaces_it_on
 def test_a_run_that_failed_before_any_post_was_done_may_be_started_otherwise(
     tmp_path: Path, prompts: Prompts
 ) -> None:
-    with pytest.raises(ValueError, match="it reads few words. Copy launch/configs/augment_prompts"):
+    with pytest.raises(
+        ValueError, match="it reads few words. Copy .*augment_prompts.yaml, shorten"
+    ):
         run(tmp_path, [ONE], Scripted(honest, most_words=1), prompts)
     (row,), _ = run(tmp_path, [ONE], Scripted(honest), prompts, rounds=3)
     assert row["aux_converged"] is True

@@ -33,6 +33,7 @@ PAGES = {
     ]
 }
 """Path of a page -> its text."""
+RECIPES = {path.stem for path in ROOT.glob("launch/configs/*.yaml")}
 MOST_BYTES = 60_000
 """Of one figure."""
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
@@ -156,18 +157,18 @@ def test_files_named_in_commands_and_in_the_text_exist():
 
 
 def test_options_of_scripts_named_in_commands_exist():
-    checked = 0
+    checked, parsers = 0, generate.parsers()
     for command in commands():
         script = next((word for word in command if re.fullmatch(r"launch/\w+\.py", word)), None)
-        if script is None:
+        if script is None and command[0] != "comoe":
             continue
-        known = {
-            flag
-            for action in generate.parser_of(ROOT / script)._actions
-            for flag in action.option_strings
-        }
-        flags = [word for word in command[command.index(script) :] if word.startswith("--")]
-        assert set(flags) <= known, f"{script}: {command}"
+        name, after = (command[1], command[2:]) if script is None else (Path(script).stem, command)
+        parser = parsers[f"comoe {name}"]
+        known = {flag for action in parser._actions for flag in action.option_strings}
+        flags = [
+            word for word in after[after.index(script) if script else 0 :] if word.startswith("--")
+        ]
+        assert set(flags) <= known, f"{name}: {command}"
         checked += len(flags)
     assert checked > 20
 
@@ -180,13 +181,12 @@ def test_overrides_in_commands_are_valid_for_their_recipe():
             key, _, values = word.partition("=")
             each = values.split(",") if before == "--tune" else [values]
             words += [f"{key}={value}" for value in each] if OVERRIDE.fullmatch(word) else []
-        config = (
-            command[command.index("--config") + 1]
-            if "--config" in command
-            else "launch/configs/starter.yaml"
+        given = [command[command.index("--config") + 1]] if "--config" in command else []
+        given += command[2:3] if command[0] == "comoe" else []
+        config = next(
+            (word for word in given if (ROOT / word).is_file() or word in RECIPES), "starter"
         )
-        place = ROOT / config
-        load_recipe(place if place.is_file() else ROOT / "launch/configs/starter.yaml", words)
+        load_recipe(ROOT / config if (ROOT / config).is_file() else config, words)
         checked += len(words)
     assert checked > 10
 

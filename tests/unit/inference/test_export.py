@@ -171,7 +171,7 @@ def narrow_weights(folder):
 
 BAD_EXPORTS = {
     "is not an export: config.json and model.safetensors missing": shutil.rmtree,
-    "is not an export: model.safetensors missing; launch/export.py makes one": lambda folder: (
+    "is not an export: model.safetensors missing; `comoe export` makes one": lambda folder: (
         folder / "model.safetensors"
     ).unlink(),
     "has format_version 99, made by comoe 9.9; this comoe .* reads 1": lambda folder: (

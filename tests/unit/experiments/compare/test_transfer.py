@@ -254,7 +254,7 @@ def test_a_wrong_command_is_refused_before_anything_is_written(
 ):
     given = arguments(experiment, arms=arms, **changed)
     with pytest.raises(ValueError, match=message):
-        run_comparison(given, train_script=experiment.train_script)
+        run_comparison(given)
     assert not experiment.output.exists()
 
 

@@ -56,9 +56,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def compare(experiment: Experiment, *tune: str, **changed) -> tuple[list[str], dict]:
     """Failed runs, and what ``comparison.json`` says."""
     given = {"arms": "dense,sigmoid,no_experts", "affinity_posts": 0, "tune": list(tune)}
-    failed = run_comparison(
-        arguments(experiment, **given | changed), train_script=experiment.train_script
-    )
+    failed = run_comparison(arguments(experiment, **given | changed))
     names = [trial.name for trial in failed]
     return names, json.loads((experiment.output / "comparison.json").read_text())
 

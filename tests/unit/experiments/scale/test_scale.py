@@ -40,9 +40,7 @@ POINT = "E4-k2-sigmoid-epauto-kit-minilm"
 def experiment(tmp_path: Path) -> Experiment:
     (tmp_path / "recipe.yaml").write_text(RECIPE)
     zero2 = ROOT / "ds_configs/zero2.json"
-    return Experiment(
-        tmp_path / "recipe.yaml", zero2, tmp_path / "out", ROOT / "launch/train.py", ranks=2
-    )
+    return Experiment(tmp_path / "recipe.yaml", zero2, tmp_path / "out", ranks=2)
 
 
 def points(plan: Plan) -> list[tuple[int, int]]:

@@ -1,0 +1,47 @@
+"""Ablate the experts of a trained model: held-out quality with one expert of one layer removed, for all of them.
+
+    comoe ablate --run runs/starter --limit 300 --output runs/starter/removal.json
+
+The tokens of a removed expert go to their next best one. The run folder holds its recipe and its export.
+"""
+
+import json
+import sys
+from argparse import ArgumentParser
+from collections.abc import Sequence
+from pathlib import Path
+
+from comoe.commands.arguments import new_parser
+
+
+def parser() -> ArgumentParser:
+    """The command line."""
+    # fmt: off
+    found = new_parser("ablate", __doc__)
+    add = found.add_argument
+    add("--run", type=Path, required=True, metavar="RUN", help="folder of a finished run")
+    add("--split", default="test", choices=("validation", "test"), help="posts to score on (test)")
+    add("--limit", type=int, metavar="N", help="at most this many posts per data set")
+    add("--device", default="auto", help="cpu, cuda, ...; auto is a GPU where there is one")
+    add("--output", type=Path, metavar="FILE", help="write the numbers there as JSON")
+    # fmt: on
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Read the command line, measure, print the table."""
+    given = parser().parse_args(argv)
+
+    from comoe.config.files import write_atomic
+    from comoe.experiments.ablate import measure_removal, removal_lines
+
+    try:
+        removal = measure_removal(
+            given.run, split=given.split, limit=given.limit, device=given.device
+        )
+        if given.output:
+            write_atomic(given.output, json.dumps(removal.to_dict(), indent=1) + "\n")
+    except (ValueError, OSError) as error:
+        print(f"comoe: {error}", file=sys.stderr)
+        sys.exit(2)
+    print("\n".join(removal_lines(removal)))

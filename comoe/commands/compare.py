@@ -1,0 +1,57 @@
+"""Compare variants ("arms") of one recipe over seeds: tasks alone and together, gates, experts, weightings.
+
+comoe compare tweeteval --arms single,multi,leave_one_out --seeds 0,1,2 \\
+    --output runs/together data.root=<folder> data.limit_per_task=1000 data.mixing=proportional
+comoe compare --arms no_experts,dense,sigmoid --against dense --claim "sigmoid < dense on loss"
+An interrupted comparison goes on with the same command; arms and seeds may be added later.
+"""
+
+from argparse import ArgumentParser
+from collections.abc import Sequence
+from pathlib import Path
+
+from comoe.commands.arguments import SETTINGS, add_recipe, new_parser, take_recipe
+
+ARMS = "no_experts,dense,softmax,sigmoid"
+
+
+def parser() -> ArgumentParser:
+    """The command line."""
+    # fmt: off
+    found = new_parser("compare", __doc__)
+    add = found.add_argument
+    add("--deepspeed", default=SETTINGS, metavar="JSON", help="a file, or the name of a ready one (%(default)s)")
+    add("--output", type=Path, default=Path("runs/compare"), metavar="DIR", help="runs, tables, plots")
+    add("--ranks", type=int, metavar="N", help="ranks of each run (all GPUs; without a GPU 1)")
+    add("--arms", default=ARMS, metavar="LIST", help=f"names with commas; docs/experiments.md has all ({ARMS})")
+    add("--arm", action="append", default=[], metavar="NAME:KEY=VALUE,...", help="an arm of your own")
+    add("--seeds", default="0,1,2", metavar="LIST", help="one run of each arm per seed (0,1,2)")
+    add("--against", metavar="ARM", help="arm that the others are compared with (the first one)")
+    add("--claim", metavar="TEXT",
+        help='one comparison, recorded before any run: "A > B", "A > B on task/metric", "A < B on loss"')
+    add("--tune", action="append", default=[], metavar="KEY=A,B,...",
+        help="choose the value per arm by runs of their own; repeat it for a grid")
+    add("--tune-by", choices=("loss", "metric", "teacher_kl"), default="loss", help="of the validation posts (loss)")
+    add("--tune-seeds", metavar="LIST", help="not those of --seeds (1000,1001)")
+    add("--measure", choices=("metric", "loss", "teacher_kl"),
+        help="order and compare the arms by it (metric, arms as given)")
+    add("--metrics", metavar="LIST", help="task/metric with commas: a table and plot of these alone")
+    add("--affinity", metavar="ARMS", help="measure task gradients of these arms (multi, if there)")
+    add("--affinity-posts", type=int, default=256, metavar="N", help="posts a task there (256); 0: no")
+    add("--remove-experts", metavar="ARMS", help="ablate each expert of these arms")
+    add("--removal-posts", type=int, default=250, metavar="N", help="test posts per set there (250)")
+    add("--resamples", type=int, default=300, metavar="N", help="of the bootstrap (300); 0: no differences")
+    add("--keep-checkpoints", action="store_true", help="else a finished run keeps its export only")
+    # fmt: on
+    add_recipe(found, overrides="options of the recipe, for all arms")
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Read the command line and run."""
+    given = parser().parse_intermixed_args(argv)
+    take_recipe(given)
+
+    from comoe.experiments.compare.command import compare_and_exit
+
+    compare_and_exit(given)

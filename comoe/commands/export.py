@@ -1,0 +1,40 @@
+"""Make an export (a folder for `comoe predict` and for others) from any checkpoint of a run.
+
+    comoe export --checkpoint runs/starter --output exported
+    comoe export --checkpoint runs/starter/checkpoints/step-00000120 --output exported
+
+It needs one process and no DeepSpeed, whatever the ranks, EP and ZeRO stage of the run were.
+"""
+
+import sys
+from argparse import ArgumentParser
+from collections.abc import Sequence
+from pathlib import Path
+
+from comoe.commands.arguments import new_parser
+
+
+def parser() -> ArgumentParser:
+    """The command line."""
+    # fmt: off
+    found = new_parser("export", __doc__)
+    add = found.add_argument
+    add("--checkpoint", required=True, type=Path, help="run folder, or one checkpoint of it")
+    add("--which", default="best", help="best or last checkpoint of a run folder")
+    add("--output", required=True, type=Path,
+        help="folder to write; an older export there is replaced")
+    # fmt: on
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Read the command line and export."""
+    options = parser().parse_args(argv)
+
+    from comoe.inference.export import export_checkpoint
+
+    try:
+        used = export_checkpoint(options.checkpoint, options.output, which=options.which)
+    except (ValueError, OSError) as error:
+        sys.exit(f"comoe export: {error}")
+    print(f"{used.name} exported to {options.output}")

@@ -1,0 +1,47 @@
+"""``comoe <command> ...``: finds the module of the first word and hands it the others."""
+
+import importlib
+import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from collections.abc import Sequence
+from difflib import get_close_matches
+
+from comoe import __version__
+
+COMMANDS = {
+    "train": "train a recipe, or continue a run",
+    "predict": "predict the posts of a file with an export",
+    "eval": "score an export on labeled posts",
+    "export": "make an export from a checkpoint",
+    "compare": "variants of a recipe over seeds, with intervals",
+    "ablate": "what each expert of a trained model is worth",
+    "scale": "one recipe over a grid of experts; --plan computes a cluster",
+    "augment": "auxiliary data by a generative model",
+    "bench": "speed against other libraries (in a checkout)",
+}
+"""Word -> what the command does; its module is comoe.commands.<word>."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one command; ``argv`` instead of the words of this process."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words and words[0] in COMMANDS:
+        importlib.import_module(f"comoe.commands.{words[0]}").main(words[1:])
+        return
+    listed = "\n".join(f"  {word:<8}  {meaning}" for word, meaning in COMMANDS.items())
+    parser = ArgumentParser(
+        prog="comoe",
+        usage="comoe <command> [--help] ...",
+        description="Multi-task learning on social-media posts with mixtures of experts.",
+        epilog=f"commands:\n{listed}",
+        formatter_class=RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"comoe {__version__}")
+    parser.add_argument("command", nargs="?", help="one of those below")
+    given = parser.parse_args(words[:1])
+    if given.command is None:
+        parser.print_help()
+        sys.exit(2)
+    guess = get_close_matches(given.command, COMMANDS, n=1)
+    hint = f"; did you mean {guess[0]}?" if guess else ""
+    parser.error(f"{given.command} is not a command{hint} (one of: {', '.join(COMMANDS)})")

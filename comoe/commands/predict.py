@@ -1,0 +1,58 @@
+"""Predict the posts of a file with an exported model, in one process.
+
+    comoe predict --model runs/starter/export --input posts.txt --output predictions.jsonl
+    comoe predict --model F --input test_text.txt --output irony.txt --format tweeteval --task irony
+
+--input is .txt (one post per line), .csv, .tsv, .jsonl or .parquet; --format is jsonl, csv or
+tweeteval (one label id per line).
+"""
+
+import sys
+from argparse import ArgumentParser
+from collections.abc import Sequence
+from pathlib import Path
+
+from comoe.commands.arguments import new_parser
+
+
+def parser() -> ArgumentParser:
+    """The command line."""
+    # fmt: off
+    found = new_parser("predict", __doc__)
+    add = found.add_argument
+    add("--model", required=True, help="folder of an export")
+    add("--input", required=True, type=Path, help="file of posts")
+    add("--output", required=True, type=Path, help="file of predictions; missing folders are made")
+    add("--format", default="jsonl", help="jsonl, csv or tweeteval")
+    add("--task", action="append", help="predict this task only; may be repeated")
+    add("--text-column", help="column with the post (default: that of training, else text)")
+    add("--pair-column", help="column with the second text (default: that of training)")
+    add("--image-column", help="column with the image (default: that of training, else image)")
+    add("--keep", action="append", metavar="COLUMN",
+        help="copy this column of the input; may be repeated (default: id, if there is one)")
+    add("--explain", action="store_true",
+        help="add each word's attention (jsonl, tasks with a head)")
+    add("--batch-size", type=int, default=64, help="posts per forward pass")
+    add("--device", default="auto",
+        help="cpu, cuda, cuda:1, ...; auto is a GPU where there is one")
+    # fmt: on
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Read the command line and predict."""
+    options = parser().parse_args(argv)
+
+    from comoe.inference.predict_file import predict_file
+    from comoe.inference.predictor import Predictor
+
+    try:
+        predictor = Predictor.from_pretrained(options.model, device=options.device)
+        done = predict_file(
+            predictor, options.input, options.output, format=options.format, tasks=options.task,
+            text_column=options.text_column, pair_column=options.pair_column, image_column=options.image_column,
+            keep=options.keep, explain=options.explain, batch_size=options.batch_size,
+        )  # fmt: skip
+    except (ValueError, OSError) as error:
+        sys.exit(f"comoe predict: {error}")
+    print(done, file=sys.stderr)

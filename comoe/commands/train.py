@@ -1,0 +1,69 @@
+"""Train a cooperative mixture-of-experts encoder on all tasks of a recipe.
+
+comoe train                                     the starter recipe
+comoe train my.yaml train.epochs=2              a recipe of your own, or the name of a ready one: smoke, tweeteval, ...
+comoe train my.yaml --dry-run                   only look
+comoe train --resume runs/starter
+deepspeed --num_accelerators 2 --module comoe train my.yaml --deepspeed zero2
+deepspeed launch/train.py --deepspeed ds_configs/zero2.json --restarts 3          in a checkout
+"""
+
+import sys
+from argparse import SUPPRESS, ArgumentParser
+from collections.abc import Sequence
+from pathlib import Path
+
+from comoe.commands.arguments import RECIPE, add_recipe, new_parser, take_recipe
+
+
+def parser() -> ArgumentParser:
+    """The command line."""
+    # fmt: off
+    found = new_parser("train", __doc__)
+    add = found.add_argument
+    add("--deepspeed", metavar="JSON",
+        help="ZeRO, precision, clipping, expert parallelism: a file, or the name of a ready one (zero2; with --resume "
+             "the run's own)")
+    add("--resume", type=Path, metavar="RUN", help="go on with this run folder, by its own recipe")
+    add("--restarts", type=int, default=0, metavar="N",
+        help="start a crashed run again from its last checkpoint, at most N times")
+    add("--dry-run", action="store_true", help="print recipe, labels, sample posts, memory plan; end")
+    add("--gpus", type=int, metavar="N", help="with --dry-run: plan for N GPUs, not for this machine")
+    # The deepspeed launcher adds this one; the rank itself is read from the environment.
+    add("--local_rank", type=int, default=0, help=SUPPRESS)
+    # fmt: on
+    add_recipe(found)
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Read the command line and run."""
+    line = parser()
+    given = line.parse_intermixed_args(argv)
+    if given.restarts < 0:
+        line.error(f"--restarts is {given.restarts}; it must be 0 or more.")
+    if given.gpus is not None and not (given.dry_run and given.gpus > 0):
+        line.error(f"--gpus is {given.gpus}; it must be 1 or more, and goes with --dry-run.")
+    take_recipe(given, default=None if given.resume else RECIPE)
+
+    from comoe.train.fault.signals import StopSignal
+    from comoe.train.fault.supervisor import is_child, supervise
+
+    stop = StopSignal()  # before the imports that take seconds: it notes who started this process
+    if given.restarts > 0 and not is_child():
+        sys.exit(supervise(restarts=given.restarts, stop=stop))
+    from comoe.train.run import Request, run_and_exit
+
+    words = (
+        given.config,
+        given.deepspeed,
+        given.overrides,
+        given.resume,
+        given.dry_run,
+        given.gpus or 0,
+    )
+    run_and_exit(Request(*words), stop)
+
+
+if __name__ == "__main__":
+    main()

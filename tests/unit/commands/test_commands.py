@@ -1,0 +1,75 @@
+"""The command ``comoe``: words are found or refused, a recipe comes first."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+
+from comoe import __version__
+from comoe.commands import train as train_command
+from comoe.commands.arguments import take_recipe
+from comoe.commands.main import COMMANDS, main
+
+ROOT = Path(__file__).parents[3]
+
+
+def test_every_word_has_its_module_and_a_script_of_the_same_name() -> None:
+    assert {path.stem for path in ROOT.glob("launch/*.py")} == set(COMMANDS)
+    for word in COMMANDS:
+        module = importlib.import_module(f"comoe.commands.{word}")
+        assert module.parser().prog == f"comoe {word}" and module.main
+
+
+def test_a_word_is_handed_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[str]] = []
+    monkeypatch.setattr(train_command, "main", seen.append)
+    main(["train", "--dry-run", "--version"])
+    assert seen == [["--dry-run", "--version"]]
+
+
+@pytest.mark.parametrize(
+    "words, code, said",
+    [
+        (["--version"], 0, f"comoe {__version__}\n"),
+        (["--help"], 0, "  augment   auxiliary data"),
+        ([], 2, "  predict   predict the posts"),
+        (["trian"], 2, "trian is not a command; did you mean train? (one of: train, predict,"),
+        (["train", "--restarts", "-1"], 2, "--restarts is -1; it must be 0 or more."),
+    ],
+)
+def test_what_is_no_command_is_said(
+    words: list[str], code: int, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert ended.value.code == code and said in "".join(capsys.readouterr())
+
+
+def test_it_runs_as_a_module_in_any_folder(tmp_path: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "comoe", "predict", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert done.returncode == 0 and done.stdout.startswith("usage: comoe predict ")
+
+
+@pytest.mark.parametrize(
+    "config, words, recipe, overrides",
+    [
+        (None, [], "starter", []),
+        (None, ["smoke", "train.epochs=1"], "smoke", ["train.epochs=1"]),
+        (None, ["train.epochs=1"], "starter", ["train.epochs=1"]),
+        ("my.yaml", ["train.epochs"], "my.yaml", ["train.epochs"]),
+    ],
+)
+def test_the_first_word_without_an_equals_sign_is_the_recipe(
+    config: str | None, words: list[str], recipe: str, overrides: list[str]
+) -> None:
+    given = Namespace(config=config, overrides=list(words))
+    take_recipe(given)
+    assert (given.config, given.overrides) == (recipe, overrides)
