@@ -42,8 +42,6 @@ def test_a_run_folder_that_a_machine_does_not_see_is_refused_on_all(tmp_path: Pa
     first, second = run_ranks("tests.multiprocess.test_beginning:take_on_each", 2, folders=folders)
     assert first[0] == second[0] == "taken"
     for said, folder in ((first[1], folders[0]), (second[1], folders[1])):
-        assert (
-            said.startswith(f"{folder} is not the same folder on all machines: ")
-            and "(node 1) cannot see" in said
-        )
+        assert said.startswith(f"{folder} is not the same folder on all machines: ")
+        assert "(node 1) cannot see" in said
         assert said.endswith("set run.output_dir to a folder that all machines share.")

@@ -347,9 +347,8 @@ def test_the_uniform_gate_loads_every_expert_alike_on_every_rank(
     # Not the same numbers as in one process: a token's turn depends on how many came before it on
     # its rank.
     for layers in [rank["uniform"] for rank in world]:
-        assert len(layers) == 2 and all(
-            max(loads) - min(loads) <= 1 and sum(loads) > 8 for loads in layers
-        )
+        assert len(layers) == 2
+        assert all(max(loads) - min(loads) <= 1 and sum(loads) > 8 for loads in layers)
 
 
 def recomputing(encoder: str) -> dict[str, Any]:

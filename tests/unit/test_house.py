@@ -332,9 +332,8 @@ def test_a_deepspeed_file_sets_zero_and_leaves_the_recipes_numbers_to_the_recipe
     )
     assert {settings[key] for key in sizes} | {settings["bf16"]["enabled"]} == {"auto"}
     assert {experts["autoep_size"], experts["top_k"], experts["use_grouped_mm"]} == {"auto"}
-    assert zero["stage"] == int(stem[4]) and ("offload_optimizer" in zero) == stem.endswith(
-        "_offload"
-    )
+    assert zero["stage"] == int(stem[4])
+    assert ("offload_optimizer" in zero) == stem.endswith("_offload")
 
 
 def test_the_house_sees_the_code_that_it_judges():

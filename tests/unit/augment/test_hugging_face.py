@@ -171,9 +171,8 @@ def test_a_sampled_text_depends_on_its_seed_and_not_on_its_batch(
     together = generator.generate(PROMPTS, seeds=[5, None, 6])
     for prompt, seed, generation in zip(PROMPTS, [5, None, 6], together, strict=True):
         (alone,) = generator.generate([prompt], seeds=[seed])
-        assert alone.text == generation.text and alone.probability == pytest.approx(
-            generation.probability, rel=1e-4
-        )
+        assert alone.text == generation.text
+        assert alone.probability == pytest.approx(generation.probability, rel=1e-4)
     texts = {generator.generate([PROMPTS[0]], seeds=[seed])[0].text for seed in range(5)}
     assert len(texts) > 1
 
@@ -270,10 +269,8 @@ def test_the_identity_tells_models_apart(
     assert again.identity == generators["gpt2"].identity
     with torch.no_grad():
         next(again._model.parameters()).mul_(1.5)
-    assert (
-        again.identity != generators["gpt2"].identity
-        and "float32 on cpu" in again.identity["--model"]
-    )
+    assert again.identity != generators["gpt2"].identity
+    assert "float32 on cpu" in again.identity["--model"]
 
 
 def test_half_precision_generates_and_scores_too(folders: dict[str, Path]) -> None:
@@ -355,6 +352,5 @@ def test_the_command_writes_a_file_with_a_tiny_model(
     report = run_command(options, progress=False)
     rows = rows_of(report.files.posts)
     assert DEFAULT.is_file() and [set(COLUMNS) <= row.keys() for row in rows] == [True, True]
-    assert [row["aux_converged"] is None for row in rows] == [False, True] and rows[1][
-        "aux_rounds"
-    ] == 1
+    assert [row["aux_converged"] is None for row in rows] == [False, True]
+    assert rows[1]["aux_rounds"] == 1

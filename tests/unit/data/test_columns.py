@@ -89,10 +89,8 @@ def test_held_out_posts_leave_training_and_validation_and_become_a_split(airline
 
 def test_truth_values_are_held_out_by_their_names(airline: Path) -> None:
     corpus = load_corpus(recipe_with(airline, hold_out={"late": ["true"]}))
-    assert (
-        set(corpus.splits["unseen"].columns["late"]) == {"true"}
-        and len(corpus.splits["train"]) == 12
-    )
+    assert set(corpus.splits["unseen"].columns["late"]) == {"true"}
+    assert len(corpus.splits["train"]) == 12
 
 
 @pytest.mark.parametrize(

@@ -137,9 +137,9 @@ def test_a_rank_without_posts_has_one_row_that_wants_no_answer(route_by: str, ta
 def test_heads_alone_have_neither_answers_nor_choices() -> None:
     split = split_of(tasks=(MOOD,))
     batch = Collator(TOKENIZER, (MOOD,))(split, np.arange(2))
-    assert (
-        batch.target_ids_BD is None and batch.choices == {} and rows_of(batch) == [(0, -1), (1, -1)]
-    )
+    assert batch.target_ids_BD is None
+    assert batch.choices == {}
+    assert rows_of(batch) == [(0, -1), (1, -1)]
 
 
 def test_rows_are_taken_with_their_answers() -> None:
@@ -274,10 +274,8 @@ def test_generated_texts_are_scored_and_shown(route_by: str) -> None:
     polarity = found.metrics["polarity"]
     assert polarity["n"] == 3 and polarity["accuracy"] == pytest.approx(1 / 3)
     assert polarity["loss"] == pytest.approx(-(np.log(0.03) + 2 * np.log(0.01)) / 3)
-    assert (
-        found.confusions["polarity"].tolist() == [[0, 2], [0, 1]]
-        and "aspect" not in found.confusions
-    )
+    assert found.confusions["polarity"].tolist() == [[0, 2], [0, 1]]
+    assert "aspect" not in found.confusions
     assert found.predictions["aspect"] == [
         {"row": row, "text": TEXTS[row], "gold": LABELS["aspect"][row], "answer": WRITTEN[row],
          "probability": pytest.approx(0.5)}
@@ -302,10 +300,8 @@ def test_scores_of_texts_can_be_sliced_and_chosen_by() -> None:
         written_by, split, collator=collator, tasks=tasks, batches=[np.arange(5)], gather=lambda a: [a],
         detokenize=collator.detokenize, columns={"place": ["x", None, "y", "y", "x"]}, predictions=False,
     )  # fmt: skip
-    assert (
-        found.metrics["aspect"]["token_f1@place=x"] == 1.0
-        and found.metrics["aspect"]["token_f1@place=y"] == 0.0
-    )
+    assert found.metrics["aspect"]["token_f1@place=x"] == 1.0
+    assert found.metrics["aspect"]["token_f1@place=y"] == 0.0
     check_chosen_metric("aspect/rouge_l", tasks)
     assert {"loss", "token_f1", "exact_match", "rouge_l", "majority/token_f1"} == set(
         metric_names(ASPECT)
@@ -372,9 +368,8 @@ def test_every_task_answers_a_post_and_one_without_the_second_text_says_so(route
         ["post one", "post two", " ", "post three"], pairs=["battery", None, "x", "y"], explain=True
     )
     assert predictions[0]["aspect"] == {"answer": "battery 😀", "probability": pytest.approx(0.5)}
-    assert (
-        predictions[0]["polarity"]["label"] == "good" and predictions[0]["mood"]["label"] == "wild"
-    )
+    assert predictions[0]["polarity"]["label"] == "good"
+    assert predictions[0]["mood"]["label"] == "wild"
     assert "attention" in predictions[0]["mood"] and "attention" not in predictions[0]["aspect"]
     assert predictions[1] == {
         "text": "post two",
@@ -466,14 +461,10 @@ def test_labelled_posts_are_scored_as_in_training(tmp_path: Path) -> None:
     path = str(write_jsonl(tmp_path / "posts.jsonl", rows))
     predictor = predictor_of((ASPECT, POLARITY))
     scores = score(predictor, DataChoice(path, pair="target"), progress=False)
-    assert (
-        scores.evaluation.metrics["aspect"]["n"] == 2
-        and scores.evaluation.metrics["aspect"]["exact_match"] == 0.5
-    )
-    assert (
-        scores.evaluation.metrics["polarity"]["accuracy"] == 0.5
-        and "ece" in scores.evaluation.metrics["polarity"]
-    )
+    assert scores.evaluation.metrics["aspect"]["n"] == 2
+    assert scores.evaluation.metrics["aspect"]["exact_match"] == 0.5
+    assert scores.evaluation.metrics["polarity"]["accuracy"] == 0.5
+    assert "ece" in scores.evaluation.metrics["polarity"]
     with pytest.raises(
         ValueError, match=r"The prompt of polarity has \{pair\}; name its column with --pair-column"
     ):
@@ -504,11 +495,9 @@ def test_files_of_answers_hold_texts_and_scored_words(
         return (tmp_path / name).read_text(encoding="utf-8").splitlines()
 
     table = list(csv.DictReader(written("out.csv", format="csv")))
-    assert (
-        table[0]["aspect"] == "battery 😀"
-        and table[0]["polarity"] == "good"
-        and table[0]["error"] == ""
-    )
+    assert table[0]["aspect"] == "battery 😀"
+    assert table[0]["polarity"] == "good"
+    assert table[0]["error"] == ""
     assert list(table[0])[-5:] == ["aspect", "polarity", "polarity/bad", "polarity/good", "error"]
     assert table[1]["aspect"] == "" and table[1]["error"].startswith("the second text is missing")
     # Every line needs an id.
@@ -541,10 +530,8 @@ def test_second_texts_and_labels_are_read_from_the_columns_of_training(
     scores = score(
         predictor, DataChoice(str(source), skip_bad=True), tasks=["polarity"], progress=False
     )
-    assert (
-        scores.evaluation.metrics["polarity"]["accuracy"] == 1.0
-        and "--pair-column" in capsys.readouterr().err
-    )
+    assert scores.evaluation.metrics["polarity"]["accuracy"] == 1.0
+    assert "--pair-column" in capsys.readouterr().err
     # A head that had no second text would read another post than in training.
     alone = predictor_of(columns=ASKED_ABOUT | {"mood": {"pair": None, "label": "mood"}})
     message = rf"none of the 2 posts could be predicted, see {tmp_path}/out.jsonl; the first: .*--pair-column"
@@ -588,11 +575,9 @@ def test_attention_is_not_promised_where_no_head_pools(
         in capsys.readouterr().err
     )
     written, mixed = card((ASPECT,)), card(TASKS)
-    assert (
-        "explain" not in written
-        and "Attention" not in written
-        and "Generated texts need not be true" in written
-    )
+    assert "explain" not in written
+    assert "Attention" not in written
+    assert "Generated texts need not be true" in written
     assert "explain=True" in mixed and "Attention" in mixed and "Scored words are whole" in mixed
 
 

@@ -91,7 +91,8 @@ def test_missing_and_unseen_values_are_left_out_and_a_filler_row_is_too():
         IGNORED,
         1,
         IGNORED,
-    ] and batch.domain_weights_B.tolist() == [0, 1, 0]
+    ]
+    assert batch.domain_weights_B.tolist() == [0, 1, 0]
     filler = collate(posts(["a"]), domains, [])
     assert filler.domains_B.tolist() == [IGNORED] and filler.domain_weights_B.tolist() == [0]
     assert filler.confidences["mood"].tolist() == [1.0]
@@ -109,10 +110,8 @@ def test_a_post_with_a_row_per_task_counts_once():
 def test_a_batch_brings_the_confidences_of_the_tasks_that_read_them():
     batch = collate(posts(["b", "a", "b"]), None, [1, 0])
     assert batch.domains_B is None and list(batch.confidences) == ["mood"]
-    assert (
-        batch.confidences["mood"].tolist() == [0.5, 1.0]
-        and batch.confidences["mood"].dtype == torch.float32
-    )
+    assert batch.confidences["mood"].tolist() == [0.5, 1.0]
+    assert batch.confidences["mood"].dtype == torch.float32
     assert collate(posts(["b"], confidences={}), None, [0]).confidences == {}
 
 

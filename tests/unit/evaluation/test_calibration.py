@@ -105,7 +105,8 @@ def test_the_calibration_error_is_the_one_from_the_head() -> None:
         (expected + 0.4) / 2
     )
     counts, sums, hits = reliability_bins([(sure, true)])
-    assert (counts[13], counts[8], counts.sum()) == (2, 2, 4) and (hits[13], sums[8]) == (
+    assert (counts[13], counts[8], counts.sum()) == (2, 2, 4)
+    assert (hits[13], sums[8]) == (
         1.0,
         pytest.approx(1.2),
     )
@@ -286,14 +287,11 @@ def test_too_few_posts_or_none_leave_a_task_as_it_is() -> None:
     calibrator.take("validation", evaluation)
     assert calibrator.tasks == (TOPIC, MOOD)
     entry = calibrator.report()["topic"]
-    assert (
-        entry["temperature"] is None
-        and entry["ece"]["validation"]["after"] is None
-        and "mood" not in entry
-    )
-    assert calibration_lines({}) == [] and "topic" in "\n".join(
-        calibration_lines(calibrator.report())
-    )
+    assert entry["temperature"] is None
+    assert entry["ece"]["validation"]["after"] is None
+    assert "mood" not in entry
+    assert calibration_lines({}) == []
+    assert "topic" in "\n".join(calibration_lines(calibrator.report()))
 
 
 def test_a_temperature_that_does_not_pay_on_other_posts_is_not_kept() -> None:

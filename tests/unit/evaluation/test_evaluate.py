@@ -367,10 +367,8 @@ def test_slices_have_the_metrics_of_their_rows_alone() -> None:
         assert found["mood"][f"n@kind={value}"] == len(rows)
         for metric in ("macro_f1", "accuracy"):
             assert found["mood"][f"{metric}@kind={value}"] == alone.metrics["mood"][metric]
-    assert (
-        found["names"]["span_f1@true=true"] == found["names"]["span_f1"]
-        and found["names"]["n@true=true"] == 3
-    )
+    assert found["names"]["span_f1@true=true"] == found["names"]["span_f1"]
+    assert found["names"]["n@true=true"] == 3
     assert not any("@" in name for name in found["heat"])
     assert values_of([[[4, 2], [0]], [[5, 3], [1]]]) == found
 

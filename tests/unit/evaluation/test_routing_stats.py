@@ -113,9 +113,8 @@ def test_where_every_expert_runs_only_the_weights_tell_of_a_monopoly():
     np.testing.assert_allclose(summary.weight_LE, [[2 / 3, 1 / 3]], rtol=1e-6)
     np.testing.assert_allclose(summary.weight_LTE, [[[0.85, 0.15], [0.3, 0.7]]], rtol=1e-6)
     entropy = math.log(3) - 2 / 3 * math.log(2)
-    assert summary.by_layer["monopoly"][0] == 0.5 and summary.by_layer["task_information"][
-        0
-    ] == pytest.approx(0)
+    assert summary.by_layer["monopoly"][0] == 0.5
+    assert summary.by_layer["task_information"][0] == pytest.approx(0)
     assert summary.by_layer["weight_monopoly"][0] == pytest.approx(2 / 3)
     assert summary.by_layer["weight_effective_experts"][0] == pytest.approx(math.exp(entropy))
     assert summary.by_layer["weight_task_information"][0] > 0.1

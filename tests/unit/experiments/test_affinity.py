@@ -150,11 +150,9 @@ def run(tmp_path_factory: pytest.TempPathFactory, request) -> Path:
 
 def test_an_export_is_measured_on_its_own_held_out_posts_always_alike(run: Path):
     found = measure_affinity(run, limit=40, batch_size=7, progress=False)
-    assert (
-        found.tasks == ("mood", "twin", "topic")
-        and found.posts_T[0] == 40
-        and found.posts_T[2] == 30
-    )
+    assert found.tasks == ("mood", "twin", "topic")
+    assert found.posts_T[0] == 40
+    assert found.posts_T[2] == 30
     np.testing.assert_allclose(found.cosine_TT, found.cosine_TT.T)
     assert (np.abs(found.cosine_TT) <= 1).all() and (found.norm_T > 0).all()
     # On the same posts: a twin is as near as the task is to itself, no nearer.

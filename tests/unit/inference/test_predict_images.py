@@ -86,10 +86,8 @@ def test_a_picture_counts_and_a_bad_one_leaves_the_text_alone(
     alone, seen = score_of(predictions[0]), score_of(predictions[1])
     assert abs(alone - seen) > 1e-5
     for prediction in predictions[2:4]:
-        assert (
-            score_of(prediction) == pytest.approx(seen, abs=1e-6)
-            and "image_error" not in prediction
-        )
+        assert score_of(prediction) == pytest.approx(seen, abs=1e-6)
+        assert "image_error" not in prediction
     for prediction, words in zip(
         predictions[4:],
         ("no image that can", "leads out", "bytes|pixels", "holds a list"),
@@ -120,10 +118,8 @@ def test_a_file_of_posts_names_pictures_beside_it(predictor: Predictor, tmp_path
     assert "1 of them without their bad image" in said
     rows = list(csv.DictReader((tmp_path / "out.csv").open()))
     assert ["is not there" in row["image_error"] for row in rows] == [False, True, False, False]
-    assert (
-        rows[2]["error"]
-        and rows[1]["mood/good"][:6] == rows[3]["mood/good"][:6] != rows[0]["mood/good"][:6]
-    )
+    assert rows[2]["error"]
+    assert rows[1]["mood/good"][:6] == rows[3]["mood/good"][:6] != rows[0]["mood/good"][:6]
     with pytest.raises(ValueError, match="--image-column is 'photo', but .* has no such column"):
         predict_file(
             predictor,
@@ -262,10 +258,8 @@ def test_what_is_wrong_with_a_picture_names_no_option_of_a_recipe(
     )
     missing, outside, windows, number = [prediction["image_error"] for prediction in predictions]
     assert missing.endswith("correct the path.") and outside.endswith("move it there.")
-    assert (
-        windows.endswith("the path has backslashes; write it with / instead.")
-        and "holds an int;" in number
-    )
+    assert windows.endswith("the path has backslashes; write it with / instead.")
+    assert "holds an int;" in number
     assert not any("data.image_root" in prediction["image_error"] for prediction in predictions)
 
 
@@ -285,12 +279,8 @@ def test_lost_pictures_become_one_event(predictor: Predictor) -> None:
     log_lost_images(reader, Noting(), 4)
     log_lost_images(reader, Noting(), 5)
     (event,) = events
-    assert (
-        event["event"] == "pictures_lost"
-        and event["step"] == 4
-        and event["count"] == SHOWN_IMAGES + 6
-    )
-    assert (
-        len(event["pictures"]) == SHOWN_IMAGES
-        and "is not there" in event["pictures"]["nowhere/0.png"]
-    )
+    assert event["event"] == "pictures_lost"
+    assert event["step"] == 4
+    assert event["count"] == SHOWN_IMAGES + 6
+    assert len(event["pictures"]) == SHOWN_IMAGES
+    assert "is not there" in event["pictures"]["nowhere/0.png"]

@@ -38,17 +38,13 @@ def assert_same(found, expected):
 def test_every_kind_of_task_is_predicted_in_its_own_words(predictor):
     prediction = predictor(["ann in paris"])[0]
     assert prediction["text"] == "ann in paris"
-    assert prediction["mood"]["label"] in MOOD.labels and list(
-        prediction["mood"]["scores"]
-    ) == list(MOOD.labels)
+    assert prediction["mood"]["label"] in MOOD.labels
+    assert list(prediction["mood"]["scores"]) == list(MOOD.labels)
     assert sum(prediction["mood"]["scores"].values()) == pytest.approx(1, abs=1e-6)
-    assert set(prediction["signs"]["labels"]) <= set(SIGNS.labels) and isinstance(
-        prediction["heat"]["value"], float
-    )
-    assert (
-        prediction["words"]["words"] == ["ann", "in", "paris"]
-        and len(prediction["words"]["tags"]) == 3
-    )
+    assert set(prediction["signs"]["labels"]) <= set(SIGNS.labels)
+    assert isinstance(prediction["heat"]["value"], float)
+    assert prediction["words"]["words"] == ["ann", "in", "paris"]
+    assert len(prediction["words"]["tags"]) == 3
     json.dumps(prediction, allow_nan=False)
 
 
@@ -98,10 +94,8 @@ def test_attention_weights_are_merged_to_words_and_sum_to_one(predictor):
         weights = prediction[task]["attention"]
         assert [word for word, _ in weights] == ["sunny", "Paris", ",", "xyz"]
         assert sum(weight for _, weight in weights) == pytest.approx(1, abs=1e-9)
-        assert (
-            all(weight > 0 for _, weight in weights)
-            and 0 < prediction[task]["attention_elsewhere"] < 1
-        )
+        assert all(weight > 0 for _, weight in weights)
+        assert 0 < prediction[task]["attention_elsewhere"] < 1
     assert "attention" not in prediction["words"]
     assert "attention" not in predictor(["sunny"])[0]["mood"]
 
@@ -135,10 +129,8 @@ def test_spans_are_made_of_the_given_words(tmp_path):
     with torch.no_grad():
         predictor.exported.model.heads[0].output.bias.copy_(torch.tensor([-9.0, 9.0]))
     prediction = predictor(["unused"], words=[["Ann", "saw", "Paris."]])[0]
-    assert (
-        prediction["words"]["words"] == ["Ann", "saw", "Paris."]
-        and prediction["words"]["tags"] == ["B-PER"] * 3
-    )
+    assert prediction["words"]["words"] == ["Ann", "saw", "Paris."]
+    assert prediction["words"]["tags"] == ["B-PER"] * 3
     assert prediction["words"]["spans"][2] == {
         "type": "PER",
         "start": 2,

@@ -77,12 +77,10 @@ def test_the_loss_equals_the_one_computed_by_hand():
     )
     value, terms = loss(output, batch)
     assert value.item() == pytest.approx((math.log(4) + 2 * 0.5 * math.log(4 / 3)) / 2)
-    assert terms["adversarial_accuracy"] == pytest.approx(0.5) and terms[
-        "adversarial_commonest"
-    ] == pytest.approx(0.5)
-    assert terms["adversarial_even"] == 0.5 and terms["adversarial_lambda"] == pytest.approx(
-        math.tanh(1.5)
-    )
+    assert terms["adversarial_accuracy"] == pytest.approx(0.5)
+    assert terms["adversarial_commonest"] == pytest.approx(0.5)
+    assert terms["adversarial_even"] == 0.5
+    assert terms["adversarial_lambda"] == pytest.approx(math.tanh(1.5))
 
 
 def test_only_real_tokens_are_in_the_mean():
@@ -141,9 +139,8 @@ def test_every_parameter_gets_its_gradient_and_the_terms_add_up():
     batch = scaled(domain_batch())
     plain, step = objective_of(OFF)(batch), (objective := objective_of())(batch)
     torch.testing.assert_close(step.loss, plain.loss + 0.5 * step.terms["adversarial"])
-    assert 0 <= step.terms["adversarial_accuracy"] <= 1 and step.terms[
-        "adversarial_even"
-    ] == pytest.approx(1 / 3)
+    assert 0 <= step.terms["adversarial_accuracy"] <= 1
+    assert step.terms["adversarial_even"] == pytest.approx(1 / 3)
     torch.testing.assert_close(step.terms["adversarial_commonest"], torch.tensor(2 / 5))
     step.loss.backward()
     missing = [

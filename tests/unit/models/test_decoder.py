@@ -223,14 +223,11 @@ def test_a_filler_row_runs_the_decoder_and_counts_nowhere():
     objective, batch = decoder_objective(), decoder_batch()
     step = objective(replace(filler(batch), unit_scale_T=torch.full((len(MIXED) + 3,), 0.5)))
     step.loss.backward()
-    assert float(step.loss.detach()) == 0.0 and all(
-        not p.grad.any() for p in objective.parameters()
-    )
-    assert (
-        len(step.output.routings) == 5
-        and step.output.num_answer_layers == 2
-        and step.output.selected == ()
-    )
+    assert float(step.loss.detach()) == 0.0
+    assert all(not p.grad.any() for p in objective.parameters())
+    assert len(step.output.routings) == 5
+    assert step.output.num_answer_layers == 2
+    assert step.output.selected == ()
     assert all(len(rows) == 0 for rows in step.output.layer_rows)
     assert not count_units(filler(batch), MIXED).any()
     empty = replace(filler(batch), row_ids_B=torch.tensor([5]))
@@ -248,16 +245,16 @@ def test_layer_rows_name_the_row_of_every_routed_token(served):
         2,
         3,
         4,
-    ] and output.num_answer_layers == 2
+    ]
+    assert output.num_answer_layers == 2
     wanted = (batch.target_ids_BD != IGNORED).sum(dim=1)
     for number, (routing, rows_S) in enumerate(
         zip(output.routings, output.layer_rows, strict=True)
     ):
         expected = batch.attention_mask_BL.sum(dim=1) if number < 3 else wanted
         assert torch.bincount(rows_S, minlength=len(wanted)).tolist() == expected.tolist()
-        assert len(routing.logits_SE) == len(rows_S) and int(routing.counts_E.sum()) == 2 * len(
-            rows_S
-        )
+        assert len(routing.logits_SE) == len(rows_S)
+        assert int(routing.counts_E.sum()) == 2 * len(rows_S)
 
 
 def test_a_batch_counts_alike_however_it_is_cut():
@@ -372,10 +369,8 @@ def test_a_layers_feed_forward_keeps_nothing_after_the_layer():
     ]
     assert len(halves) == 10 and all(half._passed.value is None for half in halves)
     step.loss.backward()
-    assert (
-        all(half._passed.value is None for half in halves)
-        and objective.model.holder.context is None
-    )
+    assert all(half._passed.value is None for half in halves)
+    assert objective.model.holder.context is None
 
 
 def test_a_second_pass_repeats_the_choices_of_the_first_in_both_stacks():
@@ -385,9 +380,8 @@ def test_a_second_pass_repeats_the_choices_of_the_first_in_both_stacks():
     for block in model.moe_layers():
         block.mixture.gate.e_score_correction_bias.normal_(std=10)
     turned, repeated = model(batch), model(batch, first.selected)
-    assert not all(map(torch.equal, turned.selected, first.selected)) and all(
-        map(torch.equal, repeated.selected, first.selected)
-    )
+    assert not all(map(torch.equal, turned.selected, first.selected))
+    assert all(map(torch.equal, repeated.selected, first.selected))
     torch.testing.assert_close(repeated.logits, first.logits, atol=1e-6, rtol=0)
 
 
@@ -448,10 +442,8 @@ def test_answers_longer_than_the_decoder_can_number_are_refused():
 
 
 def test_models_without_heads_have_no_projection_and_no_text_task_no_decoder():
-    assert (
-        decoder_model(tasks=DECODED).projection is None
-        and len(decoder_model(tasks=DECODED).heads) == 0
-    )
+    assert decoder_model(tasks=DECODED).projection is None
+    assert len(decoder_model(tasks=DECODED).heads) == 0
     assert decoder_model().projection is not None and len(decoder_model().heads) == 2
 
 
@@ -471,7 +463,8 @@ def test_the_decoder_reads_states_that_have_seen_the_picture(fusion, family):
     moved = (after["polarity"] - before["polarity"]).abs().amax(dim=1) > 1e-5
     moved |= (after["opinion"] - before["opinion"])[:, :2].abs().amax(dim=1) > 1e-5
     moved |= (after["reason"] - before["reason"])[:, :2].abs().amax(dim=1) > 1e-5
-    assert batch.task_ids_B.tolist() == [-1, 1, 3, 4, -1, 1, 3, 4] and moved.tolist() == [
+    assert batch.task_ids_B.tolist() == [-1, 1, 3, 4, -1, 1, 3, 4]
+    assert moved.tolist() == [
         0,
         1,
         0,
@@ -485,8 +478,6 @@ def test_the_decoder_reads_states_that_have_seen_the_picture(fusion, family):
 
 def test_a_second_view_of_posts_does_without_the_decoder():
     output = decoder_model()(decoder_batch(), decode=False)
-    assert (
-        list(output.logits) == ["mood", "heat"]
-        and output.answer_rows_S is None
-        and len(output.layer_rows) == 3
-    )
+    assert list(output.logits) == ["mood", "heat"]
+    assert output.answer_rows_S is None
+    assert len(output.layer_rows) == 3

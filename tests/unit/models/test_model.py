@@ -85,10 +85,8 @@ def test_a_filler_row_without_a_task_is_answered(route_by):
     # Its tokens ran, but no loss, no load and no statistic may count them.
     assert len(output.routings) == 3 and not output.token_rows_S.numel()
     for routing in output.routings:
-        assert (
-            not routing.counts_E.any()
-            and routing.logits_SE.shape == routing.scores_SE.shape == (0, 4)
-        )
+        assert not routing.counts_E.any()
+        assert routing.logits_SE.shape == routing.scores_SE.shape == (0, 4)
 
 
 @pytest.mark.parametrize("route_by", ROUTES)

@@ -75,9 +75,8 @@ def test_a_private_part_changes_the_answers_of_its_own_task_alone():
 def test_private_parts_learn_at_the_rate_of_the_experts_and_are_counted():
     model = tiny_model(private_width=8)
     private = [name for name, _ in model.named_parameters() if name.startswith("private.")]
-    assert len(private) == 4 * len(TASKS) and {parameter_group(name) for name in private} == {
-        "experts"
-    }
+    assert len(private) == 4 * len(TASKS)
+    assert {parameter_group(name) for name in private} == {"experts"}
     counts, plain = count_parameters(model, top_k=2), count_parameters(tiny_model(), top_k=2)
     grown = len(TASKS) * (2 * WIDTH + 3 * WIDTH * 8)
     assert counts["dense"] - plain["dense"] == counts["active"] - plain["active"] == grown

@@ -96,10 +96,8 @@ def test_neither_aspect_nor_opinion_alone_tells_anything_of_the_polarity() -> No
             positive, negative = counts[value, "positive"], counts[value, "negative"]
             assert positive == negative or column == "target"
     both = {(post["aspect"], post["opinion"]): post["polarity"] for post in posts}
-    assert (
-        all(both[post["aspect"], post["opinion"]] == post["polarity"] for post in posts)
-        and len(both) == 20
-    )
+    assert all(both[post["aspect"], post["opinion"]] == post["polarity"] for post in posts)
+    assert len(both) == 20
     assert both["battery", "long"] == "positive" and both["wait", "long"] == "negative"
 
 

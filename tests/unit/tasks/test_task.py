@@ -52,10 +52,8 @@ def test_given_weights_are_kept_in_label_order() -> None:
 def test_auto_leaves_out_of_the_contrastive_loss_what_costs_a_second_pass_and_has_labels() -> None:
     assert build(TaskConfig(), "a", "b").contrastive
     assert not build(TaskConfig(contrastive=False), "a", "b").contrastive
-    assert (
-        build(TaskConfig(kind="regression")).contrastive
-        and build(TaskConfig(kind="unlabelled")).contrastive
-    )
+    assert build(TaskConfig(kind="regression")).contrastive
+    assert build(TaskConfig(kind="unlabelled")).contrastive
     assert not build(TaskConfig(kind="tags"), "O", "B-PER").contrastive
     assert not build(TaskConfig(kind="text", prompt="{text}")).contrastive
     assert not build(TaskConfig(kind="label_words", prompt="{text}"), "a", "b").contrastive
@@ -112,12 +110,10 @@ def test_a_task_of_an_older_export_is_read() -> None:
     old = {"name": "mood", "kind": "single_label", "labels": ["a", "b"], "metric": "macro_f1", "weight": 1.0,
            "class_weights": None, "label_smoothing": 0.0, "contrastive": True}  # fmt: skip
     task = Task.from_dict(old)
-    assert (
-        task.contrastive_weight == 1.0
-        and task.contrastive_temperature is None
-        and task.contrastive_width is None
-        and (task.label_mean, task.label_std) == (0.0, 1.0)
-    )
+    assert task.contrastive_weight == 1.0
+    assert task.contrastive_temperature is None
+    assert task.contrastive_width is None
+    assert (task.label_mean, task.label_std) == (0.0, 1.0)
 
 
 def test_a_task_survives_json() -> None:

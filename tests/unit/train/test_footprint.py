@@ -45,9 +45,8 @@ def total(model: MultiTaskModel) -> int:
 def test_parameters_are_counted_by_kind():
     model = tiny_model(train_layers="none")
     found = count_parameters(model, top_k=2)
-    assert found["experts"] == EXPERTS and found["total"] == found["dense"] + EXPERTS == total(
-        model
-    )
+    assert found["experts"] == EXPERTS
+    assert found["total"] == found["dense"] + EXPERTS == total(model)
     assert found["active"] == total(model) - EXPERTS // 2
     frozen = sum(p.numel() for name, p in model.encoder.named_parameters() if ".block." not in name)
     assert found["frozen"] == frozen > 0
@@ -113,10 +112,8 @@ def test_a_tower_counts_as_frozen_weights_or_with_what_it_keeps_for_its_backward
 
     (model, frozen, little), (_, trained, much) = of(), of(train_tower=True)
     size = sum(parameter.numel() for parameter in model.tower.parameters())
-    assert (
-        frozen["total"] == trained["total"] == total(model)
-        and frozen["frozen"] == size > trained["frozen"] == 0
-    )
+    assert frozen["total"] == trained["total"] == total(model)
+    assert frozen["frozen"] == size > trained["frozen"] == 0
     # Six pictures of five tokens through two layers of width 12, feed-forward 16.
     assert much - little == 2 * 6 * 5 * ((8 * 12 + 2 * 16) * 4 + 2 * 12)
     # The text encoder reads five image tokens beside five of text.

@@ -82,9 +82,9 @@ def test_the_traceback_of_a_users_mistake_is_shown_when_the_recipe_says_so(
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"{yaml}\ntasks: {{mood: {{kind: single_label, path: posts.jsonl}}}}\n")
     code, said = end_by(INSIDE, training=False, request=Request(config=recipe, overrides=words))
-    assert (
-        code == 2 and said.startswith("Traceback") == shown and said.endswith(f"comoe: {INSIDE}\n")
-    )
+    assert code == 2
+    assert said.startswith("Traceback") == shown
+    assert said.endswith(f"comoe: {INSIDE}\n")
 
 
 def test_a_resumed_run_keeps_the_optimizer_group_of_its_router(tmp_path: Path) -> None:

@@ -191,10 +191,8 @@ def test_a_run_logs_checks_and_saves_when_it_should(tmp_path: Path) -> None:
     # The two best so far, the one that is due, and the last.
     assert sorted(saved(trainer)) == [2, 4, 5, 6]
     assert best(trainer) == 4
-    assert (
-        trainer.run.state.finished == "all steps done"
-        and saved(trainer)[6]["finished"] == "all steps done"
-    )
+    assert trainer.run.state.finished == "all steps done"
+    assert saved(trainer)[6]["finished"] == "all steps done"
     assert saved(trainer)[5]["finished"] == ""
 
 
@@ -291,10 +289,8 @@ def test_posts_per_second_leave_out_evaluation_and_saving_and_count_all_steps_be
 def test_patience_ends_the_run_at_the_evaluation_that_uses_it_up(tmp_path: Path) -> None:
     trainer = trainer_in(tmp_path, values=[0.3, 0.2, 0.1, 0.9], patience=2, max_steps=20)
     trainer.train()
-    assert (
-        trainer.run.state.step == 6
-        and trainer.run.state.finished == "no better value in 2 evaluations"
-    )
+    assert trainer.run.state.step == 6
+    assert trainer.run.state.finished == "no better value in 2 evaluations"
     assert best(trainer) == 2
     assert saved(trainer)[6]["finished"] == trainer.run.state.finished
 
@@ -385,9 +381,8 @@ def test_a_signal_object_made_before_the_run_is_asked(tmp_path: Path) -> None:
     trainer = trainer_in(tmp_path)
     trainer.stop = stop
     trainer.train()
-    assert (trainer.run.state.step, trainer.run.state.finished) == (0, "") and sorted(
-        saved(trainer)
-    ) == [0]
+    assert (trainer.run.state.step, trainer.run.state.finished) == (0, "")
+    assert sorted(saved(trainer)) == [0]
 
 
 def test_epochs_and_auto_become_steps(tmp_path: Path) -> None:
@@ -406,17 +401,15 @@ def test_an_evaluation_that_a_signal_cut_short_is_made_up_for_by_the_resume(tmp_
     cut = trainer_in(tmp_path / "b", values=[0.3])
     cut.evaluator.cut_short = 1
     cut.train()
-    assert (
-        cut.run.state.step == 2 and cut.run.state.evaluated_at == 0 and not cut.run.state.finished
-    )
+    assert cut.run.state.step == 2
+    assert cut.run.state.evaluated_at == 0
+    assert not cut.run.state.finished
     resumed = trainer_in(tmp_path / "b", values=[0.3, 0.2, 0.1])
     resumed.run.state = TrainState(**saved(cut)[2])
     resumed.train()
     assert resumed.run.monitor.checks == uncut.run.monitor.checks == [2, 4, 6]
-    assert (
-        resumed.run.state.best_step == uncut.run.state.best_step
-        and resumed.run.state.best_value == uncut.run.state.best_value
-    )
+    assert resumed.run.state.best_step == uncut.run.state.best_step
+    assert resumed.run.state.best_value == uncut.run.state.best_value
 
 
 class TwoSets(Posts):

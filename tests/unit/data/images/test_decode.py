@@ -94,11 +94,9 @@ def test_the_pixels_of_unusual_images_are_what_they_look_like() -> None:
     first = read_image(files["film.gif"], LIMITS)
     single = read_image(encoded(noise(0), "GIF"), LIMITS)
     assert np.array_equal(np.asarray(first), np.asarray(single))
-    assert (
-        is_animated(files["film.gif"])
-        and is_animated(files["film.webp"])
-        and not is_animated(files["one.png"])
-    )
+    assert is_animated(files["film.gif"])
+    assert is_animated(files["film.webp"])
+    assert not is_animated(files["one.png"])
 
 
 def test_a_cell_may_hold_a_path_bytes_a_dict_of_both_or_a_pillow_image(tmp_path: Path) -> None:
@@ -412,9 +410,8 @@ def test_images_stored_in_parquet_are_read(tmp_path: Path) -> None:
     )
     corpus = load_corpus(recipe, with_images=True)
     images = [image for split in corpus.splits.values() for image in split.images]
-    assert len(images) == 9 and all(
-        Image.open(io.BytesIO(image)).size == (40, 30) for image in images
-    )
+    assert len(images) == 9
+    assert all(Image.open(io.BytesIO(image)).size == (40, 30) for image in images)
     assert [(row.line, row.value) for row in corpus.report.set_aside] == [(5, "4.png")]
 
 
@@ -427,7 +424,8 @@ def test_tasks_with_another_image_column_do_not_share_posts(
     recipe.data.root = str(tmp_path)
     corpus = load_corpus(recipe, with_images=True)
     sizes = [sum(splits.values()) for splits in corpus.report.posts.values()]
-    assert sizes == [20, 30] and list(corpus.report.images.values())[1] == {
+    assert sizes == [20, 30]
+    assert list(corpus.report.images.values())[1] == {
         "train": 0,
         "validation": 0,
     }

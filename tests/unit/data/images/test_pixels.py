@@ -162,7 +162,8 @@ def test_some_rows_of_a_batch_keep_their_own_images_each_once(reader: PixelReade
     made = collator(reader, route_by="task")
     images = [encoded(noise(0), "PNG"), None, encoded(noise(1), "PNG")]
     batch = made(split_of(made, images), np.array([0, 1, 2]))
-    assert batch.image_rows_I.tolist() == [0, 1, 4, 5] and batch.image_numbers_I.tolist() == [
+    assert batch.image_rows_I.tolist() == [0, 1, 4, 5]
+    assert batch.image_numbers_I.tolist() == [
         0,
         0,
         1,

@@ -37,9 +37,8 @@ def test_every_label_with_two_posts_has_its_quota_in_every_batch(
     without = 0
     for step in range(2 * plain.steps_per_epoch):
         batch = filled.global_batch(step)
-        assert len(batch) == len(plain.global_batch(step)) and len(set(batch.tolist())) == len(
-            batch
-        )
+        assert len(batch) == len(plain.global_batch(step))
+        assert len(set(batch.tolist())) == len(batch)
         counts = np.bincount(LABELS[batch], minlength=5)
         assert (counts[:4] >= min(wanted, 4)).all()
         without += (np.bincount(LABELS[plain.global_batch(step)], minlength=5)[:4] < wanted).any()
@@ -116,6 +115,5 @@ def test_a_post_that_a_batch_holds_twice_stays_twice():
     posts = np.array([5, 5, 6, 7, 8, 8])
     parts = cut_in_parts(posts, [np.array([5, 8])], parts=2)
     np.testing.assert_array_equal(np.sort(np.concatenate(parts)), posts)
-    assert any({5, 8} <= set(part.tolist()) for part in parts) and [
-        len(part) for part in parts
-    ] == [3, 3]
+    assert any({5, 8} <= set(part.tolist()) for part in parts)
+    assert [len(part) for part in parts] == [3, 3]

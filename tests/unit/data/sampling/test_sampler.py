@@ -218,9 +218,8 @@ def test_changed_rates_hold_from_their_step_on_and_streams_go_on_where_they_were
     with_history(sampler, {5: [0.25, 0.75]}, every=5)
     before = np.concatenate([sampler.global_batch(step) for step in range(5)])
     after = np.concatenate([sampler.global_batch(step) for step in range(5, 10)])
-    assert np.bincount(groups[before]).tolist() == [30, 30] and np.bincount(
-        groups[after]
-    ).tolist() == [15, 45]
+    assert np.bincount(groups[before]).tolist() == [30, 30]
+    assert np.bincount(groups[after]).tolist() == [15, 45]
     # The second data set's 60 posts come once each before any comes again: 30, then 30 of the 45.
     counts = np.bincount(np.concatenate([before, after]), minlength=120)[60:]
     assert counts.sum() == 75 and counts.min() == 1 and counts.max() == 2

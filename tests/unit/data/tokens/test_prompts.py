@@ -91,9 +91,8 @@ def test_a_prompt_is_the_template_around_the_cleaned_post_with_an_end_token() ->
     wording = Wording(TOKENIZER, max_length=64, normalize=NormalizeConfig())
     found = wording.prompts(posts, POLARITY, asked=np.array([True, False]))
     social = TOKENIZER.decode(found[0])
-    assert social.startswith("polarity of the @user in: thanks @user ") and social.endswith(
-        " ? </s>"
-    )
+    assert social.startswith("polarity of the @user in: thanks @user ")
+    assert social.endswith(" ? </s>")
     assert "ann" not in social and len(found[1]) == 0 and not found.truncated.any()
     plain = Wording(TOKENIZER, max_length=64, normalize=None).prompts(
         posts, POLARITY, asked=np.array([True, False])
@@ -130,11 +129,9 @@ def test_a_long_post_loses_its_end_and_the_template_nothing(make: Any, slow: boo
             # Cut within a word, its rest may be other tokens than before: a few fewer fit.
             assert limit - (8 if slow else 3) <= len(ids) <= limit, (limit, text)
             shown = tokenizer.decode(ids, skip_special_tokens=True)
-            assert (
-                shown.startswith("aspect of: ")
-                and shown.endswith("?")
-                and ids[-1] == tokenizer.eos_token_id
-            )
+            assert shown.startswith("aspect of: ")
+            assert shown.endswith("?")
+            assert ids[-1] == tokenizer.eos_token_id
             kept = shown.removeprefix("aspect of: ").removesuffix("?").strip()
             assert text.startswith(kept) and ids[:before] == full[:before]
 
@@ -199,9 +196,8 @@ def test_cut_answers_and_posts_are_counted_in_the_report(tmp_path: Path) -> None
     corpus = load_corpus(
         recipe_of(tmp_path, aspect=TaskConfig(path=".", kind="text", prompt="of: {text}"))
     )
-    assert corpus.tasks[0].metric == "token_f1" and corpus.report.labels["aspect"]["train"] == {
-        "labelled": 4
-    }
+    assert corpus.tasks[0].metric == "token_f1"
+    assert corpus.report.labels["aspect"]["train"] == {"labelled": 4}
     task = replace(corpus.tasks[0], max_answer_length=6)
     config = DataConfig(max_length=20, cache=False)
     splits = {

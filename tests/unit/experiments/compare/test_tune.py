@@ -72,7 +72,8 @@ def test_each_arm_gets_its_own_best_value_from_runs_of_other_seeds(
         for rate in ("0.0001", "0.0003", "0.001")
     ]
     final = [f"dense.{RATE}_0.001", f"sigmoid.{RATE}_0.0003", "no_experts"]
-    assert failed == [] and ran == [
+    assert failed == []
+    assert ran == [
         *(f"{name}-s{seed}" for seed in (1000, 1001) for name in tuned),
         *(f"{name}-s{seed}" for seed in (0, 1) for name in final),
     ]

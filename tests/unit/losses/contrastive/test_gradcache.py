@@ -111,9 +111,8 @@ def test_the_second_pass_repeats_dropout_and_routing_of_the_first_and_counts_loa
     # Two views of one post differ under dropout.
     first = passes[-1][0]
     labelled = first.views["words"].norm(dim=1) > 0
-    assert labelled.any() and not torch.allclose(
-        first.views["words"][labelled], first.embeddings["words"][labelled]
-    )
+    assert labelled.any()
+    assert not torch.allclose(first.views["words"][labelled], first.embeddings["words"][labelled])
 
 
 def test_the_first_pass_keeps_embeddings_and_picks_alone():
@@ -135,12 +134,10 @@ def test_the_first_pass_keeps_embeddings_and_picks_alone():
             sum(tensor.numel() for tensor in held[: -len(answer.selected) - 1])
             <= (len(TASKS) + 1) * ROWS * 8
         )
-        assert (
-            not answer.logits
-            and not answer.routings
-            and answer.image_text is None
-            and not answer.attentions
-        )
+        assert not answer.logits
+        assert not answer.routings
+        assert answer.image_text is None
+        assert not answer.attentions
 
 
 def test_a_near_tie_between_experts_is_not_decided_another_way():
@@ -179,9 +176,8 @@ def test_a_micro_batch_without_posts_takes_part():
 def test_tags_of_different_lengths_are_joined():
     parts = [random_batch(rows=2, length=length, tasks=TASKS) for length in (5, 9)]
     joined = concatenated(parts)
-    assert (
-        joined.labels["words"].shape == (4, 9) and (joined.labels["words"][:2, 5:] == IGNORED).all()
-    )
+    assert joined.labels["words"].shape == (4, 9)
+    assert (joined.labels["words"][:2, 5:] == IGNORED).all()
     assert joined.row_ids_B.tolist() == [0, 1, 0, 1]
 
 

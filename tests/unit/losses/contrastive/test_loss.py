@@ -93,9 +93,8 @@ def test_a_learned_temperature_gets_the_exact_gradient_for_every_task():
     torch.testing.assert_close(
         loss.scales.log_scales_T.grad, log_scales.grad, atol=1e-12, rtol=1e-12
     )
-    assert terms["temperature/mood"] == pytest.approx(0.2) and terms[
-        "temperature/heat"
-    ] == pytest.approx(0.3)
+    assert terms["temperature/mood"] == pytest.approx(0.2)
+    assert terms["temperature/heat"] == pytest.approx(0.3)
 
 
 def test_a_task_without_rows_still_gives_its_temperature_a_gradient():
@@ -194,11 +193,9 @@ def test_a_batch_without_labels_still_gives_the_projection_a_gradient():
     loss = ContrastiveLoss((task,), ContrastiveConfig(), width=8, gather=contrastive.alone)
     total, _ = loss(model(batch), batch)
     total.backward()
-    assert (
-        total == 0
-        and model.projection.weight.grad is not None
-        and not model.projection.weight.grad.any()
-    )
+    assert total == 0
+    assert model.projection.weight.grad is not None
+    assert not model.projection.weight.grad.any()
 
 
 def test_the_gathers_are_reached_without_rows_and_the_backward_pass_has_none():

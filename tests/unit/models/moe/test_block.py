@@ -211,7 +211,8 @@ def test_a_mixture_is_what_autoep_looks_for():
         4,
         24,
         WIDTH,
-    ) and mixture.experts.down_proj.shape == (4, WIDTH, 12)
+    )
+    assert mixture.experts.down_proj.shape == (4, WIDTH, 12)
     owners = [
         name
         for name, module in mixture.named_modules()

@@ -30,11 +30,9 @@ def test_a_saved_tower_loads_reads_pictures_and_is_rebuilt_from_its_config(tmp_p
     tower = build_tower(VisionConfig(tower=str(save_tower(tmp_path, kind))))
     assert tower.inner.config.model_type == tower_config(kind)["model_type"]
     tokens = tower(pictures())
-    assert (
-        tokens.shape[0] == 3
-        and tokens.shape[2] == tower.width == 12
-        and tokens.dtype == torch.float32
-    )
+    assert tokens.shape[0] == 3
+    assert tokens.shape[2] == tower.width == 12
+    assert tokens.dtype == torch.float32
     torch.manual_seed(3)
     whole = AutoModel.from_config(TOWERS[kind]).eval()
     expected = getattr(whole, "vision_model", whole)(pixel_values=pictures()).last_hidden_state
@@ -137,6 +135,5 @@ def test_the_processor_is_that_of_the_tower_or_of_the_one_stream(tmp_path):
 def test_a_tower_is_a_module_whose_mode_follows_only_where_it_is_trained():
     inner = nn.Module()
     inner.config, inner.dropout = TOWERS["vit"], nn.Dropout(0.5)
-    assert (
-        not Tower(inner).train().inner.training and Tower(inner, train=True).train().inner.training
-    )
+    assert not Tower(inner).train().inner.training
+    assert Tower(inner, train=True).train().inner.training

@@ -185,11 +185,9 @@ def test_labels_are_found_in_natural_order() -> None:
 def test_targets_have_the_documented_shape_and_mark_what_is_missing() -> None:
     assert targets_of("single_label").tolist() == [0, IGNORED, 2, 1, 2]
     multi = targets_of("multi_label")
-    assert (
-        multi.dtype == torch.float32
-        and multi[0].tolist() == [1, 0, 1]
-        and multi[1].tolist() == [0, 0, 0]
-    )
+    assert multi.dtype == torch.float32
+    assert multi[0].tolist() == [1, 0, 1]
+    assert multi[1].tolist() == [0, 0, 0]
     assert multi[2].isnan().all()
     numbers = targets_of("regression")
     assert numbers.dtype == torch.float32 and numbers.shape == (5,) and numbers[2].isnan()
@@ -381,10 +379,8 @@ def test_rows_without_a_label_lose_nothing_and_still_give_a_gradient(
     (gradient,) = torch.autograd.grad(loss, logits)
     assert loss.item() == 0.0 and loss.dtype == torch.float32
     assert gradient.shape == logits.shape and not gradient.any() and gradient.isfinite().all()
-    assert (
-        rules.normalizer(targets, task).item() == 0.0
-        and rules.normalizer(targets, task).dtype == torch.float64
-    )
+    assert rules.normalizer(targets, task).item() == 0.0
+    assert rules.normalizer(targets, task).dtype == torch.float64
     assert not rules.labelled(targets).any()
 
 
@@ -411,9 +407,8 @@ def test_one_label_is_decoded_with_the_probability_of_each() -> None:
 def test_label_sets_are_decoded_at_one_half() -> None:
     logits = torch.tensor([[0.0, -0.1, math.log(3.0)], [-1.0, -1.0, -1.0]])
     first, second = KINDS["multi_label"].decode(shown(logits), TASKS["multi_label"])
-    assert first["labels"] == ["negative", "positive"] and first["scores"][
-        "positive"
-    ] == pytest.approx(0.75)
+    assert first["labels"] == ["negative", "positive"]
+    assert first["scores"]["positive"] == pytest.approx(0.75)
     assert second["labels"] == []
 
 
@@ -434,9 +429,8 @@ def test_a_number_is_decoded_and_scored_in_the_unit_of_the_labels(mean: float, s
 def test_words_are_decoded_as_tags_and_spans() -> None:
     words = [torch.tensor([[0.0, 9.0, 0.0], [0.0, 0.0, 9.0], [9.0, 0.0, 0.0]]), torch.zeros(0, 3)]
     first, second = KINDS["tags"].decode(shown(words), TASKS["tags"])
-    assert first["tags"] == ["B-PER", "I-PER", "O"] and first["scores"] == pytest.approx(
-        [1, 1, 1], abs=1e-3
-    )
+    assert first["tags"] == ["B-PER", "I-PER", "O"]
+    assert first["scores"] == pytest.approx([1, 1, 1], abs=1e-3)
     assert second == {"tags": [], "scores": []}
     assert tag_spans(first["tags"], ["Ada", "Lovelace", "wrote"]) == [
         {"type": "PER", "start": 0, "end": 2, "text": "Ada Lovelace"}

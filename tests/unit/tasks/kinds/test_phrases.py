@@ -53,9 +53,8 @@ def test_a_phrase_that_is_not_in_the_post_is_refused(phrase: str) -> None:
 def test_an_empty_text_is_a_missing_label_and_an_empty_list_says_that_there_is_none() -> None:
     assert PHRASES.parse("", PHRASE_TAGS) is None and PHRASES.parse([], PHRASE_TAGS) == []
     assert PHRASES.fitted([], ["a", "b"]) == [0, 0]
-    assert (
-        PHRASES.discover(["", None, "good"]) == PHRASE_TAGS and PHRASES.discover(["", None]) == ()
-    )
+    assert PHRASES.discover(["", None, "good"]) == PHRASE_TAGS
+    assert PHRASES.discover(["", None]) == ()
 
 
 @pytest.mark.parametrize("value", [3, [1], {"a": 1}])
@@ -176,7 +175,8 @@ def test_words_and_the_aspect_as_second_text_make_one_row_for_all_tasks(aspects:
         IGNORED,
     ]
     assert (batch.labels["opinion"][1] == IGNORED).all()
-    assert batch.labels["polarity"].tolist() == [0, 0] and batch.labels["implicit"].tolist() == [
+    assert batch.labels["polarity"].tolist() == [0, 0]
+    assert batch.labels["implicit"].tolist() == [
         0,
         1,
     ]

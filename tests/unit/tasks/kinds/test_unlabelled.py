@@ -44,12 +44,10 @@ def test_plain_posts_are_read_for_training_alone_and_need_no_label_column(tmp_pa
     corpus = corpus_of(tmp_path, mood=mood, plain=plain)
     train = corpus.splits["train"]
     assert corpus.report.posts["plain"] == {"train": 7} and "test" not in corpus.splits
-    assert (
-        train.labels["plain"].count(0) == 7 and train.labels["plain"].count(None) == len(train) - 7
-    )
-    assert corpus.tasks[1] == replace(PLAIN, name="plain") and not corpus.splits[
-        "validation"
-    ].labels["plain"].count(0)
+    assert train.labels["plain"].count(0) == 7
+    assert train.labels["plain"].count(None) == len(train) - 7
+    assert corpus.tasks[1] == replace(PLAIN, name="plain")
+    assert not corpus.splits["validation"].labels["plain"].count(0)
 
 
 def test_plain_posts_may_be_a_text_file(tmp_path: Path) -> None:
@@ -108,10 +106,8 @@ def test_a_step_without_plain_posts_gives_the_head_a_gradient_of_zero() -> None:
     objective = tiny_objective(tasks=TASKS).train()
     step = objective(batch_of(plain=0))
     step.loss.backward()
-    assert (
-        step.terms["contrastive/plain"] == 0
-        and not objective.model.heads[1].pooling.query.grad.any()
-    )
+    assert step.terms["contrastive/plain"] == 0
+    assert not objective.model.heads[1].pooling.query.grad.any()
 
 
 @pytest.mark.parametrize("contrastive", [True, False])
@@ -152,17 +148,14 @@ def test_an_export_answers_the_other_tasks(tmp_path: Path, route_by: str) -> Non
     scores = score(
         predictor, DataChoice(path=str(tmp_path / "rows.jsonl")), tasks=["mood"], progress=False
     )
-    assert scores.evaluation.metrics["mood"]["n"] == 2 and list(scores.evaluation.metrics) == [
-        "mood"
-    ]
+    assert scores.evaluation.metrics["mood"]["n"] == 2
+    assert list(scores.evaluation.metrics) == ["mood"]
     assert isinstance(predictor.collator, Collator)
 
 
 def test_a_card_does_not_mention_it(tmp_path: Path) -> None:
     export_tiny(tmp_path, tasks=TASKS)
     card = (tmp_path / "export" / "README.md").read_text(encoding="utf-8")
-    assert (
-        "| mood | single_label |" in card
-        and "unlabelled" not in card
-        and "2 tasks: mood, topic" in card
-    )
+    assert "| mood | single_label |" in card
+    assert "unlabelled" not in card
+    assert "2 tasks: mood, topic" in card

@@ -83,9 +83,8 @@ def test_when_all_are_broken_the_reasons_are_named(tmp_path: Path) -> None:
     assert said.startswith(
         f"{tmp_path}: no whole checkpoint is left (step-00000010: it has no manifest"
     )
-    assert "step-00000005: weights/model.safetensors has 40 bytes" in said and said.endswith(
-        "start the run anew."
-    )
+    assert "step-00000005: weights/model.safetensors has 40 bytes" in said
+    assert said.endswith("start the run anew.")
 
 
 def test_a_checkpoint_that_is_still_being_written_is_not_found(tmp_path: Path) -> None:

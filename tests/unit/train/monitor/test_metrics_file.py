@@ -65,9 +65,8 @@ def test_the_table_has_a_line_per_task_and_a_dash_where_nothing_was_measured():
     }
     table = format_results_table(metrics, [task("mood"), task("irony")])
     head, rule, mood, irony = table.splitlines()
-    assert head.split() == ["task", "metric", "validation", "test", "majority", "n"] and set(
-        rule
-    ) == {"-"}
+    assert head.split() == ["task", "metric", "validation", "test", "majority", "n"]
+    assert set(rule) == {"-"}
     assert mood.split() == ["mood", "macro_f1", "0.712", "0.600", "0.250", "20"]
     assert irony.split() == ["irony", "macro_f1", "0.500", "-", "-", "-"]
     assert len({len(line) for line in (head, rule, mood, irony)}) == 1

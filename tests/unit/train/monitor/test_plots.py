@@ -27,10 +27,8 @@ def test_a_loss_figure_has_a_panel_per_term_and_starts_with_the_whole():
     figure = loss_figure(curves, {"mood": [(2, 1.5)]})
     assert [panel.get_title() for panel in panels(figure)] == ["all terms", "mood"]
     assert figure.axes[0].lines[0].get_ydata().tolist() == [3.0, 2.0]
-    assert (
-        figure.axes[1].lines[-1].get_ydata().tolist() == [1.5]
-        and figure.axes[1].get_legend() is not None
-    )
+    assert figure.axes[1].lines[-1].get_ydata().tolist() == [1.5]
+    assert figure.axes[1].get_legend() is not None
 
 
 def test_a_metric_figure_draws_the_majority_baseline_where_there_is_one():

@@ -223,9 +223,8 @@ def test_precision_can_be_forced_from_the_file() -> None:
     settings = STAGE_2 | {"bf16": {"enabled": True}}
     assert plan_layout(recipe_of(), settings, world_size=1, gpu=False).bf16
     answer = filled(settings, world_size=1)
-    assert answer["bf16"] == {"enabled": True} and answer["data_types"] == {
-        "grad_accum_dtype": "fp32"
-    }
+    assert answer["bf16"] == {"enabled": True}
+    assert answer["data_types"] == {"grad_accum_dtype": "fp32"}
     settings = STAGE_2 | {"bf16": {"enabled": False}}
     assert not plan_layout(recipe_of(), settings, world_size=1, gpu=True).bf16
 
