@@ -1,4 +1,8 @@
-"""Type comoe's commands as a user does, each in its own process group, and look at what they leave behind."""
+"""Type comoe's commands as a user does, each in its own process group, and look at what they leave behind.
+
+Where the command itself is not what a test is about, ``train_in_ranks`` trains in forked ranks,
+which need not import the libraries: that takes longer than a short run.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +14,16 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import psutil
+
+from tests.helpers_ranks import run_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 SMOKE = "launch/configs/smoke.yaml"
@@ -143,6 +151,54 @@ def deepspeed(ranks: int, *, settings: str | Path = "zero2") -> list[str | Path]
         port = probe.getsockname()[1]
     words = f"--master_port {port} --num_accelerators {ranks} launch/train.py --deepspeed"
     return [command, *words.split(), path]
+
+
+def train_in_ranks(
+    ranks: int,
+    home: Path,
+    overrides: Sequence[str] = (),
+    *,
+    settings: str | None = None,
+    resume: Path | None = None,
+) -> str:
+    """Train the smoke recipe, or resume a run, in forked ranks; what rank 0 said on both streams.
+
+    Args:
+        ranks: number of them.
+        home: ``COMOE_HOME``.
+        overrides: ``key=value`` options.
+        settings: name in ``ds_configs/``; None is the run's own with ``resume``, else ZeRO 2.
+        resume: run folder.
+    """
+    request = {
+        "config": None if resume else ROOT / SMOKE,
+        "deepspeed": settings and ROOT / f"ds_configs/{settings}.json",
+        "overrides": [str(word) for word in overrides],
+        "resume": resume,
+    }
+    work = "tests.end_to_end.commands:train_here"
+    return run_ranks(work, ranks, timeout=TIMEOUT, request=request, home=str(home))[0]
+
+
+def train_here(request: dict[str, Any], home: str) -> str:
+    """What one forked rank runs."""
+    from comoe.train.run import Request, run_request
+
+    os.environ["COMOE_HOME"] = home
+    said = StringIO()
+    with redirect_stdout(said), redirect_stderr(said):
+        run_request(Request(**request))
+    return said.getvalue()
+
+
+def end_behind(run: Path, *, step: int) -> None:
+    """Leave a finished run as if it had been ended behind one of its checkpoints."""
+    for path in (run / "checkpoints").glob("step-*"):
+        if int(path.name.removeprefix("step-")) > step:
+            shutil.rmtree(path)
+    for left in ("results.json", "checkpoints/best.json"):
+        (run / left).unlink(missing_ok=True)
+    shutil.rmtree(run / "export")
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

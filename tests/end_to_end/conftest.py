@@ -1,12 +1,15 @@
-"""One cache folder and two finished runs, shared by all tests of this folder: a run takes longer than most tests."""
+"""One cache folder and two finished runs, shared by all tests of this folder and by all workers of pytest-xdist."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from tests.end_to_end.commands import EVENTFUL, SMOKE, Done, Terminal, deepspeed
 
@@ -20,9 +23,16 @@ class Finished:
 
 
 @pytest.fixture(scope="session")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all workers have."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+@pytest.fixture(scope="session")
+def home(shared: Path) -> Path:
     """``COMOE_HOME`` of all commands."""
-    return tmp_path_factory.mktemp("home")
+    return shared / "home"
 
 
 @pytest.fixture(scope="session")
@@ -39,23 +49,30 @@ def terminal(tmp_path: Path, home: Path) -> Iterator[Terminal]:
     opened.close()
 
 
+def run_once(runs: Path, train: Callable[[Path], Done]) -> Finished:
+    """A finished run of the smoke recipe; whoever asks first makes it, the others wait."""
+    said = runs.with_suffix(".json")
+    with FileLock(runs.with_suffix(".lock")):
+        if not said.exists():
+            done = train(runs)
+            assert done.code == 0, done.out + done.err
+            said.write_text(json.dumps(asdict(done)), encoding="utf-8")
+    return Finished(runs / "smoke", Done(**json.loads(said.read_text(encoding="utf-8"))))
+
+
 @pytest.fixture(scope="session")
-def smoke_run(tmp_path_factory: pytest.TempPathFactory, shared_terminal: Terminal) -> Finished:
+def smoke_run(shared: Path, shared_terminal: Terminal) -> Finished:
     """The smoke recipe as it is, six steps on two ranks."""
-    runs = tmp_path_factory.mktemp("runs")
-    done = shared_terminal.run(
-        *deepspeed(2), "--config", SMOKE, f"run.output_dir={runs}", "train.max_steps=6"
+    words = (*deepspeed(2), "--config", SMOKE, "train.max_steps=6")
+    return run_once(
+        shared / "runs", lambda runs: shared_terminal.run(*words, f"run.output_dir={runs}")
     )
-    assert done.code == 0, done.out + done.err
-    return Finished(runs / "smoke", done)
 
 
 @pytest.fixture(scope="session")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory, shared_terminal: Terminal) -> Path:
+def uninterrupted(shared: Path, shared_terminal: Terminal) -> Path:
     """Folder of a finished run under ``EVENTFUL`` on two ranks, which nothing disturbed."""
-    runs = tmp_path_factory.mktemp("uninterrupted")
-    done = shared_terminal.run(
-        *deepspeed(2), "--config", SMOKE, f"run.output_dir={runs}", *EVENTFUL
-    )
-    assert done.code == 0, done.out + done.err
-    return runs / "smoke"
+    words = (*deepspeed(2), "--config", SMOKE, *EVENTFUL)
+    return run_once(
+        shared / "uninterrupted", lambda runs: shared_terminal.run(*words, f"run.output_dir={runs}")
+    ).folder

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import sys
 from pathlib import Path
 
 import pytest
 
 from comoe.inference.predictor import Predictor
-from tests.end_to_end.commands import Terminal, losses, read_lines, train_lines
+from tests.end_to_end.commands import Terminal, end_behind, losses, read_lines, train_lines
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.one_core]
 
@@ -50,17 +48,11 @@ def test_heads_label_words_and_text_train_evaluate_resume_export_and_predict_tog
     whole = losses(run)
     assert len(whole) == 4
 
-    # As if it had been ended behind its first checkpoint.
-    shutil.rmtree(run / "checkpoints" / "step-00000004")
-    for left in ("results.json", "checkpoints/best.json"):
-        os.remove(run / left)
-    shutil.rmtree(run / "export")
+    end_behind(run, step=2)
     refused = terminal.run(*typed[:2], "--resume", run, "tasks.polarity.labels=[positive,negative]")
-    assert (
-        refused.code == 2
-        and "tasks.polarity.labels is" in refused.said
-        and "begin a new run" in refused.said
-    )
+    assert refused.code == 2
+    assert "tasks.polarity.labels is" in refused.said
+    assert "begin a new run" in refused.said
     again = terminal.run(*typed[:2], "--resume", run)
     assert again.code == 0 and f"resuming {run} at step 2" in again.out, again.said
     assert losses(run) == whole

@@ -1,4 +1,4 @@
-"""Ranks, expert parallelism and ZeRO stage change nothing: by the commands, from the first loss to the export."""
+"""Ranks, expert parallelism and ZeRO stage change nothing, from the first loss to the export."""
 
 from __future__ import annotations
 
@@ -10,7 +10,15 @@ import numpy as np
 import pytest
 
 from comoe.inference.predictor import Predictor
-from tests.end_to_end.commands import SMOKE, TASKS, Terminal, deepspeed, losses, read_lines
+from tests.end_to_end.commands import (
+    SMOKE,
+    TASKS,
+    Terminal,
+    deepspeed,
+    losses,
+    read_lines,
+    train_in_ranks,
+)
 
 pytestmark = pytest.mark.end_to_end
 
@@ -40,9 +48,11 @@ def one_process(tmp_path_factory: pytest.TempPathFactory, shared_terminal: Termi
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory: pytest.TempPathFactory, shared_terminal: Terminal) -> Path:
+def two_ranks(tmp_path_factory: pytest.TempPathFactory, home: Path) -> Path:
     """Two ranks that share the experts, ZeRO 3: what is hardest to put together again."""
-    return train(shared_terminal, tmp_path_factory.mktemp("two"), *deepspeed(2, settings="zero3"))
+    runs = tmp_path_factory.mktemp("two")
+    train_in_ranks(2, home, [f"run.output_dir={runs}", *COMMON], settings="zero3")
+    return runs / "smoke"
 
 
 def test_one_process_has_one_rank(one_process: Path) -> None:
@@ -56,24 +66,17 @@ def test_two_ranks_with_zero_3_have_the_losses_of_one_process(
     np.testing.assert_allclose(losses(two_ranks), losses(one_process), rtol=1e-5)
 
 
-def test_four_ranks_in_two_expert_groups_have_the_losses_of_one_process(
-    one_process: Path, tmp_path: Path, terminal: Terminal
-) -> None:
-    run = train(terminal, tmp_path, *deepspeed(4, settings="zero1"), "parallel.ep_size=2")
-    assert layout_of(run) == (4, 2, 1)
-    np.testing.assert_allclose(losses(run), losses(one_process), rtol=1e-5)
-
-
-def test_the_papers_gate_on_two_ranks_has_the_losses_of_one_rank(
-    tmp_path: Path, terminal: Terminal
+def test_the_papers_gate_on_four_ranks_in_two_expert_groups_has_the_losses_of_one_rank(
+    tmp_path: Path, terminal: Terminal, home: Path
 ) -> None:
     # The other half of the README's commands: the launcher without a number of ranks is one rank on
     # a CPU.
-    (tmp_path / "one").mkdir()
     alone = train(terminal, tmp_path / "one", *without_number(deepspeed(1)), *PAPER)
-    both = train(terminal, tmp_path / "two", *deepspeed(2), *PAPER)
-    assert layout_of(alone) == (1, 1, 2) and layout_of(both) == (2, 2, 2)
-    np.testing.assert_allclose(losses(both), losses(alone), rtol=1e-5)
+    words = [f"run.output_dir={tmp_path / 'four'}", *COMMON, *PAPER, "parallel.ep_size=2"]
+    train_in_ranks(4, home, words, settings="zero1")
+    four = tmp_path / "four" / "smoke"
+    assert layout_of(alone) == (1, 1, 2) and layout_of(four) == (4, 2, 1)
+    np.testing.assert_allclose(losses(four), losses(alone), rtol=1e-5)
 
 
 def without_number(words: list[str | Path]) -> list[str | Path]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from tests.end_to_end.commands import (
     losses,
     processes_of,
     read_lines,
+    train_in_ranks,
     train_lines,
     wait_for,
 )
@@ -33,6 +33,8 @@ pytestmark = pytest.mark.end_to_end
 
 KILLED_AT = 6
 STOPPED_AT = 5
+BUCKET = 12_345_678
+"""Value in a DeepSpeed file that no other has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,15 +48,14 @@ class Resumed:
     """What the second sitting said."""
 
 
-def start(terminal: Terminal, runs: Path):
-    return terminal.start(*deepspeed(2), "--config", SMOKE, f"run.output_dir={runs}", *EVENTFUL)
+def start(terminal: Terminal, runs: Path, settings: str | Path = "zero2"):
+    words = deepspeed(2, settings=settings)
+    return terminal.start(*words, "--config", SMOKE, f"run.output_dir={runs}", *EVENTFUL)
 
 
-def resume(terminal: Terminal, folder: Path) -> str:
-    # An override after --resume, one that changes nothing: the place is allowed.
-    done = terminal.run(*deepspeed(2), "--resume", folder, "run.verbose=false")
-    assert done.code == 0, done.out + done.err
-    return done.out
+def resume(home: Path, folder: Path) -> str:
+    # An override beside the run, one that changes nothing: it is allowed.
+    return train_in_ranks(2, home, ["run.verbose=false"], resume=folder)
 
 
 def validations(run: Path) -> list[dict[str, Any]]:
@@ -66,7 +67,9 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 @pytest.fixture(scope="module")
-def killed(tmp_path_factory: pytest.TempPathFactory, shared_terminal: Terminal) -> Resumed:
+def killed(
+    tmp_path_factory: pytest.TempPathFactory, shared_terminal: Terminal, home: Path
+) -> Resumed:
     """kill -9 of everything; then the newest checkpoint is cut short too, as if the disk had been full."""
     runs = tmp_path_factory.mktemp("killed")
     folder = runs / "smoke"
@@ -80,17 +83,20 @@ def killed(tmp_path_factory: pytest.TempPathFactory, shared_terminal: Terminal) 
     *_, before, newest = checkpoints(folder)
     weights = newest / "weights" / "model.safetensors"
     os.truncate(weights, weights.stat().st_size // 2)
-    return Resumed(folder, int(before.name.removeprefix("step-")), resume(shared_terminal, folder))
+    return Resumed(folder, int(before.name.removeprefix("step-")), resume(home, folder))
 
 
 @pytest.fixture(scope="module")
 def stopped(
-    tmp_path_factory: pytest.TempPathFactory, shared_terminal: Terminal
-) -> Iterator[Resumed]:
-    """SIGTERM to the ``deepspeed`` command alone, as a scheduler sends it."""
+    tmp_path_factory: pytest.TempPathFactory, shared_terminal: Terminal, home: Path
+) -> Resumed:
+    """SIGTERM to the ``deepspeed`` command alone, as a scheduler sends it; the run has settings of its own."""
     runs = tmp_path_factory.mktemp("stopped")
     folder = runs / "smoke"
-    typed = start(shared_terminal, runs)
+    own = json.loads((ROOT / "ds_configs/zero2.json").read_text(encoding="utf-8"))
+    own["zero_optimization"]["allgather_bucket_size"] = BUCKET
+    (runs / "own.json").write_text(json.dumps(own), encoding="utf-8")
+    typed = start(shared_terminal, runs, runs / "own.json")
     wait_for(lambda: max(train_lines(folder), default=0) >= STOPPED_AT, what=f"step {STOPPED_AT}")
     typed.process.send_signal(signal.SIGTERM)
     typed.process.wait(60)
@@ -101,11 +107,10 @@ def stopped(
     assert newest.name == f"step-{last:08d}" and not whats_wrong(newest), (
         "the last step was not saved"
     )
-    assert f"stopping at step {last}" in typed.output(
-        "out"
-    ) and f"--resume {folder}" in typed.output("out")
+    assert f"stopping at step {last}" in typed.output("out")
+    assert f"--resume {folder}" in typed.output("out")
     assert "Traceback" not in typed.output("err")
-    yield Resumed(folder, last, resume(shared_terminal, folder))
+    return Resumed(folder, last, resume(home, folder))
 
 
 def test_control_c_saves_and_leaves_no_process_behind(tmp_path: Path, terminal: Terminal) -> None:
@@ -125,9 +130,8 @@ def test_control_c_saves_and_leaves_no_process_behind(tmp_path: Path, terminal: 
     )
     # Why it stops depends on who was faster: the signal, its echo by the launcher, or the end of
     # the command.
-    assert (
-        f"stopping at step {last} (" in done.said and f"--resume {tmp_path / 'smoke'}" in done.said
-    )
+    assert f"stopping at step {last} (" in done.said
+    assert f"--resume {tmp_path / 'smoke'}" in done.said
     # DeepSpeed's runner shows where it was interrupted; our ranks do not.
     assert "launch/train.py" not in done.said and f"{ROOT / 'comoe'}/" not in done.err
 
@@ -206,12 +210,19 @@ def test_a_resumed_run_ends_with_results_over_all_its_posts(
 
 
 def test_a_checkpoint_that_was_cut_short_is_passed_over_and_said(killed: Resumed) -> None:
-    warning = next(line for line in killed.out.splitlines() if line.startswith("warning: "))
-    assert "weights/model.safetensors has" in warning and "bytes instead of" in warning
+    (warning,) = [
+        line for line in killed.out.splitlines() if "weights/model.safetensors has" in line
+    ]
+    assert warning.startswith("warning: ") and "bytes instead of" in warning
     assert warning.endswith(f"; using step-{killed.restored:08d} instead.")
     assert all(not whats_wrong(path) for path in checkpoints(killed.folder)), (
         "a broken checkpoint was kept"
     )
+
+
+def test_a_resume_takes_the_deepspeed_file_of_the_run(stopped: Resumed) -> None:
+    settings = json.loads((stopped.folder / "ds_config.json").read_text(encoding="utf-8"))
+    assert settings["zero_optimization"]["allgather_bucket_size"] == BUCKET
 
 
 def test_resuming_a_finished_run_succeeds_and_does_nothing(
@@ -224,8 +235,9 @@ def test_resuming_a_finished_run_succeeds_and_does_nothing(
 
     before = kept()
     lines = train_lines(uninterrupted)
-    out = resume(shared_terminal, uninterrupted)
-    assert f"{uninterrupted} is finished (all steps done, step {STEPS}); nothing to do." in out
-    assert "task      metric" in out, "the table is shown again"
+    done = shared_terminal.run(*deepspeed(2), "--resume", uninterrupted, "run.verbose=false")
+    assert done.code == 0, done.out + done.err
+    finished = f"{uninterrupted} is finished (all steps done, step {STEPS}); nothing to do."
+    assert finished in done.out and "task      metric" in done.out, "the table is shown again"
     assert train_lines(uninterrupted) == lines
     assert kept() == before

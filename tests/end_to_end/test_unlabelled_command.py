@@ -1,4 +1,4 @@
-"""Plain posts, tags as views, a queue and a learned temperature in one run on two ranks, from command to answers."""
+"""Plain posts, tags as views, a queue and a learned temperature in one run on two ranks, from recipe to predictions."""
 
 from __future__ import annotations
 
@@ -8,24 +8,23 @@ from pathlib import Path
 import pytest
 
 from comoe.inference.predictor import Predictor
-from tests.end_to_end.commands import SMOKE, TASKS, Terminal, deepspeed, read_lines, train_lines
+from tests.end_to_end.commands import TASKS, read_lines, train_in_ranks, train_lines
 
 pytestmark = pytest.mark.end_to_end
 
 
 def test_a_recipe_with_plain_posts_trains_evaluates_predicts_and_exports(
-    terminal: Terminal, tmp_path: Path
+    tmp_path: Path, home: Path
 ) -> None:
     rows = [json.dumps({"text": f"plain post about thing {number}"}) for number in range(300)]
     (tmp_path / "plain.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
-    done = terminal.run(
-        *deepspeed(2), "--config", SMOKE, f"run.output_dir={tmp_path}", "train.max_steps=3", "train.batch_size=64",
+    words = (
+        f"run.output_dir={tmp_path}", "train.max_steps=3", "train.batch_size=64",
         "tasks.plain.kind=unlabelled", f"tasks.plain.path={tmp_path / 'plain.jsonl'}",
         "tasks.mentions.contrastive=true", "loss.contrastive.queue_size=40",
         "loss.contrastive.learn_temperature=true",
     )  # fmt: skip
-    assert done.code == 0, done.out + done.err
-    assert "data set plain: 300 train\n" in done.said
+    assert "data set plain: 300 train\n" in train_in_ranks(2, home, words)
     for line in train_lines(tmp_path / "smoke").values():
         assert set(line["tasks"]) == {*TASKS, "plain"}
         assert all(
