@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -37,8 +38,14 @@ from comoe.benchmarks.workload import (
 )
 from comoe.models.moe.gate import SigmoidGate, SoftmaxGate
 from tests.helpers_model import tiny_model
+from tests.helpers_ranks import run_ranks
 
 SMOKE = str(ROOT / "launch/configs/smoke.yaml")
+
+
+def run_forked(function: str, world_size: int, **arguments: Any) -> Any:
+    """``run_on_ranks`` without the imports of fresh processes; two tests start those."""
+    return json.loads(json.dumps(run_ranks(function, world_size, **arguments)[0]))
 
 
 def test_the_update_of_experts_is_measured_against_a_dense_block(tmp_path, monkeypatch):
@@ -204,7 +211,7 @@ def test_a_rank_that_fails_is_an_error_with_its_last_words():
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_the_layers_are_measured_on_real_ranks(ranks):
     size = dict(model_width=32, expert_width=16, tokens=64, top_k=2, rounds=2, alone=ranks == 1)
-    measured = run_on_ranks(
+    measured = run_forked(
         "comoe.benchmarks.experts:measure", ranks, config=SMOKE, experts=[8, 16], **size
     )
     expected = {
@@ -216,10 +223,8 @@ def test_the_layers_are_measured_on_real_ranks(ranks):
     assert expected | {"dense", "block/posts/8", "step of native/16"} <= measured["times"].keys()
     assert ("reference/posts/8" in measured["times"]) == (ranks == 1)
     assert all(value > 0 for name in expected for value in measured["times"][name])
-    assert (
-        all(0 < share["value"] < 1 for share in measured["shares"].values())
-        and len(measured["shares"]) == 4 - 2 * ranks
-    )
+    assert all(0 < share["value"] < 1 for share in measured["shares"].values())
+    assert len(measured["shares"]) == 4 - 2 * ranks
     assert "generated posts" in measured["notes"][1]
     assert Size(experts=(8, 16), **size).rounds == 2
 
@@ -227,7 +232,7 @@ def test_the_layers_are_measured_on_real_ranks(ranks):
 @pytest.mark.multiprocess
 def test_routing_by_task_is_measured_with_and_without_the_fan_out():
     size = {"layers": ["top-1"], "posts": 4, "rounds": 1}
-    measured = run_on_ranks("comoe.benchmarks.routing:measure", 1, config=SMOKE, **size)
+    measured = run_forked("comoe.benchmarks.routing:measure", 1, config=SMOKE, **size)
     assert len(measured["times"]["top-1"]) == 6
     assert all(seconds > 0 for times in measured["times"]["top-1"].values() for seconds in times)
 
@@ -248,9 +253,8 @@ def test_every_form_of_the_contrastive_loss_is_timed_and_its_memory_measured(mon
         "time_over_local_1024",
         "time_over_full_1024_one_rank",
     } <= figures.keys()
-    assert (
-        figures["wire_over_gather_grad"] == 0.5 and "wire_over_gather_grad" not in report.missed()
-    )
+    assert figures["wire_over_gather_grad"] == 0.5
+    assert "wire_over_gather_grad" not in report.missed()
     # Resident memory of a small case: what the process held before is used again, so only the order
     # is sure.
     assert 0.4 < figures["full_measured_over_computed"] < 2
@@ -300,14 +304,13 @@ def test_tables_of_any_encoder_are_no_arithmetic(family, expected):
         for name, weight in encoder.named_parameters()
         if name.split(".")[-2].endswith(expected)
     ]
-    assert looked_up(encoder) == sum(weight.numel() for weight in tables) and len(tables) == len(
-        expected
-    )
+    assert looked_up(encoder) == sum(weight.numel() for weight in tables)
+    assert len(tables) == len(expected)
 
 
 @pytest.mark.multiprocess
 def test_monitoring_is_timed_inside_a_run():
-    measured = run_on_ranks("comoe.benchmarks.training:measure_monitoring", 1, config=SMOKE)
+    measured = run_forked("comoe.benchmarks.training:measure_monitoring", 1, config=SMOKE)
     assert 0 < measured["share"]["value"] < 1 and measured["share"]["rounds"] == 40
     assert 0 < measured["evaluation_share"]["value"] < 1
 
@@ -315,7 +318,7 @@ def test_monitoring_is_timed_inside_a_run():
 @pytest.mark.multiprocess
 def test_whole_steps_of_comoe_and_of_the_trainer_take_turns(monkeypatch):
     monkeypatch.setenv("COMOE_BF16", "1")
-    measured = run_on_ranks(
+    measured = run_forked(
         "comoe.benchmarks.training:measure_steps",
         1,
         config=SMOKE,
@@ -339,7 +342,7 @@ def test_precisions_take_turns_and_layouts_whole_starts(monkeypatch):
         starts.append((ranks, threads))
         if function.endswith("measure_alone"):
             return [float(ranks)] * 3
-        return run_on_ranks(function, ranks, **arguments)
+        return run_forked(function, ranks, **arguments)
 
     monkeypatch.setattr(precision, "run_on_ranks", start)
     report = Measurements("train", {})
