@@ -68,7 +68,7 @@ def tiny_recipe(
             encoder="some/encoder",
             dropout=0.1,
             projection_width=8,
-            moe=moe_config(route_by=route_by),
+            moe=moe_config(route_by=route_by, task_prior=1.5 * (route_by == "both")),
         ),
         data=DataConfig(max_length=max_length, normalize=NormalizeConfig()),
         tasks={

@@ -46,10 +46,11 @@ class MoeConfig:
     """Experts per layer; 0 leaves the encoder without experts."""
     top_k: Count = 2
     """Experts per token, 1 to ``num_experts``."""
-    gate: Literal["sigmoid", "softmax", "uniform"] = "sigmoid"
-    """sigmoid (experts cooperate), softmax (they compete;
-    the ablation), or uniform (all experts in turn, whatever the token: only for measuring
-    speed)."""
+    gate: Literal["sigmoid", "softmax", "random", "uniform"] = "sigmoid"
+    """sigmoid (experts cooperate), softmax (they compete; the ablation), random (AdaMix: in training a
+    post goes through one expert of each layer, drawn anew in each step; evaluations and exports have
+    one block, the mean of the experts), or uniform (all experts in turn, whatever the token: only for
+    measuring speed)."""
     route_by: Literal["token", "task", "both"] = "token"
     """What the gate sees: token, task, or both. With task and both a post becomes one row per
     labelled task."""
@@ -74,6 +75,11 @@ class MoeConfig:
     """Selected experts whose score is below this add nothing (never the best one); 0 is off."""
     task_embedding_width: Count = option(64, read_when="model.moe.route_by = task or both")
     """Width of the task embedding that ``route_by: task | both`` reads."""
+    task_prior: NotNegative | Literal["own"] = 0.0
+    """Experts that lean to a task: they are dealt to the tasks in turn (expert e to task e modulo the
+    number of tasks), and those of its task have this much more in a token's logits, throughout the
+    run. own: a task sees its own experts and the shared one alone. 0 is off; ``route_by`` task or
+    both."""
     gate_scale: Positive | Literal["auto"] = "auto"
     """Factor of the gate's weights, which sum to 1. auto: selected experts weigh 1 on average at
     the start, so that the experts of a token learn as fast as one dense block of their total width:
@@ -132,6 +138,11 @@ class ModelConfig:
     """Builds an encoder of this hidden width with random weights: tokenizer, family, number of
     layers and width of an attention head are those of ``model.encoder``, the feed-forward is as many
     times wider as there; null takes the pre-trained weights."""
+    start_from: Given | None = None
+    """Folder of an export of comoe that this run starts from: its encoder, the heads of tasks with the
+    same name, kind and labels, and its experts. The blocks of a run with one dense block per layer
+    (``moe.num_experts: 1``) become experts: ``moe.top_k`` of them, with the shared one, have its
+    hidden units (arXiv:2212.05055). null starts from the pre-trained encoder alone."""
     dropout: Share | None = None
     """Sets every dropout of encoder, experts and heads; null keeps the encoder's own and 0.1 in the
     heads."""
@@ -587,6 +598,10 @@ class TrainConfig:
     """Adam's epsilon."""
     momentum: Share = option(0.0, read_when="train.optimizer = sgd")
     """Momentum of sgd."""
+    average_weights: Share = 0.0
+    """Decay of a moving average of the weights over the steps, which evaluations, the choice of the
+    best checkpoint, and exports use: 0.99 looks back on about 100 steps (the mean of all steps until
+    there are so many). 0 is off."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     """linear, cosine, or constant, after the warm-up."""
     warmup_fraction: Share = 0.06

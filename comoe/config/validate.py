@@ -19,6 +19,8 @@ UNLABELLED = "unlabelled"
 """The kind of task without labels."""
 BY_GRADIENTS = ("gradnorm", "pcgrad", "cagrad")
 """Weightings that read each task's gradient by the last shared states."""
+DRAWN = ("random",)
+"""Gates that draw experts at random."""
 BY_TEMPERATURE = ("temperature", "progress")
 """Mixings that read ``data.mixing_temperature``."""
 Broken = Iterator[tuple[str, str]]
@@ -124,10 +126,45 @@ def _experts(recipe: Recipe) -> Broken:
         every = f"top_k = num_experts = {E}, so every expert runs for every token"
         rule = "set model.moe.balance to none"
         yield "model.moe.balance", f"({moe.balance}) has nothing to balance: {every}; {rule}."
+    if E and moe.gate in DRAWN:
+        yield from _random_gate(recipe)
+    if E and moe.task_prior:
+        yield from _task_prior(recipe)
     if isinstance(ep_size, int) and E % ep_size:
         sizes = [size for size in range(1, E + 1) if E % size == 0]
         rule = f"must divide model.moe.num_experts ({E}); set it to auto or one of {sizes}"
         yield "parallel.ep_size", f"({ep_size}) {rule}."
+
+
+def _random_gate(recipe: Recipe) -> Broken:
+    moe = recipe.model.moe
+    drawn = "draws one expert for each post, whatever router and balance say"
+    wanted = {
+        "model.moe.top_k": (moe.top_k, 1),
+        "model.moe.route_by": (moe.route_by, "token"),
+        "model.moe.balance": (moe.balance, "none"),
+        "loss.balance_weight": (recipe.loss.balance_weight, 0),
+        "loss.z_weight": (recipe.loss.z_weight, 0),
+        "loss.task_separation_weight": (recipe.loss.task_separation_weight, 0),
+    }
+    for key, (value, only) in wanted.items():
+        if value != only:
+            yield key, f"is {value}, but model.moe.gate {moe.gate} {drawn}; make it {only}."
+    for name, task in recipe.tasks.items():
+        if task.kind in BY_DECODER:
+            rule = f"is predicted by a decoder, where model.moe.gate {moe.gate} draws nothing; choose another gate"
+            yield f"tasks.{name}.kind", f"({task.kind}) {rule}."
+
+
+def _task_prior(recipe: Recipe) -> Broken:
+    moe, tasks = recipe.model.moe, len(recipe.tasks)
+    if moe.route_by == "token":
+        rule = "but a gate that is routed by token does not know the task; set model.moe.route_by to task or both"
+        yield "model.moe.task_prior", f"is {moe.task_prior}, {rule}, or make it 0."
+    if moe.task_prior == "own" and (moe.num_experts % tasks or moe.num_experts < moe.top_k * tasks):
+        rule = f"wants as many experts for each of the {tasks} tasks, at least model.moe.top_k ({moe.top_k})"
+        given = f"set model.moe.num_experts ({moe.num_experts}) to a multiple of {tasks}"
+        yield "model.moe.task_prior", f"(own) {rule}; {given}, at least {moe.top_k * tasks}."
 
 
 def _encoder(recipe: Recipe) -> Broken:

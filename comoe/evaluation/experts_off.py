@@ -16,7 +16,8 @@ from comoe.evaluation.evaluate import higher_is_better, take_rows
 from comoe.evaluation.tables import in_columns, marked
 from comoe.models.model import MultiTaskModel
 from comoe.models.moe.block import CooperativeBlock
-from comoe.models.moe.gate import PendingRoute, TopKGate
+from comoe.models.moe.gate import TopKGate
+from comoe.models.moe.router import PendingRoute
 from comoe.tasks.kinds.base import PostOutput
 from comoe.tasks.task import Task
 from comoe.types import Routing
@@ -39,13 +40,17 @@ class InTurn:
     gate: TopKGate
 
     def __call__(
-        self, logits_SE: Tensor, balance_bias_E: Tensor, selected_Sk: Tensor | None = None
+        self,
+        logits_SE: Tensor,
+        balance_bias_E: Tensor,
+        selected_Sk: Tensor | None = None,
+        own_SE: Tensor | None = None,
     ) -> Routing:
-        """Token s goes to the k experts from number s * k on, modulo E.
+        """Token s goes to the k experts from number s * k on, modulo E, whosever they are.
 
         A token's weights sum to what they sum to as trained: only the choice is taken away.
         """
-        routing = self.gate(logits_SE, balance_bias_E, selected_Sk)
+        routing = self.gate(logits_SE, balance_bias_E, selected_Sk, own_SE)
         (S, E), k = logits_SE.shape, routing.indices_Sk.shape[1]
         places_Sk = torch.arange(S * k, device=logits_SE.device).view(S, k)
         indices_Sk = places_Sk % E

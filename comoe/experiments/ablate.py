@@ -24,7 +24,7 @@ from comoe.evaluation.experts_off import CONDITIONS, IN_TURN, OFF, pending_route
 from comoe.experiments.finished_run import load_trained
 from comoe.inference.score import score_split
 from comoe.models.moe.block import CooperativeBlock
-from comoe.models.moe.gate import TopKGate, select_experts
+from comoe.models.moe.gate import TopKGate, restricted, select_experts
 from comoe.types import Routing
 
 REMOVED_LOGIT = -1e30
@@ -39,9 +39,13 @@ class GateWithout:
     expert: int
 
     def __call__(
-        self, logits_SE: Tensor, balance_bias_E: Tensor, selected_Sk: Tensor | None = None
+        self,
+        logits_SE: Tensor,
+        balance_bias_E: Tensor,
+        selected_Sk: Tensor | None = None,
+        own_SE: Tensor | None = None,
     ) -> Routing:
-        """Route S tokens to the other experts; where all experts run, the removed one has weight 0."""
+        """Route S tokens to the other experts; where all that a token sees run, the removed one has weight 0."""
         gate = self.gate
         removed_E = torch.arange(logits_SE.shape[1], device=logits_SE.device) == self.expert
         # Masked before the softmax, which then gives its share to the others; then its own score.
@@ -50,8 +54,7 @@ class GateWithout:
         bias_E = balance_bias_E.masked_fill(removed_E, -torch.inf)
         return select_experts(
             logits_SE,
-            scores_SE,
-            bias_E,
+            *restricted(scores_SE, bias_E, own_SE),
             gate.top_k,
             gate.cooperation_threshold,
             selected_Sk,

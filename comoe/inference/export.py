@@ -38,6 +38,8 @@ from comoe.inference.checkpoint_folder import (
 )
 from comoe.inference.model_card import model_card
 from comoe.models.model import MultiTaskModel, build_model
+from comoe.models.moe.gate import GATES
+from comoe.models.moe.router import build_gate
 from comoe.tasks.task import Task
 
 FORMAT_VERSION = 1
@@ -98,6 +100,13 @@ def read_export_config(folder: Path) -> dict[str, Any]:
             f"this one."
         )
     return config
+
+
+def recipe_of_export(config: Mapping[str, Any]) -> Recipe:
+    """The recipe's part of an export's ``config.json``: ``model``, and of ``data`` what concerns reading."""
+    saved = {"model": config["model"], "data": config["data"]}
+    keep_old_meanings(saved)
+    return recipe_from_dict(saved)
 
 
 def fill_in(model: nn.Module, weights: Mapping[str, Tensor], *, place: Path) -> None:
@@ -216,6 +225,7 @@ def export_model(
         raise ValueError(
             f"{folder} exists and is not an export of comoe; choose another folder, or remove it first."
         )
+    recipe, state_dict = _averaged(recipe, state_dict)
     config = _config(recipe, tasks, encoder_config, tower_config)
     config["image_column"] = image_processor and column_in_training(recipe.tasks.values())
     aside = folder.with_name(f".{folder.name}.part")
@@ -254,9 +264,7 @@ def load_exported(folder: str | Path) -> Exported:
     folder = Path(folder)
     config = read_export_config(folder)
     tasks = tuple(Task.from_dict(plain) for plain in config["tasks"])
-    saved = {"model": config["model"], "data": config["data"]}
-    keep_old_meanings(saved)
-    recipe = recipe_from_dict(saved)
+    recipe = recipe_of_export(config)
     model = build_model(
         recipe.model,
         tasks,
@@ -336,6 +344,26 @@ def export_checkpoint(path: str | Path, out: str | Path, *, which: str = "best")
     return checkpoint
 
 
+def _averaged(
+    recipe: Recipe, state_dict: Mapping[str, Tensor]
+) -> tuple[Recipe, Mapping[str, Tensor]]:
+    """Recipe and weights with the mean in the place of experts that training drew from; others as they are."""
+    moe = recipe.model.moe
+    if not moe.num_experts or not GATES[moe.gate].draws:
+        return recipe, state_dict
+    scale = build_gate(moe, model_width=1).scale
+    weights = dict(state_dict)
+    for name, weight in state_dict.items():
+        if ".block.mixture.gate." in name:
+            weights[name] = weight[:1]
+        elif ".block.mixture.experts." in name:
+            mean = weight.mean(dim=0, keepdim=True)
+            weights[name] = scale * mean if name.endswith("down_proj") else mean
+    one = {"num_experts": 1, "gate": "sigmoid", "gate_scale": 1.0, "cooperation_threshold": 0.0}
+    model = dataclasses.replace(recipe.model, moe=dataclasses.replace(moe, **one))
+    return dataclasses.replace(recipe, model=model), weights
+
+
 def _config(
     recipe: Recipe,
     tasks: Sequence[Task],
@@ -345,6 +373,7 @@ def _config(
     model = dataclasses.asdict(recipe.model)
     # The paths of the machine that trained are of no use to others.
     model["encoder"] = base_model(recipe.model.encoder)
+    model["start_from"] = None
     if recipe.model.vision.tower is not None:
         model["vision"]["tower"] = base_model(recipe.model.vision.tower)
     return {

@@ -22,7 +22,7 @@ from comoe.losses.routing import BalanceLoss, TaskSeparationLoss, ZLoss
 from comoe.losses.weighting.gradient_surgery import gram_over_ranks, shared_gradients
 from comoe.losses.weighting.strategies import WEIGHTINGS
 from comoe.models.model import MultiTaskModel, build_model
-from comoe.models.moe.gate import build_gate
+from comoe.models.moe.router import build_gate
 from comoe.tasks.task import Task, decoder_tasks
 from comoe.types import (
     IGNORED,
@@ -178,6 +178,7 @@ class Objective(nn.Module):
         self.names = [task.name for task in tasks]
         self.r_drop_weight = loss.r_drop_weight
         self.first_steps = range(loss.contrastive.first_steps)
+        model.holder.seed = seed
         self.weighting = WEIGHTINGS[loss.weighting](self.tasks, loss)
         decoded = bool(decoder_tasks(tasks))
         assert not (decoded and self.weighting.reads_gradients), "the recipe's rules refuse it"
@@ -361,11 +362,15 @@ class Objective(nn.Module):
         return torch.stack(losses)
 
     def _again(self, batch: Batch, *, repeats: bool) -> ModelOutput:
-        """The second pass of R-Drop, under other dropout."""
+        """The second pass of R-Drop, under other dropout and, of a gate that draws, other experts."""
         # As for the terms below: the first passes of GradCache did not run it.
         devices = [batch.input_ids_BL.device] if batch.input_ids_BL.is_cuda else []
-        with torch.random.fork_rng(devices, enabled=repeats):
-            return self.model(batch, compare=False)
+        self.model.holder.view = 1
+        try:
+            with torch.random.fork_rng(devices, enabled=repeats):
+                return self.model(batch, compare=False)
+        finally:
+            self.model.holder.view = 0
 
     def _divergences(self, one: ModelOutput, other: ModelOutput, batch: Batch) -> Tensor:
         """This micro-batch's share of each task's mean (KL(p || q) + KL(q || p)) / 2, (T,), float32.

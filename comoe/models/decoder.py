@@ -217,7 +217,7 @@ class TaskDecoder:
         index_S = places_S * texts_ND.shape[1] + columns_S
         before_ND = F.pad(texts_ND[:, :-1], (1, 0), value=self.start)
         context = RoutingContext(
-            index_S, places_S, self._embeddings(tasks_B[rows_N]), selected=selected or {}
+            index_S, places_S, *self._of_tasks(tasks_B[rows_N]), selected=selected or {}
         )
         self.holder.context = context
         try:
@@ -262,10 +262,10 @@ class TaskDecoder:
         settings.update(
             num_beams=task.num_beams, max_new_tokens=task.max_answer_length, do_sample=False
         )
-        embeddings_RD = self._embeddings(tasks_B[rows_R])
+        of_tasks = self._of_tasks(tasks_B[rows_R])
 
         def enter(stack: nn.Module, inputs: Any, options: Mapping[str, Any]) -> None:
-            self.holder.context = self._step_context(options["input_ids"], embeddings_RD)
+            self.holder.context = self._step_context(options["input_ids"], of_tasks)
 
         hook = self.stack.register_forward_pre_hook(enter, with_kwargs=True)
         try:
@@ -296,16 +296,22 @@ class TaskDecoder:
         split = any(hasattr(weight, "ds_id") for weight in self.encoder.parameters())
         return split or any(not isinstance(block.mixture, ExpertMixture) for block in blocks)
 
-    def _step_context(self, ids_ND: Tensor, embeddings_RD: Tensor | None) -> RoutingContext:
+    def _step_context(
+        self, ids_ND: Tensor, of_tasks: tuple[Tensor | None, Tensor]
+    ) -> RoutingContext:
         """Of one step of a search: every token is real, and the beams of a row lie together."""
         N, D = ids_ND.shape
         index_S = torch.arange(N * D, device=ids_ND.device)
-        if embeddings_RD is not None:
-            embeddings_RD = embeddings_RD.repeat_interleave(N // len(embeddings_RD), dim=0)
-        return RoutingContext(index_S, index_S // D, embeddings_RD)
+        beams = [
+            None if value is None else value.repeat_interleave(N // len(value), dim=0)
+            for value in of_tasks
+        ]
+        return RoutingContext(index_S, index_S // D, *beams)
 
-    def _embeddings(self, tasks_N: Tensor) -> Tensor | None:
-        return None if self.embed is None else self.embed(tasks_N.clamp_min(0))
+    def _of_tasks(self, tasks_N: Tensor) -> tuple[Tensor | None, Tensor]:
+        """The rows' task embeddings, where the gate reads tasks, and their tasks."""
+        tasks_N = tasks_N.clamp_min(0)
+        return None if self.embed is None else self.embed(tasks_N), tasks_N
 
     def _without_end(self, texts_BD: Tensor) -> Tensor:
         """Token ids as ``ModelOutput`` has them: -1 from the end token on."""

@@ -53,15 +53,17 @@ class Texts:
     """Weight of what the encoder reads of each row, None for all 1."""
     numbers_B: Tensor | None = None
     """Rows with the same number have the same ids and segments; None where each has its own."""
+    draws_B: Tensor | None = None
+    """As in ``RoutingContext``."""
 
     def take(self, rows: Tensor) -> Texts:
         """Some of them."""
         segments = None if self.segments_BL is None else self.segments_BL[rows]
         weights = None if self.weights_B is None else self.weights_B[rows]
         numbers = None if self.numbers_B is None else self.numbers_B[rows]
-        return Texts(
-            self.ids_BL[rows], self.mask_BL[rows], segments, self.tasks_B[rows], weights, numbers
-        )
+        draws = None if self.draws_B is None else self.draws_B[rows]
+        own = (self.ids_BL[rows], self.mask_BL[rows], segments, self.tasks_B[rows])
+        return Texts(*own, weights, numbers, draws)
 
     def distinct(self) -> tuple[Texts, FanOut | None]:
         """Each text once, and which of them each row has; themselves and None where each has its own.

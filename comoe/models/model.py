@@ -38,7 +38,8 @@ from comoe.models.moe.block import (
     of_first,
     without_tokens,
 )
-from comoe.models.moe.gate import ROUTES
+from comoe.models.moe.gate import GATES, draw
+from comoe.models.moe.router import ROUTES
 from comoe.models.vision.fusion import Images, build_fusion
 from comoe.models.vision.image_text_head import ImageTextHead, image_text_output
 from comoe.models.vision.tower import (
@@ -151,9 +152,10 @@ class MultiTaskModel(nn.Module):
         self.has_segments = reads_segments(encoder.config)
         # Before the blocks: they train in every layer.
         freeze_encoder(encoder, config.train_layers)
-        self._blocks = tuple(attach_blocks(encoder, config.moe, self.holder))
+        self._blocks = tuple(attach_blocks(encoder, config.moe, self.holder, len(tasks)))
         if recompute:
             recompute_layers(encoder, self.holder)
+        self.draws = bool(self._blocks) and GATES[config.moe.gate].draws
         reads_task = bool(self._blocks) and ROUTES[config.moe.route_by].task
         self.task_embedding = (
             nn.Embedding(len(tasks), config.moe.task_embedding_width) if reads_task else None
@@ -264,7 +266,13 @@ class MultiTaskModel(nn.Module):
         # A confidence says how much to learn from a post, not what to predict.
         weights_B = input_weights(batch, self.tasks) if self.training else None
         rows = (batch.input_ids_BL, batch.attention_mask_BL, batch.token_type_ids_BL)
-        return Texts(*rows, batch.task_ids_B, weights_B, batch.text_numbers_B)
+        draws_B = None
+        if self.draws and self.training:
+            # The same on any layout: of seed, step, post and pass alone.
+            draws_B = batch.row_ids_B
+            for salt in (self.holder.seed, max(batch.step, 0), self.holder.view):
+                draws_B = draw(draws_B, salt)
+        return Texts(*rows, batch.task_ids_B, weights_B, batch.text_numbers_B, draws_B)
 
     def _logits(self, place: int, shared_BLM: Tensor, *, mask_BL: Tensor) -> Tensor:
         return self._head(place, shared_BLM, mask_BL)[0].logits
@@ -334,10 +342,12 @@ class MultiTaskModel(nn.Module):
         context = RoutingContext(
             index_S, token_rows_S, input_weights_B=texts.weights_B, fan_out=fan_out
         )
+        context.draws_B = texts.draws_B
         context.selected = self._by_layer(selected)
         if self.task_embedding is not None:
             # A filler row has no task; its output is never used, so any embedding will do.
-            context.task_embeddings_BD = self.task_embedding(texts.tasks_B.clamp_min(0))
+            context.task_ids_B = texts.tasks_B.clamp_min(0)
+            context.task_embeddings_BD = self.task_embedding(context.task_ids_B)
         states_BNM = self.run_encoder(inputs.arguments, context)
         if fan_out is not None:
             states_BNM = fan_out.to_rows(states_BNM)  # no layer of this encoder has a block

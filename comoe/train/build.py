@@ -46,6 +46,7 @@ from comoe.train.parallel.ds_config import Layout, fill_settings, plan_layout
 from comoe.train.parallel.engine import Engine
 from comoe.train.parallel.setup import build_deepspeed_engine, building
 from comoe.train.run_folder import SET_ASIDE, begun_in_bf16, check_same_groups, check_same_tasks
+from comoe.train.start_from import start_from_export
 from comoe.train.state import TrainState, total_steps
 from comoe.train.training_run import TrainingRun
 
@@ -87,6 +88,7 @@ def build_run(
     with as_typed(typed, recipe), building(settings):
         objective = build_model(recipe, splits, collator)
     start_heads(objective.model, recipe, collator, splits["train"], device=device)
+    corpus.report.notes += _starting(recipe, objective, folder if resume else None)
     parameters = count_parameters(objective.model, top_k=recipe.model.moe.top_k)
     _print([*corpus.report.lines(all_in=SET_ASIDE), f"precision: {layout.precision}"])
     on_ready()
@@ -112,6 +114,13 @@ def build_run(
         state=state,
         monitor=monitor,
     )
+
+
+def _starting(recipe: Recipe, objective: Objective, begun: Path | None) -> list[str]:
+    """The weights of ``model.start_from`` for a run that has no checkpoint yet; what is to be said of it."""
+    if begun is not None and find_checkpoint(begun / "checkpoints") is not None:
+        return []
+    return start_from_export(recipe.model, objective.model)
 
 
 def read_posts(typed: Recipe) -> tuple[Recipe, Corpus]:

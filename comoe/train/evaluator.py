@@ -82,7 +82,7 @@ def evaluate_split(
         disable=not (is_main() and sys.stderr.isatty()),
     )
     observed = _Observed(run, tasks, split, bar, asked_to_stop)
-    with bar:
+    with bar, run.engine.averaged():
         evaluation = evaluate(
             observed.forward,
             split,
@@ -130,9 +130,9 @@ def measure_experts(run: TrainingRun, whole: Evaluation) -> dict[str, Any]:
 
     found = {}
     for name, condition in CONDITIONS.items():
-        if name == IN_TURN and run.model.config.num_local_experts == 1:
+        if name == IN_TURN and (run.model.config.num_local_experts == 1 or run.model.draws):
             continue
-        with condition(run.model):
+        with condition(run.model), run.engine.averaged():
             after = evaluate(
                 forward,
                 split,

@@ -43,7 +43,7 @@ from comoe.config.recipe import Recipe
 from comoe.data.tokens.split import TokenizedSplit
 from comoe.models.encoders.families import family_of, has_decoder
 from comoe.models.model import MultiTaskModel
-from comoe.models.moe.gate import ROUTES
+from comoe.models.moe.router import ROUTES
 from comoe.models.vision.tower import expected_tokens
 from comoe.tasks.task import decoder_tasks
 from comoe.train.parallel.ds_config import Layout
@@ -253,6 +253,8 @@ class RunSize:
     """ZeRO stage."""
     bf16: bool = False
     """Bfloat16 weights and activations with float32 masters; else float32."""
+    averaged: bool = False
+    """A moving average of the weights is kept, in float32."""
     optimizer: str = "adamw"
     """Key of ``MOMENTS``."""
     momentum: float = 0.0
@@ -316,10 +318,13 @@ def plan_memory(
     whole = size.dense + math.ceil(size.experts / size.ep_size)
     share = math.ceil((size.dense + size.experts) / size.world_size)
     trained, offload = size.trained_share, size.offload
+    held = share if size.stage == 3 else whole
+    average = FULL * max(0, held - size.frozen) * size.averaged
     moments = FULL * MOMENTS[size.optimizer](size.momentum) * trained
     gathered = number * size.gathered_elements if size.stage == 3 else 0
     parts = (
-        MemoryPart("weights", number * (share if size.stage == 3 else whole)),
+        MemoryPart("weights", number * held),
+        *([MemoryPart("average of the weights (float32)", average)] if average else []),
         _part("gradients", size.gradient_bytes(), on_host=offload and size.stage > 1),
         _part("master copy (float32)", FULL * trained, on_host=offload),
         _part(f"moments of {size.optimizer}", moments, on_host=offload),
@@ -433,6 +438,7 @@ def plan_run(
         ep_size=layout.ep_size,
         stage=layout.stage,
         bf16=layout.bf16,
+        averaged=recipe.train.average_weights > 0,
         optimizer=recipe.train.optimizer,
         momentum=recipe.train.momentum,
         offload=zero.get("offload_optimizer", {}).get("device", "none") == "cpu",

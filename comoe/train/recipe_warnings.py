@@ -67,7 +67,8 @@ def _experts(recipe: Recipe) -> Iterator[str]:
 
 
 def _tasks(recipe: Recipe) -> Iterator[str]:
-    if recipe.loss.r_drop_weight and recipe.model.dropout == 0:
+    drawn = recipe.model.moe.num_experts and GATES[recipe.model.moe.gate].draws
+    if recipe.loss.r_drop_weight and recipe.model.dropout == 0 and not drawn:
         why = "model.dropout is 0, so both passes are alike"
         yield _in_vain("loss.r_drop_weight", recipe.loss.r_drop_weight, why)
     scored = [name for name, task in recipe.tasks.items() if KINDS[task.kind].scored]

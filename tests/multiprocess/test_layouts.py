@@ -67,6 +67,31 @@ CASES: dict[str, dict[str, Any]] = {
     "offloaded": {"steps": 4, **ADAMW, "settings": OFFLOAD},
     "kept": {"steps": 4, **ADAMW, "model__keep_layers": 1},
     "narrow": {"steps": 4, **ADAMW, "model__random_width": 16},
+    "own experts": {
+        "steps": 4,
+        **ADAMW,
+        "model__moe__route_by": "both",
+        "model__moe__num_experts": 8,
+        "model__moe__task_prior": "own",
+        "model__moe__top_k": 1,
+        "model__moe__shared_width": 8,
+    },
+    "drawn experts": {
+        "steps": 4,
+        **ADAMW,
+        "model__moe__gate": "random",
+        "model__moe__top_k": 1,
+        "model__moe__balance": "none",
+        "loss__balance_weight": 0.0,
+        "loss__z_weight": 0.0,
+        "loss__r_drop_weight": 0.5,
+    },
+    "experts that lean": {
+        "steps": 4,
+        **ADAMW,
+        "model__moe__route_by": "task",
+        "model__moe__task_prior": 1.5,
+    },
     # Lower layers run once per text; in the one process once per row.
     "paired": {
         "steps": 4,
@@ -90,6 +115,8 @@ LAYOUTS: dict[int, list[Cell]] = {
         (2, ("adamw", "sgd", "gradient"), (1, 2), [
             *(("accumulation", 2, stage) for stage in STAGES), ("paper", 2, 2), ("kept", 2, 2),
             ("kept", 2, 3), ("narrow", 2, 3), *(("paired", 2, stage) for stage in STAGES),
+            *(("own experts", 2, stage) for stage in STAGES), ("experts that lean", 2, 3),
+            *(("drawn experts", 2, stage) for stage in STAGES),
             *(("clipped by the norms so far", 2, stage) for stage in STAGES),
         ]),
         (4, ("adamw short", "sgd short", "gradient"), (2, 4), [

@@ -187,6 +187,7 @@ def build(
     from comoe.train.parallel.ds_config import fill_settings, plan_layout
     from comoe.train.parallel.engine import Engine
     from comoe.train.parallel.setup import build_deepspeed_engine, building, start_ranks
+    from comoe.train.start_from import start_from_export
 
     if not torch.distributed.is_initialized():
         start_ranks(timeout_seconds=120)
@@ -203,6 +204,7 @@ def build(
     torch.manual_seed(seed)
     with building(filled):
         objective = build_objective(recipe, tasks_of(recipe), num_domains=NUM_DOMAINS)
+    start_from_export(recipe.model, objective.model)
     return Engine(build_deepspeed_engine(objective, recipe, filled), recipe), layout
 
 
@@ -356,10 +358,12 @@ def plain_case(
 ) -> dict[str, Any]:  # fmt: skip
     """What ``case`` does, by PyTorch alone: one process, its own optimizer, its own clipping. No DeepSpeed runs."""
     from comoe.losses.objective import build_objective
+    from comoe.train.start_from import start_from_export
 
     recipe = recipe_of(encoder, **changes)
     torch.manual_seed(seed)
     objective = build_objective(recipe, TASKS).train()
+    start_from_export(recipe.model, objective.model)
     before = {key: value.clone() for key, value in objective.model.state_dict().items()}
     batches = [
         own_batches(step, accumulation=accumulation, count=count, paired=paired)
@@ -407,10 +411,15 @@ def train_plainly(
         optimizer.zero_grad()
         answers = [output.output for output in outputs]
         for number, gate in enumerate(gates):
-            load_E = sum(answer.routings[number].counts_E for answer in answers)
-            BALANCES[recipe.model.moe.balance](
-                gate.e_score_correction_bias, load_E.double(), recipe.model.moe.balance_rate
-            )
+            load_E = sum(answer.routings[number].counts_E for answer in answers).double()
+            # Each task's own experts are balanced among themselves.
+            groups = len(TASKS) if recipe.model.moe.task_prior == "own" else 1
+            for group in range(groups):
+                BALANCES[recipe.model.moe.balance](
+                    gate.e_score_correction_bias[group::groups],
+                    load_E[group::groups],
+                    recipe.model.moe.balance_rate,
+                )
         loss = torch.stack([output.loss.detach() for output in outputs]).mean()
         yield float(loss), float(norm), answers, biases_LE
 

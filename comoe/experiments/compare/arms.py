@@ -198,6 +198,7 @@ def _experts(
         )
     moe = {"num_experts": experts, "gate": gate, "top_k": top_k, "expert_width": width // top_k}
     moe |= {"route_by": route_by} if route_by else {}
+    moe |= {"task_prior": 0} if route_by == "token" else {}
     overrides = [f"model.moe.{key}={value}" for key, value in moe.items()]
     return [*overrides, *(UNBALANCED if top_k == experts else ())]
 
@@ -206,10 +207,44 @@ def _dense(recipe: Recipe, *, total: bool = False) -> list[str]:
     """One block for every token, as wide as the active experts, or as all of them."""
     experts, top_k, width = _active(recipe)
     width = width // top_k * experts if total else width
-    moe = {"num_experts": 1, "top_k": 1, "gate": "sigmoid", "route_by": "token"}
+    moe = {"num_experts": 1, "top_k": 1, "gate": "sigmoid", "route_by": "token", "task_prior": 0}
     # A factor that the recipe gives its k experts is not one of a single block.
     moe |= {"expert_width": width, "gate_scale": "auto"}
     return [*(f"model.moe.{key}={value}" for key, value in moe.items()), *UNBALANCED]
+
+
+def _one_per_task(recipe: Recipe) -> list[str]:
+    """A block of the active width for each task."""
+    _, _, width = _active(recipe)
+    moe = {"num_experts": len(recipe.tasks), "top_k": 1, "gate": "sigmoid", "route_by": "task"}
+    moe |= {"task_prior": "own", "expert_width": width, "gate_scale": "auto"}
+    return [*(f"model.moe.{key}={value}" for key, value in moe.items()), *UNBALANCED]
+
+
+def _shared(recipe: Recipe, *more: str) -> list[str]:
+    """Half of the active width in an expert that every token visits, the other half in k routed ones."""
+    _, top_k, width = _active(recipe)
+    if width % (2 * top_k):
+        raise ValueError(
+            f"the active width {width} (top_k * expert_width of the recipe) does not split into a shared expert and "
+            f"k = {top_k} routed ones of the same width together; make model.moe.expert_width even."
+        )
+    widths = {"expert_width": width // 2 // top_k, "shared_width": width // 2}
+    return [*(f"model.moe.{key}={value}" for key, value in widths.items()), *more]
+
+
+def _adamix(recipe: Recipe) -> list[str]:
+    """Experts of the whole active width, one drawn per post, two passes that agree; predicts with one block."""
+    experts, _, width = _active(recipe)
+    moe = {"num_experts": experts, "top_k": 1, "gate": "random", "expert_width": width}
+    moe |= {"route_by": "token", "task_prior": 0, "gate_scale": "auto"}
+    terms = {"r_drop": recipe.loss.r_drop_weight or 0.5, "z": 0, "task_separation": 0}
+    overrides = [f"model.moe.{key}={value}" for key, value in moe.items()]
+    return [
+        *overrides,
+        *(f"loss.{key}_weight={value}" for key, value in terms.items()),
+        *UNBALANCED,
+    ]
 
 
 def _routed(recipe: Recipe, route_by: str) -> list[str]:
@@ -281,7 +316,12 @@ ARMS: dict[str, Callable[[Recipe], list[str]]] = {
     "paper": partial(_experts, gate="sigmoid", every=True, route_by="task"),
     **{f"by_{what}": partial(_routed, route_by=what) for what in ("token", "task", "both")},
     "task_and_token": partial(_experts, gate="sigmoid", route_by="both"),
+    "adamix": _adamix,
+    "one_per_task": _one_per_task,
+    "shared": _shared,
+    "ple": lambda recipe: _shared(recipe, "model.moe.route_by=both", "model.moe.task_prior=1"),
     "no_balance": _fixed(*UNBALANCED),
+    "averaged": _fixed("train.average_weights=0.99"),
     **{
         f"{name}{suffix}": partial(_contrast, **where, bare=bool(suffix))
         for name, where in CONTRASTS.items()

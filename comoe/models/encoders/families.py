@@ -22,7 +22,7 @@ from comoe.models.encoders.adapters import (
     wrap_t5,
 )
 from comoe.models.moe.block import ContextHolder, CooperativeBlock
-from comoe.models.moe.gate import ROUTES
+from comoe.models.moe.router import ROUTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,7 +210,7 @@ def _own_output(encoder: nn.Module) -> nn.Module | None:
 
 
 def attach_blocks(
-    encoder: nn.Module, config: MoeConfig, holder: ContextHolder
+    encoder: nn.Module, config: MoeConfig, holder: ContextHolder, num_tasks: int = 1
 ) -> list[CooperativeBlock]:
     """Put a cooperative block beside the feed-forward of each chosen layer, in place.
 
@@ -220,6 +220,7 @@ def attach_blocks(
         encoder: a model of ``build_encoder``.
         config: ``model.moe``; ``num_experts`` 0 attaches nothing.
         holder: shared by all blocks; its context must be set before the encoder runs.
+        num_tasks: tasks of the model.
 
     Returns:
         The blocks in layer order.
@@ -231,10 +232,9 @@ def attach_blocks(
     width = encoder.config.hidden_size
     dropout = 0.0 if family.dropout is None else getattr(encoder.config, family.dropout)
     blocks = []
+    more = {"holder": holder, "dropout": dropout, "num_tasks": num_tasks}
     for number in chosen_of_stacks(config.layers, list(map(len, _layers_by_stack(encoder)))):
-        block = CooperativeBlock(
-            width, expert_width(config, width), config, layer=number, holder=holder, dropout=dropout
-        )
+        block = CooperativeBlock(width, expert_width(config, width), config, layer=number, **more)
         family.attach(layers[number], block)
         blocks.append(block)
     if blocks and ROUTES[config.route_by].task:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from comoe.config.recipe import MoeConfig
 from comoe.models.encoder_io import FanOut
 from comoe.models.moe.experts import Experts, GatedFeedForward, sort_routes
-from comoe.models.moe.gate import (
+from comoe.models.moe.gate import OWN, dealt_experts, draw
+from comoe.models.moe.router import (
     ROUTER_STD,
     ROUTES,
     Float32Linear,
@@ -36,9 +37,12 @@ class ExpertMixture(nn.Module):
         model_width: M.
         expert_width: F.
         config: ``model.moe``.
+        num_tasks: T.
     """
 
-    def __init__(self, model_width: int, expert_width: int, config: MoeConfig) -> None:
+    def __init__(
+        self, model_width: int, expert_width: int, config: MoeConfig, num_tasks: int = 1
+    ) -> None:
         super().__init__()
         inputs = ROUTES[config.route_by]
         self.gate = RouterProjection(model_width, config.num_experts)
@@ -53,12 +57,14 @@ class ExpertMixture(nn.Module):
             expert_init=config.expert_init,
             output_init=config.output_init,
         )
-        self.router = PendingRoute(build_gate(config, model_width), inputs)
+        self.router = PendingRoute(build_gate(config, model_width, num_tasks), inputs)
 
     def forward(self, hidden_1SM: Tensor) -> Tensor:
         """Weighted sum of each token's experts, shape (1, S, M)."""
         x_SM = hidden_1SM.reshape(-1, hidden_1SM.shape[-1])
         routing = self.router.route(self.gate, x_SM, self.gate.e_score_correction_bias)
+        if self.router.draws and not self.training:
+            return (self.experts.mean(x_SM) * routing.weights_Sk.to(x_SM.dtype)).view_as(hidden_1SM)
         order_N = sort_routes(routing.indices_Sk)
         return self.experts(x_SM, routing.counts_E, order_N, routing.weights_Sk).view_as(hidden_1SM)
 
@@ -73,6 +79,10 @@ class RoutingContext:
     """Row of each real token, int64."""
     task_embeddings_BD: Tensor | None = None
     """Embedding of each row's task, where the gate reads tasks."""
+    task_ids_B: Tensor | None = None
+    """Task of each row, int64, there too; 0 on a filler row."""
+    draws_B: Tensor | None = None
+    """A number for each row that a gate which draws makes its choice of, int64; in training."""
     routings: dict[int, Routing] = field(default_factory=dict)
     """Layer -> what its gate decided, filled during the encode; a decoder's layers follow the
     encoder's."""
@@ -109,6 +119,10 @@ class ContextHolder:
     """Set by the owner before each encode and cleared after it."""
     off: bool = False
     """Every block runs and adds 0: to measure what blocks are worth, on all ranks alike."""
+    seed: int = 0
+    """``train.seed``, for gates that draw."""
+    view: int = 0
+    """Number of the pass over the same batch: another one draws anew."""
 
 
 class CooperativeBlock(nn.Module):
@@ -121,8 +135,10 @@ class CooperativeBlock(nn.Module):
         layer: number of the layer, from 0, the decoder's behind the encoder's.
         holder: where the context of the running encode is.
         dropout: probability on the update.
+        num_tasks: T.
 
-    Source: methods.md section 1; TaCL-CoMoE (IJCNLP 2025).
+    Source: methods.md section 1; TaCL-CoMoE (IJCNLP 2025). A shared expert beside those of the tasks:
+    PLE (RecSys 2020).
     """
 
     def __init__(
@@ -134,9 +150,12 @@ class CooperativeBlock(nn.Module):
         layer: int,
         holder: ContextHolder,
         dropout: float = 0.0,
+        num_tasks: int = 1,
     ) -> None:
         super().__init__()
         self.layer = layer
+        self.num_tasks, self.task_prior = num_tasks, config.task_prior
+        self.num_experts = config.num_experts
         self.holder = holder
         self.norm = nn.LayerNorm(model_width)
         self.task_projection = self.shared = None
@@ -147,7 +166,7 @@ class CooperativeBlock(nn.Module):
             self.task_projection = Float32Linear(
                 width, config.num_experts, std=ROUTER_STD * math.sqrt(model_width / width)
             )
-        self.mixture = ExpertMixture(model_width, expert_width, config)
+        self.mixture = ExpertMixture(model_width, expert_width, config, num_tasks)
         if config.shared_width:
             self.shared = GatedFeedForward(
                 model_width,
@@ -165,16 +184,15 @@ class CooperativeBlock(nn.Module):
         # Padding would cost expert time and count as load, so only real tokens enter.
         real_SM = flat_NM.index_select(0, context.real_index_S)
         x_SM = self.norm(real_SM)
-        task_logits_SE = None
-        if self.task_projection is not None:
-            task_logits_SE = self.task_projection(context.task_embeddings_BD).index_select(
-                0, context.token_rows_S
-            )
+        task_logits_SE, own_SE = self._of_tasks(context)
         # A routing that is there already means that this layer is being recomputed for its backward
         # pass: it must route as it did before, and not count its tokens a second time.
         earlier = context.routings.get(self.layer)
         selected_Sk = context.selected.get(self.layer) if earlier is None else earlier.indices_Sk
-        self.mixture.router.prepare(task_logits_SE, selected_Sk)
+        if context.draws_B is not None and selected_Sk is None:
+            numbers_S = draw(context.draws_B, self.layer)[context.token_rows_S]
+            selected_Sk = (numbers_S % self.num_experts)[:, None]
+        self.mixture.router.prepare(task_logits_SE, selected_Sk, own_SE)
         update_SM = self.mixture(x_SM.unsqueeze(0)).squeeze(0)
         routing = self.mixture.router.collect()
         if self.shared is not None:
@@ -189,3 +207,15 @@ class CooperativeBlock(nn.Module):
             context.routings[self.layer] = routing
         update_NM = torch.zeros_like(flat_NM).index_copy(0, context.real_index_S, update_SM)
         return update_NM.view_as(x_BLM)
+
+    def _of_tasks(self, context: RoutingContext) -> tuple[Tensor | None, Tensor | None]:
+        """The task's part of each token's logits, with its prior, and which experts the token sees; None for all."""
+        if self.task_projection is None:
+            return None, None
+        logits_BE, rows_S = self.task_projection(context.task_embeddings_BD), context.token_rows_S
+        if not self.task_prior:
+            return logits_BE.index_select(0, rows_S), None
+        own_BE = dealt_experts(context.task_ids_B, logits_BE.shape[1], self.num_tasks)
+        if self.task_prior == OWN:
+            return logits_BE.index_select(0, rows_S), own_BE.index_select(0, rows_S)
+        return (logits_BE + self.task_prior * own_BE).index_select(0, rows_S), None

@@ -264,6 +264,11 @@ class Experts(nn.Module):
         nn.init.normal_(self.gate_up_proj, std=input_std(expert_init, model_width))
         nn.init.normal_(self.down_proj, std=output_init)
 
+    def mean(self, x_SM: Tensor) -> Tensor:
+        """Output of the one expert whose weights are the mean of all, shape (S, M)."""
+        weights = (weight.mean(dim=0).to(x_SM.dtype) for weight in self.parameters())
+        return run_dense(x_SM, *weights)
+
     def forward(
         self,
         x_SM: Tensor,
@@ -301,6 +306,24 @@ class Experts(nn.Module):
         return (routed_SkM * weights_Sk.unsqueeze(-1)).sum(dim=1).to(x_SM.dtype)
 
 
+def run_dense(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """One gated feed-forward on all rows.
+
+    Args:
+        x: shape (S, M).
+        gate_up: (2F, M), in the dtype of ``x``.
+        down: (M, F).
+    """
+    return F.linear(gated(F.linear(_in_tiles(x), gate_up)), down)[: x.shape[0]]
+
+
+def _in_tiles(x: Tensor) -> Tensor:
+    """Packed tokens, a new number in every step, filled up where ``_whole_tiles`` says why."""
+    if x.dim() == 2 and x.dtype == torch.bfloat16 and not x.is_cuda:
+        return F.pad(x, (0, 0, 0, -x.shape[0] % BF16_TILE))
+    return x
+
+
 class GatedFeedForward(nn.Module):
     """The expert that every token visits: the same gated form as ``Experts``, dense.
 
@@ -327,8 +350,4 @@ class GatedFeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Shape (..., M) to (..., M)."""
-        rows = x.shape[0]
-        if x.dim() == 2 and x.dtype == torch.bfloat16 and not x.is_cuda:
-            # Packed tokens, a new number in every step: see ``_whole_tiles``.
-            x = F.pad(x, (0, 0, 0, -rows % BF16_TILE))
-        return self.down(gated(self.gate_up(x)))[:rows]
+        return self.down(gated(self.gate_up(_in_tiles(x))))[: x.shape[0]]

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from statistics import NormalDist
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from comoe.config.recipe import MoeConfig
 from comoe.types import Routing
-
-ROUTER_STD = 0.02
-"""Standard deviation of a router's weights at the start; a normalized row of width M has logits of
-0.02 sqrt(M)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,38 +27,40 @@ class TopKGate:
     """Factor of the weights."""
     for_measuring: ClassVar[bool] = False
     """True where the gate ignores the tokens: good for speed figures, useless for training."""
+    draws: ClassVar[bool] = False
+    """True where training draws an expert per post, and evaluation runs the mean of the experts."""
 
     def __call__(
-        self, logits_SE: Tensor, balance_bias_E: Tensor, selected_Sk: Tensor | None = None
+        self,
+        logits_SE: Tensor,
+        balance_bias_E: Tensor,
+        selected_Sk: Tensor | None = None,
+        own_SE: Tensor | None = None,
     ) -> Routing:
-        """Route S tokens; deterministic. ``selected_Sk`` settles the experts, and only their weights are computed."""
-        scores_SE = self.score(_wide(logits_SE) / self.temperature)
+        """Route S tokens; deterministic. ``selected_Sk`` settles the experts, and only their weights are computed;
+        with ``own_SE`` a token sees only these experts."""
+        scores_SE = self.score(wide(logits_SE) / self.temperature)
         return select_experts(
             logits_SE,
-            scores_SE,
-            balance_bias_E,
+            *restricted(scores_SE, balance_bias_E, own_SE),
             self.top_k,
             self.cooperation_threshold,
             selected_Sk,
             scale=self.scale,
         )
 
-    def weight_at_start(self, num_experts: int, logit_std: float) -> float:
+    def weight_at_start(self, logits_E: Tensor) -> float:
         """Mean weight of a selected expert at scale 1, without bias and threshold: 1 / k.
 
-        With k = 1 it is the best expert's share of all scores, for logits at the expected order
-        statistics of a normal distribution (Blom 1958).
+        With k = 1 it is the best expert's share of all scores.
 
         Args:
-            num_experts: E.
-            logit_std: standard deviation of the logits.
+            logits_E: of the experts that a token sees, see ``logits_at_start``.
         """
         if self.top_k > 1:
             return 1 / self.top_k
-        places = [(rank - 0.375) / (num_experts + 0.25) for rank in range(1, num_experts + 1)]
-        logits_E = torch.tensor([NormalDist(0, logit_std).inv_cdf(place) for place in places])
-        scores_E = self.score(logits_E.double()[None] / self.temperature)[0]
-        return float(scores_E[-1] / scores_E.sum())
+        scores_E = self.score(logits_E[None] / self.temperature)[0]
+        return float(scores_E.max() / scores_E.sum())
 
     def score(self, logits_SE: Tensor) -> Tensor:
         """Scores in (0, 1), float32, shape (S, E)."""
@@ -90,7 +85,7 @@ class SigmoidGate(TopKGate):
 
     def z_penalty(self, logits_SE: Tensor) -> Tensor:
         """Mean square of each token's logits; the log-sum-exp form would drive every score to 1/(E+1)."""
-        return _wide(logits_SE).square().mean(dim=1)
+        return wide(logits_SE).square().mean(dim=1)
 
 
 class SoftmaxGate(TopKGate):
@@ -104,7 +99,7 @@ class SoftmaxGate(TopKGate):
 
     def z_penalty(self, logits_SE: Tensor) -> Tensor:
         """Squared log-sum-exp of each token's logits. Source: ST-MoE, arXiv:2202.08906."""
-        return torch.logsumexp(_wide(logits_SE), dim=1).square()
+        return torch.logsumexp(wide(logits_SE), dim=1).square()
 
 
 class UniformGate(SigmoidGate):
@@ -118,9 +113,13 @@ class UniformGate(SigmoidGate):
     for_measuring = True
 
     def __call__(
-        self, logits_SE: Tensor, balance_bias_E: Tensor, selected_Sk: Tensor | None = None
+        self,
+        logits_SE: Tensor,
+        balance_bias_E: Tensor,
+        selected_Sk: Tensor | None = None,
+        own_SE: Tensor | None = None,
     ) -> Routing:
-        """Token s goes to the k experts from number s * k on, modulo E."""
+        """Token s goes to the k experts from number s * k on, modulo E, whosever they are."""
         (S, E), k = logits_SE.shape, self.top_k
         places_SE = (
             torch.arange(E, device=logits_SE.device)
@@ -131,14 +130,52 @@ class UniformGate(SigmoidGate):
         routing = super().__call__(logits_SE, turn_SE, selected_Sk)
         return replace(routing, weights_Sk=0.0 * routing.weights_Sk + self.scale / k)
 
-    def weight_at_start(self, num_experts: int, logit_std: float) -> float:
+    def weight_at_start(self, logits_E: Tensor) -> float:
         """1 / k for every k."""
         return 1 / self.top_k
 
 
-def _wide(tensor: Tensor) -> Tensor:
-    # Routing decisions are float32 whatever the model's precision (float64 stays, for references in
-    # tests).
+class RandomGate(UniformGate):
+    """An expert of each layer for each post, drawn in training alone; equal weights.
+
+    The block draws and hands the choice over as ``selected_Sk``. In evaluation the weights of the
+    experts are averaged to one block, and what the gate says counts for nothing.
+
+    Source: AdaMix, arXiv:2205.12410.
+    """
+
+    __slots__ = ()
+    for_measuring = False
+    draws = True
+
+
+def draw(numbers_B: Tensor, salt: int) -> Tensor:
+    """A number from 0 to 2^62 for each number, as if at random, the same on every machine: splitmix64.
+
+    Args:
+        numbers_B: int64.
+        salt: another one gives other, unrelated numbers.
+    """
+    # Sums and products wrap as in unsigned arithmetic; a number that is given must be signed.
+    x_B = numbers_B + (((salt + 1) * _GOLDEN + 2**63) % 2**64 - 2**63)
+    for shift, factor in ((30, _FIRST), (27, _SECOND), (31, None)):
+        # int64 has no logical shift: the copies of the sign are masked out.
+        x_B = x_B ^ ((x_B >> shift) & ((1 << (64 - shift)) - 1))
+        x_B = x_B if factor is None else x_B * factor
+    return x_B & (2**62 - 1)
+
+
+_GOLDEN, _FIRST, _SECOND = (
+    0x9E3779B97F4A7C15,
+    0xBF58476D1CE4E5B9 - 2**64,
+    0x94D049BB133111EB - 2**64,
+)
+"""Constants of splitmix64 (Steele et al. 2014), those above 2^63 as int64 has them."""
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """The tensor in float32: so routing decides, whatever the model's precision (float64 stays, for references in
+    tests)."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
@@ -152,6 +189,15 @@ def best_experts(scores_SE: Tensor, top_k: int) -> Tensor:
         return first_S1
     second_S1 = scores_SE.scatter_(1, first_S1, -torch.inf).argmax(dim=1, keepdim=True)
     return torch.cat([first_S1, second_S1], dim=1)
+
+
+def restricted(
+    scores_SE: Tensor, balance_bias_E: Tensor, own_SE: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Scores and bias such that only a token's own experts count; as they are without ``own_SE`` (bool)."""
+    if own_SE is None:
+        return scores_SE, balance_bias_E
+    return scores_SE * own_SE, torch.where(own_SE, balance_bias_E, -torch.inf)
 
 
 def select_experts(
@@ -169,7 +215,8 @@ def select_experts(
     Args:
         logits_SE: what the scores were made of, kept for the z-loss.
         scores_SE: non-negative scores, float32.
-        balance_bias_E: added for the selection only, so that it moves load without changing a weight.
+        balance_bias_E: added for the selection only, so that it moves load without changing a weight;
+            also one row per token.
         top_k: experts per token.
         threshold: selected experts with a lower score weigh 0, except for each token's best one.
         selected_Sk: experts selected before, int64: a recomputation must not decide near-ties another
@@ -199,146 +246,41 @@ def select_experts(
     return Routing(logits_SE, scores_SE, indices_Sk, weights_Sk, counts_E)
 
 
-class Float32Linear(nn.Module):
-    """A bias-free linear map computed in float32 also where the model is bfloat16: both operands are cast.
+OWN = "own"
+"""Word of ``model.moe.task_prior``: a task sees the experts that it was dealt and no other."""
+
+
+def dealt_experts(tasks_B: Tensor, num_experts: int, num_tasks: int) -> Tensor:
+    """Which experts belong to each row's task, bool (B, E): expert e to task e mod T; where there are
+    more tasks than experts, task t has expert t mod E.
 
     Args:
-        in_width: width of the input.
-        out_width: width of the output.
-        std: standard deviation of the weights at the start.
+        tasks_B: numbers of tasks, int64.
+        num_experts: E.
+        num_tasks: T.
     """
-
-    def __init__(self, in_width: int, out_width: int, *, std: float = ROUTER_STD) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(out_width, in_width))
-        nn.init.normal_(self.weight, std=std)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Shape (..., in_width) to (..., out_width), float32."""
-        return F.linear(_wide(x), _wide(self.weight))
+    experts_E = torch.arange(num_experts, device=tasks_B.device)
+    if num_tasks > num_experts:
+        return tasks_B[:, None] % num_experts == experts_E
+    return experts_E % num_tasks == tasks_B[:, None]
 
 
-class RouterProjection(Float32Linear):
-    """The token part of a gate's logits, and the balance bias.
-
-    DeepSpeed AutoEP copies ``weight`` [E, M] and the buffer ``e_score_correction_bias`` [E] into
-    its own router by exactly these names. The buffer steps by 0.001 and so must stay
-    float32 through ``.bfloat16()``.
-    """
-
-    def __init__(self, model_width: int, num_experts: int) -> None:
-        super().__init__(model_width, num_experts)
-        self.register_buffer(
-            "e_score_correction_bias", torch.zeros(num_experts, dtype=torch.float32)
-        )
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RouterProjection:
-        bias_E = self.e_score_correction_bias
-        super()._apply(fn, recurse)
-        # A move to another device is followed, a change of precision is not.
-        if self.e_score_correction_bias.dtype != bias_E.dtype:
-            self.e_score_correction_bias = bias_E.to(self.e_score_correction_bias.device)
-        return self
-
-
-@dataclass(frozen=True, slots=True)
-class RouteInputs:
-    """What a gate reads."""
-
-    token: bool
-    """The token's state."""
-    task: bool
-    """The embedding of the task that the token's row is for."""
-
-
-class PendingRoute:
-    """Carries one call's task logits to the router and its routing back to the owner of the block.
-
-    The owner calls ``prepare``, runs the mixture, then calls ``collect``; the router calls
-    ``route`` in between. Both slots are emptied by their reader, so nothing of one encode can leak
-    into the next.
-
-    Args:
-        gate: the gate's rule.
-        inputs: whether the router's own token logits count.
-    """
-
-    def __init__(self, gate: TopKGate, inputs: RouteInputs) -> None:
-        self.gate = gate
-        self.inputs = inputs
-        self._task_logits_SE: Tensor | None = None
-        self._selected_Sk: Tensor | None = None
-        self._routing: Routing | None = None
-
-    def prepare(self, task_logits_SE: Tensor | None, selected_Sk: Tensor | None = None) -> None:
-        """Hand over what the next ``route`` needs.
-
-        Args:
-            task_logits_SE: the task's part of the logits, float32, where the gate reads tasks.
-            selected_Sk: experts that an earlier pass over the same tokens selected, None on a
-                first pass.
-        """
-        self._task_logits_SE = task_logits_SE
-        self._selected_Sk = selected_Sk
-
-    def route(self, project: nn.Module, hidden_SM: Tensor, balance_bias_E: Tensor) -> Routing:
-        """Add up the logits and decide.
-
-        Args:
-            project: the token projection (S, M) -> (S, E); called only where the gate reads tokens.
-                A module, not its weight: under ZeRO-3 a weight is whole only inside its own
-                module's forward.
-            hidden_SM: the tokens.
-            balance_bias_E: moves the selection, never a weight.
-        """
-        parts = [project(hidden_SM)] if self.inputs.token else []
-        if self.inputs.task:
-            assert self._task_logits_SE is not None, (
-                "prepare() must hand over task logits before each call"
-            )
-            parts.append(self._task_logits_SE)
-        self._routing = self.gate(sum(parts[1:], parts[0]), balance_bias_E, self._selected_Sk)
-        self._task_logits_SE = self._selected_Sk = None
-        return self._routing
-
-    def collect(self) -> Routing:
-        """The routing of the call since the last ``collect``."""
-        routing, self._routing = self._routing, None
-        assert routing is not None, "collect() comes once after each call of the mixture"
-        return routing
-
-
-def build_gate(config: MoeConfig, model_width: int) -> TopKGate:
-    """The gate that ``model.moe`` asks for.
-
-    ``gate_scale: auto`` makes the mean weight of selected experts 1 at the start: k experts of
-    width A / k then add up like the hidden units of one dense feed-forward of width A.
-    """
-    k, E = config.top_k, config.num_experts
-    assert 1 <= k <= E, "the recipe's rules bind top_k to num_experts"
-    gate = GATES[config.gate](k, config.temperature, config.cooperation_threshold)
-    if config.gate_scale != "auto":
-        return replace(gate, scale=config.gate_scale)
-    inputs = ROUTES[config.route_by]
-    logit_std = math.sqrt((inputs.token + inputs.task) * model_width) * ROUTER_STD
-    return replace(gate, scale=1 / gate.weight_at_start(E, logit_std))
+def balanced_together(config: MoeConfig, num_tasks: int) -> list[slice]:
+    """Groups of experts whose loads a balance rule makes even: all, or under ``task_prior: own`` those of
+    each task, because the tasks' tokens are not equally many."""
+    if config.task_prior != OWN:
+        return [slice(None)]
+    return [slice(task, None, num_tasks) for task in range(num_tasks)]
 
 
 GATES: dict[str, type[TopKGate]] = {
     "sigmoid": SigmoidGate,
     "softmax": SoftmaxGate,
+    "random": RandomGate,
     "uniform": UniformGate,
 }
 """Name in ``model.moe.gate`` -> class; made from (top_k, temperature,
 cooperation_threshold, scale)."""
-
-
-ROUTES: dict[str, RouteInputs] = {
-    "token": RouteInputs(token=True, task=False),
-    "task": RouteInputs(token=False, task=True),
-    "both": RouteInputs(token=True, task=True),
-}
-"""Name in ``model.moe.route_by`` -> what the gate reads."""
 
 
 def keep_bias(balance_bias_E: Tensor, counts_E: Tensor, rate: float) -> None:

@@ -98,7 +98,10 @@ def image_text_output(
             # one.
             weights_J = None if own.weights_B is None else own.weights_B[numbers_J]
             segments_JL = segments[0] if segments else None
-            paired = Texts(ids_JL, mask_JL, segments_JL, own.tasks_B[numbers_J], weights_J)
+            draws_J = None if own.draws_B is None else own.draws_B[numbers_J]
+            paired = Texts(
+                ids_JL, mask_JL, segments_JL, own.tasks_B[numbers_J], weights_J, None, draws_J
+            )
             fused_JLM = encode(paired, chosen).fused_BLM
         else:
             fused_JLM = fusion.after(what[0], mask_JL, chosen)

@@ -1,7 +1,8 @@
 """Checkpoints: written aside, manifest last, then renamed; a cut-short one is noticed and the one before is used.
 
 ``<run>/checkpoints/step-00000120/`` holds ``deepspeed/`` (weights and moments as DeepSpeed shards
-them), ``weights/model.safetensors`` (plain names, float32: what exports are made of),
+them), ``weights/model.safetensors`` (plain names, float32: what exports are made of, with
+``train.average_weights`` the averages),
 ``carried.safetensors`` (what the losses remember), ``random-<rank>.pt``, ``state.json`` and
 ``manifest.json``. ``best.json`` names the best step.
 """
@@ -17,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from comoe.config.files import write_atomic
@@ -26,7 +28,6 @@ from comoe.train.checkpoint.folder import ASIDE, prune
 from comoe.train.checkpoint.reshard import convert, load_universal
 from comoe.train.parallel.ds_config import Layout
 from comoe.train.parallel.engine import Engine
-from comoe.train.parallel.setup import gather_full_state
 from comoe.train.state import TrainState
 
 CARRIED = "carried.safetensors"
@@ -49,7 +50,7 @@ def save_checkpoint(
     barrier()
     engine.deepspeed.save_checkpoint(str(aside / "deepspeed"), tag="state", save_latest=False)
     torch.save(_random_state(engine), aside / f"random-{rank()}.pt")
-    weights = gather_full_state(engine.deepspeed)
+    weights = engine.full_state()
     if is_main():
         save_file(
             {name: tensor.contiguous() for name, tensor in weights.items()},
@@ -147,6 +148,9 @@ def load_checkpoint(path: Path, engine: Engine, layout: Layout) -> TrainState:
             f"{path}: DeepSpeed could not load it; remove the folder to use the one before."
         )
     engine.restore_groups()
+    if engine.average is not None:
+        with safe_open(path / "weights/model.safetensors", "pt") as file:
+            engine.average.load(file.get_tensor)
     carried = load_file(path / CARRIED) if (path / CARRIED).is_file() else {}
     for name, buffer in engine.objective.named_buffers():
         if name in carried:

@@ -18,22 +18,29 @@ from deepspeed.moe.ep_router import TokenChoiceTopKRouter
 from torch import Tensor
 
 from comoe.config.recipe import MoeConfig
-from comoe.models.moe.experts import mix_experts, sort_routes
-from comoe.models.moe.gate import ROUTES, Float32Linear, PendingRoute, build_gate
+from comoe.distributed import all_gather_in_group
+from comoe.models.moe.experts import mix_experts, run_dense, sort_routes
+from comoe.models.moe.router import ROUTES, Float32Linear, PendingRoute, build_gate
 from comoe.types import Routing
 
 
 class CooperativeRouter(TokenChoiceTopKRouter):
     """AutoEP's router with comoe's gate: same parameters and buffers, our rule, task logits from the owning layer."""
 
-    def __init__(self, moe: MoeConfig, **settings: Any) -> None:
+    def __init__(self, moe: MoeConfig, num_tasks: int, **settings: Any) -> None:
         super().__init__(**settings)
         self.gate = Float32Linear(settings["dim"], settings["num_experts"])
-        self.pending = PendingRoute(build_gate(moe, settings["dim"]), ROUTES[moe.route_by])
+        gate = build_gate(moe, settings["dim"], num_tasks)
+        self.pending = PendingRoute(gate, ROUTES[moe.route_by])
 
-    def prepare(self, task_logits_SE: Tensor | None, selected_Sk: Tensor | None = None) -> None:
+    def prepare(
+        self,
+        task_logits_SE: Tensor | None,
+        selected_Sk: Tensor | None = None,
+        own_SE: Tensor | None = None,
+    ) -> None:
         """See ``PendingRoute.prepare``."""
-        self.pending.prepare(task_logits_SE, selected_Sk)
+        self.pending.prepare(task_logits_SE, selected_Sk, own_SE)
 
     def collect(self) -> Routing:
         """See ``PendingRoute.collect``."""
@@ -56,8 +63,17 @@ class CooperativeExperts(GroupedExperts):
         counts_E: Tensor,
         order_N: Tensor | None = None,
         weights_Rk: Tensor | None = None,
+        *,
+        mean_over: Any = None,
     ) -> Tensor:
-        """Rows sorted by expert to their answers, as in AutoEP; with an order and weights, rows to weighted sums."""
+        """Rows sorted by expert to their answers, as in AutoEP; with an order and weights, rows to weighted sums; with
+        a group of ranks, the output of the mean of all their experts."""
+        if mean_over is not None:
+            gate_up, down = (
+                all_gather_in_group(part[None], mean_over).mean(dim=0).to(x_RM.dtype)
+                for part in (torch.cat([self.w1, self.w3], dim=1).mean(dim=0), self.w2.mean(dim=0))
+            )
+            return run_dense(x_RM, gate_up, down)
         if order_N is None or weights_Rk is None:
             return super().forward(x_RM, counts_E)
         # A module, so that ZeRO-3 makes its weights whole around this call.
@@ -69,9 +85,13 @@ class CooperativeLayer(auto_ep_layer.AutoEPMoELayer):
     """AutoEP's layer; on a CPU without padding or scatter, and with one gather each way."""
 
     def _forward(self, hidden_1SM: Tensor) -> Tensor:
+        x_SM = hidden_1SM.reshape(-1, hidden_1SM.shape[-1])
+        if self.router.pending.draws and not self.training:
+            weights_Sk, _, counts_E = self.router(x_SM, self.expert_bias)
+            mean_SM = self.experts(x_SM, counts_E, mean_over=self.ep_group)
+            return (mean_SM * weights_Sk.to(x_SM.dtype)).view_as(hidden_1SM)
         if hidden_1SM.is_cuda:
             return super()._forward(hidden_1SM)
-        x_SM = hidden_1SM.reshape(-1, hidden_1SM.shape[-1])
         weights_Sk, indices_Sk, counts_E = self.router(x_SM, self.expert_bias)
         with torch.no_grad():
             self.tokens_per_expert.add_(counts_E)
@@ -118,10 +138,10 @@ class CooperativeLayer(auto_ep_layer.AutoEPMoELayer):
 
 
 @contextmanager
-def our_classes(moe: MoeConfig) -> Iterator[None]:
+def our_classes(moe: MoeConfig, num_tasks: int) -> Iterator[None]:
     """Inside, AutoEP replaces blocks by these classes: it takes none, but looks the names up in its module."""
     ours = {
-        "TokenChoiceTopKRouter": lambda **settings: CooperativeRouter(moe, **settings),
+        "TokenChoiceTopKRouter": lambda **settings: CooperativeRouter(moe, num_tasks, **settings),
         "GroupedExperts": CooperativeExperts,
         "AutoEPMoELayer": CooperativeLayer,
     }

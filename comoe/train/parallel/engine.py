@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +14,9 @@ from comoe.config.recipe import Recipe
 from comoe.distributed import sum_over_ranks
 from comoe.losses.contrastive.gradcache import Cached, targets_of
 from comoe.losses.weighting.gradient_surgery import gram_over_ranks
-from comoe.models.moe.gate import BALANCES
+from comoe.models.moe.gate import BALANCES, balanced_together
+from comoe.train.parallel.average import WeightAverage
+from comoe.train.parallel.setup import gather_full_state
 from comoe.types import Batch, ModelOutput, StepOutput
 
 
@@ -49,11 +52,23 @@ class Engine:
         ]
         self._roles = [group["role"] for group in groups]
         self._rate_factor = 1.0
+        decay = recipe.train.average_weights
+        self.average = WeightAverage(deepspeed_engine, decay) if decay else None
 
     @property
     def objective(self) -> Any:
         """The wrapped module; its experts are this rank's share."""
         return self.deepspeed.module
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """The context to evaluate in: with ``train.average_weights`` the model has the averaged weights."""
+        return nullcontext() if self.average is None else self.average.in_place()
+
+    def full_state(self) -> dict[str, Tensor]:
+        """``gather_full_state`` of the weights to evaluate and to export."""
+        if self.average is None:
+            return gather_full_state(self.deepspeed)
+        return self.average.full_state()
 
     def set_rate_factor(self, factor: float) -> dict[str, float]:
         """Set every group's rate to its peak times ``factor``; returns role -> its highest rate."""
@@ -119,6 +134,8 @@ class Engine:
         if not skipped:
             self._update_balance([output.output for output in outputs])
             self.objective.end_step(outputs, batches)
+            if self.average is not None:
+                self.average.update(batches[0].step)
         norm = self.deepspeed.get_global_grad_norm()
         return StepReport(
             loss=torch.stack([output.loss.detach().float() for output in outputs]).mean(),
@@ -174,10 +191,11 @@ class Engine:
         loads_LE = sum_over_ranks(steps_ALE.sum(0).double())
         moe = self.recipe.model.moe
         factor = self._rate_factor if moe.balance_schedule == "follow_rate" else 1.0
+        groups = balanced_together(moe, len(self.objective.model.tasks))
         for layer, load_E in zip(layers, loads_LE, strict=True):
-            BALANCES[moe.balance](
-                layer.mixture.router.e_score_correction_bias, load_E, moe.balance_rate * factor
-            )
+            bias_E = layer.mixture.router.e_score_correction_bias
+            for group in groups:
+                BALANCES[moe.balance](bias_E[group], load_E[group], moe.balance_rate * factor)
 
 
 def _mean_terms(outputs: Sequence[StepOutput]) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ import ctypes
 import io
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from datetime import timedelta
 from itertools import pairwise
@@ -152,7 +152,7 @@ def build_deepspeed_engine(
     groups = parameter_groups(objective, recipe)
     if any(hasattr(parameter, "ds_id") for parameter in objective.parameters()):
         _match_split_weights(objective, bf16=settings["bf16"]["enabled"])
-    with our_classes(recipe.model.moe):
+    with our_classes(recipe.model.moe, len(objective.tasks)):
         engine, _, _, _ = deepspeed.initialize(
             model=objective, model_parameters=groups, config=dict(settings)
         )
@@ -216,28 +216,47 @@ def parameter_groups(objective: nn.Module, recipe: Recipe) -> list[dict[str, Any
     ]
 
 
+@torch.no_grad()
+def set_weights(model: nn.Module, weights: Iterable[tuple[str, Tensor]]) -> None:
+    """Give parameters and buffers other values, in place, before the engine is built.
+
+    Args:
+        model: as it was built in the context of ``building``.
+        weights: names and whole values; the same on every rank, and every rank must call it.
+    """
+    places = dict(model.named_parameters()) | dict(model.named_buffers())
+    for name, value in weights:
+        place = places[name]
+        split = hasattr(place, "ds_id")
+        with deepspeed.zero.GatheredParameters([place], modifier_rank=0, enabled=split):
+            place.data.copy_(value)
+
+
 def reading_optimizer_state() -> AbstractContextManager[None]:
     """Context in which ``torch.load(..., weights_only=True)`` reads DeepSpeed's optimizer states: two classes more."""
     return torch.serialization.safe_globals([LossScaler, ZeroStageEnum])
 
 
-def gather_full_state(engine: Any) -> dict[str, Tensor]:
+def gather_full_state(engine: Any, values: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
     """All weights and buffers under the plain model's names, float32, on the CPU. Every rank must call it.
 
     Experts are gathered over the ranks that share them and put back into AutoEP's source layout.
     Rank 0 gets all; the other ranks an empty dict.
+
+    Args:
+        engine: DeepSpeed's.
+        values: name of a parameter in the engine's model -> what this rank has in its place.
     """
-    keep = deepspeed.comm.get_rank() == 0
+    keep, values = deepspeed.comm.get_rank() == 0, values or {}
     state: dict[str, Tensor] = {}
     model = engine.module.model
-    layers = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, auto_ep_layer.AutoEPMoELayer)
-    }
+    layers = _expert_layers(model)
     for name, layer in layers.items():
         parts = {
-            key: _gather_experts(layer, getattr(layer.experts, key)) for key in ("w1", "w2", "w3")
+            key: _gather_experts(
+                layer, getattr(layer.experts, key), values.get(f"{name}.experts.{key}")
+            )
+            for key in ("w1", "w2", "w3")
         }
         state[f"{name}.experts.gate_up_proj"] = torch.cat([parts["w1"], parts["w3"]], dim=1)
         state[f"{name}.experts.down_proj"] = parts["w2"]
@@ -246,13 +265,73 @@ def gather_full_state(engine: Any) -> dict[str, Tensor]:
     for name, tensor in [*model.named_parameters(), *_persistent_buffers(model)]:
         if any(name.startswith(f"{layer}.experts.") for layer in layers):
             continue
+        if name in values:
+            whole = _whole(tensor, values[name])
+            if keep:
+                state[_plain_name(name, layers)] = _to_host(whole)
+            continue
         with deepspeed.zero.GatheredParameters([tensor], enabled=hasattr(tensor, "ds_id")):
             if keep:
                 state[_plain_name(name, layers)] = _to_host(tensor)
     return state
 
 
-def _gather_experts(layer: Any, parameter: nn.Parameter) -> Tensor:
+def local_shares(
+    engine: Any, read: Callable[[str], Tensor], parameters: Mapping[str, nn.Parameter]
+) -> Iterator[tuple[str, Tensor]]:
+    """The other way round: this rank's part of whole weights, by the names of ``parameters``.
+
+    Args:
+        engine: DeepSpeed's.
+        read: plain name -> the whole weight.
+        parameters: of the engine's model, by their names in it.
+    """
+    layers = _expert_layers(engine.module.model)
+    for name, parameter in parameters.items():
+        place, _, key = name.rpartition(".experts.")
+        if (layer := layers.get(place)) is None:
+            whole = read(_plain_name(name, layers))
+        elif key == "w2":
+            whole = _of_rank(layer, read(f"{place}.experts.down_proj"))
+        else:
+            gate, up = read(f"{place}.experts.gate_up_proj").chunk(2, dim=1)
+            whole = _of_rank(layer, up if key == "w3" else gate)
+        yield name, _share(parameter, whole)
+
+
+def _expert_layers(model: nn.Module) -> dict[str, Any]:
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, auto_ep_layer.AutoEPMoELayer)
+    }
+
+
+def _of_rank(layer: Any, experts: Tensor) -> Tensor:
+    return experts.narrow(0, layer.ep_rank * layer.num_local_experts, layer.num_local_experts)
+
+
+def _share(parameter: nn.Parameter, whole: Tensor) -> Tensor:
+    """A rank's part of a whole weight: at ZeRO 3 an even share of its numbers, filled up with zeros."""
+    if not hasattr(parameter, "ds_id"):
+        return whole
+    size, group = parameter.ds_tensor.numel(), parameter.ds_process_group
+    ranks = deepspeed.comm.get_world_size(group=group)
+    flat = nn.functional.pad(whole.flatten(), (0, size * ranks - whole.numel()))
+    return flat.narrow(0, size * deepspeed.comm.get_rank(group=group), size)
+
+
+def _whole(parameter: nn.Parameter, share: Tensor) -> Tensor:
+    """``_share`` undone; every rank must call it."""
+    if not hasattr(parameter, "ds_id"):
+        return share
+    flat = all_gather_in_group(share.flatten(), parameter.ds_process_group)
+    return flat[: parameter.ds_numel].view(parameter.ds_shape)
+
+
+def _gather_experts(layer: Any, parameter: nn.Parameter, value: Tensor | None) -> Tensor:
+    if value is not None:
+        return all_gather_in_group(_whole(parameter, value), layer.ep_group).float().cpu()
     with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
         local = parameter.detach().clone()
     return all_gather_in_group(local, layer.ep_group).float().cpu()

@@ -56,6 +56,14 @@ OVERRIDES = [
     ("data.max_length=3", "data.max_length", "at least 4"),
     ("model.private_width=-1", "model.private_width", "at least 0"),
     ("model.moe.expert_width=wide", "model.moe.expert_width", "at least 1, or auto"),
+    ("model.moe.gate=random", "model.moe.top_k", "is 2, but model.moe.gate random draws one expert"),
+    ("model.moe.gate=random model.moe.top_k=1", "model.moe.balance", "is bias, but model.moe.gate"),
+    ("model.moe.task_prior=1", "model.moe.task_prior", "routed by token does not know the task"),
+    ("model.moe.task_prior=-1", "model.moe.task_prior", "at least 0, or own"),
+    (
+        "model.moe.task_prior=own model.moe.route_by=task model.moe.num_experts=3 tasks.heat.path=x",
+        "model.moe.task_prior", "to a multiple of 2, at least 4.",
+    ),
     ("model.moe.temperature=0", "model.moe.temperature", "above 0"),
     ("model.moe.cooperation_threshold=1", "model.moe.cooperation_threshold", "below 1"),
     ("model.keep_layers=0", "model.keep_layers", "at least 1, or text, as top-3"),
@@ -166,7 +174,7 @@ BASES = {"WRITTEN": WRITTEN, "SCORED": [*WRITTEN, "tasks.mood.labels=[a, b]"]}
 @pytest.mark.parametrize(("overrides", "key", "rule"), OVERRIDES)
 def test_a_bad_override_is_refused(tmp_path: Path, overrides: str, key: str, rule: str):
     (tmp_path / "recipe.yaml").write_text(MOOD)
-    words = re.split(r" (?=(?:tasks|train|loss|data)\.[\w.]+=)", overrides)
+    words = re.split(r" (?=(?:tasks|train|loss|data|model)\.[\w.]+=)", overrides)
     words = [*BASES.get(words[0], words[:1]), *words[1:]]
     with pytest.raises(ValueError) as error:
         load_recipe(tmp_path / "recipe.yaml", words)

@@ -25,7 +25,8 @@ from comoe.data.text.normalize import PRESETS
 from comoe.losses.image_text import HARD
 from comoe.losses.weighting.strategies import WEIGHTINGS
 from comoe.models.encoders.families import LAYER_CHOICES, TRAINED_LAYERS
-from comoe.models.moe.gate import BALANCES, GATES, ROUTES
+from comoe.models.moe.gate import BALANCES, GATES
+from comoe.models.moe.router import ROUTES
 from comoe.models.vision.fusion import FUSIONS
 from comoe.tasks.kinds.registry import KINDS
 from comoe.tasks.metrics import METRICS

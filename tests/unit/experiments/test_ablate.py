@@ -7,7 +7,7 @@ import torch
 
 from comoe.config.recipe import MoeConfig
 from comoe.experiments.ablate import GateWithout, removed
-from comoe.models.moe.gate import build_gate
+from comoe.models.moe.router import build_gate
 from tests.helpers_model import moe_config, random_batch, tiny_model
 
 

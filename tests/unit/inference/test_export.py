@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers_export import TASKS, WORDS, export_tiny, make, make_run, tiny_recipe, tiny_tokenizer
-from helpers_model import HF_CONFIGS, VARIANTS, random_batch, tiny_model
+from helpers_model import HF_CONFIGS, VARIANTS, moe_config, random_batch, tiny_model
 from safetensors.torch import load_file, save_file
 
 from comoe.inference.checkpoint_folder import whats_wrong
@@ -272,3 +272,24 @@ def test_exporting_and_predicting_never_import_deepspeed():
 def test_a_task_of_each_kind_survives(tmp_path):
     export_tiny(tmp_path, tasks=(WORDS,))
     assert load_exported(tmp_path / "export").tasks == (WORDS,)
+
+
+def test_experts_that_were_drawn_become_one_block_in_the_export(tmp_path):
+    recipe = tiny_recipe()
+    moe = moe_config(gate="random", top_k=1, balance="none", gate_scale=3.0)
+    recipe.model.moe = moe
+    model = tiny_model(moe).eval()
+    export_model(
+        tmp_path / "export",
+        state_dict=model.state_dict(),
+        recipe=recipe,
+        tasks=TASKS,
+        encoder_config=HF_CONFIGS["bert"].to_dict(),
+        tokenizer=tiny_tokenizer(tmp_path / "vocabulary"),
+    )
+    loaded = load_exported(tmp_path / "export")
+    assert (loaded.model_config.moe.num_experts, loaded.config["num_local_experts"]) == (1, 1)
+    batch = random_batch()
+    for name, logits in model(batch).logits.items():
+        torch.testing.assert_close(loaded.model(batch).logits[name], logits, atol=1e-5, rtol=1e-5)
+    assert recipe.model.moe.num_experts == 4

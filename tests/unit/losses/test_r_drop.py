@@ -12,7 +12,14 @@ from comoe.config.recipe import ContrastiveConfig, LossConfig
 from comoe.losses.objective import count_units, unit_scale
 from comoe.tasks.kinds.registry import KINDS
 from comoe.types import IGNORED
-from tests.helpers_model import TASKS, random_batch, scaled, take, tiny_objective
+from tests.helpers_model import (
+    TASKS,
+    moe_config,
+    random_batch,
+    scaled,
+    take,
+    tiny_objective,
+)
 
 PLAIN = LossConfig(contrastive=ContrastiveConfig(weight=0.0))
 WEIGHT = 20.0
@@ -116,3 +123,23 @@ def test_micro_batches_add_up_and_without_dropout_nothing_is_added() -> None:
     ) / 3  # fmt: skip
     logits = objective.model(batch).logits, other(batch).logits
     assert cut.sum().item() == pytest.approx(reference(*logits, batch).item(), rel=1e-5)
+
+
+def test_without_dropout_two_draws_of_experts_are_made_to_agree() -> None:
+    """AdaMix: the two passes of a post go through other experts, and nothing else differs."""
+    moe = moe_config(gate="random", top_k=1, balance="none")
+    objective = tiny_objective(moe, loss=replace(PLAIN, r_drop_weight=WEIGHT))
+    model, batch = objective.model, scaled(replace(random_batch(), step=2))
+    found = objective(batch)
+    passes = []
+    for view in (0, 1):
+        model.holder.view = view
+        passes.append(model(batch))
+    picks = [torch.cat([r.indices_Sk for r in output.routings]) for output in passes]
+    assert not torch.equal(*picks)
+    expected = reference(*(output.logits for output in passes), batch)
+    assert expected > 1e-3
+    torch.testing.assert_close(found.terms["r_drop"].double(), expected, rtol=1e-4, atol=1e-6)
+    model.holder.view = 0
+    again = objective(batch)
+    assert torch.equal(again.loss, found.loss)

@@ -153,12 +153,17 @@ def test_one_expert_equals_the_dense_block_in_the_decoder_too(family):
 
 
 @pytest.mark.parametrize(
-    ("family", "route_by"), [("t5", "both"), ("umt5", "task"), ("bart", "task"), ("mbart", "token")]
+    ("family", "route_by", "prior"),
+    [("t5", "both", 1.0), ("umt5", "task", "own"), ("bart", "task", 0), ("mbart", "token", 0)],
 )
-def test_greedy_words_with_a_cache_are_those_of_teacher_forcing_with_experts(family, route_by):
+def test_greedy_words_with_a_cache_are_those_of_teacher_forcing_with_experts(
+    family, route_by, prior
+):
     """Each step's context is its own: were a token routed by another row's task, the paths would part."""
     model = decoder_model(
-        family, moe_config(route_by=route_by, shared_width=8), tasks=(OPINION, POLARITY)
+        family,
+        moe_config(route_by=route_by, shared_width=8, task_prior=prior),
+        tasks=(OPINION, POLARITY),
     ).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -348,7 +353,7 @@ def test_many_labels_are_scored_in_several_passes_and_alike(labels):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_two_encodes_then_one_backward_are_the_same_with_recomputed_layers_of_both_stacks(family):
     def gradients(recompute):
-        moe = moe_config(route_by="both", shared_width=8)
+        moe = moe_config(route_by="both", shared_width=8, task_prior=1.0)
         objective = decoder_objective(family, moe, dropout=0.3, recompute=recompute)
         torch.manual_seed(5)
         batches = decoder_batch(family=family, seed=1), decoder_batch(5, 7, family=family, seed=2)

@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import repeat
 from pathlib import Path
@@ -498,6 +499,7 @@ def test_a_long_evaluation_stops_after_a_few_batches_when_asked_to(tmp_path: Pat
     class Counting:
         device = torch.device("cpu")
         forwards = 0
+        averaged = staticmethod(nullcontext)
 
         class objective:
             class model:

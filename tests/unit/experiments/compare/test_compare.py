@@ -63,7 +63,8 @@ def test_every_arm_with_experts_has_the_same_active_width(experiment: Experiment
     widths = {}
     for trial in trials:
         shape = shape_of_recipe(load_recipe(experiment.config, trial.overrides))
-        widths[trial.part] = shape.moe_layers * shape.top_k * shape.expert_width
+        active = shape.top_k * shape.expert_width + shape.shared_width
+        widths[trial.part] = shape.moe_layers * active
     layers = shape_of_recipe(load_recipe(experiment.config)).moe_layers
     assert widths.pop("no_experts") == 0
     assert widths.pop("dense_total") == layers * 4 * 24
@@ -71,6 +72,24 @@ def test_every_arm_with_experts_has_the_same_active_width(experiment: Experiment
     (paper,) = (trial for trial in trials if trial.part == "paper")
     made = load_recipe(experiment.config, paper.overrides).model.moe
     assert (made.route_by, made.top_k, made.num_experts, made.balance) == ("task", 4, 4, "none")
+
+
+def test_one_block_per_task_and_arms_that_do_not_read_the_task(experiment: Experiment):
+    recipe = experiment.config
+    encoder = load_recipe(recipe).model.encoder
+    recipe.write_text(
+        "tasks: {mood: {path: x}, heat: {path: y, kind: regression}, topic: {path: z}}\n"
+        f"model: {{encoder: {encoder}, moe: {{num_experts: 6, top_k: 2, expert_width: 24, "
+        "route_by: both, task_prior: own}}\n"
+    )
+    names = ["one_per_task", "by_token", "dense", "ple"]
+    trials = plan_trials(experiment, arms=names, custom={}, seeds=[0])
+    made = {trial.part: load_recipe(recipe, trial.overrides).model.moe for trial in trials}
+    one = made["one_per_task"]
+    assert (one.num_experts, one.top_k, one.expert_width, one.task_prior) == (3, 1, 48, "own")
+    assert made["by_token"].task_prior == made["dense"].task_prior == 0
+    ple = made["ple"]
+    assert (ple.shared_width, ple.expert_width, ple.task_prior, ple.route_by) == (24, 12, 1, "both")
 
 
 def test_trials_run_seed_by_seed_and_carry_their_seed(experiment: Experiment):

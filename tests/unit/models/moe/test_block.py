@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,7 +17,8 @@ from comoe.models.moe.block import (
     RoutingContext,
 )
 from comoe.models.moe.experts import Experts, GatedFeedForward, run_grouped
-from tests.helpers_model import WIDTH, moe_config, tiny_model
+from comoe.models.moe.gate import draw
+from tests.helpers_model import WIDTH, moe_config, random_batch, tiny_model
 
 M, WIDE = 8, 16
 
@@ -26,11 +28,12 @@ def dense_expert(x, gate_up, down):
     return (F.silu(gate) * up) @ down.T
 
 
-def build_block(*, real_rows=((0, 5), (1, 3)), length=5, embeddings=None, **options):
+def build_block(*, real_rows=((0, 5), (1, 3)), length=5, embeddings=None, num_tasks=1, **options):
     """A float64 block and a context for two rows, the second with padding."""
     torch.manual_seed(0)
     holder = ContextHolder()
-    block = CooperativeBlock(M, WIDE, moe_config(**options), layer=0, holder=holder).double()
+    more = {"layer": 0, "holder": holder, "num_tasks": num_tasks}
+    block = CooperativeBlock(M, WIDE, moe_config(**options), **more).double()
     index = torch.tensor(
         [row * length + column for row, count in real_rows for column in range(count)]
     )
@@ -290,3 +293,81 @@ def test_a_block_measures_its_update_and_what_it_read_outside_training(off: bool
     context.routings.clear()
     block.train()(x_BLM)
     assert context.routings[0].energies_S2 is None
+
+
+def test_own_and_shared_experts_equal_a_model_of_one_block_per_task():
+    """PLE with one expert per task in float64: out = shared(x) + expert_t(x)."""
+    tasks_B, embeddings = torch.tensor([1, 0]), torch.randn(2, 64, dtype=torch.float64)
+    options = dict(route_by="task", num_experts=2, top_k=1, shared_width=8, task_prior="own")
+    block, context = build_block(embeddings=embeddings, num_tasks=2, **options)
+    context.task_ids_B = tasks_B
+    x = torch.randn(2, 5, M, dtype=torch.float64)
+    update = block(x).reshape(10, M)[context.real_index_S]
+    h = F.layer_norm(x.reshape(10, M)[context.real_index_S], (M,))
+    experts = block.mixture.experts
+    each = torch.stack(
+        [dense_expert(h, experts.gate_up_proj[e], experts.down_proj[e]) for e in range(2)]
+    )
+    own = each[tasks_B[context.token_rows_S], torch.arange(len(h))]
+    shared = dense_expert(h, block.shared.gate_up.weight, block.shared.down.weight)
+    torch.testing.assert_close(update, own + shared)
+
+
+def test_a_prior_raises_the_logits_of_the_tasks_experts():
+    embeddings = torch.randn(2, 64, dtype=torch.float64)
+    logits = []
+    for prior in (0.0, 1.5):
+        block, context = build_block(
+            embeddings=embeddings, num_tasks=2, route_by="both", task_prior=prior
+        )
+        context.task_ids_B = torch.tensor([1, 0])
+        torch.manual_seed(3)
+        block(torch.randn(2, 5, M, dtype=torch.float64))
+        logits.append(context.routings[0].logits_SE)
+    raised = torch.tensor([[0.0, 1.5], [1.5, 0.0]], dtype=torch.float64).repeat(1, 2)
+    torch.testing.assert_close(logits[1] - logits[0], raised[context.token_rows_S])
+
+
+RANDOM = dict(gate="random", top_k=1, balance="none")
+
+
+def test_a_drawn_expert_runs_all_tokens_of_a_post_and_evaluation_runs_the_mean():
+    block, context = build_block(**RANDOM, gate_scale=2.0)
+    context.draws_B = torch.tensor([5, 60])
+    x = torch.randn(2, 5, M, dtype=torch.float64)
+    update = block(x).reshape(10, M)[context.real_index_S]
+    h = F.layer_norm(x.reshape(10, M)[context.real_index_S], (M,))
+    gate_up, down = block.mixture.experts.gate_up_proj, block.mixture.experts.down_proj
+    chosen_S = context.routings[0].indices_Sk[:, 0]
+    expected_B = draw(context.draws_B, 0) % 4
+    assert torch.equal(chosen_S, expected_B[context.token_rows_S])
+    assert expected_B[0] != expected_B[1]
+    each = torch.stack([dense_expert(h, gate_up[e], down[e]) for e in range(4)])
+    torch.testing.assert_close(update, 2 * each[chosen_S, torch.arange(len(h))])
+    context.routings.clear()
+    context.draws_B = None
+    update = block.eval()(x).reshape(10, M)[context.real_index_S]
+    torch.testing.assert_close(update, 2 * dense_expert(h, gate_up.mean(0), down.mean(0)))
+
+
+def test_another_step_pass_or_seed_draws_other_experts_and_the_same_draw_the_same():
+    model, batch = tiny_model(moe_config(**RANDOM)), random_batch(rows=40)
+
+    def picks(step=3, view=0, seed=0):
+        model.holder.view, model.holder.seed = view, seed
+        return torch.stack([r.indices_Sk for r in model(replace(batch, step=step)).routings])
+
+    first = picks()
+    assert torch.equal(picks(), first)
+    assert len({tuple(layer.flatten().tolist()) for layer in first}) == 3
+    for other in (picks(step=4), picks(view=1), picks(seed=1)):
+        assert 0.1 < (other == first).float().mean() < 0.4
+    # A post has its experts wherever it stands.
+    model.holder.view = model.holder.seed = 0
+    rows = torch.arange(39, -1, -1)
+    turned = model(replace(batch.take(rows), step=3)).routings[0]
+    again = model(replace(batch, step=3)).routings[0].indices_Sk[:, 0]
+    lengths = batch.attention_mask_BL.sum(1)
+    ends = lengths.cumsum(0)
+    last = turned.indices_Sk[:, 0][lengths[rows].cumsum(0) - 1]
+    assert torch.equal(last.flip(0), again[ends - 1])

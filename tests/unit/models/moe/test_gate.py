@@ -10,19 +10,19 @@ from comoe.config.recipe import MoeConfig
 from comoe.models.moe.block import ContextHolder, CooperativeBlock, RoutingContext
 from comoe.models.moe.gate import (
     GATES,
-    PendingRoute,
-    RouteInputs,
-    RouterProjection,
     SigmoidGate,
     SoftmaxGate,
     UniformGate,
-    build_gate,
+    balanced_together,
+    dealt_experts,
+    draw,
     keep_bias,
     nudge_bias,
 )
+from comoe.models.moe.router import PendingRoute, RouteInputs, RouterProjection, build_gate
 
 NO_BIAS = torch.zeros(4)
-LEARNED = [name for name, gate in GATES.items() if not gate.for_measuring]
+LEARNED = [name for name, gate in GATES.items() if not (gate.for_measuring or gate.draws)]
 
 
 def logits(rows=50, experts=4, seed=0):
@@ -229,3 +229,71 @@ def test_given_picks_are_kept_and_weighed_anew(name):
     picked = torch.sigmoid(z).gather(1, others)
     torch.testing.assert_close(moved.weights_Sk, picked / picked.sum(1, keepdim=True))
     assert moved.counts_E.tolist() == torch.bincount(others.flatten(), minlength=4).tolist()
+
+
+@pytest.mark.parametrize(
+    ("experts", "tasks", "expected"),
+    [
+        (6, 3, [{0, 3}, {1, 4}, {2, 5}]),
+        (5, 2, [{0, 2, 4}, {1, 3}]),
+        (2, 3, [{0}, {1}, {0}]),
+        (4, 1, [{0, 1, 2, 3}]),
+    ],
+)
+def test_experts_are_dealt_to_tasks_in_turn(experts, tasks, expected):
+    dealt_TE = dealt_experts(torch.arange(tasks), experts, tasks)
+    assert [set(row.nonzero()[:, 0].tolist()) for row in dealt_TE] == expected
+
+
+@pytest.mark.parametrize("name", LEARNED)
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_a_token_sees_its_own_experts_alone(name, top_k):
+    z = logits(experts=6, seed=1).detach().double()
+    tasks_S = torch.arange(50) % 3
+    bias_E = torch.tensor([0.0, 0.0, 0.0, 0.0, 0.0, 50.0], dtype=torch.float64)
+    gate = GATES[name](top_k, scale=float(top_k))
+    routing = gate(z, bias_E, None, dealt_experts(tasks_S, 6, 3))
+    for s, task in enumerate(tasks_S.tolist()):
+        # What a gate of two experts would do.
+        alone = gate(z[s : s + 1, task::3], bias_E[task::3])
+        assert (3 * alone.indices_Sk + task == routing.indices_Sk[s]).all()
+        torch.testing.assert_close(alone.weights_Sk[0], routing.weights_Sk[s])
+
+
+@pytest.mark.parametrize("name", LEARNED)
+@pytest.mark.parametrize("prior", [0.0, 2.0, "own"])
+def test_under_a_prior_selected_experts_weigh_one_at_the_start(name, prior):
+    options = dict(num_experts=8, top_k=1, gate=name, route_by="both", task_prior=prior)
+    gate = build_gate(MoeConfig(**options), 384, 4)
+    z = 0.02 * (2 * 384) ** 0.5 * logits(8000, 8).detach().double()
+    own_SE = dealt_experts(torch.arange(8000) % 4, 8, 4)
+    raised = 0.0 if prior == "own" else prior
+    routing = gate(
+        z + raised * own_SE, torch.zeros(8).double(), None, own_SE if prior == "own" else None
+    )
+    assert routing.weights_Sk.mean().item() == pytest.approx(1, abs=0.03)
+
+
+def test_the_bias_of_own_experts_is_balanced_within_each_task():
+    moe = MoeConfig(num_experts=4, top_k=1, route_by="task", task_prior="own")
+    bias_E, load_E = torch.zeros(4), torch.tensor([90.0, 1.0, 70.0, 3.0])
+    for group in balanced_together(moe, 2):
+        nudge_bias(bias_E[group], load_E[group], 0.5)
+    assert bias_E.tolist() == [-0.5, 0.5, 0.5, -0.5]
+    moe.task_prior = 1.0
+    assert [bias_E[group].tolist() for group in balanced_together(moe, 2)] == [bias_E.tolist()]
+
+
+def test_draws_are_even_and_unrelated():
+    numbers_N = torch.arange(40000)
+    drawn = {salts: numbers_N for salts in [(0, 3), (0, 4), (1, 3)]}
+    for salts in drawn:
+        for salt in salts:
+            drawn[salts] = draw(drawn[salts], salt)
+        shares_E = torch.bincount(drawn[salts] % 5, minlength=5) / 40000
+        torch.testing.assert_close(shares_E, torch.full((5,), 0.2), atol=0.01, rtol=0)
+    one, other, third = (numbers % 5 for numbers in drawn.values())
+    for a, b in ((one, other), (one, third), (one[1:], one[:-1])):
+        assert abs((a == b).float().mean().item() - 0.2) < 0.01
+    # Steele et al. 2014: the first number of the generator with the state 0.
+    assert draw(torch.tensor([0]), 0).tolist() == [0xE220A8397B1DCDAF & (2**62 - 1)]

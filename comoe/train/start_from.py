@@ -1,0 +1,172 @@
+"""``model.start_from``: a run that begins with the weights of a finished one, its dense blocks as experts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from comoe.config.recipe import ModelConfig, MoeConfig
+from comoe.inference.export import WEIGHTS, read_export_config, recipe_of_export
+from comoe.models.model import MultiTaskModel
+from comoe.models.moe.block import CooperativeBlock
+from comoe.models.moe.router import build_gate
+from comoe.models.moe.upcycle import upcycle
+from comoe.tasks.task import Task
+from comoe.train.parallel.setup import set_weights
+
+PRE_TRAINED = ("encoder", "tower")
+"""Parts of a model that the export must have whole; all else starts anew where it has none."""
+
+
+def start_from_export(config: ModelConfig, model: MultiTaskModel) -> list[str]:
+    """Put the weights of the export into a new model, in place; nothing without ``model.start_from``.
+
+    Optimizer moments and schedule begin anew: they belong to the run that made the export, and a
+    router or a new head has none.
+
+    Args:
+        config: ``model`` of the recipe.
+        model: whole, or its encoder in ZeRO-3's shares. Every rank must call it.
+
+    Returns:
+        What came from where, to be printed.
+
+    Raises:
+        ValueError: no export there, or one that does not fit.
+    """
+    if config.start_from is None:
+        return []
+    folder = Path(config.start_from).expanduser()
+    try:
+        exported = read_export_config(folder)
+        with safe_open(folder / WEIGHTS, "pt") as file:
+            source = _Source(file.get_tensor, frozenset(file.keys()), exported)
+            set_weights(model, _fitting(source, config, model))
+    except (OSError, SafetensorError, ValueError) as error:
+        raise ValueError(f"model.start_from ({folder}): {error}") from error
+    heads = [task.name for task in model.tasks if source.number_of(task) is not None]
+    moe = source.moe
+    blocks = f"{moe.num_experts} experts" if moe.num_experts else "no experts"
+    return [
+        f"starting from {folder} ({blocks} per layer); tasks known there: {', '.join(heads) or 'none'}"
+    ]
+
+
+ANY_BLOCK = "block.norm.weight"
+"""End of a name that every block has."""
+
+
+class _Source:
+    """The export's weights by name, and its tasks."""
+
+    def __init__(
+        self, read: Callable[[str], Tensor], names: frozenset[str], config: Mapping[str, Any]
+    ) -> None:
+        self.read, self.names = read, names
+        self.encoder = {_unwrapped(name): name for name in names if name.startswith("encoder.")}
+        self.blocks = {
+            name.removesuffix(ANY_BLOCK) for name in names if name.endswith(f".{ANY_BLOCK}")
+        }
+        self.moe: MoeConfig = recipe_of_export(config).model.moe
+        self.tasks = [Task.from_dict(plain) for plain in config["tasks"]]
+
+    def number_of(self, task: Task) -> int | None:
+        """Place of the task of the same name, kind and labels."""
+        same = (task.name, task.kind, task.labels)
+        return next(
+            (n for n, own in enumerate(self.tasks) if (own.name, own.kind, own.labels) == same),
+            None,
+        )
+
+    def block(self, prefix: str) -> dict[str, Tensor]:
+        """The tensors of a block by their names in it; empty where there is none."""
+        found = (name for name in self.names if name.startswith(prefix))
+        return {name.removeprefix(prefix): self.read(name) for name in found}
+
+
+def _fitting(
+    source: _Source, config: ModelConfig, model: MultiTaskModel
+) -> Iterator[tuple[str, Tensor]]:
+    """Names and values of what the export gives to the model."""
+    blocks = {
+        f"{name}.": module
+        for name, module in model.named_modules()
+        if isinstance(module, CooperativeBlock)
+    }
+    if lost := source.blocks - {prefix.removesuffix("block.") for prefix in blocks}:
+        raise ValueError(
+            f"{len(lost)} layers have experts there and none here ({min(lost)}...); set model.moe.layers as in that "
+            "run."
+        )
+    for prefix, block in blocks.items():
+        for name, value in _of_block(source, prefix, block, config.moe, len(model.tasks)).items():
+            yield prefix + name, value
+    kept = [*model.named_parameters(), *model.named_buffers()]
+    wanted = model.state_dict().keys()
+    for name, place in kept:
+        if name not in wanted or name.startswith(tuple(blocks)):
+            continue
+        theirs = _name_there(name, source, model.tasks)
+        fits = theirs in source.names
+        if fits and (value := source.read(theirs)).shape == getattr(place, "ds_shape", place.shape):
+            yield name, value
+        elif name.split(".")[0] in PRE_TRAINED:
+            rule = "has another shape there" if fits else "is not there"
+            raise ValueError(
+                f"{name} {rule}; both runs need the same model.encoder, model.keep_layers and model.vision.tower."
+            )
+
+
+def _unwrapped(name: str) -> str:
+    """A name in the encoder as it is where no block is attached."""
+    return ".".join(part for part in name.split(".") if part != "inner")
+
+
+def _name_there(name: str, source: _Source, tasks: Sequence[Task]) -> str | None:
+    """How the export names a weight: heads and private parts go by the number of their task."""
+    part, _, rest = name.partition(".")
+    if part == "task_embedding":
+        return name if [task.name for task in source.tasks] == [t.name for t in tasks] else None
+    if part == "encoder":
+        return source.encoder.get(_unwrapped(name))
+    if part not in _NUMBERED:
+        return name
+    number, _, rest = rest.partition(".")
+    ours, theirs = (_NUMBERED[part](found) for found in (tasks, source.tasks))
+    place = source.number_of(ours[int(number)])
+    return None if place is None else f"{part}.{theirs.index(source.tasks[place])}.{rest}"
+
+
+_NUMBERED: dict[str, Callable[[Sequence[Task]], list[Task]]] = {
+    "heads": lambda tasks: [task for task in tasks if task.mode != "decoder"],
+    "private": list,
+}
+"""Part of the model that is a list -> tasks -> the task of each of its members."""
+
+
+def _of_block(
+    source: _Source, prefix: str, block: CooperativeBlock, config: MoeConfig, num_tasks: int
+) -> dict[str, Tensor]:
+    """What the export's block of the same layer gives to a block; nothing where it has none."""
+    theirs, fresh = source.block(prefix), dict(block.state_dict())
+    if not theirs:
+        return {}
+    if source.moe.num_experts == 1:
+        return upcycle(theirs, fresh, source=source.moe, config=config, num_tasks=num_tasks)
+    shapes = [{name: value.shape for name, value in names.items()} for names in (theirs, fresh)]
+    width = fresh["norm.weight"].shape[0]
+    gates = [
+        build_gate(source.moe, width, len(source.tasks)),
+        build_gate(config, width, num_tasks),
+    ]
+    if shapes[0] != shapes[1] or gates[0] != gates[1]:
+        raise ValueError(
+            f"layer {block.layer} has other experts there ({source.moe.num_experts}, top_k {source.moe.top_k}) or "
+            "another gate; give a run with the same model.moe, with one dense block per layer "
+            "(model.moe.num_experts=1 model.moe.top_k=1), or without experts."
+        )
+    return theirs
