@@ -31,7 +31,7 @@ def parser() -> ArgumentParser:
         help='one comparison, recorded before any run: "A > B", "A > B on task/metric", "A < B on loss"')
     add("--tune", action="append", default=[], metavar="KEY=A,B,...",
         help="choose the value per arm by runs of their own; repeat it for a grid")
-    add("--tune-by", choices=("loss", "metric", "teacher_kl"), default="loss", help="of the validation posts (loss)")
+    add("--tune-by", choices=("loss", "metric", "teacher_kl"), help="of the validation posts (loss)")
     add("--tune-seeds", metavar="LIST", help="not those of --seeds (1000,1001)")
     add("--measure", choices=("metric", "loss", "teacher_kl"),
         help="order and compare the arms by it (metric, arms as given)")
@@ -41,6 +41,7 @@ def parser() -> ArgumentParser:
     add("--remove-experts", metavar="ARMS", help="ablate each expert of these arms")
     add("--removal-posts", type=int, default=250, metavar="N", help="test posts per set there (250)")
     add("--resamples", type=int, default=300, metavar="N", help="of the bootstrap (300); 0: no differences")
+    add("--dry-run", action="store_true", help="check everything, print the runs and their options; end")
     add("--keep-checkpoints", action="store_true", help="else a finished run keeps its export only")
     # fmt: on
     add_recipe(found, overrides="options of the recipe, for all arms")

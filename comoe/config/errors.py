@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import functools
 from collections.abc import Iterable, Mapping
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from pydantic import ValidationError
 
@@ -96,6 +96,8 @@ def _must_be(expected: Any, value: Any) -> str:
     rule = f"it must be {describe(expected)}"
     if isinstance(value, str) and (guess := nearest(value, words)):
         return f"{rule}; did you mean {guess}?"
+    if isinstance(value, str) and any(get_origin(kind) is list for kind in kinds):
+        return f"{rule}; write [{value}], in quotes on a command line"
     if isinstance(value, bool) and (words or str in kinds):
         return f"{rule}; YAML reads a bare yes, no, on, off as true or false: put it in quotes"
     if isinstance(value, (int, float)) and kinds <= {str, type(None)}:
@@ -118,7 +120,9 @@ def _unknown_key(path: str, schema: type, section: type, origins: Mapping[str, s
     """A key that the section does not have: the nearest here, else the same word in another section."""
     parent, _, name = path.rpartition(".")
     siblings, everywhere = list(section.__pydantic_fields__), _all_paths(schema)
-    guess = nearest(name, siblings)
+    guess = nearest(name, siblings) or next(
+        (known for known in siblings if name == "".join(word[0] for word in known.split("_"))), None
+    )
     elsewhere = [known for known in everywhere if known.rpartition(".")[2] == name]
     guess = (
         f"{parent}.{guess}".lstrip(".")

@@ -219,12 +219,13 @@ def _mixing(recipe: Recipe) -> Broken:
 
 def _early_stop(recipe: Recipe) -> Broken:
     key, metric, tasks = "train.early_stop_metric", recipe.train.early_stop_metric, recipe.tasks
-    if metric == "mean" or (metric == "teacher_kl" and recipe.distill.teachers):
+    soft = recipe.distill.teachers or any(task.soft_label for task in tasks.values())
+    if metric == "mean" or (metric == "teacher_kl" and soft):
         return
     task, slash, _ = metric.partition("/")
     if not slash:
         some = f"mean or task/metric: {next(iter(tasks))}/macro_f1"
-        yield key, f"is {metric!r}; give {some}; with distill.teachers also teacher_kl."
+        yield key, f"is {metric!r}; give {some}; with distill.teachers or tasks.<name>.soft_label also teacher_kl."
     if task not in tasks:
         yield key, f"is {metric!r}: {unknown_name('task', task, tasks)}"
     if tasks[task].auxiliary:

@@ -237,13 +237,19 @@ def _training(recipe: Recipe, config: Mapping[str, Any], results: Mapping[str, A
         lines.append(
             f"- step {results['best_step']} of {results['step']}, {results['seconds'] / 60:.1f} minutes"
         )
+    if recipe.distill.teachers:
+        teachers = ", ".join(_last_part(teacher) for teacher in recipe.distill.teachers)
+        lines.append(f"- distilled from {teachers}, gold labels weighted {recipe.distill.gold_weight:g}")
     rows = [("task", "data set", "posts kept at most")]
     limit = "all" if recipe.data.limit_per_task is None else str(recipe.data.limit_per_task)
     for name, task in recipe.tasks.items():
-        # Of an absolute path the last part: the rest concerns nobody.
-        path = task.path.rsplit("/", 1)[-1] if task.path.startswith(("/", "~")) else task.path
-        rows.append((name, path or "-", limit))
+        rows.append((name, _last_part(task.path) or "-", limit))
     return "\n".join(lines) + "\n\n" + _table(rows)
+
+
+def _last_part(path: str) -> str:
+    """Of an absolute path the last part: the rest concerns nobody."""
+    return path.rsplit("/", 1)[-1] if path.startswith(("/", "~")) else path
 
 
 def _limits(recipe: Recipe, tasks: Sequence[Task]) -> str:

@@ -94,6 +94,10 @@ def parse_claim(text: str, plan: Plan, recipe: Recipe) -> Claim:
     if slash and task in tasks:
         # A slice or a label may follow the name of the metric.
         known = (*FALLING, *kind_of(recipe.tasks[task].kind).metrics)
+        if not metric:
+            raise ValueError(
+                f"--claim {text!r} names no metric after {task}/ (one of: {', '.join(known)})"
+            )
         if re.split("[@/]", metric)[0] not in known:
             raise unknown_name(f"metric of {task} (--claim)", metric, known)
     elif measure not in (MEAN, *FALLING):

@@ -14,6 +14,7 @@ from comoe.config.files import write_atomic
 from comoe.config.load import load_recipe
 from comoe.config.recipe import Recipe
 from comoe.evaluation.evaluate import TEACHER_KL
+from comoe.evaluation.tables import in_columns
 from comoe.experiments.ablate import measure_removal, read_removal
 from comoe.experiments.affinity import measure_affinity, read_affinity
 from comoe.experiments.compare.arms import ARMS, TASK_ARMS, custom_arms
@@ -68,6 +69,9 @@ def run_comparison(given: argparse.Namespace) -> list[Trial]:
     for check in (_affinities, _removals):
         check(plan, given)
     _check_measures(plan, given, load_recipe(experiment.config, experiment.overrides))
+    if given.dry_run:
+        print("\n".join(planned_lines(experiment, plan, grid)))
+        return []
     record_settings(experiment, file_name=SETTINGS)
     claim = record_claim(experiment, plan, given.claim, file_name=SETTINGS)
     tuning, failed = None, []
@@ -103,6 +107,23 @@ def run_comparison(given: argparse.Namespace) -> list[Trial]:
     print(f"\ntable   {given.output / 'table.md'}, {', '.join(written)}")
     print(f"plots   {given.output / 'plots'}")
     return failed
+
+
+def planned_lines(experiment: Experiment, plan: Plan, grid: Grid | None) -> list[str]:
+    """What ``--dry-run`` prints: every run with the options that it changes, and those that are finished."""
+    tuning = [] if grid is None else grid_trials(grid, plan)
+    lines = [f"note: {note}" for note in plan.notes]
+    for title, trials in (("tuning", tuning), ("comparison", plan.trials)):
+        # Arms may share the run of a task.
+        runs = {trial.name: trial for trial in trials}
+        rows = [
+            (name, "finished" if is_done(experiment, trial) else "", " ".join(trial.part_overrides))
+            for name, trial in runs.items()
+        ]
+        if runs:
+            head = (f"{title}: {len(runs)} runs", "", "options")
+            lines += [*in_columns(head, rows, left=3), ""]
+    return lines
 
 
 def run_tuning(

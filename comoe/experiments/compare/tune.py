@@ -17,7 +17,7 @@ from comoe.config.load import load_recipe
 from comoe.evaluation.evaluate import mean_metric
 from comoe.evaluation.tables import plain
 from comoe.experiments.compare.plan import Arm, Plan, read_seeds
-from comoe.experiments.compare.results import METRIC, read_json
+from comoe.experiments.compare.results import LOSS, METRIC, read_json
 from comoe.experiments.runner import Experiment, Trial, is_done
 from comoe.tasks.task import Task
 
@@ -130,6 +130,9 @@ def read_grid(given: argparse.Namespace, plan: Plan, experiment: Experiment) -> 
             comparison.
     """
     if not given.tune:
+        for flag, value in (("--tune-by", given.tune_by), ("--tune-seeds", given.tune_seeds)):
+            if value is not None:
+                raise ValueError(f"{flag} {value} tunes nothing; give --tune option=a,b,c too.")
         return None
     options: dict[str, tuple[str, ...]] = {}
     for text in given.tune:
@@ -153,7 +156,7 @@ def read_grid(given: argparse.Namespace, plan: Plan, experiment: Experiment) -> 
             f"--tune-seeds and --seeds both have {min(both)}: values that are chosen on the runs they are compared by "
             "look too good. Give other seeds."
         )
-    grid = Grid(options, tuple(seeds), given.tune_by)
+    grid = Grid(options, tuple(seeds), given.tune_by or LOSS)
     for trial in grid_trials(grid, plan):
         # A wrong option is refused before anything runs.
         load_recipe(experiment.config, [*experiment.overrides, *trial.overrides])

@@ -37,6 +37,8 @@ OVERRIDES = [
     # Soft labels.
     ("distill.unlabelled=[a.txt]", "distill.unlabelled", "there are no teachers"),
     ("distill.tasks=[moood]", "distill.tasks", "did you mean mood?"),
+    ("distill.teachers=runs/a/export", "distill.teachers", "write [runs/a/export]"),
+    ("train.lr=1", "train.lr", "did you mean train.learning_rate?"),
     ("distill.teachers=[a, a]", "distill.teachers", "all different"),
     ("distill.temperature=0", "distill.temperature", "above 0"),
     ("distill.annealing=cosine", "distill.annealing", "none, linear"),

@@ -65,6 +65,7 @@ def write_runs(experiment: Experiment) -> None:
         ("dense < sigmoid on teacher_kl", ("dense", "<", "sigmoid", "teacher_kl"), ("teacher_kl", "sigmoid", "mean")),
         ("sigmoid > dense on mood/f1/good", None, "f1/good is not a metric of mood"),
         ("sigmoid < dense on mood/teacher_kl", None, "distill.teachers"),
+        ("sigmoid < dense on mood/", None, "names no metric after mood/"),
     ],
 )  # fmt: skip
 def test_a_claim_is_read_and_found_in_the_tables(experiment: Experiment, text: str, claim, cell):

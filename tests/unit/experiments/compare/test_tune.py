@@ -127,6 +127,17 @@ def test_an_arm_without_any_finished_value_has_no_run(experiment: Experiment, ra
     assert "broken has no run: no value of its tuning finished." in found["notes"]
 
 
+def test_a_dry_run_names_every_run_and_writes_nothing(
+    experiment: Experiment, ran: list[str], capsys: pytest.CaptureFixture[str]
+):
+    given = arguments(experiment, arms="dense", tune=[f"{RATE}=1e-4,3e-4"], dry_run=True)
+    assert run_comparison(given, train_script=experiment.train_script) == []
+    shown = capsys.readouterr().out
+    assert "tuning: 4 runs" in shown and "comparison: 1 runs" in shown
+    assert f"dense.{RATE}_0.0003-s1001" in shown and f"{RATE}=0.0003" in shown
+    assert ran == [] and not experiment.output.exists()
+
+
 @pytest.mark.parametrize(
     ("tune", "changed", "message"),
     [
@@ -138,6 +149,8 @@ def test_an_arm_without_any_finished_value_has_no_run(experiment: Experiment, ra
         (["train.seed=1,2"], {}, "train.seed cannot be an override here"),
         ([f"{RATE}=1,2"], {"tune_seeds": "3,0"}, "both have 0"),
         ([f"{RATE}=1,2"], {"tune_seeds": "x"}, "--tune-seeds is 'x'"),
+        ([], {"tune_by": "metric"}, "--tune-by metric tunes nothing"),
+        ([], {"tune_seeds": "5"}, "--tune-seeds 5 tunes nothing"),
     ],
 )
 def test_a_wrong_grid_is_refused_before_anything_is_written(
