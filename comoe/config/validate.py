@@ -225,7 +225,10 @@ def _early_stop(recipe: Recipe) -> Broken:
     task, slash, _ = metric.partition("/")
     if not slash:
         some = f"mean or task/metric: {next(iter(tasks))}/macro_f1"
-        yield key, f"is {metric!r}; give {some}; with distill.teachers or tasks.<name>.soft_label also teacher_kl."
+        yield (
+            key,
+            f"is {metric!r}; give {some}; with distill.teachers or tasks.<name>.soft_label also teacher_kl.",
+        )
     if task not in tasks:
         yield key, f"is {metric!r}: {unknown_name('task', task, tasks)}"
     if tasks[task].auxiliary:

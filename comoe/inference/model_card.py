@@ -239,7 +239,9 @@ def _training(recipe: Recipe, config: Mapping[str, Any], results: Mapping[str, A
         )
     if recipe.distill.teachers:
         teachers = ", ".join(_last_part(teacher) for teacher in recipe.distill.teachers)
-        lines.append(f"- distilled from {teachers}, gold labels weighted {recipe.distill.gold_weight:g}")
+        lines.append(
+            f"- distilled from {teachers}, gold labels weighted {recipe.distill.gold_weight:g}"
+        )
     rows = [("task", "data set", "posts kept at most")]
     limit = "all" if recipe.data.limit_per_task is None else str(recipe.data.limit_per_task)
     for name, task in recipe.tasks.items():
