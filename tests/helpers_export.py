@@ -18,6 +18,7 @@ from comoe.config.recipe import (
     RunConfig,
     TaskConfig,
 )
+from comoe.inference.checkpoint_folder import write_manifest
 from comoe.inference.export import export_model
 from comoe.inference.predictor import Predictor
 from tests.helpers_model import HF_CONFIGS, MOOD, SIGNS, TASKS, TOPIC, WORDS, moe_config, tiny_model
@@ -113,8 +114,8 @@ def make_run(folder, *, steps=(3, 6), best=None, results=None):
         models[step] = tiny_model(tiny_recipe().model.moe, seed=step).eval()
         weights = make(checkpoint / "weights") / "model.safetensors"
         save_file(models[step].state_dict(), weights)
-        files = {"weights/model.safetensors": weights.stat().st_size}
-        (checkpoint / "manifest.json").write_text(json.dumps({"step": step, "files": files}))
+        (checkpoint / "state.json").write_text("{}")
+        write_manifest(checkpoint, step=step)
     if best is not None:
         (folder / "checkpoints/best.json").write_text(json.dumps({"step": best}))
     if results is not None:

@@ -26,6 +26,7 @@ from transformers import (
 
 from comoe.augment.generator import Generation, Generator, Prompt
 from comoe.config.errors import unknown_name
+from comoe.data.tokens.vocabulary import tokenizer_problem
 from comoe.distributed import choose_device
 from comoe.models.encoders.pretrained import Role, Unfit, load_pretrained, quiet, readable_errors
 from comoe.starter.registry import PREFIXES, READY_MADE, prepare
@@ -78,6 +79,8 @@ def load_generator(
         with readable_errors(name, GENERATIVE), quiet():
             source = os.path.expanduser(folder)
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+            if problem := tokenizer_problem(tokenizer, source):
+                raise Unfit(f"--model ({name}): {problem}; copy all files of its own tokenizer.")
     return HuggingFaceGenerator(
         model.to(place).eval(),
         tokenizer,

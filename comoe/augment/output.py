@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from comoe.config.files import atomic_file, same_file, write_atomic
+from comoe.config.files import atomic_file, same_file, write_json
 from comoe.data.reading.files import json_line
 from comoe.data.reading.sources import ENDINGS, NAMES
 
@@ -193,7 +193,7 @@ class Output:
             for path in rows:
                 path.unlink(missing_ok=True)
             note = {"head": dict(head), "sha256": digests, "report": list(report)}
-            write_atomic(self._note, json.dumps(note) + "\n")
+            write_json(self._note, note)
 
     def _read(self) -> Note | None:
         try:
@@ -211,7 +211,7 @@ def line_of(row: Row, *, number: int) -> str:
         ValueError: a cell that JSON cannot hold.
     """
     try:
-        return json_line(_without_nan(row), allow_nan=False)
+        return json_line(_without_nan(row))
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"post {number} has a cell that JSON lines cannot hold ({error}); drop its column."

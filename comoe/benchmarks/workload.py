@@ -14,9 +14,10 @@ from torch import Tensor
 from comoe.benchmarks.ranks import ROOT
 from comoe.config.load import load_recipe
 from comoe.config.recipe import Recipe
-from comoe.data.collator import Collator, load_tokenizer
+from comoe.data.collator import Collator
 from comoe.data.corpus import load_corpus
 from comoe.data.tokens.split import TokenizedSplit, tokenize_split
+from comoe.data.tokens.vocabulary import load_tokenizer
 from comoe.models.encoders.build import build_encoder, build_encoder_from_config
 from comoe.starter.registry import resolve
 

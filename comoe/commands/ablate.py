@@ -5,7 +5,6 @@
 The tokens of a removed expert go to their next best one. The run folder holds its recipe and its export.
 """
 
-import json
 import sys
 from argparse import ArgumentParser
 from collections.abc import Sequence
@@ -32,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Read the command line, measure, print the table."""
     given = parser().parse_args(argv)
 
-    from comoe.config.files import write_atomic
+    from comoe.config.files import write_json
     from comoe.experiments.ablate import measure_removal, removal_lines
 
     try:
@@ -40,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             given.run, split=given.split, limit=given.limit, device=given.device
         )
         if given.output:
-            write_atomic(given.output, json.dumps(removal.to_dict(), indent=1) + "\n")
+            write_json(given.output, removal.to_dict())
     except (ValueError, OSError) as error:
         print(f"comoe: {error}", file=sys.stderr)
         sys.exit(2)

@@ -6,7 +6,6 @@
 --data is a file (jsonl, csv, tsv, parquet), a folder with splits, or a hub name (--format hub).
 """
 
-import json
 import sys
 from argparse import ArgumentParser
 from collections.abc import Sequence
@@ -33,6 +32,7 @@ def parser() -> ArgumentParser:
     add("--batch-size", type=int, default=64, help="posts per forward pass")
     add("--device", default="auto", help="cpu, cuda, ...; auto is a GPU where there is one")
     add("--output", type=Path, help="write all metrics there as JSON")
+    add("--no-verify", action="store_true", help="read the model without comparing its digests")
     # fmt: on
     return found
 
@@ -41,21 +41,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Read the command line, score, print the table."""
     options = parser().parse_args(argv)
 
-    from comoe.config.files import same_file, write_atomic
+    from comoe.config.files import is_read_from, write_json
     from comoe.inference.predictor import Predictor
     from comoe.inference.score import format_scores, score
 
-    if options.output and same_file(options.output, Path(options.data)):
+    if options.output and is_read_from(options.output, Path(options.data)):
         sys.exit(f"comoe eval: --output {options.output} is the --data itself; name another file.")
     try:
-        predictor = Predictor.from_pretrained(options.model, device=options.device)
+        predictor = Predictor.from_pretrained(
+            options.model, device=options.device, verify=not options.no_verify
+        )
         scores = score(
             predictor, options.data, tasks=options.task, batch_size=options.batch_size, progress=True,
             format=options.format, split=options.split, text=options.text_column, pair=options.pair_column,
             label=options.label_column, image=options.image_column, skip_bad=options.skip_bad,
         )  # fmt: skip
         if options.output:
-            write_atomic(options.output, json.dumps(scores.evaluation.metrics, indent=2) + "\n")
+            write_json(options.output, scores.evaluation.metrics)
     except (ValueError, OSError) as error:
         sys.exit(f"comoe eval: {error}")
     print(format_scores(scores))

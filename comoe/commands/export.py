@@ -23,6 +23,8 @@ def parser() -> ArgumentParser:
     add("--which", default="best", help="best or last checkpoint of a run folder")
     add("--output", required=True, type=Path,
         help="folder to write; an older export there is replaced")
+    add("--no-verify", action="store_true",
+        help="read the checkpoint without comparing its digests")
     # fmt: on
     return found
 
@@ -34,7 +36,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     from comoe.inference.export import export_checkpoint
 
     try:
-        used = export_checkpoint(options.checkpoint, options.output, which=options.which)
+        used = export_checkpoint(
+            options.checkpoint, options.output, which=options.which, verify=not options.no_verify
+        )
     except (ValueError, OSError) as error:
         sys.exit(f"comoe export: {error}")
     print(f"{used.name} exported to {options.output}")

@@ -35,6 +35,7 @@ def parser() -> ArgumentParser:
     add("--batch-size", type=int, default=64, help="posts per forward pass")
     add("--device", default="auto",
         help="cpu, cuda, cuda:1, ...; auto is a GPU where there is one")
+    add("--no-verify", action="store_true", help="read the model without comparing its digests")
     # fmt: on
     return found
 
@@ -47,7 +48,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     from comoe.inference.predictor import Predictor
 
     try:
-        predictor = Predictor.from_pretrained(options.model, device=options.device)
+        predictor = Predictor.from_pretrained(
+            options.model, device=options.device, verify=not options.no_verify
+        )
         done = predict_file(
             predictor, options.input, options.output, format=options.format, tasks=options.task,
             text_column=options.text_column, pair_column=options.pair_column, image_column=options.image_column,

@@ -29,6 +29,8 @@ def parser() -> ArgumentParser:
         help="start a crashed run again from its last checkpoint, at most N times")
     add("--dry-run", action="store_true", help="print recipe, labels, sample posts, memory plan; end")
     add("--gpus", type=int, metavar="N", help="with --dry-run: plan for N GPUs, not for this machine")
+    add("--no-verify", action="store_true",
+        help="with --resume: read the checkpoint without comparing its digests")
     # The deepspeed launcher adds this one; the rank itself is read from the environment.
     add("--local_rank", type=int, default=0, help=SUPPRESS)
     # fmt: on
@@ -62,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         given.dry_run,
         given.gpus or 0,
     )
-    run_and_exit(Request(*words), stop)
+    run_and_exit(Request(*words, verify=not given.no_verify), stop)
 
 
 if __name__ == "__main__":

@@ -86,6 +86,7 @@ Whole = Annotated[int, Strict()]
 Count, CountFrom0 = Annotated[Whole, Ge(1)], Annotated[Whole, Ge(0)]
 _TEXT_TOO = BeforeValidator(_number)
 NotNegative = Annotated[float, Strict(), Ge(0), _TEXT_TOO]
+Rate = Annotated[float, Strict(), Ge(0), Le(100), _TEXT_TOO]
 Positive = Annotated[float, Strict(), Gt(0), _TEXT_TOO]
 Share = Annotated[float, Strict(), Ge(0), Lt(1), _TEXT_TOO]
 Fraction = Annotated[float, Strict(), Ge(0), Le(1), _TEXT_TOO]
@@ -95,8 +96,8 @@ AT_LEAST_TWO = Rule(lambda items: len(items) > 1, "one per label")
 DIFFERENT = Rule(lambda items: len(set(items)) == len(items), "all different")
 Names = Annotated[list[Text], DIFFERENT]
 FOLDER_NAME = Rule(
-    lambda name: re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", name) is not None,
-    "a plain folder name: letters, digits, dot, dash, underscore, no dot or dash first",
+    lambda name: re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}", name) is not None,
+    "a plain folder name: at most 200 letters, digits, dots, dashes, underscores, no dot or dash first",
 )
 KEPT_LAYERS = Rule(
     lambda word: re.fullmatch(r"(top|bottom)-[1-9][0-9]*", word) is not None, "as top-3 or bottom-3"

@@ -1,16 +1,19 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and locks that keep a second process out."""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
+import json
+import math
 import os
 import re
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 PART = ".part"
 """Ending of a file that is being written."""
@@ -77,6 +80,102 @@ def write_atomic(path: Path, data: str | bytes) -> None:
     """Write a file whole or not at all; see ``atomic_file``."""
     with atomic_file(path) as file:
         file.write(data.encode() if isinstance(data, str) else data)
+
+
+def plain(value: Any) -> Any:
+    """What JSON can hold: numbers of torch and NumPy become Python's, and what is not finite becomes null."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if hasattr(value, "tolist"):
+        return plain(value.tolist())
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_json(path: Path, value: Any, *, default: Callable[[Any], Any] | None = None) -> None:
+    """Write ``plain(value)`` as JSON, whole or not at all; ``default`` is that of ``json.dumps``."""
+    text = json.dumps(plain(value), ensure_ascii=False, indent=1, allow_nan=False, default=default)
+    write_atomic(path, f"{text}\n")
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file; ValueError where it is none."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON ({error}); the file is damaged.") from error
+
+
+@contextlib.contextmanager
+def locked(path: Path, what: str, *, wait: Callable[[str], object] | None = None) -> Iterator[None]:
+    """Let one process at a time run the block, by a lock file that is there as long as it runs.
+
+    The system gives the lock back when its process ends, in whatever way: that of a dead process is
+    taken over. Where the file system has no locks nobody is kept out.
+
+    Args:
+        path: the lock file; see ``lock_beside``.
+        what: is worked on, for the message.
+        wait: say by it who has the lock, and wait; None raises.
+
+    Raises:
+        ValueError: another process has the lock, with its host, number and since when.
+    """
+    while True:
+        # A planted link is not followed.
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        file = open(descriptor, "r+", encoding="utf-8")
+        try:
+            _lock(file, what, wait)
+            # A holder removes the file: a lock on a removed one keeps nobody out.
+            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                break
+        except BaseException:
+            file.close()
+            raise
+        file.close()
+    with file:
+        file.seek(0)
+        file.truncate()
+        since = time.strftime("%Y-%m-%d %H:%M:%S %Z")
+        file.write(f"process {os.getpid()} on {os.uname().nodename} since {since}")
+        file.flush()
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _lock(file: IO, what: str, wait: Callable[[str], object] | None) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.seek(0)
+        busy = f"{what} is in use by {file.read() or 'another process'}"
+        if wait is None:
+            raise ValueError(f"{busy}; wait until it ends, or end it.") from error
+        wait(f"{busy}; waiting for it")
+        fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError:
+        # No locks on this file system.
+        return
+
+
+def lock_beside(path: Path) -> Path:
+    """The lock file of a file or folder that is written, in the folder of it."""
+    name = (
+        path.name
+        if len(os.fsencode(path.name)) < 200
+        else hashlib.sha256(path.name.encode()).hexdigest()
+    )
+    return path.with_name(f".{name}.lock")
+
+
+def is_read_from(path: Path, source: Path) -> bool:
+    """Whether writing a path would replace what is read: the file itself, or one in the folder."""
+    inside = source.is_dir() and path.exists() and source.resolve() in path.resolve().parents
+    return inside or same_file(path, source)
 
 
 def same_file(path: Path, other: Path) -> bool:

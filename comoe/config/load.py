@@ -77,7 +77,7 @@ def _load(path: Path, overrides: Sequence[str], *, saved: bool) -> Recipe:
     if saved:
         keep_old_meanings(raw)
     for override in overrides:
-        _apply_override(raw, override, origins=origins)
+        _apply_override(raw, override, origins=origins, saved=saved)
     recipe = recipe_from_dict(raw, origins=origins)
     if recipe.data.root is None:
         recipe.data.root = str(path.resolve().parent)
@@ -175,8 +175,13 @@ def _key_lines(node: yaml.Node | None, *, name: str, prefix: str = "") -> Iterab
             yield from _key_lines(value_node, name=name, prefix=f"{path}.")
 
 
-def _apply_override(raw: dict[str, Any], override: str, *, origins: dict[str, str]) -> None:
-    """Put one ``key=value`` into the nested dicts; wrong keys and types are found later, when they become a recipe."""
+def _apply_override(
+    raw: dict[str, Any], override: str, *, origins: dict[str, str], saved: bool
+) -> None:
+    """Put one ``key=value`` into the nested dicts; wrong keys and types are found later, when they become a recipe.
+
+    Of a saved recipe a task may have been dropped before, by the same words.
+    """
     path, equals, text = override.partition("=")
     path = path.strip().lstrip("-")
     if not equals or not path or "" in path.split("."):
@@ -202,11 +207,11 @@ def _apply_override(raw: dict[str, Any], override: str, *, origins: dict[str, st
         del origins[known]
     origins[path] = COMMAND_LINE
     if value is None and sections == ["tasks"]:
-        if last not in place:
+        if last not in place and not saved:
             raise ValueError(
                 f"{COMMAND_LINE}: {override!r} drops no task: {unknown_name('task', last, place)}"
             )
-        del place[last]
+        place.pop(last, None)
     else:
         place[last] = value
 

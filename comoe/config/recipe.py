@@ -29,6 +29,7 @@ from comoe.config.fields import (
     NotNegative,
     Positive,
     PositiveShare,
+    Rate,
     Share,
     Temperature,
     Text,
@@ -578,14 +579,14 @@ class TrainConfig:
     """Posts per forward pass on one rank; auto is the whole share of the rank, at most 128."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """adamw or sgd."""
-    learning_rate: NotNegative = 5e-5
+    learning_rate: Rate = 5e-5
     """Peak rate of the encoder."""
-    expert_learning_rate: NotNegative = 5e-4
+    expert_learning_rate: Rate = 5e-4
     """Peak rate of experts and private parts."""
-    router_learning_rate: NotNegative | Literal["auto"] | None = "auto"
+    router_learning_rate: Rate | Literal["auto"] | None = "auto"
     """Peak rate of the gates' projections and the task embeddings; auto is 10 times
     ``expert_learning_rate``, at most 0.01 (or that rate, where it is higher). null makes them a part of the experts."""
-    head_learning_rate: NotNegative = 5e-4
+    head_learning_rate: Rate = 5e-4
     """Peak rate of heads and projections."""
     layer_decay: PositiveShare = 1.0
     """Each layer of the encoder (and of the decoder) learns at this times the rate of the layer above

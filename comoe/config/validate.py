@@ -48,8 +48,8 @@ def _tasks(recipe: Recipe) -> Broken:
         example = "`tasks: {mood: {path: mood.csv}}`"
         yield "tasks", f"is empty; give the recipe at least one task, as in {example}."
     for name, task in tasks.items():
-        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]*", name):
-            rule = "use letters, digits, dash, underscore; no dash first"
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,99}", name):
+            rule = "use at most 100 letters, digits, dashes, underscores; no dash first"
             yield f"tasks.{name}", f"is not a task name; {rule}."
         if not task.path:
             # A misspelt task in an override makes a new one, which has nothing but that option.

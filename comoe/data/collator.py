@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from comoe.config.recipe import DataConfig
 from comoe.data.columns import Domains, confidences_of, domain_columns
@@ -29,31 +28,6 @@ from comoe.tasks.task import Task, decoder_tasks
 from comoe.types import IGNORED, Batch
 
 
-def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of an encoder.
-
-    Args:
-        name: folder with the tokenizer's files, or a hub name.
-        trust_remote_code: let the encoder's repository run its own Python code.
-
-    Raises:
-        ValueError: no tokenizer there, or one without a padding token.
-    """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = (str(error).strip().splitlines() or ["no message"])[0]
-        raise ValueError(
-            f"model.encoder ({name}): no tokenizer could be loaded. Give a folder that holds tokenizer.json or the "
-            f"vocabulary beside config.json, or a hub name with a network at hand. ({type(error).__name__}: {reason})"
-        ) from error
-    if tokenizer.pad_token_id is None:
-        raise ValueError(
-            f"model.encoder ({name}): its tokenizer has no padding token; choose BERT, RoBERTa or DistilBERT."
-        )
-    return tokenizer
-
-
 class Collator:
     """Pads posts to a batch and lays out rows and labels as the gate's routing and the decoder want them.
 
@@ -63,7 +37,7 @@ class Collator:
     missing in it.
 
     Args:
-        tokenizer: from ``load_tokenizer``.
+        tokenizer: a Hugging Face tokenizer.
         tasks: all tasks.
         route_by: ``model.moe.route_by``.
         pad_to_multiple_of: rows are padded to a multiple of this many tokens.

@@ -225,6 +225,7 @@ def _parse(
     column = next(iter(group.tasks.values())).image
     splits = {}
     for split, raw in group.raw.items():
+        report.warnings += [raw.joined_lines()] if raw.joined else []
         posts = settle(
             read_rows(raw, rows.read),
             file=raw.file,

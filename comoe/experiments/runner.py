@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 import psutil
 import torch
 
-from comoe.config.files import write_atomic
+from comoe.config.files import lock_beside, locked, write_atomic
 from comoe.config.legacy import keep_old_meanings
 from comoe.config.load import load_recipe, recipe_from_dict, recipe_to_dict
 from comoe.config.ready_made import recipe_path, settings_path
@@ -166,8 +166,17 @@ def run_trials(
         The failed runs; the last lines of their logs are in ``failed/``.
 
     Raises:
+        ValueError: another process runs them.
         KeyboardInterrupt: Ctrl-C or SIGTERM, after the current run has saved a checkpoint.
     """
+    experiment.output.mkdir(parents=True, exist_ok=True)
+    with locked(lock_beside(experiment.runs), str(experiment.output)):
+        return _run_trials(experiment, trials, report=report)
+
+
+def _run_trials(
+    experiment: Experiment, trials: Sequence[Trial], *, report: Callable[[], object]
+) -> list[Trial]:
     todo = [trial for trial in trials if not is_done(experiment, trial)]
     done = len(trials) - len(todo)
     print_now(f"{len(trials)} runs, {done} of them done; {experiment.ranks} rank(s) each")

@@ -1,15 +1,28 @@
-"""The folder of a run's checkpoints: which are whole, and which is the best. A resume and an export ask here."""
+"""Manifests of checkpoints and exports, and the folder of a run's checkpoints: which are whole, which is the best."""
 
 from __future__ import annotations
 
-import json
+import hashlib
+import re
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
+
+from comoe.config.files import read_json, write_json
 
 MANIFEST = "manifest.json"
-"""Written last: a checkpoint without it was cut short."""
+"""Size and SHA-256 of every file of a checkpoint or an export. Written last: a checkpoint without it
+was cut short."""
 
 BEST = "best.json"
 """Names the step of the best checkpoint."""
+
+OWNER = ".run"
+"""Identifier of the run that a folder of checkpoints belongs to."""
+
+NEEDED = ("state.json", "weights/model.safetensors")
+"""Files without which a checkpoint is none."""
 
 
 def checkpoint_of(folder: Path, step: int) -> Path:
@@ -22,33 +35,99 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
 
 
-def whats_wrong(checkpoint: Path) -> str:
-    """Why a checkpoint cannot be used; empty when it is whole."""
-    manifest = checkpoint / MANIFEST
-    if not manifest.is_file():
-        return "it has no manifest, so its writing was cut short"
+def write_manifest(folder: Path, *, spared: Sequence[str] = (), **about: Any) -> None:
+    """Write ``MANIFEST`` of the files in a folder; ``spared`` may be changed later, ``about`` is noted beside."""
+    files = {
+        path.relative_to(folder).as_posix(): path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name not in (MANIFEST, *spared)
+    }
+    sizes = {name: path.stat().st_size for name, path in files.items()}
+    with ThreadPoolExecutor() as pool:
+        digests = dict(zip(files, pool.map(_sha256, files.values()), strict=True))
+    write_json(folder / MANIFEST, {**about, "files": sizes, "sha256": digests})
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """``MANIFEST`` of a folder; an empty one where it is damaged or missing."""
     try:
-        files = json.loads(manifest.read_text(encoding="utf-8"))["files"]
-        sizes = dict(files.items())
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return "its manifest is damaged"
-    for name, size in sizes.items():
-        file = checkpoint / name
+        manifest = read_json(folder / MANIFEST)
+        dict(manifest["files"].items()), dict(manifest.get("sha256", {}).items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+    return manifest
+
+
+def manifest_problem(folder: Path, *, needed: Sequence[str], verify: bool) -> str:
+    """How the files of a folder differ from its manifest; empty where they do not.
+
+    Args:
+        folder: a checkpoint or an export.
+        needed: files that the manifest must list.
+        verify: compare the bytes too, by their digests, which takes as long as reading them. Older
+            versions wrote none.
+    """
+    if not (folder / MANIFEST).is_file():
+        return "it has no manifest, so its writing was cut short"
+    manifest = read_manifest(folder)
+    if missing := set(needed) - manifest.get("files", {}).keys():
+        lacks = f", as it lists no {min(missing)}" if manifest else ""
+        return f"its manifest is damaged{lacks}"
+    for name, size in manifest["files"].items():
+        file = folder / name
         actual = file.stat().st_size if file.is_file() else "no"
         if actual != size:
             return f"{name} has {actual} bytes instead of {size}"
+    for name, digest in manifest.get("sha256", {}).items() if verify else ():
+        if _sha256(folder / name) != digest:
+            return f"{name} was changed after it was written (its SHA-256 is another)"
     return ""
 
 
-def sorted_checkpoints(folder: Path) -> tuple[list[Path], dict[Path, str]]:
-    """The whole checkpoints, oldest first, and the broken ones with what is wrong, newest first."""
+def whats_wrong(checkpoint: Path, *, verify: bool = False) -> str:
+    """Why a checkpoint cannot be used; empty when it is whole. ``verify`` also compares digests."""
+    if not re.fullmatch(r"step-\d+", checkpoint.name):
+        return "its name is not that of a whole checkpoint (step-<number>)"
+    if problem := manifest_problem(checkpoint, needed=NEEDED, verify=verify):
+        return problem
+    manifest, owner = read_manifest(checkpoint), checkpoint.parent / OWNER
+    if manifest.get("step", step_of(checkpoint)) != step_of(checkpoint):
+        return f"it is that of step {manifest['step']}"
+    if owner.is_file() and manifest.get("run", owner.read_text()) != owner.read_text():
+        return "it is that of another run"
+    return ""
+
+
+def sorted_checkpoints(folder: Path, *, verify: bool = False) -> tuple[list[Path], dict[Path, str]]:
+    """The whole checkpoints, oldest first, and the broken ones with what is wrong, newest first.
+
+    ``verify`` compares the digests of the newest whole one, and of those before it until one is.
+    """
     wrong = {path: whats_wrong(path) for path in sorted(folder.glob("step-*"), reverse=True)}
+    for path in wrong if verify else ():
+        wrong[path] = wrong[path] or whats_wrong(path, verify=True)
+        if not wrong[path]:
+            break
     whole = [path for path in reversed(wrong) if not wrong[path]]
     return whole, {path: problem for path, problem in wrong.items() if problem}
 
 
 def named_best(folder: Path) -> Path | None:
-    """The checkpoint that an evaluation named the best, whole or not; None where none was."""
-    place = folder / BEST
-    step = json.loads(place.read_text(encoding="utf-8"))["step"] if place.is_file() else None
-    return None if step is None else checkpoint_of(folder, step)
+    """The checkpoint that an evaluation named the best, whole or not; None where none was.
+
+    Where ``BEST`` is lost or damaged, the newest whole checkpoint remembers it.
+    """
+    newest = [path / "state.json" for path in sorted_checkpoints(folder)[0][-1:]]
+    for file, key in ((folder / BEST, "step"), *((file, "best_step") for file in newest)):
+        try:
+            found = read_json(file)
+            if found.get("best_value", 0) is not None:
+                return checkpoint_of(folder, int(found[key]))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            continue
+    return None
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

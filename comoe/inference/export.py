@@ -7,10 +7,11 @@ the model; tasks as a list because Hugging Face sorts the keys of dicts), the to
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import json
 import shutil
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,24 +23,34 @@ from transformers import AutoConfig, AutoTokenizer
 
 from comoe import __version__
 from comoe.config.errors import unknown_name
+from comoe.config.files import lock_beside, locked, read_json, write_json
 from comoe.config.legacy import keep_old_meanings
 from comoe.config.load import load_saved_recipe, recipe_from_dict
 from comoe.config.recipe import DataConfig, ModelConfig, Recipe
-from comoe.data.collator import load_tokenizer
 from comoe.data.datasets import read_as_words
 from comoe.data.images.pixels import ImageProcessor, load_image_processor
 from comoe.data.reading.inputs import column_in_training, columns_in_training
+from comoe.data.tokens.vocabulary import (
+    embedding_problem,
+    load_tokenizer,
+    tokenizer_problem,
+)
 from comoe.evaluation.calibration import with_calibration
 from comoe.inference.checkpoint_folder import (
+    MANIFEST,
     checkpoint_of,
+    manifest_problem,
     named_best,
+    read_manifest,
     sorted_checkpoints,
     whats_wrong,
+    write_manifest,
 )
 from comoe.inference.model_card import model_card
 from comoe.models.model import MultiTaskModel, build_model
 from comoe.models.moe.gate import GATES
 from comoe.models.moe.router import build_gate
+from comoe.tasks.labels import whole_characters
 from comoe.tasks.task import Task
 
 FORMAT_VERSION = 1
@@ -47,10 +58,12 @@ FORMAT_VERSION = 1
 
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
+IMAGES = "preprocessor_config.json"
+"""How images become numbers; in an export of a model that reads them."""
 
 
-def choose_checkpoint(run: Path, which: str) -> Path:
-    """The best or last whole checkpoint of a run folder.
+def choose_checkpoint(run: Path, which: str, *, verify: bool = True) -> Path:
+    """The best or last whole checkpoint of a run folder; ``verify`` also compares digests.
 
     Raises:
         ValueError: another word, or no such checkpoint; with what is wrong with a broken one.
@@ -58,7 +71,7 @@ def choose_checkpoint(run: Path, which: str) -> Path:
     if which not in CHOICES:
         raise unknown_name("choice of --which", which, CHOICES)
     folder = run / "checkpoints"
-    whole, broken = sorted_checkpoints(folder)
+    whole, broken = sorted_checkpoints(folder, verify=verify)
     problems = "; ".join(f"{path.name}: {problem}" for path, problem in broken.items())
     if not whole:
         raise ValueError(
@@ -113,8 +126,8 @@ def fill_in(model: nn.Module, weights: Mapping[str, Tensor], *, place: Path) -> 
     """Give a model its weights, in place. A tensor of several names, as a tied output layer, comes under the first.
 
     Raises:
-        ValueError: weights that are missing, of another shape, or not in the model; ``place`` names
-            the file.
+        ValueError: weights that are missing, of another shape, not in the model, or not finite;
+            ``place`` names the file.
     """
     aliases = set(dict(model.named_parameters(remove_duplicate=False))) - set(
         dict(model.named_parameters())
@@ -127,7 +140,9 @@ def fill_in(model: nn.Module, weights: Mapping[str, Tensor], *, place: Path) -> 
         for name in expected.keys() & weights.keys()
         if expected[name].shape != weights[name].shape
     ]
+    broken = [name for name, tensor in weights.items() if not tensor.isfinite().all()]
     problems = {"missing": missing, "not in the model": extra, "of another shape": shapes}
+    problems["not finite"] = broken
     problems = [
         f"{len(names)} {what} ({', '.join(sorted(names)[:3])})"
         for what, names in problems.items()
@@ -140,19 +155,41 @@ def fill_in(model: nn.Module, weights: Mapping[str, Tensor], *, place: Path) -> 
     model.load_state_dict(weights, strict=False)
 
 
-def may_replace(folder: Path) -> bool:
-    """True for an export and for an empty folder."""
+@contextlib.contextmanager
+def _replacing(folder: Path) -> Iterator[Path]:
+    """A folder to fill beside an export, which takes its place when the block ends without an error.
+
+    Raises:
+        ValueError: another process is at it, or something else than an older export is in the way.
+    """
+    aside = folder.with_name(f".{folder.name}.part")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with locked(lock_beside(folder), str(folder)):
+        if problem := _in_the_way(folder):
+            raise ValueError(f"{folder} {problem}; choose another folder, or remove it first.")
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir()
+        try:
+            yield aside
+            if folder.exists():
+                shutil.rmtree(folder)
+            aside.rename(folder)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+def _in_the_way(folder: Path) -> str:
+    """Why an export may not replace what is there; empty for nothing, an empty folder and an older export."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return ""
     config = folder / CONFIG
-    ours = config.is_file() and read_json(config).get("model_type") == "comoe"
-    return folder.is_dir() and (ours or not any(folder.iterdir()))
-
-
-def read_json(path: Path) -> Any:
-    """The content of a JSON file; ValueError where it is none."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}); the file is damaged.") from error
+    if not config.is_file() or read_json(config).get("model_type") != "comoe":
+        return "exists and is not an export of comoe"
+    # Older versions wrote no manifest.
+    own = {MANIFEST, CARD, *read_manifest(folder).get("files", {})}
+    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    foreign = sorted(found - own) if MANIFEST in found else []
+    return f"also holds files that comoe did not write ({', '.join(foreign[:3])})" * bool(foreign)
 
 
 CHOICES = {
@@ -221,48 +258,54 @@ def export_model(
         ValueError: the folder holds something that is no export, or weights and recipe do not fit.
     """
     folder = Path(folder)
-    if folder.exists() and not may_replace(folder):
-        raise ValueError(
-            f"{folder} exists and is not an export of comoe; choose another folder, or remove it first."
-        )
     recipe, state_dict = _averaged(recipe, state_dict)
     config = _config(recipe, tasks, encoder_config, tower_config)
     config["image_column"] = image_processor and column_in_training(recipe.tasks.values())
-    aside = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
+    with _replacing(folder) as aside:
         weights = {
             name: tensor.detach().cpu().contiguous()
             for name, tensor in state_dict.items()
             if not name.startswith(FOR_TRAINING)
         }
         save_file(_each_once(weights), aside / WEIGHTS, metadata={"format": "pt"})
-        (aside / CONFIG).write_text(
-            json.dumps(config, ensure_ascii=False, indent=2) + "\n", encoding="utf-8"
-        )
+        write_json(aside / CONFIG, config)
         tokenizer.save_pretrained(str(aside))
         if image_processor is not None:
             image_processor.save(aside)
-        card = model_card(folder.name, recipe=recipe, tasks=tasks, config=config, results=results)
-        (aside / CARD).write_text(card, encoding="utf-8")
-        load_exported(aside)
-        if folder.exists():
-            shutil.rmtree(folder)
-        aside.rename(folder)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        about = {"recipe": recipe, "tasks": tasks, "config": config, "results": results}
+        (aside / CARD).write_text(_card(folder.name, **about), encoding="utf-8")
+        # The card is there to be edited.
+        write_manifest(aside, spared=(CARD,))
+        load_exported(aside, verify=False)
 
 
-def load_exported(folder: str | Path) -> Exported:
+def _card(name: str, **about: Any) -> str:
+    try:
+        return whole_characters(model_card(name, **about))
+    except Exception as error:  # a card is no reason to lose a run
+        print(f"warning: no model card ({type(error).__name__}: {error})", file=sys.stderr)
+        return f"# {name}\n"
+
+
+def load_exported(folder: str | Path, *, verify: bool = True) -> Exported:
     """Read an export: safetensors and JSON only, nothing in the folder is executed.
+
+    Args:
+        folder: the export.
+        verify: compare the digests of its files with those that were written.
 
     Raises:
         ValueError: no such folder, a file is missing or damaged, made by a newer comoe, or weights
-            that do not fit.
+            that do not fit or are not finite.
     """
     folder = Path(folder)
     config = read_export_config(folder)
+    # Older versions wrote no manifest.
+    if verify and (folder / MANIFEST).is_file():
+        if problem := manifest_problem(folder, needed=(CONFIG, WEIGHTS), verify=True):
+            raise ValueError(
+                f"{folder}: {problem}; copy or export the folder again, or give --no-verify where the change is yours."
+            )
     tasks = tuple(Task.from_dict(plain) for plain in config["tasks"])
     recipe = recipe_of_export(config)
     model = build_model(
@@ -280,12 +323,17 @@ def load_exported(folder: str | Path) -> Exported:
     fill_in(model, weights, place=folder / WEIGHTS)
     model.eval()
     tokenizer = _load_tokenizer(folder, config["encoder"])
-    return Exported(
-        model, tasks, tokenizer, _image_processor(folder), recipe.model, recipe.data, config
-    )
+    processor = _image_processor(folder)
+    if processor is None and config.get("tower") is not None:
+        raise ValueError(
+            f"{folder}: the model reads images, but {IMAGES} is missing; copy or export it again."
+        )
+    return Exported(model, tasks, tokenizer, processor, recipe.model, recipe.data, config)
 
 
-def export_checkpoint(path: str | Path, out: str | Path, *, which: str = "best") -> Path:
+def export_checkpoint(
+    path: str | Path, out: str | Path, *, which: str = "best", verify: bool = True
+) -> Path:
     """Make an export from a checkpoint, whatever its ranks, EP and ZeRO stage: its full weights lie in the checkpoint.
 
     Args:
@@ -293,6 +341,7 @@ def export_checkpoint(path: str | Path, out: str | Path, *, which: str = "best")
         out: the export; calibrated as ``results.json`` says where that was measured on this very
             checkpoint.
         which: best or last, where ``path`` is a run folder.
+        verify: compare the digests of the checkpoint's files with those that were written.
 
     Returns:
         The checkpoint that was used.
@@ -307,8 +356,8 @@ def export_checkpoint(path: str | Path, out: str | Path, *, which: str = "best")
     path = Path(path).resolve()
     named = path.name.startswith("step-") and not (path / "checkpoints").is_dir()
     is_checkpoint = named or (path / "weights").is_dir()
-    checkpoint = path if is_checkpoint else choose_checkpoint(path, which)
-    if problem := whats_wrong(checkpoint):
+    checkpoint = path if is_checkpoint else choose_checkpoint(path, which, verify=verify)
+    if problem := whats_wrong(checkpoint, verify=verify):
         raise ValueError(f"{checkpoint}: {problem}; use another one in {checkpoint.parent}.")
     run = checkpoint.parent.parent
     for name in ("config.yaml", "tasks.json", "encoder_config.json", "tokenizer"):
@@ -415,23 +464,22 @@ def base_model(encoder: str) -> str:
 
 
 def _image_processor(folder: Path) -> ImageProcessor | None:
-    return (
-        load_image_processor(str(folder))
-        if (folder / "preprocessor_config.json").is_file()
-        else None
-    )
+    return load_image_processor(str(folder)) if (folder / IMAGES).is_file() else None
 
 
 def _load_tokenizer(folder: Path, encoder_config: Mapping[str, Any]) -> Any:
     # Left to itself, AutoTokenizer would read our config.json and warn of a model type that it does
     # not know.
     fields = dict(encoder_config)
+    hf_config = AutoConfig.for_model(fields.pop("model_type"), **fields)
     try:
-        return AutoTokenizer.from_pretrained(
-            folder, config=AutoConfig.for_model(fields.pop("model_type"), **fields)
-        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, config=hf_config)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
             f"{folder}: its tokenizer cannot be loaded ({reason}); copy or export it again."
         ) from error
+    problem = tokenizer_problem(tokenizer, folder) or embedding_problem(tokenizer, hf_config)
+    if problem:
+        raise ValueError(f"{folder}: {problem}; copy or export it again.")
+    return tokenizer

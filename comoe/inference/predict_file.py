@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 from tqdm import tqdm
 
 from comoe.config.errors import unknown_name
-from comoe.config.files import atomic_file, same_file
+from comoe.config.files import atomic_file, lock_beside, locked, same_file
 from comoe.data.posts import Post
 from comoe.data.reading.files import RawSplit, json_line, read_text
 from comoe.data.reading.inputs import (
@@ -24,6 +25,7 @@ from comoe.data.reading.inputs import (
 from comoe.data.reading.rows import cell_text, read_rows
 from comoe.data.reading.sources import ENDINGS, read_input
 from comoe.inference.predictor import Predictor, pair_problem, second_text, text_problem
+from comoe.tasks.labels import whole_characters
 from comoe.tasks.prompts import wants_pair
 from comoe.tasks.task import Task
 
@@ -99,8 +101,12 @@ def _read_file(path: Path) -> tuple[RawSplit, bool]:
         raise ValueError(
             f"--input {path}: {unknown_name('ending that can be read', ending, ENDINGS)}"
         )
-    plain = ENDINGS[ending] == "txt"
-    return read_text(path, every_line=True) if plain else read_input("--input", str(path)), plain
+    if ENDINGS[ending] == "txt":
+        return read_text(path, every_line=True), True
+    raw = read_input("--input", str(path))
+    if raw.joined:
+        print(f"warning: {raw.joined_lines()}", file=sys.stderr)
+    return raw, False
 
 
 def _kept_columns(
@@ -153,16 +159,43 @@ def predict_file(
 
     Raises:
         ValueError: a file, column, task or format that does not exist or does not fit, a target
-            that is the source, or no post has a prediction.
+            that is the source or that another process writes, or no post has a prediction.
     """
     chosen = [task for task in predictor.tasks if tasks is None or task.name in tasks]
     writer_class = _writer_class(format, chosen, explain=explain, keep=columns.get("keep"))
     writer = writer_class(predictor, chosen)
     if same_file(target, source):
         raise ValueError(f"--output {target} is the --input itself; name another file.")
-    posts = read_post_file(source, **columns, model=predictor, tasks=chosen)
-    errors, without_image = [], 0
+    with _only_one(target):
+        return _predict_into(
+            target, writer, source, tasks=tasks, explain=explain, batch_size=batch_size, **columns
+        )
+
+
+@contextlib.contextmanager
+def _only_one(target: Path) -> Iterator[None]:
+    """Make the folder of the predictions, and let one process at a time write them; pipes and devices take any."""
     target.parent.mkdir(parents=True, exist_ok=True)
+    if target.exists() and not target.is_file():
+        yield
+        return
+    with locked(lock_beside(target), f"--output {target}"):
+        yield
+
+
+def _predict_into(
+    target: Path,
+    writer: JsonLines,
+    source: Path,
+    *,
+    tasks: Sequence[str] | None,
+    explain: bool,
+    batch_size: int,
+    **columns: Any,
+) -> str:
+    predictor = writer.predictor
+    posts = read_post_file(source, **columns, model=predictor, tasks=writer.tasks)
+    errors, without_image = [], 0
     # None: no bar where standard error is no terminal.
     bar = tqdm(total=len(posts), unit="post", disable=None, dynamic_ncols=True)
     with atomic_file(target, "w") as file, bar:
@@ -209,7 +242,7 @@ class JsonLines:
     """One object per post: kept columns, ``text``, the prediction of each task, or ``error``."""
 
     def __init__(self, predictor: Predictor, tasks: Sequence[Task]) -> None:
-        self.tasks = tasks
+        self.predictor, self.tasks = predictor, tasks
         self.reads_images = predictor.collator.pixels is not None
 
     def prepare(self, post: Post) -> Post:
@@ -247,8 +280,9 @@ class Table(JsonLines):
                 row[task.name] = _cell(task, prediction[task.name])
                 scores = {} if task.mode == "tokens" else prediction[task.name].get("scores", {})
                 row |= {f"{task.name}/{label}": score for label, score in scores.items()}
+        cells = (row.get(column, "") for column in self.columns)
         csv.writer(file, lineterminator="\n").writerow(
-            [row.get(column, "") for column in self.columns]
+            [whole_characters(cell) if isinstance(cell, str) else cell for cell in cells]
         )
 
 
@@ -288,6 +322,8 @@ class TweetEval(JsonLines):
         )
 
     def write(self, file: TextIO, prediction: dict[str, Any]) -> None:
+        if self.task.name not in prediction:
+            raise ValueError(f"{prediction['error']}; a line of tweeteval has no place for that.")
         file.write(f"{self.task.labels.index(prediction[self.task.name]['label'])}\n")
 
     def remark(self, bad: int) -> str:

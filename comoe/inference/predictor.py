@@ -29,7 +29,7 @@ from comoe.data.tokens.split import TokenizedSplit, TokenRow
 from comoe.distributed import choose_device
 from comoe.inference.export import Exported, load_exported
 from comoe.tasks.kinds.tagging import tag_spans
-from comoe.tasks.labels import split_words
+from comoe.tasks.labels import split_words, whole_characters
 from comoe.tasks.prompts import wants_pair
 from comoe.tasks.task import Task
 
@@ -53,12 +53,15 @@ class Predictor:
     """Where the model is."""
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, *, device: str = "auto") -> Predictor:
+    def from_pretrained(
+        cls, folder: str | Path, *, device: str = "auto", verify: bool = True
+    ) -> Predictor:
         """Load an export.
 
         Args:
             folder: written by a run (``export/``) or by ``comoe export``.
             device: a torch device; auto is the first GPU, or the CPU where there is none.
+            verify: compare the digests of its files with those that were written.
 
         Raises:
             ValueError: no export there, or one that cannot be read; no such device.
@@ -68,7 +71,7 @@ class Predictor:
             >>> predictor(["what a lovely day"])[0]["mood"]["label"]
             'positive'
         """
-        exported = load_exported(folder)
+        exported = load_exported(folder, verify=verify)
         place = choose_device(device)
         exported.model.to(place)
         processor = exported.image_processor
@@ -172,6 +175,8 @@ class Predictor:
         self, texts: list, pairs: list, words: list, images: list, tasks: Sequence[Task]
     ) -> TokenizedSplit:
         config = self.exported.data_config
+        # As training does.
+        texts, pairs, words = ([_whole(cell) for cell in cells] for cells in (texts, pairs, words))
         split = self.collator.encode_texts(
             texts, pairs, words, images=images, config=config, asked=tasks
         )
@@ -220,6 +225,10 @@ class Predictor:
                         split.posts.texts[post], tokens[post]
                     )
                     prediction |= _attention(weights_L, tokens[post].word_ids, words=words)
+                if not _is_finite(prediction):
+                    problem = f"the scores of {task.name} are not finite: the model has diverged"
+                    predictions[post].setdefault("error", problem)
+                    continue
                 predictions[post][task.name] = prediction
         cut, lost = (
             split.cut,
@@ -295,6 +304,21 @@ def _attention(weights_L: np.ndarray, word_ids_L: np.ndarray, *, words: Any) -> 
         for word in np.unique(word_ids_L[inside]).tolist()
     ]
     return {"attention": merged, "attention_elsewhere": float(weights_L[~inside].sum())}
+
+
+def _whole(cell: str | list[str] | None) -> Any:
+    if isinstance(cell, str):
+        return whole_characters(cell)
+    return None if cell is None else [whole_characters(word) for word in cell]
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether every number in a prediction is one that JSON can hold."""
+    if isinstance(value, dict):
+        return all(map(_is_finite, value.values()))
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_finite, value))
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def _column(what: str, values: Sequence[Any] | None, *, count: int) -> list[Any]:

@@ -9,7 +9,6 @@ the others wait.
 from __future__ import annotations
 
 import argparse
-import fcntl
 import os
 import shutil
 import sys
@@ -21,6 +20,7 @@ from functools import partial
 from pathlib import Path
 
 from comoe.config.errors import unknown_name
+from comoe.config.files import lock_beside, locked
 from comoe.config.recipe import Recipe
 from comoe.starter.implied_posts import build_implied_posts
 from comoe.starter.kit import CHINESE_POSTS, Say, build_chinese_encoder, build_encoder, build_posts
@@ -157,7 +157,7 @@ def prepare_folder(folder: Path, build: Build, *, progress: bool = True) -> Path
         raise ValueError(
             f"{folder.parent} cannot be made ({error}); set COMOE_HOME to a folder of yours."
         ) from error
-    with _only_one(folder.parent / f"{folder.name}.lock", say=say):
+    with locked(lock_beside(folder), str(folder), wait=say):
         if folder.is_dir():
             return folder  # another process was faster
         # Nobody else can be at work, we hold the lock. What a failed or killed preparation has
@@ -178,18 +178,6 @@ def prepare_folder(folder: Path, build: Build, *, progress: bool = True) -> Path
                 shutil.rmtree(downloads)
     say(f"ready: {folder}")
     return folder
-
-
-@contextmanager
-def _only_one(path: Path, *, say: Say) -> Iterator[None]:
-    """Hold a lock on a file; the system gives it back when the process ends, in whatever way."""
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say(f"another process prepares {path.with_suffix('')}; waiting for it")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def parser() -> argparse.ArgumentParser:

@@ -19,7 +19,15 @@ WORD = re.compile(r"(?:https?://|www\.)\S+|[@#]?\w+(?:[-'’_.]\w+)*|[^\w\s]+")
 """A link, a user, a hashtag, a word (don't, U.S), or a run of signs (emoticon, full stop)."""
 
 
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
 _WHOLE_NUMBER = re.compile(r"([+-]?\d+)\.0+")
+
+
+def whole_characters(text: str) -> str:
+    """Half a surrogate pair, which no tokenizer and no UTF-8 file takes, becomes the replacement character."""
+    return _LONE_SURROGATE.sub("\ufffd", text)
 
 
 def split_words(text: str) -> list[str]:
@@ -46,7 +54,7 @@ def label_name(value: object) -> str:
         value = value.item()
     if isinstance(value, bool):
         return str(value).lower()
-    text = str(value).strip()
+    text = whole_characters(str(value)).strip()
     whole = _WHOLE_NUMBER.fullmatch(text)
     return whole[1] if whole else text
 
@@ -64,8 +72,10 @@ def label_id(value: object, labels: Sequence[str]) -> int:
         labels: label names in the order of their ids.
 
     Raises:
-        ValueError: no such label; the message has the nearest name and all names.
+        ValueError: no such label, with the nearest name and all names; an object or a list.
     """
+    if isinstance(value, (Mapping, list, tuple, np.ndarray)):
+        raise ValueError(f"{value!r} is an object or a list; a label is a text or a number")
     name = str(value).strip()
     if name not in labels:
         name = label_name(value)

@@ -13,7 +13,7 @@ import torch
 
 from comoe.config.load import recipe_to_yaml
 from comoe.config.recipe import Recipe
-from comoe.data.collator import Collator, load_tokenizer
+from comoe.data.collator import Collator
 from comoe.data.columns import find_domains
 from comoe.data.corpus import Corpus, load_corpus
 from comoe.data.images.check import limits_of
@@ -29,6 +29,7 @@ from comoe.data.tokens.split import (
     tokenize_split,
     with_soft_labels,
 )
+from comoe.data.tokens.vocabulary import embedding_problem, load_tokenizer
 from comoe.distributed import barrier, broadcast_object, is_main, rank, world_size
 from comoe.evaluation.evaluate import check_chosen_metric
 from comoe.inference.checkpoint_folder import checkpoint_of, whats_wrong
@@ -63,6 +64,7 @@ def build_run(
     *,
     device: torch.device,
     resume: bool = False,
+    verify: bool = True,
     on_ready: Callable[[], object] = lambda: None,
 ) -> TrainingRun:
     """Make a run ready to train; every rank must call it.
@@ -72,7 +74,7 @@ def build_run(
         settings: the DeepSpeed JSON.
         folder: run folder.
         device: of this rank.
-        resume: go on from the newest whole checkpoint in the folder.
+        resume: go on from the newest whole checkpoint in the folder; ``verify`` compares digests.
         on_ready: called once all that the user brings has been read, before anything is written.
 
     Raises:
@@ -92,7 +94,7 @@ def build_run(
     parameters = count_parameters(objective.model, top_k=recipe.model.moe.top_k)
     _print([*corpus.report.lines(all_in=SET_ASIDE), f"precision: {layout.precision}"])
     on_ready()
-    found = _checkpoint_to_use(folder, typed, corpus.tasks) if resume else None
+    found = _checkpoint_to_use(folder, typed, corpus.tasks, verify=verify) if resume else None
     engine = _start_engine(objective, recipe, settings, layout, found)
     state = TrainState() if found is None else _restored(found, engine, layout)
     monitor = Monitor(
@@ -274,6 +276,8 @@ def build_model(
     objective = build_objective(
         recipe, collator.tasks, num_domains=len(domains.names) if domains else 0, shape=shape
     )
+    if problem := embedding_problem(collator.tokenizer, objective.model.encoder.config):
+        raise ValueError(f"model.encoder ({recipe.model.encoder}): {problem}; give it its own.")
     # Many tokenizers do not know the number of positions of their encoder.
     limit = objective.model.longest_text
     longest = max(int(split.lengths.max()) for split in splits.values() if len(split))
@@ -322,8 +326,10 @@ def _seed(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def _checkpoint_to_use(folder: Path, recipe: Recipe, tasks: Sequence[Task]) -> Found | None:
-    found = find_checkpoint(folder / "checkpoints")
+def _checkpoint_to_use(
+    folder: Path, recipe: Recipe, tasks: Sequence[Task], *, verify: bool
+) -> Found | None:
+    found = find_checkpoint(folder / "checkpoints", verify=verify)
     if found is None:
         if is_main():
             print(f"{folder} has no checkpoint yet: starting at step 0.")

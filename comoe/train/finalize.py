@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -11,8 +10,9 @@ from typing import Any
 
 import torch
 
-from comoe.config.files import atomic_file
+from comoe.config.files import atomic_file, plain, read_json
 from comoe.data.posts import PART_NAMES, PostSplit
+from comoe.data.reading.files import json_line
 from comoe.data.reading.inputs import pair_in_training
 from comoe.data.text.noise import SEPARATOR, noisy
 from comoe.data.tokens.split import tokenize_split
@@ -36,7 +36,6 @@ from comoe.train.evaluator import evaluate_split, measure_experts
 from comoe.train.monitor.log_window import log_lost_images
 from comoe.train.monitor.metrics_file import write_results
 from comoe.train.monitor.monitor import Monitor
-from comoe.train.monitor.plots import reliability_figure
 from comoe.train.training_run import TrainingRun
 
 
@@ -146,13 +145,12 @@ def _log_calibration(monitor: Monitor, step: int, calibrator: Calibrator) -> Non
             for name, pairs in zip(("before", "after"), both, strict=True)
             if pairs is not None
         }
-        figure = reliability_figure(curves, title=f"Reliability of {task} ({split}, step {step})")
-        monitor.log_reliability(step, split=split, task=task, figure=figure, errors=errors)
+        monitor.log_reliability(step, split=split, task=task, curves=curves, errors=errors)
 
 
 def print_results(folder: Path, tasks: Sequence[Task]) -> None:
     """The table of a finished run, from its ``results.json``, and the next commands."""
-    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    results = read_json(folder / "results.json")
     print()
     metrics = results["metrics"]
     print(
@@ -182,7 +180,7 @@ def print_results(folder: Path, tasks: Sequence[Task]) -> None:
 def _fitting_input(export: Path, tasks: Sequence[Task]) -> str:
     """Name of a file that can hold what the model reads: plain text has no columns for images and second texts."""
     place = export / CONFIG
-    config = json.loads(place.read_text(encoding="utf-8")) if place.is_file() else {}
+    config = read_json(place) if place.is_file() else {}
     column = pair_in_training(config, tasks)
     if column is None and any(wants_pair(task.prompt) for task in tasks):
         column = "pair"
@@ -256,4 +254,4 @@ def write_predictions(
                 for row in rows:
                     place = posts[split].groups[row["row"]]
                     line = {"row": row["row"], "data_set": posts[split].group_names[place]} | row
-                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                    file.write(json_line(plain(line)))

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from comoe.config.files import read_json
 from comoe.config.load import load_recipe, load_saved_recipe, recipe_from_dict, recipe_to_dict
 from comoe.config.recipe import Recipe
 from comoe.config.validate import validate
@@ -57,6 +58,8 @@ class Request:
     """Check and print the plan without training."""
     gpus: int = 0
     """Plan the dry run for so many GPUs; 0 for this machine."""
+    verify: bool = True
+    """Compare the digests of the checkpoint to resume."""
 
 
 def train(
@@ -85,7 +88,7 @@ def train(
 
     Raises:
         ValueError: something in recipe, data or options that the user can correct.
-        TrainingStopped: training cannot continue (``comoe.train.trainer``).
+        TrainingStopped: training cannot continue (``comoe.train.state``).
 
     Example:
         >>> folder = comoe.train("smoke", ["train.max_steps=6"])
@@ -132,7 +135,7 @@ def _classify(error: Exception, request: Request, watch: Watchdog) -> tuple[int,
     plain = isinstance(error, (ValueError, OSError))
     if plain and watch.phase == PREPARING:
         return 2, str(error), traceback.format_exc() if _is_verbose(request) else ""
-    from comoe.train.trainer import TrainingStopped
+    from comoe.train.state import TrainingStopped
 
     if isinstance(error, TrainingStopped):
         return 3, str(error), ""
@@ -199,25 +202,31 @@ def run_request(
     if request.dry_run:
         print_dry_run(recipe, settings, device=device, gpus=request.gpus)
         return folder
-    run = build_run(
-        recipe, settings, folder, device=device, resume=not fresh, on_ready=lambda: take(folder, fresh=fresh),
-    )  # fmt: skip
-    run.watch = watch
-    # Also the groups of DeepSpeed.
-    wait_for_ranks_up_to(max(A_DAY, recipe.parallel.timeout_seconds))
+    overwrite = recipe.run.overwrite
+    with ExitStack() as held:
+        run = build_run(
+            recipe, settings, folder, device=device, resume=not fresh, verify=request.verify,
+            on_ready=lambda: take(folder, held, fresh=fresh, overwrite=overwrite),
+        )  # fmt: skip
+        run.watch = watch
+        # Also the groups of DeepSpeed.
+        wait_for_ranks_up_to(max(A_DAY, recipe.parallel.timeout_seconds))
+        _begin(run, settings)
+        _train_and_finalize(run, stop)
+        run.monitor.close()
+        barrier()
+    return folder
+
+
+def _begin(run: TrainingRun, own_settings: Mapping[str, Any]) -> None:
+    """Write the run folder, but not over a finished run: its recipe is the one that its results came from."""
     state = run.state
     if state.finished == ALL_STEPS and state.step < run.total_steps:
         state.finished = ""
     if is_main() and not state.finished:
-        # Not over a finished run: its recipe is the one that its results came from, whatever was
-        # typed now.
-        write_run_folder(run, own_settings=settings)
+        write_run_folder(run, own_settings=own_settings)
         if restarted := restart_record():
             run.monitor.log_event({"event": "restart", "step": state.step, **restarted})
-    _train_and_finalize(run, stop)
-    run.monitor.close()
-    barrier()
-    return folder
 
 
 def _train_and_finalize(run: TrainingRun, stop: StopSignal | None = None) -> None:
@@ -257,9 +266,7 @@ def _written_out(folder: Path, step: int) -> bool:
     """Whether results and export are of this step: a resumed run still has those of its first end."""
     results = folder / "results.json"
     done = is_main() and results.is_file() and (folder / "export").is_dir()
-    return broadcast_object(
-        done and json.loads(results.read_text(encoding="utf-8"))["step"] == step
-    )
+    return broadcast_object(done and read_json(results)["step"] == step)
 
 
 def _load(request: Request) -> Recipe:

@@ -8,10 +8,11 @@ import shutil
 import time
 import uuid
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from comoe.config.files import write_atomic
+from comoe.config.files import locked, read_json, write_atomic, write_json
 from comoe.config.load import load_saved_recipe, recipe_to_yaml
 from comoe.config.recipe import Recipe
 from comoe.distributed import all_gather_objects, barrier, broadcast_object, is_main, world_size
@@ -24,7 +25,11 @@ if TYPE_CHECKING:
     from comoe.train.training_run import TrainingRun
 
 MARK = ".begun"
-"""Holds an identifier of the start that created or resumed the run."""
+"""Holds an identifier of the start that created or resumed the run; a folder without it is not
+comoe's to write to."""
+
+LOCK = ".lock"
+"""There while a process trains in the folder."""
 
 PROBE = ".seen"
 """In the folder while the machines check whether they see it."""
@@ -46,17 +51,30 @@ PATIENCE = 30.0
 
 
 def refuse_taken(folder: Path, *, overwrite: bool) -> None:
-    """Refuse a folder that already holds a run, or delete it on request; every rank must call it.
+    """Refuse a folder that holds a run, unless it may be deleted, or another's files; every rank must call it.
 
     Raises:
         ValueError: it does; go on with it, rename, or overwrite.
     """
-    taken = broadcast_object((folder / "config.yaml").exists() if is_main() else None)
-    if taken and not overwrite:
-        raise ValueError(
-            f"{folder} holds a run already: go on with --resume {folder}, choose another run.name, or delete it with "
-            f"run.overwrite=true."
+    if problem := broadcast_object(_taken(folder, overwrite=overwrite) if is_main() else None):
+        raise ValueError(problem)
+
+
+def _taken(folder: Path, *, overwrite: bool) -> str:
+    """Why a new run may not have a folder; empty when it may."""
+    there = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    foreign = [name for name in there if name not in (LOCK, PROBE)]
+    if foreign and MARK not in there:
+        return (
+            f"{folder} holds files that no run of comoe wrote ({', '.join(foreign[:5])}), which a run would replace, "
+            "not even with run.overwrite=true: choose another run.name, or move them away."
         )
+    if "config.yaml" in there and not overwrite:
+        return (
+            f"{folder} holds a run already: go on with --resume {folder}, choose another run.name, or delete it with "
+            "run.overwrite=true."
+        )
+    return ""
 
 
 def check_same_tasks(folder: Path, tasks: Sequence[Task]) -> None:
@@ -73,7 +91,7 @@ def check_same_tasks(folder: Path, tasks: Sequence[Task]) -> None:
     if not place.is_file():
         return
     # A key may be missing in runs of older versions, which had what is its default now.
-    written = [Task.from_dict(plain) for plain in json.loads(place.read_text(encoding="utf-8"))]
+    written = [Task.from_dict(plain) for plain in read_json(place)]
     began = {task.name: task.to_dict() for task in written}
     now = {task.name: task.to_dict() for task in tasks}
     advice = "give the resumed run no such words, or begin a new run with another run.name."
@@ -94,7 +112,7 @@ def begun_in_bf16(folder: Path) -> bool | None:
     filled = folder / FILLED_SETTINGS
     if not filled.is_file():
         return None
-    return bool(json.loads(filled.read_text(encoding="utf-8"))["bf16"]["enabled"])
+    return bool(read_json(filled)["bf16"]["enabled"])
 
 
 def check_same_groups(folder: Path, recipe: Recipe) -> None:
@@ -122,26 +140,42 @@ def begun_by_this_start(folder: Path) -> bool:
     return broadcast_object(ours and mark.read_text(encoding="utf-8") == os.environ[RUN_WORD])
 
 
-def take(folder: Path, *, fresh: bool) -> None:
+def take(folder: Path, held: ExitStack, *, fresh: bool, overwrite: bool = False) -> None:
     """Claim the run folder for this start; every rank must call it.
 
     Args:
-        fresh: delete an earlier run in it, which goes only now that recipe, posts and encoder
-            proved to be good, and that all machines see the folder.
+        folder: of the run.
+        held: gets the lock on the folder, which it gives back at its end.
+        fresh: delete what an earlier start left in it, which goes only now that recipe, posts and
+            encoder proved to be good, and that all machines see the folder.
+        overwrite: also a run.
 
     Raises:
-        ValueError: a machine of the run does not see the folder that rank 0 writes to.
+        ValueError: another process trains there, a run was begun there since ``refuse_taken``, or a
+            machine of the run does not see the folder that rank 0 writes to.
     """
     word = broadcast_object(os.environ.get(RUN_WORD) or uuid.uuid4().hex)
-    if is_main():
-        folder.mkdir(parents=True, exist_ok=True)
+    if problem := broadcast_object(_locked(folder, held) if is_main() else None):
+        raise ValueError(problem)
+    if fresh:
+        refuse_taken(folder, overwrite=overwrite)
     if int(os.environ.get("CROSS_SIZE", "1")) > 1:
         _refuse_unseen(folder, word)
     if is_main():
-        if fresh and (folder / "config.yaml").exists():
+        if fresh:
             _clear(folder)
         write_atomic(folder / MARK, word)
     barrier()
+
+
+def _locked(folder: Path, held: ExitStack) -> str:
+    """Lock the folder; why that cannot be, empty when it is."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        held.enter_context(locked(folder / LOCK, str(folder)))
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def write_run_folder(run: TrainingRun, *, own_settings: Mapping[str, Any]) -> None:
@@ -154,6 +188,7 @@ def write_run_folder(run: TrainingRun, *, own_settings: Mapping[str, Any]) -> No
     folder = run.folder
     if not (folder / "tokenizer").is_dir():
         aside = folder / ".tokenizer.part"
+        shutil.rmtree(aside, ignore_errors=True)
         run.collator.tokenizer.save_pretrained(aside)
         aside.replace(folder / "tokenizer")
     if run.collator.pixels is not None:
@@ -173,7 +208,7 @@ def write_run_folder(run: TrainingRun, *, own_settings: Mapping[str, Any]) -> No
     if run.model.tower is not None:
         contents["tower_config.json"] = run.model.tower.inner.config.to_dict()
     for name, content in contents.items():
-        write_atomic(folder / name, json.dumps(content, indent=1, default=str) + "\n")
+        write_json(folder / name, content, default=str)
     # This file makes a folder a run.
     write_atomic(folder / "config.yaml", recipe_to_yaml(run.recipe))
 
@@ -199,9 +234,11 @@ def _refuse_unseen(folder: Path, word: str) -> None:
 
 
 def _clear(folder: Path) -> None:
-    # The folder itself stays the one that all machines have just seen, and what makes it a run goes
-    # last: who is interrupted here begins here again.
-    for entry in sorted(folder.iterdir(), key=lambda entry: entry.name == "config.yaml"):
+    # The folder itself stays the one that all machines have just seen, and its mark: who is
+    # interrupted here begins here again.
+    for entry in folder.iterdir():
+        if entry.name in (LOCK, MARK):
+            continue
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
         else:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any
+
+from torch import Tensor
 
 from comoe.config.recipe import TrainConfig
 
@@ -20,6 +22,15 @@ NORMS_KEPT = 100
 
 OUTLIER = 3.0
 """Times their median a norm is an outlier."""
+
+
+LARGEST_WEIGHT = 1e6
+"""A weight beyond it has diverged: those of trained encoders are below a hundred, and next to it
+float32 resolves no update of theirs."""
+
+
+class TrainingStopped(RuntimeError):
+    """The run cannot continue; the message has the reason and the remedy."""
 
 
 @dataclass(slots=True)
@@ -81,6 +92,20 @@ class TrainState:
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers for JSON."""
         return asdict(self)
+
+
+def diverged(weights: Mapping[str, Tensor]) -> str:
+    """Which weights are not finite or beyond ``LARGEST_WEIGHT``, in words; empty where none is."""
+    largest = {
+        name: float(tensor.abs().max())
+        for name, tensor in weights.items()
+        if tensor.is_floating_point() and tensor.numel()
+    }
+    # Not NaN either.
+    bad = [name for name, value in largest.items() if not value <= LARGEST_WEIGHT]
+    if not bad:
+        return ""
+    return f"{len(bad)} of {len(largest)} weights, such as {bad[0]} ({largest[bad[0]]:.0e})"
 
 
 def norm_limit(config: TrainConfig, norms: Sequence[float]) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Mapping
@@ -22,23 +23,20 @@ from comoe.distributed import (
     world_size,
 )
 from comoe.evaluation.evaluate import MEAN, TEACHER_KL, Evaluation, chosen_metric
+from comoe.inference.checkpoint_folder import sorted_checkpoints
 from comoe.losses.objective import count_units, unit_scale
 from comoe.train.checkpoint.folder import mark_best
-from comoe.train.checkpoint.save_load import save_checkpoint
+from comoe.train.checkpoint.save_load import Diverged, save_checkpoint
 from comoe.train.evaluator import EvaluationStopped, evaluate_split
 from comoe.train.fault.signals import StopSignal
 from comoe.train.monitor.log_window import LogWindow, count_posts, log_lost_images
 from comoe.train.parallel.engine import StepReport
-from comoe.train.state import ALL_STEPS, norm_limit, rate_factor
+from comoe.train.state import ALL_STEPS, TrainingStopped, norm_limit, rate_factor
 from comoe.train.training_run import TrainingRun
 from comoe.types import Batch
 
 SHOWN = 8
 """Posts that are printed for a skipped step; all of them are in metrics.jsonl."""
-
-
-class TrainingStopped(RuntimeError):
-    """The run cannot continue; the message has the reason and the remedy."""
 
 
 def follow_progress(run: TrainingRun, evaluation: Evaluation) -> Mapping[str, float]:
@@ -139,6 +137,8 @@ class Trainer:
                 if not waits:
                     upcoming = pool.submit(self._collate, state.step + 1)
                 self._step(batches, began=began)
+                if state.step >= total:
+                    self._refuse_divergence()
                 paused = time.perf_counter()
                 if self._evaluates(state.step) and self._evaluate_and_mark():
                     saved_at = self._save_best()
@@ -235,9 +235,24 @@ class Trainer:
         if state.nonfinite_in_a_row >= run.recipe.train.max_nonfinite:
             raise TrainingStopped(
                 f"{state.nonfinite_in_a_row} steps in a row (up to step {state.step}) had a loss or gradient that is "
-                f"not finite; the last posts: {posts}. Lower train.learning_rate, or look at these posts. The newest "
-                f"checkpoint is good: go on with --resume {run.folder}."
+                f"not finite; the last posts: {posts}. Lower train.learning_rate, or look at these posts. "
+                f"{self._way_back()}"
             )
+
+    def _refuse_divergence(self) -> None:
+        """A run that learned nothing, or whose last steps were not finite, has no results."""
+        state, row = self.run.state, self.run.state.nonfinite_in_a_row
+        if row > 1 or state.nonfinite_total >= state.step:
+            raise TrainingStopped(
+                f"the last {row} of {state.step} steps had a loss or gradient that is not finite. Lower "
+                f"train.learning_rate. {self._way_back()}"
+            )
+
+    def _way_back(self) -> str:
+        whole, _ = sorted_checkpoints(self.run.checkpoints)
+        if not whole:
+            return "No checkpoint was saved: begin again."
+        return f"{whole[-1].name} is good: go on with --resume {self.run.folder}."
 
     def _posts_to_blame(self, report: StepReport, batches: list[Batch]) -> tuple[list[int], str]:
         """Rows of the forward passes whose loss is not finite, on whatever rank, and the same in words.
@@ -279,6 +294,9 @@ class Trainer:
             return False
         options = run.recipe.train
         value = chosen_metric(evaluation.metrics, run.tasks, options.early_stop_metric)
+        if not all(math.isfinite(found.get("loss", 0.0)) for found in evaluation.metrics.values()):
+            # Some metrics give NaN a rank like any number.
+            value = math.nan
         improved = state.record(value, patience=options.patience)
         draws = follow_progress(run, evaluation)
         kl = evaluation.teacher_kl().get(MEAN)
@@ -303,7 +321,13 @@ class Trainer:
         run = self.run
         with run.watch.paused("saving"):
             keep = run.recipe.train.keep_checkpoints
-            save_checkpoint(run.checkpoints, run.engine, run.state, run.layout, keep=keep)
+            try:
+                save_checkpoint(run.checkpoints, run.engine, run.state, run.layout, keep=keep)
+            except Diverged as error:
+                raise TrainingStopped(
+                    f"training has diverged by step {run.state.step}: {error}, are not finite or beyond all measure. "
+                    f"Lower the learning rates. {self._way_back()}"
+                ) from error
         return run.state.step
 
     def _save_best(self) -> int:

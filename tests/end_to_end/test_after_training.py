@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -101,3 +102,20 @@ def test_a_file_that_is_not_there_is_one_sentence(
         1,
         f"comoe predict: --input {missing}: there is no such file.\n",
     )
+
+
+def test_an_export_that_was_changed_does_not_answer(
+    smoke_run: Finished, terminal: Terminal, posts: Path, tmp_path: Path
+) -> None:
+    model, target = (
+        shutil.copytree(smoke_run.folder / "export", tmp_path / "export"),
+        tmp_path / "x",
+    )
+    content = bytearray((model / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (model / "model.safetensors").write_bytes(content)
+    done = terminal.python(
+        "launch/predict.py", "--model", model, "--input", posts, "--output", target,
+    )  # fmt: skip
+    assert done.code == 1 and not target.exists(), done.said
+    assert done.err.startswith(f"comoe predict: {model}: model.safetensors was changed after")

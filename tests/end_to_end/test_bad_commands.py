@@ -86,8 +86,16 @@ def refused(
     folder = tmp_path_factory.mktemp("refused")
     old = folder / "runs" / "smoke"
     old.mkdir(parents=True)
-    (old / "config.yaml").write_text("an older run", encoding="utf-8")
+    for name in ("config.yaml", ".begun"):
+        (old / name).write_text("an older run", encoding="utf-8")
     (folder / "empty").mkdir()
+    (folder / "runs" / "thesis").mkdir()
+    (folder / "runs" / "thesis" / "config.yaml").write_text("years of work", encoding="utf-8")
+    wordless = shutil.copytree(home / "smoke-2" / "encoder", folder / "wordless")
+    for file in wordless.glob("*tok*"):
+        file.unlink()
+    for file in wordless.glob("vocab*"):
+        file.unlink()
     (folder / "older").mkdir()
     shutil.copy(smoke_run.folder / "config.yaml", folder / "older" / "config.yaml")
     zero2 = json.loads((ROOT / "ds_configs/zero2.json").read_text(encoding="utf-8"))
@@ -110,6 +118,8 @@ def refused(
         "no encoder": f"model.encoder={folder / 'none'}",
         "no data": "tasks.mood.path=revews",
         "no such metric": "train.early_stop_metric=mood/macrof1",
+        "no words": f"model.encoder={wordless}",
+        "another's folder": "run.name=thesis",
     }.items():
         requests[name] = common | {"overrides": [*overrides, word]}
     requests["no recipe"] = common | {"config": folder / "none.yaml"}
@@ -121,6 +131,8 @@ def refused(
     assert (old / "config.yaml").read_text(encoding="utf-8") == "an older run", (
         "nothing is deleted for a bad start"
     )
+    theirs = folder / "runs" / "thesis" / "config.yaml"
+    assert theirs.read_text(encoding="utf-8") == "years of work"
     return dict(zip(requests, answers, strict=True))
 
 
@@ -133,6 +145,8 @@ EXPECTED = {
     "no encoder": "model.encoder",
     "no data": "revews",
     "no such metric": "train.early_stop_metric",
+    "no words": "its tokenizer has no vocabulary",
+    "another's folder": "thesis holds files that no run of comoe wrote (config.yaml)",
     "no recipe": "none.yaml: the recipe cannot be read",
     "nothing to resume": "no config.yaml there; give the folder of a run, such as runs/starter.",
     "a recipe beside a resume": "a run goes on by its own config.yaml. Leave --config out and change single options",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,8 @@ def take_on_each(folders: list[str]) -> list[str]:
     said = []
     for folder in (folders[0], folders[int(os.environ["RANK"])]):
         try:
-            beginning.take(Path(folder), fresh=True)
+            with ExitStack() as held:
+                beginning.take(Path(folder), held, fresh=True)
             said.append("taken")
         except ValueError as error:
             said.append(str(error))

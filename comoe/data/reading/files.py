@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import re
 import sys
 from collections.abc import Iterator, Mapping
@@ -33,12 +34,22 @@ class RawSplit:
     """Rows that could not be read."""
     label_names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Column -> names of its labels in the order of their ids, where the data set tells."""
+    joined: list[tuple[int, int]] = field(default_factory=list)
+    """First and last line of each row that takes several."""
+
+    def joined_lines(self) -> str:
+        """What to tell of ``joined``: nobody can know whether its quotes were meant."""
+        first, last = self.joined[0]
+        return (
+            f"{self.file}: {len(self.joined):,} rows take several lines, as a quoted cell may, the first one lines "
+            f"{first} to {last}; a stray quote joins lines too: look at them."
+        )
 
 
 _HARMFUL = re.compile("[\x85\u2028\u2029\ud800-\udfff]")
 
 
-def json_line(row: Mapping[str, Any], *, allow_nan: bool = True) -> str:
+def json_line(row: Mapping[str, Any]) -> str:
     """A row as one line of JSON, with its line feed.
 
     U+2028 and its kin, which end a line for some readers, and half a surrogate pair are escaped.
@@ -46,14 +57,25 @@ def json_line(row: Mapping[str, Any], *, allow_nan: bool = True) -> str:
     Raises:
         ValueError, TypeError: a cell that JSON cannot hold.
     """
-    text = json.dumps(row, ensure_ascii=False, allow_nan=allow_nan)
+    text = json.dumps(row, ensure_ascii=False, allow_nan=False)
     return _HARMFUL.sub(lambda found: f"\\u{ord(found[0]):04x}", text) + "\n"
 
 
 def text_lines(path: Path) -> tuple[list[str], list[BadRow]]:
-    """The lines of a text file without their ends, and those that are not UTF-8 or hold a NUL byte."""
+    """The lines of a text file without their ends, and those that are not UTF-8 or hold a NUL byte.
+
+    Raises:
+        ValueError: the whole file is in another encoding, or its lines end otherwise.
+    """
     lines, bad = [], []
-    pieces = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    content = path.read_bytes()
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise ValueError(f"{path} is UTF-16; save it as UTF-8.")
+    if b"\n" not in content and b"\r" in content[:-1]:
+        raise ValueError(
+            f"{path} ends its lines with a carriage return alone; save it with line feeds (Unix or Windows)."
+        )
+    pieces = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")
     if not pieces[-1]:
         pieces.pop()
     for number, piece in enumerate(pieces, start=1):
@@ -82,7 +104,12 @@ def read_jsonl(path: Path) -> RawSplit:
         if number in damaged or not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = json.loads(
+                line,
+                parse_constant=_no_number,
+                parse_float=_finite,
+                object_pairs_hook=_without_twins,
+            )
         # ValueError also covers whole numbers of thousands of digits; RecursionError, nesting
         # without end.
         except (ValueError, RecursionError) as error:
@@ -104,21 +131,36 @@ def read_jsonl(path: Path) -> RawSplit:
     return RawSplit(str(path), rows, numbers, tuple(columns), sorted(bad, key=lambda row: row.line))
 
 
+def _no_number(name: str) -> float:
+    raise ValueError(f"{name} is no number of JSON; write null where there is none")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    return number if math.isfinite(number) else _no_number(text)
+
+
+def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        twin = next(key for number, (key, _) in enumerate(pairs) if key in dict(pairs[:number]))
+        raise ValueError(f"the key {twin!r} is there twice; keep one")
+    return row
+
+
 def read_text(path: Path, *, every_line: bool = False) -> RawSplit:
     """Plain text: one post per line in a column ``text``, no labels.
 
     Args:
         path: the file.
-        every_line: also blank lines, and those that are not UTF-8, with U+FFFD; else the former are
-            passed over and the latter are bad rows.
+        every_line: also blank lines; else they are passed over.
     """
     lines, bad = text_lines(path)
-    bad = [] if every_line else bad
     damaged = {row.line for row in bad}
     kept = {
         number: line
         for number, line in enumerate(lines, start=1)
-        if every_line or (number not in damaged and line.strip())
+        if number not in damaged and (every_line or line.strip())
     }
     rows = [{"text": line} for line in kept.values()]
     return RawSplit(str(path), rows, list(kept), ("text",), bad)
@@ -128,7 +170,7 @@ def read_csv(path: Path, *, delimiter: str = ",", quoting: int = csv.QUOTE_MINIM
     """Comma separated, quoted where needed, names of the columns in the first line."""
     lines, bad = text_lines(path)
     damaged = {row.line for row in bad}
-    rows, numbers = [], []
+    rows, numbers, joined = [], [], []
     header: list[str] | None = None
     for first, last, cells in _csv_rows(lines, delimiter=delimiter, quoting=quoting):
         if not damaged.isdisjoint(range(first, last + 1)) or cells == []:
@@ -157,32 +199,34 @@ def read_csv(path: Path, *, delimiter: str = ",", quoting: int = csv.QUOTE_MINIM
         else:
             rows.append(dict(zip(header, cells, strict=True)))
             numbers.append(first)
-    return RawSplit(
-        str(path), rows, numbers, tuple(header or ()), sorted(bad, key=lambda row: row.line)
-    )
+            joined += [(first, last)] if last > first else []
+    bad.sort(key=lambda row: row.line)
+    return RawSplit(str(path), rows, numbers, tuple(header or ()), bad, joined=joined)
 
 
 def _csv_rows(
     lines: list[str], *, delimiter: str, quoting: int
 ) -> Iterator[tuple[int, int, list[str] | str]]:
-    """(first line, last line, cells or what is wrong) of every row."""
+    """(first line, last line, cells or what is wrong) of every row.
+
+    A quote that is not closed takes in lines up to the next quote, or to the end: only the line that
+    it stands in is lost, and reading goes on behind it.
+    """
     # csv refuses cells above 128 KiB; our own limit has a message with file and line.
     before = csv.field_size_limit(sys.maxsize)
+    done = 0
     try:
-        reader = csv.reader(
-            (f"{line}\n" for line in lines), delimiter=delimiter, quoting=quoting, strict=True
-        )
-        while True:
-            first = reader.line_num + 1
+        while done < len(lines):
+            rest = (f"{lines[number]}\n" for number in range(done, len(lines)))
+            reader = csv.reader(rest, delimiter=delimiter, quoting=quoting, strict=True)
+            start = done
             try:
-                cells: list[str] | str = next(reader)
-            except StopIteration:
-                return
+                for cells in reader:
+                    yield done + 1, start + reader.line_num, cells
+                    done = start + reader.line_num
             except csv.Error as error:
-                cells = str(error)
-            if first > len(lines):
-                return
-            yield first, max(reader.line_num, first), cells
+                yield done + 1, done + 1, str(error)
+                done += 1
     finally:
         csv.field_size_limit(before)
 

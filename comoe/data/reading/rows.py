@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -17,11 +16,9 @@ from comoe.data.reading.files import RawSplit
 from comoe.data.report import BadRow, DataReport
 from comoe.data.text.normalize import is_blank
 from comoe.tasks.kinds.tagging import NotInPost, word_splitter
-from comoe.tasks.labels import is_missing, label_name
+from comoe.tasks.labels import is_missing, label_name, whole_characters
 from comoe.tasks.prompts import wants_pair
 from comoe.tasks.task import kind_of
-
-_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class BadCell(ValueError):
@@ -180,7 +177,7 @@ class RowReader:
         return None if is_blank(text) else text
 
     def _clean(self, value: Any, column: str | None) -> str:
-        """A cell as text. Half a surrogate pair, which no tokenizer takes, becomes the replacement character."""
+        """A cell as text."""
         if value is None or (isinstance(value, float) and math.isnan(value)):
             return ""
         if isinstance(value, bool) or not isinstance(value, (str, int, float)):
@@ -190,7 +187,7 @@ class RowReader:
         text = str(value)
         if "\x00" in text:
             raise BadCell(value, f"column {column} holds a NUL character; remove it.")
-        return _LONE_SURROGATE.sub("\ufffd", text)
+        return whole_characters(text)
 
     def _too_long(self, text: str, column: str | None) -> BadCell:
         rule = (

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from comoe.config.errors import unknown_name
-from comoe.config.files import write_atomic
+from comoe.config.files import write_json
 from comoe.config.load import load_recipe
 from comoe.config.recipe import Recipe
 from comoe.evaluation.evaluate import TEACHER_KL
@@ -153,7 +153,7 @@ def record_claim(
     # Runs of other arms and of a tuning have shown something, too.
     done = len([*experiment.runs.glob("*/results.json")])
     now = replace(now, seeds=plan.seeds, runs_before=done)
-    write_atomic(file, json.dumps({**settings, KEY: asdict(now)}, indent=1) + "\n")
+    write_json(file, {**settings, KEY: asdict(now)})
     return now
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from comoe.config.files import write_atomic
+from comoe.config.files import write_atomic, write_json
 from comoe.config.load import load_recipe
 from comoe.config.recipe import Recipe
 from comoe.evaluation.evaluate import TEACHER_KL
@@ -138,7 +137,7 @@ def run_tuning(
     def report() -> None:
         drop_checkpoints(experiment, trials, keep=keep)
         found = read_tuning(grid, plan, experiment).to_dict()
-        write_atomic(experiment.output / TUNING, json.dumps(found, indent=1) + "\n")
+        write_json(experiment.output / TUNING, found)
 
     failed = run_trials(experiment, trials, report=report)
     report()
@@ -242,7 +241,7 @@ def _measurement(
                 continue
             print_now(f"[{number}/{len(trials)}] {trial.name}: {file.stem}")
             try:
-                write_atomic(file, json.dumps(measure(folder).to_dict()) + "\n")
+                write_json(file, measure(folder).to_dict())
             except ValueError as error:
                 # The runs took hours, and the rest of the report does not need this file.
                 print_now(f"comoe: {error}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from comoe.config.errors import unknown_name
-from comoe.config.files import write_atomic
+from comoe.config.files import write_atomic, write_json
 from comoe.experiments.affinity import read_affinity
 from comoe.experiments.compare.claim import (
     FALLING,
@@ -248,8 +247,8 @@ def write_comparison(comparison: Comparison, output: Path) -> None:
         "reasons": {task: comparison.reasons(task).to_dict() for task in comparison.measured if joint},
     }  # fmt: skip
     summary = {arm: _quality_tree(comparison, arm) for arm in comparison.arms}
-    write_atomic(output / "summary.json", json.dumps(summary, indent=1) + "\n")
-    write_atomic(output / "comparison.json", json.dumps(rest, indent=1) + "\n")
+    write_json(output / "summary.json", summary)
+    write_json(output / "comparison.json", rest)
     runs = [
         {
             "arm": arm,

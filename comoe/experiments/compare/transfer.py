@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from comoe.evaluation.tables import plain
+from comoe.config.files import plain
 from comoe.experiments.affinity import Affinity
 from comoe.experiments.compare.arms import WITHOUT
 from comoe.experiments.compare.differences import Differences

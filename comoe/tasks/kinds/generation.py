@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -13,11 +12,9 @@ from torch import Tensor
 
 from comoe.tasks.kinds.base import Detokenize, Kind, PostOutput, TaskLike, weighted_sum, weights_of
 from comoe.tasks.kinds.classification import SingleLabel, is_list
-from comoe.tasks.labels import is_missing, label_name
+from comoe.tasks.labels import is_missing, label_name, whole_characters
 from comoe.tasks.metrics import METRICS
 from comoe.types import Batch, ModelOutput
-
-_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class LabelWords(SingleLabel):
@@ -157,4 +154,4 @@ def _item(value: object) -> str:
     text = value if isinstance(value, str) else label_name(value)
     if "\x00" in text:
         raise ValueError(f"{value!r} holds a NUL character; remove it.")
-    return _LONE_SURROGATE.sub("\ufffd", text.strip())
+    return whole_characters(text.strip())

@@ -15,6 +15,8 @@ from comoe.tasks.kinds.base import Kind, PostOutput, TaskLike, weighted_sum
 from comoe.tasks.labels import is_missing
 from comoe.tasks.metrics import METRICS
 
+LARGEST = float(np.finfo(np.float32).max)
+
 _NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*")
 
 
@@ -46,13 +48,16 @@ class Regression(Kind):
             return None
         # float() would also take "nan", "inf", "1_000" and True.
         numeric = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
-        if not (
-            numeric or isinstance(value, str) and _NUMBER.fullmatch(value)
-        ) or not math.isfinite(float(value)):
+        try:
+            number = float(value) if numeric or _NUMBER.fullmatch(str(value)) else math.nan
+        except OverflowError:
+            number = math.inf
+        # Not NaN either.
+        if not abs(number) <= LARGEST:
             raise ValueError(
-                f"{value!r} is not a finite number; a regression task wants numbers such as -1.5 or 2e-3."
+                f"{value!r} is not a finite number of float32; a regression task wants numbers such as -1.5 or 2e-3."
             )
-        return float(value)
+        return number
 
     def collate(
         self, values: Sequence[float | None], *, labels: Sequence[str], length: int

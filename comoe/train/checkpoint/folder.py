@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from comoe.config.files import write_atomic
+from comoe.config.files import write_json
 from comoe.distributed import broadcast_object, is_main
 from comoe.inference.checkpoint_folder import (
     BEST,
@@ -34,22 +34,32 @@ class Found:
 def mark_best(folder: Path, step: int) -> None:
     """Name the best checkpoint; it is never pruned."""
     if is_main():
-        write_atomic(folder / BEST, json.dumps({"step": step}))
+        write_json(folder / BEST, {"step": step})
 
 
 def best_checkpoint(folder: Path) -> Path | None:
-    """Folder of the best checkpoint, if one was named and is whole."""
+    """Folder of the best checkpoint, if one was named and is whole; says so on stderr where it is not."""
     best = named_best(folder)
-    return None if best is None or whats_wrong(best) else best
+    if best is None:
+        return None
+    if problem := whats_wrong(best, verify=True):
+        print(f"warning: {best.name}, the best one: {problem}", file=sys.stderr)
+        return None
+    return best
 
 
-def find_checkpoint(folder: Path) -> Found | None:
+def find_checkpoint(folder: Path, *, verify: bool = True) -> Found | None:
     """The newest whole checkpoint, decided by rank 0 for all; None where there is none at all.
+
+    Args:
+        folder: of the checkpoints.
+        verify: compare the digests of its files.
 
     Raises:
         ValueError: there are checkpoints, but none of them is whole.
     """
-    whole, broken = broadcast_object(sorted_checkpoints(folder) if is_main() else None)
+    found = sorted_checkpoints(folder, verify=verify) if is_main() else None
+    whole, broken = broadcast_object(found)
     newer = [path for path in broken if not whole or path > whole[-1]]
     problems = tuple(f"{path.name}: {broken[path]}" for path in newer)
     if not whole and problems:

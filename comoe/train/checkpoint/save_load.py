@@ -9,10 +9,10 @@ them), ``weights/model.safetensors`` (plain names, float32: what exports are mad
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import shutil
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +21,21 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from comoe.config.files import write_atomic
-from comoe.distributed import barrier, is_main, rank, world_size
-from comoe.inference.checkpoint_folder import MANIFEST, checkpoint_of, whats_wrong
+from comoe.config.files import read_json, write_atomic, write_json
+from comoe.distributed import barrier, broadcast_object, is_main, rank, world_size
+from comoe.inference.checkpoint_folder import OWNER, checkpoint_of, whats_wrong, write_manifest
 from comoe.train.checkpoint.folder import ASIDE, prune
 from comoe.train.checkpoint.reshard import convert, load_universal
 from comoe.train.parallel.ds_config import Layout
 from comoe.train.parallel.engine import Engine
-from comoe.train.state import TrainState
+from comoe.train.state import TrainState, diverged
 
 CARRIED = "carried.safetensors"
 """File of a checkpoint with the buffers of the losses."""
+
+
+class Diverged(ValueError):
+    """Weights that no checkpoint may keep; the message names some."""
 
 
 def save_checkpoint(
@@ -40,22 +44,26 @@ def save_checkpoint(
     """Write one checkpoint; every rank must call it. Prunes all but the ``keep`` newest and the best.
 
     Raises:
+        Diverged: weights are not finite, or beyond all measure; nothing is written.
         OSError: the disk is full or not writable; what was there before stays good.
     """
+    weights = engine.full_state()
+    if problem := broadcast_object(diverged(weights) if is_main() else None):
+        raise Diverged(problem)
     final = checkpoint_of(folder, state.step)
     aside = folder / f"{ASIDE}{final.name}"
     if is_main():
         shutil.rmtree(aside, ignore_errors=True)
         (aside / "weights").mkdir(parents=True)
-    barrier()
-    engine.deepspeed.save_checkpoint(str(aside / "deepspeed"), tag="state", save_latest=False)
-    torch.save(_random_state(engine), aside / f"random-{rank()}.pt")
-    weights = engine.full_state()
-    if is_main():
         save_file(
             {name: tensor.contiguous() for name, tensor in weights.items()},
             aside / "weights/model.safetensors",
         )
+    del weights
+    barrier()
+    engine.deepspeed.save_checkpoint(str(aside / "deepspeed"), tag="state", save_latest=False)
+    torch.save(_random_state(engine), aside / f"random-{rank()}.pt")
+    if is_main():
         # What the losses carry from step to step beside parameters (queues): the same on all ranks.
         carried = {
             name: buffer.cpu().clone()
@@ -68,16 +76,10 @@ def save_checkpoint(
             "threads": torch.get_num_threads(),
             **state.to_dict(),
         }
-        write_atomic(aside / "state.json", json.dumps(about, indent=1))
+        write_json(aside / "state.json", about)
     barrier()
     if is_main():
-        sizes = {
-            str(path.relative_to(aside)): path.stat().st_size
-            for path in sorted(aside.rglob("*"))
-            if path.is_file()
-        }
-        manifest = {"step": state.step, "files": sizes}
-        write_atomic(aside / MANIFEST, json.dumps(manifest, indent=1))
+        write_manifest(aside, step=state.step, run=_owner(folder))
         if final.exists():
             # The same step again, at the end of a run: deleting takes long, and may be the last
             # whole one's end.
@@ -89,9 +91,16 @@ def save_checkpoint(
     return final
 
 
+def _owner(folder: Path) -> str:
+    """The identifier of the run that a folder of checkpoints belongs to, made where there is none."""
+    if not (folder / OWNER).is_file():
+        write_atomic(folder / OWNER, uuid.uuid4().hex)
+    return (folder / OWNER).read_text()
+
+
 def saved_elsewhere(path: Path, layout: Layout) -> str:
     """How a checkpoint's layout differs from this start's, in words; empty when it does not."""
-    saved = json.loads((path / "state.json").read_text(encoding="utf-8"))["layout"]
+    saved = read_json(path / "state.json")["layout"]
     now = _layout_dict(layout)
     if saved == now:
         return ""
@@ -104,7 +113,7 @@ def needs_conversion(path: Path, layout: Layout) -> bool:
     So it must be for this checkpoint, or for the best one of its run, which is loaded when the run
     ends.
     """
-    best = json.loads((path / "state.json").read_text(encoding="utf-8"))["best_step"]
+    best = read_json(path / "state.json")["best_step"]
     both = (path, checkpoint_of(path.parent, best))
     return any(saved_elsewhere(each, layout) for each in both if not whats_wrong(each))
 
@@ -120,7 +129,7 @@ def load_checkpoint(path: Path, engine: Engine, layout: Layout) -> TrainState:
         ValueError: the checkpoint was saved over another layout, and the engine was not built to
             load such a one or the optimizer is SGD.
     """
-    about = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    about = read_json(path / "state.json")
     threads = about.pop("threads")
     del about["layout"]
     moved = saved_elsewhere(path, layout)

@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from comoe.config.files import write_atomic
-from comoe.evaluation.tables import plain
+from comoe.config.files import plain, write_atomic, write_json
 
 METRICS_FILE = "metrics.jsonl"
 """One JSON object per line: a training line, an evaluation, an event, or a resume."""
@@ -34,11 +33,11 @@ def truncate_metrics(path: Path, *, after_step: int) -> None:
     """
     kept = [record for record in read_metrics(path) if record.get("step", after_step) <= after_step]
     kept.append({"split": "resume", "step": after_step})
-    write_atomic(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept))
+    write_atomic(
+        path, "".join(json.dumps(plain(record), ensure_ascii=False) + "\n" for record in kept)
+    )
 
 
 def write_results(run_dir: Path, results: Mapping[str, Any]) -> None:
     """Write ``results.json``, whole or not at all; numbers that are not finite become null."""
-    write_atomic(
-        run_dir / "results.json", json.dumps(plain(results), ensure_ascii=False, indent=2) + "\n"
-    )
+    write_json(run_dir / "results.json", results)

@@ -6,11 +6,14 @@ before, on all of them.
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +21,10 @@ import numpy as np
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
+from comoe.config.files import plain
 from comoe.evaluation.embedding_stats import EmbeddingSummary
 from comoe.evaluation.evaluate import Evaluation
 from comoe.evaluation.routing_stats import RoutingSummary
-from comoe.evaluation.tables import plain
 from comoe.tasks.task import Task
 from comoe.train.monitor import plots
 from comoe.train.monitor.metrics_file import METRICS_FILE, read_metrics, truncate_metrics
@@ -29,6 +32,10 @@ from comoe.train.monitor.plots import embedding_figure
 
 TASK_TERM = "task"
 """Terms named ``task/<name>`` are the losses of the tasks."""
+
+
+LONGEST_NAME = 200
+"""Bytes of a plot's name; file systems take 255."""
 
 
 BLOCK_MEASURES = ("update_ratio", "gate_entropy", "weight_spread")
@@ -71,7 +78,7 @@ class Monitor:
         else:
             truncate_metrics(path, after_step=resumed_at)
         self._records = read_metrics(path)
-        self._drawn = (0, 0)
+        self._drawn, self._warned = (0, 0), False
         self._file = path.open("a", encoding="utf-8")
         # TensorBoard hides older events from the purge step on; without it a resumed run draws two
         # curves.
@@ -122,7 +129,8 @@ class Monitor:
         scalars |= {f"rate/{name}": value for name, value in rates.items()}
         scalars |= {f"weight/{name}": value for name, value in task_weights.items()}
         scalars |= {f"measured/{name}": value for name, value in measured.items()}
-        self._scalars(scalars, step)
+        with self._harmless():
+            self._scalars(scalars, step)
 
     def log_evaluation(
         self,
@@ -157,7 +165,12 @@ class Monitor:
             }
             line |= {"retrieval": dict(embeddings.retrieval)} if embeddings.retrieval else {}
         self._write(line)
-        self._scalars({f"{split}/{name}": value for name, value in measured.items()}, step)
+        with self._harmless():
+            self._scalars({f"{split}/{name}": value for name, value in measured.items()}, step)
+            self._show_evaluation(step, split, evaluation)
+
+    def _show_evaluation(self, step: int, split: str, evaluation: Evaluation) -> None:
+        routing, embeddings = evaluation.routing, evaluation.embeddings
         for task, values in evaluation.metrics.items():
             self._scalars({f"{split}/{task}/{name}": value for name, value in values.items()}, step)
         for task in self._tasks:
@@ -169,7 +182,7 @@ class Monitor:
                 self._figure(
                     f"confusion/{split}/{task.name}", f"confusion_{split}_{task.name}", figure, step
                 )
-        if "routing" in line:
+        if routing is not None and routing.layers:
             self._log_routing(routing, split=split, step=step)
         if embeddings is not None:
             self._log_embeddings(embeddings, split=split, step=step)
@@ -178,8 +191,8 @@ class Monitor:
 
     def log_projector(self, step: int, *, split: str, embeddings: EmbeddingSummary) -> None:
         """Hand the embeddings to TensorBoard's projector, where they can be turned, searched and coloured by label."""
-        if self.enabled:
-            for task, view in embeddings.tasks.items():
+        with self._harmless():
+            for task, view in embeddings.tasks.items() if self.enabled else ():
                 # The projector's table has one line per post: a label must not break it.
                 names = [" ".join(str(label).split()) or "none" for label in view.labels]
                 self._writer.add_embedding(
@@ -187,14 +200,32 @@ class Monitor:
                 )
 
     def log_reliability(
-        self, step: int, *, split: str, task: str, figure: plots.Figure, errors: Mapping[str, float]
+        self,
+        step: int,
+        *,
+        split: str,
+        task: str,
+        curves: Mapping[str, plots.Bins],
+        errors: Mapping[str, float],
     ) -> None:
-        """Show how far the probabilities of a task hold; ``errors``: name -> expected calibration error."""
-        if self.enabled:
+        """Show how far the probabilities of a task hold.
+
+        Args:
+            step: of the weights.
+            split: validation or test.
+            task: its name.
+            curves: as in ``plots.reliability_figure``.
+            errors: name -> expected calibration error.
+        """
+        if not self.enabled:
+            return
+        with self._harmless():
             self._scalars(
                 {f"calibration/{split}/{task}/{name}": value for name, value in errors.items()},
                 step,
             )
+            title = f"Reliability of {task} ({split}, step {step})"
+            figure = plots.reliability_figure(curves, title=title)
             self._figure(f"reliability/{split}/{task}", f"reliability_{split}_{task}", figure, step)
 
     def log_experts(
@@ -209,12 +240,13 @@ class Monitor:
         """
         if not self.enabled or not changes:
             return
-        for condition, found in changes.items():
-            for task, values in {**found["tasks"], "mean": found["mean"]}.items():
-                scalars = {f"{condition}/{task}/{name}": value for name, value in values.items()}
-                self._scalars(scalars, step)
-        fenced = "\n".join(f"    {line}" for line in lines)
-        self._writer.add_text("experts", fenced, global_step=step)
+        with self._harmless():
+            for condition, found in changes.items():
+                for task, values in {**found["tasks"], "mean": found["mean"]}.items():
+                    scalars = {f"{condition}/{task}/{key}": value for key, value in values.items()}
+                    self._scalars(scalars, step)
+            fenced = "\n".join(f"    {line}" for line in lines)
+            self._writer.add_text("experts", fenced, global_step=step)
 
     def log_event(self, event: Mapping[str, Any]) -> None:
         """Write something that happened (a skipped step, a stop, a checkpoint) as a line with ``split: event``."""
@@ -224,10 +256,22 @@ class Monitor:
     def close(self) -> None:
         """Draw the curves once more and close the files."""
         if self.enabled:
-            self._draw_curves()
-            self._writer.close()
+            with self._harmless():
+                self._draw_curves()
+                self._writer.close()
             self._file.close()
             self.enabled = False
+
+    @contextlib.contextmanager
+    def _harmless(self) -> Iterator[None]:
+        """What people look at never ends a run: one warning, and the run goes on without it."""
+        try:
+            yield
+        except Exception as error:  # whatever a library of plots may raise
+            if not self._warned:
+                reason = f"{type(error).__name__}: {error}"
+                print(f"warning: plots or TensorBoard lack something ({reason})", file=sys.stderr)
+            self._warned = True
 
     def _log_routing(self, routing: RoutingSummary, *, split: str, step: int) -> None:
         where = "routing" if split == "validation" else f"routing_{split}"
@@ -313,7 +357,10 @@ class Monitor:
             plots.save_figure(plots.experts_figure(curves), self._plots / "experts.png")
 
     def _figure(self, tag: str, name: str, figure: plots.Figure, step: int) -> None:
-        file = self._plots / (re.sub(r"[^\w.-]", "_", name) + ".png")
+        name = re.sub(r"[^\w.-]", "_", name)
+        if len(os.fsencode(name)) > LONGEST_NAME:
+            name = f"{name[:40]}-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
+        file = self._plots / f"{name}.png"
         self._writer.add_image(tag, plots.save_figure(figure, file), step, dataformats="HWC")
 
     def _scalars(self, scalars: Mapping[str, float | torch.Tensor], step: int) -> None:

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.image import imsave
+from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 
 from comoe.config.files import atomic_file
@@ -190,7 +192,11 @@ def confusion_figure(counts_YY: np.ndarray, *, labels: Sequence[str], title: str
 def figure_pixels(figure: Figure) -> np.ndarray:
     """The figure as an image, uint8, (height, width, 3)."""
     canvas = FigureCanvasAgg(figure)
-    canvas.draw()
+    # Labels may hold dollar signs, which else begin a formula.
+    with rc_context({"text.parse_math": False}):
+        for text in figure.findobj(Text):
+            text.set_parse_math(False)
+        canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
@@ -325,7 +331,7 @@ def embedding_figure(points_NP: np.ndarray, labels: Sequence[Any], *, title: str
         common = found[np.argsort(-counts, kind="stable")]
         own = common if len(common) <= len(COLORS) else common[: len(COLORS) - 1]
         for name, color in zip(own, COLORS, strict=False):
-            panel.scatter(*plane_N2[names == name].T, color=color, label=name, **dots)
+            panel.scatter(*plane_N2[names == name].T, color=color, label=_short(name), **dots)
         if len(own) < len(common):
             rest = ~np.isin(names, own)
             panel.scatter(

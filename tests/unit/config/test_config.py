@@ -6,7 +6,13 @@ from pathlib import Path
 import pytest
 
 from comoe.config.errors import nearest, unknown_name
-from comoe.config.load import load_recipe, recipe_from_dict, recipe_to_dict, save_recipe
+from comoe.config.load import (
+    load_recipe,
+    load_saved_recipe,
+    recipe_from_dict,
+    recipe_to_dict,
+    save_recipe,
+)
 from comoe.config.recipe import ContrastiveConfig, MoeConfig, Recipe, TaskConfig
 
 MOOD = "tasks: {mood: {path: mood.csv}}\n"
@@ -126,3 +132,12 @@ def test_an_unknown_name_lists_the_right_ones(what: str, name: str, message: str
     error = unknown_name(what, name, ["train.eval_every", "train.seed"])
     assert str(error).startswith(message)
     assert str(error).endswith("(one of: train.eval_every, train.seed)")
+
+
+def test_words_that_drop_a_task_may_be_said_again_of_a_saved_recipe(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("tasks: {a: {path: a}, b: {path: b}}\n")
+    recipe = load_recipe(tmp_path / "a.yaml", ["tasks.b=null"])
+    save_recipe(recipe, tmp_path / "config.yaml")
+    assert load_saved_recipe(tmp_path / "config.yaml", ["tasks.b=null"]) == recipe
+    with pytest.raises(ValueError, match="drops no task"):
+        load_recipe(tmp_path / "config.yaml", ["tasks.b=null"])

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
 
-from comoe.config.files import atomic_file, write_atomic
+from comoe.config.files import atomic_file, is_read_from, lock_beside, locked, write_atomic
 
 
 def test_a_file_gets_its_name_only_when_it_is_whole(tmp_path: Path) -> None:
@@ -85,3 +88,74 @@ def test_only_old_parts_of_killed_writers_of_the_same_file_are_removed(tmp_path:
         assert sorted(os.listdir(tmp_path)) == sorted([alive, *names[1:], "x.csv"])
         file.write("first")
     assert path.read_text() == "first"
+
+
+HOLDER = """
+import pathlib, time
+from comoe.config.files import locked
+with locked(pathlib.Path({!r}), "x"):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_lock_keeps_a_second_one_out_and_names_the_first(tmp_path: Path) -> None:
+    path, told = tmp_path / ".x.lock", []
+    host = os.uname().nodename
+    with locked(path, "the run"):
+        busy = rf"the run is in use by process {os.getpid()} on {host} since \d{{4}}-\d\d-\d\d .*; wait"
+        with pytest.raises(ValueError, match=busy), locked(path, "the run"):
+            pass
+        waiting = threading.Thread(target=lambda: _hold(path, told))
+        waiting.start()
+        while len(told) < 1:
+            time.sleep(0.01)
+    waiting.join(timeout=20)
+    assert re.match(r"it is in use by process .*; waiting for it", told[0]) and told[1:] == ["held"]
+    assert os.listdir(tmp_path) == []
+
+
+def _hold(path: Path, told: list[str]) -> None:
+    with locked(path, "it", wait=told.append):
+        told.append("held")
+
+
+def test_the_lock_of_a_killed_process_is_taken_over(tmp_path: Path) -> None:
+    path = tmp_path / ".x.lock"
+    code = [sys.executable, "-c", HOLDER.format(str(path))]
+    with subprocess.Popen(code, stdout=subprocess.PIPE, cwd=Path(__file__).parents[3]) as process:
+        assert process.stdout.readline() == b"held\n"
+        with pytest.raises(ValueError, match=f"process {process.pid} on"), locked(path, "x"):
+            pass
+        process.kill()
+    assert path.exists()
+    with locked(path, "x"):
+        assert str(os.getpid()) in path.read_text() and str(process.pid) not in path.read_text()
+
+
+def test_a_planted_lock_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "other").write_text("theirs")
+    (tmp_path / ".x.lock").symlink_to("other")
+    with pytest.raises(OSError), locked(tmp_path / ".x.lock", "x"):
+        pass
+    assert (tmp_path / "other").read_text() == "theirs"
+
+
+@pytest.mark.parametrize("name", ["x", "é" * 127])
+def test_a_lock_beside_a_file_has_a_name_that_fits(name: str, tmp_path: Path) -> None:
+    with locked(lock_beside(tmp_path / name), name):
+        write_atomic(tmp_path / name, "x")
+    assert os.listdir(tmp_path) == [name]
+
+
+def test_what_is_read_is_told_under_every_name(tmp_path: Path) -> None:
+    (folder := tmp_path / "posts").mkdir()
+    (data := folder / "test.jsonl").write_text("")
+    (tmp_path / "link").symlink_to(data)
+    (tmp_path / "folder").symlink_to(folder)
+    os.link(data, tmp_path / "hard")
+    for path in (data, tmp_path / "link", tmp_path / "hard", folder / ".." / "posts/test.jsonl"):
+        assert is_read_from(path, data)
+    assert is_read_from(tmp_path / "folder/test.jsonl", folder) and is_read_from(data, folder)
+    assert not is_read_from(folder / "new.json", folder)
+    assert not is_read_from(tmp_path / "other", data)

@@ -13,9 +13,10 @@ from helpers_data import byte_level_tokenizer, wordpiece_tokenizer
 from transformers import ByT5Tokenizer
 
 from comoe.config.recipe import DataConfig, NormalizeConfig
-from comoe.data.collator import Collator, load_tokenizer
+from comoe.data.collator import Collator
 from comoe.data.posts import PostSplit, unlabelled_posts
 from comoe.data.tokens.split import TokenizedSplit, tokenize_split
+from comoe.data.tokens.vocabulary import load_tokenizer
 from comoe.tasks.task import Task
 from comoe.types import IGNORED
 

@@ -145,7 +145,7 @@ CELLS = {
     "too few": ([1.0], "one number of at least 0 for each label", "one number of at least 0"),
     "below 0": ([-0.5, 1.5], "one number of at least 0", "one number of at least 0"),
     "no number": (["x", 1], "one number of at least 0", "one number of at least 0"),
-    "NaN": ([float("nan"), 1], "one number of at least 0", "one number of at least 0"),
+    "no JSON": ("[NaN, 1]", "one number of at least 0", "one number of at least 0"),
     "a label": ("good", "neither a list", "neither a list"),
     "unknown": ({"goood": 1}, "did you mean good", "did you mean good"),
 }

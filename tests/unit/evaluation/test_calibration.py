@@ -395,6 +395,7 @@ def test_an_export_keeps_temperatures_and_thresholds_and_an_old_one_has_none(
     for task in config["tasks"]:
         del task["temperature"], task["thresholds"]
     (tmp_path / "plain/export/config.json").write_text(json.dumps(config))
+    (tmp_path / "plain/export/manifest.json").unlink()
     assert load_exported(tmp_path / "plain/export").tasks == TASKS
 
 

@@ -139,6 +139,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, request) -> Path:
     if "task_embedding.weight" in weights:
         weights["task_embedding.weight"][1] = weights["task_embedding.weight"][0]
     save_file(weights, folder / "export/model.safetensors")
+    (folder / "export/manifest.json").unlink()
     recipe = tiny_recipe(request.param, tasks=(MOOD, twin, TOPIC))
     columns = {"mood": (MOOD, "mood"), "twin": (twin, "mood"), "topic": (TOPIC, "topic")}
     recipe.tasks = {name: TaskConfig(path="posts", label=column, labels=list(task.labels))

@@ -13,6 +13,7 @@ from helpers_export import TASKS, WORDS, export_tiny, make, make_run, tiny_recip
 from helpers_model import HF_CONFIGS, VARIANTS, moe_config, random_batch, tiny_model
 from safetensors.torch import load_file, save_file
 
+from comoe.config.files import lock_beside, locked
 from comoe.inference.checkpoint_folder import whats_wrong
 from comoe.inference.export import export_checkpoint, export_model, load_exported
 from comoe.train.checkpoint.folder import find_checkpoint
@@ -193,7 +194,89 @@ def test_a_folder_that_cannot_be_loaded_is_refused_with_what_to_do(tmp_path, mes
     export_tiny(tmp_path)
     BAD_EXPORTS[message](tmp_path / "export")
     with pytest.raises(ValueError, match=message):
+        load_exported(tmp_path / "export", verify=False)
+
+
+def flip(folder, name):
+    content = bytearray((folder / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / name).write_bytes(content)
+
+
+EXPORTED = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+
+
+@pytest.mark.parametrize("name", EXPORTED)
+def test_a_changed_byte_anywhere_in_an_export_is_noticed(tmp_path, name):
+    export_tiny(tmp_path)
+    flip(tmp_path / "export", name)
+    with pytest.raises(ValueError, match=f"{name} was changed after|config.json is not JSON"):
         load_exported(tmp_path / "export")
+
+
+def test_an_export_may_be_changed_on_purpose(tmp_path):
+    export_tiny(tmp_path)
+    (tmp_path / "export/README.md").write_text("my own words")
+    load_exported(tmp_path / "export")
+    config = tmp_path / "export/config.json"
+    config.write_text(config.read_text() + " ")
+    with pytest.raises(ValueError, match="config.json has .* bytes instead of .* give --no-verify"):
+        load_exported(tmp_path / "export")
+    load_exported(tmp_path / "export", verify=False)
+    (tmp_path / "export/manifest.json").unlink()
+    load_exported(tmp_path / "export")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_neither_exported_nor_loaded(tmp_path, value):
+    export_tiny(tmp_path)
+    weights = load_file(tmp_path / "export/model.safetensors")
+    weights["projection.weight"][0, 0] = value
+    save_file(weights, tmp_path / "export/model.safetensors")
+    with pytest.raises(ValueError, match=r"1 not finite \(projection.weight\)"):
+        load_exported(tmp_path / "export", verify=False)
+    options = dict(recipe=tiny_recipe(), tasks=TASKS, encoder_config=HF_CONFIGS["bert"].to_dict())
+    with pytest.raises(ValueError, match="1 not finite"):
+        export_model(
+            tmp_path / "new",
+            state_dict=weights,
+            tokenizer=tiny_tokenizer(tmp_path / "v"),
+            **options,
+        )
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_folder_of_an_export_with_files_of_others_is_not_replaced(tmp_path):
+    export_tiny(tmp_path, seed=1)
+    (make(tmp_path / "export/.git") / "HEAD").write_text("years of work")
+    with pytest.raises(ValueError, match=r"holds files that comoe did not write \(.git/HEAD\)"):
+        export_tiny(tmp_path, seed=2)
+    assert (tmp_path / "export/.git/HEAD").read_text() == "years of work"
+
+
+def test_two_exports_to_one_folder_do_not_meet(tmp_path):
+    with (
+        locked(lock_beside(tmp_path / "export"), "x"),
+        pytest.raises(ValueError, match="export is in use by process"),
+    ):
+        export_tiny(tmp_path)
+    assert not (tmp_path / "export").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (".writing-step-00000006", "its name is not that of a whole checkpoint"),
+        ("step-00000007", "it is that of step 6"),
+        ("six", "its name is not that of a whole checkpoint"),
+    ],
+)
+def test_a_checkpoint_under_another_name_is_not_exported(tmp_path, name, message):
+    make_run(tmp_path / "run")
+    checkpoints = tmp_path / "run/checkpoints"
+    (checkpoints / "step-00000006").rename(checkpoints / name)
+    with pytest.raises(ValueError, match=message):
+        export_checkpoint(checkpoints / name, tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -257,8 +340,10 @@ def test_a_torn_checkpoint_is_no_more_exported_than_resumed(tmp_path):
         weights.write_bytes(whole)
         (torn / "manifest.json").write_text(manifest)
     weights.write_bytes(bytes(len(whole)))
-    with pytest.raises(ValueError, match="step-00000006 cannot be read"):
+    with pytest.raises(ValueError, match="weights/model.safetensors was changed after"):
         export_checkpoint(torn, tmp_path / "out")
+    with pytest.raises(ValueError, match="step-00000006 cannot be read"):
+        export_checkpoint(torn, tmp_path / "out", verify=False)
 
 
 def test_exporting_and_predicting_never_import_deepspeed():

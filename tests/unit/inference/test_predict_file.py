@@ -42,10 +42,10 @@ def test_tweeteval_writes_exactly_one_id_per_input_line(predictor, tmp_path, cap
         "sun\x85ny",
         "@user",
         "day",
-        "bro\ufffdken",
+        "@user",
     ]
     assert ids == [MOOD.labels.index(found["mood"]["label"]) for found in predictor(read)]
-    assert "3 lines without a text were predicted as '@user'" in capsys.readouterr().err
+    assert "4 lines without a text were predicted as '@user'" in capsys.readouterr().err
     assert [path.name for path in target.parent.iterdir()] == ["mood.txt"]
 
 

@@ -18,9 +18,9 @@ from comoe.config.recipe import (
     TaskConfig,
     VisionConfig,
 )
-from comoe.data.collator import load_tokenizer
 from comoe.data.images.pixels import PixelReader, load_image_processor
 from comoe.data.reading.inputs import column_in_training
+from comoe.data.tokens.vocabulary import load_tokenizer
 from comoe.inference.export import export_model
 from comoe.inference.model_card import model_card
 from comoe.inference.predict_file import predict_file

@@ -112,6 +112,7 @@ def test_an_export_holds_the_private_parts_and_an_old_one_is_read_without(tmp_pa
     for task in config["tasks"]:
         del task["confidence_strategy"]
     (tmp_path / "old/config.json").write_text(json.dumps(config))
+    (tmp_path / "old/manifest.json").unlink()
     old = load_exported(tmp_path / "old")
     assert old.model.private is None and old.tasks == TASKS
 

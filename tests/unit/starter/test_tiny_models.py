@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
-from comoe.data.collator import load_tokenizer
+from comoe.data.tokens.vocabulary import load_tokenizer
 from comoe.starter.implied_posts import (
     ASPECTS,
     OPINIONS,

@@ -30,11 +30,16 @@ def test_posts_longer_than_the_position_table_are_refused_before_training(tmp_pa
         "test": Tokens(lengths=np.array([], dtype=np.int32)),
     }
     # The option may be larger than the table as long as no post is.
-    collator = SimpleNamespace(tasks=TASKS, domains=None)
+    vocabulary = {"[PAD]": 0, "last": BERT_LIKE["vocab_size"] - 1}
+    tokenizer = SimpleNamespace(get_vocab=lambda: vocabulary)
+    collator = SimpleNamespace(tasks=TASKS, domains=None, tokenizer=tokenizer)
     assert build_model(recipe, splits, collator).model.moe_layers()
     splits["validation"] = Tokens(lengths=np.array([21]))
     refusal = r"data.max_length \(128\) lets posts of 21 tokens .* set data.max_length to 20"
     with pytest.raises(ValueError, match=refusal):
+        build_model(recipe, splits, collator)
+    vocabulary["one more"] = BERT_LIKE["vocab_size"]
+    with pytest.raises(ValueError, match=r"model.encoder .*'one more'.* is that of another model"):
         build_model(recipe, splits, collator)
 
 

@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
 import comoe.train.run_folder as module
 from comoe.config.recipe import Recipe
 from comoe.tasks.task import Task
-from comoe.train.run_folder import MARK, check_same_groups, check_same_tasks, take
+from comoe.train.run_folder import (
+    LOCK,
+    MARK,
+    check_same_groups,
+    check_same_tasks,
+    refuse_taken,
+    take,
+)
 
 
 @pytest.fixture
@@ -33,16 +43,25 @@ def files(folder: Path) -> dict[str, str]:
     }
 
 
+@pytest.fixture
+def held() -> Iterator[ExitStack]:
+    with ExitStack() as stack:
+        yield stack
+
+
 def test_an_earlier_run_stays_whole_where_a_machine_does_not_see_the_folder(
     old: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = files(old)
     monkeypatch.setenv("CROSS_SIZE", "2")
     monkeypatch.setattr(module, "all_gather_objects", lambda own: [own, "b (node 1)"])
-    with pytest.raises(
-        ValueError, match="is not the same folder on all machines: b .node 1. cannot see"
+    with (
+        pytest.raises(
+            ValueError, match="is not the same folder on all machines: b .node 1. cannot see"
+        ),
+        ExitStack() as held,
     ):
-        take(old, fresh=True)
+        take(old, held, fresh=True, overwrite=True)
     assert files(old) == before
 
 
@@ -53,7 +72,8 @@ def test_an_earlier_run_goes_once_all_machines_have_seen_the_folder(
     monkeypatch.setenv("CROSS_SIZE", machines)
     monkeypatch.setenv(module.RUN_WORD, "ours")
     seen = os.open(old, os.O_RDONLY)
-    take(old, fresh=True)
+    with ExitStack() as held:
+        take(old, held, fresh=True, overwrite=True)
     assert files(old) == {MARK: "ours"} and os.path.samestat(os.fstat(seen), old.stat()), (
         "what they saw is that folder"
     )
@@ -64,18 +84,69 @@ def test_a_resumed_run_keeps_all_that_is_there(old: Path, monkeypatch: pytest.Mo
     before = files(old)
     monkeypatch.setenv("CROSS_SIZE", "2")
     monkeypatch.setenv(module.RUN_WORD, "ours")
-    take(old, fresh=False)
+    with ExitStack() as held:
+        take(old, held, fresh=False)
     assert files(old) == before | {MARK: "ours"}
 
 
-def test_a_run_that_is_cleared_halfway_is_still_a_run_that_must_be_cleared(
-    old: Path, monkeypatch: pytest.MonkeyPatch
+def test_what_a_killed_start_left_goes_before_the_next_one(old: Path, held: ExitStack) -> None:
+    (old / "config.yaml").unlink()
+    for folder in ("tokenizer", ".tokenizer.part", "export"):
+        (old / folder).mkdir()
+        (old / folder / "tokenizer.json").write_text("of another encoder")
+    take(old, held, fresh=True)
+    assert files(old).keys() == {MARK, LOCK}
+
+
+def test_a_run_that_is_cleared_halfway_is_still_one_that_the_next_start_clears(
+    old: Path, held: ExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gone: list[str] = []
-    monkeypatch.setattr(module.shutil, "rmtree", lambda path: gone.append(path.name))
-    monkeypatch.setattr(module.Path, "unlink", lambda path: gone.append(path.name))
-    take(old, fresh=True)
-    assert gone[-1] == "config.yaml" and len(gone) == len(set(gone)) == 4
+    (old / "config.yaml").unlink()
+    monkeypatch.setattr(module.shutil, "rmtree", Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt), ExitStack() as first:
+        take(old, first, fresh=True)
+    monkeypatch.undo()
+    take(old, held, fresh=True)
+    assert files(old).keys() == {MARK, LOCK}
+
+
+FOREIGN = (
+    "config.yaml", "metrics.jsonl", "thesis.txt", "export/config.json", "predictions/test/mood.jsonl",
+    "checkpoints/step-00000002/state.json", "tokenizer/tokenizer.json",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_that_comoe_did_not_make_is_refused(
+    name: str, overwrite: bool, tmp_path: Path
+) -> None:
+    file = tmp_path / name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("theirs")
+    for claim in (
+        lambda held: refuse_taken(tmp_path, overwrite=overwrite),
+        lambda held: take(tmp_path, held, fresh=True, overwrite=overwrite),
+    ):
+        with pytest.raises(ValueError, match="no run of comoe wrote"), ExitStack() as held:
+            claim(held)
+        assert files(tmp_path) == {name: "theirs"}
+
+
+def test_a_folder_belongs_to_one_process_at_a_time(old: Path, held: ExitStack) -> None:
+    before = files(old)
+    take(old, held, fresh=False)
+    for options in ({"fresh": False}, {"fresh": True, "overwrite": True}):
+        with pytest.raises(ValueError, match="is in use by process"), ExitStack() as other:
+            take(old, other, **options)
+    assert files(old).keys() == before.keys() | {LOCK}
+
+
+def test_a_run_that_was_begun_while_this_one_read_its_posts_stays(old: Path) -> None:
+    before = files(old)
+    with pytest.raises(ValueError, match="holds a run already"), ExitStack() as held:
+        take(old, held, fresh=True)
+    assert files(old) == before
 
 
 MOOD = Task("mood", "single_label", ("bad", "good"), "macro_f1")

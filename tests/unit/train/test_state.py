@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 
 import pytest
+import torch
 
 from comoe.config.recipe import TrainConfig
-from comoe.train.state import TrainState, rate_factor
+from comoe.train.state import TrainState, diverged, rate_factor
 
 
 def factors(total: int, **options: float | str) -> list[float]:
@@ -92,3 +93,15 @@ def test_patience_survives_a_restart() -> None:
     assert restored == state
     restored.record(0.4, patience=2)
     assert restored.finished
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf"), 1.1e6, -3e38])
+def test_a_weight_that_has_diverged_is_named(value: float) -> None:
+    weights = {
+        "encoder.a": torch.tensor([1e6, -1e6]),
+        "none": torch.zeros(0),
+        "head": torch.ones(2),
+    }
+    assert diverged(weights) == ""
+    weights["head"][1] = value
+    assert diverged(weights).startswith("1 of 2 weights, such as head (")

@@ -22,14 +22,15 @@ from comoe.data.posts import unlabelled_posts
 from comoe.data.report import DataReport
 from comoe.data.sampling.sampler import SamplerConfig, TrainSampler
 from comoe.evaluation.evaluate import Evaluation
+from comoe.inference.checkpoint_folder import NEEDED, write_manifest
 from comoe.tasks.task import Task
 from comoe.train import trainer as following
 from comoe.train.evaluator import EvaluationStopped, evaluate_split
 from comoe.train.fault.signals import StopSignal
 from comoe.train.parallel.ds_config import Layout
 from comoe.train.parallel.engine import StepReport
-from comoe.train.state import TrainState
-from comoe.train.trainer import Trainer, TrainingStopped
+from comoe.train.state import TrainingStopped, TrainState
+from comoe.train.trainer import Trainer
 from comoe.train.training_run import TrainingRun
 from comoe.types import Batch, ModelOutput, StepOutput
 
@@ -317,7 +318,7 @@ def test_n_steps_in_a_row_that_are_not_finite_stop_the_run_with_the_posts(
     assert said.startswith(
         "3 steps in a row (up to step 6) had a loss or gradient that is not finite; the last posts"
     )
-    assert posts in said and f"--resume {tmp_path}" in said
+    assert posts in said and said.endswith("No checkpoint was saved: begin again.")
     assert (trainer.run.state.nonfinite_in_a_row, trainer.run.state.nonfinite_total) == (3, 4)
     assert [event["step"] for event in trainer.run.monitor.events] == [2, 4, 5, 6]
     assert trainer.run.monitor.events[-1]["posts"] == rows
@@ -330,6 +331,39 @@ def test_a_step_that_is_not_finite_now_and_then_does_not_stop_the_run(tmp_path: 
     )
     trainer.train()
     assert (trainer.run.state.finished, trainer.run.state.nonfinite_total) == ("all steps done", 3)
+
+
+@pytest.mark.parametrize("skipped", [(5, 6), (1, 2, 3, 4, 5, 6)])
+def test_a_run_whose_last_steps_are_not_finite_is_not_called_finished(
+    skipped: tuple[int, ...], tmp_path: Path
+) -> None:
+    trainer = trainer_in(
+        tmp_path, on_step=lambda step: "skipped" if step in skipped else None, max_nonfinite=7
+    )
+    folder = trainer.run.checkpoints / "step-00000004"
+    (folder / "weights").mkdir(parents=True)
+    for name in NEEDED:
+        (folder / name).touch()
+    write_manifest(folder, step=4)
+    wanted = rf"the last {len(skipped)} of 6 steps .* step-00000004 is good: go on with --resume"
+    with pytest.raises(TrainingStopped, match=wanted):
+        trainer.train()
+    assert not trainer.run.state.finished and not saved(trainer)
+
+
+def test_weights_with_a_loss_that_is_not_finite_are_never_the_best(tmp_path: Path) -> None:
+    trainer = trainer_in(tmp_path, values=[3.0, 2.0, 1.0])
+    losses = iter([1.0, float("inf"), float("nan")])
+    evaluate = trainer.evaluator.run
+
+    def with_loss(name: str, **options: Any) -> Evaluation:
+        evaluation = evaluate(name, **options)
+        evaluation.metrics["heat"]["loss"] = next(losses)
+        return evaluation
+
+    trainer.evaluator.run = with_loss
+    trainer.train()
+    assert (trainer.run.state.best_step, best(trainer)) == (2, 2)
 
 
 def fail(error: Exception) -> Callable[[int], Any]:

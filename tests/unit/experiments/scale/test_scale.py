@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from comoe.config.files import lock_beside, locked
 from comoe.config.load import load_recipe
 from comoe.experiments import runner
 from comoe.experiments.cluster.plan import gpu_numbers
@@ -198,6 +199,15 @@ def run(experiment: Experiment, seeds: int) -> tuple[list[str], int]:
     reports: list[int] = []
     failed = run_trials(experiment, plan.trials, report=lambda: reports.append(1))
     return [trial.name for trial in failed], len(reports)
+
+
+def test_two_commands_do_not_run_one_experiment(experiment: Experiment):
+    experiment.output.mkdir(parents=True, exist_ok=True)
+    with (
+        locked(lock_beside(experiment.runs), "x"),
+        pytest.raises(ValueError, match="is in use by process"),
+    ):
+        run(experiment, 1)
 
 
 def test_a_failing_run_is_recorded_and_the_others_run(

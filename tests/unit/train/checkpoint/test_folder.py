@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from comoe.inference.checkpoint_folder import whats_wrong
+from comoe.inference.checkpoint_folder import named_best, whats_wrong, write_manifest
 from comoe.train.checkpoint.folder import (
     best_checkpoint,
     find_checkpoint,
@@ -23,8 +24,7 @@ def make_checkpoint(folder: Path, step: int) -> Path:
     contents = {"state.json": b"{}", "weights/model.safetensors": b"x" * 100}
     for name, content in contents.items():
         (path / name).write_bytes(content)
-    manifest = {"step": step, "files": {name: len(text) for name, text in contents.items()}}
-    (path / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    write_manifest(path, step=step, run="ours")
     return path
 
 
@@ -44,6 +44,23 @@ def test_a_folder_without_checkpoints_has_none(tmp_path: Path) -> None:
     assert find_checkpoint(tmp_path / "never made") is None
 
 
+def rewrite_manifest(**changes: object) -> Callable[[Path], object]:
+    def spoil(path: Path) -> None:
+        file = path / "manifest.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+    return spoil
+
+
+def flip(name: str) -> Callable[[Path], object]:
+    def spoil(path: Path) -> None:
+        content = bytearray((path / name).read_bytes())
+        content[0] ^= 1
+        (path / name).write_bytes(content)
+
+    return spoil
+
+
 def truncate(path: Path) -> None:
     weights = path / "weights" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:40])
@@ -57,6 +74,15 @@ SPOILED = {
         lambda path: (path / "manifest.json").write_text('{"files": {"sta'), "its manifest is damaged",
     ),
     "noise as manifest": (lambda path: (path / "manifest.json").write_bytes(b"\xff\xfe"), "its manifest is damaged"),
+    "an empty manifest": (rewrite_manifest(files={}), "its manifest is damaged, as it lists no state.json"),
+    "no file": (lambda path: (path / "manifest.json").write_text(""), "its manifest is damaged"),
+    "a changed weight": (
+        flip("weights/model.safetensors"),
+        "weights/model.safetensors was changed after it was written (its SHA-256 is another)",
+    ),
+    "a changed step": (flip("state.json"), "state.json was changed after it was written (its SHA-256 is another)"),
+    "another step under its name": (rewrite_manifest(step=7), "it is that of step 7"),
+    "another run's": (rewrite_manifest(run="theirs"), "it is that of another run"),
     "another manifest": (lambda path: (path / "manifest.json").write_text("[1]"), "its manifest is damaged"),
     "a manifest of lists": (
         lambda path: (path / "manifest.json").write_text('{"files": ["a"]}'), "its manifest is damaged",
@@ -67,11 +93,48 @@ SPOILED = {
 @pytest.mark.parametrize("what", SPOILED)
 def test_a_broken_checkpoint_is_passed_over_and_said(tmp_path: Path, what: str) -> None:
     spoil, problem = SPOILED[what]
+    (tmp_path / ".run").write_text("ours")
     make_checkpoint(tmp_path, 5)
     spoil(make_checkpoint(tmp_path, 10))
     found = find_checkpoint(tmp_path)
     assert found is not None
     assert (found.step, found.broken) == (5, (f"step-00000010: {problem}",))
+
+
+@pytest.mark.parametrize("what", ["a changed weight", "a changed step"])
+def test_bytes_are_compared_unless_that_is_not_wanted(tmp_path: Path, what: str) -> None:
+    SPOILED[what][0](make_checkpoint(tmp_path, 10))
+    found = find_checkpoint(tmp_path, verify=False)
+    assert found is not None and found.step == 10
+    with pytest.raises(ValueError, match="no whole checkpoint is left"):
+        find_checkpoint(tmp_path)
+
+
+def test_a_checkpoint_of_an_older_version_has_sizes_alone(tmp_path: Path) -> None:
+    path = make_checkpoint(tmp_path, 5)
+    manifest = json.loads((path / "manifest.json").read_text())
+    older = {"step": 5, "files": manifest["files"]}
+    (path / "manifest.json").write_text(json.dumps(older))
+    (tmp_path / ".run").write_text("a newer start")
+    assert whats_wrong(path, verify=True) == ""
+
+
+@pytest.mark.parametrize("spoil", ["", "{", "[]", '{"step": null}', '{"step": "x"}', None])
+def test_the_best_step_is_known_although_its_note_is_lost(
+    tmp_path: Path, spoil: str | None
+) -> None:
+    for step in (2, 5):
+        path = make_checkpoint(tmp_path, step)
+        (path / "state.json").write_text('{"best_step": 2, "best_value": 0.5}')
+        write_manifest(path, step=step)
+    mark_best(tmp_path, 2)
+    (tmp_path / "best.json").unlink() if spoil is None else (tmp_path / "best.json").write_text(
+        spoil
+    )
+    assert named_best(tmp_path) == tmp_path / "step-00000002"
+    (path / "state.json").write_text('{"best_step": 0, "best_value": null}')
+    write_manifest(path, step=5)
+    assert named_best(tmp_path) is None
 
 
 def test_when_all_are_broken_the_reasons_are_named(tmp_path: Path) -> None:
@@ -116,13 +179,16 @@ def test_pruning_removes_what_a_killed_run_left_half_written(tmp_path: Path) -> 
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000005"]
 
 
-def test_the_best_checkpoint_is_given_only_when_it_is_whole(tmp_path: Path) -> None:
+def test_the_best_checkpoint_is_given_only_when_it_is_whole(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = make_checkpoint(tmp_path, 5)
     assert best_checkpoint(tmp_path) is None
     mark_best(tmp_path, 5)
     assert best_checkpoint(tmp_path) == path
     truncate(path)
     assert best_checkpoint(tmp_path) is None
+    assert "step-00000005, the best one: weights" in capsys.readouterr().err
 
 
 def test_a_sound_checkpoint_has_nothing_wrong(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from comoe.config.load import recipe_from_dict
+from comoe.inference.checkpoint_folder import write_manifest
 from comoe.train.checkpoint.save_load import load_checkpoint, needs_conversion, saved_elsewhere
 from comoe.train.parallel.ds_config import Layout
 
@@ -19,11 +20,11 @@ HERE = Layout(world_size=1, ep_size=1, stage=2, micro_batch_size=4, accumulation
 
 def save(folder: Path, step: int, layout: Layout, *, best_step: int) -> Path:
     path = folder / f"step-{step:08d}"
-    path.mkdir()
+    (path / "weights").mkdir(parents=True)
+    (path / "weights/model.safetensors").touch()
     saved = {name: getattr(layout, name) for name in ("world_size", "ep_size", "stage", "bf16")}
     (path / "state.json").write_text(json.dumps({"layout": saved, "best_step": best_step}))
-    manifest = {"step": step, "files": {"state.json": (path / "state.json").stat().st_size}}
-    (path / "manifest.json").write_text(json.dumps(manifest))
+    write_manifest(path, step=step)
     return path
 
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from comoe.evaluation.tables import format_results_table, noise_lines, plain, slice_lines
+from comoe.config.files import plain
+from comoe.evaluation.tables import format_results_table, noise_lines, slice_lines
 from comoe.tasks.task import Task
 from comoe.train.monitor.metrics_file import read_metrics, truncate_metrics, write_results
 

@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -234,3 +235,32 @@ def test_embeddings_reach_the_log_tensorboard_its_projector_and_the_plots(tmp_pa
     assert (projected / "metadata.tsv").read_text().splitlines() == ["bad", "good or so", "bad"] * 2
     rows = np.loadtxt(projected / "tensors.tsv")
     np.testing.assert_allclose(rows, points, rtol=1e-5)
+
+
+@pytest.mark.parametrize("part", ["_figure", "_draw_curves", "_scalars"])
+def test_what_cannot_be_drawn_costs_one_warning_and_no_number(tmp_path, monkeypatch, capsys, part):
+    def fail(*_, **__):
+        raise RuntimeError("no formula")
+
+    monkeypatch.setattr(Monitor, part, fail)
+    monitor = start(tmp_path)
+    for step in (1, 2):
+        train_line(monitor, step)
+        monitor.log_evaluation(step, split="validation", evaluation=evaluation(), mean=0.5)
+    bins = (np.ones(2), np.ones(2), np.ones(2))
+    monitor.log_reliability(2, split="test", task="mood", curves={"before": bins}, errors={"a": 1})
+    monitor.close()
+    told = capsys.readouterr().err
+    assert told.count("warning") == 1 and "RuntimeError: no formula" in told
+    steps = [(line["step"], line["split"]) for line in read_metrics(tmp_path / "metrics.jsonl")]
+    assert steps == [(1, "train"), (1, "validation"), (2, "train"), (2, "validation")]
+
+
+def test_a_plot_with_a_long_name_gets_one_that_fits(tmp_path):
+    monitor = start(tmp_path)
+    for end in "ab":
+        bins = (np.ones(2), np.ones(2), np.ones(2))
+        task = "x" * 240 + end
+        monitor.log_reliability(1, split="test", task=task, curves={"before": bins}, errors={})
+    monitor.close()
+    assert len(list((tmp_path / "plots").glob("reliability_test_x*.png"))) == 2

@@ -5,9 +5,11 @@ import pytest
 
 from comoe.train.monitor.plots import (
     confusion_figure,
+    embedding_figure,
     figure_pixels,
     loss_figure,
     metric_figure,
+    reliability_figure,
     save_figure,
     share_figure,
     task_share_figure,
@@ -80,3 +82,25 @@ def test_a_saved_figure_is_a_png_and_leaves_nothing_aside(tmp_path):
 def test_nothing_logged_yet_still_gives_pictures():
     assert figure_pixels(loss_figure({}, {})).ndim == 3
     assert figure_pixels(metric_figure({}, {})).ndim == 3
+
+
+ODD_NAMES = ("$_$", r"$\\frac$", "$x^", "_hidden", "%s {0}", "😀", "a\nb", "x" * 230, "")
+"""Labels that a library of plots may take for a formula, a format or nothing."""
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+@pytest.mark.filterwarnings("ignore:Glyph", "ignore:The label", "ignore:No artists")
+def test_any_label_can_be_drawn(name):
+    share = np.full((2, 4), 0.25)
+    points, bins = np.eye(4)[:3], (np.ones(2), np.ones(2) / 2, np.ones(2))
+    figures = [
+        confusion_figure(np.eye(2, dtype=int), labels=[name, "b"], title=name),
+        embedding_figure(points, [name, "b", name], title=name),
+        share_figure(share, rows=[name, "b"], title=name or "share", row_axis=name),
+        task_share_figure(share[None], layers=[1], tasks=[name, "b"]),
+        loss_figure({"loss": [(1, 1.0)], name: [(1, 1.0)]}, {name: [(1, 2.0)]}),
+        metric_figure({name: [(1, 1.0)]}, {name: 0.5}),
+        reliability_figure({name: bins}, title=name),
+    ]
+    for figure in figures:
+        assert figure_pixels(figure).min() < 255
