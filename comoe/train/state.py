@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from comoe.config.recipe import TrainConfig
+from comoe.tasks.task import Task
 
 ALL_STEPS = "all steps done"
 """Why a run ended that was not cut short by its patience; more steps asked for by a resume go on
@@ -27,6 +28,11 @@ OUTLIER = 3.0
 LARGEST_WEIGHT = 1e6
 """A weight beyond it has diverged: those of trained encoders are below a hundred, and next to it
 float32 resolves no update of theirs."""
+
+
+LARGEST_LOSS = 1e3
+"""Nats: a mean cross-entropy beyond it has diverged; guessing costs the logarithm of the number of
+labels."""
 
 
 class TrainingStopped(RuntimeError):
@@ -106,6 +112,22 @@ def diverged(weights: Mapping[str, Tensor]) -> str:
     if not bad:
         return ""
     return f"{len(bad)} of {len(largest)} weights, such as {bad[0]} ({largest[bad[0]]:.0e})"
+
+
+def diverged_losses(metrics: Mapping[str, Mapping[str, float]], tasks: Sequence[Task]) -> str:
+    """Tasks with a loss that is NaN or, where they have labels, beyond ``LARGEST_LOSS``, in words; empty for none.
+
+    The square of a number's error is not judged: its unit is that of the labels.
+    """
+    losses = {
+        task: metrics[task.name]["loss"] for task in tasks if "loss" in metrics.get(task.name, {})
+    }
+    bad = {
+        task.name: loss
+        for task, loss in losses.items()
+        if not loss <= (LARGEST_LOSS if task.labels else math.inf)
+    }
+    return ", ".join(f"{name} {loss:.3g}" for name, loss in bad.items())
 
 
 def norm_limit(config: TrainConfig, norms: Sequence[float]) -> float:

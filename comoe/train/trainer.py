@@ -31,7 +31,7 @@ from comoe.train.evaluator import EvaluationStopped, evaluate_split
 from comoe.train.fault.signals import StopSignal
 from comoe.train.monitor.log_window import LogWindow, count_posts, log_lost_images
 from comoe.train.parallel.engine import StepReport
-from comoe.train.state import ALL_STEPS, TrainingStopped, norm_limit, rate_factor
+from comoe.train.state import ALL_STEPS, TrainingStopped, diverged_losses, norm_limit, rate_factor
 from comoe.train.training_run import TrainingRun
 from comoe.types import Batch
 
@@ -252,7 +252,10 @@ class Trainer:
         whole, _ = sorted_checkpoints(self.run.checkpoints)
         if not whole:
             return "No checkpoint was saved: begin again."
-        return f"{whole[-1].name} is good: go on with --resume {self.run.folder}."
+        return (
+            f"{whole[-1].name} is the newest whole checkpoint, of finite weights: go on with --resume "
+            f"{self.run.folder}, or begin again if its losses have grown too."
+        )
 
     def _posts_to_blame(self, report: StepReport, batches: list[Batch]) -> tuple[list[int], str]:
         """Rows of the forward passes whose loss is not finite, on whatever rank, and the same in words.
@@ -309,6 +312,11 @@ class Trainer:
                 mean=value,
                 **teacher_kl,
                 **draws,
+            )
+        if problem := diverged_losses(evaluation.metrics, run.tasks):
+            raise TrainingStopped(
+                f"training has diverged by step {state.step}: losses on validation posts are {problem}. Lower the "
+                f"learning rates. {self._way_back()}"
             )
         told = f"{' (best)' if improved else ''}{'' if kl is None else f', teacher_kl {kl:.4f}'}"
         self._say(f"step {state.step}: validation {value:.4f}{told}")

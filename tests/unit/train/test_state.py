@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from comoe.config.recipe import TrainConfig
-from comoe.train.state import TrainState, diverged, rate_factor
+from comoe.tasks.task import Task
+from comoe.train.state import TrainState, diverged, diverged_losses, rate_factor
 
 
 def factors(total: int, **options: float | str) -> list[float]:
@@ -105,3 +106,21 @@ def test_a_weight_that_has_diverged_is_named(value: float) -> None:
     assert diverged(weights) == ""
     weights["head"][1] = value
     assert diverged(weights).startswith("1 of 2 weights, such as head (")
+
+
+@pytest.mark.parametrize(
+    ("mood", "heat", "told"),
+    [
+        (999.0, 1e30, ""),
+        (1001.0, 1.0, "mood 1e+03"),
+        (float("inf"), float("inf"), "mood inf"),
+        (float("nan"), float("nan"), "mood nan, heat nan"),
+    ],
+)
+def test_a_loss_that_has_diverged_is_named(mood: float, heat: float, told: str) -> None:
+    tasks = (
+        Task("mood", "single_label", ("bad", "good"), "macro_f1"),
+        Task("heat", "regression", (), "mae"),
+        Task("without posts", "single_label", ("a", "b"), "macro_f1"),
+    )
+    assert diverged_losses({"mood": {"loss": mood}, "heat": {"loss": heat}}, tasks) == told

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import time
@@ -345,15 +346,18 @@ def test_a_run_whose_last_steps_are_not_finite_is_not_called_finished(
     for name in NEEDED:
         (folder / name).touch()
     write_manifest(folder, step=4)
-    wanted = rf"the last {len(skipped)} of 6 steps .* step-00000004 is good: go on with --resume"
+    wanted = rf"the last {len(skipped)} of 6 steps .* step-00000004 is the newest whole checkpoint"
     with pytest.raises(TrainingStopped, match=wanted):
         trainer.train()
     assert not trainer.run.state.finished and not saved(trainer)
 
 
-def test_weights_with_a_loss_that_is_not_finite_are_never_the_best(tmp_path: Path) -> None:
+@pytest.mark.parametrize("end", [float("inf"), float("nan")])
+def test_weights_with_a_loss_that_is_not_finite_are_never_the_best(
+    tmp_path: Path, end: float
+) -> None:
     trainer = trainer_in(tmp_path, values=[3.0, 2.0, 1.0])
-    losses = iter([1.0, float("inf"), float("nan")])
+    losses = iter([1.0, float("inf"), end])
     evaluate = trainer.evaluator.run
 
     def with_loss(name: str, **options: Any) -> Evaluation:
@@ -362,7 +366,12 @@ def test_weights_with_a_loss_that_is_not_finite_are_never_the_best(tmp_path: Pat
         return evaluation
 
     trainer.evaluator.run = with_loss
-    trainer.train()
+    if math.isnan(end):
+        wanted = "diverged by step 6: losses on validation posts are heat nan"
+        with pytest.raises(TrainingStopped, match=wanted):
+            trainer.train()
+    else:
+        trainer.train()
     assert (trainer.run.state.best_step, best(trainer)) == (2, 2)
 
 
