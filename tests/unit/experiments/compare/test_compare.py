@@ -31,7 +31,7 @@ from comoe.tasks.task import build_task
 
 ROOT = Path(__file__).parents[4]
 RECIPE = (
-    "tasks: {mood: {path: x, confidence: sure, descriptions: {bad: no, good: yes}}}\n"
+    "tasks: {mood: {path: x, confidence: sure, descriptions: {bad: poor, good: fine}}}\n"
     "loss: {contrastive: {first_steps: 3}}\n"
     "model: {encoder: smoke:encoder, moe: {num_experts: 4, top_k: 2, expert_width: 24}}\n"
 )
@@ -133,7 +133,7 @@ def test_contrastive_arms_differ_in_where_the_loss_stands_and_where_heads_start(
     experiment.config.write_text(text.replace("{first_steps: 3}", "{weight: 0.2}"))
     with pytest.raises(ValueError, match="set loss.contrastive.first_steps"):
         plan_trials(experiment, arms=["contrastive_before"], custom={}, seeds=[0])
-    experiment.config.write_text(text.replace(", descriptions: {bad: no, good: yes}", ""))
+    experiment.config.write_text(text.replace(", descriptions: {bad: poor, good: fine}", ""))
     with pytest.raises(ValueError, match="leave _bare out"):
         plan_trials(experiment, arms=["no_contrastive_bare"], custom={}, seeds=[0])
 
