@@ -120,7 +120,7 @@ def build_run(
 
 def _starting(recipe: Recipe, objective: Objective, begun: Path | None) -> list[str]:
     """The weights of ``model.start_from`` for a run that has no checkpoint yet; what is to be said of it."""
-    if begun is not None and find_checkpoint(begun / "checkpoints") is not None:
+    if begun is not None and find_checkpoint(begun / "checkpoints", verify=False) is not None:
         return []
     return start_from_export(recipe.model, objective.model)
 
