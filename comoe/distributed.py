@@ -6,6 +6,9 @@ every rank.
 
 from __future__ import annotations
 
+import logging
+import os
+import uuid
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
@@ -50,6 +53,42 @@ def wait_for_ranks_up_to(seconds: float) -> None:
     if is_distributed():
         for group in list(dist.distributed_c10d._world.pg_map):
             dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+
+
+def run_as_ranks(ranks: int, command: Sequence[str]) -> int:
+    """Run a command as so many ranks of this machine, under the agent of torchrun, and wait for their end.
+
+    A signal to this process is passed on to the ranks, which may take ten minutes to save.
+
+    Returns:
+        The exit code of the rank that failed first, 128 + signal where one ended it, else 0.
+    """
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    # The agent logs what the ranks say better themselves.
+    logging.disable(logging.ERROR)
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=ranks,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",
+        local_addr="127.0.0.1",
+        max_restarts=0,
+        logs_specs=DefaultLogsSpecs(),
+    )
+    try:
+        elastic_launch(config, command[0])(*command[1:])
+    except ChildFailedError as error:
+        code = error.get_first_failure()[1].exitcode
+        return code if code > 0 else 128 - code
+    except SignalException as error:
+        return 128 + error.sigval
+    return 0
 
 
 def lost_connection(error: BaseException | None) -> bool:

@@ -27,7 +27,7 @@ from packaging.utils import canonicalize_name
 
 lines = Path(sys.argv[1]).read_text(encoding="utf-8").split() if sys.argv[1] else []
 there = {canonicalize_name(name): number for name, _, number in (line.partition("==") for line in lines)}
-found, todo = {}, [Requirement("comoe"), Requirement("pytest")]
+found, todo = {}, [Requirement("comoe[train]"), Requirement("pytest")]
 while todo:
     wanted = todo.pop()
     name = canonicalize_name(wanted.name)

@@ -10,7 +10,7 @@ from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 
-from comoe.commands.arguments import new_parser
+from comoe.commands.arguments import need_training, new_parser
 
 
 def parser() -> ArgumentParser:
@@ -30,6 +30,7 @@ def parser() -> ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the command line, measure, print the table."""
     given = parser().parse_args(argv)
+    need_training("ablate")
 
     from comoe.config.files import write_json
     from comoe.experiments.ablate import measure_removal, removal_lines

@@ -1,6 +1,9 @@
 """What the command lines share: the look of a parser, and the recipe as the first word."""
 
+import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+
+from comoe.config.extras import need
 
 RECIPE, SETTINGS = "starter", "zero2"
 """Names of the recipe and the DeepSpeed file that are taken where none is given."""
@@ -28,3 +31,12 @@ def take_recipe(given: Namespace, *, default: str | None = RECIPE) -> None:
     if given.config is None and given.overrides and "=" not in given.overrides[0]:
         given.config, *given.overrides = given.overrides
     given.config = given.config or default
+
+
+def need_training(word: str) -> None:
+    """End the process with one sentence where the extra ``train`` is not installed."""
+    try:
+        need("train", what=f"comoe {word}")
+    except ValueError as error:
+        print(f"comoe: {error}", file=sys.stderr)
+        sys.exit(2)

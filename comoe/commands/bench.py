@@ -14,7 +14,7 @@ from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 
-from comoe.commands.arguments import new_parser
+from comoe.commands.arguments import need_training, new_parser
 
 BENCHMARKS = {
     "experts": "comoe.benchmarks.experts",
@@ -45,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     given = line.parse_args(argv)
     if importlib.util.find_spec("comoe.benchmarks") is None:
         line.error("the benchmarks are no part of an installed comoe; run it in a checkout.")
+    need_training("bench")
 
     # Its ranks must not outlive it.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))

@@ -10,7 +10,7 @@ from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 
-from comoe.commands.arguments import SETTINGS, add_recipe, new_parser, take_recipe
+from comoe.commands.arguments import SETTINGS, add_recipe, need_training, new_parser, take_recipe
 
 ARMS = "no_experts,dense,softmax,sigmoid"
 
@@ -52,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Read the command line and run."""
     given = parser().parse_intermixed_args(argv)
     take_recipe(given)
+    need_training("compare")
 
     from comoe.experiments.compare.command import compare_and_exit
 

@@ -10,7 +10,7 @@ from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 
-from comoe.commands.arguments import SETTINGS, add_recipe, new_parser, take_recipe
+from comoe.commands.arguments import SETTINGS, add_recipe, need_training, new_parser, take_recipe
 
 GRID = {"experts": "experts", "top-k": "top_k", "ep": "ep_size", "encoder": "encoder", "gate": "gate",
         "seeds": "seeds"}  # fmt: skip
@@ -50,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Read the command line and run."""
     given = parser().parse_intermixed_args(argv)
     take_recipe(given)
+    need_training("scale")
 
     from comoe.experiments.scale.command import scale_and_exit
 

@@ -8,12 +8,13 @@ deepspeed --num_accelerators 2 --module comoe train my.yaml --deepspeed zero2
 deepspeed launch/train.py --deepspeed ds_configs/zero2.json --restarts 3          in a checkout
 """
 
+import os
 import sys
 from argparse import SUPPRESS, ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 
-from comoe.commands.arguments import RECIPE, add_recipe, new_parser, take_recipe
+from comoe.commands.arguments import RECIPE, add_recipe, need_training, new_parser, take_recipe
 
 
 def parser() -> ArgumentParser:
@@ -25,6 +26,8 @@ def parser() -> ArgumentParser:
         help="ZeRO, precision, clipping, expert parallelism: a file, or the name of a ready one (zero2; with --resume "
              "the run's own)")
     add("--resume", type=Path, metavar="RUN", help="go on with this run folder, by its own recipe")
+    add("--ranks", type=int, metavar="N",
+        help="ranks to start on this machine (one per GPU, or one); a launcher starts its own")
     add("--restarts", type=int, default=0, metavar="N",
         help="start a crashed run again from its last checkpoint, at most N times")
     add("--dry-run", action="store_true", help="print recipe, labels, sample posts, memory plan; end")
@@ -42,18 +45,38 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Read the command line and run."""
     line = parser()
     given = line.parse_intermixed_args(argv)
+    if given.ranks is not None and given.ranks < 1:
+        line.error(f"--ranks is {given.ranks}; it must be at least 1.")
     if given.restarts < 0:
         line.error(f"--restarts is {given.restarts}; it must be 0 or more.")
     if given.gpus is not None and not (given.dry_run and given.gpus > 0):
         line.error(f"--gpus is {given.gpus}; it must be 1 or more, and goes with --dry-run.")
     take_recipe(given, default=None if given.resume else RECIPE)
+    need_training("train")
 
     from comoe.train.fault.signals import StopSignal
     from comoe.train.fault.supervisor import is_child, supervise
+    from comoe.train.launchers import (
+        refuse_restarts_under_torchrun,
+        settle_place,
+        start_ranks_here,
+    )
 
     stop = StopSignal()  # before the imports that take seconds: it notes who started this process
+    try:
+        place = settle_place(os.environ)
+        refuse_restarts_under_torchrun(0 if is_child() else given.restarts)
+    except ValueError as error:
+        print(f"comoe: {error}", file=sys.stderr)
+        sys.exit(2)
+    if place is not None and given.ranks not in (None, place.world):
+        line.error(
+            f"--ranks is {given.ranks}, but the launcher started {place.world}; leave it out."
+        )
     if given.restarts > 0 and not is_child():
         sys.exit(supervise(restarts=given.restarts, stop=stop))
+    if place is None and not given.dry_run and (code := start_ranks_here(given.ranks)) is not None:
+        sys.exit(code)
     from comoe.train.run import Request, run_and_exit
 
     words = (

@@ -18,6 +18,8 @@ from typing import Any
 import psutil
 import torch
 
+from comoe.train.launchers import settle_place, threads_of_rank
+
 M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1
 """mallopt numbers of glibc: blocks above the first are mapped and unmapped, free space above the
 second is returned."""
@@ -48,7 +50,7 @@ def prepare_process(*, verbose: bool) -> None:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         _keep_freed_memory()
-    if "RANK" not in os.environ:
+    if settle_place(os.environ) is None:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_SIZE="1")
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     if int(os.environ.get("CROSS_SIZE", "1")) > 1 and (
@@ -57,11 +59,22 @@ def prepare_process(*, verbose: bool) -> None:
         # gloo takes the address of the machine's own name, which often is one of the loopback.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if "OMP_NUM_THREADS" not in os.environ:
-        ranks_here = int(os.environ.get("LOCAL_SIZE", os.environ["WORLD_SIZE"]))
-        torch.set_num_threads(max(1, available_cores() // ranks_here))
+    threads = threads_of_rank(os.environ, available_cores(), torchruns_own=_torchrun_set_threads())
+    if threads is not None:
+        torch.set_num_threads(threads)
     if not verbose:
         _quieten()
+
+
+def _torchrun_set_threads() -> bool:
+    """True if ``OMP_NUM_THREADS`` is torchrun's own 1, which the user did not give to torchrun."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("OMP_NUM_THREADS") != "1":
+        return False
+    try:
+        # What a process began with, not what it has set since.
+        return "OMP_NUM_THREADS" not in psutil.Process(os.getppid()).environ()
+    except psutil.Error:
+        return False
 
 
 def available_cores() -> int:

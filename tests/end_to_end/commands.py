@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -23,6 +22,7 @@ from typing import Any
 
 import psutil
 
+from comoe.train.environment import free_port
 from tests.helpers_ranks import run_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -109,7 +109,7 @@ class Terminal:
     def __init__(self, folder: Path, *, home: Path) -> None:
         self.folder = folder
         self.typed: list[Typed] = []
-        ours = ("RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "DS_", "CROSS_")
+        ours = ("RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "DS_", "CROSS_", "SLURM_")
         self._environment = {
             key: value for key, value in os.environ.items() if not key.startswith(ours)
         }
@@ -146,10 +146,7 @@ def deepspeed(ranks: int, *, settings: str | Path = "zero2") -> list[str | Path]
     """The beginning of the README's training command, on a port that no other run has."""
     path = settings if isinstance(settings, Path) else f"ds_configs/{settings}.json"
     command = shutil.which("deepspeed", path=str(Path(sys.executable).parent)) or "deepspeed"
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    words = f"--master_port {port} --num_accelerators {ranks} launch/train.py --deepspeed"
+    words = f"--master_port {free_port()} --num_accelerators {ranks} launch/train.py --deepspeed"
     return [command, *words.split(), path]
 
 

@@ -45,7 +45,7 @@ sys.argv = [sys.argv[1], "--help"]
 try:
     runpy.run_path(sys.argv[0], run_name="__main__")
 finally:
-    heavy = {"torch", "numpy", "transformers", "yaml", "pydantic", "comoe.config"} & set(sys.modules)
+    heavy = {"torch", "numpy", "transformers", "yaml", "pydantic", "comoe.config.load"} & set(sys.modules)
     assert not heavy, heavy
 """
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pyarrow
 import pyarrow.parquet
 
 from comoe.config.errors import unknown_name
+from comoe.config.extras import need
 from comoe.data.reading.files import (
     RawSplit,
     read_csv,
@@ -183,7 +184,10 @@ def _read_parquet(path: Path) -> RawSplit:
         raise ValueError(
             f"{path} cannot be read as Parquet ({error}); write it anew, or correct the format."
         ) from error
-    return _from_dataset(datasets.Dataset(table), file=str(path))
+    # Where the library datasets keeps what it knows about the columns.
+    kept = (table.schema.metadata or {}).get(b"huggingface", b"{}")
+    features = json.loads(kept).get("info", {}).get("features", {})
+    return _named_rows(table.to_pylist(), table.column_names, features, file=str(path))
 
 
 def _file_reader(
@@ -227,6 +231,9 @@ def _read_tweeteval(source: Source, split: str) -> RawSplit | None:
 
 def _read_hub(source: Source, split: str) -> RawSplit | None:
     """A data set of the Hugging Face hub. Its own Python code is never run."""
+    need("train", "datasets", what=f"{source.key}.path ({source.path}): a data set of the hub")
+    import datasets
+
     where = source.path + (f", subset {source.subset}" if source.subset else "")
     names = (source.splits[split],) if split in source.splits else NAMES[split]
     try:
@@ -240,7 +247,10 @@ def _read_hub(source: Source, split: str) -> RawSplit | None:
         ) from error
     name = next((name for name in names if name in loaded), None)
     if name is not None:
-        return _from_dataset(loaded[name], file=f"{source.path} ({name})")
+        found = loaded[name]
+        features = found.features.to_dict()
+        file = f"{source.path} ({name})"
+        return _named_rows(found.to_list(), found.column_names, features, file=file)
     if split == "train" or split in source.splits:
         raise ValueError(
             f"{source.key}.path ({where}): no split {' or '.join(names)}; there is {', '.join(loaded)}. "
@@ -249,36 +259,45 @@ def _read_hub(source: Source, split: str) -> RawSplit | None:
     return None
 
 
-def _from_dataset(dataset: datasets.Dataset, *, file: str) -> RawSplit:
-    """Rows of a data set; ids of a column that knows their names become names, its negative ids missing labels."""
-    known = {column: _class_label(feature) for column, feature in dataset.features.items()}
-    known = {column: feature for column, feature in known.items() if feature is not None}
+def _named_rows(
+    rows: list[dict[str, Any]], columns: Sequence[str], features: Mapping[str, Any], *, file: str
+) -> RawSplit:
+    """Rows; ids of a column that knows their names become names, its negative ids missing labels.
 
-    def named(value: Any, feature: datasets.ClassLabel) -> Any:
+    Args:
+        rows: column -> value.
+        columns: their names.
+        features: column -> its type, as the library datasets writes it.
+        file: for messages.
+    """
+    known = {column: names for column in columns if (names := _class_names(features.get(column)))}
+
+    def named(value: Any, names: Sequence[str]) -> Any:
         if isinstance(value, list):
-            return [named(item, feature) for item in value]
-        return None if value is None or value < 0 else feature.int2str(value)
+            return [named(item, names) for item in value]
+        if value is not None and value >= len(names):
+            raise ValueError(f"{file}: {value} is no label id; there are {len(names)} label names.")
+        return None if value is None or value < 0 else names[value]
 
-    rows = dataset.to_list()
-    for column, feature in known.items():
+    for column, names in known.items():
         for row in rows:
-            row[column] = named(row[column], feature)
+            row[column] = named(row[column], names)
     return RawSplit(
         file=file,
         rows=rows,
         lines=list(range(1, len(rows) + 1)),
-        columns=tuple(dataset.column_names),
-        label_names={column: tuple(feature.names) for column, feature in known.items()},
+        columns=tuple(columns),
+        label_names=known,
     )
 
 
-def _class_label(feature: Any) -> datasets.ClassLabel | None:
-    """The label names of a column, or of the items of its lists."""
-    if isinstance(feature, datasets.ClassLabel):
-        return feature
-    if isinstance(feature, datasets.List):
-        return _class_label(feature.feature)
-    return None
+def _class_names(feature: Any) -> tuple[str, ...]:
+    """The label names of a column, or of the items of its lists; empty where it has none."""
+    if not isinstance(feature, dict):
+        return ()
+    if feature.get("_type") in ("List", "LargeList", "Sequence"):
+        return _class_names(feature["feature"])
+    return tuple(feature["names"]) if feature.get("_type") == "ClassLabel" else ()
 
 
 ENDINGS: dict[str, str] = {

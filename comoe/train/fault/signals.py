@@ -21,8 +21,8 @@ class StopSignal:
 
     A SIGTERM to the ``deepspeed`` command ends that command alone and leaves its ranks running
     unseen. So a rank started by it also watches the launcher and the command above it, and treats
-    the loss of either as SIGTERM. Make one as early as possible: a command that is lost before
-    cannot be told from one that never was.
+    the loss of either as SIGTERM; so does a rank of torchrun with its agent. Make one as early as
+    possible: a command that is lost before cannot be told from one that never was.
     """
 
     def __init__(self) -> None:
@@ -52,15 +52,17 @@ class StopSignal:
 
 
 def _launchers() -> list[psutil.Process]:
-    """The supervisor of this process, deepspeed.launcher.launch and the ``deepspeed`` command
-    above, as far as they are there; empty under plain python."""
+    """The supervisor of this process, and torchrun's agent or deepspeed.launcher.launch and the
+    ``deepspeed`` command above, as far as they are there; empty under plain python."""
     found: list[psutil.Process] = []
     try:
         parent: psutil.Process | None = psutil.Process(os.getppid())
         if SUPERVISED in os.environ and parent is not None:
             found.append(parent)
             parent = parent.parent()
-        if parent is not None and "deepspeed.launcher.launch" in " ".join(_command(parent)):
+        if parent is not None and "TORCHELASTIC_RUN_ID" in os.environ:
+            found.append(parent)
+        elif parent is not None and "deepspeed.launcher.launch" in " ".join(_command(parent)):
             found.append(parent)
             found += [above for above in [parent.parent()] if above is not None]
     except psutil.NoSuchProcess:
