@@ -152,15 +152,29 @@ def collective_device() -> torch.device:
     return torch.device("cpu")
 
 
+def gpu_lacks_bf16() -> str:
+    """Why this process's GPU has neither bfloat16 nor grouped matrix products; empty if it has, or there is none."""
+    if not torch.cuda.is_available():
+        return ""
+    major, minor = torch.cuda.get_device_capability()
+    # AMD's count is another one, and theirs have it.
+    if torch.version.hip or major >= 8:
+        return ""
+    return (
+        f"{torch.cuda.get_device_name()} has compute capability {major}.{minor}, bfloat16 needs 8.0"
+    )
+
+
 def choose_device(name: str) -> torch.device:
-    """A device of one process; ``auto`` is the first GPU, or the CPU where there is none.
+    """A device of one process; ``auto`` is the first GPU, Apple's (mps) too, or the CPU where there is none.
 
     Raises:
         ValueError: it does not exist, or cannot be used on this machine.
     """
-    gpu = "cuda" if torch.cuda.is_available() else "cpu"
+    found = "mps" if torch.backends.mps.is_available() else "cpu"
+    found = "cuda" if torch.cuda.is_available() else found
     try:
-        device = torch.device(gpu if name == "auto" else name)
+        device = torch.device(found if name == "auto" else name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).strip().partition("\n")[0]

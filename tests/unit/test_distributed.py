@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from comoe.distributed import gather_detached, wait_for_ranks_up_to
+from comoe.distributed import choose_device, gather_detached, wait_for_ranks_up_to
 
 
 @pytest.fixture
@@ -37,3 +37,16 @@ def test_the_time_to_wait_reaches_the_groups_of_libraries_too(group: Any) -> Non
     assert waits(group) == 1800, "torch's default"
     wait_for_ranks_up_to(7200.0)
     assert waits(dist.group.WORLD) == waits(group) == 7200
+
+
+@pytest.mark.parametrize(
+    "cuda, mps, found", [(True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")]
+)
+def test_auto_takes_a_gpu_where_there_is_one(
+    cuda: bool, mps: bool, found: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    monkeypatch.setattr(torch, "empty", lambda _size, device: tried.append(device))
+    assert choose_device("auto") == torch.device(found) and tried == [torch.device(found)]

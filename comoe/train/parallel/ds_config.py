@@ -15,7 +15,7 @@ import torch
 from comoe.config.ready_made import settings_path
 from comoe.config.recipe import Recipe
 from comoe.data.sampling.sampler import posts_per_forward
-from comoe.distributed import all_gather_objects
+from comoe.distributed import all_gather_objects, gpu_lacks_bf16
 from comoe.models.moe.block import MIXTURE_PATTERN
 
 AUTO = "auto"
@@ -116,10 +116,21 @@ def _precision(
 ) -> tuple[bool, str]:
     """Whether to train in bfloat16, and what decided that."""
     asked = settings.get("bf16", {}).get("enabled", AUTO)
+    # One answer for all ranks, whose machines may have different GPUs.
+    lacking = next(filter(None, all_gather_objects(gpu_lacks_bf16() if gpu else "")), "")
+    if lacking and (asked is True or (asked == AUTO and begun_in_bf16)):
+        why = (
+            "bf16.enabled is true in the DeepSpeed JSON"
+            if asked is True
+            else "it was begun in bf16"
+        )
+        raise ValueError(f"{why}, but {lacking}; write false in the JSON, or use another GPU.")
     if asked != AUTO:
         return bool(asked), "bf16.enabled in the DeepSpeed JSON"
     if begun_in_bf16 is not None:
         return begun_in_bf16, "as the run was begun"
+    if lacking:
+        return False, lacking
     if gpu:
         return True, "GPU"
     # One answer for all ranks, which may run on different machines, with other variables.
@@ -257,7 +268,7 @@ def _values(recipe: Recipe, layout: Layout, *, gpu: bool) -> dict[str, Any]:
         "bf16.enabled": layout.bf16,
         "expert_parallel.autoep_size": layout.ep_size,
         "expert_parallel.top_k": recipe.model.moe.top_k,
-        "expert_parallel.use_grouped_mm": gpu,
+        "expert_parallel.use_grouped_mm": gpu and not gpu_lacks_bf16(),
     }
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from comoe.config.load import recipe_from_dict
 from comoe.config.recipe import Recipe
@@ -322,3 +323,26 @@ def test_a_layout_is_a_plain_record() -> None:
     assert layout == Layout(
         world_size=2, ep_size=2, stage=2, micro_batch_size=4, accumulation=1, bf16=False
     )
+
+
+@pytest.mark.parametrize("capability, bf16", [((7, 5), False), ((8, 0), True), ((9, 0), True)])
+def test_an_old_gpu_trains_in_float32_without_grouped_products_and_says_why(
+    capability: tuple[int, int], bf16: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla")
+    layout = plan_layout(recipe_of(), ZERO_2, world_size=2, gpu=True)
+    settings = fill_settings(ZERO_2, recipe_of(), layout, gpu=True)
+    assert layout.bf16 == settings["bf16"]["enabled"] == bf16
+    assert settings["expert_parallel"]["use_grouped_mm"] == bf16
+    if bf16:
+        return
+    reason = "Tesla has compute capability 7.5, bfloat16 needs 8.0"
+    assert layout.precision == f"float32: {reason}"
+    with pytest.raises(
+        ValueError, match=f"is true in the DeepSpeed JSON, but {reason}; write false in"
+    ):
+        plan_layout(recipe_of(), ZERO_2 | {"bf16": {"enabled": True}}, world_size=2, gpu=True)
+    with pytest.raises(ValueError, match=f"it was begun in bf16, but {reason}"):
+        plan_layout(recipe_of(), ZERO_2, world_size=2, gpu=True, begun_in_bf16=True)
