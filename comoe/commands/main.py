@@ -9,6 +9,7 @@ from difflib import get_close_matches
 from comoe import __version__
 
 COMMANDS = {
+    "init": "write a recipe for a file of posts",
     "train": "train a recipe, or continue a run",
     "predict": "predict the posts of a file with an export",
     "eval": "score an export on labeled posts",
@@ -17,6 +18,7 @@ COMMANDS = {
     "ablate": "what each expert of a trained model is worth",
     "scale": "one recipe over a grid of experts; --plan computes a cluster",
     "augment": "auxiliary data by a generative model",
+    "doctor": "look at this machine: versions, devices, disk, one training step",
     "bench": "speed against other libraries (in a checkout)",
 }
 """Word -> what the command does; its module is comoe.commands.<word>."""

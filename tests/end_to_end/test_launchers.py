@@ -57,3 +57,10 @@ def test_two_tasks_of_slurm_on_machines_of_their_own(
         done = typed.wait()
         assert done.code == 0, done.out + done.err
     assert losses(tmp_path / "smoke") == pytest.approx(losses(smoke_run.folder), rel=1e-6)
+
+
+def test_the_doctor_trains_a_step(terminal: Terminal) -> None:
+    done = terminal.python("-m", "comoe", "doctor")
+    assert done.code == 0, done.out + done.err
+    last = done.out.splitlines()[-1]
+    assert last == "ok       training step: the smoke recipe trained a step, evaluated and exported"

