@@ -9,6 +9,7 @@ The file is .csv, .tsv, .jsonl or .parquet. Then: comoe train my.yaml --dry-run,
 import json
 import os
 import re
+import shlex
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping, Sequence
@@ -61,7 +62,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         sys.exit(f"comoe init: {error}")
     print("\n".join([*corpus.report.lines(), "", f"wrote  {given.output}"]))
-    print(f"look   comoe train {given.output} --dry-run\ntrain  comoe train {given.output}")
+    command = f"comoe train {shlex.quote(str(given.output))}"
+    print(f"look   {command} --dry-run\ntrain  {command}")
 
 
 def settle(
@@ -99,7 +101,7 @@ def recipe_text(given: Namespace, rows: Sequence[Mapping[str, Any]]) -> str:
         f"# Made by: comoe init {given.file.name}. Every option: comoe's docs/options.md. Try: comoe train"
         f" {given.output.name} --dry-run",
         "run:",
-        f"  name: {json.dumps(given.output.stem)}    # its folder below runs/",
+        f"  name: {_plain(given.output.stem)}    # its folder below runs/",
         "model:",
         f"  encoder: {quoted['encoder']}    # folder or hub name; multilingual where the posts are",
         "data:",
@@ -113,13 +115,18 @@ def recipe_text(given: Namespace, rows: Sequence[Mapping[str, Any]]) -> str:
     for column in given.label:
         kind = "regression" if _is_regression(rows, column) else "single_label"
         lines += [
-            f"  {json.dumps(re.sub(r'[^A-Za-z0-9]+', '_', column).strip('_') or 'task')}:",
+            f"  {_plain(column)}:",
             f"    path: {json.dumps(path, ensure_ascii=False)}    # from here; a part is kept for validation",
             f"    text: {quoted['text']}",
             f"    label: {json.dumps(column, ensure_ascii=False)}",
             f"    kind: {kind}    # single_label, multi_label, regression, tags, ...: docs/tasks.md",
         ]
     return "\n".join(lines) + "\n"
+
+
+def _plain(name: str) -> str:
+    """As the name of a run or task, in quotes, because YAML reads a bare ``no`` or ``1`` as something else."""
+    return json.dumps(re.sub(r"[^A-Za-z0-9]+", "_", name).strip("_") or "mine")
 
 
 def _values(rows: Sequence[Mapping[str, Any]], column: str) -> list[str]:

@@ -30,8 +30,9 @@ SOURCES = (
 BUILD = """
 import sys
 from setuptools import build_meta
-build_meta.build_sdist(sys.argv[1])
-build_meta.build_wheel(sys.argv[1])
+target = sys.argv[1]  # which building replaces
+build_meta.build_sdist(target)
+build_meta.build_wheel(target)
 """
 WITHOUT_EXTRAS = """
 import sys

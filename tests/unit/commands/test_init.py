@@ -36,7 +36,7 @@ def test_what_is_not_said_is_guessed_and_the_label_counts_are_shown(
     assert task.kind == "single_label" and recipe.model.encoder == "kit:minilm"
     shown = capsys.readouterr().out
     assert "task the_mood, train: bad 27, good 27" in shown
-    assert "train  comoe train my posts.yaml" in shown
+    assert "train  comoe train 'my posts.yaml'" in shown
 
 
 def test_flags_choose_and_many_numbers_are_regression(posts: Path) -> None:

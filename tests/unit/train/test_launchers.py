@@ -125,23 +125,30 @@ def test_restarts_are_refused_where_torchrun_holds_the_port(
         refuse_restarts_under_torchrun(3)
 
 
-RANKS = """
+RANKS = '''
 import sys
 from comoe.distributed import run_as_ranks
-said = "import os, sys; print(os.environ['RANK'], flush=True); sys.exit(int(os.environ['RANK']) * 3)"
-sys.exit(run_as_ranks(int(sys.argv[1]), [sys.executable, "-c", said]))
+said = """
+import os, sys, time
+rank = int(os.environ["RANK"])
+open(os.path.join(sys.argv[1], str(rank)), "w").close()
+while len(os.listdir(sys.argv[1])) < int(os.environ["WORLD_SIZE"]):
+    time.sleep(0.05)
+sys.exit(rank * 3)
 """
+sys.exit(run_as_ranks(int(sys.argv[1]), [sys.executable, "-c", said, sys.argv[2]]))
+'''
 
 
 @pytest.mark.parametrize("ranks, code", [(1, 0), (2, 3)])
 def test_ranks_are_started_and_the_code_of_the_one_that_fails_is_passed_on(
-    ranks: int, code: int
+    ranks: int, code: int, tmp_path: Path
 ) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", RANKS, str(ranks)],
+        [sys.executable, "-c", RANKS, str(ranks), tmp_path],
         capture_output=True,
         text=True,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
     )
     assert (done.returncode, done.stderr) == (code, "")
-    assert sorted(done.stdout.split()) == [str(rank) for rank in range(ranks)]
+    assert {path.name for path in tmp_path.iterdir()} == {str(rank) for rank in range(ranks)}
