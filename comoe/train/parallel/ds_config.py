@@ -117,7 +117,8 @@ def _precision(
     """Whether to train in bfloat16, and what decided that."""
     asked = settings.get("bf16", {}).get("enabled", AUTO)
     # One answer for all ranks, whose machines may have different GPUs.
-    lacking = next(filter(None, all_gather_objects(gpu_lacks_bf16() if gpu else "")), "")
+    reasons = all_gather_objects(gpu_lacks_bf16()) if gpu else []
+    lacking = next(filter(None, reasons), "")
     if lacking and (asked is True or (asked == AUTO and begun_in_bf16)):
         why = (
             "bf16.enabled is true in the DeepSpeed JSON"
