@@ -131,7 +131,7 @@ def test_a_dry_run_names_every_run_and_writes_nothing(
     experiment: Experiment, ran: list[str], capsys: pytest.CaptureFixture[str]
 ):
     given = arguments(experiment, arms="dense", tune=[f"{RATE}=1e-4,3e-4"], dry_run=True)
-    assert run_comparison(given, train_script=experiment.train_script) == []
+    assert run_comparison(given) == []
     shown = capsys.readouterr().out
     assert "tuning: 4 runs" in shown and "comparison: 1 runs" in shown
     assert f"dense.{RATE}_0.0003-s1001" in shown and f"{RATE}=0.0003" in shown
