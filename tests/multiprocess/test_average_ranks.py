@@ -125,7 +125,8 @@ def expected(encoder: str) -> dict[str, np.ndarray]:
 @pytest.fixture(scope="module")
 def found(encoder: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = str(tmp_path_factory.mktemp("checkpoints"))
-    return run_ranks(f"{HERE}:averaged", 2, encoder=encoder, folder=folder, engines=ENGINES)[0]
+    arguments = {"encoder": encoder, "folder": folder, "engines": ENGINES}
+    return run_ranks(f"{HERE}:averaged", 2, timeout=600, **arguments)[0]
 
 
 @pytest.mark.parametrize("name", [name for name in ENGINES if "bf16" not in name] + ["moved"])
