@@ -269,6 +269,8 @@ def export_model(
         }
         save_file(_each_once(weights), aside / WEIGHTS, metadata={"format": "pt"})
         write_json(aside / CONFIG, config)
+        # safetensors writes for the owner alone; others may read what the umask lets them.
+        (aside / WEIGHTS).chmod((aside / CONFIG).stat().st_mode & 0o777)
         tokenizer.save_pretrained(str(aside))
         if image_processor is not None:
             image_processor.save(aside)

@@ -93,6 +93,8 @@ def test_the_folder_is_in_hugging_face_style(tmp_path):
         torch.float32
     }
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+    modes = {path.stat().st_mode for path in (tmp_path / "export").iterdir()}
+    assert len(modes) == 1, "safetensors alone would write for the owner only"
 
 
 def test_no_path_of_the_training_machine_is_in_the_export(tmp_path):
