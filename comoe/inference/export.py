@@ -183,7 +183,8 @@ def _in_the_way(folder: Path) -> str:
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return ""
     config = folder / CONFIG
-    if not config.is_file() or read_json(config).get("model_type") != "comoe":
+    content = read_json(config) if config.is_file() else None
+    if not isinstance(content, dict) or content.get("model_type") != "comoe":
         return "exists and is not an export of comoe"
     # Older versions wrote no manifest.
     own = {MANIFEST, CARD, *read_manifest(folder).get("files", {})}

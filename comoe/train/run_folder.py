@@ -66,8 +66,8 @@ def _taken(folder: Path, *, overwrite: bool) -> str:
     foreign = [name for name in there if name not in (LOCK, PROBE)]
     if foreign and MARK not in there:
         return (
-            f"{folder} holds files that no run of comoe wrote ({', '.join(foreign[:5])}), which a run would replace, "
-            "not even with run.overwrite=true: choose another run.name, or move them away."
+            f"{folder} holds files that no run of comoe wrote ({', '.join(foreign[:5])}), and a run would replace "
+            "them: that is refused, also with run.overwrite=true. Choose another run.name, or move them away."
         )
     if "config.yaml" in there and not overwrite:
         return (
