@@ -144,7 +144,8 @@ class PixelReader:
         """Images that went bad since the last call, and why; called from any thread."""
         with self._lock:
             lost, self._lost = self._lost, {}
-        return lost
+        # Threads found them in any order.
+        return dict(sorted(lost.items(), key=lambda item: str(item[0])))
 
     def _read(self, source: Source) -> np.ndarray | None:
         try:
