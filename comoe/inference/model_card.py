@@ -117,12 +117,14 @@ def _writes(task: Task) -> bool:
 def _summary(recipe: Recipe, tasks: Sequence[Task], config: Mapping[str, Any]) -> str:
     moe = recipe.model.moe
     layers = moe.layers if isinstance(moe.layers, str) else ", ".join(map(str, moe.layers))
-    experts = (
-        f"a cooperative mixture of {moe.num_experts} experts ({moe.top_k} per token, {moe.gate} gate, routed by "
-        f"{moe.route_by}) beside the feed-forward of its layers ({layers})"
-        if moe.num_experts
-        else "no experts"
-    )
+    beside = f"beside the feed-forward of its layers ({layers})"
+    if moe.num_experts > 1:
+        experts = (
+            f"a cooperative mixture of {moe.num_experts} experts ({moe.top_k} per token, {moe.gate} gate, routed by "
+            f"{moe.route_by}) {beside}"
+        )
+    else:
+        experts = f"one dense block {beside}" if moe.num_experts else "no experts"
     encoder = f"`{config['model']['encoder']}`, {config['encoder'].get('model_type')}"
     listed = f"{len(tasks)} task{'s' if len(tasks) != 1 else ''}: {', '.join(task.name for task in tasks)}"
     post = (

@@ -145,6 +145,7 @@ def read_posts(typed: Recipe) -> tuple[Recipe, Corpus]:
     corpus.report.notes += _first_stage(recipe, corpus)
     corpus.report.notes += [
         f"task {name}: its head starts at the texts of its labels"
+        + (", unless model.start_from knows the task" if recipe.model.start_from else "")
         for name, task in recipe.tasks.items()
         if task.descriptions
     ]

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from comoe.config.files import lock_beside, locked
 from comoe.inference.checkpoint_folder import whats_wrong
 from comoe.inference.export import export_checkpoint, export_model, load_exported
+from comoe.inference.model_card import model_card
 from comoe.train.checkpoint.folder import find_checkpoint
 
 ROOT = Path(__file__).parents[3]
@@ -146,6 +147,28 @@ def test_an_export_replaces_an_older_one_but_nothing_else(tmp_path):
     ):
         export_tiny(tmp_path)
     assert (tmp_path / "export/thesis.txt").read_text() == "years of work"
+    (tmp_path / "export/config.json").write_text('["a list"]')
+    with pytest.raises(ValueError, match="is not an export of comoe"):
+        export_tiny(tmp_path)
+
+
+def test_a_file_that_the_digests_alone_name_and_that_is_gone_is_told(tmp_path):
+    export_tiny(tmp_path)
+    manifest = tmp_path / "export/manifest.json"
+    content = json.loads(manifest.read_text())
+    content["sha256"]["gone.txt"] = "0" * 64
+    manifest.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="gone.txt was changed after it was written"):
+        load_exported(tmp_path / "export")
+
+
+def test_a_model_with_one_block_is_no_mixture(tmp_path):
+    export_tiny(tmp_path)
+    recipe = tiny_recipe()
+    recipe.model.moe.num_experts = 1
+    config = json.loads((tmp_path / "export/config.json").read_text())
+    card = model_card("tiny", recipe=recipe, tasks=TASKS, config=config, results=None)
+    assert "with one dense block beside the" in card
 
 
 def test_weights_that_do_not_fit_leave_no_export(tmp_path):
