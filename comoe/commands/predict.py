@@ -30,6 +30,8 @@ def parser() -> ArgumentParser:
     add("--image-column", help="column with the image (default: that of training, else image)")
     add("--keep", action="append", metavar="COLUMN",
         help="copy this column of the input; may be repeated (default: id, if there is one)")
+    add("--raw-csv", action="store_true",
+        help="csv: leave text as it is, also where a spreadsheet would run it as a formula")
     add("--explain", action="store_true",
         help="add each word's attention (jsonl, tasks with a head)")
     add("--batch-size", type=int, default=64, help="posts per forward pass")
@@ -55,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             predictor, options.input, options.output, format=options.format, tasks=options.task,
             text_column=options.text_column, pair_column=options.pair_column, image_column=options.image_column,
             keep=options.keep, explain=options.explain, batch_size=options.batch_size,
+            raw_csv=options.raw_csv,
         )  # fmt: skip
     except (ValueError, OSError) as error:
         sys.exit(f"comoe predict: {error}")

@@ -11,7 +11,7 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -105,6 +105,42 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({error}); the file is damaged.") from error
+
+
+_BLANKS = r"\x00-\x08\x0b\x0c\x0e-\x20\x85\xa0\u1680\u2000-\u200f\u2028\u2029\u202f\u205f\u2060\u3000\ufeff"
+
+_FORMULA = re.compile(
+    rf"(^[{_BLANKS}\t\r\n]*|[;\t\r\n][{_BLANKS}]*)(?!(?<=;)-\))([=+\-@\uff1d\uff0b\uff0d\uff20])"
+)
+"""What a spreadsheet takes for a formula: at the start of a cell, or behind what some take for the
+end of one. The emoticon ;-) is none."""
+
+_SIGNED = re.compile(r"[+-](?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?%?")
+
+
+def csv_line(cells: Iterable[Any], *, raw: bool = False) -> str:
+    """One line of a CSV file, with its line feed.
+
+    A text that a spreadsheet would run as a formula gets an apostrophe before its first sign, as the
+    spreadsheets themselves write text (OWASP, CSV Injection); a number with a sign stays. NUL, which
+    ends a file for many readers, becomes U+FFFD.
+
+    Args:
+        cells: text, numbers; None is an empty cell.
+        raw: leave text as it is.
+    """
+    return ",".join(_csv_cell(cell, raw) for cell in cells) + "\n"
+
+
+def _csv_cell(cell: Any, raw: bool) -> str:
+    text = "" if cell is None else str(cell)
+    if isinstance(cell, str) and not raw:
+        text = text.replace("\0", "\ufffd")
+        if not _SIGNED.fullmatch(text):
+            text = _FORMULA.sub(r"\1'\2", text)
+    # Python's csv leaves a bare carriage return unquoted, at which most readers begin a new row.
+    quoted = any(sign in text for sign in ',"\r\n') or text != text.strip()
+    return '"' + text.replace('"', '""') + '"' if quoted else text
 
 
 @contextlib.contextmanager

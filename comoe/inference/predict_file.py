@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 from comoe.config.errors import unknown_name
-from comoe.config.files import atomic_file, lock_beside, locked, same_file
+from comoe.config.files import atomic_file, csv_line, lock_beside, locked, same_file
 from comoe.data.posts import Post
 from comoe.data.reading.files import RawSplit, json_line, read_text
 from comoe.data.reading.inputs import (
@@ -140,6 +139,7 @@ def predict_file(
     tasks: Sequence[str] | None = None,
     explain: bool = False,
     batch_size: int = 64,
+    raw_csv: bool = False,
     **columns: Any,
 ) -> str:
     """Predict every post of a file, in order, one line per post; a terminal shows a progress bar.
@@ -152,6 +152,7 @@ def predict_file(
         tasks: names of the tasks; None is all.
         explain: add the attention weight of each word (jsonl; tasks with a pooled head).
         batch_size: posts per forward pass.
+        raw_csv: leave text in a CSV file as it is, also where a spreadsheet would run it as a formula.
         columns: ``text_column``, ``pair_column``, ``image_column`` and ``keep`` of ``read_post_file``.
 
     Returns:
@@ -164,6 +165,9 @@ def predict_file(
     chosen = [task for task in predictor.tasks if tasks is None or task.name in tasks]
     writer_class = _writer_class(format, chosen, explain=explain, keep=columns.get("keep"))
     writer = writer_class(predictor, chosen)
+    if raw_csv and not isinstance(writer, Table):
+        raise ValueError("--raw-csv wants --format csv; the others hold text as it is.")
+    writer.raw = raw_csv
     if same_file(target, source):
         raise ValueError(f"--output {target} is the --input itself; name another file.")
     with _only_one(target):
@@ -242,7 +246,7 @@ class JsonLines:
     """One object per post: kept columns, ``text``, the prediction of each task, or ``error``."""
 
     def __init__(self, predictor: Predictor, tasks: Sequence[Task]) -> None:
-        self.predictor, self.tasks = predictor, tasks
+        self.predictor, self.tasks, self.raw = predictor, tasks, False
         self.reads_images = predictor.collator.pixels is not None
 
     def prepare(self, post: Post) -> Post:
@@ -271,7 +275,7 @@ class Table(JsonLines):
                 f"{task.name}/{label}" for label in task.labels if task.mode != "tokens"
             ]
         self.columns += ["error", "image_error"] if self.reads_images else ["error"]
-        csv.writer(file, lineterminator="\n").writerow(self.columns)
+        file.write(csv_line(self.columns, raw=self.raw))
 
     def write(self, file: TextIO, prediction: dict[str, Any]) -> None:
         row = dict(prediction)
@@ -281,9 +285,8 @@ class Table(JsonLines):
                 scores = {} if task.mode == "tokens" else prediction[task.name].get("scores", {})
                 row |= {f"{task.name}/{label}": score for label, score in scores.items()}
         cells = (row.get(column, "") for column in self.columns)
-        csv.writer(file, lineterminator="\n").writerow(
-            [whole_characters(cell) if isinstance(cell, str) else cell for cell in cells]
-        )
+        whole = (whole_characters(cell) if isinstance(cell, str) else cell for cell in cells)
+        file.write(csv_line(whole, raw=self.raw))
 
 
 class TweetEval(JsonLines):

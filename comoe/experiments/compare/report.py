@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from comoe.config.errors import unknown_name
-from comoe.config.files import write_atomic, write_json
+from comoe.config.files import csv_line, write_atomic, write_json
 from comoe.experiments.affinity import read_affinity
 from comoe.experiments.compare.claim import (
     FALLING,
@@ -343,9 +341,6 @@ def _pairs(comparison: Comparison) -> list[dict[str, Any]]:
 
 def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
     """A CSV file with the keys of all rows, in the order of their first appearance."""
-    text = io.StringIO()
     names = list(dict.fromkeys(key for row in rows for key in row))
-    writer = csv.DictWriter(text, fieldnames=names, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+    lines = [names, *([row.get(name) for name in names] for row in rows)]
+    return "".join(map(csv_line, lines))

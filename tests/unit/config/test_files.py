@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import os
 import re
 import stat
@@ -13,7 +15,14 @@ from pathlib import Path
 
 import pytest
 
-from comoe.config.files import atomic_file, is_read_from, lock_beside, locked, write_atomic
+from comoe.config.files import (
+    atomic_file,
+    csv_line,
+    is_read_from,
+    lock_beside,
+    locked,
+    write_atomic,
+)
 
 
 def test_a_file_gets_its_name_only_when_it_is_whole(tmp_path: Path) -> None:
@@ -159,3 +168,45 @@ def test_what_is_read_is_told_under_every_name(tmp_path: Path) -> None:
     assert is_read_from(tmp_path / "folder/test.jsonl", folder) and is_read_from(data, folder)
     assert not is_read_from(folder / "new.json", folder)
     assert not is_read_from(tmp_path / "other", data)
+
+
+CELLS = {
+    "equals": ("=1+1", "'=1+1"),
+    "plus": ("+1+cmd|' /C calc'!A0", "'+1+cmd|' /C calc'!A0"),
+    "minus": ("-2+3", "'-2+3"),
+    "at": ("@SUM(A1)", "'@SUM(A1)"),
+    "behind a blank": (" =1", " '=1"),
+    "behind a tab": ("\t=1", "\t'=1"),
+    "behind a carriage return": ("\r=1", "\r'=1"),
+    "behind an invisible sign": ("\ufeff\u200b=1", "\ufeff\u200b'=1"),
+    "full-width": ("＝1", "'＝1"),
+    "on a second line": ("a\n=1", "a\n'=1"),
+    "behind a semicolon": ("a; =1;-2", "a; '=1;'-2"),
+    "an emoticon": ("well ;-) yes", "well ;-) yes"),
+    "a number": ("-1.5e3", "-1.5e3"),
+    "inside a sentence": ("1 = 1, a@b and -1", "1 = 1, a@b and -1"),
+    "a quote": ('say "=1"', 'say "=1"'),
+    "a bare carriage return": ("a\rb", "a\rb"),
+    "NUL": ("a\0b", "a\ufffdb"),
+}
+"""What a cell holds -> the cell, what a reader of the file finds."""
+
+
+@pytest.mark.parametrize("what", CELLS)
+def test_no_cell_is_a_formula_and_every_reader_finds_the_same_rows(what: str) -> None:
+    cell, defused = CELLS[what]
+    for raw, wanted in ((False, defused), (True, cell)):
+        text = csv_line([cell, -1.5, None], raw=raw) + csv_line(["next"], raw=raw)
+        if what != "NUL" or not raw:
+            assert list(csv.reader(io.StringIO(text, newline=""))) == [
+                [wanted, "-1.5", ""],
+                ["next"],
+            ]
+
+
+def test_defusing_is_linear_in_the_text() -> None:
+    # Each blank behind a separator is looked at once: ten million steps, not 10^12.
+    begin = time.perf_counter()
+    for unit in ("\n", "; ", ";\t \r"):
+        csv_line([unit * 1_000_000])
+    assert time.perf_counter() - begin < 30

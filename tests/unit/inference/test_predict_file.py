@@ -8,8 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from helpers_export import MOOD, tiny_predictor
+from helpers_export import MOOD, export_tiny, tiny_predictor
 
+from comoe.commands.predict import main as predict_main
 from comoe.inference.predict_file import CHUNK, predict_file, read_post_file
 
 ROOT = Path(__file__).parents[3]
@@ -238,3 +239,26 @@ def test_the_command_predicts_from_another_folder_and_fails_with_one_sentence(
     monkeypatch.setattr(sys, "argv", [*command, "--model", "nowhere"])
     with pytest.raises(SystemExit, match="^comoe predict: nowhere is not an export"):
         runpy.run_path(str(ROOT / "launch/predict.py"), run_name="__main__")
+
+
+def test_no_text_of_strangers_is_a_formula_in_a_csv_file(tmp_path):
+    export_tiny(tmp_path)
+    cells = ["=1+1", "@user hi", "a\rb", "fine"]
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.csv"
+    rows = [{"id": f"-{cell}", "=x": cell, "text": cell} for cell in cells]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["--model", str(tmp_path / "export"), "--input", str(source), "--output", str(target)]
+    words += ["--keep", "id", "--keep", "=x"]
+
+    def found():
+        with target.open(newline="") as file:
+            return [[row[0], row[1], row[2]] for row in csv.reader(file)]
+
+    predict_main([*words, "--format", "csv"])
+    defused = ["'=1+1", "'@user hi", "a\rb", "fine"]
+    wanted = [[f"'-{cell}", safe, safe] for cell, safe in zip(cells, defused, strict=True)]
+    assert found() == [["id", "'=x", "text"], *wanted]
+    predict_main([*words, "--format", "csv", "--raw-csv"])
+    assert found() == [["id", "=x", "text"], *([f"-{cell}", cell, cell] for cell in cells)]
+    with pytest.raises(SystemExit, match="--raw-csv wants --format csv"):
+        predict_main([*words, "--raw-csv"])
