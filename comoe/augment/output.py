@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import math
@@ -12,6 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
+
+from filelock import lock_descriptor
 
 from comoe.config.files import atomic_file, same_file, write_json
 from comoe.data.reading.files import json_line
@@ -41,13 +42,11 @@ class Journal:
         self.path = path
         self._file = path.open("a+b")
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not lock_descriptor(self._file.fileno(), blocking=False):
+                raise ValueError(
+                    f"{self.path}: another process is writing it; wait, or name another --output."
+                )
             self.records = self._read(dict(head), anew=anew)
-        except BlockingIOError as error:
-            self._file.close()
-            raise ValueError(
-                f"{self.path}: another process is writing it; wait, or name another --output."
-            ) from error
         except BaseException:
             self._file.close()
             raise
@@ -65,7 +64,12 @@ class Journal:
 
     def remove(self) -> None:
         """The work is done, and its result written."""
-        self.path.unlink()
+        try:
+            self.path.unlink()
+        except PermissionError:
+            # Windows removes no open file.
+            self._file.close()
+            self.path.unlink()
 
     def _read(self, head: dict[str, str], *, anew: bool) -> list[Record]:
         self._file.seek(0)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import math
 import os
+import platform
 import re
 import secrets
 import time
@@ -15,8 +15,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
+from filelock import lock_descriptor
+
 PART = ".part"
 """Ending of a file that is being written."""
+PLAIN_OPEN = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+"""Flags of ``os.open`` where the system has them: a planted link is not followed, no byte is translated (Windows)."""
 
 
 @contextlib.contextmanager
@@ -41,12 +45,12 @@ def atomic_file(path: Path, mode: str = "wb") -> Iterator[IO]:
     _remove_stale(path.parent, stem)
     part = path.with_name(f"{stem}{secrets.token_hex(8)}{PART}")
     # Mode 0o666 less the umask, as for any new file.
-    descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
+    descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | PLAIN_OPEN, 0o666)
     try:
         with open(descriptor, mode, **text) as file:
             # Held as long as this process lives: see _remove_stale. Some file systems have none.
             with contextlib.suppress(OSError):
-                fcntl.flock(file, fcntl.LOCK_EX)
+                lock_descriptor(file.fileno())
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -54,13 +58,13 @@ def atomic_file(path: Path, mode: str = "wb") -> Iterator[IO]:
     except BaseException:
         part.unlink(missing_ok=True)
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        # Some network file systems cannot synchronize a folder.
-        with contextlib.suppress(OSError):
+    # Windows cannot open a folder, some network file systems cannot synchronize one.
+    with contextlib.suppress(OSError):
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
             os.fsync(folder)
-    finally:
-        os.close(folder)
+        finally:
+            os.close(folder)
 
 
 def _remove_stale(folder: Path, stem: str) -> None:
@@ -70,9 +74,11 @@ def _remove_stale(folder: Path, stem: str) -> None:
         if not (name.fullmatch(part.name) and part.is_file()):
             continue
         # What cannot be locked is left alone.
-        with contextlib.suppress(OSError), part.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if time.time() - os.fstat(file.fileno()).st_mtime > 60:
+        with contextlib.suppress(OSError):
+            with part.open("rb") as file:
+                free = lock_descriptor(file.fileno(), blocking=False)
+                old = time.time() - os.fstat(file.fileno()).st_mtime > 60
+            if free and old:
                 part.unlink()
 
 
@@ -159,9 +165,8 @@ def locked(path: Path, what: str, *, wait: Callable[[str], object] | None = None
         ValueError: another process has the lock, with its host, number and since when.
     """
     while True:
-        # A planted link is not followed.
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-        file = open(descriptor, "r+", encoding="utf-8")
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | PLAIN_OPEN, 0o666)
+        file = open(descriptor, "r+b", buffering=0)
         try:
             _lock(file, what, wait)
             # A holder removes the file: a lock on a removed one keeps nobody out.
@@ -171,31 +176,37 @@ def locked(path: Path, what: str, *, wait: Callable[[str], object] | None = None
             file.close()
             raise
         file.close()
-    with file:
-        file.seek(0)
-        file.truncate()
-        since = time.strftime("%Y-%m-%d %H:%M:%S %Z")
-        file.write(f"process {os.getpid()} on {os.uname().nodename} since {since}")
-        file.flush()
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
-
-
-def _lock(file: IO, what: str, wait: Callable[[str], object] | None) -> None:
+    held = True
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        file.seek(0)
-        busy = f"{what} is in use by {file.read() or 'another process'}"
+        with file:
+            since = time.strftime("%Y-%m-%d %H:%M:%S %Z")
+            file.truncate(0)
+            file.write(f" process {os.getpid()} on {platform.node()} since {since}".encode())
+            try:
+                yield
+            finally:
+                with contextlib.suppress(PermissionError):
+                    path.unlink(missing_ok=True)
+                    held = False
+    finally:
+        if held:
+            # Windows removes no open file; what another process waits with stays, and it removes it.
+            with contextlib.suppress(PermissionError):
+                path.unlink(missing_ok=True)
+
+
+def _lock(file: IO[bytes], what: str, wait: Callable[[str], object] | None) -> None:
+    # Where the file system has no locks nobody is kept out.
+    with contextlib.suppress(OSError):
+        if lock_descriptor(file.fileno(), blocking=False):
+            return
+        # Windows lets nobody else read the first byte, which is the locked one.
+        file.seek(1)
+        busy = f"{what} is in use by {file.read().decode() or 'another process'}"
         if wait is None:
-            raise ValueError(f"{busy}; wait until it ends, or end it.") from error
+            raise ValueError(f"{busy}; wait until it ends, or end it.")
         wait(f"{busy}; waiting for it")
-        fcntl.flock(file, fcntl.LOCK_EX)
-    except OSError:
-        # No locks on this file system.
-        return
+        lock_descriptor(file.fileno())
 
 
 def lock_beside(path: Path) -> Path:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from comoe.config.files import atomic_file, plain, read_json
@@ -194,9 +196,13 @@ def peak_memory_bytes() -> float:
     """Peak memory of this rank so far: of the GPU if there is one, else of the process."""
     if torch.cuda.is_available():
         return float(torch.cuda.max_memory_allocated())
+    memory = psutil.Process().memory_info()
+    if hasattr(memory, "peak_wset"):  # Windows
+        return float(memory.peak_wset)
     import resource
 
-    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
 
 
 def _results(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import shutil
 import time
 import uuid
@@ -219,7 +220,7 @@ def _refuse_unseen(folder: Path, word: str) -> None:
     if is_main():
         write_atomic(folder / PROBE, word)
     barrier()
-    here = f"{os.uname().nodename} (node {os.environ.get('CROSS_RANK', '0')})"
+    here = f"{platform.node()} (node {os.environ.get('CROSS_RANK', '0')})"
     blind = [
         machine for machine in all_gather_objects(None if _sees(folder, word) else here) if machine
     ]

@@ -36,6 +36,7 @@ WITHOUT_EXTRAS = """
 import sys
 from comoe.config.extras import EXTRAS
 sys.modules.update(dict.fromkeys(name for names in EXTRAS.values() for name in names))
+sys.modules.update(dict.fromkeys(["fcntl", "resource", "grp", "termios"]))  # Windows has none
 from comoe.commands.main import main
 main(sys.argv[1:])
 """

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from comoe.augment.output import Journal
 from comoe.config.files import (
     atomic_file,
     csv_line,
@@ -101,6 +102,7 @@ def test_only_old_parts_of_killed_writers_of_the_same_file_are_removed(tmp_path:
 
 HOLDER = """
 import pathlib, time
+from comoe.augment.output import Journal
 from comoe.config.files import locked
 with locked(pathlib.Path({!r}), "x"):
     print("held", flush=True)
@@ -140,6 +142,48 @@ def test_the_lock_of_a_killed_process_is_taken_over(tmp_path: Path) -> None:
     assert path.exists()
     with locked(path, "x"):
         assert str(os.getpid()) in path.read_text() and str(process.pid) not in path.read_text()
+
+
+@pytest.fixture
+def as_on_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No file that this process has open is removed or replaced, no folder is opened, and Unix's names are gone."""
+    opened, unlink, replace = os.open, Path.unlink, Path.replace
+
+    def refuse_open(path: Path) -> None:
+        held = (
+            os.path.realpath(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd")
+        )
+        if str(path.resolve()) in held:
+            raise PermissionError(f"{path} is open")
+
+    def open_no_folder(path: Path, *words: int, **named: int) -> int:
+        if os.path.isdir(path):
+            raise PermissionError(f"{path} is a folder")
+        return opened(path, *words, **named)
+
+    monkeypatch.setattr(os, "open", open_no_folder)
+    monkeypatch.setattr(
+        Path, "unlink", lambda path, **how: (refuse_open(path), unlink(path, **how))
+    )
+    monkeypatch.setattr(Path, "replace", lambda path, to: (refuse_open(path), replace(path, to)))
+    monkeypatch.delattr(os, "uname")
+
+
+@pytest.mark.usefixtures("as_on_windows")
+def test_files_and_locks_where_no_open_file_can_be_removed(tmp_path: Path) -> None:
+    lock, path, part = tmp_path / ".x.lock", tmp_path / "x", tmp_path / f".x.{'a' * 16}.part"
+    part.touch()
+    os.utime(part, (0, 0))
+    with locked(lock, "x"):
+        with pytest.raises(ValueError, match=f"x is in use by process {os.getpid()} on"):
+            with locked(lock, "x"):
+                pass
+        # Windows lets nobody else read the byte that is locked, the first one.
+        assert lock.read_bytes()[:1] == b" "
+        write_atomic(path, "a\r\n")
+    with Journal(tmp_path / "journal", {"--input": "x"}) as journal:
+        journal.remove()
+    assert path.read_bytes() == b"a\r\n" and os.listdir(tmp_path) == ["x"]
 
 
 def test_a_planted_lock_is_not_followed(tmp_path: Path) -> None:
