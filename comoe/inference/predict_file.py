@@ -23,7 +23,8 @@ from comoe.data.reading.inputs import (
 )
 from comoe.data.reading.rows import cell_text, read_rows
 from comoe.data.reading.sources import ENDINGS, read_input
-from comoe.inference.predictor import Predictor, pair_problem, second_text, text_problem
+from comoe.inference.columns import pair_problem, second_text, text_problem
+from comoe.inference.predictor import Predictor
 from comoe.tasks.labels import whole_characters
 from comoe.tasks.prompts import wants_pair
 from comoe.tasks.task import Task

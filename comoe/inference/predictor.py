@@ -7,8 +7,7 @@ same model, and decoded by its task's kind.
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,13 +23,13 @@ from comoe.data.images.decode import BadImage, locate_image
 from comoe.data.images.pixels import PixelReader
 from comoe.data.reading.inputs import USUAL
 from comoe.data.sampling.sampler import eval_batches
-from comoe.data.text.normalize import is_blank, normalize_post
+from comoe.data.text.normalize import normalize_post
 from comoe.data.tokens.split import TokenizedSplit, TokenRow
 from comoe.distributed import choose_device
+from comoe.inference.columns import Posts, read_columns
 from comoe.inference.export import Exported, load_exported
 from comoe.tasks.kinds.tagging import tag_spans
 from comoe.tasks.labels import split_words, whole_characters
-from comoe.tasks.prompts import wants_pair
 from comoe.tasks.task import Task
 
 
@@ -120,6 +119,7 @@ class Predictor:
         image_root: Path | None = None,
         tasks: Sequence[str] | None = None,
         batch_size: int = 64,
+        batch_tokens: int | None = None,
         explain: bool = False,
         progress: bool = False,
     ) -> list[dict[str, Any]]:
@@ -134,6 +134,7 @@ class Predictor:
             image_root: folder that paths of images start from and must not leave; None: any path.
             tasks: names of the tasks; None is all.
             batch_size: posts per forward pass.
+            batch_tokens: most tokens of a forward pass, padding counted, if it has several posts.
             explain: add ``attention`` to each task with a pooled head: [word, weight] in the order
                 of the cleaned post, weights summing to 1; and ``attention_elsewhere``, the share on
                 special tokens and on the second text.
@@ -144,39 +145,83 @@ class Predictor:
                 a model of texts.
         """
         chosen = self.choose_tasks(tasks)
-        texts = _listed("texts", texts)
-        pairs = list(map(second_text, _column("pairs", pairs, count=len(texts))))
-        words = _column("words", words, count=len(texts))
-        images = _column("images", images, count=len(texts))
-        predictions: list[dict[str, Any]] = [{"text": text} for text in texts]
-        usable = []
-        for number, prediction in enumerate(predictions):
-            problem = text_problem(texts[number], words[number])
-            if problem := problem or pair_problem(pairs[number], chosen):
-                prediction["error"] = problem
-            else:
-                usable.append(number)
-                images[number] = self._located(images[number], image_root, prediction)
-        passes = _passes(texts, words, usable, chosen, as_words=self.as_words)
-        total = len(usable) * len(passes)
+        posts = self._read(texts, pairs, words, images, image_root, chosen)
+        predictions, passes = posts.predictions, []
+        if posts.usable:
+            passes = _passes(posts.texts, posts.words, posts.usable, chosen, as_words=self.as_words)
+        total = len(posts.usable) * len(passes)
         with tqdm(total=total, unit="post", disable=not progress, dynamic_ncols=True) as bar:
-            for column, some in passes if usable else ():
-                # A prompt reads the words that were given, as it did in training.
-                read = [texts[i] if words[i] is None else " ".join(words[i]) for i in usable]
-                columns = ([values[i] for i in usable] for values in (pairs, column, images))
-                split = self._encode(read, *columns, some)
-                mine = [predictions[i] for i in usable]
-                for indices in eval_batches(split.lengths, batch_size=batch_size):
+            for column, some in passes:
+                split = self._encode(posts, column, some)
+                mine = [predictions[i] for i in posts.usable]
+                for indices in _forward_passes(split.lengths, batch_size, batch_tokens):
                     self._predict(split, indices, tasks=some, predictions=mine, explain=explain)
                     bar.update(len(indices))
         return predictions
 
-    def _encode(
-        self, texts: list, pairs: list, words: list, images: list, tasks: Sequence[Task]
-    ) -> TokenizedSplit:
-        config = self.exported.data_config
+    def embed(
+        self,
+        texts: Sequence[str],
+        *,
+        pairs: Sequence[str | None] | None = None,
+        words: Sequence[Sequence[str] | None] | None = None,
+        images: Sequence[Any] | None = None,
+        image_root: Path | None = None,
+        task: str | None = None,
+        batch_size: int = 64,
+        batch_tokens: int | None = None,
+    ) -> list[dict[str, Any]]:
+        """One vector per text: the mean of the encoder's last states over its tokens, scaled to length 1.
+
+        The product of two vectors is the cosine of their angle: near 1 for posts that the model
+        takes to be alike.
+
+        Args:
+            texts, pairs, words, images, image_root, batch_size, batch_tokens: as of a prediction.
+            task: reads the posts, which counts where the model routes by task or has prompts; None
+                is the first task.
+
+        Returns:
+            Per text ``embedding``, a float32 array as wide as the encoder, or ``error``; and
+            ``truncated`` and ``image_error`` as predictions have them.
+
+        Raises:
+            ValueError: as of a prediction.
+        """
+        chosen = self.choose_tasks(None if task is None else [task])[:1]
+        posts = self._read(texts, pairs, words, images, image_root, chosen)
+        for prediction in posts.predictions:
+            prediction.pop("text")
+        if posts.usable:
+            ((column, some),) = _passes(
+                posts.texts, posts.words, posts.usable, chosen, as_words=self.as_words
+            )
+            split = self._encode(posts, column, some)
+            mine = [posts.predictions[i] for i in posts.usable]
+            for indices in _forward_passes(split.lengths, batch_size, batch_tokens):
+                self._embed(split, indices, mine)
+        return posts.predictions
+
+    def _read(
+        self, texts: Any, pairs: Any, words: Any, images: Any, root: Path | None, tasks: list[Task]
+    ) -> Posts:
+        posts = read_columns(texts, pairs, words, images, tasks=tasks)
+        for number in posts.usable:
+            prediction = posts.predictions[number]
+            posts.images[number] = self._located(posts.images[number], root, prediction)
+        return posts
+
+    def _encode(self, posts: Posts, words: list, tasks: Sequence[Task]) -> TokenizedSplit:
+        """The usable posts as tokens; ``words`` instead of their own words."""
+        config, usable = self.exported.data_config, posts.usable
+        # A prompt reads the words that were given, as it did in training.
+        read = [
+            posts.texts[i] if posts.words[i] is None else " ".join(posts.words[i]) for i in usable
+        ]
+        columns = (read, [posts.pairs[i] for i in usable], [words[i] for i in usable])
         # As training does.
-        texts, pairs, words = ([_whole(cell) for cell in cells] for cells in (texts, pairs, words))
+        texts, pairs, words = ([_whole(cell) for cell in cells] for cells in columns)
+        images = [posts.images[i] for i in usable]
         split = self.collator.encode_texts(
             texts, pairs, words, images=images, config=config, asked=tasks
         )
@@ -185,6 +230,18 @@ class Predictor:
             :, [number for number, task in enumerate(self.exported.tasks) if task in tasks]
         ] = True
         return split
+
+    @torch.inference_mode()
+    def _embed(self, split: TokenizedSplit, indices: np.ndarray, predictions: list[dict]) -> None:
+        batch = self.collator(split, indices)
+        vectors_BM = self.exported.model.embed(batch.to(self.device)).cpu().numpy()
+        posts_B = batch.row_ids_B.tolist()
+        for post, vector_M in zip(posts_B, vectors_BM, strict=True):
+            if np.isfinite(vector_M).all():
+                predictions[post]["embedding"] = vector_M
+            else:
+                predictions[post]["error"] = "its states are not finite: the model has diverged"
+        self._remarks(split, posts_B, predictions)
 
     @torch.inference_mode()
     def _predict(
@@ -230,10 +287,12 @@ class Predictor:
                     predictions[post].setdefault("error", problem)
                     continue
                 predictions[post][task.name] = prediction
-        cut, lost = (
-            split.cut,
-            {} if self.collator.pixels is None else self.collator.pixels.take_lost(),
-        )
+        self._remarks(split, posts_B, predictions)
+
+    def _remarks(self, split: TokenizedSplit, posts_B: list[int], predictions: list[dict]) -> None:
+        """Say of posts that were cut, or that lost their image."""
+        lost = {} if self.collator.pixels is None else self.collator.pixels.take_lost()
+        cut = split.cut
         for post in posts_B:
             if cut[post]:
                 predictions[post]["truncated"] = True
@@ -266,6 +325,21 @@ class Predictor:
         encoded = tokenizer(cleaned, truncation=False, verbose=False)
         spans = {number: encoded.word_to_chars(number) for number in numbers}
         return {number: cleaned[span.start : span.end].strip() for number, span in spans.items()}
+
+
+def _forward_passes(
+    lengths: np.ndarray, batch_size: int, batch_tokens: int | None
+) -> Iterator[np.ndarray]:
+    """Row ids of each forward pass, longest posts first; padding counts as tokens."""
+    for indices in eval_batches(lengths, batch_size=batch_size):
+        # Rows are padded to the longest, which comes first.
+        while (
+            batch_tokens and len(indices) > 1 and len(indices) * lengths[indices[0]] > batch_tokens
+        ):
+            fitting = max(1, batch_tokens // int(lengths[indices[0]]))
+            yield indices[:fitting]
+            indices = indices[fitting:]
+        yield indices
 
 
 def _passes(
@@ -319,58 +393,3 @@ def _is_finite(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return all(map(_is_finite, value))
     return not isinstance(value, float) or math.isfinite(value)
-
-
-def _column(what: str, values: Sequence[Any] | None, *, count: int) -> list[Any]:
-    values = [None] * count if values is None else _listed(what, values)
-    if len(values) != count:
-        raise ValueError(
-            f"there are {count} texts and {len(values)} {what}; give one for each text, or None."
-        )
-    return values
-
-
-def _listed(what: str, values: Any) -> list[Any]:
-    if isinstance(values, (str, bytes, os.PathLike)) or not isinstance(values, Iterable):
-        raise ValueError(
-            f"{what} must be a list with one for each text, not a {type(values).__name__}: {what}=[...]"
-        )
-    return list(values)
-
-
-def text_problem(text: Any, words: Any) -> str:
-    """Why a post cannot be predicted; empty when it can."""
-    if words is not None:
-        good = (
-            len(words) > 0
-            and all(isinstance(word, str) for word in words)
-            and not all(map(is_blank, words))
-        )
-        return (
-            "" if good else "the words must be text, and one of them must have a visible character"
-        )
-    if not isinstance(text, str):
-        return f"the text must be text, not {type(text).__name__}"
-    return "the text is empty" if is_blank(text) else ""
-
-
-def second_text(cell: Any) -> Any:
-    """A second text as training reads its cell: words with blanks between, a number as text, None for a blank one.
-
-    What is no text at all (true, an object) stays as it is.
-    """
-    text = " ".join(map(str, cell)) if isinstance(cell, (list, tuple)) else cell
-    if isinstance(text, (int, float)) and not isinstance(text, bool):
-        text = "" if math.isnan(text) else str(text)
-    return None if isinstance(text, str) and is_blank(text) else text
-
-
-def pair_problem(pair: Any, tasks: Sequence[Task]) -> str:
-    """Why a post with this second text, as ``second_text`` gives it, cannot be predicted; empty where it can."""
-    if pair is not None and not isinstance(pair, str):
-        return f"the second text must be text, not {type(pair).__name__}"
-    asking = [task.name for task in tasks if wants_pair(task.prompt)]
-    if pair is not None or not asking:
-        return ""
-    wanted = f"the second text is missing, which the prompt of {', '.join(asking)} wants"
-    return f"{wanted}; give it (--pair-column), or ask for other tasks"

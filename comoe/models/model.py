@@ -262,6 +262,12 @@ class MultiTaskModel(nn.Module):
         logits = {task.name: logits[task.name] for task in self.tasks if task.name in logits}
         return ModelOutput(logits, embeddings, attentions, routings, token_rows_S, **more)
 
+    def embed(self, batch: Batch) -> Tensor:
+        """The mean of the encoder's last states over the tokens of each row, of length 1: float32, (B, M)."""
+        texts = self._texts(batch)
+        states_BLM = self.encode(texts, self.embed_images(batch)).fused_BLM.float()
+        return F.normalize((states_BLM * texts.mask_BL[:, :, None]).sum(dim=1), dim=1)
+
     def _texts(self, batch: Batch) -> Texts:
         # A confidence says how much to learn from a post, not what to predict.
         weights_B = input_weights(batch, self.tasks) if self.training else None

@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers_export import MOOD, SIGNS, TOPIC, WORDS, tiny_predictor
 
+from comoe.inference.columns import read_columns
 from comoe.tasks.labels import split_words
 
 LONG = "the sun is bad, bad, bad and the rain is good @bob"
@@ -195,3 +196,46 @@ def test_wrong_arguments_are_refused(predictor):
         predictor(["good"], tasks=["modo"])
     with pytest.raises(ValueError, match="there are 1 texts and 2 pairs"):
         predictor(["good"], pairs=["a", "b"])
+
+
+@pytest.mark.parametrize("tokens", [1, 20, 33])
+def test_a_limit_of_tokens_splits_the_passes_and_changes_no_prediction(
+    predictor, monkeypatch, tokens
+):
+    shapes = []
+    forward = predictor.exported.model.forward
+
+    def watched(batch, *rest):
+        shapes.append(tuple(batch.input_ids_BL.shape))
+        return forward(batch, *rest)
+
+    expected = predictor(TEXTS)
+    monkeypatch.setattr(predictor.exported.model, "forward", watched)
+    assert_same(predictor(TEXTS, batch_tokens=tokens), expected)
+    assert all(rows == 1 or rows * length <= tokens for rows, length in shapes)
+    assert tokens > 1 or len(shapes) > len(TEXTS) - 1
+
+
+@pytest.mark.parametrize("route_by", ["token", "task"])
+def test_an_embedding_is_the_mean_of_the_states_of_the_posts_own_tokens(tmp_path, route_by):
+    predictor = tiny_predictor(tmp_path, route_by=route_by)
+    model = predictor.exported.model
+    found = predictor.embed(TEXTS, task="topic", batch_tokens=40)
+    for text, one in zip(TEXTS, found, strict=True):
+        split = predictor._encode(read_columns([text], tasks=[TOPIC]), [None], [TOPIC])
+        batch = predictor.collator(split, np.array([0]))
+        states = model.encode(model._texts(batch), None).fused_BLM[0].double()
+        mean = states[batch.attention_mask_BL[0] == 1].mean(dim=0)
+        np.testing.assert_allclose(one["embedding"], (mean / mean.norm()).detach(), atol=1e-6)
+    other = predictor.embed(TEXTS[:1], task="mood")[0]["embedding"]
+    assert np.allclose(other, found[0]["embedding"], atol=1e-5) == (route_by == "token")
+
+
+def test_posts_without_an_embedding_say_why(predictor):
+    long, empty, good = predictor.embed([LONG * 3, " ", "good"])
+    assert long.keys() == {"embedding", "truncated"}
+    assert empty == {"error": "the text is empty"}
+    assert good.keys() == {"embedding"} and good["embedding"].dtype == np.float32
+    assert np.linalg.norm(good["embedding"]) == pytest.approx(1, abs=1e-6)
+    with pytest.raises(ValueError, match="mod is not a task of this model.*mood"):
+        predictor.embed(["good"], task="mod")

@@ -1,0 +1,110 @@
+"""The columns of a call of the predictor: one entry per post, checked post by post."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from comoe.data.text.normalize import is_blank
+from comoe.tasks.prompts import wants_pair
+from comoe.tasks.task import Task
+
+
+@dataclass(frozen=True, slots=True)
+class Posts:
+    """The columns of a call, one entry per post, and what becomes of them."""
+
+    texts: list[Any]
+    pairs: list[Any]
+    words: list[Any]
+    images: list[Any]
+    usable: list[int]
+    """Numbers of the posts that can be predicted."""
+    predictions: list[dict[str, Any]]
+    """Per post its text, or its error."""
+
+
+def read_columns(
+    texts: Sequence[Any],
+    pairs: Sequence[Any] | None = None,
+    words: Sequence[Any] | None = None,
+    images: Sequence[Any] | None = None,
+    *,
+    tasks: Sequence[Task],
+) -> Posts:
+    """The columns as lists, with what is wrong with a post in its prediction.
+
+    Raises:
+        ValueError: columns of different number, or that are no lists.
+    """
+    texts = _listed("texts", texts)
+    pairs = list(map(second_text, _column("pairs", pairs, count=len(texts))))
+    words = _column("words", words, count=len(texts))
+    images = _column("images", images, count=len(texts))
+    predictions: list[dict[str, Any]] = [{"text": text} for text in texts]
+    usable = []
+    for number, prediction in enumerate(predictions):
+        problem = text_problem(texts[number], words[number])
+        if problem := problem or pair_problem(pairs[number], tasks):
+            prediction["error"] = problem
+        else:
+            usable.append(number)
+    return Posts(texts, pairs, words, images, usable, predictions)
+
+
+def _column(what: str, values: Sequence[Any] | None, *, count: int) -> list[Any]:
+    values = [None] * count if values is None else _listed(what, values)
+    if len(values) != count:
+        raise ValueError(
+            f"there are {count} texts and {len(values)} {what}; give one for each text, or None."
+        )
+    return values
+
+
+def _listed(what: str, values: Any) -> list[Any]:
+    if isinstance(values, (str, bytes, os.PathLike)) or not isinstance(values, Iterable):
+        raise ValueError(
+            f"{what} must be a list with one for each text, not a {type(values).__name__}: {what}=[...]"
+        )
+    return list(values)
+
+
+def text_problem(text: Any, words: Any) -> str:
+    """Why a post cannot be predicted; empty when it can."""
+    if words is not None:
+        good = (
+            len(words) > 0
+            and all(isinstance(word, str) for word in words)
+            and not all(map(is_blank, words))
+        )
+        return (
+            "" if good else "the words must be text, and one of them must have a visible character"
+        )
+    if not isinstance(text, str):
+        return f"the text must be text, not {type(text).__name__}"
+    return "the text is empty" if is_blank(text) else ""
+
+
+def second_text(cell: Any) -> Any:
+    """A second text as training reads its cell: words with blanks between, a number as text, None for a blank one.
+
+    What is no text at all (true, an object) stays as it is.
+    """
+    text = " ".join(map(str, cell)) if isinstance(cell, (list, tuple)) else cell
+    if isinstance(text, (int, float)) and not isinstance(text, bool):
+        text = "" if math.isnan(text) else str(text)
+    return None if isinstance(text, str) and is_blank(text) else text
+
+
+def pair_problem(pair: Any, tasks: Sequence[Task]) -> str:
+    """Why a post with this second text, as ``second_text`` gives it, cannot be predicted; empty where it can."""
+    if pair is not None and not isinstance(pair, str):
+        return f"the second text must be text, not {type(pair).__name__}"
+    asking = [task.name for task in tasks if wants_pair(task.prompt)]
+    if pair is not None or not asking:
+        return ""
+    wanted = f"the second text is missing, which the prompt of {', '.join(asking)} wants"
+    return f"{wanted}; give it (--pair-column), or ask for other tasks"
