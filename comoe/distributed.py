@@ -23,6 +23,12 @@ def is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
+def join_alone(backend: str, *, seconds: float) -> None:
+    """Make the process group of a single rank, in the memory of this process: it opens no port."""
+    store, timeout = dist.HashStore(), timedelta(seconds=seconds)
+    dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+
+
 def world_size() -> int:
     """Number of ranks, 1 without a process group."""
     return dist.get_world_size() if is_distributed() else 1

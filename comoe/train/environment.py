@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 import torch
 
-from comoe.train.launchers import settle_place, threads_of_rank
+from comoe.train.launchers import LOOPBACK, settle_place, threads_of_rank
 
 M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1
 """mallopt numbers of glibc: blocks above the first are mapped and unmapped, free space above the
@@ -45,7 +45,7 @@ def prepare_process(*, verbose: bool) -> None:
 
     A user need not set any variable: DeepSpeed gets the CPU accelerator without a GPU, a plain
     ``python`` start becomes a world of one rank, each rank takes its share of the cores, and on
-    several machines it talks over the network that rank 0 is in.
+    several machines it talks over the network that rank 0 is in, on a single one over none.
     """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -53,10 +53,10 @@ def prepare_process(*, verbose: bool) -> None:
     if settle_place(os.environ) is None:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_SIZE="1")
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
-    if int(os.environ.get("CROSS_SIZE", "1")) > 1 and (
-        interface := interface_towards(os.environ["MASTER_ADDR"])
-    ):
-        # gloo takes the address of the machine's own name, which often is one of the loopback.
+    several = int(os.environ.get("CROSS_SIZE", "1")) > 1
+    if interface := interface_towards(os.environ["MASTER_ADDR"] if several else LOOPBACK):
+        # gloo takes the address of the machine's own name, which often is one of the loopback where
+        # it should not, and one that others reach where nobody else has to.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     threads = threads_of_rank(os.environ, available_cores(), torchruns_own=_torchrun_set_threads())

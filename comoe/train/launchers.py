@@ -13,6 +13,9 @@ from dataclasses import dataclass
 
 Environment = Mapping[str, str]
 
+LOOPBACK = "127.0.0.1"
+"""Address that this machine alone can reach."""
+
 PORTS = (20000, 10000)
 """First and number of the ports of Slurm steps, below those that systems give to outgoing connections."""
 
@@ -118,15 +121,16 @@ def _deepspeed(environment: Environment) -> RankPlace | None:
     if "LOCAL_RANK" not in environment or "RANK" not in environment:
         return None
     world = _number(environment, "WORLD_SIZE")
+    local_size = _number(environment, "LOCAL_SIZE", world)
     return _place(
         "deepspeed",
         environment,
         rank=_number(environment, "RANK"),
         world=world,
         local_rank=_number(environment, "LOCAL_RANK"),
-        local_size=_number(environment, "LOCAL_SIZE", world),
+        local_size=local_size,
         node=_number(environment, "CROSS_RANK", 0),
-        nodes=_number(environment, "CROSS_SIZE", 1),
+        nodes=_number(environment, "CROSS_SIZE", -(-world // max(1, local_size))),
     )
 
 

@@ -45,3 +45,36 @@ def test_the_message_of_a_standstill_names_the_rank_that_is_in_no_collective() -
     )
     assert "is in test_standstill.py:" in said
     assert said.endswith("the others wait for it in a collective.")
+
+
+def open_ports() -> list[tuple[str, str]]:
+    """Addresses at which this rank listens, after all ranks have met and one collective."""
+    import psutil
+
+    from comoe.distributed import barrier
+    from comoe.train.environment import prepare_process
+    from comoe.train.fault.watchdog import Watchdog
+
+    prepare_process(verbose=False)
+    from comoe.train.parallel.setup import start_ranks
+
+    start_ranks(timeout_seconds=60)
+    watch = Watchdog()
+    watch.start(timeout_seconds=30.0)
+    barrier()
+    end = time.monotonic() + 10
+    while watch._channel._server is not None and time.monotonic() < end:
+        time.sleep(0.05)
+    found = [each for each in psutil.Process().net_connections() if each.status == "LISTEN"]
+    # The store of torch, on the port of the launcher, listens everywhere; a single rank has none.
+    store = int(os.environ["MASTER_PORT"]) if os.environ["WORLD_SIZE"] != "1" else 0
+    barrier()
+    watch.leave(0)
+    return [(each.laddr.ip, each.laddr.port) for each in found if each.laddr.port != store]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_ranks_of_one_machine_listen_at_its_loopback_alone(ranks: int) -> None:
+    found = run_ranks("tests.multiprocess.test_standstill:open_ports", ranks)
+    # That of gloo, which has one even for a single rank.
+    assert {ip for ports in found for ip, _ in ports} <= {"127.0.0.1"}

@@ -7,6 +7,7 @@ when a process ends, for any reason. A message is one line of JSON.
 
 from __future__ import annotations
 
+import hmac
 import json
 import selectors
 import socket
@@ -15,8 +16,19 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from comoe.train.launchers import LOOPBACK
+
 MAX_LINE = 1 << 16
 """Bytes of the longest line; longer input closes the connection."""
+
+MAX_GREETING = 1 << 10
+"""Bytes of the longest line of a connection that has not told the secret yet."""
+
+STRANGERS = 64
+"""Connections that may wait to tell the secret; one more takes the place of the oldest."""
+
+GREET_WITHIN = 10.0
+"""Seconds in which a new connection must tell it."""
 
 RETRY = 0.5
 """Seconds between two attempts to reach rank 0."""
@@ -31,8 +43,10 @@ LONGEST_PAUSE, LONGEST_WAIT = 32767, 2**31 - 1
 """Limits of Linux: pause between probes in seconds, wait for an acknowledgment in milliseconds."""
 
 
-def listen(port: int = 0) -> socket.socket:
-    """A server on all addresses of this machine; port 0 selects a free one."""
+def listen(port: int = 0, *, one_machine: bool = False) -> socket.socket:
+    """A server on all addresses of this machine, or on its loopback alone; port 0 selects a free one."""
+    if one_machine:
+        return socket.create_server((LOOPBACK, port), backlog=4096)
     if socket.has_dualstack_ipv6():
         return socket.create_server(
             ("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=4096
@@ -45,7 +59,7 @@ class SideChannel:
 
     Args:
         rank: of this process.
-        word: shared secret, the same on all ranks.
+        word: shared secret, the same on all ranks; a connection that does not tell it is closed.
         patience: seconds after which, plus a margin, the system closes the connection to a machine
             that does not respond.
     """
@@ -54,16 +68,25 @@ class SideChannel:
         self.rank = rank
         self.broken: dict[int, str] = {}
         """Rank -> reason, if its connection was lost although its process may be alive."""
-        self._word = word
+        self._word = word.encode()
         self._patience = patience
         self._selector = selectors.DefaultSelector()
         self._server: socket.socket | None = None
         self._ranks: dict[socket.socket, int | None] = {}
         self._unread: dict[socket.socket, bytes] = {}
         self._sending = threading.Lock()
+        self._others: int | None = None
+        self._since: dict[socket.socket, float] = {}
 
-    def serve(self, server: socket.socket) -> SideChannel:
-        """Act as rank 0, which accepts the connections of the others."""
+    def serve(self, server: socket.socket, *, others: int | None = None) -> SideChannel:
+        """Act as rank 0, which accepts the connections of the others.
+
+        Args:
+            server: of ``listen``.
+            others: number of other ranks; the port is closed when all are connected. None leaves it
+                open.
+        """
+        self._others = others
         server.setblocking(False)
         self._server = server
         self._selector.register(server, selectors.EVENT_READ)
@@ -95,7 +118,7 @@ class SideChannel:
                     ) from error
                 time.sleep(RETRY)
         self._take(line, rank=0)
-        self.send({"rank": self.rank, "word": self._word})
+        self.send({"rank": self.rank, "word": self._word.decode()})
         return self
 
     def connected(self) -> set[int]:
@@ -123,10 +146,12 @@ class SideChannel:
             return []
         came: list[tuple[int, dict[str, Any] | None]] = []
         for key, _ in self._selector.select(seconds):
-            if key.fileobj is self._server:
+            # What an earlier one of this round brought may have closed it.
+            if key.fileobj is self._server and self._server is not None:
                 self._accept()
-            else:
+            elif key.fileobj in self._ranks:
                 came += self._read(key.fileobj)
+        self._drop_strangers()
         return came
 
     def close(self) -> None:
@@ -134,6 +159,7 @@ class SideChannel:
         for line in [*self._ranks, *([self._server] if self._server else [])]:
             line.close()
         self._ranks.clear()
+        self._since.clear()
         self._selector.close()
 
     def _accept(self) -> None:
@@ -141,6 +167,7 @@ class SideChannel:
         try:
             line, _ = self._server.accept()
             self._take(line, rank=None)
+            self._since[line] = time.monotonic()
         except OSError:
             # It has closed already; or there are no descriptors left, and a retry must wait.
             if line is not None:
@@ -182,16 +209,41 @@ class SideChannel:
                 if self._ranks[line] is not None:
                     came.append((self._ranks[line], dict(message)))
                 else:
-                    if message["word"] != self._word:
-                        raise ValueError("wrong secret")
-                    self._ranks[line] = int(message["rank"])
-        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+                    self._greet(line, message)
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
             data = b""
-        if not data or len(rest) > MAX_LINE:
-            self._selector.unregister(line)
-            rank = self._ranks.pop(line)
-            del self._unread[line]
-            line.close()
+        if not data or len(rest) > (MAX_GREETING if line in self._since else MAX_LINE):
+            rank = self._drop(line)
             if rank is not None:
                 came.append((rank, None))
         return came
+
+    def _greet(self, line: socket.socket, message: dict[str, Any]) -> None:
+        """Take a connection for that of a rank, if it has the secret; ValueError otherwise."""
+        rank = int(message["rank"])
+        # In constant time: how long it takes does not tell how much of a guess is right.
+        if not hmac.compare_digest(message["word"].encode(), self._word):
+            raise ValueError("wrong secret")
+        if rank in self.connected():
+            raise ValueError("this rank is connected")
+        self._ranks[line] = rank
+        self._since.pop(line, None)
+        if self._server is not None and len(self.connected()) == self._others:
+            self._selector.unregister(self._server)
+            self._server.close()
+            self._server = None
+
+    def _drop_strangers(self) -> None:
+        """Close what does not tell the secret in time, and the oldest where there are too many."""
+        late = time.monotonic() - GREET_WITHIN
+        for line, since in list(self._since.items()):
+            if since < late or len(self._since) > STRANGERS:
+                self._drop(line)
+
+    def _drop(self, line: socket.socket) -> int | None:
+        """Close a connection; the rank it was that of."""
+        self._selector.unregister(line)
+        del self._unread[line]
+        self._since.pop(line, None)
+        line.close()
+        return self._ranks.pop(line)

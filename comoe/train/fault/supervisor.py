@@ -9,24 +9,33 @@ signal are passed on and never restarted.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+import secrets
 import signal
 import socket
+import stat
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from comoe.train.fault.channel import SideChannel, listen
 from comoe.train.fault.signals import SUPERVISED, StopSignal
+from comoe.train.launchers import LOOPBACK
 
 RUN_WORD, BECAUSE = "COMOE_RUN_WORD", "COMOE_RESTARTED_BECAUSE"
 """Environment variables of a child, besides the number of the attempt: an identifier of this start,
 and why the last attempt ended."""
+
+SECRET = "COMOE_LAUNCH_SECRET"
+"""Environment variable with a text that only the ranks of this launch know."""
 
 FINAL = (2, 3, 130)
 """Exit codes that are not restarted: the user's error, training that cannot continue, an
@@ -65,13 +74,17 @@ def supervise(*, restarts: int, stop: StopSignal, command: Sequence[str] | None 
         The exit code of the run.
     """
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    channel = SideChannel(rank, word=_word_of_the_launch(world))
+    one_machine = os.environ.get("CROSS_SIZE", "1") == "1"
     try:
+        word = "" if world == 1 else _word_of_the_launch(world, one_machine=one_machine)
+        channel = SideChannel(rank, word=word)
         if rank == 0 and world > 1:
-            channel.serve(_listen_at(int(os.environ["MASTER_PORT"])))
+            server = _listen_at(int(os.environ["MASTER_PORT"]), one_machine=one_machine)
+            channel.serve(server, others=world - 1)
         elif world > 1:
-            place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-            channel.connect(*place, seconds=MEETING, give_up=stop.asked)
+            address = LOOPBACK if one_machine else os.environ["MASTER_ADDR"]
+            port = int(os.environ["MASTER_PORT"])
+            channel.connect(address, port, seconds=MEETING, give_up=stop.asked)
     except OSError as error:
         print(f"comoe: rank {rank}: --restarts: {error}", file=sys.stderr)
         return 2
@@ -81,21 +94,55 @@ def supervise(*, restarts: int, stop: StopSignal, command: Sequence[str] | None 
         return _until_the_end(channel, child, coordinator, stop)
 
 
-def _word_of_the_launch(world: int) -> str:
-    """An identifier that all supervisors of one launch share: a digest of command line and number of ranks.
+def _word_of_the_launch(world: int, *, one_machine: bool) -> str:
+    """What all supervisors of one launch share: a digest of command line, number of ranks, and a secret.
 
-    It separates two runs on one port, and rejects port scanners. It is not a secret: whoever sees
-    or guesses the command line, as every user of these machines may, can act as a supervisor, and
-    end or restart the run. No one can make it run another command: each supervisor starts its own.
+    The command line, which every user of these machines may see, separates two runs on one port. The
+    secret keeps others out: ``SECRET`` of the environment, else on one machine a file that this user
+    alone can read. On several machines without ``SECRET`` there is none: who knows the command and
+    reaches the port before all ranks have connected can end or restart the run. No one can make it
+    run another command: each supervisor starts its own.
+
+    Raises:
+        OSError: the file cannot be kept from others.
     """
     # The launcher passes the rank within a machine as an argument.
     words = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]
-    return hashlib.sha256(repr((world, words)).encode()).hexdigest()
+    secret = os.environ.get(SECRET) or (_secret_of_the_parent() if one_machine else "")
+    return hashlib.sha256(repr((world, words, secret)).encode()).hexdigest()
 
 
-def _listen_at(port: int) -> socket.socket:
+def _secret_of_the_parent() -> str:
+    """A random text, the same for all processes that one launcher started on this machine."""
+    folder = Path(tempfile.gettempdir()) / f"comoe-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise OSError(
+            f"{folder} can be read by others; remove it, or set {SECRET} to a secret of your own"
+        )
+    parent = os.getppid()
     try:
-        return listen(port)
+        # Numbers of processes are used again; when a process began is in the 22nd field.
+        began = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        began = "0"
+    path = folder / f"launch-{parent}-{began}"
+    # The first one's stays, and is whole when it is there.
+    aside = folder / f".{secrets.token_hex(8)}"
+    aside.touch(mode=0o600, exist_ok=False)
+    try:
+        aside.write_text(secrets.token_hex(32))
+        with contextlib.suppress(FileExistsError):
+            os.link(aside, path)
+    finally:
+        aside.unlink()
+    return path.read_text()
+
+
+def _listen_at(port: int, *, one_machine: bool) -> socket.socket:
+    try:
+        return listen(port, one_machine=one_machine)
     except OSError as error:
         raise OSError(
             f"port {port} of this machine cannot be used ({error}). If another run has it, give this one another port, "

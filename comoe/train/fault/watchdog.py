@@ -16,11 +16,11 @@ A thread of each rank reports its training state to rank 0 about once a second, 
 from __future__ import annotations
 
 import os
+import secrets
 import socket
 import sys
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -31,6 +31,7 @@ import psutil
 
 from comoe.distributed import all_gather_objects, broadcast_object, rank, world_size
 from comoe.train.fault.channel import SideChannel, listen
+from comoe.train.launchers import LOOPBACK
 
 PACKAGE = f"{Path(__file__).resolve().parents[2]}{os.sep}"
 """Folder of the package; a checkout below a folder called comoe may contain site-packages."""
@@ -52,6 +53,15 @@ def own_place() -> Place:
     """This process."""
     node = os.environ.get("CROSS_RANK", "0")
     return Place(socket.gethostname(), node, os.getpid(), psutil.Process().create_time())
+
+
+def loopback_of_process() -> str:
+    """Equal in two processes if they reach one another by the loopback: containers of one machine do not."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{boot} {os.stat('/proc/self/ns/net').st_ino}"
+    except OSError:
+        return f"{socket.gethostname()} {os.environ.get('CROSS_RANK', '0')}"
 
 
 def kill(place: Place) -> None:
@@ -146,21 +156,24 @@ class Watchdog:
         """
         self.timeout_seconds = timeout_seconds
         self.beat = max(min(1.0, timeout_seconds / 10), world_size() / BEATS_PER_SECOND)
-        self._places = all_gather_objects(own_place())
-        server = listen() if rank() == 0 else None
+        found = all_gather_objects((own_place(), loopback_of_process()))
+        self._places = [place for place, _ in found]
+        one_machine = len({loopback for _, loopback in found}) == 1
+        # A single rank opens no port.
+        wanted = rank() == 0 and world_size() > 1
+        server = listen(one_machine=one_machine) if wanted else None
         port, word = broadcast_object(
-            (server.getsockname()[1], uuid.uuid4().hex) if server else None
+            (server.getsockname()[1] if server else 0, secrets.token_hex(32))
         )
         channel = SideChannel(rank(), word=word, patience=timeout_seconds)
         failed = ""
         try:
             if server:
-                channel.serve(server)
-            else:
+                channel.serve(server, others=world_size() - 1)
+            elif rank() > 0:
+                address = LOOPBACK if one_machine else os.environ["MASTER_ADDR"]
                 # Well before the collective below times out.
-                channel.connect(
-                    os.environ["MASTER_ADDR"], port, seconds=min(60.0, timeout_seconds / 3)
-                )
+                channel.connect(address, port, seconds=min(60.0, timeout_seconds / 3))
         except OSError as error:
             failed = str(error)
         if errors := [text for text in all_gather_objects(failed) if text]:

@@ -25,7 +25,7 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from torch import Tensor, nn
 
 from comoe.config.recipe import Recipe
-from comoe.distributed import all_gather_in_group
+from comoe.distributed import all_gather_in_group, join_alone
 from comoe.losses.objective import Objective
 from comoe.models.encoders.families import layers_above
 from comoe.models.encoders.pretrained import split_as_it_loads
@@ -94,10 +94,14 @@ def start_ranks(*, timeout_seconds: float, verbose: bool = False) -> torch.devic
     gpu = torch.cuda.is_available()
     if gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    backend = "nccl" if gpu else "gloo"
+    if os.environ.get("WORLD_SIZE") == "1":
+        # DeepSpeed takes the group that it finds; its own would open a port for a store.
+        join_alone(backend, seconds=timeout_seconds)
     # It prints, past every logger, that it built its shared-memory collectives.
     with nullcontext() if verbose else redirect_stdout(io.StringIO()):
         deepspeed.init_distributed(
-            dist_backend="nccl" if gpu else "gloo",
+            dist_backend=backend,
             auto_mpi_discovery=False,
             verbose=False,
             timeout=timedelta(seconds=timeout_seconds),

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 import comoe.train.fault.channel as module
-from comoe.train.fault.channel import MAX_LINE, SideChannel, listen
+from comoe.train.fault.channel import MAX_GREETING, MAX_LINE, STRANGERS, SideChannel, listen
 
 
 @pytest.fixture
@@ -68,7 +68,10 @@ def test_the_loss_of_the_middle_is_told_too(middle: tuple[SideChannel, int]) -> 
 
 @pytest.mark.parametrize(
     "said", [b'{"rank": 1, "word": "theirs"}\n{"gone": 1}\n', b"GET / HTTP/1.1\r\n\r\n", b"5\n", b"x" * (3 * MAX_LINE),
-             b"[" * (MAX_LINE - 1) + b"\n", b'{"rank": Infinity, "word": "ours"}\n']
+             b"[" * (MAX_LINE - 1) + b"\n", b'{"rank": Infinity, "word": "ours"}\n',
+             b'{"rank": 2, "word": "our"}\n', b'{"rank": 2, "word": "oursoursours"}\n', b'{"rank": 2, "word": 5}\n',
+             b'{"rank": 2, "word": null}\n', '{"rank": 2, "word": "o\u00fcrs"}\n'.encode(), b'{"rank": 2}\n',
+             b'{"rank": 1, "word": "ours"}\n', b"x" * (MAX_GREETING + 1)]
 )  # fmt: skip
 def test_a_stranger_is_hung_up_on_and_changes_nothing(
     middle: tuple[SideChannel, int], said: bytes
@@ -200,3 +203,60 @@ def test_a_connection_that_cannot_be_taken_disturbs_nobody_who_is_there(
     with socket.create_connection(("127.0.0.1", port)):
         friend.send({"still": "here"})
         assert until(channel, len) == [(1, {"still": "here"})]
+
+
+def test_idle_connections_are_capped_and_keep_no_rank_out(
+    middle: tuple[SideChannel, int],
+) -> None:
+    channel, port = middle
+    strangers = []
+    for number in range(3 * STRANGERS):
+        strangers.append(socket.create_connection(("127.0.0.1", port)))
+        channel.receive(0.01)
+        if number == 2 * STRANGERS:
+            friend = spoke(1, port)
+    friend.send({"still": "here"})
+    assert until(channel, len) == [(1, {"still": "here"})]
+    assert len(channel._ranks) <= STRANGERS + 1 and channel.connected() == {1}
+    for stranger in strangers:
+        stranger.close()
+
+
+def test_who_says_nothing_is_hung_up_on_in_time(
+    middle: tuple[SideChannel, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    channel, port = middle
+    monkeypatch.setattr(module, "GREET_WITHIN", 0.2)
+    with socket.create_connection(("127.0.0.1", port)) as stranger:
+        stranger.settimeout(0)
+        end = time.monotonic() + 5
+        while time.monotonic() < end:
+            assert channel.receive(0.05) == []
+            try:
+                assert stranger.recv(1) == b""
+                return
+            except BlockingIOError:
+                stranger.send(b"{")
+    pytest.fail("the stranger was not hung up on")
+
+
+@pytest.mark.parametrize("others", [1, 2])
+def test_the_port_is_closed_when_all_ranks_are_there(others: int) -> None:
+    server = listen(one_machine=True)
+    port = server.getsockname()[1]
+    channel = SideChannel(0, word="ours").serve(server, others=others)
+    ends = []
+    for rank in range(1, others + 1):
+        ends.append(spoke(rank, port))
+        until(channel, lambda _, wanted=rank: len(channel.connected()) == wanted)
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", port))
+    channel.send({"to": "all"})
+    assert [until(end, len) for end in ends] == [[(0, {"to": "all"})]] * others
+    for each in (channel, *ends):
+        each.close()
+
+
+def test_on_one_machine_only_its_loopback_is_listened_at() -> None:
+    with listen(one_machine=True) as server:
+        assert server.getsockname()[0] == "127.0.0.1"

@@ -7,15 +7,23 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
+from comoe.train.fault import supervisor
 from comoe.train.fault.channel import SideChannel, listen
 from comoe.train.fault.signals import StopSignal
-from comoe.train.fault.supervisor import _Child, restart_record, supervise
+from comoe.train.fault.supervisor import (
+    _Child,
+    _secret_of_the_parent,
+    _word_of_the_launch,
+    restart_record,
+    supervise,
+)
 
 ROOT = Path(__file__).parents[4]
 
@@ -250,14 +258,54 @@ def test_a_supervisor_of_another_command_is_turned_away_and_says_what_must_be_th
     assert codes[0] == 130 and "must be identical on all machines" in said
 
 
-def test_a_stranger_on_the_port_is_no_supervisor(tmp_path: Path) -> None:
-    supervised = Supervised(tmp_path, "log('ready'); time.sleep(1)", restarts=0)
-    supervised.wait_for("ready", times=2)
-    stranger = SideChannel(1).connect("127.0.0.1", int(supervised.port), seconds=5)
-    stranger.send({"attempt": 0, "code": 9, "killed": False})
+def test_who_knows_the_command_alone_is_no_supervisor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    supervised = Supervised(tmp_path, "log('ready'); time.sleep(1)", restarts=0, late=2.0)
+    words = ["--local_rank=1", ""]
+    monkeypatch.setattr(
+        sys, "argv", ["-c", "0", CHILD + "log('ready'); time.sleep(1)", str(supervised.log), *words]
+    )
+    monkeypatch.setattr(supervisor, "_secret_of_the_parent", lambda: "")
+    # Rank 1 waits for rank 0; the stranger is there as early.
+    strangers = [
+        SideChannel(1, word=word) for word in ("", _word_of_the_launch(2, one_machine=True))
+    ]
+    for stranger in strangers:
+        try:
+            stranger.connect("127.0.0.1", int(supervised.port), seconds=5)
+        except OSError:
+            continue
+        stranger.send({"attempt": 0, "code": 9, "killed": False})
     codes, said = supervised.end()
-    stranger.close()
+    for stranger in strangers:
+        stranger.close()
     assert codes == [0, 0] and said == ""
+
+
+def test_the_secret_of_a_launch_is_one_text_for_its_ranks_and_for_no_other_user(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    first = _secret_of_the_parent()
+    folder = tmp_path / f"comoe-{os.getuid()}"
+    assert len(first) == 64 and _secret_of_the_parent() == first
+    monkeypatch.setattr(os, "getppid", lambda: os.getpid())
+    assert _secret_of_the_parent() != first
+    assert {path.stat().st_mode & 0o777 for path in (folder, *folder.iterdir())} == {0o700, 0o600}
+    folder.chmod(0o755)
+    with pytest.raises(
+        OSError, match="can be read by others; remove it, or set COMOE_LAUNCH_SECRET"
+    ):
+        _secret_of_the_parent()
+
+
+def test_a_secret_of_the_environment_is_a_part_of_the_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = set()
+    for secret in ("a", "b", ""):
+        monkeypatch.setenv("COMOE_LAUNCH_SECRET", secret)
+        words.add(_word_of_the_launch(2, one_machine=False))
+    assert len(words) == 3
 
 
 def test_a_stop_that_came_before_the_order_to_start_reaches_the_child() -> None:

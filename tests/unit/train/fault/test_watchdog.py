@@ -9,6 +9,7 @@ import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 import comoe.train.fault.watchdog as module
@@ -73,6 +74,14 @@ def test_steps_and_batches_that_come_in_time_keep_a_run_alive(
             watch.batch(True)
             time.sleep(0.1)
     assert not ended
+
+
+def test_a_single_rank_opens_no_port(watch: Watchdog) -> None:
+    before = {each.laddr for each in psutil.Process().net_connections() if each.status == "LISTEN"}
+    watch.start(timeout_seconds=5.0)
+    assert before == {
+        each.laddr for each in psutil.Process().net_connections() if each.status == "LISTEN"
+    }
 
 
 @pytest.mark.parametrize("phase", ["preparing", "first step", "saving", "scoring", "finishing"])
@@ -184,7 +193,7 @@ def test_the_others_end_with_the_reason_of_a_rank_that_cannot_reach_rank_0(
 ) -> None:
     answers = iter(
         [
-            [own_place()],
+            [(own_place(), "")],
             ["", "rank 1 cannot reach rank 0 at a.", "rank 2 cannot reach rank 0 at a."],
         ]
     )
