@@ -105,8 +105,8 @@ def _posts(raw: RawSplit, choice: DataChoice, labels: Sequence[str]) -> Iterator
     """The posts, bad ones included, up to ``choice.limit`` good ones."""
     config = TaskConfig(kind="unlabelled", text=choice.text, pair=choice.pair)
     columns = [] if choice.label is None else [choice.label]
-    # Of any length: what a model cannot read is cut when its prompt is made.
-    reader = RowReader({"post": config}, {"post": ()}, max_characters=10**9, columns=columns)
+    # What a model cannot read is cut when its prompt is made.
+    reader = RowReader({"post": config}, {"post": ()}, max_characters=10**6, columns=columns)
 
     def read(row: Mapping[str, Any]) -> Post:
         post = reader.read(row)

@@ -23,8 +23,8 @@ from comoe.data.images.decode import BadImage, locate_image
 from comoe.data.images.pixels import PixelReader
 from comoe.data.reading.inputs import USUAL
 from comoe.data.sampling.sampler import eval_batches
-from comoe.data.text.normalize import normalize_post
 from comoe.data.tokens.split import TokenizedSplit, TokenRow
+from comoe.data.tokens.tokenize import readable
 from comoe.distributed import choose_device
 from comoe.inference.columns import Posts, read_columns
 from comoe.inference.export import Exported, load_exported
@@ -321,7 +321,8 @@ class Predictor:
                 number: tokenizer.decode(row.input_ids[row.word_ids == number].tolist())
                 for number in numbers
             }
-        cleaned = normalize_post(text, self.exported.data_config.normalize)
+        config = self.exported.data_config
+        cleaned, _ = readable(text, config.normalize, config.max_length)
         encoded = tokenizer(cleaned, truncation=False, verbose=False)
         spans = {number: encoded.word_to_chars(number) for number in numbers}
         return {number: cleaned[span.start : span.end].strip() for number, span in spans.items()}

@@ -102,7 +102,9 @@ def _placed(text: str, pattern: str, placeholder: str) -> str:
     """Every match becomes the placeholder; a placeholder that holds a match itself is left alone."""
 
     def apart(match: re.Match[str]) -> str:
-        before, after = text[: match.start()][-1:], text[match.end() :][:1]
+        begin, end = match.span()
+        # Of what is before and behind one sign alone: more would be copied for each match.
+        before, after = text[max(0, begin - 1) : begin], text[end : end + 1]
         return f"{' ' * before.isalnum()}{placeholder}{' ' * after.isalnum()}"
 
     return re.sub(f"{pattern}|{re.escape(placeholder)}" if placeholder else pattern, apart, text)

@@ -12,10 +12,10 @@ import zlib
 from collections.abc import Callable
 from dataclasses import replace
 
-import emoji
 import numpy as np
 
 from comoe.data.posts import PostSplit
+from comoe.data.text import emoji_runs
 from comoe.data.text.chinese import without_codes, without_topics
 from comoe.data.text.normalize import is_blank
 
@@ -116,7 +116,7 @@ def without_hash_sign(word: str, rate: float, rng: np.random.Generator) -> str:
 
 def without_emoji(text: str, rate: float, rng: np.random.Generator) -> str:
     """Emoji and codes of emoji (``[笑cry]``) dropped."""
-    return without_codes(emoji.replace_emoji(text, ""))
+    return without_codes(emoji_runs.without_emoji(text, ""))
 
 
 def _swapped(word: str, at: int, side: float) -> str:

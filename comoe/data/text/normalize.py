@@ -6,6 +6,7 @@ any visible character never becomes empty.
 
 from __future__ import annotations
 
+import functools
 import html
 import re
 import unicodedata
@@ -16,6 +17,7 @@ import emoji
 from comoe.config.errors import unknown_name
 from comoe.config.recipe import NormalizeConfig
 from comoe.data.text import chinese
+from comoe.data.text.emoji_runs import replace_runs, without_emoji
 
 VERSION = f"2-{emoji.__version__}"
 """Changes when the same text would be cleaned differently: part of the key of cached tokens."""
@@ -131,7 +133,7 @@ def strict(text: str, config: NormalizeConfig) -> str:
 
     Source: the protocol of Stein & Keller.
     """
-    cleaned = _plain(text, emoji_to=lambda part: emoji.replace_emoji(part, " "))
+    cleaned = _plain(text, emoji_to=lambda part: without_emoji(part, " "))
     cleaned = chinese.without_topics(chinese.without_codes(cleaned)).lower()
     cleaned = re.sub(_MENTION, " ", re.sub(_LINK, " ", cleaned))
     if kept := _words_only(_HASHTAG.sub(" ", cleaned)):
@@ -177,7 +179,8 @@ def _emoji_names(text: str, language: str) -> str:
     """Each emoji becomes its name between colons. BERT's vocabularies would make it an unknown token."""
     if language not in emoji.LANGUAGES:
         raise unknown_name("data.normalize.language", language, emoji.LANGUAGES)
-    return emoji.demojize(text, delimiters=(" :", ": "), language=language)
+    names = functools.partial(emoji.demojize, delimiters=(" :", ": "), language=language)
+    return replace_runs(text, names)
 
 
 def _words_only(text: str) -> str:

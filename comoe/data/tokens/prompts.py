@@ -14,8 +14,7 @@ from torch import Tensor
 
 from comoe.config.recipe import NormalizeConfig
 from comoe.data.posts import PostSplit
-from comoe.data.text.normalize import normalize_post
-from comoe.data.tokens.tokenize import CHUNK, TokenLists, cached, fingerprint
+from comoe.data.tokens.tokenize import CHUNK, TokenLists, cached, fingerprint, readable
 from comoe.tasks.prompts import FIELDS, prompt_parts
 from comoe.tasks.task import Task
 
@@ -145,16 +144,11 @@ class Wording:
         return _joined(chunks)
 
     def _clean(self, text: str | None) -> str:
-        return (
-            ""
-            if text is None
-            else text
-            if self._normalize is None
-            else normalize_post(text, self._normalize)
-        )
+        return readable(text, self._normalize, self._max_length)[0] or ""
 
     def _target_rows(self, texts: list[str], task: Task) -> Iterator[tuple[list[int], bool]]:
         """(target tokens, whether they were cut) of each text."""
+        texts = [readable(text, None, task.max_answer_length)[0] for text in texts]
         whole = _target_ids(self._tokenizer, texts)
         long = [row for row, ids in enumerate(whole) if len(ids) > task.max_answer_length]
         limits = {"truncation": True, "max_length": task.max_answer_length}

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import bisect
 import hashlib
+import itertools
 import json
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,6 +25,16 @@ FORMAT = 1
 
 CHUNK = 1024
 """Posts per call of the tokenizer."""
+
+
+CHARACTERS_PER_TOKEN = 100
+"""At most this many characters of a cleaned text are tokenized for each token that the model takes:
+memory grows with them, and what is behind is cut anyway (unless words have more than that on
+average)."""
+
+
+RAW = 10
+"""Characters that are cleaned for each one that is tokenized."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,18 +100,48 @@ def tokenize(
         chunk = range(start, min(start + CHUNK, len(posts)))
         firsts: list[Any] = [list(posts.words[i] or ()) or posts.texts[i] for i in chunk]
         pairs = [posts.pairs[i] for i in chunk]
-        if normalize is not None:
-            firsts = [
-                (normalize_post if isinstance(first, str) else normalize_words)(first, normalize)
-                for first in firsts
-            ]
-            pairs = [pair and normalize_post(pair, normalize) for pair in pairs]
-        parts.append(_flat(_rows(tokenizer, firsts, pairs, max_length=max_length)))
+        firsts, cut = zip(*(readable(text, normalize, max_length) for text in firsts), strict=True)
+        pairs, cut_pair = zip(
+            *(readable(text, normalize, max_length) for text in pairs), strict=True
+        )
+        rows = _rows(tokenizer, firsts, pairs, max_length=max_length)
+        shorter = zip(rows, cut, cut_pair, strict=True)
+        parts.append(_flat([replace(row, cut=row.cut or a or b) for row, a, b in shorter]))
     ids, types, words, lengths, cut = (
         np.concatenate(column) for column in zip(_flat([]), *parts, strict=True)
     )
     offsets = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))
     return Tokens(input_ids=ids, token_types=types, word_ids=words, offsets=offsets, truncated=cut)
+
+
+def readable(text: Any, normalize: NormalizeConfig | None, max_length: int) -> tuple[Any, bool]:
+    """A text as the tokenizer is given it, and whether more of it was cut than the tokenizer sees.
+
+    Args:
+        text: raw; or a list of words; or None.
+        normalize: how to clean; None takes the text as it is.
+        max_length: of the result, in tokens.
+    """
+    if not text:
+        return text, False
+    most = CHARACTERS_PER_TOKEN * max_length
+    clean = start = _limited(text, RAW * most)
+    if normalize is not None:
+        clean = (normalize_post if isinstance(text, str) else normalize_words)(start, normalize)
+    short = _limited(clean, most)
+    return short, start is not text or short is not clean
+
+
+def _limited(text: Any, most: int) -> Any:
+    """The beginning of a text, or of words with a blank between; the same object where it is no longer."""
+    if isinstance(text, str):
+        return text if len(text) <= most else text[:most]
+    ends = list(itertools.accumulate(len(word) + 1 for word in text))
+    if ends[-1] <= most + 1:
+        return text
+    count = bisect.bisect(ends, most)
+    rest = text[count][: most - (ends[count - 1] if count else 0)]
+    return [*text[:count], *([rest] if rest else [])]
 
 
 def cached_tokens(
@@ -183,7 +225,11 @@ def _flat(rows: list[_Row]) -> tuple[np.ndarray, ...]:
 
 
 def _rows(
-    tokenizer: Any, firsts: list[str | list[str]], pairs: list[str | None], *, max_length: int
+    tokenizer: Any,
+    firsts: Sequence[str | list[str]],
+    pairs: Sequence[str | None],
+    *,
+    max_length: int,
 ) -> list[_Row]:
     """Tokens of a chunk. The tokenizer takes plain texts, words, and pairs of both in one call each."""
     encode = _encode_fast if tokenizer.is_fast else _encode_slow
@@ -230,8 +276,10 @@ def _encode_fast(
         # Some tokenizers drop rare characters: without a piece of its own a word would silently
         # lose its label.
         if lost and not encoding.overflowing:
+            unseen = set(lost)
             whole = [
-                tokenizer.unk_token if word in lost else text for word, text in enumerate(texts[i])
+                tokenizer.unk_token if word in unseen else text
+                for word, text in enumerate(texts[i])
             ]
             encodings[i] = run([whole], None if pairs is None else [pairs[i]])[0]
     return [_Row(e.ids, e.type_ids, _word_ids(e), bool(e.overflowing)) for e in encodings]

@@ -212,7 +212,7 @@ PHRASE_TAGS = (OUTSIDE, "B-phrase", "I-phrase")
 """Labels of every such task, in the order of their ids."""
 
 
-_EDGES = re.compile(r"^\W+|\W+$")
+_CORE = re.compile(r"\w(?:.*\w)?", flags=re.DOTALL)
 
 
 class NotInPost(ValueError):
@@ -275,30 +275,43 @@ def _found(wanted: Sequence[str], words: Sequence[str]) -> list[tuple[int, int]]
     if whole := list(_runs(wanted, words)):
         return whole
     spans: list[tuple[int, int]] = []
+    places: dict[str, list[int]] = {}
+    for place, word in enumerate(words):
+        places.setdefault(word, []).append(place)
     done, after = 0, 0
     while done < len(wanted):
-        for end in range(len(wanted), done, -1):
-            runs = list(_runs(wanted[done:end], words))
-            if runs:
-                # The words of a phrase are usually given in the order of the post.
-                spans.append(next((run for run in runs if run[0] >= after), runs[0]))
-                after, done = spans[-1][1] + 1, end
-                break
-        else:
+        firsts = places.get(wanted[done], ())
+        sizes = [_alike(wanted, done, words, first) for first in firsts]
+        if not sizes:
             return []
+        longest = [first for first, size in zip(firsts, sizes, strict=True) if size == max(sizes)]
+        # The words of a phrase are usually given in the order of the post.
+        first = next((place for place in longest if place >= after), longest[0])
+        after = first + max(sizes)
+        spans.append((first, after - 1))
+        done += max(sizes)
     return spans
+
+
+def _alike(wanted: Sequence[str], start: int, words: Sequence[str], first: int) -> int:
+    """How many words from ``start`` on stand in the post from ``first`` on."""
+    size, most = 0, min(len(wanted) - start, len(words) - first)
+    while size < most and wanted[start + size] == words[first + size]:
+        size += 1
+    return size
 
 
 def _runs(wanted: Sequence[str], words: Sequence[str]) -> Iterator[tuple[int, int]]:
     """(first, last) of each place where the wanted words stand side by side."""
     size = len(wanted)
     for first in range(len(words) - size + 1 if size else 0):
-        if list(words[first : first + size]) == list(wanted):
+        if _alike(wanted, 0, words, first) == size:
             yield first, first + size - 1
 
 
 def _folded(word: str) -> str:
-    return _EDGES.sub("", word).casefold()
+    core = _CORE.search(word)
+    return core[0].casefold() if core else ""
 
 
 def _phrases_of(value: object) -> list[str] | None:
