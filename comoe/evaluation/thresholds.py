@@ -134,7 +134,12 @@ def _choose(
         scores_N, gold_N = scores_NY[:, label], gold_NY[:, label]
         edge = HALF
         if min(gold_N.sum(), (1 - gold_N).sum()) >= FEWEST:
-            held_N = _decided_by_others(scores_N, gold_N, folds_N, by_label)
+            # Every post is decided by the threshold of the other folds.
+            held_N = np.zeros(len(scores_N), dtype=np.int64)
+            for fold in np.unique(folds_N):
+                here_N = folds_N == fold
+                best = best_threshold(scores_N[~here_N], gold_N[~here_N], by_label)
+                held_N[here_N] = scores_N[here_N] >= best
             if _gains(gold_N, held_N, plain_NY[:, label], by_label):
                 held_NY[:, label] = held_N
                 edge = best_threshold(scores_N, gold_N, by_label)
@@ -143,16 +148,6 @@ def _choose(
     if all(edge == HALF for edge in edges) or held_out < at_half:
         return Chosen(None, at_half, at_half)
     return Chosen(tuple(edges), at_half, held_out)
-
-
-def _decided_by_others(
-    scores_N: np.ndarray, gold_N: np.ndarray, folds_N: np.ndarray, measure: Measure
-) -> np.ndarray:
-    decided_N = np.zeros(len(scores_N), dtype=np.int64)
-    for fold in np.unique(folds_N):
-        here = folds_N == fold
-        decided_N[here] = scores_N[here] >= best_threshold(scores_N[~here], gold_N[~here], measure)
-    return decided_N
 
 
 def _gains(gold_N: np.ndarray, held_N: np.ndarray, plain_N: np.ndarray, measure: Measure) -> bool:

@@ -43,6 +43,9 @@ CHUNK = 2048
 BATCH = 64
 """Posts per forward pass."""
 
+TAUGHT = ("train", "validation")
+"""Splits that teachers are asked about."""
+
 
 @dataclass(frozen=True, slots=True)
 class Teacher:

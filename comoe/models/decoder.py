@@ -158,16 +158,21 @@ class TaskDecoder:
             for number, task in self.text_tasks
         }
         if self.text_tasks:
-            texts_BD = _side_by_side(list(texts.values()))
+            # Each row has a text of one task: side by side, IGNORED where none has a token.
+            width = max(text_BD.shape[1] for text_BD in texts.values())
+            padded = [F.pad(t, (0, width - t.shape[1]), value=IGNORED) for t in texts.values()]
+            texts_BD = torch.stack(padded).amax(dim=0)
             rows_R = _with_tokens(texts_BD)
             again = self._score(states_BLM, mask_BL, tasks_B, rows_R, texts_BD[rows_R])
             generated_B = _spread(again.log_probabilities_N, rows_R, len(tasks_B))
         for number, task in self.text_tasks:
             mine_B = tasks_B == number
             logits[task.name] = torch.stack([own_B * mine_B, generated_B * mine_B], dim=1)
-        generated = {
-            task.name: self._without_end(texts[number]) for number, task in self.text_tasks
-        }
+        generated = {}
+        for number, task in self.text_tasks:
+            ends_BD = torch.isin(texts[number], torch.tensor(self.ends, device=tasks_B.device))
+            ended_BD = ends_BD | (texts[number] == IGNORED)
+            generated[task.name] = torch.where(ended_BD, -1, texts[number])
         routings = tuple(map(_joined, zip(*(one.routings for one in passes), strict=True)))
         rows_S = torch.cat([one.rows_S for one in passes])
         return DecoderOutput(logits, routings, rows_S, (), generated)
@@ -313,11 +318,6 @@ class TaskDecoder:
         tasks_N = tasks_N.clamp_min(0)
         return None if self.embed is None else self.embed(tasks_N), tasks_N
 
-    def _without_end(self, texts_BD: Tensor) -> Tensor:
-        """Token ids as ``ModelOutput`` has them: -1 from the end token on."""
-        ends_BD = torch.isin(texts_BD, torch.tensor(self.ends, device=texts_BD.device))
-        return torch.where(ends_BD | (texts_BD == IGNORED), -1, texts_BD)
-
 
 class _Choices(NamedTuple):
     """Labels that the decoder is to score."""
@@ -357,13 +357,6 @@ def _spread(values_N: Tensor, rows_R: Tensor, number: int) -> Tensor:
     if len(rows_R) == 0:
         return values_N.expand(number) * 0.0
     return values_N.new_zeros(number).index_copy(0, rows_R, values_N)
-
-
-def _side_by_side(texts: Sequence[Tensor]) -> Tensor:
-    """Texts of different rows in one tensor, IGNORED where none of them has one."""
-    width = max(part.shape[1] for part in texts)
-    padded = [F.pad(part, (0, width - part.shape[1]), value=IGNORED) for part in texts]
-    return torch.stack(padded).amax(dim=0)
 
 
 def _joined(routings: Sequence[Routing]) -> Routing:

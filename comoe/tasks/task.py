@@ -182,7 +182,7 @@ def build_task(
         else float(config.contrastive_width),
         auxiliary=config.auxiliary,
         slices=tuple(config.slices),
-        confidence_strategy=_confidence_strategy(name, config, kind=kind),
+        confidence_strategy=config.confidence_strategy,
         label_mean=label_mean,
         label_std=label_std,
         prompt=config.prompt,
@@ -220,20 +220,15 @@ def _check_labels(name: str, config: TaskConfig, labels: tuple[str, ...]) -> Non
             f"tasks.{name} ({config.kind}) is there for the contrastive loss alone; set "
             f"tasks.{name}.contrastive to auto, or drop the task with tasks.{name}=null."
         )
+    if CONFIDENCE_STRATEGIES[config.confidence_strategy] and not kind.scored:
+        raise ValueError(
+            f"tasks.{name}.confidence_strategy ({config.confidence_strategy}) has no meaning for a task without "
+            "labels; leave it out."
+        )
     if config.label_smoothing and not kind.min_labels:
         raise ValueError(
             f"tasks.{name}.label_smoothing has no meaning for a {config.kind} task; leave it out."
         )
-
-
-def _confidence_strategy(name: str, config: TaskConfig, *, kind: Kind) -> str:
-    """What the confidence does, checked against the kind."""
-    strategy = config.confidence_strategy
-    if CONFIDENCE_STRATEGIES[strategy] and not kind.scored:
-        raise ValueError(
-            f"tasks.{name}.confidence_strategy ({strategy}) has no meaning for a task without labels; leave it out."
-        )
-    return strategy
 
 
 def _resolve_metric(name: str, metric: str, *, kind: Kind, labels: tuple[str, ...]) -> str:

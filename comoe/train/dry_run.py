@@ -17,9 +17,10 @@ from comoe.data.tokens.split import TokenizedSplit
 from comoe.distributed import is_main, world_size
 from comoe.starter.registry import as_typed
 from comoe.tasks.task import Task
-from comoe.train.build import build_model, read_posts, tokenize_posts
 from comoe.train.memory_plan import MemoryPlan, plan_run
 from comoe.train.parallel.ds_config import fill_settings, plan_layout
+from comoe.train.read_data import read_posts, tokenize_posts
+from comoe.train.start_model import build_model
 
 Seen = Callable[[Task, int], tuple[str, str]]
 

@@ -14,7 +14,8 @@ import torch
 from tqdm import tqdm
 
 from comoe.data.sampling.sampler import eval_batches
-from comoe.data.tokens.split import TokenizedSplit
+from comoe.data.text.noise import SEPARATOR, noisy
+from comoe.data.tokens.split import TokenizedSplit, tokenize_split
 from comoe.distributed import (
     all_gather_objects,
     is_main,
@@ -98,6 +99,42 @@ def evaluate_split(
             detokenize=run.collator.detokenize,
         )
     return replace(evaluation, **observed.measures())
+
+
+def evaluate_noisy(
+    run: TrainingRun, split: str, *, tasks: Sequence[Task], step: int
+) -> dict[str, Evaluation]:
+    """Evaluations of a split under each of ``data.noise``, logged, by name (``validation+typos``).
+
+    The noise is the same on every rank, and for any number of them. None where the split has no
+    labels. Every rank must call it.
+
+    Args:
+        run: with the weights to evaluate.
+        split: validation or test.
+        tasks: as the clean split was evaluated, with temperatures and thresholds where these were
+            fitted.
+        step: of the weights.
+    """
+    found: dict[str, Evaluation] = {}
+    if split not in run.splits or not run.splits[split].labelled.any():
+        return found
+    data = run.recipe.data
+    # More tokens than the encoder numbers may come of a slip; the run's own posts have been
+    # checked.
+    config = replace(data, max_length=min(data.max_length, run.model.longest_text))
+    for noise in data.noise:
+        name = f"{split}{SEPARATOR}{noise}"
+        posts = noisy(
+            run.splits[split].posts, noise, rate=data.noise_rate, seed=run.recipe.train.seed
+        )
+        tokens = tokenize_split(posts, run.collator.tokenizer, tasks=run.tasks, config=config)
+        evaluation = evaluate_split(run, name, split=tokens, tasks=tasks)
+        assert evaluation is not None
+        # Plots of each noise would hide those of the run.
+        found[name] = replace(evaluation, confusions={}, routing=None, embeddings=None)
+        run.monitor.log_evaluation(step, split=name, evaluation=found[name])
+    return found
 
 
 def measure_experts(run: TrainingRun, whole: Evaluation) -> dict[str, Any]:

@@ -158,7 +158,9 @@ def _slurm(environment: Environment) -> RankPlace | None:
     job, step = _number(environment, "SLURM_JOB_ID"), _number(environment, "SLURM_STEP_ID", 0)
     first, number = PORTS
     host = first_host(environment.get("SLURM_STEP_NODELIST", ""))
-    per_node = _per_node(environment.get("SLURM_STEP_TASKS_PER_NODE", ""))
+    # Tasks of each machine: 2(x3),1 is 2, 2, 2, 1.
+    counts = re.findall(r"(\d+)(?:\(x(\d+)\))?", environment.get("SLURM_STEP_TASKS_PER_NODE", ""))
+    per_node = [int(tasks) for tasks, times in counts for _ in range(int(times or 1))]
     return _place(
         "slurm",
         {
@@ -173,12 +175,6 @@ def _slurm(environment: Environment) -> RankPlace | None:
         node=node,
         nodes=nodes,
     )
-
-
-def _per_node(text: str) -> list[int]:
-    """Tasks of each machine: ``2(x3),1`` is 2, 2, 2, 1."""
-    found = re.findall(r"(\d+)(?:\(x(\d+)\))?", text)
-    return [int(tasks) for tasks, times in found for _ in range(int(times or 1))]
 
 
 LAUNCHERS: dict[str, Callable[[Environment], RankPlace | None]] = {

@@ -7,18 +7,14 @@ import sys
 import time
 import traceback
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from comoe.config.files import read_json
-from comoe.config.load import load_recipe, load_saved_recipe, recipe_from_dict, recipe_to_dict
 from comoe.config.recipe import Recipe
-from comoe.config.validate import validate
 from comoe.distributed import (
     barrier,
-    broadcast_object,
     is_main,
     lost_connection,
     wait_for_ranks_up_to,
@@ -27,8 +23,8 @@ from comoe.train.environment import prepare_process
 from comoe.train.fault.signals import StopSignal
 from comoe.train.fault.supervisor import is_child, restart_record
 from comoe.train.fault.watchdog import LOST, PREPARING, Watchdog
+from comoe.train.request import Request, deepspeed_settings, load_requested
 from comoe.train.run_folder import (
-    OWN_SETTINGS,
     begun_by_this_start,
     refuse_taken,
     take,
@@ -40,26 +36,6 @@ if TYPE_CHECKING:
     from comoe.train.training_run import TrainingRun
 
 A_DAY = 86400.0
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """The command line of one run."""
-
-    config: str | Path | Recipe | None = None
-    """Recipe file, or the name of a ready one; None with ``resume``."""
-    deepspeed: str | Path | None = None
-    """DeepSpeed JSON; None is the run's own with ``resume``, else ZeRO 2."""
-    overrides: Sequence[str] = ()
-    """``key=value`` changes of the recipe."""
-    resume: Path | None = None
-    """Run folder to resume, with its own recipe."""
-    dry_run: bool = False
-    """Check and print the plan without training."""
-    gpus: int = 0
-    """Plan the dry run for so many GPUs; 0 for this machine."""
-    verify: bool = True
-    """Compare the digests of the checkpoint to resume."""
 
 
 def train(
@@ -123,7 +99,13 @@ def run_and_exit(request: Request, stop: StopSignal | None = None) -> None:
         code, message, shown = _classify(error, request, watch)
     watch.leave(code, message)
     if code:
-        _print_error(message, shown)
+        # Usually every rank fails alike and one message is enough: the others wait for the launcher
+        # to end them, and print only if it does not, because then the error is their own.
+        if not is_main() or int(os.environ.get("RANK", "0")):
+            time.sleep(3)
+        alone = os.environ.get("WORLD_SIZE", "1") == "1"
+        who = "" if alone else f"rank {os.environ.get('RANK', '0')}: "
+        print(f"{shown}comoe: {who}{message}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
     # gloo's threads sometimes abort a normal exit; see deepspeed_notes.
@@ -134,7 +116,11 @@ def _classify(error: Exception, request: Request, watch: Watchdog) -> tuple[int,
     """Exit code, message, and the traceback if verbose."""
     plain = isinstance(error, (ValueError, OSError))
     if plain and watch.phase == PREPARING:
-        return 2, str(error), traceback.format_exc() if _is_verbose(request) else ""
+        verbose = False
+        # The recipe itself may be wrong, and the message says where.
+        with suppress(ValueError, OSError):
+            verbose = load_requested(request).run.verbose
+        return 2, str(error), traceback.format_exc() if verbose else ""
     from comoe.train.state import TrainingStopped
 
     if isinstance(error, TrainingStopped):
@@ -146,24 +132,6 @@ def _classify(error: Exception, request: Request, watch: Watchdog) -> tuple[int,
     return 1, f"{type(error).__name__}: {error}", traceback.format_exc()
 
 
-def _is_verbose(request: Request) -> bool:
-    try:
-        return _load(request).run.verbose
-    except (ValueError, OSError):
-        # The recipe itself is wrong, and the message says where.
-        return False
-
-
-def _print_error(message: str, shown: str) -> None:
-    # Usually every rank fails alike and one message is enough: the others wait for the launcher to
-    # end them, and print only if it does not, because then the error is their own.
-    if not is_main() or int(os.environ.get("RANK", "0")):
-        time.sleep(3)
-    alone = os.environ.get("WORLD_SIZE", "1") == "1"
-    who = "" if alone else f"rank {os.environ.get('RANK', '0')}: "
-    print(f"{shown}comoe: {who}{message}", file=sys.stderr)
-
-
 def run_request(
     request: Request, stop: StopSignal | None = None, watch: Watchdog | None = None
 ) -> Path:
@@ -173,13 +141,12 @@ def run_request(
         ValueError: something that the user can mend; the message says what.
     """
     watch = watch or Watchdog()
-    recipe = _load(request)
+    recipe = load_requested(request)
     prepare_process(verbose=recipe.run.verbose)
     # DeepSpeed reads the environment when it is imported, so nothing that imports it may come
     # earlier.
     from comoe.train.build import build_run
     from comoe.train.dry_run import print_dry_run
-    from comoe.train.parallel.ds_config import ZERO_2, load_settings
     from comoe.train.recipe_warnings import recipe_warnings
 
     device = _join_ranks(recipe, watch)
@@ -187,7 +154,7 @@ def run_request(
     if not request.dry_run and request.resume is None and begun_by_this_start(folder):
         # Its config.yaml holds what the command line changed; some changes cannot be made twice.
         request = replace(request, config=None, resume=folder, overrides=())
-        recipe = _load(request)
+        recipe = load_requested(request)
     watch.advice = "The last whole checkpoint is good"
     watch.advice += "." if is_child() else f": go on with --resume {folder}."
     if is_main():
@@ -197,8 +164,7 @@ def run_request(
     fresh = not request.dry_run and request.resume is None
     if fresh:
         refuse_taken(folder, overwrite=recipe.run.overwrite)
-    own = request.deepspeed or (_own_settings(folder) if request.resume else None)
-    settings = ZERO_2 if own is None else load_settings(own)
+    settings = deepspeed_settings(request)
     if request.dry_run:
         print_dry_run(recipe, settings, device=device, gpus=request.gpus)
         return folder
@@ -230,7 +196,7 @@ def _begin(run: TrainingRun, own_settings: Mapping[str, Any]) -> None:
 
 
 def _train_and_finalize(run: TrainingRun, stop: StopSignal | None = None) -> None:
-    from comoe.train.finalize import finalize, print_results
+    from comoe.train.finalize import finish
     from comoe.train.trainer import Trainer
 
     folder, state, finished_before = run.folder, run.state, bool(run.state.finished)
@@ -243,12 +209,7 @@ def _train_and_finalize(run: TrainingRun, stop: StopSignal | None = None) -> Non
     run.watch.enter("finishing" if finished_before else "first step")
     if not finished_before:
         Trainer(run, stop or StopSignal()).train()
-    if state.finished and not (finished_before and _written_out(folder, state.step)):
-        finalize(run)
-    elif finished_before and is_main():
-        print_results(folder, run.tasks)
-    elif is_main():
-        print(f"stopped; go on with: --resume {folder}")
+    finish(run, trained=not finished_before)
 
 
 def _join_ranks(recipe: Recipe, watch: Watchdog) -> Any:
@@ -260,61 +221,3 @@ def _join_ranks(recipe: Recipe, watch: Watchdog) -> Any:
     # The watchdog limits waits; a rank may prepare or save for hours.
     wait_for_ranks_up_to(max(A_DAY, seconds))
     return device
-
-
-def _written_out(folder: Path, step: int) -> bool:
-    """Whether results and export are of this step: a resumed run still has those of its first end."""
-    results = folder / "results.json"
-    done = is_main() and results.is_file() and (folder / "export").is_dir()
-    return broadcast_object(done and read_json(results)["step"] == step)
-
-
-def _load(request: Request) -> Recipe:
-    if request.resume is None:
-        if request.config is None:
-            raise ValueError(
-                "there is nothing to train: give a recipe, or --resume with a run folder."
-            )
-        if isinstance(request.config, Recipe):
-            return _checked(request.config, request.overrides)
-        return load_recipe(request.config, request.overrides)
-    if request.config is not None:
-        raise ValueError(
-            f"--config {request.config} beside --resume {request.resume}: a run goes on by its own config.yaml. Leave "
-            f"--config out and change single options with key=value, or begin a new run without --resume."
-        )
-    saved = request.resume / "config.yaml"
-    if not saved.is_file():
-        raise ValueError(
-            f"--resume {request.resume}: no config.yaml there; give the folder of a run, such as runs/starter."
-        )
-    recipe = load_saved_recipe(saved, request.overrides)
-    router, key = recipe.train.router_learning_rate, "train.router_learning_rate"
-    before = load_saved_recipe(saved).train.router_learning_rate
-    if (router is None) != (before is None):
-        raise ValueError(
-            f"{key} is {router}, but {request.resume} was begun with {before}: null keeps the router in the optimizer "
-            f"group of the experts, and a resumed run keeps its groups. Leave {key} out, or begin a new run."
-        )
-    return recipe
-
-
-def _checked(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
-    if overrides:
-        raise ValueError(f"{overrides[0]}: give it to load_recipe, which made the recipe.")
-    raw = recipe_to_dict(recipe)
-    # What a path is relative to must outlive this process: a resume may come from another folder.
-    raw["data"]["root"] = raw["data"]["root"] or str(Path.cwd())
-    recipe = recipe_from_dict(raw)
-    validate(recipe)
-    return recipe
-
-
-def _own_settings(folder: Path) -> Path:
-    own = folder / OWN_SETTINGS
-    if not own.is_file():
-        raise ValueError(
-            f"--resume {folder}: no {OWN_SETTINGS} there, as runs of earlier versions have none; add --deepspeed with "
-            f"the file that the run was begun with, such as zero2."
-        )
-    return own

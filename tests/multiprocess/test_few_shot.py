@@ -38,8 +38,10 @@ def starts(folder: str, stages: list[int]) -> dict[str, Any]:
     os.environ["COMOE_HOME"] = folder
     from comoe.config.load import load_recipe
     from comoe.distributed import world_size
-    from comoe.train.build import build_model, build_run, read_posts, tokenize_posts
+    from comoe.train.build import build_run
     from comoe.train.parallel.setup import gather_full_state, start_ranks
+    from comoe.train.read_data import read_posts, tokenize_posts
+    from comoe.train.start_model import build_model
 
     recipe = load_recipe(SMOKE, [*FEW, *DESCRIBED, "train.max_steps=2"])
     device, found = start_ranks(timeout_seconds=120), {}

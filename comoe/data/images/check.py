@@ -108,7 +108,11 @@ def check_images(
     inside = None if root is None else root.resolve()
 
     def refuse(post: int, reason: str, rule: str) -> None:
-        shown = _shown(cells[post])
+        shown = cells[post]
+        if isinstance(shown, Mapping):
+            shown = shown.get("path") or shown.get("bytes")
+        if isinstance(shown, (bytes, bytearray, memoryview)):
+            shown = bytes(shown[:16])  # the bytes of an image are too long for a report
         rule_shown = f"column {column}: the image {rule} {how.advice.get(reason, '')}".rstrip()
         bad[post] = BadRow(file, lines[post], shown, rule_shown, f"{IMAGE_REASON}{reason}")
 
@@ -300,13 +304,6 @@ def _load(path: Path | None) -> dict[str, CheckResult]:
         }
     except (OSError, ValueError, TypeError, AttributeError):
         return {}
-
-
-def _shown(cell: Any) -> Any:
-    """A cell as a report may keep it: the bytes of an image are long."""
-    if isinstance(cell, Mapping):
-        cell = cell.get("path") or cell.get("bytes")
-    return bytes(cell[:16]) if isinstance(cell, (bytes, bytearray, memoryview)) else cell
 
 
 KEEPS_POST: dict[str, bool] = {"skip": False, "text": True}

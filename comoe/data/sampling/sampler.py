@@ -13,8 +13,17 @@ from typing import Any
 
 import numpy as np
 
-from comoe.data.sampling.label_quota import LabelQuota, cut_in_parts
-from comoe.data.sampling.mixing import MIXINGS, draws_in_stretch, draws_per_epoch, label_shares
+from comoe.config.recipe import Recipe
+from comoe.data.sampling.label_quota import LabelQuota, cut_in_parts, label_members
+from comoe.data.sampling.mixing import (
+    MIXINGS,
+    balanced_classes,
+    draws_in_stretch,
+    draws_per_epoch,
+    label_shares,
+)
+from comoe.data.tokens.split import TokenizedSplit
+from comoe.tasks.task import Task
 
 POOL_BATCHES = 50
 """Batches whose posts are sorted by length together: large enough for little padding, small enough
@@ -300,3 +309,34 @@ def posts_per_forward(wanted: int | str, *, batch_size: int, world_size: int) ->
     if wanted == "auto":
         return min(share, MAX_AUTO_MICRO_BATCH)
     return min(int(wanted), share)
+
+
+def sampler_of(
+    recipe: Recipe,
+    train: TokenizedSplit,
+    tasks: Sequence[Task],
+    *,
+    world_size: int,
+    micro_batch_size: int,
+) -> TrainSampler:
+    """The sampler of a run.
+
+    Args:
+        recipe: resolved.
+        train: the training posts.
+        tasks: of the run.
+        world_size: number of ranks.
+        micro_batch_size: posts per forward pass on one rank.
+    """
+    config = SamplerConfig(
+        batch_size=recipe.train.batch_size,
+        world_size=world_size,
+        micro_batch_size=micro_batch_size,
+        mixing=recipe.data.mixing,
+        temperature=recipe.data.mixing_temperature,
+        seed=recipe.train.seed,
+        posts_per_label=recipe.data.posts_per_label,
+    )
+    members = label_members(train.posts, tasks) if config.posts_per_label else ()
+    classes = balanced_classes(train.posts, tasks, recipe.tasks)
+    return TrainSampler(train.lengths, train.groups, config, label_members=members, classes=classes)

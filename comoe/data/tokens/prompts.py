@@ -141,7 +141,13 @@ class Wording:
             chunks.append(
                 _lists([made.get(row) for row in range(start, min(start + CHUNK, len(posts)))])
             )
-        return _joined(chunks)
+        chunks = [_lists([]), *chunks]
+        lengths = np.concatenate([chunk.lengths for chunk in chunks])
+        return TokenLists(
+            input_ids=np.concatenate([chunk.input_ids for chunk in chunks]),
+            offsets=np.concatenate(([0], np.cumsum(lengths, dtype=np.int64))),
+            truncated=np.concatenate([chunk.truncated for chunk in chunks]),
+        )
 
     def _clean(self, text: str | None) -> str:
         return readable(text, self._normalize, self._max_length)[0] or ""
@@ -298,14 +304,4 @@ def _lists(rows: Sequence[tuple[Sequence[int], bool] | None]) -> TokenLists:
         input_ids=np.array([token for row in ids for token in row], dtype=np.int32),
         offsets=np.concatenate(([0], np.cumsum([len(row) for row in ids], dtype=np.int64))),
         truncated=np.array([row is not None and row[1] for row in rows], dtype=bool),
-    )
-
-
-def _joined(chunks: Sequence[TokenLists]) -> TokenLists:
-    chunks = [_lists([]), *chunks]
-    lengths = np.concatenate([chunk.lengths for chunk in chunks])
-    return TokenLists(
-        input_ids=np.concatenate([chunk.input_ids for chunk in chunks]),
-        offsets=np.concatenate(([0], np.cumsum(lengths, dtype=np.int64))),
-        truncated=np.concatenate([chunk.truncated for chunk in chunks]),
     )

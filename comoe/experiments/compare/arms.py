@@ -182,9 +182,14 @@ def _active(recipe: Recipe) -> tuple[int, int, int]:
 
 
 def _experts(
-    recipe: Recipe, gate: str, *, top_k: int | None = None, every: bool = False, route_by: str = ""
+    recipe: Recipe,
+    *,
+    gate: str = "",
+    top_k: int | None = None,
+    every: bool = False,
+    route_by: str = "",
 ) -> list[str]:
-    """``top_k`` experts of width A / top_k, selected by ``gate``: the recipe's k, or all."""
+    """``top_k`` experts of width A / top_k, selected by ``gate``; the recipe's own where none is given, or all."""
     experts, own, width = _active(recipe)
     top_k = experts if every else top_k or own
     if not 1 <= top_k <= experts:
@@ -196,6 +201,7 @@ def _experts(
             f"the active width {width} (top_k * expert_width of the recipe) is not a multiple of k = {top_k} "
             f"experts; set model.moe.expert_width to a multiple of {top_k}."
         )
+    gate = gate or recipe.model.moe.gate
     moe = {"num_experts": experts, "gate": gate, "top_k": top_k, "expert_width": width // top_k}
     moe |= {"route_by": route_by} if route_by else {}
     moe |= {"task_prior": 0} if route_by == "token" else {}
@@ -245,11 +251,6 @@ def _adamix(recipe: Recipe) -> list[str]:
         *(f"loss.{key}_weight={value}" for key, value in terms.items()),
         *UNBALANCED,
     ]
-
-
-def _routed(recipe: Recipe, route_by: str) -> list[str]:
-    """The gate and the k of the recipe, routed by something else."""
-    return _experts(recipe, recipe.model.moe.gate, route_by=route_by)
 
 
 def _confidence(recipe: Recipe, strategy: str) -> list[str]:
@@ -314,7 +315,7 @@ ARMS: dict[str, Callable[[Recipe], list[str]]] = {
     },
     **{f"{gate}_all": partial(_experts, gate=gate, every=True) for gate in ("softmax", "sigmoid")},
     "paper": partial(_experts, gate="sigmoid", every=True, route_by="task"),
-    **{f"by_{what}": partial(_routed, route_by=what) for what in ("token", "task", "both")},
+    **{f"by_{what}": partial(_experts, route_by=what) for what in ("token", "task", "both")},
     "task_and_token": partial(_experts, gate="sigmoid", route_by="both"),
     "adamix": _adamix,
     "one_per_task": _one_per_task,

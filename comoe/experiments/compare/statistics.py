@@ -112,12 +112,19 @@ def resampled(
         the tasks that are not auxiliary.
     """
     generator = np.random.default_rng(seed)
-    strata = _strata(runs[0], tasks)
+    # Rows grouped by the tasks that have a label there.
+    every = np.unique(np.concatenate([runs[0][task.name].rows for task in tasks]))
+    present = np.stack([np.isin(every, runs[0][task.name].rows) for task in tasks], axis=1)
+    _, kind_of_row = np.unique(present, axis=0, return_inverse=True)
+    kind_of_row = kind_of_row.reshape(-1)
+    strata = [every[kind_of_row == kind] for kind in range(kind_of_row.max() + 1)]
     found = {task.name: np.full((len(runs), resamples), math.nan) for task in tasks}
     for turn in range(resamples):
         drawn = np.concatenate([generator.choice(rows, len(rows)) for rows in strata])
         for task in tasks:
-            places = _places(runs[0][task.name].rows, drawn)
+            rows = runs[0][task.name].rows
+            places = np.searchsorted(rows, drawn).clip(max=len(rows) - 1)
+            places = places[rows[places] == drawn]  # without the posts that the task does not label
             for number, run in enumerate(runs):
                 if task.name in run:
                     found[task.name][number, turn] = _value(run[task.name], task, places)
@@ -196,20 +203,6 @@ def _value(found: Predictions, task: Task, places: np.ndarray | None = None) -> 
     if places is not None:
         gold, predicted = _take(gold, places), _take(predicted, places)
     return higher_is_better(task.metric, task.rules.measure(gold, predicted, task))
-
-
-def _strata(run: Mapping[str, Predictions], tasks: Sequence[Task]) -> list[np.ndarray]:
-    """Rows grouped by the tasks that have a label there."""
-    rows = np.unique(np.concatenate([run[task.name].rows for task in tasks]))
-    present = np.stack([np.isin(rows, run[task.name].rows) for task in tasks], axis=1)
-    _, kind = np.unique(present, axis=0, return_inverse=True)
-    return [rows[kind.reshape(-1) == number] for number in range(kind.max() + 1)]
-
-
-def _places(rows: np.ndarray, drawn: np.ndarray) -> np.ndarray:
-    """Positions of the drawn rows in ``rows``, without those that are missing."""
-    places = np.searchsorted(rows, drawn).clip(max=len(rows) - 1)
-    return places[rows[places] == drawn]
 
 
 def _take(values: Any, places: np.ndarray) -> Any:

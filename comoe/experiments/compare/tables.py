@@ -66,7 +66,9 @@ def markdown_lines(comparison: Comparison) -> list[str]:
 def _quality(comparison: Comparison) -> list[str]:
     """The first table: means and losses of the arms, their differences to the baseline, and the tasks."""
     base, first = comparison.baseline, comparison.measure or METRIC
-    order = [first, *(name for name in MEASURES if name != first and _known(comparison, name))]
+    every = [one for found in comparison.results.values() for one in found]
+    known = [name for name in MEASURES if any(getattr(one, MEASURES[name]) for one in every)]
+    order = [first, *(name for name in known if name != first)]
     tasks = {
         name: f"{name}/{task.metric if first == METRIC else first}"
         for name, task in comparison.tasks.items()
@@ -136,13 +138,6 @@ def _scope(comparison: Comparison) -> str:
     )
 
 
-def _known(comparison: Comparison, measure: str) -> bool:
-    """Whether some run has the measure."""
-    return any(
-        getattr(one, MEASURES[measure]) for found in comparison.results.values() for one in found
-    )
-
-
 def _posts(comparison: Comparison) -> str:
     """How many posts the metrics and the losses are of, over all runs."""
     results = [result for found in comparison.results.values() for result in found]
@@ -172,11 +167,6 @@ def _helped(comparison: Comparison, arm: str) -> str:
     better = sum(gains[name].mean > 0 for name in comparison.measured if name in gains)
     text = f"better in {better} of {verdicts.count}, significantly in {len(verdicts.gained)}"
     return text + (f"; significantly worse in {len(verdicts.lost)}" if verdicts.lost else "")
-
-
-def _passes(result: Result) -> str:
-    posts, train_posts = result.costs.get("posts"), sum(result.train_posts.values())
-    return f"{posts / train_posts:.1f}" if posts and train_posts else ""
 
 
 def _failed(comparison: Comparison) -> list[str]:
@@ -292,3 +282,8 @@ _WHY = (
     "Opposed gradients: below 0 in every seed. Better without: any improvement, bold if significant; worse without: "
     "significant ones only."
 )
+
+
+def _passes(result: Result) -> str:
+    posts, train_posts = result.costs.get("posts"), sum(result.train_posts.values())
+    return f"{posts / train_posts:.1f}" if posts and train_posts else ""

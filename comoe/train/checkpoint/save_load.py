@@ -79,7 +79,9 @@ def save_checkpoint(
         write_json(aside / "state.json", about)
     barrier()
     if is_main():
-        write_manifest(aside, step=state.step, run=_owner(folder))
+        if not (folder / OWNER).is_file():
+            write_atomic(folder / OWNER, uuid.uuid4().hex)
+        write_manifest(aside, step=state.step, run=(folder / OWNER).read_text())
         if final.exists():
             # The same step again, at the end of a run: deleting takes long, and may be the last
             # whole one's end.
@@ -89,13 +91,6 @@ def save_checkpoint(
         prune(folder, keep=keep)
     barrier()
     return final
-
-
-def _owner(folder: Path) -> str:
-    """The identifier of the run that a folder of checkpoints belongs to, made where there is none."""
-    if not (folder / OWNER).is_file():
-        write_atomic(folder / OWNER, uuid.uuid4().hex)
-    return (folder / OWNER).read_text()
 
 
 def saved_elsewhere(path: Path, layout: Layout) -> str:

@@ -138,8 +138,10 @@ class Engine:
                 self.average.update(batches[0].step)
         norm = self.deepspeed.get_global_grad_norm()
         return StepReport(
-            loss=torch.stack([output.loss.detach().float() for output in outputs]).mean(),
-            terms=_mean_terms(outputs),
+            loss=_mean([output.loss for output in outputs]),
+            terms={
+                name: _mean([output.terms[name] for output in outputs]) for name in outputs[0].terms
+            },
             outputs=outputs,
             grad_norm=None if norm is None else float(norm),
             skipped=skipped,
@@ -198,9 +200,5 @@ class Engine:
                 BALANCES[moe.balance](bias_E[group], load_E[group], moe.balance_rate * factor)
 
 
-def _mean_terms(outputs: Sequence[StepOutput]) -> dict[str, Tensor]:
-    names = outputs[0].terms.keys()
-    return {
-        name: torch.stack([output.terms[name].detach().float() for output in outputs]).mean()
-        for name in names
-    }
+def _mean(values: Sequence[Tensor]) -> Tensor:
+    return torch.stack([value.detach().float() for value in values]).mean()

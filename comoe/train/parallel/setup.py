@@ -10,6 +10,7 @@ import ctypes
 import io
 import logging
 import os
+import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from datetime import timedelta
@@ -18,6 +19,7 @@ from typing import Any
 
 import deepspeed
 import deepspeed.comm
+import numpy as np
 import torch
 from deepspeed.module_inject import auto_ep_layer
 from deepspeed.runtime.fp16.loss_scaler import LossScaler
@@ -109,6 +111,13 @@ def start_ranks(*, timeout_seconds: float, verbose: bool = False) -> torch.devic
     return torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
 
 
+def seed_random(seed: int) -> None:
+    """Seed the generators of Python, NumPy and PyTorch."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
 @contextmanager
 def building(settings: Mapping[str, Any]) -> Iterator[None]:
     """The context to build the objective in: at ZeRO 3 its encoder is split over the ranks while it is read.
@@ -154,8 +163,11 @@ def build_deepspeed_engine(
             ``comoe.train.parallel.ds_config.fill_settings``.
     """
     groups = parameter_groups(objective, recipe)
-    if any(hasattr(parameter, "ds_id") for parameter in objective.parameters()):
-        _match_split_weights(objective, bf16=settings["bf16"]["enabled"])
+    split = [hasattr(parameter, "ds_id") for parameter in objective.parameters()]
+    if any(split) and settings["bf16"]["enabled"]:
+        # Where a part came split already, DeepSpeed takes the precision of the rest as it is.
+        for parameter, done in zip(objective.parameters(), split, strict=True):
+            parameter.data = parameter.data if done else parameter.data.bfloat16()
     with our_classes(recipe.model.moe, len(objective.tasks)):
         engine, _, _, _ = deepspeed.initialize(
             model=objective, model_parameters=groups, config=dict(settings)
@@ -168,13 +180,6 @@ def build_deepspeed_engine(
             # bf16 casts buffers too, and a step of 0.001 is lost in it.
             module.e_score_correction_bias = module.e_score_correction_bias.float()
     return engine
-
-
-def _match_split_weights(objective: nn.Module, *, bf16: bool) -> None:
-    # Where a part came split already, DeepSpeed takes the precision of the rest as it is.
-    for parameter in objective.parameters():
-        if bf16 and not hasattr(parameter, "ds_id"):
-            parameter.data = parameter.data.bfloat16()
 
 
 def parameter_groups(objective: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:

@@ -11,7 +11,8 @@ from transformers import AutoModel, BertConfig
 
 from comoe.config.load import load_recipe
 from comoe.config.recipe import ModelConfig, Recipe
-from comoe.train.build import build_model, read_posts
+from comoe.train.read_data import read_posts
+from comoe.train.start_model import build_model
 from tests.helpers_model import BERT_LIKE, TASKS
 
 

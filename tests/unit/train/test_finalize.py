@@ -12,7 +12,7 @@ import pytest
 from comoe.data.posts import unlabelled_posts
 from comoe.evaluation.evaluate import Evaluation
 from comoe.tasks.task import Task
-from comoe.train.finalize import print_results, write_predictions
+from comoe.train.results import print_results, write_predictions
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ import pytest
 import comoe.train.run as module
 from comoe.train.fault.supervisor import FINAL
 from comoe.train.fault.watchdog import Watchdog
-from comoe.train.run import Request, run_and_exit
+from comoe.train.request import Request, load_requested
+from comoe.train.run import run_and_exit
 from comoe.train.state import TrainState
 from comoe.train.trainer import Trainer
 
@@ -91,9 +92,9 @@ def test_a_resumed_run_keeps_the_optimizer_group_of_its_router(tmp_path: Path) -
     written = "tasks: {mood: {path: mood.csv}}\ntrain: {seed: 1}\n"
     (tmp_path / "config.yaml").write_text(written)
     rate = "train.router_learning_rate"
-    assert module._load(Request(resume=tmp_path)).train.router_learning_rate is None
+    assert load_requested(Request(resume=tmp_path)).train.router_learning_rate is None
     with pytest.raises(ValueError, match=f"{rate} is auto, but .* was begun with None"):
-        module._load(Request(resume=tmp_path, overrides=[f"{rate}=auto"]))
+        load_requested(Request(resume=tmp_path, overrides=[f"{rate}=auto"]))
     (tmp_path / "config.yaml").write_text(written.replace("seed: 1", "router_learning_rate: 0.1"))
-    now = module._load(Request(resume=tmp_path, overrides=[f"{rate}=0.2"]))
+    now = load_requested(Request(resume=tmp_path, overrides=[f"{rate}=0.2"]))
     assert now.train.router_learning_rate == 0.2
