@@ -1,7 +1,5 @@
 """``launch/predict.py`` and ``launch/eval.py`` on what a run exported."""
 
-from __future__ import annotations
-
 import csv
 import json
 import shutil
@@ -10,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from tests.end_to_end.commands import Terminal, read_lines
-from tests.end_to_end.conftest import Finished
 
 pytestmark = pytest.mark.end_to_end
 
@@ -32,15 +29,13 @@ def predict(terminal: Terminal, run: Path, source: Path, target: Path, *words: s
 
 
 @pytest.fixture
-def posts(tmp_path: Path) -> Path:
+def posts(tmp_path) -> Path:
     path = tmp_path / "posts.txt"
     path.write_bytes("".join(f"{line}\n" for line in LINES).encode())
     return path
 
 
-def test_tweeteval_answers_are_one_label_id_per_line(
-    smoke_run: Finished, terminal: Terminal, posts: Path, tmp_path: Path
-) -> None:
+def test_tweeteval_answers_are_one_label_id_per_line(smoke_run, terminal, posts, tmp_path):
     target = tmp_path / "answers" / "mood.txt"
     said = predict(
         terminal, smoke_run.folder, posts, target, "--format", "tweeteval", "--task", "mood"
@@ -52,9 +47,7 @@ def test_tweeteval_answers_are_one_label_id_per_line(
     assert f"{len(LINES)} posts predicted" in said
 
 
-def test_jsonl_and_csv_hold_the_same_answers(
-    smoke_run: Finished, terminal: Terminal, posts: Path, tmp_path: Path
-) -> None:
+def test_jsonl_and_csv_hold_the_same_answers(smoke_run, terminal, posts, tmp_path):
     tasks = ("--task", "mood", "--task", "strength")
     predict(terminal, smoke_run.folder, posts, tmp_path / "a.jsonl", *tasks, "--explain")
     predict(terminal, smoke_run.folder, posts, tmp_path / "a.csv", *tasks, "--format", "csv")
@@ -75,9 +68,7 @@ def test_jsonl_and_csv_hold_the_same_answers(
     assert "attention" in json.dumps(answers[0]), "--explain adds the weight of each word"
 
 
-def test_eval_measures_what_the_run_measured(
-    smoke_run: Finished, terminal: Terminal, home: Path, tmp_path: Path
-) -> None:
+def test_eval_measures_what_the_run_measured(smoke_run, terminal, home, tmp_path):
     data = home / "smoke-1" / "posts" / "stance" / "test.jsonl"
     done = terminal.python(
         "launch/eval.py", "--model", smoke_run.folder / "export", "--data", data, "--task", "stance",
@@ -91,9 +82,7 @@ def test_eval_measures_what_the_run_measured(
     assert measured == pytest.approx(told["metrics"]["test"]["stance"], rel=1e-5, abs=1e-6)
 
 
-def test_a_file_that_is_not_there_is_one_sentence(
-    smoke_run: Finished, terminal: Terminal, tmp_path: Path
-) -> None:
+def test_a_file_that_is_not_there_is_one_sentence(smoke_run, terminal, tmp_path):
     missing, model = tmp_path / "none.txt", smoke_run.folder / "export"
     done = terminal.python(
         "launch/predict.py", "--model", model, "--input", missing, "--output", tmp_path / "x",
@@ -104,9 +93,7 @@ def test_a_file_that_is_not_there_is_one_sentence(
     )
 
 
-def test_an_export_that_was_changed_does_not_answer(
-    smoke_run: Finished, terminal: Terminal, posts: Path, tmp_path: Path
-) -> None:
+def test_an_export_that_was_changed_does_not_answer(smoke_run, terminal, posts, tmp_path):
     model, target = (
         shutil.copytree(smoke_run.folder / "export", tmp_path / "export"),
         tmp_path / "x",

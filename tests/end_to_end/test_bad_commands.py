@@ -1,19 +1,15 @@
 """What a user gets wrong on the command line: one clear sentence, once, no traceback, exit code 2."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
 import shutil
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.end_to_end.commands import ROOT, SMOKE, Done, Terminal, deepspeed
-from tests.end_to_end.conftest import Finished
+from tests.end_to_end.commands import ROOT, SMOKE, Done, deepspeed
 from tests.helpers_ranks import run_ranks
 
 pytestmark = pytest.mark.end_to_end
@@ -28,8 +24,8 @@ def sentence(done: Done) -> str:
 
 
 def test_an_unknown_key_on_two_ranks_is_named_with_the_nearest_before_anything_is_loaded(
-    terminal: Terminal, tmp_path: Path
-) -> None:
+    terminal, tmp_path
+):
     done = terminal.run(
         *deepspeed(2), "--config", SMOKE, f"run.output_dir={tmp_path / 'runs'}", "train.eval_evry=3"
     )
@@ -38,9 +34,7 @@ def test_an_unknown_key_on_two_ranks_is_named_with_the_nearest_before_anything_i
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_clash_between_the_ranks_and_the_recipe_is_one_sentence_too(
-    terminal: Terminal, tmp_path: Path
-) -> None:
+def test_a_clash_between_the_ranks_and_the_recipe_is_one_sentence_too(terminal, tmp_path):
     words = ("--config", SMOKE, f"run.output_dir={tmp_path / 'runs'}", "parallel.ep_size=4")
     done = terminal.run(*deepspeed(2), *words)
     assert sentence(done) == (
@@ -49,9 +43,7 @@ def test_a_clash_between_the_ranks_and_the_recipe_is_one_sentence_too(
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_run_that_is_there_is_refused_and_left_as_it_is(
-    smoke_run: Finished, terminal: Terminal
-) -> None:
+def test_a_run_that_is_there_is_refused_and_left_as_it_is(smoke_run, terminal):
     before = {path: path.stat().st_mtime_ns for path in smoke_run.folder.rglob("*")}
     done = terminal.python(
         "launch/train.py", "--config", SMOKE, f"run.output_dir={smoke_run.folder.parent}"
@@ -79,9 +71,7 @@ def refusals(requests: list[dict[str, Any]], home: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def refused(
-    tmp_path_factory: pytest.TempPathFactory, smoke_run: Finished, home: Path
-) -> dict[str, str]:
+def refused(tmp_path_factory, smoke_run, home) -> dict[str, str]:
     """What is wrong -> what was said. A run to be replaced lies in the way of all of them."""
     folder = tmp_path_factory.mktemp("refused")
     old = folder / "runs" / "smoke"
@@ -155,16 +145,16 @@ EXPECTED = {
 
 
 @pytest.mark.parametrize("what", EXPECTED)
-def test_a_bad_start_is_refused_in_one_sentence(what: str, refused: dict[str, str]) -> None:
+def test_a_bad_start_is_refused_in_one_sentence(what, refused):
     assert EXPECTED[what] in refused[what]
     assert "\n" not in refused[what]
 
 
-def test_every_bad_start_has_its_test(refused: dict[str, str]) -> None:
+def test_every_bad_start_has_its_test(refused):
     assert set(refused) == set(EXPECTED)
 
 
-def test_help_is_instant_and_shows_the_commands(terminal: Terminal) -> None:
+def test_help_is_instant_and_shows_the_commands(terminal):
     done = terminal.run(sys.executable, "-X", "importtime", "launch/train.py", "--help")
     assert done.code == 0
     assert "deepspeed launch/train.py --deepspeed ds_configs/zero2.json" in done.out

@@ -1,14 +1,12 @@
 """``launch/compare.py`` and ``launch/ablate.py`` on the smoke recipe: tasks alone and together, experts removed."""
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.end_to_end.commands import SMOKE, Terminal
+from tests.end_to_end.commands import SMOKE
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.one_core]
 
@@ -32,7 +30,7 @@ def words(output: Path, arms: str, *more: str) -> list[str]:
     return [*command, "--seeds", "0", "--resamples", "20", *SMALL, *more]
 
 
-def test_arms_are_run_compared_and_added_to(terminal: Terminal, tmp_path: Path) -> None:
+def test_arms_are_run_compared_and_added_to(terminal, tmp_path):
     output = tmp_path / "compare"
     claim = ("--claim", "multi > single.mood on mood/macro_f1")
     first = terminal.run(*words(output, "multi,single.mood", "--affinity-posts", "16", *claim))
@@ -93,9 +91,7 @@ def test_arms_are_run_compared_and_added_to(terminal: Terminal, tmp_path: Path) 
     )
 
 
-def test_a_wrong_comparison_is_refused_before_anything_runs(
-    terminal: Terminal, tmp_path: Path
-) -> None:
+def test_a_wrong_comparison_is_refused_before_anything_runs(terminal, tmp_path):
     output = tmp_path / "compare"
     done = terminal.run(*words(output, "single,softmax", "--against", "sofmax"))
     assert done.code == 2 and "did you mean softmax" in done.err, done.said

@@ -1,7 +1,5 @@
 """Many damaged images among good ones: the run ends well, and says of each what is wrong with it."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -42,16 +40,14 @@ def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(tmp_path) -> Path:
     found = tmp_path / "data"
     found.mkdir()
     (found / "recipe.yaml").write_text(yaml.safe_dump(RECIPE), encoding="utf-8")
     return found
 
 
-def test_a_run_with_many_damaged_images_ends_well_and_names_each(
-    terminal: Terminal, folder: Path, home: Path
-) -> None:
+def test_a_run_with_many_damaged_images_ends_well_and_names_each(terminal, folder, home):
     damaged = [entry for turn in range(TURNS) for entry in place_damaged(folder, turn)]
     count = len(damaged)
     assert count > 150

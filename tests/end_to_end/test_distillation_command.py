@@ -1,28 +1,16 @@
 """A student of the smoke run on two ranks: asked once, resumed exactly, exported and evaluated."""
 
-from __future__ import annotations
-
 import json
-from pathlib import Path
 
 import pytest
 
 from comoe.inference.predictor import Predictor
-from tests.end_to_end.commands import (
-    TASKS,
-    end_behind,
-    read_lines,
-    train_in_ranks,
-    train_lines,
-)
-from tests.end_to_end.conftest import Finished
+from tests.end_to_end.commands import TASKS, end_behind, read_lines, train_in_ranks, train_lines
 
 pytestmark = pytest.mark.end_to_end
 
 
-def test_a_student_learns_all_tasks_from_every_post_and_resumes_exactly(
-    tmp_path: Path, home: Path, smoke_run: Finished
-) -> None:
+def test_a_student_learns_all_tasks_from_every_post_and_resumes_exactly(tmp_path, home, smoke_run):
     (tmp_path / "more.txt").write_text(
         "the band was loud\nwe ate at the station\n" * 20, encoding="utf-8"
     )

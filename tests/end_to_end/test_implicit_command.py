@@ -1,15 +1,12 @@
 """The recipe implicit_smoke with heads beside the decoder: labels by words, free text and heads in one run, resumed."""
 
-from __future__ import annotations
-
 import json
 import sys
-from pathlib import Path
 
 import pytest
 
 from comoe.inference.predictor import Predictor
-from tests.end_to_end.commands import Terminal, end_behind, losses, read_lines, train_lines
+from tests.end_to_end.commands import end_behind, losses, read_lines, train_lines
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.one_core]
 
@@ -23,8 +20,8 @@ WORDS = (
 
 
 def test_heads_label_words_and_text_train_evaluate_resume_export_and_predict_together(
-    terminal: Terminal, tmp_path: Path
-) -> None:
+    terminal, tmp_path
+):
     typed = [sys.executable, "launch/train.py", "--deepspeed", "ds_configs/zero1.json"]
     done = terminal.run(
         *typed, "--config", "launch/configs/implicit_smoke.yaml", f"run.output_dir={tmp_path}", *WORDS
@@ -65,7 +62,7 @@ def test_heads_label_words_and_text_train_evaluate_resume_export_and_predict_tog
         assert [answer[name][column] for answer in answers] == [row[column] for row in told]
 
 
-def test_a_dry_run_plans_for_gpus_that_are_not_here(terminal: Terminal) -> None:
+def test_a_dry_run_plans_for_gpus_that_are_not_here(terminal):
     typed = [sys.executable, "launch/train.py", "--config", "launch/configs/implicit_smoke.yaml"]
     planned = terminal.run(
         *typed, "--deepspeed", "ds_configs/zero3.json", "--dry-run", "--gpus", "4"

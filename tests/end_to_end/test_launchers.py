@@ -1,27 +1,22 @@
 """torchrun, Slurm's variables and ``comoe train --ranks`` give the losses of the deepspeed launcher."""
 
-from __future__ import annotations
-
 import shutil
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.end_to_end.commands import SMOKE, Terminal, free_port, losses
-from tests.end_to_end.conftest import Finished
+from tests.end_to_end.commands import SMOKE, free_port, losses
 
 pytestmark = pytest.mark.end_to_end
 
 
 @pytest.fixture
-def words(tmp_path: Path) -> list[str]:
+def words(tmp_path) -> list[str]:
     return [f"run.output_dir={tmp_path}", "train.max_steps=6"]
 
 
-def test_torchrun(
-    terminal: Terminal, smoke_run: Finished, tmp_path: Path, words: list[str]
-) -> None:
+def test_torchrun(terminal, smoke_run, tmp_path, words):
     torchrun = shutil.which("torchrun", path=str(Path(sys.executable).parent)) or "torchrun"
     script = ["launch/train.py", "--deepspeed", "zero2", "--config", SMOKE, *words]
     done = terminal.run(torchrun, "--standalone", "--nproc_per_node", "2", *script)
@@ -29,9 +24,7 @@ def test_torchrun(
     assert losses(tmp_path / "smoke") == pytest.approx(losses(smoke_run.folder), rel=1e-6)
 
 
-def test_ranks_that_the_command_starts_itself(
-    terminal: Terminal, smoke_run: Finished, tmp_path: Path, words: list[str]
-) -> None:
+def test_ranks_that_the_command_starts_itself(terminal, smoke_run, tmp_path, words):
     done = terminal.python("-m", "comoe", "train", "smoke", "--ranks", "2", *words)
     assert done.code == 0, done.out + done.err
     assert done.err.startswith("comoe: starting 2 ranks, on the CPU\n")
@@ -41,9 +34,7 @@ def test_ranks_that_the_command_starts_itself(
     assert again.code == 2 and len(more) == 1 and "holds a run already" in more[0]
 
 
-def test_two_tasks_of_slurm_on_machines_of_their_own(
-    terminal: Terminal, smoke_run: Finished, tmp_path: Path, words: list[str]
-) -> None:
+def test_two_tasks_of_slurm_on_machines_of_their_own(terminal, smoke_run, tmp_path, words):
     common = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_TASKS_PER_NODE": "1(x2)",
               "SLURM_LOCALID": "0", "SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "localhost,other",
               "MASTER_PORT": str(free_port())}  # fmt: skip
@@ -59,7 +50,7 @@ def test_two_tasks_of_slurm_on_machines_of_their_own(
     assert losses(tmp_path / "smoke") == pytest.approx(losses(smoke_run.folder), rel=1e-6)
 
 
-def test_the_doctor_trains_a_step(terminal: Terminal) -> None:
+def test_the_doctor_trains_a_step(terminal):
     done = terminal.python("-m", "comoe", "doctor")
     assert done.code == 0, done.out + done.err
     last = done.out.splitlines()[-1]

@@ -1,7 +1,5 @@
 """Ranks, expert parallelism and ZeRO stage change nothing, from the first loss to the export."""
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path
@@ -42,33 +40,31 @@ def layout_of(run: Path) -> tuple[int, int, int]:
 
 
 @pytest.fixture(scope="module")
-def one_process(tmp_path_factory: pytest.TempPathFactory, shared_terminal: Terminal) -> Path:
+def one_process(tmp_path_factory, shared_terminal) -> Path:
     """Plain ``python launch/train.py``, with all defaults of the command."""
     return train(shared_terminal, tmp_path_factory.mktemp("one"), sys.executable, "launch/train.py")
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory: pytest.TempPathFactory, home: Path) -> Path:
+def two_ranks(tmp_path_factory, home) -> Path:
     """Two ranks that share the experts, ZeRO 3: what is hardest to put together again."""
     runs = tmp_path_factory.mktemp("two")
     train_in_ranks(2, home, [f"run.output_dir={runs}", *COMMON], settings="zero3")
     return runs / "smoke"
 
 
-def test_one_process_has_one_rank(one_process: Path) -> None:
+def test_one_process_has_one_rank(one_process):
     assert layout_of(one_process) == (1, 1, 2) and len(losses(one_process)) == STEPS
 
 
-def test_two_ranks_with_zero_3_have_the_losses_of_one_process(
-    one_process: Path, two_ranks: Path
-) -> None:
+def test_two_ranks_with_zero_3_have_the_losses_of_one_process(one_process, two_ranks):
     assert layout_of(two_ranks) == (2, 2, 3)
     np.testing.assert_allclose(losses(two_ranks), losses(one_process), rtol=1e-5)
 
 
 def test_the_papers_gate_on_four_ranks_in_two_expert_groups_has_the_losses_of_one_rank(
-    tmp_path: Path, terminal: Terminal, home: Path
-) -> None:
+    tmp_path, terminal, home
+):
     # The other half of the README's commands: the launcher without a number of ranks is one rank on
     # a CPU.
     alone = train(terminal, tmp_path / "one", *without_number(deepspeed(1)), *PAPER)
@@ -85,9 +81,7 @@ def without_number(words: list[str | Path]) -> list[str | Path]:
 
 
 @pytest.fixture(scope="module")
-def exported(
-    tmp_path_factory: pytest.TempPathFactory, two_ranks: Path, shared_terminal: Terminal
-) -> Path:
+def exported(tmp_path_factory, two_ranks, shared_terminal) -> Path:
     """An export made anew, in one process, from the checkpoint of two ranks."""
     folder = tmp_path_factory.mktemp("again") / "export"
     done = shared_terminal.python("launch/export.py", "--checkpoint", two_ranks, "--output", folder)
@@ -95,18 +89,14 @@ def exported(
     return folder
 
 
-def test_an_export_from_shared_experts_and_zero_3_is_the_one_that_the_run_made(
-    exported: Path, two_ranks: Path
-) -> None:
+def test_an_export_from_shared_experts_and_zero_3_is_the_one_that_the_run_made(exported, two_ranks):
     assert (exported / "model.safetensors").read_bytes() == (
         two_ranks / "export/model.safetensors"
     ).read_bytes()
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_the_export_answers_as_the_training_engine_did(
-    task: str, exported: Path, two_ranks: Path, home: Path
-) -> None:
+def test_the_export_answers_as_the_training_engine_did(task, exported, two_ranks, home):
     told = read_lines(two_ranks / "predictions" / "test" / f"{task}.jsonl")
     source = {"mentions": "mentions", "stance": "stance"}.get(task, "reviews")
     posts = read_lines(home / "smoke-1" / "posts" / source / "test.jsonl")

@@ -1,7 +1,5 @@
 """A rank that dies or freezes ends the run in time, with one message; ``--restarts`` goes on by itself."""
 
-from __future__ import annotations
-
 import json
 import re
 import signal
@@ -18,7 +16,6 @@ from tests.end_to_end.commands import (
     SMOKE,
     STEPS,
     Done,
-    Terminal,
     Typed,
     deepspeed,
     losses,
@@ -72,8 +69,8 @@ def lose(typed: Typed, runs: Path, *, rank: int, number: signal.Signals, step: i
 
 
 def test_a_killed_rank_ends_the_run_with_one_message_that_names_rank_machine_and_step(
-    tmp_path: Path, terminal: Terminal
-) -> None:
+    tmp_path, terminal
+):
     words = deepspeed(2, settings="zero1")
     typed = terminal.start(*words, "--config", SMOKE, f"run.output_dir={tmp_path}", *EVENTFUL)
     killed = lose(typed, tmp_path, rank=1, number=signal.SIGKILL, step=5)
@@ -92,9 +89,7 @@ def test_a_killed_rank_ends_the_run_with_one_message_that_names_rank_machine_and
     assert any(not whats_wrong(path) for path in (killed.folder / "checkpoints").glob("step-*"))
 
 
-def test_a_frozen_rank_ends_the_run_after_the_timeout_also_when_it_is_rank_0(
-    tmp_path: Path, terminal: Terminal
-) -> None:
+def test_a_frozen_rank_ends_the_run_after_the_timeout_also_when_it_is_rank_0(tmp_path, terminal):
     typed = terminal.start(
         *deepspeed(2), "--config", SMOKE, f"run.output_dir={tmp_path}", "train.max_steps=4000", "train.eval_every=2000",
         "train.save_every=2", "parallel.timeout_seconds=5",
@@ -110,8 +105,8 @@ def test_a_frozen_rank_ends_the_run_after_the_timeout_also_when_it_is_rank_0(
 
 
 def test_a_run_with_restarts_survives_a_killed_rank_with_the_numbers_of_an_undisturbed_one(
-    tmp_path: Path, terminal: Terminal, uninterrupted: Path
-) -> None:
+    tmp_path, terminal, uninterrupted
+):
     words = ("--restarts", "2", "--config", SMOKE, f"run.output_dir={tmp_path}", *EVENTFUL)
     lost = lose(
         terminal.start(*deepspeed(2), *words), tmp_path, rank=1, number=signal.SIGKILL, step=5

@@ -1,12 +1,8 @@
 """The first command of the README, with the recipe that needs no download."""
 
-from __future__ import annotations
-
-from pathlib import Path
-
 import pytest
 
-from tests.end_to_end.commands import ROOT, SMOKE, Terminal
+from tests.end_to_end.commands import ROOT, SMOKE
 
 pytestmark = [
     pytest.mark.end_to_end,
@@ -19,8 +15,8 @@ pytestmark = [
 
 
 def test_quickstart_trains_prints_the_table_and_the_next_lines_and_can_be_typed_again(
-    terminal: Terminal, tmp_path: Path
-) -> None:
+    terminal, tmp_path
+):
     words = (
         "bash",
         "launch/quickstart.sh",
@@ -39,6 +35,6 @@ def test_quickstart_trains_prints_the_table_and_the_next_lines_and_can_be_typed_
     assert "nothing to do" in again.out and "macro_f1" in again.out
 
 
-def test_quickstart_refuses_a_wrong_key_before_it_does_anything(terminal: Terminal) -> None:
+def test_quickstart_refuses_a_wrong_key_before_it_does_anything(terminal):
     done = terminal.run("bash", "launch/quickstart.sh", "train.eval_evry=3")
     assert done.code != 0 and "did you mean train.eval_every" in done.err + done.out

@@ -1,7 +1,5 @@
 """Killed, stopped, finished: ``--resume`` goes on as if nothing had happened."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal
@@ -67,9 +65,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 @pytest.fixture(scope="module")
-def killed(
-    tmp_path_factory: pytest.TempPathFactory, shared_terminal: Terminal, home: Path
-) -> Resumed:
+def killed(tmp_path_factory, shared_terminal, home) -> Resumed:
     """kill -9 of everything; then the newest checkpoint is cut short too, as if the disk had been full."""
     runs = tmp_path_factory.mktemp("killed")
     folder = runs / "smoke"
@@ -87,9 +83,7 @@ def killed(
 
 
 @pytest.fixture(scope="module")
-def stopped(
-    tmp_path_factory: pytest.TempPathFactory, shared_terminal: Terminal, home: Path
-) -> Resumed:
+def stopped(tmp_path_factory, shared_terminal, home) -> Resumed:
     """SIGTERM to the ``deepspeed`` command alone, as a scheduler sends it; the run has settings of its own."""
     runs = tmp_path_factory.mktemp("stopped")
     folder = runs / "smoke"
@@ -113,7 +107,7 @@ def stopped(
     return Resumed(folder, last, resume(home, folder))
 
 
-def test_control_c_saves_and_leaves_no_process_behind(tmp_path: Path, terminal: Terminal) -> None:
+def test_control_c_saves_and_leaves_no_process_behind(tmp_path, terminal):
     typed = start(terminal, tmp_path)
     wait_for(lambda: max(train_lines(tmp_path / "smoke"), default=0) >= 3, what="step 3")
     os.killpg(
@@ -137,20 +131,16 @@ def test_control_c_saves_and_leaves_no_process_behind(tmp_path: Path, terminal: 
 
 
 @pytest.fixture(params=["killed", "stopped"])
-def resumed(request: pytest.FixtureRequest) -> Resumed:
+def resumed(request) -> Resumed:
     return request.getfixturevalue(request.param)
 
 
-def test_the_losses_after_a_resume_equal_those_of_the_uninterrupted_run(
-    resumed: Resumed, uninterrupted: Path
-) -> None:
+def test_the_losses_after_a_resume_equal_those_of_the_uninterrupted_run(resumed, uninterrupted):
     assert sorted(train_lines(resumed.folder)) == list(range(1, STEPS + 1))
     np.testing.assert_allclose(losses(resumed.folder), losses(uninterrupted), rtol=1e-6)
 
 
-def test_rates_norms_and_evaluations_are_the_same_too(
-    resumed: Resumed, uninterrupted: Path
-) -> None:
+def test_rates_norms_and_evaluations_are_the_same_too(resumed, uninterrupted):
     ours, theirs = train_lines(resumed.folder), train_lines(uninterrupted)
     for step in ours:
         assert ours[step]["rates"] == theirs[step]["rates"], step
@@ -162,9 +152,7 @@ def test_rates_norms_and_evaluations_are_the_same_too(
     assert list(checks[0]) == [4, 8, 10] and checks[0] == pytest.approx(checks[1], rel=1e-6)
 
 
-def test_the_data_sets_are_drawn_from_at_the_same_changing_rates(
-    resumed: Resumed, uninterrupted: Path
-) -> None:
+def test_the_data_sets_are_drawn_from_at_the_same_changing_rates(resumed, uninterrupted):
     draws = [
         [
             [line[f"draws/{name}"] for name in ("reviews", "mentions", "stance")]
@@ -176,7 +164,7 @@ def test_the_data_sets_are_drawn_from_at_the_same_changing_rates(
     np.testing.assert_allclose(draws[0], draws[1], rtol=1e-4)
 
 
-def test_the_log_says_where_the_run_was_resumed(resumed: Resumed) -> None:
+def test_the_log_says_where_the_run_was_resumed(resumed):
     lines = read_lines(resumed.folder / "metrics.jsonl")
     where = [number for number, line in enumerate(lines) if line["split"] == "resume"]
     assert [lines[number] for number in where] == [{"split": "resume", "step": resumed.restored}]
@@ -189,7 +177,7 @@ def test_the_log_says_where_the_run_was_resumed(resumed: Resumed) -> None:
     assert f"resuming {resumed.folder} at step {resumed.restored}" in resumed.out
 
 
-def test_tensorboard_draws_one_curve(resumed: Resumed) -> None:
+def test_tensorboard_draws_one_curve(resumed):
     events = EventAccumulator(str(resumed.folder / "tensorboard"), size_guidance={"scalars": 0})
     events.Reload()
     drawn = events.Scalars("train/loss")
@@ -197,9 +185,7 @@ def test_tensorboard_draws_one_curve(resumed: Resumed) -> None:
     assert [event.value for event in drawn] == pytest.approx(losses(resumed.folder), rel=1e-6)
 
 
-def test_a_resumed_run_ends_with_results_over_all_its_posts(
-    resumed: Resumed, uninterrupted: Path
-) -> None:
+def test_a_resumed_run_ends_with_results_over_all_its_posts(resumed, uninterrupted):
     ours, theirs = (
         json.loads((run / "results.json").read_text()) for run in (resumed.folder, uninterrupted)
     )
@@ -209,7 +195,7 @@ def test_a_resumed_run_ends_with_results_over_all_its_posts(
         assert ours["metrics"]["test"][task] == pytest.approx(metrics, rel=1e-5, abs=1e-6), task
 
 
-def test_a_checkpoint_that_was_cut_short_is_passed_over_and_said(killed: Resumed) -> None:
+def test_a_checkpoint_that_was_cut_short_is_passed_over_and_said(killed):
     (warning,) = [
         line for line in killed.out.splitlines() if "weights/model.safetensors has" in line
     ]
@@ -220,14 +206,12 @@ def test_a_checkpoint_that_was_cut_short_is_passed_over_and_said(killed: Resumed
     )
 
 
-def test_a_resume_takes_the_deepspeed_file_of_the_run(stopped: Resumed) -> None:
+def test_a_resume_takes_the_deepspeed_file_of_the_run(stopped):
     settings = json.loads((stopped.folder / "ds_config.json").read_text(encoding="utf-8"))
     assert settings["zero_optimization"]["allgather_bucket_size"] == BUCKET
 
 
-def test_resuming_a_finished_run_succeeds_and_does_nothing(
-    uninterrupted: Path, shared_terminal: Terminal
-) -> None:
+def test_resuming_a_finished_run_succeeds_and_does_nothing(uninterrupted, shared_terminal):
     def kept() -> list[tuple[int, bytes]]:
         names = ("results.json", "export/model.safetensors", "predictions/test/mood.jsonl")
         paths = [uninterrupted / name for name in names]

@@ -1,7 +1,5 @@
 """``launch/scale.py``: survives a failing run, stops in time, goes on where it stopped, and leaves its report."""
 
-from __future__ import annotations
-
 import csv
 import json
 import re
@@ -10,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.end_to_end.commands import SMOKE, Terminal, processes_of, wait_for
+from tests.end_to_end.commands import SMOKE, processes_of, wait_for
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.one_core]
 
@@ -24,9 +22,7 @@ def words(output: Path, encoders: str) -> list[str]:
             "train.eval_every=75"]  # fmt: skip
 
 
-def test_an_experiment_survives_a_failing_run_and_goes_on_after_an_interruption(
-    terminal: Terminal, tmp_path: Path
-) -> None:
+def test_an_experiment_survives_a_failing_run_and_goes_on_after_an_interruption(terminal, tmp_path):
     output, missing = tmp_path / "scale", tmp_path / "missing"
     typed = terminal.start(*words(output, f"{missing},smoke:encoder"))
     run = output / "runs" / ONE
@@ -61,7 +57,7 @@ def test_an_experiment_survives_a_failing_run_and_goes_on_after_an_interruption(
     assert other.code == 2 and "recipe.train.batch_size 96 instead of 12" in other.err
 
 
-def test_a_plan_is_printed_without_an_encoder_on_this_machine(terminal: Terminal) -> None:
+def test_a_plan_is_printed_without_an_encoder_on_this_machine(terminal):
     done = terminal.python("launch/scale.py", "--plan", "--config", SMOKE, "--encoder-shape", "24,1024,4096,50265",
                            "--gpus", "1..4096", "--batch", "4096", "model.moe.num_experts=64")  # fmt: skip
     assert done.code == 0, done.said

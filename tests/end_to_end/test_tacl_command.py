@@ -1,7 +1,5 @@
 """The recipe tacl_comoe on generated posts: a gate by task, all experts, contrastive loss, pairs and tags together."""
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path
@@ -10,7 +8,7 @@ import pytest
 
 from comoe.inference.predictor import Predictor
 from comoe.tasks.task import Task
-from tests.end_to_end.commands import Terminal, read_lines, train_lines
+from tests.end_to_end.commands import read_lines, train_lines
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.one_core]
 
@@ -18,7 +16,7 @@ TASKS = ("hate", "entities", "stance", "topic")
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory, shared_terminal: Terminal) -> Path:
+def run(tmp_path_factory, shared_terminal) -> Path:
     runs = tmp_path_factory.mktemp("runs")
     done = shared_terminal.run(
         sys.executable, "launch/train.py", "--deepspeed", "ds_configs/zero1.json", "--config",
@@ -30,9 +28,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, shared_terminal: Terminal) -> 
     return runs / "tacl_comoe"
 
 
-def test_four_tasks_learn_together_and_the_contrastive_loss_sees_all_but_the_words(
-    run: Path,
-) -> None:
+def test_four_tasks_learn_together_and_the_contrastive_loss_sees_all_but_the_words(run):
     lines = train_lines(run).values()
     assert {name for line in lines for name in line["tasks"]} == set(TASKS)
     compared = {
@@ -46,7 +42,7 @@ def test_four_tasks_learn_together_and_the_contrastive_loss_sees_all_but_the_wor
     }
 
 
-def test_the_export_answers_as_the_run_was_calibrated(run: Path, home: Path) -> None:
+def test_the_export_answers_as_the_run_was_calibrated(run, home):
     fitted = json.loads((run / "results.json").read_text(encoding="utf-8"))["calibration"]
     assert tuple(fitted) == TASKS
     config = json.loads((run / "export" / "config.json").read_text(encoding="utf-8"))

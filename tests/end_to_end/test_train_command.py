@@ -1,7 +1,5 @@
 """``deepspeed --num_accelerators 2 launch/train.py --deepspeed ds_configs/zero2.json``: what a run leaves behind."""
 
-from __future__ import annotations
-
 import json
 import re
 import sys
@@ -17,13 +15,11 @@ from comoe.train.checkpoint.folder import find_checkpoint
 from tests.end_to_end.commands import (
     SMOKE,
     TASKS,
-    Terminal,
     is_launchers,
     losses,
     read_lines,
     train_lines,
 )
-from tests.end_to_end.conftest import Finished
 
 pytestmark = pytest.mark.end_to_end
 
@@ -37,13 +33,13 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def test_the_loss_falls_visibly_within_six_steps(smoke_run: Finished) -> None:
+def test_the_loss_falls_visibly_within_six_steps(smoke_run):
     first, *_, last = losses(smoke_run.folder)
     assert len(losses(smoke_run.folder)) == 6
     assert last < 0.9 * first
 
 
-def test_a_training_line_has_step_loss_tasks_rates_and_weights(smoke_run: Finished) -> None:
+def test_a_training_line_has_step_loss_tasks_rates_and_weights(smoke_run):
     for step, line in train_lines(smoke_run.folder).items():
         assert list(line)[:3] == ["step", "split", "loss"] and 1 <= step <= 6
         assert tuple(line["tasks"]) == TASKS == tuple(line["weights"])
@@ -59,7 +55,7 @@ def test_a_training_line_has_step_loss_tasks_rates_and_weights(smoke_run: Finish
         assert line["loss"] == pytest.approx(parts, rel=1e-5)
 
 
-def test_the_evaluations_are_logged_with_every_metric_and_the_gates(smoke_run: Finished) -> None:
+def test_the_evaluations_are_logged_with_every_metric_and_the_gates(smoke_run):
     lines = read_lines(smoke_run.folder / "metrics.jsonl")
     checks = {line["split"]: line for line in lines if line["split"] != "train"}
     assert set(checks) == {"validation", "test"}
@@ -75,7 +71,7 @@ def test_the_evaluations_are_logged_with_every_metric_and_the_gates(smoke_run: F
         assert "routing" in line
 
 
-def test_config_settings_and_environment_are_written_down(smoke_run: Finished) -> None:
+def test_config_settings_and_environment_are_written_down(smoke_run):
     recipe = load_recipe(smoke_run.folder / "config.yaml")
     assert (recipe.train.max_steps, recipe.run.name, tuple(recipe.tasks)) == (6, "smoke", TASKS)
     settings = read_json(smoke_run.folder / "ds_config.json")
@@ -88,7 +84,7 @@ def test_config_settings_and_environment_are_written_down(smoke_run: Finished) -
     assert command[0] == "launch/train.py" and "train.max_steps=6" in command
 
 
-def test_results_hold_both_splits_and_how_the_run_went(smoke_run: Finished) -> None:
+def test_results_hold_both_splits_and_how_the_run_went(smoke_run):
     results = read_json(smoke_run.folder / "results.json")
     assert (results["finished"], results["step"]) == ("all steps done", 6)
     # An epoch's 1200 posts are 13 batches of nearly the same size, at most 96.
@@ -102,7 +98,7 @@ def test_results_hold_both_splits_and_how_the_run_went(smoke_run: Finished) -> N
     assert results["data"]["posts"] == {name: sizes for name in ("reviews", "mentions", "stance")}
 
 
-def test_results_tell_what_experts_and_gate_are_worth(smoke_run: Finished) -> None:
+def test_results_tell_what_experts_and_gate_are_worth(smoke_run):
     results = read_json(smoke_run.folder / "results.json")
     card = (smoke_run.folder / "export" / "README.md").read_text(encoding="utf-8")
     for key in ("experts_off", "experts_in_turn"):
@@ -115,7 +111,7 @@ def test_results_tell_what_experts_and_gate_are_worth(smoke_run: Finished) -> No
     assert "the experts add nothing" in smoke_run.done.out
 
 
-def test_every_labelled_post_of_both_splits_is_predicted(smoke_run: Finished) -> None:
+def test_every_labelled_post_of_both_splits_is_predicted(smoke_run):
     counted = read_json(smoke_run.folder / "results.json")["metrics"]
     for split in ("validation", "test"):
         for task in TASKS:
@@ -126,7 +122,7 @@ def test_every_labelled_post_of_both_splits_is_predicted(smoke_run: Finished) ->
             assert len(rows) == counted[split][task]["n"] and (len(rows) == 80 or task == "topic")
 
 
-def test_pictures_are_drawn_and_not_blank(smoke_run: Finished) -> None:
+def test_pictures_are_drawn_and_not_blank(smoke_run):
     names = {path.stem for path in (smoke_run.folder / "plots").glob("*.png")}
     splits, classes = ("validation", "test"), ("mood", "topic", "stance")
     confusions = {f"confusion_{split}_{task}" for split in splits for task in classes}
@@ -140,9 +136,7 @@ def test_pictures_are_drawn_and_not_blank(smoke_run: Finished) -> None:
         assert min(pixels.shape[:2]) > 100 and pixels.std() > 0.01, path.name
 
 
-def test_tensorboard_shows_losses_metrics_rates_weights_gates_and_images(
-    smoke_run: Finished,
-) -> None:
+def test_tensorboard_shows_losses_metrics_rates_weights_gates_and_images(smoke_run):
     events = EventAccumulator(
         str(smoke_run.folder / "tensorboard"), size_guidance={"images": 0, "scalars": 0}
     )
@@ -174,7 +168,7 @@ def test_tensorboard_shows_losses_metrics_rates_weights_gates_and_images(
     assert b"max_steps: 6" in text.tensor_proto.string_val[0]
 
 
-def test_checkpoints_and_export_are_whole(smoke_run: Finished) -> None:
+def test_checkpoints_and_export_are_whole(smoke_run):
     found = find_checkpoint(smoke_run.folder / "checkpoints")
     assert found is not None and (found.step, found.broken) == (6, ())
     assert read_json(smoke_run.folder / "checkpoints" / "best.json") == {"step": 6}
@@ -191,7 +185,7 @@ def test_checkpoints_and_export_are_whole(smoke_run: Finished) -> None:
     ).read_text(encoding="utf-8")
 
 
-def test_the_command_ends_with_the_table_and_what_to_type_next(smoke_run: Finished) -> None:
+def test_the_command_ends_with_the_table_and_what_to_type_next(smoke_run):
     lines = [line for line in smoke_run.done.out.splitlines() if not is_launchers(line)]
     head = re.compile(r"task +metric +validation +test")
     (begin,) = [number for number, line in enumerate(lines, start=2) if head.match(line)]
@@ -207,7 +201,7 @@ def test_the_command_ends_with_the_table_and_what_to_type_next(smoke_run: Finish
     assert after[-3:] == ["run", "watch", "predict"]
 
 
-def test_the_libraries_are_quiet(smoke_run: Finished) -> None:
+def test_the_libraries_are_quiet(smoke_run):
     # DeepSpeed logs with a date and its level; its runner and launcher are not ours, our ranks are.
     said = smoke_run.done.said
     assert not re.search(
@@ -227,7 +221,7 @@ print("folder", folder)
 """
 
 
-def test_a_program_trains_a_recipe_and_resumes_it(terminal: Terminal, tmp_path: Path) -> None:
+def test_a_program_trains_a_recipe_and_resumes_it(terminal, tmp_path):
     done = terminal.run(sys.executable, "-c", PROGRAM, SMOKE, tmp_path)
     assert done.code == 0, done.said
     folder = Path(done.out.splitlines()[-1].removeprefix("folder "))

@@ -1,7 +1,5 @@
 """The TweetEval recipe on a folder of its shape: five tasks together, and the files that its scorer wants."""
 
-from __future__ import annotations
-
 import json
 import random
 import sys
@@ -11,7 +9,7 @@ import pytest
 
 from comoe.inference.predict_file import predict_file
 from comoe.inference.predictor import Predictor
-from tests.end_to_end.commands import Terminal, read_lines, train_lines
+from tests.end_to_end.commands import read_lines, train_lines
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.one_core]
 
@@ -47,7 +45,7 @@ def write_task(folder: Path, labels: tuple[str, ...]) -> None:
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def data(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("tweeteval")
     for name, labels in LABELS.items():
         write_task(root / name, labels)
@@ -55,7 +53,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def run(data: Path, tmp_path_factory: pytest.TempPathFactory, shared_terminal: Terminal) -> Path:
+def run(data, tmp_path_factory, shared_terminal) -> Path:
     runs = tmp_path_factory.mktemp("runs")
     done = shared_terminal.run(
         sys.executable, "launch/train.py", "--deepspeed", "ds_configs/zero2.json", "--config",
@@ -68,7 +66,7 @@ def run(data: Path, tmp_path_factory: pytest.TempPathFactory, shared_terminal: T
     return runs / "tweeteval"
 
 
-def test_five_tasks_are_trained_together(run: Path) -> None:
+def test_five_tasks_are_trained_together(run):
     assert all(tuple(line["tasks"]) == tuple(LABELS) for line in train_lines(run).values())
     metrics = json.loads((run / "results.json").read_text(encoding="utf-8"))["metrics"]
     assert set(metrics["validation"]) == set(LABELS)
@@ -76,7 +74,7 @@ def test_five_tasks_are_trained_together(run: Path) -> None:
     assert {"macro_recall"} <= set(metrics["validation"]["sentiment"])
 
 
-def test_noise_slices_held_out_posts_and_auxiliary_tasks_are_told_apart(run: Path) -> None:
+def test_noise_slices_held_out_posts_and_auxiliary_tasks_are_told_apart(run):
     results = json.loads((run / "results.json").read_text(encoding="utf-8"))
     metrics, said = results["metrics"], (run.parent / "said.txt").read_text(encoding="utf-8")
     splits, noises = ("validation", "test"), ("typos", "no_hashtags")
@@ -97,7 +95,7 @@ def test_noise_slices_held_out_posts_and_auxiliary_tasks_are_told_apart(run: Pat
     assert "irony (auxiliary)" in said and "label=not-hate" in said and "unseen" in said
 
 
-def test_test_posts_without_labels_are_predicted_and_not_scored(run: Path) -> None:
+def test_test_posts_without_labels_are_predicted_and_not_scored(run):
     metrics = json.loads((run / "results.json").read_text(encoding="utf-8"))["metrics"]
     assert set(metrics["test"]) == set(LABELS) - {BARE}
     rows = read_lines(run / "predictions" / "test" / f"{BARE}.jsonl")
@@ -105,9 +103,7 @@ def test_test_posts_without_labels_are_predicted_and_not_scored(run: Path) -> No
     assert all(row["gold"] is None and row["label"] in LABELS[BARE] for row in rows)
 
 
-def test_each_task_gets_a_file_with_one_label_id_per_line(
-    run: Path, data: Path, tmp_path: Path
-) -> None:
+def test_each_task_gets_a_file_with_one_label_id_per_line(run, data, tmp_path):
     predictor = Predictor.from_pretrained(run / "export", device="cpu")
     for name, labels in LABELS.items():
         source, target = data / name / "test_text.txt", tmp_path / f"{name}.txt"

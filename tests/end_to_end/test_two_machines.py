@@ -3,8 +3,6 @@
 Needs root and ``ip``; skips itself otherwise, saying why.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import shutil
@@ -68,7 +66,7 @@ def ip(*words: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
+def hosts(tmp_path_factory) -> Iterator[Hosts]:
     if os.geteuid() != 0 or shutil.which("ip") is None:
         pytest.skip("network namespaces need root and the command ip (package iproute2)")
     mark = os.getpid()
@@ -92,8 +90,8 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
 
 
 def test_two_hosts_give_the_losses_of_one_and_a_crash_on_one_restarts_both(
-    hosts: Hosts, terminal: Terminal, tmp_path: Path, uninterrupted: Path
-) -> None:
+    hosts, terminal, tmp_path, uninterrupted
+):
     folder = tmp_path / "smoke"
     words = ("--restarts", "1", "--config", SMOKE, f"run.output_dir={tmp_path}", *EVENTFUL)
     typed = hosts.type_on_each(terminal, *words)
@@ -108,9 +106,7 @@ def test_two_hosts_give_the_losses_of_one_and_a_crash_on_one_restarts_both(
     assert caches == [True, True], "each host keeps its own cache"
 
 
-def test_a_network_that_breaks_ends_the_run_on_both_hosts(
-    hosts: Hosts, terminal: Terminal, tmp_path: Path
-) -> None:
+def test_a_network_that_breaks_ends_the_run_on_both_hosts(hosts, terminal, tmp_path):
     typed = hosts.type_on_each(
         terminal, "--config", SMOKE, f"run.output_dir={tmp_path}", "train.max_steps=4000", "train.eval_every=2000",
         "parallel.timeout_seconds=5",

@@ -1,9 +1,6 @@
 """Plain posts, tags as views, a queue and a learned temperature in one run on two ranks, from recipe to predictions."""
 
-from __future__ import annotations
-
 import json
-from pathlib import Path
 
 import pytest
 
@@ -13,9 +10,7 @@ from tests.end_to_end.commands import TASKS, read_lines, train_in_ranks, train_l
 pytestmark = pytest.mark.end_to_end
 
 
-def test_a_recipe_with_plain_posts_trains_evaluates_predicts_and_exports(
-    tmp_path: Path, home: Path
-) -> None:
+def test_a_recipe_with_plain_posts_trains_evaluates_predicts_and_exports(tmp_path, home):
     rows = [json.dumps({"text": f"plain post about thing {number}"}) for number in range(300)]
     (tmp_path / "plain.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
     words = (

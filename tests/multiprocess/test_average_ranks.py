@@ -1,7 +1,5 @@
 """Averaged weights on every layout: those of a float64 loop, in evaluations, in checkpoints, after a resume."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -113,36 +111,36 @@ def averaged(encoder: str, *, folder: str, engines: dict[str, dict[str, Any]]) -
 
 
 @pytest.fixture(scope="module")
-def encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
+def encoder(tmp_path_factory) -> str:
     return make_encoder(tmp_path_factory.mktemp("encoder"))
 
 
 @pytest.fixture(scope="module")
-def expected(encoder: str) -> dict[str, np.ndarray]:
+def expected(encoder) -> dict[str, np.ndarray]:
     return run_ranks(f"{HERE}:plain", 1, encoder=encoder)[0]
 
 
 @pytest.fixture(scope="module")
-def found(encoder: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def found(encoder, tmp_path_factory) -> dict[str, Any]:
     folder = str(tmp_path_factory.mktemp("checkpoints"))
     arguments = {"encoder": encoder, "folder": folder, "engines": ENGINES}
     return run_ranks(f"{HERE}:averaged", 2, timeout=600, **arguments)[0]
 
 
 @pytest.mark.parametrize("name", [name for name in ENGINES if "bf16" not in name] + ["moved"])
-def test_the_average_is_that_of_one_process_in_float64(name, expected, found) -> None:
+def test_the_average_is_that_of_one_process_in_float64(name, expected, found):
     state = found["moved"] if name == "moved" else found[name]["state"]
     for key, value in expected.items():
         np.testing.assert_allclose(state[key], value, atol=1e-5, err_msg=key)
 
 
 @pytest.mark.parametrize("name", ENGINES)
-def test_evaluation_sees_the_average_and_training_goes_on_with_the_weights(name, found) -> None:
+def test_evaluation_sees_the_average_and_training_goes_on_with_the_weights(name, found):
     assert found[name]["back"]
     assert found[name]["logits_off"] < (0.1 if "bf16" in name else 1e-5)
 
 
 @pytest.mark.parametrize("name", ENGINES)
-def test_a_resumed_average_is_that_of_the_uninterrupted_run(name, found) -> None:
+def test_a_resumed_average_is_that_of_the_uninterrupted_run(name, found):
     # Sums over ranks may come in another order.
     assert found[name]["resumed_off"] < 1e-7

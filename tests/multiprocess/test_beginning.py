@@ -1,7 +1,5 @@
 """The run folder on several machines: all ranks must see what rank 0 writes there."""
 
-from __future__ import annotations
-
 import os
 from contextlib import ExitStack
 from pathlib import Path
@@ -39,7 +37,7 @@ def take_on_each(folders: list[str]) -> list[str]:
     return said
 
 
-def test_a_run_folder_that_a_machine_does_not_see_is_refused_on_all(tmp_path: Path) -> None:
+def test_a_run_folder_that_a_machine_does_not_see_is_refused_on_all(tmp_path):
     folders = [str(tmp_path / "a" / "run"), str(tmp_path / "b" / "run")]
     first, second = run_ranks("tests.multiprocess.test_beginning:take_on_each", 2, folders=folders)
     assert first[0] == second[0] == "taken"

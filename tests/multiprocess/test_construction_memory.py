@@ -10,8 +10,6 @@ RoBERTa shape (random weights, no download):
     python -m tests.multiprocess.test_construction_memory --world 1,2,4
 """
 
-from __future__ import annotations
-
 import argparse
 import gc
 import tempfile
@@ -179,7 +177,7 @@ def kept(encoder: str, live: int, reuse: int) -> int:
 
 
 @pytest.fixture(scope="module")
-def answers(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def answers(tmp_path_factory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("encoders")
     torch.manual_seed(2)
     # Hub checkpoints often hold a whole language model, its encoder under a prefix, in several
@@ -204,21 +202,19 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def built(answers: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+def built(answers) -> dict[str, list[dict[str, Any]]]:
     return {way: [answer["measured"][way] for answer in answers] for way in WAYS}
 
 
-def test_an_encoder_split_while_it_is_read_has_the_weights_of_its_files(
-    answers: list[dict[str, Any]],
-) -> None:
+def test_an_encoder_split_while_it_is_read_has_the_weights_of_its_files(answers):
     for name, found in [pair for answer in answers for pair in answer["same"].items()]:
         assert found["same"] and found["tensors"] > 20, (name, found)
         assert 0.5 <= found["held"] < 0.51, (name, found)
 
 
 def test_the_larger_of_live_weights_and_half_the_reuse_distance_stays_whole_between_the_passes(
-    answers: list[dict[str, Any]],
-) -> None:
+    answers,
+):
     for (live, reuse), found in [pair for answer in answers for pair in answer["kept"].items()]:
         expected = kept_whole(
             {"stage3_max_live_parameters": live, "stage3_max_reuse_distance": reuse}
@@ -226,13 +222,11 @@ def test_the_larger_of_live_weights_and_half_the_reuse_distance_stays_whole_betw
         assert found == pytest.approx(expected, rel=0.2), (live, reuse)
 
 
-def test_a_file_that_lacks_a_weight_is_refused_on_every_rank(answers: list[dict[str, Any]]) -> None:
+def test_a_file_that_lacks_a_weight_is_refused_on_every_rank(answers):
     assert all("encoder.layer.1.output.dense.weight" in answer["refused"] for answer in answers)
 
 
-def test_no_rank_holds_the_whole_encoder_while_it_is_read(
-    built: dict[str, list[dict[str, Any]]],
-) -> None:
+def test_no_rank_holds_the_whole_encoder_while_it_is_read(built):
     for answer in built["while"]:
         # Its half, the largest tensor whole and on its way to the other rank, and a little for
         # modules.
@@ -241,9 +235,7 @@ def test_no_rank_holds_the_whole_encoder_while_it_is_read(
         assert answer["most"] > 0.45 * answer["encoder"], answer
 
 
-def test_the_measure_sees_a_rank_that_holds_the_whole(
-    built: dict[str, list[dict[str, Any]]],
-) -> None:
+def test_the_measure_sees_a_rank_that_holds_the_whole(built):
     assert built["after"][1]["most"] > 0.95 * built["after"][1]["encoder"]
 
 

@@ -1,7 +1,5 @@
 """The contrastive loss on real ranks: value, gradient, temperature and queue are those of one process."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -5,8 +5,6 @@ A few layouts here; the figures of all of them, printed:
     python -m tests.multiprocess.test_decoder_layouts
 """
 
-from __future__ import annotations
-
 import tempfile
 from itertools import product
 from pathlib import Path
@@ -39,22 +37,22 @@ def run(work: str, ranks: int, **arguments: Any) -> list[Any]:
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def models(tmp_path_factory) -> dict[str, str]:
     return make_models(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+def folder(tmp_path_factory) -> str:
     return str(tmp_path_factory.mktemp("checkpoints"))
 
 
 @pytest.fixture(scope="module")
-def on_two(models: dict[str, str], folder: str) -> list[dict[str, Any]]:
+def on_two(models, folder) -> list[dict[str, Any]]:
     return run("cells", 2, models=models, cases=CASES, folder=folder, steps=STEPS)[0]
 
 
 @pytest.fixture(scope="module")
-def on_one(models: dict[str, str], folder: str, on_two: Any) -> dict[str, Any]:
+def on_one(models, folder, on_two) -> dict[str, Any]:
     moved = tuple(case["name"] for case in CASES if "name" in case)
     return run(
         "plain_and_one_rank", 1, models=models, cases=[], folder=folder, moved=moved, steps=STEPS
@@ -70,7 +68,7 @@ def off_in_weights(found: dict[str, Any], expected: dict[str, np.ndarray]) -> fl
     return max(float(np.abs(found[name].numpy() - value).max()) for name, value in expected.items())
 
 
-def test_losses_and_weights_agree_with_one_process(on_two: Any, on_one: Any) -> None:
+def test_losses_and_weights_agree_with_one_process(on_two, on_one):
     for case, answer in zip(CASES, on_two, strict=True):
         plain = on_one["plain"][case["family"]]
         assert answer["ep"] == case["ep"]
@@ -78,7 +76,7 @@ def test_losses_and_weights_agree_with_one_process(on_two: Any, on_one: Any) -> 
         assert off_in_weights(answer["state"], plain["state"]) <= TOLERANCE, case
 
 
-def test_tied_weights_are_gathered_once_and_others_under_their_own_name(on_two: Any) -> None:
+def test_tied_weights_are_gathered_once_and_others_under_their_own_name(on_two):
     for case, answer in zip(CASES, on_two, strict=True):
         words = {name for name, value in answer["state"].items() if value.shape == (60, 16)}
         expected = {"t5": {"encoder.shared.weight"}, "bart": {"encoder.model.shared.weight"}}
@@ -86,7 +84,7 @@ def test_tied_weights_are_gathered_once_and_others_under_their_own_name(on_two: 
         assert words == expected[case["family"]], case
 
 
-def test_scores_and_texts_of_the_ranks_are_those_of_the_exports_model(on_two: Any) -> None:
+def test_scores_and_texts_of_the_ranks_are_those_of_the_exports_model(on_two):
     """Greedy and with three beams, each rank ending when it likes; the second has nothing to write."""
     for case, answer in zip(CASES, on_two, strict=True):
         expected = answer["alone"]
@@ -106,14 +104,14 @@ def test_scores_and_texts_of_the_ranks_are_those_of_the_exports_model(on_two: An
         assert case["family"] in ("t5", "flan") or len({*map(tuple, written)}) == 2
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one(on_two: Any) -> None:
+def test_a_resumed_run_equals_an_uninterrupted_one(on_two):
     resumed = [answer for answer in on_two if answer["name"]]
     assert len(resumed) == 2
     for answer in resumed:
         assert answer["resumed"] == answer["losses"][SAVED_AFTER:]
 
 
-def test_a_run_moves_from_two_ranks_to_one(on_two: Any, on_one: Any) -> None:
+def test_a_run_moves_from_two_ranks_to_one(on_two, on_one):
     by_name = {answer["name"]: answer for answer in on_two}
     assert len(on_one["cells"]) == 2
     for answer in on_one["cells"]:

@@ -1,7 +1,5 @@
 """Our dispatch on a CPU against AutoEP's own, on the same layer: answers, loads and all gradients."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest
@@ -48,16 +46,14 @@ def both_ways(encoder: str, *, ep_size: int, top_k: int) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
+def encoder(tmp_path_factory) -> str:
     return str(make_encoder(tmp_path_factory.mktemp("encoder")))
 
 
 @pytest.mark.parametrize(
     ("ranks", "ep_size", "top_k"), [(1, 1, 2), (1, 1, 1), (2, 2, 2), (4, 2, 3)]
 )
-def test_our_dispatch_equals_autoeps_own(
-    encoder: str, ranks: int, ep_size: int, top_k: int
-) -> None:
+def test_our_dispatch_equals_autoeps_own(encoder, ranks, ep_size, top_k):
     here = "tests.multiprocess.test_dispatch:both_ways"
     answers = run_ranks(here, ranks, encoder=encoder, ep_size=ep_size, top_k=top_k)
     for answer in answers:

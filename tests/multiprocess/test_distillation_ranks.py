@@ -1,7 +1,5 @@
 """Soft labels over two ranks: teachers are asked once in all, and training equals one process under every layout."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -69,9 +67,7 @@ def run_all(work: list[tuple[str, dict[str, Any]]]) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def answers(
-    tmp_path_factory: pytest.TempPathFactory,
-) -> tuple[dict[str, Any], dict[str, list[Any]]]:
+def answers(tmp_path_factory) -> tuple[dict[str, Any], dict[str, list[Any]]]:
     """What one process, and two ranks, make of each case."""
     encoder = make_encoder(tmp_path_factory.mktemp("bert"))
     alone = [(encoder, {"stage": 1, **options}) for options, _ in CASES.values()]
@@ -87,13 +83,13 @@ def answers(
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_losses_norms_and_logits_agree_with_one_process(name: str, answers: Any) -> None:
+def test_losses_norms_and_logits_agree_with_one_process(name, answers):
     one_process, two_ranks = answers
     for answer in two_ranks[name]:
         assert_same(answer, one_process[name])
 
 
-def test_the_options_train_differently_so_that_equal_losses_mean_something(answers: Any) -> None:
+def test_the_options_train_differently_so_that_equal_losses_mean_something(answers):
     losses = [answers[0][name]["losses"][1] for name in ("softened", "annealed", "posts")]
     assert all(abs(a - b) > 1e-4 for i, a in enumerate(losses) for b in losses[:i])
 
@@ -129,7 +125,7 @@ def taught(export: str, caches: list[str]) -> tuple[list[list[str]], dict[str, n
     return asked, {name: labels.values_RY for name, labels in said.items()}
 
 
-def test_ranks_share_the_posts_and_a_second_run_asks_nothing(tmp_path: Path) -> None:
+def test_ranks_share_the_posts_and_a_second_run_asks_nothing(tmp_path):
     export_tiny(tmp_path)
     arguments = {
         "export": str(tmp_path / "export"),

@@ -1,7 +1,5 @@
 """Few-shot training: heads that start at texts, under every ZeRO stage; a contrastive stage, cut short and resumed."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Any
@@ -102,13 +100,13 @@ def reference(recipe: Any, model: Any, train: Any, collator: Any) -> dict[int, A
 
 
 @pytest.fixture(scope="module")
-def started(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def started(tmp_path_factory) -> list[dict[str, Any]]:
     folders = [str(tmp_path_factory.mktemp(name)) for name in ("one", "two")]
     one = run_ranks(f"{HERE}:starts", 1, folder=folders[0], stages=[2])[0]
     return [one, run_ranks(f"{HERE}:starts", 2, folder=folders[1], stages=[1, 2, 3])[0]]
 
 
-def test_heads_start_at_the_texts_of_their_labels(started: list[dict[str, Any]]) -> None:
+def test_heads_start_at_the_texts_of_their_labels(started):
     one = started[0]
     for number, (weight_YM, bias_Y) in one["reference"].items():
         key = f"heads.{number}.output"
@@ -116,9 +114,7 @@ def test_heads_start_at_the_texts_of_their_labels(started: list[dict[str, Any]])
         np.testing.assert_allclose(one["2"][f"{key}.bias"], bias_Y, atol=1e-5)
 
 
-def test_heads_start_alike_under_every_stage_and_nothing_else_changes(
-    started: list[dict[str, Any]],
-) -> None:
+def test_heads_start_alike_under_every_stage_and_nothing_else_changes(started):
     one, two = started
     described = {
         f"heads.{number}.output.{name}" for number in (0, 3) for name in ("weight", "bias")
@@ -151,7 +147,7 @@ def train(folder: str, *, stop_at: int | None = None, resume: bool = False) -> N
 
 
 @pytest.fixture(scope="module")
-def whole_and_resumed(tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, Any]]]:
+def whole_and_resumed(tmp_path_factory) -> list[list[dict[str, Any]]]:
     """Lines of metrics.jsonl, of a run in one sitting and in two."""
     whole, cut = (str(tmp_path_factory.mktemp(name)) for name in ("whole", "cut"))
     run_ranks(f"{HERE}:train", 1, folder=whole)
@@ -162,9 +158,7 @@ def whole_and_resumed(tmp_path_factory: pytest.TempPathFactory) -> list[list[dic
     return [read_lines(Path(folder) / "smoke" / "metrics.jsonl") for folder in (whole, cut)]
 
 
-def test_a_resume_inside_the_contrastive_stage_equals_the_run_in_one_sitting(
-    whole_and_resumed: list[list[dict[str, Any]]],
-) -> None:
+def test_a_resume_inside_the_contrastive_stage_equals_the_run_in_one_sitting(whole_and_resumed):
     def told(lines: list[dict[str, Any]]) -> list[Any]:
         timed = {"seconds", "posts_per_second", "tokens_per_second"}
         return [
@@ -177,9 +171,7 @@ def test_a_resume_inside_the_contrastive_stage_equals_the_run_in_one_sitting(
     assert resumed == whole
 
 
-def test_the_stage_has_the_contrastive_loss_alone_and_the_rest_the_tasks(
-    whole_and_resumed: list[list[dict[str, Any]]],
-) -> None:
+def test_the_stage_has_the_contrastive_loss_alone_and_the_rest_the_tasks(whole_and_resumed):
     lines = whole_and_resumed[0]
     steps = {line["step"]: line for line in lines if line["split"] == "train"}
     assert sorted(steps) == list(range(1, 13))

@@ -1,7 +1,5 @@
 """Image-text losses over real ranks, with unequal, few and no pictures, equal those of one process."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

@@ -13,8 +13,6 @@ The figures of each layout, printed:
     python -m tests.multiprocess.test_layouts
 """
 
-from __future__ import annotations
-
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -136,7 +134,7 @@ weights, absolute."""
 
 
 @pytest.fixture(scope="module")
-def encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
+def encoder(tmp_path_factory) -> str:
     return make_encoder(tmp_path_factory.mktemp("encoder"))
 
 
@@ -159,12 +157,12 @@ def run_plain(encoder: str) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def one_process(encoder: str) -> dict[str, Any]:
+def one_process(encoder) -> dict[str, Any]:
     return run_plain(encoder)
 
 
 @pytest.fixture(scope="module", params=sorted(LAYOUTS))
-def several(request: pytest.FixtureRequest, encoder: str) -> dict[Cell, Any]:
+def several(request, encoder) -> dict[Cell, Any]:
     return run_cells(encoder, request.param, LAYOUTS[request.param])
 
 
@@ -206,7 +204,7 @@ def off_in_weights(found: Any, expected: Any) -> dict[str, float]:
     }
 
 
-def test_losses_of_every_layout_agree_with_one_process(one_process: Any, several: Any) -> None:
+def test_losses_of_every_layout_agree_with_one_process(one_process, several):
     for (name, ep, stage), answer in in_float32(several).items():
         assert answer["ep"] == ep
         assert len(answer["losses"]) == CASES[name]["steps"]
@@ -214,25 +212,21 @@ def test_losses_of_every_layout_agree_with_one_process(one_process: Any, several
         assert off <= TOLERANCE, f"{name}, EP {ep}, ZeRO {stage}: {off}"
 
 
-def test_first_gradients_agree_to_a_hundred_thousandth_of_each_tensors_norm(
-    one_process: Any, several: Any
-) -> None:
+def test_first_gradients_agree_to_a_hundred_thousandth_of_each_tensors_norm(one_process, several):
     for (name, ep, stage), answer in in_float32(several).items():
         if name == "gradient":
             for key, off in off_in_gradients(answer, one_process[name]).items():
                 assert off <= TOLERANCE, f"{key}, EP {ep}, ZeRO {stage}: {off}"
 
 
-def test_final_weights_of_every_layout_agree_with_one_process(
-    one_process: Any, several: Any
-) -> None:
+def test_final_weights_of_every_layout_agree_with_one_process(one_process, several):
     for (name, ep, stage), answer in in_float32(several).items():
         if name != "gradient":
             for key, off in off_in_weights(answer, one_process[name]).items():
                 assert off <= TOLERANCE, f"{key}, {name}, EP {ep}, ZeRO {stage}: {off}"
 
 
-def test_training_moves_the_weights_far_more_than_the_tolerance(one_process: Any) -> None:
+def test_training_moves_the_weights_far_more_than_the_tolerance(one_process):
     # Without Adam's scaling the attention's weights, whose gradients are small, hardly move: the
     # first gradients and the losses hold those.
     for name, factor in (("adamw", 100), ("sgd", 10)):
@@ -240,7 +234,7 @@ def test_training_moves_the_weights_far_more_than_the_tolerance(one_process: Any
         assert sum(size > factor * TOLERANCE for size in moved.values()) > 0.6 * len(moved), moved
 
 
-def test_tokens_change_experts_at_near_ties_only(one_process: Any, several: Any) -> None:
+def test_tokens_change_experts_at_near_ties_only(one_process, several):
     for (name, ep, stage), answer in in_float32(several).items():
         margins = flips(one_process[name]["picks"], answer["picks"])
         print(
@@ -249,7 +243,7 @@ def test_tokens_change_experts_at_near_ties_only(one_process: Any, several: Any)
         assert all(margin < NEAR for margin in margins)
 
 
-def test_a_token_that_went_elsewhere_is_counted_with_its_margin() -> None:
+def test_a_token_that_went_elsewhere_is_counted_with_its_margin():
     picks, margins = np.array([[[0, 1], [0, 2], [1, 3]]]), np.array([[0.5, 0.25, 0.125]])
     one = Picks(np.array([100, 101, 300]), picks, margins)
     first = Picks(np.array([300]), np.array([[[1, 2]]]), np.array([[0.0]]))
@@ -258,16 +252,14 @@ def test_a_token_that_went_elsewhere_is_counted_with_its_margin() -> None:
     assert flips([one], [[one]]) == []
 
 
-def test_a_gradient_reaches_every_trained_tensor(one_process: Any) -> None:
+def test_a_gradient_reaches_every_trained_tensor(one_process):
     moves = one_process["gradient"]["moves"]
     still = [key for key, moved in moves.items() if not np.abs(moved).max() > 0]
     fixed = ("key.bias", "e_score_correction_bias")
     assert all(key.endswith(fixed) or "position" in key for key in still), still
 
 
-def test_gradient_norms_of_every_layout_agree_with_one_process(
-    one_process: Any, several: Any
-) -> None:
+def test_gradient_norms_of_every_layout_agree_with_one_process(one_process, several):
     for (name, ep, stage), answer in in_float32(several).items():
         if name.startswith("adamw"):
             np.testing.assert_allclose(
@@ -275,7 +267,7 @@ def test_gradient_norms_of_every_layout_agree_with_one_process(
             )
 
 
-def test_the_balance_bias_follows_the_load_of_all_ranks(one_process: Any, several: Any) -> None:
+def test_the_balance_bias_follows_the_load_of_all_ranks(one_process, several):
     biases = [key for key in one_process["adamw"]["state"] if "e_score_correction_bias" in key]
     for (name, _, _), answer in in_float32(several).items():
         expected = one_process[name]["state"]
@@ -284,9 +276,7 @@ def test_the_balance_bias_follows_the_load_of_all_ranks(one_process: Any, severa
     assert max(np.abs(one_process["adamw"]["state"][key]).max() for key in biases) > 0.0015
 
 
-def test_the_plain_model_with_the_gathered_weights_answers_like_the_engine(
-    one_process: Any, several: Any
-) -> None:
+def test_the_plain_model_with_the_gathered_weights_answers_like_the_engine(one_process, several):
     for (name, ep, stage), answer in in_float32(several).items():
         for task, logits in answer["engine_logits"].items():
             plain, where = answer["plain_logits"][task], f"{name} {ep} {stage} {task}"
@@ -294,8 +284,8 @@ def test_the_plain_model_with_the_gathered_weights_answers_like_the_engine(
 
 
 def test_bfloat16_with_float32_sums_of_gradients_stays_close_to_one_float32_process(
-    one_process: Any, several: Any
-) -> None:
+    one_process, several
+):
     for (name, ep, stage), answer in several.items():
         if "bf16" in name:
             # Bfloat16 has 8 bits: the forward pass is off by up to 0.4 % per rounding, whatever the
@@ -305,7 +295,7 @@ def test_bfloat16_with_float32_sums_of_gradients_stays_close_to_one_float32_proc
             assert set(answer["sums"]) == {"torch.float32"}, (name, ep, stage)
 
 
-def test_losses_in_bf16_follow_those_in_float32_over_many_steps_of_adam(encoder: str) -> None:
+def test_losses_in_bf16_follow_those_in_float32_over_many_steps_of_adam(encoder):
     shared: dict[str, Any] = {"stage": 2, "steps": 25, "plainly": False}
     cases = [shared | {"settings": settings} for settings in ({}, BF16)]
     answers = run_ranks(MANY, 1, encoder=encoder, cases=cases)[0]
@@ -337,12 +327,12 @@ def run_engines(
 
 
 @pytest.fixture(scope="module")
-def resumed(encoder: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
+def resumed(encoder, tmp_path_factory) -> dict[str, list[Any]]:
     return run_engines("resumed", encoder, tmp_path_factory.mktemp("checkpoints"))
 
 
 @pytest.mark.parametrize("name", ENGINES)
-def test_resumed_run_equals_uninterrupted_run(resumed: dict[str, list[Any]], name: str) -> None:
+def test_resumed_run_equals_uninterrupted_run(resumed, name):
     for answer in resumed[name]:
         np.testing.assert_allclose(answer["resumed"], answer["uninterrupted"], rtol=1e-7)
         assert answer["groups_before"] == answer["groups_after"]
@@ -350,16 +340,12 @@ def test_resumed_run_equals_uninterrupted_run(resumed: dict[str, list[Any]], nam
 
 
 @pytest.fixture(scope="module")
-def resumed_from_earlier_version(
-    encoder: str, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, list[Any]]:
+def resumed_from_earlier_version(encoder, tmp_path_factory) -> dict[str, list[Any]]:
     return run_engines("resumed", encoder, tmp_path_factory.mktemp("earlier"), fused=False)
 
 
 @pytest.mark.parametrize("name", ENGINES)
-def test_a_run_with_plain_adam_goes_on_with_fused_adam(
-    resumed_from_earlier_version: dict[str, list[Any]], name: str
-) -> None:
+def test_a_run_with_plain_adam_goes_on_with_fused_adam(resumed_from_earlier_version, name):
     for answer in resumed_from_earlier_version[name]:
         # A weight next to a rounding boundary of bfloat16 may fall on the other side.
         rtol = 2e-3 if "bf16" in name else 1e-6
@@ -368,20 +354,18 @@ def test_a_run_with_plain_adam_goes_on_with_fused_adam(
 
 
 @pytest.fixture(scope="module")
-def poisoned(encoder: str) -> dict[str, list[Any]]:
+def poisoned(encoder) -> dict[str, list[Any]]:
     return run_engines("poisoned", encoder)
 
 
 @pytest.mark.parametrize("name", ENGINES)
-def test_a_step_with_a_loss_that_is_not_finite_on_one_rank_changes_no_weight(
-    poisoned: dict[str, list[Any]], name: str
-) -> None:
+def test_a_step_with_a_loss_that_is_not_finite_on_one_rank_changes_no_weight(poisoned, name):
     for answer in poisoned[name]:
         assert answer["skipped"] == [False, True, False]
         assert answer["changed"] == [True, False, True]
 
 
-def test_autoep_keeps_the_contract_that_our_router_relies_on(encoder: str) -> None:
+def test_autoep_keeps_the_contract_that_our_router_relies_on(encoder):
     answer = run_ranks("tests.multiprocess.workers:contract", 1, encoder=encoder)[0]
     assert answer["layers"] == [
         "encoder.encoder.layer.0.output.block.mixture",

@@ -10,8 +10,6 @@ of memory:
 and losses are not.
 """
 
-from __future__ import annotations
-
 import argparse
 import gc
 import os
@@ -267,9 +265,7 @@ def make_encoder(folder: Path, **shape: Any) -> str:
 
 
 @pytest.fixture(scope="module", params=sorted(LAYOUTS))
-def measured(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> list[dict[str, Any]]:
+def measured(request, tmp_path_factory) -> list[dict[str, Any]]:
     encoder = make_encoder(tmp_path_factory.mktemp("encoder"), **SMALL)
     cases = [
         {"stage": stage, "bf16": bf16, "parallel__ep_size": ep, "model__moe__expert_width": 48}
@@ -284,27 +280,21 @@ def measured(
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_each_kind_of_memory_is_within_a_tenth_of_its_formula(
-    measured: list[dict[str, Any]], name: str
-) -> None:
+def test_each_kind_of_memory_is_within_a_tenth_of_its_formula(measured, name):
     for key, answers in by_run(measured).items():
         # Where ranks differ, in which tensors their share cuts, the formula is that of the fullest.
         fullest = max(answer[name] for answer in answers)
         assert fullest == pytest.approx(parts(formula(answers[0]))[name], rel=0.1), key
 
 
-def test_stage_3_keeps_between_the_passes_what_the_formula_says(
-    measured: list[dict[str, Any]],
-) -> None:
+def test_stage_3_keeps_between_the_passes_what_the_formula_says(measured):
     for answer in measured:
         whole = answer["dense"] + answer["experts"] // answer["ep"]
         expected = min(whole, answer["keep"])
         assert answer["kept"] == pytest.approx(expected, rel=0.1, abs=BUCKET), where(answer)
 
 
-def test_nothing_that_stays_between_steps_is_missing_from_the_formulas(
-    measured: list[dict[str, Any]],
-) -> None:
+def test_nothing_that_stays_between_steps_is_missing_from_the_formulas(measured):
     for answer in measured:
         plan = parts(formula(answer))
         # Stage 3 keeps its gradient buffer and its bucket, and stage 1 in bf16 its float32 sums;
@@ -316,9 +306,7 @@ def test_nothing_that_stays_between_steps_is_missing_from_the_formulas(
         assert answer["total"] == pytest.approx(expected, rel=0.1), where(answer)
 
 
-def test_the_bytes_that_experts_exchange_are_within_15_percent_of_the_formula(
-    measured: list[dict[str, Any]],
-) -> None:
+def test_the_bytes_that_experts_exchange_are_within_15_percent_of_the_formula(measured):
     for key, answers in by_run(measured).items():
         one = answers[0]
         shape = shape_of(one)
@@ -328,9 +316,7 @@ def test_the_bytes_that_experts_exchange_are_within_15_percent_of_the_formula(
         assert (sent > 0) == (one["ep"] > 1), key
 
 
-def test_the_bytes_of_gradients_and_weights_are_within_15_percent_of_the_formula(
-    measured: list[dict[str, Any]],
-) -> None:
+def test_the_bytes_of_gradients_and_weights_are_within_15_percent_of_the_formula(measured):
     for answer in measured:
         moved = traffic(shape_of(answer), layout_of(answer, tokens=0))
         sent, steps = Counter(answer["sent"]), answer["steps"]
@@ -344,9 +330,7 @@ def test_the_bytes_of_gradients_and_weights_are_within_15_percent_of_the_formula
         assert found == pytest.approx(expected, rel=0.15), where(answer)
 
 
-def test_the_closed_form_counts_the_parameters_of_the_model_that_was_built(
-    measured: list[dict[str, Any]],
-) -> None:
+def test_the_closed_form_counts_the_parameters_of_the_model_that_was_built(measured):
     for answer in measured:
         assert shape_of(answer).dense_parameters == pytest.approx(answer["dense"], rel=0.01)
         assert shape_of(answer).expert_parameters == answer["experts"]

@@ -1,7 +1,5 @@
 """A run saved over one layout goes on over another as if nothing had happened."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np
@@ -22,7 +20,7 @@ RUNS = {
 
 
 @pytest.fixture(scope="module")
-def losses(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, list[float]]]:
+def losses(tmp_path_factory) -> dict[int, dict[str, list[float]]]:
     """Ranks -> run -> losses. Each world starts at the checkpoint that the one before left after its third."""
     encoder = make_encoder(tmp_path_factory.mktemp("encoder"))
     folder = str(tmp_path_factory.mktemp("checkpoints"))
@@ -36,12 +34,12 @@ def losses(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, list
 
 
 @pytest.mark.parametrize("run", RUNS)
-def test_a_run_moves_from_two_ranks_to_one_and_on_to_four(losses: Any, run: str) -> None:
+def test_a_run_moves_from_two_ranks_to_one_and_on_to_four(losses, run):
     np.testing.assert_allclose(losses[1][run][:3], losses[2][run][3:], rtol=1e-5)
     np.testing.assert_allclose(losses[4][run], losses[1][run][3:], rtol=1e-5)
 
 
-def test_the_losses_do_fall_so_that_equal_ones_mean_something(losses: Any) -> None:
+def test_the_losses_do_fall_so_that_equal_ones_mean_something(losses):
     assert all(
         len(set(np.round(series, 3))) == len(series)
         for by_run in losses.values()

@@ -1,7 +1,5 @@
 """The objective over real ranks with uneven rows equals one process on the joined batch."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

@@ -1,7 +1,5 @@
 """Real ranks that all live while none gets any further."""
 
-from __future__ import annotations
-
 import os
 import time
 
@@ -36,7 +34,7 @@ def one_is_late() -> tuple[list[int], str]:
     return codes, watch._gone[int(os.environ["RANK"])][1]
 
 
-def test_the_message_of_a_standstill_names_the_rank_that_is_in_no_collective() -> None:
+def test_the_message_of_a_standstill_names_the_rank_that_is_in_no_collective():
     answers = run_ranks("tests.multiprocess.test_standstill:one_is_late", 2)
     assert [codes for codes, _ in answers] == [[4], [4]] and answers[0][1] == answers[1][1]
     said = answers[0][1]

@@ -1,7 +1,5 @@
 """A run that starts from a dense one is the same on every layout, from its first step on."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +36,7 @@ def export_dense(encoder: str, folder: Path) -> str:
     return str(folder / "export")
 
 
-def test_experts_made_of_a_dense_block_train_alike_on_every_layout(tmp_path: Path) -> None:
+def test_experts_made_of_a_dense_block_train_alike_on_every_layout(tmp_path):
     encoder = make_encoder(tmp_path / "encoder")
     options: dict[str, Any] = EXPERTS | {"model__start_from": export_dense(encoder, tmp_path)}
     (plain,) = run_ranks(MANY, 1, encoder=encoder, cases=[options], work="plain_case")[0]

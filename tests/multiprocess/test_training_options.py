@@ -1,7 +1,5 @@
 """Frozen layers, recomputed layers, every family and every gate train over real ranks as they do in one process."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +152,7 @@ CASES: dict[str, tuple[str, dict[str, Any], list[dict[str, Any]]]] = {
 
 
 @pytest.fixture(scope="module")
-def encoders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def encoders(tmp_path_factory) -> dict[str, str]:
     folders = {"bert": make_encoder(tmp_path_factory.mktemp("bert"))}
     folders["tower"] = make_tower(tmp_path_factory.mktemp("tower"))
     for family in FAMILIES:
@@ -183,16 +181,14 @@ def run_all(work: list[tuple[str, dict[str, Any]]]) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def one_process(encoders: dict[str, str]) -> dict[str, Any]:
+def one_process(encoders) -> dict[str, Any]:
     cases = [(encoder, {"stage": 1, **options}) for encoder, options, _ in CASES.values()]
     work = [(encoders[encoder], in_folders(options, encoders)) for encoder, options in cases]
     return dict(zip(CASES, run_ranks(f"{HERE}:run_all", 1, work=work)[0], strict=True))
 
 
 @pytest.fixture(scope="module")
-def world(
-    encoders: dict[str, str], tmp_path_factory: pytest.TempPathFactory
-) -> list[dict[str, Any]]:
+def world(encoders, tmp_path_factory) -> list[dict[str, Any]]:
     """What each of two ranks answers to all that is asked of two."""
     work = [(encoders[encoder], in_folders(options | layout, encoders))
             for encoder, options, layouts in CASES.values() for layout in layouts]  # fmt: skip
@@ -203,7 +199,7 @@ def world(
 
 
 @pytest.fixture(scope="module")
-def two_ranks(world: list[dict[str, Any]]) -> dict[str, list[Any]]:
+def two_ranks(world) -> dict[str, list[Any]]:
     found = iter(world[0]["cases"])
     return {name: [next(found) for _ in layouts] for name, (_, _, layouts) in CASES.items()}
 
@@ -224,25 +220,19 @@ def still(answer: dict[str, Any]) -> set[str]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_losses_norms_and_logits_agree_with_one_process(
-    name: str, one_process: Any, two_ranks: Any
-) -> None:
+def test_losses_norms_and_logits_agree_with_one_process(name, one_process, two_ranks):
     for answer in two_ranks[name]:
         assert_same(answer, one_process[name])
 
 
-def test_the_weightings_train_differently_so_that_equal_losses_mean_something(
-    one_process: Any,
-) -> None:
+def test_the_weightings_train_differently_so_that_equal_losses_mean_something(one_process):
     answers = [one_process[name]["engine_logits"]["mood"] for name in WEIGHTED]
     for number, answer in enumerate(answers):
         assert all(np.abs(answer - other).max() > 1e-4 for other in answers[:number])
 
 
 @pytest.mark.parametrize("name", ["recomputed by token", "recomputed by both"])
-def test_loads_of_recomputed_layers_are_counted_once(
-    name: str, one_process: Any, two_ranks: Any
-) -> None:
+def test_loads_of_recomputed_layers_are_counted_once(name, one_process, two_ranks):
     biases = [key for key in one_process[name]["state"] if key.endswith("e_score_correction_bias")]
     assert len(biases) == 2
     for answer in two_ranks[name]:
@@ -253,9 +243,7 @@ def test_loads_of_recomputed_layers_are_counted_once(
 @pytest.mark.parametrize(
     ("name", "last"), [("frozen", ()), ("last layer", ("encoder.encoder.layer.1.",))]
 )
-def test_frozen_weights_stay_and_experts_and_heads_train(
-    name: str, last: tuple[str, ...], one_process: Any, two_ranks: Any
-) -> None:
+def test_frozen_weights_stay_and_experts_and_heads_train(name, last, one_process, two_ranks):
     for answer in (one_process[name], *two_ranks[name]):
         encoder = {
             key for key in answer["moves"] if key.startswith("encoder.") and ".block." not in key
@@ -266,18 +254,18 @@ def test_frozen_weights_stay_and_experts_and_heads_train(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_weight_of_every_family_trains(family: str, one_process: Any, two_ranks: Any) -> None:
+def test_every_weight_of_every_family_trains(family, one_process, two_ranks):
     for answer in (one_process[family], *two_ranks[family]):
         assert still(answer) == set()
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_experts_train_under_every_form_of_gate(form: str, two_ranks: Any) -> None:
+def test_experts_train_under_every_form_of_gate(form, two_ranks):
     for answer in two_ranks[form]:
         assert not [key for key in still(answer) if "experts" in key]
 
 
-def test_recomputed_layers_draw_the_same_dropout_again(world: list[dict[str, Any]]) -> None:
+def test_recomputed_layers_draw_the_same_dropout_again(world):
     answers = world[0]["dropout"]
     for kept, recomputed in (answers[:2], answers[2:]):
         assert_same(recomputed, kept, rtol=1e-6)
@@ -325,9 +313,7 @@ def frozen_resume(encoder: str, *, stage: int, folder: str) -> dict[str, Any]:
     return {"uninterrupted": uninterrupted, "resumed": resumed, "roles": set(roles)}
 
 
-def test_a_run_with_a_frozen_encoder_resumes_and_its_optimizer_knows_no_encoder(
-    world: list[dict[str, Any]],
-) -> None:
+def test_a_run_with_a_frozen_encoder_resumes_and_its_optimizer_knows_no_encoder(world):
     for answer in [stage for rank in world for stage in rank["resumed"]]:
         assert answer["resumed"] == pytest.approx(answer["uninterrupted"], rel=1e-6)
         assert answer["roles"] == {"experts", "heads", "router"}
@@ -341,9 +327,7 @@ def uniform_loads(encoder: str) -> list[list[int]]:
     return [routing.counts_E.tolist() for routing in reports[1].outputs[0].output.routings]
 
 
-def test_the_uniform_gate_loads_every_expert_alike_on_every_rank(
-    world: list[dict[str, Any]],
-) -> None:
+def test_the_uniform_gate_loads_every_expert_alike_on_every_rank(world):
     # Not the same numbers as in one process: a token's turn depends on how many came before it on
     # its rank.
     for layers in [rank["uniform"] for rank in world]:
@@ -367,8 +351,6 @@ def recomputing(encoder: str) -> dict[str, Any]:
     return {"trained": trained, "answered": len(calls) - trained, "gathered": gathered}
 
 
-def test_under_zero_3_a_layer_runs_twice_in_training_and_no_weight_stays_gathered(
-    world: list[dict[str, Any]],
-) -> None:
+def test_under_zero_3_a_layer_runs_twice_in_training_and_no_weight_stays_gathered(world):
     for answer in [rank["recomputing"] for rank in world]:
         assert answer == {"trained": 2, "answered": 1, "gathered": []}

@@ -1,7 +1,5 @@
 """Auxiliary data with a scripted model: rounds, malformed texts, interruption, files."""
 
-from __future__ import annotations
-
 import json
 import re
 import subprocess
@@ -90,7 +88,7 @@ def stubborn(question: str, seed: int | None) -> str:
 
 
 @pytest.fixture
-def prompts(tmp_path: Path) -> Prompts:
+def prompts(tmp_path) -> Prompts:
     return prompts_of(tmp_path, PROMPTS)
 
 
@@ -151,8 +149,8 @@ def from_file(path: Path, output: Path, prompts: Prompts, **changes: Any) -> Rep
 
 
 def test_the_gold_label_is_given_only_to_refine_and_a_result_that_implies_it_converges(
-    tmp_path: Path, prompts: Prompts
-) -> None:
+    tmp_path, prompts
+):
     model = Scripted(honest)
     (row, late), report = run(
         tmp_path, [{"id": 7, **post("They smiled.", "positive")}, HOUR], model, prompts
@@ -181,8 +179,8 @@ def test_the_gold_label_is_given_only_to_refine_and_a_result_that_implies_it_con
 
 
 def test_what_never_converges_keeps_its_last_text_and_one_round_is_enough_without_gold_label(
-    tmp_path: Path, prompts: Prompts
-) -> None:
+    tmp_path, prompts
+):
     texts: list[str] = []
 
     def changing(question: str, seed: int | None) -> str:
@@ -201,9 +199,7 @@ def test_what_never_converges_keeps_its_last_text_and_one_round_is_enough_withou
     assert sum("hour" not in question for question, _ in model.generated) == 4
 
 
-def test_a_prompt_is_continued_greedily_once_and_sampled_when_it_comes_back(
-    tmp_path: Path, prompts: Prompts
-) -> None:
+def test_a_prompt_is_continued_greedily_once_and_sampled_when_it_comes_back(tmp_path, prompts):
     def opinion_seeds(**changes: Any) -> list[int | None]:
         model = Scripted(stubborn)
         (row,), _ = run(tmp_path, [HOUR], model, prompts, overwrite=True, **changes)
@@ -234,7 +230,7 @@ MALFORMED = {
 
 
 @pytest.mark.parametrize("reason", MALFORMED)
-def test_a_malformed_text_has_a_reason(reason: str | None, tmp_path: Path) -> None:
+def test_a_malformed_text_has_a_reason(reason, tmp_path):
     changed = PROMPTS.replace("| aspect?", "| Which of all these things is it?", 1)
     prompts = prompts_of(tmp_path, changed)
     for text in MALFORMED[reason]:
@@ -242,7 +238,7 @@ def test_a_malformed_text_has_a_reason(reason: str | None, tmp_path: Path) -> No
         assert fault_of(generation, "opinion", prompts=prompts) == reason, text
 
 
-def test_blanks_quotes_and_the_full_stop_around_a_text_go() -> None:
+def test_blanks_quotes_and_the_full_stop_around_a_text_go():
     texts = {
         ' "slow."\n': "slow",
         "“slow”.": "slow",
@@ -252,9 +248,7 @@ def test_blanks_quotes_and_the_full_stop_around_a_text_go() -> None:
     assert {text: tidy(text) for text in texts} == texts
 
 
-def test_a_malformed_text_is_left_out_counted_and_generated_again(
-    tmp_path: Path, prompts: Prompts
-) -> None:
+def test_a_malformed_text_is_left_out_counted_and_generated_again(tmp_path, prompts):
     def hesitant(question: str, seed: int | None) -> str:
         late = "Late" in question and seed is None and is_opinion(question)
         return "" if "Empty" in question or late else honest(question, seed)
@@ -283,9 +277,7 @@ def test_a_malformed_text_is_left_out_counted_and_generated_again(
 # Interruption
 
 
-def test_a_run_that_was_killed_continues_and_ends_with_the_same_bytes(
-    tmp_path: Path, prompts: Prompts
-) -> None:
+def test_a_run_that_was_killed_continues_and_ends_with_the_same_bytes(tmp_path, prompts):
     rows = [post(f"Post {number} " + "long " * (number % 5), "negative" if number % 3 else "positive")
             for number in range(30)]  # fmt: skip
 
@@ -316,9 +308,7 @@ def test_a_run_that_was_killed_continues_and_ends_with_the_same_bytes(
 
 
 @pytest.mark.parametrize("option", ["--model", "--prompts", "--input", "--batch-size", "--rounds"])
-def test_a_stopped_run_is_not_continued_otherwise(
-    option: str, tmp_path: Path, prompts: Prompts
-) -> None:
+def test_a_stopped_run_is_not_continued_otherwise(option, tmp_path, prompts):
     rows = [post(f"Post {number}", "positive") for number in range(20)]
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, rows, Scripted(honest, stop_after=16), prompts, batch_size=2)
@@ -336,8 +326,8 @@ def test_a_stopped_run_is_not_continued_otherwise(
 
 
 def test_a_finished_run_started_again_changes_nothing_and_another_replaces_it_only_on_demand(
-    tmp_path: Path, prompts: Prompts
-) -> None:
+    tmp_path, prompts
+):
     _, first = run(tmp_path, [ONE], Scripted(honest), prompts)
     assert sorted(kept(tmp_path / "out")) == [".aux.jsonl.done", "aux.jsonl"]
     before, idle = kept(tmp_path / "out"), Scripted(honest)
@@ -356,9 +346,7 @@ def test_a_finished_run_started_again_changes_nothing_and_another_replaces_it_on
     assert row["text"] == "Two."
 
 
-def test_a_run_that_failed_before_any_post_was_done_may_be_started_otherwise(
-    tmp_path: Path, prompts: Prompts
-) -> None:
+def test_a_run_that_failed_before_any_post_was_done_may_be_started_otherwise(tmp_path, prompts):
     with pytest.raises(
         ValueError, match="it reads few words. Copy .*augment_prompts.yaml, shorten"
     ):
@@ -368,11 +356,8 @@ def test_a_run_that_failed_before_any_post_was_done_may_be_started_otherwise(
 
 
 def test_a_log_has_lines_with_the_posts_done_the_time_left_and_the_round(
-    tmp_path: Path,
-    prompts: Prompts,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    tmp_path, prompts, capsys, monkeypatch
+):
     monkeypatch.setattr("comoe.augment.command.LOG_SECONDS", 0.0)
     rows = [post(f"Post {number}", None) for number in range(8)]
     run(tmp_path, rows, Scripted(honest), prompts, batch_size=1)
@@ -400,7 +385,7 @@ READ_FILES = {
 
 
 @pytest.mark.parametrize("case", READ_FILES)
-def test_a_file_that_is_read_is_never_written(case: str, tmp_path: Path, prompts: Prompts) -> None:
+def test_a_file_that_is_read_is_never_written(case, tmp_path, prompts):
     source, output = READ_FILES[case]
     (tmp_path / "data").mkdir()
     for name in ("own.jsonl", ".aux.jsonl.part", "aux.malformed.jsonl", "data/train.jsonl"):
@@ -416,7 +401,7 @@ def test_a_file_that_is_read_is_never_written(case: str, tmp_path: Path, prompts
 
 
 @pytest.mark.parametrize("taken", ["aux.jsonl", "aux.malformed.jsonl", ".aux.jsonl.part"])
-def test_overwrite_replaces_no_other_file(taken: str, tmp_path: Path, prompts: Prompts) -> None:
+def test_overwrite_replaces_no_other_file(taken, tmp_path, prompts):
     own, output = write(tmp_path / "own.jsonl", [ONE]), tmp_path / "aux.jsonl"
     (tmp_path / taken).write_text('{"text": "mine"}', encoding="utf-8")
     before = kept(tmp_path)
@@ -432,9 +417,7 @@ def test_overwrite_replaces_no_other_file(taken: str, tmp_path: Path, prompts: P
         from_file(own, output, prompts, overwrite=True)
 
 
-def test_an_output_that_appears_during_the_work_is_kept_and_the_work_too(
-    tmp_path: Path, prompts: Prompts
-) -> None:
+def test_an_output_that_appears_during_the_work_is_kept_and_the_work_too(tmp_path, prompts):
     taken = tmp_path / "out" / "aux.jsonl"
 
     def meddling(question: str, seed: int | None) -> str:
@@ -450,7 +433,7 @@ def test_an_output_that_appears_during_the_work_is_kept_and_the_work_too(
     assert report.resumed == 1 and not idle.generated
 
 
-def test_two_processes_do_not_write_the_same_output(tmp_path: Path, prompts: Prompts) -> None:
+def test_two_processes_do_not_write_the_same_output(tmp_path, prompts):
     def nested(question: str, seed: int | None) -> str:
         run(tmp_path, [ONE], Scripted(honest), prompts)
         return "never"
@@ -479,16 +462,14 @@ BAD_INPUT: dict[str, tuple[list[dict[str, object]], dict[str, object], str]] = {
 
 
 @pytest.mark.parametrize("case", BAD_INPUT)
-def test_bad_posts_and_options_are_refused(case: str, tmp_path: Path, prompts: Prompts) -> None:
+def test_bad_posts_and_options_are_refused(case, tmp_path, prompts):
     rows, changes, message = BAD_INPUT[case]
     with pytest.raises(ValueError, match=message):
         run(tmp_path, rows, Scripted(honest), prompts, **changes)
     assert not (tmp_path / "out" / "aux.jsonl").exists()
 
 
-def test_a_cell_that_json_cannot_hold_is_refused_before_any_work(
-    tmp_path: Path, prompts: Prompts
-) -> None:
+def test_a_cell_that_json_cannot_hold_is_refused_before_any_work(tmp_path, prompts):
     path = tmp_path / "posts.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"text": ["One."], "raw": [b"1"]}), path)
     with pytest.raises(ValueError, match="post 1 has a cell that JSON lines cannot hold"):
@@ -496,9 +477,7 @@ def test_a_cell_that_json_cannot_hold_is_refused_before_any_work(
                 settings=Settings(), progress=False)  # fmt: skip
 
 
-def test_bad_rows_can_be_skipped_and_a_file_needs_no_target_and_no_label(
-    tmp_path: Path, prompts: Prompts
-) -> None:
+def test_bad_rows_can_be_skipped_and_a_file_needs_no_target_and_no_label(tmp_path, prompts):
     model, rows = Scripted(honest), [{"text": "One."}, {"text": ""}, {"text": "Two."}]
     found, report = run(tmp_path, rows, model, prompts, skip_bad=True)
     assert [row["text"] for row in found] == ["One.", "Two."] and len(report.posts.bad) == 1
@@ -507,7 +486,7 @@ def test_bad_rows_can_be_skipped_and_a_file_needs_no_target_and_no_label(
     assert notes == ["no column aspect", "no column polarity"]
 
 
-def test_csv_posts_with_other_columns_keep_every_column(tmp_path: Path, prompts: Prompts) -> None:
+def test_csv_posts_with_other_columns_keep_every_column(tmp_path, prompts):
     path = tmp_path / "posts.csv"
     path.write_text("tweet,about,mood,id\nThey smiled.,staff,positive,007\n", encoding="utf-8")
     columns = {"text": "tweet", "pair": "about", "label": "mood"}
@@ -516,7 +495,7 @@ def test_csv_posts_with_other_columns_keep_every_column(tmp_path: Path, prompts:
     assert (row["id"], row["mood"], row["aux_converged"]) == ("007", "positive", True)
 
 
-def test_line_separators_and_half_characters_do_no_harm(tmp_path: Path, prompts: Prompts) -> None:
+def test_line_separators_and_half_characters_do_no_harm(tmp_path, prompts):
     rows = [post("a\u2028b\nc \ud83d \U0001f600", "positive")]
     model = Scripted(honest)
     (row,), report = run(tmp_path, rows, model, prompts)
@@ -527,8 +506,8 @@ def test_line_separators_and_half_characters_do_no_harm(tmp_path: Path, prompts:
 
 
 def test_a_post_that_is_too_long_loses_its_end_and_a_template_that_is_too_long_is_refused(
-    tmp_path: Path, prompts: Prompts
-) -> None:
+    tmp_path, prompts
+):
     model, text = Scripted(honest, most_words=15), "one two three four five six seven eight nine"
     (row,), report = run(tmp_path, [post(text, "positive")], model, prompts)
     assert model.generated[0][0].startswith("one two three")
@@ -538,7 +517,7 @@ def test_a_post_that_is_too_long_loses_its_end_and_a_template_that_is_too_long_i
         run(tmp_path, [ONE], Scripted(honest, most_words=1), prompts, overwrite=True)
 
 
-def test_batches_hold_prompts_of_similar_length_and_keep_their_places() -> None:
+def test_batches_hold_prompts_of_similar_length_and_keep_their_places():
     batches: list[list[int]] = []
 
     def call(rows: list[int]) -> list[str]:
@@ -551,7 +530,7 @@ def test_batches_hold_prompts_of_similar_length_and_keep_their_places() -> None:
     assert batches == [[3, 1, 0], [4]]
 
 
-def test_help_has_the_defaults() -> None:
+def test_help_has_the_defaults():
     command = [sys.executable, str(DEFAULT.parents[1] / "augment.py"), "--help"]
     asked = subprocess.run(command, capture_output=True, text=True, check=True)
     text = " ".join(asked.stdout.split())
@@ -578,16 +557,14 @@ BAD_PROMPTS = {
 
 
 @pytest.mark.parametrize("found", BAD_PROMPTS)
-def test_bad_prompts_are_refused(found: str, tmp_path: Path) -> None:
+def test_bad_prompts_are_refused(found, tmp_path):
     instead, message = BAD_PROMPTS[found]
     assert PROMPTS.count(found) == 1
     with pytest.raises(ValueError, match=message):
         prompts_of(tmp_path, PROMPTS.replace(found, instead))
 
 
-def test_posts_with_braces_are_not_taken_for_fields_and_examples_go_before_the_question(
-    tmp_path: Path,
-) -> None:
+def test_posts_with_braces_are_not_taken_for_fields_and_examples_go_before_the_question(tmp_path):
     examples = "examples: [{text: T, aspect: A, opinion: O, gold: negative}, {text: U}]\n"
     prompts = prompts_of(tmp_path, PROMPTS + examples)
     built = prompts.build("opinion", {"text": "{gold} {", "target": "x", "aspect": "y"})
@@ -600,7 +577,7 @@ def test_posts_with_braces_are_not_taken_for_fields_and_examples_go_before_the_q
     assert prompts.build("refine_aspect", values).examples == ()
 
 
-def test_the_default_prompts_are_valid_and_every_example_serves_every_template() -> None:
+def test_the_default_prompts_are_valid_and_every_example_serves_every_template():
     prompts = load_prompts(DEFAULT)
     values = dict.fromkeys(("text", "target", "aspect", "opinion", "gold"), "x")
     values |= dict.fromkeys(("previous_aspect", "previous_opinion", "previous_polarity"), "x")
@@ -612,7 +589,7 @@ def test_the_default_prompts_are_valid_and_every_example_serves_every_template()
             assert fault in (None, "echoes the prompt")
 
 
-def test_a_recipe_reads_the_output_as_it_is(tmp_path: Path, prompts: Prompts) -> None:
+def test_a_recipe_reads_the_output_as_it_is(tmp_path, prompts):
     rows = [post("They smiled.", "positive"), post("Empty.", "positive"), HOUR]
     model = Scripted(lambda question, seed: "" if "Empty" in question else honest(question, seed))
     _, report = run(tmp_path, rows, model, prompts)

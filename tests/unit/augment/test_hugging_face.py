@@ -1,7 +1,5 @@
 """Hugging Face models as generators: tiny ones with random weights, against slow computations of the same numbers."""
 
-from __future__ import annotations
-
 import logging
 import math
 from collections import Counter
@@ -87,7 +85,7 @@ BUILDERS = {
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def folders(tmp_path_factory) -> dict[str, Path]:
     made = {}
     for name, build in BUILDERS.items():
         made[name] = tmp_path_factory.mktemp(name)
@@ -98,7 +96,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def generators(folders: dict[str, Path]) -> dict[str, HuggingFaceGenerator]:
+def generators(folders) -> dict[str, HuggingFaceGenerator]:
     return {
         name: load_generator(str(folder), device="cpu", max_new_tokens=6)
         for name, folder in folders.items()
@@ -135,8 +133,8 @@ def slow_generation(generator: HuggingFaceGenerator, prompt: Prompt) -> tuple[st
 
 @pytest.mark.parametrize("name", BUILDERS)
 def test_texts_and_their_probabilities_equal_a_loop_without_cache_batch_or_padding(
-    name: str, generators: dict[str, HuggingFaceGenerator]
-) -> None:
+    name, generators
+):
     together = generators[name].generate(PROMPTS, seeds=[None] * 3)
     for prompt, generation in zip(PROMPTS, together, strict=True):
         text, probability, ended = slow_generation(generators[name], prompt)
@@ -145,9 +143,7 @@ def test_texts_and_their_probabilities_equal_a_loop_without_cache_batch_or_paddi
 
 
 @pytest.mark.parametrize("name", BUILDERS)
-def test_scores_of_words_equal_the_product_over_their_tokens(
-    name: str, generators: dict[str, HuggingFaceGenerator]
-) -> None:
+def test_scores_of_words_equal_the_product_over_their_tokens(name, generators):
     generator = generators[name]
     for prompt, shares in zip(PROMPTS, generator.score(PROMPTS, choices=CHOICES), strict=True):
         products = []
@@ -164,9 +160,7 @@ def test_scores_of_words_equal_the_product_over_their_tokens(
 
 
 @pytest.mark.parametrize("name", BUILDERS)
-def test_a_sampled_text_depends_on_its_seed_and_not_on_its_batch(
-    name: str, generators: dict[str, HuggingFaceGenerator]
-) -> None:
+def test_a_sampled_text_depends_on_its_seed_and_not_on_its_batch(name, generators):
     generator = generators[name]
     together = generator.generate(PROMPTS, seeds=[5, None, 6])
     for prompt, seed, generation in zip(PROMPTS, [5, None, 6], together, strict=True):
@@ -177,7 +171,7 @@ def test_a_sampled_text_depends_on_its_seed_and_not_on_its_batch(
     assert len(texts) > 1
 
 
-def test_sampled_tokens_follow_the_softmax_at_the_temperature() -> None:
+def test_sampled_tokens_follow_the_softmax_at_the_temperature():
     logits_BV = torch.tensor([[2.0, 1.0, 0.0]]).expand(3000, 3)
     selector = _TokenSelector([seed_of("a", row) for row in range(3000)], temperature=0.5)
     selector(torch.zeros(3000, 1, dtype=torch.long), logits_BV)
@@ -189,9 +183,7 @@ def test_sampled_tokens_follow_the_softmax_at_the_temperature() -> None:
     assert torch.allclose(selector.log_probabilities[0], plain[selector.selected[0]])
 
 
-def test_penalties_of_the_models_own_settings_do_not_count(
-    folders: dict[str, Path], tmp_path: Path
-) -> None:
+def test_penalties_of_the_models_own_settings_do_not_count(folders, tmp_path):
     import shutil
 
     shutil.copytree(folders["llama"], tmp_path / "llama")
@@ -208,9 +200,7 @@ def test_penalties_of_the_models_own_settings_do_not_count(
         )
 
 
-def test_a_chat_template_is_used_and_a_post_cannot_write_its_signs(
-    generators: dict[str, HuggingFaceGenerator],
-) -> None:
+def test_a_chat_template_is_used_and_a_post_cannot_write_its_signs(generators):
     text = generators["llama"]._text(Prompt("so </s> <s> assistant good", (("what ?", "bad"),)))
     expected = (
         "<s> user what ? </s> <s> assistant bad </s> <s> user so assistant good </s> <s> assistant"
@@ -222,15 +212,11 @@ def test_a_chat_template_is_used_and_a_post_cannot_write_its_signs(
     )
 
 
-def test_a_causal_text_without_chat_template_ends_with_its_line(
-    generators: dict[str, HuggingFaceGenerator],
-) -> None:
+def test_a_causal_text_without_chat_template_ends_with_its_line(generators):
     assert generators["gpt2"]._ends == [2, 3 + len(WORDS)] and generators["llama"]._ends == [2]
 
 
-def test_a_prompt_beyond_the_models_length_is_noticed(
-    generators: dict[str, HuggingFaceGenerator],
-) -> None:
+def test_a_prompt_beyond_the_models_length_is_noticed(generators):
     # GPT-2 reads 48 tokens, 6 of which are for the output; BART's tokenizer adds two.
     assert [generators["gpt2"].excess(Prompt("the " * length)) for length in (42, 43, 50)] == [
         0,
@@ -240,11 +226,7 @@ def test_a_prompt_beyond_the_models_length_is_noticed(
     assert [generators["bart"].excess(Prompt("the " * length)) for length in (158, 159)] == [0, 1]
 
 
-def test_a_limit_is_named_and_the_library_does_not_warn(
-    folders: dict[str, Path],
-    generators: dict[str, HuggingFaceGenerator],
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_a_limit_is_named_and_the_library_does_not_warn(folders, generators, caplog):
     fresh = load_generator(str(folders["t5"]), device="cpu")
     logging.getLogger("transformers").addHandler(caplog.handler)
     assert fresh.excess(Prompt("the " * 200)) == 41 and caplog.records == []
@@ -255,16 +237,14 @@ def test_a_limit_is_named_and_the_library_does_not_warn(
     )
 
 
-def test_retries_of_the_hub_are_not_logged() -> None:
+def test_retries_of_the_hub_are_not_logged():
     logger = logging.getLogger("huggingface_hub.utils._http")
     with _no_retry_lines():
         assert not logger.isEnabledFor(logging.WARNING)
     assert logger.isEnabledFor(logging.WARNING)
 
 
-def test_the_identity_tells_models_apart(
-    folders: dict[str, Path], generators: dict[str, HuggingFaceGenerator]
-) -> None:
+def test_the_identity_tells_models_apart(folders, generators):
     again = load_generator(str(folders["gpt2"]), device="cpu", max_new_tokens=6)
     assert again.identity == generators["gpt2"].identity
     with torch.no_grad():
@@ -273,7 +253,7 @@ def test_the_identity_tells_models_apart(
     assert "float32 on cpu" in again.identity["--model"]
 
 
-def test_half_precision_generates_and_scores_too(folders: dict[str, Path]) -> None:
+def test_half_precision_generates_and_scores_too(folders):
     for name in ("t5", "llama"):
         generator = load_generator(str(folders[name]), device="cpu", max_new_tokens=6)
         whole = generator.score(PROMPTS, choices=CHOICES)
@@ -307,9 +287,7 @@ def pickled(folder: Path, source: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
 
 
-def test_what_cannot_be_loaded_is_refused_with_what_to_do(
-    folders: dict[str, Path], tmp_path: Path
-) -> None:
+def test_what_cannot_be_loaded_is_refused_with_what_to_do(folders, tmp_path):
     (tmp_path / "bert").mkdir()
     build_smoke_encoder(tmp_path / "bert")
     without_decoder(tmp_path / "half", folders["t5"])
@@ -332,9 +310,7 @@ def test_what_cannot_be_loaded_is_refused_with_what_to_do(
             load_generator(name, progress=False, **{"device": "cpu", **arguments})
 
 
-def test_the_command_writes_a_file_with_a_tiny_model(
-    folders: dict[str, Path], tmp_path: Path
-) -> None:
+def test_the_command_writes_a_file_with_a_tiny_model(folders, tmp_path):
     from comoe.augment.command import COLUMNS, run_command
     from tests.unit.augment.test_augment import DEFAULT, post, rows_of, write
     from tests.unit.augment.test_augment import PROMPTS as SHORT

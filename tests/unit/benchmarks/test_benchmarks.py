@@ -1,7 +1,5 @@
 """The benchmarks' own arithmetic: turns, ratios, forced loads, marks, the table, and one small run of each."""
 
-from __future__ import annotations
-
 import json
 import time
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Tokens and batches: pairs, words, cuts, the cache, and the layout of rows and labels."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -71,7 +69,7 @@ def collator(**options: Any) -> Collator:
     )
 
 
-def test_a_batch_is_padded_to_its_longest_post(mixed: TokenizedSplit) -> None:
+def test_a_batch_is_padded_to_its_longest_post(mixed):
     batch = collator()(mixed, np.array([1, 0]))
     assert batch.input_ids_BL.shape == (2, 5)
     assert batch.attention_mask_BL.tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]
@@ -93,11 +91,11 @@ def test_a_batch_is_padded_to_its_longest_post(mixed: TokenizedSplit) -> None:
         assert tensor.dtype == torch.int64
 
 
-def test_rows_are_padded_to_a_multiple(mixed: TokenizedSplit) -> None:
+def test_rows_are_padded_to_a_multiple(mixed):
     assert collator(pad_to_multiple_of=8)(mixed, np.array([1, 0])).input_ids_BL.shape == (2, 8)
 
 
-def test_by_token_one_row_has_the_labels_of_all_tasks(mixed: TokenizedSplit) -> None:
+def test_by_token_one_row_has_the_labels_of_all_tasks(mixed):
     batch = collator()(mixed, np.array([0, 1, 2]))
     assert list(batch.labels) == ["mood", "stars", "topics", "names"]
     assert batch.labels["mood"].tolist() == [1, IGNORED, 0]
@@ -111,9 +109,7 @@ def test_by_token_one_row_has_the_labels_of_all_tasks(mixed: TokenizedSplit) -> 
 
 
 @pytest.mark.parametrize("route_by", ["task", "both"])
-def test_by_task_a_post_becomes_one_row_per_label_and_no_label_is_lost(
-    mixed: TokenizedSplit, route_by: str
-) -> None:
+def test_by_task_a_post_becomes_one_row_per_label_and_no_label_is_lost(mixed, route_by):
     batch = collator(route_by=route_by)(mixed, np.array([0, 1, 2, 3]))
     assert list(zip(batch.row_ids_B.tolist(), batch.task_ids_B.tolist(), strict=True)) == [
         (0, 0), (0, 2), (1, 1), (2, 0), (2, 1), (2, 2),
@@ -128,7 +124,7 @@ def test_by_task_a_post_becomes_one_row_per_label_and_no_label_is_lost(
         assert set(batch.task_ids_B[rows].tolist()) <= {TASKS.index(task)}
 
 
-def test_prediction_by_task_asks_every_task_of_every_post(mixed: TokenizedSplit) -> None:
+def test_prediction_by_task_asks_every_task_of_every_post(mixed):
     batch = collator(route_by="task")(mixed, np.array([3, 0]), all_tasks=True)
     assert batch.row_ids_B.tolist() == [3, 3, 3, 3, 0, 0, 0, 0]
     assert batch.task_ids_B.tolist() == [0, 1, 2, 3, 0, 1, 2, 3]
@@ -139,9 +135,7 @@ def test_prediction_by_task_asks_every_task_of_every_post(mixed: TokenizedSplit)
 
 
 @pytest.mark.parametrize(("route_by", "task_id"), [("token", -1), ("task", 0)])
-def test_no_posts_make_one_short_row_without_labels(
-    mixed: TokenizedSplit, route_by: str, task_id: int
-) -> None:
+def test_no_posts_make_one_short_row_without_labels(mixed, route_by, task_id):
     nothing = np.zeros(0, dtype=np.int64)
     batch = collator(route_by=route_by)(mixed, nothing)
     assert batch.row_ids_B.tolist() == [-1]
@@ -150,18 +144,18 @@ def test_no_posts_make_one_short_row_without_labels(
     assert all(not task.rules.labelled(batch.labels[task.name]).any() for task in TASKS)
 
 
-def test_by_task_posts_without_labels_make_a_filler_row(mixed: TokenizedSplit) -> None:
+def test_by_task_posts_without_labels_make_a_filler_row(mixed):
     assert collator(route_by="task")(mixed, np.array([3])).row_ids_B.tolist() == [-1]
 
 
-def test_a_second_text_is_the_second_segment_and_has_no_words() -> None:
+def test_a_second_text_is_the_second_segment_and_has_no_words():
     split = tokenized(posts_of(["one two"], pairs=["three"]))
     batch = collator()(split, np.array([0]))
     assert batch.token_type_ids_BL.tolist() == [[0, 0, 0, 0, 1, 1]]
     assert batch.word_starts_BL.tolist() == [[False, True, True, False, False, False]]
 
 
-def test_posts_with_and_without_pairs_and_words_keep_their_places() -> None:
+def test_posts_with_and_without_pairs_and_words_keep_their_places():
     posts = posts_of(
         ["one", "two", "three", "four"],
         pairs=[None, "one", None, "two"],
@@ -177,7 +171,7 @@ def test_posts_with_and_without_pairs_and_words_keep_their_places() -> None:
     ]
 
 
-def test_a_long_post_is_cut_and_counted() -> None:
+def test_a_long_post_is_cut_and_counted():
     tokenizer = wordpiece_tokenizer(["one", "two"])
     split = tokenized(
         posts_of(["one " * 50, "two", "one " * 50], pairs=[None, None, "two two"]), max_length=16
@@ -187,7 +181,7 @@ def test_a_long_post_is_cut_and_counted() -> None:
     assert tokens_of(split, 2, tokenizer)[-4:] == ["[SEP]", "two", "two", "[SEP]"]
 
 
-def test_tags_sit_on_the_first_piece_of_each_word() -> None:
+def test_tags_sit_on_the_first_piece_of_each_word():
     words = ["one", "abc", "rome"]
     split = tokenized(posts_of(["one abc rome"], words=[words], names=[[0, 1, 0]]))
     batch = collator()(split, np.array([0]))
@@ -196,14 +190,14 @@ def test_tags_sit_on_the_first_piece_of_each_word() -> None:
     assert batch.word_starts_BL.tolist() == [[False, True, True, False, False, True, False]]
 
 
-def test_a_missing_tag_stays_missing() -> None:
+def test_a_missing_tag_stays_missing():
     split = tokenized(posts_of(["one two"], words=[["one", "two"]], names=[[IGNORED, 1]]))
     assert collator()(split, np.array([0])).labels["names"].tolist() == [
         [IGNORED, IGNORED, 1, IGNORED]
     ]
 
 
-def test_words_cut_off_lose_their_tags_and_are_counted() -> None:
+def test_words_cut_off_lose_their_tags_and_are_counted():
     posts = posts_of(
         ["one " * 6, "one"], words=[["one"] * 6, ["one"]], names=[[0, 1, 0, 1, IGNORED, 1], [1]]
     )
@@ -214,7 +208,7 @@ def test_words_cut_off_lose_their_tags_and_are_counted() -> None:
     assert (split.truncated, split.words_cut) == (1, 2)
 
 
-def test_a_post_whose_only_tags_were_cut_off_counts_as_unlabelled() -> None:
+def test_a_post_whose_only_tags_were_cut_off_counts_as_unlabelled():
     posts = posts_of(["one " * 6], words=[["one"] * 6], names=[[IGNORED] * 5 + [1]])
     split = tokenized(posts, max_length=5)
     assert not split.labelled.any()
@@ -222,7 +216,7 @@ def test_a_post_whose_only_tags_were_cut_off_counts_as_unlabelled() -> None:
 
 
 @pytest.mark.parametrize("preset", ["none", "social", "strict"])
-def test_every_word_has_a_piece_whatever_it_is(preset: str) -> None:
+def test_every_word_has_a_piece_whatever_it_is(preset):
     words = [
         "@Ann",
         "\u200b",
@@ -243,7 +237,7 @@ def test_every_word_has_a_piece_whatever_it_is(preset: str) -> None:
     assert targets[targets != IGNORED].tolist() == [1, 0] * 5
 
 
-def test_byte_level_words_carry_the_blank_before_them() -> None:
+def test_byte_level_words_carry_the_blank_before_them():
     tokenizer = byte_level_tokenizer()
     plain = tokenized(posts_of(["b a b"]), tokenizer=tokenizer)
     words = tokenized(posts_of(["b a b"], words=[["b", "a", "b"]]), tokenizer=tokenizer)
@@ -255,7 +249,7 @@ def test_byte_level_words_carry_the_blank_before_them() -> None:
     assert Collator(tokenizer, TASKS)(words, np.array([0])).token_type_ids_BL is None
 
 
-def test_a_tokenizer_in_pure_python_works_without_words() -> None:
+def test_a_tokenizer_in_pure_python_works_without_words():
     tokenizer = ByT5Tokenizer()
     split = tokenized(
         posts_of(["abc", "a" * 50], pairs=["de", None]), tokenizer=tokenizer, max_length=20
@@ -268,7 +262,7 @@ def test_a_tokenizer_in_pure_python_works_without_words() -> None:
         tokenized(posts_of(["a"], words=[["a"]]), tokenizer=tokenizer)
 
 
-def test_posts_are_cleaned_before_they_are_tokenized() -> None:
+def test_posts_are_cleaned_before_they_are_tokenized():
     tokenizer = wordpiece_tokenizer(["one"])
     split = tokenized(posts_of(["@Bob &amp; one"]), tokenizer=tokenizer)
     assert tokens_of(split, 0, tokenizer) == [
@@ -284,7 +278,7 @@ def test_posts_are_cleaned_before_they_are_tokenized() -> None:
     ]
 
 
-def test_the_table_of_labels_says_which_posts_have_which(mixed: TokenizedSplit) -> None:
+def test_the_table_of_labels_says_which_posts_have_which(mixed):
     assert mixed.labelled.tolist() == [
         [True, False, True, False],
         [False, True, False, False],
@@ -298,15 +292,12 @@ def test_the_table_of_labels_says_which_posts_have_which(mixed: TokenizedSplit) 
     assert mixed.texts[2] == "x"
 
 
-def test_prediction_sees_the_tokens_that_training_saw() -> None:
+def test_prediction_sees_the_tokens_that_training_saw():
     config = DataConfig()
     posts = posts_of(["@Bob 😀 one", "two"], pairs=["three", None], words=[None, ["two", "four"]])
     trained = tokenized(posts)
     asked = collator().encode_texts(
-        ["@Bob 😀 one", "two"],
-        ["three", None],
-        [None, ["two", "four"]],
-        config=config,
+        ["@Bob 😀 one", "two"], ["three", None], [None, ["two", "four"]], config=config
     )
     assert np.array_equal(trained.tokens.input_ids, asked.tokens.input_ids)
     assert np.array_equal(trained.tokens.word_ids, asked.tokens.word_ids)
@@ -329,7 +320,7 @@ class CountingTokenizer:
         return self._inner(texts, *rest, **settings)
 
 
-def test_tokens_are_made_once_and_read_from_the_cache_afterwards(tmp_path: Path) -> None:
+def test_tokens_are_made_once_and_read_from_the_cache_afterwards(tmp_path):
     tokenizer = CountingTokenizer(wordpiece_tokenizer())
     posts = posts_of(["abc", "def ghi"], mood=[0, 1])
     first = tokenized(posts, tokenizer=tokenizer, cache_dir=tmp_path)
@@ -342,7 +333,7 @@ def test_tokens_are_made_once_and_read_from_the_cache_afterwards(tmp_path: Path)
     assert [path.suffix for path in tmp_path.iterdir()] == [".npz"]
 
 
-def test_the_cache_knows_all_that_the_tokens_depend_on(tmp_path: Path) -> None:
+def test_the_cache_knows_all_that_the_tokens_depend_on(tmp_path):
     posts = posts_of(["abc", "def"])
     tokenizer = wordpiece_tokenizer()
     tokenized(posts, tokenizer=tokenizer, cache_dir=tmp_path)
@@ -371,7 +362,7 @@ def test_the_cache_knows_all_that_the_tokens_depend_on(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "spoil", [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: b"no archive"]
 )
-def test_a_cache_file_that_was_cut_short_is_made_anew(tmp_path: Path, spoil: Any) -> None:
+def test_a_cache_file_that_was_cut_short_is_made_anew(tmp_path, spoil):
     posts = posts_of(["abc", "def ghi"])
     first = tokenized(posts, cache_dir=tmp_path)
     path = next(tmp_path.iterdir())
@@ -382,14 +373,14 @@ def test_a_cache_file_that_was_cut_short_is_made_anew(tmp_path: Path, spoil: Any
     assert len(path.read_bytes()) == len(whole)
 
 
-def test_a_tokenizer_is_loaded_from_a_folder_with_its_rules(tmp_path: Path) -> None:
+def test_a_tokenizer_is_loaded_from_a_folder_with_its_rules(tmp_path):
     wordpiece_tokenizer(["rome"]).save_pretrained(tmp_path / "encoder")
     loaded = load_tokenizer(str(tmp_path / "encoder"))
     assert loaded.tokenize("Rome ab") == ["rome", "a", "##b"]
     assert loaded.model_max_length == 512
 
 
-def test_a_missing_tokenizer_says_what_to_give(tmp_path: Path) -> None:
+def test_a_missing_tokenizer_says_what_to_give(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(
         ValueError, match=r"model.encoder \(.*empty\): no tokenizer could be loaded. Give a folder"
@@ -397,7 +388,7 @@ def test_a_missing_tokenizer_says_what_to_give(tmp_path: Path) -> None:
         load_tokenizer(str(tmp_path / "empty"))
 
 
-def test_a_length_that_the_encoder_does_not_take_is_told() -> None:
+def test_a_length_that_the_encoder_does_not_take_is_told():
     with pytest.raises(
         ValueError, match=r"data.max_length \(128\) is more than the encoder takes \(64 tokens\)"
     ):

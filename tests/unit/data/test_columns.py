@@ -1,7 +1,5 @@
 """Columns beside text and label: posts held out by value, slices, other domains, labels drawn evenly."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,7 @@ AIRLINES = ("Delta", "United", "Virgin America")
 
 
 @pytest.fixture
-def airline(tmp_path: Path) -> Path:
+def airline(tmp_path) -> Path:
     """Three labels on one post: a reason for complaints only, an airline for all."""
 
     def rows(count: int) -> list[dict[str, Any]]:
@@ -58,15 +56,15 @@ def texts_of(corpus: Corpus, split: str) -> set[str]:
 
 
 def test_tasks_with_other_label_columns_train_on_the_same_posts_and_missing_labels_are_fine(
-    airline: Path,
-) -> None:
+    airline,
+):
     train = load_corpus(recipe_with(airline)).splits["train"]
     assert len(train) == 24 and len(train.group_names) == 1
     assert [value is None for value in train.labels["reason"]] == [True, False] * 12
     assert None not in train.labels["sentiment"] and set(train.labels["airline"]) == {0, 1, 2}
 
 
-def test_held_out_posts_leave_training_and_validation_and_become_a_split(airline: Path) -> None:
+def test_held_out_posts_leave_training_and_validation_and_become_a_split(airline):
     whole = load_corpus(recipe_with(airline))
     corpus = load_corpus(recipe_with(airline, hold_out={"airline": ["Delta"]}))
     assert {split: len(posts) for split, posts in corpus.splits.items()} == {
@@ -87,7 +85,7 @@ def test_held_out_posts_leave_training_and_validation_and_become_a_split(airline
     assert corpus.report.posts["airline"]["unseen"] == 12
 
 
-def test_truth_values_are_held_out_by_their_names(airline: Path) -> None:
+def test_truth_values_are_held_out_by_their_names(airline):
     corpus = load_corpus(recipe_with(airline, hold_out={"late": ["true"]}))
     assert set(corpus.splits["unseen"].columns["late"]) == {"true"}
     assert len(corpus.splits["train"]) == 12
@@ -105,15 +103,13 @@ def test_truth_values_are_held_out_by_their_names(airline: Path) -> None:
         ({"airline": list(AIRLINES)}, "hold_out takes every training post away"),
     ],
 )
-def test_what_cannot_be_held_out_is_refused_with_what_can(
-    airline: Path, hold_out: dict[str, list[str]], message: str
-) -> None:
+def test_what_cannot_be_held_out_is_refused_with_what_can(airline, hold_out, message):
     with pytest.raises(ValueError) as caught:
         load_corpus(recipe_with(airline, hold_out=hold_out))
     assert message in str(caught.value)
 
 
-def test_tasks_that_share_posts_must_hold_out_the_same(airline: Path) -> None:
+def test_tasks_that_share_posts_must_hold_out_the_same(airline):
     recipe = recipe_with(airline)
     recipe.tasks["reason"].hold_out = {"airline": ["Delta"]}
     with pytest.raises(
@@ -122,9 +118,7 @@ def test_tasks_that_share_posts_must_hold_out_the_same(airline: Path) -> None:
         load_corpus(recipe)
 
 
-def test_training_in_one_domain_and_testing_in_another_is_a_matter_of_file_names(
-    tmp_path: Path,
-) -> None:
+def test_training_in_one_domain_and_testing_in_another_is_a_matter_of_file_names(tmp_path):
     for name in ("laptops", "restaurants"):
         for split, count in (("train", 8), ("validation", 4)):
             rows = [
@@ -141,7 +135,7 @@ def test_training_in_one_domain_and_testing_in_another_is_a_matter_of_file_names
     assert corpus.splits["test"].labels["mood"] == [0, 1, 0, 1]
 
 
-def test_extra_columns_are_kept_as_text_and_none_where_a_post_has_none(airline: Path) -> None:
+def test_extra_columns_are_kept_as_text_and_none_where_a_post_has_none(airline):
     write_jsonl(
         airline / "other" / "train.jsonl",
         [{"text": f"o {i}", "label": "ab"[i % 2]} for i in range(20)],
@@ -157,7 +151,7 @@ def test_extra_columns_are_kept_as_text_and_none_where_a_post_has_none(airline: 
     assert train.take(np.array([1, 25])).columns["airline"] == ["United", None]
 
 
-def test_a_column_that_a_loss_predicts_is_kept_and_must_exist(airline: Path) -> None:
+def test_a_column_that_a_loss_predicts_is_kept_and_must_exist(airline):
     recipe = recipe_with(airline)
     recipe.loss.adversarial.predict = "arline"
     assert extra_columns(recipe) == ()  # switched off: nobody reads it
@@ -170,9 +164,7 @@ def test_a_column_that_a_loss_predicts_is_kept_and_must_exist(airline: Path) -> 
     assert load_corpus(recipe).splits["train"].columns["airline"][:2] == ["Delta", "United"]
 
 
-def test_slices_by_a_column_that_is_not_there_or_has_too_many_values_are_refused(
-    airline: Path,
-) -> None:
+def test_slices_by_a_column_that_is_not_there_or_has_too_many_values_are_refused(airline):
     with pytest.raises(
         ValueError,
         match="tasks.sentiment.slices is 'lat', which does not exist; did you mean late?",
@@ -184,7 +176,7 @@ def test_slices_by_a_column_that_is_not_there_or_has_too_many_values_are_refused
         load_corpus(recipe_of(airline, many=TaskConfig(path="many", slices=["id"])))
 
 
-def test_one_task_of_a_data_set_may_ask_for_even_labels(airline: Path) -> None:
+def test_one_task_of_a_data_set_may_ask_for_even_labels(airline):
     recipe = recipe_with(airline, balanced_sampling=True)
     corpus = load_corpus(recipe)
     classes = balanced_classes(corpus.splits["train"], corpus.tasks, recipe.tasks)
@@ -196,6 +188,6 @@ def test_one_task_of_a_data_set_may_ask_for_even_labels(airline: Path) -> None:
         load_corpus(recipe)
 
 
-def test_even_labels_need_one_label_per_post(airline: Path) -> None:
+def test_even_labels_need_one_label_per_post(airline):
     with pytest.raises(ValueError, match="balanced_sampling needs one label of several per post"):
         load_corpus(recipe_with(airline, kind="multi_label", balanced_sampling=True))

@@ -1,7 +1,5 @@
 """The confidence of a label: what it multiplies, for every kind of task, and where it does not count."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 from types import SimpleNamespace

@@ -1,7 +1,5 @@
 """The corpus: shared posts, missing labels, held-out parts, limits, and what the report says."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +14,7 @@ from comoe.types import IGNORED
 
 
 @pytest.fixture
-def shared(tmp_path: Path) -> Path:
+def shared(tmp_path) -> Path:
     """One data set with three labels per post, some of them missing in three ways."""
     rows = [
         {"text": "one", "mood": "good", "topic": "air", "stars": 4.5, "sure": 0.5},
@@ -44,7 +42,7 @@ def three_tasks(root: Path) -> Corpus:
     )
 
 
-def test_tasks_on_one_data_set_share_its_posts(shared: Path) -> None:
+def test_tasks_on_one_data_set_share_its_posts(shared):
     corpus = three_tasks(shared)
     train = corpus.splits["train"]
     assert list(train.texts) == ["one", "two", "three", "four"]
@@ -60,20 +58,20 @@ def test_tasks_on_one_data_set_share_its_posts(shared: Path) -> None:
     assert (stars.label_mean, stars.label_std) == (2.75, 1.75)
 
 
-def test_a_training_post_without_any_label_is_left_out_and_said(shared: Path) -> None:
+def test_a_training_post_without_any_label_is_left_out_and_said(shared):
     assert (
         "data set posts: 1 training posts without any label left out"
         in three_tasks(shared).report.notes
     )
 
 
-def test_test_posts_without_labels_stay_for_predictions(shared: Path) -> None:
+def test_test_posts_without_labels_stay_for_predictions(shared):
     corpus = three_tasks(shared)
     assert list(corpus.splits["test"].texts) == ["seven", "eight"]
     assert corpus.splits["test"].labels["mood"] == [None, 1]
 
 
-def test_the_report_counts_posts_and_labels(shared: Path) -> None:
+def test_the_report_counts_posts_and_labels(shared):
     report = three_tasks(shared).report
     assert report.posts == {"posts": {"train": 4, "validation": 1, "test": 2}}
     assert report.labels["mood"] == {
@@ -95,7 +93,7 @@ def test_the_report_counts_posts_and_labels(shared: Path) -> None:
     assert "task mood: mean confidence of the training labels 0.750" in report.lines()
 
 
-def test_other_columns_or_files_make_another_data_set(tmp_path: Path) -> None:
+def test_other_columns_or_files_make_another_data_set(tmp_path):
     rows = [
         row | {"topic": "xy"[i % 2], "aspect": "door"} for i, row in enumerate(labelled_rows(6))
     ]
@@ -116,7 +114,7 @@ def test_other_columns_or_files_make_another_data_set(tmp_path: Path) -> None:
     assert train.pairs == [None] * 6 + ["door"] * 6 + [None] * 4
 
 
-def test_without_a_validation_split_a_stratified_part_is_held_out(tmp_path: Path) -> None:
+def test_without_a_validation_split_a_stratified_part_is_held_out(tmp_path):
     labels = ["a"] * 70 + ["b"] * 20 + ["c"] * 10
     rows = [{"text": f"post {i}", "label": label} for i, label in enumerate(labels)]
     write_jsonl(tmp_path / "posts.jsonl", rows)
@@ -133,7 +131,7 @@ def test_without_a_validation_split_a_stratified_part_is_held_out(tmp_path: Path
     assert load_corpus(recipe).splits["validation"].texts == validation.texts
 
 
-def test_posts_of_evaluation_depend_on_the_split_seed_alone(tmp_path: Path) -> None:
+def test_posts_of_evaluation_depend_on_the_split_seed_alone(tmp_path):
     for name, count in (("train", 40), ("validation", 30), ("test", 30)):
         write_jsonl(tmp_path / "whole" / f"{name}.jsonl", labelled_rows(count, start=len(name) * 9))
     write_jsonl(tmp_path / "alone.jsonl", labelled_rows(50))
@@ -165,7 +163,7 @@ def test_posts_of_evaluation_depend_on_the_split_seed_alone(tmp_path: Path) -> N
         ((99, 99, 99), (60, 30, 40)),
     ],
 )
-def test_a_task_keeps_at_most_its_limit_of_labels(limits: tuple, counts: tuple) -> None:
+def test_a_task_keeps_at_most_its_limit_of_labels(limits, counts):
     """Labels of a are in all 60 posts, of b in the first 30, of c in the last 40."""
     posts = PostSplit.from_posts(
         [
@@ -203,7 +201,7 @@ def limiting(**limits: int | None) -> dict[str, TaskConfig]:
     return {name: TaskConfig(limit=limit) for name, limit in limits.items()}
 
 
-def test_posts_per_label_are_the_first_of_one_order() -> None:
+def test_posts_per_label_are_the_first_of_one_order():
     """Of 8 a part of 16, other posts per seed, every post of a label that has too few."""
     rng = np.random.default_rng(0)
     one = [int(label) for label in rng.choice(3, 200, p=[0.7, 0.28, 0.02])]
@@ -234,7 +232,7 @@ def test_posts_per_label_are_the_first_of_one_order() -> None:
     assert len(found) <= 4 * 8
 
 
-def test_task_limits_drop_posts_and_say_so(shared: Path) -> None:
+def test_task_limits_drop_posts_and_say_so(shared):
     recipe = recipe_of(
         shared,
         mood=TaskConfig(path="posts", label="mood"),
@@ -259,7 +257,7 @@ def test_task_limits_drop_posts_and_say_so(shared: Path) -> None:
     assert 3 in found
 
 
-def test_a_class_of_one_post_does_not_hinder_holding_out(tmp_path: Path) -> None:
+def test_a_class_of_one_post_does_not_hinder_holding_out(tmp_path):
     rows = [*labelled_rows(30), {"text": "lonely", "label": "rare"}]
     write_jsonl(tmp_path / "posts.jsonl", rows)
     corpus = load_corpus(
@@ -269,7 +267,7 @@ def test_a_class_of_one_post_does_not_hinder_holding_out(tmp_path: Path) -> None
     assert "stratified by label" in corpus.report.notes[0]
 
 
-def test_equal_texts_are_held_out_together(tmp_path: Path) -> None:
+def test_equal_texts_are_held_out_together(tmp_path):
     rows = [{"text": f"post {i // 2}", "aspect": f"{i}", "label": "ab"[i % 2]} for i in range(40)]
     write_jsonl(tmp_path / "posts.jsonl", rows)
     recipe = recipe_of(tmp_path, t=TaskConfig(path="posts.jsonl", pair="aspect"))
@@ -281,7 +279,7 @@ def test_equal_texts_are_held_out_together(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("count", "fraction"), [(1, 0.1), (10, 0.0)])
-def test_nothing_to_hold_out_says_what_to_do(tmp_path: Path, count: int, fraction: float) -> None:
+def test_nothing_to_hold_out_says_what_to_do(tmp_path, count, fraction):
     write_jsonl(tmp_path / "posts.jsonl", labelled_rows(count))
     recipe = recipe_of(tmp_path, t=TaskConfig(path="posts.jsonl", labels=["bad", "good"]))
     recipe.data.validation_fraction = fraction
@@ -289,7 +287,7 @@ def test_nothing_to_hold_out_says_what_to_do(tmp_path: Path, count: int, fractio
         load_corpus(recipe)
 
 
-def test_a_limit_draws_by_the_seed_and_a_smaller_one_draws_a_part(tmp_path: Path) -> None:
+def test_a_limit_draws_by_the_seed_and_a_smaller_one_draws_a_part(tmp_path):
     for name in ("train", "validation", "test"):
         write_jsonl(tmp_path / "posts" / f"{name}.jsonl", labelled_rows(60, start=len(name) * 100))
     recipe = recipe_of(tmp_path, t=TaskConfig(path="posts"))
@@ -306,7 +304,7 @@ def test_a_limit_draws_by_the_seed_and_a_smaller_one_draws_a_part(tmp_path: Path
     assert load_corpus(recipe).report.posts == {"posts": {"train": 20, "validation": 7, "test": 7}}
 
 
-def test_adding_a_data_set_leaves_the_draws_of_the_others_alone(tmp_path: Path) -> None:
+def test_adding_a_data_set_leaves_the_draws_of_the_others_alone(tmp_path):
     for name in ("a", "b"):
         write_jsonl(tmp_path / f"{name}.jsonl", labelled_rows(50))
     alone = recipe_of(tmp_path, b=TaskConfig(path="b.jsonl"))
@@ -318,7 +316,7 @@ def test_adding_a_data_set_leaves_the_draws_of_the_others_alone(tmp_path: Path) 
     ).splits["train"].texts
 
 
-def test_posts_that_are_also_training_posts_are_warned_of(tmp_path: Path) -> None:
+def test_posts_that_are_also_training_posts_are_warned_of(tmp_path):
     write_jsonl(tmp_path / "posts" / "train.jsonl", labelled_rows(10))
     write_jsonl(tmp_path / "posts" / "validation.jsonl", labelled_rows(4, start=8))
     write_jsonl(
@@ -332,7 +330,7 @@ def test_posts_that_are_also_training_posts_are_warned_of(tmp_path: Path) -> Non
     ]
 
 
-def test_labels_of_the_recipe_and_of_the_data_set_keep_their_order(tmp_path: Path) -> None:
+def test_labels_of_the_recipe_and_of_the_data_set_keep_their_order(tmp_path):
     folder = tmp_path / "posts"
     folder.mkdir()
     for name in ("train", "val"):
@@ -353,7 +351,7 @@ def test_labels_of_the_recipe_and_of_the_data_set_keep_their_order(tmp_path: Pat
     ]  # ids in the order of tasks.t.labels
 
 
-def test_tags_come_with_words_and_plain_texts_are_split_at_blanks(tmp_path: Path) -> None:
+def test_tags_come_with_words_and_plain_texts_are_split_at_blanks(tmp_path):
     rows = [
         {"tokens": ["Ann", "in", "Rome"], "tags": ["B-per", "O", "B-loc"]},
         {"tokens": "to Rome", "tags": "O B-loc"},
@@ -372,7 +370,7 @@ def test_tags_come_with_words_and_plain_texts_are_split_at_blanks(tmp_path: Path
     assert corpus.report.labels["t"]["train"] == {"O": 2, "B-loc": 2, "B-per": 2}
 
 
-def test_multi_labels_are_counted_one_by_one(tmp_path: Path) -> None:
+def test_multi_labels_are_counted_one_by_one(tmp_path):
     rows = [
         {"text": "p", "label": ["a", "b"]},
         {"text": "q", "label": []},
@@ -385,7 +383,7 @@ def test_multi_labels_are_counted_one_by_one(tmp_path: Path) -> None:
     assert corpus.report.labels["t"]["train"] == {"a": 1, "b": 2, "c": 1}
 
 
-def test_class_weights_follow_the_posts_that_are_kept(tmp_path: Path) -> None:
+def test_class_weights_follow_the_posts_that_are_kept(tmp_path):
     rows = [{"text": f"post {i}", "label": "common" if i % 4 else "rare"} for i in range(16)]
     for name in ("train", "validation"):
         write_jsonl(tmp_path / "posts" / f"{name}.jsonl", rows)
@@ -393,7 +391,7 @@ def test_class_weights_follow_the_posts_that_are_kept(tmp_path: Path) -> None:
     assert corpus.tasks[0].class_weights == pytest.approx((16 / (2 * 12), 16 / (2 * 4)))
 
 
-def test_half_a_surrogate_pair_is_replaced_and_a_whole_one_is_a_character(tmp_path: Path) -> None:
+def test_half_a_surrogate_pair_is_replaced_and_a_whole_one_is_a_character(tmp_path):
     rows = ['{"text": "a \\ud83d", "label": "x"}', '{"text": "\\ud83d\\ude00", "label": "y"}']
     for name in ("train", "validation"):
         write_jsonl(tmp_path / "posts" / f"{name}.jsonl", rows)
@@ -401,7 +399,7 @@ def test_half_a_surrogate_pair_is_replaced_and_a_whole_one_is_a_character(tmp_pa
     assert list(texts) == ["a \ufffd", "😀"]
 
 
-def test_splits_are_joined_and_taken_column_by_column(shared: Path) -> None:
+def test_splits_are_joined_and_taken_column_by_column(shared):
     train = three_tasks(shared).splits["train"]
     both = PostSplit.join([train, train.take(np.array([2, 0]))])
     assert len(both) == 6
@@ -411,7 +409,7 @@ def test_splits_are_joined_and_taken_column_by_column(shared: Path) -> None:
     assert isinstance(both, PostSplit)
 
 
-def test_unlabelled_posts_must_fit_their_pairs() -> None:
+def test_unlabelled_posts_must_fit_their_pairs():
     posts = unlabelled_posts(["a", "b"], tasks=["t"], pairs=["x", None])
     assert posts.labels == {"t": [None, None]} and posts.pairs == ["x", None]
     with pytest.raises(ValueError, match="2 texts and 1 pairs"):

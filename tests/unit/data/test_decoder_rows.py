@@ -1,11 +1,8 @@
 """Rows of a batch where a decoder predicts some tasks, and the path of its texts to scores and predictions."""
 
-from __future__ import annotations
-
 import csv
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -64,7 +61,7 @@ def shown(batch: Batch, row: int) -> str:
 # Rows
 
 
-def test_by_token_a_post_has_one_row_for_the_heads_and_one_for_each_task_of_the_decoder() -> None:
+def test_by_token_a_post_has_one_row_for_the_heads_and_one_for_each_task_of_the_decoder():
     split = split_of()
     batch = Collator(TOKENIZER, TASKS)(split, np.arange(5), all_tasks=True)
     assert rows_of(batch) == [
@@ -84,7 +81,7 @@ def test_by_token_a_post_has_one_row_for_the_heads_and_one_for_each_task_of_the_
 
 
 @pytest.mark.parametrize("start", [False, True])
-def test_answers_and_choices_are_the_tokens_of_the_right_words(start: bool) -> None:
+def test_answers_and_choices_are_the_tokens_of_the_right_words(start):
     tokenizer = decoder_tokenizer(["great", "terrible", "battery", "😀", "电池"], start=start)
     posts = posts_of(TEXTS, LABELS, pairs=PAIRS)
     split = tokenize_split(posts, tokenizer, tasks=TASKS, config=CONFIG)
@@ -104,7 +101,7 @@ def test_answers_and_choices_are_the_tokens_of_the_right_words(start: bool) -> N
 
 
 @pytest.mark.parametrize("route_by", ["task", "both"])
-def test_by_task_every_row_has_its_one_task(route_by: str) -> None:
+def test_by_task_every_row_has_its_one_task(route_by):
     split, collator = split_of(), Collator(TOKENIZER, TASKS, route_by=route_by)
     expected = [(0, 0), (0, 1), (0, 2), (1, 0), (2, 1), (2, 2), (3, 2)]
     assert rows_of(collator(split, np.arange(5))) == expected
@@ -117,7 +114,7 @@ def test_by_task_every_row_has_its_one_task(route_by: str) -> None:
     assert shown(batch, 2) == "polarity of screen in: post four 😀 ? </s>"
 
 
-def test_without_a_task_with_a_head_there_are_no_rows_for_heads() -> None:
+def test_without_a_task_with_a_head_there_are_no_rows_for_heads():
     tasks = (ASPECT, POLARITY)
     split = split_of(tasks=tasks)
     batch = Collator(TOKENIZER, tasks)(split, np.arange(5), all_tasks=True)
@@ -127,14 +124,14 @@ def test_without_a_task_with_a_head_there_are_no_rows_for_heads() -> None:
 
 
 @pytest.mark.parametrize(("route_by", "task"), [("token", -1), ("task", 0)])
-def test_a_rank_without_posts_has_one_row_that_wants_no_answer(route_by: str, task: int) -> None:
+def test_a_rank_without_posts_has_one_row_that_wants_no_answer(route_by, task):
     batch = Collator(TOKENIZER, TASKS, route_by=route_by)(split_of(), np.zeros(0, dtype=np.int64))
     assert rows_of(batch) == [(-1, task)] and batch.target_ids_BD.tolist() == [[IGNORED]]
     assert batch.labels["aspect"].tolist() == batch.labels["polarity"].tolist() == [IGNORED]
     assert batch.texts["aspect"] == [None]
 
 
-def test_heads_alone_have_neither_answers_nor_choices() -> None:
+def test_heads_alone_have_neither_answers_nor_choices():
     split = split_of(tasks=(MOOD,))
     batch = Collator(TOKENIZER, (MOOD,))(split, np.arange(2))
     assert batch.target_ids_BD is None
@@ -142,7 +139,7 @@ def test_heads_alone_have_neither_answers_nor_choices() -> None:
     assert rows_of(batch) == [(0, -1), (1, -1)]
 
 
-def test_rows_are_taken_with_their_answers() -> None:
+def test_rows_are_taken_with_their_answers():
     batch = Collator(TOKENIZER, TASKS)(split_of(), np.array([0]))
     part = batch.take(torch.tensor([2, 1]))
     assert torch.equal(part.target_ids_BD, batch.target_ids_BD[[2, 1]])
@@ -151,7 +148,7 @@ def test_rows_are_taken_with_their_answers() -> None:
     assert torch.equal(part.choices["polarity"], batch.choices["polarity"])
 
 
-def test_lengths_are_those_of_the_longest_row_of_a_post() -> None:
+def test_lengths_are_those_of_the_longest_row_of_a_post():
     split = split_of()
     batches = [
         Collator(TOKENIZER, TASKS)(split, np.array([post]), all_tasks=True) for post in range(5)
@@ -160,7 +157,7 @@ def test_lengths_are_those_of_the_longest_row_of_a_post() -> None:
     assert split.lengths[1] == len(split.rows(np.array([1]))[0].input_ids) < split.lengths[0]
 
 
-def test_confidences_and_domains_go_with_the_rows_and_a_post_counts_once() -> None:
+def test_confidences_and_domains_go_with_the_rows_and_a_post_counts_once():
     tasks = (MOOD, replace(ASPECT, confidence_strategy="output"), POLARITY)
     confidences = {"aspect": [0.25, None, 0.5, None, None]}
     split = split_of(
@@ -177,7 +174,7 @@ def test_confidences_and_domains_go_with_the_rows_and_a_post_counts_once() -> No
     )
 
 
-def test_tasks_of_other_data_sets_do_not_ask_about_posts_without_the_second_text() -> None:
+def test_tasks_of_other_data_sets_do_not_ask_about_posts_without_the_second_text():
     posts = posts_of(["a post", "b post"], {"mood": [None, 1]})
     split = tokenize_split(posts, TOKENIZER, tasks=TASKS, config=CONFIG)
     batch = Collator(TOKENIZER, TASKS)(split, np.arange(2), all_tasks=True)
@@ -185,9 +182,7 @@ def test_tasks_of_other_data_sets_do_not_ask_about_posts_without_the_second_text
 
 
 @pytest.mark.parametrize("tasks", [TASKS, (ASPECT, POLARITY)])
-def test_the_decoder_is_not_asked_about_posts_without_labels_where_nothing_is_predicted(
-    tasks: tuple[Task, ...],
-) -> None:
+def test_the_decoder_is_not_asked_about_posts_without_labels_where_nothing_is_predicted(tasks):
     split, collator = split_of(tasks=tasks), Collator(TOKENIZER, tasks)
     assert rows_of(collator(split, np.array([4]))) == [(4 if MOOD in tasks else -1, -1)]
     asked = [
@@ -198,7 +193,7 @@ def test_the_decoder_is_not_asked_about_posts_without_labels_where_nothing_is_pr
     assert len(asked) == 5 and all(asked)
 
 
-def test_soft_labels_of_a_decoders_task_make_a_row_with_its_prompt_where_it_can_be_asked() -> None:
+def test_soft_labels_of_a_decoders_task_make_a_row_with_its_prompt_where_it_can_be_asked():
     """All posts but the last have a second text; the soft label of polarity is of posts 0 to 4."""
     posts = posts_of(TEXTS, LABELS, pairs=["battery", "screen", "screen", "screen", None])
     split = tokenize_split(posts, TOKENIZER, tasks=TASKS, config=CONFIG, taught={"polarity"})
@@ -215,7 +210,7 @@ def test_soft_labels_of_a_decoders_task_make_a_row_with_its_prompt_where_it_can_
         assert values == [0.25, 0.75] if task == 2 else np.isnan(values).all()
 
 
-def test_a_tokenizer_that_writes_no_end_token_is_refused() -> None:
+def test_a_tokenizer_that_writes_no_end_token_is_refused():
     with pytest.raises(ValueError, match="whose targets need an end token"):
         Collator(decoder_tokenizer(end=False), TASKS)
 
@@ -266,7 +261,7 @@ def evaluated(*, shares: list[list[list[int]]], route_by: str = "token", **optio
 
 
 @pytest.mark.parametrize("route_by", ["token", "task"])
-def test_generated_texts_are_scored_and_shown(route_by: str) -> None:
+def test_generated_texts_are_scored_and_shown(route_by):
     found = evaluated(shares=[[[0, 1], [2, 3, 4]]], route_by=route_by)
     aspect = found.metrics["aspect"]
     assert aspect["n"] == 2 and aspect["exact_match"] == 0.5 and aspect["token_f1"] == 0.5
@@ -287,13 +282,13 @@ def test_generated_texts_are_scored_and_shown(route_by: str) -> None:
     assert labelled == [0, 1] and found.metrics["mood"]["n"] == 2
 
 
-def test_two_ranks_give_what_one_does() -> None:
+def test_two_ranks_give_what_one_does():
     whole = evaluated(shares=[[[0, 1, 2, 3, 4]]])
     parts = evaluated(shares=[[[4, 1], [0]], [[2], [3, 0]]])
     assert parts.metrics == whole.metrics and parts.predictions == whole.predictions
 
 
-def test_scores_of_texts_can_be_sliced_and_chosen_by() -> None:
+def test_scores_of_texts_can_be_sliced_and_chosen_by():
     tasks = (MOOD, replace(ASPECT, slices=("place",)), POLARITY)
     split, collator = split_of(), Collator(TOKENIZER, tasks)
     found = evaluate(
@@ -311,7 +306,7 @@ def test_scores_of_texts_can_be_sliced_and_chosen_by() -> None:
     )
 
 
-def test_scored_words_are_calibrated_and_texts_left_alone() -> None:
+def test_scored_words_are_calibrated_and_texts_left_alone():
     generator = np.random.default_rng(0)
     gold = generator.integers(2, size=60)
     # As sure as 9 to 1, right 7 times of 10: log-probabilities of words, which do not sum to 1.
@@ -363,7 +358,7 @@ def predictor_of(
 
 
 @pytest.mark.parametrize("route_by", ["token", "task"])
-def test_every_task_answers_a_post_and_one_without_the_second_text_says_so(route_by: str) -> None:
+def test_every_task_answers_a_post_and_one_without_the_second_text_says_so(route_by):
     predictions = predictor_of(route_by=route_by)(
         ["post one", "post two", " ", "post three"], pairs=["battery", None, "x", "y"], explain=True
     )
@@ -384,7 +379,7 @@ def test_every_task_answers_a_post_and_one_without_the_second_text_says_so(route
     ("cell", "read"),
     [(5, "5"), (2.5, "2.5"), (["battery", "great"], "battery great"), ("battery", "battery")],
 )
-def test_second_texts_are_read_as_in_training(cell: Any, read: str) -> None:
+def test_second_texts_are_read_as_in_training(cell, read):
     config = {
         name: TaskConfig(path="posts", pair="about", prompt=POLARITY.prompt)
         for name in ("polarity", "mood")
@@ -407,9 +402,7 @@ def test_second_texts_are_read_as_in_training(cell: Any, read: str) -> None:
 
 
 @pytest.mark.parametrize("cell", ["  ", float("nan"), [], True, {"a": 1}])
-def test_a_second_text_that_is_none_is_said_and_a_line_of_ids_is_never_missing(
-    cell: Any, tmp_path: Path
-) -> None:
+def test_a_second_text_that_is_none_is_said_and_a_line_of_ids_is_never_missing(cell, tmp_path):
     predictor = predictor_of()
     (prediction,) = predictor(["post one"], pairs=[cell], tasks=["polarity"])
     assert prediction["error"].startswith("the second text ") and "polarity" not in prediction
@@ -419,17 +412,12 @@ def test_a_second_text_that_is_none_is_said_and_a_line_of_ids_is_never_missing(
     for task in ("polarity", "mood"):
         target = tmp_path / f"{task}.txt"
         predict_file(
-            predictor,
-            source,
-            target,
-            pair_column="about",
-            format="tweeteval",
-            tasks=[task],
+            predictor, source, target, pair_column="about", format="tweeteval", tasks=[task]
         )
         assert target.read_text() == "1\n1\n"
 
 
-def test_only_the_tasks_that_are_asked_for_run() -> None:
+def test_only_the_tasks_that_are_asked_for_run():
     seen: list[Batch] = []
     predictor = predictor_of()
     exported = SimpleNamespace(**vars(predictor.exported))
@@ -440,7 +428,7 @@ def test_only_the_tasks_that_are_asked_for_run() -> None:
     assert [rows_of(batch) for batch in seen] == [[(0, 1)], [(0, -1)]]
 
 
-def test_a_post_given_as_words_is_asked_about_as_in_training_and_a_cut_one_is_marked() -> None:
+def test_a_post_given_as_words_is_asked_about_as_in_training_and_a_cut_one_is_marked():
     seen: list[Batch] = []
     predictor = predictor_of((ASPECT,))
     exported = SimpleNamespace(**vars(predictor.exported))
@@ -452,7 +440,7 @@ def test_a_post_given_as_words_is_asked_about_as_in_training_and_a_cut_one_is_ma
     assert texts == {"aspect of: battery great </s>", f"aspect of: {'great ' * 29}</s>"}
 
 
-def test_labelled_posts_are_scored_as_in_training(tmp_path: Path) -> None:
+def test_labelled_posts_are_scored_as_in_training(tmp_path):
     rows = [
         {"text": "post one", "aspect": "battery 😀", "polarity": "good", "target": "battery"},
         {"text": "post two", "aspect": "", "polarity": "bad", "target": "screen"},
@@ -480,9 +468,7 @@ def test_labelled_posts_are_scored_as_in_training(tmp_path: Path) -> None:
         score(predictor, DataChoice(path, pair="target"), progress=False)
 
 
-def test_files_of_answers_hold_texts_and_scored_words(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_files_of_answers_hold_texts_and_scored_words(tmp_path, capsys):
     rows = [
         {"text": "post one", "about": "battery"},
         {"text": "post two"},
@@ -516,9 +502,7 @@ def test_files_of_answers_hold_texts_and_scored_words(
 ASKED_ABOUT = {name: {"pair": "target", "label": name} for name in ("mood", "aspect", "polarity")}
 
 
-def test_second_texts_and_labels_are_read_from_the_columns_of_training(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_second_texts_and_labels_are_read_from_the_columns_of_training(tmp_path, capsys):
     rows = [
         {"text": "post one", "target": "battery", "polarity": "good", "label": "bad"},
         {"text": "post two"},
@@ -541,7 +525,7 @@ def test_second_texts_and_labels_are_read_from_the_columns_of_training(
     predict_file(alone, source, tmp_path / "out.jsonl", tasks=["aspect", "polarity"])
 
 
-def test_the_columns_of_training_are_not_taken_where_they_say_nothing() -> None:
+def test_the_columns_of_training_are_not_taken_where_they_say_nothing():
     labels = {
         "a": {"pair": "x", "label": "mood"},
         "b": {"pair": "y", "label": "mood"},
@@ -565,9 +549,7 @@ def test_the_columns_of_training_are_not_taken_where_they_say_nothing() -> None:
     assert pair_in_training({}, tasks) is None
 
 
-def test_attention_is_not_promised_where_no_head_pools(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_attention_is_not_promised_where_no_head_pools(tmp_path, capsys):
     source = write_jsonl(tmp_path / "in.jsonl", [{"text": "post one"}])
     predict_file(predictor_of((ASPECT,)), source, tmp_path / "out", explain=True)
     assert (
@@ -584,7 +566,7 @@ def test_attention_is_not_promised_where_no_head_pools(
 # What is shown
 
 
-def test_the_dry_run_shows_prompt_and_answer_as_the_model_sees_them() -> None:
+def test_the_dry_run_shows_prompt_and_answer_as_the_model_sees_them():
     split = split_of()
     seen = seen_by_the_decoder(split, TOKENIZER)
     assert sample_lines(ASPECT, split.posts, CONFIG.normalize, seen=seen) == [
@@ -610,7 +592,7 @@ def card(tasks: tuple[Task, ...]) -> str:
     return model_card("m", recipe=Recipe(), tasks=tasks, config=config, results=None)
 
 
-def test_the_card_tells_the_prompts_and_how_to_give_the_second_text() -> None:
+def test_the_card_tells_the_prompts_and_how_to_give_the_second_text():
     mixed = card(TASKS)
     assert 'pipeline_tag: "text-classification"' in mixed and "One encoder-decoder" in mixed
     assert "| polarity | polarity of {pair} in: {text} ? |" in mixed

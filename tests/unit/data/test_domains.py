@@ -1,7 +1,5 @@
 """What the adversary is to tell of posts: the values of the training split, and the rows of a batch."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import numpy as np
@@ -87,11 +85,7 @@ def test_task_means_the_data_set_of_a_post_however_many_tasks_share_it():
 def test_missing_and_unseen_values_are_left_out_and_a_filler_row_is_too():
     domains = found(["b", "a", "b"])
     batch = collate(posts(["z", "a", None]), domains, [0, 1, 2])
-    assert batch.domains_B.tolist() == [
-        IGNORED,
-        1,
-        IGNORED,
-    ]
+    assert batch.domains_B.tolist() == [IGNORED, 1, IGNORED]
     assert batch.domain_weights_B.tolist() == [0, 1, 0]
     filler = collate(posts(["a"]), domains, [])
     assert filler.domains_B.tolist() == [IGNORED] and filler.domain_weights_B.tolist() == [0]

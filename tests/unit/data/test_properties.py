@@ -1,12 +1,9 @@
 """What holds for any rows, any text and any number of ranks."""
 
-from __future__ import annotations
-
 import csv
 import io
 import json
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -62,9 +59,7 @@ def write_parquet(rows: Rows) -> bytes:
         ("parquet", write_parquet, ""),
     ],
 )
-def test_rows_are_read_back_as_they_were_written(
-    ending: str, write: Callable[[Rows], bytes], forbidden: str
-) -> None:
+def test_rows_are_read_back_as_they_were_written(ending, write, forbidden):
     cell = st.text(st.characters(codec="utf-8", exclude_characters=forbidden), max_size=12)
     row = st.fixed_dictionaries({"text": cell, "label": cell})
 
@@ -100,9 +95,7 @@ posts = st.lists(
 
 @few
 @given(posts, st.data())
-def test_taking_the_parts_of_a_split_and_joining_them_gives_the_split(
-    posts: list[Post], data: st.DataObject
-) -> None:
+def test_taking_the_parts_of_a_split_and_joining_them_gives_the_split(posts, data):
     whole = PostSplit.from_posts(posts, tasks=["mood"])
     at = data.draw(st.integers(0, len(posts)))
     rows = np.arange(len(posts))
@@ -140,7 +133,7 @@ PIECES = [" ", "\n", "\ud83d", *{piece for text in AWKWARD for piece in (*text.s
 
 
 @pytest.mark.parametrize("preset", ["none", "social", "strict", "weibo"])
-def test_cleaning_twice_is_cleaning_once_and_no_post_vanishes(preset: str) -> None:
+def test_cleaning_twice_is_cleaning_once_and_no_post_vanishes(preset):
     config = NormalizeConfig(preset=preset)
 
     def clean(text: str) -> None:
@@ -164,8 +157,8 @@ def test_cleaning_twice_is_cleaning_once_and_no_post_vanishes(preset: str) -> No
     seed=st.integers(0, 9),
 )
 def test_global_batches_do_not_depend_on_the_number_of_ranks(
-    sizes: list[int], mixing: str, batch_size: int, world_size: int, micro: int | str, seed: int
-) -> None:
+    sizes, mixing, batch_size, world_size, micro, seed
+):
     lengths = np.random.default_rng(seed).integers(3, 60, sum(sizes))
     groups = np.repeat(np.arange(len(sizes)), sizes)
     shared = {"batch_size": batch_size, "mixing": mixing, "seed": seed}
@@ -184,8 +177,8 @@ def test_global_batches_do_not_depend_on_the_number_of_ranks(
 @few
 @given(count=st.integers(0, 50), batch_size=st.integers(1, 9), world_size=st.integers(1, 6))
 def test_evaluation_reads_every_row_once_with_as_many_batches_on_each_rank(
-    count: int, batch_size: int, world_size: int
-) -> None:
+    count, batch_size, world_size
+):
     lengths = np.random.default_rng(count).integers(3, 60, count)
     ranks = [
         eval_batches(lengths, batch_size=batch_size, rank=rank, world_size=world_size)

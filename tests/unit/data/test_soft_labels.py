@@ -1,7 +1,5 @@
 """Soft labels of posts: rows and words, joined, taken, averaged; and the batches made of them."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -49,7 +47,7 @@ def test_teachers_are_averaged_where_they_know_the_post_and_the_word():
 
 
 @pytest.mark.parametrize("route_by", ["token", "task"])
-def test_a_soft_label_makes_a_row_and_words_find_their_first_pieces(route_by: str):
+def test_a_soft_label_makes_a_row_and_words_find_their_first_pieces(route_by):
     tokenizer = wordpiece_tokenizer(["one", "two", "three", "four", "rome", "@user"])
     words = [None, ["one", "xyz", "two"], None]
     split = tokenized(posts_of(["one", "one xyz two", "two"], words=words, mood=[1, None, None]))
@@ -93,7 +91,7 @@ def distilling(root: Path, **changes: Any) -> Recipe:
     return replace(recipe, **changes)
 
 
-def test_posts_without_labels_join_training_and_all_posts_become_words(tmp_path: Path):
+def test_posts_without_labels_join_training_and_all_posts_become_words(tmp_path):
     recipe = distilling(tmp_path)
     train = load_corpus(recipe).splits["train"]
     assert train.group_names == ("mood", "names", "more") and (train.groups == 2).sum() == 3
@@ -119,9 +117,7 @@ def test_posts_without_labels_join_training_and_all_posts_become_words(tmp_path:
 
 
 @pytest.mark.parametrize("taught", [True, False])
-def test_evaluation_posts_that_teachers_label_in_another_data_set_are_told(
-    tmp_path: Path, taught: bool
-):
+def test_evaluation_posts_that_teachers_label_in_another_data_set_are_told(tmp_path, taught):
     recipe = distilling(tmp_path)
     write_jsonl(
         tmp_path / "test.jsonl", [*labelled_rows(2), {"text": "One  more", "label": "good"}]
@@ -154,9 +150,7 @@ CELLS = {
 
 @pytest.mark.parametrize("what", CELLS)
 @pytest.mark.parametrize("place, kind", [(1, "single_label"), (2, "multi_label")])
-def test_a_column_of_soft_labels_is_checked_cell_by_cell(
-    tmp_path: Path, what: str, place: int, kind: str
-):
+def test_a_column_of_soft_labels_is_checked_cell_by_cell(tmp_path, what, place, kind):
     cell, expected = CELLS[what][0], CELLS[what][place]
     rows = labelled_rows(8)
     write_jsonl(tmp_path / "posts.jsonl", [*rows, {"text": "last", "label": None, "votes": cell}])

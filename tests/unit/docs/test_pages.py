@@ -1,7 +1,5 @@
 """README and docs/ say what is: options, files, links, commands and tables that they name are those of the code."""
 
-from __future__ import annotations
-
 import ast
 import importlib
 import itertools
@@ -83,13 +81,13 @@ OVERRIDE = re.compile(rf"(?:{SECTIONS})\.[\w.-]+=\S+")
 
 
 @pytest.mark.parametrize("page", generate.PAGES)
-def test_a_generated_page_is_what_the_code_says_now(page: str):
+def test_a_generated_page_is_what_the_code_says_now(page):
     assert (DOCS / page).read_text(encoding="utf-8") == generate.PAGES[page](), (
         f"docs/{page} is out of date: python docs/generate.py"
     )
 
 
-def test_a_default_can_be_typed_as_it_is_shown(tmp_path: Path):
+def test_a_default_can_be_typed_as_it_is_shown(tmp_path):
     recipe = tmp_path / "my.yaml"
     recipe.write_text("tasks: {mood: {path: mood.csv}}", encoding="utf-8")
     typed = [
@@ -109,7 +107,7 @@ def anchors(page: str) -> set[str]:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_links_of_a_page_lead_to_files_and_headings(page: str):
+def test_links_of_a_page_lead_to_files_and_headings(page):
     for link in re.findall(r"\]\(([^)\s]+)\)", BLOCK.sub("", PAGES[page])):
         file, _, anchor = link.partition("#")
         if link.startswith("http"):
@@ -203,15 +201,13 @@ def test_overrides_and_options_in_the_text_are_valid():
 
 
 @pytest.mark.parametrize("page, text", blocks("yaml"))
-def test_a_recipe_of_a_page_is_valid(page: str, text: str, tmp_path: Path):
+def test_a_recipe_of_a_page_is_valid(page, text, tmp_path):
     recipe = tmp_path / "my.yaml"
     recipe.write_text(text, encoding="utf-8")
     assert load_recipe(recipe).tasks
 
 
-def test_the_recipe_for_auxiliary_data_reads_what_augment_writes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_the_recipe_for_auxiliary_data_reads_what_augment_writes(tmp_path, monkeypatch):
     given = [
         ("They smiled.", "positive"),
         ("An hour passed.", "negative"),

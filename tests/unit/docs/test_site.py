@@ -1,7 +1,5 @@
 """The site builds without a warning, and a fault of a page is a warning."""
 
-from __future__ import annotations
-
 import re
 import subprocess
 import sys
@@ -19,7 +17,7 @@ def build(source: Path, output: Path, *options: str) -> subprocess.CompletedProc
     )
 
 
-def test_the_site_builds_without_a_warning(tmp_path: Path):
+def test_the_site_builds_without_a_warning(tmp_path):
     built = build(ROOT / "docs", tmp_path)
     assert built.returncode == 0, built.stderr
     options = (tmp_path / "options.html").read_text(encoding="utf-8")
@@ -37,7 +35,7 @@ FAULTS = {
 """Page with a fault -> its text, and a word of the warning."""
 
 
-def test_a_fault_of_a_page_fails_the_build(tmp_path: Path):
+def test_a_fault_of_a_page_fails_the_build(tmp_path):
     def built(pages: dict[str, str]) -> subprocess.CompletedProcess[str]:
         listed = "\n".join(["good", *(page for page in pages if page != "orphan")])
         (tmp_path / "index.md").write_text(f"# Index\n\n```{{toctree}}\n{listed}\n```\n")

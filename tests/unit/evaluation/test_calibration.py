@@ -1,11 +1,8 @@
 """Temperatures, calibration errors and thresholds, against values from the head and from other ways of computing."""
 
-from __future__ import annotations
-
 import json
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -60,7 +57,7 @@ def frequencies(logit: float) -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize("factor", [0.3, 1.0, 2.5, 7.0])
-def test_the_temperature_is_the_factor_by_which_logits_are_too_large(factor: float) -> None:
+def test_the_temperature_is_the_factor_by_which_logits_are_too_large(factor):
     logits_NY, gold_N = frequencies(factor * math.log(3.0))
     assert fit_temperature(logits_NY, gold_N, RULES["single_label"].nll) == pytest.approx(
         factor, rel=1e-5
@@ -71,7 +68,7 @@ def test_the_temperature_is_the_factor_by_which_logits_are_too_large(factor: flo
     ) == pytest.approx(factor, rel=1e-5)
 
 
-def test_the_optimum_has_no_slope_and_scales_with_the_logits() -> None:
+def test_the_optimum_has_no_slope_and_scales_with_the_logits():
     draw = np.random.default_rng(1)
     logits_NY, gold_N = draw.normal(size=(300, 4)), draw.integers(4, size=300)
     logits_NY[np.arange(300), gold_N] += 1.0
@@ -87,7 +84,7 @@ def test_the_optimum_has_no_slope_and_scales_with_the_logits() -> None:
     assert fit_temperature(3.0 * logits_NY, gold_N, nll) == pytest.approx(3.0 * found, rel=1e-5)
 
 
-def test_a_model_that_is_always_right_gets_the_coldest_temperature_and_not_zero() -> None:
+def test_a_model_that_is_always_right_gets_the_coldest_temperature_and_not_zero():
     gold_N = np.array([0, 1] * 10)
     logits_NY = np.where(np.arange(2) == gold_N[:, None], 1.0, 0.0)
     assert fit_temperature(logits_NY, gold_N, RULES["single_label"].nll) == pytest.approx(
@@ -95,7 +92,7 @@ def test_a_model_that_is_always_right_gets_the_coldest_temperature_and_not_zero(
     )
 
 
-def test_the_calibration_error_is_the_one_from_the_head() -> None:
+def test_the_calibration_error_is_the_one_from_the_head():
     # Bins of 1/15: 0.9 and 0.92 are in the fourteenth, of which one came true; 0.6 is in the ninth,
     # its upper end.
     sure, true = np.array([0.9, 0.92, 0.6, 0.6]), np.array([True, False, True, True])
@@ -106,14 +103,11 @@ def test_the_calibration_error_is_the_one_from_the_head() -> None:
     )
     counts, sums, hits = reliability_bins([(sure, true)])
     assert (counts[13], counts[8], counts.sum()) == (2, 2, 4)
-    assert (hits[13], sums[8]) == (
-        1.0,
-        pytest.approx(1.2),
-    )
+    assert (hits[13], sums[8]) == (1.0, pytest.approx(1.2))
     assert expected_calibration_error([(np.array([0.0, 1.0]), np.array([0, 1]))]) == 0.0
 
 
-def test_what_is_compared_is_the_likeliest_class_and_every_label_by_itself() -> None:
+def test_what_is_compared_is_the_likeliest_class_and_every_label_by_itself():
     scores = np.array([[0.7, 0.3], [0.4, 0.6]])
     ((sure, true),) = RULES["single_label"].pairs(scores, np.array([0, 0]))
     assert sure.tolist() == [0.7, 0.6] and true.tolist() == [True, False]
@@ -121,14 +115,14 @@ def test_what_is_compared_is_the_likeliest_class_and_every_label_by_itself() -> 
     assert (first[0].tolist(), second[1].tolist()) == ([0.7, 0.4], [0, 1])
 
 
-def test_the_best_threshold_is_the_one_from_the_head() -> None:
+def test_the_best_threshold_is_the_one_from_the_head():
     scores, gold = np.array([0.1, 0.2, 0.3, 0.4, 0.9]), np.array([0, 0, 1, 1, 1])
     assert best_threshold(scores, gold, f1) == pytest.approx(0.25)
     # 0.5 gives 1.0 already, and so do many: the nearest to 0.5 stays.
     assert best_threshold(np.array([0.1, 0.9]), np.array([0, 1]), f1) == 0.5
 
 
-def test_among_many_posts_the_threshold_below_the_few_that_have_the_label_is_found() -> None:
+def test_among_many_posts_the_threshold_below_the_few_that_have_the_label_is_found():
     scores = np.linspace(0.0, 0.4, 5000)
     gold = (scores > 0.39).astype(np.int64)
     edge = best_threshold(scores, gold, f1)
@@ -142,7 +136,7 @@ def skewed(count: int = 200) -> tuple[np.ndarray, np.ndarray]:
     return np.clip(0.1 + 0.2 * gold + 0.03 * draw.normal(size=count), 0.01, 0.99), gold
 
 
-def test_a_threshold_is_kept_where_it_gains_and_left_where_it_does_not() -> None:
+def test_a_threshold_is_kept_where_it_gains_and_left_where_it_does_not():
     scores, gold = skewed()
     folds = parts_of(np.arange(len(gold)), 5)
     chosen = choose_for_two_classes(scores, gold, folds_N=folds, task=MOOD)
@@ -159,7 +153,7 @@ def test_a_threshold_is_kept_where_it_gains_and_left_where_it_does_not() -> None
 
 
 @pytest.mark.parametrize("positives", [0, FEWEST - 1])
-def test_a_label_that_hardly_occurs_keeps_one_half(positives: int) -> None:
+def test_a_label_that_hardly_occurs_keeps_one_half(positives):
     scores, gold = skewed()
     rare = np.zeros_like(gold)
     rare[:positives] = 1
@@ -170,7 +164,7 @@ def test_a_label_that_hardly_occurs_keeps_one_half(positives: int) -> None:
     assert found.thresholds[1] == 0.5 != found.thresholds[0]
 
 
-def test_thresholds_are_dropped_where_the_main_metric_would_fall() -> None:
+def test_thresholds_are_dropped_where_the_main_metric_would_fall():
     # By F1 the first label gains from saying yes to everybody; by rows that are right as a whole it
     # loses.
     draw = np.random.default_rng(2)
@@ -197,7 +191,7 @@ def as_evaluation(task: Task, logits: np.ndarray, gold: np.ndarray) -> Evaluatio
     return compute_metrics({task.name: outputs_of(logits, gold)}, [task])
 
 
-def test_a_run_is_calibrated_on_validation_and_judged_on_test() -> None:
+def test_a_run_is_calibrated_on_validation_and_judged_on_test():
     logits, gold = overconfident(240)
     calibrator = Calibrator([TOPIC, HEAT], temperatures=True, thresholds=True)
     halves = [
@@ -233,7 +227,7 @@ def test_a_run_is_calibrated_on_validation_and_judged_on_test() -> None:
     assert json.loads(json.dumps(report)) == report
 
 
-def test_the_validation_error_comes_from_the_temperature_of_the_other_half() -> None:
+def test_the_validation_error_comes_from_the_temperature_of_the_other_half():
     logits, gold = overconfident(60)
     found = evidence(outputs_of(logits, gold), TOPIC)
     rule, logits = RULES["single_label"], logits.astype(np.float32).astype(np.float64)
@@ -243,7 +237,7 @@ def test_the_validation_error_comes_from_the_temperature_of_the_other_half() -> 
     np.testing.assert_allclose(crossed(found, rule)[first], expected, rtol=1e-6)
 
 
-def test_neither_temperature_nor_error_depends_on_the_order_of_the_posts() -> None:
+def test_neither_temperature_nor_error_depends_on_the_order_of_the_posts():
     logits, gold = overconfident(200)
     order = np.random.default_rng(5).permutation(200)
     nll = RULES["single_label"].nll
@@ -254,7 +248,7 @@ def test_neither_temperature_nor_error_depends_on_the_order_of_the_posts() -> No
     assert errors[0] == pytest.approx(errors[1], rel=1e-9)
 
 
-def test_thresholds_decide_test_and_not_the_validation_that_chose_them() -> None:
+def test_thresholds_decide_test_and_not_the_validation_that_chose_them():
     scores, gold = skewed()
     logits = np.stack([np.zeros_like(scores), np.log(scores / (1 - scores))], axis=1)
     calibrator = Calibrator([MOOD], temperatures=False, thresholds=True)
@@ -279,7 +273,7 @@ def test_thresholds_decide_test_and_not_the_validation_that_chose_them() -> None
     )
 
 
-def test_too_few_posts_or_none_leave_a_task_as_it_is() -> None:
+def test_too_few_posts_or_none_leave_a_task_as_it_is():
     logits, gold = overconfident(19)
     calibrator = Calibrator([TOPIC, MOOD], temperatures=True, thresholds=True)
     evaluation = as_evaluation(TOPIC, logits, gold)
@@ -294,7 +288,7 @@ def test_too_few_posts_or_none_leave_a_task_as_it_is() -> None:
     assert "topic" in "\n".join(calibration_lines(calibrator.report()))
 
 
-def test_a_temperature_that_does_not_pay_on_other_posts_is_not_kept() -> None:
+def test_a_temperature_that_does_not_pay_on_other_posts_is_not_kept():
     # Logits of the right size: one half wants 1.1, the other 0.9, and each loses with what the
     # other wants.
     draw = np.random.default_rng(11)
@@ -308,13 +302,13 @@ def test_a_temperature_that_does_not_pay_on_other_posts_is_not_kept() -> None:
     assert calibrator.tasks == (TOPIC,)
 
 
-def test_broken_logits_are_not_fitted() -> None:
+def test_broken_logits_are_not_fitted():
     logits, gold = overconfident(30)
     logits[3, 1] = math.nan
     assert evidence(outputs_of(logits, gold), TOPIC) is None
 
 
-def test_only_words_with_a_tag_count_and_the_words_of_a_post_stay_together() -> None:
+def test_only_words_with_a_tag_count_and_the_words_of_a_post_stay_together():
     answers = [
         PostOutput(4, np.array([[2.0, 0.0], [0.0, 9.0]], np.float32), np.array([0, IGNORED])),
         PostOutput(
@@ -328,12 +322,12 @@ def test_only_words_with_a_tag_count_and_the_words_of_a_post_stay_together() -> 
     assert RULES["tags"].thresholds(np.ones((4, 2)), found.gold, found.posts_N, TAGS) is None
 
 
-def test_every_kind_with_probabilities_has_a_rule() -> None:
+def test_every_kind_with_probabilities_has_a_rule():
     assert set(KINDS) - set(RULES) == {"regression", "unlabelled", "text"}
 
 
 @pytest.mark.parametrize("kind", ["single_label", "multi_label", "tags"])
-def test_answers_are_tempered_and_thresholds_decide(kind: str) -> None:
+def test_answers_are_tempered_and_thresholds_decide(kind):
     rules, labels = KINDS[kind], ("a", "b")
     task = Task("t", kind, labels, rules.metrics[0], temperature=2.0)
     logits = torch.tensor([[0.0, 2.0], [3.0, 0.0]])
@@ -359,9 +353,7 @@ def test_answers_are_tempered_and_thresholds_decide(kind: str) -> None:
     assert [{key: row[key] for key in wanted[0]} for row in shown] == wanted
 
 
-def test_an_export_keeps_temperatures_and_thresholds_and_an_old_one_has_none(
-    tmp_path: Path,
-) -> None:
+def test_an_export_keeps_temperatures_and_thresholds_and_an_old_one_has_none(tmp_path):
     edges = {
         "mood": None,
         "signs": (0.2,) * len(next(task for task in TASKS if task.kind == "multi_label").labels),
@@ -399,7 +391,7 @@ def test_an_export_keeps_temperatures_and_thresholds_and_an_old_one_has_none(
     assert load_exported(tmp_path / "plain/export").tasks == TASKS
 
 
-def test_the_card_tells_what_was_fitted(tmp_path: Path) -> None:
+def test_the_card_tells_what_was_fitted(tmp_path):
     predictor = tiny_predictor(tmp_path)
     entry = {
         "temperature": 1.8, "thresholds": [0.3], "decision": {"metric": "macro_f1", "at_half": 0.5, "held_out": 0.6},
@@ -419,7 +411,7 @@ def test_the_card_tells_what_was_fitted(tmp_path: Path) -> None:
     assert "macro_f1 0.500 with 0.5, 0.600 on posts" in card
 
 
-def test_a_report_gives_tasks_back_what_was_fitted() -> None:
+def test_a_report_gives_tasks_back_what_was_fitted():
     fitted, nothing = (
         {"temperature": 2.0, "thresholds": [0.3, 0.5]},
         {"temperature": None, "thresholds": None},

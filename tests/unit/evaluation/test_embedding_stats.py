@@ -1,7 +1,5 @@
 """Measures of embeddings: hand-computed values, labels of each kind, ranks, pictures."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 
@@ -150,7 +148,7 @@ def test_the_plane_is_that_of_the_largest_variance():
         [f"name {row}" for row in range(12)],
     ],
 )
-def test_every_kind_of_label_is_drawn(labels: list):
+def test_every_kind_of_label_is_drawn(labels):
     figure = embedding_figure(np.random.default_rng(0).normal(size=(12, 5)), labels, title="x")
     panel = figure.axes[0]
     drawn = sum(len(dots.get_offsets()) for dots in panel.collections)

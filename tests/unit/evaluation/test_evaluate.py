@@ -1,7 +1,5 @@
 """Evaluation: the same numbers whatever the batches, the ranks and the fillers."""
 
-from __future__ import annotations
-
 import math
 import pickle
 from collections.abc import Callable, Sequence
@@ -130,13 +128,7 @@ def run(
     def one_rank(share: Sequence[Sequence[int]], gather: Callable[[Any], list[Any]]) -> Evaluation:
         batches = [np.array(rows, dtype=np.int64) for rows in share]
         return evaluate(
-            forward,
-            None,
-            collator=collator,
-            tasks=TASKS,
-            batches=batches,
-            gather=gather,
-            **options,
+            forward, None, collator=collator, tasks=TASKS, batches=batches, gather=gather, **options
         )
 
     for share in shares:
@@ -144,7 +136,7 @@ def run(
     return [one_rank(share, lambda own: sent) for share in shares]
 
 
-def test_metrics_equal_those_of_all_rows_at_once() -> None:
+def test_metrics_equal_those_of_all_rows_at_once():
     (found,) = run([[[0, 1, 2], [3, 4, 5]]])
     for task in TASKS:
         rows = [row for row in range(ROWS) if CELLS[task.name][row] is not None]
@@ -166,7 +158,7 @@ def test_metrics_equal_those_of_all_rows_at_once() -> None:
         assert values == pytest.approx(task.rules.score(gold, scores, task))
 
 
-def test_loss_is_the_mean_over_the_labelled_rows() -> None:
+def test_loss_is_the_mean_over_the_labelled_rows():
     (found,) = run([[[0, 1, 2, 3, 4, 5]]])
     losses = [
         -LOGITS["mood"][row].log_softmax(-1)[CELLS["mood"][row]].item() for row in (0, 1, 2, 4)
@@ -189,7 +181,7 @@ def test_loss_is_the_mean_over_the_labelled_rows() -> None:
     ],
 )
 @pytest.mark.parametrize("by_task", [False, True])
-def test_ranks_batches_fillers_and_doubles_change_nothing(shares: list, by_task: bool) -> None:
+def test_ranks_batches_fillers_and_doubles_change_nothing(shares, by_task):
     (whole,) = run([[[0, 1, 2, 3, 4, 5]]])
     for found in run(shares, collator=FakeCollator(by_task=by_task)):
         assert found.metrics == whole.metrics
@@ -201,7 +193,7 @@ def test_ranks_batches_fillers_and_doubles_change_nothing(shares: list, by_task:
         assert found.confusions.keys() == {"mood", "names"}
 
 
-def test_predictions_are_of_labelled_posts_and_of_posts_without_any_label() -> None:
+def test_predictions_are_of_labelled_posts_and_of_posts_without_any_label():
     (found,) = run([[[0, 1, 2, 3, 4, 5]]], texts=[f"post {row}" for row in range(ROWS)])
     mood, heat, names = (found.predictions[task.name] for task in TASKS)
     assert [shown["row"] for shown in mood] == [0, 1, 2, 3, 4, 5]
@@ -214,7 +206,7 @@ def test_predictions_are_of_labelled_posts_and_of_posts_without_any_label() -> N
     assert names[0]["gold"] == ["B-PER", "I-PER"] and names[2]["gold"] is None
 
 
-def test_an_unlabelled_post_whose_row_is_for_one_task_is_predicted_for_that_task_only() -> None:
+def test_an_unlabelled_post_whose_row_is_for_one_task_is_predicted_for_that_task_only():
     class HeatOnly(FakeCollator):
         def __call__(self, split: Any, indices: np.ndarray) -> Batch:
             return replace(
@@ -230,12 +222,12 @@ def test_an_unlabelled_post_whose_row_is_for_one_task_is_predicted_for_that_task
     }
 
 
-def test_predictions_can_be_left_out() -> None:
+def test_predictions_can_be_left_out():
     (found,) = run([[[0, 1]]], predictions=False)
     assert found.predictions == {} and "mood" in found.metrics
 
 
-def test_a_task_without_labelled_posts_is_left_out_and_never_nan() -> None:
+def test_a_task_without_labelled_posts_is_left_out_and_never_nan():
     (found,) = run([[[1]]])
     assert found.metrics.keys() == {"mood", "heat"}
     assert all(
@@ -246,7 +238,7 @@ def test_a_task_without_labelled_posts_is_left_out_and_never_nan() -> None:
     assert [shown["gold"] for shown in nothing.predictions["mood"]] == [None, None]
 
 
-def test_progress_counts_posts() -> None:
+def test_progress_counts_posts():
     seen: list[int] = []
     evaluate(
         forward,
@@ -266,11 +258,11 @@ METRICS = {
 }
 
 
-def test_mean_takes_errors_with_a_minus() -> None:
+def test_mean_takes_errors_with_a_minus():
     assert mean_metric(METRICS, TASKS) == pytest.approx((0.8 - 0.5 + 0.6) / 3)
 
 
-def test_mean_is_over_the_tasks_that_have_labels() -> None:
+def test_mean_is_over_the_tasks_that_have_labels():
     assert mean_metric({"mood": METRICS["mood"]}, TASKS) == 0.8
     with pytest.raises(ValueError, match=r"no labelled post of any task \(mood, heat, names\)"):
         mean_metric({}, TASKS)
@@ -286,7 +278,7 @@ def test_mean_is_over_the_tasks_that_have_labels() -> None:
         ("names/f1/O", 0.9),
     ],
 )
-def test_the_chosen_number_rises_as_the_model_gets_better(name: str, value: float) -> None:
+def test_the_chosen_number_rises_as_the_model_gets_better(name, value):
     assert chosen_metric(METRICS, TASKS, name) == pytest.approx(value)
 
 
@@ -301,17 +293,17 @@ def test_the_chosen_number_rises_as_the_model_gets_better(name: str, value: floa
         ("heat/macro_f1", "which does not exist"),
     ],
 )
-def test_a_metric_that_no_evaluation_has_is_refused(name: str, message: str) -> None:
+def test_a_metric_that_no_evaluation_has_is_refused(name, message):
     with pytest.raises(ValueError, match=message):
         chosen_metric(METRICS, TASKS, name)
 
 
-def test_a_chosen_task_without_labelled_posts_says_so() -> None:
+def test_a_chosen_task_without_labelled_posts_says_so():
     with pytest.raises(ValueError, match="no labelled post of heat; use mean"):
         chosen_metric({"mood": {"macro_f1": 1.0}}, TASKS, "heat/mae")
 
 
-def test_a_choice_that_no_validation_post_can_measure_is_refused_before_training() -> None:
+def test_a_choice_that_no_validation_post_can_measure_is_refused_before_training():
     check_chosen_metric("mean", TASKS, measured={"heat"})
     check_chosen_metric("heat/mae", TASKS, measured={"heat"})
     for name, measured in (("mean", set()), ("mood/macro_f1", {"heat"})):
@@ -329,13 +321,13 @@ def test_a_choice_that_no_validation_post_can_measure_is_refused_before_training
             check_chosen_metric(name, TASKS, measured=measured, taught={"mood"})
 
 
-def test_names_of_metrics_are_known_before_any_evaluation() -> None:
+def test_names_of_metrics_are_known_before_any_evaluation():
     (found,) = run([[[0, 1, 2, 3, 4, 5]]])
     for task in TASKS:
         assert ("n", *metric_names(task)) == tuple(found.metrics[task.name])
 
 
-def test_auxiliary_tasks_are_in_no_mean_and_choose_no_checkpoint() -> None:
+def test_auxiliary_tasks_are_in_no_mean_and_choose_no_checkpoint():
     tasks = (MOOD, replace(HEAT, auxiliary=True), NAMES)
     assert (
         mean_metric(METRICS, tasks)
@@ -353,7 +345,7 @@ def test_auxiliary_tasks_are_in_no_mean_and_choose_no_checkpoint() -> None:
 SLICES = {"kind": ["a", "b", None, "a", "b", "b"], "true": ["true"] * 6}
 
 
-def test_slices_have_the_metrics_of_their_rows_alone() -> None:
+def test_slices_have_the_metrics_of_their_rows_alone():
     tasks = (replace(MOOD, slices=("kind",)), HEAT, replace(NAMES, slices=("kind", "true")))
 
     def values_of(shares: Sequence[Sequence[Sequence[int]]]) -> dict[str, dict[str, float]]:
@@ -393,7 +385,7 @@ class SoftCollator:
 
 
 @pytest.mark.parametrize("shares", [[[[0, 1, 2, 3, 4, 5]]], [[[4, 2, 0]], [[]], [[5, 3, 1]]]])
-def test_the_divergence_from_the_teacher_is_over_all_posts_with_a_soft_label(shares: list) -> None:
+def test_the_divergence_from_the_teacher_is_over_all_posts_with_a_soft_label(shares):
     rows = [0, 1, 2, 3, 5]
     z = [LOGITS["mood"][row].double() for row in rows]
     mood = np.mean([-float(one.log_softmax(-1).mean()) - math.log(2) for one in z])
@@ -419,7 +411,7 @@ def test_the_divergence_from_the_teacher_is_over_all_posts_with_a_soft_label(sha
     assert plain.teacher_kl() == {} and "teacher_kl" not in plain.metrics["mood"]
 
 
-def test_rows_that_are_there_for_a_soft_label_change_no_metric_and_no_prediction() -> None:
+def test_rows_that_are_there_for_a_soft_label_change_no_metric_and_no_prediction():
     """Where a row serves one task, a post has rows for tasks that it has no label of."""
 
     def everything(split: Any, indices: np.ndarray) -> Batch:

@@ -1,7 +1,5 @@
 """Experts off is a model without blocks, in turn is the uniform gate, and a change has its standard error."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 
@@ -33,7 +31,7 @@ def logits_of(model) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("route_by", ["token", "task"])
-def test_off_is_the_encoder_alone(route_by: str) -> None:
+def test_off_is_the_encoder_alone(route_by):
     model = tiny_model(moe_config(route_by=route_by, shared_width=8)).double().eval()
     bare = tiny_model(moe_config(num_experts=0)).double().eval()
     bare.load_state_dict(
@@ -49,7 +47,7 @@ def test_off_is_the_encoder_alone(route_by: str) -> None:
 
 
 @pytest.mark.parametrize("top_k", [2, 4])
-def test_in_turn_is_the_uniform_gate(top_k: int) -> None:
+def test_in_turn_is_the_uniform_gate(top_k):
     model = tiny_model(moe_config(top_k=top_k)).double().eval()
     uniform = tiny_model(moe_config(top_k=top_k, gate="uniform")).double().eval()
     uniform.load_state_dict(model.state_dict())
@@ -60,7 +58,7 @@ def test_in_turn_is_the_uniform_gate(top_k: int) -> None:
     torch.testing.assert_close(logits_of(model), whole, rtol=0, atol=0)
 
 
-def test_in_turn_keeps_the_weight_of_a_single_expert() -> None:
+def test_in_turn_keeps_the_weight_of_a_single_expert():
     model = tiny_model(moe_config(top_k=1)).eval()
     with torch.no_grad(), experts_in_turn(model):
         turned = model(random_batch()).routings[0]
@@ -77,7 +75,7 @@ def posts(logits_NY: np.ndarray, targets_N: np.ndarray) -> list[PostOutput]:
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.5, 2.0])
-def test_a_change_has_the_paired_standard_error(noise: float) -> None:
+def test_a_change_has_the_paired_standard_error(noise):
     rng = np.random.default_rng(0)
     count = GROUPS - 4
     before, targets = rng.normal(size=(count, 3)), rng.integers(0, 3, count)
@@ -104,7 +102,7 @@ def test_a_change_has_the_paired_standard_error(noise: float) -> None:
 
 
 @pytest.mark.parametrize(("factor", "nothing"), [(1.0, True), (0.95, True), (0.6, False)])
-def test_experts_add_something_if_the_loss_rises_without_them(factor: float, nothing: bool) -> None:
+def test_experts_add_something_if_the_loss_rises_without_them(factor, nothing):
     """A calibrated model, and one with smaller logits: no prediction changes."""
     rng = np.random.default_rng(1)
     logits = 2 * rng.normal(size=(4000, 3))
@@ -124,15 +122,13 @@ def test_experts_add_something_if_the_loss_rises_without_them(factor: float, not
     ("loss", "metric", "sure"),
     [(0.06, 0.0, True), (0.0, -0.02, True), (0.005, -0.005, False), (-0.2, 0.1, False)],
 )
-def test_a_large_change_on_few_posts_is_not_called_none(
-    loss: float, metric: float, sure: bool
-) -> None:
+def test_a_large_change_on_few_posts_is_not_called_none(loss, metric, sure):
     mean = {"loss": loss, "loss_error": 0.05, "metric": metric, "metric_error": 0.05}
     (line,) = verdicts({OFF: {"adds_nothing": True, "mean": mean}})
     assert line.startswith("warning: the experts add nothing") and ("that is sure" in line) == sure
 
 
-def test_every_kind_is_measured_also_where_groups_stay_empty() -> None:
+def test_every_kind_is_measured_also_where_groups_stay_empty():
     batch = random_batch(rows=7)
     model = tiny_model(moe_config()).eval()
     told = Task("told", "text", (), "token_f1", prompt="{text}")

@@ -1,7 +1,5 @@
 """Gradients of the tasks' losses by the shared weights, and their cosines, by hand and on an export."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -120,7 +118,7 @@ def test_noise_that_two_tasks_share_by_their_posts_makes_them_no_friends():
 
 
 @pytest.fixture(scope="module", params=["token", "task"])
-def run(tmp_path_factory: pytest.TempPathFactory, request) -> Path:
+def run(tmp_path_factory, request) -> Path:
     """A finished run of two tasks that are one and the same, and of one with other answers, on the same posts."""
     folder = tmp_path_factory.mktemp("affinity")
     twin = replace(MOOD, name="twin")
@@ -149,7 +147,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, request) -> Path:
     return folder
 
 
-def test_an_export_is_measured_on_its_own_held_out_posts_always_alike(run: Path):
+def test_an_export_is_measured_on_its_own_held_out_posts_always_alike(run):
     found = measure_affinity(run, limit=40, batch_size=7, progress=False)
     assert found.tasks == ("mood", "twin", "topic")
     assert found.posts_T[0] == 40
@@ -173,7 +171,7 @@ def test_an_export_is_measured_on_its_own_held_out_posts_always_alike(run: Path)
     )
 
 
-def test_a_task_without_posts_has_no_cosine_and_its_file_can_be_read(tmp_path: Path):
+def test_a_task_without_posts_has_no_cosine_and_its_file_can_be_read(tmp_path):
     cosine_TT, norm_T = np.array([[0.5, np.nan], [np.nan, np.nan]]), np.array([1.0, np.nan])
     found = Affinity(("a", "b"), cosine_TT, norm_T, (4, 1), 4, 9)
     (tmp_path / "affinity.json").write_text(json.dumps(found.to_dict()))
@@ -182,7 +180,7 @@ def test_a_task_without_posts_has_no_cosine_and_its_file_can_be_read(tmp_path: P
     np.testing.assert_array_equal(read.norm_T, norm_T)
 
 
-def test_what_cannot_be_measured_is_said(tmp_path: Path):
+def test_what_cannot_be_measured_is_said(tmp_path):
     with pytest.raises(ValueError, match="limit of posts per task is 1; it must be at least 2"):
         measure_affinity(tmp_path, limit=1)
     with pytest.raises(ValueError, match="no config.yaml"):

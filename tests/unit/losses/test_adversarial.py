@@ -1,7 +1,5 @@
 """The discriminator behind the reversed gradient: its value by hand, its gradients, and what it does to an encoder."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 from types import SimpleNamespace
@@ -11,11 +9,7 @@ import torch
 from torch import nn
 
 from comoe.config.recipe import AdversarialConfig, ContrastiveConfig, LossConfig, Recipe
-from comoe.losses.adversarial import (
-    AdversarialLoss,
-    reversal_strength,
-    reversed_gradient,
-)
+from comoe.losses.adversarial import AdversarialLoss, reversal_strength, reversed_gradient
 from comoe.losses.objective import Objective, count_units, unit_scale
 from comoe.models.heads import mean_state
 from comoe.train.monitor.log_window import LogWindow

@@ -1,7 +1,5 @@
 """The objective with soft labels: its value, its parts, and what does not change it."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

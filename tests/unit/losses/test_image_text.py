@@ -1,7 +1,5 @@
 """Image-text losses in one process: values by hand, gradients, who replaces whom, and that no task sees any of it."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 

@@ -1,7 +1,5 @@
 """The objective: partitions of a batch add up, absent tasks are harmless, every term can be switched off."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 

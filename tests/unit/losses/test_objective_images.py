@@ -1,7 +1,5 @@
 """The objective on posts with pictures: shares of the terms, second views and GradCache with both sides."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest
@@ -33,9 +31,7 @@ def objective_of(
     ("itc", "itm", "names"),
     [(0.1, 0.1, ["itc", "itm"]), (0.3, 0.0, ["itc"]), (0.0, 0.2, ["itm"]), (0.0, 0.0, [])],
 )
-def test_the_tasks_get_what_the_image_text_terms_leave_of_one(
-    itc: float, itm: float, names: list[str]
-):
+def test_the_tasks_get_what_the_image_text_terms_leave_of_one(itc, itm, names):
     objective = objective_of("attention", ImageTextConfig(itc_weight=itc, itm_weight=itm))
     assert list(objective.terms) == names
     step = objective(scaled(seeing_batch(tasks=CONTRASTED)))
@@ -52,7 +48,7 @@ def test_a_model_of_one_stream_leaves_the_contrasts_share_to_the_tasks():
 
 
 @pytest.mark.parametrize("fusion", ["attention", "tokens", "vilt"])
-def test_the_cache_repeats_both_sides_and_their_dropout(fusion: str):
+def test_the_cache_repeats_both_sides_and_their_dropout(fusion):
     contrastive = ContrastiveConfig(weight=0.5, chunk_size=3)
     objective = objective_of(fusion, ImageTextConfig(), contrastive=contrastive, dropout=0.3)
     batches = [

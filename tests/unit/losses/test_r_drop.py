@@ -1,7 +1,5 @@
 """R-Drop: two passes under different dropout, against sums of divergences in float64."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest
@@ -12,14 +10,7 @@ from comoe.config.recipe import ContrastiveConfig, LossConfig
 from comoe.losses.objective import count_units, unit_scale
 from comoe.tasks.kinds.registry import KINDS
 from comoe.types import IGNORED
-from tests.helpers_model import (
-    TASKS,
-    moe_config,
-    random_batch,
-    scaled,
-    take,
-    tiny_objective,
-)
+from tests.helpers_model import TASKS, moe_config, random_batch, scaled, take, tiny_objective
 
 PLAIN = LossConfig(contrastive=ContrastiveConfig(weight=0.0))
 WEIGHT = 20.0
@@ -60,7 +51,7 @@ def reference(one, other, batch) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", ["single_label", "multi_label", "regression", "tags"])
-def test_the_divergence_is_that_of_the_distributions_and_so_is_its_gradient(kind: str) -> None:
+def test_the_divergence_is_that_of_the_distributions_and_so_is_its_gradient(kind):
     width = 1 if kind == "regression" else 3
     shape = (5, 4, width) if kind == "tags" else (5, width)
     draw = torch.Generator().manual_seed(1)
@@ -79,7 +70,7 @@ def test_the_divergence_is_that_of_the_distributions_and_so_is_its_gradient(kind
 
 
 @pytest.mark.parametrize("repeats", [False, True])
-def test_two_passes_are_the_mean_of_their_losses_and_the_divergence(repeats: bool) -> None:
+def test_two_passes_are_the_mean_of_their_losses_and_the_divergence(repeats):
     batch = scaled(some_missing())
     objective = tiny_objective(loss=replace(PLAIN, r_drop_weight=WEIGHT), dropout=0.3).train()
     torch.manual_seed(3)
@@ -103,7 +94,7 @@ def test_two_passes_are_the_mean_of_their_losses_and_the_divergence(repeats: boo
     assert [name for name, grad in grads.items() if grad is None or not grad.isfinite().all()] == []
 
 
-def test_micro_batches_add_up_and_without_dropout_nothing_is_added() -> None:
+def test_micro_batches_add_up_and_without_dropout_nothing_is_added():
     batch = some_missing()
     objective = tiny_objective(loss=replace(PLAIN, r_drop_weight=WEIGHT)).eval()
     whole = objective(scaled(batch))
@@ -125,7 +116,7 @@ def test_micro_batches_add_up_and_without_dropout_nothing_is_added() -> None:
     assert cut.sum().item() == pytest.approx(reference(*logits, batch).item(), rel=1e-5)
 
 
-def test_without_dropout_two_draws_of_experts_are_made_to_agree() -> None:
+def test_without_dropout_two_draws_of_experts_are_made_to_agree():
     """AdaMix: the two passes of a post go through other experts, and nothing else differs."""
     moe = moe_config(gate="random", top_k=1, balance="none")
     objective = tiny_objective(moe, loss=replace(PLAIN, r_drop_weight=WEIGHT))

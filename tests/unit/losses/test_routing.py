@@ -1,7 +1,5 @@
 """Losses on the gates: hand-computed values and independence of how tokens fall on ranks."""
 
-from __future__ import annotations
-
 import math
 from types import SimpleNamespace
 
@@ -276,10 +274,7 @@ def test_equal_micro_steps_give_the_task_separation_and_gradient_of_one():
 
 
 def test_task_separation_counts_the_micro_steps_since_begin_step():
-    rows_S, term = (
-        torch.arange(10).repeat_interleave(3),
-        TaskSeparationLoss(NAMES),
-    )
+    rows_S, term = (torch.arange(10).repeat_interleave(3), TaskSeparationLoss(NAMES))
     (first, _), (second, _) = posts(seed=1), posts(seed=2)
     separated(gate_logits(seed=1), first, rows_S, term=term)
     running = separated(gate_logits(seed=2), second, rows_S, term=term)[0]

@@ -1,7 +1,5 @@
 """Activation checkpointing changes no number, and routes every token as the first pass did."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """Tasks that a decoder answers: without experts every number is the library's own, with them all stay consistent."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest
@@ -244,13 +242,7 @@ def test_a_filler_row_runs_the_decoder_and_counts_nowhere():
 def test_layer_rows_name_the_row_of_every_routed_token(served):
     model, batch = decoder_model(), decoder_batch(served=served)
     output = model(batch)
-    assert [block.layer for block in model.moe_layers()] == [
-        0,
-        1,
-        2,
-        3,
-        4,
-    ]
+    assert [block.layer for block in model.moe_layers()] == [0, 1, 2, 3, 4]
     assert output.num_answer_layers == 2
     wanted = (batch.target_ids_BD != IGNORED).sum(dim=1)
     for number, (routing, rows_S) in enumerate(
@@ -469,16 +461,7 @@ def test_the_decoder_reads_states_that_have_seen_the_picture(fusion, family):
     moved |= (after["opinion"] - before["opinion"])[:, :2].abs().amax(dim=1) > 1e-5
     moved |= (after["reason"] - before["reason"])[:, :2].abs().amax(dim=1) > 1e-5
     assert batch.task_ids_B.tolist() == [-1, 1, 3, 4, -1, 1, 3, 4]
-    assert moved.tolist() == [
-        0,
-        1,
-        0,
-        1,
-        0,
-        0,
-        0,
-        0,
-    ]
+    assert moved.tolist() == [0, 1, 0, 1, 0, 0, 0, 0]
 
 
 def test_a_second_view_of_posts_does_without_the_decoder():

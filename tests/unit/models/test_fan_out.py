@@ -1,7 +1,5 @@
 """Routing by task: layers below the first block run once per text, with the numbers of one pass per row."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

@@ -1,7 +1,5 @@
 """Task heads: pooling over real tokens and the shapes of the answers."""
 
-from __future__ import annotations
-
 import torch
 
 from comoe.models.heads import AttentionPooling, TaskHead

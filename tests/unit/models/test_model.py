@@ -1,7 +1,5 @@
 """The whole model: what it returns, what padding may not change, and whose parameters are whose."""
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from dataclasses import replace

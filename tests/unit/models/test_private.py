@@ -1,7 +1,5 @@
 """Private parts: absent they change nothing, new they change no answer, and what keeps them apart from the shared."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 

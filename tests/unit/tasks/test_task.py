@@ -1,7 +1,5 @@
 """Tasks of a recipe resolved against their data."""
 
-from __future__ import annotations
-
 import json
 
 import pytest
@@ -24,9 +22,7 @@ def build(config: TaskConfig, *labels: str, **counts: int) -> Task:
         ("tags", ("O", "B-X"), "span_f1", 2),
     ],
 )
-def test_auto_metric_and_head_width_follow_the_kind(
-    kind: str, labels: tuple, metric: str, outputs: int
-) -> None:
+def test_auto_metric_and_head_width_follow_the_kind(kind, labels, metric, outputs):
     task = build(TaskConfig(kind=kind), *labels)
     assert (task.metric, task.rules.num_outputs(task.labels), task.rules) == (
         metric,
@@ -35,21 +31,21 @@ def test_auto_metric_and_head_width_follow_the_kind(
     )
 
 
-def test_balanced_weights_are_posts_over_labels_times_count() -> None:
+def test_balanced_weights_are_posts_over_labels_times_count():
     task = build(TaskConfig(class_weights="balanced"), "a", "b", a=30, b=10)
     assert task.class_weights == (40 / (2 * 30), 40 / (2 * 10))
 
 
-def test_a_label_without_training_posts_has_weight_one() -> None:
+def test_a_label_without_training_posts_has_weight_one():
     task = build(TaskConfig(class_weights="balanced"), "a", "b", "c", a=6, b=3)
     assert task.class_weights == (0.5, 1.0, 1.0)
 
 
-def test_given_weights_are_kept_in_label_order() -> None:
+def test_given_weights_are_kept_in_label_order():
     assert build(TaskConfig(class_weights=[1, 2.5]), "a", "b").class_weights == (1.0, 2.5)
 
 
-def test_auto_leaves_out_of_the_contrastive_loss_what_costs_a_second_pass_and_has_labels() -> None:
+def test_auto_leaves_out_of_the_contrastive_loss_what_costs_a_second_pass_and_has_labels():
     assert build(TaskConfig(), "a", "b").contrastive
     assert not build(TaskConfig(contrastive=False), "a", "b").contrastive
     assert build(TaskConfig(kind="regression")).contrastive
@@ -60,9 +56,7 @@ def test_auto_leaves_out_of_the_contrastive_loss_what_costs_a_second_pass_and_ha
     assert build(TaskConfig(kind="tags", contrastive=True), "O", "B-PER").contrastive
 
 
-def test_a_task_without_labels_has_neither_metric_nor_labels_nor_a_way_out_of_the_contrastive_loss() -> (
-    None
-):
+def test_a_task_without_labels_has_neither_metric_nor_labels_nor_a_way_out_of_the_contrastive_loss():
     assert build(TaskConfig(kind="unlabelled")).metric == "none"
     for option, value in {
         "metric": "accuracy",
@@ -85,15 +79,13 @@ def test_a_task_without_labels_has_neither_metric_nor_labels_nor_a_way_out_of_th
         (True, None, (None, 0.0, 1.0)),
     ],
 )
-def test_width_and_scale_of_numbers_are_those_of_the_labels(
-    standardize: bool, moments: tuple | None, expected: tuple
-) -> None:
+def test_width_and_scale_of_numbers_are_those_of_the_labels(standardize, moments, expected):
     config = TaskConfig(kind="regression", standardize=standardize)
     task = build_task("task", config, labels=(), label_counts={}, label_moments=moments)
     assert (task.contrastive_width, task.label_mean, task.label_std) == expected
 
 
-def test_options_of_numbers_are_kept() -> None:
+def test_options_of_numbers_are_kept():
     config = TaskConfig(
         kind="regression", contrastive_width=3, contrastive_temperature=0.2, contrastive_weight=0.5
     )
@@ -106,7 +98,7 @@ def test_options_of_numbers_are_kept() -> None:
     assert Task.from_dict(json.loads(json.dumps(task.to_dict()))) == task
 
 
-def test_a_task_of_an_older_export_is_read() -> None:
+def test_a_task_of_an_older_export_is_read():
     old = {"name": "mood", "kind": "single_label", "labels": ["a", "b"], "metric": "macro_f1", "weight": 1.0,
            "class_weights": None, "label_smoothing": 0.0, "contrastive": True}  # fmt: skip
     task = Task.from_dict(old)
@@ -116,7 +108,7 @@ def test_a_task_of_an_older_export_is_read() -> None:
     assert (task.label_mean, task.label_std) == (0.0, 1.0)
 
 
-def test_a_task_survives_json() -> None:
+def test_a_task_survives_json():
     task = build(
         TaskConfig(class_weights=[1.0, 3.0], label_smoothing=0.1, weight=2.0, metric="f1_class_1"),
         "a",
@@ -125,7 +117,7 @@ def test_a_task_survives_json() -> None:
     assert Task.from_dict(json.loads(json.dumps(task.to_dict()))) == task
 
 
-def test_tweeteval_metrics_are_selectable_by_name() -> None:
+def test_tweeteval_metrics_are_selectable_by_name():
     assert build(TaskConfig(metric="macro_recall"), "a", "b").metric == "macro_recall"
     assert (
         build(TaskConfig(metric="mean_f1_against_favor"), "none", "against", "favor").metric
@@ -181,14 +173,12 @@ def test_tweeteval_metrics_are_selectable_by_name() -> None:
         ),
     ],
 )
-def test_what_does_not_fit_is_refused_with_what_to_do(
-    config: TaskConfig, labels: tuple, message: str
-) -> None:
+def test_what_does_not_fit_is_refused_with_what_to_do(config, labels, message):
     with pytest.raises(ValueError, match=message):
         build(config, *labels)
 
 
-def test_an_unknown_field_in_an_export_is_refused() -> None:
+def test_an_unknown_field_in_an_export_is_refused():
     plain = build(TaskConfig(), "a", "b").to_dict() | {"labls": ["a"]}
     with pytest.raises(ValueError, match="labls is not a field of a task; did you mean labels"):
         Task.from_dict(plain)

@@ -54,7 +54,7 @@ def pairs(seed: int) -> list[tuple[str, str]]:
     return list(zip(texts[::2], texts[1::2], strict=True))
 
 
-def test_english_answers_are_scored_as_by_the_script_of_squad() -> None:
+def test_english_answers_are_scored_as_by_the_script_of_squad():
     for gold, predicted in pairs(0):
         assert token_f1([gold], [predicted]) == pytest.approx(
             squad_f1(gold, predicted), abs=1e-12
@@ -64,7 +64,7 @@ def test_english_answers_are_scored_as_by_the_script_of_squad() -> None:
         )
 
 
-def test_rouge_l_is_to_the_last_digit_that_of_rouge_score() -> None:
+def test_rouge_l_is_to_the_last_digit_that_of_rouge_score():
     scorer = RougeScorer(["rougeL"], tokenizer=Words())
     for gold, predicted in [*pairs(1), ("", ""), ("life", ""), ("", "life")]:
         theirs = scorer.score(gold, predicted)["rougeL"].fmeasure
@@ -87,17 +87,15 @@ def test_rouge_l_is_to_the_last_digit_that_of_rouge_score() -> None:
         ("x", "", 0.0, 0.0, 0.0),
     ],
 )
-def test_answers_of_other_languages_count(
-    gold: str, predicted: str, f1: float, rouge: float, equal: float
-) -> None:
+def test_answers_of_other_languages_count(gold, predicted, f1, rouge, equal):
     assert token_f1([gold], [predicted]) == pytest.approx(f1)
     assert rouge_l([gold], [predicted]) == pytest.approx(rouge)
     assert exact_match([gold], [predicted]) == equal
 
 
-def test_no_rows_have_no_score() -> None:
+def test_no_rows_have_no_score():
     assert token_f1([], []) == exact_match([], []) == rouge_l([], []) == 0.0
 
 
-def test_two_empty_answers_agree() -> None:
+def test_two_empty_answers_agree():
     assert token_f1([""], [""]) == exact_match([""], [""]) == 1.0

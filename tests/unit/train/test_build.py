@@ -1,7 +1,5 @@
 """What is refused once posts and encoder are both known."""
 
-from __future__ import annotations
-
 import json
 from types import SimpleNamespace
 

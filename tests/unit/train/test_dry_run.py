@@ -8,11 +8,7 @@ from comoe.config.recipe import NormalizeConfig, Recipe, TaskConfig
 from comoe.data.posts import PostSplit, unlabelled_posts
 from comoe.data.report import BadRow, DataReport
 from comoe.tasks.task import Task
-from comoe.train.dry_run import (
-    SHOWN_CHARACTERS,
-    dry_run_lines,
-    sample_lines,
-)
+from comoe.train.dry_run import SHOWN_CHARACTERS, dry_run_lines, sample_lines
 from comoe.train.memory_plan import RunSize, plan_memory
 
 CONFIG = NormalizeConfig()

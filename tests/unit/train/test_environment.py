@@ -1,7 +1,5 @@
 """What a fresh process looks like after ``prepare_process``: asked of real processes, because it changes all of one."""
 
-from __future__ import annotations
-
 import json
 import logging
 import os
@@ -40,7 +38,7 @@ def prepared(*, verbose: bool = False, **given: str) -> dict[str, Any]:
     )
 
 
-def test_plain_python_becomes_a_world_of_one_rank_without_any_variable() -> None:
+def test_plain_python_becomes_a_world_of_one_rank_without_any_variable():
     answer = prepared()
     assert (answer["RANK"], answer["LOCAL_RANK"], answer["WORLD_SIZE"]) == ("0", "0", "1")
     assert answer["threads"] == available_cores()
@@ -52,7 +50,7 @@ def test_plain_python_becomes_a_world_of_one_rank_without_any_variable() -> None
         probe.bind((answer["MASTER_ADDR"], int(answer["MASTER_PORT"])))  # the port is a free one
 
 
-def test_a_rank_of_a_launcher_keeps_its_place_and_takes_its_share_of_the_cores() -> None:
+def test_a_rank_of_a_launcher_keeps_its_place_and_takes_its_share_of_the_cores():
     cores = available_cores()
     places = {"RANK": "3", "LOCAL_RANK": "1", "LOCAL_SIZE": str(cores), "WORLD_SIZE": "8", "MASTER_ADDR": "host",
               "MASTER_PORT": "1234"}  # fmt: skip
@@ -64,7 +62,7 @@ def test_a_rank_of_a_launcher_keeps_its_place_and_takes_its_share_of_the_cores()
     assert answer["level"] == logging.NOTSET
 
 
-def test_threads_and_accelerator_that_the_user_chose_stay() -> None:
+def test_threads_and_accelerator_that_the_user_chose_stay():
     answer = prepared(OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu")
     assert (answer["OMP_NUM_THREADS"], answer["threads"], answer["DS_ACCELERATOR"]) == (
         "1",
@@ -73,7 +71,7 @@ def test_threads_and_accelerator_that_the_user_chose_stay() -> None:
     )
 
 
-def test_the_description_of_the_environment_is_plain_json_with_versions_and_command() -> None:
+def test_the_description_of_the_environment_is_plain_json_with_versions_and_command():
     described = json.loads(json.dumps(describe_environment(world_size=3)))
     assert described["world_size"] == 3
     assert described["command"] == sys.argv
@@ -81,7 +79,7 @@ def test_the_description_of_the_environment_is_plain_json_with_versions_and_comm
     assert set(described["packages"]) >= {"comoe", "torch", "transformers", "datasets"}
 
 
-def test_the_interface_towards_an_address_is_the_one_that_has_a_route_to_it() -> None:
+def test_the_interface_towards_an_address_is_the_one_that_has_a_route_to_it():
     assert psutil.net_if_addrs()[interface_towards("127.0.0.1")]
     assert any(
         card.address == "127.0.0.1"

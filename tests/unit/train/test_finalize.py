@@ -1,10 +1,7 @@
 """What the end of a run writes, and tells to type next."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,9 +20,7 @@ from comoe.train.results import print_results, write_predictions
         ({}, "posts.txt"),
     ],
 )
-def test_the_last_line_names_an_input_that_fits_the_model(
-    config: dict, posts: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_last_line_names_an_input_that_fits_the_model(config, posts, tmp_path, capsys):
     (tmp_path / "results.json").write_text('{"metrics": {}}')
     (tmp_path / "export").mkdir()
     (tmp_path / "export" / "config.json").write_text(json.dumps(config))
@@ -34,9 +29,7 @@ def test_the_last_line_names_an_input_that_fits_the_model(
     assert last.startswith("predict ") and f"--input {posts} --output predictions.jsonl" in last
 
 
-def test_the_last_line_names_the_second_text_where_a_prompt_wants_it(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_last_line_names_the_second_text_where_a_prompt_wants_it(tmp_path, capsys):
     (tmp_path / "results.json").write_text('{"metrics": {}}')
     print_results(tmp_path, [Task("aspect", "text", (), "token_f1", prompt="{pair} in {text}")])
     assert (
@@ -53,7 +46,7 @@ def test_the_last_line_names_the_second_text_where_a_prompt_wants_it(
     )
 
 
-def test_predictions_name_the_data_set_of_each_post(tmp_path: Path) -> None:
+def test_predictions_name_the_data_set_of_each_post(tmp_path):
     posts = replace(
         unlabelled_posts(["a", "b"], tasks=[]),
         groups=np.array([1, 0]),

@@ -54,9 +54,7 @@ def test_parameters_are_counted_by_kind():
 
 
 @pytest.mark.parametrize("family", ["bert", "distilbert"])
-def test_the_plan_of_a_run_knows_its_feed_forward_heads_recomputation_and_frozen_weights(
-    family: str,
-):
+def test_the_plan_of_a_run_knows_its_feed_forward_heads_recomputation_and_frozen_weights(family):
     model = tiny_model(moe_config(), family=family, train_layers="none")
     found = count_parameters(model, top_k=2)
     size = RunSize(

@@ -1,7 +1,5 @@
 """The variables of each launcher lead to the same place of a rank, and to its share of the cores."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys
@@ -38,7 +36,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_a_launcher_is_read(launcher: str) -> None:
+def test_a_launcher_is_read(launcher):
     environment, expected = CASES[launcher]
     place = place_of_rank(environment)
     assert place == RankPlace(*expected)
@@ -52,7 +50,7 @@ def test_a_launcher_is_read(launcher: str) -> None:
     assert (written["LOCAL_SIZE"], written["CROSS_SIZE"]) == (str(place.local_size), "2")
 
 
-def test_other_shapes_of_the_same_launchers() -> None:
+def test_other_shapes_of_the_same_launchers():
     uneven = SLURM | {"SLURM_STEP_TASKS_PER_NODE": "2(x2),1", "SLURM_NODEID": "2", "SLURM_STEP_NUM_TASKS": "5",
                       "SLURM_PROCID": "4", "SLURM_LOCALID": "0", "SLURM_STEP_NUM_NODES": "3"}  # fmt: skip
     found = place_of_rank(uneven)
@@ -75,12 +73,12 @@ def test_other_shapes_of_the_same_launchers() -> None:
     ],
     ids=["plain", "the shell of sbatch", "an interactive step", "a job of single pods"],
 )
-def test_what_is_no_rank(environment: dict[str, str]) -> None:
+def test_what_is_no_rank(environment):
     before = dict(environment)
     assert settle_place(environment) is None and environment == before
 
 
-def test_a_variable_that_is_no_number_or_missing_is_named() -> None:
+def test_a_variable_that_is_no_number_or_missing_is_named():
     with pytest.raises(ValueError, match="has WORLD_SIZE='two', where a launcher sets a whole"):
         place_of_rank(TORCHRUN | {"WORLD_SIZE": "two"})
     with pytest.raises(ValueError, match="MASTER_ADDR is not; set it"):
@@ -96,7 +94,7 @@ def test_a_variable_that_is_no_number_or_missing_is_named() -> None:
         ("", ""),
     ],
 )
-def test_the_first_machine_of_slurms_short_form(nodes: str, first: str) -> None:
+def test_the_first_machine_of_slurms_short_form(nodes, first):
     assert first_host(nodes) == first
 
 
@@ -110,15 +108,13 @@ def test_the_first_machine_of_slurms_short_form(nodes: str, first: str) -> None:
         ({"SLURM_CPUS_PER_TASK": "64"}, False, 16),
     ],
 )
-def test_threads(more: dict[str, str], own: bool, threads: int | None) -> None:
+def test_threads(more, own, threads):
     settled = dict(DEEPSPEED)
     settle_place(settled)
     assert threads_of_rank(settled | more, 16, torchruns_own=own) == threads
 
 
-def test_restarts_are_refused_where_torchrun_holds_the_port(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_restarts_are_refused_where_torchrun_holds_the_port(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     refuse_restarts_under_torchrun(0)
     with pytest.raises(ValueError, match="--restarts does not work under torchrun"):
@@ -141,9 +137,7 @@ sys.exit(run_as_ranks(int(sys.argv[1]), [sys.executable, "-c", said, sys.argv[2]
 
 
 @pytest.mark.parametrize("ranks, code", [(1, 0), (2, 3)])
-def test_ranks_are_started_and_the_code_of_the_one_that_fails_is_passed_on(
-    ranks: int, code: int, tmp_path: Path
-) -> None:
+def test_ranks_are_started_and_the_code_of_the_one_that_fails_is_passed_on(ranks, code, tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", RANKS, str(ranks), tmp_path],
         capture_output=True,

@@ -87,7 +87,7 @@ def test_one_rank_in_float32_with_adamw_needs_twenty_bytes_per_parameter():
 
 
 @pytest.mark.parametrize(("momentum", "numbers"), [(0.0, 0), (0.9, 1)])
-def test_sgd_keeps_a_buffer_only_with_momentum(momentum: float, numbers: int):
+def test_sgd_keeps_a_buffer_only_with_momentum(momentum, numbers):
     assert device(plan(optimizer="sgd", momentum=momentum))["moments of sgd"] == 4 * numbers * 450
 
 
@@ -202,6 +202,6 @@ def test_the_printed_plan_has_a_host_column_with_an_offload():
         ({"ep_size": 3}, r"ep_size \(3\) must divide the number of ranks \(4\)"),
     ],
 )
-def test_a_layout_that_cannot_be_is_refused(changes: dict, message: str):
+def test_a_layout_that_cannot_be_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         plan(**changes)

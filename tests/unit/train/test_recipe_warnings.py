@@ -1,7 +1,5 @@
 """What a recipe asks for in vain or unwisely is said, and nothing else."""
 
-from __future__ import annotations
-
 import re
 
 import pytest

@@ -1,7 +1,5 @@
 """How a run ends: exit codes and what is said."""
 
-from __future__ import annotations
-
 import errno
 import os
 from pathlib import Path
@@ -23,7 +21,7 @@ class Left(BaseException):
 
 
 @pytest.fixture
-def end_by(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def end_by(monkeypatch, capsys):
     def leave(code: int) -> None:
         raise Left(code)
 
@@ -58,9 +56,7 @@ INSIDE = ValueError("optimizer got an empty parameter list")
 
 
 @pytest.mark.parametrize("error", [STALE, INSIDE, BrokenPipeError(errno.EPIPE, "Broken pipe")])
-def test_an_error_while_training_is_no_mistake_of_the_users_and_can_be_restarted(
-    end_by, error: Exception
-) -> None:
+def test_an_error_while_training_is_no_mistake_of_the_users_and_can_be_restarted(end_by, error):
     code, said = end_by(error, training=True)
     assert code == 1 and code not in FINAL
     assert said.startswith("Traceback (most recent call last):") and "in train\n" in said
@@ -68,7 +64,7 @@ def test_an_error_while_training_is_no_mistake_of_the_users_and_can_be_restarted
 
 
 @pytest.mark.parametrize("error", [STALE, INSIDE])
-def test_an_error_before_training_is_one_sentence(end_by, error: Exception) -> None:
+def test_an_error_before_training_is_one_sentence(end_by, error):
     assert end_by(error, training=False) == (2, f"comoe: {error}\n")
 
 
@@ -78,8 +74,8 @@ def test_an_error_before_training_is_one_sentence(end_by, error: Exception) -> N
      ("run: {verbose: true}", ["run.verbose=false"], False), ("run: {verbos: true}", ["run.verbose=true"], False)],
 )  # fmt: skip
 def test_the_traceback_of_a_users_mistake_is_shown_when_the_recipe_says_so(
-    end_by, tmp_path: Path, yaml: str, words: list[str], shown: bool
-) -> None:
+    end_by, tmp_path, yaml, words, shown
+):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"{yaml}\ntasks: {{mood: {{kind: single_label, path: posts.jsonl}}}}\n")
     code, said = end_by(INSIDE, training=False, request=Request(config=recipe, overrides=words))
@@ -88,7 +84,7 @@ def test_the_traceback_of_a_users_mistake_is_shown_when_the_recipe_says_so(
     assert said.endswith(f"comoe: {INSIDE}\n")
 
 
-def test_a_resumed_run_keeps_the_optimizer_group_of_its_router(tmp_path: Path) -> None:
+def test_a_resumed_run_keeps_the_optimizer_group_of_its_router(tmp_path):
     written = "tasks: {mood: {path: mood.csv}}\ntrain: {seed: 1}\n"
     (tmp_path / "config.yaml").write_text(written)
     rate = "train.router_learning_rate"

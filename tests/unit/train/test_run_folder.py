@@ -1,7 +1,5 @@
 """When a run folder is cleared; several real ranks take one in ``tests/multiprocess/test_beginning.py``."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Iterator
@@ -26,7 +24,7 @@ from comoe.train.run_folder import (
 
 
 @pytest.fixture
-def old(tmp_path: Path) -> Path:
+def old(tmp_path) -> Path:
     """The folder of an earlier run."""
     folder = tmp_path / "run"
     (folder / "checkpoints" / "step-00000002").mkdir(parents=True)
@@ -49,9 +47,7 @@ def held() -> Iterator[ExitStack]:
         yield stack
 
 
-def test_an_earlier_run_stays_whole_where_a_machine_does_not_see_the_folder(
-    old: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_earlier_run_stays_whole_where_a_machine_does_not_see_the_folder(old, monkeypatch):
     before = files(old)
     monkeypatch.setenv("CROSS_SIZE", "2")
     monkeypatch.setattr(module, "all_gather_objects", lambda own: [own, "b (node 1)"])
@@ -66,9 +62,7 @@ def test_an_earlier_run_stays_whole_where_a_machine_does_not_see_the_folder(
 
 
 @pytest.mark.parametrize("machines", ["1", "2"])
-def test_an_earlier_run_goes_once_all_machines_have_seen_the_folder(
-    old: Path, monkeypatch: pytest.MonkeyPatch, machines: str
-) -> None:
+def test_an_earlier_run_goes_once_all_machines_have_seen_the_folder(old, monkeypatch, machines):
     monkeypatch.setenv("CROSS_SIZE", machines)
     monkeypatch.setenv(module.RUN_WORD, "ours")
     seen = os.open(old, os.O_RDONLY)
@@ -80,7 +74,7 @@ def test_an_earlier_run_goes_once_all_machines_have_seen_the_folder(
     os.close(seen)
 
 
-def test_a_resumed_run_keeps_all_that_is_there(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_run_keeps_all_that_is_there(old, monkeypatch):
     before = files(old)
     monkeypatch.setenv("CROSS_SIZE", "2")
     monkeypatch.setenv(module.RUN_WORD, "ours")
@@ -89,7 +83,7 @@ def test_a_resumed_run_keeps_all_that_is_there(old: Path, monkeypatch: pytest.Mo
     assert files(old) == before | {MARK: "ours"}
 
 
-def test_what_a_killed_start_left_goes_before_the_next_one(old: Path, held: ExitStack) -> None:
+def test_what_a_killed_start_left_goes_before_the_next_one(old, held):
     (old / "config.yaml").unlink()
     for folder in ("tokenizer", ".tokenizer.part", "export"):
         (old / folder).mkdir()
@@ -99,8 +93,8 @@ def test_what_a_killed_start_left_goes_before_the_next_one(old: Path, held: Exit
 
 
 def test_a_run_that_is_cleared_halfway_is_still_one_that_the_next_start_clears(
-    old: Path, held: ExitStack, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    old, held, monkeypatch
+):
     (old / "config.yaml").unlink()
     monkeypatch.setattr(module.shutil, "rmtree", Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt), ExitStack() as first:
@@ -118,9 +112,7 @@ FOREIGN = (
 
 @pytest.mark.parametrize("name", FOREIGN)
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_a_folder_that_comoe_did_not_make_is_refused(
-    name: str, overwrite: bool, tmp_path: Path
-) -> None:
+def test_a_folder_that_comoe_did_not_make_is_refused(name, overwrite, tmp_path):
     file = tmp_path / name
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("theirs")
@@ -133,7 +125,7 @@ def test_a_folder_that_comoe_did_not_make_is_refused(
         assert files(tmp_path) == {name: "theirs"}
 
 
-def test_a_folder_belongs_to_one_process_at_a_time(old: Path, held: ExitStack) -> None:
+def test_a_folder_belongs_to_one_process_at_a_time(old, held):
     before = files(old)
     take(old, held, fresh=False)
     for options in ({"fresh": False}, {"fresh": True, "overwrite": True}):
@@ -142,7 +134,7 @@ def test_a_folder_belongs_to_one_process_at_a_time(old: Path, held: ExitStack) -
     assert files(old).keys() == before.keys() | {LOCK}
 
 
-def test_a_run_that_was_begun_while_this_one_read_its_posts_stays(old: Path) -> None:
+def test_a_run_that_was_begun_while_this_one_read_its_posts_stays(old):
     before = files(old)
     with pytest.raises(ValueError, match="holds a run already"), ExitStack() as held:
         take(old, held, fresh=True)
@@ -170,16 +162,14 @@ OPINION = Task("opinion", "text", (), "token_f1", prompt="opinion: {text}")
         ),
     ],
 )
-def test_a_run_does_not_go_on_with_other_tasks_than_it_learned(
-    tmp_path: Path, now: tuple[Task, ...], message: str
-) -> None:
+def test_a_run_does_not_go_on_with_other_tasks_than_it_learned(tmp_path, now, message):
     began = [MOOD.to_dict(), OPINION.to_dict()]
     (tmp_path / "tasks.json").write_text(json.dumps(began), encoding="utf-8")
     with pytest.raises(ValueError, match=message):
         check_same_tasks(tmp_path, now)
 
 
-def test_a_run_does_not_go_on_with_rates_by_layer_that_it_began_without(tmp_path: Path) -> None:
+def test_a_run_does_not_go_on_with_rates_by_layer_that_it_began_without(tmp_path):
     (tmp_path / "config.yaml").write_text("tasks: {a: {path: a}}\n")
     recipe = Recipe()
     check_same_groups(tmp_path, recipe)
@@ -190,9 +180,7 @@ def test_a_run_does_not_go_on_with_rates_by_layer_that_it_began_without(tmp_path
     check_same_groups(tmp_path, recipe)
 
 
-def test_a_run_goes_on_with_its_tasks_also_where_an_older_version_wrote_them_down(
-    tmp_path: Path,
-) -> None:
+def test_a_run_goes_on_with_its_tasks_also_where_an_older_version_wrote_them_down(tmp_path):
     check_same_tasks(tmp_path, (MOOD,))
     began = [MOOD.to_dict() | {"metric": "accuracy"}]
     for key in ("prompt", "label_mean", "label_std"):

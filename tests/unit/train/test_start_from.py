@@ -1,7 +1,5 @@
 """A run that starts from an export: what it gets, and what is refused."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import replace
 

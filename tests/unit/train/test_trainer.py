@@ -1,7 +1,5 @@
 """The loop with a tiny engine in place of DeepSpeed: what is logged, saved, stopped, and said."""
 
-from __future__ import annotations
-
 import json
 import math
 import os
@@ -186,7 +184,7 @@ def best(trainer: Trainer) -> int:
     return json.loads((trainer.run.checkpoints / "best.json").read_text())["step"]
 
 
-def test_a_run_logs_checks_and_saves_when_it_should(tmp_path: Path) -> None:
+def test_a_run_logs_checks_and_saves_when_it_should(tmp_path):
     trainer = trainer_in(tmp_path, values=[0.1, 0.3, 0.2], log_every=4, save_every=5)
     trainer.train()
     assert trainer.run.monitor.train == [4, 6]
@@ -199,7 +197,7 @@ def test_a_run_logs_checks_and_saves_when_it_should(tmp_path: Path) -> None:
     assert saved(trainer)[5]["finished"] == ""
 
 
-def test_the_rate_of_each_step_follows_the_schedule(tmp_path: Path) -> None:
+def test_the_rate_of_each_step_follows_the_schedule(tmp_path):
     trainer = trainer_in(tmp_path, schedule="linear")
     trainer.train()
     assert trainer.run.engine.rates == pytest.approx([1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
@@ -215,8 +213,8 @@ def test_the_rate_of_each_step_follows_the_schedule(tmp_path: Path) -> None:
     ],
 )
 def test_gradients_are_clipped_by_the_norms_before_them_also_after_a_restart(
-    tmp_path: Path, option: float | str, limits: list[float], clipped: list[int]
-) -> None:
+    tmp_path, option, limits, clipped
+):
     """Step 5 is skipped. Medians of 2; 2 and 4; 2, 4 and 50; 2, 4, 4 and 50; by hand, times 3."""
     norms = [2.0, 4.0, 50.0, 4.0, float("inf"), 99.0]
 
@@ -248,14 +246,14 @@ def test_gradients_are_clipped_by_the_norms_before_them_also_after_a_restart(
     assert state.grad_norms == [1.0] * 99 + [7.0]
 
 
-def test_every_batch_knows_how_much_of_the_run_is_done_also_after_a_restart(tmp_path: Path) -> None:
+def test_every_batch_knows_how_much_of_the_run_is_done_also_after_a_restart(tmp_path):
     trainer = trainer_in(tmp_path)
     trainer.run.state = TrainState(step=2)
     trainer.train()
     assert trainer.run.engine.progress == pytest.approx([2 / 6, 3 / 6, 4 / 6, 5 / 6])
 
 
-def test_a_restored_run_does_the_remaining_steps_only(tmp_path: Path) -> None:
+def test_a_restored_run_does_the_remaining_steps_only(tmp_path):
     trainer = trainer_in(tmp_path, schedule="linear", log_every=1)
     trainer.run.state = TrainState(step=4)
     trainer.train()
@@ -263,7 +261,7 @@ def test_a_restored_run_does_the_remaining_steps_only(tmp_path: Path) -> None:
     assert trainer.run.monitor.train == [5, 6]
 
 
-def test_every_post_is_counted_however_seldom_a_line_is_logged(tmp_path: Path) -> None:
+def test_every_post_is_counted_however_seldom_a_line_is_logged(tmp_path):
     trainer = trainer_in(tmp_path, values=[0.1] * 3, log_every=100, save_every=3)
     trainer.train()
     assert saved(trainer)[3]["posts_seen"] == 15
@@ -271,8 +269,8 @@ def test_every_post_is_counted_however_seldom_a_line_is_logged(tmp_path: Path) -
 
 
 def test_posts_per_second_leave_out_evaluation_and_saving_and_count_all_steps_between_two_lines(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    tmp_path, monkeypatch
+):
     now = [0.0]
 
     def spend(seconds: float) -> None:
@@ -289,7 +287,7 @@ def test_posts_per_second_leave_out_evaluation_and_saving_and_count_all_steps_be
     assert trainer.run.monitor.speeds == pytest.approx([50.0, 50.0])
 
 
-def test_patience_ends_the_run_at_the_evaluation_that_uses_it_up(tmp_path: Path) -> None:
+def test_patience_ends_the_run_at_the_evaluation_that_uses_it_up(tmp_path):
     trainer = trainer_in(tmp_path, values=[0.3, 0.2, 0.1, 0.9], patience=2, max_steps=20)
     trainer.train()
     assert trainer.run.state.step == 6
@@ -298,15 +296,13 @@ def test_patience_ends_the_run_at_the_evaluation_that_uses_it_up(tmp_path: Path)
     assert saved(trainer)[6]["finished"] == trainer.run.state.finished
 
 
-def test_without_a_validation_split_a_run_still_ends_with_a_checkpoint(tmp_path: Path) -> None:
+def test_without_a_validation_split_a_run_still_ends_with_a_checkpoint(tmp_path):
     trainer = trainer_in(tmp_path)
     trainer.train()
     assert sorted(saved(trainer)) == [6] and not (trainer.run.checkpoints / "best.json").exists()
 
 
-def test_n_steps_in_a_row_that_are_not_finite_stop_the_run_with_the_posts(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_n_steps_in_a_row_that_are_not_finite_stop_the_run_with_the_posts(tmp_path, capsys):
     # Steps 2, 4, 5, 6 are bad: only the last three come in a row.
     trainer = trainer_in(
         tmp_path, on_step=lambda step: "skipped" if step in (2, 4, 5, 6) else None, max_nonfinite=3
@@ -326,7 +322,7 @@ def test_n_steps_in_a_row_that_are_not_finite_stop_the_run_with_the_posts(
     assert "step 2 skipped" in capsys.readouterr().out
 
 
-def test_a_step_that_is_not_finite_now_and_then_does_not_stop_the_run(tmp_path: Path) -> None:
+def test_a_step_that_is_not_finite_now_and_then_does_not_stop_the_run(tmp_path):
     trainer = trainer_in(
         tmp_path, on_step=lambda step: "skipped" if step % 2 else None, max_nonfinite=2
     )
@@ -335,9 +331,7 @@ def test_a_step_that_is_not_finite_now_and_then_does_not_stop_the_run(tmp_path: 
 
 
 @pytest.mark.parametrize("skipped", [(5, 6), (1, 2, 3, 4, 5, 6)])
-def test_a_run_whose_last_steps_are_not_finite_is_not_called_finished(
-    skipped: tuple[int, ...], tmp_path: Path
-) -> None:
+def test_a_run_whose_last_steps_are_not_finite_is_not_called_finished(skipped, tmp_path):
     trainer = trainer_in(
         tmp_path, on_step=lambda step: "skipped" if step in skipped else None, max_nonfinite=7
     )
@@ -353,9 +347,7 @@ def test_a_run_whose_last_steps_are_not_finite_is_not_called_finished(
 
 
 @pytest.mark.parametrize("end", [float("inf"), float("nan")])
-def test_weights_with_a_loss_that_is_not_finite_are_never_the_best(
-    tmp_path: Path, end: float
-) -> None:
+def test_weights_with_a_loss_that_is_not_finite_are_never_the_best(tmp_path, end):
     trainer = trainer_in(tmp_path, values=[3.0, 2.0, 1.0])
     losses = iter([1.0, float("inf"), end])
     evaluate = trainer.evaluator.run
@@ -387,7 +379,7 @@ def fail(error: Exception) -> Callable[[int], Any]:
     [torch.OutOfMemoryError("CUDA out of memory."),
      RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes.")],
 )  # fmt: skip
-def test_out_of_memory_names_the_micro_batch_to_try(tmp_path: Path, error: Exception) -> None:
+def test_out_of_memory_names_the_micro_batch_to_try(tmp_path, error):
     trainer = trainer_in(tmp_path, on_step=fail(error), batch_size=20)
     with pytest.raises(TrainingStopped) as caught:
         trainer.train()
@@ -397,7 +389,7 @@ def test_out_of_memory_names_the_micro_batch_to_try(tmp_path: Path, error: Excep
     )
 
 
-def test_any_other_error_of_a_step_is_passed_on_as_it_is(tmp_path: Path) -> None:
+def test_any_other_error_of_a_step_is_passed_on_as_it_is(tmp_path):
     error = RuntimeError("Connection closed by peer")
     with pytest.raises(RuntimeError) as caught:
         trainer_in(tmp_path, on_step=fail(error)).train()
@@ -405,9 +397,7 @@ def test_any_other_error_of_a_step_is_passed_on_as_it_is(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(
-    tmp_path: Path, number: signal.Signals, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(tmp_path, number, capsys):
     trainer = trainer_in(
         tmp_path, on_step=lambda step: os.kill(os.getpid(), number) if step == 3 else None
     )
@@ -419,7 +409,7 @@ def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(
     assert signal.getsignal(number) == before
 
 
-def test_a_signal_object_made_before_the_run_is_asked(tmp_path: Path) -> None:
+def test_a_signal_object_made_before_the_run_is_asked(tmp_path):
     stop = StopSignal()
     stop.reason = "the launcher is gone"
     trainer = trainer_in(tmp_path)
@@ -429,7 +419,7 @@ def test_a_signal_object_made_before_the_run_is_asked(tmp_path: Path) -> None:
     assert sorted(saved(trainer)) == [0]
 
 
-def test_epochs_and_auto_become_steps(tmp_path: Path) -> None:
+def test_epochs_and_auto_become_steps(tmp_path):
     # 20 posts in batches of 5: four steps per epoch.
     run = trainer_in(tmp_path, max_steps=None, epochs=2.5, eval_every="auto", save_every="auto").run
     assert (run.total_steps, run.eval_every, run.save_every) == (10, 2, 2)
@@ -437,7 +427,7 @@ def test_epochs_and_auto_become_steps(tmp_path: Path) -> None:
     assert (run.total_steps, run.eval_every, run.save_every) == (7, 3, 3)
 
 
-def test_an_evaluation_that_a_signal_cut_short_is_made_up_for_by_the_resume(tmp_path: Path) -> None:
+def test_an_evaluation_that_a_signal_cut_short_is_made_up_for_by_the_resume(tmp_path):
     uncut = trainer_in(tmp_path / "a", values=[0.3, 0.2, 0.1])
     (tmp_path / "a").mkdir()
     uncut.train()
@@ -494,8 +484,8 @@ def following_trainer(
 
 @pytest.mark.parametrize("stop_after", [1, 2, 3, 4, 5])
 def test_a_resumed_run_draws_the_posts_of_the_uninterrupted_one_at_rates_that_follow_the_progress(
-    stop_after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    stop_after, tmp_path, monkeypatch
+):
     # Rates that say which evaluation made them.
     monkeypatch.setattr(
         following, "progress_rates",
@@ -520,16 +510,14 @@ def test_a_resumed_run_draws_the_posts_of_the_uninterrupted_one_at_rates_that_fo
     assert sum(TwoSets.groups[row] == 0 for step in (4, 5) for row in uncut.drawn[step]) == 9
 
 
-def test_rates_that_follow_the_progress_are_those_of_rank_0(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rates_that_follow_the_progress_are_those_of_rank_0(tmp_path, monkeypatch):
     monkeypatch.setattr(following, "broadcast_object", lambda own: [0.75, 0.25])
     trainer = following_trainer(tmp_path, [1.0, 0.5, 0.4, 0.3])
     trainer.train()
     assert [entry["rates"] for entry in trainer.run.state.mixing] == [[0.75, 0.25]] * 4
 
 
-def test_a_long_evaluation_stops_after_a_few_batches_when_asked_to(tmp_path: Path) -> None:
+def test_a_long_evaluation_stops_after_a_few_batches_when_asked_to(tmp_path):
     class Split:
         lengths = np.full(64 * 40, 3)
         labelled = np.ones((64 * 40, 1), dtype=bool)
@@ -575,8 +563,8 @@ def test_a_long_evaluation_stops_after_a_few_batches_when_asked_to(tmp_path: Pat
 
 
 def test_the_posts_of_a_bad_step_are_those_of_the_forward_passes_that_were_bad_on_any_rank(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    tmp_path, monkeypatch
+):
     trainer = trainer_in(tmp_path)
     batches = [collate(Posts(), np.array(rows)) for rows in ([0, 1], [2, -1])]
     outputs = [StepOutput(torch.tensor(loss), {}, ModelOutput({}, {}, {}, (), batches[0].row_ids_B))
@@ -597,9 +585,7 @@ def test_the_posts_of_a_bad_step_are_those_of_the_forward_passes_that_were_bad_o
     assert rows == [0, 1, 2, *range(10, 20)] and said.endswith("posts.jsonl:15 and 5 more")
 
 
-def test_the_watchdog_counts_steps_and_the_batches_of_an_evaluation_and_nothing_else(
-    tmp_path: Path,
-) -> None:
+def test_the_watchdog_counts_steps_and_the_batches_of_an_evaluation_and_nothing_else(tmp_path):
     seen: list[tuple[str, bool]] = []
     trainer = trainer_in(tmp_path, values=[0.1] * 3, on_step=lambda step: note())
     run_validation = trainer.evaluator.run
@@ -635,7 +621,7 @@ def test_the_watchdog_counts_steps_and_the_batches_of_an_evaluation_and_nothing_
     )
 
 
-def test_a_contrastive_stage_is_not_evaluated_and_its_norms_are_forgotten(tmp_path: Path) -> None:
+def test_a_contrastive_stage_is_not_evaluated_and_its_norms_are_forgotten(tmp_path):
     trainer = trainer_in(tmp_path, values=[-1.0, -2.0])
     trainer.run.recipe.loss.contrastive.first_steps = 3
     trainer.train()

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import io
 import json
 import os
@@ -15,13 +13,7 @@ from comoe.config.recipe import DataConfig, Recipe, TaskConfig
 from comoe.data.corpus import load_corpus
 from comoe.data.images import check as image_checks
 from comoe.data.images.check import HowToCheck, check_images
-from comoe.data.images.decode import (
-    BadImage,
-    ImageLimits,
-    is_animated,
-    locate_image,
-    read_image,
-)
+from comoe.data.images.decode import BadImage, ImageLimits, is_animated, locate_image, read_image
 from tests.helpers_images import FILES, LIMITS, encoded, noise, place_damaged, png_header, unusual
 
 
@@ -32,14 +24,14 @@ def refusal(source: bytes | str, limits: ImageLimits = LIMITS) -> BadImage:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_damaged_file_is_refused_with_a_sentence_that_says_why(name: str) -> None:
+def test_a_damaged_file_is_refused_with_a_sentence_that_says_why(name):
     reason, words, make = FILES[name]
     error = refusal(make(3))
     assert error.reason == reason
     assert words in error.rule and error.rule.endswith(".") and "\n" not in error.rule
 
 
-def test_every_way_of_naming_no_usable_file_is_refused(tmp_path: Path) -> None:
+def test_every_way_of_naming_no_usable_file_is_refused(tmp_path):
     for cell, reason, words in place_damaged(tmp_path / "images", 0):
         with pytest.raises(BadImage) as caught:
             source = locate_image(cell, root=(tmp_path / "images").resolve())
@@ -51,20 +43,20 @@ def test_every_way_of_naming_no_usable_file_is_refused(tmp_path: Path) -> None:
         )
 
 
-def test_the_pixels_of_a_bomb_are_never_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_pixels_of_a_bomb_are_never_decoded(monkeypatch):
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("decoded"))
     for header in (png_header(50_000, 60_000), png_header(400, 300)):
         assert refusal(header).reason == "too many pixels"
 
 
-def test_a_huge_file_is_not_even_read(tmp_path: Path) -> None:
+def test_a_huge_file_is_not_even_read(tmp_path):
     sparse = tmp_path / "huge.png"
     with sparse.open("wb") as file:
         file.truncate(10**12)
     assert "1,000,000,000,000 bytes" in refusal(str(sparse)).rule
 
 
-def test_readers_of_other_formats_never_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_readers_of_other_formats_never_run(monkeypatch):
     Image.init()
     from PIL import EpsImagePlugin, TiffImagePlugin
 
@@ -75,12 +67,12 @@ def test_readers_of_other_formats_never_run(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize("name", unusual())
-def test_an_unusual_image_becomes_rgb(name: str) -> None:
+def test_an_unusual_image_becomes_rgb(name):
     image = read_image(unusual()[name], LIMITS)
     assert image.mode == "RGB" and np.asarray(image).dtype == np.uint8
 
 
-def test_the_pixels_of_unusual_images_are_what_they_look_like() -> None:
+def test_the_pixels_of_unusual_images_are_what_they_look_like():
     files = unusual()
     deep = np.asarray(read_image(files["deep.png"], LIMITS))[:, :, 0].ravel()
     assert abs(int(deep[600]) - 600 * 50 / 257) <= 1 and deep[-1] > 200
@@ -99,7 +91,7 @@ def test_the_pixels_of_unusual_images_are_what_they_look_like() -> None:
     assert not is_animated(files["one.png"])
 
 
-def test_a_cell_may_hold_a_path_bytes_a_dict_of_both_or_a_pillow_image(tmp_path: Path) -> None:
+def test_a_cell_may_hold_a_path_bytes_a_dict_of_both_or_a_pillow_image(tmp_path):
     data = encoded(noise(0), "PNG")
     (tmp_path / "a.png").write_bytes(data)
     for cell in ("a.png", tmp_path / "a.png", {"bytes": None, "path": "a.png"}):
@@ -115,7 +107,7 @@ def test_a_cell_may_hold_a_path_bytes_a_dict_of_both_or_a_pillow_image(tmp_path:
         locate_image(["a.png"], root=tmp_path)
 
 
-def test_a_pillow_image_that_cannot_be_decoded_is_a_bad_image() -> None:
+def test_a_pillow_image_that_cannot_be_decoded_is_a_bad_image():
     data = encoded(noise(0, size=(200, 100)), "JPEG")
     cut, nothing = Image.open(io.BytesIO(data[: len(data) // 2])), Image.new("RGB", (0, 0))
     for cell in (cut, nothing, Image.new("I;16", (0, 0))):
@@ -125,7 +117,7 @@ def test_a_pillow_image_that_cannot_be_decoded_is_a_bad_image() -> None:
 
 
 @pytest.mark.parametrize("mode", ["I;16", "I", "F"])
-def test_a_deep_gray_pillow_image_is_what_its_file_would_be(mode: str) -> None:
+def test_a_deep_gray_pillow_image_is_what_its_file_would_be(mode):
     values = np.array([[0, 600, 40_000, 65_535]], dtype=np.uint16)
     file = np.asarray(read_image(encoded(Image.fromarray(values), "PNG"), LIMITS))
     cell = Image.fromarray(values.astype({"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode]))
@@ -134,7 +126,7 @@ def test_a_deep_gray_pillow_image_is_what_its_file_would_be(mode: str) -> None:
     assert file[0, :, 0].tolist() == [0, 2, 155, 255]
 
 
-def test_where_fractions_are_white_follows_from_the_largest() -> None:
+def test_where_fractions_are_white_follows_from_the_largest():
     for values, grays in (
         ([0.2, 0.6], [51, 153]),
         ([51.0, 153.0], [51, 153]),
@@ -146,7 +138,7 @@ def test_where_fractions_are_white_follows_from_the_largest() -> None:
         )
 
 
-def test_a_colon_alone_makes_no_address(tmp_path: Path) -> None:
+def test_a_colon_alone_makes_no_address(tmp_path):
     for name in ("cat:1.png", "2024-01-01T10:20.png", "C:cat.png", "database:1.png"):
         assert locate_image(name, root=tmp_path) == str(tmp_path / name)
     for cell in (
@@ -160,7 +152,7 @@ def test_a_colon_alone_makes_no_address(tmp_path: Path) -> None:
             locate_image(cell, root=tmp_path)
 
 
-def test_a_jpeg_is_decoded_no_smaller_than_twice_what_is_wanted() -> None:
+def test_a_jpeg_is_decoded_no_smaller_than_twice_what_is_wanted():
     limits = replace(LIMITS, max_bytes=10**7)
     photo = Image.effect_noise((400, 240), 60).convert("RGB").resize((400, 240))
     file = encoded(photo, "JPEG")
@@ -185,7 +177,7 @@ def read_exif(orientation: int) -> Image.Exif:
     return exif
 
 
-def test_a_folder_reached_through_a_link_is_inside_of_itself(tmp_path: Path) -> None:
+def test_a_folder_reached_through_a_link_is_inside_of_itself(tmp_path):
     (tmp_path / "real").mkdir()
     (tmp_path / "real" / "a.png").write_bytes(encoded(noise(0), "PNG"))
     (tmp_path / "link").symlink_to(tmp_path / "real")
@@ -205,9 +197,7 @@ def check(cells: list, *, root: Path, **options):
     )
 
 
-def test_an_image_is_looked_at_once_and_again_only_when_it_changes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_image_is_looked_at_once_and_again_only_when_it_changes(tmp_path, monkeypatch):
     for number in range(3):
         (tmp_path / f"{number}.png").write_bytes(encoded(noise(number), "PNG"))
     (tmp_path / "bad.png").write_bytes(b"text")
@@ -237,9 +227,7 @@ def test_an_image_is_looked_at_once_and_again_only_when_it_changes(
     )
 
 
-def test_two_image_columns_of_one_file_are_both_remembered(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_image_columns_of_one_file_are_both_remembered(tmp_path, monkeypatch):
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
         for name in ("front.png", "back.png"):
@@ -251,11 +239,7 @@ def test_two_image_columns_of_one_file_are_both_remembered(
         "read_image",
         lambda source, limits: looked.append(source) or whole(source, limits),
     )
-    settings = {
-        "file": "posts.jsonl",
-        "lines": [1],
-        "how": HowToCheck(LIMITS, tmp_path / "cache"),
-    }
+    settings = {"file": "posts.jsonl", "lines": [1], "how": HowToCheck(LIMITS, tmp_path / "cache")}
     for _ in range(2):
         for column in ("front", "back"):
             for folder in ("a", "b"):
@@ -263,9 +247,7 @@ def test_two_image_columns_of_one_file_are_both_remembered(
     assert len(looked) == 4
 
 
-def test_all_ranks_share_the_work_and_agree(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_all_ranks_share_the_work_and_agree(tmp_path, monkeypatch):
     for number in range(5):
         (tmp_path / f"{number}.png").write_bytes(
             encoded(noise(number), "PNG") if number != 3 else b"?"
@@ -299,7 +281,7 @@ def corpus_of(folder: Path, rows: list[dict], **options):
 
 
 @pytest.fixture
-def rows(tmp_path: Path) -> list[dict]:
+def rows(tmp_path) -> list[dict]:
     (tmp_path / "good.png").write_bytes(encoded(noise(0), "PNG"))
     (tmp_path / "film.gif").write_bytes(unusual()["film.gif"])
     (tmp_path / "broken.png").write_bytes(b"<html>")
@@ -310,7 +292,7 @@ def rows(tmp_path: Path) -> list[dict]:
     ]
 
 
-def test_a_post_with_a_bad_image_is_set_aside_and_named(tmp_path: Path, rows: list[dict]) -> None:
+def test_a_post_with_a_bad_image_is_set_aside_and_named(tmp_path, rows):
     corpus = corpus_of(tmp_path, rows)
     posts = corpus.splits["train"], corpus.splits["validation"]
     images = [image for split in posts for image in split.images]
@@ -333,7 +315,7 @@ def test_a_post_with_a_bad_image_is_set_aside_and_named(tmp_path: Path, rows: li
     assert listed[0]["value"] == "'broken.png'" and listed[0]["file"].endswith("train.jsonl")
 
 
-def test_a_post_with_a_bad_image_may_be_kept_without_it(tmp_path: Path, rows: list[dict]) -> None:
+def test_a_post_with_a_bad_image_may_be_kept_without_it(tmp_path, rows):
     corpus = corpus_of(tmp_path, rows, on_bad_image="text")
     assert sum(len(split) for split in corpus.splits.values()) == 30
     assert corpus.report.set_aside == [] and len(corpus.report.without_image) == 10
@@ -341,7 +323,7 @@ def test_a_post_with_a_bad_image_may_be_kept_without_it(tmp_path: Path, rows: li
     assert all(row["kept"] for row in corpus.report.rows())
 
 
-def test_without_a_model_that_sees_no_image_is_looked_at(tmp_path: Path, rows: list[dict]) -> None:
+def test_without_a_model_that_sees_no_image_is_looked_at(tmp_path, rows):
     corpus = corpus_of(tmp_path, rows, with_images=False)
     assert set(corpus.splits["train"].images) == {None} and corpus.report.rows() == []
     for row in rows:
@@ -351,7 +333,7 @@ def test_without_a_model_that_sees_no_image_is_looked_at(tmp_path: Path, rows: l
         corpus_of(tmp_path, rows)
 
 
-def test_paths_start_from_image_root(tmp_path: Path, rows: list[dict]) -> None:
+def test_paths_start_from_image_root(tmp_path, rows):
     (tmp_path / "elsewhere").mkdir()
     for name in ("good.png", "film.gif", "broken.png"):
         (tmp_path / name).rename(tmp_path / "elsewhere" / name)
@@ -360,14 +342,14 @@ def test_paths_start_from_image_root(tmp_path: Path, rows: list[dict]) -> None:
     assert sum(corpus.report.images["."].values()) == 10
 
 
-def test_a_folder_of_images_that_is_not_there_is_named(tmp_path: Path, rows: list[dict]) -> None:
+def test_a_folder_of_images_that_is_not_there_is_named(tmp_path, rows):
     with pytest.raises(
         ValueError, match=r"^data.image_root \(.*/nowhere\): there is no such folder; .* Correct"
     ):
         corpus_of(tmp_path, rows, image_root=str(tmp_path / "nowhere"))
 
 
-def test_more_bad_images_than_good_ones_are_a_warning(tmp_path: Path, rows: list[dict]) -> None:
+def test_more_bad_images_than_good_ones_are_a_warning(tmp_path, rows):
     assert corpus_of(tmp_path, rows, on_bad_image="text").report.warnings == []
     moved = [
         row | {"photo": "img\\\\a.png" if row["photo"] == "good.png" else row["photo"]}
@@ -382,22 +364,20 @@ def test_more_bad_images_than_good_ones_are_a_warning(tmp_path: Path, rows: list
     assert "the path has backslashes" in warning and "set data.image_root" in warning
 
 
-def test_a_long_list_of_bad_rows_says_where_all_of_them_are(
-    tmp_path: Path, rows: list[dict]
-) -> None:
+def test_a_long_list_of_bad_rows_says_where_all_of_them_are(tmp_path, rows):
     report = corpus_of(tmp_path, rows + rows[:6]).report
     assert "  and 2 more" in report.lines()
     assert "  and 2 more, all in set_aside.jsonl" in report.lines(all_in="set_aside.jsonl")
 
 
-def test_all_images_bad_is_an_error_that_shows_the_first(tmp_path: Path, rows: list[dict]) -> None:
+def test_all_images_bad_is_an_error_that_shows_the_first(tmp_path, rows):
     with pytest.raises(
         ValueError, match="no usable post: all 30 rows are bad. The first: .*jsonl:1.*is not there"
     ):
         corpus_of(tmp_path, [row | {"photo": "nowhere.png"} for row in rows])
 
 
-def test_images_stored_in_parquet_are_read(tmp_path: Path) -> None:
+def test_images_stored_in_parquet_are_read(tmp_path):
     import pyarrow
     import pyarrow.parquet
 
@@ -415,9 +395,7 @@ def test_images_stored_in_parquet_are_read(tmp_path: Path) -> None:
     assert [(row.line, row.value) for row in corpus.report.set_aside] == [(5, "4.png")]
 
 
-def test_tasks_with_another_image_column_do_not_share_posts(
-    tmp_path: Path, rows: list[dict]
-) -> None:
+def test_tasks_with_another_image_column_do_not_share_posts(tmp_path, rows):
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     shared = TaskConfig(path=".", image="photo")
     recipe = Recipe(tasks={"a": shared, "b": shared, "c": replace(shared, image=None)})
@@ -425,7 +403,4 @@ def test_tasks_with_another_image_column_do_not_share_posts(
     corpus = load_corpus(recipe, with_images=True)
     sizes = [sum(splits.values()) for splits in corpus.report.posts.values()]
     assert sizes == [20, 30]
-    assert list(corpus.report.images.values())[1] == {
-        "train": 0,
-        "validation": 0,
-    }
+    assert list(corpus.report.images.values())[1] == {"train": 0, "validation": 0}

@@ -1,9 +1,6 @@
-from __future__ import annotations
-
 import gc
 import json
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -60,7 +57,7 @@ def split_of(made: Collator, images: list, **options):
         ConvNextImageProcessorPil,
     ],
 )
-def test_pixels_are_those_of_the_towers_own_processor(kind: type, tmp_path: Path) -> None:
+def test_pixels_are_those_of_the_towers_own_processor(kind, tmp_path):
     kind().save_pretrained(tmp_path)
     processor = load_image_processor(str(tmp_path))
     assert type(processor.inner) is kind
@@ -72,13 +69,13 @@ def test_pixels_are_those_of_the_towers_own_processor(kind: type, tmp_path: Path
 @pytest.mark.parametrize(
     "kind", [CLIPImageProcessorPil, ViltImageProcessorPil, ViTImageProcessorPil]
 )
-def test_every_image_has_the_same_height_and_width(kind: type) -> None:
+def test_every_image_has_the_same_height_and_width(kind):
     processor = ImageProcessor(kind(), side=224)
     for size in ((1, 1), (640, 480), (480, 640), (50_000, 1), (3, 9000)):
         assert processor(Image.new("RGB", size)).shape == processor.shape
 
 
-def test_a_processor_goes_through_its_file(tmp_path: Path) -> None:
+def test_a_processor_goes_through_its_file(tmp_path):
     first = ImageProcessor(
         ViTImageProcessorPil(size={"height": 24, "width": 32}, image_mean=[0.1, 0.2, 0.3]), side=24
     )
@@ -87,7 +84,7 @@ def test_a_processor_goes_through_its_file(tmp_path: Path) -> None:
     assert np.array_equal(first(noise(2)), again(noise(2))) and again.shape == (3, 24, 32)
 
 
-def test_a_tower_without_a_processor_gets_images_of_its_own_size(tmp_path: Path) -> None:
+def test_a_tower_without_a_processor_gets_images_of_its_own_size(tmp_path):
     ViTConfig(image_size=40).save_pretrained(tmp_path)
     processor = load_image_processor(str(tmp_path))
     assert processor.shape == (3, 40, 40)
@@ -101,14 +98,14 @@ def test_a_tower_without_a_processor_gets_images_of_its_own_size(tmp_path: Path)
     assert load_image_processor(str(tmp_path))(Image.new("RGB", (9, 9), "black")).max() == 0.0
 
 
-def test_a_folder_with_neither_is_refused(tmp_path: Path) -> None:
+def test_a_folder_with_neither_is_refused(tmp_path):
     with pytest.raises(
         ValueError, match="model.vision.tower .*no image processor could be loaded. Give a folder"
     ):
         load_image_processor(str(tmp_path))
 
 
-def test_a_batch_lists_the_images_of_its_rows(reader: PixelReader, tmp_path: Path) -> None:
+def test_a_batch_lists_the_images_of_its_rows(reader, tmp_path):
     (tmp_path / "a.png").write_bytes(encoded(noise(0), "PNG"))
     made = collator(reader)
     split = split_of(made, [None, str(tmp_path / "a.png"), encoded(noise(1), "PNG"), None])
@@ -121,7 +118,7 @@ def test_a_batch_lists_the_images_of_its_rows(reader: PixelReader, tmp_path: Pat
     assert torch.equal(moved.pixels_I3HW, batch.pixels_I3HW)
 
 
-def test_a_batch_without_images_has_a_blank_one(reader: PixelReader) -> None:
+def test_a_batch_without_images_has_a_blank_one(reader):
     made = collator(reader)
     split = split_of(made, [None, None])
     for indices in (np.array([0, 1]), np.array([], dtype=int)):
@@ -129,13 +126,13 @@ def test_a_batch_without_images_has_a_blank_one(reader: PixelReader) -> None:
         assert batch.image_rows_I.tolist() == [-1] and not batch.pixels_I3HW.any()
 
 
-def test_a_run_without_images_has_no_pixels_at_all() -> None:
+def test_a_run_without_images_has_no_pixels_at_all():
     made = collator(None)
     batch = made(split_of(made, [encoded(noise(0), "PNG")]), np.array([0]))
     assert batch.pixels_I3HW is None and batch.image_rows_I is None
 
 
-def test_a_row_per_task_lists_an_image_that_is_prepared_once(reader: PixelReader) -> None:
+def test_a_row_per_task_lists_an_image_that_is_prepared_once(reader):
     prepared = []
     processor = reader.processor
     reader.processor = lambda image: prepared.append(image) or processor(image)
@@ -145,9 +142,7 @@ def test_a_row_per_task_lists_an_image_that_is_prepared_once(reader: PixelReader
     assert batch.image_numbers_I.tolist() == [0, 0] and len(batch.pixels_I3HW) == len(prepared) == 1
 
 
-def test_rows_know_their_images_where_some_are_shared_and_some_went_bad(
-    reader: PixelReader,
-) -> None:
+def test_rows_know_their_images_where_some_are_shared_and_some_went_bad(reader):
     a, b, bad = encoded(noise(0), "PNG"), encoded(noise(1), "PNG"), b"text"
     pixels, rows, numbers = reader.collate([bad, b, None, a, b, bad, a])
     assert (rows.tolist(), numbers.tolist(), len(pixels)) == ([1, 3, 4, 6], [0, 1, 0, 1], 2)
@@ -158,17 +153,12 @@ def test_rows_know_their_images_where_some_are_shared_and_some_went_bad(
     assert (rows.tolist(), numbers, len(pixels)) == ([-1], None, 1)
 
 
-def test_some_rows_of_a_batch_keep_their_own_images_each_once(reader: PixelReader) -> None:
+def test_some_rows_of_a_batch_keep_their_own_images_each_once(reader):
     made = collator(reader, route_by="task")
     images = [encoded(noise(0), "PNG"), None, encoded(noise(1), "PNG")]
     batch = made(split_of(made, images), np.array([0, 1, 2]))
     assert batch.image_rows_I.tolist() == [0, 1, 4, 5]
-    assert batch.image_numbers_I.tolist() == [
-        0,
-        0,
-        1,
-        1,
-    ]
+    assert batch.image_numbers_I.tolist() == [0, 0, 1, 1]
     expected = {0: 0, 1: 0, 4: 1, 5: 1}
     for rows in ([1, 4, 5], [5, 2], [5, 0, 1, 4], [4], [2, 3], [3, 1, 5]):
         part = batch.take(torch.tensor(rows))
@@ -184,7 +174,7 @@ def test_some_rows_of_a_batch_keep_their_own_images_each_once(reader: PixelReade
                 assert torch.equal(found.pixels_I3HW[seen[place]], batch.pixels_I3HW[post])
 
 
-def test_a_tower_that_reads_patches_is_refused_with_what_to_do() -> None:
+def test_a_tower_that_reads_patches_is_refused_with_what_to_do():
     with pytest.raises(
         ValueError, match=r"model.vision.tower: .*Siglip2.* shape \(256, 768\), not .* fixed reso"
     ):
@@ -206,13 +196,11 @@ def test_a_tower_that_reads_patches_is_refused_with_what_to_do() -> None:
         (ViltImageProcessorPil(), 384),
     ],
 )
-def test_a_processor_knows_how_much_of_an_image_it_wants(inner, wanted: int | None) -> None:
+def test_a_processor_knows_how_much_of_an_image_it_wants(inner, wanted):
     assert ImageProcessor(inner, side=384).short_side == wanted
 
 
-def test_a_large_jpeg_is_decoded_smaller_and_looks_the_same(
-    reader: PixelReader, monkeypatch
-) -> None:
+def test_a_large_jpeg_is_decoded_smaller_and_looks_the_same(reader, monkeypatch):
     photo = noise(0, size=(8, 6)).resize((300, 225), Image.Resampling.BICUBIC)
     sizes = []
     whole = reader.processor
@@ -227,9 +215,7 @@ def spied(sizes: list, call):
     return lambda self, image: sizes.append(image.size) or call(self, image)
 
 
-def test_threads_start_with_the_first_batch_and_end_with_the_reader(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_threads_start_with_the_first_batch_and_end_with_the_reader(monkeypatch):
     log = []
 
     class Noted(ThreadPoolExecutor):
@@ -255,9 +241,7 @@ def test_threads_start_with_the_first_batch_and_end_with_the_reader(
     assert log == ["started", "ended"]
 
 
-def test_an_image_that_went_bad_is_left_out_and_told_once(
-    reader: PixelReader, tmp_path: Path
-) -> None:
+def test_an_image_that_went_bad_is_left_out_and_told_once(reader, tmp_path):
     paths = [tmp_path / f"{number}.png" for number in range(3)]
     for number, path in enumerate(paths):
         path.write_bytes(encoded(noise(number), "PNG"))
@@ -272,7 +256,7 @@ def test_an_image_that_went_bad_is_left_out_and_told_once(
     assert reader.take_lost() == {}
 
 
-def test_hidden_texts_are_empty_posts_and_hidden_images_none(reader: PixelReader) -> None:
+def test_hidden_texts_are_empty_posts_and_hidden_images_none(reader):
     made, image = collator(reader), encoded(noise(0), "PNG")
     seen, blind, mute = (
         split_of(made, [image], config=DataConfig(hide=what)) for what in ("none", "image", "text")
@@ -291,13 +275,13 @@ def test_hidden_texts_are_empty_posts_and_hidden_images_none(reader: PixelReader
     assert tokens.lengths.tolist() == [2, 2] and tokens.posts.images == [image, None]
 
 
-def test_texts_whose_words_have_tags_cannot_be_hidden() -> None:
+def test_texts_whose_words_have_tags_cannot_be_hidden():
     posts = unlabelled_posts(["a"], tasks=[], words=[["a"]])
     with pytest.raises(ValueError, match="data.hide is text, but there are posts given as words"):
         hidden(posts, "text")
 
 
-def test_images_stay_with_their_posts() -> None:
+def test_images_stay_with_their_posts():
     posts = unlabelled_posts(["a", "b", "c"], tasks=[], images=["1.png", None, "3.png"])
     assert posts.take(np.array([2, 0])).images == ["3.png", "1.png"]
     assert PostSplit.join([posts, posts.take(np.array([1]))]).images == [

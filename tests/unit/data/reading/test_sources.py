@@ -1,7 +1,5 @@
 """Readers: every format gives the same rows with the right lines; splits are found by usual and by given names."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import datasets
@@ -66,9 +64,7 @@ def write_tweeteval(folder: Path, *, split: str = "train") -> Path:
         ("folder", write_tweeteval, [1, 2, 3]),
     ],
 )
-def test_every_format_reads_the_same_posts(
-    tmp_path: Path, name: str, write, lines: list[int]
-) -> None:
+def test_every_format_reads_the_same_posts(tmp_path, name, write, lines):
     raw = read(write(tmp_path / name))
     assert raw is not None and raw.rows == ROWS
     assert raw.lines == lines
@@ -76,7 +72,7 @@ def test_every_format_reads_the_same_posts(
     assert raw.bad == []
 
 
-def test_tweeteval_labels_keep_the_order_of_their_ids(tmp_path: Path) -> None:
+def test_tweeteval_labels_keep_the_order_of_their_ids(tmp_path):
     folder = write_tweeteval(tmp_path / "folder")
     (folder / "mapping.txt").write_text("1\ta\n0\tz\n")
     raw = read(folder)
@@ -84,7 +80,7 @@ def test_tweeteval_labels_keep_the_order_of_their_ids(tmp_path: Path) -> None:
     assert [row["label"] for row in raw.rows] == ["a", "z", "a"]
 
 
-def test_tweeteval_test_labels_are_optional_and_others_are_not(tmp_path: Path) -> None:
+def test_tweeteval_test_labels_are_optional_and_others_are_not(tmp_path):
     folder = write_tweeteval(tmp_path / "folder")
     write_tweeteval(folder, split="test")
     (folder / "test_labels.txt").unlink()
@@ -99,14 +95,14 @@ def test_tweeteval_test_labels_are_optional_and_others_are_not(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("name", ["validation", "val", "valid", "dev"])
-def test_usual_names_of_a_validation_file_are_found(tmp_path: Path, name: str) -> None:
+def test_usual_names_of_a_validation_file_are_found(tmp_path, name):
     write_jsonl(tmp_path / "train.jsonl", ROWS)
     write_jsonl(tmp_path / f"{name}.jsonl", ROWS[:1])
     assert len(read(tmp_path, "validation").rows) == 1
     assert read(tmp_path, "test") is None
 
 
-def test_a_file_is_the_training_split_and_others_can_be_named(tmp_path: Path) -> None:
+def test_a_file_is_the_training_split_and_others_can_be_named(tmp_path):
     file = write_jsonl(tmp_path / "mine.jsonl", ROWS)
     write_jsonl(tmp_path / "other.jsonl", ROWS[:2])
     assert len(read(file).rows) == 3
@@ -115,7 +111,7 @@ def test_a_file_is_the_training_split_and_others_can_be_named(tmp_path: Path) ->
     assert len(read(tmp_path, "train", splits={"train": "other.jsonl"}).rows) == 2
 
 
-def test_a_byte_order_mark_and_blank_lines_are_no_content(tmp_path: Path) -> None:
+def test_a_byte_order_mark_and_blank_lines_are_no_content(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"text": "a"}\r\n\r\n{"text": "b"}')
     raw = read(path)
@@ -123,9 +119,7 @@ def test_a_byte_order_mark_and_blank_lines_are_no_content(tmp_path: Path) -> Non
     assert raw.lines == [1, 3]
 
 
-def test_a_quoted_csv_text_may_span_lines_and_the_next_row_has_its_own_number(
-    tmp_path: Path,
-) -> None:
+def test_a_quoted_csv_text_may_span_lines_and_the_next_row_has_its_own_number(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text('text,label\n"one\ntwo",x\nthree,y\n')
     raw = read(path)
@@ -133,7 +127,7 @@ def test_a_quoted_csv_text_may_span_lines_and_the_next_row_has_its_own_number(
     assert raw.lines == [2, 4]
 
 
-def test_parquet_label_classes_become_names_and_minus_one_is_missing(tmp_path: Path) -> None:
+def test_parquet_label_classes_become_names_and_minus_one_is_missing(tmp_path):
     features = datasets.Features(
         {
             "text": datasets.Value("string"),
@@ -149,9 +143,7 @@ def test_parquet_label_classes_become_names_and_minus_one_is_missing(tmp_path: P
     assert raw.label_names == {"label": ("z", "a"), "tags": ("O", "B")}
 
 
-def test_the_hub_reader_reads_what_load_dataset_gives(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_hub_reader_reads_what_load_dataset_gives(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     write_jsonl(tmp_path / "posts" / "train.jsonl", ROWS)
     write_jsonl(tmp_path / "posts" / "test.jsonl", ROWS[:1])
@@ -164,7 +156,7 @@ def test_the_hub_reader_reads_what_load_dataset_gives(
         read(tmp_path / "posts", format="hub", splits={"train": "tran"})
 
 
-def test_a_hub_name_that_cannot_be_loaded_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_name_that_cannot_be_loaded_says_what_to_do(monkeypatch):
     def no_network(*_: object) -> None:
         raise ConnectionError("Couldn't reach the Hub")
 
@@ -180,18 +172,18 @@ def test_a_hub_name_that_cannot_be_loaded_says_what_to_do(monkeypatch: pytest.Mo
         )
 
 
-def test_an_unknown_format_names_the_right_ones(tmp_path: Path) -> None:
+def test_an_unknown_format_names_the_right_ones(tmp_path):
     with pytest.raises(ValueError, match="'jsnl'.*did you mean jsonl"):
         read(tmp_path, format="jsnl")
     assert set(READERS) == {"tweeteval", "jsonl", "csv", "tsv", "parquet", "txt", "hub"}
 
 
-def test_a_local_path_is_never_looked_for_on_the_hub(tmp_path: Path) -> None:
+def test_a_local_path_is_never_looked_for_on_the_hub(tmp_path):
     with pytest.raises(ValueError, match="there is no file or folder .*set tasks.t.format=hub"):
         read(tmp_path / "owner" / "name")
 
 
-def test_two_files_for_one_split_are_not_guessed_between(tmp_path: Path) -> None:
+def test_two_files_for_one_split_are_not_guessed_between(tmp_path):
     write_jsonl(tmp_path / "train.jsonl", ROWS)
     write_jsonl(tmp_path / "val.jsonl", ROWS)
     write_jsonl(tmp_path / "dev.jsonl", ROWS)

@@ -1,7 +1,5 @@
 """Batches in which every label has company, and their cut into micro-steps."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -30,9 +28,7 @@ def sampler(
 
 
 @pytest.mark.parametrize(("wanted", "members"), [(2, MEMBERS), (4, ONE_TASK)])
-def test_every_label_with_two_posts_has_its_quota_in_every_batch(
-    wanted: int, members: list[np.ndarray]
-):
+def test_every_label_with_two_posts_has_its_quota_in_every_batch(wanted, members):
     plain, filled = sampler(0), sampler(wanted, label_members=members)
     without = 0
     for step in range(2 * plain.steps_per_epoch):
@@ -94,7 +90,7 @@ def test_posts_that_make_room_are_as_often_short_as_long():
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 5])
-def test_a_pair_is_in_one_micro_step_and_ranks_share_the_same_batch(world_size: int):
+def test_a_pair_is_in_one_micro_step_and_ranks_share_the_same_batch(world_size):
     cut = sampler(2, world_size=world_size, micro_batch_size=10 // world_size)
     assert cut.accumulation == 2
     for step in range(15):

@@ -1,7 +1,5 @@
 """Sampling: the mix of data sets, batches of similar length, equal shares for any number of ranks."""
 
-from __future__ import annotations
-
 import json
 
 import numpy as np
@@ -19,7 +17,7 @@ def make_sampler(*, sizes: tuple[int, ...] = (70, 20, 7), **options: object) -> 
     return TrainSampler(lengths, groups, SamplerConfig(**settings))
 
 
-def test_micro_steps_hold_the_same_posts_on_any_number_of_ranks() -> None:
+def test_micro_steps_hold_the_same_posts_on_any_number_of_ranks():
     one, two = make_sampler(micro_batch_size=6), make_sampler(micro_batch_size=3, world_size=2)
     assert one.accumulation == two.accumulation == 2
     for step in range(5):
@@ -28,7 +26,7 @@ def test_micro_steps_hold_the_same_posts_on_any_number_of_ranks() -> None:
             assert sorted(joined) == sorted(one.share(step, 0)[number])
 
 
-def test_each_post_comes_once_per_epoch_under_proportional_mixing() -> None:
+def test_each_post_comes_once_per_epoch_under_proportional_mixing():
     sampler = make_sampler()
     for epoch in range(3):
         steps = range(epoch * sampler.steps_per_epoch, (epoch + 1) * sampler.steps_per_epoch)
@@ -36,14 +34,14 @@ def test_each_post_comes_once_per_epoch_under_proportional_mixing() -> None:
         assert sorted(drawn) == list(range(97))
 
 
-def test_batches_of_an_epoch_differ_by_at_most_one_post() -> None:
+def test_batches_of_an_epoch_differ_by_at_most_one_post():
     sampler = make_sampler()
     sizes = {len(sampler.global_batch(step)) for step in range(sampler.steps_per_epoch)}
     assert sampler.steps_per_epoch == 9
     assert sizes == {10, 11}
 
 
-def test_a_step_is_the_same_in_any_order_of_asking() -> None:
+def test_a_step_is_the_same_in_any_order_of_asking():
     steps = [0, 20, 3, 9, 8, 3, 0, 40]
     sequential = make_sampler()
     in_order = [sequential.global_batch(step) for step in range(41)]
@@ -52,7 +50,7 @@ def test_a_step_is_the_same_in_any_order_of_asking() -> None:
         assert np.array_equal(jumping.global_batch(step), in_order[step])
 
 
-def test_epochs_and_seeds_shuffle_differently() -> None:
+def test_epochs_and_seeds_shuffle_differently():
     sampler, other = make_sampler(), make_sampler(seed=4)
     assert not np.array_equal(
         sampler.global_batch(0), sampler.global_batch(sampler.steps_per_epoch)
@@ -60,7 +58,7 @@ def test_epochs_and_seeds_shuffle_differently() -> None:
     assert not np.array_equal(sampler.global_batch(0), other.global_batch(0))
 
 
-def test_rates_equal_the_hand_computed_ones() -> None:
+def test_rates_equal_the_hand_computed_ones():
     sizes = np.array([900, 100])
     assert MIXINGS["proportional"](sizes, 2.0) == pytest.approx([0.9, 0.1])
     assert MIXINGS["uniform"](sizes, 2.0) == pytest.approx([0.5, 0.5])
@@ -69,13 +67,13 @@ def test_rates_equal_the_hand_computed_ones() -> None:
     assert MIXINGS["temperature"](sizes, 1e9) == pytest.approx([0.5, 0.5])
 
 
-def test_draws_add_up_and_give_the_rest_to_the_largest_remainder() -> None:
+def test_draws_add_up_and_give_the_rest_to_the_largest_remainder():
     assert list(draws_per_epoch(np.array([0.5, 0.3, 0.2]), total=7)) == [4, 2, 1]  # 3.5, 2.1, 1.4
     thirds = np.array([3000, 3000, 1000]) / 7000
     assert list(draws_per_epoch(thirds, total=7000)) == [3000, 3000, 1000]
 
 
-def test_uniform_mixing_repeats_the_small_set_and_passes_over_all_of_the_large_one() -> None:
+def test_uniform_mixing_repeats_the_small_set_and_passes_over_all_of_the_large_one():
     sampler = make_sampler(sizes=(60, 12), mixing="uniform")
     drawn = [np.concatenate([sampler.global_batch(e * 6 + s) for s in range(6)]) for e in range(5)]
     for epoch in drawn:
@@ -87,7 +85,7 @@ def test_uniform_mixing_repeats_the_small_set_and_passes_over_all_of_the_large_o
     assert set(np.bincount(np.concatenate(drawn), minlength=72)[:60]) == {3}
 
 
-def test_every_batch_holds_every_data_set_of_a_fair_size() -> None:
+def test_every_batch_holds_every_data_set_of_a_fair_size():
     lengths = np.full(640, 10)
     groups = np.repeat([0, 1], [480, 160])
     sampler = TrainSampler(lengths, groups, SamplerConfig(batch_size=32, seed=0))
@@ -98,7 +96,7 @@ def test_every_batch_holds_every_data_set_of_a_fair_size() -> None:
     assert min(shares) > 0
 
 
-def test_posts_of_a_batch_are_of_similar_length() -> None:
+def test_posts_of_a_batch_are_of_similar_length():
     lengths = np.random.default_rng(0).integers(3, 120, 4096)
     sampler = TrainSampler(lengths, np.zeros(4096, dtype=int), SamplerConfig(batch_size=32, seed=0))
     padded = sum(
@@ -109,7 +107,7 @@ def test_posts_of_a_batch_are_of_similar_length() -> None:
     assert (32 * shuffled.max(axis=1)).sum() > 1.7 * lengths.sum()
 
 
-def test_ranks_get_nearly_the_same_number_of_tokens() -> None:
+def test_ranks_get_nearly_the_same_number_of_tokens():
     lengths = np.random.default_rng(0).integers(3, 120, 4096)
     sampler = TrainSampler(
         lengths, np.zeros(4096, dtype=int), SamplerConfig(batch_size=64, world_size=4, seed=0)
@@ -120,7 +118,7 @@ def test_ranks_get_nearly_the_same_number_of_tokens() -> None:
     assert (tokens.max(axis=1) / tokens.mean(axis=1)).mean() < 1.02
 
 
-def test_fewer_posts_than_ranks_leave_empty_shares_and_no_rank_out() -> None:
+def test_fewer_posts_than_ranks_leave_empty_shares_and_no_rank_out():
     sampler = TrainSampler(
         np.array([5, 6]), np.array([0, 0]), SamplerConfig(batch_size=8, world_size=4, seed=0)
     )
@@ -130,22 +128,22 @@ def test_fewer_posts_than_ranks_leave_empty_shares_and_no_rank_out() -> None:
     assert all(share[0].dtype == np.int64 for share in shares)
 
 
-def test_auto_micro_batch_is_the_share_of_a_rank_up_to_128() -> None:
+def test_auto_micro_batch_is_the_share_of_a_rank_up_to_128():
     assert make_sampler(batch_size=32, world_size=4).micro_batch_size == 8
     big = make_sampler(batch_size=1024, world_size=2)
     assert (big.micro_batch_size, big.accumulation) == (128, 4)
 
 
-def test_evaluation_of_no_rows_is_no_batches() -> None:
+def test_evaluation_of_no_rows_is_no_batches():
     assert eval_batches(np.zeros(0), batch_size=4) == []
 
 
-def test_no_posts_to_draw_from_are_refused() -> None:
+def test_no_posts_to_draw_from_are_refused():
     with pytest.raises(ValueError, match="no training posts"):
         TrainSampler(np.zeros(0), np.zeros(0), SamplerConfig(batch_size=4))
 
 
-def test_every_batch_holds_every_data_set_in_its_share_though_their_lengths_differ() -> None:
+def test_every_batch_holds_every_data_set_in_its_share_though_their_lengths_differ():
     rng = np.random.default_rng(0)
     lengths = np.concatenate([rng.integers(5, 20, 3000), rng.integers(30, 60, 1000)])
     groups = np.repeat([0, 1], [3000, 1000])
@@ -178,7 +176,7 @@ def with_history(
 CHANGES = {4: [0.2, 0.3, 0.5], 8: [0.6, 0.2, 0.2], 12: [0.1, 0.8, 0.1], 14: [0.3, 0.3, 0.4]}
 
 
-def test_a_sampler_restarted_at_a_step_goes_on_to_the_index_with_the_history_of_rates() -> None:
+def test_a_sampler_restarted_at_a_step_goes_on_to_the_index_with_the_history_of_rates():
     running, drawn, history = progress_sampler(), [], []
     running.follow(history, every=4)
     for step in range(24):
@@ -199,9 +197,7 @@ def test_a_sampler_restarted_at_a_step_goes_on_to_the_index_with_the_history_of_
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_the_draws_that_follow_progress_are_the_same_on_any_number_of_ranks(
-    world_size: int,
-) -> None:
+def test_the_draws_that_follow_progress_are_the_same_on_any_number_of_ranks(world_size):
     one, many = progress_sampler(), progress_sampler(world_size=world_size)
     history = with_history(one, CHANGES)
     assert with_history(many, CHANGES) == history
@@ -212,7 +208,7 @@ def test_the_draws_that_follow_progress_are_the_same_on_any_number_of_ranks(
         assert sorted(dealt) == sorted(one.global_batch(step))
 
 
-def test_changed_rates_hold_from_their_step_on_and_streams_go_on_where_they_were() -> None:
+def test_changed_rates_hold_from_their_step_on_and_streams_go_on_where_they_were():
     sampler = make_sampler(sizes=(60, 60), batch_size=12, mixing="progress")
     groups = np.repeat([0, 1], [60, 60])
     with_history(sampler, {5: [0.25, 0.75]}, every=5)
@@ -225,15 +221,13 @@ def test_changed_rates_hold_from_their_step_on_and_streams_go_on_where_they_were
     assert counts.sum() == 75 and counts.min() == 1 and counts.max() == 2
 
 
-def test_an_entry_that_cuts_a_stretch_short_rules_from_its_step() -> None:
+def test_an_entry_that_cuts_a_stretch_short_rules_from_its_step():
     sampler = make_sampler(sizes=(60, 60), mixing="progress", batch_size=12)
     with_history(sampler, {2: [1.0, 0.0]}, every=5)
     assert (sampler.global_batch(2) < 60).all() and (sampler.global_batch(1) >= 60).any()
 
 
-def test_labels_of_a_balanced_data_set_come_equally_often_and_posts_without_label_keep_their_share() -> (
-    None
-):
+def test_labels_of_a_balanced_data_set_come_equally_often_and_posts_without_label_keep_their_share():
     # One data set with 40, 16, 4 posts of three labels and 20 without; another one that is not
     # balanced.
     classes = np.concatenate([np.repeat([0, 1, 2, -1], [40, 16, 4, 20]), np.full(40, -1)])

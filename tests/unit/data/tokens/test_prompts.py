@@ -1,10 +1,7 @@
 """Prompts, answers and words of labels as an encoder-decoder is given them; what recipes say of them."""
 
-from __future__ import annotations
-
 import random
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -86,7 +83,7 @@ def prompts_of(
 # Prompts
 
 
-def test_a_prompt_is_the_template_around_the_cleaned_post_with_an_end_token() -> None:
+def test_a_prompt_is_the_template_around_the_cleaned_post_with_an_end_token():
     posts = posts_of(["thanks @ann 😀", "电池"], {"aspect": ["a", "b"]}, pairs=["the @bob", None])
     wording = Wording(TOKENIZER, max_length=64, normalize=NormalizeConfig())
     found = wording.prompts(posts, POLARITY, asked=np.array([True, False]))
@@ -100,7 +97,7 @@ def test_a_prompt_is_the_template_around_the_cleaned_post_with_an_end_token() ->
     assert TOKENIZER.decode(plain[0]) == "polarity of the @bob in: thanks @ann 😀 ? </s>"
 
 
-def test_braces_that_are_doubled_are_meant_as_such() -> None:
+def test_braces_that_are_doubled_are_meant_as_such():
     (ids,) = prompts_of(TOKENIZER, ["battery"], prompt="{{of:}} {text}", max_length=32)
     assert TOKENIZER.decode(ids) == "{of:} battery </s>"
 
@@ -109,7 +106,7 @@ def test_braces_that_are_doubled_are_meant_as_such() -> None:
 @pytest.mark.parametrize(
     "make", [lambda: TOKENIZER, metaspace_tokenizer, lambda: decoder_tokenizer(KNOWN, start=True)]
 )
-def test_a_long_post_loses_its_end_and_the_template_nothing(make: Any, slow: bool) -> None:
+def test_a_long_post_loses_its_end_and_the_template_nothing(make, slow):
     tokenizer, draw = make(), random.Random(3)
     words = ["battery", "love", "the", "I", "screen", "ing", "of", "x"]
     texts = [" ".join(draw.choices(words, k=count)) for count in (1, 3, 9, 30, 200)]
@@ -136,20 +133,20 @@ def test_a_long_post_loses_its_end_and_the_template_nothing(make: Any, slow: boo
             assert text.startswith(kept) and ids[:before] == full[:before]
 
 
-def test_where_the_post_stands_twice_both_are_shortened_alike() -> None:
+def test_where_the_post_stands_twice_both_are_shortened_alike():
     (ids,) = prompts_of(TOKENIZER, ["battery of " * 20], prompt="{text} ? {text}", max_length=18)
     first, second = TOKENIZER.decode(ids, skip_special_tokens=True).split(" ? ")
     assert first == second == " ".join(["battery of"] * 4) and len(ids) == 18
 
 
-def test_a_post_without_places_of_its_own_still_gets_shorter() -> None:
+def test_a_post_without_places_of_its_own_still_gets_shorter():
     # No blank between template and post: they share their only token.
     tokenizer = decoder_tokenizer(["abc" + "x" * 40])
     (ids,) = prompts_of(tokenizer, ["x" * 40 + " of" * 30], prompt="abc{text}", max_length=20)
     assert len(ids) <= 20 and tokenizer.decode(ids, skip_special_tokens=True).startswith("abc")
 
 
-def test_a_second_text_that_leaves_no_room_is_cut_last() -> None:
+def test_a_second_text_that_leaves_no_room_is_cut_last():
     asked = {
         "prompt": "polarity of {pair} in: {text} ?",
         "max_length": 12,
@@ -159,14 +156,14 @@ def test_a_second_text_that_leaves_no_room_is_cut_last() -> None:
     assert TOKENIZER.decode(ids) == f"polarity of {'battery ' * 7}in: ? </s>"
 
 
-def test_a_template_that_is_too_long_by_itself_is_refused() -> None:
+def test_a_template_that_is_too_long_by_itself_is_refused():
     with pytest.raises(
         ValueError, match=r"tasks.aspect.prompt takes 4 tokens by itself, of data.max_length \(4\)"
     ):
         prompts_of(TOKENIZER, ["x"], prompt="aspect of {text} ?", max_length=4)
 
 
-def test_a_post_given_as_words_is_read_with_blanks_between() -> None:
+def test_a_post_given_as_words_is_read_with_blanks_between():
     posts = posts_of(["battery great"], {"aspect": ["battery"]}, words=[["battery", "great"]])
     split = tokenize_split(posts, TOKENIZER, tasks=(ASPECT,), config=DataConfig(cache=False))
     assert TOKENIZER.decode(split.prompts["aspect"][0]) == "aspect of: battery great </s>"
@@ -176,9 +173,7 @@ def test_a_post_given_as_words_is_read_with_blanks_between() -> None:
 
 
 @pytest.mark.parametrize(("start", "before"), [(False, []), (True, ["<s>"])])
-def test_answers_are_tokenised_with_their_end_token_and_long_ones_keep_it(
-    start: bool, before: list[str]
-) -> None:
+def test_answers_are_tokenised_with_their_end_token_and_long_ones_keep_it(start, before):
     tokenizer = decoder_tokenizer(KNOWN, start=start)
     found = Wording(tokenizer, max_length=9, normalize=None).targets(
         ["battery 😀", None, "great " * 9], ASPECT
@@ -189,7 +184,7 @@ def test_answers_are_tokenised_with_their_end_token_and_long_ones_keep_it(
     assert found.truncated.tolist() == [False, False, True]
 
 
-def test_cut_answers_and_posts_are_counted_in_the_report(tmp_path: Path) -> None:
+def test_cut_answers_and_posts_are_counted_in_the_report(tmp_path):
     rows = [{"text": "great " * 40, "label": "battery " * 9}, {"text": "of", "label": "in: ?"}]
     write_jsonl(tmp_path / "train.jsonl", rows * 2)
     write_jsonl(tmp_path / "validation.jsonl", rows)
@@ -223,7 +218,7 @@ def test_cut_answers_and_posts_are_counted_in_the_report(tmp_path: Path) -> None
     assert splits["validation"].posts.labels["aspect"][0] == ("battery " * 9).strip()
 
 
-def test_generated_ids_become_texts() -> None:
+def test_generated_ids_become_texts():
     texts = ["battery 😀", "", "电池"]
     rows = [TOKENIZER(text)["input_ids"] for text in texts]
     ids = torch.full((3, 6), -1)
@@ -236,7 +231,7 @@ def test_generated_ids_become_texts() -> None:
 # Words of labels
 
 
-def test_words_of_labels_are_scored_with_their_end_token() -> None:
+def test_words_of_labels_are_scored_with_their_end_token():
     assert TOKENIZER.convert_ids_to_tokens(label_tokens(TOKENIZER, POLARITY)[0]) == [
         "terrible",
         "</s>",
@@ -255,15 +250,13 @@ def test_words_of_labels_are_scored_with_their_end_token() -> None:
         (("great 坏", "great 好"), "'great 坏' and 'great 好' are the same tokens"),
     ],
 )
-def test_words_that_the_tokenizer_cannot_tell_apart_are_refused(
-    words: tuple[str, str], match: str
-) -> None:
+def test_words_that_the_tokenizer_cannot_tell_apart_are_refused(words, match):
     with pytest.raises(ValueError, match=match):
         label_tokens(TOKENIZER, replace(POLARITY, label_words=words))
 
 
 @pytest.mark.parametrize("tokenizer", [wordpiece_tokenizer(), decoder_tokenizer(KNOWN, end=False)])
-def test_a_tokenizer_without_end_token_is_refused(tokenizer: Any) -> None:
+def test_a_tokenizer_without_end_token_is_refused(tokenizer):
     with pytest.raises(
         ValueError,
         match="tasks.aspect is of kind text, whose targets need an end token.*T5 or BART",
@@ -275,8 +268,8 @@ def test_a_tokenizer_without_end_token_is_refused(tokenizer: Any) -> None:
 
 
 def test_prompts_and_answers_are_read_back_from_the_cache_and_made_anew_when_anything_changes(
-    tmp_path: Path,
-) -> None:
+    tmp_path,
+):
     posts = posts_of(
         ["great battery", "of"], {"aspect": ["battery", None], "polarity": [1, 0]}, pairs=["a", "b"]
     )
@@ -330,12 +323,12 @@ def task_of(**options: Any) -> Task:
         ),
     ],
 )
-def test_options_that_do_not_fit_are_refused(options: dict[str, Any], match: str) -> None:
+def test_options_that_do_not_fit_are_refused(options, match):
     with pytest.raises(ValueError, match=match):
         task_of(**options)
 
 
-def test_a_task_has_what_the_decoder_needs_and_survives_json() -> None:
+def test_a_task_has_what_the_decoder_needs_and_survives_json():
     written = task_of(
         prompt="{text} of {pair}",
         pair="target",
@@ -358,7 +351,7 @@ def test_a_task_has_what_the_decoder_needs_and_survives_json() -> None:
         assert Task.from_dict(task.to_dict()) == task
 
 
-def test_text_with_labels_is_label_words_from_the_first_moment_on() -> None:
+def test_text_with_labels_is_label_words_from_the_first_moment_on():
     raw = {
         "tasks": {"t": {"path": "x", "kind": "text", "labels": ["bad", "good"], "prompt": "{text}"}}
     }
@@ -369,7 +362,7 @@ def test_text_with_labels_is_label_words_from_the_first_moment_on() -> None:
     assert TaskConfig(kind="single_label", labels=["a"]).kind == "single_label"
 
 
-def test_a_post_without_the_second_text_that_its_prompt_wants_is_a_bad_row(tmp_path: Path) -> None:
+def test_a_post_without_the_second_text_that_its_prompt_wants_is_a_bad_row(tmp_path):
     rows = [
         {"text": f"post {i}", "label": ["bad", "good"][i % 2], "target": "" if i == 2 else "t"}
         for i in range(6)
@@ -391,7 +384,7 @@ def test_a_post_without_the_second_text_that_its_prompt_wants_is_a_bad_row(tmp_p
     assert not load_corpus(recipe_of(tmp_path, t=replace(asked, prompt="{text}"))).report.set_aside
 
 
-def test_posts_can_be_drawn_by_labels_that_are_words_but_not_by_texts(tmp_path: Path) -> None:
+def test_posts_can_be_drawn_by_labels_that_are_words_but_not_by_texts(tmp_path):
     rows = [{"text": f"post {i}", "label": ["bad", "good"][i % 3 == 0]} for i in range(12)]
     write_jsonl(tmp_path / "train.jsonl", rows)
     asked = {"path": ".", "prompt": "{text}", "balanced_sampling": True}
@@ -404,7 +397,7 @@ def test_posts_can_be_drawn_by_labels_that_are_words_but_not_by_texts(tmp_path: 
         load_corpus(recipe_of(tmp_path, t=TaskConfig(**asked, kind="text")))
 
 
-def test_a_column_of_label_ids_is_no_text(tmp_path: Path) -> None:
+def test_a_column_of_label_ids_is_no_text(tmp_path):
     (tmp_path / "mood").mkdir()
     for split in ("train", "val"):
         (tmp_path / f"mood/{split}_text.txt").write_text("one\ntwo\n")

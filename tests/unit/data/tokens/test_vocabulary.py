@@ -1,7 +1,5 @@
 """A tokenizer that lost its files, or that another model's replaced, is told before anything is trained on it."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable
@@ -60,7 +58,7 @@ SPOILED = {
 
 
 @pytest.mark.parametrize("what", SPOILED)
-def test_an_export_without_its_words_is_not_loaded(what: str, tmp_path: Path) -> None:
+def test_an_export_without_its_words_is_not_loaded(what, tmp_path):
     export_tiny(tmp_path)
     folder, (spoil, message) = tmp_path / "export", SPOILED[what]
     spoil(folder)
@@ -69,7 +67,7 @@ def test_an_export_without_its_words_is_not_loaded(what: str, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("what", [name for name in SPOILED if "another model's" not in name])
-def test_an_encoder_without_its_words_is_not_trained(what: str, tmp_path: Path) -> None:
+def test_an_encoder_without_its_words_is_not_trained(what, tmp_path):
     build_smoke_encoder(tmp_path)
     spoil, message = SPOILED[what]
     spoil(tmp_path)
@@ -78,7 +76,7 @@ def test_an_encoder_without_its_words_is_not_trained(what: str, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("build", [build_smoke_encoder, build_smoke_t5, build_smoke_bart])
-def test_a_sound_tokenizer_has_nothing_wrong(build: Callable, tmp_path: Path) -> None:
+def test_a_sound_tokenizer_has_nothing_wrong(build, tmp_path):
     build(tmp_path)
     tokenizer = load_tokenizer(str(tmp_path))
     hf_config = type("Config", (), json.loads((tmp_path / "config.json").read_text()))
@@ -87,12 +85,12 @@ def test_a_sound_tokenizer_has_nothing_wrong(build: Callable, tmp_path: Path) ->
     assert "is that of another model" in embedding_problem(tokenizer, hf_config)
 
 
-def test_a_tokenizer_of_bytes_needs_no_vocabulary(tmp_path: Path) -> None:
+def test_a_tokenizer_of_bytes_needs_no_vocabulary(tmp_path):
     (tokenizer := ByT5Tokenizer()).save_pretrained(tmp_path)
     assert tokenizer_problem(tokenizer, tmp_path) == ""
 
 
-def test_the_files_that_the_library_itself_reads_are_enough(tmp_path: Path) -> None:
+def test_the_files_that_the_library_itself_reads_are_enough(tmp_path):
     build_smoke_encoder(tmp_path / "whole")
     words = AutoTokenizer.from_pretrained(tmp_path / "whole").get_vocab()
     (folder := tmp_path / "words").mkdir()

@@ -1,10 +1,7 @@
 """Parameters, bytes and seconds of a plan against sums made by hand, and against the models of the library."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -23,13 +20,7 @@ from comoe.experiments.cluster.costs import (
     step_time,
     traffic,
 )
-from comoe.experiments.cluster.plan import (
-    alternatives,
-    estimate,
-    fits,
-    plan_lines,
-    recommend,
-)
+from comoe.experiments.cluster.plan import alternatives, estimate, fits, plan_lines, recommend
 
 TINY = PlannedModel(
     layers=2, width=10, ffn_width=40, vocabulary=100, positions=20, tasks=2, outputs=5, projection=8,
@@ -60,7 +51,7 @@ ROBERTA = RobertaConfig(vocab_size=50265, hidden_size=1024, num_hidden_layers=24
 
 
 @pytest.mark.parametrize("config", [BertConfig(), ROBERTA])
-def test_encoder_parameters_are_those_of_the_librarys_models(config: BertConfig | RobertaConfig):
+def test_encoder_parameters_are_those_of_the_librarys_models(config):
     with torch.device("meta"):
         model = AutoModel.from_config(config, add_pooling_layer=False)
     shape = PlannedModel(config.num_hidden_layers, config.hidden_size, config.intermediate_size, config.vocab_size,
@@ -210,7 +201,7 @@ def recipe(**model: object) -> Recipe:
     )
 
 
-def test_a_shape_is_read_from_the_encoders_config_and_the_recipe(tmp_path: Path):
+def test_a_shape_is_read_from_the_encoders_config_and_the_recipe(tmp_path):
     config = {"n_layers": 6, "dim": 32, "hidden_dim": 64, "vocab_size": 99}
     config |= {"max_position_embeddings": 40}
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -224,6 +215,6 @@ def test_a_shape_is_read_from_the_encoders_config_and_the_recipe(tmp_path: Path)
 
 
 @pytest.mark.parametrize("text", ["24,1024,4096", "24,1024,4096,many", "0,1024,4096,50265", None])
-def test_a_wrong_shape_or_a_missing_encoder_is_refused(text: str | None):
+def test_a_wrong_shape_or_a_missing_encoder_is_refused(text):
     with pytest.raises(ValueError, match="layers,width,feed-forward width,vocabulary"):
         shape_of_recipe(recipe(encoder="roberta-large"), text)

@@ -1,9 +1,6 @@
 """The comparison named beforehand: read, recorded before the runs, measured and shown; the measure ``loss``."""
 
-from __future__ import annotations
-
 import json
-from pathlib import Path
 
 import pytest
 from scipy import stats
@@ -33,7 +30,7 @@ LOSSES = {
 
 
 @pytest.fixture
-def experiment(tmp_path: Path) -> Experiment:
+def experiment(tmp_path) -> Experiment:
     encoder = resolve(load_recipe(ROOT / "launch/configs/smoke.yaml"), progress=False).model.encoder
     return experiment_of(tmp_path, encoder)
 
@@ -68,7 +65,7 @@ def write_runs(experiment: Experiment) -> None:
         ("sigmoid < dense on mood/", None, "names no metric after mood/"),
     ],
 )  # fmt: skip
-def test_a_claim_is_read_and_found_in_the_tables(experiment: Experiment, text: str, claim, cell):
+def test_a_claim_is_read_and_found_in_the_tables(experiment, text, claim, cell):
     taught = ["distill.teachers=[teacher]"] if text.endswith("on teacher_kl") else []
     read = (text, planned(experiment), load_recipe(experiment.config, taught))
     if claim is None:
@@ -81,7 +78,7 @@ def test_a_claim_is_read_and_found_in_the_tables(experiment: Experiment, text: s
     assert claimed_cell(Claim(*claim, runs_before=1), "dense", mains) is None
 
 
-def test_the_divergence_from_soft_labels_wants_soft_labels(experiment: Experiment):
+def test_the_divergence_from_soft_labels_wants_soft_labels(experiment):
     votes = load_recipe(experiment.config, ["tasks.mood.soft_label=votes"])
     need_soft_labels("--measure teacher_kl", votes)
     text = "sigmoid < dense on teacher_kl"
@@ -90,7 +87,7 @@ def test_the_divergence_from_soft_labels_wants_soft_labels(experiment: Experimen
         need_soft_labels("--measure teacher_kl", load_recipe(experiment.config))
 
 
-def test_a_claim_is_recorded_before_the_runs_and_cannot_be_changed(experiment: Experiment):
+def test_a_claim_is_recorded_before_the_runs_and_cannot_be_changed(experiment):
     plan = planned(experiment)
     record_settings(experiment, file_name=SETTINGS)
 
@@ -110,9 +107,7 @@ def test_a_claim_is_recorded_before_the_runs_and_cannot_be_changed(experiment: E
     assert record("sigmoid < dense on loss").runs_before == 9
 
 
-def test_the_report_by_loss_orders_the_arms_and_begins_with_the_claim(
-    experiment: Experiment, tmp_path: Path
-):
+def test_the_report_by_loss_orders_the_arms_and_begins_with_the_claim(experiment, tmp_path):
     write_runs(experiment)
     claim = Claim("sigmoid", "<", "dense", "loss", (0, 1), 0)
     known = {"baseline": "dense", "resamples": 40, "measure": "loss"}

@@ -1,7 +1,5 @@
 """The arms of a comparison, its intervals against textbook numbers, and its report from written run folders."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path
@@ -38,7 +36,7 @@ RECIPE = (
 
 
 @pytest.fixture
-def experiment(tmp_path: Path) -> Experiment:
+def experiment(tmp_path) -> Experiment:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(RECIPE)
     encoder = resolve(load_recipe(recipe), progress=False).model.encoder
@@ -58,7 +56,7 @@ def plan_trials(experiment: Experiment, **asked):
     return plan_arms(experiment, **asked).trials
 
 
-def test_every_arm_with_experts_has_the_same_active_width(experiment: Experiment):
+def test_every_arm_with_experts_has_the_same_active_width(experiment):
     trials = plan_trials(experiment, arms=[arm for arm in ARMS], custom={}, seeds=[0])
     widths = {}
     for trial in trials:
@@ -74,7 +72,7 @@ def test_every_arm_with_experts_has_the_same_active_width(experiment: Experiment
     assert (made.route_by, made.top_k, made.num_experts, made.balance) == ("task", 4, 4, "none")
 
 
-def test_one_block_per_task_and_arms_that_do_not_read_the_task(experiment: Experiment):
+def test_one_block_per_task_and_arms_that_do_not_read_the_task(experiment):
     recipe = experiment.config
     encoder = load_recipe(recipe).model.encoder
     recipe.write_text(
@@ -92,7 +90,7 @@ def test_one_block_per_task_and_arms_that_do_not_read_the_task(experiment: Exper
     assert (ple.shared_width, ple.expert_width, ple.task_prior, ple.route_by) == (24, 12, 1, "both")
 
 
-def test_trials_run_seed_by_seed_and_carry_their_seed(experiment: Experiment):
+def test_trials_run_seed_by_seed_and_carry_their_seed(experiment):
     trials = plan_trials(experiment, arms=["dense", "sigmoid"], custom={}, seeds=[3, 1])
     assert [trial.name for trial in trials] == ["dense-s3", "sigmoid-s3", "dense-s1", "sigmoid-s1"]
     assert load_recipe(experiment.config, trials[0].overrides).train.seed == 3
@@ -105,7 +103,7 @@ def test_custom_arms_are_read_with_lists():
         custom_arms(["last"])
 
 
-def test_a_confidence_arm_is_about_the_tasks_that_have_confidences(experiment: Experiment):
+def test_a_confidence_arm_is_about_the_tasks_that_have_confidences(experiment):
     config = experiment.config
     config.write_text(config.read_text().replace("{mood:", "{plain: {path: y}, mood:"))
     (trial,) = plan_trials(experiment, arms=["confidence_input_output"], custom={}, seeds=[0])
@@ -114,9 +112,7 @@ def test_a_confidence_arm_is_about_the_tasks_that_have_confidences(experiment: E
     assert strategies == {"plain": "none", "mood": "input_output"}
 
 
-def test_contrastive_arms_differ_in_where_the_loss_stands_and_where_heads_start(
-    experiment: Experiment,
-):
+def test_contrastive_arms_differ_in_where_the_loss_stands_and_where_heads_start(experiment):
     names = [
         "no_contrastive",
         "contrastive_beside",
@@ -138,7 +134,7 @@ def test_contrastive_arms_differ_in_where_the_loss_stands_and_where_heads_start(
         plan_trials(experiment, arms=["no_contrastive_bare"], custom={}, seeds=[0])
 
 
-def test_an_earlier_run_of_another_arm_of_the_same_name_is_refused(experiment: Experiment):
+def test_an_earlier_run_of_another_arm_of_the_same_name_is_refused(experiment):
     def wide(width: int):
         words = [f"model.moe.expert_width={width}"]
         return plan_trials(experiment, arms=["wide"], custom={"wide": words}, seeds=[0])[0]
@@ -191,7 +187,7 @@ def test_seeds_that_disagree_widen_the_interval_as_student_says():
 
 
 @pytest.mark.parametrize("seeds", [1, 3])
-def test_p_is_a_twentieth_where_the_interval_ends_at_zero(seeds: int):
+def test_p_is_a_twentieth_where_the_interval_ends_at_zero(seeds):
     generator = np.random.default_rng(0)
     differences, drawn = generator.standard_normal(seeds), generator.standard_normal((seeds, 300))
     item = paired_difference(list(differences), drawn)
@@ -205,7 +201,7 @@ def test_p_is_a_twentieth_where_the_interval_ends_at_zero(seeds: int):
 @pytest.mark.parametrize(
     ("seeds", "between", "posts"), [(3, 1.0, 0.0), (3, 1.0, 1.0), (3, 0.2, 1.0), (5, 1.0, 0.5)]
 )
-def test_ninety_five_of_hundred_intervals_hold_the_truth(seeds: int, between: float, posts: float):
+def test_ninety_five_of_hundred_intervals_hold_the_truth(seeds, between, posts):
     generator = np.random.default_rng(seeds)
     trials, held = 600, 0
     for _ in range(trials):
@@ -244,9 +240,7 @@ def test_a_post_is_drawn_for_all_of_its_tasks_at_once():
          [{"gold": ["B-PER", "I-PER"], "tags": ["B-PER", "I-PER"]}, {"gold": ["O"], "tags": ["B-PER"]}], 2 / 3),
     ],
 )  # fmt: skip
-def test_written_predictions_are_scored_as_they_were(
-    kind: str, metric: str, labels, rows, value: float
-):
+def test_written_predictions_are_scored_as_they_were(kind, metric, labels, rows, value):
     task = mood(kind, metric, labels=labels)
     read = read_predictions([{"row": 10 + number} | row for number, row in enumerate(rows)], task)
     assert task.rules.measure(read.gold, read.predicted, task) == pytest.approx(value)
@@ -288,7 +282,7 @@ def write_run(folder: Path, *, right: list[bool], experts: bool, removal: bool =
         (folder / REMOVAL_FILE).write_text(json.dumps(found))
 
 
-def test_the_report_says_what_the_run_folders_say(experiment: Experiment, tmp_path: Path):
+def test_the_report_says_what_the_run_folders_say(experiment, tmp_path):
     plan = plan_arms(experiment, arms=["dense", "sigmoid", "paper"], custom={}, seeds=[0, 1])
     for seed, wrong in ((0, 20), (1, 18)):
         write_run(
@@ -335,7 +329,7 @@ def test_the_report_says_what_the_run_folders_say(experiment: Experiment, tmp_pa
 
 
 def test_removal_is_drawn_for_every_arm_that_has_it_in_the_panel_of_its_own_layer(
-    experiment: Experiment, tmp_path: Path
+    experiment, tmp_path
 ):
     plan = plan_arms(experiment, arms=["dense", "sigmoid"], custom={}, seeds=[0])
     for trial in plan.trials:

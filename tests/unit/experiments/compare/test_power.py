@@ -1,7 +1,5 @@
 """Adjusted p-values, the smallest visible difference and the needed seeds, against scipy and published figures."""
 
-from __future__ import annotations
-
 import itertools
 import math
 
@@ -67,7 +65,7 @@ def test_all_tables_are_one_family_without_the_claim():
 
 
 @pytest.mark.parametrize("seeds", [2, 3, 5, 12])
-def test_the_smallest_difference_is_found_in_80_of_100_cases(seeds: int):
+def test_the_smallest_difference_is_found_in_80_of_100_cases(seeds):
     size = smallest_difference([of_spread(seeds, 0.3)])
     shift, freedom = size / (0.3 / math.sqrt(seeds)), seeds - 1
     assert stats.nct.sf(stats.t.ppf(0.975, freedom), freedom, shift) == pytest.approx(0.8, abs=1e-9)

@@ -1,7 +1,5 @@
 """Tasks alone against tasks together: which runs that takes, and what is said about written run folders."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -23,15 +21,7 @@ from comoe.experiments.compare.transfer import mean_cosines, reasons_of, verdict
 from comoe.experiments.runner import Experiment, record_settings
 from comoe.losses.weighting.strategies import WEIGHTINGS
 from comoe.starter.registry import resolve
-from tests.helpers_compare import (
-    MODEL,
-    POSTS,
-    ROOT,
-    TASKS,
-    arguments,
-    experiment_of,
-    write_run,
-)
+from tests.helpers_compare import MODEL, POSTS, ROOT, TASKS, arguments, experiment_of, write_run
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +30,7 @@ def encoder() -> str:
 
 
 @pytest.fixture
-def experiment(tmp_path: Path, encoder: str) -> Experiment:
+def experiment(tmp_path, encoder) -> Experiment:
     return experiment_of(tmp_path, encoder)
 
 
@@ -55,7 +45,7 @@ def recipe_of(experiment: Experiment, plan: Plan, run: str):
     return load_recipe(experiment.config, [*experiment.overrides, *trial.overrides])
 
 
-def test_single_is_a_run_for_each_task_that_is_not_auxiliary(experiment: Experiment):
+def test_single_is_a_run_for_each_task_that_is_not_auxiliary(experiment):
     plan = planned(experiment, "single", "multi", seeds=(2, 0))
     assert [arm.name for arm in plan.arms] == ["single", "multi"] and plan.joint == "multi"
     names = ["single.mood", "single.topic", "single.stance", "recipe"]
@@ -71,9 +61,7 @@ def test_single_is_a_run_for_each_task_that_is_not_auxiliary(experiment: Experim
     assert alone.data == whole.data and alone.model == whole.model
 
 
-def test_single_tasks_keep_the_teachers_that_know_them(
-    experiment: Experiment, monkeypatch: pytest.MonkeyPatch
-):
+def test_single_tasks_keep_the_teachers_that_know_them(experiment, monkeypatch):
     known = {"joint": ["mood", "topic"], "one": ["mood"]}
     monkeypatch.setattr(
         "comoe.experiments.compare.arms.read_export_config",
@@ -93,7 +81,7 @@ def test_single_tasks_keep_the_teachers_that_know_them(
             assert recipe.train.early_stop_metric == ("teacher_kl" if teachers else "mean")
 
 
-def test_without_auxiliary_tasks_the_others_stay_in_one_run(experiment: Experiment):
+def test_without_auxiliary_tasks_the_others_stay_in_one_run(experiment):
     plan = planned(experiment, "recipe", "no_auxiliary", "single.mood")
     names = [trial.name for trial in plan.trials]
     assert names == ["recipe-s0", "no_auxiliary-s0", "single.mood-s0"]
@@ -104,21 +92,19 @@ def test_without_auxiliary_tasks_the_others_stay_in_one_run(experiment: Experime
     assert planned(experiment, "single.mood").arms[0].name == "single.mood"
 
 
-def test_leaving_one_out_drops_auxiliary_tasks_too_and_wants_the_run_of_all(experiment: Experiment):
+def test_leaving_one_out_drops_auxiliary_tasks_too_and_wants_the_run_of_all(experiment):
     plan = planned(experiment, "recipe", "leave_one_out")
     assert [arm.name for arm in plan.arms[1:]] == [f"without.{task}" for task in (*TASKS, "hint")]
     assert list(recipe_of(experiment, plan, "without.hint-s0").tasks) == list(TASKS)
 
 
-def test_one_part_can_be_asked_for_by_its_name(experiment: Experiment):
+def test_one_part_can_be_asked_for_by_its_name(experiment):
     plan = planned(experiment, "multi", "single.mood", "without.stance")
     names = [trial.name for trial in plan.trials]
     assert names == ["recipe-s0", "single.mood-s0", "without.stance-s0"]
 
 
-def test_runs_of_ones_own_arms_of_the_same_name_are_shared_when_they_are_the_same_run(
-    experiment: Experiment,
-):
+def test_runs_of_ones_own_arms_of_the_same_name_are_shared_when_they_are_the_same_run(experiment):
     words = ["tasks.hint=null", "tasks.stance=null", "tasks.topic=null"]
     plan = planned(experiment, "single", "single.mood", custom={"single.mood": words})
     assert [trial.name for trial in plan.trials].count("single.mood-s0") == 1
@@ -131,7 +117,7 @@ def test_runs_of_ones_own_arms_of_the_same_name_are_shared_when_they_are_the_sam
         check_earlier(experiment, trial)
 
 
-def test_steps_instead_of_passes_are_possible_for_arms_with_all_tasks(tmp_path: Path, encoder: str):
+def test_steps_instead_of_passes_are_possible_for_arms_with_all_tasks(tmp_path, encoder):
     stepping = experiment_of(
         tmp_path, encoder, overrides=["train.max_steps=40", "train.epochs=2.5"]
     )
@@ -164,16 +150,14 @@ ONE_TASK = ("tasks.topic=null", "tasks.stance=null", "tasks.hint=null")
     ],
 )
 def test_a_wrong_arm_is_refused_with_what_to_change(
-    tmp_path: Path, encoder: str, overrides, arms: str, custom: dict, named: str
+    tmp_path, encoder, overrides, arms, custom, named
 ):
     with pytest.raises(ValueError) as error:
         planned(experiment_of(tmp_path, encoder, overrides=overrides), *arms.split(), custom=custom)
     assert named in str(error.value)
 
 
-def test_options_that_speak_of_other_tasks_are_put_right_for_a_task_alone(
-    tmp_path: Path, encoder: str
-):
+def test_options_that_speak_of_other_tasks_are_put_right_for_a_task_alone(tmp_path, encoder):
     overrides = ["train.early_stop_metric=mood/accuracy", "loss.weighting=uncertainty",
                  "loss.adversarial.weight=0.2"]  # fmt: skip
     setting = experiment_of(tmp_path, encoder, overrides=overrides)
@@ -187,7 +171,7 @@ def test_options_that_speak_of_other_tasks_are_put_right_for_a_task_alone(
     assert recipe_of(setting, plan, "without.topic-s0").loss.weighting == "uncertainty"
 
 
-def test_what_is_not_equal_is_said(tmp_path: Path, encoder: str):
+def test_what_is_not_equal_is_said(tmp_path, encoder):
     words = ["data.mixing=uniform", "train.eval_every=50"]
     plan = planned(setting := experiment_of(tmp_path, encoder, overrides=words), "single", "multi")
     mixing, evaluation = plan.notes
@@ -195,7 +179,7 @@ def test_what_is_not_equal_is_said(tmp_path: Path, encoder: str):
     assert planned(setting, "multi", "no_contrastive").notes == ()
 
 
-def test_a_recipe_of_one_task_is_alone_already(tmp_path: Path, encoder: str):
+def test_a_recipe_of_one_task_is_alone_already(tmp_path, encoder):
     one = experiment_of(tmp_path, encoder, f"{MODEL}tasks: {{mood: {{path: reviews}}}}\n")
     plan = planned(one, "single", "multi", "no_contrastive")
     assert [trial.name for trial in plan.trials] == ["recipe-s0", "no_contrastive-s0"]
@@ -203,7 +187,7 @@ def test_a_recipe_of_one_task_is_alone_already(tmp_path: Path, encoder: str):
 
 
 def test_each_weighting_is_an_arm_and_experts_are_wanted_only_by_arms_with_experts(
-    tmp_path: Path, encoder: str
+    tmp_path, encoder
 ):
     bare = experiment_of(tmp_path, encoder, overrides=["model.moe.num_experts=0"])
     plan = planned(bare, "single", "multi", "private", "adversarial", "no_contrastive", *WEIGHTINGS)
@@ -213,7 +197,7 @@ def test_each_weighting_is_an_arm_and_experts_are_wanted_only_by_arms_with_exper
     assert recipe_of(bare, plan, "private-s0").model.private_width > 0
 
 
-def test_a_comparison_begun_before_an_option_was_there_goes_on(experiment: Experiment):
+def test_a_comparison_begun_before_an_option_was_there_goes_on(experiment):
     record_settings(experiment, file_name="compare.json")
     file = experiment.output / "compare.json"
     before = json.loads(file.read_text())
@@ -249,9 +233,7 @@ def test_a_comparison_begun_before_an_option_was_there_goes_on(experiment: Exper
         ("single,multi", {"overrides": ["train.max_steps=9"]}, "train.max_steps=null train.epochs=3"),
     ],
 )  # fmt: skip
-def test_a_wrong_command_is_refused_before_anything_is_written(
-    experiment: Experiment, arms, changed, message
-):
+def test_a_wrong_command_is_refused_before_anything_is_written(experiment, arms, changed, message):
     given = arguments(experiment, arms=arms, **changed)
     with pytest.raises(ValueError, match=message):
         run_comparison(given)
@@ -265,7 +247,7 @@ def write_affinity(folder: Path, mood_stance: float) -> None:
 
 
 @pytest.fixture(scope="module")
-def comparison(tmp_path_factory: pytest.TempPathFactory, encoder: str) -> Comparison:
+def comparison(tmp_path_factory, encoder) -> Comparison:
     """Together mood and hint gain, topic stays, stance loses; without mood stance is as good as alone."""
     experiment = experiment_of(tmp_path_factory.mktemp("compared"), encoder)
     plan = planned(experiment, "single", "multi", "leave_one_out", seeds=(0, 1, 2))
@@ -286,7 +268,7 @@ def comparison(tmp_path_factory: pytest.TempPathFactory, encoder: str) -> Compar
     return compare(plan, runs, baseline="single", resamples=40)
 
 
-def test_the_arm_single_is_the_sum_of_its_runs(comparison: Comparison):
+def test_the_arm_single_is_the_sum_of_its_runs(comparison):
     single, multi = comparison.results["single"][0], comparison.results["multi"][0]
     assert single.quality == {"mean": pytest.approx(2 / 3), "mood/accuracy": 0.5, "topic/accuracy": 40 / 60,
                               "stance/accuracy": 50 / 60}  # fmt: skip
@@ -302,7 +284,7 @@ def test_the_arm_single_is_the_sum_of_its_runs(comparison: Comparison):
     assert "mean" not in comparison.results["without.mood"][0].quality
 
 
-def test_posts_are_the_same_though_rows_count_from_elsewhere(comparison: Comparison):
+def test_posts_are_the_same_though_rows_count_from_elsewhere(comparison):
     gains = comparison.against["multi"]
     assert {name: round(item.mean * POSTS, 6) for name, item in gains.items()} == {
         "mood": 15, "topic": 0, "stance": -13, "mean": pytest.approx(2 / 3, abs=1e-5)}  # fmt: skip
@@ -313,7 +295,7 @@ def test_posts_are_the_same_though_rows_count_from_elsewhere(comparison: Compari
     assert not comparison.notes
 
 
-def test_harm_is_named_with_what_speaks_for_its_reason(comparison: Comparison, tmp_path: Path):
+def test_harm_is_named_with_what_speaks_for_its_reason(comparison, tmp_path):
     reasons = comparison.reasons("stance")
     assert reasons.opposed_by == (("mood", pytest.approx(-0.4)),)
     assert reasons.nearest == ("topic", pytest.approx(0.2))
@@ -342,7 +324,7 @@ def test_harm_is_named_with_what_speaks_for_its_reason(comparison: Comparison, t
         assert (tmp_path / f"plots/{name}.png").stat().st_size > 4000
 
 
-def test_an_unfinished_arm_is_told_as_far_as_it_is(experiment: Experiment):
+def test_an_unfinished_arm_is_told_as_far_as_it_is(experiment):
     plan = planned(experiment, "single", "multi")
     write_run(experiment.runs / "single.mood-s0", {"mood": 30})
     write_run(experiment.runs / "single.topic-s0", {"topic": 30})
@@ -356,7 +338,7 @@ def test_an_unfinished_arm_is_told_as_far_as_it_is(experiment: Experiment):
     assert "| single | 1 |  |" in text and "* single.stance-s0: killed" in text
 
 
-def test_other_posts_are_not_compared_and_this_is_said(experiment: Experiment):
+def test_other_posts_are_not_compared_and_this_is_said(experiment):
     plan = planned(experiment, "single", "multi")
     for name in TASKS:
         write_run(

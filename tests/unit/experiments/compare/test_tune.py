@@ -1,10 +1,7 @@
 """``--tune``: which runs it makes, which value it takes per arm, and that the rest of the comparison uses it."""
 
-from __future__ import annotations
-
 import json
 import math
-from pathlib import Path
 
 import pytest
 
@@ -22,13 +19,13 @@ BEST = {"dense": 1e-3, "sigmoid": 3e-4}
 
 
 @pytest.fixture
-def experiment(tmp_path: Path) -> Experiment:
+def experiment(tmp_path) -> Experiment:
     encoder = resolve(load_recipe(ROOT / "launch/configs/smoke.yaml"), progress=False).model.encoder
     return experiment_of(tmp_path, encoder)
 
 
 @pytest.fixture
-def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def ran(monkeypatch) -> list[str]:
     """Names of the runs; each leaves what a training would: the loss grows with the distance of the rate
     to the arm's best one, and the metric with the rate. A rate of 9 fails."""
     names: list[str] = []
@@ -61,9 +58,7 @@ def compare(experiment: Experiment, *tune: str, **changed) -> tuple[list[str], d
     return names, json.loads((experiment.output / "comparison.json").read_text())
 
 
-def test_each_arm_gets_its_own_best_value_from_runs_of_other_seeds(
-    experiment: Experiment, ran: list[str]
-):
+def test_each_arm_gets_its_own_best_value_from_runs_of_other_seeds(experiment, ran):
     claim = "sigmoid > dense on loss"
     failed, found = compare(experiment, f"{RATE}=1e-4,3e-4,0.001", claim=claim, seeds="0,1")
     tuned = [
@@ -99,9 +94,7 @@ def test_each_arm_gets_its_own_best_value_from_runs_of_other_seeds(
     assert not (experiment.output / "failed").exists()
 
 
-def test_a_grid_is_tuned_by_the_metric_and_a_value_that_fails_is_not_taken(
-    experiment: Experiment, ran: list[str]
-):
+def test_a_grid_is_tuned_by_the_metric_and_a_value_that_fails_is_not_taken(experiment, ran):
     tune = (f"{RATE}=1e-4,0.01,9", f"{HEAD}=0.1,0.2")
     own = {"arm": [f"fixed:{RATE}=0.5"], "arms": "sigmoid,no_experts"}
     failed, found = compare(experiment, *tune, tune_by="metric", tune_seeds="7", **own)
@@ -120,16 +113,14 @@ def test_a_grid_is_tuned_by_the_metric_and_a_value_that_fails_is_not_taken(
     assert found["arms"]["sigmoid"]["seeds"] == [0]
 
 
-def test_an_arm_without_any_finished_value_has_no_run(experiment: Experiment, ran: list[str]):
+def test_an_arm_without_any_finished_value_has_no_run(experiment, ran):
     own = {"arm": [f"broken:{RATE}=9"], "arms": "no_experts"}
     failed, found = compare(experiment, f"{HEAD}=0.1,0.2", tune_seeds="5", **own)
     assert len(failed) == 2 and list(found["arms"]) == ["no_experts"]
     assert "broken has no run: no value of its tuning finished." in found["notes"]
 
 
-def test_a_dry_run_names_every_run_and_writes_nothing(
-    experiment: Experiment, ran: list[str], capsys: pytest.CaptureFixture[str]
-):
+def test_a_dry_run_names_every_run_and_writes_nothing(experiment, ran, capsys):
     given = arguments(experiment, arms="dense", tune=[f"{RATE}=1e-4,3e-4"], dry_run=True)
     assert run_comparison(given) == []
     shown = capsys.readouterr().out
@@ -153,9 +144,7 @@ def test_a_dry_run_names_every_run_and_writes_nothing(
         ([], {"tune_seeds": "5"}, "--tune-seeds 5 tunes nothing"),
     ],
 )
-def test_a_wrong_grid_is_refused_before_anything_is_written(
-    experiment: Experiment, tune, changed, message
-):
+def test_a_wrong_grid_is_refused_before_anything_is_written(experiment, tune, changed, message):
     with pytest.raises(ValueError, match=message):
         compare(experiment, *tune, arms="dense,sigmoid", **changed)
     assert not (experiment.output / SETTINGS).exists()

@@ -1,7 +1,5 @@
 """The grid of a scaling experiment, its runs (with a script in place of the training), its table and its figures."""
 
-from __future__ import annotations
-
 import csv
 import json
 import sys
@@ -38,7 +36,7 @@ POINT = "E4-k2-sigmoid-epauto-kit-minilm"
 
 
 @pytest.fixture
-def experiment(tmp_path: Path) -> Experiment:
+def experiment(tmp_path) -> Experiment:
     (tmp_path / "recipe.yaml").write_text(RECIPE)
     zero2 = ROOT / "ds_configs/zero2.json"
     return Experiment(tmp_path / "recipe.yaml", zero2, tmp_path / "out", ranks=2)
@@ -48,7 +46,7 @@ def points(plan: Plan) -> list[tuple[int, int]]:
     return [(arm.settings["experts"], arm.settings["top_k"]) for arm in plan.arms]
 
 
-def test_lists_are_read_and_a_missing_list_is_the_recipes_own_value(experiment: Experiment):
+def test_lists_are_read_and_a_missing_list_is_the_recipes_own_value(experiment):
     recipe = load_recipe(experiment.config)
     lists = {
         "experts": "0, 2,4,2",
@@ -73,14 +71,12 @@ def test_lists_are_read_and_a_missing_list_is_the_recipes_own_value(experiment: 
         ({"encoder": ""}, "--encoder is ''; '' must be a name"),
     ],
 )  # fmt: skip
-def test_a_wrong_list_is_refused_with_the_valid_values(
-    experiment: Experiment, lists: dict, message: str
-):
+def test_a_wrong_list_is_refused_with_the_valid_values(experiment, lists, message):
     with pytest.raises(ValueError, match=message):
         read_grid(load_recipe(experiment.config), lists)
 
 
-def test_impossible_combinations_are_left_out_with_a_note(experiment: Experiment):
+def test_impossible_combinations_are_left_out_with_a_note(experiment):
     grid = ONE | {"experts": (1, 2, 4), "top_k": (1, 2), "ep_size": (2,)}
     plan = plan_grid(grid, experiment)
     assert points(plan) == [(2, 1), (2, 2), (4, 1), (4, 2)]
@@ -98,7 +94,7 @@ def test_impossible_combinations_are_left_out_with_a_note(experiment: Experiment
     assert "must divide both the ranks (2)" in plan.notes[0] and "[1, 2]" in plan.notes[0]
 
 
-def test_without_experts_k_gate_and_ep_are_one_arm(experiment: Experiment):
+def test_without_experts_k_gate_and_ep_are_one_arm(experiment):
     grid = ONE | {"experts": (0,), "top_k": (1, 2, "all"), "gate": ("sigmoid", "softmax"),
                   "ep_size": (1, 2), "seeds": (0, 1)}  # fmt: skip
     plan = plan_grid(grid, experiment)
@@ -107,7 +103,7 @@ def test_without_experts_k_gate_and_ep_are_one_arm(experiment: Experiment):
     assert plan.notes == () and plan.trials[0].overrides == arguments
 
 
-def test_all_is_as_many_as_there_are_and_no_run_is_made_twice(experiment: Experiment):
+def test_all_is_as_many_as_there_are_and_no_run_is_made_twice(experiment):
     plan = plan_grid(ONE | {"experts": (2, 4), "top_k": (2, "all")}, experiment)
     assert points(plan) == [(2, 2), (4, 2), (4, 4)]
     # Bias balancing is the recipe's default, and refused where all experts run.
@@ -115,7 +111,7 @@ def test_all_is_as_many_as_there_are_and_no_run_is_made_twice(experiment: Experi
     assert [moe.balance for moe in moes] == ["none", "bias", "none"]
 
 
-def test_the_overrides_of_a_point_make_its_recipe(experiment: Experiment):
+def test_the_overrides_of_a_point_make_its_recipe(experiment):
     grid = ONE | {"experts": (8,), "gate": ("softmax",), "ep_size": (2,), "seeds": (3,)}
     (trial,) = plan_grid(grid, experiment).trials
     recipe = load_recipe(experiment.config, [*trial.overrides, f"run.name={trial.name}"])
@@ -134,14 +130,12 @@ def test_the_overrides_of_a_point_make_its_recipe(experiment: Experiment):
         ({"encoder": ("a/mine", "b/mine")}, [], "two encoders would share the run folder"),
     ],
 )
-def test_an_impossible_experiment_is_refused(
-    experiment: Experiment, changed: dict, overrides: list[str], message: str
-):
+def test_an_impossible_experiment_is_refused(experiment, changed, overrides, message):
     with pytest.raises(ValueError, match=message):
         plan_grid(ONE | changed, replace(experiment, overrides=tuple(overrides)))
 
 
-def test_a_folder_takes_one_experiment_only(experiment: Experiment):
+def test_a_folder_takes_one_experiment_only(experiment):
     record_settings(experiment, file_name="scale.json")
     record_settings(experiment, file_name="scale.json")
     for changed, message in (
@@ -173,7 +167,7 @@ sys.exit(3)
 
 
 @pytest.fixture
-def fake(experiment: Experiment, monkeypatch: pytest.MonkeyPatch) -> dict[int, str]:
+def fake(experiment, monkeypatch) -> dict[int, str]:
     """Seed -> how the run of that seed ends: well where it is not named."""
     fates: dict[int, str] = {}
 
@@ -186,7 +180,7 @@ def fake(experiment: Experiment, monkeypatch: pytest.MonkeyPatch) -> dict[int, s
 
 
 @pytest.fixture
-def printed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def printed(monkeypatch) -> list[str]:
     """Lines that the runner prints."""
     lines: list[str] = []
     monkeypatch.setattr(runner, "print_now", lines.append)
@@ -201,7 +195,7 @@ def run(experiment: Experiment, seeds: int) -> tuple[list[str], int]:
     return [trial.name for trial in failed], len(reports)
 
 
-def test_two_commands_do_not_run_one_experiment(experiment: Experiment):
+def test_two_commands_do_not_run_one_experiment(experiment):
     experiment.output.mkdir(parents=True, exist_ok=True)
     with (
         locked(lock_beside(experiment.runs), "x"),
@@ -210,9 +204,7 @@ def test_two_commands_do_not_run_one_experiment(experiment: Experiment):
         run(experiment, 1)
 
 
-def test_a_failing_run_is_recorded_and_the_others_run(
-    experiment: Experiment, fake: dict[int, str], printed: list[str]
-):
+def test_a_failing_run_is_recorded_and_the_others_run(experiment, fake, printed):
     fake |= {0: "refused", 1: "lost"}
     failed, reports = run(experiment, 3)
     assert failed == [f"{POINT}-s0", f"{POINT}-s1"] and reports == 3
@@ -226,9 +218,7 @@ def test_a_failing_run_is_recorded_and_the_others_run(
     assert experiment.problem(trial) == "comoe: rank 0: the encoder is missing"
 
 
-def test_a_port_that_another_process_took_is_chosen_again(
-    experiment: Experiment, fake: dict[int, str], printed: list[str]
-):
+def test_a_port_that_another_process_took_is_chosen_again(experiment, fake, printed):
     fake[0] = "taken"
     failed, _ = run(experiment, 1)
     assert failed == [] and "validation 0.5000" in printed[1]
@@ -236,9 +226,7 @@ def test_a_port_that_another_process_took_is_chosen_again(
     assert log.count("\n$ ") == 1 and log.count("comoe: rank 0: no connection") == 3
 
 
-def test_a_second_call_makes_only_what_is_not_done(
-    experiment: Experiment, fake: dict[int, str], printed: list[str]
-):
+def test_a_second_call_makes_only_what_is_not_done(experiment, fake, printed):
     fake[1] = "refused"
     run(experiment, 3)
     results = experiment.runs / f"{POINT}-s0/results.json"
@@ -250,9 +238,7 @@ def test_a_second_call_makes_only_what_is_not_done(
     assert not (experiment.output / "failed").exists()
 
 
-def test_an_interrupted_run_is_resumed_and_a_new_one_gets_all_overrides(
-    experiment: Experiment,
-):
+def test_an_interrupted_run_is_resumed_and_a_new_one_gets_all_overrides(experiment):
     experiment = replace(experiment, overrides=("train.epochs=1",))
     (trial,) = plan_grid(ONE, experiment).trials
     command = command_of(experiment, trial)
@@ -308,7 +294,7 @@ def plan_of(*points: tuple[int, tuple[int, ...]]) -> Plan:
 
 
 @pytest.fixture
-def rows(experiment: Experiment) -> list[dict[str, Any]]:
+def rows(experiment) -> list[dict[str, Any]]:
     """Two seeds of k = 2 at two sizes, the encoder alone, one failed, one open."""
     plan = plan_of((4, (0, 1)), (8, (0, 1)), (0, (0,)), (16, (0, 1)))
     for arm in plan.arms[:3]:
@@ -321,7 +307,7 @@ def rows(experiment: Experiment) -> list[dict[str, Any]]:
     return read_rows(plan, experiment)
 
 
-def test_a_row_holds_what_the_run_left(rows: list[dict[str, Any]]):
+def test_a_row_holds_what_the_run_left(rows):
     # The mean: an error counts against. The step: the first ones, 500 ms each, are left out.
     expected = {
         "status": "done", "ep_size": 2, "split": "test", "mood/macro_f1": 0.74, "heat/mae": 0.5, "mean": 0.12,
@@ -332,14 +318,14 @@ def test_a_row_holds_what_the_run_left(rows: list[dict[str, Any]]):
     assert [row["status"] for row in rows[4:]] == ["done", "failed", "open"]
 
 
-def test_a_run_without_test_labels_or_experts_has_a_row_too(experiment: Experiment):
+def test_a_run_without_test_labels_or_experts_has_a_row_too(experiment):
     plan = plan_of((0, (0,)))
     leave_run(experiment.runs / plan.trials[0].name, score=0.9, experts=0, test=False)
     (row,) = read_rows(plan, experiment)
     assert row["split"] == "validation" and row["mean"] == 0.1 and "max_violation" not in row
 
 
-def test_the_mean_leaves_auxiliary_tasks_out_and_the_row_shows_them(experiment: Experiment):
+def test_the_mean_leaves_auxiliary_tasks_out_and_the_row_shows_them(experiment):
     plan = plan_of((0, (0, 1)))
     for seed, tasks in enumerate(
         ([TASK, ERROR | {"auxiliary": True}], [TASK | {"auxiliary": True}])
@@ -352,9 +338,7 @@ def test_the_mean_leaves_auxiliary_tasks_out_and_the_row_shows_them(experiment: 
     assert none["mean"] is None and none["mood/macro_f1"] == 0.8
 
 
-def test_the_csv_has_every_run_and_the_markdown_means_over_seeds(
-    rows: list[dict[str, Any]], tmp_path: Path
-):
+def test_the_csv_has_every_run_and_the_markdown_means_over_seeds(rows, tmp_path):
     write_tables(rows, tmp_path)
     with (tmp_path / "table.csv").open() as file:
         read = list(csv.DictReader(file))
@@ -374,9 +358,7 @@ def test_the_csv_has_every_run_and_the_markdown_means_over_seeds(
     assert "0 of 2 runs done, 1 open, 1 failed" in markdown(rows[-2:])
 
 
-def test_a_figure_has_a_line_per_k_the_seeds_and_the_level_without_experts(
-    rows: list[dict[str, Any]],
-):
+def test_a_figure_has_a_line_per_k_the_seeds_and_the_level_without_experts(rows):
     done = [row for row in rows if row["status"] == "done"]
     other = [row | {"top_k": 1, "mean": 0.2} for row in done if row["experts"]]
     assert list(series_of([*other, *done[:4]])) == ["k = 1", "k = 2"]
@@ -393,7 +375,7 @@ def test_a_figure_has_a_line_per_k_the_seeds_and_the_level_without_experts(
     assert list(series_of(both)) == ["k = 2, sigmoid", "k = 2, softmax"]
 
 
-def test_figures_of_quality_cost_and_shares_are_written(rows: list[dict[str, Any]], tmp_path: Path):
+def test_figures_of_quality_cost_and_shares_are_written(rows, tmp_path):
     output = tmp_path / "out"
     write_plots(rows, output)
     written = {path.name for path in (output / "plots").iterdir()}
@@ -403,9 +385,7 @@ def test_figures_of_quality_cost_and_shares_are_written(rows: list[dict[str, Any
     assert not (tmp_path / "nothing").exists()
 
 
-def test_tensorboard_gets_one_entry_per_finished_run_and_keeps_it(
-    rows: list[dict[str, Any]], tmp_path: Path
-):
+def test_tensorboard_gets_one_entry_per_finished_run_and_keeps_it(rows, tmp_path):
     write_hparams(rows, tmp_path)
     folder = tmp_path / "tensorboard" / rows[0]["run"]
     files = sorted(folder.iterdir())
@@ -419,11 +399,11 @@ def test_tensorboard_gets_one_entry_per_finished_run_and_keeps_it(
 @pytest.mark.parametrize(
     ("text", "numbers"), [("1..8", [1, 2, 4, 8]), ("3..13", [3, 6, 12]), ("5,64", [5, 64])]
 )
-def test_numbers_of_gpus_are_listed_or_doubled(text: str, numbers: list[int]):
+def test_numbers_of_gpus_are_listed_or_doubled(text, numbers):
     assert gpu_numbers(text) == numbers
 
 
 @pytest.mark.parametrize("text", ["8..1", "a", "0..4", ""])
-def test_wrong_numbers_of_gpus_are_refused(text: str):
+def test_wrong_numbers_of_gpus_are_refused(text):
     with pytest.raises(ValueError, match="--gpus"):
         gpu_numbers(text)

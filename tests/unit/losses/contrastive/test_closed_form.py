@@ -1,7 +1,5 @@
 """The tiled closed form against float64 autograd of the formula as it is written."""
 
-from __future__ import annotations
-
 from functools import partial
 
 import pytest

@@ -1,7 +1,5 @@
 """GradCache: the gradient of the large batch in the memory of a small one, dropout, routing and two views included."""
 
-from __future__ import annotations
-
 import gc
 import weakref
 from collections.abc import Sequence
@@ -63,7 +61,7 @@ def cached_step(
 
 @pytest.mark.parametrize("size", [2, 3, 6])
 @pytest.mark.parametrize("route_by", ["token", "task"])
-def test_chunks_give_the_loss_and_the_gradient_of_the_large_batch(size: int, route_by: str):
+def test_chunks_give_the_loss_and_the_gradient_of_the_large_batch(size, route_by):
     batch = some_missing(random_batch(rows=ROWS, tasks=TASKS))
     objective = tiny_objective(moe_config(route_by=route_by), tasks=TASKS, loss=LOSS).train()
     whole = objective(chunks_of(batch, ROWS)[0])

@@ -1,7 +1,5 @@
 """The contrastive loss of every kind against the dense formula in float64, and its edges."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 

@@ -1,7 +1,5 @@
 """The queue: first in, first out, seen by anchors, silent during warm-up, safe from casts."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

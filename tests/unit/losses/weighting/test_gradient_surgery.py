@@ -1,7 +1,5 @@
 """Combining conflicting gradients: by inner products alone the same as by the gradients themselves."""
 
-from __future__ import annotations
-
 import itertools
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Weightings: their values by hand, their optima, what they carry, and what they leave out."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 

@@ -1,7 +1,5 @@
 """Weighting by the tasks' gradients: the inner products are those of a real layer, over any micro-batches."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import numpy as np

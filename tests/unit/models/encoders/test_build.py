@@ -1,7 +1,5 @@
 """Loading encoders: what is read, and what is refused in which words."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,7 +1,5 @@
 """Encoder-decoders from folder to export: what is tied, what is kept of a folder's settings, shapes without weights."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from types import SimpleNamespace

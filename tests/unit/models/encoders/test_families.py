@@ -1,7 +1,5 @@
 """Families: where blocks attach, that nothing changes at step 0, and which layers train."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

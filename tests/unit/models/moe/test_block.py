@@ -1,7 +1,5 @@
 """The cooperative block against dense references in float64."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import replace
 
@@ -210,11 +208,7 @@ def test_a_mixture_is_what_autoep_looks_for():
     (mixture,) = found.values()
     assert mixture.gate.weight.shape == (4, WIDTH)
     assert mixture.gate.e_score_correction_bias.dtype == torch.float32
-    assert mixture.experts.gate_up_proj.shape == (
-        4,
-        24,
-        WIDTH,
-    )
+    assert mixture.experts.gate_up_proj.shape == (4, 24, WIDTH)
     assert mixture.experts.down_proj.shape == (4, WIDTH, 12)
     owners = [
         name
@@ -281,7 +275,7 @@ def test_output_init_is_the_spread_of_the_output_projection(spread):
 
 
 @pytest.mark.parametrize("off", [False, True])
-def test_a_block_measures_its_update_and_what_it_read_outside_training(off: bool):
+def test_a_block_measures_its_update_and_what_it_read_outside_training(off):
     block, context = build_block()
     block.holder.off = off
     x_BLM = torch.randn(2, 5, M, dtype=torch.float64)

@@ -1,7 +1,5 @@
 """The experts' own autograd step against plain autograd in float64."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import torch.nn.functional as F

@@ -1,7 +1,5 @@
 """Gates: what they pick, how they weigh, and what the balance bias may do."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import nn

@@ -1,7 +1,5 @@
 """Tiles of rows against one expert after another, in float64, gradients too."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 
@@ -11,7 +9,7 @@ LOADS = ([5, 0, 17, 1, 40], [63], [0, 0, 3], [16, 32, 0, 16], [0, 0, 0], [1000, 
 
 
 @pytest.mark.parametrize("counts", LOADS, ids=str)
-def test_tiles_equal_one_expert_after_another(counts: list[int]):
+def test_tiles_equal_one_expert_after_another(counts):
     torch.manual_seed(0)
     experts = Experts(len(counts), 6, 5, output_init=0.3).double()
     weights = (experts.gate_up_proj, experts.down_proj)
@@ -62,7 +60,7 @@ def test_a_float32_model_on_a_gpu_answers_as_on_the_cpu_and_never_waits_for_the_
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("counts", [counts for counts in LOADS if sum(counts)], ids=str)
-def test_grouped_products_in_bfloat16_equal_tiles_in_float32(counts: list[int]):
+def test_grouped_products_in_bfloat16_equal_tiles_in_float32(counts):
     torch.manual_seed(0)
     experts = Experts(len(counts), 64, 32, output_init=0.3).cuda()
     weights = [weight.detach().bfloat16() for weight in experts.parameters()]

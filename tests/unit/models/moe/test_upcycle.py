@@ -1,7 +1,5 @@
 """Experts made of a dense block give what it gave."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """Fusions: what a picture may change, what it may not, and that every part learns on every rank."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 

@@ -1,7 +1,5 @@
 """Vision towers: what loads, what is refused in which words, and what a frozen one keeps."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

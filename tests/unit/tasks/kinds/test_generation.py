@@ -42,21 +42,19 @@ MOOD = Task(
         ("half \ud800 pair", "half \ufffd pair"),
     ],
 )
-def test_a_text_is_a_cell_as_it_is_written_and_a_list_is_joined(
-    cell: object, text: str | None
-) -> None:
+def test_a_text_is_a_cell_as_it_is_written_and_a_list_is_joined(cell, text):
     assert TEXT.parse(cell, ()) == text
 
 
 @pytest.mark.parametrize(
     ("cell", "match"), [({"a": 1}, "is no text"), ("a\x00b", "NUL character"), ([["a"]], "text")]
 )
-def test_a_cell_that_is_no_text_is_refused(cell: object, match: str) -> None:
+def test_a_cell_that_is_no_text_is_refused(cell, match):
     with pytest.raises(ValueError, match=match):
         TEXT.parse(cell, ())
 
 
-def test_targets_are_numbers_of_tokens_and_rows_without_a_text_are_ignored() -> None:
+def test_targets_are_numbers_of_tokens_and_rows_without_a_text_are_ignored():
     targets = TEXT.collate([3, None, 1], labels=(), length=9)
     assert targets.tolist() == [3, IGNORED, 1]
     assert TEXT.labelled(targets).tolist() == [True, False, True]
@@ -66,12 +64,12 @@ def test_targets_are_numbers_of_tokens_and_rows_without_a_text_are_ignored() -> 
 
 
 @pytest.mark.parametrize("text", ["\U0010ffff电池\U0001f468‍\U0001f469 ñ", ""])
-def test_a_generated_text_is_shown_with_its_probability(text: str) -> None:
+def test_a_generated_text_is_shown_with_its_probability(text):
     output = PostOutput(0, GeneratedText(-1.0, math.log(0.25), text), None)
     assert TEXT.decode([output], ASPECT) == [{"answer": text, "probability": pytest.approx(0.25)}]
 
 
-def test_a_row_weighs_by_its_confidence_and_only_the_gold_label_is_read() -> None:
+def test_a_row_weighs_by_its_confidence_and_only_the_gold_label_is_read():
     logits = torch.tensor([[-1.0, -9.0], [-2.0, -3.0], [-5.0, -7.0]], requires_grad=True)
     targets, weights = torch.tensor([0, 1, IGNORED]), torch.tensor([0.5, 1.0, 1.0])
     loss = WORDS.loss(logits, targets, MOOD, weights)
@@ -84,7 +82,7 @@ def test_a_row_weighs_by_its_confidence_and_only_the_gold_label_is_read() -> Non
     assert TEXT.normalizer(texts, ASPECT).item() == 5.0
 
 
-def test_scored_words_become_shares_that_sum_to_1() -> None:
+def test_scored_words_become_shares_that_sum_to_1():
     logits = torch.tensor([[math.log(0.02), math.log(0.06)]])
     outputs = [PostOutput(0, logits[0].numpy(), np.int64(1))]
     (answer,) = WORDS.decode(outputs, MOOD)
@@ -97,7 +95,7 @@ def test_scored_words_become_shares_that_sum_to_1() -> None:
     assert WORDS.confusion(gold, scores, MOOD).tolist() == [[0, 0], [0, 1]]
 
 
-def test_texts_are_scored_beside_the_commonest_one() -> None:
+def test_texts_are_scored_beside_the_commonest_one():
     gold = ["screen", "battery life", "battery life", "keyboard"]
     found = TEXT.score(gold, ["Screen!", "battery", "the battery life", "mouse"], ASPECT)
     assert found == pytest.approx(
@@ -111,14 +109,14 @@ def test_texts_are_scored_beside_the_commonest_one() -> None:
     assert TEXT.confusion(gold, gold, ASPECT) is None
 
 
-def test_written_predictions_are_compared_by_their_texts() -> None:
+def test_written_predictions_are_compared_by_their_texts():
     rows = [{"gold": "screen", "answer": "the screen"}, {"gold": "a b", "answer": "b"}]
     gold, predicted = TEXT.compared(rows, ASPECT)
     assert TEXT.measure(gold, predicted, ASPECT) == pytest.approx((1 + 1) / 2)
     assert TEXT.measure(gold, predicted, ASPECT) == TEXT.score(gold, predicted, ASPECT)["token_f1"]
 
 
-def test_runs_are_compared_over_resampled_posts() -> None:
+def test_runs_are_compared_over_resampled_posts():
     predictions = [
         {"row": row, "gold": gold, "answer": answer}
         for row, (gold, answer) in enumerate(
@@ -136,7 +134,7 @@ def test_runs_are_compared_over_resampled_posts() -> None:
     )
 
 
-def test_a_decoder_that_is_told_the_answer_has_no_training_metric() -> None:
+def test_a_decoder_that_is_told_the_answer_has_no_training_metric():
     tasks = (Task("heat", "regression", (), "pearson"), ASPECT, MOOD)
     batch = batch_of_labels({
         "heat": torch.tensor([0.0, 1.0, 2.0]), "mood": torch.tensor([0, 1, 1]),

@@ -1,7 +1,5 @@
 """Kinds of tasks: reading cells, losses against float64 references, answers, scores."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -147,27 +145,23 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("kind", "value", "labels", "expected"), PARSED)
-def test_a_cell_is_parsed(
-    kind: str, value: object, labels: tuple[str, ...], expected: object
-) -> None:
+def test_a_cell_is_parsed(kind, value, labels, expected):
     assert KINDS[kind].parse(value, labels) == expected
 
 
 @pytest.mark.parametrize(("kind", "value", "labels", "message"), REFUSED)
-def test_a_bad_cell_is_refused(
-    kind: str, value: object, labels: tuple[str, ...], message: str
-) -> None:
+def test_a_bad_cell_is_refused(kind, value, labels, message):
     with pytest.raises(ValueError, match=message):
         KINDS[kind].parse(value, labels)
 
 
 @pytest.mark.parametrize("kind", SCORED)
 @pytest.mark.parametrize("value", [None, "", "  ", math.nan, np.float64("nan")])
-def test_an_empty_cell_is_missing(kind: str, value: object) -> None:
+def test_an_empty_cell_is_missing(kind, value):
     assert KINDS[kind].parse(value, TASKS[kind].labels) is None
 
 
-def test_labels_are_found_in_natural_order() -> None:
+def test_labels_are_found_in_natural_order():
     for kind, cells, labels in (
         ("single_label", ["10", 2, None, 1.0, "2", ""], ("1", "2", "10")),
         ("single_label", ["topic 11", "topic 9", "art"], ("art", "topic 9", "topic 11")),
@@ -182,7 +176,7 @@ def test_labels_are_found_in_natural_order() -> None:
 # Targets
 
 
-def test_targets_have_the_documented_shape_and_mark_what_is_missing() -> None:
+def test_targets_have_the_documented_shape_and_mark_what_is_missing():
     assert targets_of("single_label").tolist() == [0, IGNORED, 2, 1, 2]
     multi = targets_of("multi_label")
     assert multi.dtype == torch.float32
@@ -197,7 +191,7 @@ def test_targets_have_the_documented_shape_and_mark_what_is_missing() -> None:
 
 
 @pytest.mark.parametrize("kind", SCORED)
-def test_gold_gives_the_labels_back_in_words(kind: str) -> None:
+def test_gold_gives_the_labels_back_in_words(kind):
     expected = {
         "single_label": ["negative", None, "positive", "neutral", "positive"],
         "multi_label": [["negative", "positive"], [], None, ["neutral"], list(LABELS)],
@@ -299,7 +293,7 @@ REFERENCES: dict[str, Callable[[Tensor, Task], tuple[float, float]]] = {
     ("kind", "weighted"),
     [*((kind, False) for kind in SCORED), *((kind, True) for kind in WEIGHTED)],
 )
-def test_loss_and_units_equal_a_float64_reference(kind: str, weighted: bool) -> None:
+def test_loss_and_units_equal_a_float64_reference(kind, weighted):
     task, logits, targets = task_of(kind, weighted=weighted), logits_of(kind), targets_of(kind)
     loss, units = REFERENCES[kind](logits, task)
     assert KINDS[kind].loss(logits, targets, task).item() == pytest.approx(loss, rel=1e-6)
@@ -310,7 +304,7 @@ def test_loss_and_units_equal_a_float64_reference(kind: str, weighted: bool) -> 
     ("kind", "weighted"),
     [*((kind, False) for kind in SCORED), *((kind, True) for kind in WEIGHTED)],
 )
-def test_gradient_equals_differences_of_the_float64_reference(kind: str, weighted: bool) -> None:
+def test_gradient_equals_differences_of_the_float64_reference(kind, weighted):
     task, logits = task_of(kind, weighted=weighted), logits_of(kind).requires_grad_()
     (gradient,) = torch.autograd.grad(KINDS[kind].loss(logits, targets_of(kind), task), logits)
     numeric = torch.zeros_like(gradient, dtype=torch.float64)
@@ -327,7 +321,7 @@ def test_gradient_equals_differences_of_the_float64_reference(kind: str, weighte
 @pytest.mark.parametrize(
     ("kind", "best"), [("single_label", 0.8), ("tags", 0.8), ("multi_label", 0.85)]
 )
-def test_the_best_answer_under_smoothing_is_the_smoothed_target(kind: str, best: float) -> None:
+def test_the_best_answer_under_smoothing_is_the_smoothed_target(kind, best):
     """Of three labels the right one is to get 1 - s + s/3; where labels do not exclude each other, 1 - s/2 of a yes."""
     task, targets = replace(TASKS[kind], label_smoothing=0.3), targets_of(kind)
     logits = torch.zeros_like(logits_of(kind)).requires_grad_()
@@ -349,7 +343,7 @@ def test_the_best_answer_under_smoothing_is_the_smoothed_target(kind: str, best:
     ("kind", "weighted"),
     [*((kind, False) for kind in SCORED), *((kind, True) for kind in WEIGHTED)],
 )
-def test_parts_of_the_rows_add_up_to_the_whole(kind: str, weighted: bool, cut: list[int]) -> None:
+def test_parts_of_the_rows_add_up_to_the_whole(kind, weighted, cut):
     rules, task, logits, targets = (
         KINDS[kind],
         task_of(kind, weighted=weighted),
@@ -369,9 +363,7 @@ def test_parts_of_the_rows_add_up_to_the_whole(kind: str, weighted: bool, cut: l
 @pytest.mark.parametrize("rows", [0, 2])
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("kind", SCORED)
-def test_rows_without_a_label_lose_nothing_and_still_give_a_gradient(
-    kind: str, rows: int, weighted: bool
-) -> None:
+def test_rows_without_a_label_lose_nothing_and_still_give_a_gradient(kind, rows, weighted):
     rules, task = KINDS[kind], task_of(kind, weighted=weighted and kind in WEIGHTED)
     logits = logits_of(kind)[:rows].requires_grad_()
     targets = rules.collate([None] * rows, labels=task.labels, length=4)
@@ -385,7 +377,7 @@ def test_rows_without_a_label_lose_nothing_and_still_give_a_gradient(
 
 
 @pytest.mark.parametrize("kind", SCORED)
-def test_half_precision_logits_are_summed_in_float32(kind: str) -> None:
+def test_half_precision_logits_are_summed_in_float32(kind):
     logits, targets, task = logits_of(kind).bfloat16(), targets_of(kind), TASKS[kind]
     loss = KINDS[kind].loss(logits, targets, task)
     assert loss.dtype == torch.float32
@@ -395,7 +387,7 @@ def test_half_precision_logits_are_summed_in_float32(kind: str) -> None:
 # Answers
 
 
-def test_one_label_is_decoded_with_the_probability_of_each() -> None:
+def test_one_label_is_decoded_with_the_probability_of_each():
     logits = torch.tensor([[0.0, math.log(2.0), math.log(5.0)]])
     (answer,) = KINDS["single_label"].decode(shown(logits), TASKS["single_label"])
     assert answer["label"] == "positive"
@@ -404,7 +396,7 @@ def test_one_label_is_decoded_with_the_probability_of_each() -> None:
     )
 
 
-def test_label_sets_are_decoded_at_one_half() -> None:
+def test_label_sets_are_decoded_at_one_half():
     logits = torch.tensor([[0.0, -0.1, math.log(3.0)], [-1.0, -1.0, -1.0]])
     first, second = KINDS["multi_label"].decode(shown(logits), TASKS["multi_label"])
     assert first["labels"] == ["negative", "positive"]
@@ -413,7 +405,7 @@ def test_label_sets_are_decoded_at_one_half() -> None:
 
 
 @pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (40.0, 2.5), (-0.3, 0.01)])
-def test_a_number_is_decoded_and_scored_in_the_unit_of_the_labels(mean: float, std: float) -> None:
+def test_a_number_is_decoded_and_scored_in_the_unit_of_the_labels(mean, std):
     task = replace(TASKS["regression"], label_mean=mean, label_std=std)
     outputs = [
         PostOutput(row, np.float32([z]), np.float32(gold))
@@ -426,7 +418,7 @@ def test_a_number_is_decoded_and_scored_in_the_unit_of_the_labels(mean: float, s
     assert gold.tolist() == [1.0, 3.0] and scores.tolist() == [found[0], found[2]]
 
 
-def test_words_are_decoded_as_tags_and_spans() -> None:
+def test_words_are_decoded_as_tags_and_spans():
     words = [torch.tensor([[0.0, 9.0, 0.0], [0.0, 0.0, 9.0], [9.0, 0.0, 0.0]]), torch.zeros(0, 3)]
     first, second = KINDS["tags"].decode(shown(words), TASKS["tags"])
     assert first["tags"] == ["B-PER", "I-PER", "O"]
@@ -438,9 +430,7 @@ def test_words_are_decoded_as_tags_and_spans() -> None:
 
 
 @pytest.mark.parametrize("kind", SCORED)
-def test_the_labelled_rows_of_a_batch_are_gold_and_scores_and_stack_as_they_were(
-    kind: str,
-) -> None:
+def test_the_labelled_rows_of_a_batch_are_gold_and_scores_and_stack_as_they_were(kind):
     rules, task = KINDS[kind], TASKS[kind]
     logits, targets = logits_of(kind), targets_of(kind)
     starts = torch.ones(5, 4, dtype=torch.bool)
@@ -472,7 +462,7 @@ def test_the_labelled_rows_of_a_batch_are_gold_and_scores_and_stack_as_they_were
 # Scores
 
 
-def test_scores_of_one_label_hold_the_official_metric_and_its_baseline() -> None:
+def test_scores_of_one_label_hold_the_official_metric_and_its_baseline():
     task = replace(TASKS["single_label"], metric="macro_recall")
     gold, scores = np.array([2, 2, 2, 0]), np.eye(3)[[2, 2, 0, 0]]
     values = KINDS["single_label"].score(gold, scores, task)
@@ -488,7 +478,7 @@ def test_scores_of_one_label_hold_the_official_metric_and_its_baseline() -> None
     ]
 
 
-def test_scores_of_numbers_have_the_error_of_the_mean_beside_them() -> None:
+def test_scores_of_numbers_have_the_error_of_the_mean_beside_them():
     gold, predicted = np.array([0.0, 2.0], dtype=np.float32), np.array([0.5, 1.5], dtype=np.float32)
     values = KINDS["regression"].score(gold, predicted, TASKS["regression"])
     assert values == pytest.approx(
@@ -497,7 +487,7 @@ def test_scores_of_numbers_have_the_error_of_the_mean_beside_them() -> None:
     assert KINDS["regression"].confusion(gold, predicted, TASKS["regression"]) is None
 
 
-def test_scores_of_label_sets_compare_with_the_labels_of_most_posts() -> None:
+def test_scores_of_label_sets_compare_with_the_labels_of_most_posts():
     task = replace(TASKS["multi_label"], metric="micro_f1")
     gold = np.array([[1, 0, 0], [1, 1, 0], [0, 0, 0]])
     values = KINDS["multi_label"].score(gold, gold * 0.9, task)
@@ -507,7 +497,7 @@ def test_scores_of_label_sets_compare_with_the_labels_of_most_posts() -> None:
     )  # "negative" for all: 2 right, 1 too many
 
 
-def test_scores_of_tags_hold_spans_and_words_and_a_baseline_that_finds_nothing() -> None:
+def test_scores_of_tags_hold_spans_and_words_and_a_baseline_that_finds_nothing():
     gold = [np.array([1, 2, 0]), np.array([1])]
     scores = [np.eye(3)[[1, 2, 0]], np.eye(3)[[0]]]
     values = KINDS["tags"].score(gold, scores, TASKS["tags"])
@@ -522,7 +512,7 @@ def test_scores_of_tags_hold_spans_and_words_and_a_baseline_that_finds_nothing()
 
 
 @pytest.mark.parametrize("kind", SCORED)
-def test_no_rows_give_the_same_keys_and_no_nan(kind: str) -> None:
+def test_no_rows_give_the_same_keys_and_no_nan(kind):
     rules, task = KINDS[kind], TASKS[kind]
     full = rules.score(*rules.gold_and_scores(outputs_of(kind), task), task)
     empty = rules.score(*rules.gold_and_scores([], task), task)
@@ -532,7 +522,7 @@ def test_no_rows_give_the_same_keys_and_no_nan(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", SCORED)
-def test_every_metric_of_a_kind_can_be_the_main_one(kind: str) -> None:
+def test_every_metric_of_a_kind_can_be_the_main_one(kind):
     rules = KINDS[kind]
     for metric in rules.metrics:
         labels = (

@@ -1,7 +1,5 @@
 """Phrases of a post as tags, beside tasks that read the whole post and an aspect."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np
@@ -40,17 +38,17 @@ def tags_of(text: str, *phrases: str) -> list[str]:
         ("nothing of it", [], []),
     ],
 )
-def test_phrases_become_begin_and_inside(text: str, phrases: list[str], marked: list[str]) -> None:
+def test_phrases_become_begin_and_inside(text, phrases, marked):
     assert [tag for tag in tags_of(text, *phrases) if not tag.endswith("/O")] == marked
 
 
 @pytest.mark.parametrize("phrase", ["goo", "goods", "bad good"])
-def test_a_phrase_that_is_not_in_the_post_is_refused(phrase: str) -> None:
+def test_a_phrase_that_is_not_in_the_post_is_refused(phrase):
     with pytest.raises(ValueError, match=f"'{phrase}' is not in the post"):
         tags_of("a good one", phrase)
 
 
-def test_an_empty_text_is_a_missing_label_and_an_empty_list_says_that_there_is_none() -> None:
+def test_an_empty_text_is_a_missing_label_and_an_empty_list_says_that_there_is_none():
     assert PHRASES.parse("", PHRASE_TAGS) is None and PHRASES.parse([], PHRASE_TAGS) == []
     assert PHRASES.fitted([], ["a", "b"]) == [0, 0]
     assert PHRASES.discover(["", None, "good"]) == PHRASE_TAGS
@@ -58,17 +56,17 @@ def test_an_empty_text_is_a_missing_label_and_an_empty_list_says_that_there_is_n
 
 
 @pytest.mark.parametrize("value", [3, [1], {"a": 1}])
-def test_a_cell_that_is_no_phrase_is_refused(value: object) -> None:
+def test_a_cell_that_is_no_phrase_is_refused(value):
     with pytest.raises(ValueError, match="is no phrase"):
         PHRASES.parse(value, PHRASE_TAGS)
 
 
-def test_own_labels_have_no_meaning_for_phrases() -> None:
+def test_own_labels_have_no_meaning_for_phrases():
     with pytest.raises(ValueError, match="leave its labels out"):
         PHRASES.parse("good", ("O", "B-good"))
 
 
-def test_tags_have_the_last_say_about_what_a_word_is() -> None:
+def test_tags_have_the_last_say_about_what_a_word_is():
     tags, mood = KINDS["tags"], KINDS["single_label"]
     assert word_splitter([mood]) is None
     assert word_splitter([mood, PHRASES])("so good.") == ["so", "good", "."]
@@ -76,7 +74,7 @@ def test_tags_have_the_last_say_about_what_a_word_is() -> None:
 
 
 @pytest.fixture
-def aspects(tmp_path: Path) -> Path:
+def aspects(tmp_path) -> Path:
     rows = [
         {
             "text": "Great food, slow staff",
@@ -124,9 +122,7 @@ def recipe_for(root: Path, on_error: str):
     return recipe
 
 
-def test_a_phrase_that_does_not_fit_stops_the_run_or_is_counted_as_a_missing_label(
-    aspects: Path,
-) -> None:
+def test_a_phrase_that_does_not_fit_stops_the_run_or_is_counted_as_a_missing_label(aspects):
     with pytest.raises(
         ValueError,
         match=r"train.jsonl:4: task opinion, column opinion: 'descent' is not in the post",
@@ -142,7 +138,7 @@ def test_a_phrase_that_does_not_fit_stops_the_run_or_is_counted_as_a_missing_lab
     )
 
 
-def test_truth_values_are_labels_and_slices(aspects: Path) -> None:
+def test_truth_values_are_labels_and_slices(aspects):
     corpus = load_corpus(recipe_for(aspects, "skip"))
     implicit = corpus.tasks[1]
     assert implicit.labels == ("false", "true") and implicit.auxiliary
@@ -151,7 +147,7 @@ def test_truth_values_are_labels_and_slices(aspects: Path) -> None:
     assert corpus.tasks[0].slices == ("implicit",) and not corpus.tasks[0].auxiliary
 
 
-def test_words_and_the_aspect_as_second_text_make_one_row_for_all_tasks(aspects: Path) -> None:
+def test_words_and_the_aspect_as_second_text_make_one_row_for_all_tasks(aspects):
     recipe = recipe_for(aspects, "skip")
     corpus = load_corpus(recipe)
     tokenizer = wordpiece_tokenizer(["great", "food", "slow", "staff", "i", "waited", "an", "hour"])
@@ -176,7 +172,4 @@ def test_words_and_the_aspect_as_second_text_make_one_row_for_all_tasks(aspects:
     ]
     assert (batch.labels["opinion"][1] == IGNORED).all()
     assert batch.labels["polarity"].tolist() == [0, 0]
-    assert batch.labels["implicit"].tolist() == [
-        0,
-        1,
-    ]
+    assert batch.labels["implicit"].tolist() == [0, 1]

@@ -1,7 +1,5 @@
 """Soft losses and divergences of every kind against float64 references; missing rows cost and teach nothing."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch
@@ -43,7 +41,7 @@ def reference(kind: str, logits: torch.Tensor, soft: torch.Tensor, T: float) -> 
 
 @pytest.mark.parametrize("T", [1.0, 2.5])
 @pytest.mark.parametrize("kind", SOFT)
-def test_the_soft_loss_is_that_of_the_float64_reference(kind: str, T: float):
+def test_the_soft_loss_is_that_of_the_float64_reference(kind, T):
     logits, soft, task = logits_of(kind).requires_grad_(), soft_of(kind), TASKS[kind]
     expected = reference(kind, logits.detach(), soft, T)
     rows = np.nan_to_num(expected).reshape(5, -1).sum(axis=1)
@@ -60,7 +58,7 @@ def test_the_soft_loss_is_that_of_the_float64_reference(kind: str, T: float):
 
 
 @pytest.mark.parametrize("kind", SOFT)
-def test_the_divergence_is_what_the_loss_has_above_its_least_value(kind: str):
+def test_the_divergence_is_what_the_loss_has_above_its_least_value(kind):
     logits, soft, task = logits_of(kind), soft_of(kind), TASKS[kind]
     found = task.rules.soft_divergences(logits, soft, task)
     own = task.rules.soft_logits(soft, task).nan_to_num()
@@ -71,7 +69,7 @@ def test_the_divergence_is_what_the_loss_has_above_its_least_value(kind: str):
 
 
 @pytest.mark.parametrize("kind", ["single_label", "multi_label"])
-def test_probabilities_of_0_and_1_are_finite_at_every_temperature(kind: str):
+def test_probabilities_of_0_and_1_are_finite_at_every_temperature(kind):
     task, soft = TASKS[kind], torch.tensor([[0.0, 0.0, 1.0]])
     logits = torch.tensor([[1.0, -2.0, 0.5]], requires_grad=True)
     for T in (0.5, 1.0, 4.0):

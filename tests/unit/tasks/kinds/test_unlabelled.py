@@ -1,7 +1,5 @@
 """A task of plain posts: read for training alone, in the contrastive loss, and in no answer, score or card."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,7 +37,7 @@ def corpus_of(root: Path, **tasks: TaskConfig) -> Corpus:
     return load_corpus(recipe_of(root, **tasks))
 
 
-def test_plain_posts_are_read_for_training_alone_and_need_no_label_column(tmp_path: Path) -> None:
+def test_plain_posts_are_read_for_training_alone_and_need_no_label_column(tmp_path):
     mood, plain = TaskConfig(path="moods"), TaskConfig(path="plain", text="post", kind="unlabelled")
     corpus = corpus_of(tmp_path, mood=mood, plain=plain)
     train = corpus.splits["train"]
@@ -50,7 +48,7 @@ def test_plain_posts_are_read_for_training_alone_and_need_no_label_column(tmp_pa
     assert not corpus.splits["validation"].labels["plain"].count(0)
 
 
-def test_plain_posts_may_be_a_text_file(tmp_path: Path) -> None:
+def test_plain_posts_may_be_a_text_file(tmp_path):
     (tmp_path / "plain.txt").write_bytes(
         "\ufefffirst post\r\n\n  \nwith\u2028a separator\nlast".encode()
     )
@@ -63,7 +61,7 @@ def test_plain_posts_may_be_a_text_file(tmp_path: Path) -> None:
     assert corpus.report.posts["plain"] == {"train": 3}
 
 
-def test_a_text_file_of_a_kind_with_labels_is_refused(tmp_path: Path) -> None:
+def test_a_text_file_of_a_kind_with_labels_is_refused(tmp_path):
     (tmp_path / "plain.txt").write_text("a post\n")
     with pytest.raises(
         ValueError, match="tasks.mood.label is 'label'.*Plain text has no labels: use it for kind"
@@ -71,7 +69,7 @@ def test_a_text_file_of_a_kind_with_labels_is_refused(tmp_path: Path) -> None:
         corpus_of(tmp_path, mood=TaskConfig(path="plain.txt"))
 
 
-def test_a_labelled_data_set_may_be_the_plain_posts_too(tmp_path: Path) -> None:
+def test_a_labelled_data_set_may_be_the_plain_posts_too(tmp_path):
     corpus = corpus_of(
         tmp_path, mood=TaskConfig(path="moods"), plain=TaskConfig(path="moods", kind="unlabelled")
     )
@@ -82,7 +80,7 @@ def test_a_labelled_data_set_may_be_the_plain_posts_too(tmp_path: Path) -> None:
     )
 
 
-def test_the_width_of_a_regression_is_the_spread_of_its_training_labels(tmp_path: Path) -> None:
+def test_the_width_of_a_regression_is_the_spread_of_its_training_labels(tmp_path):
     rows = [{"text": f"post {i}", "label": value} for i, value in enumerate([1.0, 3.0, 1.0, 3.0])]
     write_jsonl(tmp_path / "heat" / "train.jsonl", rows)
     write_jsonl(tmp_path / "heat" / "validation.jsonl", rows[:2])
@@ -92,7 +90,7 @@ def test_the_width_of_a_regression_is_the_spread_of_its_training_labels(tmp_path
     assert task.contrastive_width == 1.0
 
 
-def test_a_head_without_outputs_learns_its_pooling_from_the_contrastive_loss_alone() -> None:
+def test_a_head_without_outputs_learns_its_pooling_from_the_contrastive_loss_alone():
     objective = tiny_objective(tasks=TASKS, dropout=0.1).train()
     step = objective(batch_of())
     step.loss.backward()
@@ -102,7 +100,7 @@ def test_a_head_without_outputs_learns_its_pooling_from_the_contrastive_loss_alo
     assert step.terms["task/plain"] == 0 and step.terms["contrastive/plain"] > 0
 
 
-def test_a_step_without_plain_posts_gives_the_head_a_gradient_of_zero() -> None:
+def test_a_step_without_plain_posts_gives_the_head_a_gradient_of_zero():
     objective = tiny_objective(tasks=TASKS).train()
     step = objective(batch_of(plain=0))
     step.loss.backward()
@@ -111,14 +109,14 @@ def test_a_step_without_plain_posts_gives_the_head_a_gradient_of_zero() -> None:
 
 
 @pytest.mark.parametrize("contrastive", [True, False])
-def test_a_head_on_words_pools_only_where_it_takes_part(contrastive: bool) -> None:
+def test_a_head_on_words_pools_only_where_it_takes_part(contrastive):
     words = Task("words", "tags", ("O", "B-PER"), "span_f1", contrastive=contrastive)
     output = tiny_model(tasks=(MOOD, words))(random_batch(tasks=(MOOD, words)))
     assert ("words" in output.embeddings) == contrastive and "words" not in output.attentions
     assert output.logits["words"].shape[2] == 2
 
 
-def test_no_answer_no_score_and_no_metric_to_choose_by() -> None:
+def test_no_answer_no_score_and_no_metric_to_choose_by():
     model, batch = tiny_model(tasks=TASKS).eval(), batch_of()
     found = evaluate(
         model, None, collator=lambda split, rows: batch, tasks=TASKS, batches=[np.arange(6)],
@@ -133,7 +131,7 @@ def test_no_answer_no_score_and_no_metric_to_choose_by() -> None:
 
 
 @pytest.mark.parametrize("route_by", ["token", "task"])
-def test_an_export_answers_the_other_tasks(tmp_path: Path, route_by: str) -> None:
+def test_an_export_answers_the_other_tasks(tmp_path, route_by):
     predictor = tiny_predictor(tmp_path, tasks=TASKS, route_by=route_by)
     assert [task.name for task in predictor.tasks] == ["mood", "topic"]
     (answer,) = predictor(["a sunny day"], explain=True)
@@ -153,7 +151,7 @@ def test_an_export_answers_the_other_tasks(tmp_path: Path, route_by: str) -> Non
     assert isinstance(predictor.collator, Collator)
 
 
-def test_a_card_does_not_mention_it(tmp_path: Path) -> None:
+def test_a_card_does_not_mention_it(tmp_path):
     export_tiny(tmp_path, tasks=TASKS)
     card = (tmp_path / "export" / "README.md").read_text(encoding="utf-8")
     assert "| mood | single_label |" in card

@@ -1,7 +1,5 @@
 """The folder of checkpoints: a broken one is noticed, passed over and said; what is pruned and what stays."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,12 +7,7 @@ from pathlib import Path
 import pytest
 
 from comoe.inference.checkpoint_folder import named_best, whats_wrong, write_manifest
-from comoe.train.checkpoint.folder import (
-    best_checkpoint,
-    find_checkpoint,
-    mark_best,
-    prune,
-)
+from comoe.train.checkpoint.folder import best_checkpoint, find_checkpoint, mark_best, prune
 
 
 def make_checkpoint(folder: Path, step: int) -> Path:
@@ -32,7 +25,7 @@ def steps(folder: Path) -> list[int]:
     return sorted(int(path.name.removeprefix("step-")) for path in folder.glob("step-*"))
 
 
-def test_the_newest_checkpoint_is_found(tmp_path: Path) -> None:
+def test_the_newest_checkpoint_is_found(tmp_path):
     for step in (5, 10, 100):
         make_checkpoint(tmp_path, step)
     found = find_checkpoint(tmp_path)
@@ -40,7 +33,7 @@ def test_the_newest_checkpoint_is_found(tmp_path: Path) -> None:
     assert (found.path.name, found.step, found.broken) == ("step-00000100", 100, ())
 
 
-def test_a_folder_without_checkpoints_has_none(tmp_path: Path) -> None:
+def test_a_folder_without_checkpoints_has_none(tmp_path):
     assert find_checkpoint(tmp_path / "never made") is None
 
 
@@ -91,7 +84,7 @@ SPOILED = {
 
 
 @pytest.mark.parametrize("what", SPOILED)
-def test_a_broken_checkpoint_is_passed_over_and_said(tmp_path: Path, what: str) -> None:
+def test_a_broken_checkpoint_is_passed_over_and_said(tmp_path, what):
     spoil, problem = SPOILED[what]
     (tmp_path / ".run").write_text("ours")
     make_checkpoint(tmp_path, 5)
@@ -102,7 +95,7 @@ def test_a_broken_checkpoint_is_passed_over_and_said(tmp_path: Path, what: str) 
 
 
 @pytest.mark.parametrize("what", ["a changed weight", "a changed step"])
-def test_bytes_are_compared_unless_that_is_not_wanted(tmp_path: Path, what: str) -> None:
+def test_bytes_are_compared_unless_that_is_not_wanted(tmp_path, what):
     SPOILED[what][0](make_checkpoint(tmp_path, 10))
     found = find_checkpoint(tmp_path, verify=False)
     assert found is not None and found.step == 10
@@ -110,7 +103,7 @@ def test_bytes_are_compared_unless_that_is_not_wanted(tmp_path: Path, what: str)
         find_checkpoint(tmp_path)
 
 
-def test_a_checkpoint_of_an_older_version_has_sizes_alone(tmp_path: Path) -> None:
+def test_a_checkpoint_of_an_older_version_has_sizes_alone(tmp_path):
     path = make_checkpoint(tmp_path, 5)
     manifest = json.loads((path / "manifest.json").read_text())
     older = {"step": 5, "files": manifest["files"]}
@@ -120,9 +113,7 @@ def test_a_checkpoint_of_an_older_version_has_sizes_alone(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("spoil", ["", "{", "[]", '{"step": null}', '{"step": "x"}', None])
-def test_the_best_step_is_known_although_its_note_is_lost(
-    tmp_path: Path, spoil: str | None
-) -> None:
+def test_the_best_step_is_known_although_its_note_is_lost(tmp_path, spoil):
     for step in (2, 5):
         path = make_checkpoint(tmp_path, step)
         (path / "state.json").write_text('{"best_step": 2, "best_value": 0.5}')
@@ -137,7 +128,7 @@ def test_the_best_step_is_known_although_its_note_is_lost(
     assert named_best(tmp_path) is None
 
 
-def test_when_all_are_broken_the_reasons_are_named(tmp_path: Path) -> None:
+def test_when_all_are_broken_the_reasons_are_named(tmp_path):
     truncate(make_checkpoint(tmp_path, 5))
     (make_checkpoint(tmp_path, 10) / "manifest.json").unlink()
     with pytest.raises(ValueError) as caught:
@@ -150,12 +141,12 @@ def test_when_all_are_broken_the_reasons_are_named(tmp_path: Path) -> None:
     assert said.endswith("start the run anew.")
 
 
-def test_a_checkpoint_that_is_still_being_written_is_not_found(tmp_path: Path) -> None:
+def test_a_checkpoint_that_is_still_being_written_is_not_found(tmp_path):
     make_checkpoint(tmp_path, 5).rename(tmp_path / ".writing-step-00000005")
     assert find_checkpoint(tmp_path) is None
 
 
-def test_pruning_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
+def test_pruning_keeps_the_newest_and_the_best(tmp_path):
     for step in range(1, 7):
         make_checkpoint(tmp_path, step)
     mark_best(tmp_path, 2)
@@ -163,25 +154,21 @@ def test_pruning_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
     assert steps(tmp_path) == [2, 5, 6]
 
 
-def test_pruning_never_keeps_a_broken_checkpoint_in_the_place_of_a_whole_one(
-    tmp_path: Path,
-) -> None:
+def test_pruning_never_keeps_a_broken_checkpoint_in_the_place_of_a_whole_one(tmp_path):
     make_checkpoint(tmp_path, 5)
     truncate(make_checkpoint(tmp_path, 10))
     prune(tmp_path, keep=1)
     assert steps(tmp_path) == [5]
 
 
-def test_pruning_removes_what_a_killed_run_left_half_written(tmp_path: Path) -> None:
+def test_pruning_removes_what_a_killed_run_left_half_written(tmp_path):
     make_checkpoint(tmp_path, 3).rename(tmp_path / ".writing-step-00000003")
     make_checkpoint(tmp_path, 5)
     prune(tmp_path, keep=2)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000005"]
 
 
-def test_the_best_checkpoint_is_given_only_when_it_is_whole(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_best_checkpoint_is_given_only_when_it_is_whole(tmp_path, capsys):
     path = make_checkpoint(tmp_path, 5)
     assert best_checkpoint(tmp_path) is None
     mark_best(tmp_path, 5)
@@ -191,5 +178,5 @@ def test_the_best_checkpoint_is_given_only_when_it_is_whole(
     assert "step-00000005, the best one: weights" in capsys.readouterr().err
 
 
-def test_a_sound_checkpoint_has_nothing_wrong(tmp_path: Path) -> None:
+def test_a_sound_checkpoint_has_nothing_wrong(tmp_path):
     assert whats_wrong(make_checkpoint(tmp_path, 1)) == ""

@@ -1,7 +1,5 @@
 """Which checkpoints an engine must be built for, decided before it is built."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -38,17 +36,13 @@ def save(folder: Path, step: int, layout: Layout, *, best_step: int) -> Path:
         {"bf16": True},
     ],
 )
-def test_a_checkpoint_of_another_layout_is_converted(
-    tmp_path: Path, change: dict[str, int]
-) -> None:
+def test_a_checkpoint_of_another_layout_is_converted(tmp_path, change):
     path = save(tmp_path, 8, replace(HERE, **change), best_step=8)
     assert "this start has 1 ranks, ep_size 1, ZeRO 2, float32" in saved_elsewhere(path, HERE)
     assert needs_conversion(path, HERE)
 
 
-def test_so_it_is_for_the_sake_of_the_best_one_which_the_end_of_the_run_loads(
-    tmp_path: Path,
-) -> None:
+def test_so_it_is_for_the_sake_of_the_best_one_which_the_end_of_the_run_loads(tmp_path):
     best = save(tmp_path, 4, replace(HERE, world_size=2, ep_size=2), best_step=4)
     path = save(tmp_path, 8, HERE, best_step=4)
     assert saved_elsewhere(path, HERE) == "" and needs_conversion(path, HERE)
@@ -56,12 +50,12 @@ def test_so_it_is_for_the_sake_of_the_best_one_which_the_end_of_the_run_loads(
     assert not needs_conversion(path, HERE), "a broken one is never loaded"
 
 
-def test_on_the_same_layout_nothing_is_converted(tmp_path: Path) -> None:
+def test_on_the_same_layout_nothing_is_converted(tmp_path):
     save(tmp_path, 4, HERE, best_step=4)
     assert not needs_conversion(save(tmp_path, 8, HERE, best_step=4), HERE)
 
 
-def test_a_run_with_sgd_does_not_move_and_says_where_it_resumes(tmp_path: Path) -> None:
+def test_a_run_with_sgd_does_not_move_and_says_where_it_resumes(tmp_path):
     path = save(tmp_path, 8, replace(HERE, world_size=2), best_step=8)
     about = json.loads((path / "state.json").read_text())
     (path / "state.json").write_text(json.dumps(about | {"threads": torch.get_num_threads()}))

@@ -1,7 +1,5 @@
 """The DeepSpeed JSON: what is filled, and every clash, with its message."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
@@ -12,13 +10,7 @@ import torch
 from comoe.config.load import recipe_from_dict
 from comoe.config.recipe import Recipe
 from comoe.train.parallel import ds_config
-from comoe.train.parallel.ds_config import (
-    ZERO_2,
-    Layout,
-    fill_settings,
-    load_settings,
-    plan_layout,
-)
+from comoe.train.parallel.ds_config import ZERO_2, Layout, fill_settings, load_settings, plan_layout
 
 DS_CONFIGS = Path(__file__).parents[4] / "ds_configs"
 STAGE_2 = {"zero_optimization": {"stage": 2}}
@@ -57,20 +49,20 @@ def autos(node: Any) -> list[Any]:
     return [node] if node == "auto" else []
 
 
-def test_the_settings_of_a_run_without_a_file_are_those_of_the_file_for_zero_2() -> None:
+def test_the_settings_of_a_run_without_a_file_are_those_of_the_file_for_zero_2():
     assert ZERO_2 == load_settings(DS_CONFIGS / "zero2.json")
 
 
 @pytest.mark.parametrize("gpu", [False, True])
 @pytest.mark.parametrize("name", ["zero1", "zero2", "zero2_offload", "zero3"])
-def test_no_auto_is_left_in_any_of_the_four_files(name: str, gpu: bool) -> None:
+def test_no_auto_is_left_in_any_of_the_four_files(name, gpu):
     answer = filled(load_settings(DS_CONFIGS / f"{name}.json"), gpu=gpu)
     assert autos(answer) == []
     assert answer["bf16"]["enabled"] is gpu and answer["expert_parallel"]["use_grouped_mm"] is gpu
     assert ("data_types" in answer) is gpu
 
 
-def test_the_numbers_of_the_recipe_fill_the_file() -> None:
+def test_the_numbers_of_the_recipe_fill_the_file():
     recipe = recipe_of(
         batch_size=40, micro_batch_size=5, max_grad_norm=0.25, learning_rate=0.5, weight_decay=0.0
     )
@@ -89,7 +81,7 @@ def test_the_numbers_of_the_recipe_fill_the_file() -> None:
     assert answer["optimizer"]["type"] == "AdamW" and answer["optimizer"]["params"]["lr"] == 0.5
 
 
-def test_sgd_gets_its_own_parameters() -> None:
+def test_sgd_gets_its_own_parameters():
     answer = filled(
         STAGE_2, recipe_of(optimizer="sgd", momentum=0.5, learning_rate=0.1, weight_decay=0.2)
     )
@@ -99,7 +91,7 @@ def test_sgd_gets_its_own_parameters() -> None:
     }
 
 
-def test_an_uneven_batch_is_rounded_up_for_deepspeed() -> None:
+def test_an_uneven_batch_is_rounded_up_for_deepspeed():
     # 10 posts on 4 ranks are 3 posts for the busiest rank.
     answer = filled(STAGE_2, recipe_of(batch_size=10), world_size=4)
     assert (answer["train_micro_batch_size_per_gpu"], answer["gradient_accumulation_steps"]) == (
@@ -114,9 +106,7 @@ def test_an_uneven_batch_is_rounded_up_for_deepspeed() -> None:
     [(96, "auto", 2, (48, 1)), (1024, "auto", 2, (128, 4)), (96, 200, 2, (48, 1)), (96, 40, 2, (40, 2)),
      (1, "auto", 4, (1, 1))],
 )  # fmt: skip
-def test_posts_per_forward_pass_and_accumulation(
-    batch_size: int, micro: int | str, world_size: int, expected: tuple[int, int]
-) -> None:
+def test_posts_per_forward_pass_and_accumulation(batch_size, micro, world_size, expected):
     recipe = recipe_of(batch_size=batch_size, micro_batch_size=micro)
     layout = plan_layout(recipe, STAGE_2, world_size=world_size, gpu=False)
     assert (layout.micro_batch_size, layout.accumulation) == expected
@@ -126,22 +116,20 @@ def test_posts_per_forward_pass_and_accumulation(
     ("experts", "world_size", "ep_size"),
     [(8, 1, 1), (8, 2, 2), (8, 4, 4), (8, 6, 2), (3, 4, 1), (6, 4, 2), (0, 4, 1)],
 )
-def test_auto_shares_the_experts_over_as_many_ranks_as_divide_both(
-    experts: int, world_size: int, ep_size: int
-) -> None:
+def test_auto_shares_the_experts_over_as_many_ranks_as_divide_both(experts, world_size, ep_size):
     assert (
         plan_layout(recipe_of(experts=experts), STAGE_2, world_size=world_size, gpu=False).ep_size
         == ep_size
     )
 
 
-def test_an_ep_size_that_does_not_divide_is_refused_with_the_valid_ones() -> None:
+def test_an_ep_size_that_does_not_divide_is_refused_with_the_valid_ones():
     assert refusal(STAGE_2, recipe_of(ep_size=4), world_size=6) == (
         "parallel.ep_size (4) must divide both the ranks (6) and model.moe.num_experts (8); set it to one of [1, 2]."
     )
 
 
-def test_the_ep_size_may_be_written_in_the_file_and_is_checked_there_too() -> None:
+def test_the_ep_size_may_be_written_in_the_file_and_is_checked_there_too():
     settings = STAGE_2 | {"expert_parallel": {"autoep_size": 1}}
     assert filled(settings, world_size=2)["expert_parallel"]["autoep_size"] == 1
     settings = STAGE_2 | {"expert_parallel": {"autoep_size": 3}}
@@ -152,12 +140,12 @@ def test_the_ep_size_may_be_written_in_the_file_and_is_checked_there_too() -> No
     )
 
 
-def test_without_experts_there_is_no_expert_parallelism() -> None:
+def test_without_experts_there_is_no_expert_parallelism():
     answer = filled(load_settings(DS_CONFIGS / "zero2.json"), recipe_of(experts=0))
     assert answer["expert_parallel"] == {"enabled": False}
 
 
-def test_a_number_that_clashes_with_the_recipe_is_refused() -> None:
+def test_a_number_that_clashes_with_the_recipe_is_refused():
     assert refusal(STAGE_2 | {"train_batch_size": 7}) == (
         'train_batch_size is 7 in the DeepSpeed JSON and 32 by the recipe and the ranks; write "auto" in the JSON, '
         "or make the two agree."
@@ -170,7 +158,7 @@ def test_a_number_that_clashes_with_the_recipe_is_refused() -> None:
     assert "expert_parallel.top_k is 3" in refusal(STAGE_2 | {"expert_parallel": {"top_k": 3}})
 
 
-def test_an_auto_that_nothing_fills_is_refused() -> None:
+def test_an_auto_that_nothing_fills_is_refused():
     settings = {"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}}
     assert refusal(settings) == (
         'zero_optimization.reduce_bucket_size is "auto" in the DeepSpeed JSON, but nothing fills it; write a value.'
@@ -186,13 +174,13 @@ def test_an_auto_that_nothing_fills_is_refused() -> None:
         ("elasticity", "--resume"),
     ],
 )
-def test_a_section_that_the_recipe_owns_is_refused(section: str, instead: str) -> None:
+def test_a_section_that_the_recipe_owns_is_refused(section, instead):
     said = refusal(STAGE_2 | {section: {}})
     assert said.startswith(f"{section} must not be in the DeepSpeed JSON: ") and instead in said
 
 
 @pytest.mark.parametrize("stage", [0, 4, "auto", None])
-def test_a_stage_that_is_not_1_to_3_is_refused(stage: Any) -> None:
+def test_a_stage_that_is_not_1_to_3_is_refused(stage):
     said = refusal({"zero_optimization": {"stage": stage}})
     assert (
         said
@@ -200,7 +188,7 @@ def test_a_stage_that_is_not_1_to_3_is_refused(stage: Any) -> None:
     )
 
 
-def test_a_file_without_a_stage_is_refused() -> None:
+def test_a_file_without_a_stage_is_refused():
     assert "zero_optimization.stage (0) must be 1, 2 or 3" in refusal({})
 
 
@@ -213,14 +201,14 @@ def test_a_file_without_a_stage_is_refused() -> None:
         ("expert_w3", "up"),
     ],
 )
-def test_an_autoep_option_that_our_experts_cannot_follow_is_refused(key: str, value: Any) -> None:
+def test_an_autoep_option_that_our_experts_cannot_follow_is_refused(key, value):
     said = refusal(STAGE_2 | {"expert_parallel": {key: value}})
     assert said.startswith(
         f"expert_parallel.{key} is {json.dumps(value)} in the DeepSpeed JSON, but comoe's experts"
     )
 
 
-def test_precision_can_be_forced_from_the_file() -> None:
+def test_precision_can_be_forced_from_the_file():
     settings = STAGE_2 | {"bf16": {"enabled": True}}
     assert plan_layout(recipe_of(), settings, world_size=1, gpu=False).bf16
     answer = filled(settings, world_size=1)
@@ -250,15 +238,8 @@ AUTO: dict[str, Any] = {"bf16": {"enabled": "auto"}}
      ({"bf16": {"enabled": True}}, False, False, "0", [False], True, "bf16.enabled in the DeepSpeed JSON")],
 )  # fmt: skip
 def test_auto_precision_asks_the_run_then_the_device(
-    monkeypatch: pytest.MonkeyPatch,
-    settings: dict[str, Any],
-    gpu: bool,
-    begun: bool | None,
-    word: str,
-    native: list[bool],
-    bf16: bool,
-    reason: str,
-) -> None:
+    monkeypatch, settings, gpu, begun, word, native, bf16, reason
+):
     monkeypatch.setenv("COMOE_BF16", word)
     monkeypatch.setattr(ds_config, "multiplies_bf16", lambda: native[0])
     # The variable of this rank alone decides for all.
@@ -271,7 +252,7 @@ def test_auto_precision_asks_the_run_then_the_device(
     assert layout.precision.startswith("bf16 with float32 master weights" if bf16 else "float32")
 
 
-def test_an_unknown_word_for_the_precision_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_word_for_the_precision_is_refused(monkeypatch):
     monkeypatch.setenv("COMOE_BF16", "yes")
     assert refusal(STAGE_2).startswith("the environment variable COMOE_BF16 is 'yes'; set it to")
 
@@ -280,21 +261,21 @@ def test_an_unknown_word_for_the_precision_is_refused(monkeypatch: pytest.Monkey
     ("name", "gpu", "fused"),
     [("zero2", False, True), ("zero3", False, True), ("zero2", True, False), ("zero2_offload", True, True)],
 )  # fmt: skip
-def test_adam_is_fused_where_its_state_is_in_main_memory(name: str, gpu: bool, fused: bool) -> None:
+def test_adam_is_fused_where_its_state_is_in_main_memory(name, gpu, fused):
     answer = filled(load_settings(DS_CONFIGS / f"{name}.json"), gpu=gpu)
     assert answer["optimizer"]["params"].get("fused", False) is fused
     sgd = filled(load_settings(DS_CONFIGS / f"{name}.json"), recipe_of(optimizer="sgd"), gpu=gpu)
     assert "fused" not in sgd["optimizer"]["params"]
 
 
-def test_the_file_as_read_is_left_as_it_is() -> None:
+def test_the_file_as_read_is_left_as_it_is():
     settings = load_settings(DS_CONFIGS / "zero3.json")
     before = json.dumps(settings)
     filled(settings)
     assert json.dumps(settings) == before
 
 
-def test_a_missing_file_names_the_ready_ones(tmp_path: Path) -> None:
+def test_a_missing_file_names_the_ready_ones(tmp_path):
     with pytest.raises(
         ValueError,
         match=r"--deepspeed .*none.json: no such file; give a path, or the name of a ready one",
@@ -309,16 +290,14 @@ def test_a_missing_file_names_the_ready_ones(tmp_path: Path) -> None:
      ('{"bf16": true}', "bad.json: bf16 is True; it must be an object"),
      ('{"zero_optimization": 2}', "bad.json: zero_optimization is 2; it must be an object")],
 )  # fmt: skip
-def test_a_file_that_is_no_object_is_refused_with_its_place(
-    tmp_path: Path, content: str, said: str
-) -> None:
+def test_a_file_that_is_no_object_is_refused_with_its_place(tmp_path, content, said):
     (tmp_path / "bad.json").write_text(content, encoding="utf-8")
     with pytest.raises(ValueError) as caught:
         load_settings(tmp_path / "bad.json")
     assert said in str(caught.value)
 
 
-def test_a_layout_is_a_plain_record() -> None:
+def test_a_layout_is_a_plain_record():
     layout = plan_layout(recipe_of(batch_size=8), STAGE_2, world_size=2, gpu=False)
     assert layout == Layout(
         world_size=2, ep_size=2, stage=2, micro_batch_size=4, accumulation=1, bf16=False
@@ -327,8 +306,8 @@ def test_a_layout_is_a_plain_record() -> None:
 
 @pytest.mark.parametrize("capability, bf16", [((7, 5), False), ((8, 0), True), ((9, 0), True)])
 def test_an_old_gpu_trains_in_float32_without_grouped_products_and_says_why(
-    capability: tuple[int, int], bf16: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    capability, bf16, monkeypatch
+):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla")

@@ -1,7 +1,5 @@
 """Optimizer groups of the router, and the balance bias under the schedule of the rates."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 
 import pytest

@@ -1,7 +1,5 @@
 """A rate for each layer of the encoder."""
 
-from __future__ import annotations
-
 import re
 
 import pytest
@@ -23,7 +21,7 @@ ABOVE = {
 
 
 @pytest.mark.parametrize("family", ABOVE)
-def test_each_layer_learns_slower_than_the_one_above_it(family: str) -> None:
+def test_each_layer_learns_slower_than_the_one_above_it(family):
     objective = tiny_objective(moe_config(), family=family)
     recipe = Recipe()
     recipe.train.layer_decay, recipe.train.learning_rate = 0.5, 0.08
@@ -49,7 +47,7 @@ def test_each_layer_learns_slower_than_the_one_above_it(family: str) -> None:
     assert {group["role"] for group in groups} == {group["role"] for group in plain}
 
 
-def test_stacks_of_an_encoder_decoder_are_counted_apart() -> None:
+def test_stacks_of_an_encoder_decoder_are_counted_apart():
     for output in ("shared", "lm_head"):
         encoder = AutoModelForSeq2SeqLM.from_config(HF_CONFIGS["t5"])
         if output == "lm_head":

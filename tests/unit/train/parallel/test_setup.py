@@ -1,7 +1,5 @@
 """What building the parts of a ZeRO-3 run leaves behind in its process: asked of real ones, it changes all of one."""
 
-from __future__ import annotations
-
 import ctypes
 import json
 import os
@@ -51,7 +49,7 @@ print(json.dumps([inside, mapped()]))
     not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="asks a glibc of 2.33 or newer"
 )
 @pytest.mark.parametrize("process", ["prepared", "plain"])
-def test_after_a_zero_3_encoder_was_built_freed_memory_is_kept_as_before(process: str) -> None:
+def test_after_a_zero_3_encoder_was_built_freed_memory_is_kept_as_before(process):
     command = [sys.executable, "-c", ASKED, process]
     answer = subprocess.run(
         command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
