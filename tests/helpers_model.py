@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+from torch import nn
 from transformers import (
     BartConfig,
     BertConfig,
@@ -186,3 +188,22 @@ def tiny_objective(
 ) -> Objective:
     moe = moe_config() if moe is None else moe
     return Objective(tiny_model(moe, tasks=tasks, **options), tasks, loss or LossConfig(), moe)
+
+
+def cut(batch: Batch, rows: Sequence[list[int]], tasks=TASKS) -> list[Batch]:
+    """The micro-batches of some rows each, under the one scale of their step."""
+    parts = [batch.take(torch.tensor(part)) for part in rows]
+    units = sum(count_units(part, tasks) for part in parts)
+    scale = unit_scale(units, world_size=1, accumulation=len(parts))
+    return [replace(part, unit_scale_T=scale) for part in parts]
+
+
+def gradients(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Trained weight -> its gradient."""
+    return {name: p.grad for name, p in module.named_parameters() if p.requires_grad}
+
+
+def without_gradient(module: nn.Module) -> list[str]:
+    """Trained weights that no backward pass has reached, or with a gradient that is not finite."""
+    grads = gradients(module)
+    return [name for name, grad in grads.items() if grad is None or not grad.isfinite().all()]

@@ -87,6 +87,12 @@ class Result:
     removal: Removal | None
 
     @property
+    def passes(self) -> str:
+        """Posts seen over training posts, as a table has them; empty where they are not known."""
+        posts, train_posts = self.costs.get("posts"), sum(self.train_posts.values())
+        return f"{posts / train_posts:.1f}" if posts and train_posts else ""
+
+    @property
     def figures(self) -> dict[str, float]:
         """Every metric of the split, by ``task/metric``."""
         items = ((task, item) for task, found in self.metrics.items() for item in found.items())

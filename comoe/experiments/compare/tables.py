@@ -54,7 +54,7 @@ def markdown_lines(comparison: Comparison) -> list[str]:
              for arm, found in costs.items()}  # fmt: skip
     lines += ["", "## Budget", "", _BUDGET, ""]
     lines += table(["arm", "runs per seed", "steps", "posts", "passes", "training posts"], [
-        [arm, str(len(results[arm][0].trials)), means[arm]["steps"], means[arm]["posts"], _passes(results[arm][0]),
+        [arm, str(len(results[arm][0].trials)), means[arm]["steps"], means[arm]["posts"], results[arm][0].passes,
          ", ".join(f"{name} {count:,}" for name, count in results[arm][0].train_posts.items())]
         for arm in arms
     ])  # fmt: skip
@@ -282,8 +282,3 @@ _WHY = (
     "Opposed gradients: below 0 in every seed. Better without: any improvement, bold if significant; worse without: "
     "significant ones only."
 )
-
-
-def _passes(result: Result) -> str:
-    posts, train_posts = result.costs.get("posts"), sum(result.train_posts.values())
-    return f"{posts / train_posts:.1f}" if posts and train_posts else ""

@@ -279,8 +279,7 @@ class Kind(ABC):
     ) -> list[PostOutput]:
         """Some rows of a batch, in their order; of tags the first piece of each word. Free texts
         need ``detokenize``."""
-        logits = output.logits[task.name].detach()[rows].float().cpu()
-        targets = batch.labels[task.name][rows].cpu()
+        logits, targets = self._of_rows(output, batch, rows, task)
         each = zip(batch.row_ids_B[rows].tolist(), logits.numpy(), targets.numpy(), strict=True)
         if self.mode != "tokens":
             return [PostOutput(*row) for row in each]
@@ -289,6 +288,13 @@ class Kind(ABC):
             PostOutput(post, logits_LY[words], targets_L[words])
             for (post, logits_LY, targets_L), words in zip(each, starts, strict=True)
         ]
+
+    def _of_rows(
+        self, output: ModelOutput, batch: Batch, rows: Sequence[int], task: TaskLike
+    ) -> tuple[Tensor, Tensor]:
+        """Logits, float32, and targets of some rows, on the CPU."""
+        logits = output.logits[task.name].detach()[rows].float().cpu()
+        return logits, batch.labels[task.name][rows].cpu()
 
     def stack(self, outputs: Sequence[PostOutput], task: TaskLike) -> tuple[Tensor, Tensor]:
         """Logits and targets as ``loss`` and ``normalizer`` take them; tags padded to the most words."""

@@ -19,7 +19,7 @@ from comoe.data.sampling.mixing import MIXINGS
 from comoe.data.sampling.sampler import SamplerConfig, TrainSampler, eval_batches
 from comoe.data.text.normalize import is_blank, normalize_post
 
-few = settings(max_examples=40, deadline=None, derandomize=True, database=None)
+few = settings(max_examples=40, derandomize=True, database=None)
 Rows = list[dict[str, str]]
 
 

@@ -10,13 +10,20 @@ from torch import nn
 
 from comoe.config.recipe import AdversarialConfig, ContrastiveConfig, LossConfig, Recipe
 from comoe.losses.adversarial import AdversarialLoss, reversal_strength, reversed_gradient
-from comoe.losses.objective import Objective, count_units, unit_scale
-from comoe.models.heads import mean_state
+from comoe.losses.objective import Objective
 from comoe.train.monitor.log_window import LogWindow
 from comoe.train.parallel.engine import StepReport
 from comoe.train.parallel.setup import parameter_groups
 from comoe.types import DOMAINS, IGNORED
-from tests.helpers_model import TASKS, moe_config, random_batch, tiny_model
+from tests.helpers_model import (
+    TASKS,
+    cut,
+    moe_config,
+    random_batch,
+    scaled,
+    tiny_model,
+    without_gradient,
+)
 
 OFF = LossConfig(contrastive=ContrastiveConfig(weight=0.0))
 ON = replace(OFF, adversarial=AdversarialConfig(weight=0.5, hidden_width=6))
@@ -33,11 +40,6 @@ def domain_batch(**options):
 def objective_of(loss=ON, *, seed=0, **options):
     moe = moe_config()
     return Objective(tiny_model(moe, seed=seed, **options), TASKS, loss, moe, num_domains=3)
-
-
-def scaled(batch, *, accumulation=1):
-    units = count_units(batch, TASKS)
-    return replace(batch, unit_scale_T=unit_scale(units, world_size=1, accumulation=accumulation))
 
 
 def states_and_batch(states_BLM, mask_BL, classes, weights, *, progress=0.3, scale=None):
@@ -58,6 +60,10 @@ def test_the_strength_of_the_reversal_goes_from_0_towards_1():
     assert reversal_strength(0.2, 10.0) == pytest.approx(math.tanh(1.0))
     assert 0.9999 < reversal_strength(1.0, 10.0) < 1.0
     assert reversal_strength(0.7, 0.0) == 0.0
+    # At the start of a run nothing flows back into the encoder.
+    states = torch.randn(2, 3, requires_grad=True)
+    reversed_gradient(states, reversal_strength(0.0, 10.0)).square().sum().backward()
+    assert not states.grad.any()
 
 
 def test_the_loss_equals_the_one_computed_by_hand():
@@ -75,13 +81,6 @@ def test_the_loss_equals_the_one_computed_by_hand():
     assert terms["adversarial_commonest"] == pytest.approx(0.5)
     assert terms["adversarial_even"] == 0.5
     assert terms["adversarial_lambda"] == pytest.approx(math.tanh(1.5))
-
-
-def test_only_real_tokens_are_in_the_mean():
-    states = torch.tensor([[[1.0, 2.0], [3.0, 4.0], [90.0, 90.0]]])
-    torch.testing.assert_close(
-        mean_state(states, torch.tensor([[1, 1, 0]])), torch.tensor([[2.0, 3.0]])
-    )
 
 
 def test_the_encoder_gets_the_reversed_gradient_and_the_discriminator_the_plain_one():
@@ -123,12 +122,6 @@ def test_the_encoder_gets_the_reversed_gradient_and_the_discriminator_the_plain_
     assert torch.autograd.gradcheck(lambda states: value(states, **inner), leaf)
 
 
-def test_at_the_start_of_a_run_nothing_flows_back_into_the_encoder():
-    states = torch.randn(2, 3, requires_grad=True)
-    reversed_gradient(states, reversal_strength(0.0, 10.0)).square().sum().backward()
-    assert not states.grad.any()
-
-
 def test_every_parameter_gets_its_gradient_and_the_terms_add_up():
     batch = scaled(domain_batch())
     plain, step = objective_of(OFF)(batch), (objective := objective_of())(batch)
@@ -137,27 +130,17 @@ def test_every_parameter_gets_its_gradient_and_the_terms_add_up():
     assert step.terms["adversarial_even"] == pytest.approx(1 / 3)
     torch.testing.assert_close(step.terms["adversarial_commonest"], torch.tensor(2 / 5))
     step.loss.backward()
-    missing = [
-        name for name, p in objective.named_parameters() if p.requires_grad and p.grad is None
-    ]
-    assert missing == [] and objective.losses["adversarial"].discriminator.output.weight.grad.any()
+    assert without_gradient(objective) == []
+    assert objective.losses["adversarial"].discriminator.output.weight.grad.any()
 
 
 def test_the_loss_does_not_depend_on_how_posts_are_cut_into_micro_batches():
     objective, batch = objective_of(), domain_batch()
-    parts = [batch.take(torch.tensor(rows)) for rows in ([0, 1, 2], [3], [4, 5])]
-    scale = unit_scale(
-        sum(count_units(part, TASKS) for part in parts), world_size=1, accumulation=3
-    )
-    steps = [objective(replace(part, unit_scale_T=scale)) for part in parts]
-    whole = objective(scaled(batch))
-    for name in (
-        "adversarial",
-        "adversarial_accuracy",
-        "adversarial_commonest",
-        "adversarial_lambda",
-    ):
-        torch.testing.assert_close(sum(step.terms[name] for step in steps) / 3, whole.terms[name])
+    steps = [objective(part) for part in cut(batch, [[0, 1, 2], [3], [4, 5]])]
+    whole = objective(scaled(batch)).terms
+    for name in ("", "_accuracy", "_commonest", "_lambda"):
+        name = f"adversarial{name}"
+        torch.testing.assert_close(sum(step.terms[name] for step in steps) / 3, whole[name])
 
 
 def test_posts_without_a_domain_cost_nothing_and_still_give_gradients():
@@ -194,41 +177,3 @@ def test_evaluation_runs_nothing_of_it_and_exports_hold_nothing_of_it():
     discriminator = list(objective.losses["adversarial"].parameters())
     in_heads = [p for name in ("heads/decay", "heads/plain") for p in roles[name]["params"]]
     assert all(any(p is q for q in in_heads) for p in discriminator)
-
-
-@pytest.mark.parametrize(("gamma", "lowest", "highest"), [(0.0, 0.95, 1.0), (10.0, 0.0, 0.62)])
-def test_behind_the_reversal_an_encoder_forgets_the_domain_and_without_it_keeps_it(
-    gamma, lowest, highest
-):
-    """Domain and label are a coordinate of the input each; noise on the states makes distances
-    count. A gamma of 0 never reverses: the discriminator learns, and the encoder does not mind."""
-    generator = torch.Generator().manual_seed(0)
-    signs = torch.randint(0, 2, (256, 2), generator=generator)
-    inputs = torch.cat([2.5 * (2.0 * signs - 1), torch.randn(256, 2, generator=generator)], dim=1)
-    domains, labels = signs[:, 0], signs[:, 1]
-    torch.manual_seed(0)
-    encoder, head = nn.Linear(4, 4), nn.Linear(4, 2)
-    nn.init.eye_(encoder.weight)
-    loss = AdversarialLoss(
-        AdversarialConfig(hidden_width=16, gamma=gamma), model_width=4, num_domains=2
-    )
-    groups = [
-        {"params": [*encoder.parameters()]},
-        {"params": [*head.parameters(), *loss.parameters()], "lr": 0.02},
-    ]
-    optimizer = torch.optim.Adam(groups, lr=0.005)
-    accuracies = []
-    for step in range(400):
-        states = encoder(inputs) + torch.randn(256, 4)
-        one_token = {
-            "mask_BL": torch.ones(256, 1),
-            "classes": domains.tolist(),
-            "weights": [1.0] * 256,
-        }
-        value, terms = loss(*states_and_batch(states[:, None], **one_token, progress=step / 400))
-        accuracies.append(terms["adversarial_accuracy"].item())
-        optimizer.zero_grad()
-        (nn.functional.cross_entropy(head(states), labels) + value).backward()
-        optimizer.step()
-    assert (head(encoder(inputs)).argmax(dim=1) == labels).float().mean() > 0.99
-    assert lowest <= sum(accuracies[-50:]) / 50 <= highest

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from comoe.config.recipe import DistillConfig, LossConfig
-from comoe.losses.objective import Objective, count_units, unit_scale
+from comoe.losses.objective import Objective
 from comoe.types import IGNORED
-from tests.helpers_model import TASKS, moe_config, random_batch, scaled, take, tiny_model
+from tests.helpers_model import TASKS, cut, gradients, moe_config, random_batch, scaled, tiny_model
 
 PLAIN = LossConfig()
 PLAIN.contrastive.weight = 0.0
@@ -67,19 +67,13 @@ def test_a_tasks_loss_is_the_mean_soft_loss_and_a_share_of_the_mean_gold_loss(an
 def test_micro_steps_add_up_to_the_whole_step():
     objective, batch = objective_of(annealing="linear"), soft_batch()
     objective(scaled(batch)).loss.backward()
-    whole = {name: p.grad.clone() for name, p in objective.named_parameters() if p.grad is not None}
+    whole = {name: g.clone() for name, g in gradients(objective).items() if g is not None}
     objective.zero_grad()
-    parts = [
-        replace(take(batch, rows), soft_labels={n: s[rows] for n, s in batch.soft_labels.items()}, progress=0.25)
-        for rows in ([0, 1, 2], [3], [4, 5, 6, 7])
-    ]  # fmt: skip
-    units = sum(count_units(part, TASKS) for part in parts)
-    for part in parts:
-        scale = unit_scale(units, world_size=1, accumulation=3)
-        (objective(replace(part, unit_scale_T=scale)).loss / 3).backward()
-    for name, parameter in objective.named_parameters():
-        if name in whole:
-            torch.testing.assert_close(parameter.grad, whole[name], rtol=2e-4, atol=1e-6)
+    for part in cut(batch, [[0, 1, 2], [3], [4, 5, 6, 7]]):
+        (objective(part).loss / 3).backward()
+    found = gradients(objective)
+    for name, value in whole.items():
+        torch.testing.assert_close(found[name], value, rtol=2e-4, atol=1e-6)
 
 
 def test_soft_labels_of_gold_labels_are_gold_labels():

@@ -57,16 +57,6 @@ def itm_loss(**options):
     return ITMLoss(config, seed=7)
 
 
-def test_the_contrast_of_two_pairs_by_hand():
-    image = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
-    text = torch.tensor([[1.0, 0.0], [0.6, 0.8]])
-    value = contrast(image, text, torch.tensor([0.0]), pairs_of([3, 4]))
-    # Similarities 1 0.6 / 0 0.8.
-    rows = math.log(math.e + math.exp(0.6)) - 1 + math.log(1 + math.exp(0.8)) - 0.8
-    columns = math.log(math.e + 1) - 1 + math.log(math.exp(0.6) + math.exp(0.8)) - 0.8
-    assert float(value) == pytest.approx((rows + columns) / 4, abs=1e-6)
-
-
 CASES = {
     "all different": pairs_of(range(7)),
     "a blank one": pairs_of([4, -1, 2, 9, 0]),

@@ -9,19 +9,21 @@ import torch.nn.functional as F
 from transformers import AutoModel
 
 from comoe.config.recipe import ContrastiveConfig, LossConfig, ModelConfig, Recipe
-from comoe.losses.objective import LOSSES, build_objective, count_units, unit_scale
+from comoe.losses.objective import LOSSES, build_objective, unit_scale
 from comoe.models.moe.gate import GATES
 from comoe.types import IGNORED, ModelOutput
 from tests.helpers_contrastive import reference
 from tests.helpers_model import (
     HF_CONFIGS,
     TASKS,
+    cut,
+    gradients,
     labels_for,
     moe_config,
     random_batch,
     scaled,
-    take,
     tiny_objective,
+    without_gradient,
 )
 
 NO_CONTRAST = LossConfig(contrastive=ContrastiveConfig(weight=0.0))
@@ -37,14 +39,6 @@ def without(batch, *names):
             name: blank[name] if name in names else value for name, value in batch.labels.items()
         },
     )
-
-
-def gradients(objective):
-    return {
-        name: parameter.grad
-        for name, parameter in objective.named_parameters()
-        if parameter.requires_grad
-    }
 
 
 def some_missing(batch):
@@ -75,25 +69,15 @@ def test_posts_weigh_alike_however_the_step_is_cut():
     """Labelled posts of the five tasks: 4, 6, 3, 6 and 6; the reference is a float64 sum over posts."""
     batch = some_missing(random_batch())
     objective = tiny_objective(loss=replace(NO_CONTRAST, weighting="posts")).eval()
-    terms = {
-        task.name: task.rules.loss(
-            objective(scaled(batch)).output.logits[task.name].detach(),
-            batch.labels[task.name],
-            task,
-        ).double()
-        / task.rules.normalizer(batch.labels[task.name], task)
-        for task in TASKS
-    }
-    counts = {"mood": 4, "heat": 3}
-    counts = {name: counts.get(name, 6) for name in terms}
-    expected = 5 * sum(counts[name] * terms[name] for name in terms) / sum(counts.values())
-    parts = [take(batch, rows) for rows in ([0, 4], [1], [2, 3, 5])]
-    scale = unit_scale(
-        sum(count_units(part, TASKS) for part in parts), world_size=1, accumulation=3
-    )
-    cut = sum(objective(replace(part, unit_scale_T=scale)).loss for part in parts) / 3
-    for loss in (objective(scaled(batch)).loss, cut):
-        assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    logits = objective(scaled(batch)).output.logits
+    counts, total = {"mood": 4, "heat": 3}, 0.0
+    for task in TASKS:
+        targets = batch.labels[task.name]
+        mean = task.rules.loss(logits[task.name].detach(), targets, task).double()
+        total += counts.get(task.name, 6) * mean / task.rules.normalizer(targets, task)
+    parts = sum(objective(part).loss for part in cut(batch, [[0, 4], [1], [2, 3, 5]])) / 3
+    for loss in (objective(scaled(batch)).loss, parts):
+        assert loss.item() == pytest.approx(5 * total.item() / 25, rel=1e-6)
 
 
 @pytest.mark.parametrize("z_weight", [0.0, 0.5])
@@ -104,12 +88,7 @@ def test_micro_batches_under_one_unit_scale_equal_the_whole_batch(z_weight):
     whole.loss.backward()
     expected = gradients(objective)
     objective.zero_grad(set_to_none=True)
-
-    parts = [[0, 1, 2], [3], [4, 5]]
-    scale = unit_scale(
-        sum(count_units(take(batch, rows), TASKS) for rows in parts), world_size=1, accumulation=3
-    )
-    steps = [objective(replace(take(batch, rows), unit_scale_T=scale)) for rows in parts]
+    steps = [objective(part) for part in cut(batch, [[0, 1, 2], [3], [4, 5]])]
     for step in steps:
         (step.loss / 3).backward()
     torch.testing.assert_close(sum(step.loss for step in steps) / 3, whole.loss)
@@ -127,8 +106,8 @@ def test_an_absent_task_gets_zero_gradients_and_not_none(absent, route_by):
     step = objective(scaled(without(random_batch(), *absent)))
     step.loss.backward()
     assert step.loss.isfinite() and all(step.terms[f"task/{name}"] == 0 for name in absent)
+    assert without_gradient(objective) == []
     grads = gradients(objective)
-    assert [name for name, grad in grads.items() if grad is None or not grad.isfinite().all()] == []
     for number, task in enumerate(TASKS):
         head = grads[f"model.heads.{number}.output.weight"]
         assert head.any().item() is (task.name not in absent)
@@ -170,43 +149,34 @@ def test_every_term_can_be_switched_on_and_off(name):
     torch.testing.assert_close(step.loss - plain.loss, weight * step.terms[name])
 
 
-def test_without_contrastive_tasks_or_experts_the_terms_are_off():
-    plain = tuple(replace(task, contrastive=False) for task in TASKS)
-    loss = LossConfig(balance_weight=0.5, z_weight=0.5, task_separation_weight=0.5)
-    assert tiny_objective(moe_config(num_experts=0), tasks=plain, loss=loss).terms == {}
-
-
-def test_with_one_expert_or_one_task_there_is_nothing_to_separate():
+def test_terms_that_have_nothing_to_compare_are_off():
     loss = replace(NO_CONTRAST, task_separation_weight=0.5)
     assert tiny_objective(moe_config(num_experts=1, top_k=1), loss=loss).terms == {}
     assert tiny_objective(tasks=TASKS[:1], loss=loss).terms == {}
+    loss = LossConfig(balance_weight=0.5, z_weight=0.5, task_separation_weight=0.5)
+    plain = tuple(replace(task, contrastive=False) for task in TASKS)
+    assert tiny_objective(moe_config(num_experts=0), tasks=plain, loss=loss).terms == {}
 
 
-def test_the_terms_on_the_gates_and_the_bias_add_up_in_any_combination():
+@pytest.mark.parametrize("balance", ["none", "bias"])
+def test_the_terms_on_the_gates_and_the_bias_add_up(balance):
     loss = replace(NO_CONTRAST, balance_weight=0.1, z_weight=0.2, task_separation_weight=0.3)
-    batch = scaled(random_batch())
-    for balance in ("none", "bias"):
-        step = tiny_objective(moe_config(balance=balance), loss=loss)(batch)
-        plain = tiny_objective(moe_config(balance=balance), loss=NO_CONTRAST)(batch)
-        extra = (
-            0.1 * step.terms["balance"]
-            + 0.2 * step.terms["z"]
-            + 0.3 * step.terms["task_separation"]
-        )
-        torch.testing.assert_close(step.loss, plain.loss + extra)
+    batch, moe = scaled(random_batch()), moe_config(balance=balance)
+    step, plain = (tiny_objective(moe, loss=each)(batch) for each in (loss, NO_CONTRAST))
+    weights = {"balance": 0.1, "z": 0.2, "task_separation": 0.3}
+    extra = sum(weight * step.terms[name] for name, weight in weights.items())
+    torch.testing.assert_close(step.loss, plain.loss + extra)
 
 
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize(("experts", "top_k"), [(1, 1), (4, 1), (4, 2)])
 def test_every_trained_parameter_gets_a_gradient_under_every_gate_and_term(gate, experts, top_k):
-    loss = LossConfig(
-        z_weight=0.1, task_separation_weight=0.1, balance_weight=0.1 if experts > 1 else 0.0
-    )
+    weights = {"z_weight": 0.1, "task_separation_weight": 0.1}
+    loss = LossConfig(**weights, balance_weight=0.1 if experts > 1 else 0.0)
     objective = tiny_objective(moe_config(gate=gate, num_experts=experts, top_k=top_k), loss=loss)
     step = objective(scaled(random_batch()))
     step.loss.backward()
-    assert step.loss.isfinite()
-    assert [name for name, gradient in gradients(objective).items() if gradient is None] == []
+    assert step.loss.isfinite() and without_gradient(objective) == []
 
 
 def test_static_weights_scale_the_task_losses_in_the_total_alone():
@@ -236,46 +206,13 @@ def test_evaluation_returns_the_answer_alone_and_needs_no_labels():
     torch.testing.assert_close(output.logits, objective.model(batch).logits)
 
 
-def test_begin_step_reaches_the_balance_loss():
-    objective = tiny_objective(loss=replace(NO_CONTRAST, balance_weight=1.0))
-    first, second = scaled(random_batch(seed=1)), scaled(random_batch(seed=2))
-    objective(first)
-    running = objective(second).terms["balance"]
-    objective.begin_step()
-    fresh = objective(second).terms["balance"]
-    assert running != fresh
-    objective.begin_step()
-    assert torch.equal(objective(second).terms["balance"], fresh)
-
-
-def test_a_few_steps_lower_the_loss():
-    objective, batch = tiny_objective(), scaled(random_batch())
-    optimizer = torch.optim.AdamW(objective.parameters(), lr=5e-3)
-    losses = []
-    for _ in range(12):
-        optimizer.zero_grad()
-        step = objective(batch)
-        step.loss.backward()
-        optimizer.step()
-        losses.append(step.loss.item())
-    assert losses[-1] < 0.7 * losses[0]
-
-
-def test_an_objective_is_built_from_a_recipe(tmp_path):
-
-    AutoModel.from_config(HF_CONFIGS["bert"]).save_pretrained(tmp_path)
-    recipe = Recipe(model=ModelConfig(encoder=str(tmp_path)))
-    objective = build_objective(recipe, TASKS)
-    assert objective(scaled(random_batch())).loss.isfinite()
-    assert objective.config is objective.model.config
-
-
-def test_a_recipe_switches_activation_checkpointing_on(tmp_path):
+def test_an_objective_is_built_from_a_recipe_which_switches_activation_checkpointing_on(tmp_path):
     AutoModel.from_config(HF_CONFIGS["bert"]).save_pretrained(tmp_path)
     recipe = Recipe(model=ModelConfig(encoder=str(tmp_path)))
     for switched in (False, True):
         recipe.train.activation_checkpointing = switched
         objective = build_objective(recipe, TASKS)
+        assert objective.config is objective.model.config
         calls = []
         layer = objective.train().model.encoder.encoder.layer[0]
         layer.attention.register_forward_hook(lambda *_, calls=calls: calls.append(0))
@@ -290,8 +227,7 @@ def test_a_step_with_no_real_token_on_any_rank_costs_nothing():
     answer = objective(scaled(batch))
     answer.loss.backward()
     assert answer.loss == answer.terms["balance"] == answer.terms["z"] == 0
-    trained = [parameter for parameter in objective.parameters() if parameter.requires_grad]
-    assert all(parameter.grad is not None and not parameter.grad.any() for parameter in trained)
+    assert not any(grad.any() for grad in gradients(objective).values())
 
 
 def test_the_first_steps_learn_from_the_contrastive_loss_alone():

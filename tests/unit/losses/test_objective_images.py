@@ -7,7 +7,7 @@ import torch
 
 from comoe.config.recipe import ContrastiveConfig, ImageTextConfig, LossConfig
 from comoe.losses.objective import Objective
-from tests.helpers_model import TASKS, moe_config, scaled
+from tests.helpers_model import TASKS, moe_config, scaled, without_gradient
 from tests.helpers_vision import seeing_batch, seeing_model
 
 CONTRASTED = tuple(replace(task, contrastive=True, contrastive_width=1.0) for task in TASKS)
@@ -40,11 +40,9 @@ def test_the_tasks_get_what_the_image_text_terms_leave_of_one(itc, itm, names):
         (1 - itc - itm) * tasks + itc * step.terms.get("itc", 0) + itm * step.terms.get("itm", 0)
     )
     torch.testing.assert_close(step.loss.detach(), expected)
-
-
-def test_a_model_of_one_stream_leaves_the_contrasts_share_to_the_tasks():
-    objective = objective_of("vilt", ImageTextConfig())
-    assert list(objective.terms) == ["itm"] and objective.task_share == 0.9
+    # One stream compares no two sides: the contrast's share goes to the tasks.
+    one_stream = objective_of("vilt", ImageTextConfig())
+    assert list(one_stream.terms) == ["itm"] and one_stream.task_share == 0.9
 
 
 @pytest.mark.parametrize("fusion", ["attention", "tokens", "vilt"])
@@ -64,7 +62,4 @@ def test_the_cache_repeats_both_sides_and_their_dropout(fusion):
             torch.testing.assert_close(second.output.embeddings[name].detach(), embeddings)
         torch.testing.assert_close(second.output.views["words"].detach(), first[0].views["words"])
         (second.loss / 2).backward()
-    missing = [
-        name for name, p in objective.named_parameters() if p.requires_grad and p.grad is None
-    ]
-    assert missing == []
+    assert without_gradient(objective) == []

@@ -82,29 +82,22 @@ def test_private_parts_learn_at_the_rate_of_the_experts_and_are_counted():
 
 
 def test_an_export_holds_the_private_parts_and_an_old_one_is_read_without(tmp_path):
-    recipe = tiny_recipe()
-    recipe.model.private_width = 8
-    model = awake(tiny_model(recipe.model.moe, private_width=8)).eval()
-    options = dict(recipe=recipe, tasks=TASKS, encoder_config=HF_CONFIGS["bert"].to_dict())
-    export_model(
-        tmp_path / "e",
-        state_dict=model.state_dict(),
-        tokenizer=tiny_tokenizer(tmp_path / "v"),
-        **options,
-    )
-    batch = random_batch()
+    def exported(name, width):
+        recipe = tiny_recipe()
+        recipe.model.private_width = width
+        model = tiny_model(recipe.model.moe, private_width=width).eval()
+        export_model(
+            tmp_path / name, state_dict=(awake(model) if width else model).state_dict(),
+            tokenizer=tiny_tokenizer(tmp_path / f"v{name}"), recipe=recipe, tasks=TASKS,
+            encoder_config=HF_CONFIGS["bert"].to_dict(),
+        )  # fmt: skip
+        return model
+
+    model, batch = exported("e", 8), random_batch()
     expected, found = model(batch), load_exported(tmp_path / "e").model(batch)
     for name, logits in expected.logits.items():
         torch.testing.assert_close(found.logits[name], logits, atol=1e-6, rtol=0)
-
-    recipe.model.private_width = 0
-    plain = tiny_model(recipe.model.moe).eval()
-    export_model(
-        tmp_path / "old",
-        state_dict=plain.state_dict(),
-        tokenizer=tiny_tokenizer(tmp_path / "w"),
-        **options,
-    )
+    exported("old", 0)
     config = json.loads((tmp_path / "old/config.json").read_text())
     del config["model"]["private_width"]
     for task in config["tasks"]:
@@ -194,25 +187,10 @@ def test_micro_batches_of_one_step_are_summed_and_a_new_step_forgets_them():
     assert torch.equal(objective(parts[0]).terms["orthogonal"], first) and first != whole
 
 
-def test_the_orthogonal_term_is_0_at_the_start_with_finite_gradients_and_falls_when_it_is_minimised():
-    objective, batch = objective_of(APART), scaled(random_batch())
-    step = objective(batch)
+def test_the_orthogonal_term_is_0_at_the_start_with_finite_gradients():
+    assert objective_of(APART, width=0).terms == {}
+    objective = objective_of(APART)
+    step = objective(scaled(random_batch()))
     step.loss.backward()
     assert step.terms["orthogonal"] == 0
     assert all(p.grad.isfinite().all() for p in objective.model.private.parameters())
-    awake(objective.model)
-    optimizer = torch.optim.Adam(objective.model.private.parameters(), lr=0.02)
-    values = []
-    for _ in range(15):
-        optimizer.zero_grad()
-        objective.begin_step()
-        output = objective.model(batch)
-        value, terms = objective.terms["orthogonal"].loss(output, batch)
-        value.backward()
-        optimizer.step()
-        values.append(terms["orthogonal"].item())
-    assert values[-1] < 0.3 * values[0]
-
-
-def test_without_private_parts_there_is_no_orthogonal_term():
-    assert objective_of(APART, width=0).terms == {}

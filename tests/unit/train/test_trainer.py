@@ -187,20 +187,12 @@ def best(trainer: Trainer) -> int:
 def test_a_run_logs_checks_and_saves_when_it_should(tmp_path):
     trainer = trainer_in(tmp_path, values=[0.1, 0.3, 0.2], log_every=4, save_every=5)
     trainer.train()
-    assert trainer.run.monitor.train == [4, 6]
-    assert trainer.run.monitor.checks == [2, 4, 6]
-    # The two best so far, the one that is due, and the last.
-    assert sorted(saved(trainer)) == [2, 4, 5, 6]
-    assert best(trainer) == 4
-    assert trainer.run.state.finished == "all steps done"
-    assert saved(trainer)[6]["finished"] == "all steps done"
-    assert saved(trainer)[5]["finished"] == ""
-
-
-def test_the_rate_of_each_step_follows_the_schedule(tmp_path):
-    trainer = trainer_in(tmp_path, schedule="linear")
-    trainer.train()
-    assert trainer.run.engine.rates == pytest.approx([1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
+    run, kept = trainer.run, saved(trainer)
+    assert (run.monitor.train, run.monitor.checks) == ([4, 6], [2, 4, 6])
+    # The two best so far, the one that is due, and the last. Posts count also where no line is due.
+    assert {step: (state["finished"], state["posts_seen"]) for step, state in kept.items()} == {
+        2: ("", 10), 4: ("", 20), 5: ("", 25), 6: ("all steps done", 30)}  # fmt: skip
+    assert best(trainer) == 4 and run.state.finished == "all steps done"
 
 
 @pytest.mark.parametrize(
@@ -246,26 +238,17 @@ def test_gradients_are_clipped_by_the_norms_before_them_also_after_a_restart(
     assert state.grad_norms == [1.0] * 99 + [7.0]
 
 
-def test_every_batch_knows_how_much_of_the_run_is_done_also_after_a_restart(tmp_path):
-    trainer = trainer_in(tmp_path)
-    trainer.run.state = TrainState(step=2)
-    trainer.train()
-    assert trainer.run.engine.progress == pytest.approx([2 / 6, 3 / 6, 4 / 6, 5 / 6])
-
-
-def test_a_restored_run_does_the_remaining_steps_only(tmp_path):
+@pytest.mark.parametrize("at", [0, 2, 4])
+def test_a_run_begun_or_restored_at_a_step_does_the_rest_of_the_schedule(tmp_path, at):
     trainer = trainer_in(tmp_path, schedule="linear", log_every=1)
-    trainer.run.state = TrainState(step=4)
+    trainer.run.state = TrainState(step=at)
     trainer.train()
-    assert trainer.run.engine.rates == pytest.approx([2 / 6, 1 / 6])
-    assert trainer.run.monitor.train == [5, 6]
-
-
-def test_every_post_is_counted_however_seldom_a_line_is_logged(tmp_path):
-    trainer = trainer_in(tmp_path, values=[0.1] * 3, log_every=100, save_every=3)
-    trainer.train()
-    assert saved(trainer)[3]["posts_seen"] == 15
-    assert trainer.run.state.posts_seen == 30
+    left = range(at, 6)
+    assert trainer.run.engine.rates == pytest.approx([1 - step / 6 for step in left])
+    assert trainer.run.engine.progress == pytest.approx([step / 6 for step in left])
+    assert trainer.run.monitor.train == [step + 1 for step in left]
+    # Without a validation split it still ends with a checkpoint.
+    assert sorted(saved(trainer)) == [6] and not (trainer.run.checkpoints / "best.json").exists()
 
 
 def test_posts_per_second_leave_out_evaluation_and_saving_and_count_all_steps_between_two_lines(
@@ -296,45 +279,33 @@ def test_patience_ends_the_run_at_the_evaluation_that_uses_it_up(tmp_path):
     assert saved(trainer)[6]["finished"] == trainer.run.state.finished
 
 
-def test_without_a_validation_split_a_run_still_ends_with_a_checkpoint(tmp_path):
-    trainer = trainer_in(tmp_path)
-    trainer.train()
-    assert sorted(saved(trainer)) == [6] and not (trainer.run.checkpoints / "best.json").exists()
+def skipping(folder, steps, **train):
+    """A trainer of which these steps are not finite."""
+    return trainer_in(folder, on_step=lambda step: "skipped" if step in steps else None, **train)
 
 
 def test_n_steps_in_a_row_that_are_not_finite_stop_the_run_with_the_posts(tmp_path, capsys):
-    # Steps 2, 4, 5, 6 are bad: only the last three come in a row.
-    trainer = trainer_in(
-        tmp_path, on_step=lambda step: "skipped" if step in (2, 4, 5, 6) else None, max_nonfinite=3
-    )
+    trainer = skipping(tmp_path, (2, 4, 5, 6), max_nonfinite=3)
     with pytest.raises(TrainingStopped) as caught:
         trainer.train()
     rows = sorted(trainer.run.sampler.global_batch(5).tolist())
-    posts = ", ".join(f"posts.jsonl:{row + 1}" for row in rows)
     said = str(caught.value)
-    assert said.startswith(
-        "3 steps in a row (up to step 6) had a loss or gradient that is not finite; the last posts"
-    )
-    assert posts in said and said.endswith("No checkpoint was saved: begin again.")
+    assert said.startswith("3 steps in a row (up to step 6)")
+    assert ", ".join(f"posts.jsonl:{row + 1}" for row in rows) in said
+    assert said.endswith("No checkpoint was saved: begin again.")
     assert (trainer.run.state.nonfinite_in_a_row, trainer.run.state.nonfinite_total) == (3, 4)
     assert [event["step"] for event in trainer.run.monitor.events] == [2, 4, 5, 6]
     assert trainer.run.monitor.events[-1]["posts"] == rows
     assert "step 2 skipped" in capsys.readouterr().out
-
-
-def test_a_step_that_is_not_finite_now_and_then_does_not_stop_the_run(tmp_path):
-    trainer = trainer_in(
-        tmp_path, on_step=lambda step: "skipped" if step % 2 else None, max_nonfinite=2
-    )
-    trainer.train()
-    assert (trainer.run.state.finished, trainer.run.state.nonfinite_total) == ("all steps done", 3)
+    now_and_then = skipping(tmp_path, (1, 3, 5), max_nonfinite=2)
+    now_and_then.train()
+    state = now_and_then.run.state
+    assert (state.finished, state.nonfinite_total) == ("all steps done", 3)
 
 
 @pytest.mark.parametrize("skipped", [(5, 6), (1, 2, 3, 4, 5, 6)])
 def test_a_run_whose_last_steps_are_not_finite_is_not_called_finished(skipped, tmp_path):
-    trainer = trainer_in(
-        tmp_path, on_step=lambda step: "skipped" if step in skipped else None, max_nonfinite=7
-    )
+    trainer = skipping(tmp_path, skipped, max_nonfinite=7)
     folder = trainer.run.checkpoints / "step-00000004"
     (folder / "weights").mkdir(parents=True)
     for name in NEEDED:
@@ -346,10 +317,10 @@ def test_a_run_whose_last_steps_are_not_finite_is_not_called_finished(skipped, t
     assert not trainer.run.state.finished and not saved(trainer)
 
 
-@pytest.mark.parametrize("end", [float("inf"), float("nan")])
+@pytest.mark.parametrize("end", [math.inf, math.nan])
 def test_weights_with_a_loss_that_is_not_finite_are_never_the_best(tmp_path, end):
     trainer = trainer_in(tmp_path, values=[3.0, 2.0, 1.0])
-    losses = iter([1.0, float("inf"), end])
+    losses = iter([1.0, math.inf, end])
     evaluate = trainer.evaluator.run
 
     def with_loss(name: str, **options: Any) -> Evaluation:
@@ -358,42 +329,31 @@ def test_weights_with_a_loss_that_is_not_finite_are_never_the_best(tmp_path, end
         return evaluation
 
     trainer.evaluator.run = with_loss
-    if math.isnan(end):
-        wanted = "diverged by step 6: losses on validation posts are heat nan"
-        with pytest.raises(TrainingStopped, match=wanted):
-            trainer.train()
-    else:
+    wanted = "diverged by step 6: losses on validation posts are heat nan"
+    with pytest.raises(TrainingStopped, match=wanted) if math.isnan(end) else nullcontext():
         trainer.train()
     assert (trainer.run.state.best_step, best(trainer)) == (2, 2)
 
 
-def fail(error: Exception) -> Callable[[int], Any]:
-    def on_step(step: int) -> None:
-        raise error
-
-    return on_step
+CPU_MEMORY = (
+    "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes."
+)
 
 
 @pytest.mark.parametrize(
-    "error",
-    [torch.OutOfMemoryError("CUDA out of memory."),
-     RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes.")],
+    ("error", "told"),
+    [(torch.OutOfMemoryError("CUDA out of memory."), True), (RuntimeError(CPU_MEMORY), True),
+     (RuntimeError("Connection closed by peer"), False)],
 )  # fmt: skip
-def test_out_of_memory_names_the_micro_batch_to_try(tmp_path, error):
-    trainer = trainer_in(tmp_path, on_step=fail(error), batch_size=20)
-    with pytest.raises(TrainingStopped) as caught:
-        trainer.train()
-    assert str(caught.value) == (
-        "out of memory with 5 posts per forward pass on rank 0: set train.micro_batch_size=2 (the batch of 20 stays "
-        "the same), or a smaller data.max_length."
-    )
+def test_out_of_memory_names_the_micro_batch_to_try_and_other_errors_pass(tmp_path, error, told):
+    def fail(step: int) -> None:
+        raise error
 
-
-def test_any_other_error_of_a_step_is_passed_on_as_it_is(tmp_path):
-    error = RuntimeError("Connection closed by peer")
-    with pytest.raises(RuntimeError) as caught:
-        trainer_in(tmp_path, on_step=fail(error)).train()
-    assert caught.value is error
+    with pytest.raises(TrainingStopped if told else RuntimeError) as caught:
+        trainer_in(tmp_path, on_step=fail, batch_size=20).train()
+    said = str(caught.value)
+    parts = ("5 posts per forward pass on rank 0", "train.micro_batch_size=2", "data.max_length")
+    assert all(part in said for part in parts) if told else caught.value is error
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -407,16 +367,12 @@ def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(tmp_path, number
     assert saved(trainer)[3]["posts_seen"] == 15
     assert f"stopping at step 3 ({number.name})" in capsys.readouterr().out
     assert signal.getsignal(number) == before
-
-
-def test_a_signal_object_made_before_the_run_is_asked(tmp_path):
-    stop = StopSignal()
-    stop.reason = "the launcher is gone"
-    trainer = trainer_in(tmp_path)
-    trainer.stop = stop
-    trainer.train()
-    assert (trainer.run.state.step, trainer.run.state.finished) == (0, "")
-    assert sorted(saved(trainer)) == [0]
+    # What was noted before the run is asked too.
+    early = trainer_in(tmp_path)
+    early.stop = StopSignal()
+    early.stop.reason = "the launcher is gone"
+    early.train()
+    assert (early.run.state.step, early.run.state.finished) == (0, "") and 0 in saved(early)
 
 
 def test_epochs_and_auto_become_steps(tmp_path):
@@ -428,22 +384,20 @@ def test_epochs_and_auto_become_steps(tmp_path):
 
 
 def test_an_evaluation_that_a_signal_cut_short_is_made_up_for_by_the_resume(tmp_path):
-    uncut = trainer_in(tmp_path / "a", values=[0.3, 0.2, 0.1])
-    (tmp_path / "a").mkdir()
+    values = [0.3, 0.2, 0.1]
+    uncut, cut, resumed = (trainer_in(tmp_path / name, values=values) for name in ("a", "b", "b"))
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
     uncut.train()
-    (tmp_path / "b").mkdir()
-    cut = trainer_in(tmp_path / "b", values=[0.3])
     cut.evaluator.cut_short = 1
     cut.train()
-    assert cut.run.state.step == 2
-    assert cut.run.state.evaluated_at == 0
-    assert not cut.run.state.finished
-    resumed = trainer_in(tmp_path / "b", values=[0.3, 0.2, 0.1])
+    state = cut.run.state
+    assert (state.step, state.evaluated_at, state.finished) == (2, 0, "")
     resumed.run.state = TrainState(**saved(cut)[2])
     resumed.train()
     assert resumed.run.monitor.checks == uncut.run.monitor.checks == [2, 4, 6]
-    assert resumed.run.state.best_step == uncut.run.state.best_step
-    assert resumed.run.state.best_value == uncut.run.state.best_value
+    for name in ("best_step", "best_value"):
+        assert getattr(resumed.run.state, name) == getattr(uncut.run.state, name)
 
 
 class TwoSets(Posts):
@@ -588,37 +542,24 @@ def test_the_posts_of_a_bad_step_are_those_of_the_forward_passes_that_were_bad_o
 def test_the_watchdog_counts_steps_and_the_batches_of_an_evaluation_and_nothing_else(tmp_path):
     seen: list[tuple[str, bool]] = []
     trainer = trainer_in(tmp_path, values=[0.1] * 3, on_step=lambda step: note())
-    run_validation = trainer.evaluator.run
+    watch, run_validation = trainer.run.watch, trainer.evaluator.run
 
     def note() -> None:
-        seen.append((trainer.run.watch.phase, trainer.run.watch.counted))
+        seen.append((watch.phase, watch.counted))
 
     def run_noted(name: str, **more: Any) -> Any:
         note()
-        trainer.run.watch.batch(True)
-        note()
-        trainer.run.watch.batch(False)
-        note()
+        for counted in (True, False):
+            watch.batch(counted)
+            note()
         return run_validation(name, **more)
 
     trainer.evaluator.run = run_noted
     trainer.train()
-    evaluation = [("evaluation", False), ("evaluation", True), ("evaluation", False)]
-    steps = [("training", True)]
-    assert seen == [
-        ("first step", False),
-        *steps,
-        *evaluation,
-        *2 * steps,
-        *evaluation,
-        *2 * steps,
-        *evaluation,
-    ]
-    assert (trainer.run.watch.phase, trainer.run.watch.counted, trainer.run.watch.step) == (
-        "finishing",
-        False,
-        6,
-    )
+    evaluation = [("evaluation", counted) for counted in (False, True, False)]
+    step = [("training", True)]
+    assert seen == [("first step", False), *step, *evaluation, *2 * (2 * step + evaluation)]
+    assert (watch.phase, watch.counted, watch.step) == ("finishing", False, 6)
 
 
 def test_a_contrastive_stage_is_not_evaluated_and_its_norms_are_forgotten(tmp_path):

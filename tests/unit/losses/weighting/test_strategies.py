@@ -62,11 +62,6 @@ def test_posts_weigh_a_task_by_its_share_of_the_labels(counts, weights):
     assert total.item() == pytest.approx(float(np.dot(losses[:3], weights)), rel=1e-12)
 
 
-def test_equal_is_the_plain_sum_bit_for_bit():
-    losses = torch.rand(3, generator=torch.Generator().manual_seed(5)) * 1e3
-    assert torch.equal(make("equal")(losses, WITHOUT_HEAT)[0], losses.sum())
-
-
 @pytest.mark.parametrize("name", WEIGHTINGS)
 def test_weights_do_not_lose_precision_with_the_model(name):
     weighting = make(name, (replace(MOOD, weight=0.3), HEAT, TOPIC), weighting_window=1)
@@ -155,26 +150,6 @@ def test_uncertainty_by_hand_and_its_gradient_in_float64(name, price):
     assert weighting.log_variances_T.grad.tolist() == pytest.approx(slopes, rel=1e-8)
 
 
-OPTIMA = {
-    "uncertainty": lambda loss: loss,
-    "uncertainty_positive": lambda loss: (loss + (loss**2 + 8 * loss) ** 0.5) / 4,
-}
-
-
-@pytest.mark.parametrize(("name", "optimum"), OPTIMA.items())
-def test_the_learned_variance_reaches_the_known_optimum(name, optimum):
-    weighting, losses = make(name), torch.tensor([0.05, 0.9, 6.0])
-    optimizer = torch.optim.Adam(weighting.parameters(), lr=0.05)
-    for _ in range(600):
-        optimizer.zero_grad()
-        weighting(losses, torch.tensor([True] * 3))[0].backward()
-        optimizer.step()
-    variances = weighting.log_variances_T.detach().exp()
-    torch.testing.assert_close(
-        variances, torch.tensor([optimum(loss) for loss in losses.tolist()]), rtol=2e-3, atol=0
-    )
-
-
 def test_the_price_of_a_variance_counts_once_whatever_the_micro_steps():
     """Shares of two micro-steps: the mean of the totals is the total of the mean losses."""
     weighting = make("uncertainty_positive")
@@ -201,8 +176,7 @@ def test_dynamic_average_by_hand():
 def test_dynamic_average_means_over_the_steps_that_have_a_task():
     weighting = make("dynamic_average", weighting_window=2)
     end(weighting, [1.0, 4.0, 2.0])
-    end(weighting, [1.0, 0.0, 2.0], WITHOUT_HEAT)
-    for _ in range(2):
+    for _ in range(3):
         end(weighting, [1.0, 0.0, 2.0], WITHOUT_HEAT)
     for _ in range(2):
         end(weighting, [1.0, 2.0, 2.0])
@@ -226,36 +200,13 @@ def test_gradnorm_by_hand():
     assert weights_of(weighting) == pytest.approx((3 * moved / moved.sum()).tolist(), rel=1e-6)
 
 
-def test_gradnorm_reaches_the_weights_that_make_gradients_as_long_as_they_are_to_be():
-    """With alpha 0 and steady gradients: w_t proportional to 1 / |g_t|; with alpha 1 to r_t / |g_t|."""
-    lengths, ratios = GRAM.diagonal().sqrt(), torch.tensor([0.5, 0.25, 1.0]).double()
-    for alpha in (0.0, 1.0):
-        weighting = make("gradnorm", weighting_rate=0.003, gradnorm_alpha=alpha)
-        end(weighting, [1.0, 1.0, 1.0])
-        for _ in range(1500):
-            end(weighting, ratios.tolist())
-        wanted = ratios**alpha / lengths
-        assert weights_of(weighting) == pytest.approx(
-            (3 * wanted / wanted.sum()).tolist(), rel=0.02
-        )
-
-
-@pytest.mark.parametrize(
-    ("name", "factors"),
-    # By hand: the gradients 2, 1 and 3 long; only the first two are at odds.
-    [("pcgrad", [1 + 1 / 4, 1 + 1 / 1, 1.0])],
-)
-def test_factors_of_gradients_by_hand(name, factors):
-    assert weights_of(make(name)) == pytest.approx(factors, rel=1e-6)
-
-
 def test_gradients_that_are_not_finite_leave_the_plain_sum_which_is_not_finite_either():
-    gram = GRAM.clone()
+    # By hand: the gradients 2, 1 and 3 long; only the first two are at odds.
+    assert weights_of(make("pcgrad")) == pytest.approx([1 + 1 / 4, 1 + 1 / 1, 1.0], rel=1e-6)
+    gram, losses = GRAM.clone(), torch.tensor([1.0, torch.nan, 1.0])
     gram[1] = torch.nan
     for name in ("pcgrad", "cagrad"):
-        total, weights = make(name)(
-            torch.tensor([1.0, torch.nan, 1.0]), torch.tensor([True] * 3), gram_TT=gram
-        )
+        total, weights = make(name)(losses, torch.tensor([True] * 3), gram_TT=gram)
         assert weights.tolist() == [1.0] * 3 and not total.isfinite()
 
 
