@@ -172,14 +172,9 @@ def augment(
         _work(posts.posts, journal, refine, batch_size=settings.batch_size, progress=progress)
         outcomes = sorted(map(Outcome.from_dict, journal.records), key=attrgetter("index"))
         report = Report(posts, tuple(outcomes), files, resumed)
-        malformed = [
-            {"line": post.line, "round": bad.round, "part": bad.part, "reason": bad.reason, "answer": bad.text}
-            for post, outcome in zip(posts.posts, outcomes, strict=True)
-            for bad in outcome.malformed
-        ]  # fmt: skip
         files.write(
             ({**row, **_columns_of(one)} for row, one in zip(posts.rows, outcomes, strict=True)),
-            malformed,
+            _malformed_rows(posts.posts, outcomes),
             head=head,
             report=report.lines(),
         )
@@ -234,6 +229,14 @@ def _work(
                 )
                 journal.add([asdict(outcome) for outcome in outcomes])
                 bar.update(len(piece))
+
+
+def _malformed_rows(posts: Sequence[Post], outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
+    return [
+        {"line": post.line, "round": item.round, "part": item.part, "reason": item.reason, "answer": item.text}
+        for post, outcome in zip(posts, outcomes, strict=True)
+        for item in outcome.malformed
+    ]  # fmt: skip
 
 
 def _columns_of(outcome: Outcome) -> dict[str, Any]:

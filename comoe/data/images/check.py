@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -231,7 +230,14 @@ def _check_different(
     keys = {number: _key(sources[number]) for number in mine}
     found = {number: known[key] for number, key in keys.items() if key in known}
     new = [number for number in mine if number not in found]
-    check = partial(_check, limits=limits)
+
+    def check(source: Source) -> CheckResult:
+        try:
+            read_image(source, limits)
+        except BadImage as error:
+            return error.reason, error.rule, False
+        return "", "", is_animated(source)
+
     show = progress and is_main() and len(new) > 0
     with (
         ThreadPoolExecutor(THREADS) as pool,
@@ -257,14 +263,6 @@ def _check_different(
                 cache.parent.mkdir(parents=True, exist_ok=True)
                 write_atomic(cache, json.dumps(lasting))
     return {sources[number]: result for number, _, result in everything}
-
-
-def _check(source: Source, limits: ImageLimits) -> CheckResult:
-    try:
-        read_image(source, limits)
-    except BadImage as error:
-        return error.reason, error.rule, False
-    return "", "", is_animated(source)
 
 
 def _key(source: Source) -> str:
