@@ -58,12 +58,7 @@ def resolved_task(
             f"tasks.{name}: no training post has a label in column {config.label!r}; correct it, or drop the task."
         )
     numbers = [value for value in present if isinstance(value, float)]
-    moments = None
-    if numbers:
-        # Each is rounded once: a resume on another machine finds the same bits.
-        mean = math.fsum(numbers) / len(numbers)
-        variance = math.fsum((number - mean) ** 2 for number in numbers) / len(numbers)
-        moments = mean, math.sqrt(variance)
+    moments = _moments(numbers) if numbers else None
     task = build_task(
         name, config, labels=labels, label_counts=counts["train"], label_moments=moments
     )
@@ -93,6 +88,12 @@ def resolved_task(
         if not CONFIDENCE_STRATEGIES[task.confidence_strategy]:
             report.confidence_unused.append(name)
     return task
+
+
+def _moments(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and standard deviation, rounded once: a resume on another machine finds the same bits."""
+    mean = math.fsum(values) / len(values)
+    return mean, math.sqrt(math.fsum((value - mean) ** 2 for value in values) / len(values))
 
 
 def label_counts(values: Sequence[Any], labels: tuple[str, ...]) -> Counter[str]:

@@ -460,12 +460,14 @@ def count_units(batch: Batch, tasks: Sequence[Task]) -> Tensor:
     targets = torch.zeros_like(tokens)
     if batch.target_ids_BD is not None:
         targets = _target_tokens(batch, tasks)[real_B].sum(dtype=torch.float64)
-    posts = [
-        _learned(batch, task).sum(dtype=torch.float64)
-        if task.rules.scored
-        else torch.zeros_like(tokens)
-        for task in tasks
-    ]
+    posts = []
+    for task in tasks:
+        # Rows with a label of the task, gold or soft.
+        learned_B = task.rules.labelled(batch.labels[task.name])
+        if (soft := batch.soft_labels.get(task.name)) is not None:
+            learned_B = learned_B | task.rules.soft_present(soft).reshape(len(soft), -1).any(dim=1)
+        count = learned_B.sum(dtype=torch.float64)
+        posts.append(count if task.rules.scored else torch.zeros_like(tokens))
     return torch.stack([*units, *posts, *soft_units, count_domains(batch), tokens, targets])
 
 
@@ -477,14 +479,6 @@ def _target_tokens(batch: Batch, tasks: Sequence[Task]) -> Tensor:
             words = (batch.choices[task.name] != IGNORED).sum()
             tokens_B = torch.where(batch.task_ids_B == number, words, tokens_B)
     return tokens_B
-
-
-def _learned(batch: Batch, task: Task) -> Tensor:
-    """Rows with a label of a task, gold or soft, bool (B,)."""
-    labelled_B = task.rules.labelled(batch.labels[task.name])
-    if (soft := batch.soft_labels.get(task.name)) is None:
-        return labelled_B
-    return labelled_B | task.rules.soft_present(soft).reshape(len(soft), -1).any(dim=1)
 
 
 def unit_scale(units_T: Tensor, *, world_size: int, accumulation: int) -> Tensor:

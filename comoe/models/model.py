@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -226,11 +227,7 @@ class MultiTaskModel(nn.Module):
         shared_BLM, routings, picked = encoding.fused_BLM, encoding.routings, encoding.selected
         token_rows_S, more = encoding.token_rows_S, {}
         if probed:
-            more["probe"] = probe(
-                shared_BLM,
-                self.tasks,
-                lambda place, rows: self._head(place, rows, mask_BL)[0].logits,
-            )
+            more["probe"] = probe(shared_BLM, self.tasks, partial(self._logits, mask_BL=mask_BL))
         logits, embeddings, attentions, private = {}, {}, {}, {}
         for place, number in enumerate(self._headed):
             name = self.tasks[number].name
@@ -282,6 +279,9 @@ class MultiTaskModel(nn.Module):
             for salt in (self.holder.seed, max(batch.step, 0), self.holder.view):
                 draws_B = draw(draws_B, salt)
         return Texts(*rows, batch.task_ids_B, weights_B, batch.text_numbers_B, draws_B)
+
+    def _logits(self, place: int, shared_BLM: Tensor, *, mask_BL: Tensor) -> Tensor:
+        return self._head(place, shared_BLM, mask_BL)[0].logits
 
     def _head(
         self, place: int, shared_BLM: Tensor, mask_BL: Tensor

@@ -59,8 +59,7 @@ def build_run(
     corpus.report.notes += notes
     parameters = count_parameters(objective.model, top_k=recipe.model.moe.top_k)
     if is_main():
-        lines = [*corpus.report.lines(all_in=SET_ASIDE), f"precision: {layout.precision}"]
-        print("\n".join(lines))
+        print(*corpus.report.lines(all_in=SET_ASIDE), f"precision: {layout.precision}", sep="\n")
     on_ready()
     found = checkpoint_to_resume(folder, typed, corpus.tasks, verify=verify) if resume else None
     engine, state = start_engine(objective, recipe, settings, layout, found)
@@ -76,11 +75,7 @@ def build_run(
         report=corpus.report,
         collator=collator,
         sampler=sampler_of(
-            recipe,
-            splits["train"],
-            corpus.tasks,
-            world_size=layout.world_size,
-            micro_batch_size=layout.micro_batch_size,
+            recipe, splits["train"], corpus.tasks, layout.world_size, layout.micro_batch_size
         ),
         parameters=parameters,
         layout=layout,

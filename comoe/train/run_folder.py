@@ -156,7 +156,14 @@ def take(folder: Path, held: ExitStack, *, fresh: bool, overwrite: bool = False)
             machine of the run does not see the folder that rank 0 writes to.
     """
     word = broadcast_object(os.environ.get(RUN_WORD) or uuid.uuid4().hex)
-    if problem := broadcast_object(_locked(folder, held) if is_main() else None):
+    problem = ""
+    if is_main():
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            held.enter_context(locked(folder / LOCK, str(folder)))
+        except ValueError as error:
+            problem = str(error)
+    if problem := broadcast_object(problem):
         raise ValueError(problem)
     if fresh:
         refuse_taken(folder, overwrite=overwrite)
@@ -167,16 +174,6 @@ def take(folder: Path, held: ExitStack, *, fresh: bool, overwrite: bool = False)
             _clear(folder)
         write_atomic(folder / MARK, word)
     barrier()
-
-
-def _locked(folder: Path, held: ExitStack) -> str:
-    """Lock the folder; why that cannot be, empty when it is."""
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        held.enter_context(locked(folder / LOCK, str(folder)))
-    except ValueError as error:
-        return str(error)
-    return ""
 
 
 def write_run_folder(run: TrainingRun, *, own_settings: Mapping[str, Any]) -> None:

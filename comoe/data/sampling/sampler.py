@@ -315,7 +315,6 @@ def sampler_of(
     recipe: Recipe,
     train: TokenizedSplit,
     tasks: Sequence[Task],
-    *,
     world_size: int,
     micro_batch_size: int,
 ) -> TrainSampler:
