@@ -38,8 +38,7 @@ def build_run(
     Args:
         typed: as the user wrote it.
         settings: the DeepSpeed JSON.
-        folder: run folder.
-        device: of this rank.
+        folder, device: of the run; of this rank.
         resume: go on from the newest whole checkpoint in the folder; ``verify`` compares digests.
         on_ready: called once all that the user brings has been read, before anything is written.
 
