@@ -81,7 +81,7 @@ def _load(path: Path, overrides: Sequence[str], *, saved: bool) -> Recipe:
     recipe = recipe_from_dict(raw, origins=origins)
     if recipe.data.root is None:
         recipe.data.root = str(path.resolve().parent)
-    validate(recipe, origins=origins)
+    validate(recipe, origins=origins, saved=saved)
     return recipe
 
 

@@ -424,6 +424,10 @@ class DataConfig:
     """Cleaning of the text."""
 
 
+OWN_COLUMNS = ("text", "error", "truncated", "image_error")
+"""Keys of a prediction beside those of the tasks, which a task cannot be called."""
+
+
 @section
 class TaskConfig:
     """One task. Tasks with the same path, format, subset, splits, text and image columns share their

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 from comoe.config.errors import nearest, place_of, unknown_name
 from comoe.config.fields import template_fields
-from comoe.config.recipe import Recipe, TaskConfig
+from comoe.config.recipe import OWN_COLUMNS, Recipe, TaskConfig
 
 BY_DECODER = ("text", "label_words")
 """Kinds of task that a decoder predicts; the first one free, the other one's words are scored."""
@@ -27,17 +27,20 @@ Broken = Iterator[tuple[str, str]]
 """Of the rules that a recipe breaks: key path, and the rest of a sentence."""
 
 
-def validate(recipe: Recipe, *, origins: Mapping[str, str] | None = None) -> None:
+def validate(
+    recipe: Recipe, *, origins: Mapping[str, str] | None = None, saved: bool = False
+) -> None:
     """Check what needs no data, no encoder and no table of another module.
 
     Args:
         recipe: the recipe.
         origins: key path -> "file:line", put in front of messages.
+        saved: of a run that was begun, by rules that may have been others.
 
     Raises:
         ValueError: the first broken rule: key path, value, rule.
     """
-    for rules in RULES:
+    for rules in RULES if saved else (*RULES, *RULES_OF_NEW):
         for path, message in rules(recipe):
             raise ValueError(f"{place_of(path, origins or {})}{path} {message}")
 
@@ -256,6 +259,30 @@ def _distillation(recipe: Recipe) -> Broken:
             rule = "free text has no soft labels, and is learned from gold ones alone"
             yield "distill.tasks", f"has {name}, but {rule}; list the other tasks ({others})."
 
+
+def _names(recipe: Recipe) -> Broken:
+    """Names that stand for something else where predictions and results are read."""
+    by_letters: dict[str, str] = {}
+    for name in recipe.tasks:
+        if name in TAKEN:
+            yield f"tasks.{name}", f"is no name for a task: {TAKEN[name]}; rename it."
+        if (other := by_letters.setdefault(name.casefold(), name)) != name:
+            rule = (
+                "some file systems take their plots and predictions for the same files; rename one"
+            )
+            yield (
+                f"tasks.{name}",
+                f"and tasks.{other} differ by upper and lower case alone; {rule}.",
+            )
+
+
+TAKEN = dict.fromkeys(OWN_COLUMNS, "each prediction has a field of that name itself") | {
+    "mean": "results and train.early_stop_metric call the mean of all tasks so"
+}
+"""Name -> what it is taken for."""
+
+RULES_OF_NEW: tuple[Callable[[Recipe], Broken], ...] = (_names,)
+"""Rules of later versions, which runs from before may break."""
 
 RULES: tuple[Callable[[Recipe], Broken], ...] = (
     _tasks,

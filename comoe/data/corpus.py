@@ -18,6 +18,7 @@ from comoe.data.images.check import ImageReader
 from comoe.data.labels import resolved_task
 from comoe.data.posts import PART_NAMES, PostSplit
 from comoe.data.reading.rows import RowReader, read_rows, settle
+from comoe.data.reading.sources import unread_files
 from comoe.data.report import DataReport
 from comoe.tasks.labels import split_words
 from comoe.tasks.task import Task, kind_of
@@ -223,6 +224,8 @@ def _parse(
         strict=recipe.data.on_error == "stop",
     )
     column = next(iter(group.tasks.values())).image
+    if next(iter(group.tasks.values())).format == "auto":
+        report.warnings += unread_files(group.source)
     splits = {}
     for split, raw in group.raw.items():
         report.warnings += [raw.joined_lines()] if raw.joined else []

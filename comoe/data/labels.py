@@ -13,8 +13,12 @@ from comoe.config.recipe import TaskConfig
 from comoe.data.posts import PostSplit
 from comoe.data.report import DataReport
 from comoe.tasks.kinds.base import Kind
+from comoe.tasks.labels import appearance
 from comoe.tasks.task import CONFIDENCE_STRATEGIES, Task, build_task
 from comoe.types import IGNORED
+
+MANY = 10
+"""Labels from which on it is worth a word if most have one post."""
 
 
 def discovered(kind: Kind, values: Iterable[Any]) -> tuple[str, ...]:
@@ -75,6 +79,7 @@ def resolved_task(
             f"tasks.{name}: all {len(present):,} training labels are the same ({only}), so there is nothing to learn; "
             f"add posts with other labels, raise data.limit_per_task or tasks.{name}.limit, or drop the task."
         )
+    report.warnings += [f"task {name}: {problem}" for problem in _doubtful(labels, counts["train"])]
     report.labels[name] = {split: dict(found) for split, found in counts.items() if found}
     if absent := [label for label in labels if not counts["train"][label]]:
         report.warnings.append(f"task {name}: no training post has the label {', '.join(absent)}")
@@ -88,6 +93,26 @@ def resolved_task(
         if not CONFIDENCE_STRATEGIES[task.confidence_strategy]:
             report.confidence_unused.append(name)
     return task
+
+
+def _doubtful(labels: Sequence[str], counts: Counter[str]) -> list[str]:
+    """What makes labels look like a mistake: two that look alike, or nearly one for each post."""
+    found = []
+    seen: dict[str, str] = {}
+    for label in labels:
+        other = seen.setdefault(appearance(label), label)
+        if other != label:
+            found.append(
+                f"the labels {ascii(other)} ({counts[other]:,}) and {ascii(label)} ({counts[label]:,}) look alike and "
+                "are two labels; spell them alike if they mean the same"
+            )
+    once = sum(count == 1 for count in counts.values())
+    if len(labels) >= MANY and 2 * once > counts.total():
+        found.append(
+            f"{once:,} of its {len(labels):,} labels are those of one training post each, as in a column of ids or "
+            "texts; is it the right column?"
+        )
+    return found
 
 
 def _moments(values: Sequence[float]) -> tuple[float, float]:

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from comoe.config.errors import unknown_name
 from comoe.config.files import atomic_file, csv_line, lock_beside, locked, same_file
+from comoe.config.recipe import OWN_COLUMNS
 from comoe.data.posts import Post
 from comoe.data.reading.files import RawSplit, json_line, read_text
 from comoe.data.reading.inputs import (
@@ -121,10 +122,6 @@ def _kept_columns(
                 f"--keep {column}: the predictions have this name themselves; rename the column."
             )
     return list(dict.fromkeys(keep))
-
-
-OWN_COLUMNS = ("text", "error", "truncated", "image_error")
-"""Columns and keys of the predictions beside the tasks."""
 
 
 CHUNK = 1024

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
@@ -57,6 +58,16 @@ def label_name(value: object) -> str:
     text = whole_characters(str(value)).strip()
     whole = _WHOLE_NUMBER.fullmatch(text)
     return whole[1] if whole else text
+
+
+def appearance(label: str) -> str:
+    """What a reader sees of a label: case, blanks, forms of one sign and invisible signs make no difference."""
+    # Folding may leave what another form is a single sign for.
+    seen = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", label).casefold())
+    shown = (
+        sign for sign in seen if unicodedata.category(sign) != "Cf" and sign not in "\ufe0e\ufe0f"
+    )
+    return " ".join("".join(shown).split())
 
 
 def label_id(value: object, labels: Sequence[str]) -> int:

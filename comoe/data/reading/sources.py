@@ -140,6 +140,34 @@ def _guess(key: str, place: Path, splits: Mapping[str, str]) -> str:
     raise ValueError(f"{nothing} Or set {key}.format ({', '.join(READERS)}).")
 
 
+def unread_files(source: Source) -> list[str]:
+    """One sentence for each split that also lies there in another format than the one that is read."""
+    place = Path(source.path)
+    if not place.is_dir():
+        return []
+    found = []
+    for split in NAMES:
+        if split in source.splits:
+            continue
+        there = [file for file in _candidates(place, split, ENDINGS) if file.is_file()]
+        there += [
+            place / f"{name}_text.txt"
+            for name in NAMES[split]
+            if (place / f"{name}_text.txt").is_file()
+        ]
+        formats = {
+            file: "tweeteval" if file.stem.endswith("_text") else ENDINGS[file.suffix]
+            for file in there
+        }
+        others = [file.name for file, format in formats.items() if format != source.format]
+        if others:
+            found.append(
+                f"{place}: {', '.join(others)} not read, as the data set is read as {source.format}; "
+                f"{source.key}.format or {source.key}.splits.{split} would choose, or move what is not meant away"
+            )
+    return found
+
+
 def _candidates(folder: Path, split: str, endings: Sequence[str] | Mapping[str, str]) -> list[Path]:
     return [folder / f"{name}{ending}" for name in NAMES[split] for ending in endings]
 

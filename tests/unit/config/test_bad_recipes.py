@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from comoe.config.load import load_recipe
+from comoe.config.load import load_recipe, load_saved_recipe
 
 MOOD = "tasks: {mood: {path: mood.csv}}\n"
 
@@ -114,6 +114,12 @@ OVERRIDES = [
     ("data.noise=[typos, typos]", "data.noise", "all different"),
     ("tasks.mood.labels=[a, a]", "tasks.mood.labels", "all different"),
     ("tasks.mood.label_words=[a, a]", "tasks.mood.label_words", "all different"),
+    *(
+        (f"tasks.{name}.path=x", f"tasks.{name}", "is no name for a task: each prediction has a field of that name")
+        for name in ("text", "error", "truncated", "image_error")
+    ),
+    ("tasks.mean.path=x", "tasks.mean", "call the mean of all tasks so; rename it."),
+    ("tasks.Mood.path=x", "tasks.Mood", "and tasks.mood differ by upper and lower case alone"),
     ("run.name=../x", "run.name", "a plain folder name"),
     (f"run.name={'x' * 201}", "run.name", "at most 200 letters"),
     ("train.learning_rate=1e9", "train.learning_rate", "at most 1000"),
@@ -218,3 +224,11 @@ def test_a_bad_file_is_refused_with_its_line(
         load_recipe(path)
     assert rule in str(error.value)
     assert line is None or str(error.value).startswith(f"{path}:{line}: ")
+
+
+def test_a_run_that_was_begun_with_a_name_that_is_taken_now_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("tasks: {text: {path: a.csv}, Text: {path: b.csv}}\n")
+    assert list(load_saved_recipe(path).tasks) == ["text", "Text"]
+    with pytest.raises(ValueError, match="tasks.text is no name for a task"):
+        load_recipe(path)

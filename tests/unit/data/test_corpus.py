@@ -414,3 +414,68 @@ def test_unlabelled_posts_must_fit_their_pairs():
     assert posts.labels == {"t": [None, None]} and posts.pairs == ["x", None]
     with pytest.raises(ValueError, match="2 texts and 1 pairs"):
         unlabelled_posts(["a", "b"], tasks=["t"], pairs=["x"])
+
+
+TWINS = {
+    "upper and lower case": ("True", "true"),
+    "an invisible sign": ("good", "go\u200bod"),
+    "composed and not": ("caf\u00e9", "cafe\u0301"),
+    "full-width": ("1st", "\uff11st"),
+    "two blanks": ("very good", "very  good"),
+    "a blank without a break": ("very good", "very\u00a0good"),
+    "a soft hyphen": ("good", "go\u00adod"),
+    "a text direction": ("good", "\u202egood"),
+    "another form of an emoji": ("\u2764", "\u2764\ufe0f"),
+    "a ligature": ("fine", "\ufb01ne"),
+}
+
+
+@pytest.mark.parametrize("what", TWINS)
+def test_labels_that_look_alike_are_told_with_both(what: str, tmp_path: Path) -> None:
+    one, other = TWINS[what]
+    rows = [{"text": f"post {i}", "label": label} for i, label in enumerate([one, other, "x"] * 4)]
+    write_jsonl(tmp_path / "posts" / "train.jsonl", rows)
+    corpus = load_corpus(recipe_of(tmp_path, mood=TaskConfig(path="posts")))
+    (told,) = [line for line in corpus.report.warnings if "look alike" in line]
+    assert told.startswith("task mood: the labels ") and told.endswith("if they mean the same")
+    assert all(ascii(label) in told for label in (one, other))
+
+
+@pytest.mark.parametrize("labels", [["a", "b", "ab"], ["\u0928\u0940", "\u0928\u093e"], ["1", "2"]])
+def test_labels_that_differ_are_not(labels: list[str], tmp_path: Path) -> None:
+    rows = [{"text": f"post {i}", "label": label} for i, label in enumerate(labels * 4)]
+    write_jsonl(tmp_path / "posts" / "train.jsonl", rows)
+    corpus = load_corpus(recipe_of(tmp_path, mood=TaskConfig(path="posts")))
+    assert not [line for line in corpus.report.warnings if "look alike" in line]
+
+
+@pytest.mark.parametrize(("labels", "told"), [(40, True), (4, False)])
+def test_a_label_for_each_post_is_told(labels: int, told: bool, tmp_path: Path) -> None:
+    rows = [{"text": f"post {i}", "label": f"l{i % labels}"} for i in range(40)]
+    write_jsonl(tmp_path / "posts" / "train.jsonl", rows)
+    write_jsonl(tmp_path / "posts" / "validation.jsonl", rows[:4])
+    corpus = load_corpus(recipe_of(tmp_path, mood=TaskConfig(path="posts")))
+    found = [line for line in corpus.report.warnings if "one training post each" in line]
+    assert bool(found) == told and (not told or "40 of its 40 labels" in found[0])
+
+
+@pytest.mark.parametrize(
+    "other", ["train.csv", "training.tsv", "train.txt", "train_text.txt", "validation.csv", "dev.txt", "test.tsv"]
+)  # fmt: skip
+def test_a_file_that_is_passed_over_for_its_format_is_told(other: str, tmp_path: Path) -> None:
+    rows = [{"text": f"post {i}", "label": "ab"[i % 2]} for i in range(20)]
+    write_jsonl(tmp_path / "posts" / "train.jsonl", rows)
+    (tmp_path / "posts" / other).write_text("text\tlabel\none\ta\ntwo\tb\n" * 3)
+    tasks = {format: TaskConfig(path="posts", format=format) for format in ("auto", "jsonl")}
+    told = {}
+    for format, task in tasks.items():
+        try:
+            report = load_corpus(recipe_of(tmp_path, mood=task)).report
+        except ValueError as error:
+            # train_text.txt makes it a folder of TweetEval, which lacks the labels.
+            assert other == "train_text.txt" and "has no labels" in str(error)
+            return
+        told[format] = [line for line in report.warnings if "not read" in line]
+    (line,) = told["auto"]
+    assert other in line and "is read as jsonl; tasks.mood.format or tasks.mood.splits." in line
+    assert not told["jsonl"]
