@@ -17,78 +17,53 @@ SMALL = ("tasks.topic=null", "tasks.strength=null", "tasks.aspects=null", "tasks
 
 
 def words(output: Path, arms: str, *more: str) -> list[str]:
-    command = [
-        sys.executable,
-        "launch/compare.py",
-        "--config",
-        SMOKE,
-        "--arms",
-        arms,
-        "--output",
-        str(output),
-    ]
-    return [*command, "--seeds", "0", "--resamples", "20", *SMALL, *more]
+    command = [sys.executable, "launch/compare.py", "--config", SMOKE, "--arms", arms]
+    command += ["--output", str(output), "--seeds", "0", "--resamples", "20"]
+    return [*command, *SMALL, *more]
+
+
+def read(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def test_arms_are_run_compared_and_added_to(terminal, tmp_path):
-    output = tmp_path / "compare"
+    output, names = tmp_path / "compare", ("recipe", "single.mood")
     claim = ("--claim", "multi > single.mood on mood/macro_f1")
-    first = terminal.run(*words(output, "multi,single.mood", "--affinity-posts", "16", *claim))
-    assert first.code == 0 and "2 runs, 0 of them done" in first.out, first.said
-    claimed = json.loads((output / "comparison.json").read_text())["claim"]
-    assert claimed["runs_before"] == 0 and claimed["difference"]["p"] <= 1
-    assert f"**{claim[1]}** (named before the first run" in first.out
-    removing = ("--remove-experts", "multi", "--removal-posts", "20", "--affinity-posts", "16")
-    done = terminal.run(*words(output, "single,multi", *removing))
-    assert done.code == 0 and "3 runs, 2 of them done" in done.out, done.said
-    runs = output / "runs"
-    results = {run: json.loads((runs / f"{run}-s0/results.json").read_text())
-               for run in ("recipe", "single.mood", "single.stance")}  # fmt: skip
+    first = terminal.run(*words(output, "multi"))
+    assert first.code == 0 and "1 runs, 0 of them done" in first.out, first.said
+    measured = ("--affinity-posts", "16", "--remove-experts", "multi", "--removal-posts", "20")
+    done = terminal.run(*words(output, "single.mood,multi", *measured, *claim))
+    assert done.code == 0 and "2 runs, 1 of them done" in done.out, done.said
+    results = {run: read(output / f"runs/{run}-s0/results.json") for run in names}
     # As many passes over each task's posts, so as many posts in all.
-    assert [results[run]["posts"] for run in results] == [192, 96, 96]
-    assert [list(results[run]["metrics"]["test"]) for run in results] == [
-        ["mood", "stance"],
-        ["mood"],
-        ["stance"],
-    ]
-    summary = json.loads((output / "summary.json").read_text())
-    for task in ("mood", "stance"):
-        for arm, run in (("multi", "recipe"), ("single", f"single.{task}")):
-            assert (
-                summary[arm][task]["macro_f1"]["mean"]
-                == results[run]["metrics"]["test"][task]["macro_f1"]
-            )
-    assert not any((runs / f"{run}-s0/checkpoints").exists() for run in results)
-    rest = json.loads((output / "comparison.json").read_text())
-    assert rest["claim"]["text"] == claim[1] and rest["claim"]["verdict"] == "not measured"
-    costs = {
-        arm: rest["arms"][arm]["costs"]["parameters_total"]["mean"] for arm in ("single", "multi")
-    }
-    assert costs["single"] == sum(
-        results[f"single.{task}"]["parameters"]["total"] for task in ("mood", "stance")
-    )
-    gain = rest["arms"]["multi"]["against_baseline"]
-    means = [rest["arms"][arm]["mean"]["mean"] for arm in ("single", "multi")]
-    assert gain["mean"]["mean"] == pytest.approx(means[1] - means[0], abs=1e-6)
-    assert gain["mood"]["p"] <= 1
+    assert [results[run]["posts"] for run in names] == [192, 96]
+    scored = [list(results[run]["metrics"]["test"]) for run in names]
+    assert scored == [["mood", "stance"], ["mood"]]
+    assert not any((output / f"runs/{run}-s0/checkpoints").exists() for run in names)
+    summary, rest = read(output / "summary.json"), read(output / "comparison.json")
+    for arm, run in (("multi", "recipe"), ("single.mood", "single.mood")):
+        score = summary[arm]["mood"]["macro_f1"]["mean"]
+        assert score == results[run]["metrics"]["test"]["mood"]["macro_f1"]
+        total = rest["arms"][arm]["costs"]["parameters_total"]["mean"]
+        assert total == results[run]["parameters"]["total"]
+    assert rest["claim"]["text"] == claim[1] and rest["claim"]["runs_before"] == 1
+    assert rest["claim"]["difference"]["p"] <= 1
+    assert rest["arms"]["multi"]["against_baseline"]["mood"]["p"] <= 1
     cosine = rest["gradient_cosine"]["multi"]
     assert cosine["tasks"] == ["mood", "stance"]
     assert -1 <= cosine["mean"][0][1] == cosine["mean"][1][0] <= 1
     removal = rest["arms"]["multi"]["removal"]["recipe-s0"]
-    experts = json.loads((runs / "recipe-s0/export/config.json").read_text())["model"]["moe"][
-        "num_experts"
-    ]
-    assert [len(row) for row in removal["loss_rise"]] == [experts] * len(removal["layers"])
-    assert (
-        "| multi | 1 |" in done.out and "## Gains over single" in (output / "table.md").read_text()
-    )
+    moe = read(output / "runs/recipe-s0/export/config.json")["model"]["moe"]
+    rows = [len(row) for row in removal["loss_rise"]]
+    assert rows == [moe["num_experts"]] * len(removal["layers"])
+    table = (output / "table.md").read_text()
+    assert "| multi | 1 |" in done.out and "## Gains over single.mood" in table
     for name in ("gains", "gradients", "removal", "quality"):
         assert (output / f"plots/{name}.png").stat().st_size > 4000
 
-    shown = terminal.python("launch/ablate.py", "--run", str(runs / "recipe-s0"), "--limit", "20")
-    assert shown.code == 0 and f"{removal['posts']} posts; with all experts" in shown.out, (
-        shown.said
-    )
+    shown = terminal.python("launch/ablate.py", "--run", output / "runs/recipe-s0", "--limit", "20")
+    assert shown.code == 0, shown.said
+    assert f"{removal['posts']} posts; with all experts" in shown.out
 
 
 def test_a_wrong_comparison_is_refused_before_anything_runs(terminal, tmp_path):

@@ -18,8 +18,8 @@ ONE = "E2-k1-sigmoid-epauto-smoke-encoder-s0"
 def words(output: Path, encoders: str) -> list[str]:
     lists = ["--experts", "2", "--top-k", "1,4", "--encoder", encoders, "--output", str(output)]
     # Long enough to be met half-way, also by a fast machine.
-    return [sys.executable, "launch/scale.py", "--config", SMOKE, *lists, "train.max_steps=150", "train.save_every=5",
-            "train.eval_every=75"]  # fmt: skip
+    return [sys.executable, "launch/scale.py", "--config", SMOKE, *lists, "train.max_steps=60", "train.save_every=5",
+            "train.eval_every=30"]  # fmt: skip
 
 
 def test_an_experiment_survives_a_failing_run_and_goes_on_after_an_interruption(terminal, tmp_path):
@@ -50,11 +50,6 @@ def test_an_experiment_survives_a_failing_run_and_goes_on_after_an_interruption(
     for name in ("quality.png", "cost.png", f"share_{ONE}.png"):
         assert (output / "plots" / name).stat().st_size > 5000
     assert list((output / "tensorboard" / ONE).glob("events*"))
-
-    again = terminal.run(*words(output, "smoke:encoder"))
-    assert again.code == 0 and "1 runs, 1 of them done" in again.out
-    other = terminal.run(*words(output, "smoke:encoder"), "train.batch_size=12")
-    assert other.code == 2 and "recipe.train.batch_size 96 instead of 12" in other.err
 
 
 def test_a_plan_is_printed_without_an_encoder_on_this_machine(terminal):

@@ -222,11 +222,6 @@ def test_an_unlabelled_post_whose_row_is_for_one_task_is_predicted_for_that_task
     }
 
 
-def test_predictions_can_be_left_out():
-    (found,) = run([[[0, 1]]], predictions=False)
-    assert found.predictions == {} and "mood" in found.metrics
-
-
 def test_a_task_without_labelled_posts_is_left_out_and_never_nan():
     (found,) = run([[[1]]])
     assert found.metrics.keys() == {"mood", "heat"}
@@ -238,17 +233,14 @@ def test_a_task_without_labelled_posts_is_left_out_and_never_nan():
     assert [shown["gold"] for shown in nothing.predictions["mood"]] == [None, None]
 
 
-def test_progress_counts_posts():
+def test_progress_counts_posts_and_predictions_can_be_left_out():
     seen: list[int] = []
-    evaluate(
-        forward,
-        None,
-        collator=FakeCollator(),
-        tasks=TASKS,
-        batches=reporting([np.array([0, 1, 2]), np.array([], dtype=np.int64)], seen.append),
-        gather=lambda own: [own],
-    )
-    assert seen == [3, 0]
+    batches = reporting([np.array([0, 1, 2]), np.array([], dtype=np.int64)], seen.append)
+    found = evaluate(
+        forward, None, collator=FakeCollator(), tasks=TASKS, batches=batches, gather=lambda a: [a],
+        predictions=False,
+    )  # fmt: skip
+    assert seen == [3, 0] and found.predictions == {} and "mood" in found.metrics
 
 
 METRICS = {
@@ -258,67 +250,47 @@ METRICS = {
 }
 
 
-def test_mean_takes_errors_with_a_minus():
-    assert mean_metric(METRICS, TASKS) == pytest.approx((0.8 - 0.5 + 0.6) / 3)
-
-
 def test_mean_is_over_the_tasks_that_have_labels():
     assert mean_metric({"mood": METRICS["mood"]}, TASKS) == 0.8
     with pytest.raises(ValueError, match=r"no labelled post of any task \(mood, heat, names\)"):
         mean_metric({}, TASKS)
+    with pytest.raises(ValueError, match="no labelled post of heat; use mean"):
+        chosen_metric({"mood": {"macro_f1": 1.0}}, TASKS, "heat/mae")
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [
-        ("mean", 0.3),
-        ("mood/macro_f1", 0.8),
-        ("mood/loss", -0.3),
-        ("heat/mae", -0.5),
-        ("names/f1/O", 0.9),
-    ],
-)
+    [("mean", (0.8 - 0.5 + 0.6) / 3), ("mood/macro_f1", 0.8), ("mood/loss", -0.3), ("heat/mae", -0.5),
+     ("names/f1/O", 0.9)],
+)  # fmt: skip
 def test_the_chosen_number_rises_as_the_model_gets_better(name, value):
     assert chosen_metric(METRICS, TASKS, name) == pytest.approx(value)
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [
-        (
-            "mood/macro_f2",
-            r"train\.early_stop_metric is 'mood/macro_f2'.*did you mean mood/macro_f1\?",
-        ),
-        ("mod/macro_f1", r"did you mean mood/macro_f1\?"),
-        ("heat/macro_f1", "which does not exist"),
-    ],
-)
+    [("mood/macro_f2", r"train\.early_stop_metric is 'mood/macro_f2'.*did you mean mood/macro_f1\?"),
+     ("mod/macro_f1", r"did you mean mood/macro_f1\?"), ("heat/macro_f1", "which does not exist")],
+)  # fmt: skip
 def test_a_metric_that_no_evaluation_has_is_refused(name, message):
     with pytest.raises(ValueError, match=message):
         chosen_metric(METRICS, TASKS, name)
 
 
-def test_a_chosen_task_without_labelled_posts_says_so():
-    with pytest.raises(ValueError, match="no labelled post of heat; use mean"):
-        chosen_metric({"mood": {"macro_f1": 1.0}}, TASKS, "heat/mae")
-
-
 def test_a_choice_that_no_validation_post_can_measure_is_refused_before_training():
     check_chosen_metric("mean", TASKS, measured={"heat"})
     check_chosen_metric("heat/mae", TASKS, measured={"heat"})
-    for name, measured in (("mean", set()), ("mood/macro_f1", {"heat"})):
-        with pytest.raises(
-            ValueError, match=f"is '{name}', but no validation post has a label of mood"
-        ):
-            check_chosen_metric(name, TASKS, measured=measured)
     check_chosen_metric("mood/teacher_kl", TASKS, measured={"mood"}, taught={"mood"})
-    # What no teacher knows, and what no validation post of a teacher's task measures.
-    for name, measured, message in (
-        ("heat/teacher_kl", {"heat"}, "which does not exist"),
-        ("teacher_kl", {"heat"}, "no validation post has a label of mood;"),
+    no_post = "is '{}', but no validation post has a label of mood"
+    for name, measured, taught, message in (
+        ("mean", set(), (), no_post.format("mean")),
+        ("mood/macro_f1", {"heat"}, (), no_post.format("mood/macro_f1")),
+        # What no teacher knows, and what no validation post of a teacher's task measures.
+        ("heat/teacher_kl", {"heat"}, {"mood"}, "which does not exist"),
+        ("teacher_kl", {"heat"}, {"mood"}, "no validation post has a label of mood;"),
     ):
         with pytest.raises(ValueError, match=message):
-            check_chosen_metric(name, TASKS, measured=measured, taught={"mood"})
+            check_chosen_metric(name, TASKS, measured=measured, taught=taught)
 
 
 def test_names_of_metrics_are_known_before_any_evaluation():

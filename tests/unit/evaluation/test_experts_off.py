@@ -1,6 +1,7 @@
 """Experts off is a model without blocks, in turn is the uniform gate, and a change has its standard error."""
 
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -129,28 +130,19 @@ def test_a_large_change_on_few_posts_is_not_called_none(loss, metric, sure):
 
 
 def test_every_kind_is_measured_also_where_groups_stay_empty():
-    batch = random_batch(rows=7)
-    model = tiny_model(moe_config()).eval()
-    told = Task("told", "text", (), "token_f1", prompt="{text}")
-    outputs = {}
-    for name, condition in {"": None, **CONDITIONS}.items():
-        if condition is None:
+    batch, model = random_batch(rows=7), tiny_model(moe_config()).eval()
+    told, rows = Task("told", "text", (), "token_f1", prompt="{text}"), list(range(7))
+    texts = [PostOutput(row, GeneratedText(-1.0 - row, -2.0, "good"), (2, "good")) for row in rows]
+
+    def outputs(condition):
+        with condition(model):
             output = model(batch)
-        else:
-            with condition(model):
-                output = model(batch)
-        outputs[name] = {
-            task.name: task.rules.outputs(output, batch, list(range(7)), task=task)
-            for task in TASKS
-        }
-        outputs[name]["told"] = [
-            PostOutput(row, GeneratedText(-1.0 - row, -2.0, "good"), (2, "good"))
-            for row in range(7)
-        ]
-    for name in CONDITIONS:
-        found = change(outputs[""], outputs[name], [*TASKS, told])
-        assert list(found["tasks"]) == [*(task.name for task in TASKS), "told"]
-        assert all(
-            math.isfinite(value) for one in found["tasks"].values() for value in one.values()
-        )
-        assert found["tasks"]["told"]["loss"] == 0 != found["tasks"]["mood"]["loss"]
+        kept = {task.name: task.rules.outputs(output, batch, rows, task=task) for task in TASKS}
+        return kept | {"told": texts}
+
+    before = outputs(nullcontext)
+    for condition in CONDITIONS.values():
+        found = change(before, outputs(condition), [*TASKS, told])["tasks"]
+        assert list(found) == [*(task.name for task in TASKS), "told"]
+        assert all(math.isfinite(value) for one in found.values() for value in one.values())
+        assert found["told"]["loss"] == 0 != found["mood"]["loss"]

@@ -145,59 +145,36 @@ def test_adding_the_ranks_tensors_equals_one_rank_with_all_tokens():
 
 
 def test_even_use_and_a_monopoly_are_the_two_ends_of_the_measures():
-    even, alone = (
-        share_measures(np.array([0.25] * 4)),
-        share_measures(np.array([0.0, 1.0, 0.0, 0.0])),
-    )
-    assert (even["max_violation"], even["effective_experts"], even["dead_share"]) == pytest.approx(
-        (0, 4, 0)
-    )
-    assert (
-        alone["max_violation"],
-        alone["effective_experts"],
-        alone["dead_share"],
-    ) == pytest.approx((3, 1, 0.75))
-    assert alone["entropy"] == 0 and alone["monopoly"] == 1
+    names = ("max_violation", "effective_experts", "dead_share", "monopoly")
+    for shares, ends in (([0.25] * 4, (0, 4, 0, 0.25)), ([0.0, 1.0, 0.0, 0.0], (3, 1, 0.75, 1))):
+        found = share_measures(np.array(shares))
+        assert [found[name] for name in names] == pytest.approx(ends)
+    # Two equal tasks that use different experts, and two that use the same.
+    counts = np.array([[[5, 5, 0, 0], [0, 0, 2, 8]], [[3, 1, 0, 0], [6, 2, 0, 0]]])
+    np.testing.assert_allclose(mutual_information(counts), [math.log(2), 0.0], atol=1e-12)
 
 
-def test_information_is_ln_2_when_two_equal_tasks_use_different_experts():
-    apart = mutual_information(
-        np.array([[[5, 5, 0, 0], [0, 0, 2, 8]], [[3, 1, 0, 0], [6, 2, 0, 0]]])
-    )
-    np.testing.assert_allclose(apart, [math.log(2), 0.0], atol=1e-12)
-
-
-def test_a_window_without_tokens_is_written_as_null():
+def test_a_window_without_tokens_is_written_as_null_and_without_experts_there_is_nothing():
     summary = RoutingStats(["a"], num_layers=1, num_experts=2).summary()
     line = json.loads(json.dumps(summary.to_dict(), allow_nan=False))
     assert line["tokens"] == 0
     assert line["entropy"] == [None] and line["effective_experts"] == [None]
     assert line["tasks"]["a"]["share"] == [[None, None]]
-
-
-def test_a_model_without_experts_has_an_empty_summary():
     stats = RoutingStats(["a"], num_layers=0, num_experts=0)
     stats.update(output([], [0, 0]), torch.tensor([[True]]))
     assert stats.summary().tokens == 0 and stats.as_tensor().numel() == 0
 
 
 def test_labelled_rows_reads_every_shape_of_target():
-    nan = float("nan")
-    batch = Batch(
-        input_ids_BL=torch.zeros(2, 3, dtype=torch.int64),
-        attention_mask_BL=torch.ones(2, 3, dtype=torch.int64),
-        token_type_ids_BL=None,
-        word_starts_BL=torch.ones(2, 3, dtype=torch.bool),
-        task_ids_B=torch.full((2,), -1),
-        row_ids_B=torch.arange(2),
-        labels={
-            "single": torch.tensor([1, IGNORED]),
-            "multi": torch.tensor([[nan, nan], [0.0, 1.0]]),
-            "number": torch.tensor([nan, 0.5]),
-            "tags": torch.tensor([[IGNORED, 2, IGNORED], [IGNORED, IGNORED, IGNORED]]),
-        },
-    )
-    rows = labelled_rows(batch, ["single", "multi", "number", "tags"])
+    nan, ids = float("nan"), torch.zeros(2, 3, dtype=torch.int64)
+    labels = {
+        "single": torch.tensor([1, IGNORED]),
+        "multi": torch.tensor([[nan, nan], [0.0, 1.0]]),
+        "number": torch.tensor([nan, 0.5]),
+        "tags": torch.tensor([[IGNORED, 2, IGNORED], [IGNORED, IGNORED, IGNORED]]),
+    }
+    batch = Batch(ids, ids + 1, None, ids == 0, torch.full((2,), -1), torch.arange(2), labels)
+    rows = labelled_rows(batch, list(labels))
     assert rows.tolist() == [[True, False, False, True], [False, True, True, False]]
 
 
