@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from comoe.losses.objective import count_units, unit_scale
+from comoe.losses.objective import count_units
 from comoe.types import IGNORED
-from tests.helpers_model import SEQ2SEQ, moe_config, scaled
+from tests.helpers_model import SEQ2SEQ, cut, moe_config, scaled, without_gradient
 from tests.helpers_seq2seq import (
     DECODED,
     END,
@@ -257,11 +257,9 @@ def test_layer_rows_name_the_row_of_every_routed_token(served):
 def test_a_batch_counts_alike_however_it_is_cut():
     loss = replace(OFF, z_weight=0.1, balance_weight=0.0)
     objective, batch = decoder_objective(loss=loss), decoder_batch(rows=10)
-    parts = [batch.take(torch.tensor(rows)) for rows in ([0, 1, 2, 3], [4, 8], [5, 6, 7, 9])]
-    units = sum(count_units(part, MIXED) for part in parts)
-    assert units[-1] == (batch.target_ids_BD != IGNORED).sum()
-    scale = unit_scale(units, world_size=1, accumulation=3)
-    steps = [objective(replace(part, unit_scale_T=scale)) for part in parts]
+    assert count_units(batch, MIXED)[-1] == (batch.target_ids_BD != IGNORED).sum()
+    parts = cut(batch, [[0, 1, 2, 3], [4, 8], [5, 6, 7, 9]], MIXED)
+    steps = [objective(part) for part in parts]
     whole = objective(scaled(batch, MIXED))
     torch.testing.assert_close(sum(step.loss for step in steps) / 3, whole.loss)
     for name in ("z", "task/opinion", "task/polarity"):
@@ -290,11 +288,7 @@ def test_with_soft_labels_every_label_is_scored_in_training(served):
         losses = -(soft[mine] * expected[mine].log_softmax(-1)).sum(dim=1)
         torch.testing.assert_close(step.terms["soft/polarity"], losses.mean())
     step.loss.backward()
-    assert all(
-        p.grad is not None and p.grad.isfinite().all()
-        for p in objective.parameters()
-        if p.requires_grad
-    )
+    assert without_gradient(objective) == []
 
 
 def test_a_row_is_answered_alone_as_in_a_batch_of_other_tasks():

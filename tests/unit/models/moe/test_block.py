@@ -39,6 +39,20 @@ def build_block(*, real_rows=((0, 5), (1, 3)), length=5, embeddings=None, num_ta
     return block, holder.context
 
 
+def run_block(block, context):
+    """A block's update of the real tokens of some states, what its experts read, and what each of them gives."""
+    x_SM = torch.randn(2, 5, M, dtype=torch.float64)
+    update_SM = block(x_SM).reshape(10, M)[context.real_index_S]
+    h_SM = F.layer_norm(x_SM.reshape(10, M)[context.real_index_S], (M,))
+    experts = block.mixture.experts
+    pairs = zip(experts.gate_up_proj, experts.down_proj, strict=True)
+    return update_SM, h_SM, torch.stack([dense_expert(h_SM, *pair) for pair in pairs])
+
+
+def shared_of(block, h_SM):
+    return dense_expert(h_SM, block.shared.gate_up.weight, block.shared.down.weight)
+
+
 def test_experts_equal_a_dense_loop():
     torch.manual_seed(0)
     experts = Experts(4, M, WIDE, output_init=0.5).double()
@@ -66,62 +80,33 @@ def test_the_grouped_kernel_equals_the_loop():
 def test_experts_without_tokens_get_a_zero_gradient_and_not_none():
     experts = Experts(4, M, WIDE)
     experts(torch.randn(0, M), torch.zeros(4, dtype=torch.int64)).sum().backward()
-    assert all(
-        parameter.grad is not None and not parameter.grad.any()
-        for parameter in experts.parameters()
-    )
-
-
-def test_a_mixture_equals_the_weighted_sum_of_its_experts():
-    torch.manual_seed(0)
-    mixture = ExpertMixture(M, WIDE, moe_config()).double()
-    x = torch.randn(1, 20, M, dtype=torch.float64)
-    answer, routing = mixture(x), mixture.router.collect()
-    scores = torch.sigmoid(x[0] @ mixture.gate.weight.T)
-    best, picks = scores.topk(2)
-    weights = torch.zeros(20, 4, dtype=torch.float64).scatter(
-        1, picks, 2 * best / best.sum(1, keepdim=True)
-    )
-    each = [
-        dense_expert(x[0], mixture.experts.gate_up_proj[e], mixture.experts.down_proj[e])
-        for e in range(4)
-    ]
-    torch.testing.assert_close(answer[0], sum(weights[:, [e]] * each[e] for e in range(4)))
-    assert routing.counts_E.sum() == 40
+    assert not any(parameter.grad.any() for parameter in experts.parameters())
 
 
 @pytest.mark.parametrize("gate", ["sigmoid", "softmax"])
 def test_permuting_the_experts_changes_nothing(gate):
     torch.manual_seed(0)
     mixture = ExpertMixture(M, WIDE, moe_config(gate=gate)).double()
-    mixture.gate.e_score_correction_bias.copy_(torch.tensor([0.1, -0.1, 0.05, 0.0]))
+    bias_E = mixture.gate.e_score_correction_bias
+    bias_E.copy_(torch.tensor([0.1, -0.1, 0.05, 0.0]))
     x, order = torch.randn(1, 20, M, dtype=torch.float64), torch.tensor([2, 0, 3, 1])
     before = mixture(x)
     with torch.no_grad():
-        for tensor in (
-            *mixture.experts.parameters(),
-            mixture.gate.weight,
-            mixture.gate.e_score_correction_bias,
-        ):
+        for tensor in (*mixture.experts.parameters(), mixture.gate.weight, bias_E):
             tensor.copy_(tensor[order])
     torch.testing.assert_close(mixture(x), before)
 
 
-def test_the_paper_gate_equals_ten_lines_of_float64():
+def test_the_paper_gate_equals_a_few_lines_of_float64():
     """route_by task, k = E, no bias: s = sigmoid(W e_t), g = s / sum(s), out = W0 x + sum g_i expert_i(x)."""
     embeddings = torch.randn(2, 64, dtype=torch.float64)
     options = dict(route_by="task", top_k=4, balance="none", shared_width=8, gate_scale=1.0)
     block, context = build_block(embeddings=embeddings, **options)
-    x = torch.randn(2, 5, M, dtype=torch.float64)
-    update = block(x).reshape(10, M)[context.real_index_S]
-
-    h = F.layer_norm(x.reshape(10, M)[context.real_index_S], (M,))
+    update, h, each_ESM = run_block(block, context)
     s = torch.sigmoid(embeddings @ block.task_projection.weight.T)
     g = (s / s.sum(1, keepdim=True))[context.token_rows_S]
-    experts = block.mixture.experts
-    each = [dense_expert(h, experts.gate_up_proj[e], experts.down_proj[e]) for e in range(4)]
-    w0 = dense_expert(h, block.shared.gate_up.weight, block.shared.down.weight)
-    torch.testing.assert_close(update, w0 + sum(g[:, [e]] * each[e] for e in range(4)))
+    routed = torch.einsum("se,esm->sm", g, each_ESM)
+    torch.testing.assert_close(update, shared_of(block, h) + routed)
 
 
 def test_shared_and_routed_experts_by_token_and_task_equal_a_float64_reference():
@@ -129,19 +114,15 @@ def test_shared_and_routed_experts_by_token_and_task_equal_a_float64_reference()
     block, context = build_block(embeddings=embeddings, route_by="both", top_k=2, shared_width=8)
     bias_E = torch.tensor([0.3, -0.3, 0.0, 0.1])
     block.mixture.gate.e_score_correction_bias.copy_(bias_E)
-    x = torch.randn(2, 5, M, dtype=torch.float64)
-    update = block(x).reshape(10, M)[context.real_index_S]
-
-    h = F.layer_norm(x.reshape(10, M)[context.real_index_S], (M,))
+    update, h, each_ESM = run_block(block, context)
     task = (embeddings @ block.task_projection.weight.T)[context.token_rows_S]
-    s = torch.sigmoid(h @ block.mixture.gate.weight.T + task)
+    logits = h @ block.mixture.gate.weight.T + task
+    torch.testing.assert_close(context.routings[0].logits_SE, logits)
+    s = torch.sigmoid(logits)
     picks = (s + bias_E).topk(2).indices
     g = torch.zeros_like(s).scatter(1, picks, s.gather(1, picks))
-    g = 2 * g / g.sum(1, keepdim=True)
-    experts = block.mixture.experts
-    each = [dense_expert(h, experts.gate_up_proj[e], experts.down_proj[e]) for e in range(4)]
-    shared = dense_expert(h, block.shared.gate_up.weight, block.shared.down.weight)
-    torch.testing.assert_close(update, shared + sum(g[:, [e]] * each[e] for e in range(4)))
+    routed = torch.einsum("se,esm->sm", 2 * g / g.sum(1, keepdim=True), each_ESM)
+    torch.testing.assert_close(update, shared_of(block, h) + routed)
 
 
 def test_one_expert_equals_the_dense_block():
@@ -150,11 +131,8 @@ def test_one_expert_equals_the_dense_block():
     with torch.no_grad():
         dense.gate_up.weight.copy_(block.mixture.experts.gate_up_proj[0])
         dense.down.weight.copy_(block.mixture.experts.down_proj[0])
-    x = torch.randn(2, 5, M, dtype=torch.float64)
-    picked = x.reshape(10, M)[context.real_index_S]
-    torch.testing.assert_close(
-        block(x).reshape(10, M)[context.real_index_S], dense(block.norm(picked))
-    )
+    update, h, _ = run_block(block, context)
+    torch.testing.assert_close(update, dense(h))
 
 
 def test_padding_gets_no_update_and_counts_as_no_load():
@@ -182,19 +160,6 @@ def test_under_route_by_task_the_token_projection_is_frozen_and_unused():
     assert torch.equal(block(x), before)
     block(x).sum().backward()
     assert block.task_projection.weight.grad.any()
-
-
-def test_route_by_both_reads_token_and_task():
-    embeddings = torch.randn(2, 64, dtype=torch.float64)
-    block, context = build_block(route_by="both", embeddings=embeddings)
-    x = torch.randn(2, 5, M, dtype=torch.float64)
-    block(x)
-    h = block.norm(x.reshape(10, M)[context.real_index_S])
-    expected = (
-        h @ block.mixture.gate.weight.T
-        + (embeddings @ block.task_projection.weight.T)[context.token_rows_S]
-    )
-    torch.testing.assert_close(context.routings[0].logits_SE, expected)
 
 
 def test_a_mixture_is_what_autoep_looks_for():
@@ -295,16 +260,9 @@ def test_own_and_shared_experts_equal_a_model_of_one_block_per_task():
     options = dict(route_by="task", num_experts=2, top_k=1, shared_width=8, task_prior="own")
     block, context = build_block(embeddings=embeddings, num_tasks=2, **options)
     context.task_ids_B = tasks_B
-    x = torch.randn(2, 5, M, dtype=torch.float64)
-    update = block(x).reshape(10, M)[context.real_index_S]
-    h = F.layer_norm(x.reshape(10, M)[context.real_index_S], (M,))
-    experts = block.mixture.experts
-    each = torch.stack(
-        [dense_expert(h, experts.gate_up_proj[e], experts.down_proj[e]) for e in range(2)]
-    )
-    own = each[tasks_B[context.token_rows_S], torch.arange(len(h))]
-    shared = dense_expert(h, block.shared.gate_up.weight, block.shared.down.weight)
-    torch.testing.assert_close(update, own + shared)
+    update, h, each_ESM = run_block(block, context)
+    own = each_ESM[tasks_B[context.token_rows_S], torch.arange(len(h))]
+    torch.testing.assert_close(update, own + shared_of(block, h))
 
 
 def test_a_prior_raises_the_logits_of_the_tasks_experts():
@@ -328,20 +286,18 @@ RANDOM = dict(gate="random", top_k=1, balance="none")
 def test_a_drawn_expert_runs_all_tokens_of_a_post_and_evaluation_runs_the_mean():
     block, context = build_block(**RANDOM, gate_scale=2.0)
     context.draws_B = torch.tensor([5, 60])
-    x = torch.randn(2, 5, M, dtype=torch.float64)
-    update = block(x).reshape(10, M)[context.real_index_S]
-    h = F.layer_norm(x.reshape(10, M)[context.real_index_S], (M,))
-    gate_up, down = block.mixture.experts.gate_up_proj, block.mixture.experts.down_proj
+    update, h, each_ESM = run_block(block, context)
     chosen_S = context.routings[0].indices_Sk[:, 0]
     expected_B = draw(context.draws_B, 0) % 4
     assert torch.equal(chosen_S, expected_B[context.token_rows_S])
     assert expected_B[0] != expected_B[1]
-    each = torch.stack([dense_expert(h, gate_up[e], down[e]) for e in range(4)])
-    torch.testing.assert_close(update, 2 * each[chosen_S, torch.arange(len(h))])
+    torch.testing.assert_close(update, 2 * each_ESM[chosen_S, torch.arange(len(h))])
     context.routings.clear()
     context.draws_B = None
-    update = block.eval()(x).reshape(10, M)[context.real_index_S]
-    torch.testing.assert_close(update, 2 * dense_expert(h, gate_up.mean(0), down.mean(0)))
+    update, h, _ = run_block(block.eval(), context)
+    experts = block.mixture.experts
+    mean = dense_expert(h, experts.gate_up_proj.mean(0), experts.down_proj.mean(0))
+    torch.testing.assert_close(update, 2 * mean)
 
 
 def test_another_step_pass_or_seed_draws_other_experts_and_the_same_draw_the_same():
