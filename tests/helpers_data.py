@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from comoe.config.recipe import Recipe, TaskConfig
+from comoe.data.corpus import Corpus, load_corpus
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
@@ -85,3 +86,11 @@ def recipe_of(root: Path, **tasks: TaskConfig) -> Recipe:
     recipe = Recipe(tasks=tasks)
     recipe.data.root = str(root)
     return recipe
+
+
+def corpus_of(root: Path, rows: Iterable[Any], **task: Any) -> Corpus:
+    """The corpus of a task ``t`` on a data set ``posts`` whose training and validation posts are these rows."""
+    rows = list(rows)
+    for name in ("train", "validation"):
+        write_jsonl(root / "posts" / f"{name}.jsonl", rows)
+    return load_corpus(recipe_of(root, t=TaskConfig(path="posts", **task)))

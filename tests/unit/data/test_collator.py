@@ -73,25 +73,13 @@ def test_a_batch_is_padded_to_its_longest_post(mixed):
     batch = collator()(mixed, np.array([1, 0]))
     assert batch.input_ids_BL.shape == (2, 5)
     assert batch.attention_mask_BL.tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]
-    assert batch.word_starts_BL.tolist() == [
-        [False, True, True, True, False],
-        [False, True, False, False, False],
-    ]
+    assert batch.word_starts_BL.int().tolist() == [[0, 1, 1, 1, 0], [0, 1, 0, 0, 0]]
     assert batch.token_type_ids_BL.sum() == 0
     assert batch.input_ids_BL[1, 3:].tolist() == [0, 0]
-    assert batch.row_ids_B.tolist() == [1, 0]
-    assert batch.task_ids_B.tolist() == [-1, -1]
+    assert (batch.row_ids_B.tolist(), batch.task_ids_B.tolist()) == ([1, 0], [-1, -1])
     assert batch.unit_scale_T is None
-    for tensor in (
-        batch.input_ids_BL,
-        batch.attention_mask_BL,
-        batch.token_type_ids_BL,
-        batch.row_ids_B,
-    ):
-        assert tensor.dtype == torch.int64
-
-
-def test_rows_are_padded_to_a_multiple(mixed):
+    for name in ("input_ids_BL", "attention_mask_BL", "token_type_ids_BL", "row_ids_B"):
+        assert getattr(batch, name).dtype == torch.int64
     assert collator(pad_to_multiple_of=8)(mixed, np.array([1, 0])).input_ids_BL.shape == (2, 8)
 
 
@@ -110,18 +98,17 @@ def test_by_token_one_row_has_the_labels_of_all_tasks(mixed):
 
 @pytest.mark.parametrize("route_by", ["task", "both"])
 def test_by_task_a_post_becomes_one_row_per_label_and_no_label_is_lost(mixed, route_by):
-    batch = collator(route_by=route_by)(mixed, np.array([0, 1, 2, 3]))
+    batch, whole = (
+        collator(route_by=by)(mixed, np.array([0, 1, 2, 3])) for by in (route_by, "token")
+    )
     assert list(zip(batch.row_ids_B.tolist(), batch.task_ids_B.tolist(), strict=True)) == [
         (0, 0), (0, 2), (1, 1), (2, 0), (2, 1), (2, 2),
     ]  # fmt: skip
     assert batch.labels["mood"].tolist() == [1, IGNORED, IGNORED, 0, IGNORED, IGNORED]
-    by_token = collator()(mixed, np.array([0, 1, 2, 3]))
-    for task in TASKS:
-        assert task.rules.normalizer(batch.labels[task.name], task) == task.rules.normalizer(
-            by_token.labels[task.name], task
-        )
-        rows = task.rules.labelled(batch.labels[task.name])
-        assert set(batch.task_ids_B[rows].tolist()) <= {TASKS.index(task)}
+    for number, task in enumerate(TASKS):
+        one, other = (each.labels[task.name] for each in (batch, whole))
+        assert task.rules.normalizer(one, task) == task.rules.normalizer(other, task)
+        assert set(batch.task_ids_B[task.rules.labelled(one)].tolist()) <= {number}
 
 
 def test_prediction_by_task_asks_every_task_of_every_post(mixed):
@@ -136,16 +123,14 @@ def test_prediction_by_task_asks_every_task_of_every_post(mixed):
 
 @pytest.mark.parametrize(("route_by", "task_id"), [("token", -1), ("task", 0)])
 def test_no_posts_make_one_short_row_without_labels(mixed, route_by, task_id):
-    nothing = np.zeros(0, dtype=np.int64)
-    batch = collator(route_by=route_by)(mixed, nothing)
-    assert batch.row_ids_B.tolist() == [-1]
-    assert batch.task_ids_B.tolist() == [task_id]
+    made = collator(route_by=route_by)
+    batch = made(mixed, np.zeros(0, dtype=np.int64))
+    assert (batch.row_ids_B.tolist(), batch.task_ids_B.tolist()) == ([-1], [task_id])
     assert batch.attention_mask_BL.sum() == batch.input_ids_BL.shape[1] == 3
     assert all(not task.rules.labelled(batch.labels[task.name]).any() for task in TASKS)
-
-
-def test_by_task_posts_without_labels_make_a_filler_row(mixed):
-    assert collator(route_by="task")(mixed, np.array([3])).row_ids_B.tolist() == [-1]
+    # By task a post without labels has none.
+    rows = made(mixed, np.array([3])).row_ids_B.tolist()
+    assert rows == ([3] if route_by == "token" else [-1])
 
 
 def test_a_second_text_is_the_second_segment_and_has_no_words():
@@ -182,37 +167,23 @@ def test_a_long_post_is_cut_and_counted():
 
 
 def test_tags_sit_on_the_first_piece_of_each_word():
-    words = ["one", "abc", "rome"]
-    split = tokenized(posts_of(["one abc rome"], words=[words], names=[[0, 1, 0]]))
+    words, no = ["one", "abc", "rome", "two"], IGNORED
+    split = tokenized(posts_of(["one abc rome two"], words=[words], names=[[0, 1, 0, no]]))
     batch = collator()(split, np.array([0]))
-    # [CLS] one a ##b ##c rome [SEP]
-    assert batch.labels["names"].tolist() == [[IGNORED, 0, 1, IGNORED, IGNORED, 0, IGNORED]]
-    assert batch.word_starts_BL.tolist() == [[False, True, True, False, False, True, False]]
-
-
-def test_a_missing_tag_stays_missing():
-    split = tokenized(posts_of(["one two"], words=[["one", "two"]], names=[[IGNORED, 1]]))
-    assert collator()(split, np.array([0])).labels["names"].tolist() == [
-        [IGNORED, IGNORED, 1, IGNORED]
-    ]
+    # [CLS] one a ##b ##c rome two [SEP]; a missing tag stays missing.
+    assert batch.labels["names"].tolist() == [[no, 0, 1, no, no, 0, no, no]]
+    assert batch.word_starts_BL.int().tolist() == [[0, 1, 1, 0, 0, 1, 1, 0]]
 
 
 def test_words_cut_off_lose_their_tags_and_are_counted():
-    posts = posts_of(
-        ["one " * 6, "one"], words=[["one"] * 6, ["one"]], names=[[0, 1, 0, 1, IGNORED, 1], [1]]
-    )
-    split = tokenized(posts, max_length=5)
-    assert collator()(split, np.array([0])).labels["names"].tolist() == [
-        [IGNORED, 0, 1, 0, IGNORED]
-    ]
-    assert (split.truncated, split.words_cut) == (1, 2)
-
-
-def test_a_post_whose_only_tags_were_cut_off_counts_as_unlabelled():
-    posts = posts_of(["one " * 6], words=[["one"] * 6], names=[[IGNORED] * 5 + [1]])
-    split = tokenized(posts, max_length=5)
-    assert not split.labelled.any()
-    assert split.words_cut == 1
+    tags = [[0, 1, 0, 1, IGNORED, 1], [1], [IGNORED] * 5 + [1]]
+    words = [["one"] * len(row) for row in tags]
+    split = tokenized(posts_of([" ".join(w) for w in words], words=words, names=tags), max_length=5)
+    labels = collator()(split, np.array([0])).labels["names"]
+    assert labels.tolist() == [[IGNORED, 0, 1, 0, IGNORED]]
+    assert (split.truncated, split.words_cut) == (2, 3)
+    # The last one's only tag was cut off: it counts as unlabelled.
+    assert split.labelled.any(axis=1).tolist() == [True, True, False]
 
 
 @pytest.mark.parametrize("preset", ["none", "social", "strict"])
@@ -239,14 +210,10 @@ def test_every_word_has_a_piece_whatever_it_is(preset):
 
 def test_byte_level_words_carry_the_blank_before_them():
     tokenizer = byte_level_tokenizer()
-    plain = tokenized(posts_of(["b a b"]), tokenizer=tokenizer)
-    words = tokenized(posts_of(["b a b"], words=[["b", "a", "b"]]), tokenizer=tokenizer)
-    assert (
-        tokens_of(words, 0, tokenizer)
-        == ["<s>", "b", "Ġa", "Ġb", "</s>"]
-        == tokens_of(plain, 0, tokenizer)
-    )
-    assert Collator(tokenizer, TASKS)(words, np.array([0])).token_type_ids_BL is None
+    for words in (None, [["b", "a", "b"]]):
+        split = tokenized(posts_of(["b a b"], words=words), tokenizer=tokenizer)
+        assert tokens_of(split, 0, tokenizer) == ["<s>", "b", "Ġa", "Ġb", "</s>"]
+    assert Collator(tokenizer, TASKS)(split, np.array([0])).token_type_ids_BL is None
 
 
 def test_a_tokenizer_in_pure_python_works_without_words():
@@ -265,31 +232,16 @@ def test_a_tokenizer_in_pure_python_works_without_words():
 def test_posts_are_cleaned_before_they_are_tokenized():
     tokenizer = wordpiece_tokenizer(["one"])
     split = tokenized(posts_of(["@Bob &amp; one"]), tokenizer=tokenizer)
-    assert tokens_of(split, 0, tokenizer) == [
-        "[CLS]",
-        "@",
-        "u",
-        "##s",
-        "##e",
-        "##r",
-        "&",
-        "one",
-        "[SEP]",
-    ]
+    assert " ".join(tokens_of(split, 0, tokenizer)) == "[CLS] @ u ##s ##e ##r & one [SEP]"
 
 
 def test_the_table_of_labels_says_which_posts_have_which(mixed):
-    assert mixed.labelled.tolist() == [
-        [True, False, True, False],
-        [False, True, False, False],
-        [True, True, True, False],
-        [False, False, False, False],
-    ]
-    assert len(mixed) == 4
+    assert mixed.labelled.astype(int).tolist() == [
+        [1, 0, 1, 0], [0, 1, 0, 0], [1, 1, 1, 0], [0, 0, 0, 0]
+    ]  # fmt: skip
+    assert (len(mixed), list(mixed.groups)) == (4, [0, 1, 0, 1])
     assert mixed.lengths.dtype == np.int32
-    assert list(mixed.groups) == [0, 1, 0, 1]
-    assert mixed.origins[2] == "post:3"
-    assert mixed.texts[2] == "x"
+    assert (mixed.origins[2], mixed.texts[2]) == ("post:3", "x")
 
 
 def test_prediction_sees_the_tokens_that_training_saw():
@@ -334,29 +286,24 @@ def test_tokens_are_made_once_and_read_from_the_cache_afterwards(tmp_path):
 
 
 def test_the_cache_knows_all_that_the_tokens_depend_on(tmp_path):
-    posts = posts_of(["abc", "def"])
-    tokenizer = wordpiece_tokenizer()
-    tokenized(posts, tokenizer=tokenizer, cache_dir=tmp_path)
-    tokenizer(
-        "a", truncation=True, max_length=3
-    )  # what a tokenizer was called with before does not matter
-    tokenized(
-        posts_of(["abc", "def"], mood=[1, 1]), tokenizer=tokenizer, cache_dir=tmp_path
-    )  # nor do the labels
-    assert len(list(tmp_path.iterdir())) == 1
-    tokenized(posts, tokenizer=tokenizer, cache_dir=tmp_path, max_length=20)
-    tokenized(
-        posts, tokenizer=tokenizer, cache_dir=tmp_path, normalize=NormalizeConfig(preset="strict")
-    )
-    tokenized(posts, tokenizer=wordpiece_tokenizer(["abc"]), cache_dir=tmp_path)
-    tokenized(posts_of(["abc", "deg"]), tokenizer=tokenizer, cache_dir=tmp_path)
-    tokenized(posts_of(["abc", "def"], pairs=["x", None]), tokenizer=tokenizer, cache_dir=tmp_path)
-    tokenized(
-        posts_of(["abc", "def"], words=[["abc"], None]), tokenizer=tokenizer, cache_dir=tmp_path
-    )
-    assert len(list(tmp_path.iterdir())) == 7
-    tokenized(posts, tokenizer=tokenizer, cache_dir=tmp_path, cache=False, max_length=30)
-    assert len(list(tmp_path.iterdir())) == 7
+    tokenizer, texts = wordpiece_tokenizer(), ["abc", "def"]
+
+    def files(posts=None, tokenizer=tokenizer, **options) -> int:
+        posts = posts or posts_of(texts)
+        tokenized(posts, tokenizer=tokenizer, cache_dir=tmp_path, **options)
+        return len(list(tmp_path.iterdir()))
+
+    assert files() == 1
+    # What a tokenizer was called with before does not matter, nor do the labels.
+    tokenizer("a", truncation=True, max_length=3)
+    assert files(posts_of(texts, mood=[1, 1])) == 1
+    changes = [
+        {"max_length": 20}, {"normalize": NormalizeConfig(preset="strict")},
+        {"tokenizer": wordpiece_tokenizer(["abc"])}, {"posts": posts_of(["abc", "deg"])},
+        {"posts": posts_of(texts, pairs=["x", None])}, {"posts": posts_of(texts, words=[["abc"], None])},
+    ]  # fmt: skip
+    assert [files(**change) for change in changes] == [2, 3, 4, 5, 6, 7]
+    assert files(cache=False, max_length=30) == 7
 
 
 @pytest.mark.parametrize(
@@ -382,14 +329,9 @@ def test_a_tokenizer_is_loaded_from_a_folder_with_its_rules(tmp_path):
 
 def test_a_missing_tokenizer_says_what_to_give(tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(
-        ValueError, match=r"model.encoder \(.*empty\): no tokenizer could be loaded. Give a folder"
-    ):
+    told = r"model.encoder \(.*empty\): no tokenizer could be loaded. Give a folder"
+    with pytest.raises(ValueError, match=told):
         load_tokenizer(str(tmp_path / "empty"))
-
-
-def test_a_length_that_the_encoder_does_not_take_is_told():
-    with pytest.raises(
-        ValueError, match=r"data.max_length \(128\) is more than the encoder takes \(64 tokens\)"
-    ):
+    told = r"data.max_length \(128\) is more than the encoder takes \(64 tokens\)"
+    with pytest.raises(ValueError, match=told):
         tokenized(posts_of(["a"]), tokenizer=wordpiece_tokenizer(model_max_length=64))

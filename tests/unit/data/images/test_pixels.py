@@ -98,13 +98,6 @@ def test_a_tower_without_a_processor_gets_images_of_its_own_size(tmp_path):
     assert load_image_processor(str(tmp_path))(Image.new("RGB", (9, 9), "black")).max() == 0.0
 
 
-def test_a_folder_with_neither_is_refused(tmp_path):
-    with pytest.raises(
-        ValueError, match="model.vision.tower .*no image processor could be loaded. Give a folder"
-    ):
-        load_image_processor(str(tmp_path))
-
-
 def test_a_batch_lists_the_images_of_its_rows(reader, tmp_path):
     (tmp_path / "a.png").write_bytes(encoded(noise(0), "PNG"))
     made = collator(reader)
@@ -118,17 +111,13 @@ def test_a_batch_lists_the_images_of_its_rows(reader, tmp_path):
     assert torch.equal(moved.pixels_I3HW, batch.pixels_I3HW)
 
 
-def test_a_batch_without_images_has_a_blank_one(reader):
+def test_a_batch_without_images_has_a_blank_one_and_a_run_without_images_none(reader):
     made = collator(reader)
     split = split_of(made, [None, None])
     for indices in (np.array([0, 1]), np.array([], dtype=int)):
         batch = made(split, indices)
         assert batch.image_rows_I.tolist() == [-1] and not batch.pixels_I3HW.any()
-
-
-def test_a_run_without_images_has_no_pixels_at_all():
-    made = collator(None)
-    batch = made(split_of(made, [encoded(noise(0), "PNG")]), np.array([0]))
+    batch = collator(None)(split_of(made, [encoded(noise(0), "PNG")]), np.array([0]))
     assert batch.pixels_I3HW is None and batch.image_rows_I is None
 
 
@@ -174,11 +163,13 @@ def test_some_rows_of_a_batch_keep_their_own_images_each_once(reader):
                 assert torch.equal(found.pixels_I3HW[seen[place]], batch.pixels_I3HW[post])
 
 
-def test_a_tower_that_reads_patches_is_refused_with_what_to_do():
-    with pytest.raises(
-        ValueError, match=r"model.vision.tower: .*Siglip2.* shape \(256, 768\), not .* fixed reso"
-    ):
+def test_a_tower_that_reads_patches_and_a_folder_without_processor_are_refused(tmp_path):
+    patches = r"model.vision.tower: .*Siglip2.* shape \(256, 768\), not .* fixed reso"
+    with pytest.raises(ValueError, match=patches):
         ImageProcessor(Siglip2ImageProcessorPil(), side=224)
+    nothing = "model.vision.tower .*no image processor could be loaded. Give a folder"
+    with pytest.raises(ValueError, match=nothing):
+        load_image_processor(str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -258,27 +249,18 @@ def test_an_image_that_went_bad_is_left_out_and_told_once(reader, tmp_path):
 
 def test_hidden_texts_are_empty_posts_and_hidden_images_none(reader):
     made, image = collator(reader), encoded(noise(0), "PNG")
-    seen, blind, mute = (
-        split_of(made, [image], config=DataConfig(hide=what)) for what in ("none", "image", "text")
-    )
-    assert seen.lengths.tolist() == blind.lengths.tolist() == [4] and mute.lengths.tolist() == [2]
-    assert [made(split, np.array([0])).image_rows_I.tolist() for split in (seen, blind, mute)] == [
-        [0],
-        [-1],
-        [0],
-    ]
-    assert mute.texts == ["one two"], "predictions still show the text"
+    splits = [split_of(made, [image], config=DataConfig(hide=w)) for w in ("none", "image", "text")]
+    assert [split.lengths.tolist() for split in splits] == [[4], [4], [2]]
+    rows = [made(split, np.array([0])).image_rows_I.tolist() for split in splits]
+    assert rows == [[0], [-1], [0]]
+    assert splits[2].texts == ["one two"], "predictions still show the text"
     posts = unlabelled_posts(["one two", "two"], tasks=["first", "second"], images=[image, None])
-    tokens = tokenize_split(
-        posts, made.tokenizer, tasks=TASKS, config=DataConfig(hide="text", max_length=16)
-    )
+    config = DataConfig(hide="text", max_length=16)
+    tokens = tokenize_split(posts, made.tokenizer, tasks=TASKS, config=config)
     assert tokens.lengths.tolist() == [2, 2] and tokens.posts.images == [image, None]
-
-
-def test_texts_whose_words_have_tags_cannot_be_hidden():
-    posts = unlabelled_posts(["a"], tasks=[], words=[["a"]])
+    tagged = unlabelled_posts(["a"], tasks=[], words=[["a"]])
     with pytest.raises(ValueError, match="data.hide is text, but there are posts given as words"):
-        hidden(posts, "text")
+        hidden(tagged, "text")
 
 
 def test_images_stay_with_their_posts():
