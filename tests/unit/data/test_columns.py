@@ -67,25 +67,18 @@ def test_tasks_with_other_label_columns_train_on_the_same_posts_and_missing_labe
 def test_held_out_posts_leave_training_and_validation_and_become_a_split(airline):
     whole = load_corpus(recipe_with(airline))
     corpus = load_corpus(recipe_with(airline, hold_out={"airline": ["Delta"]}))
-    assert {split: len(posts) for split, posts in corpus.splits.items()} == {
-        "train": 16, "validation": 8, "test": 1, "unseen": 12,
-    }  # fmt: skip
+    sizes = {split: len(posts) for split, posts in corpus.splits.items()}
+    assert sizes == {"train": 16, "validation": 8, "test": 1, "unseen": 12}
     assert set(corpus.splits["unseen"].columns["airline"]) == {"Delta"}
-    for split in ("train", "validation"):
-        assert "Delta" not in corpus.splits[split].columns["airline"]
-    everywhere = (
-        texts_of(corpus, "train") | texts_of(corpus, "validation") | texts_of(corpus, "unseen")
+    parts = [texts_of(corpus, split) for split in ("train", "validation", "unseen")]
+    assert parts[0] | parts[1] | parts[2] == texts_of(whole, "train") | texts_of(
+        whole, "validation"
     )
-    assert everywhere == texts_of(whole, "train") | texts_of(whole, "validation")
-    assert not texts_of(corpus, "unseen") & texts_of(corpus, "train")
-    assert (
-        "data set airline: held out airline Delta: 8 train and 4 validation posts are the split unseen"
-        in (corpus.report.notes)
-    )
+    assert sum(map(len, parts)) == 36
+    note = "held out airline Delta: 8 train and 4 validation posts are the split unseen"
+    assert f"data set airline: {note}" in corpus.report.notes
     assert corpus.report.posts["airline"]["unseen"] == 12
-
-
-def test_truth_values_are_held_out_by_their_names(airline):
+    # Truth values are held out by their names.
     corpus = load_corpus(recipe_with(airline, hold_out={"late": ["true"]}))
     assert set(corpus.splits["unseen"].columns["late"]) == {"true"}
     assert len(corpus.splits["train"]) == 12
@@ -107,15 +100,6 @@ def test_what_cannot_be_held_out_is_refused_with_what_can(airline, hold_out, mes
     with pytest.raises(ValueError) as caught:
         load_corpus(recipe_with(airline, hold_out=hold_out))
     assert message in str(caught.value)
-
-
-def test_tasks_that_share_posts_must_hold_out_the_same(airline):
-    recipe = recipe_with(airline)
-    recipe.tasks["reason"].hold_out = {"airline": ["Delta"]}
-    with pytest.raises(
-        ValueError, match=r"tasks.reason.hold_out is .* but tasks.sentiment, which shares its posts"
-    ):
-        load_corpus(recipe)
 
 
 def test_training_in_one_domain_and_testing_in_another_is_a_matter_of_file_names(tmp_path):
@@ -176,18 +160,19 @@ def test_slices_by_a_column_that_is_not_there_or_has_too_many_values_are_refused
         load_corpus(recipe_of(airline, many=TaskConfig(path="many", slices=["id"])))
 
 
-def test_one_task_of_a_data_set_may_ask_for_even_labels(airline):
+def test_one_task_of_a_data_set_may_ask_for_even_labels_and_all_hold_out_the_same(airline):
     recipe = recipe_with(airline, balanced_sampling=True)
     corpus = load_corpus(recipe)
     classes = balanced_classes(corpus.splits["train"], corpus.tasks, recipe.tasks)
     assert classes.tolist() == corpus.splits["train"].labels["sentiment"]
     recipe.tasks["reason"].balanced_sampling = True
-    with pytest.raises(
-        ValueError, match="tasks.reason.balanced_sampling: tasks.sentiment draws the same posts"
+    other = recipe_with(airline)
+    other.tasks["reason"].hold_out = {"airline": ["Delta"]}
+    sets = recipe_with(airline, kind="multi_label", balanced_sampling=True)
+    for wrong, message in (
+        (recipe, "tasks.reason.balanced_sampling: tasks.sentiment draws the same posts"),
+        (other, "tasks.reason.hold_out is .* but tasks.sentiment, which shares its posts"),
+        (sets, "balanced_sampling needs one label of several per post"),
     ):
-        load_corpus(recipe)
-
-
-def test_even_labels_need_one_label_per_post(airline):
-    with pytest.raises(ValueError, match="balanced_sampling needs one label of several per post"):
-        load_corpus(recipe_with(airline, kind="multi_label", balanced_sampling=True))
+        with pytest.raises(ValueError, match=message):
+            load_corpus(wrong)

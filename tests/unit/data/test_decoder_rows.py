@@ -114,13 +114,16 @@ def test_by_task_every_row_has_its_one_task(route_by):
     assert shown(batch, 2) == "polarity of screen in: post four 😀 ? </s>"
 
 
-def test_without_a_task_with_a_head_there_are_no_rows_for_heads():
+def test_without_a_task_with_a_head_there_are_no_rows_for_heads_and_heads_alone_have_no_answers():
     tasks = (ASPECT, POLARITY)
     split = split_of(tasks=tasks)
     batch = Collator(TOKENIZER, tasks)(split, np.arange(5), all_tasks=True)
     # The second post has no label here and no second text, which one prompt wants.
     assert rows_of(batch) == [(0, 0), (0, 1), (1, 0), (2, 0), (2, 1), (3, 1), (4, 0), (4, 1)]
     assert len(split.tokens.input_ids) == 0
+    batch = Collator(TOKENIZER, (MOOD,))(split_of(tasks=(MOOD,)), np.arange(2))
+    assert batch.target_ids_BD is None and batch.choices == {}
+    assert rows_of(batch) == [(0, -1), (1, -1)]
 
 
 @pytest.mark.parametrize(("route_by", "task"), [("token", -1), ("task", 0)])
@@ -129,14 +132,6 @@ def test_a_rank_without_posts_has_one_row_that_wants_no_answer(route_by, task):
     assert rows_of(batch) == [(-1, task)] and batch.target_ids_BD.tolist() == [[IGNORED]]
     assert batch.labels["aspect"].tolist() == batch.labels["polarity"].tolist() == [IGNORED]
     assert batch.texts["aspect"] == [None]
-
-
-def test_heads_alone_have_neither_answers_nor_choices():
-    split = split_of(tasks=(MOOD,))
-    batch = Collator(TOKENIZER, (MOOD,))(split, np.arange(2))
-    assert batch.target_ids_BD is None
-    assert batch.choices == {}
-    assert rows_of(batch) == [(0, -1), (1, -1)]
 
 
 def test_rows_are_taken_with_their_answers():
@@ -208,11 +203,6 @@ def test_soft_labels_of_a_decoders_task_make_a_row_with_its_prompt_where_it_can_
         rows_of(batch), batch.soft_labels["polarity"].tolist(), strict=True
     ):
         assert values == [0.25, 0.75] if task == 2 else np.isnan(values).all()
-
-
-def test_a_tokenizer_that_writes_no_end_token_is_refused():
-    with pytest.raises(ValueError, match="whose targets need an end token"):
-        Collator(decoder_tokenizer(end=False), TASKS)
 
 
 # Answers
@@ -347,12 +337,19 @@ def predictor_of(
     *,
     route_by: str = "token",
     columns: dict[str, Any] | None = None,
+    seen: list[Batch] | None = None,
 ) -> Predictor:
+    """A predictor of what ``written_by`` says; ``seen`` gets the batches that the model is given."""
+
+    def model(batch: Batch) -> ModelOutput:
+        if seen is not None:
+            seen.append(batch)
+        attentions = {"mood": batch.attention_mask_BL.float()}
+        return replace(written_by(batch, tasks=tasks), attentions=attentions)
+
     exported = SimpleNamespace(
         tasks=tasks, tokenizer=TOKENIZER, data_config=CONFIG, config={"columns": columns or {}}, image_processor=None,
-        model=lambda batch: replace(
-            written_by(batch, tasks=tasks), attentions={"mood": batch.attention_mask_BL.float()}
-        ),
+        model=model,
     )  # fmt: skip
     return Predictor(exported, Collator(TOKENIZER, tasks, route_by=route_by), torch.device("cpu"))
 
@@ -380,25 +377,15 @@ def test_every_task_answers_a_post_and_one_without_the_second_text_says_so(route
     [(5, "5"), (2.5, "2.5"), (["battery", "great"], "battery great"), ("battery", "battery")],
 )
 def test_second_texts_are_read_as_in_training(cell, read):
-    config = {
-        name: TaskConfig(path="posts", pair="about", prompt=POLARITY.prompt)
-        for name in ("polarity", "mood")
-    }
-    post = RowReader(config, {"polarity": (), "mood": ()}, max_characters=99).read(
-        {"text": "post", "about": cell}
-    )
-    seen: list[Batch] = []
-    predictor = predictor_of()
-    exported = SimpleNamespace(**vars(predictor.exported))
-    exported.model = lambda batch: (seen.append(batch), predictor.exported.model(batch))[1]
-    (prediction,) = replace(predictor, exported=exported)(
-        ["post"], pairs=[cell], tasks=["mood", "polarity"]
-    )
-    assert "error" not in prediction and post.pair == read
-    assert [shown(seen[0], row) for row in range(2)] == [
-        f"post </s> {read} </s>",
-        f"polarity of {read} in: post ? </s>",
-    ]
+    names = ("polarity", "mood")
+    shared = TaskConfig(path="posts", pair="about", prompt=POLARITY.prompt)
+    reader = RowReader(dict.fromkeys(names, shared), dict.fromkeys(names, ()), max_characters=99)
+    assert reader.read({"text": "post", "about": cell}).pair == read
+    predictor = predictor_of(seen=(seen := []))
+    (prediction,) = predictor(["post"], pairs=[cell], tasks=["mood", "polarity"])
+    assert "error" not in prediction
+    expected = [f"post </s> {read} </s>", f"polarity of {read} in: post ? </s>"]
+    assert [shown(seen[0], row) for row in range(2)] == expected
 
 
 @pytest.mark.parametrize("cell", ["  ", float("nan"), [], True, {"a": 1}])
@@ -418,23 +405,15 @@ def test_a_second_text_that_is_none_is_said_and_a_line_of_ids_is_never_missing(c
 
 
 def test_only_the_tasks_that_are_asked_for_run():
-    seen: list[Batch] = []
-    predictor = predictor_of()
-    exported = SimpleNamespace(**vars(predictor.exported))
-    exported.model = lambda batch: (seen.append(batch), predictor.exported.model(batch))[1]
-    watched = replace(predictor, exported=exported)
-    assert list(watched(["post one"], tasks=["aspect"])[0]) == ["text", "aspect"]
-    assert list(watched(["post one"], tasks=["mood"])[0]) == ["text", "mood"]
+    predictor = predictor_of(seen=(seen := []))
+    for task in ("aspect", "mood"):
+        assert list(predictor(["post one"], tasks=[task])[0]) == ["text", task]
     assert [rows_of(batch) for batch in seen] == [[(0, 1)], [(0, -1)]]
 
 
 def test_a_post_given_as_words_is_asked_about_as_in_training_and_a_cut_one_is_marked():
-    seen: list[Batch] = []
-    predictor = predictor_of((ASPECT,))
-    exported = SimpleNamespace(**vars(predictor.exported))
-    exported.model = lambda batch: (seen.append(batch), predictor.exported.model(batch))[1]
-    watched = replace(predictor, exported=exported)
-    first, second = watched(["ignored", "great " * 50], words=[["battery", "great"], None])
+    predictor = predictor_of((ASPECT,), seen=(seen := []))
+    first, second = predictor(["ignored", "great " * 50], words=[["battery", "great"], None])
     assert "truncated" not in first and second["truncated"]
     texts = {shown(batch, row) for batch in seen for row in range(len(batch.row_ids_B))}
     assert texts == {"aspect of: battery great </s>", f"aspect of: {'great ' * 29}</s>"}
@@ -526,26 +505,21 @@ def test_second_texts_and_labels_are_read_from_the_columns_of_training(tmp_path,
 
 
 def test_the_columns_of_training_are_not_taken_where_they_say_nothing():
-    labels = {
+    columns = {
         "a": {"pair": "x", "label": "mood"},
         "b": {"pair": "y", "label": "mood"},
         "c": {"label": "shade"},
     }
-    config, tasks = {"columns": labels}, [replace(MOOD, name=name) for name in "abc"]
-    found = {names: choose_labels(config, [t for t in tasks if t.name in names], asked=None, columns=["mood", "shade"])
-             for names in ("a", "ab", "abc")}  # fmt: skip
-    assert found == {
-        "a": {"a": "mood"},
-        "ab": {"a": "a", "b": "b"},
-        "abc": {"a": "a", "b": "b", "c": "shade"},
-    }
-    assert choose_labels(config, tasks[:1], asked=None, columns=["label"]) == {"a": "label"}
-    assert choose_labels(config, tasks[:2], asked="z", columns=["mood"]) == {"a": "z", "b": "z"}
-    assert [pair_in_training(config, some) for some in (tasks[:1], tasks[:2], tasks)] == [
-        "x",
-        None,
-        None,
-    ]
+    config, tasks = {"columns": columns}, [replace(MOOD, name=name) for name in "abc"]
+    alike = {"a": "a", "b": "b"}
+    for count, pair, asked, names, found in (
+        (1, "x", None, ["mood", "shade"], {"a": "mood"}), (2, None, None, ["mood", "shade"], alike),
+        (3, None, None, ["mood", "shade"], alike | {"c": "shade"}), (1, "x", None, ["label"], {"a": "label"}),
+        (2, None, "z", ["mood"], {"a": "z", "b": "z"}),
+    ):  # fmt: skip
+        some = tasks[:count]
+        assert choose_labels(config, some, asked=asked, columns=names) == found
+        assert pair_in_training(config, some) == pair
     assert pair_in_training({}, tasks) is None
 
 
@@ -569,19 +543,14 @@ def test_attention_is_not_promised_where_no_head_pools(tmp_path, capsys):
 def test_the_dry_run_shows_prompt_and_answer_as_the_model_sees_them():
     split = split_of()
     seen = seen_by_the_decoder(split, TOKENIZER)
-    assert sample_lines(ASPECT, split.posts, CONFIG.normalize, seen=seen) == [
-        "aspect (text, metric token_f1):",
-        "  answer | what the encoder reads",
-        "  battery 😀 </s> | aspect of: post one </s>",
-        "  电池 </s> | aspect of: post three </s>",
-    ]
-    lines = sample_lines(POLARITY, split.posts, CONFIG.normalize, seen=seen)
-    assert lines[:4] == [
-        "polarity (label_words, metric macro_f1):",
-        "  words of the labels: bad = 'terrible', good = 'great'",
-        "  answer | what the encoder reads",
-        "  great </s> | polarity of battery in: post one ? </s>",
-    ]
+    aspect, polarity = (
+        sample_lines(task, split.posts, CONFIG.normalize, seen=seen) for task in (ASPECT, POLARITY)
+    )
+    assert aspect[2:] == [
+        "  battery 😀 </s> | aspect of: post one </s>", "  电池 </s> | aspect of: post three </s>"
+    ]  # fmt: skip
+    assert polarity[1] == "  words of the labels: bad = 'terrible', good = 'great'"
+    assert polarity[3] == "  great </s> | polarity of battery in: post one ? </s>"
 
 
 def card(tasks: tuple[Task, ...]) -> str:

@@ -111,20 +111,17 @@ def test_a_file_is_the_training_split_and_others_can_be_named(tmp_path):
     assert len(read(tmp_path, "train", splits={"train": "other.jsonl"}).rows) == 2
 
 
-def test_a_byte_order_mark_and_blank_lines_are_no_content(tmp_path):
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(b'\xef\xbb\xbf{"text": "a"}\r\n\r\n{"text": "b"}')
-    raw = read(path)
-    assert [row["text"] for row in raw.rows] == ["a", "b"]
-    assert raw.lines == [1, 3]
-
-
-def test_a_quoted_csv_text_may_span_lines_and_the_next_row_has_its_own_number(tmp_path):
-    path = tmp_path / "a.csv"
-    path.write_text('text,label\n"one\ntwo",x\nthree,y\n')
-    raw = read(path)
-    assert [row["text"] for row in raw.rows] == ["one\ntwo", "three"]
-    assert raw.lines == [2, 4]
+@pytest.mark.parametrize(
+    ("name", "content", "texts", "lines"),
+    [("a.jsonl", b'\xef\xbb\xbf{"text": "a"}\r\n\r\n{"text": "b"}', ["a", "b"], [1, 3]),
+     ("a.csv", b'text,label\n"one\ntwo",x\nthree,y\n', ["one\ntwo", "three"], [2, 4])],
+)  # fmt: skip
+def test_a_byte_order_mark_and_blank_lines_are_no_content_and_a_quoted_text_may_span_lines(
+    tmp_path, name, content, texts, lines
+):
+    (tmp_path / name).write_bytes(content)
+    raw = read(tmp_path / name)
+    assert [row["text"] for row in raw.rows] == texts and raw.lines == lines
 
 
 def test_parquet_label_classes_become_names_and_minus_one_is_missing(tmp_path):
@@ -156,39 +153,21 @@ def test_the_hub_reader_reads_what_load_dataset_gives(tmp_path, monkeypatch):
         read(tmp_path / "posts", format="hub", splits={"train": "tran"})
 
 
-def test_a_hub_name_that_cannot_be_loaded_says_what_to_do(monkeypatch):
+def test_what_cannot_be_read_says_what_to_do(tmp_path, monkeypatch):
     def no_network(*_: object) -> None:
         raise ConnectionError("Couldn't reach the Hub")
 
     monkeypatch.setattr(datasets, "load_dataset", no_network)
-    with pytest.raises(
-        ValueError, match="Without a network, save it as JSON lines.*Couldn't reach the Hub"
-    ):
-        read_split(
-            open_source(
-                "tasks.t", root=None, path="some/set", format="hub", subset=None, splits={}
-            ),
-            "train",
-        )
-
-
-def test_an_unknown_format_names_the_right_ones(tmp_path):
-    with pytest.raises(ValueError, match="'jsnl'.*did you mean jsonl"):
-        read(tmp_path, format="jsnl")
+    for name in ("train", "val", "dev"):
+        write_jsonl(tmp_path / f"{name}.jsonl", ROWS)
+    several = r"several validation files .*val.jsonl, dev.jsonl.*tasks.t.splits.validation"
+    for place, options, message in (
+        ("some/set", {"format": "hub"}, "Without a network, save it as JSON lines.*Couldn't reach the Hub"),
+        (tmp_path, {"format": "jsnl"}, "'jsnl'.*did you mean jsonl"),
+        # A local path is never looked for on the hub, and two files for one split are not guessed between.
+        (tmp_path / "owner/name", {}, "there is no file or folder .*set tasks.t.format=hub"),
+        (tmp_path, {"split": "validation"}, several),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            read(place, **options)
     assert set(READERS) == {"tweeteval", "jsonl", "csv", "tsv", "parquet", "txt", "hub"}
-
-
-def test_a_local_path_is_never_looked_for_on_the_hub(tmp_path):
-    with pytest.raises(ValueError, match="there is no file or folder .*set tasks.t.format=hub"):
-        read(tmp_path / "owner" / "name")
-
-
-def test_two_files_for_one_split_are_not_guessed_between(tmp_path):
-    write_jsonl(tmp_path / "train.jsonl", ROWS)
-    write_jsonl(tmp_path / "val.jsonl", ROWS)
-    write_jsonl(tmp_path / "dev.jsonl", ROWS)
-    with pytest.raises(
-        ValueError,
-        match=r"several validation files .*val.jsonl, dev.jsonl.*tasks.t.splits.validation",
-    ):
-        read(tmp_path, "validation")

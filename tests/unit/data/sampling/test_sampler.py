@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from comoe.data.sampling.mixing import MIXINGS, draws_per_epoch
-from comoe.data.sampling.sampler import SamplerConfig, TrainSampler, eval_batches
+from comoe.data.sampling.sampler import SamplerConfig, TrainSampler
 
 
 def make_sampler(*, sizes: tuple[int, ...] = (70, 20, 7), **options: object) -> TrainSampler:
@@ -17,28 +17,17 @@ def make_sampler(*, sizes: tuple[int, ...] = (70, 20, 7), **options: object) -> 
     return TrainSampler(lengths, groups, SamplerConfig(**settings))
 
 
-def test_micro_steps_hold_the_same_posts_on_any_number_of_ranks():
-    one, two = make_sampler(micro_batch_size=6), make_sampler(micro_batch_size=3, world_size=2)
-    assert one.accumulation == two.accumulation == 2
-    for step in range(5):
-        for number in range(2):
-            joined = np.concatenate([two.share(step, rank)[number] for rank in range(2)])
-            assert sorted(joined) == sorted(one.share(step, 0)[number])
-
-
 def test_each_post_comes_once_per_epoch_under_proportional_mixing():
-    sampler = make_sampler()
+    sampler, count = make_sampler(), 9
+    assert sampler.steps_per_epoch == count
+    batches = [sampler.global_batch(step) for step in range(3 * count)]
     for epoch in range(3):
-        steps = range(epoch * sampler.steps_per_epoch, (epoch + 1) * sampler.steps_per_epoch)
-        drawn = np.concatenate([sampler.global_batch(step) for step in steps])
+        drawn = np.concatenate(batches[epoch * count : (epoch + 1) * count])
         assert sorted(drawn) == list(range(97))
-
-
-def test_batches_of_an_epoch_differ_by_at_most_one_post():
-    sampler = make_sampler()
-    sizes = {len(sampler.global_batch(step)) for step in range(sampler.steps_per_epoch)}
-    assert sampler.steps_per_epoch == 9
-    assert sizes == {10, 11}
+    assert {len(batch) for batch in batches} == {10, 11}
+    # Epochs and seeds shuffle differently.
+    for other in (batches[count], make_sampler(seed=4).global_batch(0)):
+        assert not np.array_equal(batches[0], other)
 
 
 def test_a_step_is_the_same_in_any_order_of_asking():
@@ -48,14 +37,6 @@ def test_a_step_is_the_same_in_any_order_of_asking():
     jumping = make_sampler()
     for step in steps:
         assert np.array_equal(jumping.global_batch(step), in_order[step])
-
-
-def test_epochs_and_seeds_shuffle_differently():
-    sampler, other = make_sampler(), make_sampler(seed=4)
-    assert not np.array_equal(
-        sampler.global_batch(0), sampler.global_batch(sampler.steps_per_epoch)
-    )
-    assert not np.array_equal(sampler.global_batch(0), other.global_batch(0))
 
 
 def test_rates_equal_the_hand_computed_ones():
@@ -85,17 +66,6 @@ def test_uniform_mixing_repeats_the_small_set_and_passes_over_all_of_the_large_o
     assert set(np.bincount(np.concatenate(drawn), minlength=72)[:60]) == {3}
 
 
-def test_every_batch_holds_every_data_set_of_a_fair_size():
-    lengths = np.full(640, 10)
-    groups = np.repeat([0, 1], [480, 160])
-    sampler = TrainSampler(lengths, groups, SamplerConfig(batch_size=32, seed=0))
-    shares = [
-        np.mean(groups[sampler.global_batch(step)] == 1) for step in range(sampler.steps_per_epoch)
-    ]
-    assert np.mean(shares) == pytest.approx(0.25)
-    assert min(shares) > 0
-
-
 def test_posts_of_a_batch_are_of_similar_length():
     lengths = np.random.default_rng(0).integers(3, 120, 4096)
     sampler = TrainSampler(lengths, np.zeros(4096, dtype=int), SamplerConfig(batch_size=32, seed=0))
@@ -119,28 +89,20 @@ def test_ranks_get_nearly_the_same_number_of_tokens():
 
 
 def test_fewer_posts_than_ranks_leave_empty_shares_and_no_rank_out():
-    sampler = TrainSampler(
-        np.array([5, 6]), np.array([0, 0]), SamplerConfig(batch_size=8, world_size=4, seed=0)
-    )
+    config = SamplerConfig(batch_size=8, world_size=4, seed=0)
+    sampler = TrainSampler(np.array([5, 6]), np.array([0, 0]), config)
     shares = [sampler.share(0, rank) for rank in range(4)]
     assert [len(share) for share in shares] == [1, 1, 1, 1]
     assert sum(len(share[0]) for share in shares) == 2
     assert all(share[0].dtype == np.int64 for share in shares)
+    with pytest.raises(ValueError, match="no training posts"):
+        TrainSampler(np.zeros(0), np.zeros(0), SamplerConfig(batch_size=4))
 
 
 def test_auto_micro_batch_is_the_share_of_a_rank_up_to_128():
     assert make_sampler(batch_size=32, world_size=4).micro_batch_size == 8
     big = make_sampler(batch_size=1024, world_size=2)
     assert (big.micro_batch_size, big.accumulation) == (128, 4)
-
-
-def test_evaluation_of_no_rows_is_no_batches():
-    assert eval_batches(np.zeros(0), batch_size=4) == []
-
-
-def test_no_posts_to_draw_from_are_refused():
-    with pytest.raises(ValueError, match="no training posts"):
-        TrainSampler(np.zeros(0), np.zeros(0), SamplerConfig(batch_size=4))
 
 
 def test_every_batch_holds_every_data_set_in_its_share_though_their_lengths_differ():
@@ -209,7 +171,7 @@ def test_the_draws_that_follow_progress_are_the_same_on_any_number_of_ranks(worl
 
 
 def test_changed_rates_hold_from_their_step_on_and_streams_go_on_where_they_were():
-    sampler = make_sampler(sizes=(60, 60), batch_size=12, mixing="progress")
+    sampler, other = (progress_sampler(sizes=(60, 60)) for _ in range(2))
     groups = np.repeat([0, 1], [60, 60])
     with_history(sampler, {5: [0.25, 0.75]}, every=5)
     before = np.concatenate([sampler.global_batch(step) for step in range(5)])
@@ -219,12 +181,9 @@ def test_changed_rates_hold_from_their_step_on_and_streams_go_on_where_they_were
     # The second data set's 60 posts come once each before any comes again: 30, then 30 of the 45.
     counts = np.bincount(np.concatenate([before, after]), minlength=120)[60:]
     assert counts.sum() == 75 and counts.min() == 1 and counts.max() == 2
-
-
-def test_an_entry_that_cuts_a_stretch_short_rules_from_its_step():
-    sampler = make_sampler(sizes=(60, 60), mixing="progress", batch_size=12)
-    with_history(sampler, {2: [1.0, 0.0]}, every=5)
-    assert (sampler.global_batch(2) < 60).all() and (sampler.global_batch(1) >= 60).any()
+    # An entry that cuts a stretch short rules from its step.
+    with_history(other, {2: [1.0, 0.0]}, every=5)
+    assert (other.global_batch(2) < 60).all() and (other.global_batch(1) >= 60).any()
 
 
 def test_labels_of_a_balanced_data_set_come_equally_often_and_posts_without_label_keep_their_share():

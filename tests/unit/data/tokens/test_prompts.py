@@ -21,20 +21,7 @@ from comoe.tasks.task import Task, build_task
 from tests.helpers_data import recipe_of, wordpiece_tokenizer, write_jsonl
 from tests.helpers_decoder import ASPECT, POLARITY, TASKS, decoder_tokenizer, posts_of
 
-KNOWN = (
-    "aspect",
-    "of:",
-    "polarity",
-    "of",
-    "in:",
-    "?",
-    "great",
-    "terrible",
-    "battery",
-    "😀",
-    "电池",
-    "@user",
-)
+KNOWN = tuple("aspect of: polarity of in: ? great terrible battery 😀 电池 @user".split())
 TOKENIZER = decoder_tokenizer(KNOWN)
 
 
@@ -97,11 +84,6 @@ def test_a_prompt_is_the_template_around_the_cleaned_post_with_an_end_token():
     assert TOKENIZER.decode(plain[0]) == "polarity of the @bob in: thanks @ann 😀 ? </s>"
 
 
-def test_braces_that_are_doubled_are_meant_as_such():
-    (ids,) = prompts_of(TOKENIZER, ["battery"], prompt="{{of:}} {text}", max_length=32)
-    assert TOKENIZER.decode(ids) == "{of:} battery </s>"
-
-
 @pytest.mark.parametrize("slow", [False, True])
 @pytest.mark.parametrize(
     "make", [lambda: TOKENIZER, metaspace_tokenizer, lambda: decoder_tokenizer(KNOWN, start=True)]
@@ -133,10 +115,18 @@ def test_a_long_post_loses_its_end_and_the_template_nothing(make, slow):
             assert text.startswith(kept) and ids[:before] == full[:before]
 
 
-def test_where_the_post_stands_twice_both_are_shortened_alike():
-    (ids,) = prompts_of(TOKENIZER, ["battery of " * 20], prompt="{text} ? {text}", max_length=18)
-    first, second = TOKENIZER.decode(ids, skip_special_tokens=True).split(" ? ")
-    assert first == second == " ".join(["battery of"] * 4) and len(ids) == 18
+@pytest.mark.parametrize(
+    ("prompt", "limit", "text", "pair", "made"),
+    [("{{of:}} {text}", 32, "battery", None, "{of:} battery </s>"),  # doubled braces are meant as such
+     # Where the post stands twice both are shortened alike; a second text is cut last.
+     ("{text} ? {text}", 18, "battery of " * 20, None, " ? ".join([" ".join(["battery of"] * 4)] * 2) + " </s>"),
+     ("polarity of {pair} in: {text} ?", 12, "great " * 30, "battery " * 30,
+      f"polarity of {'battery ' * 7}in: ? </s>")],
+)  # fmt: skip
+def test_prompts_are_filled_and_shortened(prompt, limit, text, pair, made):
+    options = {"prompt": prompt, "max_length": limit, "pairs": None if pair is None else [pair]}
+    (ids,) = prompts_of(TOKENIZER, [text], **options)
+    assert TOKENIZER.decode(ids) == made and len(ids) <= limit
 
 
 def test_a_post_without_places_of_its_own_still_gets_shorter():
@@ -146,27 +136,11 @@ def test_a_post_without_places_of_its_own_still_gets_shorter():
     assert len(ids) <= 20 and tokenizer.decode(ids, skip_special_tokens=True).startswith("abc")
 
 
-def test_a_second_text_that_leaves_no_room_is_cut_last():
-    asked = {
-        "prompt": "polarity of {pair} in: {text} ?",
-        "max_length": 12,
-        "pairs": ["battery " * 30],
-    }
-    (ids,) = prompts_of(TOKENIZER, ["great " * 30], **asked)
-    assert TOKENIZER.decode(ids) == f"polarity of {'battery ' * 7}in: ? </s>"
-
-
 def test_a_template_that_is_too_long_by_itself_is_refused():
     with pytest.raises(
         ValueError, match=r"tasks.aspect.prompt takes 4 tokens by itself, of data.max_length \(4\)"
     ):
         prompts_of(TOKENIZER, ["x"], prompt="aspect of {text} ?", max_length=4)
-
-
-def test_a_post_given_as_words_is_read_with_blanks_between():
-    posts = posts_of(["battery great"], {"aspect": ["battery"]}, words=[["battery", "great"]])
-    split = tokenize_split(posts, TOKENIZER, tasks=(ASPECT,), config=DataConfig(cache=False))
-    assert TOKENIZER.decode(split.prompts["aspect"][0]) == "aspect of: battery great </s>"
 
 
 # Answers
@@ -231,15 +205,6 @@ def test_generated_ids_become_texts():
 # Words of labels
 
 
-def test_words_of_labels_are_scored_with_their_end_token():
-    assert TOKENIZER.convert_ids_to_tokens(label_tokens(TOKENIZER, POLARITY)[0]) == [
-        "terrible",
-        "</s>",
-    ]
-    start = decoder_tokenizer(KNOWN, start=True)
-    assert start.convert_ids_to_tokens(label_tokens(start, POLARITY)[1]) == ["<s>", "great", "</s>"]
-
-
 @pytest.mark.parametrize(
     ("words", "match"),
     [
@@ -270,28 +235,23 @@ def test_a_tokenizer_without_end_token_is_refused(tokenizer):
 def test_prompts_and_answers_are_read_back_from_the_cache_and_made_anew_when_anything_changes(
     tmp_path,
 ):
-    posts = posts_of(
-        ["great battery", "of"], {"aspect": ["battery", None], "polarity": [1, 0]}, pairs=["a", "b"]
-    )
-    config = DataConfig(max_length=32)
+    labels = {"aspect": ["battery", None], "polarity": [1, 0]}
+    posts = posts_of(["great battery", "of"], labels, pairs=["a", "b"])
 
-    def made(**changes: Any) -> Any:
-        tasks = (TASKS[0], replace(ASPECT, **changes), POLARITY)
-        return tokenize_split(posts, TOKENIZER, tasks=tasks, config=config, cache_dir=tmp_path)
+    def made(**changes: Any) -> tuple[Any, int]:
+        tasks, config = (TASKS[0], replace(ASPECT, **changes), POLARITY), DataConfig(max_length=32)
+        split = tokenize_split(posts, TOKENIZER, tasks=tasks, config=config, cache_dir=tmp_path)
+        return split, len(list(tmp_path.iterdir()))
 
-    first, count = made(), len(list(tmp_path.iterdir()))
-    again = made()
-    assert len(list(tmp_path.iterdir())) == count == 4  # heads, two prompts, one answer
+    (first, count), (again, same) = made(), made()
+    assert count == same == 4  # heads, two prompts, one answer
     for name in ("input_ids", "offsets", "truncated"):
         for kind in ("prompts", "targets"):
             for task, lists in getattr(first, kind).items():
-                assert np.array_equal(
-                    getattr(lists, name), getattr(getattr(again, kind)[task], name)
-                )
-    made(prompt="of: {text}")
-    assert len(list(tmp_path.iterdir())) == count + 1
-    made(max_answer_length=5)
-    assert len(list(tmp_path.iterdir())) == count + 2
+                other = getattr(again, kind)[task]
+                assert np.array_equal(getattr(lists, name), getattr(other, name))
+    assert made(prompt="of: {text}")[1] == 5
+    assert made(max_answer_length=5)[1] == 6
 
 
 # What a recipe says
@@ -305,46 +265,25 @@ def task_of(**options: Any) -> Task:
 
 @pytest.mark.parametrize(
     ("options", "match"),
-    [
-        ({"label_smoothing": 0.1}, "tasks.t.label_smoothing has no meaning for a text task"),
-        ({"class_weights": "balanced"}, "tasks.t.class_weights .balanced. has no meaning"),
-        (
-            {"metric": "accuracy"},
-            "tasks.t.metric is 'accuracy'.*one of: auto, token_f1, exact_match, rouge_l",
-        ),
-        ({"kind": "label_words", "metric": "rouge_l"}, "tasks.t.metric is 'rouge_l'"),
-        (
-            {"kind": "label_words", "label_words": ["a"]},
-            r"has 1 entries \(a\) for 2 labels.*in their order: bad, good",
-        ),
-        (
-            {"kind": "label_words", "label_words": ["a", "a "]},
-            r"tasks.t.label_words \(a, a\) must all be different",
-        ),
-    ],
-)
+    [({"label_smoothing": 0.1}, "tasks.t.label_smoothing has no meaning for a text task"),
+     ({"class_weights": "balanced"}, "tasks.t.class_weights .balanced. has no meaning"),
+     ({"metric": "accuracy"}, "tasks.t.metric is 'accuracy'.*one of: auto, token_f1, exact_match, rouge_l"),
+     ({"kind": "label_words", "metric": "rouge_l"}, "tasks.t.metric is 'rouge_l'"),
+     ({"kind": "label_words", "label_words": ["a"]}, r"has 1 entries \(a\) for 2 labels.*in their order: bad, good"),
+     ({"kind": "label_words", "label_words": ["a", "a "]}, r"tasks.t.label_words \(a, a\) must all be different")],
+)  # fmt: skip
 def test_options_that_do_not_fit_are_refused(options, match):
     with pytest.raises(ValueError, match=match):
         task_of(**options)
 
 
 def test_a_task_has_what_the_decoder_needs_and_survives_json():
-    written = task_of(
-        prompt="{text} of {pair}",
-        pair="target",
-        num_beams=4,
-        max_answer_length=9,
-        class_weights="none",
-    )
-    assert (written.prompt, written.num_beams, written.max_answer_length) == (
-        "{text} of {pair}",
-        4,
-        9,
-    )
+    options = {"prompt": "{text} of {pair}", "num_beams": 4, "max_answer_length": 9}
+    written = task_of(**options, pair="target", class_weights="none")
+    assert options == {name: getattr(written, name) for name in options}
     assert written.label_words == () and not written.contrastive
-    scored = task_of(
-        kind="label_words", label_words=[" terrible", "great"], class_weights=[1.0, 2.0]
-    )
+    words = [" terrible", "great"]
+    scored = task_of(kind="label_words", label_words=words, class_weights=[1.0, 2.0])
     assert scored.label_words == ("terrible", "great") and scored.class_weights == (1.0, 2.0)
     assert task_of(kind="label_words").label_words == ("bad", "good")
     for task in (written, scored):
@@ -352,10 +291,8 @@ def test_a_task_has_what_the_decoder_needs_and_survives_json():
 
 
 def test_text_with_labels_is_label_words_from_the_first_moment_on():
-    raw = {
-        "tasks": {"t": {"path": "x", "kind": "text", "labels": ["bad", "good"], "prompt": "{text}"}}
-    }
-    recipe = recipe_from_dict(raw)
+    task = {"path": "x", "kind": "text", "labels": ["bad", "good"], "prompt": "{text}"}
+    recipe = recipe_from_dict({"tasks": {"t": task}})
     assert recipe.tasks["t"].kind == "label_words"
     assert recipe_from_dict(recipe_to_dict(recipe)) == recipe
     assert TaskConfig(kind="text").kind == "text"
