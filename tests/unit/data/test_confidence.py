@@ -212,11 +212,3 @@ def test_a_strategy_needs_labels():
     assert build(confidence_strategy="input_output").weighs("input")
     with pytest.raises(ValueError, match="no meaning for a task without labels"):
         build((), kind="unlabelled", confidence_strategy="input")
-
-
-def test_a_task_of_an_old_export_has_no_strategy():
-    plain = TASKS[0].to_dict()
-    del plain["confidence_strategy"]
-    assert Task.from_dict(plain) == TASKS[0]
-    with pytest.raises(ValueError, match="confidence strategy"):
-        Task.from_dict(plain | {"confidence_strategy": "half"})

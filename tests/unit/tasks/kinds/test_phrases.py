@@ -59,9 +59,6 @@ def test_an_empty_text_is_a_missing_label_and_an_empty_list_says_that_there_is_n
 def test_a_cell_that_is_no_phrase_is_refused(value):
     with pytest.raises(ValueError, match="is no phrase"):
         PHRASES.parse(value, PHRASE_TAGS)
-
-
-def test_own_labels_have_no_meaning_for_phrases():
     with pytest.raises(ValueError, match="leave its labels out"):
         PHRASES.parse("good", ("O", "B-good"))
 
@@ -75,36 +72,13 @@ def test_tags_have_the_last_say_about_what_a_word_is():
 
 @pytest.fixture
 def aspects(tmp_path) -> Path:
-    rows = [
-        {
-            "text": "Great food, slow staff",
-            "aspect": "food",
-            "polarity": "good",
-            "implicit": False,
-            "opinion": "great",
-        },
-        {
-            "text": "Great food, slow staff",
-            "aspect": "staff",
-            "polarity": "bad",
-            "implicit": False,
-            "opinion": "slow",
-        },
-        {
-            "text": "I waited an hour",
-            "aspect": "staff",
-            "polarity": "bad",
-            "implicit": True,
-            "opinion": "",
-        },
-        {
-            "text": "a decent wine",
-            "aspect": "wine",
-            "polarity": "good",
-            "implicit": False,
-            "opinion": "descent",
-        },
-    ]
+    twice = "Great food, slow staff"
+    table = [
+        (twice, "food", "good", False, "great"), (twice, "staff", "bad", False, "slow"),
+        ("I waited an hour", "staff", "bad", True, ""), ("a decent wine", "wine", "good", False, "descent"),
+    ]  # fmt: skip
+    names = ("text", "aspect", "polarity", "implicit", "opinion")
+    rows = [dict(zip(names, row, strict=True)) for row in table]
     write_jsonl(tmp_path / "meals" / "train.jsonl", rows)
     write_jsonl(tmp_path / "meals" / "validation.jsonl", rows[:2])
     return tmp_path
