@@ -156,7 +156,7 @@ def test_a_task_keeps_at_most_its_limit_of_labels(limits, counts):
         )
 
     names = dict(tasks=("a", "b", "c", "other"), confidences=("a",), soft_labels=("a",))
-    posts = PostSplit.from_posts(map(post, range(60)), **names)
+    posts = PostSplit.from_posts([post(row) for row in range(60)], **names)
     kept = limited_labels(posts, tasks=limiting(**dict(zip("abc", limits, strict=True))), seed=3)
     present = {
         task: {int(text) for text, value in zip(kept.texts, kept.labels[task], strict=True) if value is not None}
