@@ -12,6 +12,7 @@ COMMANDS = {
     "init": "write a recipe for a file of posts",
     "train": "train a recipe, or continue a run",
     "predict": "predict the posts of a file with an export",
+    "report": "one page of HTML of predictions: shares, their course, slices",
     "eval": "score an export on labeled posts",
     "export": "make an export from a checkpoint",
     "compare": "variants of a recipe over seeds, with intervals",

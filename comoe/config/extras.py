@@ -6,6 +6,7 @@ from importlib.util import find_spec
 
 EXTRAS = {
     "train": ("deepspeed", "accelerate", "datasets", "matplotlib", "psutil", "tensorboard"),
+    "report": ("jinja2", "matplotlib"),
     "augment": ("gguf",),
 }
 """Extra -> its packages, as they are imported."""

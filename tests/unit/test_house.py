@@ -23,7 +23,7 @@ MAX_LAUNCH_LINES, MAX_FUNCTION_LINES = 60, 60
 LEVELS = {
     "launch": 9,
     "comoe/commands": 8,
-    "comoe/experiments": 7, "comoe/benchmarks": 7,
+    "comoe/experiments": 7, "comoe/benchmarks": 7, "comoe/reporting": 7,
     "comoe/train": 6,
     "comoe/inference": 5, "comoe/augment": 5,
     "comoe/evaluation": 4,
@@ -61,10 +61,13 @@ HOMES = {
     # A monitor belongs to one run; the hparams page compares finished runs.
     "torch.utils.tensorboard": ("comoe/train/monitor/", "comoe/experiments/"),
     "yaml": ("comoe/config/",),
-    "matplotlib": ("comoe/train/monitor/plots.py", "comoe/experiments/"),
+    "matplotlib": ("comoe/train/monitor/plots.py", "comoe/experiments/",
+                   "comoe/reporting/figures.py"),
+    "jinja2": ("comoe/reporting/page.py",),
     "emoji": ("comoe/data/text/",),
     "sklearn": ("comoe/data/",),
-    "scipy": ("comoe/tasks/", "comoe/evaluation/", "comoe/losses/weighting/", "comoe/experiments/compare/"),
+    "scipy": ("comoe/tasks/", "comoe/evaluation/", "comoe/losses/weighting/", "comoe/experiments/compare/",
+              "comoe/reporting/report.py"),
 }  # fmt: skip
 """Third-party library -> beginnings of the paths that may import it; libraries without a line may
 appear anywhere."""

@@ -1,0 +1,85 @@
+"""Make a report of predictions: one page of HTML with shares, their course, slices, cross-tables and examples.
+
+    comoe predict --model F --input posts.csv --keep created_at --keep platform --output predictions.jsonl
+    comoe report predictions.jsonl --labeled runs/starter/predictions/validation --time created_at --by platform
+
+With --labeled the shares are corrected for what the model gets wrong; without it they count predictions.
+"""
+
+import sys
+from argparse import ArgumentParser
+from collections.abc import Sequence
+from pathlib import Path
+
+from comoe.commands.arguments import new_parser
+
+
+def parser() -> ArgumentParser:
+    """The command line."""
+    # fmt: off
+    found = new_parser("report", __doc__)
+    add = found.add_argument
+    add("predictions", type=Path, help="jsonl or csv of comoe predict")
+    add("--output", type=Path, help="HTML (default: beside the predictions, .html)")
+    add("--json", type=Path, help="write all numbers there too")
+    add("--labeled", type=Path, metavar="FOLDER",
+        help="predictions of labeled posts by the same model: predictions/validation of its run")
+    add("--time", metavar="COLUMN", help="column with the time of a post")
+    add("--period", default="auto", choices=["auto", "hour", "day", "week", "month", "year"],
+        help="auto: by the time that the posts span")
+    add("--by", default="", metavar="A,B", help="columns whose values are looked at one by one")
+    add("--weight", metavar="COLUMN", help="column with the weight of a post")
+    add("--min-posts", type=int, default=50, help="posts that a period or value needs to be shown (50)")
+    add("--examples", type=int, default=3,
+        help="typical and borderline posts of each label (3); 0 keeps the text of posts out of the page")
+    add("--title", help="of the page")
+    add("--seed", type=int, default=0, help="of the draws for intervals")
+    # fmt: on
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Read the command line, compute, write the page."""
+    options = parser().parse_args(argv)
+    try:
+        print(_report(options))
+    except (ValueError, OSError) as error:
+        sys.exit(f"comoe report: {error}")
+
+
+def _report(options) -> str:
+    from comoe.config.extras import need
+    from comoe.config.files import is_read_from, write_atomic, write_json
+
+    need("report", what="comoe report")
+    for flag, number, least in (
+        ("min-posts", options.min_posts, 1),
+        ("examples", options.examples, 0),
+        ("seed", options.seed, 0),
+    ):
+        if number < least:
+            raise ValueError(f"--{flag} is {number}; it must be {least} or more.")
+    from comoe.reporting.page import render
+    from comoe.reporting.predictions import read_corpus, read_labeled
+    from comoe.reporting.report import ReportOptions, make_report
+
+    output = options.output or options.predictions.with_suffix(".html")
+    for place in (output, options.json):
+        if place is not None and is_read_from(place, options.predictions):
+            raise ValueError(f"{place} would replace the predictions; name another file.")
+    chosen = ReportOptions(
+        time=options.time,
+        period=options.period,
+        by=[name for name in options.by.split(",") if name],
+        weight=options.weight,
+        least=options.min_posts,
+        examples=options.examples,
+        seed=options.seed,
+    )
+    labeled = {} if options.labeled is None else read_labeled(options.labeled)
+    report = make_report(read_corpus(options.predictions), labeled, chosen)
+    title = options.title or f"Report of {options.predictions.name}"
+    write_atomic(output, render(report, title=title, options=chosen))
+    if options.json:
+        write_json(options.json, report)
+    return f"{report['posts']:,} posts, {len(report['tasks'])} tasks: {output}"

@@ -1,0 +1,270 @@
+"""Files of predictions read back: those of ``comoe predict``, and the validation posts of a run."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from comoe.config.errors import unknown_name
+from comoe.data.reading.sources import read_input
+
+ONE, SEVERAL, NUMBER, SPANS = "one label", "several labels", "number", "spans"
+"""What a task predicts for a post."""
+
+
+@dataclass(frozen=True, slots=True)
+class TaskPredictions:
+    """What a model says of one task for N posts; a post without a prediction has NaN in its row."""
+
+    name: str
+    what: str
+    """ONE, SEVERAL, NUMBER or SPANS."""
+    labels: tuple[str, ...]
+    """K of them; none for numbers."""
+    values: np.ndarray
+    """(N, K) of 0 and 1: which labels a post has; of spans how many; of numbers (N, 1)."""
+    scores: np.ndarray
+    """(N, K): score of each label; the values where the file has none."""
+    gold: np.ndarray | None = None
+    """(N, K) like ``values``, where the file has gold labels; NaN for a post without one."""
+
+    @property
+    def answered(self) -> np.ndarray:
+        """Whether a post has a prediction, (N,) bool."""
+        return ~np.isnan(self.values).any(1)
+
+
+@dataclass(frozen=True, slots=True)
+class Corpus:
+    """N posts with what was predicted of them."""
+
+    source: str
+    texts: Sequence[str]
+    columns: Mapping[str, Sequence[Any]]
+    """What else a row has, kept columns of the input above all."""
+    tasks: Mapping[str, TaskPredictions]
+    errors: int
+    """Posts without any prediction."""
+    truncated: int
+    bad: Sequence[str] = field(default_factory=tuple)
+    """Rows that could not be read."""
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def column(self, name: str, *, flag: str) -> Sequence[Any]:
+        """A column of the rows.
+
+        Raises:
+            ValueError: there is none; names ``flag``.
+        """
+        if name not in self.columns:
+            raise unknown_name(
+                f"column of the predictions ({flag}; --keep of comoe predict copies columns)",
+                name,
+                self.columns,
+            )
+        return self.columns[name]
+
+
+RESULT_KEYS = ("label", "labels", "value", "spans")
+"""What stands under a task in a line of predictions; the first that is there decides."""
+
+OWN = ("text", "error", "truncated", "image_error")
+"""Keys of a row that are no columns."""
+
+
+def read_corpus(path: Path) -> Corpus:
+    """Read what ``comoe predict`` wrote, jsonl or csv (there tasks that have scores), or a table in that form.
+
+    Raises:
+        ValueError: no such file, one that cannot be read, or without a prediction.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: there is no such file.")
+    raw = read_input("predictions", str(path))
+    rows = _nested(raw.rows)
+    names = dict.fromkeys(key for row in rows for key, cell in row.items() if _kind(cell))
+    if not names:
+        raise ValueError(
+            f"{path} has no predictions: each line needs an object with one of {', '.join(RESULT_KEYS)} under the name "
+            "of a task, or in a csv columns task and task/label, as comoe predict writes them."
+        )
+    tasks = {name: _task(name, [row.get(name) for row in rows], place=path) for name in names}
+    kept = [name for name in dict.fromkeys(key for row in rows for key in row)]
+    columns = {name: [row.get(name) for row in rows] for name in kept if name not in (*names, *OWN)}
+    none = sum(not any(name in row for name in names) for row in rows)
+    return Corpus(
+        source=str(path),
+        texts=[str(row.get("text") or "") for row in rows],
+        columns=columns,
+        tasks=tasks,
+        errors=none + len(raw.bad),
+        truncated=sum(bool(row.get("truncated")) for row in rows),
+        bad=tuple(map(str, raw.bad)),
+    )
+
+
+def read_labeled(folder: Path) -> dict[str, TaskPredictions]:
+    """Predictions with gold labels by task: ``predictions/validation`` of a run folder, or files like those.
+
+    Raises:
+        ValueError: no such folder, or no file in it has gold labels.
+    """
+    files = sorted(folder.glob("*.jsonl")) if folder.is_dir() else []
+    found = {}
+    for path in files:
+        rows = [row for row in read_input("labeled", str(path)).rows if row.get("gold") is not None]
+        if rows and _kind(rows[0]):
+            gold = [row["gold"] for row in rows]
+            found[path.stem] = _task(path.stem, rows, place=path, gold=gold)
+    if not found:
+        raise ValueError(
+            f"--labeled {folder}: no file there has predictions with gold labels; name predictions/validation of the "
+            "run that made the export."
+        )
+    return found
+
+
+def _kind(cell: Any) -> str | None:
+    return next((key for key in RESULT_KEYS if isinstance(cell, Mapping) and key in cell), None)
+
+
+def _nested(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Flat rows of a csv with their scores under the task, as lines of JSON have them; other rows as they are."""
+    scored = [_scores(row) for row in rows]
+    # One label per post: what is predicted is one of the labels, and their scores sum to 1.
+    several = {
+        task
+        for row, scores in zip(rows, scored, strict=True)
+        for task, by_label in scores.items()
+        if str(row[task]) not in by_label or abs(sum(by_label.values()) - 1) > 1e-3
+    }
+    found = []
+    for row, scores in zip(rows, scored, strict=True):
+        rest = {key: cell for key, cell in row.items() if key.partition("/")[0] not in scores}
+        for task, by_label in scores.items():
+            value = str(row[task])
+            chosen = (
+                {"labels": [label for label in value.split(";") if label]}
+                if task in several
+                else {"label": value}
+            )
+            rest[task] = chosen | {"scores": by_label}
+        found.append({key: cell for key, cell in rest.items() if cell not in ("", None)})
+    return found
+
+
+def _scores(row: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Task -> label -> score, of the columns ``task/label`` of a row."""
+    scores: dict[str, dict[str, float]] = {}
+    for key, cell in row.items():
+        task, slash, label = key.partition("/")
+        if slash and task in row and (number := _number(cell)) is not None:
+            scores.setdefault(task, {})[label] = number
+    return scores
+
+
+def _number(cell: Any) -> float | None:
+    try:
+        return float(cell)
+    except (TypeError, ValueError):
+        return None
+
+
+def _task(
+    name: str, cells: Sequence[Any], *, place: Path, gold: Sequence[Any] | None = None
+) -> TaskPredictions:
+    kinds = Counter(kind for cell in cells if (kind := _kind(cell)))
+    if len(kinds) > 1:
+        raise ValueError(
+            f"{place}: task {name} has {' and '.join(sorted(kinds))} in different lines."
+        )
+    (key,) = kinds
+    what = dict(zip(RESULT_KEYS, (ONE, SEVERAL, NUMBER, SPANS), strict=True))[key]
+    found = [cell if _kind(cell) else None for cell in cells]
+    if what == NUMBER:
+        values = np.array([[np.nan if cell is None else float(cell[key])] for cell in found])
+        known = None if gold is None else np.array(gold, dtype=float)[:, None]
+        return TaskPredictions(name, what, (), values, values, known)
+    chosen = [None if cell is None else _chosen(cell, key) for cell in found]
+    scored = [cell["scores"] for cell in found if cell and isinstance(cell.get("scores"), Mapping)]
+    truth = None if gold is None else [_listed(cell) for cell in gold]
+    labels = dict.fromkeys(scored[0] if scored else ())
+    labels |= dict.fromkeys(label for some in (*chosen, *(truth or ())) for label in some or ())
+    values = _indicators(chosen, tuple(labels))
+    scores = values.copy()
+    for row, cell in enumerate(found):
+        if cell and isinstance(cell.get("scores"), Mapping):
+            scores[row] = [cell["scores"].get(label, 0.0) for label in labels]
+    known = None if truth is None else _indicators(truth, tuple(labels))
+    return TaskPredictions(name, what, tuple(labels), values, scores, known)
+
+
+def _chosen(cell: Mapping[str, Any], key: str) -> list[str]:
+    if key == "spans":
+        return [str(span.get("type") or span.get("label")) for span in cell[key]]
+    return _listed(cell[key])
+
+
+def _listed(value: Any) -> list[str]:
+    return list(map(str, value)) if isinstance(value, list) else [str(value)]
+
+
+def _indicators(chosen: Sequence[Sequence[str] | None], labels: tuple[str, ...]) -> np.ndarray:
+    place = {label: number for number, label in enumerate(labels)}
+    values = np.zeros((len(chosen), len(labels)))
+    for row, some in enumerate(chosen):
+        if some is None:
+            values[row] = np.nan
+        for label in some or ():
+            values[row, place[label]] += 1
+    return values
+
+
+PERIODS = {
+    "hour": "%Y-%m-%d %H:00",
+    "day": "%Y-%m-%d",
+    "week": "%G-W%V",
+    "month": "%Y-%m",
+    "year": "%Y",
+}
+"""``--period`` -> name of the period of a time."""
+
+LONGEST = {"hour": 3, "day": 62, "week": 366, "month": 5 * 366}
+"""Period -> days of a corpus up to which it is chosen."""
+
+
+def read_times(cells: Sequence[Any]) -> list[datetime | None]:
+    """Times in UTC from ISO 8601, seconds since 1970, or Twitter's ``Wed Oct 10 20:19:24 +0000 2018``."""
+    return [_time(cell) for cell in cells]
+
+
+def _time(cell: Any) -> datetime | None:
+    text = str(cell).strip()
+    if (seconds := _number(cell)) is not None and abs(seconds) < 1e14 and len(text) > 8:
+        # Milliseconds, where seconds would be after the year 5000.
+        seconds = seconds / 1000 if abs(seconds) > 1e11 else seconds
+        return datetime.fromtimestamp(seconds, UTC)
+    for read in (datetime.fromisoformat, lambda word: datetime.strptime(word, TWITTER)):
+        try:
+            found = read(text)
+        except ValueError:
+            continue
+        return found.replace(tzinfo=UTC) if found.tzinfo is None else found.astimezone(UTC)
+    return None
+
+
+TWITTER = "%a %b %d %H:%M:%S %z %Y"
+
+
+def choose_period(times: Sequence[datetime]) -> str:
+    """The period of ``PERIODS`` that fits how long a time these span."""
+    days = (max(times) - min(times)).total_seconds() / 86400
+    return next((period for period, longest in LONGEST.items() if days <= longest), "year")

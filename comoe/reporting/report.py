@@ -1,0 +1,373 @@
+"""What a report says of a corpus, as plain numbers: shares, their course, slices, cross-tables, drift, examples."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from scipy.stats import chi2_contingency
+
+from comoe.evaluation.prevalence import (
+    Shares,
+    corrected_shares,
+    counted_shares,
+    effective,
+    population_stability,
+)
+from comoe.reporting.predictions import (
+    NUMBER,
+    ONE,
+    PERIODS,
+    SPANS,
+    Corpus,
+    TaskPredictions,
+    choose_period,
+    read_times,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ReportOptions:
+    """What ``comoe report`` is asked for."""
+
+    time: str | None = None
+    """Column with the time of a post."""
+    period: str = "auto"
+    """Key of ``PERIODS``, or auto: by the time that the corpus spans."""
+    by: Sequence[str] = ()
+    """Columns whose values are looked at one by one."""
+    weight: str | None = None
+    """Column with the weight of a post."""
+    least: int = 50
+    """Posts that a period or slice needs."""
+    examples: int = 3
+    """Typical and borderline posts of each label; 0 shows no post."""
+    seed: int = 0
+    """Of the draws for intervals."""
+
+
+UNEXPLAINED = 0.03
+"""Part of the predictions that no mix explains, from which a warning is given."""
+
+MAX_SLICES, MAX_LABELS = 20, 12
+"""Values of a column, and labels of a task over time, that are shown."""
+
+BINS = 10
+"""Of the reliability diagram."""
+
+DRAWS, SLICE_DRAWS = 1000, 300
+"""Draws for the intervals of a whole corpus and of its parts."""
+
+
+def make_report(
+    corpus: Corpus, labeled: Mapping[str, TaskPredictions], options: ReportOptions
+) -> dict[str, Any]:
+    """All numbers of a report, ready for JSON.
+
+    Args:
+        corpus: the predictions.
+        labeled: task -> predictions with gold labels by the same model, whose confusion corrects
+            the shares; tasks without any are counted only.
+        options: columns, limits.
+
+    Raises:
+        ValueError: no such column or period, or weights that are no positive numbers.
+    """
+    weights_N = _weights(corpus, options)
+    groups, notes = _groups(corpus, options)
+    tasks = [
+        _Section(corpus, task, labeled.get(name), weights_N, options).made(groups)
+        for name, task in corpus.tasks.items()
+    ]
+    return {
+        "source": corpus.source,
+        "posts": len(corpus),
+        "errors": corpus.errors,
+        "truncated": corpus.truncated,
+        "set_aside": list(corpus.bad[:10]),
+        "weighted_by": options.weight,
+        "effective_posts": effective(weights_N),
+        "notes": notes,
+        "tasks": tasks,
+        "cross": list(_cross_tables(corpus, weights_N)),
+    }
+
+
+def _weights(corpus: Corpus, options: ReportOptions) -> np.ndarray:
+    if options.weight is None:
+        return np.ones(len(corpus))
+    cells = corpus.column(options.weight, flag="--weight")
+    weights = []
+    for number, cell in enumerate(cells, start=1):
+        try:
+            weights.append(float(cell))
+        except (TypeError, ValueError):
+            weights.append(np.nan)
+        if not (np.isfinite(weights[-1]) and weights[-1] >= 0):
+            raise ValueError(
+                f"{corpus.source}: post {number} has {cell!r} as {options.weight} (--weight); a weight must be a "
+                "number from 0 up."
+            )
+    if not sum(weights):
+        raise ValueError(f"{corpus.source}: all weights ({options.weight}) are 0.")
+    return np.array(weights)
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """A partition of some posts: periods, or the values of a column."""
+
+    column: str
+    is_time: bool
+    rows: Mapping[str, np.ndarray]
+    """Period or value -> numbers of its posts, in the order to be shown."""
+    left_out: int
+    """Posts of periods or values that have too few."""
+
+
+def _groups(corpus: Corpus, options: ReportOptions) -> tuple[list[_Group], list[str]]:
+    groups, notes = [], []
+    if options.time is not None:
+        times = read_times(corpus.column(options.time, flag="--time"))
+        known = [time for time in times if time is not None]
+        if not known:
+            raise ValueError(
+                f"{corpus.source}: no cell of {options.time} (--time) is a time, like 2026-05-31, 2026-05-31T12:00:00Z "
+                "or seconds since 1970."
+            )
+        period = choose_period(known) if options.period == "auto" else options.period
+        names = [None if time is None else time.strftime(PERIODS[period]) for time in times]
+        groups.append(_group(options.time, names, options, is_time=True))
+        if lost := len(times) - len(known):
+            notes.append(
+                f"{lost:,} posts have no readable {options.time}; they are in no {period}."
+            )
+        notes.append(f"Times are in UTC; the period is the {period}.")
+    for column in options.by:
+        cells = corpus.column(column, flag="--by")
+        names = [None if cell in (None, "") else str(cell) for cell in cells]
+        groups.append(_group(column, names, options, is_time=False))
+    return groups, notes
+
+
+def _group(
+    column: str, names: Sequence[str | None], options: ReportOptions, *, is_time: bool
+) -> _Group:
+    counts = Counter(name for name in names if name is not None)
+    large = [name for name, count in counts.most_common() if count >= options.least]
+    kept = sorted(large) if is_time else large[:MAX_SLICES]
+    column_N = np.array(names, dtype=object)
+    rows = {name: np.flatnonzero(column_N == name) for name in kept}
+    left_out = sum(counts.values()) - sum(map(len, rows.values()))
+    return _Group(column, is_time, rows, left_out)
+
+
+@dataclass(frozen=True, slots=True)
+class _Section:
+    """One task of a report."""
+
+    corpus: Corpus
+    task: TaskPredictions
+    labeled: TaskPredictions | None
+    weights_N: np.ndarray
+    options: ReportOptions
+
+    def made(self, groups: Sequence[_Group]) -> dict[str, Any]:
+        task, every_N = self.task, np.arange(len(self.corpus))
+        if self.labeled is not None and self.labeled.what != task.what:
+            raise ValueError(
+                f"--labeled: task {task.name} predicts {self.labeled.what} there, but {task.what} in "
+                f"{self.corpus.source}."
+            )
+        made: dict[str, Any] = {"name": task.name, "what": task.what, "labels": list(task.labels)}
+        made |= {"posts": int(task.answered.sum()), **self.shares(every_N, draws=DRAWS)}
+        made["parts"] = [self.part(group) for group in groups]
+        if self.labeled is not None:
+            made["labeled"] = len(self.labeled.values)
+            made |= self.against_labeled()
+        if task.what == ONE and self.options.examples:
+            made["examples"] = self.examples()
+        return made
+
+    def part(self, group: _Group) -> dict[str, Any]:
+        """The shares of each period or value."""
+        found = {
+            name: {
+                "posts": int(self.task.answered[rows].sum()),
+                **self.shares(rows, draws=SLICE_DRAWS),
+            }
+            for name, rows in group.rows.items()
+        }
+        return {
+            "column": group.column,
+            "is_time": group.is_time,
+            "values": found,
+            "left_out": group.left_out,
+        }
+
+    def shares(self, rows: np.ndarray, *, draws: int) -> dict[str, Any]:
+        """Shares of labels, or the mean of numbers, of some posts."""
+        rows = rows[self.task.answered[rows]]
+        values, weights = self.task.values[rows], self.weights_N[rows]
+        if not len(rows) or not weights.sum():
+            return {}
+        if self.task.what == NUMBER:
+            return {"mean": _mean(values[:, 0], weights)}
+        # Of spans: posts with at least one of a type.
+        there = (values > 0).astype(float)
+        size = effective(weights)
+        counts_K = (weights @ there) * size / weights.sum()
+        if self.task.what == ONE:
+            counted = counted_shares(counts_K)
+            corrected = self.corrected(counts_K, draws=draws)
+        else:
+            both = [counted_shares(np.array([size - count, count])) for count in counts_K]
+            counted = _second(both)
+            corrected = self.corrected_each(counts_K, size, draws=draws)
+        found = {"counts": (weights @ there).tolist(), "counted": _plain(counted)}
+        return found | ({} if corrected is None else {"corrected": _plain(corrected)})
+
+    def corrected(self, counts_K: np.ndarray, *, draws: int) -> Shares | None:
+        if self.labeled is None:
+            return None
+        return corrected_shares(counts_K, self.confusion(), draws=draws, seed=self.options.seed)
+
+    def corrected_each(self, counts_K: np.ndarray, size: float, *, draws: int) -> Shares | None:
+        """Each label against its absence; the confusion of spans is not one of posts."""
+        if self.labeled is None or self.task.what == SPANS:
+            return None
+        found = []
+        for label, count in zip(self.task.labels, counts_K, strict=True):
+            if label not in self.labeled.labels:
+                return None
+            place = self.labeled.labels.index(label)
+            confusion = _counts_2x2(self.labeled.gold[:, place], self.labeled.values[:, place])
+            pair = np.array([size - count, count])
+            found.append(corrected_shares(pair, confusion, draws=draws, seed=self.options.seed))
+        return _second(found)
+
+    def confusion(self) -> np.ndarray:
+        """(gold, predicted) of the labeled posts, in the order of this task's labels."""
+        labeled = self.labeled
+        if unknown := set(self.task.labels) - set(labeled.labels):
+            raise ValueError(
+                f"--labeled: task {self.task.name} has no label {', '.join(sorted(unknown))} there; are these "
+                "predictions by another model?"
+            )
+        order = [labeled.labels.index(label) for label in self.task.labels]
+        both = ~np.isnan(labeled.gold).any(1) & labeled.answered
+        return labeled.gold[both][:, order].T @ labeled.values[both][:, order]
+
+    def against_labeled(self) -> dict[str, Any]:
+        """How far the corpus lies from the labeled posts, and how right the scores are there."""
+        labeled, task = self.labeled, self.task
+        if task.what != ONE:
+            return {}
+        confusion = self.confusion()
+        here_K = task.values[task.answered].sum(0)
+        certain, certain_there = (
+            np.histogram(some.scores[some.answered].max(1), bins=BINS, range=(0, 1))[0]
+            for some in (task, labeled)
+        )
+        top_N = labeled.scores.max(1)
+        right_N = (labeled.gold * labeled.values).sum(1)
+        place_N = np.minimum((top_N * BINS).astype(int), BINS - 1)
+        bins = [
+            (float(top_N[in_bin].mean()), float(right_N[in_bin].mean()), int(in_bin.sum()))
+            for number in range(BINS)
+            if (in_bin := place_N == number).any()
+        ]
+        return {
+            "confusion": confusion.astype(int).tolist(),
+            "accuracy": float(right_N.mean()),
+            "reliability": bins,
+            "drift": {
+                "labels": population_stability(confusion.sum(0), here_K),
+                "scores": population_stability(certain_there, certain),
+            },
+            "never_labeled": [
+                label for label, row in zip(task.labels, confusion, strict=True) if not row.sum()
+            ],
+        }
+
+    def examples(self) -> dict[str, Any]:
+        """Label -> the texts of highest score, and those nearest to another label, each text once."""
+        found = {}
+        for number, label in enumerate(self.task.labels):
+            rows = np.flatnonzero(self.task.values[:, number] == 1)
+            ranked = np.sort(self.task.scores[rows], axis=1)
+            margin = ranked[:, -1] - ranked[:, -2] if ranked.shape[1] > 1 else ranked[:, -1]
+            typical, borderline = (
+                self.texts(rows[np.argsort(key, kind="stable")], number)
+                for key in (-margin, margin)
+            )
+            found[label] = {"typical": typical, "borderline": borderline}
+        return found
+
+    def texts(self, rows: np.ndarray, label: int) -> list[tuple[str, float]]:
+        seen = {}
+        for row in rows:
+            seen.setdefault(self.corpus.texts[row], float(self.task.scores[row, label]))
+            if len(seen) == self.options.examples:
+                break
+        return list(seen.items())
+
+
+def _plain(shares: Shares) -> dict[str, Any]:
+    found = {name: np.asarray(value).tolist() for name, value in asdict(shares).items()}
+    return {"share": found["share_K"], "low": found["low_K"], "high": found["high_K"],
+            "unexplained": found["unexplained"]}  # fmt: skip
+
+
+def _second(shares: Sequence[Shares]) -> Shares:
+    """Of shares of (absence, presence) per label, those of presence."""
+    three = (
+        np.array([getattr(one, name)[1] for one in shares])
+        for name in ("share_K", "low_K", "high_K")
+    )
+    return Shares(*three, unexplained=max((one.unexplained for one in shares), default=0.0))
+
+
+def _counts_2x2(gold_N: np.ndarray, found_N: np.ndarray) -> np.ndarray:
+    known = ~np.isnan(gold_N) & ~np.isnan(found_N)
+    gold, found = (np.stack([1 - some[known], some[known]]) for some in (gold_N, found_N))
+    return gold @ found.T
+
+
+def _mean(values_N: np.ndarray, weights_N: np.ndarray) -> dict[str, float]:
+    """Mean with its 95 % interval (normal, effective number of posts)."""
+    mean = float(np.average(values_N, weights=weights_N))
+    spread = float(np.average((values_N - mean) ** 2, weights=weights_N)) ** 0.5
+    half = 1.959963984540054 * spread / max(effective(weights_N) - 1, 1) ** 0.5
+    return {"mean": mean, "low": mean - half, "high": mean + half, "spread": spread}
+
+
+def _cross_tables(corpus: Corpus, weights_N: np.ndarray) -> Iterator[dict[str, Any]]:
+    """Each pair of tasks with one label per post: shares of the second's labels within the first's."""
+    tasks = [task for task in corpus.tasks.values() if task.what == ONE and len(task.labels) > 1]
+    for first, second in itertools.permutations(tasks, 2):
+        both = first.answered & second.answered
+        counts = (first.values[both] * weights_N[both, None]).T @ second.values[both]
+        rows, columns = (counts.sum(axis) > 0 for axis in (1, 0))
+        if rows.sum() < 2 or columns.sum() < 2:
+            continue
+        kept = counts[rows][:, columns]
+        yield {
+            "rows": first.name,
+            "columns": second.name,
+            "row_labels": list(itertools.compress(first.labels, rows)),
+            "column_labels": list(itertools.compress(second.labels, columns)),
+            "share": (kept / kept.sum(1, keepdims=True)).tolist(),
+            "counts": kept.sum(1).tolist(),
+            "cramers_v": _cramers_v(kept),
+        }
+
+
+def _cramers_v(counts: np.ndarray) -> float:
+    """sqrt(chi^2 / (n (min(rows, columns) - 1))): 0 for independent labels, 1 where one tells the other."""
+    chi2 = chi2_contingency(counts, correction=False).statistic
+    return float(np.sqrt(chi2 / (counts.sum() * (min(counts.shape) - 1))))
