@@ -64,7 +64,10 @@ def test_the_wheel_holds_modules_recipes_types_and_the_command(built: Path) -> N
     modules = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("comoe/**/*.py")}
     ready = {f"comoe/recipes/{path.name}" for path in ROOT.glob("launch/configs/*.yaml")}
     ready |= {f"comoe/ds_configs/{path.name}" for path in ROOT.glob("ds_configs/*.json")}
-    expected = {name for name in modules if not name.startswith("comoe/benchmarks/")} | ready
+    pages = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("comoe/**/*.html")}
+    expected = (
+        {name for name in modules if not name.startswith("comoe/benchmarks/")} | ready | pages
+    )
     assert {name for name in files if "dist-info" not in name} == expected | {"comoe/py.typed"}
     (points,) = site.glob("*.dist-info/entry_points.txt")
     assert "comoe = comoe.commands.main:main" in points.read_text()
