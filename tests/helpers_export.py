@@ -6,6 +6,7 @@ import json
 import string
 from pathlib import Path
 
+import pytest
 from safetensors.torch import save_file
 from transformers import BertTokenizerFast, PreTrainedTokenizerFast
 
@@ -29,6 +30,7 @@ __all__ = [
     "TASKS",
     "TOPIC",
     "WORDS",
+    "assert_same",
     "export_tiny",
     "make",
     "make_run",
@@ -126,3 +128,20 @@ def make_run(folder, *, steps=(3, 6), best=None, results=None):
 def make(folder):
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def assert_same(found, expected):
+    """Equal predictions up to rounding: batches of other shapes add in another order."""
+    assert type(found) is type(expected)
+    if isinstance(found, dict):
+        assert found.keys() == expected.keys()
+        for key in found:
+            assert_same(found[key], expected[key])
+    elif isinstance(found, list):
+        assert len(found) == len(expected)
+        for one, other in zip(found, expected, strict=True):
+            assert_same(one, other)
+    else:
+        assert found == (
+            pytest.approx(expected, abs=1e-5) if isinstance(found, float) else expected
+        )

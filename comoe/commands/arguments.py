@@ -35,8 +35,13 @@ def take_recipe(given: Namespace, *, default: str | None = RECIPE) -> None:
 
 def need_training(word: str) -> None:
     """End the process with one sentence where the extra ``train`` is not installed."""
+    need_extra("train", word)
+
+
+def need_extra(extra: str, word: str) -> None:
+    """End the process with one sentence where an extra that ``comoe word`` needs is not installed."""
     try:
-        need("train", what=f"comoe {word}")
+        need(extra, what=f"comoe {word}")
     except ValueError as error:
         print(f"comoe: {error}", file=sys.stderr)
         sys.exit(2)

@@ -5,6 +5,7 @@ comoe bench train --json train.json         whole training steps: Hugging Face T
 comoe bench contrastive --json c.json       the loss: full matrix, open_clip's local one, reference code
 comoe bench routing --json routing.json     routing by task and by token: five tasks, blocks in some layers
 comoe bench updates --json u.json           what experts learn in ten steps, against a dense block
+comoe bench serve --json serve.json         a server under eight clients, against batch prediction
 """
 
 import importlib.util
@@ -22,6 +23,7 @@ BENCHMARKS = {
     "contrastive": "comoe.benchmarks.contrastive",
     "routing": "comoe.benchmarks.routing",
     "updates": "comoe.benchmarks.updates",
+    "serve": "comoe.benchmarks.serving",
 }
 """Word of the command line -> module with ``run(json_path, config=..., rounds=...)``."""
 

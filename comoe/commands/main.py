@@ -13,6 +13,7 @@ COMMANDS = {
     "train": "train a recipe, or continue a run",
     "predict": "predict the posts of a file with an export",
     "report": "one page of HTML of predictions: shares, their course, slices",
+    "serve": "answer requests over HTTP with exports",
     "eval": "score an export on labeled posts",
     "export": "make an export from a checkpoint",
     "compare": "variants of a recipe over seeds, with intervals",

@@ -8,6 +8,7 @@ EXTRAS = {
     "train": ("deepspeed", "accelerate", "datasets", "matplotlib", "psutil", "tensorboard"),
     "report": ("jinja2", "matplotlib"),
     "augment": ("gguf",),
+    "serve": ("fastapi", "prometheus_client", "uvicorn"),
 }
 """Extra -> its packages, as they are imported."""
 

@@ -24,7 +24,7 @@ LEVELS = {
     "launch": 9,
     "comoe/commands": 8,
     "comoe/experiments": 7, "comoe/benchmarks": 7, "comoe/reporting": 7,
-    "comoe/train": 6,
+    "comoe/train": 6, "comoe/serving": 6,
     "comoe/inference": 5, "comoe/augment": 5,
     "comoe/evaluation": 4,
     "comoe/losses": 3,
@@ -61,6 +61,8 @@ HOMES = {
     # A monitor belongs to one run; the hparams page compares finished runs.
     "torch.utils.tensorboard": ("comoe/train/monitor/", "comoe/experiments/"),
     "yaml": ("comoe/config/",),
+    "fastapi": ("comoe/serving/",), "starlette": ("comoe/serving/",), "uvicorn": ("comoe/serving/",),
+    "prometheus_client": ("comoe/serving/",),
     "matplotlib": ("comoe/train/monitor/plots.py", "comoe/experiments/",
                    "comoe/reporting/figures.py"),
     "jinja2": ("comoe/reporting/page.py",),

@@ -65,6 +65,7 @@ def test_the_wheel_holds_modules_recipes_types_and_the_command(built: Path) -> N
     ready = {f"comoe/recipes/{path.name}" for path in ROOT.glob("launch/configs/*.yaml")}
     ready |= {f"comoe/ds_configs/{path.name}" for path in ROOT.glob("ds_configs/*.json")}
     pages = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("comoe/**/*.html")}
+    pages |= {path.relative_to(ROOT).as_posix() for path in ROOT.glob("comoe/serving/page/*")}
     expected = (
         {name for name in modules if not name.startswith("comoe/benchmarks/")} | ready | pages
     )
@@ -127,6 +128,13 @@ def test_training_without_its_extra_is_refused_with_the_line_for_pip(
     assert done.stderr == (
         f'comoe: comoe {word} needs {missing}, which are not installed: pip install "comoe[train]"\n'
     )
+
+
+def test_serving_without_its_extra_is_refused_and_its_help_needs_nothing(built: Path) -> None:
+    done = run(built, "serve", "exported")
+    assert done.returncode == 2 and done.stderr.startswith("comoe: comoe serve needs fastapi, ")
+    assert done.stderr.endswith('pip install "comoe[serve]"\n')
+    assert run(built, "serve", "--help").stdout.startswith("usage: comoe serve ")
 
 
 def test_a_single_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

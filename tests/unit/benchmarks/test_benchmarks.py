@@ -1,6 +1,7 @@
 """The benchmarks' own arithmetic: turns, ratios, forced loads, marks, the table, and one small run of each."""
 
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from comoe.benchmarks import contrastive, precision, updates
+from comoe.benchmarks import contrastive, precision, serving, updates
 from comoe.benchmarks import contrastive as contrastive_costs
 from comoe.benchmarks.contrastive import FORMS, make_posts
 from comoe.benchmarks.experts import Clock, Size, add_ratios, clocked_routing
@@ -50,6 +51,20 @@ def test_the_update_of_experts_is_measured_against_a_dense_block(tmp_path, monke
     default, mean = (row["value"] for row in report.rows)
     assert 0.6 < default < 1.6 and mean < 0.5 * default
     assert report.headline() == {"k4": default}
+
+
+def test_a_server_is_measured_overrun_reloaded_and_ended(tmp_path, monkeypatch):
+    for name, value in {"SECONDS": 3.0, "BATCH": 64}.items():
+        monkeypatch.setattr(serving, name, value)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    report = serving.run(tmp_path / "s.json", config=Path(SMOKE), rounds=1)
+    assert report.headline()["smoke_over_batch"] > 0.05
+    _, _, speed, faults = report.notes
+    assert re.search(r"answers: \d+ times 200; p50 \d+ ms, p99 \d+ ms", speed)
+    assert re.search(
+        r"32 posts: \{.*429: \d+.*\}; replaced under load: \{200: \d+\} of 2 rev", faults
+    )
+    assert "exit code 0" in faults and "500" not in faults
 
 
 def test_contestants_take_turns_and_each_round_begins_with_the_next():

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from helpers_export import MOOD, SIGNS, TOPIC, WORDS, tiny_predictor
+from helpers_export import MOOD, SIGNS, TOPIC, WORDS, assert_same, tiny_predictor
 
 from comoe.inference.columns import read_columns
 from comoe.tasks.labels import split_words
@@ -17,23 +17,6 @@ TEXTS = ["good day", LONG, "sunny", "ann in paris!", "a b c d e f"]
 @pytest.fixture(scope="module")
 def predictor(tmp_path_factory):
     return tiny_predictor(tmp_path_factory.mktemp("model"))
-
-
-def assert_same(found, expected):
-    """Equal predictions up to rounding: batches of other shapes add in another order."""
-    assert type(found) is type(expected)
-    if isinstance(found, dict):
-        assert found.keys() == expected.keys()
-        for key in found:
-            assert_same(found[key], expected[key])
-    elif isinstance(found, list):
-        assert len(found) == len(expected)
-        for one, other in zip(found, expected, strict=True):
-            assert_same(one, other)
-    else:
-        assert found == (
-            pytest.approx(expected, abs=1e-5) if isinstance(found, float) else expected
-        )
 
 
 def test_every_kind_of_task_is_predicted_in_its_own_words(predictor):

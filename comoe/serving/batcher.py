@@ -1,0 +1,191 @@
+"""Dynamic batching: posts of many requests share forward passes. Knows neither HTTP nor the model.
+
+One thread works on one model. It takes what waits, oldest first, as many posts as the limit of
+tokens holds; a post that arrives while the model is idle waits a few milliseconds for company.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+from comoe.serving.limits import Limits
+
+
+class QueueFull(Exception):
+    """No room for a request; ``seconds`` until there should be."""
+
+    def __init__(self, seconds: int) -> None:
+        super().__init__(seconds)
+        self.seconds = seconds
+
+
+class Closed(Exception):
+    """The queue takes no more requests: a newer revision has taken over."""
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """A forward pass that was done."""
+
+    posts: int
+    """Posts of it."""
+    tokens: int
+    """Their estimated tokens."""
+    seconds: float
+    """How long it took."""
+
+
+@dataclass(eq=False, slots=True)
+class _Job:
+    """A request: its posts are done in one pass or several."""
+
+    key: Hashable
+    arrived: float
+    left: int
+    results: list[Any]
+    future: Future = field(default_factory=Future)
+
+
+@dataclass(eq=False, slots=True)
+class _Item:
+    """One post of a request."""
+
+    job: _Job
+    place: int
+    post: Any
+    tokens: int
+
+
+class Batcher:
+    """The queue in front of a model, and the thread that works on it.
+
+    Args:
+        predict: (key, posts) -> one result per post; called on the thread.
+        limits: of the queue and of a batch.
+        done: called on the thread with every pass.
+    """
+
+    def __init__(
+        self,
+        predict: Callable[[Any, list[Any]], Sequence[Any]],
+        *,
+        limits: Limits,
+        done: Callable[[Work], None] = lambda work: None,
+    ) -> None:
+        self._predict, self._limits, self._done = predict, limits, done
+        self._waiting: deque[_Item] = deque()
+        self._changed = threading.Condition()
+        self._open = True
+        self._posts_per_second = 0.0
+        self._thread = threading.Thread(target=self._work, daemon=True)
+        self._thread.start()
+
+    def submit(self, key: Hashable, posts: Sequence[Any], tokens: Sequence[int]) -> Future:
+        """Queue the posts of a request; the future has the list of their results, and may be cancelled.
+
+        Args:
+            key: requests with equal keys may share a pass.
+            posts: at least one.
+            tokens: about how many each has.
+
+        Raises:
+            QueueFull: the queue has no room for all of them.
+            Closed: it takes no more.
+        """
+        job = _Job(key, time.monotonic(), len(posts), [None] * len(posts))
+        with self._changed:
+            if not self._open:
+                raise Closed
+            if self._waiting and len(self._waiting) + len(posts) > self._limits.queue:
+                wait = len(self._waiting) / self._posts_per_second if self._posts_per_second else 1
+                raise QueueFull(max(1, min(60, math.ceil(wait))))
+            for place, (post, count) in enumerate(zip(posts, tokens, strict=True)):
+                self._waiting.append(_Item(job, place, post, count))
+            self._changed.notify()
+        job.future.add_done_callback(self._forget)
+        return job.future
+
+    def waiting(self) -> int:
+        """Posts in the queue."""
+        return len(self._waiting)
+
+    def alive(self) -> bool:
+        """Whether the thread works."""
+        return self._thread.is_alive()
+
+    def close(self) -> None:
+        """Take no more requests, finish those that wait, and end the thread."""
+        with self._changed:
+            self._open = False
+            self._changed.notify()
+        self._thread.join()
+
+    def _forget(self, future: Future) -> None:
+        """Drop the posts of a request that was given up, or failed."""
+        if future.cancelled() or future.exception() is not None:
+            with self._changed:
+                self._waiting = deque(i for i in self._waiting if i.job.future is not future)
+
+    def _work(self) -> None:
+        while batch := self._take():
+            start = time.monotonic()
+            self._answer(batch)
+            seconds = time.monotonic() - start
+            rate = len(batch) / max(seconds, 1e-6)
+            # Of the last ten passes or so.
+            self._posts_per_second += (rate - self._posts_per_second) * (
+                0.1 if self._posts_per_second else 1
+            )
+            self._done(Work(len(batch), sum(item.tokens for item in batch), seconds))
+
+    def _take(self) -> list[_Item]:
+        """The posts of the next pass; none when the queue is closed and empty."""
+        with self._changed:
+            while True:
+                while self._open and not self._waiting:
+                    self._changed.wait()
+                if not self._waiting:
+                    return []
+                left = self._waiting[0].job.arrived + self._limits.batch_wait / 1000
+                left -= time.monotonic()
+                full = sum(item.tokens for item in self._waiting) >= self._limits.batch_tokens
+                if left <= 0 or full or not self._open:
+                    break
+                self._changed.wait(left)
+            batch, rest, tokens = [], deque(), 0
+            key = self._waiting[0].job.key
+            for item in self._waiting:
+                fits = not batch or tokens + item.tokens <= self._limits.batch_tokens
+                if fits and item.job.key == key:
+                    batch.append(item)
+                    tokens += item.tokens
+                else:
+                    rest.append(item)
+            self._waiting = rest
+        return batch
+
+    def _answer(self, batch: list[_Item]) -> None:
+        try:
+            results = self._predict(batch[0].job.key, [item.post for item in batch])
+        except Exception as error:
+            jobs = list(dict.fromkeys(item.job for item in batch))
+            if len(jobs) == 1:
+                if jobs[0].future.set_running_or_notify_cancel():
+                    jobs[0].future.set_exception(error)
+                return
+            # The post of one request must not fail the others.
+            for job in jobs:
+                self._answer([item for item in batch if item.job is job])
+            return
+        for item, result in zip(batch, results, strict=True):
+            item.job.results[item.place] = result
+            item.job.left -= 1
+            if item.job.left == 0 and item.job.future.set_running_or_notify_cancel():
+                item.job.future.set_result(item.job.results)

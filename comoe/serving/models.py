@@ -1,0 +1,229 @@
+"""The exports that are served: by name and revision, each with its queue, and replaced while requests run."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from comoe.inference.checkpoint_folder import MANIFEST
+from comoe.inference.export import CONFIG, WEIGHTS, read_export_config
+from comoe.inference.predictor import Predictor
+from comoe.serving.batcher import Batcher
+from comoe.serving.limits import Limits
+from comoe.serving.metrics import Metrics
+
+PREDICT, EXPLAIN, EMBED = "predict", "explain", "embed"
+"""What a model is asked for."""
+
+LOG = logging.getLogger("comoe.serving")
+
+BYTES_PER_TOKEN = 3
+"""Of UTF-8: a Chinese character, or three letters, which is less than most tokens have. Decides how
+many posts are taken at once; a forward pass is then cut by the tokens that they turn out to have."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a model lies."""
+
+    name: str
+    folder: Path
+
+
+def read_source(word: str) -> Source:
+    """``[NAME=]FOLDER``; the name of an export in a run folder is that of the run.
+
+    Raises:
+        ValueError: an empty name or folder.
+    """
+    name, equals, folder = word.rpartition("=")
+    path = Path(folder)
+    if not folder or (equals and not name):
+        raise ValueError(f"{word!r} names no export; give FOLDER or NAME=FOLDER.")
+    if not equals:
+        parts = path.resolve()
+        name = parts.parent.name if parts.name == "export" else parts.name
+    return Source(name, path)
+
+
+def revision_of(folder: Path) -> str:
+    """Twelve hexadecimal digits of an export's content: of its manifest, which has the digest of every file.
+
+    Raises:
+        ValueError: no export there.
+    """
+    read_export_config(folder)
+    digest = hashlib.sha256()
+    if (folder / MANIFEST).is_file():
+        digest.update((folder / MANIFEST).read_bytes())
+    else:  # older versions wrote none
+        for name in (CONFIG, WEIGHTS):
+            with (folder / name).open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:12]
+
+
+class Served:
+    """One revision of one model."""
+
+    def __init__(self, source: Source, revision: str, predictor: Predictor, batcher: Batcher):
+        self.source, self.revision = source, revision
+        self.predictor, self.batcher = predictor, batcher
+
+    @property
+    def reads_images(self) -> bool:
+        """Whether its posts may have images."""
+        return self.predictor.collator.pixels is not None
+
+    def tokens(self, post: Mapping[str, Any]) -> int:
+        """About how many tokens a post has."""
+        texts = (post["text"], post["pair"], *(post["words"] or ()))
+        size = sum(len(text.encode()) for text in texts if text)
+        return 2 + min(size // BYTES_PER_TOKEN, self.predictor.exported.data_config.max_length)
+
+    def describe(self) -> dict[str, Any]:
+        """What ``/v1/tasks`` says of it."""
+        tasks = [
+            {"name": task.name, "kind": task.kind, "labels": list(task.labels), "explained": task.mode == "pooled"}
+            for task in self.predictor.tasks
+        ]  # fmt: skip
+        return {
+            "model": self.source.name,
+            "revision": self.revision,
+            "reads_images": self.reads_images,
+            "max_tokens": self.predictor.exported.data_config.max_length,
+            "tasks": tasks,
+        }
+
+
+def _predict(
+    predictor: Predictor, key: tuple, posts: Sequence[Mapping[str, Any]], tokens: int
+) -> list[dict[str, Any]]:
+    """What the thread of a model does: ``key`` is (what to do, names of tasks)."""
+    what, names = key
+    columns = {
+        f"{name}s" if name != "words" else name: [post[name] for post in posts]
+        for name in ("text", "pair", "words", "image")
+    }
+    texts = columns.pop("texts")
+    options: dict[str, Any] = {"batch_size": len(posts), "batch_tokens": tokens}
+    if what == EMBED:
+        results = predictor.embed(texts, **columns, task=names and names[0], **options)
+    else:
+        results = predictor(texts, **columns, tasks=names, explain=what == EXPLAIN, **options)
+    for result in results:
+        result.pop("text", None)
+        if "embedding" in result:
+            result["embedding"] = result["embedding"].tolist()
+    return results
+
+
+class Models:
+    """All served models.
+
+    Args:
+        sources: several of one name are revisions of it, of which the last answers where a request
+            names none.
+        limits: of each model's queue.
+        metrics: counts.
+        device, verify: of ``Predictor.from_pretrained``.
+
+    Raises:
+        ValueError: an export that cannot be read.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        *,
+        limits: Limits,
+        metrics: Metrics,
+        device: str = "auto",
+        verify: bool = True,
+    ) -> None:
+        self.limits, self.metrics = limits, metrics
+        self._device, self._verify = device, verify
+        self._reloading = threading.Lock()
+        self._served: list[Served] = []
+        for source in sources:
+            self._served.append(self._load(source, revision_of(source.folder)))
+        self._count()
+
+    def __iter__(self) -> Iterable[Served]:
+        return iter(self._served)
+
+    def find(self, name: str | None, revision: str | None) -> Served:
+        """The last that fits; without a name the first model.
+
+        Raises:
+            LookupError: none fits; the message names those there are.
+        """
+        name = self._served[0].source.name if name is None else name
+        named = [one for one in self._served if one.source.name == name]
+        if not named:
+            names = ", ".join(dict.fromkeys(one.source.name for one in self._served))
+            raise LookupError(f"There is no such model; there are: {names}")
+        for one in reversed(named):
+            if revision in (None, one.revision):
+                return one
+        there = ", ".join(one.revision for one in named)
+        raise LookupError(f"{name} has no such revision; it has: {there}")
+
+    def ready(self) -> bool:
+        """Whether every model works."""
+        return all(one.batcher.alive() for one in self._served)
+
+    def reload(self) -> None:
+        """Load what has changed on disk; a new revision takes over when it is ready, the old one finishes its queue.
+
+        One that cannot be read changes nothing and is logged. May be called on any thread.
+        """
+        with self._reloading:
+            for place, old in enumerate(self._served):
+                try:
+                    revision = revision_of(old.source.folder)
+                    if revision == old.revision:
+                        continue
+                    new = self._load(old.source, revision)
+                except (ValueError, OSError) as error:
+                    self.metrics.reloads.labels(old.source.name, "failed").inc()
+                    LOG.warning("%s stays at %s: %s", old.source.name, old.revision, error)
+                    continue
+                self._served[place] = new
+                self._count()
+                self.metrics.reloads.labels(old.source.name, "loaded").inc()
+                LOG.info("%s: %s takes over from %s", old.source.name, revision, old.revision)
+                old.batcher.close()
+
+    def close(self) -> None:
+        """Finish what waits, and end the threads."""
+        for one in self._served:
+            one.batcher.close()
+
+    def _load(self, source: Source, revision: str) -> Served:
+        predictor = Predictor.from_pretrained(
+            source.folder, device=self._device, verify=self._verify
+        )
+        if revision_of(source.folder) != revision:
+            raise ValueError(f"{source.folder} was replaced while it was read; it is read again.")
+        batcher = Batcher(
+            lambda key, posts: _predict(predictor, key, posts, self.limits.batch_tokens),
+            limits=self.limits,
+            done=lambda work: self.metrics.batch(source.name, work),
+        )
+        return Served(source, revision, predictor, batcher)
+
+    def _count(self) -> None:
+        self.metrics.served.clear()
+        for one in self._served:
+            self.metrics.served.labels(one.source.name, one.revision).set(1)
+        for name in {one.source.name for one in self._served}:
+            mine = [one for one in self._served if one.source.name == name]
+            self.metrics.queue.labels(name).set_function(
+                lambda mine=mine: sum(one.batcher.waiting() for one in mine)
+            )

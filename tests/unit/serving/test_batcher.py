@@ -1,0 +1,147 @@
+"""The queue: what shares a pass, in which order, how much waits, and what a failure reaches."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future, wait
+
+import pytest
+
+from comoe.serving.batcher import Batcher, Closed, QueueFull, Work
+from comoe.serving.limits import Limits
+
+
+class Model:
+    """Answers with the posts themselves; stands still while the gate is shut."""
+
+    def __init__(self) -> None:
+        self.gate, self.begun = threading.Event(), threading.Event()
+        self.passes: list[tuple[str, list[str]]] = []
+
+    def __call__(self, key: str, posts: list[str]) -> list[str]:
+        self.begun.set()
+        assert self.gate.wait(30)
+        self.passes.append((key, posts))
+        if "bad" in posts:
+            raise ZeroDivisionError
+        return [post.upper() for post in posts]
+
+
+@pytest.fixture
+def model() -> Model:
+    return Model()
+
+
+@pytest.fixture
+def batcher(model: Model) -> Iterator[Batcher]:
+    limits = Limits(queue=8, max_posts=8, batch_tokens=10, batch_wait=0)
+    made = Batcher(model, limits=limits)
+    yield made
+    model.gate.set()
+    made.close()
+
+
+def ask(batcher: Batcher, *posts: str, key: str = "k", tokens: int = 2) -> Future:
+    return batcher.submit(key, posts, [tokens] * len(posts))
+
+
+def occupy(batcher: Batcher, model: Model) -> Future:
+    """A pass that runs until the gate opens."""
+    first = ask(batcher, "first")
+    assert model.begun.wait(30)
+    return first
+
+
+def test_requests_share_passes_up_to_the_limit_of_tokens(batcher: Batcher, model: Model) -> None:
+    occupy(batcher, model)
+    jobs = [ask(batcher, "a", "b"), ask(batcher, "c"), ask(batcher, "d", "e", "f", "g")]
+    model.gate.set()
+    assert [job.result(30) for job in jobs] == [["A", "B"], ["C"], ["D", "E", "F", "G"]]
+    assert model.passes[1:] == [("k", ["a", "b", "c", "d", "e"]), ("k", ["f", "g"])]
+
+
+def test_a_pass_has_one_key_and_begins_with_the_oldest(batcher: Batcher, model: Model) -> None:
+    occupy(batcher, model)
+    jobs = [ask(batcher, "a"), ask(batcher, "x", key="other"), ask(batcher, "b")]
+    model.gate.set()
+    wait(jobs, 30)
+    assert model.passes[1:] == [("k", ["a", "b"]), ("other", ["x"])]
+
+
+def test_a_post_longer_than_a_pass_goes_alone(batcher: Batcher, model: Model) -> None:
+    occupy(batcher, model)
+    jobs = [ask(batcher, "long", tokens=99), ask(batcher, "a")]
+    model.gate.set()
+    wait(jobs, 30)
+    assert [posts for _, posts in model.passes[1:]] == [["long"], ["a"]]
+
+
+def test_a_full_queue_refuses_and_says_for_how_long(batcher: Batcher, model: Model) -> None:
+    occupy(batcher, model)
+    job = ask(batcher, *"abcdef")
+    with pytest.raises(QueueFull) as refused:
+        ask(batcher, *"xyz")
+    assert 1 <= refused.value.seconds <= 60 and batcher.waiting() == 6
+    fitting = ask(batcher, *"xy")
+    model.gate.set()
+    assert job.result(30) == list("ABCDEF") and fitting.result(30) == ["X", "Y"]
+
+
+def test_what_is_given_up_leaves_the_queue(batcher: Batcher, model: Model) -> None:
+    first = occupy(batcher, model)
+    given_up, kept = ask(batcher, *"abc"), ask(batcher, "d")
+    assert given_up.cancel() and batcher.waiting() == 1
+    assert first.cancel()  # too late for its pass, whose result nobody gets
+    model.gate.set()
+    assert kept.result(30) == ["D"]
+    assert [posts for _, posts in model.passes] == [["first"], ["d"]]
+
+
+def test_a_failure_reaches_the_request_that_made_it_alone(batcher: Batcher, model: Model) -> None:
+    occupy(batcher, model)
+    good, bad, also = (
+        ask(batcher, "a"),
+        ask(batcher, "bad", *"uvwxy", tokens=3),
+        ask(batcher, "b"),
+    )
+    model.gate.set()
+    assert good.result(30) == ["A"] and also.result(30) == ["B"]
+    assert isinstance(bad.exception(30), ZeroDivisionError)
+    assert batcher.waiting() == 0 and batcher.alive()
+    assert ask(batcher, "c").result(30) == ["C"]
+
+
+def test_closing_finishes_what_waits_and_takes_no_more(model: Model) -> None:
+    done: list[Work] = []
+    batcher = Batcher(model, limits=Limits(batch_wait=10_000), done=done.append)
+    jobs = [ask(batcher, "a"), ask(batcher, "b")]
+    model.gate.set()
+    batcher.close()
+    assert [job.result(0) for job in jobs] == [["A"], ["B"]]
+    assert not batcher.alive() and [(one.posts, one.tokens) for one in done] == [(2, 4)]
+    with pytest.raises(Closed):
+        ask(batcher, "c")
+
+
+def test_a_post_waits_for_company_but_no_longer_than_the_pass_is_full(model: Model) -> None:
+    model.gate.set()
+    batcher = Batcher(model, limits=Limits(batch_wait=60_000, batch_tokens=6))
+    jobs = [ask(batcher, post) for post in "abc"]
+    assert [job.result(30) for job in jobs] == [["A"], ["B"], ["C"]]
+    assert [posts for _, posts in model.passes] == [["a", "b", "c"]]
+    batcher.close()
+
+
+@pytest.mark.parametrize(
+    "bounds, message",
+    [
+        ({"queue": 10}, r"--queue \(10\) must be at least --max-posts \(256\)"),
+        ({"timeout": 0.0}, "--timeout is 0.0; it must be a positive number"),
+        ({"batch_tokens": -1}, "--batch-tokens is -1"),
+        ({"batch_wait": float("nan")}, "--batch-wait is nan"),
+    ],
+)
+def test_bounds_that_bound_nothing_are_refused(bounds: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Limits(**bounds)
