@@ -79,20 +79,23 @@ def _checked(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
     return recipe
 
 
-def deepspeed_settings(request: Request) -> Mapping[str, Any]:
+def deepspeed_settings(request: Request, recipe: Recipe) -> Mapping[str, Any]:
     """The DeepSpeed JSON of a start: the one that is named, else the run's own with ``resume``, else ZeRO 2.
 
     Raises:
-        ValueError: no such file, or a bad one.
+        ValueError: no such file, or a bad one, or one that is against the recipe.
     """
     from comoe.train.parallel.ds_config import ZERO_2, load_settings
+    from comoe.train.parallel.ds_keys import check_gate
 
     if request.deepspeed or request.resume is None:
-        return load_settings(request.deepspeed) if request.deepspeed else ZERO_2
+        settings = load_settings(request.deepspeed) if request.deepspeed else ZERO_2
+        check_gate(settings, recipe)
+        return settings
     own = request.resume / OWN_SETTINGS
     if not own.is_file():
         raise ValueError(
             f"--resume {request.resume}: no {OWN_SETTINGS} there, as runs of earlier versions have none; add "
             "--deepspeed with the file that the run was begun with, such as zero2."
         )
-    return load_settings(own)
+    return load_settings(own, saved=True)

@@ -26,8 +26,8 @@ from comoe.train.fault.watchdog import LOST, PREPARING, Watchdog
 from comoe.train.request import Request, deepspeed_settings, load_requested
 from comoe.train.run_folder import (
     begun_by_this_start,
-    refuse_taken,
     take,
+    taken_folder,
     write_run_folder,
 )
 from comoe.train.state import ALL_STEPS
@@ -162,9 +162,13 @@ def run_request(
         for sentence in recipe_warnings(recipe):
             print(f"warning: {sentence}", file=sys.stderr)
     fresh = not request.dry_run and request.resume is None
-    if fresh:
-        refuse_taken(folder, overwrite=recipe.run.overwrite)
-    settings = deepspeed_settings(request)
+    if request.resume is None:
+        taken = taken_folder(folder, overwrite=recipe.run.overwrite)
+        if taken and fresh:
+            raise ValueError(taken)
+        if taken and is_main():
+            print(f"warning: a start would be refused: {taken}", file=sys.stderr)
+    settings = deepspeed_settings(request, recipe)
     if request.dry_run:
         print_dry_run(recipe, settings, device=device, gpus=request.gpus)
         return folder

@@ -57,8 +57,13 @@ def refuse_taken(folder: Path, *, overwrite: bool) -> None:
     Raises:
         ValueError: it does; go on with it, rename, or overwrite.
     """
-    if problem := broadcast_object(_taken(folder, overwrite=overwrite) if is_main() else None):
+    if problem := taken_folder(folder, overwrite=overwrite):
         raise ValueError(problem)
+
+
+def taken_folder(folder: Path, *, overwrite: bool) -> str:
+    """Why a new run may not have a folder, empty when it may; every rank must call it."""
+    return broadcast_object(_taken(folder, overwrite=overwrite) if is_main() else None)
 
 
 def _taken(folder: Path, *, overwrite: bool) -> str:

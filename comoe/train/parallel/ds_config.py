@@ -17,11 +17,9 @@ from comoe.config.recipe import Recipe
 from comoe.data.sampling.sampler import posts_per_forward
 from comoe.distributed import all_gather_objects, gpu_lacks_bf16
 from comoe.models.moe.block import MIXTURE_PATTERN
+from comoe.train.parallel.ds_keys import REFUSED, SET, check_settings, parse_settings
 
 AUTO = "auto"
-
-SECTIONS = ("zero_optimization", "bf16", "expert_parallel", "data_types")
-"""Keys of the DeepSpeed JSON that hold an object."""
 
 ZERO_2: Mapping[str, Any] = {
     "train_batch_size": AUTO,
@@ -40,8 +38,6 @@ ZERO_2: Mapping[str, Any] = {
         "autoep_size": AUTO,
         "top_k": AUTO,
         "use_grouped_mm": AUTO,
-        "score_func": "sigmoid",
-        "route_norm": True,
     },
 }
 """What a run without a DeepSpeed JSON takes: ``ds_configs/zero2.json``."""
@@ -174,28 +170,28 @@ def _ep_size(recipe: Recipe, settings: Mapping[str, Any], world_size: int) -> in
     return int(asked)
 
 
-def load_settings(given: str | Path) -> dict[str, Any]:
-    """Read the DeepSpeed JSON of a path or name; ValueError with file and line when it is not one."""
+def load_settings(given: str | Path, *, saved: bool = False) -> dict[str, Any]:
+    """Read the DeepSpeed JSON of a path or name.
+
+    Args:
+        given: path, or name of a ready file.
+        saved: that of a run that was begun, which keeps what it began with.
+
+    Raises:
+        ValueError: with file and line where it is no JSON object, or holds what would be ignored.
+    """
     path = settings_path(given)
     if not path.is_file():
         raise ValueError(
             f"--deepspeed {path}: no such file; give a path, or the name of a ready one: zero2."
         )
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{path}, line {error.lineno}: {error.msg}; the file must be one JSON object."
-        ) from error
-    if not isinstance(settings, dict):
-        raise ValueError(
-            f"{path}: the file must be one JSON object, not a {type(settings).__name__}."
-        )
-    for name in SECTIONS:
-        if not isinstance(settings.get(name, {}), dict):
-            raise ValueError(
-                f"{path}: {name} is {settings[name]!r}; it must be an object, as in zero2.json."
-            )
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--deepspeed {path} cannot be read as UTF-8 ({error}).") from error
+    settings = parse_settings(text, where=str(path))
+    if not saved:
+        check_settings(settings, where=str(path))
     return settings
 
 
@@ -214,7 +210,9 @@ def fill_settings(
     """
     for section in ("optimizer", "scheduler", "fp16", "elasticity"):
         if section in settings:
-            raise ValueError(f"{section} must not be in the DeepSpeed JSON: {_OWNED[section]}")
+            raise ValueError(
+                f"{section} must not be in the DeepSpeed JSON: {(SET | REFUSED)[section]}"
+            )
     values = _values(recipe, layout, gpu=gpu)
     filled = _fill(settings, values, prefix="")
     for key in (
@@ -250,14 +248,6 @@ def fill_settings(
     filled["steps_per_print"] = 2**31
     filled["expert_parallel"] = _expert_parallel(filled.get("expert_parallel", {}), recipe, values)
     return filled
-
-
-_OWNED = {
-    "optimizer": "train.optimizer, train.learning_rate and train.weight_decay of the recipe set it.",
-    "scheduler": "train.schedule and train.warmup_fraction of the recipe set it.",
-    "fp16": "use bf16; float16 needs a loss scale that skips steps.",
-    "elasticity": "DeepSpeed removed it; start the run again with --resume.",
-}
 
 
 def _values(recipe: Recipe, layout: Layout, *, gpu: bool) -> dict[str, Any]:
@@ -312,6 +302,9 @@ def _expert_parallel(
             )
     return {
         "use_grouped_mm": values["expert_parallel.use_grouped_mm"],
+        # AutoEP wants to know them; our gate scores the experts.
+        "score_func": "sigmoid",
+        "route_norm": True,
         **section,
         **_AUTOEP,
         "autoep_size": values["expert_parallel.autoep_size"],

@@ -1,6 +1,7 @@
 """The DeepSpeed JSON: what is filled, and every clash, with its message."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from comoe.config.load import recipe_from_dict
 from comoe.config.recipe import Recipe
 from comoe.train.parallel import ds_config
 from comoe.train.parallel.ds_config import ZERO_2, Layout, fill_settings, load_settings, plan_layout
+from comoe.train.parallel.ds_keys import PASSED, REFUSED, SECTIONS, SET, check_gate
 
 DS_CONFIGS = Path(__file__).parents[4] / "ds_configs"
 STAGE_2 = {"zero_optimization": {"stage": 2}}
@@ -295,6 +297,124 @@ def test_a_file_that_is_no_object_is_refused_with_its_place(tmp_path, content, s
     with pytest.raises(ValueError) as caught:
         load_settings(tmp_path / "bad.json")
     assert said in str(caught.value)
+
+
+OFF_BY_ONE = {
+    "a key of the top": ({"zero_optimisation": {}}, "no key zero_optimisation; did you mean zero_optimization?"),
+    "a key of a section": (
+        {"zero_optimization": {"stage": 2, "overlap_com": True}},
+        "no key zero_optimization.overlap_com; did you mean zero_optimization.overlap_comm?",
+    ),
+    "a key of an inner section": (
+        {"zero_optimization": {"offload_optimizer": {"devise": "cpu"}}},
+        "did you mean zero_optimization.offload_optimizer.device?",
+    ),
+    "nothing like it": ({"qqq": 1}, "has no key qqq; leave it out."),
+    "text for a boolean": ({"bf16": {"enabled": "false"}}, 'is "false"; it must be "auto", true or false.'),
+    "a number for a boolean": ({"bf16": {"enabled": 0}}, "bf16.enabled is 0; it must be"),
+    "text for a number": ({"zero_optimization": {"reduce_bucket_size": "5e8"}}, 'is "5e8"; it must be a whole number'),
+    "a boolean for a number": ({"train_batch_size": True}, "train_batch_size is true; it must be"),
+    "a fraction": ({"train_batch_size": 1.5}, "train_batch_size is 1.5; it must be"),
+    "below 0": ({"gradient_clipping": -1}, "gradient_clipping is -1; it must be"),
+    "a stage": ({"zero_optimization": {"stage": 0}}, "stage is 0; it must be 1, 2 or 3"),
+    "a stage that is true": ({"zero_optimization": {"stage": True}}, "stage is true; it must be 1, 2 or 3"),
+    "a disk": ({"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}, 'a disk, "nvme", is not supported'),
+    "another precision of sums": ({"data_types": {"grad_accum_dtype": "bf16"}}, 'it must be "fp32"'),
+    "a function of no gate": ({"expert_parallel": {"score_func": "relu"}}, 'must be "sigmoid" or "softmax"'),
+}  # fmt: skip
+
+
+def put(path: str, value: Any) -> dict[str, Any]:
+    for key in reversed(path.split(".")):
+        value = {key: value}
+    return value
+
+
+def read(content: Any, folder: Path) -> dict[str, Any]:
+    file = folder / "ds.json"
+    file.write_text(content if isinstance(content, str) else json.dumps(content))
+    return load_settings(file)
+
+
+@pytest.mark.parametrize("what", OFF_BY_ONE)
+def test_what_is_misspelt_or_of_another_type_is_refused(what: str, tmp_path: Path) -> None:
+    settings, said = OFF_BY_ONE[what]
+    with pytest.raises(ValueError) as caught:
+        read(settings, tmp_path)
+    assert str(caught.value).startswith(f"{tmp_path / 'ds.json'}: ") and said in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [{}, {"enabled": True}, True, 1, "auto", None])
+@pytest.mark.parametrize("path", [*SET, *REFUSED])
+def test_what_comoe_sets_or_cannot_do_is_refused_with_a_sentence(
+    path: str, value: Any, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError) as caught:
+        read(put(path, value), tmp_path)
+    sentence = (SET | REFUSED)[path]
+    assert f"{path} must not be in the DeepSpeed JSON: {sentence}" in str(caught.value)
+    assert sentence[-1] in ".)" and len(sentence) > 10
+
+
+def test_every_key_that_deepspeed_knows_is_on_one_list_and_every_list_has_keys_of_it() -> None:
+    from deepspeed.runtime.config import _REMOVED_TOP_LEVEL_CONFIG_KEYS, _REMOVED_ZERO_CONFIG_KEYS
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig
+
+    zero = {field.alias or name for name, field in DeepSpeedZeroConfig.model_fields.items()}
+    known = {*_REMOVED_TOP_LEVEL_CONFIG_KEYS}
+    known |= {f"zero_optimization.{key}" for key in zero | set(_REMOVED_ZERO_CONFIG_KEYS)}
+    offload = DeepSpeedZeroOffloadOptimizerConfig.model_fields
+    known |= {f"zero_optimization.offload_optimizer.{key}" for key in offload}
+    lists = [set(SECTIONS), set(PASSED), set(SET), set(REFUSED)]
+    assert not {path for path in known if not any(path in some for some in lists)}
+    assert sum(map(len, lists)) == len(set().union(*lists))
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [('{"bf16": {"enabled": true}, "bf16": {}}', "the key bf16 is there twice; keep one"),
+     ('{"bf16": {"enabled": true, "enabled": false}}', "the key enabled is there twice"),
+     ('{"gradient_clipping": NaN}', "NaN is no number of JSON"),
+     ("[" * 5000, "the file must be one JSON object")],
+)  # fmt: skip
+def test_json_that_can_be_read_in_two_ways_is_refused(
+    content: str, said: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(said)):
+        read(content, tmp_path)
+
+
+def test_the_file_of_a_run_that_was_begun_is_taken_as_it_is(tmp_path: Path) -> None:
+    old = {"steps_per_print": 10, "bf16": {"enabled": "false"}, "unknown": 1}
+    (tmp_path / "deepspeed.json").write_text(json.dumps(old))
+    assert load_settings(tmp_path / "deepspeed.json", saved=True) == old
+
+
+@pytest.mark.parametrize(
+    ("asked", "gate", "fine"),
+    [
+        ("sigmoid", "sigmoid", True),
+        ("softmax", "softmax", True),
+        (None, "softmax", True),
+        ("sigmoid", "softmax", False),
+    ],
+)
+def test_a_score_function_against_the_gate_is_refused(
+    asked: str | None, gate: str, fine: bool
+) -> None:
+    recipe = recipe_of()
+    recipe.model.moe.gate = gate
+    settings = {"expert_parallel": {"score_func": asked} if asked else {}}
+    if fine:
+        check_gate(settings, recipe)
+        return
+    with pytest.raises(
+        ValueError, match=r"but model.moe.gate \(softmax\) scores the experts; leave"
+    ):
+        check_gate(settings, recipe)
+    recipe.model.moe.num_experts = 0
+    check_gate(settings, recipe)
 
 
 def test_a_layout_is_a_plain_record():
