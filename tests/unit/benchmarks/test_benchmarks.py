@@ -3,6 +3,7 @@
 import json
 import re
 import time
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -90,15 +91,10 @@ def test_a_ratio_is_taken_within_each_round():
     times = {"a": [2.0, 20.0, 3.0, None], "b": [1.0, 10.0, 1.0, 5.0]}
     assert ratio(times, "a", "b").value == 2.0 and ratio(times, "a", "b").rounds == 3
     assert median(times, "b") == 3.0
-
-
-def test_the_spread_is_the_quartiles():
+    # The spread is the quartiles, and the slowest rank counts.
     spread = spread_of([1.0, 2.0, 3.0, 4.0, 5.0])
     assert (spread.low, spread.value, spread.high) == (2.0, 3.0, 4.0)
     assert spread_of([7.0]).low == spread_of([7.0]).high == 7.0
-
-
-def test_the_slowest_rank_counts():
     assert slowest([{"a": [1.0, None]}, {"a": [3.0, None]}]) == {"a": [3.0, None]}
 
 
@@ -114,9 +110,6 @@ def test_skewed_picks_load_one_expert_three_times_the_mean_and_the_others_alike(
     counts = torch.bincount(picks.reshape(-1), minlength=experts)
     assert counts[0] == 3 * picks.numel() / experts and counts[1:].max() - counts[1:].min() <= 1
     assert (picks[:, 0] != picks[:, 1]).all()
-
-
-def test_a_skew_that_no_token_could_carry_is_refused():
     with pytest.raises(ValueError, match="a skew of 5 with 2 of 8 experts"):
         skewed_selection(10, 8, 2, skew=5)
 
@@ -189,17 +182,12 @@ def test_targets_judge_the_headline_only(tmp_path):
 
 
 def test_a_key_without_an_expert_count_is_that_of_the_smallest():
-    names = [
-        f"{what}/{load}/{e}"
-        for what in ("block", "native")
-        for load in ("posts", "balanced", "skew3")
-        for e in (4, 8)
-    ]
-    times = {name: [1.0, 2.0] for name in [*names, "dense"]} | {"block/balanced/8": [2.0, 4.0]}
+    cases = product(("block", "native"), ("posts", "balanced", "skew3"), (4, 8))
+    times = {"/".join(map(str, case)): [1.0, 2.0] for case in cases}
+    times |= {"dense": [1.0, 2.0], "block/balanced/8": [2.0, 4.0]}
     report = Measurements("title", {})
     add_ratios(report, times, (4, 8), suffix="_x")
-    figures = report.headline()
-    assert figures == {
+    assert report.headline() == {
         "block_over_dense_x": 1.0, "native_over_block_skew3_x": 1.0, "native_over_block_balanced_x": 1.0,
         "e8_over_e4_x": 2.0,
     }  # fmt: skip

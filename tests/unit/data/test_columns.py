@@ -86,16 +86,11 @@ def test_held_out_posts_leave_training_and_validation_and_become_a_split(airline
 
 @pytest.mark.parametrize(
     ("hold_out", "message"),
-    [
-        ({"airline": ["Unitd"]}, "has the value 'Unitd'; did you mean United?"),
-        (
-            {"arline": ["United"]},
-            "tasks.sentiment.hold_out is 'arline', which does not exist; did you mean airline?",
-        ),
-        ({"airline": []}, "tasks.sentiment.hold_out.airline lists no value"),
-        ({"airline": list(AIRLINES)}, "hold_out takes every training post away"),
-    ],
-)
+    [({"airline": ["Unitd"]}, "has the value 'Unitd'; did you mean United?"),
+     ({"arline": ["United"]}, "tasks.sentiment.hold_out is 'arline', which does not exist; did you mean airline?"),
+     ({"airline": []}, "tasks.sentiment.hold_out.airline lists no value"),
+     ({"airline": list(AIRLINES)}, "hold_out takes every training post away")],
+)  # fmt: skip
 def test_what_cannot_be_held_out_is_refused_with_what_can(airline, hold_out, message):
     with pytest.raises(ValueError) as caught:
         load_corpus(recipe_with(airline, hold_out=hold_out))

@@ -52,13 +52,9 @@ def write_parquet(rows: Rows) -> bytes:
 
 @pytest.mark.parametrize(
     ("ending", "write", "forbidden"),
-    [
-        ("jsonl", write_jsonl, ""),
-        ("csv", write_csv, "\x00\r"),
-        ("tsv", write_tsv, "\x00\r\n\t"),
-        ("parquet", write_parquet, ""),
-    ],
-)
+    [("jsonl", write_jsonl, ""), ("csv", write_csv, "\x00\r"), ("tsv", write_tsv, "\x00\r\n\t"),
+     ("parquet", write_parquet, "")],
+)  # fmt: skip
 def test_rows_are_read_back_as_they_were_written(ending, write, forbidden):
     cell = st.text(st.characters(codec="utf-8", exclude_characters=forbidden), max_size=12)
     row = st.fixed_dictionaries({"text": cell, "label": cell})

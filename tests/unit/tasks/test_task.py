@@ -15,13 +15,9 @@ def build(config: TaskConfig, *labels: str, **counts: int) -> Task:
 
 @pytest.mark.parametrize(
     ("kind", "labels", "metric", "outputs"),
-    [
-        ("single_label", ("a", "b"), "macro_f1", 2),
-        ("multi_label", ("a", "b", "c"), "macro_f1", 3),
-        ("regression", (), "pearson", 1),
-        ("tags", ("O", "B-X"), "span_f1", 2),
-    ],
-)
+    [("single_label", ("a", "b"), "macro_f1", 2), ("multi_label", ("a", "b", "c"), "macro_f1", 3),
+     ("regression", (), "pearson", 1), ("tags", ("O", "B-X"), "span_f1", 2)],
+)  # fmt: skip
 def test_auto_metric_and_head_width_follow_the_kind(kind, labels, metric, outputs):
     task = build(TaskConfig(kind=kind), *labels)
     assert (task.metric, task.rules.num_outputs(task.labels), task.rules) == (

@@ -57,20 +57,12 @@ def test_rouge_l_is_to_the_last_digit_that_of_rouge_score():
 
 @pytest.mark.parametrize(
     ("gold", "predicted", "f1", "rouge", "equal"),
-    [
-        ("电池很好", "电池不好", 3 / 4, 3 / 4, 0.0),
-        ("电池。", "电池", 1.0, 1.0, 1.0),
-        ("ＧＯＯＤ", "good", 1.0, 1.0, 1.0),
-        ("Größe", "GRÖSSE", 1.0, 1.0, 1.0),
-        ("хороший экран", "экран хороший", 1.0, 1 / 2, 0.0),
-        ("«écran»", "écran", 1.0, 1.0, 1.0),
-        ("iPhone的电池", "iPhone 电池", 2 * 3 / 7, 2 * 3 / 7, 0.0),
-        ("\U0001f600", "\U0001f600", 1.0, 1.0, 1.0),
-        ("the", "a", 0.0, 0.0, 0.0),
-        ("?!", "!", 0.0, 0.0, 0.0),
-        ("x", "", 0.0, 0.0, 0.0),
-    ],
-)
+    [("电池很好", "电池不好", 3 / 4, 3 / 4, 0.0), ("电池。", "电池", 1.0, 1.0, 1.0), ("ＧＯＯＤ", "good", 1.0, 1.0, 1.0),
+     ("Größe", "GRÖSSE", 1.0, 1.0, 1.0), ("хороший экран", "экран хороший", 1.0, 1 / 2, 0.0),
+     ("«écran»", "écran", 1.0, 1.0, 1.0), ("iPhone的电池", "iPhone 电池", 2 * 3 / 7, 2 * 3 / 7, 0.0),
+     ("\U0001f600", "\U0001f600", 1.0, 1.0, 1.0), ("the", "a", 0.0, 0.0, 0.0), ("?!", "!", 0.0, 0.0, 0.0),
+     ("x", "", 0.0, 0.0, 0.0)],
+)  # fmt: skip
 def test_answers_of_other_languages_count(gold, predicted, f1, rouge, equal):
     assert token_f1([gold], [predicted]) == pytest.approx(f1)
     assert rouge_l([gold], [predicted]) == pytest.approx(rouge)

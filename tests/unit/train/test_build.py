@@ -44,14 +44,9 @@ def test_posts_longer_than_the_position_table_are_refused_before_training(tmp_pa
 
 @pytest.mark.parametrize(
     ("overrides", "refusal"),
-    [
-        (
-            ["train.max_steps=5"],
-            r"first_steps \(5\) must be less than the 5 steps of the run; lower it",
-        ),
-        (["tasks.mood.contrastive=false"], "first_steps is 5, but no task takes part"),
-    ],
-)
+    [(["train.max_steps=5"], r"first_steps \(5\) must be less than the 5 steps of the run; lower it"),
+     (["tasks.mood.contrastive=false"], "first_steps is 5, but no task takes part")],
+)  # fmt: skip
 def test_a_contrastive_stage_that_leaves_or_has_nothing_to_learn_is_refused(
     tmp_path, overrides, refusal
 ):

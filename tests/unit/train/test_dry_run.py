@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field, replace
 
+import pytest
 import yaml
 
 from comoe.config.recipe import NormalizeConfig, Recipe, TaskConfig
@@ -29,52 +30,36 @@ def posts(
 
 
 def test_samples_are_the_first_labelled_posts_cleaned_as_the_encoder_sees_them():
-    mood = Task("mood", "single_label", ("bad", "good"), "macro_f1")
+    mood = Task("mood", "single_label", ("bad", "good"), "macro_f1", auxiliary=True)
     texts = ["no label", "thanks @ann https://a.b/c", "two", "three", "a fourth one"]
     assert sample_lines(mood, posts(texts, labels={"mood": [None, 1, 0, 0, 1]}), CONFIG) == [
-        "mood (single_label, metric macro_f1):",
+        "mood (single_label, metric macro_f1, auxiliary):",
         "  good | thanks @user http",
         "  bad | two",
         "  bad | three",
     ]
+    (_, nothing) = sample_lines(mood, posts(["x"], labels={"mood": [None]}), CONFIG)
+    assert nothing == "  no post has a label of this task"
 
 
-def test_every_kind_of_label_is_shown_in_words():
-    topics = Task("topics", "multi_label", ("art", "sport", "war"), "macro_f1")
-    assert sample_lines(topics, posts(["x", "y"], labels={"topics": [(0, 2), ()]}), CONFIG)[1:] == [
-        "  art, war | x",
-        "  none of the labels | y",
-    ]
-    strength = Task("strength", "regression", (), "pearson")
-    assert sample_lines(strength, posts(["x"], labels={"strength": [-1.25]}), CONFIG)[1:] == [
-        "  -1.25 | x"
-    ]
-    spans = Task("spans", "tags", ("O", "B-PER"), "span_f1")
-    tagged = posts(["Ann runs"], labels={"spans": [[1, 0]]}, words=[["Ann", "runs"]])
-    assert sample_lines(spans, tagged, CONFIG)[1:] == ["  B-PER, O | Ann runs"]
+@pytest.mark.parametrize(
+    ("kind", "labels", "values", "words", "shown"),
+    [("multi_label", ("art", "sport", "war"), [(0, 2), ()], None, ["art, war | x", "none of the labels | y z"]),
+     ("regression", (), [-1.25, None], None, ["-1.25 | x"]),
+     ("tags", ("O", "B-PER"), [None, [1, 0]], [None, ["y", "z"]], ["B-PER, O | y z"])],
+)  # fmt: skip
+def test_every_kind_of_label_is_shown_in_words(kind, labels, values, words, shown):
+    task = Task("t", kind, labels, "none")
+    lines = sample_lines(task, posts(["x", "y z"], labels={"t": values}, words=words), CONFIG)
+    assert lines[1:] == [f"  {line}" for line in shown]
 
 
 def test_a_pair_is_shown_behind_its_post_and_a_long_post_is_cut():
     stance = Task("stance", "single_label", ("against", "favor"), "macro_f1")
-    (_, line) = sample_lines(
-        stance, posts(["y " * 500], labels={"stance": [1]}, pairs=["the target"]), CONFIG
-    )
+    made = posts(["y " * 500], labels={"stance": [1]}, pairs=["the target"])
+    (_, line) = sample_lines(stance, made, CONFIG)
     assert line.startswith("  favor | y y") and line.endswith("... || the target")
     assert len(line) < SHOWN_CHARACTERS + 40
-
-
-def test_an_auxiliary_task_is_marked():
-    mood = Task("mood", "single_label", ("bad", "good"), "macro_f1", auxiliary=True)
-    lines = sample_lines(mood, posts(["x"], labels={"mood": [1]}), CONFIG)
-    assert lines == ["mood (single_label, metric macro_f1, auxiliary):", "  good | x"]
-
-
-def test_a_task_without_a_label_says_so():
-    mood = Task("mood", "single_label", ("bad", "good"), "macro_f1")
-    assert (
-        sample_lines(mood, posts(["x"], labels={"mood": [None]}), CONFIG)[1]
-        == "  no post has a label of this task"
-    )
 
 
 def test_the_printout_holds_recipe_counts_set_aside_rows_posts_and_memory():

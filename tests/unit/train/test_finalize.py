@@ -14,12 +14,8 @@ from comoe.train.results import print_results, write_predictions
 
 @pytest.mark.parametrize(
     ("config", "posts"),
-    [
-        ({"image_column": "photo"}, "posts.jsonl"),
-        ({"image_column": None}, "posts.txt"),
-        ({}, "posts.txt"),
-    ],
-)
+    [({"image_column": "photo"}, "posts.jsonl"), ({"image_column": None}, "posts.txt"), ({}, "posts.txt")],
+)  # fmt: skip
 def test_the_last_line_names_an_input_that_fits_the_model(config, posts, tmp_path, capsys):
     (tmp_path / "results.json").write_text('{"metrics": {}}')
     (tmp_path / "export").mkdir()

@@ -87,27 +87,17 @@ def test_a_variable_that_is_no_number_or_missing_is_named():
 
 @pytest.mark.parametrize(
     "nodes, first",
-    [
-        ("gpu[07-09,12],login", "gpu07"),
-        ("login,gpu[1-2]", "login"),
-        ("r[2-3]n[04,06]", "r2n04"),
-        ("", ""),
-    ],
-)
+    [("gpu[07-09,12],login", "gpu07"), ("login,gpu[1-2]", "login"), ("r[2-3]n[04,06]", "r2n04"), ("", "")],
+)  # fmt: skip
 def test_the_first_machine_of_slurms_short_form(nodes, first):
     assert first_host(nodes) == first
 
 
 @pytest.mark.parametrize(
     "more, own, threads",
-    [
-        ({}, False, 4),
-        ({"OMP_NUM_THREADS": "3"}, False, None),
-        ({"OMP_NUM_THREADS": "1"}, True, 4),
-        ({"SLURM_CPUS_PER_TASK": "6"}, False, 6),
-        ({"SLURM_CPUS_PER_TASK": "64"}, False, 16),
-    ],
-)
+    [({}, False, 4), ({"OMP_NUM_THREADS": "3"}, False, None), ({"OMP_NUM_THREADS": "1"}, True, 4),
+     ({"SLURM_CPUS_PER_TASK": "6"}, False, 6), ({"SLURM_CPUS_PER_TASK": "64"}, False, 16)],
+)  # fmt: skip
 def test_threads(more, own, threads):
     settled = dict(DEEPSPEED)
     settle_place(settled)

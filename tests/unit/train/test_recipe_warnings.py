@@ -26,88 +26,39 @@ def test_the_defaults_need_no_warning():
 
 @pytest.mark.parametrize(
     ("sections", "message"),
-    [
-        (
-            {"model": {"moe": {"gate": "uniform"}}},
-            "model.moe.gate is uniform, which ignores the tokens",
-        ),
-        (
-            {"model": {"dropout": 0.0}, "loss": {"r_drop_weight": 1.0}},
-            "loss.r_drop_weight is 1.0, without effect: model.dropout is 0",
-        ),
-        ({"model": {"moe": {"temperature": 2.0}}}, "model.moe.temperature is 2.0; .*2602.01466"),
-        (
-            {"model": {"moe": {"task_embedding_width": 8}}},
-            "task_embedding_width is 8, without effect: model.moe.route_by is token; task or both would read it",
-        ),
-        (
-            {"model": {"moe": {"balance": "none", "balance_rate": 0.1}}},
-            "balance_rate is 0.1, without effect: model.moe.balance is none",
-        ),
-        (
-            {"model": {"moe": {"top_k": 1, "cooperation_threshold": 0.5}}},
-            "cooperation_threshold is 0.5, .*top_k is 1",
-        ),
-        (
-            {"model": {"moe": {"num_experts": 0, "shared_width": 8}}},
-            "model.moe.shared_width is 8, without effect",
-        ),
-        (
-            {"loss": {"adversarial": {"predict": "platform"}}},
-            "loss.adversarial.predict is platform, without effect: loss.adversarial.weight is 0",
-        ),
-        (
-            {"model": {"moe": {"num_experts": 0}}, "loss": {"balance_weight": 0.1}},
-            "loss.balance_weight is 0.1, ",
-        ),
-        (
-            {"model": {"moe": {"num_experts": 0}}, "loss": {"z_weight": 0.1}},
-            "loss.z_weight is 0.1, without effect",
-        ),
-        (
-            {
-                "model": {"moe": {"num_experts": 1, "top_k": 1}},
-                "loss": {"task_separation_weight": 0.4},
-            },
-            "loss.task_separation_weight is 0.4, without effect: model.moe.num_experts is 1",
-        ),
-        (
-            {
-                "tasks": {"mood": {"path": "x"}, "plain": {"path": "y", "kind": "unlabelled"}},
-                "loss": {"contrastive": {"weight": 0.0}},
-            },
-            "tasks.plain.kind is unlabelled, without effect: only that loss reads its posts",
-        ),
-        (
-            {"data": {"noise": ["no_emoji"], "noise_rate": 0.3}},
-            "data.noise_rate is 0.3, without effect: data.noise is .*; typos would read it",
-        ),
-        (
-            {"loss": {"contrastive": {"queue_warmup": 9}}},
-            "queue_warmup is 9, without effect: loss.contrastive.queue_size is 0",
-        ),
-        (
-            {"loss": {"contrastive": {"weight": 0.0, "queue_size": 9}}},
-            "queue_size is 9, without effect: .*weight is 0",
-        ),
-        (
-            {"loss": {"contrastive": {"weight": 0.0, "first_steps": 9, "queue_size": 9}}},
-            "data.posts_per_label is 0 with loss.contrastive.first_steps; 2 gives every label",
-        ),
-        (
-            {"tasks": {"mood": {"path": "x"}}, "loss": {"task_separation_weight": 0.4}},
-            r"loss.task_separation_weight is 0.4, without effect: the number of tasks is 1",
-        ),
-        (
-            {"tasks": {"mood": {"path": "x", "weight": 2.0}}},
-            "tasks.mood.weight is 2.0, without effect: loss.weighting is equal; static would read it",
-        ),
-        (
-            {"train": {"momentum": 0.9}},
-            "train.momentum is 0.9, without effect: train.optimizer is adamw",
-        ),
-    ],
-)
+    [({"model": {"moe": {"gate": "uniform"}}}, "model.moe.gate is uniform, which ignores the tokens"),
+     ({"model": {"dropout": 0.0}, "loss": {"r_drop_weight": 1.0}},
+      "loss.r_drop_weight is 1.0, without effect: model.dropout is 0"),
+     ({"model": {"moe": {"temperature": 2.0}}}, "model.moe.temperature is 2.0; .*2602.01466"),
+     ({"model": {"moe": {"task_embedding_width": 8}}},
+      "task_embedding_width is 8, without effect: model.moe.route_by is token; task or both would read it"),
+     ({"model": {"moe": {"balance": "none", "balance_rate": 0.1}}},
+      "balance_rate is 0.1, without effect: model.moe.balance is none"),
+     ({"model": {"moe": {"top_k": 1, "cooperation_threshold": 0.5}}}, "cooperation_threshold is 0.5, .*top_k is 1"),
+     ({"model": {"moe": {"num_experts": 0, "shared_width": 8}}}, "model.moe.shared_width is 8, without effect"),
+     ({"loss": {"adversarial": {"predict": "platform"}}},
+      "loss.adversarial.predict is platform, without effect: loss.adversarial.weight is 0"),
+     ({"model": {"moe": {"num_experts": 0}}, "loss": {"balance_weight": 0.1}}, "loss.balance_weight is 0.1, "),
+     ({"model": {"moe": {"num_experts": 0}}, "loss": {"z_weight": 0.1}}, "loss.z_weight is 0.1, without effect"),
+     ({"model": {"moe": {"num_experts": 1, "top_k": 1}}, "loss": {"task_separation_weight": 0.4}},
+      "loss.task_separation_weight is 0.4, without effect: model.moe.num_experts is 1"),
+     ({"tasks": {"mood": {"path": "x"}, "plain": {"path": "y", "kind": "unlabelled"}},
+      "loss": {"contrastive": {"weight": 0.0}}},
+      "tasks.plain.kind is unlabelled, without effect: only that loss reads its posts"),
+     ({"data": {"noise": ["no_emoji"], "noise_rate": 0.3}},
+      "data.noise_rate is 0.3, without effect: data.noise is .*; typos would read it"),
+     ({"loss": {"contrastive": {"queue_warmup": 9}}},
+      "queue_warmup is 9, without effect: loss.contrastive.queue_size is 0"),
+     ({"loss": {"contrastive": {"weight": 0.0, "queue_size": 9}}},
+      "queue_size is 9, without effect: .*weight is 0"),
+     ({"loss": {"contrastive": {"weight": 0.0, "first_steps": 9, "queue_size": 9}}},
+      "data.posts_per_label is 0 with loss.contrastive.first_steps; 2 gives every label"),
+     ({"tasks": {"mood": {"path": "x"}}, "loss": {"task_separation_weight": 0.4}},
+      r"loss.task_separation_weight is 0.4, without effect: the number of tasks is 1"),
+     ({"tasks": {"mood": {"path": "x", "weight": 2.0}}},
+      "tasks.mood.weight is 2.0, without effect: loss.weighting is equal; static would read it"),
+     ({"train": {"momentum": 0.9}}, "train.momentum is 0.9, without effect: train.optimizer is adamw")],
+)  # fmt: skip
 def test_an_option_in_vain_is_named_with_its_value_and_the_reason(sections, message):
     (said,) = warnings_of(**sections)
     assert re.search(message, said)
@@ -156,39 +107,15 @@ def test_one_task_alone_has_nothing_to_be_weighed_by():
 
 @pytest.mark.parametrize(
     ("vision", "losses", "said"),
-    [
-        ({"tower": "a/b"}, {}, []),
-        (
-            {},
-            {"itc_weight": 0.2},
-            ["loss.image_text.itc_weight is 0.2, without effect: no image is read"],
-        ),
-        (
-            {"fusion": "gated"},
-            {},
-            ["model.vision.fusion is gated, without effect: no image is read"],
-        ),
-        (
-            {"tower": "a/b", "route_image_tokens": True},
-            {},
-            ["route_image_tokens is True, without effect: under"],
-        ),
-        (
-            {"tower": "a/b"},
-            {"itc_weight": 0.0},
-            ["negatives is hard, without effect: .*random ones are taken"],
-        ),
-        ({"tower": "a/b"}, {"itc_weight": 0.0, "itm_weight": 0.0}, []),
-        (
-            {"tower": "a/b", "fusion": "tokens", "route_image_tokens": True},
-            {},
-            [
-                "each text with an image takes a second pass",
-                "half of the posts with images take one more pass",
-            ],
-        ),
-    ],
-)
+    [({"tower": "a/b"}, {}, []),
+     ({}, {"itc_weight": 0.2}, ["loss.image_text.itc_weight is 0.2, without effect: no image is read"]),
+     ({"fusion": "gated"}, {}, ["model.vision.fusion is gated, without effect: no image is read"]),
+     ({"tower": "a/b", "route_image_tokens": True}, {}, ["route_image_tokens is True, without effect: under"]),
+     ({"tower": "a/b"}, {"itc_weight": 0.0}, ["negatives is hard, without effect: .*random ones are taken"]),
+     ({"tower": "a/b"}, {"itc_weight": 0.0, "itm_weight": 0.0}, []),
+     ({"tower": "a/b", "fusion": "tokens", "route_image_tokens": True}, {},
+      ["each text with an image takes a second pass", "half of the posts with images take one more pass"])],
+)  # fmt: skip
 def test_what_is_asked_of_images_in_vain_or_at_a_price(vision, losses, said):
     photo = {"image": "photo"} if "tower" in vision else {}
     found = warnings_of(

@@ -147,21 +147,13 @@ OPINION = Task("opinion", "text", (), "token_f1", prompt="opinion: {text}")
 
 @pytest.mark.parametrize(
     ("now", "message"),
-    [
-        ((MOOD,), "begun with the tasks mood, opinion, not mood; .* begin a new run"),
-        ((OPINION, MOOD), "begun with the tasks mood, opinion, not opinion, mood"),
-        (
-            (replace(MOOD, labels=("good", "bad")), OPINION),
-            r"tasks.mood.labels is \['good', 'bad'\], but .* learned",
-        ),
-        ((replace(MOOD, kind="multi_label"), OPINION), "tasks.mood.kind is 'multi_label'"),
-        ((MOOD, replace(OPINION, prompt="{text}")), "tasks.opinion.prompt is '{text}'"),
-        (
-            (replace(MOOD, label_std=2.0), OPINION),
-            "tasks.mood.label_std is 2.0, but .* learned 1.0",
-        ),
-    ],
-)
+    [((MOOD,), "begun with the tasks mood, opinion, not mood; .* begin a new run"),
+     ((OPINION, MOOD), "begun with the tasks mood, opinion, not opinion, mood"),
+     ((replace(MOOD, labels=("good", "bad")), OPINION), r"tasks.mood.labels is \['good', 'bad'\], but .* learned"),
+     ((replace(MOOD, kind="multi_label"), OPINION), "tasks.mood.kind is 'multi_label'"),
+     ((MOOD, replace(OPINION, prompt="{text}")), "tasks.opinion.prompt is '{text}'"),
+     ((replace(MOOD, label_std=2.0), OPINION), "tasks.mood.label_std is 2.0, but .* learned 1.0")],
+)  # fmt: skip
 def test_a_run_does_not_go_on_with_other_tasks_than_it_learned(tmp_path, now, message):
     began = [MOOD.to_dict(), OPINION.to_dict()]
     (tmp_path / "tasks.json").write_text(json.dumps(began), encoding="utf-8")

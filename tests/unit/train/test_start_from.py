@@ -91,13 +91,11 @@ def test_experts_beside_an_encoder_that_had_none_start_anew(made):
 
 @pytest.mark.parametrize(
     ("there", "here", "message"),
-    [
-        (dict(), dict(layers=[1]), "2 layers have experts there and none here"),
-        (dict(num_experts=4), dict(num_experts=2), "layer 0 has other experts there (4, top_k 2)"),
-        (dict(), dict(gate_scale=1.0), "or another gate"),
-        (DENSE, dict(num_experts=4, expert_width=8), "the dense block of model.start_from has 12"),
-    ],
-)
+    [(dict(), dict(layers=[1]), "2 layers have experts there and none here"),
+     (dict(num_experts=4), dict(num_experts=2), "layer 0 has other experts there (4, top_k 2)"),
+     (dict(), dict(gate_scale=1.0), "or another gate"),
+     (DENSE, dict(num_experts=4, expert_width=8), "the dense block of model.start_from has 12")],
+)  # fmt: skip
 def test_experts_that_do_not_fit_are_refused(made, there, here, message):
     _, folder = made(moe_config(**there))
     with pytest.raises(ValueError, match=re.escape(message)) as error:

@@ -108,13 +108,9 @@ def test_a_weight_that_has_diverged_is_named(value):
 
 @pytest.mark.parametrize(
     ("mood", "heat", "told"),
-    [
-        (999.0, 1e30, ""),
-        (1001.0, 1.0, "mood 1e+03"),
-        (float("inf"), float("inf"), "mood inf"),
-        (float("nan"), float("nan"), "mood nan, heat nan"),
-    ],
-)
+    [(999.0, 1e30, ""), (1001.0, 1.0, "mood 1e+03"), (float("inf"), float("inf"), "mood inf"),
+     (float("nan"), float("nan"), "mood nan, heat nan")],
+)  # fmt: skip
 def test_a_loss_that_has_diverged_is_named(mood, heat, told):
     tasks = (
         Task("mood", "single_label", ("bad", "good"), "macro_f1"),

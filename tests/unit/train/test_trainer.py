@@ -197,13 +197,9 @@ def test_a_run_logs_checks_and_saves_when_it_should(tmp_path):
 
 @pytest.mark.parametrize(
     ("option", "limits", "clipped"),
-    [
-        ("auto", [0.0, 6.0, 9.0, 12.0, 12.0, 12.0], [3, 6]),
-        (5.0, [5.0] * 6, [3, 6]),
-        (0.0, [0.0] * 6, []),
-        (1.0, [1.0] * 6, [1, 2, 3, 4, 6]),
-    ],
-)
+    [("auto", [0.0, 6.0, 9.0, 12.0, 12.0, 12.0], [3, 6]), (5.0, [5.0] * 6, [3, 6]), (0.0, [0.0] * 6, []),
+     (1.0, [1.0] * 6, [1, 2, 3, 4, 6])],
+)  # fmt: skip
 def test_gradients_are_clipped_by_the_norms_before_them_also_after_a_restart(
     tmp_path, option, limits, clipped
 ):

@@ -50,13 +50,8 @@ def split_of(made: Collator, images: list, **options):
 
 @pytest.mark.parametrize(
     "kind",
-    [
-        ViTImageProcessorPil,
-        CLIPImageProcessorPil,
-        SiglipImageProcessorPil,
-        ConvNextImageProcessorPil,
-    ],
-)
+    [ViTImageProcessorPil, CLIPImageProcessorPil, SiglipImageProcessorPil, ConvNextImageProcessorPil],
+)  # fmt: skip
 def test_pixels_are_those_of_the_towers_own_processor(kind, tmp_path):
     kind().save_pretrained(tmp_path)
     processor = load_image_processor(str(tmp_path))
@@ -174,19 +169,11 @@ def test_a_tower_that_reads_patches_and_a_folder_without_processor_are_refused(t
 
 @pytest.mark.parametrize(
     ("inner", "wanted"),
-    [
-        (ViTImageProcessorPil(size={"height": 24, "width": 32}), 32),
-        (CLIPImageProcessorPil(do_resize=False, crop_size={"height": 32, "width": 32}), None),
-        (
-            CLIPImageProcessorPil(
-                size={"shortest_edge": 40}, crop_size={"height": 32, "width": 32}
-            ),
-            40,
-        ),
-        (ConvNextImageProcessorPil(size={"shortest_edge": 224}, crop_pct=0.875), 256),
-        (ViltImageProcessorPil(), 384),
-    ],
-)
+    [(ViTImageProcessorPil(size={"height": 24, "width": 32}), 32),
+     (CLIPImageProcessorPil(do_resize=False, crop_size={"height": 32, "width": 32}), None),
+     (CLIPImageProcessorPil(size={"shortest_edge": 40}, crop_size={"height": 32, "width": 32}), 40),
+     (ConvNextImageProcessorPil(size={"shortest_edge": 224}, crop_pct=0.875), 256), (ViltImageProcessorPil(), 384)],
+)  # fmt: skip
 def test_a_processor_knows_how_much_of_an_image_it_wants(inner, wanted):
     assert ImageProcessor(inner, side=384).short_side == wanted
 

@@ -55,15 +55,11 @@ def write_tweeteval(folder: Path, *, split: str = "train") -> Path:
 
 @pytest.mark.parametrize(
     ("name", "write", "lines"),
-    [
-        ("a.jsonl", lambda path: write_jsonl(path, ROWS), [1, 2, 3]),
-        ("a.ndjson", lambda path: write_jsonl(path, ROWS), [1, 2, 3]),
-        ("a.csv", write_csv, [2, 3, 4]),
-        ("a.tsv", write_tsv, [2, 3, 4]),
-        ("a.parquet", write_parquet, [1, 2, 3]),
-        ("folder", write_tweeteval, [1, 2, 3]),
-    ],
-)
+    [("a.jsonl", lambda path: write_jsonl(path, ROWS), [1, 2, 3]),
+     ("a.ndjson", lambda path: write_jsonl(path, ROWS), [1, 2, 3]), ("a.csv", write_csv, [2, 3, 4]),
+     ("a.tsv", write_tsv, [2, 3, 4]), ("a.parquet", write_parquet, [1, 2, 3]),
+     ("folder", write_tweeteval, [1, 2, 3])],
+)  # fmt: skip
 def test_every_format_reads_the_same_posts(tmp_path, name, write, lines):
     raw = read(write(tmp_path / name))
     assert raw is not None and raw.rows == ROWS

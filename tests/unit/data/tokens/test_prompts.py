@@ -207,14 +207,9 @@ def test_generated_ids_become_texts():
 
 @pytest.mark.parametrize(
     ("words", "match"),
-    [
-        (
-            ("great", "坏"),
-            r"tasks.polarity.label_words: the tokenizer of .* has no token for '坏' \(label good\)",
-        ),
-        (("great 坏", "great 好"), "'great 坏' and 'great 好' are the same tokens"),
-    ],
-)
+    [(("great", "坏"), r"tasks.polarity.label_words: the tokenizer of .* has no token for '坏' \(label good\)"),
+     (("great 坏", "great 好"), "'great 坏' and 'great 好' are the same tokens")],
+)  # fmt: skip
 def test_words_that_the_tokenizer_cannot_tell_apart_are_refused(words, match):
     with pytest.raises(ValueError, match=match):
         label_tokens(TOKENIZER, replace(POLARITY, label_words=words))

@@ -19,20 +19,13 @@ from comoe.experiments.compare.plots import time_figure, write_plots
 from comoe.experiments.compare.report import compare, write_comparison
 from comoe.experiments.compare.tables import markdown_lines
 from comoe.experiments.runner import Experiment, record_settings
-from comoe.starter.registry import resolve
-from tests.helpers_compare import ROOT, TASKS, experiment_of, write_run
+from tests.helpers_compare import TASKS, write_run
 
 LOSSES = {
     "dense": [0.60, 0.62, 0.64],
     "sigmoid": [0.55, 0.58, 0.56],
     "no_experts": [0.70, 0.66, 0.71],
 }
-
-
-@pytest.fixture
-def experiment(tmp_path) -> Experiment:
-    encoder = resolve(load_recipe(ROOT / "launch/configs/smoke.yaml"), progress=False).model.encoder
-    return experiment_of(tmp_path, encoder)
 
 
 def planned(experiment: Experiment) -> Plan:
@@ -80,9 +73,9 @@ def test_a_claim_is_read_and_found_in_the_tables(experiment, text, claim, cell):
 
 def test_the_divergence_from_soft_labels_wants_soft_labels(experiment):
     votes = load_recipe(experiment.config, ["tasks.mood.soft_label=votes"])
-    need_soft_labels("--measure teacher_kl", votes)
     text = "sigmoid < dense on teacher_kl"
     assert parse_claim(text, planned(experiment), votes).measure == "teacher_kl"
+    need_soft_labels("--measure teacher_kl", votes)
     with pytest.raises(ValueError, match="--measure teacher_kl"):
         need_soft_labels("--measure teacher_kl", load_recipe(experiment.config))
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,10 +25,9 @@ from comoe.experiments.compare.statistics import (
 )
 from comoe.experiments.compare.tables import markdown_lines
 from comoe.experiments.runner import Experiment
-from comoe.starter.registry import resolve
 from comoe.tasks.task import build_task
+from tests.helpers_compare import experiment_of
 
-ROOT = Path(__file__).parents[4]
 RECIPE = (
     "tasks: {mood: {path: x, confidence: sure, descriptions: {bad: poor, good: fine}}}\n"
     "loss: {contrastive: {first_steps: 3}}\n"
@@ -36,12 +36,8 @@ RECIPE = (
 
 
 @pytest.fixture
-def experiment(tmp_path) -> Experiment:
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(RECIPE)
-    encoder = resolve(load_recipe(recipe), progress=False).model.encoder
-    recipe.write_text(RECIPE.replace("smoke:encoder", encoder))
-    return Experiment(recipe, ROOT / "ds_configs/zero2.json", tmp_path / "out", ranks=2)
+def experiment(tmp_path, encoder) -> Experiment:
+    return replace(experiment_of(tmp_path, encoder, RECIPE), ranks=2)
 
 
 def mood(
@@ -90,13 +86,10 @@ def test_one_block_per_task_and_arms_that_do_not_read_the_task(experiment):
     assert (ple.shared_width, ple.expert_width, ple.task_prior, ple.route_by) == (24, 12, 1, "both")
 
 
-def test_trials_run_seed_by_seed_and_carry_their_seed(experiment):
+def test_trials_run_seed_by_seed_and_custom_arms_are_read_with_lists(experiment):
     trials = plan_trials(experiment, arms=["dense", "sigmoid"], custom={}, seeds=[3, 1])
     assert [trial.name for trial in trials] == ["dense-s3", "sigmoid-s3", "dense-s1", "sigmoid-s1"]
     assert load_recipe(experiment.config, trials[0].overrides).train.seed == 3
-
-
-def test_custom_arms_are_read_with_lists():
     own = custom_arms(["last:model.moe.layers=[1,3],loss.contrastive.weight=0"])
     assert own == {"last": ["model.moe.layers=[1,3]", "loss.contrastive.weight=0"]}
     with pytest.raises(ValueError, match="must read name:key=value"):
@@ -152,13 +145,6 @@ def test_an_earlier_run_of_another_arm_of_the_same_name_is_refused(experiment):
         check_earlier(experiment, wide(96))
 
 
-def test_the_interval_over_seeds_is_students():
-    item = seed_interval([1.0, 2.0, 3.0])
-    assert item.mean == 2.0
-    assert item.high - 2.0 == pytest.approx(4.302652730 / math.sqrt(3)) == 2.0 - item.low
-    assert seed_interval([0.5]).to_dict() == {"mean": 0.5, "low": None, "high": None}
-
-
 def test_the_bootstrap_has_the_textbook_width_and_is_zero_between_equal_arms():
     generator = np.random.default_rng(0)
     gold = generator.integers(0, 2, 500)
@@ -181,9 +167,12 @@ def test_the_bootstrap_has_the_textbook_width_and_is_zero_between_equal_arms():
 
 
 def test_seeds_that_disagree_widen_the_interval_as_student_says():
+    student = 4.302652730 / math.sqrt(3)
+    item = seed_interval([1.0, 2.0, 3.0])
+    assert item.mean == 2.0 and item.high - 2.0 == pytest.approx(student) == 2.0 - item.low
+    assert seed_interval([0.5]).to_dict() == {"mean": 0.5, "low": None, "high": None}
     item = paired_difference([0.0, 0.1, 0.2], np.zeros((3, 100)))
-    assert item.mean == pytest.approx(0.1)
-    assert item.high - 0.1 == pytest.approx(4.302652730 * 0.1 / math.sqrt(3))
+    assert item.mean == pytest.approx(0.1) and item.high - 0.1 == pytest.approx(0.1 * student)
 
 
 @pytest.mark.parametrize("seeds", [1, 3])

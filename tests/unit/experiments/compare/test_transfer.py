@@ -20,18 +20,7 @@ from comoe.experiments.compare.tables import markdown_lines
 from comoe.experiments.compare.transfer import mean_cosines, reasons_of, verdicts_of
 from comoe.experiments.runner import Experiment, record_settings
 from comoe.losses.weighting.strategies import WEIGHTINGS
-from comoe.starter.registry import resolve
-from tests.helpers_compare import MODEL, POSTS, ROOT, TASKS, arguments, experiment_of, write_run
-
-
-@pytest.fixture(scope="module")
-def encoder() -> str:
-    return resolve(load_recipe(ROOT / "launch/configs/smoke.yaml"), progress=False).model.encoder
-
-
-@pytest.fixture
-def experiment(tmp_path, encoder) -> Experiment:
-    return experiment_of(tmp_path, encoder)
+from tests.helpers_compare import MODEL, POSTS, TASKS, arguments, experiment_of, write_run
 
 
 def planned(
@@ -81,10 +70,10 @@ def test_single_tasks_keep_the_teachers_that_know_them(experiment, monkeypatch):
             assert recipe.train.early_stop_metric == ("teacher_kl" if teachers else "mean")
 
 
-def test_without_auxiliary_tasks_the_others_stay_in_one_run(experiment):
-    plan = planned(experiment, "recipe", "no_auxiliary", "single.mood")
+def test_without_auxiliary_tasks_the_others_stay_in_one_run_and_one_part_has_a_name(experiment):
+    plan = planned(experiment, "recipe", "no_auxiliary", "single.mood", "without.stance")
     names = [trial.name for trial in plan.trials]
-    assert names == ["recipe-s0", "no_auxiliary-s0", "single.mood-s0"]
+    assert names == ["recipe-s0", "no_auxiliary-s0", "single.mood-s0", "without.stance-s0"]
     assert list(recipe_of(experiment, plan, "no_auxiliary-s0").tasks) == ["mood", "topic", "stance"]
     # A single task does not need auxiliary tasks.
     config = experiment.config
@@ -98,12 +87,6 @@ def test_leaving_one_out_drops_auxiliary_tasks_too_and_wants_the_run_of_all(expe
     assert list(recipe_of(experiment, plan, "without.hint-s0").tasks) == list(TASKS)
 
 
-def test_one_part_can_be_asked_for_by_its_name(experiment):
-    plan = planned(experiment, "multi", "single.mood", "without.stance")
-    names = [trial.name for trial in plan.trials]
-    assert names == ["recipe-s0", "single.mood-s0", "without.stance-s0"]
-
-
 def test_runs_of_ones_own_arms_of_the_same_name_are_shared_when_they_are_the_same_run(experiment):
     words = ["tasks.hint=null", "tasks.stance=null", "tasks.topic=null"]
     plan = planned(experiment, "single", "single.mood", custom={"single.mood": words})
@@ -115,13 +98,6 @@ def test_runs_of_ones_own_arms_of_the_same_name_are_shared_when_they_are_the_sam
     save_recipe(saved, folder / "config.yaml")
     for trial in planned(experiment, "single").trials:
         check_earlier(experiment, trial)
-
-
-def test_steps_instead_of_passes_are_possible_for_arms_with_all_tasks(tmp_path, encoder):
-    stepping = experiment_of(
-        tmp_path, encoder, overrides=["train.max_steps=40", "train.epochs=2.5"]
-    )
-    assert planned(stepping, "multi", "adversarial").joint == "multi"
 
 
 STEPS = ("train.max_steps=40", "train.epochs=2.5")
@@ -177,6 +153,9 @@ def test_what_is_not_equal_is_said(tmp_path, encoder):
     mixing, evaluation = plan.notes
     assert "data.mixing is uniform" in mixing and "50 steps" in evaluation
     assert planned(setting, "multi", "no_contrastive").notes == ()
+    # Steps instead of passes are possible for arms with all tasks.
+    stepping = experiment_of(tmp_path, encoder, overrides=STEPS)
+    assert planned(stepping, "multi", "adversarial").joint == "multi"
 
 
 def test_a_recipe_of_one_task_is_alone_already(tmp_path, encoder):

@@ -10,18 +10,11 @@ from comoe.experiments import runner
 from comoe.experiments.compare import command
 from comoe.experiments.compare.command import SETTINGS, TUNING, run_comparison
 from comoe.experiments.runner import Experiment, Trial
-from comoe.starter.registry import resolve
-from tests.helpers_compare import ROOT, TASKS, arguments, experiment_of, write_run
+from tests.helpers_compare import TASKS, arguments, write_run
 
 RATE, HEAD = "train.expert_learning_rate", "train.head_learning_rate"
 BEST = {"dense": 1e-3, "sigmoid": 3e-4}
 """Arm -> the rate with the lowest loss."""
-
-
-@pytest.fixture
-def experiment(tmp_path) -> Experiment:
-    encoder = resolve(load_recipe(ROOT / "launch/configs/smoke.yaml"), progress=False).model.encoder
-    return experiment_of(tmp_path, encoder)
 
 
 @pytest.fixture
@@ -102,10 +95,8 @@ def test_a_grid_is_tuned_by_the_metric_and_a_value_that_fails_is_not_taken(exper
     assert len(parts["sigmoid"]["points"]) == 6
     # An arm keeps what it sets itself, and reads no rate of experts without experts.
     for part in ("fixed", "no_experts"):
-        assert [point["overrides"] for point in parts[part]["points"]] == [
-            [f"{HEAD}=0.1"],
-            [f"{HEAD}=0.2"],
-        ]
+        overrides = [point["overrides"] for point in parts[part]["points"]]
+        assert overrides == [[f"{HEAD}=0.1"], [f"{HEAD}=0.2"]]
     assert failed == [f"sigmoid.{RATE}_9.{HEAD}_{head}-s7" for head in ("0.1", "0.2")]
     # Both heads have the same metric: the first one is taken.
     assert parts["sigmoid"]["chosen"] == [f"{RATE}=0.01", f"{HEAD}=0.1"]
@@ -131,19 +122,15 @@ def test_a_dry_run_names_every_run_and_writes_nothing(experiment, ran, capsys):
 
 @pytest.mark.parametrize(
     ("tune", "changed", "message"),
-    [
-        ([f"{RATE}=1e-3"], {}, "must read option=a,b,c"),
-        ([f"{RATE}=1e-3,0.001"], {}, "must read option=a,b,c"),
-        ([RATE], {}, "must read option=a,b,c"),
-        ([f"{RATE}=1,2", f"{RATE}=3,4"], {}, f"gives {RATE} twice"),
-        (["train.expert_rate=1,2"], {}, "train.expert_learning_rate"),
-        (["train.seed=1,2"], {}, "train.seed cannot be an override here"),
-        ([f"{RATE}=1,2"], {"tune_seeds": "3,0"}, "both have 0"),
-        ([f"{RATE}=1,2"], {"tune_seeds": "x"}, "--tune-seeds is 'x'"),
-        ([], {"tune_by": "metric"}, "--tune-by metric tunes nothing"),
-        ([], {"tune_seeds": "5"}, "--tune-seeds 5 tunes nothing"),
-    ],
-)
+    [([f"{RATE}=1e-3"], {}, "must read option=a,b,c"), ([f"{RATE}=1e-3,0.001"], {}, "must read option=a,b,c"),
+     ([RATE], {}, "must read option=a,b,c"), ([f"{RATE}=1,2", f"{RATE}=3,4"], {}, f"gives {RATE} twice"),
+     (["train.expert_rate=1,2"], {}, "train.expert_learning_rate"),
+     (["train.seed=1,2"], {}, "train.seed cannot be an override here"),
+     ([f"{RATE}=1,2"], {"tune_seeds": "3,0"}, "both have 0"),
+     ([f"{RATE}=1,2"], {"tune_seeds": "x"}, "--tune-seeds is 'x'"),
+     ([], {"tune_by": "metric"}, "--tune-by metric tunes nothing"),
+     ([], {"tune_seeds": "5"}, "--tune-seeds 5 tunes nothing")],
+)  # fmt: skip
 def test_a_wrong_grid_is_refused_before_anything_is_written(experiment, tune, changed, message):
     with pytest.raises(ValueError, match=message):
         compare(experiment, *tune, arms="dense,sigmoid", **changed)

@@ -122,14 +122,12 @@ def test_the_overrides_of_a_point_make_its_recipe(experiment):
 
 @pytest.mark.parametrize(
     ("changed", "overrides", "message"),
-    [
-        ({}, ["model.moe.top_k=3"], "model.moe.top_k cannot be an override here"),
-        ({}, ["run.name=mine"], "run.name cannot be an override here"),
-        ({}, ["train.seed=4"], "train.seed cannot be an override here"),
-        ({}, ["train.max_step=3"], "did you mean train.max_steps"),
-        ({"encoder": ("a/mine", "b/mine")}, [], "two encoders would share the run folder"),
-    ],
-)
+    [({}, ["model.moe.top_k=3"], "model.moe.top_k cannot be an override here"),
+     ({}, ["run.name=mine"], "run.name cannot be an override here"),
+     ({}, ["train.seed=4"], "train.seed cannot be an override here"),
+     ({}, ["train.max_step=3"], "did you mean train.max_steps"),
+     ({"encoder": ("a/mine", "b/mine")}, [], "two encoders would share the run folder")],
+)  # fmt: skip
 def test_an_impossible_experiment_is_refused(experiment, changed, overrides, message):
     with pytest.raises(ValueError, match=message):
         plan_grid(ONE | changed, replace(experiment, overrides=tuple(overrides)))
@@ -195,15 +193,6 @@ def run(experiment: Experiment, seeds: int) -> tuple[list[str], int]:
     return [trial.name for trial in failed], len(reports)
 
 
-def test_two_commands_do_not_run_one_experiment(experiment):
-    experiment.output.mkdir(parents=True, exist_ok=True)
-    with (
-        locked(lock_beside(experiment.runs), "x"),
-        pytest.raises(ValueError, match="is in use by process"),
-    ):
-        run(experiment, 1)
-
-
 def test_a_failing_run_is_recorded_and_the_others_run(experiment, fake, printed):
     fake |= {0: "refused", 1: "lost"}
     failed, reports = run(experiment, 3)
@@ -236,6 +225,9 @@ def test_a_second_call_makes_only_what_is_not_done(experiment, fake, printed):
     assert run(experiment, 3) == ([], 1) and printed[0] == "3 runs, 2 of them done; 2 rank(s) each"
     assert printed[1].startswith(f"[3/3] {POINT}-s1") and results.stat().st_mtime_ns == before
     assert not (experiment.output / "failed").exists()
+    # Two commands do not run one experiment.
+    with locked(lock_beside(experiment.runs), "x"), pytest.raises(ValueError, match="is in use by"):
+        run(experiment, 1)
 
 
 def test_an_interrupted_run_is_resumed_and_a_new_one_gets_all_overrides(experiment):
@@ -318,24 +310,18 @@ def test_a_row_holds_what_the_run_left(rows):
     assert [row["status"] for row in rows[4:]] == ["done", "failed", "open"]
 
 
-def test_a_run_without_test_labels_or_experts_has_a_row_too(experiment):
-    plan = plan_of((0, (0,)))
-    leave_run(experiment.runs / plan.trials[0].name, score=0.9, experts=0, test=False)
-    (row,) = read_rows(plan, experiment)
-    assert row["split"] == "validation" and row["mean"] == 0.1 and "max_violation" not in row
-
-
 def test_the_mean_leaves_auxiliary_tasks_out_and_the_row_shows_them(experiment):
-    plan = plan_of((0, (0, 1)))
-    for seed, tasks in enumerate(
-        ([TASK, ERROR | {"auxiliary": True}], [TASK | {"auxiliary": True}])
-    ):
+    plan, helper = plan_of((0, (0, 1, 2))), {"auxiliary": True}
+    for seed, tasks in enumerate(([TASK, ERROR | helper], [TASK | helper], [TASK, ERROR])):
         folder = experiment.runs / f"E0-enc-s{seed}"
-        leave_run(folder, score=0.8, experts=0)
+        leave_run(folder, score=0.8, experts=0, test=seed < 2)
         (folder / "tasks.json").write_text(json.dumps(tasks))
-    both, none = read_rows(plan, experiment)
+    both, none, untested = read_rows(plan, experiment)
     assert (both["mean"], both["mood/macro_f1"], both["heat/mae"]) == (0.8, 0.8, 0.5)
     assert none["mean"] is None and none["mood/macro_f1"] == 0.8
+    # A run without test labels or experts has a row too.
+    assert (untested["split"], untested["mean"]) == ("validation", 0.1)
+    assert "max_violation" not in untested
 
 
 def test_the_csv_has_every_run_and_the_markdown_means_over_seeds(rows, tmp_path):
@@ -396,14 +382,9 @@ def test_tensorboard_gets_one_entry_per_finished_run_and_keeps_it(rows, tmp_path
     assert events.Scalars("scale/mean")[0].value == pytest.approx(rows[0]["mean"])
 
 
-@pytest.mark.parametrize(
-    ("text", "numbers"), [("1..8", [1, 2, 4, 8]), ("3..13", [3, 6, 12]), ("5,64", [5, 64])]
-)
-def test_numbers_of_gpus_are_listed_or_doubled(text, numbers):
-    assert gpu_numbers(text) == numbers
-
-
-@pytest.mark.parametrize("text", ["8..1", "a", "0..4", ""])
-def test_wrong_numbers_of_gpus_are_refused(text):
-    with pytest.raises(ValueError, match="--gpus"):
-        gpu_numbers(text)
+def test_numbers_of_gpus_are_listed_or_doubled():
+    for text, numbers in (("1..8", [1, 2, 4, 8]), ("3..13", [3, 6, 12]), ("5,64", [5, 64])):
+        assert gpu_numbers(text) == numbers
+    for text in ("8..1", "a", "0..4", ""):
+        with pytest.raises(ValueError, match="--gpus"):
+            gpu_numbers(text)

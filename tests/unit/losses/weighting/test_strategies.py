@@ -45,13 +45,9 @@ def test_the_total_is_the_weighted_sum_and_the_gradient_the_weights(name, weight
 
 @pytest.mark.parametrize(
     ("counts", "weights"),
-    [
-        ([6.0, 1.0, 3.0], [1.8, 0.3, 0.9]),
-        ([0.75, 0.125, 0.375], [1.8, 0.3, 0.9]),
-        ([2.0, 0.0, 2.0], [1.5, 0.0, 1.5]),
-        ([4.0, 4.0, 4.0], [1.0, 1.0, 1.0]),
-    ],
-)
+    [([6.0, 1.0, 3.0], [1.8, 0.3, 0.9]), ([0.75, 0.125, 0.375], [1.8, 0.3, 0.9]),
+     ([2.0, 0.0, 2.0], [1.5, 0.0, 1.5]), ([4.0, 4.0, 4.0], [1.0, 1.0, 1.0])],
+)  # fmt: skip
 def test_posts_weigh_a_task_by_its_share_of_the_labels(counts, weights):
     """Unlabelled posts have no loss to weigh."""
     tasks = (*THREE, Task("plain", "unlabelled", (), "none"))
@@ -126,11 +122,8 @@ def test_a_step_without_any_task_is_harmless(name):
 
 @pytest.mark.parametrize(
     ("name", "price"),
-    [
-        ("uncertainty", lambda v: 0.5 * v),
-        ("uncertainty_positive", lambda v: math.log1p(math.exp(v))),
-    ],
-)
+    [("uncertainty", lambda v: 0.5 * v), ("uncertainty_positive", lambda v: math.log1p(math.exp(v)))],
+)  # fmt: skip
 def test_uncertainty_by_hand_and_its_gradient_in_float64(name, price):
     weighting = make(name).double()
     with torch.no_grad():

@@ -239,13 +239,9 @@ def test_the_plan_from_a_configuration_alone_is_that_of_the_built_model(tmp_path
 
 @pytest.mark.parametrize(
     ("name", "shape", "parameters"),
-    [
-        ("base", (768, 2048, 12, 12), 247_577_856),
-        ("large", (1024, 2816, 24, 16), 783_150_080),
-        ("xl", (2048, 5120, 24, 32), 2_849_757_184),
-        ("xxl", (4096, 10240, 24, 64), 11_135_332_352),
-    ],
-)
+    [("base", (768, 2048, 12, 12), 247_577_856), ("large", (1024, 2816, 24, 16), 783_150_080),
+     ("xl", (2048, 5120, 24, 32), 2_849_757_184), ("xxl", (4096, 10240, 24, 64), 11_135_332_352)],
+)  # fmt: skip
 def test_a_flan_t5_of_any_size_is_planned_from_its_configuration(tmp_path, name, shape, parameters):
     width, ffn_width, layers, heads = shape
     config = T5Config(

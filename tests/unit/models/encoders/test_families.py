@@ -93,16 +93,9 @@ def test_the_block_sits_beside_the_feed_forward_before_the_residual_sum(family):
 
 @pytest.mark.parametrize(
     ("layers", "count", "expected"),
-    [
-        ("all", 3, [0, 1, 2]),
-        ("alternate", 6, [1, 3, 5]),
-        ("alternate", 3, [0, 2]),
-        ("last_half", 6, [3, 4, 5]),
-        ("top-1", 3, [2]),
-        ("top-3", 3, [0, 1, 2]),
-        ([2, 0], 3, [0, 2]),
-    ],
-)
+    [("all", 3, [0, 1, 2]), ("alternate", 6, [1, 3, 5]), ("alternate", 3, [0, 2]), ("last_half", 6, [3, 4, 5]),
+     ("top-1", 3, [2]), ("top-3", 3, [0, 1, 2]), ([2, 0], 3, [0, 2])],
+)  # fmt: skip
 def test_layers_are_chosen_by_word_or_number(layers, count, expected):
     assert chosen_layers(layers, count) == expected
 
@@ -116,16 +109,9 @@ def test_layers_that_do_not_exist_are_refused():
 
 @pytest.mark.parametrize(
     ("kept", "count", "expected"),
-    [
-        (3, 6, [1, 3, 5]),
-        (4, 12, [2, 5, 8, 11]),
-        (2, 3, [0, 2]),
-        (1, 6, [5]),
-        (6, 6, [0, 1, 2, 3, 4, 5]),
-        ("top-2", 6, [4, 5]),
-        ("bottom-2", 6, [0, 1]),
-    ],
-)
+    [(3, 6, [1, 3, 5]), (4, 12, [2, 5, 8, 11]), (2, 3, [0, 2]), (1, 6, [5]), (6, 6, [0, 1, 2, 3, 4, 5]),
+     ("top-2", 6, [4, 5]), ("bottom-2", 6, [0, 1])],
+)  # fmt: skip
 def test_kept_layers_are_evenly_spaced_or_at_one_end(kept, count, expected):
     assert kept_layers(kept, count) == expected
 

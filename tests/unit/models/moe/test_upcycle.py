@@ -66,11 +66,8 @@ def test_experts_give_what_the_dense_block_gave(top_k, experts, shared, gate, ro
 
 @pytest.mark.parametrize(
     ("options", "source"),
-    [
-        (dict(gate_scale=1.0), {}),
-        (dict(temperature=0.5, cooperation_threshold=0.3), dict(gate_scale=3.0)),
-    ],
-)
+    [(dict(gate_scale=1.0), {}), (dict(temperature=0.5, cooperation_threshold=0.3), dict(gate_scale=3.0))],
+)  # fmt: skip
 def test_gate_scales_of_both_runs_are_undone(options, source):
     x = torch.randn(TOKENS, M, dtype=torch.float64)
     expected, found, _ = both(x, width=16, dense_shared=8, source=source, **options)
@@ -92,12 +89,10 @@ def test_a_single_expert_per_token_is_the_whole_block_near_or_exactly(gate, prio
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [
-        (dict(top_k=2, num_experts=5), "must be a multiple of them"),
-        (dict(top_k=2, route_by="task", task_prior=1.0), "model.moe.task_prior 0"),
-        (dict(top_k=4), "with model.moe.expert_width=5 for one"),
-    ],
-)
+    [(dict(top_k=2, num_experts=5), "must be a multiple of them"),
+     (dict(top_k=2, route_by="task", task_prior=1.0), "model.moe.task_prior 0"),
+     (dict(top_k=4), "with model.moe.expert_width=5 for one")],
+)  # fmt: skip
 def test_a_split_that_cannot_be_is_refused(options, message):
     width = 22 if options["top_k"] == 4 else 24
     with pytest.raises(ValueError, match=message):

@@ -28,14 +28,8 @@ def save(folder: Path, step: int, layout: Layout, *, best_step: int) -> Path:
 
 @pytest.mark.parametrize(
     "change",
-    [
-        {"world_size": 2},
-        {"world_size": 2, "ep_size": 2},
-        {"stage": 1},
-        {"stage": 3},
-        {"bf16": True},
-    ],
-)
+    [{"world_size": 2}, {"world_size": 2, "ep_size": 2}, {"stage": 1}, {"stage": 3}, {"bf16": True}],
+)  # fmt: skip
 def test_a_checkpoint_of_another_layout_is_converted(tmp_path, change):
     path = save(tmp_path, 8, replace(HERE, **change), best_step=8)
     assert "this start has 1 ranks, ep_size 1, ZeRO 2, float32" in saved_elsewhere(path, HERE)

@@ -5,7 +5,6 @@ import math
 from dataclasses import replace
 
 import numpy as np
-import pytest
 import torch
 
 from comoe.config.files import plain
@@ -20,64 +19,42 @@ def task(name, metric="macro_f1"):
 
 def test_resume_drops_later_lines_and_a_torn_one_and_leaves_a_mark(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    lines = [
-        {"step": 1, "split": "train", "loss": 0.1},
-        {"split": "event", "what": "start"},
-        {"step": 2},
-        {"step": 3},
-    ]
+    truncate_metrics(path, after_step=0)
+    assert read_metrics(path) == [{"split": "resume", "step": 0}]
+    first = {"step": 1, "split": "train", "loss": 1 / 3}  # every digit is kept
+    lines = [first, {"split": "event", "what": "start"}, {"step": 2}, {"step": 3}]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 4, "lo')
     truncate_metrics(path, after_step=2)
     assert read_metrics(path) == [*lines[:3], {"split": "resume", "step": 2}]
     truncate_metrics(path, after_step=1)
     assert [line.get("step") for line in read_metrics(path)] == [1, None, 1]
     assert [entry.name for entry in tmp_path.iterdir()] == ["metrics.jsonl"]
-
-
-def test_resume_without_a_log_starts_one(tmp_path):
-    truncate_metrics(tmp_path / "metrics.jsonl", after_step=0)
-    assert read_metrics(tmp_path / "metrics.jsonl") == [{"split": "resume", "step": 0}]
-
-
-def test_a_line_keeps_every_digit_of_its_numbers(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text(json.dumps({"step": 1, "loss": 1 / 3}) + "\n")
-    truncate_metrics(path, after_step=1)
-    assert read_metrics(path)[0]["loss"] == 1 / 3
+    for text in ("", "\n\n", "[1]\n3\n"):
+        path.write_text(text)
+        assert read_metrics(path) == []
 
 
 def test_results_hold_null_where_a_number_is_not_finite(tmp_path):
     write_results(tmp_path, {"loss": math.nan, "f1": np.float32(0.5), "count": torch.tensor(3)})
-    assert json.loads((tmp_path / "results.json").read_text()) == {
-        "loss": None,
-        "f1": 0.5,
-        "count": 3,
-    }
+    read = json.loads((tmp_path / "results.json").read_text())
+    assert read == {"loss": None, "f1": 0.5, "count": 3}
     assert plain({"a": (1, np.array([1.0, np.inf]))}) == {"a": [1, [1.0, None]]}
 
 
 def test_the_table_has_a_line_per_task_and_a_dash_where_nothing_was_measured():
     metrics = {
-        "validation": {
-            "mood": {"macro_f1": 0.71234, "majority/macro_f1": 0.2, "n": 10},
-            "irony": {"macro_f1": 0.5},
-        },
+        "validation": {"mood": {"macro_f1": 0.71234, "majority/macro_f1": 0.2, "n": 10}, "irony": {"macro_f1": 0.5}},
         "test": {"mood": {"macro_f1": 0.6, "majority/macro_f1": 0.25, "n": 20}},
-    }
-    table = format_results_table(metrics, [task("mood"), task("irony")])
-    head, rule, mood, irony = table.splitlines()
-    assert head.split() == ["task", "metric", "validation", "test", "majority", "n"]
-    assert set(rule) == {"-"}
-    assert mood.split() == ["mood", "macro_f1", "0.712", "0.600", "0.250", "20"]
-    assert irony.split() == ["irony", "macro_f1", "0.500", "-", "-", "-"]
-    assert len({len(line) for line in (head, rule, mood, irony)}) == 1
-
-
-def test_held_out_posts_have_a_column_and_auxiliary_tasks_a_mark():
+    }  # fmt: skip
+    rows = format_results_table(metrics, [task("mood"), task("irony")]).splitlines()
+    assert rows[0].split() == ["task", "metric", "validation", "test", "majority", "n"]
+    assert set(rows[1]) == {"-"} and len({len(row) for row in rows}) == 1
+    assert rows[2].split() == ["mood", "macro_f1", "0.712", "0.600", "0.250", "20"]
+    assert rows[3].split() == ["irony", "macro_f1", "0.500", "-", "-", "-"]
+    # Held-out posts have a column, auxiliary tasks a mark.
     metrics = {split: {"mood": {"macro_f1": 0.5, "n": 4}} for split in ("validation", "unseen")}
-    head, _, mood = format_results_table(
-        metrics, [replace(task("mood"), auxiliary=True)]
-    ).splitlines()
+    helper = replace(task("mood"), auxiliary=True)
+    head, _, mood = format_results_table(metrics, [helper]).splitlines()
     assert head.split() == ["task", "metric", "validation", "test", "unseen", "majority", "n"]
     assert mood.split() == ["mood", "(auxiliary)", "macro_f1", "0.500", "-", "0.500", "-", "4"]
 
@@ -98,9 +75,3 @@ def test_slices_and_noise_have_tables_of_their_own_and_are_left_out_where_there_
     assert row.split() == ["mood", "macro_f1", "0.500", "0.375", "(-0.125)"]
     plain_run = {"validation": {"mood": {"macro_f1": 0.5}}}
     assert slice_lines(plain_run, [task("mood")]) == noise_lines(plain_run, [task("mood")]) == []
-
-
-@pytest.mark.parametrize("text", ["", "\n\n", "[1]\n3\n"])
-def test_lines_that_are_no_records_are_left_out(tmp_path, text):
-    (tmp_path / "metrics.jsonl").write_text(text)
-    assert read_metrics(tmp_path / "metrics.jsonl") == []

@@ -26,22 +26,16 @@ def start(folder, **options):
 
 
 def train_line(monitor, step, *, loss=1.5):
+    terms = {
+        "task/mood": torch.tensor(0.5),
+        "task/heat": 0.25,
+        "contrastive": 0.1,
+        "contrastive/mood": 0.1,
+    }
     monitor.log_train(
-        step,
-        loss=loss,
-        terms={
-            "task/mood": torch.tensor(0.5),
-            "task/heat": 0.25,
-            "contrastive": 0.1,
-            "contrastive/mood": 0.1,
-        },
-        metrics={"mood": {"accuracy": 0.75}},
-        rates={"encoder": 5e-5, "experts": 5e-4},
-        task_weights={"mood": 1.0, "heat": 1.0},
-        grad_norm=2.0,
-        posts_per_second=100.0,
-        seconds=3.0,
-    )
+        step, loss=loss, terms=terms, metrics={"mood": {"accuracy": 0.75}}, rates={"encoder": 5e-5, "experts": 5e-4},
+        task_weights={"mood": 1.0, "heat": 1.0}, grad_norm=2.0, posts_per_second=100.0, seconds=3.0,
+    )  # fmt: skip
 
 
 def evaluation(**measures):
@@ -67,42 +61,33 @@ def summary():
 
 
 def events(folder):
-    loaded = EventAccumulator(
-        str(folder / "tensorboard"), size_guidance={"images": 0, "scalars": 0, "histograms": 0}
-    )
-    loaded.Reload()
-    return loaded
+    sizes = {"images": 0, "scalars": 0, "histograms": 0}
+    return EventAccumulator(str(folder / "tensorboard"), size_guidance=sizes).Reload()
 
 
 def test_a_training_line_carries_the_global_loss_then_tasks_rates_and_weights(tmp_path):
     monitor = start(tmp_path)
     train_line(monitor, 10, loss=1 / 3)
+    # It is on disk before the next step.
     line = json.loads((tmp_path / "metrics.jsonl").read_text())
     assert list(line)[:4] == ["step", "split", "loss", "tasks"]
     assert (line["step"], line["split"], line["loss"]) == (10, "train", 1 / 3)
     assert line["tasks"] == {
-        "mood": {"loss": 0.5, "contrastive": 0.1, "accuracy": 0.75},
-        "heat": {"loss": 0.25},
-    }
+        "mood": {"loss": 0.5, "contrastive": 0.1, "accuracy": 0.75}, "heat": {"loss": 0.25}
+    }  # fmt: skip
     assert line["contrastive"] == 0.1 and line["rates"] == {"encoder": 5e-5, "experts": 5e-4}
     assert line["weights"] == {"mood": 1.0, "heat": 1.0} and line["grad_norm"] == 2.0
+    event = {"step": 4, "what": "skipped step", "posts": [1, 2]}
+    monitor.log_event(event)
     monitor.close()
-
-
-def test_a_line_is_on_disk_before_the_next_step(tmp_path):
-    monitor = start(tmp_path)
-    for step in (1, 2):
-        train_line(monitor, step)
-        assert len(read_metrics(tmp_path / "metrics.jsonl")) == step
-    monitor.close()
+    assert read_metrics(tmp_path / "metrics.jsonl")[1] == {"split": "event"} | event
 
 
 def test_an_evaluation_reaches_the_log_tensorboard_and_the_plots(tmp_path):
     monitor = start(tmp_path)
     train_line(monitor, 10)
-    monitor.log_evaluation(
-        10, split="validation", evaluation=evaluation(routing=summary()), mean=0.5
-    )
+    found = evaluation(routing=summary())
+    monitor.log_evaluation(10, split="validation", evaluation=found, mean=0.5)
     monitor.log_evaluation(10, split="test", evaluation=evaluation(), mean=0.45)
     monitor.close()
     lines = read_metrics(tmp_path / "metrics.jsonl")
@@ -111,24 +96,12 @@ def test_an_evaluation_reaches_the_log_tensorboard_and_the_plots(tmp_path):
     assert lines[1]["routing"]["layers"] == [3] and lines[1]["routing"]["tokens"] == 3
     loaded = events(tmp_path)
     tags = loaded.Tags()
-    scalars = set(tags["scalars"])
-    assert {
-        "train/loss",
-        "train/mood/loss",
-        "rate/encoder",
-        "weight/mood",
-        "measured/grad_norm",
-    } <= scalars
-    assert {"validation/mood/macro_f1", "test/heat/pearson", "validation/mean"} <= scalars
-    measures = (
-        "max_violation",
-        "effective_experts",
-        "entropy",
-        "task_information",
-        "cooperation",
-        "share/expert_1",
-    )
-    assert {f"routing/layer_3/{name}" for name in measures} <= scalars
+    measures = ("max_violation", "effective_experts", "entropy", "task_information", "cooperation",
+                "share/expert_1")  # fmt: skip
+    assert {f"routing/layer_3/{name}" for name in measures} | {
+        "train/loss", "train/mood/loss", "rate/encoder", "weight/mood", "measured/grad_norm",
+        "validation/mood/macro_f1", "test/heat/pearson", "validation/mean",
+    } <= set(tags["scalars"])  # fmt: skip
     assert tags["histograms"] == ["routing/layer_3/scores"]
     assert loaded.Histograms("routing/layer_3/scores")[0].histogram_value.num == 6
     pictures = {
@@ -139,15 +112,8 @@ def test_an_evaluation_reaches_the_log_tensorboard_and_the_plots(tmp_path):
     }
     assert set(tags["images"]) == pictures
     assert "recipe/text_summary" in tags["tensors"]
-    assert {path.name for path in (tmp_path / "plots").iterdir()} == {
-        "loss.png",
-        "metrics.png",
-        "experts.png",
-        "confusion_validation_mood.png",
-        "confusion_test_mood.png",
-        "routing_layer_expert.png",
-        "routing_task_expert.png",
-    }
+    files = {f"{name.replace('/', '_')}.png" for name in (*pictures, "loss", "metrics", "experts")}
+    assert {path.name for path in (tmp_path / "plots").iterdir()} == files
 
 
 def test_a_number_that_is_not_finite_is_null_in_the_log_and_absent_in_tensorboard(tmp_path):
@@ -158,30 +124,20 @@ def test_a_number_that_is_not_finite_is_null_in_the_log_and_absent_in_tensorboar
     assert "train/loss" not in events(tmp_path).Tags()["scalars"]
 
 
-def test_a_resumed_run_shows_one_curve_and_says_where_it_went_on(tmp_path):
-    monitor = start(tmp_path)
-    for step in (1, 2, 3):
-        train_line(monitor, step, loss=float(step))
-    monitor.close()
-    monitor = start(tmp_path, resumed_at=2)
-    train_line(monitor, 3, loss=30.0)
-    monitor.close()
-    lines = read_metrics(tmp_path / "metrics.jsonl")
-    seen = [(line["split"], line["step"]) for line in lines]
-    assert seen == [("train", 1), ("train", 2), ("resume", 2), ("train", 3)]
-    scalars = events(tmp_path).Scalars("train/loss")
-    assert [(event.step, event.value) for event in scalars] == [(1, 1.0), (2, 2.0), (3, 30.0)]
+def test_a_resumed_run_shows_one_curve_and_a_new_one_of_the_same_name_forgets_the_old(tmp_path):
+    def run(*steps, **options):
+        monitor = start(tmp_path, **options)
+        for step, loss in steps:
+            train_line(monitor, step, loss=loss)
+        monitor.close()
+        lines = [(line["split"], line["step"]) for line in read_metrics(tmp_path / "metrics.jsonl")]
+        return lines, [(e.step, e.value) for e in events(tmp_path).Scalars("train/loss")]
 
-
-def test_a_new_run_of_the_same_name_forgets_the_old_one(tmp_path):
-    monitor = start(tmp_path)
-    train_line(monitor, 5)
-    monitor.close()
-    monitor = start(tmp_path)
-    train_line(monitor, 1)
-    monitor.close()
-    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1]
-    assert [event.step for event in events(tmp_path).Scalars("train/loss")] == [1]
+    run((1, 1.0), (2, 2.0), (3, 3.0))
+    lines, curve = run((3, 30.0), resumed_at=2)
+    assert lines == [("train", 1), ("train", 2), ("resume", 2), ("train", 3)]
+    assert curve == [(1, 1.0), (2, 2.0), (3, 30.0)]
+    assert run((1, 5.0)) == ([("train", 1)], [(1, 5.0)])
 
 
 def test_only_the_enabled_monitor_writes(tmp_path):
@@ -191,15 +147,6 @@ def test_only_the_enabled_monitor_writes(tmp_path):
     monitor.log_event({"what": "nothing"})
     monitor.close()
     assert not (tmp_path / "run").exists()
-
-
-def test_an_event_is_a_line_of_its_own(tmp_path):
-    monitor = start(tmp_path)
-    monitor.log_event({"step": 4, "what": "skipped step", "posts": [1, 2]})
-    monitor.close()
-    assert read_metrics(tmp_path / "metrics.jsonl") == [
-        {"split": "event", "step": 4, "what": "skipped step", "posts": [1, 2]}
-    ]
 
 
 def test_embeddings_reach_the_log_tensorboard_its_projector_and_the_plots(tmp_path):
@@ -214,27 +161,21 @@ def test_embeddings_reach_the_log_tensorboard_its_projector_and_the_plots(tmp_pa
         "mood": TaskEmbeddings(measures, points, ["bad", "good\nor so", "bad"] * 2),
         "heat": TaskEmbeddings(measures, points, [0.1, 0.2, 0.3] * 2),
     }
-    found = EmbeddingSummary(
-        views, {"image_to_text_at_1": 0.7, "text_to_image_at_1": 0.6, "chance": 0.01}
-    )
-    monitor = start(tmp_path)
+    retrieval = {"image_to_text_at_1": 0.7, "text_to_image_at_1": 0.6, "chance": 0.01}
+    found, monitor = EmbeddingSummary(views, retrieval), start(tmp_path)
     monitor.log_evaluation(10, split="validation", evaluation=evaluation(embeddings=found))
     monitor.log_projector(10, split="validation", embeddings=found)
     monitor.close()
     line = read_metrics(tmp_path / "metrics.jsonl")[0]
     assert line["embeddings"]["mood"] == measures and line["retrieval"]["image_to_text_at_1"] == 0.7
     tags = events(tmp_path).Tags()
-    assert {
-        "embedding/mood/alignment",
-        "embedding/heat/retrieval_at_1",
-        "embedding/image_to_text_at_1",
-    } <= set(tags["scalars"])
+    scalars = {"mood/alignment", "heat/retrieval_at_1", "image_to_text_at_1"}
+    assert {f"embedding/{name}" for name in scalars} <= set(tags["scalars"])
     assert {"embedding/mood", "embedding/heat"} <= set(tags["images"])
     assert (tmp_path / "plots" / "embedding_mood.png").is_file()
     projected = tmp_path / "tensorboard" / "00010" / "validation_mood"
     assert (projected / "metadata.tsv").read_text().splitlines() == ["bad", "good or so", "bad"] * 2
-    rows = np.loadtxt(projected / "tensors.tsv")
-    np.testing.assert_allclose(rows, points, rtol=1e-5)
+    np.testing.assert_allclose(np.loadtxt(projected / "tensors.tsv"), points, rtol=1e-5)
 
 
 @pytest.mark.parametrize("part", ["_figure", "_draw_curves", "_scalars"])

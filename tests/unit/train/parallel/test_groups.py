@@ -13,15 +13,9 @@ from tests.helpers_model import moe_config, tiny_objective
 
 @pytest.mark.parametrize(
     ("router_rate", "expert_rate", "expected"),
-    [
-        ("auto", 5e-4, 5e-3),
-        ("auto", 4e-3, 0.01),
-        ("auto", 0.1, 0.1),
-        (0.25, 5e-4, 0.25),
-        (0.0, 5e-4, 0.0),
-        (None, 5e-4, None),
-    ],
-)
+    [("auto", 5e-4, 5e-3), ("auto", 4e-3, 0.01), ("auto", 0.1, 0.1), (0.25, 5e-4, 0.25), (0.0, 5e-4, 0.0),
+     (None, 5e-4, None)],
+)  # fmt: skip
 def test_the_router_has_a_rate_of_its_own_or_is_a_part_of_the_experts(
     router_rate, expert_rate, expected
 ):
