@@ -35,7 +35,7 @@ def options(schema: type = Recipe, prefix: str = "") -> Iterator[Option]:
         elif path == "tasks":
             yield from options(TaskConfig, "tasks.<name>.")
         else:
-            default = field.get_default(call_default_factory=True)
+            default = field.get_default(call_default_factory=True, validated_data={})
             when = (field.json_schema_extra or {}).get("read_when")
             yield Option(path, default, describe(expected), _one_line(field.description), when)
 
@@ -45,7 +45,10 @@ def options_markdown() -> str:
     lines: list[str] = []
     for section in Recipe.__pydantic_fields__:
         schema = TaskConfig if section == "tasks" else member(Recipe, section)
-        lines += ["", f"## {section}", "", _one_line(schema.__doc__), ""]
+        meaning = (
+            schema.__doc__ if dataclasses.is_dataclass(schema) else "An option without a section."
+        )
+        lines += ["", f"## {section}", "", _one_line(meaning), ""]
         lines += ["| option | default | allowed | meaning |", "|---|---|---|---|"]
         lines += [_row(found) for found in options() if found.path.split(".")[0] == section]
     return "\n".join(lines[1:]) + "\n"
