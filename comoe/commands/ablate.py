@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from comoe.commands.arguments import need_training, new_parser
+from comoe.config.plugins import add_plugins
 
 
 def parser() -> ArgumentParser:
@@ -24,6 +25,7 @@ def parser() -> ArgumentParser:
     add("--device", default="auto", help="cpu, cuda, ...; auto is a GPU where there is one")
     add("--output", type=Path, metavar="FILE", help="write the numbers there as JSON")
     # fmt: on
+    add_plugins(found)
     return found
 
 

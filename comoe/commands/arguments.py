@@ -4,6 +4,7 @@ import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 
 from comoe.config.extras import need
+from comoe.config.plugins import add_plugins
 
 RECIPE, SETTINGS = "starter", "zero2"
 """Names of the recipe and the DeepSpeed file that are taken where none is given."""
@@ -17,7 +18,8 @@ def new_parser(word: str, description: str) -> ArgumentParser:
 
 
 def add_recipe(parser: ArgumentParser, *, overrides: str = "options of the recipe") -> None:
-    """``--config``, and the words ``[recipe] key=value ...``."""
+    """``--config``, ``--plugins``, and the words ``[recipe] key=value ...``."""
+    add_plugins(parser)
     parser.add_argument(
         "--config",
         metavar="YAML",

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from comoe.commands.arguments import new_parser
+from comoe.config.plugins import add_plugins
 
 
 def parser() -> ArgumentParser:
@@ -34,6 +35,7 @@ def parser() -> ArgumentParser:
     add("--output", type=Path, help="write all metrics there as JSON")
     add("--no-verify", action="store_true", help="read the model without comparing its digests")
     # fmt: on
+    add_plugins(found)
     return found
 
 

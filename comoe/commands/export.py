@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from comoe.commands.arguments import new_parser
+from comoe.config.plugins import add_plugins
 
 
 def parser() -> ArgumentParser:
@@ -26,6 +27,7 @@ def parser() -> ArgumentParser:
     add("--no-verify", action="store_true",
         help="read the checkpoint without comparing its digests")
     # fmt: on
+    add_plugins(found)
     return found
 
 

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from comoe.commands.arguments import new_parser
+from comoe.config.plugins import add_plugins
 
 
 def parser() -> ArgumentParser:
@@ -39,6 +40,7 @@ def parser() -> ArgumentParser:
         help="cpu, cuda, cuda:1, ...; auto is a GPU where there is one")
     add("--no-verify", action="store_true", help="read the model without comparing its digests")
     # fmt: on
+    add_plugins(found)
     return found
 
 

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from comoe.commands.arguments import need_extra, new_parser
+from comoe.config.plugins import add_plugins
 
 
 def parser() -> ArgumentParser:
@@ -40,6 +41,7 @@ def parser() -> ArgumentParser:
     add("--log-posts", action="store_true", help="write posts and predictions into the log")
     add("--no-verify", action="store_true", help="read exports without comparing their digests")
     # fmt: on
+    add_plugins(found)
     return found
 
 

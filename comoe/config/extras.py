@@ -9,6 +9,8 @@ EXTRAS = {
     "report": ("jinja2", "matplotlib"),
     "augment": ("gguf",),
     "serve": ("fastapi", "prometheus_client", "uvicorn"),
+    "track": ("mlflow", "sqlalchemy", "alembic"),
+    "tune": ("optuna",),
 }
 """Extra -> its packages, as they are imported."""
 

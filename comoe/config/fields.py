@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import string
+import sys
 import types
 from collections.abc import Callable
 from functools import partial
@@ -41,6 +42,28 @@ class Rule:
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Callable[[Any], Any]) -> Any:
         return core_schema.no_info_after_validator_function(self._check, handler(source))
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Table:
+    """The table that implements the words of an option, as a member of ``Annotated``: keys that a plugin put into it
+    are words too."""
+
+    module: str
+    """Where it is; read only where something else has imported it."""
+    name: str
+    text: str = "or that of a plugin"
+    """Follows the words in a description."""
+
+    def words(self) -> tuple[str, ...]:
+        """Its keys, none before its module is imported."""
+        return tuple(getattr(sys.modules.get(self.module), self.name, ()))
+
+    def _check(self, value: Any, check: Callable[[Any], Any]) -> Any:
+        return value if isinstance(value, str) and value in self.words() else check(value)
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Callable[[Any], Any]) -> Any:
+        return core_schema.no_info_wrap_validator_function(self._check, handler(source))
 
 
 def option(default: Any, *, read_when: str) -> Any:
@@ -85,6 +108,7 @@ Given = Annotated[Text, MinLen(1)]
 Whole = Annotated[int, Strict()]
 Count, CountFrom0 = Annotated[Whole, Ge(1)], Annotated[Whole, Ge(0)]
 _TEXT_TOO = BeforeValidator(_number)
+Number = Annotated[float, Strict(), _TEXT_TOO]
 NotNegative = Annotated[float, Strict(), Ge(0), _TEXT_TOO]
 Rate = Annotated[float, Strict(), Ge(0), Le(1000), _TEXT_TOO]
 Positive = Annotated[float, Strict(), Gt(0), _TEXT_TOO]
@@ -135,7 +159,10 @@ def members(annotation: Any) -> tuple[Any, ...]:
 def words_of(annotation: Any) -> tuple[str, ...]:
     """The words that a type allows; empty where it allows none by name."""
     bases = map(base_of, members(base_of(annotation)))
-    return tuple(word for base in bases if get_origin(base) is Literal for word in get_args(base))
+    words = [word for base in bases if get_origin(base) is Literal for word in get_args(base)]
+    for condition in annotation.__metadata__ if get_origin(annotation) is Annotated else ():
+        words += condition.words() if isinstance(condition, Table) else ()
+    return tuple(dict.fromkeys(words))
 
 
 def describe(annotation: Any) -> str:
@@ -158,7 +185,7 @@ def describe(annotation: Any) -> str:
 
 
 def _condition(condition: Any) -> str:
-    if isinstance(condition, Rule):
+    if isinstance(condition, (Rule, Table)):
         return condition.text
     for kind, text in _CONDITIONS.items():
         if isinstance(condition, kind):

@@ -180,7 +180,8 @@ def locked(path: Path, what: str, *, wait: Callable[[str], object] | None = None
     try:
         with file:
             since = time.strftime("%Y-%m-%d %H:%M:%S %Z")
-            file.truncate(0)
+            file.seek(0)  # a holder's name was read
+            file.truncate()
             file.write(f" process {os.getpid()} on {platform.node()} since {since}".encode())
             try:
                 yield

@@ -18,6 +18,7 @@ from comoe.config.errors import message_of, nearest, unknown_name
 from comoe.config.fields import base_of, member, members
 from comoe.config.files import write_atomic
 from comoe.config.legacy import keep_old_meanings
+from comoe.config.plugins import consent, load_plugins
 from comoe.config.ready_made import recipe_path
 from comoe.config.recipe import Recipe
 from comoe.config.validate import validate
@@ -36,7 +37,9 @@ COMMAND_LINE = "command line"
 """Where an override comes from, in messages."""
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(
+    path: str | Path, overrides: Sequence[str] = (), *, plugins: Sequence[str] = ()
+) -> Recipe:
     """Read one YAML recipe, put the overrides on top, check it.
 
     ``data.root: null`` becomes the absolute folder of the file, so that a recipe works from any
@@ -46,6 +49,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         path: the YAML file, or the name of a ready recipe.
         overrides: ``key=value`` with a dotted key; the value is YAML. ``tasks.<name>.<field>=`` may
             make a new task, ``tasks.<name>=null`` drops one.
+        plugins: those that may be imported if the recipe names them: their code runs.
 
     Raises:
         ValueError: unknown key (with the nearest right one), wrong type, value against a rule,
@@ -56,6 +60,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         >>> recipe.train.epochs
         2.0
     """
+    consent(plugins)
     return _load(recipe_path(path), overrides, saved=False)
 
 
@@ -78,6 +83,7 @@ def _load(path: Path, overrides: Sequence[str], *, saved: bool) -> Recipe:
         keep_old_meanings(raw)
     for override in overrides:
         _apply_override(raw, override, origins=origins, saved=saved)
+    load_plugins(raw.get("plugins"), place=origins.get("plugins", str(path)))
     recipe = recipe_from_dict(raw, origins=origins)
     if recipe.data.root is None:
         recipe.data.root = str(path.resolve().parent)

@@ -31,12 +31,19 @@ from comoe.config.fields import (
     PositiveShare,
     Rate,
     Share,
+    Table,
     Temperature,
     Text,
     Whole,
     option,
     section,
 )  # fmt: skip
+
+GATE_TABLE = Table("comoe.models.moe.gate", "GATES")
+KIND_TABLE = Table("comoe.tasks.kinds.registry", "KINDS")
+LOSS_TABLE = Table("comoe.losses.objective", "LOSSES")
+METRIC_TABLE = Table("comoe.tasks.metrics", "METRICS")
+READER_TABLE = Table("comoe.data.reading.sources", "READERS")
 
 
 @section
@@ -47,7 +54,7 @@ class MoeConfig:
     """Experts per layer; 0 leaves the encoder without experts."""
     top_k: Count = 2
     """Experts per token, 1 to ``num_experts``."""
-    gate: Literal["sigmoid", "softmax", "random", "uniform"] = "sigmoid"
+    gate: Annotated[Literal["sigmoid", "softmax", "random", "uniform"], GATE_TABLE] = "sigmoid"
     """sigmoid (experts cooperate), softmax (they compete; the ablation), random (AdaMix: in training a
     post goes through one expert of each layer, drawn anew in each step; evaluations and exports have
     one block, the mean of the experts), or uniform (all experts in turn, whatever the token: only for
@@ -267,6 +274,8 @@ class LossConfig:
     """Terms between image and text."""
     adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
     """What the shared representation must not tell."""
+    added: dict[Text, NotNegative] = field(default_factory=dict)
+    """Terms that plugins put into the objective, name -> weight; 0 switches one off."""
     balance_weight: NotNegative = option(0.0, read_when="model.moe.num_experts > 0")
     """Weight of the load-balance loss of the gates."""
     z_weight: NotNegative = option(0.0, read_when="model.moe.num_experts > 0")
@@ -331,6 +340,27 @@ class RunConfig:
     """Let DeepSpeed and the libraries log as they like; otherwise only warnings are shown."""
     histograms: Flag = True
     """Write histograms of the gate's scores to TensorBoard at each evaluation."""
+    plots: Flag = True
+    """Draw the pictures in ``plots/`` and TensorBoard; numbers are written in any case."""
+    trackers: Annotated[
+        list[
+            Literal[
+                "tensorboard",
+                "mlflow",
+                "wandb",
+                "comet_ml",
+                "aim",
+                "clearml",
+                "dvclive",
+                "swanlab",
+                "trackio",
+            ]
+        ],
+        DIFFERENT,
+    ] = field(default_factory=lambda: ["tensorboard"])
+    """Where the numbers of the run go beside ``metrics.jsonl``. All but tensorboard need a package of their
+    own, and take account, project and address from its variables (``MLFLOW_TRACKING_URI``,
+    ``WANDB_PROJECT``, ...); images and histograms go to tensorboard alone."""
 
 
 @section
@@ -436,21 +466,26 @@ class TaskConfig:
     path: Text = ""
     """Folder, file, or hub name; relative to ``data.root``. A folder holds train, validation (val,
     dev), test files."""
-    kind: Literal[
-        "single_label",
-        "multi_label",
-        "regression",
-        "tags",
-        "phrases",
-        "unlabelled",
-        "text",
-        "label_words",
+    kind: Annotated[
+        Literal[
+            "single_label",
+            "multi_label",
+            "regression",
+            "tags",
+            "phrases",
+            "unlabelled",
+            "text",
+            "label_words",
+        ],
+        KIND_TABLE,
     ] = "single_label"
     """What the task predicts: single_label, multi_label, regression, tags,
     phrases (words of the post, to be found), unlabelled; and with an encoder-decoder text (written
     by the decoder) and label_words (the decoder scores each label's words). text with ``labels``
     means label_words."""
-    format: Literal["auto", "tweeteval", "jsonl", "csv", "tsv", "parquet", "txt", "hub"] = "auto"
+    format: Annotated[
+        Literal["auto", "tweeteval", "jsonl", "csv", "tsv", "parquet", "txt", "hub"], READER_TABLE
+    ] = "auto"
     """Of the files; auto looks at the path."""
     subset: Text | None = None
     """Configuration name of a hub data set."""
@@ -516,26 +551,29 @@ class TaskConfig:
     label_words only), drawn as by ``limit`` and before it, so that each ``train.seed`` has posts of
     its own and a smaller number a part of a larger one's; of multi_label a post stays while one of
     its labels has fewer. null keeps all."""
-    metric: Literal[
-        "auto",
-        "accuracy",
-        "macro_f1",
-        "macro_precision",
-        "macro_recall",
-        "micro_f1",
-        "sample_f1",
-        "jaccard",
-        "f1_class_1",
-        "mean_f1_against_favor",
-        "mae",
-        "pearson",
-        "spearman",
-        "span_f1",
-        "span_precision",
-        "span_recall",
-        "exact_match",
-        "token_f1",
-        "rouge_l",
+    metric: Annotated[
+        Literal[
+            "auto",
+            "accuracy",
+            "macro_f1",
+            "macro_precision",
+            "macro_recall",
+            "micro_f1",
+            "sample_f1",
+            "jaccard",
+            "f1_class_1",
+            "mean_f1_against_favor",
+            "mae",
+            "pearson",
+            "spearman",
+            "span_f1",
+            "span_precision",
+            "span_recall",
+            "exact_match",
+            "token_f1",
+            "rouge_l",
+        ],
+        METRIC_TABLE,
     ] = "auto"
     """Main metric; auto depends on the kind (macro_f1,
     pearson, span_f1)."""
@@ -669,6 +707,10 @@ class Recipe:
     """Soft labels of teachers."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """Optimization."""
+    plugins: Annotated[list[Given], DIFFERENT] = field(default_factory=list)
+    """Modules of your own (``my_package.module``), or plugins that a package installed, whose metrics, kinds,
+    losses, readers and gates this recipe uses. Their code runs, so a module is imported only where it is
+    named on the command line too (``--plugins``)."""
 
 
 __all__ = [

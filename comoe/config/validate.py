@@ -6,8 +6,8 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 
 from comoe.config.errors import nearest, place_of, unknown_name
-from comoe.config.fields import template_fields
-from comoe.config.recipe import OWN_COLUMNS, Recipe, TaskConfig
+from comoe.config.fields import Table, template_fields
+from comoe.config.recipe import LOSS_TABLE, OWN_COLUMNS, Recipe, TaskConfig
 
 BY_DECODER = ("text", "label_words")
 """Kinds of task that a decoder predicts; the first one free, the other one's words are scored."""
@@ -21,6 +21,7 @@ BY_GRADIENTS = ("gradnorm", "pcgrad", "cagrad")
 """Weightings that read each task's gradient by the last shared states."""
 DRAWN = ("random",)
 """Gates that draw experts at random."""
+BUILT_IN_LOSSES = Table("comoe.losses.objective", "BUILT_IN")
 BY_TEMPERATURE = ("temperature", "progress")
 """Mixings that read ``data.mixing_temperature``."""
 Broken = Iterator[tuple[str, str]]
@@ -213,6 +214,17 @@ def _losses(recipe: Recipe) -> Broken:
         yield "loss.weighting", f"({loss.weighting}) {reads}, {rule}; {remedy}."
 
 
+def _added_losses(recipe: Recipe) -> Broken:
+    known = sorted({*LOSS_TABLE.words()} - {*BUILT_IN_LOSSES.words()})
+    for name in recipe.loss.added:
+        if name not in known:
+            there = ", ".join(known) or "none; name its module in plugins"
+            yield (
+                "loss.added",
+                f"has {name!r}, which no plugin of this recipe adds (there is {there}).",
+            )
+
+
 def _mixing(recipe: Recipe) -> Broken:
     temperature = recipe.data.mixing_temperature
     if recipe.data.mixing in BY_TEMPERATURE and temperature < 1:
@@ -289,6 +301,7 @@ RULES: tuple[Callable[[Recipe], Broken], ...] = (
     _encoder,
     _experts,
     _losses,
+    _added_losses,
     _mixing,
     _early_stop,
     _distillation,

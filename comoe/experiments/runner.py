@@ -39,6 +39,9 @@ TRAIN = "comoe.commands.train"
 PORTS_TRIED = 3
 """Attempts to start a run whose port another process takes."""
 
+ASKED_EVERY = 0.5
+"""Seconds between two questions whether a run is to be given up."""
+
 GRACE = 180.0
 """Seconds that ranks have to save and exit after their launcher ends."""
 
@@ -190,7 +193,7 @@ def _run_trials(
             failed.append(trial)
         report()
         left = duration((len(trials) - number) * sum(seconds) / len(seconds))
-        best = _results(experiment, trial).get("best_value")
+        best = result_of(experiment, trial.name).get("best_value")
         outcome = "done" if best is None else f"validation {best:.4f}"
         outcome = f"FAILED ({problem})" if problem else outcome
         head = f"[{number}/{len(trials)}] {trial.name}: {outcome}"
@@ -219,16 +222,22 @@ def exit_after(work: Callable[[], bool]) -> NoReturn:
 def is_done(experiment: Experiment, trial: Trial) -> bool:
     """True if the run has its results and its export, which is written last."""
     export = experiment.runs / trial.name / "export"
-    return export.is_dir() and bool(_results(experiment, trial).get("finished"))
+    return export.is_dir() and bool(result_of(experiment, trial.name).get("finished"))
 
 
-def _results(experiment: Experiment, trial: Trial) -> dict[str, Any]:
-    file = experiment.runs / trial.name / "results.json"
+def result_of(experiment: Experiment, name: str) -> dict[str, Any]:
+    """``results.json`` of a run by its name; empty where it has none."""
+    file = experiment.runs / name / "results.json"
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
-def run_trial(experiment: Experiment, trial: Trial) -> str:
-    """Run one trial to its end; empty if it has results, else the last message of its log."""
+def run_trial(
+    experiment: Experiment, trial: Trial, *, give_up: Callable[[], bool] | None = None
+) -> str:
+    """Run one trial to its end; empty if it has results, else the last message of its log.
+
+    ``give_up`` is asked while it runs, and ends it by returning true.
+    """
     log = experiment.output / "logs" / f"{trial.name}.log"
     failure = experiment.failure_file(trial)
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -237,7 +246,7 @@ def run_trial(experiment: Experiment, trial: Trial) -> str:
         with log.open("a", encoding="utf-8") as file:
             print(f"$ {' '.join(command)}", file=file, flush=True)
             start = file.tell()
-            code = _run(command, file)
+            code = _run(command, file, give_up)
         # Another process may have taken the port between its choice and the start.
         if b"EADDRINUSE" not in log.read_bytes()[start:]:
             break
@@ -276,7 +285,7 @@ def command_of(experiment: Experiment, trial: Trial) -> list[str]:
     return [*launcher, *train, "--config", str(experiment.config), *overrides]
 
 
-def _run(command: Sequence[str], log: object) -> int:
+def _run(command: Sequence[str], log: object, give_up: Callable[[], bool] | None = None) -> int:
     environment = environment_of_a_child()
     if not torch.cuda.is_available():
         environment.setdefault("DS_ACCELERATOR", "cpu")
@@ -290,6 +299,12 @@ def _run(command: Sequence[str], log: object) -> int:
 
     before = signal.signal(signal.SIGTERM, interrupt)
     try:
+        while give_up is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return child.wait(timeout=ASKED_EVERY)
+            if give_up():
+                child.terminate()
+                break
         return child.wait()
     except KeyboardInterrupt:
         # The ranks notice that their launcher has ended, agree on it, save, and exit.

@@ -26,6 +26,7 @@ from comoe.config.errors import unknown_name
 from comoe.config.files import lock_beside, locked, read_json, write_json
 from comoe.config.legacy import keep_old_meanings
 from comoe.config.load import load_saved_recipe, recipe_from_dict
+from comoe.config.plugins import load_plugins
 from comoe.config.recipe import DataConfig, ModelConfig, Recipe
 from comoe.data.datasets import read_as_words
 from comoe.data.images.pixels import ImageProcessor, load_image_processor
@@ -228,6 +229,8 @@ class Exported:
     here."""
     config: Mapping[str, Any]
     """``config.json`` as it is."""
+    folder: Path
+    """Where it was read from."""
 
 
 def export_model(
@@ -309,6 +312,7 @@ def load_exported(folder: str | Path, *, verify: bool = True) -> Exported:
             raise ValueError(
                 f"{folder}: {problem}; copy or export the folder again, or give --no-verify where the change is yours."
             )
+    load_plugins(config.get("plugins"), place=str(folder / CONFIG))
     tasks = tuple(Task.from_dict(plain) for plain in config["tasks"])
     recipe = recipe_of_export(config)
     model = build_model(
@@ -331,7 +335,7 @@ def load_exported(folder: str | Path, *, verify: bool = True) -> Exported:
         raise ValueError(
             f"{folder}: the model reads images, but {IMAGES} is missing; copy or export it again."
         )
-    return Exported(model, tasks, tokenizer, processor, recipe.model, recipe.data, config)
+    return Exported(model, tasks, tokenizer, processor, recipe.model, recipe.data, config, folder)
 
 
 def export_checkpoint(
@@ -440,6 +444,7 @@ def _config(
         "tasks": [task.to_dict() for task in tasks],
         "as_words": list(read_as_words(recipe)),
         "columns": columns_in_training(recipe.tasks),
+        **({"plugins": recipe.plugins} if recipe.plugins else {}),
         "model": model,
         "data": {
             key: value for key, value in dataclasses.asdict(recipe.data).items() if key in DATA_KEYS
@@ -476,7 +481,7 @@ def _load_tokenizer(folder: Path, encoder_config: Mapping[str, Any]) -> Any:
     fields = dict(encoder_config)
     hf_config = AutoConfig.for_model(fields.pop("model_type"), **fields)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, config=hf_config)
+        tokenizer = AutoTokenizer.from_pretrained(folder, config=hf_config, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(

@@ -7,6 +7,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from huggingface_hub import EvalResult, ModelCardData
+
 from comoe.config.recipe import Recipe
 from comoe.data.reading.inputs import pair_in_training
 from comoe.evaluation.experts_off import OFF, experts_table, verdicts
@@ -73,34 +75,33 @@ def model_card(
 def _front_matter(
     tasks: Sequence[Task], *, config: Mapping[str, Any], results: Mapping[str, Any] | None
 ) -> str:
-    """Values are written as JSON, which is YAML too, so no name can break the block."""
-    fields: dict[str, Any] = {
-        "library_name": "comoe",
-        "language": config["data"]["normalize"]["language"],
-        "tags": ["comoe", "mixture-of-experts", "multi-task", "social-media"],
-    }
-    if _reads_images(config):
-        fields["tags"].append("multimodal")
     # The hub has no class of its own for classifying text and image together.
     kinds = [kind for kind in map(_hub_kind, tasks) if kind != WORDS]
-    if kinds:
-        fields["pipeline_tag"] = CLASSES if CLASSES in kinds else kinds[0]
-    if HUB_NAME.fullmatch(config["model"]["encoder"]):
-        fields["base_model"] = config["model"]["encoder"]
+    encoder = config["model"]["encoder"]
     test = (results or {}).get("metrics", {}).get("test", {})
-    measured = [task for task in tasks if test.get(task.name, {}).get(task.metric) is not None]
-    if measured:
-        entries = [
-            {
-                "task": {"type": _hub_kind(task)},
-                "dataset": {"name": task.name, "type": task.name, "split": "test"},
-                "metrics": [{"type": task.metric, "value": round(test[task.name][task.metric], 4)}],
-            }
-            for task in measured
-        ]
-        fields["model-index"] = [{"name": "comoe", "results": entries}]
-    lines = [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in fields.items()]
-    return "\n".join(["---", *lines, "---"])
+    measured = [
+        EvalResult(
+            task_type=_hub_kind(task),
+            dataset_type=task.name,
+            dataset_name=task.name,
+            dataset_split="test",
+            metric_type=task.metric,
+            metric_value=round(test[task.name][task.metric], 4),
+        )
+        for task in tasks
+        if test.get(task.name, {}).get(task.metric) is not None
+    ]
+    data = ModelCardData(
+        library_name="comoe",
+        language=config["data"]["normalize"]["language"],
+        tags=["comoe", "mixture-of-experts", "multi-task", "social-media"]
+        + (["multimodal"] if _reads_images(config) else []),
+        pipeline_tag=(CLASSES if CLASSES in kinds else kinds[0]) if kinds else None,
+        base_model=encoder if HUB_NAME.fullmatch(encoder) else None,
+        model_name="comoe" if measured else None,
+        eval_results=measured or None,
+    )
+    return f"---\n{data.to_yaml()}\n---"
 
 
 def _hub_kind(task: Task) -> str:
@@ -176,16 +177,19 @@ def _usage(tasks: Sequence[Task], config: Mapping[str, Any]) -> str:
         if with_images or with_pair
         else ("posts.txt", "")
     )
+    plugins = config.get("plugins", [])
+    trust = f", plugins={json.dumps(plugins)}" if plugins else ""
+    flag = f" --plugins {','.join(plugins)}" if plugins else ""
     return f"""```python
 from comoe import Predictor
 
-predictor = Predictor.from_pretrained("path/to/this/folder")
+predictor = Predictor.from_pretrained("path/to/this/folder"{trust})
 prediction = predictor(["what a lovely day :)"]{pairs}{images}{explain})[0]
 print(prediction[{json.dumps(tasks[0].name)}])
 ```
 
 ```
-{write}comoe predict --model path/to/this/folder --input {posts}{column} --output predictions.jsonl
+{write}comoe predict --model path/to/this/folder --input {posts}{column}{flag} --output predictions.jsonl
 ```"""
 
 
@@ -247,13 +251,15 @@ def _training(recipe: Recipe, config: Mapping[str, Any], results: Mapping[str, A
     rows = [("task", "data set", "posts kept at most")]
     limit = "all" if recipe.data.limit_per_task is None else str(recipe.data.limit_per_task)
     for name, task in recipe.tasks.items():
-        rows.append((name, _last_part(task.path) or "-", limit))
+        shown = task.path if task.format == "hub" else _last_part(task.path)
+        rows.append((name, shown or "-", limit))
     return "\n".join(lines) + "\n\n" + _table(rows)
 
 
 def _last_part(path: str) -> str:
-    """Of an absolute path the last part: the rest concerns nobody."""
-    return path.rsplit("/", 1)[-1] if path.startswith(("/", "~")) else path
+    """The last part of a path, or the two last of a run's export: the rest concerns nobody."""
+    parts = [part for part in re.split(r"[/\\]", path) if part not in ("", ".", "..", "~")]
+    return "/".join(parts[-2:] if parts[-1:] == ["export"] else parts[-1:])
 
 
 def _limits(recipe: Recipe, tasks: Sequence[Task]) -> str:

@@ -14,9 +14,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub import ModelHubMixin
 from tqdm import tqdm
 
 from comoe.config.errors import unknown_name
+from comoe.config.files import same_file
+from comoe.config.plugins import consent
 from comoe.data.collator import Collator
 from comoe.data.images.check import limits_of
 from comoe.data.images.decode import BadImage, locate_image
@@ -28,13 +31,14 @@ from comoe.data.tokens.tokenize import readable
 from comoe.distributed import choose_device
 from comoe.inference.columns import Posts, read_columns
 from comoe.inference.export import Exported, load_exported
+from comoe.inference.hub import copy_export, find_export
 from comoe.tasks.kinds.tagging import tag_spans
 from comoe.tasks.labels import split_words, whole_characters
 from comoe.tasks.task import Task
 
 
-@dataclass(frozen=True, slots=True)
-class Predictor:
+@dataclass(frozen=True)
+class Predictor(ModelHubMixin):
     """Texts in, one plain dict per text out, in the same order.
 
     ``predictor(["what a lovely day"])`` gives ``[{"text": "what a lovely day", "<task>": {...},
@@ -51,26 +55,41 @@ class Predictor:
     device: torch.device
     """Where the model is."""
 
+    def __new__(cls, *values: Any, **named: Any) -> Predictor:
+        """Without the mixin's copy of all values, which would be one of the model."""
+        return object.__new__(cls)
+
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, *, device: str = "auto", verify: bool = True
+        cls,
+        folder: str | Path,
+        *,
+        device: str = "auto",
+        verify: bool = True,
+        plugins: Sequence[str] = (),
+        **hub: Any,
     ) -> Predictor:
         """Load an export.
 
         Args:
-            folder: written by a run (``export/``) or by ``comoe export``.
+            folder: written by a run (``export/``) or by ``comoe export``; or ``organization/name``
+                on the Hugging Face hub.
             device: a torch device; auto is the first GPU, or the CPU where there is none.
             verify: compare the digests of its files with those that were written.
+            plugins: those that may be imported if the export names them: their code runs.
+            hub: revision (branch, tag or commit), token, cache_dir, force_download,
+                local_files_only, as of ``comoe.inference.hub.find_export``.
 
         Raises:
-            ValueError: no export there, or one that cannot be read; no such device.
+            ValueError: no export there or on the hub, or one that cannot be read; no such device.
 
         Example:
             >>> predictor = comoe.Predictor.from_pretrained("runs/smoke/export")
             >>> predictor(["what a lovely day"])[0]["mood"]["label"]
             'positive'
         """
-        exported = load_exported(folder, verify=verify)
+        consent(plugins)
+        exported = load_exported(find_export(folder, **hub), verify=verify)
         place = choose_device(device)
         exported.model.to(place)
         processor = exported.image_processor
@@ -80,6 +99,19 @@ class Predictor:
         route_by = exported.model_config.moe.route_by
         collator = Collator(exported.tokenizer, exported.tasks, route_by=route_by, pixels=pixels)
         return cls(exported, collator, place)
+
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> str | None:
+        """Copy the export to a folder; options of ``huggingface_hub.ModelHubMixin`` (``push_to_hub``, ``repo_id``).
+
+        Raises:
+            ValueError: the folder is the one that it was read from, or its files were changed.
+        """
+        if same_file(Path(save_directory), self.exported.folder):
+            raise ValueError(f"{save_directory} is the folder that the model was read from.")
+        return super().save_pretrained(save_directory, **options)
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        copy_export(self.exported.folder, save_directory)
 
     @property
     def tasks(self) -> tuple[Task, ...]:

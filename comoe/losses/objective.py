@@ -135,7 +135,10 @@ LOSSES: dict[str, Callable[[Parts], Term | None]] = {
     "orthogonal": _orthogonal,
     "adversarial": _adversarial,
 }
-"""Auxiliary term -> parts -> term, None where it is switched off."""
+"""Auxiliary term -> parts -> term, None where it is switched off. That of a plugin is made where
+``loss.added`` gives it a weight."""
+BUILT_IN = tuple(LOSSES)
+"""Those that the recipe has options for."""
 
 
 Mode = Literal["train", "evaluate", "embed", "task_gradients"]
@@ -183,7 +186,8 @@ class Objective(nn.Module):
         decoded = bool(decoder_tasks(tasks))
         assert not (decoded and self.weighting.reads_gradients), "the recipe's rules refuse it"
         parts = Parts(loss, moe, model, seed, num_domains)
-        built = {name: build(parts) for name, build in LOSSES.items()}
+        wanted = {*BUILT_IN, *(name for name, weight in loss.added.items() if weight)}
+        built = {name: build(parts) for name, build in LOSSES.items() if name in wanted}
         self.terms = {name: term for name, term in built.items() if term is not None}
         # Temperatures and a discriminator to learn, queues to save.
         self.losses = nn.ModuleDict(

@@ -376,5 +376,5 @@ METRICS: dict[str, Metric] = {
 }
 
 
-LOWER_IS_BETTER = frozenset({"mae", "loss", "teacher_kl"})
+LOWER_IS_BETTER = {"mae", "loss", "teacher_kl"}
 """Names of numbers that fall as a model gets better; every other one rises."""

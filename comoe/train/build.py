@@ -15,6 +15,7 @@ from comoe.distributed import is_main, world_size
 from comoe.train.checkpoint.resume import checkpoint_to_resume, start_engine
 from comoe.train.memory_plan import count_parameters
 from comoe.train.monitor.monitor import Monitor
+from comoe.train.monitor.trackers import trackers_of
 from comoe.train.parallel.ds_config import fill_settings, plan_layout
 from comoe.train.read_data import read_posts, tokenize_posts
 from comoe.train.run_folder import SET_ASIDE, begun_in_bf16
@@ -63,8 +64,8 @@ def build_run(
     found = checkpoint_to_resume(folder, typed, corpus.tasks, verify=verify) if resume else None
     engine, state = start_engine(objective, recipe, settings, layout, found)
     monitor = Monitor(
-        folder, enabled=is_main(), tasks=corpus.tasks, recipe_text=recipe_to_yaml(typed),
-        histograms=recipe.run.histograms, resumed_at=state.step if resume else None,
+        folder, enabled=is_main(), tasks=corpus.tasks, recipe_text=recipe_to_yaml(typed), shown=recipe.run,
+        trackers=trackers_of(typed, folder, resumed=resume), resumed_at=state.step if resume else None,
     )  # fmt: skip
     return TrainingRun(
         recipe=typed,

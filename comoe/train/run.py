@@ -147,8 +147,10 @@ def run_request(
     # earlier.
     from comoe.train.build import build_run
     from comoe.train.dry_run import print_dry_run
+    from comoe.train.monitor.trackers import check_trackers
     from comoe.train.recipe_warnings import recipe_warnings
 
+    check_trackers(recipe.run.trackers)
     device = _join_ranks(recipe, watch)
     folder = request.resume or Path(recipe.run.output_dir) / recipe.run.name
     if not request.dry_run and request.resume is None and begun_by_this_start(folder):

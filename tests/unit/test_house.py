@@ -35,7 +35,7 @@ LEVELS = {
 """Folder -> level. A file imports from its own folder and from lower levels; two folders of one
 level are strangers."""
 
-ALIASES = ("comoe/__init__.py", "comoe/__main__.py", "comoe/predict.py")
+ALIASES = ("comoe/__init__.py", "comoe/__main__.py", "comoe/hub.py", "comoe/predict.py")
 """Public names that lead to where things are, from above and only when used: no home of code."""
 
 LONG_FILES = {
@@ -43,6 +43,8 @@ LONG_FILES = {
     "comoe/train/memory_plan.py": "one formula per line of the plan, then what they are fed with",
     "comoe/models/encoders/families.py": "the table of encoder families, and what is read off it",
     "comoe/inference/export.py": "what an export holds: written, read back, and made of a checkpoint",
+    "comoe/inference/predictor.py": "texts in, predictions out: one class, and what is checked of its input",
+    "comoe/train/monitor/monitor.py": "what a run shows: one method for each thing that is logged",
     "comoe/losses/objective.py": "the four modes of the objective, and the table of its terms",
     "comoe/tasks/kinds/base.py": "what every kind of task knows, and the losses that several kinds share",
     "comoe/starter/kit.py": "mostly the table of package archives with their checksums and licenses",
@@ -53,7 +55,8 @@ HOMES = {
     "deepspeed": ("comoe/train/parallel/", "comoe/train/checkpoint/"),
     "torch.distributed": ("comoe/distributed.py",),
     "transformers": ("comoe/models/encoders/", "comoe/models/vision/", "comoe/data/", "comoe/starter/",
-                     "comoe/inference/export.py", "comoe/augment/"),
+                     "comoe/inference/export.py", "comoe/inference/auto.py", "comoe/augment/"),
+    "huggingface_hub": ("comoe/inference/",),
     "tokenizers": ("comoe/data/", "comoe/starter/"),
     "datasets": ("comoe/data/reading/",),
     "PIL": ("comoe/data/images/", "comoe/starter/"),

@@ -22,6 +22,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from comoe.config.files import plain
+from comoe.config.recipe import RunConfig
 from comoe.evaluation.embedding_stats import EmbeddingSummary
 from comoe.evaluation.evaluate import Evaluation
 from comoe.evaluation.routing_stats import RoutingSummary
@@ -29,6 +30,7 @@ from comoe.tasks.task import Task
 from comoe.train.monitor import plots
 from comoe.train.monitor.metrics_file import METRICS_FILE, read_metrics, truncate_metrics
 from comoe.train.monitor.plots import embedding_figure
+from comoe.train.monitor.trackers import TENSORBOARD, Silent, Trackers
 
 TASK_TERM = "task"
 """Terms named ``task/<name>`` are the losses of the tasks."""
@@ -50,7 +52,8 @@ class Monitor:
         enabled: True on the rank that writes.
         tasks: the tasks of the run.
         recipe_text: the resolved recipe as YAML, shown in TensorBoard.
-        histograms: write histograms of the gates' scores at each evaluation.
+        shown: ``run.histograms`` and ``run.plots`` are read.
+        trackers: where numbers go too; None is TensorBoard alone.
         resumed_at: step of the restored checkpoint. Lines and events after it are dropped, and the
             curves go on. None starts anew: what an earlier run of that name wrote is dropped.
     """
@@ -62,7 +65,8 @@ class Monitor:
         enabled: bool,
         tasks: Sequence[Task],
         recipe_text: str,
-        histograms: bool = True,
+        shown: RunConfig | None = None,
+        trackers: Trackers | None = None,
         resumed_at: int | None = None,
     ) -> None:
         self.enabled = enabled
@@ -70,7 +74,8 @@ class Monitor:
             return
         self._plots = run_dir / "plots"
         self._tasks = tuple(task for task in tasks if task.rules.scored)
-        self._histograms = histograms
+        self._histograms = shown is None or shown.histograms
+        self._draws = shown is None or shown.plots
         run_dir.mkdir(parents=True, exist_ok=True)
         path = run_dir / METRICS_FILE
         if resumed_at is None:
@@ -83,7 +88,11 @@ class Monitor:
         # TensorBoard hides older events from the purge step on; without it a resumed run draws two
         # curves.
         purge_step = 0 if resumed_at is None else resumed_at + 1
-        self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge_step)
+        events = str(run_dir / "tensorboard")
+        self._trackers = trackers or Trackers([TENSORBOARD], run_dir)
+        self._writer = (
+            SummaryWriter(events, purge_step=purge_step) if self._trackers.tensorboard else Silent()
+        )
         fenced = "\n".join(f"    {line}" for line in recipe_text.splitlines())
         self._writer.add_text(
             "recipe", fenced, global_step=0 if resumed_at is None else resumed_at + 1
@@ -174,7 +183,7 @@ class Monitor:
         for task, values in evaluation.metrics.items():
             self._scalars({f"{split}/{task}/{name}": value for name, value in values.items()}, step)
         for task in self._tasks:
-            if task.name in evaluation.confusions:
+            if self._draws and task.name in evaluation.confusions:
                 title = f"{task.name}, {split}, step {step}"
                 figure = plots.confusion_figure(
                     evaluation.confusions[task.name], labels=task.labels, title=title
@@ -224,9 +233,12 @@ class Monitor:
                 {f"calibration/{split}/{task}/{name}": value for name, value in errors.items()},
                 step,
             )
-            title = f"Reliability of {task} ({split}, step {step})"
-            figure = plots.reliability_figure(curves, title=title)
-            self._figure(f"reliability/{split}/{task}", f"reliability_{split}_{task}", figure, step)
+            if self._draws:
+                title = f"Reliability of {task} ({split}, step {step})"
+                figure = plots.reliability_figure(curves, title=title)
+                self._figure(
+                    f"reliability/{split}/{task}", f"reliability_{split}_{task}", figure, step
+                )
 
     def log_experts(
         self, step: int, changes: Mapping[str, Mapping[str, Any]], *, lines: Sequence[str]
@@ -259,6 +271,7 @@ class Monitor:
             with self._harmless():
                 self._draw_curves()
                 self._writer.close()
+            self._trackers.close()
             self._file.close()
             self.enabled = False
 
@@ -290,6 +303,8 @@ class Monitor:
             self._scalars({f"{tag}/{name}": value for name, value in scalars.items()}, step)
             if self._histograms:
                 self._histogram(f"{tag}/scores", routing.histogram_LH[index], step)
+        if not self._draws:
+            return
         title = f"Share of tokens per expert, in % ({split}, step {step})"
         names = routing.layer_names
         layers = plots.share_figure(routing.share_LE, rows=names, title=title, row_axis="layer")
@@ -303,10 +318,10 @@ class Monitor:
             self._scalars(
                 {f"{where}/{task}/{name}": value for name, value in view.measures.items()}, step
             )
-            figure = embedding_figure(
-                view.points, view.labels, title=f"Embeddings of {task} ({split}, step {step})"
-            )
-            self._figure(f"{where}/{task}", f"{where}_{task}", figure, step)
+            if self._draws:
+                title = f"Embeddings of {task} ({split}, step {step})"
+                figure = embedding_figure(view.points, view.labels, title=title)
+                self._figure(f"{where}/{task}", f"{where}_{task}", figure, step)
         self._scalars(
             {f"{where}/{name}": value for name, value in embeddings.retrieval.items()}, step
         )
@@ -328,7 +343,7 @@ class Monitor:
     def _draw_curves(self) -> None:
         train = [record for record in self._records if record.get("split") == "train"]
         checks = [record for record in self._records if record.get("split") == "validation"]
-        if self._drawn == (len(train), len(checks)):
+        if not self._draws or self._drawn == (len(train), len(checks)):
             return  # A figure takes longer than a step of a small model.
         self._drawn = len(train), len(checks)
         losses = {task.name: _curve(train, task.name, "loss") for task in self._tasks}
@@ -364,10 +379,15 @@ class Monitor:
         self._writer.add_image(tag, plots.save_figure(figure, file), step, dataformats="HWC")
 
     def _scalars(self, scalars: Mapping[str, float | torch.Tensor], step: int) -> None:
-        for name, value in scalars.items():
-            if value is not None and math.isfinite(value):
-                self._writer.add_scalar(name, float(value), step)
+        finite = {
+            name: float(value)
+            for name, value in scalars.items()
+            if value is not None and math.isfinite(value)
+        }
+        for name, value in finite.items():
+            self._writer.add_scalar(name, value, step)
         self._writer.flush()
+        self._trackers.log(finite, step)
 
     def _write(self, record: Mapping[str, Any]) -> None:
         line = plain(record)

@@ -91,7 +91,7 @@ def test_an_option_takes_its_default_and_refuses_what_is_of_another_type(option:
         if value == option.default:
             recipe_from_dict(nested)
         elif not option.allowed.startswith("a mapping"):
-            with pytest.raises(ValueError, match=rf"^{'.'.join(sections)}\.{name}"):
+            with pytest.raises(ValueError, match=rf"^{'.'.join([*sections, name])}"):
                 recipe_from_dict(nested)
 
 

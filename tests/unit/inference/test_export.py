@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from helpers_export import TASKS, WORDS, export_tiny, make, make_run, tiny_recipe, tiny_tokenizer
 from helpers_model import HF_CONFIGS, VARIANTS, moe_config, random_batch, tiny_model
 from safetensors.torch import load_file, save_file
@@ -123,11 +124,13 @@ def test_the_model_card_shows_the_measured_results(tmp_path):
     results = {"metrics": {"test": {"mood": scores}}, "seconds": 90.0, "best_step": 5, "step": 10}
     export_tiny(tmp_path, results=results)
     card = (tmp_path / "export/README.md").read_text()
-    assert card.startswith("---\nlibrary_name:")
+    assert card.startswith("---\n")
     assert "| mood | macro_f1 | 0.612 | 0.200 |" in card and "step 5 of 10, 1.5 minutes" in card
-    front = card.split("---")[1]
-    index = json.loads(front[front.index("model-index:") + len("model-index:") :])
-    assert index[0]["results"][0]["metrics"] == [{"type": "macro_f1", "value": 0.6123}]
+    front = yaml.safe_load(card.split("---")[1])
+    assert front["library_name"] == "comoe" and "comoe" in front["tags"]
+    (found,) = front["model-index"][0]["results"]
+    assert found["metrics"] == [{"type": "macro_f1", "value": 0.6123}]
+    assert found["dataset"] == {"name": "mood", "type": "mood", "split": "test"}
 
 
 def test_the_model_card_says_when_nothing_was_measured(tmp_path):

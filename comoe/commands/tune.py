@@ -1,0 +1,52 @@
+"""Search the options of a recipe with Optuna: TPE proposes, the validation posts judge, hopeless runs end early.
+
+comoe tune smoke --space space.yaml --trials 20 --output runs/tune train.epochs=2
+It goes on where an earlier call with the same --output stopped, even if it was killed.
+"""
+
+from argparse import ArgumentParser
+from collections.abc import Sequence
+from pathlib import Path
+
+from comoe.commands.arguments import (
+    SETTINGS,
+    add_recipe,
+    need_extra,
+    need_training,
+    new_parser,
+    take_recipe,
+)
+
+
+def parser() -> ArgumentParser:
+    """The command line."""
+    # fmt: off
+    found = new_parser("tune", __doc__)
+    add = found.add_argument
+    add("--space", type=Path, required=True, metavar="YAML",
+        help="options to search: `options:`, then per option a list of values, or low, high, log, step")
+    add("--trials", type=int, default=20, metavar="N",
+        help="runs in all, those of earlier calls included (%(default)s)")
+    add("--seed", type=int, default=0, help="of the proposals; that of the runs is the recipe's (%(default)s)")
+    add("--deepspeed", default=SETTINGS, metavar="JSON", help="a file, or the name of a ready one (%(default)s)")
+    add("--output", type=Path, default=Path("runs/tune"), metavar="DIR",
+        help="study, runs, table, plot, best recipe")
+    add("--ranks", type=int, metavar="N", help="ranks of each run (all GPUs; without a GPU 1)")
+    # fmt: on
+    add_recipe(found)
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Read the command line and run."""
+    line = parser()
+    given = line.parse_intermixed_args(argv)
+    if given.trials < 1:
+        line.error(f"--trials is {given.trials}; it must be at least 1.")
+    take_recipe(given)
+    need_training("tune")
+    need_extra("tune", "tune")
+
+    from comoe.experiments.tune import tune_and_exit
+
+    tune_and_exit(given)
