@@ -3,7 +3,7 @@
     comoe predict --model F --input posts.csv --keep created_at --keep platform --output predictions.jsonl
     comoe report predictions.jsonl --labeled runs/starter/predictions/validation --time created_at --by platform
 
-With --labeled the shares are corrected for what the model gets wrong; without it they count predictions.
+With --labeled or --gold the shares are corrected for what the model gets wrong; else they count predictions.
 """
 
 import sys
@@ -24,6 +24,8 @@ def parser() -> ArgumentParser:
     add("--json", type=Path, help="write all numbers there too")
     add("--labeled", type=Path, metavar="FOLDER",
         help="predictions of labeled posts by the same model: predictions/validation of its run")
+    add("--gold", action="append", default=[], metavar="TASK=COLUMN",
+        help="column with gold labels of some of these posts, best of 200 drawn at random; used instead of --labeled")
     add("--time", metavar="COLUMN", help="column with the time of a post")
     add("--period", default="auto", choices=["auto", "hour", "day", "week", "month", "year"],
         help="auto: by the time that the posts span")
@@ -49,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _report(options) -> str:
     from comoe.config.extras import need
-    from comoe.config.files import is_read_from, write_atomic, write_json
+    from comoe.config.files import is_read_from, same_file, write_atomic, write_json
 
     need("report", what="comoe report")
     for flag, number, least in (
@@ -60,24 +62,35 @@ def _report(options) -> str:
         if number < least:
             raise ValueError(f"--{flag} is {number}; it must be {least} or more.")
     from comoe.reporting.page import render
-    from comoe.reporting.predictions import read_corpus, read_labeled
+    from comoe.reporting.predictions import labeled_of, read_corpus, read_labeled
     from comoe.reporting.report import ReportOptions, make_report
 
     output = options.output or options.predictions.with_suffix(".html")
+    if options.period != "auto" and options.time is None:
+        raise ValueError("--period is of --time, the column with the time of a post; name it.")
+    if options.json is not None and same_file(options.json, output):
+        raise ValueError(f"--json {options.json} is the page itself; name another file.")
     for place in (output, options.json):
-        if place is not None and is_read_from(place, options.predictions):
-            raise ValueError(f"{place} would replace the predictions; name another file.")
+        for source in (options.predictions, options.labeled):
+            if place is not None and source is not None and is_read_from(place, source):
+                raise ValueError(f"{place} would replace what is read; name another file.")
     chosen = ReportOptions(
         time=options.time,
         period=options.period,
-        by=[name for name in options.by.split(",") if name],
+        by=[name.strip() for name in options.by.split(",") if name.strip()],
         weight=options.weight,
         least=options.min_posts,
         examples=options.examples,
         seed=options.seed,
     )
     labeled = {} if options.labeled is None else read_labeled(options.labeled)
-    report = make_report(read_corpus(options.predictions), labeled, chosen)
+    corpus = read_corpus(options.predictions)
+    for word in options.gold:
+        task, sign, column = word.partition("=")
+        if not sign:
+            raise ValueError(f"--gold is {word!r}; it must be TASK=COLUMN.")
+        labeled[task] = labeled_of(corpus, task, column)
+    report = make_report(corpus, labeled, chosen)
     title = options.title or f"Report of {options.predictions.name}"
     write_atomic(output, render(report, title=title, options=chosen))
     if options.json:

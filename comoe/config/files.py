@@ -121,6 +121,8 @@ _FORMULA = re.compile(
 """What a spreadsheet takes for a formula: at the start of a cell, or behind what some take for the
 end of one. The emoticon ;-) is none."""
 
+_DEFUSED = re.compile(_FORMULA.pattern.replace("([=", "'([=").replace("(?!(?<=;)-", "(?!(?<=;)'?-"))
+
 _SIGNED = re.compile(r"[+-](?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?%?")
 
 
@@ -147,6 +149,11 @@ def _csv_cell(cell: Any, raw: bool) -> str:
     # Python's csv leaves a bare carriage return unquoted, at which most readers begin a new row.
     quoted = any(sign in text for sign in ',"\r\n') or text != text.strip()
     return '"' + text.replace('"', '""') + '"' if quoted else text
+
+
+def read_csv_text(text: str) -> str:
+    """The text that ``csv_line`` wrote as this cell, without the apostrophes."""
+    return _DEFUSED.sub(r"\1\2", text)
 
 
 @contextlib.contextmanager

@@ -25,7 +25,8 @@ class Shares:
     high_K: np.ndarray
     unexplained: float = 0.0
     """Part of the predictions, 0 to 1, that no mix of labels explains under this confusion (total
-    variation distance); far from 0 the assumption is wrong."""
+    variation distance); 0 where so few posts can be so far off by chance (95 %). Above 0 the
+    assumption is wrong."""
 
 
 def counted_shares(counts_K: np.ndarray) -> Shares:
@@ -72,8 +73,53 @@ def corrected_shares(
     predicted_K = counts_K / max(counts_K.sum(), 1e-12)
     known_KK = rows_KK / rows_KK.sum(1, keepdims=True)
     share_K = likeliest_mix(predicted_K[None], known_KK[None])[0]
-    unexplained = float(np.abs(share_K @ known_KK - predicted_K).sum() / 2)
+    expected_K = share_K @ known_KK
+    unexplained = float(np.abs(expected_K - predicted_K).sum() / 2)
+    size = max(round(float(counts_K.sum())), 1)
+    chance_DK = generator.multinomial(size, expected_K / expected_K.sum(), size=200) / size
+    if unexplained <= np.quantile(np.abs(chance_DK - expected_K).sum(1) / 2, LEVEL):
+        unexplained = 0.0
     return Shares(share_K, np.minimum(low_K, share_K), np.maximum(high_K, share_K), unexplained)
+
+
+def sampled_shares(
+    mean_K: np.ndarray,
+    size: float,
+    values_nK: np.ndarray,
+    gold_nK: np.ndarray,
+    weights_n: np.ndarray,
+    *,
+    exclusive: bool = True,
+) -> Shares:
+    """Shares from predictions of all posts and gold labels of a random sample of them.
+
+    mean(gold) + q (mean of all predictions - mean of the sample's predictions): right on average
+    however the model errs, and never wider than the sample alone for the q of least variance.
+    Normal intervals, so n should be 100 or more.
+
+    Args:
+        mean_K: shares of the predictions of all posts.
+        size: effective number of posts.
+        values_nK: predictions of the sample, 0 or 1.
+        gold_nK: gold labels of the sample, 0 or 1.
+        weights_n: of the sample.
+        exclusive: one label per post: one q for all labels, so that shares sum to 1.
+
+    Source: PPI++, arXiv:2311.01453, equation 5 and section 6; difference estimator, Cochran 1977.
+    """
+    n, w_n = effective(weights_n), weights_n / weights_n.sum()
+    gold_K, sample_K = w_n @ gold_nK, w_n @ values_nK
+    off_gold_nK, off_value_nK = gold_nK - gold_K, values_nK - sample_K
+    shared_K, own_K = w_n @ (off_gold_nK * off_value_nK), w_n @ off_value_nK**2
+    if exclusive:
+        shared_K, own_K = np.full_like(shared_K, shared_K.sum()), np.full_like(own_K, own_K.sum())
+    q_K = np.clip(shared_K / np.maximum(own_K * (1 + n / size), 1e-12), 0.0, 1.0)
+    share_K = np.clip(gold_K + q_K * (mean_K - sample_K), 0.0, 1.0)
+    rest_K = w_n @ (off_gold_nK - q_K * off_value_nK) ** 2
+    half_K = 1.959963984540054 * np.sqrt(
+        rest_K / max(n - 1, 1) + q_K**2 * mean_K * (1 - mean_K) / size
+    )
+    return Shares(share_K, np.maximum(share_K - half_K, 0.0), np.minimum(share_K + half_K, 1.0))
 
 
 def likeliest_mix(

@@ -1,4 +1,4 @@
-"""The pictures of a report, as SVG to stand in a page; letters are the reader's fonts, so any script shows."""
+"""The figures of a report, as SVG to stand in a page; letters are the reader's fonts, so any script shows."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""The page of a report: its numbers with pictures, one file of HTML that needs nothing else."""
+"""The page of a report: its numbers with figures, one file of HTML that needs nothing else."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
@@ -13,7 +13,13 @@ from markupsafe import Markup
 from comoe import __version__
 from comoe.evaluation.prevalence import Shares
 from comoe.reporting.figures import cross_figure, reliability_svg, shares_figure, time_figure
-from comoe.reporting.report import MAX_LABELS, MAX_SLICES, UNEXPLAINED, ReportOptions
+from comoe.reporting.report import (
+    MAX_LABELS,
+    MAX_SLICES,
+    OTHER_KIND,
+    UNEXPLAINED,
+    ReportOptions,
+)
 
 
 def render(report: Mapping[str, Any], *, title: str, options: ReportOptions) -> str:
@@ -62,6 +68,12 @@ def _warnings(task: Mapping[str, Any]) -> list[str]:
         found.append(
             f"No labeled post has {', '.join(never)}, so how the model errs there is not known; its share is a guess."
         )
+    if (area := task.get("drift", {}).get("words") or 0.0) > OTHER_KIND:
+        found.append(
+            f"These posts are of another kind than the labeled ones: their words tell them apart (area under the curve "
+            f"{area:.2f}). The model may err otherwise here, and then the corrected shares are wrong: label some 200 "
+            "of these posts, drawn at random, and give them with --gold."
+        )
     if (index := task.get("drift", {}).get("scores", 0.0)) > 0.25:
         found.append(
             f"The scores differ much from those of the labeled posts (population stability index {index:.2f}): label "
@@ -71,7 +83,7 @@ def _warnings(task: Mapping[str, Any]) -> list[str]:
 
 
 def _part(task: Mapping[str, Any], part: Mapping[str, Any]) -> dict[str, Any]:
-    """A table, and over time a picture, of periods or values."""
+    """A table, and over time a figure, of periods or values."""
     values = part["values"]
     shown = dict(part) | {"figure": "", "corrected": "corrected" in task}
     key = "corrected" if "corrected" in task else "counted"
@@ -95,25 +107,38 @@ def _part(task: Mapping[str, Any], part: Mapping[str, Any]) -> dict[str, Any]:
         }
         for name, row in cells.items()
     ]
-    if part["is_time"] and len(cells) > 1:
-        shown["figure"] = Markup(_over_time(task, {name: values[name] for name in cells}, key))
+    if part["periods"] and len(cells) > 1:
+        periods = part["periods"]
+        first, last = (periods.index(name) for name in (min(cells), max(cells)))
+        shown["figure"] = Markup(_over_time(task, values, periods[first : last + 1], key))
     return shown
 
 
-def _over_time(task: Mapping[str, Any], values: Mapping[str, Any], key: str) -> str:
+def _over_time(
+    task: Mapping[str, Any], values: Mapping[str, Any], periods: Sequence[str], key: str
+) -> str:
+    """The lines break where a period has too few posts."""
     if "mean" in task:
-        means = [value["mean"] for value in values.values()]
-        curve = tuple(np.array([one[name] for one in means]) for name in ("mean", "low", "high"))
-        return time_figure(list(values), {task["name"]: curve}, unit="mean")
+        means = [values.get(period, {}).get("mean", {}) for period in periods]
+        curve = tuple(_column(means, name) for name in ("mean", "low", "high"))
+        return time_figure(periods, {task["name"]: curve}, unit="mean")
     largest = np.argsort(-np.array(task[key]["share"]), kind="stable")[:MAX_LABELS]
+    found = [values.get(period, {}).get(key, {}) for period in periods]
     curves = {
         task["labels"][place]: tuple(
-            100 * np.array([value[key][name][place] for value in values.values()])
-            for name in ("share", "low", "high")
+            100 * _column(found, name, place) for name in ("share", "low", "high")
         )
         for place in sorted(largest)
     }
-    return time_figure(list(values), curves, unit="% of posts")
+    return time_figure(periods, curves, unit="% of posts")
+
+
+def _column(found: Sequence[Mapping[str, Any]], name: str, place: int | None = None) -> np.ndarray:
+    """A value of each period, NaN where it has none."""
+    cells = (one.get(name) for one in found)
+    return np.array(
+        [np.nan if cell is None else cell if place is None else cell[place] for cell in cells]
+    )
 
 
 def _interval(shares: Mapping[str, Any], place: int) -> str:

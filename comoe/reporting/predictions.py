@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from comoe.config.errors import unknown_name
+from comoe.config.files import read_csv_text
 from comoe.data.reading.sources import read_input
 
 ONE, SEVERAL, NUMBER, SPANS = "one label", "several labels", "number", "spans"
@@ -33,9 +34,13 @@ class TaskPredictions:
     """(N, K): score of each label; the values where the file has none."""
     gold: np.ndarray | None = None
     """(N, K) like ``values``, where the file has gold labels; NaN for a post without one."""
+    texts: Sequence[str] = ()
+    """Of the posts, where gold labels are."""
+    rows: np.ndarray | None = None
+    """Numbers of the posts in the corpus that they are a sample of, if they are."""
 
     @property
-    def answered(self) -> np.ndarray:
+    def predicted(self) -> np.ndarray:
         """Whether a post has a prediction, (N,) bool."""
         return ~np.isnan(self.values).any(1)
 
@@ -76,6 +81,9 @@ class Corpus:
 RESULT_KEYS = ("label", "labels", "value", "spans")
 """What stands under a task in a line of predictions; the first that is there decides."""
 
+CELLS = (".csv", ".tsv")
+"""Endings of files whose rows are flat and whose text may be defused (``csv_line``)."""
+
 OWN = ("text", "error", "truncated", "image_error")
 """Keys of a row that are no columns."""
 
@@ -89,8 +97,12 @@ def read_corpus(path: Path) -> Corpus:
     if not path.is_file():
         raise ValueError(f"{path}: there is no such file.")
     raw = read_input("predictions", str(path))
-    rows = _nested(raw.rows)
+    rows = _nested(raw.rows) if path.suffix.lower() in CELLS else [dict(row) for row in raw.rows]
     names = dict.fromkeys(key for row in rows for key, cell in row.items() if _kind(cell))
+    bad = [str(row) for row in raw.bad]
+    for line, row in zip(raw.lines, rows, strict=True):
+        for task in [task for task in row if task in names and _problem(row[task])]:
+            bad.append(f"{path}:{line}: {task} {_problem(row.pop(task))}.")
     if not names:
         raise ValueError(
             f"{path} has no predictions: each line needs an object with one of {', '.join(RESULT_KEYS)} under the name "
@@ -107,7 +119,7 @@ def read_corpus(path: Path) -> Corpus:
         tasks=tasks,
         errors=none + len(raw.bad),
         truncated=sum(bool(row.get("truncated")) for row in rows),
-        bad=tuple(map(str, raw.bad)),
+        bad=tuple(bad),
     )
 
 
@@ -121,9 +133,11 @@ def read_labeled(folder: Path) -> dict[str, TaskPredictions]:
     found = {}
     for path in files:
         rows = [row for row in read_input("labeled", str(path)).rows if row.get("gold") is not None]
-        if rows and _kind(rows[0]):
+        rows = [row for row in rows if not _problem(row)]
+        if rows:
             gold = [row["gold"] for row in rows]
-            found[path.stem] = _task(path.stem, rows, place=path, gold=gold)
+            task = _task(path.stem, rows, place=path, gold=gold)
+            found[path.stem] = replace(task, texts=[str(row.get("text") or "") for row in rows])
     if not found:
         raise ValueError(
             f"--labeled {folder}: no file there has predictions with gold labels; name predictions/validation of the "
@@ -132,12 +146,75 @@ def read_labeled(folder: Path) -> dict[str, TaskPredictions]:
     return found
 
 
+def labeled_of(corpus: Corpus, task: str, column: str) -> TaskPredictions:
+    """The posts of a corpus that have a gold label of a task in a column; cells without one are empty.
+
+    Raises:
+        ValueError: no such task or column, or no cell with a label.
+    """
+    if task not in corpus.tasks:
+        raise unknown_name("task of the predictions (--gold)", task, corpus.tasks)
+    cells = corpus.column(column, flag="--gold")
+    found = corpus.tasks[task]
+    rows = [row for row, cell in enumerate(cells) if cell not in (None, "")]
+    rows = [row for row in rows if found.predicted[row]]
+    if not rows:
+        raise ValueError(f"--gold {task}={column}: no post with a prediction has a label there.")
+    gold = [cells[row] for row in rows]
+    if found.what == NUMBER:
+        known = np.array(list(map(float, gold)))[:, None]
+    else:
+        for label in (label for cell in gold for label in _listed(cell)):
+            if label not in found.labels:
+                raise unknown_name(
+                    f"label of task {task} (--gold {task}={column})", label, found.labels
+                )
+        known = _indicators([_listed(cell) for cell in gold], found.labels)
+    return replace(
+        found,
+        values=found.values[rows],
+        scores=found.scores[rows],
+        gold=known,
+        texts=[corpus.texts[row] for row in rows],
+        rows=np.array(rows),
+    )
+
+
 def _kind(cell: Any) -> str | None:
     return next((key for key in RESULT_KEYS if isinstance(cell, Mapping) and key in cell), None)
 
 
+def _problem(cell: Any) -> str:
+    """What is wrong with the prediction of a task; empty if nothing is."""
+    kind = _kind(cell)
+    if kind is None:
+        return "is no prediction, as in other lines"
+    found, scores = cell[kind], cell.get("scores", {})
+    right = {
+        "label": isinstance(found, str),
+        "labels": isinstance(found, list) and all(isinstance(label, str) for label in found),
+        "value": _is_number(found),
+        "spans": isinstance(found, list)
+        and all(isinstance(span, Mapping) and isinstance(span.get("type"), str) for span in found),
+    }[kind]
+    if not right:
+        return f"has {found!r} as {kind}"
+    if kind in ("label", "labels"):
+        if not (isinstance(scores, Mapping) and all(map(_is_number, scores.values()))):
+            return f"has {scores!r} as scores"
+    return ""
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and np.isfinite(value)
+
+
 def _nested(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Flat rows of a csv with their scores under the task, as lines of JSON have them; other rows as they are."""
+    """Flat rows of a csv with their scores under the task, as lines of JSON have them."""
+    rows = [
+        {key: read_csv_text(cell) if isinstance(cell, str) else cell for key, cell in row.items()}
+        for row in rows
+    ]
     scored = [_scores(row) for row in rows]
     # One label per post: what is predicted is one of the labels, and their scores sum to 1.
     several = {
@@ -209,7 +286,7 @@ def _task(
 
 def _chosen(cell: Mapping[str, Any], key: str) -> list[str]:
     if key == "spans":
-        return [str(span.get("type") or span.get("label")) for span in cell[key]]
+        return [span["type"] for span in cell[key]]
     return _listed(cell[key])
 
 
@@ -248,17 +325,36 @@ def read_times(cells: Sequence[Any]) -> list[datetime | None]:
 
 def _time(cell: Any) -> datetime | None:
     text = str(cell).strip()
-    if (seconds := _number(cell)) is not None and abs(seconds) < 1e14 and len(text) > 8:
-        # Milliseconds, where seconds would be after the year 5000.
-        seconds = seconds / 1000 if abs(seconds) > 1e11 else seconds
-        return datetime.fromtimestamp(seconds, UTC)
-    for read in (datetime.fromisoformat, lambda word: datetime.strptime(word, TWITTER)):
+    for read in (_compact, _seconds, datetime.fromisoformat, _twitter):
         try:
             found = read(text)
-        except ValueError:
+            found = found.replace(tzinfo=UTC) if found.tzinfo is None else found.astimezone(UTC)
+        except (ValueError, OverflowError, OSError):
             continue
-        return found.replace(tzinfo=UTC) if found.tzinfo is None else found.astimezone(UTC)
+        return found if FIRST_YEAR <= found.year <= LAST_YEAR else None
     return None
+
+
+FIRST_YEAR, LAST_YEAR = 1990, 2100
+"""A time outside of these is none, as null dates of databases are."""
+
+
+def _compact(text: str) -> datetime:
+    """``20260531``, with hours and minutes, or seconds too."""
+    form = {8: "%Y%m%d", 12: "%Y%m%d%H%M", 14: "%Y%m%d%H%M%S"}.get(len(text))
+    if form is None or not text.startswith(("19", "20")):
+        raise ValueError
+    return datetime.strptime(text, form)
+
+
+def _seconds(text: str) -> datetime:
+    seconds = float(text)
+    # Milliseconds, where seconds would be after the year 5000.
+    return datetime.fromtimestamp(seconds / 1000 if seconds > 1e11 else seconds, UTC)
+
+
+def _twitter(text: str) -> datetime:
+    return datetime.strptime(text, TWITTER)
 
 
 TWITTER = "%a %b %d %H:%M:%S %z %Y"
@@ -268,3 +364,13 @@ def choose_period(times: Sequence[datetime]) -> str:
     """The period of ``PERIODS`` that fits how long a time these span."""
     days = (max(times) - min(times)).total_seconds() / 86400
     return next((period for period, longest in LONGEST.items() if days <= longest), "year")
+
+
+def names_between(first: datetime, last: datetime, period: str) -> list[str]:
+    """Names of all periods from one time to another, in order."""
+    step = timedelta(hours=1) if period == "hour" else timedelta(days=1)
+    names, time = {}, first
+    while time < last:
+        names[time.strftime(PERIODS[period])] = None
+        time += step
+    return [*(names | {last.strftime(PERIODS[period]): None})]

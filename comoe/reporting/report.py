@@ -5,11 +5,16 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 from scipy.stats import chi2_contingency
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
+from sklearn.model_selection import StratifiedKFold, cross_val_predict
+from sklearn.pipeline import make_pipeline
 
 from comoe.evaluation.prevalence import (
     Shares,
@@ -17,15 +22,18 @@ from comoe.evaluation.prevalence import (
     counted_shares,
     effective,
     population_stability,
+    sampled_shares,
 )
 from comoe.reporting.predictions import (
     NUMBER,
     ONE,
     PERIODS,
+    SEVERAL,
     SPANS,
     Corpus,
     TaskPredictions,
     choose_period,
+    names_between,
     read_times,
 )
 
@@ -53,8 +61,17 @@ class ReportOptions:
 UNEXPLAINED = 0.03
 """Part of the predictions that no mix explains, from which a warning is given."""
 
-MAX_SLICES, MAX_LABELS = 20, 12
-"""Values of a column, and labels of a task over time, that are shown."""
+MAX_SLICES, MAX_LABELS, MAX_PERIODS = 20, 12, 400
+"""Values of a column, labels of a task over time, and periods that are shown."""
+
+LEAST_LABELED = 100
+"""Labeled posts of a part of the corpus from which its shares are taken from them (``sampled_shares``)."""
+
+OTHER_KIND = 0.85
+"""Area under the curve from which posts are called of another kind than the labeled ones."""
+
+MOST_COMPARED = 2000
+"""Posts of each side that words are compared on."""
 
 BINS = 10
 """Of the reliability diagram."""
@@ -122,11 +139,12 @@ class _Group:
     """A partition of some posts: periods, or the values of a column."""
 
     column: str
-    is_time: bool
     rows: Mapping[str, np.ndarray]
     """Period or value -> numbers of its posts, in the order to be shown."""
     left_out: int
     """Posts of periods or values that have too few."""
+    periods: Sequence[str] = ()
+    """All periods in order, those with too few posts too; none for values."""
 
 
 def _groups(corpus: Corpus, options: ReportOptions) -> tuple[list[_Group], list[str]]:
@@ -141,7 +159,13 @@ def _groups(corpus: Corpus, options: ReportOptions) -> tuple[list[_Group], list[
             )
         period = choose_period(known) if options.period == "auto" else options.period
         names = [None if time is None else time.strftime(PERIODS[period]) for time in times]
-        groups.append(_group(options.time, names, options, is_time=True))
+        every = names_between(min(known), max(known), period)
+        if len(every) > MAX_PERIODS:
+            raise ValueError(
+                f"--period {period}: the posts span {len(every):,} of them; at most {MAX_PERIODS} can be shown. Choose "
+                "a longer one, or auto."
+            )
+        groups.append(replace(_group(options.time, names, options), periods=every))
         if lost := len(times) - len(known):
             notes.append(
                 f"{lost:,} posts have no readable {options.time}; they are in no {period}."
@@ -150,20 +174,18 @@ def _groups(corpus: Corpus, options: ReportOptions) -> tuple[list[_Group], list[
     for column in options.by:
         cells = corpus.column(column, flag="--by")
         names = [None if cell in (None, "") else str(cell) for cell in cells]
-        groups.append(_group(column, names, options, is_time=False))
+        groups.append(_group(column, names, options))
     return groups, notes
 
 
-def _group(
-    column: str, names: Sequence[str | None], options: ReportOptions, *, is_time: bool
-) -> _Group:
+def _group(column: str, names: Sequence[str | None], options: ReportOptions) -> _Group:
     counts = Counter(name for name in names if name is not None)
     large = [name for name, count in counts.most_common() if count >= options.least]
-    kept = sorted(large) if is_time else large[:MAX_SLICES]
+    kept = sorted(large) if column == options.time else large[:MAX_SLICES]
     column_N = np.array(names, dtype=object)
     rows = {name: np.flatnonzero(column_N == name) for name in kept}
     left_out = sum(counts.values()) - sum(map(len, rows.values()))
-    return _Group(column, is_time, rows, left_out)
+    return _Group(column, rows, left_out)
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +206,7 @@ class _Section:
                 f"{self.corpus.source}."
             )
         made: dict[str, Any] = {"name": task.name, "what": task.what, "labels": list(task.labels)}
-        made |= {"posts": int(task.answered.sum()), **self.shares(every_N, draws=DRAWS)}
+        made |= {"posts": int(task.predicted.sum()), **self.shares(every_N, draws=DRAWS)}
         made["parts"] = [self.part(group) for group in groups]
         if self.labeled is not None:
             made["labeled"] = len(self.labeled.values)
@@ -194,24 +216,24 @@ class _Section:
         return made
 
     def part(self, group: _Group) -> dict[str, Any]:
-        """The shares of each period or value."""
+        """The shares of each period or value that has enough posts with a prediction."""
+        counts = {name: int(self.task.predicted[rows].sum()) for name, rows in group.rows.items()}
+        kept = [name for name, count in counts.items() if count >= self.options.least]
+        lost = sum(count for name, count in counts.items() if name not in kept)
         found = {
-            name: {
-                "posts": int(self.task.answered[rows].sum()),
-                **self.shares(rows, draws=SLICE_DRAWS),
-            }
-            for name, rows in group.rows.items()
+            name: {"posts": counts[name], **self.shares(group.rows[name], draws=SLICE_DRAWS)}
+            for name in kept
         }
         return {
             "column": group.column,
-            "is_time": group.is_time,
+            "periods": list(group.periods),
             "values": found,
-            "left_out": group.left_out,
+            "left_out": group.left_out + lost,
         }
 
     def shares(self, rows: np.ndarray, *, draws: int) -> dict[str, Any]:
         """Shares of labels, or the mean of numbers, of some posts."""
-        rows = rows[self.task.answered[rows]]
+        rows = rows[self.task.predicted[rows]]
         values, weights = self.task.values[rows], self.weights_N[rows]
         if not len(rows) or not weights.sum():
             return {}
@@ -228,8 +250,20 @@ class _Section:
             both = [counted_shares(np.array([size - count, count])) for count in counts_K]
             counted = _second(both)
             corrected = self.corrected_each(counts_K, size, draws=draws)
+        if self.labeled is not None and self.labeled.rows is not None:
+            corrected = self.sampled(rows, weights @ there / weights.sum(), size) or corrected
         found = {"counts": (weights @ there).tolist(), "counted": _plain(counted)}
         return found | ({} if corrected is None else {"corrected": _plain(corrected)})
+
+    def sampled(self, rows: np.ndarray, mean_K: np.ndarray, size: float) -> Shares | None:
+        """By the labeled posts among these alone, where there are enough."""
+        labeled, ours = self.labeled, np.isin(self.labeled.rows, rows)
+        if self.task.what not in (ONE, SEVERAL) or ours.sum() < LEAST_LABELED:
+            return None
+        return sampled_shares(
+            mean_K, size, labeled.values[ours], labeled.gold[ours],
+            self.weights_N[labeled.rows[ours]], exclusive=self.task.what == ONE,
+        )  # fmt: skip
 
     def corrected(self, counts_K: np.ndarray, *, draws: int) -> Shares | None:
         if self.labeled is None:
@@ -259,22 +293,23 @@ class _Section:
                 "predictions by another model?"
             )
         order = [labeled.labels.index(label) for label in self.task.labels]
-        both = ~np.isnan(labeled.gold).any(1) & labeled.answered
+        both = ~np.isnan(labeled.gold).any(1) & labeled.predicted
         return labeled.gold[both][:, order].T @ labeled.values[both][:, order]
 
     def against_labeled(self) -> dict[str, Any]:
         """How far the corpus lies from the labeled posts, and how right the scores are there."""
-        labeled, task = self.labeled, self.task
+        task = self.task
         if task.what != ONE:
             return {}
-        confusion = self.confusion()
-        here_K = task.values[task.answered].sum(0)
+        confusion, labeled = self.confusion(), self.labeled
+        both = labeled.predicted & ~np.isnan(labeled.gold).any(1)
+        here_K = task.values[task.predicted].sum(0)
         certain, certain_there = (
-            np.histogram(some.scores[some.answered].max(1), bins=BINS, range=(0, 1))[0]
+            np.histogram(some.scores[some.predicted].max(1), bins=BINS, range=(0, 1))[0]
             for some in (task, labeled)
         )
-        top_N = labeled.scores.max(1)
-        right_N = (labeled.gold * labeled.values).sum(1)
+        top_N = labeled.scores[both].max(1)
+        right_N = (labeled.gold * labeled.values)[both].sum(1)
         place_N = np.minimum((top_N * BINS).astype(int), BINS - 1)
         bins = [
             (float(top_N[in_bin].mean()), float(right_N[in_bin].mean()), int(in_bin.sum()))
@@ -288,6 +323,7 @@ class _Section:
             "drift": {
                 "labels": population_stability(confusion.sum(0), here_K),
                 "scores": population_stability(certain_there, certain),
+                "words": told_apart(labeled.texts, self.corpus.texts),
             },
             "never_labeled": [
                 label for label, row in zip(task.labels, confusion, strict=True) if not row.sum()
@@ -315,6 +351,30 @@ class _Section:
             if len(seen) == self.options.examples:
                 break
         return list(seen.items())
+
+
+def told_apart(first: Sequence[str], second: Sequence[str], *, seed: int = 0) -> float | None:
+    """How well words tell one collection of posts from the other: area under the ROC curve, 0.5 to 1.
+
+    A logistic regression on TF-IDF of words and pairs of words, on halves that it has not seen. Posts
+    that are in both count for neither. None where fewer than 20 are left of one.
+    """
+    common = set(first) & set(second)
+    generator = np.random.default_rng(seed)
+    sides = []
+    for texts in (first, second):
+        own = sorted({text for text in texts if text} - common)
+        sides.append([own[place] for place in generator.permutation(len(own))[:MOST_COMPARED]])
+    if min(map(len, sides)) < 20:
+        return None
+    y = np.repeat([0, 1], [len(side) for side in sides])
+    model = make_pipeline(
+        TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True),
+        LogisticRegression(class_weight="balanced", max_iter=1000),
+    )
+    folds = StratifiedKFold(2, shuffle=True, random_state=seed)
+    scores = cross_val_predict(model, sides[0] + sides[1], y, cv=folds, method="decision_function")
+    return float(max(roc_auc_score(y, scores), 0.5))
 
 
 def _plain(shares: Shares) -> dict[str, Any]:
@@ -350,7 +410,7 @@ def _cross_tables(corpus: Corpus, weights_N: np.ndarray) -> Iterator[dict[str, A
     """Each pair of tasks with one label per post: shares of the second's labels within the first's."""
     tasks = [task for task in corpus.tasks.values() if task.what == ONE and len(task.labels) > 1]
     for first, second in itertools.permutations(tasks, 2):
-        both = first.answered & second.answered
+        both = first.predicted & second.predicted
         counts = (first.values[both] * weights_N[both, None]).T @ second.values[both]
         rows, columns = (counts.sum(axis) > 0 for axis in (1, 0))
         if rows.sum() < 2 or columns.sum() < 2:

@@ -70,7 +70,7 @@ HOMES = {
                    "comoe/reporting/figures.py"),
     "jinja2": ("comoe/reporting/page.py",),
     "emoji": ("comoe/data/text/",),
-    "sklearn": ("comoe/data/",),
+    "sklearn": ("comoe/data/", "comoe/reporting/report.py"),
     "scipy": ("comoe/tasks/", "comoe/evaluation/", "comoe/losses/weighting/", "comoe/experiments/compare/",
               "comoe/reporting/report.py"),
 }  # fmt: skip

@@ -11,6 +11,7 @@ from comoe.evaluation.prevalence import (
     effective,
     likeliest_mix,
     population_stability,
+    sampled_shares,
 )
 
 CONFUSION = np.array([[0.80, 0.15, 0.05], [0.25, 0.60, 0.15], [0.05, 0.10, 0.85]])
@@ -80,3 +81,39 @@ def test_weights_count_as_kish_says_and_stability_is_zero_for_the_same_mix():
     by_hand = 0.4 * np.log(1.8) - 0.4 * np.log(0.2)
     found = population_stability(np.array([5e7, 5e7]), np.array([9e7, 1e7]))
     assert found == pytest.approx(by_hand, rel=1e-5)
+
+
+def test_a_labeled_sample_is_right_whatever_the_model_does_and_narrower_than_alone():
+    """A model that errs by the post, which no confusion of other posts could tell; 300 corpora."""
+    generator = np.random.default_rng(2)
+    held, narrower, errors = [], [], []
+    for _ in range(300):
+        gold_N = generator.choice(3, size=4000, p=[0.6, 0.3, 0.1])
+        wrong_N = generator.random(4000) < np.where(gold_N == 0, 0.35, 0.1)
+        found_N = np.where(wrong_N, 1, gold_N)
+        gold, found = np.eye(3)[gold_N], np.eye(3)[found_N]
+        sample = generator.choice(4000, size=200, replace=False)
+        one = np.ones(200)
+        got = sampled_shares(found.mean(0), 4000, found[sample], gold[sample], one)
+        truth_K = np.array([0.6, 0.3, 0.1])
+        held.append((got.low_K <= truth_K) & (truth_K <= got.high_K))
+        errors.append(got.share_K - truth_K)
+        alone = 2 * 1.96 * gold[sample].std(0) / 199**0.5
+        narrower.append((got.high_K - got.low_K) < alone)
+        assert got.share_K.sum() == pytest.approx(1, abs=1e-9)
+    assert np.mean(held) >= 0.93 and np.abs(np.mean(errors, axis=0)).max() < 0.006
+    assert np.mean(narrower) > 0.9
+
+
+def test_a_perfect_model_needs_no_labels_and_a_useless_one_adds_nothing():
+    gold = np.eye(2)[np.repeat([0, 1], [30, 70])]
+    perfect = sampled_shares(np.array([0.4, 0.6]), 1e6, gold, gold, np.ones(100))
+    np.testing.assert_allclose(perfect.share_K, [0.4, 0.6], atol=1e-3)
+    useless = sampled_shares(
+        np.array([0.5, 0.5]),
+        1e6,
+        np.tile(np.eye(2), (50, 1)),
+        gold[np.argsort(np.arange(100) % 2)],
+        np.ones(100),
+    )
+    assert useless.share_K[0] == pytest.approx(0.3, abs=0.02)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from comoe.commands import main
+from comoe.config.files import csv_line
 
 SCORES = {"bad": {"bad": 0.9, "good": 0.1}, "good": {"bad": 0.2, "good": 0.8}}
 HOSTILE = '<script>alert("x")</script> 你好 $_$ & <b>'
@@ -98,29 +99,111 @@ def test_weights_count(predictions):
     assert found["effective_posts"] == pytest.approx(600**2 / (900 + 300))
 
 
-def test_two_tasks_that_say_the_same_have_v_1(predictions):
-    rows = [row(number) for number in range(80)]
-    for one in rows:
-        one["twin"] = {"label": {"bad": "down", "good": "up"}[one["mood"]["label"]]}
-    tables = report(write(predictions, rows))["cross"]
-    assert {(table["rows"], table["columns"]) for table in tables} == {
-        ("mood", "twin"),
-        ("twin", "mood"),
-    }
-    assert all(table["cramers_v"] == pytest.approx(1) for table in tables)
-
-
 def test_a_csv_says_the_same_as_its_jsonl(predictions, tmp_path):
-    lines = ["text,mood,mood/bad,mood/good,topics,topics/food,topics/price,when"]
+    """Written as ``comoe predict`` does, with labels and columns that it defuses."""
+    head = ["text", "mood", "mood/-", "mood/+", "topics", "topics/a", "topics/-b", "who"]
+    lines, rows = [csv_line(head)], []
     for number in range(400):
-        one = row(number)
-        mood, topics = one["mood"], one["topics"]
-        scores = [*mood["scores"].values(), ";".join(topics["labels"]), *topics["scores"].values()]
-        lines.append(",".join(map(str, [f"post {number}", mood["label"], *scores, one["when"]])))
-    (tmp_path / "p.csv").write_text("\n".join(lines) + "\n")
-    of_csv, of_jsonl = report(tmp_path / "p.csv"), report(predictions)
-    for task in ("mood", "topics"):
-        assert of_csv["tasks"][task]["counted"] == of_jsonl["tasks"][task]["counted"]
+        label = "-" if number % 4 == 0 else "+"
+        scores = {"-": 0.9, "+": 0.1} if label == "-" else {"-": 0.2, "+": 0.8}
+        topics = ["a"] if number % 2 else ["a", "-b"]
+        both = {"a": 0.9, "-b": 0.1 if number % 2 else 0.8}
+        who = "@ann" if number % 5 else "=1+1"
+        cells = [f"=post {number}", label, *scores.values(), ";".join(topics), *both.values(), who]
+        lines.append(csv_line(cells))
+        rows.append(
+            {"text": f"=post {number}", "mood": {"label": label, "scores": scores}, "who": who}
+            | {"topics": {"labels": topics, "scores": both}}
+        )
+    (tmp_path / "p.csv").write_text("".join(lines))
+    of_csv, of_jsonl = (
+        report(tmp_path / "p.csv", "--by", "who"),
+        report(write(predictions, rows), "--by", "who"),
+    )
+    assert list(of_csv["tasks"]) == ["mood", "topics"]
+    assert of_csv["tasks"] == of_jsonl["tasks"]
+
+
+def test_several_labels_are_corrected_one_by_one(predictions, tmp_path):
+    """By hand: price is found in 0.9 of its posts and in 0.2 of the others, so 0.5 = 0.9 s + 0.2 (1 - s)."""
+    lines = []
+    for number in range(400):
+        there = number < 200
+        right = number % 10 if there else number % 5
+        labels = ["food"] + ["price"] * (right != 0 if there else right == 0)
+        gold = ["food"] + ["price"] * there
+        lines.append({"gold": gold, "labels": labels, "scores": {"food": 1.0, "price": 0.5}})
+    write(tmp_path / "validation/topics.jsonl", lines)
+    topics = report(predictions, "--labeled", str(tmp_path / "validation"))["tasks"]["topics"]
+    price = [topics["corrected"][name][1] for name in ("low", "share", "high")]
+    assert price[1] == pytest.approx(0.3 / 0.7, abs=0.01) and price[0] < 0.3 / 0.7 < price[2]
+    assert topics["counted"]["share"][1] == 0.5
+
+
+def test_a_part_that_no_mix_explains_is_marked_and_one_of_few_posts_is_not(predictions, labeled):
+    # The model calls a tenth of good posts bad: none among 190 cannot be chance, none among 10 can.
+    rows = [row(number) for number in range(400)]
+    places = {
+        "many": [one for one in rows if one["mood"]["label"] == "good"][:190],
+        "mixed": rows[:100],
+    }
+    some = [one | {"place": place} for place, group in places.items() for one in group]
+    write(predictions, [*some, *(one | {"place": "few"} for one in places["many"][:10])])
+    words = ["--labeled", str(labeled), "--by", "place", "--min-posts", "10"]
+    values = report(predictions, *words)["tasks"]["mood"]["parts"][0]["values"]
+    assert values["many"]["corrected"]["unexplained"] == pytest.approx(0.1, abs=0.01)
+    assert (
+        values["few"]["corrected"]["unexplained"]
+        == values["mixed"]["corrected"]["unexplained"]
+        == 0
+    )
+    page = predictions.with_suffix(".html").read_text()
+    assert "<td>many *</td>" in page and "<td>few</td>" in page
+
+
+def test_a_label_without_labeled_posts_is_told(predictions, labeled):
+    lines = [json.loads(line) for line in (labeled / "mood.jsonl").read_text().splitlines()]
+    write(labeled / "mood.jsonl", [one for one in lines if one["gold"] == "good"])
+    mood = report(predictions, "--labeled", str(labeled))["tasks"]["mood"]
+    assert mood["never_labeled"] == ["bad"] and mood["corrected"]["high"][0] > 0.5
+    assert "No labeled post has bad" in predictions.with_suffix(".html").read_text()
+
+
+def test_cross_table_by_hand(predictions):
+    # 30 bad and 10 good posts here, 20 and 40 there: chi^2 = 100 (30 * 40 - 10 * 20)^2 / (40 * 60 * 50 * 50)
+    rows, counts = [], {("bad", "x"): 30, ("good", "x"): 10, ("bad", "y"): 20, ("good", "y"): 40}
+    for (mood, other), count in counts.items():
+        rows += [{"text": "a", "mood": {"label": mood}, "other": {"label": other}}] * count
+    tables = {
+        (one["rows"], one["columns"]): one for one in report(write(predictions, rows))["cross"]
+    }
+    found = tables["other", "mood"]
+    assert found["share"] == [[0.75, 0.25], [pytest.approx(1 / 3), pytest.approx(2 / 3)]]
+    assert found["cramers_v"] == pytest.approx((1e6 / (40 * 60 * 2500)) ** 0.5)
+
+
+def test_times_without_posts_break_the_line_and_bad_cells_end_nothing(predictions):
+    rows = [
+        row(number, when=f"2026-0{1 if number < 200 else 4}-1{number % 10}")
+        for number in range(400)
+    ]
+    rows[0]["when"], rows[1]["when"] = "0001-01-01T00:00:00+08:00", "-99999999999"
+    rows[2]["mood"], rows[3]["mood"] = {"label": None}, {"label": "good", "scores": {"good": None}}
+    rows[4]["heat"], rows[5]["names"] = {"value": None}, {"spans": ["Ann"]}
+    found = report(
+        write(predictions, rows), "--time", "when", "--period", "month", "--min-posts", "20"
+    )
+    part = found["tasks"]["mood"]["parts"][0]
+    assert part["periods"] == [f"2026-0{month}" for month in (1, 2, 3, 4)]
+    assert {name: value["posts"] for name, value in part["values"].items()} == {
+        "2026-01": 196,
+        "2026-04": 200,
+    }
+    assert found["notes"][0].startswith("2 posts have no readable when")
+    assert [line.partition(".jsonl:")[2] for line in found["set_aside"]] == [
+        "3: mood has None as label.", "4: mood has {'good': None} as scores.",
+        "5: heat has None as value.", "6: names has ['Ann'] as spans.",
+    ]  # fmt: skip
 
 
 class Tags(HTMLParser):
@@ -165,13 +248,56 @@ def test_predictions_that_no_mix_explains_are_warned_of(predictions, labeled):
     assert "cannot be trusted" in predictions.with_suffix(".html").read_text()
 
 
+def test_labels_of_the_posts_themselves_correct_what_the_model_gets_wrong(predictions):
+    # A third of the bad posts is called good; every second post has a label.
+    rows = [row(number) for number in range(600)]
+    for number, one in enumerate(rows):
+        truth = "bad" if number % 4 == 0 or number % 8 == 1 else "good"
+        one["truth"] = truth if number % 2 == 0 or number % 8 == 1 else ""
+    # The sample must not depend on the label: all posts whose number divided by 8 leaves 0, 1 or 2.
+    for number, one in enumerate(rows):
+        if number % 8 > 2:
+            one["truth"] = ""
+    mood = report(write(predictions, rows), "--gold", "mood=truth")["tasks"]["mood"]
+    assert mood["labeled"] == 225 and mood["accuracy"] == pytest.approx(2 / 3)
+    sample, called, everyone = 2 / 3, 1 / 3, 1 / 4
+    low, high = mood["corrected"]["low"][0], mood["corrected"]["high"][0]
+    # Between the sample alone and the sample moved by all of the predictions' difference.
+    assert sample + (everyone - called) < mood["corrected"]["share"][0] < sample
+    assert low < sample < high and sum(mood["corrected"]["share"]) == pytest.approx(1)
+
+
+def test_posts_of_another_kind_are_warned_of(predictions, labeled):
+    rows = [json.loads(line) for line in (labeled / "mood.jsonl").read_text().splitlines()]
+    words = ["flight", "gate", "bag", "seat"]
+    write(labeled / "mood.jsonl", [
+        one | {"text": f"{words[number % 4]} {words[number // 4 % 4]} number {number}"}
+        for number, one in enumerate(rows)
+    ])  # fmt: skip
+    mood = report(predictions, "--labeled", str(labeled))["tasks"]["mood"]
+    assert mood["drift"]["words"] > 0.95
+    assert "of another kind than the labeled ones" in predictions.with_suffix(".html").read_text()
+
+
 BAD = {
+    "no sign": (["{p}", "--gold", "mood"], "--gold is 'mood'; it must be TASK=COLUMN"),
+    "no task": (["{p}", "--gold", "mod=place"], "mod.*did you mean mood"),
+    "no label": (["{p}", "--gold", "mood=place"], "there.* is not a label of task mood"),
     "no file": (["missing.jsonl"], "there is no such file"),
     "no column": (["{p}", "--time", "whem"], "whem.*did you mean when"),
     "no times": (["{p}", "--time", "place"], "no cell of place .* is a time"),
     "no weight": (["{p}", "--weight", "place"], "post 1 has 'there' as place"),
     "no labels": (["{p}", "--labeled", "nowhere"], "predictions/validation of the run"),
-    "itself": (["{p}", "--output", "{p}"], "would replace the predictions"),
+    "page and numbers": (
+        ["{p}", "--output", "{d}/a.html", "--json", "{d}/a.html"],
+        "is the page itself",
+    ),
+    "no time": (["{p}", "--period", "week"], "--period is of --time"),
+    "many periods": (
+        ["{p}", "--time", "when", "--period", "hour"],
+        "span 649 of them; at most 400",
+    ),
+    "itself": (["{p}", "--output", "{p}"], "would replace what is read"),
     "no posts": (["{p}", "--min-posts", "0"], "--min-posts is 0; it must be 1 or more"),
 }
 
@@ -180,7 +306,7 @@ BAD = {
 def test_what_cannot_be_reported_is_told(case, predictions):
     words, message = BAD[case]
     with pytest.raises(SystemExit, match=f"(?s)comoe report: .*{message}"):
-        main.main(["report", *(word.format(p=predictions) for word in words)])
+        main.main(["report", *(word.format(p=predictions, d=predictions.parent) for word in words)])
     assert predictions.read_text().count("\n") == 401
 
 
@@ -196,7 +322,8 @@ def test_a_file_without_predictions_is_refused(tmp_path):
         ("2026-05-31", "2026-05-31T00:00:00"), ("2026-05-31T12:30:00+02:00", "2026-05-31T10:30:00"),
         (1780185600, "2026-05-31T00:00:00"), ("1780185600000", "2026-05-31T00:00:00"),
         ("Sun May 31 00:00:00 +0000 2026", "2026-05-31T00:00:00"), ("soon", None), (None, None),
-        (np.nan, None),
+        (np.nan, None), ("20260531120000", "2026-05-31T12:00:00"), ("202605311200", "2026-05-31T12:00:00"),
+        ("0001-01-01T00:00:00+08:00", None), ("-99999999999", None), ("1e400", None), ("2612-01-01", None),
     ],
 )  # fmt: skip
 def test_times_of_every_form_are_read(cell, expected):
