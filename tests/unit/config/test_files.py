@@ -22,6 +22,7 @@ from comoe.config.files import (
     is_read_from,
     lock_beside,
     locked,
+    read_csv_text,
     write_atomic,
 )
 
@@ -246,6 +247,8 @@ def test_no_cell_is_a_formula_and_every_reader_finds_the_same_rows(what: str) ->
                 [wanted, "-1.5", ""],
                 ["next"],
             ]
+    if what != "NUL":
+        assert read_csv_text(defused) == cell
 
 
 def test_defusing_is_linear_in_the_text() -> None:
