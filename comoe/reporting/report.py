@@ -9,12 +9,6 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
-from scipy.stats import chi2_contingency
-from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import roc_auc_score
-from sklearn.model_selection import StratifiedKFold, cross_val_predict
-from sklearn.pipeline import make_pipeline
 
 from comoe.evaluation.prevalence import (
     Shares,
@@ -36,6 +30,7 @@ from comoe.reporting.predictions import (
     names_between,
     read_times,
 )
+from comoe.reporting.statistics import counts_2x2, cramers_v, told_apart, weighted_mean
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +64,6 @@ LEAST_LABELED = 100
 
 OTHER_KIND = 0.85
 """Area under the curve from which posts are called of another kind than the labeled ones."""
-
-MOST_COMPARED = 2000
-"""Posts of each side that words are compared on."""
 
 BINS = 10
 """Of the reliability diagram."""
@@ -238,7 +230,7 @@ class _Section:
         if not len(rows) or not weights.sum():
             return {}
         if self.task.what == NUMBER:
-            return {"mean": _mean(values[:, 0], weights)}
+            return {"mean": weighted_mean(values[:, 0], weights)}
         # Of spans: posts with at least one of a type.
         there = (values > 0).astype(float)
         size = effective(weights)
@@ -279,7 +271,7 @@ class _Section:
             if label not in self.labeled.labels:
                 return None
             place = self.labeled.labels.index(label)
-            confusion = _counts_2x2(self.labeled.gold[:, place], self.labeled.values[:, place])
+            confusion = counts_2x2(self.labeled.gold[:, place], self.labeled.values[:, place])
             pair = np.array([size - count, count])
             found.append(corrected_shares(pair, confusion, draws=draws, seed=self.options.seed))
         return _second(found)
@@ -353,30 +345,6 @@ class _Section:
         return list(seen.items())
 
 
-def told_apart(first: Sequence[str], second: Sequence[str], *, seed: int = 0) -> float | None:
-    """How well words tell one collection of posts from the other: area under the ROC curve, 0.5 to 1.
-
-    A logistic regression on TF-IDF of words and pairs of words, on halves that it has not seen. Posts
-    that are in both count for neither. None where fewer than 20 are left of one.
-    """
-    common = set(first) & set(second)
-    generator = np.random.default_rng(seed)
-    sides = []
-    for texts in (first, second):
-        own = sorted({text for text in texts if text} - common)
-        sides.append([own[place] for place in generator.permutation(len(own))[:MOST_COMPARED]])
-    if min(map(len, sides)) < 20:
-        return None
-    y = np.repeat([0, 1], [len(side) for side in sides])
-    model = make_pipeline(
-        TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True),
-        LogisticRegression(class_weight="balanced", max_iter=1000),
-    )
-    folds = StratifiedKFold(2, shuffle=True, random_state=seed)
-    scores = cross_val_predict(model, sides[0] + sides[1], y, cv=folds, method="decision_function")
-    return float(max(roc_auc_score(y, scores), 0.5))
-
-
 def _plain(shares: Shares) -> dict[str, Any]:
     found = {name: np.asarray(value).tolist() for name, value in asdict(shares).items()}
     return {"share": found["share_K"], "low": found["low_K"], "high": found["high_K"],
@@ -390,20 +358,6 @@ def _second(shares: Sequence[Shares]) -> Shares:
         for name in ("share_K", "low_K", "high_K")
     )
     return Shares(*three, unexplained=max((one.unexplained for one in shares), default=0.0))
-
-
-def _counts_2x2(gold_N: np.ndarray, found_N: np.ndarray) -> np.ndarray:
-    known = ~np.isnan(gold_N) & ~np.isnan(found_N)
-    gold, found = (np.stack([1 - some[known], some[known]]) for some in (gold_N, found_N))
-    return gold @ found.T
-
-
-def _mean(values_N: np.ndarray, weights_N: np.ndarray) -> dict[str, float]:
-    """Mean with its 95 % interval (normal, effective number of posts)."""
-    mean = float(np.average(values_N, weights=weights_N))
-    spread = float(np.average((values_N - mean) ** 2, weights=weights_N)) ** 0.5
-    half = 1.959963984540054 * spread / max(effective(weights_N) - 1, 1) ** 0.5
-    return {"mean": mean, "low": mean - half, "high": mean + half, "spread": spread}
 
 
 def _cross_tables(corpus: Corpus, weights_N: np.ndarray) -> Iterator[dict[str, Any]]:
@@ -423,11 +377,5 @@ def _cross_tables(corpus: Corpus, weights_N: np.ndarray) -> Iterator[dict[str, A
             "column_labels": list(itertools.compress(second.labels, columns)),
             "share": (kept / kept.sum(1, keepdims=True)).tolist(),
             "counts": kept.sum(1).tolist(),
-            "cramers_v": _cramers_v(kept),
+            "cramers_v": cramers_v(kept),
         }
-
-
-def _cramers_v(counts: np.ndarray) -> float:
-    """sqrt(chi^2 / (n (min(rows, columns) - 1))): 0 for independent labels, 1 where one tells the other."""
-    chi2 = chi2_contingency(counts, correction=False).statistic
-    return float(np.sqrt(chi2 / (counts.sum() * (min(counts.shape) - 1))))

@@ -70,9 +70,9 @@ HOMES = {
                    "comoe/reporting/figures.py"),
     "jinja2": ("comoe/reporting/page.py",),
     "emoji": ("comoe/data/text/",),
-    "sklearn": ("comoe/data/", "comoe/reporting/report.py"),
+    "sklearn": ("comoe/data/", "comoe/reporting/statistics.py"),
     "scipy": ("comoe/tasks/", "comoe/evaluation/", "comoe/losses/weighting/", "comoe/experiments/compare/",
-              "comoe/reporting/report.py"),
+              "comoe/reporting/statistics.py"),
 }  # fmt: skip
 """Third-party library -> beginnings of the paths that may import it; libraries without a line may
 appear anywhere."""
