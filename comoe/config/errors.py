@@ -12,6 +12,9 @@ from pydantic import ValidationError
 
 from comoe.config.fields import base_of, describe, member, members, words_of
 
+SHOWN = 200
+"""Characters of a value that a message shows."""
+
 
 def nearest(name: str, valid: Iterable[str]) -> str | None:
     """The valid name that looks most like ``name``, None when nothing does. Upper and lower case count as equal."""
@@ -79,25 +82,29 @@ def message_of(
             if isinstance(key, str):
                 rule = _must_be(get_args(base_of(expected))[0], key)
             path = ".".join(keys)
-            return f"{place_of(path, origins)}{path} has the name {key!r}; {rule}."
+            return f"{place_of(path, origins)}{path} has the name {_shown(key)}; {rule}."
         keys.append(str(key))
         value, expected = value[key], inner
     path = ".".join(keys) or "a recipe"
     rule = "it must be a finite number" if kind == "finite_number" else _must_be(expected, value)
-    return (
-        f"{place_of(path, origins)}{path} is {value!r}; {rule}{'' if rule.endswith('?') else '.'}"
-    )
+    return f"{place_of(path, origins)}{path} is {_shown(value)}; {rule}{'' if rule.endswith('?') else '.'}"
+
+
+def _shown(value: Any) -> str:
+    """A value as a message shows it, cut where it is long."""
+    shown = repr(value)
+    return shown if len(shown) <= SHOWN else f"{shown[:SHOWN]}... ({len(shown):,} characters)"
 
 
 def _must_be(expected: Any, value: Any) -> str:
     """The rule for a value, and what to do about a frequent slip."""
     kinds = {base_of(part) for part in members(base_of(expected))}
     words = words_of(expected)
-    rule = f"it must be {describe(expected)}"
+    rule = f"it must be {describe(expected, value=value)}"
     if isinstance(value, str) and (guess := nearest(value, words)):
         return f"{rule}; did you mean {guess}?"
     if isinstance(value, str) and any(get_origin(kind) is list for kind in kinds):
-        return f"{rule}; write [{value}], in quotes on a command line"
+        return f"{rule}; write [{value if len(value) <= SHOWN else '...'}], in quotes on a command line"
     if isinstance(value, bool) and (words or str in kinds):
         return f"{rule}; YAML reads a bare yes, no, on, off as true or false: put it in quotes"
     if isinstance(value, (int, float)) and kinds <= {str, type(None)}:

@@ -10,12 +10,20 @@ import re
 import string
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Len, Lt, MinLen
-from pydantic import BeforeValidator, ConfigDict, Field, Strict, StrictBool, StrictStr
+from pydantic import (
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    Strict,
+    StrictBool,
+    StrictStr,
+    ValidationInfo,
+)
 from pydantic.dataclasses import dataclass
 from pydantic_core import core_schema
 
@@ -66,6 +74,60 @@ class Table:
         return core_schema.no_info_wrap_validator_function(self._check, handler(source))
 
 
+SAVED = {"saved": True}
+"""Context of validation: of a run that was begun, which keeps values that are out of a later limit."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Limit(Rule):
+    """A condition that only new runs must hold: without it a value would have no meaning.
+
+    A message has it where it is broken; the reference of options where it is not ``usual``.
+    """
+
+    usual: bool = False
+    """One that stands for all options of its kind."""
+
+    def _check_new(self, value: Any, info: ValidationInfo) -> Any:
+        return value if info.context == SAVED else Rule._check(self, value)
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Callable[[Any], Any]) -> Any:
+        return core_schema.with_info_after_validator_function(self._check_new, handler(source))
+
+    def broken(self, value: Any) -> bool:
+        """Whether a value of any type breaks it."""
+        try:
+            return not self.holds(_number(value) if self.holds is not SHORT.holds else value)
+        except TypeError:
+            return False
+
+
+def at_least(number: float, *, usual: bool = False) -> Limit:
+    """A lower limit."""
+    # A value that another condition refuses breaks it alone.
+    return Limit(lambda value: value >= number or value <= 0, f"at least {number:,}", usual)
+
+
+def at_most(number: float, *, usual: bool = False) -> Limit:
+    """An upper limit."""
+    return Limit(lambda value: value <= number, f"at most {number:,}", usual)
+
+
+MOST_CHARACTERS = 4096
+"""Of a text in a recipe: the longest path of most systems."""
+
+SHORT = Limit(
+    lambda text: len(text) <= MOST_CHARACTERS and "\0" not in text,
+    f"of at most {MOST_CHARACTERS:,} characters, none of them NUL",
+    usual=True,
+)
+
+
+def one_of(words: Sequence[str]) -> Limit:
+    """A word of a list that a library has, and another release of it may have had otherwise."""
+    return Limit(lambda word: word in words, f"one of {', '.join(words)}")
+
+
 def option(default: Any, *, read_when: str) -> Any:
     """A field that counts only under a condition; setting it otherwise is worth a warning.
 
@@ -103,19 +165,25 @@ def _is_prompt(prompt: str) -> bool:
         return False
 
 
-Flag, Text = StrictBool, StrictStr
+Flag, Text = StrictBool, Annotated[StrictStr, SHORT]
 Given = Annotated[Text, MinLen(1)]
 Whole = Annotated[int, Strict()]
-Count, CountFrom0 = Annotated[Whole, Ge(1)], Annotated[Whole, Ge(0)]
+_MOST = at_most(10**9, usual=True)
+Count, CountFrom0 = Annotated[Whole, Ge(1), _MOST], Annotated[Whole, Ge(0), _MOST]
+Width, WidthFrom0 = (Annotated[Whole, Ge(least), at_most(131_072)] for least in (1, 0))
+Posts = Annotated[Whole, Ge(1), at_most(1_000_000)]
+Seed = Annotated[Whole, Ge(0), at_most(10**18)]
 _TEXT_TOO = BeforeValidator(_number)
 Number = Annotated[float, Strict(), _TEXT_TOO]
-NotNegative = Annotated[float, Strict(), Ge(0), _TEXT_TOO]
+NotNegative = Annotated[float, Strict(), Ge(0), _MOST, _TEXT_TOO]
 Rate = Annotated[float, Strict(), Ge(0), Le(1000), _TEXT_TOO]
-Positive = Annotated[float, Strict(), Gt(0), _TEXT_TOO]
+Positive = Annotated[float, Strict(), Gt(0), at_least(1e-30, usual=True), _MOST, _TEXT_TOO]
+Seconds = Annotated[float, Strict(), Gt(0), at_least(1), at_most(10**7), _TEXT_TOO]
+Epochs = Annotated[float, Strict(), Gt(0), at_most(100_000), _TEXT_TOO]
 Share = Annotated[float, Strict(), Ge(0), Lt(1), _TEXT_TOO]
 Fraction = Annotated[float, Strict(), Ge(0), Le(1), _TEXT_TOO]
 PositiveShare = Annotated[float, Strict(), Gt(0), Le(1), _TEXT_TOO]
-Temperature = Annotated[float, Strict(), Ge(0.01), _TEXT_TOO]
+Temperature = Annotated[float, Strict(), Ge(0.01), _MOST, _TEXT_TOO]
 AT_LEAST_TWO = Rule(lambda items: len(items) > 1, "one per label")
 DIFFERENT = Rule(lambda items: len(set(items)) == len(items), "all different")
 Names = Annotated[list[Text], DIFFERENT]
@@ -124,10 +192,11 @@ FOLDER_NAME = Rule(
     "a plain folder name: at most 200 letters, digits, dots, dashes, underscores, no dot or dash first",
 )
 KEPT_LAYERS = Rule(
-    lambda word: re.fullmatch(r"(top|bottom)-[1-9][0-9]*", word) is not None, "as top-3 or bottom-3"
+    lambda word: re.fullmatch(r"(top|bottom)-[1-9][0-9]{0,3}", word) is not None,
+    "as top-3 or bottom-3",
 )
 TOP_LAYERS = Rule(
-    lambda text: re.fullmatch(r"top-[1-9][0-9]*", text) is not None,
+    lambda text: re.fullmatch(r"top-[1-9][0-9]{0,3}", text) is not None,
     "top-<n> for the last n layers",
 )
 PROMPT = Rule(
@@ -165,23 +234,41 @@ def words_of(annotation: Any) -> tuple[str, ...]:
     return tuple(dict.fromkeys(words))
 
 
-def describe(annotation: Any) -> str:
-    """A type as the user says it: "a whole number, at least 1, or auto"."""
+NOTHING = object()
+"""No value at all."""
+
+
+def describe(annotation: Any, *, value: Any = NOTHING) -> str:
+    """A type as the user says it: "a whole number, at least 1, or auto".
+
+    Args:
+        annotation: the type.
+        value: that it does not take; of the limits only those that it breaks are told.
+    """
     base, words = base_of(annotation), words_of(annotation)
     origin, arguments = get_origin(base), get_args(base)
     if origin is Literal:
         text = ("one of " if len(words) > 1 else "") + ", ".join(words)
     elif len(members(base)) > 1:
-        others = [describe(part) for part in arguments if get_origin(part) is not Literal]
+        others = [
+            describe(part, value=value) for part in arguments if get_origin(part) is not Literal
+        ]
         text = ", or ".join([*others, *([" or ".join(words)] if words else [])])
     elif origin is list:
-        text = f"a list (each item {describe(arguments[0])})"
+        text = f"a list (each item {describe(arguments[0], value=value)})"
     elif origin is dict:
-        text = f"a mapping of names, each to {describe(arguments[1])}"
+        text = f"a mapping of names, each to {describe(arguments[1], value=value)}"
     else:
         text = _WORDS.get(base, "a section (key: value lines)")
     conditions = annotation.__metadata__ if base is not annotation else ()
+    conditions = [each for each in conditions if _is_told(each, value)]
     return ", ".join([text, *filter(None, map(_condition, conditions))])
+
+
+def _is_told(condition: Any, value: Any) -> bool:
+    if not isinstance(condition, Limit):
+        return True
+    return not condition.usual if value is NOTHING else condition.broken(value)
 
 
 def _condition(condition: Any) -> str:

@@ -7,20 +7,21 @@ to do.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_origin
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from comoe.config.errors import message_of, nearest, unknown_name
-from comoe.config.fields import base_of, member, members
+from comoe.config.errors import message_of, nearest, place_of, unknown_name
+from comoe.config.fields import SAVED, base_of, member, members
 from comoe.config.files import write_atomic
 from comoe.config.legacy import keep_old_meanings
 from comoe.config.plugins import consent, load_plugins
 from comoe.config.ready_made import recipe_path
 from comoe.config.recipe import Recipe
+from comoe.config.strict_yaml import StrictLoader, read_yaml
 from comoe.config.validate import validate
 
 __all__ = [
@@ -78,31 +79,48 @@ def load_saved_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe
 
 
 def _load(path: Path, overrides: Sequence[str], *, saved: bool) -> Recipe:
-    raw, origins = _read_yaml(path)
+    raw, origins = read_yaml(path, saved=saved)
     if saved:
         keep_old_meanings(raw)
     for override in overrides:
         _apply_override(raw, override, origins=origins, saved=saved)
     load_plugins(raw.get("plugins"), place=origins.get("plugins", str(path)))
-    recipe = recipe_from_dict(raw, origins=origins)
+    recipe = recipe_from_dict(raw, origins=origins, saved=saved)
+    if not saved:
+        _refuse_foreign_code(recipe, origins)
     if recipe.data.root is None:
         recipe.data.root = str(path.resolve().parent)
     validate(recipe, origins=origins, saved=saved)
     return recipe
 
 
-def recipe_from_dict(raw: Mapping[str, Any], *, origins: Mapping[str, str] | None = None) -> Recipe:
+def _refuse_foreign_code(recipe: Recipe, origins: Mapping[str, str]) -> None:
+    """Code of a model's repository runs where the command says so: a recipe may be a stranger's."""
+    key = "model.trust_remote_code"
+    place = place_of(key, origins)
+    if recipe.model.trust_remote_code and not place.startswith(COMMAND_LINE):
+        raise ValueError(
+            f"{place}{key} is true: Python code that comes with {recipe.model.encoder} (and model.vision.tower) "
+            f"would run, also in a dry run. A recipe alone cannot ask for that: read the code, then add {key}=true to "
+            "the command line."
+        )
+
+
+def recipe_from_dict(
+    raw: Mapping[str, Any], *, origins: Mapping[str, str] | None = None, saved: bool = False
+) -> Recipe:
     """A recipe from nested plain dicts; keys that are missing keep their default.
 
     Args:
         raw: nested dicts, lists, numbers, strings, as YAML gives them.
         origins: key path -> "file:line", put in front of messages.
+        saved: of a run or an export that was made, by limits that may have been others.
 
     Raises:
         ValueError: unknown key, wrong type, value out of its range. Rules between options are those
             of ``validate``.
     """
-    return _checked(raw, Recipe, origins=origins or {})
+    return _checked(raw, Recipe, origins=origins or {}, saved=saved)
 
 
 def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
@@ -117,68 +135,13 @@ def recipe_to_yaml(recipe: Recipe) -> str:
 
 def load_settings(path: str | Path, schema: type[Settings]) -> tuple[Settings, dict[str, str]]:
     """Another YAML file than a recipe, read as strictly, as a ``section``; and "file:line" of each dotted key."""
-    raw, origins = _read_yaml(Path(path))
+    raw, origins = read_yaml(Path(path))
     return _checked(raw, schema, origins=origins), origins
 
 
 def save_recipe(recipe: Recipe, path: str | Path) -> None:
     """Write the whole recipe as YAML; ``load_recipe`` gives back an equal one."""
     write_atomic(Path(path), recipe_to_yaml(recipe))
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """Plain YAML values only, and no key twice (YAML itself would silently keep the last one)."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: dict[Any, int] = {}
-        for key_node, _ in node.value:
-            key, line = key_node.value, key_node.start_mark.line + 1
-            if isinstance(key, str) and key in seen:
-                raise ValueError(
-                    f"{self.name}:{line}: {key} is given twice, first in line {seen[key]}; keep one."
-                )
-            if isinstance(key, str):
-                seen[key] = line
-        return super().construct_mapping(node, deep=deep)
-
-
-def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """The file's nested dicts, and "file:line" of each dotted key."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        # str(error) of an OSError would name the path a second time.
-        reason = getattr(error, "strerror", None) or error
-        raise ValueError(
-            f"{path}: the recipe cannot be read ({reason}); give an existing UTF-8 YAML file."
-        ) from error
-    try:
-        loader = _StrictLoader(text)
-        loader.name = str(path)
-        node = loader.get_single_node()
-        raw = loader.construct_document(node) if node is not None else {}
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        advice = "look at the quotes, colons and indents"
-        raise ValueError(
-            f"{path}:{line}: this is not valid YAML: {error.problem}; {advice}."
-        ) from error
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: this is not valid YAML: {error}.") from error
-    if not isinstance(raw, dict):
-        raise ValueError(
-            f"{path}:1: a recipe is a mapping with sections such as train: and tasks:, not {raw!r}."
-        )
-    return raw, dict(_key_lines(node, name=str(path)))
-
-
-def _key_lines(node: yaml.Node | None, *, name: str, prefix: str = "") -> Iterable[tuple[str, str]]:
-    """(dotted key, "file:line") of every key below a YAML node."""
-    if isinstance(node, yaml.MappingNode):
-        for key_node, value_node in node.value:
-            path = f"{prefix}{key_node.value}"
-            yield path, f"{name}:{key_node.start_mark.line + 1}"
-            yield from _key_lines(value_node, name=name, prefix=f"{path}.")
 
 
 def _apply_override(
@@ -196,7 +159,7 @@ def _apply_override(
         )
     expected = type_at(path)
     try:
-        value = yaml.load(text, _StrictLoader)  # noqa: S506  (a SafeLoader)
+        value = yaml.load(text, StrictLoader)  # noqa: S506  (a SafeLoader)
     except (yaml.YAMLError, ValueError):
         value = text
     kinds = {get_origin(base) or base for base in map(base_of, members(base_of(expected)))}
@@ -222,10 +185,20 @@ def _apply_override(
         place[last] = value
 
 
-def _checked(raw: Any, schema: type[Settings], *, origins: Mapping[str, str]) -> Settings:
+def _checked(
+    raw: Any, schema: type[Settings], *, origins: Mapping[str, str], saved: bool = False
+) -> Settings:
     """Plain dicts as a section, or a ValueError with the key path."""
+    adapter, content = TypeAdapter(schema), _with_empty_sections(raw, schema)
     try:
-        return TypeAdapter(schema).validate_python(_with_empty_sections(raw, schema))
+        return adapter.validate_python(content)
+    except ValidationError as error:
+        message = message_of(error, schema, raw=raw, origins=origins)
+        # What was saved keeps what it was begun with; what is said now must hold the limits of now.
+        if not saved or message.startswith(COMMAND_LINE):
+            raise ValueError(message) from None
+    try:
+        return adapter.validate_python(content, context=SAVED)
     except ValidationError as error:
         raise ValueError(message_of(error, schema, raw=raw, origins=origins)) from None
 

@@ -22,6 +22,7 @@ from comoe.config.fields import (
     TOP_LAYERS,
     Count,
     CountFrom0,
+    Epochs,
     Flag,
     Fraction,
     Given,
@@ -29,12 +30,19 @@ from comoe.config.fields import (
     NotNegative,
     Positive,
     PositiveShare,
+    Posts,
     Rate,
+    Seconds,
+    Seed,
     Share,
     Table,
     Temperature,
     Text,
     Whole,
+    Width,
+    WidthFrom0,
+    at_most,
+    one_of,
     option,
     section,
 )  # fmt: skip
@@ -50,7 +58,7 @@ READER_TABLE = Table("comoe.data.reading.sources", "READERS")
 class MoeConfig:
     """The cooperative block: experts beside the feed-forward of chosen encoder layers."""
 
-    num_experts: CountFrom0 = 8
+    num_experts: Annotated[Whole, Ge(0), at_most(65_536)] = 8
     """Experts per layer; 0 leaves the encoder without experts."""
     top_k: Count = 2
     """Experts per token, 1 to ``num_experts``."""
@@ -70,9 +78,9 @@ class MoeConfig:
     """Layers that get experts: all, alternate (every second, the last one included), last_half,
     top-<n> (the last n), or a list of layer numbers from 0. A word counts in encoder and decoder
     each; numbers go on from the encoder into the decoder."""
-    expert_width: Count | Literal["auto"] = "auto"
+    expert_width: Width | Literal["auto"] = "auto"
     """Hidden width F of one expert; auto is a quarter of the encoder's width, at least 16."""
-    shared_width: CountFrom0 = option(0, read_when="model.moe.num_experts > 0")
+    shared_width: WidthFrom0 = option(0, read_when="model.moe.num_experts > 0")
     """Hidden width of a shared expert that every token visits; 0 is none."""
     output_init: NotNegative = 0.0
     """Standard deviation of the experts' output projection at the start; 0 starts as the
@@ -81,7 +89,7 @@ class MoeConfig:
     """Divides the gate's logits; anything but 1 is warned about (arXiv:2602.01466)."""
     cooperation_threshold: Share = option(0.0, read_when="model.moe.top_k > 1")
     """Selected experts whose score is below this add nothing (never the best one); 0 is off."""
-    task_embedding_width: Count = option(64, read_when="model.moe.route_by = task or both")
+    task_embedding_width: Width = option(64, read_when="model.moe.route_by = task or both")
     """Width of the task embedding that ``route_by: task | both`` reads."""
     task_prior: NotNegative | Literal["own"] = 0.0
     """Experts that lean to a task: they are dealt to the tasks in turn (expert e to task e modulo the
@@ -137,12 +145,13 @@ class ModelConfig:
     times larger), ``kit:chinese_encoder`` (m3e-small, not for commercial use) or ``smoke:encoder``
     (tiny, random); with a decoder ``smoke:t5`` and ``smoke:bart`` (tiny, random)."""
     trust_remote_code: Flag = False
-    """Let the encoder's repository run its own Python code."""
+    """Let the repositories of encoder and vision tower run their own Python code; counts on the command line
+    alone, also for a dry run."""
     keep_layers: Count | Annotated[Text, KEPT_LAYERS] | None = None
     """Builds the encoder from some of its pre-trained layers: a number takes so many, evenly spaced
     and the last one included, ``top-3`` the last three, ``bottom-3`` the first three; null keeps
     all."""
-    random_width: Count | None = None
+    random_width: Width | None = None
     """Builds an encoder of this hidden width with random weights: tokenizer, family, number of
     layers and width of an attention head are those of ``model.encoder``, the feed-forward is as many
     times wider as there; null takes the pre-trained weights."""
@@ -157,9 +166,9 @@ class ModelConfig:
     train_layers: Count | Literal["all", "none"] = "all"
     """What of the pre-trained encoder is trained: all, none, or the number of last layers (of
     encoder and decoder each), the embeddings then frozen. Experts and heads always train."""
-    projection_width: Count = 128
+    projection_width: Width = 128
     """Width P of the embeddings that the contrastive loss compares."""
-    private_width: CountFrom0 = 0
+    private_width: WidthFrom0 = 0
     """Hidden width of a feed-forward of its own that each task puts between the shared states and
     its head; 0 is none."""
     moe: MoeConfig = field(default_factory=MoeConfig)
@@ -185,12 +194,12 @@ class ContrastiveConfig:
     """Let each task's temperature be learned from there, never below 0.01."""
     over: Literal["global", "local"] = "global"
     """global compares the posts of all ranks, local only those of one rank (the ablation)."""
-    queue_size: CountFrom0 = 0
+    queue_size: Annotated[Whole, Ge(0), at_most(10_000_000)] = 0
     """Past embeddings per task that anchors are compared with too (XBM), for rare labels; 0 is
     none."""
     queue_warmup: CountFrom0 = option(0, read_when="loss.contrastive.queue_size > 0")
     """Optimizer steps before the queue is read: at first embeddings drift too fast to be kept."""
-    chunk_size: Count | None = None
+    chunk_size: Posts | None = None
     """GradCache: the contrastive set is the whole optimizer step over all ranks, whatever fits in
     memory. Every forward pass takes this many posts (``train.micro_batch_size`` must then be auto)
     and is run twice. null compares the posts of one forward pass over all ranks."""
@@ -224,7 +233,7 @@ class AdversarialConfig:
     """What of a post the shared representation is not to tell: task (which data set it is from) or
     any column of the data by its name (platform, domain); posts whose cell is empty are left
     out."""
-    hidden_width: Count = option(128, read_when="loss.adversarial.weight > 0")
+    hidden_width: Width = option(128, read_when="loss.adversarial.weight > 0")
     """Width of the discriminator's hidden layer."""
     gamma: NotNegative = option(10.0, read_when="loss.adversarial.weight > 0")
     """How fast the reversal sets in: its strength is 2 / (1 + exp(-gamma p)) - 1, p the share of
@@ -370,9 +379,13 @@ class ParallelConfig:
     ep_size: Count | Literal["auto"] = "auto"
     """Ranks that share one set of experts; auto is the largest divisor of both the ranks and the
     experts."""
-    timeout_seconds: Positive = 1800.0
+    timeout_seconds: Seconds = 1800.0
     """A rank that is silent, or a training step that takes, longer than this ends the run, with a
     message that names the rank and the step."""
+
+
+LANGUAGES = ("en", "es", "ja", "ko", "pt", "it", "fr", "de", "fa", "id", "zh", "ru", "tr", "ar")
+"""Of the package emoji."""
 
 
 @section
@@ -383,7 +396,7 @@ class NormalizeConfig:
     """none, social (users, links, emoji to words; case and hashtag words kept),
     strict (Stein & Keller: lower case; URLs, mentions, hashtags, emoji, punctuation removed) or
     weibo (social for Chinese posts: full-width forms, #topics#, emoji codes, repost chains)."""
-    language: Given = "en"
+    language: Annotated[Given, one_of(LANGUAGES)] = "en"
     """Language of the emoji names, as in the package emoji (en, zh, de, ...)."""
     user: Text = "@user"
     """What replaces a user name under the presets social and weibo."""
@@ -399,7 +412,7 @@ class DataConfig:
     """Folder that relative task paths start from; null is the recipe's own. ``kit:posts`` is the
     starter kit, ``kit:chinese_posts`` its Chinese part; ``smoke:posts``, ``smoke:tacl_posts``,
     ``smoke:drawn_posts`` and ``smoke:implied_posts`` are generated."""
-    max_length: Annotated[Whole, Ge(4)] = 128
+    max_length: Annotated[Whole, Ge(4), at_most(1_000_000)] = 128
     """Longest post in tokens; the rest is cut and counted."""
     limit_per_task: Count | None = None
     """Keep at most this many training posts per data set (chosen by ``train.seed``); null keeps
@@ -410,7 +423,7 @@ class DataConfig:
     validation_fraction: Share = 0.1
     """Share of the training posts that becomes the validation split where a data set has none
     (stratified by label, chosen by ``split_seed``)."""
-    split_seed: CountFrom0 | Literal["train"] = 0
+    split_seed: Seed | Literal["train"] = 0
     """Seeds which posts are evaluated on, where there is a choice, so that runs of different
     ``train.seed`` are scored on the same posts; train follows ``train.seed``."""
     on_error: Literal["stop", "skip"] = "stop"
@@ -528,10 +541,10 @@ class TaskConfig:
     label_words: Names = field(default_factory=list)
     """Words that the decoder scores for each label, in the order of ``labels``; empty are the
     labels themselves."""
-    max_answer_length: Annotated[Whole, Ge(3)] = 32
+    max_answer_length: Annotated[Whole, Ge(3), at_most(100_000)] = 32
     """Longest prediction of kind text in tokens, its end token included; longer ones in the data are cut
     and counted."""
-    num_beams: Count = 1
+    num_beams: Annotated[Whole, Ge(1), at_most(1_000)] = 1
     """Beams of the search for a prediction of kind text; 1 is greedy."""
     balanced_sampling: Flag = False
     """Draw the posts of the data set such that the labels of this task come equally often
@@ -611,13 +624,13 @@ class TaskConfig:
 class TrainConfig:
     """The optimization."""
 
-    epochs: Positive = 3.0
+    epochs: Epochs = 3.0
     """Passes over the training posts, unless ``max_steps`` is given."""
     max_steps: Count | None = None
     """Optimizer steps; null follows ``epochs``."""
-    batch_size: Count = 32
+    batch_size: Posts = 32
     """Posts per optimizer step on all ranks together."""
-    micro_batch_size: Count | Literal["auto"] = "auto"
+    micro_batch_size: Posts | Literal["auto"] = "auto"
     """Posts per forward pass on one rank; auto is the whole share of the rank, at most 128."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """adamw or sgd."""
@@ -683,7 +696,7 @@ class TrainConfig:
     experts off and with experts in turn, and say what experts and gate are worth."""
     max_nonfinite: Count = 5
     """Steps in a row with a loss that is not finite before the run stops."""
-    seed: CountFrom0 = 0
+    seed: Seed = 0
     """Seeds weights, sampling and dropout."""
 
 

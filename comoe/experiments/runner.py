@@ -136,7 +136,9 @@ def record_settings(experiment: Experiment, *, file_name: str) -> None:
     before = {key: before.get(key) for key in ("ranks", "deepspeed", "recipe")}
     # An option may be newer than the recorded recipe.
     keep_old_meanings(before["recipe"])
-    before["recipe"] = json.loads(json.dumps(recipe_to_dict(recipe_from_dict(before["recipe"]))))
+    before["recipe"] = json.loads(
+        json.dumps(recipe_to_dict(recipe_from_dict(before["recipe"], saved=True)))
+    )
     if difference := difference_of(before, json.loads(text)):
         raise ValueError(
             f"{experiment.output} holds an experiment with {difference}; its runs cannot be compared. Choose another "

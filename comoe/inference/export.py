@@ -120,7 +120,7 @@ def recipe_of_export(config: Mapping[str, Any]) -> Recipe:
     """The recipe's part of an export's ``config.json``: ``model``, and of ``data`` what concerns reading."""
     saved = {"model": config["model"], "data": config["data"]}
     keep_old_meanings(saved)
-    return recipe_from_dict(saved)
+    return recipe_from_dict(saved, saved=True)
 
 
 def fill_in(model: nn.Module, weights: Mapping[str, Tensor], *, place: Path) -> None:

@@ -13,6 +13,7 @@ from comoe.config.recipe import Recipe
 from comoe.data.sampling.sampler import sampler_of
 from comoe.distributed import is_main, world_size
 from comoe.train.checkpoint.resume import checkpoint_to_resume, start_engine
+from comoe.train.fits import plan_posts
 from comoe.train.memory_plan import count_parameters
 from comoe.train.monitor.monitor import Monitor
 from comoe.train.monitor.trackers import trackers_of
@@ -37,8 +38,7 @@ def build_run(
     """Make a run ready to train; every rank must call it.
 
     Args:
-        typed: as the user wrote it.
-        settings: the DeepSpeed JSON.
+        typed, settings: recipe and DeepSpeed JSON, as the user wrote them.
         folder, device: of the run; of this rank.
         resume: go on from the newest whole checkpoint in the folder; ``verify`` compares digests.
         on_ready: called once all that the user brings has been read, before anything is written.
@@ -46,12 +46,13 @@ def build_run(
     Raises:
         ValueError: bad recipe, data, encoder, DeepSpeed JSON or checkpoint.
     """
-    gpu = device.type == "cuda"
-    begun = begun_in_bf16(folder) if resume else None
+    gpu, begun = device.type == "cuda", begun_in_bf16(folder) if resume else None
     layout = plan_layout(typed, settings, world_size=world_size(), gpu=gpu, begun_in_bf16=begun)
     settings = fill_settings(settings, typed, layout, gpu=gpu)
     recipe, corpus = read_posts(typed)
     splits, collator = tokenize_posts(recipe, corpus)
+    if not resume:
+        plan_posts(typed, recipe, layout, splits, collator, settings, device=device)
     splits |= soft_labelled(recipe, splits, corpus.tasks, device=device, bf16=layout.bf16)
     objective, notes = start_model(
         typed, recipe, splits, collator, settings, device=device, begun=folder if resume else None

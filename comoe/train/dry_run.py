@@ -11,16 +11,16 @@ from comoe.config.load import recipe_to_yaml
 from comoe.config.recipe import NormalizeConfig, Recipe
 from comoe.data.corpus import Corpus
 from comoe.data.posts import PostSplit
+from comoe.data.sampling.sampler import sampler_of
 from comoe.data.text.normalize import normalize_post, normalize_words
 from comoe.data.tokens.prompts import label_tokens
 from comoe.data.tokens.split import TokenizedSplit
 from comoe.distributed import is_main, world_size
-from comoe.starter.registry import as_typed
 from comoe.tasks.task import Task
-from comoe.train.memory_plan import MemoryPlan, plan_run
+from comoe.train.fits import plan_posts
+from comoe.train.memory_plan import MemoryPlan
 from comoe.train.parallel.ds_config import fill_settings, plan_layout
 from comoe.train.read_data import read_posts, tokenize_posts
-from comoe.train.start_model import build_model
 
 Seen = Callable[[Task, int], tuple[str, str]]
 
@@ -43,17 +43,19 @@ def print_dry_run(
         gpus: plan the memory for so many GPUs; 0 is for the ranks and the device that are here.
 
     Raises:
-        ValueError: as ``build_run``.
+        ValueError: as ``build_run``; with ``gpus`` the memory of this machine does not count.
     """
     gpu = gpus > 0 or device.type == "cuda"
     layout = plan_layout(typed, settings, world_size=gpus or world_size(), gpu=gpu)
     settings = fill_settings(settings, typed, layout, gpu=gpu)
     recipe, corpus = read_posts(typed)
     splits, collator = tokenize_posts(recipe, corpus)
-    with as_typed(typed, recipe):
-        objective = build_model(recipe, splits, collator, shape=True)
+    # What a start would find out, too.
+    here = None if gpus else device
+    plan = plan_posts(typed, recipe, layout, splits, collator, settings, device=here)
+    ranks, micro = layout.world_size, layout.micro_batch_size
+    sampler_of(recipe, splits["train"], corpus.tasks, ranks, micro)
     if is_main():
-        plan = plan_run(recipe, layout, objective.model, splits["train"], settings)
         seen = seen_by_the_decoder(splits["train"], collator.tokenizer)
         lines = dry_run_lines(typed, corpus, plan, seen=seen)
         print("\n".join([*lines, "", "# precision", layout.precision]), flush=True)

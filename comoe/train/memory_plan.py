@@ -384,6 +384,15 @@ MOMENTS: dict[str, Callable[[float], int]] = {
 }
 """Optimizer -> float32 numbers it keeps per parameter, given its momentum."""
 
+ROUGH = (
+    "reduction bucket",
+    "gathered weights",
+    "activations (rough)",
+    "logits of the vocabulary",
+    "dispatch buffers",
+)
+"""Parts of a plan that are bounds or estimates; the others are there in any case."""
+
 UNBOUNDED = 1_000_000_000
 """What DeepSpeed takes where the JSON says nothing of ``stage3_max_live_parameters`` and its
 like."""

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 from pathlib import Path
 
+import emoji
 import pytest
 
-from comoe.config.load import load_recipe, load_saved_recipe
+from comoe.config.load import load_recipe, load_saved_recipe, recipe_from_dict
+from comoe.config.recipe import LANGUAGES
+from comoe.config.reference import options
 
 MOOD = "tasks: {mood: {path: mood.csv}}\n"
 
@@ -232,3 +236,169 @@ def test_a_run_that_was_begun_with_a_name_that_is_taken_now_goes_on(tmp_path: Pa
     assert list(load_saved_recipe(path).tasks) == ["text", "Text"]
     with pytest.raises(ValueError, match="tasks.text is no name for a task"):
         load_recipe(path)
+
+
+ABSURD = {
+    "a number without end": 10**30,
+    "another": 1e300,
+    "below 0": -(10**30),
+    "a path of 5,000 characters": "x" * 5000,
+    "a NUL byte": "a\0b",
+}
+
+
+def nested(path, value):
+    for key in reversed(path.replace("<name>", "mood").split(".")):
+        value = {key: value}
+    return value
+
+
+@pytest.mark.parametrize("what", ABSURD)
+@pytest.mark.parametrize("path", [option.path for option in options()])
+def test_no_option_takes_a_value_that_means_nothing(path, what):
+    value = ABSURD[what]
+    for given in (value, [value], {"x": value}):
+        with pytest.raises(ValueError) as error:
+            recipe_from_dict(nested(path, given))
+        assert path.replace("<name>", "mood") in str(error.value) and len(str(error.value)) < 1500
+
+
+LIMITS = [
+    ("model.moe.num_experts", 10**9, "at most 65,536"),
+    ("model.moe.expert_width", 10**15, "at most 131,072, or auto"),
+    ("loss.contrastive.queue_size", 10**12, "at most 10,000,000"),
+    ("train.batch_size", 10**30, "at most 1,000,000"),
+    ("train.micro_batch_size", 10**9, "at most 1,000,000, or auto"),
+    ("train.epochs", 1e300, "at most 100,000"),
+    ("train.max_steps", 10**12, "at most 1,000,000,000, or null"),
+    ("train.seed", 2**63, "at most 1,000,000,000,000,000,000"),
+    ("data.split_seed", 2**64, "at most 1,000,000,000,000,000,000, or train"),
+    ("parallel.timeout_seconds", 1e-9, "at least 1"),
+    ("parallel.timeout_seconds", 1e300, "at most 10,000,000"),
+    ("train.epsilon", 1e-300, "at least 1e-30"),
+    ("train.weight_decay", 1e300, "at most 1,000,000,000"),
+    ("tasks.mood.num_beams", 10**9, "at most 1,000"),
+    ("tasks.mood.path", "x" * 5000, "of at most 4,096 characters"),
+    ("data.normalize.language", "xx", "one of en, es, ja, ko"),
+    ("data.normalize.language", "EN", "one of en, es, ja, ko"),
+]
+
+
+@pytest.mark.parametrize(("path", "value", "rule"), LIMITS)
+def test_a_limit_is_told_and_a_run_that_was_begun_keeps_its_value(path, value, rule):
+    with pytest.raises(ValueError, match=re.escape(rule)):
+        recipe_from_dict(nested(path, value))
+    recipe = recipe_from_dict(nested(path, value), saved=True)
+    for key in path.split("."):
+        recipe = recipe[key] if isinstance(recipe, dict) else getattr(recipe, key)
+    assert recipe == value
+
+
+def test_what_a_resume_changes_holds_the_limits_of_now(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("train: {epochs: 1.0e+300}\n" + MOOD)
+    assert load_saved_recipe(path).train.epochs == 1e300
+    assert load_saved_recipe(path, ["train.seed=3"]).train.seed == 3
+    assert load_saved_recipe(path, ["train.epochs=2"]).train.epochs == 2
+    with pytest.raises(
+        ValueError, match="command line: train.epochs is '1e301'; .*at most 100,000"
+    ):
+        load_saved_recipe(path, ["train.epochs=1e301"])
+    with pytest.raises(ValueError, match="train.epochs is 1e[+]300; it must be a number"):
+        load_recipe(path)
+
+
+def test_the_languages_are_those_of_the_package():
+    assert set(LANGUAGES) == set(emoji.LANGUAGES)
+
+
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{one}: &{one} [{', '.join([f'*{before}'] * 10)}]\n" for before, one in pairwise("abcdefghij")
+)
+MERGED = "a: &a {x: 1}\n" + "".join(
+    f"{one}: &{one} {{<<: [{', '.join([f'*{before}'] * 9)}]}}\n"
+    for before, one in pairwise("abcdefghij")
+)
+HOSTILE = {
+    "aliases of aliases": (BOMB, 5, "its aliases .* stand for more than 20,000 keys and values"),
+    "merged aliases": (MERGED, 5, "its aliases .* stand for more than 20,000"),
+    "a list that holds itself": ("data: {noise: &n [*n]}\n", 1, "holds itself by an alias"),
+    "a section that holds itself": ("tasks: &t\n  mood: {path: a, splits: *t}\n", 1, "holds itself"),
+    "a section merged into itself": ("tasks:\n  a: &a {<<: *a, path: x}\n", 2, "holds itself"),
+    "5,000 lists": ("run: {}\ndata: " + "[" * 5000, 2, "more than 50 levels in one another"),
+    "5,000 sections": ("data: " + "{a: " * 5000, 1, "more than 50 levels in one another"),
+    "aliases one deeper each": (
+        "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}]\n" for i in range(1, 200)), 50, "more than 50 levels",
+    ),
+    "25,000 values": ("data: [" + "1, " * 25_000 + "]\n", 1, "more than 20,000 keys and values"),
+    "an octal number": ("\ntrain: {seed: 010}\n", 2, "010 is 8 to YAML 1.1; write 8, or put it in quotes"),
+    "with a sign": ("train: {seed: -010}\n", 1, "-010 is -8 to YAML 1.1"),
+    "base 60": ("train:\n  epochs: 1:30\n", 2, "1:30 is 90 to YAML 1.1"),
+    "base 60 with a point": ("train: {epochs: 1:30.5}\n", 1, "1:30.5 is 90.5 to YAML 1.1"),
+    "a date": ("run: {name: 2020-01-01}\n", 1, "2020-01-01 is a date to YAML; put it in quotes"),
+    "a time": ("run: {name: 2020-01-01 10:00:00}\n", 1, "is a date to YAML"),
+    "5,000 digits": ("train: {seed: " + "1" * 5000 + "}\n", 1, "a number of 5,000 digits"),
+    "remote code": (
+        "model:\n  trust_remote_code: true\n" + MOOD, 2,
+        "Python code that comes with kit:minilm .* add model.trust_remote_code=true to the command line",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_a_recipe_of_a_stranger_is_refused_with_its_line(what, tmp_path):
+    content, line, rule = HOSTILE[what]
+    path = tmp_path / "recipe.yaml"
+    path.write_text(content)
+    with pytest.raises(ValueError) as error:
+        load_recipe(path)
+    assert str(error.value).startswith(f"{path}:{line}: ") and re.search(rule, str(error.value))
+
+
+def test_the_recipe_of_a_run_that_was_begun_may_be_larger(tmp_path):
+    path = tmp_path / "config.yaml"
+    labels = ", ".join(f"l{number}" for number in range(21_000))
+    path.write_text(f"tasks: {{mood: {{path: a.csv, labels: [{labels}]}}}}\n")
+    with pytest.raises(ValueError, match="more than 20,000 keys and values"):
+        load_recipe(path)
+    assert len(load_saved_recipe(path).tasks["mood"].labels) == 21_000
+
+
+def test_a_recipe_of_many_bytes_is_refused(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("# " + "x" * 1_000_001)
+    with pytest.raises(ValueError, match="at most 1,000,000 bytes"):
+        load_recipe(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "key", "value"),
+    [
+        ("x: &a {path: a.csv}", None, None),
+        ("train: {max_steps: 1_000}", "max_steps", 1000),
+        ("train: {seed: 0x10}", "seed", 16),
+        ("train: {seed: 0}", "seed", 0),
+        ("train: {learning_rate: 0.5}", "learning_rate", 0.5),
+    ],
+)
+def test_what_everybody_reads_alike_is_taken(content, key, value, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"{content}\n{MOOD}")
+    if key is None:
+        path.write_text("tasks:\n  a: &a {path: a.csv}\n  b: {<<: *a, label: x}\n")
+        assert load_recipe(path).tasks["b"].path == "a.csv"
+    else:
+        assert getattr(load_recipe(path).train, key) == value
+
+
+def test_code_of_a_repository_runs_only_by_a_word_on_the_command_line(tmp_path):
+    path, asked = tmp_path / "recipe.yaml", "model.trust_remote_code=true"
+    for content in ("model: {trust_remote_code: true}\n" + MOOD, MOOD):
+        path.write_text(content)
+        assert load_recipe(path, [asked]).model.trust_remote_code
+    path.write_text("model: {trust_remote_code: true}\n" + MOOD)
+    for other in ([], ["train.seed=1"], ["model.dropout=0.1"], ["model.trust_remote_code=null"]):
+        with pytest.raises(ValueError, match="trust_remote_code"):
+            load_recipe(path, other)
+    # The folder of a run holds pickles, and is trusted or not as a whole.
+    assert load_saved_recipe(path).model.trust_remote_code

@@ -178,5 +178,10 @@ def test_a_deeply_escaped_text_takes_no_time() -> None:
 
 
 def test_an_unknown_language_names_the_right_ones() -> None:
+    with pytest.raises(ValueError, match="one of en, es, "):
+        NormalizeConfig(language="xx")
+    config = NormalizeConfig()
+    # That of a run from before this was checked.
+    config.language = "xx"
     with pytest.raises(ValueError, match="'xx'.*en, "):
-        normalize_post("😀", NormalizeConfig(language="xx"))
+        normalize_post("😀", config)
