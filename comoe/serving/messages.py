@@ -61,8 +61,9 @@ class Post(Strict):
         return self
 
     def characters(self) -> int:
-        """Length of all its texts."""
-        return sum(map(len, (self.text or "", self.pair or "", *(self.words or ()))))
+        """Length of all its texts, with a blank behind each word."""
+        words = self.words or ()
+        return len(self.text or "") + len(self.pair or "") + sum(map(len, words)) + len(words)
 
     def columns(self) -> dict[str, Any]:
         """Text, second text, words and image, as the predictor reads them; half a character is none."""

@@ -115,8 +115,9 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen, and begin to look."""
         await super().startup(sockets)
-        loop = asyncio.get_running_loop()
-        loop.add_signal_handler(signal.SIGHUP, lambda: self._begin(self._reload()))
+        if sys.platform != "win32":  # which has no such signal
+            loop = asyncio.get_running_loop()
+            loop.add_signal_handler(signal.SIGHUP, lambda: self._begin(self._reload()))
         if self._watch:
             self._begin(self._look())
         host, port = self.servers[0].sockets[0].getsockname()[:2]

@@ -100,6 +100,7 @@ def test_requests_at_once_get_their_own_answers(server: Server, predictor: Predi
         ({"posts": ["a"], "revision": "0"}, 404, "tiny has no such revision; it has: [0-9a-f]{12}.$"),
         ({"posts": ["a"] * 5}, 413, "A request may have 4 posts; this one has 5."),
         ({"posts": [SECRET * 7]}, 413, "posts.0 has 112 characters; at most 100 are read."),
+        ({"posts": [{"words": [""] * 101}]}, 413, "posts.0 has 101 characters"),
         ({"posts": [SECRET * 999]}, 413, "The body must have at most 4000 bytes."),
     ],
 )  # fmt: skip
