@@ -30,7 +30,7 @@ def parser() -> ArgumentParser:
     add("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto is a GPU where there is one")
     add("--watch", type=float, default=0.0, metavar="SECONDS",
         help="look for replaced exports so often (0: at SIGHUP)")
-    add("--batch-tokens", type=int, default=2048, help="tokens of a forward pass, padding counted")
+    add("--batch-tokens", type=int, default=1024, help="tokens of a forward pass, padding counted")
     add("--batch-wait", type=float, default=5.0, metavar="MS", help="a post waits so long for others to share its pass")
     add("--max-bytes", type=int, default=1 << 20, help="bytes of a request (413)")
     add("--max-posts", type=int, default=256, help="posts of a request (413)")

@@ -25,7 +25,7 @@ class Limits:
     """Requests at once; more are refused (429)."""
     timeout: float = 30.0
     """Seconds from the arrival of a request to its answer (504)."""
-    batch_tokens: int = 2048
+    batch_tokens: int = 1024
     """Tokens of a forward pass, padding counted."""
     batch_wait: float = 5.0
     """Milliseconds that a post waits for others to share its forward pass."""

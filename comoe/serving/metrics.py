@@ -33,11 +33,11 @@ class Metrics:
         self.lost_images = Counter("comoe_lost_images", "Posts predicted without their bad image", ["model"],
                                    registry=registry)
         self.queue = Gauge("comoe_queue_posts", "Posts that wait", ["model"], registry=registry)
-        self.batch_posts = Histogram("comoe_batch_posts", "Posts of a batch", ["model"], buckets=POSTS,
+        self.batch_posts = Histogram("comoe_batch_posts", "Posts taken at once", ["model"], buckets=POSTS,
                                      registry=registry)
-        self.batch_tokens = Histogram("comoe_batch_tokens", "Estimated tokens of a batch", ["model"], buckets=TOKENS,
+        self.batch_tokens = Histogram("comoe_batch_tokens", "Their estimated tokens", ["model"], buckets=TOKENS,
                                       registry=registry)
-        self.batch_seconds = Histogram("comoe_batch_seconds", "Time of a batch", ["model"], buckets=SECONDS,
+        self.batch_seconds = Histogram("comoe_batch_seconds", "Their time", ["model"], buckets=SECONDS,
                                        registry=registry)
         self.labels = Counter("comoe_labels", "Predicted labels; of tags, types of spans", ["model", "task", "label"],
                               registry=registry)
@@ -53,7 +53,7 @@ class Metrics:
         return generate_latest(self.registry)
 
     def batch(self, model: str, work: Work) -> None:
-        """Count a batch."""
+        """Count what was taken at once."""
         self.batch_posts.labels(model).observe(work.posts)
         self.batch_tokens.labels(model).observe(work.tokens)
         self.batch_seconds.labels(model).observe(work.seconds)

@@ -42,7 +42,7 @@ def batcher(model: Model) -> Iterator[Batcher]:
     made.close()
 
 
-def ask(batcher: Batcher, *posts: str, key: str = "k", tokens: int = 2) -> Future:
+def ask(batcher: Batcher, *posts: str, key: str = "k", tokens: int = 8) -> Future:
     return batcher.submit(key, posts, [tokens] * len(posts))
 
 
@@ -53,7 +53,9 @@ def occupy(batcher: Batcher, model: Model) -> Future:
     return first
 
 
-def test_requests_share_passes_up_to_the_limit_of_tokens(batcher: Batcher, model: Model) -> None:
+def test_requests_are_done_together_up_to_four_passes_of_tokens(
+    batcher: Batcher, model: Model
+) -> None:
     occupy(batcher, model)
     jobs = [ask(batcher, "a", "b"), ask(batcher, "c"), ask(batcher, "d", "e", "f", "g")]
     model.gate.set()
@@ -102,7 +104,7 @@ def test_a_failure_reaches_the_request_that_made_it_alone(batcher: Batcher, mode
     occupy(batcher, model)
     good, bad, also = (
         ask(batcher, "a"),
-        ask(batcher, "bad", *"uvwxy", tokens=3),
+        ask(batcher, "bad", *"uvwxy", tokens=12),
         ask(batcher, "b"),
     )
     model.gate.set()
@@ -119,7 +121,7 @@ def test_closing_finishes_what_waits_and_takes_no_more(model: Model) -> None:
     model.gate.set()
     batcher.close()
     assert [job.result(0) for job in jobs] == [["A"], ["B"]]
-    assert not batcher.alive() and [(one.posts, one.tokens) for one in done] == [(2, 4)]
+    assert not batcher.alive() and [(one.posts, one.tokens) for one in done] == [(2, 16)]
     with pytest.raises(Closed):
         ask(batcher, "c")
 
@@ -127,7 +129,7 @@ def test_closing_finishes_what_waits_and_takes_no_more(model: Model) -> None:
 def test_a_post_waits_for_company_but_no_longer_than_the_pass_is_full(model: Model) -> None:
     model.gate.set()
     batcher = Batcher(model, limits=Limits(batch_wait=60_000, batch_tokens=6))
-    jobs = [ask(batcher, post) for post in "abc"]
+    jobs = [ask(batcher, post, tokens=2) for post in "abc"]
     assert [job.result(30) for job in jobs] == [["A"], ["B"], ["C"]]
     assert [posts for _, posts in model.passes] == [["a", "b", "c"]]
     batcher.close()
