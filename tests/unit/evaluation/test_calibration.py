@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers_export import TASKS, tiny_predictor
+from helpers_export import TASKS, tiny_predictor, tiny_recipe
 
 from comoe.evaluation.calibration import (
     RULES,
@@ -31,6 +31,7 @@ from comoe.evaluation.thresholds import (
     f1,
 )
 from comoe.inference.export import load_exported
+from comoe.inference.model_card import model_card
 from comoe.tasks.kinds.base import PostOutput
 from comoe.tasks.kinds.registry import KINDS
 from comoe.tasks.task import Task
@@ -361,3 +362,23 @@ def test_a_report_gives_tasks_back_what_was_fitted():
         MOOD, replace(SIGNS, temperature=2.0, thresholds=(0.3, 0.5)),
     )  # fmt: skip
     assert with_calibration([replace(MOOD, temperature=3.0)], None) == (MOOD,)
+
+
+def test_the_card_tells_what_was_fitted(tmp_path):
+    predictor = tiny_predictor(tmp_path)
+    entry = {
+        "temperature": 1.8, "thresholds": [0.3], "decision": {"metric": "macro_f1", "at_half": 0.5, "held_out": 0.6},
+        "ece": {"validation": {"before": 0.2, "after": 0.1}, "test": {"before": 0.25, "after": 0.125}}, "nll": {},
+    }  # fmt: skip
+    results = {
+        "metrics": {},
+        "seconds": 60.0,
+        "best_step": 3,
+        "step": 3,
+        "calibration": {"mood": entry},
+    }
+    card = model_card(
+        "m", recipe=tiny_recipe(), tasks=TASKS, config=predictor.exported.config, results=results
+    )
+    assert "| mood | 1.80 | 0.30 | 0.200 -> 0.100 | 0.250 -> 0.125 |" in card
+    assert "macro_f1 0.500 with 0.5, 0.600 on posts" in card

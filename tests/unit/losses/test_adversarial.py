@@ -11,6 +11,7 @@ from torch import nn
 from comoe.config.recipe import AdversarialConfig, ContrastiveConfig, LossConfig, Recipe
 from comoe.losses.adversarial import AdversarialLoss, reversal_strength, reversed_gradient
 from comoe.losses.objective import Objective
+from comoe.models.heads import mean_state
 from comoe.train.monitor.log_window import LogWindow
 from comoe.train.parallel.engine import StepReport
 from comoe.train.parallel.setup import parameter_groups
@@ -177,3 +178,48 @@ def test_evaluation_runs_nothing_of_it_and_exports_hold_nothing_of_it():
     discriminator = list(objective.losses["adversarial"].parameters())
     in_heads = [p for name in ("heads/decay", "heads/plain") for p in roles[name]["params"]]
     assert all(any(p is q for q in in_heads) for p in discriminator)
+
+
+@pytest.mark.parametrize(("gamma", "lowest", "highest"), [(0.0, 0.95, 1.0), (10.0, 0.0, 0.62)])
+def test_behind_the_reversal_an_encoder_forgets_the_domain_and_without_it_keeps_it(
+    gamma, lowest, highest
+):
+    """Domain and label are a coordinate of the input each; noise on the states makes distances
+    count. A gamma of 0 never reverses: the discriminator learns, and the encoder does not mind."""
+    generator = torch.Generator().manual_seed(0)
+    signs = torch.randint(0, 2, (256, 2), generator=generator)
+    inputs = torch.cat([2.5 * (2.0 * signs - 1), torch.randn(256, 2, generator=generator)], dim=1)
+    domains, labels = signs[:, 0], signs[:, 1]
+    torch.manual_seed(0)
+    encoder, head = nn.Linear(4, 4), nn.Linear(4, 2)
+    nn.init.eye_(encoder.weight)
+    loss = AdversarialLoss(
+        AdversarialConfig(hidden_width=16, gamma=gamma), model_width=4, num_domains=2
+    )
+    groups = [
+        {"params": [*encoder.parameters()]},
+        {"params": [*head.parameters(), *loss.parameters()], "lr": 0.02},
+    ]
+    optimizer = torch.optim.Adam(groups, lr=0.005)
+    accuracies = []
+    for step in range(400):
+        states = encoder(inputs) + torch.randn(256, 4)
+        one_token = {
+            "mask_BL": torch.ones(256, 1),
+            "classes": domains.tolist(),
+            "weights": [1.0] * 256,
+        }
+        value, terms = loss(*states_and_batch(states[:, None], **one_token, progress=step / 400))
+        accuracies.append(terms["adversarial_accuracy"].item())
+        optimizer.zero_grad()
+        (nn.functional.cross_entropy(head(states), labels) + value).backward()
+        optimizer.step()
+    assert (head(encoder(inputs)).argmax(dim=1) == labels).float().mean() > 0.99
+    assert lowest <= sum(accuracies[-50:]) / 50 <= highest
+
+
+def test_only_real_tokens_are_in_the_mean():
+    states = torch.tensor([[[1.0, 2.0], [3.0, 4.0], [90.0, 90.0]]])
+    torch.testing.assert_close(
+        mean_state(states, torch.tensor([[1, 1, 0]])), torch.tensor([[2.0, 3.0]])
+    )

@@ -339,3 +339,9 @@ def test_a_column_of_label_ids_is_no_text(tmp_path):
         ValueError, match="holds ids of the labels bad, good; list them as tasks.t.labels"
     ):
         load_corpus(recipe_of(tmp_path, t=TaskConfig(path="mood", kind="text", prompt="{text}")))
+
+
+def test_a_post_given_as_words_is_read_with_blanks_between():
+    posts = posts_of(["battery great"], {"aspect": ["battery"]}, words=[["battery", "great"]])
+    split = tokenize_split(posts, TOKENIZER, tasks=(ASPECT,), config=DataConfig(cache=False))
+    assert TOKENIZER.decode(split.prompts["aspect"][0]) == "aspect of: battery great </s>"

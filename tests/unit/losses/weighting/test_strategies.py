@@ -215,3 +215,37 @@ def test_what_is_carried_resumes_exactly_in_the_middle_of_a_window(name):
             assert saved and not any(value.is_floating_point() for value in saved.values())
             second.bfloat16().load_state_dict(saved)
     assert weights_of(second) == weights_of(whole) and len(set(weights_of(whole))) == 3
+
+
+OPTIMA = {
+    "uncertainty": lambda loss: loss,
+    "uncertainty_positive": lambda loss: (loss + (loss**2 + 8 * loss) ** 0.5) / 4,
+}
+
+
+@pytest.mark.parametrize(("name", "optimum"), OPTIMA.items())
+def test_the_learned_variance_reaches_the_known_optimum(name, optimum):
+    weighting, losses = make(name), torch.tensor([0.05, 0.9, 6.0])
+    optimizer = torch.optim.Adam(weighting.parameters(), lr=0.05)
+    for _ in range(600):
+        optimizer.zero_grad()
+        weighting(losses, torch.tensor([True] * 3))[0].backward()
+        optimizer.step()
+    variances = weighting.log_variances_T.detach().exp()
+    torch.testing.assert_close(
+        variances, torch.tensor([optimum(loss) for loss in losses.tolist()]), rtol=2e-3, atol=0
+    )
+
+
+def test_gradnorm_reaches_the_weights_that_make_gradients_as_long_as_they_are_to_be():
+    """With alpha 0 and steady gradients: w_t proportional to 1 / |g_t|; with alpha 1 to r_t / |g_t|."""
+    lengths, ratios = GRAM.diagonal().sqrt(), torch.tensor([0.5, 0.25, 1.0]).double()
+    for alpha in (0.0, 1.0):
+        weighting = make("gradnorm", weighting_rate=0.003, gradnorm_alpha=alpha)
+        end(weighting, [1.0, 1.0, 1.0])
+        for _ in range(1500):
+            end(weighting, ratios.tolist())
+        wanted = ratios**alpha / lengths
+        assert weights_of(weighting) == pytest.approx(
+            (3 * wanted / wanted.sum()).tolist(), rel=0.02
+        )

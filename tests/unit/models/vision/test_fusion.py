@@ -16,7 +16,7 @@ from comoe.models.model import build_model
 from comoe.models.vision.fusion import FUSIONS
 from comoe.train.parallel.setup import parameter_group
 from tests.helpers_export import tiny_recipe, tiny_tokenizer
-from tests.helpers_model import HF_CONFIGS, TASKS, moe_config, random_batch, take, tiny_model
+from tests.helpers_model import HF_CONFIGS, MOOD, TASKS, moe_config, random_batch, take, tiny_model
 from tests.helpers_vision import (
     FUSED,
     SIDE,
@@ -351,3 +351,30 @@ def test_an_export_carries_the_tower_and_its_processor_and_answers_alike(tmp_pat
     predictor = Predictor.from_pretrained(tmp_path / "export", device="cpu")
     seen, blind = predictor(["good day", "good day"], images=[picture, None])
     assert seen["mood"]["scores"] != blind["mood"]["scores"]
+
+
+@pytest.mark.parametrize("fusion", ["concat", "attention", "gated", "tokens"])
+def test_each_fusion_learns_a_label_that_neither_side_tells_alone(fusion):
+    """Two words, two pictures; the label says whether they agree."""
+    torch.manual_seed(0)
+    task = replace(MOOD, labels=("no", "yes"))
+    model = seeing_model(fusion, tasks=(task,), moe=moe_config(num_experts=0)).train()
+    batch = random_batch(rows=8, length=4, tasks=(task,))
+    words = torch.tensor([7, 7, 8, 8] * 2)
+    ids = batch.input_ids_BL[:1].repeat(8, 1)
+    ids[:, 1] = words
+    shades = torch.tensor([1.0, -1.0] * 4)[:, None, None, None].expand(8, 3, SIDE, SIDE).clone()
+    batch = replace(
+        batch, input_ids_BL=ids, attention_mask_BL=torch.ones_like(ids), pixels_I3HW=shades,
+        image_rows_I=torch.arange(8),
+    )  # fmt: skip
+    gold = ((words == 7) == (shades[:, 0, 0, 0] > 0)).long()
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for _ in range(150):
+        optimizer.zero_grad()
+        loss = torch.nn.functional.cross_entropy(model(batch).logits["mood"], gold)
+        if loss < 0.1:
+            break
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.1
