@@ -7,13 +7,18 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModel
 
-from comoe.config.recipe import ModelConfig
-from comoe.models.model import build_model
 from comoe.tasks.task import Task
 from comoe.train.parallel.setup import parameter_group
-from tests.helpers_model import HF_CONFIGS, TASKS, moe_config, random_batch, take, tiny_model
+from tests.helpers_model import (
+    TASKS,
+    gradients,
+    moe_config,
+    random_batch,
+    take,
+    tiny_model,
+    without_gradient,
+)
 
 ROUTES = ("token", "task", "both")
 
@@ -47,30 +52,24 @@ def test_a_post_has_the_same_logits_alone_and_in_a_longer_batch(family, route_by
     batch = random_batch()
     together = model(padded(batch, 4)).logits
     for row in range(6):
-        length = int(batch.attention_mask_BL[row].sum())
-        single = take(batch, [row])
-        single = replace(
-            single,
-            input_ids_BL=single.input_ids_BL[:, :length],
-            attention_mask_BL=single.attention_mask_BL[:, :length],
-        )
+        length, single = int(batch.attention_mask_BL[row].sum()), take(batch, [row])
+        ids, mask = (t[:, :length] for t in (single.input_ids_BL, single.attention_mask_BL))
+        single = replace(single, input_ids_BL=ids, attention_mask_BL=mask)
         for name, logits in model(single).logits.items():
             expected = together[name][[row]]
             expected = expected[:, :length] if logits.dim() == 3 else expected
             torch.testing.assert_close(logits, expected, atol=1e-6, rtol=0)
 
 
-def test_route_by_token_answers_alike_for_every_task_id_and_route_by_task_does_not():
-    batch = random_batch()
+@pytest.mark.parametrize(("route_by", "same"), [("token", True), ("task", False), ("both", False)])
+def test_route_by_token_answers_alike_for_every_task_id_and_route_by_task_does_not(route_by, same):
+    batch, model = random_batch(), tiny_model(moe_config(route_by=route_by)).eval()
     other = replace(batch, task_ids_B=(batch.task_ids_B + 1) % len(TASKS))
-    for route_by, same in (("token", True), ("task", False), ("both", False)):
-        model = tiny_model(moe_config(route_by=route_by)).eval()
-        with torch.no_grad():
-            for parameter in [
-                p for n, p in model.named_parameters() if "task_projection" in n or "gate_up" in n
-            ]:
-                parameter.mul_(20)
-        assert torch.equal(model(batch).logits["mood"], model(other).logits["mood"]) is same
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "task_projection" in name or "gate_up" in name:
+                weight.mul_(20)
+    assert torch.equal(model(batch).logits["mood"], model(other).logits["mood"]) is same
 
 
 @pytest.mark.parametrize("route_by", ROUTES)
@@ -94,8 +93,7 @@ def test_every_trainable_parameter_gets_a_gradient(route_by, gate):
     output = model(random_batch())
     total = sum(value.square().sum() for value in output.logits.values())
     (total + sum(value.sum() for value in output.embeddings.values())).backward()
-    missing = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
-    assert missing == []
+    assert without_gradient(model) == []
     frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
     assert len(frozen) == (3 if route_by == "task" else 0)
 
@@ -104,36 +102,25 @@ def test_the_same_seed_builds_the_same_weights():
     first, second, other = tiny_model(seed=1), tiny_model(seed=1), tiny_model(seed=2)
     torch.testing.assert_close(first.state_dict(), second.state_dict(), atol=0, rtol=0)
     assert not torch.equal(first.heads[0].output.weight, other.heads[0].output.weight)
-
-
-def test_a_model_rebuilt_from_its_encoder_config_takes_the_weights_and_answers_alike(tmp_path):
-    AutoModel.from_config(HF_CONFIGS["bert"]).save_pretrained(tmp_path)
-    config = ModelConfig(encoder=str(tmp_path), moe=moe_config(shared_width=8))
-    trained = build_model(config, TASKS).eval()
-    rebuilt = build_model(config, TASKS, encoder_config=trained.encoder.config.to_dict()).eval()
-    rebuilt.load_state_dict(trained.state_dict(), strict=True)
-    batch = random_batch()
-    torch.testing.assert_close(rebuilt(batch).logits, trained(batch).logits, atol=0, rtol=0)
-
-
-def test_a_model_without_experts_runs():
-    model = tiny_model(moe_config(num_experts=0))
-    assert model(random_batch()).routings == () and model.moe_layers() == []
+    # What AutoEP reads.
+    config = first.config
+    numbers = (config.num_local_experts, config.num_experts_per_tok, config.model_type)
+    assert numbers == (4, 2, "comoe")
 
 
 def test_two_encodes_before_one_backward_equal_two_separate_ones():
     model = tiny_model(moe_config(route_by="both"))
     batches = random_batch(seed=1), random_batch(rows=3, seed=2)
-    losses = [model(batch).logits["mood"].square().sum() for batch in batches]
-    sum(losses).backward()
-    together = [
-        parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None
-    ]
+
+    def reached():
+        return {name: g.clone() for name, g in gradients(model).items() if g is not None}
+
+    sum(model(batch).logits["mood"].square().sum() for batch in batches).backward()
+    together = reached()
     model.zero_grad()
     for batch in batches:
         model(batch).logits["mood"].square().sum().backward()
-    apart = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    torch.testing.assert_close(together, apart)
+    torch.testing.assert_close(together, reached())
 
 
 def test_parameters_belong_to_encoder_experts_router_or_heads():
@@ -148,27 +135,9 @@ def test_parameters_belong_to_encoder_experts_router_or_heads():
 
 
 def test_a_task_may_have_any_name():
-    awkward = [
-        Task(name, "single_label", ("a", "b"), "macro_f1")
-        for name in ("type", "expert", "a.b", "block", "forward")
-    ]
-    model = tiny_model(tasks=awkward)
-    assert list(model(random_batch(tasks=awkward)).logits) == [
-        "type",
-        "expert",
-        "a.b",
-        "block",
-        "forward",
-    ]
-
-
-def test_the_config_has_what_autoep_reads():
-    config = tiny_model().config
-    assert (config.num_local_experts, config.num_experts_per_tok, config.model_type) == (
-        4,
-        2,
-        "comoe",
-    )
+    names = ["type", "expert", "a.b", "block", "forward"]
+    awkward = [Task(name, "single_label", ("a", "b"), "macro_f1") for name in names]
+    assert list(tiny_model(tasks=awkward)(random_batch(tasks=awkward)).logits) == names
 
 
 def test_bfloat16_keeps_answers_float32_and_close():

@@ -105,6 +105,8 @@ def test_layers_that_do_not_exist_are_refused():
         chosen_layers([0, 3], 3)
     with pytest.raises(ValueError, match="model.moe.layers .* top-3 at most"):
         chosen_layers("top-4", 3)
+    with pytest.raises(ValueError, match="model.train_layers .*1 to 3"):
+        freeze_encoder(tiny_encoder("bert"), 4)
 
 
 @pytest.mark.parametrize(
@@ -116,15 +118,14 @@ def test_kept_layers_are_evenly_spaced_or_at_one_end(kept, count, expected):
     assert kept_layers(kept, count) == expected
 
 
-def test_the_automatic_expert_width_is_a_quarter_and_at_least_sixteen():
+def test_the_automatic_expert_width_is_a_quarter_and_no_experts_leave_the_encoder_as_it_is():
     assert [expert_width(moe_config(), width) for width in (32, 384, 768)] == [16, 96, 192]
     assert expert_width(moe_config(expert_width=40), 768) == 40
-
-
-def test_no_experts_leaves_the_encoder_as_it_is():
     encoder = tiny_encoder("bert")
     assert attach_blocks(encoder, moe_config(num_experts=0), ContextHolder()) == []
     assert not [name for name, _ in encoder.named_modules() if "block" in name]
+    model = tiny_model(moe_config(num_experts=0))
+    assert model(random_batch()).routings == () and model.moe_layers() == []
 
 
 def test_every_family_builds_with_and_without_its_pooler():
@@ -157,18 +158,17 @@ def test_relative_positions_are_numbered_from_the_first_token(family):
     assert longest_input(HF_CONFIGS[family]) == HF_CONFIGS[family].max_position_embeddings
 
 
-def test_segments_are_passed_only_to_encoders_that_tell_them_apart():
-    reading = {family for family, config in ALL_CONFIGS.items() if reads_segments(config)}
-    assert reading == {"bert", "electra", "electra of one width", "deberta-v2 with positions"}
-    batch = replace(random_batch(), token_type_ids_BL=torch.arange(9).ge(4).long().expand(6, 9))
-    for family in ALL_CONFIGS:
-        model = tiny_model(family=family).eval()
-        # A tokenizer numbers the second text of a pair 1 also where the encoder has one segment.
-        same = torch.equal(
-            model(batch).logits["mood"],
-            model(replace(batch, token_type_ids_BL=None)).logits["mood"],
-        )
-        assert same is (family not in reading)
+@pytest.mark.parametrize("family", ALL_CONFIGS)
+def test_segments_are_passed_only_to_encoders_that_tell_them_apart(family):
+    reading = {"bert", "electra", "electra of one width", "deberta-v2 with positions"}
+    assert reads_segments(ALL_CONFIGS[family]) is (family in reading)
+    segments = torch.arange(9).ge(4).long().expand(6, 9)
+    batch, model = random_batch(), tiny_model(family=family).eval()
+    # A tokenizer numbers the second text of a pair 1 also where the encoder has one segment.
+    one, other = (
+        model(replace(batch, token_type_ids_BL=t)).logits["mood"] for t in (segments, None)
+    )
+    assert torch.equal(one, other) is (family not in reading)
 
 
 def trained(model):
@@ -186,10 +186,7 @@ def test_a_frozen_encoder_keeps_its_experts_and_heads_in_training(family):
 @pytest.mark.parametrize("family", ALL_CONFIGS)
 @pytest.mark.parametrize("count", [1, 3])
 def test_the_last_layers_train_and_what_lies_below_does_not(family, count):
-    model, none = (
-        tiny_model(family=family, train_layers=count),
-        tiny_model(family=family, train_layers="none"),
-    )
+    model, none = (tiny_model(family=family, train_layers=layers) for layers in (count, "none"))
     path = FAMILIES[family.split()[0]].layers
     last = tuple(f"encoder.{path}.{number}." for number in range(3 - count, 3))
     after = tuple(f"encoder.{name}." for name in FAMILIES[family.split()[0]].after_layers)
@@ -197,11 +194,4 @@ def test_the_last_layers_train_and_what_lies_below_does_not(family, count):
     assert trained(model) == expected | trained(none) and expected - trained(none)
     model(random_batch()).logits["mood"].square().sum().backward()
     reached = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
-    assert {name for name in reached if name.startswith("encoder.")} == {
-        name for name in trained(model) if name.startswith("encoder.")
-    }
-
-
-def test_more_layers_to_train_than_there_are_are_refused():
-    with pytest.raises(ValueError, match="model.train_layers .*1 to 3"):
-        freeze_encoder(tiny_encoder("bert"), 4)
+    assert {n for n in reached ^ trained(model) if n.startswith("encoder.")} == set()
