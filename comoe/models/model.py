@@ -39,7 +39,6 @@ from comoe.models.moe.block import (
     without_tokens,
 )
 from comoe.models.moe.gate import GATES, draw
-from comoe.models.moe.router import ROUTES
 from comoe.models.vision.fusion import Images, build_fusion
 from comoe.models.vision.image_text_head import ImageTextHead, image_text_output
 from comoe.models.vision.tower import (
@@ -156,7 +155,7 @@ class MultiTaskModel(nn.Module):
         if recompute:
             recompute_layers(encoder, self.holder)
         self.draws = bool(self._blocks) and GATES[config.moe.gate].draws
-        reads_task = bool(self._blocks) and ROUTES[config.moe.route_by].task
+        reads_task = any(block.task_projection is not None for block in self._blocks)
         self.task_embedding = (
             nn.Embedding(len(tasks), config.moe.task_embedding_width) if reads_task else None
         )

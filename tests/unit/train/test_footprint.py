@@ -25,17 +25,16 @@ EXPERTS = 3 * 4 * 3 * 16 * WIDTH
 
 
 def plan(model: MultiTaskModel, *, stage: int = 2, bf16: bool = True, **zero: int) -> MemoryPlan:
-    recipe = recipe_from_dict(
-        {"tasks": {"mood": {"path": "x"}}, "train": {"activation_checkpointing": True}}
-    )
-    layout = Layout(2, 2, stage, 6, 1, bf16)
-    return plan_run(
-        recipe,
-        layout,
-        model,
-        SimpleNamespace(lengths=np.array([4, 6])),
-        {"zero_optimization": zero},
-    )
+    train = {"activation_checkpointing": True}
+    recipe = recipe_from_dict({"tasks": {"mood": {"path": "x"}}, "train": train})
+    posts, settings = SimpleNamespace(lengths=np.array([4, 6])), {"zero_optimization": zero}
+    return plan_run(recipe, Layout(2, 2, stage, 6, 1, bf16), model, posts, settings)
+
+
+def part(name: str, model: MultiTaskModel, **options: int) -> int:
+    """Bytes of one part of a plan in float32."""
+    parts = plan(model, bf16=False, **options).parts
+    return {one.name: one.device_bytes for one in parts}[name]
 
 
 def total(model: MultiTaskModel) -> int:
@@ -70,43 +69,26 @@ def test_the_plan_of_a_run_knows_its_feed_forward_heads_recomputation_and_frozen
 
 
 def test_the_reduction_bucket_is_deepspeeds_own_where_the_json_says_nothing_and_holds_the_largest_weight():
-    def bucket(**zero: int) -> int:
-        parts = {
-            part.name: part.device_bytes for part in plan(tiny_model(), bf16=False, **zero).parts
-        }
-        return parts["reduction bucket"]
-
-    assert bucket() == 4 * 500_000_000
-    assert bucket(reduce_bucket_size=1) == 4 * max(
-        parameter.numel() for parameter in tiny_model().parameters()
-    )
+    model = tiny_model()
+    assert part("reduction bucket", model) == 4 * 500_000_000
+    largest = max(parameter.numel() for parameter in model.parameters())
+    assert part("reduction bucket", model, reduce_bucket_size=1) == 4 * largest
 
 
 def test_stage_3_plans_for_the_weights_that_it_keeps_whole():
     model = tiny_model()
-    whole = total(model) - EXPERTS // 2
-
-    def gathered(**zero: int) -> int:
-        parts = {
-            part.name: part.device_bytes for part in plan(model, stage=3, bf16=False, **zero).parts
-        }
-        return parts["gathered weights"]
-
-    assert gathered() == 4 * whole
-    assert gathered(stage3_max_live_parameters=100, stage3_max_reuse_distance=600) == 4 * 300
-    assert gathered(stage3_max_live_parameters=500, stage3_max_reuse_distance=600) == 4 * 500
-
-
-def test_what_stays_whole_is_bounded_by_half_of_the_distance_to_the_next_use_or_by_what_may_live():
-    assert kept_whole({}) == 1_000_000_000
-    assert kept_whole({"stage3_max_live_parameters": 10}) == 500_000_000
+    live, reuse = "stage3_max_live_parameters", "stage3_max_reuse_distance"
+    assert part("gathered weights", model, stage=3) == 4 * (total(model) - EXPERTS // 2)
+    # Half of the distance to the next use, or what may live.
+    for most, kept in ((100, 300), (500, 500)):
+        assert part("gathered weights", model, stage=3, **{live: most, reuse: 600}) == 4 * kept
+    assert kept_whole({}) == 1_000_000_000 and kept_whole({live: 10}) == 500_000_000
 
 
 def test_a_tower_counts_as_frozen_weights_or_with_what_it_keeps_for_its_backward_pass():
     def of(**vision):
         model = seeing_model("tokens", **vision)
-        parts = {part.name: part.device_bytes for part in plan(model, bf16=False).parts}
-        return model, count_parameters(model, top_k=2), parts["activations (rough)"]
+        return model, count_parameters(model, top_k=2), part("activations (rough)", model)
 
     (model, frozen, little), (_, trained, much) = of(), of(train_tower=True)
     size = sum(parameter.numel() for parameter in model.tower.parameters())
@@ -115,10 +97,4 @@ def test_a_tower_counts_as_frozen_weights_or_with_what_it_keeps_for_its_backward
     # Six pictures of five tokens through two layers of width 12, feed-forward 16.
     assert much - little == 2 * 6 * 5 * ((8 * 12 + 2 * 16) * 4 + 2 * 12)
     # The text encoder reads five image tokens beside five of text.
-    assert little == 2 * of_text()
-
-
-def of_text() -> int:
-    """Activations without the image tokens that the text encoder reads."""
-    parts = {part.name: part.device_bytes for part in plan(tiny_model(), bf16=False).parts}
-    return parts["activations (rough)"]
+    assert little == 2 * part("activations (rough)", tiny_model())

@@ -25,16 +25,16 @@ def steps(folder: Path) -> list[int]:
     return sorted(int(path.name.removeprefix("step-")) for path in folder.glob("step-*"))
 
 
-def test_the_newest_checkpoint_is_found(tmp_path):
-    for step in (5, 10, 100):
-        make_checkpoint(tmp_path, step)
+def test_the_newest_whole_checkpoint_is_found(tmp_path):
+    assert find_checkpoint(tmp_path / "never made") is None
+    # One that is still being written is none.
+    make_checkpoint(tmp_path, 200).rename(tmp_path / ".writing-step-00000200")
+    assert find_checkpoint(tmp_path) is None
+    paths = [make_checkpoint(tmp_path, step) for step in (5, 10, 100)]
+    assert [whats_wrong(path) for path in paths] == [""] * 3
     found = find_checkpoint(tmp_path)
     assert found is not None
     assert (found.path.name, found.step, found.broken) == ("step-00000100", 100, ())
-
-
-def test_a_folder_without_checkpoints_has_none(tmp_path):
-    assert find_checkpoint(tmp_path / "never made") is None
 
 
 def rewrite_manifest(**changes: object) -> Callable[[Path], object]:
@@ -119,9 +119,8 @@ def test_the_best_step_is_known_although_its_note_is_lost(tmp_path, spoil):
         (path / "state.json").write_text('{"best_step": 2, "best_value": 0.5}')
         write_manifest(path, step=step)
     mark_best(tmp_path, 2)
-    (tmp_path / "best.json").unlink() if spoil is None else (tmp_path / "best.json").write_text(
-        spoil
-    )
+    note = tmp_path / "best.json"
+    note.unlink() if spoil is None else note.write_text(spoil)
     assert named_best(tmp_path) == tmp_path / "step-00000002"
     (path / "state.json").write_text('{"best_step": 0, "best_value": null}')
     write_manifest(path, step=5)
@@ -141,31 +140,15 @@ def test_when_all_are_broken_the_reasons_are_named(tmp_path):
     assert said.endswith("start the run anew.")
 
 
-def test_a_checkpoint_that_is_still_being_written_is_not_found(tmp_path):
-    make_checkpoint(tmp_path, 5).rename(tmp_path / ".writing-step-00000005")
-    assert find_checkpoint(tmp_path) is None
-
-
-def test_pruning_keeps_the_newest_and_the_best(tmp_path):
-    for step in range(1, 7):
+def test_pruning_keeps_the_newest_whole_ones_and_the_best(tmp_path):
+    for step in range(1, 8):
         make_checkpoint(tmp_path, step)
+    truncate(tmp_path / "step-00000007")
+    make_checkpoint(tmp_path, 8).rename(tmp_path / ".writing-step-00000008")
     mark_best(tmp_path, 2)
     prune(tmp_path, keep=2)
     assert steps(tmp_path) == [2, 5, 6]
-
-
-def test_pruning_never_keeps_a_broken_checkpoint_in_the_place_of_a_whole_one(tmp_path):
-    make_checkpoint(tmp_path, 5)
-    truncate(make_checkpoint(tmp_path, 10))
-    prune(tmp_path, keep=1)
-    assert steps(tmp_path) == [5]
-
-
-def test_pruning_removes_what_a_killed_run_left_half_written(tmp_path):
-    make_checkpoint(tmp_path, 3).rename(tmp_path / ".writing-step-00000003")
-    make_checkpoint(tmp_path, 5)
-    prune(tmp_path, keep=2)
-    assert [path.name for path in tmp_path.iterdir()] == ["step-00000005"]
+    assert not (tmp_path / ".writing-step-00000008").exists()
 
 
 def test_the_best_checkpoint_is_given_only_when_it_is_whole(tmp_path, capsys):
@@ -176,7 +159,3 @@ def test_the_best_checkpoint_is_given_only_when_it_is_whole(tmp_path, capsys):
     truncate(path)
     assert best_checkpoint(tmp_path) is None
     assert "step-00000005, the best one: weights" in capsys.readouterr().err
-
-
-def test_a_sound_checkpoint_has_nothing_wrong(tmp_path):
-    assert whats_wrong(make_checkpoint(tmp_path, 1)) == ""
