@@ -48,20 +48,28 @@ def parameters(node: Function) -> int:
     return len([item for item in listed if item.arg not in ("self", "cls")])
 
 
-def called_once(tree: ast.Module) -> int:
-    """Private functions and methods of at most 8 lines whose name stands in one further place of the file."""
+def used_once(tree: ast.Module) -> tuple[int, int]:
+    """Private functions and methods of at most 8 lines whose name stands in one further place of the file, and how many
+    of them are called there; the others stand in a table or are handed over."""
     used = Counter(
         getattr(node, "id", getattr(node, "attr", None))
         for node in ast.walk(tree)
         if isinstance(node, (ast.Name, ast.Attribute))
     )
-    return sum(
-        node.name.startswith("_")
+    called = {
+        getattr(node.func, "id", getattr(node.func, "attr", None))
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+    }
+    found = [
+        node.name
+        for node in functions_of(tree)
+        if node.name.startswith("_")
         and not node.name.startswith("__")
         and used[node.name] == 1
         and node.end_lineno - node.lineno < 8
-        for node in functions_of(tree)
-    )
+    ]
+    return len(found), len(called & set(found))
 
 
 def imports_of(tree: ast.Module, root: Path) -> Iterator[str]:
@@ -174,8 +182,11 @@ def rows(root: Path) -> Iterator[tuple[str, str]]:
         "functions; over 60 lines",
         (f"{len(functions)}; {sum(node.end_lineno - node.lineno >= 60 for _, node in functions)}"),
     )
-    once = sum(called_once(trees[path]) for path in package)
-    yield "private helpers used once with at most 8 lines", f"{once}"
+    once = [used_once(trees[path]) for path in package]
+    yield (
+        "private helpers used once with at most 8 lines; called",
+        "; ".join(str(sum(counts)) for counts in zip(*once, strict=True)),
+    )
     yield (
         "docstrings; comments, share of lines",
         (f"{sum(map(len, docs.values())) / total:.1%}; {comments / total:.1%}"),
