@@ -408,20 +408,12 @@ def test_the_last_layers_of_both_stacks_train_and_the_table_of_words_does_not(fa
 
 
 def test_layers_chosen_by_a_word_are_chosen_in_each_stack_and_by_number_through_both():
-    layers = {
-        "alternate": [0, 2, 4],
-        "last_half": [1, 2, 4],
-        "all": [0, 1, 2, 3, 4],
-        "top-1": [2, 4],
-    }
-    for word, expected in layers.items():
-        assert [
-            block.layer for block in decoder_model(moe=moe_config(layers=word)).moe_layers()
-        ] == expected
-    assert [block.layer for block in decoder_model(moe=moe_config(layers=[1, 4])).moe_layers()] == [
-        1,
-        4,
-    ]
+    for layers, expected in (
+        ("alternate", [0, 2, 4]), ("last_half", [1, 2, 4]), ("all", [0, 1, 2, 3, 4]), ("top-1", [2, 4]),
+        ([1, 4], [1, 4]),
+    ):  # fmt: skip
+        blocks = decoder_model(moe=moe_config(layers=layers)).moe_layers()
+        assert [block.layer for block in blocks] == expected
     with pytest.raises(ValueError, match="from 0 to 4"):
         decoder_model(moe=moe_config(layers=[5]))
 
@@ -430,12 +422,6 @@ def test_answers_longer_than_the_decoder_can_number_are_refused():
     with pytest.raises(ValueError, match="tasks.opinion.max_answer_length .41. must be at most 40"):
         decoder_model("bart", tasks=(replace(OPINION, max_answer_length=41),))
     decoder_model("t5", tasks=(replace(OPINION, max_answer_length=4000),))
-
-
-def test_models_without_heads_have_no_projection_and_no_text_task_no_decoder():
-    assert decoder_model(tasks=DECODED).projection is None
-    assert len(decoder_model(tasks=DECODED).heads) == 0
-    assert decoder_model().projection is not None and len(decoder_model().heads) == 2
 
 
 @pytest.mark.parametrize(
@@ -458,8 +444,10 @@ def test_the_decoder_reads_states_that_have_seen_the_picture(fusion, family):
     assert moved.tolist() == [0, 1, 0, 1, 0, 0, 0, 0]
 
 
-def test_a_second_view_of_posts_does_without_the_decoder():
-    output = decoder_model()(decoder_batch(), decode=False)
+def test_a_second_view_of_posts_does_without_the_decoder_and_without_heads_nothing_is_projected():
+    model, bare = decoder_model(), decoder_model(tasks=DECODED)
+    output = model(decoder_batch(), decode=False)
     assert list(output.logits) == ["mood", "heat"]
-    assert output.answer_rows_S is None
-    assert len(output.layer_rows) == 3
+    assert output.answer_rows_S is None and len(output.layer_rows) == 3
+    assert (bare.projection, len(bare.heads)) == (None, 0)
+    assert model.projection is not None and len(model.heads) == 2

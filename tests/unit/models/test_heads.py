@@ -16,24 +16,18 @@ def pooling():
     return layer
 
 
-def test_attention_sums_to_one_and_ignores_padding():
-    pooled, attention = pooling()(HIDDEN, MASK)
-    torch.testing.assert_close(attention.sum(1), torch.ones(2))
-    assert not attention[1, 2:].any() and (attention[1, :2] > 0).all()
-    changed = HIDDEN.clone()
-    changed[1, 2:] = 100.0
-    assert torch.equal(pooling()(changed, MASK)[0], pooled)
-
-
 def test_pooling_equals_a_reference_row_by_row():
     layer = pooling()
     pooled, attention = layer(HIDDEN, MASK)
     for row, count in enumerate((5, 2)):
-        weights = torch.softmax(HIDDEN[row, :count].double() @ layer.query.double(), dim=0)
-        torch.testing.assert_close(attention[row, :count].double(), weights, atol=1e-6, rtol=1e-5)
-        torch.testing.assert_close(
-            pooled[row].double(), weights @ HIDDEN[row, :count].double(), atol=1e-6, rtol=1e-5
-        )
+        states = HIDDEN[row, :count].double()
+        weights = torch.softmax(states @ layer.query.double(), dim=0)
+        for found, wanted in ((attention[row, :count], weights), (pooled[row], weights @ states)):
+            torch.testing.assert_close(found.double(), wanted, atol=1e-6, rtol=1e-5)
+    assert not attention[1, 2:].any()
+    changed = HIDDEN.clone()
+    changed[1, 2:] = 100.0
+    assert torch.equal(layer(changed, MASK)[0], pooled)
 
 
 def test_the_kind_of_the_task_decides_the_shape():
@@ -46,16 +40,12 @@ def test_the_kind_of_the_task_decides_the_shape():
         )
 
 
-def test_logits_and_attention_are_float32_under_bfloat16():
-    head = TaskHead(MOOD, 16, dropout=0.0).bfloat16()
-    answer = head(HIDDEN.bfloat16(), MASK)
-    assert answer.logits.dtype == answer.attention_BL.dtype == torch.float32
-    assert answer.pooled_BM.dtype == torch.bfloat16
-
-
-def test_dropout_acts_in_training_only():
+def test_dropout_acts_in_training_only_and_logits_are_float32_under_bfloat16():
     head = TaskHead(MOOD, 16, dropout=0.5)
     torch.manual_seed(0)
     assert not torch.equal(head(HIDDEN, MASK).logits, head(HIDDEN, MASK).logits)
     head.eval()
     assert torch.equal(head(HIDDEN, MASK).logits, head(HIDDEN, MASK).logits)
+    answer = head.bfloat16()(HIDDEN.bfloat16(), MASK)
+    assert answer.logits.dtype == answer.attention_BL.dtype == torch.float32
+    assert answer.pooled_BM.dtype == torch.bfloat16

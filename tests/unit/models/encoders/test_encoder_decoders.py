@@ -59,49 +59,43 @@ def test_a_whole_model_loads_with_its_weights_and_ties_what_was_tied(folders, na
     assert len(layers_of(alone)) == 3 and not any("decoder" in name for name in alone.state_dict())
 
 
+def exported(folder, folders, name, tasks, **model_options):
+    """A model, its export, and the tensors that it holds."""
+    recipe = tiny_recipe(tasks=tasks)
+    recipe.model = replace(recipe.model, encoder=str(folders / name), **model_options)
+    torch.manual_seed(1)
+    model = build_model(recipe.model, tasks, recompute=tasks is MIXED).eval()
+    export_model(
+        folder / "e", state_dict=model.state_dict(), recipe=recipe, tasks=tasks,
+        encoder_config=json.loads(json.dumps(model.encoder.config.to_dict(), default=str)),
+        tokenizer=tiny_tokenizer(folder / "v"),
+    )  # fmt: skip
+    return model, load_exported(folder / "e").model, load_file(folder / "e/model.safetensors")
+
+
+def assert_alike(model, other, batch):
+    expected = model(batch).logits
+    for task, logits in other(batch).logits.items():
+        torch.testing.assert_close(logits, expected[task], atol=1e-6, rtol=0)
+
+
 @pytest.mark.parametrize("name", ["t5", "flan", "bart"])
 def test_an_export_of_an_encoder_decoder_answers_alike_and_holds_each_tensor_once(
     tmp_path, folders, name
 ):
-    recipe = tiny_recipe(tasks=MIXED)
-    recipe.model = replace(recipe.model, encoder=str(folders / name), private_width=8)
-    torch.manual_seed(1)
-    model = build_model(recipe.model, MIXED, recompute=True).eval()
-    export_model(
-        tmp_path / "e", state_dict=model.state_dict(), recipe=recipe, tasks=MIXED,
-        encoder_config=json.loads(json.dumps(model.encoder.config.to_dict(), default=str)),
-        tokenizer=tiny_tokenizer(tmp_path / "v"),
-    )  # fmt: skip
-    weights = load_file(tmp_path / "e/model.safetensors")
-    assert sum(value.shape == (60, 16) for value in weights.values()) == (
-        2 if name == "flan" else 1
-    )
-    loaded, batch = load_exported(tmp_path / "e").model, decoder_batch(family=family_of(name))
-    expected = model(batch).logits
-    for task, logits in loaded(batch).logits.items():
-        torch.testing.assert_close(logits, expected[task], atol=1e-6, rtol=0)
+    model, loaded, weights = exported(tmp_path, folders, name, MIXED, private_width=8)
+    tables = sum(value.shape == (60, 16) for value in weights.values())
+    assert tables == (2 if name == "flan" else 1)
+    assert_alike(model, loaded, decoder_batch(family=family_of(name)))
     assert loaded.encoder.config.comoe_answering == model.encoder.config.comoe_answering
 
 
 @pytest.mark.parametrize("name", ["flan", "umt5", "bart", "mbart"])
 def test_an_export_of_an_encoder_alone_holds_no_decoder_and_answers_alike(tmp_path, folders, name):
-    recipe = tiny_recipe(tasks=TASKS)
-    recipe.model = replace(recipe.model, encoder=str(folders / name), moe=moe_config())
-    torch.manual_seed(1)
-    model = build_model(recipe.model, TASKS).eval()
-    export_model(
-        tmp_path / "e", state_dict=model.state_dict(), recipe=recipe, tasks=TASKS,
-        encoder_config=json.loads(json.dumps(model.encoder.config.to_dict(), default=str)),
-        tokenizer=tiny_tokenizer(tmp_path / "v"),
-    )  # fmt: skip
-    assert not any(
-        "decoder" in key or "lm_head" in key for key in load_file(tmp_path / "e/model.safetensors")
-    )
-    loaded, batch = load_exported(tmp_path / "e").model, random_batch()
+    model, loaded, weights = exported(tmp_path, folders, name, TASKS, moe=moe_config())
+    assert not any("decoder" in key or "lm_head" in key for key in weights)
     assert loaded.decoder is None and len(loaded.moe_layers()) == 3
-    expected = model(batch).logits
-    for task, logits in loaded(batch).logits.items():
-        torch.testing.assert_close(logits, expected[task], atol=1e-6, rtol=0)
+    assert_alike(model, loaded, random_batch())
 
 
 def test_a_run_in_which_nothing_would_train_is_refused(folders):
@@ -140,24 +134,25 @@ def test_only_the_signs_that_begin_and_end_an_answer_are_kept_of_how_a_folder_ge
     settings.write_text(before)
 
 
-def test_a_t5_begins_with_padding_and_an_mbart_must_say_how_it_begins(tmp_path, folders):
-    def without_start(name):
-        place = tmp_path / name
-        place.mkdir()
-        config = json.loads((folders / name / "config.json").read_text())
-        place.joinpath("config.json").write_text(
-            json.dumps(config | {"decoder_start_token_id": None})
-        )
-        (place / "model.safetensors").write_bytes(
-            (folders / name / "model.safetensors").read_bytes()
-        )
-        return build_encoder(ModelConfig(encoder=str(place)), generates=True)
+def changed_copy(folder, place, **config):
+    """An encoder-decoder of another folder with other settings."""
+    place.mkdir()
+    settings = json.loads((folder / "config.json").read_text()) | config
+    (place / "config.json").write_text(json.dumps(settings))
+    (place / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    return build_encoder(ModelConfig(encoder=str(place)), generates=True)
 
-    assert without_start("t5").generation_config.decoder_start_token_id == 0
-    with pytest.raises(
-        ValueError, match=r"model.encoder .*mbart. does not say its decoder_start_token_id.*config"
-    ):
-        without_start("mbart")
+
+def test_a_t5_begins_with_padding_and_an_mbart_must_say_how_it_begins(tmp_path, folders):
+    t5 = changed_copy(folders / "t5", tmp_path / "t5", decoder_start_token_id=None)
+    assert t5.generation_config.decoder_start_token_id == 0
+    refusal = r"model.encoder .*mbart. does not say its decoder_start_token_id.*config"
+    with pytest.raises(ValueError, match=refusal):
+        changed_copy(folders / "mbart", tmp_path / "mbart", decoder_start_token_id=None)
+    # Layers are never dropped at random.
+    dropping = {"encoder_layerdrop": 0.9, "decoder_layerdrop": 0.9}
+    bart = changed_copy(folders / "bart", tmp_path / "bart", **dropping)
+    assert bart.model.encoder.layerdrop == bart.model.decoder.layerdrop == 0.0
 
 
 def test_an_encoder_without_a_decoder_is_refused_for_tasks_that_want_one(tmp_path):
@@ -168,16 +163,6 @@ def test_an_encoder_without_a_decoder_is_refused_for_tasks_that_want_one(tmp_pat
             match=r"^model.encoder .* is a bert, which has no decoder.*t5, .*single_label",
         ):
             build(ModelConfig(encoder=str(tmp_path)), generates=True)
-
-
-def test_layers_are_never_dropped_at_random(tmp_path, folders):
-    config = json.loads((folders / "bart/config.json").read_text())
-    (tmp_path / "config.json").write_text(
-        json.dumps(config | {"encoder_layerdrop": 0.9, "decoder_layerdrop": 0.9})
-    )
-    (tmp_path / "model.safetensors").write_bytes((folders / "bart/model.safetensors").read_bytes())
-    found = build_encoder(ModelConfig(encoder=str(tmp_path)), generates=True)
-    assert found.model.encoder.layerdrop == found.model.decoder.layerdrop == 0.0
 
 
 def only_config(folder, config):
@@ -199,15 +184,9 @@ def split_of(tasks):
 
 def plan_of(model):
     recipe = recipe_from_dict({"tasks": {"mood": {"path": "x"}}})
-    split = split_of(model.tasks)
-    zero = {
-        "zero_optimization": {
-            "stage": 3,
-            "stage3_max_live_parameters": 10,
-            "stage3_max_reuse_distance": 10,
-        }
-    }
-    return plan_run(recipe, Layout(2, 2, 3, 6, 1, True), model, split, zero)
+    live = {"stage3_max_live_parameters": 10, "stage3_max_reuse_distance": 10}
+    zero = {"zero_optimization": {"stage": 3} | live}
+    return plan_run(recipe, Layout(2, 2, 3, 6, 1, True), model, split_of(model.tasks), zero)
 
 
 @pytest.mark.parametrize("name", [*WHOLE, "bert", "bert with a tower"])
