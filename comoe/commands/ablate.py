@@ -10,7 +10,7 @@ from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 
-from comoe.commands.arguments import need_training, new_parser
+from comoe.commands.arguments import need_training, new_parser, whole
 from comoe.config.plugins import add_plugins
 
 
@@ -21,7 +21,7 @@ def parser() -> ArgumentParser:
     add = found.add_argument
     add("--run", type=Path, required=True, metavar="RUN", help="folder of a finished run")
     add("--split", default="test", choices=("validation", "test"), help="posts to score on (test)")
-    add("--limit", type=int, metavar="N", help="at most this many posts per data set")
+    add("--limit", type=whole(1), metavar="N", help="at most this many posts per data set")
     add("--device", default="auto", help="cpu, cuda, ...; auto is a GPU where there is one")
     add("--output", type=Path, metavar="FILE", help="write the numbers there as JSON")
     # fmt: on

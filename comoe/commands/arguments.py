@@ -1,13 +1,44 @@
 """What the command lines share: the look of a parser, and the recipe as the first word."""
 
+import re
 import sys
-from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from argparse import (
+    ArgumentParser,
+    ArgumentTypeError,
+    Namespace,
+    RawDescriptionHelpFormatter,
+)
+from collections.abc import Callable
 
 from comoe.config.extras import need
 from comoe.config.plugins import add_plugins
 
 RECIPE, SETTINGS = "starter", "zero2"
 """Names of the recipe and the DeepSpeed file that are taken where none is given."""
+
+MOST = 1_000_000_000
+"""Largest number that an option takes."""
+
+
+def whole(least: int, most: int = MOST) -> Callable[[str], int]:
+    """The type of an option that takes a whole number, from ``least`` to ``most``."""
+
+    def read(text: str) -> int:
+        if not re.fullmatch(r"[+-]?[0-9]{1,18}", text) or not least <= int(text) <= most:
+            rule = f"must be a whole number, at least {least}, at most {most:,}"
+            raise ArgumentTypeError(f"{text!r} {rule}")
+        return int(text)
+
+    return read
+
+
+def number(text: str) -> float:
+    """The type of an option that takes a number, at least 0."""
+    plain = re.fullmatch(r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3})?", text)
+    value = float(text) if plain else -1.0
+    if not 0 <= value <= MOST:
+        raise ArgumentTypeError(f"{text!r} must be a number, at least 0, at most {MOST:,}")
+    return value
 
 
 def new_parser(word: str, description: str) -> ArgumentParser:

@@ -12,7 +12,7 @@ from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 
-from comoe.commands.arguments import new_parser
+from comoe.commands.arguments import new_parser, number, whole
 
 
 def parser() -> ArgumentParser:
@@ -29,16 +29,17 @@ def parser() -> ArgumentParser:
     add("--text-column", default="text", help="column with the post (default: %(default)s)")
     add("--pair-column", help="column with the target (default: aspect, where there is one)")
     add("--label-column", help="column with the gold label (default: polarity, where there is one)")
-    add("--rounds", type=int, default=10, help="at most this many rounds for a post with a gold label, which is given "
+    add("--rounds", type=whole(1), default=10,
+        help="at most this many rounds for a post with a gold label, which is given "
         "from round 2 on, until the polarity is that label (default: %(default)s)")
-    add("--temperature", type=float, default=0.7, help="of sampling; 0 never samples (default: %(default)s)")
-    add("--seed", type=int, default=0, help="of sampling (default: %(default)s)")
-    add("--max-new-tokens", type=int, default=32,
+    add("--temperature", type=number, default=0.7, help="of sampling; 0 never samples (default: %(default)s)")
+    add("--seed", type=whole(0), default=0, help="of sampling (default: %(default)s)")
+    add("--max-new-tokens", type=whole(1), default=32,
         help="of one text; a longer one is malformed (default: %(default)s)")
-    add("--limit", type=int, help="the first so many posts only")
+    add("--limit", type=whole(1), help="the first so many posts only")
     add("--skip-bad", action="store_true", help="leave out bad rows instead of stopping at the first")
     add("--overwrite", action="store_true", help="replace what this command wrote, begin anew")
-    add("--batch-size", type=int, default=16, help="prompts at once (default: %(default)s)")
+    add("--batch-size", type=whole(1), default=16, help="prompts at once (default: %(default)s)")
     add("--device", default="auto", help="cpu, cuda, ...; default: a GPU where there is one")
     add("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
     # fmt: on

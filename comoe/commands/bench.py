@@ -15,7 +15,7 @@ from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 
-from comoe.commands.arguments import need_training, new_parser
+from comoe.commands.arguments import need_training, new_parser, whole
 
 BENCHMARKS = {
     "experts": "comoe.benchmarks.experts",
@@ -36,7 +36,7 @@ def parser() -> ArgumentParser:
     add("benchmark", choices=BENCHMARKS, help="what to measure")
     add("--json", type=Path, metavar="FILE", help="write the figures here too")
     add("--config", type=Path, metavar="YAML", help="recipe (launch/configs/starter.yaml)")
-    add("--rounds", type=int, metavar="N", help="timed rounds (more: steadier medians)")
+    add("--rounds", type=whole(1), metavar="N", help="timed rounds (more: steadier medians)")
     # fmt: on
     return found
 

@@ -10,7 +10,14 @@ from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 
-from comoe.commands.arguments import SETTINGS, add_recipe, need_training, new_parser, take_recipe
+from comoe.commands.arguments import (
+    SETTINGS,
+    add_recipe,
+    need_training,
+    new_parser,
+    take_recipe,
+    whole,
+)
 
 ARMS = "no_experts,dense,softmax,sigmoid"
 
@@ -22,7 +29,7 @@ def parser() -> ArgumentParser:
     add = found.add_argument
     add("--deepspeed", default=SETTINGS, metavar="JSON", help="a file, or the name of a ready one (%(default)s)")
     add("--output", type=Path, default=Path("runs/compare"), metavar="DIR", help="runs, tables, plots")
-    add("--ranks", type=int, metavar="N", help="ranks of each run (all GPUs; without a GPU 1)")
+    add("--ranks", type=whole(1), metavar="N", help="ranks of each run (all GPUs; without a GPU 1)")
     add("--arms", default=ARMS, metavar="LIST", help=f"names with commas; docs/experiments.md has all ({ARMS})")
     add("--arm", action="append", default=[], metavar="NAME:KEY=VALUE,...", help="an arm of your own")
     add("--seeds", default="0,1,2", metavar="LIST", help="one run of each arm per seed (0,1,2)")
@@ -37,10 +44,10 @@ def parser() -> ArgumentParser:
         help="order and compare the arms by it (metric, arms as given)")
     add("--metrics", metavar="LIST", help="task/metric with commas: a table and plot of these alone")
     add("--affinity", metavar="ARMS", help="measure task gradients of these arms (multi, if there)")
-    add("--affinity-posts", type=int, default=256, metavar="N", help="posts a task there (256); 0: no")
+    add("--affinity-posts", type=whole(0), default=256, metavar="N", help="posts a task there (256); 0: no")
     add("--remove-experts", metavar="ARMS", help="ablate each expert of these arms")
-    add("--removal-posts", type=int, default=250, metavar="N", help="test posts per set there (250)")
-    add("--resamples", type=int, default=300, metavar="N", help="of the bootstrap (300); 0: no differences")
+    add("--removal-posts", type=whole(1), default=250, metavar="N", help="test posts per set there (250)")
+    add("--resamples", type=whole(0), default=300, metavar="N", help="of the bootstrap (300); 0: no differences")
     add("--dry-run", action="store_true", help="check everything, print the runs and their options; end")
     add("--keep-checkpoints", action="store_true", help="else a finished run keeps its export only")
     # fmt: on

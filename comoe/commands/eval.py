@@ -11,7 +11,7 @@ from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 
-from comoe.commands.arguments import new_parser
+from comoe.commands.arguments import new_parser, whole
 from comoe.config.plugins import add_plugins
 
 
@@ -30,7 +30,7 @@ def parser() -> ArgumentParser:
     add("--image-column", help="column with the image (default: that of training, else image)")
     add("--label-column", help="column with the label (default: that of training, else label)")
     add("--skip-bad", action="store_true", help="skip bad rows instead of stopping at the first")
-    add("--batch-size", type=int, default=64, help="posts per forward pass")
+    add("--batch-size", type=whole(1), default=64, help="posts per forward pass")
     add("--device", default="auto", help="cpu, cuda, ...; auto is a GPU where there is one")
     add("--output", type=Path, help="write all metrics there as JSON")
     add("--no-verify", action="store_true", help="read the model without comparing its digests")

@@ -12,7 +12,7 @@ from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 
-from comoe.commands.arguments import new_parser
+from comoe.commands.arguments import new_parser, whole
 from comoe.config.plugins import add_plugins
 
 
@@ -35,7 +35,7 @@ def parser() -> ArgumentParser:
         help="csv: leave text as it is, also where a spreadsheet would run it as a formula")
     add("--explain", action="store_true",
         help="add each word's attention (jsonl, tasks with a head)")
-    add("--batch-size", type=int, default=64, help="posts per forward pass")
+    add("--batch-size", type=whole(1), default=64, help="posts per forward pass")
     add("--device", default="auto",
         help="cpu, cuda, cuda:1, ...; auto is a GPU where there is one")
     add("--no-verify", action="store_true", help="read the model without comparing its digests")

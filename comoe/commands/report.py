@@ -11,7 +11,7 @@ from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 
-from comoe.commands.arguments import new_parser
+from comoe.commands.arguments import new_parser, whole
 
 
 def parser() -> ArgumentParser:
@@ -31,11 +31,11 @@ def parser() -> ArgumentParser:
         help="auto: by the time that the posts span")
     add("--by", default="", metavar="A,B", help="columns whose values are looked at one by one")
     add("--weight", metavar="COLUMN", help="column with the weight of a post")
-    add("--min-posts", type=int, default=50, help="posts that a period or value needs to be shown (50)")
-    add("--examples", type=int, default=3,
+    add("--min-posts", type=whole(1), default=50, help="posts that a period or value needs to be shown (50)")
+    add("--examples", type=whole(0), default=3,
         help="typical and borderline posts of each label (3); 0 keeps the text of posts out of the page")
     add("--title", help="of the page")
-    add("--seed", type=int, default=0, help="of the draws for intervals")
+    add("--seed", type=whole(0), default=0, help="of the draws for intervals")
     # fmt: on
     return found
 
@@ -54,13 +54,6 @@ def _report(options) -> str:
     from comoe.config.files import is_read_from, same_file, write_atomic, write_json
 
     need("report", what="comoe report")
-    for flag, number, least in (
-        ("min-posts", options.min_posts, 1),
-        ("examples", options.examples, 0),
-        ("seed", options.seed, 0),
-    ):
-        if number < least:
-            raise ValueError(f"--{flag} is {number}; it must be {least} or more.")
     from comoe.reporting.page import render
     from comoe.reporting.predictions import labeled_of, read_corpus, read_labeled
     from comoe.reporting.report import ReportOptions, make_report

@@ -10,7 +10,14 @@ from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 
-from comoe.commands.arguments import SETTINGS, add_recipe, need_training, new_parser, take_recipe
+from comoe.commands.arguments import (
+    SETTINGS,
+    add_recipe,
+    need_training,
+    new_parser,
+    take_recipe,
+    whole,
+)
 
 GRID = {"experts": "experts", "top-k": "top_k", "ep": "ep_size", "encoder": "encoder", "gate": "gate",
         "seeds": "seeds"}  # fmt: skip
@@ -35,7 +42,7 @@ def parser() -> ArgumentParser:
     add = found.add_argument
     add("--deepspeed", default=SETTINGS, metavar="JSON", help="a file, or the name of a ready one (%(default)s)")
     add("--output", type=Path, default=Path("runs/scale"), metavar="DIR", help="runs, table, plots")
-    add("--ranks", type=int, metavar="N", help="ranks of each run (all GPUs; without a GPU 1)")
+    add("--ranks", type=whole(1), metavar="N", help="ranks of each run (all GPUs; without a GPU 1)")
     for flag, field in GRID.items():
         add(f"--{flag}", dest=field, metavar="LIST", help="with commas; the recipe's own without it")
     add("--plan", action="store_true", help="print memory, bytes and step time on a cluster; end")

@@ -14,7 +14,14 @@ from argparse import SUPPRESS, ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 
-from comoe.commands.arguments import RECIPE, add_recipe, need_training, new_parser, take_recipe
+from comoe.commands.arguments import (
+    RECIPE,
+    add_recipe,
+    need_training,
+    new_parser,
+    take_recipe,
+    whole,
+)
 
 
 def parser() -> ArgumentParser:
@@ -26,12 +33,12 @@ def parser() -> ArgumentParser:
         help="ZeRO, precision, clipping, expert parallelism: a file, or the name of a ready one (zero2; with --resume "
              "the run's own)")
     add("--resume", type=Path, metavar="RUN", help="go on with this run folder, by its own recipe")
-    add("--ranks", type=int, metavar="N",
+    add("--ranks", type=whole(1), metavar="N",
         help="ranks to start on this machine (one per GPU, or one); a launcher starts its own")
-    add("--restarts", type=int, default=0, metavar="N",
+    add("--restarts", type=whole(0), default=0, metavar="N",
         help="start a crashed run again from its last checkpoint, at most N times")
     add("--dry-run", action="store_true", help="print recipe, labels, sample posts, memory plan; end")
-    add("--gpus", type=int, metavar="N", help="with --dry-run: plan for N GPUs, not for this machine")
+    add("--gpus", type=whole(1), metavar="N", help="with --dry-run: plan for N GPUs, not for this machine")
     add("--no-verify", action="store_true",
         help="with --resume: read the checkpoint without comparing its digests")
     # The deepspeed launcher adds this one; the rank itself is read from the environment.
@@ -45,12 +52,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Read the command line and run."""
     line = parser()
     given = line.parse_intermixed_args(argv)
-    if given.ranks is not None and given.ranks < 1:
-        line.error(f"--ranks is {given.ranks}; it must be at least 1.")
-    if given.restarts < 0:
-        line.error(f"--restarts is {given.restarts}; it must be 0 or more.")
-    if given.gpus is not None and not (given.dry_run and given.gpus > 0):
-        line.error(f"--gpus is {given.gpus}; it must be 1 or more, and goes with --dry-run.")
+    if given.gpus is not None and not given.dry_run:
+        line.error(f"--gpus is {given.gpus}; it goes with --dry-run.")
     take_recipe(given, default=None if given.resume else RECIPE)
     need_training("train")
 

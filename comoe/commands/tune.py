@@ -15,6 +15,7 @@ from comoe.commands.arguments import (
     need_training,
     new_parser,
     take_recipe,
+    whole,
 )
 
 
@@ -25,13 +26,13 @@ def parser() -> ArgumentParser:
     add = found.add_argument
     add("--space", type=Path, required=True, metavar="YAML",
         help="options to search: `options:`, then per option a list of values, or low, high, log, step")
-    add("--trials", type=int, default=20, metavar="N",
+    add("--trials", type=whole(1), default=20, metavar="N",
         help="runs in all, those of earlier calls included (%(default)s)")
-    add("--seed", type=int, default=0, help="of the proposals; that of the runs is the recipe's (%(default)s)")
+    add("--seed", type=whole(0), default=0, help="of the proposals; that of the runs is the recipe's (%(default)s)")
     add("--deepspeed", default=SETTINGS, metavar="JSON", help="a file, or the name of a ready one (%(default)s)")
     add("--output", type=Path, default=Path("runs/tune"), metavar="DIR",
         help="study, runs, table, plot, best recipe")
-    add("--ranks", type=int, metavar="N", help="ranks of each run (all GPUs; without a GPU 1)")
+    add("--ranks", type=whole(1), metavar="N", help="ranks of each run (all GPUs; without a GPU 1)")
     # fmt: on
     add_recipe(found)
     return found
@@ -39,10 +40,7 @@ def parser() -> ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the command line and run."""
-    line = parser()
-    given = line.parse_intermixed_args(argv)
-    if given.trials < 1:
-        line.error(f"--trials is {given.trials}; it must be at least 1.")
+    given = parser().parse_intermixed_args(argv)
     take_recipe(given)
     need_training("tune")
     need_extra("tune", "tune")

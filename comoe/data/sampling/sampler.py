@@ -295,7 +295,12 @@ def eval_batches(
         batch_size: rows per forward pass on one rank.
         rank: this rank.
         world_size: number of ranks.
+
+    Raises:
+        ValueError: a batch of no rows, which would leave every row out.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; it must be at least 1.")
     order = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable")
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     rounds = -(-len(batches) // world_size)

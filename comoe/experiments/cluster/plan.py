@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -273,7 +274,7 @@ def print_plan(given: argparse.Namespace) -> None:
     inside, _, outside = given.bandwidth.partition(",")
     cluster = Cluster(
         memory=_above_zero("--gpu-memory", given.gpu_memory) * 1e9,
-        per_node=int(_above_zero("--gpus-per-node", given.gpus_per_node)),
+        per_node=_count("--gpus-per-node", given.gpus_per_node),
         intra=_above_zero("--bandwidth", inside) * 1e9,
         inter=_above_zero("--bandwidth", outside) * 1e9,
         flops=_above_zero("--flops", given.flops) * 1e12,
@@ -284,8 +285,8 @@ def print_plan(given: argparse.Namespace) -> None:
         shape_of_recipe(recipe, given.encoder_shape),
         cluster,
         gpus=gpu_numbers(given.gpus),
-        length=int(_above_zero("--length", given.length)),
-        batch=None if given.batch is None else int(_above_zero("--batch", given.batch)),
+        length=_count("--length", given.length),
+        batch=None if given.batch is None else _count("--batch", given.batch),
         recompute=recipe.train.activation_checkpointing,
     )
     print("\n".join(lines))
@@ -299,13 +300,19 @@ def gpu_numbers(text: str) -> list[int]:
     """
     first, dots, last = text.partition("..")
     parts = (first, last) if dots else text.split(",")
-    numbers = [int(_above_zero("--gpus", part)) for part in parts]
+    numbers = [_count("--gpus", part) for part in parts]
     if not dots:
         return numbers
     low, high = numbers
     if low > high:
         raise ValueError(f"--gpus is {text!r}; the first number must be the smaller one.")
     return [low * 2**power for power in range((high // low).bit_length())]
+
+
+def _count(flag: str, text: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,9}", text.strip()) or int(text) < 1:
+        raise ValueError(f"{flag} holds {text!r}, which must be a whole number above 0.")
+    return int(text)
 
 
 def _above_zero(flag: str, text: str) -> float:

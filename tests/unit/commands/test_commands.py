@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import subprocess
 import sys
 from argparse import Namespace
@@ -15,6 +16,7 @@ from comoe import __version__
 from comoe.commands import train as train_command
 from comoe.commands.arguments import take_recipe
 from comoe.commands.main import COMMANDS, main
+from comoe.experiments.cluster import plan
 
 ROOT = Path(__file__).parents[3]
 
@@ -44,7 +46,11 @@ def test_a_word_is_handed_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
             2,
             "trian is not a command; did you mean train? (one of: init, train, predict,",
         ),
-        (["train", "--restarts", "-1"], 2, "--restarts is -1; it must be 0 or more."),
+        (
+            ["train", "--restarts", "-1"],
+            2,
+            "argument --restarts: '-1' must be a whole number, at least 0",
+        ),
     ],
 )
 def test_what_is_no_command_is_said(
@@ -77,3 +83,42 @@ def test_the_first_word_without_an_equals_sign_is_the_recipe(
     given = Namespace(config=config, overrides=list(words))
     take_recipe(given)
     assert (given.config, given.overrides) == (recipe, overrides)
+
+
+def numbers():
+    """(command, option, least) of every option of a command that takes a number."""
+    for word in COMMANDS:
+        for action in importlib.import_module(f"comoe.commands.{word}").parser()._actions:
+            if action.type is not None and action.type is not Path:
+                yield word, max(action.option_strings, key=len, default=action.dest), action
+
+
+NUMBERS = {
+    f"{word} {option}": action for word, option, action in numbers() if option != "--local_rank"
+}
+
+
+def test_no_option_takes_a_bare_number():
+    assert not [name for name, action in NUMBERS.items() if action.type in (int, float)]
+    assert len(NUMBERS) >= 16
+
+
+@pytest.mark.parametrize(
+    "text", ["-1", "-2.5", "nan", "inf", "1e300", "9" * 30, "x", "", "0x10", "١٢", "1_0"]
+)
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_number_that_means_nothing_is_refused_with_the_option(name, text, capsys):
+    word, option = name.split()
+    with pytest.raises(SystemExit) as ended:
+        main([word, f"{option}={text}"])
+    assert ended.value.code == 2
+    assert f"argument {option}: {text!r} must be a" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["gpus", "gpus-per-node", "length", "batch"])
+@pytest.mark.parametrize("text", ["0", "0.5", "-1", "1e300", "nan", "x"])
+def test_a_plan_takes_whole_numbers_above_0(flag, text):
+    with pytest.raises(
+        ValueError, match=f"--{flag} holds '{re.escape(text)}', which must be a whole number"
+    ):
+        plan._count(f"--{flag}", text)

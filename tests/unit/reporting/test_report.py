@@ -298,7 +298,6 @@ BAD = {
         "span 649 of them; at most 400",
     ),
     "itself": (["{p}", "--output", "{p}"], "would replace what is read"),
-    "no posts": (["{p}", "--min-posts", "0"], "--min-posts is 0; it must be 1 or more"),
 }
 
 

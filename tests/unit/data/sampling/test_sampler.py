@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from comoe.data.sampling.mixing import MIXINGS, draws_per_epoch
-from comoe.data.sampling.sampler import SamplerConfig, TrainSampler
+from comoe.data.sampling.sampler import SamplerConfig, TrainSampler, eval_batches
 
 
 def make_sampler(*, sizes: tuple[int, ...] = (70, 20, 7), **options: object) -> TrainSampler:
@@ -200,3 +200,9 @@ def test_labels_of_a_balanced_data_set_come_equally_often_and_posts_without_labe
         assert [int((inside == label).sum()) for label in (-1, 0, 1, 2)] == [20, 20, 20, 20]
         # Posts without the label, and the other data set, come once each.
         assert sorted(drawn[classes[drawn] < 0]) == [*range(60, 80), *range(80, 120)]
+
+
+@pytest.mark.parametrize("size", [0, -1])
+def test_a_batch_of_no_rows_is_refused_rather_than_everything_left_out(size):
+    with pytest.raises(ValueError, match="it must be at least 1"):
+        eval_batches(np.ones(3), batch_size=size)
