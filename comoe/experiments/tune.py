@@ -168,6 +168,7 @@ def _run(
     pruned = Pruned(trial, experiment.runs / name)
     problem = _finish(experiment, run, pruned)
     if pruned.asked():
+        experiment.failure_file(run).unlink(missing_ok=True)
         return TrialState.PRUNED, f"at step {pruned.step}"
     if problem or result_of(experiment, name).get("best_value") is None:
         return TrialState.FAIL, problem or "no evaluation of the run has a number"
@@ -258,7 +259,8 @@ def _value(kept: Any) -> Any:
 def _importances(study: optuna.Study) -> Mapping[str, float]:
     """Option -> its share; empty where trials are too few or all alike."""
     try:
-        return optuna.importance.get_param_importances(study)
+        evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
+        return optuna.importance.get_param_importances(study, evaluator=evaluator)
     except (RuntimeError, ValueError, ZeroDivisionError):
         return {}
 
