@@ -20,7 +20,8 @@ def parser() -> ArgumentParser:
     # fmt: off
     found = new_parser("eval", __doc__)
     add = found.add_argument
-    add("--model", required=True, help="folder of an export")
+    add("--model", required=True, help="folder of an export, or organization/name on the hub")
+    add("--revision", metavar="NAME", help="branch, tag or commit of a model on the hub")
     add("--data", required=True, help="file, folder or hub name")
     add("--format", default="auto", help="tweeteval, jsonl, csv, tsv, parquet, txt, hub or auto")
     add("--split", default="test", help="train, validation or test of a folder or hub data set")
@@ -51,7 +52,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(f"comoe eval: --output {options.output} is the --data itself; name another file.")
     try:
         predictor = Predictor.from_pretrained(
-            options.model, device=options.device, verify=not options.no_verify
+            options.model,
+            device=options.device,
+            verify=not options.no_verify,
+            revision=options.revision,
         )
         scores = score(
             predictor, options.data, tasks=options.task, batch_size=options.batch_size, progress=True,

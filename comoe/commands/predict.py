@@ -21,7 +21,8 @@ def parser() -> ArgumentParser:
     # fmt: off
     found = new_parser("predict", __doc__)
     add = found.add_argument
-    add("--model", required=True, help="folder of an export")
+    add("--model", required=True, help="folder of an export, or organization/name on the hub")
+    add("--revision", metavar="NAME", help="branch, tag or commit of a model on the hub")
     add("--input", required=True, type=Path, help="file of posts")
     add("--output", required=True, type=Path, help="file of predictions; missing folders are made")
     add("--format", default="jsonl", help="jsonl, csv or tweeteval")
@@ -53,7 +54,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     try:
         predictor = Predictor.from_pretrained(
-            options.model, device=options.device, verify=not options.no_verify
+            options.model,
+            device=options.device,
+            verify=not options.no_verify,
+            revision=options.revision,
         )
         done = predict_file(
             predictor, options.input, options.output, format=options.format, tasks=options.task,

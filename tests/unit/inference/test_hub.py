@@ -12,7 +12,7 @@ from helpers_hub import served
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 import comoe.hub
-from comoe.commands import push
+from comoe.commands import predict, push
 from comoe.inference.checkpoint_folder import write_manifest
 from comoe.inference.export import load_exported
 from comoe.inference.hub import find_export, push_export
@@ -52,6 +52,11 @@ def test_two_revisions_are_pushed_and_pulled_by_name_and_the_token_is_nowhere(hu
         pulled = Predictor.from_pretrained("ann/tiny", revision=revision, device="cpu")
         own = Predictor.from_pretrained(tmp_path / f"run{seed}/export", device="cpu")
         assert pulled(POSTS) == own(POSTS)
+    (tmp_path / "posts.txt").write_text("\n".join(POSTS))
+    words = ["--model", "ann/tiny", "--revision", "v2", "--input", str(tmp_path / "posts.txt")]
+    predict.main([*words, "--output", str(tmp_path / "out.jsonl"), "--device", "cpu"])
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [row["mood"]["label"] for row in rows] == [row["mood"]["label"] for row in own(POSTS)]
     # Without a network, from the cache.
     again = find_export("ann/tiny", revision="v2", local_files_only=True)
     assert (again / "model.safetensors").is_file()
