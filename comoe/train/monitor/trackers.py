@@ -10,8 +10,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from comoe.config.extras import need
 from comoe.config.files import read_json, write_json
 from comoe.config.load import recipe_to_dict
@@ -71,10 +69,7 @@ class Trackers:
         others = [name for name in names if name != TENSORBOARD]
         if not others:
             return
-        from accelerate import PartialState
-
-        # accelerate's log wants it; the process group is there already.
-        PartialState(cpu=not torch.cuda.is_available())
+        _begin_alone()
         run_dir.mkdir(parents=True, exist_ok=True)
         file = run_dir / STARTED
         begun = read_json(file) if resumed and file.is_file() else {}
@@ -120,6 +115,20 @@ class Trackers:
                 reason = f"{type(error).__name__}: {error}"
                 print(f"warning: run.trackers: {name} lacks something ({reason})", file=sys.stderr)
             self._warned.add(name)
+
+
+def _begin_alone() -> None:
+    """Begin the state that accelerate's log asks for, as that of a single process: only this rank has trackers, and
+    with the launcher's variables it would join the ranks and set their threads."""
+    from accelerate import PartialState
+
+    of_mpi = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", *of_mpi)
+    hidden = {name: os.environ.pop(name) for name in names if name in os.environ}
+    try:
+        PartialState(cpu=True)
+    finally:
+        os.environ.update(hidden)
 
 
 def trackers_of(recipe: Recipe, run_dir: Path, *, resumed: bool) -> Trackers | None:

@@ -1,11 +1,13 @@
 """Trackers: numbers arrive, a resumed run goes on, and nothing that they raise ends a run."""
 
 import json
+import os
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from accelerate import tracking
+import torch
+from accelerate import PartialState, tracking
 
 from comoe.train.monitor.monitor import Monitor
 from comoe.train.monitor.trackers import Trackers, check_trackers
@@ -91,6 +93,18 @@ def test_a_tracker_that_is_not_installed_is_named_with_the_line_for_pip(
         check_trackers(["mlflow"])
     with pytest.raises(ValueError, match="run.trackers wandb needs wandb, .* pip install wandb"):
         check_trackers(["wandb"])
+
+
+def test_a_rank_among_others_begins_no_group_and_keeps_its_threads(tmp_path, monkeypatch):
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "trackio", Recorded)
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    PartialState._reset_state()
+    threads = torch.get_num_threads()
+    Trackers(["trackio"], tmp_path / "run", RECIPE)
+    assert torch.get_num_threads() == threads and not torch.distributed.is_initialized()
+    assert PartialState().num_processes == 1 and os.environ["WORLD_SIZE"] == "2"
 
 
 @pytest.mark.skipif(find_spec("mlflow") is None, reason="the extra track is not installed")
