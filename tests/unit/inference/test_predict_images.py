@@ -201,7 +201,7 @@ def test_the_card_tells_what_reads_the_pictures_and_how_to_give_them(predictor: 
         '"photo": "img/01.png"}\' > posts.jsonl',
         "--input posts.jsonl",
         "its text and its image, it predicts 1 task: mood",
-        '"multimodal"]',
+        "- multimodal",
     ):
         assert words in card
     both = {key: value for key, value in exported.config.items() if key != "tower"}
