@@ -24,7 +24,9 @@ def is_distributed() -> bool:
 
 
 def join_alone(backend: str, *, seconds: float) -> None:
-    """Make the process group of a single rank, in the memory of this process: it opens no port."""
+    """Make the process group of a single rank, in the memory of this process, unless it has one: it opens no port."""
+    if is_distributed():
+        return
     store, timeout = dist.HashStore(), timedelta(seconds=seconds)
     dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
 

@@ -130,7 +130,7 @@ EXPECTED = {
     "a clash": 'train_batch_size is 7 in the DeepSpeed JSON and 96 by the recipe and the ranks; write "auto"',
     "an auto without filling": 'zero_optimization.reduce_bucket_size is "auto" in the DeepSpeed JSON, but nothing',
     "an optimizer": "optimizer must not be in the DeepSpeed JSON: train.optimizer, train.learning_rate and",
-    "stage 0": "zero_optimization.stage (0) must be 1, 2 or 3",
+    "stage 0": "zero_optimization.stage is 0; it must be 1, 2 or 3",
     "no JSON": "no JSON.json: no such file; give a path, or the name of a ready one: zero2.",
     "no encoder": "model.encoder",
     "no data": "revews",

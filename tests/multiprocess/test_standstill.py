@@ -56,7 +56,9 @@ def open_ports() -> list[tuple[str, str]]:
     prepare_process(verbose=False)
     from comoe.train.parallel.setup import start_ranks
 
-    start_ranks(timeout_seconds=60)
+    # A program may train twice.
+    for _ in range(2):
+        start_ranks(timeout_seconds=60)
     watch = Watchdog()
     watch.start(timeout_seconds=30.0)
     barrier()
