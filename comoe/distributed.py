@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import uuid
 from collections.abc import Sequence
 from datetime import timedelta
@@ -78,6 +79,9 @@ def run_as_ranks(ranks: int, command: Sequence[str]) -> int:
     # The agent logs what the ranks say better themselves.
     logging.disable(logging.ERROR)
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+        # Under nohup; the agent would end the run at the end of the terminal.
+        os.environ.setdefault("TORCHELASTIC_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGQUIT")
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,

@@ -5,12 +5,12 @@
 The tokens of a removed expert go to their next best one. The run folder holds its recipe and its export.
 """
 
-import sys
 from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 
 from comoe.commands.arguments import need_training, new_parser, whole
+from comoe.commands.guard import guarded
 from comoe.config.plugins import add_plugins
 
 
@@ -29,21 +29,18 @@ def parser() -> ArgumentParser:
     return found
 
 
+@guarded("ablate", code=2)
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the command line, measure, print the table."""
     given = parser().parse_args(argv)
     need_training("ablate")
 
-    from comoe.config.files import write_json
+    from comoe.config.files import check_target, write_json
     from comoe.experiments.ablate import measure_removal, removal_lines
 
-    try:
-        removal = measure_removal(
-            given.run, split=given.split, limit=given.limit, device=given.device
-        )
-        if given.output:
-            write_json(given.output, removal.to_dict())
-    except (ValueError, OSError) as error:
-        print(f"comoe: {error}", file=sys.stderr)
-        sys.exit(2)
+    if given.output:
+        check_target(given.output)
+    removal = measure_removal(given.run, split=given.split, limit=given.limit, device=given.device)
+    if given.output:
+        write_json(given.output, removal.to_dict())
     print("\n".join(removal_lines(removal)))

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from comoe.commands.arguments import new_parser, number, whole
+from comoe.commands.guard import GOES_ON, guarded
 
 
 def parser() -> ArgumentParser:
@@ -46,16 +47,12 @@ def parser() -> ArgumentParser:
     return found
 
 
+@guarded("augment", interrupted=GOES_ON)
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the command line, write the posts, print what became of them."""
     options = parser().parse_args(argv)
 
     from comoe.augment.command import run_command
 
-    try:
-        report = run_command(options, progress=sys.stderr.isatty())
-    except (ValueError, OSError) as error:
-        sys.exit(f"comoe augment: {error}")
-    except KeyboardInterrupt:
-        sys.exit("comoe augment: stopped; the same command continues")
+    report = run_command(options, progress=sys.stderr.isatty())
     print("\n".join(report.lines()))

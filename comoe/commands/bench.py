@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from comoe.commands.arguments import need_training, new_parser, whole
+from comoe.commands.guard import guarded
 
 BENCHMARKS = {
     "experts": "comoe.benchmarks.experts",
@@ -41,6 +42,7 @@ def parser() -> ArgumentParser:
     return found
 
 
+@guarded("bench")
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the command line, measure, print the table."""
     line = parser()

@@ -6,6 +6,7 @@ comoe compare --arms no_experts,dense,sigmoid --against dense --claim "sigmoid <
 An interrupted comparison goes on with the same command; arms and seeds may be added later.
 """
 
+import sys
 from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from comoe.commands.arguments import (
     take_recipe,
     whole,
 )
+from comoe.commands.guard import GOES_ON, guarded
 
 ARMS = "no_experts,dense,softmax,sigmoid"
 
@@ -55,12 +57,13 @@ def parser() -> ArgumentParser:
     return found
 
 
+@guarded("compare", code=2, interrupted=GOES_ON)
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the command line and run."""
     given = parser().parse_intermixed_args(argv)
     take_recipe(given)
     need_training("compare")
 
-    from comoe.experiments.compare.command import compare_and_exit
+    from comoe.experiments.compare.command import run_comparison
 
-    compare_and_exit(given)
+    sys.exit(1 if run_comparison(given) else 0)

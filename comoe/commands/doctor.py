@@ -19,6 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from comoe.commands.arguments import new_parser
+from comoe.commands.guard import guarded
 from comoe.config.extras import EXTRAS
 
 OK, WARNING, FAULT = "ok", "warning", "FAULT"
@@ -39,6 +40,7 @@ def parser() -> ArgumentParser:
     return found
 
 
+@guarded("doctor")
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the command line, print a line per finding."""
     given = parser().parse_args(argv)

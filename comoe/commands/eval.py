@@ -6,12 +6,12 @@
 --data is a file (jsonl, csv, tsv, parquet), a folder with splits, or a hub name (--format hub).
 """
 
-import sys
 from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 
 from comoe.commands.arguments import new_parser, whole
+from comoe.commands.guard import guarded
 from comoe.config.plugins import add_plugins
 
 
@@ -40,30 +40,30 @@ def parser() -> ArgumentParser:
     return found
 
 
+@guarded("eval")
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the command line, score, print the table."""
     options = parser().parse_args(argv)
 
-    from comoe.config.files import is_read_from, write_json
+    from comoe.config.files import check_target, is_read_from, write_json
     from comoe.inference.predictor import Predictor
     from comoe.inference.score import format_scores, score
 
-    if options.output and is_read_from(options.output, Path(options.data)):
-        sys.exit(f"comoe eval: --output {options.output} is the --data itself; name another file.")
-    try:
-        predictor = Predictor.from_pretrained(
-            options.model,
-            device=options.device,
-            verify=not options.no_verify,
-            revision=options.revision,
-        )
-        scores = score(
-            predictor, options.data, tasks=options.task, batch_size=options.batch_size, progress=True,
-            format=options.format, split=options.split, text=options.text_column, pair=options.pair_column,
-            label=options.label_column, image=options.image_column, skip_bad=options.skip_bad,
-        )  # fmt: skip
-        if options.output:
-            write_json(options.output, scores.evaluation.metrics)
-    except (ValueError, OSError) as error:
-        sys.exit(f"comoe eval: {error}")
+    if options.output:
+        if is_read_from(options.output, Path(options.data)):
+            raise ValueError(f"--output {options.output} is the --data itself; name another file.")
+        check_target(options.output)
+    predictor = Predictor.from_pretrained(
+        options.model,
+        device=options.device,
+        verify=not options.no_verify,
+        revision=options.revision,
+    )
+    scores = score(
+        predictor, options.data, tasks=options.task, batch_size=options.batch_size, progress=True,
+        format=options.format, split=options.split, text=options.text_column, pair=options.pair_column,
+        label=options.label_column, image=options.image_column, skip_bad=options.skip_bad,
+    )  # fmt: skip
+    if options.output:
+        write_json(options.output, scores.evaluation.metrics)
     print(format_scores(scores))

@@ -6,12 +6,12 @@
 It needs one process and no DeepSpeed, whatever the ranks, EP and ZeRO stage of the run were.
 """
 
-import sys
 from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 
 from comoe.commands.arguments import new_parser
+from comoe.commands.guard import guarded
 from comoe.config.plugins import add_plugins
 
 
@@ -31,16 +31,14 @@ def parser() -> ArgumentParser:
     return found
 
 
+@guarded("export")
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the command line and export."""
     options = parser().parse_args(argv)
 
     from comoe.inference.export import export_checkpoint
 
-    try:
-        used = export_checkpoint(
-            options.checkpoint, options.output, which=options.which, verify=not options.no_verify
-        )
-    except (ValueError, OSError) as error:
-        sys.exit(f"comoe export: {error}")
+    used = export_checkpoint(
+        options.checkpoint, options.output, which=options.which, verify=not options.no_verify
+    )
     print(f"{used.name} exported to {options.output}")

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from comoe.commands.arguments import new_parser
+from comoe.commands.guard import guarded
 
 MOST_LABELS = 50
 """Different values of a column that is taken for labels without being named."""
@@ -39,6 +40,7 @@ def parser() -> ArgumentParser:
     return found
 
 
+@guarded("init")
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the command line, ask for what is missing, write the recipe, show the labels."""
     given = parser().parse_args(argv)
@@ -48,19 +50,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     from comoe.data.corpus import load_corpus
     from comoe.data.reading.sources import read_input
 
+    raw = read_input("FILE", str(given.file))
+    settle(given, raw.rows, raw.columns, ask=sys.stdin.isatty())
+    if given.output.exists():
+        raise ValueError(f"{given.output} is there already; name another file with --output.")
+    write_atomic(given.output, recipe_text(given, raw.rows))
     try:
-        raw = read_input("FILE", str(given.file))
-        settle(given, raw.rows, raw.columns, ask=sys.stdin.isatty())
-        if given.output.exists():
-            raise ValueError(f"{given.output} is there already; name another file with --output.")
-        write_atomic(given.output, recipe_text(given, raw.rows))
-        try:
-            corpus = load_corpus(load_recipe(given.output))
-        except ValueError:
-            given.output.unlink()
-            raise
-    except (ValueError, OSError) as error:
-        sys.exit(f"comoe init: {error}")
+        corpus = load_corpus(load_recipe(given.output))
+    except BaseException:
+        given.output.unlink()
+        raise
     print("\n".join([*corpus.report.lines(), "", f"wrote  {given.output}"]))
     command = f"comoe train {shlex.quote(str(given.output))}"
     print(f"look   {command} --dry-run\ntrain  {command}")

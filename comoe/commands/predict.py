@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from comoe.commands.arguments import new_parser, whole
+from comoe.commands.guard import guarded
 from comoe.config.plugins import add_plugins
 
 
@@ -45,6 +46,7 @@ def parser() -> ArgumentParser:
     return found
 
 
+@guarded("predict")
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the command line and predict."""
     options = parser().parse_args(argv)
@@ -52,19 +54,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     from comoe.inference.predict_file import predict_file
     from comoe.inference.predictor import Predictor
 
-    try:
-        predictor = Predictor.from_pretrained(
-            options.model,
-            device=options.device,
-            verify=not options.no_verify,
-            revision=options.revision,
-        )
-        done = predict_file(
-            predictor, options.input, options.output, format=options.format, tasks=options.task,
-            text_column=options.text_column, pair_column=options.pair_column, image_column=options.image_column,
-            keep=options.keep, explain=options.explain, batch_size=options.batch_size,
-            raw_csv=options.raw_csv,
-        )  # fmt: skip
-    except (ValueError, OSError) as error:
-        sys.exit(f"comoe predict: {error}")
+    predictor = Predictor.from_pretrained(
+        options.model,
+        device=options.device,
+        verify=not options.no_verify,
+        revision=options.revision,
+    )
+    done = predict_file(
+        predictor, options.input, options.output, format=options.format, tasks=options.task,
+        text_column=options.text_column, pair_column=options.pair_column, image_column=options.image_column,
+        keep=options.keep, explain=options.explain, batch_size=options.batch_size,
+        raw_csv=options.raw_csv,
+    )  # fmt: skip
     print(done, file=sys.stderr)

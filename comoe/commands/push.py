@@ -6,11 +6,11 @@
 The token is HF_TOKEN, or that of `hf auth login`; it is no argument, which others could read.
 """
 
-import sys
 from argparse import ArgumentParser
 from collections.abc import Sequence
 
 from comoe.commands.arguments import new_parser
+from comoe.commands.guard import guarded
 
 
 def parser() -> ArgumentParser:
@@ -27,16 +27,14 @@ def parser() -> ArgumentParser:
     return found
 
 
+@guarded("push")
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the command line and push."""
     options = parser().parse_args(argv)
 
     from comoe.inference.hub import push_export
 
-    try:
-        where = push_export(
-            options.model, options.to, revision=options.revision, private=options.private, message=options.message
-        )  # fmt: skip
-    except (ValueError, OSError) as error:
-        sys.exit(f"comoe push: {error}")
+    where = push_export(
+        options.model, options.to, revision=options.revision, private=options.private, message=options.message
+    )  # fmt: skip
     print(where)

@@ -6,12 +6,12 @@
 With --labeled or --gold the shares are corrected for what the model gets wrong; else they count predictions.
 """
 
-import sys
 from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 
 from comoe.commands.arguments import new_parser, whole
+from comoe.commands.guard import guarded
 
 
 def parser() -> ArgumentParser:
@@ -40,13 +40,11 @@ def parser() -> ArgumentParser:
     return found
 
 
+@guarded("report")
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the command line, compute, write the page."""
     options = parser().parse_args(argv)
-    try:
-        print(_report(options))
-    except (ValueError, OSError) as error:
-        sys.exit(f"comoe report: {error}")
+    print(_report(options))
 
 
 def _report(options) -> str:

@@ -6,6 +6,7 @@ The first goes on where an earlier call with the same --output stopped; an --exp
 --top-k of all is as many as there are experts.
 """
 
+import sys
 from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from comoe.commands.arguments import (
     take_recipe,
     whole,
 )
+from comoe.commands.guard import GOES_ON, guarded
 
 GRID = {"experts": "experts", "top-k": "top_k", "ep": "ep_size", "encoder": "encoder", "gate": "gate",
         "seeds": "seeds"}  # fmt: skip
@@ -53,13 +55,14 @@ def parser() -> ArgumentParser:
     return found
 
 
+@guarded("scale", code=2, interrupted=GOES_ON)
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the command line and run."""
     given = parser().parse_intermixed_args(argv)
     take_recipe(given)
     need_training("scale")
 
-    from comoe.experiments.scale.command import scale_and_exit
+    from comoe.experiments.scale.command import scale_or_plan
 
     plan_flags = {flag: default for flag, (default, _) in PLAN.items()}
-    scale_and_exit(given, plan_flags=plan_flags)
+    sys.exit(1 if scale_or_plan(given, plan_flags=plan_flags) else 0)

@@ -8,12 +8,12 @@ machine only, unless it has a token. SIGHUP reads exports that were replaced, SI
 """
 
 import os
-import sys
 from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 
 from comoe.commands.arguments import need_extra, new_parser, number, whole
+from comoe.commands.guard import guarded
 from comoe.config.plugins import add_plugins
 
 
@@ -46,6 +46,7 @@ def parser() -> ArgumentParser:
     return found
 
 
+@guarded("serve")
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the command line and serve."""
     options = parser().parse_args(argv)
@@ -54,12 +55,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     from comoe.serving.limits import Limits
     from comoe.serving.run import Address, read_token, serve
 
-    try:
-        token = read_token(options.token_file, os.environ.get("COMOE_TOKEN"))
-        limits = Limits(**{name: getattr(options, name) for name in Limits.__slots__})
-        serve(
-            options.exports, Address(options.host, options.port, token), limits=limits, device=options.device,
-            verify=not options.no_verify, watch=options.watch, log_posts=options.log_posts,
-        )  # fmt: skip
-    except (ValueError, OSError) as error:
-        sys.exit(f"comoe serve: {error}")
+    token = read_token(options.token_file, os.environ.get("COMOE_TOKEN"))
+    limits = Limits(**{name: getattr(options, name) for name in Limits.__slots__})
+    serve(
+        options.exports, Address(options.host, options.port, token), limits=limits, device=options.device,
+        verify=not options.no_verify, watch=options.watch, log_posts=options.log_posts,
+    )  # fmt: skip

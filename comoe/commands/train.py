@@ -22,6 +22,7 @@ from comoe.commands.arguments import (
     take_recipe,
     whole,
 )
+from comoe.commands.guard import guarded
 
 
 def parser() -> ArgumentParser:
@@ -48,6 +49,7 @@ def parser() -> ArgumentParser:
     return found
 
 
+@guarded("train", code=2)
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the command line and run."""
     line = parser()

@@ -17,6 +17,7 @@ from comoe.commands.arguments import (
     take_recipe,
     whole,
 )
+from comoe.commands.guard import GOES_ON, guarded
 
 
 def parser() -> ArgumentParser:
@@ -38,6 +39,7 @@ def parser() -> ArgumentParser:
     return found
 
 
+@guarded("tune", code=2, interrupted=GOES_ON)
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the command line and run."""
     given = parser().parse_intermixed_args(argv)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
@@ -10,12 +11,15 @@ import os
 import platform
 import re
 import secrets
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
 from filelock import lock_descriptor
+
+from comoe.config.failure import doing, sentence
 
 PART = ".part"
 """Ending of a file that is being written."""
@@ -38,14 +42,23 @@ def atomic_file(path: Path, mode: str = "wb") -> Iterator[IO]:
     """
     text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
     if Path("/dev") in path.parents or (path.exists() and not path.is_file()):
-        with path.open(mode, **text) as file:
+        with doing("writing", path), path.open(mode, **text) as file:
             yield file
         return
+    with doing("writing", path):
+        yield from _written_aside(path, mode, text)
+
+
+def _written_aside(path: Path, mode: str, text: Mapping[str, str]) -> Iterator[IO]:
     stem = f".{path.name[:40]}."
     _remove_stale(path.parent, stem)
     part = path.with_name(f"{stem}{secrets.token_hex(8)}{PART}")
     # Mode 0o666 less the umask, as for any new file.
-    descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | PLAIN_OPEN, 0o666)
+    try:
+        descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | PLAIN_OPEN, 0o666)
+    except OSError as error:
+        error.filename = str(path)
+        raise
     try:
         with open(descriptor, mode, **text) as file:
             # Held as long as this process lives: see _remove_stale. Some file systems have none.
@@ -97,6 +110,33 @@ def plain(value: Any) -> Any:
     if hasattr(value, "tolist"):
         return plain(value.tolist())
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@contextlib.contextmanager
+def cache_file(path: Path) -> Iterator[IO]:
+    """``atomic_file`` for what can be made again: a full disk is a warning, as only the next start is slower."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(path) as file:
+            yield file
+    except OSError as error:
+        print(f"warning: not cached: {sentence(error)}", file=sys.stderr)
+
+
+def check_target(path: Path) -> None:
+    """Notice before long work that a file could not be written at its end: its folder is made, and written to.
+
+    Raises:
+        OSError: with the file; it is a folder, or may not be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not path.exists() or path.is_file():
+        part = path.with_name(f".{path.name[:40]}.{secrets.token_hex(8)}{PART}")
+        with doing("writing", path):
+            part.touch(exist_ok=False)
+            part.unlink()
 
 
 def write_json(path: Path, value: Any, *, default: Callable[[Any], Any] | None = None) -> None:

@@ -7,7 +7,6 @@ compensate for, not the effect of zeros in the output.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from comoe.config.files import read_json
 from comoe.evaluation.evaluate import mean_metric
 from comoe.evaluation.experts_off import CONDITIONS, IN_TURN, OFF, pending_route
 from comoe.experiments.finished_run import load_trained
@@ -194,7 +194,7 @@ def removal_lines(removal: Removal) -> list[str]:
 
 def read_removal(file: Path) -> Removal:
     """Read what ``Removal.to_dict`` gives."""
-    read = json.loads(file.read_text(encoding="utf-8"))
+    read = read_json(file)
     drop_LE, loss_rise_LE = np.array(read["drop"]), np.array(read["loss_rise"])
     return Removal(
         tuple(read["layers"]), read["posts"], read["whole"], drop_LE, loss_rise_LE, read["limit"],

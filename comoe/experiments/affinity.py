@@ -9,7 +9,6 @@ gradients over the training posts add up to almost zero at the end of training.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from comoe.config.files import read_json
 from comoe.data.sampling.sampler import eval_batches
 from comoe.data.tokens.split import TokenizedSplit
 from comoe.experiments.finished_run import load_trained
@@ -67,7 +67,7 @@ class Affinity:
 
 def read_affinity(file: Path) -> Affinity:
     """Read what ``Affinity.to_dict`` gives."""
-    read = json.loads(file.read_text(encoding="utf-8"))
+    read = read_json(file)
     arrays = (np.array(read[name], dtype=np.float64) for name in ("cosine", "norm"))
     posts_T = tuple(read["posts"])
     return Affinity(tuple(read["tasks"]), *arrays, posts_T, read["limit"], read["weights"])

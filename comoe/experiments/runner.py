@@ -14,12 +14,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import psutil
 import torch
 
-from comoe.config.files import lock_beside, locked, write_atomic
+from comoe.config.files import lock_beside, locked, read_json, write_atomic
 from comoe.config.legacy import keep_old_meanings
 from comoe.config.load import load_recipe, recipe_from_dict, recipe_to_dict
 from comoe.config.ready_made import recipe_path, settings_path
@@ -132,7 +132,7 @@ def record_settings(experiment: Experiment, *, file_name: str) -> None:
         experiment.runs.mkdir(parents=True, exist_ok=True)
         write_atomic(file, text + "\n")
         return
-    before = json.loads(file.read_text(encoding="utf-8"))
+    before = read_json(file)
     before = {key: before.get(key) for key in ("ranks", "deepspeed", "recipe")}
     # An option may be newer than the recorded recipe.
     keep_old_meanings(before["recipe"])
@@ -172,7 +172,7 @@ def run_trials(
 
     Raises:
         ValueError: another process runs them.
-        KeyboardInterrupt: Ctrl-C or SIGTERM, after the current run has saved a checkpoint.
+        KeyboardInterrupt: Ctrl-C, SIGTERM or SIGHUP, after the current run has saved a checkpoint.
     """
     experiment.output.mkdir(parents=True, exist_ok=True)
     with locked(lock_beside(experiment.runs), str(experiment.output)):
@@ -203,24 +203,6 @@ def _run_trials(
     return failed
 
 
-def exit_after(work: Callable[[], bool]) -> NoReturn:
-    """Do the work of a repeatable command, and end the process.
-
-    Args:
-        work: true if a run failed.
-
-    Exit codes: 0 all is done, 1 a run failed, 2 the user can fix it, 130 after Ctrl-C.
-    """
-    try:
-        sys.exit(1 if work() else 0)
-    except (ValueError, OSError) as error:
-        print(f"comoe: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("comoe: stopped; the same command goes on.", file=sys.stderr)
-        sys.exit(130)
-
-
 def is_done(experiment: Experiment, trial: Trial) -> bool:
     """True if the run has its results and its export, which is written last."""
     export = experiment.runs / trial.name / "export"
@@ -230,7 +212,7 @@ def is_done(experiment: Experiment, trial: Trial) -> bool:
 def result_of(experiment: Experiment, name: str) -> dict[str, Any]:
     """``results.json`` of a run by its name; empty where it has none."""
     file = experiment.runs / name / "results.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return read_json(file) if file.is_file() else {}
 
 
 def run_trial(
@@ -299,7 +281,10 @@ def _run(command: Sequence[str], log: object, give_up: Callable[[], bool] | None
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    for number, handler in before.items():
+        if handler != signal.SIG_IGN:  # as nohup sets it
+            signal.signal(number, interrupt)
     try:
         while give_up is not None:
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -314,7 +299,8 @@ def _run(command: Sequence[str], log: object, give_up: Callable[[], bool] | None
         child.wait()
         raise
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
         # The next run needs the whole machine; processes that stay too long are killed.
         deadline = time.monotonic() + GRACE
         while _members(child.pid):

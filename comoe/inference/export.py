@@ -12,17 +12,19 @@ import dataclasses
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer
 
 from comoe import __version__
 from comoe.config.errors import unknown_name
+from comoe.config.failure import doing, parsing
 from comoe.config.files import lock_beside, locked, read_json, write_json
 from comoe.config.legacy import keep_old_meanings
 from comoe.config.load import load_saved_recipe, recipe_from_dict
@@ -101,6 +103,7 @@ def read_export_config(folder: Path) -> dict[str, Any]:
             f"{folder} is not an export: {' and '.join(missing)} missing; `comoe export` makes one from a run folder."
         )
     config = read_json(folder / CONFIG)
+    config = config if isinstance(config, dict) else {}
     if config.get("model_type") != "comoe":
         raise ValueError(
             f"{folder / CONFIG} has model_type {config.get('model_type')!r} instead of 'comoe'; give the folder that "
@@ -130,19 +133,44 @@ def fill_in(model: nn.Module, weights: Mapping[str, Tensor], *, place: Path) -> 
         ValueError: weights that are missing, of another shape, not in the model, or not finite;
             ``place`` names the file.
     """
-    aliases = set(dict(model.named_parameters(remove_duplicate=False))) - set(
-        dict(model.named_parameters())
-    )
-    expected = {name: tensor for name, tensor in model.state_dict().items() if name not in aliases}
+    aliases = _aliases(model)
     weights = {name: tensor for name, tensor in weights.items() if name not in aliases}
-    missing, extra = expected.keys() - weights.keys(), weights.keys() - expected.keys()
-    shapes = [
-        name
-        for name in expected.keys() & weights.keys()
-        if expected[name].shape != weights[name].shape
-    ]
     broken = [name for name, tensor in weights.items() if not tensor.isfinite().all()]
-    problems = {"missing": missing, "not in the model": extra, "of another shape": shapes}
+    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    check_fit(model, shapes, broken=broken, place=place)
+    model.load_state_dict(weights, strict=False)
+
+
+def _aliases(model: nn.Module) -> set[str]:
+    """Further names of parameters that have several."""
+    every = dict(model.named_parameters(remove_duplicate=False))
+    return set(every) - set(dict(model.named_parameters()))
+
+
+def check_fit(
+    model: nn.Module,
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    broken: Sequence[str] = (),
+    place: Path,
+) -> None:
+    """Compare the weights of a model, or of its shape, with those of a file.
+
+    Args:
+        model: on any device.
+        shapes: of the file, by name.
+        broken: names of weights that are not finite.
+        place: the file.
+
+    Raises:
+        ValueError: they differ.
+    """
+    aliases = _aliases(model)
+    expected = {n: tuple(t.shape) for n, t in model.state_dict().items() if n not in aliases}
+    shapes = {name: shape for name, shape in shapes.items() if name not in aliases}
+    missing, extra = expected.keys() - shapes.keys(), shapes.keys() - expected.keys()
+    differ = [name for name in expected.keys() & shapes.keys() if expected[name] != shapes[name]]
+    problems = {"missing": missing, "not in the model": extra, "of another shape": differ}
     problems["not finite"] = broken
     problems = [
         f"{len(names)} {what} ({', '.join(sorted(names)[:3])})"
@@ -153,7 +181,6 @@ def fill_in(model: nn.Module, weights: Mapping[str, Tensor], *, place: Path) -> 
         raise ValueError(
             f"{place} does not fit {CONFIG}: weights {'; '.join(problems)}. Export the run again."
         )
-    model.load_state_dict(weights, strict=False)
 
 
 @contextlib.contextmanager
@@ -271,11 +298,13 @@ def export_model(
             for name, tensor in state_dict.items()
             if not name.startswith(FOR_TRAINING)
         }
-        save_file(_each_once(weights), aside / WEIGHTS, metadata={"format": "pt"})
+        with doing("writing", folder / WEIGHTS):
+            save_file(_each_once(weights), aside / WEIGHTS, metadata={"format": "pt"})
         write_json(aside / CONFIG, config)
         # safetensors writes for the owner alone; others may read what the umask lets them.
         (aside / WEIGHTS).chmod((aside / CONFIG).stat().st_mode & 0o777)
-        tokenizer.save_pretrained(str(aside))
+        with doing("writing", folder):
+            tokenizer.save_pretrained(str(aside))
         if image_processor is not None:
             image_processor.save(aside)
         about = {"recipe": recipe, "tasks": tasks, "config": config, "results": results}
@@ -313,29 +342,54 @@ def load_exported(folder: str | Path, *, verify: bool = True) -> Exported:
                 f"{folder}: {problem}; copy or export the folder again, or give --no-verify where the change is yours."
             )
     load_plugins(config.get("plugins"), place=str(folder / CONFIG))
-    tasks = tuple(Task.from_dict(plain) for plain in config["tasks"])
-    recipe = recipe_of_export(config)
-    model = build_model(
-        recipe.model,
-        tasks,
-        encoder_config=dict(config["encoder"]),
-        tower_config=config.get("tower"),
-    )
-    try:
+    with parsing(folder / CONFIG, AGAIN):
+        tasks = tuple(Task.from_dict(plain) for plain in config["tasks"])
+        recipe = recipe_of_export(config)
+    with parsing(folder / WEIGHTS, AGAIN), safe_open(folder / WEIGHTS, "pt") as file:
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+    with parsing(folder / CONFIG, AGAIN):
+        model = _build(config, recipe, tasks, shapes, place=folder / WEIGHTS)
+    with parsing(folder / WEIGHTS, AGAIN):
         weights = load_file(folder / WEIGHTS)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(
-            f"{folder / WEIGHTS} cannot be read ({error}); copy or export the folder again."
-        ) from error
     fill_in(model, weights, place=folder / WEIGHTS)
     model.eval()
     tokenizer = _load_tokenizer(folder, config["encoder"])
-    processor = _image_processor(folder)
+    with parsing(folder / IMAGES, AGAIN):
+        processor = _image_processor(folder)
     if processor is None and config.get("tower") is not None:
         raise ValueError(
             f"{folder}: the model reads images, but {IMAGES} is missing; copy or export it again."
         )
-    return Exported(model, tasks, tokenizer, processor, recipe.model, recipe.data, config, folder)
+    data = replace(recipe.data, max_length=min(recipe.data.max_length, model.longest_text))
+    return Exported(model, tasks, tokenizer, processor, recipe.model, data, config, folder)
+
+
+AGAIN = "copy or export the folder again"
+"""What to do about a damaged export."""
+
+
+def _build(
+    config: Mapping[str, Any],
+    recipe: Recipe,
+    tasks: Sequence[Task],
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    place: Path,
+) -> MultiTaskModel:
+    """The model of an export, once its shape alone has proved to be that of the weights.
+
+    A damaged number could ask for any memory and time otherwise.
+    """
+    for part in ("encoder", "tower"):
+        for key, value in dict(config.get(part) or {}).items():
+            if "layers" in key and isinstance(value, int) and value > len(shapes):
+                raise ValueError(f"{part}.{key} is {value}, but there are {len(shapes)} weights")
+    options = {"encoder_config": dict(config["encoder"]), "tower_config": config.get("tower")}
+    if not config.get("plugins"):  # code that the user trusts may not know tensors without numbers
+        with torch.device("meta"):
+            shape = build_model(recipe.model, tasks, **options)
+        check_fit(shape, shapes, place=place)
+    return build_model(recipe.model, tasks, **options)
 
 
 def export_checkpoint(
@@ -372,25 +426,21 @@ def export_checkpoint(
             raise ValueError(
                 f"{run / name} is missing; --checkpoint wants a run folder or a checkpoint inside of one."
             )
-    try:
+    with parsing(checkpoint / "weights" / WEIGHTS, f"use another one in {checkpoint.parent}"):
         weights = load_file(checkpoint / "weights" / WEIGHTS)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(
-            f"{checkpoint} cannot be read ({error}); use another one in {checkpoint.parent}."
-        ) from error
     results = read_json(run / "results.json") if (run / "results.json").is_file() else None
     # What was measured and fitted on these weights does not hold for those of another step.
     if results is not None and checkpoint != checkpoint_of(
         checkpoint.parent, results.get("best_step", -1)
     ):
         results = None
+    with parsing(run / "tasks.json", "copy it from a backup, or train the run again"):
+        tasks = [Task.from_dict(plain) for plain in read_json(run / "tasks.json")]
     export_model(
         Path(out),
         state_dict=weights,
         recipe=load_saved_recipe(run / "config.yaml"),
-        tasks=with_calibration(
-            map(Task.from_dict, read_json(run / "tasks.json")), (results or {}).get("calibration")
-        ),
+        tasks=with_calibration(tasks, (results or {}).get("calibration")),
         encoder_config=read_json(run / "encoder_config.json"),
         tower_config=read_json(tower) if (tower := run / "tower_config.json").is_file() else None,
         tokenizer=load_tokenizer(str(run / "tokenizer")),
@@ -480,13 +530,8 @@ def _load_tokenizer(folder: Path, encoder_config: Mapping[str, Any]) -> Any:
     # not know.
     fields = dict(encoder_config)
     hf_config = AutoConfig.for_model(fields.pop("model_type"), **fields)
-    try:
+    with parsing(f"{folder}: its tokenizer", AGAIN):
         tokenizer = AutoTokenizer.from_pretrained(folder, config=hf_config, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"{folder}: its tokenizer cannot be loaded ({reason}); copy or export it again."
-        ) from error
     problem = tokenizer_problem(tokenizer, folder) or embedding_problem(tokenizer, hf_config)
     if problem:
         raise ValueError(f"{folder}: {problem}; copy or export it again.")

@@ -21,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 from comoe.config.errors import nearest
-from comoe.config.files import atomic_file
+from comoe.config.files import cache_file
 from comoe.config.recipe import DistillConfig
 from comoe.data.posts import PostSplit
 from comoe.data.sampling.sampler import eval_batches
@@ -270,11 +270,10 @@ class _Known:
         path = self.cache_dir / f"{hashlib.sha256(b''.join(keys)).hexdigest()[:32]}.npz"
         if _load(path, self.teacher.tasks) is not None:
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
         arrays = {"posts": np.frombuffer(b"".join(keys), dtype=np.uint8).reshape(-1, 32)}
         for name, labels in said.items():
             arrays |= {f"{name}.values": labels.values_RY, f"{name}.offsets": labels.offsets}
-        with atomic_file(path) as file:
+        with cache_file(path) as file:
             np.savez(file, **arrays)
 
 

@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 
 from comoe.config.errors import unknown_name
+from comoe.config.failure import doing
 from comoe.config.files import lock_beside, locked
 from comoe.config.recipe import Recipe
 from comoe.starter.implied_posts import build_implied_posts
@@ -155,7 +156,7 @@ def prepare_folder(folder: Path, build: Build, *, progress: bool = True) -> Path
         folder.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(
-            f"{folder.parent} cannot be made ({error}); set COMOE_HOME to a folder of yours."
+            f"{folder.parent} cannot be made ({error.strerror}); set COMOE_HOME to a folder of yours."
         ) from error
     with locked(lock_beside(folder), str(folder), wait=say):
         if folder.is_dir():
@@ -170,7 +171,8 @@ def prepare_folder(folder: Path, build: Build, *, progress: bool = True) -> Path
         work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         try:
             (work / "content").mkdir()
-            build(work / "content", downloads=downloads, say=say, show=progress)
+            with doing("preparing", folder):
+                build(work / "content", downloads=downloads, say=say, show=progress)
             (work / "content").rename(folder)
         finally:
             shutil.rmtree(work)

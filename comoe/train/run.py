@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from comoe.config.failure import FULL, is_foreign, keep_traceback, sentence
 from comoe.config.recipe import Recipe
 from comoe.distributed import (
     barrier,
@@ -19,6 +20,7 @@ from comoe.distributed import (
     lost_connection,
     wait_for_ranks_up_to,
 )
+from comoe.starter.registry import home
 from comoe.train.environment import prepare_process
 from comoe.train.fault.signals import StopSignal
 from comoe.train.fault.supervisor import is_child, restart_record
@@ -48,7 +50,7 @@ def train(
     """Train one recipe to its end: every rank of a launcher calls it, or a plain process alone.
 
     It sets up the process for DeepSpeed (environment, threads, signals while it trains), so call it
-    before anything else imports DeepSpeed. SIGINT and SIGTERM end it after the current step with a
+    before anything else imports DeepSpeed. SIGINT, SIGTERM and SIGHUP end it after the current step with a
     checkpoint.
 
     Args:
@@ -86,7 +88,7 @@ def run_and_exit(request: Request, stop: StopSignal | None = None) -> None:
 
     Exit codes: 0 done or stopped by a signal, 2 with one clear sentence where the user can mend it
     before training begins, 3 training cannot go on, 4 another rank is lost, 130 interrupted before
-    training, 1 anything else, with its traceback.
+    training, 1 anything else, with its traceback in a log.
     """
     watch = Watchdog()
     code, message, shown = 0, "", ""
@@ -120,16 +122,33 @@ def _classify(error: Exception, request: Request, watch: Watchdog) -> tuple[int,
         # The recipe itself may be wrong, and the message says where.
         with suppress(ValueError, OSError):
             verbose = load_requested(request).run.verbose
-        return 2, str(error), traceback.format_exc() if verbose else ""
+        if verbose:
+            return 2, sentence(error), traceback.format_exc()
+        log = keep_traceback("train", lambda: home() / "logs") if is_foreign(error) else ""
+        return 2, f"{sentence(error)} {log}".rstrip(), ""
     from comoe.train.state import TrainingStopped
 
     if isinstance(error, TrainingStopped):
         return 3, str(error), ""
+    if isinstance(error, OSError) and error.errno in FULL:
+        return 3, f"{sentence(error)} {watch.advice}", ""
     # A broken pipe or disk is not a lost rank.
     if not plain and lost_connection(error):
         watch.explain(error)
         return LOST, f"no connection to the other ranks: {error}", ""
-    return 1, f"{type(error).__name__}: {error}", traceback.format_exc()
+    log = keep_traceback("train", lambda: _log_folder(request, watch))
+    found = f"unexpected {type(error).__name__}: {sentence(error).rstrip('.')}"
+    return 1, f"{found}. {log} {watch.advice}".rstrip(), ""
+
+
+def _log_folder(request: Request, watch: Watchdog) -> Path:
+    """The run folder once it is this start's, where all ranks and later readers find it."""
+    if watch.phase == PREPARING or request.config is None is request.resume:
+        return home() / "logs"
+    if request.resume is not None:
+        return request.resume / "errors"
+    recipe = load_requested(request)
+    return Path(recipe.run.output_dir) / recipe.run.name / "errors"
 
 
 def run_request(

@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from comoe.config.failure import parsing
 from comoe.config.files import locked, read_json, write_atomic, write_json
 from comoe.config.load import load_saved_recipe, recipe_to_yaml
 from comoe.config.recipe import Recipe
@@ -46,6 +47,9 @@ SET_ASIDE = "set_aside.jsonl"
 
 LEARNED = ("kind", "labels", "label_words", "prompt", "label_mean", "label_std")
 """Fields of a task that the weights of a run depend on."""
+
+AGAIN = "copy it from a backup, or begin the run again"
+"""What to do about a damaged file of a run folder."""
 
 PATIENCE = 30.0
 """Seconds until a network folder must show one machine's file on another one."""
@@ -97,7 +101,8 @@ def check_same_tasks(folder: Path, tasks: Sequence[Task]) -> None:
     if not place.is_file():
         return
     # A key may be missing in runs of older versions, which had what is its default now.
-    written = [Task.from_dict(plain) for plain in read_json(place)]
+    with parsing(place, AGAIN):
+        written = [Task.from_dict(plain) for plain in read_json(place)]
     began = {task.name: task.to_dict() for task in written}
     now = {task.name: task.to_dict() for task in tasks}
     advice = "give the resumed run no such words, or begin a new run with another run.name."
@@ -118,7 +123,8 @@ def begun_in_bf16(folder: Path) -> bool | None:
     filled = folder / FILLED_SETTINGS
     if not filled.is_file():
         return None
-    return bool(read_json(filled)["bf16"]["enabled"])
+    with parsing(filled, AGAIN):
+        return bool(read_json(filled)["bf16"]["enabled"])
 
 
 def check_same_groups(folder: Path, recipe: Recipe) -> None:

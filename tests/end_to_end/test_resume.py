@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from comoe.inference.checkpoint_folder import whats_wrong
+from comoe.train.checkpoint.folder import find_checkpoint
 from tests.end_to_end.commands import (
     EVENTFUL,
     ROOT,
@@ -225,3 +227,35 @@ def test_resuming_a_finished_run_succeeds_and_does_nothing(uninterrupted, shared
     assert finished in done.out and "task      metric" in done.out, "the table is shown again"
     assert train_lines(uninterrupted) == lines
     assert kept() == before
+
+
+DAMAGES = {
+    "deleted": lambda file: file.unlink(),
+    "emptied": lambda file: file.write_bytes(b""),
+    "cut": lambda file: file.write_bytes(file.read_bytes()[: file.stat().st_size // 2]),
+    "one bit changed": lambda file: file.write_bytes(flipped(file.read_bytes())),
+}
+
+
+def flipped(content: bytes) -> bytes:
+    """The content with one bit of its first byte changed."""
+    return bytes([content[0] ^ 1]) + content[1:]
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+def test_a_checkpoint_with_any_damaged_file_gives_way_to_the_one_before(
+    how, uninterrupted, tmp_path
+):
+    folder = shutil.copytree(uninterrupted / "checkpoints", tmp_path / "checkpoints")
+    *_, before, newest = sorted(folder.glob("step-*"))
+    files = [path for path in newest.rglob("*") if path.is_file()]
+    assert len(files) > 10, "the layout of a checkpoint is another one: look at this test"
+    for file in files:
+        content = file.read_bytes()
+        DAMAGES[how](file)
+        found = find_checkpoint(folder)
+        assert found is not None and found.path == before, file
+        (problem,) = found.broken
+        assert problem.startswith(f"{newest.name}: ") and file.name.split(".")[0] in problem
+        file.write_bytes(content)
+    assert find_checkpoint(folder).path == newest

@@ -8,7 +8,6 @@ import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 import PIL
 from tqdm import tqdm
 
-from comoe.config.files import write_atomic
+from comoe.config.files import cache_file
 from comoe.config.recipe import DataConfig
 from comoe.data.images.decode import (
     VERSION,
@@ -258,10 +257,8 @@ def _check_different(
             key: result for _, key, result in everything if key and result[0] != "unreadable"
         }
         if lasting != known:
-            # Without a cache only the next start is slower.
-            with suppress(OSError):
-                cache.parent.mkdir(parents=True, exist_ok=True)
-                write_atomic(cache, json.dumps(lasting))
+            with cache_file(cache) as file:
+                file.write(json.dumps(lasting).encode())
     return {sources[number]: result for number, _, result in everything}
 
 

@@ -208,14 +208,19 @@ def _read_parquet(path: Path) -> RawSplit:
     """Parquet, by column names."""
     try:
         table = pyarrow.parquet.read_table(path)
-    except pyarrow.ArrowException as error:
+        rows = table.to_pylist()
+    # OverflowError and others: dates that Python has not; OSError: what cannot be unpacked.
+    except (pyarrow.ArrowException, OSError, ArithmeticError, ValueError, KeyError) as error:
         raise ValueError(
             f"{path} cannot be read as Parquet ({error}); write it anew, or correct the format."
         ) from error
-    # Where the library datasets keeps what it knows about the columns.
-    kept = (table.schema.metadata or {}).get(b"huggingface", b"{}")
-    features = json.loads(kept).get("info", {}).get("features", {})
-    return _named_rows(table.to_pylist(), table.column_names, features, file=str(path))
+    try:
+        # Where the library datasets keeps what it knows about the columns.
+        kept = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}"))
+        features = dict(kept.get("info", {}).get("features", {}))
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        features = {}
+    return _named_rows(rows, table.column_names, features, file=str(path))
 
 
 def _file_reader(

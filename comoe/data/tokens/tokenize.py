@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from comoe.config.files import atomic_file
+from comoe.config.files import cache_file
 from comoe.config.recipe import NormalizeConfig
 from comoe.data.posts import PostSplit
 from comoe.data.text.normalize import VERSION, normalize_post, normalize_words
@@ -196,9 +196,8 @@ def cached(
     if (tokens := _load(record, path, count=count)) is not None:
         return tokens
     tokens = make()
-    path.parent.mkdir(parents=True, exist_ok=True)
     # Ranks may write the same file at the same time.
-    with atomic_file(path) as file:
+    with cache_file(path) as file:
         np.savez(file, **{field.name: getattr(tokens, field.name) for field in fields(record)})
     return tokens
 

@@ -7,12 +7,12 @@ parameters, p bytes per weight (2 in bf16, else 4).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from comoe.config.files import read_json
 from comoe.config.recipe import Recipe
 from comoe.models.encoders.families import chosen_layers, expert_width
 from comoe.starter.registry import PREFIXES, prepare
@@ -321,7 +321,7 @@ def _read_encoder(encoder: str) -> list[int]:
             f"model.encoder ({encoder}) is not a folder with a config.json; set its sizes with --encoder-shape "
             f"layers,width,feed-forward width,vocabulary."
         )
-    config: Mapping[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    config: Mapping[str, Any] = read_json(file)
     sizes = []
     for names in _SIZE_NAMES:
         known = [config[name] for name in names if name in config]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from comoe.config.errors import unknown_name
-from comoe.config.files import write_json
+from comoe.config.files import read_json, write_json
 from comoe.config.load import load_recipe
 from comoe.config.recipe import Recipe
 from comoe.evaluation.evaluate import TEACHER_KL
@@ -135,7 +134,7 @@ def record_claim(
         ValueError: a wrong claim, or another one than the recorded one.
     """
     file = experiment.output / file_name
-    settings = json.loads(file.read_text(encoding="utf-8"))
+    settings = read_json(file)
     recorded = settings.get(KEY)
     before = None
     if recorded is not None:

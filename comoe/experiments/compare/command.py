@@ -7,9 +7,9 @@ import shutil
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from comoe.config.files import write_atomic, write_json
+from comoe.config.files import read_json, write_atomic, write_json
 from comoe.config.load import load_recipe
 from comoe.config.recipe import Recipe
 from comoe.evaluation.evaluate import TEACHER_KL
@@ -21,7 +21,7 @@ from comoe.experiments.compare.claim import need_soft_labels, parse_claim, recor
 from comoe.experiments.compare.plan import Arm, Plan, check_earlier, plan_arms, read_seeds
 from comoe.experiments.compare.plots import write_plots
 from comoe.experiments.compare.report import AFFINITY_FILE, compare, write_comparison
-from comoe.experiments.compare.results import REMOVAL_FILE, read_json, split_of
+from comoe.experiments.compare.results import REMOVAL_FILE, split_of
 from comoe.experiments.compare.tables import markdown_lines
 from comoe.experiments.compare.tune import (
     Grid,
@@ -34,7 +34,6 @@ from comoe.experiments.compare.tune import (
 from comoe.experiments.runner import (
     Experiment,
     Trial,
-    exit_after,
     is_done,
     print_now,
     record_settings,
@@ -43,11 +42,6 @@ from comoe.experiments.runner import (
 
 SETTINGS, TUNING = "compare.json", "tuning.json"
 """In the output folder: what all of its runs share, and the claim; the scores of ``--tune``."""
-
-
-def compare_and_exit(given: argparse.Namespace) -> NoReturn:
-    """Run the comparison and end the process with the exit codes of ``exit_after``."""
-    exit_after(lambda: bool(run_comparison(given)))
 
 
 def run_comparison(given: argparse.Namespace) -> list[Trial]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from comoe.config.files import read_json
 from comoe.data.posts import PART_NAMES
 from comoe.evaluation.evaluate import TEACHER_KL, higher_is_better
 from comoe.evaluation.experts_off import CONDITIONS
@@ -195,11 +195,6 @@ def read_run(trial: Trial, folder: Path) -> Result | None:
 def split_of(results: Mapping[str, Any]) -> str:
     """The split that a run is scored on: test if it has labels, else validation."""
     return "test" if results["metrics"].get("test") else "validation"
-
-
-def read_json(file: Path) -> Any:
-    """The content of a JSON file."""
-    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def main_metrics(results: Mapping[str, Sequence[Result]]) -> dict[str, str]:

@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from comoe.config.files import plain
+from comoe.config.files import plain, read_json
 from comoe.config.load import load_recipe
 from comoe.evaluation.evaluate import mean_metric
 from comoe.experiments.compare.plan import Arm, Plan, read_seeds
-from comoe.experiments.compare.results import LOSS, METRIC, read_json
+from comoe.experiments.compare.results import LOSS, METRIC
 from comoe.experiments.runner import Experiment, Trial, is_done
 from comoe.tasks.task import Task
 

@@ -12,7 +12,7 @@ import itertools
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 from comoe.config.errors import unknown_name
 from comoe.config.load import load_recipe
@@ -23,7 +23,6 @@ from comoe.experiments.compare.plan import Arm, Plan
 from comoe.experiments.runner import (
     Experiment,
     Trial,
-    exit_after,
     print_now,
     record_settings,
     run_trials,
@@ -165,22 +164,20 @@ def overrides_of(point: Mapping[str, Any]) -> list[str]:
     return [*overrides, *(UNBALANCED if point["experts"] == point["top_k"] > 0 else ())]
 
 
-def scale_and_exit(given: argparse.Namespace, *, plan_flags: Mapping[str, str | None]) -> NoReturn:
-    """Run the command and end the process with the exit codes of ``exit_after``.
+def scale_or_plan(
+    given: argparse.Namespace, *, plan_flags: Mapping[str, str | None]
+) -> list[Trial]:
+    """Run the command; returns the failed runs.
 
     Args:
         given: the command line; its lists have the names of ``AXES``.
         plan_flags: flags of ``--plan`` -> default.
     """
-
-    def work() -> bool:
-        settle_plan_flags(given, plan_flags)
-        if given.plan:
-            print_plan(given)
-            return False
-        return bool(scale(given))
-
-    exit_after(work)
+    settle_plan_flags(given, plan_flags)
+    if given.plan:
+        print_plan(given)
+        return []
+    return scale(given)
 
 
 def scale(given: argparse.Namespace) -> list[Trial]:

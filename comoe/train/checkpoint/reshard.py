@@ -19,12 +19,23 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from comoe.config.failure import doing
 from comoe.distributed import barrier, broadcast_object, is_main
+from comoe.train.checkpoint.data_only import ANY_PICKLE, ONLY_DATA, reading_data_only
+from comoe.train.environment import environment_of_a_child
 from comoe.train.parallel.autoep import CooperativeRouter
-from comoe.train.parallel.setup import reading_optimizer_state
 
 UNIVERSAL = "any-layout"
 """Folder of the converted checkpoint, beside ``deepspeed/``."""
+
+CONVERTER = """
+import runpy
+from torch.serialization import add_safe_globals
+from comoe.train.checkpoint.data_only import CLASSES
+add_safe_globals(list(CLASSES))
+runpy.run_module("deepspeed.checkpoint.ds_to_universal", run_name="__main__", alter_sys=True)
+"""
+"""DeepSpeed's converter, for a process of its own."""
 
 
 def convert(checkpoint: Path) -> Path:
@@ -34,7 +45,7 @@ def convert(checkpoint: Path) -> Path:
         The folder to load with ``"checkpoint": {"load_universal": true}``.
 
     Raises:
-        ValueError: DeepSpeed could not convert it; the end of its output is in the message.
+        ValueError: DeepSpeed could not convert it; the last line of its output is in the message.
     """
     done = checkpoint / UNIVERSAL
     problem = _convert(checkpoint, done) if is_main() and not done.is_dir() else ""
@@ -49,19 +60,24 @@ def _convert(checkpoint: Path, done: Path) -> str:
     aside = checkpoint / f".writing-{UNIVERSAL}"
     shutil.rmtree(aside, ignore_errors=True)
     command = [
-        sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state",
+        sys.executable, "-c", CONVERTER, "--inject_missing_state",
         "--input_folder", str(checkpoint / "deepspeed" / "state"), "--output_folder", str(aside / "state"),
         "--num_extract_workers", "1", "--num_merge_workers", "1",
     ]  # fmt: skip
     # A process of its own: the converter starts workers, which must not inherit this rank's process
     # group.
     ranks = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    environment = {key: value for key, value in os.environ.items() if key not in ranks}
+    environment = {
+        key: value for key, value in environment_of_a_child().items() if key not in ranks
+    }
+    if ANY_PICKLE not in environment:
+        environment[ONLY_DATA] = "1"
     answer = subprocess.run(command, env=environment, capture_output=True, text=True)
     if answer.returncode:
         shutil.rmtree(aside, ignore_errors=True)
-        return (answer.stdout + answer.stderr)[-1500:]
-    _make_readable_at_every_stage(aside / "state")
+        return ([line for line in answer.stderr.splitlines() if line.strip()] or ["no message"])[-1]
+    with doing("converting", checkpoint):
+        _make_readable_at_every_stage(aside / "state")
     os.replace(aside, done)
     return ""
 
@@ -76,7 +92,7 @@ def _make_readable_at_every_stage(folder: Path) -> None:
     for name in ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt"):
         torch.save(about, folder / name)
     zero = folder / "zero"
-    with reading_optimizer_state():
+    with reading_data_only(zero):
         saved = torch.load(zero / "optimizer_state.pt", weights_only=True, map_location="cpu")
     parameters = [path.parent for path in sorted(zero.glob("*/exp_avg.pt"))]
     if "optimizer_state_dict" in saved:  # ZeRO 3

@@ -20,10 +20,13 @@ import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
+from comoe.config.failure import doing, parsing
 from comoe.config.files import read_json, write_atomic, write_json
 from comoe.distributed import barrier, broadcast_object, is_main, rank, world_size
 from comoe.inference.checkpoint_folder import OWNER, checkpoint_of, whats_wrong, write_manifest
+from comoe.train.checkpoint.data_only import reading_data_only
 from comoe.train.checkpoint.folder import ASIDE, prune
 from comoe.train.checkpoint.reshard import convert, load_universal
 from comoe.train.parallel.ds_config import Layout
@@ -32,6 +35,10 @@ from comoe.train.state import TrainState, diverged
 
 CARRIED = "carried.safetensors"
 """File of a checkpoint with the buffers of the losses."""
+
+
+AGAIN = "remove this checkpoint to use the one before"
+"""What to do about a damaged file of a checkpoint."""
 
 
 class Diverged(ValueError):
@@ -51,6 +58,19 @@ def save_checkpoint(
     if problem := broadcast_object(diverged(weights) if is_main() else None):
         raise Diverged(problem)
     final = checkpoint_of(folder, state.step)
+    with doing("writing", final):
+        _write(final, weights, engine, state, layout)
+        if is_main():
+            prune(folder, keep=keep)
+    barrier()
+    return final
+
+
+def _write(
+    final: Path, weights: dict[str, Tensor], engine: Engine, state: TrainState, layout: Layout
+) -> None:
+    """Write the checkpoint beside its place, then rename it."""
+    folder = final.parent
     aside = folder / f"{ASIDE}{final.name}"
     if is_main():
         shutil.rmtree(aside, ignore_errors=True)
@@ -59,7 +79,7 @@ def save_checkpoint(
             {name: tensor.contiguous() for name, tensor in weights.items()},
             aside / "weights/model.safetensors",
         )
-    del weights
+    weights.clear()
     barrier()
     engine.deepspeed.save_checkpoint(str(aside / "deepspeed"), tag="state", save_latest=False)
     torch.save(_random_state(engine), aside / f"random-{rank()}.pt")
@@ -88,14 +108,12 @@ def save_checkpoint(
             shutil.rmtree(older := folder / f"{ASIDE}older-{final.name}", ignore_errors=True)
             os.replace(final, older)
         os.replace(aside, final)
-        prune(folder, keep=keep)
-    barrier()
-    return final
 
 
 def saved_elsewhere(path: Path, layout: Layout) -> str:
     """How a checkpoint's layout differs from this start's, in words; empty when it does not."""
-    saved = read_json(path / "state.json")["layout"]
+    with parsing(path / "state.json", AGAIN):
+        saved = read_json(path / "state.json")["layout"]
     now = _layout_dict(layout)
     if saved == now:
         return ""
@@ -108,25 +126,28 @@ def needs_conversion(path: Path, layout: Layout) -> bool:
     So it must be for this checkpoint, or for the best one of its run, which is loaded when the run
     ends.
     """
-    best = read_json(path / "state.json")["best_step"]
-    both = (path, checkpoint_of(path.parent, best))
+    with parsing(path / "state.json", AGAIN):
+        best = read_json(path / "state.json")["best_step"]
+        both = (path, checkpoint_of(path.parent, best))
     return any(saved_elsewhere(each, layout) for each in both if not whats_wrong(each))
 
 
 def load_checkpoint(path: Path, engine: Engine, layout: Layout) -> TrainState:
     """Restore weights, moments, random state and ``TrainState``; every rank must call it.
 
-    DeepSpeed unpickles its files, so resume only from folders that you trust. On another layout
-    than the saved one the checkpoint is converted first, and dropout draws other numbers from there
-    on.
+    DeepSpeed's files are pickles; ``reading_data_only`` lets none of them run code. On another
+    layout than the saved one the checkpoint is converted first, and dropout draws other numbers from
+    there on.
 
     Raises:
         ValueError: the checkpoint was saved over another layout, and the engine was not built to
-            load such a one or the optimizer is SGD.
+            load such a one or the optimizer is SGD; or it holds more than numbers.
     """
-    about = read_json(path / "state.json")
-    threads = about.pop("threads")
-    del about["layout"]
+    with parsing(path / "state.json", AGAIN):
+        about = read_json(path / "state.json")
+        threads = about.pop("threads")
+        del about["layout"]
+        state = TrainState(**about)
     moved = saved_elsewhere(path, layout)
     if moved and not engine.deepspeed.load_universal_checkpoint():
         raise ValueError(f"{moved}; the engine was not built for that.")
@@ -140,13 +161,13 @@ def load_checkpoint(path: Path, engine: Engine, layout: Layout) -> TrainState:
             f"note: saved with {threads} threads per rank, now {torch.get_num_threads()}: "
             "sums may differ in the last digit."
         )
-    if engine.deepspeed.load_universal_checkpoint():
-        convert(path)
-        whole = load_universal(engine.deepspeed, path)
-    else:
-        whole = (
-            engine.deepspeed.load_checkpoint(str(path / "deepspeed"), tag="state")[0] is not None
-        )
+    with reading_data_only(path):
+        if engine.deepspeed.load_universal_checkpoint():
+            convert(path)
+            whole = load_universal(engine.deepspeed, path)
+        else:
+            saved, _ = engine.deepspeed.load_checkpoint(str(path / "deepspeed"), tag="state")
+            whole = saved is not None
     if not whole:
         raise ValueError(
             f"{path}: DeepSpeed could not load it; remove the folder to use the one before."
@@ -166,7 +187,7 @@ def load_checkpoint(path: Path, engine: Engine, layout: Layout) -> TrainState:
         torch.manual_seed(hash((engine.recipe.train.seed, rank(), about["step"])) % 2**63)
     else:
         _restore_random_state(torch.load(own, weights_only=True), engine)
-    return TrainState(**about)
+    return state
 
 
 def _layout_dict(layout: Layout) -> dict[str, int | bool]:

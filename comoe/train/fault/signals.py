@@ -1,4 +1,4 @@
-"""Stopping in time: Ctrl-C, SIGTERM, and the loss of the launcher, agreed on by all ranks."""
+"""Stopping in time: Ctrl-C, SIGTERM, the end of the terminal (SIGHUP) or the launcher, agreed on by all ranks."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ import psutil
 SUPERVISED = "COMOE_ATTEMPT"
 """Set in a process that a supervisor started (``comoe.train.fault.supervisor``): the number of the
 attempt, from 0."""
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""What asks a run to save and stop."""
 
 
 class StopSignal:
@@ -28,8 +31,12 @@ class StopSignal:
     def __init__(self) -> None:
         self.reason = ""
         self._watched = _launchers()
+        before = {number: signal.getsignal(number) for number in SIGNALS}
+        # nohup ignores the end of a terminal, and so do its children.
         self._before = {
-            number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)
+            number: handler
+            for number, handler in before.items()
+            if (number, handler) != (signal.SIGHUP, signal.SIG_IGN)
         }
 
     def __enter__(self) -> StopSignal:

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
+from comoe.config.failure import doing
 from comoe.config.files import plain
 from comoe.config.recipe import RunConfig
 from comoe.evaluation.embedding_stats import EmbeddingSummary
@@ -84,19 +85,20 @@ class Monitor:
             truncate_metrics(path, after_step=resumed_at)
         self._records = read_metrics(path)
         self._drawn, self._warned = (0, 0), False
-        self._file = path.open("a", encoding="utf-8")
+        self._path, self._file = path, path.open("a", encoding="utf-8")
         # TensorBoard hides older events from the purge step on; without it a resumed run draws two
         # curves.
         purge_step = 0 if resumed_at is None else resumed_at + 1
         events = str(run_dir / "tensorboard")
         self._trackers = trackers or Trackers([TENSORBOARD], run_dir)
-        self._writer = (
-            SummaryWriter(events, purge_step=purge_step) if self._trackers.tensorboard else Silent()
-        )
         fenced = "\n".join(f"    {line}" for line in recipe_text.splitlines())
-        self._writer.add_text(
-            "recipe", fenced, global_step=0 if resumed_at is None else resumed_at + 1
-        )
+        with doing("writing", run_dir / "tensorboard"):
+            self._writer = (
+                SummaryWriter(events, purge_step=purge_step)
+                if self._trackers.tensorboard
+                else Silent()
+            )
+            self._writer.add_text("recipe", fenced, global_step=purge_step)
 
     def log_train(
         self,
@@ -391,9 +393,10 @@ class Monitor:
 
     def _write(self, record: Mapping[str, Any]) -> None:
         line = plain(record)
-        self._file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with doing("writing", self._path):
+            self._file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
         self._records.append(line)
 
 

@@ -12,7 +12,7 @@ import logging
 import os
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from datetime import timedelta
 from itertools import pairwise
 from typing import Any
@@ -22,8 +22,6 @@ import deepspeed.comm
 import numpy as np
 import torch
 from deepspeed.module_inject import auto_ep_layer
-from deepspeed.runtime.fp16.loss_scaler import LossScaler
-from deepspeed.runtime.zero.config import ZeroStageEnum
 from torch import Tensor, nn
 
 from comoe.config.recipe import Recipe
@@ -239,11 +237,6 @@ def set_weights(model: nn.Module, weights: Iterable[tuple[str, Tensor]]) -> None
         split = hasattr(place, "ds_id")
         with deepspeed.zero.GatheredParameters([place], modifier_rank=0, enabled=split):
             place.data.copy_(value)
-
-
-def reading_optimizer_state() -> AbstractContextManager[None]:
-    """Context in which ``torch.load(..., weights_only=True)`` reads DeepSpeed's optimizer states: two classes more."""
-    return torch.serialization.safe_globals([LossScaler, ZeroStageEnum])
 
 
 def gather_full_state(engine: Any, values: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import re
 import subprocess
@@ -25,7 +26,8 @@ def test_every_word_has_its_module_and_a_script_of_the_same_name() -> None:
     assert {path.stem for path in ROOT.glob("launch/*.py")} <= set(COMMANDS)
     for word in COMMANDS:
         module = importlib.import_module(f"comoe.commands.{word}")
-        assert module.parser().prog == f"comoe {word}" and module.main
+        assert module.parser().prog == f"comoe {word}"
+        assert inspect.unwrap(module.main) is not module.main, f"comoe {word} is not guarded"
 
 
 def test_a_word_is_handed_the_others(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,9 +25,7 @@ def posts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-def test_what_is_not_said_is_guessed_and_the_label_counts_are_shown(
-    posts: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_is_not_said_is_guessed_and_the_label_counts_are_shown(posts, capsys):
     main([str(posts)])
     recipe = load_recipe("my posts.yaml")
     assert list(recipe.tasks) == ["the_mood"]
@@ -75,18 +73,18 @@ def test_a_terminal_is_asked(posts: Path, monkeypatch: pytest.MonkeyPatch) -> No
         ),
     ],
 )
-def test_mistakes_are_one_sentence_and_leave_no_recipe(
-    words: list[str], said: str, posts: Path
-) -> None:
+def test_mistakes_are_one_sentence_and_leave_no_recipe(words, said, posts, capsys):
     Path("taken.yaml").write_text("mine")
-    with pytest.raises(SystemExit, match=f"^comoe init: {said}"):
+    with pytest.raises(SystemExit):
         main([str(posts), *words])
+    assert capsys.readouterr().err.startswith(f"comoe init: {said}")
     assert [path.name for path in Path().glob("*.yaml")] == ["taken.yaml"]
     assert Path("taken.yaml").read_text() == "mine"
 
 
-def test_posts_that_cannot_be_learned_from_leave_no_recipe(posts: Path) -> None:
+def test_posts_that_cannot_be_learned_from_leave_no_recipe(posts, capsys):
     posts.write_text("text,label\n" + "a,same\n" * 20)
-    with pytest.raises(SystemExit, match="^comoe init: tasks.label"):
+    with pytest.raises(SystemExit):
         main([str(posts), "--label", "label"])
+    assert capsys.readouterr().err.startswith("comoe init: tasks.label")
     assert list(Path().glob("*.yaml")) == []

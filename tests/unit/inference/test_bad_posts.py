@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 
 import pytest
 from helpers_export import tiny_predictor
 
+from comoe.commands.predict import main
 from comoe.config.recipe import TaskConfig
 from comoe.data.reading.rows import RowReader, read_rows
 from comoe.data.reading.sources import read_input
@@ -144,3 +146,55 @@ def test_scores_that_are_not_finite_are_an_error_and_never_written(
         assert name not in row
     finally:
         head.load_state_dict(before)
+
+
+WORDS = [
+    "good day",
+    "bad rain",
+    "the sunny paris",
+    "@ann http://x.yz",
+    "sun, sun!",
+    "rain \U0001f600",
+]
+SPOILED = {
+    "half a line": lambda row: json.dumps(row)[:-5],
+    "NaN": lambda row: json.dumps(row | {"x": float("nan")}),
+    "a key twice": lambda row: json.dumps(row)[:-1] + ', "text": "b"}',
+    "no object": lambda row: json.dumps([row]),
+    "no text": lambda row: json.dumps({"id": row["id"]}),
+    "an empty text": lambda row: json.dumps(row | {"text": " \u200b"}),
+    "an object as text": lambda row: json.dumps(row | {"text": {"a": 1}}),
+    "a word that is a number": lambda row: json.dumps(row | {"text": ["a", 1]}),
+    "a NUL": lambda row: json.dumps(row).replace("text", "te\0xt"),
+    "nested without end": lambda row: "[" * 100_000,
+    "no UTF-8": lambda row: json.dumps(row).replace('"text', '\udcff"text'),
+}  # fmt: skip
+LINES = int(os.environ.get("COMOE_LINES", "600"))
+
+
+def test_of_a_long_file_with_every_tenth_row_bad_all_others_are_predicted_in_order(
+    predictor, tmp_path, monkeypatch, capsys
+):
+    source, target, ways = tmp_path / "posts.jsonl", tmp_path / "out.jsonl", list(SPOILED.values())
+    rows = [{"id": number, "text": WORDS[number % len(WORDS)]} for number in range(LINES)]
+    lines = [
+        ways[row["id"] // 10 % len(ways)](row) if row["id"] % 10 == 7 else json.dumps(row)
+        for row in rows
+    ]
+    text = "".join(f"{line}\n" for line in lines)
+    source.write_bytes(text.encode("utf-8", errors="surrogateescape"))
+    monkeypatch.setattr(Predictor, "from_pretrained", lambda *_, **__: predictor)
+    main(["--model", "m", "--input", str(source), "--output", str(target)])
+    alone = {text: predictor([text])[0] for text in WORDS}
+    found = [json.loads(line, parse_constant=pytest.fail) for line in target.open(encoding="utf-8")]
+    assert len(found) == LINES
+    bad = [number for number, row in enumerate(found) if "error" in row]
+    assert bad == [number for number in range(LINES) if number % 10 == 7]
+    for number, row in enumerate(found):
+        if "error" not in row:
+            assert row["id"] == number and row["text"] == rows[number]["text"]
+            wanted = alone[row["text"]]["mood"]
+            assert row["mood"]["label"] == wanted["label"]
+            assert row["mood"]["scores"] == pytest.approx(wanted["scores"], abs=1e-4)
+    said = capsys.readouterr().err
+    assert f"{LINES} posts predicted" in said and f"{len(bad)} of them could not be" in said

@@ -370,7 +370,7 @@ def test_a_torn_checkpoint_is_no_more_exported_than_resumed(tmp_path):
     weights.write_bytes(bytes(len(whole)))
     with pytest.raises(ValueError, match="weights/model.safetensors was changed after"):
         export_checkpoint(torn, tmp_path / "out")
-    with pytest.raises(ValueError, match="step-00000006 cannot be read"):
+    with pytest.raises(ValueError, match="step-00000006/weights/model.safetensors cannot be read"):
         export_checkpoint(torn, tmp_path / "out", verify=False)
 
 

@@ -152,6 +152,7 @@ def test_the_command_prints_the_scores_and_writes_them(tmp_path, monkeypatch, ca
     assert set(json.loads((tmp_path / "scores.json").read_text())) == {"mood"}
     data = (tmp_path / "d.jsonl").read_bytes()
     monkeypatch.setattr(sys, "argv", [*command[:-1], "d.jsonl"])
-    with pytest.raises(SystemExit, match="is the --data itself"):
+    with pytest.raises(SystemExit):
         runpy.run_path(str(ROOT / "launch/eval.py"), run_name="__main__")
+    assert "is the --data itself" in capsys.readouterr().err
     assert (tmp_path / "d.jsonl").read_bytes() == data

@@ -2,12 +2,14 @@
 
 import errno
 import os
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 import comoe.train.run as module
+from comoe.config.failure import sentence
 from comoe.train.fault.supervisor import FINAL
 from comoe.train.fault.watchdog import Watchdog
 from comoe.train.request import Request, load_requested
@@ -21,7 +23,9 @@ class Left(BaseException):
 
 
 @pytest.fixture
-def end_by(monkeypatch, capsys):
+def end_by(monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("COMOE_HOME", str(tmp_path))
+
     def leave(code: int) -> None:
         raise Left(code)
 
@@ -59,13 +63,34 @@ INSIDE = ValueError("optimizer got an empty parameter list")
 def test_an_error_while_training_is_no_mistake_of_the_users_and_can_be_restarted(end_by, error):
     code, said = end_by(error, training=True)
     assert code == 1 and code not in FINAL
-    assert said.startswith("Traceback (most recent call last):") and "in train\n" in said
-    assert said.endswith(f"comoe: {type(error).__name__}: {error}\n")
+    found = re.fullmatch(
+        rf"comoe: unexpected {type(error).__name__}: .*\. The traceback is in (\S+)\.\n", said
+    )
+    assert found and "Traceback" not in said
+    log = Path(found[1]).read_text(encoding="utf-8")
+    assert "Traceback (most recent call last):" in log and "in train\n" in log
+
+
+def test_the_traceback_is_printed_where_the_user_wants_it(end_by, monkeypatch):
+    monkeypatch.setenv("COMOE_TRACEBACK", "1")
+    code, said = end_by(STALE, training=True)
+    assert code == 1 and said.startswith("Traceback") and "The traceback is in" not in said
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_a_full_disk_ends_training_for_good_in_one_sentence(end_by, number):
+    error = OSError(number, os.strerror(number))
+    error.add_note("writing runs/x/metrics.jsonl")
+    code, said = end_by(error, training=True)
+    assert code == 3 and code in FINAL
+    assert said.startswith(f"comoe: writing runs/x/metrics.jsonl: {os.strerror(number)}; ")
+    assert said.count("\n") == 1
 
 
 @pytest.mark.parametrize("error", [STALE, INSIDE])
 def test_an_error_before_training_is_one_sentence(end_by, error):
-    assert end_by(error, training=False) == (2, f"comoe: {error}\n")
+    code, said = end_by(error, training=False)
+    assert code == 2 and said.startswith(f"comoe: {sentence(error)}") and said.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -81,7 +106,7 @@ def test_the_traceback_of_a_users_mistake_is_shown_when_the_recipe_says_so(
     code, said = end_by(INSIDE, training=False, request=Request(config=recipe, overrides=words))
     assert code == 2
     assert said.startswith("Traceback") == shown
-    assert said.endswith(f"comoe: {INSIDE}\n")
+    assert f"comoe: {INSIDE}" in said
 
 
 def test_a_resumed_run_keeps_the_optimizer_group_of_its_router(tmp_path):

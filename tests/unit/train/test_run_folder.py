@@ -16,6 +16,7 @@ from comoe.tasks.task import Task
 from comoe.train.run_folder import (
     LOCK,
     MARK,
+    begun_in_bf16,
     check_same_groups,
     check_same_tasks,
     refuse_taken,
@@ -179,3 +180,20 @@ def test_a_run_goes_on_with_its_tasks_also_where_an_older_version_wrote_them_dow
         del began[0][key]
     (tmp_path / "tasks.json").write_text(json.dumps(began), encoding="utf-8")
     check_same_tasks(tmp_path, (MOOD,))
+
+
+@pytest.mark.parametrize("content", ["[1]", "{", '[{"name": "a"}]', '[{"nmae": "a"}]', "\ufeff"])
+def test_a_damaged_tasks_file_is_named(tmp_path, content):
+    (tmp_path / "tasks.json").write_text(content, encoding="utf-16")
+    with pytest.raises(ValueError, match="tasks.json"):
+        check_same_tasks(tmp_path, [])
+    (tmp_path / "tasks.json").write_text(content, encoding="utf-8")
+    with pytest.raises(ValueError, match="tasks.json|nmae"):
+        check_same_tasks(tmp_path, [])
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "{", '{"bf16": 1}'])
+def test_a_damaged_record_of_the_precision_is_named(tmp_path, content):
+    (tmp_path / "ds_config.json").write_text(content)
+    with pytest.raises(ValueError, match="ds_config.json"):
+        begun_in_bf16(tmp_path)

@@ -62,3 +62,11 @@ def test_a_run_with_sgd_does_not_move_and_says_where_it_resumes(tmp_path):
         match=r"saved with 2 ranks, .*\. SGD's moments do not move; resume on the layout",
     ):
         load_checkpoint(path, engine, HERE)
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "{", '{"layout": 1}'])
+def test_a_damaged_state_is_named(tmp_path, content):
+    path = save(tmp_path, 8, HERE, best_step=8)
+    (path / "state.json").write_text(content)
+    with pytest.raises(ValueError, match="state.json"):
+        load_checkpoint(path, SimpleNamespace(), HERE)
