@@ -21,11 +21,18 @@ class Server:
     """The application of some exports."""
 
     def __init__(
-        self, *sources: Source, token: str | None = None, log_posts: bool = False, **limits: Any
+        self,
+        *sources: Source,
+        host: str = "localhost",
+        token: str | None = None,
+        log_posts: bool = False,
+        **limits: Any,
     ) -> None:
         self.limits = Limits(**limits)
         self.models = Models(sources, limits=self.limits, metrics=Metrics(), device="cpu")
-        self.app = make_app(self.models, limits=self.limits, token=token, log_posts=log_posts)
+        self.app = make_app(
+            self.models, limits=self.limits, host=host, token=token, log_posts=log_posts
+        )
 
     def run(self, work: Callable[[Client], Coroutine]) -> Any:
         """The result of ``work`` with a client of this server."""

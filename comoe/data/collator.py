@@ -124,6 +124,11 @@ class Collator:
             **domain_columns(self.domains, split.posts, posts, shares),
         )
 
+    def rows_per_post(self, tasks: Sequence[Task]) -> int:
+        """Most rows of a batch that a post has where it is asked for these tasks."""
+        heads = sum(task.mode != "decoder" for task in tasks)
+        return max(1, len(tasks) - heads + (heads if self._row_per_task else min(heads, 1)))
+
     def detokenize(self, ids_BD: Tensor) -> list[str]:
         """Generated token ids (``ModelOutput.generated``) as texts: the model has no tokenizer."""
         return detokenize(ids_BD, self.tokenizer)

@@ -134,12 +134,12 @@ class Predictor(ModelHubMixin):
         return frozenset([*per_token, *self.exported.config.get("as_words", ())])
 
     def choose_tasks(self, names: Sequence[str] | None) -> list[Task]:
-        """The tasks of these names, in this order; all with None. ValueError for a name that no task has."""
+        """The tasks of these names, in this order, each once; all with None. ValueError for a name that no task has."""
         known = {task.name: task for task in self.tasks}
         for name in names or ():
             if name not in known:
                 raise unknown_name("task of this model", name, known)
-        return list(self.tasks) if names is None else [known[name] for name in names]
+        return list(self.tasks) if names is None else [known[name] for name in dict.fromkeys(names)]
 
     def __call__(
         self,
@@ -186,7 +186,8 @@ class Predictor(ModelHubMixin):
             for column, some in passes:
                 split = self._encode(posts, column, some)
                 mine = [predictions[i] for i in posts.usable]
-                for indices in _forward_passes(split.lengths, batch_size, batch_tokens):
+                rows = self.collator.rows_per_post(some)
+                for indices in _forward_passes(split.lengths, batch_size, batch_tokens, rows=rows):
                     self._predict(split, indices, tasks=some, predictions=mine, explain=explain)
                     bar.update(len(indices))
         return predictions
@@ -230,7 +231,8 @@ class Predictor(ModelHubMixin):
             )
             split = self._encode(posts, column, some)
             mine = [posts.predictions[i] for i in posts.usable]
-            for indices in _forward_passes(split.lengths, batch_size, batch_tokens):
+            rows = self.collator.rows_per_post(some)
+            for indices in _forward_passes(split.lengths, batch_size, batch_tokens, rows=rows):
                 self._embed(split, indices, mine)
         return posts.predictions
 
@@ -361,15 +363,15 @@ class Predictor(ModelHubMixin):
 
 
 def _forward_passes(
-    lengths: np.ndarray, batch_size: int, batch_tokens: int | None
+    lengths: np.ndarray, batch_size: int, batch_tokens: int | None, *, rows: int
 ) -> Iterator[np.ndarray]:
-    """Row ids of each forward pass, longest posts first; padding counts as tokens."""
+    """Posts of each forward pass, longest first, of ``rows`` rows each; padding counts as tokens."""
     for indices in eval_batches(lengths, batch_size=batch_size):
         # Rows are padded to the longest, which comes first.
-        while (
-            batch_tokens and len(indices) > 1 and len(indices) * lengths[indices[0]] > batch_tokens
-        ):
-            fitting = max(1, batch_tokens // int(lengths[indices[0]]))
+        while batch_tokens and len(indices) > 1:
+            fitting = max(1, batch_tokens // (rows * int(lengths[indices[0]])))
+            if fitting >= len(indices):
+                break
             yield indices[:fitting]
             indices = indices[fitting:]
         yield indices

@@ -70,13 +70,19 @@ WORDS = {
 
 
 def make_app(
-    models: Models, *, limits: Limits, token: str | None = None, log_posts: bool = False
+    models: Models,
+    *,
+    limits: Limits,
+    host: str = "localhost",
+    token: str | None = None,
+    log_posts: bool = False,
 ) -> Guard:
     """The ASGI application.
 
     Args:
         models: to serve.
         limits: of requests.
+        host: that the server listens at.
         token: that requests must bear; None wants none.
         log_posts: write posts and predictions into the log.
     """
@@ -89,15 +95,15 @@ def make_app(
         docs_url=None,
         redoc_url=None,
     )
-    _add_questions(app, _Answers(models, limits, log_posts=log_posts), bearer)
+    _add_questions(app, _Handler(models, limits, log_posts=log_posts), bearer)
     _add_state(app, models, bearer)
     _add_pages(app)
     _add_refusals(app)
-    return Guard(app, limits=limits, metrics=models.metrics, token=token, routes=ROUTES)
+    return Guard(app, limits=limits, metrics=models.metrics, host=host, token=token, routes=ROUTES)
 
 
-class _Answers:
-    """Posts of a request to the answer: sizes, model, tasks, queue, time."""
+class _Handler:
+    """Posts of a request to predictions: sizes, model, tasks, queue, time."""
 
     def __init__(self, models: Models, limits: Limits, *, log_posts: bool) -> None:
         self._models, self._limits, self._log_posts = models, limits, log_posts
@@ -114,7 +120,7 @@ class _Answers:
         except TimeoutError:
             limit = f"{self._limits.timeout:g} seconds"
             raise Problem(504, "time", f"There was no answer within {limit}.") from None
-        self._models.metrics.answers(served.source.name, tasks, results)
+        self._models.metrics.predictions(served.source.name, tasks, results)
         if self._log_posts:
             for post, result in zip(posts, results, strict=True):
                 shown = {key: value for key, value in post.items() if key != "image" and value}
@@ -141,18 +147,19 @@ class _Answers:
         key = (what, None if names is None else tuple(names))
         for _ in range(10):
             served, tasks = self._find(ask, posts, names)
+            # One task is enough to read posts that are embedded.
+            reading = tasks[:1] if what == EMBED else tasks
+            rows = served.predictor.collator.rows_per_post(reading)
+            tokens = [served.tokens(post, rows) for post in posts]
             try:
-                return (
-                    served,
-                    tasks,
-                    served.batcher.submit(key, posts, [*map(served.tokens, posts)]),
-                )
+                return served, tasks, served.batcher.submit(key, posts, tokens)
             except QueueFull as full:
                 message = "Too many posts are waiting; try later."
                 raise Problem(429, "busy", message, retry_after=str(full.seconds)) from None
             except Closed:
                 continue  # a newer revision has just taken over
-        raise Problem(503, "closing", "The server is shutting down.")
+        message = "The model takes no requests: the server is shutting down, or its log says why."
+        raise Problem(503, "closing", message)
 
     def _find(
         self, ask: Ask, posts: list[dict[str, Any]], names: Sequence[str] | None
@@ -164,12 +171,12 @@ class _Answers:
             raise Problem(404, "unknown_model", f"{error}.") from None
         except ValueError as error:
             raise Problem(422, "invalid", f"{error}.") from None
-        if not served.reads_images and any(post["image"] for post in posts):
+        if not served.reads_images and any(post["image"] is not None for post in posts):
             raise Problem(422, "invalid", "This model reads no images; leave them out.")
         return served, tasks
 
 
-def _add_questions(app: FastAPI, answers: _Answers, bearer: list[Any]) -> None:
+def _add_questions(app: FastAPI, handler: _Handler, bearer: list[Any]) -> None:
     options: dict[str, Any] = {
         "dependencies": bearer,
         "response_model": Answer,
@@ -179,17 +186,17 @@ def _add_questions(app: FastAPI, answers: _Answers, bearer: list[Any]) -> None:
     @app.post("/v1/predict", **options)
     async def predict(request: Request, ask: Question) -> Response:
         """Predict every task of every post."""
-        return await answers(request, PREDICT, ask, ask.tasks)
+        return await handler(request, PREDICT, ask, ask.tasks)
 
     @app.post("/v1/explain", **options)
     async def explain(request: Request, ask: Question) -> Response:
         """Predictions, and the share of each word in the attention of a task's head. No proof of a cause."""
-        return await answers(request, EXPLAIN, ask, ask.tasks)
+        return await handler(request, EXPLAIN, ask, ask.tasks)
 
     @app.post("/v1/embed", **options)
     async def embed(request: Request, ask: EmbedQuestion) -> Response:
         """A vector of length 1 for every post: the mean of the encoder's last states."""
-        return await answers(request, EMBED, ask, None if ask.task is None else [ask.task])
+        return await handler(request, EMBED, ask, None if ask.task is None else [ask.task])
 
 
 def _add_state(app: FastAPI, models: Models, bearer: list[Any]) -> None:
@@ -266,12 +273,12 @@ def _problem_of(error: RequestValidationError, content_type: str) -> Problem:
         return Problem(
             415, "not_json", "Send JSON, with the header 'Content-Type: application/json'."
         )
-    told = []
+    messages = []
     for fault in faults[:MOST_FAULTS]:
         place = [str(part)[:40] for part in fault["loc"][1:] if part not in ("string", "object")]
         # pydantic speaks of Python's dictionaries.
         wrong = fault["type"] == "model_attributes_type"
         rule = "must be an object, or a string where it is a post" if wrong else fault["msg"]
-        told.append(f"{'.'.join(place) or 'body'}: {rule.removeprefix('Value error, ')}")
+        messages.append(f"{'.'.join(place) or 'body'}: {rule.removeprefix('Value error, ')}")
     more = len(faults) - MOST_FAULTS
-    return Problem(422, "invalid", "; ".join(told) + (f"; and {more} more" if more > 0 else ""))
+    return Problem(422, "invalid", "; ".join(messages) + (f"; and {more} more" if more > 0 else ""))

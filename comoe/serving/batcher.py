@@ -7,9 +7,11 @@ company.
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
@@ -17,6 +19,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from comoe.serving.limits import Limits
+
+LOG = logging.getLogger("comoe.serving")
 
 PASSES = 4
 """Full forward passes that are taken at once: posts of like length then share one. With tweets and
@@ -32,7 +36,7 @@ class QueueFull(Exception):
 
 
 class Closed(Exception):
-    """The queue takes no more requests: a newer revision has taken over."""
+    """The queue takes no more requests: a newer revision has taken over, or its thread has ended."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,8 +109,9 @@ class Batcher:
             Closed: it takes no more.
         """
         job = _Job(key, time.monotonic(), len(posts), [None] * len(posts))
+        job.future.add_done_callback(self._forget)
         with self._changed:
-            if not self._open:
+            if not (self._open and self.alive()):
                 raise Closed
             if self._waiting and len(self._waiting) + len(posts) > self._limits.queue:
                 wait = len(self._waiting) / self._posts_per_second if self._posts_per_second else 1
@@ -114,7 +119,6 @@ class Batcher:
             for place, (post, count) in enumerate(zip(posts, tokens, strict=True)):
                 self._waiting.append(_Item(job, place, post, count))
             self._changed.notify()
-        job.future.add_done_callback(self._forget)
         return job.future
 
     def waiting(self) -> int:
@@ -140,15 +144,24 @@ class Batcher:
 
     def _work(self) -> None:
         while batch := self._take():
-            start = time.monotonic()
-            self._answer(batch)
-            seconds = time.monotonic() - start
-            rate = len(batch) / max(seconds, 1e-6)
-            # Of the last ten times or so.
-            self._posts_per_second += (rate - self._posts_per_second) * (
-                0.1 if self._posts_per_second else 1
-            )
-            self._done(Work(len(batch), sum(item.tokens for item in batch), seconds))
+            try:
+                self._work_on(batch)
+            except Exception as error:
+                # Without its message, which may repeat a post.
+                where = "".join(traceback.format_tb(error.__traceback__))
+                LOG.error("%s in the queue, which goes on\n%s", type(error).__name__, where)
+                _fail(batch, error)
+
+    def _work_on(self, batch: list[_Item]) -> None:
+        start = time.monotonic()
+        self._run(batch)
+        seconds = time.monotonic() - start
+        rate = len(batch) / max(seconds, 1e-6)
+        # Of the last ten times or so.
+        self._posts_per_second += (rate - self._posts_per_second) * (
+            0.1 if self._posts_per_second else 1
+        )
+        self._done(Work(len(batch), sum(item.tokens for item in batch), seconds))
 
     def _take(self) -> list[_Item]:
         """The posts to do next; none when the queue is closed and empty."""
@@ -177,21 +190,32 @@ class Batcher:
             self._waiting = rest
         return batch
 
-    def _answer(self, batch: list[_Item]) -> None:
+    def _run(self, batch: list[_Item]) -> None:
         try:
             results = self._predict(batch[0].job.key, [item.post for item in batch])
+            done = list(zip(batch, results, strict=True))
         except Exception as error:
             jobs = list(dict.fromkeys(item.job for item in batch))
             if len(jobs) == 1:
-                if jobs[0].future.set_running_or_notify_cancel():
-                    jobs[0].future.set_exception(error)
+                _fail(batch, error)
                 return
             # The post of one request must not fail the others.
             for job in jobs:
-                self._answer([item for item in batch if item.job is job])
+                self._run([item for item in batch if item.job is job])
             return
-        for item, result in zip(batch, results, strict=True):
+        for item, result in done:
             item.job.results[item.place] = result
             item.job.left -= 1
-            if item.job.left == 0 and item.job.future.set_running_or_notify_cancel():
+            if item.job.left == 0 and _wanted(item.job.future):
                 item.job.future.set_result(item.job.results)
+
+
+def _fail(batch: list[_Item], error: Exception) -> None:
+    for job in dict.fromkeys(item.job for item in batch):
+        if _wanted(job.future):
+            job.future.set_exception(error)
+
+
+def _wanted(future: Future) -> bool:
+    """Whether it still lacks a result, and may no longer be cancelled then."""
+    return not future.done() and future.set_running_or_notify_cancel()

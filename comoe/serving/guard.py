@@ -1,8 +1,8 @@
 """What stands before the routes: sizes, the token, hosts, headers, and the log. Plain ASGI.
 
-A body is read here, whole and bounded, before the application sees the request. An exception ends
-here: as 500 without a word of it in the answer, and without its message in the log, which may
-repeat a post.
+A body of ``/v1`` is read here, whole and bounded, before the application sees the request; other
+paths get none. An exception ends here: as 500 without a word of it in the answer, and without its
+message in the log, which may repeat a post.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ HEADERS = (
 """Of every answer."""
 
 LOCAL = frozenset({"localhost", "127.0.0.1", "[::1]"})
-"""Names by which a browser may call a server of this machine that wants no token: a foreign page
-cannot borrow them."""
+"""Names by which a browser may call a server of this machine that wants no token, besides the
+address that it listens at: a foreign page cannot borrow them."""
 
 
 class Problem(Exception):
@@ -62,8 +62,9 @@ class Guard:
         app: the routes.
         limits: of requests.
         metrics: counts.
+        host: that the server listens at.
         token: that ``/v1`` and ``/metrics`` want; None wants none, and refuses to be called by any
-            name but ``LOCAL``.
+            name but ``LOCAL`` and ``host``.
         routes: paths that are counted by name.
     """
 
@@ -73,11 +74,13 @@ class Guard:
         *,
         limits: Limits,
         metrics: Metrics,
+        host: str,
         token: str | None,
         routes: Iterable[str],
     ) -> None:
         self._app, self._limits, self._metrics = app, limits, metrics
-        self._token = None if token is None else f"Bearer {token}".encode()
+        self._names = LOCAL | {f"[{host}]" if ":" in host else host}
+        self._token = None if token is None else token.encode()
         self._routes = frozenset(routes)
         self._running = 0
 
@@ -88,27 +91,25 @@ class Guard:
         arrived, status = time.monotonic(), 0
         route = scope["path"] if scope["path"] in self._routes else "other"
 
-        async def answer(message: MutableMapping[str, Any]) -> None:
+        async def respond(message: MutableMapping[str, Any]) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message = {**message, "headers": [*message.get("headers", ()), *HEADERS]}
             await send(message)
 
-        self._running += 1
         try:
-            await self._serve(scope, receive, answer, arrived)
+            await self._serve(scope, receive, respond, arrived)
         except Problem as problem:
-            await _refuse(answer, problem)
+            await _refuse(respond, problem)
         except Exception as error:
             where = "".join(traceback.format_tb(error.__traceback__))
             LOG.error("%s in %s\n%s", type(error).__name__, route, where)
             if not status:
                 await _refuse(
-                    answer, Problem(500, "internal", "The server failed; its log says where.")
+                    respond, Problem(500, "internal", "The server failed; its log says where.")
                 )
         finally:
-            self._running -= 1
             seconds = time.monotonic() - arrived
             self._metrics.requests.labels(route, status).inc()
             self._metrics.latency.labels(route).observe(seconds)
@@ -117,37 +118,44 @@ class Guard:
     async def _serve(self, scope: Scope, receive: Receive, send: Send, arrived: float) -> None:
         headers = dict(scope["headers"])
         self._check(scope["path"], headers)
-        body = await self._read(headers, receive, arrived)
-        unread = [{"type": "http.request", "body": body, "more_body": False}]
+        # Other paths want no token: they must not take the room of those that do.
+        counted = scope["path"].startswith("/v1/")
+        if counted and self._running >= self._limits.requests:
+            raise Problem(429, "busy", "Too many requests at once; try later.", retry_after="1")
+        self._running += counted
+        try:
+            body = await self._read(headers, receive, arrived) if counted else b""
+            unread = [{"type": "http.request", "body": body, "more_body": False}]
 
-        async def replay() -> MutableMapping[str, Any]:
-            return unread.pop() if unread else await receive()
+            async def replay() -> MutableMapping[str, Any]:
+                return unread.pop() if unread else await receive()
 
-        scope.setdefault("state", {})["arrived"] = arrived
-        await self._app(scope, replay, send)
+            scope.setdefault("state", {})["arrived"] = arrived
+            await self._app(scope, replay, send)
+        finally:
+            self._running -= counted
 
     def _check(self, path: str, headers: dict[bytes, bytes]) -> None:
         if self._token is None:
             host = headers.get(b"host", b"").decode("latin-1").lower()
             name = host if host.endswith("]") else host.rpartition(":")[0] or host
-            if name not in LOCAL:
+            if name not in self._names:
                 raise Problem(
                     421, "wrong_host", "Without a token this server answers to localhost only."
                 )
         elif path.startswith("/v1/") or path == "/metrics":
-            given = headers.get(b"authorization", b"")
-            if not hmac.compare_digest(given, self._token):
+            scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
+            bears = scheme.lower() == b"bearer"
+            if not (hmac.compare_digest(given.strip(), self._token) and bears):
                 raise Problem(
                     401, "token", "Send the header 'Authorization: Bearer TOKEN'.", www_authenticate="Bearer"
                 )  # fmt: skip
-        if path.startswith("/v1/") and self._running > self._limits.requests:
-            raise Problem(429, "busy", "Too many requests at once; try later.", retry_after="1")
 
     async def _read(self, headers: dict[bytes, bytes], receive: Receive, arrived: float) -> bytes:
         limit = self._limits.max_bytes
-        told = headers.get(b"content-length", b"0")
+        length = headers.get(b"content-length", b"0")
         large = Problem(413, "too_large", f"The body must have at most {limit} bytes.")
-        if not told.isdigit() or int(told[:20]) > limit:
+        if not length.isdigit() or int(length[:20]) > limit:
             raise large
         body = bytearray()
         try:

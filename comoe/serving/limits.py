@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+LONGEST = 86_400.0
+"""Most seconds of a timeout: a day."""
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
@@ -35,6 +38,15 @@ class Limits:
             flag, value = f"--{name.replace('_', '-')}", getattr(self, name)
             if not 0 <= value < float("inf") or (value == 0 and name != "batch_wait"):
                 raise ValueError(f"{flag} is {value}; it must be a positive number.")
+        if self.timeout > LONGEST:
+            raise ValueError(
+                f"--timeout is {self.timeout:g}; it must be at most {LONGEST:g} seconds."
+            )
+        if self.batch_wait >= 1000 * self.timeout:
+            raise ValueError(
+                f"--batch-wait ({self.batch_wait:g} ms) must be below --timeout ({self.timeout:g} s): "
+                "a post that waits longer gets no answer."
+            )
         if self.queue < self.max_posts:
             raise ValueError(
                 f"--queue ({self.queue}) must be at least --max-posts ({self.max_posts}): a request waits as a whole."

@@ -58,7 +58,7 @@ class Metrics:
         self.batch_tokens.labels(model).observe(work.tokens)
         self.batch_seconds.labels(model).observe(work.seconds)
 
-    def answers(
+    def predictions(
         self, model: str, tasks: Sequence[Task], results: Iterable[Mapping[str, Any]]
     ) -> None:
         """Count what was predicted."""

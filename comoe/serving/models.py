@@ -36,12 +36,14 @@ class Source:
 
 
 def read_source(word: str) -> Source:
-    """``[NAME=]FOLDER``; the name of an export in a run folder is that of the run.
+    """``[NAME=]FOLDER``, or a folder with = in its name; the name of an export in a run folder is that of the run.
 
     Raises:
         ValueError: an empty name or folder.
     """
-    name, equals, folder = word.rpartition("=")
+    name, equals, folder = word.partition("=")
+    if not equals or Path(word).is_dir():
+        name, equals, folder = "", "", word
     path = Path(folder)
     if not folder or (equals and not name):
         raise ValueError(f"{word!r} names no export; give FOLDER or NAME=FOLDER.")
@@ -68,6 +70,12 @@ def revision_of(folder: Path) -> str:
     return digest.hexdigest()[:12]
 
 
+def _stamps(folder: Path) -> list[tuple[str, int, int]]:
+    """(path, bytes, nanoseconds of its last change) of every file."""
+    found = ((path, path.stat()) for path in folder.rglob("*"))
+    return sorted((str(path), stat.st_size, stat.st_mtime_ns) for path, stat in found)
+
+
 class Served:
     """One revision of one model."""
 
@@ -80,11 +88,12 @@ class Served:
         """Whether its posts may have images."""
         return self.predictor.collator.pixels is not None
 
-    def tokens(self, post: Mapping[str, Any]) -> int:
-        """About how many tokens a post has."""
+    def tokens(self, post: Mapping[str, Any], rows: int) -> int:
+        """About how many tokens a post has in a batch of so many rows per post."""
         texts = (post["text"], post["pair"], *(post["words"] or ()))
         size = sum(len(text.encode()) for text in texts if text)
-        return 2 + min(size // BYTES_PER_TOKEN, self.predictor.exported.data_config.max_length)
+        longest = self.predictor.exported.data_config.max_length
+        return rows * (2 + min(size // BYTES_PER_TOKEN, longest))
 
     def describe(self) -> dict[str, Any]:
         """What ``/v1/tasks`` says of it."""
@@ -149,6 +158,7 @@ class Models:
         self.limits, self.metrics = limits, metrics
         self._device, self._verify = device, verify
         self._reloading = threading.Lock()
+        self._tried: dict[int, Any] = {}
         self._served: list[Served] = []
         for source in sources:
             self._served.append(self._load(source, revision_of(source.folder)))
@@ -178,10 +188,13 @@ class Models:
         """Whether every model works."""
         return all(one.batcher.alive() for one in self._served)
 
-    def reload(self) -> None:
+    def reload(self, *, retry: bool = True) -> None:
         """Load what has changed on disk; a new revision takes over when it is ready, the old one finishes its queue.
 
-        One that cannot be read changes nothing and is logged. May be called on any thread.
+        One that cannot be loaded changes nothing and is logged. May be called on any thread.
+
+        Args:
+            retry: load a revision again that failed the last time, and whose files are the same.
         """
         with self._reloading:
             for place, old in enumerate(self._served):
@@ -189,10 +202,18 @@ class Models:
                     revision = revision_of(old.source.folder)
                     if revision == old.revision:
                         continue
+                    # A folder that is still being copied may have the new manifest before the weights.
+                    found = (revision, _stamps(old.source.folder))
+                    if not retry and found == self._tried.get(place):
+                        continue
+                    self._tried[place] = found
                     new = self._load(old.source, revision)
-                except (ValueError, OSError) as error:
+                except Exception as error:  # a lack of memory too
                     self.metrics.reloads.labels(old.source.name, "failed").inc()
-                    LOG.warning("%s stays at %s: %s", old.source.name, old.revision, error)
+                    kind = type(error).__name__
+                    LOG.warning(
+                        "%s stays at %s: %s: %s", old.source.name, old.revision, kind, error
+                    )
                     continue
                 self._served[place] = new
                 self._count()

@@ -89,9 +89,13 @@ def serve(
     LOG.setLevel(logging.INFO)
     disable_created_metrics()
     sources = [read_source(word) for word in exports]
+    if hasattr(signal, "SIGHUP"):  # its default would end the process while models load
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
     with _bound(address) as bound:
         models = Models(sources, limits=limits, metrics=Metrics(), device=device, verify=verify)
-        app = make_app(models, limits=limits, token=address.token, log_posts=log_posts)
+        app = make_app(
+            models, limits=limits, host=address.host, token=address.token, log_posts=log_posts
+        )
         config = uvicorn.Config(
             app, log_config=None, access_log=False, server_header=False, proxy_headers=False, ws="none",
             lifespan="off", timeout_graceful_shutdown=int(limits.timeout) + 1,
@@ -117,7 +121,7 @@ class _Server(uvicorn.Server):
         await super().startup(sockets)
         if sys.platform != "win32":  # which has no such signal
             loop = asyncio.get_running_loop()
-            loop.add_signal_handler(signal.SIGHUP, lambda: self._begin(self._reload()))
+            loop.add_signal_handler(signal.SIGHUP, lambda: self._begin(self._reload(retry=True)))
         if self._watch:
             self._begin(self._look())
         host, port = self.servers[0].sockets[0].getsockname()[:2]
@@ -130,13 +134,13 @@ class _Server(uvicorn.Server):
         self._background.add(task)
         task.add_done_callback(self._background.discard)
 
-    async def _reload(self) -> None:
-        await asyncio.to_thread(self._models.reload)
+    async def _reload(self, *, retry: bool) -> None:
+        await asyncio.to_thread(self._models.reload, retry=retry)
 
     async def _look(self) -> None:
         while True:
             await asyncio.sleep(self._watch)
-            await self._reload()
+            await self._reload(retry=False)
 
 
 def _is_loopback(host: str) -> bool:

@@ -22,18 +22,20 @@ async function ask(path, body) {
   const response = await fetch(path, options);
   const answer = await response.json();
   if (response.status === 401) $("bearer").hidden = false;
-  if (!response.ok) throw new Error(answer.error.message);
+  if (!response.ok) throw Object.assign(new Error(answer.error.message), answer.error);
   return answer;
 }
 
 async function listModels() {
   const { models } = await ask("/v1/tasks");
+  const place = $("model").selectedIndex;
   const named = new Map(models.map((one) => [one.model + " " + one.revision, one]));
   $("model").replaceChildren(...[...named.values()].map((one) => {
     const option = element("option", "", one.model + " (" + one.revision + ")");
     option.value = JSON.stringify({ model: one.model, revision: one.revision });
     return option;
   }));
+  $("model").selectedIndex = Math.min(Math.max(place, 0), named.size - 1);
 }
 
 function bars(scores, chosen) {
@@ -99,8 +101,12 @@ async function predict() {
   const post = { text: $("text").value };
   if ($("pair").value) post.pair = $("pair").value;
   const start = performance.now();
-  const chosen = $("model").value ? JSON.parse($("model").value) : {};
-  const answer = await ask("/v1/explain", { posts: [post], ...chosen });
+  const explain = () => ask("/v1/explain", { posts: [post], ...JSON.parse($("model").value) });
+  const answer = await explain().catch(async (error) => {
+    if (error.code !== "unknown_model") throw error;
+    await listModels(); // a new revision has taken over
+    return explain();
+  });
   const [prediction] = answer.predictions;
   if (prediction.error) throw new Error(prediction.error);
   const tasks = Object.entries(prediction).filter(([, found]) => typeof found === "object");

@@ -80,6 +80,16 @@ def test_by_token_a_post_has_one_row_for_the_heads_and_one_for_each_task_of_the_
     assert batch.word_starts_BL[0].sum() == 2  # of the first text alone
 
 
+@pytest.mark.parametrize("route_by", ["token", "task"])
+def test_the_most_rows_of_a_post_are_known_without_making_them(route_by):
+    collator = Collator(TOKENIZER, TASKS, route_by=route_by)
+    for asked in (TASKS, TASKS[:1], TASKS[1:]):
+        split = collator.encode_texts(TEXTS, pairs=PAIRS, config=CONFIG, asked=asked)
+        split.labelled[:, [number for number, task in enumerate(TASKS) if task in asked]] = True
+        posts = collator(split, np.arange(len(TEXTS))).row_ids_B.tolist()
+        assert collator.rows_per_post(asked) == max(map(posts.count, posts))
+
+
 @pytest.mark.parametrize("start", [False, True])
 def test_answers_and_choices_are_the_tokens_of_the_right_words(start):
     tokenizer = decoder_tokenizer(["great", "terrible", "battery", "😀", "电池"], start=start)

@@ -174,6 +174,10 @@ def test_only_the_given_tasks_are_predicted(tmp_path, route_by):
     assert_same(some["topic"], everything["topic"])
 
 
+def test_a_task_named_twice_is_predicted_once(predictor):
+    assert predictor.choose_tasks(["topic", "mood", "topic"]) == [TOPIC, MOOD]
+
+
 def test_wrong_arguments_are_refused(predictor):
     with pytest.raises(ValueError, match=r"modo is not a task of this model; did you mean mood\?"):
         predictor(["good"], tasks=["modo"])
@@ -181,21 +185,25 @@ def test_wrong_arguments_are_refused(predictor):
         predictor(["good"], pairs=["a", "b"])
 
 
-@pytest.mark.parametrize("tokens", [1, 20, 33])
+@pytest.mark.parametrize("route_by", ["token", "task"])
+@pytest.mark.parametrize("tokens", [1, 20, 33, 100])
 def test_a_limit_of_tokens_splits_the_passes_and_changes_no_prediction(
-    predictor, monkeypatch, tokens
+    tmp_path, monkeypatch, tokens, route_by
 ):
+    predictor = tiny_predictor(tmp_path, route_by=route_by)
     shapes = []
     forward = predictor.exported.model.forward
 
     def watched(batch, *rest):
-        shapes.append(tuple(batch.input_ids_BL.shape))
+        posts = len(set(batch.row_ids_B.tolist()))
+        shapes.append((posts, *batch.input_ids_BL.shape))
+        assert shapes[-1][1] <= posts * predictor.collator.rows_per_post(predictor.tasks)
         return forward(batch, *rest)
 
     expected = predictor(TEXTS)
     monkeypatch.setattr(predictor.exported.model, "forward", watched)
     assert_same(predictor(TEXTS, batch_tokens=tokens), expected)
-    assert all(rows == 1 or rows * length <= tokens for rows, length in shapes)
+    assert all(posts == 1 or rows * length <= tokens for posts, rows, length in shapes)
     assert tokens > 1 or len(shapes) > len(TEXTS) - 1
 
 

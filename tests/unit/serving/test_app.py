@@ -11,7 +11,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from helpers_export import assert_same
+from helpers_export import assert_same, export_tiny
 from helpers_serving import Client, Server
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -96,6 +96,7 @@ def test_requests_at_once_get_their_own_answers(server: Server, predictor: Predi
         ({"posts": ["a"], "tasks": ["mod"]}, 422, "mod is not a task of this model.*mood"),
         ({"posts": ["a"], "tasks": []}, 422, "tasks: List should have at least 1 item"),
         ({"posts": [{"text": "a", "image": "YQ=="}]}, 422, "This model reads no images"),
+        ({"posts": [{"text": "a", "image": ""}]}, 422, "This model reads no images"),
         ({"posts": ["a"], "model": "other"}, 404, "There is no such model; there are: tiny.$"),
         ({"posts": ["a"], "revision": "0"}, 404, "tiny has no such revision; it has: [0-9a-f]{12}.$"),
         ({"posts": ["a"] * 5}, 413, "A request may have 4 posts; this one has 5."),
@@ -139,13 +140,55 @@ def test_a_token_is_wanted_where_there_is_one(export: Path) -> None:
     for path in ("/v1/tasks", "/metrics"):
         refused = server.ask(path)
         assert refused.status_code == 401 and refused.headers["www-authenticate"] == "Bearer"
-        assert server.ask(path, headers=bearing | {"authorization": TOKEN}).status_code == 401
-        assert server.ask(path, headers=bearing).status_code == 200
+        for value in (TOKEN, f"Basic {TOKEN}", f"Bearer {TOKEN}x", "Bearer "):
+            wrong = server.ask(path, headers=bearing | {"authorization": value})
+            assert wrong.status_code == 401, value
+        for value in (f"Bearer {TOKEN}", f"bearer  {TOKEN}"):
+            right = server.ask(path, headers=bearing | {"authorization": value})
+            assert right.status_code == 200, value
     for path in ("/", "/healthz", "/readyz", "/openapi.json"):
         assert server.ask(path, headers={"host": "far.example"}).status_code == 200
     schema = server.ask("/openapi.json").json()
     assert schema["paths"]["/v1/predict"]["post"]["security"]
     server.models.close()
+
+
+def test_requests_without_the_token_take_no_room_of_others(export: Path) -> None:
+    server = Server(Source("tiny", export), token=TOKEN, requests=1, batch_wait=0)
+    bearing = {"authorization": f"Bearer {TOKEN}"}
+
+    async def crowd(client: Client) -> list[int]:
+        async def endless():
+            yield b" "
+            await asyncio.Event().wait()
+
+        paths = ("/healthz", "/nowhere", "/v1/predict")
+        slow = [asyncio.create_task(client.post(path, content=endless())) for path in paths]
+        await asyncio.sleep(0.05)
+        asked = await client.post("/v1/predict", json={"posts": ["good"]}, headers=bearing)
+        refused = await asyncio.wait_for(asyncio.gather(*slow), 10)  # nobody waits for the bodies
+        return [asked.status_code, *(answer.status_code for answer in refused)]
+
+    assert server.run(crowd) == [200, 405, 404, 401]
+    server.models.close()
+
+
+def test_without_a_token_the_address_that_is_listened_at_is_a_name_too(export: Path) -> None:
+    for host, name in (("127.0.0.2", "127.0.0.2:8000"), ("::1", "[::1]:8000")):
+        server = Server(Source("tiny", export), host=host)
+        assert server.ask("/v1/tasks", headers={"host": name}).status_code == 200
+        assert server.ask("/v1/tasks", headers={"host": "127.0.0.3"}).status_code == 421
+        server.models.close()
+
+
+def test_rows_of_a_task_of_its_own_count_for_the_tokens(tmp_path: Path) -> None:
+    export_tiny(tmp_path, route_by="task")
+    server = Server(Source("tiny", tmp_path / "export"), batch_wait=0)
+    server.ask("/v1/predict", {"posts": ["good day"], "tasks": ["mood", "topic"]})
+    server.ask("/v1/embed", {"posts": ["good day"]})
+    server.models.close()
+    page = server.ask("/metrics").text
+    assert 'comoe_batch_tokens_sum{model="tiny"} 12.0' in page  # 2 + 8 bytes / 3: two rows and one
 
 
 def test_what_is_served_is_listed(server: Server) -> None:
@@ -160,7 +203,8 @@ def test_what_is_served_is_listed(server: Server) -> None:
 
 def test_numbers_for_prometheus(export: Path) -> None:
     server = Server(Source("tiny", export), batch_wait=0)
-    found = server.ask("/v1/predict", {"posts": ["good day", " ", "the sun " * 20]}).json()
+    posts = ["good day", " ", "the sun " * 20]
+    found = server.ask("/v1/predict", {"posts": posts, "tasks": ["mood", "mood"]}).json()
     server.ask("/v1/predict", b"{")
     server.ask("/nowhere/" + "x" * 50)
     server.models.close()  # a pass is counted behind its answers

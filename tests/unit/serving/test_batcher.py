@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, wait
@@ -10,6 +11,8 @@ import pytest
 
 from comoe.serving.batcher import Batcher, Closed, QueueFull, Work
 from comoe.serving.limits import Limits
+
+SECRET = "my private words"
 
 
 class Model:
@@ -114,6 +117,53 @@ def test_a_failure_reaches_the_request_that_made_it_alone(batcher: Batcher, mode
     assert ask(batcher, "c").result(30) == ["C"]
 
 
+def test_a_fault_beside_the_model_is_logged_and_the_queue_goes_on(
+    model: Model, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(work: Work) -> None:
+        raise ZeroDivisionError(SECRET)
+
+    model.gate.set()
+    batcher = Batcher(model, limits=Limits(batch_wait=0), done=fail)
+    with caplog.at_level(logging.ERROR):
+        assert [ask(batcher, post).result(30) for post in "ab"] == [["A"], ["B"]]
+        batcher.close()
+    assert caplog.text.count("ZeroDivisionError in the queue") == 2 and "in fail" in caplog.text
+    assert SECRET not in caplog.text
+
+
+def test_results_of_another_number_fail_their_request_alone(model: Model) -> None:
+    model.gate.set()
+    batcher = Batcher(lambda key, posts: model(key, posts)[:2], limits=Limits(batch_wait=0))
+    assert isinstance(ask(batcher, *"abc").exception(30), ValueError)
+    assert ask(batcher, "d").result(30) == ["D"]
+    batcher.close()
+
+
+def test_what_was_given_up_may_fail(batcher: Batcher, model: Model) -> None:
+    occupy(batcher, model)
+    job = ask(batcher, "bad", "bad")
+    batch = list(batcher._waiting)
+    assert job.cancel()
+    model.gate.set()
+    for item in batch:  # each in a pass of its own
+        batcher._run([item])
+    assert job.cancelled() and batcher.alive()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_queue_whose_thread_has_ended_takes_no_more() -> None:
+    def end(key: str, posts: list[str]) -> list[str]:
+        raise SystemExit
+
+    batcher = Batcher(end, limits=Limits(batch_wait=0))
+    ask(batcher, "a")
+    batcher._thread.join(30)
+    assert not batcher.alive()
+    with pytest.raises(Closed):
+        ask(batcher, "b")
+
+
 def test_closing_finishes_what_waits_and_takes_no_more(model: Model) -> None:
     done: list[Work] = []
     batcher = Batcher(model, limits=Limits(batch_wait=10_000), done=done.append)
@@ -128,7 +178,7 @@ def test_closing_finishes_what_waits_and_takes_no_more(model: Model) -> None:
 
 def test_a_post_waits_for_company_but_no_longer_than_the_pass_is_full(model: Model) -> None:
     model.gate.set()
-    batcher = Batcher(model, limits=Limits(batch_wait=60_000, batch_tokens=6))
+    batcher = Batcher(model, limits=Limits(batch_wait=60_000, batch_tokens=6, timeout=90))
     jobs = [ask(batcher, post, tokens=2) for post in "abc"]
     assert [job.result(30) for job in jobs] == [["A"], ["B"], ["C"]]
     assert [posts for _, posts in model.passes] == [["a", "b", "c"]]
@@ -142,6 +192,8 @@ def test_a_post_waits_for_company_but_no_longer_than_the_pass_is_full(model: Mod
         ({"timeout": 0.0}, "--timeout is 0.0; it must be a positive number"),
         ({"batch_tokens": -1}, "--batch-tokens is -1"),
         ({"batch_wait": float("nan")}, "--batch-wait is nan"),
+        ({"timeout": 1e300}, r"--timeout is 1e\+300; it must be at most 86400 seconds"),
+        ({"batch_wait": 2000.0, "timeout": 2.0}, r"\(2000 ms\) must be below --timeout \(2 s\)"),
     ],
 )
 def test_bounds_that_bound_nothing_are_refused(bounds: dict, message: str) -> None:

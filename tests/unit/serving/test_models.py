@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
 from helpers_export import export_tiny
 from helpers_serving import Client, Server
 
-from comoe.serving.models import Source, read_source, revision_of
+from comoe.serving import run
+from comoe.serving.limits import Limits
+from comoe.serving.models import Models, Source, read_source, revision_of
 from comoe.serving.run import Address, read_token
 
 
@@ -23,6 +27,10 @@ def test_a_model_has_a_name_and_a_folder(tmp_path: Path) -> None:
     assert read_source("news=runs/a/export") == Source("news", Path("runs/a/export"))
     assert read_source(f"{tmp_path}/run/export").name == "run"
     assert read_source(f"{tmp_path}/exported/").name == "exported"
+    assert read_source("news=runs/lr=1/export") == Source("news", Path("runs/lr=1/export"))
+    there = tmp_path / "lr=1" / "export"
+    there.mkdir(parents=True)
+    assert read_source(str(there)) == Source("lr=1", there)
     for word in ("", "news=", "=folder"):
         with pytest.raises(ValueError, match="give FOLDER or NAME=FOLDER"):
             read_source(word)
@@ -107,6 +115,52 @@ def test_a_broken_revision_changes_nothing(
         assert server.ask("/v1/predict", {"posts": ["good"]}).status_code == 200
     assert 'outcome="failed"} 2.0' in server.ask("/metrics").text
     server.models.close()
+
+
+def test_a_revision_that_failed_is_loaded_again_when_asked_or_changed(
+    export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    copy = shutil.copytree(export, tmp_path / "copy")
+    server = Server(Source("tiny", copy))
+    loads: list[str] = []
+
+    def load(models: Models, source: Source, revision: str) -> None:
+        loads.append(revision)
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(Models, "_load", load)
+    shutil.rmtree(copy)
+    exported(tmp_path / "next", seed=1).rename(copy)
+    for retry, times in ((False, 1), (False, 1), (True, 2), (False, 2)):
+        server.models.reload(retry=retry)
+        assert loads == [revision_of(copy)] * times
+    (copy / "model.safetensors").touch()  # the rest of a copy arrives
+    server.models.reload(retry=False)
+    assert len(loads) == 3
+    assert "tiny stays at " in caplog.text and "RuntimeError: out of memory" in caplog.text
+    assert 'outcome="failed"} 3.0' in server.ask("/metrics").text
+    server.models.close()
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="a signal of Unix")
+def test_a_look_for_revisions_while_models_load_is_ignored(
+    export: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="comoe.serving")  # which the server sets too
+    handlers: list[object] = []
+
+    def load(*values: object, **named: object) -> None:
+        handlers.append(signal.getsignal(signal.SIGHUP))
+        raise ValueError("enough")
+
+    monkeypatch.setattr(run, "Models", load)
+    before = signal.getsignal(signal.SIGHUP)
+    try:
+        with pytest.raises(ValueError, match="enough"):
+            run.serve([str(export)], Address("127.0.0.1", 0, None), limits=Limits())
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert handlers == [signal.SIG_IGN]
 
 
 @pytest.mark.parametrize(
