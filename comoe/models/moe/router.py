@@ -176,10 +176,12 @@ def mean_weight_at_start(config: MoeConfig, model_width: int, num_tasks: int = 1
     """Mean weight of selected experts at ``gate_scale`` 1 and at the start, see ``TopKGate.weight_at_start``."""
     inputs = ROUTES[config.route_by]
     logit_std = math.sqrt((inputs.token + inputs.task) * model_width) * ROUTER_STD
-    logits_E = logits_at_start(
-        config.num_experts, logit_std, prior=config.task_prior, num_tasks=num_tasks
-    )
-    return GATES[config.gate](config.top_k, config.temperature).weight_at_start(logits_E)
+    # A model whose sizes alone are wanted is built on the meta device, which has no numbers.
+    with torch.device("cpu"):
+        logits_E = logits_at_start(
+            config.num_experts, logit_std, prior=config.task_prior, num_tasks=num_tasks
+        )
+        return GATES[config.gate](config.top_k, config.temperature).weight_at_start(logits_E)
 
 
 def build_gate(config: MoeConfig, model_width: int, num_tasks: int = 1) -> TopKGate:

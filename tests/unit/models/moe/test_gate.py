@@ -261,3 +261,11 @@ def test_draws_are_even_and_unrelated():
         assert abs((a == b).float().mean().item() - 0.2) < 0.01
     # Steele et al. 2014: the first number of the generator with the state 0.
     assert draw(torch.tensor([0]), 0).tolist() == [0xE220A8397B1DCDAF & (2**62 - 1)]
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "softmax"])
+def test_a_gate_of_one_expert_is_scaled_alike_where_only_sizes_are_wanted(name):
+    moe = MoeConfig(gate=name, num_experts=4, top_k=1)
+    with torch.device("meta"):
+        shape = build_gate(moe, 384)
+    assert shape == build_gate(moe, 384) and shape.scale > 1
