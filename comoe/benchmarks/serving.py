@@ -43,6 +43,9 @@ CLIENTS, POSTS = 8, 16
 SECONDS, ROUNDS = 10.0, 6
 """Length of a turn under load, and turns."""
 
+REFUSED, BROKEN = 0, -1
+"""A connection that was not taken, and one that ended without an answer: a lost request."""
+
 BATCH = 1024
 """Posts of a turn of batch prediction, in passes of 64."""
 
@@ -56,7 +59,7 @@ class Load:
     latencies: list[float] = field(default_factory=list)
     """Seconds of each answered request."""
     statuses: Counter[int] = field(default_factory=Counter)
-    """0 is a connection that was refused or broke."""
+    """By HTTP status, or ``REFUSED`` and ``BROKEN``."""
     revisions: set[str] = field(default_factory=set)
 
     @property
@@ -129,8 +132,11 @@ def load_it(
                 )
                 response = connection.getresponse()
                 content, status = response.read(), response.status
+            except ConnectionRefusedError:
+                mine.statuses[REFUSED] += 1
+                break
             except (OSError, http.client.HTTPException):
-                mine.statuses[0] += 1
+                mine.statuses[BROKEN] += 1
                 break
             mine.statuses[status] += 1
             if status == http.client.OK:
@@ -254,7 +260,7 @@ def measure_faults(report: Measurements, name: str, folder: Path, texts: Sequenc
     report.notes += [
         f"{name}: 32 clients on a queue of {2 * POSTS} posts: {dict(over.statuses)}; replaced under load: "
         f"{dict(new.statuses)} of {len(new.revisions)} revisions; SIGTERM under load: {dict(last.statuses)}, "
-        f"exit code {code}; 0 is a connection refused",
+        f"exit code {code}; {REFUSED} is a connection refused, {BROKEN} a lost request",
     ]
 
 

@@ -8,14 +8,16 @@ import logging
 import signal
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import uvicorn
 from prometheus_client import disable_created_metrics
 
 from comoe.serving.app import make_app
+from comoe.serving.guard import Receive, Scope, Send
 from comoe.serving.limits import Limits
 from comoe.serving.metrics import Metrics
 from comoe.serving.models import Models, read_source
@@ -112,9 +114,25 @@ class _Server(uvicorn.Server):
     """Looks for new revisions, and says where it listens."""
 
     def __init__(self, config: uvicorn.Config, models: Models, watch: float) -> None:
+        config.app = self._parting(config.app)
         super().__init__(config)
         self._models, self._watch = models, watch
         self._background: set[asyncio.Task[None]] = set()
+
+    def _parting(self, app: Callable) -> Callable:
+        """The application; once the server is told to end, its answers say that the connection closes."""
+
+        async def call(scope: Scope, receive: Receive, send: Send) -> None:
+            async def last(message: MutableMapping[str, Any]) -> None:
+                if message["type"] == "http.response.start" and self.should_exit:
+                    # Else a client would send its next request into a connection that is gone.
+                    closing = (b"connection", b"close")
+                    message = {**message, "headers": [*message.get("headers", ()), closing]}
+                await send(message)
+
+            await app(scope, receive, last)
+
+        return call
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen, and begin to look."""

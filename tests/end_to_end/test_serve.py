@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import re
 import shutil
@@ -17,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers_export import export_tiny
 
 from comoe.serving.models import revision_of
 from tests.end_to_end.commands import TIMEOUT, Terminal, Typed
+from tests.helpers_export import export_tiny
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.one_core]
 
@@ -52,6 +53,15 @@ def ask(address: str, *posts: str, path: str = "/v1/predict", **headers: str) ->
         return json.load(answer)
 
 
+def ask_on(address: str, post: str) -> tuple[str | None, dict[str, Any]]:
+    """One request of a connection that may have more: what the answer says of it, and the answer."""
+    connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=TIMEOUT)
+    body = json.dumps({"posts": [post]})
+    connection.request("POST", "/v1/predict", body, {"Content-Type": "application/json"})
+    answer = connection.getresponse()
+    return answer.getheader("connection"), json.load(answer)
+
+
 def test_it_answers_takes_a_new_revision_and_finishes_what_runs(
     terminal: Terminal, tmp_path: Path
 ) -> None:
@@ -72,10 +82,11 @@ def test_it_answers_takes_a_new_revision_and_finishes_what_runs(
         typed.process.send_signal(signal.SIGHUP)
         wait_until(lambda: f"{new} takes over" in typed.output("err"), typed)
         assert running.result()["revision"] in (first["revision"], new)
-        running = pool.submit(ask, address, SECRET)
+        running = pool.submit(ask_on, address, SECRET)
         time.sleep(0.5)
         typed.process.send_signal(signal.SIGTERM)
-        assert running.result()["revision"] == new
+        parting, answer = running.result()
+        assert parting == "close" and answer["revision"] == new
     done = typed.wait()
     assert done.code == 0 and done.err.rstrip().endswith("stopped")
     assert SECRET not in done.out + done.err and done.err.count("POST /v1/predict 200") == 3
