@@ -383,7 +383,9 @@ def _build(
     for part in ("encoder", "tower"):
         for key, value in dict(config.get(part) or {}).items():
             if "layers" in key and isinstance(value, int) and value > len(shapes):
-                raise ValueError(f"{part}.{key} is {value}, but there are {len(shapes)} weights")
+                raise ValueError(
+                    f"{place} does not fit {CONFIG}: {part}.{key} is {value} for {len(shapes)} weights; {AGAIN}."
+                )
     options = {"encoder_config": dict(config["encoder"]), "tower_config": config.get("tower")}
     if not config.get("plugins"):  # code that the user trusts may not know tensors without numbers
         with torch.device("meta"):
@@ -529,10 +531,11 @@ def _load_tokenizer(folder: Path, encoder_config: Mapping[str, Any]) -> Any:
     # Left to itself, AutoTokenizer would read our config.json and warn of a model type that it does
     # not know.
     fields = dict(encoder_config)
-    hf_config = AutoConfig.for_model(fields.pop("model_type"), **fields)
     with parsing(f"{folder}: its tokenizer", AGAIN):
+        hf_config = AutoConfig.for_model(fields.pop("model_type"), **fields)
         tokenizer = AutoTokenizer.from_pretrained(folder, config=hf_config, trust_remote_code=False)
-    problem = tokenizer_problem(tokenizer, folder) or embedding_problem(tokenizer, hf_config)
+        # It is tried, as some settings fail only then.
+        problem = tokenizer_problem(tokenizer, folder) or embedding_problem(tokenizer, hf_config)
     if problem:
         raise ValueError(f"{folder}: {problem}; copy or export it again.")
     return tokenizer

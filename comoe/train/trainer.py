@@ -120,8 +120,7 @@ class Trainer:
         if sampler.follows_progress:
             sampler.follow(state.mixing, every=eval_every)
         with ThreadPoolExecutor(1) as pool, self._bar:
-            owed = self._evaluates(state.step) and state.evaluated_at != state.step
-            if owed and self._evaluate_and_mark():
+            if self._owes_evaluation() and self._evaluate_and_mark():
                 saved_at = self._save_best()
             upcoming = pool.submit(self._collate, state.step)
             while state.step < total and not state.finished:
@@ -149,7 +148,10 @@ class Trainer:
                 # Posts per second count training only.
                 self._window.began += time.perf_counter() - paused
             upcoming.cancel()
-            if state.step >= total and not state.finished:
+            if state.step >= total and self._owes_evaluation():
+                # The best step is not known yet: the resume begins with this evaluation.
+                self._say(f"stopping in the evaluation of the last step ({self.stop.reason})")
+            elif state.step >= total and not state.finished:
                 state.finished = ALL_STEPS
         return saved_at
 
@@ -282,6 +284,11 @@ class Trainer:
     def _evaluates(self, steps: int) -> bool:
         """Whether an evaluation follows so many steps: not before the heads have begun to learn."""
         return steps > self.run.first_steps and self._due(self.run.eval_every, steps=steps)
+
+    def _owes_evaluation(self) -> bool:
+        """Whether a signal cut the evaluation of this step short."""
+        state = self.run.state
+        return self._evaluates(state.step) and state.evaluated_at != state.step
 
     def _evaluate_and_mark(self) -> bool:
         """Evaluate; True when this is the best step so far."""

@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from comoe.config.files import read_json, write_json
 from comoe.inference.checkpoint_folder import sorted_checkpoints, step_of
-from tests.end_to_end.commands import EVENTFUL, STEPS, train_lines
+from tests.end_to_end.commands import EVENTFUL, STEPS, read_lines, train_lines
 from tests.soak.starts import Start, start
 
 CLOSE = 2e-3
@@ -266,9 +266,17 @@ def compare(case: Case, reference: Path) -> None:
             raise Wrong(f"loss of step {step}: {ours[step]['loss']} instead of {line['loss']}")
     if case.moves:
         return
+    if validations(case.run) != validations(reference):
+        raise Wrong(f"evaluated {validations(case.run)} instead of {validations(reference)}")
     for file in ["export/model.safetensors", *predictions(reference)]:
         if (case.run / file).read_bytes() != (reference / file).read_bytes():
             raise Wrong(f"{file} differs")
+
+
+def validations(run: Path) -> dict[int, float]:
+    """Step -> mean of the metrics."""
+    lines = read_lines(run / "metrics.jsonl")
+    return {line["step"]: line["mean"] for line in lines if line["split"] == "validation"}
 
 
 def predictions(run: Path) -> list[str]:

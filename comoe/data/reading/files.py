@@ -47,13 +47,14 @@ class RawSplit:
         )
 
 
-_HARMFUL = re.compile("[\x85\u2028\u2029\ud800-\udfff]")
+_HARMFUL = re.compile("[\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 def json_line(row: Mapping[str, Any]) -> str:
     """A row as one line of JSON, with its line feed.
 
-    U+2028 and its kin, which end a line for some readers, and half a surrogate pair are escaped.
+    U+2028 and its kin, which end a line for some readers, what a terminal may obey, and half a
+    surrogate pair are escaped.
 
     Raises:
         ValueError, TypeError: a cell that JSON cannot hold.

@@ -26,13 +26,14 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+        problem = tokenizer_problem(tokenizer, name)
+    except Exception as error:  # a damaged setting fails anywhere in the library
         reason = (str(error).strip().splitlines() or ["no message"])[0]
         raise ValueError(
             f"model.encoder ({name}): no tokenizer could be loaded. Give a folder that holds tokenizer.json or the "
             f"vocabulary beside config.json, or a hub name with a network at hand. ({type(error).__name__}: {reason})"
         ) from error
-    if problem := tokenizer_problem(tokenizer, name):
+    if problem:
         raise ValueError(
             f"model.encoder ({name}): {problem}; copy all files of the encoder's own tokenizer there."
         )

@@ -49,6 +49,27 @@ def change(draw, folder: Path) -> str:
     return name
 
 
+FOUND = [
+    ("tokenizer_config.json", {"model_max_length": []}),
+    ("config.json", {"encoder": {"model_type": "bert", "hidden_size": 12 * 10**6}}),
+    ("config.json", {"encoder": {"model_type": "bert", "num_hidden_layers": 10**9}}),
+    ("config.json", {"tasks": None}),
+]
+"""Changes that once ended in a traceback, or could."""
+
+
+@pytest.mark.parametrize(("name", "change"), FOUND)
+def test_what_was_found_is_refused_in_one_sentence(name, change, export, tmp_path):
+    folder = shutil.copytree(export, tmp_path / "export")
+    content = json.loads((folder / name).read_text(encoding="utf-8"))
+    (folder / name).write_text(json.dumps(content | change), encoding="utf-8")
+    (tmp_path / "posts.txt").write_text("good day\n")
+    words = f"--model {folder} --input {tmp_path}/posts.txt --output {tmp_path}/out --no-verify"
+    code, _, said = run_main(main, words.split())
+    assert code == 1 and said.startswith("comoe predict: ") and said.count("\n") == 1
+    assert "cannot be read" in said or "does not fit config.json" in said
+
+
 @fuzz(25)
 @given(data=st.data())
 def test_an_export_is_read_or_refused_in_one_sentence(data, export):

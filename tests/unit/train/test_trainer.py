@@ -379,19 +379,32 @@ def test_epochs_and_auto_become_steps(tmp_path):
     assert (run.total_steps, run.eval_every, run.save_every) == (7, 3, 3)
 
 
-def test_an_evaluation_that_a_signal_cut_short_is_made_up_for_by_the_resume(tmp_path):
-    values = [0.3, 0.2, 0.1]
+@pytest.mark.parametrize("which", [1, 2, 3])
+def test_an_evaluation_that_a_signal_cut_short_is_made_up_for_by_the_resume(
+    tmp_path, which, capsys
+):
+    values = [0.3, 0.2, 0.4]
     uncut, cut, resumed = (trainer_in(tmp_path / name, values=values) for name in ("a", "b", "b"))
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
     uncut.train()
-    cut.evaluator.cut_short = 1
+    evaluate, calls = cut.evaluator.run, []
+
+    def run_or_stop(name, **options):
+        calls.append(name)
+        cut.evaluator.cut_short = len(calls) == which
+        return evaluate(name, **options)
+
+    cut.evaluator.run = run_or_stop
     cut.train()
     state = cut.run.state
-    assert (state.step, state.evaluated_at, state.finished) == (2, 0, "")
-    resumed.run.state = TrainState(**saved(cut)[2])
+    assert (state.step, state.evaluated_at, state.finished) == (2 * which, 2 * (which - 1), "")
+    assert "stopping" in capsys.readouterr().out
+    resumed.run.state = TrainState(**saved(cut)[2 * which])
+    resumed.evaluator.values = values[which - 1 :]
     resumed.train()
-    assert resumed.run.monitor.checks == uncut.run.monitor.checks == [2, 4, 6]
+    assert resumed.run.state.finished == uncut.run.state.finished != ""
+    assert resumed.run.monitor.checks == uncut.run.monitor.checks[which - 1 :]
     for name in ("best_step", "best_value"):
         assert getattr(resumed.run.state, name) == getattr(uncut.run.state, name)
 
