@@ -370,7 +370,7 @@ def test_each_fusion_learns_a_label_that_neither_side_tells_alone(fusion):
     )  # fmt: skip
     gold = ((words == 7) == (shades[:, 0, 0, 0] > 0)).long()
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    for _ in range(150):
+    for _ in range(400):
         optimizer.zero_grad()
         loss = torch.nn.functional.cross_entropy(model(batch).logits["mood"], gold)
         if loss < 0.1:
