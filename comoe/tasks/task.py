@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
 
 from comoe.config.errors import unknown_name
 from comoe.config.recipe import TaskConfig
@@ -103,20 +106,34 @@ class Task:
         """The task that ``to_dict`` wrote.
 
         Raises:
-            ValueError: a key that tasks do not have, or a kind or metric that does not exist.
+            ValueError: a key that tasks do not have, a value of another type, or a kind or metric
+                that does not exist.
         """
+        if not isinstance(plain, Mapping):
+            raise ValueError(f"a task is {plain!r}; it must have a name, a kind and labels.")
         known = [field.name for field in dataclasses.fields(cls)]
         for key in plain:
             if key not in known:
                 raise unknown_name("field of a task", key, known)
-        lists = {key: tuple(value) for key, value in plain.items() if isinstance(value, list)}
-        task = cls(**(dict(plain) | {"labels": tuple(plain["labels"])} | lists))
+        try:
+            task = _checked().validate_python(dict(plain))
+        except ValidationError as error:
+            found = error.errors()[0]
+            place = ".".join(map(str, found["loc"]))
+            raise ValueError(
+                f"task {plain.get('name')!r}: {place} is {found['input']!r}; {found['msg']}."
+            ) from error
         _resolve_metric(task.name, task.metric, kind=task.rules, labels=task.labels)
         if task.confidence_strategy not in CONFIDENCE_STRATEGIES:
             raise unknown_name(
                 "confidence strategy", task.confidence_strategy, CONFIDENCE_STRATEGIES
             )
         return task
+
+
+@functools.cache
+def _checked() -> TypeAdapter[Task]:
+    return TypeAdapter(Task)
 
 
 def decoder_tasks(tasks: Sequence[Task]) -> dict[int, Task]:

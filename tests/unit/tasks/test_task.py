@@ -118,3 +118,21 @@ def test_a_task_of_an_older_export_is_read():
 def test_what_does_not_fit_is_refused_with_what_to_do(options, labels, message):
     with pytest.raises(ValueError, match=message):
         build(TaskConfig(**options), *labels)
+
+
+@pytest.mark.parametrize(
+    "changes, place",
+    [
+        ({"prompt": ["a"]}, "prompt"), ({"labels": 3}, "labels"), ({"labels": [1, 2]}, "labels.0"),
+        ({"labels": "ab"}, "labels"), ({"weight": "heavy"}, "weight"), ({"kind": None}, "kind"),
+        ({"thresholds": "ab"}, "thresholds"), ({"class_weights": [None, 1.0]}, "class_weights.0"),
+    ],
+)  # fmt: skip
+def test_a_task_of_an_export_with_a_value_of_another_type_is_refused(changes, place):
+    plain = Task("mood", "single_label", ("a", "b"), "macro_f1").to_dict()
+    assert Task.from_dict(plain).to_dict() == plain
+    with pytest.raises(ValueError, match=f"task 'mood': {place} is "):
+        Task.from_dict(plain | changes)
+    for bad in ([], "mood", {"name": "mood"}):
+        with pytest.raises(ValueError):
+            Task.from_dict(bad)
