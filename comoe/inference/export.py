@@ -54,7 +54,7 @@ from comoe.models.model import MultiTaskModel, build_model
 from comoe.models.moe.gate import GATES
 from comoe.models.moe.router import build_gate
 from comoe.tasks.labels import whole_characters
-from comoe.tasks.task import Task
+from comoe.tasks.task import Task, tasks_from
 
 FORMAT_VERSION = 1
 """Counts changes of ``config.json`` and of the weights' names that older code cannot read."""
@@ -343,7 +343,7 @@ def load_exported(folder: str | Path, *, verify: bool = True) -> Exported:
             )
     load_plugins(config.get("plugins"), place=str(folder / CONFIG))
     with parsing(folder / CONFIG, AGAIN):
-        tasks = tuple(Task.from_dict(plain) for plain in config["tasks"])
+        tasks = tuple(tasks_from(config["tasks"], place=folder / CONFIG))
         recipe = recipe_of_export(config)
     with parsing(folder / WEIGHTS, AGAIN), safe_open(folder / WEIGHTS, "pt") as file:
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
@@ -437,7 +437,7 @@ def export_checkpoint(
     ):
         results = None
     with parsing(run / "tasks.json", "copy it from a backup, or train the run again"):
-        tasks = [Task.from_dict(plain) for plain in read_json(run / "tasks.json")]
+        tasks = tasks_from(read_json(run / "tasks.json"), place=run / "tasks.json")
     export_model(
         Path(out),
         state_dict=weights,

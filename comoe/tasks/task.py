@@ -131,6 +131,14 @@ class Task:
         return task
 
 
+def tasks_from(plain: Sequence[Mapping[str, Any]], *, place: object) -> list[Task]:
+    """The tasks that ``to_dict`` wrote into a file; ValueError names it (``place``) and what is wrong."""
+    try:
+        return [Task.from_dict(one) for one in plain]
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from error
+
+
 @functools.cache
 def _checked() -> TypeAdapter[Task]:
     return TypeAdapter(Task)

@@ -18,7 +18,7 @@ from comoe.config.files import locked, read_json, write_atomic, write_json
 from comoe.config.load import load_saved_recipe, recipe_to_yaml
 from comoe.config.recipe import Recipe
 from comoe.distributed import all_gather_objects, barrier, broadcast_object, is_main, world_size
-from comoe.tasks.task import Task
+from comoe.tasks.task import Task, tasks_from
 from comoe.train.environment import describe_environment
 from comoe.train.fault.supervisor import RUN_WORD
 
@@ -102,7 +102,7 @@ def check_same_tasks(folder: Path, tasks: Sequence[Task]) -> None:
         return
     # A key may be missing in runs of older versions, which had what is its default now.
     with parsing(place, AGAIN):
-        written = [Task.from_dict(plain) for plain in read_json(place)]
+        written = tasks_from(read_json(place), place=place)
     began = {task.name: task.to_dict() for task in written}
     now = {task.name: task.to_dict() for task in tasks}
     advice = "give the resumed run no such words, or begin a new run with another run.name."

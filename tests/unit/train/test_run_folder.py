@@ -188,7 +188,7 @@ def test_a_damaged_tasks_file_is_named(tmp_path, content):
     with pytest.raises(ValueError, match="tasks.json"):
         check_same_tasks(tmp_path, [])
     (tmp_path / "tasks.json").write_text(content, encoding="utf-8")
-    with pytest.raises(ValueError, match="tasks.json|nmae"):
+    with pytest.raises(ValueError, match="tasks.json"):
         check_same_tasks(tmp_path, [])
 
 
