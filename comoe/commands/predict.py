@@ -10,6 +10,7 @@ tweeteval (one label id per line).
 import sys
 from argparse import ArgumentParser
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 
 from comoe.commands.arguments import new_parser, whole
@@ -27,7 +28,7 @@ def parser() -> ArgumentParser:
     add("--input", required=True, type=Path, help="file of posts")
     add("--output", required=True, type=Path, help="file of predictions; missing folders are made")
     add("--format", default="jsonl", help="jsonl, csv or tweeteval")
-    add("--task", action="append", help="predict this task only; may be repeated")
+    add("--task", action="append", dest="tasks", metavar="TASK", help="predict this task only; may be repeated")
     add("--text-column", help="column with the post (default: that of training, else text)")
     add("--pair-column", help="column with the second text (default: that of training)")
     add("--image-column", help="column with the image (default: that of training, else image)")
@@ -51,19 +52,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Read the command line and predict."""
     options = parser().parse_args(argv)
 
+    from comoe.inference.options import PredictOptions
     from comoe.inference.predict_file import predict_file
     from comoe.inference.predictor import Predictor
 
+    names = [field.name for field in fields(PredictOptions)]
+    asked = PredictOptions(**{name: getattr(options, name) for name in names})
     predictor = Predictor.from_pretrained(
         options.model,
         device=options.device,
         verify=not options.no_verify,
         revision=options.revision,
     )
-    done = predict_file(
-        predictor, options.input, options.output, format=options.format, tasks=options.task,
-        text_column=options.text_column, pair_column=options.pair_column, image_column=options.image_column,
-        keep=options.keep, explain=options.explain, batch_size=options.batch_size,
-        raw_csv=options.raw_csv,
-    )  # fmt: skip
-    print(done, file=sys.stderr)
+    print(predict_file(predictor, options.input, options.output, asked), file=sys.stderr)

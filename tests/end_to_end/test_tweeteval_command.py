@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from comoe.inference.options import PredictOptions
 from comoe.inference.predict_file import predict_file
 from comoe.inference.predictor import Predictor
 from tests.end_to_end.commands import read_lines, train_lines
@@ -108,7 +109,7 @@ def test_each_task_gets_a_file_with_one_label_id_per_line(run, data, tmp_path):
     for name, labels in LABELS.items():
         source, target = data / name / "test_text.txt", tmp_path / f"{name}.txt"
         options = {"format": "tweeteval", "tasks": [name]}
-        predict_file(predictor, source, target, **options)
+        predict_file(predictor, source, target, PredictOptions(**options))
         *lines, end = target.read_bytes().decode("ascii").split("\n")
         assert end == "" and len(lines) == SIZES["test"]
         assert {int(line) for line in lines} <= set(range(len(labels)))

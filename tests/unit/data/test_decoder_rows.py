@@ -20,6 +20,7 @@ from comoe.data.tokens.split import TokenizedSplit, tokenize_split, with_soft_la
 from comoe.evaluation.calibration import Calibrator, ece_of
 from comoe.evaluation.evaluate import check_chosen_metric, evaluate, mean_metric, metric_names
 from comoe.inference.model_card import model_card
+from comoe.inference.options import PredictOptions
 from comoe.inference.predict_file import predict_file
 from comoe.inference.predictor import Predictor
 from comoe.inference.score import DataChoice, score
@@ -409,7 +410,10 @@ def test_a_second_text_that_is_none_is_said_and_a_line_of_ids_is_never_missing(c
     for task in ("polarity", "mood"):
         target = tmp_path / f"{task}.txt"
         predict_file(
-            predictor, source, target, pair_column="about", format="tweeteval", tasks=[task]
+            predictor,
+            source,
+            target,
+            PredictOptions(pair_column="about", format="tweeteval", tasks=[task]),
         )
         assert target.read_text() == "1\n1\n"
 
@@ -466,7 +470,9 @@ def test_files_of_answers_hold_texts_and_scored_words(tmp_path, capsys):
     source, predictor = write_jsonl(tmp_path / "in.jsonl", rows), predictor_of()
 
     def written(name: str, **options: Any) -> list[str]:
-        predict_file(predictor, source, tmp_path / name, pair_column="about", **options)
+        predict_file(
+            predictor, source, tmp_path / name, PredictOptions(pair_column="about", **options)
+        )
         return (tmp_path / name).read_text(encoding="utf-8").splitlines()
 
     table = list(csv.DictReader(written("out.csv", format="csv")))
@@ -511,7 +517,9 @@ def test_second_texts_and_labels_are_read_from_the_columns_of_training(tmp_path,
     with pytest.raises(ValueError, match=message):
         predict_file(alone, source, tmp_path / "out.jsonl")
     assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 2
-    predict_file(alone, source, tmp_path / "out.jsonl", tasks=["aspect", "polarity"])
+    predict_file(
+        alone, source, tmp_path / "out.jsonl", PredictOptions(tasks=["aspect", "polarity"])
+    )
 
 
 def test_the_columns_of_training_are_not_taken_where_they_say_nothing():
@@ -535,7 +543,7 @@ def test_the_columns_of_training_are_not_taken_where_they_say_nothing():
 
 def test_attention_is_not_promised_where_no_head_pools(tmp_path, capsys):
     source = write_jsonl(tmp_path / "in.jsonl", [{"text": "post one"}])
-    predict_file(predictor_of((ASPECT,)), source, tmp_path / "out", explain=True)
+    predict_file(predictor_of((ASPECT,)), source, tmp_path / "out", PredictOptions(explain=True))
     assert (
         "--explain: none of these tasks has attention; only tasks with a pooled head"
         in capsys.readouterr().err

@@ -14,6 +14,7 @@ from comoe.commands.predict import main
 from comoe.config.recipe import TaskConfig
 from comoe.data.reading.rows import RowReader, read_rows
 from comoe.data.reading.sources import read_input
+from comoe.inference.options import PredictOptions
 from comoe.inference.predict_file import predict_file
 from comoe.inference.predictor import Predictor
 
@@ -115,7 +116,9 @@ def test_half_a_surrogate_pair_is_predicted_as_it_is_trained_on(
 ) -> None:
     content = b'{"id": "\\ud800", "text": "good \\udfff"}\n' + GOOD
     target = tmp_path / "out"
-    said = predict_file(predictor, written(tmp_path, ".jsonl", content), target, format=format)
+    said = predict_file(
+        predictor, written(tmp_path, ".jsonl", content), target, PredictOptions(format=format)
+    )
     assert said.startswith("2 posts predicted") and "error instead" not in said
     if format == "jsonl":
         first, _ = map(json.loads, target.open(encoding="utf-8"))

@@ -11,6 +11,7 @@ import pytest
 from helpers_export import MOOD, export_tiny, tiny_predictor
 
 from comoe.commands.predict import main as predict_main
+from comoe.inference.options import PredictOptions
 from comoe.inference.predict_file import CHUNK, predict_file, read_post_file
 
 ROOT = Path(__file__).parents[3]
@@ -30,7 +31,7 @@ def test_tweeteval_writes_exactly_one_id_per_input_line(predictor, tmp_path, cap
     source = tmp_path / "in.txt"
     source.write_bytes(("\n".join(lines) + "\n").encode() + b"bro\xffken\n")
     target = tmp_path / "new/folder/mood.txt"
-    predict_file(predictor, source, target, format="tweeteval", tasks=["mood"])
+    predict_file(predictor, source, target, PredictOptions(format="tweeteval", tasks=["mood"]))
     content = target.read_bytes()
     assert content.endswith(b"\n") and content.count(b"\n") == 9
     ids = [int(line) for line in content.splitlines()]
@@ -54,7 +55,10 @@ def test_tweeteval_writes_exactly_one_id_per_input_line(predictor, tmp_path, cap
 def test_a_missing_last_line_feed_changes_nothing(predictor, tmp_path, last):
     (tmp_path / "in.txt").write_text("good\nbad" + last)
     predict_file(
-        predictor, tmp_path / "in.txt", tmp_path / "out", format="tweeteval", tasks=["mood"]
+        predictor,
+        tmp_path / "in.txt",
+        tmp_path / "out",
+        PredictOptions(format="tweeteval", tasks=["mood"]),
     )
     assert (tmp_path / "out").read_text().count("\n") == 2
 
@@ -71,7 +75,7 @@ def test_an_empty_file_gives_an_empty_file_and_says_so(
 ):
     source, target = tmp_path / name, tmp_path / "out"
     source.write_text(content)
-    said = predict_file(predictor, source, target, format=format, tasks=["mood"])
+    said = predict_file(predictor, source, target, PredictOptions(format=format, tasks=["mood"]))
     assert target.read_text() == written
     assert said == f"{source} has no posts; {target} has no predictions"
 
@@ -82,14 +86,14 @@ def test_an_id_and_columns_on_demand_are_kept(predictor, tmp_path):
     source.write_text("".join(json.dumps(row) + "\n" for row in rows) + "{\n")
 
     def kept(**options):
-        predict_file(predictor, source, target, tasks=["mood"], **options)
+        predict_file(predictor, source, target, PredictOptions(tasks=["mood"], **options))
         return json_lines(target)
 
     first = kept()
     assert [row.get("id", "-") for row in first] == [7, "b", None, "-"] and "when" not in first[0]
     assert list(kept(keep=["when", "id"])[0]) == ["when", "id", "text", "mood"]
     assert [row.get("when", "-") for row in kept(keep=["when"])] == ["1.5", None, None, "-"]
-    predict_file(predictor, source, target, tasks=["mood"], format="csv")
+    predict_file(predictor, source, target, PredictOptions(tasks=["mood"], format="csv"))
     with target.open(newline="") as file:
         assert [row["id"] for row in csv.DictReader(file)] == ["7", "b", "", ""]
     for keep, format, message in (
@@ -115,7 +119,9 @@ def test_posts_are_read_from_the_column_of_training(predictor, tmp_path, capsys)
         ("in.csv", ["mood", "heat"], {}, "bad"),
         ("other.csv", ["mood"], {}, "bad"),
     ):
-        predict_file(trained, tmp_path / name, tmp_path / "out", tasks=tasks, **options)
+        predict_file(
+            trained, tmp_path / name, tmp_path / "out", PredictOptions(tasks=tasks, **options)
+        )
         assert json_lines(tmp_path / "out")[0]["text"] == text
         assert ("read from column body, as in training" in capsys.readouterr().err) == (
             text == "good"
@@ -126,10 +132,10 @@ def test_tweeteval_wants_one_task_with_one_label(predictor, tmp_path):
     (tmp_path / "in.txt").write_text("good\n")
     arguments = (predictor, tmp_path / "in.txt", tmp_path / "out.txt")
     with pytest.raises(ValueError, match=r"writes one task: choose it with --task \(mood, topic,"):
-        predict_file(*arguments, format="tweeteval")
+        predict_file(*arguments, PredictOptions(format="tweeteval"))
     for task in ("heat", "words", "signs"):
         with pytest.raises(ValueError, match=f"wants a task with one label per post; {task} is a"):
-            predict_file(*arguments, format="tweeteval", tasks=[task])
+            predict_file(*arguments, PredictOptions(format="tweeteval", tasks=[task]))
     assert not (tmp_path / "out.txt").exists()
 
 
@@ -162,7 +168,12 @@ def test_csv_in_and_out_with_other_columns_and_pairs(predictor, tmp_path):
     options = dict(
         text_column="body", pair_column="target", tasks=["mood", "heat", "words", "signs"]
     )
-    predict_file(predictor, tmp_path / "in.csv", tmp_path / "out.csv", format="csv", **options)
+    predict_file(
+        predictor,
+        tmp_path / "in.csv",
+        tmp_path / "out.csv",
+        PredictOptions(format="csv", **options),
+    )
     with (tmp_path / "out.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     expected = predictor(["good, day", "", 'ann "b"'], pairs=["sun", "rain", None])
@@ -183,12 +194,17 @@ def test_tsv_is_read_too(tmp_path):
 
 def test_attention_is_written_on_demand_and_only_where_it_has_a_place(predictor, tmp_path):
     (tmp_path / "in.txt").write_text("good day\n")
-    predict_file(predictor, tmp_path / "in.txt", tmp_path / "out.jsonl", explain=True)
+    predict_file(
+        predictor, tmp_path / "in.txt", tmp_path / "out.jsonl", PredictOptions(explain=True)
+    )
     weights = json_lines(tmp_path / "out.jsonl")[0]["mood"]["attention"]
     assert [word for word, _ in weights] == ["good", "day"]
     with pytest.raises(ValueError, match="--explain wants --format jsonl"):
         predict_file(
-            predictor, tmp_path / "in.txt", tmp_path / "out.csv", format="csv", explain=True
+            predictor,
+            tmp_path / "in.txt",
+            tmp_path / "out.csv",
+            PredictOptions(format="csv", explain=True),
         )
 
 
@@ -198,7 +214,10 @@ def test_more_posts_than_a_chunk_stay_in_order(predictor, tmp_path):
         "\n".join(words[n % 4] + " a" * (n % 7) for n in range(CHUNK + 5))
     )
     predict_file(
-        predictor, tmp_path / "in.txt", tmp_path / "out.jsonl", tasks=["mood"], batch_size=256
+        predictor,
+        tmp_path / "in.txt",
+        tmp_path / "out.jsonl",
+        PredictOptions(tasks=["mood"], batch_size=256),
     )
     found = json_lines(tmp_path / "out.jsonl")
     assert [line["text"] for line in found] == [
@@ -220,7 +239,9 @@ def test_wrong_input_is_named_with_what_to_do(predictor, tmp_path):
         ("in.csv", "out", "jsno", "jsno.*did you mean json"),
     ):
         with pytest.raises(ValueError, match=message):
-            predict_file(predictor, tmp_path / source, tmp_path / target, format=format)
+            predict_file(
+                predictor, tmp_path / source, tmp_path / target, PredictOptions(format=format)
+            )
     assert (tmp_path / "in.txt").read_text() == "good\n"
 
 

@@ -23,6 +23,7 @@ from comoe.data.reading.inputs import column_in_training
 from comoe.data.tokens.vocabulary import load_tokenizer
 from comoe.inference.export import export_model
 from comoe.inference.model_card import model_card
+from comoe.inference.options import PredictOptions
 from comoe.inference.predict_file import predict_file
 from comoe.inference.predictor import Predictor
 from comoe.inference.score import DataChoice, format_scores, score
@@ -114,7 +115,9 @@ def test_a_file_of_posts_names_pictures_beside_it(predictor: Predictor, tmp_path
     (tmp_path / "posts.csv").write_text(
         "text,image\nnice day,a.png\nnice day,b.png\n,a.png\nnice day,\n"
     )
-    said = predict_file(predictor, tmp_path / "posts.csv", tmp_path / "out.csv", format="csv")
+    said = predict_file(
+        predictor, tmp_path / "posts.csv", tmp_path / "out.csv", PredictOptions(format="csv")
+    )
     assert "1 of them without their bad image" in said
     rows = list(csv.DictReader((tmp_path / "out.csv").open()))
     assert ["is not there" in row["image_error"] for row in rows] == [False, True, False, False]
@@ -125,7 +128,7 @@ def test_a_file_of_posts_names_pictures_beside_it(predictor: Predictor, tmp_path
             predictor,
             tmp_path / "posts.csv",
             tmp_path / "out.csv",
-            image_column="photo",
+            PredictOptions(image_column="photo"),
         )
 
 
@@ -166,7 +169,7 @@ def test_the_column_of_training_is_read_and_its_absence_is_said(
             predictor,
             tmp_path / "posts.txt",
             tmp_path / "out",
-            image_column="photo",
+            PredictOptions(image_column="photo"),
         )
 
 
@@ -232,7 +235,9 @@ def test_pictures_for_a_model_of_texts_are_refused(predictor: Predictor, tmp_pat
     (tmp_path / "posts.csv").write_text("text,photo,label\nnice day,a.png,good\n")
     source = tmp_path / "posts.csv"
     for call in (
-        lambda: predict_file(texts_only, source, tmp_path / "out", image_column="photo"),
+        lambda: predict_file(
+            texts_only, source, tmp_path / "out", PredictOptions(image_column="photo")
+        ),
         lambda: score(texts_only, DataChoice(str(source), image="photo"), progress=False),
     ):
         with pytest.raises(ValueError, match="^--image-column photo: this model reads no images"):

@@ -14,6 +14,7 @@ from comoe.config.recipe import TaskConfig
 from comoe.data.corpus import Corpus, load_corpus
 from comoe.evaluation.evaluate import check_chosen_metric, evaluate, mean_metric
 from comoe.evaluation.tables import format_results_table
+from comoe.inference.options import PredictOptions
 from comoe.inference.predict_file import predict_file
 from comoe.inference.score import DataChoice, score
 from comoe.tasks.task import Task, build_task
@@ -113,7 +114,9 @@ def test_an_export_answers_the_other_tasks(tmp_path, route_by):
     with pytest.raises(ValueError, match="plain"):
         predictor(["a sunny day"], tasks=["plain"])
     (tmp_path / "posts.txt").write_text("good day\n", encoding="utf-8")
-    predict_file(predictor, tmp_path / "posts.txt", tmp_path / "answers.csv", format="csv")
+    predict_file(
+        predictor, tmp_path / "posts.txt", tmp_path / "answers.csv", PredictOptions(format="csv")
+    )
     assert "plain" not in (tmp_path / "answers.csv").read_text(encoding="utf-8")
     rows = [{"text": "good day", "label": "bad"}, {"text": "bad rain", "label": "good"}]
     write_jsonl(tmp_path / "rows.jsonl", rows)

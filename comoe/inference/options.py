@@ -1,0 +1,40 @@
+"""What ``comoe predict`` is asked for, in one record: the command, its workers and other engines hand it on whole."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class PredictOptions:
+    """How the posts of a file are predicted and written.
+
+    Raises:
+        ValueError: a value that is out of range, or options that do not go together.
+    """
+
+    format: str = "jsonl"
+    """Key of ``comoe.inference.writers.WRITERS``."""
+    tasks: Sequence[str] | None = None
+    """Names of the tasks; None is all."""
+    text_column: str | None = None
+    """Column with the post; None is that of training, else ``text``."""
+    pair_column: str | None = None
+    """Column with the second text; None is that of training, if there is one."""
+    image_column: str | None = None
+    """Column with the image; None is that of training, else ``image``."""
+    keep: Sequence[str] | None = None
+    """Columns to copy to the predictions; None is ``id``, if there is one."""
+    raw_csv: bool = False
+    """Leave text in a CSV file as it is, also where a spreadsheet would run it as a formula."""
+    explain: bool = False
+    """Add the attention weight of each word (jsonl; tasks with a pooled head)."""
+    batch_size: int = 64
+    """Posts per forward pass."""
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"--batch-size is {self.batch_size}; it must be at least 1.")
+        if self.raw_csv and self.format != "csv":
+            raise ValueError("--raw-csv wants --format csv; the others hold text as it is.")

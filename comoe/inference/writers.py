@@ -1,0 +1,157 @@
+"""Formats of predictions: what stands in the output for each post."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any, TextIO
+
+from comoe.config.errors import unknown_name
+from comoe.config.files import csv_line
+from comoe.data.posts import Post
+from comoe.data.reading.files import json_line
+from comoe.inference.columns import pair_problem, second_text, text_problem
+from comoe.inference.options import PredictOptions
+from comoe.inference.predictor import Predictor
+from comoe.tasks.labels import whole_characters
+from comoe.tasks.prompts import wants_pair
+from comoe.tasks.task import Task
+
+
+def make_writer(predictor: Predictor, options: PredictOptions) -> JsonLines:
+    """The writer that some options ask for.
+
+    Raises:
+        ValueError: no such format, or one that has no place for what is asked.
+    """
+    names, format = options.tasks, options.format
+    tasks = [task for task in predictor.tasks if names is None or task.name in names]
+    if format not in WRITERS:
+        raise unknown_name("--format", format, WRITERS)
+    if options.keep and WRITERS[format] is TweetEval:
+        raise ValueError("--keep wants --format jsonl or csv; tweeteval has label ids alone.")
+    if options.explain and WRITERS[format] is not JsonLines:
+        raise ValueError(
+            "--explain wants --format jsonl; the others have no place for the weights of words."
+        )
+    if options.explain and not any(task.mode == "pooled" for task in tasks):
+        print(
+            "--explain: none of these tasks has attention; only tasks with a pooled head have it",
+            file=sys.stderr,
+        )
+    writer = WRITERS[format](predictor, tasks)
+    writer.raw = options.raw_csv
+    return writer
+
+
+class JsonLines:
+    """One object per post: kept columns, ``text``, the prediction of each task, or ``error``."""
+
+    def __init__(self, predictor: Predictor, tasks: Sequence[Task]) -> None:
+        self.predictor, self.tasks, self.raw = predictor, tasks, False
+        self.reads_images = predictor.collator.pixels is not None
+
+    def prepare(self, post: Post) -> Post:
+        """The post as it is predicted."""
+        return post
+
+    def begin(self, file: TextIO, kept: Iterable[str]) -> None:
+        """Write what comes before the first prediction, of posts with these kept columns."""
+
+    def write(self, file: TextIO, prediction: dict[str, Any]) -> None:
+        """Write one prediction."""
+        file.write(json_line(prediction))
+
+    def remark(self, bad: int) -> str:
+        """What the user should know at the end."""
+        return f"; {bad} of them could not be predicted and have an error instead" if bad else ""
+
+
+class Table(JsonLines):
+    """CSV: kept columns, text, then per task the prediction and the score of every label, and the error."""
+
+    def begin(self, file: TextIO, kept: Iterable[str]) -> None:
+        self.columns = [*kept, "text"]
+        for task in self.tasks:
+            self.columns += [task.name] + [
+                f"{task.name}/{label}" for label in task.labels if task.mode != "tokens"
+            ]
+        self.columns += ["error", "image_error"] if self.reads_images else ["error"]
+        file.write(csv_line(self.columns, raw=self.raw))
+
+    def write(self, file: TextIO, prediction: dict[str, Any]) -> None:
+        row = dict(prediction)
+        for task in self.tasks:
+            if task.name in prediction:
+                row[task.name] = _cell(task, prediction[task.name])
+                scores = {} if task.mode == "tokens" else prediction[task.name].get("scores", {})
+                row |= {f"{task.name}/{label}": score for label, score in scores.items()}
+        cells = (row.get(column, "") for column in self.columns)
+        whole = (whole_characters(cell) if isinstance(cell, str) else cell for cell in cells)
+        file.write(csv_line(whole, raw=self.raw))
+
+
+class TweetEval(JsonLines):
+    """One label id per line, one line per post, nothing else: the format of TweetEval's own scorer.
+
+    Every line needs an id, so a line that cannot be read or is empty is predicted as if it were a
+    lone user name.
+    """
+
+    def __init__(self, predictor: Predictor, tasks: Sequence[Task]) -> None:
+        super().__init__(predictor, tasks)
+        names = ", ".join(task.name for task in predictor.tasks)
+        if len(tasks) != 1:
+            raise ValueError(
+                f"--format tweeteval writes one task: choose it with --task ({names})."
+            )
+        self.task = tasks[0]
+        if not self.task.rules.exclusive:
+            raise ValueError(
+                f"--format tweeteval wants a task with one label per post; {self.task.name} is a {self.task.kind} task."
+            )
+        self.filler = predictor.exported.data_config.normalize.user or "@user"
+        self.filled = 0
+
+    def prepare(self, post: Post) -> Post:
+        readable = not (post.error or text_problem(post.text, post.words))
+        lacks_pair = bool(pair_problem(second_text(post.pair), [self.task]))
+        if readable and not lacks_pair:
+            return post
+        self.filled += 1
+        return Post(
+            text=post.text if readable else self.filler,
+            words=post.words if readable else None,
+            pair=self.filler if lacks_pair else post.pair,
+            image=post.image,
+        )
+
+    def write(self, file: TextIO, prediction: dict[str, Any]) -> None:
+        if self.task.name not in prediction:
+            raise ValueError(f"{prediction['error']}; a line of tweeteval has no place for that.")
+        file.write(f"{self.task.labels.index(prediction[self.task.name]['label'])}\n")
+
+    def remark(self, bad: int) -> str:
+        if self.filled:
+            what = (
+                "a text, or the second text that the prompt wants,"
+                if wants_pair(self.task.prompt)
+                else "a text"
+            )
+            print(
+                f"{self.filled} lines without {what} were predicted as {self.filler!r}",
+                file=sys.stderr,
+            )
+        return ""
+
+
+def _cell(task: Task, prediction: dict[str, Any]) -> Any:
+    """The prediction itself: a label, a number, or names joined by blanks (tags, one per word) or ; (labels)."""
+    if task.mode == "tokens":
+        return " ".join(prediction["tags"])
+    value = next(iter(prediction.values()))
+    return ";".join(value) if isinstance(value, list) else value
+
+
+WRITERS: dict[str, type[JsonLines]] = {"jsonl": JsonLines, "csv": Table, "tweeteval": TweetEval}
+"""``--format`` -> writer."""
