@@ -20,7 +20,7 @@ from comoe.config.recipe import (
     TaskConfig,
 )
 from comoe.inference.checkpoint_folder import write_manifest
-from comoe.inference.export import export_model
+from comoe.inference.export import Backbone, export_model
 from comoe.inference.predictor import Predictor
 from tests.helpers_model import HF_CONFIGS, MOOD, SIGNS, TASKS, TOPIC, WORDS, moe_config, tiny_model
 
@@ -92,8 +92,7 @@ def export_tiny(
         state_dict=model.state_dict(),
         recipe=recipe,
         tasks=tasks,
-        encoder_config=HF_CONFIGS["bert"].to_dict(),
-        tokenizer=tiny_tokenizer(folder / "vocabulary"),
+        backbone=Backbone(HF_CONFIGS["bert"].to_dict(), tiny_tokenizer(folder / "vocabulary")),
         results=results,
     )
     return model

@@ -33,7 +33,7 @@ from comoe.benchmarks.workload import RECIPE, SMOKE, find_posts
 from comoe.config.recipe import Recipe
 from comoe.data.corpus import load_corpus
 from comoe.data.tokens.vocabulary import load_tokenizer
-from comoe.inference.export import export_model
+from comoe.inference.export import Backbone, export_model
 from comoe.inference.predictor import Predictor
 from comoe.models.model import build_model
 
@@ -171,8 +171,7 @@ def export_untrained(recipe: Recipe, folder: Path, *, seed: int) -> list[str]:
         state_dict=model.state_dict(),
         recipe=recipe,
         tasks=corpus.tasks,
-        encoder_config=model.encoder.config.to_dict(),
-        tokenizer=load_tokenizer(recipe.model.encoder),
+        backbone=Backbone(model.encoder.config.to_dict(), load_tokenizer(recipe.model.encoder)),
     )
     return [text for text in corpus.splits["train"].texts if text.strip()]
 

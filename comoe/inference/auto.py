@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 
 from comoe.config.plugins import consent
-from comoe.inference.export import Exported, load_exported
+from comoe.inference.exported import Exported, load_exported
 from comoe.inference.hub import copy_export, find_export
 from comoe.types import Batch
 

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from comoe.config.errors import unknown_name
 from comoe.config.files import read_json, write_json
 
 MANIFEST = "manifest.json"
@@ -126,6 +127,40 @@ def named_best(folder: Path) -> Path | None:
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue
     return None
+
+
+CHOICES = {
+    # The newest one where no evaluation named the best.
+    "best": lambda folder, whole: named_best(folder) or whole[-1],
+    "last": lambda folder, whole: whole[-1],
+}
+"""``--which`` -> (checkpoints folder, whole checkpoints) -> checkpoint."""
+
+
+def choose_checkpoint(run: Path, which: str, *, verify: bool = True) -> Path:
+    """The best or last whole checkpoint of a run folder; ``verify`` also compares digests.
+
+    Raises:
+        ValueError: another word, or no such checkpoint; with what is wrong with a broken one.
+    """
+    if which not in CHOICES:
+        raise unknown_name("choice of --which", which, CHOICES)
+    folder = run / "checkpoints"
+    whole, broken = sorted_checkpoints(folder, verify=verify)
+    problems = "; ".join(f"{path.name}: {problem}" for path, problem in broken.items())
+    if not whole:
+        raise ValueError(
+            f"{run} holds no whole checkpoint{f' ({problems})' if problems else ''}; give a run folder (with "
+            "checkpoints/) or a checkpoint."
+        )
+    chosen = CHOICES[which](folder, whole)
+    if chosen not in whole:
+        names = ", ".join(path.name for path in whole)
+        raise ValueError(
+            f"{run} has no whole {which} checkpoint ({problems or f'{chosen.name} is gone'}); give one of {names} in "
+            f"{folder}."
+        )
+    return chosen
 
 
 def _sha256(path: Path) -> str:

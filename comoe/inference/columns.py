@@ -6,9 +6,12 @@ import math
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from comoe.data.images.decode import BadImage, locate_image
 from comoe.data.text.normalize import is_blank
+from comoe.tasks.labels import whole_characters
 from comoe.tasks.prompts import wants_pair
 from comoe.tasks.task import Task
 
@@ -53,6 +56,29 @@ def read_columns(
         else:
             usable.append(number)
     return Posts(texts, pairs, words, images, usable, predictions)
+
+
+def locate_images(posts: Posts, root: Path | None, *, reads_images: bool) -> None:
+    """Put in place of each image where it is; what is wrong with one goes into its prediction.
+
+    Args:
+        posts: changed in place.
+        root: folder that paths start from and must not leave; None: any path.
+        reads_images: whether the model does.
+
+    Raises:
+        ValueError: an image for a model that reads none.
+    """
+    for number in posts.usable:
+        cell, posts.images[number] = posts.images[number], None
+        try:
+            found = locate_image(cell, root=None if root is None else root.resolve())
+        except BadImage as error:
+            posts.predictions[number]["image_error"] = f"the image {error.rule}"
+            continue
+        if found is not None and not reads_images:
+            raise ValueError("this model reads no images; leave images out.")
+        posts.images[number] = found
 
 
 def _column(what: str, values: Sequence[Any] | None, *, count: int) -> list[Any]:
@@ -108,3 +134,10 @@ def pair_problem(pair: Any, tasks: Sequence[Task]) -> str:
         return ""
     wanted = f"the second text is missing, which the prompt of {', '.join(asking)} wants"
     return f"{wanted}; give it (--pair-column), or ask for other tasks"
+
+
+def whole_cell(cell: str | list[str] | None) -> Any:
+    """A cell without halves of surrogate pairs, as training reads it."""
+    if isinstance(cell, str):
+        return whole_characters(cell)
+    return None if cell is None else [whole_characters(word) for word in cell]

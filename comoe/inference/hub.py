@@ -12,7 +12,7 @@ from huggingface_hub import HfApi, snapshot_download
 
 from comoe import __version__
 from comoe.inference.checkpoint_folder import MANIFEST, manifest_problem, read_manifest
-from comoe.inference.export import CARD, CONFIG, WEIGHTS, read_export_config
+from comoe.inference.export_config import CARD, CONFIG, WEIGHTS, read_export_config
 
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 """``organization/name``."""

@@ -18,6 +18,7 @@ from comoe.evaluation.tables import (
     decimal,
     markdown_table,
 )
+from comoe.tasks.labels import whole_characters
 from comoe.tasks.prompts import wants_pair
 from comoe.tasks.task import Task, decoder_tasks
 
@@ -69,7 +70,7 @@ def model_card(
         f"## Training\n\n{_training(recipe, config, results)}",
         f"## Limits\n\n{_limits(recipe, tasks)}",
     ]
-    return "\n\n".join(parts) + "\n"
+    return whole_characters("\n\n".join(parts) + "\n")
 
 
 def _front_matter(

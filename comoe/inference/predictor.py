@@ -7,7 +7,7 @@ same model, and decoded by its task's kind.
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,19 +21,15 @@ from comoe.config.errors import unknown_name
 from comoe.config.files import same_file
 from comoe.config.plugins import consent
 from comoe.data.collator import Collator
-from comoe.data.images.check import limits_of
-from comoe.data.images.decode import BadImage, locate_image
-from comoe.data.images.pixels import PixelReader
 from comoe.data.reading.inputs import USUAL
-from comoe.data.sampling.sampler import eval_batches
-from comoe.data.tokens.split import TokenizedSplit, TokenRow
-from comoe.data.tokens.tokenize import readable
+from comoe.data.tokens.split import TokenizedSplit
 from comoe.distributed import choose_device
-from comoe.inference.columns import Posts, read_columns
-from comoe.inference.export import Exported, load_exported
+from comoe.inference.attention import attention_per_word, words_of
+from comoe.inference.columns import Posts, locate_images, read_columns, whole_cell
+from comoe.inference.exported import Exported, load_exported
 from comoe.inference.hub import copy_export, find_export
+from comoe.inference.passes import forward_passes, task_passes
 from comoe.tasks.kinds.tagging import tag_spans
-from comoe.tasks.labels import split_words, whole_characters
 from comoe.tasks.task import Task
 
 
@@ -92,13 +88,7 @@ class Predictor(ModelHubMixin):
         exported = load_exported(find_export(folder, **hub), verify=verify)
         place = choose_device(device)
         exported.model.to(place)
-        processor = exported.image_processor
-        pixels = (
-            None if processor is None else PixelReader(processor, limits_of(exported.data_config))
-        )
-        route_by = exported.model_config.moe.route_by
-        collator = Collator(exported.tokenizer, exported.tasks, route_by=route_by, pixels=pixels)
-        return cls(exported, collator, place)
+        return cls(exported, exported.collator(), place)
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> str | None:
         """Copy the export to a folder; options of ``huggingface_hub.ModelHubMixin`` (``push_to_hub``, ``repo_id``).
@@ -180,14 +170,14 @@ class Predictor(ModelHubMixin):
         posts = self._read(texts, pairs, words, images, image_root, chosen)
         predictions, passes = posts.predictions, []
         if posts.usable:
-            passes = _passes(posts.texts, posts.words, posts.usable, chosen, as_words=self.as_words)
+            passes = task_passes(posts, chosen, as_words=self.as_words)
         total = len(posts.usable) * len(passes)
         with tqdm(total=total, unit="post", disable=not progress, dynamic_ncols=True) as bar:
             for column, some in passes:
                 split = self._encode(posts, column, some)
                 mine = [predictions[i] for i in posts.usable]
                 rows = self.collator.rows_per_post(some)
-                for indices in _forward_passes(split.lengths, batch_size, batch_tokens, rows=rows):
+                for indices in forward_passes(split.lengths, batch_size, batch_tokens, rows=rows):
                     self._predict(split, indices, tasks=some, predictions=mine, explain=explain)
                     bar.update(len(indices))
         return predictions
@@ -226,13 +216,11 @@ class Predictor(ModelHubMixin):
         for prediction in posts.predictions:
             prediction.pop("text")
         if posts.usable:
-            ((column, some),) = _passes(
-                posts.texts, posts.words, posts.usable, chosen, as_words=self.as_words
-            )
+            ((column, some),) = task_passes(posts, chosen, as_words=self.as_words)
             split = self._encode(posts, column, some)
             mine = [posts.predictions[i] for i in posts.usable]
             rows = self.collator.rows_per_post(some)
-            for indices in _forward_passes(split.lengths, batch_size, batch_tokens, rows=rows):
+            for indices in forward_passes(split.lengths, batch_size, batch_tokens, rows=rows):
                 self._embed(split, indices, mine)
         return posts.predictions
 
@@ -240,9 +228,7 @@ class Predictor(ModelHubMixin):
         self, texts: Any, pairs: Any, words: Any, images: Any, root: Path | None, tasks: list[Task]
     ) -> Posts:
         posts = read_columns(texts, pairs, words, images, tasks=tasks)
-        for number in posts.usable:
-            prediction = posts.predictions[number]
-            posts.images[number] = self._located(posts.images[number], root, prediction)
+        locate_images(posts, root, reads_images=self.collator.pixels is not None)
         return posts
 
     def _encode(self, posts: Posts, words: list, tasks: Sequence[Task]) -> TokenizedSplit:
@@ -254,7 +240,7 @@ class Predictor(ModelHubMixin):
         ]
         columns = (read, [posts.pairs[i] for i in usable], [words[i] for i in usable])
         # As training does.
-        texts, pairs, words = ([_whole(cell) for cell in cells] for cells in columns)
+        texts, pairs, words = ([whole_cell(cell) for cell in cells] for cells in columns)
         images = [posts.images[i] for i in usable]
         split = self.collator.encode_texts(
             texts, pairs, words, images=images, config=config, asked=tasks
@@ -312,10 +298,13 @@ class Predictor(ModelHubMixin):
                     }
                 elif explain and task.mode == "pooled":
                     weights_L = output.attentions[task.name][row].float().cpu().numpy()
-                    words = split.posts.words[post] or self._words_of(
-                        split.posts.texts[post], tokens[post]
+                    words = split.posts.words[post] or words_of(
+                        split.posts.texts[post],
+                        tokens[post],
+                        tokenizer=self.exported.tokenizer,
+                        config=self.exported.data_config,
                     )
-                    prediction |= _attention(weights_L, tokens[post].word_ids, words=words)
+                    prediction |= attention_per_word(weights_L, tokens[post].word_ids, words=words)
                 if not _is_finite(prediction):
                     problem = f"the scores of {task.name} are not finite: the model has diverged"
                     predictions[post].setdefault("error", problem)
@@ -332,93 +321,6 @@ class Predictor(ModelHubMixin):
                 predictions[post]["truncated"] = True
             if split.posts.images[post] in lost:
                 predictions[post]["image_error"] = f"the image {lost[split.posts.images[post]]}"
-
-    def _located(
-        self, cell: Any, root: Path | None, prediction: dict[str, Any]
-    ) -> bytes | str | None:
-        """Where an image is; what is wrong with it goes into the prediction."""
-        try:
-            found = locate_image(cell, root=None if root is None else root.resolve())
-        except BadImage as error:
-            prediction["image_error"] = f"the image {error.rule}"
-            return None
-        if found is not None and self.collator.pixels is None:
-            raise ValueError("this model reads no images; leave images out.")
-        return found
-
-    def _words_of(self, text: str, row: TokenRow) -> dict[int, str]:
-        """Number of a word -> its letters in the cleaned text, which pieces do not hold ([UNK], lower case)."""
-        numbers = set(row.word_ids[row.word_ids >= 0].tolist())
-        tokenizer = self.exported.tokenizer
-        if not tokenizer.is_fast:
-            return {
-                number: tokenizer.decode(row.input_ids[row.word_ids == number].tolist())
-                for number in numbers
-            }
-        config = self.exported.data_config
-        cleaned, _ = readable(text, config.normalize, config.max_length)
-        encoded = tokenizer(cleaned, truncation=False, verbose=False)
-        spans = {number: encoded.word_to_chars(number) for number in numbers}
-        return {number: cleaned[span.start : span.end].strip() for number, span in spans.items()}
-
-
-def _forward_passes(
-    lengths: np.ndarray, batch_size: int, batch_tokens: int | None, *, rows: int
-) -> Iterator[np.ndarray]:
-    """Posts of each forward pass, longest first, of ``rows`` rows each; padding counts as tokens."""
-    for indices in eval_batches(lengths, batch_size=batch_size):
-        # Rows are padded to the longest, which comes first.
-        while batch_tokens and len(indices) > 1:
-            fitting = max(1, batch_tokens // (rows * int(lengths[indices[0]])))
-            if fitting >= len(indices):
-                break
-            yield indices[:fitting]
-            indices = indices[fitting:]
-        yield indices
-
-
-def _passes(
-    texts: Sequence[str],
-    words: Sequence[Any],
-    usable: Sequence[int],
-    tasks: Sequence[Task],
-    *,
-    as_words: Container[str],
-) -> list[tuple[Sequence[Any], Sequence[Task]]]:
-    """(words per post, tasks) of each pass over the posts.
-
-    A tokenizer may cut a post given as words differently, so each head reads plain text whole or
-    cut, as in training; only where both kinds of heads read plain text are there two
-    passes.
-    """
-    cut = [task for task in tasks if task.name in as_words]
-    whole = [task for task in tasks if task.name not in as_words]
-    if not cut:
-        return [(words, whole)]
-    made = list(words)
-    for number in usable:
-        made[number] = split_words(texts[number]) if words[number] is None else words[number]
-    if whole and any(words[number] is None for number in usable):
-        return [(words, whole), (made, cut)]
-    return [(made, tasks)]
-
-
-def _attention(weights_L: np.ndarray, word_ids_L: np.ndarray, *, words: Any) -> dict[str, Any]:
-    """Weights of the pieces summed per word, as shares of what fell on words; ``words[i]`` is the text of word i."""
-    inside = word_ids_L >= 0
-    weights_L = weights_L[: len(inside)].astype(np.float64)
-    sums = np.bincount(word_ids_L[inside], weights=weights_L[inside])
-    merged = [
-        [words[word], float(sums[word] / sums.sum())]
-        for word in np.unique(word_ids_L[inside]).tolist()
-    ]
-    return {"attention": merged, "attention_elsewhere": float(weights_L[~inside].sum())}
-
-
-def _whole(cell: str | list[str] | None) -> Any:
-    if isinstance(cell, str):
-        return whole_characters(cell)
-    return None if cell is None else [whole_characters(word) for word in cell]
 
 
 def _is_finite(value: Any) -> bool:

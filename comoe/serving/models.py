@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from comoe.inference.checkpoint_folder import MANIFEST
-from comoe.inference.export import CONFIG, WEIGHTS, read_export_config
+from comoe.inference.export_config import CONFIG, WEIGHTS, read_export_config
 from comoe.inference.predictor import Predictor
 from comoe.serving.batcher import Batcher
 from comoe.serving.limits import Limits

@@ -20,7 +20,7 @@ from comoe.evaluation.tables import (
     noise_lines,
     slice_lines,
 )
-from comoe.inference.export import CONFIG
+from comoe.inference.export_config import CONFIG
 from comoe.tasks.prompts import wants_pair
 from comoe.tasks.task import Task
 from comoe.train.training_run import TrainingRun

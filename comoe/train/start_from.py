@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from comoe.config.recipe import ModelConfig, MoeConfig
-from comoe.inference.export import WEIGHTS, read_export_config, recipe_of_export
+from comoe.inference.export_config import WEIGHTS, read_export_config, recipe_of_export
 from comoe.models.model import MultiTaskModel
 from comoe.models.moe.block import CooperativeBlock
 from comoe.models.moe.router import build_gate

@@ -176,7 +176,7 @@ def by_one_process(
     encoder_config: dict[str, Any],
 ) -> dict[str, np.ndarray]:
     """What the plain model of an export answers, given the weights that a layout gathered."""
-    from comoe.inference.export import fill_in
+    from comoe.inference.exported import fill_in
     from comoe.models.model import build_model
 
     config = json.loads(json.dumps(encoder_config, default=str))

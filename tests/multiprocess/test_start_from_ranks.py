@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from comoe.inference.export import export_model
+from comoe.inference.export import Backbone, export_model
 from comoe.losses.objective import build_objective
 from tests.helpers_export import tiny_tokenizer
 from tests.helpers_ranks import run_ranks
@@ -30,8 +30,7 @@ def export_dense(encoder: str, folder: Path) -> str:
         state_dict=model.state_dict(),
         recipe=recipe,
         tasks=TASKS,
-        encoder_config=model.encoder.config.to_dict(),
-        tokenizer=tiny_tokenizer(folder / "vocabulary"),
+        backbone=Backbone(model.encoder.config.to_dict(), tiny_tokenizer(folder / "vocabulary")),
     )
     return str(folder / "export")
 

@@ -30,7 +30,7 @@ from comoe.evaluation.thresholds import (
     choose_for_two_classes,
     f1,
 )
-from comoe.inference.export import load_exported
+from comoe.inference.exported import load_exported
 from comoe.inference.model_card import model_card
 from comoe.tasks.kinds.base import PostOutput
 from comoe.tasks.kinds.registry import KINDS

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from comoe.config.files import lock_beside, locked
 from comoe.inference.checkpoint_folder import whats_wrong
-from comoe.inference.export import export_checkpoint, export_model, load_exported
+from comoe.inference.export import Backbone, export_checkpoint, export_model
+from comoe.inference.exported import load_exported
 from comoe.inference.model_card import model_card
 from comoe.train.checkpoint.folder import find_checkpoint
 
@@ -51,8 +52,10 @@ def test_every_family_of_encoders_survives(tmp_path, family):
         recipe=recipe,
         tasks=TASKS,
         # As a run leaves it for the export.
-        encoder_config=json.loads(json.dumps(model.encoder.config.to_dict(), default=str)),
-        tokenizer=tiny_tokenizer(tmp_path / "v"),
+        backbone=Backbone(
+            json.loads(json.dumps(model.encoder.config.to_dict(), default=str)),
+            tiny_tokenizer(tmp_path / "v"),
+        ),
     )
     batch = random_batch()
     expected, found = model(batch), load_exported(tmp_path / "e").model(batch)
@@ -65,11 +68,11 @@ def test_the_balance_bias_travels_with_the_weights(tmp_path):
     gates = [layer.mixture.gate for layer in model.moe_layers()]
     for number, gate in enumerate(gates):
         gate.e_score_correction_bias.copy_(torch.arange(4.0) + number)
-    options = dict(recipe=tiny_recipe(), tasks=TASKS, encoder_config=HF_CONFIGS["bert"].to_dict())
+    backbone = Backbone(HF_CONFIGS["bert"].to_dict(), tiny_tokenizer(tmp_path / "v"))
+    options = dict(recipe=tiny_recipe(), tasks=TASKS, backbone=backbone)
     export_model(
         tmp_path / "e",
         state_dict=model.state_dict(),
-        tokenizer=tiny_tokenizer(tmp_path / "v"),
         **options,
     )
     found = [
@@ -111,8 +114,7 @@ def test_no_path_of_the_training_machine_is_in_the_export(tmp_path):
         state_dict=model.state_dict(),
         recipe=recipe,
         tasks=TASKS,
-        encoder_config=encoder_config,
-        tokenizer=tokenizer,
+        backbone=Backbone(encoder_config, tokenizer),
     )
     for path in (tmp_path / "e").glob("*"):
         assert str(tmp_path).encode() not in path.read_bytes(), path.name
@@ -177,13 +179,12 @@ def test_a_model_with_one_block_is_no_mixture(tmp_path):
 def test_weights_that_do_not_fit_leave_no_export(tmp_path):
     state = tiny_model(tiny_recipe().model.moe).state_dict()
     state["surplus"] = state.pop("projection.weight")
-    options = dict(recipe=tiny_recipe(), tasks=TASKS, encoder_config=HF_CONFIGS["bert"].to_dict())
+    backbone = Backbone(HF_CONFIGS["bert"].to_dict(), tiny_tokenizer(tmp_path / "v"))
+    options = dict(recipe=tiny_recipe(), tasks=TASKS, backbone=backbone)
     with pytest.raises(
         ValueError, match=r"1 missing \(projection.weight\); 1 not in the model \(surplus\)"
     ):
-        export_model(
-            tmp_path / "e", state_dict=state, tokenizer=tiny_tokenizer(tmp_path / "v"), **options
-        )
+        export_model(tmp_path / "e", state_dict=state, **options)
     assert [path.name for path in tmp_path.iterdir()] == ["v"]
 
 
@@ -263,12 +264,12 @@ def test_weights_that_are_not_finite_are_neither_exported_nor_loaded(tmp_path, v
     save_file(weights, tmp_path / "export/model.safetensors")
     with pytest.raises(ValueError, match=r"1 not finite \(projection.weight\)"):
         load_exported(tmp_path / "export", verify=False)
-    options = dict(recipe=tiny_recipe(), tasks=TASKS, encoder_config=HF_CONFIGS["bert"].to_dict())
+    backbone = Backbone(HF_CONFIGS["bert"].to_dict(), tiny_tokenizer(tmp_path / "v"))
+    options = dict(recipe=tiny_recipe(), tasks=TASKS, backbone=backbone)
     with pytest.raises(ValueError, match="1 not finite"):
         export_model(
             tmp_path / "new",
             state_dict=weights,
-            tokenizer=tiny_tokenizer(tmp_path / "v"),
             **options,
         )
     assert not (tmp_path / "new").exists()
@@ -397,8 +398,7 @@ def test_experts_that_were_drawn_become_one_block_in_the_export(tmp_path):
         state_dict=model.state_dict(),
         recipe=recipe,
         tasks=TASKS,
-        encoder_config=HF_CONFIGS["bert"].to_dict(),
-        tokenizer=tiny_tokenizer(tmp_path / "vocabulary"),
+        backbone=Backbone(HF_CONFIGS["bert"].to_dict(), tiny_tokenizer(tmp_path / "vocabulary")),
     )
     loaded = load_exported(tmp_path / "export")
     assert (loaded.model_config.moe.num_experts, loaded.config["num_local_experts"]) == (1, 1)

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 import comoe.hub
 from comoe.commands import predict, push
 from comoe.inference.checkpoint_folder import write_manifest
-from comoe.inference.export import load_exported
+from comoe.inference.exported import load_exported
 from comoe.inference.hub import find_export, push_export
 from comoe.inference.model_card import model_card
 from comoe.inference.predictor import Predictor

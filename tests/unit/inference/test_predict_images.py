@@ -21,7 +21,7 @@ from comoe.config.recipe import (
 from comoe.data.images.pixels import PixelReader, load_image_processor
 from comoe.data.reading.inputs import column_in_training
 from comoe.data.tokens.vocabulary import load_tokenizer
-from comoe.inference.export import export_model
+from comoe.inference.export import Backbone, export_model
 from comoe.inference.model_card import model_card
 from comoe.inference.options import PredictOptions
 from comoe.inference.predict_file import predict_file
@@ -60,10 +60,12 @@ def export(folder: Path, **data) -> Predictor:
         state_dict=model.state_dict(),
         recipe=recipe,
         tasks=[MOOD],
-        encoder_config=model.encoder.config.to_dict(),
-        tower_config=model.tower.inner.config.to_dict(),
-        tokenizer=load_tokenizer(str(folder / "encoder")),
-        image_processor=load_image_processor(str(folder / "vision")),
+        backbone=Backbone(
+            model.encoder.config.to_dict(),
+            load_tokenizer(str(folder / "encoder")),
+            model.tower.inner.config.to_dict(),
+            load_image_processor(str(folder / "vision")),
+        ),
     )
     return Predictor.from_pretrained(folder / "export", device="cpu")
 

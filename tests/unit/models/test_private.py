@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from helpers_export import tiny_recipe, tiny_tokenizer
 
 from comoe.config.recipe import ContrastiveConfig, LossConfig
-from comoe.inference.export import export_model, load_exported
+from comoe.inference.export import Backbone, export_model
+from comoe.inference.exported import load_exported
 from comoe.losses.objective import Objective
 from comoe.losses.orthogonal import cross_sums, overlap
 from comoe.train.memory_plan import count_parameters
@@ -87,10 +88,12 @@ def test_an_export_holds_the_private_parts_and_an_old_one_is_read_without(tmp_pa
         recipe.model.private_width = width
         model = tiny_model(recipe.model.moe, private_width=width).eval()
         export_model(
-            tmp_path / name, state_dict=(awake(model) if width else model).state_dict(),
-            tokenizer=tiny_tokenizer(tmp_path / f"v{name}"), recipe=recipe, tasks=TASKS,
-            encoder_config=HF_CONFIGS["bert"].to_dict(),
-        )  # fmt: skip
+            tmp_path / name,
+            state_dict=(awake(model) if width else model).state_dict(),
+            backbone=Backbone(HF_CONFIGS["bert"].to_dict(), tiny_tokenizer(tmp_path / f"v{name}")),
+            recipe=recipe,
+            tasks=TASKS,
+        )
         return model
 
     model, batch = exported("e", 8), random_batch()

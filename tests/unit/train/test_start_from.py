@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from comoe.config.recipe import ModelConfig
-from comoe.inference.export import export_model, load_exported
+from comoe.inference.export import Backbone, export_model
+from comoe.inference.exported import load_exported
 from comoe.tasks.task import Task
 from comoe.train.start_from import start_from_export
 from tests.helpers_export import HF_CONFIGS, tiny_recipe, tiny_tokenizer
@@ -32,8 +33,9 @@ def made(tmp_path):
             state_dict=model.state_dict(),
             recipe=recipe,
             tasks=TASKS,
-            encoder_config=HF_CONFIGS["bert"].to_dict(),
-            tokenizer=tiny_tokenizer(tmp_path / "vocabulary"),
+            backbone=Backbone(
+                HF_CONFIGS["bert"].to_dict(), tiny_tokenizer(tmp_path / "vocabulary")
+            ),
         )
         return model, tmp_path / "export"
 

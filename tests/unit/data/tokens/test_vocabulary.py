@@ -10,7 +10,7 @@ from helpers_export import export_tiny
 from transformers import AutoTokenizer, ByT5Tokenizer
 
 from comoe.data.tokens.vocabulary import embedding_problem, load_tokenizer, tokenizer_problem
-from comoe.inference.export import load_exported
+from comoe.inference.exported import load_exported
 from comoe.starter.tiny_models import build_smoke_bart, build_smoke_encoder, build_smoke_t5
 
 WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")

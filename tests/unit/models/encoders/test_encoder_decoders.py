@@ -13,7 +13,8 @@ from transformers import AutoModelForSeq2SeqLM, BertModel, T5Config
 
 from comoe.config.load import recipe_from_dict
 from comoe.config.recipe import ModelConfig, MoeConfig
-from comoe.inference.export import export_model, load_exported
+from comoe.inference.export import Backbone, export_model
+from comoe.inference.exported import load_exported
 from comoe.losses.objective import build_objective
 from comoe.models.encoders.build import build_encoder, build_encoder_shape
 from comoe.models.encoders.families import layers_of
@@ -66,10 +67,15 @@ def exported(folder, folders, name, tasks, **model_options):
     torch.manual_seed(1)
     model = build_model(recipe.model, tasks, recompute=tasks is MIXED).eval()
     export_model(
-        folder / "e", state_dict=model.state_dict(), recipe=recipe, tasks=tasks,
-        encoder_config=json.loads(json.dumps(model.encoder.config.to_dict(), default=str)),
-        tokenizer=tiny_tokenizer(folder / "v"),
-    )  # fmt: skip
+        folder / "e",
+        state_dict=model.state_dict(),
+        recipe=recipe,
+        tasks=tasks,
+        backbone=Backbone(
+            json.loads(json.dumps(model.encoder.config.to_dict(), default=str)),
+            tiny_tokenizer(folder / "v"),
+        ),
+    )
     return model, load_exported(folder / "e").model, load_file(folder / "e/model.safetensors")
 
 

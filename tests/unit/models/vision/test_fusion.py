@@ -10,7 +10,8 @@ from transformers import AutoModel, ViltImageProcessorPil, ViTImageProcessorPil
 
 from comoe.config.recipe import ImageTextConfig, ModelConfig, VisionConfig
 from comoe.data.images.pixels import ImageProcessor
-from comoe.inference.export import export_model, load_exported
+from comoe.inference.export import Backbone, export_model
+from comoe.inference.exported import load_exported
 from comoe.inference.predictor import Predictor
 from comoe.models.model import build_model
 from comoe.models.vision.fusion import FUSIONS
@@ -334,12 +335,14 @@ def test_an_export_carries_the_tower_and_its_processor_and_answers_alike(tmp_pat
         recipe=recipe,
         tasks=TASKS,
         # As a run leaves them.
-        encoder_config=json.loads(json.dumps(model.encoder.config.to_dict(), default=str)),
-        tower_config=None
-        if model.tower is None
-        else json.loads(json.dumps(model.tower.inner.config.to_dict())),
-        tokenizer=tiny_tokenizer(tmp_path / "v"),
-        image_processor=ImageProcessor(inner, side=SIDE),
+        backbone=Backbone(
+            json.loads(json.dumps(model.encoder.config.to_dict(), default=str)),
+            tiny_tokenizer(tmp_path / "v"),
+            None
+            if model.tower is None
+            else json.loads(json.dumps(model.tower.inner.config.to_dict())),
+            ImageProcessor(inner, side=SIDE),
+        ),
     )
     loaded = load_exported(tmp_path / "export")
     torch.testing.assert_close(
