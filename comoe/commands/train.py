@@ -82,7 +82,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(supervise(restarts=given.restarts, stop=stop))
     if place is None and not given.dry_run and (code := start_ranks_here(given.ranks)) is not None:
         sys.exit(code)
-    from comoe.train.run import Request, run_and_exit
+    from comoe.train.exit import run_and_exit
+    from comoe.train.request import Request
 
     words = (
         given.config,

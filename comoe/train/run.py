@@ -1,38 +1,31 @@
-"""One training run, from the recipe to the export: ``train`` for a program, ``run_and_exit`` for the command line."""
+"""One training run, from the recipe to the export; ``comoe.train.exit`` ends the process of a command line with it."""
 
 from __future__ import annotations
 
-import os
 import sys
-import time
-import traceback
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from comoe.config.failure import FULL, is_foreign, keep_traceback, sentence
 from comoe.config.recipe import Recipe
 from comoe.distributed import (
     barrier,
     is_main,
-    lost_connection,
     wait_for_ranks_up_to,
 )
-from comoe.starter.registry import home
 from comoe.train.environment import prepare_process
 from comoe.train.fault.signals import StopSignal
-from comoe.train.fault.supervisor import is_child, restart_record
-from comoe.train.fault.watchdog import LOST, PREPARING, Watchdog
+from comoe.train.fault.watchdog import Watchdog
 from comoe.train.request import Request, deepspeed_settings, load_requested
 from comoe.train.run_folder import (
+    begin_run_folder,
     begun_by_this_start,
+    resume_advice,
     take,
     taken_folder,
-    write_run_folder,
 )
-from comoe.train.state import ALL_STEPS
 
 if TYPE_CHECKING:
     from comoe.train.training_run import TrainingRun
@@ -83,74 +76,6 @@ def train(
     return folder
 
 
-def run_and_exit(request: Request, stop: StopSignal | None = None) -> None:
-    """Train and end the process.
-
-    Exit codes: 0 done or stopped by a signal, 2 with one clear sentence where the user can mend it
-    before training begins, 3 training cannot go on, 4 another rank is lost, 130 interrupted before
-    training, 1 anything else, with its traceback in a log.
-    """
-    watch = Watchdog()
-    code, message, shown = 0, "", ""
-    try:
-        run_request(request, stop, watch)
-    except KeyboardInterrupt:
-        # Outside the training loop, which handles the signal and saves.
-        code, message = 130, "interrupted; what was saved before is whole."
-    except Exception as error:
-        code, message, shown = _classify(error, request, watch)
-    watch.leave(code, message)
-    if code:
-        # Usually every rank fails alike and one message is enough: the others wait for the launcher
-        # to end them, and print only if it does not, because then the error is their own.
-        if not is_main() or int(os.environ.get("RANK", "0")):
-            time.sleep(3)
-        alone = os.environ.get("WORLD_SIZE", "1") == "1"
-        who = "" if alone else f"rank {os.environ.get('RANK', '0')}: "
-        print(f"{shown}comoe: {who}{message}", file=sys.stderr)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # gloo's threads sometimes abort a normal exit; see deepspeed_notes.
-    os._exit(code)
-
-
-def _classify(error: Exception, request: Request, watch: Watchdog) -> tuple[int, str, str]:
-    """Exit code, message, and the traceback if verbose."""
-    plain = isinstance(error, (ValueError, OSError))
-    if plain and watch.phase == PREPARING:
-        verbose = False
-        # The recipe itself may be wrong, and the message says where.
-        with suppress(ValueError, OSError):
-            verbose = load_requested(request).run.verbose
-        if verbose:
-            return 2, sentence(error), traceback.format_exc()
-        log = keep_traceback("train", lambda: home() / "logs") if is_foreign(error) else ""
-        return 2, f"{sentence(error)} {log}".rstrip(), ""
-    from comoe.train.state import TrainingStopped
-
-    if isinstance(error, TrainingStopped):
-        return 3, str(error), ""
-    if isinstance(error, OSError) and error.errno in FULL:
-        return 3, f"{sentence(error)} {watch.advice}", ""
-    # A broken pipe or disk is not a lost rank.
-    if not plain and lost_connection(error):
-        watch.explain(error)
-        return LOST, f"no connection to the other ranks: {error}", ""
-    log = keep_traceback("train", lambda: _log_folder(request, watch))
-    found = f"unexpected {type(error).__name__}: {sentence(error).rstrip('.')}"
-    return 1, f"{found}. {log} {watch.advice}".rstrip(), ""
-
-
-def _log_folder(request: Request, watch: Watchdog) -> Path:
-    """The run folder once it is this start's, where all ranks and later readers find it."""
-    if watch.phase == PREPARING or request.config is None is request.resume:
-        return home() / "logs"
-    if request.resume is not None:
-        return request.resume / "errors"
-    recipe = load_requested(request)
-    return Path(recipe.run.output_dir) / recipe.run.name / "errors"
-
-
 def run_request(
     request: Request, stop: StopSignal | None = None, watch: Watchdog | None = None
 ) -> Path:
@@ -176,8 +101,7 @@ def run_request(
         # Its config.yaml holds what the command line changed; some changes cannot be made twice.
         request = replace(request, config=None, resume=folder, overrides=())
         recipe = load_requested(request)
-    watch.advice = "The last whole checkpoint is good"
-    watch.advice += "." if is_child() else f": go on with --resume {folder}."
+    watch.advice = resume_advice(folder)
     if is_main():
         # Not on standard output: what a dry run prints there is YAML.
         for sentence in recipe_warnings(recipe):
@@ -202,22 +126,11 @@ def run_request(
         run.watch = watch
         # Also the groups of DeepSpeed.
         wait_for_ranks_up_to(max(A_DAY, recipe.parallel.timeout_seconds))
-        _begin(run, settings)
+        begin_run_folder(run, settings)
         _train_and_finalize(run, stop)
         run.monitor.close()
         barrier()
     return folder
-
-
-def _begin(run: TrainingRun, own_settings: Mapping[str, Any]) -> None:
-    """Write the run folder, but not over a finished run: its recipe is the one that its results came from."""
-    state = run.state
-    if state.finished == ALL_STEPS and state.step < run.total_steps:
-        state.finished = ""
-    if is_main() and not state.finished:
-        write_run_folder(run, own_settings=own_settings)
-        if restarted := restart_record():
-            run.monitor.log_event({"event": "restart", "step": state.step, **restarted})
 
 
 def _train_and_finalize(run: TrainingRun, stop: StopSignal | None = None) -> None:

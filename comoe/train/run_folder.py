@@ -20,7 +20,8 @@ from comoe.config.recipe import Recipe
 from comoe.distributed import all_gather_objects, barrier, broadcast_object, is_main, world_size
 from comoe.tasks.task import Task, tasks_from
 from comoe.train.environment import describe_environment
-from comoe.train.fault.supervisor import RUN_WORD
+from comoe.train.fault.supervisor import RUN_WORD, is_child, restart_record
+from comoe.train.state import ALL_STEPS
 
 if TYPE_CHECKING:
     # Brings in DeepSpeed's and transformers' settings, which wait for ``prepare_process``.
@@ -185,6 +186,23 @@ def take(folder: Path, held: ExitStack, *, fresh: bool, overwrite: bool = False)
             _clear(folder)
         write_atomic(folder / MARK, word)
     barrier()
+
+
+def resume_advice(folder: Path) -> str:
+    """What a user does after an error while training."""
+    good = "The last whole checkpoint is good"
+    return f"{good}." if is_child() else f"{good}: go on with --resume {folder}."
+
+
+def begin_run_folder(run: TrainingRun, own_settings: Mapping[str, Any]) -> None:
+    """Write the run folder, but not over a finished run: its recipe is the one that its results came from."""
+    state = run.state
+    if state.finished == ALL_STEPS and state.step < run.total_steps:
+        state.finished = ""
+    if is_main() and not state.finished:
+        write_run_folder(run, own_settings=own_settings)
+        if restarted := restart_record():
+            run.monitor.log_event({"event": "restart", "step": state.step, **restarted})
 
 
 def write_run_folder(run: TrainingRun, *, own_settings: Mapping[str, Any]) -> None:

@@ -179,7 +179,8 @@ def train_in_ranks(
 
 def train_here(request: dict[str, Any], home: str) -> str:
     """What one forked rank runs."""
-    from comoe.train.run import Request, run_request
+    from comoe.train.request import Request
+    from comoe.train.run import run_request
 
     os.environ["COMOE_HOME"] = home
     said = StringIO()

@@ -57,7 +57,8 @@ def test_a_run_that_is_there_is_refused_and_left_as_it_is(smoke_run, terminal):
 
 def refusals(requests: list[dict[str, Any]], home: str) -> list[str]:
     """The messages of several starts in one process, which loads its libraries once."""
-    from comoe.train.run import Request, run_request
+    from comoe.train.request import Request
+    from comoe.train.run import run_request
 
     os.environ["COMOE_HOME"] = home
     said = []

@@ -129,7 +129,8 @@ def train(folder: str, *, stop_at: int | None = None, resume: bool = False) -> N
     """A run, or one that is asked to stop after some steps, or the rest of it."""
     os.environ["COMOE_HOME"] = folder
     from comoe.train.fault.signals import StopSignal
-    from comoe.train.run import Request, run_request
+    from comoe.train.request import Request
+    from comoe.train.run import run_request
 
     class StopAt(StopSignal):
         steps = -1

@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import argparse
 import shutil
-from collections.abc import Callable, Sequence
-from functools import partial
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import replace
 
-from comoe.config.files import read_json, write_atomic, write_json
+from comoe.config.files import write_atomic, write_json
 from comoe.config.load import load_recipe
 from comoe.config.recipe import Recipe
 from comoe.evaluation.evaluate import TEACHER_KL
 from comoe.evaluation.tables import in_columns
-from comoe.experiments.ablate import measure_removal, read_removal
-from comoe.experiments.affinity import measure_affinity, read_affinity
-from comoe.experiments.compare.arms import ARMS, TASK_ARMS, custom_arms
+from comoe.experiments.compare.arms import custom_arms
 from comoe.experiments.compare.claim import need_soft_labels, parse_claim, record_claim
-from comoe.experiments.compare.plan import Arm, Plan, check_earlier, plan_arms, read_seeds
+from comoe.experiments.compare.measurements import affinities, arm_names, removals
+from comoe.experiments.compare.plan import Plan, check_earlier, plan_arms, read_seeds
 from comoe.experiments.compare.plots import write_plots
-from comoe.experiments.compare.report import AFFINITY_FILE, compare, write_comparison
-from comoe.experiments.compare.results import REMOVAL_FILE, split_of
+from comoe.experiments.compare.report import compare, write_comparison
 from comoe.experiments.compare.tables import markdown_lines
 from comoe.experiments.compare.tune import (
     Grid,
@@ -53,13 +49,13 @@ def run_comparison(given: argparse.Namespace) -> list[Trial]:
     experiment = Experiment.from_command(given)
     custom = custom_arms(given.arm)
     # Custom arms come last, unless the list names them.
-    arms = list(dict.fromkeys([*_arm_names("--arms", given.arms), *custom]))
+    arms = list(dict.fromkeys([*arm_names("--arms", given.arms), *custom]))
     seeds = read_seeds(given.seeds, flag="--seeds")
     plan = plan_arms(experiment, arms=arms, custom=custom, seeds=seeds)
     grid = read_grid(given, plan, experiment)
     against = plan.arms[0] if given.against is None else plan.arm(given.against, flag="--against")
     metrics = _metrics(experiment, given)
-    for check in (_affinities, _removals):
+    for check in (affinities, removals):
         check(plan, given)
     _check_measures(plan, given, load_recipe(experiment.config, experiment.overrides))
     if given.dry_run:
@@ -71,7 +67,7 @@ def run_comparison(given: argparse.Namespace) -> list[Trial]:
     if grid is not None:
         tuning, failed = run_tuning(experiment, grid, plan, keep=given.keep_checkpoints)
         plan = tuned_plan(plan, tuning)
-    measurements = [_affinities(plan, given), _removals(plan, given)]
+    measurements = [affinities(plan, given), removals(plan, given)]
     for trial in plan.trials:
         check_earlier(experiment, trial)
     for note in plan.notes:
@@ -81,10 +77,11 @@ def run_comparison(given: argparse.Namespace) -> list[Trial]:
         drop_checkpoints(experiment, plan.trials, keep=given.keep_checkpoints)
         problems = {trial.name: experiment.problem(trial) for trial in plan.trials}
         comparison = compare(
-            plan, experiment.runs, baseline=against.name, resamples=resamples,
-            problems={name: text for name, text in problems.items() if text}, metrics=metrics,
-            measure=given.measure, claim=claim, tuning=tuning,
+            plan, experiment.runs, baseline=against.name, resamples=resamples, metrics=metrics,
+            measure=given.measure, claim=claim,
         )  # fmt: skip
+        problems = {name: text for name, text in problems.items() if text}
+        comparison = replace(comparison, problems=problems, tuning=tuning)
         write_comparison(comparison, experiment.output)
         lines = markdown_lines(comparison)
         write_atomic(experiment.output / "table.md", "\n".join(lines) + "\n")
@@ -146,10 +143,6 @@ def drop_checkpoints(experiment: Experiment, trials: Sequence[Trial], *, keep: b
             shutil.rmtree(experiment.runs / trial.name / "checkpoints", ignore_errors=True)
 
 
-Measurement = Callable[[Experiment], None]
-"""Measures finished runs after the training of all runs."""
-
-
 def _metrics(experiment: Experiment, given: argparse.Namespace) -> list[str]:
     """``task/metric`` names; whether a metric exists is known when runs are finished."""
     names = [name.strip() for name in given.metrics.split(",")] if given.metrics else []
@@ -172,80 +165,3 @@ def _check_measures(plan: Plan, given: argparse.Namespace, recipe: Recipe) -> No
     for flag, measure in (("--measure", given.measure), ("--tune-by", given.tune_by)):
         if measure == TEACHER_KL:
             need_soft_labels(f"{flag} {measure}", recipe)
-
-
-def _affinities(plan: Plan, given: argparse.Namespace) -> Measurement:
-    limit = given.affinity_posts
-    if limit < 2 and limit != 0:
-        raise ValueError(
-            f"--affinity-posts is {limit}; it must be at least 2, or 0 for no gradients."
-        )
-    arms = _arms_of_one_run(plan, "--affinity", given.affinity)
-    if plan.joint and not arms:
-        arms = [plan.arm(plan.joint, flag="--arms")]
-    if plan.joint is None and arms:
-        raise ValueError(
-            "--affinity compares the gradients of tasks; it needs an arm with several tasks."
-        )
-    measure = partial(measure_affinity, limit=limit)
-    return _measurement(arms if limit else [], AFFINITY_FILE, limit, read_affinity, measure)
-
-
-def _removals(plan: Plan, given: argparse.Namespace) -> Measurement:
-    limit = given.removal_posts
-    if limit < 1:
-        raise ValueError(f"--removal-posts is {limit}; it must be at least 1.")
-    arms = _arms_of_one_run(plan, "--remove-experts", given.remove_experts)
-    for arm in arms:
-        if not all(trial.experts for trial in arm.trials):
-            raise ValueError(f"--remove-experts {arm.name}: this arm has no experts.")
-
-    def measure(folder: Path) -> Any:
-        split = split_of(read_json(folder / "results.json"))
-        return measure_removal(folder, split=split, limit=limit)
-
-    return _measurement(arms, REMOVAL_FILE, limit, read_removal, measure)
-
-
-def _arms_of_one_run(plan: Plan, flag: str, text: str | None) -> list[Arm]:
-    arms = [plan.arm(name, flag=flag) for name in (_arm_names(flag, text) if text else [])]
-    for arm in arms:
-        if len(arm.parts) > 1:
-            raise ValueError(
-                f"{flag} {arm.name}: this arm has a run for each task; give an arm of one run ({', '.join(arm.parts)})."
-            )
-    return arms
-
-
-def _measurement(
-    arms: Sequence[Arm],
-    file_name: str,
-    limit: int,
-    read: Callable[[Path], Any],
-    measure: Callable[[Path], Any],
-) -> Measurement:
-    """Measures the finished runs of some arms and writes a file to their folders, unless it is there."""
-
-    def work(experiment: Experiment) -> None:
-        trials = [trial for arm in arms for trial in arm.trials if is_done(experiment, trial)]
-        for number, trial in enumerate(trials, start=1):
-            folder = experiment.runs / trial.name
-            file = folder / file_name
-            if file.is_file() and read(file).limit == limit:
-                continue
-            print_now(f"[{number}/{len(trials)}] {trial.name}: {file.stem}")
-            try:
-                write_json(file, measure(folder).to_dict())
-            except ValueError as error:
-                # The runs took hours, and the rest of the report does not need this file.
-                print_now(f"comoe: {error}")
-
-    return work
-
-
-def _arm_names(flag: str, text: str) -> list[str]:
-    names = [name.strip() for name in text.split(",")]
-    if not all(names):
-        valid = ", ".join([*TASK_ARMS, *ARMS])
-        raise ValueError(f"{flag} is {text!r}; it must be names with commas between, of {valid}.")
-    return names

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -74,15 +74,16 @@ class Comparison:
     """Arm -> measured gradient cosines of its tasks."""
     notes: Sequence[str]
     """What differs between the arms."""
-    problems: Mapping[str, str]
-    """Run -> why it failed."""
     metrics: Sequence[str] = ()
     """``task/metric`` names with their own table and figure."""
     measure: str | None = None
     """Key of ``MEASURES`` that arms are ordered and compared by; None: by the metric, in the order of
     the plan."""
     claim: ClaimResult | None = None
+    problems: Mapping[str, str] = field(default_factory=dict)
+    """Run -> why it failed."""
     tuning: Tuning | None = None
+    """How the options of the arms were chosen."""
 
     @property
     def against(self) -> Differences:
@@ -159,11 +160,9 @@ def compare(
     *,
     baseline: str,
     resamples: int,
-    problems: Mapping[str, str] | None = None,
     metrics: Sequence[str] = (),
     measure: str | None = None,
     claim: Claim | None = None,
-    tuning: Tuning | None = None,
 ) -> Comparison:
     """Read every finished run and compare the arms with the baseline, on the seeds that both have finished.
 
@@ -172,11 +171,9 @@ def compare(
         runs: folder of the run folders.
         baseline: an arm.
         resamples: of the bootstrap; below 2 there are no differences.
-        problems: run -> why it failed.
         metrics: ``task/metric`` names with their own table; a note lists those that no run has.
         measure: see ``Comparison.measure``.
         claim: the comparison named beforehand; the p-values of all others are adjusted.
-        tuning: how the options of the arms were chosen.
     """
     results = read_arms(plan, runs)
     pairs = PairedDifferences(results, runs, resamples=resamples)
@@ -208,8 +205,8 @@ def compare(
     what = "metric of these runs (--metrics)"
     notes += [str(unknown_name(what, name, sorted(known))) for name in missing]
     return Comparison(
-        plan, results, baseline, differences, changes, _cosines(results, runs), notes, problems or {},
-        [name for name in metrics if name in known], measure, ClaimResult(claim, claimed) if claim else None, tuning,
+        plan, results, baseline, differences, changes, _cosines(results, runs), notes,
+        [name for name in metrics if name in known], measure, ClaimResult(claim, claimed) if claim else None,
     )  # fmt: skip
 
 

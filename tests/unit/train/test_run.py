@@ -8,12 +8,12 @@ from types import SimpleNamespace
 
 import pytest
 
-import comoe.train.run as module
+import comoe.train.exit as module
 from comoe.config.failure import sentence
 from comoe.train.fault.supervisor import FINAL
 from comoe.train.fault.watchdog import Watchdog
 from comoe.train.request import Request, load_requested
-from comoe.train.run import run_and_exit
+from comoe.train.run import _train_and_finalize
 from comoe.train.state import TrainState
 from comoe.train.trainer import Trainer
 
@@ -42,14 +42,14 @@ def end_by(monkeypatch, capsys, tmp_path):
                 raise error
             state = TrainState()
             run = SimpleNamespace(folder=Path("runs/x"), watch=watch, state=state, tasks=())
-            module._train_and_finalize(run, stop)
+            _train_and_finalize(run, stop)
 
         monkeypatch.delenv("RANK", raising=False)
         monkeypatch.setattr(Trainer, "train", train)
         monkeypatch.setattr(module, "run_request", run_request)
         monkeypatch.setattr(module.os, "_exit", leave)
         with pytest.raises(Left) as left:
-            run_and_exit(request or Request())
+            module.run_and_exit(request or Request())
         return left.value.args[0], capsys.readouterr().err
 
     return end

@@ -282,9 +282,9 @@ def test_the_report_says_what_the_run_folders_say(experiment, tmp_path):
         better = [post >= wrong - 8 for post in range(40)]
         write_run(tmp_path / "runs" / f"sigmoid-s{seed}", right=better, experts=True, removal=True)
     comparison = compare(
-        plan, tmp_path / "runs", baseline="dense", resamples=200, problems={"paper-s0": "killed"},
-        metrics=["mood/accuracy", "mood/acuracy"],
+        plan, tmp_path / "runs", baseline="dense", resamples=200, metrics=["mood/accuracy", "mood/acuracy"],
     )  # fmt: skip
+    comparison = replace(comparison, problems={"paper-s0": "killed"})
     difference = comparison.against["sigmoid"]["mean"]
     assert difference.mean == pytest.approx(0.2) and difference.low < 0.2 < difference.high
     assert comparison.interval("sigmoid", "routing", "weight_monopoly").mean == pytest.approx(0.3)

@@ -1,0 +1,88 @@
+"""Labeled posts for a model to be scored on, read as training read its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from comoe.config.recipe import TaskConfig
+from comoe.data.images.check import ImageReader
+from comoe.data.posts import PostSplit
+from comoe.data.reading.files import RawSplit
+from comoe.data.reading.inputs import (
+    DataChoice,
+    check_columns,
+    choose_column,
+    choose_labels,
+    choose_pair,
+    choose_text,
+)
+from comoe.data.reading.rows import RowReader, read_rows, settle
+from comoe.data.reading.sources import read_input
+from comoe.data.report import DataReport
+from comoe.inference.predictor import Predictor
+from comoe.tasks.labels import split_words
+from comoe.tasks.prompts import wants_pair
+from comoe.tasks.task import Task
+
+
+def read_labeled(
+    choice: DataChoice, tasks: Sequence[Task], *, predictor: Predictor, report: DataReport
+) -> tuple[PostSplit, dict[str, int]]:
+    """The posts, and per task how many labels do not fit their words.
+
+    Raises:
+        ValueError: as of ``comoe.score``.
+    """
+    raw = read_input("--data", choice.path, format=choice.format, split=choice.split)
+    configs = _columns(choice, tasks, raw=raw, predictor=predictor)
+    slices = dict.fromkeys(column for task in tasks for column in task.slices)
+    slices = [column for column in slices if column in raw.columns]
+    reader = RowReader(
+        configs,
+        {task.name: task.labels for task in tasks},
+        max_characters=10**6,
+        columns=slices,
+        strict=not choice.skip_bad,
+    )
+    posts = settle(
+        read_rows(raw, reader.read),
+        file=raw.file,
+        skip=choice.skip_bad,
+        option="--skip-bad",
+        report=report,
+    )[: choice.limit]
+    image = next(iter(configs.values())).image
+    if image is not None:
+        config = replace(predictor.exported.data_config, on_bad_image="text")
+        posts = ImageReader(config, report, advice={}).read(posts, column=image)
+    if any(task.name in predictor.as_words for task in tasks):
+        # Plain texts are cut into words, as the posts were in training.
+        posts = [replace(post, words=post.words or split_words(post.text)) for post in posts]
+    names = [task.name for task in predictor.exported.tasks]
+    return PostSplit.from_posts(posts, tasks=names, columns=slices), dict(reader.unfit)
+
+
+def _columns(
+    choice: DataChoice, tasks: Sequence[Task], *, raw: RawSplit, predictor: Predictor
+) -> dict[str, TaskConfig]:
+    """Task -> where its posts and labels stand: the columns that were given, else those of training."""
+    config = predictor.exported.config
+    image = choose_column(predictor.image_column, asked=choice.image, columns=raw.columns)
+    labels = choose_labels(config, tasks, asked=choice.label, columns=raw.columns)
+    pair = choose_pair(config, tasks, asked=choice.pair, columns=raw.columns)
+    text = choose_text(config, tasks, asked=choice.text, columns=raw.columns)
+    wanted = {"--text-column": text, "--pair-column": pair, "--image-column": image}
+    check_columns(raw, wanted)
+    for label in labels.values():
+        check_columns(raw, {"--label-column": label})
+    with_pair = [task.name for task in tasks if wants_pair(task.prompt)]
+    if with_pair and pair is None:
+        raise ValueError(
+            f"The prompt of {', '.join(with_pair)} has {{pair}}; name its column with --pair-column."
+        )
+    shared = TaskConfig(text=text, pair=pair, image=image)
+    return {
+        task.name: replace(shared, kind=task.kind, label=labels[task.name], prompt=task.prompt)
+        for task in tasks
+    }
