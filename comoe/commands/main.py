@@ -12,6 +12,7 @@ COMMANDS = {
     "init": "write a recipe for a file of posts",
     "train": "train a recipe, or continue a run",
     "predict": "predict the posts of a file with an export",
+    "select": "the posts to label next, for Label Studio",
     "report": "one page of HTML of predictions: shares, their course, slices",
     "serve": "answer requests over HTTP with exports",
     "eval": "score an export on labeled posts",

@@ -3,8 +3,8 @@
     comoe predict --model runs/starter/export --input posts.txt --output predictions.jsonl
     comoe predict --model F --input test_text.txt --output irony.txt --format tweeteval --task irony
 
---input is .txt (one post per line), .csv, .tsv, .jsonl or .parquet; --format is jsonl, csv or
-tweeteval (one label id per line).
+--input is .txt (one post per line), .csv, .tsv, .jsonl or .parquet; --format is jsonl, csv,
+html (a page to look at) or tweeteval (one label id per line).
 """
 
 import sys
@@ -27,7 +27,7 @@ def parser() -> ArgumentParser:
     add("--revision", metavar="NAME", help="branch, tag or commit of a model on the hub")
     add("--input", required=True, type=Path, help="file of posts")
     add("--output", required=True, type=Path, help="file of predictions; missing folders are made")
-    add("--format", default="jsonl", help="jsonl, csv or tweeteval")
+    add("--format", default="jsonl", help="jsonl, csv, html or tweeteval")
     add("--task", action="append", dest="tasks", metavar="TASK", help="predict this task only; may be repeated")
     add("--text-column", help="column with the post (default: that of training, else text)")
     add("--pair-column", help="column with the second text (default: that of training)")
@@ -36,8 +36,8 @@ def parser() -> ArgumentParser:
         help="copy this column of the input; may be repeated (default: id, if there is one)")
     add("--raw-csv", action="store_true",
         help="csv: leave text as it is, also where a spreadsheet would run it as a formula")
-    add("--explain", action="store_true",
-        help="add each word's attention (jsonl, tasks with a head)")
+    add("--explain", nargs="?", const="attention", default=False, metavar="METHOD",
+        help="what words count: attention (also if no METHOD is given), gradients or experts (jsonl, html)")
     add("--batch-size", type=whole(1), default=64, help="posts per forward pass")
     add("--device", default="auto",
         help="cpu, cuda, cuda:1, ...; auto is a GPU where there is one")

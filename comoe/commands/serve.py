@@ -35,6 +35,7 @@ def parser() -> ArgumentParser:
         help="a post waits so long for others to share its pass")
     add("--max-bytes", type=whole(1), default=1 << 20, help="bytes of a request (413)")
     add("--max-posts", type=whole(1), default=256, help="posts of a request (413)")
+    add("--max-gradients", type=whole(1), default=16, help="posts of a request explained by gradients (413)")
     add("--max-characters", type=whole(1), default=20_000, help="characters of a post (413)")
     add("--queue", type=whole(1), default=1024, help="posts that wait for a model; more are refused (429)")
     add("--requests", type=whole(1), default=256, help="requests at once; more are refused (429)")

@@ -8,6 +8,7 @@ EXTRAS = {
     "train": ("deepspeed", "accelerate", "datasets", "matplotlib", "psutil", "tensorboard"),
     "report": ("jinja2", "matplotlib"),
     "augment": ("gguf",),
+    "explain": ("captum",),
     "serve": ("fastapi", "prometheus_client", "uvicorn"),
     "track": ("mlflow", "sqlalchemy", "alembic"),
     "tune": ("optuna",),

@@ -497,7 +497,10 @@ class TaskConfig:
     by the decoder) and label_words (the decoder scores each label's words). text with ``labels``
     means label_words."""
     format: Annotated[
-        Literal["auto", "tweeteval", "jsonl", "csv", "tsv", "parquet", "txt", "hub"], READER_TABLE
+        Literal[
+            "auto", "tweeteval", "jsonl", "csv", "tsv", "parquet", "txt", "label_studio", "hub"
+        ],
+        READER_TABLE,
     ] = "auto"
     """Of the files; auto looks at the path."""
     subset: Text | None = None

@@ -229,6 +229,7 @@ def _parse(
     splits = {}
     for split, raw in group.raw.items():
         report.warnings += [raw.joined_lines()] if raw.joined else []
+        report.notes += raw.notes
         posts = settle(
             read_rows(raw, rows.read),
             file=raw.file,

@@ -73,7 +73,7 @@ class Rule:
 class Calibrator:
     """Fits on the validation posts, then reads every split as the export will.
 
-    ``tasks`` are those given, with ``temperature`` and ``thresholds`` from the moment that
+    ``tasks`` are those given, with ``temperature``, ``thresholds`` and ``prior`` from the moment that
     validation was taken on. Deterministic in the outputs, so it is the same on every rank that has
     them.
 
@@ -136,7 +136,7 @@ class Calibrator:
         )
 
     def report(self) -> dict[str, dict[str, Any]]:
-        """Task -> ``temperature``, ``thresholds``, ``decision`` (metric, at_half, held_out) or
+        """Task -> ``temperature``, ``thresholds``, ``prior``, ``decision`` (metric, at_half, held_out) or
         None, and ``ece`` and ``nll``: split -> before, after. Plain numbers; None where nothing was
         fitted."""
         return {
@@ -147,6 +147,8 @@ class Calibrator:
         if found is None or len(np.unique(found.posts_N)) < FEWEST_POSTS:
             return task
         rule, (temperatures, thresholds) = RULES[task.kind], self._wanted
+        if task.mode != "tokens":
+            task = replace(task, prior=label_mix(found.gold, len(task.labels)))
         # A few posts can point anywhere: each half tests the temperature of the other.
         if temperatures and rule.nll(crossed(found, rule), found.gold) < rule.nll(
             found.logits_NY, found.gold
@@ -172,6 +174,7 @@ class Calibrator:
         entry |= {
             "temperature": task.temperature,
             "thresholds": task.thresholds and list(task.thresholds),
+            "prior": task.prior and list(task.prior),
         }
         after_NY = None
         if task.temperature is not None:
@@ -193,7 +196,8 @@ class Calibrator:
             entry[name][split] = {"before": before, "after": after}
 
     def _entry(self, task: Task) -> dict[str, Any]:
-        blank = {"temperature": None, "thresholds": None, "decision": None, "ece": {}, "nll": {}}
+        blank = dict.fromkeys(("temperature", "thresholds", "prior", "decision"))
+        blank |= {"ece": {}, "nll": {}}
         return self._report.setdefault(task.name, blank)
 
 
@@ -292,8 +296,30 @@ def with_calibration(
         entry = (report or {}).get(task.name, {})
         edges = entry.get("thresholds")
         edges = None if edges is None else tuple(edges)
-        fitted.append(replace(task, temperature=entry.get("temperature"), thresholds=edges))
+        prior = entry.get("prior")
+        fitted.append(
+            replace(
+                task,
+                temperature=entry.get("temperature"),
+                thresholds=edges,
+                prior=None if prior is None else tuple(prior),
+            )
+        )
     return tuple(fitted)
+
+
+def label_mix(gold: np.ndarray, num_labels: int) -> tuple[float, ...]:
+    """Share of the posts that have each label, with half a post more in each label, and, where labels
+    are independent, half a post more without it: no share is 0 or 1.
+
+    Args:
+        gold: label ids (N,), or 0/1 (N, Y).
+        num_labels: Y.
+    """
+    if gold.ndim == 1:
+        counts_Y = np.bincount(gold, minlength=num_labels) + 0.5
+        return tuple((counts_Y / counts_Y.sum()).tolist())
+    return tuple(((gold.sum(axis=0) + 0.5) / (len(gold) + 1)).tolist())
 
 
 def parts_of(posts_N: np.ndarray, count: int) -> np.ndarray:

@@ -28,8 +28,8 @@ class PredictOptions:
     """Columns to copy to the predictions; None is ``id``, if there is one."""
     raw_csv: bool = False
     """Leave text in a CSV file as it is, also where a spreadsheet would run it as a formula."""
-    explain: bool = False
-    """Add the attention weight of each word (jsonl; tasks with a pooled head)."""
+    explain: bool | str = False
+    """Explain by this key of ``comoe.inference.explain.METHODS`` (jsonl and html); True is attention."""
     batch_size: int = 64
     """Posts per forward pass."""
 

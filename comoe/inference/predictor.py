@@ -24,8 +24,8 @@ from comoe.data.collator import Collator
 from comoe.data.reading.inputs import USUAL
 from comoe.data.tokens.split import TokenizedSplit
 from comoe.distributed import choose_device
-from comoe.inference.attention import attention_per_word, words_of
 from comoe.inference.columns import Posts, locate_images, read_columns, whole_cell
+from comoe.inference.explain import GRADIENTS, Explainer, check_explained, method_of
 from comoe.inference.exported import Exported, load_exported
 from comoe.inference.hub import copy_export, find_export
 from comoe.inference.passes import forward_passes, task_passes
@@ -142,7 +142,7 @@ class Predictor(ModelHubMixin):
         tasks: Sequence[str] | None = None,
         batch_size: int = 64,
         batch_tokens: int | None = None,
-        explain: bool = False,
+        explain: bool | str = False,
         progress: bool = False,
     ) -> list[dict[str, Any]]:
         """Predict every text; one that cannot be has ``error`` instead of predictions, and no text is lost.
@@ -157,16 +157,15 @@ class Predictor(ModelHubMixin):
             tasks: names of the tasks; None is all.
             batch_size: posts per forward pass.
             batch_tokens: most tokens of a forward pass, padding counted, if it has several posts.
-            explain: add ``attention`` to each task with a pooled head: [word, weight] in the order
-                of the cleaned post, weights summing to 1; and ``attention_elsewhere``, the share on
-                special tokens and on the second text.
+            explain: attention, gradients or experts, as of ``explain``; True is attention. Tasks that
+                the method cannot explain are predicted without it.
             progress: show a progress bar.
 
         Raises:
             ValueError: no such task; columns of different number, or that are no lists; images for
                 a model of texts.
         """
-        chosen = self.choose_tasks(tasks)
+        chosen, method = self.choose_tasks(tasks), method_of(explain)
         posts = self._read(texts, pairs, words, images, image_root, chosen)
         predictions, passes = posts.predictions, []
         if posts.usable:
@@ -178,9 +177,40 @@ class Predictor(ModelHubMixin):
                 mine = [predictions[i] for i in posts.usable]
                 rows = self.collator.rows_per_post(some)
                 for indices in forward_passes(split.lengths, batch_size, batch_tokens, rows=rows):
-                    self._predict(split, indices, tasks=some, predictions=mine, explain=explain)
+                    options = {"tasks": some, "predictions": mine}
+                    self._predict(split, indices, **options, explain=method)
+                    if method == GRADIENTS:
+                        self._explainer.add_gradients(split, indices, **options)
                     bar.update(len(indices))
         return predictions
+
+    def explain(
+        self, texts: Sequence[str], *, method: str = "attention", **options: Any
+    ) -> list[dict[str, Any]]:
+        """Predictions with what explains them, under the name of the method in each task's prediction.
+
+        - ``attention`` (tasks with a head on the whole post): [word, weight] in the order of the
+          cleaned post, weights summing to 1; and ``attention_elsewhere``, the share on special
+          tokens and on the second text. Where the head looked, which is no proof of a cause.
+        - ``gradients`` (the same tasks): integrated gradients of the predicted label, signed; see
+          ``comoe.inference.explain.Explainer.add_gradients``. Some 50 to 500 times as slow.
+        - ``experts`` (also tasks with a head on each word): the experts that each word used.
+
+        Args:
+            texts: raw posts.
+            method: attention, gradients or experts.
+            options: as of a prediction.
+
+        Raises:
+            ValueError: as of a prediction; or the method can explain none of the tasks.
+        """
+        tasks = self.choose_tasks(options.get("tasks"))
+        check_explained(method_of(method), tasks, self.exported.model)
+        return self(texts, **options, explain=method)
+
+    @property
+    def _explainer(self) -> Explainer:
+        return Explainer(self.exported, self.collator, self.device)
 
     def embed(
         self,
@@ -271,7 +301,7 @@ class Predictor(ModelHubMixin):
         *,
         tasks: Sequence[Task],
         predictions: list[dict],
-        explain: bool,
+        explain: str | None,
     ) -> None:
         batch = self.collator(split, indices)
         output = self.exported.model(batch.to(self.device))
@@ -296,15 +326,7 @@ class Predictor(ModelHubMixin):
                         **prediction,
                         "spans": tag_spans(prediction["tags"], kept),
                     }
-                elif explain and task.mode == "pooled":
-                    weights_L = output.attentions[task.name][row].float().cpu().numpy()
-                    words = split.posts.words[post] or words_of(
-                        split.posts.texts[post],
-                        tokens[post],
-                        tokenizer=self.exported.tokenizer,
-                        config=self.exported.data_config,
-                    )
-                    prediction |= attention_per_word(weights_L, tokens[post].word_ids, words=words)
+                prediction |= self._explainer.of_output(explain, task, split, post, row, output)
                 if not _is_finite(prediction):
                     problem = f"the scores of {task.name} are not finite: the model has diverged"
                     predictions[post].setdefault("error", problem)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TextIO
 
 from comoe.config.errors import unknown_name
@@ -11,6 +11,8 @@ from comoe.config.files import csv_line
 from comoe.data.posts import Post
 from comoe.data.reading.files import json_line
 from comoe.inference.columns import pair_problem, second_text, text_problem
+from comoe.inference.explain import ATTENTION, check_explained, method_of
+from comoe.inference.html import head, post_block
 from comoe.inference.options import PredictOptions
 from comoe.inference.predictor import Predictor
 from comoe.tasks.labels import whole_characters
@@ -30,25 +32,31 @@ def make_writer(predictor: Predictor, options: PredictOptions) -> JsonLines:
         raise unknown_name("--format", format, WRITERS)
     if options.keep and WRITERS[format] is TweetEval:
         raise ValueError("--keep wants --format jsonl or csv; tweeteval has label ids alone.")
-    if options.explain and WRITERS[format] is not JsonLines:
+    method = method_of(options.explain)
+    if method and not WRITERS[format].explains:
         raise ValueError(
-            "--explain wants --format jsonl; the others have no place for the weights of words."
+            "--explain wants --format jsonl or html; the others have no place for what words weigh."
         )
-    if options.explain and not any(task.mode == "pooled" for task in tasks):
+    if method == ATTENTION and not any(task.mode == "pooled" for task in tasks):
         print(
             "--explain: none of these tasks has attention; only tasks with a pooled head have it",
             file=sys.stderr,
         )
+    elif method:
+        check_explained(method, tasks, predictor.exported.model)
     writer = WRITERS[format](predictor, tasks)
-    writer.raw = options.raw_csv
+    writer.raw, writer.method = options.raw_csv, method
     return writer
 
 
 class JsonLines:
     """One object per post: kept columns, ``text``, the prediction of each task, or ``error``."""
 
+    explains = True
+    """Whether there is a place for explanations."""
+
     def __init__(self, predictor: Predictor, tasks: Sequence[Task]) -> None:
-        self.predictor, self.tasks, self.raw = predictor, tasks, False
+        self.predictor, self.tasks, self.raw, self.method = predictor, tasks, False, None
         self.reads_images = predictor.collator.pixels is not None
 
     def prepare(self, post: Post) -> Post:
@@ -67,8 +75,22 @@ class JsonLines:
         return f"; {bad} of them could not be predicted and have an error instead" if bad else ""
 
 
+class Page(JsonLines):
+    """A page of HTML: each post with its predictions, and words in the color of what they weigh."""
+
+    def begin(self, file: TextIO, kept: Iterable[str]) -> None:
+        self.kept = list(kept)
+        file.write(head(self.method))
+
+    def write(self, file: TextIO, prediction: dict[str, Any]) -> None:
+        names = [task.name for task in self.tasks]
+        file.write(whole_characters(post_block(prediction, names, self.kept)))
+
+
 class Table(JsonLines):
     """CSV: kept columns, text, then per task the prediction and the score of every label, and the error."""
+
+    explains = False
 
     def begin(self, file: TextIO, kept: Iterable[str]) -> None:
         self.columns = [*kept, "text"]
@@ -80,12 +102,7 @@ class Table(JsonLines):
         file.write(csv_line(self.columns, raw=self.raw))
 
     def write(self, file: TextIO, prediction: dict[str, Any]) -> None:
-        row = dict(prediction)
-        for task in self.tasks:
-            if task.name in prediction:
-                row[task.name] = _cell(task, prediction[task.name])
-                scores = {} if task.mode == "tokens" else prediction[task.name].get("scores", {})
-                row |= {f"{task.name}/{label}": score for label, score in scores.items()}
+        row = dict(prediction) | table_cells(prediction, self.tasks)
         cells = (row.get(column, "") for column in self.columns)
         whole = (whole_characters(cell) if isinstance(cell, str) else cell for cell in cells)
         file.write(csv_line(whole, raw=self.raw))
@@ -97,6 +114,8 @@ class TweetEval(JsonLines):
     Every line needs an id, so a line that cannot be read or is empty is predicted as if it were a
     lone user name.
     """
+
+    explains = False
 
     def __init__(self, predictor: Predictor, tasks: Sequence[Task]) -> None:
         super().__init__(predictor, tasks)
@@ -145,6 +164,17 @@ class TweetEval(JsonLines):
         return ""
 
 
+def table_cells(prediction: Mapping[str, Any], tasks: Sequence[Task]) -> dict[str, Any]:
+    """Cells of a flat table: of each task that has one the prediction, and the score of every label."""
+    row = {}
+    for task in tasks:
+        if task.name in prediction:
+            row[task.name] = _cell(task, prediction[task.name])
+            scores = {} if task.mode == "tokens" else prediction[task.name].get("scores", {})
+            row |= {f"{task.name}/{label}": score for label, score in scores.items()}
+    return row
+
+
 def _cell(task: Task, prediction: dict[str, Any]) -> Any:
     """The prediction itself: a label, a number, or names joined by blanks (tags, one per word) or ; (labels)."""
     if task.mode == "tokens":
@@ -153,5 +183,10 @@ def _cell(task: Task, prediction: dict[str, Any]) -> Any:
     return ";".join(value) if isinstance(value, list) else value
 
 
-WRITERS: dict[str, type[JsonLines]] = {"jsonl": JsonLines, "csv": Table, "tweeteval": TweetEval}
+WRITERS: dict[str, type[JsonLines]] = {
+    "jsonl": JsonLines,
+    "csv": Table,
+    "tweeteval": TweetEval,
+    "html": Page,
+}
 """``--format`` -> writer."""

@@ -19,11 +19,20 @@ from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
 from starlette.exceptions import HTTPException
 
 from comoe import __version__
+from comoe.inference.explain import ATTENTION, GRADIENTS, METHODS, check_explained, method_of
 from comoe.serving.batcher import Closed, QueueFull
 from comoe.serving.guard import Guard, Problem
 from comoe.serving.limits import Limits
-from comoe.serving.messages import Answer, Ask, EmbedQuestion, Listing, Question, Refusal
-from comoe.serving.models import EMBED, EXPLAIN, PREDICT, Models, Served
+from comoe.serving.messages import (
+    Answer,
+    Ask,
+    EmbedQuestion,
+    ExplainQuestion,
+    Listing,
+    Question,
+    Refusal,
+)
+from comoe.serving.models import EMBED, PREDICT, Models, Served
 from comoe.tasks.task import Task
 
 LOG = logging.getLogger("comoe.serving")
@@ -111,7 +120,7 @@ class _Handler:
     async def __call__(
         self, request: Request, what: str, ask: Ask, names: Sequence[str] | None
     ) -> JSONResponse:
-        posts = self._posts(ask)
+        posts = self._posts(ask, what)
         served, tasks, job = self._submit(what, ask, posts, names)
         left = self._limits.timeout - (time.monotonic() - request.state.arrived)
         try:
@@ -129,8 +138,12 @@ class _Handler:
             {"model": served.source.name, "revision": served.revision, "predictions": results}
         )
 
-    def _posts(self, ask: Ask) -> list[dict[str, Any]]:
+    def _posts(self, ask: Ask, what: str) -> list[dict[str, Any]]:
         limits = self._limits
+        if what == GRADIENTS and len(ask.posts) > limits.max_gradients:
+            few = f"{limits.max_gradients} posts to explain by gradients"
+            message = f"A request may have {few}; this one has {len(ask.posts)}."
+            raise Problem(413, "too_large", message)
         if len(ask.posts) > limits.max_posts:
             message = f"A request may have {limits.max_posts} posts; this one has {len(ask.posts)}."
             raise Problem(413, "too_large", message)
@@ -146,11 +159,11 @@ class _Handler:
     ) -> tuple[Served, list[Task], Future]:
         key = (what, None if names is None else tuple(names))
         for _ in range(10):
-            served, tasks = self._find(ask, posts, names)
+            served, tasks = self._find(what, ask, posts, names)
             # One task is enough to read posts that are embedded.
             reading = tasks[:1] if what == EMBED else tasks
             rows = served.predictor.collator.rows_per_post(reading)
-            tokens = [served.tokens(post, rows) for post in posts]
+            tokens = [served.tokens(post, rows, what) for post in posts]
             try:
                 return served, tasks, served.batcher.submit(key, posts, tokens)
             except QueueFull as full:
@@ -162,15 +175,18 @@ class _Handler:
         raise Problem(503, "closing", message)
 
     def _find(
-        self, ask: Ask, posts: list[dict[str, Any]], names: Sequence[str] | None
+        self, what: str, ask: Ask, posts: list[dict[str, Any]], names: Sequence[str] | None
     ) -> tuple[Served, list[Task]]:
         try:
             served = self._models.find(ask.model, ask.revision)
             tasks = served.predictor.choose_tasks(names)
+            # What attention cannot explain is predicted without it, as ever.
+            if what in METHODS and what != ATTENTION:
+                check_explained(method_of(what), tasks, served.predictor.exported.model)
         except LookupError as error:
             raise Problem(404, "unknown_model", f"{error}.") from None
         except ValueError as error:
-            raise Problem(422, "invalid", f"{error}.") from None
+            raise Problem(422, "invalid", f"{str(error).removesuffix('.')}.") from None
         if not served.reads_images and any(post["image"] is not None for post in posts):
             raise Problem(422, "invalid", "This model reads no images; leave them out.")
         return served, tasks
@@ -189,9 +205,9 @@ def _add_questions(app: FastAPI, handler: _Handler, bearer: list[Any]) -> None:
         return await handler(request, PREDICT, ask, ask.tasks)
 
     @app.post("/v1/explain", **options)
-    async def explain(request: Request, ask: Question) -> Response:
-        """Predictions, and the share of each word in the attention of a task's head. No proof of a cause."""
-        return await handler(request, EXPLAIN, ask, ask.tasks)
+    async def explain(request: Request, ask: ExplainQuestion) -> Response:
+        """Predictions with what explains them: attention of the head, gradients of the words, or their experts."""
+        return await handler(request, ask.method, ask, ask.tasks)
 
     @app.post("/v1/embed", **options)
     async def embed(request: Request, ask: EmbedQuestion) -> Response:

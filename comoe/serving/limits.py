@@ -20,6 +20,8 @@ class Limits:
     """Bytes of a request's body."""
     max_posts: int = 256
     """Posts of a request."""
+    max_gradients: int = 16
+    """Posts of a request that is explained by gradients, which takes some hundred times as long."""
     max_characters: int = 20_000
     """Characters of a post, with its second text and its words."""
     queue: int = 1024

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -97,6 +97,16 @@ class Question(Ask):
 
     tasks: list[Name] | None = Field(
         None, min_length=1, max_length=1000, description="Names of tasks; all by default."
+    )
+
+
+class ExplainQuestion(Question):
+    """Posts to predict, with what explains the predictions."""
+
+    method: Literal["attention", "gradients", "experts"] = Field(
+        "attention",
+        description="attention: share of each word in that of a task's head, no proof of a cause; gradients: signed "
+        "integrated gradients of the predicted label, slow; experts: those that each word used.",
     )
 
 

@@ -11,14 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from comoe.inference.checkpoint_folder import MANIFEST
+from comoe.inference.explain import GRADIENTS, METHODS
 from comoe.inference.export_config import CONFIG, WEIGHTS, read_export_config
 from comoe.inference.predictor import Predictor
 from comoe.serving.batcher import Batcher
 from comoe.serving.limits import Limits
 from comoe.serving.metrics import Metrics
 
-PREDICT, EXPLAIN, EMBED = "predict", "explain", "embed"
-"""What a model is asked for."""
+PREDICT, EMBED = "predict", "embed"
+"""What a model is asked for; or a method of ``comoe.inference.explain.METHODS``."""
+
+GRADIENT_COST = 100
+"""Forward passes that take as long as explaining a post by gradients, about."""
 
 LOG = logging.getLogger("comoe.serving")
 
@@ -88,12 +92,13 @@ class Served:
         """Whether its posts may have images."""
         return self.predictor.collator.pixels is not None
 
-    def tokens(self, post: Mapping[str, Any], rows: int) -> int:
-        """About how many tokens a post has in a batch of so many rows per post."""
+    def tokens(self, post: Mapping[str, Any], rows: int, what: str = PREDICT) -> int:
+        """About how many tokens a post has in a batch of so many rows per post, or what takes as long."""
         texts = (post["text"], post["pair"], *(post["words"] or ()))
         size = sum(len(text.encode()) for text in texts if text)
         longest = self.predictor.exported.data_config.max_length
-        return rows * (2 + min(size // BYTES_PER_TOKEN, longest))
+        cost = GRADIENT_COST if what == GRADIENTS else 1
+        return cost * rows * (2 + min(size // BYTES_PER_TOKEN, longest))
 
     def describe(self) -> dict[str, Any]:
         """What ``/v1/tasks`` says of it."""
@@ -124,7 +129,9 @@ def _predict(
     if what == EMBED:
         results = predictor.embed(texts, **columns, task=names and names[0], **options)
     else:
-        results = predictor(texts, **columns, tasks=names, explain=what == EXPLAIN, **options)
+        results = predictor(
+            texts, **columns, tasks=names, explain=what in METHODS and what, **options
+        )
     for result in results:
         result.pop("text", None)
         if "embedding" in result:

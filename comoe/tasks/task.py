@@ -56,6 +56,9 @@ class Task:
     thresholds: tuple[float, ...] | None = None
     """Probabilities from which labels are given: one per label, or, where two labels exclude one
     another, that of the label with id 1. None is 0.5."""
+    prior: tuple[float, ...] | None = None
+    """Share of the validation posts that have each label, half a post added to each side: the mix
+    that its probabilities are for. None: not known."""
     label_mean: float = 0.0
     """Regression: the head's output 0 is this label."""
     label_std: float = 1.0

@@ -68,7 +68,9 @@ HOMES = {
                    "comoe/reporting/figures.py"),
     "jinja2": ("comoe/reporting/page.py",),
     "emoji": ("comoe/data/text/",),
-    "sklearn": ("comoe/data/", "comoe/reporting/statistics.py"),
+    "sklearn": ("comoe/data/", "comoe/reporting/statistics.py", "comoe/inference/select.py",
+                "comoe/experiments/"),
+    "captum": ("comoe/inference/explain.py",),
     "scipy": ("comoe/tasks/", "comoe/evaluation/", "comoe/losses/weighting/", "comoe/experiments/compare/",
               "comoe/reporting/statistics.py"),
 }  # fmt: skip

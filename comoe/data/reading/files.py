@@ -37,6 +37,8 @@ class RawSplit:
     """Column -> names of its labels in the order of their ids, where the data set tells."""
     joined: list[tuple[int, int]] = field(default_factory=list)
     """First and last line of each row that takes several."""
+    notes: tuple[str, ...] = ()
+    """What the user should be told of the file."""
 
     def joined_lines(self) -> str:
         """What to tell of ``joined``: nobody can know whether its quotes were meant."""

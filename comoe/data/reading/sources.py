@@ -22,6 +22,7 @@ from comoe.data.reading.files import (
     read_tsv,
     read_tweeteval,
 )
+from comoe.data.reading.label_studio import read_label_studio
 
 NAMES: dict[str, tuple[str, ...]] = {
     "train": ("train", "training"),
@@ -353,6 +354,7 @@ READERS: dict[str, Callable[[Source, str], RawSplit | None]] = {
     "tsv": _file_reader((".tsv", ".tab"), read_tsv),
     "parquet": _file_reader((".parquet",), _read_parquet),
     "txt": _file_reader((".txt",), read_text),
+    "label_studio": _file_reader((".json",), read_label_studio),
     "hub": _read_hub,
 }
 """Format -> reader of one split, None where the data set lacks it."""

@@ -52,16 +52,39 @@ function bars(scores, chosen) {
   return grid;
 }
 
-function attention(weights) {
+function colored(weights, title) {
   const line = element("p", "words");
-  const most = Math.max(...weights.map(([, weight]) => weight));
+  const most = Math.max(...weights.map(([, weight]) => Math.abs(weight))) || 1;
   for (const [word, weight] of weights) {
     const mark = element("mark", "", word);
-    mark.style.backgroundColor = "rgba(240, 170, 40, " + (0.75 * weight / most).toFixed(3) + ")";
-    mark.title = (100 * weight).toFixed(1) + " % of the attention on words";
+    const color = weight < 0 ? "rgba(70, 130, 235, " : "rgba(240, 150, 40, ";
+    mark.style.backgroundColor = color + (0.7 * Math.abs(weight) / most).toFixed(3) + ")";
+    mark.title = title(weight);
     line.append(mark, " ");
   }
   return line;
+}
+
+function gradients(entries) {
+  return entries.flatMap((entry) => {
+    const change = entry.from.toFixed(2) + " without its words, " + entry.to.toFixed(2) + " with them";
+    const name = entries.length > 1 ? entry.label + ": " : "";
+    return [colored(entry.words, (value) => (value < 0 ? "" : "+") + value.toFixed(3)), element("p", "note", name + change)];
+  });
+}
+
+function experts(found) {
+  const table = element("table");
+  const head = element("tr");
+  head.append(element("th", "", "word"), ...found.layers.map((layer) => element("th", "", "layer " + layer)));
+  table.append(head);
+  for (const [word, layers] of found.words) {
+    const row = element("tr");
+    const cells = layers.map((used) => used.map(([expert, gate]) => expert + ": " + gate.toFixed(2)).join(", "));
+    row.append(element("td", "", word), ...cells.map((cell) => element("td", "", cell)));
+    table.append(row);
+  }
+  return table;
 }
 
 function spans(found) {
@@ -92,7 +115,10 @@ function card(task, found) {
   title.append(element("strong", "", headline(found)));
   made.append(title);
   if (found.scores && !Array.isArray(found.scores)) made.append(bars(found.scores, found.labels || [found.label]));
-  if (found.attention) made.append(attention(found.attention));
+  const share = (weight) => (100 * weight).toFixed(1) + " % of the attention on words";
+  if (found.attention) made.append(colored(found.attention, share));
+  if (found.gradients) made.append(...gradients(found.gradients));
+  if (found.experts) made.append(experts(found.experts));
   if (found.spans) made.append(spans(found));
   return made;
 }
@@ -101,7 +127,8 @@ async function predict() {
   const post = { text: $("text").value };
   if ($("pair").value) post.pair = $("pair").value;
   const start = performance.now();
-  const explain = () => ask("/v1/explain", { posts: [post], ...JSON.parse($("model").value) });
+  const method = $("method").value || "attention";
+  const explain = () => ask("/v1/explain", { posts: [post], method, ...JSON.parse($("model").value) });
   const answer = await explain().catch(async (error) => {
     if (error.code !== "unknown_model") throw error;
     await listModels(); // a new revision has taken over

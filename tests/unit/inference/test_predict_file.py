@@ -199,7 +199,7 @@ def test_attention_is_written_on_demand_and_only_where_it_has_a_place(predictor,
     )
     weights = json_lines(tmp_path / "out.jsonl")[0]["mood"]["attention"]
     assert [word for word, _ in weights] == ["good", "day"]
-    with pytest.raises(ValueError, match="--explain wants --format jsonl"):
+    with pytest.raises(ValueError, match="--explain wants --format jsonl or html"):
         predict_file(
             predictor,
             tmp_path / "in.txt",

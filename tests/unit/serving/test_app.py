@@ -52,6 +52,11 @@ def test_explanations_and_embeddings(server: Server, predictor: Predictor) -> No
     asked = {"posts": TEXTS, "tasks": ["mood", "words"], "model": "tiny"}
     found = server.ask("/v1/explain", asked).json()["predictions"]
     assert_same(found, without_text(predictor(TEXTS, tasks=["mood", "words"], explain=True)))
+    for method in ("gradients", "experts"):
+        found = server.ask("/v1/explain", asked | {"method": method}).json()["predictions"]
+        assert_same(
+            found, without_text(predictor.explain(TEXTS, method=method, tasks=asked["tasks"]))
+        )
     found = server.ask("/v1/embed", {"posts": TEXTS, "task": "topic"}).json()["predictions"]
     expected = [{"embedding": one["embedding"].tolist()} for one in predictor.embed(TEXTS)]
     assert [one.keys() for one in found] == [{"embedding"}] * 3

@@ -1,0 +1,152 @@
+"""A file of posts in, a folder of posts to label out: what ``comoe select`` does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from comoe.config.files import csv_line, is_read_from, read_json, write_atomic, write_json
+from comoe.data.posts import Post
+from comoe.inference.label_studio import PAIR, TEXT, interface, labeling_task
+from comoe.inference.options import PredictOptions
+from comoe.inference.predict_file import read_post_file
+from comoe.inference.predictor import Predictor
+from comoe.inference.select import Candidate, Selection, Selector
+from comoe.inference.writers import table_cells
+from comoe.tasks.task import Task
+
+TASKS, INTERFACE, TABLE = "posts.json", "interface.xml", "posts.csv"
+
+
+def select_file(
+    predictor: Predictor,
+    source: Path,
+    folder: Path,
+    options: PredictOptions,
+    *,
+    strategy: str = "margin",
+    count: int = 200,
+    exclude: Sequence[Path] = (),
+    seed: int = 0,
+) -> str:
+    """Choose posts of a file and write them, the first to label first.
+
+    Args:
+        predictor: the model.
+        source: as of ``comoe predict``.
+        folder: gets ``posts.json``, ``interface.xml`` and ``posts.csv``, replaced if they are there.
+        options: tasks, columns and batch size.
+        strategy: one of ``comoe.inference.select.STRATEGIES``.
+        count: posts to choose.
+        exclude: files of posts that are labeled already.
+        seed: of the strategies that draw.
+
+    Returns:
+        A sentence on what was done.
+
+    Raises:
+        ValueError: a file, column, task or strategy that does not exist or does not fit; or no post
+            is left to choose.
+    """
+    places = {name: folder / name for name in (TASKS, INTERFACE, TABLE)}
+    for place in places.values():
+        for read in (source, *exclude):
+            if is_read_from(place, read):
+                raise ValueError(f"{place} would replace what is read; name another --output.")
+    selector = Selector(
+        predictor,
+        strategy=strategy,
+        tasks=options.tasks,
+        seed=seed,
+        batch_size=options.batch_size,
+    )
+    labeled = {
+        selector.identity(post.text, post.pair)
+        for path in exclude
+        for post in _labeled(path, options, predictor, selector.tasks)
+    }
+    posts = read_post_file(source, options, model=predictor, tasks=selector.tasks)
+    found = selector.choose(posts, count, excluded=labeled, root=source.parent)
+    if not found.chosen:
+        raise ValueError(f"no post is left to choose: {_counted(found, source)}.")
+    _write(
+        found, selector, places, model=f"comoe {predictor.exported.folder.resolve().parent.name}"
+    )
+    return f"{len(found.chosen):,} posts to label in {folder}; {_counted(found, source)}"
+
+
+def _write(found: Selection, selector: Selector, places: Mapping[str, Path], *, model: str) -> None:
+    with_pair = any(one.post.pair for one in found.chosen)
+    tasks = [
+        labeling_task(
+            _data(one, with_pair), one.prediction, selector.tasks, model=model, score=_score(one)
+        )
+        for one in found.chosen
+    ]
+    places[TASKS].parent.mkdir(parents=True, exist_ok=True)
+    write_json(places[TASKS], tasks)
+    write_atomic(places[INTERFACE], interface(selector.tasks, with_pair=with_pair))
+    write_atomic(places[TABLE], _table(found.chosen, selector.tasks, with_pair))
+
+
+def _counted(found: Selection, source: Path) -> str:
+    told = {
+        "labeled already": found.excluded,
+        "like an earlier one": found.repeated,
+        "without a prediction": found.unusable,
+    }
+    listed = ", ".join(f"{number:,} {what}" for what, number in told.items() if number)
+    return f"{source} has {found.seen:,}" + (f", of these {listed}" if listed else "")
+
+
+def _labeled(
+    path: Path, options: PredictOptions, predictor: Predictor, tasks: Sequence[Task]
+) -> list[Post]:
+    if path.is_file() and path.suffix.lower() == ".json" and isinstance(read_json(path), list):
+        found = [
+            task.get("data", task) if isinstance(task, Mapping) else {} for task in read_json(path)
+        ]
+        if not all(TEXT in data for data in found):
+            raise ValueError(f"--exclude {path}: each of its tasks must have data with {TEXT}.")
+        return [Post(text=data[TEXT], pair=data.get(PAIR)) for data in found]
+    columns = PredictOptions(text_column=options.text_column, pair_column=options.pair_column)
+    return [
+        post
+        for post in read_post_file(path, columns, model=predictor, tasks=tasks)
+        if not post.error
+    ]
+
+
+def _data(one: Candidate, with_pair: bool) -> dict[str, Any]:
+    pair = {PAIR: one.post.pair or ""} if with_pair else {}
+    return {**one.post.columns, TEXT: one.post.text, **pair}
+
+
+def _score(one: Candidate) -> float | None:
+    """How sure the model is of the post, the mean over tasks that say so."""
+    found = []
+    for prediction in one.prediction.values():
+        if isinstance(prediction, Mapping) and isinstance(prediction.get("scores"), Mapping):
+            found.append(max(prediction["scores"].values()))
+        elif isinstance(prediction, Mapping) and prediction.get("scores"):
+            found.append(min(prediction["scores"]))
+    return sum(found) / len(found) if found else None
+
+
+def _table(chosen: Sequence[Candidate], tasks: Sequence[Task], with_pair: bool) -> str:
+    """The posts as CSV: what a row of the predictions has, and how soon to label it."""
+    kept = list(chosen[0].post.columns)
+    heads = [
+        "priority",
+        *kept,
+        TEXT,
+        *([PAIR] if with_pair else []),
+        *(task.name for task in tasks),
+    ]
+    lines = [csv_line(heads)]
+    for one in chosen:
+        row = _data(one, with_pair) | table_cells(one.prediction, tasks)
+        row["priority"] = one.priority
+        lines.append(csv_line("" if row.get(head) is None else row[head] for head in heads))
+    return "".join(lines)
