@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
-from comoe.config.failure import is_foreign, keep_traceback, sentence
+from comoe.config.failure import behind, is_foreign, keep_traceback, sentence
 from comoe.config.terminal import safe_streams
 
 GOES_ON = "stopped; the same command goes on"
@@ -43,6 +43,8 @@ def guarded(word: str, *, code: int = 1, interrupted: str = "interrupted") -> It
             _end(word, "out of memory; use a smaller --batch-size, or a machine with more.", 1)
         except Exception as error:
             where = keep_traceback(word, _logs)
+            if isinstance(known := behind(error), OSError):
+                _end(word, f"{sentence(known)} {where}".rstrip(), code)
             found = f"unexpected {type(error).__name__}: {sentence(error)}"
             _end(word, f"{found}. {where} Please report it with what you did.", 1)
 

@@ -23,6 +23,9 @@ SHOW = "COMOE_TRACEBACK"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Numbers of errors that mean that a file can take no more."""
 
+NUMBERED = re.compile(r"os error (\d+)")
+"""How libraries in Rust end what they say of an error of the system."""
+
 REMEDIES = {
     errno.ENOSPC: "free some space",
     errno.EDQUOT: "free some of your quota",
@@ -112,10 +115,19 @@ def parsing(what: Path | str, remedy: str) -> Iterator[None]:
         ) from error
 
 
+def behind(error: Exception) -> Exception:
+    """The error of the system that a library put into words where no block of ``doing`` was, or the error itself."""
+    if isinstance(error, (ValueError, OSError)) or not (found := NUMBERED.search(str(error))):
+        return error
+    system = OSError(int(found[1]), os.strerror(int(found[1])))
+    system.__cause__ = error
+    return system
+
+
 def _number_behind(error: Exception, path: Path) -> int | None:
     """The system's error that a library put into words; None where it was something else."""
     said = str(error)
-    if found := re.search(r"os error (\d+)", said):
+    if found := NUMBERED.search(said):
         return int(found[1])
     if not any(
         word in said for word in ("PytorchStreamWriter", "inline_container", "write failed")

@@ -205,6 +205,8 @@ def _load_tokenizer(folder: Path, encoder_config: Mapping[str, Any]) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(folder, config=hf_config, trust_remote_code=False)
         # It is tried, as some settings fail only then.
         problem = tokenizer_problem(tokenizer, folder) or embedding_problem(tokenizer, hf_config)
+        if not problem and tokenizer.pad_token_id is None:
+            problem = "its tokenizer has no padding token"
     if problem:
         raise ValueError(f"{folder}: {problem}; copy or export it again.")
     return tokenizer

@@ -9,7 +9,7 @@ import traceback
 from contextlib import suppress
 from pathlib import Path
 
-from comoe.config.failure import FULL, is_foreign, keep_traceback, sentence
+from comoe.config.failure import FULL, behind, is_foreign, keep_traceback, sentence
 from comoe.distributed import is_main, lost_connection
 from comoe.starter.registry import home
 from comoe.train.fault.signals import StopSignal
@@ -52,6 +52,7 @@ def run_and_exit(request: Request, stop: StopSignal | None = None) -> None:
 
 def _classify(error: Exception, request: Request, watch: Watchdog) -> tuple[int, str, str]:
     """Exit code, message, and the traceback if verbose."""
+    error = behind(error)
     plain = isinstance(error, (ValueError, OSError))
     if plain and watch.phase == PREPARING:
         verbose = False
@@ -65,7 +66,7 @@ def _classify(error: Exception, request: Request, watch: Watchdog) -> tuple[int,
     if isinstance(error, TrainingStopped):
         return 3, str(error), ""
     if isinstance(error, OSError) and error.errno in FULL:
-        return 3, f"{sentence(error)} {watch.advice}", ""
+        return 3, f"{sentence(error)} {watch.advice}".rstrip(), ""
     # A broken pipe or disk is not a lost rank.
     if not plain and lost_connection(error):
         watch.explain(error)

@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from comoe.config.failure import parsing
+from comoe.config.failure import doing, parsing
 from comoe.config.files import locked, read_json, write_atomic, write_json
 from comoe.config.load import load_saved_recipe, recipe_to_yaml
 from comoe.config.recipe import Recipe
@@ -216,11 +216,13 @@ def write_run_folder(run: TrainingRun, *, own_settings: Mapping[str, Any]) -> No
     if not (folder / "tokenizer").is_dir():
         aside = folder / ".tokenizer.part"
         shutil.rmtree(aside, ignore_errors=True)
-        run.collator.tokenizer.save_pretrained(aside)
+        with doing("writing", folder / "tokenizer"):
+            run.collator.tokenizer.save_pretrained(aside)
         aside.replace(folder / "tokenizer")
     if run.collator.pixels is not None:
         # Next to the tokenizer, as a part of preprocessing.
-        run.collator.pixels.processor.save(folder / "tokenizer")
+        with doing("writing", folder / "tokenizer"):
+            run.collator.pixels.processor.save(folder / "tokenizer")
     write_atomic(
         folder / SET_ASIDE,
         "".join(json.dumps(row, default=str) + "\n" for row in run.report.rows()),

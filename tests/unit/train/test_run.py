@@ -87,6 +87,13 @@ def test_a_full_disk_ends_training_for_good_in_one_sentence(end_by, number):
     assert said.count("\n") == 1
 
 
+def test_an_error_of_the_system_in_the_words_of_a_library_is_one_of_the_system(end_by):
+    said = f"File too large (os error {errno.EFBIG})"
+    for training, expected in ((True, 3), (False, 2)):
+        code, message = end_by(RuntimeError(said), training=training)
+        assert code == expected and message.startswith(f"comoe: {os.strerror(errno.EFBIG)}; ")
+
+
 @pytest.mark.parametrize("error", [STALE, INSIDE])
 def test_an_error_before_training_is_one_sentence(end_by, error):
     code, said = end_by(error, training=False)
