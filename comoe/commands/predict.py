@@ -38,6 +38,10 @@ def parser() -> ArgumentParser:
         help="csv: leave text as it is, also where a spreadsheet would run it as a formula")
     add("--explain", nargs="?", const="attention", default=False, metavar="METHOD",
         help="what words count: attention (also if no METHOD is given), gradients or experts (jsonl, html)")
+    add("--assume-rate", action="append", dest="assume_rates", default=[], metavar="TASK.LABEL=RATE",
+        help="adapt the scores to this rate of a label, such as hate.hate=0.42; may be repeated")
+    add("--adapt-prior", metavar="em",
+        help="em: adapt the scores to the rates of labels estimated from all of these posts together")
     add("--batch-size", type=whole(1), default=64, help="posts per forward pass")
     add("--device", default="auto",
         help="cpu, cuda, cuda:1, ...; auto is a GPU where there is one")
@@ -53,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser().parse_args(argv)
 
     from comoe.inference.options import PredictOptions
+    from comoe.inference.predict_adapted import predict_adapted
     from comoe.inference.predict_file import predict_file
     from comoe.inference.predictor import Predictor
 
@@ -64,4 +69,5 @@ def main(argv: Sequence[str] | None = None) -> None:
         verify=not options.no_verify,
         revision=options.revision,
     )
-    print(predict_file(predictor, options.input, options.output, asked), file=sys.stderr)
+    predict = predict_adapted if asked.adapts else predict_file
+    print(predict(predictor, options.input, options.output, asked), file=sys.stderr)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from comoe.config.errors import unknown_name
+
 
 @dataclass(frozen=True, slots=True)
 class PredictOptions:
@@ -30,6 +32,10 @@ class PredictOptions:
     """Leave text in a CSV file as it is, also where a spreadsheet would run it as a formula."""
     explain: bool | str = False
     """Explain by this key of ``comoe.inference.explain.METHODS`` (jsonl and html); True is attention."""
+    assume_rates: Sequence[str] = ()
+    """``TASK.LABEL=RATE``: adapt the scores to rates of labels that are known."""
+    adapt_prior: str | None = None
+    """Adapt the scores to rates that are estimated from the posts: ``em``."""
     batch_size: int = 64
     """Posts per forward pass."""
 
@@ -38,3 +44,14 @@ class PredictOptions:
             raise ValueError(f"--batch-size is {self.batch_size}; it must be at least 1.")
         if self.raw_csv and self.format != "csv":
             raise ValueError("--raw-csv wants --format csv; the others hold text as it is.")
+        if self.adapt_prior not in (None, "em"):
+            raise unknown_name("--adapt-prior", self.adapt_prior, ("em",))
+        if self.adapts and self.explain == "gradients":
+            raise ValueError(
+                "--explain gradients explains labels as the model gives them; leave it or the adaptation of rates out."
+            )
+
+    @property
+    def adapts(self) -> bool:
+        """Whether scores are adapted to another mix of labels."""
+        return bool(self.assume_rates or self.adapt_prior)

@@ -57,6 +57,7 @@ class JsonLines:
 
     def __init__(self, predictor: Predictor, tasks: Sequence[Task]) -> None:
         self.predictor, self.tasks, self.raw, self.method = predictor, tasks, False, None
+        self.adapted: set[str] = set()
         self.reads_images = predictor.collator.pixels is not None
 
     def prepare(self, post: Post) -> Post:
@@ -98,6 +99,7 @@ class Table(JsonLines):
             self.columns += [task.name] + [
                 f"{task.name}/{label}" for label in task.labels if task.mode != "tokens"
             ]
+            self.columns += [f"{task.name}/prior"] if task.name in self.adapted else []
         self.columns += ["error", "image_error"] if self.reads_images else ["error"]
         file.write(csv_line(self.columns, raw=self.raw))
 
@@ -172,6 +174,8 @@ def table_cells(prediction: Mapping[str, Any], tasks: Sequence[Task]) -> dict[st
             row[task.name] = _cell(task, prediction[task.name])
             scores = {} if task.mode == "tokens" else prediction[task.name].get("scores", {})
             row |= {f"{task.name}/{label}": score for label, score in scores.items()}
+            if "prior" in prediction[task.name]:
+                row[f"{task.name}/prior"] = prediction[task.name]["prior"]
     return row
 
 

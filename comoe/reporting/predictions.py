@@ -97,6 +97,11 @@ def read_corpus(path: Path) -> Corpus:
     if not path.is_file():
         raise ValueError(f"{path}: there is no such file.")
     raw = read_input("predictions", str(path))
+    if any(_is_adapted(row) for row in raw.rows):
+        raise ValueError(
+            f"{path} was predicted with scores adapted to another mix of labels (prior); a report estimates the mix "
+            "itself: predict without --assume-rate and --adapt-prior."
+        )
     rows = _nested(raw.rows) if path.suffix.lower() in CELLS else [dict(row) for row in raw.rows]
     names = dict.fromkeys(key for row in rows for key, cell in row.items() if _kind(cell))
     bad = [str(row) for row in raw.bad]
@@ -177,6 +182,15 @@ def labeled_of(corpus: Corpus, task: str, column: str) -> TaskPredictions:
         gold=known,
         texts=[corpus.texts[row] for row in rows],
         rows=np.array(rows),
+    )
+
+
+def _is_adapted(row: Mapping[str, Any]) -> bool:
+    """Whether ``comoe predict`` adapted a task of a row, of lines of JSON or of a csv."""
+    return any(
+        (isinstance(cell, Mapping) and "prior" in cell and _kind(cell) is not None)
+        or (key.endswith("/prior") and cell in ("assumed", "em"))
+        for key, cell in row.items()
     )
 
 
