@@ -56,8 +56,12 @@ READER_TABLE = Table("comoe.data.reading.sources", "READERS")
 
 @section
 class MoeConfig:
-    """The cooperative block: experts beside the feed-forward of chosen encoder layers."""
+    """The cooperative experts: beside the feed-forward of chosen layers, or in their linear maps."""
 
+    form: Literal["beside", "lora"] = "beside"
+    """beside: gated feed-forwards beside the feed-forward of a layer, at the start 0. lora: low-rank
+    updates (arXiv:2106.09685) of the linear maps of a layer, W x + sum of g_e (alpha / rank) B_e A_e x,
+    by default of a frozen model."""
     num_experts: Annotated[Whole, Ge(0), at_most(65_536)] = 8
     """Experts per layer; 0 leaves the encoder without experts."""
     top_k: Count = 2
@@ -78,12 +82,29 @@ class MoeConfig:
     """Layers that get experts: all, alternate (every second, the last one included), last_half,
     top-<n> (the last n), or a list of layer numbers from 0. A word counts in encoder and decoder
     each; numbers go on from the encoder into the decoder."""
-    expert_width: Width | Literal["auto"] = "auto"
+    targets: Literal["attention", "feed_forward", "all"] = option(
+        "all", read_when="model.moe.form = lora"
+    )
+    """Linear maps of a layer that get experts: those of its attention, of its feed-forward, or all."""
+    rank: Width = option(4, read_when="model.moe.form = lora")
+    """Rank r of one expert in each linear map; four of rank 4 have the parameters of one LoRA of rank
+    16."""
+    alpha: Positive = option(8.0, read_when="model.moe.form = lora")
+    """Each expert's update is multiplied by alpha / ``rank`` (``lora_alpha`` in peft)."""
+    dropout: Share = option(0.1, read_when="model.moe.form = lora")
+    """Dropout on what the experts of a linear map read, one mask for all of them; ``model.dropout``
+    overrides it."""
+    gate_scope: Literal["model", "layer"] = option("model", read_when="model.moe.form = lora")
+    """model: one gate for all linear maps, which reads the input of the first layer with experts (an
+    encoder-decoder has one per stack). layer: one for the linear maps of each layer."""
+    expert_width: Width | Literal["auto"] = option("auto", read_when="model.moe.form = beside")
     """Hidden width F of one expert; auto is a quarter of the encoder's width, at least 16."""
-    shared_width: WidthFrom0 = option(0, read_when="model.moe.num_experts > 0")
+    shared_width: WidthFrom0 = option(
+        0, read_when="model.moe.num_experts > 0 and model.moe.form = beside"
+    )
     """Hidden width of a shared expert that every token visits; 0 is none."""
     output_init: NotNegative = 0.0
-    """Standard deviation of the experts' output projection at the start; 0 starts as the
+    """Standard deviation of the experts' output projection (of lora: B) at the start; 0 starts as the
     pre-trained encoder."""
     temperature: Positive = 1.0
     """Divides the gate's logits; anything but 1 is warned about (arXiv:2602.01466)."""
@@ -102,8 +123,8 @@ class MoeConfig:
     it is ``top_k``; at ``top_k: 1``, whose weight is the expert's share of all scores, 1 over the
     mean share of the best expert at the start. 1 is the weighted mean of the paper."""
     expert_init: Positive | Literal["fan_in"] = "fan_in"
-    """Standard deviation of the experts' input projections at the start; fan_in is 1 / sqrt(width of
-    the encoder)."""
+    """Standard deviation of the experts' input projections (of lora: A) at the start; fan_in is 1 /
+    sqrt(width of what they read)."""
     balance: Literal["none", "bias"] = "bias"
     """none, or bias: after each step the bias of a busy expert falls and an idle one's rises
     (arXiv:2408.15664). Can be combined with ``loss.balance_weight``, ``loss.z_weight`` and
@@ -163,9 +184,10 @@ class ModelConfig:
     dropout: Share | None = None
     """Sets every dropout of encoder, experts and heads; null keeps the encoder's own and 0.1 in the
     heads."""
-    train_layers: Count | Literal["all", "none"] = "all"
+    train_layers: Count | Literal["auto", "all", "none"] = "auto"
     """What of the pre-trained encoder is trained: all, none, or the number of last layers (of
-    encoder and decoder each), the embeddings then frozen. Experts and heads always train."""
+    encoder and decoder each), the embeddings then frozen. auto is none with ``moe.form: lora``,
+    else all. Experts and heads always train."""
     projection_width: Width = 128
     """Width P of the embeddings that the contrastive loss compares."""
     private_width: WidthFrom0 = 0

@@ -21,6 +21,8 @@ BY_GRADIENTS = ("gradnorm", "pcgrad", "cagrad")
 """Weightings that read each task's gradient by the last shared states."""
 DRAWN = ("random",)
 """Gates that draw experts at random."""
+BY_ADAPTERS = ("lora",)
+"""Forms of experts that lie in the linear maps of a frozen model."""
 BUILT_IN_LOSSES = Table("comoe.losses.objective", "BUILT_IN")
 BY_TEMPERATURE = ("temperature", "progress")
 """Mixings that read ``data.mixing_temperature``."""
@@ -134,6 +136,8 @@ def _experts(recipe: Recipe) -> Broken:
         yield from _random_gate(recipe)
     if E and moe.task_prior:
         yield from _task_prior(recipe)
+    if E and moe.form in BY_ADAPTERS:
+        yield from _adapters(recipe)
     if isinstance(ep_size, int) and E % ep_size:
         sizes = [size for size in range(1, E + 1) if E % size == 0]
         rule = f"must divide model.moe.num_experts ({E}); set it to auto or one of {sizes}"
@@ -160,6 +164,19 @@ def _random_gate(recipe: Recipe) -> Broken:
             yield f"tasks.{name}.kind", f"({task.kind}) {rule}."
 
 
+def _adapters(recipe: Recipe) -> Broken:
+    moe, ep_size = recipe.model.moe, recipe.parallel.ep_size
+    if ep_size not in ("auto", 1):
+        rule = f"but expert parallelism is for model.moe.form beside, and it is {moe.form}, whose experts are small"
+        yield "parallel.ep_size", f"is {ep_size}, {rule} and whole on every rank; make it auto."
+    if moe.gate in DRAWN:
+        rule = "but a gate that draws is for model.moe.form beside: the mean of low-rank experts is no low-rank expert"
+        yield "model.moe.gate", f"is {moe.gate}, {rule}; choose sigmoid or softmax."
+    if moe.shared_width:
+        rule = "but a shared expert is for model.moe.form beside; make it 0, or take more experts"
+        yield "model.moe.shared_width", f"is {moe.shared_width}, {rule}."
+
+
 def _task_prior(recipe: Recipe) -> Broken:
     moe, tasks = recipe.model.moe, len(recipe.tasks)
     if moe.route_by == "token":
@@ -173,7 +190,9 @@ def _task_prior(recipe: Recipe) -> Broken:
 
 def _encoder(recipe: Recipe) -> Broken:
     model = recipe.model
-    if model.random_width is not None and model.train_layers != "all":
+    frozen = model.moe.num_experts and model.moe.form in BY_ADAPTERS
+    whole = ("all",) if frozen else ("all", "auto")
+    if model.random_width is not None and model.train_layers not in whole:
         why = f"but model.random_width ({model.random_width}) starts from random weights"
         yield "model.train_layers", f"is {model.train_layers}, {why}; make it all."
     for name, task in recipe.tasks.items():

@@ -15,9 +15,7 @@ from torch import Tensor
 from comoe.evaluation.evaluate import higher_is_better, take_rows
 from comoe.evaluation.tables import in_columns, marked
 from comoe.models.model import MultiTaskModel
-from comoe.models.moe.block import CooperativeBlock
 from comoe.models.moe.gate import TopKGate
-from comoe.models.moe.router import PendingRoute
 from comoe.tasks.kinds.base import PostOutput
 from comoe.tasks.task import Task
 from comoe.types import Routing
@@ -72,7 +70,7 @@ def experts_off(model: MultiTaskModel) -> Iterator[None]:
 @contextmanager
 def experts_in_turn(model: MultiTaskModel) -> Iterator[None]:
     """Within the context experts take turns, whatever the token and the task."""
-    routes = [pending_route(block) for block in model.moe_layers()]
+    routes = [block.pending for block in model.moe_layers()]
     before = [route.gate for route in routes]
     try:
         for route in routes:
@@ -81,12 +79,6 @@ def experts_in_turn(model: MultiTaskModel) -> Iterator[None]:
     finally:
         for route, gate in zip(routes, before, strict=True):
             route.gate = gate
-
-
-def pending_route(block: CooperativeBlock) -> PendingRoute:
-    """Where a block's gate is, in one process and under AutoEP."""
-    router = block.mixture.router
-    return router if isinstance(router, PendingRoute) else router.pending
 
 
 CONDITIONS: dict[str, Callable[[MultiTaskModel], AbstractContextManager[None]]] = {

@@ -20,10 +20,10 @@ from tqdm import tqdm
 
 from comoe.config.files import read_json
 from comoe.evaluation.evaluate import mean_metric
-from comoe.evaluation.experts_off import CONDITIONS, IN_TURN, OFF, pending_route
+from comoe.evaluation.experts_off import CONDITIONS, IN_TURN, OFF
 from comoe.experiments.finished_run import load_trained
 from comoe.inference.score import score_split
-from comoe.models.moe.block import CooperativeBlock
+from comoe.models.moe.block import GatedBlock
 from comoe.models.moe.gate import TopKGate, restricted, select_experts
 from comoe.types import Routing
 
@@ -159,9 +159,9 @@ def measure_removal(
 
 
 @contextmanager
-def removed(block: CooperativeBlock, expert: int) -> Iterator[None]:
+def removed(block: GatedBlock, expert: int) -> Iterator[None]:
     """Within the context the block routes as if it had no such expert."""
-    route = pending_route(block)
+    route = block.pending
     before = route.gate
     route.gate = GateWithout(before, expert)
     try:

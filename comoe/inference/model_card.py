@@ -116,17 +116,28 @@ def _writes(task: Task) -> bool:
     return task.mode == "decoder" and not task.label_words
 
 
+FORMS = {
+    "beside": ("dense block", "beside the feed-forward of its layers ({layers})"),
+    "lora": (
+        "low-rank update",
+        "of rank {rank} in the linear maps ({targets}) of its layers ({layers})",
+    ),
+}
+"""Word in ``model.moe.form`` -> what one expert for all tokens is, and where experts are."""
+
+
 def _summary(recipe: Recipe, tasks: Sequence[Task], config: Mapping[str, Any]) -> str:
     moe = recipe.model.moe
     layers = moe.layers if isinstance(moe.layers, str) else ", ".join(map(str, moe.layers))
-    beside = f"beside the feed-forward of its layers ({layers})"
+    one, where = FORMS[moe.form]
+    where = where.format(layers=layers, rank=moe.rank, targets=moe.targets)
     if moe.num_experts > 1:
         experts = (
             f"a cooperative mixture of {moe.num_experts} experts ({moe.top_k} per token, {moe.gate} gate, routed by "
-            f"{moe.route_by}) {beside}"
+            f"{moe.route_by}) {where}"
         )
     else:
-        experts = f"one dense block {beside}" if moe.num_experts else "no experts"
+        experts = f"one {one} {where}" if moe.num_experts else "no experts"
     encoder = f"`{config['model']['encoder']}`, {config['encoder'].get('model_type')}"
     listed = f"{len(tasks)} task{'s' if len(tasks) != 1 else ''}: {', '.join(task.name for task in tasks)}"
     post = (

@@ -16,13 +16,13 @@ from comoe.config.recipe import ImageTextConfig, ModelConfig
 from comoe.models.activation_checkpointing import recompute_layers
 from comoe.models.decoder import DecoderOutput, TaskDecoder
 from comoe.models.encoder_io import EncoderInputs, Encoding, Texts
+from comoe.models.encoders.attach import attach_experts, trained_layers
 from comoe.models.encoders.build import (
     build_encoder,
     build_encoder_from_config,
     build_encoder_shape,
 )
 from comoe.models.encoders.families import (
-    attach_blocks,
     freeze_encoder,
     layers_of,
     longest_input,
@@ -34,11 +34,13 @@ from comoe.models.heads import HeadOutput, PrivatePart, TaskHead, probe
 from comoe.models.moe.block import (
     ContextHolder,
     CooperativeBlock,
+    GatedBlock,
     RoutingContext,
     of_first,
     without_tokens,
 )
 from comoe.models.moe.gate import GATES, draw
+from comoe.models.moe.lora import adapters_of
 from comoe.models.vision.fusion import Images, build_fusion
 from comoe.models.vision.image_text_head import ImageTextHead, image_text_output
 from comoe.models.vision.tower import (
@@ -104,6 +106,12 @@ HEAD_DROPOUT = 0.1
 """Dropout of the heads where ``model.dropout`` is null."""
 
 
+def _projection(width: int, projected: int) -> nn.Linear:
+    projection = nn.Linear(width, projected, bias=False)
+    nn.init.normal_(projection.weight, std=0.02)
+    return projection
+
+
 @dataclass(frozen=True, slots=True)
 class AutoEPConfig:
     """The numbers that DeepSpeed reads from ``model.config``; the names are its own."""
@@ -150,8 +158,10 @@ class MultiTaskModel(nn.Module):
         self.encoder = encoder
         self.has_segments = reads_segments(encoder.config)
         # Before the blocks: they train in every layer.
-        freeze_encoder(encoder, config.train_layers)
-        self._blocks = tuple(attach_blocks(encoder, config.moe, self.holder, len(tasks)))
+        freeze_encoder(encoder, trained_layers(config))
+        self._blocks = tuple(
+            attach_experts(encoder, config.moe, self.holder, len(tasks), dropout=config.dropout)
+        )
         if recompute:
             recompute_layers(encoder, self.holder)
         self.draws = bool(self._blocks) and GATES[config.moe.gate].draws
@@ -166,13 +176,12 @@ class MultiTaskModel(nn.Module):
         self.heads = nn.ModuleList(
             TaskHead(self.tasks[number], width, dropout=dropout) for number in self._headed
         )
+        has_decoder = len(self.heads) < len(self.tasks)
+        self.projection = None
         # Nothing to project, and no gradient, without a head that pools (models of tags alone have
         # always had one).
-        self.projection = None
-        has_decoder = len(self.heads) < len(self.tasks)
         if not has_decoder or any(head.pooling is not None for head in self.heads):
-            self.projection = nn.Linear(width, config.projection_width, bias=False)
-            nn.init.normal_(self.projection.weight, std=0.02)
+            self.projection = _projection(width, config.projection_width)
         self.decoder = self._build_decoder() if has_decoder else None
         self.tower = tower
         self.fusion = build_fusion(encoder, tower, config.vision, dropout=dropout)
@@ -392,6 +401,13 @@ class MultiTaskModel(nn.Module):
             return None
         return len(layers_of(self.encoder)) - len(layers_of(self.decoder.stack))
 
-    def moe_layers(self) -> list[CooperativeBlock]:
-        """The cooperative blocks in layer order."""
+    def expert_weights(self) -> list[nn.Parameter]:
+        """The weights of all experts, without their gates."""
+        blocks = [block for block in self._blocks if isinstance(block, CooperativeBlock)]
+        routed = [weight for block in blocks for weight in block.mixture.experts.parameters()]
+        adapters = adapters_of(self.encoder)
+        return [*routed, *(weight for one in adapters for weight in (one.lora_A, one.lora_B))]
+
+    def moe_layers(self) -> list[GatedBlock]:
+        """What has a gate, in layer order: the cooperative blocks, or the gates of LoRA experts."""
         return list(self._blocks)

@@ -41,8 +41,9 @@ from torch import nn
 
 from comoe.config.recipe import Recipe
 from comoe.data.tokens.split import TokenizedSplit
-from comoe.models.encoders.families import family_of, has_decoder
+from comoe.models.encoders.families import expert_width, family_of, has_decoder
 from comoe.models.model import MultiTaskModel
+from comoe.models.moe.lora import LoraLinear, adapters_of, widths_of
 from comoe.models.moe.router import ROUTES
 from comoe.models.vision.tower import expected_tokens
 from comoe.tasks.task import decoder_tasks
@@ -83,6 +84,8 @@ class Work:
     """Experts per token k."""
     expert_width: int = 0
     """Width F of one expert."""
+    adapter_numbers: int = 0
+    """Numbers that the LoRA experts of all linear maps keep of one token."""
     recompute: bool = False
     """Activation checkpointing per layer: the inputs of all layers are kept, and one layer
     whole."""
@@ -99,12 +102,14 @@ class Work:
         if not self.recompute:
             blocks = self.moe_layers * self.block_bytes(number)
             layers = self.layer_tokens * self.layer_token_bytes(number)
-            return layers + blocks + self.outer_bytes(number)
+            adapters = self.tokens * self.adapter_numbers * number
+            return layers + blocks + adapters + self.outer_bytes(number)
         inputs = self.layer_tokens * self.width * number
         return (
             inputs
             + self.layer_bytes(number)
             + self.block_bytes(number) * (self.moe_layers > 0)
+            + self.tokens * self.adapter_numbers * number // max(1, self.layers)
             + self.outer_bytes(number)
         )
 
@@ -404,9 +409,11 @@ DEFAULT_BUCKET = 500_000_000
 def count_parameters(model: MultiTaskModel, *, top_k: int) -> dict[str, int]:
     """Parameters of the whole model, a vision tower's too: in all, in experts, dense, frozen, and active per token."""
     total = _elements(model.parameters())
-    experts = sum(_elements(layer.mixture.experts.parameters()) for layer in model.moe_layers())
+    experts = _elements(model.expert_weights())
     frozen = _elements(parameter for parameter in model.parameters() if not parameter.requires_grad)
-    share = top_k / max(1, model.config.num_local_experts)
+    # All LoRA experts of a token run; the weights of those that are not selected are 0.
+    all_run = bool(adapters_of(model))
+    share = 1.0 if all_run else top_k / max(1, model.config.num_local_experts)
     return {
         "total": total,
         "experts": experts,
@@ -473,11 +480,12 @@ def _text_work(
     by_task, taught = ROUTES[recipe.model.moe.route_by].task, bool(recipe.distill.teachers)
     rows = _row_tokens(model, train, by_task=by_task, taught=taught)
     num_layers, ffn_widths = _stack_shapes(encoder)
+    adapters, width = adapters_of(model.encoder), model.config.hidden_size
     common = {
-        "width": model.config.hidden_size,
+        "width": width,
         "top_k": recipe.model.moe.top_k,
         "recompute": recipe.train.activation_checkpointing,
-        "expert_width": blocks[0].mixture.experts.down_proj.shape[-1] if blocks else 0,
+        "expert_width": 0 if adapters or not blocks else expert_width(recipe.model.moe, width),
     }
     of_encoder = sum(block.layer < num_layers[0] for block in blocks)
     below = 0
@@ -492,7 +500,8 @@ def _text_work(
         tasks=sum(head.pooling is not None for head in model.heads),
         private_parts=len(model.tasks) if recipe.model.private_width else 0,
         private_width=recipe.model.private_width,
-        moe_layers=of_encoder,
+        moe_layers=0 if adapters else of_encoder,
+        adapter_numbers=sum(map(_kept_of_token, adapters)),
         **common,
     )
     if not has_decoder(model.encoder):
@@ -501,11 +510,18 @@ def _text_work(
         tokens=int(posts * rows.answers),
         layers=num_layers[1],
         ffn_width=ffn_widths[1],
-        moe_layers=len(blocks) - of_encoder,
+        moe_layers=0 if adapters else len(blocks) - of_encoder,
         **common,
     )
     prompts = int(posts * rows.prompts)
     return work, DecoderWork(own, read_tokens=prompts, vocabulary=encoder.vocab_size)
+
+
+def _kept_of_token(adapter: LoraLinear) -> int:
+    """Numbers that the experts of a linear map keep of a token: what A reads, under dropout a copy
+    of its own, and what B reads, before and after the gate."""
+    columns = adapter.num_experts * adapter.rank
+    return 2 * columns + (widths_of(adapter.inner)[0] if adapter.dropout.p else 0)
 
 
 class RowTokens(NamedTuple):

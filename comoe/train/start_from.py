@@ -16,7 +16,7 @@ from comoe.models.moe.block import CooperativeBlock
 from comoe.models.moe.router import build_gate
 from comoe.models.moe.upcycle import upcycle
 from comoe.tasks.task import Task
-from comoe.train.parallel.setup import set_weights
+from comoe.train.parallel.setup import ADAPTERS, parameter_group, set_weights
 
 PRE_TRAINED = ("encoder", "tower")
 """Parts of a model that the export must have whole; all else starts anew where it has none."""
@@ -56,8 +56,11 @@ def start_from_export(config: ModelConfig, model: MultiTaskModel) -> list[str]:
     ]
 
 
-ANY_BLOCK = "block.norm.weight"
-"""End of a name that every block has."""
+OF_EXPERTS = ("experts", "router")
+"""Groups of parameters that are new beside a pre-trained encoder."""
+
+ANY_BLOCK = "block.mixture.gate.weight"
+"""End of a name that every block beside a feed-forward has."""
 
 
 class _Source:
@@ -102,6 +105,7 @@ def _fitting(
             f"{len(lost)} layers have experts there and none here ({min(lost)}...); set model.moe.layers as in that "
             "run."
         )
+    adapters = _check_adapters(source, config.moe, model)
     for prefix, block in blocks.items():
         for name, value in _of_block(source, prefix, block, config.moe, len(model.tasks)).items():
             yield prefix + name, value
@@ -109,6 +113,8 @@ def _fitting(
     wanted = model.state_dict().keys()
     for name, place in kept:
         if name not in wanted or name.startswith(tuple(blocks)):
+            continue
+        if not adapters and parameter_group(name) in OF_EXPERTS and name.startswith("encoder."):
             continue
         theirs = _name_there(name, source, model.tasks)
         fits = theirs in source.names
@@ -119,6 +125,24 @@ def _fitting(
             raise ValueError(
                 f"{name} {rule}; both runs need the same model.encoder, model.keep_layers and model.vision.tower."
             )
+
+
+def _check_adapters(source: _Source, config: MoeConfig, model: MultiTaskModel) -> bool:
+    """Whether the export has LoRA experts; ValueError where the model has others, or none."""
+    if not any(name.endswith(ADAPTERS) for name in source.names):
+        return False
+    width = model.config.hidden_size
+    fields = ("form", "num_experts", "rank", "alpha", "route_by", "gate_scope")
+    ours, theirs = (
+        ([getattr(moe, field) for field in fields], build_gate(moe, width, num_tasks))
+        for moe, num_tasks in ((config, len(model.tasks)), (source.moe, len(source.tasks)))
+    )
+    if ours != theirs:
+        raise ValueError(
+            "it has LoRA experts, which stay in their linear maps: take the same model.moe "
+            f"({', '.join(f'{field}={getattr(source.moe, field)}' for field in fields)}, and its gate)."
+        )
+    return True
 
 
 def _unwrapped(name: str) -> str:

@@ -47,6 +47,11 @@ PAPER = {
     "model__moe__route_by": "task", "model__moe__top_k": 4, "model__moe__balance": "none",
     "loss__balance_weight": 0.0,
 }  # fmt: skip
+LORA = {"model__moe__form": "lora", "model__moe__gate_scale": 1.0, **PAPER}
+LORA_BY_TOKEN = {
+    "model__moe__form": "lora", "model__moe__gate_scope": "layer", "model__moe__targets": "attention",
+    "model__moe__route_by": "both",
+}  # fmt: skip
 LONG = {"steps": 4, "accumulation": 3}
 RECOMPUTED = {"train__activation_checkpointing": True}
 
@@ -99,6 +104,9 @@ CASES: dict[str, dict[str, Any]] = {
         "model__moe__layers": [1],
         "paired": True,
     },
+    # Of a frozen model.
+    "lora": {"steps": 4, **ADAMW, **LORA},
+    "lora by token": {"steps": 4, **ADAMW, **LORA_BY_TOKEN, **RECOMPUTED, "paired": True},
     "recomputed": {**LONG, **ADAMW, **RECOMPUTED},
     "bf16": {**LONG, **SGD, "settings": BF16},
     "bf16 recomputed": {**LONG, **SGD, "settings": BF16, **RECOMPUTED},
@@ -109,10 +117,11 @@ Cell = tuple[str, int, int]
 LAYOUTS: dict[int, list[Cell]] = {
     world: [(name, ep, stage) for name in names for ep in eps for stage in STAGES] + more
     for world, names, eps, more in (
-        (1, ("adamw", "sgd", "gradient"), (1,), []),
+        (1, ("adamw", "sgd", "gradient", "lora"), (1,), []),
         (2, ("adamw", "sgd", "gradient"), (1, 2), [
             *(("accumulation", 2, stage) for stage in STAGES), ("paper", 2, 2), ("kept", 2, 2),
             ("kept", 2, 3), ("narrow", 2, 3), *(("paired", 2, stage) for stage in STAGES),
+            *((name, 1, stage) for stage in STAGES for name in ("lora", "lora by token")),
             *(("own experts", 2, stage) for stage in STAGES), ("experts that lean", 2, 3),
             *(("drawn experts", 2, stage) for stage in STAGES),
             *(("clipped by the norms so far", 2, stage) for stage in STAGES),
@@ -337,6 +346,16 @@ def test_resumed_run_equals_uninterrupted_run(resumed, name):
         np.testing.assert_allclose(answer["resumed"], answer["uninterrupted"], rtol=1e-7)
         assert answer["groups_before"] == answer["groups_after"]
         assert answer["state"] == {"step": 3, "best_value": 0.25, "evaluations_without_gain": 2}
+
+
+def test_a_resumed_run_of_lora_experts_equals_the_uninterrupted_one(encoder, tmp_path):
+    cases = [
+        {"stage": stage, "folder": str(tmp_path / f"{stage}"), "parallel__ep_size": 1, **LORA}
+        for stage in STAGES
+    ]
+    for ranks in run_ranks(MANY, 2, encoder=encoder, cases=cases, work="resumed"):
+        for answer in ranks:
+            np.testing.assert_allclose(answer["resumed"], answer["uninterrupted"], rtol=1e-7)
 
 
 @pytest.fixture(scope="module")

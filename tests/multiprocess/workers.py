@@ -300,9 +300,7 @@ def case(
                 for batch, numbers_B in zip(batches, numbers, strict=True)
             ]
         layers = engine.objective.model.moe_layers()
-        biases_LE = torch.stack(
-            [layer.mixture.router.e_score_correction_bias.clone() for layer in layers]
-        )
+        biases_LE = torch.stack([layer.balance_bias_E.clone() for layer in layers])
         # Half of the median, where it is 3 times that in a run: so it bites in every step.
         limit = (
             norm_limit(recipe.train, norms) / 6 if recipe.train.max_grad_norm == "auto" else None
@@ -383,7 +381,7 @@ def train_plainly(
     from comoe.models.moe.gate import BALANCES
     from comoe.train.parallel.setup import parameter_groups
 
-    train, gates = recipe.train, [layer.mixture.gate for layer in objective.model.moe_layers()]
+    train, gates = recipe.train, objective.model.moe_layers()
     make, options = {
         "adamw": (torch.optim.AdamW, {"betas": tuple(train.betas), "eps": train.epsilon}),
         "sgd": (torch.optim.SGD, {"momentum": train.momentum}),
@@ -396,7 +394,7 @@ def train_plainly(
     trained = [parameter for parameter in objective.parameters() if parameter.requires_grad]
     norms: list[float] = []
     for of_step in batches:
-        biases_LE = torch.stack([gate.e_score_correction_bias.clone() for gate in gates])
+        biases_LE = torch.stack([gate.balance_bias_E.clone() for gate in gates])
         objective.begin_step()
         outputs = []
         for batch in of_step:
@@ -416,7 +414,7 @@ def train_plainly(
             groups = len(TASKS) if recipe.model.moe.task_prior == "own" else 1
             for group in range(groups):
                 BALANCES[recipe.model.moe.balance](
-                    gate.e_score_correction_bias[group::groups],
+                    gate.balance_bias_E[group::groups],
                     load_E[group::groups],
                     recipe.model.moe.balance_rate,
                 )
@@ -431,6 +429,7 @@ def resumed(
     folder: str,
     settings: dict[str, Any] | None = None,
     fused: bool = True,
+    **changes: Any,
 ) -> dict[str, Any]:
     """Three steps, a checkpoint, three more; then a fresh engine loads it and does the same three.
 
@@ -444,7 +443,7 @@ def resumed(
 
     recipe = recipe_of(
         encoder, train__schedule="linear", train__layer_decay=0.5, model__dropout=0.1,
-        loss__r_drop_weight=0.5, parallel__ep_size=2, **REMEMBERED,
+        loss__r_drop_weight=0.5, **({"parallel__ep_size": 2} | REMEMBERED | changes),
     )  # fmt: skip
 
     def groups_of(engine: Any) -> list[tuple[Any, ...]]:

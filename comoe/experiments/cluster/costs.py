@@ -14,6 +14,7 @@ from typing import Any
 
 from comoe.config.files import read_json
 from comoe.config.recipe import Recipe
+from comoe.models.encoders.attach import FORMS
 from comoe.models.encoders.families import chosen_layers, expert_width
 from comoe.starter.registry import PREFIXES, prepare
 from comoe.train.memory_plan import FULL, HALF
@@ -292,6 +293,11 @@ def shape_of_recipe(recipe: Recipe, encoder_shape: str | None = None) -> Planned
     else:
         layers, width, ffn_width, vocabulary, positions = _read_encoder(recipe.model.encoder)
     moe = recipe.model.moe
+    if moe.num_experts and not FORMS[moe.form].over_ranks:
+        raise ValueError(
+            f"model.moe.form is {moe.form}, and the planner of clusters knows experts beside the feed-forward alone; "
+            "`comoe train RECIPE --dry-run` plans the memory of LoRA experts."
+        )
     labels = sum(max(1, len(task.labels)) for task in recipe.tasks.values())
     return PlannedModel(
         layers=layers,

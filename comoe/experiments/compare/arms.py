@@ -171,7 +171,10 @@ def custom_arms(texts: Iterable[str]) -> dict[str, list[str]]:
 
 
 def _active(recipe: Recipe) -> tuple[int, int, int]:
-    """Experts per layer, experts per token, and their hidden width together: E, k, A."""
+    """Experts per layer, experts per token, and their hidden width (of LoRA experts: rank) together: E, k, A."""
+    moe = recipe.model.moe
+    if moe.num_experts and WIDTHS[moe.form] == "rank":
+        return moe.num_experts, moe.top_k, moe.top_k * moe.rank
     shape = shape_of_recipe(recipe)
     if not shape.num_experts:
         raise ValueError(
@@ -179,6 +182,17 @@ def _active(recipe: Recipe) -> tuple[int, int, int]:
             "model.moe.num_experts, or choose other arms."
         )
     return shape.num_experts, shape.top_k, shape.top_k * shape.expert_width
+
+
+def _of_width(recipe: Recipe, width: int) -> dict[str, float]:
+    """Options that make an expert so wide; a LoRA keeps its alpha / rank."""
+    moe = recipe.model.moe
+    alpha = {"alpha": moe.alpha / moe.rank * width} if WIDTHS[moe.form] == "rank" else {}
+    return {WIDTHS[moe.form]: width} | alpha
+
+
+WIDTHS = {"beside": "expert_width", "lora": "rank"}
+"""Word in ``model.moe.form`` -> option with the width of an expert."""
 
 
 def _experts(
@@ -202,7 +216,8 @@ def _experts(
             f"experts; set model.moe.expert_width to a multiple of {top_k}."
         )
     gate = gate or recipe.model.moe.gate
-    moe = {"num_experts": experts, "gate": gate, "top_k": top_k, "expert_width": width // top_k}
+    moe = {"num_experts": experts, "gate": gate, "top_k": top_k}
+    moe |= _of_width(recipe, width // top_k)
     moe |= {"route_by": route_by} if route_by else {}
     moe |= {"task_prior": 0} if route_by == "token" else {}
     overrides = [f"model.moe.{key}={value}" for key, value in moe.items()]
@@ -215,7 +230,7 @@ def _dense(recipe: Recipe, *, total: bool = False) -> list[str]:
     width = width // top_k * experts if total else width
     moe = {"num_experts": 1, "top_k": 1, "gate": "sigmoid", "route_by": "token", "task_prior": 0}
     # A factor that the recipe gives its k experts is not one of a single block.
-    moe |= {"expert_width": width, "gate_scale": "auto"}
+    moe |= _of_width(recipe, width) | {"gate_scale": "auto"}
     return [*(f"model.moe.{key}={value}" for key, value in moe.items()), *UNBALANCED]
 
 
@@ -223,7 +238,7 @@ def _one_per_task(recipe: Recipe) -> list[str]:
     """A block of the active width for each task."""
     _, _, width = _active(recipe)
     moe = {"num_experts": len(recipe.tasks), "top_k": 1, "gate": "sigmoid", "route_by": "task"}
-    moe |= {"task_prior": "own", "expert_width": width, "gate_scale": "auto"}
+    moe |= {"task_prior": "own", "gate_scale": "auto"} | _of_width(recipe, width)
     return [*(f"model.moe.{key}={value}" for key, value in moe.items()), *UNBALANCED]
 
 

@@ -16,13 +16,11 @@ from comoe.config.recipe import MoeConfig
 from comoe.models.encoders.adapters import (
     BeforeResidualNorm,
     BesideFeedForward,
-    run_per_row,
     wrap,
     wrap_pair,
     wrap_t5,
 )
-from comoe.models.moe.block import ContextHolder, CooperativeBlock
-from comoe.models.moe.router import ROUTES
+from comoe.models.moe.block import CooperativeBlock
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +64,9 @@ class Family:
     where they have their own."""
     num_layers: tuple[str, ...] = ("num_hidden_layers",)
     """Fields with the number of layers of each stack."""
+    without_experts: tuple[str, ...] = ()
+    """Ends of the paths, within a layer, of linear maps that ``model.moe.form: lora`` gives no experts: they read
+    more than the layer's own tokens."""
     alike: bool = True
     """True where all layers of the only stack are of one form, so that any of them make an encoder."""
 
@@ -93,10 +94,11 @@ def stacks_of(encoder: nn.Module) -> list[nn.Module]:
 
 def layers_of(encoder: nn.Module) -> list[nn.Module]:
     """The encoder's layers, first to last; behind them the decoder's."""
-    return [layer for layers in _layers_by_stack(encoder) for layer in layers]
+    return [layer for layers in layers_by_stack(encoder) for layer in layers]
 
 
-def _layers_by_stack(encoder: nn.Module) -> list[nn.ModuleList]:
+def layers_by_stack(encoder: nn.Module) -> list[nn.ModuleList]:
+    """The layers of each of ``stacks_of``."""
     path = operator.attrgetter(family_of(encoder.config.model_type).layers)
     return [path(stack) for stack in stacks_of(encoder)]
 
@@ -129,7 +131,7 @@ def keep_layers(encoder: nn.Module, kept: int | str) -> None:
     config = encoder.config
     check_alike("model.keep_layers", kept, config.model_type)
     family = family_of(config.model_type)
-    (layers,) = _layers_by_stack(encoder)
+    (layers,) = layers_by_stack(encoder)
     numbers = kept_layers(kept, len(layers))
     above, _, name = family.layers.rpartition(".")
     stack = operator.attrgetter(above)(encoder)
@@ -148,7 +150,7 @@ def kept_layers(kept: int | str, num_layers: int) -> list[int]:
 
 
 def freeze_encoder(encoder: nn.Module, train_layers: int | str) -> None:
-    """Leave only the last layers to training, in place; before ``attach_blocks``, whose blocks always train.
+    """Leave only the last layers to training, in place; before ``attach_experts``, as experts always train.
 
     Args:
         encoder: a model of ``build_encoder``.
@@ -159,7 +161,7 @@ def freeze_encoder(encoder: nn.Module, train_layers: int | str) -> None:
     Raises:
         ValueError: a number of layers that the encoder does not have.
     """
-    by_stack = _layers_by_stack(encoder)
+    by_stack = layers_by_stack(encoder)
     if isinstance(train_layers, str):
         encoder.requires_grad_(TRAINED_LAYERS[train_layers])
         return
@@ -189,7 +191,7 @@ def layers_above(encoder: nn.Module) -> dict[int, int]:
     Embeddings and all else that runs before the layers count as one layer below the deepest stack's
     first one; what runs behind the last layer counts as part of it.
     """
-    by_stack = _layers_by_stack(encoder)
+    by_stack = layers_by_stack(encoder)
     above = dict.fromkeys(map(id, encoder.parameters()), max(map(len, by_stack)))
     family, places = family_of(encoder.config.model_type), []
     for stack, layers in zip(stacks_of(encoder), by_stack, strict=True):
@@ -207,43 +209,6 @@ def _own_output(encoder: nn.Module) -> nn.Module | None:
     if not has_decoder(encoder) or encoder.lm_head.weight is encoder.get_input_embeddings().weight:
         return None
     return encoder.lm_head
-
-
-def attach_blocks(
-    encoder: nn.Module, config: MoeConfig, holder: ContextHolder, num_tasks: int = 1
-) -> list[CooperativeBlock]:
-    """Put a cooperative block beside the feed-forward of each chosen layer, in place.
-
-    Where the gate reads tasks, the layers below the first block run once per text.
-
-    Args:
-        encoder: a model of ``build_encoder``.
-        config: ``model.moe``; ``num_experts`` 0 attaches nothing.
-        holder: shared by all blocks; its context must be set before the encoder runs.
-        num_tasks: tasks of the model.
-
-    Returns:
-        The blocks in layer order.
-    """
-    if config.num_experts == 0:
-        return []
-    family = family_of(encoder.config.model_type)
-    layers = layers_of(encoder)
-    width = encoder.config.hidden_size
-    dropout = 0.0 if family.dropout is None else getattr(encoder.config, family.dropout)
-    blocks = []
-    more = {"holder": holder, "dropout": dropout, "num_tasks": num_tasks}
-    for number in chosen_of_stacks(config.layers, list(map(len, _layers_by_stack(encoder)))):
-        block = CooperativeBlock(width, expert_width(config, width), config, layer=number, **more)
-        family.attach(layers[number], block)
-        blocks.append(block)
-    if blocks and ROUTES[config.route_by].task:
-        first, run = blocks[0].layer, list(_layers_by_stack(encoder)[0])[blocks[0].layer :]
-        if first == 0 and family.after_first is not None:
-            between = operator.attrgetter(family.after_first)(encoder)
-            run += [] if between is None else [between]
-        run_per_row(run, holder)
-    return blocks
 
 
 def expert_width(config: MoeConfig, model_width: int) -> int:
@@ -345,6 +310,7 @@ _T5 = Family(
     starts_with_padding=True,
     vocabulary=partial(_t5_vocabulary, scales="scale_decoder_outputs"),
     feed_forward=("d_ff",),
+    without_experts=("EncDecAttention.k", "EncDecAttention.v"),
     num_layers=("num_layers", "num_decoder_layers"),
     alike=False,
 )
@@ -359,6 +325,7 @@ _BART = Family(
     stacks=("model.encoder", "model.decoder"),
     vocabulary=_bart_vocabulary,
     feed_forward=("encoder_ffn_dim", "decoder_ffn_dim"),
+    without_experts=("encoder_attn.k_proj", "encoder_attn.v_proj"),
     num_layers=("encoder_layers", "decoder_layers"),
     alike=False,
 )
@@ -370,7 +337,12 @@ FAMILIES: dict[str, Family] = {
     "xlm-roberta": Family(first_position=2),
     "camembert": Family(first_position=2),
     "electra": Family(has_pooler=False),
-    "deberta-v2": Family(has_pooler=False, after_first="encoder.conv"),
+    "deberta-v2": Family(
+        has_pooler=False,
+        after_first="encoder.conv",
+        # They read a table of relative positions too.
+        without_experts=("query_proj", "key_proj"),
+    ),
     "mpnet": Family(has_segments=False, first_position=2),
     "distilbert": Family(
         layers="transformer.layer",

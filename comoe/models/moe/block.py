@@ -89,6 +89,8 @@ class RoutingContext:
     selected: Mapping[int, Tensor] = field(default_factory=dict)
     """Layer -> experts that an earlier pass over the same tokens selected (S, k): this one routes
     alike."""
+    mixing: dict[int, Tensor] = field(default_factory=dict)
+    """Layer of a ``LoraGate`` -> weight of each expert for each position (B * L, E), 0 on padding."""
     input_weights_B: Tensor | None = None
     """Weight of each row's embeddings, None for all 1; only in training."""
     fan_out: FanOut | None = None
@@ -125,7 +127,67 @@ class ContextHolder:
     """Number of the pass over the same batch: another one draws anew."""
 
 
-class CooperativeBlock(nn.Module):
+class GatedBlock(nn.Module):
+    """What experts have in common, wherever they lie: their layer, the context, and the task's part of the gate.
+
+    Args:
+        model_width: M.
+        config: ``model.moe``.
+        layer: number of the layer, from 0, the decoder's behind the encoder's.
+        holder: where the context of the running encode is.
+        num_tasks: T.
+        norm: what the experts or the gate read is normalized.
+    """
+
+    def __init__(
+        self,
+        model_width: int,
+        config: MoeConfig,
+        *,
+        layer: int,
+        holder: ContextHolder,
+        num_tasks: int = 1,
+        norm: bool = True,
+    ) -> None:
+        super().__init__()
+        self.layer = layer
+        self.num_tasks, self.task_prior = num_tasks, config.task_prior
+        self.num_experts = config.num_experts
+        self.holder = holder
+        self.norm = nn.LayerNorm(model_width) if norm else None
+        self.task_projection = None
+        if ROUTES[config.route_by].task:
+            # Entries of task embeddings have variance 1, as those of a normalized row: at the start
+            # the task's logits vary as much as the token's.
+            width = config.task_embedding_width
+            self.task_projection = Float32Linear(
+                width, config.num_experts, std=ROUTER_STD * math.sqrt(model_width / width)
+            )
+
+    @property
+    def pending(self) -> PendingRoute:
+        """Where the gate is."""
+        raise NotImplementedError
+
+    @property
+    def balance_bias_E(self) -> Tensor:
+        """What moves the selection, float32, a buffer."""
+        raise NotImplementedError
+
+    def _of_tasks(self, context: RoutingContext) -> tuple[Tensor | None, Tensor | None]:
+        """The task's part of each token's logits, with its prior, and which experts the token sees; None for all."""
+        if self.task_projection is None:
+            return None, None
+        logits_BE, rows_S = self.task_projection(context.task_embeddings_BD), context.token_rows_S
+        if not self.task_prior:
+            return logits_BE.index_select(0, rows_S), None
+        own_BE = dealt_experts(context.task_ids_B, logits_BE.shape[1], self.num_tasks)
+        if self.task_prior == OWN:
+            return logits_BE.index_select(0, rows_S), own_BE.index_select(0, rows_S)
+        return (logits_BE + self.task_prior * own_BE).index_select(0, rows_S), None
+
+
+class CooperativeBlock(GatedBlock):
     """Pre-norm, experts, optional shared feed-forward, dropout: what is added beside one encoder layer's feed-forward.
 
     Args:
@@ -152,20 +214,9 @@ class CooperativeBlock(nn.Module):
         dropout: float = 0.0,
         num_tasks: int = 1,
     ) -> None:
-        super().__init__()
-        self.layer = layer
-        self.num_tasks, self.task_prior = num_tasks, config.task_prior
-        self.num_experts = config.num_experts
-        self.holder = holder
-        self.norm = nn.LayerNorm(model_width)
-        self.task_projection = self.shared = None
-        if ROUTES[config.route_by].task:
-            # Entries of task embeddings have variance 1, as those of a normalized row: at the start
-            # the task's logits vary as much as the token's.
-            width = config.task_embedding_width
-            self.task_projection = Float32Linear(
-                width, config.num_experts, std=ROUTER_STD * math.sqrt(model_width / width)
-            )
+        more = {"layer": layer, "holder": holder, "num_tasks": num_tasks}
+        super().__init__(model_width, config, **more)
+        self.shared = None
         self.mixture = ExpertMixture(model_width, expert_width, config, num_tasks)
         if config.shared_width:
             self.shared = GatedFeedForward(
@@ -175,6 +226,19 @@ class CooperativeBlock(nn.Module):
                 output_init=config.output_init,
             )
         self.dropout = nn.Dropout(dropout)
+
+    @property
+    def pending(self) -> PendingRoute:
+        """Where the gate is, in one process and under AutoEP."""
+        router = self.mixture.router
+        return router if isinstance(router, PendingRoute) else router.pending
+
+    @property
+    def balance_bias_E(self) -> Tensor:
+        """What moves the selection, float32, a buffer."""
+        router = self.mixture.router
+        owner = self.mixture.gate if isinstance(router, PendingRoute) else router
+        return owner.e_score_correction_bias
 
     def forward(self, x_BLM: Tensor) -> Tensor:
         """The update of each token, zero on padding, shape (B, L, M); appends the routing to the context."""
@@ -207,15 +271,3 @@ class CooperativeBlock(nn.Module):
             context.routings[self.layer] = routing
         update_NM = torch.zeros_like(flat_NM).index_copy(0, context.real_index_S, update_SM)
         return update_NM.view_as(x_BLM)
-
-    def _of_tasks(self, context: RoutingContext) -> tuple[Tensor | None, Tensor | None]:
-        """The task's part of each token's logits, with its prior, and which experts the token sees; None for all."""
-        if self.task_projection is None:
-            return None, None
-        logits_BE, rows_S = self.task_projection(context.task_embeddings_BD), context.token_rows_S
-        if not self.task_prior:
-            return logits_BE.index_select(0, rows_S), None
-        own_BE = dealt_experts(context.task_ids_B, logits_BE.shape[1], self.num_tasks)
-        if self.task_prior == OWN:
-            return logits_BE.index_select(0, rows_S), own_BE.index_select(0, rows_S)
-        return (logits_BE + self.task_prior * own_BE).index_select(0, rows_S), None

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from comoe.config.failure import doing
 from comoe.distributed import barrier, broadcast_object, is_main
+from comoe.models.moe.router import RouterProjection
 from comoe.train.checkpoint.data_only import ANY_PICKLE, ONLY_DATA, reading_data_only
 from comoe.train.environment import environment_of_a_child
 from comoe.train.parallel.autoep import CooperativeRouter
@@ -131,8 +132,8 @@ def load_universal(engine: Any, checkpoint: Path) -> bool:
     loaded, _ = engine.load_checkpoint(str(checkpoint / UNIVERSAL), tag="state")
     weights = load_file(checkpoint / "weights" / "model.safetensors")
     for name, module in engine.module.model.named_modules():
-        if isinstance(module, CooperativeRouter):
-            gate = name.removesuffix(".router") + ".gate"
+        if isinstance(module, (CooperativeRouter, RouterProjection)):
+            gate = name.removesuffix(".router") + ".gate" * name.endswith(".router")
             bias_E: Tensor = weights[f"{gate}.e_score_correction_bias"]
             module.e_score_correction_bias.copy_(bias_E)
     return loaded is not None

@@ -16,6 +16,7 @@ from comoe.config.ready_made import settings_path
 from comoe.config.recipe import Recipe
 from comoe.data.sampling.sampler import posts_per_forward
 from comoe.distributed import all_gather_objects, gpu_lacks_bf16
+from comoe.models.encoders.attach import FORMS
 from comoe.models.moe.block import MIXTURE_PATTERN
 from comoe.train.parallel.ds_keys import REFUSED, SET, check_settings, parse_settings
 
@@ -150,8 +151,17 @@ def multiplies_bf16() -> bool:
 
 
 def _ep_size(recipe: Recipe, settings: Mapping[str, Any], world_size: int) -> int:
-    experts = recipe.model.moe.num_experts
+    experts, form = recipe.model.moe.num_experts, recipe.model.moe.form
     if experts == 0:
+        return 1
+    if not FORMS[form].over_ranks:
+        asked = settings.get("expert_parallel", {}).get("autoep_size", AUTO)
+        if asked not in (AUTO, 1):
+            raise ValueError(
+                f"expert_parallel.autoep_size is {asked} in the DeepSpeed JSON, but expert parallelism is for "
+                f"model.moe.form beside, and it is {form}: its experts are small and whole on every rank; leave the "
+                "key out."
+            )
         return 1
     valid = [
         size for size in range(1, world_size + 1) if world_size % size == 0 and experts % size == 0
@@ -292,7 +302,7 @@ def _fill(section: Mapping[str, Any], values: Mapping[str, Any], *, prefix: str)
 def _expert_parallel(
     section: Mapping[str, Any], recipe: Recipe, values: Mapping[str, Any]
 ) -> dict[str, Any]:
-    if recipe.model.moe.num_experts == 0:
+    if recipe.model.moe.num_experts == 0 or not FORMS[recipe.model.moe.form].over_ranks:
         return {"enabled": False}
     for key, value in _AUTOEP.items():
         if section.get(key, value) != value:

@@ -195,7 +195,7 @@ class Engine:
         factor = self._rate_factor if moe.balance_schedule == "follow_rate" else 1.0
         groups = balanced_together(moe, len(self.objective.model.tasks))
         for layer, load_E in zip(layers, loads_LE, strict=True):
-            bias_E = layer.mixture.router.e_score_correction_bias
+            bias_E = layer.balance_bias_E
             for group in groups:
                 BALANCES[moe.balance](bias_E[group], load_E[group], moe.balance_rate * factor)
 

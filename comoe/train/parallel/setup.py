@@ -32,13 +32,16 @@ from comoe.models.encoders.pretrained import split_as_it_loads
 from comoe.train.environment import M_MMAP_THRESHOLD, set_thresholds
 from comoe.train.parallel.autoep import CooperativeRouter, our_classes
 
-BLOCK_CHILDREN = ("norm", "task_projection", "mixture", "shared")
-"""Modules of a ``CooperativeBlock``; a path that merely holds the word block, as every layer of a
+BLOCK_CHILDREN = ("norm", "task_projection", "mixture", "shared", "gate")
+"""Modules of a ``GatedBlock``; a path that merely holds the word block, as every layer of a
 T5 does, goes on with another."""
 
 
-ROUTING_CHILDREN = ("mixture.gate", "task_projection")
-"""Modules of a ``CooperativeBlock`` that make the gate's logits."""
+ROUTING_CHILDREN = ("mixture.gate", "task_projection", "gate")
+"""Modules of a ``GatedBlock`` that make the gate's logits."""
+
+ADAPTERS = ("lora_A", "lora_B")
+"""Weights of a ``LoraLinear``."""
 
 
 def parameter_group(name: str) -> str:
@@ -59,6 +62,8 @@ def parameter_group(name: str) -> str:
     if child == "encoder" and in_block:
         routes = any(f".block.{part}." in name for part in ROUTING_CHILDREN)
         return "router" if routes else "experts"
+    if parts[-1] in ADAPTERS:
+        return "experts"
     return PARAMETER_GROUPS[child]
 
 

@@ -15,7 +15,14 @@ from comoe.config.fields import words_of
 from comoe.config.load import recipe_from_dict, recipe_to_dict, type_at
 from comoe.config.recipe import Recipe, TaskConfig
 from comoe.config.reference import options, options_markdown, recipe_json_schema
-from comoe.config.validate import BY_DECODER, BY_GRADIENTS, BY_TEMPERATURE, UNLABELLED, validate
+from comoe.config.validate import (
+    BY_ADAPTERS,
+    BY_DECODER,
+    BY_GRADIENTS,
+    BY_TEMPERATURE,
+    UNLABELLED,
+    validate,
+)
 from comoe.data.collator import ROW_PER_TASK
 from comoe.data.posts import HIDINGS
 from comoe.data.reading.sources import NAMES, READERS
@@ -24,6 +31,7 @@ from comoe.data.text.noise import NOISES
 from comoe.data.text.normalize import PRESETS
 from comoe.losses.image_text import HARD
 from comoe.losses.weighting.strategies import WEIGHTINGS
+from comoe.models.encoders.attach import FORMS, SCOPES, TARGETS
 from comoe.models.encoders.families import LAYER_CHOICES, TRAINED_LAYERS
 from comoe.models.moe.gate import BALANCES, GATES
 from comoe.models.moe.router import ROUTES
@@ -41,10 +49,13 @@ TABLES = {
     "loss.image_text.negatives": HARD,
     "loss.weighting": WEIGHTINGS,
     "model.moe.balance": BALANCES,
+    "model.moe.form": FORMS,
     "model.moe.gate": GATES,
+    "model.moe.gate_scope": SCOPES,
     "model.moe.layers": LAYER_CHOICES,
     "model.moe.route_by": ROUTES,
-    "model.train_layers": TRAINED_LAYERS,
+    "model.moe.targets": TARGETS,
+    "model.train_layers": {"auto": None, **TRAINED_LAYERS},
     "model.vision.fusion": FUSIONS,
     "tasks.t.confidence_strategy": CONFIDENCE_STRATEGIES,
     "tasks.t.format": {"auto": None, **READERS},
@@ -65,6 +76,7 @@ def test_words_within_lists_and_rules_are_those_of_the_tables_too():
     assert words_of(type_at("tasks.t.splits").__args__[0]) == tuple(NAMES)
     assert tuple(ROW_PER_TASK) == tuple(ROUTES)
     assert BY_DECODER == tuple(name for name, kind in KINDS.items() if kind.mode == "decoder")
+    assert BY_ADAPTERS == tuple(name for name, form in FORMS.items() if form.freezes)
     assert (UNLABELLED,) == tuple(name for name, kind in KINDS.items() if not kind.scored)
     assert BY_GRADIENTS == tuple(n for n, kind in WEIGHTINGS.items() if kind.reads_gradients)
     assert BY_TEMPERATURE == tuple(

@@ -52,6 +52,20 @@ def plan_trials(experiment: Experiment, **asked):
     return plan_arms(experiment, **asked).trials
 
 
+def test_arms_of_lora_experts_have_the_rank_of_a_token_and_its_scale(experiment):
+    moe = "{form: lora, num_experts: 4, top_k: 4, rank: 3, alpha: 6, route_by: task, balance: none}"
+    recipe = load_recipe(experiment.config, [f"model.moe={moe}"])
+    found = {
+        arm: load_recipe(experiment.config, [f"model.moe={moe}", *ARMS[arm](recipe)]).model.moe
+        for arm in ("dense_total", "paper", "softmax_all", "by_token", "one_per_task")
+    }
+    for arm, made in found.items():
+        assert (made.top_k * made.rank, made.alpha / made.rank) == (12, 2), arm
+    assert (found["dense_total"].num_experts, found["dense_total"].rank) == (1, 12)
+    with pytest.raises(ValueError, match="planner of clusters knows experts beside"):
+        shape_of_recipe(recipe)
+
+
 def test_every_arm_with_experts_has_the_same_active_width(experiment):
     trials = plan_trials(experiment, arms=[arm for arm in ARMS], custom={}, seeds=[0])
     widths = {}

@@ -13,12 +13,13 @@ from transformers import (
 )
 
 from comoe.config.recipe import ModelConfig
+from comoe.models.encoders.attach import attach_experts
 from comoe.models.encoders.build import (
     build_encoder,
     build_encoder_from_config,
     build_encoder_shape,
 )
-from comoe.models.encoders.families import FAMILIES, attach_blocks, layers_of
+from comoe.models.encoders.families import FAMILIES, layers_of
 from comoe.models.moe.block import ContextHolder
 from tests.helpers_model import HF_CONFIGS, SEQ2SEQ, VARIANTS, WIDTH, moe_config, tiny_model
 
@@ -69,7 +70,7 @@ def test_dropout_reaches_every_family(family):
         if isinstance(getattr(layer, "dropout", None), float)
     }
     assert drops == {0.25}
-    (block,) = attach_blocks(encoder, moe_config(layers=[1]), ContextHolder())
+    (block,) = attach_experts(encoder, moe_config(layers=[1]), ContextHolder())
     # Layers that drop out the sum of feed-forward and block would do it twice.
     assert block.dropout.p == (0.0 if family in SEQ2SEQ else 0.25)
 

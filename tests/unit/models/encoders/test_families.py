@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from comoe.models.encoders.attach import attach_experts
 from comoe.models.encoders.build import build_encoder_from_config
 from comoe.models.encoders.families import (
     FAMILIES,
-    attach_blocks,
     chosen_layers,
     expert_width,
     freeze_encoder,
@@ -39,7 +39,7 @@ def run(encoder, batch):
 
 def attached(family, config, *, seed=0):
     encoder, holder, batch = tiny_encoder(family, seed), ContextHolder(), random_batch()
-    blocks = attach_blocks(encoder, config, holder)
+    blocks = attach_experts(encoder, config, holder)
     rows, columns = batch.attention_mask_BL.nonzero(as_tuple=True)
     holder.context = RoutingContext(rows * batch.attention_mask_BL.shape[1] + columns, rows)
     return encoder.eval(), blocks, batch
@@ -122,7 +122,7 @@ def test_the_automatic_expert_width_is_a_quarter_and_no_experts_leave_the_encode
     assert [expert_width(moe_config(), width) for width in (32, 384, 768)] == [16, 96, 192]
     assert expert_width(moe_config(expert_width=40), 768) == 40
     encoder = tiny_encoder("bert")
-    assert attach_blocks(encoder, moe_config(num_experts=0), ContextHolder()) == []
+    assert attach_experts(encoder, moe_config(num_experts=0), ContextHolder()) == []
     assert not [name for name, _ in encoder.named_modules() if "block" in name]
     model = tiny_model(moe_config(num_experts=0))
     assert model(random_batch()).routings == () and model.moe_layers() == []

@@ -1,0 +1,155 @@
+"""Where the experts of ``model.moe`` go: beside the feed-forward of chosen layers, or into their linear maps."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from comoe.config.recipe import ModelConfig, MoeConfig
+from comoe.models.encoders.adapters import run_per_row
+from comoe.models.encoders.families import (
+    chosen_of_stacks,
+    expert_width,
+    family_of,
+    layers_by_stack,
+    layers_of,
+)
+from comoe.models.moe.block import ContextHolder, CooperativeBlock, GatedBlock
+from comoe.models.moe.lora import LoraGate, LoraLinear, is_linear
+from comoe.models.moe.router import ROUTES
+
+
+def attach_experts(
+    encoder: nn.Module,
+    config: MoeConfig,
+    holder: ContextHolder,
+    num_tasks: int = 1,
+    *,
+    dropout: float | None = None,
+) -> list[GatedBlock]:
+    """Give the chosen layers their experts, in place.
+
+    Where the gate reads tasks, the layers below the first one with experts run once per text.
+
+    Args:
+        encoder: a model of ``build_encoder``.
+        config: ``model.moe``; ``num_experts`` 0 attaches nothing.
+        holder: shared by all blocks; its context must be set before the encoder runs.
+        num_tasks: tasks of the model.
+        dropout: ``model.dropout``.
+
+    Returns:
+        The blocks in layer order, one per gate.
+    """
+    if config.num_experts == 0:
+        return []
+    blocks = FORMS[config.form].attach(encoder, config, holder, num_tasks, dropout)
+    if blocks and ROUTES[config.route_by].task:
+        first = blocks[0].layer
+        run = list(layers_by_stack(encoder)[0])[first:]
+        after_first = family_of(encoder.config.model_type).after_first
+        if first == 0 and after_first is not None:
+            between = operator.attrgetter(after_first)(encoder)
+            run += [] if between is None else [between]
+        run_per_row(run, holder)
+    return blocks
+
+
+def _beside(
+    encoder: nn.Module,
+    config: MoeConfig,
+    holder: ContextHolder,
+    num_tasks: int,
+    dropout: float | None,
+) -> list[GatedBlock]:
+    """A cooperative block beside the feed-forward of each chosen layer; its dropout is the layer's own."""
+    family = family_of(encoder.config.model_type)
+    layers, width = layers_of(encoder), encoder.config.hidden_size
+    own = 0.0 if family.dropout is None else getattr(encoder.config, family.dropout)
+    blocks = []
+    more = {"holder": holder, "dropout": own, "num_tasks": num_tasks}
+    for number in chosen_of_stacks(config.layers, list(map(len, layers_by_stack(encoder)))):
+        block = CooperativeBlock(width, expert_width(config, width), config, layer=number, **more)
+        family.attach(layers[number], block)
+        blocks.append(block)
+    return blocks
+
+
+def _inside(
+    encoder: nn.Module,
+    config: MoeConfig,
+    holder: ContextHolder,
+    num_tasks: int,
+    dropout: float | None,
+) -> list[GatedBlock]:
+    """LoRA experts in the linear maps of each chosen layer, and a gate per layer or per stack."""
+    layers, width = layers_of(encoder), encoder.config.hidden_size
+    counts = list(map(len, layers_by_stack(encoder)))
+    skipped = family_of(encoder.config.model_type).without_experts
+    gates: list[LoraGate] = []
+    for number in chosen_of_stacks(config.layers, counts):
+        layer, in_decoder = layers[number], number >= counts[0]
+        own = SCOPES[config.gate_scope]
+        if own or not gates or in_decoder != (gates[-1].layer >= counts[0]):
+            gate = LoraGate(width, config, layer=number, holder=holder, num_tasks=num_tasks)
+            layer.block = gate
+            layer.register_forward_pre_hook(gate.open, with_kwargs=True)
+            gates.append(gate)
+        more = {"layer": gates[-1].layer, "holder": holder}
+        more["dropout"] = config.dropout if dropout is None else dropout
+        for place, name in _maps(layer, config.targets, skipped):
+            setattr(place, name, LoraLinear(getattr(place, name), config, **more))
+    return gates
+
+
+def _maps(
+    layer: nn.Module, targets: str, skipped: tuple[str, ...]
+) -> Iterator[tuple[nn.Module, str]]:
+    """Where the linear maps of a layer are that get experts: their owners, and their names there."""
+    for path, module in list(layer.named_modules()):
+        in_attention = "attn" in path.lower() or "attention" in path.lower()
+        if is_linear(module) and TARGETS[targets](in_attention) and not path.endswith(skipped):
+            owner, _, name = path.rpartition(".")
+            yield layer.get_submodule(owner), name
+
+
+def trained_layers(config: ModelConfig) -> int | str:
+    """``model.train_layers``, auto resolved."""
+    if config.train_layers != "auto":
+        return config.train_layers
+    freezes = config.moe.num_experts and FORMS[config.moe.form].freezes
+    return "none" if freezes else "all"
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """One way to put experts into a model."""
+
+    attach: Callable[[nn.Module, MoeConfig, ContextHolder, int, float | None], list[GatedBlock]]
+    """As ``attach_experts``, of at least one expert."""
+    freezes: bool
+    """Whether the pre-trained model stays as it is unless the recipe says otherwise."""
+    over_ranks: bool
+    """Whether expert parallelism can share the experts out among ranks."""
+
+
+FORMS: dict[str, Form] = {
+    "beside": Form(_beside, freezes=False, over_ranks=True),
+    "lora": Form(_inside, freezes=True, over_ranks=False),
+}
+"""Word in ``model.moe.form`` -> form."""
+
+
+TARGETS: dict[str, Callable[[bool], bool]] = {
+    "attention": lambda in_attention: in_attention,
+    "feed_forward": lambda in_attention: not in_attention,
+    "all": lambda in_attention: True,
+}
+"""Word in ``model.moe.targets`` -> whether a map gets experts, by whether it lies in the attention."""
+
+
+SCOPES: dict[str, bool] = {"model": False, "layer": True}
+"""Word in ``model.moe.gate_scope`` -> whether each layer has a gate of its own."""
