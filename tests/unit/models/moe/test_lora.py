@@ -7,7 +7,8 @@ import torch
 
 from comoe.config.recipe import ModelConfig
 from comoe.evaluation.experts_off import CONDITIONS, OFF
-from comoe.inference.export import export_model, load_exported
+from comoe.inference.export import export_model
+from comoe.inference.exported import load_exported
 from comoe.models.moe.lora import LoraLinear, adapters_of
 from comoe.train.memory_plan import count_parameters
 from comoe.train.start_from import start_from_export
