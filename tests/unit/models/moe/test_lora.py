@@ -7,7 +7,7 @@ import torch
 
 from comoe.config.recipe import ModelConfig
 from comoe.evaluation.experts_off import CONDITIONS, OFF
-from comoe.inference.export import export_model
+from comoe.inference.export import Backbone, export_model
 from comoe.inference.exported import load_exported
 from comoe.models.moe.lora import LoraLinear, adapters_of
 from comoe.train.memory_plan import count_parameters
@@ -151,7 +151,7 @@ def test_an_export_keeps_them_and_a_run_starts_from_it(tmp_path):
     model = tiny_model(recipe.model.moe, seed=3).eval()
     export_model(
         tmp_path / "export", state_dict=model.state_dict(), recipe=recipe, tasks=TASKS,
-        encoder_config=HF_CONFIGS["bert"].to_dict(), tokenizer=tiny_tokenizer(tmp_path / "v"),
+        backbone=Backbone(HF_CONFIGS["bert"].to_dict(), tiny_tokenizer(tmp_path / "v")),
     )  # fmt: skip
     expected = logits_of(model, batch)
     assert "4 experts (4 per token, sigmoid gate, routed by task) of rank 4 in the linear maps" in (
@@ -180,7 +180,7 @@ def test_a_run_of_lora_experts_starts_from_an_export_without_experts(tmp_path):
     model = tiny_model(recipe.model.moe, seed=3).eval()
     export_model(
         tmp_path / "export", state_dict=model.state_dict(), recipe=recipe, tasks=TASKS,
-        encoder_config=HF_CONFIGS["bert"].to_dict(), tokenizer=tiny_tokenizer(tmp_path / "v"),
+        backbone=Backbone(HF_CONFIGS["bert"].to_dict(), tiny_tokenizer(tmp_path / "v")),
     )  # fmt: skip
     moe = moe_config(**PAPER, output_init=0.0)
     fresh = tiny_model(moe, seed=5).eval()
