@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -110,10 +111,14 @@ def _maps(
 ) -> Iterator[tuple[nn.Module, str]]:
     """Where the linear maps of a layer are that get experts: their owners, and their names there."""
     for path, module in list(layer.named_modules()):
-        in_attention = "attn" in path.lower() or "attention" in path.lower()
+        in_attention = ATTENTION.search(path) is not None
         if is_linear(module) and TARGETS[targets](in_attention) and not path.endswith(skipped):
             owner, _, name = path.rpartition(".")
             yield layer.get_submodule(owner), name
+
+
+ATTENTION = re.compile("attn|attention", re.IGNORECASE)
+"""In the path, within a layer, of whatever belongs to its attention, in every family."""
 
 
 def trained_layers(config: ModelConfig) -> int | str:
