@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from comoe.config.files import write_json
+from comoe.config.files import atomic_file, write_json
 from comoe.config.recipe import DataConfig, ModelConfig, MoeConfig, NormalizeConfig
 from comoe.data.collator import Collator
 from comoe.data.reading.sources import read_input
@@ -137,7 +137,10 @@ def run_all(folder: Path, seeds: int) -> list[dict[str, Any]]:
         for strategy in STRATEGIES
         if (name, strategy, seed) not in done
     ]
-    posts = {name: _read(name) for name in dict.fromkeys(name for _, name, _ in wanted)}
+    posts = {
+        name: _read(name, folder / f"{name}.npz")
+        for name in dict.fromkeys(one[1] for one in wanted)
+    }
     for seed, name, strategy in wanted:
         scores = loop(**posts[name], strategy=strategy, seed=seed)
         rows.append({"data": name, "strategy": strategy, "seed": seed, "macro_f1": scores})
@@ -147,22 +150,23 @@ def run_all(folder: Path, seeds: int) -> list[dict[str, Any]]:
     return json.loads(json.dumps(rows))
 
 
-def _read(name: str) -> dict[str, Any]:
-    """What ``loop`` takes of a data set."""
-    root = prepare(["kit:posts"])["kit:posts"]
-    files = [root / file for file in DATA[name]]
-    labels = sorted({row[name] for row in read_input("--data", str(files[0])).rows[:MOST]})
-    (pool_NM, pool), (test_KM, test) = embedded(
-        files, [Task(name, "single_label", tuple(labels), "macro_f1")]
-    )
-    gold_N, test_K = (np.array([labels.index(one) for one in column]) for column in (pool, test))
-    return {
-        "pool_NM": pool_NM,
-        "gold_N": gold_N,
-        "test_KM": test_KM,
-        "test_K": test_K,
-        "labels": labels,
-    }
+def _read(name: str, cache: Path) -> dict[str, Any]:
+    """What ``loop`` takes of a data set; vectors and labels are kept in a file."""
+    if not cache.is_file():
+        root = prepare(["kit:posts"])["kit:posts"]
+        files = [root / file for file in DATA[name]]
+        rows = read_input("--data", str(files[0])).rows[:MOST]
+        labels = sorted({row[name] for row in rows})
+        (pool_NM, pool), (test_KM, test) = embedded(
+            files, [Task(name, "single_label", tuple(labels), "macro_f1")]
+        )
+        gold_N, test_K = (np.array([labels.index(y) for y in column]) for column in (pool, test))
+        with atomic_file(cache) as file:
+            np.savez(
+                file, pool_NM=pool_NM, gold_N=gold_N, test_KM=test_KM, test_K=test_K, labels=labels
+            )
+    with np.load(cache) as kept:
+        return {key: kept[key] for key in kept} | {"labels": kept["labels"].tolist()}
 
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Do explanations name the words that a prediction rests on? Words are deleted in the order of each, and at random.
 
-    python -m comoe.experiments.faithfulness --model runs/starter/export --input posts.jsonl --output faithful \
-        --task sentiment --task event
+    python -m comoe.experiments.faithfulness --model runs/starter/export --output faithful \
+        --task sentiment=tweets.jsonl --task event=events.jsonl
 
 The sooner the probability of the predicted label falls, the better the order. faithfulness.json and
 faithfulness.png are written into the folder.
@@ -143,32 +143,39 @@ def draw_curves(tasks: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     save_figure(figure, path)
 
 
+def _texts(predictor: Predictor, task: str, file: Path) -> list[str]:
+    chosen = predictor.choose_tasks([task])
+    check_explained(method_of("gradients"), chosen, predictor.exported.model)
+    posts = read_post_file(file, PredictOptions(tasks=[task]), model=predictor, tasks=chosen)
+    return [post.text for post in posts if not post.error and post.text]
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Print a table, a row per task, and write figures and numbers."""
     parser = ArgumentParser(prog="faithfulness", description=(__doc__ or "").split("\n\n")[0])
     add = parser.add_argument
+    # fmt: off
     add("--model", required=True, help="folder of an export")
-    add("--input", required=True, type=Path, help="posts")
+    add("--task", action="append", required=True, dest="tasks", metavar="TASK=FILE",
+        help="a task, and posts for it; may be repeated")
     add("--output", required=True, type=Path, help="folder for faithfulness.json and .png")
-    add("--task", action="append", required=True, dest="tasks", metavar="TASK")
-    add("--posts", type=int, default=200, help="drawn of the input")
+    add("--posts", type=int, default=200, help="drawn of each file (200)")
     add("--seed", type=int, default=0)
+    # fmt: on
     options = parser.parse_args(argv)
     try:
         predictor = Predictor.from_pretrained(options.model, device="cpu")
-        chosen = predictor.choose_tasks(options.tasks)
-        check_explained(method_of("gradients"), chosen, predictor.exported.model)
-        columns = PredictOptions(tasks=options.tasks)
-        posts = read_post_file(options.input, columns, model=predictor, tasks=chosen)
+        found = {}
+        for word in options.tasks:
+            task, _, file = word.partition("=")
+            texts = _texts(predictor, task, Path(file))
+            draw = np.random.default_rng(options.seed).permutation(len(texts))
+            texts = [texts[row] for row in draw[: options.posts]]
+            found[task] = summary(
+                curves(predictor, texts, task, seed=options.seed), seed=options.seed
+            )
     except ValueError as error:
         sys.exit(str(error))
-    texts = [post.text for post in posts if not post.error and post.text]
-    draw = np.random.default_rng(options.seed).permutation(len(texts))
-    texts = [texts[row] for row in draw[: options.posts]]
-    found = {
-        task: summary(curves(predictor, texts, task, seed=options.seed), seed=options.seed)
-        for task in options.tasks
-    }
     options.output.mkdir(parents=True, exist_ok=True)
     write_json(options.output / "faithfulness.json", found)
     draw_curves(found, options.output / "faithfulness.png")

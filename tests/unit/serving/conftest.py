@@ -22,7 +22,8 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def server(export: Path) -> Iterator[Server]:
     made = Server(
-        Source("tiny", export), max_bytes=4000, max_posts=4, max_characters=100, batch_wait=0
-    )
+        Source("tiny", export), max_bytes=4000, max_posts=4, max_characters=100, batch_wait=0,
+        max_gradients=2,
+    )  # fmt: skip
     yield made
     made.models.close()

@@ -53,15 +53,30 @@ def test_explanations_and_embeddings(server: Server, predictor: Predictor) -> No
     found = server.ask("/v1/explain", asked).json()["predictions"]
     assert_same(found, without_text(predictor(TEXTS, tasks=["mood", "words"], explain=True)))
     for method in ("gradients", "experts"):
-        found = server.ask("/v1/explain", asked | {"method": method}).json()["predictions"]
-        assert_same(
-            found, without_text(predictor.explain(TEXTS, method=method, tasks=asked["tasks"]))
-        )
+        some = asked | {"posts": TEXTS[:2], "method": method}
+        found = server.ask("/v1/explain", some).json()["predictions"]
+        expected = predictor.explain(TEXTS[:2], method=method, tasks=asked["tasks"])
+        assert_same(found, without_text(expected))
     found = server.ask("/v1/embed", {"posts": TEXTS, "task": "topic"}).json()["predictions"]
     expected = [{"embedding": one["embedding"].tolist()} for one in predictor.embed(TEXTS)]
     assert [one.keys() for one in found] == [{"embedding"}] * 3
     for one, other in zip(found, expected, strict=True):
         assert one["embedding"] == pytest.approx(other["embedding"], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "asked, status, message",
+    [
+        ({"method": "gradient"}, 422, "method: Input should be 'attention', 'gradients' or 'experts'"),
+        ({"method": "gradients", "tasks": ["words"]}, 422, "gradients explains tasks with a head on the whole post"),
+        ({"method": "gradients", "posts": ["a"] * 3}, 413, "A request may have 2 posts to explain by gradients"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_explained_is_refused(
+    server: Server, asked: dict, status: int, message: str
+) -> None:
+    answer = server.ask("/v1/explain", {"posts": ["a"], **asked})
+    assert answer.status_code == status and message in answer.json()["error"]["message"]
 
 
 def test_half_a_character_is_read_as_in_a_file(server: Server) -> None:
