@@ -106,8 +106,8 @@ def run_as_ranks(ranks: int, command: Sequence[str]) -> int:
 def lost_connection(error: BaseException | None) -> bool:
     """True for what a collective raises when another rank is gone or does not answer."""
     while error is not None:
-        said = str(error)
-        if isinstance(error, dist.DistError) or any(word in said for word in _TRANSPORT):
+        text = str(error)
+        if isinstance(error, dist.DistError) or any(word in text for word in _TRANSPORT):
             return True
         error = error.__cause__
     return False

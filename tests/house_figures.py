@@ -49,14 +49,19 @@ def parameters(node: Function) -> int:
     return len([item for item in listed if item.arg not in ("self", "cls", "ctx")])
 
 
-def used_once(tree: ast.Module) -> tuple[int, int]:
-    """Private functions and methods of at most 8 lines whose name stands in one further place of the file, and how many
-    of them are called there; the others stand in a table or are handed over."""
-    used = Counter(
-        getattr(node, "id", getattr(node, "attr", None))
-        for node in ast.walk(tree)
-        if isinstance(node, (ast.Name, ast.Attribute))
-    )
+def names_in(tree: ast.Module) -> Counter[str]:
+    """How often each name stands in a file where it is not defined."""
+    nodes = (node for node in ast.walk(tree) if isinstance(node, (ast.Name, ast.Attribute)))
+    return Counter(getattr(node, "id", getattr(node, "attr", None)) for node in nodes)
+
+
+def used_once(tree: ast.Module, everywhere: Counter[str]) -> tuple[int, int]:
+    """Private functions and methods of at most 8 lines whose name stands in one further place of the file (of all files
+    for a method, which may belong to a class below), and how many of them are called there; the others stand in a
+    table or are handed over."""
+    here = names_in(tree)
+    classes = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    methods = {id(node) for found in classes for node in found.body}
     called = {
         getattr(node.func, "id", getattr(node.func, "attr", None))
         for node in ast.walk(tree)
@@ -67,7 +72,7 @@ def used_once(tree: ast.Module) -> tuple[int, int]:
         for node in functions_of(tree)
         if node.name.startswith("_")
         and not node.name.startswith("__")
-        and used[node.name] == 1
+        and (everywhere if id(node) in methods else here)[node.name] == 1
         and node.end_lineno - node.lineno < 8
     ]
     return len(found), len(called & set(found))
@@ -183,7 +188,8 @@ def rows(root: Path) -> Iterator[tuple[str, str]]:
         "functions; over 60 lines",
         (f"{len(functions)}; {sum(node.end_lineno - node.lineno >= 60 for _, node in functions)}"),
     )
-    once = [used_once(trees[path]) for path in package]
+    everywhere = sum(map(names_in, trees.values()), Counter())
+    once = [used_once(tree, everywhere) for tree in trees.values()]
     yield (
         "private helpers used once with at most 8 lines; called",
         "; ".join(str(sum(counts)) for counts in zip(*once, strict=True)),

@@ -217,7 +217,7 @@ def measure_speed(
     predictor(batch[:128])
     rates, memory, all_of = [], [], Load()
     with serving(export) as server:
-        load_it(server, texts, clients=CLIENTS, posts=POSTS, seconds=2.0)
+        load_it(server, texts, clients=CLIENTS, posts=POSTS, seconds=SECONDS / 5)
         for _ in range(rounds):
             start = time.perf_counter()
             predictor(batch)

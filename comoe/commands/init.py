@@ -77,7 +77,9 @@ def settle(
     def settled(question: str, guess: str) -> str:
         return (input(f"{question} [{guess}]: ").strip() if ask else "") or guess
 
-    given.text = given.text or settled("column with the post", _text_column(rows, columns))
+    longest = max(columns, key=lambda name: sum(map(len, _values(rows, name))), default="text")
+    guess = "text" if "text" in columns else longest
+    given.text = given.text or settled("column with the post", guess)
     if not given.label:
         guess = [name for name in columns if name != given.text and _looks_like_labels(rows, name)]
         given.label = settled("columns with labels, with commas", ",".join(guess)).split(",")
@@ -131,12 +133,6 @@ def _plain(name: str) -> str:
 def _values(rows: Sequence[Mapping[str, Any]], column: str) -> list[str]:
     cells = (row.get(column) for row in rows)
     return [text for cell in cells if cell is not None and (text := str(cell).strip())]
-
-
-def _text_column(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
-    if "text" in columns:
-        return "text"
-    return max(columns, key=lambda name: sum(map(len, _values(rows, name))), default="text")
 
 
 def _looks_like_labels(rows: Sequence[Mapping[str, Any]], column: str) -> bool:

@@ -126,11 +126,11 @@ def behind(error: Exception) -> Exception:
 
 def _number_behind(error: Exception, path: Path) -> int | None:
     """The system's error that a library put into words; None where it was something else."""
-    said = str(error)
-    if found := NUMBERED.search(said):
+    text = str(error)
+    if found := NUMBERED.search(text):
         return int(found[1])
     if not any(
-        word in said for word in ("PytorchStreamWriter", "inline_container", "write failed")
+        word in text for word in ("PytorchStreamWriter", "inline_container", "write failed")
     ):
         return None
     # torch keeps the number to itself: the disk is asked again.
@@ -159,18 +159,18 @@ def keep_traceback(word: str, folder: Callable[[], Path]) -> str:
     Returns:
         What to tell about it, a sentence; empty if it was printed.
     """
-    told = traceback.format_exc()
+    trace = traceback.format_exc()
     if os.environ.get(SHOW, "0") not in ("", "0"):
-        print(told, end="", file=sys.stderr)
+        print(trace, end="", file=sys.stderr)
         return ""
     stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
     head = f"comoe {__version__}, Python {platform.python_version()}, {platform.platform()}\n{sys.argv}\n"
     try:
         file = folder() / f"{word}-{stamp}.log"
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(head + told, encoding="utf-8", errors="backslashreplace")
+        file.write_text(head + trace, encoding="utf-8", errors="backslashreplace")
     except OSError:
         # A full disk may be the very reason.
-        print(told, end="", file=sys.stderr)
+        print(trace, end="", file=sys.stderr)
         return ""
     return f"The traceback is in {file}."

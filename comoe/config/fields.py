@@ -243,7 +243,7 @@ def describe(annotation: Any, *, value: Any = NOTHING) -> str:
 
     Args:
         annotation: the type.
-        value: that it does not take; of the limits only those that it breaks are told.
+        value: that it does not take; of the limits only those that it breaks are named.
     """
     base, words = base_of(annotation), words_of(annotation)
     origin, arguments = get_origin(base), get_args(base)

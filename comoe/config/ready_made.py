@@ -17,7 +17,8 @@ def recipe_path(given: str | Path) -> Path:
     Raises:
         ValueError: a bare name that neither a file nor a recipe has.
     """
-    return _find("recipe", given, _recipe_files())
+    files = _folder("recipes", "launch/configs").glob("*.yaml")
+    return _find("recipe", given, {file.stem: file for file in files if file.stem != PROMPTS})
 
 
 def settings_path(given: str | Path) -> Path:
@@ -29,11 +30,6 @@ def settings_path(given: str | Path) -> Path:
 def prompts_path() -> Path:
     """The prompts of ``comoe augment``."""
     return _folder("recipes", "launch/configs") / f"{PROMPTS}.yaml"
-
-
-def _recipe_files() -> dict[str, Path]:
-    files = _folder("recipes", "launch/configs").glob("*.yaml")
-    return {file.stem: file for file in files if file.stem != PROMPTS}
 
 
 def _folder(installed: str, in_checkout: str) -> Path:

@@ -73,7 +73,7 @@ class MoeConfig:
     measuring speed)."""
     route_by: Literal["token", "task", "both"] = "token"
     """What the gate sees: token, task, or both. With task and both a post becomes one row per
-    labelled task."""
+    labeled task."""
     layers: (
         Literal["all", "alternate", "last_half"]
         | Annotated[Text, TOP_LAYERS]
@@ -281,7 +281,7 @@ class LossConfig:
         "cagrad",
     ] = "equal"
     """How the tasks' losses become one number: equal (their sum, so a post of a rare task weighs
-    more), posts (every labelled post weighs the same), static, uncertainty, uncertainty_positive,
+    more), posts (every labeled post weighs the same), static, uncertainty, uncertainty_positive,
     dynamic_average, gradnorm, pcgrad or cagrad."""
     weighting_rate: Positive = option(
         0.01, read_when="loss.weighting = uncertainty or uncertainty_positive or gradnorm"
@@ -372,7 +372,7 @@ class RunConfig:
     histograms: Flag = True
     """Write histograms of the gate's scores to TensorBoard at each evaluation."""
     plots: Flag = True
-    """Draw the pictures in ``plots/`` and TensorBoard; numbers are written in any case."""
+    """Draw the figures in ``plots/`` and TensorBoard; numbers are written in any case."""
     trackers: Annotated[
         list[
             Literal[

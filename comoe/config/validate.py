@@ -58,7 +58,7 @@ def _tasks(recipe: Recipe) -> Broken:
             rule = "use at most 100 letters, digits, dashes, underscores; no dash first"
             yield f"tasks.{name}", f"is not a task name; {rule}."
         if not task.path:
-            # A misspelt task in an override makes a new one, which has nothing but that option.
+            # A misspelled task in an override makes a new one, which has nothing but that option.
             guess = nearest(name, [other for other in tasks if other != name])
             hint = f" Did you mean task {guess}?" if guess else ""
             rule = "it must be the folder, file or hub name of the task's posts"

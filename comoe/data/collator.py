@@ -95,7 +95,14 @@ class Collator:
         }
         pairs = [(int(post), task) for post in indices for task in served[int(post)]]
         pairs = pairs or [(-1, 0 if self._row_per_task else -1)]
-        rows = [self._row(split, post, task) for post, task in pairs]
+        rows = [
+            self._filler
+            if post < 0
+            else split.prompt(post, self.tasks[task].name)
+            if task in self._decoded
+            else split.rows(np.array([post]))[0]
+            for post, task in pairs
+        ]
         length = -(-max(len(row.input_ids) for row in rows) // self._multiple) * self._multiple
         posts = [post for post, _ in pairs]
         images = [split.posts.images[post] if post >= 0 else None for post in posts]
@@ -226,15 +233,6 @@ class Collator:
         texts = [(post, task if task in self._decoded else -1) for post, task in pairs]
         numbers = {text: number for number, text in enumerate(dict.fromkeys(texts))}
         return torch.tensor([numbers[text] for text in texts], dtype=torch.int64)
-
-    def _row(self, split: TokenizedSplit, post: int, task: int) -> TokenRow:
-        if post < 0:
-            return self._filler
-        return (
-            split.prompt(post, self.tasks[task].name)
-            if task in self._decoded
-            else split.rows(np.array([post]))[0]
-        )
 
     def _target_ids(
         self, split: TokenizedSplit, post: int, number: int

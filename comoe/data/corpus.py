@@ -197,7 +197,7 @@ def load_corpus(
             parts[split].append(posts)
     joined = {split: PostSplit.join(found) for split, found in parts.items() if found}
     if recipe.distill.teachers:
-        _warn_of_taught_posts(joined, report)
+        _warn_of_soft_labels(joined, report)
     labels = {task: found for group in groups for task, found in group.labels.items()}
     tasks = tuple(
         resolved_task(name, recipe.tasks[name], labels=labels[name], splits=joined, report=report)
@@ -373,8 +373,8 @@ def _count_posts(group: Group, splits: _Splits, report: DataReport, *, with_imag
             )
 
 
-def _warn_of_taught_posts(splits: _Splits, report: DataReport) -> None:
-    """With teachers a training post teaches every task: evaluation posts among those of another data set count too."""
+def _warn_of_soft_labels(splits: _Splits, report: DataReport) -> None:
+    """Evaluation posts among the training posts of another data set: teachers label these for every task."""
     train = splits["train"]
     for split in PART_NAMES[1:]:
         for group in np.unique(splits[split].groups) if split in splits else ():

@@ -28,7 +28,7 @@ class Group:
 
     @property
     def scored(self) -> bool:
-        """False where no task has an answer: such posts are read for training alone."""
+        """False where no task predicts: such posts are read for training alone."""
         return any(kind_of(task.kind).scored for task in self.tasks.values())
 
 
@@ -67,7 +67,7 @@ def cuts_all_posts(recipe: Recipe) -> bool:
 
 
 def read_as_words(recipe: Recipe) -> tuple[str, ...]:
-    """Tasks that learn from posts cut into words: one on the same posts answers each word."""
+    """Tasks that learn from posts cut into words: one on the same posts predicts each word."""
     tasks = recipe.tasks
     if cuts_all_posts(recipe):
         return tuple(tasks)

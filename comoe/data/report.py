@@ -89,7 +89,7 @@ class DataReport:
         ]
         lines += [
             f"{split}: {posts:,} posts cut to data.max_length"
-            + (f", {words:,} labelled words lost" if words else "")
+            + (f", {words:,} labeled words lost" if words else "")
             for split, (posts, words) in self.truncated.items()
             if posts or words
         ]

@@ -1,4 +1,4 @@
-"""Soft labels of posts: what a model, or several annotators, say of each label instead of one right answer."""
+"""Soft labels of posts: what a model, or several annotators, say of each label instead of one right label."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ BINS = 15
 
 
 FEWEST_POSTS = 20
-"""Labelled posts below which nothing is fitted."""
+"""Labeled posts below which nothing is fitted."""
 
 
 COLDEST, HOTTEST = 0.1, 10.0

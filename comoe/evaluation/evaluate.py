@@ -85,7 +85,7 @@ class Evaluation:
     """Seconds in forward passes, of the slowest rank, where they were taken."""
     divergences: Mapping[str, np.ndarray] = field(default_factory=dict)
     """Task with soft labels -> (post, sum of its divergences from the teacher, how many), float64,
-    (N, 3), of all posts that have one, labelled or not."""
+    (N, 3), of all posts that have one, labeled or not."""
     auxiliary: Container[str] = ()
     """Tasks that are in no mean."""
 
@@ -256,7 +256,7 @@ def mean_metric(metrics: Mapping[str, Mapping[str, float]], tasks: Sequence[Task
     if not values:
         names = ", ".join(task.name for task in counted)
         raise ValueError(
-            f"the split has no labelled post of any task ({names}), so there is no metric to choose by."
+            f"the split has no labeled post of any task ({names}), so there is no metric to choose by."
         )
     return float(np.mean(values))
 
@@ -275,7 +275,7 @@ def chosen_metric(
     Raises:
         ValueError: no such task or metric, or no labeled post of the task in the split.
     """
-    check_chosen_metric(name, tasks, taught=[task.name for task in tasks])
+    check_chosen_metric(name, tasks, distilled=[task.name for task in tasks])
     if name == MEAN:
         return mean_metric(metrics, tasks)
     if name == TEACHER_KL:
@@ -284,7 +284,7 @@ def chosen_metric(
     task, _, metric = name.partition("/")
     if task not in metrics:
         raise ValueError(
-            f"train.early_stop_metric is {name!r}, but the split has no labelled post of {task}; use mean."
+            f"train.early_stop_metric is {name!r}, but the split has no labeled post of {task}; use mean."
         )
     return higher_is_better(metric, metrics[task][metric])
 
@@ -294,7 +294,7 @@ def check_chosen_metric(
     tasks: Sequence[Task],
     *,
     measured: Container[str] | None = None,
-    taught: Container[str] = (),
+    distilled: Container[str] = (),
 ) -> None:
     """Refuse an ``early_stop_metric`` that no evaluation will have; called before training.
 
@@ -303,14 +303,14 @@ def check_chosen_metric(
         tasks: all tasks.
         measured: names of the tasks that validation posts have a label of; None does not ask for
             any.
-        taught: names of the tasks that teachers know, which have ``teacher_kl``.
+        distilled: names of the tasks that teachers know, which have ``teacher_kl``.
 
     Raises:
         ValueError: no such metric, with the nearest one; or nothing to measure it on.
     """
     scored = [task for task in tasks if task.rules.scored and not task.auxiliary]
     valid = [MEAN, *(f"{task.name}/{metric}" for task in scored for metric in metric_names(task))]
-    known = [task.name for task in scored if task.name in taught]
+    known = [task.name for task in scored if task.name in distilled]
     if known:
         valid += [TEACHER_KL, *(f"{task}/{TEACHER_KL}" for task in known)]
     if name not in valid:

@@ -178,10 +178,10 @@ def removal_lines(removal: Removal) -> list[str]:
         "drop of the mean metric without one expert (rise of the loss); below 0 the expert does harm.",
         "A few changed predictions are noise: the loss is more sensitive; more seeds are decisive.",
     ]
-    for name, told in ((OFF, "all experts off"), (IN_TURN, "experts in turn instead of routed")):
+    for name, label in ((OFF, "all experts off"), (IN_TURN, "experts in turn instead of routed")):
         if name in removal.conditions:
             values = removal.conditions[name]
-            lines.append(f"{told}: {values['drop']:+.4f} ({values['loss_rise']:+.4f})")
+            lines.append(f"{label}: {values['drop']:+.4f} ({values['loss_rise']:+.4f})")
     layers = zip(removal.layers, removal.drop_LE, removal.loss_rise_LE, strict=True)
     for layer, drops, rises in layers:
         pairs = enumerate(zip(drops, rises, strict=True))

@@ -162,7 +162,8 @@ def _run(
         recipe = load_recipe(experiment.config, [*experiment.overrides, *overrides])
     except ValueError as error:
         return TrialState.FAIL, str(error)
-    settings = [key for key in CHEAP if key.partition("=")[0] not in _keys(experiment.overrides)]
+    given = {text.partition("=")[0].strip().lstrip("-") for text in experiment.overrides}
+    settings = [text for text in CHEAP if text.partition("=")[0] not in given]
     run = Run(name, recipe.train.seed, (*overrides, *settings), recipe.model.moe.num_experts)
     pruned = Pruned(trial, experiment.runs / name)
     problem = _finish(experiment, run, pruned)
@@ -186,10 +187,6 @@ def _finish(experiment: Experiment, run: Trial, pruned: Pruned) -> str:
         )
         if "is in use by" not in problem:
             return problem
-
-
-def _keys(overrides: tuple[str, ...]) -> set[str]:
-    return {text.partition("=")[0].strip().lstrip("-") for text in overrides}
 
 
 class Run(Trial):
@@ -236,7 +233,9 @@ def report(study: optuna.Study, experiment: Experiment) -> None:
     lines = ["# Trials", "", *markdown_table(rows[0], rows[1:])]
     if complete := study.get_trials(states=[TrialState.COMPLETE]):
         best = max(complete, key=lambda trial: trial.value)
-        overrides = [_override(key, _value(value)) for key, value in best.params.items()]
+        kept = best.params.items()
+        values = {key: json.loads(v) if isinstance(v, str) else v for key, v in kept}
+        overrides = [_override(key, value) for key, value in values.items()]
         recipe = load_recipe(experiment.config, [*experiment.overrides, *overrides])
         save_recipe(recipe, experiment.output / "best.yaml")
         lines += [
@@ -249,10 +248,6 @@ def report(study: optuna.Study, experiment: Experiment) -> None:
         with atomic_file(experiment.output / "importance.png") as file:
             _importance_figure(weights).savefig(file, format="png", dpi=120)
     write_atomic(experiment.output / "tune.md", "\n".join([*lines, ""]))
-
-
-def _value(kept: Any) -> Any:
-    return json.loads(kept) if isinstance(kept, str) else kept
 
 
 def _importances(study: optuna.Study) -> Mapping[str, float]:

@@ -43,7 +43,7 @@ CHUNK = 2048
 BATCH = 64
 """Posts per forward pass."""
 
-TAUGHT = ("train", "validation")
+DISTILLED = ("train", "validation")
 """Splits that teachers are asked about."""
 
 
@@ -129,7 +129,7 @@ def _columns(folder: Path, own: Task, student: Task) -> list[int]:
     return [own.labels.index(label) for label in student.labels] or [0]
 
 
-def teach(
+def soft_labels_of(
     config: DistillConfig,
     teachers: Sequence[Teacher],
     posts: PostSplit,

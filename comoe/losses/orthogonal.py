@@ -66,7 +66,7 @@ class OrthogonalLoss:
         tasks: names of all tasks.
 
     Source: the difference loss ``||S^T P||_F^2`` of Bousmalis et al. 2016, arXiv:1608.06019, and
-    Liu et al. 2017, arXiv:1704.05742; centred as in the former.
+    Liu et al. 2017, arXiv:1704.05742; centered as in the former.
     """
 
     def __init__(self, tasks: Sequence[str]) -> None:

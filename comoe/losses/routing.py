@@ -42,7 +42,7 @@ class RunningSums:
 def balance_loss(scores_SE: Tensor, counts_E: Tensor, *, num_tokens: Tensor | float) -> Tensor:
     """How unevenly tokens spread over experts: 1.0 when even, at most E/k; this rank's share of it.
 
-    Sigmoid scores do not sum to one, so each token's scores are normalised first; otherwise the
+    Sigmoid scores do not sum to one, so each token's scores are normalized first; otherwise the
     loss could be lowered by shrinking every score.
 
     Args:

@@ -100,7 +100,7 @@ class TaskHead(nn.Module):
         """Let the logits start as the likeness of a post to the texts of the labels.
 
         w_y = a d_y / |d_y| with d_y = t_y - mean t, and b_y = -w_y . mean p: the mean post is of no label,
-        and a gives the logits of the posts the standard deviation ``FIRST_LOGITS``. Centred on the
+        and a gives the logits of the posts the standard deviation ``FIRST_LOGITS``. Centered on the
         texts instead, logits of short plain sentences would favor one label for all posts.
 
         Args:

@@ -284,7 +284,11 @@ def _task(
         values = np.array([[np.nan if cell is None else float(cell[key])] for cell in found])
         known = None if gold is None else np.array(gold, dtype=float)[:, None]
         return TaskPredictions(name, what, (), values, values, known)
-    chosen = [None if cell is None else _chosen(cell, key) for cell in found]
+    plain = (
+        cell and ([span["type"] for span in cell[key]] if key == "spans" else cell[key])
+        for cell in found
+    )
+    chosen = [None if labels is None else _listed(labels) for labels in plain]
     scored = [cell["scores"] for cell in found if cell and isinstance(cell.get("scores"), Mapping)]
     truth = None if gold is None else [_listed(cell) for cell in gold]
     labels = dict.fromkeys(scored[0] if scored else ())
@@ -296,12 +300,6 @@ def _task(
             scores[row] = [cell["scores"].get(label, 0.0) for label in labels]
     known = None if truth is None else _indicators(truth, tuple(labels))
     return TaskPredictions(name, what, tuple(labels), values, scores, known)
-
-
-def _chosen(cell: Mapping[str, Any], key: str) -> list[str]:
-    if key == "spans":
-        return [span["type"] for span in cell[key]]
-    return _listed(cell[key])
 
 
 def _listed(value: Any) -> list[str]:

@@ -97,7 +97,7 @@ class Batcher:
         self._thread.start()
 
     def submit(self, key: Hashable, posts: Sequence[Any], tokens: Sequence[int]) -> Future:
-        """Queue the posts of a request; the future has the list of their results, and may be cancelled.
+        """Queue the posts of a request; the future has the list of their results, and may be canceled.
 
         Args:
             key: requests with equal keys may be done together.
@@ -217,5 +217,5 @@ def _fail(batch: list[_Item], error: Exception) -> None:
 
 
 def _wanted(future: Future) -> bool:
-    """Whether it still lacks a result, and may no longer be cancelled then."""
+    """Whether it still lacks a result, and may no longer be canceled then."""
     return not future.done() and future.set_running_or_notify_cancel()

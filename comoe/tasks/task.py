@@ -51,7 +51,7 @@ class Task:
     confidence_strategy: str = "none"
     """Key of ``CONFIDENCE_STRATEGIES``."""
     temperature: float | None = None
-    """What answers divide logits by, so that probabilities are frequencies; no loss reads it. None:
+    """What predictions divide logits by, so that probabilities are frequencies; no loss reads it. None:
     not fitted, 1."""
     thresholds: tuple[float, ...] | None = None
     """Probabilities from which labels are given: one per label, or, where two labels exclude one
@@ -65,7 +65,7 @@ class Task:
     """Regression: a difference of 1 in the head's output is one of this in the label."""
 
     prompt: str | None = None
-    """What the encoder reads of a post where a decoder answers, see ``comoe.tasks.prompts``; else
+    """What the encoder reads of a post where a decoder predicts, see ``comoe.tasks.prompts``; else
     None."""
     label_words: tuple[str, ...] = ()
     """Words that the decoder scores, one text per label; empty for other kinds."""

@@ -70,7 +70,7 @@ def dry_run_lines(
         recipe: with everything filled in.
         corpus: the posts it names, and the report on reading them.
         memory_plan: of the layout that the run would have.
-        seen: of ``seen_by_the_decoder``; needed where a decoder answers a task.
+        seen: of ``seen_by_the_decoder``; needed where a decoder predicts a task.
     """
     lines = ["# recipe", *recipe_to_yaml(recipe).splitlines(), "", "# data", *corpus.report.lines()]
     lines += ["", "# sample posts"]
@@ -80,7 +80,7 @@ def dry_run_lines(
 
 
 def seen_by_the_decoder(train: TokenizedSplit, tokenizer: Any) -> Seen:
-    """(task that a decoder answers, labeled post) -> (answer, prompt), out of the tokens that the model is given.
+    """(task that a decoder predicts, labeled post) -> (target, prompt), out of the tokens that the model is given.
 
     Args:
         train: tokens of the training posts.
@@ -89,12 +89,12 @@ def seen_by_the_decoder(train: TokenizedSplit, tokenizer: Any) -> Seen:
 
     def seen(task: Task, row: int) -> tuple[str, str]:
         value = train.posts.labels[task.name][row]
-        answer = (
+        target = (
             label_tokens(tokenizer, task)[value]
             if task.label_words
             else train.targets[task.name][row].tolist()
         )
-        return tokenizer.decode(answer), tokenizer.decode(train.prompts[task.name][row].tolist())
+        return tokenizer.decode(target), tokenizer.decode(train.prompts[task.name][row].tolist())
 
     return seen
 
@@ -104,13 +104,13 @@ def sample_lines(
 ) -> list[str]:
     """The first labeled posts of a task, cleaned as the encoder will see them, each after its label.
 
-    Where a decoder answers, its own words, end token included, and the prompt with the post in it.
+    Where a decoder predicts, its own words, end token included, and the prompt with the post in it.
 
     Args:
         task: whose labels are shown.
         split: usually the training posts.
         config: the cleaning.
-        seen: of ``seen_by_the_decoder``; needed where a decoder answers.
+        seen: of ``seen_by_the_decoder``; needed where a decoder predicts.
     """
     lines = [
         f"{task.name} ({task.kind}, metric {task.metric}{', auxiliary' if task.auxiliary else ''}):"
@@ -121,7 +121,7 @@ def sample_lines(
             "  words of the labels: " + ", ".join(f"{label} = {word!r}" for label, word in words)
         )
     if task.mode == "decoder":
-        lines.append("  answer | what the encoder reads")
+        lines.append("  target | what the encoder reads")
     count = len(lines)
     labelled = [row for row, value in enumerate(split.labels[task.name]) if value is not None]
     for row in labelled[:SAMPLES]:

@@ -19,7 +19,7 @@ from comoe.models.heads import AttentionPooling
 from comoe.models.model import MultiTaskModel
 
 POSTS = 256
-"""Most training posts of a task that centre and scale of its first logits are taken from."""
+"""Most training posts of a task that center and scale of its first logits are taken from."""
 
 ROWS = 32
 """Rows of one pass of the encoder."""

@@ -11,8 +11,8 @@ and nothing else):
     moments       4 n (D + X) / W   n = 2 for AdamW, 1 for SGD with momentum, else 0
     bucket        p R               R gradient elements on their way to the other ranks
     activations   what the backward pass reads, see ``Work`` and ``DecoderWork``
-    vocabulary    (8 + p') A V          A tokens of answers over a vocabulary of V, p' = 2 in bf16, else 0
-    dispatch      4 p S k M         one layer's routes: sent, received, padded for the grouped product, answered
+    vocabulary    (8 + p') A V          A target tokens over a vocabulary of V, p' = 2 in bf16, else 0
+    dispatch      4 p S k M         one layer's routes: sent, received, padded for the grouped product, returned
 
 Expert parallelism divides what ZeRO below stage 3 leaves whole; the optimizer's share is (D + X) /
 W at every EP, because the W / EP ranks that hold the same experts split their state. Stage 2 in
@@ -133,7 +133,7 @@ class Work:
         """One cooperative block.
 
         Per token its norm's input and output, the gate's float32 input and a one-byte dropout mask;
-        per route (one token to one expert) input, answer, and four of the expert's width: gate, up,
+        per route (one token to one expert) input, output, and four of the expert's width: gate, up,
         the activated gate, the product.
         """
         routes = self.top_k * (2 * self.width + 4 * self.expert_width) * number
@@ -141,23 +141,23 @@ class Work:
 
     def outer_bytes(self, number: int) -> int:
         """Outside of the layers: three numbers of the embeddings, in bf16 a float32 copy of the
-        last states for each pooling head, and for each private part its norm's answer, the sum that
+        last states for each pooling head, and for each private part its norm's output, the sum that
         its head reads, a one-byte dropout mask and four numbers of its hidden width."""
         private = (2 * self.width + 4 * self.private_width) * number + self.width
         heads = self.width * (3 * number + (FULL * self.tasks if number < FULL else 0))
         return self.tokens * (heads + self.private_parts * private)
 
     def dispatch_bytes(self, number: int) -> int:
-        """One layer's routes on their way: sent, received, padded for the grouped product, and answered."""
+        """One layer's routes on their way: sent, received, padded for the grouped product, and returned."""
         return 4 * number * self.tokens * self.top_k * self.width if self.moe_layers else 0
 
 
 @dataclass(frozen=True, slots=True)
 class DecoderWork:
-    """What one forward pass of one rank goes through in a decoder, for the answers that it is taught."""
+    """What one forward pass of one rank goes through in a decoder, for the texts that it learns."""
 
     own: Work = field(default_factory=Work)
-    """Its layers on the tokens of the answers, as if it were an encoder of them."""
+    """Its layers on the tokens of the targets, as if it were an encoder of them."""
     read_tokens: int = 0
     """Tokens of the encoder that its rows look at."""
     vocabulary: int = 0
@@ -170,7 +170,7 @@ class DecoderWork:
         return self.own.activation_bytes(number) + layers * self.look_bytes(number) + gathered
 
     def look_bytes(self, number: int) -> int:
-        """One layer's look at the encoder's states: of each token of an answer the norm's answer,
+        """One layer's look at the encoder's states: of each token of a target the norm's output,
         query, attended, sum and a one-byte dropout mask; of each token that it looks at a key and a
         value."""
         per_token = 4 * self.own.width * number + self.own.width
@@ -477,8 +477,8 @@ def _text_work(
 ) -> tuple[Work, DecoderWork | None]:
     """What the encoder, and a decoder, go through for a number of posts."""
     encoder, blocks = model.encoder.config, model.moe_layers()
-    by_task, taught = ROUTES[recipe.model.moe.route_by].task, bool(recipe.distill.teachers)
-    rows = _row_tokens(model, train, by_task=by_task, taught=taught)
+    by_task, distilled = ROUTES[recipe.model.moe.route_by].task, bool(recipe.distill.teachers)
+    rows = _row_tokens(model, train, by_task=by_task, distilled=distilled)
     num_layers, ffn_widths = _stack_shapes(encoder)
     adapters, width = adapters_of(model.encoder), model.config.hidden_size
     common = {
@@ -530,9 +530,9 @@ class RowTokens(NamedTuple):
     encoder: float
     """That the encoder reads, in all of its rows."""
     prompts: float
-    """Of them in rows that a decoder answers."""
+    """Of them in rows that a decoder predicts."""
     answers: float
-    """That a decoder is taught."""
+    """That a decoder learns."""
     images: float
     """Rows per post, each with its image."""
     texts: float
@@ -540,7 +540,7 @@ class RowTokens(NamedTuple):
 
 
 def _row_tokens(
-    model: MultiTaskModel, train: TokenizedSplit, *, by_task: bool, taught: bool
+    model: MultiTaskModel, train: TokenizedSplit, *, by_task: bool, distilled: bool
 ) -> RowTokens:
     decoded = decoder_tasks(model.tasks)
     heads = [number for number in range(len(model.tasks)) if number not in decoded]
@@ -548,7 +548,7 @@ def _row_tokens(
         read = float(train.lengths.mean())
         return RowTokens(read, 0.0, 0.0, 1.0, texts=read)
     # Teachers know most tasks, and say something of every post.
-    labelled = train.labelled[:, heads] | taught
+    labelled = train.labelled[:, heads] | distilled
     own = labelled.sum(axis=1) if by_task else labelled.any(axis=1)
     lengths = np.diff(train.tokens.offsets)
     read = float((own * lengths).mean())
@@ -557,13 +557,13 @@ def _row_tokens(
     texts = float((labelled.any(axis=1) * lengths).mean()) if once else read
     prompts = answers = asked = 0.0
     for number, task in decoded.items():
-        mine = train.labelled[:, number] | (taught and bool(task.label_words))
+        mine = train.labelled[:, number] | (distilled and bool(task.label_words))
         asked += float(mine.mean())
         prompts += float((mine * train.prompts[task.name].lengths).mean())
         if task.label_words:
             # About two tokens a word, and an end token; the collator knows them exactly.
             words = max(len(words.split()) for words in task.label_words)
-            scored = len(task.labels) if taught else 1
+            scored = len(task.labels) if distilled else 1
             answers += float(mine.mean()) * (2 * words + 1) * scored
         else:
             answers += float((mine * train.targets[task.name].lengths).mean())

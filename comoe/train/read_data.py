@@ -16,7 +16,7 @@ from comoe.data.tokens.split import TokenizedSplit, report_cuts, tokenize_split
 from comoe.data.tokens.vocabulary import load_tokenizer
 from comoe.distributed import barrier, is_main
 from comoe.evaluation.evaluate import check_chosen_metric
-from comoe.inference.teacher import TAUGHT, find_teachers
+from comoe.inference.teacher import DISTILLED, find_teachers
 from comoe.models.vision.tower import image_side
 from comoe.starter.registry import home, resolve
 from comoe.train.state import total_steps
@@ -35,7 +35,7 @@ def read_posts(typed: Recipe) -> tuple[Recipe, Corpus]:
     teachers = find_teachers(recipe.distill, corpus.tasks)
     known = {name for teacher in teachers for name in teacher.columns}
     metric = recipe.train.early_stop_metric
-    check_chosen_metric(metric, corpus.tasks, measured=measured, taught=known)
+    check_chosen_metric(metric, corpus.tasks, measured=measured, distilled=known)
     corpus.report.notes += [
         f"task {task.name}: no teacher; it is learned from its gold labels alone"
         for task in corpus.tasks
@@ -88,7 +88,7 @@ def tokenize_posts(recipe: Recipe, corpus: Corpus) -> tuple[dict[str, TokenizedS
     )
     cache = home() / "tokens" if recipe.data.cache else None
     teachers = find_teachers(recipe.distill, corpus.tasks)
-    taught = {name for teacher in teachers for name in teacher.columns}
+    distilled = {name for teacher in teachers for name in teacher.columns}
     splits = _one_per_node_first(
         lambda: {
             name: tokenize_split(
@@ -97,7 +97,7 @@ def tokenize_posts(recipe: Recipe, corpus: Corpus) -> tuple[dict[str, TokenizedS
                 tasks=corpus.tasks,
                 config=recipe.data,
                 cache_dir=cache,
-                taught=taught if name in TAUGHT else (),
+                distilled=distilled if name in DISTILLED else (),
             )
             for name, posts in corpus.splits.items()
         }

@@ -77,7 +77,7 @@ def _tasks(recipe: Recipe) -> Iterator[str]:
         yield _in_vain("loss.weighting", recipe.loss.weighting, why)
     contrastive, usual = recipe.loss.contrastive, _USUAL.loss.contrastive
     if contrastive.first_steps and recipe.data.posts_per_label < 2:
-        why = "2 gives every label of a batch a pair, and a post without one teaches nothing"
+        why = "2 gives every label of a batch a pair, and a post without one has no loss"
         yield f"data.posts_per_label is {recipe.data.posts_per_label} with loss.contrastive.first_steps; {why}."
     if contrastive.weight or contrastive.first_steps:
         return

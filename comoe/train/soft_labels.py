@@ -11,7 +11,7 @@ from comoe.config.recipe import Recipe
 from comoe.data.posts import PostSplit
 from comoe.data.soft_labels import SoftLabels, preferred
 from comoe.data.tokens.split import TokenizedSplit, with_soft_labels
-from comoe.inference.teacher import TAUGHT, find_teachers, teach
+from comoe.inference.teacher import DISTILLED, find_teachers, soft_labels_of
 from comoe.starter.registry import home
 from comoe.tasks.task import Task
 
@@ -36,10 +36,10 @@ def soft_labelled(
         bf16: run them in bfloat16.
     """
     teachers = find_teachers(recipe.distill, tasks)
-    found = [name for name in TAUGHT if name in splits]
-    taught = {}
+    found = [name for name in DISTILLED if name in splits]
+    labels_of = {}
     if teachers:
-        taught = teach(
+        labels_of = soft_labels_of(
             recipe.distill,
             teachers,
             PostSplit.join([splits[name].posts for name in found]),
@@ -52,7 +52,7 @@ def soft_labelled(
         posts = splits[name].posts
         numbers = np.arange(start, start + len(posts))
         start += len(posts)
-        soft = {task: labels.take(numbers) for task, labels in taught.items()}
+        soft = {task: labels.take(numbers) for task, labels in labels_of.items()}
         for task in tasks:
             if (column := posts.soft_labels.get(task.name)) is not None:
                 own = SoftLabels.from_rows(column, width=len(task.labels))

@@ -325,8 +325,8 @@ class Trainer:
                 f"training has diverged by step {state.step}: losses on validation posts are {problem}. Lower the "
                 f"learning rates. {self._way_back()}"
             )
-        told = f"{' (best)' if improved else ''}{'' if kl is None else f', teacher_kl {kl:.4f}'}"
-        self._say(f"step {state.step}: validation {value:.4f}{told}")
+        remark = f"{' (best)' if improved else ''}{'' if kl is None else f', teacher_kl {kl:.4f}'}"
+        self._say(f"step {state.step}: validation {value:.4f}{remark}")
         return improved
 
     def _evaluate(self) -> Evaluation | None:

@@ -18,6 +18,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import psutil
@@ -31,7 +32,10 @@ TASKS = ("mood", "topic", "strength", "aspects", "mentions", "stance")
 """The tasks of the smoke recipe, in order."""
 STEPS = 10
 """Steps of a run under ``EVENTFUL``."""
+LEAN = ("run.plots=false", "run.histograms=false", "train.measure_experts=false")
+"""For runs whose figures, and what their experts are worth, nobody looks at."""
 EVENTFUL = (
+    *LEAN,
     f"train.max_steps={STEPS}", "train.save_every=2", "train.eval_every=4", "train.keep_checkpoints=3",
     "train.batch_size=48", "train.micro_batch_size=12", "train.schedule=linear", "train.warmup_fraction=0.2",
     "model.dropout=0.2", "model.moe.balance_rate=0.05", "data.mixing=progress",
@@ -40,7 +44,7 @@ EVENTFUL = (
 """Everything that a resume must restore has an effect: dropout, two micro-steps, a rate that
 changes, momenta, a balance bias that moves fast, an evaluation between, rates of the data sets that
 follow it, a task that a restart must not drop a second time. One task per data set: each more would
-only draw figures."""
+only take time."""
 TIMEOUT = 300.0
 """Seconds after which a command is ended and its test fails: many times what it takes alone on two
 cores."""
@@ -155,38 +159,55 @@ def train_in_ranks(
     home: Path,
     overrides: Sequence[str] = (),
     *,
-    settings: str | None = None,
+    config: str = SMOKE,
+    settings: str | Path | None = None,
     resume: Path | None = None,
+    killed_at: int | None = None,
 ) -> str:
-    """Train the smoke recipe, or resume a run, in forked ranks; what rank 0 said on both streams.
+    """Train a recipe, or resume a run, in forked ranks; what rank 0 said on both streams.
 
     Args:
         ranks: number of them.
         home: ``COMOE_HOME``.
         overrides: ``key=value`` options.
-        settings: name in ``ds_configs/``; None is the run's own with ``resume``, else ZeRO 2.
+        config: recipe, from the repository's folder.
+        settings: name in ``ds_configs/``, or a file; None is the run's own with ``resume``, else ZeRO 2.
         resume: run folder.
+        killed_at: SIGKILL to every rank once this step is in the log; fails as a dead rank does.
     """
     request = {
-        "config": None if resume else ROOT / SMOKE,
-        "deepspeed": settings and ROOT / f"ds_configs/{settings}.json",
+        "config": None if resume else ROOT / config,
+        "deepspeed": ROOT / f"ds_configs/{settings}.json"
+        if isinstance(settings, str)
+        else settings,
         "overrides": [str(word) for word in overrides],
         "resume": resume,
     }
     work = "tests.end_to_end.commands:train_here"
-    return run_ranks(work, ranks, timeout=TIMEOUT, request=request, home=str(home))[0]
+    options = {"request": request, "home": str(home), "killed_at": killed_at}
+    return run_ranks(work, ranks, timeout=TIMEOUT, **options)[0]
 
 
-def train_here(request: dict[str, Any], home: str) -> str:
+def train_here(request: dict[str, Any], home: str, killed_at: int | None = None) -> str:
     """What one forked rank runs."""
     from comoe.train.request import Request
     from comoe.train.run import run_request
 
     os.environ["COMOE_HOME"] = home
+    if killed_at is not None:
+        Thread(target=die, args=(request, killed_at), daemon=True).start()
     said = StringIO()
     with redirect_stdout(said), redirect_stderr(said):
         run_request(Request(**request))
     return said.getvalue()
+
+
+def die(request: dict[str, Any], step: int) -> None:
+    """End this process, a rank of the smoke recipe, after a step, without a word."""
+    output = next(word for word in request["overrides"] if word.startswith("run.output_dir="))
+    run = Path(output.partition("=")[2]) / "smoke"
+    wait_for(lambda: max(train_lines(run), default=0) >= step, what=f"step {step}")
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def end_behind(run: Path, *, step: int) -> None:

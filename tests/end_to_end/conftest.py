@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from tests.end_to_end.commands import EVENTFUL, SMOKE, Done, Terminal, deepspeed
+from tests.end_to_end.commands import EVENTFUL, SMOKE, Done, Terminal, deepspeed, train_in_ranks
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,9 +70,10 @@ def smoke_run(shared: Path, shared_terminal: Terminal) -> Finished:
 
 
 @pytest.fixture(scope="session")
-def uninterrupted(shared: Path, shared_terminal: Terminal) -> Path:
+def uninterrupted(shared: Path, home: Path) -> Path:
     """Folder of a finished run under ``EVENTFUL`` on two ranks, which nothing disturbed."""
-    words = (*deepspeed(2), "--config", SMOKE, *EVENTFUL)
-    return run_once(
-        shared / "uninterrupted", lambda runs: shared_terminal.run(*words, f"run.output_dir={runs}")
-    ).folder
+
+    def train(runs: Path) -> Done:
+        return Done(0, train_in_ranks(2, home, [f"run.output_dir={runs}", *EVENTFUL]), "")
+
+    return run_once(shared / "uninterrupted", train).folder

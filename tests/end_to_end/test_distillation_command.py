@@ -19,7 +19,7 @@ def test_a_student_learns_all_tasks_from_every_post_and_resumes_exactly(tmp_path
         f"distill.unlabelled=[{tmp_path / 'more.txt'}]", "model.moe.route_by=both", "train.batch_size=16",
         "train.micro_batch_size=4", "train.schedule=constant", "train.warmup_fraction=0", "model.dropout=0.2",
         "train.early_stop_metric=teacher_kl", "distill.temperature=2", "train.max_steps=4", "train.save_every=2",
-        "train.eval_every=4",
+        "train.eval_every=4", "run.plots=false", "run.histograms=false",
     ]  # fmt: skip
     run = tmp_path / "whole"
     assert "data set more: 40 train\n" in train_in_ranks(2, home, words)

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from comoe.train.parallel.ds_keys import PASSED
-
-ROOT = Path(__file__).parents[2]
+from tests.end_to_end.commands import LEAN, losses, train_in_ranks
 
 ZERO = {
     "contiguous_gradients": True, "overlap_comm": True, "reduce_scatter": True, "reduce_bucket_size": 5e5,
@@ -46,28 +42,21 @@ def test_all_keys_are_tried() -> None:
     assert set().union(*tried) == set(PASSED)
 
 
-def losses(folder: Path, *words: str) -> list[float]:
-    command = [
-        sys.executable,
-        "-m",
-        "comoe",
-        "train",
-        "smoke",
-        "train.max_steps=2",
-        "train.log_every=1",
-        *words,
-    ]
-    command += [f"run.output_dir={folder}", "data.limit_per_task=32", "data.limit_eval=16"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "COMOE_BF16": "0"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    lines = map(json.loads, (folder / "smoke" / "metrics.jsonl").read_text().splitlines())
-    return [line["loss"] for line in lines if "loss" in line and line["split"] == "train"]
+def run(folder: Path, settings: Path | None = None) -> list[float]:
+    """The losses of a run of one rank."""
+    words = [*LEAN, "train.max_steps=2", "data.limit_per_task=32", "data.limit_eval=16"]
+    train_in_ranks(1, folder, [f"run.output_dir={folder}", *words], settings=settings)
+    return losses(folder / "smoke")
+
+
+@pytest.fixture(scope="module")
+def without(tmp_path_factory) -> list[float]:
+    return run(tmp_path_factory.mktemp("without"))
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_run_with_them_has_the_losses_of_one_without(stage: int, tmp_path: Path) -> None:
+def test_a_run_with_them_has_the_losses_of_one_without(stage: int, without, tmp_path: Path) -> None:
     file = tmp_path / "ds.json"
     file.write_text(json.dumps(SETTINGS | {"zero_optimization": STAGES[stage]}))
-    found = losses(tmp_path / "with", "--deepspeed", str(file))
-    assert found == pytest.approx(losses(tmp_path / "without"), rel=1e-5) and len(found) == 2
+    found = run(tmp_path / "with", file)
+    assert found == pytest.approx(without, rel=1e-5) and len(found) == 2

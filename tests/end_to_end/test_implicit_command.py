@@ -6,7 +6,14 @@ import sys
 import pytest
 
 from comoe.inference.predictor import Predictor
-from tests.end_to_end.commands import end_behind, losses, read_lines, train_lines
+from tests.end_to_end.commands import (
+    LEAN,
+    end_behind,
+    losses,
+    read_lines,
+    train_in_ranks,
+    train_lines,
+)
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.one_core]
 
@@ -20,13 +27,10 @@ WORDS = (
 
 
 def test_heads_label_words_and_text_train_evaluate_resume_export_and_predict_together(
-    terminal, tmp_path
+    home, tmp_path
 ):
-    typed = [sys.executable, "launch/train.py", "--deepspeed", "ds_configs/zero1.json"]
-    done = terminal.run(
-        *typed, "--config", "launch/configs/implicit_smoke.yaml", f"run.output_dir={tmp_path}", *WORDS
-    )  # fmt: skip
-    assert done.code == 0, done.said
+    words = [f"run.output_dir={tmp_path}", *LEAN, *WORDS]
+    train_in_ranks(1, home, words, config="launch/configs/implicit_smoke.yaml", settings="zero1")
     run = tmp_path / "implicit_smoke"
     metrics = {
         "polarity": "accuracy",
@@ -46,12 +50,7 @@ def test_heads_label_words_and_text_train_evaluate_resume_export_and_predict_tog
     assert len(whole) == 4
 
     end_behind(run, step=2)
-    refused = terminal.run(*typed[:2], "--resume", run, "tasks.polarity.labels=[positive,negative]")
-    assert refused.code == 2
-    assert "tasks.polarity.labels is" in refused.said
-    assert "begin a new run" in refused.said
-    again = terminal.run(*typed[:2], "--resume", run)
-    assert again.code == 0 and f"resuming {run} at step 2" in again.out, again.said
+    assert f"resuming {run} at step 2" in train_in_ranks(1, home, resume=run)
     assert losses(run) == whole
 
     predictor = Predictor.from_pretrained(run / "export", device="cpu")

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.end_to_end.commands import SMOKE, free_port, losses
+from tests.end_to_end.commands import LEAN, SMOKE, free_port, losses
 
 pytestmark = pytest.mark.end_to_end
 
 
 @pytest.fixture
 def words(tmp_path) -> list[str]:
-    return [f"run.output_dir={tmp_path}", "train.max_steps=6"]
+    return [f"run.output_dir={tmp_path}", "train.max_steps=6", *LEAN]
 
 
 def test_torchrun(terminal, smoke_run, tmp_path, words):
@@ -29,9 +29,9 @@ def test_ranks_that_the_command_starts_itself(terminal, smoke_run, tmp_path, wor
     assert done.code == 0, done.out + done.err
     assert done.err.startswith("comoe: starting 2 ranks, on the CPU\n")
     assert losses(tmp_path / "smoke") == pytest.approx(losses(smoke_run.folder), rel=1e-6)
-    again = terminal.python("-m", "comoe", "train", "smoke", "--ranks", "2", *words)
-    first, *more = again.err.splitlines()
-    assert again.code == 2 and len(more) == 1 and "holds a run already" in more[0]
+    wrong = terminal.python("-m", "comoe", "train", "smoke", "--ranks", "2", "train.max_stpes=6")
+    first, *more = wrong.err.splitlines()
+    assert wrong.code == 2 and len(more) == 1 and "did you mean train.max_steps" in more[0]
 
 
 def test_two_tasks_of_slurm_on_machines_of_their_own(terminal, smoke_run, tmp_path, words):

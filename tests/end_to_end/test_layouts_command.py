@@ -9,6 +9,7 @@ import pytest
 
 from comoe.inference.predictor import Predictor
 from tests.end_to_end.commands import (
+    LEAN,
     SMOKE,
     TASKS,
     Terminal,
@@ -21,7 +22,7 @@ from tests.end_to_end.commands import (
 pytestmark = pytest.mark.end_to_end
 
 STEPS = 6
-COMMON = (f"train.max_steps={STEPS}", "model.dropout=0", "train.log_every=1")
+COMMON = (f"train.max_steps={STEPS}", "model.dropout=0", "train.log_every=1", *LEAN)
 # A small batch: with this gate each post is a row per task.
 PAPER = (
     "model.moe.route_by=task model.moe.top_k=4 model.moe.balance=none train.batch_size=24".split()

@@ -1,14 +1,13 @@
 """The recipe tacl_comoe on generated posts: a gate by task, all experts, contrastive loss, pairs and tags together."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
 from comoe.inference.predictor import Predictor
 from comoe.tasks.task import Task
-from tests.end_to_end.commands import read_lines, train_lines
+from tests.end_to_end.commands import read_lines, train_in_ranks, train_lines
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.one_core]
 
@@ -16,15 +15,15 @@ TASKS = ("hate", "entities", "stance", "topic")
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory, shared_terminal) -> Path:
+def run(tmp_path_factory, home) -> Path:
     runs = tmp_path_factory.mktemp("runs")
-    done = shared_terminal.run(
-        sys.executable, "launch/train.py", "--deepspeed", "ds_configs/zero1.json", "--config",
-        "launch/configs/tacl_comoe.yaml", "data.root=smoke:tacl_posts", "model.encoder=smoke:encoder",
-        f"run.output_dir={runs}", "train.max_steps=3", "train.eval_every=3", "train.log_every=1", "data.limit_eval=60",
-    )  # fmt: skip
-    assert done.code == 0, done.out + done.err
-    assert "calibration (expected calibration error" in done.out
+    words = [
+        "data.root=smoke:tacl_posts", "model.encoder=smoke:encoder", f"run.output_dir={runs}",
+        "train.max_steps=3", "train.eval_every=3", "train.log_every=1", "data.limit_eval=60",
+    ]  # fmt: skip
+    config = "launch/configs/tacl_comoe.yaml"
+    said = train_in_ranks(1, home, words, config=config, settings="zero1")
+    assert "calibration (expected calibration error" in said
     return runs / "tacl_comoe"
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from comoe.inference.predictor import Predictor
-from tests.end_to_end.commands import TASKS, read_lines, train_in_ranks, train_lines
+from tests.end_to_end.commands import LEAN, TASKS, read_lines, train_in_ranks, train_lines
 
 pytestmark = pytest.mark.end_to_end
 
@@ -14,7 +14,7 @@ def test_a_recipe_with_plain_posts_trains_evaluates_predicts_and_exports(tmp_pat
     rows = [json.dumps({"text": f"plain post about thing {number}"}) for number in range(300)]
     (tmp_path / "plain.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
     words = (
-        f"run.output_dir={tmp_path}", "train.max_steps=3", "train.batch_size=64",
+        f"run.output_dir={tmp_path}", *LEAN, "train.max_steps=3", "train.batch_size=64",
         "tasks.plain.kind=unlabelled", f"tasks.plain.path={tmp_path / 'plain.jsonl'}",
         "tasks.mentions.contrastive=true", "loss.contrastive.queue_size=40",
         "loss.contrastive.learn_temperature=true",

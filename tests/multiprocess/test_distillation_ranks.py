@@ -114,7 +114,7 @@ def taught(export: str, caches: list[str]) -> tuple[list[list[str]], dict[str, n
 
     teacher.ask = counted
     config = DistillConfig(teachers=[export])
-    said = teacher.teach(
+    said = teacher.soft_labels_of(
         config,
         teacher.find_teachers(config, EXPORTED),
         posts,

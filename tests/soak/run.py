@@ -44,10 +44,9 @@ PATIENCE = 180.0
 MOST_FAULTS = 12
 """Faults of a case; after them it may finish."""
 SAVED, MENDABLE, OVER, LOST, INTERRUPTED = 0, 2, 3, 4, 130
+# Drawing is disturbed too.
 COMMON = (
-    *EVENTFUL,
-    "train.measure_experts=false",
-    "run.histograms=false",
+    *(word for word in EVENTFUL if word != "run.plots=false"),
     "parallel.timeout_seconds=60",
 )
 

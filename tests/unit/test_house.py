@@ -18,7 +18,7 @@ FILES = sorted(
 )
 PACKAGE = [file for file in FILES if file.startswith("comoe/")]
 
-MAX_LAUNCH_LINES, MAX_FUNCTION_LINES = 60, 60
+MAX_LAUNCH_LINES, MAX_FUNCTION_LINES, MAX_OWN_IMPORTS = 60, 60, 15
 
 LEVELS = {
     "launch": 9,
@@ -48,6 +48,9 @@ LONG_FILES = {
     "comoe/starter/kit.py": "mostly the table of package archives with their checksums and licenses",
 }
 """File over 400 lines -> why it is one piece."""
+
+MANY_IMPORTS = {"comoe/models/model.py": "the model is where all of its parts meet"}
+"""File with more than 15 imports of ours -> why."""
 
 HOMES = {
     "deepspeed": ("comoe/train/parallel/", "comoe/train/checkpoint/"),
@@ -142,23 +145,31 @@ def test_a_script_is_short_and_a_long_file_has_a_reason():
     )
 
 
-@pytest.mark.parametrize("file", FILES)
-def test_functions_are_short(file: str):
-    sizes = {node.name: node.end_lineno - node.lineno + 1 for node in functions_of(file)}
-    long = {name: size for name, size in sizes.items() if size > MAX_FUNCTION_LINES}
-    assert not long, f"{file}: functions over {MAX_FUNCTION_LINES} lines: {long}"
+def test_functions_are_short():
+    long = [
+        f"{file}:{node.lineno} {node.name}: {size} lines"
+        for file in FILES
+        for node in functions_of(file)
+        if (size := node.end_lineno - node.lineno + 1) > MAX_FUNCTION_LINES
+    ]
+    assert not long, f"functions over {MAX_FUNCTION_LINES} lines: {long}"
 
 
-@pytest.mark.parametrize("file", [file for file in FILES if file not in ALIASES])
-def test_imports_run_downwards_only(file: str):
-    folder = folder_of(file)
-    for other in our_imports(file):
-        target = folder_of(other)
-        assert (
-            target == folder
-            or LEVELS[target] < LEVELS[folder]
-            or (LEVELS[target] == 0 and target == "comoe")
-        ), f"{file} (level {LEVELS[folder]}) imports {other} (level {LEVELS[target]})"
+def test_imports_run_downwards_only():
+    upward = [
+        f"{file} (level {LEVELS[folder]}) imports {other} (level {LEVELS[target]})"
+        for file in FILES
+        if file not in ALIASES
+        for other in our_imports(file)
+        if (target := folder_of(other)) not in ("comoe", folder := folder_of(file))
+        and LEVELS[target] >= LEVELS[folder]
+    ]
+    assert upward == []
+
+
+def test_a_file_imports_at_most_15_of_ours():
+    many = {file for file in FILES if len(our_imports(file)) > MAX_OWN_IMPORTS}
+    assert many == set(MANY_IMPORTS), "give the reason in MANY_IMPORTS, or split"
 
 
 def test_no_imports_go_round_in_a_circle():
@@ -177,27 +188,23 @@ def test_no_imports_go_round_in_a_circle():
 
 
 # A benchmark sets our code beside other libraries, so it may import them all.
-@pytest.mark.parametrize(
-    "file", [file for file in FILES if not file.startswith("comoe/benchmarks/")]
-)
-def test_third_party_libraries_stay_in_their_homes(file: str):
-    for name in imports_of(file):
-        for library, homes in HOMES.items():
-            at_home = not is_below(name, library) or file.startswith(homes)
-            assert at_home, f"{file} imports {name}; that belongs into {homes}"
+def test_third_party_libraries_stay_in_their_homes():
+    abroad = [
+        f"{file} imports {name}; that belongs into {homes}"
+        for file in FILES
+        if not file.startswith("comoe/benchmarks/")
+        for name in imports_of(file)
+        for library, homes in HOMES.items()
+        if is_below(name, library) and not file.startswith(homes)
+    ]
+    assert abroad == []
 
 
-# The two that make the public API are measured in test_api.py.
-@pytest.mark.parametrize(
-    "file",
-    [
-        file
-        for file in PACKAGE
-        if file.endswith("/__init__.py") and file not in (*ALIASES, "comoe/train/__init__.py")
-    ],
-)
-def test_package_files_import_nothing_so_that_help_is_instant(file: str):
-    assert list(imports_of(file)) == []
+def test_package_files_import_nothing_so_that_help_is_instant():
+    # The two that make the public API are measured in test_api.py.
+    api = (*ALIASES, "comoe/train/__init__.py")
+    inits = [file for file in PACKAGE if file.endswith("/__init__.py") and file not in api]
+    assert {file: names for file in inits if (names := list(imports_of(file)))} == {}
 
 
 def is_stub(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
@@ -250,12 +257,12 @@ def undocumented(body: list[ast.stmt], *, bases: list[ast.expr], prefix: str = "
                 yield from undocumented(node.body, bases=node.bases, prefix=f"{prefix}{node.name}.")
 
 
-@pytest.mark.parametrize("file", FILES)
-def test_everything_public_has_a_docstring(file: str):
-    tree = tree_of(file)
-    empty_init = file.endswith("__init__.py") and not tree.body
-    assert empty_init or ast.get_docstring(tree), f"{file} begins without a docstring"
-    assert list(undocumented(tree.body, bases=[])) == []
+def test_everything_public_has_a_docstring():
+    for file in FILES:
+        tree = tree_of(file)
+        empty_init = file.endswith("__init__.py") and not tree.body
+        assert empty_init or ast.get_docstring(tree), f"{file} begins without a docstring"
+        assert list(undocumented(tree.body, bases=[])) == [], file
 
 
 @pytest.mark.parametrize("file", ["config/recipe", "types"])
@@ -291,15 +298,15 @@ def table_keys() -> frozenset[str]:
     return frozenset(keys)
 
 
-@pytest.mark.parametrize("file", PACKAGE)
-def test_no_file_branches_on_the_name_of_a_kind_loss_gate_or_strategy(file: str):
-    found = []
-    for node in ast.walk(tree_of(file)):
-        if isinstance(node, (ast.Compare, ast.MatchValue)):
-            constants = {part.value for part in ast.walk(node) if isinstance(part, ast.Constant)}
-            found += [
-                f"{file}:{node.lineno}: {word}" for word in constants & table_keys() - COMMON_WORDS
-            ]
+def test_no_file_branches_on_the_name_of_a_kind_loss_gate_or_strategy():
+    found, keys = [], table_keys() - COMMON_WORDS
+    for file in PACKAGE:
+        for node in ast.walk(tree_of(file)):
+            if isinstance(node, (ast.Compare, ast.MatchValue)):
+                constants = {
+                    part.value for part in ast.walk(node) if isinstance(part, ast.Constant)
+                }
+                found += [f"{file}:{node.lineno}: {word}" for word in constants & keys]
     assert not found, f"look the thing up in its table instead: {found}"
 
 
@@ -323,9 +330,9 @@ FOREIGN = re.compile(r"python[h]osted|pypi[.]org|(?<![\w.*-])/(?:work|opt|root|m
 """Hosts of a package registry, and folders of one machine."""
 
 
-@pytest.mark.parametrize("file", TEXTS)
-def test_no_file_names_a_registry_host_or_a_folder_of_one_machine(file: str):
-    assert FOREIGN.findall((ROOT / file).read_text(encoding="utf-8")) == []
+def test_no_file_names_a_registry_host_or_a_folder_of_one_machine():
+    texts = {file: (ROOT / file).read_text(encoding="utf-8") for file in TEXTS}
+    assert {file: found for file in texts if (found := FOREIGN.findall(texts[file]))} == {}
 
 
 @pytest.mark.parametrize("stem", ["zero1", "zero2", "zero2_offload", "zero3"])

@@ -98,7 +98,7 @@ def check_images(
         lines: line of each cell there.
         column: name of the column.
         root: folder that paths start from and must not leave; None takes any path.
-        how: limits, cache, and what is said.
+        how: limits, cache, and what is printed.
     """
     results: dict[Source, CheckResult] = {}
     sources: list[Source | None] = []

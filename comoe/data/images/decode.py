@@ -6,6 +6,7 @@ pixels are looked at before anything is decoded.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import os
@@ -139,7 +140,11 @@ def read_image(source: Source, limits: ImageLimits, *, at_least: int | None = No
             if at_least is not None and image.format == "JPEG":
                 image.draft("RGB", (2 * at_least, 2 * at_least))
             image.load()
-            return _as_rgb(_upright(image))
+            upright = image
+            # Whatever the notes of a camera hold, the image itself was decoded.
+            with contextlib.suppress(Exception):
+                upright = ImageOps.exif_transpose(image)
+            return _as_rgb(upright)
     except BadImage:
         raise
     except UnidentifiedImageError as error:
@@ -242,14 +247,6 @@ def _webp_size(data: bytes) -> tuple[int, int] | None:
         return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
     width, height = struct.unpack("<HH", data[26:30])
     return width & 0x3FFF, height & 0x3FFF
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    """The image turned as its EXIF orientation says; broken EXIF turns nothing."""
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:  # whatever the notes of a camera hold, the image itself was decoded
-        return image
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:

@@ -1,6 +1,6 @@
 """Cleaning of the text of a post before it is tokenized.
 
-All presets are idempotent, so a model answers cleaned text as it answers raw text. A post that has
+All presets are idempotent, so a model predicts the same for cleaned and for raw text. A post that has
 any visible character never becomes empty.
 """
 

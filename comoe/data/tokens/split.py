@@ -37,7 +37,7 @@ class TokenizedSplit:
     """Whether a post has a label of a task, bool, shape (N, T), tasks in the order of the
     recipe."""
     words_cut: int
-    """Labelled words that were cut off with the end of too long posts."""
+    """Labeled words that were cut off with the end of too long posts."""
     prompts: Mapping[str, TokenLists] = field(default_factory=dict)
     """Task in decoder mode -> filled prompts of the posts with a label of it, and of those
     without any label (that have the second text the prompt needs)."""
@@ -134,7 +134,7 @@ def tokenize_split(
     tasks: Sequence[Task],
     config: DataConfig,
     cache_dir: Path | None = None,
-    taught: Container[str] = (),
+    distilled: Container[str] = (),
 ) -> TokenizedSplit:
     """Clean and tokenize a split, once: later calls with the same posts and settings read the cache.
 
@@ -144,7 +144,7 @@ def tokenize_split(
         tasks: all tasks.
         config: ``data`` of the recipe.
         cache_dir: folder of the cache; None, or ``data.cache: false``, keeps nothing.
-        taught: names of the tasks that have soft labels of all posts.
+        distilled: names of the tasks that have soft labels of all posts.
 
     Raises:
         ValueError: ``data.max_length`` is more than the encoder takes, or a prompt more than that.
@@ -169,7 +169,7 @@ def tokenize_split(
     wording = Wording(
         tokenizer, max_length=config.max_length, normalize=config.normalize, cache_dir=where
     )
-    return assemble_split(split, seen, tokens, tasks=tasks, wording=wording, taught=taught)
+    return assemble_split(split, seen, tokens, tasks=tasks, wording=wording, distilled=distilled)
 
 
 def assemble_split(
@@ -180,7 +180,7 @@ def assemble_split(
     tasks: Sequence[Task],
     wording: Wording,
     asked: Sequence[Task] | None = None,
-    taught: Container[str] = (),
+    distilled: Container[str] = (),
 ) -> TokenizedSplit:
     """Tokens and posts in one, with the table of labels that training can use.
 
@@ -191,7 +191,7 @@ def assemble_split(
         tasks: all tasks.
         wording: makes the prompts and targets.
         asked: tasks that the posts are for; None is all.
-        taught: as in ``tokenize_split``.
+        distilled: as in ``tokenize_split``.
     """
     # A hidden text is still shown beside predictions; a hidden image must not be read.
     posts = replace(posts, images=seen.images)
@@ -212,7 +212,7 @@ def assemble_split(
             if wants_pair(task.prompt)
             else True
         )
-        unlabelled = bare | (task.name in taught)
+        unlabelled = bare | (task.name in distilled)
         prompts[task.name] = wording.prompts(
             seen, task, asked=labelled[:, number] | (unlabelled & askable)
         )

@@ -58,7 +58,7 @@ class Weighting(nn.Module):
             losses_T: shares of the mean losses, float32 or wider; 0 with a gradient of 0 for an
                 absent task.
             present_T: bool, tasks that some post of the optimizer step has; the same on all ranks.
-            posts_T: numbers proportional to the labelled posts that each task has in the optimizer
+            posts_T: numbers proportional to the labeled posts that each task has in the optimizer
                 step; the same on all ranks.
             gram_TT: inner products of the tasks' gradients by the last shared layer, of all ranks
                 and micro-steps, float64; 0 for an absent task.
@@ -94,8 +94,8 @@ class Equal(Weighting):
         return losses_T.sum(), losses_T.new_ones(losses_T.shape)
 
 
-class Posts(Weighting):
-    """Every labelled post of the step counts the same: the mean loss over all of them, times the tasks.
+class PerPost(Weighting):
+    """Every labeled post of the step counts the same: the mean loss over all of them, times the tasks.
 
     A task's weight is T times its share of the step's labels (a post with two labels has two), so
     that its mean loss times its weight is a sum over posts that all weigh T / labels. Where all
@@ -312,7 +312,7 @@ def _mean(values_T: Tensor, active_T: Tensor) -> Tensor:
 
 WEIGHTINGS: dict[str, Callable[[Sequence[Task], LossConfig], Weighting]] = {
     "equal": Equal,
-    "posts": Posts,
+    "posts": PerPost,
     "static": Static,
     "uncertainty": Uncertainty,
     "uncertainty_positive": UncertaintyPositive,

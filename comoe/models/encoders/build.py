@@ -35,8 +35,8 @@ from comoe.models.encoders.pretrained import (
 )
 
 ANSWERING = "comoe_answering"
-"""Field of a whole encoder-decoder's configuration with what its answers depend on beside its
-weights, so that an export, which has no other files of the model, answers alike."""
+"""Field of a whole encoder-decoder's configuration with what its texts depend on beside its
+weights, so that an export, which has no other files of the model, predicts alike."""
 
 
 TARGET_TOKENS = (
@@ -46,7 +46,7 @@ TARGET_TOKENS = (
     "pad_token_id",
     "forced_bos_token_id",
 )
-"""What is kept of how a model's own folder says to generate: with which tokens an answer begins and
+"""What is kept of how a model's own folder says to generate: with which tokens a text begins and
 ends. How it is searched for is the recipe's (``num_beams``, ``max_answer_length``)."""
 
 
@@ -57,7 +57,7 @@ def build_encoder(config: ModelConfig, *, generates: bool = False) -> nn.Module:
 
     Args:
         config: ``model``.
-        generates: load the whole encoder-decoder, because a decoder answers some task.
+        generates: load the whole encoder-decoder, because a decoder predicts some task.
 
     Raises:
         ValueError: no such folder or hub name, no network, unreadable or incomplete weights, a
@@ -105,8 +105,8 @@ def _check_decoder(name: str, model_type: str, *, generates: bool) -> None:
     able = ", ".join(name for name, family in FAMILIES.items() if family.stacks)
     raise Unfit(
         f"model.encoder ({name}) is a {model_type}, which has no decoder, but a task is of kind text or label_words, "
-        f"which a decoder answers; choose an encoder-decoder ({able}), such as smoke:t5 or a Flan-T5, or give the "
-        "task a kind that a head answers, such as single_label."
+        f"which a decoder predicts; choose an encoder-decoder ({able}), such as smoke:t5 or a Flan-T5, or give the "
+        "task a kind that a head predicts, such as single_label."
     )
 
 

@@ -86,7 +86,7 @@ class Kind(ABC):
     """Fewest labels that leave something to learn; 0 for kinds without labels, whose class weights
     and label smoothing would mean nothing."""
     soft: ClassVar[str] = ""
-    """What a soft label is: tasks whose kinds say the same can teach one another. Empty where there
+    """What a soft label is: a task can be distilled into one whose kind says the same. Empty where there
     is none."""
     metrics: ClassVar[tuple[str, ...]] = ()
     """Metrics that this kind can be measured by, keys of ``METRICS``; the first one is what
@@ -106,7 +106,7 @@ class Kind(ABC):
         return 0
 
     def keys(self, targets: Tensor) -> Tensor:
-        """What the contrastive loss must know of the labels of labelled rows, (N, K), float32.
+        """What the contrastive loss must know of the labels of labeled rows, (N, K), float32.
 
         They travel between ranks as float32, so whole numbers must be below 2^24.
         """
@@ -170,19 +170,19 @@ class Kind(ABC):
         return targets != IGNORED
 
     def normalizer(self, targets: Tensor, task: TaskLike) -> Tensor:
-        """What ``loss`` is divided by to be a mean, float64 scalar: labelled rows (words, for tags)."""
+        """What ``loss`` is divided by to be a mean, float64 scalar: labeled rows (words, for tags)."""
         return self.labelled(targets).sum(dtype=torch.float64)
 
     @abstractmethod
     def loss(
         self, logits: Tensor, targets: Tensor, task: TaskLike, weights_B: Tensor | None = None
     ) -> Tensor:
-        """Sum over the labelled rows (words, for tags), scalar, float32, nats or squared label_std.
+        """Sum over the labeled rows (words, for tags), scalar, float32, nats or squared label_std.
 
         ``weights_B`` multiplies each row's part of the sum, float32; ones give the same bits as
         None.
 
-        Zero, finite and connected to ``logits`` when nothing is labelled: each rank must give each
+        Zero, finite and connected to ``logits`` when nothing is labeled: each rank must give each
         head a gradient.
         """
 
@@ -323,7 +323,7 @@ class Kind(ABC):
         """Targets (of ``Batch.labels`` or ``PostOutput``) in the words of ``decode``, or None."""
 
     def gold_and_scores(self, outputs: Sequence[PostOutput], task: TaskLike) -> tuple[Any, Any]:
-        """Gold and ``probabilities`` of the labelled posts; for tags lists of one array per post."""
+        """Gold and ``probabilities`` of the labeled posts; for tags lists of one array per post."""
         logits, targets = self.stack(outputs, task)
         present = self.labelled(targets)
         scores = self.probabilities(tempered(logits[present], task))
@@ -377,7 +377,7 @@ def tempered(logits: Tensor, task: TaskLike) -> Tensor:
 
 
 def class_units(targets: Tensor, task: TaskLike) -> Tensor:
-    """Sum of the class weights of the labelled targets, or their number. Scalar, float64."""
+    """Sum of the class weights of the labeled targets, or their number. Scalar, float64."""
     present = targets != IGNORED
     weights_Y = weights_of(task, torch.empty(0, dtype=torch.float64, device=targets.device))
     if weights_Y is None:
@@ -388,7 +388,7 @@ def class_units(targets: Tensor, task: TaskLike) -> Tensor:
 def class_loss(
     logits: Tensor, targets: Tensor, task: TaskLike, weights_B: Tensor | None = None
 ) -> Tensor:
-    """Sum of the weighted and smoothed cross-entropies of the labelled targets, float32, nats.
+    """Sum of the weighted and smoothed cross-entropies of the labeled targets, float32, nats.
 
     Args:
         logits: shape (..., Y), any float type.

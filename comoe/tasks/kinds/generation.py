@@ -30,7 +30,7 @@ class LabelWords(SingleLabel):
     def loss(
         self, logits: Tensor, targets: Tensor, task: TaskLike, weights_B: Tensor | None = None
     ) -> Tensor:
-        """-log P(words of the gold label | post), summed over tokens and labelled rows."""
+        """-log P(words of the gold label | post), summed over tokens and labeled rows."""
         present = self.labelled(targets)
         gold_B = logits.float().gather(1, targets.clamp(min=0)[:, None])[:, 0]
         if (weights_Y := weights_of(task, gold_B)) is not None:
@@ -68,13 +68,13 @@ class Text(Kind):
         return ", ".join(item for item in items if item) or None
 
     def normalizer(self, targets: Tensor, task: TaskLike) -> Tensor:
-        """Tokens of the labelled rows' texts, end tokens included."""
+        """Tokens of the labeled rows' texts, end tokens included."""
         return torch.where(self.labelled(targets), targets, 0).sum(dtype=torch.float64)
 
     def loss(
         self, logits: Tensor, targets: Tensor, task: TaskLike, weights_B: Tensor | None = None
     ) -> Tensor:
-        """-log P(own text | post), summed over tokens and labelled rows."""
+        """-log P(own text | post), summed over tokens and labeled rows."""
         own_B = logits.float()[:, 0]  # ModelOutput.logits has the generated text's behind it
         return weighted_sum(-torch.where(self.labelled(targets), own_B, own_B * 0.0), weights_B)
 

@@ -107,14 +107,14 @@ class Tags(Kind):
         return shown
 
     def gold(self, targets: Iterable[Any], task: TaskLike) -> list[list[str] | None]:
-        """The tags of the labelled words of each post."""
+        """The tags of the labeled words of each post."""
         rows = (target.tolist() for target in targets)
         return [[task.labels[i] for i in row if i != IGNORED] or None for row in rows]
 
     def gold_and_scores(
         self, outputs: Sequence[PostOutput], task: TaskLike
     ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """Per post with a labelled word: tag ids, (words,), and probabilities, (words, Y)."""
+        """Per post with a labeled word: tag ids, (words,), and probabilities, (words, Y)."""
         gold, scores = [], []
         for output in outputs:
             words = np.asarray(output.target) != IGNORED

@@ -28,7 +28,7 @@ ONLY_DATA, ANY_PICKLE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS
 def reading_data_only(path: Path) -> Iterator[None]:
     """``torch.load`` runs nothing that a file of a checkpoint holds, although DeepSpeed asks for any pickle.
 
-    A user who sets ``ANY_PICKLE`` trusts the files; that is said.
+    A user who sets ``ANY_PICKLE`` trusts the files; a warning says so.
 
     Args:
         path: the checkpoint.

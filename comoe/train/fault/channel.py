@@ -22,7 +22,7 @@ MAX_LINE = 1 << 16
 """Bytes of the longest line; longer input closes the connection."""
 
 MAX_GREETING = 1 << 10
-"""Bytes of the longest line of a connection that has not told the secret yet."""
+"""Bytes of the longest line of a connection that has not sent the secret yet."""
 
 STRANGERS = 64
 """Connections that may wait to tell the secret; one more takes the place of the oldest."""
@@ -151,7 +151,11 @@ class SideChannel:
                 self._accept()
             elif key.fileobj in self._ranks:
                 came += self._read(key.fileobj)
-        self._drop_strangers()
+        # What does not send the secret in time goes, and the oldest where there are too many.
+        late = time.monotonic() - GREET_WITHIN
+        for line, since in list(self._since.items()):
+            if since < late or len(self._since) > STRANGERS:
+                self._drop(line)
         return came
 
     def close(self) -> None:
@@ -232,13 +236,6 @@ class SideChannel:
             self._selector.unregister(self._server)
             self._server.close()
             self._server = None
-
-    def _drop_strangers(self) -> None:
-        """Close what does not tell the secret in time, and the oldest where there are too many."""
-        late = time.monotonic() - GREET_WITHIN
-        for line, since in list(self._since.items()):
-            if since < late or len(self._since) > STRANGERS:
-                self._drop(line)
 
     def _drop(self, line: socket.socket) -> int | None:
         """Close a connection; the rank it was that of."""

@@ -17,7 +17,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class StopSignal:
-    """Notes that this rank was asked to stop. The trainer asks each step and reduces the answer over ranks.
+    """Notes that this rank was asked to stop. The trainer asks each step and reduces what it finds over ranks.
 
     A context: at its end the signals do what they did before, so that what comes after a run can be
     ended by them.
@@ -25,7 +25,7 @@ class StopSignal:
     A SIGTERM to the ``deepspeed`` command ends that command alone and leaves its ranks running
     unseen. So a rank started by it also watches the launcher and the command above it, and treats
     the loss of either as SIGTERM; so does a rank of torchrun with its agent. Make one as early as
-    possible: a command that is lost before cannot be told from one that never was.
+    possible: a command that is lost before looks like one that never was.
     """
 
     def __init__(self) -> None:

@@ -201,7 +201,7 @@ class Monitor:
             self._draw_curves()
 
     def log_projector(self, step: int, *, split: str, embeddings: EmbeddingSummary) -> None:
-        """Hand the embeddings to TensorBoard's projector, where they can be turned, searched and coloured by label."""
+        """Hand the embeddings to TensorBoard's projector, where they can be turned, searched and colored by label."""
         with self._harmless():
             for task, view in embeddings.tasks.items() if self.enabled else ():
                 # The projector's table has one line per post: a label must not break it.

@@ -65,7 +65,7 @@ def metric_figure(curves: Mapping[str, Curve], baselines: Mapping[str, float]) -
 
     Args:
         curves: ``task: metric`` -> values at the evaluations.
-        baselines: the same names -> score of always giving the majority answer, where there is one.
+        baselines: the same names -> score of always predicting the majority label, where there is one.
     """
     figure, axes = _over_steps(len(curves), title="Validation metric over optimizer steps")
     for panel, (name, curve) in zip(axes, curves.items(), strict=False):
@@ -104,7 +104,7 @@ def experts_figure(curves: Mapping[str, Mapping[str, Curve]]) -> Figure:
 
 
 def share_figure(share: np.ndarray, *, rows: Sequence[str], title: str, row_axis: str) -> Figure:
-    """Heatmap rows x experts of shares in percent; white is an even share, purple more, orange less, grey no tokens.
+    """Heatmap rows x experts of shares in percent; white is an even share, purple more, orange less, gray no tokens.
 
     Args:
         share: (rows, E), each row sums to 1, or NaN for a row without tokens.
@@ -291,7 +291,7 @@ def _finite(points: Curve) -> list[tuple[int, float]]:
 
 
 def _smooth(points: Curve) -> list[tuple[int, float]]:
-    """Centred running mean over a twentieth of the curve."""
+    """Centered running mean over a twentieth of the curve."""
     reach = len(points) // 40
     windows = (points[max(0, i - reach) : i + reach + 1] for i in range(len(points)))
     return [

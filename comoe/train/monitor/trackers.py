@@ -45,7 +45,7 @@ class Silent:
 
 
 class Trackers:
-    """The trackers of a run, on the rank that writes. What they raise never ends a run: it is said once.
+    """The trackers of a run, on the rank that writes. What they raise never ends a run: it is reported once.
 
     Args:
         names: keys of ``accelerate.tracking.LOGGER_TYPE_TO_CLASS``; ``tensorboard`` is left out.

@@ -66,7 +66,7 @@ class CooperativeExperts(GroupedExperts):
         *,
         mean_over: Any = None,
     ) -> Tensor:
-        """Rows sorted by expert to their answers, as in AutoEP; with an order and weights, rows to weighted sums; with
+        """Rows sorted by expert to their outputs, as in AutoEP; with an order and weights, rows to weighted sums; with
         a group of ranks, the output of the mean of all their experts."""
         if mean_over is not None:
             gate_up, down = (
@@ -108,7 +108,7 @@ class CooperativeLayer(auto_ep_layer.AutoEPMoELayer):
         counts_E: Tensor,
         order_N: Tensor,
     ) -> Tensor:
-        """Rows and their weights to the ranks of their experts, answers back, and their sum per token."""
+        """Rows and their weights to the ranks of their experts, outputs back, and their sum per token."""
         plan = auto_ep_layer.compute_split_plan(
             selected_experts=indices_Sk,
             num_experts=self.num_experts,
@@ -123,7 +123,7 @@ class CooperativeLayer(auto_ep_layer.AutoEPMoELayer):
             self.ep_group, x_SM.index_select(0, tokens_N), plan.input_splits, plan.output_splits
         )
         # The weights travel too: the experts multiply them into their hidden state, a quarter as
-        # wide as the answer.
+        # wide as the output.
         weights_N1 = weights_Sk.reshape(-1, 1).index_select(0, order_N)
         weights_R1 = exchange(self.ep_group, weights_N1, plan.input_splits, plan.output_splits)
         counts_WE = plan.local_counts_by_source

@@ -113,7 +113,7 @@ def _precision(
 ) -> tuple[bool, str]:
     """Whether to train in bfloat16, and what decided that."""
     asked = settings.get("bf16", {}).get("enabled", AUTO)
-    # One answer for all ranks, whose machines may have different GPUs.
+    # One decision for all ranks, whose machines may have different GPUs.
     reasons = all_gather_objects(gpu_lacks_bf16()) if gpu else []
     lacking = next(filter(None, reasons), "")
     if lacking and (asked is True or (asked == AUTO and begun_in_bf16)):
@@ -131,7 +131,7 @@ def _precision(
         return False, lacking
     if gpu:
         return True, "GPU"
-    # One answer for all ranks, which may run on different machines, with other variables.
+    # One decision for all ranks, which may run on different machines, with other variables.
     found = all_gather_objects((os.environ.get(BF16_WORD, ""), multiplies_bf16()))
     words = sorted({word for word, _ in found} - {""})
     if words not in ([], ["0"], ["1"]):

@@ -269,7 +269,13 @@ def gather_full_state(engine: Any, values: Mapping[str, Tensor] | None = None) -
         state[f"{name}.experts.down_proj"] = parts["w2"]
         if not keep:
             state.clear()
-    for name, tensor in [*model.named_parameters(), *_persistent_buffers(model)]:
+    buffers = [
+        (f"{prefix}.{name}" if prefix else name, buffer)
+        for prefix, module in model.named_modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if name not in module._non_persistent_buffers_set
+    ]
+    for name, tensor in [*model.named_parameters(), *buffers]:
         if any(name.startswith(f"{layer}.experts.") for layer in layers):
             continue
         if name in values:
@@ -342,15 +348,6 @@ def _gather_experts(layer: Any, parameter: nn.Parameter, value: Tensor | None) -
     with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
         local = parameter.detach().clone()
     return all_gather_in_group(local, layer.ep_group).float().cpu()
-
-
-def _persistent_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
-    return [
-        (f"{prefix}.{name}" if prefix else name, buffer)
-        for prefix, module in model.named_modules()
-        for name, buffer in module.named_buffers(recurse=False)
-        if name not in module._non_persistent_buffers_set
-    ]
 
 
 def _plain_name(name: str, layers: Mapping[str, Any]) -> str:

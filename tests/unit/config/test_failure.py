@@ -103,22 +103,22 @@ from pathlib import Path
 from comoe.config.failure import doing, sentence
 from tests.unit.config.test_failure import WRITERS
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
-path = Path(sys.argv[2])
-try:
-    with doing("writing", path):
-        WRITERS[sys.argv[1]](path)
-except OSError as error:
-    print(sentence(error))
+for name, write in WRITERS.items():
+    path = Path(sys.argv[1]) / name
+    try:
+        with doing("writing", path):
+            write(path)
+    except OSError as error:
+        print(sentence(error))
 """
 
 
-@pytest.mark.parametrize("what", WRITERS)
-def test_whoever_writes_a_file_that_can_grow_no_more_says_which_one(what, tmp_path):
-    path = tmp_path / "big"
-    command = [sys.executable, "-c", LIMITED, what, str(path)]
+def test_whoever_writes_a_file_that_can_grow_no_more_says_which_one(tmp_path):
+    command = [sys.executable, "-c", LIMITED, str(tmp_path)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
-    said = subprocess.run(command, capture_output=True, text=True, env=environment).stdout
-    assert said.startswith(f"writing {path}: File too large; ") and said.count("\n") == 1
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    for name, line in zip(WRITERS, done.stdout.splitlines(), strict=True):
+        assert line.startswith(f"writing {tmp_path / name}: File too large; "), done.stderr
 
 
 def test_a_file_that_cannot_be_made_is_named_and_not_its_part(tmp_path, monkeypatch):

@@ -202,7 +202,7 @@ def test_the_decoder_is_not_asked_about_posts_without_labels_where_nothing_is_pr
 def test_soft_labels_of_a_decoders_task_make_a_row_with_its_prompt_where_it_can_be_asked():
     """All posts but the last have a second text; the soft label of polarity is of posts 0 to 4."""
     posts = posts_of(TEXTS, LABELS, pairs=["battery", "screen", "screen", "screen", None])
-    split = tokenize_split(posts, TOKENIZER, tasks=TASKS, config=CONFIG, taught={"polarity"})
+    split = tokenize_split(posts, TOKENIZER, tasks=TASKS, config=CONFIG, distilled={"polarity"})
     soft = SoftLabels.from_rows([np.array([[0.25, 0.75]])] * 5, width=2)
     split = with_soft_labels(split, {"polarity": soft})
     batch = Collator(TOKENIZER, TASKS)(split, np.arange(5))

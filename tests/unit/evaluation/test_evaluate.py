@@ -252,9 +252,9 @@ METRICS = {
 
 def test_mean_is_over_the_tasks_that_have_labels():
     assert mean_metric({"mood": METRICS["mood"]}, TASKS) == 0.8
-    with pytest.raises(ValueError, match=r"no labelled post of any task \(mood, heat, names\)"):
+    with pytest.raises(ValueError, match=r"no labeled post of any task \(mood, heat, names\)"):
         mean_metric({}, TASKS)
-    with pytest.raises(ValueError, match="no labelled post of heat; use mean"):
+    with pytest.raises(ValueError, match="no labeled post of heat; use mean"):
         chosen_metric({"mood": {"macro_f1": 1.0}}, TASKS, "heat/mae")
 
 
@@ -280,7 +280,7 @@ def test_a_metric_that_no_evaluation_has_is_refused(name, message):
 def test_a_choice_that_no_validation_post_can_measure_is_refused_before_training():
     check_chosen_metric("mean", TASKS, measured={"heat"})
     check_chosen_metric("heat/mae", TASKS, measured={"heat"})
-    check_chosen_metric("mood/teacher_kl", TASKS, measured={"mood"}, taught={"mood"})
+    check_chosen_metric("mood/teacher_kl", TASKS, measured={"mood"}, distilled={"mood"})
     no_post = "is '{}', but no validation post has a label of mood"
     for name, measured, taught, message in (
         ("mean", set(), (), no_post.format("mean")),
@@ -290,7 +290,7 @@ def test_a_choice_that_no_validation_post_can_measure_is_refused_before_training
         ("teacher_kl", {"heat"}, {"mood"}, "no validation post has a label of mood;"),
     ):
         with pytest.raises(ValueError, match=message):
-            check_chosen_metric(name, TASKS, measured=measured, taught=taught)
+            check_chosen_metric(name, TASKS, measured=measured, distilled=taught)
 
 
 def test_names_of_metrics_are_known_before_any_evaluation():
@@ -310,7 +310,7 @@ def test_auxiliary_tasks_are_in_no_mean_and_choose_no_checkpoint():
     assert chosen_metric(divergent, tasks, TEACHER_KL) == -0.25
     with pytest.raises(ValueError, match="no validation post has a label of mood, names"):
         check_chosen_metric("mean", tasks, measured={"heat"})
-    with pytest.raises(ValueError, match=r"no labelled post of any task \(mood, names\)"):
+    with pytest.raises(ValueError, match=r"no labeled post of any task \(mood, names\)"):
         mean_metric({"heat": METRICS["heat"]}, tasks)
 
 

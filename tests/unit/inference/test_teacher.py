@@ -14,7 +14,7 @@ from comoe.config.recipe import DistillConfig
 from comoe.data.posts import unlabelled_posts
 from comoe.inference import teacher
 from comoe.inference.predictor import Predictor
-from comoe.inference.teacher import find_teachers, teach
+from comoe.inference.teacher import find_teachers, soft_labels_of
 
 TEXTS = ["good day", "the sun is bad, bad", "sunny", "ann in paris!", "good day", "a b c d e"]
 CPU = torch.device("cpu")
@@ -37,7 +37,7 @@ def posts():
 
 def say(folders, *, tasks=TASKS, cache=None, some=None, **options):
     config = DistillConfig(teachers=list(folders), **options)
-    return teach(
+    return soft_labels_of(
         config,
         find_teachers(config, tasks),
         some or posts(),

@@ -33,13 +33,10 @@ UNITS = [*JOINED, "👍", "1\ufe0f\u20e3", "&amp;", "&#0", "&#x0", "a ", " ", "\
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """Processor time, the least of three."""
-    found = []
-    for _ in range(3):
-        begin = time.process_time()
-        work()
-        found.append(time.process_time() - begin)
-    return min(found)
+    """Processor time."""
+    begin = time.process_time()
+    work()
+    return time.process_time() - begin
 
 
 @pytest.mark.parametrize("unit", UNITS)
@@ -55,9 +52,9 @@ def test_no_text_takes_more_than_in_proportion(preset: str, unit: str) -> None:
             "phrases": lambda: phrases.fitted(["a"], [text, "a"]),
         }.get(preset, lambda: normalize_post(text, config))  # fmt: skip
 
-    few, many = seconds(work(2_000)), seconds(work(32_000))
-    # 16 times the text: quadratic would be 256 times the time.
-    assert many < 64 * few + 0.05
+    # 16 times the text: quadratic would be 256 times the time. A busy machine gets three tries.
+    short, long = work(2_000), work(32_000)
+    assert any(seconds(long) < 64 * seconds(short) + 0.05 for _ in range(3))
 
 
 @pytest.mark.parametrize("unit", JOINED)

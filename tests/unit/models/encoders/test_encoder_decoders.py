@@ -250,11 +250,11 @@ def test_a_flan_t5_of_any_size_is_planned_from_its_configuration(tmp_path, name,
 
 def test_the_plan_counts_a_row_per_task_that_a_decoder_answers_and_what_it_reads_and_writes():
     model = decoder_model(moe=moe_config(layers=[0, 4]))
-    row = _row_tokens(model, split_of(MIXED), by_task=False, taught=False)
+    row = _row_tokens(model, split_of(MIXED), by_task=False, distilled=False)
     # Heads' row: 5.5 tokens; three prompts of 7.5. Words of labels: at most two, so five tokens;
     # two texts of three.
     assert row == (5.5 + 3 * 7.5, 3 * 7.5, 5 + 3 + 3, 4.0, 5.5 + 3 * 7.5)
-    assert _row_tokens(model, split_of(MIXED), by_task=True, taught=False) == (
+    assert _row_tokens(model, split_of(MIXED), by_task=True, distilled=False) == (
         2 * 5.5 + 3 * 7.5,
         3 * 7.5,
         11,

@@ -209,38 +209,21 @@ def test_a_child_that_dies_of_the_signal_is_not_restarted_either(tmp_path: Path)
     assert codes == [143, 143] and len(attempts(supervised)) == 2
 
 
-def test_the_loss_of_a_supervisor_ends_the_run_and_its_children(tmp_path: Path) -> None:
+@pytest.mark.parametrize("lost", [0, 1])
+def test_the_loss_of_a_supervisor_ends_the_run_and_the_other_says_why(
+    tmp_path: Path, lost: int
+) -> None:
     supervised = Supervised(tmp_path, "log('ready', os.getpid()); time.sleep(60)", restarts=5)
     supervised.wait_for("ready", times=2)
-    orphans = [
-        int(line.split()[3])
-        for line in supervised.log.read_text().splitlines()
-        if line.startswith("1 0 ready")
-    ]
-    supervised.processes[1].kill()
-    supervised.processes[0].wait(30)
-    for orphan in orphans:
-        os.kill(orphan, signal.SIGKILL)  # a real rank notices by itself that its supervisor is gone
+    lines = supervised.log.read_text().splitlines()
+    (orphan,) = [int(line.split()[3]) for line in lines if line.startswith(f"{lost} 0 ready")]
+    supervised.processes[lost].kill()
+    supervised.processes[1 - lost].wait(30)
+    os.kill(orphan, signal.SIGKILL)  # a real rank notices by itself that its supervisor is gone
     codes, said = supervised.end()
-    assert codes[0] == 1 and "rank 1's supervisor is gone, so no restart is possible" in said
-    assert len(orphans) == 1
-
-
-def test_the_others_say_why_they_leave_when_rank_0s_supervisor_is_gone(tmp_path: Path) -> None:
-    supervised = Supervised(tmp_path, "log('ready', os.getpid()); time.sleep(60)", restarts=5)
-    supervised.wait_for("ready", times=2)
-    orphans = [
-        int(line.split()[3])
-        for line in supervised.log.read_text().splitlines()
-        if line.startswith("0 0 ready")
-    ]
-    supervised.processes[0].kill()
-    supervised.processes[1].wait(30)
-    for orphan in orphans:
-        os.kill(orphan, signal.SIGKILL)
-    codes, said = supervised.end()
-    assert codes[1] == 1 and len(orphans) == 1
-    assert said == "comoe: rank 1: rank 0's supervisor is gone, so no restart is possible.\n"
+    who = f"comoe: rank {1 - lost}: " if lost == 0 else ""
+    assert codes[1 - lost] == 1
+    assert f"{who}rank {lost}'s supervisor is gone, so no restart is possible" in said
 
 
 def test_a_supervisor_of_another_command_is_turned_away_and_says_what_must_be_the_same(

@@ -125,12 +125,6 @@ def test_auto_shares_the_experts_over_as_many_ranks_as_divide_both(experts, worl
     )
 
 
-def test_an_ep_size_that_does_not_divide_is_refused_with_the_valid_ones():
-    assert refusal(STAGE_2, recipe_of(ep_size=4), world_size=6) == (
-        "parallel.ep_size (4) must divide both the ranks (6) and model.moe.num_experts (8); set it to one of [1, 2]."
-    )
-
-
 def test_the_ep_size_may_be_written_in_the_file_and_is_checked_there_too():
     settings = STAGE_2 | {"expert_parallel": {"autoep_size": 1}}
     assert filled(settings, world_size=2)["expert_parallel"]["autoep_size"] == 1
@@ -160,53 +154,38 @@ def test_a_number_that_clashes_with_the_recipe_is_refused():
     assert "expert_parallel.top_k is 3" in refusal(STAGE_2 | {"expert_parallel": {"top_k": 3}})
 
 
-def test_an_auto_that_nothing_fills_is_refused():
-    settings = {"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}}
-    assert refusal(settings) == (
-        'zero_optimization.reduce_bucket_size is "auto" in the DeepSpeed JSON, but nothing fills it; write a value.'
-    )
+OWNED = {
+    "optimizer": "train.optimizer",
+    "scheduler": "train.schedule",
+    "fp16": "bf16",
+    "elasticity": "--resume",
+}
+FIXED = {
+    "enabled": "false",
+    "moe_layer_pattern": '"mine"',
+    "score_apply": '"pre"',
+    "expert_w3": '"up"',
+}
+REFUSALS: list[tuple[dict[str, Any], str]] = [
+    ({"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}},
+     'zero_optimization.reduce_bucket_size is "auto" in the DeepSpeed JSON, but nothing fills it; write a value.'),
+    *((STAGE_2 | {section: {}}, f"{section} must not be in the DeepSpeed JSON: .*{instead}")
+      for section, instead in OWNED.items()),
+    *(({"zero_optimization": {"stage": stage}},
+       rf"zero_optimization.stage \({stage}\) must be 1, 2 or 3: stage 0 clips wrongly with experts.")
+      for stage in (0, 4, "auto", None)),
+    ({}, r"zero_optimization.stage \(0\) must be 1, 2 or 3"),
+    *((STAGE_2 | {"expert_parallel": {key: json.loads(value)}},
+       f"expert_parallel.{key} is {value} in the DeepSpeed JSON, but comoe's experts") for key, value in FIXED.items()),
+]  # fmt: skip
+"""Settings, and the beginning of the message."""
 
 
-@pytest.mark.parametrize(
-    ("section", "instead"),
-    [
-        ("optimizer", "train.optimizer"),
-        ("scheduler", "train.schedule"),
-        ("fp16", "bf16"),
-        ("elasticity", "--resume"),
-    ],
-)
-def test_a_section_that_the_recipe_owns_is_refused(section, instead):
-    said = refusal(STAGE_2 | {section: {}})
-    assert said.startswith(f"{section} must not be in the DeepSpeed JSON: ") and instead in said
-
-
-@pytest.mark.parametrize("stage", [0, 4, "auto", None])
-def test_a_stage_that_is_not_1_to_3_is_refused(stage):
-    said = refusal({"zero_optimization": {"stage": stage}})
-    assert (
-        said
-        == f"zero_optimization.stage ({stage}) must be 1, 2 or 3: stage 0 clips wrongly with experts."
-    )
-
-
-def test_a_file_without_a_stage_is_refused():
-    assert "zero_optimization.stage (0) must be 1, 2 or 3" in refusal({})
-
-
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("enabled", False),
-        ("moe_layer_pattern", "mine"),
-        ("score_apply", "pre"),
-        ("expert_w3", "up"),
-    ],
-)
-def test_an_autoep_option_that_our_experts_cannot_follow_is_refused(key, value):
-    said = refusal(STAGE_2 | {"expert_parallel": {key: value}})
-    assert said.startswith(
-        f"expert_parallel.{key} is {json.dumps(value)} in the DeepSpeed JSON, but comoe's experts"
+@pytest.mark.parametrize(("settings", "message"), REFUSALS)
+def test_what_nothing_fills_or_our_experts_cannot_follow_is_refused(settings, message):
+    assert re.match(message, refusal(settings))
+    assert refusal(STAGE_2, recipe_of(ep_size=4), world_size=6) == (
+        "parallel.ep_size (4) must divide both the ranks (6) and model.moe.num_experts (8); set it to one of [1, 2]."
     )
 
 
