@@ -352,7 +352,9 @@ class Watchdog:
         if left[:1] == [rank()]:
             # Not through Python's buffers, whose locks the main thread may hold forever.
             who = f"rank {rank()}: " if len(self._places) > 1 else ""
-            os.write(sys.stderr.fileno(), f"\ncomoe: {who}{text} {self.advice}\n".encode())
+            # Another rank may have said what to do.
+            advice = "" if self.advice in text else f" {self.advice}"
+            os.write(sys.stderr.fileno(), f"\ncomoe: {who}{text}{advice}\n".encode())
             for culprit in blamed:
                 if self._places[culprit].node == here:
                     kill(self._places[culprit])

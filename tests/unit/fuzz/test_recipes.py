@@ -39,7 +39,7 @@ def test_a_recipe_is_read_or_refused_in_one_sentence(written):
     with tempfile.TemporaryDirectory() as place:
         file = Path(place) / "recipe.yaml"
         file.write_bytes(written)
-        began = time.monotonic()
+        began = time.process_time()
         try:
             recipe = load_recipe(file)
         except ValueError as error:
@@ -48,7 +48,7 @@ def test_a_recipe_is_read_or_refused_in_one_sentence(written):
             # What a run writes down must be the recipe that it had.
             file.write_text(recipe_to_yaml(recipe), encoding="utf-8")
             assert load_recipe(file) == recipe
-        assert time.monotonic() - began < HANG
+        assert time.process_time() - began < HANG
         assert files_below(Path(place)) == {"recipe.yaml"}
 
 
