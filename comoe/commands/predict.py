@@ -2,11 +2,15 @@
 
     comoe predict --model runs/starter/export --input posts.txt --output predictions.jsonl
     comoe predict --model F --input test_text.txt --output irony.txt --format tweeteval --task irony
+    comoe predict --model F --input corpus/ --output answers/ --format parquet --resume
 
---input is .txt (one post per line), .csv, .tsv, .jsonl or .parquet; --format is jsonl, csv,
-html (a page to look at) or tweeteval (one label id per line).
+--input is .txt (one post per line), .csv, .tsv or .jsonl, each also with .gz or .zst; .parquet, or a
+folder of them; hf://name[:split], a data set of the Hugging Face hub; or -, standard input.
+--format is jsonl, csv, html (a page to look at), parquet (a file that ends so, else a folder of
+shards) or tweeteval (one label id per line). Memory does not grow with the number of posts.
 """
 
+import json
 import sys
 from argparse import ArgumentParser
 from collections.abc import Sequence
@@ -15,6 +19,7 @@ from pathlib import Path
 
 from comoe.commands.arguments import new_parser, whole
 from comoe.commands.guard import guarded
+from comoe.config.files import write_json
 from comoe.config.plugins import add_plugins
 
 
@@ -25,9 +30,13 @@ def parser() -> ArgumentParser:
     add = found.add_argument
     add("--model", required=True, help="folder of an export, or organization/name on the hub")
     add("--revision", metavar="NAME", help="branch, tag or commit of a model on the hub")
-    add("--input", required=True, type=Path, help="file of posts")
-    add("--output", required=True, type=Path, help="file of predictions; missing folders are made")
-    add("--format", default="jsonl", help="jsonl, csv, html or tweeteval")
+    add("--input", required=True, help="posts: a file, a folder of Parquet, hf://name[:split], or -")
+    add("--input-format", help="txt, csv, tsv, jsonl or parquet (default: by the ending)")
+    add("--output", required=True, type=Path, help="predictions; missing folders are made")
+    add("--format", help="jsonl, csv, html, parquet or tweeteval (default: parquet for an --output that "
+        "ends so, else jsonl)")
+    add("--resume", action="store_true", help="go on behind what an unfinished run has predicted")
+    add("--json-summary", metavar="FILE", help="write counts and speed as JSON; - is standard output")
     add("--task", action="append", dest="tasks", metavar="TASK", help="predict this task only; may be repeated")
     add("--text-column", help="column with the post (default: that of training, else text)")
     add("--pair-column", help="column with the second text (default: that of training)")
@@ -42,7 +51,20 @@ def parser() -> ArgumentParser:
         help="adapt the scores to this rate of a label, such as hate.hate=0.42; may be repeated")
     add("--adapt-prior", metavar="em",
         help="em: adapt the scores to the rates of labels estimated from all of these posts together")
+    add("--dedupe", action="store_true", help="predict posts with the same text once")
     add("--batch-size", type=whole(1), default=64, help="posts per forward pass")
+    add("--batch-tokens", type=whole(1), metavar="N",
+        help="most tokens of a forward pass, padding counted")
+    add("--precision", default="auto",
+        help="of products: float32, bfloat16 or float16 (default auto: bfloat16 on GPUs that have it, float16 on "
+        "older ones, else float32)")
+    add("--long", default="cut", metavar="cut|windows|error",
+        help="posts with more tokens than the model reads: cut, read in windows, or set aside")
+    add("--long-scores", default="mean", metavar="mean|max", help="how the logits of windows are merged")
+    add("--long-overlap", type=whole(0), metavar="N",
+        help="tokens that neighboring windows share (default: a quarter of a window)")
+    add("--workers", type=whole(1, 256), default=1,
+        help="processes, each with the model: one per GPU, or sharing the CPU's threads")
     add("--device", default="auto",
         help="cpu, cuda, cuda:1, ...; auto is a GPU where there is one")
     add("--no-verify", action="store_true", help="read the model without comparing its digests")
@@ -51,7 +73,7 @@ def parser() -> ArgumentParser:
     return found
 
 
-@guarded("predict")
+@guarded("predict", interrupted="stopped; the same command with --resume goes on")
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the command line and predict."""
     options = parser().parse_args(argv)
@@ -61,13 +83,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     from comoe.inference.predict_file import predict_file
     from comoe.inference.predictor import Predictor
 
+    if options.format is None:
+        options.format = "parquet" if options.output.suffix == ".parquet" else "jsonl"
     names = [field.name for field in fields(PredictOptions)]
     asked = PredictOptions(**{name: getattr(options, name) for name in names})
     predictor = Predictor.from_pretrained(
         options.model,
         device=options.device,
         verify=not options.no_verify,
+        precision=options.precision,
         revision=options.revision,
-    )
+    ).with_long(options.long, scores=options.long_scores, overlap=options.long_overlap)
     predict = predict_adapted if asked.adapts else predict_file
-    print(predict(predictor, options.input, options.output, asked), file=sys.stderr)
+    done = predict(predictor, options.input, options.output, asked)
+    print(done, file=sys.stderr)
+    if options.json_summary == "-":
+        print(json.dumps(done.record()))
+    elif options.json_summary is not None:
+        write_json(Path(options.json_summary), done.record())

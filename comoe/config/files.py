@@ -67,10 +67,15 @@ def _written_aside(path: Path, mode: str, text: Mapping[str, str]) -> Iterator[I
             yield file
             file.flush()
             os.fsync(file.fileno())
-        part.replace(path)
+        sync_replace(part, path)
     except BaseException:
         part.unlink(missing_ok=True)
         raise
+
+
+def sync_replace(part: Path, path: Path) -> None:
+    """Give a synchronized file its name, also on the disk."""
+    part.replace(path)
     # Windows cannot open a folder, some network file systems cannot synchronize one.
     with contextlib.suppress(OSError):
         folder = os.open(path.parent, os.O_RDONLY)

@@ -489,7 +489,7 @@ class DataConfig:
     """Cleaning of the text."""
 
 
-OWN_COLUMNS = ("text", "error", "truncated", "image_error")
+OWN_COLUMNS = ("text", "error", "truncated", "windows", "image_error")
 """Keys of a prediction beside those of the tasks, which a task cannot be called."""
 
 

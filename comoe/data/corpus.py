@@ -228,7 +228,7 @@ def _parse(
         report.warnings += unread_files(group.source)
     splits = {}
     for split, raw in group.raw.items():
-        report.warnings += [raw.joined_lines()] if raw.joined else []
+        report.warnings += [raw.joined] if raw.joined else []
         report.notes += raw.notes
         posts = settle(
             read_rows(raw, rows.read),

@@ -23,7 +23,7 @@ import numpy as np
 from comoe.config.files import write_json
 from comoe.inference.explain import check_explained, method_of
 from comoe.inference.options import PredictOptions
-from comoe.inference.predict_file import read_post_file
+from comoe.inference.post_stream import open_posts
 from comoe.inference.predictor import Predictor
 from comoe.train.monitor.plots import BLUE, GREY, RED, legend_below, panel_grid, save_figure
 
@@ -146,7 +146,7 @@ def draw_curves(tasks: Mapping[str, Mapping[str, Any]], path: Path) -> None:
 def _texts(predictor: Predictor, task: str, file: Path) -> list[str]:
     chosen = predictor.choose_tasks([task])
     check_explained(method_of("gradients"), chosen, predictor.exported.model)
-    posts = read_post_file(file, PredictOptions(tasks=[task]), model=predictor, tasks=chosen)
+    posts = open_posts(str(file), PredictOptions(tasks=[task]), model=predictor, tasks=chosen)
     return [post.text for post in posts if not post.error and post.text]
 
 

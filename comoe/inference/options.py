@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from comoe.config.errors import unknown_name
 
@@ -18,6 +18,8 @@ class PredictOptions:
 
     format: str = "jsonl"
     """Key of ``comoe.inference.writers.WRITERS``."""
+    input_format: str | None = None
+    """Format of the input; None goes by its ending."""
     tasks: Sequence[str] | None = None
     """Names of the tasks; None is all."""
     text_column: str | None = None
@@ -38,10 +40,22 @@ class PredictOptions:
     """Adapt the scores to rates that are estimated from the posts: ``em``."""
     batch_size: int = 64
     """Posts per forward pass."""
+    batch_tokens: int | None = None
+    """Most tokens of a forward pass, padding counted, if it has several posts."""
+    dedupe: bool = False
+    """Predict a text (with its second text, image and words) once."""
+    resume: bool = False
+    """Go on behind what an earlier run has written."""
+    workers: int = 1
+    """Processes, each with a model of its own."""
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ValueError(f"--batch-size is {self.batch_size}; it must be at least 1.")
+        for flag, least in (("batch_size", 1), ("batch_tokens", 1), ("workers", 1)):
+            value = getattr(self, flag)
+            if value is not None and value < least:
+                raise ValueError(
+                    f"--{flag.replace('_', '-')} is {value}; it must be at least {least}."
+                )
         if self.raw_csv and self.format != "csv":
             raise ValueError("--raw-csv wants --format csv; the others hold text as it is.")
         if self.adapt_prior not in (None, "em"):
@@ -55,3 +69,14 @@ class PredictOptions:
     def adapts(self) -> bool:
         """Whether scores are adapted to another mix of labels."""
         return bool(self.assume_rates or self.adapt_prior)
+
+    def head(self) -> dict[str, str]:
+        """Option -> value of all that the output depends on, as text."""
+        shown = asdict(self)
+        for free in ("resume", "workers", "input_format"):
+            del shown[free]
+        return {f"--{name.replace('_', '-')}": str(value) for name, value in shown.items()}
+
+
+DEFAULT = PredictOptions()
+"""All posts, all tasks, JSON lines."""

@@ -10,17 +10,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from comoe.config.files import atomic_file, same_file
+from comoe.config.files import is_read_from
 from comoe.inference.options import PredictOptions
-from comoe.inference.predict_file import predict_file
+from comoe.inference.predict_file import predict_file, rewrite
 from comoe.inference.predictor import Predictor
-from comoe.inference.prior import Rates, apply_rates, choose_adapted, find_rates, read_rates
+from comoe.inference.prior import apply_rates, choose_adapted, find_rates, read_rates
+from comoe.inference.summary import Summary
 from comoe.inference.writers import make_writer
 
 
 def predict_adapted(
-    predictor: Predictor, source: Path, target: Path, options: PredictOptions
-) -> str:
+    predictor: Predictor, source: Path | str, target: Path, options: PredictOptions
+) -> Summary:
     """Predict the posts of a file, with scores adapted to another mix of labels.
 
     The predictions wait beside the output as lines of JSON until all of them are there, so memory
@@ -35,8 +36,9 @@ def predict_adapted(
     left = [task for task in tasks if task.name not in assumed]
     wanted = choose_adapted(left) if options.adapt_prior else []
     writer = make_writer(predictor, options)
-    if same_file(target, source):
+    if is_read_from(target, Path(source)):
         raise ValueError(f"--output {target} is the --input itself; name another file.")
+    writer.check(target)
     regular = target.is_file() or not target.exists()
     place = target.parent if regular else Path(tempfile.gettempdir())
     waiting = place / f".{target.name}.unadapted.jsonl"
@@ -46,20 +48,11 @@ def predict_adapted(
         rates += find_rates(_lines(waiting), wanted) if wanted else []
         for one in rates:
             print(one, file=sys.stderr)
-        _write(target, waiting, writer, rates)
+        writer.adapted = {one.task.name for one in rates}
+        rewrite(writer, target, apply_rates(_lines(waiting), rates), kept=done.kept)
     finally:
         waiting.unlink(missing_ok=True)
-    return done.replace(str(waiting), str(target))
-
-
-def _write(target: Path, waiting: Path, writer: Any, rates: list[Rates]) -> None:
-    writer.adapted = {one.task.name for one in rates}
-    own = {"text", "error", "truncated", "image_error", *(task.name for task in writer.tasks)}
-    kept = next(([key for key in row if key not in own] for row in _lines(waiting)), [])
-    with atomic_file(target, "w") as file:
-        writer.begin(file, kept)
-        for prediction in apply_rates(_lines(waiting), rates):
-            writer.write(file, prediction)
+    return replace(done, target=str(target))
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -6,9 +6,8 @@ same model, and decoded by its task's kind.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +23,13 @@ from comoe.data.collator import Collator
 from comoe.data.reading.inputs import USUAL
 from comoe.data.tokens.split import TokenizedSplit
 from comoe.distributed import choose_device
-from comoe.inference.columns import Posts, locate_images, read_columns, whole_cell
+from comoe.inference.columns import Posts, locate_images, read_columns
 from comoe.inference.explain import GRADIENTS, Explainer, check_explained, method_of
 from comoe.inference.exported import Exported, load_exported
+from comoe.inference.forward import Forward, choose_precision, put_prediction, with_spans
 from comoe.inference.hub import copy_export, find_export
+from comoe.inference.long_posts import LongPosts, predict_in_windows, refuse_long
 from comoe.inference.passes import forward_passes, task_passes
-from comoe.tasks.kinds.tagging import tag_spans
 from comoe.tasks.task import Task
 
 
@@ -50,6 +50,10 @@ class Predictor(ModelHubMixin):
     """Makes the batches."""
     device: torch.device
     """Where the model is."""
+    precision: torch.dtype = torch.float32
+    """Of its products (autocast); the weights stay float32."""
+    long: LongPosts = LongPosts()
+    """What becomes of posts with more tokens than the model reads; see ``with_long``."""
 
     def __new__(cls, *values: Any, **named: Any) -> Predictor:
         """Without the mixin's copy of all values, which would be one of the model."""
@@ -62,6 +66,7 @@ class Predictor(ModelHubMixin):
         *,
         device: str = "auto",
         verify: bool = True,
+        precision: str = "float32",
         plugins: Sequence[str] = (),
         **hub: Any,
     ) -> Predictor:
@@ -72,6 +77,8 @@ class Predictor(ModelHubMixin):
                 on the Hugging Face hub.
             device: a torch device; auto is the first GPU, or the CPU where there is none.
             verify: compare the digests of its files with those that were written.
+            precision: float32, bfloat16, float16 (GPUs), or auto: bfloat16 on GPUs that have it,
+                float16 on older ones, float32 on others.
             plugins: those that may be imported if the export names them: their code runs.
             hub: revision (branch, tag or commit), token, cache_dir, force_download,
                 local_files_only, as of ``comoe.inference.hub.find_export``.
@@ -88,7 +95,19 @@ class Predictor(ModelHubMixin):
         exported = load_exported(find_export(folder, **hub), verify=verify)
         place = choose_device(device)
         exported.model.to(place)
-        return cls(exported, exported.collator(), place)
+        return cls(exported, exported.collator(), place, choose_precision(precision, place))
+
+    def with_long(self, mode: str, **options: Any) -> Predictor:
+        """The same model, and what becomes of posts with more tokens than it reads.
+
+        Args:
+            mode: ``cut``, ``windows`` or ``error``.
+            options: scores and overlap, as of ``comoe.inference.long_posts.LongPosts``.
+
+        Raises:
+            ValueError: an unknown word, or a number out of range.
+        """
+        return replace(self, long=LongPosts(mode, **options))
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> str | None:
         """Copy the export to a folder; options of ``huggingface_hub.ModelHubMixin`` (``push_to_hub``, ``repo_id``).
@@ -167,22 +186,48 @@ class Predictor(ModelHubMixin):
         """
         chosen, method = self.choose_tasks(tasks), method_of(explain)
         posts = self._read(texts, pairs, words, images, image_root, chosen)
+        if method and self.long.mode == "windows":
+            raise ValueError(
+                "a post in windows cannot be explained; leave --explain or --long out."
+            )
+        if posts.usable and self.long.mode == "error":
+            refuse_long(self._forward, posts, chosen, as_words=self.as_words)
         predictions, passes = posts.predictions, []
         if posts.usable:
             passes = task_passes(posts, chosen, as_words=self.as_words)
         total = len(posts.usable) * len(passes)
         with tqdm(total=total, unit="post", disable=not progress, dynamic_ncols=True) as bar:
-            for column, some in passes:
-                split = self._encode(posts, column, some)
-                mine = [predictions[i] for i in posts.usable]
-                rows = self.collator.rows_per_post(some)
-                for indices in forward_passes(split.lengths, batch_size, batch_tokens, rows=rows):
-                    options = {"tasks": some, "predictions": mine}
-                    self._predict(split, indices, **options, explain=method)
-                    if method == GRADIENTS:
-                        self._explainer.add_gradients(split, indices, **options)
-                    bar.update(len(indices))
+            for reading in passes:
+                self._pass(posts, reading, (batch_size, batch_tokens), explain=method, bar=bar)
         return predictions
+
+    def _pass(
+        self,
+        posts: Posts,
+        reading: tuple[Sequence[Any], Sequence[Task]],
+        limits: tuple[int, int | None],
+        *,
+        explain: str | None,
+        bar: tqdm,
+    ) -> None:
+        """The usable posts, read in one way for some tasks; see ``task_passes``."""
+        column, tasks = reading
+        split = self._forward.encode(posts, column, tasks)
+        options = {"tasks": tasks, "predictions": [posts.predictions[i] for i in posts.usable]}
+        long = split.cut & (self.long.mode == "windows")
+        whole = np.flatnonzero(~long)
+        rows = self.collator.rows_per_post(tasks)
+        for numbers in forward_passes(split.lengths[whole], *limits, rows=rows):
+            indices = whole[numbers]
+            self._predict(split, indices, **options, explain=explain)
+            if explain == GRADIENTS:
+                self._explainer.add_gradients(split, indices, **options)
+            bar.update(len(indices))
+        if long.any():
+            room = min((split.room[t.name] for t in tasks if t.name in split.room), default=None)
+            numbers = [posts.usable[i] for i in np.flatnonzero(long)]
+            predict_in_windows(self._forward, self.long, posts, reading, numbers, (*limits, room))
+            bar.update(len(numbers))
 
     def explain(
         self, texts: Sequence[str], *, method: str = "attention", **options: Any
@@ -207,6 +252,10 @@ class Predictor(ModelHubMixin):
         tasks = self.choose_tasks(options.get("tasks"))
         check_explained(method_of(method), tasks, self.exported.model)
         return self(texts, **options, explain=method)
+
+    @property
+    def _forward(self) -> Forward:
+        return Forward(self.exported, self.collator, self.device, self.precision)
 
     @property
     def _explainer(self) -> Explainer:
@@ -247,7 +296,7 @@ class Predictor(ModelHubMixin):
             prediction.pop("text")
         if posts.usable:
             ((column, some),) = task_passes(posts, chosen, as_words=self.as_words)
-            split = self._encode(posts, column, some)
+            split = self._forward.encode(posts, column, some)
             mine = [posts.predictions[i] for i in posts.usable]
             rows = self.collator.rows_per_post(some)
             for indices in forward_passes(split.lengths, batch_size, batch_tokens, rows=rows):
@@ -261,37 +310,15 @@ class Predictor(ModelHubMixin):
         locate_images(posts, root, reads_images=self.collator.pixels is not None)
         return posts
 
-    def _encode(self, posts: Posts, words: list, tasks: Sequence[Task]) -> TokenizedSplit:
-        """The usable posts as tokens; ``words`` instead of their own words."""
-        config, usable = self.exported.data_config, posts.usable
-        # A prompt reads the words that were given, as it did in training.
-        read = [
-            posts.texts[i] if posts.words[i] is None else " ".join(posts.words[i]) for i in usable
-        ]
-        columns = (read, [posts.pairs[i] for i in usable], [words[i] for i in usable])
-        # As training does.
-        texts, pairs, words = ([whole_cell(cell) for cell in cells] for cells in columns)
-        images = [posts.images[i] for i in usable]
-        split = self.collator.encode_texts(
-            texts, pairs, words, images=images, config=config, asked=tasks
-        )
-        # Where a row serves one task, the collator makes rows for labeled ones only.
-        split.labelled[
-            :, [number for number, task in enumerate(self.exported.tasks) if task in tasks]
-        ] = True
-        return split
-
     @torch.inference_mode()
     def _embed(self, split: TokenizedSplit, indices: np.ndarray, predictions: list[dict]) -> None:
-        batch = self.collator(split, indices)
-        vectors_BM = self.exported.model.embed(batch.to(self.device)).cpu().numpy()
-        posts_B = batch.row_ids_B.tolist()
+        posts_B, vectors_BM = self._forward.embed(split, indices)
         for post, vector_M in zip(posts_B, vectors_BM, strict=True):
             if np.isfinite(vector_M).all():
                 predictions[post]["embedding"] = vector_M
             else:
                 predictions[post]["error"] = "its states are not finite: the model has diverged"
-        self._remarks(split, posts_B, predictions)
+        self._forward.remarks(split, posts_B, predictions)
 
     @torch.inference_mode()
     def _predict(
@@ -303,52 +330,14 @@ class Predictor(ModelHubMixin):
         predictions: list[dict],
         explain: str | None,
     ) -> None:
-        batch = self.collator(split, indices)
-        output = self.exported.model(batch.to(self.device))
-        posts_B = batch.row_ids_B.tolist()
-        tokens = dict(zip(posts_B, split.rows(batch.row_ids_B.numpy()), strict=True))
-        for number, task in enumerate(self.exported.tasks):
-            if task not in tasks:
-                continue
-            rows = task.rules.serves(batch.task_ids_B, number).nonzero()[:, 0].tolist()
-            outputs = task.rules.outputs(
-                output, batch, rows, task=task, detokenize=self.collator.detokenize
-            )
-            for row, prediction in zip(rows, task.rules.decode(outputs, task), strict=True):
-                post = posts_B[row]
+        output, found = self._forward.outputs(split, indices, tasks)
+        for task, rows in found:
+            decoded = task.rules.decode([of_row for _, _, of_row in rows], task)
+            for (post, row, _), prediction in zip(rows, decoded, strict=True):
                 if task.mode == "tokens":
-                    kept = [
-                        split.posts.words[post][word]
-                        for word in tokens[post].word_ids[tokens[post].word_starts]
-                    ]
-                    prediction = {
-                        "words": kept,
-                        **prediction,
-                        "spans": tag_spans(prediction["tags"], kept),
-                    }
+                    (tokens,) = split.rows([post])
+                    read = tokens.word_ids[tokens.word_starts]
+                    prediction = with_spans(prediction, [split.posts.words[post][w] for w in read])
                 prediction |= self._explainer.of_output(explain, task, split, post, row, output)
-                if not _is_finite(prediction):
-                    problem = f"the scores of {task.name} are not finite: the model has diverged"
-                    predictions[post].setdefault("error", problem)
-                    continue
-                predictions[post][task.name] = prediction
-        self._remarks(split, posts_B, predictions)
-
-    def _remarks(self, split: TokenizedSplit, posts_B: list[int], predictions: list[dict]) -> None:
-        """Say of posts that were cut, or that lost their image."""
-        lost = {} if self.collator.pixels is None else self.collator.pixels.take_lost()
-        cut = split.cut
-        for post in posts_B:
-            if cut[post]:
-                predictions[post]["truncated"] = True
-            if split.posts.images[post] in lost:
-                predictions[post]["image_error"] = f"the image {lost[split.posts.images[post]]}"
-
-
-def _is_finite(value: Any) -> bool:
-    """Whether every number in a prediction is one that JSON can hold."""
-    if isinstance(value, dict):
-        return all(map(_is_finite, value.values()))
-    if isinstance(value, (list, tuple)):
-        return all(map(_is_finite, value))
-    return not isinstance(value, float) or math.isfinite(value)
+                put_prediction(predictions[post], task, prediction)
+        self._forward.remarks(split, indices.tolist(), predictions)

@@ -10,7 +10,7 @@ from comoe.config.files import csv_line, is_read_from, read_json, write_atomic, 
 from comoe.data.posts import Post
 from comoe.inference.label_studio import PAIR, TEXT, interface, labeling_task
 from comoe.inference.options import PredictOptions
-from comoe.inference.predict_file import read_post_file
+from comoe.inference.post_stream import open_posts
 from comoe.inference.predictor import Predictor
 from comoe.inference.select import Candidate, Selection, Selector
 from comoe.inference.writers import table_cells
@@ -66,7 +66,7 @@ def select_file(
         for path in exclude
         for post in _labeled(path, options, predictor, selector.tasks)
     }
-    posts = read_post_file(source, options, model=predictor, tasks=selector.tasks)
+    posts = list(open_posts(str(source), options, model=predictor, tasks=selector.tasks))
     found = selector.choose(posts, count, excluded=labeled, root=source.parent)
     if not found.chosen:
         raise ValueError(f"no post is left to choose: {_counted(found, source)}.")
@@ -113,7 +113,7 @@ def _labeled(
     columns = PredictOptions(text_column=options.text_column, pair_column=options.pair_column)
     return [
         post
-        for post in read_post_file(path, columns, model=predictor, tasks=tasks)
+        for post in open_posts(str(path), columns, model=predictor, tasks=tasks)
         if not post.error
     ]
 

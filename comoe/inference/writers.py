@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TextIO
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 from comoe.config.errors import unknown_name
-from comoe.config.files import csv_line
+from comoe.config.files import csv_line, sync_replace
 from comoe.data.posts import Post
 from comoe.data.reading.files import json_line
 from comoe.inference.columns import pair_problem, second_text, text_problem
 from comoe.inference.explain import ATTENTION, check_explained, method_of
 from comoe.inference.html import head, post_block
 from comoe.inference.options import PredictOptions
+from comoe.inference.parquet import check_parquet, write_parquet
 from comoe.inference.predictor import Predictor
+from comoe.inference.summary import Counts
 from comoe.tasks.labels import whole_characters
 from comoe.tasks.prompts import wants_pair
 from comoe.tasks.task import Task
@@ -31,7 +34,9 @@ def make_writer(predictor: Predictor, options: PredictOptions) -> JsonLines:
     if format not in WRITERS:
         raise unknown_name("--format", format, WRITERS)
     if options.keep and WRITERS[format] is TweetEval:
-        raise ValueError("--keep wants --format jsonl or csv; tweeteval has label ids alone.")
+        raise ValueError(
+            "--keep wants --format jsonl, csv or parquet; tweeteval has label ids alone."
+        )
     method = method_of(options.explain)
     if method and not WRITERS[format].explains:
         raise ValueError(
@@ -54,6 +59,8 @@ class JsonLines:
 
     explains = True
     """Whether there is a place for explanations."""
+    packed = True
+    """Whether an output that ends in .gz or .zst is packed."""
 
     def __init__(self, predictor: Predictor, tasks: Sequence[Task]) -> None:
         self.predictor, self.tasks, self.raw, self.method = predictor, tasks, False, None
@@ -64,28 +71,38 @@ class JsonLines:
         """The post as it is predicted."""
         return post
 
-    def begin(self, file: TextIO, kept: Iterable[str]) -> None:
-        """Write what comes before the first prediction, of posts with these kept columns."""
+    def check(self, target: Path) -> None:
+        """Refuse an output that could not be replaced."""
 
-    def write(self, file: TextIO, prediction: dict[str, Any]) -> None:
-        """Write one prediction."""
-        file.write(json_line(prediction))
+    def begin(self, kept: Sequence[str]) -> str:
+        """What comes before the first prediction, of posts with these kept columns."""
+        self.kept = tuple(kept)
+        return ""
 
-    def remark(self, bad: int) -> str:
+    def line(self, prediction: dict[str, Any]) -> str:
+        """One prediction."""
+        return json_line(prediction)
+
+    def finish(self, part: Path, target: Path) -> None:
+        """Give what was written the name of the output, replacing an older one."""
+        sync_replace(part, target)
+
+    def remark(self, counts: Counts) -> str:
         """What the user should know at the end."""
+        bad = counts.set_aside.total()
         return f"; {bad} of them could not be predicted and have an error instead" if bad else ""
 
 
 class Page(JsonLines):
     """A page of HTML: each post with its predictions, and words in the color of what they weigh."""
 
-    def begin(self, file: TextIO, kept: Iterable[str]) -> None:
-        self.kept = list(kept)
-        file.write(head(self.method))
+    def begin(self, kept: Sequence[str]) -> str:
+        self.kept = tuple(kept)
+        return head(self.method)
 
-    def write(self, file: TextIO, prediction: dict[str, Any]) -> None:
+    def line(self, prediction: dict[str, Any]) -> str:
         names = [task.name for task in self.tasks]
-        file.write(whole_characters(post_block(prediction, names, self.kept)))
+        return whole_characters(post_block(prediction, names, self.kept))
 
 
 class Table(JsonLines):
@@ -93,7 +110,7 @@ class Table(JsonLines):
 
     explains = False
 
-    def begin(self, file: TextIO, kept: Iterable[str]) -> None:
+    def begin(self, kept: Sequence[str]) -> str:
         self.columns = [*kept, "text"]
         for task in self.tasks:
             self.columns += [task.name] + [
@@ -101,13 +118,25 @@ class Table(JsonLines):
             ]
             self.columns += [f"{task.name}/prior"] if task.name in self.adapted else []
         self.columns += ["error", "image_error"] if self.reads_images else ["error"]
-        file.write(csv_line(self.columns, raw=self.raw))
+        return csv_line(self.columns, raw=self.raw)
 
-    def write(self, file: TextIO, prediction: dict[str, Any]) -> None:
+    def line(self, prediction: dict[str, Any]) -> str:
         row = dict(prediction) | table_cells(prediction, self.tasks)
         cells = (row.get(column, "") for column in self.columns)
         whole = (whole_characters(cell) if isinstance(cell, str) else cell for cell in cells)
-        file.write(csv_line(whole, raw=self.raw))
+        return csv_line(whole, raw=self.raw)
+
+
+class Parquet(JsonLines):
+    """The objects of ``JsonLines`` as rows of typed columns: one file, or a folder of shards."""
+
+    explains = packed = False
+
+    def check(self, target: Path) -> None:
+        check_parquet(target)
+
+    def finish(self, part: Path, target: Path) -> None:
+        write_parquet(part, target, kept=self.kept, tasks=[task.name for task in self.tasks])
 
 
 class TweetEval(JsonLines):
@@ -132,14 +161,12 @@ class TweetEval(JsonLines):
                 f"--format tweeteval wants a task with one label per post; {self.task.name} is a {self.task.kind} task."
             )
         self.filler = predictor.exported.data_config.normalize.user or "@user"
-        self.filled = 0
 
     def prepare(self, post: Post) -> Post:
         readable = not (post.error or text_problem(post.text, post.words))
         lacks_pair = bool(pair_problem(second_text(post.pair), [self.task]))
         if readable and not lacks_pair:
             return post
-        self.filled += 1
         return Post(
             text=post.text if readable else self.filler,
             words=post.words if readable else None,
@@ -147,20 +174,20 @@ class TweetEval(JsonLines):
             image=post.image,
         )
 
-    def write(self, file: TextIO, prediction: dict[str, Any]) -> None:
+    def line(self, prediction: dict[str, Any]) -> str:
         if self.task.name not in prediction:
             raise ValueError(f"{prediction['error']}; a line of tweeteval has no place for that.")
-        file.write(f"{self.task.labels.index(prediction[self.task.name]['label'])}\n")
+        return f"{self.task.labels.index(prediction[self.task.name]['label'])}\n"
 
-    def remark(self, bad: int) -> str:
-        if self.filled:
+    def remark(self, counts: Counts) -> str:
+        if counts.filled:
             what = (
                 "a text, or the second text that the prompt wants,"
                 if wants_pair(self.task.prompt)
                 else "a text"
             )
             print(
-                f"{self.filled} lines without {what} were predicted as {self.filler!r}",
+                f"{counts.filled} lines without {what} were predicted as {self.filler!r}",
                 file=sys.stderr,
             )
         return ""
@@ -190,6 +217,7 @@ def _cell(task: Task, prediction: dict[str, Any]) -> Any:
 WRITERS: dict[str, type[JsonLines]] = {
     "jsonl": JsonLines,
     "csv": Table,
+    "parquet": Parquet,
     "tweeteval": TweetEval,
     "html": Page,
 }

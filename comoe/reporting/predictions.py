@@ -84,7 +84,7 @@ RESULT_KEYS = ("label", "labels", "value", "spans")
 CELLS = (".csv", ".tsv")
 """Endings of files whose rows are flat and whose text may be defused (``csv_line``)."""
 
-OWN = ("text", "error", "truncated", "image_error")
+OWN = ("text", "error", "truncated", "windows", "image_error")
 """Keys of a row that are no columns."""
 
 
@@ -97,6 +97,12 @@ def read_corpus(path: Path) -> Corpus:
     if not path.is_file():
         raise ValueError(f"{path}: there is no such file.")
     raw = read_input("predictions", str(path))
+    if path.suffix.lower() == ".parquet":
+        # An empty cell there is a key that a line of JSON lacks.
+        filled = [
+            {name: cell for name, cell in row.items() if cell is not None} for row in raw.rows
+        ]
+        raw = replace(raw, rows=filled)
     if any(_is_adapted(row) for row in raw.rows):
         raise ValueError(
             f"{path} was predicted with scores adapted to another mix of labels (prior); a report estimates the mix "

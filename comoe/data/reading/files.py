@@ -5,16 +5,21 @@ Lines end at a line feed only: U+2028 and its kin inside a post are harmless.
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import gzip
+import io
 import json
 import math
 import re
-import sys
-from collections import Counter
-from collections.abc import Iterator, Mapping
+import zlib
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+import pyarrow
 
 from comoe.data.report import BadRow
 
@@ -35,16 +40,40 @@ class RawSplit:
     """Rows that could not be read."""
     label_names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Column -> names of its labels in the order of their ids, where the data set tells."""
-    joined: list[tuple[int, int]] = field(default_factory=list)
-    """First and last line of each row that takes several."""
+    joined: str = ""
+    """What to tell of rows that take several lines; empty where there are none."""
     notes: tuple[str, ...] = ()
     """What the user should be told of the file."""
 
-    def joined_lines(self) -> str:
+
+Row = dict[str, Any]
+"""Column -> cell."""
+Rows = Iterator[tuple[int, Row | BadRow]]
+"""(line, row or what is wrong with it), in the order of the lines."""
+
+
+@dataclass(slots=True)
+class Met:
+    """What a reader has met in a file so far."""
+
+    columns: dict[str, None] = field(default_factory=dict)
+    """All columns, in the order in which they appear."""
+    rows: int = 0
+    """Rows that could be read."""
+    bad: int = 0
+    """Rows that could not."""
+    joined: int = 0
+    """Rows that take several lines."""
+    first_joined: tuple[int, int] = (0, 0)
+    """First and last line of the first of them."""
+
+    def joined_lines(self, file: str) -> str:
         """What to tell of ``joined``: nobody can know whether its quotes were meant."""
-        first, last = self.joined[0]
+        if not self.joined:
+            return ""
+        first, last = self.first_joined
         return (
-            f"{self.file}: {len(self.joined):,} rows take several lines, as a quoted cell may, the first one lines "
+            f"{file}: {self.joined:,} rows take several lines, as a quoted cell may, the first one lines "
             f"{first} to {last}; a stray quote joins lines too: look at them."
         )
 
@@ -65,74 +94,109 @@ def json_line(row: Mapping[str, Any]) -> str:
     return _HARMFUL.sub(lambda found: f"\\u{ord(found[0]):04x}", text) + "\n"
 
 
-def text_lines(path: Path) -> tuple[list[str], list[BadRow]]:
-    """The lines of a text file without their ends, and those that are not UTF-8 or hold a NUL byte.
+COMPRESSED = (".gz", ".zst")
+"""Endings of compressed text files, behind that of the format."""
+
+
+@contextlib.contextmanager
+def open_bytes(path: Path) -> Iterator[BinaryIO]:
+    """The bytes of a file, unpacked where it ends in .gz or .zst.
+
+    Raises:
+        ValueError: what is read in the block cannot be unpacked.
+    """
+    try:
+        with path.open("rb") as file:
+            if path.suffix.lower() == ".gz":
+                yield gzip.open(file)
+            elif path.suffix.lower() == ".zst":
+                yield io.BufferedReader(pyarrow.CompressedInputStream(file, "zstd"), 1 << 20)
+            else:
+                yield file
+    except (OSError, EOFError, zlib.error) as error:
+        # What the system refuses has a number; what is unpacked wrongly has none.
+        if path.suffix.lower() not in COMPRESSED or getattr(error, "errno", None):
+            raise
+        raise ValueError(
+            f"{path} cannot be unpacked ({error}); it is damaged or cut short: fetch it again."
+        ) from error
+
+
+def numbered_lines(pieces: Iterable[bytes], file: str) -> Iterator[tuple[int, str, BadRow | None]]:
+    """(number, line without its end, what is wrong: not UTF-8, or a NUL byte) of a text file, read as it is asked for.
+
+    Args:
+        pieces: lines with their line feeds.
+        file: for messages.
 
     Raises:
         ValueError: the whole file is in another encoding, or its lines end otherwise.
     """
-    lines, bad = [], []
-    content = path.read_bytes()
-    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise ValueError(f"{path} is UTF-16; save it as UTF-8.")
-    if b"\n" not in content and b"\r" in content[:-1]:
-        raise ValueError(
-            f"{path} ends its lines with a carriage return alone; save it with line feeds (Unix or Windows)."
-        )
-    pieces = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    if not pieces[-1]:
-        pieces.pop()
     for number, piece in enumerate(pieces, start=1):
-        piece = piece.removesuffix(b"\r")
+        if number == 1:
+            if piece.startswith((b"\xff\xfe", b"\xfe\xff")):
+                raise ValueError(f"{file} is UTF-16; save it as UTF-8.")
+            if not piece.endswith(b"\n") and b"\r" in piece[:-1]:
+                raise ValueError(
+                    f"{file} ends its lines with a carriage return alone; save it with line feeds (Unix or Windows)."
+                )
+            piece = piece.removeprefix(b"\xef\xbb\xbf")
+            if not piece:
+                return
+        piece = piece.removesuffix(b"\n").removesuffix(b"\r")
+        bad = None
         try:
-            lines.append(piece.decode("utf-8"))
+            line = piece.decode("utf-8")
         except UnicodeDecodeError as error:
-            lines.append(piece.decode("utf-8", errors="replace"))
+            line = piece.decode("utf-8", errors="replace")
             rule = (
                 f"is not valid UTF-8 (byte {error.start + 1} of the line); save the file as UTF-8."
             )
-            bad.append(BadRow(str(path), number, piece, rule))
+            bad = BadRow(file, number, piece, rule)
         else:
-            if "\x00" in lines[-1]:
+            if "\x00" in line:
                 rule = "holds a NUL byte; is the file UTF-16, or damaged? Save it as UTF-8."
-                bad.append(BadRow(str(path), number, lines[-1], rule))
-    return lines, bad
+                bad = BadRow(file, number, line, rule)
+        yield number, line, bad
 
 
-def read_jsonl(path: Path) -> RawSplit:
+def text_lines(path: Path) -> tuple[list[str], list[BadRow]]:
+    """All lines of a text file without their ends, and what is wrong with some; see ``numbered_lines``."""
+    with open_bytes(path) as file:
+        found = list(numbered_lines(file, str(path)))
+    return [line for _, line, _ in found], [bad for _, _, bad in found if bad is not None]
+
+
+def jsonl_rows(pieces: Iterable[bytes], file: str, met: Met) -> Rows:
     """JSON lines: one object per line; blank lines are passed over."""
-    lines, bad = text_lines(path)
-    damaged = {row.line for row in bad}
-    rows, numbers, columns = [], [], {}
-    for number, line in enumerate(lines, start=1):
-        if number in damaged or not line.strip():
+    for number, line, bad in numbered_lines(pieces, file):
+        if bad is None and not line.strip():
             continue
-        try:
-            row = json.loads(
-                line,
-                parse_constant=_no_number,
-                parse_float=_finite,
-                object_pairs_hook=_without_twins,
-            )
-        # ValueError also covers whole numbers of thousands of digits; RecursionError, nesting
-        # without end.
-        except (ValueError, RecursionError) as error:
-            what = (
-                f"{error.msg}, column {error.colno}"
-                if isinstance(error, json.JSONDecodeError)
-                else str(error)
-            )
-            rule = f"is not valid JSON ({what}); there must be one whole object per line."
-            bad.append(BadRow(str(path), number, line, rule))
-            continue
-        if not isinstance(row, dict):
-            rule = 'is not a JSON object; write each post as {"text": ..., "label": ...}.'
-            bad.append(BadRow(str(path), number, line, rule))
-            continue
-        rows.append(row)
-        numbers.append(number)
-        columns.update(dict.fromkeys(row))
-    return RawSplit(str(path), rows, numbers, tuple(columns), sorted(bad, key=lambda row: row.line))
+        row = bad or _json_row(line, file, number)
+        if not isinstance(row, BadRow):
+            met.columns.update(dict.fromkeys(row))
+        yield number, row
+
+
+def _json_row(line: str, file: str, number: int) -> Row | BadRow:
+    try:
+        row = json.loads(
+            line, parse_constant=_no_number, parse_float=_finite, object_pairs_hook=_without_twins
+        )
+    # ValueError also covers whole numbers of thousands of digits; RecursionError, nesting without
+    # end.
+    except (ValueError, RecursionError) as error:
+        what = (
+            f"{error.msg}, column {error.colno}"
+            if isinstance(error, json.JSONDecodeError)
+            else str(error)
+        )
+        rule = f"is not valid JSON ({what}); there must be one whole object per line."
+        return BadRow(file, number, line, rule)
+    if not isinstance(row, dict):
+        rule = 'is not a JSON object; write each post as {"text": ..., "label": ...}.'
+        return BadRow(file, number, line, rule)
+    return row
 
 
 def _no_number(name: str) -> float:
@@ -152,154 +216,126 @@ def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return row
 
 
-def read_text(path: Path, *, every_line: bool = False) -> RawSplit:
-    """Plain text: one post per line in a column ``text``, no labels.
+def text_rows(pieces: Iterable[bytes], file: str, met: Met, *, every_line: bool = False) -> Rows:
+    """Plain text: one post per line in a column ``text``, no labels; ``every_line``: also blank lines."""
+    met.columns["text"] = None
+    for number, line, bad in numbered_lines(pieces, file):
+        if bad is not None or every_line or line.strip():
+            yield number, bad or {"text": line}
 
-    Args:
-        path: the file.
-        every_line: also blank lines; else they are passed over.
+
+LONGEST_ROW = 1 << 24
+"""Characters of a cell of a CSV file beyond which its quote counts as stray, so that memory is bounded."""
+
+
+def csv_rows(
+    pieces: Iterable[bytes],
+    file: str,
+    met: Met,
+    *,
+    delimiter: str = ",",
+    quoting: int = csv.QUOTE_MINIMAL,
+) -> Rows:
+    """Comma separated, quoted where needed, names of the columns in the first line.
+
+    Raises:
+        ValueError: the line that names the columns is damaged, or names one twice.
     """
-    lines, bad = text_lines(path)
-    damaged = {row.line for row in bad}
-    kept = {
-        number: line
-        for number, line in enumerate(lines, start=1)
-        if number not in damaged and (every_line or line.strip())
-    }
-    rows = [{"text": line} for line in kept.values()]
-    return RawSplit(str(path), rows, list(kept), ("text",), bad)
-
-
-def read_csv(path: Path, *, delimiter: str = ",", quoting: int = csv.QUOTE_MINIMAL) -> RawSplit:
-    """Comma separated, quoted where needed, names of the columns in the first line."""
-    lines, bad = text_lines(path)
-    damaged = {row.line for row in bad}
-    rows, numbers, joined = [], [], []
+    lines = numbered_lines(pieces, file)
     header: list[str] | None = None
-    for first, last, cells in _csv_rows(lines, delimiter=delimiter, quoting=quoting):
-        if not damaged.isdisjoint(range(first, last + 1)) or cells == []:
+    for first, last, raw, cells in _csv_cells(lines, delimiter=delimiter, quoting=quoting):
+        damaged = [bad for _, _, bad in raw if bad is not None]
+        if damaged or cells == []:
             if header is None and cells:
-                raise ValueError(f"{bad[0]} It is the line that names the columns.")
-            continue
-        if isinstance(cells, str):
-            bad.append(
-                BadRow(
-                    str(path),
-                    first,
-                    lines[first - 1],
-                    f"is not valid CSV ({cells}); check the quotes.",
-                )
-            )
+                raise ValueError(f"{damaged[0]} It is the line that names the columns.")
+            yield from ((bad.line, bad) for bad in damaged)
+        elif isinstance(cells, str):
+            rule = f"is not valid CSV ({cells}); check the quotes."
+            yield first, BadRow(file, first, raw[0][1], rule)
         elif header is None:
             header = [name.strip() for name in cells]
-            if len(set(header)) < len(header):
+            met.columns.update(dict.fromkeys(header))
+            if len(met.columns) < len(header):
                 names = ", ".join(header)
                 raise ValueError(
-                    f"{path}:{first}: two columns have the same name ({names}); rename one."
+                    f"{file}:{first}: two columns have the same name ({names}); rename one."
                 )
         elif len(cells) != len(header):
             rule = f"has {len(cells)} cells for {len(header)} columns; quote a text that holds the separator."
-            bad.append(BadRow(str(path), first, lines[first - 1], rule))
+            yield first, BadRow(file, first, raw[0][1], rule)
         else:
-            rows.append(dict(zip(header, cells, strict=True)))
-            numbers.append(first)
-            joined += [(first, last)] if last > first else []
-    bad.sort(key=lambda row: row.line)
-    return RawSplit(str(path), rows, numbers, tuple(header or ()), bad, joined=joined)
+            if last > first:
+                met.first_joined = met.first_joined if met.joined else (first, last)
+                met.joined += 1
+            yield first, dict(zip(header, cells, strict=True))
 
 
-def _csv_rows(
-    lines: list[str], *, delimiter: str, quoting: int
-) -> Iterator[tuple[int, int, list[str] | str]]:
-    """(first line, last line, cells or what is wrong) of every row.
+Numbered = tuple[int, str, BadRow | None]
 
-    A quote that is not closed takes in lines up to the next quote, or to the end: only the line that
-    it stands in is lost, and reading goes on behind it.
+
+def _csv_cells(
+    lines: Iterator[Numbered], *, delimiter: str, quoting: int
+) -> Iterator[tuple[int, int, list[Numbered], list[str] | str]]:
+    """(first line, last line, these lines, cells or what is wrong) of every row.
+
+    A quote that is not closed takes in lines up to the next quote, to the end, or to
+    ``LONGEST_ROW``: only the line that it stands in is lost, and reading goes on behind it.
     """
-    # csv refuses cells above 128 KiB; our own limit has a message with file and line.
-    before = csv.field_size_limit(sys.maxsize)
-    done = 0
+    again: deque[Numbered] = deque()
+    taken: list[Numbered] = []
+
+    def rest() -> Iterator[str]:
+        while found := again.popleft() if again else next(lines, None):
+            taken.append(found)
+            yield f"{found[1]}\n"
+
+    reader = csv.reader(rest(), delimiter=delimiter, quoting=quoting, strict=True)
+    while True:
+        try:
+            with _wide_cells():
+                cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            again.extendleft(reversed(taken[1:]))
+            del taken[1:]
+            cells = str(error)
+            reader = csv.reader(rest(), delimiter=delimiter, quoting=quoting, strict=True)
+        yield taken[0][0], taken[-1][0], taken.copy(), cells
+        taken.clear()
+
+
+@contextlib.contextmanager
+def _wide_cells() -> Iterator[None]:
+    """csv refuses cells above 128 KiB, in the whole process; our own limit has a message with file and line."""
+    before = csv.field_size_limit(LONGEST_ROW)
     try:
-        while done < len(lines):
-            rest = (f"{lines[number]}\n" for number in range(done, len(lines)))
-            reader = csv.reader(rest, delimiter=delimiter, quoting=quoting, strict=True)
-            start = done
-            try:
-                for cells in reader:
-                    yield done + 1, start + reader.line_num, cells
-                    done = start + reader.line_num
-            except csv.Error as error:
-                yield done + 1, done + 1, str(error)
-                done += 1
+        yield
     finally:
         csv.field_size_limit(before)
 
 
-def read_tsv(path: Path) -> RawSplit:
+def tsv_rows(pieces: Iterable[bytes], file: str, met: Met) -> Rows:
     """Tab separated; quotes are characters like any other, as in most collections of tweets."""
-    return read_csv(path, delimiter="\t", quoting=csv.QUOTE_NONE)
+    return csv_rows(pieces, file, met, delimiter="\t", quoting=csv.QUOTE_NONE)
 
 
-def read_tweeteval(
-    text_file: Path, label_file: Path | None, mapping: Mapping[str, str]
-) -> RawSplit:
-    """One split of a TweetEval folder: line n of ``label_file`` is the label of line n of ``text_file``.
+def read_whole(path: Path, read: Callable[[Iterable[bytes], str, Met], Rows]) -> RawSplit:
+    """All rows of a text file.
 
     Args:
-        text_file: one post per line.
-        label_file: one label per line, None where there are no labels.
-        mapping: what ``read_mapping`` gave; labels outside it are bad rows, unless it is empty.
-
-    Raises:
-        ValueError: the files differ in length; there is no telling which label belongs where.
+        path: the file.
+        read: one of ``jsonl_rows``, ``csv_rows``, ``tsv_rows``, ``text_rows``.
     """
-    texts, bad = text_lines(text_file)
-    labels: list[str | None] = [None] * len(texts)
-    if label_file is not None:
-        found, bad_labels = text_lines(label_file)
-        if len(found) != len(texts):
-            raise ValueError(
-                f"{text_file} has {len(texts):,} lines and {label_file} has {len(found):,}; line n of one belongs to "
-                "line n of the other, so they must be as many. Lines end at a line feed only."
-            )
-        labels = [label.strip() for label in found]
-        known = ", ".join(f"{key} {name}" for key, name in mapping.items())
-        bad += bad_labels
-        damaged = {row.line for row in bad}
-        bad += [
-            BadRow(str(label_file), number, label, f"is not an id of mapping.txt ({known}).")
-            for number, label in enumerate(labels, start=1)
-            if mapping and label and label not in mapping and number not in damaged
-        ]
-    # One bad row per line, also where both files are damaged there.
-    bad_by_line = {row.line: row for row in reversed(bad)}
-    kept = [number for number in range(1, len(texts) + 1) if number not in bad_by_line]
-    named = [mapping.get(label or "", label) for label in labels]
+    met, file = Met(), str(path)
+    with open_bytes(path) as pieces:
+        found = list(read(pieces, file, met))
+    good = [(line, row) for line, row in found if not isinstance(row, BadRow)]
     return RawSplit(
-        file=str(text_file),
-        rows=[{"text": texts[number - 1], "label": named[number - 1]} for number in kept],
-        lines=kept,
-        columns=("text", "label") if label_file is not None else ("text",),
-        bad=[bad_by_line[line] for line in sorted(bad_by_line)],
-        label_names={"label": tuple(mapping.values())} if mapping else {},
+        file=file,
+        rows=[row for _, row in good],
+        lines=[line for line, _ in good],
+        columns=tuple(met.columns),
+        bad=[row for _, row in found if isinstance(row, BadRow)],
+        joined=met.joined_lines(file),
     )
-
-
-def read_mapping(path: Path) -> dict[str, str]:
-    """Id -> name of ``mapping.txt`` in the order of ids, empty where there is no such file."""
-    if not path.is_file():
-        return {}
-    lines, bad = text_lines(path)
-    if bad:
-        raise ValueError(str(bad[0]))
-    pairs = [line.split("\t") for line in lines if line.strip()]
-    ids = [pair[0].strip() for pair in pairs]
-    if any(len(pair) < 2 or not pair[1].strip() for pair in pairs) or sorted(ids) != sorted(
-        map(str, range(len(ids)))
-    ):
-        raise ValueError(
-            f"{path} must hold one line per label: its id from 0, a tab, its name; it holds {lines!r}."
-        )
-    return {
-        pair[0].strip(): pair[1].strip() for pair in sorted(pairs, key=lambda pair: int(pair[0]))
-    }

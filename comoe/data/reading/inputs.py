@@ -11,6 +11,7 @@ from typing import Any
 from comoe.config.errors import nearest
 from comoe.config.recipe import TaskConfig
 from comoe.data.reading.files import RawSplit
+from comoe.data.reading.stream import RowStream
 from comoe.tasks.prompts import wants_pair
 from comoe.tasks.task import Task
 
@@ -42,7 +43,9 @@ class DataChoice:
     """Leave bad rows out, and count them, instead of stopping at the first."""
 
 
-def check_columns(raw: RawSplit, wanted: Mapping[str, str | None], *, hint: str = "") -> None:
+def check_columns(
+    raw: RawSplit | RowStream, wanted: Mapping[str, str | None], *, hint: str = ""
+) -> None:
     """Every column that was asked for is there.
 
     Args:

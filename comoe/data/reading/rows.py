@@ -12,7 +12,7 @@ import numpy as np
 
 from comoe.config.recipe import TaskConfig
 from comoe.data.posts import Post
-from comoe.data.reading.files import RawSplit
+from comoe.data.reading.files import RawSplit, Row
 from comoe.data.report import BadRow, DataReport
 from comoe.data.text.normalize import is_blank
 from comoe.tasks.kinds.tagging import NotInPost, word_splitter
@@ -31,21 +31,29 @@ class BadCell(ValueError):
 
 
 def read_rows(raw: RawSplit, read: Callable[[Mapping[str, Any]], Post]) -> Iterator[Post]:
-    """The posts of a file in the order of its lines; a row that cannot be used becomes a post with an error.
+    """The posts of a file in the order of its lines; see ``posts_of``."""
+    found = [*zip(raw.lines, raw.rows, strict=True), *((bad.line, bad) for bad in raw.bad)]
+    return posts_of(sorted(found, key=lambda item: item[0]), raw.file, read)
+
+
+def posts_of(
+    rows: Iterable[tuple[int, Row | BadRow]], file: str, read: Callable[[Mapping[str, Any]], Post]
+) -> Iterator[Post]:
+    """Posts one by one; a row that cannot be used becomes a post with an error.
 
     Args:
-        raw: the rows, whatever the format.
+        rows: line and row, or what is wrong with it.
+        file: for messages.
         read: makes a post of a row, as ``RowReader.read``; raises BadCell.
     """
-    found = [*zip(raw.lines, raw.rows, strict=True), *((bad.line, bad) for bad in raw.bad)]
-    for line, row in sorted(found, key=lambda item: item[0]):
+    for line, row in rows:
         post, error = Post(), row
         if not isinstance(row, BadRow):
             try:
                 post, error = read(row), None
             except BadCell as bad:
-                error = BadRow(raw.file, line, bad.value, bad.rule)
-        yield replace(post, file=raw.file, line=line, error=error)
+                error = BadRow(file, line, bad.value, bad.rule)
+        yield replace(post, file=file, line=line, error=error)
 
 
 def settle(

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
-
-import pyarrow
-import pyarrow.parquet
 
 from comoe.config.errors import unknown_name
-from comoe.config.extras import need
 from comoe.data.reading.files import (
+    COMPRESSED,
+    Met,
     RawSplit,
-    read_csv,
-    read_jsonl,
-    read_mapping,
-    read_text,
-    read_tsv,
-    read_tweeteval,
+    Rows,
+    csv_rows,
+    jsonl_rows,
+    read_whole,
+    text_rows,
+    tsv_rows,
 )
 from comoe.data.reading.label_studio import read_label_studio
+from comoe.data.reading.tables import class_names, load_hub, named_rows, read_parquet
+from comoe.data.reading.tweeteval import read_mapping, read_tweeteval
 
 NAMES: dict[str, tuple[str, ...]] = {
     "train": ("train", "training"),
@@ -130,8 +129,8 @@ def _guess(key: str, place: Path, splits: Mapping[str, str]) -> str:
     else:
         files = _candidates(place, "train", ENDINGS)
     for file in files:
-        if file.is_file() and file.suffix.lower() in ENDINGS:
-            return ENDINGS[file.suffix.lower()]
+        if file.is_file() and (format := format_of(file)):
+            return format
     looked = [
         name
         for stem in NAMES["train"]
@@ -139,6 +138,15 @@ def _guess(key: str, place: Path, splits: Mapping[str, str]) -> str:
     ]
     nothing = _nothing(key, place, "train", looked if named is None else [named])
     raise ValueError(f"{nothing} Or set {key}.format ({', '.join(READERS)}).")
+
+
+def format_of(path: Path) -> str | None:
+    """The format that the ending of a file says, also in front of .gz or .zst; None where none is known."""
+    endings = [ending.lower() for ending in path.suffixes[-2:]]
+    if endings and endings[-1] in COMPRESSED:
+        format = ENDINGS.get(endings[0])
+        return format if format in TEXT_ROWS else None
+    return ENDINGS.get(path.suffix.lower())
 
 
 def unread_files(source: Source) -> list[str]:
@@ -205,25 +213,6 @@ def _locate(source: Source, split: str, endings: Sequence[str]) -> Path | None:
     return found[0] if found else None
 
 
-def _read_parquet(path: Path) -> RawSplit:
-    """Parquet, by column names."""
-    try:
-        table = pyarrow.parquet.read_table(path)
-        rows = table.to_pylist()
-    # OverflowError and others: dates that Python has not; OSError: what cannot be unpacked.
-    except (pyarrow.ArrowException, OSError, ArithmeticError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"{path} cannot be read as Parquet ({error}); write it anew, or correct the format."
-        ) from error
-    try:
-        # Where the library datasets keeps what it knows about the columns.
-        kept = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}"))
-        features = dict(kept.get("info", {}).get("features", {}))
-    except (ValueError, TypeError, AttributeError, RecursionError):
-        features = {}
-    return _named_rows(rows, table.column_names, features, file=str(path))
-
-
 def _file_reader(
     endings: Sequence[str], read: Callable[[Path], RawSplit]
 ) -> Callable[[Source, str], RawSplit | None]:
@@ -265,73 +254,21 @@ def _read_tweeteval(source: Source, split: str) -> RawSplit | None:
 
 def _read_hub(source: Source, split: str) -> RawSplit | None:
     """A data set of the Hugging Face hub. Its own Python code is never run."""
-    need("train", "datasets", what=f"{source.key}.path ({source.path}): a data set of the hub")
-    import datasets
-
     where = source.path + (f", subset {source.subset}" if source.subset else "")
     names = (source.splits[split],) if split in source.splits else NAMES[split]
-    try:
-        loaded = datasets.load_dataset(source.path, source.subset)
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = (str(error).strip().splitlines() or ["no message"])[0]
-        raise ValueError(
-            f"{source.key}.path ({where}): the data set could not be loaded from the Hugging Face hub. Without a "
-            "network, save it as JSON lines and give the folder. Otherwise check the name, "
-            f"{source.key}.subset, and your right to read it. ({type(error).__name__}: {reason})"
-        ) from error
+    loaded = load_hub(f"{source.key}.path", source.path, source.subset)
     name = next((name for name in names if name in loaded), None)
     if name is not None:
         found = loaded[name]
-        features = found.features.to_dict()
+        known = class_names(found.column_names, found.features.to_dict())
         file = f"{source.path} ({name})"
-        return _named_rows(found.to_list(), found.column_names, features, file=file)
+        return named_rows(found.to_list(), found.column_names, known, file=file)
     if split == "train" or split in source.splits:
         raise ValueError(
             f"{source.key}.path ({where}): no split {' or '.join(names)}; there is {', '.join(loaded)}. "
             f"Name one in {source.key}.splits.{split}."
         )
     return None
-
-
-def _named_rows(
-    rows: list[dict[str, Any]], columns: Sequence[str], features: Mapping[str, Any], *, file: str
-) -> RawSplit:
-    """Rows; ids of a column that knows their names become names, its negative ids missing labels.
-
-    Args:
-        rows: column -> value.
-        columns: their names.
-        features: column -> its type, as the library datasets writes it.
-        file: for messages.
-    """
-    known = {column: names for column in columns if (names := _class_names(features.get(column)))}
-
-    def named(value: Any, names: Sequence[str]) -> Any:
-        if isinstance(value, list):
-            return [named(item, names) for item in value]
-        if value is not None and value >= len(names):
-            raise ValueError(f"{file}: {value} is no label id; there are {len(names)} label names.")
-        return None if value is None or value < 0 else names[value]
-
-    for column, names in known.items():
-        for row in rows:
-            row[column] = named(row[column], names)
-    return RawSplit(
-        file=file,
-        rows=rows,
-        lines=list(range(1, len(rows) + 1)),
-        columns=tuple(columns),
-        label_names=known,
-    )
-
-
-def _class_names(feature: Any) -> tuple[str, ...]:
-    """The label names of a column, or of the items of its lists; empty where it has none."""
-    if not isinstance(feature, dict):
-        return ()
-    if feature.get("_type") in ("List", "LargeList", "Sequence"):
-        return _class_names(feature["feature"])
-    return tuple(feature["names"]) if feature.get("_type") == "ClassLabel" else ()
 
 
 ENDINGS: dict[str, str] = {
@@ -347,13 +284,27 @@ ENDINGS: dict[str, str] = {
 """Ending of a file -> key of ``READERS``."""
 
 
+TEXT_ROWS: dict[str, Callable[[Iterable[bytes], str, Met], Rows]] = {
+    "jsonl": jsonl_rows,
+    "csv": csv_rows,
+    "tsv": tsv_rows,
+    "txt": text_rows,
+}
+"""Format of text files -> reader of their rows, one after another."""
+
+
+def _text_reader(format: str) -> Callable[[Source, str], RawSplit | None]:
+    endings = tuple(ending for ending, meant in ENDINGS.items() if meant == format)
+    return _file_reader(endings, partial(read_whole, read=TEXT_ROWS[format]))
+
+
 READERS: dict[str, Callable[[Source, str], RawSplit | None]] = {
     "tweeteval": _read_tweeteval,
-    "jsonl": _file_reader((".jsonl", ".ndjson", ".json"), read_jsonl),
-    "csv": _file_reader((".csv",), read_csv),
-    "tsv": _file_reader((".tsv", ".tab"), read_tsv),
-    "parquet": _file_reader((".parquet",), _read_parquet),
-    "txt": _file_reader((".txt",), read_text),
+    "jsonl": _text_reader("jsonl"),
+    "csv": _text_reader("csv"),
+    "tsv": _text_reader("tsv"),
+    "parquet": _file_reader((".parquet",), read_parquet),
+    "txt": _text_reader("txt"),
     "label_studio": _file_reader((".json",), read_label_studio),
     "hub": _read_hub,
 }

@@ -3,6 +3,7 @@
 import csv
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -360,7 +361,7 @@ def predictor_of(
 
     exported = SimpleNamespace(
         tasks=tasks, tokenizer=TOKENIZER, data_config=CONFIG, config={"columns": columns or {}}, image_processor=None,
-        model=model,
+        model=model, folder=Path("export"),
     )  # fmt: skip
     return Predictor(exported, Collator(TOKENIZER, tasks, route_by=route_by), torch.device("cpu"))
 
@@ -503,7 +504,7 @@ def test_second_texts_and_labels_are_read_from_the_columns_of_training(tmp_path,
         {"text": "post two"},
     ]
     source, predictor = write_jsonl(tmp_path / "in.jsonl", rows), predictor_of(columns=ASKED_ABOUT)
-    said = predict_file(predictor, source, tmp_path / "out.jsonl")
+    said = str(predict_file(predictor, source, tmp_path / "out.jsonl"))
     assert "2 posts predicted" in said and "1 of them could not" in said
     assert "second texts are read from column target, as in training" in capsys.readouterr().err
     scores = score(

@@ -172,7 +172,7 @@ def test_every_output_is_adapted_and_says_so(predictor, tmp_path, capsys, format
         (tmp_path / "in.csv").write_text("text\n" + "".join(f"{t}\n" for t in texts))
     options = PredictOptions(format=format, tasks=["mood"], **rates)
     done = predict_adapted(predictor, tmp_path / "in.csv", tmp_path / "out", options)
-    assert done.startswith(f"{len(texts)} posts predicted in {tmp_path / 'out'}")
+    assert str(done).startswith(f"{len(texts)} posts predicted in {tmp_path / 'out'}")
     assert sorted(path.name for path in tmp_path.iterdir() if not path.name.endswith(".lock")) == [
         "in.csv",
         "out",

@@ -116,9 +116,8 @@ def test_half_a_surrogate_pair_is_predicted_as_it_is_trained_on(
 ) -> None:
     content = b'{"id": "\\ud800", "text": "good \\udfff"}\n' + GOOD
     target = tmp_path / "out"
-    said = predict_file(
-        predictor, written(tmp_path, ".jsonl", content), target, PredictOptions(format=format)
-    )
+    source = written(tmp_path, ".jsonl", content)
+    said = str(predict_file(predictor, source, target, PredictOptions(format=format)))
     assert said.startswith("2 posts predicted") and "error instead" not in said
     if format == "jsonl":
         first, _ = map(json.loads, target.open(encoding="utf-8"))

@@ -26,7 +26,7 @@ def by_hand(predictor, task: Task, target: int, steps: int = 64) -> np.ndarray:
     """Integrated gradients of each token in float64 by the middle rule, with the post's own experts."""
     model = predictor.exported.model.double()
     try:
-        split = predictor._encode(
+        split = predictor._forward.encode(
             predictor._read([POST], None, None, None, None, [task]), [None], [task]
         )
         batch = predictor.collator(split, np.array([0]))
@@ -104,7 +104,9 @@ def test_experts_are_those_of_the_forward_pass(predictor):
     assert told["layers"] == [block.layer for block in predictor.exported.model.moe_layers()]
     # "sunny" has two pieces, tokens 2 and 3.
     task = predictor.choose_tasks(["mood"])
-    split = predictor._encode(predictor._read([POST], None, None, None, None, task), [None], task)
+    split = predictor._forward.encode(
+        predictor._read([POST], None, None, None, None, task), [None], task
+    )
     with torch.inference_mode():
         batch = predictor.collator(split, np.array([0]))
         row = task[0].rules.serves(batch.task_ids_B, 0).nonzero()[0, 0]

@@ -12,7 +12,9 @@ from helpers_export import MOOD, export_tiny, tiny_predictor
 
 from comoe.commands.predict import main as predict_main
 from comoe.inference.options import PredictOptions
-from comoe.inference.predict_file import CHUNK, predict_file, read_post_file
+from comoe.inference.post_stream import open_posts
+from comoe.inference.predict_file import predict_file
+from comoe.inference.windows import WINDOW
 
 ROOT = Path(__file__).parents[3]
 
@@ -77,7 +79,7 @@ def test_an_empty_file_gives_an_empty_file_and_says_so(
     source.write_text(content)
     said = predict_file(predictor, source, target, PredictOptions(format=format, tasks=["mood"]))
     assert target.read_text() == written
-    assert said == f"{source} has no posts; {target} has no predictions"
+    assert str(said) == f"{source} has no posts; {target} has no predictions"
 
 
 def test_an_id_and_columns_on_demand_are_kept(predictor, tmp_path):
@@ -100,7 +102,7 @@ def test_an_id_and_columns_on_demand_are_kept(predictor, tmp_path):
         ("mood", "jsonl", "--keep mood: the predictions have this name"),
         ("text", "csv", "--keep text: the predictions have this name"),
         ("idd", "jsonl", "--keep is 'idd', but .* has no such column; did you mean id"),
-        ("id", "tweeteval", "--keep wants --format jsonl or csv"),
+        ("id", "tweeteval", "--keep wants --format jsonl, csv or parquet"),
     ):
         with pytest.raises(ValueError, match=message):
             kept(keep=[keep], format=format)
@@ -153,7 +155,7 @@ def test_json_lines_keep_every_line_and_say_what_was_wrong(predictor, tmp_path):
     assert found[4]["text"] == "ann in paris"
     assert found[4]["words"]["words"] == ["ann", "in", "paris"]
     done = f"6 posts predicted in {tmp_path / 'out.jsonl'}"
-    assert said == f"{done}; 4 of them could not be predicted and have an error instead"
+    assert str(said) == f"{done}; 4 of them could not be predicted and have an error instead"
 
 
 def test_a_line_separator_inside_a_post_does_not_end_a_line_of_the_predictions(predictor, tmp_path):
@@ -189,7 +191,7 @@ def test_csv_in_and_out_with_other_columns_and_pairs(predictor, tmp_path):
 
 def test_tsv_is_read_too(tmp_path):
     (tmp_path / "in.tsv").write_text('text\tlabel\nsay "hi\t1\n')
-    assert [post.text for post in read_post_file(tmp_path / "in.tsv")] == ['say "hi']
+    assert [post.text for post in open_posts(str(tmp_path / "in.tsv"))] == ['say "hi']
 
 
 def test_attention_is_written_on_demand_and_only_where_it_has_a_place(predictor, tmp_path):
@@ -211,7 +213,7 @@ def test_attention_is_written_on_demand_and_only_where_it_has_a_place(predictor,
 def test_more_posts_than_a_chunk_stay_in_order(predictor, tmp_path):
     words = ["good", "bad", "sunny day", "rain"]
     (tmp_path / "in.txt").write_text(
-        "\n".join(words[n % 4] + " a" * (n % 7) for n in range(CHUNK + 5))
+        "\n".join(words[n % 4] + " a" * (n % 7) for n in range(WINDOW + 5))
     )
     predict_file(
         predictor,
@@ -221,7 +223,7 @@ def test_more_posts_than_a_chunk_stay_in_order(predictor, tmp_path):
     )
     found = json_lines(tmp_path / "out.jsonl")
     assert [line["text"] for line in found] == [
-        words[n % 4] + " a" * (n % 7) for n in range(CHUNK + 5)
+        words[n % 4] + " a" * (n % 7) for n in range(WINDOW + 5)
     ]
 
 

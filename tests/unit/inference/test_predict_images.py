@@ -120,7 +120,7 @@ def test_a_file_of_posts_names_pictures_beside_it(predictor: Predictor, tmp_path
     said = predict_file(
         predictor, tmp_path / "posts.csv", tmp_path / "out.csv", PredictOptions(format="csv")
     )
-    assert "1 of them without their bad image" in said
+    assert "1 of them without their bad image" in str(said)
     rows = list(csv.DictReader((tmp_path / "out.csv").open()))
     assert ["is not there" in row["image_error"] for row in rows] == [False, True, False, False]
     assert rows[2]["error"]

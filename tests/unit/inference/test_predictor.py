@@ -213,7 +213,7 @@ def test_an_embedding_is_the_mean_of_the_states_of_the_posts_own_tokens(tmp_path
     model = predictor.exported.model
     found = predictor.embed(TEXTS, task="topic", batch_tokens=40)
     for text, one in zip(TEXTS, found, strict=True):
-        split = predictor._encode(read_columns([text], tasks=[TOPIC]), [None], [TOPIC])
+        split = predictor._forward.encode(read_columns([text], tasks=[TOPIC]), [None], [TOPIC])
         batch = predictor.collator(split, np.array([0]))
         states = model.encode(model._texts(batch), None).fused_BLM[0].double()
         mean = states[batch.attention_mask_BL[0] == 1].mean(dim=0)

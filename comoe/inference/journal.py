@@ -1,0 +1,186 @@
+"""How far an output is written: a part file beside it, and a small data base (sqlite) that says how much of it counts.
+
+Both are synchronized to the disk after every window, the part first: whatever ends the process, the
+part begins with what the data base says, and the rest is cut off.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sqlite3
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from comoe.config.failure import doing
+from comoe.config.files import PART, PLAIN_OPEN
+
+KNOWN = 1_000_000
+"""Posts back to which ``--dedupe`` remembers predictions; so the table is bounded."""
+
+_TABLES = """
+CREATE TABLE IF NOT EXISTS head (name TEXT PRIMARY KEY, value TEXT);
+CREATE TABLE IF NOT EXISTS done (
+    one INTEGER PRIMARY KEY, posts INTEGER, bytes INTEGER, digest BLOB, counts TEXT, whole INTEGER);
+CREATE TABLE IF NOT EXISTS known (key BLOB PRIMARY KEY, post INTEGER, prediction BLOB);
+CREATE INDEX IF NOT EXISTS known_post ON known (post);
+"""
+_SAVE = "INSERT OR REPLACE INTO done VALUES (0, ?, ?, ?, ?, 0)"
+
+
+class Journal:
+    """What is done of one output.
+
+    Args:
+        target: the output; None keeps no part file, and nothing after the end of the process.
+        head: what the output depends on, option -> value.
+        resume: go on with what an earlier run has left.
+
+    Raises:
+        ValueError: it was begun otherwise, or is damaged.
+    """
+
+    def __init__(self, target: Path | None, head: Mapping[str, str], *, resume: bool) -> None:
+        self.posts, self.digest, self.counts = 0, b"", "{}"
+        self.discarded = 0
+        """Posts of an unfinished run that a fresh start gave up."""
+        self._file: IO[bytes] | None = None
+        if target is None:
+            # A temporary file of sqlite's own, removed with the connection.
+            self._db = sqlite3.connect("")
+            self._db.executescript(_TABLES)
+            return
+        self.part = target.with_name(f".{target.name}{PART}")
+        self.path = target.with_name(f".{target.name}.journal")
+        if not resume:
+            self.discarded = self._discard()
+        with doing("writing", target):
+            self._open(head, target)
+
+    def _open(self, head: Mapping[str, str], target: Path) -> None:
+        if self.path.is_symlink():
+            raise ValueError(f"{self.path} is a link; remove it.")
+        self._db = sqlite3.connect(self.path)
+        try:
+            self._db.executescript(_TABLES)
+            begun = dict(self._db.execute("SELECT name, value FROM head"))
+            done = self._db.execute("SELECT posts, bytes, digest, counts, whole FROM done")
+            self.posts, size, self.digest, self.counts, whole = done.fetchone() or (
+                0, 0, b"", "{}", 0,
+            )  # fmt: skip
+        except sqlite3.DatabaseError as error:
+            self._db.close()
+            raise ValueError(
+                f"{self.path} is damaged ({error}); start anew, without --resume."
+            ) from error
+        changed = _differences(begun, head) if self.posts else ""
+        if changed:
+            self._db.close()
+            raise ValueError(
+                f"--resume: {target} was begun otherwise after which {self.posts:,} posts were predicted: {changed}. "
+                "Give the same again, or start anew, without --resume."
+            )
+        with self._db:
+            self._db.execute("DELETE FROM head")
+            self._db.executemany("INSERT INTO head VALUES (?, ?)", head.items())
+        # Stopped between its last two steps.
+        if whole and not self.part.exists():
+            return
+        flags = os.O_RDWR | os.O_CREAT | PLAIN_OPEN
+        self._file = open(os.open(self.part, flags, 0o666), "r+b")
+        if os.fstat(self._file.fileno()).st_size < size:
+            self.close()
+            raise ValueError(
+                f"{self.part} is shorter than {self.path} says; start anew, without --resume."
+            )
+        self._file.truncate(size)
+        self._file.seek(size)
+
+    def _discard(self) -> int:
+        """Remove what an earlier run has left; returns the posts that it had predicted."""
+        posts = 0
+        if self.path.is_file() and not self.path.is_symlink():
+            with contextlib.suppress(sqlite3.Error):
+                with contextlib.closing(sqlite3.connect(self.path)) as db:
+                    posts = db.execute("SELECT posts FROM done").fetchone()[0]
+            with contextlib.suppress(TypeError):
+                posts = int(posts)
+        self._remove()
+        return posts
+
+    def commit(self, chunk: bytes, posts: int, *, digest: bytes, counts: str) -> None:
+        """A window is predicted.
+
+        Args:
+            chunk: what it adds to the output.
+            posts: all posts so far.
+            digest: of these posts.
+            counts: what the summary counts, as JSON.
+        """
+        size = 0
+        if self._file is not None:
+            with doing("writing", self.part):
+                self._file.write(chunk)
+                self._file.flush()
+                os.fsync(self._file.fileno())
+                size = self._file.tell()
+        with self._db:
+            self._db.execute(_SAVE, (posts, size, digest, counts))
+        self.posts, self.digest = posts, digest
+
+    @property
+    def keeps(self) -> bool:
+        """Whether there is a part file, or was one."""
+        return hasattr(self, "part")
+
+    def finish(self) -> bool:
+        """All posts are predicted; returns whether the part is still to be given its name."""
+        with self._db:
+            self._db.execute("UPDATE done SET whole = 1")
+        if self._file is None:
+            return False
+        self._file.close()
+        return True
+
+    def close(self, *, remove: bool = False) -> None:
+        """End; ``remove``: nothing is left to do, or nothing was done."""
+        if self._file is not None:
+            self._file.close()
+        self._db.close()
+        if remove and self.keeps:
+            self._remove()
+
+    def _remove(self) -> None:
+        # The part first: a journal without it is one of an output that is whole.
+        for path in (self.part, self.path, self.path.with_name(f"{self.path.name}-journal")):
+            path.unlink(missing_ok=True)
+
+    def known(self, keys: Sequence[bytes], *, since: int) -> set[bytes]:
+        """Which of some posts were predicted before, from the post with the number ``since`` on."""
+        marks = ",".join("?" * len(keys))
+        asked = f"SELECT key FROM known WHERE post >= ? AND key IN ({marks})"
+        return {key for (key,) in self._db.execute(asked, (since, *keys))}
+
+    def recall(self, key: bytes) -> dict[str, Any]:
+        """The prediction of a post that is known."""
+        (found,) = self._db.execute("SELECT prediction FROM known WHERE key = ?", (key,)).fetchone()
+        return json.loads(zlib.decompress(found))
+
+    def remember(self, predictions: Iterable[tuple[bytes, dict[str, Any]]], *, post: int) -> None:
+        """Keep predictions of a window, whose first post has this number, until the next commit saves them."""
+        rows = (
+            (key, post, zlib.compress(json.dumps(prediction).encode(), 1))
+            for key, prediction in predictions
+        )
+        self._db.executemany("INSERT OR REPLACE INTO known VALUES (?, ?, ?)", rows)
+        # Windows that are asked about at the same time look back further than this one.
+        self._db.execute("DELETE FROM known WHERE post < ?", (post - 2 * KNOWN,))
+
+
+def _differences(begun: Mapping[str, str], now: Mapping[str, str]) -> str:
+    """What two runs do not have in common, for a message; empty where they are the same."""
+    changed = [name for name in {**begun, **now} if begun.get(name) != now.get(name)]
+    return "; ".join(f"{name} was {begun.get(name)}, is now {now.get(name)}" for name in changed)
