@@ -26,7 +26,7 @@ def parser() -> ArgumentParser:
     add("--revision", metavar="NAME", help="branch, tag or commit of a model on the hub")
     add("--input", required=True, type=Path, help="file of posts, as of comoe predict")
     add("--output", required=True, type=Path, help="folder; missing ones are made")
-    add("--strategy", default="margin",
+    add("--strategy", default="diverse",
         help="margin or entropy: the least sure; diverse: unlike ones among ten times as many of these; random")
     add("--n", type=whole(1), default=200, dest="count", help="posts to choose")
     add("--task", action="append", dest="tasks", metavar="TASK", help="to label; may be repeated (default: all)")

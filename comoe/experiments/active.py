@@ -27,7 +27,7 @@ from comoe.data.collator import Collator
 from comoe.data.reading.sources import read_input
 from comoe.data.sampling.sampler import eval_batches
 from comoe.data.tokens.vocabulary import load_tokenizer
-from comoe.experiments.compare.statistics import seed_interval
+from comoe.experiments.compare.statistics import MEAN, seed_interval
 from comoe.inference.select import (
     DIVERSE,
     ENTROPY,
@@ -170,30 +170,37 @@ def _read(name: str, cache: Path) -> dict[str, Any]:
 
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Data set -> labels -> strategy -> mean, and of all but random the paired difference from it; 95 % intervals."""
+    """Data set (and ``mean`` over them) -> labels -> seeds; mean of each strategy; and gain, the paired difference from
+    random; with 95 % intervals over seeds."""
     scores = {(row["data"], row["strategy"], row["seed"]): row["macro_f1"] for row in rows}
+    names = list(dict.fromkeys(row["data"] for row in rows))
     found: dict[str, Any] = {}
-    for name in dict.fromkeys(row["data"] for row in rows):
-        seeds = sorted({seed for data, _, seed in scores if data == name})
+    for name in [*names, MEAN]:
+        some = names if name == MEAN else [name]
+        seeds = sorted({seed for _, _, seed in scores})
+        # Seeds that all loops have ended.
+        seeds = [k for k in seeds if all((d, s, k) in scores for d in some for s in STRATEGIES)]
         for size in map(str, SIZES):
             cells = {
-                strategy: [scores[name, strategy, seed][size] for seed in seeds]
-                for strategy in STRATEGIES
+                s: [float(np.mean([scores[d, s, k][size] for d in some])) for k in seeds]
+                for s in STRATEGIES
             }
-            gains = {
-                strategy: seed_interval(np.subtract(values, cells[RANDOM]).tolist()).to_dict()
-                for strategy, values in cells.items()
-                if strategy != RANDOM
+            found.setdefault(name, {})[size] = {
+                "seeds": len(seeds),
+                "mean": {s: seed_interval(values).to_dict() for s, values in cells.items()},
+                "gain": {
+                    s: seed_interval(np.subtract(values, cells[RANDOM]).tolist()).to_dict()
+                    for s, values in cells.items()
+                    if s != RANDOM
+                },
             }
-            means = {s: seed_interval(values).to_dict() for s, values in cells.items()}
-            found.setdefault(name, {})[size] = {"seeds": len(seeds), "mean": means, "gain": gains}
     return found
 
 
 def draw_gains(found: Mapping[str, Any], path: Path) -> None:
-    """A panel per data set: what each strategy gains over random, with intervals."""
+    """A panel per data set, and one of their mean: what each strategy gains over random, with intervals."""
     figure, panels = panel_grid(
-        len(found), size=(2.7, 2.3), title="Macro F1 over random posts", sharey=True
+        len(found), size=(2.2, 2.3), title="Macro F1 over random posts", most=4, sharey=True
     )
     for panel, (name, sizes) in zip(panels, found.items(), strict=True):
         panel.axhline(0, color=COLORS[6], linewidth=1)

@@ -25,7 +25,7 @@ def select_file(
     folder: Path,
     options: PredictOptions,
     *,
-    strategy: str = "margin",
+    strategy: str = "diverse",
     count: int = 200,
     exclude: Sequence[Path] = (),
     seed: int = 0,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +14,8 @@ from comoe.inference.predict_file import predict_file
 from comoe.tasks.task import Task
 from comoe.types import Batch
 from tests.helpers_export import assert_same, tiny_predictor
-from tests.helpers_model import HF_CONFIGS, MOOD, moe_config, tiny_model
+from tests.helpers_model import HF_CONFIGS, MOOD, moe_config, random_batch, tiny_model
+from tests.helpers_vision import FUSED, seeing_model, with_pictures
 
 POST = "the sunny day :) @ann good"
 
@@ -184,3 +187,22 @@ def test_the_page_is_whole_and_text_in_it_is_text(predictor, tmp_path):
             method in ("attention", "gradients")
         )
         assert ("<table>" in page) == (method == "experts")
+
+
+@pytest.mark.parametrize("fusion", FUSED)
+@pytest.mark.parametrize("pictured", [True, False])
+def test_words_beside_an_image_are_explained_with_the_image_in_place(fusion, pictured):
+    model = seeing_model(fusion, tasks=(MOOD,), route_image_tokens=fusion == "tokens").eval()
+    batch = with_pictures(random_batch(rows=1, length=6, tasks=(MOOD,)), [0] if pictured else [])
+    batch = replace(batch, task_ids_B=torch.tensor([-1]))
+    word_ids_L = np.array([-1, 0, 1, 1, 2, -1])
+    row = _Row(model, batch, MOOD)
+    (entry,) = row.explained({"label": "good"}, word_ids_L, dict(enumerate("abc")), blank=4)
+    with torch.no_grad():
+        logits_Y = model(batch).logits["mood"][0].double()
+    odds = logits_Y[2] - logits_Y[:2].logsumexp(0)
+    assert entry["to"] == pytest.approx(float(odds), abs=1e-4)
+    assert sum(value for _, value in entry["words"]) == pytest.approx(
+        entry["to"] - entry["from"] + entry["delta"], abs=1e-5
+    )
+    assert "converged" not in entry
