@@ -1,6 +1,6 @@
 """Choose the posts to label next, and write them as tasks of Label Studio with the model's predictions.
 
-    comoe select --model runs/starter/export --input posts.txt --strategy margin --n 200 --output to_label
+    comoe select --model runs/starter/export --input posts.txt --n 200 --output to_label
     comoe select --model F --input posts.csv --task mood --exclude labeled.json --output to_label
 
 The folder gets posts.json (import it), interface.xml (the labeling interface) and posts.csv. A JSON export
@@ -24,7 +24,7 @@ def parser() -> ArgumentParser:
     add = found.add_argument
     add("--model", required=True, help="folder of an export, or organization/name on the hub")
     add("--revision", metavar="NAME", help="branch, tag or commit of a model on the hub")
-    add("--input", required=True, type=Path, help="file of posts, as of comoe predict")
+    add("--input", required=True, help="posts, in any form that comoe predict reads")
     add("--output", required=True, type=Path, help="folder; missing ones are made")
     add("--strategy", default="diverse",
         help="margin or entropy: the least sure; diverse: unlike ones among ten times as many of these; random")

@@ -21,7 +21,7 @@ TASKS, INTERFACE, TABLE = "posts.json", "interface.xml", "posts.csv"
 
 def select_file(
     predictor: Predictor,
-    source: Path,
+    source: Path | str,
     folder: Path,
     options: PredictOptions,
     *,
@@ -52,7 +52,7 @@ def select_file(
     places = {name: folder / name for name in (TASKS, INTERFACE, TABLE)}
     for place in places.values():
         for read in (source, *exclude):
-            if is_read_from(place, read):
+            if is_read_from(place, Path(read)):
                 raise ValueError(f"{place} would replace what is read; name another --output.")
     selector = Selector(
         predictor,
@@ -66,8 +66,8 @@ def select_file(
         for path in exclude
         for post in _labeled(path, options, predictor, selector.tasks)
     }
-    posts = list(open_posts(str(source), options, model=predictor, tasks=selector.tasks))
-    found = selector.choose(posts, count, excluded=labeled, root=source.parent)
+    posts = open_posts(str(source), options, model=predictor, tasks=selector.tasks)
+    found = selector.choose(posts, count, excluded=labeled, root=posts.rows.root)
     if not found.chosen:
         raise ValueError(f"no post is left to choose: {_counted(found, source)}.")
     _write(
@@ -90,7 +90,7 @@ def _write(found: Selection, selector: Selector, places: Mapping[str, Path], *, 
     write_atomic(places[TABLE], _table(found.chosen, selector.tasks, with_pair))
 
 
-def _counted(found: Selection, source: Path) -> str:
+def _counted(found: Selection, source: Path | str) -> str:
     told = {
         "labeled already": found.excluded,
         "like an earlier one": found.repeated,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 import math
 from xml.etree import ElementTree
@@ -131,6 +132,16 @@ def test_the_folder_goes_to_label_studio_and_comes_back(predictor, tmp_path):
             options,
             exclude=[tmp_path / "labeled.json"],
         )
+
+
+def test_a_packed_input_is_read_as_a_stream(predictor, tmp_path):
+    (tmp_path / "posts.txt.gz").write_bytes(gzip.compress("\n".join(TEXTS).encode()))
+    options = PredictOptions(tasks=["mood"])
+    source = str(tmp_path / "posts.txt.gz")
+    for strategy in ("margin", "diverse"):
+        select_file(predictor, source, tmp_path / strategy, options, strategy=strategy, count=3)
+        posts = json.loads((tmp_path / strategy / "posts.json").read_text())
+        assert len(posts) == 3 and {post["data"]["text"] for post in posts} <= {*TEXTS}
 
 
 @pytest.mark.parametrize(
