@@ -65,6 +65,7 @@ def parser() -> ArgumentParser:
         help="tokens that neighboring windows share (default: a quarter of a window)")
     add("--workers", type=whole(1, 256), default=1,
         help="processes, each with the model: one per GPU, or sharing the CPU's threads")
+    add("--engine", default="processes", help="processes of this machine, or ray (extra ray)")
     add("--device", default="auto",
         help="cpu, cuda, cuda:1, ...; auto is a GPU where there is one")
     add("--no-verify", action="store_true", help="read the model without comparing its digests")

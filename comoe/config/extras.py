@@ -12,6 +12,7 @@ EXTRAS = {
     "serve": ("fastapi", "prometheus_client", "uvicorn"),
     "track": ("mlflow", "sqlalchemy", "alembic"),
     "tune": ("optuna",),
+    "ray": ("ray",),
 }
 """Extra -> its packages, as they are imported."""
 

@@ -41,13 +41,19 @@ class Job:
     """What becomes of long posts."""
     threads: int
     """Threads on a CPU."""
+    source: str
+    """The input, as of ``open_posts``."""
     root: Path
     """Folder that paths of images start from."""
+    total: int | None
+    """Posts of the input, where that is known."""
+    first: int
+    """Number of the first one that is not predicted yet, from 0."""
     options: PredictOptions
     """What is predicted."""
 
     @classmethod
-    def of(cls, predictor: Predictor, posts: PostStream) -> Job:
+    def of(cls, predictor: Predictor, posts: PostStream, *, first: int) -> Job:
         """The predictions of some posts by other processes with the same model."""
         rows, options = posts.rows, posts.options
         # The place of the model of this process says which kind of device was asked for.
@@ -57,7 +63,10 @@ class Job:
             precision=str(predictor.precision).removeprefix("torch."),
             long=predictor.long,
             threads=max(1, torch.get_num_threads() // options.workers),
+            source=rows.source,
             root=rows.root,
+            total=rows.total,
+            first=first,
             options=options,
         )
 

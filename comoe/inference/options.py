@@ -48,6 +48,8 @@ class PredictOptions:
     """Go on behind what an earlier run has written."""
     workers: int = 1
     """Processes, each with a model of its own."""
+    engine: str = "processes"
+    """Key of ``comoe.inference.predict_file.ENGINES``."""
 
     def __post_init__(self) -> None:
         for flag, least in (("batch_size", 1), ("batch_tokens", 1), ("workers", 1)):
@@ -73,7 +75,7 @@ class PredictOptions:
     def head(self) -> dict[str, str]:
         """Option -> value of all that the output depends on, as text."""
         shown = asdict(self)
-        for free in ("resume", "workers", "input_format"):
+        for free in ("resume", "workers", "engine", "input_format"):
             del shown[free]
         return {f"--{name.replace('_', '-')}": str(value) for name, value in shown.items()}
 

@@ -17,15 +17,23 @@ import torch
 from tqdm import tqdm
 
 import comoe
+from comoe.config.errors import unknown_name
 from comoe.config.files import PART, atomic_file, is_read_from, lock_beside, locked
-from comoe.inference.engines import Job, predict_in_processes
+from comoe.inference.engines import Answers, Job, predict_in_processes
 from comoe.inference.journal import Journal
 from comoe.inference.options import DEFAULT, PredictOptions
 from comoe.inference.post_stream import PostStream, open_posts
 from comoe.inference.predictor import Predictor
+from comoe.inference.ray_engine import predict_with_ray
 from comoe.inference.summary import Counts, Summary
 from comoe.inference.windows import WINDOW, answered, windows_of
 from comoe.inference.writers import JsonLines, make_writer
+
+ENGINES: dict[str, Callable[..., Answers]] = {
+    "processes": predict_in_processes,
+    "ray": predict_with_ray,
+}
+"""``--engine`` -> who predicts."""
 
 PACKERS: dict[str, Callable[[bytes], bytes]] = {
     # Without the time, which would make two files of the same predictions differ.
@@ -60,9 +68,15 @@ def predict_file(
             has a prediction.
     """
     source = str(source)
+    if options.engine not in ENGINES:
+        raise unknown_name("--engine", options.engine, ENGINES)
     writer = make_writer(predictor, options)
     if is_read_from(target, Path(source)):
         raise ValueError(f"--output {target} is the --input itself; name another file.")
+    if Path(source).is_dir() and Path(source).resolve() in target.resolve().parents:
+        raise ValueError(
+            f"--output {target} lies in the folder of --input, and would be read with it next time; name another place."
+        )
     writer.check(target)
     with _only_one(target) as regular:
         posts = open_posts(source, options, model=predictor, tasks=writer.tasks)
@@ -89,7 +103,7 @@ def _predict_into(target: Path, writer: JsonLines, posts: PostStream, journal: J
     begin = writer.begin(posts.kept)
     begin = "" if resumed else begin
     windows = windows_of(posts, writer, journal, dedupe=options.dedupe)
-    answers = predict_in_processes(windows, predictor, Job.of(predictor, posts))
+    answers = ENGINES[options.engine](windows, predictor, Job.of(predictor, posts, first=resumed))
     # None: no bar where standard error is no terminal.
     bar = tqdm(
         total=posts.rows.total, initial=resumed, unit="post", disable=None, dynamic_ncols=True

@@ -11,18 +11,19 @@ as JSON.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import random
 import re
+import sqlite3
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 WORDS = (
     "again the hotel and friend so awful brilliant today band @user train match soup phone".split()
@@ -57,18 +58,17 @@ class Run:
         self.options = options
         self.peak = 0.0
 
-    def start(self, *, kill_after: float | None = None) -> int:
-        """Run to the end, or kill it after some seconds; returns its exit code."""
-        began = time.monotonic()
+    def start(self, *, kill: Callable[[], bool] = lambda: False) -> int:
+        """Run to the end, or kill it when it is time; returns its exit code."""
         child = subprocess.Popen(
             [sys.executable, "-m", "comoe", "predict", *self.options],
             stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
         )  # fmt: skip
         while child.poll() is None:
-            if kill_after is not None and time.monotonic() - began > kill_after:
-                child.kill()
             self.peak = max(self.peak, _peak(child.pid))
-            time.sleep(0.2)
+            time.sleep(0.1)
+            if kill():
+                child.kill()
         return child.returncode
 
 
@@ -83,10 +83,10 @@ def _peak(process: int) -> float:
 
 def predicted(journal: Path) -> int:
     """Posts that an unfinished run has written; -1 where there is none."""
-    import sqlite3
-
+    if not journal.is_file():
+        return -1
     try:
-        with sqlite3.connect(f"file:{journal}?mode=ro", uri=True) as db:
+        with contextlib.closing(sqlite3.connect(journal, timeout=1)) as db:
             return db.execute("SELECT posts FROM done").fetchone()[0]
     except (sqlite3.Error, TypeError):
         return -1
@@ -119,11 +119,19 @@ def main() -> None:
     assert whole.start() == 0
     seconds = json.loads((folder / "summary.json").read_text())["seconds"]
     killed, stops = run(lines, "killed.jsonl", "--resume"), []
-    for _ in range(given.kills):
-        code = killed.start(kill_after=draw.uniform(0.1, 0.9) * seconds / given.kills + 5)
+    journal = folder / ".killed.jsonl.journal"
+    for least in sorted(draw.sample(range(given.posts), given.kills)):
+        pause = draw.random()
+
+        def due(least: int = least, pause: float = pause) -> bool:
+            found = predicted(journal) >= least
+            time.sleep(pause if found else 0)
+            return found
+
+        code = killed.start(kill=due)
         if code == 0:
             break
-        stops.append(predicted(folder / ".killed.jsonl.journal"))
+        stops.append(predicted(journal))
     assert code == 0 or killed.start() == 0
     same = (folder / "killed.jsonl").read_bytes() == (folder / "whole.jsonl").read_bytes()
     assert same, "the output of the killed run is another one"
@@ -135,7 +143,7 @@ def main() -> None:
     figures = {
         "posts": given.posts, "identical": same, "killed_at": stops,
         "peak_mb": {"three posts": small.peak, "whole": whole.peak, "resumed": killed.peak, "parquet": parquet.peak},
-        "posts_per_second": given.posts / seconds,
+        "seconds": seconds,
     }  # fmt: skip
     print(json.dumps(figures))
 

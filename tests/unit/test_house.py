@@ -70,6 +70,7 @@ HOMES = {
     "matplotlib": ("comoe/train/monitor/plots.py", "comoe/experiments/",
                    "comoe/reporting/figures.py"),
     "jinja2": ("comoe/reporting/page.py",),
+    "ray": ("comoe/inference/ray_engine.py",),
     "emoji": ("comoe/data/text/",),
     "sklearn": ("comoe/data/", "comoe/reporting/statistics.py", "comoe/inference/select.py",
                 "comoe/experiments/"),

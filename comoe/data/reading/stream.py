@@ -36,6 +36,8 @@ BATCH = 1024
 class RowStream:
     """An input that is read as it is asked for."""
 
+    source: str
+    """As of ``open_stream``."""
     file: str
     """What messages call it."""
     start: Callable[[Met], Rows]
@@ -110,7 +112,7 @@ def _text(source: str, format: str) -> RowStream:
             yield from _counting(read(pieces, file, met), met)
 
     root = Path() if source == STDIN else path.parent
-    return RowStream(file=file, start=start, root=root, plain=plain)
+    return RowStream(source=source, file=file, start=start, root=root, plain=plain)
 
 
 def _counting(rows: Rows, met: Met) -> Rows:
@@ -172,6 +174,7 @@ def _parquet(path: Path) -> RowStream:
                 yield next(numbers), row | given
 
     stream = RowStream(
+        source=str(path),
         file=str(path),
         start=start,
         root=path if path.is_dir() else path.parent,
@@ -247,4 +250,4 @@ def _hub(source: str) -> RowStream:
                 f"--input {source}: it could not be read on ({type(error).__name__}: {error}); try again."
             ) from error
 
-    return _peeked(RowStream(file=file, start=start, root=Path()))
+    return _peeked(RowStream(source=source, file=file, start=start, root=Path()))

@@ -114,6 +114,8 @@ def test_every_input_gives_the_same_predictions(name, predictor, tmp_path, monke
     if name == "a/":
         predict(predictor, source, target, keep=["a", "more"])
         assert [row["a"] for row in json_lines(target)] == ["1"] * 7 + ["2"] * (len(rows) - 7)
+        with pytest.raises(ValueError, match="lies in the folder of --input"):
+            predict(predictor, source, tmp_path / "a/out.parquet", format="parquet")
 
 
 def test_every_output_holds_the_same_predictions_and_replaces_an_older_one(predictor, tmp_path):
@@ -319,6 +321,26 @@ def test_the_function_for_spark_on_the_page_predicts_data_frames(predictor, monk
     assert found["error"].tolist()[3] == "the text is empty"
 
 
+def test_ray_writes_the_bytes_of_one_process_and_refuses_what_it_cannot_do(
+    predictor, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(stream.sys, "stdin", SimpleNamespace(buffer=io.BytesIO(b"good\n")))
+    pytest.importorskip("ray")
+    source = write_input(tmp_path, "a.jsonl", [*ROWS[:250], {"text": ""}, *ROWS[:99]])
+    one, many, none = (tmp_path / f"{name}.jsonl" for name in ("one", "many", "none"))
+    predict(predictor, source, one)
+    killed(predictor, source, many, after=1)  # before ray has threads, which a fork would lose
+    predict(predictor, source, many, engine="ray", workers=2, resume=True)
+    assert many.read_bytes() == one.read_bytes()
+    for given, options, message in (
+        (source, {"dedupe": True}, "--engine ray has no table of posts"),
+        (source, {"workers": 4096}, "--workers 4096: ray has .* CPUs"),
+        ("-", {"input_format": "txt"}, "wants a file or a folder"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            predict(predictor, given, none, engine="ray", **options)
+
+
 def test_the_summary_counts_what_became_of_the_posts(predictor, tmp_path):
     lines = [
         *map(json.dumps, ROWS[:20]),
@@ -346,6 +368,7 @@ def test_the_summary_counts_what_became_of_the_posts(predictor, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"engine": "spark"}, "spark is no"),
         ({"workers": 0}, "--workers is 0; it must be at least 1"),
         ({"batch_tokens": 0}, "--batch-tokens is 0"),
         ({"input_format": "xml"}, "xml is not"),
