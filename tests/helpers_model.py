@@ -15,10 +15,15 @@ from transformers import (
     DebertaV2Config,
     DistilBertConfig,
     ElectraConfig,
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
     MBartConfig,
     ModernBertConfig,
     MPNetConfig,
     MT5Config,
+    Qwen2Config,
+    Qwen3Config,
     RobertaConfig,
     T5Config,
     UMT5Config,
@@ -62,8 +67,24 @@ SEQ2SEQ = {
     "mbart": MBartConfig(**BART_LIKE, scale_embedding=True),
 }
 """Encoder-decoders; with a smaller decoder."""
+LLAMA_LIKE = BERT_LIKE | dict(
+    num_key_value_heads=1, head_dim=8, bos_token_id=1, eos_token_id=2, pad_token_id=0
+)
+CAUSAL = {
+    "llama": LlamaConfig(**LLAMA_LIKE, tie_word_embeddings=True),
+    "qwen2": Qwen2Config(**LLAMA_LIKE),
+    "qwen3": Qwen3Config(**LLAMA_LIKE),
+    # A window of three tokens in all layers but the last.
+    "gemma3_text": Gemma3TextConfig(
+        **LLAMA_LIKE, sliding_window=3, query_pre_attn_scalar=8,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention"],
+    ),
+    "gpt2": GPT2Config(vocab_size=VOCABULARY, n_embd=WIDTH, n_layer=3, n_head=2, n_positions=40),
+}  # fmt: skip
+"""Decoder-only."""
 HF_CONFIGS = {
     **SEQ2SEQ,
+    **CAUSAL,
     "bert": BertConfig(**BERT_LIKE),
     "roberta": RobertaConfig(**BERT_LIKE, type_vocab_size=1),
     "xlm-roberta": XLMRobertaConfig(**BERT_LIKE, type_vocab_size=1),

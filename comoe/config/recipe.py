@@ -164,7 +164,8 @@ class ModelConfig:
     encoder: Given = "kit:minilm"
     """Folder, hub name, ``kit:minilm`` (the starter kit), ``kit:mpnet`` (all-mpnet-base-v2, five
     times larger), ``kit:chinese_encoder`` (m3e-small, not for commercial use) or ``smoke:encoder``
-    (tiny, random); with a decoder ``smoke:t5`` and ``smoke:bart`` (tiny, random)."""
+    (tiny, random); with a decoder ``smoke:t5`` and ``smoke:bart`` (tiny, random); decoder-only
+    ``kit:smollm2`` (SmolLM2-135M-Instruct) and ``smoke:llama`` (tiny, random)."""
     trust_remote_code: Flag = False
     """Let the repositories of encoder and vision tower run their own Python code; counts on the command line
     alone, also for a dry run."""
@@ -188,6 +189,9 @@ class ModelConfig:
     """What of the pre-trained encoder is trained: all, none, or the number of last layers (of
     encoder and decoder each), the embeddings then frozen. auto is none with ``moe.form: lora``,
     else all. Experts and heads always train."""
+    pooling: Literal["attention", "mean", "last"] = "attention"
+    """How the states of a text become one vector for a task's head: attention (a learned query per
+    task), mean, or last (the state of the last token; for decoder-only models)."""
     projection_width: Width = 128
     """Width P of the embeddings that the contrastive loss compares."""
     private_width: WidthFrom0 = 0

@@ -19,7 +19,7 @@ from comoe.config.recipe import DataConfig, ModelConfig, Recipe
 from comoe.data.collator import Collator
 from comoe.data.images.check import limits_of
 from comoe.data.images.pixels import ImageProcessor, PixelReader, load_image_processor
-from comoe.data.tokens.vocabulary import embedding_problem, tokenizer_problem
+from comoe.data.tokens.vocabulary import embedding_problem, prepare_causal, tokenizer_problem
 from comoe.inference.checkpoint_folder import MANIFEST, manifest_problem
 from comoe.inference.export_config import (
     CONFIG,
@@ -203,6 +203,7 @@ def _load_tokenizer(folder: Path, encoder_config: Mapping[str, Any]) -> Any:
     with parsing(f"{folder}: its tokenizer", AGAIN):
         hf_config = AutoConfig.for_model(fields.pop("model_type"), **fields)
         tokenizer = AutoTokenizer.from_pretrained(folder, config=hf_config, trust_remote_code=False)
+        prepare_causal(tokenizer)
         # It is tried, as some settings fail only then.
         problem = tokenizer_problem(tokenizer, folder) or embedding_problem(tokenizer, hf_config)
         if not problem and tokenizer.pad_token_id is None:

@@ -112,10 +112,10 @@ class TaskDecoder:
         soft = [pair for pair in self.label_tasks if pair[1].name in batch.soft_labels]
         alone = [pair for pair in self.label_tasks if pair not in soft]
         wanted_BD = self._of(tasks_B, batch.target_ids_BD, [*alone, *self.text_tasks])
-        rows_R = _with_tokens(wanted_BD)
-        choices = [_choices(batch, number, task) for number, task in soft]
+        rows_R = with_tokens(wanted_BD)
+        choices = [choices_of(batch, number, task) for number, task in soft]
         rows_N = torch.cat([rows_R, *(choice.rows_N for choice in choices)])
-        texts_ND = _stacked([wanted_BD[rows_R], *(choice.texts_ND for choice in choices)])
+        texts_ND = stacked([wanted_BD[rows_R], *(choice.texts_ND for choice in choices)])
         scored = self._score(
             states_BLM, batch.attention_mask_BL, tasks_B, rows_N, texts_ND, selected
         )
@@ -144,12 +144,12 @@ class TaskDecoder:
         passes = []
         if self.text_tasks:
             wanted_BD = self._of(tasks_B, batch.target_ids_BD, self.text_tasks)
-            rows_R = _with_tokens(wanted_BD)
+            rows_R = with_tokens(wanted_BD)
             passes.append(self._score(states_BLM, mask_BL, tasks_B, rows_R, wanted_BD[rows_R]))
             own_B = _spread(passes[0].log_probabilities_N, rows_R, len(tasks_B))
         for _, task in self.label_tasks:
             logits[task.name] = states_BLM.new_zeros(
-                (len(tasks_B), len(task.labels)), dtype=_wide(states_BLM)
+                (len(tasks_B), len(task.labels)), dtype=wide_dtype(states_BLM)
             )
         for group in range(self.num_groups):
             passes.append(self._score_labels(states_BLM, batch, group, logits))
@@ -162,7 +162,7 @@ class TaskDecoder:
             width = max(text_BD.shape[1] for text_BD in texts.values())
             padded = [F.pad(t, (0, width - t.shape[1]), value=IGNORED) for t in texts.values()]
             texts_BD = torch.stack(padded).amax(dim=0)
-            rows_R = _with_tokens(texts_BD)
+            rows_R = with_tokens(texts_BD)
             again = self._score(states_BLM, mask_BL, tasks_B, rows_R, texts_BD[rows_R])
             generated_B = _spread(again.log_probabilities_N, rows_R, len(tasks_B))
         for number, task in self.text_tasks:
@@ -188,9 +188,9 @@ class TaskDecoder:
         self, states_BLM: Tensor, batch: Batch, group: int, logits: dict[str, Tensor]
     ) -> _Scored:
         """Score one group of labels of every row that wants one; fills ``logits`` in."""
-        choices = [_choices(batch, *pair, group=group) for pair in self.label_tasks]
+        choices = [choices_of(batch, *pair, group=group) for pair in self.label_tasks]
         rows_N = torch.cat([choice.rows_N for choice in choices])
-        texts_ND = _stacked([choice.texts_ND for choice in choices])
+        texts_ND = stacked([choice.texts_ND for choice in choices])
         scored = self._score(
             states_BLM, batch.attention_mask_BL, batch.task_ids_B, rows_N, texts_ND
         )
@@ -239,7 +239,7 @@ class TaskDecoder:
         # Of real tokens alone, and nothing keeps the logits of the vocabulary but this expression.
         logits_SV = self.vocabulary(self.encoder, hidden_NDM.flatten(0, 1).index_select(0, index_S))
         lost_S = F.cross_entropy(
-            logits_SV.to(_wide(logits_SV)), texts_ND[real_ND], reduction="none"
+            logits_SV.to(wide_dtype(logits_SV)), texts_ND[real_ND], reduction="none"
         )
         found_N = lost_S.new_zeros(len(rows_N)).index_add(0, places_S, -lost_S)
         routings = tuple(routing for _, routing in sorted(context.routings.items()))
@@ -319,7 +319,7 @@ class TaskDecoder:
         return None if self.embed is None else self.embed(tasks_N), tasks_N
 
 
-class _Choices(NamedTuple):
+class Choices(NamedTuple):
     """Labels that the decoder is to score."""
 
     rows_N: Tensor
@@ -330,7 +330,7 @@ class _Choices(NamedTuple):
     """The label's words."""
 
 
-def _choices(batch: Batch, number: int, task: Task, *, group: int | None = None) -> _Choices:
+def choices_of(batch: Batch, number: int, task: Task, *, group: int | None = None) -> Choices:
     """The labels of a task, or one group of ``LABELS_PER_PASS``, for each of its rows."""
     words_YD = batch.choices[task.name]
     rows_R = (batch.task_ids_B == number).nonzero().squeeze(1)
@@ -338,16 +338,16 @@ def _choices(batch: Batch, number: int, task: Task, *, group: int | None = None)
     if group is not None:
         labels_Y = labels_Y[group * LABELS_PER_PASS : (group + 1) * LABELS_PER_PASS]
     labels_N = labels_Y.repeat(len(rows_R))
-    return _Choices(rows_R.repeat_interleave(len(labels_Y)), labels_N, words_YD[labels_N])
+    return Choices(rows_R.repeat_interleave(len(labels_Y)), labels_N, words_YD[labels_N])
 
 
-def _stacked(texts: Sequence[Tensor]) -> Tensor:
+def stacked(texts: Sequence[Tensor]) -> Tensor:
     """Texts one under the other, IGNORED behind shorter ones."""
     width = max(part.shape[1] for part in texts)
     return torch.cat([F.pad(part, (0, width - part.shape[1]), value=IGNORED) for part in texts])
 
 
-def _with_tokens(texts_BD: Tensor) -> Tensor:
+def with_tokens(texts_BD: Tensor) -> Tensor:
     """Rows that have a text."""
     return (texts_BD != IGNORED).any(dim=1).nonzero().squeeze(1)
 
@@ -368,5 +368,6 @@ def _joined(routings: Sequence[Routing]) -> Routing:
     )
 
 
-def _wide(tensor: Tensor) -> torch.dtype:
+def wide_dtype(tensor: Tensor) -> torch.dtype:
+    """Float32, or the tensor's own float64."""
     return tensor.dtype if tensor.dtype == torch.float64 else torch.float32

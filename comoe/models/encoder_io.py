@@ -94,7 +94,8 @@ class EncoderInputs:
     """Tokens per row that the encoder sees, N; text has the first L of them as far as it is
     real."""
     image_index_Z: Tensor | None = None
-    """Positions of the image tokens of real images in the flattened (B * N), int64."""
+    """Positions in the flattened (B * N), int64, of the image tokens of real images, or of the labels
+    that a decoder-only model scores behind the texts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,3 +112,5 @@ class Encoding:
     """Row of each of these."""
     selected: tuple[Tensor, ...]
     """Experts selected per layer, for all tokens that were routed."""
+    whole_BNM: Tensor
+    """The last states of all columns: texts, and what stands behind them."""

@@ -55,6 +55,42 @@ class AttentionPooling(nn.Module):
         return pooled_BM.to(hidden_BLM.dtype), attention_BL
 
 
+class MeanPooling(nn.Module):
+    """Mean of the real tokens' states; arguments and results as for ``AttentionPooling``.
+
+    Args:
+        model_width: M.
+    """
+
+    def __init__(self, model_width: int) -> None:
+        super().__init__()
+
+    def forward(self, hidden_BLM: Tensor, mask_BL: Tensor) -> tuple[Tensor, Tensor]:
+        """Pooled states (B, M) and equal weights (B, L) of the real tokens."""
+        weights_BL = mask_BL.float() / mask_BL.sum(dim=1, keepdim=True)
+        pooled_BM = torch.einsum("bl,blm->bm", weights_BL, hidden_BLM.float())
+        return pooled_BM.to(hidden_BLM.dtype), weights_BL
+
+
+class LastPooling(MeanPooling):
+    """State of the last real token, which alone has seen all others in a decoder-only model."""
+
+    def forward(self, hidden_BLM: Tensor, mask_BL: Tensor) -> tuple[Tensor, Tensor]:
+        """Pooled states (B, M) and weights (B, L), 1 on the last real token."""
+        last_B = mask_BL.sum(dim=1) - 1
+        weights_BL = F.one_hot(last_B, mask_BL.shape[1]).float()
+        rows_B = torch.arange(len(last_B), device=last_B.device)
+        return hidden_BLM[rows_B, last_B], weights_BL
+
+
+POOLINGS: dict[str, type[nn.Module]] = {
+    "attention": AttentionPooling,
+    "mean": MeanPooling,
+    "last": LastPooling,
+}
+"""Word in ``model.pooling`` -> module."""
+
+
 def mean_state(hidden_NLM: Tensor, mask_NL: Tensor) -> Tensor:
     """Mean over real tokens, (N, M)."""
     weights_NL = mask_NL.to(hidden_NLM.dtype)
@@ -80,13 +116,16 @@ class TaskHead(nn.Module):
         task: decides the number of outputs and whether they are per token.
         model_width: M.
         dropout: probability before the linear layer.
+        pooling: ``model.pooling``.
     """
 
-    def __init__(self, task: Task, model_width: int, *, dropout: float) -> None:
+    def __init__(
+        self, task: Task, model_width: int, *, dropout: float, pooling: str = "attention"
+    ) -> None:
         super().__init__()
         self.mode = task.mode
         self.pooling = (
-            AttentionPooling(model_width) if self.mode == "pooled" or task.contrastive else None
+            POOLINGS[pooling](model_width) if self.mode == "pooled" or task.contrastive else None
         )
         self.dropout = nn.Dropout(dropout)
         num_outputs = task.rules.num_outputs(task.labels)

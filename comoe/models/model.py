@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from comoe.config.recipe import ImageTextConfig, ModelConfig
 from comoe.models.activation_checkpointing import recompute_layers
+from comoe.models.causal import Answers, LabelScorer
 from comoe.models.decoder import DecoderOutput, TaskDecoder
 from comoe.models.encoder_io import EncoderInputs, Encoding, Texts
 from comoe.models.encoders.attach import attach_experts, trained_layers
@@ -23,6 +24,7 @@ from comoe.models.encoders.build import (
     build_encoder_shape,
 )
 from comoe.models.encoders.families import (
+    family_of,
     freeze_encoder,
     layers_of,
     longest_input,
@@ -174,7 +176,8 @@ class MultiTaskModel(nn.Module):
         # DeepSpeed keep for themselves.
         self._headed = tuple(i for i, task in enumerate(self.tasks) if task.mode != "decoder")
         self.heads = nn.ModuleList(
-            TaskHead(self.tasks[number], width, dropout=dropout) for number in self._headed
+            TaskHead(self.tasks[number], width, dropout=dropout, pooling=config.pooling)
+            for number in self._headed
         )
         has_decoder = len(self.heads) < len(self.tasks)
         self.projection = None
@@ -182,10 +185,17 @@ class MultiTaskModel(nn.Module):
         # always had one).
         if not has_decoder or any(head.pooling is not None for head in self.heads):
             self.projection = _projection(width, config.projection_width)
-        self.decoder = self._build_decoder() if has_decoder else None
+        self.is_causal = family_of(encoder.config.model_type).causal
+        self.decoder = self._build_decoder() if has_decoder and not self.is_causal else None
+        self.scorer = LabelScorer(encoder, tasks) if has_decoder and self.is_causal else None
         self.tower = tower
         self.fusion = build_fusion(encoder, tower, config.vision, dropout=dropout)
         self.route_image_tokens = config.vision.route_image_tokens
+        if self.scorer is not None and self.fusion is not None and self.fusion.in_encoder:
+            raise ValueError(
+                f"model.vision.fusion ({config.vision.fusion}) lets a decoder-only model.encoder read images, where "
+                "tasks of kind label_words are scored behind the text; choose concat, attention or gated."
+            )
         self.image_text = None
         if self.fusion is not None and image_text is not None:
             wanted = {"contrast": image_text.itc_weight > 0, "match": image_text.itm_weight > 0}
@@ -231,7 +241,10 @@ class MultiTaskModel(nn.Module):
         """
         texts, mask_BL = self._texts(batch), batch.attention_mask_BL
         images = self.embed_images(batch)
-        encoding = self.encode(texts, images, selected)
+        answers = None
+        if self.scorer is not None and decode:
+            answers = self.scorer.answers(batch, training=self.training)
+        encoding = self.encode(texts, images, selected, answers)
         shared_BLM, routings, picked = encoding.fused_BLM, encoding.routings, encoding.selected
         token_rows_S, more = encoding.token_rows_S, {}
         if probed:
@@ -252,6 +265,8 @@ class MultiTaskModel(nn.Module):
             private |= update
             logits |= decoded.logits
             routings, picked = routings + decoded.routings, picked + decoded.selected
+        if answers is not None:
+            logits |= self.scorer.logits(encoding.whole_BNM, answers)
         answer_rows_S, num_answer_layers = None, 0
         if decoded is not None:
             answer_rows_S, num_answer_layers = decoded.rows_S, len(decoded.routings)
@@ -334,25 +349,35 @@ class MultiTaskModel(nn.Module):
         return Images(self.fusion.project(tokens), batch.image_rows_I)
 
     def encode(
-        self, texts: Texts, images: Images | None, selected: Sequence[Tensor] = ()
+        self,
+        texts: Texts,
+        images: Images | None,
+        selected: Sequence[Tensor] = (),
+        answers: Answers | None = None,
     ) -> Encoding:
-        """One pass of encoder and fusion; without images the texts alone."""
+        """One pass of encoder and fusion; without images the texts alone, or with labels to score behind them."""
         mask_BL = texts.mask_BL
         # An encoder that reads the images too takes a row per task, as its images come.
-        whole = images is not None and self.fusion.in_encoder
+        whole = answers is not None or (images is not None and self.fusion.in_encoder)
         read, fan_out = (texts, None) if whole else texts.distinct()
         arguments = {"input_ids": read.ids_BL, "attention_mask": read.mask_BL}
         if self.has_segments:
             arguments["token_type_ids"] = read.segments_BL
         inputs = EncoderInputs(arguments, mask_BL, columns=mask_BL.shape[1])
+        if self.is_causal:
+            # A cache would be filled twice where a layer is computed again for its backward pass.
+            arguments["use_cache"] = False
         if images is not None:
             inputs = self.fusion.before(inputs, images)
+        if answers is not None:
+            inputs = self._with_answers(inputs, answers)
         # A device-to-host wait: the number of real tokens decides shapes.
         rows_S, columns_S = mask_BL.nonzero(as_tuple=True)
         index_S, token_rows_S = rows_S * inputs.columns + columns_S, rows_S
-        if self.route_image_tokens and inputs.image_index_Z is not None:
-            index_S = torch.cat([index_S, inputs.image_index_Z])
-            token_rows_S = torch.cat([rows_S, inputs.image_index_Z // inputs.columns])
+        more_Z = inputs.image_index_Z if self.route_image_tokens or answers is not None else None
+        if more_Z is not None:
+            index_S = torch.cat([index_S, more_Z])
+            token_rows_S = torch.cat([rows_S, more_Z // inputs.columns])
         context = RoutingContext(
             index_S, token_rows_S, input_weights_B=texts.weights_B, fan_out=fan_out
         )
@@ -372,7 +397,19 @@ class MultiTaskModel(nn.Module):
         routings = tuple(routing for _, routing in sorted(context.routings.items()))
         picked = tuple(routing.indices_Sk for routing in routings)
         of_text = tuple(of_first(routing, len(rows_S)) for routing in routings)
-        return Encoding(states_BLM, fused_BLM, of_text, rows_S, picked)
+        return Encoding(states_BLM, fused_BLM, of_text, rows_S, picked, states_BNM)
+
+    def _with_answers(self, inputs: EncoderInputs, answers: Answers) -> EncoderInputs:
+        """The texts with labels to score behind them."""
+        mask_BL = inputs.mask_BL
+        dtype = self.encoder.get_input_embeddings().weight.dtype
+        arguments = inputs.arguments | self.scorer.arguments(answers, mask_BL, dtype)
+        ids = [inputs.arguments["input_ids"], answers.ids_BC]
+        arguments["input_ids"] = torch.cat(ids, dim=1)
+        columns = arguments["input_ids"].shape[1]
+        row_Z, column_Z = (answers.labels_BC >= 0).nonzero(as_tuple=True)
+        index_Z = row_Z * columns + mask_BL.shape[1] + column_Z
+        return EncoderInputs(arguments, mask_BL, columns, index_Z)
 
     def run_encoder(self, arguments: Mapping[str, Any], context: RoutingContext) -> Tensor:
         """The encoder's last states (B, N, M); ``context`` collects the routings."""

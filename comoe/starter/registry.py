@@ -32,6 +32,7 @@ from comoe.starter.synthetic_text import TACL_GENERATORS, build_generated_posts
 from comoe.starter.tiny_models import (
     build_smoke_bart,
     build_smoke_encoder,
+    build_smoke_llama,
     build_smoke_t5,
     build_smoke_vision,
 )
@@ -223,6 +224,7 @@ FOLDERS: dict[str, tuple[str, Build]] = {
     "smoke:encoder": ("smoke-2/encoder", lambda folder, **_: build_smoke_encoder(folder)),
     "smoke:t5": ("smoke-3/t5", lambda folder, **_: build_smoke_t5(folder)),
     "smoke:bart": ("smoke-3/bart", lambda folder, **_: build_smoke_bart(folder)),
+    "smoke:llama": ("smoke-3/llama", lambda folder, **_: build_smoke_llama(folder)),
     "smoke:posts": ("smoke-1/posts", lambda folder, **_: build_generated_posts(folder)),
     "smoke:tacl_posts": (
         "smoke-1/tacl_posts", lambda folder, **_: build_generated_posts(folder, generators=TACL_GENERATORS),
@@ -242,7 +244,8 @@ it."""
 
 READY_MADE = {
     "model.encoder": (
-        "kit:minilm", "kit:mpnet", "kit:chinese_encoder", "smoke:encoder", "smoke:t5", "smoke:bart",
+        "kit:minilm", "kit:mpnet", "kit:chinese_encoder", "kit:smollm2", "smoke:encoder", "smoke:t5", "smoke:bart",
+        "smoke:llama",
     ),
     "model.vision.tower": ("smoke:vision",),
     "data.root": (

@@ -53,6 +53,21 @@ def build_smoke_bart(folder: Path) -> None:
     _save_tokenizer(words, folder, single=single, pair=f"{single} {END} $B {END}", start=START)
 
 
+def build_smoke_llama(folder: Path) -> None:
+    """A tiny Llama (4 layers, width 64, half as many key heads, tied word embeddings) with random weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    words = decoder_vocabulary([PAD, END, UNKNOWN, START])
+    config = LlamaConfig(
+        vocab_size=len(words), hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=160, tie_word_embeddings=True, pad_token_id=0, eos_token_id=1,
+        bos_token_id=3, architectures=["LlamaForCausalLM"],
+    )  # fmt: skip
+    _save(LlamaForCausalLM, config, folder)
+    pair = f"{START} $A $B"
+    _save_tokenizer(words, folder, single=f"{START} $A", pair=pair, start=START, stands=False)
+
+
 def decoder_vocabulary(special: Sequence[str]) -> list[str]:
     """WordPiece vocabulary: the signs, then the words of all generated posts and of prompts, then letters."""
     whole, pieces = [], []
@@ -81,8 +96,15 @@ def _save(model_class: Any, config: Any, folder: Path) -> None:
 
 
 def _save_tokenizer(
-    words: Sequence[str], folder: Path, *, single: str, pair: str, start: str | None = None
+    words: Sequence[str],
+    folder: Path,
+    *,
+    single: str,
+    pair: str,
+    start: str | None = None,
+    stands: bool = True,
 ) -> None:
+    """``stands``: the first token stands for the text, and the end is put behind it."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -98,8 +120,9 @@ def _save_tokenizer(
     )
     tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=True)
     PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token=UNKNOWN, pad_token=PAD, eos_token=END, bos_token=start, cls_token=start,
-        sep_token=None if start is None else END, model_max_length=160,
+        tokenizer_object=tokenizer, unk_token=UNKNOWN, pad_token=PAD, eos_token=END, bos_token=start,
+        cls_token=start if stands else None, sep_token=END if start is not None and stands else None,
+        model_max_length=160,
     ).save_pretrained(folder)  # fmt: skip
 
 

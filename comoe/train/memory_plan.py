@@ -578,7 +578,11 @@ def _stack_shapes(hf_config: Any) -> tuple[list[int], list[int]]:
     family = family_of(hf_config.model_type)
     gated = 2 if getattr(hf_config, "is_gated_act", False) else 1
     layers = [getattr(hf_config, field) for field in family.num_layers]
-    widths = [gated * getattr(hf_config, field) for field in family.feed_forward]
+    # GPT-2 says nothing of the usual width.
+    widths = [
+        gated * (getattr(hf_config, field) or 4 * hf_config.hidden_size)
+        for field in family.feed_forward
+    ]
     return layers, widths if len(widths) == len(layers) else widths * len(layers)
 
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch import Tensor
 from comoe.config.recipe import NormalizeConfig
 from comoe.data.posts import PostSplit
 from comoe.data.tokens.tokenize import CHUNK, TokenLists, cached, fingerprint, readable
+from comoe.data.tokens.vocabulary import is_causal
 from comoe.tasks.prompts import FIELDS, prompt_parts
 from comoe.tasks.task import Task
 
@@ -46,6 +47,7 @@ class Wording:
         self._max_length = max_length
         self._normalize = normalize
         self._cache_dir = cache_dir
+        self._frame = frame_of(tokenizer)
         # Takes a second for a large vocabulary.
         self._fingerprint = functools.cache(lambda: fingerprint(tokenizer))
 
@@ -76,6 +78,7 @@ class Wording:
             parts,
             self._max_length,
             asdict(self._normalize) if self._normalize else None,
+            *([self._frame] if self._frame else []),
         ]
         read = (
             [text, pair] if here else 0
@@ -91,7 +94,8 @@ class Wording:
         """
         assert task.prompt is not None
         empty, _ = _filled(prompt_parts(task.prompt), dict.fromkeys(FIELDS, ""))
-        return self._max_length - len(self._tokenizer(empty, verbose=False)["input_ids"])
+        ((ids, _),) = _encoded(self._tokenizer, [empty], self._frame)
+        return self._max_length - len(ids)
 
     def targets(self, texts: Sequence[str | None], task: Task) -> TokenLists:
         """Target tokens of a task of free text, end token included; cut where they are too long.
@@ -134,7 +138,9 @@ class Wording:
             made = dict(
                 zip(
                     rows,
-                    _fitting(self._tokenizer, parts, values, max_length=self._max_length),
+                    _fitting(
+                        self._tokenizer, parts, values, self._frame, max_length=self._max_length
+                    ),
                     strict=True,
                 )
             )
@@ -178,7 +184,7 @@ def label_tokens(tokenizer: Any, task: Task) -> list[list[int]]:
     """
     found: dict[tuple[int, ...], str] = {}
     for label, words, ids in zip(
-        task.labels, task.label_words, _target_ids(tokenizer, task.label_words), strict=True
+        task.labels, task.label_words, _word_ids(tokenizer, task), strict=True
     ):
         if all(token in tokenizer.all_special_ids for token in ids):
             raise ValueError(
@@ -199,6 +205,8 @@ def check_end_token(tokenizer: Any, task: Task) -> None:
     Raises:
         ValueError: it has no end token, or does not add it.
     """
+    if is_causal(tokenizer):  # the answer's end is put behind it here
+        return
     if (
         tokenizer.eos_token_id is None
         or tokenizer.eos_token_id not in _target_ids(tokenizer, ["a"])[0]
@@ -228,15 +236,56 @@ def detokenize(ids_BD: Tensor, tokenizer: Any) -> list[str]:
     return [text.strip().replace("\x00", "\ufffd") for text in texts]
 
 
+class Frame(NamedTuple):
+    """Tokens around what a decoder-only model reads."""
+
+    before: list[int]
+    after: list[int]
+
+
+def frame_of(tokenizer: Any) -> Frame | None:
+    """What stands around a prompt: a chat template's turn of the user and the beginning of the
+    answer's, or where there is none the tokenizer's own first token; None for other models."""
+    if not is_causal(tokenizer):
+        return None
+    if not tokenizer.chat_template:
+        return Frame(tokenizer("", verbose=False)["input_ids"], [])
+    turns = [{"role": "user", "content": _PLACE}]
+    chat = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    # The post itself is tokenized apart: what looks like a special token in it stays text.
+    settings = {"add_special_tokens": False, "split_special_tokens": False, "verbose": False}
+    before, _, after = chat.partition(_PLACE)
+    return Frame(*(tokenizer(part, **settings)["input_ids"] for part in (before, after)))
+
+
+_PLACE = "\ue000"
+"""Stands for the prompt in a chat template; of the private use area."""
+
+
+def _word_ids(tokenizer: Any, task: Task) -> list[list[int]]:
+    """Tokens of each label's words, end token included; behind a plain prompt they begin with a blank."""
+    if not is_causal(tokenizer):
+        return _target_ids(tokenizer, task.label_words)
+    glued = tokenizer.chat_template or (task.prompt or "")[-1:].isspace()
+    words = [f"{'' if glued else ' '}{words}" for words in task.label_words]
+    made = tokenizer(words, add_special_tokens=False, verbose=False)["input_ids"]
+    return [[*ids, tokenizer.eos_token_id] for ids in made]
+
+
 def _fitting(
-    tokenizer: Any, parts: Parts, values: Sequence[Values], *, max_length: int
+    tokenizer: Any,
+    parts: Parts,
+    values: Sequence[Values],
+    frame: Frame | None = None,
+    *,
+    max_length: int,
 ) -> Iterator[tuple[list[int], bool]]:
     """(tokens, whether it was shortened) of a template filled with each of the values."""
     rows = dict(enumerate(values))
     done: dict[int, tuple[list[int], bool]] = {}
     while rows:
         filled = {row: _filled(parts, some) for row, some in rows.items()}
-        made = _encoded(tokenizer, [text for text, _ in filled.values()])
+        made = _encoded(tokenizer, [text for text, _ in filled.values()], frame)
         left = {}
         for (row, (_, spans)), (ids, offsets) in zip(filled.items(), made, strict=True):
             if len(ids) <= max_length:
@@ -283,14 +332,19 @@ def _filled(parts: Parts, values: Values) -> tuple[str, dict[str, list[int]]]:
 
 
 def _encoded(
-    tokenizer: Any, texts: list[str]
+    tokenizer: Any, texts: list[str], frame: Frame | None
 ) -> list[tuple[list[int], list[tuple[int, int]] | None]]:
     """(ids, where each token stands in the text) of each text; None for tokenizers in pure Python."""
-    made = tokenizer(texts, verbose=False)
+    made = tokenizer(texts, add_special_tokens=frame is None, verbose=False)
+    before, after = frame or ([], [])
     if not tokenizer.is_fast:
-        return [(ids, None) for ids in made["input_ids"]]
+        return [([*before, *ids, *after], None) for ids in made["input_ids"]]
     # Special tokens have no place in the text.
-    return [(encoding.ids, encoding.offsets) for encoding in made.encodings]
+    nowhere = ([(0, 0)] * len(before), [(0, 0)] * len(after))
+    return [
+        ([*before, *one.ids, *after], [*nowhere[0], *one.offsets, *nowhere[1]])
+        for one in made.encodings
+    ]
 
 
 def _target_ids(tokenizer: Any, texts: Sequence[str], **limits: Any) -> list[list[int]]:

@@ -18,6 +18,7 @@ from comoe.config.files import cache_file
 from comoe.config.recipe import NormalizeConfig
 from comoe.data.posts import PostSplit
 from comoe.data.text.normalize import VERSION, normalize_post, normalize_words
+from comoe.data.tokens.vocabulary import is_causal
 
 FORMAT = 1
 """Changes when the arrays of a cache file mean something else."""
@@ -96,6 +97,8 @@ def tokenize(
         ValueError: words, but a tokenizer that cannot tell words apart.
     """
     parts: list[tuple[np.ndarray, ...]] = []
+    # Others put a token between the two.
+    between = "\n" if is_causal(tokenizer) else ""
     for start in range(0, len(posts), CHUNK):
         chunk = range(start, min(start + CHUNK, len(posts)))
         firsts: list[Any] = [list(posts.words[i] or ()) or posts.texts[i] for i in chunk]
@@ -104,6 +107,7 @@ def tokenize(
         pairs, cut_pair = zip(
             *(readable(text, normalize, max_length) for text in pairs), strict=True
         )
+        pairs = [f"{between}{pair}" if pair else pair for pair in pairs]
         rows = _rows(tokenizer, firsts, pairs, max_length=max_length)
         shorter = zip(rows, cut, cut_pair, strict=True)
         parts.append(_flat([replace(row, cut=row.cut or a or b) for row, a, b in shorter]))
@@ -277,7 +281,7 @@ def _encode_fast(
         if lost and not encoding.overflowing:
             unseen = set(lost)
             whole = [
-                tokenizer.unk_token if word in unseen else text
+                (tokenizer.unk_token or "?") if word in unseen else text
                 for word, text in enumerate(texts[i])
             ]
             encodings[i] = run([whole], None if pairs is None else [pairs[i]])[0]
@@ -312,7 +316,7 @@ def _encode_slow(
 def _spaced(tokenizer: Any, rows: Sequence[Sequence[str]]) -> list[list[str]]:
     """Words as the tokenizer wants them: byte-level vocabularies hold the blank before a word within its token."""
     blank = "" if tokenizer.tokenize(" a") == tokenizer.tokenize("a") else " "
-    unknown = tokenizer.unk_token
+    unknown = tokenizer.unk_token or "?"
     return [
         [
             f"{blank if i else ''}{word}" if word and word != unknown else unknown

@@ -26,6 +26,7 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        prepare_causal(tokenizer)
         problem = tokenizer_problem(tokenizer, name)
     except Exception as error:  # a damaged setting fails anywhere in the library
         reason = (str(error).strip().splitlines() or ["no message"])[0]
@@ -42,6 +43,25 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
             f"model.encoder ({name}): its tokenizer has no padding token; choose BERT, RoBERTa or DistilBERT."
         )
     return tokenizer
+
+
+def is_causal(tokenizer: Any) -> bool:
+    """Whether it is the tokenizer of a decoder-only model: it has an end token, but puts none behind
+    a text, and no token that stands for a text or between two."""
+    if tokenizer.eos_token_id is None or {tokenizer.cls_token_id, tokenizer.sep_token_id} != {None}:
+        return False
+    return tokenizer.eos_token_id not in tokenizer("a", verbose=False)["input_ids"]
+
+
+def prepare_causal(tokenizer: Any) -> None:
+    """Let the tokenizer of a decoder-only model pad behind the text, and take special tokens in posts
+    as the text that they are, in place; others stay as they are."""
+    if not is_causal(tokenizer):
+        return
+    tokenizer.padding_side = "right"
+    tokenizer.split_special_tokens = True
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
 
 
 def tokenizer_problem(tokenizer: Any, source: str | Path) -> str:

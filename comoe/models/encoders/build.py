@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModel,
+    AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoModelForTextEncoding,
     GenerationConfig,
@@ -88,6 +89,9 @@ def build_encoder(config: ModelConfig, *, generates: bool = False) -> nn.Module:
     if not generates:
         return _alone(encoder)
     answering = _found_answering(encoder)
+    if family_of(encoder.config.model_type).causal:
+        _set_answering(encoder, answering)
+        return encoder
     for field in ("decoder_start_token_id", "eos_token_id", "pad_token_id"):
         if answering[field] is None:
             raise ValueError(
@@ -105,7 +109,7 @@ def _check_decoder(name: str, model_type: str, *, generates: bool) -> None:
     able = ", ".join(name for name, family in FAMILIES.items() if family.stacks)
     raise Unfit(
         f"model.encoder ({name}) is a {model_type}, which has no decoder, but a task is of kind text or label_words, "
-        f"which a decoder predicts; choose an encoder-decoder ({able}), such as smoke:t5 or a Flan-T5, or give the "
+        f"which a decoder predicts; choose a model with one ({able}), such as smoke:t5 or a Flan-T5, or give the "
         "task a kind that a head predicts, such as single_label."
     )
 
@@ -113,12 +117,13 @@ def _check_decoder(name: str, model_type: str, *, generates: bool) -> None:
 def _auto_class(family: Family, *, generates: bool) -> Any:
     """The library's loader; it knows some encoder-decoders' encoder alone."""
     if generates:
-        return AutoModelForSeq2SeqLM
+        return AutoModelForCausalLM if family.causal else AutoModelForSeq2SeqLM
     return AutoModelForTextEncoding if family.encoder_alone else AutoModel
 
 
 def _alone(model: nn.Module) -> nn.Module:
-    return model.get_encoder() if family_of(model.config.model_type).stacks else model
+    family = family_of(model.config.model_type)
+    return model.get_encoder() if family.stacks and not family.causal else model
 
 
 def _found_answering(model: nn.Module) -> dict[str, Any]:
@@ -237,7 +242,8 @@ def _from_config(
 def _prepared(hf_config: Any, dropout: float | None) -> dict[str, Any]:
     family = family_of(hf_config.model_type)
     for key, value in hf_config.to_dict().items():
-        if dropout is not None and "dropout" in key and isinstance(value, float | int):
+        drops = "dropout" in key or key.endswith("_pdrop")
+        if dropout is not None and drops and isinstance(value, float | int):
             setattr(hf_config, key, dropout)
         if "layerdrop" in key:
             # A layer that one rank leaves out is a layer whose experts the others wait for.

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from comoe.config.errors import unknown_name
@@ -50,15 +51,17 @@ class Family:
     single_stream: bool = False
     """True where one encoder reads text and pixels, and needs no vision tower."""
     stacks: tuple[str, ...] = ()
-    """Paths of encoder and decoder in the whole of an encoder-decoder; none in families without a
-    decoder."""
+    """Paths of encoder and decoder in the whole of an encoder-decoder, of the layers' owner in the
+    whole of a decoder-only model; none in families that predict no text."""
+    causal: bool = False
+    """True for decoder-only models: a token sees those before it, and the whole model is the one
+    stack with its output layer."""
     encoder_alone: bool = False
     """True where the library has a class of its encoder alone, so that no decoder need be read."""
     starts_with_padding: bool = False
     """True where generated texts begin with the padding sign unless the configuration says otherwise."""
     vocabulary: Callable[[nn.Module, Tensor], Tensor] | None = None
-    """(whole encoder-decoder, last states of its decoder (..., M)) -> logits of the next token
-    (..., V)."""
+    """(whole model, last states of its decoder (..., M)) -> logits of the next token (..., V)."""
     feed_forward: tuple[str, ...] = ("intermediate_size",)
     """Fields of the configuration with the hidden width of the feed-forward, of encoder and decoder
     where they have their own."""
@@ -78,14 +81,19 @@ def family_of(model_type: str) -> Family:
     return FAMILIES[model_type]
 
 
-def has_decoder(encoder: nn.Module) -> bool:
-    """True for the whole of an encoder-decoder, False for an encoder alone."""
+def is_whole(encoder: nn.Module) -> bool:
+    """True for a model with an output layer for words, False for its stack, or an encoder, alone."""
     return bool(family_of(encoder.config.model_type).stacks) and encoder.can_generate()
 
 
+def has_decoder(encoder: nn.Module) -> bool:
+    """True for the whole of an encoder-decoder, False for an encoder alone and for decoder-only models."""
+    return is_whole(encoder) and not family_of(encoder.config.model_type).causal
+
+
 def stacks_of(encoder: nn.Module) -> list[nn.Module]:
-    """The encoder; of an encoder-decoder both stacks, the encoder's first."""
-    if not has_decoder(encoder):
+    """The encoder, or the only stack; of an encoder-decoder both stacks, the encoder's first."""
+    if not is_whole(encoder):
         return [encoder]
     return [
         operator.attrgetter(path)(encoder) for path in family_of(encoder.config.model_type).stacks
@@ -206,7 +214,7 @@ def layers_above(encoder: nn.Module) -> dict[int, int]:
 
 def _own_output(encoder: nn.Module) -> nn.Module | None:
     """The output layer of an encoder-decoder where it is not the embeddings once more."""
-    if not has_decoder(encoder) or encoder.lm_head.weight is encoder.get_input_embeddings().weight:
+    if not is_whole(encoder) or encoder.lm_head.weight is encoder.get_input_embeddings().weight:
         return None
     return encoder.lm_head
 
@@ -275,6 +283,12 @@ def _bart_vocabulary(model: nn.Module, states: Tensor) -> Tensor:
     return logits + model.final_logits_bias[0].to(logits.dtype)
 
 
+def _causal_vocabulary(model: nn.Module, states: Tensor) -> Tensor:
+    logits = model.lm_head(states)
+    cap = getattr(model.config, "final_logit_softcapping", None)
+    return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
 LAYER_CHOICES: dict[str, Callable[[int], list[int]]] = {
     "all": lambda count: list(range(count)),
     "alternate": lambda count: list(range((count - 1) % 2, count, 2)),
@@ -331,6 +345,21 @@ _BART = Family(
 )
 
 
+_LLAMA = Family(
+    layers="layers",
+    attach=wrap("mlp", BesideFeedForward),
+    dropout=None,
+    has_pooler=False,
+    has_segments=False,
+    first_position=None,
+    after_layers=("norm",),
+    stacks=("model",),
+    causal=True,
+    vocabulary=_causal_vocabulary,
+    alike=False,
+)
+
+
 FAMILIES: dict[str, Family] = {
     "bert": Family(),
     "roberta": Family(first_position=2),
@@ -370,5 +399,19 @@ FAMILIES: dict[str, Family] = {
     "umt5": replace(_T5, vocabulary=partial(_t5_vocabulary, scales="tie_word_embeddings")),
     "bart": _BART,
     "mbart": replace(_BART, after_layers=("layer_norm",)),
+    # Decoder-only.
+    "llama": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "gemma3_text": _LLAMA,
+    "gpt2": replace(
+        _LLAMA,
+        layers="h",
+        dropout="resid_pdrop",
+        first_position=0,
+        after_layers=("ln_f",),
+        stacks=("transformer",),
+        feed_forward=("n_inner",),
+    ),
 }
 """Hugging Face ``model_type`` -> family."""
