@@ -1,4 +1,4 @@
-"""What the ranks of the tests of encoder-decoders run: tiny ones on fixed global batches, over any layout."""
+"""What the ranks of the tests of decoders run: tiny ones on fixed global batches, over any layout."""
 
 from __future__ import annotations
 
@@ -22,10 +22,13 @@ SERVED = [-1, 1, 3, 4, 1, 3, 1, 4, -1, -1, -1, -1]
 
 
 def make_models(folder: Path) -> dict[str, str]:
-    """A T5 whose output layer is its table of words, a Flan-T5 whose is its own, and a BART, with random weights."""
+    """A T5 whose output layer is its table of words, a Flan-T5 whose is its own, a BART, and a Llama as T5, with
+    random weights."""
     from transformers import (
         BartConfig,
         BartForConditionalGeneration,
+        LlamaConfig,
+        LlamaForCausalLM,
         T5Config,
         T5ForConditionalGeneration,
     )
@@ -47,12 +50,15 @@ def make_models(folder: Path) -> dict[str, str]:
             decoder_attention_heads=2, encoder_ffn_dim=24, decoder_ffn_dim=24, max_position_embeddings=40,
             decoder_start_token_id=2, init_std=0.2,
         ),
+        "llama": LlamaConfig(
+            vocab_size=60, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=1, tie_word_embeddings=True, initializer_range=0.2, pad_token_id=0, eos_token_id=1,
+        ),
     }  # fmt: skip
     for name, config in configs.items():
         torch.manual_seed(7)
-        model = (T5ForConditionalGeneration if name != "bart" else BartForConditionalGeneration)(
-            config
-        )
+        classes = {"bart": BartForConditionalGeneration, "llama": LlamaForCausalLM}
+        model = classes.get(name, T5ForConditionalGeneration)(config)
         if name == "flan":
             model.lm_head.weight = torch.nn.Parameter(torch.randn(60, 16) * 0.2)
         model.save_pretrained(folder / name)
@@ -66,21 +72,29 @@ def recipe(encoder: str, *, ep: int, recompute: bool = False, **changes: Any) ->
         "loss__task_separation_weight": 0.05, "model__private_width": 8, "model__projection_width": 8,
         "model__moe__route_by": "both", "model__moe__expert_width": 8, "train__epsilon": 1e-5,
     }  # fmt: skip
+    if family_in(encoder) == "llama":
+        fixed |= {"model__moe__form": "lora", "model__moe__gate_scope": "layer"}
     return recipe_of(encoder, **fixed, **changes)
 
 
-def tasks() -> Any:
-    """Two heads, words of labels, and two texts, one searched with three beams."""
-    return tuple(replace(task, confidence_strategy="input_output") for task in MIXED)
+def family_in(encoder: str) -> str:
+    """The family of a folder of ``make_models``."""
+    return Path(encoder).name
+
+
+def tasks(family: str) -> Any:
+    """Two heads, words of labels, and, but for a decoder-only model, two texts, one searched with three beams."""
+    chosen = MIXED[:3] if family == "llama" else MIXED
+    return tuple(replace(task, confidence_strategy="input_output") for task in chosen)
 
 
 def share(step: int, *, rank: int, world_size: int, family: str) -> Batch:
     """This rank's rows of the global batch, uneven; a filler row where there is none."""
-    batch = decoder_batch(
-        tasks=tasks(), family="bart" if family == "bart" else "t5", seed=step, served=SERVED
-    )
-    numbers_B = torch.arange(len(SERVED))
-    sure = {task.name: (numbers_B * 7 % 11 + place + 1) / 16 for place, task in enumerate(tasks())}
+    numbers_B, known = torch.arange(len(SERVED)), tasks(family)
+    served = [min(task, 1) for task in SERVED] if family == "llama" else SERVED
+    signs = "bart" if family == "bart" else "t5"
+    batch = decoder_batch(tasks=known, family=signs, seed=step, served=served)
+    sure = {task.name: (numbers_B * 7 % 11 + place + 1) / 16 for place, task in enumerate(known)}
     batch = replace(batch, confidences=sure, step=step, progress=0.1 * step)
     bounds = {1: [0, 12], 2: [0, 8, 12], 4: [0, 3, 8, 8, 12]}[world_size]
     rows = torch.arange(*bounds[rank : rank + 2])
@@ -93,7 +107,7 @@ def own_batch(step: int, family: str) -> Batch:
     from comoe.losses.objective import count_units, unit_scale
 
     batch = share(step, rank=rank(), world_size=world_size(), family=family)
-    units = sum_over_ranks(count_units(batch, tasks()))
+    units = sum_over_ranks(count_units(batch, tasks(family)))
     return replace(batch, unit_scale_T=unit_scale(units, world_size=world_size(), accumulation=1))
 
 
@@ -102,7 +116,7 @@ def start(encoder: str, *, stage: int, ep: int, recompute: bool, universal: bool
     from tests.multiprocess import workers
 
     chosen = recipe(encoder, ep=ep, recompute=recompute)
-    workers.tasks_of = lambda recipe: tasks()
+    workers.tasks_of = lambda recipe: tasks(family_in(encoder))
     settings = {"checkpoint": {"load_universal": True}} if universal else {}
     return workers.build(chosen, stage=stage, settings=settings)
 
@@ -180,7 +194,7 @@ def by_one_process(
     from comoe.models.model import build_model
 
     config = json.loads(json.dumps(encoder_config, default=str))
-    model = build_model(recipe(models[family], ep=1).model, tasks(), encoder_config=config)
+    model = build_model(recipe(models[family], ep=1).model, tasks(family), encoder_config=config)
     fill_in(model.eval(), state, place=Path("gathered"))
     with torch.no_grad():
         return _arrays(model(share(50, rank=0, world_size=1, family=family)))
@@ -220,8 +234,8 @@ def plain(models: dict[str, str], *, steps: int) -> dict[str, dict[str, Any]]:
     for family, encoder in models.items():
         chosen = recipe(encoder, ep=1)
         torch.manual_seed(0)
-        model = build_model(chosen.model, tasks())
-        objective = Objective(model, tasks(), chosen.loss, chosen.model.moe).train()
+        model = build_model(chosen.model, tasks(family))
+        objective = Objective(model, tasks(family), chosen.loss, chosen.model.moe).train()
         batches = ([own_batch(step, family)] for step in range(steps))
         losses = [loss for loss, *_ in train_plainly(objective, chosen, batches)]
         state = {name: value.detach().numpy().copy() for name, value in model.named_parameters()}

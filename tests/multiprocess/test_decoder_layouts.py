@@ -1,4 +1,4 @@
-"""Encoder-decoders over ranks: T5 with one table of words, Flan-T5 with an output layer of its own, BART.
+"""Decoders over ranks: T5 with one table of words, Flan-T5 with an output layer of its own, BART; Llama with LoRA.
 
 A few layouts here; the figures of all of them, printed:
 
@@ -23,6 +23,9 @@ CASES: list[dict[str, Any]] = [
     # would be lost here.
     {"family": "flan", "stage": 3, "ep": 2, "recompute": True, "name": "flan-3"},
     {"family": "bart", "stage": 1, "ep": 2},
+    # Decoder-only, frozen, with LoRA experts.
+    {"family": "llama", "stage": 3, "ep": 1, "recompute": True, "name": "llama-3"},
+    {"family": "llama", "stage": 2, "ep": 1},
 ]
 """On two ranks, of which the second has no row for the decoder; with a name: saved, resumed, and
 gone on with by one rank."""
@@ -80,6 +83,7 @@ def test_tied_weights_are_gathered_once_and_others_under_their_own_name(on_two):
     for case, answer in zip(CASES, on_two, strict=True):
         words = {name for name, value in answer["state"].items() if value.shape == (60, 16)}
         expected = {"t5": {"encoder.shared.weight"}, "bart": {"encoder.model.shared.weight"}}
+        expected["llama"] = {"encoder.model.embed_tokens.weight"}
         expected["flan"] = {"encoder.shared.weight", "encoder.lm_head.weight"}
         assert words == expected[case["family"]], case
 
@@ -98,6 +102,8 @@ def test_scores_and_texts_of_the_ranks_are_those_of_the_exports_model(on_two):
                     for ids in (found, logits)
                 )
             np.testing.assert_allclose(found, logits, atol=TOLERANCE, rtol=0, err_msg=str(case))
+        if "reason/ids" not in expected:  # nothing is generated
+            continue
         # A T5 of random weights may say the same of every post.
         written = expected["reason/ids"][np.array(SERVED) == 4]
         assert (written[:, 0] >= 0).all()
@@ -106,14 +112,14 @@ def test_scores_and_texts_of_the_ranks_are_those_of_the_exports_model(on_two):
 
 def test_a_resumed_run_equals_an_uninterrupted_one(on_two):
     resumed = [answer for answer in on_two if answer["name"]]
-    assert len(resumed) == 2
+    assert len(resumed) == 3
     for answer in resumed:
         assert answer["resumed"] == answer["losses"][SAVED_AFTER:]
 
 
 def test_a_run_moves_from_two_ranks_to_one(on_two, on_one):
     by_name = {answer["name"]: answer for answer in on_two}
-    assert len(on_one["cells"]) == 2
+    assert len(on_one["cells"]) == 3
     for answer in on_one["cells"]:
         expected = by_name[answer["name"]]["losses"][SAVED_AFTER:]
         assert off_in_losses(answer["losses"], expected) <= TOLERANCE, answer["name"]
@@ -128,6 +134,7 @@ def main() -> None:
             cases = [
                 {"family": family, "stage": stage, "ep": ep, "recompute": stage == 3}
                 for family, ep, stage in product(models, eps, (1, 2, 3))
+                if ep == 1 or family != "llama"
             ]
             found = run("cells", world, models=models, cases=cases, timeout=900)[0]
             for case, answer in zip(cases, found, strict=True):
