@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from comoe.config.recipe import MoeConfig
-from comoe.models.moe.block import ContextHolder, GatedBlock
+from comoe.models.moe.block import ContextHolder, GatedBlock, RoutingContext
 from comoe.models.moe.experts import input_std
 from comoe.models.moe.router import ROUTES, PendingRoute, RouterProjection, build_gate
 
@@ -78,6 +78,23 @@ class LoraGate(GatedBlock):
         positions = x_BLM.shape[0] * x_BLM.shape[1]
         context.mixing[self.layer] = mixed_SE.new_zeros(positions, self.num_experts).index_copy(
             0, context.real_index_S, mixed_SE
+        )
+
+    @torch.no_grad()
+    def weights_of_tasks(self, embeddings_TD: Tensor) -> Tensor:
+        """Weight of each expert for every token of a task, (T, E): of a gate that does not read tokens.
+
+        Args:
+            embeddings_TD: of the tasks, as many rows as there are tasks.
+        """
+        tasks_T = torch.arange(len(embeddings_TD), device=embeddings_TD.device)
+        context = RoutingContext(tasks_T, tasks_T, embeddings_TD, tasks_T)
+        logits_TE, own_TE = self._of_tasks(context)
+        if logits_TE is None:
+            logits_TE = embeddings_TD.new_zeros(len(tasks_T), self.num_experts)
+        routing = self.router.gate(logits_TE, self.balance_bias_E, None, own_TE)
+        return torch.zeros_like(routing.scores_SE).scatter(
+            1, routing.indices_Sk, routing.weights_Sk.to(routing.scores_SE.dtype)
         )
 
 

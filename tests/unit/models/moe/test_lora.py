@@ -1,12 +1,15 @@
 """LoRA experts against the formulas in float64, in every family; what trains, what stays, what an export keeps."""
 
+import json
 from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from comoe.config.recipe import ModelConfig
 from comoe.evaluation.experts_off import CONDITIONS, OFF
+from comoe.inference.adapters import export_adapters
 from comoe.inference.export import Backbone, export_model
 from comoe.inference.exported import load_exported
 from comoe.models.moe.lora import LoraLinear, adapters_of
@@ -170,6 +173,52 @@ def test_an_export_keeps_them_and_a_run_starts_from_it(tmp_path):
     for moe in (dict(rank=2), dict(form="beside"), dict(gate="softmax")):
         with pytest.raises(ValueError, match="LoRA experts, which stay in their linear maps"):
             started(**moe)
+
+
+@pytest.mark.parametrize("options", [{}, dict(gate_scope="layer", top_k=2, layers=[1, 2])])
+def test_adapters_of_a_task_are_one_lora_with_the_same_numbers(tmp_path, options):
+    recipe, batch = tiny_recipe(), random_batch()
+    recipe.model = ModelConfig(
+        encoder="some/encoder", dropout=0.0, projection_width=8, moe=moe_config(**PAPER | options)
+    )
+    model = tiny_model(recipe.model.moe, seed=3).eval()
+    export_model(
+        tmp_path / "export", state_dict=model.state_dict(), recipe=recipe, tasks=TASKS,
+        backbone=Backbone(HF_CONFIGS["bert"].to_dict(), tiny_tokenizer(tmp_path / "v")),
+    )  # fmt: skip
+    export_adapters(tmp_path / "adapters", load_exported(tmp_path / "export"))
+    expected, real = states_of(model, batch), batch.attention_mask_BL.bool()
+    bare = {
+        name.replace("inner.", ""): value
+        for name, value in model.encoder.state_dict().items()
+        if "lora_" not in name and "block." not in name
+    }
+    for number, task in enumerate(TASKS):
+        config = json.loads((tmp_path / "adapters" / task.name / "adapter_config.json").read_text())
+        weights = load_file(tmp_path / "adapters" / task.name / "adapter_model.safetensors")
+        assert config["base_model_name_or_path"] == "some/encoder"
+        assert len(weights) == 2 * len(config["target_modules"])
+        plain = tiny_model(moe_config(num_experts=0)).eval()
+        plain.encoder.load_state_dict(bare)
+        for name in config["target_modules"]:
+            A, B = (weights[f"base_model.model.{name}.lora_{part}.weight"] for part in "AB")
+            assert len(A) == config["r"] == 16
+            update = config["lora_alpha"] / config["r"] * B @ A
+            plain.encoder.get_submodule(name).weight.data += update
+        mine = real & (batch.task_ids_B == number)[:, None]
+        torch.testing.assert_close(states_of(plain, batch)[mine], expected[mine], rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="not an empty folder"):
+        export_adapters(tmp_path / "adapters", load_exported(tmp_path / "export"))
+    for moe, message in (
+        (dict(route_by="both"), "from token to token"),
+        (dict(form="beside"), "no LoRA experts"),
+    ):
+        other = replace(
+            load_exported(tmp_path / "export"), model=tiny_model(moe_config(**PAPER | moe))
+        )
+        config = replace(other.model_config, moe=moe_config(**PAPER | moe))
+        with pytest.raises(ValueError, match=message):
+            export_adapters(tmp_path / "other", replace(other, model_config=config))
 
 
 def test_a_run_of_lora_experts_starts_from_an_export_without_experts(tmp_path):
