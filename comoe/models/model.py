@@ -266,7 +266,9 @@ class MultiTaskModel(nn.Module):
             logits |= decoded.logits
             routings, picked = routings + decoded.routings, picked + decoded.selected
         if answers is not None:
-            logits |= self.scorer.logits(encoding.whole_BNM, answers)
+            states_BNM, updates = self._with_private(batch, encoding.whole_BNM)
+            private |= {name: update[:, : mask_BL.shape[1]] for name, update in updates.items()}
+            logits |= self.scorer.logits(states_BNM, answers)
         answer_rows_S, num_answer_layers = None, 0
         if decoded is not None:
             answer_rows_S, num_answer_layers = decoded.rows_S, len(decoded.routings)
@@ -322,6 +324,13 @@ class MultiTaskModel(nn.Module):
         self, batch: Batch, shared_BLM: Tensor, selected: Sequence[Tensor]
     ) -> tuple[DecoderOutput, dict[str, Tensor]]:
         """What the decoder gives, and what the private parts of its tasks add to their rows."""
+        states_BLM, updates = self._with_private(batch, shared_BLM)
+        if not self.training:
+            return self.decoder.predict(states_BLM, batch), updates
+        return self.decoder.teacher_force(states_BLM, batch, self._by_layer(selected)), updates
+
+    def _with_private(self, batch: Batch, shared_BLM: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """States with what the private parts of the tasks in decoder mode add to their rows, and these updates."""
         updates: dict[str, Tensor] = {}
         states_BLM = shared_BLM
         for number, task in decoder_tasks(self.tasks).items():
@@ -329,9 +338,7 @@ class MultiTaskModel(nn.Module):
                 updates |= self._private(number, shared_BLM)
                 own_B11 = (batch.task_ids_B == number).to(shared_BLM.dtype)[:, None, None]
                 states_BLM = states_BLM + updates[task.name] * own_B11
-        if not self.training:
-            return self.decoder.predict(states_BLM, batch), updates
-        return self.decoder.teacher_force(states_BLM, batch, self._by_layer(selected)), updates
+        return states_BLM, updates
 
     def _by_layer(self, selected: Sequence[Tensor]) -> dict[int, Tensor]:
         return dict(zip((block.layer for block in self._blocks), selected, strict=False))

@@ -33,7 +33,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -504,6 +504,11 @@ def _text_work(
         adapter_numbers=sum(map(_kept_of_token, adapters)),
         **common,
     )
+    if model.scorer is not None:
+        # The labels lie behind the prompts; each of their tokens is predicted over the vocabulary.
+        answers = int(posts * rows.answers)
+        scored = DecoderWork(Work(tokens=answers), vocabulary=encoder.vocab_size)
+        return replace(work, tokens=work.tokens + answers), scored
     if not has_decoder(model.encoder):
         return work, None
     own = Work(
@@ -576,7 +581,7 @@ def _stack_shapes(hf_config: Any) -> tuple[list[int], list[int]]:
     the decoder. A gated one keeps four numbers of its width where others keep two, so it counts as
     one of twice the width."""
     family = family_of(hf_config.model_type)
-    gated = 2 if getattr(hf_config, "is_gated_act", False) else 1
+    gated = 2 if family.gated or getattr(hf_config, "is_gated_act", False) else 1
     layers = [getattr(hf_config, field) for field in family.num_layers]
     # GPT-2 says nothing of the usual width.
     widths = [

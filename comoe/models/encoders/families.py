@@ -34,7 +34,7 @@ class Family:
     """Puts a block beside a layer's feed-forward."""
     dropout: str | None = "hidden_dropout_prob"
     """Field of the configuration with the dropout of the block's update; None where the layer drops
-    out the sum."""
+    out the sum, or nothing."""
     has_pooler: bool = True
     """True where the constructor takes ``add_pooling_layer``: the pooler is left out, it would get
     no gradient."""
@@ -65,6 +65,8 @@ class Family:
     feed_forward: tuple[str, ...] = ("intermediate_size",)
     """Fields of the configuration with the hidden width of the feed-forward, of encoder and decoder
     where they have their own."""
+    gated: bool = False
+    """True where the feed-forward is gated whatever the configuration says."""
     num_layers: tuple[str, ...] = ("num_hidden_layers",)
     """Fields with the number of layers of each stack."""
     without_experts: tuple[str, ...] = ()
@@ -356,6 +358,7 @@ _LLAMA = Family(
     stacks=("model",),
     causal=True,
     vocabulary=_causal_vocabulary,
+    gated=True,
     alike=False,
 )
 
@@ -412,6 +415,7 @@ FAMILIES: dict[str, Family] = {
         after_layers=("ln_f",),
         stacks=("transformer",),
         feed_forward=("n_inner",),
+        gated=False,
     ),
 }
 """Hugging Face ``model_type`` -> family."""
