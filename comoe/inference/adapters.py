@@ -13,11 +13,15 @@ from torch import Tensor, nn
 
 from comoe.config.failure import doing
 from comoe.config.files import write_json
+from comoe.config.load import load_saved_recipe
 from comoe.inference.export import export_checkpoint
 from comoe.inference.exported import Exported, load_exported
+from comoe.models.encoders.attach import trained_layers
 from comoe.models.encoders.families import is_whole
 from comoe.models.moe.lora import LoraLinear, adapters_of
 from comoe.models.moe.router import ROUTES
+
+_WHOLE = "export the model whole, without --adapters"
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 """Files of a folder of peft."""
@@ -34,6 +38,11 @@ def checkpoint_adapters(
     _check_free(Path(out))
     with tempfile.TemporaryDirectory() as place:
         used = export_checkpoint(path, Path(place) / "export", which=which, verify=verify)
+        if start := load_saved_recipe(used.parent.parent / "config.yaml").model.start_from:
+            raise ValueError(
+                f"model.start_from is {start}: the run began with another model than model.encoder, to which adapters "
+                f"would be added; {_WHOLE}."
+            )
         export_adapters(Path(out), load_exported(Path(place) / "export", verify=False))
     return used
 
@@ -58,10 +67,15 @@ def export_adapters(folder: Path, exported: Exported) -> None:
         raise ValueError(
             "the model has no LoRA experts (model.moe.form: lora); without --adapters it is exported whole."
         )
+    if trained_layers(exported.model_config) != "none" or exported.model_config.private_width:
+        raise ValueError(
+            "more than LoRA experts and heads was trained (model.train_layers, model.private_width), and adapters are "
+            f"added to the pre-trained model; {_WHOLE}."
+        )
     if ROUTES[moe.route_by].token and moe.num_experts > 1:
         raise ValueError(
             f"model.moe.route_by is {moe.route_by}: the experts' weights differ from token to token, which no adapter "
-            "of peft can say; export the model whole, without --adapters."
+            f"of peft can say; {_WHOLE}."
         )
     embeddings_TD = torch.zeros(len(exported.tasks), 1)
     if model.task_embedding is not None:
@@ -81,6 +95,8 @@ def export_adapters(folder: Path, exported: Exported) -> None:
         with doing("writing", place / WEIGHTS):
             save_file(weights, place / WEIGHTS, metadata={"format": "pt"})
         write_json(place / CONFIG, _config(exported, maps))
+        # safetensors writes for the owner alone; others may read what the umask lets them.
+        (place / WEIGHTS).chmod((place / CONFIG).stat().st_mode & 0o777)
 
 
 def _check_free(folder: Path) -> None:

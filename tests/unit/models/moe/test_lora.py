@@ -219,6 +219,10 @@ def test_adapters_of_a_task_are_one_lora_with_the_same_numbers(tmp_path, options
         config = replace(other.model_config, moe=moe_config(**PAPER | moe))
         with pytest.raises(ValueError, match=message):
             export_adapters(tmp_path / "other", replace(other, model_config=config))
+    other = load_exported(tmp_path / "export")
+    trained = replace(other, model_config=replace(other.model_config, train_layers="all"))
+    with pytest.raises(ValueError, match="more than LoRA experts and heads was trained"):
+        export_adapters(tmp_path / "other", trained)
 
 
 def test_a_run_of_lora_experts_starts_from_an_export_without_experts(tmp_path):
