@@ -564,12 +564,16 @@ class TaskConfig:
     """Columns; the main metrics are also given for the posts of each of their values
     (``accuracy@implicit=true``)."""
     prompt: Annotated[Text, PROMPT] | None = None
-    """What an encoder-decoder reads of a post for a task of kind text or label_words: {text} and
+    """What a model with a decoder reads of a post for a task of kind text or label_words: {text} and
     {pair} stand for the cleaned post and its second text. A post too long for ``data.max_length``
     loses the end of {text}."""
     label_words: Names = field(default_factory=list)
     """Words that the decoder scores for each label, in the order of ``labels``; empty are the
     labels themselves."""
+    length_normalized: Flag = False
+    """Predict by the mean log-probability of a token of each label's words instead of by their sum, so
+    that labels of many tokens are not at a disadvantage; kind label_words only. Training is the
+    same."""
     max_answer_length: Annotated[Whole, Ge(3), at_most(100_000)] = 32
     """Longest prediction of kind text in tokens, its end token included; longer ones in the data are cut
     and counted."""

@@ -102,6 +102,8 @@ def _decoded(key: str, task: TaskConfig) -> Broken:
         if scored and getattr(task, option) != getattr(usual, option):
             rule = f"has no meaning for kind {task.kind}, whose words are scored; leave it out"
             yield f"{key}.{option}", f"{rule}.{also}"
+    if not scored and task.length_normalized:
+        yield f"{key}.length_normalized", f"is for kind label_words, not {task.kind}; leave it out."
     if not scored and task.label_words:
         rule = f"needs {key}.labels, whose words they are; without them the text is free"
         yield f"{key}.label_words", f"{rule}."
@@ -110,7 +112,13 @@ def _decoded(key: str, task: TaskConfig) -> Broken:
 def _not_decoded(key: str, task: TaskConfig) -> Broken:
     """Options that only a decoder reads."""
     usual = TaskConfig()
-    for option in ("prompt", "label_words", "max_answer_length", "num_beams"):
+    for option in (
+        "prompt",
+        "label_words",
+        "length_normalized",
+        "max_answer_length",
+        "num_beams",
+    ):
         if getattr(task, option) != getattr(usual, option):
             rule = "leave it out, or let a decoder predict the task: kind text or label_words"
             yield f"{key}.{option}", f"has no meaning for kind {task.kind}; {rule}."

@@ -53,7 +53,7 @@ from comoe.models.vision.tower import (
     expected_tokens,
 )
 from comoe.tasks.task import Task, decoder_tasks
-from comoe.types import Batch, ModelOutput, Sharing
+from comoe.types import IGNORED, Batch, ModelOutput, Sharing
 
 
 def build_model(
@@ -284,7 +284,11 @@ class MultiTaskModel(nn.Module):
             more["sharing"] = Sharing(shared_BLM, mask_BL, private)
         more |= {"answer_rows_S": answer_rows_S, "num_answer_layers": num_answer_layers}
         more |= {"selected": picked, "generated": {} if decoded is None else decoded.generated}
-        logits = {task.name: logits[task.name] for task in self.tasks if task.name in logits}
+        logits = {
+            task.name: self._predicted(task, logits[task.name], batch)
+            for task in self.tasks
+            if task.name in logits
+        }
         return ModelOutput(logits, embeddings, attentions, routings, token_rows_S, **more)
 
     def embed(self, batch: Batch) -> Tensor:
@@ -328,6 +332,12 @@ class MultiTaskModel(nn.Module):
         if not self.training:
             return self.decoder.predict(states_BLM, batch), updates
         return self.decoder.teacher_force(states_BLM, batch, self._by_layer(selected)), updates
+
+    def _predicted(self, task: Task, logits: Tensor, batch: Batch) -> Tensor:
+        """The logits; outside training, of label words that are normalized, by token."""
+        if self.training or not task.length_normalized:
+            return logits
+        return logits / (batch.choices[task.name] != IGNORED).sum(dim=1)
 
     def _with_private(self, batch: Batch, shared_BLM: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """States with what the private parts of the tasks in decoder mode add to their rows, and these updates."""

@@ -69,6 +69,8 @@ class Task:
     None."""
     label_words: tuple[str, ...] = ()
     """Words that the decoder scores, one text per label; empty for other kinds."""
+    length_normalized: bool = False
+    """Predict by the mean log-probability of their tokens instead of the sum."""
     max_answer_length: int = 32
     """Most tokens of a text that the decoder writes, its end token included."""
     num_beams: int = 1
@@ -215,6 +217,7 @@ def build_task(
         label_std=label_std,
         prompt=config.prompt,
         label_words=resolve_label_words(name, config.label_words, kind=kind, labels=labels),
+        length_normalized=config.length_normalized,
         max_answer_length=config.max_answer_length,
         num_beams=config.num_beams,
     )

@@ -158,6 +158,7 @@ OVERRIDES = [
     ("WRITTEN tasks.mood.contrastive=true", "tasks.mood.contrastive", "make it auto"),
     ("WRITTEN tasks.mood.label_smoothing=0.1", "tasks.mood.label_smoothing", "no meaning for kind text"),
     ("WRITTEN tasks.mood.label_words=[a, b]", "tasks.mood.label_words", "needs tasks.mood.labels"),
+    ("WRITTEN tasks.mood.length_normalized=true", "tasks.mood.length_normalized", "for kind label_words"),
     ("SCORED tasks.mood.num_beams=2", "tasks.mood.num_beams", "whose words are scored"),
     ("SCORED tasks.mood.max_answer_length=9", "tasks.mood.max_answer_length", "(Kind text with labels is"),
     ("SCORED tasks.mood.label_smoothing=0.1", "tasks.mood.label_smoothing", "(Kind text with labels is"),

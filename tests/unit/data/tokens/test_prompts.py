@@ -52,6 +52,9 @@ class Slow:
     def __init__(self, inner: Any) -> None:
         self.inner, self.is_fast = inner, False
 
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
     def __call__(self, *texts: Any, **options: Any) -> dict[str, Any]:
         return {"input_ids": self.inner(*texts, **options)["input_ids"]}
 
