@@ -37,7 +37,9 @@ def learned(batch, **options):
     seen: list[list[int]] = [[] for _ in layers_of(objective.model.encoder)]
     for layer, rows in zip(layers_of(objective.model.encoder), seen, strict=True):
         part = next(
-            module for name, module in layer.named_modules() if "Norm" in type(module).__name__
+            module
+            for name, module in layer.named_modules()
+            if "Norm" in type(module).__name__ and "block." not in name
         )
         part.register_forward_hook(
             lambda module, inputs, output, rows=rows: rows.append(len(output))
