@@ -191,17 +191,7 @@ class MultiTaskModel(nn.Module):
         self.tower = tower
         self.fusion = build_fusion(encoder, tower, config.vision, dropout=dropout)
         self.route_image_tokens = config.vision.route_image_tokens
-        if self.scorer is not None and self.fusion is not None and self.fusion.in_encoder:
-            raise ValueError(
-                f"model.vision.fusion ({config.vision.fusion}) lets a decoder-only model.encoder read images, where "
-                "tasks of kind label_words are scored behind the text; choose concat, attention or gated."
-            )
-        self.image_text = None
-        if self.fusion is not None and image_text is not None:
-            wanted = {"contrast": image_text.itc_weight > 0, "match": image_text.itm_weight > 0}
-            widths = (width, self.fusion.image_width, config.projection_width)
-            head = ImageTextHead(*widths, **wanted)
-            self.image_text = head if head.contrasts or head.match is not None else None
+        self.image_text = self._build_image_text(image_text, config)
         # Last, so that all else begins as it does without them.
         self.private = None
         if config.private_width:
@@ -210,6 +200,21 @@ class MultiTaskModel(nn.Module):
             )
         if any(task.weighs("input") for task in self.tasks):
             scale_inputs(encoder, self.holder)
+
+    def _build_image_text(
+        self, image_text: ImageTextConfig | None, config: ModelConfig
+    ) -> ImageTextHead | None:
+        if self.scorer is not None and self.fusion is not None and self.fusion.in_encoder:
+            raise ValueError(
+                f"model.vision.fusion ({config.vision.fusion}) lets a decoder-only model.encoder read images, where "
+                "tasks of kind label_words are scored behind the text; choose concat, attention or gated."
+            )
+        if self.fusion is None or image_text is None:
+            return None
+        wanted = {"contrast": image_text.itc_weight > 0, "match": image_text.itm_weight > 0}
+        widths = (self.config.hidden_size, self.fusion.image_width, config.projection_width)
+        head = ImageTextHead(*widths, **wanted)
+        return head if head.contrasts or head.match is not None else None
 
     def _build_decoder(self) -> TaskDecoder:
         longest = max(self.tasks, key=lambda task: task.max_answer_length)
@@ -249,16 +254,7 @@ class MultiTaskModel(nn.Module):
         token_rows_S, more = encoding.token_rows_S, {}
         if probed:
             more["probe"] = probe(shared_BLM, self.tasks, partial(self._logits, mask_BL=mask_BL))
-        logits, embeddings, attentions, private = {}, {}, {}, {}
-        for place, number in enumerate(self._headed):
-            name = self.tasks[number].name
-            output, update = self._head(place, shared_BLM, mask_BL)
-            private |= update
-            logits[name] = output.logits
-            if output.pooled_BM is not None:
-                embeddings[name] = F.normalize(self.projection(output.pooled_BM).float(), dim=1)
-            if output.attention_BL is not None:
-                attentions[name] = output.attention_BL
+        logits, embeddings, attentions, private = self._heads(shared_BLM, mask_BL)
         decoded = None
         if self.decoder is not None and decode:
             decoded, update = self._decoded(batch, shared_BLM, selected)
@@ -311,6 +307,20 @@ class MultiTaskModel(nn.Module):
 
     def _logits(self, place: int, shared_BLM: Tensor, *, mask_BL: Tensor) -> Tensor:
         return self._head(place, shared_BLM, mask_BL)[0].logits
+
+    def _heads(self, shared_BLM: Tensor, mask_BL: Tensor) -> tuple[dict[str, Tensor], ...]:
+        """Logits, embeddings, attentions and updates of private parts of the tasks with heads."""
+        logits, embeddings, attentions, private = {}, {}, {}, {}
+        for place, number in enumerate(self._headed):
+            name = self.tasks[number].name
+            output, update = self._head(place, shared_BLM, mask_BL)
+            private |= update
+            logits[name] = output.logits
+            if output.pooled_BM is not None:
+                embeddings[name] = F.normalize(self.projection(output.pooled_BM).float(), dim=1)
+            if output.attention_BL is not None:
+                attentions[name] = output.attention_BL
+        return logits, embeddings, attentions, private
 
     def _head(
         self, place: int, shared_BLM: Tensor, mask_BL: Tensor

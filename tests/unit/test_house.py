@@ -41,6 +41,7 @@ ALIASES = ("comoe/__init__.py", "comoe/__main__.py", "comoe/hub.py", "comoe/pred
 LONG_FILES = {
     "comoe/config/recipe.py": "every option of a recipe, in the order of the YAML file",
     "comoe/train/memory_plan.py": "one formula per line of the plan, then what they are fed with",
+    "comoe/models/encoders/families.py": "the table of model families, and what is read off it",
     "comoe/models/model.py": "one model: its parts, one forward pass, and how it is built",
     "comoe/train/monitor/monitor.py": "what a run shows: one method for each thing that is logged",
     "comoe/losses/objective.py": "the four modes of the objective, and the table of its terms",
