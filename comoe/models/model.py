@@ -204,10 +204,10 @@ class MultiTaskModel(nn.Module):
     def _build_image_text(
         self, image_text: ImageTextConfig | None, config: ModelConfig
     ) -> ImageTextHead | None:
-        if self.scorer is not None and self.fusion is not None and self.fusion.in_encoder:
+        if self.is_causal and self.fusion is not None and self.fusion.in_encoder:
             raise ValueError(
-                f"model.vision.fusion ({config.vision.fusion}) lets a decoder-only model.encoder read images, where "
-                "tasks of kind label_words are scored behind the text; choose concat, attention or gated."
+                f"model.vision.fusion ({config.vision.fusion}) puts images behind the text, where a decoder-only "
+                "model.encoder does not look; choose concat, attention or gated."
             )
         if self.fusion is None or image_text is None:
             return None
