@@ -78,3 +78,18 @@ def need_extra(extra: str, word: str) -> None:
     except ValueError as error:
         print(f"comoe: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def add_backend(parser: ArgumentParser) -> None:
+    """``--backend`` and ``--threads``: what runs the model of an export."""
+    parser.add_argument(
+        "--backend",
+        default="torch",
+        help="torch, or onnx: the ONNX file of `comoe export --format onnx`, on the CPU",
+    )
+    parser.add_argument(
+        "--threads",
+        type=whole(1, 4096),
+        metavar="N",
+        help="of each operation on the CPU (default: OMP_NUM_THREADS, else a thread per core)",
+    )

@@ -6,6 +6,7 @@ comoe bench contrastive --json c.json       the loss: full matrix, open_clip's l
 comoe bench routing --json routing.json     routing by task and by token: five tasks, blocks in some layers
 comoe bench updates --json u.json           what experts learn in ten steps, against a dense block
 comoe bench serve --json serve.json         a server under eight clients, against batch prediction
+comoe bench predict --json predict.json     prediction: a Hugging Face pipeline, bfloat16, ONNX; latency, start
 """
 
 import importlib.util
@@ -25,6 +26,7 @@ BENCHMARKS = {
     "routing": "comoe.benchmarks.routing",
     "updates": "comoe.benchmarks.updates",
     "serve": "comoe.benchmarks.serving",
+    "predict": "comoe.benchmarks.prediction",
 }
 """Word of the command line -> module with ``run(json_path, config=..., rounds=...)``."""
 

@@ -10,7 +10,7 @@ from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 
-from comoe.commands.arguments import new_parser, whole
+from comoe.commands.arguments import add_backend, new_parser, whole
 from comoe.commands.guard import guarded
 from comoe.config.plugins import add_plugins
 
@@ -36,6 +36,7 @@ def parser() -> ArgumentParser:
     add("--output", type=Path, help="write all metrics there as JSON")
     add("--no-verify", action="store_true", help="read the model without comparing its digests")
     # fmt: on
+    add_backend(found)
     add_plugins(found)
     return found
 
@@ -57,6 +58,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         options.model,
         device=options.device,
         verify=not options.no_verify,
+        backend=options.backend,
+        threads=options.threads,
         revision=options.revision,
     )
     scores = score(

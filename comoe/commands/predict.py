@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
-from comoe.commands.arguments import new_parser, whole
+from comoe.commands.arguments import add_backend, new_parser, whole
 from comoe.commands.guard import guarded
 from comoe.config.files import write_json
 from comoe.config.plugins import add_plugins
@@ -70,6 +70,7 @@ def parser() -> ArgumentParser:
         help="cpu, cuda, cuda:1, ...; auto is a GPU where there is one")
     add("--no-verify", action="store_true", help="read the model without comparing its digests")
     # fmt: on
+    add_backend(found)
     add_plugins(found)
     return found
 
@@ -80,8 +81,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser().parse_args(argv)
 
     from comoe.inference.options import PredictOptions
-    from comoe.inference.predict_adapted import predict_adapted
-    from comoe.inference.predict_file import predict_file
     from comoe.inference.predictor import Predictor
 
     if options.format is None:
@@ -93,9 +92,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         device=options.device,
         verify=not options.no_verify,
         precision=options.precision,
+        backend=options.backend,
+        threads=options.threads,
         revision=options.revision,
     ).with_long(options.long, scores=options.long_scores, overlap=options.long_overlap)
-    predict = predict_adapted if asked.adapts else predict_file
+    if asked.adapts:
+        from comoe.inference.predict_adapted import predict_adapted as predict
+    else:
+        from comoe.inference.predict_file import predict_file as predict
     done = predict(predictor, options.input, options.output, asked)
     print(done, file=sys.stderr)
     if options.json_summary == "-":

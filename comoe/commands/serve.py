@@ -12,7 +12,7 @@ from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 
-from comoe.commands.arguments import need_extra, new_parser, number, whole
+from comoe.commands.arguments import add_backend, need_extra, new_parser, number, whole
 from comoe.commands.guard import guarded
 from comoe.config.plugins import add_plugins
 
@@ -43,6 +43,7 @@ def parser() -> ArgumentParser:
     add("--log-posts", action="store_true", help="write posts and predictions into the log")
     add("--no-verify", action="store_true", help="read exports without comparing their digests")
     # fmt: on
+    add_backend(found)
     add_plugins(found)
     return found
 
@@ -59,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     token = read_token(options.token_file, os.environ.get("COMOE_TOKEN"))
     limits = Limits(**{name: getattr(options, name) for name in Limits.__slots__})
     serve(
-        options.exports, Address(options.host, options.port, token), limits=limits, device=options.device,
-        verify=not options.no_verify, watch=options.watch, log_posts=options.log_posts,
+        options.exports, Address(options.host, options.port, token), limits=limits, watch=options.watch,
+        log_posts=options.log_posts, device=options.device, verify=not options.no_verify,
+        backend=options.backend, threads=options.threads,
     )  # fmt: skip

@@ -10,6 +10,7 @@ EXTRAS = {
     "augment": ("gguf",),
     "explain": ("captum",),
     "serve": ("fastapi", "prometheus_client", "uvicorn"),
+    "onnx": ("onnx", "onnxruntime", "onnxscript"),
     "track": ("mlflow", "sqlalchemy", "alembic"),
     "tune": ("optuna",),
     "ray": ("ray",),

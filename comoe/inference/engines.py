@@ -37,6 +37,8 @@ class Job:
     """A torch device; cuda is any of the GPUs."""
     precision: str
     """Of its products."""
+    backend: str
+    """What runs the model."""
     long: LongPosts
     """What becomes of long posts."""
     threads: int
@@ -61,6 +63,7 @@ class Job:
             folder=predictor.exported.folder,
             device=str(predictor.device),
             precision=str(predictor.precision).removeprefix("torch."),
+            backend=predictor.exported.backend,
             long=predictor.long,
             threads=max(1, torch.get_num_threads() // options.workers),
             source=rows.source,
@@ -77,7 +80,11 @@ class Job:
         if device == "cuda":
             device = f"cuda:{number % torch.cuda.device_count()}"
         predictor = Predictor.from_pretrained(
-            self.folder, device=device, verify=False, precision=self.precision
+            self.folder,
+            device=device,
+            verify=False,
+            precision=self.precision,
+            backend=self.backend,
         )
         return replace(predictor, long=self.long)
 

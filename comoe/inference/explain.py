@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,11 +21,13 @@ from comoe.data.collator import Collator
 from comoe.data.tokens.split import TokenizedSplit, TokenRow
 from comoe.data.tokens.tokenize import readable
 from comoe.inference.exported import Exported
-from comoe.models.encoders.families import stacks_of
-from comoe.models.model import MultiTaskModel
+from comoe.inference.onnx_model import OnnxModel
 from comoe.tasks.kinds.regression import unstandardized
 from comoe.tasks.task import Task
 from comoe.types import Batch, ModelOutput
+
+if TYPE_CHECKING:
+    from comoe.models.model import MultiTaskModel
 
 ATTENTION, GRADIENTS, EXPERTS = "attention", "gradients", "experts"
 
@@ -62,8 +64,17 @@ def method_of(explain: bool | str) -> str | None:
     return method
 
 
-def check_explained(method: str, tasks: Sequence[Task], model: MultiTaskModel) -> None:
+def check_backend(method: str | None, model: MultiTaskModel | OnnxModel) -> None:
+    """ValueError where a model gives too little for a method: an ONNX file gives attention alone."""
+    if method not in (None, ATTENTION) and isinstance(model, OnnxModel):
+        raise ValueError(
+            f"{method}: an ONNX file explains by attention alone; use --backend torch for it."
+        )
+
+
+def check_explained(method: str, tasks: Sequence[Task], model: MultiTaskModel | OnnxModel) -> None:
     """ValueError where a method can explain none of these tasks of a model."""
+    check_backend(method, model)
     modes = METHODS[method]
     if not any(task.mode in modes for task in tasks):
         names, able = ", ".join(task.name for task in tasks), " or ".join(map(MODES.get, modes))
@@ -324,6 +335,8 @@ class _Row:
         embeddings; Gauss-Legendre steps, doubled until the shares sum to the change.
         """
         from captum.attr import LayerIntegratedGradients
+
+        from comoe.models.encoders.families import stacks_of
 
         layer = stacks_of(self.model.encoder)[0].get_input_embeddings()
         method = LayerIntegratedGradients(score, layer)

@@ -90,7 +90,7 @@ def export_model(
         tower_config=backbone.tower_config,
     )
     config["image_column"] = image_processor and column_in_training(recipe.tasks.values())
-    with _replacing(folder) as aside:
+    with replacing(folder) as aside:
         weights = {
             name: tensor.detach().cpu().contiguous()
             for name, tensor in state_dict.items()
@@ -209,7 +209,7 @@ def _each_once(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 @contextlib.contextmanager
-def _replacing(folder: Path) -> Iterator[Path]:
+def replacing(folder: Path) -> Iterator[Path]:
     """A folder to fill beside an export, which takes its place when the block ends without an error.
 
     Raises:

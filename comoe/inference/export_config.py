@@ -17,7 +17,6 @@ from comoe.config.load import recipe_from_dict
 from comoe.config.recipe import Recipe
 from comoe.data.datasets import read_as_words
 from comoe.data.reading.inputs import columns_in_training
-from comoe.models.model import MultiTaskModel
 from comoe.tasks.task import Task
 
 FORMAT_VERSION = 1
@@ -85,7 +84,7 @@ def export_config(
     if recipe.model.vision.tower is not None:
         model["vision"]["tower"] = base_model(recipe.model.vision.tower)
     return {
-        "architectures": [MultiTaskModel.__name__],
+        "architectures": ["MultiTaskModel"],
         "model_type": "comoe",
         "format_version": FORMAT_VERSION,
         "comoe_version": __version__,

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoTokenizer
 
+from comoe.config.errors import unknown_name
 from comoe.config.failure import parsing
 from comoe.config.plugins import load_plugins
 from comoe.config.recipe import DataConfig, ModelConfig, Recipe
@@ -28,8 +30,11 @@ from comoe.inference.export_config import (
     read_export_config,
     recipe_of_export,
 )
-from comoe.models.model import MultiTaskModel, build_model
+from comoe.inference.onnx_model import ONNX, OnnxModel
 from comoe.tasks.task import Task, tasks_from
+
+if TYPE_CHECKING:
+    from comoe.models.model import MultiTaskModel
 
 AGAIN = "copy or export the folder again"
 """What to do about a damaged export."""
@@ -39,7 +44,7 @@ AGAIN = "copy or export the folder again"
 class Exported:
     """An export in memory."""
 
-    model: MultiTaskModel
+    model: MultiTaskModel | OnnxModel
     """With its weights, on the CPU, in evaluation mode."""
     tasks: tuple[Task, ...]
     """In the order of the model's heads."""
@@ -57,6 +62,11 @@ class Exported:
     folder: Path
     """Where it was read from."""
 
+    @property
+    def backend(self) -> str:
+        """What runs the model, key of ``BACKENDS``."""
+        return "onnx" if isinstance(self.model, OnnxModel) else "torch"
+
     def collator(self) -> Collator:
         """Makes batches as training did."""
         pixels = None
@@ -66,22 +76,38 @@ class Exported:
         return Collator(self.tokenizer, self.tasks, route_by=route_by, pixels=pixels)
 
 
-def load_exported(folder: str | Path, *, verify: bool = True) -> Exported:
-    """Read an export: safetensors and JSON only, nothing in the folder is executed.
+def load_exported(
+    folder: str | Path,
+    *,
+    verify: bool = True,
+    backend: str = "torch",
+    threads: int | None = None,
+) -> Exported:
+    """Read an export: safetensors, ONNX and JSON only, nothing in the folder is executed.
 
     Args:
         folder: the export.
         verify: compare the digests of its files with those that were written.
+        backend: key of ``BACKENDS``; only its file of weights is read.
+        threads: of each operation, a setting of the process; None is what PyTorch takes.
 
     Raises:
-        ValueError: no such folder, a file is missing or damaged, made by a newer comoe, or weights
-            that do not fit or are not finite.
+        ValueError: no such folder, a file is missing or damaged, made by a newer comoe, weights
+            that do not fit or are not finite, or no such backend.
     """
     folder = Path(folder)
+    if backend not in BACKENDS:
+        raise unknown_name("backend", backend, BACKENDS)
+    load, file = BACKENDS[backend]
     config = read_export_config(folder)
+    if file != WEIGHTS and not (folder / file).is_file():
+        raise ValueError(
+            f"{folder} has no {file}; `comoe export --checkpoint {folder} --output {folder} --format {backend}` "
+            "adds it."
+        )
     # Older versions wrote no manifest.
     if verify and (folder / MANIFEST).is_file():
-        if problem := manifest_problem(folder, needed=(CONFIG, WEIGHTS), verify=True):
+        if problem := manifest_problem(folder, needed=(CONFIG, file), verify=True):
             raise ValueError(
                 f"{folder}: {problem}; copy or export the folder again, or give --no-verify where the change is yours."
             )
@@ -89,14 +115,9 @@ def load_exported(folder: str | Path, *, verify: bool = True) -> Exported:
     with parsing(folder / CONFIG, AGAIN):
         tasks = tuple(tasks_from(config["tasks"], place=folder / CONFIG))
         recipe = recipe_of_export(config)
-    with parsing(folder / WEIGHTS, AGAIN), safe_open(folder / WEIGHTS, "pt") as file:
-        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-    with parsing(folder / CONFIG, AGAIN):
-        model = _build(config, recipe, tasks, shapes, place=folder / WEIGHTS)
-    with parsing(folder / WEIGHTS, AGAIN):
-        weights = load_file(folder / WEIGHTS)
-    fill_in(model, weights, place=folder / WEIGHTS)
-    model.eval()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    model, longest = load(folder, config, recipe, tasks)
     tokenizer = _load_tokenizer(folder, config["encoder"])
     with parsing(folder / IMAGES, AGAIN):
         processor = read_image_processor(folder)
@@ -104,8 +125,40 @@ def load_exported(folder: str | Path, *, verify: bool = True) -> Exported:
         raise ValueError(
             f"{folder}: the model reads images, but {IMAGES} is missing; copy or export it again."
         )
-    data = replace(recipe.data, max_length=min(recipe.data.max_length, model.longest_text))
+    data = replace(recipe.data, max_length=min(recipe.data.max_length, longest))
     return Exported(model, tasks, tokenizer, processor, recipe.model, data, config, folder)
+
+
+def _load_torch(
+    folder: Path,
+    config: Mapping[str, Any],
+    recipe: Recipe,
+    tasks: Sequence[Task],
+) -> tuple[MultiTaskModel, int]:
+    place = folder / WEIGHTS
+    with parsing(place, AGAIN), safe_open(place, "pt") as file:
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+    with parsing(folder / CONFIG, AGAIN):
+        model = _build(config, recipe, tasks, shapes, place=place)
+    with parsing(place, AGAIN):
+        weights = load_file(place)
+    fill_in(model, weights, place=place)
+    return model.eval(), model.longest_text
+
+
+def _load_onnx(
+    folder: Path,
+    config: Mapping[str, Any],
+    recipe: Recipe,
+    tasks: Sequence[Task],
+) -> tuple[OnnxModel, int]:
+    with parsing(folder / CONFIG, AGAIN):
+        longest = int(config["onnx"]["max_length"])
+    return OnnxModel(folder / ONNX), longest
+
+
+BACKENDS = {"torch": (_load_torch, WEIGHTS), "onnx": (_load_onnx, ONNX)}
+"""Name -> (reader of the model and of the most tokens that it takes, the file that it reads)."""
 
 
 def _build(
@@ -120,6 +173,9 @@ def _build(
 
     A damaged number could ask for any memory and time otherwise.
     """
+    # The library's models take seconds to import, and another backend wants none of them.
+    from comoe.models.model import build_model
+
     for part in ("encoder", "tower"):
         for key, value in dict(config.get(part) or {}).items():
             if "layers" in key and isinstance(value, int) and value > len(shapes):
@@ -131,7 +187,19 @@ def _build(
         with torch.device("meta"):
             shape = build_model(recipe.model, tasks, **options)
         check_fit(shape, shapes, place=place)
-    return build_model(recipe.model, tasks, **options)
+    with _Unfilled():
+        return build_model(recipe.model, tasks, **options)
+
+
+class _Unfilled(TorchFunctionMode):
+    """Inside, random numbers that weights begin with are not drawn: all are read from the file."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if getattr(function, "__name__", "") in ("normal_", "uniform_", "trunc_normal_"):
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **(kwargs or {}))
 
 
 def fill_in(model: nn.Module, weights: Mapping[str, Tensor], *, place: Path) -> None:

@@ -16,7 +16,7 @@ from comoe.inference.export_config import CARD, CONFIG, WEIGHTS, read_export_con
 
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 """``organization/name``."""
-SAFE = ("*.json", "*.safetensors", "*.txt", "*.model", CARD)
+SAFE = ("*.json", "*.safetensors", "*.onnx", "*.txt", "*.model", CARD)
 """What an export can hold: weights, JSON, vocabularies, the card. No Python file or pickle is fetched."""
 
 

@@ -198,6 +198,7 @@ def _head(predictor: Predictor, options: PredictOptions) -> dict[str, str]:
         "torch": torch.__version__,
         "--device": predictor.device.type,
         "--precision": str(predictor.precision),
+        "--backend": predictor.exported.backend,
         "--long": str(predictor.long),
     }
 
@@ -209,5 +210,8 @@ def _model(predictor: Predictor) -> dict[str, str]:
         "folder": str(predictor.exported.folder),
         "sha256": digest,
         "device": str(predictor.device),
-        "precision": str(predictor.precision).removeprefix("torch."),
+        "backend": predictor.exported.backend,
+        "precision": predictor.exported.config.get("onnx", {}).get("precision", "")
+        if predictor.exported.backend == "onnx"
+        else str(predictor.precision).removeprefix("torch."),
     }

@@ -24,7 +24,7 @@ from comoe.data.reading.inputs import USUAL
 from comoe.data.tokens.split import TokenizedSplit
 from comoe.distributed import choose_device
 from comoe.inference.columns import Posts, locate_images, read_columns
-from comoe.inference.explain import GRADIENTS, Explainer, check_explained, method_of
+from comoe.inference.explain import GRADIENTS, Explainer, check_backend, check_explained, method_of
 from comoe.inference.exported import Exported, load_exported
 from comoe.inference.forward import Forward, choose_precision, put_prediction, with_spans
 from comoe.inference.hub import copy_export, find_export
@@ -67,6 +67,8 @@ class Predictor(ModelHubMixin):
         device: str = "auto",
         verify: bool = True,
         precision: str = "float32",
+        backend: str = "torch",
+        threads: int | None = None,
         plugins: Sequence[str] = (),
         **hub: Any,
     ) -> Predictor:
@@ -79,6 +81,9 @@ class Predictor(ModelHubMixin):
             verify: compare the digests of its files with those that were written.
             precision: float32, bfloat16, float16 (GPUs), or auto: bfloat16 on GPUs that have it,
                 float16 on older ones, float32 on others.
+            backend: torch, or onnx, which runs the ONNX file of ``comoe export --format onnx`` on the
+                CPU.
+            threads: of each operation, a setting of the process; None is what PyTorch takes.
             plugins: those that may be imported if the export names them: their code runs.
             hub: revision (branch, tag or commit), token, cache_dir, force_download,
                 local_files_only, as of ``comoe.inference.hub.find_export``.
@@ -92,9 +97,18 @@ class Predictor(ModelHubMixin):
             'positive'
         """
         consent(plugins)
-        exported = load_exported(find_export(folder, **hub), verify=verify)
-        place = choose_device(device)
-        exported.model.to(place)
+        if backend != "torch" and (
+            device not in ("auto", "cpu") or precision not in ("auto", "float32")
+        ):
+            raise ValueError(
+                f"--backend {backend} runs on the CPU, in the precision that its file was exported in; leave out "
+                "--device and --precision."
+            )
+        place = choose_device(device if backend == "torch" else "cpu")
+        found = find_export(folder, **hub)
+        exported = load_exported(found, verify=verify, backend=backend, threads=threads)
+        if backend == "torch":
+            exported.model.to(place)
         return cls(exported, exported.collator(), place, choose_precision(precision, place))
 
     def with_long(self, mode: str, **options: Any) -> Predictor:
@@ -185,6 +199,7 @@ class Predictor(ModelHubMixin):
                 a model of texts.
         """
         chosen, method = self.choose_tasks(tasks), method_of(explain)
+        check_backend(method, self.exported.model)
         posts = self._read(texts, pairs, words, images, image_root, chosen)
         if method and self.long.mode == "windows":
             raise ValueError(

@@ -89,7 +89,7 @@ class Summary:
     target: str
     """The output."""
     model: Mapping[str, str]
-    """Folder, digest, device and precision of the model."""
+    """Folder, digest, device, backend and precision of the model."""
     seconds: float
     """Time of this run, from its first post to its last."""
     kept: tuple[str, ...] = ()

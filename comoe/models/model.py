@@ -254,7 +254,7 @@ class MultiTaskModel(nn.Module):
         token_rows_S, more = encoding.token_rows_S, {}
         if probed:
             more["probe"] = probe(shared_BLM, self.tasks, partial(self._logits, mask_BL=mask_BL))
-        logits, embeddings, attentions, private = self._heads(shared_BLM, mask_BL)
+        logits, embeddings, attentions, private = self.head_outputs(shared_BLM, mask_BL)
         decoded = None
         if self.decoder is not None and decode:
             decoded, update = self._decoded(batch, shared_BLM, selected)
@@ -308,7 +308,7 @@ class MultiTaskModel(nn.Module):
     def _logits(self, place: int, shared_BLM: Tensor, *, mask_BL: Tensor) -> Tensor:
         return self._head(place, shared_BLM, mask_BL)[0].logits
 
-    def _heads(self, shared_BLM: Tensor, mask_BL: Tensor) -> tuple[dict[str, Tensor], ...]:
+    def head_outputs(self, shared_BLM: Tensor, mask_BL: Tensor) -> tuple[dict[str, Tensor], ...]:
         """Logits, embeddings, attentions and updates of private parts of the tasks with heads."""
         logits, embeddings, attentions, private = {}, {}, {}, {}
         for place, number in enumerate(self._headed):

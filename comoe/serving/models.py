@@ -147,7 +147,7 @@ class Models:
             names none.
         limits: of each model's queue.
         metrics: counts.
-        device, verify: of ``Predictor.from_pretrained``.
+        options: device, verify, backend and threads of ``Predictor.from_pretrained``.
 
     Raises:
         ValueError: an export that cannot be read.
@@ -159,11 +159,10 @@ class Models:
         *,
         limits: Limits,
         metrics: Metrics,
-        device: str = "auto",
-        verify: bool = True,
+        **options: Any,
     ) -> None:
         self.limits, self.metrics = limits, metrics
-        self._device, self._verify = device, verify
+        self._options = options
         self._reloading = threading.Lock()
         self._tried: dict[int, Any] = {}
         self._served: list[Served] = []
@@ -234,9 +233,7 @@ class Models:
             one.batcher.close()
 
     def _load(self, source: Source, revision: str) -> Served:
-        predictor = Predictor.from_pretrained(
-            source.folder, device=self._device, verify=self._verify
-        )
+        predictor = Predictor.from_pretrained(source.folder, **self._options)
         if revision_of(source.folder) != revision:
             raise ValueError(f"{source.folder} was replaced while it was read; it is read again.")
         batcher = Batcher(

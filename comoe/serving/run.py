@@ -67,10 +67,9 @@ def serve(
     address: Address,
     *,
     limits: Limits,
-    device: str = "auto",
-    verify: bool = True,
     watch: float = 0.0,
     log_posts: bool = False,
+    **options: Any,
 ) -> None:
     """Serve until SIGTERM or SIGINT; what runs then is finished first.
 
@@ -78,9 +77,9 @@ def serve(
         exports: ``[NAME=]FOLDER`` each.
         address: host, port, token.
         limits: of requests.
-        device, verify: of ``Predictor.from_pretrained``.
         watch: seconds between looks for new revisions; 0 looks at SIGHUP only.
         log_posts: write posts and predictions into the log.
+        options: device, verify, backend and threads of ``Predictor.from_pretrained``.
 
     Raises:
         ValueError: an export that cannot be read, or an address that cannot be used.
@@ -94,7 +93,7 @@ def serve(
     if hasattr(signal, "SIGHUP"):  # its default would end the process while models load
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
     with _bound(address) as bound:
-        models = Models(sources, limits=limits, metrics=Metrics(), device=device, verify=verify)
+        models = Models(sources, limits=limits, metrics=Metrics(), **options)
         app = make_app(
             models, limits=limits, host=address.host, token=address.token, log_posts=log_posts
         )

@@ -15,7 +15,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from scipy import stats
 
 from comoe.config.errors import nearest
 from comoe.tasks.labels import OUTSIDE
@@ -218,16 +217,20 @@ def mae(gold: np.ndarray, predicted: np.ndarray, labels: Sequence[str] = ()) -> 
 
 def pearson(gold: np.ndarray, predicted: np.ndarray, labels: Sequence[str] = ()) -> float:
     """Linear correlation, -1 to 1; 0.0 where one side is constant, not finite, or has fewer than two numbers."""
-    return (
-        float(stats.pearsonr(gold, predicted)[0]) if _varies(gold) and _varies(predicted) else 0.0
-    )
+    if not (_varies(gold) and _varies(predicted)):
+        return 0.0
+    from scipy import stats  # takes a second, which a prediction would wait in vain
+
+    return float(stats.pearsonr(gold, predicted)[0])
 
 
 def spearman(gold: np.ndarray, predicted: np.ndarray, labels: Sequence[str] = ()) -> float:
     """Correlation of ranks, -1 to 1; 0.0 as for ``pearson``."""
-    return (
-        float(stats.spearmanr(gold, predicted)[0]) if _varies(gold) and _varies(predicted) else 0.0
-    )
+    if not (_varies(gold) and _varies(predicted)):
+        return 0.0
+    from scipy import stats  # takes a second, which a prediction would wait in vain
+
+    return float(stats.spearmanr(gold, predicted)[0])
 
 
 def span_f1(

@@ -68,6 +68,7 @@ HOMES = {
     "yaml": ("comoe/config/",),
     "fastapi": ("comoe/serving/",), "starlette": ("comoe/serving/",), "uvicorn": ("comoe/serving/",),
     "prometheus_client": ("comoe/serving/",),
+    "onnx": ("comoe/inference/",), "onnxruntime": ("comoe/inference/",),
     "matplotlib": ("comoe/train/monitor/plots.py", "comoe/experiments/",
                    "comoe/reporting/figures.py"),
     "jinja2": ("comoe/reporting/page.py",),

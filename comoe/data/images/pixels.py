@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import AutoConfig, AutoImageProcessor, ViTImageProcessorPil
 
 from comoe.data.images.decode import BadImage, ImageLimits, Source, read_image
 
@@ -169,6 +168,9 @@ def load_image_processor(name: str, *, trust_remote_code: bool = False) -> Image
     Raises:
         ValueError: neither a processor nor a model's configuration is there.
     """
+    # The library's image side takes seconds to import, and most models read none.
+    from transformers import AutoImageProcessor
+
     try:
         inner = AutoImageProcessor.from_pretrained(
             name, backend="pil", trust_remote_code=trust_remote_code
@@ -180,6 +182,8 @@ def load_image_processor(name: str, *, trust_remote_code: bool = False) -> Image
 
 def _plain_processor(name: str, *, trust_remote_code: bool, reason: Exception) -> Any:
     """Scale and normalize, by what the model's configuration says of its images."""
+    from transformers import AutoConfig, ViTImageProcessorPil
+
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:

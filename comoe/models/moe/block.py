@@ -174,7 +174,7 @@ class GatedBlock(nn.Module):
         """What moves the selection, float32, a buffer."""
         raise NotImplementedError
 
-    def _of_tasks(self, context: RoutingContext) -> tuple[Tensor | None, Tensor | None]:
+    def of_tasks(self, context: RoutingContext) -> tuple[Tensor | None, Tensor | None]:
         """The task's part of each token's logits, with its prior, and which experts the token sees; None for all."""
         if self.task_projection is None:
             return None, None
@@ -248,7 +248,7 @@ class CooperativeBlock(GatedBlock):
         # Padding would cost expert time and count as load, so only real tokens enter.
         real_SM = flat_NM.index_select(0, context.real_index_S)
         x_SM = self.norm(real_SM)
-        task_logits_SE, own_SE = self._of_tasks(context)
+        task_logits_SE, own_SE = self.of_tasks(context)
         # A routing that is there already means that this layer is being recomputed for its backward
         # pass: it must route as it did before, and not count its tokens a second time.
         earlier = context.routings.get(self.layer)

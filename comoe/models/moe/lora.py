@@ -64,7 +64,7 @@ class LoraGate(GatedBlock):
             x_BLM = context.fan_out.to_rows(x_BLM)
         real_SM = x_BLM.reshape(-1, x_BLM.shape[-1]).index_select(0, context.real_index_S)
         x_SM = real_SM if self.norm is None else self.norm(real_SM)
-        task_logits_SE, own_SE = self._of_tasks(context)
+        task_logits_SE, own_SE = self.of_tasks(context)
         self.router.prepare(task_logits_SE, context.selected.get(self.layer), own_SE)
         routing = self.router.route(self.gate, x_SM, self.balance_bias_E)
         self.router.collect()

@@ -196,7 +196,7 @@ def test_overrides_and_options_in_the_text_are_valid():
         load_recipe(smoke, [override.replace("tasks.mood=null", "tasks.topic=null")])
     named = {span for span in spans() if re.fullmatch(rf"(?:{SECTIONS})\.[a-z_.]+", span)}
     sections = {option.rpartition(".")[0] for option in OPTIONS}
-    named -= {"model.safetensors"}
+    named -= {"model.safetensors", "model.onnx"}
     assert len(overrides) > 5 and len(named) > 10 and named - set(OPTIONS) - sections == set()
 
 

@@ -1,0 +1,184 @@
+"""ONNX files of exports: the logits of PyTorch for every family, the same predictions, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers_export import (
+    MOOD,
+    TASKS,
+    WORDS,
+    assert_same,
+    export_tiny,
+)
+from helpers_model import HF_CONFIGS, VARIANTS, moe_config
+
+from comoe.config.recipe import ModelConfig
+from comoe.inference.exported import load_exported
+from comoe.inference.predictor import Predictor
+from comoe.models.encoders.families import family_of
+from comoe.models.model import build_model
+
+pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+from comoe.inference import onnx_export  # noqa: E402
+from comoe.inference.onnx_model import ONNX, OnnxModel  # noqa: E402
+
+POSTS = ["good day @user", "", "the sun is bad", "rain", "a b c d e f g h i j k l m n o p q r s t"]
+
+GATES = {
+    "softmax, one expert, shared, by token and task": moe_config(
+        gate="softmax", top_k=1, shared_width=8, route_by="both", task_prior=1.5
+    ),
+    "low rank": moe_config(form="lora"),
+    "threshold, by task, own experts": moe_config(
+        cooperation_threshold=0.5, route_by="task", task_prior="own"
+    ),
+}
+
+
+def two_layers(family: str) -> dict:
+    """Tracing takes half as long; where the configuration lists kinds of layers, all."""
+    config = (HF_CONFIGS | VARIANTS)[family]
+    if getattr(config, "layer_types", None):
+        return config.to_dict()
+    return config.to_dict() | {family_of(config.model_type).num_layers[0]: 2}
+
+
+@pytest.mark.parametrize("case", [*HF_CONFIGS, "deberta-v2 with a convolution", *GATES])
+def test_logits_are_those_of_pytorch_whatever_the_shape(case, tmp_path):
+    torch.manual_seed(0)
+    moe = GATES.get(case, moe_config(layers="top-1"))
+    config = ModelConfig(
+        dropout=0.0, projection_width=8, moe=moe, private_width=8 * (case in GATES)
+    )
+    encoder = two_layers("bert" if case in GATES else case)
+    model = build_model(config, (MOOD, WORDS), encoder_config=encoder).eval()
+    for name, weight in model.named_parameters():
+        if "norm" in name:  # at the start norms do nothing, which hides a lost one
+            torch.nn.init.normal_(weight, std=0.5)
+    batches = onnx_export.sample_batches(model, 16)
+    with torch.inference_mode():
+        expected = [model(batch) for batch in batches]
+        embeddings = [model.embed(batch) for batch in batches]
+    onnx_export.write_onnx(model, tmp_path / ONNX, batches[0], 16)
+    found = OnnxModel(tmp_path / ONNX, threads=1)
+    assert onnx_export.largest_difference(found, batches, expected) < onnx_export.CLOSE
+    for batch, output, embedding in zip(batches, expected, embeddings, strict=True):
+        torch.testing.assert_close(found.embed(batch), embedding, atol=1e-5, rtol=0)
+        found._tokens = 2 * batch.input_ids_BL.shape[1]  # passes of two rows, some of them shorter
+        attentions = found(batch).attentions
+        assert attentions.keys() == output.attentions.keys()
+        for name, attention in attentions.items():
+            torch.testing.assert_close(attention, output.attentions[name], atol=1e-5, rtol=0)
+
+
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory):
+    """A calibrated export, with an ONNX file of float32, and one of 8 bits."""
+    folder = tmp_path_factory.mktemp("onnx")
+    tasks = (replace(MOOD, temperature=1.7), *TASKS[1:])
+    export_tiny(folder, tasks=tasks)
+    for name, int8 in (("float32", False), ("int8", True)):
+        onnx_export.add_onnx(folder / "export", folder / name, int8=int8)
+    return folder
+
+
+def test_a_predictor_takes_either_backend_and_gives_the_same(exports):
+    torch_s = Predictor.from_pretrained(exports / "export", device="cpu")
+    onnx_s = Predictor.from_pretrained(exports / "float32", backend="onnx", threads=1)
+    assert onnx_s.tasks == torch_s.tasks and onnx_s.tasks[0].temperature == 1.7
+    for options in ({}, {"explain": True, "batch_size": 2}, {"tasks": ["words"]}):
+        assert_same(onnx_s(POSTS, **options), torch_s(POSTS, **options))
+    for one, other in zip(onnx_s.embed(POSTS), torch_s.embed(POSTS), strict=True):
+        assert one.keys() == other.keys()
+        assert "embedding" not in one or abs(one["embedding"] - other["embedding"]).max() < 1e-5
+    # Either file alone serves its backend, and both are in the manifest.
+    (exports / "float32" / "model.safetensors").rename(exports / "aside")
+    with pytest.raises(ValueError, match="missing"):
+        Predictor.from_pretrained(exports / "float32", backend="onnx")
+    (exports / "aside").rename(exports / "float32" / "model.safetensors")
+    files = json.loads((exports / "float32" / "manifest.json").read_text())["sha256"]
+    assert {ONNX, "model.safetensors", "config.json"} <= files.keys()
+
+
+def test_8_bits_are_close_small_and_keep_gates_and_heads_whole(exports):
+    import onnx
+
+    coarse = Predictor.from_pretrained(exports / "int8", backend="onnx", threads=1)
+    fine = Predictor.from_pretrained(exports / "float32", backend="onnx", threads=1)
+    assert coarse.exported.config["onnx"]["precision"] == "int8"
+    scores = [[post["mood"]["scores"]["good"] for post in one(POSTS[2:])] for one in (coarse, fine)]
+    assert max(abs(a - b) for a, b in zip(*scores, strict=True)) < 0.05
+    graph = onnx.load(exports / "int8" / ONNX).graph
+    constants = {one.name: one for one in graph.initializer}
+    # What is left in float32: 5 heads, 4 pooling queries, 3 gates.
+    whole = [
+        constants[node.input[1]].dims for node in graph.node
+        if node.op_type in ("MatMul", "Gemm") and node.input[1] in constants
+    ]  # fmt: skip
+    assert all(len(dims) == 1 or min(dims) <= 4 for dims in whole) and len(whole) == 5 + 4 + 3
+    assert sum(node.op_type == "MatMulInteger" for node in graph.node) >= 3 * 9
+
+
+@pytest.mark.parametrize(
+    "change, rule",
+    [
+        (lambda folder: (folder / ONNX).unlink(), "has no model.onnx"),
+        (lambda folder: (folder / ONNX).write_bytes(b"\x08\x07nonsense"), "bytes instead of"),
+    ],
+)
+def test_a_missing_or_damaged_file_is_named(exports, tmp_path, change, rule):
+    onnx_export.copy_export(exports / "float32", tmp_path / "export")
+    change(tmp_path / "export")
+    with pytest.raises(ValueError, match=rule):
+        Predictor.from_pretrained(tmp_path / "export", backend="onnx")
+    if (tmp_path / "export" / ONNX).exists():
+        with pytest.raises(ValueError, match="model.onnx cannot be read"):
+            Predictor.from_pretrained(tmp_path / "export", backend="onnx", verify=False)
+
+
+def test_what_is_no_single_graph_is_refused(exports, tmp_path):
+    exported = load_exported(exports / "export")
+    text = replace(MOOD, name="answer", kind="text", labels=(), metric="rouge_l")
+    for found, rule in (
+        (replace(exported, tasks=(text,)), "answer are answered by a decoder"),
+        (replace(exported, image_processor=object()), "reads images"),
+    ):
+        with pytest.raises(ValueError, match=rule):
+            onnx_export.check_exportable(found)
+    with pytest.raises(ValueError, match="on the CPU"):
+        Predictor.from_pretrained(exports / "float32", backend="onnx", device="cuda")
+    for method in ("experts", "gradients"):
+        with pytest.raises(ValueError, match="attention alone"):
+            Predictor.from_pretrained(exports / "int8", backend="onnx").explain(
+                ["a"], method=method
+            )
+    with pytest.raises(ValueError, match="backend"):
+        Predictor.from_pretrained(exports / "float32", backend="onxx")
+
+
+def test_the_commands_take_it(exports, tmp_path):
+    (tmp_path / "posts.txt").write_text("good day\nbad rain\n")
+
+    def comoe(*words):
+        return subprocess.run(
+            [sys.executable, "-m", "comoe", *map(str, words)], capture_output=True, text=True
+        )
+
+    refused = comoe(
+        "export", "--checkpoint", exports / "export", "--output", tmp_path / "o", "--int8"
+    )
+    assert refused.returncode == 2 or "--int8 wants --format onnx" in refused.stderr
+    done = comoe(
+        "predict", "--model", exports / "int8", "--backend", "onnx", "--threads", 1,
+        "--input", tmp_path / "posts.txt", "--output", tmp_path / "out.jsonl",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 2
