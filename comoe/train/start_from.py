@@ -137,7 +137,12 @@ def _check_adapters(source: _Source, config: MoeConfig, model: MultiTaskModel) -
         ([getattr(moe, field) for field in fields], build_gate(moe, width, num_tasks))
         for moe, num_tasks in ((config, len(model.tasks)), (source.moe, len(source.tasks)))
     )
-    if ours != theirs:
+    places = [
+        {_unwrapped(name) for name in names if name.endswith(ADAPTERS)}
+        for names in (model.state_dict(), source.names)
+    ]
+    if ours != theirs or places[0] != places[1]:
+        fields = (*fields, "targets", "layers")
         raise ValueError(
             "it has LoRA experts, which stay in their linear maps: take the same model.moe "
             f"({', '.join(f'{field}={getattr(source.moe, field)}' for field in fields)}, and its gate)."

@@ -89,7 +89,7 @@ class LoraGate(GatedBlock):
         """
         tasks_T = torch.arange(len(embeddings_TD), device=embeddings_TD.device)
         context = RoutingContext(tasks_T, tasks_T, embeddings_TD, tasks_T)
-        logits_TE, own_TE = self._of_tasks(context)
+        logits_TE, own_TE = self.of_tasks(context)
         if logits_TE is None:
             logits_TE = embeddings_TD.new_zeros(len(tasks_T), self.num_experts)
         routing = self.router.gate(logits_TE, self.balance_bias_E, None, own_TE)

@@ -171,7 +171,8 @@ def test_an_export_keeps_them_and_a_run_starts_from_it(tmp_path):
     for found in (load_exported(tmp_path / "export").model, started()):
         for name, logits in logits_of(found, batch).items():
             torch.testing.assert_close(logits, expected[name], rtol=0, atol=1e-6)
-    for moe in (dict(rank=2), dict(form="beside"), dict(gate="softmax")):
+    others = (dict(targets="attention"), dict(layers=[1]), dict(gate="softmax"))
+    for moe in (dict(rank=2), dict(form="beside"), *others):
         with pytest.raises(ValueError, match="LoRA experts, which stay in their linear maps"):
             started(**moe)
 
