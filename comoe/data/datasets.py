@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from comoe.config.recipe import Recipe, TaskConfig
 from comoe.data.labels import discovered
 from comoe.data.reading.files import RawSplit
 from comoe.data.reading.inputs import check_columns
+from comoe.data.reading.label_studio import VOTES
 from comoe.data.reading.sources import NAMES, Source, open_source, read_split
+from comoe.tasks.kinds.base import Kind
+from comoe.tasks.kinds.classification import MultiLabel
 from comoe.tasks.kinds.generation import Text
 from comoe.tasks.kinds.registry import KINDS
 from comoe.tasks.task import kind_of
@@ -53,11 +56,23 @@ def groups_of(recipe: Recipe) -> list[Group]:
             subset=task.subset,
             splits=task.splits,
         )
+        source = replace(source, text=task.text, kinds=kinds_of_columns(members))
         taken = {group.name for group in groups}
         stem = Path(task.path).stem or task.path
         names = (stem, f"{stem}/{task.subset or first}", f"{task.path} ({first})")
         groups.append(Group(next(name for name in names if name not in taken), source, members))
     return groups
+
+
+def kinds_of_columns(tasks: Mapping[str, TaskConfig]) -> dict[str, Kind]:
+    """Column of labels, and what a column of their votes is named after -> kind of its task; several labels first."""
+    found: dict[str, Kind] = {}
+    for task in tasks.values():
+        kind = kind_of(task.kind)
+        for column in (task.label, (task.soft_label or "").removesuffix(VOTES)):
+            if column and kind.scored and not isinstance(found.get(column), MultiLabel):
+                found[column] = kind
+    return found
 
 
 def cuts_all_posts(recipe: Recipe) -> bool:

@@ -34,7 +34,22 @@ def read_labeled(
     Raises:
         ValueError: as of ``comoe.score``.
     """
-    raw = read_input("--data", choice.path, format=choice.format, split=choice.split)
+    known = predictor.exported.config.get("columns", {})
+    texts = {known.get(task.name, {}).get("text") for task in tasks}
+    kinds = {
+        column: task.rules
+        for task in tasks
+        for column in (choice.label or known.get(task.name, {}).get("label"), "label", task.name)
+        if column
+    }
+    raw = read_input(
+        "--data",
+        choice.path,
+        format=choice.format,
+        split=choice.split,
+        text=choice.text or (texts.pop() if len(texts) == 1 else None),
+        kinds=kinds,
+    )
     configs = _columns(choice, tasks, raw=raw, predictor=predictor)
     slices = dict.fromkeys(column for task in tasks for column in task.slices)
     slices = [column for column in slices if column in raw.columns]

@@ -253,7 +253,8 @@ class Predictor(ModelHubMixin):
           cleaned post, weights summing to 1; and ``attention_elsewhere``, the share on special
           tokens and on the second text. Where the head looked, which is no proof of a cause.
         - ``gradients`` (the same tasks): integrated gradients of the predicted label, signed; see
-          ``comoe.inference.explain.Explainer.add_gradients``. Some 50 to 500 times as slow.
+          ``comoe.inference.explain.Explainer.add_gradients``. 50 to 500 forward passes per
+          task and predicted label.
         - ``experts`` (also tasks with a head on each word): the experts that each word used.
 
         Args:

@@ -163,7 +163,7 @@ class Selector:
     def choose(
         self, posts: Iterable[Post], count: int, *, excluded: Iterable[bytes] = (), root: Any = None
     ) -> Selection:
-        """The posts to label, from a stream: memory grows by some ten bytes per post and with ``count``.
+        """The posts to label, from a stream: memory grows with the different posts and with ``count``.
 
         Args:
             posts: of a file.

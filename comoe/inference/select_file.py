@@ -6,8 +6,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from comoe.config.files import csv_line, is_read_from, read_json, write_atomic, write_json
+from comoe.config.files import (
+    check_target,
+    csv_line,
+    is_read_from,
+    read_json,
+    write_atomic,
+    write_json,
+)
 from comoe.data.posts import Post
+from comoe.data.reading.label_studio import is_labeled
 from comoe.inference.label_studio import PAIR, TEXT, interface, labeling_task
 from comoe.inference.options import PredictOptions
 from comoe.inference.post_stream import open_posts
@@ -49,6 +57,11 @@ def select_file(
         ValueError: a file, column, task or strategy that does not exist or does not fit; or no post
             is left to choose.
     """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--output {folder} is a file; name a folder.")
+    for path in exclude:
+        if not path.exists():
+            raise ValueError(f"--exclude {path}: there is no such file.")
     places = {name: folder / name for name in (TASKS, INTERFACE, TABLE)}
     for place in places.values():
         for read in (source, *exclude):
@@ -67,6 +80,8 @@ def select_file(
         for post in _labeled(path, options, predictor, selector.tasks)
     }
     posts = open_posts(str(source), options, model=predictor, tasks=selector.tasks)
+    for place in places.values():
+        check_target(place)
     found = selector.choose(posts, count, excluded=labeled, root=posts.rows.root)
     if not found.chosen:
         raise ValueError(f"no post is left to choose: {_counted(found, source)}.")
@@ -103,10 +118,9 @@ def _counted(found: Selection, source: Path | str) -> str:
 def _labeled(
     path: Path, options: PredictOptions, predictor: Predictor, tasks: Sequence[Task]
 ) -> list[Post]:
-    if path.is_file() and path.suffix.lower() == ".json" and isinstance(read_json(path), list):
-        found = [
-            task.get("data", task) if isinstance(task, Mapping) else {} for task in read_json(path)
-        ]
+    listed = _listed(path)
+    if listed is not None:
+        found = [task.get("data", task) for task in listed if is_labeled(task)]
         if not all(TEXT in data for data in found):
             raise ValueError(f"--exclude {path}: each of its tasks must have data with {TEXT}.")
         return [Post(text=data[TEXT], pair=data.get(PAIR)) for data in found]
@@ -116,6 +130,17 @@ def _labeled(
         for post in open_posts(str(path), columns, model=predictor, tasks=tasks)
         if not post.error
     ]
+
+
+def _listed(path: Path) -> list[Mapping[str, Any]] | None:
+    """The tasks of a JSON list; None of another file, as a .json file may have JSON lines."""
+    if path.suffix.lower() != ".json" or not path.is_file():
+        return None
+    with path.open("rb") as file:
+        if file.read(256).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] != b"[":
+            return None
+    listed = read_json(path)
+    return [task if isinstance(task, Mapping) else {} for task in listed]
 
 
 def _data(one: Candidate, with_pair: bool) -> dict[str, Any]:

@@ -163,7 +163,7 @@ class _Handler:
             # One task is enough to read posts that are embedded.
             reading = tasks[:1] if what == EMBED else tasks
             rows = served.predictor.collator.rows_per_post(reading)
-            tokens = [served.tokens(post, rows, what) for post in posts]
+            tokens = [served.tokens(post, rows, what, tasks) for post in posts]
             try:
                 return served, tasks, served.batcher.submit(key, posts, tokens)
             except QueueFull as full:

@@ -21,7 +21,7 @@ class Limits:
     max_posts: int = 256
     """Posts of a request."""
     max_gradients: int = 16
-    """Posts of a request that is explained by gradients, which takes some hundred times as long."""
+    """Posts of a request that is explained by gradients, which takes some hundred times as long per task."""
     max_characters: int = 20_000
     """Characters of a post, with its second text and its words."""
     queue: int = 1024

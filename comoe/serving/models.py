@@ -17,12 +17,13 @@ from comoe.inference.predictor import Predictor
 from comoe.serving.batcher import Batcher
 from comoe.serving.limits import Limits
 from comoe.serving.metrics import Metrics
+from comoe.tasks.task import Task
 
 PREDICT, EMBED = "predict", "embed"
 """What a model is asked for; or a method of ``comoe.inference.explain.METHODS``."""
 
 GRADIENT_COST = 100
-"""Forward passes that take as long as explaining a post by gradients, about."""
+"""Forward passes that take as long as explaining one task of a post by gradients, about."""
 
 LOG = logging.getLogger("comoe.serving")
 
@@ -92,13 +93,19 @@ class Served:
         """Whether its posts may have images."""
         return self.predictor.collator.pixels is not None
 
-    def tokens(self, post: Mapping[str, Any], rows: int, what: str = PREDICT) -> int:
-        """About how many tokens a post has in a batch of so many rows per post, or what takes as long."""
+    def tokens(
+        self, post: Mapping[str, Any], rows: int, what: str = PREDICT, tasks: Sequence[Task] = ()
+    ) -> int:
+        """About how many tokens a post has in a batch of so many rows per post, or what takes as long.
+
+        By gradients each of ``tasks`` with a head on the whole post is explained on its own.
+        """
         texts = (post["text"], post["pair"], *(post["words"] or ()))
         size = sum(len(text.encode()) for text in texts if text)
         longest = self.predictor.exported.data_config.max_length
-        cost = GRADIENT_COST if what == GRADIENTS else 1
-        return cost * rows * (2 + min(size // BYTES_PER_TOKEN, longest))
+        if what == GRADIENTS:
+            rows += GRADIENT_COST * sum(task.mode in METHODS[GRADIENTS] for task in tasks)
+        return rows * (2 + min(size // BYTES_PER_TOKEN, longest))
 
     def describe(self) -> dict[str, Any]:
         """What ``/v1/tasks`` says of it."""

@@ -2,11 +2,11 @@
 
 A row has the post's data, and for each control of the labeling interface a column of its name:
 
-- choices: the label of most annotators (none where several lead), or, where somebody chose several,
+- choices: the label of most annotators (none where several lead), or, for a task of several labels,
   the labels that more than half chose; and ``<name>_votes``, a soft label: counts, or of several
   labels the share of the annotators that chose each.
 - labels of spans: a tag per word (B-, I-, O), of the spans that more than half of the annotators
-  marked; the words are in the column ``words``.
+  marked; the words are in the column ``words`` (``tokens`` where a control is called words).
 - number and rating: the mean. Text: what the first annotator wrote.
 """
 
@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from comoe.config.files import read_json
 from comoe.data.reading.files import RawSplit
 from comoe.data.report import BadRow
 from comoe.tasks.agreement import krippendorff_alpha, set_distance, squared_distance
+from comoe.tasks.kinds.base import Kind
+from comoe.tasks.kinds.classification import MultiLabel
 from comoe.tasks.labels import OUTSIDE, split_words
 
 CHOICES, SPANS, NUMBER, TEXT = "choices", "labels", "number", "text"
@@ -35,64 +38,186 @@ RESULTS = {
 }
 """Type of a result -> what it is, and the key of its value."""
 
-WORDS, VOTES = "words", "_votes"
-"""Column with the words that tags are of, and the ending of a column of soft labels."""
+WORDS, TOKENS, VOTES = "words", "tokens", "_votes"
+"""Column with the words that tags are of, that column where a control has its name, and the ending
+of a column of soft labels."""
 
 Opinions = list[dict[str, Any]]
 """Per annotator of one post: control -> a frozen set of choices, or of spans (start, end, label,
 text), a number, or a text."""
 
 
-def read_label_studio(path: Path) -> RawSplit:
+@dataclass(slots=True)
+class _Export:
+    """What the tasks of a file have."""
+
+    path: Path
+    total: int
+    """Tasks, labeled or not."""
+    found: list[tuple[int, Mapping[str, Any], Opinions]] = field(default_factory=list)
+    """Number, data and opinions of those that somebody labeled."""
+    bad: list[BadRow] = field(default_factory=list)
+    controls: dict[str, str] = field(default_factory=dict)
+    """Control -> what its results are."""
+    objects: Counter[str] = field(default_factory=Counter)
+    """Name of the text that spans are marked in -> spans."""
+    unread: Counter[str] = field(default_factory=Counter)
+    """Type that is not read -> results."""
+    words: str = WORDS
+    """Column with the words."""
+
+
+def read_label_studio(
+    path: Path,
+    *,
+    text: str | None = None,
+    kinds: Mapping[str, Kind] | None = None,
+    option: str = "tasks.<name>.text",
+) -> RawSplit:
     """The posts of a JSON export ("JSON", not "JSON-MIN") that somebody has labeled.
 
     ``notes`` of the result have the agreement of each control, as Krippendorff's alpha.
 
+    Args:
+        path: the file.
+        text: column with the post, which spans are marked in where a task has them; its cells then
+            become lists of words.
+        kinds: of the tasks, by the column of their labels. They say whether a column has sets of
+            labels; of a column that no task has, its posts do. None reads every control.
+        option: what sets ``text``, for messages.
+
     Raises:
-        ValueError: no such export.
+        ValueError: no such export; two controls make the same column; or nothing says which column
+            the spans are marked in.
     """
+    kinds = kinds or {}
+    export = _opened(path)
+    _drop_spans(export, text, kinds)
+    _check_columns(export)
+    several = _several_of(export, kinds)
+    of_tags = any(kind == SPANS for kind in export.controls.values())
+    marked = _text_column(export, text, option) if of_tags else None
+    rows, lines, units = [], [], {name: [] for name in export.controls}
+    for line, data, opinions in export.found:
+        try:
+            given = {
+                name: _given(name, opinions, kind, several)
+                for name, kind in export.controls.items()
+            }
+            for name, kind in export.controls.items():
+                if kind == SPANS:
+                    given[name] = _in_characters(given[name], data, marked)
+            row = _row(data, given, export, several, marked)
+        except ValueError as error:
+            export.bad.append(BadRow(str(path), line, data, str(error)))
+            continue
+        if marked is not None and marked == text:
+            row[marked] = row[export.words]
+        rows.append(row)
+        lines.append(line)
+        for name, found in given.items():
+            units[name].append(found)
+    notes = [f"{path}: {len(rows):,} of {export.total:,} posts are labeled"]
+    if export.unread:
+        types = ", ".join(f"{count:,} {name}" for name, count in export.unread.most_common())
+        notes.append(
+            f"{path}: {export.unread.total():,} results of types that are not read: {types}"
+        )
+    for name, kind in export.controls.items():
+        notes += _agreement(path, name, units[name], kind, one=name not in several)
+    columns = tuple(dict.fromkeys(key for row in rows for key in row))
+    return RawSplit(str(path), rows, lines, columns, export.bad, notes=tuple(notes))
+
+
+def _opened(path: Path) -> _Export:
     tasks = read_json(path)
     if not (isinstance(tasks, list) and all(_is_task(task) for task in tasks)):
         raise ValueError(
             f"{path} is no export of Label Studio: it must be a JSON list of tasks with data and annotations; choose "
             "JSON there (not JSON-MIN), or correct the format."
         )
-    kinds: dict[str, str] = {}
-    found: list[tuple[int, Mapping[str, Any], Opinions]] = []
-    bad: list[BadRow] = []
+    export = _Export(path, len(tasks))
     for line, task in enumerate(tasks, start=1):
         try:
-            if opinions := _opinions(task, kinds):
-                found.append((line, task["data"], opinions))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            if opinions := _opinions(task, export):
+                export.found.append((line, task["data"], opinions))
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             # Of our own sentences the last; else a result that is built in another way.
             rule = str(error) if type(error) is ValueError else "a result lacks what its type has."
-            bad.append(BadRow(str(path), line, task["data"], rule))
-    several = {
+            export.bad.append(BadRow(str(path), line, task["data"], rule))
+    export.words = TOKENS if WORDS in export.controls else WORDS
+    return export
+
+
+def _drop_spans(export: _Export, text: str | None, kinds: Mapping[str, Kind]) -> None:
+    """Spans that no task learns from need no text: they may be of another one."""
+    if kinds and text != export.words:
+        wanted = {name for name, kind in kinds.items() if kind.mode == "tokens"}
+        export.controls = {
+            name: kind for name, kind in export.controls.items() if kind != SPANS or name in wanted
+        }
+
+
+def _check_columns(export: _Export) -> None:
+    """ValueError where two controls would write the same column."""
+    made = Counter(list(export.controls))
+    made.update(name + VOTES for name, kind in export.controls.items() if kind == CHOICES)
+    made.update([export.words] if SPANS in export.controls.values() else [])
+    for column, count in made.items():
+        if count > 1:
+            raise ValueError(
+                f"{export.path}: two of the controls {', '.join(export.controls)} make the column {column} (of choices "
+                f"also <name>{VOTES}, of spans the words in {export.words}); rename one (its from_name)."
+            )
+
+
+def _several_of(export: _Export, kinds: Mapping[str, Kind]) -> set[str]:
+    """The controls with sets of labels."""
+    guessed = {
         name
-        for _, _, opinions in found
+        for _, _, opinions in export.found
         for told in opinions
-        for name in told
-        if kinds[name] == CHOICES and len(told[name]) > 1
+        for name, one in told.items()
+        if export.controls.get(name) == CHOICES and len(one) > 1
     }
-    rows, lines, units = [], [], {name: [] for name in kinds}
-    for line, data, opinions in found:
-        given = {name: _given(name, opinions, kinds[name], several) for name in kinds}
-        try:
-            for name in (name for name, kind in kinds.items() if kind == SPANS):
-                given[name] = _in_characters(given[name], data)
-            rows.append(_row(data, given, kinds, several))
-        except ValueError as error:
-            bad.append(BadRow(str(path), line, data, str(error)))
-            continue
-        lines.append(line)
-        for name in kinds:
-            units[name].append(given[name])
-    notes = [f"{path}: {len(rows):,} of {len(tasks):,} posts are labeled"]
-    for name, kind in kinds.items():
-        notes += _agreement(path, name, units[name], kind, one=name not in several)
-    columns = tuple(dict.fromkeys(key for row in rows for key in row))
-    return RawSplit(str(path), rows, lines, columns, bad, notes=tuple(notes))
+    return {
+        name
+        for name, kind in export.controls.items()
+        if kind == CHOICES
+        and (isinstance(kinds[name], MultiLabel) if name in kinds else name in guessed)
+    }
+
+
+def _text_column(export: _Export, text: str | None, option: str) -> str:
+    """The column that the spans of all posts are marked in: the one that is asked for, or that fits the most posts."""
+    spans_of = [
+        (data, [span for told in opinions for name in export.controls
+                if export.controls[name] == SPANS for span in told.get(name, ())])
+        for _, data, opinions in export.found
+    ]  # fmt: skip
+    columns = dict.fromkeys(
+        key for data, _ in spans_of for key, cell in data.items() if isinstance(cell, str)
+    )
+    if text in columns:
+        return text
+    marked = [(data, spans) for data, spans in spans_of if spans]
+    fitting = {
+        column: sum(_fits(data.get(column), spans) for data, spans in marked) for column in columns
+    }
+    best = [column for column in columns if fitting[column] == max(fitting.values())]
+    if len(named := [column for column in best if column in export.objects]) == 1:
+        return named[0]
+    if len(best) == 1:
+        return best[0]
+    which = f"they fit {', '.join(best)}" if best else "no post has a text"
+    raise ValueError(
+        f"{export.path}: nothing says which column of the data the spans are marked in: {which}; set {option} to it, "
+        "and the post is read from there as words."
+    )
+
+
+def _fits(text: Any, spans: Iterable[tuple]) -> bool:
+    return isinstance(text, str) and all(_place(text, span) for span in spans)
 
 
 def _given(name: str, opinions: Opinions, kind: str, several: set[str]) -> list[Any]:
@@ -101,7 +226,15 @@ def _given(name: str, opinions: Opinions, kind: str, several: set[str]) -> list[
     if kind == SPANS or name in several:
         return [told.get(name, frozenset()) for told in opinions]
     found = [told[name] for told in opinions if name in told]
-    return [next(iter(one)) for one in found if one] if kind == CHOICES else found
+    if kind != CHOICES:
+        return found
+    for one in found:
+        if len(one) > 1:
+            raise ValueError(
+                f"an annotator chose {' and '.join(sorted(one))} of {name}, whose task has one label per post; "
+                "use kind: multi_label, or correct the annotation."
+            )
+    return [next(iter(one)) for one in found if one]
 
 
 def _is_task(task: Any) -> bool:
@@ -112,8 +245,17 @@ def _is_task(task: Any) -> bool:
     )
 
 
-def _opinions(task: Mapping[str, Any], kinds: dict[str, str]) -> Opinions:
-    """What the annotators say; empty without an annotation. Notes the kind of each control."""
+def is_labeled(task: Mapping[str, Any]) -> bool:
+    """False for a task of an export that nobody has labeled, or that all have skipped; a plain post is."""
+    if not isinstance(task.get("annotations"), list):
+        return True
+    return any(
+        isinstance(one, Mapping) and not one.get("was_cancelled") for one in task["annotations"]
+    )
+
+
+def _opinions(task: Mapping[str, Any], export: _Export) -> Opinions:
+    """What the annotators say; empty without an annotation. Notes what the controls are."""
     opinions: Opinions = []
     for annotation in task["annotations"]:
         if annotation.get("was_cancelled"):
@@ -121,10 +263,18 @@ def _opinions(task: Mapping[str, Any], kinds: dict[str, str]) -> Opinions:
         opinions.append({})
         for result in annotation["result"]:
             if result.get("type") not in RESULTS:
+                export.unread[str(result.get("type"))] += 1
                 continue
             name, (kind, key) = result["from_name"], RESULTS[result["type"]]
-            if kinds.setdefault(name, kind) != kind:
+            if export.controls.setdefault(name, kind) != kind:
                 raise ValueError(f"control {name} has results of different types.")
+            if kind == SPANS:
+                export.objects[str(result.get("to_name"))] += 1
+            elif "start" in result["value"]:
+                raise ValueError(
+                    f"control {name} labels a part of the post (its value has start), not the post; "
+                    "remove perRegion from the control."
+                )
             _add(opinions[-1], name, kind, result["value"], key)
     return opinions
 
@@ -140,6 +290,8 @@ def _add(told: dict[str, Any], name: str, kind: str, value: Mapping[str, Any], k
         told[name] = told.get(name, frozenset()) | spans
     elif kind == NUMBER:
         told[name] = float(value[key])
+        if not math.isfinite(told[name]):
+            raise ValueError(f"control {name} has {told[name]}, which is no number; correct it.")
     else:
         told.setdefault(name, " ".join(map(str, value[key])))
 
@@ -147,16 +299,18 @@ def _add(told: dict[str, Any], name: str, kind: str, value: Mapping[str, Any], k
 def _row(
     data: Mapping[str, Any],
     given: Mapping[str, Sequence[Any]],
-    kinds: Mapping[str, str],
+    export: _Export,
     several: set[str],
+    marked: str | None,
 ) -> dict[str, Any]:
     row = dict(data)
-    for name, kind in kinds.items():
+    for name, kind in export.controls.items():
         cells = {name: None}
         if kind == CHOICES:
             cells = (_several if name in several else _one)(name, given[name])
         elif kind == SPANS:
-            cells = _tags(name, given[name], data)
+            words, tags = _tags(given[name], data[marked])
+            cells = {name: tags, export.words: words}
         elif given[name]:
             mean = sum(given[name]) / len(given[name]) if kind == NUMBER else None
             cells = {name: given[name][0] if mean is None else mean}
@@ -180,11 +334,10 @@ def _several(name: str, given: Sequence[frozenset[str]]) -> dict[str, Any]:
     return {name: chosen, name + VOTES: {label: n / len(given) for label, n in votes.items()}}
 
 
-def _tags(name: str, given: Sequence[frozenset], data: Mapping[str, Any]) -> dict[str, Any]:
-    """Tags of the words; a word that a span touches is in it."""
+def _tags(given: Sequence[frozenset], text: str) -> tuple[list[str], list[str]]:
+    """Words and their tags; a word that a span touches is in it."""
     votes = Counter(span for one in given for span in one)
     kept = [span for span, count in votes.items() if 2 * count > len(given)]
-    text = _text_of(data, votes)
     words = split_words(text)
     places, at = [], 0
     for word in words:
@@ -197,21 +350,21 @@ def _tags(name: str, given: Sequence[frozenset], data: Mapping[str, Any]) -> dic
         if inside and all(tags[i] == OUTSIDE for i in inside):
             for i in inside:
                 tags[i] = f"{'I' if i > inside[0] else 'B'}-{label}"
-    return {name: tags, WORDS: words}
+    return words, tags
 
 
-def _in_characters(given: Sequence[frozenset], data: Mapping[str, Any]) -> list[frozenset]:
+def _in_characters(
+    given: Sequence[frozenset], data: Mapping[str, Any], marked: str
+) -> list[frozenset]:
     """The spans with their places in characters: a browser may count an emoji as two."""
-    text = _text_of(data, [span for one in given for span in one])
+    text = data.get(marked)
+    if not _fits(text, (span for one in given for span in one)):
+        raise ValueError(
+            f"its column {marked} lacks the marked spans where they are said to be."
+            if isinstance(text, str)
+            else f"its data has no text in column {marked}, which spans are marked in."
+        )
     return [frozenset((*_place(text, span), span[2], span[3]) for span in one) for one in given]
-
-
-def _text_of(data: Mapping[str, Any], spans: Iterable[tuple]) -> str:
-    for key in ("text", *data):
-        text = data.get(key)
-        if isinstance(text, str) and all(_place(text, span) for span in spans):
-            return text
-    raise ValueError("no text of its data has the marked spans where they are said to be.")
 
 
 def _place(text: str, span: tuple[int, int, str, str]) -> tuple[int, int] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from comoe.data.reading.files import (
 from comoe.data.reading.label_studio import read_label_studio
 from comoe.data.reading.tables import class_names, load_hub, named_rows, read_parquet
 from comoe.data.reading.tweeteval import read_mapping, read_tweeteval
+from comoe.tasks.kinds.base import Kind
 
 NAMES: dict[str, tuple[str, ...]] = {
     "train": ("train", "training"),
@@ -45,6 +46,10 @@ class Source:
     """Configuration of a hub data set."""
     splits: Mapping[str, str] = field(default_factory=dict)
     """Split -> file (or hub split) where it has not a usual name."""
+    text: str | None = None
+    """Column with the post, where the reader is to know."""
+    kinds: Mapping[str, Kind] = field(default_factory=dict)
+    """Column of labels -> kind of the task that has them."""
 
 
 def open_source(
@@ -101,13 +106,24 @@ def read_split(source: Source, split: str) -> RawSplit | None:
     return READERS[source.format](source, split)
 
 
-def read_input(option: str, path: str, *, format: str = "auto", split: str = "train") -> RawSplit:
+def read_input(
+    option: str,
+    path: str,
+    *,
+    format: str = "auto",
+    split: str = "train",
+    text: str | None = None,
+    kinds: Mapping[str, Kind] | None = None,
+) -> RawSplit:
     """What an option of a command names: a file is read whole, of a folder or hub data set one split.
+
+    ``text`` and ``kinds`` are those of ``Source``.
 
     Raises:
         ValueError: nothing there, no format fits, no such split; or it cannot be read at all.
     """
     source = open_source(option, root=None, path=path, format=format, subset=None, splits={})
+    source = replace(source, text=text, kinds=kinds or {})
     if split not in NAMES:
         raise unknown_name("--split", split, NAMES)
     # A path that is a file is its data set's training split to the reader.
@@ -252,6 +268,14 @@ def _read_tweeteval(source: Source, split: str) -> RawSplit | None:
     )
 
 
+def _read_label_studio(source: Source, split: str) -> RawSplit | None:
+    path = _locate(source, split, (".json",))
+    option = f"{source.key}.text" if source.key.startswith("tasks.") else "--text-column"
+    if path is None:
+        return None
+    return read_label_studio(path, text=source.text, kinds=source.kinds, option=option)
+
+
 def _read_hub(source: Source, split: str) -> RawSplit | None:
     """A data set of the Hugging Face hub. Its own Python code is never run."""
     where = source.path + (f", subset {source.subset}" if source.subset else "")
@@ -305,7 +329,7 @@ READERS: dict[str, Callable[[Source, str], RawSplit | None]] = {
     "tsv": _text_reader("tsv"),
     "parquet": _file_reader((".parquet",), read_parquet),
     "txt": _text_reader("txt"),
-    "label_studio": _file_reader((".json",), read_label_studio),
+    "label_studio": _read_label_studio,
     "hub": _read_hub,
 }
 """Format -> reader of one split, None where the data set lacks it."""

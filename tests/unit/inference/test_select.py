@@ -115,7 +115,9 @@ def test_the_folder_goes_to_label_studio_and_comes_back(predictor, tmp_path):
         task["annotations"] = [{"result": task["predictions"][0]["result"]}]
         task["data"].pop("words", None)
     (tmp_path / "labeled.json").write_text(json.dumps(tasks))
-    back = read_label_studio(tmp_path / "labeled.json")
+    back = read_label_studio(
+        tmp_path / "labeled.json", kinds={"signs": SIGNS.rules, "words": WORDS.rules}
+    )
     expected = {
         row["text"]: found
         for row, found in zip(rows, predictor([r["text"] for r in rows]), strict=True)
@@ -123,6 +125,10 @@ def test_the_folder_goes_to_label_studio_and_comes_back(predictor, tmp_path):
     for row in back.rows:
         assert row["mood"] == expected[row["text"]]["mood"]["label"]
         assert row["heat"] == pytest.approx(expected[row["text"]]["heat"]["value"], abs=1e-5)
+        found = expected[row["text"]]["words"]
+        assert row["tokens"] == found["words"] and row["words"] == found["tags"]
+        assert row["signs"] == expected[row["text"]]["signs"]["labels"]
+    assert any("B-PER" in row["words"] for row in back.rows)
     # And nothing is left to label.
     with pytest.raises(ValueError, match="no post is left to choose: .*13 labeled already"):
         select_file(
@@ -132,6 +138,37 @@ def test_the_folder_goes_to_label_studio_and_comes_back(predictor, tmp_path):
             options,
             exclude=[tmp_path / "labeled.json"],
         )
+
+
+def test_what_is_skipped_or_not_annotated_is_left_to_label(predictor, tmp_path):
+    (tmp_path / "posts.txt").write_text("\n".join(TEXTS[:4]))
+    annotations = [], [{"was_cancelled": True, "result": []}], [{"result": []}]
+    tasks = [
+        {"data": {"text": text}, "annotations": one}
+        for text, one in zip(TEXTS, annotations, strict=False)
+    ]
+    (tmp_path / "some.json").write_text(json.dumps([*tasks, {"text": TEXTS[3]}]))
+    (tmp_path / "lines.json").write_text(json.dumps({"text": TEXTS[0]}) + "\n" * 2)
+    exclude = [tmp_path / "some.json", tmp_path / "lines.json"]
+    done = select_file(
+        predictor, tmp_path / "posts.txt", tmp_path / "out", PredictOptions(), exclude=exclude
+    )
+    assert "1 posts to label" in done and "3 labeled already" in done
+    (post,) = json.loads((tmp_path / "out/posts.json").read_text())
+    assert post["data"]["text"] == TEXTS[1]
+
+
+def test_files_are_looked_at_before_anything_is_predicted(tmp_path):
+    for exclude, folder, rule in (
+        (["nope.json"], "out", "--exclude .*nope.json: there is no such file"),
+        ([], "file", "--output .*file is a file; name a folder"),
+    ):
+        (tmp_path / "file").write_text("")
+        paths = [tmp_path / name for name in exclude]
+        with pytest.raises(ValueError, match=rule):
+            select_file(
+                None, tmp_path / "posts.txt", tmp_path / folder, PredictOptions(), exclude=paths
+            )
 
 
 def test_a_packed_input_is_read_as_a_stream(predictor, tmp_path):

@@ -206,6 +206,10 @@ def test_rows_of_a_task_of_its_own_count_for_the_tokens(tmp_path: Path) -> None:
     server = Server(Source("tiny", tmp_path / "export"), batch_wait=0)
     server.ask("/v1/predict", {"posts": ["good day"], "tasks": ["mood", "topic"]})
     server.ask("/v1/embed", {"posts": ["good day"]})
+    served = server.models.find(None, None)
+    post = {"text": "good day", "pair": None, "words": None}
+    # By gradients each task of a whole post costs as much as 100 rows; tags are not explained by them.
+    assert [served.tokens(post, 2, "gradients", TASKS[:n]) for n in (1, 2, 4)] == [408, 808, 1208]
     server.models.close()
     page = server.ask("/metrics").text
     assert 'comoe_batch_tokens_sum{model="tiny"} 12.0' in page  # 2 + 8 bytes / 3: two rows and one

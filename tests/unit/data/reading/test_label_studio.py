@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import re
 
 import pytest
 
 from comoe.config.recipe import TaskConfig
 from comoe.data.corpus import load_corpus
+from comoe.data.datasets import groups_of, read_group
 from comoe.data.reading.label_studio import read_label_studio
 from comoe.tasks.agreement import krippendorff_alpha, set_distance, squared_distance
+from comoe.tasks.kinds.registry import KINDS
 from tests.helpers_data import recipe_of
 
 # Krippendorff 2011, section C: four observers, twelve units, missing cells.
@@ -58,9 +61,9 @@ def task(text, *annotations, **more):
     } | more
 
 
-def read(tmp_path, *tasks):
+def read(tmp_path, *tasks, **options):
     (tmp_path / "export.json").write_text(json.dumps(tasks), encoding="utf-8")
-    return read_label_studio(tmp_path / "export.json")
+    return read_label_studio(tmp_path / "export.json", **options)
 
 
 def test_labels_votes_spans_and_numbers(tmp_path):
@@ -104,7 +107,14 @@ def test_several_choices_are_sets_and_shares(tmp_path):
             task("a", [{"from_name": "mood", "type": "choices", "value": {}}]),
             "lacks what its type has",
         ),
-        (task("a", [span(0, 9, "zzz")], [span(0, 9, "zzz")]), "no text of its data has"),
+        (task("a", [span(0, 9, "zzz")], [span(0, 9, "zzz")]), "column text lacks the marked spans"),
+        (
+            task("a", [choice("x") | {"value": {"choices": ["x"], "start": 0, "end": 1}}]),
+            "perRegion",
+        ),
+        (task("a", [number(float("1e999"))]), "heat has inf"),
+        (task("a", [span(float("inf"), 9, "zzz")]), "lacks what its type has"),
+        (task("a", [choice("x", "y")]), "chose x and y of mood, .* use kind: multi_label"),
         (
             {"data": {"text": "a", "mood": 1}, "annotations": [{"result": [choice("x")]}]},
             "rename one",
@@ -112,8 +122,82 @@ def test_several_choices_are_sets_and_shares(tmp_path):
     ],
 )
 def test_a_bad_task_is_a_bad_row(tmp_path, broken, rule):
-    raw = read(tmp_path, task("b", [choice("x")]), broken)
-    assert len(raw.rows) == 1 and rule in raw.bad[0].rule and raw.bad[0].line == 2
+    kinds = {"mood": KINDS["single_label"], "who": KINDS["tags"]}
+    raw = read(tmp_path, task("b", [choice("x")]), broken, kinds=kinds)
+    assert len(raw.rows) == 1 and re.search(rule, raw.bad[0].rule) and raw.bad[0].line == 2
+
+
+def posts(*cells, result=()):
+    """Posts of these data, of which the first has a result."""
+    return [
+        {"data": data, "annotations": [{"result": [*result] if number == 0 else []}]}
+        for number, data in enumerate(cells)
+    ]
+
+
+MOOD, TAGS = {"mood": KINDS["single_label"]}, {"who": KINDS["tags"]}
+TWEETS = {"id": "a17", "tweet": "Ann is here"}, {"id": "a18", "tweet": "nobody is here"}
+TWINS = [data | {"raw": data["tweet"]} for data in TWEETS]
+
+
+@pytest.mark.parametrize(
+    "cells, to_name, text, found",
+    [
+        (TWEETS, "text", "words", ["nobody", "is", "here"]),
+        (TWINS, "raw", "words", ["nobody", "is", "here"]),  # of several that fit, as the control says
+        (TWINS, "text", "raw", ["nobody", "is", "here"]),  # or the recipe
+        (TWINS, "text", "words", "they fit tweet, raw; set tasks.who.text"),
+        ([{"text": 3}], "text", "words", "no post has a text"),
+    ],
+)  # fmt: skip
+def test_the_text_is_one_column_of_the_file(tmp_path, cells, to_name, text, found):
+    marked = posts(*cells, result=[span(0, 3, "Ann") | {"to_name": to_name}])
+    options = {"text": text, "kinds": TAGS, "option": "tasks.who.text"}
+    if isinstance(found, str):
+        with pytest.raises(ValueError, match=found):
+            read(tmp_path, *marked, **options)
+    else:
+        raw = read(tmp_path, *marked, **options)
+        assert [row["who"] for row in raw.rows] == [["B-PER", "O", "O"], ["O"] * 3]
+        assert raw.rows[1]["words"] == found and raw.rows[1][text] == found
+    # A task that reads no spans needs no such column.
+    raw = read(tmp_path, *marked, text="tweet", kinds=MOOD)
+    assert len(raw.rows) == len(cells) and "who" not in raw.columns and not raw.bad
+
+
+@pytest.mark.parametrize("kind, cells, votes", [
+    ("multi_label", [["spam"], [], ["spam"]], [{"spam": 1.0}, {}, {"spam": 1.0}]),
+    ("single_label", ["spam", None, "spam"], [{"spam": 2}, None, {"spam": 1}]),
+])  # fmt: skip
+def test_the_kind_of_the_task_makes_sets(tmp_path, kind, cells, votes):
+    spam = [choice("spam")]
+    raw = read(
+        tmp_path, task("a", spam, spam), task("b", []), task("c", spam),
+        kinds={"mood": KINDS[kind]},
+    )  # fmt: skip
+    assert [row["mood"] for row in raw.rows] == cells
+    assert [row["mood_votes"] for row in raw.rows] == votes
+    config = TaskConfig("export.json", format="label_studio", label="mood", kind=kind,
+                        labels=["spam", "ad"], soft_label="mood_votes")  # fmt: skip
+    groups = groups_of(recipe_of(tmp_path, mood=config))
+    read_group(groups[0], with_images=False)
+    assert [row["mood"] for row in groups[0].raw["train"].rows] == cells
+    for row in raw.rows:
+        KINDS[kind].parse_soft(row["mood_votes"], ("spam", "ad"))
+
+
+def test_what_is_not_read_is_counted_and_names_do_not_collide(tmp_path):
+    other = [{"type": "taxonomy", "value": {}, "from_name": "t"}, {"type": "relation"}]
+    named = span(0, 3, "Ann") | {"from_name": "words"}
+    raw = read(tmp_path, task("Ann is", [*other, named]), task("b", [other[0]]))
+    assert any(
+        "3 results of types that are not read: 2 taxonomy, 1 relation" in n for n in raw.notes
+    )
+    assert raw.rows[0]["words"] == ["B-PER", "O"] and raw.rows[0]["tokens"] == ["Ann", "is"]
+    with pytest.raises(ValueError, match="make the column mood_votes"):
+        read(tmp_path, task("b", [choice("x"), number(1) | {"from_name": "mood_votes"}]))
+    with pytest.raises(ValueError, match="make the column tokens"):
+        read(tmp_path, task("Ann", [named, number(1) | {"from_name": "tokens"}]))
 
 
 @pytest.mark.parametrize("content", ['{"text": "a"}', '[{"text": "a", "mood": "x"}]', "[1]", "{"])
