@@ -57,16 +57,8 @@ def select_file(
         ValueError: a file, column, task or strategy that does not exist or does not fit; or no post
             is left to choose.
     """
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--output {folder} is a file; name a folder.")
-    for path in exclude:
-        if not path.exists():
-            raise ValueError(f"--exclude {path}: there is no such file.")
     places = {name: folder / name for name in (TASKS, INTERFACE, TABLE)}
-    for place in places.values():
-        for read in (source, *exclude):
-            if is_read_from(place, Path(read)):
-                raise ValueError(f"{place} would replace what is read; name another --output.")
+    _check_files(places, folder, (Path(source), *exclude), exclude)
     selector = Selector(
         predictor,
         strategy=strategy,
@@ -89,6 +81,20 @@ def select_file(
         found, selector, places, model=f"comoe {predictor.exported.folder.resolve().parent.name}"
     )
     return f"{len(found.chosen):,} posts to label in {folder}; {_counted(found, source)}"
+
+
+def _check_files(
+    places: Mapping[str, Path], folder: Path, read: Sequence[Path], exclude: Sequence[Path]
+) -> None:
+    """ValueError before anything is predicted, where a file is missing or would be replaced."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--output {folder} is a file; name a folder.")
+    for path in exclude:
+        if not path.exists():
+            raise ValueError(f"--exclude {path}: there is no such file.")
+    for place in places.values():
+        if any(is_read_from(place, path) for path in read):
+            raise ValueError(f"{place} would replace what is read; name another --output.")
 
 
 def _write(found: Selection, selector: Selector, places: Mapping[str, Path], *, model: str) -> None:

@@ -11,7 +11,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from helpers_export import assert_same, export_tiny
+from helpers_export import TASKS, assert_same, export_tiny
 from helpers_serving import Client, Server
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
