@@ -166,4 +166,13 @@ def test_what_cannot_be_read_says_what_to_do(tmp_path, monkeypatch):
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             read(place, **options)
-    assert set(READERS) == {"tweeteval", "jsonl", "csv", "tsv", "parquet", "txt", "hub"}
+    assert set(READERS) == {
+        "tweeteval",
+        "jsonl",
+        "csv",
+        "tsv",
+        "parquet",
+        "txt",
+        "label_studio",
+        "hub",
+    }
