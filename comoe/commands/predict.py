@@ -81,6 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser().parse_args(argv)
 
     from comoe.inference.options import PredictOptions
+    from comoe.inference.predict_file import predict_file
     from comoe.inference.predictor import Predictor
 
     if options.format is None:
@@ -96,11 +97,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         threads=options.threads,
         revision=options.revision,
     ).with_long(options.long, scores=options.long_scores, overlap=options.long_overlap)
-    if asked.adapts:
-        from comoe.inference.predict_adapted import predict_adapted as predict
-    else:
-        from comoe.inference.predict_file import predict_file as predict
-    done = predict(predictor, options.input, options.output, asked)
+    done = predict_file(predictor, options.input, options.output, asked)
     print(done, file=sys.stderr)
     if options.json_summary == "-":
         print(json.dumps(done.record()))

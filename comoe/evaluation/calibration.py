@@ -17,6 +17,7 @@ from scipy.optimize import minimize_scalar
 from scipy.special import expit, logsumexp, softmax
 
 from comoe.evaluation.evaluate import Evaluation, compute_metrics
+from comoe.evaluation.prior_shift import fit_prior
 from comoe.evaluation.thresholds import FOLDS, Chosen, choose_for_labels, choose_for_two_classes
 from comoe.tasks.kinds.base import PostOutput
 from comoe.tasks.task import Task
@@ -136,9 +137,10 @@ class Calibrator:
         )
 
     def report(self) -> dict[str, dict[str, Any]]:
-        """Task -> ``temperature``, ``thresholds``, ``prior``, ``decision`` (metric, at_half, held_out) or
-        None, and ``ece`` and ``nll``: split -> before, after. Plain numbers; None where nothing was
-        fitted."""
+        """Task -> ``temperature``, ``thresholds``, ``prior``, ``score_prior`` and ``decision`` (metric,
+        at_half, held_out), each None where nothing was fitted; ``score_power``; and ``ece`` and
+        ``nll``: split -> before, after. Plain numbers.
+        """
         return {
             task.name: self._report[task.name] for task in self.tasks if task.name in self._report
         }
@@ -167,6 +169,10 @@ class Calibrator:
                 }
                 self._entry(task)["decision"] = entry
                 task = replace(task, thresholds=chosen.thresholds)
+        if task.mode != "tokens":
+            tempered_NY = found.logits_NY / (task.temperature or 1.0)
+            prior_Y, power = fit_prior(tempered_NY, found.gold, rule.probabilities)
+            task = replace(task, score_prior=tuple(prior_Y.tolist()), score_power=power)
         return task
 
     def _look(self, split: str, task: Task, found: Evidence) -> None:
@@ -175,6 +181,8 @@ class Calibrator:
             "temperature": task.temperature,
             "thresholds": task.thresholds and list(task.thresholds),
             "prior": task.prior and list(task.prior),
+            "score_prior": task.score_prior and list(task.score_prior),
+            "score_power": task.score_power,
         }
         after_NY = None
         if task.temperature is not None:
@@ -196,8 +204,8 @@ class Calibrator:
             entry[name][split] = {"before": before, "after": after}
 
     def _entry(self, task: Task) -> dict[str, Any]:
-        blank = dict.fromkeys(("temperature", "thresholds", "prior", "decision"))
-        blank |= {"ece": {}, "nll": {}}
+        blank = dict.fromkeys(("temperature", "thresholds", "prior", "score_prior", "decision"))
+        blank |= {"score_power": 1.0, "ece": {}, "nll": {}}
         return self._report.setdefault(task.name, blank)
 
 
@@ -296,13 +304,15 @@ def with_calibration(
         entry = (report or {}).get(task.name, {})
         edges = entry.get("thresholds")
         edges = None if edges is None else tuple(edges)
-        prior = entry.get("prior")
+        prior, score_prior = entry.get("prior"), entry.get("score_prior")
         fitted.append(
             replace(
                 task,
                 temperature=entry.get("temperature"),
                 thresholds=edges,
                 prior=None if prior is None else tuple(prior),
+                score_prior=None if score_prior is None else tuple(score_prior),
+                score_power=entry.get("score_power", 1.0),
             )
         )
     return tuple(fitted)

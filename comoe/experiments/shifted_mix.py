@@ -9,6 +9,7 @@ estimated ones (--adapt-prior em).
 
 from __future__ import annotations
 
+import functools
 import sys
 from argparse import ArgumentParser
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ from comoe.config.files import read_json, write_json
 from comoe.data.reading.sources import read_input
 from comoe.evaluation.prior_shift import adapted, estimated
 from comoe.inference.export_config import CONFIG
-from comoe.inference.prior import adaptable
+from comoe.inference.prior import adaptable, moved_thresholds
 from comoe.tasks.metrics import METRICS
 from comoe.tasks.task import Task, tasks_from
 
@@ -36,12 +37,13 @@ def shifted(task: Task, rows: Sequence[dict[str, Any]], *, seed: int = 0) -> dic
     """Means over the mixes with 95 % intervals of what a mix gives, and the mean error of the estimated rates.
 
     Args:
-        task: with its prior.
+        task: with the mix that its scores are for.
         rows: predictions with gold labels of the test posts.
         seed: of the mixes.
     """
     draw, labels = np.random.default_rng(seed), task.labels
-    prior_Y = np.array(task.prior)
+    prior_Y, score_prior_Y = np.array(task.prior), np.array(task.score_prior)
+    move = functools.partial(adapted, exclusive=True, power=task.score_power)
     scores_NY = np.array([[row["scores"][label] for label in labels] for row in rows])
     gold_N = np.array([labels.index(row["gold"]) for row in rows])
     by_label = [np.flatnonzero(gold_N == label) for label in range(len(labels))]
@@ -56,14 +58,16 @@ def shifted(task: Task, rows: Sequence[dict[str, Any]], *, seed: int = 0) -> dic
         ]
         posts = np.concatenate(chosen)
         mine_NY, gold = scores_NY[posts], gold_N[posts]
-        guess_Y = estimated(lambda mine_NY=mine_NY: [mine_NY], prior_Y, exclusive=True)
+        guess_Y = estimated(
+            lambda mine_NY=mine_NY: [mine_NY], score_prior_Y, exclusive=True, power=task.score_power
+        )
         errors.append(np.abs(guess_Y - rates_Y).sum() / 2)
-        for name, scores in (
-            ("as it is", mine_NY),
-            ("assumed", adapted(mine_NY, prior_Y, rates_Y, exclusive=True)),
-            ("em", adapted(mine_NY, prior_Y, guess_Y, exclusive=True)),
+        for name, scores, by in (
+            ("as it is", mine_NY, task),
+            ("assumed", move(mine_NY, score_prior_Y, rates_Y), moved_thresholds(task)),
+            ("em", move(mine_NY, score_prior_Y, guess_Y), moved_thresholds(task)),
         ):
-            predicted = task.rules.decided(scores, task)
+            predicted = task.rules.decided(scores, by)
             for metric in ("accuracy", "macro_f1"):
                 value = METRICS[metric](gold, predicted, labels)
                 found.setdefault(f"{metric} {name}", []).append(value)
@@ -94,11 +98,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         found = {}
         for task in tasks:
             file = options.run / "predictions/test" / f"{task.name}.jsonl"
-            if adaptable(task) and task.rules.exclusive and task.prior and file.is_file():
+            if adaptable(task) and task.rules.exclusive and task.score_prior and file.is_file():
                 rows = [row for row in read_input("run", str(file)).rows if row.get("gold")]
                 found[task.name] = shifted(task, rows)
     except (ValueError, OSError, KeyError) as error:
         sys.exit(str(error))
+    if not found:
+        sys.exit(
+            f"{config}: no task with one label per post, the mix that its scores are for (score_prior) and test "
+            "predictions; train with this comoe."
+        )
     write_json(options.output, found)
     for name, told in found.items():
         for what, (mean, low, high) in told.items():

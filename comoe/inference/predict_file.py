@@ -3,44 +3,35 @@
 from __future__ import annotations
 
 import contextlib
-import gzip
 import hashlib
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
-import pyarrow
 import torch
 from tqdm import tqdm
 
 import comoe
 from comoe.config.errors import unknown_name
-from comoe.config.files import PART, atomic_file, is_read_from, lock_beside, locked
+from comoe.config.files import is_read_from, lock_beside, locked
 from comoe.inference.engines import Answers, Job, predict_in_processes
 from comoe.inference.journal import Journal
 from comoe.inference.options import DEFAULT, PredictOptions
 from comoe.inference.post_stream import PostStream, open_posts
+from comoe.inference.predict_adapted import Adapted
 from comoe.inference.predictor import Predictor
 from comoe.inference.ray_engine import predict_with_ray
 from comoe.inference.summary import Counts, Summary
-from comoe.inference.windows import WINDOW, answered, windows_of
-from comoe.inference.writers import JsonLines, make_writer
+from comoe.inference.windows import answered, windows_of
+from comoe.inference.writers import JsonLines, make_writer, packer, written_directly
 
 ENGINES: dict[str, Callable[..., Answers]] = {
     "processes": predict_in_processes,
     "ray": predict_with_ray,
 }
 """``--engine`` -> who predicts."""
-
-PACKERS: dict[str, Callable[[bytes], bytes]] = {
-    # Without the time, which would make two files of the same predictions differ.
-    ".gz": lambda chunk: gzip.compress(chunk, mtime=0),
-    ".zst": lambda chunk: pyarrow.Codec("zstd").compress(chunk, asbytes=True),
-}
-"""Ending of the output -> how a piece of it is packed; readers take packed pieces behind one another."""
 
 
 def predict_file(
@@ -50,7 +41,8 @@ def predict_file(
 
     Memory does not grow with the number of posts. What is done is kept beside the output until it
     is whole, so that a run that was stopped in any way can be resumed; the output is then, byte for
-    byte, that of a run that was not.
+    byte, that of a run that was not. Predictions whose scores are adapted to another mix of labels
+    wait there until all of them are made, those for a pipe in a private folder.
 
     Args:
         predictor: the model.
@@ -63,7 +55,7 @@ def predict_file(
         What was done, with the number of posts without a prediction.
 
     Raises:
-        ValueError: an input, column, task or format that does not exist or does not fit, a target
+        ValueError: an input, column, task, rate or format that does not exist or does not fit, a target
             that is the source or that another process writes, something else to resume, or no post
             has a prediction.
     """
@@ -71,6 +63,8 @@ def predict_file(
     if options.engine not in ENGINES:
         raise unknown_name("--engine", options.engine, ENGINES)
     writer = make_writer(predictor, options)
+    if options.adapts:
+        writer = Adapted(writer, options)
     if is_read_from(target, Path(source)):
         raise ValueError(f"--output {target} is the --input itself; name another file.")
     if Path(source).is_dir() and Path(source).resolve() in target.resolve().parents:
@@ -78,9 +72,12 @@ def predict_file(
             f"--output {target} lies in the folder of --input, and would be read with it next time; name another place."
         )
     writer.check(target)
-    with _only_one(target) as regular:
+    with contextlib.ExitStack() as stack:
+        kept = target if stack.enter_context(_only_one(target)) else None
         posts = open_posts(source, options, model=predictor, tasks=writer.tasks)
-        kept = target if regular else None
+        if kept is None and options.adapts:
+            # Read twice, which a pipe is not; nobody else may read it.
+            kept = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "predictions"
         journal = Journal(kept, _head(predictor, options), resume=options.resume)
         try:
             summary = _predict_into(target, writer, posts, journal)
@@ -99,7 +96,7 @@ def _predict_into(target: Path, writer: JsonLines, posts: PostStream, journal: J
     _say_where(journal, posts, target)
     predictor, options, resumed = writer.predictor, posts.options, journal.posts
     counts, names = Counts.from_json(journal.counts), [task.name for task in writer.tasks]
-    pack = _packer(writer, target)
+    pack = packer(writer, target)
     begin = writer.begin(posts.kept)
     begin = "" if resumed else begin
     windows = windows_of(posts, writer, journal, dedupe=options.dedupe)
@@ -132,36 +129,11 @@ def _predict_into(target: Path, writer: JsonLines, posts: PostStream, journal: J
     seconds = time.monotonic() - began
     if journal.finish():
         writer.finish(journal.part, target)
+        counts.labels = counts.labels if writer.labels is None else writer.labels
     return Summary(
         counts, posts.rows.file, str(target), _model(predictor), seconds,
         kept=posts.kept, resumed_at=resumed, note=writer.remark(counts),
     )  # fmt: skip
-
-
-def _packer(writer: JsonLines, target: Path) -> Callable[[bytes], bytes]:
-    return PACKERS.get(target.suffix.lower(), bytes) if writer.packed else bytes
-
-
-def rewrite(
-    writer: JsonLines, target: Path, predictions: Iterable[dict[str, Any]], *, kept: Sequence[str]
-) -> None:
-    """Write predictions that are made already, replacing an older output.
-
-    Args:
-        writer: their format.
-        target: the output.
-        predictions: as ``JsonLines`` has them.
-        kept: columns of the input among them.
-    """
-    pack, begin, rest = _packer(writer, target), writer.begin(kept), iter(predictions)
-    with _only_one(target) as regular:
-        part = target.with_name(f".{target.name}{PART}") if regular else target
-        with atomic_file(part) as file:
-            while (chunk := list(islice(rest, WINDOW))) or begin:
-                file.write(pack((begin + "".join(map(writer.line, chunk))).encode()))
-                begin = ""
-        if regular:
-            writer.finish(part, target)
 
 
 def _say_where(journal: Journal, posts: PostStream, target: Path) -> None:
@@ -181,9 +153,7 @@ def _say_where(journal: Journal, posts: PostStream, target: Path) -> None:
 def _only_one(target: Path) -> Iterator[bool]:
     """Make the folder of the predictions, and let one process at a time write them; pipes and devices take any."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    if Path("/dev") in target.parents or (
-        target.exists() and not target.is_file() and not target.is_dir()
-    ):
+    if written_directly(target):
         yield False
         return
     with locked(lock_beside(target), f"--output {target}"):

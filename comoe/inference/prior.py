@@ -6,10 +6,11 @@ others.
 
 from __future__ import annotations
 
+import functools
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import IO, Any
 
 import numpy as np
@@ -45,9 +46,8 @@ class Rates:
         """A prediction of the task with adapted scores and what they decide, and with ``prior``."""
         task, labels = self.task, self.task.labels
         scores_1Y = np.array([[prediction["scores"][label] for label in labels]])
-        prior_Y = np.array(task.prior)
-        scores_1Y = adapted(scores_1Y, prior_Y, self.rates_Y, exclusive=task.rules.exclusive)
-        (decided,) = task.rules.decided(scores_1Y, task)
+        scores_1Y = _moved(task, scores_1Y, self.rates_Y)
+        (decided,) = task.rules.decided(scores_1Y, moved_thresholds(task))
         found = dict(prediction)
         if task.rules.exclusive:
             found["label"] = labels[int(decided)]
@@ -107,10 +107,10 @@ def _check(task: Task, option: str) -> None:
         raise ValueError(
             f"{option}: {task.name} is a {task.kind} task, which gives a post no probability of each label to adapt."
         )
-    if task.prior is None:
+    if task.prior is None or task.score_prior is None:
         raise ValueError(
-            f"{option}: this export does not know the mix of labels that {task.name} was calibrated on; export the run "
-            "of a newer comoe, with at least 20 validation posts of the task."
+            f"{option}: this export does not know the mix of labels that the scores of {task.name} are for; train and "
+            "export with this comoe, with at least 20 validation posts of the task."
         )
 
 
@@ -157,8 +157,28 @@ def _estimate(task: Task, file: IO[bytes]) -> Rates:
         while part := file.read(4 * width * CHUNK):
             yield np.frombuffer(part, dtype=np.float32).reshape(-1, width)
 
-    prior_Y = np.array(task.prior)
-    return Rates(task, estimated(chunks, prior_Y, exclusive=task.rules.exclusive), EM)
+    prior_Y, exclusive = np.array(task.score_prior), task.rules.exclusive
+    rates_Y = estimated(chunks, prior_Y, exclusive=exclusive, power=task.score_power)
+    return Rates(task, rates_Y, EM)
+
+
+def _moved(task: Task, scores_NY: np.ndarray, rates_Y: np.ndarray) -> np.ndarray:
+    prior_Y = np.array(task.score_prior)
+    exclusive = task.rules.exclusive
+    return adapted(scores_NY, prior_Y, rates_Y, exclusive=exclusive, power=task.score_power)
+
+
+@functools.lru_cache
+def moved_thresholds(task: Task) -> Task:
+    """The task with thresholds that decide scores of the validation mix as its own decide its scores."""
+    if task.thresholds is None:
+        return task
+    edges, prior_Y = np.array(task.thresholds), np.array(task.prior)
+    if task.rules.exclusive:
+        edges_Y = _moved(task, np.array([[1 - edges[0], edges[0]]]), prior_Y)[0, 1:]
+    else:
+        edges_Y = _moved(task, edges[None], prior_Y)[0]
+    return replace(task, thresholds=tuple(edges_Y.tolist()))
 
 
 def apply_rates(

@@ -63,7 +63,7 @@ class Counts:
         found = [task for task in tasks if task in prediction]
         self.predicted += bool(found)
         for task in found:
-            self.labels.setdefault(task, Counter()).update(_labels(prediction[task]))
+            self.labels.setdefault(task, Counter()).update(labels_of(prediction[task]))
 
 
 def _reason(error: str) -> str:
@@ -72,7 +72,8 @@ def _reason(error: str) -> str:
     return re.split(r" \(|[;:]|\. ", words)[0].rstrip(".")
 
 
-def _labels(prediction: Mapping[str, Any]) -> list[str]:
+def labels_of(prediction: Mapping[str, Any]) -> list[str]:
+    """The labels that a prediction of one task gives; of tags the type of each span."""
     if "label" in prediction:
         return [prediction["label"]]
     return prediction.get("labels") or [span["type"] for span in prediction.get("spans", ())]

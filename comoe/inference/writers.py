@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
 import sys
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import pyarrow
 
 from comoe.config.errors import unknown_name
 from comoe.config.files import csv_line, sync_replace
@@ -21,6 +25,24 @@ from comoe.inference.summary import Counts
 from comoe.tasks.labels import whole_characters
 from comoe.tasks.prompts import wants_pair
 from comoe.tasks.task import Task
+
+PACKERS: dict[str, Callable[[bytes], bytes]] = {
+    # Without the time, which would make two files of the same predictions differ.
+    ".gz": lambda chunk: gzip.compress(chunk, mtime=0),
+    ".zst": lambda chunk: pyarrow.Codec("zstd").compress(chunk, asbytes=True),
+}
+"""Ending of the output -> how a piece of it is packed; readers take packed pieces behind one another."""
+
+
+def packer(writer: JsonLines, target: Path) -> Callable[[bytes], bytes]:
+    """How pieces of an output are packed."""
+    return PACKERS.get(target.suffix.lower(), bytes) if writer.packed else bytes
+
+
+def written_directly(target: Path) -> bool:
+    """Whether an output is a pipe or a device, which cannot be replaced."""
+    other = target.exists() and not target.is_file() and not target.is_dir()
+    return Path("/dev") in target.parents or other
 
 
 def make_writer(predictor: Predictor, options: PredictOptions) -> JsonLines:
@@ -65,6 +87,8 @@ class JsonLines:
     def __init__(self, predictor: Predictor, tasks: Sequence[Task]) -> None:
         self.predictor, self.tasks, self.raw, self.method = predictor, tasks, False, None
         self.adapted: set[str] = set()
+        self.labels: dict[str, Counter[str]] | None = None
+        """Labels that were written, where they are others than those that were predicted."""
         self.reads_images = predictor.collator.pixels is not None
 
     def prepare(self, post: Post) -> Post:

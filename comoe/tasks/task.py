@@ -57,8 +57,13 @@ class Task:
     """Probabilities from which labels are given: one per label, or, where two labels exclude one
     another, that of the label with id 1. None is 0.5."""
     prior: tuple[float, ...] | None = None
-    """Share of the validation posts that have each label, half a post added to each side: the mix
-    that its probabilities are for. None: not known."""
+    """Share of the validation posts that have each label, half a post added to each side. None: not
+    known."""
+    score_prior: tuple[float, ...] | None = None
+    """The mix of labels that its probabilities are for, as the validation posts show it; another one
+    than ``prior`` where training weighed classes. None: not known."""
+    score_power: float = 1.0
+    """Power of its probabilities that goes with it."""
     label_mean: float = 0.0
     """Regression: the head's output 0 is this label."""
     label_std: float = 1.0
