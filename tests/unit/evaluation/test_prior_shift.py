@@ -136,7 +136,7 @@ def test_scores_of_weighed_classes_are_adapted_as_rightly_as_calibrated_ones(
 
     task = Task("t", kind, ("no", "yes") if exclusive else ("yes",), "macro_f1")
     gold, logits = shaped(*two(0.1, 8000, 0, trained, sharp))
-    calibrator = Calibrator([task], temperatures=temperatures, thresholds=True)
+    calibrator = Calibrator([task], temperatures=temperatures, thresholds=False)
     outputs = [PostOutput(row, z, g) for row, (z, g) in enumerate(zip(logits, gold, strict=True))]
     calibrator.take("validation", compute_metrics({"t": outputs}, [task]))
     (task,) = with_calibration([task], json.loads(json.dumps(calibrator.report())))
