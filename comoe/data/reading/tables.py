@@ -11,6 +11,7 @@ import pyarrow
 import pyarrow.parquet
 
 from comoe.config.extras import need
+from comoe.config.hub_access import cached_where_unreachable
 from comoe.data.reading.files import RawSplit, Row
 
 
@@ -54,7 +55,8 @@ def load_hub(key: str, path: str, subset: str | None = None, **options: Any) -> 
 
     where = path + (f", subset {subset}" if subset else "")
     try:
-        return datasets.load_dataset(path, subset, **options)
+        with cached_where_unreachable(path):
+            return datasets.load_dataset(path, subset, **options)
     except (OSError, ValueError, RuntimeError) as error:
         reason = (str(error).strip().splitlines() or ["no message"])[0]
         raise ValueError(

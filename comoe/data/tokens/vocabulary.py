@@ -7,6 +7,8 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
+from comoe.config.hub_access import cached_where_unreachable
+
 WHOLE = "tokenizer.json"
 """The file that holds a whole tokenizer."""
 
@@ -25,7 +27,8 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
         ValueError: no tokenizer there, one without a padding token, or one that knows no words.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        with cached_where_unreachable(name):
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
         prepare_causal(tokenizer)
         problem = tokenizer_problem(tokenizer, name)
     except Exception as error:  # a damaged setting fails anywhere in the library

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, modeling_utils
 from transformers.utils import logging
 
+from comoe.config.hub_access import cached_where_unreachable
 from comoe.distributed import sum_over_ranks
 
 
@@ -140,7 +141,8 @@ def _equal_shares(source: Tensor, target: Tensor) -> bool:
 def readable_errors(name: str, role: Role) -> Iterator[None]:
     """Inside, an error of the library becomes a ValueError with the name and what to give instead."""
     try:
-        yield
+        with cached_where_unreachable(name):
+            yield
     except Unfit:
         raise
     except Exception as error:  # sizes that do not fit one another end anywhere in the library

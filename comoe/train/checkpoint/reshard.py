@@ -76,7 +76,9 @@ def _convert(checkpoint: Path, done: Path) -> str:
     converted = subprocess.run(command, env=environment, capture_output=True, text=True)
     if converted.returncode:
         shutil.rmtree(aside, ignore_errors=True)
-        return ([line for line in converted.stderr.splitlines() if line.strip()] or ["no message"])[-1]
+        return ([line for line in converted.stderr.splitlines() if line.strip()] or ["no message"])[
+            -1
+        ]
     with doing("converting", checkpoint):
         _make_readable_at_every_stage(aside / "state")
     os.replace(aside, done)
