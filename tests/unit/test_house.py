@@ -58,7 +58,7 @@ HOMES = {
     "torch.distributed": ("comoe/distributed.py",),
     "transformers": ("comoe/models/encoders/", "comoe/models/vision/", "comoe/data/", "comoe/starter/",
                      "comoe/inference/exported.py", "comoe/inference/auto.py", "comoe/augment/"),
-    "huggingface_hub": ("comoe/inference/",),
+    "huggingface_hub": ("comoe/inference/", "comoe/config/hub_access.py"),
     "tokenizers": ("comoe/data/", "comoe/starter/"),
     "datasets": ("comoe/data/reading/",),
     "PIL": ("comoe/data/images/", "comoe/starter/"),
