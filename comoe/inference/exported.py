@@ -198,7 +198,9 @@ class _Unfilled(TorchFunctionMode):
         self, function: Any, types: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         if getattr(function, "__name__", "") in ("normal_", "uniform_", "trunc_normal_"):
-            return args[0] if args else kwargs["tensor"]
+            # Not left as it is: truncation draws again until what lay in memory is within its bounds.
+            with torch.no_grad():
+                return (args[0] if args else kwargs["tensor"]).zero_()
         return function(*args, **(kwargs or {}))
 
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 import comoe
 from comoe.config.errors import unknown_name
-from comoe.config.files import is_read_from, lock_beside, locked
+from comoe.config.files import atomic_file, is_read_from, lock_beside, locked
 from comoe.inference.engines import Answers, Job, predict_in_processes
 from comoe.inference.journal import Journal
 from comoe.inference.options import DEFAULT, PredictOptions
@@ -109,7 +109,7 @@ def _predict_into(target: Path, writer: JsonLines, posts: PostStream, journal: J
     with contextlib.ExitStack() as stack:
         stack.enter_context(bar)
         stack.enter_context(contextlib.closing(answers))
-        direct = None if journal.keeps else stack.enter_context(target.open("wb"))
+        direct = None if journal.keeps else stack.enter_context(atomic_file(target))
         for window, predictions in answers:
             rows, same = answered(window, predictions, journal)
             for row in rows:

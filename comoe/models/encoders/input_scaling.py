@@ -23,9 +23,9 @@ def scale_inputs(encoder: nn.Module, holder: ContextHolder) -> None:
     """Let the encoder multiply the output of its embeddings, after their norm, by the weight of each row; in place.
 
     Args:
-        encoder: a model of ``build_encoder``. Encoder-decoders have no module of all that their
-            embeddings do, so it is what the first layer of their encoder reads; a decoder reads its
-            own words as they are.
+        encoder: a model of ``build_encoder``. Encoder-decoders and decoder-only models have no
+            module of all that their embeddings do, so it is what the first layer reads; the decoder
+            of an encoder-decoder reads its own words as they are.
         holder: its context has the weights of the running encode, None for all 1.
     """
 
@@ -40,7 +40,8 @@ def scale_inputs(encoder: nn.Module, holder: ContextHolder) -> None:
     def scale_first(layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         return scaled(inputs[0]), *inputs[1:]
 
-    if family_of(encoder.config.model_type).stacks:
+    family = family_of(encoder.config.model_type)
+    if family.stacks or family.causal:
         layers_of(encoder)[0].register_forward_pre_hook(scale_first)
     else:
         encoder.embeddings.register_forward_hook(scale)

@@ -16,6 +16,7 @@ from comoe.models.moe.block import ContextHolder, RoutingContext
 from comoe.tasks.task import Task, build_task
 from comoe.types import IGNORED
 from tests.helpers_model import (
+    CAUSAL,
     HF_CONFIGS,
     SEQ2SEQ,
     TASKS,
@@ -111,7 +112,10 @@ def last_of_the_embeddings(model, family):
     encoder = model.encoder
     if family in ("bart", "mbart"):
         return encoder.layernorm_embedding
-    if family in SEQ2SEQ:
+    if family == "gpt2":
+        nn.init.zeros_(encoder.wpe.weight)
+        return encoder.wte
+    if family in (*SEQ2SEQ, *CAUSAL):
         return encoder.embed_tokens
     return encoder.embeddings.norm if family == "modernbert" else encoder.embeddings.LayerNorm
 

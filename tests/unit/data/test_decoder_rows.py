@@ -361,7 +361,7 @@ def predictor_of(
 
     exported = SimpleNamespace(
         tasks=tasks, tokenizer=TOKENIZER, data_config=CONFIG, config={"columns": columns or {}}, image_processor=None,
-        model=model, folder=Path("export"),
+        model=model, folder=Path("export"), backend="torch",
     )  # fmt: skip
     return Predictor(exported, Collator(TOKENIZER, tasks, route_by=route_by), torch.device("cpu"))
 
