@@ -329,7 +329,7 @@ def _one(name: str, given: Sequence[str]) -> dict[str, Any]:
 
 
 def _several(name: str, given: Sequence[frozenset[str]]) -> dict[str, Any]:
-    votes = Counter(choice for one in given for choice in one)
+    votes = Counter(choice for one in given for choice in sorted(one))
     chosen = [label for label, count in votes.items() if 2 * count > len(given)]
     return {name: chosen, name + VOTES: {label: n / len(given) for label, n in votes.items()}}
 
