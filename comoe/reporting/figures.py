@@ -12,7 +12,8 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from comoe.evaluation.prevalence import Shares
-from comoe.train.monitor.plots import BLUE, COLORS, GREY, INK, new_figure
+from comoe.train.monitor.cross_plots import cross_panel
+from comoe.train.monitor.plots import BLUE, COLORS, GREY, new_figure
 
 STYLE = {"svg.fonttype": "none", "svg.hashsalt": "comoe", "font.size": 9, "text.parse_math": False}
 _HEAD = re.compile(r"^.*?(?=<svg)", re.DOTALL)
@@ -97,21 +98,7 @@ def cross_figure(share_RC: np.ndarray, *, rows: Sequence[str], columns: Sequence
     with rc_context(STYLE):
         figure = new_figure(2.6 + 0.62 * len(columns), 1.3 + 0.32 * len(rows))
         panel = figure.add_subplot()
-        panel.imshow(100 * share_RC, cmap="Blues", vmin=0, vmax=100, aspect="auto")
-        for row, column in np.ndindex(share_RC.shape):
-            share = share_RC[row, column]
-            panel.text(
-                column,
-                row,
-                "" if np.isnan(share) else f"{100 * share:.0f}",
-                ha="center",
-                va="center",
-                fontsize=8,
-                color="white" if share > 0.55 else INK,
-            )
-        panel.set_xticks(range(len(columns)), columns, rotation=35, ha="right")
-        panel.set_yticks(range(len(rows)), rows)
-        panel.tick_params(length=0)
+        cross_panel(panel, share_RC, rows=rows, columns=columns)
         return svg(figure)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -10,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from comoe.evaluation.cross_tables import cross_tables
 from comoe.evaluation.prevalence import (
     Shares,
     corrected_shares,
@@ -30,7 +30,7 @@ from comoe.reporting.predictions import (
     names_between,
     read_times,
 )
-from comoe.reporting.statistics import counts_2x2, cramers_v, told_apart, weighted_mean
+from comoe.reporting.statistics import counts_2x2, told_apart, weighted_mean
 
 
 @dataclass(frozen=True, slots=True)
@@ -361,21 +361,17 @@ def _second(shares: Sequence[Shares]) -> Shares:
 
 
 def _cross_tables(corpus: Corpus, weights_N: np.ndarray) -> Iterator[dict[str, Any]]:
-    """Each pair of tasks with one label per post: shares of the second's labels within the first's."""
-    tasks = [task for task in corpus.tasks.values() if task.what == ONE and len(task.labels) > 1]
-    for first, second in itertools.permutations(tasks, 2):
-        both = first.predicted & second.predicted
-        counts = (first.values[both] * weights_N[both, None]).T @ second.values[both]
-        rows, columns = (counts.sum(axis) > 0 for axis in (1, 0))
-        if rows.sum() < 2 or columns.sum() < 2:
-            continue
-        kept = counts[rows][:, columns]
-        yield {
-            "rows": first.name,
-            "columns": second.name,
-            "row_labels": list(itertools.compress(first.labels, rows)),
-            "column_labels": list(itertools.compress(second.labels, columns)),
-            "share": (kept / kept.sum(1, keepdims=True)).tolist(),
-            "counts": kept.sum(1).tolist(),
-            "cramers_v": cramers_v(kept),
-        }
+    """Each pair of tasks with one label per post, both ways: shares of the second's labels within the first's."""
+    choices = {
+        task.name: (
+            task.labels,
+            np.where(task.predicted, np.nan_to_num(task.values).argmax(1), -1),
+        )
+        for task in corpus.tasks.values()
+        if task.what == ONE and len(task.labels) > 1
+    }
+    # So that the correction of V counts as many posts as the weighted ones are worth.
+    scaled_N = weights_N * effective(weights_N) / weights_N.sum()
+    for table in cross_tables(choices, scaled_N):
+        yield table.to_dict()
+        yield table.turned.to_dict()

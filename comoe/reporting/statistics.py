@@ -1,11 +1,10 @@
-"""Small measures of a report: how far two collections of posts lie apart, association, weighted means."""
+"""Small measures of a report: how far two collections of posts lie apart, weighted means."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.stats import chi2_contingency
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
@@ -55,9 +54,3 @@ def weighted_mean(values_N: np.ndarray, weights_N: np.ndarray) -> dict[str, floa
     spread = float(np.average((values_N - mean) ** 2, weights=weights_N)) ** 0.5
     half = 1.959963984540054 * spread / max(effective(weights_N) - 1, 1) ** 0.5
     return {"mean": mean, "low": mean - half, "high": mean + half, "spread": spread}
-
-
-def cramers_v(counts: np.ndarray) -> float:
-    """sqrt(chi^2 / (n (min(rows, columns) - 1))): 0 for independent labels, 1 where one tells the other."""
-    chi2 = chi2_contingency(counts, correction=False).statistic
-    return float(np.sqrt(chi2 / (counts.sum() * (min(counts.shape) - 1))))

@@ -17,6 +17,7 @@ from comoe.inference.checkpoint_folder import step_of
 from comoe.inference.export import export_checkpoint
 from comoe.train.checkpoint.folder import best_checkpoint, find_checkpoint
 from comoe.train.checkpoint.save_load import load_checkpoint
+from comoe.train.cross_tables import write_cross_tables
 from comoe.train.evaluator import evaluate_noisy, evaluate_split, measure_experts
 from comoe.train.monitor.log_window import log_lost_images
 from comoe.train.monitor.metrics_file import write_results
@@ -94,6 +95,7 @@ def finalize(run: TrainingRun) -> None:
         write_results(run.folder, results)
         posts = {split: run.splits[split].posts for split in evaluations}
         write_predictions(run.folder / "predictions", evaluations, posts)
+        write_cross_tables(run.folder, evaluations, run.tasks, monitor=run.monitor, step=step)
         export_checkpoint(chosen, run.folder / "export")
         print_results(run.folder, run.tasks)
     barrier()

@@ -69,7 +69,7 @@ HOMES = {
     "fastapi": ("comoe/serving/",), "starlette": ("comoe/serving/",), "uvicorn": ("comoe/serving/",),
     "prometheus_client": ("comoe/serving/",),
     "onnx": ("comoe/inference/",), "onnxruntime": ("comoe/inference/",),
-    "matplotlib": ("comoe/train/monitor/plots.py", "comoe/experiments/",
+    "matplotlib": ("comoe/train/monitor/plots.py", "comoe/train/monitor/cross_plots.py", "comoe/experiments/",
                    "comoe/reporting/figures.py"),
     "jinja2": ("comoe/reporting/page.py",),
     "ray": ("comoe/inference/ray_engine.py",),

@@ -24,11 +24,13 @@ from torch.utils.tensorboard import SummaryWriter
 from comoe.config.failure import doing
 from comoe.config.files import plain
 from comoe.config.recipe import RunConfig
+from comoe.evaluation.cross_tables import CrossTable
 from comoe.evaluation.embedding_stats import EmbeddingSummary
 from comoe.evaluation.evaluate import Evaluation
 from comoe.evaluation.routing_stats import RoutingSummary
 from comoe.tasks.task import Task
 from comoe.train.monitor import plots
+from comoe.train.monitor.cross_plots import cross_tables_figure
 from comoe.train.monitor.metrics_file import METRICS_FILE, read_metrics, truncate_metrics
 from comoe.train.monitor.plots import embedding_figure
 from comoe.train.monitor.trackers import TENSORBOARD, Silent, Trackers
@@ -241,6 +243,26 @@ class Monitor:
                 self._figure(
                     f"reliability/{split}/{task}", f"reliability_{split}_{task}", figure, step
                 )
+
+    def log_cross_tables(
+        self, step: int, *, split: str, tasks: tuple[str, str], tables: Mapping[str, CrossTable]
+    ) -> None:
+        """Draw the cross-tables of two tasks on a split.
+
+        Args:
+            step: of the weights.
+            split: name of the posts.
+            tasks: of rows and of columns.
+            tables: as in ``cross_tables_figure``.
+        """
+        if not self.enabled or not self._draws:
+            return
+        with self._harmless():
+            title = f"{tasks[1]} within {tasks[0]} ({split}), %"
+            figure = cross_tables_figure(tables, title=title)
+            if figure is not None:
+                tag, name = "/".join((split, *tasks)), "_".join(("cross", split, *tasks))
+                self._figure(f"cross/{tag}", name, figure, step)
 
     def log_experts(
         self, step: int, changes: Mapping[str, Mapping[str, Any]], *, lines: Sequence[str]
