@@ -449,6 +449,12 @@ class DataConfig:
     validation_fraction: Share = 0.1
     """Share of the training posts that becomes the validation split where a data set has none
     (stratified by label, chosen by ``split_seed``)."""
+    test_fraction: Share = 0.0
+    """Share of the training posts that becomes the test split where a data set has none, drawn
+    before the validation posts; 0 makes none. Both fractions are of all of these posts."""
+    stratify: Literal["all", "first"] = "all"
+    """By what these parts are stratified: all (the combinations of the labels of all tasks on a
+    post) or first (the labels of the first task)."""
     split_seed: Seed | Literal["train"] = 0
     """Seeds which posts are evaluated on, where there is a choice, so that runs of different
     ``train.seed`` are scored on the same posts; train follows ``train.seed``."""
@@ -581,7 +587,8 @@ class TaskConfig:
     """Beams of the search for a prediction of kind text; 1 is greedy."""
     balanced_sampling: Flag = False
     """Draw the posts of the data set such that the labels of this task come equally often
-    (single_label and label_words only)."""
+    (single_label and label_words only). Several tasks on the same posts may ask for it: then the
+    labels of each of them do, as far as posts with both allow."""
     labels: Names = field(default_factory=list)
     """Label names in the order of their ids; empty finds them in the training split."""
     descriptions: dict[Text, Given] = field(default_factory=dict)

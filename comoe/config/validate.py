@@ -252,6 +252,13 @@ def _added_losses(recipe: Recipe) -> Broken:
             )
 
 
+def _fractions(recipe: Recipe) -> Broken:
+    test, validation = recipe.data.test_fraction, recipe.data.validation_fraction
+    if test and test + validation >= 1:
+        both = f"is {test:g} and data.validation_fraction {validation:g}"
+        yield "data.test_fraction", f"{both}; together they leave nothing to train on: lower one."
+
+
 def _mixing(recipe: Recipe) -> Broken:
     temperature = recipe.data.mixing_temperature
     if recipe.data.mixing in BY_TEMPERATURE and temperature < 1:
@@ -329,6 +336,7 @@ RULES: tuple[Callable[[Recipe], Broken], ...] = (
     _experts,
     _losses,
     _added_losses,
+    _fractions,
     _mixing,
     _early_stop,
     _distillation,

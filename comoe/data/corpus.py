@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +13,7 @@ import numpy as np
 from comoe.config.recipe import Recipe, TaskConfig
 from comoe.data.columns import check_extra_columns, extra_columns, part_off
 from comoe.data.datasets import Group, cuts_all_posts, groups_of, read_group
+from comoe.data.held_out import seed_of, split_seed, with_held_out
 from comoe.data.images.check import ImageReader
 from comoe.data.labels import resolved_task
 from comoe.data.posts import PART_NAMES, PostSplit
@@ -22,46 +22,6 @@ from comoe.data.reading.sources import unread_files
 from comoe.data.report import DataReport
 from comoe.tasks.labels import split_words
 from comoe.tasks.task import Task, kind_of
-
-
-def hold_out(
-    posts: PostSplit, *, fraction: float, strata: np.ndarray, seed: int
-) -> tuple[np.ndarray, bool]:
-    """Which posts become the validation part; equal texts stay on one side.
-
-    Args:
-        posts: training posts.
-        fraction: share of the different texts to hold out, rounded, at least one text.
-        strata: a number per post, int, shape (N,); each is held out by its share where there are
-            enough posts.
-        seed: any non-negative int.
-
-    Returns:
-        A mask of the held-out posts, bool, shape (N,), and whether strata were kept.
-
-    Raises:
-        ValueError: nothing would be held out, or nothing would be left.
-    """
-    first_row: dict[str, int] = {}
-    text_ids = np.array([first_row.setdefault(text, len(first_row)) for text in posts.texts])
-    count = max(1, round(fraction * len(first_row)))
-    if fraction == 0 or count >= len(first_row):
-        raise ValueError(
-            f"{len(first_row):,} different posts cannot give up a share of {fraction} for validation"
-        )
-    strata = strata[np.unique(text_ids, return_index=True)[1]]
-    names, sizes = np.unique(strata, return_counts=True)
-    # The split needs two posts per stratum: rare ones go with the largest.
-    strata = np.where(np.isin(strata, names[sizes < 2]), names[sizes.argmax()], strata)
-    kept = 1 < len(np.unique(strata)) <= min(count, len(strata) - count)
-    # Loaded where it is needed: it takes half a second of every start.
-    from sklearn.model_selection import train_test_split
-
-    everything = np.arange(len(strata))
-    _, held = train_test_split(
-        everything, test_size=count, stratify=strata if kept else None, random_state=seed
-    )
-    return np.isin(text_ids, held), kept
 
 
 def limited(posts: PostSplit, *, count: int | None, seed: int) -> PostSplit:
@@ -127,11 +87,6 @@ def shared_posts(posts: PostSplit, *, known: PostSplit) -> int:
     return sum(key in there for key in keys(posts))
 
 
-def seed_of(seed: int, name: str) -> int:
-    """A seed of its own for each name, so that adding a data set leaves the draws of the others alone."""
-    return (seed + zlib.crc32(name.encode())) % 2**32
-
-
 @dataclass(frozen=True, slots=True)
 class Corpus:
     """All posts of a recipe."""
@@ -158,7 +113,8 @@ def load_corpus(
     """Read every data set of a recipe; with images, every rank must call it.
 
     Tasks with equal path, format, subset, splits, text and image columns share their posts. A
-    data set without a validation split gives up a part of its training posts, stratified by label.
+    data set without a validation split gives up a part of its training posts, stratified by label,
+    and one without a test split too, where ``data.test_fraction`` asks for it.
     Training posts without any label are left out, unless teachers give them soft ones. The same
     recipe gives the same corpus on every machine.
 
@@ -189,7 +145,7 @@ def load_corpus(
         if group.tasks.keys() <= recipe.tasks.keys():
             kept = bool(recipe.distill.teachers)
             splits = splits if kept else _with_labels_only(group, splits, report)
-        splits = _with_validation(group, splits, recipe=recipe, report=report)
+        splits = with_held_out(group, splits, recipe=recipe, report=report)
         splits = _limited(group, splits, recipe=recipe, report=report)
         splits = {split: splits[split] for split in PART_NAMES if split in splits}
         _count_posts(group, splits, report, with_images=with_images)
@@ -288,60 +244,13 @@ def _with_labels_only(group: Group, splits: _Splits, report: DataReport) -> _Spl
     return splits | {"train": train.take(useful)}
 
 
-def _with_validation(
-    group: Group, splits: _Splits, *, recipe: Recipe, report: DataReport
-) -> _Splits:
-    """Where there is no validation split, a part of the training posts."""
-    if "validation" in splits or not group.scored:
-        return splits
-    train, (option, seed) = splits["train"], _split_seed(recipe)
-    try:
-        strata = _strata(group, train)
-        held, kept = hold_out(
-            train,
-            fraction=recipe.data.validation_fraction,
-            strata=strata,
-            seed=seed_of(seed, group.name),
-        )
-    except ValueError as error:
-        raise ValueError(
-            f"{group.source.key}.path: {group.raw['train'].file} has no validation split beside it, and its {error}. "
-            "Add a validation file, or posts, or raise data.validation_fraction."
-        ) from error
-    how = "stratified by label" if kept else "at random"
-    report.notes.append(
-        f"data set {group.name}: no validation split; {held.sum():,} of {len(train):,} training posts held out, {how}, "
-        f"by {option} {seed}"
-    )
-    parts = {
-        "train": train.take(np.flatnonzero(~held)),
-        "validation": train.take(np.flatnonzero(held)),
-    }
-    return splits | parts
-
-
-def _strata(group: Group, posts: PostSplit) -> np.ndarray:
-    """A number per post, equal for posts with the same label of the first task that labels whole posts."""
-    for name, task in group.tasks.items():
-        if group.labels[name] and kind_of(task.kind).mode != "tokens":
-            return np.unique([str(value) for value in posts.labels[name]], return_inverse=True)[1]
-    return np.zeros(len(posts), dtype=np.int64)
-
-
-def _split_seed(recipe: Recipe) -> tuple[str, int]:
-    """What chooses the posts of evaluation: the option that says so, and its value."""
-    if recipe.data.split_seed == "train":
-        return "train.seed", recipe.train.seed
-    return "data.split_seed", recipe.data.split_seed
-
-
 def _limited(group: Group, splits: _Splits, *, recipe: Recipe, report: DataReport) -> _Splits:
     """At most the wanted number of posts in each split, and of training labels of each task."""
     kept = {}
     for split, posts in splits.items():
         train = split == "train"
         count = recipe.data.limit_per_task if train else recipe.data.limit_eval
-        seed = recipe.train.seed if train else _split_seed(recipe)[1]
+        seed = recipe.train.seed if train else split_seed(recipe)[1]
         seed = seed_of(seed, f"{group.name}/{split}")
         kept[split] = limited(posts, count=count, seed=seed)
     seed = seed_of(recipe.train.seed, f"{group.name}/train")

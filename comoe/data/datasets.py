@@ -110,12 +110,6 @@ def _check_together(members: Mapping[str, TaskConfig]) -> None:
                 f"tasks.{name}.balanced_sampling needs one label of several per post (kind: single_label or "
                 f"label_words), not {other.kind}; leave it out."
             )
-    balanced = [name for name, other in members.items() if other.balanced_sampling]
-    if len(balanced) > 1:
-        raise ValueError(
-            f"tasks.{balanced[1]}.balanced_sampling: tasks.{balanced[0]} draws the same posts by its labels already; "
-            "set it for one of them."
-        )
 
 
 def read_group(group: Group, *, with_images: bool) -> None:

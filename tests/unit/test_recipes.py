@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from comoe.config.load import load_recipe
 from comoe.data.corpus import load_corpus
+from comoe.data.sampling.mixing import balanced_classes, joint_label_shares
+from comoe.data.text.normalize import normalize_post
 from comoe.starter.implied_posts import build_implied_posts
 from comoe.starter.registry import PREFIXES, READY_MADE
 from comoe.starter.synthetic_text import TACL_GENERATORS, build_generated_posts
@@ -30,21 +34,94 @@ def test_a_recipe_is_valid_and_named_after_its_file(path: Path) -> None:
     assert path.read_text(encoding="utf-8").startswith("# ")
 
 
-@pytest.mark.parametrize("stem", ["absa", "airline", "social", "social_all", "tweeteval", "wnut17"])
+@pytest.mark.parametrize(
+    "stem",
+    [
+        "absa",
+        "airline",
+        "social",
+        "social_all",
+        "stein_keller",
+        "tacl_comoe",
+        "tweeteval",
+        "wnut17",
+    ],
+)
 def test_the_head_of_a_recipe_for_published_posts_names_them_on_the_hub(stem: str) -> None:
-    path = next(path for path in CONFIGS if path.stem == stem)
-    head = "".join(
-        line
-        for line in path.read_text(encoding="utf-8").splitlines(keepends=True)
-        if line.startswith("#")
-    )
-    # The indented command that follows "...", up to the line that no backslash continues.
+    (words,) = (words for words in head_commands(stem) if any(".format=hub" in w for w in words))
+    recipe = load_recipe(recipe_file(stem), words)
+    of_hub = [task for task in recipe.tasks.values() if task.format == "hub"]
+    assert of_hub
+    for task in of_hub:
+        assert re.fullmatch(r"[\w-]+/[\w-]+", task.path) and task.splits == {} and not task.slices
+
+
+def recipe_file(stem: str) -> Path:
+    return next(path for path in CONFIGS if path.stem == stem)
+
+
+def head_commands(stem: str) -> list[list[str]]:
+    """Options of the indented commands that follow "...", up to the line that no backslash continues."""
+    lines = recipe_file(stem).read_text(encoding="utf-8").splitlines(keepends=True)
+    head = "".join(line for line in lines if line.startswith("#"))
     commands = re.findall(r"^#   \.\.\. ((?:.*\\\n)*.*)$", head, flags=re.MULTILINE)
-    (words,) = (command for command in commands if ".format=hub" in command)
-    words = shlex.split(words.replace("\\\n#", " "))
-    recipe = load_recipe(path, words)
-    (task,) = (task for task in recipe.tasks.values() if task.format == "hub")
-    assert re.fullmatch(r"[\w-]+/[\w-]+", task.path) and task.splits == {} and not task.slices
+    return [shlex.split(command.replace("\\\n#", " ")) for command in commands]
+
+
+def test_recipes_for_real_posts_stop_early() -> None:
+    generated = ["image_text", "implicit_smoke", "lora_smoke", "smoke"]
+    never = [path.stem for path in CONFIGS if not load_recipe(path).train.patience]
+    assert sorted(never) == generated
+
+
+def test_the_protocol_of_stein_and_keller_reads_one_file_and_balances_both_tasks(
+    tmp_path: Path,
+) -> None:
+    generator = np.random.default_rng(0)
+    rows = [
+        {"text": f"Post {number}: so #GOOD, @you!", "sentiment": mood, "topic": topic}
+        for number, (mood, topic) in enumerate(
+            zip(generator.choice(["bad", "fine"], 400, p=[0.8, 0.2]),
+                generator.choice(["art", "health", "war"], 400, p=[0.6, 0.3, 0.1]), strict=True)
+        )
+    ]  # fmt: skip
+    (tmp_path / "posts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = load_recipe(recipe_file("stein_keller"), [f"data.root={tmp_path}"])
+    corpus = load_corpus(recipe)
+    sizes = {split: len(posts) for split, posts in corpus.splits.items()}
+    assert sizes == {"train": 320, "validation": 40, "test": 40}
+    assert all("labels of sentiment, topic" in note for note in corpus.report.notes)
+    assert normalize_post(rows[0]["text"], recipe.data.normalize) == "post 0 so"
+    classes = balanced_classes(corpus.splits["train"], corpus.tasks, recipe.tasks)
+    even = {column: np.bincount(classes[:, column], weights=_shares(classes)) for column in (0, 1)}
+    assert even[0] == pytest.approx([1 / 2] * 2) and even[1] == pytest.approx([1 / 3] * 3)
+    train = recipe.train
+    assert (train.learning_rate, train.head_learning_rate, train.batch_size) == (3e-5, 3e-5, 32)
+    assert (train.epochs, train.eval_every, recipe.data.max_length) == (10, 500, 128)
+    (airline,) = (
+        words for words in head_commands("stein_keller") if "tasks.topic.label=reason" in words
+    )
+    tasks = load_recipe(recipe_file("stein_keller"), airline[1:]).tasks
+    assert {task.path for task in tasks.values()} == {"airline"}
+
+
+def _shares(classes: np.ndarray) -> np.ndarray:
+    """Share of the draws of each post."""
+    share_N = np.zeros(len(classes))
+    for rows, share in joint_label_shares(classes):
+        share_N[rows] = share / len(rows)
+    return share_N
+
+
+def test_the_published_mixture_has_a_command_for_posts_of_two_other_recipes() -> None:
+    (words,) = (words for words in head_commands("tacl_comoe") if "tasks.stance=null" in words)
+    tasks = load_recipe(
+        recipe_file("tacl_comoe"), [word for word in words if "<" not in word]
+    ).tasks
+    assert {name: task.path for name, task in tasks.items()} == {
+        "hate": "tweeteval/hate", "entities": "wnut17", "sentiment": "tweeteval/sentiment",
+        "irony": "tweeteval/irony",
+    }  # fmt: skip
 
 
 def test_the_generated_implicit_posts_fit_their_recipe_and_each_seed_draws_others(

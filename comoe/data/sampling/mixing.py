@@ -127,14 +127,14 @@ def draws_in_stretch(rates_G: np.ndarray, *, total: int, seed: Sequence[int]) ->
 def balanced_classes(
     posts: PostSplit, tasks: Sequence[Task], configs: Mapping[str, TaskConfig]
 ) -> np.ndarray:
-    """Label id of each post by which its data set is drawn evenly, int64, (N,); -1 where it has none."""
-    classes_N = np.full(len(posts), -1, dtype=np.int64)
-    for task in tasks:
-        if configs[task.name].balanced_sampling:
-            labels = posts.labels[task.name]
-            found = [post for post, value in enumerate(labels) if value is not None]
-            classes_N[found] = [labels[post] for post in found]
-    return classes_N
+    """Label ids of each post by which its data set is drawn evenly, int64, (N, C), a column per task; -1 for none."""
+    names = [task.name for task in tasks if configs[task.name].balanced_sampling]
+    classes_NC = np.full((len(posts), len(names)), -1, dtype=np.int64)
+    for column, name in enumerate(names):
+        labels = posts.labels[name]
+        found = [post for post, value in enumerate(labels) if value is not None]
+        classes_NC[found, column] = [labels[post] for post in found]
+    return classes_NC
 
 
 def label_shares(classes: np.ndarray) -> list[tuple[np.ndarray, float]]:
@@ -148,6 +148,38 @@ def label_shares(classes: np.ndarray) -> list[tuple[np.ndarray, float]]:
     labels = np.unique(classes[classes >= 0])
     rest = 1 - len(bare) / len(classes)
     return shares + [(np.flatnonzero(classes == label), rest / len(labels)) for label in labels]
+
+
+def joint_label_shares(classes: np.ndarray) -> list[tuple[np.ndarray, float]]:
+    """(posts, share of the draws) of each combination of labels, such that those of every task come equally often.
+
+    The shares are those of the data, scaled for one task after the other until nothing changes: of all
+    shares with even labels the nearest to the data's. Where no such shares exist, because some
+    labels only occur together, the last task is even and the others nearly. What posts without a
+    label of a task have in sum follows from the other tasks.
+
+    Args:
+        classes: label ids, int, (n, C); -1 has none.
+
+    Source: iterative proportional fitting, Deming & Stephan 1940, doi:10.1214/aoms/1177731829.
+    """
+    kinds, places, counts = np.unique(classes, axis=0, return_inverse=True, return_counts=True)
+    shares_K = counts / counts.sum()
+    for _ in range(FITTING_STEPS):
+        before_K = shares_K.copy()
+        for labels_K in kinds.T:
+            known_K = labels_K >= 0
+            even = shares_K[known_K].sum() / len(np.unique(labels_K[known_K]))
+            for label in np.unique(labels_K[known_K]):
+                shares_K[labels_K == label] *= even / shares_K[labels_K == label].sum()
+        if np.abs(shares_K - before_K).max() < 1e-12:
+            break
+    rows = [np.flatnonzero(places.reshape(-1) == kind) for kind in range(len(kinds))]
+    return list(zip(rows, shares_K.tolist(), strict=True))
+
+
+FITTING_STEPS = 1000
+"""Most rounds of ``joint_label_shares``."""
 
 
 MIXINGS: dict[str, Mixing] = {

@@ -20,6 +20,7 @@ from comoe.data.sampling.mixing import (
     balanced_classes,
     draws_in_stretch,
     draws_per_epoch,
+    joint_label_shares,
     label_shares,
 )
 from comoe.data.tokens.split import TokenizedSplit
@@ -78,7 +79,7 @@ class TrainSampler:
         config: how to draw and to cut.
         label_members: posts of each label of each contrastive task, int arrays; read where
             ``posts_per_label`` is set.
-        classes: label of each post by which its data set is drawn evenly, int, shape (N,), -1 for
+        classes: labels of each post by which its data set is drawn evenly, int, shape (N, C), -1 for
             none; None balances nothing.
 
     Raises:
@@ -272,10 +273,12 @@ class _Stream:
 
 
 def _streams(group: int, members: np.ndarray, classes: np.ndarray | None) -> list[_Stream]:
-    """One stream per data set, or one per label of it."""
-    if classes is None or (classes[members] < 0).all():
+    """One stream per data set, or one per label of it, or per combination of labels."""
+    own = None if classes is None else classes[members]
+    if own is None or (own < 0).all():
         return [_Stream(group, (group,), members, 1.0)]
-    shares = label_shares(classes[members])
+    own = own[:, (own >= 0).any(axis=0)]
+    shares = label_shares(own[:, 0]) if own.shape[1] == 1 else joint_label_shares(own)
     return [
         _Stream(group, (group, place), members[rows], share)
         for place, (rows, share) in enumerate(shares)

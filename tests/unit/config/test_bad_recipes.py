@@ -57,6 +57,7 @@ OVERRIDES = [
     ("train.epochs=0", "train.epochs", "above 0"),
     ("data.limit_per_task=0", "data.limit_per_task", "at least 1, or null"),
     ("data.validation_fraction=1", "data.validation_fraction", "below 1"),
+    ("data.test_fraction=0.95", "data.test_fraction", "together they leave nothing to train on"),
     ("data.noise_rate=1.5", "data.noise_rate", "at most 1"),
     ("data.max_image_pixels=1000000000", "data.max_image_pixels", "at most 178956970"),
     ("data.max_length=3", "data.max_length", "at least 4"),

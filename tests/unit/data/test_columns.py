@@ -155,17 +155,19 @@ def test_slices_by_a_column_that_is_not_there_or_has_too_many_values_are_refused
         load_corpus(recipe_of(airline, many=TaskConfig(path="many", slices=["id"])))
 
 
-def test_one_task_of_a_data_set_may_ask_for_even_labels_and_all_hold_out_the_same(airline):
+def test_tasks_of_a_data_set_may_ask_for_even_labels_and_all_hold_out_the_same(airline):
     recipe = recipe_with(airline, balanced_sampling=True)
     corpus = load_corpus(recipe)
     classes = balanced_classes(corpus.splits["train"], corpus.tasks, recipe.tasks)
-    assert classes.tolist() == corpus.splits["train"].labels["sentiment"]
+    assert classes[:, 0].tolist() == corpus.splits["train"].labels["sentiment"]
     recipe.tasks["reason"].balanced_sampling = True
+    both = balanced_classes(corpus.splits["train"], corpus.tasks, recipe.tasks)
+    reasons = corpus.splits["train"].labels["reason"]
+    assert both[:, 1].tolist() == [-1 if value is None else value for value in reasons]
     other = recipe_with(airline)
     other.tasks["reason"].hold_out = {"airline": ["Delta"]}
     sets = recipe_with(airline, kind="multi_label", balanced_sampling=True)
     for wrong, message in (
-        (recipe, "tasks.reason.balanced_sampling: tasks.sentiment draws the same posts"),
         (other, "tasks.reason.hold_out is .* but tasks.sentiment, which shares its posts"),
         (sets, "balanced_sampling needs one label of several per post"),
     ):

@@ -119,6 +119,55 @@ def test_without_a_validation_split_a_stratified_part_is_held_out(tmp_path):
     assert load_corpus(recipe).splits["validation"].texts == validation.texts
 
 
+def test_a_test_part_is_held_out_before_the_validation_part_and_both_are_shares_of_all(tmp_path):
+    moods, topics = ["bad", "good"], ["art", "sport", "war"]
+    rows = [{"text": f"post {i}", "mood": moods[i % 2], "topic": topics[i % 3 if i % 2 else 0]}
+            for i in range(240)]  # fmt: skip
+    rows += [{"text": "alone", "mood": "good", "topic": "sport"}]
+    write_jsonl(tmp_path / "posts.jsonl", rows)
+    recipe = recipe_of(
+        tmp_path,
+        mood=TaskConfig(path="posts.jsonl", label="mood"),
+        topic=TaskConfig(path="posts.jsonl", label="topic"),
+    )
+    before = load_corpus(recipe).splits["validation"].texts
+    recipe.data.test_fraction, recipe.data.validation_fraction = 0.25, 0.15
+    corpus = load_corpus(recipe)
+    sizes = {split: len(posts) for split, posts in corpus.splits.items()}
+    assert sizes == {"train": 145, "validation": 36, "test": 60}
+    texts = [text for posts in corpus.splits.values() for text in posts.texts]
+    assert sorted(texts) == sorted(row["text"] for row in rows)
+    # Every combination of both labels has its share in every part: 120 bad art, 40 of each good one.
+    for split, (of_bad, of_good) in {"test": (30, 10), "validation": (18, 6)}.items():
+        labels = corpus.splits[split].labels
+        counts = np.zeros((2, 3), dtype=int)
+        np.add.at(counts, (labels["mood"], labels["topic"]), 1)
+        assert abs(counts[0, 0] - of_bad) <= 1 and counts[0, 1:].tolist() == [0, 0]
+        assert np.abs(counts[1] - of_good).max() <= 1
+    assert [note.split("; ")[1] for note in corpus.report.notes if "no test split" in note] == [
+        "60 of 241 training posts held out, stratified by the labels of mood, topic, by data.split_seed 0"
+    ]
+    # A test file beside it stays; without a fraction the validation part is what it was.
+    recipe.data.test_fraction, recipe.data.validation_fraction = 0, 0.1
+    assert load_corpus(recipe).splits["validation"].texts == before
+    recipe.data.stratify = "first"
+    (note,) = load_corpus(recipe).report.notes
+    assert "stratified by label" in note and "test" not in load_corpus(recipe).splits
+
+
+def test_too_many_combinations_are_stratified_by_the_first_task(tmp_path):
+    rows = [{"text": f"post {i}", "mood": "ab"[i % 2], "topic": str(i % 20)} for i in range(80)]
+    write_jsonl(tmp_path / "posts.jsonl", rows)
+    recipe = recipe_of(
+        tmp_path,
+        mood=TaskConfig(path="posts.jsonl", label="mood"),
+        topic=TaskConfig(path="posts.jsonl", label="topic"),
+    )
+    corpus = load_corpus(recipe)
+    assert np.bincount(corpus.splits["validation"].labels["mood"]).tolist() == [4, 4]
+    assert "stratified by label" in corpus.report.notes[0]
+
+
 def test_posts_of_evaluation_depend_on_the_split_seed_alone(tmp_path):
     for name, count in (("train", 40), ("validation", 30), ("test", 30)):
         write_jsonl(tmp_path / "whole" / f"{name}.jsonl", labelled_rows(count, start=len(name) * 9))

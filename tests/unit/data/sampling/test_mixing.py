@@ -5,7 +5,13 @@ import math
 import numpy as np
 import pytest
 
-from comoe.data.sampling.mixing import draws_in_stretch, label_shares, loss_gains, progress_rates
+from comoe.data.sampling.mixing import (
+    draws_in_stretch,
+    joint_label_shares,
+    label_shares,
+    loss_gains,
+    progress_rates,
+)
 from comoe.tasks.task import Task
 
 A, B, HELPER = (
@@ -68,3 +74,43 @@ def test_labels_share_what_the_posts_without_label_leave():
         (3, 0.3),
         *((count, pytest.approx(0.7 / 3)) for count in (5, 1, 1)),
     ]
+
+
+def marginal(shares, classes: np.ndarray, column: int) -> dict[int, float]:
+    found: dict[int, float] = {}
+    for rows, share in shares:
+        (label,) = set(classes[rows, column].tolist())
+        found[label] = found.get(label, 0) + share
+    return found
+
+
+def test_labels_of_two_tasks_come_equally_often_and_the_odds_of_the_data_stay():
+    generator = np.random.default_rng(0)
+    first = generator.choice(3, size=500, p=[0.7, 0.2, 0.1])
+    second = np.where(generator.random(500) < 0.6, first % 2, generator.integers(0, 2, 500))
+    classes = np.stack([first, second], axis=1)
+    shares = joint_label_shares(classes)
+    assert sorted(np.concatenate([rows for rows, _ in shares])) == list(range(500))
+    assert marginal(shares, classes, 0) == pytest.approx(dict.fromkeys(range(3), 1 / 3))
+    assert marginal(shares, classes, 1) == pytest.approx(dict.fromkeys(range(2), 1 / 2))
+    # Scaling rows and columns leaves every odds ratio as it was in the data.
+    of_kind = {tuple(classes[rows[0]]): (len(rows), share) for rows, share in shares}
+    before, after = (of_kind[0, 0][number] * of_kind[2, 1][number]
+                     / (of_kind[0, 1][number] * of_kind[2, 0][number]) for number in range(2))  # fmt: skip
+    assert after == pytest.approx(before)
+
+
+def test_labels_that_only_some_posts_have_are_even_among_these():
+    # Reasons stand with negative posts alone: 6 and 2 of them; 2 neutral posts have none.
+    classes = np.array([[0, 0]] * 6 + [[0, 1]] * 2 + [[1, -1]] * 2)
+    shares = joint_label_shares(classes)
+    assert marginal(shares, classes, 0) == pytest.approx({0: 0.5, 1: 0.5})
+    assert marginal(shares, classes, 1) == pytest.approx({0: 0.25, 1: 0.25, -1: 0.5})
+    # Each label of one task with one of the other alone: even is possible, for both at once.
+    tied = np.array([[0, 0]] * 6 + [[1, 1]] * 2)
+    assert [share for _, share in joint_label_shares(tied)] == pytest.approx([0.5, 0.5])
+    # A label of three that stands with both: no shares are even for both; the last task is.
+    stuck = np.array([[0, 0]] * 5 + [[1, 0]] * 3 + [[2, 1]] * 2)
+    found = joint_label_shares(stuck)
+    assert marginal(found, stuck, 1) == pytest.approx({0: 0.5, 1: 0.5})
+    assert sum(share for _, share in found) == pytest.approx(1)

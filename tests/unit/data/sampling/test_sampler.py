@@ -191,7 +191,9 @@ def test_labels_of_a_balanced_data_set_come_equally_often_and_posts_without_labe
     # balanced.
     classes = np.concatenate([np.repeat([0, 1, 2, -1], [40, 16, 4, 20]), np.full(40, -1)])
     groups = np.repeat([0, 1], [80, 40])
-    sampler = TrainSampler(np.full(120, 5), groups, SamplerConfig(12, seed=1), classes=classes)
+    sampler = TrainSampler(
+        np.full(120, 5), groups, SamplerConfig(12, seed=1), classes=classes[:, None]
+    )
     assert sampler.steps_per_epoch == 10
     for epoch in range(2):
         drawn = np.concatenate([sampler.global_batch(10 * epoch + step) for step in range(10)])
@@ -206,3 +208,13 @@ def test_labels_of_a_balanced_data_set_come_equally_often_and_posts_without_labe
 def test_a_batch_of_no_rows_is_refused_rather_than_everything_left_out(size):
     with pytest.raises(ValueError, match="it must be at least 1"):
         eval_batches(np.ones(3), batch_size=size)
+
+
+def test_draws_are_even_over_the_labels_of_two_tasks_at_once():
+    classes = np.array([[0, 0]] * 60 + [[0, 1]] * 30 + [[1, 0]] * 20 + [[1, 1]] * 10)
+    sampler = TrainSampler(
+        np.full(120, 5), np.zeros(120, dtype=int), SamplerConfig(12, seed=1), classes=classes
+    )
+    drawn = np.concatenate([sampler.global_batch(step) for step in range(100)])
+    assert np.bincount(classes[drawn, 0]) / len(drawn) == pytest.approx([0.5, 0.5], abs=0.01)
+    assert np.bincount(classes[drawn, 1]) / len(drawn) == pytest.approx([0.5, 0.5], abs=0.01)
