@@ -35,7 +35,8 @@ def experiment_of(
 def arguments(experiment: Experiment, **changed: Any) -> Namespace:
     """The command line of ``launch/compare.py`` with defaults that suit a few fake runs."""
     given = {"config": experiment.config, "deepspeed": experiment.deepspeed, "output": experiment.output, "ranks": 1,
-             "arms": "single,multi", "arm": [], "seeds": "0", "against": None, "claim": None, "measure": None,
+             "arms": "single,multi", "arm": [], "lexicon": None, "groups": [],
+             "propose_groups": False, "seeds": "0", "against": None, "claim": None, "measure": None,
              "tune": [], "tune_by": None, "tune_seeds": None, "dry_run": False,
              "affinity": None, "affinity_posts": 8, "remove_experts": None, "removal_posts": 8, "metrics": None,
              "resamples": 9, "keep_checkpoints": False, "overrides": []}  # fmt: skip

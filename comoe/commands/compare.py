@@ -3,6 +3,7 @@
 comoe compare tweeteval --arms single,multi,leave_one_out --seeds 0,1,2 \\
     --output runs/together data.root=<folder> data.limit_per_task=1000 data.mixing=proportional
 comoe compare --arms no_experts,dense,sigmoid --against dense --claim "sigmoid < dense on loss"
+comoe compare --arms majority,lexicon,naive_bayes,tfidf_svm,multi --against tfidf_svm
 An interrupted comparison goes on with the same command; arms and seeds may be added later.
 """
 
@@ -34,6 +35,11 @@ def parser() -> ArgumentParser:
     add("--ranks", type=whole(1), metavar="N", help="ranks of each run (all GPUs; without a GPU 1)")
     add("--arms", default=ARMS, metavar="LIST", help=f"names with commas; docs/experiments.md has all ({ARMS})")
     add("--arm", action="append", default=[], metavar="NAME:KEY=VALUE,...", help="an arm of your own")
+    add("--groups", action="append", default=[], metavar="NAME:TASK+TASK/TASK",
+        help="an arm of one run per group of tasks; may be repeated")
+    add("--propose-groups", action="store_true",
+        help="propose a grouping by gradients and leave_one_out, and print the command that tests it")
+    add("--lexicon", type=Path, metavar="FILE", help="of the arm lexicon: a word and a number per line (VADER)")
     add("--seeds", default="0,1,2", metavar="LIST", help="one run of each arm per seed (0,1,2)")
     add("--against", metavar="ARM", help="arm that the others are compared with (the first one)")
     add("--claim", metavar="TEXT",

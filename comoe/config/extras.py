@@ -13,6 +13,7 @@ EXTRAS = {
     "onnx": ("onnx", "onnxruntime", "onnxscript"),
     "track": ("mlflow", "sqlalchemy", "alembic"),
     "tune": ("optuna",),
+    "lexicon": ("vaderSentiment",),
     "ray": ("ray",),
 }
 """Extra -> its packages, as they are imported."""

@@ -59,6 +59,8 @@ class Trial:
     """``key=value`` changes of the recipe, except the seed."""
     experts: int
     """Experts per layer."""
+    baseline: tuple[str, ...] = ()
+    """Classical model that is fitted instead of a training, and its arguments; empty: ranks train."""
 
     @property
     def name(self) -> str:
@@ -204,9 +206,9 @@ def _run_trials(
 
 
 def is_done(experiment: Experiment, trial: Trial) -> bool:
-    """True if the run has its results and its export, which is written last."""
-    export = experiment.runs / trial.name / "export"
-    return export.is_dir() and bool(result_of(experiment, trial.name).get("finished"))
+    """True if the run has its results and, if it was trained, its export, which is written last."""
+    whole = bool(trial.baseline) or (experiment.runs / trial.name / "export").is_dir()
+    return whole and bool(result_of(experiment, trial.name).get("finished"))
 
 
 def result_of(experiment: Experiment, name: str) -> dict[str, Any]:
@@ -222,8 +224,10 @@ def run_trial(
 
     ``give_up`` is asked while it runs, and ends it by returning true.
     """
-    log = experiment.output / "logs" / f"{trial.name}.log"
     failure = experiment.failure_file(trial)
+    if trial.baseline:
+        return _fit(experiment, trial)
+    log = experiment.output / "logs" / f"{trial.name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     for _ in range(PORTS_TRIED):
         command = command_of(experiment, trial)
@@ -236,10 +240,7 @@ def run_trial(
             break
     # The launcher's exit code can be 0 although a rank was killed: only the results count.
     if is_done(experiment, trial):
-        failure.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):
-            # Empty after the last failed run.
-            failure.parent.rmdir()
+        _no_failure(failure)
         return ""
     text = log.read_text(encoding="utf-8", errors="replace")
     lines = [line.rstrip() for line in text.splitlines() if line.strip()]
@@ -247,6 +248,30 @@ def run_trial(
     failure.parent.mkdir(exist_ok=True)
     write_atomic(failure, "\n".join([head, *lines[-TAIL:], ""]))
     return last_message("\n".join(lines))
+
+
+def _fit(experiment: Experiment, trial: Trial) -> str:
+    """Fit a classical model in this process: no rank is started for it."""
+    from comoe.experiments.baselines import run_baseline
+
+    failure, (name, *arguments) = experiment.failure_file(trial), trial.baseline
+    names = [f"run.output_dir={experiment.runs}", f"run.name={trial.name}"]
+    recipe = load_recipe(experiment.config, [*experiment.overrides, *trial.overrides, *names])
+    try:
+        run_baseline(recipe, experiment.runs / trial.name, name=name, arguments=arguments)
+    except ValueError as error:
+        failure.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(failure, f"comoe: {error}\n")
+        return str(error)
+    _no_failure(failure)
+    return ""
+
+
+def _no_failure(file: Path) -> None:
+    file.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        # Empty after the last failed run.
+        file.parent.rmdir()
 
 
 def last_message(log: str) -> str:

@@ -12,8 +12,7 @@ tasks' posts as often as the run of all tasks, so a single task has its share of
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -44,6 +43,8 @@ class Part:
     """Prefix of its run folder's name."""
     overrides: tuple[str, ...]
     """``key=value`` changes of the recipe."""
+    baseline: tuple[str, ...] = ()
+    """See ``Trial``."""
 
 
 def measured_tasks(recipe: Recipe) -> list[str]:
@@ -63,7 +64,7 @@ def single_tasks(recipe: Recipe) -> dict[str, list[Part]]:
         raise ValueError(
             "the arm single needs a task that has labels and is not auxiliary; the recipe has none."
         )
-    return {ALONE: [_single_task(recipe, task) for task in tasks]}
+    return {ALONE: [single_task(recipe, task) for task in tasks]}
 
 
 def leave_one_out(recipe: Recipe) -> dict[str, list[Part]]:
@@ -78,7 +79,7 @@ def leave_one_out(recipe: Recipe) -> dict[str, list[Part]]:
         raise ValueError(
             f"the arm leave_one_out drops one task and measures the others; the recipe has {', '.join(recipe.tasks)}."
         )
-    drop = partial(_dropping, recipe, arm="leave_one_out")
+    drop = partial(dropping, recipe, arm="leave_one_out")
     return {f"{WITHOUT}.{task}": [Part(f"{WITHOUT}.{task}", drop([task]))] for task in droppable}
 
 
@@ -94,15 +95,16 @@ def without_auxiliary(recipe: Recipe) -> dict[str, list[Part]]:
             f"the arm {NO_AUXILIARY} drops the tasks marked auxiliary and measures the others; the recipe has "
             f"{', '.join(dropped) or 'no such tasks'}. Mark them: tasks.<name>.auxiliary=true."
         )
-    return {NO_AUXILIARY: [Part(NO_AUXILIARY, _dropping(recipe, dropped, arm=NO_AUXILIARY))]}
+    return {NO_AUXILIARY: [Part(NO_AUXILIARY, dropping(recipe, dropped, arm=NO_AUXILIARY))]}
 
 
-def _single_task(recipe: Recipe, task: str) -> Part:
+def single_task(recipe: Recipe, task: str) -> Part:
+    """The run of one task without all others."""
     dropped = [other for other in recipe.tasks if other != task]
     if not dropped:
         # The recipe itself: both arms share its run.
         return Part(WHOLE, ())
-    overrides = [*_dropping(recipe, dropped, arm=ALONE)]
+    overrides = [*dropping(recipe, dropped, arm=ALONE)]
     loss, default = recipe.loss, LossConfig()
     if loss.weighting != default.weighting:
         # With one task a weighting would only scale its loss.
@@ -112,7 +114,12 @@ def _single_task(recipe: Recipe, task: str) -> Part:
     return Part(f"{ALONE}.{task}", tuple(overrides))
 
 
-def _dropping(recipe: Recipe, dropped: Sequence[str], *, arm: str) -> tuple[str, ...]:
+def dropping(recipe: Recipe, dropped: Sequence[str], *, arm: str) -> tuple[str, ...]:
+    """Overrides that take tasks out of a recipe.
+
+    Raises:
+        ValueError: ``train.max_steps`` is set; the message names ``arm``.
+    """
     if recipe.train.max_steps is not None:
         raise ValueError(
             f"train.max_steps is {recipe.train.max_steps}, and the arm {arm} drops tasks: as many steps on fewer posts "
@@ -151,23 +158,6 @@ TASK_ARMS: dict[str, Callable[[Recipe], dict[str, list[Part]]]] = {
     "single": single_tasks, "leave_one_out": leave_one_out, NO_AUXILIARY: without_auxiliary,
 }  # fmt: skip
 """Arm of ``--arms`` -> recipe -> arms of the tables with their runs."""
-
-
-def custom_arms(texts: Iterable[str]) -> dict[str, list[str]]:
-    """The user's own arms from ``name:key=value,key=value`` texts.
-
-    Raises:
-        ValueError: a text of another form.
-    """
-    found = {}
-    for text in texts:
-        name, colon, overrides = text.partition(":")
-        # A comma is a separator only before a new key: a list such as [1,3] has commas.
-        parts = [part.strip() for part in re.split(r",(?=[\w.-]+=)", overrides)]
-        if not colon or not all("=" in part for part in parts):
-            raise ValueError(f"--arm {text!r} must read name:key=value,key=value.")
-        found[name.strip()] = parts
-    return found
 
 
 def _active(recipe: Recipe) -> tuple[int, int, int]:

@@ -12,9 +12,9 @@ from comoe.config.load import load_recipe
 from comoe.config.recipe import Recipe
 from comoe.evaluation.evaluate import TEACHER_KL
 from comoe.evaluation.tables import in_columns
-from comoe.experiments.compare.arms import custom_arms
 from comoe.experiments.compare.claim import need_soft_labels, parse_claim, record_claim
-from comoe.experiments.compare.measurements import affinities, arm_names, removals
+from comoe.experiments.compare.measurements import affinities, arm_names, proposals, removals
+from comoe.experiments.compare.own_arms import classical_arms, custom_arms, group_arms
 from comoe.experiments.compare.plan import Plan, check_earlier, plan_arms, read_seeds
 from comoe.experiments.compare.plots import write_plots
 from comoe.experiments.compare.report import compare, write_comparison
@@ -47,17 +47,14 @@ def run_comparison(given: argparse.Namespace) -> list[Trial]:
         ValueError: a wrong recipe, arm, or output folder; nothing has run then.
     """
     experiment = Experiment.from_command(given)
-    custom = custom_arms(given.arm)
-    # Custom arms come last, unless the list names them.
-    arms = list(dict.fromkeys([*arm_names("--arms", given.arms), *custom]))
-    seeds = read_seeds(given.seeds, flag="--seeds")
-    plan = plan_arms(experiment, arms=arms, custom=custom, seeds=seeds)
+    plan = _plan(experiment, given)
     grid = read_grid(given, plan, experiment)
     against = plan.arms[0] if given.against is None else plan.arm(given.against, flag="--against")
     metrics = _metrics(experiment, given)
     for check in (affinities, removals):
         check(plan, given)
     _check_measures(plan, given, load_recipe(experiment.config, experiment.overrides))
+    with_proposal = proposals(plan, given, experiment)
     if given.dry_run:
         print("\n".join(planned_lines(experiment, plan, grid)))
         return []
@@ -81,7 +78,7 @@ def run_comparison(given: argparse.Namespace) -> list[Trial]:
             measure=given.measure, claim=claim,
         )  # fmt: skip
         problems = {name: text for name, text in problems.items() if text}
-        comparison = replace(comparison, problems=problems, tuning=tuning)
+        comparison = with_proposal(replace(comparison, problems=problems, tuning=tuning))
         write_comparison(comparison, experiment.output)
         lines = markdown_lines(comparison)
         write_atomic(experiment.output / "table.md", "\n".join(lines) + "\n")
@@ -97,6 +94,18 @@ def run_comparison(given: argparse.Namespace) -> list[Trial]:
     print(f"\ntable   {given.output / 'table.md'}, {', '.join(written)}")
     print(f"plots   {given.output / 'plots'}")
     return failed
+
+
+def _plan(experiment: Experiment, given: argparse.Namespace) -> Plan:
+    """All arms of the command line; those of the user's own come last, unless ``--arms`` names them."""
+    custom = custom_arms(given.arm)
+    groups = group_arms(given.groups, load_recipe(experiment.config, experiment.overrides))
+    if both := [name for name in groups if name in custom]:
+        raise ValueError(f"--groups {both[0]} and --arm {both[0]} have one name; rename one.")
+    arms = list(dict.fromkeys([*arm_names("--arms", given.arms), *custom, *groups]))
+    seeds = read_seeds(given.seeds, flag="--seeds")
+    own = groups | classical_arms(arms, given.lexicon)
+    return plan_arms(experiment, arms=arms, custom=custom, seeds=seeds, own=own)
 
 
 def planned_lines(experiment: Experiment, plan: Plan, grid: Grid | None) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from comoe.config.errors import unknown_name
 from comoe.config.load import load_recipe, load_saved_recipe, recipe_to_dict
 from comoe.config.recipe import DataConfig, Recipe, RunConfig
+from comoe.experiments.classical import BASELINES
 from comoe.experiments.compare.arms import (
     ARMS,
     TASK_ARMS,
@@ -20,6 +20,7 @@ from comoe.experiments.compare.arms import (
     measured_tasks,
     single_tasks,
 )
+from comoe.experiments.compare.own_arms import check_name
 from comoe.experiments.runner import Experiment, Trial, difference_of
 from comoe.train.parallel.ds_config import load_settings, plan_layout
 
@@ -37,6 +38,11 @@ class Arm:
     def of_seed(self, seed: int) -> list[Trial]:
         """Its runs with this seed."""
         return [trial for trial in self.trials if trial.seed == seed]
+
+    @property
+    def classical(self) -> bool:
+        """Whether it is fitted and not trained."""
+        return any(trial.baseline for trial in self.trials)
 
     @property
     def parts(self) -> dict[str, list[str]]:
@@ -91,15 +97,17 @@ def plan_arms(
     arms: Sequence[str],
     custom: Mapping[str, Sequence[str]],
     seeds: Sequence[int],
+    own: Mapping[str, Sequence[Part]] | None = None,
 ) -> Plan:
     """Every arm with every seed.
 
     Args:
         experiment: recipe, DeepSpeed JSON and overrides of all runs.
-        arms: keys of ``ARMS``, ``TASK_ARMS`` or ``custom``, or ``single.<task>`` and
+        arms: keys of ``ARMS``, ``TASK_ARMS``, ``custom`` or ``own``, or ``single.<task>`` and
             ``without.<task>``.
         custom: name of a custom arm -> its ``key=value`` overrides.
         seeds: one run of each part per seed.
+        own: name of an arm -> its runs, of ``classical_arms`` and ``group_arms``.
 
     Raises:
         ValueError: an unknown or impossible arm, two arms that would share a folder, or an override
@@ -107,21 +115,18 @@ def plan_arms(
     """
     experiment.refuse((), "--seeds and --output")
     for name in custom:
-        taken = name in ARMS or name in TASK_ARMS
-        if taken or not re.fullmatch(r"[A-Za-z0-9][\w.]*", name, re.ASCII):
-            raise ValueError(
-                f"--arm {name}: choose an unused name of letters, digits, dots and underscores."
-            )
+        check_name("--arm", name)
     recipe = load_recipe(experiment.config, experiment.overrides)
     named: dict[str, list[Part]] = {}
     for arm in dict.fromkeys(arms):
-        named |= _parts(arm, recipe, custom)
+        known = list((own or {}).get(arm, ()))
+        named |= {arm: known} if known else _parts(arm, recipe, custom)
     planned = tuple(_with_seeds(experiment, named, seeds))
     joint = None
     # Transfer needs several tasks.
     if len(recipe.tasks) > 1 and measured_tasks(recipe):
-        unchanged = (arm.name for arm in planned if not any(map(list, arm.parts.values())))
-        joint = next(unchanged, None)
+        unchanged = (arm for arm in planned if not any(map(list, arm.parts.values())))
+        joint = next((arm.name for arm in unchanged if not arm.classical), None)
     left_out = [name for name in named if name.startswith(f"{WITHOUT}.") and name not in custom]
     if joint is None and left_out:
         raise ValueError(
@@ -155,7 +160,7 @@ def _parts(arm: str, recipe: Recipe, custom: Mapping[str, Sequence[str]]) -> dic
     groups = [single_tasks(recipe), leave_one_out(recipe)] if "." in arm else []
     parts = {part.name: part for group in groups for parts in group.values() for part in parts}
     if arm not in parts:
-        raise unknown_name("arm", arm, [*ARMS, *TASK_ARMS, *custom, *parts])
+        raise unknown_name("arm", arm, [*ARMS, *TASK_ARMS, *BASELINES, *custom, *parts])
     return {arm: [parts[arm]]}
 
 
@@ -175,8 +180,10 @@ def _with_seeds(
                     "the custom arm."
                 )
             plan_layout(recipe, settings, world_size=experiment.ranks, gpu=False)
-            experts = recipe.model.moe.num_experts
-            trials += [Trial(part.name, seed, part.overrides, experts) for seed in seeds]
+            experts = 0 if part.baseline else recipe.model.moe.num_experts
+            trials += [
+                Trial(part.name, seed, part.overrides, experts, part.baseline) for seed in seeds
+            ]
         yield Arm(name, tuple(trials))
 
 
@@ -185,6 +192,11 @@ def _notes(recipe: Recipe, named: Mapping[str, Sequence[Part]]) -> Iterator[str]
         yield (
             f"data.limit_eval is {recipe.data.limit_eval}: not all validation and test posts count; with null, "
             "differences are seen with fewer seeds."
+        )
+    if recipe.train.patience:
+        yield (
+            f"train.patience is {recipe.train.patience}: a run that gets no better ends early, so passes may "
+            "differ (table Budget); with 0 all are made."
         )
     for name, parts in named.items():
         if name in TASK_ARMS and not any(part.overrides for part in parts):

@@ -21,6 +21,7 @@ from comoe.experiments.compare.claim import (
     measure_claim,
 )
 from comoe.experiments.compare.differences import Differences, PairedDifferences, seed_differences
+from comoe.experiments.compare.grouping import Proposal
 from comoe.experiments.compare.plan import Plan
 from comoe.experiments.compare.power import adjust, posts_needed, seeds_needed, smallest_difference
 from comoe.experiments.compare.results import (
@@ -84,6 +85,10 @@ class Comparison:
     """Run -> why it failed."""
     tuning: Tuning | None = None
     """How the options of the arms were chosen."""
+    proposal: Proposal | None = None
+    """A grouping of the tasks, where one was asked for."""
+    proposal_command: str = ""
+    """Trains it beside random ones."""
 
     @property
     def against(self) -> Differences:
@@ -200,6 +205,11 @@ def compare(
         "validation split or limit): there is no difference for them."
         for arm, tasks in pairs.incomparable.items()
     ]
+    notes += [
+        f"{arm} skips {task}: {why}."
+        for arm, found in results.items()
+        for task, why in (found[0].skipped.items() if found else ())
+    ]
     known = {name for found in results.values() for result in found for name in result.figures}
     missing = [name for name in metrics if known and name not in known]
     what = "metric of these runs (--metrics)"
@@ -238,6 +248,7 @@ def write_comparison(comparison: Comparison, output: Path) -> None:
         "arms": {arm: _about(comparison, arm) for arm in comparison.arms},
         "without": {dropped: {task: change.to_dict() for task, change in of_task.items()}
                     for dropped, of_task in changes.items()},
+        "groups": comparison.proposal.to_dict() if comparison.proposal else None,
         "gradient_cosine": {arm: found.to_dict() for arm, found in comparison.cosines.items()},
         "reasons": {task: comparison.reasons(task).to_dict() for task in comparison.measured if joint},
     }  # fmt: skip

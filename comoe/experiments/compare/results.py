@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +85,8 @@ class Result:
     train_posts: Mapping[str, int]
     """Data set -> training posts."""
     removal: Removal | None
+    skipped: Mapping[str, str] = field(default_factory=dict)
+    """Task that the arm cannot predict -> why."""
 
     @property
     def passes(self) -> str:
@@ -189,6 +191,7 @@ def read_run(trial: Trial, folder: Path) -> Result | None:
         costs=_costs(results, records),
         train_posts={name: found.get("train", 0) for name, found in posts.items()},
         removal=read_removal(removal) if removal.is_file() else None,
+        skipped=results.get("skipped", {}),
     )
 
 
@@ -271,14 +274,17 @@ def _costs(
         if after["step"] > before["step"]
     ]
     # Medians: another program on the machine, or a checkpoint, slows down some intervals only.
-    step_seconds = statistics.median(intervals or [results["seconds"] / max(1, results["step"])])
+    # A model that is fitted has no steps.
+    step_seconds = statistics.median(intervals or [seconds / max(1, steps or 0)])
+    memory = results.get("peak_memory_bytes_per_rank")
     speeds = [line["tokens_per_second"] for line in (lines[1:] or lines)]
     return {
         "seconds": seconds, "steps": steps, "posts": posts,
         "posts_per_second": posts / (steps * step_seconds) if posts and steps and step_seconds else None,
         "predicted_posts_per_second": results.get("predicted_posts_per_second"),
-        "step_ms": 1000 * step_seconds, "tokens_per_second": statistics.median(speeds) if speeds else None,
-        "peak_mib": results["peak_memory_bytes_per_rank"] / 2**20,
+        "step_ms": None if steps is None else 1000 * step_seconds,
+        "tokens_per_second": statistics.median(speeds) if speeds else None,
+        "peak_mib": None if memory is None else memory / 2**20,
         **{f"parameters_{kind}": results["parameters"][kind] for kind in ("experts", "active", "total")},
     }  # fmt: skip
 

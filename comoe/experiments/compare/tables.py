@@ -9,6 +9,7 @@ import numpy as np
 from comoe.evaluation.tables import markdown_table as table
 from comoe.experiments.compare.cells import NAMES, cell, digits_of, gain, p_value, spread
 from comoe.experiments.compare.evidence import claim_lines, tuning_lines, visible_lines
+from comoe.experiments.compare.grouping import proposal_lines
 from comoe.experiments.compare.report import Comparison
 from comoe.experiments.compare.results import (
     COSTS,
@@ -35,6 +36,7 @@ def markdown_lines(comparison: Comparison) -> list[str]:
             [arm, *(cell(comparison.interval(arm, "figures", name)) for name in comparison.metrics)] for arm in arms
         ])  # fmt: skip
     lines += transfer_lines(comparison)
+    lines += proposal_lines(comparison.proposal, comparison.proposal_command)
     results = comparison.results
     gated = [arm for arm in arms if any(one.routing or one.removal for one in results[arm])]
     if gated:

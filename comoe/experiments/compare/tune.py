@@ -43,6 +43,8 @@ class Grid:
 
     def points(self, trial: Trial) -> list[Point]:
         """All combinations of the options that this run reads and does not set itself; none: nothing to tune."""
+        if trial.baseline:
+            return []
         own = {override.partition("=")[0] for override in trial.part_overrides}
         keys = [
             key

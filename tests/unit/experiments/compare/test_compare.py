@@ -11,7 +11,8 @@ import pytest
 from comoe.config.load import load_recipe, save_recipe
 from comoe.config.recipe import TaskConfig
 from comoe.experiments.cluster.costs import shape_of_recipe
-from comoe.experiments.compare.arms import ARMS, custom_arms
+from comoe.experiments.compare.arms import ARMS
+from comoe.experiments.compare.own_arms import custom_arms
 from comoe.experiments.compare.plan import check_earlier, plan_arms
 from comoe.experiments.compare.plots import removal_figure, write_plots
 from comoe.experiments.compare.report import compare, write_comparison
