@@ -13,8 +13,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from scipy.optimize import minimize_scalar
-from scipy.special import expit, logsumexp, softmax
 
 from comoe.evaluation.evaluate import Evaluation, compute_metrics
 from comoe.evaluation.prior_shift import fit_prior
@@ -221,6 +219,8 @@ def fit_temperature(
         gold: as ``nll`` wants it.
         nll: (tempered logits, gold) -> mean negative log likelihood.
     """
+    from scipy.optimize import minimize_scalar  # takes 0.3 s, which no prediction waits for
+
     found = minimize_scalar(
         lambda log: nll(logits_NY / math.exp(log), gold),
         bounds=(math.log(COLDEST), math.log(HOTTEST)),
@@ -341,7 +341,7 @@ def parts_of(posts_N: np.ndarray, count: int) -> np.ndarray:
 def _class_nll(logits_NY: np.ndarray, gold_N: np.ndarray) -> float:
     return float(
         (
-            logsumexp(logits_NY, axis=1)
+            np.logaddexp.reduce(logits_NY, axis=1)
             - np.take_along_axis(logits_NY, gold_N[:, None], axis=1)[:, 0]
         ).mean()
     )
@@ -357,7 +357,9 @@ def _two_classes(
 
 _CLASSES = Rule(
     nll=_class_nll,
-    probabilities=lambda logits_NY: softmax(logits_NY, axis=1),
+    probabilities=lambda logits_NY: np.exp(
+        logits_NY - np.logaddexp.reduce(logits_NY, axis=1, keepdims=True)
+    ),
     pairs=lambda scores_NY, gold_N: [(scores_NY.max(axis=1), scores_NY.argmax(axis=1) == gold_N)],
     thresholds=_two_classes,
 )
@@ -367,7 +369,7 @@ _LABELS = Rule(
     nll=lambda logits_NY, gold_NY: float(
         (np.logaddexp(0.0, logits_NY) - logits_NY * gold_NY).mean()
     ),
-    probabilities=expit,
+    probabilities=lambda logits_NY: np.exp(-np.logaddexp(0.0, -logits_NY)),
     pairs=lambda scores_NY, gold_NY: list(zip(scores_NY.T, gold_NY.T, strict=True)),
     thresholds=lambda scores, gold, folds, task: choose_for_labels(
         scores, gold, folds_N=folds, task=task

@@ -16,7 +16,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
-from scipy.optimize import minimize
 
 Chunks = Callable[[], Iterable[np.ndarray]]
 """Gives the probabilities of all posts anew, in parts of shape (n, Y)."""
@@ -86,6 +85,8 @@ def fit_prior(
 
     bounds = [(None, None)] * width + [(-2.5, 2.5)]
     settings = {"maxiter": 1000, "ftol": 1e-14, "gtol": 1e-9}
+    from scipy.optimize import minimize  # takes 0.3 s, which no prediction waits for
+
     found = minimize(
         loss, np.zeros(width + 1), jac=True, method="L-BFGS-B", bounds=bounds, options=settings
     ).x
