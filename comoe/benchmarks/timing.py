@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from comoe.config.files import write_atomic
-from comoe.distributed import all_gather_objects, barrier
+from comoe.distributed import all_gather_objects, barrier, is_main
 from comoe.evaluation.tables import in_columns
 
 
@@ -159,7 +160,7 @@ def take_turns(
         for _ in range(warmup if contestants[name].every == 1 else 1):
             contestants[name].run()
     times: dict[str, list[float | None]] = {name: [None] * rounds for name in names}
-    for number in range(rounds):
+    for number in tqdm(range(rounds), unit="round", leave=False, disable=not is_main()):
         start = number % len(names)
         for name in names[start:] + names[:start]:
             if number % contestants[name].every == 0:
