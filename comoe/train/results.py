@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from comoe.config.files import atomic_file, plain, read_json
 from comoe.data.posts import PostSplit
@@ -23,7 +23,10 @@ from comoe.evaluation.tables import (
 from comoe.inference.export_config import CONFIG
 from comoe.tasks.prompts import wants_pair
 from comoe.tasks.task import Task
-from comoe.train.training_run import TrainingRun
+
+if TYPE_CHECKING:
+    # The engine that it holds loads DeepSpeed, which a classical arm does not need.
+    from comoe.train.training_run import TrainingRun
 
 
 def results_of(

@@ -222,7 +222,8 @@ def _verdicts(comparison: Comparison, arm: str) -> list[str]:
     text += f"; hurt {len(lost)}{_named(lost)}"
     if other:
         text += f"; no significant difference to {base} for {len(other)}{_named(other)}"
-    negative = [f"  Negative transfer: {', '.join(lost)}."] if lost else []
+    trained = not any(one.classical for one in comparison.plan.arms if one.name in (arm, base))
+    negative = [f"  Negative transfer: {', '.join(lost)}."] if lost and trained else []
     return [f"* **{arm}** against {base}: {text}.", *negative]
 
 

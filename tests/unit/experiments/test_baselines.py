@@ -98,6 +98,7 @@ def test_classical_arms_predict_the_posts_of_the_recipe_and_stand_in_one_report(
     table = (experiment.output / "table.md").read_text()
     assert "* lexicon skips topics: its labels (health, sport) are not negative" in table
     assert "* tfidf_svm skips heat: it is of kind regression" in table
+    assert "* **tfidf_svm** against majority: helped" in table and "transfer" not in table
     gains = (experiment.output / "gains.csv").read_text()
     assert "\ntfidf_svm,majority,mood," in gains and "\nlexicon,majority,mean," not in gains
     # The same command finds them finished.
