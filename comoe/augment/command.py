@@ -16,10 +16,11 @@ from typing import Any
 from tqdm import tqdm
 
 from comoe.augment.generator import Generator
-from comoe.augment.output import BEGIN_ANEW, Journal, Note, Output, differences, line_of
+from comoe.augment.output import BEGIN_ANEW, Journal, Note, Output, line_of
 from comoe.augment.posts import InputPosts, read_input_posts
 from comoe.augment.prompts import Prompts, load_prompts
 from comoe.augment.refine import PARTS, Outcome, Refiner, Settings
+from comoe.config.errors import differences
 from comoe.config.ready_made import prompts_path
 from comoe.data.posts import Post
 from comoe.data.reading.inputs import DataChoice

@@ -27,8 +27,9 @@ class Generation:
     text: str
     """Without the sign that ends it."""
     probability: float
-    """Geometric mean of the probabilities of the generated tokens, the end token included, in [0, 1]:
-    of each under the model itself (temperature 1), given the prompt and the tokens before it."""
+    """Geometric mean of the probabilities of the generated tokens, the end token included,
+    in [0, 1]: of each under the model itself (temperature 1), given the prompt and the tokens before
+    it."""
     ended: bool
     """False: cut off at the maximum of tokens."""
 
@@ -38,7 +39,7 @@ class Generator(Protocol):
 
     @property
     def identity(self) -> Mapping[str, str]:
-        """What the results depend on: name, digest of weights and tokenizer, precision, settings."""
+        """What results depend on: name, digest of weights and tokenizer, precision, settings."""
         ...
 
     @property
@@ -55,7 +56,7 @@ class Generator(Protocol):
     def score(
         self, prompts: Sequence[Prompt], *, choices: Sequence[str]
     ) -> list[tuple[float, ...]]:
-        """Probability of each given text per prompt, as shares that sum to one. Nothing is sampled."""
+        """Probability of each given text per prompt, as shares that sum to 1. Nothing is sampled."""
         ...
 
     def excess(self, prompt: Prompt) -> int:
@@ -70,7 +71,7 @@ def in_batches(
     prompts: Sequence[Prompt],
     size: int,
 ) -> dict[int, Result]:
-    """Row of ``prompts`` -> result of ``call``, which gets at most ``size`` rows of similar length."""
+    """Row of ``prompts`` -> result of ``call``, given at most ``size`` rows of similar length."""
     # Longest first: a batch that does not fit into memory fails at once.
     order = sorted(rows, key=lambda row: (-len(prompts[row].question), row))
     results: dict[int, Result] = {}

@@ -14,6 +14,8 @@ from typing import IO, Any
 
 from filelock import lock_descriptor
 
+from comoe.config.errors import differences
+from comoe.config.failure import doing
 from comoe.config.files import atomic_file, same_file, write_json
 from comoe.data.reading.files import json_line
 from comoe.data.reading.sources import ENDINGS, NAMES
@@ -60,7 +62,9 @@ class Journal:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._file.close()
+        # After a full disk there is a rest that cannot be written, and does not count.
+        with contextlib.suppress(OSError):
+            self._file.close()
 
     def remove(self) -> None:
         """The work is done, and its result written."""
@@ -103,15 +107,10 @@ class Journal:
         return [record for piece in found[1:] for record in piece]
 
     def _write(self, content: object) -> None:
-        self._file.write(json.dumps(content).encode() + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
-
-
-def differences(begun: Mapping[str, str], now: Mapping[str, str]) -> str:
-    """What two runs do not have in common, for a message; empty where they are the same."""
-    changed = [name for name in {**begun, **now} if begun.get(name) != now.get(name)]
-    return "; ".join(f"{name} was {begun.get(name)}, is now {now.get(name)}" for name in changed)
+        with doing("writing", self.path):
+            self._file.write(json.dumps(content).encode() + b"\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,7 +44,7 @@ def tidy(text: str) -> str:
 
 
 def fault_of(generation: Generation, part: str, *, prompts: Prompts) -> str | None:
-    """The first reason to leave a text out, as it is counted and written; None for a well-formed one.
+    """The first reason to leave a text out, as counted and written; None for a well-formed one.
 
     Args:
         generation: as the model generated it.
@@ -135,8 +135,8 @@ class _Case:
 class Refiner:
     """Generates, checks, and generates again.
 
-    A prompt is first continued by the most probable tokens. A prompt that comes back unchanged would
-    have the same text forever, so from then on it is sampled, with a seed made of
+    A prompt is first continued by the most probable tokens. A prompt that comes back unchanged
+    would have the same text forever, so from then on it is sampled, with a seed made of
     ``settings.seed``, post, round and part: neither the batch nor an interruption changes it.
 
     Args:
@@ -240,7 +240,7 @@ class Refiner:
         return kept
 
     def _prompt(self, case: _Case, part: str, known: Mapping[str, str]) -> Prompt:
-        """The filled template; the end of a post that makes it too long for the model is left out."""
+        """The filled template, without the end of a post that makes it too long for the model."""
         values = {
             "target": case.post.pair or self._prompts.file.no_target,
             "gold": case.post.labels[GOLD] or "",

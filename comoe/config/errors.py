@@ -16,6 +16,12 @@ SHOWN = 200
 """Characters of a value that a message shows."""
 
 
+def differences(begun: Mapping[str, str], now: Mapping[str, str]) -> str:
+    """What two starts of one work do not have in common, for a message; empty where they are the same."""
+    changed = [name for name in {**begun, **now} if begun.get(name) != now.get(name)]
+    return "; ".join(f"{name} was {begun.get(name)}, is now {now.get(name)}" for name in changed)
+
+
 def nearest(name: str, valid: Iterable[str]) -> str | None:
     """The valid name that looks most like ``name``, None when nothing does. Upper and lower case count as equal."""
     by_lower = {option.lower(): option for option in valid}
@@ -124,7 +130,7 @@ def _all_paths(schema: type, prefix: str = "") -> tuple[str, ...]:
 
 
 def _unknown_key(path: str, schema: type, section: type, origins: Mapping[str, str]) -> str:
-    """A key that the section does not have: the nearest here, else the same word in another section."""
+    """A key that the section lacks: the nearest here, else the same word in another section."""
     parent, _, name = path.rpartition(".")
     siblings, everywhere = list(section.__pydantic_fields__), _all_paths(schema)
     guess = nearest(name, siblings) or next(

@@ -26,6 +26,12 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NUMBERED = re.compile(r"os error (\d+)")
 """How libraries in Rust end what they say of an error of the system."""
 
+SQLITE = {5: errno.EBUSY, 6: errno.EBUSY, 13: errno.ENOSPC, 22: errno.EFBIG}
+"""Primary result code of SQLite -> the system's error that it stands for (https://sqlite.org/rescode.html)."""
+
+READ_ONLY, IO_ERROR, CANNOT_OPEN = 8, 10, 14
+"""Codes of SQLite that stand for several errors of the system."""
+
 REMEDIES = {
     errno.ENOSPC: "free some space",
     errno.EDQUOT: "free some of your quota",
@@ -44,6 +50,7 @@ REMEDIES = {
     errno.EIO: "look at the disk, or mount it again",
     errno.ESTALE: "mount the network folder again",
     errno.ENOMEM: "free some memory",
+    errno.EBUSY: "another process uses it; wait until it ends, or end it",
 }
 """Number of an error of the system -> what to do about it."""
 
@@ -76,7 +83,7 @@ def doing(action: str, path: Path) -> Iterator[None]:
         path: file or folder that is worked on.
 
     Raises:
-        OSError: instead of the errors of torch, safetensors and tokenizers for it.
+        OSError: instead of the errors of torch, safetensors, tokenizers and SQLite for it.
     """
     try:
         yield
@@ -117,23 +124,36 @@ def parsing(what: Path | str, remedy: str) -> Iterator[None]:
 
 def behind(error: Exception) -> Exception:
     """The error of the system that a library put into words where no block of ``doing`` was, or the error itself."""
-    if isinstance(error, (ValueError, OSError)) or not (found := NUMBERED.search(str(error))):
+    if isinstance(error, (ValueError, OSError)) or (number := _stated_number(error)) is None:
         return error
-    system = OSError(int(found[1]), os.strerror(int(found[1])))
+    system = OSError(number, os.strerror(number))
     system.__cause__ = error
     return system
 
 
+def _stated_number(error: BaseException) -> int | None:
+    """The system's error that a library's words or code stand for."""
+    found = NUMBERED.search(str(error))
+    return int(found[1]) if found else SQLITE.get(_sqlite_code(error))
+
+
+def _sqlite_code(error: BaseException | None) -> int:
+    """SQLite's code, also behind the error of a library that wraps it; 0 where there is none."""
+    while error is not None and not hasattr(error, "sqlite_errorcode"):
+        error = error.__cause__
+    return 0 if error is None else error.sqlite_errorcode & 0xFF
+
+
 def _number_behind(error: Exception, path: Path) -> int | None:
     """The system's error that a library put into words; None where it was something else."""
-    text = str(error)
-    if found := NUMBERED.search(text):
-        return int(found[1])
-    if not any(
+    if (number := _stated_number(error)) is not None:
+        return number
+    code, text = _sqlite_code(error), str(error)
+    if code not in (READ_ONLY, IO_ERROR, CANNOT_OPEN) and not any(
         word in text for word in ("PytorchStreamWriter", "inline_container", "write failed")
     ):
         return None
-    # torch keeps the number to itself: the disk is asked again.
+    # torch and SQLite keep the number to themselves: the disk is asked again.
     folder = next((place for place in (path, *path.parents) if place.is_dir()), Path())
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
@@ -141,6 +161,8 @@ def _number_behind(error: Exception, path: Path) -> int | None:
             file.flush()
     except OSError as again:
         return again.errno
+    if code in (READ_ONLY, CANNOT_OPEN):
+        return errno.EACCES if path.exists() else errno.ENOENT
     with contextlib.suppress(ImportError):
         import resource  # not on Windows
 

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from sklearn.linear_model import LogisticRegression
 
+from comoe.config.failure import doing
 from comoe.config.files import atomic_file, write_json
 from comoe.config.recipe import DataConfig, ModelConfig, MoeConfig, NormalizeConfig
 from comoe.data.collator import Collator
@@ -39,7 +40,7 @@ from comoe.inference.select import (
     margins,
     unlike,
 )
-from comoe.models.model import build_model
+from comoe.models.build import build_model
 from comoe.starter.registry import prepare
 from comoe.tasks.metrics import METRICS
 from comoe.tasks.task import Task
@@ -144,7 +145,7 @@ def run_all(folder: Path, seeds: int) -> list[dict[str, Any]]:
     for seed, name, strategy in wanted:
         scores = loop(**posts[name], strategy=strategy, seed=seed)
         rows.append({"data": name, "strategy": strategy, "seed": seed, "macro_f1": scores})
-        with path.open("a", encoding="utf-8") as file:
+        with doing("writing", path), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(rows[-1]) + "\n")
     # Keys as they come out of the file.
     return json.loads(json.dumps(rows))
@@ -170,8 +171,8 @@ def _read(name: str, cache: Path) -> dict[str, Any]:
 
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Data set (and ``mean`` over them) -> labels -> seeds; mean of each strategy; and gain, the paired difference from
-    random; with 95 % intervals over seeds."""
+    """Data set (and ``mean`` over them) -> labels -> seeds; mean of each strategy; and gain, the
+    paired difference from random; with 95 % intervals over seeds."""
     scores = {(row["data"], row["strategy"], row["seed"]): row["macro_f1"] for row in rows}
     names = list(dict.fromkeys(row["data"] for row in rows))
     found: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""``comoe tune``: an Optuna study whose trials are runs of the recipe, in a database that outlives a kill."""
+"""``comoe tune``: an Optuna study whose trials are runs, in a database that outlives a kill."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import optuna
 from matplotlib.figure import Figure
 from optuna.trial import FrozenTrial, TrialState
 
+from comoe.config.failure import doing
 from comoe.config.files import atomic_file, lock_beside, locked, write_atomic
 from comoe.config.load import load_recipe, save_recipe
 from comoe.config.space import Range, Space, load_space
@@ -40,8 +41,10 @@ CHEAP = (
 FIRST = 4
 """Finished trials before one is compared with the median of the others."""
 RUN, INTERRUPTED, PROBLEM, SPACE = "run", "interrupted", "problem", "space"
-"""Attributes that the study keeps: a trial's run folder, numbers of those whose process was killed, why a
-run failed; and the space."""
+"""Attributes that the study keeps: a trial's run folder, numbers of those whose process was killed,
+why a run failed; and the space."""
+STUDY = "study.db"
+"""File of the study."""
 
 
 def tune_and_exit(given: argparse.Namespace) -> NoReturn:
@@ -59,7 +62,10 @@ def _tune(given: argparse.Namespace) -> bool:
         for value in ends:
             _check_key(experiment, key, value)
     record_settings(experiment, file_name="tune.json")
-    with locked(lock_beside(experiment.runs), str(experiment.output)):
+    with (
+        locked(lock_beside(experiment.runs), str(experiment.output)),
+        doing("writing", experiment.output / STUDY),
+    ):
         study = _open_study(experiment, space)
         _take_up(study)
         while len(counted(study)) < given.trials:
@@ -86,7 +92,7 @@ def _override(key: str, value: Any) -> str:
 def _open_study(experiment: Experiment, space: Space) -> optuna.Study:
     study = optuna.create_study(
         study_name="comoe",
-        storage=f"sqlite:///{experiment.output / 'study.db'}",
+        storage=f"sqlite:///{experiment.output / STUDY}",
         direction="maximize",
         pruner=optuna.pruners.MedianPruner(n_startup_trials=FIRST),
         load_if_exists=True,

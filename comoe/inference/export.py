@@ -101,8 +101,7 @@ def export_model(
         write_json(aside / CONFIG, config)
         # safetensors writes for the owner alone; others may read what the umask lets them.
         (aside / WEIGHTS).chmod((aside / CONFIG).stat().st_mode & 0o777)
-        with doing("writing", folder):
-            backbone.tokenizer.save_pretrained(str(aside))
+        backbone.tokenizer.save_pretrained(str(aside))
         if image_processor is not None:
             image_processor.save(aside)
         about = {"recipe": recipe, "tasks": tasks, "config": config, "results": results}
@@ -217,7 +216,7 @@ def replacing(folder: Path) -> Iterator[Path]:
     """
     aside = folder.with_name(f".{folder.name}.part")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with locked(lock_beside(folder), str(folder)):
+    with doing("writing", folder), locked(lock_beside(folder), str(folder)):
         if problem := _in_the_way(folder):
             raise ValueError(f"{folder} {problem}; choose another folder, or remove it first.")
         shutil.rmtree(aside, ignore_errors=True)

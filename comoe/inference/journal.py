@@ -10,11 +10,13 @@ import contextlib
 import json
 import os
 import sqlite3
+import tempfile
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from comoe.config.errors import differences
 from comoe.config.failure import doing
 from comoe.config.files import PART, PLAIN_OPEN
 
@@ -48,42 +50,43 @@ class Journal:
         self.discarded = 0
         """Posts of an unfinished run that a fresh start gave up."""
         self._file: IO[bytes] | None = None
+        self._db: sqlite3.Connection | None = None
         if target is None:
             # A temporary file of sqlite's own, removed with the connection.
-            self._db = sqlite3.connect("")
-            self._db.executescript(_TABLES)
+            self.path = Path(os.environ.get("SQLITE_TMPDIR") or tempfile.gettempdir())
+            with self._using("writing"):
+                self._db = sqlite3.connect("")
+                self._db.executescript(_TABLES)
             return
         self.part = target.with_name(f".{target.name}{PART}")
         self.path = target.with_name(f".{target.name}.journal")
         if not resume:
             self.discarded = self._discard()
-        with doing("writing", target):
-            self._open(head, target)
+        try:
+            with doing("writing", target):
+                self._open(head, target)
+        except BaseException:
+            self.close(remove=not resume)
+            raise
 
     def _open(self, head: Mapping[str, str], target: Path) -> None:
         if self.path.is_symlink():
             raise ValueError(f"{self.path} is a link; remove it.")
-        self._db = sqlite3.connect(self.path)
-        try:
+        with self._using("writing"):
+            self._db = sqlite3.connect(self.path)
             self._db.executescript(_TABLES)
             begun = dict(self._db.execute("SELECT name, value FROM head"))
             done = self._db.execute("SELECT posts, bytes, digest, counts, whole FROM done")
             self.posts, size, self.digest, self.counts, whole = done.fetchone() or (
                 0, 0, b"", "{}", 0,
             )  # fmt: skip
-        except sqlite3.DatabaseError as error:
-            self._db.close()
-            raise ValueError(
-                f"{self.path} is damaged ({error}); start anew, without --resume."
-            ) from error
-        changed = _differences(begun, head) if self.posts else ""
+        changed = differences(begun, head) if self.posts else ""
         if changed:
-            self._db.close()
             raise ValueError(
                 f"--resume: {target} was begun otherwise after which {self.posts:,} posts were predicted: {changed}. "
                 "Give the same again, or start anew, without --resume."
             )
-        with self._db:
+        with self._using("writing"), self._db:
             self._db.execute("DELETE FROM head")
             self._db.executemany("INSERT INTO head VALUES (?, ?)", head.items())
         # Stopped between its last two steps.
@@ -92,12 +95,22 @@ class Journal:
         flags = os.O_RDWR | os.O_CREAT | PLAIN_OPEN
         self._file = open(os.open(self.part, flags, 0o666), "r+b")
         if os.fstat(self._file.fileno()).st_size < size:
-            self.close()
             raise ValueError(
                 f"{self.part} is shorter than {self.path} says; start anew, without --resume."
             )
         self._file.truncate(size)
         self._file.seek(size)
+
+    @contextlib.contextmanager
+    def _using(self, action: str) -> Iterator[None]:
+        """Inside, what sqlite says becomes an error of the system with the file, or names it as damaged."""
+        try:
+            with doing(action, self.path):
+                yield
+        except sqlite3.DatabaseError as error:
+            raise ValueError(
+                f"{self.path} is damaged ({error}); start anew, without --resume."
+            ) from error
 
     def _discard(self) -> int:
         """Remove what an earlier run has left; returns the posts that it had predicted."""
@@ -127,7 +140,7 @@ class Journal:
                 self._file.flush()
                 os.fsync(self._file.fileno())
                 size = self._file.tell()
-        with self._db:
+        with self._using("writing"), self._db:
             self._db.execute(_SAVE, (posts, size, digest, counts))
         self.posts, self.digest = posts, digest
 
@@ -138,7 +151,7 @@ class Journal:
 
     def finish(self) -> bool:
         """All posts are predicted; returns whether the part is still to be given its name."""
-        with self._db:
+        with self._using("writing"), self._db:
             self._db.execute("UPDATE done SET whole = 1")
         if self._file is None:
             return False
@@ -148,8 +161,11 @@ class Journal:
     def close(self, *, remove: bool = False) -> None:
         """End; ``remove``: nothing is left to do, or nothing was done."""
         if self._file is not None:
-            self._file.close()
-        self._db.close()
+            # After a full disk there is a rest that cannot be written, and does not count.
+            with contextlib.suppress(OSError):
+                self._file.close()
+        if self._db is not None:
+            self._db.close()
         if remove and self.keeps:
             self._remove()
 
@@ -162,11 +178,14 @@ class Journal:
         """Which of some posts were predicted before, from the post with the number ``since`` on."""
         marks = ",".join("?" * len(keys))
         asked = f"SELECT key FROM known WHERE post >= ? AND key IN ({marks})"
-        return {key for (key,) in self._db.execute(asked, (since, *keys))}
+        with self._using("reading"):
+            return {key for (key,) in self._db.execute(asked, (since, *keys))}
 
     def recall(self, key: bytes) -> dict[str, Any]:
         """The prediction of a post that is known."""
-        (found,) = self._db.execute("SELECT prediction FROM known WHERE key = ?", (key,)).fetchone()
+        asked = "SELECT prediction FROM known WHERE key = ?"
+        with self._using("reading"):
+            (found,) = self._db.execute(asked, (key,)).fetchone()
         return json.loads(zlib.decompress(found))
 
     def remember(self, predictions: Iterable[tuple[bytes, dict[str, Any]]], *, post: int) -> None:
@@ -175,12 +194,7 @@ class Journal:
             (key, post, zlib.compress(json.dumps(prediction).encode(), 1))
             for key, prediction in predictions
         )
-        self._db.executemany("INSERT OR REPLACE INTO known VALUES (?, ?, ?)", rows)
-        # Windows that are asked about at the same time look back further than this one.
-        self._db.execute("DELETE FROM known WHERE post < ?", (post - 2 * KNOWN,))
-
-
-def _differences(begun: Mapping[str, str], now: Mapping[str, str]) -> str:
-    """What two runs do not have in common, for a message; empty where they are the same."""
-    changed = [name for name in {**begun, **now} if begun.get(name) != now.get(name)]
-    return "; ".join(f"{name} was {begun.get(name)}, is now {now.get(name)}" for name in changed)
+        with self._using("writing"):
+            self._db.executemany("INSERT OR REPLACE INTO known VALUES (?, ?, ?)", rows)
+            # Windows that are asked about at the same time look back further than this one.
+            self._db.execute("DELETE FROM known WHERE post < ?", (post - 2 * KNOWN,))

@@ -81,14 +81,17 @@ def predict_file(
         journal = Journal(kept, _head(predictor, options), resume=options.resume)
         try:
             summary = _predict_into(target, writer, posts, journal)
-        except BaseException:
+        except BaseException as error:
             journal.close(remove=not journal.posts)
+            if isinstance(error, OSError) and journal.keeps and journal.posts:
+                kept = f"{journal.posts:,} posts are predicted; --resume goes on behind them"
+                print(kept, file=sys.stderr)
             raise
         journal.close(remove=True)
     counts = summary.counts
     if counts.posts and counts.posts == counts.set_aside.total():
-        why = f"see {target}; the first: {counts.first_error}"
-        raise ValueError(f"none of the {counts.posts} posts could be predicted, {why}.")
+        why = f"see {target}; the first: {counts.first_error.rstrip('.')}"
+        raise ValueError(f"none of the {counts.posts} posts of {source} could be predicted, {why}.")
     return summary
 
 

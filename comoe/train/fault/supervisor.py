@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from comoe.config.failure import doing
 from comoe.train.fault.channel import SideChannel, listen
 from comoe.train.fault.signals import SUPERVISED, StopSignal
 from comoe.train.launchers import LOOPBACK
@@ -97,11 +98,11 @@ def supervise(*, restarts: int, stop: StopSignal, command: Sequence[str] | None 
 def _word_of_the_launch(world: int, *, one_machine: bool) -> str:
     """What all supervisors of one launch share: a digest of command line, number of ranks, and a secret.
 
-    The command line, which every user of these machines may see, separates two runs on one port. The
-    secret keeps others out: ``SECRET`` of the environment, else on one machine a file that this user
-    alone can read. On several machines without ``SECRET`` there is none: who knows the command and
-    reaches the port before all ranks have connected can end or restart the run. No one can make it
-    run another command: each supervisor starts its own.
+    The command line, which every user of these machines may see, separates two runs on one port.
+    The secret keeps others out: ``SECRET`` of the environment, else on one machine a file that this
+    user alone can read. On several machines without ``SECRET`` there is none: who knows the command
+    and reaches the port before all ranks have connected can end or restart the run. No one can make
+    it run another command: each supervisor starts its own.
 
     Raises:
         OSError: the file cannot be kept from others.
@@ -132,7 +133,8 @@ def _secret_of_the_parent() -> str:
     aside = folder / f".{secrets.token_hex(8)}"
     aside.touch(mode=0o600, exist_ok=False)
     try:
-        aside.write_text(secrets.token_hex(32))
+        with doing("writing", aside):
+            aside.write_text(secrets.token_hex(32))
         with contextlib.suppress(FileExistsError):
             os.link(aside, path)
     finally:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from comoe.config.extras import need
+from comoe.config.failure import sentence
 from comoe.config.files import read_json, write_json
 from comoe.config.load import recipe_to_dict
 from comoe.config.recipe import Recipe
@@ -112,14 +113,15 @@ class Trackers:
             work()
         except Exception as error:  # whatever a library, a server or a network may raise
             if name not in self._warned:
-                reason = f"{type(error).__name__}: {error}"
+                reason = f"{type(error).__name__}: {sentence(error)}"
                 print(f"warning: run.trackers: {name} lacks something ({reason})", file=sys.stderr)
             self._warned.add(name)
 
 
 def _begin_alone() -> None:
-    """Begin the state that accelerate's log asks for, as that of a single process: only this rank has trackers, and
-    with the launcher's variables it would join the ranks and set their threads."""
+    """Begin the state that accelerate's log asks for, as that of a single process: only this rank
+    has trackers, and with the launcher's variables it would join the ranks and set their
+    threads."""
     from accelerate import PartialState
 
     of_mpi = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")

@@ -13,9 +13,11 @@ from comoe.augment.command import COLUMNS, Report, augment
 from comoe.augment.generator import Generation, Prompt, in_batches
 from comoe.augment.prompts import Prompts, load_prompts
 from comoe.augment.refine import Settings, fault_of, tidy
+from comoe.config.failure import sentence
 from comoe.config.recipe import DataConfig, Recipe, TaskConfig
 from comoe.data.corpus import load_corpus
 from comoe.data.reading.inputs import DataChoice
+from tests.helpers_data import files_up_to
 
 DEFAULT = Path(__file__).parents[3] / "launch" / "configs" / "augment_prompts.yaml"
 PROMPTS = """
@@ -302,6 +304,19 @@ def test_a_run_that_was_killed_continues_and_ends_with_the_same_bytes(tmp_path, 
     for name in ("aux.jsonl", "aux.malformed.jsonl"):
         assert files[0][name] == files[1][name]
     assert b"only a label" in files[1]["aux.malformed.jsonl"] and not begun.exists()
+
+
+def test_a_journal_without_room_is_named_and_the_run_goes_on_once_there_is_some(tmp_path, prompts):
+    rows = [post(f"Post {number} " + "long " * 20, "positive") for number in range(400)]
+    source = write(tmp_path / "posts.jsonl", rows)
+    whole, full = tmp_path / "whole" / "aux.jsonl", tmp_path / "full" / "aux.jsonl"
+    from_file(source, whole, prompts)
+    with files_up_to(50_000), pytest.raises(OSError) as raised:
+        from_file(source, full, prompts)
+    part = full.with_name(".aux.jsonl.part")
+    assert sentence(raised.value).startswith(f"writing {part}: File too large; raise the limit")
+    report = from_file(source, full, prompts)
+    assert report.resumed > 0 and full.read_bytes() == whole.read_bytes()
 
 
 @pytest.mark.parametrize("option", ["--model", "--prompts", "--input", "--batch-size", "--rounds"])

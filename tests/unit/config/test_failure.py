@@ -3,8 +3,10 @@
 import errno
 import io
 import os
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from comoe.config import files
 from comoe.config.failure import doing, is_foreign, parsing, sentence
 from comoe.config.files import atomic_file, cache_file, check_target, write_atomic
 from comoe.config.terminal import SafeStream, printable
+from tests.helpers_data import files_up_to
 
 ROOT = Path(__file__).parents[3]
 
@@ -119,6 +122,62 @@ def test_whoever_writes_a_file_that_can_grow_no_more_says_which_one(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     for name, line in zip(WRITERS, done.stdout.splitlines(), strict=True):
         assert line.startswith(f"writing {tmp_path / name}: File too large; "), done.stderr
+
+
+def full(path):
+    with closing(sqlite3.connect(path)) as db:
+        db.executescript("PRAGMA max_page_count = 3; CREATE TABLE a (x)")
+        db.execute("INSERT INTO a VALUES (zeroblob(100000))")
+
+
+def read_only(path):
+    sqlite3.connect(path).close()
+    with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as db:
+        db.execute("CREATE TABLE a (x)")
+
+
+def no_folder(path):
+    sqlite3.connect(path / "db").close()
+
+
+def no_room(path):
+    with closing(sqlite3.connect(path)) as db:
+        db.executescript("CREATE TABLE a (x); INSERT INTO a VALUES (zeroblob(100000))")
+
+
+def busy(path):
+    with closing(sqlite3.connect(path)) as one, closing(sqlite3.connect(path, timeout=0)) as two:
+        one.execute("BEGIN EXCLUSIVE")
+        two.execute("CREATE TABLE a (x)")
+
+
+@pytest.mark.parametrize(
+    ("use", "said"),
+    [
+        (full, "No space left on device; free some space."),
+        (read_only, "Permission denied; get the right to it, or choose another path."),
+        (no_folder, "No such file or directory; correct the path."),
+        (no_room, "File too large; raise the limit"),
+        (busy, "Device or resource busy; another process uses it; wait"),
+    ],
+)
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_what_sqlite_says_is_an_error_of_the_system(use, said, wrapped, tmp_path):
+    room = files_up_to(4096) if use is no_room else nullcontext()
+    with pytest.raises(OSError) as raised, room, doing("writing", tmp_path / "db"):
+        try:
+            use(tmp_path / "db")
+        except sqlite3.OperationalError as error:
+            if wrapped:
+                raise RuntimeError("of the library around it") from error
+            raise
+    assert sentence(raised.value).startswith(f"writing {tmp_path / 'db'}: {said}")
+
+
+def test_a_wrong_question_to_sqlite_stays_one(tmp_path):
+    with pytest.raises(sqlite3.OperationalError, match="no such table"):
+        with doing("reading", tmp_path / "db"), closing(sqlite3.connect(":memory:")) as db:
+            db.execute("SELECT x FROM a")
 
 
 def test_a_file_that_cannot_be_made_is_named_and_not_its_part(tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from comoe.config.failure import sentence
 from comoe.config.load import load_recipe
 from comoe.config.space import load_space
 
@@ -16,6 +17,7 @@ if find_spec("optuna") is None:
 import optuna
 
 from comoe.experiments import tune
+from tests.helpers_data import files_up_to
 
 ROOT = Path(__file__).parents[3]
 RECIPE = (
@@ -35,7 +37,7 @@ def given(tmp_path):
     return argparse.Namespace(
         config=str(tmp_path / "recipe.yaml"), deepspeed=str(ROOT / "ds_configs/zero2.json"),
         output=tmp_path / "out", ranks=1, overrides=["train.epochs=2"], space=tmp_path / "space.yaml",
-        trials=8, seed=0,
+        trials=8, seed=0, no_verify=False,
     )  # fmt: skip
 
 
@@ -113,6 +115,20 @@ def test_a_killed_study_goes_on_with_the_run_that_it_left_and_ends_as_an_undistu
     tune._tune(given)
     assert second.runs[0] == first.runs[-1] and len(second.runs) == 3
     assert outcomes(given) == expected
+
+
+def test_a_study_without_room_is_named_and_goes_on_once_there_is_some(given, monkeypatch):
+    monkeypatch.setattr(tune, "run_trial", Training())
+    given.trials = 1
+    tune._tune(given)
+    (first,) = outcomes(given)
+    given.trials = 8
+    file = given.output / tune.STUDY
+    with files_up_to(8192), pytest.raises(OSError) as raised:
+        tune._tune(given)
+    assert sentence(raised.value).startswith(f"writing {file.resolve()}: File too large; ")
+    tune._tune(given)
+    assert len(outcomes(given)) == 8 and outcomes(given)[0] == first
 
 
 def test_another_space_is_another_study(given, monkeypatch):

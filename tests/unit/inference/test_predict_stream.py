@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import io
 import json
@@ -15,8 +16,10 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
+from helpers_data import files_up_to
 from helpers_export import tiny_predictor
 
+from comoe.config.failure import REMEDIES, sentence
 from comoe.data.reading import files, stream
 from comoe.data.reading.stream import open_stream
 from comoe.inference import engines, parquet, predict_file, windows
@@ -228,6 +231,26 @@ def test_a_run_that_is_killed_and_resumed_writes_the_bytes_of_an_undisturbed_one
         if path.is_file():
             same = tmp_path / path.relative_to(tmp_path / "whole")
             assert path.read_bytes() == same.read_bytes()
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("size", [8192, 60_000, 120_000])
+def test_a_journal_without_room_is_named_and_the_run_goes_on_once_there_is_some(
+    size, predictor, tmp_path, capsys
+):
+    source = write_input(tmp_path, "a.jsonl", [{"text": f"good {n}"} for n in range(2000)])
+    # A label id per post: it is the table of known texts that grows.
+    options = {"format": "tweeteval", "dedupe": True}
+    predict(predictor, source, tmp_path / "whole.txt", **options)
+    with files_up_to(size), pytest.raises(OSError) as raised:
+        predict(predictor, source, tmp_path / "out.txt", **options)
+    assert sentence(raised.value) == (
+        f"writing {tmp_path}/.out.txt.journal: File too large; {REMEDIES[errno.EFBIG]}."
+    )
+    done = predict(predictor, source, tmp_path / "out.txt", resume=True, **options)
+    said = f"{done.resumed_at:,} posts are predicted; --resume goes on behind them\n"
+    assert (done.resumed_at > 0) == (said in capsys.readouterr().err) == (size > 8192)
+    assert (tmp_path / "out.txt").read_bytes() == (tmp_path / "whole.txt").read_bytes()
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
