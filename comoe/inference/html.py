@@ -52,6 +52,7 @@ def post_block(prediction: Mapping[str, Any], tasks: Sequence[str], kept: Sequen
     lines = [f"<article><h2>{_text(prediction.get('text'))}</h2>"]
     told = [f"{_text(name)}: {_text(prediction.get(name))}" for name in kept]
     told += ["cut to the model's length"] if prediction.get("truncated") else []
+    told += [f"read in {prediction['windows']} windows"] if "windows" in prediction else []
     lines += [f'<p class="note">{" · ".join(told)}</p>'] if told else []
     for key in ("error", "image_error"):
         lines += [f'<p class="bad">{_text(prediction[key])}</p>'] if key in prediction else []

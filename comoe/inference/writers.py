@@ -34,6 +34,10 @@ PACKERS: dict[str, Callable[[bytes], bytes]] = {
 """Ending of the output -> how a piece of it is packed; readers take packed pieces behind one another."""
 
 
+REMARKS = {"cut": ["truncated"], "windows": ["truncated", "windows"], "error": []}
+"""``--long`` -> columns that say what became of a long post; also in windows a second text may be cut."""
+
+
 def packer(writer: JsonLines, target: Path) -> Callable[[bytes], bytes]:
     """How pieces of an output are packed."""
     return PACKERS.get(target.suffix.lower(), bytes) if writer.packed else bytes
@@ -130,7 +134,7 @@ class Page(JsonLines):
 
 
 class Table(JsonLines):
-    """CSV: kept columns, text, then per task the prediction and the score of every label, and the error."""
+    """CSV: kept columns, text, then per task the prediction and the score of every label, and what was remarked."""
 
     explains = False
 
@@ -142,10 +146,13 @@ class Table(JsonLines):
             ]
             self.columns += [f"{task.name}/prior"] if task.name in self.adapted else []
         self.columns += ["error", "image_error"] if self.reads_images else ["error"]
+        self.columns += REMARKS[self.predictor.long.mode]
         return csv_line(self.columns, raw=self.raw)
 
     def line(self, prediction: dict[str, Any]) -> str:
         row = dict(prediction) | table_cells(prediction, self.tasks)
+        if prediction.get("truncated"):
+            row["truncated"] = "true"
         cells = (row.get(column, "") for column in self.columns)
         whole = (whole_characters(cell) if isinstance(cell, str) else cell for cell in cells)
         return csv_line(whole, raw=self.raw)

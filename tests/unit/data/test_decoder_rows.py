@@ -480,7 +480,8 @@ def test_files_of_answers_hold_texts_and_scored_words(tmp_path, capsys):
     assert table[0]["aspect"] == "battery 😀"
     assert table[0]["polarity"] == "good"
     assert table[0]["error"] == ""
-    assert list(table[0])[-5:] == ["aspect", "polarity", "polarity/bad", "polarity/good", "error"]
+    last = ["aspect", "polarity", "polarity/bad", "polarity/good", "error", "truncated"]
+    assert list(table[0])[-6:] == last
     assert table[1]["aspect"] == "" and table[1]["error"].startswith("the second text is missing")
     # Every line needs an id.
     assert written("out.txt", format="tweeteval", tasks=["polarity"]) == ["1", "1", "1"]
@@ -514,7 +515,7 @@ def test_second_texts_and_labels_are_read_from_the_columns_of_training(tmp_path,
     assert "--pair-column" in capsys.readouterr().err
     # A head that had no second text would read another post than in training.
     alone = predictor_of(columns=ASKED_ABOUT | {"mood": {"pair": None, "label": "mood"}})
-    message = rf"none of the 2 posts could be predicted, see {tmp_path}/out.jsonl; the first: .*--pair-column"
+    message = rf"none of the 2 posts of .* could be predicted, see {tmp_path}/out.jsonl; the first: .*--pair-column"
     with pytest.raises(ValueError, match=message):
         predict_file(alone, source, tmp_path / "out.jsonl")
     assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 2

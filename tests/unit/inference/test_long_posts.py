@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from types import SimpleNamespace
 
@@ -125,6 +126,20 @@ def test_long_posts_are_set_aside_or_told_in_file_and_summary(predictor, tmp_pat
         if mode == "error":
             assert "more than the 16 tokens" in rows[1]["error"] and "mood" not in rows[1]
             counts["set_aside"] = sum(counts["set_aside"].values())
+        predict_file(
+            predictor.with_long(mode), source, tmp_path / "out.csv", PredictOptions(format="csv")
+        )
+        table = list(csv.DictReader((tmp_path / "out.csv").open(newline="")))
+        remarks = {"cut": ["truncated"], "windows": ["truncated", "windows"], "error": []}[mode]
+        assert list(table[0])[list(table[0]).index("error") + 1 :] == remarks
+        for name in remarks:
+            assert [row[name] for row in table] == [str(row.get(name, "")).lower() for row in rows]
+        predict_file(
+            predictor.with_long(mode), source, tmp_path / "a.html", PredictOptions(format="html")
+        )
+        page = (tmp_path / "a.html").read_text()
+        assert page.count("cut to the model's length") == (mode == "cut")
+        assert page.count(f"read in {rows[1].get('windows')} windows") == (mode == "windows")
         told = {name: counts[name] for name in ("truncated", "windows")} | {
             counted: counts[counted]
         }

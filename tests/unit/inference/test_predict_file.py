@@ -69,7 +69,7 @@ def test_a_missing_last_line_feed_changes_nothing(predictor, tmp_path, last):
     "name, content, format, written",
     [
         ("in.txt", "", "tweeteval", ""),
-        ("in.csv", "id,text\n", "csv", "text,mood,mood/bad,mood/so-so,mood/good,error\n"),
+        ("in.csv", "id,text\n", "csv", "text,mood,mood/bad,mood/so-so,mood/good,error,truncated\n"),
     ],
 )
 def test_an_empty_file_gives_an_empty_file_and_says_so(
