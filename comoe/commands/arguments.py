@@ -1,5 +1,7 @@
 """What the command lines share: the look of a parser, and the recipe as the first word."""
 
+from __future__ import annotations
+
 import re
 import sys
 from argparse import (
@@ -9,9 +11,14 @@ from argparse import (
     RawDescriptionHelpFormatter,
 )
 from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from comoe.config.extras import need
 from comoe.config.plugins import add_plugins
+
+if TYPE_CHECKING:
+    from comoe.inference.predictor import Predictor
 
 RECIPE, SETTINGS = "starter", "zero2"
 """Names of the recipe and the DeepSpeed file that are taken where none is given."""
@@ -59,6 +66,17 @@ def add_recipe(parser: ArgumentParser, *, overrides: str = "options of the recip
     parser.add_argument("overrides", nargs="*", metavar="key=value", help=overrides)
 
 
+def add_experiment(parser: ArgumentParser, word: str, *, output: str) -> None:
+    """The options of ``comoe word``, which runs a recipe many times; ``output`` says what its folder gets."""
+    add = parser.add_argument
+    # fmt: off
+    add("--deepspeed", default=SETTINGS, metavar="JSON", help="a file, or the name of a ready one (%(default)s)")
+    add("--output", type=Path, default=Path("runs", word), metavar="DIR", help=output)
+    add("--ranks", type=whole(1), metavar="N", help="ranks of each run (all GPUs; without a GPU 1)")
+    add("--no-verify", action="store_true", help="read what its runs left without comparing digests")
+    # fmt: on
+
+
 def take_recipe(given: Namespace, *, default: str | None = RECIPE) -> None:
     """Set ``given.config``: what ``--config`` says, else a first word that is no ``key=value``, else the default."""
     if given.config is None and given.overrides and "=" not in given.overrides[0]:
@@ -72,12 +90,40 @@ def need_training(word: str) -> None:
 
 
 def need_extra(extra: str, word: str) -> None:
-    """End the process with one sentence where an extra that ``comoe word`` needs is not installed."""
+    """End the process with one sentence where an extra of ``comoe word`` is not installed."""
     try:
         need(extra, what=f"comoe {word}")
     except ValueError as error:
         print(f"comoe: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def add_model(parser: ArgumentParser) -> None:
+    """What ``load_predictor`` reads: ``--model``, ``--revision``, ``--device``, ``--no-verify``, ``--plugins``."""
+    add = parser.add_argument
+    # fmt: off
+    add("--model", required=True, help="folder of an export, or organization/name on the hub")
+    add("--revision", metavar="NAME", help="branch, tag or commit of a model on the hub")
+    add("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto is a GPU where there is one")
+    add("--no-verify", action="store_true", help="read the model without comparing its digests")
+    # fmt: on
+    add_plugins(parser)
+
+
+def load_predictor(given: Namespace, **more: Any) -> Predictor:
+    """The model of the options of ``add_model``; ``more`` goes to ``Predictor.from_pretrained``."""
+    from comoe.inference.predictor import Predictor
+
+    more |= {"device": given.device, "verify": not given.no_verify, "revision": given.revision}
+    return Predictor.from_pretrained(given.model, **more)
+
+
+def add_columns(parser: ArgumentParser) -> None:
+    """The columns of an input that a model reads."""
+    add = parser.add_argument
+    add("--text-column", help="column with the post (default: that of training, else text)")
+    add("--pair-column", help="column with the second text (default: that of training)")
+    add("--image-column", help="column with the image (default: that of training, else image)")
 
 
 def add_backend(parser: ArgumentParser) -> None:

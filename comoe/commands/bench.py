@@ -53,6 +53,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         line.error("the benchmarks are no part of an installed comoe; run it in a checkout.")
     need_training("bench")
 
+    from comoe.config.load import load_recipe
+
+    if given.config is not None:
+        load_recipe(given.config)  # before any rank is started
     # Its ranks must not outlive it.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     report = importlib.import_module(BENCHMARKS[given.benchmark]).run(

@@ -10,10 +10,9 @@ An interrupted comparison goes on with the same command; arms and seeds may be a
 import sys
 from argparse import ArgumentParser
 from collections.abc import Sequence
-from pathlib import Path
 
 from comoe.commands.arguments import (
-    SETTINGS,
+    add_experiment,
     add_recipe,
     need_training,
     new_parser,
@@ -30,9 +29,7 @@ def parser() -> ArgumentParser:
     # fmt: off
     found = new_parser("compare", __doc__)
     add = found.add_argument
-    add("--deepspeed", default=SETTINGS, metavar="JSON", help="a file, or the name of a ready one (%(default)s)")
-    add("--output", type=Path, default=Path("runs/compare"), metavar="DIR", help="runs, tables, plots")
-    add("--ranks", type=whole(1), metavar="N", help="ranks of each run (all GPUs; without a GPU 1)")
+    add_experiment(found, "compare", output="runs, tables, plots")
     add("--arms", default=ARMS, metavar="LIST", help=f"names with commas; docs/experiments.md has all ({ARMS})")
     add("--arm", action="append", default=[], metavar="NAME:KEY=VALUE,...", help="an arm of your own")
     add("--groups", action="append", default=[], metavar="NAME:TASK+TASK/TASK",
@@ -63,7 +60,7 @@ def parser() -> ArgumentParser:
     return found
 
 
-@guarded("compare", code=2, interrupted=GOES_ON)
+@guarded("compare", interrupted=GOES_ON)
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the command line and run."""
     given = parser().parse_intermixed_args(argv)

@@ -10,9 +10,15 @@ from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 
-from comoe.commands.arguments import add_backend, new_parser, whole
+from comoe.commands.arguments import (
+    add_backend,
+    add_columns,
+    add_model,
+    load_predictor,
+    new_parser,
+    whole,
+)
 from comoe.commands.guard import guarded
-from comoe.config.plugins import add_plugins
 
 
 def parser() -> ArgumentParser:
@@ -20,24 +26,18 @@ def parser() -> ArgumentParser:
     # fmt: off
     found = new_parser("eval", __doc__)
     add = found.add_argument
-    add("--model", required=True, help="folder of an export, or organization/name on the hub")
-    add("--revision", metavar="NAME", help="branch, tag or commit of a model on the hub")
+    add_model(found)
     add("--data", required=True, help="file, folder or hub name")
     add("--format", default="auto", help="tweeteval, jsonl, csv, tsv, parquet, txt, hub or auto")
     add("--split", default="test", help="train, validation or test of a folder or hub data set")
     add("--task", action="append", help="score this task only; may be repeated")
-    add("--text-column", help="column with the post (default: that of training, else text)")
-    add("--pair-column", help="column with the second text (default: that of training)")
-    add("--image-column", help="column with the image (default: that of training, else image)")
+    add_columns(found)
     add("--label-column", help="column with the label (default: that of training, else label)")
     add("--skip-bad", action="store_true", help="skip bad rows instead of stopping at the first")
     add("--batch-size", type=whole(1), default=64, help="posts per forward pass")
-    add("--device", default="auto", help="cpu, cuda, ...; auto is a GPU where there is one")
     add("--output", type=Path, help="write all metrics there as JSON")
-    add("--no-verify", action="store_true", help="read the model without comparing its digests")
     # fmt: on
     add_backend(found)
-    add_plugins(found)
     return found
 
 
@@ -47,21 +47,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser().parse_args(argv)
 
     from comoe.config.files import check_target, is_read_from, write_json
-    from comoe.inference.predictor import Predictor
     from comoe.inference.score import format_scores, score
 
     if options.output:
         if is_read_from(options.output, Path(options.data)):
             raise ValueError(f"--output {options.output} is the --data itself; name another file.")
         check_target(options.output)
-    predictor = Predictor.from_pretrained(
-        options.model,
-        device=options.device,
-        verify=not options.no_verify,
-        backend=options.backend,
-        threads=options.threads,
-        revision=options.revision,
-    )
+    predictor = load_predictor(options, backend=options.backend, threads=options.threads)
     scores = score(
         predictor, options.data, tasks=options.task, batch_size=options.batch_size, progress=True,
         format=options.format, split=options.split, text=options.text_column, pair=options.pair_column,

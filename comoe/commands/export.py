@@ -5,8 +5,8 @@
     comoe export --checkpoint runs/smollm2 --output adapters --adapters
     comoe export --checkpoint runs/starter/export --output exported --format onnx --int8
 
-It needs one process and no DeepSpeed, whatever the ranks, EP and ZeRO stage of the run were. --format onnx adds an ONNX
-file for `--backend onnx` of the other commands.
+It needs one process and no DeepSpeed, whatever the ranks, EP and ZeRO stage of the run were.
+--format onnx adds an ONNX file for `--backend onnx` of the other commands.
 """
 
 from argparse import ArgumentParser

@@ -1,4 +1,4 @@
-"""What every command does with its errors: one sentence, an exit code, and the traceback in a log."""
+"""What every command makes of errors: one sentence, an exit code, the traceback in a log."""
 
 from __future__ import annotations
 
@@ -15,20 +15,19 @@ from comoe.config.terminal import safe_streams
 GOES_ON = "stopped; the same command goes on"
 """What a command that keeps what is done says after Ctrl-C."""
 
-INTERRUPTED = 130
-"""Exit code after Ctrl-C."""
+OURS, MISTAKE, INTERRUPTED = 1, 2, 130
+"""Exit codes: an error of ours, one that the user can mend, Ctrl-C."""
 
 
 @contextlib.contextmanager
-def guarded(word: str, *, code: int = 1, interrupted: str = "interrupted") -> Iterator[None]:
-    """Around the ``main`` of ``comoe word``, also as its decorator: no error leaves it as a traceback.
+def guarded(word: str, *, interrupted: str = "interrupted") -> Iterator[None]:
+    """Around the ``main`` of ``comoe word``, also as decorator: no error leaves it as a traceback.
 
-    ``ValueError`` and errors of the system are the user's to mend: one sentence, exit code ``code``.
+    ``ValueError`` and errors of the system are the user's to mend: one sentence, exit code 2.
     Anything else is ours: one sentence that names the log with the traceback, exit code 1.
 
     Args:
         word: of the command.
-        code: after what the user can mend.
         interrupted: what to say after Ctrl-C.
     """
     with safe_streams(), _quiet_threads():
@@ -36,17 +35,17 @@ def guarded(word: str, *, code: int = 1, interrupted: str = "interrupted") -> It
             yield
         except (ValueError, OSError) as error:
             where = keep_traceback(word, _logs) if is_foreign(error) else ""
-            _end(word, f"{sentence(error)} {where}".rstrip(), code)
+            _end(word, f"{sentence(error)} {where}".rstrip(), MISTAKE)
         except KeyboardInterrupt:
             _end(word, f"{interrupted}.", INTERRUPTED)
         except MemoryError:
-            _end(word, "out of memory; use a smaller --batch-size, or a machine with more.", 1)
+            _end(word, "out of memory; use a smaller --batch-size, or a machine with more.", OURS)
         except Exception as error:
             where = keep_traceback(word, _logs)
             if isinstance(known := behind(error), OSError):
-                _end(word, f"{sentence(known)} {where}".rstrip(), code)
+                _end(word, f"{sentence(known)} {where}".rstrip(), MISTAKE)
             found = f"unexpected {type(error).__name__}: {sentence(error)}"
-            _end(word, f"{found}. {where} Please report it with what you did.", 1)
+            _end(word, f"{found}. {where} Please report it with what you did.", OURS)
 
 
 @contextlib.contextmanager

@@ -51,6 +51,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     from comoe.data.reading.sources import read_input
 
     raw = read_input("FILE", str(given.file))
+    if not raw.rows:
+        first = f"; the first bad row: {raw.bad[0]}" if raw.bad else "."
+        raise ValueError(f"{given.file} has no post that can be read{first}")
     settle(given, raw.rows, raw.columns, ask=sys.stdin.isatty())
     if given.output.exists():
         raise ValueError(f"{given.output} is there already; name another file with --output.")

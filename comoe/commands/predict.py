@@ -17,10 +17,16 @@ from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
-from comoe.commands.arguments import add_backend, new_parser, whole
+from comoe.commands.arguments import (
+    add_backend,
+    add_columns,
+    add_model,
+    load_predictor,
+    new_parser,
+    whole,
+)
 from comoe.commands.guard import guarded
 from comoe.config.files import write_json
-from comoe.config.plugins import add_plugins
 
 
 def parser() -> ArgumentParser:
@@ -28,8 +34,7 @@ def parser() -> ArgumentParser:
     # fmt: off
     found = new_parser("predict", __doc__)
     add = found.add_argument
-    add("--model", required=True, help="folder of an export, or organization/name on the hub")
-    add("--revision", metavar="NAME", help="branch, tag or commit of a model on the hub")
+    add_model(found)
     add("--input", required=True, help="posts: a file, a folder of Parquet, hf://name[:split], or -")
     add("--input-format", help="txt, csv, tsv, jsonl or parquet (default: by the ending)")
     add("--output", required=True, type=Path, help="predictions; missing folders are made")
@@ -38,9 +43,7 @@ def parser() -> ArgumentParser:
     add("--resume", action="store_true", help="go on behind what an unfinished run has predicted")
     add("--json-summary", metavar="FILE", help="write counts and speed as JSON; - is standard output")
     add("--task", action="append", dest="tasks", metavar="TASK", help="predict this task only; may be repeated")
-    add("--text-column", help="column with the post (default: that of training, else text)")
-    add("--pair-column", help="column with the second text (default: that of training)")
-    add("--image-column", help="column with the image (default: that of training, else image)")
+    add_columns(found)
     add("--keep", action="append", metavar="COLUMN",
         help="copy this column of the input; may be repeated (default: id, if there is one)")
     add("--raw-csv", action="store_true",
@@ -66,12 +69,8 @@ def parser() -> ArgumentParser:
     add("--workers", type=whole(1, 256), default=1,
         help="processes, each with the model: one per GPU, or sharing the CPU's threads")
     add("--engine", default="processes", help="processes of this machine, or ray (extra ray)")
-    add("--device", default="auto",
-        help="cpu, cuda, cuda:1, ...; auto is a GPU where there is one")
-    add("--no-verify", action="store_true", help="read the model without comparing its digests")
     # fmt: on
     add_backend(found)
-    add_plugins(found)
     return found
 
 
@@ -82,20 +81,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from comoe.inference.options import PredictOptions
     from comoe.inference.predict_file import predict_file
-    from comoe.inference.predictor import Predictor
 
     if options.format is None:
         options.format = "parquet" if options.output.suffix == ".parquet" else "jsonl"
     names = [field.name for field in fields(PredictOptions)]
     asked = PredictOptions(**{name: getattr(options, name) for name in names})
-    predictor = Predictor.from_pretrained(
-        options.model,
-        device=options.device,
-        verify=not options.no_verify,
-        precision=options.precision,
-        backend=options.backend,
-        threads=options.threads,
-        revision=options.revision,
+    predictor = load_predictor(
+        options, precision=options.precision, backend=options.backend, threads=options.threads
     ).with_long(options.long, scores=options.long_scores, overlap=options.long_overlap)
     done = predict_file(predictor, options.input, options.output, asked)
     print(done, file=sys.stderr)

@@ -9,15 +9,13 @@ The first goes on where an earlier call with the same --output stopped; an --exp
 import sys
 from argparse import ArgumentParser
 from collections.abc import Sequence
-from pathlib import Path
 
 from comoe.commands.arguments import (
-    SETTINGS,
+    add_experiment,
     add_recipe,
     need_training,
     new_parser,
     take_recipe,
-    whole,
 )
 from comoe.commands.guard import GOES_ON, guarded
 
@@ -42,9 +40,7 @@ def parser() -> ArgumentParser:
     # fmt: off
     found = new_parser("scale", __doc__)
     add = found.add_argument
-    add("--deepspeed", default=SETTINGS, metavar="JSON", help="a file, or the name of a ready one (%(default)s)")
-    add("--output", type=Path, default=Path("runs/scale"), metavar="DIR", help="runs, table, plots")
-    add("--ranks", type=whole(1), metavar="N", help="ranks of each run (all GPUs; without a GPU 1)")
+    add_experiment(found, "scale", output="runs, table, plots")
     for flag, field in GRID.items():
         add(f"--{flag}", dest=field, metavar="LIST", help="with commas; the recipe's own without it")
     add("--plan", action="store_true", help="print memory, bytes and step time on a cluster; end")
@@ -55,7 +51,7 @@ def parser() -> ArgumentParser:
     return found
 
 
-@guarded("scale", code=2, interrupted=GOES_ON)
+@guarded("scale", interrupted=GOES_ON)
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the command line and run."""
     given = parser().parse_intermixed_args(argv)

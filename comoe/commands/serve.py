@@ -3,8 +3,9 @@
     comoe serve runs/starter/export
     comoe serve news=runs/a/export news=runs/b/export --port 8080 --watch 60
 
-Several exports of one NAME are revisions of it; the last answers where a request names none. The server answers to this
-machine only, unless it has a token. SIGHUP reads exports that were replaced, SIGTERM finishes what runs and ends.
+Several exports of one NAME are revisions of it; the last answers where a request names none. The
+server answers to this machine only, unless it has a token. SIGHUP reads exports that were replaced,
+SIGTERM finishes what runs and ends.
 """
 
 import os

@@ -49,7 +49,7 @@ def parser() -> ArgumentParser:
     return found
 
 
-@guarded("train", code=2)
+@guarded("train")
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the command line and run."""
     line = parser()

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from comoe.commands.arguments import (
-    SETTINGS,
+    add_experiment,
     add_recipe,
     need_extra,
     need_training,
@@ -30,16 +30,13 @@ def parser() -> ArgumentParser:
     add("--trials", type=whole(1), default=20, metavar="N",
         help="runs in all, those of earlier calls included (%(default)s)")
     add("--seed", type=whole(0), default=0, help="of the proposals; that of the runs is the recipe's (%(default)s)")
-    add("--deepspeed", default=SETTINGS, metavar="JSON", help="a file, or the name of a ready one (%(default)s)")
-    add("--output", type=Path, default=Path("runs/tune"), metavar="DIR",
-        help="study, runs, table, plot, best recipe")
-    add("--ranks", type=whole(1), metavar="N", help="ranks of each run (all GPUs; without a GPU 1)")
     # fmt: on
+    add_experiment(found, "tune", output="study, runs, table, plot, best recipe")
     add_recipe(found)
     return found
 
 
-@guarded("tune", code=2, interrupted=GOES_ON)
+@guarded("tune", interrupted=GOES_ON)
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the command line and run."""
     given = parser().parse_intermixed_args(argv)

@@ -1,4 +1,4 @@
-"""Ablation of experts: the held-out quality of a trained model with one expert of one layer removed.
+"""Ablation of experts: held-out quality of a trained model without one expert of one layer.
 
 A removed expert is never selected: its tokens go to the next best expert, and the weights are
 normalized over the remaining ones. The drop in quality is therefore what the other experts cannot
@@ -103,6 +103,7 @@ def measure_removal(
     limit: int | None = None,
     device: str = "auto",
     progress: bool = True,
+    verify: bool = True,
 ) -> Removal:
     """Score the export of a finished run on its own posts, with all experts and without each one.
 
@@ -112,19 +113,17 @@ def measure_removal(
         limit: maximum of posts per data set; None uses all posts of the recipe.
         device: a torch device; auto is the first GPU, or the CPU.
         progress: show a progress bar.
+        verify: compare the digests of the export's files.
 
     Raises:
-        ValueError: no finished run there, no experts in it, no labeled post in the split, or a
-            limit below 1.
+        ValueError: no finished run there, no experts in it, or no labeled post in the split.
     """
-    if limit is not None and limit < 1:
-        raise ValueError(f"the limit of posts per data set is {limit}; it must be at least 1.")
-    predictor, tokens = load_trained(run_folder, split=split, limit=limit, device=device)
+    predictor, tokens = load_trained(
+        run_folder, split=split, limit=limit, device=device, verify=verify
+    )
     blocks = predictor.exported.model.moe_layers()
     if not blocks:
-        raise ValueError(
-            f"{run_folder} was trained without experts (model.moe.num_experts is 0): nothing to remove."
-        )
+        raise ValueError(f"{run_folder} was trained without experts: there is nothing to remove.")
     experts, tasks = predictor.exported.model_config.moe.num_experts, predictor.tasks
     passes = 1 + len(CONDITIONS) + len(blocks) * experts
     with tqdm(total=passes, unit="pass", disable=not progress, dynamic_ncols=True) as bar:

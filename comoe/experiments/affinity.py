@@ -1,4 +1,4 @@
-"""Task affinity: cosines between the gradients of the tasks' losses with respect to the shared weights.
+"""Task affinity: cosines between the gradients of the tasks' losses by the shared weights.
 
 Two tasks with opposed gradients undo each other's steps. A gradient over a few posts is mostly
 noise: two gradients of one task look unrelated, and two tasks on the same posts look alike. The
@@ -80,6 +80,7 @@ def measure_affinity(
     batch_size: int = 32,
     device: str = "auto",
     progress: bool = True,
+    verify: bool = True,
 ) -> Affinity:
     """Cosines between the tasks' gradients at the end of a finished run, on its validation posts, without dropout.
 
@@ -91,6 +92,7 @@ def measure_affinity(
         batch_size: posts per forward pass; affects time and memory only.
         device: a torch device; auto is the first GPU, or the CPU.
         progress: show a progress bar.
+        verify: compare the digests of the export's files.
 
     Raises:
         ValueError: no finished run there, fewer than two tasks with labels, no trainable shared
@@ -98,7 +100,7 @@ def measure_affinity(
     """
     if limit < 2:
         raise ValueError(f"the limit of posts per task is {limit}; it must be at least 2.")
-    predictor, split = load_trained(run_folder, split="validation", device=device)
+    predictor, split = load_trained(run_folder, split="validation", device=device, verify=verify)
     tasks = predictor.tasks
     if len(tasks) < 2:
         raise ValueError(
@@ -175,8 +177,8 @@ def summed_gradient(
 class Products:
     """Inner products of the tasks' mean gradients from different parts of the posts.
 
-    With s_ta the gradient of task t's summed loss over part a and m_ta its normalizer, <t, u> is the
-    sum of s_ta s_ub over the sum of m_ta m_ub, both over a != b: an unbiased estimate of the
+    With s_ta the gradient of task t's summed loss over part a and m_ta its normalizer, <t, u> is
+    the sum of s_ta s_ub over the sum of m_ta m_ub, both over a != b: an unbiased estimate of the
     product of the true mean gradients.
     """
 

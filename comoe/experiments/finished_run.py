@@ -13,7 +13,12 @@ from comoe.starter.registry import home, resolve
 
 
 def load_trained(
-    run_folder: Path, *, split: str, limit: int | None = None, device: str = "auto"
+    run_folder: Path,
+    *,
+    split: str,
+    limit: int | None = None,
+    device: str = "auto",
+    verify: bool = True,
 ) -> tuple[Predictor, TokenizedSplit]:
     """The export of a run, and one split of the posts of its recipe.
 
@@ -22,6 +27,7 @@ def load_trained(
         split: train, validation or test.
         limit: maximum of validation or test posts per data set; None uses all posts of the recipe.
         device: a torch device; auto is the first GPU, or the CPU.
+        verify: compare the digests of the export's files.
 
     Raises:
         ValueError: no finished run there, or no post in the split.
@@ -33,7 +39,7 @@ def load_trained(
     recipe = resolve(load_saved_recipe(config), progress=False)
     if limit is not None:
         recipe = replace(recipe, data=replace(recipe.data, limit_eval=limit))
-    predictor = Predictor.from_pretrained(run_folder / "export", device=device)
+    predictor = Predictor.from_pretrained(run_folder / "export", device=device, verify=verify)
     exported = predictor.exported
     corpus = load_corpus(recipe, with_images=exported.image_processor is not None)
     if len(corpus.splits.get(split, ())) == 0:

@@ -19,6 +19,7 @@ from typing import Any
 import psutil
 import torch
 
+from comoe.config.failure import doing
 from comoe.config.files import lock_beside, locked, read_json, write_atomic
 from comoe.config.legacy import keep_old_meanings
 from comoe.config.load import load_recipe, recipe_from_dict, recipe_to_dict
@@ -82,6 +83,8 @@ class Experiment:
     output: Path
     ranks: int
     overrides: tuple[str, ...] = ()
+    verify: bool = True
+    """Compare the digests of the checkpoints that interrupted runs go on from."""
 
     @staticmethod
     def from_command(given: argparse.Namespace) -> Experiment:
@@ -94,7 +97,8 @@ class Experiment:
             raise ValueError(f"--ranks is {given.ranks}; it must be at least 1.")
         ranks = given.ranks or max(1, torch.cuda.device_count())
         files = (recipe_path(given.config), settings_path(given.deepspeed), given.output)
-        return Experiment(*(file.resolve() for file in files), ranks, tuple(given.overrides))
+        places = (file.resolve() for file in files)
+        return Experiment(*places, ranks, tuple(given.overrides), verify=not given.no_verify)
 
     @property
     def runs(self) -> Path:
@@ -231,7 +235,7 @@ def run_trial(
     log.parent.mkdir(parents=True, exist_ok=True)
     for _ in range(PORTS_TRIED):
         command = command_of(experiment, trial)
-        with log.open("a", encoding="utf-8") as file:
+        with doing("writing", log), log.open("a", encoding="utf-8") as file:
             print(f"$ {' '.join(command)}", file=file, flush=True)
             start = file.tell()
             code = _run(command, file, give_up)
@@ -288,7 +292,8 @@ def command_of(experiment: Experiment, trial: Trial) -> list[str]:
     train = ["--module", TRAIN, "--deepspeed", str(experiment.deepspeed)]
     folder = experiment.runs / trial.name
     if (folder / "config.yaml").is_file():
-        return [*launcher, *train, "--resume", str(folder)]
+        unverified = [] if experiment.verify else ["--no-verify"]
+        return [*launcher, *train, "--resume", str(folder), *unverified]
     names = [f"run.output_dir={experiment.runs}", f"run.name={trial.name}"]
     overrides = [*experiment.overrides, *trial.overrides, *names]
     return [*launcher, *train, "--config", str(experiment.config), *overrides]

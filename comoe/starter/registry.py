@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 
 from comoe.config.errors import unknown_name
-from comoe.config.failure import doing
+from comoe.config.failure import doing, sentence
 from comoe.config.files import lock_beside, locked
 from comoe.config.recipe import Recipe
 from comoe.starter.implied_posts import build_implied_posts
@@ -47,7 +47,7 @@ nothing."""
 
 
 def home() -> Path:
-    """Folder for everything comoe keeps between runs: ``$COMOE_HOME``, else the user's cache folder."""
+    """Folder for what comoe keeps between runs: ``$COMOE_HOME``, else the user's cache folder."""
     if os.environ.get("COMOE_HOME"):
         return Path(os.environ["COMOE_HOME"]).expanduser().resolve()
     if sys.platform == "darwin":
@@ -56,7 +56,7 @@ def home() -> Path:
 
 
 def resolve(recipe: Recipe, *, progress: bool = True) -> Recipe:
-    """The recipe with its ``kit:`` and ``smoke:`` names (see ``READY_MADE``) replaced by local folders.
+    """The recipe with local folders for its ``kit:`` and ``smoke:`` names (see ``READY_MADE``).
 
     Prepares what is missing. Every process may call it: one per machine prepares, the others wait
     for it.
@@ -206,9 +206,9 @@ def main(arguments: list[str] | None = None) -> int:
     names = options.names or STARTER
     try:
         folders = prepare(names, progress=not options.quiet)
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return 1
+    except (ValueError, OSError) as error:
+        print(sentence(error), file=sys.stderr)
+        return 2
     for name, folder in folders.items():
         print(f"{name}\t{folder}")
     return 0

@@ -43,8 +43,8 @@ def train(
     """Train one recipe to its end: every rank of a launcher calls it, or a plain process alone.
 
     It sets up the process for DeepSpeed (environment, threads, signals while it trains), so call it
-    before anything else imports DeepSpeed. SIGINT, SIGTERM and SIGHUP end it after the current step with a
-    checkpoint.
+    before anything else imports DeepSpeed. SIGINT, SIGTERM and SIGHUP end it after the current step
+    with a checkpoint.
 
     Args:
         recipe: a recipe, the path of its YAML file, or the name of a ready one; None with ``resume``.
@@ -79,7 +79,7 @@ def train(
 def run_request(
     request: Request, stop: StopSignal | None = None, watch: Watchdog | None = None
 ) -> Path:
-    """Run one recipe to its end and return the run folder; ``stop`` was made when the process began.
+    """Run one recipe to its end, return the run folder; ``stop`` was made when the process began.
 
     Raises:
         ValueError: something that the user can mend; the message says what.
@@ -106,18 +106,16 @@ def run_request(
         # Not on standard output: what a dry run prints there is YAML.
         for sentence in recipe_warnings(recipe):
             print(f"warning: {sentence}", file=sys.stderr)
-    fresh = not request.dry_run and request.resume is None
-    if request.resume is None:
-        taken = taken_folder(folder, overwrite=recipe.run.overwrite)
-        if taken and fresh:
-            raise ValueError(taken)
-        if taken and is_main():
-            print(f"warning: a start would be refused: {taken}", file=sys.stderr)
+    fresh, overwrite = request.resume is None, recipe.run.overwrite
+    taken = taken_folder(folder, overwrite=overwrite) if fresh else ""
     settings = deepspeed_settings(request, recipe)
     if request.dry_run:
+        # All of it, whose last word is that of a start.
         print_dry_run(recipe, settings, device=device, gpus=request.gpus)
+    if taken:
+        raise ValueError(taken)
+    if request.dry_run:
         return folder
-    overwrite = recipe.run.overwrite
     with ExitStack() as held:
         run = build_run(
             recipe, settings, folder, device=device, resume=not fresh, verify=request.verify,

@@ -104,5 +104,5 @@ def test_an_export_that_was_changed_does_not_answer(smoke_run, terminal, posts, 
     done = terminal.python(
         "launch/predict.py", "--model", model, "--input", posts, "--output", target,
     )  # fmt: skip
-    assert done.code == 1 and not target.exists(), done.said
+    assert done.code == 2 and not target.exists(), done.said
     assert done.err.startswith(f"comoe predict: {model}: model.safetensors was changed after")

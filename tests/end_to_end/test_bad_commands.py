@@ -43,15 +43,18 @@ def test_a_clash_between_the_ranks_and_the_recipe_is_one_sentence_too(terminal, 
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_run_that_is_there_is_refused_and_left_as_it_is(smoke_run, terminal):
+@pytest.mark.parametrize("words", [(), ("--dry-run",)])
+def test_a_run_that_is_there_is_refused_and_left_as_it_is(words, smoke_run, terminal):
     before = {path: path.stat().st_mtime_ns for path in smoke_run.folder.rglob("*")}
     done = terminal.python(
-        "launch/train.py", "--config", SMOKE, f"run.output_dir={smoke_run.folder.parent}"
+        "launch/train.py", "--config", SMOKE, *words, f"run.output_dir={smoke_run.folder.parent}"
     )
-    assert sentence(done) == (
-        f"{smoke_run.folder} holds a run already: go on with --resume {smoke_run.folder}, choose another run.name, or "
-        f"delete it with run.overwrite=true."
+    assert (done.code, done.err) == (
+        2,
+        f"comoe: {smoke_run.folder} holds a run already: go on with --resume {smoke_run.folder}, choose another "
+        f"run.name, or delete it with run.overwrite=true.\n",
     )
+    assert ("# memory" in done.out) == bool(words)
     assert {path: path.stat().st_mtime_ns for path in smoke_run.folder.rglob("*")} == before
 
 

@@ -121,5 +121,5 @@ def test_what_cannot_be_served_is_said_in_one_sentence(terminal: Terminal, tmp_p
             (("--port", "0"), "is not an export: config.json and model.safetensors missing"),
         ):
             done = terminal.run(sys.executable, "-m", "comoe", "serve", tmp_path, *words)
-            assert done.code == 1 and re.match(f"comoe serve: .*{message}", done.err), done.err
+            assert done.code == 2 and re.match(f"comoe serve: .*{message}", done.err), done.err
             assert len(done.err.splitlines()) == 1

@@ -34,7 +34,7 @@ USABLE = 0.9
 """Usable share of a GPU's memory: the rest is for the driver and the allocator."""
 
 NEAR = 0.95
-"""Share of the best speed above which layouts count as equally fast; the simplest is recommended."""
+"""Share of the best speed from which layouts count as equally fast; the simplest is named."""
 
 MICRO_BATCHES = tuple(2**power for power in range(11))
 """Posts per forward pass on one rank that are tried."""

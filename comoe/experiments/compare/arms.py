@@ -68,7 +68,7 @@ def single_tasks(recipe: Recipe) -> dict[str, list[Part]]:
 
 
 def leave_one_out(recipe: Recipe) -> dict[str, list[Part]]:
-    """The arms ``without.<task>``, one per task, also for auxiliary ones: the recipe without this task.
+    """The arms ``without.<task>``, one per task, also of auxiliary ones: the recipe without it.
 
     Raises:
         ValueError: no measured task would be left, or ``train.max_steps`` is set.
@@ -269,7 +269,7 @@ def _confidence(recipe: Recipe, strategy: str) -> list[str]:
 
 
 def _contrast(recipe: Recipe, *, beside: bool, before: bool, bare: bool) -> list[str]:
-    """The contrastive loss beside the tasks, before them, or never; ``bare``: heads start at random."""
+    """The contrastive loss beside the tasks, before them, or never; ``bare``: random heads."""
     config = recipe.loss.contrastive
     if before and not config.first_steps:
         raise ValueError(
@@ -338,6 +338,6 @@ ARMS: dict[str, Callable[[Recipe], list[str]]] = {
     **{name: _fixed(f"loss.weighting={name}") for name in WEIGHTINGS},
     **{f"confidence_{name}": partial(_confidence, strategy=name) for name in CONFIDENCE_STRATEGIES},
 }
-"""Arm of one run per seed -> its overrides. ``dense_total`` has the parameters of all experts in one
-block, so it costs more. Each task weighting is an arm; a confidence strategy applies to all tasks
-with a column of confidences."""
+"""Arm of one run per seed -> its overrides. ``dense_total`` has the parameters of all experts in
+one block, so it costs more. Each task weighting is an arm; a confidence strategy applies to all
+tasks with a column of confidences."""

@@ -37,7 +37,7 @@ class Claim:
     """``>`` or ``<``: of the numbers as they are, so a lower loss is ``<``."""
     other: str
     measure: str
-    """``mean`` of the main metrics, ``loss``, ``teacher_kl``, or that of a task: ``task/metric``."""
+    """``mean`` of the main metrics, ``loss``, ``teacher_kl``, or a task's ``task/metric``."""
     seeds: tuple[int, ...] = ()
     """Seeds of the call that named it."""
     runs_before: int = 0
@@ -53,7 +53,7 @@ class ClaimResult:
 
     claim: Claim
     difference: Difference | None
-    """``arm`` minus ``other`` in the unit of the measure; None before both have a run of one seed."""
+    """``arm`` minus ``other`` in the measure's unit; None before both have a run of one seed."""
 
     @property
     def verdict(self) -> str:

@@ -128,7 +128,7 @@ def planned_lines(experiment: Experiment, plan: Plan, grid: Grid | None) -> list
 def run_tuning(
     experiment: Experiment, grid: Grid, plan: Plan, *, keep: bool
 ) -> tuple[Tuning, list[Trial]]:
-    """Run the grid of every arm, and write ``tuning.json``; returns the scores and the failed runs."""
+    """Run the grid of every arm, write ``tuning.json``; returns the scores and the failed runs."""
     trials = grid_trials(grid, plan)
     for trial in trials:
         check_earlier(experiment, trial)

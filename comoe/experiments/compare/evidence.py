@@ -1,4 +1,4 @@
-"""What a report proves: the claim, the smallest visible differences, and how options were chosen."""
+"""What a report proves: the claim, the smallest visible differences, how options were chosen."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ def affinities(plan: Plan, given: argparse.Namespace) -> Measurement:
         raise ValueError(
             "--affinity compares the gradients of tasks; it needs an arm with several tasks."
         )
-    measure = partial(measure_affinity, limit=limit)
+    measure = partial(measure_affinity, limit=limit, verify=not given.no_verify)
     return _measurement(arms if limit else [], AFFINITY_FILE, limit, read_affinity, measure)
 
 
@@ -56,8 +56,6 @@ def removals(plan: Plan, given: argparse.Namespace) -> Measurement:
         ValueError: a bad option.
     """
     limit = given.removal_posts
-    if limit < 1:
-        raise ValueError(f"--removal-posts is {limit}; it must be at least 1.")
     arms = _arms_of_one_run(plan, "--remove-experts", given.remove_experts)
     for arm in arms:
         if not all(trial.experts for trial in arm.trials):
@@ -65,7 +63,7 @@ def removals(plan: Plan, given: argparse.Namespace) -> Measurement:
 
     def measure(folder: Path) -> Any:
         split = split_of(read_json(folder / "results.json"))
-        return measure_removal(folder, split=split, limit=limit)
+        return measure_removal(folder, split=split, limit=limit, verify=not given.no_verify)
 
     return _measurement(arms, REMOVAL_FILE, limit, read_removal, measure)
 

@@ -1,4 +1,4 @@
-"""The runs of an experiment: arms, each with one run per seed, or with one run per task and seed."""
+"""The runs of an experiment: arms, each with one run per seed, or one per task and seed."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Plan:
 
     @property
     def trials(self) -> list[Trial]:
-        """All runs, each once, with seeds in the outer loop: finished runs can always be compared."""
+        """All runs, each once, seeds in the outer loop: finished runs can always be compared."""
         ordered = (trial for seed in self.seeds for arm in self.arms for trial in arm.of_seed(seed))
         return list({trial.name: trial for trial in ordered}.values())
 

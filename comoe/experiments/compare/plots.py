@@ -1,4 +1,4 @@
-"""The figures of a comparison: quality per arm, gates, ablated experts, gains and transfer per task."""
+"""The figures of a comparison: quality per arm, gates, ablated experts, gains, transfer per task."""
 
 from __future__ import annotations
 
@@ -39,8 +39,9 @@ VERDICTS = {"gained": GREEN, "lost": RED, "": GREY}
 
 
 def write_plots(comparison: Comparison, output: Path) -> None:
-    """``quality.png``, ``loss.png``, ``teacher_kl.png``, ``time.png``, ``metrics.png``, ``gates.png``,
-    ``removal.png``, ``gains.png``, ``gradients.png`` and ``without.png`` in ``plots/``, if there are values."""
+    """``quality.png``, ``loss.png``, ``teacher_kl.png``, ``time.png``, ``metrics.png``,
+    ``gates.png``, ``removal.png``, ``gains.png``, ``gradients.png`` and ``without.png`` in
+    ``plots/``, if there are values."""
     arms = comparison.arms
     if not arms:
         return
@@ -234,7 +235,7 @@ def removal_figure(comparison: Comparison, arms: Sequence[str]) -> Figure:
 def draw_line(
     panel: Axes, places: Sequence[float], seeds: Sequence[Sequence[float]], **style: str
 ) -> None:
-    """A line through the means over seeds, and a band over their range; ``seeds`` has a list per x."""
+    """A line through the means over seeds, a band over their range; ``seeds`` has a list per x."""
     means = [float(np.mean(values)) for values in seeds]
     panel.plot(places, means, marker="o", markersize=3, linewidth=1.5, **style)
     low, high = [min(values) for values in seeds], [max(values) for values in seeds]

@@ -78,8 +78,8 @@ class Comparison:
     metrics: Sequence[str] = ()
     """``task/metric`` names with their own table and figure."""
     measure: str | None = None
-    """Key of ``MEASURES`` that arms are ordered and compared by; None: by the metric, in the order of
-    the plan."""
+    """Key of ``MEASURES`` that arms are ordered and compared by; None: by the metric, in the order
+    of the plan."""
     claim: ClaimResult | None = None
     problems: Mapping[str, str] = field(default_factory=dict)
     """Run -> why it failed."""
@@ -133,8 +133,8 @@ class Comparison:
         return [value for value in found if value is not None]
 
     def smallest(self, measure: str) -> dict[str, dict[str, float | int | None]]:
-        """``mean`` or task -> the smallest difference to the baseline that can be seen, the seeds that
-        one of 0.01 needs (None: more posts), and how many times the posts at least; empty with
+        """``mean`` or task -> the smallest difference to the baseline that can be seen, the seeds
+        that one of 0.01 needs (None: more posts), and how many times the posts at least; empty with
         fewer than two seeds."""
         found = {}
         for name in [MEAN, *self.tasks]:

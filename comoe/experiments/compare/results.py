@@ -30,8 +30,8 @@ across k."""
 METRIC, LOSS = "metric", "loss"
 
 MEASURES = {METRIC: "quality", LOSS: "losses", TEACHER_KL: "divergences"}
-"""What arms are compared by -> the field of ``Result`` with its mean and its tasks. All but the metric
-are of the validation posts and fall as a model gets better."""
+"""What arms are compared by -> the field of ``Result`` with its mean and its tasks. All but the
+metric are of the validation posts and fall as a model gets better."""
 
 EXPERTS = tuple(f"{key}_{measure}" for key in CONDITIONS for measure in ("loss", "metric"))
 """Without the experts (or the one block), and with experts in turn, on validation posts: relative
@@ -207,8 +207,8 @@ def main_metrics(results: Mapping[str, Sequence[Result]]) -> dict[str, str]:
 
 
 def with_means(results: Mapping[str, Sequence[Result]]) -> dict[str, list[Result]]:
-    """Arm -> results with ``mean`` in their quality, losses and divergences: of all tasks that have them in some arm
-    and are not auxiliary.
+    """Arm -> results with ``mean`` in their quality, losses and divergences: of all tasks that have
+    them in some arm and are not auxiliary.
 
     An arm without one of them has no mean, because means of different tasks are not comparable.
     """

@@ -152,8 +152,8 @@ def paired_difference(
 ) -> Difference:
     """Mean difference of two arms with an interval that covers other posts and other seeds.
 
-    The half width is q * sqrt(s^2 / n + v): s^2 is the variance of the seeds' differences, v that of
-    their mean over bootstrap resamples of the posts, and q the mean of t(n - 1) and the normal
+    The half width is q * sqrt(s^2 / n + v): s^2 is the variance of the seeds' differences, v that
+    of their mean over bootstrap resamples of the posts, and q the mean of t(n - 1) and the normal
     quantile, weighted by these two parts (Cochran's rule), because s^2 is estimated from few seeds
     and v from many posts. In simulations with 2, 3 and 5 seeds its coverage was 95 to 98 %,
     whichever part was larger. A percentile bootstrap over a few seeds is hardly wider than their

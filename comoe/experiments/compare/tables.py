@@ -109,8 +109,8 @@ def _quality(comparison: Comparison) -> list[str]:
 
 
 def removal_intervals(results: Sequence[Result]) -> list[Estimate | None]:
-    """Drop of the mean metric without an expert, mean and maximum over experts; the same for the rise
-    of the loss. Over seeds; None if not measured."""
+    """Drop of the mean metric without an expert, mean and maximum over experts; the same for the
+    rise of the loss. Over seeds; None if not measured."""
     measured = [result.removal for result in results if result.removal is not None]
     if not measured:
         return [None] * len(_REMOVAL)

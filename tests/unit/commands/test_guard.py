@@ -2,6 +2,8 @@
 
 import errno
 import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -10,8 +12,12 @@ import pytest
 from comoe.commands.eval import main as evaluate
 from comoe.commands.export import main as export
 from comoe.commands.guard import guarded
+from comoe.commands.main import COMMANDS
+from comoe.commands.main import main as comoe_command
 from comoe.commands.predict import main as predict
 from comoe.config.errors import unknown_name
+
+ROOT = Path(__file__).parents[3]
 
 
 def full():
@@ -39,12 +45,12 @@ def run(raised, **options):
 @pytest.mark.parametrize(
     ("raised", "code", "said"),
     [
-        (full(), 1, "writing out.jsonl: No space left on device; free some space."),
-        (PermissionError(errno.EACCES, "Permission denied", "x"), 1, "x: Permission denied; get the right"),
+        (full(), 2, "writing out.jsonl: No space left on device; free some space."),
+        (PermissionError(errno.EACCES, "Permission denied", "x"), 2, "x: Permission denied; get the right"),
         (KeyboardInterrupt(), 130, "interrupted."),
         (MemoryError(), 1, "out of memory; "),
         (KeyError("tasks"), 1, "unexpected KeyError: 'tasks'. The traceback is in "),
-        (ValueError("of a library"), 1, "of a library The traceback is in "),
+        (ValueError("of a library"), 2, "of a library The traceback is in "),
     ],
 )  # fmt: skip
 def test_an_error_is_one_sentence(raised, code, said, capsys, monkeypatch, tmp_path):
@@ -58,8 +64,7 @@ def test_an_error_is_one_sentence(raised, code, said, capsys, monkeypatch, tmp_p
         assert f"{log}" in found and "Traceback (most recent" in log.read_text()
 
 
-def test_the_code_is_the_commands(capsys):
-    assert run(full(), code=2) == 2
+def test_a_command_says_what_it_leaves_after_an_interrupt(capsys):
     assert run(KeyboardInterrupt(), interrupted="stopped") == 130
     assert capsys.readouterr().err.endswith("comoe predict: stopped.\n")
 
@@ -108,7 +113,35 @@ def test_what_a_user_gets_wrong_is_one_sentence(what, capsys, model, monkeypatch
     with pytest.raises(SystemExit) as ended:
         main([word.format(model) for word in words])
     found = capsys.readouterr().err
-    assert ended.value.code == 1 and said in found and found.count("\n") == 1
+    assert ended.value.code == 2 and said in found and found.count("\n") == 1
+
+
+WORDS = {
+    "init": "bad.jsonl", "train": "--config bad.yaml", "tune": "--config bad.yaml --space bad.yaml",
+    "compare": "--config bad.yaml", "scale": "--config bad.yaml", "bench": "experts --config bad.yaml",
+    "predict": "--model export --input bad.jsonl --output out",
+    "select": "--model export --input bad.jsonl --output chosen",
+    "eval": "--model export --data bad.jsonl --task mood",
+    "report": "bad.jsonl", "augment": "--input bad.jsonl --model kit:smollm2 --output out.jsonl",
+    "serve": "bad", "push": "--model bad --to a/b", "ablate": "--run bad", "export": "--checkpoint bad --output out",
+}  # fmt: skip
+"""Command -> words with an input that is damaged; ``comoe doctor`` reads none."""
+
+
+@pytest.mark.parametrize("word", sorted(COMMANDS.keys() - {"doctor"}))
+def test_a_bad_input_file_is_one_sentence_and_exit_code_2(word, capfd, model, monkeypatch):
+    monkeypatch.chdir(model)
+    if word == "train":  # ends its process itself
+        command = [sys.executable, "-m", "comoe", word, *WORDS[word].split()]
+        path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+        code = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}).returncode
+    else:
+        with pytest.raises(SystemExit) as ended:
+            comoe_command([word, *WORDS[word].split()])
+        code = ended.value.code
+    lines = capfd.readouterr().err.splitlines()
+    said = [line for line in lines if line.startswith(f"comoe{f' {word}' * (word != 'train')}: ")]
+    assert code == 2 and len(said) == 1 and "bad" in said[0], lines
 
 
 def test_a_full_disk_names_the_predictions(capsys, model, monkeypatch):
@@ -127,5 +160,8 @@ def model(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     export_tiny(folder)
     (folder / "in.txt").write_text("good day\n")
+    (folder / "bad").mkdir()
+    (folder / "bad.jsonl").write_text('{"text": \n[\n')
+    (folder / "bad.yaml").write_text("run: [\n")
     (folder / "in.jsonl").write_text('{"text": "good", "label": "good"}\n')
     return folder

@@ -1,6 +1,7 @@
 """Gradients of the tasks' losses by the shared weights, and their cosines, by hand and on an export."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from comoe.config.load import save_recipe
 from comoe.config.recipe import TaskConfig
+from comoe.experiments.ablate import measure_removal
 from comoe.experiments.affinity import (
     Affinity,
     Products,
@@ -22,6 +24,7 @@ from comoe.experiments.affinity import (
     shared_weights,
     summed_gradient,
 )
+from comoe.inference.checkpoint_folder import write_manifest
 
 
 def test_the_gradient_over_its_units_is_that_of_the_mean_over_all_batches_in_float64():
@@ -169,6 +172,18 @@ def test_an_export_is_measured_on_its_own_held_out_posts_always_alike(run):
         40,
         found.weights,
     )
+
+
+def test_an_export_that_was_changed_is_measured_only_where_nobody_compares_digests(run, tmp_path):
+    changed = shutil.copytree(run, tmp_path / "run")
+    write_manifest(changed / "export")
+    config = changed / "export/config.json"
+    config.write_text(config.read_text() + "\n")
+    for measure in (measure_affinity, measure_removal):
+        with pytest.raises(ValueError, match="config.json .*--no-verify"):
+            measure(changed, limit=4, progress=False)
+    assert measure_affinity(changed, limit=4, progress=False, verify=False).tasks
+    assert measure_removal(changed, split="validation", limit=4, progress=False, verify=False)
 
 
 def test_a_task_without_posts_has_no_cosine_and_its_file_can_be_read(tmp_path):

@@ -66,7 +66,7 @@ def test_what_was_found_is_refused_in_one_sentence(name, change, export, tmp_pat
     (tmp_path / "posts.txt").write_text("good day\n")
     words = f"--model {folder} --input {tmp_path}/posts.txt --output {tmp_path}/out --no-verify"
     code, _, said = run_main(main, words.split())
-    assert code == 1 and said.startswith("comoe predict: ") and said.count("\n") == 1
+    assert code == 2 and said.startswith("comoe predict: ") and said.count("\n") == 1
     assert "cannot be read" in said or "does not fit config.json" in said
 
 
@@ -83,7 +83,7 @@ def test_an_export_is_read_or_refused_in_one_sentence(data, export):
         code, _, said = run_main(main, words)
         assert files_below(folder) - before <= {"out"}
         if code:
-            if code != 1 or len(said.strip().splitlines()) > 3 or len(said) > 4000:
+            if code != 2 or len(said.strip().splitlines()) > 3 or len(said) > 4000:
                 raise Fault(f"{name}: {said}")
             return
         rows = (folder / "out").read_text(encoding="utf-8").splitlines()

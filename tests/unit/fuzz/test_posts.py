@@ -99,7 +99,7 @@ def test_prediction(file, format, predictor):
         assert source.read_bytes() == content
         assert files_below(folder) <= {source.name, target.name}
         if code:
-            assert code == 1 and "comoe predict: " in said, said
+            assert code == 2 and "comoe predict: " in said, said
             return
         text = target.read_text(encoding="utf-8")
         if format == "jsonl":

@@ -198,7 +198,6 @@ def test_a_comparison_begun_before_an_option_was_there_goes_on(experiment):
         ("multi,no_experts", {"remove_experts": "no_experts"}, "this arm has no experts"),
         ("single,multi", {"affinity": "single"}, "--affinity single: this arm has a run for each task"),
         ("single,multi", {"affinity_posts": 1}, "--affinity-posts is 1; it must be at least 2, or 0"),
-        ("single,multi", {"removal_posts": 0}, "--removal-posts is 0; it must be at least 1"),
         ("single,,multi", {}, "--arms is 'single,,multi'; it must be names with commas between, of single, leave_one"),
         ("single,multi", {"metrics": "moood/accuracy"}, "--metrics moood/accuracy: write task/metric .mood/accuracy,"),
         ("single,multi", {"claim": "single > mutli"}, "mutli is not .*claim.*did you mean multi"),

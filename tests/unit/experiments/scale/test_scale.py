@@ -242,6 +242,8 @@ def test_an_interrupted_run_is_resumed_and_a_new_one_gets_all_overrides(experime
     (folder / "config.yaml").write_text("")
     resumed = command_of(experiment, trial)
     assert resumed[-2:] == ["--resume", str(folder)] and "--config" not in resumed
+    unverified = command_of(replace(experiment, verify=False), trial)
+    assert unverified[-3:] == [*resumed[-2:], "--no-verify"]
     ports = {arguments[arguments.index("--master_port") + 1] for arguments in (command, resumed)}
     assert all(1024 < int(port) < 65536 for port in ports)
 
